@@ -1,0 +1,1 @@
+"""Who proposes candidates, and who remembers them."""

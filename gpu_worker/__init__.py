@@ -1,0 +1,1 @@
+"""The process that prunes and measures; the only place with torch."""

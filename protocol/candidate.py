@@ -1,0 +1,68 @@
+"""Candidates and their outcomes, to and from JSON."""
+
+import hashlib
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, TypeAdapter
+
+from protocol.plan import Parameters, Plan
+
+AgentName = Literal["initializer", "mutator", "crossover", "baseline"]
+Source = Literal["llm", "stand-in", "allocation"]
+"""Who made the rates: the LLM, the classical operator that stands in for it, or an allocation without search."""
+Text = Literal["fitness", "report"]
+"""Which text a candidate is measured on: the one searched on, or the one reported on."""
+FailureReason = Literal["timeout", "crashed", "out-of-memory", "not-finite", "invalid"]
+
+
+class _Value(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class Provenance(_Value):
+    """Where a candidate comes from. `round` 0 is the first population; `endpoint` and `prompt` only where an LLM made it."""
+
+    agent: AgentName
+    source: Source
+    round: NonNegativeInt
+    parents: tuple[str, ...] = ()
+    endpoint: str | None = None
+    prompt: str | None = None
+
+
+class Candidate(_Value):
+    """Pruning rates, the plan they become, and where they come from."""
+
+    id: str
+    rates: tuple[float, ...]
+    plan: Plan
+    provenance: Provenance
+    text: Text = "fitness"
+
+
+class Measured(_Value):
+    """A candidate's measurement. `tokens` are those whose loss was averaged; `seconds` the evaluation's wall time."""
+
+    kind: Literal["measured"] = "measured"
+    perplexity: PositiveFloat
+    parameters: Parameters
+    tokens: NonNegativeInt
+    seconds: NonNegativeFloat
+
+
+class Failed(_Value):
+    """A candidate that could not be measured. It never enters the population and is not tried again."""
+
+    kind: Literal["failed"] = "failed"
+    reason: FailureReason
+    detail: str = ""
+
+
+Outcome = Annotated[Measured | Failed, Field(discriminator="kind")]
+OUTCOME: TypeAdapter[Measured | Failed] = TypeAdapter(Outcome)
+
+
+def candidate_id(plan: Plan, fingerprint: str, text: Text = "fitness") -> str:
+    """Sixteen hex digits that name a plan and what it is measured on; equal plans are the same candidate."""
+    content = f"{fingerprint}|{text}|{plan.model_dump_json()}"
+    return hashlib.sha256(content.encode()).hexdigest()[:16]

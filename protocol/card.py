@@ -1,0 +1,33 @@
+"""ModelCard: what the worker tells the search about the target model before the first question is asked."""
+
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat
+
+from protocol.shape import ModelShape
+
+
+class DensePerplexity(BaseModel):
+    """Perplexity of the unpruned model on one text, with what it was averaged over."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    perplexity: PositiveFloat
+    tokens: NonNegativeInt
+    seconds: float
+
+
+class ModelCard(BaseModel):
+    """The target model as measured by a worker. All workers of a search have to agree on it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    fingerprint: str
+    """Of the spec that the model was loaded for."""
+    model: str
+    shape: ModelShape
+    dense: DensePerplexity
+    dense_report: DensePerplexity | None
+    sensitivity: tuple[float, ...]
+    """Per unit of the search's granularity: rise of log-perplexity when this unit alone is pruned by the search's rate."""
+    texts: str
+    """Digest of the token windows of all texts: two workers with different files do not agree."""
+    device: str

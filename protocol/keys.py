@@ -1,0 +1,104 @@
+"""Every Redis key and stream of a search, in one place."""
+
+import re
+from dataclasses import dataclass
+
+from protocol.errors import SettingsError
+
+PREFIX = "selfpruner"
+GROUP = "workers"
+SEARCH_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def check_search_name(name: str) -> str:
+    """Return `name` if it may name a search (and a folder), else raise SettingsError."""
+    if not SEARCH_NAME.fullmatch(name):
+        raise SettingsError(
+            f"search.name {name!r} is not allowed: use 1 to 64 letters, digits, dots, dashes and underscores, "
+            "starting with a letter or a digit"
+        )
+    return name
+
+
+@dataclass(frozen=True)
+class Keys:
+    """The keys of the search called `search`."""
+
+    search: str
+
+    def __getitem__(self, part: str) -> str:
+        return f"{PREFIX}:{self.search}:{part}"
+
+    @property
+    def spec(self) -> str:
+        """String: the SearchSpec as JSON. Workers wait for it."""
+        return self["spec"]
+
+    @property
+    def card(self) -> str:
+        """String: the ModelCard as JSON, written once by the first worker."""
+        return self["card"]
+
+    @property
+    def control(self) -> str:
+        """String: `run`, `pause` or `stop`; absent means run. People set it by hand."""
+        return self["control"]
+
+    @property
+    def candidates(self) -> str:
+        """Hash id -> Candidate JSON: the ledger of everything ever enqueued, and what makes enqueueing idempotent."""
+        return self["candidates"]
+
+    @property
+    def issued(self) -> str:
+        """List of ids in the order of enqueueing."""
+        return self["issued"]
+
+    @property
+    def jobs(self) -> str:
+        """Stream of candidates to measure, read by the group of workers."""
+        return self["jobs"]
+
+    @property
+    def results(self) -> str:
+        """Stream of outcomes, read by the population keeper from its own cursor."""
+        return self["results"]
+
+    @property
+    def done(self) -> str:
+        """Hash id -> consumer whose outcome was first, and therefore counts."""
+        return self["done"]
+
+    @property
+    def outcomes(self) -> str:
+        """Hash id -> Outcome JSON, applied by the population keeper."""
+        return self["outcomes"]
+
+    @property
+    def applied(self) -> str:
+        """List of ids in the order in which their outcomes were applied."""
+        return self["applied"]
+
+    @property
+    def state(self) -> str:
+        """Hash: cursor, counters and times of the search (daemon/store.py)."""
+        return self["state"]
+
+    @property
+    def epoch(self) -> str:
+        """Counter: which daemon may write. A daemon with an older number is refused."""
+        return self["epoch"]
+
+    @property
+    def daemon(self) -> str:
+        """String with expiry: who the running daemon is."""
+        return self["daemon"]
+
+    @property
+    def worker_prefix(self) -> str:
+        """Keys `…:worker:<consumer>` with expiry: a worker's status, and the proof that it lives."""
+        return self["worker:"]
+
+    def worker(self, consumer: str) -> str:
+        """The status key of one worker."""
+        return self.worker_prefix + consumer

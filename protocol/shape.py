@@ -1,0 +1,122 @@
+"""The shape of a target model: what can be pruned and what each piece costs in parameters. Pure data, no torch."""
+
+from collections.abc import Iterator
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, PositiveInt
+
+Granularity = Literal["layer", "block"]
+BlockKind = Literal["layer", "attention", "mlp"]
+
+
+class LayerShape(BaseModel):
+    """One decoder layer: query heads, KV heads (a divisor of the query heads) and MLP channels."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    query_heads: PositiveInt
+    kv_heads: PositiveInt
+    mlp_channels: PositiveInt
+
+    @property
+    def queries_per_kv(self) -> int:
+        """Query heads that share one KV head; 1 for multi-head attention."""
+        return self.query_heads // self.kv_heads
+
+
+class Unit(BaseModel):
+    """What one pruning rate applies to: a decoder layer, or its attention or its MLP block."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    layer: int
+    kind: BlockKind
+    parameters: int
+    """Parameters of the unit before pruning, norms and biases included."""
+    fewest: int
+    """Parameters that even the strongest pruning leaves: one KV head with one query head, one channel, the norms."""
+
+    @property
+    def name(self) -> str:
+        """As prompts and logs call it: `layer 3`, `attention 3`, `mlp 3`."""
+        return f"{self.kind} {self.layer}"
+
+    @property
+    def highest_rate(self) -> float:
+        """The largest pruning rate that leaves a working unit."""
+        return 1 - self.fewest / self.parameters
+
+
+class ModelShape(BaseModel):
+    """Sizes of a decoder LLM and the parameter cost of each piece that pruning can remove.
+
+    The costs are per removable piece, in parameters: a query head (its rows of q_proj, its columns of o_proj, biases),
+    a KV head (its rows of k_proj and v_proj), an MLP channel (a row of gate_proj and up_proj, a column of down_proj).
+    What a block holds besides (norms, output biases) is fixed.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    family: str
+    hidden_size: PositiveInt
+    head_dim: PositiveInt
+    layers: tuple[LayerShape, ...]
+    query_head_parameters: PositiveInt
+    kv_head_parameters: PositiveInt
+    channel_parameters: PositiveInt
+    attention_fixed: int
+    mlp_fixed: int
+    other_parameters: int
+    """Parameters outside the decoder layers: embeddings, final norm, output head (once, where tied)."""
+
+    def attention_parameters(self, query_heads: int, kv_heads: int) -> int:
+        """Parameters of an attention block with so many heads, its norm included."""
+        return query_heads * self.query_head_parameters + kv_heads * self.kv_head_parameters + self.attention_fixed
+
+    def mlp_parameters(self, channels: int) -> int:
+        """Parameters of an MLP block with so many channels, its norm included."""
+        return channels * self.channel_parameters + self.mlp_fixed
+
+    def layer_parameters(self, layer: int) -> int:
+        """Parameters of decoder layer `layer` before pruning."""
+        shape = self.layers[layer]
+        return self.attention_parameters(shape.query_heads, shape.kv_heads) + self.mlp_parameters(shape.mlp_channels)
+
+    @property
+    def decoder_parameters(self) -> int:
+        """Parameters of all decoder layers: what β is a share of."""
+        return sum(self.layer_parameters(i) for i in range(len(self.layers)))
+
+    @property
+    def total_parameters(self) -> int:
+        """All parameters, embeddings and output head included."""
+        return self.decoder_parameters + self.other_parameters
+
+    def units(self, granularity: Granularity) -> tuple[Unit, ...]:
+        """The units that rates apply to: layers, or attention and MLP of each layer in turn."""
+        if granularity == "layer":
+            return tuple(
+                Unit(
+                    layer=i,
+                    kind="layer",
+                    parameters=self.layer_parameters(i),
+                    fewest=self.attention_parameters(1, 1) + self.mlp_parameters(1),
+                )
+                for i in range(len(self.layers))
+            )
+        return tuple(self._blocks())
+
+    def _blocks(self) -> Iterator[Unit]:
+        for i, layer in enumerate(self.layers):
+            yield Unit(
+                layer=i,
+                kind="attention",
+                parameters=self.attention_parameters(layer.query_heads, layer.kv_heads),
+                fewest=self.attention_parameters(1, 1),
+            )
+            yield Unit(
+                layer=i,
+                kind="mlp",
+                parameters=self.mlp_parameters(layer.mlp_channels),
+                fewest=self.mlp_parameters(1),
+            )

@@ -1,0 +1,61 @@
+"""SearchSpec: everything that decides what a candidate measures, and its fingerprint."""
+
+import hashlib
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+
+from protocol.plan import Plan, Split, feasible_rates, make_plan
+from protocol.shape import Granularity, ModelShape
+
+
+class TextSpec(BaseModel):
+    """A text cut into windows of tokens. `windows` None means every whole window of the text, in order."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str
+    """`wikitext2`, `self`, or the path of a text file."""
+    windows: PositiveInt | None
+    seqlen: int = Field(ge=2)
+
+
+class SearchSpec(BaseModel):
+    """What is pruned, how far, and what it is measured on. Two searches with equal specs measure the same numbers."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str
+    """A hub name, a folder, or `smollm2`."""
+    rate: float = Field(gt=0, le=0.9)
+    granularity: Granularity = "layer"
+    split: Split = "equal"
+    lowest_rate: float = Field(default=0.0, ge=0, lt=1)
+    highest_rate: float = Field(default=0.95, gt=0, lt=1)
+    multiple_of: PositiveInt = 1
+    importance: Literal["wanda-sp"] = "wanda-sp"
+    calibration: TextSpec
+    fitness: TextSpec
+    report: TextSpec | None = None
+    dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
+    seed: int = 0
+
+    @property
+    def fingerprint(self) -> str:
+        """Sixteen hex digits that change whenever anything here does."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]
+
+    def feasible(self, rates: "tuple[float, ...] | list[float]", shape: ModelShape) -> tuple[float, ...]:
+        """The feasible pruning rates of this search nearest to `rates` (one per unit)."""
+        return feasible_rates(
+            rates, shape, self.rate, granularity=self.granularity, low=self.lowest_rate, high=self.highest_rate
+        )
+
+    def plan(self, rates: "tuple[float, ...] | list[float]", shape: ModelShape) -> Plan:
+        """The plan that these feasible rates become on a model of this `shape`."""
+        return make_plan(rates, shape, granularity=self.granularity, split=self.split, multiple_of=self.multiple_of)
+
+    def uniform_plan(self, shape: ModelShape) -> Plan:
+        """The allocation every method is compared with: the same rate for all layers, equal split, as Wanda-sp does."""
+        uniform = feasible_rates([self.rate] * len(shape.layers), shape, self.rate, granularity="layer")
+        return make_plan(uniform, shape, granularity="layer", split="equal", multiple_of=self.multiple_of)
