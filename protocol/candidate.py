@@ -20,7 +20,7 @@ class _Value(BaseModel):
 
 
 class Provenance(_Value):
-    """Where a candidate comes from. `round` 0 is the first population; `endpoint` and `prompt` only where an LLM made it."""
+    """Where a candidate comes from. Round 0 is the first population; `endpoint` and `prompt` only if an LLM made it."""
 
     agent: AgentName
     source: Source

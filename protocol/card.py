@@ -27,7 +27,7 @@ class ModelCard(BaseModel):
     dense: DensePerplexity
     dense_report: DensePerplexity | None
     sensitivity: tuple[float, ...]
-    """Per unit of the search's granularity: rise of log-perplexity when this unit alone is pruned by the search's rate."""
+    """Per unit of the search: rise of log-perplexity when this unit alone is pruned by the search's rate."""
     texts: str
     """Digest of the token windows of all texts: two workers with different files do not agree."""
     device: str

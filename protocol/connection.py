@@ -1,0 +1,94 @@
+"""Connecting to Redis (or Valkey), and waiting patiently while it is away."""
+
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import structlog
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import ConnectionError as RedisConnectionError
+from redis.exceptions import ResponseError
+from redis.exceptions import TimeoutError as RedisTimeoutError
+from tenacity import AsyncRetrying, retry_if_exception_type, wait_random_exponential
+
+from protocol.errors import SettingsError, StoreError
+
+T = TypeVar("T")
+AWAY = (RedisConnectionError, RedisTimeoutError, OSError)
+"""What a Redis client raises while the server is down, restarting, loading or out of reach."""
+
+BLOCK_MILLISECONDS = 1_000
+"""How long a read of a stream blocks. Well below the socket's time limit, and below a pause's two seconds."""
+
+log = structlog.get_logger()
+
+
+def connect(url: str) -> Redis:
+    """A client for `url` that does not retry by itself: `patiently` is the one retry layer.
+
+    The library's own default repeats a command ten times; a command that timed out may have been executed, so only
+    commands that are safe to repeat may be repeated, and that is decided here, not in the client.
+    """
+    try:
+        return Redis.from_url(
+            url, decode_responses=True, socket_timeout=10, socket_connect_timeout=5, retry=Retry(NoBackoff(), 0)
+        )
+    except ValueError as error:
+        raise SettingsError(
+            f"redis.url {url!r} is not a Redis URL: use redis://host:port/0, rediss://… or unix:///path"
+        ) from error
+
+
+class Patience:
+    """Repeats an operation that is safe to repeat until the server answers; logs the outage once and the return once.
+
+    `outages` counts how often the server was away: whoever judges by time that another process is dead must not do so
+    right after one.
+    """
+
+    def __init__(self, what: str, *, longest_wait: float = 5.0) -> None:
+        self._what = what
+        self._longest_wait = longest_wait
+        self.outages = 0
+
+    async def __call__(self, operation: Callable[[], Awaitable[T]]) -> T:
+        """The result of `operation`, however long the server stays away."""
+        waiting = False
+        async for attempt in AsyncRetrying(
+            retry=retry_if_exception_type(AWAY),
+            wait=wait_random_exponential(multiplier=0.1, max=self._longest_wait),
+            reraise=True,
+        ):
+            with attempt:
+                try:
+                    result = await operation()
+                except AWAY as error:
+                    if not waiting:
+                        self.outages += 1
+                        log.warning("redis_unreachable", redis=self._what, error=str(error) or type(error).__name__)
+                    waiting = True
+                    raise
+                if waiting:
+                    log.info("redis_back", redis=self._what)
+        return result
+
+
+async def check_server(redis: Redis) -> None:
+    """Raise StoreError unless the server is one whose data may be trusted: version 7 or later, never evicting."""
+    info = await redis.info()
+    version = str(info.get("redis_version", "0"))
+    if int(version.split(".")[0]) < 7:
+        raise StoreError(f"the server speaks Redis {version}; Redis 7 or Valkey 7.2 or later is needed")
+    policy = info.get("maxmemory_policy", "noeviction")
+    if policy != "noeviction":
+        raise StoreError(
+            f"the server's maxmemory-policy is {policy}, which may delete a search's data; set it to noeviction"
+        )
+    if info.get("role") == "slave":
+        raise StoreError("the server is a read-only replica; give the primary's URL")
+
+
+def is_missing_group(error: ResponseError) -> bool:
+    """Whether the server says that a stream or its consumer group is gone."""
+    return str(error).startswith("NOGROUP")
