@@ -52,12 +52,17 @@ class _CurrentStderr(logging.StreamHandler[TextIO]):
 
 
 def configure(
-    *, file: Path | None = None, json_lines: bool | None = None, level: str = "INFO", secrets: Iterable[str] = ()
+    *,
+    file: Path | None = None,
+    console: bool = True,
+    json_lines: bool | None = None,
+    level: str = "INFO",
+    secrets: Iterable[str] = (),
 ) -> None:
     """Set up logging for this process, for structlog and for libraries that use the standard module.
 
     `json_lines` None means: readable on a terminal, JSON elsewhere. `file` gets JSON lines appended, whatever the
-    console shows. Everything goes to stderr; stdout belongs to a command's answer.
+    console shows. A process with neither is silent. Everything goes to stderr; stdout belongs to a command's answer.
     """
     redact = Redaction(secrets)
     shared: list[Processor] = [
@@ -77,7 +82,9 @@ def configure(
     ]
     if json_lines is None:
         json_lines = not sys.stderr.isatty()
-    handlers: list[logging.Handler] = [_handler(_CurrentStderr(), as_json if json_lines else as_text, shared)]
+    handlers: list[logging.Handler] = []
+    if console:
+        handlers.append(_handler(_CurrentStderr(), as_json if json_lines else as_text, shared))
     if file is not None:
         handlers.append(_handler(logging.FileHandler(file, encoding="utf-8"), as_json, shared))
     logging.basicConfig(handlers=handlers, level=level, force=True)

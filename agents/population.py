@@ -1,0 +1,61 @@
+"""The population: measured candidates, best first. Pure; nothing here waits."""
+
+from bisect import insort
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from protocol.candidate import Candidate, Failed, Measured
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A candidate with its outcome. `order` is its place in the sequence of outcomes."""
+
+    candidate: Candidate
+    outcome: Measured | Failed
+    order: int
+
+
+class Population:
+    """All outcomes of a search, and among the measured ones an order by fitness (lower perplexity is better).
+
+    Baselines are kept (they are measured like any other) but are not members: they are what the search is compared
+    with. A failed candidate is remembered and never a member.
+    """
+
+    def __init__(self) -> None:
+        self._evaluations: dict[str, Evaluation] = {}
+        self._ranked: list[tuple[float, int, str]] = []
+
+    def __len__(self) -> int:
+        return len(self._ranked)
+
+    def __contains__(self, candidate_id: str) -> bool:
+        return candidate_id in self._evaluations
+
+    def __iter__(self) -> Iterator[Evaluation]:
+        """Every evaluation, in the order of its outcome."""
+        return iter(self._evaluations.values())
+
+    def insert(self, candidate: Candidate, outcome: Measured | Failed) -> bool:
+        """Remember an outcome; True when its candidate is the new best. A second outcome for an id is ignored."""
+        if candidate.id in self._evaluations:
+            return False
+        evaluation = Evaluation(candidate, outcome, len(self._evaluations))
+        self._evaluations[candidate.id] = evaluation
+        if not isinstance(outcome, Measured) or candidate.provenance.agent == "baseline":
+            return False
+        insort(self._ranked, (outcome.perplexity, evaluation.order, candidate.id))
+        return self._ranked[0][2] == candidate.id
+
+    def get(self, candidate_id: str) -> Evaluation | None:
+        """The evaluation of a candidate, if there is one."""
+        return self._evaluations.get(candidate_id)
+
+    def top(self, count: int) -> list[Evaluation]:
+        """The best `count` members, best first."""
+        return [self._evaluations[candidate_id] for _, _, candidate_id in self._ranked[:count]]
+
+    def best(self) -> Evaluation | None:
+        """The best member, or None while nothing is measured."""
+        return self.top(1)[0] if self._ranked else None

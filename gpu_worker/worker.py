@@ -1,0 +1,254 @@
+"""The worker: claims candidates, has them measured by a child process, and commits the outcomes.
+
+This parent holds no model: whatever happens to the child (a crash of CUDA, the OOM killer, a hang), the parent goes on
+beating, makes a new child, and the candidate is measured again or committed as failed.
+"""
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import uuid
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import structlog
+from redis.asyncio import Redis
+
+from gpu_worker.child import ChildDied, EvaluationChild
+from protocol.candidate import Failed, Measured
+from protocol.card import ModelCard
+from protocol.connection import Patience, check_server, connect
+from protocol.control import Control
+from protocol.errors import UsageError
+from protocol.keys import Keys
+from protocol.spec import SearchSpec
+from protocol.streams import Job, JobQueue
+
+MAX_CHILD_DEATHS = 3
+"""After so many deaths of the child on one candidate, the candidate has failed."""
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True)
+class WorkerOptions:
+    """How a worker works. Times in seconds."""
+
+    redis_url: str
+    search: str
+    lease_seconds: float = 30.0
+    max_evaluation_seconds: float = 1800.0
+    grace_seconds: float = 20.0
+    """After SIGTERM, how long the running evaluation may still take before the job is handed back."""
+
+
+@dataclass
+class Status:
+    """What the worker says of itself with each beat (daemon.store.WorkerStatus reads it)."""
+
+    stage: str = "loading"
+    done: int = 0
+    total: int = 0
+    measured: int = 0
+    detail: str = ""
+
+    def to_json(self) -> str:
+        """The status as JSON."""
+        return json.dumps(asdict(self))
+
+
+class Worker:
+    """One worker of one search."""
+
+    def __init__(self, redis: Redis, options: WorkerOptions) -> None:
+        self._redis: Any = redis  # its annotations cannot say that replies are str
+        self._options = options
+        self._keys = Keys(options.search)
+        self._consumer = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
+        self._queue = JobQueue(redis, self._keys, self._consumer, lease_seconds=options.lease_seconds)
+        self._control = Control(redis, self._keys)
+        self._patiently = Patience(self._keys.jobs)
+        self._status = Status()
+        self._job: Job | None = None
+        self._stopping = asyncio.Event()
+        self._beats: set[asyncio.Task[bool]] = set()
+
+    async def run(self) -> None:
+        """Work until `stop` is called. Raises UsageError for what the user must mend."""
+        structlog.contextvars.bind_contextvars(search=self._options.search, worker=self._consumer)
+        await self._patiently(lambda: check_server(self._redis))
+        try:
+            async with asyncio.TaskGroup() as group:
+                beats = group.create_task(self._beat_for_ever())
+                await self._work()
+                beats.cancel()
+        except* UsageError as errors:
+            self._status = Status(stage="unusable", detail=str(errors.exceptions[0]))
+            await self._queue.beat(None, self._status.to_json())
+            raise errors.exceptions[0] from None
+        await self._queue.release(self._job)
+
+    @property
+    def stopping(self) -> bool:
+        """Whether `stop` was called."""
+        return self._stopping.is_set()
+
+    def stop(self) -> None:
+        """Take nothing new; finish what is running if that takes no longer than the grace time."""
+        self._stopping.set()
+
+    async def _work(self) -> None:
+        while not self._stopping.is_set():
+            spec = await self._wait_for_spec()
+            if spec is not None:
+                await self._work_on(spec)
+
+    async def _beat_for_ever(self) -> None:
+        while True:
+            held = await self._queue.beat(self._job, self._status.to_json())
+            if not held:
+                log.warning("lease_lost", candidate=self._job.candidate.id if self._job else None)
+            await asyncio.sleep(self._options.lease_seconds / 3)
+
+    async def _wait_for_spec(self) -> SearchSpec | None:
+        waiting = False
+        while not self._stopping.is_set():
+            text = await self._patiently(lambda: self._redis.get(self._keys.spec))
+            if text:
+                return SearchSpec.model_validate_json(text)
+            if not waiting:
+                log.info("waiting_for_search")
+            waiting = True
+            await asyncio.sleep(0.5)
+        return None
+
+    async def _work_on(self, spec: SearchSpec) -> None:
+        """Measure candidates of this spec until told to stop, or until the search has another spec."""
+        child = EvaluationChild(spec)
+        try:
+            if not await self._unless_stopped(self._prepare(child)):
+                return
+            while not self._stopping.is_set():
+                self._status.stage = "idle"
+                if await self._control.read() != "run":
+                    await asyncio.sleep(0.5)
+                    continue
+                self._job = await self._queue.claim()
+                if self._job is None:
+                    continue
+                if self._job.fingerprint != spec.fingerprint and not await self._is_stale(self._job, spec):
+                    return  # the job stays ours, and is found again when the new spec is loaded
+                if self._job is not None:
+                    await self._measure(child, self._job)
+        finally:
+            await child.kill()
+
+    async def _is_stale(self, job: Job, spec: SearchSpec) -> bool:
+        """Whether a job of another spec is the one that is out of date (it then fails), and not this worker."""
+        current = await self._wait_for_spec()
+        if current is None or current.fingerprint != spec.fingerprint:
+            log.warning("spec_changed", job=job.fingerprint, loaded=spec.fingerprint)
+            return False
+        await self._queue.commit(job, Failed(reason="invalid", detail="it was issued under another spec"))
+        self._job = None
+        return True
+
+    async def _prepare(self, child: EvaluationChild) -> None:
+        known = await self._patiently(lambda: self._redis.get(self._keys.card))
+        while True:
+            try:
+                card = await child.start(self._show_progress, sensitivity=known is None)
+                break
+            except ChildDied as error:
+                log.error("evaluation_process_died", error=str(error), stage=self._status.stage)
+                await asyncio.sleep(1)
+        if not await self._patiently(lambda: self._redis.set(self._keys.card, card.model_dump_json(), nx=True)):
+            text = await self._patiently(lambda: self._redis.get(self._keys.card))
+            check_agreement(ModelCard.model_validate_json(text), card)
+        log.info("model_ready", model=card.model, dense_perplexity=round(card.dense.perplexity, 3), device=card.device)
+
+    async def _measure(self, child: EvaluationChild, job: Job) -> None:
+        self._status.stage = "evaluating"
+        with structlog.contextvars.bound_contextvars(candidate=job.candidate.id):
+            finished = await self._unless_stopped(self._outcome(child, job), grace=self._options.grace_seconds)
+            if not finished:
+                return
+            outcome: Measured | Failed = finished[0]
+            first = await self._queue.commit(job, outcome)
+            self._job = None
+            self._status.measured += 1
+            log.info("outcome_committed", counts=first, **outcome.model_dump(exclude={"parameters"}))
+
+    async def _outcome(self, child: EvaluationChild, job: Job) -> Measured | Failed:
+        for death in range(1, MAX_CHILD_DEATHS + 1):
+            if not child.alive:
+                await self._prepare(child)
+                self._status.stage = "evaluating"
+            try:
+                return await child.evaluate(job.candidate, limit_seconds=self._options.max_evaluation_seconds)
+            except ChildDied as error:
+                log.error("evaluation_process_died", error=str(error), death=death, of=MAX_CHILD_DEATHS)
+        return Failed(reason="crashed", detail=f"the evaluation process died {MAX_CHILD_DEATHS} times on it")
+
+    async def _unless_stopped(self, work: Any, *, grace: float = 0.0) -> tuple[Any] | None:
+        """The result of `work` in a tuple; None when a stop came first and the grace time ran out."""
+        task = asyncio.ensure_future(work)
+        stop = asyncio.create_task(self._stopping.wait())
+        try:
+            await asyncio.wait({task, stop}, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done() and grace:
+                await asyncio.wait({task}, timeout=grace)
+            return (task.result(),) if task.done() else None
+        finally:
+            stop.cancel()
+            if not task.done():
+                task.cancel()
+                await asyncio.wait({task})
+
+    def _show_progress(self, stage: str, done: int, total: int) -> None:
+        if stage != self._status.stage or done == total:
+            log.info("preparing", stage=stage, done=done, total=total)
+        self._status.stage, self._status.done, self._status.total = stage, done, total
+        beat = asyncio.create_task(self._queue.beat(self._job, self._status.to_json()))
+        self._beats.add(beat)
+        beat.add_done_callback(self._beats.discard)
+
+
+def check_agreement(published: ModelCard, mine: ModelCard) -> None:
+    """Raise UsageError unless this worker measures the same model on the same texts as the first one did."""
+    if published.shape != mine.shape:
+        raise UsageError(f"this worker's {mine.model} has another shape than the one the search began with")
+    if published.texts != mine.texts:
+        raise UsageError(
+            "this worker's texts are not the ones the search began with: give all workers the same files, "
+            "or the new texts a new search.name"
+        )
+    ratio = mine.dense.perplexity / published.dense.perplexity
+    if not 0.98 < ratio < 1.02:
+        raise UsageError(
+            f"this worker measures a dense perplexity of {mine.dense.perplexity:.3f} where the search began with "
+            f"{published.dense.perplexity:.3f}: its weights differ"
+        )
+
+
+async def run_worker(options: WorkerOptions) -> None:
+    """Connect and work until SIGTERM or SIGINT; a second signal ends the process at once."""
+    redis = connect(options.redis_url)
+    try:
+        worker = Worker(redis, options)
+        task = asyncio.current_task()
+        assert task is not None
+
+        def on_signal() -> None:
+            if worker.stopping:
+                task.cancel()
+            worker.stop()
+
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, on_signal)
+        await worker.run()
+    finally:
+        await redis.aclose()
