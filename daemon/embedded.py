@@ -255,6 +255,4 @@ def _private_folder(folder: Path) -> None:
 
 
 def _missing(package: str, what: str, otherwise: str, extra: str = "local") -> SettingsError:
-    return SettingsError(
-        f"{what} needs the package {package}: pip install 'self-pruner[{extra}]', {otherwise}"
-    )
+    return SettingsError(f"{what} needs the package {package}: pip install 'self-pruner[{extra}]', {otherwise}")

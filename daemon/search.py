@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import structlog
-
 from agents.crossover import Crossover
 from agents.initializer import Initializer
 from agents.mutator import Mutator
-from agents.population import Evaluation, Population
-from agents.population_keeper import PopulationKeeper
 from agents.selector import Selector
 from agents.view import Accepted, Member, Refused, View
+
+from agents.population import Evaluation, Population
+from agents.population_keeper import PopulationKeeper
 from daemon.journal import Journal, best_record
 from daemon.pausing import Pausing
 from daemon.settings import SearchSettings
@@ -159,7 +159,11 @@ class Search:
         who = candidate.provenance.model_dump(include=_WHO)
         if isinstance(outcome, Measured):
             log.info(
-                "candidate_measured", candidate=candidate.id, perplexity=round(outcome.perplexity, 4), best=is_best, **who
+                "candidate_measured",
+                candidate=candidate.id,
+                perplexity=round(outcome.perplexity, 4),
+                best=is_best,
+                **who,
             )
         else:
             log.warning("candidate_failed", candidate=candidate.id, reason=outcome.reason, detail=outcome.detail, **who)

@@ -101,9 +101,7 @@ def _dense_row(spec: SearchSpec, card: ModelCard) -> Row:
 
 def _row(spec: SearchSpec, parameters: Parameters, evaluation: Evaluation | None, population: Population) -> Row:
     outcome = evaluation.outcome if evaluation else None
-    report = (
-        population.get(candidate_id(evaluation.candidate.plan, spec.fingerprint, "report")) if evaluation else None
-    )
+    report = population.get(candidate_id(evaluation.candidate.plan, spec.fingerprint, "report")) if evaluation else None
     reported = report.outcome if report else None
     return Row(
         perplexity=outcome.perplexity if isinstance(outcome, Measured) else None,

@@ -1,0 +1,60 @@
+"""What one endpoint's model accepts, learnt from its refusals: the ladder of structured output. Pure.
+
+"OpenAI-compatible" means something else to every server: some know `json_schema`, some only `json_object`, some
+neither; some refuse `seed`, or want the token limit under another name. Each refusal takes one step down and is
+remembered; the validator of replies guards all rungs alike.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+Rung = Literal["json_schema", "json_object", "text"]
+_LADDER: tuple[Rung, ...] = ("json_schema", "json_object", "text")
+_REFUSED = (400, 422, 500, 501)
+_FORMAT_WORDS = ("response_format", "json_schema", "json_object", "structured output", "grammar", "schema")
+
+
+@dataclass
+class Dialect:
+    """What is sent, until a refusal says otherwise."""
+
+    rung: Rung = "json_schema"
+    limit_name: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
+    left_out: set[str] = field(default_factory=set)
+    """Of `seed` and `temperature`, those the model refuses."""
+
+    def body(
+        self, schema: dict[str, object] | None, schema_name: str, seed: int, temperature: float, max_tokens: int
+    ) -> dict[str, object]:
+        """The part of the request that differs between endpoints."""
+        wanted: dict[str, object] = {"seed": seed, "temperature": temperature}
+        body = {name: value for name, value in wanted.items() if name not in self.left_out}
+        body[self.limit_name] = max_tokens
+        if schema is not None and self.rung == "json_schema":
+            described = {"name": schema_name, "strict": True, "schema": schema}
+            body["response_format"] = {"type": "json_schema", "json_schema": described}
+        elif schema is not None and self.rung == "json_object":
+            body["response_format"] = {"type": "json_object"}
+        return body
+
+    def learn(self, status: int, message: str, sent: dict[str, object]) -> bool:
+        """Take one step for a refusal of what was `sent`; False where it names nothing that can be left out."""
+        message = message.lower()
+        if status not in _REFUSED:
+            return False
+        if self.limit_name in sent and self.limit_name == "max_tokens" and "max_completion_tokens" in message:
+            self.limit_name = "max_completion_tokens"
+            return True
+        if "response_format" in sent and any(word in message for word in _FORMAT_WORDS):
+            return self._step_down(sent["response_format"])
+        for name in ("seed", "temperature"):
+            if name in sent and name in message:
+                self.left_out.add(name)
+                return True
+        return False
+
+    def _step_down(self, refused: object) -> bool:
+        # A concurrent question may have learnt this already: step only from the rung that was refused.
+        if isinstance(refused, dict) and refused.get("type") == self.rung:
+            self.rung = _LADDER[_LADDER.index(self.rung) + 1]
+        return True

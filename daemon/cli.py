@@ -1,0 +1,263 @@
+"""`selfpruner …`: the command line. The only module that may name gpu_worker, inside function bodies."""
+
+import asyncio
+import json
+import signal
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack
+from importlib.resources import as_file, files
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import click
+import typer
+import yaml
+from rich.console import Console
+
+from daemon import embedded
+from daemon.display import Display
+from daemon.launch import Launch, secrets_of
+from daemon.remote import NotRunning, RemoteSearch, open_remote, saved
+from daemon.settings import NAMED_TEXTS, Settings, load
+from daemon.signals import run_until_signal
+from daemon.summary import Summary, show
+from protocol import logs
+from protocol.control import Command
+from protocol.errors import DataError, SelfPrunerError, SettingsError, UsageError
+
+INTERRUPTED = 130
+
+app = typer.Typer(
+    help="An LLM searches, by evolution, how much to prune from each layer of an LLM.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Config = Annotated[Path | None, typer.Argument(help="A YAML file of settings; quickstart.yaml when left out.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="One setting, such as target.rate=0.3; repeatable.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
+SearchName = Annotated[str, typer.Option("--search", help="The search's name.")]
+RedisUrl = Annotated[
+    str | None,
+    typer.Option("--redis-url", envvar="SELFPRUNER_REDIS__URL", help="Left out: the embedded server of the search."),
+]
+Folder = Annotated[
+    Path, typer.Option("--folder", envvar="SELFPRUNER_RUN__FOLDER", help="Where `selfpruner run` keeps searches.")
+]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command. Exit code 2 and one sentence on stderr for what the user must mend."""
+    try:
+        result = typer.main.get_command(app)(args=arguments, standalone_mode=False, prog_name="selfpruner")
+    except click.ClickException as error:
+        error.show()
+        return error.exit_code
+    except click.Abort:
+        return INTERRUPTED
+    except SelfPrunerError as error:
+        print(f"selfpruner: {error}", file=sys.stderr)  # noqa: T201  (the one sentence for a person)
+        return 2 if isinstance(error, UsageError) else 1
+    return result if isinstance(result, int) else 0
+
+
+@app.command()
+def run(config: Config = None, set_: Set = None, json_: Json = False) -> int:
+    """Search with everything on this machine: an embedded Valkey, a local LLM, a worker and the daemon."""
+    with as_file(files("configs") / "quickstart.yaml") as quickstart:
+        settings = load(config or quickstart, set_ or [])
+    _check_texts(settings)
+    with embedded.only_one(settings.folder):
+        terminal = sys.stderr.isatty()
+        logs.configure(file=settings.folder / "log.jsonl", secrets=secrets_of(settings))
+        display = Display(Console(stderr=True)) if terminal else None
+        summary, interrupted = run_until_signal(_run_embedded(settings, display))
+    return _finish(summary, interrupted, json_=json_)
+
+
+@app.command()
+def daemon(config: Annotated[Path, typer.Argument(help="A YAML file of settings.")], set_: Set = None) -> int:
+    """Search with workers, Redis and LLM endpoints that run elsewhere."""
+    settings = load(config, set_ or [])
+    if settings.redis.url is None:
+        raise SettingsError("the setting redis.url is missing: the daemon needs a Redis server that workers reach too")
+    if not settings.llm.endpoints:
+        raise SettingsError("the setting llm.endpoints is missing: give at least one OpenAI-compatible endpoint")
+    settings.folder.mkdir(parents=True, exist_ok=True)
+    logs.configure(file=settings.folder / "log.jsonl", secrets=secrets_of(settings))
+    launch = Launch(settings, settings.redis.url, settings.llm.endpoints, embedded=False)
+    summary, interrupted = run_until_signal(launch.run())
+    return _finish(summary, interrupted, json_=False)
+
+
+@app.command()
+def worker(
+    search: SearchName = "default",
+    redis_url: Annotated[str, typer.Option(envvar="SELFPRUNER_REDIS__URL")] = "redis://127.0.0.1:6379",
+    lease_seconds: Annotated[float, typer.Option(help="A job without sign of life is given away after it.")] = 30.0,
+    max_evaluation_seconds: Annotated[float, typer.Option(help="A longer evaluation has failed.")] = 1800.0,
+    grace_seconds: Annotated[float, typer.Option(help="After SIGTERM, for the evaluation under way.")] = 20.0,
+) -> int:
+    """Prune and measure candidates of a search: one worker, one GPU."""
+    _need("torch", "worker")
+    from gpu_worker.worker import WorkerOptions, run_worker
+
+    logs.configure()
+    options = WorkerOptions(redis_url, search, lease_seconds, max_evaluation_seconds, grace_seconds)
+    asyncio.run(run_worker(options))
+    return 0
+
+
+@app.command()
+def status(
+    search: SearchName = "default", redis_url: RedisUrl = None, folder: Folder = Path("runs"), json_: Json = False
+) -> int:
+    """Say how far a search is."""
+    answer = asyncio.run(_remote(search, redis_url, folder, RemoteSearch.status, otherwise="summary.json"))
+    _answer(answer, json_)
+    return 0
+
+
+@app.command()
+def best(
+    search: SearchName = "default", redis_url: RedisUrl = None, folder: Folder = Path("runs"), json_: Json = False
+) -> int:
+    """Print the best pruning rates so far."""
+    answer = asyncio.run(_remote(search, redis_url, folder, RemoteSearch.best, otherwise="best.json"))
+    _answer(answer, json_)
+    return 0
+
+
+@app.command()
+def pause(search: SearchName = "default", redis_url: RedisUrl = None, folder: Folder = Path("runs")) -> int:
+    """Ask nothing more and measure nothing more; what is being measured is finished. Survives restarts."""
+    return _command("pause", search, redis_url, folder)
+
+
+@app.command()
+def resume(search: SearchName = "default", redis_url: RedisUrl = None, folder: Folder = Path("runs")) -> int:
+    """Go on after a pause."""
+    return _command("run", search, redis_url, folder)
+
+
+@app.command()
+def stop(search: SearchName = "default", redis_url: RedisUrl = None, folder: Folder = Path("runs")) -> int:
+    """End the search's daemon; nothing measured is lost, and the search can be started again."""
+    return _command("stop", search, redis_url, folder)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Option(help="A hub name, a folder, or `smollm2`.")],
+    data: Annotated[str, typer.Option(help="The text to measure on: `wikitext2`, `self`, or a text file.")],
+    calibration_data: Annotated[str | None, typer.Option(help="The text to score on; as --data if left out.")] = None,
+    rate: Annotated[float | None, typer.Option(help="The pruning rate β of --allocate.")] = None,
+    allocate: Annotated[Literal["uniform"] | None, typer.Option(help="An allocation without search.")] = None,
+    rates: Annotated[Path | None, typer.Option(help="A best.json, or any JSON file with `rates`.")] = None,
+    windows: Annotated[int | None, typer.Option(min=1, help="Windows of the text; all if left out.")] = None,
+    calibration_windows: Annotated[int, typer.Option(min=1)] = 32,
+    seqlen: Annotated[int, typer.Option(min=16, help="Tokens of a window.")] = 2048,
+    seed: Annotated[int, typer.Option(help="Chooses the windows.")] = 0,
+    json_: Json = False,
+) -> int:
+    """Prune a model and measure its perplexity, without a search."""
+    _need("torch", "worker")
+    from gpu_worker.evaluate import evaluate_once
+
+    from daemon.evaluation import evaluation_request
+
+    request = evaluation_request(
+        model=model,
+        data=data,
+        calibration_data=calibration_data,
+        rate=rate,
+        allocate=allocate,
+        rates_file=rates,
+        windows=windows,
+        calibration_windows=calibration_windows,
+        seqlen=seqlen,
+        seed=seed,
+    )
+    logs.configure(level="WARNING")
+    with Console(stderr=True).status("") as line:
+        result = evaluate_once(
+            request.spec, request.rates, progress=lambda stage, done, total: line.update(f"{stage} {done}/{total}")
+        )
+    _answer(result.model_dump(), json_)
+    return 0
+
+
+async def _run_embedded(settings: Settings, display: Display | None) -> Summary | None:
+    """The whole of `selfpruner run`: what is started first ends last."""
+    async with AsyncExitStack() as stack:
+        url = settings.redis.url or await stack.enter_async_context(embedded.embedded_server(settings.folder))
+        endpoints = settings.llm.endpoints
+        if not endpoints:
+            endpoints = (await stack.enter_async_context(embedded.local_llm(settings)),)
+        await stack.enter_async_context(embedded.workers(settings, url, console=display is None))
+        return await Launch(settings, url, endpoints, embedded=True, display=display).run()
+
+
+def _finish(summary: Summary | None, interrupted: signal.Signals | None, *, json_: bool) -> int:
+    if summary is not None:
+        if json_:
+            _print_json(summary.model_dump())
+        else:
+            show(summary, Console())
+    if interrupted is not None:
+        return 128 + interrupted
+    return 0 if summary is not None and (summary.best or not summary.finished) else 1
+
+
+def _check_texts(settings: Settings) -> None:
+    """Texts are read by the worker; here, on its machine, a missing file need not wait for it."""
+    for source in {settings.data.calibration, settings.data.fitness, settings.data.report or "self"}:
+        if source not in NAMED_TEXTS and not Path(source).expanduser().is_file():
+            raise DataError(f"there is no text file {source!r}; give a file, or one of {', '.join(NAMED_TEXTS)}")
+
+
+def _need(package: str, extra: str) -> None:
+    if find_spec(package) is None:
+        raise SettingsError(f"this needs the package {package}: pip install 'self-pruner[{extra}]'")
+
+
+def _answer(answer: dict[str, Any], json_: bool) -> None:
+    if json_:
+        _print_json(answer)
+    else:
+        Console().print(yaml.safe_dump(answer, sort_keys=False, allow_unicode=True, default_flow_style=None), end="")
+
+
+def _print_json(answer: dict[str, Any]) -> None:
+    sys.stdout.write(json.dumps(answer, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+async def _remote(
+    search: str,
+    redis_url: str | None,
+    folder: Path,
+    question: Callable[[RemoteSearch], Awaitable[dict[str, Any]]],
+    *,
+    otherwise: str,
+) -> dict[str, Any]:
+    """The running search's answer; of one that ran here and has ended, what it left in the file `otherwise`."""
+    try:
+        async with open_remote(search, redis_url, folder) as remote:
+            return await question(remote)
+    except NotRunning:
+        record = saved(folder / search, otherwise) if redis_url is None else None
+        if record is None:
+            raise
+        return record
+
+
+def _command(command: Command, search: str, redis_url: str | None, folder: Path) -> int:
+    async def write() -> None:
+        async with open_remote(search, redis_url, folder) as remote:
+            await remote.command(command)
+
+    asyncio.run(write())
+    return 0

@@ -1,0 +1,74 @@
+"""The live display of `selfpruner run` on a terminal. Elsewhere the log lines say the same."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+
+from daemon.search import Search
+from daemon.store import SearchStore
+
+REFRESH_SECONDS = 0.5
+
+
+class Display:
+    """Follows a search and its workers: one line for the search, one for each worker."""
+
+    def __init__(self, console: Console) -> None:
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+        )
+        self._line = self._progress.add_task("search: waiting for the model", total=None)
+        self._workers: dict[str, TaskID] = {}
+        self.search: Search | None = None
+
+    @asynccontextmanager
+    async def following(self, store: SearchStore) -> AsyncIterator[None]:
+        """Show the display while the block runs."""
+        with self._progress:
+            task = asyncio.create_task(self._follow(store))
+            try:
+                yield
+            finally:
+                task.cancel()
+
+    async def _follow(self, store: SearchStore) -> None:
+        while True:
+            await self._show_workers(store)
+            if self.search is not None:
+                self._show_search(self.search)
+            await asyncio.sleep(REFRESH_SECONDS)
+
+    def _show_search(self, search: Search) -> None:
+        best = search.population.best()
+        perplexity = f"{best.outcome.perplexity:.2f}" if best and best.outcome.kind == "measured" else "–"
+        state = "paused" if search.pausing.command == "pause" else f"round {search.round}"
+        self._progress.update(
+            self._line,
+            description=f"search: {state}, best {perplexity}, dense {search.card.dense.perplexity:.2f}",
+            completed=len(search.population),
+            total=search.proposed + search.remaining_budget,
+        )
+
+    async def _show_workers(self, store: SearchStore) -> None:
+        statuses = {status.consumer: status for status in await store.workers()}
+        for consumer in self._workers.keys() - statuses.keys():
+            self._progress.remove_task(self._workers.pop(consumer))
+        for consumer, status in statuses.items():
+            line = self._workers.setdefault(consumer, self._progress.add_task("", total=None, visible=False))
+            busy = status.stage not in ("idle", "evaluating") and status.total > 0
+            self._progress.update(
+                line,
+                description=f"worker: {status.stage}",
+                completed=status.done if busy else status.measured,
+                total=status.total if busy else None,
+                visible=True,
+            )

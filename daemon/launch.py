@@ -1,0 +1,244 @@
+"""Puts a search together from its settings and runs it: in charge, card, endpoint, agents, search, summary."""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import structlog
+from agents.crossover import Crossover
+from agents.initializer import Initializer
+from agents.mutator import Mutator
+from agents.prompt import Prompts
+from agents.selector import Selector
+from agents.settings import AgentSettings
+from pydantic import SecretStr
+
+from agents.chat import Chat, ChatPolicy, Endpoint
+from daemon.display import Display
+from daemon.journal import Journal, write_json
+from daemon.pausing import Pausing, StopRequested
+from daemon.search import Agents, Search
+from daemon.settings import EndpointSettings, LlmSettings, Settings
+from daemon.store import TICK_SECONDS, SearchStore
+from daemon.summary import Summary, summarise
+from protocol.card import ModelCard
+from protocol.connection import connect
+from protocol.control import Control
+from protocol.errors import SettingsError, UsageError
+from protocol.keys import Keys
+from protocol.streams import TakenOver
+
+log = structlog.get_logger()
+
+
+class Launch:
+    """One process's work on a search. `embedded`: this process also started the server and the workers."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        redis_url: str,
+        endpoints: Sequence[EndpointSettings],
+        *,
+        embedded: bool,
+        display: Display | None = None,
+    ) -> None:
+        self._settings = settings
+        self._spec = settings.spec()
+        self._endpoints = [make_endpoint(e) for e in endpoints]
+        self._embedded = embedded
+        self._display = display
+        keys = Keys(settings.search.name)
+        self._redis = connect(redis_url)
+        self._store = SearchStore(self._redis, keys, self._spec)
+        self._pausing = Pausing(Control(self._redis, keys))
+        self._journal = Journal(settings.folder)
+        self._search: Search | None = None
+        self._counters: dict[str, float] = {}
+        self._counted: dict[str, float] = {}
+        self._since = time.monotonic()
+
+    async def run(self) -> Summary | None:
+        """Run the search to its end, or until it is stopped or cancelled: the summary then says so.
+
+        None when it ended before the model card was there.
+        """
+        structlog.contextvars.bind_contextvars(search=self._settings.search.name)
+        finished = False
+        try:
+            finished = await self._in_group()
+        except asyncio.CancelledError:
+            log.info("search_interrupted")
+        finally:
+            await self._close()
+        return self._summary(finished=finished)
+
+    async def _in_group(self) -> bool:
+        finished = False
+        try:
+            async with asyncio.TaskGroup() as group:
+                finished = await self._work(group)
+        except* StopRequested:
+            log.info("search_stopped")
+        except* TakenOver as errors:
+            raise errors.exceptions[0] from None
+        except* UsageError as errors:
+            raise errors.exceptions[0] from None
+        return finished
+
+    async def _work(self, group: asyncio.TaskGroup) -> bool:
+        async with AsyncExitStack() as stack:
+            queue = await self._store.take_charge(previous_is_dead=self._embedded)
+            if self._display:
+                await stack.enter_async_context(self._display.following(self._store))
+            await self._pausing.begin(clear_stop=self._embedded)
+            watch = group.create_task(self._pausing.watch())
+            history = await self._store.history()
+            self._counters = history.counters
+            if requeued := await self._store.repair(queue, history):
+                log.warning("candidates_requeued", count=requeued)
+            card = await self._wait_for_card()
+            chat = await stack.enter_async_context(self._chat())
+            counting = group.create_task(self._count_for_ever(chat))
+            search = Search(
+                self._settings.search.name,
+                self._spec,
+                self._settings.search,
+                card=card,
+                agents=make_agents(self._settings.llm, chat),
+                queue=queue,
+                store=self._store,
+                journal=self._journal,
+                history=history,
+                pausing=self._pausing,
+            )
+            self._search = search
+            if self._display:
+                self._display.search = search
+            if search.remaining_budget:
+                await chat.wait_ready(lambda name: log.warning("endpoint_not_ready", endpoint=name))
+            try:
+                await search.run()
+            finally:
+                await self._count(chat)
+            watch.cancel()
+            counting.cancel()
+        return True
+
+    async def _wait_for_card(self) -> ModelCard:
+        """The model card; logs once that it waits. With workers of our own, what they cannot do ends the search."""
+        waiting = False
+        complained: set[str] = set()
+        while (card := await self._store.card()) is None:
+            if not waiting:
+                log.info("waiting_for_worker", needs="the model card")
+            waiting = True
+            for status in await self._store.workers():
+                if status.stage == "unusable" and status.detail not in complained:
+                    complained.add(status.detail)
+                    if self._embedded:
+                        raise UsageError(status.detail)
+                    log.error("worker_unusable", worker=status.consumer, detail=status.detail)
+            await asyncio.sleep(0.5)
+        log.info("model_card", dense_perplexity=round(card.dense.perplexity, 3), units=len(card.sensitivity))
+        return card
+
+    def _chat(self) -> Chat:
+        llm = self._settings.llm
+        policy = ChatPolicy(
+            attempts=llm.attempts,
+            deadline=llm.deadline_seconds,
+            byte_cap=llm.max_reply_bytes,
+            concurrency=llm.concurrency,
+        )
+        return Chat(self._endpoints, policy, gate=self._pausing.gate, record=self._journal.transcript)
+
+    async def _count_for_ever(self, chat: Chat) -> None:
+        while True:
+            await asyncio.sleep(TICK_SECONDS)
+            await self._count(chat)
+
+    async def _count(self, chat: Chat) -> None:
+        """Make the tokens used and the seconds spent since the last call durable."""
+        now = time.monotonic()
+        usage = chat.usage.values()
+        totals = {
+            "requests": float(sum(u.requests for u in usage)),
+            "prompt_tokens": float(sum(u.prompt_tokens for u in usage)),
+            "completion_tokens": float(sum(u.completion_tokens for u in usage)),
+            "seconds": now - self._since,
+        }
+        changes = {name: total - self._counted.get(name, 0.0) for name, total in totals.items()}
+        self._counted = totals
+        for name, change in changes.items():
+            self._counters[name] = self._counters.get(name, 0.0) + change
+        await self._store.count(changes)
+
+    def _summary(self, *, finished: bool) -> Summary | None:
+        search = self._search
+        if search is None:
+            return None
+        summary = summarise(
+            search.name,
+            self._spec,
+            search.card,
+            search.ledger,
+            search.population,
+            self._counters,
+            finished=finished,
+        )
+        write_json(self._settings.folder / "summary.json", summary.model_dump())
+        return summary
+
+    async def _close(self) -> None:
+        self._journal.close()
+        try:
+            async with asyncio.timeout(2):
+                await self._store.step_down()
+        except Exception as error:  # noqa: BLE001  (a boundary: the end must not fail for a server that is gone)
+            log.debug("not_stepped_down", error=str(error))
+        await self._redis.aclose()
+
+
+def make_agents(llm: LlmSettings, chat: Chat) -> Agents:
+    """The four agents that ask this LLM."""
+    settings = AgentSettings(
+        reply=llm.reply,
+        proposals_per_call=llm.proposals_per_call,
+        reasks=llm.reasks,
+        temperature=llm.temperature,
+        max_tokens=llm.max_tokens,
+    )
+    prompts = Prompts()
+    return Agents(
+        initializer=Initializer(chat, prompts, settings),
+        selector=Selector(chat, prompts, settings),
+        mutator=Mutator(chat, prompts, settings),
+        crossover=Crossover(chat, prompts, settings),
+    )
+
+
+def make_endpoint(settings: EndpointSettings) -> Endpoint:
+    """The endpoint with its key, read from its file where it has one."""
+    key = settings.api_key
+    if settings.api_key_file is not None:
+        key = SecretStr(_read_key(settings.api_key_file))
+    name = settings.name or urlsplit(settings.base_url).netloc
+    return Endpoint(name=name, base_url=settings.base_url, model=settings.model, api_key=key)
+
+
+def secrets_of(settings: Settings) -> list[str]:
+    """Every secret value in the settings, for the log's redaction."""
+    keys = [make_endpoint(e).api_key for e in settings.llm.endpoints]
+    password = urlsplit(settings.redis.url).password if settings.redis.url else None
+    return [key.get_secret_value() for key in keys if key] + ([password] if password else [])
+
+
+def _read_key(path: Path) -> str:
+    try:
+        return path.expanduser().read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise SettingsError(f"llm.endpoints: the key file {str(path)!r} cannot be read: {error.strerror}") from error

@@ -1,0 +1,37 @@
+"""Ending on SIGINT and SIGTERM: the first one asks the work to save and end, the second one ends the process."""
+
+import asyncio
+import os
+import signal
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+import structlog
+
+T = TypeVar("T")
+
+log = structlog.get_logger()
+
+
+def run_until_signal(work: Coroutine[Any, Any, T]) -> tuple[T | None, signal.Signals | None]:
+    """Run `work`; a first signal cancels it, and is returned beside whatever the work still answered."""
+    return asyncio.run(_run(work))
+
+
+async def _run(work: Coroutine[Any, Any, T]) -> tuple[T | None, signal.Signals | None]:
+    received: list[signal.Signals] = []
+    task = asyncio.ensure_future(work)
+
+    def on_signal(number: signal.Signals) -> None:
+        if received:
+            os._exit(128 + number)  # children are on a leash (daemon.leash) and end by themselves
+        received.append(number)
+        log.info("ending", signal=number.name)
+        task.cancel()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, on_signal, number)
+    try:
+        return await task, received[0] if received else None
+    except asyncio.CancelledError:
+        return None, received[0] if received else None

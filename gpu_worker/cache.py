@@ -1,0 +1,35 @@
+"""The user's cache folder, and entries that appear in it whole or not at all."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+
+def cache_dir() -> Path:
+    """`$XDG_CACHE_HOME/selfpruner`, or `~/.cache/selfpruner`."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "selfpruner"
+
+
+def cached(name: str, write: Callable[[Path], None]) -> Path:
+    """The folder `name` of the cache; where it is missing, `write` fills it first.
+
+    `write` gets an empty folder that is renamed into place when it returns. Two processes may write at once: the first
+    to finish is kept.
+    """
+    target = cache_dir() / name
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=target.parent))
+    try:
+        write(unfinished)
+        unfinished.rename(target)
+    except OSError:
+        if not target.is_dir():
+            raise
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return target
