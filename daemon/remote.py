@@ -84,7 +84,7 @@ async def open_remote(search: str, redis_url: str | None, folder: Path) -> Async
         await redis.aclose()
 
 
-class NotRunning(UsageError):
+class NotRunning(UsageError):  # noqa: N818
     """The search's server does not answer."""
 
 

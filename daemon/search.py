@@ -83,7 +83,7 @@ class Search:
             in_charge.cancel()
 
     async def _generations(self) -> None:
-        await self._enqueue_plan(self.spec.uniform_plan(self.card.shape))
+        await self._enqueue_plan(self.spec.uniform_plan(self.card.shape), self.spec.uniform_rates(self.card.shape))
         await self._populate()
         for round_ in range(1, self._settings.rounds + 1):
             await self._keeper.settled()
@@ -118,8 +118,9 @@ class Search:
         best = self.population.best()
         if self.spec.report is None or best is None:
             return
-        for plan, rates in ((self.spec.uniform_plan(self.card.shape), ()), (best.candidate.plan, best.candidate.rates)):
-            await self._enqueue_plan(plan, rates, text="report")
+        shape = self.card.shape
+        await self._enqueue_plan(self.spec.uniform_plan(shape), self.spec.uniform_rates(shape), text="report")
+        await self._enqueue_plan(best.candidate.plan, best.candidate.rates, text="report")
         await self._keeper.settled()
 
     async def _submit(self, rates: Sequence[float], provenance: Provenance) -> Accepted | Refused:
@@ -138,7 +139,7 @@ class Search:
             return Refused("it prunes the model exactly as an earlier configuration does")
         return await self._enqueue(candidate)
 
-    async def _enqueue_plan(self, plan: Plan, rates: Sequence[float] = (), *, text: Text = "fitness") -> None:
+    async def _enqueue_plan(self, plan: Plan, rates: Sequence[float], *, text: Text = "fitness") -> None:
         provenance = Provenance(agent="baseline", source="allocation", round=0)
         id_ = candidate_id(plan, self.spec.fingerprint, text)
         if id_ not in self.ledger:

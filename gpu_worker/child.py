@@ -1,6 +1,7 @@
 """The parent's handle on the evaluation process: start it, ask it, kill it with all that it started."""
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -82,10 +83,8 @@ class EvaluationChild:
         """End the process and everything in its group, at once."""
         if self._process is None:
             return
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         await self._process.wait()
 
     def _send(self, message: dict[str, Any]) -> None:

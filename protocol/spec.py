@@ -55,6 +55,10 @@ class SearchSpec(BaseModel):
         """The plan that these feasible rates become on a model of this `shape`."""
         return make_plan(rates, shape, granularity=self.granularity, split=self.split, multiple_of=self.multiple_of)
 
+    def uniform_rates(self, shape: ModelShape) -> tuple[float, ...]:
+        """The rate of this search for every unit."""
+        return self.feasible([self.rate] * len(shape.units(self.granularity)), shape)
+
     def uniform_plan(self, shape: ModelShape) -> Plan:
         """The allocation every method is compared with: the same rate for all layers, equal split, as Wanda-sp does."""
         uniform = feasible_rates([self.rate] * len(shape.layers), shape, self.rate, granularity="layer")

@@ -124,6 +124,7 @@ class JobQueue:
         self._patiently = Patience(keys.jobs)
         self._calm_since = time.monotonic()
         self._outages_seen = 0
+        self._server = ""
         self._last_beat = time.monotonic()
 
     async def claim(self) -> Job | None:
@@ -185,8 +186,7 @@ class JobQueue:
         return entries[0] if entries else None
 
     async def _take_over(self) -> tuple[str, dict[str, str]] | None:
-        if self._patiently.outages != self._outages_seen:
-            self._outages_seen, self._calm_since = self._patiently.outages, time.monotonic()
+        await self._notice_outage()
         if (time.monotonic() - self._calm_since) * 1000 < self._lease_ms:
             return None
         pending = await self._patiently(
@@ -202,6 +202,13 @@ class JobQueue:
                 message, flat = taken[0]
                 return message, dict(zip(flat[::2], flat[1::2], strict=True))
         return None
+
+    async def _notice_outage(self) -> None:
+        """Start the calm time anew after a connection loss, and after a restart that happened between two calls."""
+        server = str((await self._patiently(lambda: self._redis.info("server"))).get("run_id"))
+        if self._patiently.outages != self._outages_seen or server != self._server:
+            self._calm_since = time.monotonic()
+        self._outages_seen, self._server = self._patiently.outages, server
 
     async def _decode(self, message: str, fields: dict[str, str]) -> Job | None:
         try:

@@ -1,0 +1,284 @@
+"""The streams on real servers: at least once delivered, once in effect."""
+
+import asyncio
+from typing import Any
+
+import pytest
+from redis.asyncio import Redis
+
+from protocol.candidate import Failed
+from protocol.connection import connect
+from protocol.keys import GROUP, Keys
+from protocol.streams import CandidateQueue, Job, JobQueue, Result, TakenOver
+from tests.samples import SPEC, candidates, measured
+from tests.servers import Server, eventually
+
+LEASE = 0.6
+
+
+@pytest.fixture
+async def queue(redis: Redis, keys: Keys) -> CandidateQueue:
+    await redis.set(keys.epoch, 1)
+    return CandidateQueue(redis, keys, epoch=1, fingerprint=SPEC.fingerprint)
+
+
+def worker(redis: Redis, keys: Keys, name: str, lease: float = LEASE) -> JobQueue:
+    return JobQueue(redis, keys, name, lease_seconds=lease)
+
+
+async def claimed(jobs: JobQueue) -> Job:
+    """The next job; the first call only creates the group, and a read may come back empty."""
+    async with asyncio.timeout(20):
+        while True:
+            if job := await jobs.claim():
+                return job
+
+
+async def length(redis: Any, stream: str) -> int:
+    return int(await redis.xlen(stream))
+
+
+async def test_a_candidate_travels_from_the_daemon_to_a_worker_and_its_outcome_back(
+    redis: Redis, keys: Keys, queue: CandidateQueue
+) -> None:
+    (one,) = candidates(1)
+    jobs = worker(redis, keys, "w1")
+    assert await queue.enqueue(one)
+    job = await claimed(jobs)
+    assert job.candidate == one
+    assert job.fingerprint == SPEC.fingerprint
+    assert await jobs.commit(job, measured(12.5, one))
+    (result,) = await queue.results("0-0")
+    assert (result.id, result.outcome) == (one.id, measured(12.5, one))
+    assert await queue.apply(result)
+    assert await length(redis, keys.jobs) == await length(redis, keys.results) == 0
+
+
+async def test_enqueueing_twice_leaves_one_entry(redis: Redis, keys: Keys, queue: CandidateQueue) -> None:
+    (one,) = candidates(1)
+    assert [await queue.enqueue(one), await queue.enqueue(one)] == [True, False]
+    assert await length(redis, keys.jobs) == 1
+
+
+async def test_a_daemon_that_was_replaced_can_neither_enqueue_nor_apply(
+    redis: Redis, keys: Keys, queue: CandidateQueue
+) -> None:
+    (one,) = candidates(1)
+    await redis.incr(keys.epoch)
+    with pytest.raises(TakenOver):
+        await queue.enqueue(one)
+    with pytest.raises(TakenOver):
+        await queue.apply(Result("1-1", one.id, measured(3.0, one)))
+    assert not await redis.exists(keys.jobs, keys.outcomes)
+
+
+async def test_the_first_outcome_of_an_id_counts_whoever_comes_later(
+    redis: Redis, keys: Keys, queue: CandidateQueue
+) -> None:
+    (one,) = candidates(1)
+    await queue.enqueue(one)
+    jobs = worker(redis, keys, "w1")
+    job = await claimed(jobs)
+    assert await jobs.commit(job, measured(5.0, one))
+    assert not await worker(redis, keys, "w2").commit(job, measured(6.0, one))
+    assert [r.outcome for r in await queue.results("0-0")] == [measured(5.0, one)]
+
+
+async def test_an_outcome_is_applied_once(redis: Redis, keys: Keys, queue: CandidateQueue) -> None:
+    (one,) = candidates(1)
+    result = Result("5-1", one.id, measured(5.0, one))
+    assert [await queue.apply(result), await queue.apply(result)] == [True, False]
+    client: Any = redis
+    assert await client.lrange(keys.applied, 0, -1) == [one.id]
+    assert await client.hget(keys.state, "cursor") == "5-1"
+
+
+async def test_a_dead_workers_job_goes_to_another(redis: Redis, keys: Keys, queue: CandidateQueue) -> None:
+    (one,) = candidates(1)
+    await queue.enqueue(one)
+    dead, living = worker(redis, keys, "dead"), worker(redis, keys, "living")
+    job = await claimed(dead)
+    await dead.beat(job, "{}")
+    taken = await claimed(living)
+    assert taken.candidate == one
+    assert await living.commit(taken, measured(4.0, one))
+    assert not await dead.commit(job, measured(9.0, one))
+
+
+async def test_a_beating_workers_job_stays_its_own_for_many_leases(
+    redis: Redis, keys: Keys, queue: CandidateQueue
+) -> None:
+    (one,) = candidates(1)
+    await queue.enqueue(one)
+    slow, idle = worker(redis, keys, "slow"), worker(redis, keys, "idle")
+    job = await claimed(slow)
+    for _ in range(12):
+        assert await slow.beat(job, "{}")
+        assert await asyncio.wait_for(_take_over(idle), 5) is None
+        await asyncio.sleep(LEASE / 3)
+
+
+async def _take_over(jobs: JobQueue) -> Any:
+    return await jobs._take_over()
+
+
+async def test_an_owner_with_a_sign_of_life_is_safe_even_if_its_job_looks_idle(
+    redis: Redis, keys: Keys, queue: CandidateQueue
+) -> None:
+    (one,) = candidates(1)
+    await queue.enqueue(one)
+    owner, other = worker(redis, keys, "owner", lease=30), worker(redis, keys, "other")
+    job = await claimed(owner)
+    await owner.beat(job, "{}")
+    client: Any = redis
+    await client.xclaim(keys.jobs, GROUP, "owner", 0, [job.message], idle=1_000_000, justid=True)
+    await asyncio.sleep(2 * LEASE)
+    assert await other._take_over() is None
+
+
+async def test_a_former_owners_beat_does_not_steal_the_job_back(
+    redis: Redis, keys: Keys, queue: CandidateQueue
+) -> None:
+    (one,) = candidates(1)
+    await queue.enqueue(one)
+    former, new = worker(redis, keys, "former"), worker(redis, keys, "new")
+    job = await claimed(former)
+    taken = await claimed(new)
+    assert not await former.beat(job, "{}")
+    assert await new.beat(taken, "{}")
+
+
+async def test_a_released_job_is_free_at_once(redis: Redis, keys: Keys, queue: CandidateQueue) -> None:
+    (one,) = candidates(1)
+    await queue.enqueue(one)
+    first, second = worker(redis, keys, "first", lease=30), worker(redis, keys, "second", lease=30)
+    job = await claimed(first)
+    await first.beat(job, "{}")
+    assert await second._take_over() is None
+    second._calm_since -= 60  # it has been watching for longer than a lease
+    assert await second._take_over() is None
+    await first.release(job)
+    taken = await second._take_over()
+    assert taken is not None
+
+
+async def test_a_job_whose_delivery_got_lost_is_found_again_by_its_worker(
+    redis: Redis, keys: Keys, queue: CandidateQueue
+) -> None:
+    (one,) = candidates(1)
+    await queue.enqueue(one)
+    jobs = worker(redis, keys, "w1", lease=30)
+    lost = await claimed(jobs)
+    found = await claimed(jobs)
+    assert found == lost
+
+
+async def test_nothing_is_taken_over_within_a_lease_of_an_outage(
+    redis: Redis, keys: Keys, queue: CandidateQueue, server: Server
+) -> None:
+    (one,) = candidates(1)
+    await queue.enqueue(one)
+    owner, other = worker(redis, keys, "owner", lease=2), worker(redis, keys, "other", lease=2)
+    await claimed(owner)
+    assert await other.claim() is None
+    other._calm_since -= 60
+    server.kill()
+    await asyncio.sleep(2.1)
+    server.start()
+    assert await other._take_over() is None  # the owner's sign of life ran out while nobody could renew it
+    assert await claimed(other)
+
+
+async def test_a_lost_stream_and_group_heal_and_the_ledger_brings_the_jobs_back(
+    redis: Redis, keys: Keys, queue: CandidateQueue
+) -> None:
+    one, two = candidates(2)
+    await queue.enqueue(one)
+    await queue.enqueue(two)
+    jobs = worker(redis, keys, "w1")
+    await jobs.commit(await claimed(jobs), measured(5.0, one))
+    await redis.delete(keys.jobs)
+    assert await queue.queued() == set()
+    assert not await queue.requeue(one.id)
+    assert await queue.requeue(two.id)
+    assert (await claimed(jobs)).candidate == two
+
+
+async def test_an_unreadable_job_is_dropped_and_the_next_one_served(
+    redis: Redis, keys: Keys, queue: CandidateQueue
+) -> None:
+    client: Any = redis
+    await client.xadd(keys.jobs, {"id": "x", "candidate": "{not json", "fingerprint": "f"})
+    await client.xadd(keys.jobs, {"nothing": "of ours"})
+    (one,) = candidates(1)
+    await queue.enqueue(one)
+    assert (await claimed(worker(redis, keys, "w1"))).candidate == one
+    assert await length(redis, keys.jobs) == 1
+
+
+async def test_an_unreadable_result_is_dropped_and_the_next_one_read(
+    redis: Redis, keys: Keys, queue: CandidateQueue
+) -> None:
+    (one,) = candidates(1)
+    client: Any = redis
+    await client.xadd(keys.results, {"id": one.id, "outcome": '{"kind":"measured","perplexity":NaN}'})
+    await client.xadd(keys.results, {"garbage": "1"})
+    await client.xadd(keys.results, {"id": one.id, "outcome": Failed(reason="timeout").model_dump_json()})
+    assert [r.outcome for r in await queue.results("0-0")] == [Failed(reason="timeout")]
+
+
+async def test_a_commit_waits_for_a_server_that_is_away_and_then_counts(
+    redis: Redis, keys: Keys, queue: CandidateQueue, server: Server
+) -> None:
+    (one,) = candidates(1)
+    await queue.enqueue(one)
+    jobs = worker(redis, keys, "w1")
+    job = await claimed(jobs)
+    server.kill()
+    commit = asyncio.create_task(jobs.commit(job, measured(7.0, one)))
+    await asyncio.sleep(0.3)
+    assert not commit.done()
+    server.start()
+    assert await commit
+    assert len(await queue.results("0-0")) == 1
+
+
+async def test_repeated_enqueues_while_connections_are_being_cut_leave_one_entry_each(
+    redis: Redis, keys: Keys, queue: CandidateQueue, server: Server
+) -> None:
+    killer = connect(server.url)
+    many = candidates(30)
+
+    async def cut() -> None:
+        while True:
+            await killer.client_kill_filter(_type="normal", skipme=True)
+            await asyncio.sleep(0.01)
+
+    cutting = asyncio.create_task(cut())
+    await asyncio.gather(*(queue.enqueue(c) for c in many for _ in range(5)))
+    cutting.cancel()
+    await killer.aclose()
+    assert await length(redis, keys.jobs) == len(many)
+    assert await queue.queued() == {c.id for c in many}
+
+
+async def test_results_are_read_from_the_cursor_on(redis: Redis, keys: Keys, queue: CandidateQueue) -> None:
+    one, two = candidates(2)
+    jobs = worker(redis, keys, "w1")
+    for each in (one, two):
+        await queue.enqueue(each)
+        await jobs.commit(await claimed(jobs), measured(5.0, each))
+    first, second = await queue.results("0-0")
+    assert (first.id, second.id) == (one.id, two.id)
+    assert [r.id for r in await queue.results(first.cursor)] == [two.id]
+
+
+async def test_a_worker_shows_its_status_for_one_lease_only(redis: Redis, keys: Keys, queue: CandidateQueue) -> None:
+    client: Any = redis
+    await worker(redis, keys, "w1").beat(None, '{"stage":"idle"}')
+    assert await client.get(keys.worker("w1")) == '{"stage":"idle"}'
+
+    async def gone() -> bool:
+        return not await client.exists(keys.worker("w1"))
+
+    await eventually(gone)
