@@ -251,7 +251,7 @@ def load(config: Path | None, overrides: Sequence[str] = ()) -> Settings:
     try:
         settings = Sources(**_overrides(overrides))
     except ValidationError as error:
-        raise SettingsError(_sentence(error)) from error
+        raise SettingsError(validation_sentence(error)) from error
     except (yaml.YAMLError, TypeError, ValueError) as error:
         raise SettingsError(f"{config} is no YAML mapping of settings: {_one_line(error)}") from error
     if settings.search.lowest_rate > settings.target.rate or settings.search.highest_rate < settings.target.rate:
@@ -300,7 +300,8 @@ def _check_environment(environ: Iterable[str]) -> None:
                 raise SettingsError(f"the environment variable {variable} names no setting: {_unknown(dotted)}")
 
 
-def _sentence(error: ValidationError) -> str:
+def validation_sentence(error: ValidationError) -> str:
+    """The first thing that is wrong, in one sentence."""
     first = error.errors()[0]
     name = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":

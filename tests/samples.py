@@ -37,7 +37,9 @@ CARD = ModelCard(
 )
 
 
-def candidate(rates: tuple[float, ...], *, agent: str = "mutator", round_: int = 1, spec: SearchSpec = SPEC) -> Candidate:
+def candidate(
+    rates: tuple[float, ...], *, agent: str = "mutator", round_: int = 1, spec: SearchSpec = SPEC
+) -> Candidate:
     """The candidate that these rates become."""
     feasible = spec.feasible(rates, SHAPE)
     plan = spec.plan(feasible, SHAPE)

@@ -1,0 +1,68 @@
+"""The control key, as people and the command line set it."""
+
+import asyncio
+
+import pytest
+from redis.asyncio import Redis
+
+from daemon.pausing import Pausing, StopRequested
+from protocol.control import Control
+from protocol.keys import Keys
+
+
+async def test_without_a_key_the_search_runs(redis: Redis, keys: Keys) -> None:
+    assert await Control(redis, keys).read() == "run"
+
+
+@pytest.mark.parametrize("written", ["pause", "PAUSE", " pause\n"])
+async def test_a_value_set_by_hand_is_understood(redis: Redis, keys: Keys, written: str) -> None:
+    await redis.set("selfpruner:test:control", written)
+    assert await Control(redis, keys).read() == "pause"
+
+
+async def test_a_value_that_means_nothing_changes_nothing(redis: Redis, keys: Keys) -> None:
+    control = Control(redis, keys)
+    await control.write("pause")
+    assert await control.read() == "pause"
+    await redis.set(keys.control, "puase")
+    assert await control.read() == "pause"
+
+
+async def test_the_gate_closes_on_pause_and_opens_on_resume(redis: Redis, keys: Keys) -> None:
+    control = Control(redis, keys)
+    pausing = Pausing(control)
+    await pausing.begin(clear_stop=False)
+    watching = asyncio.create_task(pausing.watch())
+    await pausing.gate()
+    await control.write("pause")
+    async with asyncio.timeout(10):
+        while pausing.command != "pause":
+            await asyncio.sleep(0.01)
+    waiting = asyncio.create_task(pausing.gate())
+    await asyncio.sleep(0.1)
+    assert not waiting.done()
+    await control.write("run")
+    async with asyncio.timeout(10):
+        await waiting
+    watching.cancel()
+
+
+async def test_stop_ends_the_watching(redis: Redis, keys: Keys) -> None:
+    control = Control(redis, keys)
+    pausing = Pausing(control)
+    await pausing.begin(clear_stop=False)
+    await control.write("stop")
+    with pytest.raises(StopRequested):
+        async with asyncio.timeout(10):
+            await pausing.watch()
+
+
+async def test_a_person_who_starts_a_stopped_search_overrules_the_stop_but_not_a_pause(
+    redis: Redis, keys: Keys
+) -> None:
+    control = Control(redis, keys)
+    for before, after in (("stop", "run"), ("pause", "pause")):
+        await control.write(before)  # type: ignore[arg-type]
+        pausing = Pausing(control)
+        await pausing.begin(clear_stop=True)
+        assert pausing.command == after

@@ -1,0 +1,91 @@
+"""The population and its keeper."""
+
+import asyncio
+
+from agents.population import Evaluation, Population
+from agents.population_keeper import PopulationKeeper
+from protocol.candidate import Candidate, Failed
+from protocol.streams import Result
+from tests.samples import candidate, candidates, measured
+
+
+def test_members_are_ranked_by_perplexity_and_the_earlier_of_equals_comes_first() -> None:
+    population = Population()
+    many = candidates(4)
+    for each, perplexity in zip(many, (5.0, 3.0, 5.0, 4.0), strict=True):
+        population.insert(each, measured(perplexity, each))
+    assert [e.candidate for e in population.top(4)] == [many[1], many[3], many[0], many[2]]
+    assert [e.candidate for e in population.top(2)] == [many[1], many[3]]
+
+
+def test_only_an_improvement_is_a_new_best() -> None:
+    population = Population()
+    many = candidates(3)
+    answers = [population.insert(c, measured(p, c)) for c, p in zip(many, (5.0, 4.0, 4.0), strict=True)]
+    assert answers == [True, True, False]
+
+
+def test_failed_candidates_and_baselines_are_remembered_but_are_no_members() -> None:
+    population = Population()
+    failed, other = candidates(2)
+    baseline = candidate((0.3,) * 4, agent="baseline", round_=0)
+    assert not population.insert(failed, Failed(reason="timeout"))
+    assert not population.insert(baseline, measured(1.0, baseline))
+    assert population.insert(other, measured(9.0, other))
+    assert len(population) == 1
+    assert failed.id in population and baseline.id in population
+    best = population.best()
+    assert best is not None and best.candidate == other
+
+
+def test_a_second_outcome_changes_nothing() -> None:
+    population = Population()
+    (one,) = candidates(1)
+    population.insert(one, measured(5.0, one))
+    assert not population.insert(one, measured(1.0, one))
+    assert [e.outcome for e in population] == [measured(5.0, one)]
+
+
+class Scripted:
+    """Results to consume, and what was applied."""
+
+    def __init__(self, results: list[Result]) -> None:
+        self._results = results
+        self.applied: list[str] = []
+
+    async def results(self, cursor: str) -> list[Result]:
+        await asyncio.sleep(0)
+        return [r for r in self._results if int(r.cursor) > int(cursor)]
+
+    async def apply(self, result: Result) -> bool:
+        self.applied.append(result.id)
+        return self.applied.count(result.id) == 1
+
+
+async def test_the_keeper_applies_each_outcome_once_in_order_and_tells_who_waits() -> None:
+    one, two = candidates(2)
+    ledger: dict[str, Candidate] = {one.id: one, two.id: two}
+    source = Scripted(
+        [
+            Result("1", one.id, measured(5.0, one)),
+            Result("2", "unknown", measured(1.0)),
+            Result("3", one.id, measured(2.0, one)),
+            Result("4", two.id, measured(4.0, two)),
+        ]
+    )
+    noted: list[tuple[Evaluation, bool]] = []
+    population = Population()
+    keeper = PopulationKeeper(
+        source, population, ledger, cursor="0", on_evaluation=lambda e, best: noted.append((e, best))
+    )
+    running = asyncio.create_task(keeper.run())
+    async with asyncio.timeout(10):
+        await keeper.settled()
+    running.cancel()
+    assert [(e.candidate.id, best) for e, best in noted] == [(one.id, True), (two.id, True)]
+    assert [e.outcome for e in noted_evaluations(noted)] == [measured(5.0, one), measured(4.0, two)]
+    assert source.applied == [one.id, one.id, two.id]
+
+
+def noted_evaluations(noted: list[tuple[Evaluation, bool]]) -> list[Evaluation]:
+    return [evaluation for evaluation, _ in noted]

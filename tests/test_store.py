@@ -1,0 +1,121 @@
+"""The durable state: who is in charge, and what a restart finds."""
+
+import asyncio
+from typing import Any
+
+import pytest
+from redis.asyncio import Redis
+
+from daemon import store as store_module
+from daemon.store import SearchStore
+from protocol.connection import check_server
+from protocol.errors import SearchExistsError, StoreError
+from protocol.keys import Keys
+from protocol.streams import JobQueue, TakenOver
+from tests.samples import SPEC, candidates, measured
+from tests.test_streams import claimed
+
+
+@pytest.fixture(autouse=True)
+def _short_signs_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "SIGN_OF_LIFE_SECONDS", 1.2)
+    monkeypatch.setattr(store_module, "TICK_SECONDS", 0.3)
+
+
+async def test_a_restart_finds_the_ledger_and_the_outcomes_in_their_order(redis: Redis, keys: Keys) -> None:
+    first = SearchStore(redis, keys, SPEC)
+    queue = await first.take_charge()
+    many = candidates(6)
+    for each in many:
+        await queue.enqueue(each)
+    jobs = JobQueue(redis, keys, "w", lease_seconds=30)
+    for perplexity in (9.0, 8.0, 7.0):
+        job = await claimed(jobs)
+        await jobs.commit(job, measured(perplexity, job.candidate))
+    for result in await queue.results("0-0"):
+        await queue.apply(result)
+
+    second = SearchStore(redis, keys, SPEC)
+    await second.take_charge(previous_is_dead=True)
+    history = await second.history()
+    assert list(history.ledger.values()) == many
+    assert [o.kind for o in history.outcomes.values()] == ["measured"] * 3
+    assert list(history.outcomes) == [c.id for c in many[:3]]
+    assert history.cursor != "0-0"
+
+
+async def test_lost_jobs_are_put_back_and_done_ones_are_not(redis: Redis, keys: Keys) -> None:
+    store = SearchStore(redis, keys, SPEC)
+    queue = await store.take_charge()
+    many = candidates(4)
+    for each in many:
+        await queue.enqueue(each)
+    jobs = JobQueue(redis, keys, "w", lease_seconds=30)
+    job = await claimed(jobs)
+    await jobs.commit(job, measured(5.0, job.candidate))
+    await redis.delete(keys.jobs)
+    assert await store.repair(queue, await store.history()) == 3
+    assert await store.repair(queue, await store.history()) == 0
+    assert await queue.queued() == {c.id for c in many[1:]}
+
+
+async def test_a_living_daemon_is_not_replaced(redis: Redis, keys: Keys) -> None:
+    first = SearchStore(redis, keys, SPEC)
+    await first.take_charge()
+    living = asyncio.create_task(first.stay_in_charge())
+    with pytest.raises(SearchExistsError, match="already run by"):
+        await SearchStore(redis, keys, SPEC).take_charge()
+    living.cancel()
+
+
+async def test_a_killed_daemon_is_waited_out_and_replaced(redis: Redis, keys: Keys) -> None:
+    await SearchStore(redis, keys, SPEC).take_charge()
+    await SearchStore(redis, keys, SPEC).take_charge()
+
+
+async def test_a_replaced_daemon_notices(redis: Redis, keys: Keys) -> None:
+    first = SearchStore(redis, keys, SPEC)
+    await first.take_charge()
+    await SearchStore(redis, keys, SPEC).take_charge(previous_is_dead=True)
+    with pytest.raises(TakenOver):
+        async with asyncio.timeout(10):
+            await first.stay_in_charge()
+
+
+async def test_stepping_down_lets_a_successor_begin_at_once(redis: Redis, keys: Keys) -> None:
+    first = SearchStore(redis, keys, SPEC)
+    await first.take_charge()
+    await first.step_down()
+    assert not await redis.exists(keys.daemon)
+
+
+async def test_another_spec_under_the_same_name_is_refused_and_the_difference_named(redis: Redis, keys: Keys) -> None:
+    await SearchStore(redis, keys, SPEC).take_charge()
+    other = SPEC.model_copy(update={"rate": 0.5})
+    with pytest.raises(SearchExistsError, match=r"rate: 0\.3 there, 0\.5 here"):
+        await SearchStore(redis, keys, other).take_charge(previous_is_dead=True)
+
+
+async def test_counters_add_up_over_restarts(redis: Redis, keys: Keys) -> None:
+    for _ in range(2):
+        store = SearchStore(redis, keys, SPEC)
+        await store.take_charge(previous_is_dead=True)
+        await store.count({"seconds": 1.5, "prompt_tokens": 10.0, "requests": 0.0})
+    assert (await store.history()).counters == {"seconds": 3.0, "prompt_tokens": 20.0}
+
+
+async def test_what_another_version_wrote_is_refused_and_not_overwritten(redis: Redis, keys: Keys) -> None:
+    client: Any = redis
+    await client.set(keys.spec, '{"from":"the future"}')
+    with pytest.raises(StoreError, match="another version"):
+        await SearchStore(redis, keys, SPEC).take_charge(previous_is_dead=True)
+    assert await client.get(keys.spec) == '{"from":"the future"}'
+
+
+async def test_a_server_that_may_evict_data_is_refused(redis: Redis) -> None:
+    await redis.config_set("maxmemory-policy", "allkeys-lru")
+    try:
+        with pytest.raises(StoreError, match="noeviction"):
+            await check_server(redis)
+    finally:
+        await redis.config_set("maxmemory-policy", "noeviction")
