@@ -111,11 +111,11 @@ class Chat:
         )
 
     async def wait_ready(self, waiting: Callable[[str], None] = lambda _: None) -> None:
-        """Return when any endpoint answers; `waiting` gets one sentence, once, if none does at first."""
+        """Return when any endpoint answers; `waiting` gets their names, once, if none does at first."""
         pause, told = self._policy.first_wait, False
         while self._connections and not any(await asyncio.gather(*(c.ready() for c in self._connections))):
             if not told:
-                waiting("no LLM endpoint answers yet: " + ", ".join(c.endpoint.name for c in self._connections))
+                waiting(", ".join(c.endpoint.name for c in self._connections))
                 told = True
             await asyncio.sleep(pause)
             pause = min(2 * pause, self._policy.longest_wait)

@@ -7,7 +7,16 @@ import httpx2
 
 from protocol.errors import EndpointError
 
-_SENT_HEADERS = {"host", "accept", "content-type", "content-length", "user-agent", "connection"}
+# The last is how the SDK tells itself, from the reply's request, that the caller wants the bytes.
+_SENT_HEADERS = {
+    "host",
+    "accept",
+    "content-type",
+    "content-length",
+    "user-agent",
+    "connection",
+    "x-stainless-raw-response",
+}
 
 
 def only_own_headers(key: str) -> Callable[[httpx2.Request], Awaitable[None]]:

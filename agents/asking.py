@@ -1,0 +1,230 @@
+"""The loop that every agent runs: ask, parse, submit; answer what was wrong; let the classical operator stand in."""
+
+import asyncio
+import hashlib
+import random
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+import structlog
+
+from agents.endpoint import Answer, Message
+from agents.prompt import Prompts
+from agents.replies import Parsed
+from agents.settings import AgentSettings
+from agents.view import Accepted, Member, Proposal, Submit, View
+from protocol.candidate import AgentName, Provenance
+from protocol.errors import EndpointError, InvalidReply
+
+STAND_IN_TRIES = 25
+"""Proposals that the stand-in may make for one that is still missing, before it is believed that there is none."""
+TOKENS_BESIDE = 100
+LONGEST_QUOTE = 8_000
+"""Characters of its own reply that the LLM is shown when it is asked again."""
+
+T = TypeVar("T")
+
+Take = Callable[[T, Answer], Awaitable[str | None]]
+"""Uses one item of an answer; returns None, or why it was refused."""
+log = structlog.get_logger()
+
+
+class Asks(Protocol):
+    """What the agents need of Chat."""
+
+    async def ask(
+        self,
+        messages: Sequence[Message],
+        *,
+        schema: dict[str, object] | None,
+        schema_name: str,
+        seed: int,
+        temperature: float,
+        max_tokens: int,
+        label: str = "",
+    ) -> Answer:
+        """The answer; raises EndpointError when no endpoint gives one."""
+        ...
+
+
+@dataclass(frozen=True)
+class Question(Generic[T]):
+    """One question: the prompt, the form of the answer for so many missing items, and how it is read."""
+
+    name: str
+    """Of the prompt's file, which also names the schema."""
+    prompt: str
+    schema: Callable[[int], dict[str, object]]
+    parse: Callable[[str, int], Parsed[T]]
+    tokens: int
+    """What one item of the answer takes, about."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """Which call of which agent in which round: what seeds are made from."""
+
+    agent: str
+    view: View
+    index: int
+    count: int
+
+    def seed(self, attempt: int) -> int:
+        """31 bits that differ between all questions of a search."""
+        key = f"{self.view.spec.seed}|{self.view.round}|{self.agent}|{self.index}|{self.count}|{attempt}"
+        return int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") >> 1
+
+    def some_of(self, members: Sequence[Member], most: int) -> tuple[Member, ...]:
+        """At most `most` of `members`, in their order: the calls of a round each see different ones."""
+        first = [members[self.index % len(members)]]
+        others = [member for member in members if member is not first[0]]
+        drawn = first + self.rng.sample(others, min(most - 1, len(others)))
+        return tuple(member for member in members if member in drawn)
+
+    @property
+    def rng(self) -> random.Random:
+        """For the stand-in."""
+        return random.Random(self.seed(-1))
+
+
+class Asker:
+    """Asks questions for the agents, and asks again with what was wrong."""
+
+    def __init__(self, chat: Asks, prompts: Prompts, settings: AgentSettings) -> None:
+        self._chat = chat
+        self._prompts = prompts
+        self._settings = settings
+        self._room = 1
+
+    async def ask(self, call: Call, question: Question[T], missing: int, take: Take[T]) -> int:
+        """Ask until `missing` items are taken or the re-asks are used up; returns how many were taken."""
+        messages: list[Message] = [
+            {"role": "system", "content": self._prompts.fill("system")},
+            {"role": "user", "content": question.prompt},
+        ]
+        taken = 0
+        for attempt in range(1 + self._settings.reasks):
+            try:
+                answer = await self._answer(call, question, messages, missing - taken, attempt)
+            except EndpointError as error:
+                log.info("llm_unavailable", agent=call.agent, round=call.view.round, reason=str(error))
+                break
+            good, problems = await self._take_all(question, answer, missing - taken, take)
+            taken += good
+            log.info(
+                "llm_reply",
+                agent=call.agent,
+                round=call.view.round,
+                endpoint=answer.endpoint,
+                accepted=good,
+                refused=len(problems),
+                reason=problems[0] if problems else None,
+            )
+            if taken >= missing:
+                break
+            again = self._prompts.fill("reask", problems=problems[:5], missing=missing - taken)
+            messages += [
+                {"role": "assistant", "content": answer.text[:LONGEST_QUOTE]},
+                {"role": "user", "content": again},
+            ]
+        return taken
+
+    async def _answer(
+        self, call: Call, question: Question[T], messages: list[Message], missing: int, attempt: int
+    ) -> Answer:
+        needed = self._room * (TOKENS_BESIDE + missing * question.tokens)
+        answer = await self._chat.ask(
+            messages,
+            schema=question.schema(missing),
+            schema_name=question.name,
+            seed=call.seed(attempt),
+            temperature=self._settings.temperature,
+            max_tokens=min(needed, self._settings.max_tokens),
+            label=f"{call.agent} round {call.view.round} call {call.index} attempt {attempt}",
+        )
+        if answer.truncated and needed < self._settings.max_tokens:
+            # For good: a model that reasons before it answers will do so every time.
+            self._room *= 4
+        return answer
+
+    async def _take_all(
+        self, question: Question[T], answer: Answer, missing: int, take: Take[T]
+    ) -> tuple[int, list[str]]:
+        """How many items of the answer were taken, and a sentence for each that was not."""
+        try:
+            parsed = question.parse(answer.text, missing)
+        except InvalidReply as error:
+            return 0, ["Your reply was cut off: keep it short." if answer.truncated else str(error)]
+        taken, problems = 0, list(parsed.problems)
+        for number, item in enumerate(parsed.good, start=1):
+            refusal = await take(item, answer)
+            if refusal is None:
+                taken += 1
+            else:
+                problems.append(f"Configuration {number}: {refusal}.")
+        return taken, problems
+
+
+class Proposer:
+    """Makes an agent's proposals: several calls at a time, and the stand-in for what the LLM leaves out."""
+
+    def __init__(self, agent: AgentName, chat: Asks, prompts: Prompts, settings: AgentSettings) -> None:
+        self._agent = agent
+        self._asker = Asker(chat, prompts, settings)
+        self._settings = settings
+
+    async def propose(
+        self,
+        view: View,
+        count: int,
+        submit: Submit,
+        question: Callable[[Call], Question[Proposal]],
+        stand_in: Callable[[random.Random], Proposal],
+    ) -> int:
+        """Get `count` candidates accepted; returns how many were, which is fewer only where no new plan was found."""
+        calls = [Call(self._agent, view, i, size) for i, size in enumerate(self._settings.split(count))]
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(self._fill(call, submit, question(call), stand_in)) for call in calls]
+        return sum(task.result() for task in tasks)
+
+    async def _fill(
+        self,
+        call: Call,
+        submit: Submit,
+        question: Question[Proposal],
+        stand_in: Callable[[random.Random], Proposal],
+    ) -> int:
+        prompt = f"{question.name}:{hashlib.sha256(question.prompt.encode()).hexdigest()[:8]}"
+
+        async def take(proposal: Proposal, answer: Answer) -> str | None:
+            provenance = Provenance(
+                agent=self._agent,
+                source="llm",
+                round=call.view.round,
+                parents=proposal.parents,
+                endpoint=answer.endpoint,
+                prompt=prompt,
+            )
+            result = await submit(proposal.rates, provenance)
+            return None if isinstance(result, Accepted) else result.reason
+
+        taken = await self._asker.ask(call, question, call.count, take)
+        if taken < call.count:
+            taken += await self._stand_in(call, call.count - taken, submit, stand_in)
+        return taken
+
+    async def _stand_in(
+        self, call: Call, missing: int, submit: Submit, stand_in: Callable[[random.Random], Proposal]
+    ) -> int:
+        rng, taken = call.rng, 0
+        for _ in range(STAND_IN_TRIES * missing):
+            proposal = stand_in(rng)
+            provenance = Provenance(
+                agent=self._agent, source="stand-in", round=call.view.round, parents=proposal.parents
+            )
+            taken += isinstance(await submit(proposal.rates, provenance), Accepted)
+            if taken == missing:
+                break
+        log.info("stand_in", agent=self._agent, round=call.view.round, accepted=taken, missing=missing - taken)
+        return taken

@@ -1,0 +1,64 @@
+"""The Crossover: offspring of two parents each (the paper's Figure 3)."""
+
+import random
+from collections.abc import Sequence
+
+from agents.asking import Asks, Call, Proposer, Question
+from agents.edits import Mix, apply_mix, mix_schema
+from agents.lists import lists_question
+from agents.operators import cross
+from agents.prompt import Prompts
+from agents.replies import parse_objects
+from agents.settings import AgentSettings
+from agents.view import Member, Proposal, Submit, View
+from agents.words import about_model, numbered_lists, numbered_profiles
+
+EDIT_TOKENS = 60
+SHOWN = 3
+"""Parents that one call for edits is shown: more only lengthen the prompt."""
+
+
+class Crossover:
+    """Proposes mixes of two parents; a range of units taken from a second parent stands in."""
+
+    def __init__(self, chat: Asks, prompts: Prompts, settings: AgentSettings) -> None:
+        self._prompts = prompts
+        self._settings = settings
+        self._proposer = Proposer("crossover", chat, prompts, settings)
+
+    async def propose(self, view: View, parents: Sequence[Member], count: int, submit: Submit) -> int:
+        """Get `count` crossovers of `parents` accepted; returns how many were. Fewer than two parents have none."""
+        if len(parents) < 2:
+            return 0
+
+        def question(call: Call) -> Question[Proposal]:
+            return self._lists(call, parents) if self._settings.reply == "lists" else self._edits(call, parents)
+
+        def stand_in(rng: random.Random) -> Proposal:
+            first, second = (member.candidate for member in rng.sample(parents, 2))
+            return Proposal(cross(rng, first.rates, second.rates), (first.id, second.id))
+
+        return await self._proposer.propose(view, count, submit, question, stand_in)
+
+    def _lists(self, call: Call, parents: Sequence[Member]) -> Question[Proposal]:
+        prompt = self._prompts.fill(
+            "crossover_lists", count=call.count, members=numbered_lists(parents), about=about_model(call.view)
+        )
+        return lists_question("crossover_lists", prompt, call.view, parents)
+
+    def _edits(self, call: Call, parents: Sequence[Member]) -> Question[Proposal]:
+        view = call.view
+        shown = call.some_of(parents, SHOWN)
+        prompt = self._prompts.fill(
+            "crossover_edits",
+            count=call.count,
+            members=numbered_profiles(view, shown),
+            about=about_model(view),
+        )
+        return Question(
+            name="crossover_edits",
+            prompt=prompt,
+            schema=lambda count: mix_schema(view, len(shown), count),
+            parse=lambda text, count: parse_objects(text, Mix, lambda reply: apply_mix(view, shown, reply), count),
+            tokens=EDIT_TOKENS,
+        )

@@ -1,0 +1,68 @@
+"""The Initializer: the first population, from what the LLM knows about models of this shape (the paper's Figure 2)."""
+
+import random
+
+from agents.asking import Asks, Call, Proposer, Question
+from agents.edits import (
+    BLOCK_POINTS,
+    LAYER_POINTS,
+    MOST_KEPT,
+    Profile,
+    anchors,
+    apply_profile,
+    profile_bounds,
+    profile_schema,
+)
+from agents.lists import lists_question
+from agents.operators import random_rates
+from agents.prompt import Prompts
+from agents.replies import parse_objects
+from agents.settings import AgentSettings
+from agents.view import Proposal, Submit, View
+from agents.words import about_model
+
+EDIT_TOKENS = 90
+
+
+class Initializer:
+    """Proposes the first population; random profiles stand in."""
+
+    def __init__(self, chat: Asks, prompts: Prompts, settings: AgentSettings) -> None:
+        self._prompts = prompts
+        self._settings = settings
+        self._proposer = Proposer("initializer", chat, prompts, settings)
+
+    async def propose(self, view: View, count: int, submit: Submit) -> int:
+        """Get `count` candidates accepted; returns how many were."""
+
+        def stand_in(rng: random.Random) -> Proposal:
+            return Proposal(random_rates(rng, len(view.units), view.spec.rate))
+
+        return await self._proposer.propose(view, count, submit, self._question, stand_in)
+
+    def _question(self, call: Call) -> Question[Proposal]:
+        if self._settings.reply == "lists":
+            prompt = self._prompts.fill("initializer_lists", count=call.count, about=about_model(call.view))
+            return lists_question("initializer_lists", prompt, call.view, ())
+        return self._edits_question(call)
+
+    def _edits_question(self, call: Call) -> Question[Proposal]:
+        view = call.view
+        low, high = profile_bounds(view)
+        prompt = self._prompts.fill(
+            "initializer_edits",
+            count=call.count,
+            variant=call.index,
+            anchors=anchors(view, LAYER_POINTS if view.spec.granularity == "layer" else BLOCK_POINTS),
+            low=low,
+            high=high,
+            most_kept=MOST_KEPT,
+            about=about_model(view),
+        )
+        return Question(
+            name="initializer_edits",
+            prompt=prompt,
+            schema=lambda count: profile_schema(view, count),
+            parse=lambda text, count: parse_objects(text, Profile, lambda reply: apply_profile(view, reply), count),
+            tokens=EDIT_TOKENS,
+        )

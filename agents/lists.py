@@ -1,0 +1,33 @@
+"""The `lists` replies: whole configurations, as in the paper's Figures 2 and 3. Pure."""
+
+from collections.abc import Sequence
+
+from agents.asking import Question
+from agents.replies import Parsed, parse_lists
+from agents.view import Member, Proposal, View
+
+TOKENS_PER_RATE = 9
+
+
+def lists_question(name: str, prompt: str, view: View, shown: Sequence[Member]) -> Question[Proposal]:
+    """A question whose answer is lists of rates, made from all the members `shown`."""
+    names = [unit.name for unit in view.units]
+    parents = tuple(member.candidate.id for member in shown)
+
+    def parse(text: str, count: int) -> Parsed[Proposal]:
+        parsed = parse_lists(text, names, view.spec.rate, count)
+        return Parsed(tuple(Proposal(rates, parents) for rates in parsed.good), parsed.problems)
+
+    return Question(name, prompt, lambda count: _schema(len(names), count), parse, TOKENS_PER_RATE * len(names))
+
+
+def _schema(units: int, count: int) -> dict[str, object]:
+    rate = {"type": "number", "minimum": 0, "maximum": 1}
+    rates = {"type": "array", "items": rate, "minItems": units, "maxItems": units}
+    lists = {"type": "array", "items": rates, "minItems": count, "maxItems": count}
+    return {
+        "type": "object",
+        "properties": {"configurations": lists},
+        "required": ["configurations"],
+        "additionalProperties": False,
+    }

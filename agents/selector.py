@@ -1,0 +1,53 @@
+"""The Selector: which members of the population become parents."""
+
+from agents.asking import Asker, Asks, Call, Question
+from agents.edits import Choice, apply_choice, choice_schema
+from agents.endpoint import Answer
+from agents.operators import tournament
+from agents.prompt import Prompts
+from agents.replies import Parsed, parse_objects
+from agents.settings import AgentSettings
+from agents.view import Member, Selection, View
+from agents.words import about_model, numbered_profiles
+
+TOKENS_PER_PARENT = 5
+
+
+class Selector:
+    """Chooses parents by their numbers, whatever the reply format of the others; a tournament stands in."""
+
+    def __init__(self, chat: Asks, prompts: Prompts, settings: AgentSettings) -> None:
+        self._prompts = prompts
+        self._asker = Asker(chat, prompts, settings)
+
+    async def select(self, view: View, count: int) -> Selection:
+        """Up to `count` parents, best first, at most half of the population (but two): to take all is no selection."""
+        wanted = min(count, max(2, len(view.population) // 2), len(view.population))
+        call = Call("selector", view, 0, wanted)
+        chosen: list[tuple[Member, ...]] = []
+
+        async def take(members: tuple[Member, ...], _: Answer) -> str | None:
+            chosen.append(members)
+            return None
+
+        if wanted >= 2:
+            await self._asker.ask(call, self._question(view, wanted), 1, take)
+        if chosen:
+            return Selection(chosen[0], "llm")
+        return Selection(tournament(call.rng, view.population, wanted), "stand-in")
+
+    def _question(self, view: View, wanted: int) -> Question[tuple[Member, ...]]:
+        population = view.population
+
+        def parse(text: str, _: int) -> Parsed[tuple[Member, ...]]:
+            return parse_objects(text, Choice, lambda reply: apply_choice(population, wanted, reply), 1)
+
+        return Question(
+            name="selector",
+            prompt=self._prompts.fill(
+                "selector", wanted=wanted, about=about_model(view), members=numbered_profiles(view, population)
+            ),
+            schema=lambda _: choice_schema(len(population), wanted),
+            parse=parse,
+            tokens=TOKENS_PER_PARENT * wanted,
+        )

@@ -1,0 +1,77 @@
+"""What the agents see of a search, and how they hand in what they propose."""
+
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+
+from protocol.candidate import Candidate, Provenance, Source
+from protocol.card import ModelCard
+from protocol.rates import weighted_mean
+from protocol.shape import Unit
+from protocol.spec import SearchSpec
+
+
+@dataclass(frozen=True)
+class Member:
+    """A measured candidate of the population."""
+
+    candidate: Candidate
+    perplexity: float
+
+
+@dataclass(frozen=True)
+class View:
+    """A search as an agent sees it: the population is best first."""
+
+    spec: SearchSpec
+    card: ModelCard
+    round: int
+    population: tuple[Member, ...]
+
+    @property
+    def units(self) -> tuple[Unit, ...]:
+        """What the pruning rates apply to, in their order."""
+        return self.card.shape.units(self.spec.granularity)
+
+    @property
+    def by_fragility(self) -> tuple[Unit, ...]:
+        """The units, those first whose pruning alone raises the perplexity most."""
+        ranked = sorted(zip(self.card.sensitivity, self.units, strict=True), key=lambda pair: -pair[0])
+        return tuple(unit for _, unit in ranked)
+
+    def mean(self, rates: Sequence[float]) -> float:
+        """The parameter-weighted mean of one rate per unit."""
+        return weighted_mean(rates, [unit.parameters for unit in self.units])
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """The proposal became the candidate `id` and will be measured."""
+
+    id: str
+
+
+@dataclass(frozen=True)
+class Refused:
+    """The proposal is not worth measuring; `reason` completes "configuration 2: …" for the LLM."""
+
+    reason: str
+
+
+Submit = Callable[[Sequence[float], Provenance], Awaitable[Accepted | Refused]]
+"""Takes raw rates, one per unit. They are made feasible, planned, compared with what is known, and enqueued."""
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """Raw rates, one per unit, and the ids of the candidates that they were made from."""
+
+    rates: tuple[float, ...]
+    parents: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Parents for the next offspring, best first, and who chose them."""
+
+    parents: tuple[Member, ...]
+    source: Source

@@ -1,0 +1,72 @@
+"""What prompts say about the target model and the population, in words and short numbers. Pure."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from agents.edits import KEPT_CHOICES
+from agents.view import Member, View
+from protocol.shape import Granularity
+
+TEXTS = {"wikitext2": "the WikiText-2 dataset", "self": "text of its own"}
+
+
+@dataclass(frozen=True)
+class AboutModel:
+    """The target model and what is wanted of it, as prompts say it."""
+
+    model: str
+    granularity: Granularity
+    layers: int
+    units: int
+    query_heads: int
+    kv_heads: int
+    channels: int
+    rate: str
+    percent: str
+    text: str
+    fragile: tuple[str, ...]
+    """Names of the units whose pruning alone hurts most, worst first."""
+    robust: tuple[str, ...]
+
+
+def about_model(view: View) -> AboutModel:
+    """What the prompts say of this search's model; the widths are those of its first layer."""
+    spec, shape = view.spec, view.card.shape
+    ranked = tuple(unit.name for unit in view.by_fragility)
+    return AboutModel(
+        model=view.card.model,
+        granularity=spec.granularity,
+        layers=len(shape.layers),
+        units=len(view.units),
+        query_heads=shape.layers[0].query_heads,
+        kv_heads=shape.layers[0].kv_heads,
+        channels=shape.layers[0].mlp_channels,
+        rate=f"{spec.rate:g}",
+        percent=f"{100 * spec.rate:g}",
+        text=TEXTS.get(spec.fitness.source, "a text"),
+        fragile=ranked[:KEPT_CHOICES],
+        robust=ranked[: -KEPT_CHOICES - 1 : -1],
+    )
+
+
+def percents(view: View, rates: Sequence[float]) -> dict[str, list[int]]:
+    """Rates in whole percent by layer, under the kind of block that they belong to."""
+    kinds: dict[str, list[int]] = {}
+    for unit, rate in zip(view.units, rates, strict=True):
+        kinds.setdefault(unit.kind, []).append(round(100 * rate))
+    return kinds
+
+
+def decimals(rates: Sequence[float]) -> str:
+    """Rates as the paper writes them."""
+    return "[" + ", ".join(f"{rate:.5f}" for rate in rates) + "]"
+
+
+def numbered_lists(members: Sequence[Member]) -> list[dict[str, str]]:
+    """Members with all their decimals, for the `lists` prompts."""
+    return [{"rates": decimals(m.candidate.rates), "perplexity": f"{m.perplexity:.3f}"} for m in members]
+
+
+def numbered_profiles(view: View, members: Sequence[Member]) -> list[dict[str, object]]:
+    """Members in whole percent, for the `edits` prompts."""
+    return [{"percents": percents(view, m.candidate.rates), "perplexity": f"{m.perplexity:.2f}"} for m in members]
