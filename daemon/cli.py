@@ -165,9 +165,8 @@ def evaluate(
 ) -> int:
     """Prune a model and measure its perplexity, without a search."""
     _need("torch", "worker")
-    from gpu_worker.evaluate import evaluate_once
-
     from daemon.evaluation import evaluation_request
+    from gpu_worker.evaluate import evaluate_once
 
     request = evaluation_request(
         model=model,
@@ -193,7 +192,9 @@ def evaluate(
 async def _run_embedded(settings: Settings, display: Display | None) -> Summary | None:
     """The whole of `selfpruner run`: what is started first ends last."""
     async with AsyncExitStack() as stack:
-        url = settings.redis.url or await stack.enter_async_context(embedded.embedded_server(settings.folder))
+        url = settings.redis.url
+        if url is None:
+            url = await stack.enter_async_context(embedded.embedded_server(settings.folder))
         endpoints = settings.llm.endpoints
         if not endpoints:
             endpoints = (await stack.enter_async_context(embedded.local_llm(settings)),)

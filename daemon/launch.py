@@ -8,15 +8,16 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import structlog
+from pydantic import SecretStr
+
+from agents.chat import Chat
 from agents.crossover import Crossover
+from agents.endpoint import ChatPolicy, Endpoint
 from agents.initializer import Initializer
 from agents.mutator import Mutator
 from agents.prompt import Prompts
 from agents.selector import Selector
 from agents.settings import AgentSettings
-from pydantic import SecretStr
-
-from agents.chat import Chat, ChatPolicy, Endpoint
 from daemon.display import Display
 from daemon.journal import Journal, write_json
 from daemon.pausing import Pausing, StopRequested

@@ -10,14 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import structlog
+
 from agents.crossover import Crossover
 from agents.initializer import Initializer
 from agents.mutator import Mutator
-from agents.selector import Selector
-from agents.view import Accepted, Member, Refused, View
-
 from agents.population import Evaluation, Population
 from agents.population_keeper import PopulationKeeper
+from agents.selector import Selector
+from agents.view import Accepted, Member, Refused, View
 from daemon.journal import Journal, best_record
 from daemon.pausing import Pausing
 from daemon.settings import SearchSettings

@@ -1,5 +1,6 @@
 """Connecting to Redis (or Valkey), and waiting patiently while it is away."""
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
@@ -55,6 +56,8 @@ class Patience:
     async def __call__(self, operation: Callable[[], Awaitable[T]]) -> T:
         """The result of `operation`, however long the server stays away."""
         waiting = False
+        task = asyncio.current_task()
+        cancelled_before = task.cancelling() if task else 0
         async for attempt in AsyncRetrying(
             retry=retry_if_exception_type(AWAY),
             wait=wait_random_exponential(multiplier=0.1, max=self._longest_wait),
@@ -71,6 +74,10 @@ class Patience:
                     raise
                 if waiting:
                     log.info("redis_back", redis=self._what)
+                # The client sends through asyncio.wait_for, which on Python 3.11 loses a cancellation that arrives as
+                # the sending completes (cpython #86296). A loop around us would then go on for ever.
+                if task and task.cancelling() > cancelled_before:
+                    raise asyncio.CancelledError
         return result
 
 

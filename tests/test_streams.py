@@ -282,3 +282,19 @@ async def test_a_worker_shows_its_status_for_one_lease_only(redis: Redis, keys: 
         return not await client.exists(keys.worker("w1"))
 
     await eventually(gone)
+
+
+async def test_a_cancellation_at_any_moment_ends_a_reading_loop(server: Server, keys: Keys) -> None:
+    async def read_for_ever(client: Redis) -> None:
+        queue = CandidateQueue(client, keys, epoch=1, fingerprint="")
+        while True:
+            await queue.results("0-0")
+
+    for milliseconds in (0, 1, 2, 3, 5, 8, 20):
+        client = connect(server.url)  # a new connection each time: the first command also says hello
+        reading = asyncio.create_task(read_for_ever(client))
+        await asyncio.sleep(milliseconds / 1000)
+        reading.cancel()
+        done, _ = await asyncio.wait({reading}, timeout=10)
+        assert done and reading.cancelled()
+        await client.aclose()

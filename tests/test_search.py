@@ -1,0 +1,262 @@
+"""A whole search with a real server, a scripted LLM and an instant evaluator: Algorithm 1, killed and resumed."""
+
+import asyncio
+import json
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from redis.asyncio import Redis
+
+from agents.crossover import Crossover
+from agents.initializer import Initializer
+from agents.mutator import Mutator
+from agents.prompt import Prompts
+from agents.selector import Selector
+from agents.settings import AgentSettings
+from daemon.journal import Journal
+from daemon.pausing import Pausing
+from daemon.search import Agents, Search
+from daemon.settings import SearchSettings
+from daemon.store import SearchStore
+from daemon.summary import summarise
+from protocol.candidate import Candidate, Failed, Measured
+from protocol.control import Control
+from protocol.keys import Keys
+from protocol.spec import SearchSpec, TextSpec
+from protocol.streams import JobQueue
+from tests.samples import CARD, SHAPE, SPEC, measured
+from tests.schema_answers import SchemaChat
+
+SETTINGS = SearchSettings(name="test", population=5, mutations=3, crossovers=2, rounds=2)
+Evaluator = Callable[[Candidate], Measured | Failed]
+
+
+def unevenness(candidate: Candidate) -> Measured | Failed:
+    """A perplexity that likes the first layers whole."""
+    kept = [layer.mlp_channels for layer in candidate.plan.layers]
+    return measured(10 + sum((i + 1) * channels for i, channels in enumerate(kept)) / 64, candidate)
+
+
+@asynccontextmanager
+async def evaluating(redis: Redis, keys: Keys, evaluator: Evaluator = unevenness) -> AsyncIterator[Counter[str]]:
+    """An instant worker; counts what it evaluated."""
+    evaluated: Counter[str] = Counter()
+    jobs = JobQueue(redis, keys, "instant", lease_seconds=30)
+
+    async def work() -> None:
+        while True:
+            if job := await jobs.claim():
+                evaluated[job.candidate.id] += 1
+                await jobs.commit(job, evaluator(job.candidate))
+
+    task = asyncio.create_task(work())
+    try:
+        yield evaluated
+    finally:
+        task.cancel()
+        await asyncio.wait({task})
+
+
+class Conducted:
+    """A search as one process runs it; a second one on the same server goes on from the first."""
+
+    def __init__(
+        self,
+        redis: Redis,
+        keys: Keys,
+        folder: Path,
+        *,
+        spec: SearchSpec = SPEC,
+        settings: SearchSettings = SETTINGS,
+        chat: SchemaChat | None = None,
+    ) -> None:
+        self.redis, self.keys, self.folder, self.spec, self.settings = redis, keys, folder, spec, settings
+        self.chat = chat or SchemaChat()
+
+    async def open(self) -> Search:
+        store = SearchStore(self.redis, self.keys, self.spec)
+        queue = await store.take_charge(previous_is_dead=True)
+        history = await store.history()
+        await store.repair(queue, history)
+        agent_settings = AgentSettings(reply="edits", temperature=1.0, max_tokens=500)
+        arguments: tuple[Any, ...] = (self.chat, Prompts(), agent_settings)
+        agents = Agents(Initializer(*arguments), Selector(*arguments), Mutator(*arguments), Crossover(*arguments))
+        self.journal = Journal(self.folder)
+        return Search(
+            "test",
+            self.spec,
+            self.settings,
+            card=CARD.model_copy(update={"dense_report": CARD.dense if self.spec.report else None}),
+            agents=agents,
+            queue=queue,
+            store=store,
+            journal=self.journal,
+            history=history,
+            pausing=Pausing(Control(self.redis, self.keys)),
+        )
+
+    async def run(self, seconds: float = 60) -> Search:
+        search = await self.open()
+        try:
+            async with asyncio.timeout(seconds):
+                await search.run()
+        finally:
+            self.journal.close()
+        return search
+
+
+def evaluations(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
+
+
+async def test_a_search_makes_the_papers_number_of_candidates_and_measures_each_once(
+    redis: Redis, keys: Keys, tmp_path: Path
+) -> None:
+    async with evaluating(redis, keys) as evaluated:
+        search = await Conducted(redis, keys, tmp_path).run()
+    by_agent = search.counts()["by_agent"]
+    assert by_agent == {"initializer": 5, "mutator": 6, "crossover": 4}
+    assert set(evaluated.values()) == {1}
+    assert set(evaluated) == set(search.ledger)
+    assert len(search.population) == 15
+    assert search.counts()["by_source"]["llm"] > 10
+
+
+async def test_every_candidate_is_on_budget_and_the_best_is_written_with_its_rates(
+    redis: Redis, keys: Keys, tmp_path: Path
+) -> None:
+    async with evaluating(redis, keys):
+        search = await Conducted(redis, keys, tmp_path).run()
+    for candidate in search.ledger.values():
+        left = candidate.plan.decoder_parameters(SHAPE)
+        assert abs(left - 0.7 * SHAPE.decoder_parameters) <= SHAPE.channel_parameters
+    best = json.loads((tmp_path / "best.json").read_text())
+    record = min(
+        (e for e in evaluations(tmp_path) if e["agent"] != "baseline"), key=lambda e: e["outcome"]["perplexity"]
+    )
+    assert (best["id"], best["perplexity"]) == (record["id"], record["outcome"]["perplexity"])
+    assert tuple(best["rates"]) == search.population.top(1)[0].candidate.rates
+
+
+async def test_a_search_killed_anywhere_goes_on_and_measures_nothing_twice(
+    redis: Redis, keys: Keys, tmp_path: Path
+) -> None:
+    counted: Counter[str] = Counter()
+    total = 1 + 5 + 2 * 5
+    kills = 0
+    while True:
+        conducted = Conducted(redis, keys, tmp_path)
+        search = await conducted.open()
+        enough = len(search.ledger) + 3
+        async with evaluating(redis, keys) as evaluated:
+            running = asyncio.create_task(search.run())
+            async with asyncio.timeout(60):
+                while not running.done() and len(search.ledger) < enough:
+                    await asyncio.sleep(0.002)
+            killed = not running.done()
+            running.cancel()
+            await asyncio.wait({running})
+        conducted.journal.close()
+        counted += evaluated
+        if not killed:
+            break
+        kills += 1
+    assert kills >= 3
+    assert len(search.ledger) == total
+    assert set(counted.values()) == {1}
+    records = evaluations(tmp_path)
+    assert sorted(r["id"] for r in records) == sorted(search.ledger)
+    assert [r["order"] for r in records] == list(range(total))
+
+
+async def test_a_finished_search_that_is_started_again_asks_and_measures_nothing(
+    redis: Redis, keys: Keys, tmp_path: Path
+) -> None:
+    async with evaluating(redis, keys):
+        await Conducted(redis, keys, tmp_path).run()
+    chat = SchemaChat()
+    async with evaluating(redis, keys) as evaluated:
+        search = await Conducted(redis, keys, tmp_path, chat=chat).run()
+    assert not evaluated and not chat.asked
+    assert len(evaluations(tmp_path)) == len(search.ledger)
+
+
+async def test_more_rounds_go_on_from_a_finished_search(redis: Redis, keys: Keys, tmp_path: Path) -> None:
+    async with evaluating(redis, keys):
+        await Conducted(redis, keys, tmp_path).run()
+        longer = SETTINGS.model_copy(update={"rounds": 3})
+        search = await Conducted(redis, keys, tmp_path, settings=longer).run()
+    assert search.counts()["by_agent"] == {"initializer": 5, "mutator": 9, "crossover": 6}
+
+
+async def test_a_budget_of_evaluations_is_kept_exactly(redis: Redis, keys: Keys, tmp_path: Path) -> None:
+    settings = SETTINGS.model_copy(update={"max_evaluations": 8})
+    async with evaluating(redis, keys):
+        search = await Conducted(redis, keys, tmp_path, settings=settings).run()
+    assert search.proposed == 8
+    assert len(search.population) == 8
+
+
+async def test_failed_candidates_stay_out_of_the_population_and_the_search_ends(
+    redis: Redis, keys: Keys, tmp_path: Path
+) -> None:
+    def every_other_fails(candidate: Candidate) -> Measured | Failed:
+        return Failed(reason="timeout") if int(candidate.id, 16) % 2 else unevenness(candidate)
+
+    async with evaluating(redis, keys, every_other_fails):
+        search = await Conducted(redis, keys, tmp_path).run()
+    failed = [e for e in evaluations(tmp_path) if e["outcome"]["kind"] == "failed" and e["agent"] != "baseline"]
+    assert failed
+    assert len(search.population) == search.proposed - len(failed)
+
+
+async def test_block_granularity_gives_one_rate_to_each_block(redis: Redis, keys: Keys, tmp_path: Path) -> None:
+    spec = SPEC.model_copy(update={"granularity": "block"})
+    blocks = CARD.model_copy(update={"sensitivity": (0.1,) * 8})
+    conducted = Conducted(redis, keys, tmp_path, spec=spec)
+    search = await conducted.open()
+    search.card = blocks
+    async with evaluating(redis, keys), asyncio.timeout(60):
+        await search.run()
+    conducted.journal.close()
+    assert {len(c.rates) for c in search.ledger.values()} == {8}
+    assert search.counts()["by_source"]["llm"] > 10
+
+
+async def test_the_report_text_is_measured_for_uniform_and_for_the_best(
+    redis: Redis, keys: Keys, tmp_path: Path
+) -> None:
+    spec = SPEC.model_copy(update={"report": TextSpec(source="self", windows=2, seqlen=32)})
+
+    def report_is_worse(candidate: Candidate) -> Measured | Failed:
+        outcome = unevenness(candidate)
+        assert isinstance(outcome, Measured)
+        return (
+            outcome.model_copy(update={"perplexity": outcome.perplexity + 1}) if candidate.text == "report" else outcome
+        )
+
+    conducted = Conducted(redis, keys, tmp_path, spec=spec)
+    async with evaluating(redis, keys, report_is_worse):
+        search = await conducted.run()
+    summary = summarise("test", spec, search.card, search.ledger, search.population, {}, finished=True)
+    assert summary.best is not None
+    for row in (summary.uniform, summary.best):
+        assert row.report_perplexity is not None and row.perplexity is not None
+        assert row.report_perplexity == pytest.approx(row.perplexity + 1)
+
+
+async def test_the_summary_counts_who_made_what(redis: Redis, keys: Keys, tmp_path: Path) -> None:
+    async with evaluating(redis, keys):
+        search = await Conducted(redis, keys, tmp_path).run()
+    counters = {"prompt_tokens": 700.0, "completion_tokens": 70.0, "seconds": 12.34}
+    summary = summarise("test", SPEC, CARD, search.ledger, search.population, counters, finished=True)
+    assert summary.candidates["by_agent"] == {"initializer": 5, "mutator": 6, "crossover": 4}
+    assert sum(summary.candidates["by_source"].values()) == 15
+    assert summary.candidates["by_outcome"] == {"measured": 15, "failed": 0}
+    assert summary.tokens == {"prompt": 700, "completion": 70}
+    assert summary.uniform.parameters.decoder_after < summary.dense.parameters.decoder_after
+    assert json.loads(summary.model_dump_json())["rates"] == list(summary.rates)
