@@ -1,0 +1,57 @@
+"""What the evaluation process answers: a request becomes an outcome, whatever the evaluation does."""
+
+from typing import Any
+
+import torch
+
+from gpu_worker.perplexity import NotFiniteError
+from gpu_worker.pruning import PlanMismatchError
+from gpu_worker.session import Session
+from protocol.candidate import Failed, Measured
+from protocol.errors import DataError
+from protocol.plan import Plan
+
+OUT_OF_MEMORY_ADVICE = "use shorter or fewer windows (data.fitness.seqlen), a smaller model, or a larger device"
+
+
+class DeviceLostError(RuntimeError):
+    """CUDA failed in a way that no later call in this process survives."""
+
+
+def answer(session: Session, request: dict[str, Any]) -> Measured | Failed:
+    """The outcome of a request `{"plan": …, "text": …}`. Raises DeviceLostError when the process has to end."""
+    try:
+        return session.evaluate(Plan.model_validate(request["plan"]), request["text"])
+    except NotFiniteError as error:
+        return Failed(reason="not-finite", detail=str(error))
+    # ValueError is what pydantic raises for a plan that is none.
+    except (PlanMismatchError, DataError, ValueError) as error:
+        return Failed(reason="invalid", detail=str(error))
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            _free_memory()
+            return Failed(reason="out-of-memory", detail=f"{first_line(error)}; {OUT_OF_MEMORY_ADVICE}")
+        if is_device_lost(error):
+            raise DeviceLostError(first_line(error)) from error
+        raise
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the GPU or the CPU had no memory left. The CPU's allocator says so only in its text."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+
+
+def is_device_lost(error: BaseException) -> bool:
+    """Whether the CUDA context is broken: after a device-side assert every call fails."""
+    text = str(error)
+    return "device-side assert" in text or "CUDA error" in text
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text; CUDA's go on with advice to its developers."""
+    return (str(error).strip() or type(error).__name__).partition("\n")[0]
+
+
+def _free_memory() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,131 @@
+"""The evaluation process: the model of one spec, loaded once; then plan in, outcome out.
+
+`python -m gpu_worker.evaluation_process` is started by gpu_worker/child.py and speaks JSON lines with it::
+
+    in   {"spec": SearchSpec, "sensitivity": bool}                      once
+    out  {"progress": {"stage", "done", "total"}}                       while it gets ready
+    out  {"usage_error": sentence}                                      and it ends with code 2
+    out  {"card": ModelCard}                                            it is ready
+    in   {"id", "plan", "text"}                                         one candidate at a time
+    out  {"id", "outcome"}
+
+The lines go out on a private copy of stdout; whatever a library prints lands on stderr. When stdin ends, so does the
+process, even in mid-evaluation: it never outlives its parent.
+"""
+
+import json
+import os
+import queue
+import sys
+import threading
+import time
+import warnings
+from typing import Any
+
+PROGRESS_EVERY = 0.5
+"""Seconds between two reports of the same stage."""
+EXIT_USAGE = 2
+EXIT_DEVICE_LOST = 3
+
+Lines = queue.SimpleQueue[bytes]
+
+
+class Replies:
+    """Writes messages to the parent."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._file = os.fdopen(descriptor, "w", encoding="utf-8")
+        self._stage = ""
+        self._reported = 0.0
+
+    def send(self, message: dict[str, Any]) -> None:
+        """Send one message, at once."""
+        self._file.write(json.dumps(message) + "\n")
+        self._file.flush()
+
+    def progress(self, stage: str, done: int, total: int) -> None:
+        """Report the progress of a stage: its first and last step, and not every one between."""
+        now = time.monotonic()
+        if stage == self._stage and done < total and now - self._reported < PROGRESS_EVERY:
+            return
+        self._stage, self._reported = stage, now
+        self.send({"progress": {"stage": stage, "done": done, "total": total}})
+
+
+def take_stdout() -> Replies:
+    """Keep stdout for the messages alone; descriptor 1 becomes stderr for everybody else."""
+    private = os.dup(1)
+    os.dup2(2, 1)
+    return Replies(private)
+
+
+def read_requests(descriptor: int, lines: Lines) -> None:
+    """Put each line into `lines`; end the process when the parent is gone.
+
+    Reads the descriptor itself: a thread that waits in `sys.stdin` holds a lock that the interpreter's exit needs.
+    """
+    rest = b""
+    while block := os.read(descriptor, 1 << 16):
+        *whole, rest = (rest + block).split(b"\n")
+        for line in whole:
+            lines.put(line)
+    os._exit(0)
+
+
+def keep_libraries_quiet() -> None:
+    """No progress bars and no advice: the parent's log is what people read."""
+    for name, value in (
+        ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
+        ("TRANSFORMERS_VERBOSITY", "error"),
+        ("TOKENIZERS_PARALLELISM", "false"),
+    ):
+        os.environ.setdefault(name, value)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+
+
+def serve(lines: Lines, replies: Replies) -> int:
+    """Get ready, then answer for ever; returns the exit code where that cannot be."""
+    # Imported here and not above: this is where torch comes in, seconds of it, with stdout already put away.
+    from gpu_worker.answering import DeviceLostError, answer, first_line, is_out_of_memory
+    from gpu_worker.session import Session
+    from protocol.errors import UsageError
+    from protocol.spec import SearchSpec
+
+    order = json.loads(lines.get())
+    spec = SearchSpec.model_validate(order["spec"])
+    try:
+        session = Session(spec, replies.progress, sensitivity=order["sensitivity"])
+    except UsageError as error:
+        replies.send({"usage_error": str(error)})
+        return EXIT_USAGE
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        # Starting again would end the same way, so it is the user's to mend.
+        replies.send({"usage_error": f"the model {spec.model!r} does not fit into memory ({first_line(error)})"})
+        return EXIT_USAGE
+    replies.send({"card": session.card.model_dump(mode="json")})
+    while True:
+        request = json.loads(lines.get())
+        try:
+            outcome = answer(session, request)
+        except DeviceLostError as error:
+            replies.send(
+                {"id": request["id"], "outcome": {"kind": "failed", "reason": "crashed", "detail": str(error)}}
+            )
+            return EXIT_DEVICE_LOST
+        replies.send({"id": request["id"], "outcome": outcome.model_dump(mode="json")})
+
+
+def main() -> int:
+    """Run the process; the exit code is 2 for what the user must mend, 3 for a lost device."""
+    replies = take_stdout()
+    lines: Lines = queue.SimpleQueue()
+    threading.Thread(target=read_requests, args=(0, lines), daemon=True).start()
+    keep_libraries_quiet()
+    return serve(lines, replies)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

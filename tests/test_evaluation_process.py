@@ -1,0 +1,117 @@
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gpu_worker.child import ChildDied, EvaluationChild
+from gpu_worker.progress import no_progress
+from protocol.candidate import Candidate, Failed, Measured, Provenance, Text
+from protocol.card import ModelCard
+from protocol.errors import UsageError
+from protocol.plan import Plan
+from protocol.spec import SearchSpec
+from tests.tiny_specs import tiny_spec
+
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory: pytest.TempPathFactory) -> SearchSpec:
+    return tiny_spec(tmp_path_factory.mktemp("evaluation"))
+
+
+def candidate_for(plan: Plan, text: Text = "fitness") -> Candidate:
+    provenance = Provenance(agent="baseline", source="allocation", round=0)
+    return Candidate(id="0123456789abcdef", rates=(), plan=plan, provenance=provenance, text=text)
+
+
+async def started(spec: SearchSpec) -> tuple[EvaluationChild, ModelCard]:
+    child = EvaluationChild(spec)
+    return child, await child.start(no_progress, sensitivity=False)
+
+
+def process_of(child: EvaluationChild) -> asyncio.subprocess.Process:
+    assert child._process is not None
+    return child._process
+
+
+async def test_the_card_comes_after_the_stages_and_candidates_are_measured(spec: SearchSpec) -> None:
+    stages: list[str] = []
+    child = EvaluationChild(spec)
+    card = await child.start(lambda stage, done, total: stages.append(stage), sensitivity=False)
+    plan = spec.uniform_plan(card.shape)
+    outcomes = [await child.evaluate(candidate_for(plan, text), limit_seconds=60) for text in ("fitness", "report")]
+    await child.kill()
+    assert list(dict.fromkeys(stages)) == ["loading model", "reading texts", "calibrating", "measuring dense"]
+    assert card.fingerprint == spec.fingerprint
+    fitness, report = outcomes
+    assert isinstance(fitness, Measured) and isinstance(report, Measured)
+    assert fitness.perplexity != report.perplexity
+    assert fitness.tokens == card.dense.tokens
+
+
+async def test_a_plan_of_another_model_has_failed_as_invalid_and_the_next_is_measured(spec: SearchSpec) -> None:
+    child, card = await started(spec)
+    plan = spec.uniform_plan(card.shape)
+    short = await child.evaluate(candidate_for(Plan(layers=plan.layers[1:])), limit_seconds=60)
+    good = await child.evaluate(candidate_for(plan), limit_seconds=60)
+    await child.kill()
+    assert isinstance(short, Failed) and short.reason == "invalid"
+    assert isinstance(good, Measured)
+
+
+async def test_a_killed_process_is_reported_as_dead(spec: SearchSpec) -> None:
+    child, card = await started(spec)
+    os.kill(process_of(child).pid, signal.SIGKILL)
+    with pytest.raises(ChildDied):
+        await child.evaluate(candidate_for(spec.uniform_plan(card.shape)), limit_seconds=60)
+    assert not child.alive
+
+
+async def test_an_evaluation_over_its_time_limit_has_failed_and_the_process_is_gone(spec: SearchSpec) -> None:
+    child, card = await started(spec)
+    process_of(child).send_signal(signal.SIGSTOP)  # a hang
+    outcome = await child.evaluate(candidate_for(spec.uniform_plan(card.shape)), limit_seconds=0.1)
+    assert isinstance(outcome, Failed) and outcome.reason == "timeout"
+    assert not child.alive
+
+
+async def test_a_text_that_is_too_short_is_the_users_to_mend(spec: SearchSpec, tmp_path: Path) -> None:
+    text = tmp_path / "short.txt"
+    text.write_text("too short")
+    lacking = spec.fitness.model_copy(update={"source": str(text)})
+    child = EvaluationChild(spec.model_copy(update={"fitness": lacking}))
+    with pytest.raises(UsageError, match="too short"):
+        await child.start(no_progress, sensitivity=False)
+    assert not child.alive
+
+
+async def test_the_process_ends_when_its_parent_closes_stdin(spec: SearchSpec) -> None:
+    child, _ = await started(spec)
+    stdin = process_of(child).stdin
+    assert stdin is not None
+    stdin.close()
+    assert await process_of(child).wait() == 0
+
+
+def test_the_process_ends_even_while_it_gets_ready() -> None:
+    command = [sys.executable, "-m", "gpu_worker.evaluation_process"]
+    ended = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    assert (ended.returncode, ended.stdout) == (0, b"")
+
+
+def test_what_libraries_print_does_not_reach_the_parent() -> None:
+    script = (
+        "from gpu_worker.evaluation_process import take_stdout\n"
+        "replies = take_stdout()\nprint('a library speaks', flush=True)\nreplies.send({'card': 1})"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert ended.stdout == '{"card": 1}\n'
+    assert "a library speaks" in ended.stderr
+
+
+def test_the_module_itself_brings_no_torch() -> None:
+    script = "import sys, gpu_worker.evaluation_process; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
