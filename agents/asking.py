@@ -1,6 +1,5 @@
-"""The loop that every agent runs: ask, parse, submit; answer what was wrong; let the classical operator stand in."""
+"""The conversation that every agent has with the LLM: ask, parse, take what is good, answer what was wrong."""
 
-import asyncio
 import hashlib
 import random
 from collections.abc import Awaitable, Callable, Sequence
@@ -13,12 +12,9 @@ from agents.endpoint import Answer, Message
 from agents.prompt import Prompts
 from agents.replies import Parsed
 from agents.settings import AgentSettings
-from agents.view import Accepted, Member, Proposal, Submit, View
-from protocol.candidate import AgentName, Provenance
+from agents.view import Member, View
 from protocol.errors import EndpointError, InvalidReply
 
-STAND_IN_TRIES = 25
-"""Proposals that the stand-in may make for one that is still missing, before it is believed that there is none."""
 TOKENS_BESIDE = 100
 LONGEST_QUOTE = 8_000
 """Characters of its own reply that the LLM is shown when it is asked again."""
@@ -125,7 +121,7 @@ class Asker:
                 break
             again = self._prompts.fill("reask", problems=problems[:5], missing=missing - taken)
             messages += [
-                {"role": "assistant", "content": answer.text[:LONGEST_QUOTE]},
+                {"role": "assistant", "content": _sendable(answer.text)},
                 {"role": "user", "content": again},
             ]
         return taken
@@ -166,65 +162,6 @@ class Asker:
         return taken, problems
 
 
-class Proposer:
-    """Makes an agent's proposals: several calls at a time, and the stand-in for what the LLM leaves out."""
-
-    def __init__(self, agent: AgentName, chat: Asks, prompts: Prompts, settings: AgentSettings) -> None:
-        self._agent = agent
-        self._asker = Asker(chat, prompts, settings)
-        self._settings = settings
-
-    async def propose(
-        self,
-        view: View,
-        count: int,
-        submit: Submit,
-        question: Callable[[Call], Question[Proposal]],
-        stand_in: Callable[[random.Random], Proposal],
-    ) -> int:
-        """Get `count` candidates accepted; returns how many were, which is fewer only where no new plan was found."""
-        calls = [Call(self._agent, view, i, size) for i, size in enumerate(self._settings.split(count))]
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(self._fill(call, submit, question(call), stand_in)) for call in calls]
-        return sum(task.result() for task in tasks)
-
-    async def _fill(
-        self,
-        call: Call,
-        submit: Submit,
-        question: Question[Proposal],
-        stand_in: Callable[[random.Random], Proposal],
-    ) -> int:
-        prompt = f"{question.name}:{hashlib.sha256(question.prompt.encode()).hexdigest()[:8]}"
-
-        async def take(proposal: Proposal, answer: Answer) -> str | None:
-            provenance = Provenance(
-                agent=self._agent,
-                source="llm",
-                round=call.view.round,
-                parents=proposal.parents,
-                endpoint=answer.endpoint,
-                prompt=prompt,
-            )
-            result = await submit(proposal.rates, provenance)
-            return None if isinstance(result, Accepted) else result.reason
-
-        taken = await self._asker.ask(call, question, call.count, take)
-        if taken < call.count:
-            taken += await self._stand_in(call, call.count - taken, submit, stand_in)
-        return taken
-
-    async def _stand_in(
-        self, call: Call, missing: int, submit: Submit, stand_in: Callable[[random.Random], Proposal]
-    ) -> int:
-        rng, taken = call.rng, 0
-        for _ in range(STAND_IN_TRIES * missing):
-            proposal = stand_in(rng)
-            provenance = Provenance(
-                agent=self._agent, source="stand-in", round=call.view.round, parents=proposal.parents
-            )
-            taken += isinstance(await submit(proposal.rates, provenance), Accepted)
-            if taken == missing:
-                break
-        log.info("stand_in", agent=self._agent, round=call.view.round, accepted=taken, missing=missing - taken)
-        return taken
+def _sendable(text: str) -> str:
+    """The LLM's own words as it is shown them again: not too many, and no lone surrogate, which no request can hold."""
+    return text[:LONGEST_QUOTE].encode(errors="replace").decode()

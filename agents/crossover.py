@@ -3,11 +3,12 @@
 import random
 from collections.abc import Sequence
 
-from agents.asking import Asks, Call, Proposer, Question
+from agents.asking import Asks, Call, Question
 from agents.edits import Mix, apply_mix, mix_schema
 from agents.lists import lists_question
 from agents.operators import cross
 from agents.prompt import Prompts
+from agents.proposing import Proposer
 from agents.replies import parse_objects
 from agents.settings import AgentSettings
 from agents.view import Member, Proposal, Submit, View

@@ -84,13 +84,11 @@ def anchors(view: View, points: int) -> list[int]:
 def profile_schema(view: View, count: int) -> Schema:
     """For `count` profiles: one curve over the layers, or one each for attention and MLP."""
     low, high = profile_bounds(view)
-    choices = [unit.name for unit in view.by_fragility[:KEPT_CHOICES]]
-    kept: Schema = {"type": "array", "items": {"enum": choices}, "minItems": 0, "maxItems": MOST_KEPT}
     layers = view.spec.granularity == "layer"
     points = LAYER_POINTS if layers else BLOCK_POINTS
     curve = {"type": "array", "items": _integer(low, high), "minItems": points, "maxItems": points}
     curves = {"profile": curve} if layers else {"attention": curve, "mlp": curve}
-    return _proposals({"keep": kept, **curves}, count)
+    return _proposals({**_kept(view), **curves}, count)
 
 
 def mutation_schema(view: View, shown: int, count: int) -> Schema:
@@ -186,6 +184,13 @@ def _member(members: Sequence[Member], number: int) -> Member:
     if not 1 <= number <= len(members):
         raise InvalidReply(f"names a configuration outside 1 to {len(members)}")
     return members[number - 1]
+
+
+def _kept(view: View) -> Schema:
+    """Up to a few of the most fragile units; nothing where none is known to be fragile."""
+    choices = [unit.name for unit in view.by_fragility[:KEPT_CHOICES]]
+    kept: Schema = {"type": "array", "items": {"enum": choices}, "minItems": 0, "maxItems": MOST_KEPT}
+    return {"keep": kept} if choices else {}
 
 
 def _proposals(properties: Schema, count: int) -> Schema:

@@ -2,7 +2,7 @@
 
 import random
 
-from agents.asking import Asks, Call, Proposer, Question
+from agents.asking import Asks, Call, Question
 from agents.edits import (
     BLOCK_POINTS,
     LAYER_POINTS,
@@ -16,6 +16,7 @@ from agents.edits import (
 from agents.lists import lists_question
 from agents.operators import random_rates
 from agents.prompt import Prompts
+from agents.proposing import Proposer
 from agents.replies import parse_objects
 from agents.settings import AgentSettings
 from agents.view import Proposal, Submit, View

@@ -34,7 +34,9 @@ class View:
 
     @property
     def by_fragility(self) -> tuple[Unit, ...]:
-        """The units, those first whose pruning alone raises the perplexity most."""
+        """The units, those first whose pruning alone raises the perplexity most; none where that was not measured."""
+        if not self.card.sensitivity:
+            return ()
         ranked = sorted(zip(self.card.sensitivity, self.units, strict=True), key=lambda pair: -pair[0])
         return tuple(unit for _, unit in ranked)
 
@@ -56,6 +58,9 @@ class Refused:
 
     reason: str
 
+
+BUDGET_USED_UP = Refused("the budget of evaluations is used up")
+"""What every proposal is refused with from then on: the agents stop quietly."""
 
 Submit = Callable[[Sequence[float], Provenance], Awaitable[Accepted | Refused]]
 """Takes raw rates, one per unit. They are made feasible, planned, compared with what is known, and enqueued."""

@@ -1,0 +1,106 @@
+"""What the LLM is told, word for word: every prompt as it is filled for a small model, kept in tests/golden/.
+
+After a wanted change, renew them with `RENEW_GOLDEN=1 pytest tests/test_prompts.py` and read the difference.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from agents.crossover import Crossover
+from agents.endpoint import Answer, Message
+from agents.initializer import Initializer
+from agents.mutator import Mutator
+from agents.prompt import Prompts
+from agents.selector import Selector
+from agents.settings import AgentSettings, ReplyFormat
+from agents.view import Accepted, Member, View
+from protocol.candidate import Provenance
+from protocol.errors import EndpointError
+from protocol.shape import Granularity
+from tests.samples import CARD, SPEC, candidate
+
+GOLDEN = Path(__file__).parent / "golden"
+AGENTS = ("initializer", "mutator", "crossover", "selector")
+
+
+class Listener:
+    """Keeps what it is asked, and answers nothing."""
+
+    def __init__(self) -> None:
+        self.prompts: list[str] = []
+
+    async def ask(self, messages: Sequence[Message], **_: object) -> Answer:
+        self.prompts.append("\n\n".join(f"<{m['role']}>\n{m['content']}" for m in messages) + "\n")
+        raise EndpointError("down", retryable=True)
+
+
+async def accept(rates: Sequence[float], provenance: Provenance) -> Accepted:
+    return Accepted("0" * 16)
+
+
+def view_of(granularity: Granularity, *, sensitivity: bool = True) -> View:
+    spec = SPEC.model_copy(update={"granularity": granularity})
+    units = len(CARD.shape.units(granularity))
+    card = CARD.model_copy(update={"sensitivity": tuple(0.4 / (1 + i) for i in range(units)) if sensitivity else ()})
+    members = tuple(
+        Member(candidate(tuple(0.3 + shift * (2 * i / (units - 1) - 1) for i in range(units)), spec=spec), 20.0 + rank)
+        for rank, shift in enumerate((0.2, 0.1, 0.05, -0.1))
+    )
+    return View(spec, card, 1, members)
+
+
+async def prompt_of(agent: str, reply: ReplyFormat, view: View) -> str:
+    chat, prompts = Listener(), Prompts()
+    settings = AgentSettings(reply=reply, proposals_per_call=2)
+    match agent:
+        case "initializer":
+            await Initializer(chat, prompts, settings).propose(view, 2, accept)
+        case "selector":
+            await Selector(chat, prompts, settings).select(view, 2)
+        case "mutator":
+            await Mutator(chat, prompts, settings).propose(view, view.population, 2, accept)
+        case _:
+            await Crossover(chat, prompts, settings).propose(view, view.population, 2, accept)
+    return chat.prompts[0]
+
+
+@pytest.mark.parametrize("granularity", ["layer", "block"])
+@pytest.mark.parametrize("reply", ["lists", "edits"])
+@pytest.mark.parametrize("agent", AGENTS)
+async def test_every_prompt_reads_as_its_golden_text(agent: str, reply: ReplyFormat, granularity: Granularity) -> None:
+    text = await prompt_of(agent, reply, view_of(granularity))
+    golden = GOLDEN / f"{agent}_{reply}_{granularity}.txt"
+    if os.environ.get("RENEW_GOLDEN"):
+        golden.write_text(text, encoding="utf-8")
+    assert text == golden.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("reply", ["lists", "edits"])
+@pytest.mark.parametrize("agent", AGENTS)
+async def test_nothing_is_said_of_fragile_units_where_none_are_known(agent: str, reply: ReplyFormat) -> None:
+    text = await prompt_of(agent, reply, view_of("layer", sensitivity=False))
+    assert "ragile" not in text and "hurt" not in text
+
+
+def test_the_reask_says_what_was_wrong_and_how_many_are_missing() -> None:
+    text = Prompts().fill("reask", problems=["Configuration 2 has 3 numbers instead of 4."], missing=2)
+    assert text.splitlines()[0] == "Configuration 2 has 3 numbers instead of 4."
+    assert "2 new ones" in text
+
+
+def test_a_missing_variable_is_an_error() -> None:
+    with pytest.raises(TypeError, match="missing"):
+        Prompts().fill("reask", problems=[])
+
+
+def test_an_unused_variable_is_an_error() -> None:
+    with pytest.raises(TypeError, match="mood"):
+        Prompts().fill("reask", problems=[], missing=1, mood="good")
+
+
+def test_a_variable_of_an_included_part_is_as_needed_as_any() -> None:
+    with pytest.raises(TypeError, match="about"):
+        Prompts().fill("mutator_lists", count=1, members=[])
