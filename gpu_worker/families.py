@@ -16,11 +16,12 @@ from protocol.shape import LayerShape, ModelShape
 
 @dataclass(frozen=True)
 class Family:
-    """Module paths of one family: the first three from the model, the others from a decoder layer."""
+    """Module paths of one family: the first four from the model, the others from a decoder layer."""
 
     name: str
     body: str = "model"
     layers: str = "model.layers"
+    norm: str = "model.norm"
     head: str = "lm_head"
     attention: str = "self_attn"
     query: str = "self_attn.q_proj"
@@ -60,9 +61,13 @@ class Layer:
 
 @dataclass(frozen=True)
 class Decoder:
-    """A loaded model, taken apart: `body` maps token ids to final hidden states, `head` those to logits."""
+    """A loaded model, taken apart: `body` maps token ids to final hidden states, `head` those to logits.
+
+    `norm` is the body's last step, after the decoder layers.
+    """
 
     body: nn.Module
+    norm: nn.Module
     head: nn.Linear
     layers: tuple[Layer, ...]
     shape: ModelShape
@@ -92,7 +97,8 @@ def take_apart(model: Any) -> Decoder:
     family = family_of(model.config)
     layers = tuple(_layer(family, module) for module in model.get_submodule(family.layers))
     shape = _shape(family, model, layers)
-    return Decoder(model.get_submodule(family.body), model.get_submodule(family.head), layers, shape)
+    body, norm, head = (model.get_submodule(path) for path in (family.body, family.norm, family.head))
+    return Decoder(body, norm, head, layers, shape)
 
 
 def _layer(family: Family, module: nn.Module) -> Layer:

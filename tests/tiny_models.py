@@ -17,7 +17,7 @@ VOCABULARY = 320
 def tiny_llama(
     *,
     layers: int = 3,
-    hidden_size: int = 32,
+    hidden_size: int = 36,
     query_heads: int = 6,
     kv_heads: int = 3,
     head_dim: int = 8,

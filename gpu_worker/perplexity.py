@@ -1,0 +1,61 @@
+"""Perplexity: token-weighted negative log-likelihood over windows of tokens."""
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gpu_worker.families import Decoder
+from protocol.errors import SelfPrunerError
+
+LOGITS_BYTES = {"cpu": 24 * 2**20, "cuda": 2**30}
+"""Size of one chunk of fp32 logits. On a CPU larger chunks fall out of its caches, smaller ones starve the matmul."""
+
+
+class NotFiniteError(SelfPrunerError):
+    """The loss is infinite or not a number: this model, pruned so, does not compute."""
+
+
+def perplexity(decoder: Decoder, windows: Tensor) -> tuple[float, int]:
+    """Perplexity of `windows` (long, [n, seqlen]) and the number of tokens it is averaged over, n × (seqlen − 1).
+
+    The mean is over tokens, as in transformers' own `labels=` loss; a window's first token is never predicted.
+    Raises NotFiniteError where the result is no finite number.
+    """
+    with torch.inference_mode():
+        total = sum(window_loss(decoder, window[None]) for window in windows)
+    tokens = windows.shape[0] * (windows.shape[1] - 1)
+    mean = total / tokens
+    try:
+        result = math.exp(mean)
+    except OverflowError:
+        result = math.inf
+    if not math.isfinite(result):
+        raise NotFiniteError(f"the mean loss over {tokens} tokens is {mean}")
+    return result, tokens
+
+
+def window_loss(decoder: Decoder, window: Tensor) -> float:
+    """Summed negative log-likelihood, in nats, of all but the first token of each window in `window` [batch, seqlen].
+
+    One window at a time is as fast as several: a thousand tokens fill the matmuls, and the attention is smaller.
+    """
+    window = window.to(next(decoder.body.parameters()).device)
+    hidden = decoder.body(input_ids=window, use_cache=False).last_hidden_state
+    return hidden_loss(decoder, hidden, window)
+
+
+def hidden_loss(decoder: Decoder, hidden: Tensor, window: Tensor) -> float:
+    """The loss of `window` [batch, seqlen] given the body's final hidden states [batch, seqlen, hidden size].
+
+    Logits of all tokens at once would be gigabytes. They are made chunk by chunk, in the model's type, and summed in
+    fp32 (fp64 between chunks).
+    """
+    states = hidden[:, :-1].flatten(0, 1)
+    targets = window[:, 1:].flatten().to(states.device)
+    rows = max(1, LOGITS_BYTES.get(states.device.type, LOGITS_BYTES["cuda"]) // (4 * decoder.head.out_features))
+    total = torch.zeros((), dtype=torch.float64, device=states.device)
+    for chunk, target in zip(torch.split(states, rows), torch.split(targets, rows), strict=True):
+        total += F.cross_entropy(decoder.head(chunk).float(), target, reduction="sum").double()
+    return total.item()

@@ -1,0 +1,158 @@
+"""Score once, slice for ever: weights ordered by importance, so that any plan is a prefix of them.
+
+The rows of q/k/v and gate/up, and the columns of o and down, are permuted once: KV heads by importance, query heads
+within their KV head by importance, channels by importance. The permuted model computes what the original does. Applying
+a plan then only sets views: k, v, gate and up keep their first rows; o and down are stored transposed, so that their
+first columns are first rows of the storage. Where a plan keeps fewer query heads per KV head, the query rows that stay
+are not adjacent and are gathered: a copy of one layer's kept q and o, dropped when the next plan is applied.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from gpu_worker.families import Decoder, Layer
+from gpu_worker.importance import LayerImportance
+from protocol.plan import LayerPlan, Plan, dense_plan
+from protocol.shape import LayerShape
+
+
+class PlanMismatchError(ValueError):
+    """The plan keeps what the model does not have, or is for another number of layers."""
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows of a linear layer in order of importance: weight [pieces, ..., inputs], bias [pieces, ...] or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def first(self, *counts: int) -> tuple[Tensor, Tensor | None]:
+        """The first `counts` along the leading dimensions, flattened to rows: a view where one is possible."""
+        pick = tuple(slice(count) for count in counts)
+        weight = self.weight[pick].reshape(-1, self.weight.shape[-1])
+        return weight, None if self.bias is None else self.bias[pick].reshape(-1)
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """Columns of a linear layer in order of importance, stored as rows: [pieces, ..., outputs]."""
+
+    stored: Tensor
+
+    def first(self, *counts: int) -> Tensor:
+        """The weight [outputs, kept inputs] of the first `counts` along the leading dimensions."""
+        pick = tuple(slice(count) for count in counts)
+        return self.stored[pick].reshape(-1, self.stored.shape[-1]).t()
+
+
+class _OrderedLayer:
+    """One decoder layer whose weights are ordered by importance."""
+
+    def __init__(self, layer: Layer, shape: LayerShape, importance: LayerImportance) -> None:
+        self._layer = layer
+        self._shape = shape
+        kv = _descending(importance.kv_heads)
+        queries = _descending(importance.query_heads)[kv]
+        channels = _descending(importance.channels)
+        groups, each = shape.kv_heads, shape.queries_per_kv
+        self._query = _query_rows(layer.query, groups, each, kv, queries)
+        self._key, self._value = (_order_rows(linear, (groups, -1), kv) for linear in (layer.key, layer.value))
+        heads = layer.output.weight.t().reshape(groups, each, -1, layer.output.out_features)
+        self._output = _Columns(heads[kv[:, None], queries].contiguous())
+        self._gate, self._up = (_order_rows(linear, (-1,), channels) for linear in (layer.gate, layer.up))
+        self._down = _Columns(layer.down.weight.t()[channels].contiguous())
+
+    def apply(self, plan: LayerPlan) -> None:
+        """Make the layer keep what `plan` says."""
+        kv, each, channels = plan.kv_heads, plan.queries_per_kv, plan.mlp_channels
+        layer = self._layer
+        _set(layer.query, *self._query.first(kv, each))
+        _set(layer.key, *self._key.first(kv))
+        _set(layer.value, *self._value.first(kv))
+        _set(layer.output, self._output.first(kv, each), layer.output.bias)
+        _set(layer.gate, *self._gate.first(channels))
+        _set(layer.up, *self._up.first(channels))
+        _set(layer.down, self._down.first(channels), layer.down.bias)
+        # The number of heads follows from the projections' widths; only the sharing of KV heads is written down.
+        layer.attention.num_key_value_groups = each  # type: ignore[assignment]
+
+    def check(self, plan: LayerPlan) -> None:
+        """Raise PlanMismatchError where the layer has fewer pieces than `plan` keeps."""
+        has = self._shape
+        if (
+            plan.kv_heads > has.kv_heads
+            or plan.queries_per_kv > has.queries_per_kv
+            or plan.mlp_channels > has.mlp_channels
+        ):
+            raise PlanMismatchError(f"the plan keeps ({plan!r}) more than the layer has ({has!r})")
+
+
+class OrderedModel:
+    """A model whose weights are ordered by importance; takes the place of the original weights in the decoder.
+
+    `importance` has one entry per layer. The model computes the same function until a plan is applied.
+    """
+
+    def __init__(self, decoder: Decoder, importance: Sequence[LayerImportance]) -> None:
+        self.decoder = decoder
+        self._layers = []
+        with torch.no_grad():
+            wholes = dense_plan(decoder.shape).layers
+            for layer, shape, scores, whole in zip(
+                decoder.layers, decoder.shape.layers, importance, wholes, strict=True
+            ):
+                ordered = _OrderedLayer(layer, shape, scores)
+                # Applied at once, so that the original weights of one layer are freed before the next is copied.
+                ordered.apply(whole)
+                self._layers.append(ordered)
+
+    def apply(self, plan: Plan) -> None:
+        """Prune to `plan`, whatever was applied before. Raises PlanMismatchError for a plan of another model."""
+        if len(plan.layers) != len(self._layers):
+            raise PlanMismatchError(f"the plan is for {len(plan.layers)} layers, the model has {len(self._layers)}")
+        for layer, kept in zip(self._layers, plan.layers, strict=True):
+            layer.check(kept)
+        with torch.no_grad():
+            for layer, kept in zip(self._layers, plan.layers, strict=True):
+                layer.apply(kept)
+
+    def apply_layer(self, layer: int, plan: LayerPlan) -> None:
+        """Prune decoder layer `layer` to `plan` and leave the others as they are."""
+        self._layers[layer].check(plan)
+        with torch.no_grad():
+            self._layers[layer].apply(plan)
+
+    def restore(self) -> None:
+        """Make the model dense again."""
+        self.apply(dense_plan(self.decoder.shape))
+
+
+def _descending(scores: Tensor) -> Tensor:
+    """Indices by falling score along the last dimension; stable, so that ties keep the original order."""
+    return torch.argsort(scores, dim=-1, descending=True, stable=True)
+
+
+def _order_rows(linear: nn.Linear, pieces: tuple[int, ...], order: Tensor) -> _Rows:
+    """The rows of `linear`, seen as `pieces`, in `order` of the first dimension."""
+    weight = linear.weight.view(*pieces, linear.in_features) if len(pieces) > 1 else linear.weight
+    bias = None if linear.bias is None else linear.bias.view(*pieces)[order].contiguous()
+    return _Rows(weight[order].contiguous(), bias)
+
+
+def _query_rows(linear: nn.Linear, groups: int, each: int, kv: Tensor, queries: Tensor) -> _Rows:
+    """The rows of q_proj as [KV heads, query heads, head dim], both in order of importance."""
+    pick = (kv[:, None], queries)
+    weight = linear.weight.view(groups, each, -1, linear.in_features)[pick].contiguous()
+    bias = None if linear.bias is None else linear.bias.view(groups, each, -1)[pick].contiguous()
+    return _Rows(weight, bias)
+
+
+def _set(linear: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
+    """Give `linear` these parameters and the sizes that go with them."""
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    linear.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)  # type: ignore[assignment]
+    linear.out_features, linear.in_features = weight.shape
