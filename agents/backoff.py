@@ -5,9 +5,17 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 
+LONGEST = 3600.0
+"""Seconds; whoever asks for more is asked again after an hour all the same."""
+
 
 def retry_after(headers: Mapping[str, str], now: datetime) -> float | None:
     """Seconds that `retry-after-ms` or `retry-after` (seconds or an HTTP date) name; None where neither makes sense."""
+    told = _told(headers, now)
+    return None if told is None else min(told, LONGEST)
+
+
+def _told(headers: Mapping[str, str], now: datetime) -> float | None:
     milliseconds = _number(headers.get("retry-after-ms"))
     if milliseconds is not None:
         return milliseconds / 1000

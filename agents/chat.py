@@ -26,12 +26,16 @@ from agents.endpoint import Answer, ChatPolicy, Endpoint, Message, Question, Usa
 from agents.transport import capped_at, only_own_headers
 from protocol.errors import EndpointError
 
+__all__ = ["Answer", "Chat", "ChatPolicy", "Endpoint", "Usage"]
+
 Gate = Callable[[], Awaitable[None]]
 Record = Callable[[dict[str, object]], None]
 
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _NO_KEY = "none"
 """What an endpoint without a key of its own is sent: the SDK would otherwise take OPENAI_API_KEY to any address."""
+
+_LEFT_ALONE = "left alone after a failure"
 
 log = structlog.get_logger()
 
@@ -94,7 +98,7 @@ class Chat:
         failures = []
         for connection in self._connections:
             if connection.resting:
-                failures.append(f"{connection.endpoint.name}: left alone after a failure")
+                failures.append(f"{connection.endpoint.name}: {_LEFT_ALONE}")
                 continue
             try:
                 answer = await connection.answer(question)
@@ -157,6 +161,7 @@ class _Connection:
         self._slots = asyncio.Semaphore(self.policy.concurrency)
         self._not_before = 0.0
         self._rests_until = 0.0
+        self._failures_in_a_row = 0
 
     @property
     def resting(self) -> bool:
@@ -165,14 +170,17 @@ class _Connection:
     async def answer(self, question: Question) -> Answer:
         """One answer, after as many attempts as the policy allows; raises EndpointError."""
         async with self._slots:
+            if self.resting:  # since this question began to wait for a slot
+                raise EndpointError(_LEFT_ALONE, retryable=True)
             started = time.monotonic()
             try:
                 async with asyncio.timeout(self.policy.deadline) as clock:
                     completion: Completion = await self._retrying(clock)(self._attempt, question, clock)
             except TimeoutError:
-                raise self._failed(f"no whole answer within {self.policy.deadline:g} s") from None
-            except (openai.OpenAIError, ValueError, EndpointError) as error:
-                raise self._failed(self._describe(error)) from None
+                raise self._failed(f"no whole answer within {self.policy.deadline:g} s", down=False) from None
+            except (openai.OpenAIError, httpx2.TransportError, ValueError, EndpointError) as error:
+                raise self._failed(self._describe(error), down=_is_down(error)) from None
+        self._failures_in_a_row = 0
         self.usage.answers += 1
         self.usage.prompt_tokens += completion.prompt_tokens
         self.usage.completion_tokens += completion.completion_tokens
@@ -221,8 +229,7 @@ class _Connection:
     async def _attempt(self, question: Question, clock: asyncio.Timeout) -> Completion:
         """One attempt; a refused parameter is left out and asked again at once, which is no failure."""
         while True:
-            await self._pass_gate(clock)
-            await asyncio.sleep(max(0.0, self._not_before - time.monotonic()))
+            await self._wait_turn(clock)
             body = self.dialect.body(
                 question.schema, question.schema_name, question.seed, question.temperature, question.max_tokens
             )
@@ -233,6 +240,18 @@ class _Connection:
                 if not self.dialect.learn(error.status_code, str(error), body):
                     raise
                 log.info("endpoint_dialect", endpoint=self.endpoint.name, rung=self.dialect.rung)
+
+    async def _wait_turn(self, clock: asyncio.Timeout) -> None:
+        """Wait as long as the endpoint asked for, then at the gate, so that nothing stands between it and the request.
+
+        A wait beyond the deadline is not begun.
+        """
+        while (wait := self._not_before - time.monotonic()) > 0:
+            end = clock.when()
+            if end is not None and asyncio.get_running_loop().time() + wait >= end:
+                raise EndpointError(f"the endpoint asks to be left alone for {wait:.0f} s", retryable=False)
+            await asyncio.sleep(wait)
+        await self._pass_gate(clock)
 
     async def _pass_gate(self, clock: asyncio.Timeout) -> None:
         """Wait at the gate with the deadline's clock stopped."""
@@ -248,13 +267,18 @@ class _Connection:
             check_content_type(response.headers.get("content-type", ""))
             return read_completion(await response.read())
 
-    def _failed(self, why: str) -> EndpointError:
+    def _failed(self, why: str, *, down: bool) -> EndpointError:
+        """Count the failure. An endpoint that is down rests at once; one that failed a question, after some in a row.
+
+        A local model that is too slow for one long question, or a prompt that it cannot take, must not stop the others.
+        """
         self.usage.errors += 1
+        self._failures_in_a_row += 1
         now = time.monotonic()
-        self._rests_until = max(now + self.policy.rest, self._not_before)
-        log.warning(
-            "endpoint_failed", endpoint=self.endpoint.name, reason=why, rests_s=round(self._rests_until - now, 1)
-        )
+        if down or self._failures_in_a_row >= self.policy.failures_to_rest:
+            self._rests_until = max(now + self.policy.rest, self._not_before)
+        rests = max(0.0, self._rests_until - now)
+        log.warning("endpoint_failed", endpoint=self.endpoint.name, reason=why, rests_s=round(rests, 1))
         return EndpointError(why, retryable=True)
 
     def _describe(self, error: Exception) -> str:
@@ -274,7 +298,18 @@ def _worth_another_try(error: BaseException) -> bool:
         case openai.APIStatusError():
             return error.status_code >= 500 or error.status_code in (408, 409)
         case _:
-            return isinstance(error, openai.APIConnectionError | ValueError)
+            return isinstance(error, openai.APIConnectionError | httpx2.TransportError | ValueError)
+
+
+def _is_down(error: Exception) -> bool:
+    """Whether another question would fare no better: unreachable, overloaded, or it does not know us."""
+    match error:
+        case openai.APIConnectionError():
+            return not isinstance(error.__cause__, EndpointError)  # what our own hooks refuse is about one reply
+        case openai.APIStatusError():
+            return error.status_code not in (400, 413, 422)
+        case _:
+            return False
 
 
 def _told_to_wait(error: BaseException | None) -> float | None:

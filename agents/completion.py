@@ -52,7 +52,9 @@ def read_completion(body: bytes) -> Completion:
     if not isinstance(message, dict):
         raise EndpointError("the endpoint answered a choice without a message", retryable=True)
     content = message.get("content")
-    text, whole = strip_reasoning(content if isinstance(content, str) else "")
+    # A lone surrogate, which JSON can hold, could not be encoded when the answer is sent back or kept.
+    written = content.encode("utf-8", "replace").decode() if isinstance(content, str) else ""
+    text, whole = strip_reasoning(written)
     reason = choices[0].get("finish_reason")
     usage = reply.get("usage")
     return Completion(

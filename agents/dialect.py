@@ -12,6 +12,8 @@ Rung = Literal["json_schema", "json_object", "text"]
 _LADDER: tuple[Rung, ...] = ("json_schema", "json_object", "text")
 _REFUSED = (400, 422, 500, 501)
 _FORMAT_WORDS = ("response_format", "json_schema", "json_object", "structured output", "grammar", "schema")
+_LENGTH_WORDS = ("context size", "context length", "context window", "maximum context", "too long")
+"""A prompt that is too long is no matter of dialect, even where the error repeats the whole request."""
 
 
 @dataclass
@@ -40,7 +42,7 @@ class Dialect:
     def learn(self, status: int, message: str, sent: dict[str, object]) -> bool:
         """Take one step for a refusal of what was `sent`; False where it names nothing that can be left out."""
         message = message.lower()
-        if status not in _REFUSED:
+        if status not in _REFUSED or any(words in message for words in _LENGTH_WORDS):
             return False
         if self.limit_name in sent and self.limit_name == "max_tokens" and "max_completion_tokens" in message:
             self.limit_name = "max_completion_tokens"

@@ -32,7 +32,9 @@ class ChatPolicy:
     first_wait: float = 0.5
     longest_wait: float = 20.0
     rest: float = 30.0
-    """How long an endpoint that failed for good is left alone, so that the stand-ins go on without waiting for it."""
+    """How long an endpoint that is down is left alone, so that the stand-ins go on without waiting for it."""
+    failures_to_rest: int = 3
+    """So many failed questions in a row also count as down; one alone may be the question's fault."""
 
 
 @dataclass(frozen=True)

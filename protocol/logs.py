@@ -1,6 +1,7 @@
 """structlog for every process: readable lines on a terminal, one JSON object a line elsewhere, no secret in either."""
 
 import logging
+import math
 import re
 import sys
 from collections.abc import Iterable, Mapping, MutableMapping
@@ -12,32 +13,49 @@ from structlog.typing import Processor
 
 HIDDEN = "***"
 _SECRET_NAME = re.compile(r"(api_?key|authorization|token$|password|secret)", re.IGNORECASE)
-_URL_PASSWORD = re.compile(r"(\w+://[^\s/:@]*):[^\s/@]+@")
+_URL_PASSWORD = re.compile(r"(\w+://[^\s/:@]*):[^\s/]+@")
+
+
+_DEEPEST = 20
+"""Levels of nesting that a log line shows; what refers to itself ends there."""
 
 
 class Redaction:
-    """A processor that blanks secrets: by the name of a field, by configured value, and passwords in URLs."""
+    """A processor that leaves only what JSON holds, and no secret in it.
+
+    Secrets are blanked by the name of a field, by configured value, and as passwords in URLs. Numbers that JSON does
+    not know (NaN) and objects become text first, so that neither breaks a line nor carries a secret past.
+    """
 
     def __init__(self, secrets: Iterable[str]) -> None:
         self._secrets = sorted({s for s in secrets if len(s) >= 4}, key=len, reverse=True)
 
     def __call__(self, _logger: Any, _method: str, event: MutableMapping[str, Any]) -> Mapping[str, Any]:
         """The event without its secrets."""
-        return {
-            key: HIDDEN if _SECRET_NAME.search(key) and isinstance(value, str) else self._clean(value)
-            for key, value in event.items()
-        }
+        # The console prints a traceback from the exception itself; it is blanked in the line that comes out.
+        return {key: value if key == "exc_info" else self._field(key, value, _DEEPEST) for key, value in event.items()}
 
-    def _clean(self, value: Any) -> Any:
-        if isinstance(value, str):
-            for secret in self._secrets:
-                value = value.replace(secret, HIDDEN)
-            return _URL_PASSWORD.sub(rf"\1:{HIDDEN}@", value)
+    def text(self, text: str) -> str:
+        """`text` without its secrets, and fit to be written."""
+        for secret in self._secrets:
+            text = text.replace(secret, HIDDEN)
+        return _URL_PASSWORD.sub(rf"\1:{HIDDEN}@", text).encode("utf-8", "backslashreplace").decode()
+
+    def _field(self, name: str, value: Any, depth: int) -> Any:
+        if _SECRET_NAME.search(name) and value is not None and not isinstance(value, bool):
+            return HIDDEN
+        return self._clean(value, depth)
+
+    def _clean(self, value: Any, depth: int) -> Any:
+        if value is None or isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value)):
+            return value
+        if depth == 0:
+            return "…"
         if isinstance(value, Mapping):
-            return {k: HIDDEN if _SECRET_NAME.search(str(k)) else self._clean(v) for k, v in value.items()}
-        if isinstance(value, list | tuple):
-            return [self._clean(v) for v in value]
-        return value
+            return {self.text(str(k)): self._field(str(k), v, depth - 1) for k, v in value.items()}
+        if isinstance(value, list | tuple | set | frozenset):
+            return [self._clean(v, depth - 1) for v in value]
+        return self.text(str(value))
 
 
 class _CurrentStderr(logging.StreamHandler[TextIO]):
@@ -74,11 +92,12 @@ def configure(
     as_json: list[Processor] = [
         structlog.processors.ExceptionRenderer(structlog.tracebacks.ExceptionDictTransformer(show_locals=False)),
         redact,
-        structlog.processors.JSONRenderer(ensure_ascii=False, allow_nan=False, default=str),
+        structlog.processors.JSONRenderer(ensure_ascii=False, allow_nan=False),
     ]
     as_text: list[Processor] = [
         redact,
         structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback, pad_event_to=24),
+        lambda _logger, _method, line: redact.text(str(line)),
     ]
     if json_lines is None:
         json_lines = not sys.stderr.isatty()
