@@ -1,0 +1,155 @@
+"""Texts as fixed windows of tokens: what heads are scored on, what a search minimises, what is reported."""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from gpu_worker.hub import hub_reachable
+from protocol.errors import DataError
+from protocol.spec import SearchSpec, TextSpec
+
+WIKITEXT2 = "wikitext2"
+SELF = "self"
+
+Role = Literal["calibration", "fitness", "report"]
+Source = tuple[str, str]
+"""A text, and its split where it has several: roles with the same source share its windows."""
+GenerateText = Callable[[int, int], Tensor]
+"""Windows and their length -> tokens [windows, length] that the dense model writes itself."""
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Windows of tokens (long, [windows, seqlen], on the CPU), disjoint where roles share a source."""
+
+    calibration: Tensor
+    fitness: Tensor
+    report: Tensor | None
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all windows: equal on two workers that measure on the same tokens."""
+        digest = hashlib.sha256()
+        for windows in (self.calibration, self.fitness, self.report):
+            if windows is not None:
+                digest.update(f"{tuple(windows.shape)}".encode())
+                digest.update(windows.numpy().tobytes())
+        return digest.hexdigest()
+
+
+def load_texts(spec: SearchSpec, tokenizer: Any, generate: GenerateText) -> Texts:
+    """The windows of all roles of `spec`. `generate` is called where a source is `self`.
+
+    A source is cut into chunks of the longest window that its roles ask for. The roles (calibration, fitness, report,
+    in this order) take chunks from one seeded shuffle and cut them to their own length; a role that asks for all
+    windows gets, in order of the text, those that the others left. Raises DataError for a source that cannot be had
+    or is too short.
+    """
+    by_source: dict[Source, dict[Role, TextSpec]] = defaultdict(dict)
+    for role, text in _roles(spec).items():
+        by_source[_source(role, text)][role] = text
+    windows: dict[Role, Tensor] = {}
+    for source, roles in by_source.items():
+        length = max(text.seqlen for text in roles.values())
+        tokens = _self_tokens(roles, length, generate) if source[0] == SELF else _tokens(source, tokenizer)
+        windows |= share(tokens, roles, length, spec.seed, source[0])
+    return Texts(windows["calibration"], windows["fitness"], windows.get("report"))
+
+
+def share(tokens: Tensor, roles: dict[Role, TextSpec], length: int, seed: int, name: str) -> dict[Role, Tensor]:
+    """Deal the chunks of `length` tokens of one text [tokens] out to its roles; see `load_texts`."""
+    chunks = tokens[: len(tokens) // length * length].view(-1, length)
+    shuffled = torch.randperm(len(chunks), generator=torch.Generator().manual_seed(seed))
+    windows: dict[Role, Tensor] = {}
+    taken = 0
+    for role, text in roles.items():
+        if text.windows is not None:
+            count = chunks_needed(text, length)
+            if taken + count > len(chunks):
+                raise DataError(_too_short(name, len(tokens), roles))
+            windows[role] = cut(chunks[shuffled[taken : taken + count]], text.seqlen)[: text.windows]
+            taken += count
+    for role, text in roles.items():
+        if text.windows is None:
+            if taken == len(chunks):
+                raise DataError(_too_short(name, len(tokens), roles))
+            windows[role] = cut(chunks[shuffled[taken:].sort().values], text.seqlen)
+            taken = len(chunks)
+    return windows
+
+
+def cut(chunks: Tensor, seqlen: int) -> Tensor:
+    """Chunks [n, length] as windows [n × (length // seqlen), seqlen]."""
+    per_chunk = chunks.shape[1] // seqlen
+    return chunks[:, : per_chunk * seqlen].reshape(-1, seqlen)
+
+
+def chunks_needed(text: TextSpec, length: int) -> int:
+    """How many chunks of `length` hold the windows of `text`."""
+    assert text.windows is not None
+    return -(-text.windows // (length // text.seqlen))
+
+
+def _roles(spec: SearchSpec) -> dict[Role, TextSpec]:
+    roles: dict[Role, TextSpec] = {"calibration": spec.calibration, "fitness": spec.fitness}
+    return roles if spec.report is None else {**roles, "report": spec.report}
+
+
+def _source(role: Role, text: TextSpec) -> Source:
+    if text.source == WIKITEXT2:
+        return WIKITEXT2, "test" if role == "report" else "validation"
+    return (SELF, "") if text.source == SELF else (str(Path(text.source).expanduser().resolve()), "")
+
+
+def _tokens(source: Source, tokenizer: Any) -> Tensor:
+    text = _wikitext2(source[1]) if source[0] == WIKITEXT2 else _file(source[0])
+    # In word-level WikiText rare words read `<unk>`, which some tokenizers take for a special token. `unk` is a word.
+    ids = tokenizer(text.replace("<unk>", "unk"), verbose=False)["input_ids"]
+    return torch.tensor(ids, dtype=torch.long)
+
+
+def _self_tokens(roles: dict[Role, TextSpec], length: int, generate: GenerateText) -> Tensor:
+    if any(text.windows is None for text in roles.values()):
+        raise DataError(f"the source `{SELF}` has no end: say how many windows of it to use")
+    return generate(sum(chunks_needed(text, length) for text in roles.values()), length).flatten()
+
+
+def _file(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise DataError(
+            f"the text {path!r} cannot be read ({error.strerror}); pass a text file, `{WIKITEXT2}` or `{SELF}`"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"the text {path!r} is not UTF-8 text ({error.reason} at byte {error.start})") from error
+
+
+def _wikitext2(split: str) -> str:
+    import datasets  # half a second that no other source needs
+
+    datasets.disable_progress_bars()
+    options = datasets.DownloadConfig(local_files_only=not hub_reachable())
+    try:
+        rows = datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=split, download_config=options)
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{WIKITEXT2} is not on this machine and the hub cannot be reached; pass a text file, or `{SELF}`"
+        ) from error
+    return "\n\n".join(rows["text"])
+
+
+def _too_short(name: str, tokens: int, roles: dict[Role, TextSpec]) -> str:
+    asked = ", ".join(
+        f"{'all the other' if text.windows is None else text.windows} windows of {text.seqlen} for {role}"
+        for role, text in roles.items()
+    )
+    longest = max(text.seqlen for text in roles.values())
+    has = f"its {tokens:,} tokens make {tokens // longest} windows of {longest}"
+    return f"{name} is too short: {has}, asked for are {asked}"
