@@ -26,7 +26,9 @@ def find_gguf(name: str) -> Path:
     path = Path(name).expanduser()
     if not path.is_file():
         raise ModelError(f"there is no GGUF file {name!r}; give a path or `smollm2`")
-    if path.open("rb").read(4) != b"GGUF":
+    with path.open("rb") as file:
+        start = file.read(4)
+    if start != b"GGUF":
         raise ModelError(f"{name!r} is not a GGUF file")
     return path
 

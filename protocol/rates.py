@@ -37,8 +37,10 @@ def project(rates: Sequence[float], weights: Sequence[int], mean: float, bounds:
     """The feasible vector nearest to `rates` (Euclidean), with weighted mean `mean`.
 
     The solution is clip(r_i − λ·w_i, bounds_i) for one λ; the mean falls monotonically and piecewise linearly in λ,
-    so λ is found exactly between two breakpoints. Raises BudgetError where no feasible vector exists.
+    so λ is found exactly between two breakpoints. Raises BudgetError where no feasible vector exists or a rate is NaN.
     """
+    if not all(map(math.isfinite, rates)):
+        raise BudgetError(f"pruning rates are finite numbers, not {list(rates)}")
     check_reachable(weights, mean, bounds)
     total = sum(weights)
     share = [w / total for w in weights]
@@ -72,6 +74,8 @@ def round_rates(rates: Sequence[float], weights: Sequence[int], mean: float, bou
 
     missing = target - sum(s * w for s, w in zip(steps, weights, strict=True))
     for weight in sorted(set(weights), reverse=True):
+        if abs(missing) <= tolerance:
+            break  # what is feasible already stays as it is
         count = round(missing / weight)
         missing -= weight * _spread(steps, count, [w == weight for w in weights], rates, low, high)
     if abs(missing) > tolerance:
@@ -128,7 +132,8 @@ def _combine(
         for large in reversed(sizes):
             if large == small:
                 continue
-            for k in range(1, 20_000):
+            # Beyond large/gcd steps the remainders repeat.
+            for k in range(1, min(20_000, large // math.gcd(small, large) + 1)):
                 for count in (k, -k):
                     rest = missing - count * small
                     other = round(rest / large)
