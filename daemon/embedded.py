@@ -173,8 +173,8 @@ async def local_llm(settings: Settings) -> AsyncIterator[EndpointSettings]:
     chosen = settings.local_llm
     command = [sys.executable, "-m", "daemon.local_llm", "--gguf", chosen.gguf, "--port", str(port)]
     command += ["--context", str(chosen.context), "--slots", str(chosen.slots)]
-    if chosen.threads:
-        command += ["--threads", str(chosen.threads)]
+    # Half of the cores: the worker computes at the same time, and neither shares a core gracefully.
+    command += ["--threads", str(chosen.threads or max(1, (os.cpu_count() or 2) // 2))]
     child = Child("local-llm", command, quiet=settings.folder / "local-llm.log")
     await child.start()
     try:
@@ -198,7 +198,8 @@ async def workers(settings: Settings, redis_url: str, *, console: bool) -> Async
     children = [Child(f"worker-{i}", command, quiet=quiet) for i in range(settings.worker.count)]
     try:
         for child in children:
-            await child.start({"SELFPRUNER_REDIS__URL": redis_url})
+            # Passive: threads that wait for each other by spinning would fight the local LLM for the cores.
+            await child.start({"OMP_WAIT_POLICY": "PASSIVE", "SELFPRUNER_REDIS__URL": redis_url})
         yield
     finally:
         await asyncio.gather(*(child.end(grace_seconds=5) for child in children))

@@ -17,7 +17,7 @@ from agents.mutator import Mutator
 from agents.population import Evaluation, Population
 from agents.population_keeper import PopulationKeeper
 from agents.selector import Selector
-from agents.view import Accepted, Member, Refused, View
+from agents.view import BUDGET_USED_UP, Accepted, Member, Refused, View
 from daemon.journal import Journal, best_record
 from daemon.pausing import Pausing
 from daemon.settings import SearchSettings
@@ -126,7 +126,7 @@ class Search:
     async def _submit(self, rates: Sequence[float], provenance: Provenance) -> Accepted | Refused:
         """Make proposed rates feasible, refuse what is known already, enqueue the rest."""
         if not self.remaining_budget:
-            return Refused("the budget of evaluations is used up")
+            return BUDGET_USED_UP
         try:
             feasible = self.spec.feasible(tuple(rates), self.card.shape)
             plan = self.spec.plan(feasible, self.card.shape)

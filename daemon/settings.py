@@ -34,7 +34,9 @@ NAMED_TEXTS = ("wikitext2", "self")
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, validate_default=True, use_attribute_docstrings=True
+    )
 
 
 def _five_decimals(rate: float) -> float:
@@ -152,7 +154,7 @@ class LocalLlmSettings(_Section):
     slots: PositiveInt = 2
     """Questions answered at once."""
     threads: PositiveInt | None = None
-    """CPU threads; none means all cores."""
+    """CPU threads; none means half of the cores, for the worker needs the others."""
 
 
 class RedisSettings(_Section):
