@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import huggingface_hub
 import torch
 from torch import Tensor
 
@@ -135,9 +136,11 @@ def _wikitext2(split: str) -> str:
     import datasets  # half a second that no other source needs
 
     datasets.disable_progress_bars()
-    options = datasets.DownloadConfig(local_files_only=not hub_reachable())
+    if not hub_reachable():
+        # Half a minute of retries otherwise: `local_files_only` does not reach the look-up of the repository's files.
+        datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
     try:
-        rows = datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=split, download_config=options)
+        rows = datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=split)
     except (OSError, ValueError) as error:
         raise DataError(
             f"{WIKITEXT2} is not on this machine and the hub cannot be reached; pass a text file, or `{SELF}`"

@@ -139,7 +139,9 @@ def test_wikitext_without_a_hub_is_refused_with_what_to_pass_instead(
     load: Load, text: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(corpora, "hub_reachable", lambda: False)
-    monkeypatch.setattr("datasets.config.HF_DATASETS_OFFLINE", True)
+    # Named here so that they are put back: the worker's process goes offline for good.
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
     with pytest.raises(DataError, match="pass a text file, or `self`"):
         load(part("wikitext2", 1), part(text, 1))
