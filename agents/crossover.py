@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from agents.asking import Asks, Call, Question
 from agents.edits import Mix, apply_mix, mix_schema
 from agents.lists import lists_question
-from agents.operators import cross
+from agents.operators import cross, mutate
 from agents.prompt import Prompts
 from agents.proposing import Proposer
 from agents.replies import parse_objects
@@ -37,7 +37,9 @@ class Crossover:
 
         def stand_in(rng: random.Random) -> Proposal:
             first, second = (member.candidate for member in rng.sample(parents, 2))
-            return Proposal(cross(rng, first.rates, second.rates), (first.id, second.id))
+            mixed = cross(rng, first.rates, second.rates)
+            # Every other one is mutated too: parents that resemble each other have few mixes, soon all known.
+            return Proposal(mutate(rng, mixed) if rng.random() < 0.5 else mixed, (first.id, second.id))
 
         return await self._proposer.propose(view, count, submit, question, stand_in)
 

@@ -11,7 +11,7 @@ from gpu_worker.families import Decoder
 from gpu_worker.perplexity import NotFiniteError, hidden_loss
 from gpu_worker.progress import Progress, no_progress
 from gpu_worker.pruning import OrderedModel
-from protocol.plan import LayerPlan, dense_plan, head_options, make_plan
+from protocol.plan import LayerPlan, dense_plan, head_options, heads_within, make_plan
 from protocol.shape import ModelShape, Unit
 from protocol.spec import SearchSpec
 
@@ -50,8 +50,8 @@ def pruned_alone(unit: Unit, spec: SearchSpec, shape: ModelShape) -> LayerPlan:
     """What the unit's layer keeps when this unit alone loses the spec's rate, or as much as leaves it working.
 
     A layer is pruned with the spec's split; an MLP loses the rate's share of its channels; attention takes the
-    rectangular shape nearest to the rate, and loses at least its smallest removable piece: at a low rate the nearest
-    shape would be the whole block, and a sensitivity of zero would say that it may be pruned for nothing.
+    rectangular shape that the rate allows, and loses at least its smallest removable piece: at a low rate that shape
+    would be the whole block, and a sensitivity of zero would say that it may be pruned for nothing.
     """
     rate = min(spec.rate, unit.highest_rate)
     whole = dense_plan(shape).layers[unit.layer]
@@ -61,23 +61,19 @@ def pruned_alone(unit: Unit, spec: SearchSpec, shape: ModelShape) -> LayerPlan:
     if unit.kind == "mlp":
         kept = max(1, whole.mlp_channels - round(rate * whole.mlp_channels))
         return whole.model_copy(update={"mlp_channels": kept})
-    kv, each = _nearest_smaller_heads(shape, unit, rate)
+    kv, each = heads_within(shape.layers[unit.layer], rate)
+    if kv * each == whole.query_heads:
+        kv, each = _smallest_removal(shape, unit)
     return whole.model_copy(update={"kv_heads": kv, "queries_per_kv": each})
 
 
-def _nearest_smaller_heads(shape: ModelShape, unit: Unit, rate: float) -> tuple[int, int]:
-    """The attention shape nearest to `rate` below the whole one; the whole one where there is but one head.
-
-    `make_plan` cannot be asked: where whole heads remove more than the rate, it gives the difference back to the MLPs,
-    and here they are whole already.
-    """
-
-    def parameters(heads: tuple[int, int]) -> int:
-        return shape.attention_parameters(heads[0] * heads[1], heads[0])
-
-    *smaller, whole = sorted(head_options(shape.layers[unit.layer]), key=parameters)
-    wanted = (1 - rate) * parameters(whole)
-    return min(smaller, key=lambda heads: abs(parameters(heads) - wanted), default=whole)
+def _smallest_removal(shape: ModelShape, unit: Unit) -> tuple[int, int]:
+    """The attention shape that loses least; the whole one where there is but one head."""
+    *smaller, whole = sorted(
+        head_options(shape.layers[unit.layer]),
+        key=lambda heads: (shape.attention_parameters(heads[0] * heads[1], heads[0]), heads[0]),
+    )
+    return smaller[-1] if smaller else whole
 
 
 @dataclass(frozen=True)

@@ -120,7 +120,7 @@ def make_plan(
     """The plan that removes `rates` (one per unit of `granularity`) from a model of this `shape`.
 
     At layer granularity `split` shares a layer's rate between heads and MLP and each layer keeps to its own budget.
-    At block granularity heads take the nearest rectangular shape, and what that leaves of the whole budget is spread
+    At block granularity heads go as far as their rate allows, and what that leaves of the whole budget is spread
     evenly over the MLPs, so that no single MLP pays for its neighbour's rounding. MLP widths are multiples of
     `multiple_of` (where the layer has that many channels). Raises BudgetError where the budget cannot be met.
     """
@@ -135,7 +135,7 @@ def make_plan(
         heads = [_layer_heads(shape, i, rate, split) for i, rate in enumerate(rates)]
         wanted = [removed[i] - _heads_removed(shape, i, heads[i]) for i in range(len(rates))]
     else:
-        heads = [_nearest_heads(shape, i, rates[2 * i]) for i in range(len(shape.layers))]
+        heads = [heads_within(shape.layers[i], rates[2 * i]) for i in range(len(shape.layers))]
         wanted = _even_out(shape, heads, removed)
     channels = _fill_channels(shape, wanted, multiple_of)
     return Plan(
@@ -156,14 +156,15 @@ def _heads_removed(shape: ModelShape, layer: int, heads: tuple[int, int]) -> int
     return shape.attention_parameters(whole.query_heads, whole.kv_heads) - shape.attention_parameters(kv * q, kv)
 
 
-def _nearest_heads(shape: ModelShape, layer: int, rate: float) -> tuple[int, int]:
-    """The option whose share of removed attention parameters is nearest to `rate`; of equals, the larger one."""
-    whole = shape.layers[layer]
-    target = rate * shape.attention_parameters(whole.query_heads, whole.kv_heads)
-    return min(
-        head_options(whole),
-        key=lambda heads: (abs(_heads_removed(shape, layer, heads) - target), _heads_removed(shape, layer, heads)),
-    )
+def heads_within(layer: LayerShape, rate: float) -> tuple[int, int]:
+    """What attention keeps at `rate`: the option that removes most query heads, but no more than Wanda-sp does.
+
+    Wanda-sp removes `int(rate × heads)`, rounded down. Of options that remove as many, the one with more KV heads: a
+    lost KV head takes the keys and values of all its query heads along. With multi-head attention this is Wanda-sp.
+    """
+    fewest = layer.query_heads - int(rate * layer.query_heads + 1e-9)
+    within = [(kv, q) for kv, q in head_options(layer) if kv * q >= fewest]
+    return min(within, key=lambda heads: (heads[0] * heads[1], -heads[0]))
 
 
 def _layer_heads(shape: ModelShape, layer: int, rate: float, split: Split) -> tuple[int, int]:
@@ -173,7 +174,7 @@ def _layer_heads(shape: ModelShape, layer: int, rate: float, split: Split) -> tu
         attention = shape.attention_parameters(whole.query_heads, whole.kv_heads)
         mlp = shape.mlp_parameters(whole.mlp_channels)
         attention_rate = max(0.0, rate * (attention + mlp) - MLP_FIRST_LIMIT * mlp) / attention
-    heads = _nearest_heads(shape, layer, min(attention_rate, 1.0))
+    heads = heads_within(whole, min(attention_rate, 1.0))
     # The MLP has to be able to take what the heads leave; where it cannot, more heads go.
     most = (whole.mlp_channels - 1) * shape.channel_parameters
     target = rate * shape.layer_parameters(layer)

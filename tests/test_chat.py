@@ -289,7 +289,7 @@ async def test_after_its_rest_an_endpoint_is_asked_again() -> None:
 
 
 async def test_one_question_that_takes_too_long_does_not_stop_the_others() -> None:
-    policy = replace(QUICK, deadline=0.2)
+    policy = replace(QUICK, deadline=1.0)  # room for the good answer on a busy machine
     async with ScriptedLlm([hangs, hangs, OK, hangs]) as llm, Chat([llm.endpoint], policy) as chat:
         for _ in range(2):
             with pytest.raises(EndpointError, match="no whole answer"):

@@ -57,7 +57,7 @@ async def _read_all(process: asyncio.subprocess.Process) -> bytes:
 
 def children_of(process: asyncio.subprocess.Process) -> list[psutil.Process]:
     try:
-        return psutil.Process(process.pid).children(recursive=True)
+        return list(psutil.Process(process.pid).children(recursive=True))
     except psutil.NoSuchProcess:
         return []
 
