@@ -44,6 +44,16 @@ def test_many_windows_are_written_in_batches(model: LoadedModel, monkeypatch: py
     assert sample(model, 5, 16, 0, no_progress).shape == (5, 16)
 
 
+def test_every_token_follows_from_all_tokens_before_it(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "TOP_K", 1)
+    written = sample(model, 3, 24, 0, no_progress)
+    with torch.inference_mode():
+        logits = model.causal_lm(input_ids=written).logits
+    logits[:, :, model.tokenizer.all_special_ids] = -torch.inf
+    beginning = module._prompts(model.tokenizer, 24).shape[1]
+    assert torch.equal(logits[:, beginning - 1 : -1].argmax(-1), written[:, beginning:])
+
+
 def test_sampling_leaves_the_programs_own_dice_alone(model: LoadedModel) -> None:
     before = torch.get_rng_state()
     sample(model, 2, 16, 0, no_progress)
