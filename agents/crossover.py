@@ -4,7 +4,7 @@ import random
 from collections.abc import Sequence
 
 from agents.asking import Asks, Call, Question
-from agents.edits import Mix, apply_mix, mix_schema
+from agents.edits import Mix, apply_mix, mix_bounds, mix_schema
 from agents.lists import lists_question
 from agents.operators import cross, mutate
 from agents.prompt import Prompts
@@ -55,6 +55,8 @@ class Crossover:
         prompt = self._prompts.fill(
             "crossover_edits",
             count=call.count,
+            variant=call.index + view.round,
+            bounds=mix_bounds(view),
             members=numbered_profiles(view, shown),
             about=about_model(view),
         )

@@ -53,12 +53,15 @@ class Mutation(BaseModel):
 
 
 class Mix(BaseModel):
-    """A Crossover's proposal: `parents` is "1+3", and the layers `first` to `last` come from the second of them."""
+    """A Crossover's proposal: `parents` is "1+3"; so many `layers`, from `first` on, come from the second of them.
+
+    A number of layers, and not the last one, so that a schema can rule out mixes that are next to nothing.
+    """
 
     parents: Annotated[str, Field(max_length=20)]
     block: Literal["attention", "mlp", "both"] | None = None
     first: int
-    last: int
+    layers: Annotated[int, Field(ge=1)]
 
 
 class Choice(BaseModel):
@@ -75,19 +78,29 @@ def profile_bounds(view: View) -> tuple[int, int]:
     return round(100 * low), max(round(100 * high), round(100 * low) + 1)
 
 
-def anchors(view: View, points: int) -> list[int]:
-    """The layers nearest to evenly spaced depths."""
-    last = len(view.card.shape.layers) - 1
-    return [round(i * last / (points - 1)) for i in range(points)]
+def anchors(view: View) -> list[int]:
+    """The layers at a curve's control points, or those nearest to them."""
+    last, steps = len(view.card.shape.layers) - 1, points(view) - 1
+    return [round(i * last / steps) for i in range(steps + 1)]
+
+
+def points(view: View) -> int:
+    """Control points of a curve; never more than there are layers."""
+    wanted = LAYER_POINTS if view.spec.granularity == "layer" else BLOCK_POINTS
+    return max(2, min(wanted, len(view.card.shape.layers)))
+
+
+def mix_bounds(view: View) -> tuple[int, int]:
+    """The fewest and the most layers that a mix's schema lets come from the second parent: a sixth to two thirds."""
+    layers = len(view.card.shape.layers)
+    return max(1, layers // 6), max(1, 2 * layers // 3)
 
 
 def profile_schema(view: View, count: int) -> Schema:
     """For `count` profiles: one curve over the layers, or one each for attention and MLP."""
     low, high = profile_bounds(view)
-    layers = view.spec.granularity == "layer"
-    points = LAYER_POINTS if layers else BLOCK_POINTS
-    curve = {"type": "array", "items": _integer(low, high), "minItems": points, "maxItems": points}
-    curves = {"profile": curve} if layers else {"attention": curve, "mlp": curve}
+    curve = {"type": "array", "items": _integer(low, high), "minItems": points(view), "maxItems": points(view)}
+    curves = {"profile": curve} if view.spec.granularity == "layer" else {"attention": curve, "mlp": curve}
     return _proposals({**_kept(view), **curves}, count)
 
 
@@ -103,10 +116,10 @@ def mutation_schema(view: View, shown: int, count: int) -> Schema:
 def mix_schema(view: View, shown: int, count: int) -> Schema:
     """For `count` mixes of two different ones of `shown` parents."""
     pairs = [f"{a}+{b}" for a in range(1, shown + 1) for b in range(1, shown + 1) if a != b]
-    mix: Schema = {"parents": {"enum": pairs}, **_range(view)}
-    if view.spec.granularity == "block":
-        mix["block"] = {"enum": ["attention", "mlp", "both"]}
-    return _proposals(mix, count)
+    fewest, most = mix_bounds(view)
+    start = _integer(0, len(view.card.shape.layers) - fewest)
+    block: Schema = {"block": {"enum": ["both", "attention", "mlp"]}} if view.spec.granularity == "block" else {}
+    return _proposals({"parents": {"enum": pairs}, **block, "first": start, "layers": _integer(fewest, most)}, count)
 
 
 def choice_schema(shown: int, wanted: int) -> Schema:
@@ -150,21 +163,28 @@ def apply_mix(view: View, parents: Sequence[Member], reply: Mix) -> Proposal:
     if len(numbers) != 2 or not all(n.isascii() and n.isdigit() for n in numbers) or int(numbers[0]) == int(numbers[1]):
         raise InvalidReply('needs two different numbers in "parents", such as "1+2"')
     base, donor = (_member(parents, int(n)) for n in numbers)
-    first, last = _checked_range(view, reply.first, reply.last)
-    rates = [
+    first, last = _checked_range(view, reply.first, min(reply.first + reply.layers, len(view.card.shape.layers)) - 1)
+    rates = tuple(
         theirs if first <= unit.layer <= last and _meant(unit.kind, reply) else ours
         for unit, ours, theirs in zip(view.units, base.candidate.rates, donor.candidate.rates, strict=True)
-    ]
-    return Proposal(tuple(rates), (base.candidate.id, donor.candidate.id))
+    )
+    if rates in (base.candidate.rates, donor.candidate.rates):
+        raise InvalidReply("is the same as one of its parents")
+    return Proposal(rates, (base.candidate.id, donor.candidate.id))
 
 
 def apply_choice(population: Sequence[Member], wanted: int, reply: Choice) -> tuple[Member, ...]:
-    """The chosen members, best first; a repeated number counts once. Raises InvalidReply for fewer than two."""
-    numbers = sorted(set(reply.parents))
-    members = tuple(_member(population, n) for n in numbers)[:wanted]
-    if len(members) < min(2, wanted):
+    """`wanted` members, best first: those chosen, and the best of the others in the places left.
+
+    Small models like to repeat a number, which counts once. Raises InvalidReply for fewer than two different ones.
+    """
+    chosen = {_member(population, number).candidate.id for number in reply.parents[: 2 * wanted]}
+    if len(chosen) < min(2, wanted):
         raise InvalidReply("names fewer than two different configurations")
-    return members
+    others = [member for member in population if member.candidate.id not in chosen]
+    taken = [member for member in population if member.candidate.id in chosen][:wanted]
+    filled = {member.candidate.id for member in taken + others[: wanted - len(taken)]}
+    return tuple(member for member in population if member.candidate.id in filled)
 
 
 def _meant(kind: BlockKind, reply: Change | Mix) -> bool:

@@ -4,8 +4,6 @@ import random
 
 from agents.asking import Asks, Call, Question
 from agents.edits import (
-    BLOCK_POINTS,
-    LAYER_POINTS,
     MOST_KEPT,
     Profile,
     anchors,
@@ -54,7 +52,7 @@ class Initializer:
             "initializer_edits",
             count=call.count,
             variant=call.index,
-            anchors=anchors(view, LAYER_POINTS if view.spec.granularity == "layer" else BLOCK_POINTS),
+            anchors=anchors(view),
             low=low,
             high=high,
             most_kept=MOST_KEPT,

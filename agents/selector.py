@@ -8,9 +8,11 @@ from agents.prompt import Prompts
 from agents.replies import Parsed, parse_objects
 from agents.settings import AgentSettings
 from agents.view import Member, Selection, View
-from agents.words import about_model, numbered_profiles
+from agents.words import about_model, numbered_sections
 
 TOKENS_PER_PARENT = 5
+SHOWN = 40
+"""The most members that are shown; the rest of a larger population is not chosen from."""
 
 
 class Selector:
@@ -22,7 +24,8 @@ class Selector:
 
     async def select(self, view: View, count: int) -> Selection:
         """Up to `count` parents, best first, at most half of the population (but two): to take all is no selection."""
-        wanted = min(count, max(2, len(view.population) // 2), len(view.population))
+        population = view.population[:SHOWN]
+        wanted = min(count, max(2, len(population) // 2), len(population))
         call = Call("selector", view, 0, wanted)
         chosen: list[tuple[Member, ...]] = []
 
@@ -31,13 +34,12 @@ class Selector:
             return None
 
         if wanted >= 2:
-            await self._asker.ask(call, self._question(view, wanted), 1, take)
+            await self._asker.ask(call, self._question(view, population, wanted), 1, take)
         if chosen:
             return Selection(chosen[0], "llm")
-        return Selection(tournament(call.rng, view.population, wanted), "stand-in")
+        return Selection(tournament(call.rng, population, wanted), "stand-in")
 
-    def _question(self, view: View, wanted: int) -> Question[tuple[Member, ...]]:
-        population = view.population
+    def _question(self, view: View, population: tuple[Member, ...], wanted: int) -> Question[tuple[Member, ...]]:
 
         def parse(text: str, _: int) -> Parsed[tuple[Member, ...]]:
             return parse_objects(text, Choice, lambda reply: apply_choice(population, wanted, reply), 1)
@@ -45,7 +47,7 @@ class Selector:
         return Question(
             name="selector",
             prompt=self._prompts.fill(
-                "selector", wanted=wanted, about=about_model(view), members=numbered_profiles(view, population)
+                "selector", wanted=wanted, about=about_model(view), members=numbered_sections(view, population)
             ),
             schema=lambda _: choice_schema(len(population), wanted),
             parse=parse,

@@ -2,10 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from agents.edits import KEPT_CHOICES
 from agents.view import Member, View
 from protocol.shape import Granularity
+
+SECTIONS = 5
 
 TEXTS = {"wikitext2": "the WikiText-2 dataset", "self": "text of its own"}
 
@@ -45,7 +48,7 @@ def about_model(view: View) -> AboutModel:
         percent=f"{100 * spec.rate:g}",
         text=TEXTS.get(spec.fitness.source, "a text"),
         fragile=ranked[:KEPT_CHOICES],
-        robust=ranked[: -KEPT_CHOICES - 1 : -1],
+        robust=ranked[KEPT_CHOICES:][: -KEPT_CHOICES - 1 : -1],
     )
 
 
@@ -55,6 +58,17 @@ def percents(view: View, rates: Sequence[float]) -> dict[str, list[int]]:
     for unit, rate in zip(view.units, rates, strict=True):
         kinds.setdefault(unit.kind, []).append(round(100 * rate))
     return kinds
+
+
+def sections(view: View, rates: Sequence[float]) -> dict[str, list[int]]:
+    """Rates in whole percent by section of depth, for prompts that show many configurations."""
+    return {kind: _averages(by_layer) for kind, by_layer in percents(view, rates).items()}
+
+
+def _averages(values: Sequence[int]) -> list[int]:
+    count = min(SECTIONS, len(values))
+    edges = [round(i * len(values) / count) for i in range(count + 1)]
+    return [round(sum(values[a:b]) / (b - a)) for a, b in pairwise(edges)]
 
 
 def decimals(rates: Sequence[float]) -> str:
@@ -70,3 +84,8 @@ def numbered_lists(members: Sequence[Member]) -> list[dict[str, str]]:
 def numbered_profiles(view: View, members: Sequence[Member]) -> list[dict[str, object]]:
     """Members in whole percent, for the `edits` prompts."""
     return [{"percents": percents(view, m.candidate.rates), "perplexity": f"{m.perplexity:.2f}"} for m in members]
+
+
+def numbered_sections(view: View, members: Sequence[Member]) -> list[dict[str, object]]:
+    """Members in whole percent by section, for the Selector."""
+    return [{"percents": sections(view, m.candidate.rates), "perplexity": f"{m.perplexity:.2f}"} for m in members]

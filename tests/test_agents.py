@@ -208,7 +208,7 @@ async def test_a_reply_that_is_cut_off_is_given_more_room() -> None:
 
 async def test_mutator_and_crossover_name_the_parents_of_their_offspring() -> None:
     mutation = '{"parent": 1, "changes": [{"first": 0, "last": 1, "points": 10}]}'
-    mix = '{"parents": "1+2", "first": 0, "last": 1}'
+    mix = '{"parents": "1+2", "first": 0, "layers": 2}'
     ids = {member.candidate.id for member in MEMBERS}
     for agent, reply, parents in ((Mutator, mutation, 1), (Crossover, mix, 2)):
         chat, desk = ScriptedChat([reply].__getitem__), Desk()

@@ -160,16 +160,29 @@ def test_a_mutation_changes_the_layers_of_its_range() -> None:
 
 
 def test_a_mix_takes_its_range_from_the_second_parent() -> None:
-    text = '{"parents": "3+1", "first": 1, "last": 2}'
+    text = '{"parents": "3+1", "first": 1, "layers": 2}'
     proposal = parse_objects(text, Mix, lambda reply: apply_mix(VIEW, MEMBERS, reply), 1).good[0]
     base, donor = MEMBERS[2].candidate, MEMBERS[0].candidate
     assert proposal.rates == (base.rates[0], *donor.rates[1:3], base.rates[3])
     assert proposal.parents == (base.id, donor.id)
 
 
+@pytest.mark.parametrize(("first", "layers"), [(0, 4), (0, 99), (-1, 2), (4, 1), (1, 0), (10**30, 1)])
+def test_a_mix_has_layers_of_both_parents(first: int, layers: int) -> None:
+    text = json.dumps({"parents": "1+2", "first": first, "layers": layers})
+    with pytest.raises(InvalidReply):
+        parse_objects(text, Mix, lambda reply: apply_mix(VIEW, MEMBERS, reply), 1)
+
+
+def test_a_choice_that_repeats_itself_is_filled_up_with_the_best() -> None:
+    text = '{"parents": [3, 2, 3, 3]}'
+    parsed = parse_objects(text, Choice, lambda reply: apply_choice(MEMBERS, 3, reply), 1)
+    assert parsed.good == (MEMBERS,)
+
+
 @pytest.mark.parametrize("pair", ["1+1", "1+9", "1", "١+٢", "1+2+3", "-1+2", "1 + 2 "])
 def test_a_mix_needs_two_different_members(pair: str) -> None:
-    text = json.dumps({"parents": pair, "first": 1, "last": 2})
+    text = json.dumps({"parents": pair, "first": 1, "layers": 2})
     with pytest.raises(InvalidReply):
         parse_objects(text, Mix, lambda reply: apply_mix(VIEW, MEMBERS, reply), 1)
 
