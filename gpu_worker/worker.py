@@ -5,6 +5,7 @@ beating, makes a new child, and the candidate is measured again or committed as 
 """
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -19,7 +20,7 @@ from redis.asyncio import Redis
 from gpu_worker.child import ChildDied, EvaluationChild
 from protocol.candidate import Failed, Measured
 from protocol.card import ModelCard
-from protocol.connection import Patience, check_server, connect
+from protocol.connection import AWAY, Patience, check_server, connect
 from protocol.control import Control
 from protocol.errors import UsageError
 from protocol.keys import Keys
@@ -28,6 +29,8 @@ from protocol.streams import Job, JobQueue
 
 MAX_CHILD_DEATHS = 3
 """After so many deaths of the child on one candidate, the candidate has failed."""
+IDLE_GRACE_SECONDS = 2.0
+"""Beside the grace time of an evaluation: for a read that blocks. A server that is away is not waited for."""
 
 log = structlog.get_logger()
 
@@ -82,13 +85,14 @@ class Worker:
         try:
             async with asyncio.TaskGroup() as group:
                 beats = group.create_task(self._beat_for_ever())
-                await self._work()
+                await self._until_stopped(group.create_task(self._work()))
                 beats.cancel()
         except* UsageError as errors:
             self._status = Status(stage="unusable", detail=str(errors.exceptions[0]))
             await self._queue.beat(None, self._status.to_json())
             raise errors.exceptions[0] from None
-        await self._queue.release(self._job)
+        with contextlib.suppress(*AWAY):
+            await self._queue.release(self._job)
 
     @property
     def stopping(self) -> bool:
@@ -104,6 +108,15 @@ class Worker:
             spec = await self._wait_for_spec()
             if spec is not None:
                 await self._work_on(spec)
+
+    async def _until_stopped(self, work: asyncio.Task[None]) -> None:
+        """Return when `work` has ended; after a stop, at the latest when the grace time is over."""
+        stop = asyncio.create_task(self._stopping.wait())
+        await asyncio.wait({work, stop}, return_when=asyncio.FIRST_COMPLETED)
+        stop.cancel()
+        grace = self._options.grace_seconds if self._job else 0.0
+        await asyncio.wait({work}, timeout=grace + IDLE_GRACE_SECONDS)
+        work.cancel()
 
     async def _beat_for_ever(self) -> None:
         while True:
@@ -128,8 +141,7 @@ class Worker:
         """Measure candidates of this spec until told to stop, or until the search has another spec."""
         child = EvaluationChild(spec)
         try:
-            if not await self._unless_stopped(self._prepare(child)):
-                return
+            await self._prepare(child)
             while not self._stopping.is_set():
                 self._status.stage = "idle"
                 if await self._control.read() != "run":
@@ -172,10 +184,7 @@ class Worker:
     async def _measure(self, child: EvaluationChild, job: Job) -> None:
         self._status.stage = "evaluating"
         with structlog.contextvars.bound_contextvars(candidate=job.candidate.id):
-            finished = await self._unless_stopped(self._outcome(child, job), grace=self._options.grace_seconds)
-            if not finished:
-                return
-            outcome: Measured | Failed = finished[0]
+            outcome = await self._outcome(child, job)
             first = await self._queue.commit(job, outcome)
             self._job = None
             self._status.measured += 1
@@ -191,21 +200,6 @@ class Worker:
             except ChildDied as error:
                 log.error("evaluation_process_died", error=str(error), death=death, of=MAX_CHILD_DEATHS)
         return Failed(reason="crashed", detail=f"the evaluation process died {MAX_CHILD_DEATHS} times on it")
-
-    async def _unless_stopped(self, work: Any, *, grace: float = 0.0) -> tuple[Any] | None:
-        """The result of `work` in a tuple; None when a stop came first and the grace time ran out."""
-        task = asyncio.ensure_future(work)
-        stop = asyncio.create_task(self._stopping.wait())
-        try:
-            await asyncio.wait({task, stop}, return_when=asyncio.FIRST_COMPLETED)
-            if not task.done() and grace:
-                await asyncio.wait({task}, timeout=grace)
-            return (task.result(),) if task.done() else None
-        finally:
-            stop.cancel()
-            if not task.done():
-                task.cancel()
-                await asyncio.wait({task})
 
     def _show_progress(self, stage: str, done: int, total: int) -> None:
         if stage != self._status.stage or done == total:

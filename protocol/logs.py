@@ -107,7 +107,7 @@ def configure(
     if file is not None:
         handlers.append(_handler(logging.FileHandler(file, encoding="utf-8"), as_json, shared))
     logging.basicConfig(handlers=handlers, level=level, force=True)
-    for chatty in ("httpx", "httpcore", "openai", "asyncio", "urllib3", "filelock", "aiohttp.access"):
+    for chatty in ("httpx", "httpx2", "httpcore", "openai", "asyncio", "urllib3", "filelock", "aiohttp.access"):
         logging.getLogger(chatty).setLevel(max(logging.WARNING, logging.getLevelName(level)))
     structlog.configure(
         processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],

@@ -229,7 +229,7 @@ async def test_a_running_search_is_watched_paused_resumed_and_stopped_from_anoth
         ("target.model=nobody/no-such-model", "the hub cannot be reached; pass a folder"),
         ("data.fitness=nowhere.txt", "there is no text file 'nowhere.txt'"),
         ("data.fitness_windows=100000", "too short"),
-        ("data.fitness=wikitext2", "pass a text file or `self`"),
+        ("data.fitness=wikitext2", "pass a text file, or `self`"),
     ],
 )
 async def test_bad_input_gets_one_sentence_and_exit_code_2(

@@ -202,3 +202,16 @@ async def test_a_worker_with_other_texts_than_the_first_is_refused(
     async with worker_process(server, "--quiet") as process:
         assert await asyncio.wait_for(process.wait(), 60) == 2
     assert "texts are not the ones" in process.log  # type: ignore[attr-defined]
+
+
+async def test_a_worker_whose_server_is_away_still_ends_when_told_to(server: Server, daemon: Daemon) -> None:
+    async with worker_process(server) as process:
+        await daemon.begin()
+        server.kill()
+        try:
+            await asyncio.sleep(1)
+            process.send_signal(signal.SIGTERM)
+            assert await asyncio.wait_for(process.wait(), 30) == 0
+            assert not children_of(process)
+        finally:
+            server.start()
