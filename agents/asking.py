@@ -18,6 +18,8 @@ from protocol.errors import EndpointError, InvalidReply
 TOKENS_BESIDE = 100
 LONGEST_QUOTE = 8_000
 """Characters of its own reply that the LLM is shown when it is asked again."""
+LONGEST_QUOTE_OF_A_CUT_REPLY = 400
+"""Of one that ran into its token limit, for it is often one number over and over, and would fill the context."""
 
 T = TypeVar("T")
 
@@ -121,7 +123,7 @@ class Asker:
                 break
             again = self._prompts.fill("reask", problems=problems[:5], missing=missing - taken)
             messages += [
-                {"role": "assistant", "content": _sendable(answer.text)},
+                {"role": "assistant", "content": _quote(answer)},
                 {"role": "user", "content": again},
             ]
         return taken
@@ -162,6 +164,7 @@ class Asker:
         return taken, problems
 
 
-def _sendable(text: str) -> str:
+def _quote(answer: Answer) -> str:
     """The LLM's own words as it is shown them again: not too many, and no lone surrogate, which no request can hold."""
-    return text[:LONGEST_QUOTE].encode(errors="replace").decode()
+    longest = LONGEST_QUOTE_OF_A_CUT_REPLY if answer.truncated else LONGEST_QUOTE
+    return answer.text[:longest].encode(errors="replace").decode()

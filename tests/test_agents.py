@@ -199,6 +199,13 @@ async def test_what_cannot_be_sent_is_not_sent_back() -> None:
     assert desk.sources() == ["llm"]
 
 
+async def test_of_a_reply_that_was_cut_off_only_the_beginning_is_shown_again() -> None:
+    chat, desk = ScriptedChat(lambda n: "[0.1, " + "0.1, " * 1000), Desk()
+    chat.finish_reason = "length"
+    await initialise(chat, desk, 1)
+    assert 0 < len(chat.conversations[1][2]["content"]) < 1000
+
+
 async def test_a_reply_that_is_cut_off_is_given_more_room() -> None:
     chat, desk = ScriptedChat(lambda n: "Let me think"), Desk()
     chat.finish_reason = "length"
