@@ -95,6 +95,8 @@ class EvaluationChild:
         assert self._process is not None and self._process.stdout is not None
         line = await self._process.stdout.readline()
         if not line.endswith(b"\n"):
+            with contextlib.suppress(TimeoutError):  # its own exit status says more than that of the kill
+                await asyncio.wait_for(self._process.wait(), 1)
             await self.kill()
             raise ChildDied(f"the evaluation process ended with status {self._process.returncode}")
         message = json.loads(line)

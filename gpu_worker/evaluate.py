@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict
 from gpu_worker.allocation import uniform
 from gpu_worker.progress import Progress, no_progress
 from gpu_worker.session import Session
-from protocol.plan import Parameters
+from protocol.plan import Parameters, check_rates
 from protocol.spec import SearchSpec
 
 
@@ -47,6 +47,8 @@ def evaluate_once(
     Raises UsageError for a model or a text that cannot be had and for rates of the wrong number or range.
     """
     session = Session(spec, progress, sensitivity=False)
+    if rates is not None:
+        check_rates(rates, session.shape, spec.rate, spec.granularity)
     plan = uniform(spec, session.shape).plan if rates is None else spec.plan(list(rates), session.shape)
     measured = session.evaluate(plan)
     report = None if spec.report is None else session.evaluate(plan, "report").perplexity

@@ -88,6 +88,7 @@ def serve(lines: Lines, replies: Replies) -> int:
     """Get ready, then answer for ever; returns the exit code where that cannot be."""
     # Imported here and not above: this is where torch comes in, seconds of it, with stdout already put away.
     from gpu_worker.answering import DeviceLostError, answer, first_line, is_out_of_memory
+    from gpu_worker.perplexity import NotFiniteError
     from gpu_worker.session import Session
     from protocol.errors import UsageError
     from protocol.spec import SearchSpec
@@ -98,6 +99,9 @@ def serve(lines: Lines, replies: Replies) -> int:
         session = Session(spec, replies.progress, sensitivity=order["sensitivity"])
     except UsageError as error:
         replies.send({"usage_error": str(error)})
+        return EXIT_USAGE
+    except NotFiniteError as error:
+        replies.send({"usage_error": f"the dense model {spec.model!r} is broken: {error}"})
         return EXIT_USAGE
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):

@@ -169,17 +169,21 @@ class Worker:
 
     async def _prepare(self, child: EvaluationChild) -> None:
         known = await self._patiently(lambda: self._redis.get(self._keys.card))
-        while True:
-            try:
-                card = await child.start(self._show_progress, sensitivity=known is None)
-                break
-            except ChildDied as error:
-                log.error("evaluation_process_died", error=str(error), stage=self._status.stage)
-                await asyncio.sleep(1)
+        card = await self._started(child, sensitivity=known is None)
         if not await self._patiently(lambda: self._redis.set(self._keys.card, card.model_dump_json(), nx=True)):
             text = await self._patiently(lambda: self._redis.get(self._keys.card))
             check_agreement(ModelCard.model_validate_json(text), card)
         log.info("model_ready", model=card.model, dense_perplexity=round(card.dense.perplexity, 3), device=card.device)
+
+    async def _started(self, child: EvaluationChild, *, sensitivity: bool) -> ModelCard:
+        for death in range(1, MAX_CHILD_DEATHS + 1):
+            try:
+                return await child.start(self._show_progress, sensitivity=sensitivity)
+            except ChildDied as error:
+                last = f"{error} at {self._status.stage!r}"
+                log.error("evaluation_process_died", error=last, death=death, of=MAX_CHILD_DEATHS)
+                await asyncio.sleep(death)
+        raise UsageError(f"the target model cannot be made ready: {last}, {MAX_CHILD_DEATHS} times; see the log")
 
     async def _measure(self, child: EvaluationChild, job: Job) -> None:
         self._status.stage = "evaluating"

@@ -12,7 +12,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, PositiveInt
 
 from protocol.errors import BudgetError
-from protocol.rates import DECIMALS, SCALE, feasible, project
+from protocol.rates import DECIMALS, SCALE, feasible, project, weighted_mean
 from protocol.shape import Granularity, LayerShape, ModelShape
 
 Split = Literal["equal", "mlp-first"]
@@ -107,6 +107,20 @@ def feasible_rates(
     """The feasible pruning rates nearest to `rates`: one per unit, five decimals, weighted mean exactly `mean`."""
     weights = [unit.parameters for unit in shape.units(granularity)]
     return feasible(rates, weights, mean, unit_bounds(shape, granularity, low, high))
+
+
+def check_rates(
+    rates: Sequence[float], shape: ModelShape, mean: float, granularity: Granularity, tolerance: float = 1e-4
+) -> None:
+    """Raise BudgetError unless there is one rate for each unit and their weighted mean is `mean`."""
+    units = shape.units(granularity)
+    if len(rates) != len(units):
+        raise BudgetError(f"{len(rates)} pruning rates were given for {len(units)} units ({granularity} granularity)")
+    off = weighted_mean(rates, [unit.parameters for unit in units]) - mean
+    if abs(off) > tolerance:
+        raise BudgetError(
+            f"the pruning rates have a mean of {mean + off:.5f}, which is off the budget {mean} by {off:+.5f}"
+        )
 
 
 def make_plan(

@@ -35,7 +35,8 @@ def test_protocol_loads_nothing_of_the_floors_above() -> None:
 
 def test_ruff_refuses_a_forbidden_import(tmp_path: Path) -> None:
     source = "import torch\n"
-    command = [sys.executable, "-m", "ruff", "check", "--select", "TID251", "--stdin-filename", "daemon/example.py", "-"]
+    command = [sys.executable, "-m", "ruff", "check", "--select", "TID251"]
+    command += ["--stdin-filename", "daemon/example.py", "-"]
     done = subprocess.run(command, input=source, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1 and "only gpu_worker loads models" in done.stdout
 
