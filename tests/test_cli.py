@@ -1,0 +1,118 @@
+"""The command line, called in this process: answers on stdout, one sentence and code 2 for what must be mended."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from daemon.cli import main
+from tests.tiny_models import save_tiny_folder
+from tests.tiny_specs import write_text
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("target")
+    save_tiny_folder(folder / "model", hidden_size=48, layers=4)
+    write_text(folder / "data.txt", seed=1)
+    write_text(folder / "calibration.txt", seed=2)
+    return folder
+
+
+def evaluate(target: Path, *options: str) -> int:
+    texts = ["--data", str(target / "data.txt"), "--calibration-data", str(target / "calibration.txt")]
+    sizes = ["--windows", "3", "--calibration-windows", "4", "--seqlen", "32"]
+    return main(["evaluate", "--model", str(target / "model"), *texts, *sizes, *options])
+
+
+def test_evaluate_prints_what_uniform_pruning_costs(target: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate(target, "--allocate", "uniform", "--rate", "0.3", "--json") == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert {"perplexity", "dense_perplexity", "parameters", "seqlen", "tokens", "seconds"} <= set(answer)
+    assert (answer["seqlen"], answer["tokens"]) == (32, 3 * 31)
+    parameters = answer["parameters"]
+    channel = 3 * 48
+    assert abs(parameters["decoder_after"] - 0.7 * parameters["decoder_before"]) <= channel
+    removed = parameters["decoder_before"] - parameters["decoder_after"]
+    assert parameters["total_before"] - parameters["total_after"] == removed
+    assert answer["perplexity"] != answer["dense_perplexity"]
+
+
+def test_evaluate_takes_the_rates_of_a_file(target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "rates.json"
+    file.write_text(json.dumps({"rates": [0.0, 0.4, 0.4, 0.4]}))
+    assert evaluate(target, "--rates", str(file), "--rate", "0.3", "--json") == 0
+    uneven = json.loads(capsys.readouterr().out)
+    evaluate(target, "--allocate", "uniform", "--rate", "0.3", "--json")
+    uniform = json.loads(capsys.readouterr().out)
+    assert uneven["perplexity"] != uniform["perplexity"]
+    assert abs(uneven["parameters"]["decoder_after"] - uniform["parameters"]["decoder_after"]) <= 2 * 3 * 48
+
+
+@pytest.mark.parametrize(
+    ("rates", "sentence"),
+    [
+        ("[0.3, 0.3, 0.3]", "3 pruning rates were given for 4 units"),
+        ("[0.3, 0.3, 0.3, 0.5]", "off the budget 0.3 by +0.05000"),
+        ("[1.2, 0, 0, 0]", "outside 0"),
+        ('["0.3"]', "list of numbers"),
+        ("{", "no JSON object"),
+    ],
+)
+def test_a_bad_rates_file_gets_one_sentence(
+    target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], rates: str, sentence: str
+) -> None:
+    file = tmp_path / "rates.json"
+    file.write_text(f'{{"rates": {rates}}}')
+    assert evaluate(target, "--rates", str(file), "--rate", "0.3") == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("selfpruner: ") and sentence in captured.err.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ([], "either --rates FILE or --allocate"),
+        (["--allocate", "uniform"], "--allocate needs --rate"),
+        (["--allocate", "uniform", "--rate", "0.95"], "rate cannot be '0.95'"),
+        (["--rates", "nowhere.json", "--rate", "0.3"], "cannot be read"),
+        (["--allocate", "uniform", "--rate", "0.3", "--windows", "5000"], "too short"),
+    ],
+)
+def test_bad_flags_of_evaluate_get_one_sentence(
+    target: Path, capsys: pytest.CaptureFixture[str], options: list[str], sentence: str
+) -> None:
+    assert evaluate(target, *options) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_a_model_of_another_family_is_refused_with_the_list(
+    target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
+    options = ["--model", str(tmp_path), "--data", str(target / "data.txt"), "--allocate", "uniform", "--rate", "0.3"]
+    assert main(["evaluate", *options]) == 2
+    assert "supported model types: llama" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["status", "best", "pause", "resume", "stop"])
+def test_a_search_that_never_ran_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str) -> None:
+    assert main([command, "--search", "nobody", "--folder", str(tmp_path)]) == 2
+    assert "no server answers for the search 'nobody'" in capsys.readouterr().err
+
+
+def test_an_unknown_option_ends_with_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--nonsense"]) == 2
+    assert "--nonsense" in capsys.readouterr().err
+
+
+def test_a_daemon_without_redis_or_endpoints_is_told_what_is_missing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "s.yaml"
+    config.write_text("target: {model: smollm2, rate: 0.3}\n")
+    assert main(["daemon", str(config)]) == 2
+    assert "redis.url is missing" in capsys.readouterr().err
+    assert main(["daemon", str(config), "--set", "redis.url=redis://127.0.0.1:1"]) == 2
+    assert "llm.endpoints is missing" in capsys.readouterr().err
