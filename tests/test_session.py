@@ -142,7 +142,12 @@ def test_evaluating_without_rates_is_evaluating_uniform_ones(spec: SearchSpec) -
 
 
 def test_rates_are_measured_as_given_and_the_rate_is_what_they_remove(spec: SearchSpec) -> None:
-    assert evaluate_once(spec, [0.1, 0.1, 0.1]).rate == pytest.approx(0.1, abs=0.01)
+    assert evaluate_once(spec, [0.2, 0.4, 0.6]).rate == pytest.approx(spec.rate, abs=0.01)
+
+
+def test_rates_off_the_specs_budget_are_refused(spec: SearchSpec) -> None:
+    with pytest.raises(BudgetError, match=r"off the budget 0.4 by -0.30000"):
+        evaluate_once(spec, [0.1, 0.1, 0.1])
 
 
 def test_rates_of_the_wrong_number_are_refused(spec: SearchSpec) -> None:
