@@ -11,7 +11,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import click
 import typer
 import yaml
 from rich.console import Console
@@ -26,8 +25,6 @@ from daemon.summary import Summary, show
 from protocol import logs
 from protocol.control import Command
 from protocol.errors import DataError, SelfPrunerError, SettingsError, UsageError
-
-INTERRUPTED = 130
 
 app = typer.Typer(
     help="An LLM searches, by evolution, how much to prune from each layer of an LLM.",
@@ -52,20 +49,17 @@ Folder = Annotated[
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command. Exit code 2 and one sentence on stderr for what the user must mend."""
     try:
-        result = typer.main.get_command(app)(args=arguments, standalone_mode=False, prog_name="selfpruner")
-    except click.ClickException as error:
-        error.show()
-        return error.exit_code
-    except click.Abort:
-        return INTERRUPTED
+        app(args=arguments, prog_name="selfpruner")
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else 0
     except SelfPrunerError as error:
         print(f"selfpruner: {error}", file=sys.stderr)  # noqa: T201  (the one sentence for a person)
         return 2 if isinstance(error, UsageError) else 1
-    return result if isinstance(result, int) else 0
+    raise AssertionError("typer ends with SystemExit")
 
 
 @app.command()
-def run(config: Config = None, set_: Set = None, json_: Json = False) -> int:
+def run(config: Config = None, set_: Set = None, json_: Json = False) -> None:
     """Search with everything on this machine: an embedded Valkey, a local LLM, a worker and the daemon."""
     with as_file(files("configs") / "quickstart.yaml") as quickstart:
         settings = load(config or quickstart, set_ or [])
@@ -75,11 +69,11 @@ def run(config: Config = None, set_: Set = None, json_: Json = False) -> int:
         logs.configure(file=settings.folder / "log.jsonl", secrets=secrets_of(settings))
         display = Display(Console(stderr=True)) if terminal else None
         summary, interrupted = run_until_signal(_run_embedded(settings, display))
-    return _finish(summary, interrupted, json_=json_)
+    raise typer.Exit(_finish(summary, interrupted, json_=json_))
 
 
 @app.command()
-def daemon(config: Annotated[Path, typer.Argument(help="A YAML file of settings.")], set_: Set = None) -> int:
+def daemon(config: Annotated[Path, typer.Argument(help="A YAML file of settings.")], set_: Set = None) -> None:
     """Search with workers, Redis and LLM endpoints that run elsewhere."""
     settings = load(config, set_ or [])
     if settings.redis.url is None:
@@ -90,7 +84,7 @@ def daemon(config: Annotated[Path, typer.Argument(help="A YAML file of settings.
     logs.configure(file=settings.folder / "log.jsonl", secrets=secrets_of(settings))
     launch = Launch(settings, settings.redis.url, settings.llm.endpoints, embedded=False)
     summary, interrupted = run_until_signal(launch.run())
-    return _finish(summary, interrupted, json_=False)
+    raise typer.Exit(_finish(summary, interrupted, json_=False))
 
 
 @app.command()
@@ -100,7 +94,7 @@ def worker(
     lease_seconds: Annotated[float, typer.Option(help="A job without sign of life is given away after it.")] = 30.0,
     max_evaluation_seconds: Annotated[float, typer.Option(help="A longer evaluation has failed.")] = 1800.0,
     grace_seconds: Annotated[float, typer.Option(help="After SIGTERM, for the evaluation under way.")] = 20.0,
-) -> int:
+) -> None:
     """Prune and measure candidates of a search: one worker, one GPU."""
     _need("torch", "worker")
     from gpu_worker.worker import WorkerOptions, run_worker
@@ -108,45 +102,42 @@ def worker(
     logs.configure()
     options = WorkerOptions(redis_url, search, lease_seconds, max_evaluation_seconds, grace_seconds)
     asyncio.run(run_worker(options))
-    return 0
 
 
 @app.command()
 def status(
     search: SearchName = "default", redis_url: RedisUrl = None, folder: Folder = Path("runs"), json_: Json = False
-) -> int:
+) -> None:
     """Say how far a search is."""
     answer = asyncio.run(_remote(search, redis_url, folder, RemoteSearch.status, otherwise="summary.json"))
     _answer(answer, json_)
-    return 0
 
 
 @app.command()
 def best(
     search: SearchName = "default", redis_url: RedisUrl = None, folder: Folder = Path("runs"), json_: Json = False
-) -> int:
+) -> None:
     """Print the best pruning rates so far."""
     answer = asyncio.run(_remote(search, redis_url, folder, RemoteSearch.best, otherwise="best.json"))
     _answer(answer, json_)
-    return 0
 
 
 @app.command()
-def pause(search: SearchName = "default", redis_url: RedisUrl = None, folder: Folder = Path("runs")) -> int:
+def pause(search: SearchName = "default", redis_url: RedisUrl = None, folder: Folder = Path("runs")) -> None:
     """Ask nothing more and measure nothing more; what is being measured is finished. Survives restarts."""
-    return _command("pause", search, redis_url, folder)
+    _command("pause", search, redis_url, folder)
 
 
 @app.command()
-def resume(search: SearchName = "default", redis_url: RedisUrl = None, folder: Folder = Path("runs")) -> int:
+def resume(search: SearchName = "default", redis_url: RedisUrl = None, folder: Folder = Path("runs")) -> None:
     """Go on after a pause."""
-    return _command("run", search, redis_url, folder)
+    _command("run", search, redis_url, folder)
 
 
 @app.command()
-def stop(search: SearchName = "default", redis_url: RedisUrl = None, folder: Folder = Path("runs")) -> int:
+def stop(search: SearchName = "default", redis_url: RedisUrl = None, folder: Folder = Path("runs")) -> None:
     """End the search's daemon; nothing measured is lost, and the search can be started again."""
-    return _command("stop", search, redis_url, folder)
+    _command("stop", search, redis_url, folder)
 
 
 @app.command()
@@ -162,7 +153,7 @@ def evaluate(
     seqlen: Annotated[int, typer.Option(min=16, help="Tokens of a window.")] = 2048,
     seed: Annotated[int, typer.Option(help="Chooses the windows.")] = 0,
     json_: Json = False,
-) -> int:
+) -> None:
     """Prune a model and measure its perplexity, without a search."""
     _need("torch", "worker")
     from daemon.evaluation import evaluation_request
@@ -186,7 +177,6 @@ def evaluate(
             request.spec, request.rates, progress=lambda stage, done, total: line.update(f"{stage} {done}/{total}")
         )
     _answer(result.model_dump(), json_)
-    return 0
 
 
 async def _run_embedded(settings: Settings, display: Display | None) -> Summary | None:
@@ -255,10 +245,9 @@ async def _remote(
         return record
 
 
-def _command(command: Command, search: str, redis_url: str | None, folder: Path) -> int:
+def _command(command: Command, search: str, redis_url: str | None, folder: Path) -> None:
     async def write() -> None:
         async with open_remote(search, redis_url, folder) as remote:
             await remote.command(command)
 
     asyncio.run(write())
-    return 0
