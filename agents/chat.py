@@ -24,7 +24,7 @@ from agents.completion import Completion, check_content_type, read_completion
 from agents.dialect import Dialect
 from agents.endpoint import Answer, ChatPolicy, Endpoint, Message, Question, Usage
 from agents.transport import capped_at, only_own_headers
-from protocol.errors import EndpointError
+from protocol.errors import EndpointError, SettingsError
 
 __all__ = ["Answer", "Chat", "ChatPolicy", "Endpoint", "Usage"]
 
@@ -199,6 +199,11 @@ class _Connection:
             async with asyncio.timeout(self.policy.connect_timeout):
                 await self.client.models.with_raw_response.list()
         except openai.APIStatusError as error:
+            if error.status_code in (401, 403):
+                raise SettingsError(
+                    f"the LLM endpoint {self.endpoint.name!r} refuses the key ({error.status_code}): "
+                    "set api_key_file or api_key in llm.endpoints"
+                ) from None
             return error.status_code not in (502, 503, 504)
         except (openai.OpenAIError, TimeoutError, EndpointError):
             return False

@@ -7,8 +7,7 @@ from typing import Protocol
 import structlog
 
 from agents.population import Evaluation, Population
-from protocol.candidate import Candidate
-from protocol.streams import Result
+from protocol.candidate import Candidate, Result
 
 log = structlog.get_logger()
 

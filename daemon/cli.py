@@ -18,6 +18,7 @@ from rich.console import Console
 from daemon import embedded
 from daemon.display import Display
 from daemon.launch import Launch, secrets_of
+from daemon.local_llm import find_gguf
 from daemon.remote import NotRunning, RemoteSearch, open_remote, saved
 from daemon.settings import NAMED_TEXTS, Settings, load
 from daemon.signals import run_until_signal
@@ -64,6 +65,8 @@ def run(config: Config = None, set_: Set = None, json_: Json = False) -> None:
     with as_file(files("configs") / "quickstart.yaml") as quickstart:
         settings = load(config or quickstart, set_ or [])
     _check_texts(settings)
+    if not settings.llm.endpoints:
+        find_gguf(settings.local_llm.gguf)
     with embedded.only_one(settings.folder):
         terminal = sys.stderr.isatty()
         logs.configure(file=settings.folder / "log.jsonl", secrets=secrets_of(settings))
@@ -200,7 +203,9 @@ def _finish(summary: Summary | None, interrupted: signal.Signals | None, *, json
             show(summary, Console())
     if interrupted is not None:
         return 128 + interrupted
-    return 0 if summary is not None and (summary.best or not summary.finished) else 1
+    if summary is not None and summary.finished and summary.best is None:
+        raise SelfPrunerError("no candidate could be measured; evaluations.jsonl and the log say why")
+    return 0
 
 
 def _check_texts(settings: Settings) -> None:

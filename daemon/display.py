@@ -63,12 +63,12 @@ class Display:
         for consumer in self._workers.keys() - statuses.keys():
             self._progress.remove_task(self._workers.pop(consumer))
         for consumer, status in statuses.items():
-            line = self._workers.setdefault(consumer, self._progress.add_task("", total=None, visible=False))
+            if consumer not in self._workers:
+                self._workers[consumer] = self._progress.add_task("", total=None)
             busy = status.stage not in ("idle", "evaluating") and status.total > 0
             self._progress.update(
-                line,
+                self._workers[consumer],
                 description=f"worker: {status.stage}",
                 completed=status.done if busy else status.measured,
                 total=status.total if busy else None,
-                visible=True,
             )

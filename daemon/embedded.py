@@ -65,13 +65,15 @@ def embedded_url(folder: Path) -> str:
 
 
 class Child:
-    """A child process that is started again when it dies, except with exit code 2 (a person must mend something)."""
+    """A child process that is started again when it dies, unless it ends with the exit code `final`."""
 
-    def __init__(self, name: str, command: Sequence[str], *, quiet: Path | None = None, keep: bool = True) -> None:
+    def __init__(
+        self, name: str, command: Sequence[str], *, quiet: Path | None = None, final: int | None = None
+    ) -> None:
         self.name = name
         self._command = command
         self._quiet = quiet
-        self._keep = keep
+        self._final = final
         self._process: asyncio.subprocess.Process | None = None
         self._watch: asyncio.Task[None] | None = None
 
@@ -79,8 +81,7 @@ class Child:
         """Start it, and keep it running until `end`."""
         self._environment = {**os.environ, **(environment or {})}
         await self._spawn()
-        if self._keep:
-            self._watch = asyncio.create_task(self._restart_for_ever())
+        self._watch = asyncio.create_task(self._restart_for_ever())
 
     @property
     def running(self) -> bool:
@@ -127,7 +128,7 @@ class Child:
             assert self._process is not None
             started = asyncio.get_running_loop().time()
             code = await self._process.wait()
-            if code == USAGE_EXIT:
+            if code == self._final:
                 return
             if asyncio.get_running_loop().time() - started > 60:
                 wait = 0.5
@@ -153,7 +154,7 @@ async def embedded_server(folder: Path) -> AsyncIterator[str]:
     _private_folder(path.parent)
     url = embedded_url(folder)
     await _end_left_behind(url)
-    server = Child("valkey", _server_command(str(get_binary_path()), data, path), quiet=data / "valkey.log", keep=False)
+    server = Child("valkey", _server_command(str(get_binary_path()), data, path), quiet=data / "valkey.log")
     await server.start()
     try:
         await _wait_until_it_answers(server, url, data)
@@ -173,8 +174,8 @@ async def local_llm(settings: Settings) -> AsyncIterator[EndpointSettings]:
     chosen = settings.local_llm
     command = [sys.executable, "-m", "daemon.local_llm", "--gguf", chosen.gguf, "--port", str(port)]
     command += ["--context", str(chosen.context), "--slots", str(chosen.slots)]
-    # Half of the cores: the worker computes at the same time, and neither shares a core gracefully.
-    command += ["--threads", str(chosen.threads or max(1, (os.cpu_count() or 2) // 2))]
+    if chosen.threads:
+        command += ["--threads", str(chosen.threads)]
     child = Child("local-llm", command, quiet=settings.folder / "local-llm.log")
     await child.start()
     try:
@@ -195,7 +196,7 @@ async def workers(settings: Settings, redis_url: str, *, console: bool) -> Async
     if not console:
         command.append("--quiet")
     quiet = None if console else settings.folder / "worker.log"
-    children = [Child(f"worker-{i}", command, quiet=quiet) for i in range(settings.worker.count)]
+    children = [Child(f"worker-{i}", command, quiet=quiet, final=USAGE_EXIT) for i in range(settings.worker.count)]
     try:
         for child in children:
             # Passive: threads that wait for each other by spinning would fight the local LLM for the cores.

@@ -6,11 +6,11 @@ every start, so a kill between two steps leaves neither a gap nor a double.
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
-from agents.population import Evaluation
+from agents.population import Evaluation, Population
 from protocol.candidate import Measured
 from protocol.errors import UsageError
 from protocol.spec import SearchSpec
@@ -28,12 +28,14 @@ class Journal:
         except OSError as error:
             raise UsageError(f"run.folder cannot be written: {error}") from error
 
-    def begin(self, search: str, spec: SearchSpec, evaluations: Iterable[Evaluation]) -> None:
-        """Write the spec, and all evaluations so far."""
+    def begin(self, search: str, spec: SearchSpec, evaluations: Population) -> None:
+        """Write the spec, all evaluations so far, and their best."""
         write_json(self.folder / "spec.json", {"search": search, "fingerprint": spec.fingerprint, **spec.model_dump()})
         lines = "".join(_line(evaluation_record(e)) for e in evaluations)
         _replace(self.folder / "evaluations.jsonl", lines)
         self._evaluations = (self.folder / "evaluations.jsonl").open("a", encoding="utf-8")
+        if best := evaluations.best():
+            self.best(best_record(search, spec, best))
 
     def evaluation(self, evaluation: Evaluation) -> None:
         """Append one evaluation."""

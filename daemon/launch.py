@@ -1,6 +1,7 @@
 """Puts a search together from its settings and runs it: in charge, card, endpoint, agents, search, summary."""
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
@@ -28,15 +29,17 @@ from daemon.summary import Summary, summarise
 from protocol.card import ModelCard
 from protocol.connection import connect
 from protocol.control import Control
-from protocol.errors import SettingsError, UsageError
+from protocol.errors import SettingsError, UsageError, first_error
 from protocol.keys import Keys
-from protocol.streams import TakenOver
+from protocol.streams import CandidateQueue
+
+REPAIR_SECONDS = 60.0
 
 log = structlog.get_logger()
 
 
 class Launch:
-    """One process's work on a search. `embedded`: this process also started the server and the workers."""
+    """One process's work on a search. `embedded`: it also started the workers, and the server where none is set."""
 
     def __init__(
         self,
@@ -50,7 +53,7 @@ class Launch:
         self._settings = settings
         self._spec = settings.spec()
         self._endpoints = [make_endpoint(e) for e in endpoints]
-        self._embedded = embedded
+        self._own_server = embedded and settings.redis.url is None
         self._display = display
         keys = Keys(settings.search.name)
         self._redis = connect(redis_url)
@@ -82,28 +85,33 @@ class Launch:
         try:
             async with asyncio.TaskGroup() as group:
                 finished = await self._work(group)
-        except* StopRequested:
+        except BaseExceptionGroup as group:
+            error = first_error(group)
+            if error is None:
+                raise
+            if not isinstance(error, StopRequested):
+                raise error from None
             log.info("search_stopped")
-        except* TakenOver as errors:
-            raise errors.exceptions[0] from None
-        except* UsageError as errors:
-            raise errors.exceptions[0] from None
         return finished
 
     async def _work(self, group: asyncio.TaskGroup) -> bool:
         async with AsyncExitStack() as stack:
-            queue = await self._store.take_charge(previous_is_dead=self._embedded)
+            # With a server of our own (and its folder locked) no other daemon can be alive.
+            queue = await self._store.take_charge(previous_is_dead=self._own_server)
             if self._display:
                 await stack.enter_async_context(self._display.following(self._store))
-            await self._pausing.begin(clear_stop=self._embedded)
-            watch = group.create_task(self._pausing.watch())
+            await self._pausing.begin()
+            background = [group.create_task(self._pausing.watch()), group.create_task(self._watch_workers())]
             history = await self._store.history()
             self._counters = history.counters
             if requeued := await self._store.repair(queue, history):
                 log.warning("candidates_requeued", count=requeued)
             card = await self._wait_for_card()
             chat = await stack.enter_async_context(self._chat())
-            counting = group.create_task(self._count_for_ever(chat))
+            background += [
+                group.create_task(self._count_for_ever(chat)),
+                group.create_task(self._repair_for_ever(queue)),
+            ]
             search = Search(
                 self._settings.search.name,
                 self._spec,
@@ -124,28 +132,44 @@ class Launch:
             try:
                 await search.run()
             finally:
-                await self._count(chat)
-            watch.cancel()
-            counting.cancel()
+                with contextlib.suppress(TimeoutError):  # the end must not wait for a server that is away
+                    async with asyncio.timeout(2):
+                        await self._count(chat)
+            for task in background:
+                task.cancel()
         return True
 
     async def _wait_for_card(self) -> ModelCard:
-        """The model card; logs once that it waits. With workers of our own, what they cannot do ends the search."""
+        """The model card; logs once that it waits."""
         waiting = False
-        complained: set[str] = set()
         while (card := await self._store.card()) is None:
             if not waiting:
                 log.info("waiting_for_worker", needs="the model card")
             waiting = True
-            for status in await self._store.workers():
-                if status.stage == "unusable" and status.detail not in complained:
-                    complained.add(status.detail)
-                    if self._embedded:
-                        raise UsageError(status.detail)
-                    log.error("worker_unusable", worker=status.consumer, detail=status.detail)
             await asyncio.sleep(0.5)
         log.info("model_card", dense_perplexity=round(card.dense.perplexity, 3), units=len(card.sensitivity))
         return card
+
+    async def _watch_workers(self) -> None:
+        """Tell of workers that cannot work; where all are our own and none can, that ends the search."""
+        complained: set[str] = set()
+        while True:
+            workers = await self._store.workers()
+            unusable = [worker for worker in workers if worker.stage == "unusable"]
+            for worker in unusable:
+                if worker.detail not in complained:
+                    log.error("worker_unusable", worker=worker.consumer, detail=worker.detail)
+                complained.add(worker.detail)
+            if self._own_server and unusable and len(unusable) == len(workers):
+                raise UsageError(unusable[0].detail)
+            await asyncio.sleep(0.5)
+
+    async def _repair_for_ever(self, queue: CandidateQueue) -> None:
+        """Put candidates back whose jobs were lost: a trimmed stream, a server's last second."""
+        while True:
+            await asyncio.sleep(REPAIR_SECONDS)
+            if requeued := await self._store.repair(queue, await self._store.history()):
+                log.warning("candidates_requeued", count=requeued)
 
     def _chat(self) -> Chat:
         llm = self._settings.llm
@@ -172,11 +196,10 @@ class Launch:
             "completion_tokens": float(sum(u.completion_tokens for u in usage)),
             "seconds": now - self._since,
         }
-        changes = {name: total - self._counted.get(name, 0.0) for name, total in totals.items()}
+        for name, total in totals.items():
+            self._counters[name] = self._counters.get(name, 0.0) + total - self._counted.get(name, 0.0)
         self._counted = totals
-        for name, change in changes.items():
-            self._counters[name] = self._counters.get(name, 0.0) + change
-        await self._store.count(changes)
+        await self._store.count({name: self._counters[name] for name in totals})
 
     def _summary(self, *, finished: bool) -> Summary | None:
         search = self._search
@@ -227,15 +250,17 @@ def make_endpoint(settings: EndpointSettings) -> Endpoint:
     key = settings.api_key
     if settings.api_key_file is not None:
         key = SecretStr(_read_key(settings.api_key_file))
-    name = settings.name or urlsplit(settings.base_url).netloc
+    url = urlsplit(settings.base_url)  # which may hold a password, and then the name must not
+    name = settings.name or (f"{url.hostname}:{url.port}" if url.port else str(url.hostname))
     return Endpoint(name=name, base_url=settings.base_url, model=settings.model, api_key=key)
 
 
 def secrets_of(settings: Settings) -> list[str]:
     """Every secret value in the settings, for the log's redaction."""
     keys = [make_endpoint(e).api_key for e in settings.llm.endpoints]
-    password = urlsplit(settings.redis.url).password if settings.redis.url else None
-    return [key.get_secret_value() for key in keys if key] + ([password] if password else [])
+    urls = [settings.redis.url or "", *(e.base_url for e in settings.llm.endpoints)]
+    passwords = [urlsplit(url).password for url in urls]
+    return [key.get_secret_value() for key in keys if key] + [password for password in passwords if password]
 
 
 def _read_key(path: Path) -> str:

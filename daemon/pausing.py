@@ -25,9 +25,9 @@ class Pausing:
         self._open = asyncio.Event()
         self.command: Command = "run"
 
-    async def begin(self, *, clear_stop: bool) -> None:
-        """Read the first command. `clear_stop`: a person started this search, which overrules an earlier stop."""
-        if clear_stop and await self._control.read() == "stop":
+    async def begin(self) -> None:
+        """Read the first command. Starting a search overrules an earlier stop, but not a pause."""
+        if await self._control.read() == "stop":
             await self._control.write("run")
         self._obey(await self._control.read())
 

@@ -314,6 +314,8 @@ def validation_sentence(error: ValidationError) -> str:
         return str(first["ctx"]["error"])
     message = first["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
+    if name.startswith(("llm.endpoints", "redis.url")):  # what was given may hold a key or a password
+        return f"{name} cannot be what was given: {message}"
     return f"{name} cannot be {_one_line(first['input'])!r}: {message}"
 
 

@@ -52,13 +52,10 @@ class History:
 async def load_history(redis: Redis, keys: Keys) -> History:
     """Read the history of a search; StoreError where it is not this version's."""
     client: Any = redis  # its annotations cannot say that replies are str
-    issued, candidates, applied, outcomes, state = await asyncio.gather(
-        client.lrange(keys.issued, 0, -1),
-        client.hgetall(keys.candidates),
-        client.lrange(keys.applied, 0, -1),
-        client.hgetall(keys.outcomes),
-        client.hgetall(keys.state),
-    )
+    pipe = client.pipeline(transaction=True)  # one moment, while the search goes on
+    pipe.lrange(keys.issued, 0, -1).hgetall(keys.candidates)
+    pipe.lrange(keys.applied, 0, -1).hgetall(keys.outcomes).hgetall(keys.state)
+    issued, candidates, applied, outcomes, state = await pipe.execute()
     try:
         return History(
             ledger={id_: Candidate.model_validate_json(candidates[id_]) for id_ in issued},
@@ -100,7 +97,9 @@ class SearchStore:
         A sign of life left behind by a killed daemon is waited out (some seconds), unless `previous_is_dead`.
         """
         await self._patiently(lambda: check_server(self._redis))
-        if not previous_is_dead:
+        if previous_is_dead:
+            await self._forget_workers()
+        else:
             await self._wait_for_silence()
         await self._adopt_spec()
         self._epoch = int(await self._patiently(lambda: self._redis.incr(self._keys.epoch)))
@@ -126,15 +125,9 @@ class SearchStore:
         """The workers that show a sign of life."""
         return await self._patiently(lambda: read_workers(self._redis, self._keys))
 
-    async def count(self, amounts: dict[str, float]) -> None:
-        """Add to the search's counters (tokens, seconds, …), which survive restarts."""
-        changed = {name: amount for name, amount in amounts.items() if amount}
-        if not changed:
-            return
-        pipe = self._redis.pipeline(transaction=True)
-        for name, amount in changed.items():
-            pipe.hincrbyfloat(self._keys.state, name, amount)
-        await self._patiently(pipe.execute)
+    async def count(self, totals: dict[str, float]) -> None:
+        """Keep the search's counters (tokens, seconds, …) over restarts. Totals, so that writing twice does no harm."""
+        await self._patiently(lambda: self._redis.hset(self._keys.state, mapping=totals))
 
     async def stay_in_charge(self) -> None:
         """Show a sign of life until cancelled. Raises TakenOver when another daemon has taken over."""
@@ -166,6 +159,14 @@ class SearchStore:
                 raise SearchExistsError(f"the search {self._keys.search!r} is already run by {now_owner}")
             owner, left = now_owner, now_left
 
+    async def _has_begun(self) -> bool:
+        return bool(await self._patiently(lambda: self._redis.exists(self._keys.card, self._keys.issued)))
+
+    async def _forget_workers(self) -> None:
+        """Withdraw the signs of life of workers that died with the previous process: their jobs are free sooner."""
+        async for name in self._redis.scan_iter(match=self._keys.worker_prefix + "*"):
+            await self._redis.delete(name)
+
     async def _owner(self) -> tuple[str | None, int]:
         owner = await self._patiently(lambda: self._redis.get(self._keys.daemon))
         left = await self._patiently(lambda: self._redis.pttl(self._keys.daemon))
@@ -180,7 +181,10 @@ class SearchStore:
             theirs = SearchSpec.model_validate_json(stored)
         except ValidationError as error:
             raise StoreError(f"the search {self._keys.search!r} in Redis was written by another version") from error
-        if theirs != self._spec:
+        if theirs != self._spec and not await self._has_begun():
+            # Nothing was measured under it: a first try with a model or a text that could not be had.
+            await self._patiently(lambda: self._redis.set(self._keys.spec, mine))
+        elif theirs != self._spec:
             raise SearchExistsError(
                 f"there is a search {self._keys.search!r} with other settings ({_difference(theirs, self._spec)}); "
                 "give this one another search.name"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from gpu_worker.worker import WorkerOptions, run_worker
 from protocol import logs
-from protocol.errors import UsageError
+from protocol.errors import SelfPrunerError, UsageError
 
 
 def main() -> int:
@@ -33,9 +33,9 @@ def main() -> int:
     )
     try:
         asyncio.run(run_worker(options))
-    except UsageError as error:
+    except SelfPrunerError as error:
         print(f"selfpruner: {error}", file=sys.stderr)  # noqa: T201  (the one sentence for a person)
-        return 2
+        return 2 if isinstance(error, UsageError) else 1
     return 0
 
 

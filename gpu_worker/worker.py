@@ -22,7 +22,7 @@ from protocol.candidate import Failed, Measured
 from protocol.card import ModelCard
 from protocol.connection import AWAY, Patience, check_server, connect
 from protocol.control import Control
-from protocol.errors import UsageError
+from protocol.errors import UsageError, first_error
 from protocol.keys import Keys
 from protocol.spec import SearchSpec
 from protocol.streams import Job, JobQueue
@@ -87,10 +87,14 @@ class Worker:
                 beats = group.create_task(self._beat_for_ever())
                 await self._until_stopped(group.create_task(self._work()))
                 beats.cancel()
-        except* UsageError as errors:
-            self._status = Status(stage="unusable", detail=str(errors.exceptions[0]))
-            await self._queue.beat(None, self._status.to_json())
-            raise errors.exceptions[0] from None
+        except BaseExceptionGroup as group:
+            error = first_error(group)
+            if error is None:
+                raise
+            if isinstance(error, UsageError):
+                self._status = Status(stage="unusable", detail=str(error))
+                await self._queue.beat(None, self._status.to_json())
+            raise error from None
         with contextlib.suppress(*AWAY):
             await self._queue.release(self._job)
 

@@ -1,6 +1,7 @@
 """Candidates and their outcomes, to and from JSON."""
 
 import hashlib
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, TypeAdapter
@@ -60,6 +61,15 @@ class Failed(_Value):
 
 Outcome = Annotated[Measured | Failed, Field(discriminator="kind")]
 OUTCOME: TypeAdapter[Measured | Failed] = TypeAdapter(Outcome)
+
+
+@dataclass(frozen=True)
+class Result:
+    """An outcome as read from the result stream at `cursor`."""
+
+    cursor: str
+    id: str
+    outcome: Measured | Failed
 
 
 def candidate_id(plan: Plan, fingerprint: str, text: Text = "fitness") -> str:

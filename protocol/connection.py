@@ -8,10 +8,10 @@ import structlog
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
+from redis.exceptions import AuthenticationError, ResponseError
 from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import ResponseError
 from redis.exceptions import TimeoutError as RedisTimeoutError
-from tenacity import AsyncRetrying, retry_if_exception_type, wait_random_exponential
+from tenacity import AsyncRetrying, retry_if_exception, wait_random_exponential
 
 from protocol.errors import SettingsError, StoreError
 
@@ -35,10 +35,10 @@ def connect(url: str) -> Redis:
         return Redis.from_url(
             url, decode_responses=True, socket_timeout=10, socket_connect_timeout=5, retry=Retry(NoBackoff(), 0)
         )
-    except ValueError as error:
+    except ValueError:
         raise SettingsError(
-            f"redis.url {url!r} is not a Redis URL: use redis://host:port/0, rediss://… or unix:///path"
-        ) from error
+            "redis.url is not a Redis URL: use redis://host:port/0, rediss://… or unix:///path"
+        ) from None  # the URL may hold a password
 
 
 class Patience:
@@ -59,15 +59,17 @@ class Patience:
         task = asyncio.current_task()
         cancelled_before = task.cancelling() if task else 0
         async for attempt in AsyncRetrying(
-            retry=retry_if_exception_type(AWAY),
+            retry=retry_if_exception(is_away),
             wait=wait_random_exponential(multiplier=0.1, max=self._longest_wait),
             reraise=True,
         ):
             with attempt:
                 try:
                     result = await operation()
-                except AWAY as error:
-                    if not waiting:
+                except AuthenticationError as error:
+                    raise SettingsError(f"redis.url: the server refuses the user or the password ({error})") from None
+                except (*AWAY, ResponseError) as error:
+                    if is_away(error) and not waiting:
                         self.outages += 1
                         log.warning("redis_unreachable", redis=self._what, error=str(error) or type(error).__name__)
                     waiting = True
@@ -94,6 +96,13 @@ async def check_server(redis: Redis) -> None:
         )
     if info.get("role") == "slave":
         raise StoreError("the server is a read-only replica; give the primary's URL")
+
+
+def is_away(error: BaseException) -> bool:
+    """Whether waiting helps: the server is out of reach, or takes no writes for now (memory or disk is full)."""
+    if isinstance(error, ResponseError):
+        return any(word in str(error) for word in ("OOM ", "MISCONF", "READONLY", "LOADING"))
+    return isinstance(error, AWAY) and not isinstance(error, AuthenticationError)
 
 
 def is_missing_group(error: ResponseError) -> bool:

@@ -1,4 +1,4 @@
-"""Every error that the project raises on purpose.
+"""The errors that cross a boundary between files. Those of one file alone are defined there.
 
 ::
 
@@ -17,6 +17,15 @@
 
 class SelfPrunerError(Exception):
     """Base of all of them; `str(error)` is one sentence for a person."""
+
+
+def first_error(group: BaseExceptionGroup[BaseException]) -> "SelfPrunerError | None":
+    """The first of our errors in a group, however deep: task groups wrap, and wrap again."""
+    for error in group.exceptions:
+        found = first_error(error) if isinstance(error, BaseExceptionGroup) else error
+        if isinstance(found, SelfPrunerError):
+            return found
+    return None
 
 
 class UsageError(SelfPrunerError):

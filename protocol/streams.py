@@ -17,7 +17,7 @@ import structlog
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
-from protocol.candidate import OUTCOME, Candidate, Failed, Measured
+from protocol.candidate import OUTCOME, Candidate, Failed, Measured, Result
 from protocol.connection import BLOCK_MILLISECONDS, Patience, is_missing_group
 from protocol.errors import SelfPrunerError, StoreError
 from protocol.keys import GROUP, Keys
@@ -36,15 +36,6 @@ class Job:
     message: str
     candidate: Candidate
     fingerprint: str
-
-
-@dataclass(frozen=True)
-class Result:
-    """An outcome as read from the result stream at `cursor`."""
-
-    cursor: str
-    id: str
-    outcome: Measured | Failed
 
 
 def load_scripts(redis: Redis) -> dict[str, Any]:
@@ -87,16 +78,15 @@ class CandidateQueue:
         return {fields["id"] for _, fields in entries if "id" in fields}
 
     async def results(self, cursor: str) -> list[Result]:
-        """Outcomes behind `cursor`, waiting about a second for the first; an unreadable entry is dropped, loudly."""
+        """Outcomes behind `cursor`, waiting about a second for the first; an unreadable one has failed."""
         streams = {self._keys.results: cursor}
         reply = await self._patiently(lambda: self._redis.xread(streams, count=100, block=BLOCK_MILLISECONDS))
         results = []
         for message, fields in _entries(reply):
-            try:
-                outcome = OUTCOME.validate_json(fields["outcome"])
-                results.append(Result(message, fields["id"], outcome))
-            except (KeyError, ValueError) as error:
-                log.error("result_unreadable", entry=message, error=str(error)[:200])
+            if "id" in fields:
+                results.append(Result(message, fields["id"], _outcome(fields.get("outcome", ""))))
+            else:
+                log.error("result_unreadable", entry=message)
                 await self._patiently(partial(self._redis.xdel, self._keys.results, message))
         return results
 
@@ -161,8 +151,11 @@ class JobQueue:
 
     async def commit(self, job: Job, outcome: Measured | Failed) -> bool:
         """Commit the outcome of `job`; False when another worker's was first. Waits for the server if it is away."""
+        return await self._commit(job.message, job.candidate.id, outcome)
+
+    async def _commit(self, message: str, candidate_id: str, outcome: Measured | Failed) -> bool:
         keys = [self._keys.jobs, self._keys.results, self._keys.done]
-        args = [GROUP, self._consumer, job.message, job.candidate.id, outcome.model_dump_json()]
+        args = [GROUP, self._consumer, message, candidate_id, outcome.model_dump_json()]
         return bool(await self._patiently(lambda: self._scripts["commit"](keys, args)) == 1)
 
     async def release(self, job: Job | None) -> None:
@@ -216,9 +209,22 @@ class JobQueue:
             return Job(message, candidate, fields["fingerprint"])
         except (KeyError, ValueError) as error:
             log.error("job_unreadable", message=message, error=str(error)[:200])
+        if "id" in fields:  # its search waits for an outcome
+            failed = Failed(reason="invalid", detail="the worker cannot read it: it is of another version")
+            await self._commit(message, fields["id"], failed)
+        else:
             await self._patiently(lambda: self._redis.xack(self._keys.jobs, GROUP, message))
             await self._patiently(lambda: self._redis.xdel(self._keys.jobs, message))
-            return None
+        return None
+
+
+def _outcome(text: str) -> Measured | Failed:
+    """An outcome as committed; one that cannot be read has failed, for the search waits for it."""
+    try:
+        return OUTCOME.validate_json(text)
+    except ValueError as error:
+        log.error("outcome_unreadable", error=str(error)[:200])
+        return Failed(reason="invalid", detail="its outcome cannot be read: the worker is of another version")
 
 
 def _entries(reply: Any) -> Sequence[tuple[str, dict[str, str]]]:

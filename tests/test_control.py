@@ -31,7 +31,7 @@ async def test_a_value_that_means_nothing_changes_nothing(redis: Redis, keys: Ke
 async def test_the_gate_closes_on_pause_and_opens_on_resume(redis: Redis, keys: Keys) -> None:
     control = Control(redis, keys)
     pausing = Pausing(control)
-    await pausing.begin(clear_stop=False)
+    await pausing.begin()
     watching = asyncio.create_task(pausing.watch())
     await pausing.gate()
     await control.write("pause")
@@ -50,7 +50,7 @@ async def test_the_gate_closes_on_pause_and_opens_on_resume(redis: Redis, keys: 
 async def test_stop_ends_the_watching(redis: Redis, keys: Keys) -> None:
     control = Control(redis, keys)
     pausing = Pausing(control)
-    await pausing.begin(clear_stop=False)
+    await pausing.begin()
     await control.write("stop")
     with pytest.raises(StopRequested):
         async with asyncio.timeout(10):
@@ -64,5 +64,5 @@ async def test_a_person_who_starts_a_stopped_search_overrules_the_stop_but_not_a
     for before, after in (("stop", "run"), ("pause", "pause")):
         await control.write(before)  # type: ignore[arg-type]
         pausing = Pausing(control)
-        await pausing.begin(clear_stop=True)
+        await pausing.begin()
         assert pausing.command == after

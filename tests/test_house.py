@@ -24,6 +24,11 @@ def test_the_daemons_side_never_loads_torch(module: str) -> None:
     assert not {"torch", "transformers", "datasets", "gpu_worker"} & modules_after_importing(module)
 
 
+def test_the_agents_never_load_redis() -> None:
+    names = modules_after_importing("agents.mutator, agents.selector, agents.population_keeper, agents.chat")
+    assert not {"redis", "daemon", "gpu_worker"} & names
+
+
 def test_the_worker_parent_loads_neither_torch_nor_openai_nor_the_daemon() -> None:
     assert not {"torch", "openai", "daemon", "agents"} & modules_after_importing("gpu_worker.worker")
 

@@ -4,8 +4,7 @@ import asyncio
 
 from agents.population import Evaluation, Population
 from agents.population_keeper import PopulationKeeper
-from protocol.candidate import Candidate, Failed
-from protocol.streams import Result
+from protocol.candidate import Candidate, Failed, Result
 from tests.samples import candidate, candidates, measured
 
 

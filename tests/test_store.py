@@ -90,18 +90,26 @@ async def test_stepping_down_lets_a_successor_begin_at_once(redis: Redis, keys: 
 
 
 async def test_another_spec_under_the_same_name_is_refused_and_the_difference_named(redis: Redis, keys: Keys) -> None:
-    await SearchStore(redis, keys, SPEC).take_charge()
+    queue = await SearchStore(redis, keys, SPEC).take_charge()
+    await queue.enqueue(candidates(1)[0])
     other = SPEC.model_copy(update={"rate": 0.5})
     with pytest.raises(SearchExistsError, match=r"rate: 0\.3 there, 0\.5 here"):
         await SearchStore(redis, keys, other).take_charge(previous_is_dead=True)
+
+
+async def test_a_spec_that_nothing_was_measured_under_may_be_mended(redis: Redis, keys: Keys) -> None:
+    await SearchStore(redis, keys, SPEC.model_copy(update={"model": "no/such-model"})).take_charge()
+    await SearchStore(redis, keys, SPEC).take_charge(previous_is_dead=True)
+    client: Any = redis
+    assert await client.get(keys.spec) == SPEC.model_dump_json()
 
 
 async def test_counters_add_up_over_restarts(redis: Redis, keys: Keys) -> None:
     for _ in range(2):
         store = SearchStore(redis, keys, SPEC)
         await store.take_charge(previous_is_dead=True)
-        await store.count({"seconds": 1.5, "prompt_tokens": 10.0, "requests": 0.0})
-    assert (await store.history()).counters == {"seconds": 3.0, "prompt_tokens": 20.0}
+        await store.count({"seconds": (await store.history()).counters.get("seconds", 0.0) + 1.5, "requests": 0.0})
+    assert (await store.history()).counters == {"seconds": 3.0, "requests": 0.0}
 
 
 async def test_what_another_version_wrote_is_refused_and_not_overwritten(redis: Redis, keys: Keys) -> None:

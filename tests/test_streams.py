@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 
-from protocol.candidate import Failed
+from protocol.candidate import Failed, Result
 from protocol.connection import connect
 from protocol.keys import GROUP, Keys
-from protocol.streams import CandidateQueue, Job, JobQueue, Result, TakenOver
+from protocol.streams import CandidateQueue, Job, JobQueue, TakenOver
 from tests.samples import SPEC, candidates, measured
 from tests.servers import Server, eventually
 
@@ -204,7 +204,7 @@ async def test_a_lost_stream_and_group_heal_and_the_ledger_brings_the_jobs_back(
     assert (await claimed(jobs)).candidate == two
 
 
-async def test_an_unreadable_job_is_dropped_and_the_next_one_served(
+async def test_an_unreadable_job_has_failed_and_the_next_one_is_served(
     redis: Redis, keys: Keys, queue: CandidateQueue
 ) -> None:
     client: Any = redis
@@ -214,9 +214,11 @@ async def test_an_unreadable_job_is_dropped_and_the_next_one_served(
     await queue.enqueue(one)
     assert (await claimed(worker(redis, keys, "w1"))).candidate == one
     assert await length(redis, keys.jobs) == 1
+    (result,) = await queue.results("0-0")
+    assert result.id == "x" and isinstance(result.outcome, Failed)
 
 
-async def test_an_unreadable_result_is_dropped_and_the_next_one_read(
+async def test_an_unreadable_result_has_failed_and_the_next_one_is_read(
     redis: Redis, keys: Keys, queue: CandidateQueue
 ) -> None:
     (one,) = candidates(1)
@@ -224,7 +226,9 @@ async def test_an_unreadable_result_is_dropped_and_the_next_one_read(
     await client.xadd(keys.results, {"id": one.id, "outcome": '{"kind":"measured","perplexity":NaN}'})
     await client.xadd(keys.results, {"garbage": "1"})
     await client.xadd(keys.results, {"id": one.id, "outcome": Failed(reason="timeout").model_dump_json()})
-    assert [r.outcome for r in await queue.results("0-0")] == [Failed(reason="timeout")]
+    outcomes = [r.outcome for r in await queue.results("0-0")]
+    assert [o.reason for o in outcomes if isinstance(o, Failed)] == ["invalid", "timeout"]
+    assert await length(redis, keys.results) == 2
 
 
 async def test_a_commit_waits_for_a_server_that_is_away_and_then_counts(

@@ -13,12 +13,12 @@ import psutil
 import pytest
 from redis.asyncio import Redis
 
-from protocol.candidate import Candidate, Measured, Provenance, candidate_id
+from protocol.candidate import Candidate, Measured, Provenance, Result, candidate_id
 from protocol.card import ModelCard
 from protocol.control import Control
 from protocol.keys import Keys
 from protocol.spec import SearchSpec
-from protocol.streams import CandidateQueue, Result
+from protocol.streams import CandidateQueue
 from tests.servers import Server, eventually
 from tests.tiny_specs import tiny_spec
 
