@@ -224,7 +224,11 @@ def _answer(answer: dict[str, Any], json_: bool) -> None:
     if json_:
         _print_json(answer)
     else:
-        Console().print(yaml.safe_dump(answer, sort_keys=False, allow_unicode=True, default_flow_style=None), end="")
+        Console().print(
+            yaml.safe_dump(answer, sort_keys=False, allow_unicode=True, default_flow_style=None, width=10_000),
+            end="",
+            soft_wrap=True,
+        )
 
 
 def _print_json(answer: dict[str, Any]) -> None:

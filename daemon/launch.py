@@ -101,7 +101,11 @@ class Launch:
             if self._display:
                 await stack.enter_async_context(self._display.following(self._store))
             await self._pausing.begin()
-            background = [group.create_task(self._pausing.watch()), group.create_task(self._watch_workers())]
+            background = [
+                group.create_task(self._store.stay_in_charge()),
+                group.create_task(self._pausing.watch()),
+                group.create_task(self._watch_workers()),
+            ]
             history = await self._store.history()
             self._counters = history.counters
             if requeued := await self._store.repair(queue, history):
@@ -119,7 +123,6 @@ class Launch:
                 card=card,
                 agents=make_agents(self._settings.llm, chat),
                 queue=queue,
-                store=self._store,
                 journal=self._journal,
                 history=history,
                 pausing=self._pausing,

@@ -21,7 +21,7 @@ from agents.view import BUDGET_USED_UP, Accepted, Member, Refused, View
 from daemon.journal import Journal, best_record
 from daemon.pausing import Pausing
 from daemon.settings import SearchSettings
-from daemon.store import History, SearchStore
+from daemon.store import History
 from protocol.candidate import Candidate, Measured, Provenance, Text, candidate_id
 from protocol.card import ModelCard
 from protocol.errors import BudgetError
@@ -54,13 +54,12 @@ class Search:
         card: ModelCard,
         agents: Agents,
         queue: CandidateQueue,
-        store: SearchStore,
         journal: Journal,
         history: History,
         pausing: Pausing,
     ) -> None:
         self.name, self.spec, self.card, self.pausing = name, spec, card, pausing
-        self._settings, self._agents, self._queue, self._store = settings, agents, queue, store
+        self._settings, self._agents, self._queue = settings, agents, queue
         self._journal = journal
         self.ledger = dict(history.ledger)
         self.population = Population()
@@ -76,11 +75,9 @@ class Search:
         self._journal.begin(self.name, self.spec, self.population)
         async with asyncio.TaskGroup() as group:
             keeping = group.create_task(self._keeper.run())
-            in_charge = group.create_task(self._store.stay_in_charge())
             await self._generations()
             await self._report()
             keeping.cancel()
-            in_charge.cancel()
 
     async def _generations(self) -> None:
         await self._enqueue_plan(self.spec.uniform_plan(self.card.shape), self.spec.uniform_rates(self.card.shape))

@@ -93,7 +93,6 @@ class Conducted:
             card=CARD.model_copy(update={"dense_report": CARD.dense if self.spec.report else None}),
             agents=agents,
             queue=queue,
-            store=store,
             journal=self.journal,
             history=history,
             pausing=Pausing(Control(self.redis, self.keys)),
