@@ -159,6 +159,7 @@ class Search:
             log.info(
                 "candidate_measured",
                 candidate=candidate.id,
+                text=candidate.text,
                 perplexity=round(outcome.perplexity, 4),
                 best=is_best,
                 **who,
