@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 from protocol.candidate import Candidate, Provenance, Source
 from protocol.card import ModelCard
-from protocol.rates import weighted_mean
 from protocol.shape import Unit
 from protocol.spec import SearchSpec
 
@@ -39,10 +38,6 @@ class View:
             return ()
         ranked = sorted(zip(self.card.sensitivity, self.units, strict=True), key=lambda pair: -pair[0])
         return tuple(unit for _, unit in ranked)
-
-    def mean(self, rates: Sequence[float]) -> float:
-        """The parameter-weighted mean of one rate per unit."""
-        return weighted_mean(rates, [unit.parameters for unit in self.units])
 
 
 @dataclass(frozen=True)

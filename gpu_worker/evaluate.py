@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 from pydantic import BaseModel, ConfigDict
 
-from gpu_worker.allocation import uniform
 from gpu_worker.progress import Progress, no_progress
 from gpu_worker.session import Session
 from protocol.plan import Parameters, check_rates
@@ -33,11 +32,6 @@ class EvaluationResult(BaseModel):
     data: str
     """The fitness text."""
 
-    @property
-    def ratio(self) -> float:
-        """Perplexity as a multiple of the dense model's."""
-        return self.perplexity / self.dense_perplexity
-
 
 def evaluate_once(
     spec: SearchSpec, rates: Sequence[float] | None, progress: Progress = no_progress
@@ -49,7 +43,7 @@ def evaluate_once(
     session = Session(spec, progress, sensitivity=False)
     if rates is not None:
         check_rates(rates, session.shape, spec.rate, spec.granularity)
-    plan = uniform(spec, session.shape).plan if rates is None else spec.plan(list(rates), session.shape)
+    plan = spec.uniform_plan(session.shape) if rates is None else spec.plan(list(rates), session.shape)
     measured = session.evaluate(plan)
     report = None if spec.report is None else session.evaluate(plan, "report").perplexity
     dense_report = session.card.dense_report

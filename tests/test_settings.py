@@ -6,6 +6,7 @@ import pytest
 
 from daemon.launch import make_endpoint, secrets_of
 from daemon.settings import load, setting_names
+from daemon.settings_page import page
 from protocol.errors import SettingsError
 
 MINIMAL = "target: {model: smollm2, rate: 0.3}\n"
@@ -94,8 +95,9 @@ def test_every_shipped_config_loads() -> None:
         load(path)
 
 
-def test_every_setting_is_described_in_the_docs() -> None:
+def test_the_page_of_all_settings_is_up_to_date() -> None:
     described = Path("docs/configuration.md").read_text()
+    assert described == page()
     missing = [name for name in setting_names() if f"`{name}`" not in described]
     assert not missing
 
