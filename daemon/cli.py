@@ -20,12 +20,12 @@ from daemon.display import Display
 from daemon.launch import Launch, secrets_of
 from daemon.local_llm import find_gguf
 from daemon.remote import NotRunning, RemoteSearch, open_remote, saved
-from daemon.settings import NAMED_TEXTS, Settings, load
+from daemon.settings import Settings, check_text, load
 from daemon.signals import run_until_signal
 from daemon.summary import Summary, show
 from protocol import logs
 from protocol.control import Command
-from protocol.errors import DataError, SelfPrunerError, SettingsError, UsageError
+from protocol.errors import SelfPrunerError, SettingsError, UsageError
 
 app = typer.Typer(
     help="An LLM searches, by evolution, how much to prune from each layer of an LLM.",
@@ -211,8 +211,7 @@ def _finish(summary: Summary | None, interrupted: signal.Signals | None, *, json
 def _check_texts(settings: Settings) -> None:
     """Texts are read by the worker; here, on its machine, a missing file need not wait for it."""
     for source in {settings.data.calibration, settings.data.fitness, settings.data.report or "self"}:
-        if source not in NAMED_TEXTS and not Path(source).expanduser().is_file():
-            raise DataError(f"there is no text file {source!r}; give a file, or one of {', '.join(NAMED_TEXTS)}")
+        check_text(source)
 
 
 def _need(package: str, extra: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from daemon.settings import NAMED_TEXTS, validation_sentence
+from daemon.settings import check_text, text_spec, validation_sentence
 from protocol.errors import DataError, SettingsError
 from protocol.spec import SearchSpec, TextSpec
 
@@ -74,9 +74,5 @@ def read_rates(path: Path) -> dict[str, Any]:
 
 
 def _text(source: str, windows: int | None, seqlen: int) -> TextSpec:
-    if source in NAMED_TEXTS:
-        return TextSpec(source=source, windows=windows, seqlen=seqlen)
-    path = Path(source).expanduser().absolute()
-    if not path.is_file():
-        raise DataError(f"there is no text file {source!r}; give a file, or one of {', '.join(NAMED_TEXTS)}")
-    return TextSpec(source=str(path), windows=windows, seqlen=seqlen)
+    check_text(source)
+    return text_spec(source, windows, seqlen)

@@ -22,7 +22,7 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, YamlConfigSettingsSource
 
-from protocol.errors import SettingsError
+from protocol.errors import DataError, SettingsError
 from protocol.keys import check_search_name
 from protocol.plan import Split
 from protocol.rates import DECIMALS
@@ -216,12 +216,7 @@ class Settings(BaseSettings):
         )
 
     def _text(self, source: str, windows: int | None) -> TextSpec:
-        named = source in NAMED_TEXTS
-        return TextSpec(
-            source=source if named else str(Path(source).expanduser().absolute()),
-            windows=windows,
-            seqlen=self.data.seqlen,
-        )
+        return text_spec(source, windows, self.data.seqlen)
 
     @property
     def folder(self) -> Path:
@@ -262,6 +257,18 @@ def load(config: Path | None, overrides: Sequence[str] = ()) -> Settings:
             f"{settings.search.lowest_rate} and search.highest_rate {settings.search.highest_rate}"
         )
     return settings
+
+
+def text_spec(source: str, windows: int | None, seqlen: int) -> TextSpec:
+    """A named text, or a file by its absolute path: a worker may run in another folder."""
+    path = source if source in NAMED_TEXTS else str(Path(source).expanduser().absolute())
+    return TextSpec(source=path, windows=windows, seqlen=seqlen)
+
+
+def check_text(source: str) -> None:
+    """Raise DataError where a text is a file that is not on this machine."""
+    if source not in NAMED_TEXTS and not Path(source).expanduser().is_file():
+        raise DataError(f"there is no text file {source!r}; give a file, or one of {', '.join(NAMED_TEXTS)}")
 
 
 def setting_names(model: type[BaseModel] = Settings, prefix: str = "") -> Iterator[str]:
