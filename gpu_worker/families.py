@@ -140,6 +140,11 @@ class Decoder:
     layers: tuple[Layer, ...]
     shape: ModelShape
 
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go: the first device of a model that is spread over several."""
+        return next(self.embedding.parameters()).device
+
 
 def family_of(config: Any) -> Family:
     """The family of a config, an exported model's included. Raises ModelError that lists the supported ones."""

@@ -99,7 +99,7 @@ def test_a_plan_is_made_of_views_where_query_heads_stay_whole() -> None:
 def test_pieces_of_equal_importance_keep_their_order() -> None:
     model = tiny_llama()
     weights = [layer.gate.weight.clone() for layer in model.decoder.layers]
-    equal = [LayerImportance(torch.ones(3, 2), torch.ones(48)) for _ in weights]
+    equal = [LayerImportance(torch.ones(3, 2), torch.ones(3), torch.ones(48)) for _ in weights]
     OrderedModel(model.decoder, equal).apply(keep((3, 2, 10), (3, 2, 10), (3, 2, 10)))
     for layer, weight in zip(model.decoder.layers, weights, strict=True):
         assert torch.equal(layer.gate.weight, weight[:10])
