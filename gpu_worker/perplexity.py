@@ -41,7 +41,7 @@ def window_loss(decoder: Decoder, window: Tensor) -> float:
 
     One window at a time is as fast as several: a thousand tokens fill the matmuls, and the attention is smaller.
     """
-    window = window.to(next(decoder.body.parameters()).device)
+    window = window.to(decoder.device)
     hidden = decoder.body(input_ids=window, use_cache=False).last_hidden_state
     return hidden_loss(decoder, hidden, window)
 
@@ -50,9 +50,9 @@ def hidden_loss(decoder: Decoder, hidden: Tensor, window: Tensor) -> float:
     """The loss of `window` [batch, seqlen] given the body's final hidden states [batch, seqlen, hidden size].
 
     Logits of all tokens at once would be gigabytes. They are made chunk by chunk, in the model's type, and summed in
-    fp32 (fp64 between chunks).
+    fp32 (fp64 between chunks). Of a model spread over several GPUs, the head need not lie where the last layer does.
     """
-    states = hidden[:, :-1].flatten(0, 1)
+    states = hidden[:, :-1].flatten(0, 1).to(decoder.head.weight.device)
     targets = window[:, 1:].flatten().to(states.device)
     rows = max(1, LOGITS_BYTES.get(states.device.type, LOGITS_BYTES["cuda"]) // (4 * decoder.head.out_features))
     total = torch.zeros((), dtype=torch.float64, device=states.device)

@@ -1,0 +1,41 @@
+"""What is checked of a checkpoint's config before its weights are loaded, and of its weights after."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from protocol.errors import ModelError
+
+
+def check_config(name: str, config: Mapping[str, Any]) -> None:
+    """Raise ModelError where the weights are quantised: packed numbers cannot be scored, ordered or sliced.
+
+    `config` is what config.json says, as it stands there.
+    """
+    packing = config.get("quantization_config")
+    if packing:
+        raise ModelError(
+            f"the weights of {name!r} are quantised ({quantisation_method(packing)}) and cannot be pruned; "
+            "pass the unquantised model"
+        )
+
+
+def quantisation_method(packing: Mapping[str, Any]) -> str:
+    """What a `quantization_config` calls its method; the oldest of bitsandbytes say only how many bits."""
+    named = packing.get("quant_method")
+    if named:
+        return str(named)
+    return "bitsandbytes" if packing.get("load_in_8bit") or packing.get("load_in_4bit") else "unknown method"
+
+
+def check_complete(name: str, report: Mapping[str, Any]) -> None:
+    """Raise ModelError where the loader had to make weights up, or found some of another size.
+
+    `report` is what transformers' loader says of its work. It would go on with random numbers in the gaps.
+    """
+    lacking = sorted(str(key) for key in report["missing_keys"])
+    lacking += sorted(str(key[0]) for key in report["mismatched_keys"])
+    if lacking:
+        raise ModelError(
+            f"{name!r} does not hold the weights that its config asks for: {len(lacking)} are missing or of another "
+            f"size, such as {lacking[0]!r}; pass the plain, unquantised model without adapters"
+        )

@@ -1,0 +1,190 @@
+"""How much memory a model needs, from its config alone, and how much there is: known before any weight is loaded."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from gpu_worker.families import Decoder
+from gpu_worker.perplexity import LOGITS_BYTES
+from protocol.shape import LayerShape, ModelShape
+from protocol.spec import SearchSpec
+
+GB = 1e9
+KV_CACHE_BYTES = 2**32
+"""Most that the keys and values of texts being written together may take; one text may always be written."""
+TEXTS_AT_ONCE = 64
+"""Most texts written together."""
+FP32 = 4
+FP64 = 8
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is going to be run through a model, as far as its memory goes."""
+
+    seqlen: int = 2048
+    """Tokens of the longest window."""
+    calibration_tokens: int = 0
+    """Tokens of all calibration windows; 0 where their number follows from a text not yet read."""
+    writes_text: bool = False
+    """Whether the model writes its own text first."""
+
+    @classmethod
+    def of(cls, spec: SearchSpec) -> "Workload":
+        """What preparing and measuring `spec` runs."""
+        texts = [text for text in (spec.calibration, spec.fitness, spec.report) if text is not None]
+        return cls(
+            seqlen=max(text.seqlen for text in texts),
+            calibration_tokens=(spec.calibration.windows or 0) * spec.calibration.seqlen,
+            writes_text=any(text.source == "self" for text in texts),
+        )
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes that a model takes, rounded up where it is not known exactly."""
+
+    weights: int
+    """All parameters, in the type they are loaded in; exact."""
+    gathered: int
+    """Copies of q and o at the worst plan: query heads kept of every KV head do not lie next to each other."""
+    running: int
+    """On each device beside the weights: one window's activations, or one layer's copy while it is scored and ordered,
+    or the keys and values of texts being written, whichever is most."""
+    calibration: int
+    """In main memory: the hidden states of all calibration windows between two layers. Windows are as long as the spec
+    says, not as long as the model's positions reach."""
+
+    @property
+    def least(self) -> int:
+        """What cannot be done without on the device."""
+        return self.weights + self.running
+
+    @property
+    def most(self) -> int:
+        """What is enough on the device for every plan."""
+        return self.least + self.gathered
+
+    @property
+    def sentence(self) -> str:
+        """All of it in words."""
+        return (
+            f"needs about {gigabytes(self.weights)} for weights, {gigabytes(self.running)} to run them, up to "
+            f"{gigabytes(self.gathered)} for pruned copies, and {gigabytes(self.calibration)} of main memory"
+        )
+
+
+def estimate_memory(decoder: Decoder, dtype: torch.dtype, workload: Workload) -> MemoryEstimate:
+    """The memory that the model of `decoder` takes in `dtype`; its parameters may be on the meta device."""
+    shape = decoder.shape
+    size = dtype.itemsize
+    running = [_window(shape, decoder.head.out_features, size, workload.seqlen)]
+    running += [shape.layer_parameters(i) * size for i in range(len(shape.layers))]
+    running += [_scoring(shape, layer) for layer in shape.layers]
+    if workload.writes_text:
+        text = kv_cache_bytes(shape, size, workload.seqlen)
+        running.append(text * texts_at_once(shape, size, workload.seqlen))
+    return MemoryEstimate(
+        weights=shape.total_parameters * size,
+        gathered=sum(_gathered(shape, layer) for layer in shape.layers) * size,
+        running=max(running),
+        calibration=workload.calibration_tokens * shape.hidden_size * size,
+    )
+
+
+def kv_cache_bytes(shape: ModelShape, size: int, tokens: int) -> int:
+    """Keys and values of a text of `tokens`, in a type of `size` bytes."""
+    return 2 * size * tokens * shape.head_dim * sum(layer.kv_heads for layer in shape.layers)
+
+
+def texts_at_once(shape: ModelShape, size: int, tokens: int) -> int:
+    """How many texts of `tokens` are written together: as many as keep their keys and values within KV_CACHE_BYTES.
+
+    It does not depend on the machine: a text follows from its model, sizes and seed.
+    """
+    return max(1, min(TEXTS_AT_ONCE, KV_CACHE_BYTES // kv_cache_bytes(shape, size, tokens)))
+
+
+def _window(shape: ModelShape, vocabulary: int, size: int, seqlen: int) -> int:
+    """Most activations that are alive at once while a window runs: in its widest layer, or at the logits."""
+    # The residual stream, a block's input and output, and what a norm makes of them in fp32.
+    stream = shape.hidden_size * (3 * size + 2 * FP32)
+    # Gate, up and their product, and the product's square while calibrating.
+    mlp = max(layer.mlp_channels for layer in shape.layers) * (3 * size + 2 * FP32)
+    # Projected, rotated and laid out for the kernel, which never makes the matrix of all pairs of tokens.
+    attention = 3 * size * shape.head_dim * max(layer.query_heads + 2 * layer.kv_heads for layer in shape.layers)
+    # One chunk in the model's type, in fp32, and its softmax.
+    logits = min(max(LOGITS_BYTES.values()), FP32 * seqlen * vocabulary) * (2 * FP32 + size) // FP32
+    return seqlen * stream + max(seqlen * mlp, seqlen * attention, logits)
+
+
+def _scoring(shape: ModelShape, layer: LayerShape) -> int:
+    """The larger of o and down as fp64, and its absolute values."""
+    return 2 * FP64 * shape.hidden_size * max(layer.mlp_channels, layer.query_heads * shape.head_dim)
+
+
+def _gathered(shape: ModelShape, layer: LayerShape) -> int:
+    """Parameters of the query heads when every KV head loses one: those are copied."""
+    return shape.query_head_parameters * layer.kv_heads * (layer.queries_per_kv - 1)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The memory there is, in bytes."""
+
+    gpus: tuple[int, ...]
+    """Free on each GPU."""
+    main: int
+    """Available main memory."""
+
+    @property
+    def sentence(self) -> str:
+        """All of it in words."""
+        if not self.gpus:
+            return f"the main memory has {gigabytes(self.main)} available and there is no GPU"
+        if len(self.gpus) == 1:
+            return f"the GPU has {gigabytes(self.gpus[0])} free"
+        each = ", ".join(gigabytes(free) for free in self.gpus)
+        return f"the {len(self.gpus)} GPUs have {gigabytes(sum(self.gpus))} free ({each})"
+
+
+def this_machine() -> Machine:
+    """What this machine has now; GPUs are those that CUDA_VISIBLE_DEVICES leaves."""
+    gpus = tuple(torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count()))
+    return Machine(gpus, main_memory())
+
+
+def main_memory(root: Path = Path("/")) -> int:
+    """Bytes of main memory that are available: what the kernel says, or less in a container with a limit."""
+    limits = (root / "sys/fs/cgroup/memory.max", root / "sys/fs/cgroup/memory/memory.limit_in_bytes")
+    return min(_available(root / "proc/meminfo"), *(_limit(path) for path in limits))
+
+
+def _available(meminfo: Path) -> int:
+    try:
+        lines = dict(_fields(meminfo.read_text()))
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):  # not Linux: all there is, whoever uses it
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _fields(meminfo: str) -> Iterator[tuple[str, str]]:
+    for line in meminfo.splitlines():
+        name, _, value = line.partition(":")
+        yield name, value
+
+
+def _limit(path: Path) -> int:
+    try:
+        text = path.read_text().strip()
+    except OSError:
+        return 2**63
+    return int(text) if text.isdigit() else 2**63  # "max" where there is no limit
+
+
+def gigabytes(amount: int) -> str:
+    """`amount` bytes for people."""
+    return f"{amount / GB:.1f} GB" if amount >= 0.05 * GB else f"{amount / 1e6:.1f} MB"
