@@ -77,11 +77,15 @@ class MemoryEstimate:
         )
 
 
-def estimate_memory(decoder: Decoder, dtype: torch.dtype, workload: Workload) -> MemoryEstimate:
-    """The memory that the model of `decoder` takes in `dtype`; its parameters may be on the meta device."""
+def estimate_memory(decoder: Decoder, dtype: torch.dtype, workload: Workload, device: str) -> MemoryEstimate:
+    """The memory that the model of `decoder` takes in `dtype` on a `device` of this type (`cuda`, `cpu`).
+
+    The decoder's own parameters may be on the meta device.
+    """
     shape = decoder.shape
     size = dtype.itemsize
-    running = [_window(shape, decoder.head.out_features, size, workload.seqlen)]
+    logits = min(LOGITS_BYTES[device], FP32 * workload.seqlen * decoder.head.out_features)
+    running = [_window(shape, logits, size, workload.seqlen)]
     running += [shape.layer_parameters(i) * size for i in range(len(shape.layers))]
     running += [_scoring(shape, layer) for layer in shape.layers]
     if workload.writes_text:
@@ -108,17 +112,19 @@ def texts_at_once(shape: ModelShape, size: int, tokens: int) -> int:
     return max(1, min(TEXTS_AT_ONCE, KV_CACHE_BYTES // kv_cache_bytes(shape, size, tokens)))
 
 
-def _window(shape: ModelShape, vocabulary: int, size: int, seqlen: int) -> int:
-    """Most activations that are alive at once while a window runs: in its widest layer, or at the logits."""
+def _window(shape: ModelShape, logits: int, size: int, seqlen: int) -> int:
+    """Most activations that are alive at once while a window runs: in its widest layer, or with a chunk of logits.
+
+    `logits` are the bytes of such a chunk in fp32.
+    """
     # The residual stream, a block's input and output, and what a norm makes of them in fp32.
     stream = shape.hidden_size * (3 * size + 2 * FP32)
     # Gate, up and their product, and the product's square while calibrating.
     mlp = max(layer.mlp_channels for layer in shape.layers) * (3 * size + 2 * FP32)
     # Projected, rotated and laid out for the kernel, which never makes the matrix of all pairs of tokens.
     attention = 3 * size * shape.head_dim * max(layer.query_heads + 2 * layer.kv_heads for layer in shape.layers)
-    # One chunk in the model's type, in fp32, and its softmax.
-    logits = min(max(LOGITS_BYTES.values()), FP32 * seqlen * vocabulary) * (2 * FP32 + size) // FP32
-    return seqlen * stream + max(seqlen * mlp, seqlen * attention, logits)
+    # The chunk in fp32, its softmax, and what it is in the model's type.
+    return seqlen * stream + max(seqlen * mlp, seqlen * attention, 2 * logits + logits * size // FP32)
 
 
 def _scoring(shape: ModelShape, layer: LayerShape) -> int:
@@ -139,6 +145,11 @@ class Machine:
     """Free on each GPU."""
     main: int
     """Available main memory."""
+
+    @property
+    def device(self) -> str:
+        """The type of device that models go to."""
+        return "cuda" if self.gpus else "cpu"
 
     @property
     def sentence(self) -> str:

@@ -78,7 +78,8 @@ def _devices(name: str, config: Any, dtype: torch.dtype, workload: Workload) -> 
     """Which device gets which module; what was reckoned is said in the log, before anything is loaded."""
     bare = skeleton(config, dtype)
     decoder = take_apart(bare)
-    estimate, machine = estimate_memory(decoder, dtype, workload), this_machine()
+    machine = this_machine()
+    estimate = estimate_memory(decoder, dtype, workload, machine.device)
     log.info(
         "memory_estimate",
         model=name,
