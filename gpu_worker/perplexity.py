@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gpu_worker.families import Decoder
+from gpu_worker.progress import Progress
 from protocol.errors import SelfPrunerError
 
 LOGITS_BYTES = {"cpu": 24 * 2**20, "cuda": 2**30}
@@ -34,6 +35,18 @@ def perplexity(decoder: Decoder, windows: Tensor) -> tuple[float, int]:
     if not math.isfinite(result):
         raise NotFiniteError(f"the mean loss over {tokens} tokens is {mean}")
     return result, tokens
+
+
+def watched_perplexity(decoder: Decoder, windows: Tensor, progress: Progress) -> tuple[float, int]:
+    """As `perplexity`, with progress: the mean loss of equally long windows is the mean of their means."""
+    losses = []
+    tokens = 0
+    for done, window in enumerate(windows, start=1):
+        value, counted = perplexity(decoder, window[None])
+        losses.append(math.log(value))
+        tokens += counted
+        progress("measuring", done, len(windows))
+    return math.exp(math.fsum(losses) / len(losses)), tokens
 
 
 def window_loss(decoder: Decoder, window: Tensor) -> float:
