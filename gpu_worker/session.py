@@ -8,6 +8,7 @@ from torch import Tensor
 
 from gpu_worker.calibration import calibrate
 from gpu_worker.corpora import Texts, load_texts
+from gpu_worker.divergence import DensePredictions, dense_predictions, divergence
 from gpu_worker.importance import wanda_sp
 from gpu_worker.models import LoadedModel, load_model
 from gpu_worker.perplexity import perplexity
@@ -34,6 +35,7 @@ class Session:
         model = _load(spec, progress)
         self._texts = _read_texts(spec, model, progress)
         self._ordered = _order(model, self._texts.calibration, progress)
+        self._predictions: dict[Text, DensePredictions] = {}
         self.card = self._describe(model, progress, sensitivity)
 
     @property
@@ -42,7 +44,7 @@ class Session:
         return self._ordered.decoder.shape
 
     def evaluate(self, plan: Plan, text: Text = "fitness") -> Measured:
-        """Prune to `plan` and measure the perplexity of `text`; seconds are wall time.
+        """Prune to `plan` and measure `text`: its perplexity, and `kl` where that is the spec's; seconds are wall time.
 
         Raises PlanMismatchError for a plan of another model, DataError where the spec has no such text,
         NotFiniteError where the pruned model does not compute.
@@ -50,13 +52,22 @@ class Session:
         windows = self._windows(text)
         start = time.perf_counter()
         self._ordered.apply(plan)
-        value, tokens = perplexity(self._ordered.decoder, windows)
+        value, tokens, kl = self._measure(windows, text)
         return Measured(
             perplexity=value,
+            kl=kl,
             parameters=count_parameters(plan, self.shape),
             tokens=tokens,
             seconds=time.perf_counter() - start,
         )
+
+    def _measure(self, windows: Tensor, text: Text) -> tuple[float, int, float | None]:
+        """Perplexity, tokens, and the divergence from the dense model where its predictions were kept."""
+        dense = self._predictions.get(text)
+        if dense is None:
+            return *perplexity(self._ordered.decoder, windows), None
+        found = divergence(self._ordered.decoder, windows, dense)
+        return found.perplexity, found.tokens, found.kl
 
     def _windows(self, text: Text) -> Tensor:
         windows = self._texts.fitness if text == "fitness" else self._texts.report
@@ -70,8 +81,8 @@ class Session:
             fingerprint=self.spec.fingerprint,
             model=self.spec.model,
             shape=self.shape,
-            dense=self._dense(fitness, progress),
-            dense_report=None if self._texts.report is None else self._dense(self._texts.report, progress),
+            dense=self._dense("fitness", fitness, progress),
+            dense_report=None if self._texts.report is None else self._dense("report", self._texts.report, progress),
             sensitivity=measure_sensitivity(self._ordered, self.spec, self._texts.calibration, progress)
             if sensitivity
             else (),
@@ -79,11 +90,14 @@ class Session:
             device=device_name(model.device),
         )
 
-    def _dense(self, windows: Tensor, progress: Progress) -> DensePerplexity:
-        """Perplexity of the dense model, window by window so that it can be watched."""
+    def _dense(self, text: Text, windows: Tensor, progress: Progress) -> DensePerplexity:
+        """Perplexity of the dense model, whose predictions are kept where divergence from them will be measured."""
         self._ordered.restore()
         start = time.perf_counter()
-        value, tokens = watched_perplexity(self._ordered, windows, progress)
+        if self.spec.measure == "kl":
+            self._predictions[text], value, tokens = dense_predictions(self._ordered.decoder, windows, progress)
+        else:
+            value, tokens = watched_perplexity(self._ordered, windows, progress)
         return DensePerplexity(perplexity=value, tokens=tokens, seconds=time.perf_counter() - start)
 
 

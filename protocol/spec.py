@@ -8,6 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 from protocol.plan import Plan, Split, feasible_rates, make_plan
 from protocol.shape import Granularity, ModelShape
 
+Measure = Literal["perplexity", "kl"]
+"""What a search minimises: perplexity (the paper), or the KL divergence from the dense model."""
+
 
 class TextSpec(BaseModel):
     """A text cut into windows of tokens. `windows` None means every whole window of the text, in order."""
@@ -36,6 +39,8 @@ class SearchSpec(BaseModel):
     importance: Literal["wanda-sp"] = "wanda-sp"
     calibration: TextSpec
     fitness: TextSpec
+    measure: Measure = "perplexity"
+    """`kl` measures the divergence beside the perplexity, on every text."""
     report: TextSpec | None = None
     dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
     seed: int = 0
