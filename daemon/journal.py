@@ -79,6 +79,7 @@ def best_record(search: str, spec: SearchSpec, best: Evaluation) -> dict[str, An
     return {
         "search": search,
         "perplexity": best.outcome.perplexity,
+        "kl": best.outcome.kl,
         "parameters": best.outcome.parameters.model_dump(),
         "tokens": best.outcome.tokens,
         "seqlen": spec.fitness.seqlen,

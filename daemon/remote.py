@@ -32,7 +32,8 @@ class RemoteSearch:
         client: Any = self._redis
         history = await load_history(self._redis, self._keys)
         population = _population(history.ledger, history.outcomes)
-        best = population.top(1)
+        best = population.best()
+        record = best_record("", self._spec, best) if best else {"perplexity": None, "kl": None}
         proposals = [c.provenance for c in history.ledger.values() if c.provenance.agent != "baseline"]
         return {
             "search": self._keys.search,
@@ -45,7 +46,9 @@ class RemoteSearch:
             "candidates": len(proposals),
             "waiting": len(history.ledger) - len(history.outcomes),
             "failed": sum(outcome.kind == "failed" for outcome in history.outcomes.values()),
-            "best_perplexity": best_record("", self._spec, best[0])["perplexity"] if best else None,
+            "fitness": self._spec.measure,
+            "best_perplexity": record["perplexity"],
+            "best_kl": record["kl"],
             "seconds": round(history.counters.get("seconds", 0.0), 1),
         }
 

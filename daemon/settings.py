@@ -27,7 +27,7 @@ from protocol.keys import check_search_name
 from protocol.plan import Split
 from protocol.rates import DECIMALS
 from protocol.shape import Granularity
-from protocol.spec import Importance, Scoring, SearchSpec, TextSpec
+from protocol.spec import Importance, Measure, Scoring, SearchSpec, TextSpec
 
 ENV_PREFIX = "SELFPRUNER_"
 NAMED_TEXTS = ("wikitext2", "self")
@@ -62,6 +62,8 @@ class SearchSettings(_Section):
     """N: rounds after the first population."""
     max_evaluations: PositiveInt | None = None
     """Stop proposing after so many candidates, whatever the rounds; none means no limit."""
+    fitness: Measure = "perplexity"
+    """What the search minimises on data.fitness: `perplexity` (the paper), or `kl`, divergence from the dense model."""
     granularity: Granularity = "layer"
     """What a rate applies to: `layer` (the paper) or `block` (attention and MLP apart)."""
     split: Split = "equal"
@@ -216,6 +218,7 @@ class Settings(BaseSettings):
             scoring=self.search.scoring,
             calibration=self._text(self.data.calibration, self.data.calibration_windows),
             fitness=self._text(self.data.fitness, self.data.fitness_windows),
+            measure=self.search.fitness,
             report=self._text(self.data.report, self.data.report_windows) if self.data.report else None,
             dtype=self.target.dtype,
             seed=self.search.seed,

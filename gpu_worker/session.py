@@ -5,6 +5,7 @@ import time
 import torch
 from torch import Tensor
 
+from gpu_worker.divergence import DensePredictions, dense_predictions, divergence
 from gpu_worker.perplexity import perplexity, watched_perplexity
 from gpu_worker.progress import Progress, no_progress
 from gpu_worker.sensitivity import measure_sensitivity
@@ -34,6 +35,7 @@ class Session:
     ) -> None:
         self.spec = spec
         self.target = Target(spec, progress) if target is None else target
+        self._predictions: dict[Text, DensePredictions] = {}
         self.card = self._describe(progress, sensitivity)
 
     @property
@@ -42,7 +44,7 @@ class Session:
         return self.target.shape
 
     def evaluate(self, plan: Plan, text: Text = "fitness") -> Measured:
-        """Prune to `plan` and measure the perplexity of `text`; seconds are wall time.
+        """Prune to `plan` and measure `text`: its perplexity, and `kl` where that is the spec's; seconds are wall time.
 
         Raises PlanMismatchError for a plan of another model, DataError where the spec has no such text,
         NotFiniteError where the pruned model does not compute.
@@ -50,13 +52,22 @@ class Session:
         windows = self._windows(text)
         start = time.perf_counter()
         self.target.prune(plan)
-        value, tokens = perplexity(self.target.model.decoder, windows)
+        value, tokens, kl = self._measure(windows, text)
         return Measured(
             perplexity=value,
+            kl=kl,
             parameters=count_parameters(plan, self.shape),
             tokens=tokens,
             seconds=time.perf_counter() - start,
         )
+
+    def _measure(self, windows: Tensor, text: Text) -> tuple[float, int, float | None]:
+        """Perplexity, tokens, and the divergence from the dense model where its predictions were kept."""
+        dense = self._predictions.get(text)
+        if dense is None:
+            return *perplexity(self.target.model.decoder, windows), None
+        found = divergence(self.target.model.decoder, windows, dense)
+        return found.perplexity, found.tokens, found.kl
 
     def _windows(self, text: Text) -> Tensor:
         texts = self.target.texts
@@ -71,8 +82,8 @@ class Session:
             fingerprint=self.spec.fingerprint,
             model=self.spec.model,
             shape=self.shape,
-            dense=self._dense(texts.fitness, progress),
-            dense_report=None if texts.report is None else self._dense(texts.report, progress),
+            dense=self._dense("fitness", texts.fitness, progress),
+            dense_report=None if texts.report is None else self._dense("report", texts.report, progress),
             sensitivity=measure_sensitivity(self.target.ordered, self.spec, texts.calibration, progress)
             if sensitivity
             else (),
@@ -80,11 +91,15 @@ class Session:
             device=device_name(self.target.model.device),
         )
 
-    def _dense(self, windows: Tensor, progress: Progress) -> DensePerplexity:
-        """Perplexity of the dense model, window by window so that it can be watched."""
+    def _dense(self, text: Text, windows: Tensor, progress: Progress) -> DensePerplexity:
+        """Perplexity of the dense model, whose predictions are kept where divergence from them will be measured."""
         self.target.ordered.restore()
+        decoder = self.target.model.decoder
         start = time.perf_counter()
-        value, tokens = watched_perplexity(self.target.model.decoder, windows, progress)
+        if self.spec.measure == "kl":
+            self._predictions[text], value, tokens = dense_predictions(decoder, windows, progress)
+        else:
+            value, tokens = watched_perplexity(decoder, windows, progress)
         return DensePerplexity(perplexity=value, tokens=tokens, seconds=time.perf_counter() - start)
 
 

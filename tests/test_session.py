@@ -8,7 +8,7 @@ from gpu_worker.evaluate import evaluate_once
 from gpu_worker.perplexity import NotFiniteError
 from gpu_worker.session import Session
 from protocol.allocation import Allocation
-from protocol.candidate import Failed, Measured
+from protocol.candidate import Failed, Measured, Text
 from protocol.errors import BudgetError, DataError
 from protocol.plan import Plan, dense_plan
 from protocol.spec import SearchSpec, TextSpec
@@ -84,6 +84,31 @@ def test_every_stage_ends_with_all_of_its_steps(spec: SearchSpec) -> None:
     Session(spec, lambda stage, done, total: last.update({stage: (done, total)}))
     assert list(last) == ["loading model", "reading texts", "calibrating", "measuring", "measuring sensitivity"]
     assert all(done == total for done, total in last.values())
+
+
+@pytest.fixture(scope="module")
+def kl_session(spec: SearchSpec) -> Session:
+    return Session(spec.model_copy(update={"measure": "kl"}), sensitivity=False)
+
+
+def test_where_the_spec_asks_for_divergence_it_is_measured_beside_the_same_perplexity(
+    session: Session, kl_session: Session, spec: SearchSpec
+) -> None:
+    uniform = spec.uniform_plan(session.shape)
+    texts: tuple[Text, ...] = ("fitness", "report")
+    for text in texts:
+        plain, both = session.evaluate(uniform, text), kl_session.evaluate(uniform, text)
+        assert plain.kl is None and plain.fitness == plain.perplexity
+        assert both.kl is not None and both.kl > 0.01 and both.fitness == both.kl
+        assert both.perplexity == pytest.approx(plain.perplexity, rel=1e-5)
+        assert both.tokens == plain.tokens
+    assert kl_session.card.dense.perplexity == pytest.approx(session.card.dense.perplexity, rel=1e-5)
+
+
+def test_the_dense_plan_does_not_diverge_even_after_another_was_measured(kl_session: Session, spec: SearchSpec) -> None:
+    kl_session.evaluate(spec.plan([0.8, 0.2, 0.2], kl_session.shape))
+    assert kl_session.evaluate(dense_plan(kl_session.shape)).kl == 0.0
+    assert kl_session.evaluate(dense_plan(kl_session.shape), "report").kl == 0.0
 
 
 def test_a_text_that_the_spec_does_not_have_is_refused(spec: SearchSpec) -> None:
