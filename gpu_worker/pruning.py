@@ -77,8 +77,7 @@ class _OrderedLayer:
         _set(layer.gate, *self._gate.first(channels))
         _set(layer.up, *self._up.first(channels))
         _set(layer.down, self._down.first(channels), layer.down.bias)
-        # The number of heads follows from the projections' widths; only the sharing of KV heads is written down.
-        layer.attention.num_key_value_groups = each  # type: ignore[assignment]
+        layer.tell_heads(kv, each)
 
     def check(self, plan: LayerPlan) -> None:
         """Raise PlanMismatchError where the layer has fewer pieces than `plan` keeps."""
