@@ -7,13 +7,12 @@ version or date: two exports of one family carry the same bytes.
 
 from dataclasses import dataclass
 from importlib import resources
+from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 
+from gpu_worker.families import FAMILIES, PRUNED
 from protocol.errors import ModelError
-
-PREFIX = "pruned_"
-"""Before the dense model's `model_type` in that of its pruned form."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +30,6 @@ class Modeling:
     """The embedding multiplies by √hidden size."""
     sliding_flag: bool = False
     """The model notes at construction whether any layer has a sliding window."""
-    fused: bool = False
-    """q, k and v are one projection and gate and up another; attention cuts by the config's number of heads."""
 
 
 MODELINGS = {
@@ -41,24 +38,29 @@ MODELINGS = {
     "qwen2": Modeling(package="qwen2", title="A Qwen2", classes="Qwen2", sliding_flag=True),
     "qwen3": Modeling(package="qwen3", title="A Qwen3", classes="Qwen3", sliding_flag=True),
     "gemma3_text": Modeling(package="gemma3", title="A Gemma 3", classes="Gemma3", text="Text", scaled_embedding=True),
-    "phi3": Modeling(package="phi3", title="A Phi-3", classes="Phi3", fused=True),
+    "phi3": Modeling(package="phi3", title="A Phi-3", classes="Phi3"),
 }
 """By the dense model's `model_type`."""
 
 
-def modeling_of(model_type: str) -> Modeling:
-    """The entry for a dense model's `model_type`. Raises ModelError that lists the supported ones."""
+def modeling_of(model_type: str, fmt: str = "hf") -> Modeling:
+    """The entry for a dense model's `model_type`. Raises ModelError that names the format and lists what it supports."""
     if model_type not in MODELINGS:
         raise ModelError(
-            f"models of type {model_type!r} cannot be exported as hf; supported model types: "
+            f"models of type {model_type!r} cannot be exported as {fmt}; supported model types: "
             f"{', '.join(sorted(MODELINGS))}"
         )
     return MODELINGS[model_type]
 
 
+def plain_type(config: Any) -> str:
+    """The `model_type` of a config before pruning: that of the dense model also where an exported one was loaded."""
+    return str(config.model_type).removeprefix(PRUNED)
+
+
 def module_name(model_type: str) -> str:
     """Name of the modeling file for a dense model of `model_type`, without `.py`."""
-    return f"modeling_{PREFIX}{model_type}"
+    return f"modeling_{PRUNED}{model_type}"
 
 
 def class_names(model_type: str) -> dict[str, str]:
@@ -97,9 +99,10 @@ def render_modeling(model_type: str) -> str:
         title=family.title,
         config=f"{prefix}{family.text}Config",
         pruned=f"Pruned{prefix}{family.text}",
-        model_type=PREFIX + model_type,
+        model_type=PRUNED + model_type,
         sliding_flag=family.sliding_flag,
-        fused=family.fused,
+        # Such attention cuts its one projection apart by the config's number of heads.
+        fused=FAMILIES[model_type].fused_attention is not None,
     )
 
 

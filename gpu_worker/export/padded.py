@@ -8,11 +8,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from gpu_worker.export.hf import plain_config, write_companions, write_json
-from gpu_worker.export.modeling import MODELINGS
+from gpu_worker.export.checkpoint import plain_config, write_companions, write_json
+from gpu_worker.export.modeling import modeling_of, plain_type
 from gpu_worker.export.weights import Weight, checkpoint_weights, save_weights
 from gpu_worker.models import LoadedModel
-from protocol.errors import ModelError
 from protocol.plan import LayerPlan, Plan
 from protocol.shape import LayerShape
 
@@ -22,20 +21,22 @@ _COLUMNS = ("output", "down")
 
 def write_padded(model: LoadedModel, plan: Plan, folder: Path) -> None:
     """Write `model`, which is pruned to `plan`, into the empty `folder`. Raises ModelError for an unsupported family."""
-    if model.causal_lm.config.model_type not in MODELINGS:
-        raise ModelError(
-            f"models of type {model.causal_lm.config.model_type!r} cannot be exported as padded; supported model "
-            f"types: {', '.join(sorted(MODELINGS))}"
-        )
-    write_json(folder / "config.json", plain_config(model))
-    save_weights(checkpoint_weights(model, lambda *place: _padded(model, plan, *place)), folder)
+    modeling_of(plain_type(model.causal_lm.config), "padded")
+    config = plain_config(model)
+    whole = LayerShape(
+        query_heads=config["num_attention_heads"],
+        kv_heads=config["num_key_value_heads"],
+        mlp_channels=config["intermediate_size"],
+    )
+    write_json(folder / "config.json", config)
+    save_weights(checkpoint_weights(model, lambda *place: _padded(model, plan, whole, *place)), folder)
     write_companions(model, folder)
 
 
-def _padded(model: LoadedModel, plan: Plan, layer: int, projection: str, kind: str) -> Weight:
+def _padded(model: LoadedModel, plan: Plan, shape: LayerShape, layer: int, projection: str, kind: str) -> Weight:
     """A projection's parameter in its dense size."""
     tensor: Tensor = getattr(getattr(model.decoder.layers[layer], projection), kind).detach()
-    kept, whole = _pieces(projection, plan.layers[layer], model.decoder.shape.layers[layer])
+    kept, whole = _pieces(projection, plan.layers[layer], shape)
 
     def spread(like: Tensor) -> Tensor:
         if projection not in _COLUMNS:

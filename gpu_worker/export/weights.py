@@ -14,26 +14,10 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from gpu_worker.export.modeling import modeling_of
+from gpu_worker.families import Family, family_of
 from gpu_worker.models import LoadedModel
 
 SHARD_SIZE = "5GB"
-
-_SEPARATE = {
-    "self_attn.q_proj": ("query",),
-    "self_attn.k_proj": ("key",),
-    "self_attn.v_proj": ("value",),
-    "self_attn.o_proj": ("output",),
-    "mlp.gate_proj": ("gate",),
-    "mlp.up_proj": ("up",),
-    "mlp.down_proj": ("down",),
-}
-_FUSED = {
-    "self_attn.qkv_proj": ("query", "key", "value"),
-    "self_attn.o_proj": ("output",),
-    "mlp.gate_up_proj": ("gate", "up"),
-    "mlp.down_proj": ("down",),
-}
 
 
 @dataclass(frozen=True)
@@ -59,19 +43,19 @@ def checkpoint_weights(model: LoadedModel, projection: ProjectionWeight) -> dict
 
     An output head that is tied to the embedding is left out, as transformers leaves it out.
     """
-    layers = model.decoder.layers
-    pruned = {id(p) for layer in layers for name in _names() for p in getattr(layer, name).parameters()}
-    head = id(model.decoder.head.weight) if model.causal_lm.config.tie_word_embeddings else None
+    family = family_of(model.causal_lm.config)
+    pruned = {id(p) for layer in model.decoder.layers for linear in layer.linears for p in linear.parameters()}
+    tied = f"{family.head}.weight" if model.causal_lm.config.tie_word_embeddings else None
     weights = {
         name: as_it_is(tensor.detach())
         for name, tensor in model.causal_lm.state_dict(keep_vars=True).items()
-        if id(tensor) not in pruned and not (id(tensor) == head and name.startswith("lm_head"))
+        if id(tensor) not in pruned and name != tied
     }
-    layout = _FUSED if modeling_of(model.causal_lm.config.model_type).fused else _SEPARATE
-    for i, layer in enumerate(layers):
-        for path, parts in layout.items():
+    for i, layer in enumerate(model.decoder.layers):
+        for path, parts in _layout(family).items():
             for kind in _kinds(getattr(layer, parts[0])):
-                weights[f"model.layers.{i}.{path}.{kind}"] = _joined([projection(i, part, kind) for part in parts])
+                joined = _joined([projection(i, part, kind) for part in parts])
+                weights[f"{family.layers}.{i}.{path}.{kind}"] = joined
     return weights
 
 
@@ -86,8 +70,16 @@ def save_weights(weights: dict[str, Weight], folder: Path) -> None:
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _names() -> tuple[str, ...]:
-    return tuple(name for parts in _SEPARATE.values() for name in parts)
+def _layout(family: Family) -> dict[str, tuple[str, ...]]:
+    """The projections of a decoder layer, in order, by the path of the linear layer that the dense model has there."""
+    if family.fused_attention is None:
+        attention = {family.query: ("query",), family.key: ("key",), family.value: ("value",)}
+    else:
+        attention = {family.fused_attention: ("query", "key", "value")}
+    mlp = (
+        {family.gate: ("gate",), family.up: ("up",)} if family.fused_mlp is None else {family.fused_mlp: ("gate", "up")}
+    )
+    return attention | {family.output: ("output",)} | mlp | {family.down: ("down",)}
 
 
 def _kinds(linear: nn.Linear) -> tuple[str, ...]:
