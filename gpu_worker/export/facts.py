@@ -4,7 +4,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt
+from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, model_validator
 
 from protocol.plan import Parameters, Plan, count_parameters
 from protocol.shape import ModelShape
@@ -46,6 +46,15 @@ class ExportFacts(BaseModel):
     dense_report: TextPerplexity | None = None
     """On the text that rates were not searched on, where the spec has one."""
     pruned_report: TextPerplexity | None = None
+
+    @model_validator(mode="after")
+    def _belong_together(self) -> "ExportFacts":
+        units = len(self.shape.units(self.spec.granularity))
+        if len(self.rates) != units:
+            raise ValueError(f"{len(self.rates)} rates for {units} units")
+        if len(self.plan.layers) != len(self.shape.layers):
+            raise ValueError(f"a plan for {len(self.plan.layers)} layers of {len(self.shape.layers)}")
+        return self
 
     @property
     def parameters(self) -> Parameters:

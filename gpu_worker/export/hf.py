@@ -1,7 +1,7 @@
 """The format `hf`: safetensors with each layer's own sizes, a config that says them, and the file that builds them.
 
-It loads with `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` in transformers from 5.15 on, and in
-the Transformers backend of vLLM from 0.28 on.
+It loads with `AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)` in transformers from 5.15 on, and
+in the Transformers backend of vLLM from 0.28 on.
 """
 
 from pathlib import Path
@@ -18,7 +18,7 @@ from protocol.plan import LayerPlan, Plan
 
 
 def write_hf(model: LoadedModel, plan: Plan, folder: Path) -> None:
-    """Write `model`, which is pruned to `plan`, into the empty `folder`. Raises ModelError for an unsupported family."""
+    """Write `model`, pruned to `plan`, into the empty `folder`. Raises ModelError for an unsupported family."""
     model_type = plain_type(model.causal_lm.config)
     code = render_modeling(model_type)
     (folder / f"{module_name(model_type)}.py").write_text(code, encoding="utf-8")

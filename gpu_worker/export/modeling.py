@@ -44,7 +44,7 @@ MODELINGS = {
 
 
 def modeling_of(model_type: str, fmt: str = "hf") -> Modeling:
-    """The entry for a dense model's `model_type`. Raises ModelError that names the format and lists what it supports."""
+    """The entry for a dense model's `model_type`. Raises ModelError that names format and families."""
     if model_type not in MODELINGS:
         raise ModelError(
             f"models of type {model_type!r} cannot be exported as {fmt}; supported model types: "

@@ -20,7 +20,7 @@ _COLUMNS = ("output", "down")
 
 
 def write_padded(model: LoadedModel, plan: Plan, folder: Path) -> None:
-    """Write `model`, which is pruned to `plan`, into the empty `folder`. Raises ModelError for an unsupported family."""
+    """Write `model`, pruned to `plan`, into the empty `folder`. Raises ModelError for an unsupported family."""
     modeling_of(plain_type(model.causal_lm.config), "padded")
     config = plain_config(model)
     whole = LayerShape(

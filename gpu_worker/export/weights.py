@@ -71,15 +71,17 @@ def save_weights(weights: dict[str, Weight], folder: Path) -> None:
 
 
 def _layout(family: Family) -> dict[str, tuple[str, ...]]:
-    """The projections of a decoder layer, in order, by the path of the linear layer that the dense model has there."""
+    """The projections of a decoder layer by the path of the linear layer that holds them in the dense model."""
+    layout: dict[str, tuple[str, ...]] = {family.output: ("output",), family.down: ("down",)}
     if family.fused_attention is None:
-        attention = {family.query: ("query",), family.key: ("key",), family.value: ("value",)}
+        layout |= {family.query: ("query",), family.key: ("key",), family.value: ("value",)}
     else:
-        attention = {family.fused_attention: ("query", "key", "value")}
-    mlp = (
-        {family.gate: ("gate",), family.up: ("up",)} if family.fused_mlp is None else {family.fused_mlp: ("gate", "up")}
-    )
-    return attention | {family.output: ("output",)} | mlp | {family.down: ("down",)}
+        layout[family.fused_attention] = ("query", "key", "value")
+    if family.fused_mlp is None:
+        layout |= {family.gate: ("gate",), family.up: ("up",)}
+    else:
+        layout[family.fused_mlp] = ("gate", "up")
+    return layout
 
 
 def _kinds(linear: nn.Linear) -> tuple[str, ...]:
