@@ -24,9 +24,10 @@ def load(auto: Any, folder: str) -> Any:
 
 def greedy(model: Any, tokens: torch.Tensor, cache: str | None = None) -> torch.Tensor:
     """The likeliest continuation of the first window, with the default or another kind of cache."""
-    prompt, options = tokens[:1], {} if cache is None else {"cache_implementation": cache}
-    options |= {"min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS, "do_sample": False}
-    generated: torch.Tensor = model.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+    options = {} if cache is None else {"cache_implementation": cache}
+    length = {"min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS}
+    mask = torch.ones_like(tokens[:1])
+    generated: torch.Tensor = model.generate(tokens[:1], attention_mask=mask, do_sample=False, **length, **options)
     return generated
 
 

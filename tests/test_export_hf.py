@@ -13,13 +13,11 @@ from safetensors import safe_open
 from torch import Tensor
 
 import gpu_worker.export.weights as weights_module
-from gpu_worker.calibration import calibrate
 from gpu_worker.export.hf import write_hf
 from gpu_worker.export.modeling import MODELINGS, render_modeling
+from gpu_worker.export.trusted import register_pruned_classes
 from gpu_worker.families import FAMILIES, take_apart
-from gpu_worker.importance import LayerImportance, wanda_sp
 from gpu_worker.models import LoadedModel, load_model
-from gpu_worker.pruning import OrderedModel
 from protocol.errors import ModelError
 from protocol.plan import Plan, count_parameters, dense_plan, make_plan
 from tests.exports import UNEVEN, export, laid_out_as_in_a_file, loaded_elsewhere, pruned
@@ -232,12 +230,7 @@ def test_smollm2_is_the_same_model_elsewhere(tmp_path: Path) -> None:
     model = load_model("smollm2", "bfloat16")
     tokens = model.tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
     plan = make_plan([0.3] * len(model.decoder.layers), model.decoder.shape)
-    scores = [
-        wanda_sp(*each)
-        for each in zip(model.decoder.layers, calibrate(model.decoder, tokens), model.decoder.shape.layers, strict=True)
-    ]
-    OrderedModel(model.decoder, scores).apply(plan)
-    folder = export(model, "hf", tmp_path / "out", plan)
+    folder = export(pruned(model, plan), "hf", tmp_path / "out", plan)
     laid_out_as_in_a_file(model)
     results = loaded_elsewhere([folder], tokens, tmp_path)[folder]
     assert torch.equal(results["logits"], model.causal_lm(input_ids=tokens).logits)
@@ -260,15 +253,11 @@ def test_vllm_writes_the_same_text(exports: dict[str, Exported]) -> None:
 
 @pytest.mark.parametrize("family", ["llama", "phi3"])
 def test_an_export_can_be_pruned_and_exported_again(exports: dict[str, Exported], tmp_path: Path, family: str) -> None:
-    causal_lm = transformers.AutoModelForCausalLM.from_pretrained(exports[family].folder, trust_remote_code=True)
+    register_pruned_classes()
+    causal_lm = transformers.AutoModelForCausalLM.from_pretrained(exports[family].folder)
     causal_lm.requires_grad_(False)
-    model = LoadedModel(causal_lm, None, take_apart(causal_lm), "again")
-    scores = [
-        LayerImportance(torch.rand(s.kv_heads, s.queries_per_kv), torch.rand(s.mlp_channels))
-        for s in model.decoder.shape.layers
-    ]
     plan = keep((1, 1, 10), (2, 1, 30), (1, 1, 5))
-    OrderedModel(model.decoder, scores).apply(plan)
+    model = pruned(LoadedModel(causal_lm, None, take_apart(causal_lm), "again"), plan)
     folders = [export(model, "hf", tmp_path / "hf", plan), export(model, "padded", tmp_path / "padded", plan)]
     for results in loaded_elsewhere(folders, TOKENS, tmp_path).values():
         assert torch.allclose(results["logits"], causal_lm(input_ids=TOKENS).logits, atol=1e-4)
