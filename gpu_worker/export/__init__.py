@@ -1,0 +1,1 @@
+"""Writes a pruned model in the formats of other programs."""
