@@ -26,8 +26,10 @@ def tiny_llama(
     bias: bool = False,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
+    tokenizer: Any = None,
+    **config_options: Any,
 ) -> LoadedModel:
-    """A random model without a tokenizer. By default grouped-query, and its heads are wider than the hidden size."""
+    """A random model, by default without a tokenizer, grouped-query, and with heads wider than the hidden size."""
     config = transformers.LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=hidden_size,
@@ -43,11 +45,12 @@ def tiny_llama(
         bos_token_id=None,
         eos_token_id=None,
         pad_token_id=None,
+        **config_options,
     )
     model = transformers.LlamaForCausalLM(config)
     _randomise(model, seed)
     model.requires_grad_(False).eval().to(dtype)
-    return LoadedModel(model, None, take_apart(model), identity=f"tiny-{seed}")
+    return LoadedModel(model, tokenizer, take_apart(model), identity=f"tiny-{seed}")
 
 
 def tiny_windows(windows: int, seqlen: int, seed: int = 0) -> torch.Tensor:
@@ -58,9 +61,15 @@ def tiny_windows(windows: int, seqlen: int, seed: int = 0) -> torch.Tensor:
 def save_tiny_folder(path: Path, **options: Any) -> Path:
     """Save a tiny model (`options` as for `tiny_llama`) with a byte tokenizer, as a checkpoint folder; returns it."""
     tiny_llama(**options).causal_lm.save_pretrained(path)
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=_byte_tokenizer())
-    tokenizer.save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
     return path
+
+
+def byte_tokenizer() -> Any:
+    """A tokenizer of one token a byte, and after those a first and a last token: every text has an encoding."""
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=_bytes(), bos_token="<first>", eos_token="<last>"
+    )
 
 
 def _randomise(model: torch.nn.Module, seed: int) -> None:
@@ -72,8 +81,7 @@ def _randomise(model: torch.nn.Module, seed: int) -> None:
             parameter.copy_(1 + 0.1 * noise if "norm" in name else 0.2 * noise)
 
 
-def _byte_tokenizer() -> Tokenizer:
-    """One token a byte: every text has an encoding, and no training is needed."""
+def _bytes() -> Tokenizer:
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

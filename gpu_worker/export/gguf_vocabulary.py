@@ -74,7 +74,9 @@ def read_vocabulary(tokenizer: Any, config: Any) -> Vocabulary:
     if parts["model"].get("byte_fallback"):
         space = prefixes_a_space(parts)
         return Vocabulary("llama", "default", scores=_scores(tokens, merges), adds_space=space, **common)
-    return Vocabulary("gpt2", byte_level_name(parts), merges=tuple(" ".join(pair) for pair in merges), **common)
+    # llama.cpp insists on merges and the writer leaves out an empty list: without any there is one of nothing.
+    joined = tuple(" ".join(pair) for pair in merges) or ("",)
+    return Vocabulary("gpt2", byte_level_name(parts), merges=joined, **common)
 
 
 def _tokens(tokenizer: Any, parts: dict[str, Any], rows: int) -> tuple[tuple[str, ...], tuple[int, ...]]:
