@@ -2,12 +2,12 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gpu_worker.families import Decoder
+from gpu_worker.layerwise import LayerCall, record_calls
 from gpu_worker.perplexity import NotFiniteError, hidden_loss
 from gpu_worker.progress import Progress, no_progress
 from gpu_worker.pruning import OrderedModel
@@ -77,42 +77,23 @@ def _smallest_removal(shape: ModelShape, unit: Unit) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class _LayerCall:
-    """What a decoder layer was called with."""
-
-    hidden: Tensor
-    options: dict[str, Any]
-
-
-@dataclass(frozen=True)
 class _DenseRun:
     """One pass of the dense model over `windows` (long, [n, seqlen]), kept so that it can be taken up at any layer."""
 
     decoder: Decoder
     windows: Tensor
-    calls: tuple[_LayerCall, ...]
+    calls: tuple[LayerCall, ...]
     loss: float
     """Mean negative log-likelihood."""
 
     @classmethod
     def of(cls, decoder: Decoder, windows: Tensor) -> "_DenseRun":
         """Run the dense model. Raises NotFiniteError where its loss is no number."""
-        windows = windows.to(next(decoder.body.parameters()).device)
-        calls: list[_LayerCall] = []
-
-        def record(_: nn.Module, args: tuple[Tensor, ...], options: dict[str, Any]) -> None:
-            calls.append(_LayerCall(args[0], options))
-
-        handles = [layer.module.register_forward_pre_hook(record, with_kwargs=True) for layer in decoder.layers]
-        try:
-            hidden = decoder.body(input_ids=windows, use_cache=False).last_hidden_state
-        finally:
-            for handle in handles:
-                handle.remove()
+        calls, hidden = record_calls(decoder, windows)
         loss = _mean_loss(decoder, hidden, windows)
         if not math.isfinite(loss):
             raise NotFiniteError(f"the mean loss of the dense model is {loss}")
-        return cls(decoder, windows, tuple(calls), loss)
+        return cls(decoder, windows, calls, loss)
 
     def loss_from(self, layer: int) -> float:
         """Mean negative log-likelihood when decoder layers `layer` and above, as they are now, are run again."""
