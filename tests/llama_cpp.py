@@ -79,10 +79,10 @@ def serving(path: Path, *, context: int = 512, embeddings: bool = False) -> Iter
         gc.collect()
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The values of all tensors of a GGUF file by name, as float32 [rows, columns] or [columns]."""
-    reader = gguf.GGUFReader(path)
-    return {t.name: torch.tensor(gguf.dequantize(t.data, t.tensor_type)) for t in reader.tensors}
+def read_tensors(path: Path, *names: str) -> dict[str, Tensor]:
+    """The tensors of a GGUF file by name, all or those `names` that there are: float32 [rows, columns] or [columns]."""
+    tensors = [tensor for tensor in gguf.GGUFReader(path).tensors if not names or tensor.name in names]
+    return {tensor.name: torch.tensor(gguf.dequantize(tensor.data, tensor.tensor_type)) for tensor in tensors}
 
 
 def read_field(path: Path, key: str) -> Any:
@@ -92,7 +92,7 @@ def read_field(path: Path, key: str) -> Any:
 
 def logits(path: Path, windows: Tensor) -> Tensor:
     """Logits [windows, seqlen, vocabulary] by llama.cpp; only the multiplication with the head is done here."""
-    tensors = read_tensors(path)
+    tensors = read_tensors(path, "output.weight", "token_embd.weight")
     head = tensors.get("output.weight", tensors["token_embd.weight"])
     with serving(path, context=max(512, windows.shape[1]), embeddings=True) as server:
         return torch.stack([server.hidden_states(window) @ head.t() for window in windows.tolist()])

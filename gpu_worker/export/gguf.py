@@ -12,7 +12,7 @@ import gguf
 import structlog
 
 from gpu_worker.export.gguf_tensors import FileType, GgufTensor, tensors_of
-from gpu_worker.export.gguf_vocabulary import Vocabulary, read_vocabulary
+from gpu_worker.export.gguf_vocabulary import read_vocabulary
 from gpu_worker.models import LoadedModel
 from protocol.errors import ModelError
 from protocol.plan import Plan
@@ -20,7 +20,7 @@ from protocol.plan import Plan
 log = structlog.get_logger()
 
 ARCHITECTURE = gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.DECI]
-FAMILIES = ("llama", "mistral")
+FAMILIES = ("llama", "mistral", "qwen2")
 """Families whose decoder layers compute what llama.cpp's `deci` layers do."""
 
 _FILE_TYPES = {"f16": gguf.LlamaFileType.MOSTLY_F16, "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0}
@@ -57,7 +57,7 @@ def _check_supported(model: LoadedModel) -> None:
     if family not in FAMILIES:
         raise ModelError(
             f"the format gguf cannot carry a pruned model of the family {family!r}; "
-            f"it supports {' and '.join(FAMILIES)}; use the format hf or padded"
+            f"it supports {', '.join(FAMILIES)}; use the format hf or padded"
         )
     if getattr(config, "sliding_window", None) is not None:
         raise ModelError(
@@ -115,6 +115,3 @@ def _tell_what_stayed_f16(tensors: tuple[GgufTensor, ...], file_type: FileType, 
             of=len(matrices),
             file=path.name,
         )
-
-
-__all__ = ["ARCHITECTURE", "FAMILIES", "Vocabulary", "write_gguf"]

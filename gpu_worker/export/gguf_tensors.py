@@ -99,7 +99,7 @@ class _Maker:
 
 def _all(make: _Maker, model: LoadedModel, plan: Plan) -> Iterator[GgufTensor]:
     decoder, config = model.decoder, model.causal_lm.config
-    embedding = model.causal_lm.get_input_embeddings().weight
+    embedding: Any = decoder.embedding.weight
     yield make.matrix("token_embd.weight", embedding)
     yield make.vector("output_norm.weight", decoder.norm.weight)  # type: ignore[arg-type]
     if decoder.head.weight is not embedding:  # without `output` llama.cpp uses the embedding
