@@ -7,40 +7,55 @@ from pathlib import Path
 
 import torch
 
+from gpu_worker.divergence import TOP
 from gpu_worker.families import Decoder
+from gpu_worker.gradients import SAMPLES, TOKENS
 from gpu_worker.perplexity import LOGITS_BYTES
 from protocol.shape import LayerShape, ModelShape
-from protocol.spec import SearchSpec
+from protocol.spec import SearchSpec, TextSpec
 
 GB = 1e9
 KV_CACHE_BYTES = 2**32
 """Most that the keys and values of texts being written together may take; one text may always be written."""
 TEXTS_AT_ONCE = 64
 """Most texts written together."""
-FP32 = 4
+FP32 = INT32 = 4
 FP64 = 8
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What is going to be run through a model, as far as its memory goes."""
+    """What is going to be run through a model, as far as its memory goes.
+
+    Tokens are counted as 0 where their number follows from a text not yet read.
+    """
 
     seqlen: int = 2048
     """Tokens of the longest window."""
-    calibration_tokens: int = 0
-    """Tokens of all calibration windows; 0 where their number follows from a text not yet read."""
+    waiting_tokens: int = 0
+    """Tokens whose hidden states wait in main memory between two layers."""
+    predicted_tokens: int = 0
+    """Tokens for which the dense model's predictions are kept in main memory."""
     writes_text: bool = False
     """Whether the model writes its own text first."""
+    takes_gradients: bool = False
 
     @classmethod
     def of(cls, spec: SearchSpec) -> "Workload":
         """What preparing and measuring `spec` runs."""
-        texts = [text for text in (spec.calibration, spec.fitness, spec.report) if text is not None]
+        measured = [text for text in (spec.fitness, spec.report) if text is not None]
+        texts = [spec.calibration, *measured]
         return cls(
             seqlen=max(text.seqlen for text in texts),
-            calibration_tokens=(spec.calibration.windows or 0) * spec.calibration.seqlen,
+            waiting_tokens=_tokens(spec.calibration) if spec.scoring == "sequential" else 0,
+            predicted_tokens=sum(_tokens(text) for text in measured) if spec.measure == "kl" else 0,
             writes_text=any(text.source == "self" for text in texts),
+            takes_gradients=spec.importance == "taylor",
         )
+
+
+def _tokens(text: TextSpec) -> int:
+    return (text.windows or 0) * text.seqlen
 
 
 @dataclass(frozen=True)
@@ -53,10 +68,10 @@ class MemoryEstimate:
     """Copies of q and o at the worst plan: query heads kept of every KV head do not lie next to each other."""
     running: int
     """On each device beside the weights: one window's activations, or one layer's copy while it is scored and ordered,
-    or the keys and values of texts being written, whichever is most."""
-    calibration: int
-    """In main memory: the hidden states of all calibration windows between two layers. Windows are as long as the spec
-    says, not as long as the model's positions reach."""
+    or the keys and values of texts being written, or the gradients' pass, whichever is most."""
+    main: int
+    """In main memory, whatever the device: hidden states that wait between two layers, for windows as long as the spec
+    says and not as long as the model's positions reach; and predictions of the dense model."""
 
     @property
     def least(self) -> int:
@@ -73,7 +88,7 @@ class MemoryEstimate:
         """All of it in words."""
         return (
             f"needs about {gigabytes(self.weights)} for weights, {gigabytes(self.running)} to run them, up to "
-            f"{gigabytes(self.gathered)} for pruned copies, and {gigabytes(self.calibration)} of main memory"
+            f"{gigabytes(self.gathered)} for pruned copies, and {gigabytes(self.main)} of main memory"
         )
 
 
@@ -91,11 +106,13 @@ def estimate_memory(decoder: Decoder, dtype: torch.dtype, workload: Workload, de
     if workload.writes_text:
         text = kv_cache_bytes(shape, size, workload.seqlen)
         running.append(text * texts_at_once(shape, size, workload.seqlen))
+    if workload.takes_gradients:
+        running.append(_gradients(shape, decoder.head.out_features, size))
     return MemoryEstimate(
         weights=shape.total_parameters * size,
         gathered=sum(_gathered(shape, layer) for layer in shape.layers) * size,
         running=max(running),
-        calibration=workload.calibration_tokens * shape.hidden_size * size,
+        main=workload.waiting_tokens * shape.hidden_size * size + workload.predicted_tokens * TOP * (INT32 + size),
     )
 
 
@@ -125,6 +142,16 @@ def _window(shape: ModelShape, logits: int, size: int, seqlen: int) -> int:
     attention = 3 * size * shape.head_dim * max(layer.query_heads + 2 * layer.kv_heads for layer in shape.layers)
     # The chunk in fp32, its softmax, and what it is in the model's type.
     return seqlen * stream + max(seqlen * mlp, seqlen * attention, 2 * logits + logits * size // FP32)
+
+
+def _gradients(shape: ModelShape, vocabulary: int, size: int) -> int:
+    """What a backward pass over LLM-Pruner's samples keeps of every layer, its logits, and one weight's gradient."""
+    mlp = 4 * size * sum(layer.mlp_channels for layer in shape.layers)
+    attention = 3 * size * shape.head_dim * sum(layer.query_heads + 2 * layer.kv_heads for layer in shape.layers)
+    stream = len(shape.layers) * shape.hidden_size * (6 * size + 2 * FP32)
+    logits = vocabulary * (size + 3 * FP32)
+    largest = shape.hidden_size * max(layer.mlp_channels for layer in shape.layers)
+    return SAMPLES * TOKENS * (mlp + attention + stream + logits) + largest * (size + 3 * FP32)
 
 
 def _scoring(shape: ModelShape, layer: LayerShape) -> int:

@@ -41,22 +41,19 @@ def place(estimate: MemoryEstimate, machine: Machine) -> Placement:
     Raises ModelError where it fits nowhere.
     """
     if not machine.gpus:
-        if estimate.weights + estimate.calibration > machine.main:
+        if estimate.weights + estimate.main > machine.main:
             raise too_large(estimate, machine)
         return Placement("cpu")
-    if estimate.calibration > machine.main:
+    if estimate.main > machine.main:
         raise ModelError(
-            f"calibration {_of_main(estimate, machine)}; use fewer or shorter calibration windows (data.calibration)"
+            f"the texts need about {gigabytes(estimate.main)} of main memory where {gigabytes(machine.main)} are "
+            "available; use fewer or shorter windows (data)"
         )
     for copies in (estimate.gathered, 0):
         placement = _on_gpus(estimate, machine, copies)
         if placement is not None:
             return placement
     raise too_large(estimate, machine)
-
-
-def _of_main(estimate: MemoryEstimate, machine: Machine) -> str:
-    return f"needs about {gigabytes(estimate.calibration)} of main memory where {gigabytes(machine.main)} are available"
 
 
 def _on_gpus(estimate: MemoryEstimate, machine: Machine, copies: int) -> Placement | None:

@@ -37,6 +37,14 @@ LLAMA_3_70B = transformers.LlamaConfig(
     max_position_embeddings=131072,
 )
 
+SPEC = SearchSpec(
+    model="m",
+    rate=0.3,
+    calibration=TextSpec(source="wikitext2", windows=32, seqlen=1024),
+    fitness=TextSpec(source="wikitext2", windows=None, seqlen=2048),
+    report=TextSpec(source="self", windows=4, seqlen=512),
+)
+
 
 def estimate_of(config: transformers.PreTrainedConfig, workload: Workload) -> MemoryEstimate:
     decoder = take_apart(skeleton(config, torch.bfloat16))
@@ -63,16 +71,25 @@ def test_the_estimate_of_smollm2s_weights_is_exact() -> None:
 
 
 def test_a_model_of_seven_billion_is_reckoned_without_memory_for_it() -> None:
-    estimate = estimate_of(LLAMA_2_7B, Workload(seqlen=2048, calibration_tokens=128 * 2048))
+    estimate = estimate_of(LLAMA_2_7B, Workload(seqlen=2048))
     assert estimate.weights == 2 * 6_738_415_616
     assert estimate.gathered == 0, "without shared KV heads every plan is a slice"
-    assert estimate.calibration == 128 * 2048 * 4096 * 2
+    assert estimate.main == 0
     assert 0.5e9 < estimate.running < 1.5e9
 
 
-def test_calibration_is_reckoned_by_the_length_of_the_windows_and_not_by_the_longest_position() -> None:
-    estimate = estimate_of(LLAMA_3_70B, Workload(seqlen=2048, calibration_tokens=128 * 2048))
-    assert estimate.calibration == 128 * 2048 * 8192 * 2
+def test_what_waits_is_reckoned_by_the_length_of_the_windows_and_not_by_the_longest_position() -> None:
+    estimate = estimate_of(LLAMA_3_70B, Workload(seqlen=2048, waiting_tokens=128 * 2048))
+    assert estimate.main == 128 * 2048 * 8192 * 2
+
+
+def test_predictions_of_the_dense_model_take_three_kilobytes_a_token() -> None:
+    assert estimate_of(LLAMA_2_7B, Workload(predicted_tokens=1000)).main == 1000 * 512 * 6
+
+
+def test_gradients_need_more_than_a_window() -> None:
+    plain, with_gradients = (estimate_of(LLAMA_2_7B, Workload(takes_gradients=taken)) for taken in (False, True))
+    assert plain.running < with_gradients.running < 10e9
 
 
 def test_shared_kv_heads_need_room_for_the_query_heads_of_a_pruned_model() -> None:
@@ -94,17 +111,19 @@ def test_the_sentence_names_every_part() -> None:
     assert gigabytes(1_234_000) == "1.2 MB"
 
 
-def test_the_workload_of_a_spec_is_its_longest_window_and_all_calibration_tokens() -> None:
-    spec = SearchSpec(
-        model="m",
-        rate=0.3,
-        calibration=TextSpec(source="wikitext2", windows=32, seqlen=1024),
-        fitness=TextSpec(source="wikitext2", windows=None, seqlen=2048),
-        report=TextSpec(source="self", windows=4, seqlen=512),
-    )
-    assert Workload.of(spec) == Workload(seqlen=2048, calibration_tokens=32 * 1024, writes_text=True)
-    everything = spec.model_copy(update={"calibration": spec.fitness, "report": None})
-    assert Workload.of(everything) == Workload(seqlen=2048, calibration_tokens=0, writes_text=False)
+def test_the_workload_of_a_spec_is_its_longest_window() -> None:
+    assert Workload.of(SPEC) == Workload(seqlen=2048, writes_text=True)
+    plain = SPEC.model_copy(update={"fitness": SPEC.calibration, "report": None})
+    assert Workload.of(plain) == Workload(seqlen=1024)
+
+
+def test_the_workload_of_a_spec_counts_what_its_settings_keep() -> None:
+    sequential = SPEC.model_copy(update={"scoring": "sequential"})
+    assert Workload.of(sequential).waiting_tokens == 32 * 1024
+    whole_text = sequential.model_copy(update={"calibration": SPEC.fitness})
+    assert Workload.of(whole_text).waiting_tokens == 0
+    assert Workload.of(SPEC.model_copy(update={"measure": "kl"})).predicted_tokens == 4 * 512
+    assert Workload.of(SPEC.model_copy(update={"importance": "taylor"})).takes_gradients
 
 
 def test_as_many_texts_are_written_together_as_their_keys_and_values_allow() -> None:

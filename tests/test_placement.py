@@ -8,7 +8,7 @@ from protocol.errors import ModelError
 from tests.tiny_models import tiny_llama
 
 GB = 10**9
-SEVEN_BILLION = MemoryEstimate(weights=14 * GB, gathered=2 * GB, running=GB, calibration=GB)
+SEVEN_BILLION = MemoryEstimate(weights=14 * GB, gathered=2 * GB, running=GB, main=GB)
 
 
 def machine(*gpus: int, main: int = 64) -> Machine:
@@ -54,7 +54,7 @@ def test_a_model_that_fits_on_no_gpus_is_refused_with_what_it_needs_what_there_i
 
 
 def test_the_main_memory_never_holds_what_a_gpu_has_no_room_for() -> None:
-    with pytest.raises(ModelError, match="too large for this machine.* the GPU has 8.0 GB free"):
+    with pytest.raises(ModelError, match=r"too large for this machine.* the GPU has 8\.0 GB free"):
         place(SEVEN_BILLION, machine(8, main=1000))
 
 
@@ -63,9 +63,9 @@ def test_a_cpu_with_too_little_memory_is_refused() -> None:
         place(SEVEN_BILLION, machine(main=14))
 
 
-def test_calibration_that_does_not_fit_into_main_memory_is_refused_on_a_gpu_too() -> None:
-    much = MemoryEstimate(weights=GB, gathered=0, running=GB, calibration=65 * GB)
-    with pytest.raises(ModelError, match=r"needs about 65\.0 GB of main memory where 64\.0 GB are available"):
+def test_texts_that_do_not_fit_into_main_memory_are_refused_on_a_gpu_too() -> None:
+    much = MemoryEstimate(weights=GB, gathered=0, running=GB, main=65 * GB)
+    with pytest.raises(ModelError, match=r"need about 65\.0 GB of main memory where 64\.0 GB are available"):
         place(much, machine(80))
 
 
@@ -92,6 +92,6 @@ def test_budgets_that_add_up_but_hold_no_whole_layers_are_refused() -> None:
     bare = skeleton(tiny_llama(layers=6).causal_lm.config, torch.float32)
     decoder = take_apart(bare)
     half_a_layer = decoder.shape.layer_parameters(0) * 2
-    budget = {i: half_a_layer for i in range(24)}
+    budget = dict.fromkeys(range(24), half_a_layer)
     with pytest.raises(ModelError, match="layers do not fit on the 24 GPUs one by one"):
         device_map(bare, type(decoder.layers[0].module), Placement(budget=budget))
