@@ -11,7 +11,7 @@ import transformers
 from safetensors import SafetensorError
 
 from gpu_worker.checkpoints import check_complete, check_config
-from gpu_worker.families import Decoder, family_of, take_apart
+from gpu_worker.families import Decoder, take_apart
 from gpu_worker.gguf_files import unpacked
 from gpu_worker.hub import hub_reachable
 from gpu_worker.identity import folder_identity
@@ -54,7 +54,6 @@ def load_model(name: str, dtype: str, workload: Workload = Workload()) -> Loaded
     try:
         check_config(source, _written_config(source, options))
         config = transformers.AutoConfig.from_pretrained(source, **options)
-        family_of(config)
         devices = _devices(name, config, getattr(torch, dtype), workload)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
         causal_lm, report = transformers.AutoModelForCausalLM.from_pretrained(
@@ -112,7 +111,10 @@ def _source(name: str, dtype: str) -> str:
 def _no_checkpoint(name: str, folder: Path) -> str:
     found = sorted(folder.glob("*.gguf"))
     if found:
-        return f"the folder {name!r} has no config.json but a GGUF file; pass the file, {str(found[0])!r}"
+        return (
+            f"the folder {name!r} holds a GGUF file and no config.json; pass the file, {str(found[0])!r}, or, "
+            "of a pruned model, its hf or padded export"
+        )
     return f"the folder {name!r} has no config.json, so it holds no model; {WHAT_TO_PASS}"
 
 
