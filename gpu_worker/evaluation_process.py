@@ -9,8 +9,8 @@
     in   {"id", "plan", "text"}                                         one candidate at a time
     out  {"id", "outcome"}
 
-The lines go out on a private copy of stdout; whatever a library prints lands on stderr, with the log. When stdin ends, so does the
-process, even in mid-evaluation: it never outlives its parent.
+The lines go out on a private copy of stdout; whatever a library prints lands on stderr, with the log. When stdin ends,
+so does the process, even in mid-evaluation: it never outlives its parent.
 """
 
 import json
