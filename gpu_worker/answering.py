@@ -15,6 +15,9 @@ from protocol.candidate import Failed, Measured
 from protocol.errors import DataError, UsageError
 from protocol.plan import Plan
 
+_NO_MEMORY = ("DefaultCPUAllocator", "CUDA error: out of memory", "_ALLOC_FAILED")
+"""Of the CPU; of the driver, whose context survives; of cuBLAS and cuDNN for their workspaces."""
+
 
 class DeviceLostError(RuntimeError):
     """CUDA failed in a way that no later call in this process survives."""
@@ -55,8 +58,9 @@ def answer(session: Session, request: dict[str, Any]) -> Measured | Failed:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the GPU or the CPU had no memory left. The CPU's allocator says so only in its text."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+    """Whether the GPU or the CPU had no memory left. Allocators other than torch's own say so only in their text."""
+    text = str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(sign in text for sign in _NO_MEMORY)
 
 
 def is_device_lost(error: BaseException) -> bool:
