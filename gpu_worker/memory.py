@@ -86,10 +86,12 @@ class MemoryEstimate:
     @property
     def sentence(self) -> str:
         """All of it in words."""
-        return (
-            f"needs about {gigabytes(self.weights)} for weights, {gigabytes(self.running)} to run them, up to "
-            f"{gigabytes(self.gathered)} for pruned copies, and {gigabytes(self.main)} of main memory"
-        )
+        parts = [f"{gigabytes(self.weights)} for weights", f"{gigabytes(self.running)} to run them"]
+        if self.gathered:
+            parts.append(f"up to {gigabytes(self.gathered)} for pruned copies")
+        if self.main:
+            parts.append(f"{gigabytes(self.main)} of main memory for texts")
+        return f"needs about {', '.join(parts)}"
 
 
 def estimate_memory(decoder: Decoder, dtype: torch.dtype, workload: Workload, device: str) -> MemoryEstimate:

@@ -11,7 +11,6 @@ from gpu_worker.memory import (
     MemoryEstimate,
     Workload,
     estimate_memory,
-    gigabytes,
     kv_cache_bytes,
     main_memory,
     texts_at_once,
@@ -103,12 +102,13 @@ def test_longer_windows_need_more() -> None:
     assert long.running > 2 * short.running
 
 
-def test_the_sentence_names_every_part() -> None:
+def test_the_sentence_names_every_part_that_there_is() -> None:
     estimate = MemoryEstimate(13_476_831_232, 2_100_000_000, 800_000_000, 1_073_741_824)
     assert estimate.sentence == (
-        "needs about 13.5 GB for weights, 0.8 GB to run them, up to 2.1 GB for pruned copies, and 1.1 GB of main memory"
+        "needs about 13.5 GB for weights, 0.8 GB to run them, up to 2.1 GB for pruned copies, "
+        "1.1 GB of main memory for texts"
     )
-    assert gigabytes(1_234_000) == "1.2 MB"
+    assert MemoryEstimate(1_234_000, 0, 200_000, 0).sentence == "needs about 1.2 MB for weights, 0.2 MB to run them"
 
 
 def test_the_workload_of_a_spec_is_its_longest_window() -> None:
