@@ -72,7 +72,7 @@ class Search:
 
     async def run(self) -> None:
         """Search until the rounds or the budget are used up; afterwards everything issued has an outcome."""
-        self._journal.begin(self.name, self.spec, self.population)
+        self._journal.begin(self.name, self.spec, self.card.shape, self.population)
         async with asyncio.TaskGroup() as group:
             keeping = group.create_task(self._keeper.run())
             await self._generations()
@@ -153,7 +153,7 @@ class Search:
         candidate, outcome = evaluation.candidate, evaluation.outcome
         self._journal.evaluation(evaluation)
         if is_best:
-            self._journal.best(best_record(self.name, self.spec, evaluation))
+            self._journal.best(best_record(self.name, self.spec, self.card.shape, evaluation))
         who = candidate.provenance.model_dump(include=_WHO)
         if isinstance(outcome, Measured):
             log.info(

@@ -1,36 +1,46 @@
-"""Importance of heads and MLP channels. Pure tensor functions.
+"""Importance of heads and MLP channels. Pure tensor functions; the least important pieces are removed first.
 
-Wanda-sp is the structured form of Wanda (Sun et al., 2023) that FLAP (An et al., 2023) compares itself with: the score
-of an input column j of o_proj or down_proj is
+**Wanda-sp** is the structured form of Wanda (Sun et al., 2023) that FLAP (An et al., 2023) compares itself with: the
+score of an input column j of o_proj or down_proj is
 
     s_j = mean_i |W_ij| · √E[x_j²]
 
 with W the weight ([outputs, inputs]) and x the column's input over the calibration tokens. A head's score is the sum
 over its columns.
+
+**Taylor** (LLM-Pruner, Ma et al., 2023, first order, element-wise) and **magnitude** sum an element-wise salience,
+|w · ∂L/∂w| or |w|, over the group of weights that goes with a piece: a head's rows of q, k and v and its columns of o;
+a channel's rows of gate and up and its column of down. Where query heads share a KV head, the rows of k and v count
+for the KV head alone. Biases are left out, as LLM-Pruner does.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from gpu_worker.calibration import LayerActivations
 from gpu_worker.families import Layer
 from protocol.shape import LayerShape
 
+Projection = Literal["query", "key", "value", "output", "gate", "up", "down"]
+ROWS: tuple[Projection, ...] = ("query", "key", "value", "gate", "up")
+"""Projections of which pruning takes rows (outputs)."""
+COLUMNS: tuple[Projection, ...] = ("output", "down")
+"""Projections of which it takes columns (inputs)."""
+
 
 @dataclass(frozen=True)
 class LayerImportance:
-    """Scores of one layer's removable pieces, fp64; the least important go first."""
+    """Scores of one layer's removable pieces."""
 
     query_heads: Tensor
     """[KV heads, query heads per KV head]."""
+    kv_heads: Tensor
+    """[KV heads]: of a KV head together with its query heads."""
     channels: Tensor
     """[MLP channels]."""
-
-    @property
-    def kv_heads(self) -> Tensor:
-        """[KV heads]: a KV head is worth what its query heads are."""
-        return self.query_heads.sum(dim=1)
 
 
 def column_scores(weight: Tensor, mean_squares: Tensor) -> Tensor:
@@ -38,17 +48,49 @@ def column_scores(weight: Tensor, mean_squares: Tensor) -> Tensor:
     return weight.double().abs().mean(dim=0) * mean_squares.double().sqrt()
 
 
-def head_scores(columns: Tensor, shape: LayerShape) -> Tensor:
-    """Sum of the column scores of each query head, [KV heads, query heads per KV head].
+def by_head(pieces: Tensor, shape: LayerShape) -> Tensor:
+    """Sums over each query head of [query heads × head dim]: [KV heads, query heads per KV head].
 
-    Query heads that share a KV head lie next to each other in o_proj's columns, [KV head, query head, head dim].
+    Query heads that share a KV head lie next to each other, [KV head, query head, head dim].
     """
-    return columns.view(shape.kv_heads, shape.queries_per_kv, -1).sum(dim=2)
+    return pieces.view(shape.kv_heads, shape.queries_per_kv, -1).sum(dim=2)
 
 
 def wanda_sp(layer: Layer, activations: LayerActivations, shape: LayerShape) -> LayerImportance:
-    """The Wanda-sp scores of one layer."""
+    """The Wanda-sp scores of one layer, fp64: a KV head is worth what its query heads are."""
+    query_heads = by_head(column_scores(layer.output.weight, activations.attention_output), shape)
     return LayerImportance(
-        query_heads=head_scores(column_scores(layer.output.weight, activations.attention_output), shape),
+        query_heads=query_heads,
+        kv_heads=query_heads.sum(dim=1),
         channels=column_scores(layer.down.weight, activations.mlp_output),
     )
+
+
+Salience = dict[Projection, Tensor]
+"""Per projection, the element-wise salience summed to what pruning takes of it: rows [outputs] or columns [inputs]."""
+
+
+def sum_salience(projection: Projection, salience: Tensor) -> Tensor:
+    """Sum a salience [outputs, inputs] over the inputs of each row, or over the outputs of each column; fp64."""
+    return salience.sum(dim=1 if projection in ROWS else 0).double()
+
+
+def grouped(salience: Salience, shape: LayerShape) -> LayerImportance:
+    """The importance of each group of coupled weights."""
+    query_heads = by_head(salience["query"] + salience["output"], shape)
+    shared = (salience["key"] + salience["value"]).view(shape.kv_heads, -1).sum(dim=1)
+    return LayerImportance(
+        query_heads=query_heads,
+        kv_heads=query_heads.sum(dim=1) + shared,
+        channels=salience["gate"] + salience["up"] + salience["down"],
+    )
+
+
+def magnitude(layer: Layer, shape: LayerShape) -> LayerImportance:
+    """The sum of |w| over each group of one layer; no text is needed."""
+    return grouped(each_projection(layer, lambda p, linear: sum_salience(p, linear.weight.float().abs())), shape)
+
+
+def each_projection(layer: Layer, salience: Callable[[Projection, nn.Linear], Tensor]) -> Salience:
+    """The salience of a layer, by a function of a projection's name and module."""
+    return {projection: salience(projection, getattr(layer, projection)) for projection in ROWS + COLUMNS}

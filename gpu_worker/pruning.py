@@ -49,15 +49,38 @@ class _Columns:
         return self.stored[pick].reshape(-1, self.stored.shape[-1]).t()
 
 
-class _OrderedLayer:
-    """One decoder layer whose weights are ordered by importance."""
+@dataclass(frozen=True)
+class _Order:
+    """Where each piece of an ordered layer lay before."""
 
-    def __init__(self, layer: Layer, shape: LayerShape, importance: LayerImportance) -> None:
+    kv: Tensor
+    """[KV heads]."""
+    queries: Tensor
+    """[KV heads in their new order, query heads per KV head], within their KV head."""
+    channels: Tensor
+    """[MLP channels]."""
+
+    @classmethod
+    def of(cls, importance: LayerImportance) -> "_Order":
+        """The most important pieces first."""
+        kv = _descending(importance.kv_heads)
+        return cls(kv, _descending(importance.query_heads)[kv], _descending(importance.channels))
+
+    def inverse(self) -> "_Order":
+        """The order that undoes this one."""
+        kv = self.kv.argsort()
+        return _Order(kv, self.queries.argsort(dim=1)[kv], self.channels.argsort())
+
+
+class _OrderedLayer:
+    """One decoder layer whose weights were brought into another order."""
+
+    def __init__(self, layer: Layer, shape: LayerShape, order: _Order) -> None:
         self._layer = layer
         self._shape = shape
-        kv = _descending(importance.kv_heads)
-        queries = _descending(importance.query_heads)[kv]
-        channels = _descending(importance.channels)
+        kv, queries, channels = (
+            where.to(layer.query.weight.device) for where in (order.kv, order.queries, order.channels)
+        )
         groups, each = shape.kv_heads, shape.queries_per_kv
         self._query = _query_rows(layer.query, groups, each, kv, queries)
         self._key, self._value = (_order_rows(linear, (groups, -1), kv) for linear in (layer.key, layer.value))
@@ -77,8 +100,7 @@ class _OrderedLayer:
         _set(layer.gate, *self._gate.first(channels))
         _set(layer.up, *self._up.first(channels))
         _set(layer.down, self._down.first(channels), layer.down.bias)
-        # The number of heads follows from the projections' widths; only the sharing of KV heads is written down.
-        layer.attention.num_key_value_groups = each  # type: ignore[assignment]
+        layer.tell_heads(kv, each)
 
     def check(self, plan: LayerPlan) -> None:
         """Raise PlanMismatchError where the layer has fewer pieces than `plan` keeps."""
@@ -99,23 +121,45 @@ class OrderedModel:
 
     def __init__(self, decoder: Decoder, importance: Sequence[LayerImportance]) -> None:
         self.decoder = decoder
-        self._layers = []
-        with torch.no_grad():
-            wholes = dense_plan(decoder.shape).layers
-            for layer, shape, scores, whole in zip(
-                decoder.layers, decoder.shape.layers, importance, wholes, strict=True
-            ):
-                ordered = _OrderedLayer(layer, shape, scores)
-                # Applied at once, so that the original weights of one layer are freed before the next is copied.
-                ordered.apply(whole)
-                self._layers.append(ordered)
+        self._dense = dense_plan(decoder.shape).layers
+        self._orders: list[_Order | None] = [None] * len(decoder.layers)
+        self._layers: list[_OrderedLayer] = []
+        for i, scores in enumerate(importance):
+            self._layers.append(self._ordered(i, _Order.of(scores)))
+            self._orders[i] = _Order.of(scores)
 
-    def apply(self, plan: Plan) -> None:
-        """Prune to `plan`, whatever was applied before. Raises PlanMismatchError for a plan of another model."""
+    def reorder(self, layer: int, importance: LayerImportance) -> None:
+        """Order a layer that is in its original order by `importance`."""
+        assert self._orders[layer] is None, "call `unorder` before scoring the layer anew"
+        order = _Order.of(importance)
+        self._layers[layer] = self._ordered(layer, order)
+        self._orders[layer] = order
+
+    def unorder(self, layer: int) -> None:
+        """Make a layer dense and give it back its original order, bit by bit."""
+        order = self._orders[layer]
+        self._layers[layer].apply(self._dense[layer])
+        if order is not None:
+            self._layers[layer] = self._ordered(layer, order.inverse())
+            self._orders[layer] = None
+
+    def _ordered(self, layer: int, order: _Order) -> _OrderedLayer:
+        with torch.no_grad():
+            ordered = _OrderedLayer(self.decoder.layers[layer], self.decoder.shape.layers[layer], order)
+            # Applied at once, so that the former weights of one layer are freed before the next is copied.
+            ordered.apply(self._dense[layer])
+        return ordered
+
+    def check(self, plan: Plan) -> None:
+        """Raise PlanMismatchError for a plan of another model."""
         if len(plan.layers) != len(self._layers):
             raise PlanMismatchError(f"the plan is for {len(plan.layers)} layers, the model has {len(self._layers)}")
         for layer, kept in zip(self._layers, plan.layers, strict=True):
             layer.check(kept)
+
+    def apply(self, plan: Plan) -> None:
+        """Prune to `plan`, whatever was applied before. Raises PlanMismatchError for a plan of another model."""
+        self.check(plan)
         with torch.no_grad():
             for layer, kept in zip(self._layers, plan.layers, strict=True):
                 layer.apply(kept)

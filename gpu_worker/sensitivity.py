@@ -2,16 +2,16 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gpu_worker.families import Decoder
+from gpu_worker.layerwise import LayerCall, record_calls
 from gpu_worker.perplexity import NotFiniteError, hidden_loss
 from gpu_worker.progress import Progress, no_progress
 from gpu_worker.pruning import OrderedModel
-from protocol.plan import LayerPlan, dense_plan, head_options, heads_within, make_plan
+from protocol.plan import LayerPlan, Plan, dense_plan, head_options, heads_within, make_plan
 from protocol.shape import ModelShape, Unit
 from protocol.spec import SearchSpec
 
@@ -67,6 +67,14 @@ def pruned_alone(unit: Unit, spec: SearchSpec, shape: ModelShape) -> LayerPlan:
     return whole.model_copy(update={"kv_heads": kv, "queries_per_kv": each})
 
 
+def removed_alone(unit: Unit, spec: SearchSpec, shape: ModelShape) -> float:
+    """The share of the unit's parameters that `pruned_alone` removes."""
+    whole, kept = dense_plan(shape), pruned_alone(unit, spec, shape)
+    layers = [kept if i == unit.layer else layer for i, layer in enumerate(whole.layers)]
+    left = Plan(layers=tuple(layers)).decoder_parameters(shape)
+    return (shape.decoder_parameters - left) / unit.parameters
+
+
 def _smallest_removal(shape: ModelShape, unit: Unit) -> tuple[int, int]:
     """The attention shape that loses least; the whole one where there is but one head."""
     *smaller, whole = sorted(
@@ -77,42 +85,23 @@ def _smallest_removal(shape: ModelShape, unit: Unit) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class _LayerCall:
-    """What a decoder layer was called with."""
-
-    hidden: Tensor
-    options: dict[str, Any]
-
-
-@dataclass(frozen=True)
 class _DenseRun:
     """One pass of the dense model over `windows` (long, [n, seqlen]), kept so that it can be taken up at any layer."""
 
     decoder: Decoder
     windows: Tensor
-    calls: tuple[_LayerCall, ...]
+    calls: tuple[LayerCall, ...]
     loss: float
     """Mean negative log-likelihood."""
 
     @classmethod
     def of(cls, decoder: Decoder, windows: Tensor) -> "_DenseRun":
         """Run the dense model. Raises NotFiniteError where its loss is no number."""
-        windows = windows.to(next(decoder.body.parameters()).device)
-        calls: list[_LayerCall] = []
-
-        def record(_: nn.Module, args: tuple[Tensor, ...], options: dict[str, Any]) -> None:
-            calls.append(_LayerCall(args[0], options))
-
-        handles = [layer.module.register_forward_pre_hook(record, with_kwargs=True) for layer in decoder.layers]
-        try:
-            hidden = decoder.body(input_ids=windows, use_cache=False).last_hidden_state
-        finally:
-            for handle in handles:
-                handle.remove()
+        calls, hidden = record_calls(decoder, windows)
         loss = _mean_loss(decoder, hidden, windows)
         if not math.isfinite(loss):
             raise NotFiniteError(f"the mean loss of the dense model is {loss}")
-        return cls(decoder, windows, tuple(calls), loss)
+        return cls(decoder, windows, calls, loss)
 
     def loss_from(self, layer: int) -> float:
         """Mean negative log-likelihood when decoder layers `layer` and above, as they are now, are run again."""

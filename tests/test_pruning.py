@@ -1,15 +1,13 @@
-from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from gpu_worker.calibration import calibrate
-from gpu_worker.importance import LayerImportance, wanda_sp
-from gpu_worker.models import LoadedModel
+from gpu_worker.importance import LayerImportance
 from gpu_worker.pruning import OrderedModel, PlanMismatchError
-from protocol.plan import LayerPlan, Plan, dense_plan
-from tests.tiny_models import tiny_llama, tiny_windows
+from protocol.plan import LayerPlan, dense_plan
+from tests.pruned_models import keep, logits_of, masked_logits, scores_of
+from tests.tiny_models import tiny_llama
 
 MODELS = [
     pytest.param({"query_heads": 6, "kv_heads": 3}, id="grouped-query"),
@@ -19,37 +17,9 @@ MODELS = [
 ]
 
 
-def scores_of(model: LoadedModel) -> list[LayerImportance]:
-    decoder = model.decoder
-    seen = calibrate(decoder, tiny_windows(3, 16, seed=1))
-    return [wanda_sp(*each) for each in zip(decoder.layers, seen, decoder.shape.layers, strict=True)]
-
-
-def logits_of(model: LoadedModel) -> Tensor:
-    logits: Tensor = model.causal_lm(input_ids=tiny_windows(2, 24)).logits
-    return logits
-
-
-def keep(*layers: tuple[int, int, int]) -> Plan:
-    return Plan(layers=tuple(LayerPlan(kv_heads=k, queries_per_kv=q, mlp_channels=c) for k, q, c in layers))
-
-
-def masked_logits(model: LoadedModel, plan: Plan, importance: Sequence[LayerImportance]) -> Tensor:
-    """What the plan should compute: the dense model with nought in the columns of all that is removed."""
-    for layer, kept, scores in zip(model.decoder.layers, plan.layers, importance, strict=True):
-        heads = torch.zeros(scores.query_heads.shape)
-        for kv in scores.kv_heads.argsort(descending=True)[: kept.kv_heads]:
-            heads[kv, scores.query_heads[kv].argsort(descending=True)[: kept.queries_per_kv]] = 1
-        channels = torch.zeros(scores.channels.shape)
-        channels[scores.channels.argsort(descending=True)[: kept.mlp_channels]] = 1
-        layer.output.weight.mul_(heads.flatten().repeat_interleave(model.decoder.shape.head_dim))
-        layer.down.weight.mul_(channels)
-    return logits_of(model)
-
-
 @pytest.mark.parametrize("options", MODELS)
-def test_ordering_the_weights_changes_nothing(options: dict[str, int]) -> None:
-    model = tiny_llama(**options)  # type: ignore[arg-type]
+def test_ordering_the_weights_changes_nothing(options: dict[str, Any]) -> None:
+    model = tiny_llama(**options)
     before = logits_of(model)
     OrderedModel(model.decoder, scores_of(model)).apply(dense_plan(model.decoder.shape))
     assert torch.allclose(logits_of(model), before, atol=1e-4)
@@ -57,8 +27,8 @@ def test_ordering_the_weights_changes_nothing(options: dict[str, int]) -> None:
 
 @pytest.mark.parametrize("options", MODELS)
 @pytest.mark.parametrize("attention", ["fewer KV heads", "fewer query heads", "fewer of both", "one of each"])
-def test_a_pruned_model_is_the_dense_one_with_the_rest_masked(options: dict[str, int], attention: str) -> None:
-    model, masked = tiny_llama(**options), tiny_llama(**options)  # type: ignore[arg-type]
+def test_a_pruned_model_is_the_dense_one_with_the_rest_masked(options: dict[str, Any], attention: str) -> None:
+    model, masked = tiny_llama(**options), tiny_llama(**options)
     whole = model.decoder.shape.layers[0]
     kv, each = whole.kv_heads, whole.queries_per_kv
     fewer = (max(1, kv - 1), max(1, each - 1))
@@ -129,7 +99,7 @@ def test_a_plan_is_made_of_views_where_query_heads_stay_whole() -> None:
 def test_pieces_of_equal_importance_keep_their_order() -> None:
     model = tiny_llama()
     weights = [layer.gate.weight.clone() for layer in model.decoder.layers]
-    equal = [LayerImportance(torch.ones(3, 2), torch.ones(48)) for _ in weights]
+    equal = [LayerImportance(torch.ones(3, 2), torch.ones(3), torch.ones(48)) for _ in weights]
     OrderedModel(model.decoder, equal).apply(keep((3, 2, 10), (3, 2, 10), (3, 2, 10)))
     for layer, weight in zip(model.decoder.layers, weights, strict=True):
         assert torch.equal(layer.gate.weight, weight[:10])

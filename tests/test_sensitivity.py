@@ -9,7 +9,7 @@ from gpu_worker.sensitivity import measure_sensitivity, pruned_alone
 from protocol.plan import LayerPlan, dense_plan
 from protocol.shape import Granularity
 from protocol.spec import SearchSpec, TextSpec
-from tests.test_pruning import scores_of
+from tests.pruned_models import scores_of
 from tests.tiny_models import tiny_llama, tiny_windows
 
 TEXT = TextSpec(source="self", windows=2, seqlen=24)

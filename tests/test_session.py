@@ -7,12 +7,15 @@ from gpu_worker.answering import DeviceLostError, answer, is_out_of_memory
 from gpu_worker.evaluate import evaluate_once
 from gpu_worker.perplexity import NotFiniteError
 from gpu_worker.session import Session
+from protocol.allocation import Allocation
 from protocol.candidate import Failed, Measured, Text
 from protocol.errors import BudgetError, DataError
 from protocol.plan import Plan, dense_plan
 from protocol.spec import SearchSpec, TextSpec
 from tests.real_model import need_smollm2
 from tests.tiny_specs import tiny_spec
+
+UNIFORM = Allocation(method="uniform")
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +82,7 @@ def test_two_sessions_of_one_spec_agree_and_other_windows_show(session: Session,
 def test_every_stage_ends_with_all_of_its_steps(spec: SearchSpec) -> None:
     last: dict[str, tuple[int, int]] = {}
     Session(spec, lambda stage, done, total: last.update({stage: (done, total)}))
-    assert list(last) == ["loading model", "reading texts", "calibrating", "measuring dense", "measuring sensitivity"]
+    assert list(last) == ["loading model", "reading texts", "calibrating", "measuring", "measuring sensitivity"]
     assert all(done == total for done, total in last.values())
 
 
@@ -159,8 +162,8 @@ def test_what_is_no_plan_has_failed_as_invalid(session: Session) -> None:
 
 
 def test_evaluating_without_rates_is_evaluating_uniform_ones(spec: SearchSpec) -> None:
-    uniform = evaluate_once(spec, None)
-    given = evaluate_once(spec, [spec.rate] * 3)
+    uniform = evaluate_once(spec, UNIFORM)
+    given = evaluate_once(spec, (spec.rate,) * 3)
     assert uniform.perplexity == given.perplexity
     assert uniform.rate == pytest.approx(spec.rate, abs=0.01)
     assert uniform.report_perplexity is not None
@@ -168,17 +171,17 @@ def test_evaluating_without_rates_is_evaluating_uniform_ones(spec: SearchSpec) -
 
 
 def test_rates_are_measured_as_given_and_the_rate_is_what_they_remove(spec: SearchSpec) -> None:
-    assert evaluate_once(spec, [0.2, 0.4, 0.6]).rate == pytest.approx(spec.rate, abs=0.01)
+    assert evaluate_once(spec, (0.2, 0.4, 0.6)).rate == pytest.approx(spec.rate, abs=0.01)
 
 
 def test_rates_off_the_specs_budget_are_refused(spec: SearchSpec) -> None:
     with pytest.raises(BudgetError, match=r"off the budget 0.4 by -0.30000"):
-        evaluate_once(spec, [0.1, 0.1, 0.1])
+        evaluate_once(spec, (0.1, 0.1, 0.1))
 
 
 def test_rates_of_the_wrong_number_are_refused(spec: SearchSpec) -> None:
     with pytest.raises(BudgetError, match="2 pruning rates were given for 3 units"):
-        evaluate_once(spec, [0.1, 0.1])
+        evaluate_once(spec, (0.1, 0.1))
 
 
 @pytest.mark.model
@@ -192,8 +195,8 @@ def test_uniform_pruning_harms_the_real_model(tmp_path: Path) -> None:
         calibration=TextSpec(source=str(text), windows=2, seqlen=256),
         fitness=TextSpec(source=str(text), windows=1, seqlen=256),
     )
-    result = evaluate_once(spec, None)
-    assert 1 < result.dense_perplexity < result.perplexity
+    result = evaluate_once(spec, UNIFORM)
+    assert result.dense_perplexity is not None and 1 < result.dense_perplexity < result.perplexity
     assert result.rate == pytest.approx(0.3, abs=1e-4)
 
 

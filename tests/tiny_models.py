@@ -1,4 +1,4 @@
-"""Random Llama models of a few thousand parameters, in memory or as a folder with a tokenizer."""
+"""Random models of a few thousand parameters, of every family, in memory or as a folder with a tokenizer."""
 
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,33 @@ from gpu_worker.models import LoadedModel
 VOCABULARY = 320
 """Tokens of every tiny model: the 256 bytes and some room."""
 
+_CONFIGS: dict[str, Any] = {
+    "llama": transformers.LlamaConfig,
+    "mistral": transformers.MistralConfig,
+    "qwen2": transformers.Qwen2Config,
+    "qwen3": transformers.Qwen3Config,
+    "gemma3_text": transformers.Gemma3TextConfig,
+    "phi3": transformers.Phi3Config,
+}
+_PECULIARITIES: dict[str, dict[str, Any]] = {
+    # Windows shorter than the texts of the tests, so that they matter.
+    "mistral": {"sliding_window": 9},
+    "gemma3_text": {
+        "sliding_window": 9,
+        "query_pre_attn_scalar": 8,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "phi3": {"partial_rotary_factor": 0.5},
+}
 
-def tiny_llama(
+
+def tiny_llama(**options: Any) -> LoadedModel:
+    """A random Llama; see `tiny_model`."""
+    return tiny_model("llama", **options)
+
+
+def tiny_model(
+    family: str,
     *,
     layers: int = 3,
     hidden_size: int = 36,
@@ -26,28 +51,34 @@ def tiny_llama(
     bias: bool = False,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
+    **config_options: Any,
 ) -> LoadedModel:
-    """A random model without a tokenizer. By default grouped-query, and its heads are wider than the hidden size."""
-    config = transformers.LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=hidden_size,
-        intermediate_size=channels,
-        num_hidden_layers=layers,
-        num_attention_heads=query_heads,
-        num_key_value_heads=kv_heads,
-        head_dim=head_dim,
-        max_position_embeddings=256,
-        tie_word_embeddings=tied,
-        attention_bias=bias,
-        mlp_bias=bias,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
-    model = transformers.LlamaForCausalLM(config)
-    _randomise(model, seed)
+    """A random model of a family's real classes, without a tokenizer.
+
+    By default grouped-query, and its heads are wider than the hidden size. `bias` is for families that can have it;
+    `config_options` are those of the family's config.
+    """
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": hidden_size,
+        "intermediate_size": channels,
+        "num_hidden_layers": layers,
+        "num_attention_heads": query_heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": tied,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+    biases = {"attention_bias": bias, "mlp_bias": bias} if bias else {}
+    config = _CONFIGS[family](**(sizes | _PECULIARITIES.get(family, {}) | biases | config_options))
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    # Gemma's norms multiply by 1 + weight, the others' by weight.
+    _randomise(model, seed, norm=0.0 if family == "gemma3_text" else 1.0)
     model.requires_grad_(False).eval().to(dtype)
-    return LoadedModel(model, None, take_apart(model), identity=f"tiny-{seed}")
+    return LoadedModel(model, None, take_apart(model), identity=f"tiny-{family}-{seed}")
 
 
 def tiny_windows(windows: int, seqlen: int, seed: int = 0) -> torch.Tensor:
@@ -55,21 +86,27 @@ def tiny_windows(windows: int, seqlen: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(VOCABULARY, (windows, seqlen), generator=torch.Generator().manual_seed(seed))
 
 
-def save_tiny_folder(path: Path, **options: Any) -> Path:
-    """Save a tiny model (`options` as for `tiny_llama`) with a byte tokenizer, as a checkpoint folder; returns it."""
-    tiny_llama(**options).causal_lm.save_pretrained(path)
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=_byte_tokenizer())
-    tokenizer.save_pretrained(path)
+def save_tiny_folder(path: Path, family: str = "llama", **options: Any) -> Path:
+    """Save a tiny model (`options` as for `tiny_model`) with a byte tokenizer, as a checkpoint folder; returns it."""
+    tiny_model(family, **options).causal_lm.save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
     return path
 
 
-def _randomise(model: torch.nn.Module, seed: int) -> None:
+def byte_tokenizer() -> Any:
+    """A tokenizer of one token a byte, and after those one for the first and one for the last token of a text."""
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=_byte_tokenizer(), bos_token="<first>", eos_token="<last>"
+    )
+
+
+def _randomise(model: torch.nn.Module, seed: int, *, norm: float) -> None:
     """Weights, norms and biases far enough from nought that every one of them shows in the logits."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            parameter.copy_(1 + 0.1 * noise if "norm" in name else 0.2 * noise)
+            parameter.copy_(norm + 0.1 * noise if "norm" in name else 0.2 * noise)
 
 
 def _byte_tokenizer() -> Tokenizer:

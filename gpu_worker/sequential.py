@@ -1,0 +1,36 @@
+"""Sequential scoring: each layer is scored on activations that have passed the already pruned layers below it.
+
+As FLAP's code does for Wanda-sp (An et al., 2023). A plan then needs two passes over the calibration text of its own,
+where dense scoring needs one pass for all plans.
+"""
+
+from torch import Tensor
+
+from gpu_worker.calibration import watching
+from gpu_worker.importance import wanda_sp
+from gpu_worker.layerwise import LayerRun
+from gpu_worker.progress import Progress, no_progress
+from gpu_worker.pruning import OrderedModel
+from protocol.plan import Plan, dense_plan
+
+
+def prune_sequentially(ordered: OrderedModel, plan: Plan, windows: Tensor, progress: Progress = no_progress) -> None:
+    """Prune to `plan` by Wanda-sp scores taken layer by layer on `windows` (long, [n, seqlen]).
+
+    The result does not depend on what was applied before. Raises PlanMismatchError for a plan of another model.
+    """
+    ordered.check(plan)
+    decoder = ordered.decoder
+    for i in range(len(decoder.layers)):
+        ordered.unorder(i)
+    run = LayerRun(decoder, windows)
+    whole = dense_plan(decoder.shape).layers
+    for i, (layer, kept) in enumerate(zip(decoder.layers, plan.layers, strict=True)):
+        if kept != whole[i]:
+            with watching(layer) as (watch,):
+                run.visit(i)
+            ordered.reorder(i, wanda_sp(layer, watch.activations(), decoder.shape.layers[i]))
+            ordered.apply_layer(i, kept)
+        if i + 1 < len(decoder.layers):
+            run.advance(i)
+        progress("scoring", i + 1, len(decoder.layers))
