@@ -10,6 +10,7 @@ import torch
 import transformers
 
 from gpu_worker.cache import cached
+from gpu_worker.export.trusted import register_pruned_classes
 from gpu_worker.families import Decoder, family_of, take_apart
 from gpu_worker.hub import hub_reachable
 from protocol.errors import ModelError
@@ -36,9 +37,11 @@ class LoadedModel:
 def load_model(name: str, dtype: str) -> LoadedModel:
     """Load the model called `name` in `dtype` (`bfloat16`, ...), on the GPU where there is one.
 
-    Remote code is never run. Raises ModelError where the model is not there, or is of an unsupported family.
+    Code of others is never run: an exported folder is built by our own. Raises ModelError where the model is not there,
+    or is of an unsupported family.
     """
     transformers.utils.logging.disable_progress_bar()
+    register_pruned_classes()
     source = _smollm2_folder(dtype) if name == SMOLLM2 else _local_or_hub(name)
     offline = not (Path(source).is_dir() or hub_reachable())
     options = {"trust_remote_code": False, "local_files_only": offline}
