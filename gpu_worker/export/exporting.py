@@ -1,6 +1,7 @@
 """A pruned model as a folder in one of the formats, with its card and its facts."""
 
 from pathlib import Path
+from typing import Literal
 
 from gpu_worker.export.card import render_card
 from gpu_worker.export.checkpoint import write_json
@@ -12,8 +13,23 @@ from gpu_worker.models import LoadedModel
 from protocol.plan import Plan
 
 
-def export_model(model: LoadedModel, plan: Plan, facts: ExportFacts, fmt: Format, out: Path, *, force: bool) -> None:
+FileType = Literal["f16", "q8_0"]
+"""How a GGUF file holds its matrices: 16 bits, or 8 in blocks."""
+
+
+def export_model(
+    model: LoadedModel,
+    plan: Plan,
+    facts: ExportFacts,
+    fmt: Format,
+    out: Path,
+    *,
+    force: bool,
+    file_type: FileType = "f16",
+) -> None:
     """Write `model`, which is pruned to `plan`, as the folder `out`: whole, or not at all.
+
+    `file_type` is for the format gguf.
 
     Raises ModelError for a family that the format does not support, and ExportError where `out` exists (an older
     export is replaced with `force`) or cannot be written.
@@ -21,14 +37,16 @@ def export_model(model: LoadedModel, plan: Plan, facts: ExportFacts, fmt: Format
     name = out.expanduser().resolve().name
 
     def write(folder: Path) -> None:
-        gguf = _write_weights(model, plan, fmt, folder, name)
+        gguf = _write_weights(model, plan, fmt, folder, name, file_type)
         (folder / "README.md").write_text(render_card(facts, fmt, name=name, gguf=gguf), encoding="utf-8")
         write_json(folder / MARK, _marked(facts, fmt))
 
     write_folder(out, write, force=force)
 
 
-def _write_weights(model: LoadedModel, plan: Plan, fmt: Format, folder: Path, name: str) -> str | None:
+def _write_weights(
+    model: LoadedModel, plan: Plan, fmt: Format, folder: Path, name: str, file_type: FileType
+) -> str | None:
     """Write the model in its format; returns the name of the GGUF file where there is one."""
     if fmt == "hf":
         write_hf(model, plan, folder)
@@ -37,7 +55,7 @@ def _write_weights(model: LoadedModel, plan: Plan, fmt: Format, folder: Path, na
     else:
         from gpu_worker.export.gguf import write_gguf
 
-        return write_gguf(model, plan, folder, file_type="f16", name=name).name
+        return write_gguf(model, plan, folder, file_type=file_type, name=name).name
     return None
 
 
