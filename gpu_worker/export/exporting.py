@@ -12,7 +12,6 @@ from gpu_worker.export.padded import write_padded
 from gpu_worker.models import LoadedModel
 from protocol.plan import Plan
 
-
 FileType = Literal["f16", "q8_0"]
 """How a GGUF file holds its matrices: 16 bits, or 8 in blocks."""
 
