@@ -19,15 +19,24 @@ from daemon import embedded, flags
 from daemon.display import Display
 from daemon.launch import Launch, secrets_of
 from daemon.local_llm import find_gguf
-from daemon.pruning_request import PruningFlags, TextFlags, measured_text, pruning_request
+from daemon.pruning_request import (
+    allocation_of,
+    allocation_spec,
+    measured_text,
+    pruning_request,
+    request_of_search,
+    self_if_none,
+)
 from daemon.remote import NotRunning, RemoteSearch, open_remote, saved
 from daemon.settings import Settings, check_text, load
 from daemon.signals import run_until_signal
 from daemon.summary import Summary, show
 from protocol import logs
-from protocol.allocation import Allocation, Method
+from protocol.allocation import Method
 from protocol.control import Command
 from protocol.errors import SelfPrunerError, SettingsError, UsageError
+from protocol.formats import Format, GgufType
+from protocol.spec import Measure
 
 app = typer.Typer(
     help="An LLM searches, by evolution, how much to prune from each layer of an LLM.",
@@ -148,20 +157,16 @@ def stop(
 
 
 @app.command()
+@flags.grouped
 def allocate(
     method: Annotated[Method, typer.Argument(help="An allocation without search.")],
     model: Annotated[str, typer.Option(help="A hub name, a folder, or `smollm2`.")],
     rate: Annotated[float, typer.Option(help="The pruning rate β.")],
-    calibration_data: flags.CalibrationData = "self",
-    calibration_windows: flags.CalibrationWindows = 32,
-    seqlen: flags.Seqlen = 1024,
-    granularity: flags.GranularityFlag = None,
-    split: flags.SplitFlag = None,
-    multiple_of: flags.MultipleOf = None,
-    first_layers: flags.FirstLayers = None,
-    last_layers: flags.LastLayers = None,
-    outlier_threshold: flags.OutlierThreshold = 5.0,
-    outlier_range: flags.OutlierRange = 0.08,
+    *,
+    texts: flags.CalibrationFlags,
+    how: flags.PruningFlags,
+    options: flags.MethodFlags,
+    dtype: flags.DtypeFlag = "bfloat16",
     seed: flags.Seed = 0,
     json_: flags.Json = False,
 ) -> None:
@@ -169,51 +174,26 @@ def allocate(
     _need("torch", "worker")
     from gpu_worker.evaluate import allocate_once
 
-    request = pruning_request(
-        model,
-        TextFlags(None, calibration_data, None, 1, calibration_windows, None, seqlen),
-        PruningFlags(
-            rate=rate,
-            allocate=method,
-            granularity=granularity,
-            split=split,
-            multiple_of=multiple_of,
-            first_layers=first_layers,
-            last_layers=last_layers,
-            outlier_threshold=outlier_threshold,
-            outlier_range=outlier_range,
-        ),
-        seed=seed,
-    )
-    assert isinstance(request.choice, Allocation)
+    spec = allocation_spec(model, rate, texts, how, dtype=dtype, seed=seed)
     with _progress() as progress:
-        result = allocate_once(request.spec, request.choice, progress)
+        result = allocate_once(spec, allocation_of(method, options), progress)
     _answer(result.model_dump(mode="json"), json_)
 
 
 @app.command()
+@flags.grouped
 def evaluate(
     folder: Annotated[Path | None, typer.Argument(help="An exported model, measured as it is.")] = None,
-    model: Annotated[str | None, typer.Option(help="A hub name, a folder, or `smollm2`.")] = None,
-    data: flags.Data = None,
-    calibration_data: flags.CalibrationData = None,
-    report_data: flags.ReportData = None,
-    rate: flags.Rate = None,
-    allocate: flags.Allocate = None,
-    rates: flags.Rates = None,
-    windows: flags.Windows = None,
-    calibration_windows: flags.CalibrationWindows = 32,
-    report_windows: flags.ReportWindows = None,
-    seqlen: flags.Seqlen = 2048,
-    granularity: flags.GranularityFlag = None,
-    split: flags.SplitFlag = None,
-    multiple_of: flags.MultipleOf = None,
-    importance: flags.ImportanceFlag = None,
-    scoring: flags.ScoringFlag = None,
-    first_layers: flags.FirstLayers = None,
-    last_layers: flags.LastLayers = None,
-    outlier_threshold: flags.OutlierThreshold = 5.0,
-    outlier_range: flags.OutlierRange = 0.08,
+    model: flags.Model = None,
+    *,
+    texts: flags.TextFlags,
+    choice: flags.ChoiceFlags,
+    how: flags.PruningFlags,
+    options: flags.MethodFlags,
+    fitness: Annotated[Measure, typer.Option(help="`kl`: measure the divergence from the dense model too.")] = (
+        "perplexity"
+    ),
+    dtype: flags.DtypeFlag = "bfloat16",
     seed: flags.Seed = 0,
     json_: flags.Json = False,
 ) -> None:
@@ -224,30 +204,64 @@ def evaluate(
     if (folder is None) == (model is None):
         raise SettingsError("name one model: a folder, or --model")
     name = str(folder) if model is None else model
-    texts = TextFlags(data, calibration_data, report_data, windows, calibration_windows, report_windows, seqlen)
-    if allocate is None and rates is None:
+    if choice == flags.ChoiceFlags():
+        text = measured_text(texts)
         with _progress() as progress:
-            result = evaluate_as_it_is(name, measured_text(texts), seed=seed, progress=progress)
+            result = evaluate_as_it_is(name, text, dtype=dtype, seed=seed, progress=progress)
     else:
-        how = PruningFlags(
-            rate=rate,
-            allocate=allocate,
-            rates=rates,
-            granularity=granularity,
-            split=split,
-            multiple_of=multiple_of,
-            importance=importance,
-            scoring=scoring,
-            first_layers=first_layers,
-            last_layers=last_layers,
-            outlier_threshold=outlier_threshold,
-            outlier_range=outlier_range,
-        )
-        request = pruning_request(name, texts, how, seed=seed)
+        request = pruning_request(name, texts, choice, how, options, measure=fitness, dtype=dtype, seed=seed)
         with _progress() as progress:
             result = evaluate_once(
                 request.spec, request.choice, shape=request.shape, method=request.method, progress=progress
             )
+    _answer(result.model_dump(mode="json"), json_)
+
+
+@app.command()
+@flags.grouped
+def export(
+    out: Annotated[Path, typer.Option(help="The folder to make.")],
+    format_: Annotated[Format, typer.Option("--format", help="What will load it; see docs/usage.md.")] = "hf",
+    gguf_type: Annotated[GgufType, typer.Option(help="gguf: how weights are stored.")] = "f16",
+    force: Annotated[bool, typer.Option("--force", help="Replace an older export.")] = False,
+    search: Annotated[str | None, typer.Option("--search", help="Export the best of this search.")] = None,
+    redis_url: flags.RedisUrl = None,
+    folder: flags.Folder = Path("runs"),
+    model: flags.Model = None,
+    *,
+    texts: flags.ExportTexts,
+    choice: flags.ChoiceFlags,
+    how: flags.PruningFlags,
+    options: flags.MethodFlags,
+    dtype: flags.DtypeFlag = "bfloat16",
+    seed: flags.Seed = 0,
+    json_: flags.Json = False,
+) -> None:
+    """Write a pruned model that loads elsewhere: the best of a search, or by --allocate or --rates.
+
+    Without --data and --calibration-data the model is scored and measured on text that it writes itself.
+    """
+    _need("torch", "worker")
+    from gpu_worker.exporter import Destination, export_once
+
+    if search is not None:
+        if model is not None or choice != flags.ChoiceFlags():
+            raise SettingsError("--search names the model and its rates: leave --model, --allocate and --rates out")
+        record = asyncio.run(_remote(search, redis_url, folder, RemoteSearch.best, otherwise="best.json"))
+        request = request_of_search(record)
+    elif model is not None:
+        request = pruning_request(model, self_if_none(texts), choice, how, options, dtype=dtype, seed=seed)
+    else:
+        raise SettingsError("give --search, or --model with --allocate or --rates")
+    with _progress() as progress:
+        result = export_once(
+            request.spec,
+            request.choice,
+            Destination(out, format_, gguf_type, force),
+            shape=request.shape,
+            method=request.method,
+            progress=progress,
+        )
     _answer(result.model_dump(mode="json"), json_)
 
 

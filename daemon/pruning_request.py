@@ -1,51 +1,21 @@
 """`selfpruner allocate | evaluate | export`: from their flags, or a file of rates, to what is pruned and how."""
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError
 
+from daemon.flags import CalibrationFlags, ChoiceFlags, ExportTexts, MethodFlags, PruningFlags, TextFlags
 from daemon.settings import check_text, text_spec, validation_sentence
 from protocol.allocation import Allocation, Method
 from protocol.errors import DataError, SettingsError
 from protocol.plan import Split
 from protocol.shape import Granularity, ModelShape
-from protocol.spec import Importance, Scoring, SearchSpec, TextSpec
+from protocol.spec import Dtype, Importance, Measure, Scoring, SearchSpec, TextSpec
 
 NO_RATES = "no JSON object with a list of numbers called `rates`"
-
-
-@dataclass(frozen=True)
-class TextFlags:
-    """The texts that the flags name; `data` None means the calibration text."""
-
-    data: str | None
-    calibration_data: str | None
-    report_data: str | None
-    windows: int | None
-    calibration_windows: int
-    report_windows: int | None
-    seqlen: int
-
-
-@dataclass(frozen=True)
-class PruningFlags:
-    """How to prune, as the flags say it; None means: as the file of rates has it, else the default."""
-
-    rate: float | None = None
-    allocate: Method | None = None
-    rates: Path | None = None
-    granularity: Granularity | None = None
-    split: Split | None = None
-    multiple_of: int | None = None
-    importance: Importance | None = None
-    scoring: Scoring | None = None
-    first_layers: int | None = None
-    last_layers: int | None = None
-    outlier_threshold: float = 5.0
-    outlier_range: float = 0.08
 
 
 @dataclass(frozen=True)
@@ -59,7 +29,7 @@ class PruningRequest:
     """As a person would call it: a method of allocation, or where the rates come from."""
 
 
-class _StoredSpec(BaseModel):
+class _HowStored(BaseModel):
     """What a file of rates says of how they are meant."""
 
     model_config = ConfigDict(extra="ignore")
@@ -79,44 +49,67 @@ class RatesFile(BaseModel):
 
     rates: tuple[Annotated[float, Strict()], ...]
     shape: ModelShape | None = None
-    spec: _StoredSpec = Field(default_factory=_StoredSpec)
+    spec: _HowStored = Field(default_factory=_HowStored)
     search: str | None = None
     method: str | None = None
 
 
-def pruning_request(model: str, texts: TextFlags, flags: PruningFlags, *, seed: int) -> PruningRequest:
+def pruning_request(
+    model: str,
+    texts: TextFlags,
+    choice: ChoiceFlags,
+    how: PruningFlags,
+    options: MethodFlags,
+    *,
+    measure: Measure = "perplexity",
+    dtype: Dtype,
+    seed: int,
+) -> PruningRequest:
     """Check the flags together. Raises UsageError with one sentence."""
-    if (flags.rates is None) == (flags.allocate is None):
+    if (choice.rates is None) == (choice.allocate is None):
         raise SettingsError("give either --rates FILE or --allocate METHOD with --rate")
-    if flags.allocate is not None and flags.rate is None:
+    if choice.allocate is not None and choice.rate is None:
         raise SettingsError("--allocate needs --rate, the share of decoder parameters to remove")
-    file = read_rates(flags.rates) if flags.rates else None
-    stored = _StoredSpec() if file is None else file.spec
-    rate = stored.rate if flags.rate is None else flags.rate
-    if rate is None:
-        raise SettingsError(f"{flags.rates} does not say its pruning rate: give --rate")
-    calibration, fitness, report = _texts(texts)
+    file = RatesFile(rates=()) if choice.rates is None else read_rates(choice.rates)
+    given = {"rate": choice.rate, **asdict(how)}
+    pruning = file.spec.model_dump() | {name: value for name, value in given.items() if value is not None}
+    if pruning["rate"] is None:
+        raise SettingsError(f"{choice.rates} does not say its pruning rate: give --rate")
+    spec = _spec(model=model, **pruning, **_texts(texts), measure=measure, dtype=dtype, seed=seed)
+    if choice.allocate is not None:
+        return PruningRequest(spec, allocation_of(choice.allocate, options), None, choice.allocate)
+    return PruningRequest(spec, file.rates, file.shape, _origin(file, choice.rates))
+
+
+def request_of_search(record: dict[str, Any]) -> PruningRequest:
+    """The best of a search, by what its best.json holds: the same model, texts and seed, and so the same weights.
+
+    Raises DataError for a record of a version that knew less.
+    """
     try:
-        spec = SearchSpec(
-            model=model,
-            rate=rate,
-            granularity=flags.granularity or stored.granularity,
-            split=flags.split or stored.split,
-            multiple_of=flags.multiple_of or stored.multiple_of,
-            importance=flags.importance or stored.importance,
-            scoring=flags.scoring or stored.scoring,
-            calibration=calibration,
-            fitness=fitness,
-            report=report,
-            seed=seed,
-        )
-        allocation = None if flags.allocate is None else _allocation(flags.allocate, flags)
+        spec = SearchSpec.model_validate(record["spec"])
+        file = RatesFile.model_validate(record)
+    except (KeyError, ValidationError) as error:
+        raise DataError(f"the search's best rates were kept by another version of Self-Pruner: {error}") from error
+    return PruningRequest(spec, file.rates, file.shape, f"search {file.search}")
+
+
+def allocation_spec(
+    model: str, rate: float, texts: CalibrationFlags, how: PruningFlags, *, dtype: Dtype, seed: int
+) -> SearchSpec:
+    """The spec of an allocation, which is scored on one text and measures nothing."""
+    text = _text(texts.calibration_data, texts.calibration_windows, texts.seqlen)
+    pruning = {name: value for name, value in asdict(how).items() if value is not None}
+    fitness = text.model_copy(update={"windows": 1})
+    return _spec(model=model, rate=rate, **pruning, calibration=text, fitness=fitness, dtype=dtype, seed=seed)
+
+
+def allocation_of(method: Method, options: MethodFlags) -> Allocation:
+    """The allocation that the flags describe. Raises SettingsError for a setting out of range."""
+    try:
+        return Allocation(method=method, **asdict(options))
     except ValidationError as error:
         raise SettingsError(validation_sentence(error)) from error
-    if file is None:
-        assert allocation is not None
-        return PruningRequest(spec, allocation, None, allocation.method)
-    return PruningRequest(spec, file.rates, file.shape, _origin(file, flags.rates))
 
 
 def read_rates(path: Path) -> RatesFile:
@@ -143,27 +136,29 @@ def measured_text(texts: TextFlags) -> TextSpec:
     return _text(texts.data, texts.windows, texts.seqlen)
 
 
-def _texts(texts: TextFlags) -> tuple[TextSpec, TextSpec, TextSpec | None]:
+def self_if_none(texts: ExportTexts) -> ExportTexts:
+    """The same texts; where none is named, the one that the model writes itself."""
+    return texts if texts.data or texts.calibration_data else replace(texts, calibration_data="self")
+
+
+def _texts(texts: TextFlags) -> dict[str, TextSpec | None]:
     calibration = texts.calibration_data or texts.data
     data = texts.data or texts.calibration_data
     if calibration is None or data is None:
         raise SettingsError("give --data, the text to measure on")
     report = texts.report_data and _text(texts.report_data, texts.report_windows, texts.seqlen)
-    return (
-        _text(calibration, texts.calibration_windows, texts.seqlen),
-        _text(data, texts.windows, texts.seqlen),
-        report or None,
-    )
+    return {
+        "calibration": _text(calibration, texts.calibration_windows, texts.seqlen),
+        "fitness": _text(data, texts.windows, texts.seqlen),
+        "report": report or None,
+    }
 
 
-def _allocation(method: Method, flags: PruningFlags) -> Allocation:
-    return Allocation(
-        method=method,
-        first_layers=flags.first_layers,
-        last_layers=flags.last_layers,
-        outlier_threshold=flags.outlier_threshold,
-        outlier_range=flags.outlier_range,
-    )
+def _spec(**fields: Any) -> SearchSpec:
+    try:
+        return SearchSpec(**fields)
+    except ValidationError as error:
+        raise SettingsError(validation_sentence(error)) from error
 
 
 def _origin(file: RatesFile, path: Path | None) -> str:

@@ -27,7 +27,7 @@ from protocol.keys import check_search_name
 from protocol.plan import Split
 from protocol.rates import DECIMALS
 from protocol.shape import Granularity
-from protocol.spec import Importance, Measure, Scoring, SearchSpec, TextSpec
+from protocol.spec import Dtype, Importance, Measure, Scoring, SearchSpec, TextSpec
 
 ENV_PREFIX = "SELFPRUNER_"
 NAMED_TEXTS = ("wikitext2", "self")
@@ -87,7 +87,7 @@ class TargetSettings(_Section):
     """β: the share of decoder-layer parameters to remove, above 0 and up to 0.9."""
     multiple_of: PositiveInt = 1
     """MLP widths are multiples of this many channels (64 or 128 suits tensor cores)."""
-    dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
+    dtype: Dtype = "bfloat16"
     """Of weights and activations."""
 
 

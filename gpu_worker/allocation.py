@@ -1,5 +1,8 @@
 """Allocation without a search: what a method needs to know of the model is measured, then it says the rates."""
 
+from collections.abc import Callable
+
+from gpu_worker.models import LoadedModel
 from gpu_worker.progress import Progress, no_progress
 from gpu_worker.sensitivity import measure_sensitivity, removed_alone
 from gpu_worker.target import Target
@@ -7,10 +10,19 @@ from protocol.allocation import Allocation, llm_pruner_rates, owl_rates, sensiti
 from protocol.spec import SearchSpec
 
 
-def prepare(spec: SearchSpec, allocation: Allocation | None, progress: Progress = no_progress) -> Target:
-    """The target of `spec`, with what `allocation` needs to see of the dense model."""
-    owl = allocation is not None and allocation.method == "owl"
-    return Target(spec, progress, outlier_threshold=allocation.outlier_threshold if allocation and owl else None)
+def prepare(
+    spec: SearchSpec,
+    allocation: Allocation | None,
+    progress: Progress = no_progress,
+    *,
+    check: Callable[[LoadedModel], None] | None = None,
+) -> Target:
+    """The target of `spec`, with what `allocation` needs to see of the dense model.
+
+    `check` sees the loaded model before anything that takes time is done with it.
+    """
+    threshold = allocation.outlier_threshold if allocation is not None and allocation.method == "owl" else None
+    return Target(spec, progress, outlier_threshold=threshold, check=check)
 
 
 def allocate(target: Target, allocation: Allocation, progress: Progress = no_progress) -> tuple[float, ...]:

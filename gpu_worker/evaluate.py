@@ -16,7 +16,7 @@ from protocol.allocation import Allocation
 from protocol.errors import BudgetError
 from protocol.plan import LayerPlan, Parameters, check_rates, count_parameters, dense_plan
 from protocol.shape import ModelShape
-from protocol.spec import SearchSpec, TextSpec
+from protocol.spec import Dtype, SearchSpec, TextSpec
 
 
 class EvaluationResult(BaseModel):
@@ -32,6 +32,8 @@ class EvaluationResult(BaseModel):
     perplexity: float
     """On the fitness text."""
     dense_perplexity: float | None
+    kl: float | None
+    """Divergence from the dense model in nats, where it was asked for."""
     report_perplexity: float | None
     dense_report_perplexity: float | None
     parameters: Parameters
@@ -82,9 +84,10 @@ def evaluate_once(
     return EvaluationResult(
         model=spec.model,
         method=method,
-        rate=_removed(measured.parameters),
+        rate=removed_share(measured.parameters),
         perplexity=measured.perplexity,
         dense_perplexity=session.card.dense.perplexity,
+        kl=measured.kl,
         report_perplexity=report,
         dense_report_perplexity=None if dense_report is None else dense_report.perplexity,
         parameters=measured.parameters,
@@ -97,10 +100,12 @@ def evaluate_once(
     )
 
 
-def evaluate_as_it_is(name: str, text: TextSpec, *, seed: int, progress: Progress = no_progress) -> EvaluationResult:
+def evaluate_as_it_is(
+    name: str, text: TextSpec, *, dtype: Dtype, seed: int, progress: Progress = no_progress
+) -> EvaluationResult:
     """Measure a model, such as an exported one, without pruning it."""
     progress("loading model", 0, 1)
-    model = load_model(name, "bfloat16")
+    model = load_model(name, dtype)
     progress("loading model", 1, 1)
     windows = load_text(text, model.tokenizer, seed, lambda n, length: self_text(model, n, length, seed, progress))
     start = time.perf_counter()
@@ -112,6 +117,7 @@ def evaluate_as_it_is(name: str, text: TextSpec, *, seed: int, progress: Progres
         rate=0.0,
         perplexity=value,
         dense_perplexity=None,
+        kl=None,
         report_perplexity=None,
         dense_report_perplexity=None,
         parameters=count_parameters(dense_plan(shape), shape),
@@ -153,5 +159,6 @@ def choose_rates(
     return choice
 
 
-def _removed(parameters: Parameters) -> float:
+def removed_share(parameters: Parameters) -> float:
+    """The share of the decoder's parameters that is gone."""
     return round(1 - parameters.decoder_after / parameters.decoder_before, 5)

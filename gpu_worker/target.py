@@ -1,6 +1,6 @@
 """The target model made ready to be pruned: loaded, its texts read, its pieces scored, its weights ordered."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -22,16 +22,23 @@ from protocol.spec import SearchSpec
 class Target:
     """The model of a spec, with the spec's texts. Making one takes as long as its stages; `progress` hears of each.
 
-    With `outlier_threshold` (OWL's M) the layers' `outliers` are counted too, which only the dense model shows. Raises
-    UsageError for a model or a text that cannot be had.
+    With `outlier_threshold` (OWL's M) the layers' `outliers` are counted too, which only the dense model shows. `check`
+    may refuse the loaded model. Raises UsageError for a model or a text that cannot be had.
     """
 
     def __init__(
-        self, spec: SearchSpec, progress: Progress = no_progress, *, outlier_threshold: float | None = None
+        self,
+        spec: SearchSpec,
+        progress: Progress = no_progress,
+        *,
+        outlier_threshold: float | None = None,
+        check: Callable[[LoadedModel], None] | None = None,
     ) -> None:
         self.spec = spec
         self._progress = progress
         self.model = _load(spec, progress)
+        if check is not None:
+            check(self.model)
         self.texts = _read_texts(spec, self.model, progress)
         decoder, windows = self.model.decoder, self.texts.calibration
         needs_activations = spec.importance == "wanda-sp" or outlier_threshold is not None

@@ -12,6 +12,7 @@ Importance = Literal["wanda-sp", "taylor", "magnitude"]
 """How heads and channels are scored: as FLAP's Wanda-sp, as LLM-Pruner, or by the size of their weights."""
 Scoring = Literal["dense", "sequential"]
 """Once on the dense model, or for each plan anew, each layer on the already pruned layers below it (Wanda-sp only)."""
+Dtype = Literal["bfloat16", "float32", "float16"]
 Measure = Literal["perplexity", "kl"]
 """What a search minimises: perplexity (the paper), or the KL divergence from the dense model."""
 
@@ -47,7 +48,7 @@ class SearchSpec(BaseModel):
     measure: Measure = "perplexity"
     """`kl` measures the divergence beside the perplexity, on every text."""
     report: TextSpec | None = None
-    dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
+    dtype: Dtype = "bfloat16"
     seed: int = 0
 
     @model_validator(mode="after")

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from gpu_worker.export.exporting import export_model
-from gpu_worker.export.facts import ExportFacts, Format, TextPerplexity
+from gpu_worker.export.facts import ExportFacts, TextPerplexity
 from gpu_worker.models import LoadedModel
 from gpu_worker.pruning import OrderedModel
+from protocol.formats import Format
 from protocol.plan import Plan
 from protocol.spec import SearchSpec, TextSpec
 from tests.pruned_models import keep, scores_of

@@ -51,10 +51,12 @@ def tiny_model(
     bias: bool = False,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
+    **config_options: Any,
 ) -> LoadedModel:
     """A random model of a family's real classes, without a tokenizer.
 
-    By default grouped-query, and its heads are wider than the hidden size. `bias` is for families that can have it.
+    By default grouped-query, and its heads are wider than the hidden size. `bias` is for families that can have it;
+    `config_options` are those of the family's config.
     """
     sizes = {
         "vocab_size": VOCABULARY,
@@ -71,7 +73,7 @@ def tiny_model(
         "pad_token_id": None,
     }
     biases = {"attention_bias": bias, "mlp_bias": bias} if bias else {}
-    config = _CONFIGS[family](**sizes, **_PECULIARITIES.get(family, {}), **biases)
+    config = _CONFIGS[family](**(sizes | _PECULIARITIES.get(family, {}) | biases | config_options))
     model = transformers.AutoModelForCausalLM.from_config(config)
     # Gemma's norms multiply by 1 + weight, the others' by weight.
     _randomise(model, seed, norm=0.0 if family == "gemma3_text" else 1.0)
@@ -87,9 +89,15 @@ def tiny_windows(windows: int, seqlen: int, seed: int = 0) -> torch.Tensor:
 def save_tiny_folder(path: Path, family: str = "llama", **options: Any) -> Path:
     """Save a tiny model (`options` as for `tiny_model`) with a byte tokenizer, as a checkpoint folder; returns it."""
     tiny_model(family, **options).causal_lm.save_pretrained(path)
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=_byte_tokenizer())
-    tokenizer.save_pretrained(path)
+    byte_tokenizer().save_pretrained(path)
     return path
+
+
+def byte_tokenizer() -> Any:
+    """A tokenizer of one token a byte, and after those one for the first and one for the last token of a text."""
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=_byte_tokenizer(), bos_token="<first>", eos_token="<last>"
+    )
 
 
 def _randomise(model: torch.nn.Module, seed: int, *, norm: float) -> None:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 
-from gpu_worker.export.facts import ExportFacts, Format, TextPerplexity, version_of_selfpruner
+from gpu_worker.export.facts import ExportFacts, TextPerplexity, version_of_selfpruner
 from gpu_worker.export.modeling import module_name
+from protocol.formats import Format
 from protocol.spec import TextSpec
 
 

@@ -2,15 +2,12 @@
 
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, model_validator
 
 from protocol.plan import Parameters, Plan, count_parameters
 from protocol.shape import ModelShape
 from protocol.spec import SearchSpec
-
-Format = Literal["hf", "padded", "gguf"]
 
 SMOLLM2_ON_THE_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """What `smollm2` is called there."""

@@ -1,0 +1,119 @@
+"""A pruned model as one GGUF file that stock llama.cpp loads.
+
+llama.cpp's own `llama` architecture has one number of heads for all layers. Its `deci` architecture, made for NVIDIA's
+Nemotron models, is the same computation with the numbers given layer by layer: exactly what a plan is.
+"""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import gguf
+import structlog
+
+from gpu_worker.export.gguf_tensors import GgufTensor, tensors_of
+from gpu_worker.export.gguf_vocabulary import read_vocabulary
+from gpu_worker.models import LoadedModel
+from protocol.errors import ModelError
+from protocol.formats import GgufType
+from protocol.plan import Plan
+
+log = structlog.get_logger()
+
+ARCHITECTURE = gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.DECI]
+FAMILIES = ("llama", "mistral", "qwen2")
+"""Families whose decoder layers compute what llama.cpp's `deci` layers do."""
+
+_FILE_TYPES = {"f16": gguf.LlamaFileType.MOSTLY_F16, "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0}
+
+
+def write_gguf(model: LoadedModel, plan: Plan, folder: Path, *, file_type: GgufType, name: str) -> Path:
+    """Write `model`, already pruned to `plan`, into `folder` as `<name>-<FILE TYPE>.gguf`; returns that path.
+
+    `f16`: every matrix F16. `q8_0`: matrices in blocks of 32 values (8.5 bits a weight); a matrix whose rows are no
+    multiple of 32 long stays F16, and the log says how many: plans with `multiple_of` 32 have none. Norms and biases
+    are F32. Tensors are converted and written one at a time, so the memory needed is that of the largest one.
+
+    Raises ModelError where GGUF cannot say what the model computes: another family, a sliding window, other rope
+    scaling than `linear` and `llama3`, an unknown tokenizer. Raises PlanMismatchError for the plan of another model.
+    """
+    check_gguf(model)
+    vocabulary = read_vocabulary(model.tokenizer, model.causal_lm.config)
+    tensors = tensors_of(model, plan, file_type)
+    path = folder / f"{_file_name(name)}-{file_type.upper()}.gguf"
+    writer = gguf.GGUFWriter(path, ARCHITECTURE)
+    try:
+        _add_metadata(writer, model, plan, file_type, name)
+        vocabulary.add_to(writer)
+        _write(writer, tensors)
+    finally:
+        writer.close()
+    _tell_what_stayed_f16(tensors, file_type, path)
+    return path
+
+
+def check_gguf(model: LoadedModel) -> None:
+    """Raise ModelError where a GGUF cannot say what `model` computes."""
+    config = model.causal_lm.config
+    family = model.decoder.shape.family
+    if family not in FAMILIES:
+        raise ModelError(
+            f"the format gguf cannot carry a pruned model of the family {family!r}; "
+            f"it supports {', '.join(FAMILIES)}; use the format hf or padded"
+        )
+    if getattr(config, "sliding_window", None) is not None:
+        raise ModelError(
+            f"the format gguf cannot carry the sliding window of this model ({config.sliding_window} tokens): "
+            "llama.cpp has no such layers of different sizes; use the format hf or padded"
+        )
+    if config.hidden_act not in ("silu", "swish"):
+        raise ModelError(f"the format gguf supports the activation silu only, and this model has {config.hidden_act!r}")
+
+
+def _file_name(name: str) -> str:
+    """The name with every run of characters that are awkward in a file name as one hyphen."""
+    return re.sub(r"[^\w.]+", "-", name).strip("-.") or "model"
+
+
+def _add_metadata(writer: Any, model: LoadedModel, plan: Plan, file_type: GgufType, name: str) -> None:
+    config, shape = model.causal_lm.config, model.decoder.shape
+    writer.add_type("model")
+    writer.add_name(name)
+    writer.add_file_type(_FILE_TYPES[file_type])
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_block_count(len(plan.layers))
+    writer.add_head_count([layer.query_heads for layer in plan.layers])
+    writer.add_head_count_kv([layer.kv_heads for layer in plan.layers])
+    writer.add_feed_forward_length([layer.mlp_channels for layer in plan.layers])
+    writer.add_embedding_length(shape.hidden_size)
+    # Left out, it would be taken for hidden size / heads of the first layer.
+    writer.add_key_length(shape.head_dim)
+    writer.add_value_length(shape.head_dim)
+    writer.add_rope_dimension_count(shape.head_dim)
+    writer.add_rope_freq_base(float(config.rope_parameters["rope_theta"]))
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_vocab_size(config.vocab_size)
+
+
+def _write(writer: Any, tensors: tuple[GgufTensor, ...]) -> None:
+    """Header, metadata and the table of tensors first: their sizes are known before any of them is converted."""
+    for tensor in tensors:
+        writer.add_tensor_info(tensor.name, tensor.stored_shape, tensor.dtype, tensor.nbytes, raw_dtype=tensor.type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    for tensor in tensors:
+        writer.write_tensor_data(tensor.data())
+
+
+def _tell_what_stayed_f16(tensors: tuple[GgufTensor, ...], file_type: GgufType, path: Path) -> None:
+    matrices = [tensor for tensor in tensors if tensor.type != gguf.GGMLQuantizationType.F32]
+    kept = [tensor for tensor in matrices if tensor.type == gguf.GGMLQuantizationType.F16]
+    if file_type == "q8_0" and kept:
+        log.warning(
+            "some tensors stay F16, for their rows are no multiple of 32 long; multiple_of 32 avoids it",
+            tensors=len(kept),
+            of=len(matrices),
+            file=path.name,
+        )
