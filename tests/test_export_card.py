@@ -52,7 +52,7 @@ def test_a_folder_is_no_name_on_the_hub_and_its_place_is_not_told(tmp_path: Path
 
 
 def test_the_place_of_a_text_is_not_told() -> None:
-    assert "scored on notes.txt, 16 windows of 512 tokens" in card() and "/home/" not in card()
+    assert "scored on notes.txt, 16 windows of 512 tokens (scoring: dense)" in card() and "/home/" not in card()
 
 
 def test_parameters_are_told_before_and_after() -> None:
