@@ -13,6 +13,7 @@ from agents.prompt import Prompts
 from agents.replies import Parsed
 from agents.settings import AgentSettings
 from agents.view import Member, View
+from agents.words import about_model
 from protocol.errors import EndpointError, InvalidReply
 
 TOKENS_BESIDE = 100
@@ -98,7 +99,7 @@ class Asker:
     async def ask(self, call: Call, question: Question[T], missing: int, take: Take[T]) -> int:
         """Ask until `missing` items are taken or the re-asks are used up; returns how many were taken."""
         messages: list[Message] = [
-            {"role": "system", "content": self._prompts.fill("system")},
+            {"role": "system", "content": self._prompts.fill("system", about=about_model(call.view))},
             {"role": "user", "content": question.prompt},
         ]
         taken = 0

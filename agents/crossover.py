@@ -45,7 +45,10 @@ class Crossover:
 
     def _lists(self, call: Call, parents: Sequence[Member]) -> Question[Proposal]:
         prompt = self._prompts.fill(
-            "crossover_lists", count=call.count, members=numbered_lists(parents), about=about_model(call.view)
+            "crossover_lists",
+            count=call.count,
+            members=numbered_lists(call.view, parents),
+            about=about_model(call.view),
         )
         return lists_question("crossover_lists", prompt, call.view, parents)
 

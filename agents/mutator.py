@@ -43,7 +43,7 @@ class Mutator:
 
     def _lists(self, call: Call, parents: Sequence[Member]) -> Question[Proposal]:
         prompt = self._prompts.fill(
-            "mutator_lists", count=call.count, members=numbered_lists(parents), about=about_model(call.view)
+            "mutator_lists", count=call.count, members=numbered_lists(call.view, parents), about=about_model(call.view)
         )
         return lists_question("mutator_lists", prompt, call.view, parents)
 

@@ -17,7 +17,7 @@ class Evaluation:
 
 
 class Population:
-    """All outcomes of a search, and among the measured ones an order by fitness (lower perplexity is better).
+    """All outcomes of a search, and among the measured ones an order by fitness (lower is better).
 
     Baselines are kept (they are measured like any other) but are not members: they are what the search is compared
     with. A failed candidate is remembered and never a member.
@@ -45,7 +45,7 @@ class Population:
         self._evaluations[candidate.id] = evaluation
         if not isinstance(outcome, Measured) or candidate.provenance.agent == "baseline":
             return False
-        insort(self._ranked, (outcome.perplexity, evaluation.order, candidate.id))
+        insort(self._ranked, (outcome.fitness, evaluation.order, candidate.id))
         return self._ranked[0][2] == candidate.id
 
     def get(self, candidate_id: str) -> Evaluation | None:

@@ -14,7 +14,8 @@ class Member:
     """A measured candidate of the population."""
 
     candidate: Candidate
-    perplexity: float
+    fitness: float
+    """Perplexity or KL divergence, as the spec's measure says; lower is better."""
 
 
 @dataclass(frozen=True)

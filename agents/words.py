@@ -10,6 +10,13 @@ from protocol.shape import Granularity
 
 SECTIONS = 5
 
+FITNESS = {"perplexity": "perplexity", "kl": "KL divergence"}
+FITNESS_IN_FULL = {
+    "perplexity": "perplexity of the pruned model",
+    "kl": "KL divergence of the pruned model from the unpruned one",
+}
+"""What the search minimises, in the words of its prompts."""
+
 TEXTS = {"wikitext2": "the WikiText-2 dataset", "self": "text of its own"}
 
 
@@ -27,6 +34,9 @@ class AboutModel:
     rate: str
     percent: str
     text: str
+    fitness: str
+    """What is minimised: perplexity, or KL divergence."""
+    fitness_in_full: str
     fragile: tuple[str, ...]
     """Names of the units whose pruning alone hurts most, worst first."""
     robust: tuple[str, ...]
@@ -47,6 +57,8 @@ def about_model(view: View) -> AboutModel:
         rate=f"{spec.rate:g}",
         percent=f"{100 * spec.rate:g}",
         text=TEXTS.get(spec.fitness.source, "a text"),
+        fitness=FITNESS[spec.measure],
+        fitness_in_full=FITNESS_IN_FULL[spec.measure],
         fragile=ranked[:KEPT_CHOICES],
         robust=ranked[KEPT_CHOICES:][: -KEPT_CHOICES - 1 : -1],
     )
@@ -76,16 +88,24 @@ def decimals(rates: Sequence[float]) -> str:
     return "[" + ", ".join(f"{rate:.5f}" for rate in rates) + "]"
 
 
-def numbered_lists(members: Sequence[Member]) -> list[dict[str, str]]:
+def numbered_lists(view: View, members: Sequence[Member]) -> list[dict[str, str]]:
     """Members with all their decimals, for the `lists` prompts."""
-    return [{"rates": decimals(m.candidate.rates), "perplexity": f"{m.perplexity:.3f}"} for m in members]
+    return [{"rates": decimals(m.candidate.rates), "fitness": _fitness(view, m, more=1)} for m in members]
 
 
 def numbered_profiles(view: View, members: Sequence[Member]) -> list[dict[str, object]]:
     """Members in whole percent, for the `edits` prompts."""
-    return [{"percents": percents(view, m.candidate.rates), "perplexity": f"{m.perplexity:.2f}"} for m in members]
+    return [{"percents": percents(view, m.candidate.rates), "fitness": _fitness(view, m)} for m in members]
 
 
 def numbered_sections(view: View, members: Sequence[Member]) -> list[dict[str, object]]:
     """Members in whole percent by section, for the Selector."""
-    return [{"percents": sections(view, m.candidate.rates), "perplexity": f"{m.perplexity:.2f}"} for m in members]
+    return [{"percents": sections(view, m.candidate.rates), "fitness": _fitness(view, m)} for m in members]
+
+
+_FITNESS_DIGITS = {"perplexity": 2, "kl": 4}
+"""Decimals that tell members apart: perplexities are tens, divergences are below one or little above."""
+
+
+def _fitness(view: View, member: Member, more: int = 0) -> str:
+    return f"{member.fitness:.{_FITNESS_DIGITS[view.spec.measure] + more}f}"

@@ -73,7 +73,7 @@ class Ledger:
 
     def view(self, round_: int) -> View:
         """What the agents see of it."""
-        best = sorted(self.members.values(), key=lambda member: member.perplexity)
+        best = sorted(self.members.values(), key=lambda member: member.fitness)
         return View(self.spec, self.card, round_, tuple(best[:30]))
 
 
@@ -146,7 +146,7 @@ async def run(options: argparse.Namespace, endpoint: Endpoint) -> list[dict[str,
             parents = (await timed("selector", 1, selector.select(view, options.count))).parents
             await timed("mutator", options.count, mutator.propose(view, parents, options.count, ledger.submit))
             await timed("crossover", options.count, crossover.propose(view, parents, options.count, ledger.submit))
-            print(f"round {round_}: best {ledger.view(0).population[0].perplexity:.2f}, parents", len(parents))
+            print(f"round {round_}: best {ledger.view(0).population[0].fitness:.2f}, parents", len(parents))
     return rows
 
 

@@ -4,28 +4,39 @@ import asyncio
 import json
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import AsyncExitStack, contextmanager
 from importlib.resources import as_file, files
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 import yaml
 from rich.console import Console
 
-from daemon import embedded
+from daemon import embedded, flags
 from daemon.display import Display
 from daemon.launch import Launch, secrets_of
 from daemon.local_llm import find_gguf
+from daemon.pruning_request import (
+    allocation_of,
+    allocation_spec,
+    measured_text,
+    pruning_request,
+    request_of_search,
+    self_if_none,
+)
 from daemon.remote import NotRunning, RemoteSearch, open_remote, saved
 from daemon.settings import Settings, check_text, load
 from daemon.signals import run_until_signal
 from daemon.summary import Summary, show
 from protocol import logs
+from protocol.allocation import Method
 from protocol.control import Command
 from protocol.errors import SelfPrunerError, SettingsError, UsageError
+from protocol.formats import Format, GgufType
+from protocol.spec import Measure
 
 app = typer.Typer(
     help="An LLM searches, by evolution, how much to prune from each layer of an LLM.",
@@ -35,16 +46,6 @@ app = typer.Typer(
 )
 
 Config = Annotated[Path | None, typer.Argument(help="A YAML file of settings; quickstart.yaml when left out.")]
-Set = Annotated[list[str] | None, typer.Option("--set", help="One setting, such as target.rate=0.3; repeatable.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
-SearchName = Annotated[str, typer.Option("--search", help="The search's name.")]
-RedisUrl = Annotated[
-    str | None,
-    typer.Option("--redis-url", envvar="SELFPRUNER_REDIS__URL", help="Left out: the embedded server of the search."),
-]
-Folder = Annotated[
-    Path, typer.Option("--folder", envvar="SELFPRUNER_RUN__FOLDER", help="Where `selfpruner run` keeps searches.")
-]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,7 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 @app.command()
-def run(config: Config = None, set_: Set = None, json_: Json = False) -> None:
+def run(config: Config = None, set_: flags.Set = None, json_: flags.Json = False) -> None:
     """Search with everything on this machine: an embedded Valkey, a local LLM, a worker and the daemon."""
     with as_file(files("configs") / "quickstart.yaml") as quickstart:
         settings = load(config or quickstart, set_ or [])
@@ -76,7 +77,7 @@ def run(config: Config = None, set_: Set = None, json_: Json = False) -> None:
 
 
 @app.command()
-def daemon(config: Annotated[Path, typer.Argument(help="A YAML file of settings.")], set_: Set = None) -> None:
+def daemon(config: Annotated[Path, typer.Argument(help="A YAML file of settings.")], set_: flags.Set = None) -> None:
     """Search with workers, Redis and LLM endpoints that run elsewhere."""
     settings = load(config, set_ or [])
     if settings.redis.url is None:
@@ -92,7 +93,7 @@ def daemon(config: Annotated[Path, typer.Argument(help="A YAML file of settings.
 
 @app.command()
 def worker(
-    search: SearchName = "default",
+    search: flags.SearchName = "default",
     redis_url: Annotated[str, typer.Option(envvar="SELFPRUNER_REDIS__URL")] = "redis://127.0.0.1:6379",
     lease_seconds: Annotated[float, typer.Option(help="A job without sign of life is given away after it.")] = 30.0,
     max_evaluation_seconds: Annotated[float, typer.Option(help="A longer evaluation has failed.")] = 1800.0,
@@ -109,7 +110,10 @@ def worker(
 
 @app.command()
 def status(
-    search: SearchName = "default", redis_url: RedisUrl = None, folder: Folder = Path("runs"), json_: Json = False
+    search: flags.SearchName = "default",
+    redis_url: flags.RedisUrl = None,
+    folder: flags.Folder = Path("runs"),
+    json_: flags.Json = False,
 ) -> None:
     """Say how far a search is."""
     answer = asyncio.run(_remote(search, redis_url, folder, RemoteSearch.status, otherwise="summary.json"))
@@ -118,7 +122,10 @@ def status(
 
 @app.command()
 def best(
-    search: SearchName = "default", redis_url: RedisUrl = None, folder: Folder = Path("runs"), json_: Json = False
+    search: flags.SearchName = "default",
+    redis_url: flags.RedisUrl = None,
+    folder: flags.Folder = Path("runs"),
+    json_: flags.Json = False,
 ) -> None:
     """Print the best pruning rates so far."""
     answer = asyncio.run(_remote(search, redis_url, folder, RemoteSearch.best, otherwise="best.json"))
@@ -126,60 +133,144 @@ def best(
 
 
 @app.command()
-def pause(search: SearchName = "default", redis_url: RedisUrl = None, folder: Folder = Path("runs")) -> None:
+def pause(
+    search: flags.SearchName = "default", redis_url: flags.RedisUrl = None, folder: flags.Folder = Path("runs")
+) -> None:
     """Ask nothing more and measure nothing more; what is being measured is finished. Survives restarts."""
     _command("pause", search, redis_url, folder)
 
 
 @app.command()
-def resume(search: SearchName = "default", redis_url: RedisUrl = None, folder: Folder = Path("runs")) -> None:
+def resume(
+    search: flags.SearchName = "default", redis_url: flags.RedisUrl = None, folder: flags.Folder = Path("runs")
+) -> None:
     """Go on after a pause."""
     _command("run", search, redis_url, folder)
 
 
 @app.command()
-def stop(search: SearchName = "default", redis_url: RedisUrl = None, folder: Folder = Path("runs")) -> None:
+def stop(
+    search: flags.SearchName = "default", redis_url: flags.RedisUrl = None, folder: flags.Folder = Path("runs")
+) -> None:
     """End the search's daemon; nothing measured is lost, and the search can be started again."""
     _command("stop", search, redis_url, folder)
 
 
 @app.command()
-def evaluate(
+@flags.grouped
+def allocate(
+    method: Annotated[Method, typer.Argument(help="An allocation without search.")],
     model: Annotated[str, typer.Option(help="A hub name, a folder, or `smollm2`.")],
-    data: Annotated[str, typer.Option(help="The text to measure on: `wikitext2`, `self`, or a text file.")],
-    calibration_data: Annotated[str | None, typer.Option(help="The text to score on; as --data if left out.")] = None,
-    rate: Annotated[float | None, typer.Option(help="The pruning rate β of --allocate.")] = None,
-    allocate: Annotated[Literal["uniform"] | None, typer.Option(help="An allocation without search.")] = None,
-    rates: Annotated[Path | None, typer.Option(help="A best.json, or any JSON file with `rates`.")] = None,
-    windows: Annotated[int | None, typer.Option(min=1, help="Windows of the text; all if left out.")] = None,
-    calibration_windows: Annotated[int, typer.Option(min=1)] = 32,
-    seqlen: Annotated[int, typer.Option(min=16, help="Tokens of a window.")] = 2048,
-    seed: Annotated[int, typer.Option(help="Chooses the windows.")] = 0,
-    json_: Json = False,
+    rate: Annotated[float, typer.Option(help="The pruning rate β.")],
+    *,
+    texts: flags.CalibrationFlags,
+    how: flags.PruningFlags,
+    options: flags.MethodFlags,
+    dtype: flags.DtypeFlag = "bfloat16",
+    seed: flags.Seed = 0,
+    json_: flags.Json = False,
 ) -> None:
-    """Prune a model and measure its perplexity, without a search."""
+    """Say the pruning rates of an allocation; with --json a file that `evaluate` and `export` take as --rates."""
     _need("torch", "worker")
-    from daemon.evaluation import evaluation_request
-    from gpu_worker.evaluate import evaluate_once
+    from gpu_worker.evaluate import allocate_once
 
-    request = evaluation_request(
-        model=model,
-        data=data,
-        calibration_data=calibration_data,
-        rate=rate,
-        allocate=allocate,
-        rates_file=rates,
-        windows=windows,
-        calibration_windows=calibration_windows,
-        seqlen=seqlen,
-        seed=seed,
-    )
+    spec = allocation_spec(model, rate, texts, how, dtype=dtype, seed=seed)
+    with _progress() as progress:
+        result = allocate_once(spec, allocation_of(method, options), progress)
+    _answer(result.model_dump(mode="json"), json_)
+
+
+@app.command()
+@flags.grouped
+def evaluate(
+    folder: Annotated[Path | None, typer.Argument(help="An exported model, measured as it is.")] = None,
+    model: flags.Model = None,
+    *,
+    texts: flags.TextFlags,
+    choice: flags.ChoiceFlags,
+    how: flags.PruningFlags,
+    options: flags.MethodFlags,
+    fitness: Annotated[Measure, typer.Option(help="`kl`: measure the divergence from the dense model too.")] = (
+        "perplexity"
+    ),
+    dtype: flags.DtypeFlag = "bfloat16",
+    seed: flags.Seed = 0,
+    json_: flags.Json = False,
+) -> None:
+    """Measure a model's perplexity: as it is, or pruned by --allocate or --rates, without a search."""
+    _need("torch", "worker")
+    from gpu_worker.evaluate import evaluate_as_it_is, evaluate_once
+
+    if (folder is None) == (model is None):
+        raise SettingsError("name one model: a folder, or --model")
+    name = str(folder) if model is None else model
+    if choice == flags.ChoiceFlags():
+        text = measured_text(texts)
+        with _progress() as progress:
+            result = evaluate_as_it_is(name, text, dtype=dtype, seed=seed, progress=progress)
+    else:
+        request = pruning_request(name, texts, choice, how, options, measure=fitness, dtype=dtype, seed=seed)
+        with _progress() as progress:
+            result = evaluate_once(
+                request.spec, request.choice, shape=request.shape, method=request.method, progress=progress
+            )
+    _answer(result.model_dump(mode="json"), json_)
+
+
+@app.command()
+@flags.grouped
+def export(
+    out: Annotated[Path, typer.Option(help="The folder to make.")],
+    format_: Annotated[Format, typer.Option("--format", help="What will load it; see docs/usage.md.")] = "hf",
+    gguf_type: Annotated[GgufType, typer.Option(help="gguf: how weights are stored.")] = "f16",
+    force: Annotated[bool, typer.Option("--force", help="Replace an older export.")] = False,
+    search: Annotated[str | None, typer.Option("--search", help="Export the best of this search.")] = None,
+    redis_url: flags.RedisUrl = None,
+    folder: flags.Folder = Path("runs"),
+    model: flags.Model = None,
+    *,
+    texts: flags.ExportTexts,
+    choice: flags.ChoiceFlags,
+    how: flags.PruningFlags,
+    options: flags.MethodFlags,
+    dtype: flags.DtypeFlag = "bfloat16",
+    seed: flags.Seed = 0,
+    json_: flags.Json = False,
+) -> None:
+    """Write a pruned model that loads elsewhere: the best of a search, or by --allocate or --rates.
+
+    Without --data and --calibration-data the model is scored and measured on text that it writes itself.
+    """
+    _need("torch", "worker")
+    from gpu_worker.exporter import Destination, export_once
+
+    if search is not None:
+        if model is not None or choice != flags.ChoiceFlags():
+            raise SettingsError("--search names the model and its rates: leave --model, --allocate and --rates out")
+        record = asyncio.run(_remote(search, redis_url, folder, RemoteSearch.best, otherwise="best.json"))
+        request = request_of_search(record)
+    elif model is not None:
+        request = pruning_request(model, self_if_none(texts), choice, how, options, dtype=dtype, seed=seed)
+    else:
+        raise SettingsError("give --search, or --model with --allocate or --rates")
+    with _progress() as progress:
+        result = export_once(
+            request.spec,
+            request.choice,
+            Destination(out, format_, gguf_type, force),
+            shape=request.shape,
+            method=request.method,
+            progress=progress,
+        )
+    _answer(result.model_dump(mode="json"), json_)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """One line on the terminal that says what is under way."""
     logs.configure(level="WARNING")
     with Console(stderr=True).status("") as line:
-        result = evaluate_once(
-            request.spec, request.rates, progress=lambda stage, done, total: line.update(f"{stage} {done}/{total}")
-        )
-    _answer(result.model_dump(), json_)
+        yield lambda stage, done, total: line.update(f"{stage} {done}/{total}")
 
 
 async def _run_embedded(settings: Settings, display: Display | None) -> Summary | None:

@@ -9,6 +9,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from daemon.search import Search
 from daemon.store import SearchStore
+from protocol.candidate import Measured
 
 REFRESH_SECONDS = 0.5
 
@@ -49,11 +50,11 @@ class Display:
 
     def _show_search(self, search: Search) -> None:
         best = search.population.best()
-        perplexity = f"{best.outcome.perplexity:.2f}" if best and best.outcome.kind == "measured" else "–"
+        found = _figures(best.outcome) if best and best.outcome.kind == "measured" else "–"
         state = "paused" if search.pausing.command == "pause" else f"round {search.round}"
         self._progress.update(
             self._line,
-            description=f"search: {state}, best {perplexity}, dense {search.card.dense.perplexity:.2f}",
+            description=f"search: {state}, best {found}, dense {search.card.dense.perplexity:.2f}",
             completed=len(search.population),
             total=search.proposed + search.remaining_budget,
         )
@@ -72,3 +73,8 @@ class Display:
                 completed=status.done if busy else status.measured,
                 total=status.total if busy else None,
             )
+
+
+def _figures(best: Measured) -> str:
+    """The perplexity, after the divergence where that is what the search minimises."""
+    return f"{best.perplexity:.2f}" if best.kl is None else f"kl {best.kl:.4f}, perplexity {best.perplexity:.2f}"

@@ -13,6 +13,7 @@ from typing import Any, TextIO
 from agents.population import Evaluation, Population
 from protocol.candidate import Measured
 from protocol.errors import UsageError
+from protocol.shape import ModelShape
 from protocol.spec import SearchSpec
 
 
@@ -28,14 +29,14 @@ class Journal:
         except OSError as error:
             raise UsageError(f"run.folder cannot be written: {error}") from error
 
-    def begin(self, search: str, spec: SearchSpec, evaluations: Population) -> None:
+    def begin(self, search: str, spec: SearchSpec, shape: ModelShape, evaluations: Population) -> None:
         """Write the spec, all evaluations so far, and their best."""
         write_json(self.folder / "spec.json", {"search": search, "fingerprint": spec.fingerprint, **spec.model_dump()})
         lines = "".join(_line(evaluation_record(e)) for e in evaluations)
         _replace(self.folder / "evaluations.jsonl", lines)
         self._evaluations = (self.folder / "evaluations.jsonl").open("a", encoding="utf-8")
         if best := evaluations.best():
-            self.best(best_record(search, spec, best))
+            self.best(best_record(search, spec, shape, best))
 
     def evaluation(self, evaluation: Evaluation) -> None:
         """Append one evaluation."""
@@ -73,12 +74,13 @@ def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
-def best_record(search: str, spec: SearchSpec, best: Evaluation) -> dict[str, Any]:
+def best_record(search: str, spec: SearchSpec, shape: ModelShape, best: Evaluation) -> dict[str, Any]:
     """What best.json holds: all that is needed to prune the model again."""
     assert isinstance(best.outcome, Measured)
     return {
         "search": search,
         "perplexity": best.outcome.perplexity,
+        "kl": best.outcome.kl,
         "parameters": best.outcome.parameters.model_dump(),
         "tokens": best.outcome.tokens,
         "seqlen": spec.fitness.seqlen,
@@ -86,6 +88,7 @@ def best_record(search: str, spec: SearchSpec, best: Evaluation) -> dict[str, An
         "provenance": best.candidate.provenance.model_dump(mode="json"),
         "rates": best.candidate.rates,
         "plan": best.candidate.plan.model_dump()["layers"],
+        "shape": shape.model_dump(),
         "spec": spec.model_dump(),
     }
 

@@ -12,6 +12,8 @@ from agents.population import Population
 from daemon.embedded import embedded_url
 from daemon.journal import best_record
 from daemon.store import load_history, read_workers
+from protocol.candidate import Measured
+from protocol.card import ModelCard
 from protocol.connection import AWAY, connect
 from protocol.control import Command, Control
 from protocol.errors import UsageError
@@ -32,7 +34,8 @@ class RemoteSearch:
         client: Any = self._redis
         history = await load_history(self._redis, self._keys)
         population = _population(history.ledger, history.outcomes)
-        best = population.top(1)
+        best = population.best()
+        measured = best.outcome if best and isinstance(best.outcome, Measured) else None
         proposals = [c.provenance for c in history.ledger.values() if c.provenance.agent != "baseline"]
         return {
             "search": self._keys.search,
@@ -45,7 +48,9 @@ class RemoteSearch:
             "candidates": len(proposals),
             "waiting": len(history.ledger) - len(history.outcomes),
             "failed": sum(outcome.kind == "failed" for outcome in history.outcomes.values()),
-            "best_perplexity": best_record("", self._spec, best[0])["perplexity"] if best else None,
+            "fitness": self._spec.measure,
+            "best_perplexity": measured and measured.perplexity,
+            "best_kl": measured and measured.kl,
             "seconds": round(history.counters.get("seconds", 0.0), 1),
         }
 
@@ -55,7 +60,9 @@ class RemoteSearch:
         best = _population(history.ledger, history.outcomes).top(1)
         if not best:
             raise UsageError(f"the search {self._keys.search!r} has measured no candidate yet")
-        return best_record(self._keys.search, self._spec, best[0])
+        client: Any = self._redis
+        card = ModelCard.model_validate_json(await client.get(self._keys.card))
+        return best_record(self._keys.search, self._spec, card.shape, best[0])
 
     async def command(self, command: Command) -> dict[str, Any]:
         """Command run, pause or stop."""

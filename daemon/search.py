@@ -72,7 +72,7 @@ class Search:
 
     async def run(self) -> None:
         """Search until the rounds or the budget are used up; afterwards everything issued has an outcome."""
-        self._journal.begin(self.name, self.spec, self.population)
+        self._journal.begin(self.name, self.spec, self.card.shape, self.population)
         async with asyncio.TaskGroup() as group:
             keeping = group.create_task(self._keeper.run())
             await self._generations()
@@ -104,7 +104,7 @@ class Search:
             return
         self.round = round_
         view = self._view(round_)
-        log.info("round_started", round=round_, missing=mutations + crossovers, best=view.population[0].perplexity)
+        log.info("round_started", round=round_, missing=mutations + crossovers, best=view.population[0].fitness)
         selection = await self._agents.selector.select(view, self._settings.mutations + self._settings.crossovers)
         async with asyncio.TaskGroup() as group:
             group.create_task(self._agents.mutator.propose(view, selection.parents, mutations, self._submit))
@@ -153,14 +153,14 @@ class Search:
         candidate, outcome = evaluation.candidate, evaluation.outcome
         self._journal.evaluation(evaluation)
         if is_best:
-            self._journal.best(best_record(self.name, self.spec, evaluation))
+            self._journal.best(best_record(self.name, self.spec, self.card.shape, evaluation))
         who = candidate.provenance.model_dump(include=_WHO)
         if isinstance(outcome, Measured):
             log.info(
                 "candidate_measured",
                 candidate=candidate.id,
                 text=candidate.text,
-                perplexity=round(outcome.perplexity, 4),
+                **outcome.figures(4),
                 best=is_best,
                 **who,
             )
@@ -190,7 +190,7 @@ class Search:
 
     def _view(self, round_: int) -> View:
         members = tuple(
-            Member(e.candidate, e.outcome.perplexity)
+            Member(e.candidate, e.outcome.fitness)
             for e in self.population.top(self._settings.population)
             if isinstance(e.outcome, Measured)
         )

@@ -27,7 +27,7 @@ from protocol.keys import check_search_name
 from protocol.plan import Split
 from protocol.rates import DECIMALS
 from protocol.shape import Granularity
-from protocol.spec import SearchSpec, TextSpec
+from protocol.spec import Dtype, Importance, Measure, Scoring, SearchSpec, TextSpec
 
 ENV_PREFIX = "SELFPRUNER_"
 NAMED_TEXTS = ("wikitext2", "self")
@@ -62,10 +62,16 @@ class SearchSettings(_Section):
     """N: rounds after the first population."""
     max_evaluations: PositiveInt | None = None
     """Stop proposing after so many candidates, whatever the rounds; none means no limit."""
+    fitness: Measure = "perplexity"
+    """What the search minimises on data.fitness: `perplexity` (the paper), or `kl`, divergence from the dense model."""
     granularity: Granularity = "layer"
     """What a rate applies to: `layer` (the paper) or `block` (attention and MLP apart)."""
     split: Split = "equal"
     """At layer granularity, how heads and MLP share a rate: `equal` (the paper) or `mlp-first`."""
+    importance: Importance = "wanda-sp"
+    """How heads and channels are scored: `wanda-sp`, `taylor` (LLM-Pruner) or `magnitude`."""
+    scoring: Scoring = "dense"
+    """`dense`: once. `sequential`: for each candidate anew, each layer on the pruned ones below (only wanda-sp)."""
     lowest_rate: float = Field(default=0.0, ge=0, lt=1)
     """No unit is pruned less than this share."""
     highest_rate: float = Field(default=0.95, gt=0, lt=1)
@@ -81,7 +87,7 @@ class TargetSettings(_Section):
     """β: the share of decoder-layer parameters to remove, above 0 and up to 0.9."""
     multiple_of: PositiveInt = 1
     """MLP widths are multiples of this many channels (64 or 128 suits tensor cores)."""
-    dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
+    dtype: Dtype = "bfloat16"
     """Of weights and activations."""
 
 
@@ -208,8 +214,11 @@ class Settings(BaseSettings):
             lowest_rate=self.search.lowest_rate,
             highest_rate=self.search.highest_rate,
             multiple_of=self.target.multiple_of,
+            importance=self.search.importance,
+            scoring=self.search.scoring,
             calibration=self._text(self.data.calibration, self.data.calibration_windows),
             fitness=self._text(self.data.fitness, self.data.fitness_windows),
+            measure=self.search.fitness,
             report=self._text(self.data.report, self.data.report_windows) if self.data.report else None,
             dtype=self.target.dtype,
             seed=self.search.seed,
@@ -256,6 +265,10 @@ def load(config: Path | None, overrides: Sequence[str] = ()) -> Settings:
             f"target.rate {settings.target.rate} cannot be reached with every unit between search.lowest_rate "
             f"{settings.search.lowest_rate} and search.highest_rate {settings.search.highest_rate}"
         )
+    try:
+        settings.spec()
+    except ValidationError as error:
+        raise SettingsError(validation_sentence(error)) from error
     return settings
 
 
@@ -321,6 +334,8 @@ def validation_sentence(error: ValidationError) -> str:
         return str(first["ctx"]["error"])
     message = first["msg"].removeprefix("Value error, ")
     message = message[:1].lower() + message[1:]
+    if not name:  # two settings that do not go together
+        return message
     if name.startswith(("llm.endpoints", "redis.url")):  # what was given may hold a key or a password
         return f"{name} cannot be what was given: {message}"
     return f"{name} cannot be {_one_line(first['input'])!r}: {message}"

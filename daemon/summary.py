@@ -1,6 +1,8 @@
 """What a search found, as one JSON object and as a table."""
 
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -11,16 +13,19 @@ from agents.population import Evaluation, Population
 from protocol.candidate import Candidate, Measured, candidate_id
 from protocol.card import DensePerplexity, ModelCard
 from protocol.plan import Parameters, count_parameters, dense_plan
-from protocol.spec import SearchSpec
+from protocol.spec import Measure, SearchSpec
 
 
 class Row(BaseModel):
-    """One model: dense, uniform or best. A perplexity is None where it was not measured."""
+    """One model: dense, uniform or best. A figure is None where it was not measured."""
 
     model_config = ConfigDict(frozen=True)
 
     perplexity: float | None
     report_perplexity: float | None = None
+    kl: float | None = None
+    """Divergence from the dense model in nats, where the search minimises it."""
+    report_kl: float | None = None
     parameters: Parameters
     seqlen: int
     tokens: int | None
@@ -36,6 +41,8 @@ class Summary(BaseModel):
     model: str
     rate: float
     granularity: str
+    fitness: Measure
+    """What the search minimised."""
     finished: bool
     dense: Row
     uniform: Row
@@ -70,6 +77,7 @@ def summarise(
         model=spec.model,
         rate=spec.rate,
         granularity=spec.granularity,
+        fitness=spec.measure,
         finished=finished,
         dense=_dense_row(spec, card),
         uniform=_row(spec, count_parameters(uniform, card.shape), uniform_evaluation, population),
@@ -89,9 +97,12 @@ def summarise(
 
 def _dense_row(spec: SearchSpec, card: ModelCard) -> Row:
     report: DensePerplexity | None = card.dense_report
+    kl = 0.0 if spec.measure == "kl" else None
     return Row(
         perplexity=card.dense.perplexity,
         report_perplexity=report.perplexity if report else None,
+        kl=kl,
+        report_kl=kl if report else None,
         parameters=count_parameters(dense_plan(card.shape), card.shape),
         seqlen=spec.fitness.seqlen,
         tokens=card.dense.tokens,
@@ -100,16 +111,18 @@ def _dense_row(spec: SearchSpec, card: ModelCard) -> Row:
 
 
 def _row(spec: SearchSpec, parameters: Parameters, evaluation: Evaluation | None, population: Population) -> Row:
-    outcome = evaluation.outcome if evaluation else None
+    measured = evaluation.outcome if evaluation and isinstance(evaluation.outcome, Measured) else None
     report = population.get(candidate_id(evaluation.candidate.plan, spec.fingerprint, "report")) if evaluation else None
-    reported = report.outcome if report else None
+    reported = report.outcome if report and isinstance(report.outcome, Measured) else None
     return Row(
-        perplexity=outcome.perplexity if isinstance(outcome, Measured) else None,
-        report_perplexity=reported.perplexity if isinstance(reported, Measured) else None,
+        perplexity=measured.perplexity if measured else None,
+        report_perplexity=reported.perplexity if reported else None,
+        kl=measured.kl if measured else None,
+        report_kl=reported.kl if reported else None,
         parameters=parameters,
         seqlen=spec.fitness.seqlen,
-        tokens=outcome.tokens if isinstance(outcome, Measured) else None,
-        report_tokens=reported.tokens if isinstance(reported, Measured) else None,
+        tokens=measured.tokens if measured else None,
+        report_tokens=reported.tokens if reported else None,
     )
 
 
@@ -119,23 +132,44 @@ def show(summary: Summary, console: Console) -> None:
 
 
 def _table(summary: Summary) -> Table:
-    has_report = summary.dense.report_perplexity is not None
+    columns = _columns(summary)
     table = Table(title=f"{summary.search}: {summary.model}, {summary.rate:.0%} of the decoder parameters removed")
     table.add_column("")
-    table.add_column("perplexity", justify="right")
-    if has_report:
-        table.add_column("on the report text", justify="right")
+    for column in columns:
+        table.add_column(column.title, justify="right")
     table.add_column("parameters", justify="right")
     table.add_column("ratio to uniform", justify="right")
     for name, row in (("dense", summary.dense), ("uniform", summary.uniform), ("best", summary.best)):
         if row is None:
             continue
-        cells = [name, _number(row.perplexity)]
-        if has_report:
-            cells.append(_number(row.report_perplexity))
-        ratio = row.perplexity / summary.uniform.perplexity if row.perplexity and summary.uniform.perplexity else None
-        table.add_row(*cells, f"{row.parameters.total_after / 1e6:,.1f} M", _number(ratio, 3))
+        cells = [_number(column.of(row), column.digits) for column in columns]
+        ratio = _number(_ratio(columns[0].of(row), columns[0].of(summary.uniform)), 3)
+        table.add_row(name, *cells, f"{row.parameters.total_after / 1e6:,.1f} M", ratio)
     return table
+
+
+@dataclass(frozen=True)
+class _Column:
+    """A figure of each row."""
+
+    title: str
+    of: Callable[[Row], float | None]
+    digits: int
+
+
+def _columns(summary: Summary) -> list[_Column]:
+    """What was minimised comes first; it is what the ratio is of."""
+    kl = [_Column("kl", lambda row: row.kl, 4), _Column("kl on the report text", lambda row: row.report_kl, 4)]
+    perplexity = [
+        _Column("perplexity", lambda row: row.perplexity, 2),
+        _Column("on the report text", lambda row: row.report_perplexity, 2),
+    ]
+    shown = 1 if summary.dense.report_perplexity is None else 2
+    return (kl[:shown] if summary.fitness == "kl" else []) + perplexity[:shown]
+
+
+def _ratio(value: float | None, uniform: float | None) -> float | None:
+    return None if value is None or not uniform else value / uniform
 
 
 def _lines(summary: Summary) -> list[RenderableType]:

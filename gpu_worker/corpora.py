@@ -63,6 +63,14 @@ def load_texts(spec: SearchSpec, tokenizer: Any, generate: GenerateText) -> Text
     return Texts(windows["calibration"], windows["fitness"], windows.get("report"))
 
 
+def load_text(text: TextSpec, tokenizer: Any, seed: int, generate: GenerateText) -> Tensor:
+    """The windows (long, [n, seqlen]) of one text that is shared with no other role; all of them in order, or some."""
+    source = _source("fitness", text)
+    roles: dict[Role, TextSpec] = {"fitness": text}
+    tokens = _self_tokens(roles, text.seqlen, generate) if source[0] == SELF else _tokens(source, tokenizer)
+    return share(tokens, roles, text.seqlen, seed, source[0])["fitness"]
+
+
 def share(tokens: Tensor, roles: dict[Role, TextSpec], length: int, seed: int, name: str) -> dict[Role, Tensor]:
     """Deal the chunks of `length` tokens of one text [tokens] out to its roles; see `load_texts`."""
     chunks = tokens[: len(tokens) // length * length].view(-1, length)

@@ -1,12 +1,14 @@
 """Perplexity: token-weighted negative log-likelihood over windows of tokens."""
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from gpu_worker.families import Decoder
+from gpu_worker.progress import Progress
 from protocol.errors import SelfPrunerError
 
 LOGITS_BYTES = {"cpu": 24 * 2**20, "cuda": 2**30}
@@ -26,14 +28,31 @@ def perplexity(decoder: Decoder, windows: Tensor) -> tuple[float, int]:
     with torch.inference_mode():
         total = sum(window_loss(decoder, window[None]) for window in windows)
     tokens = windows.shape[0] * (windows.shape[1] - 1)
-    mean = total / tokens
+    return perplexity_of(total, tokens), tokens
+
+
+def perplexity_of(loss: float, tokens: int) -> float:
+    """Perplexity where the loss of so many tokens sums to `loss` nats. Raises NotFiniteError where it is no number."""
+    mean = loss / tokens
     try:
         result = math.exp(mean)
     except OverflowError:
         result = math.inf
     if not math.isfinite(result):
         raise NotFiniteError(f"the mean loss over {tokens} tokens is {mean}")
-    return result, tokens
+    return result
+
+
+def watched_perplexity(decoder: Decoder, windows: Tensor, progress: Progress) -> tuple[float, int]:
+    """As `perplexity`, with progress: the mean loss of equally long windows is the mean of their means."""
+    losses = []
+    tokens = 0
+    for done, window in enumerate(windows, start=1):
+        value, counted = perplexity(decoder, window[None])
+        losses.append(math.log(value))
+        tokens += counted
+        progress("measuring", done, len(windows))
+    return math.exp(math.fsum(losses) / len(losses)), tokens
 
 
 def window_loss(decoder: Decoder, window: Tensor) -> float:
@@ -41,21 +60,34 @@ def window_loss(decoder: Decoder, window: Tensor) -> float:
 
     One window at a time is as fast as several: a thousand tokens fill the matmuls, and the attention is smaller.
     """
+    return hidden_loss(decoder, final_hidden(decoder, window), window)
+
+
+def final_hidden(decoder: Decoder, window: Tensor) -> Tensor:
+    """The body's final hidden states [batch, seqlen, hidden size] of `window` [batch, seqlen]."""
     window = window.to(next(decoder.body.parameters()).device)
-    hidden = decoder.body(input_ids=window, use_cache=False).last_hidden_state
-    return hidden_loss(decoder, hidden, window)
+    hidden: Tensor = decoder.body(input_ids=window, use_cache=False).last_hidden_state
+    return hidden
 
 
 def hidden_loss(decoder: Decoder, hidden: Tensor, window: Tensor) -> float:
     """The loss of `window` [batch, seqlen] given the body's final hidden states [batch, seqlen, hidden size].
 
-    Logits of all tokens at once would be gigabytes. They are made chunk by chunk, in the model's type, and summed in
-    fp32 (fp64 between chunks).
+    Summed in fp32 (fp64 between chunks).
+    """
+    total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+    for logits, targets in logit_chunks(decoder, hidden, window):
+        total += F.cross_entropy(logits, targets, reduction="sum").double()
+    return total.item()
+
+
+def logit_chunks(decoder: Decoder, hidden: Tensor, window: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """For the predicted tokens of `window` in order, some rows at a time: logits [rows, vocabulary] and tokens [rows].
+
+    Logits of all tokens at once would be gigabytes. They are made in the model's type and handed out in fp32.
     """
     states = hidden[:, :-1].flatten(0, 1)
     targets = window[:, 1:].flatten().to(states.device)
     rows = max(1, LOGITS_BYTES.get(states.device.type, LOGITS_BYTES["cuda"]) // (4 * decoder.head.out_features))
-    total = torch.zeros((), dtype=torch.float64, device=states.device)
     for chunk, target in zip(torch.split(states, rows), torch.split(targets, rows), strict=True):
-        total += F.cross_entropy(decoder.head(chunk).float(), target, reduction="sum").double()
-    return total.item()
+        yield decoder.head(chunk).float(), target

@@ -11,7 +11,7 @@ from gpu_worker.layerwise import LayerCall, record_calls
 from gpu_worker.perplexity import NotFiniteError, hidden_loss
 from gpu_worker.progress import Progress, no_progress
 from gpu_worker.pruning import OrderedModel
-from protocol.plan import LayerPlan, dense_plan, head_options, heads_within, make_plan
+from protocol.plan import LayerPlan, Plan, dense_plan, head_options, heads_within, make_plan
 from protocol.shape import ModelShape, Unit
 from protocol.spec import SearchSpec
 
@@ -65,6 +65,14 @@ def pruned_alone(unit: Unit, spec: SearchSpec, shape: ModelShape) -> LayerPlan:
     if kv * each == whole.query_heads:
         kv, each = _smallest_removal(shape, unit)
     return whole.model_copy(update={"kv_heads": kv, "queries_per_kv": each})
+
+
+def removed_alone(unit: Unit, spec: SearchSpec, shape: ModelShape) -> float:
+    """The share of the unit's parameters that `pruned_alone` removes."""
+    whole, kept = dense_plan(shape), pruned_alone(unit, spec, shape)
+    layers = [kept if i == unit.layer else layer for i, layer in enumerate(whole.layers)]
+    left = Plan(layers=tuple(layers)).decoder_parameters(shape)
+    return (shape.decoder_parameters - left) / unit.parameters
 
 
 def _smallest_removal(shape: ModelShape, unit: Unit) -> tuple[int, int]:

@@ -196,7 +196,7 @@ class Worker:
             first = await self._queue.commit(job, outcome)
             self._job = None
             self._status.measured += 1
-            log.info("outcome_committed", counts=first, **outcome.model_dump(exclude={"parameters"}))
+            log.info("outcome_committed", counts=first, **outcome.model_dump(exclude={"parameters"}, exclude_none=True))
 
     async def _outcome(self, child: EvaluationChild, job: Job) -> Measured | Failed:
         for death in range(1, MAX_CHILD_DEATHS + 1):

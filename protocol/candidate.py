@@ -42,13 +42,27 @@ class Candidate(_Value):
 
 
 class Measured(_Value):
-    """A candidate's measurement. `tokens` are those whose loss was averaged; `seconds` the evaluation's wall time."""
+    """A candidate's measurement. `tokens` are those whose loss was averaged; `seconds` the evaluation's wall time.
+
+    `kl`, the mean divergence from the dense model in nats, is there where the spec's measure is `kl`.
+    """
 
     kind: Literal["measured"] = "measured"
     perplexity: PositiveFloat
+    kl: NonNegativeFloat | None = None
     parameters: Parameters
     tokens: NonNegativeInt
     seconds: NonNegativeFloat
+
+    @property
+    def fitness(self) -> float:
+        """What the search minimises."""
+        return self.perplexity if self.kl is None else self.kl
+
+    def figures(self, digits: int) -> dict[str, float]:
+        """`perplexity`, and `kl` where it was measured, rounded for people."""
+        figures = {"perplexity": self.perplexity, "kl": self.kl}
+        return {name: round(figure, digits) for name, figure in figures.items() if figure is not None}
 
 
 class Failed(_Value):

@@ -69,6 +69,16 @@ class ModelShape(BaseModel):
     other_parameters: int
     """Parameters outside the decoder layers: embeddings, final norm, output head (once, where tied)."""
 
+    @property
+    def words(self) -> str:
+        """The shape in a few words, by the first layer where all are alike."""
+        first = self.layers[0]
+        like = "each" if len(set(self.layers)) == 1 else "the first"
+        return (
+            f"{len(self.layers)} layers of hidden size {self.hidden_size}, {like} with {first.query_heads} query heads "
+            f"and {first.kv_heads} KV heads of {self.head_dim} and {first.mlp_channels} MLP channels"
+        )
+
     def attention_parameters(self, query_heads: int, kv_heads: int) -> int:
         """Parameters of an attention block with so many heads, its norm included."""
         return query_heads * self.query_head_parameters + kv_heads * self.kv_head_parameters + self.attention_fixed

@@ -3,10 +3,18 @@
 import hashlib
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 from protocol.plan import Plan, Split, feasible_rates, make_plan
 from protocol.shape import Granularity, ModelShape
+
+Importance = Literal["wanda-sp", "taylor", "magnitude"]
+"""How heads and channels are scored: as FLAP's Wanda-sp, as LLM-Pruner, or by the size of their weights."""
+Scoring = Literal["dense", "sequential"]
+"""Once on the dense model, or for each plan anew, each layer on the already pruned layers below it (Wanda-sp only)."""
+Dtype = Literal["bfloat16", "float32", "float16"]
+Measure = Literal["perplexity", "kl"]
+"""What a search minimises: perplexity (the paper), or the KL divergence from the dense model."""
 
 
 class TextSpec(BaseModel):
@@ -33,12 +41,21 @@ class SearchSpec(BaseModel):
     lowest_rate: float = Field(default=0.0, ge=0, lt=1)
     highest_rate: float = Field(default=0.95, gt=0, lt=1)
     multiple_of: PositiveInt = 1
-    importance: Literal["wanda-sp"] = "wanda-sp"
+    importance: Importance = "wanda-sp"
+    scoring: Scoring = "dense"
     calibration: TextSpec
     fitness: TextSpec
+    measure: Measure = "perplexity"
+    """`kl` measures the divergence beside the perplexity, on every text."""
     report: TextSpec | None = None
-    dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
+    dtype: Dtype = "bfloat16"
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _scoring_fits(self) -> "SearchSpec":
+        if self.scoring == "sequential" and self.importance != "wanda-sp":
+            raise ValueError(f"scoring `sequential` is for the importance `wanda-sp`, not for {self.importance!r}")
+        return self
 
     @property
     def fingerprint(self) -> str:

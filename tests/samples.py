@@ -58,7 +58,7 @@ def candidates(count: int) -> list[Candidate]:
     raise AssertionError(f"only {len(found)} different candidates")
 
 
-def measured(perplexity: float, of: Candidate | None = None) -> Measured:
-    """A measurement of this perplexity."""
+def measured(perplexity: float, of: Candidate | None = None, *, kl: float | None = None) -> Measured:
+    """A measurement of this perplexity, and of this divergence where there is one."""
     plan = (of or candidate((0.3,) * 4)).plan
-    return Measured(perplexity=perplexity, parameters=count_parameters(plan, SHAPE), tokens=62, seconds=0.1)
+    return Measured(perplexity=perplexity, kl=kl, parameters=count_parameters(plan, SHAPE), tokens=62, seconds=0.1)

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from daemon.cli import main
+from tests.samples import SHAPE
 from tests.tiny_models import save_tiny_folder
 from tests.tiny_specs import write_text
 
@@ -49,9 +50,49 @@ def test_evaluate_takes_the_rates_of_a_file(target: Path, tmp_path: Path, capsys
     assert abs(uneven["parameters"]["decoder_after"] - uniform["parameters"]["decoder_after"]) <= 2 * 3 * 48
 
 
+@pytest.mark.parametrize("method", ["owl", "llm-pruner", "sensitivity"])
+def test_allocate_writes_a_file_that_evaluate_takes(
+    target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str
+) -> None:
+    text = ["--calibration-data", str(target / "calibration.txt"), "--calibration-windows", "4", "--seqlen", "32"]
+    sizes = ["--first-layers", "1", "--last-layers", "0", "--outlier-threshold", "2"]
+    assert main(["allocate", method, "--model", str(target / "model"), "--rate", "0.3", *text, *sizes, "--json"]) == 0
+    printed = capsys.readouterr().out
+    (tmp_path / "rates.json").write_text(printed)
+    assert evaluate(target, "--rates", str(tmp_path / "rates.json"), "--json") == 0
+    by_file = json.loads(capsys.readouterr().out)
+    assert evaluate(target, "--allocate", method, "--rate", "0.3", *sizes, "--json") == 0
+    at_once = json.loads(capsys.readouterr().out)
+    assert by_file["perplexity"] == at_once["perplexity"]
+    assert by_file["rates"] == at_once["rates"] == json.loads(printed)["rates"]
+    assert by_file["method"] == at_once["method"] == method
+
+
+def test_a_model_can_be_measured_as_it_is(target: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = ["--data", str(target / "data.txt"), "--seqlen", "32", "--windows", "3"]
+    assert main(["evaluate", str(target / "model"), *text, "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert evaluate(target, "--allocate", "uniform", "--rate", "0.3", "--json") == 0
+    pruned = json.loads(capsys.readouterr().out)
+    assert answer["perplexity"] == pytest.approx(pruned["dense_perplexity"], rel=5e-3)
+    assert answer["parameters"]["decoder_after"] == pruned["parameters"]["decoder_before"]
+
+
+@pytest.mark.parametrize("scoring", ["dense", "sequential"])
+@pytest.mark.parametrize("importance", ["wanda-sp", "taylor", "magnitude"])
+def test_evaluate_scores_as_it_is_told(
+    target: Path, capsys: pytest.CaptureFixture[str], importance: str, scoring: str
+) -> None:
+    code = evaluate(
+        target, "--allocate", "uniform", "--rate", "0.3", "--importance", importance, "--scoring", scoring, "--json"
+    )
+    assert code == (2 if scoring == "sequential" and importance != "wanda-sp" else 0)
+
+
 @pytest.mark.parametrize(
     ("rates", "sentence"),
     [
+        ('[0.3, 0.3, 0.3, 0.3], "shape": ' + SHAPE.model_dump_json(), "4 layers of hidden size 32"),
         ("[0.3, 0.3, 0.3]", "3 pruning rates were given for 4 units"),
         ("[0.3, 0.3, 0.3, 0.5]", "off the budget 0.3 by +0.05000"),
         ("[1.2, 0, 0, 0]", "outside 0"),
@@ -73,7 +114,14 @@ def test_a_bad_rates_file_gets_one_sentence(
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ([], "either --rates FILE or --allocate"),
+        ([], "--calibration-data is for pruning: give --allocate or --rates"),
+        (["--allocate", "owl", "--rates", "x.json"], "either --rates FILE or --allocate"),
+        (["--allocate", "owl", "--rate", "0.3", "--importance", "taylor", "--scoring", "sequential"], "sequential"),
+        (
+            ["--allocate", "llm-pruner", "--rate", "0.3", "--first-layers", "3", "--last-layers", "1"],
+            "nothing is pruned",
+        ),
+        (["--allocate", "magic", "--rate", "0.3"], "magic"),
         (["--allocate", "uniform"], "--allocate needs --rate"),
         (["--allocate", "uniform", "--rate", "0.95"], "rate cannot be '0.95'"),
         (["--rates", "nowhere.json", "--rate", "0.3"], "cannot be read"),
@@ -93,7 +141,7 @@ def test_a_model_of_another_family_is_refused_with_the_list(
     (tmp_path / "config.json").write_text('{"model_type": "gpt2"}')
     options = ["--model", str(tmp_path), "--data", str(target / "data.txt"), "--allocate", "uniform", "--rate", "0.3"]
     assert main(["evaluate", *options]) == 2
-    assert "supported model types: llama" in capsys.readouterr().err
+    assert "supported model types: gemma3_text, llama" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", ["status", "best", "pause", "resume", "stop"])

@@ -17,6 +17,14 @@ def test_members_are_ranked_by_perplexity_and_the_earlier_of_equals_comes_first(
     assert [e.candidate for e in population.top(2)] == [many[1], many[3]]
 
 
+def test_members_are_ranked_by_divergence_where_it_was_measured() -> None:
+    population = Population()
+    many = candidates(3)
+    for each, kl in zip(many, (0.2, 0.0, 0.1), strict=True):
+        population.insert(each, measured(30 - 100 * kl, each, kl=kl))
+    assert [e.candidate for e in population.top(3)] == [many[1], many[2], many[0]]
+
+
 def test_only_an_improvement_is_a_new_best() -> None:
     population = Population()
     many = candidates(3)

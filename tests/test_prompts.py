@@ -20,6 +20,7 @@ from agents.view import Accepted, Member, View
 from protocol.candidate import Provenance
 from protocol.errors import EndpointError
 from protocol.shape import Granularity
+from protocol.spec import Measure
 from tests.samples import CARD, SPEC, candidate
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -41,12 +42,15 @@ async def accept(rates: Sequence[float], provenance: Provenance) -> Accepted:
     return Accepted("0" * 16)
 
 
-def view_of(granularity: Granularity, *, sensitivity: bool = True) -> View:
-    spec = SPEC.model_copy(update={"granularity": granularity})
+def view_of(granularity: Granularity, *, sensitivity: bool = True, measure: Measure = "perplexity") -> View:
+    spec = SPEC.model_copy(update={"granularity": granularity, "measure": measure})
     units = len(CARD.shape.units(granularity))
     card = CARD.model_copy(update={"sensitivity": tuple(0.4 / (1 + i) for i in range(units)) if sensitivity else ()})
     members = tuple(
-        Member(candidate(tuple(0.3 + shift * (2 * i / (units - 1) - 1) for i in range(units)), spec=spec), 20.0 + rank)
+        Member(
+            candidate(tuple(0.3 + shift * (2 * i / (units - 1) - 1) for i in range(units)), spec=spec),
+            20.0 + rank if measure == "perplexity" else 0.4 + rank / 300,
+        )
         for rank, shift in enumerate((0.2, 0.1, 0.05, -0.1))
     )
     return View(spec, card, 1, members)
@@ -67,15 +71,28 @@ async def prompt_of(agent: str, reply: ReplyFormat, view: View) -> str:
     return chat.prompts[0]
 
 
+def check_golden(name: str, text: str) -> None:
+    golden = GOLDEN / f"{name}.txt"
+    if os.environ.get("RENEW_GOLDEN"):
+        golden.write_text(text, encoding="utf-8")
+    assert text == golden.read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("granularity", ["layer", "block"])
 @pytest.mark.parametrize("reply", ["lists", "edits"])
 @pytest.mark.parametrize("agent", AGENTS)
 async def test_every_prompt_reads_as_its_golden_text(agent: str, reply: ReplyFormat, granularity: Granularity) -> None:
-    text = await prompt_of(agent, reply, view_of(granularity))
-    golden = GOLDEN / f"{agent}_{reply}_{granularity}.txt"
-    if os.environ.get("RENEW_GOLDEN"):
-        golden.write_text(text, encoding="utf-8")
-    assert text == golden.read_text(encoding="utf-8")
+    check_golden(f"{agent}_{reply}_{granularity}", await prompt_of(agent, reply, view_of(granularity)))
+
+
+@pytest.mark.parametrize("reply", ["lists", "edits"])
+@pytest.mark.parametrize("agent", AGENTS)
+async def test_prompts_of_a_search_that_minimises_divergence_speak_of_it_and_not_of_perplexity(
+    agent: str, reply: ReplyFormat
+) -> None:
+    text = await prompt_of(agent, reply, view_of("layer", measure="kl"))
+    assert "KL divergence" in text and "perplexity" not in text.lower()
+    check_golden(f"{agent}_{reply}_layer_kl", text)
 
 
 @pytest.mark.parametrize("reply", ["lists", "edits"])

@@ -150,6 +150,26 @@ async def test_a_run_ends_with_one_json_object_and_leaves_its_files_and_no_proce
     assert code == 0 and json.loads(best)["rates"] == answer["rates"]
 
 
+async def test_a_run_that_minimises_divergence_ends_with_the_least_divergent_and_shows_both_figures(run: Run) -> None:
+    process = await run.start("--set", "search.fitness=kl", "--set", "search.rounds=1")
+    out, err = await asyncio.wait_for(process.communicate(), 180)
+    assert process.returncode == 0, err.decode()
+    answer = json.loads(out)
+    outcomes = [r["outcome"] for r in run.evaluations() if r["agent"] != "baseline"]
+    assert len(outcomes) == 6 + 3 + 2
+    least = min(outcomes, key=lambda outcome: outcome["kl"])
+    best = answer["best"]
+    assert (answer["fitness"], best["kl"], best["perplexity"]) == ("kl", least["kl"], least["perplexity"])
+    assert answer["dense"]["kl"] == answer["dense"]["report_kl"] == 0
+    for row in (answer["uniform"], best):
+        assert row["kl"] > 0 and row["report_kl"] > 0 and row["perplexity"] > 1
+    _, saved, _ = await run.answer("best", "--search", "s", "--json")
+    record = json.loads(saved)
+    assert (record["kl"], record["perplexity"], record["spec"]["measure"]) == (best["kl"], best["perplexity"], "kl")
+    for line in (run.folder / "runs" / "s" / "transcript.jsonl").read_text().splitlines():
+        assert "KL divergence" in line and "perplexity" not in line
+
+
 async def test_a_run_that_is_killed_is_gone_with_all_it_started_and_goes_on_when_started_again(run: Run) -> None:
     kills = 0
     for wanted in (3, 9):

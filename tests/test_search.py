@@ -1,6 +1,7 @@
 """A whole search with a real server, a scripted LLM and an instant evaluator: Algorithm 1, killed and resumed."""
 
 import asyncio
+import io
 import json
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 from redis.asyncio import Redis
+from rich.console import Console
 
 from agents.crossover import Crossover
 from agents.initializer import Initializer
@@ -19,10 +21,11 @@ from agents.selector import Selector
 from agents.settings import AgentSettings
 from daemon.journal import Journal
 from daemon.pausing import Pausing
+from daemon.remote import RemoteSearch
 from daemon.search import Agents, Search
 from daemon.settings import SearchSettings
 from daemon.store import SearchStore
-from daemon.summary import summarise
+from daemon.summary import Summary, show, summarise
 from protocol.candidate import Candidate, Failed, Measured
 from protocol.control import Control
 from protocol.keys import Keys
@@ -246,6 +249,51 @@ async def test_the_report_text_is_measured_for_uniform_and_for_the_best(
     for row in (summary.uniform, summary.best):
         assert row.report_perplexity is not None and row.perplexity is not None
         assert row.report_perplexity == pytest.approx(row.perplexity + 1)
+
+
+async def test_a_search_that_minimises_divergence_ranks_by_it_and_shows_both(
+    redis: Redis, keys: Keys, tmp_path: Path
+) -> None:
+    def the_less_perplexed_the_more_divergent(candidate: Candidate) -> Measured | Failed:
+        outcome = unevenness(candidate)
+        assert isinstance(outcome, Measured)
+        return outcome.model_copy(update={"kl": 10 / outcome.perplexity})
+
+    spec = SPEC.model_copy(update={"measure": "kl", "report": SPEC.fitness})
+    async with evaluating(redis, keys, the_less_perplexed_the_more_divergent):
+        search = await Conducted(redis, keys, tmp_path, spec=spec).run()
+    outcomes = [e.outcome for e in search.population.top(15) if isinstance(e.outcome, Measured)]
+    assert [o.perplexity for o in outcomes] == sorted((o.perplexity for o in outcomes), reverse=True)
+    best = json.loads((tmp_path / "best.json").read_text())
+    assert (best["kl"], best["perplexity"]) == (outcomes[0].kl, outcomes[0].perplexity)
+
+    summary = summarise("test", spec, search.card, search.ledger, search.population, {}, finished=True)
+    assert summary.best is not None and summary.best.kl == summary.best.report_kl == outcomes[0].kl
+    assert summary.uniform.kl is not None and summary.dense.kl == 0
+    text = shown(summary)
+    ratio = summary.best.kl / summary.uniform.kl  # type: ignore[operator]
+    assert f"{summary.best.kl:.4f}" in text and f"{summary.best.perplexity:.2f}" in text and f"{ratio:.3f}" in text
+
+    status = await RemoteSearch(redis, keys, spec).status()
+    assert (status["fitness"], status["best_kl"], status["best_perplexity"]) == ("kl", best["kl"], best["perplexity"])
+
+
+async def test_the_table_of_a_search_that_minimises_perplexity_does_not_speak_of_divergence(
+    redis: Redis, keys: Keys, tmp_path: Path
+) -> None:
+    async with evaluating(redis, keys):
+        search = await Conducted(redis, keys, tmp_path).run()
+    text = shown(summarise("test", SPEC, CARD, search.ledger, search.population, {}, finished=True))
+    assert "perplexity" in text and "kl" not in text.split()
+    assert (await RemoteSearch(redis, keys, SPEC).status())["best_kl"] is None
+
+
+def shown(summary: Summary) -> str:
+    """The summary as a person sees it."""
+    console = Console(width=200, file=io.StringIO())
+    show(summary, console)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
 
 
 async def test_the_summary_counts_who_made_what(redis: Redis, keys: Keys, tmp_path: Path) -> None:

@@ -7,12 +7,15 @@ from gpu_worker.answering import DeviceLostError, answer, is_out_of_memory
 from gpu_worker.evaluate import evaluate_once
 from gpu_worker.perplexity import NotFiniteError
 from gpu_worker.session import Session
-from protocol.candidate import Failed, Measured
+from protocol.allocation import Allocation
+from protocol.candidate import Failed, Measured, Text
 from protocol.errors import BudgetError, DataError
 from protocol.plan import Plan, dense_plan
 from protocol.spec import SearchSpec, TextSpec
 from tests.real_model import need_smollm2
 from tests.tiny_specs import tiny_spec
+
+UNIFORM = Allocation(method="uniform")
 
 
 @pytest.fixture(scope="module")
@@ -79,8 +82,33 @@ def test_two_sessions_of_one_spec_agree_and_other_windows_show(session: Session,
 def test_every_stage_ends_with_all_of_its_steps(spec: SearchSpec) -> None:
     last: dict[str, tuple[int, int]] = {}
     Session(spec, lambda stage, done, total: last.update({stage: (done, total)}))
-    assert list(last) == ["loading model", "reading texts", "calibrating", "measuring dense", "measuring sensitivity"]
+    assert list(last) == ["loading model", "reading texts", "calibrating", "measuring", "measuring sensitivity"]
     assert all(done == total for done, total in last.values())
+
+
+@pytest.fixture(scope="module")
+def kl_session(spec: SearchSpec) -> Session:
+    return Session(spec.model_copy(update={"measure": "kl"}), sensitivity=False)
+
+
+def test_where_the_spec_asks_for_divergence_it_is_measured_beside_the_same_perplexity(
+    session: Session, kl_session: Session, spec: SearchSpec
+) -> None:
+    uniform = spec.uniform_plan(session.shape)
+    texts: tuple[Text, ...] = ("fitness", "report")
+    for text in texts:
+        plain, both = session.evaluate(uniform, text), kl_session.evaluate(uniform, text)
+        assert plain.kl is None and plain.fitness == plain.perplexity
+        assert both.kl is not None and both.kl > 0.01 and both.fitness == both.kl
+        assert both.perplexity == pytest.approx(plain.perplexity, rel=1e-5)
+        assert both.tokens == plain.tokens
+    assert kl_session.card.dense.perplexity == pytest.approx(session.card.dense.perplexity, rel=1e-5)
+
+
+def test_the_dense_plan_does_not_diverge_even_after_another_was_measured(kl_session: Session, spec: SearchSpec) -> None:
+    kl_session.evaluate(spec.plan([0.8, 0.2, 0.2], kl_session.shape))
+    assert kl_session.evaluate(dense_plan(kl_session.shape)).kl == 0.0
+    assert kl_session.evaluate(dense_plan(kl_session.shape), "report").kl == 0.0
 
 
 def test_a_text_that_the_spec_does_not_have_is_refused(spec: SearchSpec) -> None:
@@ -134,8 +162,8 @@ def test_what_is_no_plan_has_failed_as_invalid(session: Session) -> None:
 
 
 def test_evaluating_without_rates_is_evaluating_uniform_ones(spec: SearchSpec) -> None:
-    uniform = evaluate_once(spec, None)
-    given = evaluate_once(spec, [spec.rate] * 3)
+    uniform = evaluate_once(spec, UNIFORM)
+    given = evaluate_once(spec, (spec.rate,) * 3)
     assert uniform.perplexity == given.perplexity
     assert uniform.rate == pytest.approx(spec.rate, abs=0.01)
     assert uniform.report_perplexity is not None
@@ -143,17 +171,17 @@ def test_evaluating_without_rates_is_evaluating_uniform_ones(spec: SearchSpec) -
 
 
 def test_rates_are_measured_as_given_and_the_rate_is_what_they_remove(spec: SearchSpec) -> None:
-    assert evaluate_once(spec, [0.2, 0.4, 0.6]).rate == pytest.approx(spec.rate, abs=0.01)
+    assert evaluate_once(spec, (0.2, 0.4, 0.6)).rate == pytest.approx(spec.rate, abs=0.01)
 
 
 def test_rates_off_the_specs_budget_are_refused(spec: SearchSpec) -> None:
     with pytest.raises(BudgetError, match=r"off the budget 0.4 by -0.30000"):
-        evaluate_once(spec, [0.1, 0.1, 0.1])
+        evaluate_once(spec, (0.1, 0.1, 0.1))
 
 
 def test_rates_of_the_wrong_number_are_refused(spec: SearchSpec) -> None:
     with pytest.raises(BudgetError, match="2 pruning rates were given for 3 units"):
-        evaluate_once(spec, [0.1, 0.1])
+        evaluate_once(spec, (0.1, 0.1))
 
 
 @pytest.mark.model
@@ -167,8 +195,8 @@ def test_uniform_pruning_harms_the_real_model(tmp_path: Path) -> None:
         calibration=TextSpec(source=str(text), windows=2, seqlen=256),
         fitness=TextSpec(source=str(text), windows=1, seqlen=256),
     )
-    result = evaluate_once(spec, None)
-    assert 1 < result.dense_perplexity < result.perplexity
+    result = evaluate_once(spec, UNIFORM)
+    assert result.dense_perplexity is not None and 1 < result.dense_perplexity < result.perplexity
     assert result.rate == pytest.approx(0.3, abs=1e-4)
 
 

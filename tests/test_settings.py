@@ -26,10 +26,15 @@ def test_flags_overrule_the_environment_which_overrules_the_file(config: Path, m
     assert (settings.search.name, settings.search.rounds, settings.search.seed) == ("from-file", 6, 3)
 
 
+def test_what_the_search_minimises_is_part_of_its_spec() -> None:
+    chosen = load(None, ["target.model=m", "target.rate=0.3", "search.fitness=kl"]).spec()
+    assert chosen.measure == "kl"
+
+
 def test_defaults_are_the_papers() -> None:
     search = load(None, ["target.model=m", "target.rate=0.3"]).search
     assert (search.population, search.mutations, search.crossovers, search.rounds) == (30, 10, 10, 20)
-    assert (search.granularity, search.split) == ("layer", "equal")
+    assert (search.granularity, search.split, search.fitness) == ("layer", "equal", "perplexity")
 
 
 @pytest.mark.parametrize(
@@ -46,6 +51,7 @@ def test_defaults_are_the_papers() -> None:
         ("search.name=../x", "search.name '../x' is not allowed"),
         ("search.population=0", "search.population cannot be '0'"),
         ("search.granularity=head", "search.granularity cannot be 'head'"),
+        ("search.fitness=loss", "search.fitness cannot be 'loss'"),
         ("search.lowest_rate=0.5", "target.rate 0.3 cannot be reached"),
         ("search.highest_rate=0.2", "target.rate 0.3 cannot be reached"),
         ("worker.lease_seconds=-1", "worker.lease_seconds"),

@@ -24,6 +24,7 @@ from tests.samples import SHAPE, SPEC, candidate, measured
         {"multiple_of": 8},
         {"seed": 1},
         {"dtype": "float32"},
+        {"measure": "kl"},
         {"fitness": TextSpec(source="self", windows=3, seqlen=32)},
         {"report": TextSpec(source="self", windows=2, seqlen=32)},
     ],

@@ -1,1 +1,1 @@
-"""Writes a pruned model in the formats of other programs."""
+"""A pruned model as files that other programs load."""

@@ -6,15 +6,16 @@ Nemotron models, is the same computation with the numbers given layer by layer: 
 
 import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import gguf
 import structlog
 
-from gpu_worker.export.gguf_tensors import FileType, GgufTensor, tensors_of
+from gpu_worker.export.gguf_tensors import GgufTensor, tensors_of
 from gpu_worker.export.gguf_vocabulary import read_vocabulary
 from gpu_worker.models import LoadedModel
 from protocol.errors import ModelError
+from protocol.formats import GgufType
 from protocol.plan import Plan
 
 log = structlog.get_logger()
@@ -26,7 +27,7 @@ FAMILIES = ("llama", "mistral", "qwen2")
 _FILE_TYPES = {"f16": gguf.LlamaFileType.MOSTLY_F16, "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0}
 
 
-def write_gguf(model: LoadedModel, plan: Plan, folder: Path, *, file_type: Literal["f16", "q8_0"], name: str) -> Path:
+def write_gguf(model: LoadedModel, plan: Plan, folder: Path, *, file_type: GgufType, name: str) -> Path:
     """Write `model`, already pruned to `plan`, into `folder` as `<name>-<FILE TYPE>.gguf`; returns that path.
 
     `f16`: every matrix F16. `q8_0`: matrices in blocks of 32 values (8.5 bits a weight); a matrix whose rows are no
@@ -36,7 +37,7 @@ def write_gguf(model: LoadedModel, plan: Plan, folder: Path, *, file_type: Liter
     Raises ModelError where GGUF cannot say what the model computes: another family, a sliding window, other rope
     scaling than `linear` and `llama3`, an unknown tokenizer. Raises PlanMismatchError for the plan of another model.
     """
-    _check_supported(model)
+    check_gguf(model)
     vocabulary = read_vocabulary(model.tokenizer, model.causal_lm.config)
     tensors = tensors_of(model, plan, file_type)
     path = folder / f"{_file_name(name)}-{file_type.upper()}.gguf"
@@ -51,7 +52,8 @@ def write_gguf(model: LoadedModel, plan: Plan, folder: Path, *, file_type: Liter
     return path
 
 
-def _check_supported(model: LoadedModel) -> None:
+def check_gguf(model: LoadedModel) -> None:
+    """Raise ModelError where a GGUF cannot say what `model` computes."""
     config = model.causal_lm.config
     family = model.decoder.shape.family
     if family not in FAMILIES:
@@ -73,7 +75,7 @@ def _file_name(name: str) -> str:
     return re.sub(r"[^\w.]+", "-", name).strip("-.") or "model"
 
 
-def _add_metadata(writer: Any, model: LoadedModel, plan: Plan, file_type: FileType, name: str) -> None:
+def _add_metadata(writer: Any, model: LoadedModel, plan: Plan, file_type: GgufType, name: str) -> None:
     config, shape = model.causal_lm.config, model.decoder.shape
     writer.add_type("model")
     writer.add_name(name)
@@ -105,7 +107,7 @@ def _write(writer: Any, tensors: tuple[GgufTensor, ...]) -> None:
         writer.write_tensor_data(tensor.data())
 
 
-def _tell_what_stayed_f16(tensors: tuple[GgufTensor, ...], file_type: FileType, path: Path) -> None:
+def _tell_what_stayed_f16(tensors: tuple[GgufTensor, ...], file_type: GgufType, path: Path) -> None:
     matrices = [tensor for tensor in tensors if tensor.type != gguf.GGMLQuantizationType.F32]
     kept = [tensor for tensor in matrices if tensor.type == gguf.GGMLQuantizationType.F16]
     if file_type == "q8_0" and kept:

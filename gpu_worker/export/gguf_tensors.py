@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import gguf
 import numpy as np
@@ -15,9 +15,9 @@ from gpu_worker.families import Layer, family_of
 from gpu_worker.models import LoadedModel
 from gpu_worker.pruning import PlanMismatchError
 from protocol.errors import ModelError
+from protocol.formats import GgufType
 from protocol.plan import LayerPlan, Plan
 
-FileType = Literal["f16", "q8_0"]
 Kind = gguf.GGMLQuantizationType
 
 _CHUNK = 2**20
@@ -70,7 +70,7 @@ class GgufTensor:
         return stored.cpu().contiguous().numpy()
 
 
-def tensors_of(model: LoadedModel, plan: Plan, file_type: FileType) -> tuple[GgufTensor, ...]:
+def tensors_of(model: LoadedModel, plan: Plan, file_type: GgufType) -> tuple[GgufTensor, ...]:
     """All tensors of the file, in its order; none is converted yet.
 
     Raises PlanMismatchError where the model's layers are not as large as `plan` says, ModelError for a rope scaling
@@ -82,7 +82,7 @@ def tensors_of(model: LoadedModel, plan: Plan, file_type: FileType) -> tuple[Ggu
 class _Maker:
     """Decides the type of each tensor."""
 
-    def __init__(self, file_type: FileType) -> None:
+    def __init__(self, file_type: GgufType) -> None:
         self._file_type = file_type
 
     def vector(self, name: str, values: Tensor, read: Callable[[], Tensor] | None = None) -> GgufTensor:

@@ -1,0 +1,102 @@
+"""The model card: README.md of an exported folder."""
+
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+from jinja2 import Environment, StrictUndefined
+
+from gpu_worker.export.facts import ExportFacts, TextPerplexity, version_of_selfpruner
+from gpu_worker.export.modeling import module_name
+from protocol.formats import Format
+from protocol.spec import TextSpec
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """A row of the table of perplexities."""
+
+    text: str
+    tokens: int
+    seqlen: int
+    dense: str
+    pruned: str
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A row of the table of layers: rates as numbers, counts as `kept of whole`."""
+
+    index: int
+    rates: tuple[float, ...]
+    query_heads: str
+    kv_heads: str
+    mlp_channels: str
+
+
+def render_card(facts: ExportFacts, fmt: Format, *, name: str, gguf: str | None = None) -> str:
+    """The card of a folder called `name` in format `fmt`; `gguf` is the name of its file where the format is that."""
+    environment = Environment(
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=False
+    )
+    source = resources.files("gpu_worker.export").joinpath("card.md.j2").read_text(encoding="utf-8")
+    return environment.from_string(source).render(
+        facts=facts,
+        fmt=fmt,
+        name=name,
+        gguf=gguf,
+        module=f"{module_name(facts.shape.family)}.py",
+        parameters=facts.parameters,
+        measured=_measured(facts),
+        layers=_layers(facts),
+        calibration=_text(facts.spec.calibration),
+        percent=lambda rate: f"{100 * rate:g} %",
+        version=version_of_selfpruner(),
+    )
+
+
+def _measured(facts: ExportFacts) -> list[_Measured]:
+    """Perplexities by text: the one that rates were searched on, and the one that they were not."""
+    rows = [
+        (facts.spec.fitness, "fitness", facts.dense, facts.pruned),
+        (facts.spec.report, "report", facts.dense_report, facts.pruned_report),
+    ]
+    return [
+        _Measured(
+            text=f"{_source(text)} ({role})",
+            tokens=(dense or pruned).tokens,  # type: ignore[union-attr]
+            seqlen=text.seqlen,
+            dense=_figure(dense),
+            pruned=_figure(pruned),
+        )
+        for text, role, dense, pruned in rows
+        if text is not None and (dense or pruned)
+    ]
+
+
+def _figure(measured: TextPerplexity | None) -> str:
+    return "not measured" if measured is None else f"{measured.perplexity:.4g}"
+
+
+def _layers(facts: ExportFacts) -> list[_Layer]:
+    each = len(facts.rates) // len(facts.plan.layers)
+    return [
+        _Layer(
+            index=i,
+            rates=facts.rates[i * each : (i + 1) * each],
+            query_heads=f"{kept.query_heads} of {whole.query_heads}",
+            kv_heads=f"{kept.kv_heads} of {whole.kv_heads}",
+            mlp_channels=f"{kept.mlp_channels:,} of {whole.mlp_channels:,}",
+        )
+        for i, (kept, whole) in enumerate(zip(facts.plan.layers, facts.shape.layers, strict=True))
+    ]
+
+
+def _text(spec: TextSpec) -> str:
+    windows = "all windows" if spec.windows is None else f"{spec.windows} windows"
+    return f"{_source(spec)}, {windows} of {spec.seqlen} tokens"
+
+
+def _source(spec: TextSpec) -> str:
+    """What a text is called; a file by its last part, whose place is nobody's business."""
+    return Path(spec.source).name

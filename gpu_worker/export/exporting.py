@@ -1,0 +1,71 @@
+"""A pruned model as a folder in one of the formats, with its card and its facts."""
+
+from pathlib import Path
+
+from gpu_worker.export.card import render_card
+from gpu_worker.export.checkpoint import write_json
+from gpu_worker.export.facts import ExportFacts, version_of_selfpruner
+from gpu_worker.export.folder import MARK, write_folder
+from gpu_worker.export.gguf import check_gguf, write_gguf
+from gpu_worker.export.hf import write_hf
+from gpu_worker.export.modeling import modeling_of, plain_type
+from gpu_worker.export.padded import write_padded
+from gpu_worker.models import LoadedModel
+from protocol.formats import Format, GgufType
+from protocol.plan import Plan
+
+
+def export_model(
+    model: LoadedModel,
+    plan: Plan,
+    facts: ExportFacts,
+    fmt: Format,
+    out: Path,
+    *,
+    force: bool,
+    gguf_type: GgufType = "f16",
+) -> None:
+    """Write `model`, which is pruned to `plan`, as the folder `out`: whole, or not at all.
+
+    Raises ModelError for a family that the format does not support, and ExportError where `out` exists (an older
+    export is replaced with `force`) or cannot be written.
+    """
+    name = out.expanduser().resolve().name
+
+    def write(folder: Path) -> None:
+        gguf = _write_weights(model, plan, fmt, folder, name, gguf_type)
+        (folder / "README.md").write_text(render_card(facts, fmt, name=name, gguf=gguf), encoding="utf-8")
+        write_json(folder / MARK, _marked(facts, fmt))
+
+    write_folder(out, write, force=force)
+
+
+def check_format(model: LoadedModel, fmt: Format) -> None:
+    """Raise ModelError where `fmt` cannot carry this model, before anything that takes time is done."""
+    if fmt == "gguf":
+        check_gguf(model)
+    else:
+        modeling_of(plain_type(model.causal_lm.config), fmt)
+
+
+def _write_weights(
+    model: LoadedModel, plan: Plan, fmt: Format, folder: Path, name: str, gguf_type: GgufType
+) -> str | None:
+    """Write the model in its format; returns the name of the GGUF file where there is one."""
+    if fmt == "hf":
+        write_hf(model, plan, folder)
+    elif fmt == "padded":
+        write_padded(model, plan, folder)
+    else:
+        return write_gguf(model, plan, folder, file_type=gguf_type, name=name).name
+    return None
+
+
+def _marked(facts: ExportFacts, fmt: Format) -> dict[str, object]:
+    """The facts for programs."""
+    return {
+        "selfpruner": version_of_selfpruner(),
+        "format": fmt,
+        "parameters": facts.parameters.model_dump(),
+        **facts.model_dump(mode="json"),
+    }

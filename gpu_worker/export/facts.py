@@ -1,0 +1,80 @@
+"""What an exported folder says of itself: where it comes from, what was removed and how, and what was measured."""
+
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, model_validator
+
+from protocol.plan import Parameters, Plan, count_parameters
+from protocol.shape import ModelShape
+from protocol.spec import SearchSpec
+
+SMOLLM2_ON_THE_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
+"""What `smollm2` is called there."""
+
+
+class TextPerplexity(BaseModel):
+    """Perplexity of one model on one text, and the number of predicted tokens that it was averaged over."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    perplexity: PositiveFloat
+    tokens: PositiveInt
+
+
+class ExportFacts(BaseModel):
+    """What the model card and `selfpruner.json` say. What was not measured is None."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    base_model: str
+    """A hub name, a folder, or `smollm2`."""
+    method: str
+    """Where the rates come from: the name of a search, or of an allocation such as `uniform`."""
+    rates: tuple[float, ...]
+    """One per unit of the spec's granularity, in order."""
+    spec: SearchSpec
+    shape: ModelShape
+    """Of the dense model."""
+    plan: Plan
+    dense: TextPerplexity | None = None
+    """On the fitness text."""
+    pruned: TextPerplexity | None = None
+    dense_report: TextPerplexity | None = None
+    """On the text that rates were not searched on, where the spec has one."""
+    pruned_report: TextPerplexity | None = None
+
+    @model_validator(mode="after")
+    def _belong_together(self) -> "ExportFacts":
+        units = len(self.shape.units(self.spec.granularity))
+        if len(self.rates) != units:
+            raise ValueError(f"{len(self.rates)} rates for {units} units")
+        if len(self.plan.layers) != len(self.shape.layers):
+            raise ValueError(f"a plan for {len(self.plan.layers)} layers of {len(self.shape.layers)}")
+        return self
+
+    @property
+    def parameters(self) -> Parameters:
+        """Parameters before and after pruning."""
+        return count_parameters(self.plan, self.shape)
+
+    @property
+    def hub_name(self) -> str | None:
+        """The base model's name on the Hugging Face hub; None for a folder."""
+        if self.base_model == "smollm2":
+            return SMOLLM2_ON_THE_HUB
+        is_name = self.base_model.count("/") == 1 and not self.base_model.startswith((".", "/", "~"))
+        return self.base_model if is_name and not Path(self.base_model).is_dir() else None
+
+    @property
+    def base_name(self) -> str:
+        """The base model as the card calls it: a folder by its last part, whose place is nobody's business."""
+        return self.hub_name or Path(self.base_model).expanduser().resolve().name
+
+
+def version_of_selfpruner() -> str:
+    """The installed version, or `unknown` where the code runs without being installed."""
+    try:
+        return version("self-pruner")
+    except PackageNotFoundError:
+        return "unknown"

@@ -1,0 +1,78 @@
+"""An export folder that appears whole or not at all, and never takes the place of anything but an older export."""
+
+import shutil
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from protocol.errors import UsageError
+
+MARK = "selfpruner.json"
+"""The file that every export folder has, and by which an older one is known."""
+
+
+class ExportError(UsageError):
+    """The folder cannot be written where it was asked for."""
+
+
+def check_target(target: Path, *, force: bool) -> None:
+    """Raise ExportError where an export to `target` would be refused, before anything that takes time is done."""
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise ExportError(f"{target} is a file; pass a folder that is not there yet")
+    if not force:
+        raise ExportError(f"the folder {target} exists; pass another one, or --force to replace it")
+    if any(target.iterdir()) and not (target / MARK).is_file():
+        raise ExportError(f"the folder {target} is not an export, so --force does not replace it; pass another one")
+
+
+def write_folder(target: Path, write: Callable[[Path], None], *, force: bool) -> None:
+    """Make the folder `target`: `write` fills an empty hidden one beside it, which is renamed when complete.
+
+    Missing parent folders are made. With `force` an older export at `target` stays until the new one is complete.
+    Raises ExportError where `target` is taken or cannot be written; then nothing has changed.
+    """
+    target = target.expanduser().resolve()
+    check_target(target, force=force)
+    unfinished = _beside(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        unfinished.mkdir()
+        write(unfinished)
+        _share(unfinished)
+        _put(unfinished, target)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ExportError(f"the folder {target} cannot be written ({reason})") from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _beside(target: Path) -> Path:
+    """A name on the same file system that nobody uses, so that renaming is one step."""
+    return target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
+
+
+def _share(folder: Path) -> None:
+    """Give files the permissions that the folder was made with: safetensors writes for its owner alone."""
+    for file in folder.iterdir():
+        if file.is_file():
+            file.chmod(folder.stat().st_mode & 0o666)
+
+
+def _put(finished: Path, target: Path) -> None:
+    """Rename `finished` to `target`; an older folder there is moved aside first, and back where that fails."""
+    if not target.exists():
+        finished.rename(target)
+        return
+    older = _beside(target)
+    target.rename(older)
+    try:
+        finished.rename(target)
+    except OSError:
+        older.rename(target)
+        raise
+    shutil.rmtree(older, ignore_errors=True)

@@ -1,0 +1,66 @@
+"""The format `padded`: the plain architecture in its dense sizes, with nought in everything that is removed.
+
+It loads wherever the dense model does, without code of ours, and computes what the pruned model computes. It saves
+nothing: it is there for programs that know neither per-layer sizes nor GGUF, and for comparisons.
+"""
+
+from pathlib import Path
+
+from torch import Tensor
+
+from gpu_worker.export.checkpoint import plain_config, write_companions, write_json
+from gpu_worker.export.modeling import modeling_of, plain_type
+from gpu_worker.export.weights import Weight, checkpoint_weights, save_weights
+from gpu_worker.models import LoadedModel
+from protocol.plan import LayerPlan, Plan
+from protocol.shape import LayerShape
+
+_COLUMNS = ("output", "down")
+"""Projections that lose columns; the others lose rows, and the biases that go with them."""
+
+
+def write_padded(model: LoadedModel, plan: Plan, folder: Path) -> None:
+    """Write `model`, pruned to `plan`, into the empty `folder`. Raises ModelError for an unsupported family."""
+    modeling_of(plain_type(model.causal_lm.config), "padded")
+    config = plain_config(model)
+    whole = LayerShape(
+        query_heads=config["num_attention_heads"],
+        kv_heads=config["num_key_value_heads"],
+        mlp_channels=config["intermediate_size"],
+    )
+    write_json(folder / "config.json", config)
+    save_weights(checkpoint_weights(model, lambda *place: _padded(model, plan, whole, *place)), folder)
+    write_companions(model, folder)
+
+
+def _padded(model: LoadedModel, plan: Plan, shape: LayerShape, layer: int, projection: str, kind: str) -> Weight:
+    """A projection's parameter in its dense size."""
+    tensor: Tensor = getattr(getattr(model.decoder.layers[layer], projection), kind).detach()
+    kept, whole = _pieces(projection, plan.layers[layer], shape)
+
+    def spread(like: Tensor) -> Tensor:
+        if projection not in _COLUMNS:
+            return _spread(like, kept, whole)
+        return like if kind == "bias" else _spread(like.t(), kept, whole).t()
+
+    return Weight(like=spread(tensor.to("meta")), make=lambda: spread(tensor))
+
+
+def _pieces(projection: str, plan: LayerPlan, shape: LayerShape) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """What pruning counts in a projection: pieces kept, and pieces of the dense model."""
+    if projection in ("query", "output"):
+        return (plan.kv_heads, plan.queries_per_kv), (shape.kv_heads, shape.queries_per_kv)
+    if projection in ("key", "value"):
+        return (plan.kv_heads,), (shape.kv_heads,)
+    return (plan.mlp_channels,), (shape.mlp_channels,)
+
+
+def _spread(rows: Tensor, kept: tuple[int, ...], whole: tuple[int, ...]) -> Tensor:
+    """Rows of the kept pieces, put in front within each dimension of `whole` pieces, with nought behind.
+
+    So a query head stays with its KV head: of two kept in each of three groups of three, the third of each is nought.
+    """
+    pieces = rows.reshape(*kept, -1, *rows.shape[1:])
+    full = pieces.new_zeros(*whole, *pieces.shape[len(kept) :])
+    full[tuple(slice(count) for count in kept)] = pieces
+    return full.flatten(0, len(kept))

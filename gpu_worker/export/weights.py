@@ -1,0 +1,97 @@
+"""The weights of a checkpoint, by the names that transformers gives them, made when their shard is written.
+
+A pruned model's weights are views, some of them transposed, and a family may keep several projections in one tensor.
+Making each tensor only for its shard keeps the memory that an export needs below that of one shard.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from gpu_worker.families import Family, family_of
+from gpu_worker.models import LoadedModel
+
+SHARD_SIZE = "5GB"
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A tensor of the checkpoint: how large it is, and how to get it."""
+
+    like: Tensor
+    """On the meta device: shape and type without content."""
+    make: Callable[[], Tensor]
+
+
+def as_it_is(tensor: Tensor) -> Weight:
+    """The weight that is this tensor."""
+    return Weight(like=tensor.to("meta"), make=lambda: tensor)
+
+
+ProjectionWeight = Callable[[int, str, str], Weight]
+"""(layer index, projection such as `query`, `weight` or `bias`) -> what the checkpoint holds of it."""
+
+
+def checkpoint_weights(model: LoadedModel, projection: ProjectionWeight) -> dict[str, Weight]:
+    """All weights of the checkpoint by name; those of the pruned projections are what `projection` says.
+
+    An output head that is tied to the embedding is left out, as transformers leaves it out.
+    """
+    family = family_of(model.causal_lm.config)
+    pruned = {id(p) for layer in model.decoder.layers for linear in layer.linears for p in linear.parameters()}
+    tied = f"{family.head}.weight" if model.causal_lm.config.tie_word_embeddings else None
+    weights = {
+        name: as_it_is(tensor.detach())
+        for name, tensor in model.causal_lm.state_dict(keep_vars=True).items()
+        if id(tensor) not in pruned and name != tied
+    }
+    for i, layer in enumerate(model.decoder.layers):
+        for path, parts in _layout(family).items():
+            for kind in _kinds(getattr(layer, parts[0])):
+                joined = _joined([projection(i, part, kind) for part in parts])
+                weights[f"{family.layers}.{i}.{path}.{kind}"] = joined
+    return weights
+
+
+def save_weights(weights: dict[str, Weight], folder: Path) -> None:
+    """Write safetensors into `folder`: one file, or shards of at most 5 GB and an index."""
+    split = split_torch_state_dict_into_shards({n: w.like for n, w in weights.items()}, max_shard_size=SHARD_SIZE)
+    for file, names in split.filename_to_tensors.items():
+        shard = {name: weights[name].make().contiguous() for name in names}
+        save_file(shard, folder / file, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _layout(family: Family) -> dict[str, tuple[str, ...]]:
+    """The projections of a decoder layer by the path of the linear layer that holds them in the dense model."""
+    layout: dict[str, tuple[str, ...]] = {family.output: ("output",), family.down: ("down",)}
+    if family.fused_attention is None:
+        layout |= {family.query: ("query",), family.key: ("key",), family.value: ("value",)}
+    else:
+        layout[family.fused_attention] = ("query", "key", "value")
+    if family.fused_mlp is None:
+        layout |= {family.gate: ("gate",), family.up: ("up",)}
+    else:
+        layout[family.fused_mlp] = ("gate", "up")
+    return layout
+
+
+def _kinds(linear: nn.Linear) -> tuple[str, ...]:
+    return ("weight",) if linear.bias is None else ("weight", "bias")
+
+
+def _joined(parts: Sequence[Weight]) -> Weight:
+    """Several projections as the one tensor that a family keeps them in: one below the other."""
+    if len(parts) == 1:
+        return parts[0]
+    return Weight(
+        like=torch.cat([part.like for part in parts]), make=lambda: torch.cat([part.make() for part in parts])
+    )

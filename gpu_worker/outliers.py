@@ -1,0 +1,30 @@
+"""OWL's layer-wise outlier distribution: how many weights of a layer stand out from the others."""
+
+import torch
+from torch import Tensor
+
+from gpu_worker.calibration import LayerActivations
+from gpu_worker.families import Layer
+
+
+def outlier_share(layer: Layer, seen: LayerActivations, threshold: float) -> float:
+    """Percent of the entries of |W| · √E[x²] over all projections of a layer that exceed `threshold` × their mean.
+
+    As Yin et al. (2024) define D for M = `threshold`; one matrix at a time.
+    """
+    inputs = {
+        seen.attention_input: (layer.query, layer.key, layer.value),
+        seen.attention_output: (layer.output,),
+        seen.mlp_input: (layer.gate, layer.up),
+        seen.mlp_output: (layer.down,),
+    }
+    pairs = [(linear.weight, squares) for squares, linears in inputs.items() for linear in linears]
+    entries = sum(weight.numel() for weight, _ in pairs)
+    mean = sum(_scores(*pair).sum(dtype=torch.float64).item() for pair in pairs) / entries
+    outliers = sum(int((_scores(*pair) > threshold * mean).sum()) for pair in pairs)
+    return 100 * outliers / entries
+
+
+def _scores(weight: Tensor, mean_squares: Tensor) -> Tensor:
+    """|W| · √E[x²], fp32, [outputs, inputs]."""
+    return weight.float().abs() * mean_squares.sqrt().float()

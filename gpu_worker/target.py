@@ -1,0 +1,96 @@
+"""The target model made ready to be pruned: loaded, its texts read, its pieces scored, its weights ordered."""
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from gpu_worker.calibration import LayerActivations, calibrate
+from gpu_worker.corpora import Texts, load_texts
+from gpu_worker.gradients import gradient_salience
+from gpu_worker.importance import LayerImportance, grouped, magnitude, wanda_sp
+from gpu_worker.models import LoadedModel, load_model
+from gpu_worker.outliers import outlier_share
+from gpu_worker.progress import Progress, no_progress
+from gpu_worker.pruning import OrderedModel
+from gpu_worker.self_text import self_text
+from gpu_worker.sequential import prune_sequentially
+from protocol.plan import Plan
+from protocol.shape import ModelShape
+from protocol.spec import SearchSpec
+
+
+class Target:
+    """The model of a spec, with the spec's texts. Making one takes as long as its stages; `progress` hears of each.
+
+    With `outlier_threshold` (OWL's M) the layers' `outliers` are counted too, which only the dense model shows. `check`
+    may refuse the loaded model. Raises UsageError for a model or a text that cannot be had.
+    """
+
+    def __init__(
+        self,
+        spec: SearchSpec,
+        progress: Progress = no_progress,
+        *,
+        outlier_threshold: float | None = None,
+        check: Callable[[LoadedModel], None] | None = None,
+    ) -> None:
+        self.spec = spec
+        self._progress = progress
+        self.model = _load(spec, progress)
+        if check is not None:
+            check(self.model)
+        self.texts = _read_texts(spec, self.model, progress)
+        decoder, windows = self.model.decoder, self.texts.calibration
+        needs_activations = spec.importance == "wanda-sp" or outlier_threshold is not None
+        seen = calibrate(decoder, windows, progress) if needs_activations else ()
+        self.outliers: tuple[float, ...] = ()
+        if outlier_threshold is not None:
+            pairs = zip(decoder.layers, seen, strict=True)
+            self.outliers = tuple(outlier_share(layer, each, outlier_threshold) for layer, each in pairs)
+        self.ordered = OrderedModel(decoder, score(self.model, spec, seen, windows, progress))
+
+    @property
+    def shape(self) -> ModelShape:
+        """Shape of the dense model."""
+        return self.model.decoder.shape
+
+    def prune(self, plan: Plan) -> None:
+        """Prune to `plan`, whatever was applied before. Raises PlanMismatchError for a plan of another model."""
+        if self.spec.scoring == "sequential":
+            prune_sequentially(self.ordered, plan, self.texts.calibration, self._progress)
+        else:
+            self.ordered.apply(plan)
+
+
+def score(
+    model: LoadedModel,
+    spec: SearchSpec,
+    seen: Sequence[LayerActivations],
+    windows: Tensor,
+    progress: Progress = no_progress,
+) -> list[LayerImportance]:
+    """The importance of each layer's pieces on the dense model, as `spec` says; `seen` is for wanda-sp alone."""
+    decoder = model.decoder
+    layers = list(zip(decoder.layers, decoder.shape.layers, strict=True))
+    if spec.importance == "magnitude":
+        return [magnitude(layer, shape) for layer, shape in layers]
+    if spec.importance == "taylor":
+        salience = gradient_salience(decoder, windows, progress)
+        return [grouped(each, shape) for each, (_, shape) in zip(salience, layers, strict=True)]
+    return [wanda_sp(layer, each, shape) for each, (layer, shape) in zip(seen, layers, strict=True)]
+
+
+def _load(spec: SearchSpec, progress: Progress) -> LoadedModel:
+    progress("loading model", 0, 1)
+    model = load_model(spec.model, spec.dtype)
+    progress("loading model", 1, 1)
+    return model
+
+
+def _read_texts(spec: SearchSpec, model: LoadedModel, progress: Progress) -> Texts:
+    progress("reading texts", 0, 1)
+    texts = load_texts(
+        spec, model.tokenizer, lambda windows, length: self_text(model, windows, length, spec.seed, progress)
+    )
+    progress("reading texts", 1, 1)
+    return texts

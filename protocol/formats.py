@@ -1,0 +1,8 @@
+"""The formats that a pruned model is exported in."""
+
+from typing import Literal
+
+Format = Literal["hf", "padded", "gguf"]
+"""For transformers and vLLM; for whatever loads the dense model; for llama.cpp."""
+GgufType = Literal["f16", "q8_0"]
+"""How the weights of a GGUF are stored."""

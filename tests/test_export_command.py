@@ -1,0 +1,109 @@
+"""`selfpruner export`, called in this process: it writes what it measured, and says at once what it cannot do."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from daemon.cli import main
+from tests.tiny_models import save_tiny_folder
+from tests.tiny_specs import write_text
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("target")
+    save_tiny_folder(folder / "model", hidden_size=48, layers=4)
+    write_text(folder / "data.txt", seed=1)
+    write_text(folder / "calibration.txt", seed=2)
+    return folder
+
+
+def texts(target: Path) -> list[str]:
+    sizes = ["--windows", "3", "--calibration-windows", "4", "--seqlen", "32", "--dtype", "float32"]
+    return ["--data", str(target / "data.txt"), "--calibration-data", str(target / "calibration.txt"), *sizes]
+
+
+def export(target: Path, out: Path, *options: str) -> int:
+    model = ["--model", str(target / "model"), *texts(target)]
+    return main(["export", *model, "--allocate", "owl", "--rate", "0.3", "--out", str(out), *options, "--json"])
+
+
+def measured_again(folder: Path, target: Path, capsys: pytest.CaptureFixture[str]) -> float:
+    capsys.readouterr()
+    text = ["--data", str(target / "data.txt"), "--windows", "3", "--seqlen", "32", "--dtype", "float32", "--json"]
+    assert main(["evaluate", str(folder), *text]) == 0
+    perplexity = json.loads(capsys.readouterr().out)["perplexity"]
+    assert isinstance(perplexity, float)
+    return perplexity
+
+
+@pytest.mark.parametrize("format_", ["hf", "padded"])
+def test_the_folder_measures_what_the_model_in_memory_did(
+    target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], format_: str
+) -> None:
+    assert export(target, tmp_path / "out", "--format", format_) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert measured_again(tmp_path / "out", target, capsys) == pytest.approx(answer["perplexity"], rel=1e-4)
+    assert {"README.md", "config.json", "model.safetensors", "selfpruner.json"} <= set(answer["files"])
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert f"{answer['perplexity']:.4g}" in card and f"{answer['dense_perplexity']:.4g}" in card
+
+
+def test_rates_of_a_file_are_exported(target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "rates.json").write_text(json.dumps({"rates": [0.0, 0.4, 0.4, 0.4], "spec": {"rate": 0.3}}))
+    model = ["--model", str(target / "model"), *texts(target), "--rates", str(tmp_path / "rates.json")]
+    assert main(["export", *model, "--out", str(tmp_path / "out"), "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "0" not in config["per_layer_config"] and set(config["per_layer_config"]) == {"1", "2", "3"}
+    assert answer["rate"] == pytest.approx(0.3, abs=0.01)
+
+
+def test_the_best_of_a_search_is_exported_as_it_was_measured(
+    target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The folder of a search that has ended is enough."""
+    assert export(target, tmp_path / "first") == 0
+    facts = json.loads((tmp_path / "first" / "selfpruner.json").read_text())
+    (tmp_path / "runs" / "night").mkdir(parents=True)
+    record = {"search": "night", "rates": facts["rates"], "shape": facts["shape"], "spec": facts["spec"]}
+    (tmp_path / "runs" / "night" / "best.json").write_text(json.dumps(record))
+    first = json.loads(capsys.readouterr().out)
+    search = ["--search", "night", "--folder", str(tmp_path / "runs")]
+    assert main(["export", *search, "--out", str(tmp_path / "second"), "--json"]) == 0
+    second = json.loads(capsys.readouterr().out)
+    assert second["perplexity"] == first["perplexity"]
+    assert second["method"] == "search night"
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("first", "second")]
+    assert weights[0] == weights[1]
+
+
+def test_an_existing_folder_is_kept_unless_forced(
+    target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert export(target, tmp_path / "out") == 0
+    before = (tmp_path / "out" / "config.json").stat().st_mtime_ns
+    assert export(target, tmp_path / "out") == 2
+    assert "exists" in capsys.readouterr().err
+    assert (tmp_path / "out" / "config.json").stat().st_mtime_ns == before
+    assert export(target, tmp_path / "out", "--force") == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ([], "give --search, or --model"),
+        (["--search", "x", "--model", "y"], "leave --model"),
+        (["--search", "../x"], "search"),
+        (["--model", "smollm2"], "either --rates FILE or --allocate"),
+        (["--model", "smollm2", "--allocate", "owl", "--rate", "0.3", "--format", "onnx"], "onnx"),
+        (["--search", "never-ran"], "never-ran"),
+    ],
+)
+def test_what_cannot_be_exported_gets_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], sentence: str
+) -> None:
+    assert main(["export", *options, "--folder", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,141 @@
+import os
+import stat
+from pathlib import Path
+
+import pytest
+from safetensors import SafetensorError
+
+from gpu_worker.export.folder import MARK, ExportError, check_target, write_folder
+
+
+def write_one(folder: Path) -> None:
+    (folder / MARK).write_text("new")
+
+
+def older_export(folder: Path) -> Path:
+    folder.mkdir()
+    (folder / MARK).write_text("old")
+    (folder / "model.safetensors").write_text("old")
+    return folder
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {path.name: path.read_text() for path in folder.iterdir()}
+
+
+def test_missing_parents_are_made(tmp_path: Path) -> None:
+    write_folder(tmp_path / "a" / "b" / "out", write_one, force=False)
+    assert contents(tmp_path / "a" / "b" / "out") == {MARK: "new"}
+
+
+def test_the_folder_is_not_there_before_it_is_complete(tmp_path: Path) -> None:
+    def look(folder: Path) -> None:
+        write_one(folder)
+        assert not (tmp_path / "out").exists()
+        assert folder.name.startswith(".out.") and folder.parent == tmp_path
+
+    write_folder(tmp_path / "out", look, force=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("problem", [RuntimeError("a bug"), KeyboardInterrupt()])
+def test_what_stops_half_way_leaves_nothing(tmp_path: Path, problem: BaseException) -> None:
+    def stop(folder: Path) -> None:
+        write_one(folder)
+        raise problem
+
+    with pytest.raises(type(problem)):
+        write_folder(tmp_path / "out", stop, force=False)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "problem", [OSError(28, "No space left on device"), SafetensorError("No space left on device")]
+)
+def test_a_full_disk_is_one_sentence(tmp_path: Path, problem: Exception) -> None:
+    def fill(folder: Path) -> None:
+        raise problem
+
+    with pytest.raises(ExportError, match=r"the folder .*/out cannot be written \(No space left on device\)"):
+        write_folder(tmp_path / "out", fill, force=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_existing_folder_is_refused_and_left_alone(tmp_path: Path) -> None:
+    older_export(tmp_path / "out")
+    with pytest.raises(ExportError, match="out exists; pass another one, or --force to replace it"):
+        write_folder(tmp_path / "out", write_one, force=False)
+    assert contents(tmp_path / "out") == {MARK: "old", "model.safetensors": "old"}
+
+
+def test_force_replaces_an_older_export_whole(tmp_path: Path) -> None:
+    older_export(tmp_path / "out")
+    write_folder(tmp_path / "out", write_one, force=True)
+    assert contents(tmp_path / "out") == {MARK: "new"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_force_keeps_the_older_export_until_the_new_one_is_complete(tmp_path: Path) -> None:
+    older = older_export(tmp_path / "out")
+
+    def look(folder: Path) -> None:
+        assert contents(older)[MARK] == "old"
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(ExportError):
+        write_folder(older, look, force=True)
+    assert contents(older) == {MARK: "old", "model.safetensors": "old"}
+
+
+def test_force_never_replaces_what_is_no_export(tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("years of work")
+    with pytest.raises(ExportError, match="thesis is not an export, so --force does not replace it"):
+        write_folder(tmp_path / "thesis", write_one, force=True)
+    assert contents(tmp_path / "thesis") == {"chapter.tex": "years of work"}
+
+
+def test_force_takes_an_empty_folder(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    write_folder(tmp_path / "out", write_one, force=True)
+    assert contents(tmp_path / "out") == {MARK: "new"}
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_file_in_its_place_is_refused(tmp_path: Path, force: bool) -> None:
+    (tmp_path / "out").write_text("a file")
+    with pytest.raises(ExportError, match="out is a file; pass a folder"):
+        write_folder(tmp_path / "out", write_one, force=force)
+
+
+def test_a_parent_that_is_a_file_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ExportError, match=r"the folder .*/file/out cannot be written \(.+\)"):
+        write_folder(tmp_path / "file" / "out", write_one, force=False)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_parent_that_may_not_be_written_is_one_sentence(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    try:
+        with pytest.raises(ExportError, match=r"cannot be written \(Permission denied\)"):
+            write_folder(tmp_path / "out", write_one, force=False)
+    finally:
+        tmp_path.chmod(0o700)
+
+
+def test_others_may_read_the_files_who_may_read_the_folder(tmp_path: Path) -> None:
+    def write_private(folder: Path) -> None:
+        write_one(folder)
+        (folder / MARK).chmod(0o600)
+
+    write_folder(tmp_path / "out", write_private, force=False)
+    mode = stat.S_IMODE((tmp_path / "out").stat().st_mode)
+    assert stat.S_IMODE((tmp_path / "out" / MARK).stat().st_mode) == mode & 0o666
+
+
+def test_what_will_be_refused_can_be_asked_before(tmp_path: Path) -> None:
+    check_target(tmp_path / "out", force=False)
+    with pytest.raises(ExportError):
+        check_target(older_export(tmp_path / "out"), force=False)
+    check_target(tmp_path / "out", force=True)
