@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gpu_worker.calibration import calibrate
-from gpu_worker.export.gguf import write_gguf
+from gpu_worker.export.gguf import check_gguf, write_gguf
 from gpu_worker.importance import wanda_sp
 from gpu_worker.models import LoadedModel, load_model
 from gpu_worker.perplexity import perplexity
@@ -223,8 +223,11 @@ def test_tensors_are_converted_and_written_one_at_a_time(tmp_path: Path, monkeyp
 def test_what_gguf_cannot_carry_is_refused_before_anything_is_written(
     family: str, options: dict[str, Any], sentence: str, tmp_path: Path
 ) -> None:
+    model = pruned(family=family, **options)
     with pytest.raises(ModelError, match=sentence):
-        write(pruned(family=family, **options), tmp_path)
+        check_gguf(model)
+    with pytest.raises(ModelError, match=sentence):
+        write(model, tmp_path)
     assert not list(tmp_path.iterdir())
 
 

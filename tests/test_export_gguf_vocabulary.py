@@ -13,9 +13,9 @@ import transformers
 from gguf import TokenType
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from gpu_worker.export.gguf import write_gguf
+from gpu_worker.export.gguf import check_gguf, write_gguf
 from gpu_worker.export.gguf_pre_tokenizers import NAMES
-from gpu_worker.models import load_model
+from gpu_worker.models import LoadedModel, load_model
 from protocol.errors import ModelError
 from protocol.plan import dense_plan
 from tests.real_model import need_smollm2
@@ -117,10 +117,14 @@ def wrapped(whole: Tokenizer, **options: Any) -> Any:
     )
 
 
+def tiny(tokenizer: Any, **options: Any) -> LoadedModel:
+    model = tiny_model("llama", layers=1, **({"vocab_size": ROWS} | options))
+    return dataclasses.replace(model, tokenizer=tokenizer)
+
+
 def export(tokenizer: Any, folder: Path, **options: Any) -> Path:
-    """A tiny model with this tokenizer."""
-    tiny = tiny_model("llama", layers=1, **({"vocab_size": ROWS} | options))
-    model = dataclasses.replace(tiny, tokenizer=tokenizer)
+    """The file of a tiny model with this tokenizer."""
+    model = tiny(tokenizer, **options)
     return write_gguf(model, dense_plan(model.decoder.shape), folder, file_type="f16", name="tiny")
 
 
@@ -271,6 +275,8 @@ def too_long() -> Any:
 def test_a_tokenizer_that_llama_cpp_would_read_otherwise_is_refused(
     make: Callable[[], Any], sentence: str, tmp_path: Path
 ) -> None:
+    with pytest.raises(ModelError, match=sentence):
+        check_gguf(tiny(make()))
     with pytest.raises(ModelError, match=sentence):
         export(make(), tmp_path)
     assert not list(tmp_path.iterdir())

@@ -11,7 +11,7 @@ from typing import Any
 import gguf
 import structlog
 
-from gpu_worker.export.gguf_tensors import GgufTensor, tensors_of
+from gpu_worker.export.gguf_tensors import GgufTensor, rope_factors, tensors_of
 from gpu_worker.export.gguf_vocabulary import read_vocabulary
 from gpu_worker.models import LoadedModel
 from protocol.errors import ModelError
@@ -37,7 +37,7 @@ def write_gguf(model: LoadedModel, plan: Plan, folder: Path, *, file_type: GgufT
     Raises ModelError where GGUF cannot say what the model computes: another family, a sliding window, other rope
     scaling than `linear` and `llama3`, an unknown tokenizer. Raises PlanMismatchError for the plan of another model.
     """
-    check_gguf(model)
+    _check_layers(model)
     vocabulary = read_vocabulary(model.tokenizer, model.causal_lm.config)
     tensors = tensors_of(model, plan, file_type)
     path = folder / f"{_file_name(name)}-{file_type.upper()}.gguf"
@@ -53,7 +53,13 @@ def write_gguf(model: LoadedModel, plan: Plan, folder: Path, *, file_type: GgufT
 
 
 def check_gguf(model: LoadedModel) -> None:
-    """Raise ModelError where a GGUF cannot say what `model` computes."""
+    """Raise ModelError where a GGUF cannot say what `model` computes, or how its tokenizer splits texts."""
+    _check_layers(model)
+    rope_factors(model.causal_lm.config, model.decoder.shape.head_dim)
+    read_vocabulary(model.tokenizer, model.causal_lm.config)
+
+
+def _check_layers(model: LoadedModel) -> None:
     config = model.causal_lm.config
     family = model.decoder.shape.family
     if family not in FAMILIES:
