@@ -291,14 +291,15 @@ def test_smollm2_pruned_goes_on_in_llama_cpp_as_in_transformers_and_chats(
 
 
 @pytest.mark.model
-@pytest.mark.parametrize("file_type", ["f16", "q8_0"])
+@pytest.mark.parametrize(("file_type", "within"), [("f16", 0.003), ("q8_0", 0.04)])
 def test_smollm2_pruned_has_our_perplexity_in_llama_cpp(
-    smollm2: tuple[LoadedModel, Plan], tmp_path: Path, file_type: Literal["f16", "q8_0"]
+    smollm2: tuple[LoadedModel, Plan], tmp_path: Path, file_type: Literal["f16", "q8_0"], within: float
 ) -> None:
+    # 8 bits change the loss of a token by a few percent either way; over thousands of tokens it evens out.
     model, plan = smollm2
     text = windows(model, 4, 2)
     path = write(model, tmp_path, plan=plan, file_type=file_type)
-    assert llama_cpp.perplexity(path, text) == pytest.approx(perplexity(model.decoder, text)[0], rel=0.02)
+    assert llama_cpp.perplexity(path, text) == pytest.approx(perplexity(model.decoder, text)[0], rel=within)
 
 
 def test_a_name_that_is_no_file_name_is_made_one(tmp_path: Path) -> None:
