@@ -1,5 +1,8 @@
 """What the evaluation process answers: a request becomes an outcome, whatever the evaluation does."""
 
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -8,14 +11,32 @@ from gpu_worker.perplexity import NotFiniteError
 from gpu_worker.pruning import PlanMismatchError
 from gpu_worker.session import Session
 from protocol.candidate import Failed, Measured
-from protocol.errors import DataError
+from protocol.errors import DataError, UsageError
 from protocol.plan import Plan
 
-OUT_OF_MEMORY_ADVICE = "use shorter or fewer windows (data.fitness.seqlen), a smaller model, or a larger device"
+OUT_OF_MEMORY_ADVICE = "use shorter windows (data.seqlen), a smaller type (target.dtype), a larger device, or more GPUs"
 
 
 class DeviceLostError(RuntimeError):
     """CUDA failed in a way that no later call in this process survives."""
+
+
+@contextmanager
+def preparing(model: str) -> Iterator[None]:
+    """While it lasts, what goes wrong because the target model does not compute or does not fit is a UsageError.
+
+    Trying again would end the same way, so it is the user's to mend.
+    """
+    try:
+        yield
+    except NotFiniteError as error:
+        raise UsageError(f"the dense model {model!r} is broken: {error}") from error
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise UsageError(
+            f"the model {model!r} does not fit into memory ({first_line(error)}); {OUT_OF_MEMORY_ADVICE}"
+        ) from error
 
 
 def answer(session: Session, request: dict[str, Any]) -> Measured | Failed:
@@ -29,7 +50,7 @@ def answer(session: Session, request: dict[str, Any]) -> Measured | Failed:
         return Failed(reason="invalid", detail=str(error))
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
-            _free_memory()
+            _free_memory(error)
             return Failed(reason="out-of-memory", detail=f"{first_line(error)}; {OUT_OF_MEMORY_ADVICE}")
         if is_device_lost(error):
             raise DeviceLostError(first_line(error)) from error
@@ -52,6 +73,8 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).partition("\n")[0]
 
 
-def _free_memory() -> None:
+def _free_memory(error: BaseException) -> None:
+    """Give back what the failed evaluation held: its frames live as long as the error, and their tensors with them."""
+    traceback.clear_frames(error.__traceback__)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

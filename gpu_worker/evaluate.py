@@ -6,6 +6,7 @@ from pydantic import BaseModel, ConfigDict
 
 from gpu_worker.allocation import allocate, prepare
 from gpu_worker.corpora import load_text
+from gpu_worker.memory import Workload
 from gpu_worker.models import load_model
 from gpu_worker.perplexity import watched_perplexity
 from gpu_worker.progress import Progress, no_progress
@@ -105,7 +106,7 @@ def evaluate_as_it_is(
 ) -> EvaluationResult:
     """Measure a model, such as an exported one, without pruning it."""
     progress("loading model", 0, 1)
-    model = load_model(name, dtype)
+    model = load_model(name, dtype, Workload(text.seqlen, writes_text=text.source == "self"))
     progress("loading model", 1, 1)
     windows = load_text(text, model.tokenizer, seed, lambda n, length: self_text(model, n, length, seed, progress))
     start = time.perf_counter()

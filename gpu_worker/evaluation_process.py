@@ -9,8 +9,8 @@
     in   {"id", "plan", "text"}                                         one candidate at a time
     out  {"id", "outcome"}
 
-The lines go out on a private copy of stdout; whatever a library prints lands on stderr. When stdin ends, so does the
-process, even in mid-evaluation: it never outlives its parent.
+The lines go out on a private copy of stdout; whatever a library prints lands on stderr, with the log. When stdin ends,
+so does the process, even in mid-evaluation: it never outlives its parent.
 """
 
 import json
@@ -21,6 +21,8 @@ import threading
 import time
 import warnings
 from typing import Any
+
+from protocol import logs
 
 PROGRESS_EVERY = 0.5
 """Seconds between two reports of the same stage."""
@@ -77,6 +79,7 @@ def keep_libraries_quiet() -> None:
     for name, value in (
         ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
         ("TRANSFORMERS_VERBOSITY", "error"),
+        ("TQDM_DISABLE", "1"),
         ("TOKENIZERS_PARALLELISM", "false"),
     ):
         os.environ.setdefault(name, value)
@@ -87,8 +90,7 @@ def keep_libraries_quiet() -> None:
 def serve(lines: Lines, replies: Replies) -> int:
     """Get ready, then answer for ever; returns the exit code where that cannot be."""
     # Imported here and not above: this is where torch comes in, seconds of it, with stdout already put away.
-    from gpu_worker.answering import DeviceLostError, answer, first_line, is_out_of_memory
-    from gpu_worker.perplexity import NotFiniteError
+    from gpu_worker.answering import DeviceLostError, answer, preparing
     from gpu_worker.session import Session
     from protocol.errors import UsageError
     from protocol.spec import SearchSpec
@@ -96,18 +98,10 @@ def serve(lines: Lines, replies: Replies) -> int:
     order = json.loads(lines.get())
     spec = SearchSpec.model_validate(order["spec"])
     try:
-        session = Session(spec, replies.progress, sensitivity=order["sensitivity"])
+        with preparing(spec.model):
+            session = Session(spec, replies.progress, sensitivity=order["sensitivity"])
     except UsageError as error:
         replies.send({"usage_error": str(error)})
-        return EXIT_USAGE
-    except NotFiniteError as error:
-        replies.send({"usage_error": f"the dense model {spec.model!r} is broken: {error}"})
-        return EXIT_USAGE
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        # Starting again would end the same way, so it is the user's to mend.
-        replies.send({"usage_error": f"the model {spec.model!r} does not fit into memory ({first_line(error)})"})
         return EXIT_USAGE
     replies.send({"card": session.card.model_dump(mode="json")})
     while True:
@@ -128,6 +122,7 @@ def main() -> int:
     lines: Lines = queue.SimpleQueue()
     threading.Thread(target=read_requests, args=(0, lines), daemon=True).start()
     keep_libraries_quiet()
+    logs.configure()
     return serve(lines, replies)
 
 

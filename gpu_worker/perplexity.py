@@ -65,8 +65,7 @@ def window_loss(decoder: Decoder, window: Tensor) -> float:
 
 def final_hidden(decoder: Decoder, window: Tensor) -> Tensor:
     """The body's final hidden states [batch, seqlen, hidden size] of `window` [batch, seqlen]."""
-    window = window.to(next(decoder.body.parameters()).device)
-    hidden: Tensor = decoder.body(input_ids=window, use_cache=False).last_hidden_state
+    hidden: Tensor = decoder.body(input_ids=window.to(decoder.device), use_cache=False).last_hidden_state
     return hidden
 
 
@@ -75,7 +74,7 @@ def hidden_loss(decoder: Decoder, hidden: Tensor, window: Tensor) -> float:
 
     Summed in fp32 (fp64 between chunks).
     """
-    total = torch.zeros((), dtype=torch.float64, device=hidden.device)
+    total = torch.zeros((), dtype=torch.float64, device=decoder.head.weight.device)
     for logits, targets in logit_chunks(decoder, hidden, window):
         total += F.cross_entropy(logits, targets, reduction="sum").double()
     return total.item()
@@ -84,9 +83,10 @@ def hidden_loss(decoder: Decoder, hidden: Tensor, window: Tensor) -> float:
 def logit_chunks(decoder: Decoder, hidden: Tensor, window: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """For the predicted tokens of `window` in order, some rows at a time: logits [rows, vocabulary] and tokens [rows].
 
-    Logits of all tokens at once would be gigabytes. They are made in the model's type and handed out in fp32.
+    Logits of all tokens at once would be gigabytes. They are made in the model's type and handed out in fp32, all on
+    the head's device: of a model spread over several GPUs it need not be that of the last layer.
     """
-    states = hidden[:, :-1].flatten(0, 1)
+    states = hidden[:, :-1].flatten(0, 1).to(decoder.head.weight.device)
     targets = window[:, 1:].flatten().to(states.device)
     rows = max(1, LOGITS_BYTES.get(states.device.type, LOGITS_BYTES["cuda"]) // (4 * decoder.head.out_features))
     for chunk, target in zip(torch.split(states, rows), torch.split(targets, rows), strict=True):

@@ -11,14 +11,13 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from gpu_worker.cache import cached
+from gpu_worker.memory import texts_at_once
 from gpu_worker.models import LoadedModel
 from gpu_worker.progress import Progress
 
 TEMPERATURE = 1.0
 TOP_K = 50
 """Without a limit a small model's tail of unlikely tokens soon derails the text."""
-BATCH = 64
-"""Windows written at once."""
 OPENINGS = (
     "The history of", "In the early", "A new study", "She was born in", "The first", "During the war", "According to",
     "The city of", "Scientists have", "It was", "The film", "In mathematics", "The river", "He began his career",
@@ -46,8 +45,9 @@ def sample(model: LoadedModel, windows: int, length: int, seed: int, progress: P
     prompts = _prompts(model.tokenizer, length)
     generator = torch.Generator(device=model.device).manual_seed(seed)
     batches = []
-    for start in range(0, windows, BATCH):
-        rows = torch.arange(start, min(start + BATCH, windows)) % len(prompts)
+    together = texts_at_once(model.decoder.shape, model.causal_lm.dtype.itemsize, length)
+    for start in range(0, windows, together):
+        rows = torch.arange(start, min(start + together, windows)) % len(prompts)
         batches.append(_continue(model, prompts[rows].to(model.device), length, generator, progress))
     return torch.cat(batches).cpu()
 
@@ -77,7 +77,8 @@ def _continue(
     with torch.inference_mode():
         for position in range(prompts.shape[1], length):
             hidden = decoder.body(input_ids=newest, use_cache=True, **{argument: cache}).last_hidden_state
-            newest = _draw(decoder.head(hidden[:, -1]).float(), special, generator)
+            logits = decoder.head(hidden[:, -1]).float()
+            newest = _draw(logits.to(prompts.device), special, generator)  # the head may lie on another GPU
             tokens = torch.cat([tokens, newest], dim=1)
             progress("writing text", position + 1, length)
     return tokens

@@ -8,6 +8,7 @@ from gpu_worker.calibration import LayerActivations, calibrate
 from gpu_worker.corpora import Texts, load_texts
 from gpu_worker.gradients import gradient_salience
 from gpu_worker.importance import LayerImportance, grouped, magnitude, wanda_sp
+from gpu_worker.memory import Workload
 from gpu_worker.models import LoadedModel, load_model
 from gpu_worker.outliers import outlier_share
 from gpu_worker.progress import Progress, no_progress
@@ -82,7 +83,7 @@ def score(
 
 def _load(spec: SearchSpec, progress: Progress) -> LoadedModel:
     progress("loading model", 0, 1)
-    model = load_model(spec.model, spec.dtype)
+    model = load_model(spec.model, spec.dtype, Workload.of(spec))
     progress("loading model", 1, 1)
     return model
 

@@ -1,0 +1,228 @@
+"""How much memory a model needs, from its config alone, and how much there is: known before any weight is loaded."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from gpu_worker.divergence import TOP
+from gpu_worker.families import Decoder
+from gpu_worker.gradients import SAMPLES, TOKENS
+from gpu_worker.perplexity import LOGITS_BYTES
+from protocol.shape import LayerShape, ModelShape
+from protocol.spec import SearchSpec, TextSpec
+
+GB = 1e9
+KV_CACHE_BYTES = 2**32
+"""Most that the keys and values of texts being written together may take; one text may always be written."""
+TEXTS_AT_ONCE = 64
+"""Most texts written together."""
+FP32 = INT32 = 4
+FP64 = 8
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What is going to be run through a model, as far as its memory goes.
+
+    Tokens are counted as 0 where their number follows from a text not yet read.
+    """
+
+    seqlen: int = 2048
+    """Tokens of the longest window."""
+    waiting_tokens: int = 0
+    """Tokens whose hidden states wait in main memory between two layers."""
+    predicted_tokens: int = 0
+    """Tokens for which the dense model's predictions are kept in main memory."""
+    writes_text: bool = False
+    """Whether the model writes its own text first."""
+    takes_gradients: bool = False
+
+    @classmethod
+    def of(cls, spec: SearchSpec) -> "Workload":
+        """What preparing and measuring `spec` runs."""
+        measured = [text for text in (spec.fitness, spec.report) if text is not None]
+        texts = [spec.calibration, *measured]
+        return cls(
+            seqlen=max(text.seqlen for text in texts),
+            waiting_tokens=_tokens(spec.calibration) if spec.scoring == "sequential" else 0,
+            predicted_tokens=sum(_tokens(text) for text in measured) if spec.measure == "kl" else 0,
+            writes_text=any(text.source == "self" for text in texts),
+            takes_gradients=spec.importance == "taylor",
+        )
+
+
+def _tokens(text: TextSpec) -> int:
+    return (text.windows or 0) * text.seqlen
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes that a model takes, rounded up where it is not known exactly."""
+
+    weights: int
+    """All parameters, in the type they are loaded in; exact."""
+    gathered: int
+    """Copies of q and o at the worst plan: query heads kept of every KV head do not lie next to each other."""
+    running: int
+    """On each device beside the weights: one window's activations, or one layer's copy while it is scored and ordered,
+    or the keys and values of texts being written, or the gradients' pass, whichever is most."""
+    main: int
+    """In main memory, whatever the device: hidden states that wait between two layers, for windows as long as the spec
+    says and not as long as the model's positions reach; and predictions of the dense model."""
+
+    @property
+    def least(self) -> int:
+        """What cannot be done without on the device."""
+        return self.weights + self.running
+
+    @property
+    def most(self) -> int:
+        """What is enough on the device for every plan."""
+        return self.least + self.gathered
+
+    @property
+    def sentence(self) -> str:
+        """All of it in words."""
+        return (
+            f"needs about {gigabytes(self.weights)} for weights, {gigabytes(self.running)} to run them, up to "
+            f"{gigabytes(self.gathered)} for pruned copies, and {gigabytes(self.main)} of main memory"
+        )
+
+
+def estimate_memory(decoder: Decoder, dtype: torch.dtype, workload: Workload, device: str) -> MemoryEstimate:
+    """The memory that the model of `decoder` takes in `dtype` on a `device` of this type (`cuda`, `cpu`).
+
+    The decoder's own parameters may be on the meta device.
+    """
+    shape = decoder.shape
+    size = dtype.itemsize
+    logits = min(LOGITS_BYTES[device], FP32 * workload.seqlen * decoder.head.out_features)
+    running = [_window(shape, logits, size, workload.seqlen)]
+    running += [shape.layer_parameters(i) * size for i in range(len(shape.layers))]
+    running += [_scoring(shape, layer) for layer in shape.layers]
+    if workload.writes_text:
+        text = kv_cache_bytes(shape, size, workload.seqlen)
+        running.append(text * texts_at_once(shape, size, workload.seqlen))
+    if workload.takes_gradients:
+        running.append(_gradients(shape, decoder.head.out_features, size))
+    return MemoryEstimate(
+        weights=shape.total_parameters * size,
+        gathered=sum(_gathered(shape, layer) for layer in shape.layers) * size,
+        running=max(running),
+        main=workload.waiting_tokens * shape.hidden_size * size + workload.predicted_tokens * TOP * (INT32 + size),
+    )
+
+
+def kv_cache_bytes(shape: ModelShape, size: int, tokens: int) -> int:
+    """Keys and values of a text of `tokens`, in a type of `size` bytes."""
+    return 2 * size * tokens * shape.head_dim * sum(layer.kv_heads for layer in shape.layers)
+
+
+def texts_at_once(shape: ModelShape, size: int, tokens: int) -> int:
+    """How many texts of `tokens` are written together: as many as keep their keys and values within KV_CACHE_BYTES.
+
+    It does not depend on the machine: a text follows from its model, sizes and seed.
+    """
+    return max(1, min(TEXTS_AT_ONCE, KV_CACHE_BYTES // kv_cache_bytes(shape, size, tokens)))
+
+
+def _window(shape: ModelShape, logits: int, size: int, seqlen: int) -> int:
+    """Most activations that are alive at once while a window runs: in its widest layer, or with a chunk of logits.
+
+    `logits` are the bytes of such a chunk in fp32.
+    """
+    # The residual stream, a block's input and output, and what a norm makes of them in fp32.
+    stream = shape.hidden_size * (3 * size + 2 * FP32)
+    # Gate, up and their product, and the product's square while calibrating.
+    mlp = max(layer.mlp_channels for layer in shape.layers) * (3 * size + 2 * FP32)
+    # Projected, rotated and laid out for the kernel, which never makes the matrix of all pairs of tokens.
+    attention = 3 * size * shape.head_dim * max(layer.query_heads + 2 * layer.kv_heads for layer in shape.layers)
+    # The chunk in fp32, its softmax, and what it is in the model's type.
+    return seqlen * stream + max(seqlen * mlp, seqlen * attention, 2 * logits + logits * size // FP32)
+
+
+def _gradients(shape: ModelShape, vocabulary: int, size: int) -> int:
+    """What a backward pass over LLM-Pruner's samples keeps of every layer, its logits, and one weight's gradient."""
+    mlp = 4 * size * sum(layer.mlp_channels for layer in shape.layers)
+    attention = 3 * size * shape.head_dim * sum(layer.query_heads + 2 * layer.kv_heads for layer in shape.layers)
+    stream = len(shape.layers) * shape.hidden_size * (6 * size + 2 * FP32)
+    logits = vocabulary * (size + 3 * FP32)
+    largest = shape.hidden_size * max(layer.mlp_channels for layer in shape.layers)
+    return SAMPLES * TOKENS * (mlp + attention + stream + logits) + largest * (size + 3 * FP32)
+
+
+def _scoring(shape: ModelShape, layer: LayerShape) -> int:
+    """The larger of o and down as fp64, and its absolute values."""
+    return 2 * FP64 * shape.hidden_size * max(layer.mlp_channels, layer.query_heads * shape.head_dim)
+
+
+def _gathered(shape: ModelShape, layer: LayerShape) -> int:
+    """Parameters of the query heads when every KV head loses one: those are copied."""
+    return shape.query_head_parameters * layer.kv_heads * (layer.queries_per_kv - 1)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The memory there is, in bytes."""
+
+    gpus: tuple[int, ...]
+    """Free on each GPU."""
+    main: int
+    """Available main memory."""
+
+    @property
+    def device(self) -> str:
+        """The type of device that models go to."""
+        return "cuda" if self.gpus else "cpu"
+
+    @property
+    def sentence(self) -> str:
+        """All of it in words."""
+        if not self.gpus:
+            return f"the main memory has {gigabytes(self.main)} available and there is no GPU"
+        if len(self.gpus) == 1:
+            return f"the GPU has {gigabytes(self.gpus[0])} free"
+        each = ", ".join(gigabytes(free) for free in self.gpus)
+        return f"the {len(self.gpus)} GPUs have {gigabytes(sum(self.gpus))} free ({each})"
+
+
+def this_machine() -> Machine:
+    """What this machine has now; GPUs are those that CUDA_VISIBLE_DEVICES leaves."""
+    gpus = tuple(torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count()))
+    return Machine(gpus, main_memory())
+
+
+def main_memory(root: Path = Path("/")) -> int:
+    """Bytes of main memory that are available: what the kernel says, or less in a container with a limit."""
+    limits = (root / "sys/fs/cgroup/memory.max", root / "sys/fs/cgroup/memory/memory.limit_in_bytes")
+    return min(_available(root / "proc/meminfo"), *(_limit(path) for path in limits))
+
+
+def _available(meminfo: Path) -> int:
+    try:
+        lines = dict(_fields(meminfo.read_text()))
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):  # not Linux: all there is, whoever uses it
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _fields(meminfo: str) -> Iterator[tuple[str, str]]:
+    for line in meminfo.splitlines():
+        name, _, value = line.partition(":")
+        yield name, value
+
+
+def _limit(path: Path) -> int:
+    try:
+        text = path.read_text().strip()
+    except OSError:
+        return 2**63
+    return int(text) if text.isdigit() else 2**63  # "max" where there is no limit
+
+
+def gigabytes(amount: int) -> str:
+    """`amount` bytes for people."""
+    return f"{amount / GB:.1f} GB" if amount >= 0.05 * GB else f"{amount / 1e6:.1f} MB"
