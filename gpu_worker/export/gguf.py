@@ -70,7 +70,7 @@ def _check_layers(model: LoadedModel) -> None:
     if getattr(config, "sliding_window", None) is not None:
         raise ModelError(
             f"the format gguf cannot carry the sliding window of this model ({config.sliding_window} tokens): "
-            "llama.cpp has no such layers of different sizes; use the format hf or padded"
+            "llama.cpp knows none in layers of different sizes; use the format hf or padded"
         )
     if config.hidden_act not in ("silu", "swish"):
         raise ModelError(f"the format gguf supports the activation silu only, and this model has {config.hidden_act!r}")
