@@ -177,7 +177,7 @@ def allocate(
     from gpu_worker.evaluate import allocate_once
 
     spec = allocation_spec(model, rate, texts, how, dtype=dtype, seed=seed)
-    with _progress() as progress:
+    with _progress(model) as progress:
         result = allocate_once(spec, allocation_of(method, options), progress)
     _answer(result.model_dump(mode="json"), json_)
 
@@ -209,13 +209,13 @@ def evaluate(
     if choice == flags.ChoiceFlags():
         claim = card_claim(name) if texts == flags.TextFlags() else None
         measured = claim or CardClaim(measured_texts(texts), seed, dtype, None)
-        with _progress() as progress:
+        with _progress(name) as progress:
             result = evaluate_as_it_is(
                 name, measured.texts, dtype=measured.dtype, seed=measured.seed, progress=progress
             ).model_copy(update={"card_perplexity": measured.perplexity})
     else:
         request = pruning_request(name, texts, choice, how, options, measure=fitness, dtype=dtype, seed=seed)
-        with _progress() as progress:
+        with _progress(name) as progress:
             result = evaluate_once(
                 request.spec, request.choice, shape=request.shape, method=request.method, progress=progress
             )
@@ -258,7 +258,7 @@ def export(
         request = pruning_request(model, self_if_none(texts), choice, how, options, dtype=dtype, seed=seed)
     else:
         raise SettingsError("give --search, or --model with --allocate or --rates")
-    with _progress() as progress:
+    with _progress(request.spec.model) as progress:
         result = export_once(
             request.spec,
             request.choice,
@@ -271,10 +271,12 @@ def export(
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """One line on the terminal that says what is under way."""
-    logs.configure(level="WARNING")
-    with Console(stderr=True).status("") as line:
+def _progress(model: str) -> Iterator[Callable[[str, int, int], None]]:
+    """One line on the terminal that says what is under way; above it, before `model` is loaded, what that needs."""
+    from gpu_worker.answering import preparing
+
+    logs.configure()
+    with preparing(model), Console(stderr=True).status("") as line:
         yield lambda stage, done, total: line.update(f"{stage} {done}/{total}")
 
 

@@ -8,13 +8,15 @@ from typing import Any
 import torch
 
 from gpu_worker.perplexity import NotFiniteError
+from gpu_worker.placement import ADVICE
 from gpu_worker.pruning import PlanMismatchError
 from gpu_worker.session import Session
 from protocol.candidate import Failed, Measured
 from protocol.errors import DataError, UsageError
 from protocol.plan import Plan
 
-OUT_OF_MEMORY_ADVICE = "use shorter windows (data.seqlen), a smaller type (target.dtype), a larger device, or more GPUs"
+_NO_MEMORY = ("DefaultCPUAllocator", "CUDA error: out of memory", "_ALLOC_FAILED")
+"""Of the CPU; of the driver, whose context survives; of cuBLAS and cuDNN for their workspaces."""
 
 
 class DeviceLostError(RuntimeError):
@@ -34,9 +36,7 @@ def preparing(model: str) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        raise UsageError(
-            f"the model {model!r} does not fit into memory ({first_line(error)}); {OUT_OF_MEMORY_ADVICE}"
-        ) from error
+        raise UsageError(f"the model {model!r} does not fit into memory ({first_line(error)}); {ADVICE}") from error
 
 
 def answer(session: Session, request: dict[str, Any]) -> Measured | Failed:
@@ -51,15 +51,16 @@ def answer(session: Session, request: dict[str, Any]) -> Measured | Failed:
     except (RuntimeError, MemoryError) as error:
         if is_out_of_memory(error):
             _free_memory(error)
-            return Failed(reason="out-of-memory", detail=f"{first_line(error)}; {OUT_OF_MEMORY_ADVICE}")
+            return Failed(reason="out-of-memory", detail=f"{first_line(error)}; {ADVICE}")
         if is_device_lost(error):
             raise DeviceLostError(first_line(error)) from error
         raise
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the GPU or the CPU had no memory left. The CPU's allocator says so only in its text."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in str(error)
+    """Whether the GPU or the CPU had no memory left. Allocators other than torch's own say so only in their text."""
+    text = str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(sign in text for sign in _NO_MEMORY)
 
 
 def is_device_lost(error: BaseException) -> bool:

@@ -1,8 +1,11 @@
-"""What is checked of a checkpoint's config before its weights are loaded, and of its weights after."""
+"""What is checked of a checkpoint's config before its weights are loaded, and of the weights that were."""
 
 from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
+
+import torch
+import transformers
 
 from gpu_worker.export.trusted import register_pruned_classes
 from gpu_worker.families import PRUNED, family_of
@@ -39,11 +42,15 @@ def quantisation_method(packing: Mapping[str, Any]) -> str:
     return "bitsandbytes" if packing.get("load_in_8bit") or packing.get("load_in_4bit") else "unknown method"
 
 
-def check_complete(name: str, report: Mapping[str, Any]) -> None:
-    """Raise ModelError where the loader had to make weights up, or found some of another size.
+def load_weights(name: str, source: str, dtype: torch.dtype, **options: Any) -> Any:
+    """The causal language model of a folder or hub name, by transformers' loader with these `options`.
 
-    `report` is what transformers' loader says of its work. It would go on with random numbers in the gaps.
+    Raises ModelError where it would have made weights up: it goes on with random numbers in the gaps.
     """
+    # Weights of another size are told apart below, with a sentence.
+    loaded, report = transformers.AutoModelForCausalLM.from_pretrained(
+        source, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
+    )
     lacking = sorted(str(key) for key in report["missing_keys"])
     lacking += sorted(str(key[0]) for key in report["mismatched_keys"])
     if lacking:
@@ -51,3 +58,4 @@ def check_complete(name: str, report: Mapping[str, Any]) -> None:
             f"{name!r} does not hold the weights that its config asks for: {len(lacking)} are missing or of another "
             f"size, such as {lacking[0]!r}; pass the plain, unquantised model without adapters"
         )
+    return loaded

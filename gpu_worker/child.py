@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import logging
 import os
 import signal
 import sys
@@ -87,18 +88,30 @@ class EvaluationChild:
             os.killpg(self._process.pid, signal.SIGKILL)
         await self._process.wait()
 
+    @property
+    def _likely_reason(self) -> str:
+        killed = self._process is not None and self._process.returncode == -signal.SIGKILL
+        return ": killed, as the system does when main memory runs out" if killed else ""
+
     def _send(self, message: dict[str, Any]) -> None:
         assert self._process is not None and self._process.stdin is not None
         self._process.stdin.write(json.dumps(message).encode() + b"\n")
 
     async def _receive(self) -> dict[str, Any]:
+        """The next message that is no event of the process's log."""
+        while "log" in (message := await self._next_message()):
+            event = message["log"]
+            log.log(logging.getLevelNamesMapping()[event.pop("level").upper()], event.pop("event"), **event)
+        return message
+
+    async def _next_message(self) -> dict[str, Any]:
         assert self._process is not None and self._process.stdout is not None
         line = await self._process.stdout.readline()
         if not line.endswith(b"\n"):
             with contextlib.suppress(TimeoutError):  # its own exit status says more than that of the kill
                 await asyncio.wait_for(self._process.wait(), 1)
             await self.kill()
-            raise ChildDied(f"the evaluation process ended with status {self._process.returncode}")
+            raise ChildDied(f"the evaluation process ended with status {self._process.returncode}{self._likely_reason}")
         message = json.loads(line)
         assert isinstance(message, dict)
         return message

@@ -4,13 +4,14 @@
 
     in   {"spec": SearchSpec, "sensitivity": bool}                      once
     out  {"progress": {"stage", "done", "total"}}                       while it gets ready
+    out  {"log": {"level", "event", ...}}                               at any time: for the parent's log
     out  {"usage_error": sentence}                                      and it ends with code 2
     out  {"card": ModelCard}                                            it is ready
     in   {"id", "plan", "text"}                                         one candidate at a time
     out  {"id", "outcome"}
 
-The lines go out on a private copy of stdout; whatever a library prints lands on stderr, with the log. When stdin ends,
-so does the process, even in mid-evaluation: it never outlives its parent.
+The lines go out on a private copy of stdout; whatever a library prints lands on stderr. When stdin ends, so does the
+process, even in mid-evaluation: it never outlives its parent.
 """
 
 import json
@@ -20,9 +21,10 @@ import sys
 import threading
 import time
 import warnings
-from typing import Any
+from collections.abc import MutableMapping
+from typing import Any, NoReturn
 
-from protocol import logs
+import structlog
 
 PROGRESS_EVERY = 0.5
 """Seconds between two reports of the same stage."""
@@ -42,7 +44,7 @@ class Replies:
 
     def send(self, message: dict[str, Any]) -> None:
         """Send one message, at once."""
-        self._file.write(json.dumps(message) + "\n")
+        self._file.write(json.dumps(message, default=str) + "\n")
         self._file.flush()
 
     def progress(self, stage: str, done: int, total: int) -> None:
@@ -52,6 +54,11 @@ class Replies:
             return
         self._stage, self._reported = stage, now
         self.send({"progress": {"stage": stage, "done": done, "total": total}})
+
+    def log(self, _logger: Any, level: str, event: MutableMapping[str, Any]) -> NoReturn:
+        """A structlog processor that hands events over to the parent, which knows where its log goes."""
+        self.send({"log": {"level": level, **event}})
+        raise structlog.DropEvent
 
 
 def take_stdout() -> Replies:
@@ -122,7 +129,7 @@ def main() -> int:
     lines: Lines = queue.SimpleQueue()
     threading.Thread(target=read_requests, args=(0, lines), daemon=True).start()
     keep_libraries_quiet()
-    logs.configure()
+    structlog.configure(processors=[replies.log])
     return serve(lines, replies)
 
 

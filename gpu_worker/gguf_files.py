@@ -10,7 +10,7 @@ from gguf import GGUFReader
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from gpu_worker.cache import cached
-from gpu_worker.checkpoints import check_complete
+from gpu_worker.checkpoints import load_weights
 from gpu_worker.families import family_of
 from gpu_worker.identity import file_digest
 from gpu_worker.memory import gigabytes, main_memory
@@ -72,7 +72,7 @@ def _unpack(file: Path, folder: Path, dtype: torch.dtype) -> None:
         config = transformers.AutoConfig.from_pretrained(**place)
         family_of(config)
         _restore_rope(file, header, config)
-        _plain_model(place, config, dtype).save_pretrained(folder)
+        _plain_model(file, config, dtype).save_pretrained(folder)
         transformers.AutoTokenizer.from_pretrained(**place).save_pretrained(folder)
     # transformers answers a file it does not know with any of these, the third from the lists it looks names up in.
     except (OSError, ValueError, LookupError, NotImplementedError) as error:
@@ -116,16 +116,13 @@ def _restore_rope(file: Path, header: GgufHeader, config: Any) -> None:
         raise ModelError(f"{str(file)!r} scales its positions in a way of its own; pass the model's folder")
 
 
-def _plain_model(place: dict[str, str], config: Any, dtype: torch.dtype) -> Any:
+def _plain_model(file: Path, config: Any, dtype: torch.dtype) -> Any:
     """The model of the file with its weights dequantised, and no mark of having been quantised."""
     options: dict[str, Any] = {}
     if hasattr(transformers, "GgufConfig"):
         # Without `dequantize` the loader warns that its packed kernels are missing. Older ones always dequantise.
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    loaded, report = transformers.AutoModelForCausalLM.from_pretrained(
-        **place, config=config, dtype=dtype, output_loading_info=True, **options
-    )
-    check_complete(place["gguf_file"], report)
+    loaded = load_weights(file.name, str(file.parent), dtype, gguf_file=file.name, config=config, **options)
     marked = loaded.config.to_dict()
     marked.pop("quantization_config", None)
     with torch.device("meta"):

@@ -10,7 +10,7 @@ import torch
 import transformers
 from safetensors import SafetensorError
 
-from gpu_worker.checkpoints import check_complete, check_config
+from gpu_worker.checkpoints import check_config, load_weights
 from gpu_worker.families import Decoder, take_apart
 from gpu_worker.gguf_files import unpacked
 from gpu_worker.hub import hub_reachable
@@ -57,12 +57,9 @@ def load_model(name: str, dtype: str, workload: Workload = Workload()) -> Loaded
         config = transformers.AutoConfig.from_pretrained(source, **options)
         devices = _devices(name, config, getattr(torch, dtype), workload)
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
-        causal_lm, report = transformers.AutoModelForCausalLM.from_pretrained(
-            source, dtype=getattr(torch, dtype), device_map=devices, output_loading_info=True, **options
-        )
+        causal_lm = load_weights(name, source, getattr(torch, dtype), device_map=devices, **options)
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(_cannot_load(name, offline, error)) from error
-    check_complete(name, report)
     causal_lm.requires_grad_(False).eval()
     unmap(causal_lm)
     identity = getattr(config, "_commit_hash", None) or folder_identity(Path(source))

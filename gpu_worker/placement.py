@@ -16,7 +16,7 @@ import transformers
 from gpu_worker.memory import Machine, MemoryEstimate, gigabytes
 from protocol.errors import ModelError
 
-ADVICE = "use more or larger GPUs, shorter windows (seqlen), a smaller type (target.dtype), or a smaller model"
+ADVICE = "use shorter windows (seqlen), a smaller dtype, more or larger GPUs, or a smaller model"
 
 
 @dataclass(frozen=True)

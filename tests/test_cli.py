@@ -108,7 +108,8 @@ def test_a_bad_rates_file_gets_one_sentence(
     assert evaluate(target, "--rates", str(file), "--rate", "0.3") == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err.startswith("selfpruner: ") and sentence in captured.err.strip().splitlines()[-1]
+    said = captured.err.strip().splitlines()[-1]
+    assert said.startswith("selfpruner: ") and sentence in said
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,21 @@
 import asyncio
+import json
 import os
+import queue
+import re
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import structlog
+import torch
 
 from gpu_worker.child import ChildDied, EvaluationChild
+from gpu_worker.evaluation_process import EXIT_USAGE, Lines, Replies, serve
+from gpu_worker.perplexity import NotFiniteError
 from gpu_worker.progress import no_progress
 from protocol.candidate import Candidate, Failed, Measured, Provenance, Text
 from protocol.card import ModelCard
@@ -44,7 +52,7 @@ async def test_the_card_comes_after_the_stages_and_candidates_are_measured(spec:
     plan = spec.uniform_plan(card.shape)
     outcomes = [await child.evaluate(candidate_for(plan, text), limit_seconds=60) for text in ("fitness", "report")]
     await child.kill()
-    assert list(dict.fromkeys(stages)) == ["loading model", "reading texts", "calibrating", "measuring dense"]
+    assert list(dict.fromkeys(stages)) == ["loading model", "reading texts", "calibrating", "measuring"]
     assert card.fingerprint == spec.fingerprint
     fitness, report = outcomes
     assert isinstance(fitness, Measured) and isinstance(report, Measured)
@@ -88,6 +96,24 @@ async def test_a_text_that_is_too_short_is_the_users_to_mend(spec: SearchSpec, t
     assert not child.alive
 
 
+async def test_what_the_process_logs_is_in_the_parents_log(spec: SearchSpec) -> None:
+    child = EvaluationChild(spec)
+    with structlog.testing.capture_logs() as events:
+        await child.start(no_progress, sensitivity=False)
+    await child.kill()
+    (estimate,) = [event for event in events if event["event"] == "memory_estimate"]
+    assert estimate["log_level"] == "info"
+    assert estimate["model"] == spec.model
+    assert estimate["needs"].startswith("needs about ")
+
+
+async def test_a_process_that_is_killed_says_why_that_may_be(spec: SearchSpec) -> None:
+    child, card = await started(spec)
+    os.kill(process_of(child).pid, signal.SIGKILL)
+    with pytest.raises(ChildDied, match="status -9: killed, as the system does when main memory runs out"):
+        await child.evaluate(candidate_for(spec.uniform_plan(card.shape)), limit_seconds=60)
+
+
 async def test_the_process_ends_when_its_parent_closes_stdin(spec: SearchSpec) -> None:
     child, _ = await started(spec)
     stdin = process_of(child).stdin
@@ -100,6 +126,52 @@ def test_the_process_ends_even_while_it_gets_ready() -> None:
     command = [sys.executable, "-m", "gpu_worker.evaluation_process"]
     ended = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
     assert (ended.returncode, ended.stdout) == (0, b"")
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nSee the documentation"),
+            r"the model '.*' does not fit into memory \(CUDA out of memory\. Tried to allocate 2 GiB\.\); use shorter",
+        ),
+        (MemoryError(), r"does not fit into memory \(MemoryError\); use shorter windows \(seqlen\)"),
+        (NotFiniteError("the mean loss is nan"), "the dense model '.*' is broken: the mean loss is nan"),
+    ],
+)
+def test_what_ends_the_preparation_again_and_again_is_the_users_to_mend(
+    spec: SearchSpec, monkeypatch: pytest.MonkeyPatch, error: Exception, sentence: str
+) -> None:
+    code, (message,) = served(spec, monkeypatch, error)
+    assert code == EXIT_USAGE
+    assert re.search(sentence, message["usage_error"]) and "\n" not in message["usage_error"]
+
+
+def test_an_error_in_the_preparation_that_nobody_expected_is_not_hidden(
+    spec: SearchSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(RuntimeError, match="shapes"):
+        served(spec, monkeypatch, RuntimeError("shapes cannot be multiplied"))
+
+
+def served(spec: SearchSpec, monkeypatch: pytest.MonkeyPatch, error: Exception) -> tuple[int, list[dict[str, Any]]]:
+    """Serve, in this process, a spec whose preparation ends with `error`: the exit code and what was sent."""
+
+    class Unprepared:
+        def __init__(self, *_: Any, **__: Any) -> None:
+            raise error
+
+    monkeypatch.setattr("gpu_worker.session.Session", Unprepared)
+    lines: Lines = queue.SimpleQueue()
+    lines.put(json.dumps({"spec": spec.model_dump(mode="json"), "sensitivity": False}).encode())
+    reading, writing = os.pipe()
+    replies = Replies(writing)
+    try:
+        code = serve(lines, replies)
+        return code, [json.loads(line) for line in os.read(reading, 1 << 16).splitlines()]
+    finally:
+        replies._file.close()
+        os.close(reading)
 
 
 def test_what_libraries_print_does_not_reach_the_parent() -> None:

@@ -1,13 +1,32 @@
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 
 import gpu_worker.models as module
-from gpu_worker.models import load_model
+from gpu_worker.memory import Machine
+from gpu_worker.models import LoadedModel, load_model
+from protocol import logs
 from protocol.errors import ModelError
-from tests.tiny_models import save_tiny_folder, tiny_llama, tiny_windows
+from protocol.formats import Format
+from tests.exports import export, pruned
+from tests.real_model import need_smollm2
+from tests.tiny_models import byte_tokenizer, save_tiny_folder, tiny_llama, tiny_windows
+
+
+def change_config(folder: Path, **changes: object) -> None:
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+def export_with_tokenizer(model: LoadedModel, format_: Format, folder: Path) -> Path:
+    out = export(model, format_, folder / "out")
+    byte_tokenizer().save_pretrained(out)
+    return out
 
 
 def test_a_folder_is_loaded_with_its_tokenizer_ready_to_measure(tmp_path: Path) -> None:
@@ -25,12 +44,38 @@ def test_the_type_is_the_one_asked_for(tmp_path: Path) -> None:
     assert {p.dtype for p in model.causal_lm.parameters()} == {torch.bfloat16}
 
 
-def test_the_identity_stays_with_the_files_and_changes_with_the_weights(tmp_path: Path) -> None:
-    folder = str(save_tiny_folder(tmp_path))
-    first = load_model(folder, "float32").identity
-    assert load_model(folder, "float32").identity == first
-    save_tiny_folder(tmp_path, seed=1, channels=40)
-    assert load_model(folder, "float32").identity != first
+def test_what_the_model_needs_is_logged_before_it_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(module, "this_machine", lambda: Machine((), 100_000))
+    logs.configure(json_lines=True)
+    with pytest.raises(ModelError, match=r"too large for this machine: it needs about 0\.2 MB for weights"):
+        load_model(str(save_tiny_folder(tmp_path)), "float32")
+    event = json.loads(capsys.readouterr().err.splitlines()[-1])
+    assert event["event"] == "memory_estimate"
+    assert event["model"] == str(tmp_path)
+    assert event["needs"].startswith("needs about 0.2 MB for weights")
+    assert event["has"] == "the main memory has 0.1 MB available and there is no GPU"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "expected"),
+    [((), None), ((10**9,), {"": "cuda:0"}), ((10**6, 10**9), {"": "cuda:1"})],
+)
+def test_the_loader_is_told_the_device(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: tuple[int, ...], expected: dict[str, str] | None
+) -> None:
+    told = []
+    load = transformers.AutoModelForCausalLM.from_pretrained
+
+    def load_on_the_cpu(*args: Any, device_map: Any, **options: Any) -> Any:
+        told.append(device_map)
+        return load(*args, **options)
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load_on_the_cpu)
+    monkeypatch.setattr(module, "this_machine", lambda: Machine(gpus, 10**9))
+    load_model(str(save_tiny_folder(tmp_path)), "float32")
+    assert told == [expected]
 
 
 def test_a_missing_folder_is_named() -> None:
@@ -50,8 +95,115 @@ def test_an_unsupported_family_is_refused_before_its_weights_are_loaded(tmp_path
         load_model(str(tmp_path), "float32")
 
 
+@pytest.mark.parametrize(
+    ("packing", "method"),
+    [
+        ({"quant_method": "gptq", "bits": 4}, "gptq"),
+        ({"quant_method": "awq", "bits": 4}, "awq"),
+        ({"quant_method": "fp8"}, "fp8"),
+        ({"load_in_8bit": True}, "bitsandbytes"),
+        ({"bits": 3}, "unknown method"),
+    ],
+)
+def test_quantised_weights_are_refused_before_they_are_loaded(
+    tmp_path: Path, packing: dict[str, object], method: str
+) -> None:
+    change_config(save_tiny_folder(tmp_path), quantization_config=packing)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=rf"are quantised \({method}\) .*; pass the unquantised model"):
+        load_model(str(tmp_path), "float32")
+
+
+def test_a_checkpoint_without_one_of_its_weights_is_refused(tmp_path: Path) -> None:
+    weights = load_file(save_tiny_folder(tmp_path) / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelError, match=r"1 are missing .* such as 'model\.layers\.1\.mlp\.up_proj\.weight'"):
+        load_model(str(tmp_path), "float32")
+
+
+def test_weights_of_another_size_are_refused(tmp_path: Path) -> None:
+    change_config(save_tiny_folder(tmp_path), intermediate_size=40)
+    with pytest.raises(ModelError, match=r"of another size.* such as 'model\.layers\.0\.mlp\.down_proj\.weight'"):
+        load_model(str(tmp_path), "float32")
+
+
+def test_a_file_of_weights_that_is_cut_off_is_refused(tmp_path: Path) -> None:
+    file = save_tiny_folder(tmp_path) / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        load_model(str(tmp_path), "float32")
+
+
+def test_a_checkpoint_of_the_older_format_is_loaded(tmp_path: Path) -> None:
+    folder = save_tiny_folder(tmp_path)
+    expected = load_model(str(folder), "float32").causal_lm
+    torch.save(expected.state_dict(), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    found = load_model(str(folder), "float32").causal_lm
+    assert torch.equal(found.lm_head.weight, expected.lm_head.weight)
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("nowhere.gguf", "there is no file 'nowhere.gguf'"),
+        ("text.txt", "is a file, and no GGUF file; pass a model's folder"),
+        ("empty", "has no config.json, so it holds no model"),
+        (
+            "exported",
+            "holds a GGUF file and no config.json; pass the file, .*, or, of a pruned model, its hf",
+        ),
+    ],
+)
+def test_what_is_no_model_is_refused_with_what_to_pass(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, sentence: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("text.txt").touch()
+    Path("empty").mkdir()
+    Path("exported").mkdir()
+    Path("exported/model.gguf").touch()
+    with pytest.raises(ModelError, match=sentence):
+        load_model(name, "float32")
+
+
+@pytest.mark.parametrize("format_", ["hf", "padded"])
+def test_an_export_is_measured_as_what_it_was_written_from(tmp_path: Path, format_: Format) -> None:
+    original = pruned(tiny_llama(hidden_size=48))
+    loaded = load_model(str(export_with_tokenizer(original, format_, tmp_path)), "float32")
+    windows = tiny_windows(2, 24)
+    assert torch.allclose(
+        loaded.causal_lm(input_ids=windows).logits, original.causal_lm(input_ids=windows).logits, atol=1e-4
+    )
+
+
+def test_code_beside_the_weights_that_is_not_ours_is_refused_and_not_run(tmp_path: Path) -> None:
+    folder = export_with_tokenizer(pruned(tiny_llama(hidden_size=48)), "hf", tmp_path)
+    (modeling,) = folder.glob("*.py")
+    modeling.write_text(modeling.read_text() + f"\nopen({str(tmp_path / 'ran')!r}, 'w')\n")
+    with pytest.raises(ModelError, match="wants to run code of its own, which this version did not write"):
+        load_model(str(folder), "float32")
+    assert not (tmp_path / "ran").exists()
+
+
+def test_an_unknown_model_with_code_of_its_own_is_refused_by_its_type(tmp_path: Path) -> None:
+    auto_map = {"AutoConfig": "configuration_x.XConfig", "AutoModelForCausalLM": "modeling_x.X"}
+    change_config(save_tiny_folder(tmp_path), model_type="x", auto_map=auto_map)
+    with pytest.raises(ModelError, match="models of type 'x' cannot be pruned"):
+        load_model(str(tmp_path), "float32")
+
+
+def test_a_supported_model_is_loaded_whatever_code_lies_beside_it(tmp_path: Path) -> None:
+    change_config(save_tiny_folder(tmp_path), auto_map={"AutoModelForCausalLM": "modeling_x.X"})
+    (tmp_path / "modeling_x.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    assert load_model(str(tmp_path), "float32").decoder.shape.family == "llama"
+    assert not (tmp_path / "ran").exists()
+
+
 @pytest.mark.model
 def test_smollm2_comes_from_its_package_without_a_hub() -> None:
+    need_smollm2()
     model = load_model("smollm2", "bfloat16")
     assert len(model.decoder.shape.layers) == 30
     assert model.decoder.shape.total_parameters == 134_515_008

@@ -48,8 +48,8 @@ def test_a_model_that_fits_on_no_gpus_is_refused_with_what_it_needs_what_there_i
         place(SEVEN_BILLION, machine(7, 7))
     assert str(refusal.value) == (
         "the model is too large for this machine: it needs about 14.0 GB for weights, 1.0 GB to run them, up to 2.0 GB "
-        "for pruned copies, and 1.0 GB of main memory; the 2 GPUs have 14.0 GB free (7.0 GB, 7.0 GB); use more or "
-        "larger GPUs, shorter windows (seqlen), a smaller type (target.dtype), or a smaller model"
+        "for pruned copies, and 1.0 GB of main memory; the 2 GPUs have 14.0 GB free (7.0 GB, 7.0 GB); use shorter "
+        "windows (seqlen), a smaller dtype, more or larger GPUs, or a smaller model"
     )
 
 

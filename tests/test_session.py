@@ -1,3 +1,4 @@
+import weakref
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,8 @@ def test_a_text_that_the_spec_does_not_have_is_refused(spec: SearchSpec) -> None
         ),
         (RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate"), "out-of-memory"),
         (MemoryError(), "out-of-memory"),
+        (RuntimeError("CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA"), "out-of-memory"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "out-of-memory"),
         (NotFiniteError("the mean loss is nan"), "not-finite"),
         (DataError("there is no text to report on"), "invalid"),
     ],
@@ -138,6 +141,28 @@ def test_an_evaluation_that_cannot_be_has_failed_with_its_reason(
     assert isinstance(outcome, Failed)
     assert outcome.reason == reason
     assert "\n" not in outcome.detail
+
+
+def test_what_an_evaluation_held_is_free_again_when_it_ran_out_of_memory(session: Session) -> None:
+    held: list[weakref.ref[torch.Tensor]] = []
+
+    class Greedy(Raising):
+        def evaluate(self, plan: Plan, text: str) -> Measured:
+            activations = torch.zeros(3)
+            held.append(weakref.ref(activations))
+            return super().evaluate(plan, text)
+
+    def all_given_back() -> bool:
+        return [each() for each in held] == [None]
+
+    greedy = Greedy(torch.OutOfMemoryError("CUDA out of memory"))
+    request = {"plan": dense_plan(session.shape).model_dump(), "text": "fitness"}
+    with pytest.MonkeyPatch.context() as patch:
+        freed = []
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "empty_cache", lambda: freed.append(all_given_back()))
+        answer(greedy, request)  # type: ignore[arg-type]
+    assert freed == [True]
 
 
 def test_a_device_side_assert_ends_the_process(session: Session) -> None:

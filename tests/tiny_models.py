@@ -109,10 +109,14 @@ def _randomise(model: torch.nn.Module, seed: int, *, norm: float) -> None:
             parameter.copy_(norm + 0.1 * noise if "norm" in name else 0.2 * noise)
 
 
+def byte_letters() -> list[str]:
+    """The letter that stands for each of the 256 bytes, in the order of their tokens."""
+    return sorted(pre_tokenizers.ByteLevel.alphabet())
+
+
 def _byte_tokenizer() -> Tokenizer:
     """One token a byte: every text has an encoding, and no training is needed."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(alphabet)}, merges=[]))
+    tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(byte_letters())}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
