@@ -20,9 +20,11 @@ from daemon.display import Display
 from daemon.launch import Launch, secrets_of
 from daemon.local_llm import find_gguf
 from daemon.pruning_request import (
+    CardClaim,
     allocation_of,
     allocation_spec,
-    measured_text,
+    card_claim,
+    measured_texts,
     pruning_request,
     request_of_search,
     self_if_none,
@@ -205,9 +207,12 @@ def evaluate(
         raise SettingsError("name one model: a folder, or --model")
     name = str(folder) if model is None else model
     if choice == flags.ChoiceFlags():
-        text = measured_text(texts)
+        claim = card_claim(name) if texts == flags.TextFlags() else None
+        measured = claim or CardClaim(measured_texts(texts), seed, dtype, None)
         with _progress(name) as progress:
-            result = evaluate_as_it_is(name, text, dtype=dtype, seed=seed, progress=progress)
+            result = evaluate_as_it_is(
+                name, measured.texts, dtype=measured.dtype, seed=measured.seed, progress=progress
+            ).model_copy(update={"card_perplexity": measured.perplexity})
     else:
         request = pruning_request(name, texts, choice, how, options, measure=fitness, dtype=dtype, seed=seed)
         with _progress(name) as progress:

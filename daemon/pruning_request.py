@@ -13,7 +13,7 @@ from protocol.allocation import Allocation, Method
 from protocol.errors import DataError, SettingsError
 from protocol.plan import Split
 from protocol.shape import Granularity, ModelShape
-from protocol.spec import Dtype, Importance, Measure, Scoring, SearchSpec, TextSpec
+from protocol.spec import Dtype, Importance, Measure, Role, Scoring, SearchSpec, TextSpec
 
 NO_RATES = "no JSON object with a list of numbers called `rates`"
 
@@ -126,14 +126,42 @@ def read_rates(path: Path) -> RatesFile:
         raise DataError(f"{path} is {NO_RATES} ({error})") from error
 
 
-def measured_text(texts: TextFlags) -> TextSpec:
-    """The one text that a model is measured on as it is."""
-    for flag, given in (("--calibration-data", texts.calibration_data), ("--report-data", texts.report_data)):
-        if given is not None:
-            raise SettingsError(f"{flag} is for pruning: give --allocate or --rates too")
+def measured_texts(texts: TextFlags) -> dict[Role, TextSpec]:
+    """The texts of a model that is measured as it is; those of --calibration-data are only kept out of the others."""
     if texts.data is None:
         raise SettingsError("give --data, the text to measure on")
-    return _text(texts.data, texts.windows, texts.seqlen)
+    calibration = texts.calibration_data
+    found: dict[Role, TextSpec] = {"fitness": _text(texts.data, texts.windows, texts.seqlen)}
+    if calibration is not None:
+        found["calibration"] = _text(calibration, texts.calibration_windows, texts.seqlen)
+    if texts.report_data is not None:
+        found["report"] = _text(texts.report_data, texts.report_windows, texts.seqlen)
+    return found
+
+
+@dataclass(frozen=True)
+class CardClaim:
+    """What an exported folder says of itself, and on which texts that was measured."""
+
+    texts: dict[Role, TextSpec]
+    seed: int
+    dtype: Dtype
+    perplexity: float | None
+
+
+def card_claim(folder: str) -> CardClaim:
+    """What `selfpruner.json` in `folder` claims. Raises DataError where nobody can measure that again."""
+    try:
+        record = json.loads((Path(folder) / "selfpruner.json").read_text(encoding="utf-8"))
+        spec = SearchSpec.model_validate(record["spec"])
+        pruned = record["pruned"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{folder!r} is no exported folder that says what it was measured on: give --data") from error
+    if spec.fitness.source == "self":
+        raise DataError(f"{folder!r} was measured on text that the dense model wrote: give --data, a text file")
+    for text in spec.texts.values():
+        check_text(text.source)
+    return CardClaim(spec.texts, spec.seed, spec.dtype, pruned and pruned["perplexity"])
 
 
 def self_if_none(texts: ExportTexts) -> ExportTexts:

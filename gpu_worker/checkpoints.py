@@ -1,14 +1,13 @@
 """What is checked of a checkpoint's config before its weights are loaded, and of the weights that were."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import transformers
 
-from gpu_worker.export.trusted import is_ours, register_pruned_classes
+from gpu_worker.export.trusted import register_pruned_classes
 from gpu_worker.families import PRUNED, family_of
 from protocol.errors import ModelError
 
@@ -21,18 +20,8 @@ def check_config(name: str, config: Mapping[str, Any]) -> None:
     """
     family_of(SimpleNamespace(model_type=config.get("model_type")))
     if str(config.get("model_type")).startswith(PRUNED):
-        check_export(name)
+        register_pruned_classes()
     check_plain(name, config)
-
-
-def check_export(name: str) -> None:
-    """Make transformers know exported models. Raises ModelError where the code in the folder `name` is not ours."""
-    if not is_ours(Path(name)):
-        raise ModelError(
-            f"{name!r} is a pruned model that wants to run code of its own, which this version did not write; "
-            "export it again with this version, or pass its padded export"
-        )
-    register_pruned_classes()
 
 
 def check_plain(name: str, config: Mapping[str, Any]) -> None:

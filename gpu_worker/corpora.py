@@ -2,10 +2,10 @@
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import huggingface_hub
 import torch
@@ -13,12 +13,11 @@ from torch import Tensor
 
 from gpu_worker.hub import hub_reachable
 from protocol.errors import DataError
-from protocol.spec import SearchSpec, TextSpec
+from protocol.spec import Role, SearchSpec, TextSpec
 
 WIKITEXT2 = "wikitext2"
 SELF = "self"
 
-Role = Literal["calibration", "fitness", "report"]
 Source = tuple[str, str]
 """A text, and its split where it has several: roles with the same source share its windows."""
 GenerateText = Callable[[int, int], Tensor]
@@ -52,23 +51,21 @@ def load_texts(spec: SearchSpec, tokenizer: Any, generate: GenerateText) -> Text
     windows gets, in order of the text, those that the others left. Raises DataError for a source that cannot be had
     or is too short.
     """
+    windows = load_roles(spec.texts, spec.seed, tokenizer, generate)
+    return Texts(windows["calibration"], windows["fitness"], windows.get("report"))
+
+
+def load_roles(texts: Mapping[Role, TextSpec], seed: int, tokenizer: Any, generate: GenerateText) -> dict[Role, Tensor]:
+    """The windows of each role of `texts`; see `load_texts`."""
     by_source: dict[Source, dict[Role, TextSpec]] = defaultdict(dict)
-    for role, text in _roles(spec).items():
+    for role, text in texts.items():
         by_source[_source(role, text)][role] = text
     windows: dict[Role, Tensor] = {}
     for source, roles in by_source.items():
         length = max(text.seqlen for text in roles.values())
         tokens = _self_tokens(roles, length, generate) if source[0] == SELF else _tokens(source, tokenizer)
-        windows |= share(tokens, roles, length, spec.seed, source[0])
-    return Texts(windows["calibration"], windows["fitness"], windows.get("report"))
-
-
-def load_text(text: TextSpec, tokenizer: Any, seed: int, generate: GenerateText) -> Tensor:
-    """The windows (long, [n, seqlen]) of one text that is shared with no other role; all of them in order, or some."""
-    source = _source("fitness", text)
-    roles: dict[Role, TextSpec] = {"fitness": text}
-    tokens = _self_tokens(roles, text.seqlen, generate) if source[0] == SELF else _tokens(source, tokenizer)
-    return share(tokens, roles, text.seqlen, seed, source[0])["fitness"]
+        windows |= share(tokens, roles, length, seed, source[0])
+    return windows
 
 
 def share(tokens: Tensor, roles: dict[Role, TextSpec], length: int, seed: int, name: str) -> dict[Role, Tensor]:
@@ -103,11 +100,6 @@ def chunks_needed(text: TextSpec, length: int) -> int:
     """How many chunks of `length` hold the windows of `text`."""
     assert text.windows is not None
     return -(-text.windows // (length // text.seqlen))
-
-
-def _roles(spec: SearchSpec) -> dict[Role, TextSpec]:
-    roles: dict[Role, TextSpec] = {"calibration": spec.calibration, "fitness": spec.fitness}
-    return roles if spec.report is None else {**roles, "report": spec.report}
 
 
 def _source(role: Role, text: TextSpec) -> Source:

@@ -60,8 +60,8 @@ class DensePredictions:
 
     def log_probabilities(self, rows: slice, device: torch.device) -> Tensor:
         """Log-probabilities of the kept tokens and, last, of all others: fp32 [rows, k + 1] on `device`."""
-        kept = self.logits[rows].float() - self.log_total[rows, None]
-        return torch.cat([kept, self.log_rest[rows, None]], dim=-1).to(device)
+        logits, total, rest = (kept[rows].to(device) for kept in (self.logits, self.log_total, self.log_rest))
+        return torch.cat([logits.float() - total[:, None], rest[:, None]], dim=-1)
 
 
 @dataclass(frozen=True)

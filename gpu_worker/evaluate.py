@@ -1,11 +1,12 @@
 """Evaluations without a search: what `selfpruner evaluate` and `selfpruner allocate` print."""
 
 import time
+from collections.abc import Mapping
 
 from pydantic import BaseModel, ConfigDict
 
 from gpu_worker.allocation import allocate, prepare
-from gpu_worker.corpora import load_text
+from gpu_worker.corpora import SELF, load_roles
 from gpu_worker.memory import Workload
 from gpu_worker.models import load_model
 from gpu_worker.perplexity import watched_perplexity
@@ -17,7 +18,7 @@ from protocol.allocation import Allocation
 from protocol.errors import BudgetError
 from protocol.plan import LayerPlan, Parameters, check_rates, count_parameters, dense_plan
 from protocol.shape import ModelShape
-from protocol.spec import Dtype, SearchSpec, TextSpec
+from protocol.spec import Dtype, Role, SearchSpec, TextSpec
 
 
 class EvaluationResult(BaseModel):
@@ -45,6 +46,8 @@ class EvaluationResult(BaseModel):
     calibration: str | None
     data: str
     """The fitness text."""
+    card_perplexity: float | None = None
+    """What an exported folder's own card says of the same tokens."""
     rates: tuple[float, ...]
 
 
@@ -102,15 +105,23 @@ def evaluate_once(
 
 
 def evaluate_as_it_is(
-    name: str, text: TextSpec, *, dtype: Dtype, seed: int, progress: Progress = no_progress
+    name: str, texts: Mapping[Role, TextSpec], *, dtype: Dtype, seed: int, progress: Progress = no_progress
 ) -> EvaluationResult:
-    """Measure a model, such as an exported one, without pruning it."""
+    """Measure a model, such as an exported one, without pruning it.
+
+    `texts` has what to measure on; windows that a calibration text takes are left out of the others, as they are where
+    a model is pruned.
+    """
     progress("loading model", 0, 1)
-    model = load_model(name, dtype, Workload(text.seqlen, writes_text=text.source == "self"))
+    model = load_model(
+        name, dtype, Workload(_longest(texts), writes_text=any(t.source == SELF for t in texts.values()))
+    )
     progress("loading model", 1, 1)
-    windows = load_text(text, model.tokenizer, seed, lambda n, length: self_text(model, n, length, seed, progress))
+    windows = load_roles(texts, seed, model.tokenizer, lambda n, length: self_text(model, n, length, seed, progress))
     start = time.perf_counter()
-    value, tokens = watched_perplexity(model.decoder, windows, progress)
+    value, tokens = watched_perplexity(model.decoder, windows["fitness"], progress)
+    seconds = time.perf_counter() - start
+    report = watched_perplexity(model.decoder, windows["report"], progress)[0] if "report" in windows else None
     shape = model.decoder.shape
     return EvaluationResult(
         model=name,
@@ -119,16 +130,20 @@ def evaluate_as_it_is(
         perplexity=value,
         dense_perplexity=None,
         kl=None,
-        report_perplexity=None,
+        report_perplexity=report,
         dense_report_perplexity=None,
         parameters=count_parameters(dense_plan(shape), shape),
-        seqlen=text.seqlen,
+        seqlen=texts["fitness"].seqlen,
         tokens=tokens,
-        seconds=time.perf_counter() - start,
+        seconds=seconds,
         calibration=None,
-        data=text.source,
+        data=texts["fitness"].source,
         rates=(),
     )
+
+
+def _longest(texts: Mapping[Role, TextSpec]) -> int:
+    return max(text.seqlen for text in texts.values())
 
 
 def allocate_once(spec: SearchSpec, allocation: Allocation, progress: Progress = no_progress) -> AllocationResult:

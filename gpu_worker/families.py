@@ -95,6 +95,8 @@ class _OwnHeads:
         self.num_attention_heads = num_attention_heads
 
     def __getattr__(self, name: str) -> Any:
+        if name == "_config":  # not there yet while the object is being copied
+            raise AttributeError(name)
         return getattr(self._config, name)
 
 

@@ -15,6 +15,7 @@ from gpu_worker.families import Decoder, take_apart
 from gpu_worker.gguf_files import unpacked
 from gpu_worker.hub import hub_reachable
 from gpu_worker.identity import folder_identity
+from gpu_worker.mapped import unmap
 from gpu_worker.memory import GB, Workload, estimate_memory, this_machine
 from gpu_worker.placement import device_map, place, skeleton
 from protocol.errors import ModelError
@@ -60,6 +61,7 @@ def load_model(name: str, dtype: str, workload: Workload = Workload()) -> Loaded
     except (OSError, ValueError, SafetensorError) as error:
         raise ModelError(_cannot_load(name, offline, error)) from error
     causal_lm.requires_grad_(False).eval()
+    unmap(causal_lm)
     identity = getattr(config, "_commit_hash", None) or folder_identity(Path(source))
     return LoadedModel(causal_lm, tokenizer, take_apart(causal_lm), identity)
 

@@ -17,6 +17,10 @@ Measure = Literal["perplexity", "kl"]
 """What a search minimises: perplexity (the paper), or the KL divergence from the dense model."""
 
 
+Role = Literal["calibration", "fitness", "report"]
+"""What a text is for: scored on, searched on, reported on."""
+
+
 class TextSpec(BaseModel):
     """A text cut into windows of tokens. `windows` None means every whole window of the text, in order."""
 
@@ -61,6 +65,12 @@ class SearchSpec(BaseModel):
     def fingerprint(self) -> str:
         """Sixteen hex digits that change whenever anything here does."""
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:16]
+
+    @property
+    def texts(self) -> dict[Role, TextSpec]:
+        """The texts by role, in the order in which they take their windows."""
+        texts: dict[Role, TextSpec] = {"calibration": self.calibration, "fitness": self.fitness}
+        return texts if self.report is None else {**texts, "report": self.report}
 
     def feasible(self, rates: "tuple[float, ...] | list[float]", shape: ModelShape) -> tuple[float, ...]:
         """The feasible pruning rates of this search nearest to `rates` (one per unit)."""

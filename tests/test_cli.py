@@ -115,7 +115,6 @@ def test_a_bad_rates_file_gets_one_sentence(
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ([], "--calibration-data is for pruning: give --allocate or --rates"),
         (["--allocate", "owl", "--rates", "x.json"], "either --rates FILE or --allocate"),
         (["--allocate", "owl", "--rate", "0.3", "--importance", "taylor", "--scoring", "sequential"], "sequential"),
         (

@@ -50,6 +50,24 @@ def test_the_folder_measures_what_the_model_in_memory_did(
     assert f"{answer['perplexity']:.4g}" in card and f"{answer['dense_perplexity']:.4g}" in card
 
 
+def test_a_folder_can_be_checked_against_its_own_card(
+    target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where the texts are the same file, so that calibration takes windows of it."""
+    same = ["--calibration-data", str(target / "data.txt")]
+    assert export(target, tmp_path / "out", *same) == 0
+    exported = json.loads(capsys.readouterr().out)
+    assert main(["evaluate", str(tmp_path / "out"), "--json"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["perplexity"] == pytest.approx(exported["perplexity"], rel=1e-4)
+    assert again["card_perplexity"] == exported["perplexity"]
+
+
+def test_a_folder_without_a_card_needs_a_text(target: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", str(target / "model")]) == 2
+    assert "give --data" in capsys.readouterr().err
+
+
 def test_rates_of_a_file_are_exported(target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "rates.json").write_text(json.dumps({"rates": [0.0, 0.4, 0.4, 0.4], "spec": {"rate": 0.3}}))
     model = ["--model", str(target / "model"), *texts(target), "--rates", str(tmp_path / "rates.json")]

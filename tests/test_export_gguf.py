@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gpu_worker.calibration import calibrate
-from gpu_worker.export.gguf import write_gguf
+from gpu_worker.export.gguf import check_gguf, write_gguf
 from gpu_worker.importance import wanda_sp
 from gpu_worker.models import LoadedModel, load_model
 from gpu_worker.perplexity import perplexity
@@ -223,8 +223,11 @@ def test_tensors_are_converted_and_written_one_at_a_time(tmp_path: Path, monkeyp
 def test_what_gguf_cannot_carry_is_refused_before_anything_is_written(
     family: str, options: dict[str, Any], sentence: str, tmp_path: Path
 ) -> None:
+    model = pruned(family=family, **options)
     with pytest.raises(ModelError, match=sentence):
-        write(pruned(family=family, **options), tmp_path)
+        check_gguf(model)
+    with pytest.raises(ModelError, match=sentence):
+        write(model, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
@@ -248,13 +251,15 @@ PROMPTS = ["The capital of France is", "def fibonacci(n):\n", "Once upon a time,
 
 @pytest.fixture(scope="module")
 def smollm2() -> tuple[LoadedModel, Plan]:
-    """The real model pruned by 0.3, as a session prunes it; at the same rate for all layers no heads would go."""
+    """The real model pruned by uniform 0.3 as a session prunes it, which takes no heads; some heads besides."""
     need_smollm2()
     model = load_model("smollm2", "float32")
     round_matrices(model)
     shape = model.decoder.shape
-    plan = make_plan([0.2, 0.2, *[0.25, 0.25, 0.425] * 8, 0.25, 0.25, 0.25, 0.25], shape, granularity="layer")
-    assert {layer.kv_heads for layer in plan.layers} == {2, 3}
+    layers = list(make_plan([0.3] * len(shape.layers), shape, granularity="layer").layers)
+    layers[20] = layers[20].model_copy(update={"kv_heads": 2})
+    layers[25] = layers[25].model_copy(update={"queries_per_kv": 2})
+    plan = Plan(layers=tuple(layers))
     seen = calibrate(model.decoder, windows(model, 0, 4))
     scores = [wanda_sp(*each) for each in zip(model.decoder.layers, seen, shape.layers, strict=True)]
     OrderedModel(model.decoder, scores).apply(plan)
@@ -286,14 +291,15 @@ def test_smollm2_pruned_goes_on_in_llama_cpp_as_in_transformers_and_chats(
 
 
 @pytest.mark.model
-@pytest.mark.parametrize("file_type", ["f16", "q8_0"])
+@pytest.mark.parametrize(("file_type", "within"), [("f16", 0.003), ("q8_0", 0.04)])
 def test_smollm2_pruned_has_our_perplexity_in_llama_cpp(
-    smollm2: tuple[LoadedModel, Plan], tmp_path: Path, file_type: Literal["f16", "q8_0"]
+    smollm2: tuple[LoadedModel, Plan], tmp_path: Path, file_type: Literal["f16", "q8_0"], within: float
 ) -> None:
+    # 8 bits change the loss of a token by a few percent either way; over thousands of tokens it evens out.
     model, plan = smollm2
     text = windows(model, 4, 2)
     path = write(model, tmp_path, plan=plan, file_type=file_type)
-    assert llama_cpp.perplexity(path, text) == pytest.approx(perplexity(model.decoder, text)[0], rel=0.02)
+    assert llama_cpp.perplexity(path, text) == pytest.approx(perplexity(model.decoder, text)[0], rel=within)
 
 
 def test_a_name_that_is_no_file_name_is_made_one(tmp_path: Path) -> None:

@@ -229,7 +229,11 @@ def test_smollm2_is_the_same_model_elsewhere(tmp_path: Path) -> None:
     need_smollm2()
     model = load_model("smollm2", "bfloat16")
     tokens = model.tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
-    plan = make_plan([0.3] * len(model.decoder.layers), model.decoder.shape)
+    uniform = make_plan([0.3] * len(model.decoder.layers), model.decoder.shape)
+    fewer_heads = {"kv_heads": 2, "queries_per_kv": 2}
+    plan = Plan(
+        layers=tuple(kept.model_copy(update=fewer_heads if i % 3 else {}) for i, kept in enumerate(uniform.layers))
+    )
     folder = export(pruned(model, plan), "hf", tmp_path / "out", plan)
     laid_out_as_in_a_file(model)
     results = loaded_elsewhere([folder], tokens, tmp_path)[folder]

@@ -52,6 +52,7 @@ def test_a_wheel_carries_prompts_configs_and_scripts(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {"configs/quickstart.yaml", "protocol/lua/enqueue.lua", "daemon/cli.py"} <= names
+    assert {"gpu_worker/export/modeling_pruned.py.j2", "gpu_worker/export/card.md.j2"} <= names
     assert any(re.fullmatch(r"prompts/.+\.j2", name) for name in names)
 
 
@@ -71,7 +72,7 @@ def test_every_file_and_folder_of_the_readmes_tree_exists() -> None:
     assert not [name for name in named if not (ROOT / name).exists()]
     modules = {
         str(p.relative_to(ROOT))
-        for d in ("protocol", "agents", "daemon", "gpu_worker")
+        for d in ("protocol", "agents", "daemon", "gpu_worker", "gpu_worker/export")
         for p in (ROOT / d).glob("*.py")
     }
     assert not {m for m in modules if not m.endswith("__init__.py")} - named

@@ -1,5 +1,7 @@
 """An export folder that appears whole or not at all, and never takes the place of anything but an older export."""
 
+import errno
+import os
 import shutil
 import uuid
 from collections.abc import Callable
@@ -19,7 +21,9 @@ class ExportError(UsageError):
 
 def check_target(target: Path, *, force: bool) -> None:
     """Raise ExportError where an export to `target` would be refused, before anything that takes time is done."""
+    target = target.expanduser().resolve()
     if not target.exists():
+        _check_parent(target)
         return
     if not target.is_dir():
         raise ExportError(f"{target} is a file; pass a folder that is not there yet")
@@ -49,6 +53,14 @@ def write_folder(target: Path, write: Callable[[Path], None], *, force: bool) ->
         raise ExportError(f"the folder {target} cannot be written ({reason})") from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _check_parent(target: Path) -> None:
+    """Raise ExportError unless `target` can be made below the nearest folder that is there."""
+    nearest = next(parent for parent in target.parents if parent.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        code = errno.EACCES if nearest.is_dir() else errno.ENOTDIR
+        raise ExportError(f"the folder {target} cannot be written ({os.strerror(code)})")
 
 
 def _beside(target: Path) -> Path:

@@ -11,7 +11,7 @@ from typing import Any
 import gguf
 import structlog
 
-from gpu_worker.export.gguf_tensors import GgufTensor, tensors_of
+from gpu_worker.export.gguf_tensors import GgufTensor, rope_factors, tensors_of
 from gpu_worker.export.gguf_vocabulary import read_vocabulary
 from gpu_worker.models import LoadedModel
 from protocol.errors import ModelError
@@ -37,7 +37,7 @@ def write_gguf(model: LoadedModel, plan: Plan, folder: Path, *, file_type: GgufT
     Raises ModelError where GGUF cannot say what the model computes: another family, a sliding window, other rope
     scaling than `linear` and `llama3`, an unknown tokenizer. Raises PlanMismatchError for the plan of another model.
     """
-    check_gguf(model)
+    _check_layers(model)
     vocabulary = read_vocabulary(model.tokenizer, model.causal_lm.config)
     tensors = tensors_of(model, plan, file_type)
     path = folder / f"{_file_name(name)}-{file_type.upper()}.gguf"
@@ -53,7 +53,13 @@ def write_gguf(model: LoadedModel, plan: Plan, folder: Path, *, file_type: GgufT
 
 
 def check_gguf(model: LoadedModel) -> None:
-    """Raise ModelError where a GGUF cannot say what `model` computes."""
+    """Raise ModelError where a GGUF cannot say what `model` computes, or how its tokenizer splits texts."""
+    _check_layers(model)
+    rope_factors(model.causal_lm.config, model.decoder.shape.head_dim)
+    read_vocabulary(model.tokenizer, model.causal_lm.config)
+
+
+def _check_layers(model: LoadedModel) -> None:
     config = model.causal_lm.config
     family = model.decoder.shape.family
     if family not in FAMILIES:
@@ -64,7 +70,7 @@ def check_gguf(model: LoadedModel) -> None:
     if getattr(config, "sliding_window", None) is not None:
         raise ModelError(
             f"the format gguf cannot carry the sliding window of this model ({config.sliding_window} tokens): "
-            "llama.cpp has no such layers of different sizes; use the format hf or padded"
+            "llama.cpp knows none in layers of different sizes; use the format hf or padded"
         )
     if config.hidden_act not in ("silu", "swish"):
         raise ModelError(f"the format gguf supports the activation silu only, and this model has {config.hidden_act!r}")

@@ -31,7 +31,10 @@ NAMES: dict[tuple[tuple[str, ...], bool], str] = {
     ((_QWEN2,), False): "qwen2",
     ((_TEKKEN,), True): "tekken",
 }
-"""llama.cpp's name by the splits, in order, and `ignore_merges`."""
+"""llama.cpp's name by the splits, in order, and `ignore_merges`.
+
+llama.cpp has them all but for one detail: its `tekken` leaves combining marks (Devanagari vowels) out of words.
+"""
 
 
 def byte_level_name(parts: dict[str, Any]) -> str:

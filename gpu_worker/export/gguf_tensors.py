@@ -20,8 +20,8 @@ from protocol.plan import LayerPlan, Plan
 
 Kind = gguf.GGMLQuantizationType
 
-_CHUNK = 2**22
-"""Values quantised at a time: the intermediate results are several times as large as the tensor."""
+_CHUNK = 2**20
+"""Values converted at a time: the intermediate results are several times as large."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +54,16 @@ class GgufTensor:
     def data(self) -> NDArray[Any]:
         """The values as they are stored. Raises ModelError where F16 cannot hold one of them."""
         values = self.read().detach()
+        stored = np.empty(self.stored_shape, dtype=self.dtype)
+        rows = max(1, _CHUNK * len(values) // values.numel())
+        for start in range(0, len(values), rows):
+            stored[start : start + rows] = self._encode(values[start : start + rows])
+        return stored
+
+    def _encode(self, values: Tensor) -> NDArray[Any]:
         if self.type == Kind.Q8_0:
-            return _quantised(values, self.stored_shape)
+            quantised: NDArray[np.uint8] = gguf.quantize(values.to(torch.float32).cpu().contiguous().numpy(), Kind.Q8_0)
+            return quantised
         stored = values.to(torch.float32 if self.type == Kind.F32 else torch.float16)
         if not torch.isfinite(stored).all():
             raise ModelError(f"the tensor {self.name} has values that {self.type.name} cannot hold")
@@ -159,13 +167,3 @@ def rope_factors(config: Any, head_dim: int) -> Tensor | None:
     plain = rope["rope_theta"] ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
     scaled, _ = ROPE_INIT_FUNCTIONS[kind](config, device="cpu")
     return torch.as_tensor(plain / scaled)
-
-
-def _quantised(values: Tensor, stored_shape: tuple[int, ...]) -> NDArray[np.uint8]:
-    """The bytes of Q8_0 blocks [rows, bytes], made some rows at a time."""
-    stored = np.empty(stored_shape, dtype=np.uint8)
-    rows = max(1, _CHUNK // values.shape[-1])
-    for start in range(0, values.shape[0], rows):
-        chunk = values[start : start + rows].to(torch.float32).cpu().contiguous().numpy()
-        stored[start : start + rows] = gguf.quantize(chunk, Kind.Q8_0)
-    return stored

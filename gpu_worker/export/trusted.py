@@ -6,7 +6,6 @@ to those of a folder, so we register what this version renders, and `trust_remot
 
 import sys
 from functools import cache
-from pathlib import Path
 from types import ModuleType
 
 import transformers
@@ -25,12 +24,6 @@ def register_pruned_classes() -> None:
         transformers.AutoConfig.register(PRUNED + model_type, config)
         for auto in ("AutoModel", "AutoModelForCausalLM"):
             getattr(transformers, auto).register(config, getattr(module, names[auto]))
-
-
-def is_ours(folder: Path) -> bool:
-    """Whether the folder's modeling file is byte for byte what this version renders for one of its model types."""
-    files = {path.name: path.read_bytes() for path in folder.glob("*.py")}
-    return any(files == {f"{module_name(name)}.py": render_modeling(name).encode()} for name in MODELINGS)
 
 
 def _built(model_type: str) -> ModuleType:

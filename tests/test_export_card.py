@@ -1,0 +1,143 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from gpu_worker.export.card import render_card
+from gpu_worker.export.facts import ExportFacts, TextPerplexity, version_of_selfpruner
+from tests.exports import UNEVEN, export, facts_of, pruned
+from tests.tiny_models import tiny_model
+
+MODEL = tiny_model("llama")
+
+
+def card(fmt: Any = "hf", **changes: Any) -> str:
+    return render_card(facts_of(MODEL, **changes), fmt, name="out", gguf="out.gguf" if fmt == "gguf" else None)
+
+
+def front_matter(text: str) -> dict[str, Any]:
+    _, header, _ = text.split("---\n", 2)
+    parsed: dict[str, Any] = yaml.safe_load(header)
+    return parsed
+
+
+def section(text: str, title: str) -> str:
+    return text.partition(f"## {title}\n\n")[2].partition("\n## ")[0].strip()
+
+
+def test_the_hub_reads_where_the_model_comes_from() -> None:
+    assert front_matter(card()) == {
+        "base_model": "someone/some-model",
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["self-pruner", "structured-pruning", "pruned"],
+    }
+    assert front_matter(card("gguf"))["library_name"] == "gguf"
+    assert "# someone/some-model, pruned by 30 %" in card()
+
+
+def test_smollm2_is_called_what_the_hub_calls_it() -> None:
+    assert front_matter(card(base_model="smollm2"))["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def test_a_folder_is_no_name_on_the_hub_and_its_place_is_not_told(tmp_path: Path) -> None:
+    folder = tmp_path / "my-model"
+    folder.mkdir()
+    text = card(base_model=str(folder))
+    assert "base_model" not in front_matter(text)
+    assert "# my-model, pruned by 30 %" in text and str(tmp_path) not in text
+
+
+def test_the_place_of_a_text_is_not_told() -> None:
+    assert "scored on notes.txt, 16 windows of 512 tokens (scoring: dense)" in card() and "/home/" not in card()
+
+
+def test_parameters_are_told_before_and_after() -> None:
+    shape = MODEL.decoder.shape
+    before, after = shape.decoder_parameters, UNEVEN.decoder_parameters(shape)
+    assert f"| parameters of the decoder | {before:,} | {after:,} |" in card()
+    total = shape.total_parameters
+    assert f"| parameters in all | {total:,} | {total - before + after:,} |" in card()
+
+
+def test_every_layer_is_told() -> None:
+    assert section(card(), "What each layer keeps").splitlines() == [
+        "| layer | rate | query heads | KV heads | MLP width |",
+        "| ---: | ---: | ---: | ---: | ---: |",
+        "| 0 | 0.3 | 2 of 6 | 2 of 3 | 20 of 48 |",
+        "| 1 | 0.3 | 3 of 6 | 3 of 3 | 48 of 48 |",
+        "| 2 | 0.3 | 2 of 6 | 1 of 3 | 7 of 48 |",
+    ]
+
+
+def test_rates_of_blocks_are_told_apart() -> None:
+    spec = facts_of(MODEL).spec.model_copy(update={"granularity": "block"})
+    lines = section(card(spec=spec, rates=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6)), "What each layer keeps").splitlines()
+    assert lines[0] == "| layer | attention rate | MLP rate | query heads | KV heads | MLP width |"
+    assert lines[3] == "| 1 | 0.3 | 0.4 | 3 of 6 | 3 of 3 | 48 of 48 |"
+
+
+def test_perplexities_are_told_with_text_tokens_and_window() -> None:
+    report = TextPerplexity(perplexity=101.26, tokens=999)
+    lines = section(card(pruned_report=report), "Perplexity").splitlines()
+    assert lines[2:4] == [
+        "| wikitext2 (fitness) | 4,088 | 512 | 12.35 | 23.46 |",
+        "| self (report) | 999 | 1024 | not measured | 101.3 |",
+    ]
+
+
+def test_what_was_not_measured_is_said() -> None:
+    assert section(card(dense=None, pruned=None), "Perplexity") == "The perplexity was not measured."
+
+
+def test_how_it_was_pruned_is_told() -> None:
+    text = section(card(method="search quickstart"), "How it was pruned")
+    assert "- Pruning rate β: 0.3 " in text
+    assert "- Rates from: search quickstart" in text
+    assert "- Importance: wanda-sp" in text
+    assert f"- Written by: Self-Pruner {version_of_selfpruner()}" in text
+
+
+@pytest.mark.parametrize(
+    ("fmt", "wanted"),
+    [
+        (
+            "hf",
+            ['from_pretrained("out", trust_remote_code=True)', "modeling_pruned_llama.py", "vllm serve out --"],
+        ),
+        ("padded", ['AutoModelForCausalLM.from_pretrained("out")', "as large and as slow as the dense one"]),
+        ("gguf", ["llama-cli -m out/out.gguf"]),
+    ],
+)
+def test_each_format_says_how_to_load_it(fmt: str, wanted: list[str]) -> None:
+    text = card(fmt)
+    assert all(words in text for words in wanted)
+    assert ("trust_remote_code" in text) == (fmt == "hf")
+
+
+@pytest.mark.parametrize("fmt", ["hf", "padded", "gguf"])
+def test_tables_and_blocks_are_set_apart_by_single_empty_lines(fmt: str) -> None:
+    text = card(fmt)
+    assert "\n\n\n" not in text and "|\n#" not in text and "```\n#" not in text
+    assert all(len(line) < 160 and line == line.rstrip() for line in text.splitlines())
+
+
+def test_facts_that_do_not_belong_together_are_refused() -> None:
+    with pytest.raises(ValidationError, match="2 rates for 3 units"):
+        facts_of(MODEL, rates=(0.3, 0.3))
+    with pytest.raises(ValidationError, match="a plan for 1 layers of 3"):
+        facts_of(MODEL, plan=UNEVEN.model_copy(update={"layers": UNEVEN.layers[:1]}))
+
+
+def test_a_program_reads_the_same_facts_from_the_folder(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    folder = export(pruned(model), "padded", tmp_path / "out")
+    written = json.loads((folder / "selfpruner.json").read_text())
+    assert written.pop("selfpruner") == version_of_selfpruner()
+    assert written.pop("format") == "padded"
+    assert written.pop("parameters")["decoder_after"] == UNEVEN.decoder_parameters(model.decoder.shape)
+    assert ExportFacts.model_validate(written) == facts_of(model)
+    assert (folder / "README.md").read_text() == render_card(facts_of(model), "padded", name="out")
