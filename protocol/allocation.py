@@ -16,8 +16,9 @@ from protocol.shape import Granularity, ModelShape, Unit
 
 Method = Literal["uniform", "owl", "llm-pruner", "sensitivity"]
 
-LEAST_SENSITIVITY = 0.1
-"""Share of the median that a unit's sensitivity counts as at least: noise makes some nought or negative."""
+SENSITIVITY_FLOOR = 1.0
+"""Times the median that is added to every sensitivity. Most units matter about as little, and what tells them apart is
+noise: without it the luckiest unit would be pruned away. A unit that matters ten times as much is still spared."""
 
 
 class Allocation(BaseModel):
@@ -84,11 +85,13 @@ def sensitivity_rates(
 
     `sensitivity` is each unit's rise of log-perplexity when it alone loses the share `removed`. Minimises
     Σ s_i · (p_i / removed_i)² for the given budget: p_i ∝ w_i · removed_i² / s_i, w being parameters, up to the bounds.
+    To each s_i `SENSITIVITY_FLOOR` medians are added; what measured below nought counts as nought.
     """
     units = shape.units(granularity)
-    least = LEAST_SENSITIVITY * max(statistics.median(sensitivity), 1e-6)
+    floor = SENSITIVITY_FLOOR * max(statistics.median(sensitivity), 1e-6)
     pull = [
-        unit.parameters * share**2 / max(s, least) for unit, share, s in zip(units, removed, sensitivity, strict=True)
+        unit.parameters * share**2 / (max(s, 0.0) + floor)
+        for unit, share, s in zip(units, removed, sensitivity, strict=True)
     ]
     return _on_budget(_fill(pull, units, shape, rate, granularity), shape, rate, granularity)
 

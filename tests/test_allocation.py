@@ -87,14 +87,15 @@ def test_llm_pruner_says_so_where_the_middle_cannot_give_that_much() -> None:
 
 def test_sensitivity_takes_most_from_what_matters_least() -> None:
     rates = sensitivity_rates([0.4, 0.1, 0.1, 0.2], [0.3] * 4, SHAPE, 0.3, "layer")
-    # p ∝ 1 / s: shares 1, 4, 4 and 2 of 1.2.
-    assert rates == pytest.approx([1.2 / 11, 4.8 / 11, 4.8 / 11, 2.4 / 11], abs=1e-5)
+    # p ∝ 1 / (s + median of 0.15): 1 / 0.55, 1 / 0.25, 1 / 0.25, 1 / 0.35.
+    pulls = [1 / 0.55, 4.0, 4.0, 1 / 0.35]
+    assert rates == pytest.approx([1.2 * pull / sum(pulls) for pull in pulls], abs=1e-5)
 
 
 def test_a_unit_that_measured_as_harmless_is_not_removed_for_that() -> None:
     rates = sensitivity_rates([0.2, 0.2, 0.2, -0.1], [0.1] * 4, SHAPE, 0.1, "layer")
-    # It counts as a tenth of the median.
-    assert rates == pytest.approx([0.4 / 13] * 3 + [4 / 13], abs=1e-5)
+    # It counts as nought, to which the median is added: twice the others' rate.
+    assert rates == pytest.approx([0.08] * 3 + [0.16], abs=1e-5)
 
 
 def test_an_outlier_exceeds_the_mean_of_its_layer_m_times() -> None:

@@ -178,12 +178,11 @@ def test_an_export_is_measured_as_what_it_was_written_from(tmp_path: Path, forma
     )
 
 
-def test_code_beside_the_weights_that_is_not_ours_is_refused_and_not_run(tmp_path: Path) -> None:
+def test_code_beside_the_weights_of_an_export_is_not_run(tmp_path: Path) -> None:
     folder = export_with_tokenizer(pruned(tiny_llama(hidden_size=48)), "hf", tmp_path)
     (modeling,) = folder.glob("*.py")
     modeling.write_text(modeling.read_text() + f"\nopen({str(tmp_path / 'ran')!r}, 'w')\n")
-    with pytest.raises(ModelError, match="wants to run code of its own, which this version did not write"):
-        load_model(str(folder), "float32")
+    assert load_model(str(folder), "float32").decoder.shape.family == "llama"
     assert not (tmp_path / "ran").exists()
 
 
