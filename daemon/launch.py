@@ -27,7 +27,7 @@ from daemon.settings import EndpointSettings, LlmSettings, Settings
 from daemon.store import TICK_SECONDS, SearchStore
 from daemon.summary import Summary, summarise
 from protocol.card import ModelCard
-from protocol.connection import connect
+from protocol.connection import connect, password_of
 from protocol.control import Control
 from protocol.errors import SettingsError, UsageError, first_error
 from protocol.keys import Keys
@@ -252,7 +252,8 @@ def make_endpoint(settings: EndpointSettings) -> Endpoint:
     """The endpoint with its key, read from its file where it has one."""
     key = settings.api_key
     if settings.api_key_file is not None:
-        key = SecretStr(_read_key(settings.api_key_file))
+        # A deployment mounts the file in any case; an empty one is for an endpoint that wants no key.
+        key = SecretStr(text) if (text := _read_key(settings.api_key_file)) else None
     url = urlsplit(settings.base_url)  # which may hold a password, and then the name must not
     name = settings.name or (f"{url.hostname}:{url.port}" if url.port else str(url.hostname))
     return Endpoint(name=name, base_url=settings.base_url, model=settings.model, api_key=key)
@@ -261,9 +262,9 @@ def make_endpoint(settings: EndpointSettings) -> Endpoint:
 def secrets_of(settings: Settings) -> list[str]:
     """Every secret value in the settings, for the log's redaction."""
     keys = [make_endpoint(e).api_key for e in settings.llm.endpoints]
-    urls = [settings.redis.url or "", *(e.base_url for e in settings.llm.endpoints)]
-    passwords = [urlsplit(url).password for url in urls]
-    return [key.get_secret_value() for key in keys if key] + [password for password in passwords if password]
+    urls = [settings.redis.full_url or "", *(e.base_url for e in settings.llm.endpoints)]
+    passwords = [password for url in urls for password in password_of(url)]
+    return [key.get_secret_value() for key in keys if key] + passwords
 
 
 def _read_key(path: Path) -> str:
