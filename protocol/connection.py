@@ -10,7 +10,7 @@ import structlog
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import AuthenticationError, ResponseError
+from redis.exceptions import AuthenticationError, NoPermissionError, ResponseError
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from tenacity import AsyncRetrying, retry_if_exception, wait_random_exponential
@@ -97,6 +97,8 @@ class Patience:
                     result = await operation()
                 except AuthenticationError as error:
                     raise SettingsError(f"redis.url: the server refuses the user or the password ({error})") from None
+                except NoPermissionError as error:
+                    raise SettingsError(f"redis.url: the server refuses its user a command ({error})") from None
                 except (*AWAY, ResponseError) as error:
                     if is_away(error) and not waiting:
                         self.outages += 1

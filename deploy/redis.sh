@@ -1,0 +1,31 @@
+#!/bin/sh
+# Starts redis-server, with the options given, for one user: `selfpruner` may use the commands that Self-Pruner uses, on
+# its own keys. There is no other user, and nobody gets in without the password, which is read from a file.
+set -eu
+umask 077
+secret=${REDIS_PASSWORD_FILE:-/run/secrets/redis_password}
+users=${REDIS_USERS_FILE:-/tmp/users.acl}
+
+password=$(tr -d '\r\n' < "$secret")
+if [ -z "$password" ]; then
+    echo "the Redis password file $secret is empty" >&2
+    exit 2
+fi
+# The server keeps a hash, so that the password is in no second place. printf is part of the shell: it has no arguments
+# that other processes could read.
+hash=$(printf %s "$password" | sha256sum | cut -d ' ' -f 1)
+
+connecting='+auth +hello +ping +select +client|setinfo +client|setname +client|id'
+scripts='+eval +evalsha +script|load +script|exists'
+strings='+get +set +mget +incr +incrby +del +exists +pttl +scan'
+lists_and_hashes='+lrange +rpush +hget +hgetall +hset +hsetnx +hexists'
+streams='+xadd +xack +xclaim +xdel +xgroup|create +xpending +xrange +xread +xreadgroup'
+server='+info +multi +exec +discard'
+
+# A list that begins with `reset` starts from nothing: no command, no key, no channel.
+cat > "$users" <<USERS
+user default reset
+user selfpruner reset on #$hash ~selfpruner:* $connecting $scripts $strings $lists_and_hashes $streams $server
+USERS
+unset password hash
+exec redis-server --aclfile "$users" "$@"
