@@ -75,7 +75,7 @@ def run(config: Config = None, set_: flags.Set = None, json_: flags.Json = False
         find_gguf(settings.local_llm.gguf)
     with embedded.only_one(settings.folder):
         terminal = sys.stderr.isatty()
-        logs.configure(file=settings.folder / "log.jsonl", secrets=secrets_of(settings))
+        logs.configure(file=settings.folder / "log.jsonl", secrets=secrets_of(settings), search=settings.search.name)
         display = Display(Console(stderr=True)) if terminal else None
         summary, interrupted = run_until_signal(_run_embedded(settings, display))
     raise typer.Exit(_finish(summary, interrupted, _json if json_ else _table))
@@ -92,7 +92,8 @@ def daemon(config: Annotated[Path, typer.Argument(help="A YAML file of settings.
         raise SettingsError("the setting llm.endpoints is missing: give at least one OpenAI-compatible endpoint")
     settings.folder.mkdir(parents=True, exist_ok=True)
     stream = logs.service_stream()
-    logs.configure(file=settings.folder / "log.jsonl", stream=stream, secrets=secrets_of(settings))
+    file = settings.folder / "log.jsonl"
+    logs.configure(file=file, stream=stream, secrets=secrets_of(settings), search=settings.search.name)
     launch = Launch(settings, redis_url, settings.llm.endpoints, embedded=False)
     summary, interrupted = run_until_signal(launch.run())
     # Where stdout is the log, a table would be no JSON line.
@@ -113,7 +114,7 @@ def worker(
     from gpu_worker.worker import WorkerOptions, run_worker
 
     url = with_password(redis_url, redis_password_file)
-    logs.configure(stream=logs.service_stream(), secrets=password_of(url))
+    logs.configure(stream=logs.service_stream(), secrets=password_of(url), search=search)
     options = WorkerOptions(url, search, lease_seconds, max_evaluation_seconds, grace_seconds)
     asyncio.run(run_worker(options))
 

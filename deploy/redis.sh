@@ -22,9 +22,11 @@ lists_and_hashes='+lrange +rpush +hget +hgetall +hset +hsetnx +hexists'
 streams='+xadd +xack +xclaim +xdel +xgroup|create +xpending +xrange +xread +xreadgroup'
 server='+info +multi +exec +discard'
 
-# A list that begins with `reset` starts from nothing: no command, no key, no channel.
+# `default` is off, so that nobody can be it, but it keeps its rights: a server that loads its append-only file replays
+# transactions (all our scripts) as this user, and drops those that it may not do, without an error in its log.
+# `selfpruner` begins with `reset`, from nothing: no command, no key, no channel.
 cat > "$users" <<USERS
-user default reset
+user default off resetpass allkeys allchannels allcommands
 user selfpruner reset on #$hash ~selfpruner:* $connecting $scripts $strings $lists_and_hashes $streams $server
 USERS
 unset password hash

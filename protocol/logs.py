@@ -88,12 +88,13 @@ def configure(
     json_lines: bool | None = None,
     level: str = "INFO",
     secrets: Iterable[str] = (),
+    **bound: str,
 ) -> None:
     """Set up logging for this process, for structlog and for libraries that use the standard module.
 
     `json_lines` None means: readable on a terminal, JSON elsewhere. `file` gets JSON lines appended, whatever the
     console shows. A process with neither is silent. The console is `stream`: stderr where stdout belongs to a command's
-    answer, `service_stream()` for a process whose log is all it has to say.
+    answer, `service_stream()` for a process whose log is all it has to say. `bound` fields are in every line.
     """
     redact = Redaction(secrets)
     shared: list[Processor] = [
@@ -128,6 +129,7 @@ def configure(
         logger_factory=structlog.stdlib.LoggerFactory(),
         cache_logger_on_first_use=False,
     )
+    structlog.contextvars.bind_contextvars(**bound)
     sys.excepthook = _log_crash
 
 

@@ -27,6 +27,7 @@ def _restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     root.handlers[:] = before
     root.setLevel(level)
     structlog.reset_defaults()
+    structlog.contextvars.clear_contextvars()
 
 
 def refuse(constant: str) -> Any:
