@@ -15,9 +15,9 @@ fi
 # that other processes could read.
 hash=$(printf %s "$password" | sha256sum | cut -d ' ' -f 1)
 
-connecting='+auth +hello +ping +select +client|setinfo +client|setname +client|id'
-scripts='+eval +evalsha +script|load +script|exists'
-strings='+get +set +mget +incr +incrby +del +exists +pttl +scan'
+connecting='+auth +hello +ping +select +client|setinfo +client|setname'
+scripts='+evalsha +script|load +script|exists'
+strings='+get +set +mget +incrby +del +exists +pttl +scan'
 lists_and_hashes='+lrange +rpush +hget +hgetall +hset +hsetnx +hexists'
 streams='+xadd +xack +xclaim +xdel +xgroup|create +xpending +xrange +xread +xreadgroup'
 server='+info +multi +exec +discard'
