@@ -82,6 +82,11 @@ class Chat:
         """Totals by endpoint name."""
         return {connection.endpoint.name: connection.usage for connection in self._connections}
 
+    @property
+    def resting(self) -> frozenset[str]:
+        """The names of endpoints that are left alone for now."""
+        return frozenset(connection.endpoint.name for connection in self._connections if connection.resting)
+
     async def ask(
         self,
         messages: Sequence[Message],

@@ -3,9 +3,10 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import structlog
@@ -20,7 +21,10 @@ from agents.prompt import Prompts
 from agents.selector import Selector
 from agents.settings import AgentSettings
 from daemon.display import Display
+from daemon.http_api import HttpApi
+from daemon.http_token import Access
 from daemon.journal import Journal, write_json
+from daemon.observer import Observer
 from daemon.pausing import Pausing, StopRequested
 from daemon.search import Agents, Search
 from daemon.settings import EndpointSettings, LlmSettings, Settings
@@ -39,7 +43,10 @@ log = structlog.get_logger()
 
 
 class Launch:
-    """One process's work on a search. `embedded`: it also started the workers, and the server where none is set."""
+    """One process's work on a search. `embedded`: it also started the workers, and the server where none is set.
+
+    With `access` it serves the HTTP API, whose URL `announce` is told.
+    """
 
     def __init__(
         self,
@@ -48,6 +55,8 @@ class Launch:
         endpoints: Sequence[EndpointSettings],
         *,
         embedded: bool,
+        access: Access | None = None,
+        announce: Callable[[str], None] = lambda _: None,
         display: Display | None = None,
     ) -> None:
         self._settings = settings
@@ -60,6 +69,9 @@ class Launch:
         self._store = SearchStore(self._redis, keys, self._spec)
         self._pausing = Pausing(Control(self._redis, keys))
         self._journal = Journal(settings.folder)
+        self._observer = Observer(self._redis, keys, self._spec, settings.folder)
+        self._api = HttpApi(settings.http, access, self._observer, free_port=embedded) if access else None
+        self._announce = announce
         self._search: Search | None = None
         self._counters: dict[str, float] = {}
         self._counted: dict[str, float] = {}
@@ -96,22 +108,24 @@ class Launch:
 
     async def _work(self, group: asyncio.TaskGroup) -> bool:
         async with AsyncExitStack() as stack:
+            background = await self._show(group)
             # With a server of our own (and its folder locked) no other daemon can be alive.
             queue = await self._store.take_charge(previous_is_dead=self._own_server)
             if self._display:
                 await stack.enter_async_context(self._display.following(self._store))
             await self._pausing.begin()
-            background = [
+            background += [
                 group.create_task(self._store.stay_in_charge()),
                 group.create_task(self._pausing.watch()),
                 group.create_task(self._watch_workers()),
             ]
             history = await self._store.history()
             self._counters = history.counters
+            self._observer.begin(history)
             if requeued := await self._store.repair(queue, history):
                 log.warning("candidates_requeued", count=requeued)
             card = await self._wait_for_card()
-            chat = await stack.enter_async_context(self._chat())
+            chat = self._observer.chat = await stack.enter_async_context(self._chat())
             background += [
                 group.create_task(self._count_for_ever(chat)),
                 group.create_task(self._repair_for_ever(queue)),
@@ -127,20 +141,30 @@ class Launch:
                 history=history,
                 pausing=self._pausing,
             )
-            self._search = search
+            self._search = self._observer.search = search
             if self._display:
                 self._display.search = search
             if search.remaining_budget:
                 await chat.wait_ready(lambda name: log.warning("endpoint_not_ready", endpoint=name))
             try:
                 await search.run()
+                self._observer.finished = True
             finally:
                 with contextlib.suppress(TimeoutError):  # the end must not wait for a server that is away
                     async with asyncio.timeout(2):
                         await self._count(chat)
+                        await self._observer.look()
             for task in background:
                 task.cancel()
         return True
+
+    async def _show(self, group: asyncio.TaskGroup) -> list[asyncio.Task[None]]:
+        """Begin to show the search: to other processes, and over HTTP. Whatever befalls these, the search goes on."""
+        tasks = [group.create_task(_survived("observer_died", self._observer.run()))]
+        if self._api:
+            self._announce(await self._api.start())
+            tasks.append(group.create_task(_survived("http_api_died", self._api.run())))
+        return tasks
 
     async def _wait_for_card(self) -> ModelCard:
         """The model card; logs once that it waits."""
@@ -182,7 +206,12 @@ class Launch:
             byte_cap=llm.max_reply_bytes,
             concurrency=llm.concurrency,
         )
-        return Chat(self._endpoints, policy, gate=self._pausing.gate, record=self._journal.transcript)
+        return Chat(self._endpoints, policy, gate=self._pausing.gate, record=self._record)
+
+    def _record(self, record: Mapping[str, object]) -> None:
+        self._journal.transcript(record)
+        if self._api:
+            self._api.metrics.observe(record)
 
     async def _count_for_ever(self, chat: Chat) -> None:
         while True:
@@ -228,6 +257,14 @@ class Launch:
         except Exception as error:  # noqa: BLE001  (a boundary: the end must not fail for a server that is gone)
             log.debug("not_stepped_down", error=str(error))
         await self._redis.aclose()
+
+
+async def _survived(event: str, work: Coroutine[Any, Any, None]) -> None:
+    """Do `work`; if it dies, say so once, and no more."""
+    try:
+        await work
+    except Exception:
+        log.exception(event)
 
 
 def make_agents(llm: LlmSettings, chat: Chat) -> Agents:

@@ -22,7 +22,7 @@ from daemon.journal import Journal, best_record
 from daemon.pausing import Pausing
 from daemon.settings import SearchSettings
 from daemon.store import History
-from protocol.candidate import Candidate, Measured, Provenance, Text, candidate_id
+from protocol.candidate import Candidate, Measured, Provenance, Source, Text, candidate_id
 from protocol.card import ModelCard
 from protocol.errors import BudgetError
 from protocol.plan import Plan
@@ -68,6 +68,8 @@ class Search:
         self._keeper = PopulationKeeper(
             queue, self.population, self.ledger, cursor=history.cursor, on_evaluation=self._note
         )
+        self.parents_source: Source | None = None
+        """Who chose the parents of the last round."""
         self.round = max((c.provenance.round for c in self.ledger.values()), default=0)
 
     async def run(self) -> None:
@@ -106,6 +108,7 @@ class Search:
         view = self._view(round_)
         log.info("round_started", round=round_, missing=mutations + crossovers, best=view.population[0].fitness)
         selection = await self._agents.selector.select(view, self._settings.mutations + self._settings.crossovers)
+        self.parents_source = selection.source
         async with asyncio.TaskGroup() as group:
             group.create_task(self._agents.mutator.propose(view, selection.parents, mutations, self._submit))
             group.create_task(self._agents.crossover.propose(view, selection.parents, crossovers, self._submit))
