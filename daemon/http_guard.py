@@ -157,8 +157,7 @@ async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamRe
 
 async def add_headers(_request: web.Request, response: web.StreamResponse) -> None:
     """The headers that every reply has."""
-    for name, value in _HEADERS.items():
-        response.headers.setdefault(name, value)
+    response.headers.update(_HEADERS)
 
 
 def host_name(host: str) -> str:

@@ -2,7 +2,6 @@
 
 import asyncio
 import errno
-from weakref import WeakSet
 
 from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
@@ -35,9 +34,9 @@ class HttpServer:
             handler_cancellation=True,
             shutdown_timeout=SHUTDOWN_SECONDS,
             keepalive_timeout=30,
-            lingering_time=2,
+            lingering_time=1,
         )
-        self._heard: WeakSet[RequestHandler] = WeakSet()
+        self._silent: set[RequestHandler] = set()
         self._server: asyncio.Server | None = None
 
     async def start(self, host: str, port: int) -> int:
@@ -58,7 +57,7 @@ class HttpServer:
 
     @web.middleware
     async def _hear(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        self._heard.add(request.protocol)
+        self._silent.discard(request.protocol)
         return await handler(request)
 
     def _connection(self) -> asyncio.Protocol:
@@ -67,12 +66,14 @@ class HttpServer:
         if len(server.connections) >= MAX_CONNECTIONS:
             return _Refusal()
         handler = server()
+        self._silent.add(handler)
         asyncio.get_running_loop().call_later(SILENT_SECONDS, self._close_if_silent, handler)
         return handler
 
     def _close_if_silent(self, handler: RequestHandler) -> None:
-        if handler not in self._heard and handler.transport is not None:
+        if handler in self._silent and handler.transport is not None:
             handler.transport.close()
+        self._silent.discard(handler)
 
 
 class CannotListen(UsageError):  # noqa: N818
