@@ -29,6 +29,7 @@ DEFAULT_PORT = 8090
 MAX_MEMBERS = 500
 """Of the population in one reply."""
 MAX_EVENT_STREAMS = 32
+CONTROL_SECONDS = 3.0
 PING_SECONDS = 15.0
 WRITE_SECONDS = 30.0
 """A client that takes no byte of its events for so long is let go."""
@@ -143,7 +144,7 @@ class HttpApi:
                 text='the body must be one JSON object such as {"command": "pause"}, with run, pause or stop'
             ) from None
         try:
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(CONTROL_SECONDS):
                 await self._control.write(command)
         except TimeoutError:
             raise web.HTTPServiceUnavailable(text="Redis does not answer, so nothing can be commanded now") from None

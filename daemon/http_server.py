@@ -43,7 +43,9 @@ class HttpServer:
         """Listen; returns the port. Raises UsageError, naming the port, where that cannot be."""
         await self._runner.setup()
         try:
-            self._server = await asyncio.get_running_loop().create_server(self._connection, host, port, backlog=64)
+            self._server = await asyncio.get_running_loop().create_server(
+                self._connection, host, port, backlog=MAX_CONNECTIONS
+            )
         except OSError as error:
             await self._runner.cleanup()
             raise CannotListen(host, port, error) from error

@@ -80,9 +80,11 @@ class Status(_Value):
     by_source: dict[str, int]
     """The candidates that the LLM made, and those of the classical operators that stand in for it."""
     measured: int
+    """Of the proposed ones."""
     failed: int
+    """Of the proposed ones."""
     waiting: int
-    """Issued, and still without an outcome."""
+    """Issued, baselines included, and still without an outcome."""
     dense_perplexity: float | None
     best: str | None
     """The best candidate's id."""
@@ -114,9 +116,11 @@ class AroundReader:
     async def read(self, seconds: float = 2.0) -> Around:
         """What is there now; TimeoutError when it cannot be had in so many seconds."""
         async with asyncio.timeout(seconds):
+            # Asked first, for Control waits for a server that is away, and logs that it does.
+            daemon = await self._redis.get(self._keys.daemon)
             return Around(
                 control=await self._control.read(),
-                daemon=await self._redis.get(self._keys.daemon),
+                daemon=daemon,
                 workers=tuple(sorted(await read_workers(self._redis, self._keys), key=lambda w: w.consumer)),
                 queue=await self._queue(),
             )
@@ -198,7 +202,7 @@ def make_status(seen: Seen, tally: Tally) -> Status:
         candidates=sum(proposals.values()),
         by_source={"llm": 0, "stand-in": 0, **proposals},
         measured=len(seen.population),
-        failed=sum(count for (_, kind), count in tally.outcomes.items() if kind == "failed"),
+        failed=sum(tally.outcomes[source, "failed"] for source in proposals),
         waiting=len(seen.ledger) - sum(tally.outcomes.values()),
         dense_perplexity=seen.dense_perplexity,
         best=best.candidate.id if best else None,

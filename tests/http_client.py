@@ -1,5 +1,6 @@
 """The HTTP API of a search as tests meet it: served on a free loopback port, asked with its token or without."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -22,8 +23,8 @@ TOKEN = "a-token-that-tests-bear"
 class Asked:
     """Asks one API with `token`."""
 
-    def __init__(self, url: str, session: aiohttp.ClientSession, token: str | None = TOKEN) -> None:
-        self.url, self.session, self.token = url, session, token
+    def __init__(self, api: HttpApi, url: str, session: aiohttp.ClientSession, token: str | None = TOKEN) -> None:
+        self.api, self.url, self.session, self.token = api, url, session, token
 
     async def __call__(
         self, path: str, method: str = "GET", *, token: str | None = "", **more: Any
@@ -52,15 +53,13 @@ async def served(
     observer: Observer, *, token: str | None = TOKEN, settings: HttpSettings | None = None
 ) -> AsyncIterator[Asked]:
     """The API of `observer`, until the block ends."""
-    import asyncio
-
     access = Access(SecretStr(token) if token else None)
     api = HttpApi(settings or HttpSettings(port=0), access, observer, free_port=True)
     url = await api.start()
     serving = asyncio.create_task(api.run())
     async with aiohttp.ClientSession() as session:
         try:
-            yield Asked(url, session, token)
+            yield Asked(api, url, session, token)
         finally:
             serving.cancel()
             await asyncio.wait({serving})

@@ -284,7 +284,7 @@ async def test_an_error_that_nobody_expected_is_logged_and_not_told(
         def get(self, _: str) -> None:
             raise RuntimeError("a-detail-from-within")
 
-    observer.search = type("S", (), {"ledger": Broken()})()  # type: ignore[assignment]
+    observer.search = type("S", (), {"ledger": Broken()})()
     async with ask.request("/api/candidates/0123456789abcdef") as response:
         text = await response.text()
         assert response.status == 500
