@@ -8,6 +8,8 @@ import asyncio
 import json
 import math
 import re
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import structlog
@@ -57,26 +59,31 @@ class HttpApi:
         guard = Guard(access, settings.host, settings.allowed_hosts)
         self._server = HttpServer(self._application(guard))
 
-    async def start(self) -> str:
-        """Listen; returns the URL. Raises UsageError where the port cannot be had."""
-        host, port = self._settings.host, self._settings.port
-        try:
-            bound = await self._server.start(host, DEFAULT_PORT if port is None else port)
-        except CannotListen as error:
-            if not (error.taken and self._free_port):
-                raise
-            bound = await self._server.start(host, 0)
-        url = f"http://[{host}]:{bound}" if ":" in host else f"http://{host}:{bound}"
-        log.info("http_api_listening", url=url)
-        return url
+    @asynccontextmanager
+    async def serving(self) -> AsyncIterator[str]:
+        """Serve while the block runs; yields the URL. Raises UsageError where the port cannot be had.
 
-    async def run(self) -> None:
-        """Serve until cancelled; then every event stream ends at once."""
+        At the end every event stream is ended at once. The requests run beside the search in its event loop, and what
+        goes wrong in one is answered there (daemon/http_guard.py): none of it reaches the search.
+        """
+        host = self._settings.host
+        bound = await self._listen(host)
         try:
-            await asyncio.Event().wait()
+            url = f"http://[{host}]:{bound}" if ":" in host else f"http://{host}:{bound}"
+            log.info("http_api_listening", url=url)
+            yield url
         finally:
             self._observer.events.close()
             await self._server.stop()
+
+    async def _listen(self, host: str) -> int:
+        port = self._settings.port
+        try:
+            return await self._server.start(host, DEFAULT_PORT if port is None else port)
+        except CannotListen as error:
+            if not (error.taken and self._free_port):
+                raise
+            return await self._server.start(host, 0)
 
     def _application(self, guard: Guard) -> web.Application:
         application = web.Application(middlewares=guard.middlewares, client_max_size=MAX_BODY_BYTES)

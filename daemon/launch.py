@@ -108,16 +108,18 @@ class Launch:
 
     async def _work(self, group: asyncio.TaskGroup) -> bool:
         async with AsyncExitStack() as stack:
-            background = await self._show(group)
+            if self._api:
+                self._announce(await stack.enter_async_context(self._api.serving()))
             # With a server of our own (and its folder locked) no other daemon can be alive.
             queue = await self._store.take_charge(previous_is_dead=self._own_server)
             if self._display:
                 await stack.enter_async_context(self._display.following(self._store))
             await self._pausing.begin()
-            background += [
+            background = [
                 group.create_task(self._store.stay_in_charge()),
                 group.create_task(self._pausing.watch()),
                 group.create_task(self._watch_workers()),
+                group.create_task(_survived("observer_died", self._observer.run())),
             ]
             history = await self._store.history()
             self._counters = history.counters
@@ -157,14 +159,6 @@ class Launch:
             for task in background:
                 task.cancel()
         return True
-
-    async def _show(self, group: asyncio.TaskGroup) -> list[asyncio.Task[None]]:
-        """Begin to show the search: to other processes, and over HTTP. Whatever befalls these, the search goes on."""
-        tasks = [group.create_task(_survived("observer_died", self._observer.run()))]
-        if self._api:
-            self._announce(await self._api.start())
-            tasks.append(group.create_task(_survived("http_api_died", self._api.run())))
-        return tasks
 
     async def _wait_for_card(self) -> ModelCard:
         """The model card; logs once that it waits."""

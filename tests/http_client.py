@@ -1,6 +1,5 @@
 """The HTTP API of a search as tests meet it: served on a free loopback port, asked with its token or without."""
 
-import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -55,14 +54,8 @@ async def served(
     """The API of `observer`, until the block ends."""
     access = Access(SecretStr(token) if token else None)
     api = HttpApi(settings or HttpSettings(port=0), access, observer, free_port=True)
-    url = await api.start()
-    serving = asyncio.create_task(api.run())
-    async with aiohttp.ClientSession() as session:
-        try:
-            yield Asked(api, url, session, token)
-        finally:
-            serving.cancel()
-            await asyncio.wait({serving})
+    async with api.serving() as url, aiohttp.ClientSession() as session:
+        yield Asked(api, url, session, token)
 
 
 def nothing_yet(folder: Path) -> Observer:
