@@ -54,7 +54,7 @@ async def served(
     """The API of `observer`, until the block ends."""
     access = Access(SecretStr(token) if token else None)
     api = HttpApi(settings or HttpSettings(port=0), access, observer, free_port=True)
-    async with api.serving() as url, aiohttp.ClientSession() as session:
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(30)) as session, api.serving() as url:
         yield Asked(api, url, session, token)
 
 
