@@ -82,13 +82,15 @@ def _workers(status: Status) -> Iterable[Metric]:
     counts = dict.fromkeys(stages, 0)
     for worker in status.workers:
         counts[worker.stage if worker.stage in counts else "preparing"] += 1
-    workers = GaugeMetricFamily("selfpruner_workers", "Workers alive, by what they do.", labels=["stage"])
+    workers = GaugeMetricFamily(
+        "selfpruner_workers", "Workers alive, by what they did at their last beat.", labels=["stage"]
+    )
     for stage, count in counts.items():
         workers.add_metric([stage], count)
     yield workers
-    ready = counts["idle"] + counts["evaluating"]
-    share = counts["evaluating"] / ready if ready else 0.0
-    yield _gauge("worker_utilisation", "The share of workers with a model that evaluate at this moment.", share)
+    usable = len(status.workers) - counts["unusable"]
+    share = min(1.0, status.queue.running / usable) if usable else 0.0
+    yield _gauge("worker_utilisation", "The share of usable workers that hold a candidate at this moment.", share)
 
 
 def _endpoints(status: Status) -> Iterable[Metric]:

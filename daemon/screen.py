@@ -14,8 +14,10 @@ from daemon.changes import Event
 from daemon.status import Status
 from protocol.candidate import Measured
 
-SHOWN_MEMBERS = 8
-SHOWN_EVENTS = 10
+SHOWN_MEMBERS = 5
+SHOWN_EVENTS = 20
+FEWEST_EVENTS = 3
+OVERVIEW_LINES = 9
 RATE_SECONDS = 120.0
 
 
@@ -42,18 +44,20 @@ class Screen:
         (first, before), (last, now) = self._counts[0], self._counts[-1]
         return 60 * (now - before) / (last - first) if last - first >= 5 else None
 
-    def render(self, status: Status, members: Sequence[Evaluation]) -> RenderableType:
-        """The whole screen."""
+    def render(self, status: Status, members: Sequence[Evaluation], height: int = 50) -> RenderableType:
+        """The whole screen; as many events as there is room for in `height` lines."""
+        taken = OVERVIEW_LINES + 2 + len(members) + 2 + len(status.workers)
+        events = list(self._events)[-max(FEWEST_EVENTS, height - taken - 1) :]
         return Group(
             self._overview(status),
             _members(status, members),
             _workers(status),
-            *(_plain(event, "dim") for event in self._events),
+            *(_plain(event, "dim") for event in events),
         )
 
     def _overview(self, status: Status) -> RenderableType:
         title = _plain(f"{status.search}: {status.model}, {status.rate:.0%} removed")
-        table = Table(title=title, show_header=False, title_style="bold")
+        table = Table(title=title, show_header=False, title_style="bold", box=None, title_justify="left")
         table.add_column(style="bold")
         table.add_column()
         rate = "–" if self.per_minute is None else f"{self.per_minute:.1f} a minute"
@@ -90,7 +94,7 @@ def _state(status: Status) -> Text:
 
 
 def _members(status: Status, members: Sequence[Evaluation]) -> RenderableType:
-    table = Table(title="best candidates")
+    table = Table(title="best candidates", box=None, title_justify="left")
     for column in ("rank", "id", "kl" if status.fitness == "kl" else "perplexity", "agent", "source", "round"):
         table.add_column(column, justify="right" if column in ("rank", "perplexity", "kl", "round") else "left")
     for rank, member in enumerate(members, start=1):
@@ -102,7 +106,7 @@ def _members(status: Status, members: Sequence[Evaluation]) -> RenderableType:
 
 
 def _workers(status: Status) -> RenderableType:
-    table = Table(title="workers")
+    table = Table(title="workers", box=None, title_justify="left")
     for column in ("worker", "doing", "measured"):
         table.add_column(column, justify="right" if column == "measured" else "left")
     for worker in status.workers:

@@ -64,6 +64,6 @@ def on_screen(live: Live, screen: Screen) -> Tell:
 
     def tell(status: Status, members: Sequence[Evaluation], events: Sequence[Event]) -> None:
         screen.take(status, events)
-        live.update(screen.render(status, members), refresh=True)
+        live.update(screen.render(status, members, live.console.height), refresh=True)
 
     return tell

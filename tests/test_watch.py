@@ -156,6 +156,19 @@ def test_the_screen_says_where_the_search_is(tmp_path: Path) -> None:
     assert "host:2:b" in text
 
 
+def test_the_screen_fits_a_small_terminal_and_shows_more_events_on_a_large_one() -> None:
+    events = [Event("round_started", {"round": number}) for number in range(30)]
+    screen = screen_after(STATUS, *events)
+    members = [Evaluation(made, measured(12.0 + i, made), i) for i, made in enumerate(candidates(5))]
+    for height, shown_events in ((24, 4), (60, 20)):
+        console = Console(width=100, height=height)
+        lines = console.render_lines(screen.render(STATUS, members, height))
+        text = ["".join(segment.text for segment in line).strip() for line in lines]
+        assert len(text) < height
+        assert len([line for line in text if "round started" in line]) == shown_events
+        assert "round=29" in text[-1]
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
