@@ -17,7 +17,8 @@ from rich.console import Console
 
 from daemon import embedded, flags
 from daemon.display import Display
-from daemon.launch import Launch, secrets_of
+from daemon.launch import Launch
+from daemon.llm import secrets_of
 from daemon.local_llm import find_gguf
 from daemon.pruning_request import (
     CardClaim,
@@ -68,7 +69,7 @@ def run(config: Config = None, set_: flags.Set = None, json_: flags.Json = False
     with as_file(files("configs") / "quickstart.yaml") as quickstart:
         settings = load(config or quickstart, set_ or [])
     _check_texts(settings)
-    if not settings.llm.endpoints:
+    if not settings.llm.endpoints and not settings.llm.replay:
         find_gguf(settings.local_llm.gguf)
     with embedded.only_one(settings.folder):
         terminal = sys.stderr.isatty()
@@ -84,7 +85,7 @@ def daemon(config: Annotated[Path, typer.Argument(help="A YAML file of settings.
     settings = load(config, set_ or [])
     if settings.redis.url is None:
         raise SettingsError("the setting redis.url is missing: the daemon needs a Redis server that workers reach too")
-    if not settings.llm.endpoints:
+    if not settings.llm.endpoints and not settings.llm.replay:
         raise SettingsError("the setting llm.endpoints is missing: give at least one OpenAI-compatible endpoint")
     settings.folder.mkdir(parents=True, exist_ok=True)
     logs.configure(file=settings.folder / "log.jsonl", secrets=secrets_of(settings))
@@ -287,7 +288,7 @@ async def _run_embedded(settings: Settings, display: Display | None) -> Summary 
         if url is None:
             url = await stack.enter_async_context(embedded.embedded_server(settings.folder))
         endpoints = settings.llm.endpoints
-        if not endpoints:
+        if not endpoints and not settings.llm.replay:
             endpoints = (await stack.enter_async_context(embedded.local_llm(settings)),)
         await stack.enter_async_context(embedded.workers(settings, url, console=display is None))
         return await Launch(settings, url, endpoints, embedded=True, display=display).run()

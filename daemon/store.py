@@ -129,6 +129,10 @@ class SearchStore:
         """Keep the search's counters (tokens, seconds, …) over restarts. Totals, so that writing twice does no harm."""
         await self._patiently(lambda: self._redis.hset(self._keys.state, mapping=totals))
 
+    async def show_llm(self, state: str) -> None:
+        """Show whoever asks the state of the LLM's endpoints, as JSON."""
+        await self._patiently(lambda: self._redis.set(self._keys.llm, state))
+
     async def stay_in_charge(self) -> None:
         """Show a sign of life until cancelled. Raises TakenOver when another daemon has taken over."""
         while True:

@@ -85,6 +85,11 @@ class Keys:
         return self["state"]
 
     @property
+    def llm(self) -> str:
+        """String: the state of the LLM's endpoints as JSON (agents/health.py), written by the daemon."""
+        return self["llm"]
+
+    @property
     def epoch(self) -> str:
         """Counter: which daemon may write. A daemon with an older number is refused."""
         return self["epoch"]
