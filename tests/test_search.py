@@ -13,6 +13,7 @@ import pytest
 from redis.asyncio import Redis
 from rich.console import Console
 
+from agents.asking import Asks
 from agents.crossover import Crossover
 from agents.initializer import Initializer
 from agents.mutator import Mutator
@@ -75,7 +76,7 @@ class Conducted:
         *,
         spec: SearchSpec = SPEC,
         settings: SearchSettings = SETTINGS,
-        chat: SchemaChat | None = None,
+        chat: Asks | None = None,
     ) -> None:
         self.redis, self.keys, self.folder, self.spec, self.settings = redis, keys, folder, spec, settings
         self.chat = chat or SchemaChat()
