@@ -43,7 +43,7 @@ class Texts:
         return digest.hexdigest()
 
 
-def load_texts(spec: SearchSpec, tokenizer: Any, generate: GenerateText) -> Texts:
+def load_texts(spec: SearchSpec, tokenizer: Any, generate: GenerateText, start: int | None = None) -> Texts:
     """The windows of all roles of `spec`. `generate` is called where a source is `self`.
 
     A source is cut into chunks of the longest window that its roles ask for. The roles (calibration, fitness, report,
@@ -51,12 +51,18 @@ def load_texts(spec: SearchSpec, tokenizer: Any, generate: GenerateText) -> Text
     windows gets, in order of the text, those that the others left. Raises DataError for a source that cannot be had
     or is too short.
     """
-    windows = load_roles(spec.texts, spec.seed, tokenizer, generate)
+    windows = load_roles(spec.texts, spec.seed, tokenizer, generate, start)
     return Texts(windows["calibration"], windows["fitness"], windows.get("report"))
 
 
-def load_roles(texts: Mapping[Role, TextSpec], seed: int, tokenizer: Any, generate: GenerateText) -> dict[Role, Tensor]:
-    """The windows of each role of `texts`; see `load_texts`."""
+def load_roles(
+    texts: Mapping[Role, TextSpec], seed: int, tokenizer: Any, generate: GenerateText, start: int | None = None
+) -> dict[Role, Tensor]:
+    """The windows of each role of `texts`; see `load_texts`.
+
+    `start` takes the place of every window's first token, which is context only and never predicted: some models are
+    lost without the token that every text began with when they were trained.
+    """
     by_source: dict[Source, dict[Role, TextSpec]] = defaultdict(dict)
     for role, text in texts.items():
         by_source[_source(role, text)][role] = text
@@ -65,6 +71,9 @@ def load_roles(texts: Mapping[Role, TextSpec], seed: int, tokenizer: Any, genera
         length = max(text.seqlen for text in roles.values())
         tokens = _self_tokens(roles, length, generate) if source[0] == SELF else _tokens(source, tokenizer)
         windows |= share(tokens, roles, length, seed, source[0])
+    if start is not None:
+        for tokens in windows.values():
+            tokens[:, 0] = start
     return windows
 
 

@@ -117,7 +117,13 @@ def evaluate_as_it_is(
         name, dtype, Workload(_longest(texts), writes_text=any(t.source == SELF for t in texts.values()))
     )
     progress("loading model", 1, 1)
-    windows = load_roles(texts, seed, model.tokenizer, lambda n, length: self_text(model, n, length, seed, progress))
+    windows = load_roles(
+        texts,
+        seed,
+        model.tokenizer,
+        lambda n, length: self_text(model, n, length, seed, progress),
+        model.window_start,
+    )
     start = time.perf_counter()
     value, tokens = watched_perplexity(model.decoder, windows["fitness"], progress)
     seconds = time.perf_counter() - start

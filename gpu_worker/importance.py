@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor, nn
 
 from gpu_worker.calibration import LayerActivations
@@ -25,6 +26,8 @@ from gpu_worker.families import Layer
 from protocol.shape import LayerShape
 
 Projection = Literal["query", "key", "value", "output", "gate", "up", "down"]
+ROWS_AT_ONCE = 1024
+"""Rows of a weight that are in fp64 at a time: whole, a large model's would be gigabytes."""
 ROWS: tuple[Projection, ...] = ("query", "key", "value", "gate", "up")
 """Projections of which pruning takes rows (outputs)."""
 COLUMNS: tuple[Projection, ...] = ("output", "down")
@@ -45,7 +48,8 @@ class LayerImportance:
 
 def column_scores(weight: Tensor, mean_squares: Tensor) -> Tensor:
     """s_j = mean_i |W_ij| · √E[x_j²] for a weight [outputs, inputs] and mean squares [inputs]; fp64, [inputs]."""
-    return weight.double().abs().mean(dim=0) * mean_squares.double().sqrt()
+    sums = sum(rows.double().abs().sum(dim=0) for rows in torch.split(weight, ROWS_AT_ONCE))
+    return sums / weight.shape[0] * mean_squares.double().sqrt()
 
 
 def by_head(pieces: Tensor, shape: LayerShape) -> Tensor:

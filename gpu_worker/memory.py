@@ -10,6 +10,7 @@ import torch
 from gpu_worker.divergence import TOP
 from gpu_worker.families import Decoder
 from gpu_worker.gradients import SAMPLES, TOKENS
+from gpu_worker.importance import ROWS_AT_ONCE
 from gpu_worker.perplexity import LOGITS_BYTES
 from protocol.shape import LayerShape, ModelShape
 from protocol.spec import SearchSpec, TextSpec
@@ -157,8 +158,8 @@ def _gradients(shape: ModelShape, vocabulary: int, size: int) -> int:
 
 
 def _scoring(shape: ModelShape, layer: LayerShape) -> int:
-    """The larger of o and down as fp64, and its absolute values."""
-    return 2 * FP64 * shape.hidden_size * max(layer.mlp_channels, layer.query_heads * shape.head_dim)
+    """Some rows of the larger of o and down as fp64, and their absolute values."""
+    return 2 * FP64 * min(shape.hidden_size, ROWS_AT_ONCE) * max(layer.mlp_channels, layer.query_heads * shape.head_dim)
 
 
 def _gathered(shape: ModelShape, layer: LayerShape) -> int:

@@ -11,7 +11,7 @@ import transformers
 from safetensors import SafetensorError
 
 from gpu_worker.checkpoints import check_config, load_weights
-from gpu_worker.families import Decoder, take_apart
+from gpu_worker.families import FAMILIES, Decoder, take_apart
 from gpu_worker.gguf_files import unpacked
 from gpu_worker.hub import hub_reachable
 from gpu_worker.identity import folder_identity
@@ -35,6 +35,12 @@ class LoadedModel:
     decoder: Decoder
     identity: str
     """Changes when the weights do: a digest of the folder, or the hub's commit. The same on every machine."""
+
+    @property
+    def window_start(self) -> int | None:
+        """The token that every window has to begin with, for families that need one."""
+        needed = FAMILIES[self.decoder.shape.family].starts_with_bos
+        return int(self.tokenizer.bos_token_id) if needed and self.tokenizer.bos_token_id is not None else None
 
     @property
     def device(self) -> torch.device:

@@ -91,7 +91,10 @@ def _load(spec: SearchSpec, progress: Progress) -> LoadedModel:
 def _read_texts(spec: SearchSpec, model: LoadedModel, progress: Progress) -> Texts:
     progress("reading texts", 0, 1)
     texts = load_texts(
-        spec, model.tokenizer, lambda windows, length: self_text(model, windows, length, spec.seed, progress)
+        spec,
+        model.tokenizer,
+        lambda windows, length: self_text(model, windows, length, spec.seed, progress),
+        model.window_start,
     )
     progress("reading texts", 1, 1)
     return texts

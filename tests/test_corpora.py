@@ -161,6 +161,15 @@ def test_the_model_writes_as_much_as_all_roles_need_and_once(
     assert len(set(texts.calibration.flatten().tolist()) | set(texts.fitness.flatten().tolist())) == 6 * 8 + 3 * 16
 
 
+def test_every_window_begins_with_the_token_that_a_model_needs(
+    tokenizer: transformers.PreTrainedTokenizerFast, text: str
+) -> None:
+    spec = spec_of(part(text, 2, seqlen=16), part(text, None, seqlen=8))
+    plain, started = load_texts(spec, tokenizer, no_generation), load_texts(spec, tokenizer, no_generation, 319)
+    for before, after in ((plain.calibration, started.calibration), (plain.fitness, started.fitness)):
+        assert (after[:, 0] == 319).all() and torch.equal(after[:, 1:], before[:, 1:])
+
+
 def test_all_of_what_the_model_writes_is_refused(tokenizer: transformers.PreTrainedTokenizerFast) -> None:
     with pytest.raises(DataError, match="has no end"):
         load_texts(spec_of(part("self", 4), part("self", None)), tokenizer, no_generation)
