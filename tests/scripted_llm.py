@@ -16,8 +16,8 @@ from aiohttp import web
 from agents.endpoint import Endpoint
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-Says = Callable[[dict[str, Any]], str]
-"""From the body of a request to the text that the model answers."""
+Says = Callable[[dict[str, Any]], str | Handler]
+"""From the body of a request to the text that the model answers, or to what happens instead."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,8 @@ class ScriptedLlm:
         body = await request.json()
         self.asked.append(Asked(dict(request.headers), body, time.monotonic()))
         if callable(self.script):
-            return await says(self.script(body))(request)
+            answer = self.script(body)
+            return await (says(answer) if isinstance(answer, str) else answer)(request)
         handler = self.script[min(len(self.asked), len(self.script)) - 1]
         return await handler(request)
 

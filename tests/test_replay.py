@@ -26,7 +26,7 @@ from protocol.keys import Keys
 from protocol.streams import JobQueue
 from tests.chatting import QUICK
 from tests.schema_answers import value_of
-from tests.scripted_llm import ScriptedLlm
+from tests.scripted_llm import Handler, ScriptedLlm, refuses
 from tests.test_search import SETTINGS, Conducted, unevenness
 
 Record = dict[str, Any]
@@ -285,10 +285,8 @@ async def test_a_search_whose_endpoint_fails_now_and_then_is_replayed_with_its_s
     rng, records = random.Random(11), list[Record]()
     answer = whimsical(rng)
 
-    def fails_often(body: Record) -> str:
-        if rng.random() < 0.5:
-            raise RuntimeError("a fault of the server's own")
-        return answer(body)
+    def fails_often(body: Record) -> str | Handler:
+        return refuses(500, "broken") if rng.random() < 0.5 else answer(body)
 
     policy = replace(QUICK, attempts=1, failures_to_open=2, rest=0.005, longest_rest=0.005)
     with recording(records) as record_:
