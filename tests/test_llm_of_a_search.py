@@ -1,4 +1,4 @@
-"""A search as the daemon launches it, with a real server and an instant worker: its LLM away, wrong, spent, replayed."""
+"""A launched search with a real server and an instant worker: its LLM away, wrong, spent, replayed."""
 
 import asyncio
 import json
