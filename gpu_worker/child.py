@@ -133,8 +133,9 @@ class EvaluationChild:
         assert self._process is not None
         line = await self._next_line()
         if not line.endswith(b"\n"):
-            with contextlib.suppress(TimeoutError):  # its own exit status says more than that of the kill
-                await asyncio.wait_for(self._process.wait(), LAST_WORDS_SECONDS)
+            if self.alive:  # its own exit status says more than that of the kill
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._process.wait(), LAST_WORDS_SECONDS)
             await self.kill()
             raise ChildDied(f"the evaluation process ended with status {self._process.returncode}{self._likely_reason}")
         try:
@@ -147,20 +148,23 @@ class EvaluationChild:
         return message
 
     async def _next_line(self) -> bytes:
-        """The next line; not a whole one when the process has ended or its line is too long."""
+        """The next line; not a whole one when the process has ended or its line is too long.
+
+        The end is looked for too: what the process started may hold its stdout open when it is gone.
+        """
         assert self._process is not None and self._process.stdout is not None
         reading = asyncio.ensure_future(self._process.stdout.readline())
-        ended = asyncio.ensure_future(self._process.wait())
         try:
-            await asyncio.wait({reading, ended}, return_when=asyncio.FIRST_COMPLETED)
-            if not reading.done():
+            while not reading.done():
+                ended = not self.alive
                 await asyncio.wait({reading}, timeout=LAST_WORDS_SECONDS)
-            return reading.result() if reading.done() else b""
+                if ended and not reading.done():
+                    return b""
+            return reading.result()
         except ValueError:  # longer than LINE_LIMIT
             return b""
         finally:
             reading.cancel()
-            ended.cancel()
 
 
 def _checked(outcome: Any) -> Measured | Failed:

@@ -273,17 +273,15 @@ async def run_worker(options: WorkerOptions) -> None:
     redis = connect(options.redis_url)
     try:
         worker = Worker(redis, options)
-        task = asyncio.current_task()
-        assert task is not None
 
-        def on_signal() -> None:
+        def on_signal(number: signal.Signals) -> None:
             if worker.stopping:
-                task.cancel()
+                os._exit(128 + number)  # the evaluation process ends with its parent, and the lease runs out
             worker.stop()
 
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, on_signal)
+            loop.add_signal_handler(number, on_signal, number)
         await worker.run()
     finally:
         await redis.aclose()
