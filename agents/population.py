@@ -32,6 +32,11 @@ class Population:
     def __len__(self) -> int:
         return len(self._ranked)
 
+    @property
+    def outcomes(self) -> int:
+        """How many outcomes there are: members, baselines and failed candidates."""
+        return len(self._evaluations)
+
     def __contains__(self, candidate_id: str) -> bool:
         return candidate_id in self._evaluations
 

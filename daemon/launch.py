@@ -18,7 +18,7 @@ from daemon.llm import make_agents, make_chat, read_replay, read_transcript
 from daemon.pausing import Pausing, StopRequested
 from daemon.search import Search
 from daemon.settings import EndpointSettings, Settings
-from daemon.store import TICK_SECONDS, History, SearchStore
+from daemon.store import TICK_SECONDS, History, Memory, SearchStore
 from daemon.summary import Summary, summarise
 from protocol.card import ModelCard
 from protocol.connection import connect
@@ -57,7 +57,6 @@ class Launch:
         self._journal = Journal(settings.folder)
         self._search: Search | None = None
         self._counters: dict[str, float] = {}
-        self._llm_shown = ""
         self._asked = asyncio.Event()
         self._seconds_before = 0.0
         self._since = time.monotonic()
@@ -98,12 +97,12 @@ class Launch:
             if self._display:
                 await stack.enter_async_context(self._display.following(self._store))
             await self._pausing.begin()
+            history = await self._store.history()
             background = [
-                group.create_task(self._store.stay_in_charge()),
+                group.create_task(self._store.stay_in_charge(queue, lambda: self._memory(history))),
                 group.create_task(self._pausing.watch()),
                 group.create_task(self._watch_workers()),
             ]
-            history = await self._store.history()
             self._counters = dict(history.counters)
             self._seconds_before = history.counters.get("seconds", 0.0)
             if not history.ledger:
@@ -146,6 +145,14 @@ class Launch:
             for task in background:
                 task.cancel()
         return True
+
+    def _memory(self, history: History) -> Memory:
+        """What this process knows of the search; `history` is what it found at its start."""
+        if self._search is None:
+            return Memory(history, None)
+        outcomes = {e.candidate.id: e.outcome for e in self._search.population}
+        now = History(ledger=self._search.ledger, outcomes=outcomes, selections=self._search.selections)
+        return Memory(now, self._search.card)
 
     async def _wait_for_card(self) -> ModelCard:
         """The model card; logs once that it waits."""
@@ -219,10 +226,6 @@ class Launch:
         }
         self._counters |= totals
         await self._store.count(totals)
-        state = chat.state.model_dump_json()
-        if state != self._llm_shown:
-            await self._store.show_llm(state)
-            self._llm_shown = state
 
     def _seconds(self) -> float:
         """How long the search has run, over all its processes."""

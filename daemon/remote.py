@@ -8,7 +8,6 @@ from typing import Any
 
 from redis.asyncio import Redis
 
-from agents.health import LlmState
 from agents.population import Population
 from daemon.embedded import embedded_url
 from daemon.journal import best_record
@@ -44,7 +43,6 @@ class RemoteSearch:
             "rate": self._spec.rate,
             "control": await Control(self._redis, self._keys).read(),
             "daemon": await client.get(self._keys.daemon),
-            "llm": LlmState.model_validate_json(await client.get(self._keys.llm) or "{}").model_dump(),
             "workers": [w.model_dump() for w in await read_workers(self._redis, self._keys)],
             "round": max((p.round for p in proposals), default=0),
             "candidates": len(proposals),

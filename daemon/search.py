@@ -68,6 +68,7 @@ class Search:
         self._journal, self._seconds = journal, seconds
         self._time_is_up = False
         self.ledger = dict(history.ledger)
+        self.selections = dict(history.selections)
         self.population = Population()
         for id_, outcome in history.outcomes.items():
             self.population.insert(self.ledger[id_], outcome)
@@ -113,11 +114,22 @@ class Search:
             return
         self.round = round_
         log.info("round_started", round=round_, missing=missing, best=view.population[0].fitness)
-        selection = await self._agents.selector.select(view, self._settings.mutations + self._settings.crossovers)
+        parents = await self._select(view)
         async with asyncio.TaskGroup() as group:
-            mutating = group.create_task(self._agents.mutator.propose(view, selection.parents, mutations, self._submit))
+            mutating = group.create_task(self._agents.mutator.propose(view, parents, mutations, self._submit))
             submit = self._submit_after(mutating)
-            group.create_task(self._agents.crossover.propose(view, selection.parents, crossovers, submit))
+            group.create_task(self._agents.crossover.propose(view, parents, crossovers, submit))
+
+    async def _select(self, view: View) -> Sequence[Member]:
+        """The Selector's parents for this round: as it chose them, if an earlier process asked it."""
+        chosen = self.selections.get(view.round)
+        if chosen is None:
+            wanted = self._settings.mutations + self._settings.crossovers
+            selection = await self._agents.selector.select(view, wanted)
+            chosen = self.selections[view.round] = tuple(member.candidate.id for member in selection.parents)
+            await self._queue.remember_selection(view.round, chosen)
+        members = {member.candidate.id: member for member in view.population}
+        return [members[id_] for id_ in chosen if id_ in members]
 
     async def _report(self) -> None:
         """Measure uniform and the best on the report text."""

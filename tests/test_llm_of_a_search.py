@@ -20,8 +20,8 @@ from daemon.store import History, load_history
 from daemon.summary import Summary
 from protocol.candidate import Measured
 from protocol.errors import SettingsError
+from protocol.jobs import JobQueue
 from protocol.keys import Keys
-from protocol.streams import JobQueue
 from tests.samples import CARD
 from tests.schema_answers import value_of
 from tests.scripted_llm import Handler, Reply, ScriptedLlm, hangs, lists_models, refuses

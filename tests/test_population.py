@@ -86,6 +86,7 @@ class Scripted:
     def __init__(self, results: list[Result]) -> None:
         self._results = results
         self.applied: list[str] = []
+        self.dropped: list[str] = []
 
     async def results(self, cursor: str) -> list[Result]:
         await asyncio.sleep(0)
@@ -94,6 +95,9 @@ class Scripted:
     async def apply(self, result: Result) -> bool:
         self.applied.append(result.id)
         return self.applied.count(result.id) == 1
+
+    async def drop(self, result: Result) -> None:
+        self.dropped.append(result.id)
 
 
 async def test_the_keeper_applies_each_outcome_once_in_order_and_tells_who_waits() -> None:
@@ -119,6 +123,7 @@ async def test_the_keeper_applies_each_outcome_once_in_order_and_tells_who_waits
     assert [(e.candidate.id, best) for e, best in noted] == [(one.id, True), (two.id, True)]
     assert [e.outcome for e in noted_evaluations(noted)] == [measured(5.0, one), measured(4.0, two)]
     assert source.applied == [one.id, one.id, two.id]
+    assert source.dropped == ["unknown"]
 
 
 def noted_evaluations(noted: list[tuple[Evaluation, bool]]) -> list[Evaluation]:

@@ -22,8 +22,8 @@ from daemon.llm import read_replay, read_transcript
 from daemon.search import Search
 from daemon.settings import load
 from protocol.errors import EndpointError, SettingsError, first_error
+from protocol.jobs import JobQueue
 from protocol.keys import Keys
-from protocol.streams import JobQueue
 from tests.chatting import QUICK
 from tests.schema_answers import value_of
 from tests.scripted_llm import Handler, ScriptedLlm, refuses

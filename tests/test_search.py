@@ -29,9 +29,9 @@ from daemon.store import SearchStore
 from daemon.summary import Summary, show, summarise
 from protocol.candidate import Candidate, Failed, Measured
 from protocol.control import Control
+from protocol.jobs import JobQueue
 from protocol.keys import Keys
 from protocol.spec import SearchSpec, TextSpec
-from protocol.streams import JobQueue
 from tests.samples import CARD, SHAPE, SPEC, measured
 from tests.schema_answers import SchemaChat
 
