@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager
+from functools import partial
 from importlib.resources import as_file, files
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,6 +18,7 @@ from rich.console import Console
 
 from daemon import embedded, flags
 from daemon.display import Display
+from daemon.http_token import Access, open_access
 from daemon.launch import Launch
 from daemon.llm import secrets_of
 from daemon.local_llm import find_gguf
@@ -30,9 +32,10 @@ from daemon.pruning_request import (
     request_of_search,
     self_if_none,
 )
-from daemon.remote import NotRunning, RemoteSearch, open_remote, saved
+from daemon.remote import NotRunning, RemoteSearch, open_remote, saved, saved_status
 from daemon.settings import Settings, check_text, load
 from daemon.signals import run_until_signal
+from daemon.status import Status
 from daemon.summary import Summary, show
 from protocol import logs
 from protocol.allocation import Method
@@ -72,10 +75,9 @@ def run(config: Config = None, set_: flags.Set = None, json_: flags.Json = False
     if not settings.llm.endpoints and not settings.llm.replay:
         find_gguf(settings.local_llm.gguf)
     with embedded.only_one(settings.folder):
-        terminal = sys.stderr.isatty()
-        logs.configure(file=settings.folder / "log.jsonl", secrets=secrets_of(settings))
-        display = Display(Console(stderr=True)) if terminal else None
-        summary, interrupted = run_until_signal(_run_embedded(settings, display))
+        access = _configure_logs(settings)
+        display = Display(Console(stderr=True)) if sys.stderr.isatty() else None
+        summary, interrupted = run_until_signal(_run_embedded(settings, access, display))
     raise typer.Exit(_finish(summary, interrupted, json_=json_))
 
 
@@ -88,8 +90,15 @@ def daemon(config: Annotated[Path, typer.Argument(help="A YAML file of settings.
     if not settings.llm.endpoints and not settings.llm.replay:
         raise SettingsError("the setting llm.endpoints is missing: give at least one OpenAI-compatible endpoint")
     settings.folder.mkdir(parents=True, exist_ok=True)
-    logs.configure(file=settings.folder / "log.jsonl", secrets=secrets_of(settings))
-    launch = Launch(settings, settings.redis.url, settings.llm.endpoints, embedded=False)
+    access = _configure_logs(settings)
+    launch = Launch(
+        settings,
+        settings.redis.url,
+        settings.llm.endpoints,
+        embedded=False,
+        access=access,
+        announce=partial(_announce, access),
+    )
     summary, interrupted = run_until_signal(launch.run())
     raise typer.Exit(_finish(summary, interrupted, json_=False))
 
@@ -122,8 +131,7 @@ def status(
     json_: flags.Json = False,
 ) -> None:
     """Say how far a search is."""
-    answer = asyncio.run(_remote(search, redis_url, folder, RemoteSearch.status, otherwise="summary.json"))
-    _answer(answer, json_)
+    _answer(asyncio.run(_status(search, redis_url, folder)).model_dump(mode="json"), json_)
 
 
 @app.command()
@@ -284,7 +292,23 @@ def _progress(model: str) -> Iterator[Callable[[str, int, int], None]]:
         yield lambda stage, done, total: line.update(f"{stage} {done}/{total}")
 
 
-async def _run_embedded(settings: Settings, display: Display | None) -> Summary | None:
+def _configure_logs(settings: Settings) -> Access | None:
+    """Set up the log of a search; returns the access to its HTTP API, whose token must not be logged, if it has one."""
+    access = open_access(settings.http, settings.folder) if settings.http.enabled else None
+    secrets = [*secrets_of(settings), *(access.secrets if access else [])]
+    logs.configure(file=settings.folder / "log.jsonl", secrets=secrets)
+    return access
+
+
+def _announce(access: Access | None, url: str) -> None:
+    """Tell a person where the HTTP API is, and the token that was made for it; never a log."""
+    if sys.stderr.isatty():
+        kept = access.kept_in if access else None
+        token = f", token {access.token.get_secret_value()} (in {kept})" if access and access.token and kept else ""
+        sys.stderr.write(f"HTTP API: {url}{token}\n")
+
+
+async def _run_embedded(settings: Settings, access: Access | None, display: Display | None) -> Summary | None:
     """The whole of `selfpruner run`: what is started first ends last."""
     async with AsyncExitStack() as stack:
         url = settings.redis.url
@@ -294,7 +318,16 @@ async def _run_embedded(settings: Settings, display: Display | None) -> Summary 
         if not endpoints and not settings.llm.replay:
             endpoints = (await stack.enter_async_context(embedded.local_llm(settings)),)
         await stack.enter_async_context(embedded.workers(settings, url, console=display is None))
-        return await Launch(settings, url, endpoints, embedded=True, display=display).run()
+        launch = Launch(
+            settings,
+            url,
+            endpoints,
+            embedded=True,
+            access=access,
+            announce=partial(_announce, access),
+            display=display,
+        )
+        return await launch.run()
 
 
 def _finish(summary: Summary | None, interrupted: signal.Signals | None, *, json_: bool) -> int:
@@ -334,6 +367,18 @@ def _answer(answer: dict[str, Any], json_: bool) -> None:
 
 def _print_json(answer: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(answer, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+async def _status(search: str, redis_url: str | None, folder: Path) -> Status:
+    """The running search's status; of one that ran here and has ended, the last one."""
+    try:
+        async with open_remote(search, redis_url, folder) as remote:
+            return await remote.status()
+    except NotRunning:
+        status = saved_status(folder / search) if redis_url is None else None
+        if status is None:
+            raise
+        return status
 
 
 async def _remote(

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from agents.population import Evaluation, Population
-from protocol.candidate import Measured
+from protocol.candidate import Candidate, Measured
 from protocol.errors import UsageError
 from protocol.shape import ModelShape
 from protocol.spec import SearchSpec
@@ -91,13 +91,19 @@ def _open_to_append(path: Path) -> TextIO:
 
 def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:
     """An evaluation as one flat JSON object."""
-    candidate, outcome = evaluation.candidate, evaluation.outcome
     return {
         "order": evaluation.order,
+        **candidate_record(evaluation.candidate),
+        "outcome": evaluation.outcome.model_dump(mode="json"),
+    }
+
+
+def candidate_record(candidate: Candidate) -> dict[str, Any]:
+    """A candidate, be it measured or not, as one flat JSON object."""
+    return {
         "id": candidate.id,
         "text": candidate.text,
         **candidate.provenance.model_dump(mode="json"),
-        "outcome": outcome.model_dump(mode="json"),
         "rates": candidate.rates,
         "plan": [[p.kv_heads, p.queries_per_kv, p.mlp_channels] for p in candidate.plan.layers],
     }

@@ -3,8 +3,9 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
+from typing import Any
 
 import structlog
 
@@ -13,8 +14,11 @@ from agents.budget import Spent
 from agents.chat import Chat
 from agents.replay import Remembering
 from daemon.display import Display
+from daemon.http_api import HttpApi
+from daemon.http_token import Access
 from daemon.journal import Journal, write_json
 from daemon.llm import make_agents, make_chat, read_replay, read_transcript
+from daemon.observer import Observer
 from daemon.pausing import Pausing, StopRequested
 from daemon.search import Search
 from daemon.settings import EndpointSettings, Settings
@@ -33,7 +37,10 @@ log = structlog.get_logger()
 
 
 class Launch:
-    """One process's work on a search. `embedded`: it also started the workers, and the server where none is set."""
+    """One process's work on a search. `embedded`: it also started the workers, and the server where none is set.
+
+    With `access` it serves the HTTP API, whose URL `announce` is told.
+    """
 
     def __init__(
         self,
@@ -42,6 +49,8 @@ class Launch:
         endpoints: Sequence[EndpointSettings],
         *,
         embedded: bool,
+        access: Access | None = None,
+        announce: Callable[[str], None] = lambda _: None,
         display: Display | None = None,
     ) -> None:
         self._settings = settings
@@ -55,6 +64,9 @@ class Launch:
         self._pausing = Pausing(Control(self._redis, keys))
         self._replay = read_replay(settings)
         self._journal = Journal(settings.folder)
+        self._observer = Observer(self._redis, keys, self._spec, settings.folder)
+        self._api = HttpApi(settings.http, access, self._observer, free_port=embedded) if access else None
+        self._announce = announce
         self._search: Search | None = None
         self._counters: dict[str, float] = {}
         self._asked = asyncio.Event()
@@ -92,6 +104,8 @@ class Launch:
 
     async def _work(self, group: asyncio.TaskGroup) -> bool:
         async with AsyncExitStack() as stack:
+            if self._api:
+                self._announce(await stack.enter_async_context(self._api.serving()))
             # With a server of our own (and its folder locked) no other daemon can be alive.
             queue = await self._store.take_charge(previous_is_dead=self._own_server)
             if self._display:
@@ -102,15 +116,17 @@ class Launch:
                 group.create_task(self._store.stay_in_charge(queue, lambda: self._memory(history))),
                 group.create_task(self._pausing.watch()),
                 group.create_task(self._watch_workers()),
+                group.create_task(_survived("observer_died", self._observer.run())),
             ]
             self._counters = dict(history.counters)
             self._seconds_before = history.counters.get("seconds", 0.0)
+            self._observer.begin(history)
             if not history.ledger:
                 self._journal.begin_transcript()
             if requeued := await self._store.repair(queue, history):
                 log.warning("candidates_requeued", count=requeued)
             card = await self._wait_for_card()
-            chat = await stack.enter_async_context(self._chat(history))
+            self._observer.chat = chat = await stack.enter_async_context(self._chat(history))
             background += [
                 group.create_task(self._count_for_ever(chat)),
                 group.create_task(self._repair_for_ever(queue)),
@@ -127,7 +143,7 @@ class Launch:
                 pausing=self._pausing,
                 seconds=self._seconds,
             )
-            self._search = search
+            self._search = self._observer.search = search
             if self._display:
                 self._display.search = search
             if search.remaining_budget > 0:
@@ -138,10 +154,12 @@ class Launch:
                 )
             try:
                 await search.run()
+                self._observer.finished = True
             finally:
                 with contextlib.suppress(TimeoutError):  # the end must not wait for a server that is away
                     async with asyncio.timeout(2):
                         await self._count(chat)
+                        await self._observer.look()
             for task in background:
                 task.cancel()
         return True
@@ -205,6 +223,8 @@ class Launch:
     def _record(self, record: dict[str, object]) -> None:
         self._journal.transcript(record)
         self._asked.set()
+        if self._api:
+            self._api.metrics.observe(record)
 
     async def _count_for_ever(self, chat: Chat) -> None:
         """Make durable what is spent, at once when the LLM was asked: a crash must not make a budget larger."""
@@ -255,3 +275,11 @@ class Launch:
         except Exception as error:  # noqa: BLE001  (a boundary: the end must not fail for a server that is gone)
             log.debug("not_stepped_down", error=str(error))
         await self._redis.aclose()
+
+
+async def _survived(event: str, work: Coroutine[Any, Any, None]) -> None:
+    """Do `work`; if it dies, say so once, and no more."""
+    try:
+        await work
+    except Exception:
+        log.exception(event)

@@ -23,7 +23,7 @@ from daemon.journal import Journal, best_record
 from daemon.pausing import Pausing
 from daemon.settings import SearchSettings
 from daemon.store import History
-from protocol.candidate import AgentName, Candidate, Measured, Provenance, Text, candidate_id
+from protocol.candidate import AgentName, Candidate, Measured, Provenance, Source, Text, candidate_id
 from protocol.card import ModelCard
 from protocol.errors import BudgetError
 from protocol.plan import Plan
@@ -75,6 +75,8 @@ class Search:
         self._keeper = PopulationKeeper(
             queue, self.population, self.ledger, cursor=history.cursor, on_evaluation=self._note
         )
+        self.parents_source: Source | None = None
+        """Who chose the parents of the last round."""
         self.round = max((c.provenance.round for c in self.ledger.values()), default=0)
 
     async def run(self) -> None:
@@ -126,6 +128,7 @@ class Search:
         if chosen is None:
             wanted = self._settings.mutations + self._settings.crossovers
             selection = await self._agents.selector.select(view, wanted)
+            self.parents_source = selection.source
             chosen = self.selections[view.round] = tuple(member.candidate.id for member in selection.parents)
             await self._queue.remember_selection(view.round, chosen)
         members = {member.candidate.id: member for member in view.population}

@@ -276,7 +276,7 @@ async def test_a_search_that_minimises_divergence_ranks_by_it_and_shows_both(
     assert f"{summary.best.kl:.4f}" in text and f"{summary.best.perplexity:.2f}" in text and f"{ratio:.3f}" in text
 
     status = await RemoteSearch(redis, keys, spec).status()
-    assert (status["fitness"], status["best_kl"], status["best_perplexity"]) == ("kl", best["kl"], best["perplexity"])
+    assert (status.fitness, status.best_kl, status.best_perplexity) == ("kl", best["kl"], best["perplexity"])
 
 
 async def test_the_table_of_a_search_that_minimises_perplexity_does_not_speak_of_divergence(
@@ -286,7 +286,7 @@ async def test_the_table_of_a_search_that_minimises_perplexity_does_not_speak_of
         search = await Conducted(redis, keys, tmp_path).run()
     text = shown(summarise("test", SPEC, CARD, search.ledger, search.population, {}, finished=True))
     assert "perplexity" in text and "kl" not in text.split()
-    assert (await RemoteSearch(redis, keys, SPEC).status())["best_kl"] is None
+    assert (await RemoteSearch(redis, keys, SPEC).status()).best_kl is None
 
 
 def shown(summary: Summary) -> str:

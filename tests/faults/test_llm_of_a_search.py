@@ -12,10 +12,10 @@ import pytest
 from redis.asyncio import Redis
 from structlog.testing import capture_logs
 
-from agents.health import LlmState
 from daemon.launch import Launch
 from daemon.remote import RemoteSearch
 from daemon.settings import EndpointSettings, Settings, load
+from daemon.status import Condition
 from daemon.store import History, load_history
 from daemon.summary import Summary
 from protocol.candidate import Measured
@@ -61,9 +61,10 @@ class Daemon:
     async def history(self, name: str = "s") -> History:
         return await load_history(self.redis, Keys(name))
 
-    async def llm(self, name: str = "s") -> LlmState:
+    async def condition(self, name: str = "s") -> Condition:
+        """What other processes are told."""
         client: Any = self.redis
-        return LlmState.model_validate_json(await client.get(Keys(name).llm))
+        return Condition.model_validate_json(await client.get(Keys(name).condition))
 
     def transcript(self, name: str = "s") -> Path:
         return self.folder / name / "transcript.jsonl"
@@ -101,17 +102,22 @@ def settings_of(llm: ScriptedLlm, **more: Any) -> EndpointSettings:
 # Away
 
 
+@pytest.mark.fault("38", "the LLM is away for the whole search", "a closed port", "stand-ins go on, degraded")
 async def test_with_the_llm_away_for_the_whole_search_it_goes_on_and_says_so(daemon: Daemon) -> None:
     with capture_logs() as logs:
         summary = await daemon.run([NOWHERE])
     assert summary.finished and summary.candidates["by_source"] == {"llm": 0, "stand-in": CANDIDATES}
-    state = await daemon.llm()
-    assert state.degraded == "endpoints"
-    assert [(e.name, e.state) for e in state.endpoints] == [("nowhere", "open")]
-    remote = RemoteSearch(daemon.redis, Keys("s"), daemon.settings().spec())
-    assert (await remote.status())["llm"]["degraded"] == "endpoints"
-    changes = [line["event"] for line in logs if line["log_level"] in ("warning", "error")]
-    assert sorted(changes) == ["endpoint_down", "endpoint_not_ready", "llm_degraded"]
+    condition = await daemon.condition()
+    assert condition.degraded and condition.degraded_by == "endpoints"
+    assert condition.endpoints["nowhere"].state == "left alone"
+    status = await RemoteSearch(daemon.redis, Keys("s"), daemon.settings().spec()).status()
+    assert (status.degraded, status.degraded_by) == (True, "endpoints")
+    told = [line["event"] for line in logs if line["log_level"] in ("warning", "error")]
+    assert sorted(event for event in told if event.startswith(("endpoint", "llm"))) == [
+        "endpoint_down",
+        "endpoint_not_ready",
+        "llm_degraded",
+    ]
 
 
 async def test_an_endpoint_that_only_fails_is_asked_seldom(daemon: Daemon) -> None:
@@ -129,9 +135,11 @@ async def test_an_endpoint_that_comes_back_is_used_again_and_the_state_says_so(d
     async with ScriptedLlm(comes_back) as llm:
         summary = await daemon.run([settings_of(llm)], "llm.rest_seconds=0.001", "llm.concurrency=1")
     assert summary.candidates["by_source"]["stand-in"] and summary.candidates["by_source"]["llm"]
-    assert await daemon.llm() == LlmState.model_validate({"endpoints": [{"name": "fake", "state": "closed"}]})
+    condition = await daemon.condition()
+    assert not condition.degraded and condition.endpoints["fake"].state == "asked"
 
 
+@pytest.mark.fault("35", "the LLM is not there at the start", "started late", "the search begins by itself")
 async def test_a_search_waits_at_its_start_for_an_endpoint_that_is_not_there_yet(daemon: Daemon) -> None:
     async with ScriptedLlm() as llm:
         port, endpoint = llm.port, settings_of(llm)
@@ -143,13 +151,14 @@ async def test_a_search_waits_at_its_start_for_an_endpoint_that_is_not_there_yet
     assert summary.candidates["by_source"]["llm"] > CANDIDATES / 2
 
 
+@pytest.mark.fault("34", "the LLM asks to be left alone", "Retry-After 300", "one request, stand-ins go on")
 async def test_a_long_wait_that_an_endpoint_asks_for_does_not_hold_up_the_search(daemon: Daemon) -> None:
     limited = refuses(429, "slow down", headers={"retry-after": "300"})
     async with ScriptedLlm([limited]) as llm:
         summary = await daemon.run([settings_of(llm)], "llm.concurrency=1")
         assert len(llm.asked) == 1
     assert summary.finished and summary.candidates["by_source"]["stand-in"] == CANDIDATES
-    assert (await daemon.llm()).degraded == "endpoints"
+    assert (await daemon.condition()).degraded_by == "endpoints"
 
 
 # Wrong
@@ -172,6 +181,9 @@ async def test_an_endpoint_that_will_never_answer_is_refused_before_the_search_b
     assert not history.ledger
 
 
+@pytest.mark.fault(
+    "34", "the LLM's quota is used up", "insufficient_quota amid the search", "switched off, stand-ins go on"
+)
 async def test_a_quota_that_is_used_up_amid_the_search_ends_the_asking_and_not_the_search(daemon: Daemon) -> None:
     quota = refuses(429, "You exceeded your current quota", code="insufficient_quota")
 
@@ -182,9 +194,9 @@ async def test_a_quota_that_is_used_up_amid_the_search_ends_the_asking_and_not_t
         summary = await daemon.run([settings_of(llm)], "llm.concurrency=1")
         assert len(llm.asked) == 6
     assert summary.finished and summary.candidates["by_source"]["stand-in"]
-    state = await daemon.llm()
-    assert state.degraded == "endpoints" and state.endpoints[0].state == "off"
-    assert "quota" in str(state.endpoints[0].reason)
+    condition = await daemon.condition()
+    assert condition.degraded_by == "endpoints" and condition.endpoints["fake"].state == "off"
+    assert "quota" in str(condition.endpoints["fake"].reason)
 
 
 # Spent
@@ -195,7 +207,7 @@ async def test_a_budget_holds_over_restarts_and_the_state_says_that_it_is_used_u
         endpoint = settings_of(llm, price_in=1.0, price_out=2.0)
         summary = await daemon.run([endpoint], "llm.budget_requests=4", "llm.concurrency=1")
         assert summary.finished and len(llm.asked) == 4
-        assert (await daemon.llm()).degraded == "budget"
+        assert (await daemon.condition()).degraded_by == "budget"
         counters = (await daemon.history()).counters
         assert counters["requests"] == 4
         assert counters["cost"] == pytest.approx((4 * 10 * 1.0 + 4 * 5 * 2.0) / 1e6)

@@ -92,6 +92,9 @@ ODD_ANSWERS: dict[str, Handler] = {
 }
 
 
+@pytest.mark.fault(
+    "37", "an LLM endpoint answers anything else", "every kind of reply, 50 in all", "counted, next call clean"
+)
 @pytest.mark.parametrize("fault", [*REFUSALS, *REPLIES, *ODD_ANSWERS])
 async def test_whatever_comes_no_other_error_escapes_it_is_counted_and_the_next_answer_is_clean(fault: str) -> None:
     handler = (REFUSALS | REPLIES | ODD_ANSWERS)[fault]
@@ -111,11 +114,15 @@ async def test_whatever_comes_no_other_error_escapes_it_is_counted_and_the_next_
 # How often
 
 
+@pytest.mark.fault("34", "an LLM endpoint limits the rate", "429 three times, then an answer", "4 requests")
 async def test_three_rate_limits_and_then_an_answer_are_four_requests() -> None:
     limited = refuses(429, "slow down")
     assert await attempts([limited, limited, limited, OK], ChatPolicy(first_wait=0.001)) == (4, "fine")
 
 
+@pytest.mark.fault(
+    "34", "an LLM endpoint is broken", "a storm of 500", "requests as the policy says, then a probe each rest"
+)
 async def test_a_storm_of_500_is_asked_as_often_as_the_policy_says_and_then_once_a_rest() -> None:
     policy = replace(QUICK, attempts=4, failures_to_open=4, rest=0.3, longest_rest=0.3)
     async with ScriptedLlm([refuses(500, "broken")]) as llm, Chat([llm.endpoint], policy) as chat:
@@ -143,6 +150,9 @@ async def test_with_an_endpoint_down_asking_is_cheap() -> None:
 # How long, and how large
 
 
+@pytest.mark.fault(
+    "36", "an LLM endpoint does not come to an end", "drips, hangs, streams", "the deadline, for all of an answer"
+)
 @pytest.mark.parametrize("fault", [drips, hangs, never_ends])
 async def test_a_question_takes_its_deadline_and_no_longer(fault: Handler) -> None:
     policy = replace(QUICK, deadline=1.0, byte_cap=10**12)
@@ -154,6 +164,7 @@ async def test_a_question_takes_its_deadline_and_no_longer(fault: Handler) -> No
 
 
 @pytest.mark.faults
+@pytest.mark.fault("36", "an LLM endpoint does not come to an end, for long", "drips, hangs", "10 s, within a tenth")
 @pytest.mark.parametrize("fault", [drips, hangs])
 async def test_a_deadline_of_ten_seconds_is_kept_within_a_tenth(fault: Handler) -> None:
     async with ScriptedLlm([refuses(500, "hm"), fault]) as llm, Chat([llm.endpoint], ChatPolicy(deadline=10.0)) as chat:
@@ -202,6 +213,9 @@ async def huge_error(request: web.Request) -> web.StreamResponse:
     return response
 
 
+@pytest.mark.fault(
+    "36", "an LLM endpoint sends too much", "300 MB, 300 MB of error, a gzip bomb", "less than 50 MB of memory"
+)
 @pytest.mark.parametrize("fault", [huge, huge_error, REPLIES["a gzip bomb"]], ids=["reply", "error", "bomb"])
 async def test_a_reply_of_any_size_takes_no_memory(fault: Handler) -> None:
     async with ScriptedLlm([fault, fault, OK]) as llm, Chat([llm.endpoint], QUICK) as chat, memory_stays(50 * MB):
