@@ -22,7 +22,8 @@ from daemon import embedded, flags
 from daemon.changes import Event
 from daemon.display import Display
 from daemon.http_token import Access, open_access
-from daemon.launch import Launch, secrets_of
+from daemon.launch import Launch
+from daemon.llm import secrets_of
 from daemon.local_llm import find_gguf
 from daemon.pruning_request import (
     CardClaim,
@@ -77,7 +78,7 @@ def run(config: Config = None, set_: flags.Set = None, json_: flags.Json = False
     with as_file(files("configs") / "quickstart.yaml") as quickstart:
         settings = load(config or quickstart, set_ or [])
     _check_texts(settings)
-    if not settings.llm.endpoints:
+    if not settings.llm.endpoints and not settings.llm.replay:
         find_gguf(settings.local_llm.gguf)
     with embedded.only_one(settings.folder):
         access = _configure_logs(settings)
@@ -92,7 +93,7 @@ def daemon(config: Annotated[Path, typer.Argument(help="A YAML file of settings.
     settings = load(config, set_ or [])
     if settings.redis.url is None:
         raise SettingsError("the setting redis.url is missing: the daemon needs a Redis server that workers reach too")
-    if not settings.llm.endpoints:
+    if not settings.llm.endpoints and not settings.llm.replay:
         raise SettingsError("the setting llm.endpoints is missing: give at least one OpenAI-compatible endpoint")
     settings.folder.mkdir(parents=True, exist_ok=True)
     access = _configure_logs(settings)
@@ -114,6 +115,7 @@ def worker(
     redis_url: Annotated[str, typer.Option(envvar="SELFPRUNER_REDIS__URL")] = "redis://127.0.0.1:6379",
     lease_seconds: Annotated[float, typer.Option(help="A job without sign of life is given away after it.")] = 30.0,
     max_evaluation_seconds: Annotated[float, typer.Option(help="A longer evaluation has failed.")] = 1800.0,
+    max_preparation_seconds: Annotated[float, typer.Option(help="For loading and calibrating the model.")] = 14_400.0,
     grace_seconds: Annotated[float, typer.Option(help="After SIGTERM, for the evaluation under way.")] = 20.0,
 ) -> None:
     """Prune and measure candidates of a search: one worker, one GPU."""
@@ -121,7 +123,9 @@ def worker(
     from gpu_worker.worker import WorkerOptions, run_worker
 
     logs.configure()
-    options = WorkerOptions(redis_url, search, lease_seconds, max_evaluation_seconds, grace_seconds)
+    options = WorkerOptions(
+        redis_url, search, lease_seconds, max_evaluation_seconds, max_preparation_seconds, grace_seconds
+    )
     asyncio.run(run_worker(options))
 
 
@@ -331,7 +335,7 @@ async def _run_embedded(settings: Settings, access: Access | None, display: Disp
         if url is None:
             url = await stack.enter_async_context(embedded.embedded_server(settings.folder))
         endpoints = settings.llm.endpoints
-        if not endpoints:
+        if not endpoints and not settings.llm.replay:
             endpoints = (await stack.enter_async_context(embedded.local_llm(settings)),)
         await stack.enter_async_context(embedded.workers(settings, url, console=display is None))
         launch = Launch(

@@ -207,6 +207,7 @@ async def workers(settings: Settings, redis_url: str, *, console: bool) -> Async
     command = [sys.executable, "-m", "gpu_worker", "--search", settings.search.name]
     command += ["--lease-seconds", str(settings.worker.lease_seconds), "--grace-seconds", "1"]
     command += ["--max-evaluation-seconds", str(settings.worker.max_evaluation_seconds)]
+    command += ["--max-preparation-seconds", str(settings.worker.max_preparation_seconds)]
     command += ["--log-file", str(settings.folder / "log.jsonl")]
     if not console:
         command.append("--quiet")

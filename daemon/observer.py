@@ -14,6 +14,7 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from agents.endpoint import Usage
+from agents.health import EndpointState, LlmState
 from agents.population import Population
 from daemon.changes import Follower
 from daemon.event_log import EventLog
@@ -34,16 +35,14 @@ log = structlog.get_logger()
 class Talks(Protocol):
     """What is seen of Chat."""
 
-    degraded: bool
-
     @property
     def usage(self) -> Mapping[str, Usage]:
         """Totals by endpoint name."""
         ...
 
     @property
-    def resting(self) -> frozenset[str]:
-        """The names of endpoints that are left alone for now."""
+    def state(self) -> LlmState:
+        """Whether the classical operators stand in, and how each endpoint is."""
         ...
 
 
@@ -131,10 +130,12 @@ class Observer:
 
     def _condition(self) -> Condition:
         chat = self.chat
+        state = chat.state if chat else LlmState()
         return Condition(
-            degraded=chat.degraded if chat else None,
+            degraded=state.degraded is not None if chat else None,
+            degraded_by=state.degraded,
             parents_source=self.search.parents_source if self.search else None,
-            endpoints={name: _endpoint(usage, name in chat.resting) for name, usage in chat.usage.items()}
+            endpoints={endpoint.name: _endpoint(chat.usage[endpoint.name], endpoint) for endpoint in state.endpoints}
             if chat
             else {},
             finished=self.finished,
@@ -161,9 +162,10 @@ class Observer:
         self._published = known, written
 
 
-def _endpoint(usage: Usage, resting: bool) -> EndpointStatus:
+def _endpoint(usage: Usage, endpoint: EndpointState) -> EndpointStatus:
     return EndpointStatus(
-        state="left alone" if resting else "asked",
+        state="asked" if endpoint.state == "closed" else "off" if endpoint.state == "off" else "left alone",
+        reason=endpoint.reason,
         requests=usage.requests,
         errors=usage.errors,
         prompt_tokens=usage.prompt_tokens,

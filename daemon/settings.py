@@ -64,6 +64,8 @@ class SearchSettings(_Section):
     """N: rounds after the first population."""
     max_evaluations: PositiveInt | None = None
     """Stop proposing after so many candidates, whatever the rounds; none means no limit."""
+    budget_hours: PositiveFloat | None = None
+    """Stop proposing when the daemon has run so long, restarts and pauses included; none means no limit."""
     fitness: Measure = "perplexity"
     """What the search minimises on data.fitness: `perplexity` (the paper), or `kl`, divergence from the dense model."""
     granularity: Granularity = "layer"
@@ -125,6 +127,10 @@ class EndpointSettings(_Section):
     """A file with the key (a Docker or Kubernetes secret)."""
     name: str | None = None
     """As logs call it; the URL's host where left out."""
+    price_in: float = Field(default=0.0, ge=0)
+    """Of a million tokens asked, in any currency, the same for all endpoints; for llm.budget_cost."""
+    price_out: float = Field(default=0.0, ge=0)
+    """Of a million tokens answered."""
 
 
 class LlmSettings(_Section):
@@ -150,6 +156,22 @@ class LlmSettings(_Section):
     """A longer HTTP reply is cut off and refused."""
     concurrency: PositiveInt = 4
     """Questions under way at once."""
+    failures_to_open: PositiveInt = 4
+    """After so many requests in a row without an answer an endpoint is left alone."""
+    rest_seconds: PositiveFloat = 30.0
+    """For how long; then one question tries it, and each such trial that fails doubles the rest, up to ten minutes."""
+    start_wait_seconds: float = Field(default=600.0, ge=0)
+    """How long the start waits for an endpoint that answers; then the search begins, with the classical operators."""
+    budget_requests: PositiveInt | None = None
+    """HTTP requests that the search may make, over all restarts; then the classical operators take over."""
+    budget_tokens: PositiveInt | None = None
+    """Tokens, of questions and answers together, that the search may use."""
+    budget_cost: PositiveFloat | None = None
+    """What it may cost, in the currency of the endpoints' price_in and price_out."""
+    replay: Path | None = None
+    """A transcript.jsonl: answers are taken from it, and no endpoint is asked."""
+    replay_strict: bool = False
+    """End the search at a question that the transcript does not hold; else the classical operator stands in."""
 
 
 class LocalLlmSettings(_Section):
@@ -181,6 +203,8 @@ class WorkerSettings(_Section):
     """A job whose worker shows no sign of life for so long is given to another."""
     max_evaluation_seconds: PositiveFloat = 1800.0
     """An evaluation that takes longer is killed and counts as failed."""
+    max_preparation_seconds: PositiveFloat = 14_400.0
+    """A model that takes longer to load and calibrate is killed and tried again, three times in all."""
 
 
 _TOKEN = re.compile(r"[A-Za-z0-9._~+/=-]{16,256}")
@@ -303,6 +327,9 @@ def load(config: Path | None, overrides: Sequence[str] = ()) -> Settings:
             f"target.rate {settings.target.rate} cannot be reached with every unit between search.lowest_rate "
             f"{settings.search.lowest_rate} and search.highest_rate {settings.search.highest_rate}"
         )
+    priced = [endpoint for endpoint in settings.llm.endpoints if endpoint.price_in or endpoint.price_out]
+    if settings.llm.budget_cost is not None and not priced:
+        raise SettingsError("llm.budget_cost needs price_in and price_out at the endpoints that cost something")
     _check_http(settings.http)
     try:
         settings.spec()

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
+from agents.health import Degraded
 from agents.population import Evaluation, Population
 from daemon.store import WorkerStatus, read_workers
 from protocol.candidate import Candidate, Measured, Source
@@ -31,7 +32,10 @@ class _Value(BaseModel):
 class EndpointStatus(_Value):
     """An LLM endpoint as the daemon has met it since it started; `requests` counts HTTP requests, retries included."""
 
-    state: Literal["asked", "left alone"]
+    state: Literal["asked", "left alone", "off"]
+    """Off: it refuses our key, does not know our model, or its quota is used up; not asked again."""
+    reason: str | None = None
+    """Why it is not asked."""
     requests: int
     errors: int
     prompt_tokens: int
@@ -42,7 +46,9 @@ class Condition(_Value):
     """What only the daemon knows. None: no daemon has said it yet."""
 
     degraded: bool | None = None
-    """Whether no LLM endpoint answers, so that classical operators stand in."""
+    """Whether classical operators stand in for the LLM."""
+    degraded_by: Degraded | None = None
+    """Why: no LLM endpoint answers (`endpoints`), or the LLM's budget is used up (`budget`)."""
     parents_source: Source | None = None
     """Who chose the parents of the last round: the LLM, or the stand-in."""
     endpoints: dict[str, EndpointStatus] = {}
@@ -72,6 +78,7 @@ class Status(_Value):
     queue: QueueDepth
     finished: bool
     degraded: bool | None
+    degraded_by: Degraded | None = None
     endpoints: dict[str, EndpointStatus]
     parents_source: Source | None
     round: int

@@ -16,6 +16,7 @@ from redis.asyncio import Redis
 from structlog.testing import capture_logs
 
 from agents.endpoint import Usage
+from agents.health import Degraded, EndpointState, LlmState
 from daemon.changes import Event
 from daemon.event_log import EventLog
 from daemon.http_api import MAX_EVENT_STREAMS, HttpApi
@@ -30,8 +31,8 @@ from daemon.store import History
 from protocol.candidate import Candidate, Failed, Measured
 from protocol.connection import connect
 from protocol.control import Control
+from protocol.jobs import JobQueue
 from protocol.keys import Keys
-from protocol.streams import JobQueue
 from tests.http_client import Asked, nothing_yet, served
 from tests.samples import CARD, SPEC
 from tests.servers import Server, eventually
@@ -42,9 +43,12 @@ class QuietChat:
     """What an observer sees of a Chat."""
 
     def __init__(self) -> None:
-        self.degraded = False
+        self.degraded: Degraded | None = None
         self.usage = {"local": Usage(requests=7, answers=5, errors=1, prompt_tokens=900, completion_tokens=80)}
-        self.resting: frozenset[str] = frozenset()
+
+    @property
+    def state(self) -> LlmState:
+        return LlmState(degraded=self.degraded, endpoints=(EndpointState(name="local", state="closed"),))
 
 
 class Observed:
@@ -173,7 +177,7 @@ async def test_events_tell_every_outcome_every_round_and_every_change_of_state(
         async with evaluating(redis, keys, every_third_fails):
             await it.run()
         assert (await it.ask("/api/control", "POST", json={"command": "pause"}))[1]["control"] == "pause"
-        it.observer.chat.degraded = True  # type: ignore[union-attr]
+        it.observer.chat.degraded = "endpoints"  # type: ignore[union-attr]
         await redis.delete(keys.worker("w1"))
         await it.observer.look()
         await asyncio.sleep(0.1)

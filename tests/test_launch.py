@@ -16,7 +16,8 @@ from structlog.testing import capture_logs
 
 from daemon.cli import main
 from daemon.http_token import open_access
-from daemon.launch import Launch, secrets_of
+from daemon.launch import Launch
+from daemon.llm import secrets_of
 from daemon.observer import Observer
 from daemon.settings import Settings, load
 from daemon.summary import Summary

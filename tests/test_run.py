@@ -280,10 +280,10 @@ async def test_bad_input_gets_one_sentence_and_exit_code_2(
 
 
 async def test_an_endpoint_that_is_not_there_at_the_start_is_waited_for(run: Run, llm: ScriptedLlm) -> None:
-    late = ScriptedLlm(llm._script)
+    late = ScriptedLlm(llm.script)
     async with late:
         pass  # takes a free port, and gives it back
-    process = await run.start("--set", f"llm.endpoints=[{{base_url: '{late.base_url}', model: late}}]")
+    process = await run.start("--set", f"llm.endpoints=[{{base_url: '{late.base_url}', model: model}}]")
     log = run.folder / "runs" / "s" / "log.jsonl"
 
     async def waiting() -> bool:

@@ -13,6 +13,7 @@ import pytest
 from redis.asyncio import Redis
 from rich.console import Console
 
+from agents.asking import Asks
 from agents.crossover import Crossover
 from agents.initializer import Initializer
 from agents.mutator import Mutator
@@ -28,9 +29,9 @@ from daemon.store import SearchStore
 from daemon.summary import Summary, show, summarise
 from protocol.candidate import Candidate, Failed, Measured
 from protocol.control import Control
+from protocol.jobs import JobQueue
 from protocol.keys import Keys
 from protocol.spec import SearchSpec, TextSpec
-from protocol.streams import JobQueue
 from tests.samples import CARD, SHAPE, SPEC, measured
 from tests.schema_answers import SchemaChat
 
@@ -75,7 +76,7 @@ class Conducted:
         *,
         spec: SearchSpec = SPEC,
         settings: SearchSettings = SETTINGS,
-        chat: SchemaChat | None = None,
+        chat: Asks | None = None,
     ) -> None:
         self.redis, self.keys, self.folder, self.spec, self.settings = redis, keys, folder, spec, settings
         self.chat = chat or SchemaChat()
