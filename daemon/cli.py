@@ -2,10 +2,12 @@
 
 import asyncio
 import json
+import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AsyncExitStack, ExitStack, contextmanager
+from functools import partial
 from importlib.resources import as_file, files
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,10 +17,14 @@ import structlog
 import typer
 import yaml
 from rich.console import Console
+from rich.live import Live
 
 from daemon import embedded, flags
+from daemon.changes import Event
 from daemon.display import Display
-from daemon.launch import Launch, secrets_of
+from daemon.http_token import Access, open_access
+from daemon.launch import Launch
+from daemon.llm import secrets_of
 from daemon.local_llm import find_gguf
 from daemon.pruning_request import (
     CardClaim,
@@ -30,10 +36,14 @@ from daemon.pruning_request import (
     request_of_search,
     self_if_none,
 )
-from daemon.remote import NotRunning, RemoteSearch, open_remote, saved
+from daemon.remote import NotRunning, RemoteSearch, open_remote, saved, saved_status
+from daemon.screen import Screen
 from daemon.settings import Settings, check_text, load
 from daemon.signals import run_until_signal
+from daemon.status import Status
 from daemon.summary import Summary, show
+from daemon.watch import json_lines, on_screen
+from daemon.watch import watch as follow
 from protocol import logs
 from protocol.allocation import Method
 from protocol.connection import password_of, with_password
@@ -71,13 +81,12 @@ def run(config: Config = None, set_: flags.Set = None, json_: flags.Json = False
     with as_file(files("configs") / "quickstart.yaml") as quickstart:
         settings = load(config or quickstart, set_ or [])
     _check_texts(settings)
-    if not settings.llm.endpoints:
+    if not settings.llm.endpoints and not settings.llm.replay:
         find_gguf(settings.local_llm.gguf)
     with embedded.only_one(settings.folder):
-        terminal = sys.stderr.isatty()
-        logs.configure(file=settings.folder / "log.jsonl", secrets=secrets_of(settings), search=settings.search.name)
-        display = Display(Console(stderr=True)) if terminal else None
-        summary, interrupted = run_until_signal(_run_embedded(settings, display))
+        access = _configure_logs(settings, "stderr")
+        display = Display(Console(stderr=True)) if sys.stderr.isatty() else None
+        summary, interrupted = run_until_signal(_run_embedded(settings, access, display))
     raise typer.Exit(_finish(summary, interrupted, _json if json_ else _table))
 
 
@@ -88,13 +97,19 @@ def daemon(config: Annotated[Path, typer.Argument(help="A YAML file of settings.
     redis_url = settings.redis.full_url
     if redis_url is None:
         raise SettingsError("the setting redis.url is missing: the daemon needs a Redis server that workers reach too")
-    if not settings.llm.endpoints:
+    if not settings.llm.endpoints and not settings.llm.replay:
         raise SettingsError("the setting llm.endpoints is missing: give at least one OpenAI-compatible endpoint")
     settings.folder.mkdir(parents=True, exist_ok=True)
     stream = logs.service_stream()
-    file = settings.folder / "log.jsonl"
-    logs.configure(file=file, stream=stream, secrets=secrets_of(settings), search=settings.search.name)
-    launch = Launch(settings, redis_url, settings.llm.endpoints, embedded=False)
+    access = _configure_logs(settings, stream)
+    launch = Launch(
+        settings,
+        redis_url,
+        settings.llm.endpoints,
+        embedded=False,
+        access=access,
+        announce=partial(_announce, access),
+    )
     summary, interrupted = run_until_signal(launch.run())
     # Where stdout is the log, a table would be no JSON line.
     raise typer.Exit(_finish(summary, interrupted, _table if stream == "stderr" else _log_summary))
@@ -107,6 +122,7 @@ def worker(
     redis_password_file: flags.RedisPasswordFile = None,
     lease_seconds: Annotated[float, typer.Option(help="A job without sign of life is given away after it.")] = 30.0,
     max_evaluation_seconds: Annotated[float, typer.Option(help="A longer evaluation has failed.")] = 1800.0,
+    max_preparation_seconds: Annotated[float, typer.Option(help="For loading and calibrating the model.")] = 14_400.0,
     grace_seconds: Annotated[float, typer.Option(help="After SIGTERM, for the evaluation under way.")] = 20.0,
 ) -> None:
     """Prune and measure candidates of a search: one worker, one GPU."""
@@ -115,7 +131,7 @@ def worker(
 
     url = with_password(redis_url, redis_password_file)
     logs.configure(stream=logs.service_stream(), secrets=password_of(url), search=search)
-    options = WorkerOptions(url, search, lease_seconds, max_evaluation_seconds, grace_seconds)
+    options = WorkerOptions(url, search, lease_seconds, max_evaluation_seconds, max_preparation_seconds, grace_seconds)
     asyncio.run(run_worker(options))
 
 
@@ -127,8 +143,21 @@ def status(
     json_: flags.Json = False,
 ) -> None:
     """Say how far a search is."""
-    answer = asyncio.run(_remote(search, redis_url, folder, RemoteSearch.status, otherwise="summary.json"))
-    _answer(answer, json_)
+    _answer(asyncio.run(_status(search, redis_url, folder)).model_dump(mode="json"), json_)
+
+
+@app.command()
+def watch(
+    search: flags.SearchName = "default",
+    redis_url: flags.RedisUrl = None,
+    folder: flags.Folder = Path("runs"),
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object per change.")] = False,
+) -> None:
+    """Follow a search until it ends; Ctrl-C ends the watching only."""
+    try:
+        asyncio.run(_watch(search, redis_url, folder, json_=json_))
+    except BrokenPipeError:  # whoever read it has enough; the rest of the buffer goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @app.command()
@@ -289,17 +318,43 @@ def _progress(model: str) -> Iterator[Callable[[str, int, int], None]]:
         yield lambda stage, done, total: line.update(f"{stage} {done}/{total}")
 
 
-async def _run_embedded(settings: Settings, display: Display | None) -> Summary | None:
+def _configure_logs(settings: Settings, stream: logs.Stream) -> Access | None:
+    """Set up the log of a search; returns the access to its HTTP API, whose token must not be logged, if it has one."""
+    access = open_access(settings.http, settings.folder) if settings.http.enabled else None
+    secrets = [*secrets_of(settings), *(access.secrets if access else [])]
+    file = settings.folder / "log.jsonl"
+    logs.configure(file=file, stream=stream, secrets=secrets, search=settings.search.name)
+    return access
+
+
+def _announce(access: Access | None, url: str) -> None:
+    """Tell a person where the HTTP API is, and the token that was made for it; never a log."""
+    if sys.stderr.isatty():
+        kept = access.kept_in if access else None
+        token = f", token {access.token.get_secret_value()} (in {kept})" if access and access.token and kept else ""
+        sys.stderr.write(f"HTTP API: {url}{token}\n")
+
+
+async def _run_embedded(settings: Settings, access: Access | None, display: Display | None) -> Summary | None:
     """The whole of `selfpruner run`: what is started first ends last."""
     async with AsyncExitStack() as stack:
         url = settings.redis.full_url
         if url is None:
             url = await stack.enter_async_context(embedded.embedded_server(settings.folder))
         endpoints = settings.llm.endpoints
-        if not endpoints:
+        if not endpoints and not settings.llm.replay:
             endpoints = (await stack.enter_async_context(embedded.local_llm(settings)),)
         await stack.enter_async_context(embedded.workers(settings, url, console=display is None))
-        return await Launch(settings, url, endpoints, embedded=True, display=display).run()
+        launch = Launch(
+            settings,
+            url,
+            endpoints,
+            embedded=True,
+            access=access,
+            announce=partial(_announce, access),
+            display=display,
+        )
+        return await launch.run()
 
 
 def _json(summary: Summary) -> None:
@@ -348,6 +403,36 @@ def _answer(answer: dict[str, Any], json_: bool) -> None:
 
 def _print_json(answer: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(answer, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+async def _watch(search: str, redis_url: str | None, folder: Path, *, json_: bool) -> None:
+    own = None if redis_url else folder / search
+    with ExitStack() as stack:
+        if json_ or not sys.stdout.isatty():
+            tell = json_lines(sys.stdout)
+        else:
+            live = stack.enter_context(Live(console=Console(), auto_refresh=False))
+            tell = on_screen(live, Screen())
+        try:
+            async with open_remote(search, redis_url, folder) as remote:
+                await follow(remote, own, tell)
+        except NotRunning:
+            status = saved_status(own) if own else None
+            if status is None:
+                raise
+            tell(status, (), [Event("search_ended", {"finished": status.finished})])
+
+
+async def _status(search: str, redis_url: str | None, folder: Path) -> Status:
+    """The running search's status; of one that ran here and has ended, the last one."""
+    try:
+        async with open_remote(search, redis_url, folder) as remote:
+            return await remote.status()
+    except NotRunning:
+        status = saved_status(folder / search) if redis_url is None else None
+        if status is None:
+            raise
+        return status
 
 
 async def _remote(

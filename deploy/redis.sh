@@ -17,10 +17,10 @@ hash=$(printf %s "$password" | sha256sum | cut -d ' ' -f 1)
 
 connecting='+auth +hello +ping +select +client|setinfo +client|setname'
 scripts='+evalsha +script|load +script|exists'
-strings='+get +set +mget +incrby +del +exists +pttl +scan'
-lists_and_hashes='+lrange +rpush +hget +hgetall +hset +hsetnx +hexists'
-streams='+xadd +xack +xclaim +xdel +xgroup|create +xpending +xrange +xread +xreadgroup'
-server='+info +multi +exec +discard'
+strings='+get +set +setnx +mget +incrby +del +exists +pttl +scan'
+lists_and_hashes='+lrange +llen +rpush +hget +hmget +hgetall +hset +hsetnx +hincrby +hexists +hdel'
+streams='+xadd +xack +xclaim +xdel +xgroup|create +xgroup|delconsumer +xinfo|consumers +xlen +xpending +xrange +xread +xreadgroup'
+server='+info +time +multi +exec +discard'
 
 # `default` is off, so that nobody can be it, but it keeps its rights: a server that loads its append-only file replays
 # transactions (all our scripts) as this user, and drops those that it may not do, without an error in its log.

@@ -17,6 +17,7 @@ process, even in mid-evaluation: it never outlives its parent.
 import json
 import os
 import queue
+import signal
 import sys
 import threading
 import time
@@ -69,7 +70,7 @@ def take_stdout() -> Replies:
 
 
 def read_requests(descriptor: int, lines: Lines) -> None:
-    """Put each line into `lines`; end the process when the parent is gone.
+    """Put each line into `lines`; end the process, and what it started, when the parent is gone.
 
     Reads the descriptor itself: a thread that waits in `sys.stdin` holds a lock that the interpreter's exit needs.
     """
@@ -78,6 +79,8 @@ def read_requests(descriptor: int, lines: Lines) -> None:
         *whole, rest = (rest + block).split(b"\n")
         for line in whole:
             lines.put(line)
+    if os.getpgrp() == os.getpid():  # the parent made the group for this process alone
+        os.killpg(0, signal.SIGKILL)
     os._exit(0)
 
 

@@ -88,7 +88,8 @@ class Deployment:
 
     def __post_init__(self) -> None:
         self._file = read_services(self.environment)
-        self.ports.setdefault("redis:6379", free_port())
+        for name in ("redis:6379", "daemon:8090"):
+            self.ports[name] = free_port()
 
     def __enter__(self) -> Self:
         return self
@@ -115,7 +116,7 @@ class Deployment:
             process = subprocess.Popen(
                 [sys.executable if command[0] == "python" else command[0], *command[1:]],
                 cwd=folder,
-                env=self._system() | {name: self._local(service, value) for name, value in environment.items()},
+                env=self._system() | {name: self._local(service, str(value)) for name, value in environment.items()},
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
@@ -128,7 +129,7 @@ class Deployment:
     def execute(self, service: str, *command: str) -> str:
         """`docker compose exec`: stdout of a command in the container of a service."""
         definition = self._file["services"][service]
-        environment = {name: self._local(service, value) for name, value in definition["environment"].items()}
+        environment = {name: self._local(service, str(value)) for name, value in definition["environment"].items()}
         local = [self._local(service, part) for part in command]
         if local[0] == "selfpruner":
             local[:1] = [sys.executable, "-m", "daemon"]
@@ -177,7 +178,8 @@ class Deployment:
         for name, port in self.ports.items():
             host, _, inside = name.partition(":")
             text = re.sub(rf"(?<![\w.-]){host}:{inside}\b", f"127.0.0.1:{port}", text)
-            text = re.sub(rf"(^|-p ){inside}\b", rf"\g<1>{port}", text) if service == host else text
+            if service == host:
+                text = re.sub(rf"(^|-p |127\.0\.0\.1:){inside}\b", rf"\g<1>{port}", text)
         return text
 
     def _paths(self, service: str) -> dict[str, Path]:

@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import psutil
 import pytest
 
@@ -22,6 +23,8 @@ from tests.tiny_specs import write_text
 
 PASSWORD = "a/redis+password=="
 API_KEY = "sk-of-the-llm-1234"
+HTTP_TOKEN = "a-token/of-the+http-api=="
+SECRETS = {"redis_password": PASSWORD, "llm_api_key": API_KEY, "http_token": HTTP_TOKEN, "hf_token": ""}
 CANDIDATES = 6 + 3 * (3 + 2)
 PROFILES = ("cpu", "local-llm", "local-llm-vllm")
 
@@ -54,7 +57,8 @@ def test_every_service_is_without_capabilities_and_ends_in_order(services: dict[
         assert service["restart"] in ("unless-stopped", "on-failure"), name
         assert service["read_only"] or name == "vllm"
         assert "stop_grace_period" in service and "max-size" in service["logging"]["options"], name
-        assert "ports" not in service and not service.get("privileged")
+        assert not service.get("privileged")
+        assert all(port.startswith("127.0.0.1:") for port in service.get("ports", ())), name
 
 
 def test_images_are_pinned_to_versions(services: dict[str, Any]) -> None:
@@ -65,12 +69,12 @@ def test_images_are_pinned_to_versions(services: dict[str, Any]) -> None:
 
 def test_secrets_are_files_and_no_environment_or_command_holds_one(services: dict[str, Any]) -> None:
     assert services["redis"]["secrets"] == ["redis_password"]
-    assert services["daemon"]["secrets"] == ["redis_password", "llm_api_key"]
+    assert services["daemon"]["secrets"] == ["redis_password", "llm_api_key", "http_token"]
     for service in services.values():
         for name, value in service.get("environment", {}).items():
             is_secret = re.search(r"PASSWORD|KEY|TOKEN", name) is not None
             assert not is_secret or value.startswith("/run/secrets/"), name
-            assert not re.search(r"//[^/@]*:[^/@]*@", value), name
+            assert not re.search(r"//[^/@]*:[^/@]*@", str(value)), name
 
 
 def test_a_worker_has_longer_to_stop_than_it_takes(services: dict[str, Any]) -> None:
@@ -88,6 +92,7 @@ def test_only_the_gpu_worker_and_vllm_ask_for_gpus(services: dict[str, Any]) -> 
 
 def test_redis_keeps_its_data_evicts_nothing_and_is_reached_by_the_search_alone(services: dict[str, Any]) -> None:
     redis = services["redis"]
+    assert "ports" not in redis
     options = dict(zip(redis["command"][2::2], redis["command"][3::2], strict=True))
     assert (options["--appendonly"], options["--maxmemory-policy"]) == ("yes", "noeviction")
     assert redis["volumes"][0] == "redis-data:" + options["--dir"]
@@ -121,8 +126,8 @@ async def llm() -> AsyncIterator[ScriptedLlm]:
 def deployment(tmp_path: Path, data: Path, llm: ScriptedLlm) -> Iterator[Deployment]:
     if shutil.which("redis-server") is None:
         pytest.skip("no redis-server on this machine (Debian: redis-server)")
-    for name, secret in (("redis_password", PASSWORD), ("llm_api_key", API_KEY), ("hf_token", "")):
-        (tmp_path / "secrets").mkdir(exist_ok=True)
+    (tmp_path / "secrets").mkdir()
+    for name, secret in SECRETS.items():
         (tmp_path / "secrets" / name).write_text(f"{secret}\n")
     settings = {
         "search": {"name": "tiny", "population": 6, "mutations": 3, "crossovers": 2, "rounds": 3},
@@ -143,10 +148,7 @@ def deployment(tmp_path: Path, data: Path, llm: ScriptedLlm) -> Iterator[Deploym
         "SEARCH_CONFIG": "tiny.yaml",
         "SEARCH_NAME": "tiny",
         "DATA": str(data),
-        "REDIS_PASSWORD_FILE": str(tmp_path / "secrets" / "redis_password"),
-        "LLM_API_KEY_FILE": str(tmp_path / "secrets" / "llm_api_key"),
-        "HF_TOKEN_FILE": str(tmp_path / "secrets" / "hf_token"),
-    }
+    } | {f"{name.upper()}_FILE": str(tmp_path / "secrets" / name) for name in SECRETS}
     with Deployment(tmp_path, environment, {"llm:8000": llm.port}) as deployment:
         yield deployment
 
@@ -156,6 +158,7 @@ def up(deployment: Deployment, workers: int) -> None:
     deployment.up("redis")
     deployment.wait_until_healthy("redis")
     deployment.up("daemon")
+    deployment.wait_until_healthy("daemon")
     for _ in range(workers):
         deployment.up("gpu-worker")
 
@@ -193,6 +196,7 @@ async def test_the_services_run_a_search_scale_to_three_workers_stop_in_order_an
     await eventually(three_idle, 120)
     deployment.execute("daemon", "selfpruner", "resume", "--search", "tiny")
     assert status(deployment)["control"] == "run"
+    assert (await over_http(deployment, HTTP_TOKEN), await over_http(deployment, "another-token-1234")) == (200, 401)
 
     before = redis_cli(deployment, applied).split()
     assert deployment.stop() == {"daemon": [143], "gpu-worker": [0, 0, 0], "redis": [0]}
@@ -212,6 +216,18 @@ async def test_the_services_run_a_search_scale_to_three_workers_stop_in_order_an
 
     assert {asked.headers["Authorization"] for asked in llm.asked} == {f"Bearer {API_KEY}"}
     check_logs(deployment)
+
+
+async def over_http(deployment: Deployment, token: str) -> int:
+    """The answer's status where the documentation's line asks."""
+    usage = (ROOT / "docs" / "usage.md").read_text()
+    (path,) = set(re.findall(r"^curl -H .* http://127.0.0.1:8090(/\S+)$", usage, re.MULTILINE))
+    url = f"http://127.0.0.1:{deployment.ports['daemon:8090']}{path}"
+    async with (
+        aiohttp.ClientSession(headers={"Authorization": f"Bearer {token}"}) as client,
+        client.get(url) as response,
+    ):
+        return response.status
 
 
 def _ended(process: Any) -> Any:
@@ -236,7 +252,7 @@ def check_processes_hide_secrets(deployment: Deployment) -> None:
         if container.process.poll() is None:
             process = psutil.Process(container.process.pid)
             shown = "\n".join([*process.cmdline(), *process.environ().values()])
-            assert PASSWORD not in shown and API_KEY not in shown, container.service
+            assert not any(secret in shown for secret in SECRETS.values() if secret), container.service
 
 
 def check_logs(deployment: Deployment) -> None:
@@ -252,5 +268,5 @@ def check_logs(deployment: Deployment) -> None:
             assert len({line["worker"] for line in lines}) == 1
     written = deployment.everything_written()
     assert '"event": "search_ended"' in written and "outcome_committed" in written
-    for secret in (PASSWORD, API_KEY):
-        assert secret not in written
+    for secret in SECRETS.values():
+        assert not secret or secret not in written

@@ -18,6 +18,7 @@ COMMANDS = {
     "xgroup_create": "xgroup|create",
 }
 """Methods of the client whose command has another name."""
+WITH_PARTS = ("XGROUP", "XINFO")
 NOT_COMMANDS = {"register_script", "pipeline", "aclose", "execute", "reset", "watch"}
 OF_THE_EMBEDDED_SERVER = {"shutdown"}
 
@@ -30,7 +31,8 @@ def allowed_commands() -> set[str]:
 def used_commands() -> set[str]:
     """What our scripts and our code call by name."""
     scripts = [path.read_text() for path in (ROOT / "protocol" / "lua").glob("*.lua")]
-    used = {name.lower() for text in scripts for name in re.findall(r"redis\.p?call\(\s*'(\w+)'", text)}
+    calls = [call for text in scripts for call in re.findall(r"redis\.p?call\(\s*'(\w+)'(?:,\s*'(\w+)')?", text)]
+    used = {f"{name}|{sub}".lower() if name in WITH_PARTS else name.lower() for name, sub in calls}
     sources = [path.read_text() for folder in OURS for path in (ROOT / folder).glob("*.py")]
     for text in sources:
         methods = re.findall(r"\b(?:redis|_redis|client|pipe)\s*\.(\w+)\(", text)

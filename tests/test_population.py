@@ -1,6 +1,7 @@
 """The population and its keeper."""
 
 import asyncio
+import itertools
 
 from agents.population import Evaluation, Population
 from agents.population_keeper import PopulationKeeper
@@ -8,9 +9,14 @@ from protocol.candidate import Candidate, Failed, Result
 from tests.samples import candidate, candidates, measured
 
 
-def test_members_are_ranked_by_perplexity_and_the_earlier_of_equals_comes_first() -> None:
+def of_round(round_: int, made: Candidate) -> Candidate:
+    return made.model_copy(update={"provenance": made.provenance.model_copy(update={"round": round_})})
+
+
+def test_members_are_ranked_by_perplexity_and_of_equals_the_one_of_the_earlier_round_comes_first() -> None:
     population = Population()
     many = candidates(4)
+    many[2] = of_round(2, many[2])
     for each, perplexity in zip(many, (5.0, 3.0, 5.0, 4.0), strict=True):
         population.insert(each, measured(perplexity, each))
     assert [e.candidate for e in population.top(4)] == [many[1], many[3], many[0], many[2]]
@@ -25,9 +31,30 @@ def test_members_are_ranked_by_divergence_where_it_was_measured() -> None:
     assert [e.candidate for e in population.top(3)] == [many[1], many[2], many[0]]
 
 
+def test_the_rank_does_not_depend_on_which_outcome_came_first() -> None:
+    many = candidates(4)
+    ranks = set()
+    for order in itertools.permutations(many):
+        population = Population()
+        for each in order:
+            population.insert(each, measured(5.0, each))
+        ranks.add(tuple(e.candidate.id for e in population.top(4)))
+    assert len(ranks) == 1
+
+
+def test_members_of_later_rounds_can_be_left_out() -> None:
+    population = Population()
+    many = candidates(4)
+    for number, each in enumerate(many):
+        population.insert(of_round(number, each), measured(5.0 - number, each))
+    assert [e.candidate.id for e in population.top(4, before=2)] == [many[1].id, many[0].id]
+    assert [e.candidate.id for e in population.top(1, before=2)] == [many[1].id]
+
+
 def test_only_an_improvement_is_a_new_best() -> None:
     population = Population()
     many = candidates(3)
+    many[2] = of_round(2, many[2])
     answers = [population.insert(c, measured(p, c)) for c, p in zip(many, (5.0, 4.0, 4.0), strict=True)]
     assert answers == [True, True, False]
 
@@ -59,6 +86,7 @@ class Scripted:
     def __init__(self, results: list[Result]) -> None:
         self._results = results
         self.applied: list[str] = []
+        self.dropped: list[str] = []
 
     async def results(self, cursor: str) -> list[Result]:
         await asyncio.sleep(0)
@@ -67,6 +95,9 @@ class Scripted:
     async def apply(self, result: Result) -> bool:
         self.applied.append(result.id)
         return self.applied.count(result.id) == 1
+
+    async def drop(self, result: Result) -> None:
+        self.dropped.append(result.id)
 
 
 async def test_the_keeper_applies_each_outcome_once_in_order_and_tells_who_waits() -> None:
@@ -92,6 +123,7 @@ async def test_the_keeper_applies_each_outcome_once_in_order_and_tells_who_waits
     assert [(e.candidate.id, best) for e, best in noted] == [(one.id, True), (two.id, True)]
     assert [e.outcome for e in noted_evaluations(noted)] == [measured(5.0, one), measured(4.0, two)]
     assert source.applied == [one.id, one.id, two.id]
+    assert source.dropped == ["unknown"]
 
 
 def noted_evaluations(noted: list[tuple[Evaluation, bool]]) -> list[Evaluation]:

@@ -13,6 +13,7 @@ import pytest
 from redis.asyncio import Redis
 from rich.console import Console
 
+from agents.asking import Asks
 from agents.crossover import Crossover
 from agents.initializer import Initializer
 from agents.mutator import Mutator
@@ -28,9 +29,9 @@ from daemon.store import SearchStore
 from daemon.summary import Summary, show, summarise
 from protocol.candidate import Candidate, Failed, Measured
 from protocol.control import Control
+from protocol.jobs import JobQueue
 from protocol.keys import Keys
 from protocol.spec import SearchSpec, TextSpec
-from protocol.streams import JobQueue
 from tests.samples import CARD, SHAPE, SPEC, measured
 from tests.schema_answers import SchemaChat
 
@@ -75,7 +76,7 @@ class Conducted:
         *,
         spec: SearchSpec = SPEC,
         settings: SearchSettings = SETTINGS,
-        chat: SchemaChat | None = None,
+        chat: Asks | None = None,
     ) -> None:
         self.redis, self.keys, self.folder, self.spec, self.settings = redis, keys, folder, spec, settings
         self.chat = chat or SchemaChat()
@@ -275,7 +276,7 @@ async def test_a_search_that_minimises_divergence_ranks_by_it_and_shows_both(
     assert f"{summary.best.kl:.4f}" in text and f"{summary.best.perplexity:.2f}" in text and f"{ratio:.3f}" in text
 
     status = await RemoteSearch(redis, keys, spec).status()
-    assert (status["fitness"], status["best_kl"], status["best_perplexity"]) == ("kl", best["kl"], best["perplexity"])
+    assert (status.fitness, status.best_kl, status.best_perplexity) == ("kl", best["kl"], best["perplexity"])
 
 
 async def test_the_table_of_a_search_that_minimises_perplexity_does_not_speak_of_divergence(
@@ -285,7 +286,7 @@ async def test_the_table_of_a_search_that_minimises_perplexity_does_not_speak_of
         search = await Conducted(redis, keys, tmp_path).run()
     text = shown(summarise("test", SPEC, CARD, search.ledger, search.population, {}, finished=True))
     assert "perplexity" in text and "kl" not in text.split()
-    assert (await RemoteSearch(redis, keys, SPEC).status())["best_kl"] is None
+    assert (await RemoteSearch(redis, keys, SPEC).status()).best_kl is None
 
 
 def shown(summary: Summary) -> str:

@@ -7,11 +7,12 @@ import pytest
 from redis.asyncio import Redis
 
 from daemon import store as store_module
-from daemon.store import SearchStore
+from daemon.store import History, Memory, SearchStore
 from protocol.connection import check_server
 from protocol.errors import SearchExistsError, StoreError
+from protocol.jobs import JobQueue
 from protocol.keys import Keys
-from protocol.streams import JobQueue, TakenOver
+from protocol.streams import TakenOver
 from tests.samples import SPEC, candidates, measured
 from tests.test_streams import claimed
 
@@ -20,6 +21,10 @@ from tests.test_streams import claimed
 def _short_signs_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store_module, "SIGN_OF_LIFE_SECONDS", 1.2)
     monkeypatch.setattr(store_module, "TICK_SECONDS", 0.3)
+
+
+def nothing() -> Memory:
+    return Memory(History(), None)
 
 
 async def test_a_restart_finds_the_ledger_and_the_outcomes_in_their_order(redis: Redis, keys: Keys) -> None:
@@ -61,8 +66,7 @@ async def test_lost_jobs_are_put_back_and_done_ones_are_not(redis: Redis, keys: 
 
 async def test_a_living_daemon_is_not_replaced(redis: Redis, keys: Keys) -> None:
     first = SearchStore(redis, keys, SPEC)
-    await first.take_charge()
-    living = asyncio.create_task(first.stay_in_charge())
+    living = asyncio.create_task(first.stay_in_charge(await first.take_charge(), nothing))
     with pytest.raises(SearchExistsError, match="already run by"):
         await SearchStore(redis, keys, SPEC).take_charge()
     living.cancel()
@@ -75,11 +79,11 @@ async def test_a_killed_daemon_is_waited_out_and_replaced(redis: Redis, keys: Ke
 
 async def test_a_replaced_daemon_notices(redis: Redis, keys: Keys) -> None:
     first = SearchStore(redis, keys, SPEC)
-    await first.take_charge()
+    queue = await first.take_charge()
     await SearchStore(redis, keys, SPEC).take_charge(previous_is_dead=True)
     with pytest.raises(TakenOver):
         async with asyncio.timeout(10):
-            await first.stay_in_charge()
+            await first.stay_in_charge(queue, nothing)
 
 
 async def test_stepping_down_lets_a_successor_begin_at_once(redis: Redis, keys: Keys) -> None:
