@@ -21,8 +21,8 @@ from protocol.spec import SearchSpec
 class Session:
     """Measures plans of one spec. Making one takes as long as its stages; `progress` hears of each.
 
-    `target` is given where the model is ready already; `share` is for several workers (see Target). Raises UsageError for
-    a model or a text that cannot be had, NotFiniteError where even the dense model is broken.
+    `target` is given where the model is ready already; `share` is for several workers (see Target). Raises UsageError
+    for a model or a text that cannot be had, NotFiniteError where even the dense model is broken.
     """
 
     def __init__(
