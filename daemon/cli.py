@@ -124,14 +124,18 @@ def worker(
     max_evaluation_seconds: Annotated[float, typer.Option(help="A longer evaluation has failed.")] = 1800.0,
     max_preparation_seconds: Annotated[float, typer.Option(help="For loading and calibrating the model.")] = 14_400.0,
     grace_seconds: Annotated[float, typer.Option(help="After SIGTERM, for the evaluation under way.")] = 20.0,
+    own_gpu: Annotated[bool, typer.Option("--own-gpu", help="Use one GPU that no other worker here uses.")] = False,
 ) -> None:
     """Prune and measure candidates of a search: one worker, one GPU."""
     _need("torch", "worker")
+    from gpu_worker.own_gpu import take_gpu
     from gpu_worker.worker import WorkerOptions, run_worker
 
     url = with_password(redis_url, redis_password_file)
     logs.configure(stream=logs.service_stream(), secrets=password_of(url), search=search)
     options = WorkerOptions(url, search, lease_seconds, max_evaluation_seconds, max_preparation_seconds, grace_seconds)
+    if own_gpu:
+        log.info("gpu_taken", gpu=take_gpu())
     asyncio.run(run_worker(options))
 
 
