@@ -128,14 +128,19 @@ def worker(
 ) -> None:
     """Prune and measure candidates of a search: one worker, one GPU."""
     _need("torch", "worker")
-    from gpu_worker.own_gpu import take_gpu
     from gpu_worker.worker import WorkerOptions, run_worker
 
     url = with_password(redis_url, redis_password_file)
     logs.configure(stream=logs.service_stream(), secrets=password_of(url), search=search)
-    options = WorkerOptions(url, search, lease_seconds, max_evaluation_seconds, max_preparation_seconds, grace_seconds)
-    if own_gpu:
-        log.info("gpu_taken", gpu=take_gpu())
+    options = WorkerOptions(
+        url,
+        search,
+        lease_seconds=lease_seconds,
+        max_evaluation_seconds=max_evaluation_seconds,
+        max_preparation_seconds=max_preparation_seconds,
+        grace_seconds=grace_seconds,
+        own_gpu=own_gpu,
+    )
     asyncio.run(run_worker(options))
 
 

@@ -18,6 +18,7 @@ import structlog
 from redis.asyncio import Redis
 
 from gpu_worker.child import EVALUATION_PROCESS, ChildDied, DeviceLost, EvaluationChild
+from gpu_worker.own_gpu import take_gpu
 from protocol.candidate import Failed, Measured
 from protocol.card import ModelCard
 from protocol.connection import AWAY, Patience, check_server, connect
@@ -48,6 +49,8 @@ class WorkerOptions:
     """For loading and calibrating the model; a large one over a slow network takes hours."""
     grace_seconds: float = 20.0
     """After SIGTERM, how long the running evaluation may still take before the job is handed back."""
+    own_gpu: bool = False
+    """Take a GPU that no other worker of this machine has."""
     evaluation_process: tuple[str, ...] = EVALUATION_PROCESS
     """The command that starts the child."""
 
@@ -86,6 +89,8 @@ class Worker:
     async def run(self) -> None:
         """Work until `stop` is called. Raises UsageError for what the user must mend."""
         structlog.contextvars.bind_contextvars(search=self._options.search, worker=self._consumer)
+        if self._options.own_gpu:
+            log.info("gpu_taken", gpu=take_gpu())
         await self._patiently(lambda: check_server(self._redis))
         try:
             async with asyncio.TaskGroup() as group:
