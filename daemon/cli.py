@@ -16,16 +16,16 @@ import yaml
 from rich.console import Console
 
 from daemon import embedded, flags
+from daemon.card_claim import CardClaim, card_claim
 from daemon.display import Display
 from daemon.launch import Launch, secrets_of
 from daemon.local_llm import find_gguf
 from daemon.pruning_request import (
-    CardClaim,
     allocation_of,
     allocation_spec,
-    card_claim,
     measured_texts,
     pruning_request,
+    refuse_given,
     request_of_search,
     self_if_none,
 )
@@ -207,12 +207,13 @@ def evaluate(
         raise SettingsError("name one model: a folder, or --model")
     name = str(folder) if model is None else model
     if choice == flags.ChoiceFlags():
-        claim = card_claim(name) if texts == flags.TextFlags() else None
-        measured = claim or CardClaim(measured_texts(texts), seed, dtype, None)
+        refuse_given("the model is measured as it is", how, options)
+        if fitness != "perplexity":
+            raise SettingsError("--fitness kl compares with the dense model: give --allocate or --rates too")
+        claim = card_claim(name, texts) or CardClaim(measured_texts(texts), seed, dtype)
         with _progress(name) as progress:
-            result = evaluate_as_it_is(
-                name, measured.texts, dtype=measured.dtype, seed=measured.seed, progress=progress
-            ).model_copy(update={"card_perplexity": measured.perplexity})
+            result = evaluate_as_it_is(name, claim.texts, dtype=claim.dtype, seed=claim.seed, progress=progress)
+        result = result.model_copy(update={"card_perplexity": claim.about(result.fitness_digest)})
     else:
         request = pruning_request(name, texts, choice, how, options, measure=fitness, dtype=dtype, seed=seed)
         with _progress(name) as progress:
@@ -252,6 +253,7 @@ def export(
     if search is not None:
         if model is not None or choice != flags.ChoiceFlags():
             raise SettingsError("--search names the model and its rates: leave --model, --allocate and --rates out")
+        refuse_given("--search prunes as the search did", texts, how, options)
         record = asyncio.run(_remote(search, redis_url, folder, RemoteSearch.best, otherwise="best.json"))
         request = request_of_search(record)
     elif model is not None:
@@ -262,7 +264,7 @@ def export(
         result = export_once(
             request.spec,
             request.choice,
-            Destination(out, format_, gguf_type, force),
+            Destination(out.expanduser(), format_, gguf_type, force),
             shape=request.shape,
             method=request.method,
             progress=progress,

@@ -98,7 +98,10 @@ class NotRunning(UsageError):  # noqa: N818
 def saved(folder: Path, file: str) -> dict[str, Any] | None:
     """What the search in `folder` wrote to `file` when it ran, if it did."""
     path = folder / file
-    record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except ValueError as error:
+        raise UsageError(f"{path} is damaged: {error}") from error
     return record if isinstance(record, dict) else None
 
 

@@ -25,14 +25,12 @@ class DeviceLostError(RuntimeError):
 
 @contextmanager
 def preparing(model: str) -> Iterator[None]:
-    """While it lasts, what goes wrong because the target model does not compute or does not fit is a UsageError.
+    """While it lasts, running out of memory is a UsageError.
 
     Trying again would end the same way, so it is the user's to mend.
     """
     try:
         yield
-    except NotFiniteError as error:
-        raise UsageError(f"the dense model {model!r} is broken: {error}") from error
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from gpu_worker.export.card import render_card
 from gpu_worker.export.checkpoint import write_json
-from gpu_worker.export.facts import ExportFacts, version_of_selfpruner
+from gpu_worker.export.facts import ExportFacts, version_of_selfpruner, without_places
 from gpu_worker.export.folder import MARK, write_folder
 from gpu_worker.export.gguf import check_gguf, write_gguf
 from gpu_worker.export.hf import write_hf
@@ -63,9 +63,10 @@ def _write_weights(
 
 def _marked(facts: ExportFacts, fmt: Format) -> dict[str, object]:
     """The facts for programs."""
+    spec = without_places(facts.spec).model_copy(update={"model": facts.base_name})
     return {
         "selfpruner": version_of_selfpruner(),
         "format": fmt,
         "parameters": facts.parameters.model_dump(),
-        **facts.model_dump(mode="json"),
+        **facts.model_copy(update={"base_model": facts.base_name, "spec": spec}).model_dump(mode="json"),
     }
