@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from gpu_worker.answering import DeviceLostError, answer, is_out_of_memory
+from gpu_worker.answering import DeviceLostError, answer
+from gpu_worker.device_errors import is_out_of_memory
 from gpu_worker.evaluate import evaluate_once
 from gpu_worker.perplexity import NotFiniteError
 from gpu_worker.progress import Progress
