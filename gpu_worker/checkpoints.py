@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pickle import UnpicklingError
 from types import SimpleNamespace
 from typing import Any
 
@@ -49,6 +50,8 @@ def reading(sentence: Callable[[Exception], str]) -> Iterator[None]:
 
 def reason(error: Exception) -> str:
     """What an error of another library says, in one line."""
+    if isinstance(error, UnpicklingError):  # torch's text advises to run whatever code the file holds
+        return "the file of weights is damaged, or holds more than weights"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
     line = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
     told = isinstance(error, OSError | ValueError | SafetensorError) and line

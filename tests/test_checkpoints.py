@@ -1,6 +1,7 @@
 """Checkpoints that are broken, or hold another model than their config says."""
 
 from pathlib import Path
+from pickle import UnpicklingError
 from types import SimpleNamespace
 from typing import Any
 
@@ -168,6 +169,7 @@ def test_an_error_that_is_not_about_the_files_stays_what_it_is(error: BaseExcept
         (ValueError("Error for field 'x':\n    It is a list"), "Error for field 'x': It is a list"),
         (KeyError("x"), "KeyError: 'x'"),
         (EOFError(), "EOFError"),
+        (UnpicklingError("Run its code."), "the file of weights is damaged, or holds more than weights"),
         (ValueError(), "ValueError"),
     ],
 )
