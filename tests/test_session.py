@@ -5,7 +5,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from gpu_worker.answering import DeviceLostError, answer, is_out_of_memory
+from gpu_worker.answering import DeviceLostError, answer
+from gpu_worker.device_errors import is_out_of_memory
 from gpu_worker.evaluate import evaluate_once
 from gpu_worker.perplexity import NotFiniteError
 from gpu_worker.progress import Progress

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from gpu_worker.families import Family, family_of
 from gpu_worker.models import LoadedModel
 
-SHARD_SIZE = "5GB"
+SHARD_SIZE = 5 * 10**9
 
 
 @dataclass(frozen=True)
