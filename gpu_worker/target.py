@@ -69,7 +69,7 @@ class Target:
 
 def check_length(model: LoadedModel, seqlen: int) -> None:
     """Raise DataError for windows longer than the model's positions reach: what it says there means nothing."""
-    longest = getattr(model.causal_lm.config, "max_position_embeddings", None)
+    longest = model.longest_positions
     if longest is not None and seqlen > longest:
         raise DataError(f"windows of {seqlen} tokens are longer than the {longest} positions that the model knows")
 
