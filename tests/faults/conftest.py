@@ -17,8 +17,7 @@ from tests.servers import Server, server_binary
 NOT_TESTED: dict[str, tuple[str, str]] = {}
 """Row -> (fault, why it has no test here)."""
 
-Row = tuple[str, str, str, str]
-_rows: dict[Row, dict[str, str]] = {}
+_rows: dict[tuple[str, ...], dict[str, str]] = {}
 
 
 @pytest.fixture(params=["valkey", "redis"])
@@ -56,7 +55,7 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
         return
     report = outcome.get_result()  # type: ignore[attr-defined]
     server = "redis" if "[redis" in item.name or "-redis" in item.name else "valkey"
-    results = _rows.setdefault(tuple(map(str, marker.args)), {})
+    results = _rows.setdefault(marker.args, {})
     if not report.passed:
         results[server] = report.outcome
     elif report.when == "call":
