@@ -6,17 +6,14 @@ import os
 import random
 import signal
 import sys
-import time
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from protocol.control import Control
-from protocol.keys import Keys
-from tests.faults.kit import PASSWORD, ROOT, Kit, eventually, strict_json
-from tests.schema_answers import value_of
+from tests.faults.kit import ROOT, Kit, eventually
+from tests.faults.searching import Search, answer
 from tests.scripted_llm import ScriptedLlm
 
 LIVES = 200
@@ -56,67 +53,6 @@ async def test_a_keeper_that_dies_again_and_again_applies_every_outcome_once(kit
     daemon = await kit.daemon()
     assert daemon.population.outcomes == len(daemon.ledger) == CANDIDATES
     assert await kit.redis.get(kit.keys.epoch) == str(lives + 1)
-
-
-class Search:
-    """`selfpruner daemon` with a scripted LLM and fake workers, all of them processes that may be killed."""
-
-    def __init__(self, kit: Kit, llm: ScriptedLlm, folder: Path, name: str = "faults") -> None:
-        self.kit, self.folder = kit, folder
-        self.keys = Keys(name)
-        self.config = folder / "search.yaml"
-        settings = {
-            "search": {"name": name, "population": 6, "mutations": 4, "crossovers": 3, "rounds": 3},
-            "target": {"model": "tiny", "rate": 0.3},
-            "data": {"calibration": "self", "fitness": "self", "seqlen": 32},
-            "llm": {"reply": "edits", "endpoints": [{"base_url": llm.base_url, "model": "scripted"}]},
-            "run": {"folder": str(folder / "runs")},
-        }
-        self.config.write_text(json.dumps(settings))  # JSON is YAML
-        self.logs: list[Path] = []
-
-    async def start(self) -> asyncio.subprocess.Process:
-        log = self.folder / f"daemon-{len(self.logs)}.log"
-        self.logs.append(log)
-        with log.open("wb") as file:
-            return await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "daemon",
-                "daemon",
-                str(self.config),
-                cwd=ROOT,
-                env={**os.environ, "SELFPRUNER_REDIS__URL": self.kit.server.url},
-                stderr=file,
-                stdout=asyncio.subprocess.DEVNULL,
-                start_new_session=True,
-            )
-
-    async def applied(self) -> int:
-        return int(await self.kit.redis.llen(self.keys.applied))
-
-    async def history(self) -> dict[str, tuple[Any, ...]]:
-        """What the search did, whatever the order in which its workers were done."""
-        candidates = await self.kit.redis.hgetall(self.keys.candidates)
-        outcomes = await self.kit.redis.hgetall(self.keys.outcomes)
-        return {
-            id_: (json.loads(text)["provenance"], json.loads(outcomes[id_])["perplexity"])
-            for id_, text in candidates.items()
-        }
-
-    def check_logs(self) -> None:
-        for log in self.logs:
-            text = log.read_text()
-            assert PASSWORD not in text
-            for line in text.splitlines():
-                strict_json(line)
-
-
-def answer(body: dict[str, Any]) -> str:
-    """The same for the same question and seed, after a while."""
-    time.sleep(0.02)
-    schema = body["response_format"]["json_schema"]["schema"]
-    return json.dumps(value_of(schema, random.Random(f"{body['seed']}{body['messages']}")))
 
 
 @pytest.fixture
