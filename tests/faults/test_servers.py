@@ -48,6 +48,7 @@ async def test_reads_that_are_cancelled_strand_nothing(kit: Kit) -> None:
     await jobs.release()
 
 
+@pytest.mark.faults
 @pytest.mark.fault(
     "15", "the server is killed in mid-evaluation", "SIGKILL, down for 2 leases, start", "evaluated once"
 )
@@ -83,6 +84,7 @@ async def test_enqueueing_to_a_server_that_stands_still_leaves_one_entry_each(ki
     await daemon.settled()
 
 
+@pytest.mark.faults
 @pytest.mark.fault("17", "no server at the start", "started 4 s late", "waits, tells it once, then works")
 async def test_a_worker_waits_for_a_server_that_is_started_late(kit: Kit) -> None:
     await _starts_late(kit, 4)
@@ -146,7 +148,9 @@ async def test_a_server_that_is_flushed_again_and_again_ends_with_every_outcome(
     assert len(worker.events("group_created")) <= 12
 
 
-@pytest.mark.parametrize("loss", ["group", "stream", "trim"])
+@pytest.mark.parametrize(
+    "loss", [pytest.param("group", marks=pytest.mark.faults), "stream", pytest.param("trim", marks=pytest.mark.faults)]
+)
 @pytest.mark.fault(
     "19", "group or stream gone, stream trimmed", "XGROUP DESTROY, DEL, XTRIM 0", "heals, one outcome each"
 )
@@ -169,6 +173,7 @@ async def test_a_lost_group_stream_or_entry_heals_by_itself(kit: Kit, loss: str)
     assert len(worker.events("lease_lost")) <= 1
 
 
+@pytest.mark.faults
 @pytest.mark.fault("20", "ghosts: pending entries without a body", "a dead owner; XTRIM 0", "gone with their consumer")
 async def test_ghosts_of_dead_workers_are_cleaned_up_with_them(kit: Kit) -> None:
     many = candidates(3)
@@ -224,6 +229,7 @@ async def test_a_damaged_append_only_file_is_refused_with_its_name_and_the_fix(t
             raise AssertionError("it started")
 
 
+@pytest.mark.faults
 @pytest.mark.fault(
     "22", "the server runs on an older copy", "append-only folder put back", "reconciled, none applied twice"
 )
@@ -250,6 +256,7 @@ async def test_a_server_on_an_older_copy_of_its_data_is_reconciled(kit: Kit) -> 
     assert [event["event"] for event in events].count("redis_lost_data") == 1
 
 
+@pytest.mark.faults
 @pytest.mark.fault("24", "the server's memory is full", "CONFIG SET maxmemory 1, later 0", "waits, then goes on")
 async def test_a_server_without_memory_is_waited_for(kit: Kit) -> None:
     many = candidates(6)
@@ -276,6 +283,7 @@ async def test_a_worker_refuses_a_server_that_may_evict(kit: Kit) -> None:
     assert "noeviction" in last["error"]
 
 
+@pytest.mark.faults
 @pytest.mark.fault("25", "connections are cut", "CLIENT KILL every 0.3 s, 10 times", "completes, no connection leaks")
 async def test_connections_that_are_cut_cost_nothing(kit: Kit) -> None:
     await _cut_connections(kit, times=10, every=0.3)
@@ -349,6 +357,7 @@ async def test_a_worker_that_is_cut_off_loses_its_job_and_its_late_outcome_chang
         await kit.end()
 
 
+@pytest.mark.faults
 @pytest.mark.fault("27", "every job looks idle", "XCLAIM IDLE 1e6; server SIGSTOP 3 leases", "evaluated once")
 async def test_jobs_that_look_idle_after_a_standstill_are_left_to_their_living_owners(kit: Kit) -> None:
     running = candidates(2)

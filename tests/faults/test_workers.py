@@ -44,6 +44,7 @@ async def test_the_only_worker_is_killed_and_started_again(kit: Kit) -> None:
     assert isinstance(daemon.outcome(one), Measured)
 
 
+@pytest.mark.faults
 @pytest.mark.fault("3+4", "a long job whose process blocks", "GIL held for 5 leases, 2 workers idle", "evaluated once")
 async def test_a_long_job_that_holds_the_gil_is_evaluated_once(kit: Kit) -> None:
     one, *others = candidates(4)
@@ -69,6 +70,7 @@ async def test_a_long_job_is_evaluated_once(kit: Kit) -> None:
     assert kit.evaluations[one.id] == 1
 
 
+@pytest.mark.faults
 @pytest.mark.fault(
     "5", "a worker's machine is suspended", "SIGSTOP 3 leases, SIGCONT", "job moves, late outcome ignored"
 )
