@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test lint types tests clean
+.PHONY: run test test-faults lint types tests clean
 
 run: $(VENV)/installed  ## a real search on this machine: embedded server, local LLM, SmolLM2 pruned by itself
 	$(BIN)/selfpruner run
@@ -19,6 +19,9 @@ types: $(VENV)/installed
 
 tests: $(VENV)/installed
 	$(BIN)/pytest
+
+test-faults: $(VENV)/installed  ## everything that may die, killed: on Valkey and on Redis; under 40 minutes
+	$(BIN)/pytest tests/faults -m "faults or fault"
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

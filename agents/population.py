@@ -25,10 +25,15 @@ class Population:
 
     def __init__(self) -> None:
         self._evaluations: dict[str, Evaluation] = {}
-        self._ranked: list[tuple[float, int, str]] = []
+        self._ranked: list[tuple[float, str]] = []
 
     def __len__(self) -> int:
         return len(self._ranked)
+
+    @property
+    def outcomes(self) -> int:
+        """How many outcomes there are: members, baselines and failed candidates."""
+        return len(self._evaluations)
 
     def __contains__(self, candidate_id: str) -> bool:
         return candidate_id in self._evaluations
@@ -45,8 +50,9 @@ class Population:
         self._evaluations[candidate.id] = evaluation
         if not isinstance(outcome, Measured) or candidate.provenance.agent == "baseline":
             return False
-        insort(self._ranked, (outcome.fitness, evaluation.order, candidate.id))
-        return self._ranked[0][2] == candidate.id
+        # Equal fitness: by id, for the order of outcomes depends on how fast each worker is.
+        insort(self._ranked, (outcome.fitness, candidate.id))
+        return self._ranked[0][1] == candidate.id
 
     def get(self, candidate_id: str) -> Evaluation | None:
         """The evaluation of a candidate, if there is one."""
@@ -54,7 +60,7 @@ class Population:
 
     def top(self, count: int) -> list[Evaluation]:
         """The best `count` members, best first."""
-        return [self._evaluations[candidate_id] for _, _, candidate_id in self._ranked[:count]]
+        return [self._evaluations[candidate_id] for _, candidate_id in self._ranked[:count]]
 
     def best(self) -> Evaluation | None:
         """The best member, or None while nothing is measured."""

@@ -21,6 +21,9 @@ class Outcomes(Protocol):
     async def apply(self, result: Result) -> bool:
         """Make `result` durable; False when its id has an outcome already."""
 
+    async def drop(self, result: Result) -> None:
+        """Forget a result that belongs to no candidate."""
+
 
 class PopulationKeeper:
     """Applies each outcome once, in order, and tells whoever waits for it.
@@ -54,15 +57,17 @@ class PopulationKeeper:
     async def settled(self) -> None:
         """Wait until every issued candidate has its outcome."""
         async with self._changed:
-            await self._changed.wait_for(lambda: all(id_ in self._population for id_ in self._ledger))
+            await self._changed.wait_for(lambda: self._population.outcomes == len(self._ledger))
 
     async def _take(self, result: Result) -> None:
         candidate = self._ledger.get(result.id)
+        self._cursor = result.cursor
         if candidate is None:
             log.error("outcome_of_unknown_candidate", candidate=result.id)
-        is_new = await self._outcomes.apply(result) if candidate else False
-        self._cursor = result.cursor
-        if candidate and is_new:
+            await self._outcomes.drop(result)
+            return
+        is_new = await self._outcomes.apply(result)
+        if is_new and candidate.id not in self._population:  # a server that lost its data finds old outcomes new
             is_best = self._population.insert(candidate, result.outcome)
             evaluation = self._population.get(candidate.id)
             assert evaluation is not None

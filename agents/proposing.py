@@ -37,10 +37,15 @@ class Proposer:
         question: Callable[[Call], Question[Proposal]],
         stand_in: Callable[[random.Random], Proposal],
     ) -> int:
-        """Get `count` candidates accepted; returns how many were, which is fewer only where no new plan was found."""
+        """Get `count` candidates accepted; returns how many were, which is fewer only where no new plan was found.
+
+        Calls that an earlier process completed (`view.made`) are left out. One that it did not is asked again as it
+        was: an LLM that answers the same then makes the same candidates.
+        """
         calls = [Call(self._agent, view, i, size) for i, size in enumerate(self._settings.split(count))]
+        open_calls = [call for call in calls if _made(call) < call.count]
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(self._fill(call, submit, question(call), stand_in)) for call in calls]
+            tasks = [group.create_task(self._fill(call, submit, question(call), stand_in)) for call in open_calls]
         return sum(task.result() for task in tasks)
 
     async def _fill(
@@ -51,7 +56,7 @@ class Proposer:
         stand_in: Callable[[random.Random], Proposal],
     ) -> int:
         prompt = f"{question.name}:{hashlib.sha256(question.prompt.encode()).hexdigest()[:8]}"
-        offers = _Offers(self._agent, call.view.round, submit)
+        offers = _Offers(call, self._agent, submit)
 
         async def take(proposal: Proposal, answer: Answer) -> str | None:
             return await offers.make(proposal, "llm", endpoint=answer.endpoint, prompt=prompt)
@@ -61,7 +66,7 @@ class Proposer:
             if offers.accepted < call.count:
                 await self._stand_in(call, call.count - offers.accepted, offers, stand_in)
         except _NothingLeft:
-            log.debug("budget_used_up", agent=self._agent, round=call.view.round)
+            log.debug("nothing_left_to_ask", agent=self._agent, round=call.view.round)
         return offers.accepted
 
     async def _stand_in(
@@ -76,26 +81,33 @@ class Proposer:
 
 
 class _NothingLeft(Exception):  # noqa: N818  (no error: the search is at its end)
-    """The budget is used up; whatever is proposed now is refused."""
+    """The budget is used up, or an interrupted call has all it lacked; whatever is proposed now is refused."""
+
+
+def _made(call: Call) -> int:
+    """How many candidates of this call an earlier process got accepted."""
+    return sum(made for (agent, i), made in call.view.made.items() if (agent, i) == (call.agent, call.index))
 
 
 @dataclass
 class _Offers:
-    """Hands in the proposals of one call, and counts those accepted."""
+    """Hands in the proposals of one call, and counts those accepted, and among them the new ones."""
 
+    call: Call
     agent: AgentName
-    round: int
     submit: Submit
     accepted: int = 0
+    new: int = 0
 
     async def make(
         self, proposal: Proposal, source: Source, *, endpoint: str | None = None, prompt: str | None = None
     ) -> str | None:
-        """None when the proposal is accepted, else why not; raises _NothingLeft when the budget is used up."""
+        """None when the proposal is accepted, else why not; raises _NothingLeft when no more are wanted."""
         provenance = Provenance(
             agent=self.agent,
             source=source,
-            round=self.round,
+            round=self.call.view.round,
+            call=self.call.index,
             parents=proposal.parents,
             endpoint=endpoint,
             prompt=prompt,
@@ -106,4 +118,8 @@ class _Offers:
         if isinstance(result, Refused):
             return result.reason
         self.accepted += 1
+        self.new += not result.again
+        made = _made(self.call)
+        if made and made + self.new == self.call.count:
+            raise _NothingLeft
         return None

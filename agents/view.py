@@ -1,9 +1,9 @@
 """What the agents see of a search, and how they hand in what they propose."""
 
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
-from protocol.candidate import Candidate, Provenance, Source
+from protocol.candidate import AgentName, Candidate, Provenance, Source
 from protocol.card import ModelCard
 from protocol.shape import Unit
 from protocol.spec import SearchSpec
@@ -26,6 +26,8 @@ class View:
     card: ModelCard
     round: int
     population: tuple[Member, ...]
+    made: Mapping[tuple[AgentName, int], int] = field(default_factory=dict)
+    """Candidates of this round that an earlier process got accepted, by agent and call."""
 
     @property
     def units(self) -> tuple[Unit, ...]:
@@ -43,9 +45,10 @@ class View:
 
 @dataclass(frozen=True)
 class Accepted:
-    """The proposal became the candidate `id` and will be measured."""
+    """The proposal became the candidate `id`; `again` if the same call of an earlier process had made it already."""
 
     id: str
+    again: bool = False
 
 
 @dataclass(frozen=True)

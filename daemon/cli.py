@@ -99,6 +99,7 @@ def worker(
     redis_url: Annotated[str, typer.Option(envvar="SELFPRUNER_REDIS__URL")] = "redis://127.0.0.1:6379",
     lease_seconds: Annotated[float, typer.Option(help="A job without sign of life is given away after it.")] = 30.0,
     max_evaluation_seconds: Annotated[float, typer.Option(help="A longer evaluation has failed.")] = 1800.0,
+    max_preparation_seconds: Annotated[float, typer.Option(help="For loading and calibrating the model.")] = 14_400.0,
     grace_seconds: Annotated[float, typer.Option(help="After SIGTERM, for the evaluation under way.")] = 20.0,
 ) -> None:
     """Prune and measure candidates of a search: one worker, one GPU."""
@@ -106,7 +107,9 @@ def worker(
     from gpu_worker.worker import WorkerOptions, run_worker
 
     logs.configure()
-    options = WorkerOptions(redis_url, search, lease_seconds, max_evaluation_seconds, grace_seconds)
+    options = WorkerOptions(
+        redis_url, search, lease_seconds, max_evaluation_seconds, max_preparation_seconds, grace_seconds
+    )
     asyncio.run(run_worker(options))
 
 

@@ -24,7 +24,7 @@ from daemon.journal import Journal, write_json
 from daemon.pausing import Pausing, StopRequested
 from daemon.search import Agents, Search
 from daemon.settings import EndpointSettings, LlmSettings, Settings
-from daemon.store import TICK_SECONDS, SearchStore
+from daemon.store import TICK_SECONDS, History, Memory, SearchStore
 from daemon.summary import Summary, summarise
 from protocol.card import ModelCard
 from protocol.connection import connect
@@ -101,12 +101,12 @@ class Launch:
             if self._display:
                 await stack.enter_async_context(self._display.following(self._store))
             await self._pausing.begin()
+            history = await self._store.history()
             background = [
-                group.create_task(self._store.stay_in_charge()),
+                group.create_task(self._store.stay_in_charge(queue, lambda: self._memory(history))),
                 group.create_task(self._pausing.watch()),
                 group.create_task(self._watch_workers()),
             ]
-            history = await self._store.history()
             self._counters = history.counters
             if requeued := await self._store.repair(queue, history):
                 log.warning("candidates_requeued", count=requeued)
@@ -141,6 +141,14 @@ class Launch:
             for task in background:
                 task.cancel()
         return True
+
+    def _memory(self, history: History) -> Memory:
+        """What this process knows of the search; `history` is what it found at its start."""
+        if self._search is None:
+            return Memory(history, None)
+        outcomes = {e.candidate.id: e.outcome for e in self._search.population}
+        now = History(ledger=self._search.ledger, outcomes=outcomes, selections=self._search.selections)
+        return Memory(now, self._search.card)
 
     async def _wait_for_card(self) -> ModelCard:
         """The model card; logs once that it waits."""

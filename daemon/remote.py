@@ -11,7 +11,7 @@ from redis.asyncio import Redis
 from agents.population import Population
 from daemon.embedded import embedded_url
 from daemon.journal import best_record
-from daemon.store import load_history, read_workers
+from daemon.store import load_history, read_dead, read_workers
 from protocol.candidate import Measured
 from protocol.card import ModelCard
 from protocol.connection import AWAY, connect
@@ -48,6 +48,7 @@ class RemoteSearch:
             "candidates": len(proposals),
             "waiting": len(history.ledger) - len(history.outcomes),
             "failed": sum(outcome.kind == "failed" for outcome in history.outcomes.values()),
+            "dead": await read_dead(self._redis, self._keys),
             "fitness": self._spec.measure,
             "best_perplexity": measured and measured.perplexity,
             "best_kl": measured and measured.kl,

@@ -22,7 +22,7 @@ from daemon.journal import Journal, best_record
 from daemon.pausing import Pausing
 from daemon.settings import SearchSettings
 from daemon.store import History
-from protocol.candidate import Candidate, Measured, Provenance, Text, candidate_id
+from protocol.candidate import AgentName, Candidate, Measured, Provenance, Text, candidate_id
 from protocol.card import ModelCard
 from protocol.errors import BudgetError
 from protocol.plan import Plan
@@ -62,6 +62,8 @@ class Search:
         self._settings, self._agents, self._queue = settings, agents, queue
         self._journal = journal
         self.ledger = dict(history.ledger)
+        self.selections = dict(history.selections)
+        self._offered: set[str] = set()
         self.population = Population()
         for id_, outcome in history.outcomes.items():
             self.population.insert(self.ledger[id_], outcome)
@@ -91,24 +93,35 @@ class Search:
 
     async def _populate(self) -> None:
         """Round 0: the Initializer's first population."""
-        missing = self._missing("initializer", 0, self._settings.population)
+        wanted, missing = self._wanted("initializer", 0, self._settings.population)
         if missing:
             log.info("round_started", round=0, missing=missing)
-            await self._agents.initializer.propose(self._view(0), missing, self._submit)
+            await self._agents.initializer.propose(self._view(0), wanted, self._submit)
 
     async def _next_round(self, round_: int) -> None:
         """The Selector's parents, then mutation and crossover at the same time."""
-        mutations = self._missing("mutator", round_, self._settings.mutations)
-        crossovers = self._missing("crossover", round_, self._settings.crossovers)
-        if not mutations + crossovers or len(self.population) < 2:
+        mutations, more = self._wanted("mutator", round_, self._settings.mutations)
+        crossovers, still_more = self._wanted("crossover", round_, self._settings.crossovers)
+        view = self._view(round_)
+        if not more + still_more or len(view.population) < 2:
             return
         self.round = round_
-        view = self._view(round_)
-        log.info("round_started", round=round_, missing=mutations + crossovers, best=view.population[0].fitness)
-        selection = await self._agents.selector.select(view, self._settings.mutations + self._settings.crossovers)
+        log.info("round_started", round=round_, missing=more + still_more, best=view.population[0].fitness)
+        parents = await self._select(view)
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._agents.mutator.propose(view, selection.parents, mutations, self._submit))
-            group.create_task(self._agents.crossover.propose(view, selection.parents, crossovers, self._submit))
+            group.create_task(self._agents.mutator.propose(view, parents, mutations, self._submit))
+            group.create_task(self._agents.crossover.propose(view, parents, crossovers, self._submit))
+
+    async def _select(self, view: View) -> Sequence[Member]:
+        """The Selector's parents for this round: as it chose them, if an earlier process asked it."""
+        chosen = self.selections.get(view.round)
+        if chosen is None:
+            wanted = self._settings.mutations + self._settings.crossovers
+            selection = await self._agents.selector.select(view, wanted)
+            chosen = self.selections[view.round] = tuple(member.candidate.id for member in selection.parents)
+            await self._queue.remember_selection(view.round, chosen)
+        members = {member.candidate.id: member for member in view.population}
+        return [members[id_] for id_ in chosen if id_ in members]
 
     async def _report(self) -> None:
         """Measure uniform and the best on the report text."""
@@ -122,8 +135,6 @@ class Search:
 
     async def _submit(self, rates: Sequence[float], provenance: Provenance) -> Accepted | Refused:
         """Make proposed rates feasible, refuse what is known already, enqueue the rest."""
-        if not self.remaining_budget:
-            return BUDGET_USED_UP
         try:
             feasible = self.spec.feasible(tuple(rates), self.card.shape)
             plan = self.spec.plan(feasible, self.card.shape)
@@ -132,8 +143,12 @@ class Search:
         candidate = Candidate(
             id=candidate_id(plan, self.spec.fingerprint), rates=feasible, plan=plan, provenance=provenance
         )
+        if self._made_by_the_same_call(candidate):
+            return Accepted(candidate.id, again=True)
         if candidate.id in self.ledger:
             return Refused("it prunes the model exactly as an earlier configuration does")
+        if not self.remaining_budget:
+            return BUDGET_USED_UP
         return await self._enqueue(candidate)
 
     async def _enqueue_plan(self, plan: Plan, rates: Sequence[float], *, text: Text = "fitness") -> None:
@@ -145,6 +160,7 @@ class Search:
     async def _enqueue(self, candidate: Candidate) -> Accepted:
         # Into the ledger first: an agent running at the same time must not propose it again meanwhile.
         self.ledger[candidate.id] = candidate
+        self._offered.add(candidate.id)
         await self._queue.enqueue(candidate)
         log.info("candidate_enqueued", candidate=candidate.id, **candidate.provenance.model_dump(include=_WHO))
         return Accepted(candidate.id)
@@ -184,17 +200,35 @@ class Search:
         proposals = [c.provenance for c in self.ledger.values() if c.provenance.agent != "baseline"]
         return {"by_agent": Counter(p.agent for p in proposals), "by_source": Counter(p.source for p in proposals)}
 
-    def _missing(self, agent: str, round_: int, wanted: int) -> int:
-        made = sum(c.provenance.agent == agent and c.provenance.round == round_ for c in self.ledger.values())
-        return max(0, min(wanted - made, self.remaining_budget))
+    def _made_by_the_same_call(self, candidate: Candidate) -> bool:
+        """Whether a call that was interrupted, and is asked again, proposes what it proposed before."""
+        earlier = self.ledger.get(candidate.id)
+        if earlier is None or candidate.id in self._offered:
+            return False
+        self._offered.add(candidate.id)
+        mine, its = candidate.provenance, earlier.provenance
+        return (mine.agent, mine.round, mine.call) == (its.agent, its.round, its.call)
+
+    def _wanted(self, agent: AgentName, round_: int, planned: int) -> tuple[int, int]:
+        """How many candidates an agent is to make in a round, as far as the budget goes, and how many it lacks."""
+        made = self._made(round_)
+        wanted = max(0, min(planned, self.remaining_budget + sum(made.values())))
+        return wanted, max(0, wanted - sum(n for (maker, _), n in made.items() if maker == agent))
+
+    def _made(self, round_: int) -> Counter[tuple[AgentName, int]]:
+        """The candidates of a round so far, by agent and call."""
+        provenances = [c.provenance for c in self.ledger.values()]
+        return Counter((p.agent, p.call) for p in provenances if p.round == round_ and p.agent != "baseline")
 
     def _view(self, round_: int) -> View:
+        """What an agent sees in a round: what earlier rounds made, also when this one had begun before a restart."""
+        earlier = [e for e in self.population.top(len(self.population)) if e.candidate.provenance.round < round_]
         members = tuple(
             Member(e.candidate, e.outcome.fitness)
-            for e in self.population.top(self._settings.population)
+            for e in earlier[: self._settings.population]
             if isinstance(e.outcome, Measured)
         )
-        return View(self.spec, self.card, round_, members)
+        return View(self.spec, self.card, round_, members, self._made(round_))
 
 
 _WHO = {"agent", "source", "round"}

@@ -179,6 +179,8 @@ class WorkerSettings(_Section):
     """A job whose worker shows no sign of life for so long is given to another."""
     max_evaluation_seconds: PositiveFloat = 1800.0
     """An evaluation that takes longer is killed and counts as failed."""
+    max_preparation_seconds: PositiveFloat = 14_400.0
+    """A model that takes longer to load and calibrate is killed and tried again, three times in all."""
 
 
 class RunSettings(_Section):

@@ -1,9 +1,11 @@
 """The search's durable state in Redis: its spec, ledger, outcomes and who is in charge. A restart goes on from it."""
 
 import asyncio
+import json
 import os
 import socket
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +19,7 @@ from protocol.connection import Patience, check_server
 from protocol.errors import SearchExistsError, StoreError
 from protocol.keys import Keys
 from protocol.spec import SearchSpec
-from protocol.streams import CandidateQueue, TakenOver
+from protocol.streams import TAKEN_OVER, CandidateQueue, TakenOver, load_scripts
 
 SIGN_OF_LIFE_SECONDS = 6.0
 TICK_SECONDS = 2.0
@@ -47,6 +49,16 @@ class History:
     outcomes: dict[str, Measured | Failed] = field(default_factory=dict)
     cursor: str = "0-0"
     counters: dict[str, float] = field(default_factory=dict)
+    selections: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    """The parents chosen for each round."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a running daemon knows of its search; with its spec it is all that a server that lost its data needs."""
+
+    history: History
+    card: ModelCard | None
 
 
 async def load_history(redis: Redis, keys: Keys) -> History:
@@ -55,13 +67,15 @@ async def load_history(redis: Redis, keys: Keys) -> History:
     pipe = client.pipeline(transaction=True)  # one moment, while the search goes on
     pipe.lrange(keys.issued, 0, -1).hgetall(keys.candidates)
     pipe.lrange(keys.applied, 0, -1).hgetall(keys.outcomes).hgetall(keys.state)
-    issued, candidates, applied, outcomes, state = await pipe.execute()
+    pipe.hgetall(keys.selections)
+    issued, candidates, applied, outcomes, state, selections = await pipe.execute()
     try:
         return History(
             ledger={id_: Candidate.model_validate_json(candidates[id_]) for id_ in issued},
             outcomes={id_: OUTCOME.validate_json(outcomes[id_]) for id_ in applied},
             cursor=state.get("cursor", "0-0"),
             counters={name: float(value) for name, value in state.items() if name != "cursor"},
+            selections={int(round_): tuple(json.loads(text)) for round_, text in selections.items()},
         )
     except (KeyError, ValueError) as error:
         raise StoreError(f"the search {keys.search!r} in Redis was written by another version: {error}") from error
@@ -80,6 +94,12 @@ async def read_workers(redis: Redis, keys: Keys) -> list[WorkerStatus]:
     return statuses
 
 
+async def read_dead(redis: Redis, keys: Keys) -> list[dict[str, str]]:
+    """The jobs that were given up, the last hundred, newest first: `id`, `reason`, `worker`, `detail`."""
+    client: Any = redis
+    return [fields for _, fields in await client.xrevrange(keys.dead, count=100)]
+
+
 class SearchStore:
     """A search that this process is in charge of."""
 
@@ -89,6 +109,7 @@ class SearchStore:
         self._spec = spec
         self._me = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
         self._patiently = Patience(keys.state)
+        self._restore = load_scripts(redis)["restore"]
         self._epoch = 0
 
     async def take_charge(self, *, previous_is_dead: bool = False) -> CandidateQueue:
@@ -104,7 +125,10 @@ class SearchStore:
         await self._adopt_spec()
         self._epoch = int(await self._patiently(lambda: self._redis.incr(self._keys.epoch)))
         await self._show_life()
-        return CandidateQueue(self._redis, self._keys, epoch=self._epoch, fingerprint=self._spec.fingerprint)
+        queue = CandidateQueue(self._redis, self._keys, epoch=self._epoch, fingerprint=self._spec.fingerprint)
+        queue.issued = int(await self._patiently(lambda: self._redis.llen(self._keys.issued)))
+        queue.applied = int(await self._patiently(lambda: self._redis.llen(self._keys.applied)))
+        return queue
 
     async def history(self) -> History:
         """What the search has done so far."""
@@ -129,11 +153,53 @@ class SearchStore:
         """Keep the search's counters (tokens, seconds, …) over restarts. Totals, so that writing twice does no harm."""
         await self._patiently(lambda: self._redis.hset(self._keys.state, mapping=totals))
 
-    async def stay_in_charge(self) -> None:
-        """Show a sign of life until cancelled. Raises TakenOver when another daemon has taken over."""
+    async def stay_in_charge(self, queue: CandidateQueue, remembered: Callable[[], Memory]) -> None:
+        """Show a sign of life until cancelled, and mend what the server has lost.
+
+        Raises TakenOver when another daemon has taken over.
+        """
         while True:
             await asyncio.sleep(TICK_SECONDS)
+            await self._check(queue, remembered)
             await self._show_life()
+
+    async def _check(self, queue: CandidateQueue, remembered: Callable[[], Memory]) -> None:
+        """Bring back what the server has lost: data (it was flushed, or runs on an older copy), and jobs."""
+        confirmed = queue.issued, queue.applied  # before asking: what is confirmed later may not be in the answer
+        keys = self._keys
+        pipe = self._redis.pipeline(transaction=True)
+        pipe.get(keys.epoch).exists(keys.spec).llen(keys.issued).llen(keys.applied).xlen(keys.jobs).xlen(keys.results)
+        epoch, spec, issued, applied, jobs, results = await self._patiently(pipe.execute)
+        if not (epoch and spec) or issued < confirmed[0] or applied < confirmed[1]:
+            await self._bring_back(queue, remembered())
+        elif jobs + results < issued - applied and (requeued := await self.repair(queue, await self.history())):
+            log.warning("candidates_requeued", count=requeued)
+
+    async def _bring_back(self, queue: CandidateQueue, memory: Memory) -> None:
+        history, keys = memory.history, self._keys
+        pairs = [part for id_, c in history.ledger.items() for part in (id_, c.model_dump_json())]
+        pairs += [part for id_, o in history.outcomes.items() for part in (id_, o.model_dump_json())]
+        card = memory.card.model_dump_json() if memory.card else ""
+        args = [self._epoch, self._spec.model_dump_json(), card, len(history.ledger), len(history.outcomes), *pairs]
+        names = [
+            keys.epoch,
+            keys.spec,
+            keys.card,
+            keys.candidates,
+            keys.issued,
+            keys.outcomes,
+            keys.applied,
+            keys.state,
+        ]
+        restored = await self._patiently(lambda: self._restore(names, args))
+        if restored == TAKEN_OVER:
+            raise TakenOver(f"another daemon has taken over the search {keys.search!r}")
+        if history.selections:
+            selections = {str(round_): json.dumps(parents) for round_, parents in history.selections.items()}
+            await self._patiently(lambda: self._redis.hset(keys.selections, mapping=selections))
+        queue.rewind()
+        requeued = await self.repair(queue, await self.history())
+        log.error("redis_lost_data", restored=restored, requeued=requeued, from_="the daemon's memory")
 
     async def step_down(self) -> None:
         """Withdraw the sign of life, so that a successor need not wait."""
@@ -141,8 +207,8 @@ class SearchStore:
             await self._redis.delete(self._keys.daemon)
 
     async def _show_life(self) -> None:
-        epoch = int(await self._patiently(lambda: self._redis.get(self._keys.epoch)) or 0)
-        if epoch != self._epoch:
+        epoch = await self._patiently(lambda: self._redis.get(self._keys.epoch))
+        if epoch is not None and int(epoch) != self._epoch:  # None: lost, and brought back by the next check
             raise TakenOver(f"another daemon has taken over the search {self._keys.search!r}")
         milliseconds = int(SIGN_OF_LIFE_SECONDS * 1000)
         await self._patiently(lambda: self._redis.set(self._keys.daemon, self._me, px=milliseconds))

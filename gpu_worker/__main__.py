@@ -19,6 +19,7 @@ def main() -> int:
     parser.add_argument("--search", default="default")
     parser.add_argument("--lease-seconds", type=float, default=WorkerOptions.lease_seconds)
     parser.add_argument("--max-evaluation-seconds", type=float, default=WorkerOptions.max_evaluation_seconds)
+    parser.add_argument("--max-preparation-seconds", type=float, default=WorkerOptions.max_preparation_seconds)
     parser.add_argument("--grace-seconds", type=float, default=WorkerOptions.grace_seconds)
     parser.add_argument("--log-file", type=Path)
     parser.add_argument("--quiet", action="store_true", help="no log on the console")
@@ -29,6 +30,7 @@ def main() -> int:
         search=arguments.search,
         lease_seconds=arguments.lease_seconds,
         max_evaluation_seconds=arguments.max_evaluation_seconds,
+        max_preparation_seconds=arguments.max_preparation_seconds,
         grace_seconds=arguments.grace_seconds,
     )
     try:

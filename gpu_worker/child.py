@@ -7,17 +7,21 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import structlog
+from pydantic import ValidationError
 
 from protocol.candidate import OUTCOME, Candidate, Failed, Measured
 from protocol.card import ModelCard
 from protocol.errors import SelfPrunerError, UsageError
 from protocol.spec import SearchSpec
 
+EVALUATION_PROCESS = (sys.executable, "-m", "gpu_worker.evaluation_process")
 LINE_LIMIT = 4_000_000
+LAST_WORDS_SECONDS = 1.0
+"""For the last lines of a process that has ended: what it started may hold its stdout open for ever."""
 Progress = Callable[[str, int, int], None]
 
 log = structlog.get_logger()
@@ -27,11 +31,19 @@ class ChildDied(SelfPrunerError):  # noqa: N818
     """The evaluation process is gone; the text says how it ended."""
 
 
-class EvaluationChild:
-    """One evaluation process with the model of one spec, in a process group of its own."""
+class DeviceLost(ChildDied):
+    """The evaluation process has to end because its device (a CUDA context) is broken."""
 
-    def __init__(self, spec: SearchSpec) -> None:
+
+class EvaluationChild:
+    """One evaluation process with the model of one spec, in a process group of its own.
+
+    `command` starts a process that speaks as gpu_worker/evaluation_process.py does.
+    """
+
+    def __init__(self, spec: SearchSpec, command: Sequence[str] = EVALUATION_PROCESS) -> None:
         self._spec = spec
+        self._command = command
         self._process: asyncio.subprocess.Process | None = None
 
     @property
@@ -39,16 +51,22 @@ class EvaluationChild:
         """Whether the process runs."""
         return self._process is not None and self._process.returncode is None
 
-    async def start(self, progress: Progress, *, sensitivity: bool) -> ModelCard:
-        """Start the process and wait for its model card.
+    async def start(self, progress: Progress, *, sensitivity: bool, limit_seconds: float | None = None) -> ModelCard:
+        """Start the process and wait for its model card, `limit_seconds` at most.
 
         `sensitivity` False saves the measurement of every unit when a card is already known. Raises UsageError for
-        what the user must mend (model, data), ChildDied when the process ends.
+        what the user must mend (model, data), ChildDied when the process ends or takes too long.
         """
+        try:
+            async with asyncio.timeout(limit_seconds):
+                return await self._get_ready(progress, sensitivity=sensitivity)
+        except TimeoutError:
+            await self.kill()
+            raise ChildDied(f"the model was not ready within {limit_seconds:g} seconds") from None
+
+    async def _get_ready(self, progress: Progress, *, sensitivity: bool) -> ModelCard:
         self._process = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "gpu_worker.evaluation_process",
+            *self._command,
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             limit=LINE_LIMIT,
@@ -67,7 +85,10 @@ class EvaluationChild:
                 return ModelCard.model_validate(reply["card"])
 
     async def evaluate(self, candidate: Candidate, *, limit_seconds: float) -> Measured | Failed:
-        """Measure `candidate`. Over the time limit the process is killed and the outcome is Failed(timeout)."""
+        """Measure `candidate`. Over the time limit the process is killed and the outcome is Failed(timeout).
+
+        Raises DeviceLost when the process can measure nothing more, ChildDied when it ends without an answer.
+        """
         self._send({"id": candidate.id, "plan": candidate.plan.model_dump(), "text": candidate.text})
         try:
             async with asyncio.timeout(limit_seconds):
@@ -78,7 +99,11 @@ class EvaluationChild:
         if reply.get("id") != candidate.id:
             await self.kill()
             raise ChildDied("the evaluation process answered for another candidate")
-        return OUTCOME.validate_python(reply["outcome"])
+        outcome = _checked(reply.get("outcome"))
+        if isinstance(outcome, Failed) and outcome.reason == "crashed":
+            await self.kill()
+            raise DeviceLost(outcome.detail)
+        return outcome
 
     async def kill(self) -> None:
         """End the process and everything in its group, at once."""
@@ -105,13 +130,48 @@ class EvaluationChild:
         return message
 
     async def _next_message(self) -> dict[str, Any]:
-        assert self._process is not None and self._process.stdout is not None
-        line = await self._process.stdout.readline()
+        assert self._process is not None
+        line = await self._next_line()
         if not line.endswith(b"\n"):
-            with contextlib.suppress(TimeoutError):  # its own exit status says more than that of the kill
-                await asyncio.wait_for(self._process.wait(), 1)
+            if self.alive:  # its own exit status says more than that of the kill
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._process.wait(), LAST_WORDS_SECONDS)
             await self.kill()
             raise ChildDied(f"the evaluation process ended with status {self._process.returncode}{self._likely_reason}")
-        message = json.loads(line)
-        assert isinstance(message, dict)
+        try:
+            message = json.loads(line)
+        except ValueError:
+            message = None
+        if not isinstance(message, dict):
+            await self.kill()
+            raise ChildDied(f"the evaluation process said what is no JSON object: {line[:100]!r}")
         return message
+
+    async def _next_line(self) -> bytes:
+        """The next line; not a whole one when the process has ended or its line is too long.
+
+        The end is looked for too: what the process started may hold its stdout open when it is gone.
+        """
+        assert self._process is not None and self._process.stdout is not None
+        reading = asyncio.ensure_future(self._process.stdout.readline())
+        try:
+            while not reading.done():
+                ended = not self.alive
+                await asyncio.wait({reading}, timeout=LAST_WORDS_SECONDS)
+                if ended and not reading.done():
+                    return b""
+            return reading.result()
+        except ValueError:  # longer than LINE_LIMIT
+            return b""
+        finally:
+            reading.cancel()
+
+
+def _checked(outcome: Any) -> Measured | Failed:
+    """The outcome as the process told it; one that is none (NaN, a negative, a word) has failed."""
+    try:
+        return OUTCOME.validate_python(outcome)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        place = ".".join(str(part) for part in problem["loc"])
+        return Failed(reason="invalid", detail=f"the evaluation process told no outcome: {place}: {problem['msg']}")

@@ -17,9 +17,11 @@ process, even in mid-evaluation: it never outlives its parent.
 import json
 import os
 import queue
+import signal
 import sys
 import threading
 import time
+import traceback
 import warnings
 from collections.abc import MutableMapping
 from typing import Any, NoReturn
@@ -44,8 +46,11 @@ class Replies:
 
     def send(self, message: dict[str, Any]) -> None:
         """Send one message, at once."""
-        self._file.write(json.dumps(message, default=str) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(message, default=str) + "\n")
+            self._file.flush()
+        except BrokenPipeError:  # the parent is gone
+            os._exit(0)
 
     def progress(self, stage: str, done: int, total: int) -> None:
         """Report the progress of a stage: its first and last step, and not every one between."""
@@ -69,7 +74,7 @@ def take_stdout() -> Replies:
 
 
 def read_requests(descriptor: int, lines: Lines) -> None:
-    """Put each line into `lines`; end the process when the parent is gone.
+    """Put each line into `lines`; end the process, and what it started, when the parent is gone.
 
     Reads the descriptor itself: a thread that waits in `sys.stdin` holds a lock that the interpreter's exit needs.
     """
@@ -78,6 +83,8 @@ def read_requests(descriptor: int, lines: Lines) -> None:
         *whole, rest = (rest + block).split(b"\n")
         for line in whole:
             lines.put(line)
+    if os.getpgrp() == os.getpid():  # the parent made the group for this process alone
+        os.killpg(0, signal.SIGKILL)
     os._exit(0)
 
 
@@ -130,7 +137,11 @@ def main() -> int:
     threading.Thread(target=read_requests, args=(0, lines), daemon=True).start()
     keep_libraries_quiet()
     structlog.configure(processors=[replies.log])
-    return serve(lines, replies)
+    try:
+        return serve(lines, replies)
+    except Exception as error:  # noqa: BLE001  (a process boundary: what nobody expected belongs in the parent's log)
+        structlog.get_logger().error("evaluation_process_failed", error=repr(error), traceback=traceback.format_exc())
+        return 1
 
 
 if __name__ == "__main__":

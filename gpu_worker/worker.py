@@ -17,18 +17,18 @@ from typing import Any
 import structlog
 from redis.asyncio import Redis
 
-from gpu_worker.child import ChildDied, EvaluationChild
+from gpu_worker.child import EVALUATION_PROCESS, ChildDied, DeviceLost, EvaluationChild
 from protocol.candidate import Failed, Measured
 from protocol.card import ModelCard
 from protocol.connection import AWAY, Patience, check_server, connect
 from protocol.control import Control
 from protocol.errors import UsageError, first_error
+from protocol.jobs import MOST_DEATHS, Job, JobQueue
 from protocol.keys import Keys
 from protocol.spec import SearchSpec
-from protocol.streams import Job, JobQueue
 
-MAX_CHILD_DEATHS = 3
-"""After so many deaths of the child on one candidate, the candidate has failed."""
+MOST_FAILED_STARTS = 3
+"""After so many deaths of the child while it gets ready, the worker gives up."""
 IDLE_GRACE_SECONDS = 2.0
 """Beside the grace time of an evaluation: for a read that blocks. A server that is away is not waited for."""
 
@@ -43,8 +43,12 @@ class WorkerOptions:
     search: str
     lease_seconds: float = 30.0
     max_evaluation_seconds: float = 1800.0
+    max_preparation_seconds: float = 14_400.0
+    """For loading and calibrating the model; a large one over a slow network takes hours."""
     grace_seconds: float = 20.0
     """After SIGTERM, how long the running evaluation may still take before the job is handed back."""
+    evaluation_process: tuple[str, ...] = EVALUATION_PROCESS
+    """The command that starts the child."""
 
 
 @dataclass
@@ -96,7 +100,7 @@ class Worker:
                 await self._queue.beat(None, self._status.to_json())
             raise error from None
         with contextlib.suppress(*AWAY):
-            await self._queue.release(self._job)
+            await self._queue.release()
 
     @property
     def stopping(self) -> bool:
@@ -123,10 +127,13 @@ class Worker:
         work.cancel()
 
     async def _beat_for_ever(self) -> None:
+        lost: Job | None = None
         while True:
-            held = await self._queue.beat(self._job, self._status.to_json())
-            if not held:
-                log.warning("lease_lost", candidate=self._job.candidate.id if self._job else None)
+            job = self._job
+            held = await self._queue.beat(job, self._status.to_json())
+            if job and not held and job is self._job and job is not lost:  # and not committed meanwhile
+                lost = job
+                log.warning("lease_lost", candidate=job.candidate.id)
             await asyncio.sleep(self._options.lease_seconds / 3)
 
     async def _wait_for_spec(self) -> SearchSpec | None:
@@ -143,7 +150,7 @@ class Worker:
 
     async def _work_on(self, spec: SearchSpec) -> None:
         """Measure candidates of this spec until told to stop, or until the search has another spec."""
-        child = EvaluationChild(spec)
+        child = EvaluationChild(spec, self._options.evaluation_process)
         try:
             await self._prepare(child)
             while not self._stopping.is_set():
@@ -180,34 +187,60 @@ class Worker:
         log.info("model_ready", model=card.model, dense_perplexity=round(card.dense.perplexity, 3), device=card.device)
 
     async def _started(self, child: EvaluationChild, *, sensitivity: bool) -> ModelCard:
-        for death in range(1, MAX_CHILD_DEATHS + 1):
+        limit = self._options.max_preparation_seconds
+        for death in range(1, MOST_FAILED_STARTS + 1):
             try:
-                return await child.start(self._show_progress, sensitivity=sensitivity)
+                return await child.start(self._show_progress, sensitivity=sensitivity, limit_seconds=limit)
             except ChildDied as error:
                 last = f"{error} at {self._status.stage!r}"
-                log.error("evaluation_process_died", error=last, death=death, of=MAX_CHILD_DEATHS)
+                log.error("evaluation_process_died", error=last, death=death, of=MOST_FAILED_STARTS)
                 await asyncio.sleep(death)
-        raise UsageError(f"the target model cannot be made ready: {last}, {MAX_CHILD_DEATHS} times; see the log")
+        raise UsageError(f"the target model cannot be made ready: {last}, {MOST_FAILED_STARTS} times; see the log")
 
     async def _measure(self, child: EvaluationChild, job: Job) -> None:
         self._status.stage = "evaluating"
         with structlog.contextvars.bound_contextvars(candidate=job.candidate.id):
             outcome = await self._outcome(child, job)
-            first = await self._queue.commit(job, outcome)
+            if outcome is not None:
+                first = await self._queue.commit(job, outcome)
+                figures = outcome.model_dump(exclude={"parameters"}, exclude_none=True)
+                log.info("outcome_committed", counts=first, **figures)
             self._job = None
             self._status.measured += 1
-            log.info("outcome_committed", counts=first, **outcome.model_dump(exclude={"parameters"}, exclude_none=True))
 
-    async def _outcome(self, child: EvaluationChild, job: Job) -> Measured | Failed:
-        for death in range(1, MAX_CHILD_DEATHS + 1):
-            if not child.alive:
-                await self._prepare(child)
-                self._status.stage = "evaluating"
+    async def _outcome(self, child: EvaluationChild, job: Job) -> Measured | Failed | None:
+        """The outcome of `job`; None when it was given up because evaluation processes die on it.
+
+        What may be the machine's fault is tried once more: a lost device with a new process, and a lack of memory, for
+        the process has freed what it could.
+        """
+        may_be_retried, died = True, 0
+        while True:
             try:
-                return await child.evaluate(job.candidate, limit_seconds=self._options.max_evaluation_seconds)
+                outcome = await self._evaluated(child, job)
+            except DeviceLost as error:
+                outcome = Failed(reason="crashed", detail=str(error))
             except ChildDied as error:
-                log.error("evaluation_process_died", error=str(error), death=death, of=MAX_CHILD_DEATHS)
-        return Failed(reason="crashed", detail=f"the evaluation process died {MAX_CHILD_DEATHS} times on it")
+                died += 1  # counted here too: the job may have become another worker's
+                deaths = max(died, await self._queue.count_death(job, uuid.uuid4().hex))
+                log.error("evaluation_process_died", error=str(error), death=deaths, of=MOST_DEATHS)
+                if deaths >= MOST_DEATHS:
+                    await self._queue.give_up(
+                        job, f"{error}; evaluation processes or workers died on it {deaths} times"
+                    )
+                    return None
+                continue
+            retry = may_be_retried and isinstance(outcome, Failed) and outcome.reason in ("crashed", "out-of-memory")
+            if not retry:
+                return outcome
+            may_be_retried = False
+            log.warning("evaluated_again", **outcome.model_dump())
+
+    async def _evaluated(self, child: EvaluationChild, job: Job) -> Measured | Failed:
+        if not child.alive:
+            await self._prepare(child)
+            self._status.stage = "evaluating"
+        return await child.evaluate(job.candidate, limit_seconds=self._options.max_evaluation_seconds)
 
     def _show_progress(self, stage: str, done: int, total: int) -> None:
         if stage != self._status.stage or done == total:
@@ -240,17 +273,15 @@ async def run_worker(options: WorkerOptions) -> None:
     redis = connect(options.redis_url)
     try:
         worker = Worker(redis, options)
-        task = asyncio.current_task()
-        assert task is not None
 
-        def on_signal() -> None:
+        def on_signal(number: signal.Signals) -> None:
             if worker.stopping:
-                task.cancel()
+                os._exit(128 + number)  # the evaluation process ends with its parent, and the lease runs out
             worker.stop()
 
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, on_signal)
+            loop.add_signal_handler(number, on_signal, number)
         await worker.run()
     finally:
         await redis.aclose()

@@ -21,11 +21,15 @@ class _Value(BaseModel):
 
 
 class Provenance(_Value):
-    """Where a candidate comes from. Round 0 is the first population; `endpoint` and `prompt` only if an LLM made it."""
+    """Where a candidate comes from. Round 0 is the first population; `endpoint` and `prompt` only if an LLM made it.
+
+    `call` counts the agent's calls of the round: one that was interrupted is asked again, its candidates known again.
+    """
 
     agent: AgentName
     source: Source
     round: NonNegativeInt
+    call: NonNegativeInt = 0
     parents: tuple[str, ...] = ()
     endpoint: str | None = None
     prompt: str | None = None

@@ -66,8 +66,23 @@ class Keys:
 
     @property
     def done(self) -> str:
-        """Hash id -> consumer whose outcome was first, and therefore counts."""
+        """Hash id -> consumer whose outcome was first, and therefore counts; kept until the outcome is applied."""
         return self["done"]
+
+    @property
+    def deaths(self) -> str:
+        """Hash id -> how often a worker or its evaluation process died on it; kept until its outcome is committed."""
+        return self["deaths"]
+
+    @property
+    def dead(self) -> str:
+        """Stream of the jobs that were given up (id, reason, worker, detail), the newest thousand: for people."""
+        return self["dead"]
+
+    @property
+    def selections(self) -> str:
+        """Hash round -> the parents that the Selector chose for it."""
+        return self["selections"]
 
     @property
     def outcomes(self) -> str:

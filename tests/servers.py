@@ -2,6 +2,7 @@
 
 import asyncio
 import shutil
+import signal
 import subprocess
 import time
 from pathlib import Path
@@ -22,17 +23,16 @@ def server_binary(kind: str) -> str | None:
 class Server:
     """A server on a unix socket with an append-only file in `folder`; may be killed and started again."""
 
-    def __init__(self, binary: str, folder: Path) -> None:
+    def __init__(self, binary: str, folder: Path, *, password: str = "") -> None:
         self._binary = binary
-        self._folder = folder
-        self._socket = folder / "s.sock"
-        self.url = f"unix://{self._socket}"
+        self.folder = folder
+        self.socket = folder / "s.sock"
+        self.url = f"unix://:{password}@{self.socket}" if password else f"unix://{self.socket}"
+        self._password = password
         self._process: subprocess.Popen[bytes] | None = None
 
-    def start(self) -> None:
-        options = ["--port", "0", "--unixsocket", str(self._socket), "--dir", str(self._folder)]
-        options += ["--appendonly", "yes", "--save", "", "--logfile", str(self._folder / "server.log")]
-        self._process = subprocess.Popen([self._binary, *options], stdout=subprocess.DEVNULL, start_new_session=True)
+    def start(self, *more: str) -> None:
+        self.launch(*more)
         with Redis.from_url(self.url) as client:
             for _ in range(200):
                 try:
@@ -40,7 +40,27 @@ class Server:
                     return
                 except RedisError:
                     time.sleep(0.05)
-        raise AssertionError((self._folder / "server.log").read_text())
+        raise AssertionError((self.folder / "server.log").read_text())
+
+    def launch(self, *more: str) -> None:
+        """Start it, whether or not it will answer."""
+        options = ["--port", "0", "--unixsocket", str(self.socket), "--dir", str(self.folder)]
+        options += ["--appendonly", "yes", "--save", "", "--logfile", str(self.folder / "server.log"), *more]
+        if self._password:
+            options += ["--requirepass", self._password]
+        self._process = subprocess.Popen([self._binary, *options], stdout=subprocess.DEVNULL, start_new_session=True)
+
+    @property
+    def process(self) -> subprocess.Popen[bytes]:
+        assert self._process is not None
+        return self._process
+
+    def freeze(self) -> None:
+        """SIGSTOP: it takes connections and commands, and answers none."""
+        self.process.send_signal(signal.SIGSTOP)
+
+    def thaw(self) -> None:
+        self.process.send_signal(signal.SIGCONT)
 
     def kill(self) -> None:
         """SIGKILL, as the OOM killer does."""

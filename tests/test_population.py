@@ -28,8 +28,18 @@ def test_members_are_ranked_by_divergence_where_it_was_measured() -> None:
 def test_only_an_improvement_is_a_new_best() -> None:
     population = Population()
     many = candidates(3)
-    answers = [population.insert(c, measured(p, c)) for c, p in zip(many, (5.0, 4.0, 4.0), strict=True)]
+    answers = [population.insert(c, measured(p, c)) for c, p in zip(many, (5.0, 4.0, 4.5), strict=True)]
     assert answers == [True, True, False]
+
+
+def test_members_of_equal_fitness_have_one_order_whichever_was_measured_first() -> None:
+    orders = []
+    for many in (candidates(4), candidates(4)[::-1]):
+        population = Population()
+        for each in many:
+            population.insert(each, measured(5.0, each))
+        orders.append([e.candidate.id for e in population.top(4)])
+    assert orders[0] == orders[1]
 
 
 def test_failed_candidates_and_baselines_are_remembered_but_are_no_members() -> None:
@@ -59,6 +69,7 @@ class Scripted:
     def __init__(self, results: list[Result]) -> None:
         self._results = results
         self.applied: list[str] = []
+        self.dropped: list[str] = []
 
     async def results(self, cursor: str) -> list[Result]:
         await asyncio.sleep(0)
@@ -67,6 +78,9 @@ class Scripted:
     async def apply(self, result: Result) -> bool:
         self.applied.append(result.id)
         return self.applied.count(result.id) == 1
+
+    async def drop(self, result: Result) -> None:
+        self.dropped.append(result.id)
 
 
 async def test_the_keeper_applies_each_outcome_once_in_order_and_tells_who_waits() -> None:
@@ -92,6 +106,7 @@ async def test_the_keeper_applies_each_outcome_once_in_order_and_tells_who_waits
     assert [(e.candidate.id, best) for e, best in noted] == [(one.id, True), (two.id, True)]
     assert [e.outcome for e in noted_evaluations(noted)] == [measured(5.0, one), measured(4.0, two)]
     assert source.applied == [one.id, one.id, two.id]
+    assert source.dropped == ["unknown"]
 
 
 def noted_evaluations(noted: list[tuple[Evaluation, bool]]) -> list[Evaluation]:

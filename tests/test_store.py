@@ -7,12 +7,14 @@ import pytest
 from redis.asyncio import Redis
 
 from daemon import store as store_module
-from daemon.store import SearchStore
+from daemon.store import History, Memory, SearchStore
 from protocol.connection import check_server
 from protocol.errors import SearchExistsError, StoreError
+from protocol.jobs import JobQueue
 from protocol.keys import Keys
-from protocol.streams import JobQueue, TakenOver
-from tests.samples import SPEC, candidates, measured
+from protocol.streams import TakenOver
+from tests.samples import CARD, SPEC, candidates, measured
+from tests.servers import eventually
 from tests.test_streams import claimed
 
 
@@ -20,6 +22,10 @@ from tests.test_streams import claimed
 def _short_signs_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store_module, "SIGN_OF_LIFE_SECONDS", 1.2)
     monkeypatch.setattr(store_module, "TICK_SECONDS", 0.3)
+
+
+def nothing() -> Memory:
+    return Memory(History(), None)
 
 
 async def test_a_restart_finds_the_ledger_and_the_outcomes_in_their_order(redis: Redis, keys: Keys) -> None:
@@ -61,10 +67,52 @@ async def test_lost_jobs_are_put_back_and_done_ones_are_not(redis: Redis, keys: 
 
 async def test_a_living_daemon_is_not_replaced(redis: Redis, keys: Keys) -> None:
     first = SearchStore(redis, keys, SPEC)
-    await first.take_charge()
-    living = asyncio.create_task(first.stay_in_charge())
+    living = asyncio.create_task(first.stay_in_charge(await first.take_charge(), nothing))
     with pytest.raises(SearchExistsError, match="already run by"):
         await SearchStore(redis, keys, SPEC).take_charge()
+    living.cancel()
+
+
+async def test_a_server_that_was_flushed_gets_everything_back_and_the_lost_jobs_too(redis: Redis, keys: Keys) -> None:
+    store = SearchStore(redis, keys, SPEC)
+    queue = await store.take_charge()
+    many = candidates(5)
+    for each in many:
+        await queue.enqueue(each)
+    jobs = JobQueue(redis, keys, "w", lease_seconds=30)
+    for perplexity in (9.0, 8.0):
+        job = await claimed(jobs)
+        await jobs.commit(job, measured(perplexity, job.candidate))
+    for result in await queue.results("0-0"):
+        await queue.apply(result)
+    await queue.remember_selection(1, [many[1].id, many[0].id])
+    before = await store.history()
+    living = asyncio.create_task(store.stay_in_charge(queue, lambda: Memory(before, CARD)))
+    await redis.flushall()
+    late = candidates(6)[-1]
+    async with asyncio.timeout(10):
+        assert await queue.enqueue(late)  # waits until the data is back
+    after = await store.history()
+    assert list(after.ledger) == [*before.ledger, late.id] and after.outcomes == before.outcomes
+    assert after.selections == before.selections == {1: (many[1].id, many[0].id)}
+    assert await store.card() == CARD
+    assert await queue.queued() == {c.id for c in many[2:]} | {late.id}
+    living.cancel()
+
+
+async def test_jobs_that_are_lost_while_the_daemon_runs_are_back_within_a_tick(redis: Redis, keys: Keys) -> None:
+    store = SearchStore(redis, keys, SPEC)
+    queue = await store.take_charge()
+    many = candidates(3)
+    for each in many:
+        await queue.enqueue(each)
+    living = asyncio.create_task(store.stay_in_charge(queue, nothing))
+    await redis.delete(keys.jobs)
+
+    async def back() -> bool:
+        return await queue.queued() == {c.id for c in many}
+
+    await eventually(back, 10)
     living.cancel()
 
 
@@ -75,11 +123,11 @@ async def test_a_killed_daemon_is_waited_out_and_replaced(redis: Redis, keys: Ke
 
 async def test_a_replaced_daemon_notices(redis: Redis, keys: Keys) -> None:
     first = SearchStore(redis, keys, SPEC)
-    await first.take_charge()
+    queue = await first.take_charge()
     await SearchStore(redis, keys, SPEC).take_charge(previous_is_dead=True)
     with pytest.raises(TakenOver):
         async with asyncio.timeout(10):
-            await first.stay_in_charge()
+            await first.stay_in_charge(queue, nothing)
 
 
 async def test_stepping_down_lets_a_successor_begin_at_once(redis: Redis, keys: Keys) -> None:

@@ -8,8 +8,9 @@ from redis.asyncio import Redis
 
 from protocol.candidate import Failed, Result
 from protocol.connection import connect
+from protocol.jobs import Job, JobQueue
 from protocol.keys import GROUP, Keys
-from protocol.streams import CandidateQueue, Job, JobQueue, TakenOver
+from protocol.streams import CandidateQueue, TakenOver
 from tests.samples import SPEC, candidates, measured
 from tests.servers import Server, eventually
 
@@ -157,7 +158,7 @@ async def test_a_released_job_is_free_at_once(redis: Redis, keys: Keys, queue: C
     assert await second._take_over() is None
     second._calm_since -= 60  # it has been watching for longer than a lease
     assert await second._take_over() is None
-    await first.release(job)
+    await first.release()
     taken = await second._take_over()
     assert taken is not None
 

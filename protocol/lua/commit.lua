@@ -1,8 +1,17 @@
--- Commit an outcome. The first one for an id counts; the job is taken off the stream in any case.
--- KEYS jobs results done    ARGV group consumer message id outcome
+-- Commit an outcome. The first one for an id counts; the job is taken off the stream in any case. Where the job is given
+-- up for dead, it is listed as such with the same step.
+-- KEYS jobs results done outcomes deaths dead    ARGV group consumer message id outcome [reason worker detail most]
 -- Returns 1 when this outcome counts, 0 when another was first.
-local first = redis.call('HSETNX', KEYS[3], ARGV[4], ARGV[2])
-if first == 1 then redis.call('XADD', KEYS[2], '*', 'id', ARGV[4], 'outcome', ARGV[5]) end
+local first = 0
+if redis.call('HEXISTS', KEYS[4], ARGV[4]) == 0 then first = redis.call('HSETNX', KEYS[3], ARGV[4], ARGV[2]) end
+if first == 1 then
+  redis.call('XADD', KEYS[2], '*', 'id', ARGV[4], 'outcome', ARGV[5])
+  if ARGV[6] then
+    redis.call('XADD', KEYS[6], 'MAXLEN', ARGV[9], '*',
+      'id', ARGV[4], 'reason', ARGV[6], 'worker', ARGV[7], 'detail', ARGV[8])
+  end
+end
 redis.call('XACK', KEYS[1], ARGV[1], ARGV[3])
 redis.call('XDEL', KEYS[1], ARGV[3])
+redis.call('HDEL', KEYS[5], ARGV[4], ARGV[4] .. ':last')
 return first

@@ -1,7 +1,11 @@
--- Hand a job back at once: make its lease look expired and withdraw the owner's sign of life.
--- KEYS jobs worker    ARGV group consumer message lease_ms
+-- Sign off: hand back at once whatever is pending with a worker, withdraw its sign of life, and forget it. What is
+-- handed back belongs to the consumer `released`, of whom everybody may take, and counts as nobody's death.
+-- KEYS jobs worker    ARGV group consumer released released_idle_ms
 redis.call('DEL', KEYS[2])
-if ARGV[3] == '' then return 0 end
-if #redis.call('XPENDING', KEYS[1], ARGV[1], ARGV[3], ARGV[3], 1, ARGV[2]) == 0 then return 0 end
-redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[2], 0, ARGV[3], 'IDLE', ARGV[4], 'JUSTID')
+for _, row in ipairs(redis.call('XPENDING', KEYS[1], ARGV[1], '-', '+', 10000, ARGV[2])) do
+  redis.call('XCLAIM', KEYS[1], ARGV[1], ARGV[3], 0, row[1], 'IDLE', ARGV[4], 'JUSTID')
+end
+if #redis.call('XPENDING', KEYS[1], ARGV[1], '-', '+', 1, ARGV[2]) == 0 then
+  redis.call('XGROUP', 'DELCONSUMER', KEYS[1], ARGV[1], ARGV[2])
+end
 return 1

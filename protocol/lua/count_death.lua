@@ -1,0 +1,11 @@
+-- Count the death of an evaluation process on a job that is still its worker's. `death` names this one death, so that
+-- calling it again after a lost reply does not count it twice.
+-- KEYS jobs deaths    ARGV group consumer message id death
+-- Returns the deaths so far.
+local last = ARGV[4] .. ':last'
+local mine = #redis.call('XPENDING', KEYS[1], ARGV[1], ARGV[3], ARGV[3], 1, ARGV[2]) > 0
+if mine and redis.call('HGET', KEYS[2], last) ~= ARGV[5] then
+  redis.call('HSET', KEYS[2], last, ARGV[5])
+  redis.call('HINCRBY', KEYS[2], ARGV[4], 1)
+end
+return tonumber(redis.call('HGET', KEYS[2], ARGV[4]) or 0)

@@ -1,0 +1,7 @@
+-- Take a job that names no candidate off the stream, and list it among the dead.
+-- KEYS jobs dead    ARGV group consumer message detail most
+if redis.call('XACK', KEYS[1], ARGV[1], ARGV[3]) == 0 then return 0 end
+redis.call('XDEL', KEYS[1], ARGV[3])
+redis.call('XADD', KEYS[2], 'MAXLEN', ARGV[5], '*',
+  'id', '', 'reason', 'unreadable', 'worker', ARGV[2], 'detail', ARGV[4])
+return 1

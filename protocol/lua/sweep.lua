@@ -1,0 +1,15 @@
+-- Forget the workers that are gone: no sign of life, idle for a lease, and nothing pending (deleting a consumer drops
+-- what is pending with it without a word).
+-- KEYS jobs    ARGV group worker_prefix lease_ms
+-- Returns how many were forgotten.
+local forgotten = 0
+for _, flat in ipairs(redis.call('XINFO', 'CONSUMERS', KEYS[1], ARGV[1])) do
+  local consumer = {}
+  for i = 1, #flat, 2 do consumer[flat[i]] = flat[i + 1] end
+  local idle = consumer['pending'] == 0 and consumer['idle'] > tonumber(ARGV[3])
+  if idle and redis.call('EXISTS', ARGV[2] .. consumer['name']) == 0 then
+    redis.call('XGROUP', 'DELCONSUMER', KEYS[1], ARGV[1], consumer['name'])
+    forgotten = forgotten + 1
+  end
+end
+return forgotten

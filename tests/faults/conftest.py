@@ -1,0 +1,82 @@
+"""A server for each fault test, and the table of faults at the end.
+
+`@pytest.mark.fault(rows, fault, how, holds)` puts a test into the table; `NOT_TESTED` holds the rows that have none.
+"""
+
+import shutil
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+
+from daemon import store as store_module
+from tests.faults.kit import PASSWORD, Kit, fault_kit
+from tests.servers import Server, server_binary
+
+NOT_TESTED: dict[str, tuple[str, str]] = {
+    "12": ("Ctrl-C to the whole group, embedded server", "tests/test_run.py does it: a run starts all its processes"),
+    "28": ("a server that a killed run left behind", "tests/test_run.py: a killed run is gone with all it started"),
+    "32": ("an export that is killed or has no disk", "tests/test_export_folder.py: whole or not at all"),
+    "34-38": ("the LLM's faults", "tests/test_chat.py, on a scripted endpoint"),
+    "39": ("the HTTP API's faults", "with the HTTP API's own tests"),
+    "40": ("secrets in logs", "the server's password is looked for in every log here; tests/test_logs.py for the rest"),
+    "": ("loss of power; a step of the clock", "not simulated: the first loses the server's last second at most"),
+}
+"""Row -> (fault, where it is held instead, or why it is not)."""
+
+_rows: dict[tuple[str, ...], dict[str, str]] = {}
+
+
+@pytest.fixture(params=["valkey", "redis"])
+def own_server(request: pytest.FixtureRequest) -> Iterator[Server]:
+    """A server of this test's own, with a password, an append-only file and a folder; it may be killed and started."""
+    binary = server_binary(request.param)
+    if binary is None:
+        pytest.skip("no redis-server on this machine (Debian: redis-server)")
+    folder = Path(tempfile.mkdtemp(prefix="sp-fault-"))
+    server = Server(binary, folder, password=PASSWORD)
+    server.start()
+    yield server
+    server.kill()
+    shutil.rmtree(folder)
+
+
+@pytest.fixture(autouse=True)
+def _short_signs_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store_module, "SIGN_OF_LIFE_SECONDS", 1.2)
+    monkeypatch.setattr(store_module, "TICK_SECONDS", 0.3)
+
+
+@pytest.fixture
+async def kit(own_server: Server, tmp_path: Path) -> AsyncIterator[Kit]:
+    async with fault_kit(own_server, tmp_path) as kit:
+        yield kit
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """Note each phase of a test that is in the table; the invariants are checked in its teardown."""
+    outcome = yield
+    marker = item.get_closest_marker("fault")
+    if marker is None:
+        return
+    report = outcome.get_result()  # type: ignore[attr-defined]
+    server = "redis" if "[redis" in item.name or "-redis" in item.name else "valkey"
+    results = _rows.setdefault(marker.args, {})
+    if not report.passed:
+        results[server] = report.outcome
+    elif report.when == "call":
+        results.setdefault(server, "held")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print the table: row, fault, how it was injected, what held, and on which server."""
+    if not _rows:
+        return
+    terminalreporter.section("faults")
+    for (number, fault, how, holds), results in sorted(_rows.items(), key=lambda row: int(row[0][0].split("+")[0])):
+        verdict = ", ".join(f"{server}: {result}" for server, result in sorted(results.items()))
+        terminalreporter.line(f"{number:>5}  {fault:<46} | {how:<46} | {holds} [{verdict}]")
+    for number, (fault, why) in NOT_TESTED.items():
+        terminalreporter.line(f"{number:>5}  {fault:<46} | {'not tested here':<46} | {why}")
