@@ -26,7 +26,7 @@ from protocol.errors import UsageError
 from protocol.keys import Keys
 from tests.samples import CARD
 from tests.schema_answers import value_of
-from tests.scripted_llm import ScriptedLlm, refuses
+from tests.scripted_llm import ScriptedLlm, as_json, refuses
 from tests.servers import Server, eventually
 from tests.test_search import evaluating
 
@@ -78,7 +78,8 @@ async def worker_there(redis: Redis, keys: Keys) -> AsyncIterator[None]:
 
 @pytest.fixture
 async def llm() -> AsyncIterator[ScriptedLlm]:
-    async with ScriptedLlm(answer) as llm:
+    known = as_json({"object": "list", "data": [{"id": "m", "object": "model"}]})
+    async with ScriptedLlm(answer, models=[known]) as llm:
         yield llm
 
 
@@ -148,7 +149,7 @@ async def test_what_befalls_the_observer_does_not_end_the_search(
 async def test_no_reply_and_no_file_ever_holds_a_secret(
     redis: Redis, keys: Keys, server: Server, tmp_path: Path
 ) -> None:
-    async with ScriptedLlm([refuses(401, f"the key {KEY} is wrong")]) as llm:
+    async with ScriptedLlm([refuses(500, f"the key {KEY} is wrong")]) as llm:
         settings = settings_for(tmp_path, llm, "http.port=0", "llm.attempts=1")
         launched = Launched(settings, server)
         token = launched.access.secrets[0]
