@@ -22,7 +22,7 @@ from daemon.observer import Observer
 from daemon.settings import Settings, load
 from daemon.summary import Summary
 from protocol import logs
-from protocol.errors import UsageError
+from protocol.errors import SearchExistsError, UsageError
 from protocol.keys import Keys
 from tests.samples import CARD
 from tests.schema_answers import value_of
@@ -191,6 +191,25 @@ async def test_a_port_that_is_taken_ends_the_daemon_with_one_sentence(
         launched = Launched(settings_for(tmp_path, llm, f"http.port={port}"), server)
         with pytest.raises(UsageError, match=f"port {port} of 127.0.0.1"):
             await launched.launch.run()
+
+
+async def test_a_second_daemon_of_a_search_is_told_of_the_first_and_not_of_its_port(
+    redis: Redis, keys: Keys, server: Server, llm: ScriptedLlm, tmp_path: Path
+) -> None:
+    await redis.set(keys.control, "pause")
+    first = Launched(settings_for(tmp_path / "1", llm, "http.port=0"), server)
+    running = asyncio.create_task(first.launch.run())
+    port = (await first.url).rpartition(":")[2]
+    second = Launched(settings_for(tmp_path / "2", llm, f"http.port={port}"), server)
+
+    async def in_charge() -> bool:
+        return bool(await redis.exists(keys.daemon))
+
+    await eventually(in_charge)
+    with pytest.raises(SearchExistsError, match="already run by"):
+        await second.launch.run()
+    running.cancel()
+    assert await running is None
 
 
 @pytest.mark.usefixtures("restored_logs")
