@@ -2,10 +2,11 @@
 
 import asyncio
 import json
+import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AsyncExitStack, ExitStack, contextmanager
 from functools import partial
 from importlib.resources import as_file, files
 from importlib.util import find_spec
@@ -15,8 +16,10 @@ from typing import Annotated, Any
 import typer
 import yaml
 from rich.console import Console
+from rich.live import Live
 
 from daemon import embedded, flags
+from daemon.changes import Event
 from daemon.display import Display
 from daemon.http_token import Access, open_access
 from daemon.launch import Launch
@@ -33,10 +36,13 @@ from daemon.pruning_request import (
     self_if_none,
 )
 from daemon.remote import NotRunning, RemoteSearch, open_remote, saved, saved_status
+from daemon.screen import Screen
 from daemon.settings import Settings, check_text, load
 from daemon.signals import run_until_signal
 from daemon.status import Status
 from daemon.summary import Summary, show
+from daemon.watch import json_lines, on_screen
+from daemon.watch import watch as follow
 from protocol import logs
 from protocol.allocation import Method
 from protocol.control import Command
@@ -132,6 +138,20 @@ def status(
 ) -> None:
     """Say how far a search is."""
     _answer(asyncio.run(_status(search, redis_url, folder)).model_dump(mode="json"), json_)
+
+
+@app.command()
+def watch(
+    search: flags.SearchName = "default",
+    redis_url: flags.RedisUrl = None,
+    folder: flags.Folder = Path("runs"),
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object per change.")] = False,
+) -> None:
+    """Follow a search until it ends; Ctrl-C ends the watching only."""
+    try:
+        asyncio.run(_watch(search, redis_url, folder, json_=json_))
+    except BrokenPipeError:  # whoever read it has enough; the rest of the buffer goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @app.command()
@@ -367,6 +387,24 @@ def _answer(answer: dict[str, Any], json_: bool) -> None:
 
 def _print_json(answer: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(answer, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+async def _watch(search: str, redis_url: str | None, folder: Path, *, json_: bool) -> None:
+    own = None if redis_url else folder / search
+    with ExitStack() as stack:
+        if json_ or not sys.stdout.isatty():
+            tell = json_lines(sys.stdout)
+        else:
+            live = stack.enter_context(Live(console=Console(), auto_refresh=False))
+            tell = on_screen(live, Screen())
+        try:
+            async with open_remote(search, redis_url, folder) as remote:
+                await follow(remote, own, tell)
+        except NotRunning:
+            status = saved_status(own) if own else None
+            if status is None:
+                raise
+            tell(status, (), [Event("search_ended", {"finished": status.finished})])
 
 
 async def _status(search: str, redis_url: str | None, folder: Path) -> Status:

@@ -82,13 +82,15 @@ def _workers(status: Status) -> Iterable[Metric]:
     counts = dict.fromkeys(stages, 0)
     for worker in status.workers:
         counts[worker.stage if worker.stage in counts else "preparing"] += 1
-    workers = GaugeMetricFamily("selfpruner_workers", "Workers alive, by what they do.", labels=["stage"])
+    workers = GaugeMetricFamily(
+        "selfpruner_workers", "Workers alive, by what they did at their last beat.", labels=["stage"]
+    )
     for stage, count in counts.items():
         workers.add_metric([stage], count)
     yield workers
-    ready = counts["idle"] + counts["evaluating"]
-    share = counts["evaluating"] / ready if ready else 0.0
-    yield _gauge("worker_utilisation", "The share of workers with a model that evaluate at this moment.", share)
+    usable = len(status.workers) - counts["unusable"]
+    share = min(1.0, status.queue.running / usable) if usable else 0.0
+    yield _gauge("worker_utilisation", "The share of usable workers that hold a candidate at this moment.", share)
 
 
 def _endpoints(status: Status) -> Iterable[Metric]:
@@ -105,7 +107,7 @@ def _endpoints(status: Status) -> Iterable[Metric]:
         tokens.add_metric([name, "completion"], endpoint.completion_tokens)
         asked.add_metric([name], endpoint.state == "asked")
     yield from (requests, errors, tokens, asked)
-    yield _gauge("degraded", "1 while no LLM endpoint answers and classical operators stand in.", status.degraded)
+    yield _gauge("degraded", "1 while classical operators stand in for the LLM.", status.degraded)
 
 
 def _figures(status: Status) -> Iterable[Metric]:
@@ -113,6 +115,7 @@ def _figures(status: Status) -> Iterable[Metric]:
     yield _gauge("redis_up", "Whether Redis answers.", status.redis == "answers")
     yield _gauge("paused", "1 while the command is pause.", status.control == "pause")
     yield _gauge("finished", "1 when the rounds or the budget are used up.", status.finished)
+    yield _gauge("llm_cost", "What the LLM has cost over all restarts, at the prices of the endpoints.", status.cost)
     yield _gauge("round", "The round of the newest candidate; 0 is the first population.", status.round)
     yield _gauge("best_fitness", "What the search minimises, of the best candidate.", fitness)
     yield _gauge("best_perplexity", "Perplexity of the best candidate.", status.best_perplexity)

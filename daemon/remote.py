@@ -37,11 +37,16 @@ class RemoteSearch:
     async def status(self) -> Status:
         """How far it is."""
         await self.changes()
-        assert self._follower.status is not None
+        return self.seen
+
+    @property
+    def seen(self) -> Status:
+        """The status at the last look."""
+        assert self._follower.status is not None, "changes() or status() comes first"
         return self._follower.status
 
     async def changes(self) -> list[Event]:
-        """What happened since the last call; the first one and `status` begin anew."""
+        """What happened since the last look; nothing at the first one."""
         if not await self._history.read():
             self._follower = Follower()
         card = await self._card()
@@ -57,6 +62,10 @@ class RemoteSearch:
             condition=Condition.model_validate_json(condition) if condition else Condition(),
         )
         return self._follower.look(seen)
+
+    def redis_is_away(self) -> list[Event]:
+        """To be called where `changes` raised that."""
+        return self._follower.redis_is_away()
 
     async def best(self) -> dict[str, Any]:
         """The best candidate so far, as best.json has it."""
@@ -97,6 +106,10 @@ async def open_remote(search: str, redis_url: str | None, folder: Path) -> Async
         if text is None:
             raise UsageError(f"there is no search {search!r} in this Redis")
         yield RemoteSearch(redis, keys, SearchSpec.model_validate_json(text))
+    except BrokenPipeError:  # of whoever reads our answers
+        raise
+    except AWAY as error:
+        raise NotRunning(f"the server of the search {search!r} went away: {error}") from error
     finally:
         await redis.aclose()
 

@@ -99,6 +99,8 @@ class Status(_Value):
     best_kl: float | None
     tokens: dict[str, int]
     """Used by the LLM over all restarts: `prompt` and `completion`."""
+    cost: float = 0.0
+    """Of them, at the prices of the endpoints; over all restarts."""
     seconds: float
 
 
@@ -216,5 +218,6 @@ def make_status(seen: Seen, tally: Tally) -> Status:
         best_perplexity=outcome.perplexity if outcome else None,
         best_kl=outcome.kl if outcome else None,
         tokens={name: int(seen.counters.get(f"{name}_tokens", 0)) for name in ("prompt", "completion")},
+        cost=round(seen.counters.get("cost", 0.0), 6),
         seconds=round(seen.counters.get("seconds", 0.0), 1),
     )
