@@ -3,6 +3,7 @@
 import hashlib
 import random
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
@@ -26,6 +27,8 @@ T = TypeVar("T")
 
 Take = Callable[[T, Answer], Awaitable[str | None]]
 """Uses one item of an answer; returns None, or why it was refused."""
+Turn = Callable[[], AbstractAsyncContextManager[None]]
+"""What an answer is taken within."""
 log = structlog.get_logger()
 
 
@@ -96,7 +99,9 @@ class Asker:
         self._settings = settings
         self._room = 1
 
-    async def ask(self, call: Call, question: Question[T], missing: int, take: Take[T]) -> int:
+    async def ask(
+        self, call: Call, question: Question[T], missing: int, take: Take[T], turn: Turn = nullcontext
+    ) -> int:
         """Ask until `missing` items are taken or the re-asks are used up; returns how many were taken."""
         messages: list[Message] = [
             {"role": "system", "content": self._prompts.fill("system", about=about_model(call.view))},
@@ -107,9 +112,10 @@ class Asker:
             try:
                 answer = await self._answer(call, question, messages, missing - taken, attempt)
             except EndpointError as error:
-                log.info("llm_unavailable", agent=call.agent, round=call.view.round, reason=str(error))
+                log.debug("llm_unavailable", agent=call.agent, round=call.view.round, reason=str(error))
                 break
-            good, problems = await self._take_all(question, answer, missing - taken, take)
+            async with turn():
+                good, problems = await self._take_all(question, answer, missing - taken, take)
             taken += good
             log.info(
                 "llm_reply",

@@ -1,41 +1,24 @@
-"""Asks the LLM: endpoints in order, one retry policy, one total deadline, a byte cap. The only file with openai.
+"""Asks the LLM: endpoints in order, within the budget; and says what state they are in."""
 
-The SDK's own retries are off, so that the attempts of the policy are the attempts that the endpoint sees. The SDK's
-`timeout` is per read, so the deadline is asyncio's; its reading is unbounded, so the cap sits in the transport, where
-it also covers the bodies of errors.
-"""
-
-import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, Self, cast
-from urllib.parse import urlsplit
+from typing import Self
 
-import httpx2
-import openai
 import structlog
-import tenacity
 
-from agents.backoff import retry_after
-from agents.completion import Completion, check_content_type, read_completion
-from agents.dialect import Dialect
+from agents.budget import Budget, BudgetUsedUp, Spent
+from agents.client import RequestFailed
+from agents.connection import Connection, Gate
 from agents.endpoint import Answer, ChatPolicy, Endpoint, Message, Question, Usage
-from agents.transport import capped_at, only_own_headers
-from protocol.errors import EndpointError, SettingsError
+from agents.health import Degraded, LlmState
+from agents.readiness import Readiness
+from protocol.errors import EndpointError
 
 __all__ = ["Answer", "Chat", "ChatPolicy", "Endpoint", "Usage"]
 
-Gate = Callable[[], Awaitable[None]]
 Record = Callable[[dict[str, object]], None]
-
-_LOOPBACK = ("localhost", "127.0.0.1", "::1")
-_NO_KEY = "none"
-"""What an endpoint without a key of its own is sent: the SDK would otherwise take OPENAI_API_KEY to any address."""
-
-_LEFT_ALONE = "left alone after a failure"
 
 log = structlog.get_logger()
 
@@ -51,8 +34,8 @@ def _no_record(_: dict[str, object]) -> None:
 class Chat:
     """Asks endpoints in order; an async context manager.
 
-    `gate` is awaited before every HTTP attempt, so that a pause holds; `record` gets every question with its answer.
-    `degraded` is true from the moment no endpoint answered until one does.
+    `gate` is awaited before every HTTP request, so that a pause holds; `record` gets every question with its answer.
+    `spent` is what earlier processes of this search have spent of the `budget`.
     """
 
     def __init__(
@@ -62,12 +45,18 @@ class Chat:
         *,
         gate: Gate = _open_gate,
         record: Record = _no_record,
+        budget: Budget | None = None,
+        spent: Spent | None = None,
     ) -> None:
         self._policy = policy or ChatPolicy()
-        self._connections = [_Connection(endpoint, self._policy, gate) for endpoint in endpoints]
+        self._connections = [Connection(e, self._policy, gate=gate, permit=self._permit) for e in endpoints]
+        self._gate = gate
         self._record = record
+        self._budget = budget or Budget()
+        self._spent_before = spent or Spent()
         self._stack = AsyncExitStack()
-        self.degraded = False
+        self._degraded: Degraded | None = None
+        self._reason: str | None = None
 
     async def __aenter__(self) -> Self:
         for connection in self._connections:
@@ -79,8 +68,20 @@ class Chat:
 
     @property
     def usage(self) -> dict[str, Usage]:
-        """Totals by endpoint name."""
+        """Totals of this process by endpoint name."""
         return {connection.endpoint.name: connection.usage for connection in self._connections}
+
+    @property
+    def spent(self) -> Spent:
+        """What the search has spent, over all its processes."""
+        return sum((c.usage.spent(c.endpoint) for c in self._connections), self._spent_before)
+
+    @property
+    def state(self) -> LlmState:
+        """Whether the classical operators stand in, and how each endpoint is."""
+        return LlmState(
+            degraded=self._degraded, reason=self._reason, endpoints=tuple(c.state for c in self._connections)
+        )
 
     async def ask(
         self,
@@ -95,38 +96,83 @@ class Chat:
     ) -> Answer:
         """The first endpoint's answer that comes; raises EndpointError when none does."""
         question = Question(messages, schema, schema_name, seed, temperature, max_tokens)
-        failures = []
-        for connection in self._connections:
-            if connection.resting:
-                failures.append(f"{connection.endpoint.name}: {_LEFT_ALONE}")
-                continue
-            try:
-                answer = await connection.answer(question)
-            except EndpointError as error:
-                self._keep(question, label, connection.endpoint.name, error=str(error))
-                failures.append(f"{connection.endpoint.name}: {error}")
-                continue
-            self._keep(question, label, answer.endpoint, answer=answer)
-            self.degraded = False
-            return answer
-        self.degraded = True
-        raise EndpointError(
-            "no LLM endpoint answered: " + ("; ".join(failures) or "none is configured"), retryable=True
-        )
+        try:
+            self._permit()
+            return await self._ask_in_order(question, label)
+        except BudgetUsedUp as error:
+            self._stand_ins("budget", str(error))
+            self._keep(question, label, error=str(error))
+            raise
 
-    async def wait_ready(self, waiting: Callable[[str], None] = lambda _: None) -> None:
-        """Return when any endpoint answers; `waiting` gets their names, once, if none does at first."""
-        pause, told = self._policy.first_wait, False
-        while self._connections and not any(await asyncio.gather(*(c.ready() for c in self._connections))):
-            if not told:
-                waiting(", ".join(c.endpoint.name for c in self._connections))
-                told = True
-            await asyncio.sleep(pause)
-            pause = min(2 * pause, self._policy.longest_wait)
+    async def wait_ready(
+        self, waiting: Callable[[str], None] = lambda _: None, *, at_most: float | None = None, refuse: bool = True
+    ) -> None:
+        """Return when any endpoint answers, or after `at_most` seconds.
+
+        `waiting` gets their names, once, if none answers at first. An endpoint that refuses our key or does not know
+        our model raises SettingsError; with `refuse` False it is switched off, as long as another is left.
+        """
+        if self._budget.used_up(self.spent) is None:
+            readiness = Readiness(self._connections, self._policy, gate=self._gate, permit=self._permit)
+            await readiness.wait(waiting, at_most=at_most, refuse=refuse)
+
+    async def _ask_in_order(self, question: Question, label: str) -> Answer:
+        failures: list[str] = []
+        alive = False
+        for number, connection in enumerate(self._connections):
+            others = any(other.is_free for other in self._connections[number + 1 :])
+            name = connection.endpoint.name
+            started = time.monotonic()
+            try:
+                answer = await connection.answer(
+                    question, patience=self._policy.longest_wait if others else self._policy.deadline
+                )
+            except BudgetUsedUp:
+                raise
+            except EndpointError as error:
+                failures.append(f"{name}: {error}")
+                if isinstance(error, RequestFailed):
+                    alive = alive or error.kind == "question"
+                    connection.usage.errors += 1
+                    log.info("endpoint_failed", endpoint=name, reason=str(error))
+                    self._keep(question, label, endpoint=name, error=str(error), seconds=time.monotonic() - started)
+                continue
+            self._keep(question, label, endpoint=name, answer=answer, seconds=answer.seconds)
+            self._llm_answers()
+            return answer
+        why = "no LLM endpoint answered: " + ("; ".join(failures) or "none is configured")
+        if not alive:
+            self._stand_ins("endpoints", why)
+        self._keep(question, label, error=why)
+        raise EndpointError(why, retryable=True)
+
+    def _permit(self) -> None:
+        """Raise BudgetUsedUp where nothing more may be asked."""
+        if what := self._budget.used_up(self.spent):
+            raise BudgetUsedUp(what)
+
+    def _stand_ins(self, degraded: Degraded, reason: str) -> None:
+        if self._degraded != degraded:
+            log.warning("llm_degraded", degraded=degraded, reason=reason)
+            self._reason = reason
+        self._degraded = degraded
+
+    def _llm_answers(self) -> None:
+        if self._degraded:
+            log.info("llm_recovered", degraded=self._degraded)
+        self._degraded = self._reason = None
 
     def _keep(
-        self, question: Question, label: str, endpoint: str, *, answer: Answer | None = None, error: str | None = None
+        self,
+        question: Question,
+        label: str,
+        *,
+        endpoint: str | None = None,
+        answer: Answer | None = None,
+        error: str | None = None,
+        seconds: float | None = None,
     ) -> None:
+        """Record what came of a question: from one endpoint, or (`endpoint` None) that none answered."""
         self._record(
             {
                 "time": datetime.now(UTC).isoformat(),
@@ -136,201 +182,12 @@ class Chat:
                 "schema_name": question.schema_name,
                 "seed": question.seed,
                 "temperature": question.temperature,
+                "max_tokens": question.max_tokens,
                 "text": answer.text if answer else None,
                 "error": error,
                 "finish_reason": answer.finish_reason if answer else None,
                 "prompt_tokens": answer.prompt_tokens if answer else 0,
                 "completion_tokens": answer.completion_tokens if answer else 0,
-                "seconds": answer.seconds if answer else None,
+                "seconds": seconds,
             }
         )
-
-
-@dataclass
-class _Connection:
-    """One endpoint: its SDK client, what it accepts, and whether it is being left alone."""
-
-    endpoint: Endpoint
-    policy: ChatPolicy
-    gate: Gate
-    usage: Usage = field(default_factory=Usage)
-    dialect: Dialect = field(default_factory=Dialect)
-
-    def __post_init__(self) -> None:
-        self.client = _make_client(self.endpoint, self.policy)
-        self._slots = asyncio.Semaphore(self.policy.concurrency)
-        self._not_before = 0.0
-        self._rests_until = 0.0
-        self._failures_in_a_row = 0
-
-    @property
-    def resting(self) -> bool:
-        return time.monotonic() < self._rests_until
-
-    async def answer(self, question: Question) -> Answer:
-        """One answer, after as many attempts as the policy allows; raises EndpointError."""
-        async with self._slots:
-            if self.resting:  # since this question began to wait for a slot
-                raise EndpointError(_LEFT_ALONE, retryable=True)
-            started = time.monotonic()
-            try:
-                async with asyncio.timeout(self.policy.deadline) as clock:
-                    completion: Completion = await self._retrying(clock)(self._attempt, question, clock)
-            except TimeoutError:
-                raise self._failed(f"no whole answer within {self.policy.deadline:g} s", down=False) from None
-            except (openai.OpenAIError, httpx2.TransportError, ValueError, EndpointError) as error:
-                raise self._failed(self._describe(error), down=_is_down(error)) from None
-        self._failures_in_a_row = 0
-        self.usage.answers += 1
-        self.usage.prompt_tokens += completion.prompt_tokens
-        self.usage.completion_tokens += completion.completion_tokens
-        return Answer(
-            completion.text,
-            self.endpoint.name,
-            completion.prompt_tokens,
-            completion.completion_tokens,
-            time.monotonic() - started,
-            completion.finish_reason,
-        )
-
-    async def ready(self) -> bool:
-        """Whether the endpoint answers. Not every server lists its models: any status but 'still loading' counts."""
-        try:
-            async with asyncio.timeout(self.policy.connect_timeout):
-                await self.client.models.with_raw_response.list()
-        except openai.APIStatusError as error:
-            if error.status_code in (401, 403):
-                raise SettingsError(
-                    f"the LLM endpoint {self.endpoint.name!r} refuses the key ({error.status_code}): "
-                    "set api_key_file or api_key in llm.endpoints"
-                ) from None
-            return error.status_code not in (502, 503, 504)
-        except (openai.OpenAIError, TimeoutError, EndpointError):
-            return False
-        return True
-
-    def _retrying(self, clock: asyncio.Timeout) -> tenacity.AsyncRetrying:
-        """The one retry policy; its last wait is not begun where it would end after the deadline."""
-        backoff = tenacity.wait_random_exponential(multiplier=self.policy.first_wait, max=self.policy.longest_wait)
-
-        def wait(state: tenacity.RetryCallState) -> float:
-            told = _told_to_wait(state.outcome.exception() if state.outcome else None)
-            if told is None:
-                return backoff(state)
-            self._not_before = max(self._not_before, time.monotonic() + told)
-            return told
-
-        def too_late(state: tenacity.RetryCallState) -> bool:
-            end = clock.when()
-            return end is not None and asyncio.get_running_loop().time() + state.upcoming_sleep >= end
-
-        return tenacity.AsyncRetrying(
-            retry=tenacity.retry_if_exception(_worth_another_try),
-            wait=wait,
-            stop=lambda state: state.attempt_number >= self.policy.attempts or too_late(state),
-            reraise=True,
-        )
-
-    async def _attempt(self, question: Question, clock: asyncio.Timeout) -> Completion:
-        """One attempt; a refused parameter is left out and asked again at once, which is no failure."""
-        while True:
-            await self._wait_turn(clock)
-            body = self.dialect.body(
-                question.schema, question.schema_name, question.seed, question.temperature, question.max_tokens
-            )
-            self.usage.requests += 1
-            try:
-                return await self._post(question.messages, body)
-            except openai.APIStatusError as error:
-                if not self.dialect.learn(error.status_code, str(error), body):
-                    raise
-                log.info("endpoint_dialect", endpoint=self.endpoint.name, rung=self.dialect.rung)
-
-    async def _wait_turn(self, clock: asyncio.Timeout) -> None:
-        """Wait as long as the endpoint asked for, then at the gate, so that nothing stands between it and the request.
-
-        A wait beyond the deadline is not begun.
-        """
-        while (wait := self._not_before - time.monotonic()) > 0:
-            end = clock.when()
-            if end is not None and asyncio.get_running_loop().time() + wait >= end:
-                raise EndpointError(f"the endpoint asks to be left alone for {wait:.0f} s", retryable=False)
-            await asyncio.sleep(wait)
-        await self._pass_gate(clock)
-
-    async def _pass_gate(self, clock: asyncio.Timeout) -> None:
-        """Wait at the gate with the deadline's clock stopped."""
-        loop = asyncio.get_running_loop()
-        left = (clock.when() or loop.time()) - loop.time()
-        clock.reschedule(None)
-        await self.gate()
-        clock.reschedule(loop.time() + left)
-
-    async def _post(self, messages: Sequence[Message], body: dict[str, object]) -> Completion:
-        create = self.client.chat.completions.with_streaming_response.create
-        async with create(model=self.endpoint.model, messages=cast(Any, messages), extra_body=body) as response:
-            check_content_type(response.headers.get("content-type", ""))
-            return read_completion(await response.read())
-
-    def _failed(self, why: str, *, down: bool) -> EndpointError:
-        """Count the failure. An endpoint that is down rests at once; one that failed a question, after some in a row.
-
-        A local model that is too slow for one long question, or a prompt that it cannot take, must not stop the others.
-        """
-        self.usage.errors += 1
-        self._failures_in_a_row += 1
-        now = time.monotonic()
-        if down or self._failures_in_a_row >= self.policy.failures_to_rest:
-            self._rests_until = max(now + self.policy.rest, self._not_before)
-        rests = max(0.0, self._rests_until - now)
-        log.warning("endpoint_failed", endpoint=self.endpoint.name, reason=why, rests_s=round(rests, 1))
-        return EndpointError(why, retryable=True)
-
-    def _describe(self, error: Exception) -> str:
-        cause = error.__cause__
-        text = f"{error} ({cause})" if isinstance(error, openai.APIConnectionError) and cause else str(error)
-        if self.endpoint.api_key and (secret := self.endpoint.api_key.get_secret_value()):
-            text = text.replace(secret, "***")
-        return text[:300]
-
-
-def _worth_another_try(error: BaseException) -> bool:
-    match error:
-        case EndpointError():
-            return error.retryable
-        case openai.RateLimitError():
-            return error.code != "insufficient_quota"
-        case openai.APIStatusError():
-            return error.status_code >= 500 or error.status_code in (408, 409)
-        case _:
-            return isinstance(error, openai.APIConnectionError | httpx2.TransportError | ValueError)
-
-
-def _is_down(error: Exception) -> bool:
-    """Whether another question would fare no better: unreachable, overloaded, or it does not know us."""
-    match error:
-        case openai.APIConnectionError():
-            return not isinstance(error.__cause__, EndpointError)  # what our own hooks refuse is about one reply
-        case openai.APIStatusError():
-            return error.status_code not in (400, 413, 422)
-        case _:
-            return False
-
-
-def _told_to_wait(error: BaseException | None) -> float | None:
-    if not isinstance(error, openai.APIStatusError):
-        return None
-    return retry_after(error.response.headers, datetime.now(UTC))
-
-
-def _make_client(endpoint: Endpoint, policy: ChatPolicy) -> openai.AsyncOpenAI:
-    """The SDK over aiohttp: no redirects, no proxy for loopback, no header beside the endpoint's own."""
-    key = endpoint.api_key.get_secret_value() if endpoint.api_key else _NO_KEY
-
-    http = openai.DefaultAioHttpClient(
-        trust_env=urlsplit(endpoint.base_url).hostname not in _LOOPBACK,
-        follow_redirects=False,
-        timeout=httpx2.Timeout(policy.deadline, connect=policy.connect_timeout, pool=None),
-        event_hooks={"request": [only_own_headers(key)], "response": [capped_at(policy.byte_cap)]},
-    )
-    return openai.AsyncOpenAI(base_url=endpoint.base_url, api_key=key, max_retries=0, http_client=http)

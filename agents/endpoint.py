@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from pydantic import SecretStr
 
+from agents.budget import Spent
+
 Message = Mapping[str, str]
 
 
@@ -16,13 +18,18 @@ class Endpoint:
     base_url: str
     model: str
     api_key: SecretStr | None = None
+    price_in: float = 0.0
+    """Of a million tokens of prompts, in any currency, the same for all endpoints."""
+    price_out: float = 0.0
+    """Of a million tokens of answers."""
 
 
 @dataclass(frozen=True)
 class ChatPolicy:
     """How long and how often an endpoint is tried. Times in seconds."""
 
-    attempts: int = 5
+    attempts: int = 4
+    """HTTP requests for one question, as long as they fail in a way that may pass."""
     deadline: float = 120.0
     """For one question to one endpoint, all its attempts together; waiting at the gate is not counted."""
     connect_timeout: float = 10.0
@@ -30,11 +37,14 @@ class ChatPolicy:
     concurrency: int = 4
     """Questions that one endpoint answers at a time."""
     first_wait: float = 0.5
+    """Before the second attempt, at most; it doubles with each."""
     longest_wait: float = 20.0
+    """Between attempts. For a longer one that an endpoint asks for, the next endpoint is asked instead."""
+    failures_to_open: int = 4
+    """So many requests in a row without an answer, and the endpoint is left alone."""
     rest: float = 30.0
-    """How long an endpoint that is down is left alone, so that the stand-ins go on without waiting for it."""
-    failures_to_rest: int = 3
-    """So many failed questions in a row also count as down; one alone may be the question's fault."""
+    """For how long, at first; it doubles with each probe that fails."""
+    longest_rest: float = 600.0
 
 
 @dataclass(frozen=True)
@@ -63,6 +73,11 @@ class Usage:
     errors: int = 0
     prompt_tokens: int = 0
     completion_tokens: int = 0
+
+    def spent(self, endpoint: Endpoint) -> Spent:
+        """What that is at the endpoint's prices."""
+        cost = (self.prompt_tokens * endpoint.price_in + self.completion_tokens * endpoint.price_out) / 1e6
+        return Spent(self.requests, self.prompt_tokens, self.completion_tokens, cost)
 
 
 @dataclass(frozen=True)

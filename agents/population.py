@@ -3,6 +3,7 @@
 from bisect import insort
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 from protocol.candidate import Candidate, Failed, Measured
 
@@ -25,7 +26,8 @@ class Population:
 
     def __init__(self) -> None:
         self._evaluations: dict[str, Evaluation] = {}
-        self._ranked: list[tuple[float, str]] = []
+        # Equals by round and id, so that the rank does not depend on which worker was faster.
+        self._ranked: list[tuple[float, int, str]] = []
 
     def __len__(self) -> int:
         return len(self._ranked)
@@ -50,17 +52,17 @@ class Population:
         self._evaluations[candidate.id] = evaluation
         if not isinstance(outcome, Measured) or candidate.provenance.agent == "baseline":
             return False
-        # Equal fitness: by id, for the order of outcomes depends on how fast each worker is.
-        insort(self._ranked, (outcome.fitness, candidate.id))
-        return self._ranked[0][1] == candidate.id
+        insort(self._ranked, (outcome.fitness, candidate.provenance.round, candidate.id))
+        return self._ranked[0][2] == candidate.id
 
     def get(self, candidate_id: str) -> Evaluation | None:
         """The evaluation of a candidate, if there is one."""
         return self._evaluations.get(candidate_id)
 
-    def top(self, count: int) -> list[Evaluation]:
-        """The best `count` members, best first."""
-        return [self._evaluations[candidate_id] for _, candidate_id in self._ranked[:count]]
+    def top(self, count: int, *, before: int | None = None) -> list[Evaluation]:
+        """The best `count` members, best first; of rounds earlier than `before` where it is given."""
+        ranked = (id_ for _, round_, id_ in self._ranked if before is None or round_ < before)
+        return [self._evaluations[id_] for id_ in islice(ranked, count)]
 
     def best(self) -> Evaluation | None:
         """The best member, or None while nothing is measured."""

@@ -4,7 +4,6 @@ import asyncio
 import hashlib
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import structlog
 
@@ -12,7 +11,8 @@ from agents.asking import Asker, Asks, Call, Question
 from agents.endpoint import Answer
 from agents.prompt import Prompts
 from agents.settings import AgentSettings
-from agents.view import BUDGET_USED_UP, Proposal, Refused, Submit, View
+from agents.turns import Turns
+from agents.view import BUDGET_USED_UP, KNOWN_ALREADY, Proposal, Refused, Submit, View
 from protocol.candidate import AgentName, Provenance, Source
 
 STAND_IN_TRIES = 25
@@ -37,37 +37,41 @@ class Proposer:
         question: Callable[[Call], Question[Proposal]],
         stand_in: Callable[[random.Random], Proposal],
     ) -> int:
-        """Get `count` candidates accepted; returns how many were, which is fewer only where no new plan was found.
+        """Get `count` candidates accepted; returns how many are, which is fewer only where no new plan was found.
 
-        Calls that an earlier process completed (`view.made`) are left out. One that it did not is asked again as it
-        was: an LLM that answers the same then makes the same candidates.
+        Calls that a process before this one has begun are repeated, and those it has finished are not: the questions
+        are the same, so with the same answers the candidates are.
         """
         calls = [Call(self._agent, view, i, size) for i, size in enumerate(self._settings.split(count))]
-        open_calls = [call for call in calls if _made(call) < call.count]
+        offers = [_Offers(self._agent, call, submit) for call in calls]
+        begun = [offer for offer in offers if not offer.is_complete]
+        turns = Turns(offer.call.index for offer in begun)
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(self._fill(call, submit, question(call), stand_in)) for call in open_calls]
-        return sum(task.result() for task in tasks)
+            for offer in begun:
+                group.create_task(self._fill(offer, turns, question(offer.call), stand_in))
+        return sum(len(offer.made) for offer in offers)
 
     async def _fill(
         self,
-        call: Call,
-        submit: Submit,
+        offers: "_Offers",
+        turns: Turns,
         question: Question[Proposal],
         stand_in: Callable[[random.Random], Proposal],
-    ) -> int:
+    ) -> None:
+        call = offers.call
         prompt = f"{question.name}:{hashlib.sha256(question.prompt.encode()).hexdigest()[:8]}"
-        offers = _Offers(call, self._agent, submit)
 
         async def take(proposal: Proposal, answer: Answer) -> str | None:
             return await offers.make(proposal, "llm", endpoint=answer.endpoint, prompt=prompt)
 
         try:
-            await self._asker.ask(call, question, call.count, take)
-            if offers.accepted < call.count:
-                await self._stand_in(call, call.count - offers.accepted, offers, stand_in)
+            async with turns.part(call.index):
+                taken = await self._asker.ask(call, question, call.count, take, lambda: turns.turn(call.index))
+                if taken < call.count:
+                    async with turns.turn(call.index):
+                        await self._stand_in(call, call.count - taken, offers, stand_in)
         except _NothingLeft:
-            log.debug("nothing_left_to_ask", agent=self._agent, round=call.view.round)
-        return offers.accepted
+            log.debug("nothing_left_to_propose", agent=self._agent, round=call.view.round, call=call.index)
 
     async def _stand_in(
         self, call: Call, missing: int, offers: "_Offers", stand_in: Callable[[random.Random], Proposal]
@@ -80,31 +84,31 @@ class Proposer:
         log.info("stand_in", agent=self._agent, round=call.view.round, accepted=taken, missing=missing - taken)
 
 
-class _NothingLeft(Exception):  # noqa: N818  (no error: the search is at its end)
-    """The budget is used up, or an interrupted call has all it lacked; whatever is proposed now is refused."""
+class _NothingLeft(Exception):  # noqa: N818  (no error: the call is at its end)
+    """The call has all its candidates, or the budget is used up: whatever is proposed now is refused."""
 
 
-def _made(call: Call) -> int:
-    """How many candidates of this call an earlier process got accepted."""
-    return sum(made for (agent, i), made in call.view.made.items() if (agent, i) == (call.agent, call.index))
-
-
-@dataclass
 class _Offers:
-    """Hands in the proposals of one call, and counts those accepted, and among them the new ones."""
+    """Hands in the proposals of one call. `made` are its candidates, those of an earlier process included."""
 
-    call: Call
-    agent: AgentName
-    submit: Submit
-    accepted: int = 0
-    new: int = 0
+    def __init__(self, agent: AgentName, call: Call, submit: Submit) -> None:
+        self._agent: AgentName = agent
+        self.call = call
+        self.made = set(call.view.made.get((agent, call.index), ()))
+        self._submit = submit
+        self._taken: set[str] = set()
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the call has all the candidates that it is to make."""
+        return len(self.made) >= self.call.count
 
     async def make(
         self, proposal: Proposal, source: Source, *, endpoint: str | None = None, prompt: str | None = None
     ) -> str | None:
-        """None when the proposal is accepted, else why not; raises _NothingLeft when no more are wanted."""
+        """None when the proposal is accepted, else why not; raises _NothingLeft when no more will be."""
         provenance = Provenance(
-            agent=self.agent,
+            agent=self._agent,
             source=source,
             round=self.call.view.round,
             call=self.call.index,
@@ -112,14 +116,16 @@ class _Offers:
             endpoint=endpoint,
             prompt=prompt,
         )
-        result = await self.submit(proposal.rates, provenance)
+        result = await self._submit(proposal.rates, provenance)
         if result == BUDGET_USED_UP:
             raise _NothingLeft
         if isinstance(result, Refused):
             return result.reason
-        self.accepted += 1
-        self.new += not result.again
-        made = _made(self.call)
-        if made and made + self.new == self.call.count:
+        if result.id in self._taken:
+            return KNOWN_ALREADY.reason
+        self._taken.add(result.id)
+        self.made.add(result.id)
+        if self.is_complete and len(self._taken) < self.call.count:
+            # An earlier process was answered otherwise: its candidates and ours together are enough.
             raise _NothingLeft
         return None

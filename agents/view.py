@@ -20,14 +20,14 @@ class Member:
 
 @dataclass(frozen=True)
 class View:
-    """A search as an agent sees it: the population is best first."""
+    """A search as an agent sees it at the beginning of a round: the population is best first."""
 
     spec: SearchSpec
     card: ModelCard
     round: int
     population: tuple[Member, ...]
-    made: Mapping[tuple[AgentName, int], int] = field(default_factory=dict)
-    """Candidates of this round that an earlier process got accepted, by agent and call."""
+    made: Mapping[tuple[AgentName, int], frozenset[str]] = field(default_factory=dict)
+    """Ids of this round's candidates by agent and call, where a process that was killed had begun it."""
 
     @property
     def units(self) -> tuple[Unit, ...]:
@@ -45,10 +45,9 @@ class View:
 
 @dataclass(frozen=True)
 class Accepted:
-    """The proposal became the candidate `id`; `again` if the same call of an earlier process had made it already."""
+    """The proposal became the candidate `id` and will be measured."""
 
     id: str
-    again: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,9 +59,14 @@ class Refused:
 
 BUDGET_USED_UP = Refused("the budget of evaluations is used up")
 """What every proposal is refused with from then on: the agents stop quietly."""
+KNOWN_ALREADY = Refused("it prunes the model exactly as an earlier configuration does")
+"""What a proposal is refused with whose plan another call, or this one before, has proposed."""
 
 Submit = Callable[[Sequence[float], Provenance], Awaitable[Accepted | Refused]]
-"""Takes raw rates, one per unit. They are made feasible, planned, compared with what is known, and enqueued."""
+"""Takes raw rates, one per unit. They are made feasible, planned, compared with what is known, and enqueued.
+
+What the same call has proposed before is accepted again: that call is repeated because its process was killed.
+"""
 
 
 @dataclass(frozen=True)

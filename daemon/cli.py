@@ -2,10 +2,12 @@
 
 import asyncio
 import json
+import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AsyncExitStack, ExitStack, contextmanager
+from functools import partial
 from importlib.resources import as_file, files
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,11 +16,15 @@ from typing import Annotated, Any
 import typer
 import yaml
 from rich.console import Console
+from rich.live import Live
 
 from daemon import embedded, flags
 from daemon.card_claim import CardClaim, card_claim
+from daemon.changes import Event
 from daemon.display import Display
-from daemon.launch import Launch, secrets_of
+from daemon.http_token import Access, open_access
+from daemon.launch import Launch
+from daemon.llm import secrets_of
 from daemon.local_llm import find_gguf
 from daemon.pruning_request import (
     allocation_of,
@@ -29,10 +35,14 @@ from daemon.pruning_request import (
     request_of_search,
     self_if_none,
 )
-from daemon.remote import NotRunning, RemoteSearch, open_remote, saved
+from daemon.remote import NotRunning, RemoteSearch, open_remote, saved, saved_status
+from daemon.screen import Screen
 from daemon.settings import Settings, check_text, load
 from daemon.signals import run_until_signal
+from daemon.status import Status
 from daemon.summary import Summary, show
+from daemon.watch import json_lines, on_screen
+from daemon.watch import watch as follow
 from protocol import logs
 from protocol.allocation import Method
 from protocol.control import Command
@@ -68,13 +78,12 @@ def run(config: Config = None, set_: flags.Set = None, json_: flags.Json = False
     with as_file(files("configs") / "quickstart.yaml") as quickstart:
         settings = load(config or quickstart, set_ or [])
     _check_texts(settings)
-    if not settings.llm.endpoints:
+    if not settings.llm.endpoints and not settings.llm.replay:
         find_gguf(settings.local_llm.gguf)
     with embedded.only_one(settings.folder):
-        terminal = sys.stderr.isatty()
-        logs.configure(file=settings.folder / "log.jsonl", secrets=secrets_of(settings))
-        display = Display(Console(stderr=True)) if terminal else None
-        summary, interrupted = run_until_signal(_run_embedded(settings, display))
+        access = _configure_logs(settings)
+        display = Display(Console(stderr=True)) if sys.stderr.isatty() else None
+        summary, interrupted = run_until_signal(_run_embedded(settings, access, display))
     raise typer.Exit(_finish(summary, interrupted, json_=json_))
 
 
@@ -84,11 +93,18 @@ def daemon(config: Annotated[Path, typer.Argument(help="A YAML file of settings.
     settings = load(config, set_ or [])
     if settings.redis.url is None:
         raise SettingsError("the setting redis.url is missing: the daemon needs a Redis server that workers reach too")
-    if not settings.llm.endpoints:
+    if not settings.llm.endpoints and not settings.llm.replay:
         raise SettingsError("the setting llm.endpoints is missing: give at least one OpenAI-compatible endpoint")
     settings.folder.mkdir(parents=True, exist_ok=True)
-    logs.configure(file=settings.folder / "log.jsonl", secrets=secrets_of(settings))
-    launch = Launch(settings, settings.redis.url, settings.llm.endpoints, embedded=False)
+    access = _configure_logs(settings)
+    launch = Launch(
+        settings,
+        settings.redis.url,
+        settings.llm.endpoints,
+        embedded=False,
+        access=access,
+        announce=partial(_announce, access),
+    )
     summary, interrupted = run_until_signal(launch.run())
     raise typer.Exit(_finish(summary, interrupted, json_=False))
 
@@ -121,8 +137,21 @@ def status(
     json_: flags.Json = False,
 ) -> None:
     """Say how far a search is."""
-    answer = asyncio.run(_remote(search, redis_url, folder, RemoteSearch.status, otherwise="summary.json"))
-    _answer(answer, json_)
+    _answer(asyncio.run(_status(search, redis_url, folder)).model_dump(mode="json"), json_)
+
+
+@app.command()
+def watch(
+    search: flags.SearchName = "default",
+    redis_url: flags.RedisUrl = None,
+    folder: flags.Folder = Path("runs"),
+    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object per change.")] = False,
+) -> None:
+    """Follow a search until it ends; Ctrl-C ends the watching only."""
+    try:
+        asyncio.run(_watch(search, redis_url, folder, json_=json_))
+    except BrokenPipeError:  # whoever read it has enough; the rest of the buffer goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @app.command()
@@ -285,17 +314,42 @@ def _progress(model: str) -> Iterator[Callable[[str, int, int], None]]:
         yield lambda stage, done, total: line.update(f"{stage} {done}/{total}")
 
 
-async def _run_embedded(settings: Settings, display: Display | None) -> Summary | None:
+def _configure_logs(settings: Settings) -> Access | None:
+    """Set up the log of a search; returns the access to its HTTP API, whose token must not be logged, if it has one."""
+    access = open_access(settings.http, settings.folder) if settings.http.enabled else None
+    secrets = [*secrets_of(settings), *(access.secrets if access else [])]
+    logs.configure(file=settings.folder / "log.jsonl", secrets=secrets)
+    return access
+
+
+def _announce(access: Access | None, url: str) -> None:
+    """Tell a person where the HTTP API is, and the token that was made for it; never a log."""
+    if sys.stderr.isatty():
+        kept = access.kept_in if access else None
+        token = f", token {access.token.get_secret_value()} (in {kept})" if access and access.token and kept else ""
+        sys.stderr.write(f"HTTP API: {url}{token}\n")
+
+
+async def _run_embedded(settings: Settings, access: Access | None, display: Display | None) -> Summary | None:
     """The whole of `selfpruner run`: what is started first ends last."""
     async with AsyncExitStack() as stack:
         url = settings.redis.url
         if url is None:
             url = await stack.enter_async_context(embedded.embedded_server(settings.folder))
         endpoints = settings.llm.endpoints
-        if not endpoints:
+        if not endpoints and not settings.llm.replay:
             endpoints = (await stack.enter_async_context(embedded.local_llm(settings)),)
         await stack.enter_async_context(embedded.workers(settings, url, console=display is None))
-        return await Launch(settings, url, endpoints, embedded=True, display=display).run()
+        launch = Launch(
+            settings,
+            url,
+            endpoints,
+            embedded=True,
+            access=access,
+            announce=partial(_announce, access),
+            display=display,
+        )
+        return await launch.run()
 
 
 def _finish(summary: Summary | None, interrupted: signal.Signals | None, *, json_: bool) -> int:
@@ -335,6 +389,36 @@ def _answer(answer: dict[str, Any], json_: bool) -> None:
 
 def _print_json(answer: dict[str, Any]) -> None:
     sys.stdout.write(json.dumps(answer, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+async def _watch(search: str, redis_url: str | None, folder: Path, *, json_: bool) -> None:
+    own = None if redis_url else folder / search
+    with ExitStack() as stack:
+        if json_ or not sys.stdout.isatty():
+            tell = json_lines(sys.stdout)
+        else:
+            live = stack.enter_context(Live(console=Console(), auto_refresh=False))
+            tell = on_screen(live, Screen())
+        try:
+            async with open_remote(search, redis_url, folder) as remote:
+                await follow(remote, own, tell)
+        except NotRunning:
+            status = saved_status(own) if own else None
+            if status is None:
+                raise
+            tell(status, (), [Event("search_ended", {"finished": status.finished})])
+
+
+async def _status(search: str, redis_url: str | None, folder: Path) -> Status:
+    """The running search's status; of one that ran here and has ended, the last one."""
+    try:
+        async with open_remote(search, redis_url, folder) as remote:
+            return await remote.status()
+    except NotRunning:
+        status = saved_status(folder / search) if redis_url is None else None
+        if status is None:
+            raise
+        return status
 
 
 async def _remote(

@@ -51,6 +51,21 @@ def only_one(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
+def is_running(folder: Path) -> bool:
+    """Whether a `selfpruner run` of the search in `folder` is alive."""
+    try:
+        handle = os.open(folder / "lock", os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
+    return False
+
+
 def socket_path(folder: Path) -> Path:
     """Where the embedded server of a search listens: in its folder, or in a private one if that path is too long."""
     inside = folder.absolute() / "valkey" / "valkey.sock"

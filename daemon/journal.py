@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from agents.population import Evaluation, Population
-from protocol.candidate import Measured
+from protocol.candidate import Candidate, Measured
 from protocol.errors import UsageError
 from protocol.shape import ModelShape
 from protocol.spec import SearchSpec
+
+TRANSCRIPT = "transcript.jsonl"
 
 
 class Journal:
@@ -25,7 +27,7 @@ class Journal:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._evaluations: TextIO | None = None
-            self._transcript = (folder / "transcript.jsonl").open("a", encoding="utf-8")
+            self._transcript = _open_to_append(self.transcript_path)
         except OSError as error:
             raise UsageError(f"run.folder cannot be written: {error}") from error
 
@@ -53,6 +55,22 @@ class Journal:
         self._transcript.write(_line(record))
         self._transcript.flush()
 
+    @property
+    def transcript_path(self) -> Path:
+        """The file of every question to the LLM with its answer."""
+        return self.folder / TRANSCRIPT
+
+    def begin_transcript(self) -> None:
+        """Put an earlier search's transcript aside, as `transcript.1.jsonl` and so on."""
+        if not self.transcript_path.stat().st_size:
+            return
+        self._transcript.close()
+        number = 1
+        while (aside := self.folder / f"transcript.{number}.jsonl").exists():
+            number += 1
+        self.transcript_path.rename(aside)
+        self._transcript = _open_to_append(self.transcript_path)
+
     def close(self) -> None:
         """Close the files."""
         self._transcript.close()
@@ -60,15 +78,32 @@ class Journal:
             self._evaluations.close()
 
 
+def _open_to_append(path: Path) -> TextIO:
+    """The file at `path`, which then ends with a whole line: a kill may have torn its last one."""
+    file = path.open("a", encoding="utf-8")
+    if path.stat().st_size:
+        with path.open("rb") as written:
+            written.seek(-1, os.SEEK_END)
+            if written.read() != b"\n":
+                file.write("\n")
+    return file
+
+
 def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:
     """An evaluation as one flat JSON object."""
-    candidate, outcome = evaluation.candidate, evaluation.outcome
     return {
         "order": evaluation.order,
+        **candidate_record(evaluation.candidate),
+        "outcome": evaluation.outcome.model_dump(mode="json"),
+    }
+
+
+def candidate_record(candidate: Candidate) -> dict[str, Any]:
+    """A candidate, be it measured or not, as one flat JSON object."""
+    return {
         "id": candidate.id,
         "text": candidate.text,
         **candidate.provenance.model_dump(mode="json"),
-        "outcome": outcome.model_dump(mode="json"),
         "rates": candidate.rates,
         "plan": [[p.kv_heads, p.queries_per_kv, p.mlp_channels] for p in candidate.plan.layers],
     }

@@ -3,33 +3,32 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
-from pathlib import Path
-from urllib.parse import urlsplit
+from typing import Any
 
 import structlog
-from pydantic import SecretStr
 
+from agents.asking import Asks
+from agents.budget import Spent
 from agents.chat import Chat
-from agents.crossover import Crossover
-from agents.endpoint import ChatPolicy, Endpoint
-from agents.initializer import Initializer
-from agents.mutator import Mutator
-from agents.prompt import Prompts
-from agents.selector import Selector
-from agents.settings import AgentSettings
+from agents.replay import Remembering
 from daemon.display import Display
+from daemon.http_api import HttpApi
+from daemon.http_server import CannotListen
+from daemon.http_token import Access
 from daemon.journal import Journal, write_json
+from daemon.llm import make_agents, make_chat, read_replay, read_transcript
+from daemon.observer import Observer
 from daemon.pausing import Pausing, StopRequested
-from daemon.search import Agents, Search
-from daemon.settings import EndpointSettings, LlmSettings, Settings
+from daemon.search import Search
+from daemon.settings import EndpointSettings, Settings
 from daemon.store import TICK_SECONDS, History, Memory, SearchStore
 from daemon.summary import Summary, summarise
 from protocol.card import ModelCard
 from protocol.connection import connect
 from protocol.control import Control
-from protocol.errors import SettingsError, UsageError, first_error
+from protocol.errors import UsageError, first_error
 from protocol.keys import Keys
 from protocol.streams import CandidateQueue
 
@@ -39,7 +38,10 @@ log = structlog.get_logger()
 
 
 class Launch:
-    """One process's work on a search. `embedded`: it also started the workers, and the server where none is set."""
+    """One process's work on a search. `embedded`: it also started the workers, and the server where none is set.
+
+    With `access` it serves the HTTP API, whose URL `announce` is told.
+    """
 
     def __init__(
         self,
@@ -48,21 +50,28 @@ class Launch:
         endpoints: Sequence[EndpointSettings],
         *,
         embedded: bool,
+        access: Access | None = None,
+        announce: Callable[[str], None] = lambda _: None,
         display: Display | None = None,
     ) -> None:
         self._settings = settings
         self._spec = settings.spec()
-        self._endpoints = [make_endpoint(e) for e in endpoints]
+        self._endpoints = endpoints
         self._own_server = embedded and settings.redis.url is None
         self._display = display
         keys = Keys(settings.search.name)
         self._redis = connect(redis_url)
         self._store = SearchStore(self._redis, keys, self._spec)
         self._pausing = Pausing(Control(self._redis, keys))
+        self._replay = read_replay(settings)
         self._journal = Journal(settings.folder)
+        self._observer = Observer(self._redis, keys, self._spec, settings.folder)
+        self._api = HttpApi(settings.http, access, self._observer, free_port=embedded) if access else None
+        self._announce = announce
         self._search: Search | None = None
         self._counters: dict[str, float] = {}
-        self._counted: dict[str, float] = {}
+        self._asked = asyncio.Event()
+        self._seconds_before = 0.0
         self._since = time.monotonic()
 
     async def run(self) -> Summary | None:
@@ -96,6 +105,7 @@ class Launch:
 
     async def _work(self, group: asyncio.TaskGroup) -> bool:
         async with AsyncExitStack() as stack:
+            await self._serve(stack)
             # With a server of our own (and its folder locked) no other daemon can be alive.
             queue = await self._store.take_charge(previous_is_dead=self._own_server)
             if self._display:
@@ -106,12 +116,17 @@ class Launch:
                 group.create_task(self._store.stay_in_charge(queue, lambda: self._memory(history))),
                 group.create_task(self._pausing.watch()),
                 group.create_task(self._watch_workers()),
+                group.create_task(_survived("observer_died", self._observer.run())),
             ]
-            self._counters = history.counters
+            self._counters = dict(history.counters)
+            self._seconds_before = history.counters.get("seconds", 0.0)
+            self._observer.begin(history)
+            if not history.ledger:
+                self._journal.begin_transcript()
             if requeued := await self._store.repair(queue, history):
                 log.warning("candidates_requeued", count=requeued)
             card = await self._wait_for_card()
-            chat = await stack.enter_async_context(self._chat())
+            self._observer.chat = chat = await stack.enter_async_context(self._chat(history))
             background += [
                 group.create_task(self._count_for_ever(chat)),
                 group.create_task(self._repair_for_ever(queue)),
@@ -121,26 +136,46 @@ class Launch:
                 self._spec,
                 self._settings.search,
                 card=card,
-                agents=make_agents(self._settings.llm, chat),
+                agents=make_agents(self._settings.llm, self._asks(chat, history)),
                 queue=queue,
                 journal=self._journal,
                 history=history,
                 pausing=self._pausing,
+                seconds=self._seconds,
             )
-            self._search = search
+            self._search = self._observer.search = search
             if self._display:
                 self._display.search = search
-            if search.remaining_budget:
-                await chat.wait_ready(lambda name: log.warning("endpoint_not_ready", endpoint=name))
+            if search.remaining_budget > 0:
+                await chat.wait_ready(
+                    lambda name: log.warning("endpoint_not_ready", endpoint=name),
+                    at_most=self._settings.llm.start_wait_seconds,
+                    refuse=not history.ledger,
+                )
             try:
                 await search.run()
+                self._observer.finished = True
             finally:
                 with contextlib.suppress(TimeoutError):  # the end must not wait for a server that is away
                     async with asyncio.timeout(2):
                         await self._count(chat)
+                        await self._observer.look()
             for task in background:
                 task.cancel()
         return True
+
+    async def _serve(self, stack: AsyncExitStack) -> None:
+        """Serve the HTTP API until the stack is closed; UsageError where it cannot listen."""
+        if self._api is None:
+            return
+        try:
+            self._announce(await stack.enter_async_context(self._api.serving()))
+        except CannotListen:
+            # Where it is this very search's daemon that listens there, that is what must be said.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(5):
+                    await self._store.wait_for_silence()
+            raise
 
     def _memory(self, history: History) -> Memory:
         """What this process knows of the search; `history` is what it found at its start."""
@@ -182,35 +217,52 @@ class Launch:
             if requeued := await self._store.repair(queue, await self._store.history()):
                 log.warning("candidates_requeued", count=requeued)
 
-    def _chat(self) -> Chat:
-        llm = self._settings.llm
-        policy = ChatPolicy(
-            attempts=llm.attempts,
-            deadline=llm.deadline_seconds,
-            byte_cap=llm.max_reply_bytes,
-            concurrency=llm.concurrency,
+    def _chat(self, history: History) -> Chat:
+        counters = history.counters
+        spent = Spent(
+            requests=int(counters.get("requests", 0)),
+            prompt_tokens=int(counters.get("prompt_tokens", 0)),
+            completion_tokens=int(counters.get("completion_tokens", 0)),
+            cost=counters.get("cost", 0.0),
         )
-        return Chat(self._endpoints, policy, gate=self._pausing.gate, record=self._journal.transcript)
+        return make_chat(self._settings.llm, self._endpoints, gate=self._pausing.gate, record=self._record, spent=spent)
+
+    def _asks(self, chat: Chat, history: History) -> Asks:
+        """What the agents ask: a transcript to be replayed; else `chat`, about what no killed process asked already."""
+        if self._replay:
+            return self._replay
+        return Remembering(chat, read_transcript(self._journal.transcript_path)) if history.ledger else chat
+
+    def _record(self, record: dict[str, object]) -> None:
+        self._journal.transcript(record)
+        self._asked.set()
+        if self._api:
+            self._api.metrics.observe(record)
 
     async def _count_for_ever(self, chat: Chat) -> None:
+        """Make durable what is spent, at once when the LLM was asked: a crash must not make a budget larger."""
         while True:
-            await asyncio.sleep(TICK_SECONDS)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(TICK_SECONDS):
+                    await self._asked.wait()
+            self._asked.clear()
             await self._count(chat)
 
     async def _count(self, chat: Chat) -> None:
-        """Make the tokens used and the seconds spent since the last call durable."""
-        now = time.monotonic()
-        usage = chat.usage.values()
+        spent = chat.spent
         totals = {
-            "requests": float(sum(u.requests for u in usage)),
-            "prompt_tokens": float(sum(u.prompt_tokens for u in usage)),
-            "completion_tokens": float(sum(u.completion_tokens for u in usage)),
-            "seconds": now - self._since,
+            "requests": float(spent.requests),
+            "prompt_tokens": float(spent.prompt_tokens),
+            "completion_tokens": float(spent.completion_tokens),
+            "cost": spent.cost,
+            "seconds": self._seconds(),
         }
-        for name, total in totals.items():
-            self._counters[name] = self._counters.get(name, 0.0) + total - self._counted.get(name, 0.0)
-        self._counted = totals
-        await self._store.count({name: self._counters[name] for name in totals})
+        self._counters |= totals
+        await self._store.count(totals)
+
+    def _seconds(self) -> float:
+        """How long the search has run, over all its processes."""
+        return self._seconds_before + time.monotonic() - self._since
 
     def _summary(self, *, finished: bool) -> Summary | None:
         search = self._search
@@ -238,44 +290,9 @@ class Launch:
         await self._redis.aclose()
 
 
-def make_agents(llm: LlmSettings, chat: Chat) -> Agents:
-    """The four agents that ask this LLM."""
-    settings = AgentSettings(
-        reply=llm.reply,
-        proposals_per_call=llm.proposals_per_call,
-        reasks=llm.reasks,
-        temperature=llm.temperature,
-        max_tokens=llm.max_tokens,
-    )
-    prompts = Prompts()
-    return Agents(
-        initializer=Initializer(chat, prompts, settings),
-        selector=Selector(chat, prompts, settings),
-        mutator=Mutator(chat, prompts, settings),
-        crossover=Crossover(chat, prompts, settings),
-    )
-
-
-def make_endpoint(settings: EndpointSettings) -> Endpoint:
-    """The endpoint with its key, read from its file where it has one."""
-    key = settings.api_key
-    if settings.api_key_file is not None:
-        key = SecretStr(_read_key(settings.api_key_file))
-    url = urlsplit(settings.base_url)  # which may hold a password, and then the name must not
-    name = settings.name or (f"{url.hostname}:{url.port}" if url.port else str(url.hostname))
-    return Endpoint(name=name, base_url=settings.base_url, model=settings.model, api_key=key)
-
-
-def secrets_of(settings: Settings) -> list[str]:
-    """Every secret value in the settings, for the log's redaction."""
-    keys = [make_endpoint(e).api_key for e in settings.llm.endpoints]
-    urls = [settings.redis.url or "", *(e.base_url for e in settings.llm.endpoints)]
-    passwords = [urlsplit(url).password for url in urls]
-    return [key.get_secret_value() for key in keys if key] + [password for password in passwords if password]
-
-
-def _read_key(path: Path) -> str:
+async def _survived(event: str, work: Coroutine[Any, Any, None]) -> None:
+    """Do `work`; if it dies, say so once, and no more."""
     try:
-        return path.expanduser().read_text(encoding="utf-8").strip()
-    except OSError as error:
-        raise SettingsError(f"llm.endpoints: the key file {str(path)!r} cannot be read: {error.strerror}") from error
+        await work
+    except Exception:
+        log.exception(event)

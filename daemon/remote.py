@@ -8,11 +8,13 @@ from typing import Any
 
 from redis.asyncio import Redis
 
-from agents.population import Population
+from agents.population import Evaluation
+from daemon.changes import Event, Follower
 from daemon.embedded import embedded_url
 from daemon.journal import best_record
-from daemon.store import load_history, read_dead, read_workers
-from protocol.candidate import Measured
+from daemon.observer import STATUS_FILE
+from daemon.remote_history import RemoteHistory
+from daemon.status import AroundReader, Condition, QueueDepth, Seen, Status
 from protocol.card import ModelCard
 from protocol.connection import AWAY, connect
 from protocol.control import Command, Control
@@ -25,45 +27,61 @@ class RemoteSearch:
     """A search in a Redis server that answers."""
 
     def __init__(self, redis: Redis, keys: Keys, spec: SearchSpec) -> None:
-        self._redis = redis
+        self._redis: Any = redis  # its annotations cannot say that replies are str
         self._keys = keys
         self._spec = spec
+        self._history = RemoteHistory(redis, keys)
+        self._around = AroundReader(redis, keys)
+        self._follower = Follower()
 
-    async def status(self) -> dict[str, Any]:
-        """How far it is: its command, its daemon and workers, its candidates and its best."""
-        client: Any = self._redis
-        history = await load_history(self._redis, self._keys)
-        population = _population(history.ledger, history.outcomes)
-        best = population.best()
-        measured = best.outcome if best and isinstance(best.outcome, Measured) else None
-        proposals = [c.provenance for c in history.ledger.values() if c.provenance.agent != "baseline"]
-        return {
-            "search": self._keys.search,
-            "model": self._spec.model,
-            "rate": self._spec.rate,
-            "control": await Control(self._redis, self._keys).read(),
-            "daemon": await client.get(self._keys.daemon),
-            "workers": [w.model_dump() for w in await read_workers(self._redis, self._keys)],
-            "round": max((p.round for p in proposals), default=0),
-            "candidates": len(proposals),
-            "waiting": len(history.ledger) - len(history.outcomes),
-            "failed": sum(outcome.kind == "failed" for outcome in history.outcomes.values()),
-            "dead": await read_dead(self._redis, self._keys),
-            "fitness": self._spec.measure,
-            "best_perplexity": measured and measured.perplexity,
-            "best_kl": measured and measured.kl,
-            "seconds": round(history.counters.get("seconds", 0.0), 1),
-        }
+    async def status(self) -> Status:
+        """How far it is."""
+        await self.changes()
+        return self.seen
+
+    @property
+    def seen(self) -> Status:
+        """The status at the last look."""
+        assert self._follower.status is not None, "changes() or status() comes first"
+        return self._follower.status
+
+    async def changes(self) -> list[Event]:
+        """What happened since the last look; nothing at the first one."""
+        if not await self._history.read():
+            self._follower = Follower()
+        card = await self._card()
+        condition = await self._redis.get(self._keys.condition)
+        seen = Seen(
+            search=self._keys.search,
+            spec=self._spec,
+            ledger=self._history.ledger,
+            population=self._history.population,
+            counters=self._history.counters,
+            dense_perplexity=card.dense.perplexity if card else None,
+            around=await self._around.read(),
+            condition=Condition.model_validate_json(condition) if condition else Condition(),
+        )
+        return self._follower.look(seen)
+
+    def redis_is_away(self) -> list[Event]:
+        """To be called where `changes` raised that."""
+        return self._follower.redis_is_away()
 
     async def best(self) -> dict[str, Any]:
         """The best candidate so far, as best.json has it."""
-        history = await load_history(self._redis, self._keys)
-        best = _population(history.ledger, history.outcomes).top(1)
-        if not best:
+        await self._history.read()
+        best, card = self._history.population.best(), await self._card()
+        if best is None or card is None:
             raise UsageError(f"the search {self._keys.search!r} has measured no candidate yet")
-        client: Any = self._redis
-        card = ModelCard.model_validate_json(await client.get(self._keys.card))
-        return best_record(self._keys.search, self._spec, card.shape, best[0])
+        return best_record(self._keys.search, self._spec, card.shape, best)
+
+    def top(self, count: int) -> list[Evaluation]:
+        """The best members at the last look, best first."""
+        return self._history.population.top(count)
+
+    async def _card(self) -> ModelCard | None:
+        text = await self._redis.get(self._keys.card)
+        return ModelCard.model_validate_json(text) if text else None
 
     async def command(self, command: Command) -> dict[str, Any]:
         """Command run, pause or stop."""
@@ -88,6 +106,10 @@ async def open_remote(search: str, redis_url: str | None, folder: Path) -> Async
         if text is None:
             raise UsageError(f"there is no search {search!r} in this Redis")
         yield RemoteSearch(redis, keys, SearchSpec.model_validate_json(text))
+    except BrokenPipeError:  # of whoever reads our answers
+        raise
+    except AWAY as error:
+        raise NotRunning(f"the server of the search {search!r} went away: {error}") from error
     finally:
         await redis.aclose()
 
@@ -106,8 +128,11 @@ def saved(folder: Path, file: str) -> dict[str, Any] | None:
     return record if isinstance(record, dict) else None
 
 
-def _population(ledger: dict[str, Any], outcomes: dict[str, Any]) -> Population:
-    population = Population()
-    for candidate_id, outcome in outcomes.items():
-        population.insert(ledger[candidate_id], outcome)
-    return population
+def saved_status(folder: Path) -> Status | None:
+    """How far the search in `folder` came, without the processes that it then had; None if it never began."""
+    record = saved(folder, STATUS_FILE)
+    if record is None:
+        return None
+    status = Status.model_validate(record)
+    left = status.queue.queued + status.queue.running
+    return status.model_copy(update={"daemon": None, "workers": (), "queue": QueueDepth(queued=left)})

@@ -1,12 +1,13 @@
 """The search: propose, enqueue, collect. Generational mode, Algorithm 1 of the paper.
 
-What has been done is read off the ledger alone: how many candidates each agent has in each round. A search that was
-killed anywhere asks for what is missing and goes on.
+What has been done is read off the ledger alone: which candidates each call of each agent has made in each round. A
+search that was killed anywhere repeats the calls that are not complete and goes on. What a round gets depends on the
+earlier rounds and on the LLM's answers, never on what was faster, so a search can be replayed from its transcript.
 """
 
 import asyncio
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import structlog
@@ -17,12 +18,12 @@ from agents.mutator import Mutator
 from agents.population import Evaluation, Population
 from agents.population_keeper import PopulationKeeper
 from agents.selector import Selector
-from agents.view import BUDGET_USED_UP, Accepted, Member, Refused, View
+from agents.view import BUDGET_USED_UP, KNOWN_ALREADY, Accepted, Member, Refused, Submit, View
 from daemon.journal import Journal, best_record
 from daemon.pausing import Pausing
 from daemon.settings import SearchSettings
 from daemon.store import History
-from protocol.candidate import AgentName, Candidate, Measured, Provenance, Text, candidate_id
+from protocol.candidate import AgentName, Candidate, Measured, Provenance, Source, Text, candidate_id
 from protocol.card import ModelCard
 from protocol.errors import BudgetError
 from protocol.plan import Plan
@@ -43,7 +44,10 @@ class Agents:
 
 
 class Search:
-    """One search from its first question to its best candidate; `history` is what earlier processes did of it."""
+    """One search from its first question to its best candidate; `history` is what earlier processes did of it.
+
+    `seconds` says how long it has run, over all its processes.
+    """
 
     def __init__(
         self,
@@ -57,19 +61,22 @@ class Search:
         journal: Journal,
         history: History,
         pausing: Pausing,
+        seconds: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self.name, self.spec, self.card, self.pausing = name, spec, card, pausing
         self._settings, self._agents, self._queue = settings, agents, queue
-        self._journal = journal
+        self._journal, self._seconds = journal, seconds
+        self._time_is_up = False
         self.ledger = dict(history.ledger)
         self.selections = dict(history.selections)
-        self._offered: set[str] = set()
         self.population = Population()
         for id_, outcome in history.outcomes.items():
             self.population.insert(self.ledger[id_], outcome)
         self._keeper = PopulationKeeper(
             queue, self.population, self.ledger, cursor=history.cursor, on_evaluation=self._note
         )
+        self.parents_source: Source | None = None
+        """Who chose the parents of the last round."""
         self.round = max((c.provenance.round for c in self.ledger.values()), default=0)
 
     async def run(self) -> None:
@@ -86,31 +93,34 @@ class Search:
         await self._populate()
         for round_ in range(1, self._settings.rounds + 1):
             await self._keeper.settled()
-            if not self.remaining_budget:
+            if self.remaining_budget <= 0:
                 break
             await self._next_round(round_)
         await self._keeper.settled()
 
     async def _populate(self) -> None:
         """Round 0: the Initializer's first population."""
-        wanted, missing = self._wanted("initializer", 0, self._settings.population)
-        if missing:
+        count = min(self._settings.population, self._planned)
+        if missing := count - self._made("initializer", 0):
             log.info("round_started", round=0, missing=missing)
-            await self._agents.initializer.propose(self._view(0), wanted, self._submit)
+            await self._agents.initializer.propose(self._view(0), count, self._submit)
 
     async def _next_round(self, round_: int) -> None:
         """The Selector's parents, then mutation and crossover at the same time."""
-        mutations, more = self._wanted("mutator", round_, self._settings.mutations)
-        crossovers, still_more = self._wanted("crossover", round_, self._settings.crossovers)
+        left = self._planned - sum(p.round < round_ for p in self._proposals())
+        mutations = max(0, min(self._settings.mutations, left))
+        crossovers = max(0, min(self._settings.crossovers, left - mutations))
+        missing = mutations + crossovers - self._made("mutator", round_) - self._made("crossover", round_)
         view = self._view(round_)
-        if not more + still_more or len(view.population) < 2:
+        if missing <= 0 or len(view.population) < 2:
             return
         self.round = round_
-        log.info("round_started", round=round_, missing=more + still_more, best=view.population[0].fitness)
+        log.info("round_started", round=round_, missing=missing, best=view.population[0].fitness)
         parents = await self._select(view)
         async with asyncio.TaskGroup() as group:
-            group.create_task(self._agents.mutator.propose(view, parents, mutations, self._submit))
-            group.create_task(self._agents.crossover.propose(view, parents, crossovers, self._submit))
+            mutating = group.create_task(self._agents.mutator.propose(view, parents, mutations, self._submit))
+            submit = self._submit_after(mutating)
+            group.create_task(self._agents.crossover.propose(view, parents, crossovers, submit))
 
     async def _select(self, view: View) -> Sequence[Member]:
         """The Selector's parents for this round: as it chose them, if an earlier process asked it."""
@@ -118,6 +128,7 @@ class Search:
         if chosen is None:
             wanted = self._settings.mutations + self._settings.crossovers
             selection = await self._agents.selector.select(view, wanted)
+            self.parents_source = selection.source
             chosen = self.selections[view.round] = tuple(member.candidate.id for member in selection.parents)
             await self._queue.remember_selection(view.round, chosen)
         members = {member.candidate.id: member for member in view.population}
@@ -143,13 +154,21 @@ class Search:
         candidate = Candidate(
             id=candidate_id(plan, self.spec.fingerprint), rates=feasible, plan=plan, provenance=provenance
         )
-        if self._made_by_the_same_call(candidate):
-            return Accepted(candidate.id, again=True)
-        if candidate.id in self.ledger:
-            return Refused("it prunes the model exactly as an earlier configuration does")
-        if not self.remaining_budget:
+        if known := self.ledger.get(candidate.id):
+            is_repeated = _maker(known.provenance) == _maker(provenance)
+            return Accepted(candidate.id) if is_repeated else KNOWN_ALREADY
+        if self.remaining_budget <= 0:
             return BUDGET_USED_UP
         return await self._enqueue(candidate)
+
+    def _submit_after(self, earlier: asyncio.Task[int]) -> Submit:
+        """`_submit` once the `earlier` proposals are all in: what is known must not depend on who is faster."""
+
+        async def submit(rates: Sequence[float], provenance: Provenance) -> Accepted | Refused:
+            await asyncio.wait({earlier})
+            return await self._submit(rates, provenance)
+
+        return submit
 
     async def _enqueue_plan(self, plan: Plan, rates: Sequence[float], *, text: Text = "fitness") -> None:
         provenance = Provenance(agent="baseline", source="allocation", round=0)
@@ -160,7 +179,6 @@ class Search:
     async def _enqueue(self, candidate: Candidate) -> Accepted:
         # Into the ledger first: an agent running at the same time must not propose it again meanwhile.
         self.ledger[candidate.id] = candidate
-        self._offered.add(candidate.id)
         await self._queue.enqueue(candidate)
         log.info("candidate_enqueued", candidate=candidate.id, **candidate.provenance.model_dump(include=_WHO))
         return Accepted(candidate.id)
@@ -185,50 +203,55 @@ class Search:
 
     @property
     def remaining_budget(self) -> int:
-        """How many more candidates may be proposed."""
-        settings = self._settings
-        planned = settings.population + settings.rounds * (settings.mutations + settings.crossovers)
-        return min(settings.max_evaluations or planned, planned) - self.proposed
+        """How many more candidates may be proposed; none once search.budget_hours are over."""
+        return 0 if self._hours_are_over() else self._planned - self.proposed
 
     @property
     def proposed(self) -> int:
         """How many candidates the agents have made so far."""
-        return sum(c.provenance.agent != "baseline" for c in self.ledger.values())
+        return len(self._proposals())
 
     def counts(self) -> dict[str, Counter[str]]:
         """Candidates by agent and by source, baselines left out."""
-        proposals = [c.provenance for c in self.ledger.values() if c.provenance.agent != "baseline"]
+        proposals = self._proposals()
         return {"by_agent": Counter(p.agent for p in proposals), "by_source": Counter(p.source for p in proposals)}
 
-    def _made_by_the_same_call(self, candidate: Candidate) -> bool:
-        """Whether a call that was interrupted, and is asked again, proposes what it proposed before."""
-        earlier = self.ledger.get(candidate.id)
-        if earlier is None or candidate.id in self._offered:
-            return False
-        self._offered.add(candidate.id)
-        mine, its = candidate.provenance, earlier.provenance
-        return (mine.agent, mine.round, mine.call) == (its.agent, its.round, its.call)
+    @property
+    def _planned(self) -> int:
+        settings = self._settings
+        planned = settings.population + settings.rounds * (settings.mutations + settings.crossovers)
+        return min(settings.max_evaluations or planned, planned)
 
-    def _wanted(self, agent: AgentName, round_: int, planned: int) -> tuple[int, int]:
-        """How many candidates an agent is to make in a round, as far as the budget goes, and how many it lacks."""
-        made = self._made(round_)
-        wanted = max(0, min(planned, self.remaining_budget + sum(made.values())))
-        return wanted, max(0, wanted - sum(n for (maker, _), n in made.items() if maker == agent))
+    def _hours_are_over(self) -> bool:
+        hours = self._settings.budget_hours
+        if hours is not None and not self._time_is_up and self._seconds() >= 3600 * hours:
+            self._time_is_up = True
+            log.info("search_hours_used_up", hours=hours, candidates=self.proposed)
+        return self._time_is_up
 
-    def _made(self, round_: int) -> Counter[tuple[AgentName, int]]:
-        """The candidates of a round so far, by agent and call."""
-        provenances = [c.provenance for c in self.ledger.values()]
-        return Counter((p.agent, p.call) for p in provenances if p.round == round_ and p.agent != "baseline")
+    def _proposals(self) -> list[Provenance]:
+        return [c.provenance for c in self.ledger.values() if c.provenance.agent != "baseline"]
+
+    def _made(self, agent: AgentName, round_: int) -> int:
+        return sum(p.agent == agent and p.round == round_ for p in self._proposals())
 
     def _view(self, round_: int) -> View:
-        """What an agent sees in a round: what earlier rounds made, also when this one had begun before a restart."""
-        earlier = [e for e in self.population.top(len(self.population)) if e.candidate.provenance.round < round_]
+        """What the agents are shown in a round, the same whenever in that round they are asked."""
         members = tuple(
             Member(e.candidate, e.outcome.fitness)
-            for e in earlier[: self._settings.population]
+            for e in self.population.top(self._settings.population, before=round_)
             if isinstance(e.outcome, Measured)
         )
-        return View(self.spec, self.card, round_, members, self._made(round_))
+        made: defaultdict[tuple[AgentName, int], set[str]] = defaultdict(set)
+        for id_, candidate in self.ledger.items():
+            who = candidate.provenance
+            if who.round == round_ and who.agent != "baseline":
+                made[who.agent, who.call].add(id_)
+        return View(self.spec, self.card, round_, members, {call: frozenset(ids) for call, ids in made.items()})
+
+
+def _maker(provenance: Provenance) -> tuple[str, int, int]:
+    return provenance.agent, provenance.round, provenance.call
 
 
 _WHO = {"agent", "source", "round"}

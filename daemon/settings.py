@@ -4,7 +4,9 @@ An unknown setting is an error that names the nearest right one.
 """
 
 import difflib
+import ipaddress
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -62,6 +64,8 @@ class SearchSettings(_Section):
     """N: rounds after the first population."""
     max_evaluations: PositiveInt | None = None
     """Stop proposing after so many candidates, whatever the rounds; none means no limit."""
+    budget_hours: PositiveFloat | None = None
+    """Stop proposing when the daemon has run so long, restarts and pauses included; none means no limit."""
     fitness: Measure = "perplexity"
     """What the search minimises on data.fitness: `perplexity` (the paper), or `kl`, divergence from the dense model."""
     granularity: Granularity = "layer"
@@ -123,6 +127,10 @@ class EndpointSettings(_Section):
     """A file with the key (a Docker or Kubernetes secret)."""
     name: str | None = None
     """As logs call it; the URL's host where left out."""
+    price_in: float = Field(default=0.0, ge=0)
+    """Of a million tokens asked, in any currency, the same for all endpoints; for llm.budget_cost."""
+    price_out: float = Field(default=0.0, ge=0)
+    """Of a million tokens answered."""
 
 
 class LlmSettings(_Section):
@@ -148,6 +156,22 @@ class LlmSettings(_Section):
     """A longer HTTP reply is cut off and refused."""
     concurrency: PositiveInt = 4
     """Questions under way at once."""
+    failures_to_open: PositiveInt = 4
+    """After so many requests in a row without an answer an endpoint is left alone."""
+    rest_seconds: PositiveFloat = 30.0
+    """For how long; then one question tries it, and each such trial that fails doubles the rest, up to ten minutes."""
+    start_wait_seconds: float = Field(default=600.0, ge=0)
+    """How long the start waits for an endpoint that answers; then the search begins, with the classical operators."""
+    budget_requests: PositiveInt | None = None
+    """HTTP requests that the search may make, over all restarts; then the classical operators take over."""
+    budget_tokens: PositiveInt | None = None
+    """Tokens, of questions and answers together, that the search may use."""
+    budget_cost: PositiveFloat | None = None
+    """What it may cost, in the currency of the endpoints' price_in and price_out."""
+    replay: Path | None = None
+    """A transcript.jsonl: answers are taken from it, and no endpoint is asked."""
+    replay_strict: bool = False
+    """End the search at a question that the transcript does not hold; else the classical operator stands in."""
 
 
 class LocalLlmSettings(_Section):
@@ -183,6 +207,41 @@ class WorkerSettings(_Section):
     """A model that takes longer to load and calibrate is killed and tried again, three times in all."""
 
 
+_TOKEN = re.compile(r"[A-Za-z0-9._~+/=-]{16,256}")
+
+
+def check_token(token: SecretStr) -> SecretStr:
+    """Return `token` if it may guard the HTTP API; the error does not show it."""
+    if token.get_secret_value() and not _TOKEN.fullmatch(token.get_secret_value()):
+        raise ValueError("a token has 16 to 256 letters, digits and . _ ~ + / = -, or is empty to ask for none")
+    return token
+
+
+class HttpSettings(_Section):
+    """The HTTP API of the daemon: status, events, control and metrics."""
+
+    enabled: bool = True
+    """Serve it."""
+    host: str = Field(default="127.0.0.1", min_length=1)
+    """The address to listen on. Beyond loopback (`0.0.0.0` is every interface) a token is compulsory."""
+    port: int | None = Field(default=None, ge=0, le=65535)
+    """None means 8090, or any free port for `selfpruner run` where that is taken; 0 means any free port."""
+    token: Annotated[SecretStr, AfterValidator(check_token)] | None = None
+    """What requests must bear. None: made at random and kept in `http-token` of the search's folder. Empty: none."""
+    token_file: Path | None = None
+    """A file with the token (a Docker or Kubernetes secret)."""
+    allowed_hosts: tuple[Annotated[str, Field(pattern=r"^[A-Za-z0-9.:-]+$")], ...] = ()
+    """Names that the server may be called by, beside `localhost`, loopback addresses and http.host."""
+
+    @property
+    def on_loopback(self) -> bool:
+        """Whether only this machine reaches it."""
+        try:
+            return self.host == "localhost" or ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+
 class RunSettings(_Section):
     """Files."""
 
@@ -204,6 +263,7 @@ class Settings(BaseSettings):
     local_llm: LocalLlmSettings = LocalLlmSettings()
     redis: RedisSettings = RedisSettings()
     worker: WorkerSettings = WorkerSettings()
+    http: HttpSettings = HttpSettings()
     run: RunSettings = RunSettings()
 
     def spec(self) -> SearchSpec:
@@ -267,11 +327,24 @@ def load(config: Path | None, overrides: Sequence[str] = ()) -> Settings:
             f"target.rate {settings.target.rate} cannot be reached with every unit between search.lowest_rate "
             f"{settings.search.lowest_rate} and search.highest_rate {settings.search.highest_rate}"
         )
+    priced = [endpoint for endpoint in settings.llm.endpoints if endpoint.price_in or endpoint.price_out]
+    if settings.llm.budget_cost is not None and not priced:
+        raise SettingsError("llm.budget_cost needs price_in and price_out at the endpoints that cost something")
+    _check_http(settings.http)
     try:
         settings.spec()
     except ValidationError as error:
         raise SettingsError(validation_sentence(error)) from error
     return settings
+
+
+def _check_http(http: HttpSettings) -> None:
+    if http.token is not None and http.token_file is not None:
+        raise SettingsError("give http.token or http.token_file, not both")
+    if http.enabled and http.token is not None and not http.token.get_secret_value() and not http.on_loopback:
+        raise SettingsError(
+            f"http.host {http.host!r} is reached from other machines: http.token must not be empty there"
+        )
 
 
 def text_spec(source: str, windows: int | None, seqlen: int) -> TextSpec:
@@ -338,7 +411,7 @@ def validation_sentence(error: ValidationError) -> str:
     message = message[:1].lower() + message[1:]
     if not name:  # two settings that do not go together
         return message
-    if name.startswith(("llm.endpoints", "redis.url")):  # what was given may hold a key or a password
+    if name.startswith(("llm.endpoints", "redis.url", "http.token")):  # what was given may hold a key or a password
         return f"{name} cannot be what was given: {message}"
     return f"{name} cannot be {_one_line(first['input'])!r}: {message}"
 

@@ -121,7 +121,7 @@ class SearchStore:
         if previous_is_dead:
             await self._forget_workers()
         else:
-            await self._wait_for_silence()
+            await self.wait_for_silence()
         await self._adopt_spec()
         self._epoch = int(await self._patiently(lambda: self._redis.incr(self._keys.epoch)))
         await self._show_life()
@@ -213,7 +213,8 @@ class SearchStore:
         milliseconds = int(SIGN_OF_LIFE_SECONDS * 1000)
         await self._patiently(lambda: self._redis.set(self._keys.daemon, self._me, px=milliseconds))
 
-    async def _wait_for_silence(self) -> None:
+    async def wait_for_silence(self) -> None:
+        """Return when no daemon of this search shows signs of life; SearchExistsError when one goes on doing so."""
         owner, left = await self._owner()
         if not owner:
             return

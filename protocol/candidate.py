@@ -23,7 +23,7 @@ class _Value(BaseModel):
 class Provenance(_Value):
     """Where a candidate comes from. Round 0 is the first population; `endpoint` and `prompt` only if an LLM made it.
 
-    `call` counts the agent's calls of the round: one that was interrupted is asked again, its candidates known again.
+    `call` tells the questions that one agent asks in one round apart.
     """
 
     agent: AgentName

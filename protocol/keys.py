@@ -110,6 +110,11 @@ class Keys:
         return self["daemon"]
 
     @property
+    def condition(self) -> str:
+        """String: the daemon's Condition as JSON (daemon/status.py): what only it knows; stays when it ends."""
+        return self["condition"]
+
+    @property
     def worker_prefix(self) -> str:
         """Keys `…:worker:<consumer>` with expiry: a worker's status, and the proof that it lives."""
         return self["worker:"]

@@ -1,11 +1,13 @@
 """Fixtures shared by all tests."""
 
+import logging
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+import structlog
 from redis.asyncio import Redis
 
 from protocol.connection import connect
@@ -43,6 +45,19 @@ async def redis(server: Server) -> AsyncIterator[Redis]:
 @pytest.fixture
 def keys() -> Keys:
     return Keys("test")
+
+
+@pytest.fixture
+def restored_logs() -> Iterator[None]:
+    """Undoes what a test sets up of logging."""
+    root = logging.getLogger()
+    before, level = list(root.handlers), root.level
+    yield
+    for handler in set(root.handlers) - set(before):
+        handler.close()
+    root.handlers[:] = before
+    root.setLevel(level)
+    structlog.reset_defaults()
 
 
 @pytest.fixture(autouse=True)

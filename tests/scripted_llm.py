@@ -16,8 +16,8 @@ from aiohttp import web
 from agents.endpoint import Endpoint
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
-Says = Callable[[dict[str, Any]], str]
-"""From the body of a request to the text that the model answers."""
+Says = Callable[[dict[str, Any]], str | Handler]
+"""From the body of a request to the text that the model answers, or to what happens instead."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,11 @@ def refuses(status: int, message: str, code: str | None = None, headers: Mapping
     """An error as OpenAI words it."""
     body = {"error": {"message": message, "type": "error", "code": code}}
     return Reply(json.dumps(body).encode(), status, headers or {})
+
+
+def lists_models(*names: str) -> Reply:
+    """The models that an endpoint has."""
+    return as_json({"object": "list", "data": [{"id": name, "object": "model"} for name in names]})
 
 
 async def drips(request: web.Request) -> web.StreamResponse:
@@ -111,7 +116,7 @@ class ScriptedLlm:
         script: Sequence[Handler] | Says = (),
         *,
         name: str = "fake",
-        models: Sequence[Handler] = (Reply(b'{"object": "list", "data": []}'),),
+        models: Sequence[Handler] | None = None,
         port: int = 0,
     ) -> None:
         self.name = name
@@ -119,8 +124,8 @@ class ScriptedLlm:
         self.other_paths: list[str] = []
         self.readiness_checks = 0
         self.port = port
-        self._script = script
-        self._models = models
+        self.script = script
+        self._models = models if models is not None else [lists_models("model", "scripted", "m")]
 
     async def __aenter__(self) -> Self:
         application = web.Application(client_max_size=64 * 1024 * 1024)
@@ -152,9 +157,10 @@ class ScriptedLlm:
     async def _complete(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
         self.asked.append(Asked(dict(request.headers), body, time.monotonic()))
-        if callable(self._script):
-            return await says(self._script(body))(request)
-        handler = self._script[min(len(self.asked), len(self._script)) - 1]
+        if callable(self.script):
+            answer = self.script(body)
+            return await (says(answer) if isinstance(answer, str) else answer)(request)
+        handler = self.script[min(len(self.asked), len(self.script)) - 1]
         return await handler(request)
 
     async def _list_models(self, request: web.Request) -> web.StreamResponse:

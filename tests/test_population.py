@@ -1,6 +1,7 @@
 """The population and its keeper."""
 
 import asyncio
+import itertools
 
 from agents.population import Evaluation, Population
 from agents.population_keeper import PopulationKeeper
@@ -8,9 +9,14 @@ from protocol.candidate import Candidate, Failed, Result
 from tests.samples import candidate, candidates, measured
 
 
-def test_members_are_ranked_by_perplexity_and_the_earlier_of_equals_comes_first() -> None:
+def of_round(round_: int, made: Candidate) -> Candidate:
+    return made.model_copy(update={"provenance": made.provenance.model_copy(update={"round": round_})})
+
+
+def test_members_are_ranked_by_perplexity_and_of_equals_the_one_of_the_earlier_round_comes_first() -> None:
     population = Population()
     many = candidates(4)
+    many[2] = of_round(2, many[2])
     for each, perplexity in zip(many, (5.0, 3.0, 5.0, 4.0), strict=True):
         population.insert(each, measured(perplexity, each))
     assert [e.candidate for e in population.top(4)] == [many[1], many[3], many[0], many[2]]
@@ -25,21 +31,32 @@ def test_members_are_ranked_by_divergence_where_it_was_measured() -> None:
     assert [e.candidate for e in population.top(3)] == [many[1], many[2], many[0]]
 
 
+def test_the_rank_does_not_depend_on_which_outcome_came_first() -> None:
+    many = candidates(4)
+    ranks = set()
+    for order in itertools.permutations(many):
+        population = Population()
+        for each in order:
+            population.insert(each, measured(5.0, each))
+        ranks.add(tuple(e.candidate.id for e in population.top(4)))
+    assert len(ranks) == 1
+
+
+def test_members_of_later_rounds_can_be_left_out() -> None:
+    population = Population()
+    many = candidates(4)
+    for number, each in enumerate(many):
+        population.insert(of_round(number, each), measured(5.0 - number, each))
+    assert [e.candidate.id for e in population.top(4, before=2)] == [many[1].id, many[0].id]
+    assert [e.candidate.id for e in population.top(1, before=2)] == [many[1].id]
+
+
 def test_only_an_improvement_is_a_new_best() -> None:
     population = Population()
     many = candidates(3)
-    answers = [population.insert(c, measured(p, c)) for c, p in zip(many, (5.0, 4.0, 4.5), strict=True)]
+    many[2] = of_round(2, many[2])
+    answers = [population.insert(c, measured(p, c)) for c, p in zip(many, (5.0, 4.0, 4.0), strict=True)]
     assert answers == [True, True, False]
-
-
-def test_members_of_equal_fitness_have_one_order_whichever_was_measured_first() -> None:
-    orders = []
-    for many in (candidates(4), candidates(4)[::-1]):
-        population = Population()
-        for each in many:
-            population.insert(each, measured(5.0, each))
-        orders.append([e.candidate.id for e in population.top(4)])
-    assert orders[0] == orders[1]
 
 
 def test_failed_candidates_and_baselines_are_remembered_but_are_no_members() -> None:

@@ -217,6 +217,8 @@ async def test_a_running_search_is_watched_paused_resumed_and_stopped_from_anoth
     run: Run, llm: ScriptedLlm
 ) -> None:
     process = await run.start("--set", "search.rounds=200")
+    await eventually(lambda: run.measured(1), 120)
+    watching = await run.command("watch", "--search", "s", "--json")
     await eventually(lambda: run.measured(3), 120)
     code, _, err = await run.answer("run", str(run.config))
     assert code == 2 and "already running" in err
@@ -230,6 +232,7 @@ async def test_a_running_search_is_watched_paused_resumed_and_stopped_from_anoth
     status = json.loads(out)
     assert (code, status["control"]) == (0, "pause")
     assert status["workers"][0]["stage"] in ("idle", "evaluating")
+    assert status["daemon"] and status["parents_source"] in (None, "llm", "stand-in") and status["degraded"] is False
 
     assert (await run.answer("resume", "--search", "s"))[0] == 0
     await eventually(lambda: run.measured(measured + 3), 60)
@@ -237,6 +240,19 @@ async def test_a_running_search_is_watched_paused_resumed_and_stopped_from_anoth
     out_, _ = await asyncio.wait_for(process.communicate(), 60)
     assert process.returncode == 0
     assert not json.loads(out_)["finished"]
+    watched, _ = await asyncio.wait_for(watching.communicate(), 20)
+    assert watching.returncode == 0
+    events = [json.loads(line) for line in watched.splitlines()]
+    assert set(events[0]) == {"event", *status} and events[0]["event"] == "status"
+    assert [e["control"] for e in events if e["event"] == "control_changed"][:2] == ["pause", "run"]
+    assert len([e for e in events if e["event"] == "candidate_measured"]) >= 3
+    assert events[-1] == {"event": "search_ended", "finished": False}
+
+    code, out, _ = await run.answer("status", "--search", "s", "--json")
+    ended = json.loads(out)
+    assert code == 0 and set(ended) == set(status)
+    assert (ended["daemon"], ended["workers"], ended["finished"]) == (None, [], False)
+    assert ended["measured"] == len([e for e in run.evaluations() if e["agent"] != "baseline"])
 
 
 @pytest.mark.parametrize(
@@ -264,10 +280,10 @@ async def test_bad_input_gets_one_sentence_and_exit_code_2(
 
 
 async def test_an_endpoint_that_is_not_there_at_the_start_is_waited_for(run: Run, llm: ScriptedLlm) -> None:
-    late = ScriptedLlm(llm._script)
+    late = ScriptedLlm(llm.script)
     async with late:
         pass  # takes a free port, and gives it back
-    process = await run.start("--set", f"llm.endpoints=[{{base_url: '{late.base_url}', model: late}}]")
+    process = await run.start("--set", f"llm.endpoints=[{{base_url: '{late.base_url}', model: model}}]")
     log = run.folder / "runs" / "s" / "log.jsonl"
 
     async def waiting() -> bool:

@@ -14,6 +14,7 @@ import pytest
 from redis.asyncio import Redis
 from rich.console import Console
 
+from agents.asking import Asks
 from agents.crossover import Crossover
 from agents.initializer import Initializer
 from agents.mutator import Mutator
@@ -76,7 +77,7 @@ class Conducted:
         *,
         spec: SearchSpec = SPEC,
         settings: SearchSettings = SETTINGS,
-        chat: SchemaChat | None = None,
+        chat: Asks | None = None,
         proposals_per_call: int | None = None,
     ) -> None:
         self.proposals_per_call = proposals_per_call
@@ -201,6 +202,7 @@ async def test_a_search_that_was_killed_anywhere_has_the_history_of_an_undisturb
             running.cancel()
             await asyncio.wait({running})
         conducted.journal.close()
+        assert isinstance(conducted.chat, SchemaChat)
         selections += sum(re.match("selector .* attempt 0", label) is not None for label in conducted.chat.labels)
         if not killed:
             break
@@ -309,7 +311,7 @@ async def test_a_search_that_minimises_divergence_ranks_by_it_and_shows_both(
     assert f"{summary.best.kl:.4f}" in text and f"{summary.best.perplexity:.2f}" in text and f"{ratio:.3f}" in text
 
     status = await RemoteSearch(redis, keys, spec).status()
-    assert (status["fitness"], status["best_kl"], status["best_perplexity"]) == ("kl", best["kl"], best["perplexity"])
+    assert (status.fitness, status.best_kl, status.best_perplexity) == ("kl", best["kl"], best["perplexity"])
 
 
 async def test_the_table_of_a_search_that_minimises_perplexity_does_not_speak_of_divergence(
@@ -319,7 +321,7 @@ async def test_the_table_of_a_search_that_minimises_perplexity_does_not_speak_of
         search = await Conducted(redis, keys, tmp_path).run()
     text = shown(summarise("test", SPEC, CARD, search.ledger, search.population, {}, finished=True))
     assert "perplexity" in text and "kl" not in text.split()
-    assert (await RemoteSearch(redis, keys, SPEC).status())["best_kl"] is None
+    assert (await RemoteSearch(redis, keys, SPEC).status()).best_kl is None
 
 
 def shown(summary: Summary) -> str:

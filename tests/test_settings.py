@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from daemon.launch import make_endpoint, secrets_of
+from daemon.llm import make_endpoint, secrets_of
 from daemon.settings import load, setting_names
 from daemon.settings_page import page
 from protocol.errors import SettingsError

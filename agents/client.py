@@ -1,0 +1,154 @@
+"""HTTP requests to one endpoint by the OpenAI SDK, and what their failures mean. The only file with openai.
+
+The SDK's own retries are off, so that the attempts of our policy are the attempts that the endpoint sees. The SDK's
+`timeout` is per read, so the deadline is the caller's; its reading is unbounded, so the cap sits in the transport,
+where it also covers the bodies of errors.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+from typing import Any, Literal, Self, cast
+from urllib.parse import urlsplit
+
+import httpx2
+import openai
+
+from agents.backoff import retry_after
+from agents.completion import Completion, check_content_type, read_completion
+from agents.endpoint import ChatPolicy, Endpoint, Message
+from agents.transport import capped_at, only_own_headers
+from protocol.errors import EndpointError
+
+Kind = Literal["unreachable", "limited", "question", "refused"]
+"""What a failure is about.
+
+`unreachable`: the connection, the server, or a reply that is no completion; worth another try, and counted against the
+endpoint. `limited`: it asks to be left alone for a while. `question`: it cannot take this one. `refused`: it will take
+none of ours (a wrong key, an unknown model, a quota used up).
+"""
+
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
+_NO_KEY = "none"
+"""What an endpoint without a key of its own is sent: the SDK would otherwise take OPENAI_API_KEY to any address."""
+_LONGEST_REASON = 300
+_QUOTA_CODES = ("insufficient_quota", "billing_hard_limit_reached", "billing_not_active")
+_UNKNOWN_MODEL = re.compile(
+    r"model_not_found|(unknown|invalid|no such) model\b|not a valid model"
+    r"|\bmodel\b[^{}]{0,150}?(\bnot found\b|\bnot be found\b|does not exist|doesn't exist)",
+    re.IGNORECASE,
+)
+
+
+class RequestFailed(EndpointError):  # noqa: N818  (an EndpointError, told apart)
+    """One HTTP request failed. `wait` is how long the endpoint asks to be left alone; None where it does not say."""
+
+    def __init__(
+        self, reason: str, kind: Kind, *, retryable: bool = False, status: int | None = None, wait: float | None = None
+    ) -> None:
+        super().__init__(reason, retryable=retryable)
+        self.kind = kind
+        self.status = status
+        self.wait = wait
+        self.unknown_model = False
+
+
+class Client:
+    """Sends requests to one endpoint; an async context manager."""
+
+    def __init__(self, endpoint: Endpoint, policy: ChatPolicy) -> None:
+        self._model = endpoint.model
+        key = endpoint.api_key.get_secret_value() if endpoint.api_key else ""
+        self._secrets = [secret for secret in (key, urlsplit(endpoint.base_url).password) if secret]
+        self._sdk = _make_sdk(endpoint.base_url, key or _NO_KEY, policy)
+
+    async def __aenter__(self) -> Self:
+        await self._sdk.__aenter__()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._sdk.close()
+
+    async def complete(self, messages: Sequence[Message], body: dict[str, object]) -> Completion:
+        """One completion by one HTTP request; raises RequestFailed."""
+        create = self._sdk.chat.completions.with_streaming_response.create
+        try:
+            async with create(model=self._model, messages=cast(Any, messages), extra_body=body) as response:
+                check_content_type(response.headers.get("content-type", ""))
+                return read_completion(await response.read())
+        except (openai.OpenAIError, httpx2.TransportError, ValueError, EndpointError) as error:
+            raise self._failure(error) from None
+
+    async def model_names(self) -> list[str]:
+        """The models that the endpoint lists; raises RequestFailed, and not every server has a list."""
+        try:
+            response = await self._sdk.models.with_raw_response.list()
+            reply = json.loads(response.content)
+        except (openai.OpenAIError, httpx2.TransportError, EndpointError) as error:
+            raise self._failure(error) from None
+        except (ValueError, RecursionError):
+            return []
+        models = reply.get("data") if isinstance(reply, dict) else None
+        entries = models if isinstance(models, list) else []
+        names = [entry.get("id") for entry in entries if isinstance(entry, dict)]
+        return [self.masked(name) for name in names if isinstance(name, str)]
+
+    def masked(self, text: str) -> str:
+        """`text` without this endpoint's secrets, which it may have echoed."""
+        for secret in self._secrets:
+            text = text.replace(secret, "***")
+        return text
+
+    def _failure(self, error: Exception) -> RequestFailed:
+        if isinstance(error, openai.APIStatusError):
+            return self._refusal(error)
+        cause = error.__cause__
+        if isinstance(error, openai.APIConnectionError) and cause:
+            reason = str(cause) if isinstance(cause, EndpointError) else f"{error} ({cause or type(cause).__name__})"
+        else:
+            reason = str(error)
+        return RequestFailed(self.masked(reason)[:_LONGEST_REASON], "unreachable", retryable=True)
+
+    def _refusal(self, error: openai.APIStatusError) -> RequestFailed:
+        status = error.status_code
+        text, body = _body_of(error.response)
+        unknown = status in (400, 404, 422) and _UNKNOWN_MODEL.search(f"{error.code} {text}") is not None
+        quota = status == 402 or (status == 429 and error.code in _QUOTA_CODES)
+        kind: Kind = "unreachable"
+        if unknown or quota or status in (401, 403):
+            kind = "refused"
+        elif status == 429:
+            kind = "limited"
+        elif status in (400, 413, 422):
+            kind = "question"
+        # A proxy says 404 or 307 while what is behind it starts: no matter for this question, nor for ever.
+        retryable = kind == "limited" or (kind == "unreachable" and (status >= 500 or status in (408, 409)))
+        wait = retry_after(error.response.headers, datetime.now(UTC), body)
+        reason = error.message if " - " in error.message else f"{error.message}: {text}".rstrip(": ")
+        failed = RequestFailed(
+            self.masked(reason)[:_LONGEST_REASON], kind, retryable=retryable, status=status, wait=wait
+        )
+        failed.unknown_model = unknown
+        return failed
+
+
+def _body_of(response: httpx2.Response) -> tuple[str, object]:
+    """The beginning of an error's body, and the whole where it is JSON."""
+    text, body = "", None
+    with suppress(httpx2.ResponseNotRead, httpx2.StreamError, ValueError, RecursionError):
+        text = response.text
+        body = json.loads(text)
+    return " ".join(text[:1000].split()), body
+
+
+def _make_sdk(base_url: str, key: str, policy: ChatPolicy) -> openai.AsyncOpenAI:
+    """The SDK over aiohttp: no redirects, no proxy for loopback, no header beside the endpoint's own."""
+    http = openai.DefaultAioHttpClient(
+        trust_env=urlsplit(base_url).hostname not in _LOOPBACK,
+        follow_redirects=False,
+        timeout=httpx2.Timeout(policy.deadline, connect=policy.connect_timeout, pool=None),
+        event_hooks={"request": [only_own_headers(key)], "response": [capped_at(policy.byte_cap)]},
+    )
+    return openai.AsyncOpenAI(base_url=base_url, api_key=key, max_retries=0, http_client=http)

@@ -1,0 +1,240 @@
+"""One endpoint: its slots, its cool-down, its circuit breaker, and the one retry policy."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+
+import structlog
+import tenacity
+
+from agents.backoff import Cooldown
+from agents.breaker import Breaker
+from agents.client import Client, RequestFailed
+from agents.completion import Completion
+from agents.dialect import Dialect
+from agents.endpoint import Answer, ChatPolicy, Endpoint, Question, Usage
+from agents.health import EndpointState
+from protocol.errors import EndpointError
+
+Gate = Callable[[], Awaitable[None]]
+Permit = Callable[[], None]
+
+CHARACTERS_PER_TOKEN = 4
+"""Where an endpoint does not count: a budget must not go blind."""
+
+log = structlog.get_logger()
+
+
+class LeftAlone(EndpointError):  # noqa: N818  (nobody was asked)
+    """The endpoint was not asked: it rests, it asked to be left alone, or it is off."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(f"left alone: {why}", retryable=False)
+
+
+class Connection:
+    """Asks one endpoint; an async context manager.
+
+    `gate` is awaited before each HTTP request; `permit` is called right before it and may raise EndpointError.
+    """
+
+    def __init__(self, endpoint: Endpoint, policy: ChatPolicy, *, gate: Gate, permit: Permit) -> None:
+        self.endpoint = endpoint
+        self.usage = Usage()
+        self.client = Client(endpoint, policy)
+        self._policy = policy
+        self._gate = gate
+        self._permit = permit
+        self._dialect = Dialect()
+        self._slots = asyncio.Semaphore(policy.concurrency)
+        self._cooldown = Cooldown()
+        self._breaker = Breaker(failures=policy.failures_to_open, rest=policy.rest, longest_rest=policy.longest_rest)
+        self._verdict = asyncio.Event()
+        """Set while no probe is under way."""
+        self._verdict.set()
+        self._off: str | None = None
+        self._last_failure: str | None = None
+
+    @property
+    def state(self) -> EndpointState:
+        """How it is, for people."""
+        if self._off:
+            return EndpointState(name=self.endpoint.name, state="off", reason=self._off)
+        reason = None if self._breaker.state == "closed" else self._last_failure
+        return EndpointState(name=self.endpoint.name, state=self._breaker.state, reason=reason)
+
+    @property
+    def is_off(self) -> bool:
+        """Whether it will never be asked again."""
+        return self._off is not None
+
+    @property
+    def is_free(self) -> bool:
+        """Whether a question would be asked at once, slots aside."""
+        return not self._off and self._breaker.admits and not self._cooldown.left
+
+    def switch_off(self, why: str) -> None:
+        """Never ask it again, and say so once."""
+        if self._off is None:
+            self._off = why
+            log.error("endpoint_off", endpoint=self.endpoint.name, reason=why)
+
+    async def answer(self, question: Question, *, patience: float) -> Answer:
+        """One answer, after as many attempts as the policy allows; raises EndpointError.
+
+        `patience` is how long, in seconds, the endpoint may ask to be left alone, or a probe may take.
+        """
+        async with self._slots:
+            with await self._enter(patience) as probe:
+                started = time.monotonic()
+                completion = await self._within_deadline(question, patience, attempts=1 if probe else None)
+        return self._answer(question, completion, time.monotonic() - started)
+
+    async def _enter(self, patience: float) -> "_Entrance":
+        """Pass the breaker; raises LeftAlone. While one question probes, the others wait for its verdict."""
+        if not self._verdict.is_set():
+            try:
+                async with asyncio.timeout(min(patience, self._policy.longest_wait)):
+                    await self._verdict.wait()
+            except TimeoutError:
+                raise LeftAlone("one question is trying it") from None
+        self._check_open()
+        return _Entrance(self._breaker, self._verdict)
+
+    def _check_open(self) -> None:
+        if self._off:
+            raise LeftAlone(self._off)
+        if not self._breaker.admits:
+            raise LeftAlone(f"it rests for {self._breaker.rests:.0f} s after: {self._last_failure}")
+
+    async def _within_deadline(self, question: Question, patience: float, attempts: int | None) -> Completion:
+        try:
+            async with asyncio.timeout(self._policy.deadline) as clock:
+                retrying = self._retrying(clock, patience, attempts or self._policy.attempts)
+                completion: Completion = await retrying(self._attempt, question, clock, patience)
+                return completion
+        except TimeoutError:
+            why = f"no whole answer within {self._policy.deadline:g} s"
+            self._failed(RequestFailed(why, "unreachable"))
+            raise RequestFailed(why, "unreachable") from None
+
+    def _retrying(self, clock: asyncio.Timeout, patience: float, attempts: int) -> tenacity.AsyncRetrying:
+        """The one retry policy; its last wait is not begun where it would end after the deadline."""
+        backoff = tenacity.wait_random_exponential(multiplier=self._policy.first_wait, max=self._policy.longest_wait)
+
+        def wait(state: tenacity.RetryCallState) -> float:
+            error = state.outcome.exception() if state.outcome else None
+            seconds = backoff(state)
+            if isinstance(error, RequestFailed) and error.kind == "limited" and error.wait is None:
+                self._cool_down(seconds, error)
+            return 0.0 if self._cooldown.left else seconds  # a shared wait is waited in `_wait_turn`
+
+        def stop(state: tenacity.RetryCallState) -> bool:
+            waits = max(state.upcoming_sleep, self._cooldown.left)
+            late = _time_left(clock) <= waits or self._cooldown.left > patience
+            return state.attempt_number >= attempts or late or self._breaker.state != "closed"
+
+        return tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception(lambda error: isinstance(error, RequestFailed) and error.retryable),
+            wait=wait,
+            stop=stop,
+            reraise=True,
+        )
+
+    async def _attempt(self, question: Question, clock: asyncio.Timeout, patience: float) -> Completion:
+        """One attempt; a refused parameter is left out and asked again at once, which is no failure."""
+        while True:
+            await self._wait_turn(clock, patience)
+            body = self._dialect.body(
+                question.schema, question.schema_name, question.seed, question.temperature, question.max_tokens
+            )
+            self._permit()
+            self.usage.requests += 1
+            try:
+                completion = await self.client.complete(question.messages, body)
+            except RequestFailed as error:
+                if error.status is None or not self._dialect.learn(error.status, str(error), body):
+                    self._failed(error)
+                    raise
+                log.info("endpoint_dialect", endpoint=self.endpoint.name, rung=self._dialect.rung)
+            else:
+                self._succeeded()
+                return completion
+
+    async def _wait_turn(self, clock: asyncio.Timeout, patience: float) -> None:
+        """Wait as long as the endpoint asked for, then at the gate, so that nothing stands between it and the request.
+
+        A wait beyond the deadline, or beyond `patience`, is not begun.
+        """
+        while wait := self._cooldown.wait():
+            if self._cooldown.left > patience or wait >= _time_left(clock):
+                raise LeftAlone(f"it asks to be, for {self._cooldown.left:.0f} s")
+            await asyncio.sleep(wait)
+        await self._pass_gate(clock)
+        if self._off or self._breaker.state == "open":  # since this question was let in
+            raise LeftAlone(self._off or f"it rests after: {self._last_failure}")
+
+    async def _pass_gate(self, clock: asyncio.Timeout) -> None:
+        """Wait at the gate with the deadline's clock stopped."""
+        left = _time_left(clock)
+        clock.reschedule(None)
+        await self._gate()
+        clock.reschedule(asyncio.get_running_loop().time() + left)
+
+    def _succeeded(self) -> None:
+        if self._breaker.succeeded():
+            log.info("endpoint_up", endpoint=self.endpoint.name)
+
+    def _failed(self, error: RequestFailed) -> None:
+        """Take a failed request into account. One that the endpoint understood shows that it lives."""
+        self._last_failure = str(error)
+        if error.wait is not None:
+            self._cool_down(error.wait, error)
+        if error.kind == "refused":
+            self.switch_off(str(error))
+        if error.kind != "unreachable":
+            self._succeeded()
+            return
+        was_closed = self._breaker.state == "closed"
+        if self._breaker.failed() and was_closed:
+            rests = round(self._breaker.rests, 1)
+            log.warning("endpoint_down", endpoint=self.endpoint.name, reason=str(error), rests_s=rests)
+
+    def _cool_down(self, seconds: float, error: RequestFailed) -> None:
+        if self._cooldown.extend(seconds):
+            log.info("endpoint_cools_down", endpoint=self.endpoint.name, seconds=round(seconds, 1), reason=str(error))
+
+    def _answer(self, question: Question, completion: Completion, seconds: float) -> Answer:
+        asked = sum(len(message["content"]) for message in question.messages)
+        prompt_tokens = completion.prompt_tokens or asked // CHARACTERS_PER_TOKEN
+        completion_tokens = completion.completion_tokens or len(completion.text) // CHARACTERS_PER_TOKEN
+        self.usage.answers += 1
+        self.usage.prompt_tokens += prompt_tokens
+        self.usage.completion_tokens += completion_tokens
+        text = self.client.masked(completion.text)
+        return Answer(text, self.endpoint.name, prompt_tokens, completion_tokens, seconds, completion.finish_reason)
+
+
+class _Entrance:
+    """Being let in by the breaker; without a verdict at the end, the probe was given up."""
+
+    def __init__(self, breaker: Breaker, verdict: asyncio.Event) -> None:
+        self._breaker = breaker
+        self._verdict = verdict
+        self._is_probe = False
+
+    def __enter__(self) -> bool:
+        self._is_probe = self._breaker.enter()
+        if self._is_probe:
+            self._verdict.clear()
+        return self._is_probe
+
+    def __exit__(self, *_: object) -> None:
+        if self._is_probe:
+            self._breaker.abandoned()
+            self._verdict.set()
+
+
+def _time_left(clock: asyncio.Timeout) -> float:
+    loop = asyncio.get_running_loop()
+    return (clock.when() or loop.time()) - loop.time()

@@ -1,0 +1,134 @@
+"""What `selfpruner watch` shows on a terminal: where the search is, its best, its workers, its last events."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from datetime import datetime
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from agents.population import Evaluation
+from daemon.changes import Event
+from daemon.status import Status
+from protocol.candidate import Measured
+
+SHOWN_MEMBERS = 5
+SHOWN_EVENTS = 20
+FEWEST_EVENTS = 3
+OVERVIEW_LINES = 9
+RATE_SECONDS = 120.0
+
+
+class Screen:
+    """Remembers what a status does not say: the last events, and how fast candidates are measured."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._events: deque[str] = deque(maxlen=SHOWN_EVENTS)
+        self._counts: deque[tuple[float, int]] = deque()
+
+    def take(self, status: Status, events: Sequence[Event]) -> None:
+        """Note what is new."""
+        moment = datetime.now().strftime("%H:%M:%S")
+        self._events.extend(f"{moment}  {in_words(event)}" for event in events)
+        now = self._clock()
+        self._counts.append((now, status.measured + status.failed))
+        while now - self._counts[0][0] > RATE_SECONDS:
+            self._counts.popleft()
+
+    @property
+    def per_minute(self) -> float | None:
+        """Candidates measured a minute over the last two; None before there is anything to tell it from."""
+        (first, before), (last, now) = self._counts[0], self._counts[-1]
+        return 60 * (now - before) / (last - first) if last - first >= 5 else None
+
+    def render(self, status: Status, members: Sequence[Evaluation], height: int = 50) -> RenderableType:
+        """The whole screen; as many events as there is room for in `height` lines."""
+        taken = OVERVIEW_LINES + 2 + len(members) + 2 + len(status.workers)
+        events = list(self._events)[-max(FEWEST_EVENTS, height - taken - 1) :]
+        return Group(
+            self._overview(status),
+            _members(status, members),
+            _workers(status),
+            *(_plain(event, "dim") for event in events),
+        )
+
+    def _overview(self, status: Status) -> RenderableType:
+        title = _plain(f"{status.search}: {status.model}, {status.rate:.0%} removed")
+        table = Table(title=title, show_header=False, title_style="bold", box=None, title_justify="left")
+        table.add_column(style="bold")
+        table.add_column()
+        rate = "–" if self.per_minute is None else f"{self.per_minute:.1f} a minute"
+        source = status.by_source
+        table.add_row("state", _state(status))
+        table.add_row("round", f"{status.round}, parents chosen by {status.parents_source or '–'}")
+        table.add_row("candidates", f"{status.measured} measured, {status.failed} failed; {rate}")
+        table.add_row("made by", f"LLM {source.get('llm', 0)}, stand-in {source.get('stand-in', 0)}")
+        table.add_row("queue", f"{status.queue.queued} queued, {status.queue.running} running")
+        table.add_row(
+            "best", f"{_figure(status.best_perplexity)}{_kl(status.best_kl)}, dense {_figure(status.dense_perplexity)}"
+        )
+        table.add_row("tokens", f"{status.tokens.get('prompt', 0):,} in, {status.tokens.get('completion', 0):,} out")
+        table.add_row("time", f"{status.seconds:,.0f} s")
+        return table
+
+
+def in_words(event: Event) -> str:
+    """An event on one line."""
+    fields = " ".join(f"{name}={_short(value)}" for name, value in event.fields.items() if value is not None)
+    return f"{event.name.replace('_', ' ')}  {fields}"
+
+
+def _state(status: Status) -> Text:
+    if status.redis == "away":
+        return Text("Redis does not answer; what stands here is from before", "red")
+    if status.daemon is None:
+        return Text("finished" if status.finished else "no daemon runs it", "green" if status.finished else "yellow")
+    if status.control != "run":
+        return Text({"pause": "paused", "stop": "stopping"}[status.control], "yellow")
+    if status.degraded:
+        why = "the LLM's budget is used up" if status.degraded_by == "budget" else "no LLM endpoint answers"
+        return Text(f"degraded: {why}, classical operators stand in", "yellow")
+    return Text("running" if status.workers else "waiting for a worker", "green" if status.workers else "yellow")
+
+
+def _members(status: Status, members: Sequence[Evaluation]) -> RenderableType:
+    table = Table(title="best candidates", box=None, title_justify="left")
+    for column in ("rank", "id", "kl" if status.fitness == "kl" else "perplexity", "agent", "source", "round"):
+        table.add_column(column, justify="right" if column in ("rank", "perplexity", "kl", "round") else "left")
+    for rank, member in enumerate(members, start=1):
+        if isinstance(member.outcome, Measured):
+            who = member.candidate.provenance
+            fitness = f"{member.outcome.fitness:,.4f}"
+            table.add_row(str(rank), _plain(member.candidate.id), fitness, who.agent, who.source, str(who.round))
+    return table
+
+
+def _workers(status: Status) -> RenderableType:
+    table = Table(title="workers", box=None, title_justify="left")
+    for column in ("worker", "doing", "measured"):
+        table.add_column(column, justify="right" if column == "measured" else "left")
+    for worker in status.workers:
+        share = f" {worker.done}/{worker.total}" if worker.total and worker.stage not in ("idle", "evaluating") else ""
+        doing = _plain(f"{worker.stage}{share} {worker.detail}".strip())
+        table.add_row(_plain(worker.consumer), doing, str(worker.measured))
+    return table
+
+
+def _figure(perplexity: float | None) -> str:
+    return "–" if perplexity is None else f"{perplexity:,.2f}"
+
+
+def _kl(kl: float | None) -> str:
+    return "" if kl is None else f" (kl {kl:.4f})"
+
+
+def _plain(text: str, style: str = "") -> Text:
+    """Text from Redis as it stands: no markup, and nothing that would command the terminal."""
+    return Text("".join(c if c.isprintable() else "?" for c in text), style)
+
+
+def _short(value: object) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)

@@ -1,0 +1,227 @@
+"""A launched search with its HTTP API, as `selfpruner daemon` starts it: scripted LLM, instant worker, real server."""
+
+import asyncio
+import json
+import random
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from redis.asyncio import Redis
+from structlog.testing import capture_logs
+
+from daemon.cli import main
+from daemon.http_token import open_access
+from daemon.launch import Launch
+from daemon.llm import secrets_of
+from daemon.observer import Observer
+from daemon.settings import Settings, load
+from daemon.summary import Summary
+from protocol import logs
+from protocol.errors import SearchExistsError, UsageError
+from protocol.keys import Keys
+from tests.samples import CARD
+from tests.schema_answers import value_of
+from tests.scripted_llm import ScriptedLlm, as_json, refuses
+from tests.servers import Server, eventually
+from tests.test_search import evaluating
+
+KEY = "sk-a-key-that-must-stay-secret"
+PATHS = ("/livez", "/readyz", "/metrics", "/api/status", "/api/population?limit=500", "/api/control")
+SMALL = ["search.name=test", "search.population=4", "search.mutations=2", "search.crossovers=1", "search.rounds=2"]
+TARGET = ["target.model=tiny", "target.rate=0.3", "data.calibration=self", "data.fitness=self"]
+
+
+def settings_for(folder: Path, llm: ScriptedLlm, *more: str) -> Settings:
+    endpoint = f"llm.endpoints=[{{base_url: '{llm.base_url}', model: m, api_key: {KEY}, name: scripted}}]"
+    return load(None, [*SMALL, *TARGET, endpoint, f"run.folder={folder}", "llm.reply=edits", *more])
+
+
+def answer(body: dict[str, Any]) -> str:
+    return json.dumps(value_of(body["response_format"]["json_schema"]["schema"], random.Random(body["seed"])))
+
+
+class Launched:
+    """A search under way: `url` once it listens."""
+
+    def __init__(self, settings: Settings, server: Server) -> None:
+        self.settings = settings
+        settings.folder.mkdir(parents=True, exist_ok=True)
+        self.access = open_access(settings.http, settings.folder)
+        self.url: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self.launch = Launch(
+            settings,
+            server.url,
+            settings.llm.endpoints,
+            embedded=False,
+            access=self.access,
+            announce=self.url.set_result,
+        )
+
+    async def get(self, session: aiohttp.ClientSession, path: str, method: str = "GET", **more: Any) -> tuple[int, str]:
+        headers = {"Authorization": f"Bearer {self.access.secrets[0]}"}
+        async with session.request(method, await self.url + path, headers=headers, **more) as response:
+            return response.status, await response.text()
+
+
+@asynccontextmanager
+async def worker_there(redis: Redis, keys: Keys) -> AsyncIterator[None]:
+    """A worker that has published its card and measures at once."""
+    await redis.set(keys.card, CARD.model_dump_json())
+    async with evaluating(redis, keys):
+        yield
+
+
+@pytest.fixture
+async def llm() -> AsyncIterator[ScriptedLlm]:
+    known = as_json({"object": "list", "data": [{"id": "m", "object": "model"}]})
+    async with ScriptedLlm(answer, models=[known]) as llm:
+        yield llm
+
+
+async def test_a_search_is_paused_followed_and_finished_over_http(
+    redis: Redis, keys: Keys, server: Server, llm: ScriptedLlm, tmp_path: Path
+) -> None:
+    await redis.set(keys.control, "pause")
+    launched = Launched(settings_for(tmp_path, llm, "http.port=0"), server)
+    running = asyncio.create_task(launched.launch.run())
+    async with aiohttp.ClientSession() as session, worker_there(redis, keys):
+
+        async def paused() -> bool:
+            code, text = await launched.get(session, "/api/status")
+            return (
+                code == 200 and json.loads(text)["control"] == "pause" and "scripted" in json.loads(text)["endpoints"]
+            )
+
+        await eventually(paused)
+        assert not llm.asked
+        code, _ = await launched.get(session, "/api/control", "POST", json={"command": "run"})
+        assert code == 200
+        summary = await asyncio.wait_for(running, 60)
+    assert isinstance(summary, Summary) and summary.finished
+    status = json.loads((launched.settings.folder / "status.json").read_text())
+    assert status["finished"] and status["measured"] == 4 + 2 * 3
+    assert status["best_perplexity"] == summary.best.perplexity if summary.best else False
+    assert status["endpoints"]["scripted"]["requests"] == len(llm.asked)
+
+
+async def test_a_stop_over_http_ends_the_search_with_clients_still_listening(
+    redis: Redis, keys: Keys, server: Server, llm: ScriptedLlm, tmp_path: Path
+) -> None:
+    launched = Launched(settings_for(tmp_path, llm, "http.port=0", "search.rounds=1000"), server)
+    running = asyncio.create_task(launched.launch.run())
+    async with aiohttp.ClientSession() as session, worker_there(redis, keys):
+        headers = {"Authorization": f"Bearer {launched.access.secrets[0]}"}
+        stream = await session.get(await launched.url + "/api/events", headers=headers)
+        await stream.content.readline()
+        await launched.get(session, "/api/control", "POST", json={"command": "stop"})
+        summary = await asyncio.wait_for(running, 3)
+        assert (await stream.read()).decode()
+    assert summary is None or not summary.finished
+
+
+async def test_what_befalls_the_observer_does_not_end_the_search(
+    redis: Redis,
+    keys: Keys,
+    server: Server,
+    llm: ScriptedLlm,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def dies(_: object) -> None:
+        await asyncio.sleep(0.1)
+        raise RuntimeError("a mistake")
+
+    monkeypatch.setattr(Observer, "run", dies)
+    launched = Launched(settings_for(tmp_path, llm, "http.port=0"), server)
+    with capture_logs() as log:
+        async with worker_there(redis, keys):
+            summary = await asyncio.wait_for(launched.launch.run(), 60)
+    assert summary is not None and summary.finished
+    assert [line["log_level"] for line in log if line["event"] == "observer_died"] == ["error"]
+
+
+@pytest.mark.usefixtures("restored_logs")
+async def test_no_reply_and_no_file_ever_holds_a_secret(
+    redis: Redis, keys: Keys, server: Server, tmp_path: Path
+) -> None:
+    async with ScriptedLlm([refuses(500, f"the key {KEY} is wrong")]) as llm:
+        settings = settings_for(tmp_path, llm, "http.port=0", "llm.attempts=1")
+        launched = Launched(settings, server)
+        token = launched.access.secrets[0]
+        log = settings.folder / "log.jsonl"
+        logs.configure(file=log, console=False, level="DEBUG", secrets=[*secrets_of(settings), token])
+        seen = []
+        async with aiohttp.ClientSession() as session, worker_there(redis, keys):
+            running = asyncio.create_task(launched.launch.run())
+            url = await launched.url
+            async with session.get(f"{url}/api/status?token={token}", headers={"Authorization": f"Bearer {token}x"}):
+                pass
+            while not running.done():
+                for path in (
+                    "/livez",
+                    "/readyz",
+                    "/metrics",
+                    "/api/status",
+                    "/api/population?limit=500",
+                    "/api/control",
+                ):
+                    with suppress(aiohttp.ClientConnectionError):  # the search has just ended
+                        seen.append((await launched.get(session, path))[1])
+                await asyncio.sleep(0.05)
+            assert (await running) is not None
+    files = {path.name: path.read_text() for path in settings.folder.iterdir() if path.name != "http-token"}
+    assert {"log.jsonl", "status.json", "transcript.jsonl", "evaluations.jsonl"} <= set(files) and len(seen) > 6
+    for secret in (KEY, token):
+        assert not [name for name, text in files.items() if secret in text]
+        assert not [text for text in seen if secret in text]
+
+
+async def test_a_port_that_is_taken_ends_the_daemon_with_one_sentence(
+    llm: ScriptedLlm, tmp_path: Path, server: Server
+) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        launched = Launched(settings_for(tmp_path, llm, f"http.port={port}"), server)
+        with pytest.raises(UsageError, match=f"port {port} of 127.0.0.1"):
+            await launched.launch.run()
+
+
+async def test_a_second_daemon_of_a_search_is_told_of_the_first_and_not_of_its_port(
+    redis: Redis, keys: Keys, server: Server, llm: ScriptedLlm, tmp_path: Path
+) -> None:
+    await redis.set(keys.control, "pause")
+    first = Launched(settings_for(tmp_path / "1", llm, "http.port=0"), server)
+    running = asyncio.create_task(first.launch.run())
+    port = (await first.url).rpartition(":")[2]
+    second = Launched(settings_for(tmp_path / "2", llm, f"http.port={port}"), server)
+
+    async def in_charge() -> bool:
+        return bool(await redis.exists(keys.daemon))
+
+    await eventually(in_charge)
+    with pytest.raises(SearchExistsError, match="already run by"):
+        await second.launch.run()
+    running.cancel()
+    assert await running is None
+
+
+@pytest.mark.usefixtures("restored_logs")
+def test_the_daemon_on_a_taken_port_exits_with_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        config = tmp_path / "s.yaml"
+        config.write_text("target: {model: smollm2, rate: 0.3}\n")
+        options = [f"http.port={port}", f"run.folder={tmp_path}", "redis.url=redis://127.0.0.1:1"]
+        options.append("llm.endpoints=[{base_url: 'http://127.0.0.1:2/v1', model: m}]")
+        code = main(["daemon", str(config), *(part for option in options for part in ("--set", option))])
+    assert code == 2
+    assert f"port {port} of 127.0.0.1" in capsys.readouterr().err.strip().splitlines()[-1]

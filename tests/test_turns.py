@@ -1,0 +1,74 @@
+"""Turns: one order, whoever is ready first."""
+
+import asyncio
+import itertools
+
+import pytest
+
+from agents.turns import Turns
+
+
+async def order_of(delays: list[list[float]]) -> list[tuple[int, int]]:
+    """(member, step) in the order of the turns, where member i waits `delays[i][step]` before each of its turns."""
+    turns, taken = Turns(range(len(delays))), []
+
+    async def member(number: int) -> None:
+        async with turns.part(number):
+            for step, delay in enumerate(delays[number]):
+                await asyncio.sleep(delay)
+                async with turns.turn(number):
+                    taken.append((number, step))
+                    await asyncio.sleep(0)
+
+    async with asyncio.timeout(10), asyncio.TaskGroup() as group:
+        for number in range(len(delays)):
+            group.create_task(member(number))
+    return taken
+
+
+@pytest.mark.parametrize("delays", list(itertools.permutations([0.0, 0.01, 0.03])))
+async def test_turns_go_by_step_and_then_by_member_whoever_is_first(delays: tuple[float, ...]) -> None:
+    steps = [[delays[0]], [delays[1], delays[2], 0.0], [delays[2], delays[0]]]
+    assert await order_of(steps) == [(0, 0), (1, 0), (2, 0), (1, 1), (2, 1), (1, 2)]
+
+
+async def test_nobody_waits_for_a_member_that_failed_or_was_cancelled() -> None:
+    turns, taken = Turns(range(3)), []
+
+    async def fails() -> None:
+        async with turns.part(0), turns.turn(0):
+            raise ValueError
+
+    async def hangs() -> None:
+        async with turns.part(1):
+            await asyncio.Event().wait()
+
+    async def takes() -> None:
+        async with turns.part(2), turns.turn(2):
+            taken.append(2)
+
+    tasks = [asyncio.create_task(member()) for member in (takes, fails, hangs)]
+    await asyncio.sleep(0.01)
+    assert not taken
+    tasks[2].cancel()
+    async with asyncio.timeout(10):
+        await asyncio.wait(tasks)
+    assert taken == [2] and isinstance(tasks[1].exception(), ValueError)
+
+
+async def test_only_one_member_at_a_time_has_its_turn() -> None:
+    turns, inside, most = Turns(range(5)), 0, 0
+
+    async def member(number: int) -> None:
+        nonlocal inside, most
+        async with turns.part(number):
+            for _ in range(3):
+                async with turns.turn(number):
+                    inside += 1
+                    most = max(most, inside)
+                    await asyncio.sleep(0.001)
+                    inside -= 1
+
+    async with asyncio.timeout(10):
+        await asyncio.gather(*(member(number) for number in range(5)))
+    assert most == 1
