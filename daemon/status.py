@@ -17,7 +17,7 @@ from redis.exceptions import ResponseError
 
 from agents.health import Degraded
 from agents.population import Evaluation, Population
-from daemon.store import WorkerStatus, read_workers
+from daemon.store import WorkerStatus, read_dead, read_workers
 from protocol.candidate import Candidate, Measured, Source
 from protocol.connection import is_missing_group
 from protocol.control import Command, Control
