@@ -102,6 +102,8 @@ class Observer:
         """Look once a second until cancelled."""
         while True:
             await self.look()
+            if (task := asyncio.current_task()) and task.cancelling():
+                return  # the Redis client may lose a cancellation (see Patience)
             await asyncio.sleep(LOOK_SECONDS)
 
     async def look(self) -> None:

@@ -121,6 +121,8 @@ class OrderedModel:
 
     def __init__(self, decoder: Decoder, importance: Sequence[LayerImportance]) -> None:
         self.decoder = decoder
+        self.changes = 0
+        """Counts what is done to the weights: who pruned last can tell whether they are as it left them."""
         self._dense = dense_plan(decoder.shape).layers
         self._orders: list[_Order | None] = [None] * len(decoder.layers)
         self._layers: list[_OrderedLayer] = []
@@ -131,12 +133,14 @@ class OrderedModel:
     def reorder(self, layer: int, importance: LayerImportance) -> None:
         """Order a layer that is in its original order by `importance`."""
         assert self._orders[layer] is None, "call `unorder` before scoring the layer anew"
+        self.changes += 1
         order = _Order.of(importance)
         self._layers[layer] = self._ordered(layer, order)
         self._orders[layer] = order
 
     def unorder(self, layer: int) -> None:
         """Make a layer dense and give it back its original order, bit by bit."""
+        self.changes += 1
         order = self._orders[layer]
         self._layers[layer].apply(self._dense[layer])
         if order is not None:
@@ -160,6 +164,7 @@ class OrderedModel:
     def apply(self, plan: Plan) -> None:
         """Prune to `plan`, whatever was applied before. Raises PlanMismatchError for a plan of another model."""
         self.check(plan)
+        self.changes += 1
         with torch.no_grad():
             for layer, kept in zip(self._layers, plan.layers, strict=True):
                 layer.apply(kept)
@@ -167,6 +172,7 @@ class OrderedModel:
     def apply_layer(self, layer: int, plan: LayerPlan) -> None:
         """Prune decoder layer `layer` to `plan` and leave the others as they are."""
         self._layers[layer].check(plan)
+        self.changes += 1
         with torch.no_grad():
             self._layers[layer].apply(plan)
 

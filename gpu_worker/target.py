@@ -37,6 +37,7 @@ class Target:
     ) -> None:
         self.spec = spec
         self._progress = progress
+        self._scored: tuple[Plan, int] | None = None
         self.model = _load(spec, progress)
         if check is not None:
             check(self.model)
@@ -57,10 +58,11 @@ class Target:
 
     def prune(self, plan: Plan) -> None:
         """Prune to `plan`, whatever was applied before. Raises PlanMismatchError for a plan of another model."""
-        if self.spec.scoring == "sequential":
-            prune_sequentially(self.ordered, plan, self.texts.calibration, self._progress)
-        else:
+        if self.spec.scoring == "dense":
             self.ordered.apply(plan)
+        elif self._scored != (plan, self.ordered.changes):  # the same plan may be measured on several texts
+            prune_sequentially(self.ordered, plan, self.texts.calibration, self._progress)
+            self._scored = (plan, self.ordered.changes)
 
 
 def score(

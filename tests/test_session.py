@@ -7,6 +7,9 @@ import torch
 from gpu_worker.answering import DeviceLostError, answer, is_out_of_memory
 from gpu_worker.evaluate import evaluate_once
 from gpu_worker.perplexity import NotFiniteError
+from gpu_worker.progress import Progress
+from gpu_worker.pruning import OrderedModel
+from gpu_worker.sequential import prune_sequentially
 from gpu_worker.session import Session
 from protocol.allocation import Allocation
 from protocol.candidate import Failed, Measured, Text
@@ -197,6 +200,26 @@ def test_evaluating_without_rates_is_evaluating_uniform_ones(spec: SearchSpec) -
 
 def test_rates_are_measured_as_given_and_the_rate_is_what_they_remove(spec: SearchSpec) -> None:
     assert evaluate_once(spec, (0.2, 0.4, 0.6)).rate == pytest.approx(spec.rate, abs=0.01)
+
+
+def test_sequential_scores_are_taken_once_for_all_texts_of_a_plan(
+    spec: SearchSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = Session(spec.model_copy(update={"scoring": "sequential"}), sensitivity=False)
+    scored: list[Plan] = []
+
+    def watched(ordered: OrderedModel, plan: Plan, windows: torch.Tensor, progress: Progress) -> None:
+        scored.append(plan)
+        prune_sequentially(ordered, plan, windows, progress)
+
+    monkeypatch.setattr("gpu_worker.target.prune_sequentially", watched)
+    plan, other = (spec.plan(rates, session.shape) for rates in ([0.2, 0.4, 0.6], [0.6, 0.4, 0.2]))
+    first = session.evaluate(plan).perplexity
+    session.evaluate(plan, "report")
+    session.evaluate(other)
+    session.target.ordered.restore()
+    assert session.evaluate(plan).perplexity == first
+    assert scored == [plan, other, plan]
 
 
 def test_rates_off_the_specs_budget_are_refused(spec: SearchSpec) -> None:
