@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
+import structlog
 import typer
 import yaml
 from rich.console import Console
@@ -45,11 +46,13 @@ from daemon.watch import json_lines, on_screen
 from daemon.watch import watch as follow
 from protocol import logs
 from protocol.allocation import Method
+from protocol.connection import password_of, with_password
 from protocol.control import Command
 from protocol.errors import SelfPrunerError, SettingsError, UsageError
 from protocol.formats import Format, GgufType
 from protocol.spec import Measure
 
+log = structlog.get_logger()
 app = typer.Typer(
     help="An LLM searches, by evolution, how much to prune from each layer of an LLM.",
     no_args_is_help=True,
@@ -81,38 +84,42 @@ def run(config: Config = None, set_: flags.Set = None, json_: flags.Json = False
     if not settings.llm.endpoints and not settings.llm.replay:
         find_gguf(settings.local_llm.gguf)
     with embedded.only_one(settings.folder):
-        access = _configure_logs(settings)
+        access = _configure_logs(settings, "stderr")
         display = Display(Console(stderr=True)) if sys.stderr.isatty() else None
         summary, interrupted = run_until_signal(_run_embedded(settings, access, display))
-    raise typer.Exit(_finish(summary, interrupted, json_=json_))
+    raise typer.Exit(_finish(summary, interrupted, _json if json_ else _table))
 
 
 @app.command()
 def daemon(config: Annotated[Path, typer.Argument(help="A YAML file of settings.")], set_: flags.Set = None) -> None:
     """Search with workers, Redis and LLM endpoints that run elsewhere."""
     settings = load(config, set_ or [])
-    if settings.redis.url is None:
+    redis_url = settings.redis.full_url
+    if redis_url is None:
         raise SettingsError("the setting redis.url is missing: the daemon needs a Redis server that workers reach too")
     if not settings.llm.endpoints and not settings.llm.replay:
         raise SettingsError("the setting llm.endpoints is missing: give at least one OpenAI-compatible endpoint")
     settings.folder.mkdir(parents=True, exist_ok=True)
-    access = _configure_logs(settings)
+    stream = logs.service_stream()
+    access = _configure_logs(settings, stream)
     launch = Launch(
         settings,
-        settings.redis.url,
+        redis_url,
         settings.llm.endpoints,
         embedded=False,
         access=access,
         announce=partial(_announce, access),
     )
     summary, interrupted = run_until_signal(launch.run())
-    raise typer.Exit(_finish(summary, interrupted, json_=False))
+    # Where stdout is the log, a table would be no JSON line.
+    raise typer.Exit(_finish(summary, interrupted, _table if stream == "stderr" else _log_summary))
 
 
 @app.command()
 def worker(
     search: flags.SearchName = "default",
     redis_url: Annotated[str, typer.Option(envvar="SELFPRUNER_REDIS__URL")] = "redis://127.0.0.1:6379",
+    redis_password_file: flags.RedisPasswordFile = None,
     lease_seconds: Annotated[float, typer.Option(help="A job without sign of life is given away after it.")] = 30.0,
     max_evaluation_seconds: Annotated[float, typer.Option(help="A longer evaluation has failed.")] = 1800.0,
     max_preparation_seconds: Annotated[float, typer.Option(help="For loading and calibrating the model.")] = 14_400.0,
@@ -122,10 +129,9 @@ def worker(
     _need("torch", "worker")
     from gpu_worker.worker import WorkerOptions, run_worker
 
-    logs.configure()
-    options = WorkerOptions(
-        redis_url, search, lease_seconds, max_evaluation_seconds, max_preparation_seconds, grace_seconds
-    )
+    url = with_password(redis_url, redis_password_file)
+    logs.configure(stream=logs.service_stream(), secrets=password_of(url), search=search)
+    options = WorkerOptions(url, search, lease_seconds, max_evaluation_seconds, max_preparation_seconds, grace_seconds)
     asyncio.run(run_worker(options))
 
 
@@ -312,11 +318,12 @@ def _progress(model: str) -> Iterator[Callable[[str, int, int], None]]:
         yield lambda stage, done, total: line.update(f"{stage} {done}/{total}")
 
 
-def _configure_logs(settings: Settings) -> Access | None:
+def _configure_logs(settings: Settings, stream: logs.Stream) -> Access | None:
     """Set up the log of a search; returns the access to its HTTP API, whose token must not be logged, if it has one."""
     access = open_access(settings.http, settings.folder) if settings.http.enabled else None
     secrets = [*secrets_of(settings), *(access.secrets if access else [])]
-    logs.configure(file=settings.folder / "log.jsonl", secrets=secrets)
+    file = settings.folder / "log.jsonl"
+    logs.configure(file=file, stream=stream, secrets=secrets, search=settings.search.name)
     return access
 
 
@@ -331,7 +338,7 @@ def _announce(access: Access | None, url: str) -> None:
 async def _run_embedded(settings: Settings, access: Access | None, display: Display | None) -> Summary | None:
     """The whole of `selfpruner run`: what is started first ends last."""
     async with AsyncExitStack() as stack:
-        url = settings.redis.url
+        url = settings.redis.full_url
         if url is None:
             url = await stack.enter_async_context(embedded.embedded_server(settings.folder))
         endpoints = settings.llm.endpoints
@@ -350,12 +357,21 @@ async def _run_embedded(settings: Settings, access: Access | None, display: Disp
         return await launch.run()
 
 
-def _finish(summary: Summary | None, interrupted: signal.Signals | None, *, json_: bool) -> int:
+def _json(summary: Summary) -> None:
+    _print_json(summary.model_dump())
+
+
+def _table(summary: Summary) -> None:
+    show(summary, Console())
+
+
+def _log_summary(summary: Summary) -> None:
+    log.info("search_ended", **summary.model_dump(include={"finished", "candidates", "tokens", "seconds"}))
+
+
+def _finish(summary: Summary | None, interrupted: signal.Signals | None, tell: Callable[[Summary], None]) -> int:
     if summary is not None:
-        if json_:
-            _print_json(summary.model_dump())
-        else:
-            show(summary, Console())
+        tell(summary)
     if interrupted is not None:
         return 128 + interrupted
     if summary is not None and summary.finished and summary.best is None:

@@ -1,5 +1,6 @@
 """Flags that several commands share: single ones, and groups that a command takes as one value."""
 
+import os
 from collections.abc import Callable
 from dataclasses import Field, dataclass, fields, is_dataclass
 from functools import wraps
@@ -10,6 +11,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from protocol.allocation import Method
+from protocol.connection import with_password
 from protocol.plan import Split
 from protocol.shape import Granularity
 from protocol.spec import Dtype, Importance, Scoring
@@ -17,9 +19,26 @@ from protocol.spec import Dtype, Importance, Scoring
 Set = Annotated[list[str] | None, typer.Option("--set", help="One setting, such as target.rate=0.3; repeatable.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 SearchName = Annotated[str, typer.Option("--search", help="The search's name.")]
+PASSWORD_FILE = "SELFPRUNER_REDIS__PASSWORD_FILE"
+
+
+def _with_password(url: str | None) -> str | None:
+    """Commands beside a running deployment find its password where its daemon does, without another flag."""
+    file = os.environ.get(PASSWORD_FILE)
+    return with_password(url, Path(file)) if url and file else url
+
+
 RedisUrl = Annotated[
     str | None,
-    typer.Option("--redis-url", envvar="SELFPRUNER_REDIS__URL", help="Left out: the embedded server of the search."),
+    typer.Option(
+        "--redis-url",
+        envvar="SELFPRUNER_REDIS__URL",
+        help=f"Left out: the embedded server of the search. A password may be in the file that {PASSWORD_FILE} names.",
+        callback=_with_password,
+    ),
+]
+RedisPasswordFile = Annotated[
+    Path | None, typer.Option("--redis-password-file", envvar=PASSWORD_FILE, help="Holds the password of --redis-url.")
 ]
 Folder = Annotated[
     Path, typer.Option("--folder", envvar="SELFPRUNER_RUN__FOLDER", help="Where `selfpruner run` keeps searches.")

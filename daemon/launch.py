@@ -79,7 +79,6 @@ class Launch:
 
         None when it ended before the model card was there.
         """
-        structlog.contextvars.bind_contextvars(search=self._settings.search.name)
         finished = False
         try:
             finished = await self._in_group()

@@ -23,6 +23,7 @@ from agents.settings import AgentSettings
 from daemon.journal import TRANSCRIPT
 from daemon.search import Agents
 from daemon.settings import EndpointSettings, LlmSettings, Settings
+from protocol.connection import password_of
 from protocol.errors import SettingsError
 
 log = structlog.get_logger()
@@ -67,7 +68,8 @@ def make_endpoint(settings: EndpointSettings) -> Endpoint:
     """The endpoint with its key, read from its file where it has one."""
     key = settings.api_key
     if settings.api_key_file is not None:
-        key = SecretStr(_read_key(settings.api_key_file))
+        # A deployment mounts the file in any case; an empty one is for an endpoint that wants no key.
+        key = SecretStr(text) if (text := _read_key(settings.api_key_file)) else None
     url = urlsplit(settings.base_url)  # which may hold a password, and then the name must not
     name = settings.name or (f"{url.hostname}:{url.port}" if url.port else str(url.hostname))
     return Endpoint(
@@ -83,9 +85,9 @@ def make_endpoint(settings: EndpointSettings) -> Endpoint:
 def secrets_of(settings: Settings) -> list[str]:
     """Every secret value in the settings, for the log's redaction."""
     keys = [make_endpoint(e).api_key for e in settings.llm.endpoints]
-    urls = [settings.redis.url or "", *(e.base_url for e in settings.llm.endpoints)]
-    passwords = [urlsplit(url).password for url in urls]
-    return [key.get_secret_value() for key in keys if key] + [password for password in passwords if password]
+    urls = [settings.redis.full_url or "", *(e.base_url for e in settings.llm.endpoints)]
+    passwords = [password for url in urls for password in password_of(url)]
+    return [key.get_secret_value() for key in keys if key] + passwords
 
 
 def read_replay(settings: Settings) -> Replay | None:

@@ -24,6 +24,7 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, YamlConfigSettingsSource
 
+from protocol.connection import with_password
 from protocol.errors import DataError, SettingsError
 from protocol.keys import check_search_name
 from protocol.plan import Split
@@ -192,6 +193,15 @@ class RedisSettings(_Section):
 
     url: str | None = None
     """`redis://…`, `rediss://…` or `unix:///…`. None: `selfpruner run` starts an embedded Valkey."""
+    password_file: Path | None = None
+    """A file with the password (a Docker or Kubernetes secret), for a URL without one."""
+
+    @property
+    def full_url(self) -> str | None:
+        """The URL with the password of its file. Raises SettingsError where that cannot be had."""
+        if self.url is None and self.password_file is not None:
+            raise SettingsError("redis.password_file is set, but redis.url is missing")
+        return self.url and with_password(self.url, self.password_file)
 
 
 class WorkerSettings(_Section):

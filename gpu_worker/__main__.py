@@ -8,6 +8,7 @@ from pathlib import Path
 
 from gpu_worker.worker import WorkerOptions, run_worker
 from protocol import logs
+from protocol.connection import password_of
 from protocol.errors import SelfPrunerError, UsageError
 
 
@@ -24,7 +25,7 @@ def main() -> int:
     parser.add_argument("--log-file", type=Path)
     parser.add_argument("--quiet", action="store_true", help="no log on the console")
     arguments = parser.parse_args()
-    logs.configure(file=arguments.log_file, console=not arguments.quiet)
+    logs.configure(file=arguments.log_file, console=not arguments.quiet, secrets=password_of(arguments.redis_url))
     options = WorkerOptions(
         redis_url=arguments.redis_url,
         search=arguments.search,

@@ -2,13 +2,15 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import TypeVar
+from urllib.parse import quote, unquote, urlsplit
 
 import structlog
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import AuthenticationError, ResponseError
+from redis.exceptions import AuthenticationError, NoPermissionError, ResponseError
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from tenacity import AsyncRetrying, retry_if_exception, wait_random_exponential
@@ -41,6 +43,33 @@ def connect(url: str) -> Redis:
         ) from None  # the URL may hold a password
 
 
+def with_password(url: str, password_file: Path | None) -> str:
+    """`url` with the password that `password_file` holds, where there is one; a trailing newline does not count.
+
+    Raises SettingsError for a file that cannot be read or is empty, and for a URL that has a password already.
+    """
+    if password_file is None:
+        return url
+    try:
+        password = password_file.expanduser().read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise SettingsError(f"redis.password_file {str(password_file)!r} cannot be read: {reason}") from None
+    if not password:
+        raise SettingsError(f"redis.password_file {str(password_file)!r} is empty")
+    parts = urlsplit(url)
+    if parts.password is not None:
+        raise SettingsError("redis.url has a password already: leave it out of the URL, or leave out the password file")
+    user, _, host = parts.netloc.rpartition("@")
+    return parts._replace(netloc=f"{user}:{quote(password, safe='')}@{host}").geturl()
+
+
+def password_of(url: str) -> list[str]:
+    """The password in `url`, for a log to blank: as it is, and as the URL writes it; empty where there is none."""
+    password = urlsplit(url).password
+    return sorted({password, unquote(password)}) if password else []
+
+
 class Patience:
     """Repeats an operation that is safe to repeat until the server answers; logs the outage once and the return once.
 
@@ -68,6 +97,8 @@ class Patience:
                     result = await operation()
                 except AuthenticationError as error:
                     raise SettingsError(f"redis.url: the server refuses the user or the password ({error})") from None
+                except NoPermissionError as error:
+                    raise SettingsError(f"redis.url: the server refuses its user a command ({error})") from None
                 except (*AWAY, ResponseError) as error:
                     if is_away(error) and not waiting:
                         self.outages += 1

@@ -6,7 +6,8 @@ import re
 import sys
 from collections.abc import Iterable, Mapping, MutableMapping
 from pathlib import Path
-from typing import Any, TextIO
+from types import TracebackType
+from typing import Any, Literal, TextIO
 
 import structlog
 from structlog.typing import Processor
@@ -58,29 +59,42 @@ class Redaction:
         return self.text(str(value))
 
 
-class _CurrentStderr(logging.StreamHandler[TextIO]):
-    """Writes to whatever sys.stderr is at the moment, so that a live display may redirect it."""
+Stream = Literal["stdout", "stderr"]
 
-    def __init__(self) -> None:
+
+class _CurrentStream(logging.StreamHandler[TextIO]):
+    """Writes to whatever sys.stderr (or stdout) is at the moment, so that a live display may redirect it."""
+
+    def __init__(self, name: Stream) -> None:
         logging.Handler.__init__(self)
+        self._name = name
 
     @property
     def stream(self) -> TextIO:  # type: ignore[override]
-        return sys.stderr
+        stream: TextIO = getattr(sys, self._name)
+        return stream
+
+
+def service_stream() -> Stream:
+    """Where a service (daemon, worker) logs: stdout, where nothing else is said, or a terminal's stderr."""
+    return "stderr" if sys.stderr.isatty() else "stdout"
 
 
 def configure(
     *,
     file: Path | None = None,
     console: bool = True,
+    stream: Stream = "stderr",
     json_lines: bool | None = None,
     level: str = "INFO",
     secrets: Iterable[str] = (),
+    **bound: str,
 ) -> None:
     """Set up logging for this process, for structlog and for libraries that use the standard module.
 
     `json_lines` None means: readable on a terminal, JSON elsewhere. `file` gets JSON lines appended, whatever the
-    console shows. A process with neither is silent. Everything goes to stderr; stdout belongs to a command's answer.
+    console shows. A process with neither is silent. The console is `stream`: stderr where stdout belongs to a command's
+    answer, `service_stream()` for a process whose log is all it has to say. `bound` fields are in every line.
     """
     redact = Redaction(secrets)
     shared: list[Processor] = [
@@ -100,10 +114,10 @@ def configure(
         lambda _logger, _method, line: redact.text(str(line)),
     ]
     if json_lines is None:
-        json_lines = not sys.stderr.isatty()
+        json_lines = not getattr(sys, stream).isatty()
     handlers: list[logging.Handler] = []
     if console:
-        handlers.append(_handler(_CurrentStderr(), as_json if json_lines else as_text, shared))
+        handlers.append(_handler(_CurrentStream(stream), as_json if json_lines else as_text, shared))
     if file is not None:
         handlers.append(_handler(logging.FileHandler(file, encoding="utf-8"), as_json, shared))
     logging.basicConfig(handlers=handlers, level=level, force=True)
@@ -115,6 +129,16 @@ def configure(
         logger_factory=structlog.stdlib.LoggerFactory(),
         cache_logger_on_first_use=False,
     )
+    structlog.contextvars.bind_contextvars(**bound)
+    sys.excepthook = _log_crash
+
+
+def _log_crash(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Python's own report of an uncaught error is no JSON, and does not know what to blank."""
+    if issubclass(kind, KeyboardInterrupt) or not logging.getLogger().handlers:
+        sys.__excepthook__(kind, error, trace)
+    else:
+        structlog.get_logger().critical("crashed", exc_info=(kind, error, trace))
 
 
 def _handler(handler: logging.Handler, rendering: list[Processor], shared: list[Processor]) -> logging.Handler:

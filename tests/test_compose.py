@@ -1,40 +1,272 @@
-"""docker-compose.yml is valid, and each service's settings are ones that the program takes."""
+"""docker-compose.yml: valid, hardened, and run: each service's own command with its own environment, as processes."""
 
 import json
-import os
+import random
+import re
 import shutil
 import subprocess
+import time
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
 
+import aiohttp
+import psutil
 import pytest
-import yaml
 
-from daemon.settings import load
+from tests.compose import ROOT, Deployment, read_services
+from tests.schema_answers import value_of
+from tests.scripted_llm import ScriptedLlm
+from tests.servers import eventually
+from tests.tiny_models import save_tiny_folder
+from tests.tiny_specs import write_text
 
-ROOT = Path(__file__).parent.parent
+PASSWORD = "a/redis+password=="
+API_KEY = "sk-of-the-llm-1234"
+HTTP_TOKEN = "a-token/of-the+http-api=="
+SECRETS = {"redis_password": PASSWORD, "llm_api_key": API_KEY, "http_token": HTTP_TOKEN, "hf_token": ""}
+CANDIDATES = 6 + 3 * (3 + 2)
+PROFILES = ("cpu", "local-llm", "local-llm-vllm")
 
 
-def test_every_profile_of_the_compose_file_is_valid() -> None:
+@pytest.fixture(scope="module")
+def services() -> dict[str, Any]:
+    found: dict[str, Any] = read_services({})["services"]
+    return found
+
+
+@pytest.mark.parametrize("profiles", [(), *((name,) for name in PROFILES), PROFILES])
+def test_every_profile_of_the_compose_file_is_valid(profiles: tuple[str, ...]) -> None:
     if shutil.which("docker-compose") is None:
         pytest.skip("no docker-compose on this machine (Debian: docker-compose)")
-    for profile in ([], ["--profile", "local-llm"]):
-        subprocess.run(["docker-compose", *profile, "config", "--quiet"], check=True, cwd=ROOT)
+    version = subprocess.run(["docker-compose", "version", "--short"], check=True, capture_output=True, text=True)
+    if [int(part) for part in version.stdout.lstrip("v").split(".")[:2]] < [2, 20]:
+        pytest.skip(f"docker-compose {version.stdout.strip()} is older than 2.20, which knows optional dependencies")
+    flags = [part for name in profiles for part in ("--profile", name)]
+    done = subprocess.run(["docker-compose", *flags, "config", "--services"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    asked = {"redis", "daemon", "gpu-worker"}
+    asked |= {{"cpu": "cpu-worker", "local-llm": "llama-cpp", "local-llm-vllm": "vllm"}[name] for name in profiles}
+    assert set(done.stdout.split()) == asked
 
 
-def test_the_daemons_environment_names_settings_and_its_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
-    services: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
-    for name, value in services["daemon"]["environment"].items():
-        filled = value.replace("${LLM_BASE_URL:-http://llm:8000/v1}", "http://llm:8000/v1")
-        monkeypatch.setenv(name, filled.replace("${LLM_MODEL:-local}", "local"))
-    settings = load(ROOT / "configs" / "local-llm.yaml")
-    assert settings.redis.url == "redis://redis:6379"
-    assert [e.base_url for e in settings.llm.endpoints] == ["http://llm:8000/v1"]
-    assert json.loads(os.environ["SELFPRUNER_LLM__ENDPOINTS"])[0]["model"] == "local"
+def test_every_service_is_without_capabilities_and_ends_in_order(services: dict[str, Any]) -> None:
+    for name, service in services.items():
+        assert service["init"] and service["cap_drop"] == ["ALL"], name
+        assert service["security_opt"] == ["no-new-privileges:true"], name
+        assert service["restart"] in ("unless-stopped", "on-failure"), name
+        assert service["read_only"] or name == "vllm"
+        assert "stop_grace_period" in service and "max-size" in service["logging"]["options"], name
+        assert not service.get("privileged")
+        assert all(port.startswith("127.0.0.1:") for port in service.get("ports", ())), name
 
 
-def test_redis_keeps_its_data_and_is_not_published() -> None:
-    redis = yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]["redis"]
+def test_images_are_pinned_to_versions(services: dict[str, Any]) -> None:
+    foreign = {name: service["image"] for name, service in services.items() if "build" not in service}
+    assert set(foreign) == {"redis", "llama-cpp", "vllm"}
+    assert all(re.search(r":[\w.]*-?[bv]?\d[\w.-]+$", image) for image in foreign.values()), foreign
+
+
+def test_secrets_are_files_and_no_environment_or_command_holds_one(services: dict[str, Any]) -> None:
+    assert services["redis"]["secrets"] == ["redis_password"]
+    assert services["daemon"]["secrets"] == ["redis_password", "llm_api_key", "http_token"]
+    for service in services.values():
+        for name, value in service.get("environment", {}).items():
+            is_secret = re.search(r"PASSWORD|KEY|TOKEN", name) is not None
+            assert not is_secret or value.startswith("/run/secrets/"), name
+            assert not re.search(r"//[^/@]*:[^/@]*@", str(value)), name
+
+
+def test_a_worker_has_longer_to_stop_than_it_takes(services: dict[str, Any]) -> None:
+    for name in ("gpu-worker", "cpu-worker"):
+        command = services[name]["command"]
+        grace = float(command[command.index("--grace-seconds") + 1])
+        assert float(services[name]["stop_grace_period"].removesuffix("s")) >= grace + 5
+
+
+def test_only_the_gpu_worker_and_vllm_ask_for_gpus(services: dict[str, Any]) -> None:
+    assert {name for name, service in services.items() if "deploy" in service} == {"gpu-worker", "vllm"}
+    (device,) = services["gpu-worker"]["deploy"]["resources"]["reservations"]["devices"]
+    assert (device["driver"], device["capabilities"]) == ("nvidia", ["gpu"])
+
+
+def test_redis_keeps_its_data_evicts_nothing_and_is_reached_by_the_search_alone(services: dict[str, Any]) -> None:
+    redis = services["redis"]
     assert "ports" not in redis
-    assert {"--appendonly", "noeviction"} <= set(redis["command"])
-    assert redis["volumes"]
+    options = dict(zip(redis["command"][2::2], redis["command"][3::2], strict=True))
+    assert (options["--appendonly"], options["--maxmemory-policy"]) == ("yes", "noeviction")
+    assert redis["volumes"][0] == "redis-data:" + options["--dir"]
+    assert redis["networks"] == ["internal"] and read_services({})["networks"]["internal"] == {"internal": True}
+    reached = {name for name, service in services.items() if "internal" in service["networks"]}
+    assert reached == {"redis", "daemon", "gpu-worker", "cpu-worker"}
+    for name in reached - {"redis"}:
+        assert services[name]["depends_on"]["redis"] == {"condition": "service_healthy"}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a user would mount: a tiny model and a text."""
+    folder = tmp_path_factory.mktemp("data")
+    save_tiny_folder(folder / "model", hidden_size=48, layers=4)
+    write_text(folder / "text.txt")
+    return folder
+
+
+@pytest.fixture
+async def llm() -> AsyncIterator[ScriptedLlm]:
+    def answer(body: dict[str, Any]) -> str:
+        time.sleep(0.03)  # an LLM takes its time, so that a stop finds the search at work
+        return json.dumps(value_of(body["response_format"]["json_schema"]["schema"], random.Random(body["seed"])))
+
+    async with ScriptedLlm(answer) as llm:
+        yield llm
+
+
+@pytest.fixture
+def deployment(tmp_path: Path, data: Path, llm: ScriptedLlm) -> Iterator[Deployment]:
+    if shutil.which("redis-server") is None:
+        pytest.skip("no redis-server on this machine (Debian: redis-server)")
+    (tmp_path / "secrets").mkdir()
+    for name, secret in SECRETS.items():
+        (tmp_path / "secrets" / name).write_text(f"{secret}\n")
+    settings = {
+        "search": {"name": "tiny", "population": 6, "mutations": 3, "crossovers": 2, "rounds": 3},
+        "target": {"model": str(data / "model"), "rate": 0.3, "dtype": "float32"},
+        "data": {
+            "calibration": str(data / "text.txt"),
+            "calibration_windows": 4,
+            "fitness": str(data / "text.txt"),
+            "fitness_windows": 2,
+            "seqlen": 32,
+        },
+        "llm": {"reply": "edits"},
+    }
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs" / "tiny.yaml").write_text(json.dumps(settings))  # JSON is YAML
+    environment = {
+        "CONFIGS": str(tmp_path / "configs"),
+        "SEARCH_CONFIG": "tiny.yaml",
+        "SEARCH_NAME": "tiny",
+        "DATA": str(data),
+    } | {f"{name.upper()}_FILE": str(tmp_path / "secrets" / name) for name in SECRETS}
+    with Deployment(tmp_path, environment, {"llm:8000": llm.port}) as deployment:
+        yield deployment
+
+
+def up(deployment: Deployment, workers: int) -> None:
+    """`docker compose up --scale gpu-worker=N`: in the order of the health checks."""
+    deployment.up("redis")
+    deployment.wait_until_healthy("redis")
+    deployment.up("daemon")
+    deployment.wait_until_healthy("daemon")
+    for _ in range(workers):
+        deployment.up("gpu-worker")
+
+
+def redis_cli(deployment: Deployment, command: str) -> str:
+    """The line that the documentation gives, with another command."""
+    usage = (ROOT / "docs" / "usage.md").read_text()
+    (line,) = set(re.findall(r"docker compose exec redis sh -c '(.*) SET selfpruner:local-llm:control pause'", usage))
+    return deployment.execute("redis", "sh", "-c", f"{line} -p {deployment.ports['redis:6379']} {command}")
+
+
+def status(deployment: Deployment) -> dict[str, Any]:
+    answer = json.loads(deployment.execute("daemon", "selfpruner", "status", "--search", "tiny", "--json"))
+    assert isinstance(answer, dict)
+    return answer
+
+
+async def test_the_services_run_a_search_scale_to_three_workers_stop_in_order_and_go_on(
+    deployment: Deployment, llm: ScriptedLlm
+) -> None:
+    applied = "LRANGE selfpruner:tiny:applied 0 -1"
+    up(deployment, workers=1)
+
+    async def measured() -> bool:
+        return len(redis_cli(deployment, applied).split()) >= 3
+
+    await eventually(measured, 120)
+    assert redis_cli(deployment, "SET selfpruner:tiny:control pause") == "OK\n"
+    deployment.up("gpu-worker")
+    deployment.up("gpu-worker")
+
+    async def three_idle() -> bool:
+        return [w["stage"] for w in status(deployment)["workers"]] == ["idle"] * 3
+
+    await eventually(three_idle, 120)
+    deployment.execute("daemon", "selfpruner", "resume", "--search", "tiny")
+    assert status(deployment)["control"] == "run"
+    assert (await over_http(deployment, HTTP_TOKEN), await over_http(deployment, "another-token-1234")) == (200, 401)
+
+    before = redis_cli(deployment, applied).split()
+    assert deployment.stop() == {"daemon": [143], "gpu-worker": [0, 0, 0], "redis": [0]}
+    assert deployment.left_behind() == []
+
+    up(deployment, workers=3)
+    assert redis_cli(deployment, applied).split()[: len(before)] == before
+    daemon = next(c for c in reversed(deployment.containers) if c.service == "daemon")
+    await eventually(_ended(daemon.process), 180)
+    assert daemon.process.returncode == 0, daemon.stdout + daemon.stderr
+    found = status(deployment)
+    assert (found["candidates"], found["waiting"], found["failed"]) == (CANDIDATES, 0, 0)
+    check_no_command_was_refused(deployment)
+    check_processes_hide_secrets(deployment)
+    assert deployment.stop() == {"gpu-worker": [0, 0, 0], "redis": [0]}
+    assert deployment.left_behind() == []
+
+    assert {asked.headers["Authorization"] for asked in llm.asked} == {f"Bearer {API_KEY}"}
+    check_logs(deployment)
+
+
+async def over_http(deployment: Deployment, token: str) -> int:
+    """The answer's status where the documentation's line asks."""
+    usage = (ROOT / "docs" / "usage.md").read_text()
+    (path,) = set(re.findall(r"^curl -H .* http://127.0.0.1:8090(/\S+)$", usage, re.MULTILINE))
+    url = f"http://127.0.0.1:{deployment.ports['daemon:8090']}{path}"
+    async with (
+        aiohttp.ClientSession(headers={"Authorization": f"Bearer {token}"}) as client,
+        client.get(url) as response,
+    ):
+        return response.status
+
+
+def _ended(process: Any) -> Any:
+    async def ended() -> bool:
+        return process.poll() is not None
+
+    return ended
+
+
+def check_no_command_was_refused(deployment: Deployment) -> None:
+    """The user of the ACL may do all that the services did, and no more than is listed."""
+    info = redis_cli(deployment, "INFO commandstats")
+    assert "cmdstat_evalsha" in info and "errorstat_NOPERM" not in redis_cli(deployment, "INFO errorstats")
+    assert not re.findall(r"cmdstat_(\S+?):.*rejected_calls=[1-9]", info)
+    for forbidden in ("FLUSHALL", "CONFIG GET dir", "KEYS x*", "ACL LIST", "SET other:key 1"):
+        assert redis_cli(deployment, forbidden).startswith("NOPERM"), forbidden
+
+
+def check_processes_hide_secrets(deployment: Deployment) -> None:
+    """What other users of the machine can list (arguments), and what a child inherits (the environment)."""
+    for container in deployment.containers:
+        if container.process.poll() is None:
+            process = psutil.Process(container.process.pid)
+            shown = "\n".join([*process.cmdline(), *process.environ().values()])
+            assert not any(secret in shown for secret in SECRETS.values() if secret), container.service
+
+
+def check_logs(deployment: Deployment) -> None:
+    """One JSON object a line on stdout, which nothing else is on, and no secret in anything that was written."""
+    for container in deployment.containers:
+        if container.service == "redis":
+            continue
+        lines = [json.loads(line) for line in container.stdout.splitlines()]
+        assert lines and all({"event", "level", "timestamp"} <= line.keys() for line in lines)
+        assert all(line["search"] == "tiny" for line in lines)
+        assert container.stderr == ""
+        if container.service == "gpu-worker":
+            assert len({line["worker"] for line in lines}) == 1
+    written = deployment.everything_written()
+    assert '"event": "search_ended"' in written and "outcome_committed" in written
+    for secret in SECRETS.values():
+        assert not secret or secret not in written

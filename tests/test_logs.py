@@ -17,7 +17,8 @@ SECRET = "hunter22"
 
 
 @pytest.fixture(autouse=True)
-def _restored() -> Iterator[None]:
+def _restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     root = logging.getLogger()
     before, level = list(root.handlers), root.level
     yield
@@ -26,6 +27,7 @@ def _restored() -> Iterator[None]:
     root.handlers[:] = before
     root.setLevel(level)
     structlog.reset_defaults()
+    structlog.contextvars.clear_contextvars()
 
 
 def refuse(constant: str) -> Any:
@@ -96,6 +98,31 @@ def test_an_exception_shows_neither_its_locals_nor_its_secrets(lines: Lines) -> 
     assert ours["exception"][0]["exc_type"] == library["exception"][0]["exc_type"] == "RuntimeError"
     assert "RuntimeError" in lines.text
     assert SECRET not in lines.text and "pa55" not in lines.text
+
+
+def test_an_error_that_nobody_catches_is_one_line_without_secrets(lines: Lines) -> None:
+    try:
+        fails()
+    except RuntimeError as error:
+        sys.excepthook(type(error), error, error.__traceback__)
+    (line,) = lines.parsed
+    assert (line["event"], line["level"]) == ("crashed", "critical")
+    assert line["exception"][0]["exc_type"] == "RuntimeError"
+    assert SECRET not in lines.text and "pa55" not in lines.text
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_service_logs_on_stdout_unless_somebody_watches_it_on_a_terminal(
+    terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    logs.configure(stream=logs.service_stream())
+    structlog.get_logger().info("said")
+    out, err = capsys.readouterr()
+    if terminal:
+        assert out == "" and "said" in err
+    else:
+        assert json.loads(out)["event"] == "said" and err == ""
 
 
 def test_nothing_that_is_logged_breaks_a_line(lines: Lines) -> None:

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from redis import Redis
 
 from daemon.llm import make_endpoint, secrets_of
 from daemon.settings import load, setting_names
@@ -117,6 +118,47 @@ def test_a_key_is_read_from_its_file_and_is_known_to_the_redaction(config: Path,
     assert endpoint.name == "llm.example"
     assert secrets_of(settings) == ["sk-very-secret", "hunter22"]
     assert "sk-very-secret" not in repr(settings)
+
+
+def test_an_empty_key_file_means_no_key(config: Path, tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("\n")
+    endpoints = f"[{{base_url: 'https://llm.example/v1', model: m, api_key_file: {tmp_path / 'key'}}}]"
+    settings = load(config, [f"llm.endpoints={endpoints}"])
+    assert make_endpoint(settings.llm.endpoints[0]).api_key is None
+    assert secrets_of(settings) == []
+
+
+def test_the_password_of_redis_is_read_from_its_file_and_is_known_to_the_redaction(
+    config: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "password").write_text("with spaces/and@signs\n")
+    settings = load(config, ["redis.url=redis://user@host:6379/0", f"redis.password_file={tmp_path / 'password'}"])
+    assert settings.redis.full_url == "redis://user:with%20spaces%2Fand%40signs@host:6379/0"
+    with Redis.from_url(settings.redis.full_url) as client:
+        assert client.connection_pool.connection_kwargs["password"] == "with spaces/and@signs"
+    assert set(secrets_of(settings)) == {"with spaces/and@signs", "with%20spaces%2Fand%40signs"}
+    assert "spaces" not in repr(settings)
+
+
+@pytest.mark.parametrize(
+    ("url", "content", "sentence"),
+    [
+        ("redis://user@host", None, "cannot be read: No such file"),
+        ("redis://user@host", b"\n", "is empty"),
+        ("redis://user@host", b"\xff\xfe", "it is not UTF-8 text"),
+        ("redis://user:hunter22@host", b"other", "redis.url has a password already"),
+        ("", b"other", "redis.password_file is set, but redis.url is missing"),
+    ],
+)
+def test_a_password_file_that_cannot_be_used_is_an_error_that_shows_no_password(
+    config: Path, tmp_path: Path, url: str, content: bytes | None, sentence: str
+) -> None:
+    if content is not None:
+        (tmp_path / "password").write_bytes(content)
+    settings = load(config, [f"redis.password_file={tmp_path / 'password'}", *([f"redis.url={url}"] if url else [])])
+    with pytest.raises(SettingsError, match=sentence) as caught:
+        _ = settings.redis.full_url
+    assert "hunter22" not in str(caught.value) and "other" not in str(caught.value)
 
 
 def test_relative_paths_of_texts_become_absolute_and_named_texts_stay(config: Path) -> None:

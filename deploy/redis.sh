@@ -1,0 +1,33 @@
+#!/bin/sh
+# Starts redis-server, with the options given, for one user: `selfpruner` may use the commands that Self-Pruner uses, on
+# its own keys. There is no other user, and nobody gets in without the password, which is read from a file.
+set -eu
+umask 077
+secret=${REDIS_PASSWORD_FILE:-/run/secrets/redis_password}
+users=${REDIS_USERS_FILE:-/tmp/users.acl}
+
+password=$(tr -d '\r\n' < "$secret")
+if [ -z "$password" ]; then
+    echo "the Redis password file $secret is empty" >&2
+    exit 2
+fi
+# The server keeps a hash, so that the password is in no second place. printf is part of the shell: it has no arguments
+# that other processes could read.
+hash=$(printf %s "$password" | sha256sum | cut -d ' ' -f 1)
+
+connecting='+auth +hello +ping +select +client|setinfo +client|setname'
+scripts='+evalsha +script|load +script|exists'
+strings='+get +set +setnx +mget +incrby +del +exists +pttl +scan'
+lists_and_hashes='+lrange +llen +rpush +hget +hmget +hgetall +hset +hsetnx +hincrby +hexists +hdel'
+streams='+xadd +xack +xclaim +xdel +xgroup|create +xgroup|delconsumer +xinfo|consumers +xlen +xpending +xrange +xread +xreadgroup'
+server='+info +time +multi +exec +discard'
+
+# `default` is off, so that nobody can be it, but it keeps its rights: a server that loads its append-only file replays
+# transactions (all our scripts) as this user, and drops those that it may not do, without an error in its log.
+# `selfpruner` begins with `reset`, from nothing: no command, no key, no channel.
+cat > "$users" <<USERS
+user default off resetpass allkeys allchannels allcommands
+user selfpruner reset on #$hash ~selfpruner:* $connecting $scripts $strings $lists_and_hashes $streams $server
+USERS
+unset password hash
+exec redis-server --aclfile "$users" "$@"
