@@ -94,6 +94,12 @@ async def read_workers(redis: Redis, keys: Keys) -> list[WorkerStatus]:
     return statuses
 
 
+async def read_dead(redis: Redis, keys: Keys) -> list[dict[str, str]]:
+    """The jobs that were given up, the last hundred, newest first: `id`, `reason`, `worker`, `detail`."""
+    client: Any = redis
+    return [fields for _, fields in await client.xrevrange(keys.dead, count=100)]
+
+
 class SearchStore:
     """A search that this process is in charge of."""
 

@@ -223,7 +223,9 @@ class Kit:
         return [fields for _, fields in await self.redis.xrange(self.keys.dead)]
 
     async def end(self) -> None:
-        """End whatever runs, workers by SIGTERM."""
+        """End whatever runs, workers by SIGTERM; before, the daemon may notice what the server has lost."""
+        if self.daemons and not self.unsettled:
+            await eventually(self._complete, 10)
         for daemon in self.daemons:
             await daemon.end()
         left = [worker for worker in self.workers if worker.process.returncode is None]
@@ -237,6 +239,10 @@ class Kit:
                     child.kill()
                 await worker.kill()
                 raise AssertionError("a worker did not end when told to") from None
+
+    async def _complete(self) -> bool:
+        left = await self.redis.xlen(self.keys.jobs) + await self.redis.xlen(self.keys.results)
+        return not left and await self.redis.llen(self.keys.applied) == self.daemons[-1].population.outcomes
 
     async def check(self) -> None:
         """The invariants."""
