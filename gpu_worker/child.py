@@ -16,10 +16,12 @@ from pydantic import ValidationError
 from protocol.candidate import OUTCOME, Candidate, Failed, Measured
 from protocol.card import ModelCard
 from protocol.errors import SelfPrunerError, UsageError
+from protocol.self_text import SelfTextBoard
 from protocol.spec import SearchSpec
 
 EVALUATION_PROCESS = (sys.executable, "-m", "gpu_worker.evaluation_process")
-LINE_LIMIT = 4_000_000
+LINE_LIMIT = 32_000_000
+"""Bytes. The longest line is a text that the model wrote (protocol/self_text.py)."""
 LAST_WORDS_SECONDS = 1.0
 """For the last lines of a process that has ended: what it started may hold its stdout open for ever."""
 Progress = Callable[[str, int, int], None]
@@ -38,12 +40,16 @@ class DeviceLost(ChildDied):
 class EvaluationChild:
     """One evaluation process with the model of one spec, in a process group of its own.
 
-    `command` starts a process that speaks as gpu_worker/evaluation_process.py does.
+    `command` starts a process that speaks as gpu_worker/evaluation_process.py does. With a `board`, text that the model
+    writes itself is the same for all workers of the search.
     """
 
-    def __init__(self, spec: SearchSpec, command: Sequence[str] = EVALUATION_PROCESS) -> None:
+    def __init__(
+        self, spec: SearchSpec, command: Sequence[str] = EVALUATION_PROCESS, *, board: SelfTextBoard | None = None
+    ) -> None:
         self._spec = spec
         self._command = command
+        self._board = board
         self._process: asyncio.subprocess.Process | None = None
 
     @property
@@ -65,6 +71,7 @@ class EvaluationChild:
             raise ChildDied(f"the model was not ready within {limit_seconds:g} seconds") from None
 
     async def _get_ready(self, progress: Progress, *, sensitivity: bool) -> ModelCard:
+        text = await self._board.read() if self._board else None
         self._process = await asyncio.create_subprocess_exec(
             *self._command,
             stdin=asyncio.subprocess.PIPE,
@@ -72,12 +79,15 @@ class EvaluationChild:
             limit=LINE_LIMIT,
             start_new_session=True,
         )
-        self._send({"spec": self._spec.model_dump(mode="json"), "sensitivity": sensitivity})
+        self._send({"spec": self._spec.model_dump(mode="json"), "sensitivity": sensitivity, "self_text": text})
         while True:
             reply = await self._receive()
             if "progress" in reply:
                 step = reply["progress"]
                 progress(step["stage"], step["done"], step["total"])
+            elif "self_text" in reply:
+                text = reply["self_text"]
+                self._send({"self_text": await self._board.publish(text) if self._board else text})
             elif "usage_error" in reply:
                 await self.kill()
                 raise UsageError(reply["usage_error"])

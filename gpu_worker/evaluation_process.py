@@ -2,9 +2,11 @@
 
 `python -m gpu_worker.evaluation_process` is started by gpu_worker/child.py and speaks JSON lines with it::
 
-    in   {"spec": SearchSpec, "sensitivity": bool}                      once
+    in   {"spec": SearchSpec, "sensitivity": bool, "self_text": JSON}   once; the text may be null
     out  {"progress": {"stage", "done", "total"}}                       while it gets ready
     out  {"log": {"level", "event", ...}}                               at any time: for the parent's log
+    out  {"self_text": JSON}                                            it wrote text that nobody had published
+    in   {"self_text": JSON}                                            the text that counts
     out  {"usage_error": sentence}                                      and it ends with code 2
     out  {"card": ModelCard}                                            it is ready
     in   {"id", "plan", "text"}                                         one candidate at a time
@@ -24,6 +26,7 @@ import time
 import traceback
 import warnings
 from collections.abc import MutableMapping
+from functools import partial
 from typing import Any, NoReturn
 
 import structlog
@@ -101,20 +104,29 @@ def keep_libraries_quiet() -> None:
         warnings.simplefilter("ignore")
 
 
+def offer_text(lines: Lines, replies: Replies, text: str) -> str:
+    """Offer text that the model wrote to the search; the one that counts, which may be another worker's."""
+    replies.send({"self_text": text})
+    counts: str = json.loads(lines.get())["self_text"]
+    return counts
+
+
 def serve(lines: Lines, replies: Replies) -> int:
     """Get ready, then answer for ever; returns the exit code where that cannot be."""
     # Imported here and not above: this is where torch comes in, seconds of it, with stdout already put away.
     from gpu_worker.answering import DeviceLostError, answer, preparing
     from gpu_worker.session import Session
-    from protocol.errors import UsageError
+    from gpu_worker.shared_text import SharedText
+    from protocol.errors import StoreError, UsageError
     from protocol.spec import SearchSpec
 
     order = json.loads(lines.get())
     spec = SearchSpec.model_validate(order["spec"])
+    share = SharedText(order.get("self_text"), partial(offer_text, lines, replies))
     try:
         with preparing(spec.model):
-            session = Session(spec, replies.progress, sensitivity=order["sensitivity"])
-    except UsageError as error:
+            session = Session(spec, replies.progress, sensitivity=order["sensitivity"], share=share)
+    except (UsageError, StoreError) as error:
         replies.send({"usage_error": str(error)})
         return EXIT_USAGE
     replies.send({"card": session.card.model_dump(mode="json")})

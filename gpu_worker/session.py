@@ -9,7 +9,7 @@ from gpu_worker.divergence import DensePredictions, dense_predictions, divergenc
 from gpu_worker.perplexity import perplexity, watched_perplexity
 from gpu_worker.progress import Progress, no_progress
 from gpu_worker.sensitivity import measure_sensitivity
-from gpu_worker.target import Target
+from gpu_worker.target import Share, Target
 from protocol.candidate import Measured, Text
 from protocol.card import DensePerplexity, ModelCard
 from protocol.errors import DataError
@@ -21,8 +21,8 @@ from protocol.spec import SearchSpec
 class Session:
     """Measures plans of one spec. Making one takes as long as its stages; `progress` hears of each.
 
-    `target` is given where the model is ready already. Raises UsageError for a model or a text that cannot be had,
-    NotFiniteError where even the dense model is broken.
+    `target` is given where the model is ready already; `share` is for several workers (see Target). Raises UsageError
+    for a model or a text that cannot be had, NotFiniteError where even the dense model is broken.
     """
 
     def __init__(
@@ -32,9 +32,10 @@ class Session:
         *,
         sensitivity: bool = True,
         target: Target | None = None,
+        share: Share | None = None,
     ) -> None:
         self.spec = spec
-        self.target = Target(spec, progress) if target is None else target
+        self.target = Target(spec, progress, share=share) if target is None else target
         self._predictions: dict[Text, DensePredictions] = {}
         self.card = self._describe(progress, sensitivity)
 

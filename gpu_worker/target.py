@@ -1,6 +1,7 @@
 """The target model made ready to be pruned: loaded, its texts read, its pieces scored, its weights ordered."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from torch import Tensor
 
@@ -19,12 +20,16 @@ from protocol.plan import Plan
 from protocol.shape import ModelShape
 from protocol.spec import SearchSpec
 
+Share = Callable[[int, int, Callable[[], Tensor]], Tensor]
+"""Windows, their length and what writes them -> the tokens that all workers use (gpu_worker/shared_text.py)."""
+
 
 class Target:
     """The model of a spec, with the spec's texts. Making one takes as long as its stages; `progress` hears of each.
 
     With `outlier_threshold` (OWL's M) the layers' `outliers` are counted too, which only the dense model shows. `check`
-    may refuse the loaded model. Raises UsageError for a model or a text that cannot be had.
+    may refuse the loaded model. `share` makes text that the model writes the same for several workers. Raises
+    UsageError for a model or a text that cannot be had.
     """
 
     def __init__(
@@ -34,6 +39,7 @@ class Target:
         *,
         outlier_threshold: float | None = None,
         check: Callable[[LoadedModel], None] | None = None,
+        share: Share | None = None,
     ) -> None:
         self.spec = spec
         self._progress = progress
@@ -41,7 +47,7 @@ class Target:
         self.model = _load(spec, progress)
         if check is not None:
             check(self.model)
-        self.texts = _read_texts(spec, self.model, progress)
+        self.texts = _read_texts(spec, self.model, progress, share)
         decoder, windows = self.model.decoder, self.texts.calibration
         needs_activations = spec.importance == "wanda-sp" or outlier_threshold is not None
         seen = calibrate(decoder, windows, progress) if needs_activations else ()
@@ -90,13 +96,12 @@ def _load(spec: SearchSpec, progress: Progress) -> LoadedModel:
     return model
 
 
-def _read_texts(spec: SearchSpec, model: LoadedModel, progress: Progress) -> Texts:
+def _read_texts(spec: SearchSpec, model: LoadedModel, progress: Progress, share: Share | None) -> Texts:
+    def written(windows: int, length: int) -> Tensor:
+        write = partial(self_text, model, windows, length, spec.seed, progress)
+        return share(windows, length, write) if share else write()
+
     progress("reading texts", 0, 1)
-    texts = load_texts(
-        spec,
-        model.tokenizer,
-        lambda windows, length: self_text(model, windows, length, spec.seed, progress),
-        model.window_start,
-    )
+    texts = load_texts(spec, model.tokenizer, written)
     progress("reading texts", 1, 1)
     return texts

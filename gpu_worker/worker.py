@@ -25,6 +25,7 @@ from protocol.control import Control
 from protocol.errors import UsageError, first_error
 from protocol.jobs import MOST_DEATHS, Job, JobQueue
 from protocol.keys import Keys
+from protocol.self_text import SelfTextBoard
 from protocol.spec import SearchSpec
 
 MOST_FAILED_STARTS = 3
@@ -150,7 +151,8 @@ class Worker:
 
     async def _work_on(self, spec: SearchSpec) -> None:
         """Measure candidates of this spec until told to stop, or until the search has another spec."""
-        child = EvaluationChild(spec, self._options.evaluation_process)
+        board = SelfTextBoard(self._redis, self._keys, spec.fingerprint)
+        child = EvaluationChild(spec, self._options.evaluation_process, board=board)
         try:
             await self._prepare(child)
             while not self._stopping.is_set():

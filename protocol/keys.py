@@ -39,6 +39,10 @@ class Keys:
         """String: the ModelCard as JSON, written once by the first worker."""
         return self["card"]
 
+    def self_text(self, fingerprint: str) -> str:
+        """String: the text that the model of this spec wrote itself (protocol/self_text.py), by the first worker."""
+        return self["self-text:"] + fingerprint
+
     @property
     def control(self) -> str:
         """String: `run`, `pause` or `stop`; absent means run. People set it by hand."""

@@ -118,8 +118,9 @@ def _tell_what_stayed_f16(tensors: tuple[GgufTensor, ...], file_type: GgufType, 
     kept = [tensor for tensor in matrices if tensor.type == gguf.GGMLQuantizationType.F16]
     if file_type == "q8_0" and kept:
         log.warning(
-            "some tensors stay F16, for their rows are no multiple of 32 long; multiple_of 32 avoids it",
+            "tensors_stay_f16",
             tensors=len(kept),
             of=len(matrices),
             file=path.name,
+            advice="their rows are no multiple of 32 long; multiple_of 32 avoids it",
         )
