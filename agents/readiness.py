@@ -32,7 +32,7 @@ class Readiness:
         pause, told = self._policy.first_wait, False
         loop = asyncio.get_running_loop()
         end = None if at_most is None else loop.time() + at_most
-        while self._connections and not any(await self._check_all(refuse=refuse)):
+        while not all(c.is_off for c in self._connections) and not any(await self._check_all(refuse=refuse)):
             if end is not None and loop.time() >= end:
                 return
             if not told:
