@@ -90,10 +90,10 @@ class Status(_Value):
     """Of the proposed ones."""
     failed: int
     """Of the proposed ones."""
-    dead: tuple[dict[str, str], ...] = ()
-    """Jobs that were given up, the last hundred, newest first: `id`, `reason`, `worker`, `detail`."""
     waiting: int
     """Issued, baselines included, and still without an outcome."""
+    dead: tuple[dict[str, str], ...] = ()
+    """The last jobs that were given up, newest first: `id`, `reason`, `worker`, `detail`."""
     dense_perplexity: float | None
     best: str | None
     """The best candidate's id."""
@@ -210,7 +210,6 @@ def make_status(seen: Seen, tally: Tally) -> Status:
         daemon=seen.around.daemon,
         workers=seen.around.workers,
         queue=seen.around.queue,
-        dead=seen.around.dead,
         **dict(seen.condition),
         round=tally.round,
         candidates=sum(proposals.values()),
@@ -218,6 +217,7 @@ def make_status(seen: Seen, tally: Tally) -> Status:
         measured=len(seen.population),
         failed=sum(tally.outcomes[source, "failed"] for source in proposals),
         waiting=len(seen.ledger) - sum(tally.outcomes.values()),
+        dead=seen.around.dead,
         dense_perplexity=seen.dense_perplexity,
         best=best.candidate.id if best else None,
         best_perplexity=outcome.perplexity if outcome else None,

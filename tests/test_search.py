@@ -190,7 +190,8 @@ async def test_a_search_that_was_killed_anywhere_has_the_history_of_an_undisturb
         undisturbed = await calm.run()
     selections = 0
     for life in range(1, 100):
-        conducted = Conducted(redis, Keys("killed"), tmp_path, proposals_per_call=per_call)
+        chat = SchemaChat()
+        conducted = Conducted(redis, Keys("killed"), tmp_path, chat=chat, proposals_per_call=per_call)
         search = await conducted.open()
         enough = len(search.ledger) + 1 + life % 3
         async with evaluating(redis, conducted.keys):
@@ -202,8 +203,7 @@ async def test_a_search_that_was_killed_anywhere_has_the_history_of_an_undisturb
             running.cancel()
             await asyncio.wait({running})
         conducted.journal.close()
-        assert isinstance(conducted.chat, SchemaChat)
-        selections += sum(re.match("selector .* attempt 0", label) is not None for label in conducted.chat.labels)
+        selections += sum(re.match("selector .* attempt 0", label) is not None for label in chat.labels)
         if not killed:
             break
     assert life >= 3
