@@ -166,14 +166,17 @@ class SearchStore:
     async def _check(self, queue: CandidateQueue, remembered: Callable[[], Memory]) -> None:
         """Bring back what the server has lost: data (it was flushed, or runs on an older copy), and jobs."""
         confirmed = queue.issued, queue.applied  # before asking: what is confirmed later may not be in the answer
-        keys = self._keys
-        pipe = self._redis.pipeline(transaction=True)
-        pipe.get(keys.epoch).exists(keys.spec).llen(keys.issued).llen(keys.applied).xlen(keys.jobs).xlen(keys.results)
-        epoch, spec, issued, applied, jobs, results = await self._patiently(pipe.execute)
+        epoch, spec, issued, applied, jobs, results = await self._patiently(self._lengths)
         if not (epoch and spec) or issued < confirmed[0] or applied < confirmed[1]:
             await self._bring_back(queue, remembered())
         elif jobs + results < issued - applied and (requeued := await self.repair(queue, await self.history())):
             log.warning("candidates_requeued", count=requeued)
+
+    async def _lengths(self) -> Any:
+        keys = self._keys
+        pipe = self._redis.pipeline(transaction=True)  # made anew at each try, for it forgets its commands
+        pipe.get(keys.epoch).exists(keys.spec).llen(keys.issued).llen(keys.applied).xlen(keys.jobs).xlen(keys.results)
+        return await pipe.execute()
 
     async def _bring_back(self, queue: CandidateQueue, memory: Memory) -> None:
         history, keys = memory.history, self._keys

@@ -299,8 +299,10 @@ class Kit:
         except TimeoutError:
             raise AssertionError(f"I8: processes are left: {self.processes()}") from None
 
+        await self.redis.connection_pool.disconnect()  # our own, as many as were busy at once
+
         async def alone() -> bool:
-            return len(await self.redis.client_list(_type="normal")) <= len(self.daemons) + 2
+            return len(await self.redis.client_list(_type="normal")) == 1
 
         await eventually(alone, 10)
 

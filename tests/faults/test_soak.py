@@ -41,7 +41,6 @@ async def test_two_hundred_thousand_evaluations_leave_nothing_behind(kit: Kit) -
             await daemon.end()
             kit.daemons.clear()
             await kit.redis.delete(*(kit.keys[part] for part in ("issued", "candidates", "outcomes", "applied")))
-    await kit.redis.connection_pool.disconnect()  # those of many enqueues at a time
     for sample in samples:
         assert sample["outcomes"] == EACH
         assert (sample["jobs"], sample["results"], sample["pending"]) == (0, 0, 0)
