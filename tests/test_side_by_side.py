@@ -13,7 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from redis.asyncio import Redis
 
+from protocol.control import Control
+from protocol.keys import Keys
 from tests.schema_answers import value_of
 from tests.scripted_llm import ScriptedLlm
 from tests.servers import Server, eventually
@@ -97,7 +100,7 @@ def write_settings(folder: Path, name: str, llm: ScriptedLlm, *, layers: int, ra
 
 
 async def test_two_searches_side_by_side_and_a_worker_that_comes_late_and_leaves_early(
-    server: Server, llm: ScriptedLlm, tmp_path: Path
+    server: Server, redis: Redis, llm: ScriptedLlm, tmp_path: Path
 ) -> None:
     first = write_settings(tmp_path, "first", llm, layers=3, rate=0.3)
     second = write_settings(tmp_path, "second", llm, layers=4, rate=0.4)
@@ -110,7 +113,11 @@ async def test_two_searches_side_by_side_and_a_worker_that_comes_late_and_leaves
             for name in ("first", "second")
         ]
         await eventually(lambda: one.said("candidate_measured"), 120)
+        control = Control(redis, Keys("first"))
+        await control.write("pause")  # or the tiny search would be over before the third worker has its model
         late = await enter(selfpruner(server, tmp_path, "late", "worker", "--search", "first"))
+        await eventually(lambda: late.said("model_ready"), 120)
+        await control.write("run")
         await eventually(lambda: late.said("outcome_committed"), 120)
         late.process.send_signal(signal.SIGTERM)
         assert await late.ended() == 0
