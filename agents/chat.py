@@ -50,6 +50,7 @@ class Chat:
     ) -> None:
         self._policy = policy or ChatPolicy()
         self._connections = [Connection(e, self._policy, gate=gate, permit=self._permit) for e in endpoints]
+        self._gate = gate
         self._record = record
         self._budget = budget or Budget()
         self._spent_before = spent or Spent()
@@ -112,7 +113,7 @@ class Chat:
         our model raises SettingsError; with `refuse` False it is switched off, as long as another is left.
         """
         if self._budget.used_up(self.spent) is None:
-            readiness = Readiness(self._connections, self._policy, self._permit)
+            readiness = Readiness(self._connections, self._policy, gate=self._gate, permit=self._permit)
             await readiness.wait(waiting, at_most=at_most, refuse=refuse)
 
     async def _ask_in_order(self, question: Question, label: str) -> Answer:

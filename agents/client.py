@@ -92,7 +92,8 @@ class Client:
             return []
         models = reply.get("data") if isinstance(reply, dict) else None
         entries = models if isinstance(models, list) else []
-        return [entry["id"] for entry in entries if isinstance(entry, dict) and isinstance(entry.get("id"), str)]
+        names = [entry.get("id") for entry in entries if isinstance(entry, dict)]
+        return [self.masked(name) for name in names if isinstance(name, str)]
 
     def masked(self, text: str) -> str:
         """`text` without this endpoint's secrets, which it may have echoed."""

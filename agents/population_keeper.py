@@ -66,8 +66,10 @@ class PopulationKeeper:
             log.error("outcome_of_unknown_candidate", candidate=result.id)
             await self._outcomes.drop(result)
             return
-        is_new = await self._outcomes.apply(result)
-        if is_new and candidate.id not in self._population:  # a server that lost its data finds old outcomes new
+        await self._outcomes.apply(result)
+        # Not its answer decides: one that got lost is asked for again, and then says that the outcome is there already;
+        # and a server that lost its data finds an old outcome new.
+        if candidate.id not in self._population:
             is_best = self._population.insert(candidate, result.outcome)
             evaluation = self._population.get(candidate.id)
             assert evaluation is not None

@@ -9,7 +9,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 
 from agents.client import RequestFailed
-from agents.connection import Connection, Permit
+from agents.connection import Connection, Gate, Permit
 from agents.endpoint import ChatPolicy
 from protocol.errors import EndpointError, SettingsError
 
@@ -21,9 +21,10 @@ _LOADING = (429, 502, 503, 504)
 class Readiness:
     """Checks endpoints until one can be asked."""
 
-    def __init__(self, connections: Sequence[Connection], policy: ChatPolicy, permit: Permit) -> None:
+    def __init__(self, connections: Sequence[Connection], policy: ChatPolicy, *, gate: Gate, permit: Permit) -> None:
         self._connections = connections
         self._policy = policy
+        self._gate = gate
         self._permit = permit
 
     async def wait(self, waiting: Callable[[str], None], *, at_most: float | None, refuse: bool) -> None:
@@ -31,7 +32,7 @@ class Readiness:
         pause, told = self._policy.first_wait, False
         loop = asyncio.get_running_loop()
         end = None if at_most is None else loop.time() + at_most
-        while self._connections and not any(await self._check_all(refuse=refuse)):
+        while not all(c.is_off for c in self._connections) and not any(await self._check_all(refuse=refuse)):
             if end is not None and loop.time() >= end:
                 return
             if not told:
@@ -70,6 +71,7 @@ class Readiness:
 
     async def _try(self, connection: Connection, names: Sequence[str]) -> str | None:
         """Ask for one token; why the endpoint would take no question, where that is what it says."""
+        await self._gate()
         try:
             self._permit()
             connection.usage.requests += 1

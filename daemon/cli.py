@@ -1,56 +1,41 @@
-"""`selfpruner …`: the command line. The only module that may name gpu_worker, inside function bodies."""
+"""`selfpruner …`: the command line. It and pruning_commands.py may name gpu_worker, inside function bodies."""
 
 import asyncio
-import json
 import os
 import signal
 import sys
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import AsyncExitStack, ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack, ExitStack
 from functools import partial
 from importlib.resources import as_file, files
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import structlog
 import typer
-import yaml
 from rich.console import Console
 from rich.live import Live
 
-from daemon import embedded, flags
+from daemon import embedded, flags, pruning_commands
 from daemon.changes import Event
 from daemon.display import Display
 from daemon.http_token import Access, open_access
 from daemon.launch import Launch
 from daemon.llm import secrets_of
 from daemon.local_llm import find_gguf
-from daemon.pruning_request import (
-    CardClaim,
-    allocation_of,
-    allocation_spec,
-    card_claim,
-    measured_texts,
-    pruning_request,
-    request_of_search,
-    self_if_none,
-)
-from daemon.remote import NotRunning, RemoteSearch, open_remote, saved, saved_status
+from daemon.remote import NotRunning, RemoteSearch, ask, open_remote, saved_status
 from daemon.screen import Screen
 from daemon.settings import Settings, check_text, load
 from daemon.signals import run_until_signal
 from daemon.status import Status
 from daemon.summary import Summary, show
+from daemon.terminal import answer, need, print_json
 from daemon.watch import json_lines, on_screen
 from daemon.watch import watch as follow
 from protocol import logs
-from protocol.allocation import Method
 from protocol.connection import password_of, with_password
 from protocol.control import Command
 from protocol.errors import SelfPrunerError, SettingsError, UsageError
-from protocol.formats import Format, GgufType
-from protocol.spec import Measure
 
 log = structlog.get_logger()
 app = typer.Typer(
@@ -59,6 +44,10 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+app.command()(pruning_commands.allocate)
+app.command()(pruning_commands.evaluate)
+app.command()(pruning_commands.export)
 
 Config = Annotated[Path | None, typer.Argument(help="A YAML file of settings; quickstart.yaml when left out.")]
 
@@ -127,7 +116,7 @@ def worker(
     own_gpu: Annotated[bool, typer.Option("--own-gpu", help="Use one GPU that no other worker here uses.")] = False,
 ) -> None:
     """Prune and measure candidates of a search: one worker, one GPU."""
-    _need("torch", "worker")
+    need("torch", "worker")
     from gpu_worker.worker import WorkerOptions, run_worker
 
     url = with_password(redis_url, redis_password_file)
@@ -152,7 +141,7 @@ def status(
     json_: flags.Json = False,
 ) -> None:
     """Say how far a search is."""
-    _answer(asyncio.run(_status(search, redis_url, folder)).model_dump(mode="json"), json_)
+    answer(asyncio.run(_status(search, redis_url, folder)).model_dump(mode="json"), json_)
 
 
 @app.command()
@@ -177,8 +166,8 @@ def best(
     json_: flags.Json = False,
 ) -> None:
     """Print the best pruning rates so far."""
-    answer = asyncio.run(_remote(search, redis_url, folder, RemoteSearch.best, otherwise="best.json"))
-    _answer(answer, json_)
+    record = asyncio.run(ask(search, redis_url, folder, RemoteSearch.best, otherwise="best.json"))
+    answer(record, json_)
 
 
 @app.command()
@@ -203,128 +192,6 @@ def stop(
 ) -> None:
     """End the search's daemon; nothing measured is lost, and the search can be started again."""
     _command("stop", search, redis_url, folder)
-
-
-@app.command()
-@flags.grouped
-def allocate(
-    method: Annotated[Method, typer.Argument(help="An allocation without search.")],
-    model: Annotated[str, typer.Option(help="A hub name, a folder, or `smollm2`.")],
-    rate: Annotated[float, typer.Option(help="The pruning rate β.")],
-    *,
-    texts: flags.CalibrationFlags,
-    how: flags.PruningFlags,
-    options: flags.MethodFlags,
-    dtype: flags.DtypeFlag = "bfloat16",
-    seed: flags.Seed = 0,
-    json_: flags.Json = False,
-) -> None:
-    """Say the pruning rates of an allocation; with --json a file that `evaluate` and `export` take as --rates."""
-    _need("torch", "worker")
-    from gpu_worker.evaluate import allocate_once
-
-    spec = allocation_spec(model, rate, texts, how, dtype=dtype, seed=seed)
-    with _progress(model) as progress:
-        result = allocate_once(spec, allocation_of(method, options), progress)
-    _answer(result.model_dump(mode="json"), json_)
-
-
-@app.command()
-@flags.grouped
-def evaluate(
-    folder: Annotated[Path | None, typer.Argument(help="An exported model, measured as it is.")] = None,
-    model: flags.Model = None,
-    *,
-    texts: flags.TextFlags,
-    choice: flags.ChoiceFlags,
-    how: flags.PruningFlags,
-    options: flags.MethodFlags,
-    fitness: Annotated[Measure, typer.Option(help="`kl`: measure the divergence from the dense model too.")] = (
-        "perplexity"
-    ),
-    dtype: flags.DtypeFlag = "bfloat16",
-    seed: flags.Seed = 0,
-    json_: flags.Json = False,
-) -> None:
-    """Measure a model's perplexity: as it is, or pruned by --allocate or --rates, without a search."""
-    _need("torch", "worker")
-    from gpu_worker.evaluate import evaluate_as_it_is, evaluate_once
-
-    if (folder is None) == (model is None):
-        raise SettingsError("name one model: a folder, or --model")
-    name = str(folder) if model is None else model
-    if choice == flags.ChoiceFlags():
-        claim = card_claim(name) if texts == flags.TextFlags() else None
-        measured = claim or CardClaim(measured_texts(texts), seed, dtype, None)
-        with _progress(name) as progress:
-            result = evaluate_as_it_is(
-                name, measured.texts, dtype=measured.dtype, seed=measured.seed, progress=progress
-            ).model_copy(update={"card_perplexity": measured.perplexity})
-    else:
-        request = pruning_request(name, texts, choice, how, options, measure=fitness, dtype=dtype, seed=seed)
-        with _progress(name) as progress:
-            result = evaluate_once(
-                request.spec, request.choice, shape=request.shape, method=request.method, progress=progress
-            )
-    _answer(result.model_dump(mode="json"), json_)
-
-
-@app.command()
-@flags.grouped
-def export(
-    out: Annotated[Path, typer.Option(help="The folder to make.")],
-    format_: Annotated[Format, typer.Option("--format", help="What will load it; see docs/usage.md.")] = "hf",
-    gguf_type: Annotated[GgufType, typer.Option(help="gguf: how weights are stored.")] = "f16",
-    force: Annotated[bool, typer.Option("--force", help="Replace an older export.")] = False,
-    search: Annotated[str | None, typer.Option("--search", help="Export the best of this search.")] = None,
-    redis_url: flags.RedisUrl = None,
-    folder: flags.Folder = Path("runs"),
-    model: flags.Model = None,
-    *,
-    texts: flags.ExportTexts,
-    choice: flags.ChoiceFlags,
-    how: flags.PruningFlags,
-    options: flags.MethodFlags,
-    dtype: flags.DtypeFlag = "bfloat16",
-    seed: flags.Seed = 0,
-    json_: flags.Json = False,
-) -> None:
-    """Write a pruned model that loads elsewhere: the best of a search, or by --allocate or --rates.
-
-    Without --data and --calibration-data the model is scored and measured on text that it writes itself.
-    """
-    _need("torch", "worker")
-    from gpu_worker.exporter import Destination, export_once
-
-    if search is not None:
-        if model is not None or choice != flags.ChoiceFlags():
-            raise SettingsError("--search names the model and its rates: leave --model, --allocate and --rates out")
-        record = asyncio.run(_remote(search, redis_url, folder, RemoteSearch.best, otherwise="best.json"))
-        request = request_of_search(record)
-    elif model is not None:
-        request = pruning_request(model, self_if_none(texts), choice, how, options, dtype=dtype, seed=seed)
-    else:
-        raise SettingsError("give --search, or --model with --allocate or --rates")
-    with _progress(request.spec.model) as progress:
-        result = export_once(
-            request.spec,
-            request.choice,
-            Destination(out, format_, gguf_type, force),
-            shape=request.shape,
-            method=request.method,
-            progress=progress,
-        )
-    _answer(result.model_dump(mode="json"), json_)
-
-
-@contextmanager
-def _progress(model: str) -> Iterator[Callable[[str, int, int], None]]:
-    """One line on the terminal that says what is under way; above it, before `model` is loaded, what that needs."""
-    from gpu_worker.answering import preparing
-
-    logs.configure()
-    with preparing(model), Console(stderr=True).status("") as line:
-        yield lambda stage, done, total: line.update(f"{stage} {done}/{total}")
 
 
 def _configure_logs(settings: Settings, stream: logs.Stream) -> Access | None:
@@ -367,7 +234,7 @@ async def _run_embedded(settings: Settings, access: Access | None, display: Disp
 
 
 def _json(summary: Summary) -> None:
-    _print_json(summary.model_dump())
+    print_json(summary.model_dump())
 
 
 def _table(summary: Summary) -> None:
@@ -392,26 +259,6 @@ def _check_texts(settings: Settings) -> None:
     """Texts are read by the worker; here, on its machine, a missing file need not wait for it."""
     for source in {settings.data.calibration, settings.data.fitness, settings.data.report or "self"}:
         check_text(source)
-
-
-def _need(package: str, extra: str) -> None:
-    if find_spec(package) is None:
-        raise SettingsError(f"this needs the package {package}: pip install 'self-pruner[{extra}]'")
-
-
-def _answer(answer: dict[str, Any], json_: bool) -> None:
-    if json_:
-        _print_json(answer)
-    else:
-        Console().print(
-            yaml.safe_dump(answer, sort_keys=False, allow_unicode=True, default_flow_style=None, width=10_000),
-            end="",
-            soft_wrap=True,
-        )
-
-
-def _print_json(answer: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(answer, allow_nan=False, ensure_ascii=False) + "\n")
 
 
 async def _watch(search: str, redis_url: str | None, folder: Path, *, json_: bool) -> None:
@@ -442,25 +289,6 @@ async def _status(search: str, redis_url: str | None, folder: Path) -> Status:
         if status is None:
             raise
         return status
-
-
-async def _remote(
-    search: str,
-    redis_url: str | None,
-    folder: Path,
-    question: Callable[[RemoteSearch], Awaitable[dict[str, Any]]],
-    *,
-    otherwise: str,
-) -> dict[str, Any]:
-    """The running search's answer; of one that ran here and has ended, what it left in the file `otherwise`."""
-    try:
-        async with open_remote(search, redis_url, folder) as remote:
-            return await question(remote)
-    except NotRunning:
-        record = saved(folder / search, otherwise) if redis_url is None else None
-        if record is None:
-            raise
-        return record
 
 
 def _command(command: Command, search: str, redis_url: str | None, folder: Path) -> None:

@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import hashlib
 import os
+import re
 import signal
 import socket
 import sys
@@ -249,7 +250,18 @@ async def _wait_until_it_answers(server: Child, url: str, data: Path) -> None:
                 await asyncio.sleep(0.1)
     finally:
         await redis.aclose()
-    raise SelfPrunerError(f"the embedded Valkey server did not start; see {data / 'valkey.log'}")
+    raise SelfPrunerError(f"the embedded Valkey server did not start{_damage(data)}; see {data / 'valkey.log'}")
+
+
+def _damage(data: Path) -> str:
+    """What to do where the server says that a file of its data is damaged; it is never begun anew by itself."""
+    log_file = data / "valkey.log"
+    last = log_file.read_text(errors="replace").rsplit("Server initialized", 1)[-1] if log_file.exists() else ""
+    damaged = re.search(r"reading the append only file (\S+?):", last)
+    if damaged is None:
+        return ""
+    path = data / "appendonlydir" / damaged.group(1)
+    return f": {path} is damaged; `valkey-check-aof --fix {path}` keeps what is whole (or move the folder away)"
 
 
 async def _end_left_behind(url: str) -> None:

@@ -15,6 +15,7 @@ from agents.chat import Chat
 from agents.replay import Remembering
 from daemon.display import Display
 from daemon.http_api import HttpApi
+from daemon.http_server import CannotListen
 from daemon.http_token import Access
 from daemon.journal import Journal, write_json
 from daemon.llm import make_agents, make_chat, read_replay, read_transcript
@@ -103,8 +104,7 @@ class Launch:
 
     async def _work(self, group: asyncio.TaskGroup) -> bool:
         async with AsyncExitStack() as stack:
-            if self._api:
-                self._announce(await stack.enter_async_context(self._api.serving()))
+            await self._serve(stack)
             # With a server of our own (and its folder locked) no other daemon can be alive.
             queue = await self._store.take_charge(previous_is_dead=self._own_server)
             if self._display:
@@ -162,6 +162,19 @@ class Launch:
             for task in background:
                 task.cancel()
         return True
+
+    async def _serve(self, stack: AsyncExitStack) -> None:
+        """Serve the HTTP API until the stack is closed; UsageError where it cannot listen."""
+        if self._api is None:
+            return
+        try:
+            self._announce(await stack.enter_async_context(self._api.serving()))
+        except CannotListen:
+            # Where it is this very search's daemon that listens there, that is what must be said.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(5):
+                    await self._store.wait_for_silence()
+            raise
 
     def _memory(self, history: History) -> Memory:
         """What this process knows of the search; `history` is what it found at its start."""

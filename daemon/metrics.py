@@ -107,7 +107,7 @@ def _endpoints(status: Status) -> Iterable[Metric]:
         tokens.add_metric([name, "completion"], endpoint.completion_tokens)
         asked.add_metric([name], endpoint.state == "asked")
     yield from (requests, errors, tokens, asked)
-    yield _gauge("degraded", "1 while no LLM endpoint answers and classical operators stand in.", status.degraded)
+    yield _gauge("degraded", "1 while classical operators stand in for the LLM.", status.degraded)
 
 
 def _figures(status: Status) -> Iterable[Metric]:
@@ -115,6 +115,7 @@ def _figures(status: Status) -> Iterable[Metric]:
     yield _gauge("redis_up", "Whether Redis answers.", status.redis == "answers")
     yield _gauge("paused", "1 while the command is pause.", status.control == "pause")
     yield _gauge("finished", "1 when the rounds or the budget are used up.", status.finished)
+    yield _gauge("llm_cost", "What the LLM has cost over all restarts, at the prices of the endpoints.", status.cost)
     yield _gauge("round", "The round of the newest candidate; 0 is the first population.", status.round)
     yield _gauge("best_fitness", "What the search minimises, of the best candidate.", fitness)
     yield _gauge("best_perplexity", "Perplexity of the best candidate.", status.best_perplexity)

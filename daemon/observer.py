@@ -23,6 +23,7 @@ from daemon.search import Search
 from daemon.status import AroundReader, Condition, EndpointStatus, Seen, Status
 from daemon.store import History
 from protocol.candidate import Candidate
+from protocol.connection import is_away
 from protocol.keys import Keys
 from protocol.spec import SearchSpec
 
@@ -56,7 +57,7 @@ class Observer:
         self._follower = Follower()
         self._looking = asyncio.Lock()
         self._published: tuple[Condition | None, Status | None] = (None, None)
-        self._complained = self._begun = False
+        self._complained = self._told = self._begun = False
         self._history = History()
         self._early = Population()
         self.events = EventLog()
@@ -102,6 +103,8 @@ class Observer:
         """Look once a second until cancelled."""
         while True:
             await self.look()
+            if (task := asyncio.current_task()) and task.cancelling():
+                return  # the Redis client may lose a cancellation (see Patience)
             await asyncio.sleep(LOOK_SECONDS)
 
     async def look(self) -> None:
@@ -111,7 +114,8 @@ class Observer:
         async with self._looking:
             try:
                 around = await self._around.read()
-            except (RedisError, OSError, TimeoutError):
+            except (RedisError, OSError, TimeoutError) as error:
+                self._tell_once(error)
                 self.events.add(self._follower.redis_is_away())
                 return
             condition = self._condition()
@@ -127,6 +131,12 @@ class Observer:
             )
             self.events.add(self._follower.look(seen))
             await self._publish(condition)
+
+    def _tell_once(self, error: Exception) -> None:
+        """Log what no waiting mends, such as a user who may not read; an outage is logged by those who need Redis."""
+        if not is_away(error) and not self._told:
+            log.warning("status_not_read", error=str(error))
+            self._told = True
 
     def _condition(self) -> Condition:
         chat = self.chat

@@ -1,11 +1,11 @@
 """`selfpruner allocate | evaluate | export`: from their flags, or a file of rates, to what is pruned and how."""
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from daemon.flags import CalibrationFlags, ChoiceFlags, ExportTexts, MethodFlags, PruningFlags, TextFlags
 from daemon.settings import check_text, text_spec, validation_sentence
@@ -47,7 +47,7 @@ class RatesFile(BaseModel):
 
     model_config = ConfigDict(extra="ignore")
 
-    rates: tuple[Annotated[float, Strict()], ...]
+    rates: tuple[Annotated[float, Field(strict=True, ge=0, lt=1, allow_inf_nan=False)], ...]
     shape: ModelShape | None = None
     spec: _HowStored = Field(default_factory=_HowStored)
     search: str | None = None
@@ -70,6 +70,7 @@ def pruning_request(
         raise SettingsError("give either --rates FILE or --allocate METHOD with --rate")
     if choice.allocate is not None and choice.rate is None:
         raise SettingsError("--allocate needs --rate, the share of decoder parameters to remove")
+    refuse_unread(choice, options)
     file = RatesFile(rates=()) if choice.rates is None else read_rates(choice.rates)
     given = {"rate": choice.rate, **asdict(how)}
     pruning = file.spec.model_dump() | {name: value for name, value in given.items() if value is not None}
@@ -100,8 +101,32 @@ def allocation_spec(
     """The spec of an allocation, which is scored on one text and measures nothing."""
     text = _text(texts.calibration_data, texts.calibration_windows, texts.seqlen)
     pruning = {name: value for name, value in asdict(how).items() if value is not None}
-    fitness = text.model_copy(update={"windows": 1})
+    # Nothing is measured: the same windows, so that no others have to be there.
+    fitness = text
     return _spec(model=model, rate=rate, **pruning, calibration=text, fitness=fitness, dtype=dtype, seed=seed)
+
+
+_READ_BY = {
+    "first_layers": "llm-pruner",
+    "last_layers": "llm-pruner",
+    "outlier_threshold": "owl",
+    "outlier_range": "owl",
+}
+
+
+def refuse_unread(choice: ChoiceFlags, options: MethodFlags) -> None:
+    """Raise SettingsError for a setting of a method that is not the chosen one."""
+    for name, method in _READ_BY.items():
+        if getattr(options, name) != getattr(MethodFlags(), name) and choice.allocate != method:
+            raise SettingsError(f"--{name.replace('_', '-')} is for --allocate {method}")
+
+
+def refuse_given(why: str, *groups: object) -> None:
+    """Raise SettingsError where a group of flags says anything: nobody would read it."""
+    for group in groups:
+        for field in fields(group):  # type: ignore[arg-type]
+            if getattr(group, field.name) != field.default:
+                raise SettingsError(f"--{field.name.replace('_', '-')} is not read here: {why}")
 
 
 def allocation_of(method: Method, options: MethodFlags) -> Allocation:
@@ -122,7 +147,7 @@ def read_rates(path: Path) -> RatesFile:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
         raise DataError(f"{path} is {NO_RATES} ({place}: {first['msg']})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is {NO_RATES} ({error})") from error
 
 
@@ -137,31 +162,6 @@ def measured_texts(texts: TextFlags) -> dict[Role, TextSpec]:
     if texts.report_data is not None:
         found["report"] = _text(texts.report_data, texts.report_windows, texts.seqlen)
     return found
-
-
-@dataclass(frozen=True)
-class CardClaim:
-    """What an exported folder says of itself, and on which texts that was measured."""
-
-    texts: dict[Role, TextSpec]
-    seed: int
-    dtype: Dtype
-    perplexity: float | None
-
-
-def card_claim(folder: str) -> CardClaim:
-    """What `selfpruner.json` in `folder` claims. Raises DataError where nobody can measure that again."""
-    try:
-        record = json.loads((Path(folder) / "selfpruner.json").read_text(encoding="utf-8"))
-        spec = SearchSpec.model_validate(record["spec"])
-        pruned = record["pruned"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{folder!r} is no exported folder that says what it was measured on: give --data") from error
-    if spec.fitness.source == "self":
-        raise DataError(f"{folder!r} was measured on text that the dense model wrote: give --data, a text file")
-    for text in spec.texts.values():
-        check_text(text.source)
-    return CardClaim(spec.texts, spec.seed, spec.dtype, pruned and pruned["perplexity"])
 
 
 def self_if_none(texts: ExportTexts) -> ExportTexts:

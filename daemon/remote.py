@@ -1,7 +1,7 @@
 """Looking at a search from another process, and steering it: status, best, pause, resume, stop."""
 
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -121,7 +121,10 @@ class NotRunning(UsageError):  # noqa: N818
 def saved(folder: Path, file: str) -> dict[str, Any] | None:
     """What the search in `folder` wrote to `file` when it ran, if it did."""
     path = folder / file
-    record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except ValueError as error:
+        raise UsageError(f"{path} is damaged: {error}") from error
     return record if isinstance(record, dict) else None
 
 
@@ -133,3 +136,22 @@ def saved_status(folder: Path) -> Status | None:
     status = Status.model_validate(record)
     left = status.queue.queued + status.queue.running
     return status.model_copy(update={"daemon": None, "workers": (), "queue": QueueDepth(queued=left)})
+
+
+async def ask(
+    search: str,
+    redis_url: str | None,
+    folder: Path,
+    question: Callable[[RemoteSearch], Awaitable[dict[str, Any]]],
+    *,
+    otherwise: str,
+) -> dict[str, Any]:
+    """The running search's answer; of one that ran here and has ended, what it left in the file `otherwise`."""
+    try:
+        async with open_remote(search, redis_url, folder) as remote:
+            return await question(remote)
+    except NotRunning:
+        record = saved(folder / search, otherwise) if redis_url is None else None
+        if record is None:
+            raise
+        return record

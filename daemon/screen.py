@@ -89,7 +89,8 @@ def _state(status: Status) -> Text:
     if status.control != "run":
         return Text({"pause": "paused", "stop": "stopping"}[status.control], "yellow")
     if status.degraded:
-        return Text("degraded: no LLM endpoint answers, classical operators stand in", "yellow")
+        why = "the LLM's budget is used up" if status.degraded_by == "budget" else "no LLM endpoint answers"
+        return Text(f"degraded: {why}, classical operators stand in", "yellow")
     return Text("running" if status.workers else "waiting for a worker", "green" if status.workers else "yellow")
 
 

@@ -53,7 +53,7 @@ class SearchSettings(_Section):
 
     name: Annotated[str, AfterValidator(check_search_name)] = "default"
     """Names the search in Redis and its folder under run.folder."""
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**63)
     """Seeds windows, prompts' sampling and the classical operators."""
     population: PositiveInt = 30
     """K: candidates of the first population, and parents kept each round."""

@@ -17,7 +17,7 @@ from redis.exceptions import ResponseError
 
 from agents.health import Degraded
 from agents.population import Evaluation, Population
-from daemon.store import WorkerStatus, read_workers
+from daemon.store import WorkerStatus, read_dead, read_workers
 from protocol.candidate import Candidate, Measured, Source
 from protocol.connection import is_missing_group
 from protocol.control import Command, Control
@@ -92,6 +92,8 @@ class Status(_Value):
     """Of the proposed ones."""
     waiting: int
     """Issued, baselines included, and still without an outcome."""
+    dead: tuple[dict[str, str], ...] = ()
+    """The last jobs that were given up, newest first: `id`, `reason`, `worker`, `detail`."""
     dense_perplexity: float | None
     best: str | None
     """The best candidate's id."""
@@ -99,6 +101,8 @@ class Status(_Value):
     best_kl: float | None
     tokens: dict[str, int]
     """Used by the LLM over all restarts: `prompt` and `completion`."""
+    cost: float = 0.0
+    """Of them, at the prices of the endpoints; over all restarts."""
     seconds: float
 
 
@@ -110,6 +114,7 @@ class Around:
     daemon: str | None
     workers: tuple[WorkerStatus, ...]
     queue: QueueDepth
+    dead: tuple[dict[str, str], ...] = ()
 
 
 class AroundReader:
@@ -130,6 +135,7 @@ class AroundReader:
                 daemon=daemon,
                 workers=tuple(sorted(await read_workers(self._redis, self._keys), key=lambda w: w.consumer)),
                 queue=await self._queue(),
+                dead=tuple(await read_dead(self._redis, self._keys)),
             )
 
     async def _queue(self) -> QueueDepth:
@@ -211,10 +217,12 @@ def make_status(seen: Seen, tally: Tally) -> Status:
         measured=len(seen.population),
         failed=sum(tally.outcomes[source, "failed"] for source in proposals),
         waiting=len(seen.ledger) - sum(tally.outcomes.values()),
+        dead=seen.around.dead,
         dense_perplexity=seen.dense_perplexity,
         best=best.candidate.id if best else None,
         best_perplexity=outcome.perplexity if outcome else None,
         best_kl=outcome.kl if outcome else None,
         tokens={name: int(seen.counters.get(f"{name}_tokens", 0)) for name in ("prompt", "completion")},
+        cost=round(seen.counters.get("cost", 0.0), 6),
         seconds=round(seen.counters.get("seconds", 0.0), 1),
     )

@@ -94,6 +94,12 @@ async def read_workers(redis: Redis, keys: Keys) -> list[WorkerStatus]:
     return statuses
 
 
+async def read_dead(redis: Redis, keys: Keys) -> list[dict[str, str]]:
+    """The jobs that were given up, the last hundred, newest first: `id`, `reason`, `worker`, `detail`."""
+    client: Any = redis
+    return [fields for _, fields in await client.xrevrange(keys.dead, count=100)]
+
+
 class SearchStore:
     """A search that this process is in charge of."""
 
@@ -115,7 +121,7 @@ class SearchStore:
         if previous_is_dead:
             await self._forget_workers()
         else:
-            await self._wait_for_silence()
+            await self.wait_for_silence()
         await self._adopt_spec()
         self._epoch = int(await self._patiently(lambda: self._redis.incr(self._keys.epoch)))
         await self._show_life()
@@ -160,14 +166,17 @@ class SearchStore:
     async def _check(self, queue: CandidateQueue, remembered: Callable[[], Memory]) -> None:
         """Bring back what the server has lost: data (it was flushed, or runs on an older copy), and jobs."""
         confirmed = queue.issued, queue.applied  # before asking: what is confirmed later may not be in the answer
-        keys = self._keys
-        pipe = self._redis.pipeline(transaction=True)
-        pipe.get(keys.epoch).exists(keys.spec).llen(keys.issued).llen(keys.applied).xlen(keys.jobs).xlen(keys.results)
-        epoch, spec, issued, applied, jobs, results = await self._patiently(pipe.execute)
+        epoch, spec, issued, applied, jobs, results = await self._patiently(self._lengths)
         if not (epoch and spec) or issued < confirmed[0] or applied < confirmed[1]:
             await self._bring_back(queue, remembered())
         elif jobs + results < issued - applied and (requeued := await self.repair(queue, await self.history())):
             log.warning("candidates_requeued", count=requeued)
+
+    async def _lengths(self) -> Any:
+        keys = self._keys
+        pipe = self._redis.pipeline(transaction=True)  # made anew at each try, for it forgets its commands
+        pipe.get(keys.epoch).exists(keys.spec).llen(keys.issued).llen(keys.applied).xlen(keys.jobs).xlen(keys.results)
+        return await pipe.execute()
 
     async def _bring_back(self, queue: CandidateQueue, memory: Memory) -> None:
         history, keys = memory.history, self._keys
@@ -207,7 +216,8 @@ class SearchStore:
         milliseconds = int(SIGN_OF_LIFE_SECONDS * 1000)
         await self._patiently(lambda: self._redis.set(self._keys.daemon, self._me, px=milliseconds))
 
-    async def _wait_for_silence(self) -> None:
+    async def wait_for_silence(self) -> None:
+        """Return when no daemon of this search shows signs of life; SearchExistsError when one goes on doing so."""
         owner, left = await self._owner()
         if not owner:
             return

@@ -19,7 +19,7 @@ connecting='+auth +hello +ping +select +client|setinfo +client|setname'
 scripts='+evalsha +script|load +script|exists'
 strings='+get +set +setnx +mget +incrby +del +exists +pttl +scan'
 lists_and_hashes='+lrange +llen +rpush +hget +hmget +hgetall +hset +hsetnx +hincrby +hexists +hdel'
-streams='+xadd +xack +xclaim +xdel +xgroup|create +xgroup|delconsumer +xinfo|consumers +xlen +xpending +xrange +xread +xreadgroup'
+streams='+xadd +xack +xclaim +xdel +xgroup|create +xgroup|delconsumer +xinfo|consumers +xlen +xpending +xrange +xread +xreadgroup +xrevrange'
 server='+info +time +multi +exec +discard'
 
 # `default` is off, so that nobody can be it, but it keeps its rights: a server that loads its append-only file replays

@@ -7,22 +7,56 @@ from gpu_worker.progress import Progress, no_progress
 from gpu_worker.sensitivity import measure_sensitivity, removed_alone
 from gpu_worker.target import Target
 from protocol.allocation import Allocation, llm_pruner_rates, owl_rates, sensitivity_rates, uniform_rates
+from protocol.errors import BudgetError
+from protocol.plan import check_rates
+from protocol.shape import ModelShape
 from protocol.spec import SearchSpec
+
+Choice = tuple[float, ...] | Allocation
+"""Given rates, or those of an allocation."""
 
 
 def prepare(
     spec: SearchSpec,
-    allocation: Allocation | None,
+    choice: Choice,
     progress: Progress = no_progress,
     *,
-    check: Callable[[LoadedModel], None] | None = None,
+    shape: ModelShape | None = None,
+    check: Callable[[LoadedModel], None] = lambda _: None,
 ) -> Target:
-    """The target of `spec`, with what `allocation` needs to see of the dense model.
+    """The target of `spec`, with what `choice` needs to see of the dense model.
 
-    `check` sees the loaded model before anything that takes time is done with it.
+    Given rates, for a model of this `shape` where that is known, are checked as soon as the model is loaded, and so is
+    the budget of an allocation that needs no measurement; `check` sees the model too. All of that comes before anything
+    that takes time. Raises BudgetError for rates of another model, number, range or budget.
     """
-    threshold = allocation.outlier_threshold if allocation is not None and allocation.method == "owl" else None
-    return Target(spec, progress, outlier_threshold=threshold, check=check)
+
+    def check_first(model: LoadedModel) -> None:
+        check(model)
+        check_choice(spec, choice, shape, model.decoder.shape)
+
+    threshold = choice.outlier_threshold if isinstance(choice, Allocation) and choice.method == "owl" else None
+    return Target(spec, progress, outlier_threshold=threshold, check=check_first)
+
+
+def check_choice(spec: SearchSpec, choice: Choice, known: ModelShape | None, shape: ModelShape) -> None:
+    """Raise BudgetError where a model of `shape` cannot be pruned by `choice`, as far as that is known beforehand."""
+    if isinstance(choice, Allocation):
+        if choice.method == "llm-pruner":
+            rates = llm_pruner_rates(choice.first_layers, choice.last_layers, shape, spec.rate, spec.granularity)
+        else:
+            rates = uniform_rates(shape, spec.rate, spec.granularity)
+    else:
+        if known is not None and not known.same_decoder(shape):
+            raise BudgetError(f"the rates are for {known.words}; {spec.model} has {shape.words}")
+        check_rates(choice, shape, spec.rate, spec.granularity)
+        rates = choice
+    spec.plan(list(rates), shape)
+
+
+def choose_rates(target: Target, choice: Choice, progress: Progress = no_progress) -> tuple[float, ...]:
+    """The rates to prune `target` by, which comes from `prepare`."""
+    return allocate(target, choice, progress) if isinstance(choice, Allocation) else choice
 
 
 def allocate(target: Target, allocation: Allocation, progress: Progress = no_progress) -> tuple[float, ...]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from gpu_worker.device_errors import is_device_lost, is_out_of_memory
 from gpu_worker.perplexity import NotFiniteError
 from gpu_worker.placement import ADVICE
 from gpu_worker.pruning import PlanMismatchError
@@ -15,9 +16,6 @@ from protocol.candidate import Failed, Measured
 from protocol.errors import DataError, UsageError
 from protocol.plan import Plan
 
-_NO_MEMORY = ("DefaultCPUAllocator", "CUDA error: out of memory", "_ALLOC_FAILED")
-"""Of the CPU; of the driver, whose context survives; of cuBLAS and cuDNN for their workspaces."""
-
 
 class DeviceLostError(RuntimeError):
     """CUDA failed in a way that no later call in this process survives."""
@@ -25,14 +23,12 @@ class DeviceLostError(RuntimeError):
 
 @contextmanager
 def preparing(model: str) -> Iterator[None]:
-    """While it lasts, what goes wrong because the target model does not compute or does not fit is a UsageError.
+    """While it lasts, running out of memory is a UsageError.
 
     Trying again would end the same way, so it is the user's to mend.
     """
     try:
         yield
-    except NotFiniteError as error:
-        raise UsageError(f"the dense model {model!r} is broken: {error}") from error
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -55,18 +51,6 @@ def answer(session: Session, request: dict[str, Any]) -> Measured | Failed:
         if is_device_lost(error):
             raise DeviceLostError(first_line(error)) from error
         raise
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the GPU or the CPU had no memory left. Allocators other than torch's own say so only in their text."""
-    text = str(error)
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(sign in text for sign in _NO_MEMORY)
-
-
-def is_device_lost(error: BaseException) -> bool:
-    """Whether the CUDA context is broken: after a device-side assert every call fails."""
-    text = str(error)
-    return "device-side assert" in text or "CUDA error" in text
 
 
 def first_line(error: BaseException) -> str:

@@ -1,15 +1,61 @@
-"""What is checked of a checkpoint's config before its weights are loaded, and of the weights that were."""
+"""What is checked of a checkpoint, its config before the weights are loaded and they after; and how reading fails."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pickle import UnpicklingError
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 
+from gpu_worker.device_errors import is_device_lost, is_out_of_memory
 from gpu_worker.export.trusted import register_pruned_classes
 from gpu_worker.families import PRUNED, family_of
-from protocol.errors import ModelError
+from protocol.errors import ModelError, SelfPrunerError
+
+SIZES = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+)
+"""What a config counts; null where transformers has a rule of its own."""
+STRETCHED = ("linear", "dynamic", "yarn")
+"""Kinds of rotary positions of which a config states the length before they are stretched."""
+LEFT_OVER = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
+"""What a checkpoint may hold and the model does not: tables that old Llamas saved and that follow from the config."""
+
+
+@contextmanager
+def reading(sentence: Callable[[Exception], str]) -> Iterator[None]:
+    """While it lasts, an error is a ModelError with this `sentence` about it: files are being read by other libraries.
+
+    Our own errors stay what they are, and so do those that tell of the memory or the device and not of the files.
+    """
+    try:
+        yield
+    except SelfPrunerError:
+        raise
+    # A broken file is answered by whatever it runs into: KeyError, TypeError, ZeroDivisionError, UnpicklingError, ...
+    except Exception as error:
+        if is_out_of_memory(error) or is_device_lost(error):
+            raise
+        raise ModelError(sentence(error)) from error
+
+
+def reason(error: Exception) -> str:
+    """What an error of another library says, in one line."""
+    if isinstance(error, UnpicklingError):  # torch's text advises to run whatever code the file holds
+        return "the file of weights is damaged, or holds more than weights"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    line = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
+    told = isinstance(error, OSError | ValueError | SafetensorError) and line
+    return (line if told else f"{type(error).__name__}: {line}").rstrip(".,;: ")
 
 
 def check_config(name: str, config: Mapping[str, Any]) -> None:
@@ -22,6 +68,7 @@ def check_config(name: str, config: Mapping[str, Any]) -> None:
     if str(config.get("model_type")).startswith(PRUNED):
         register_pruned_classes()
     check_plain(name, config)
+    check_sizes(name, config)
 
 
 def check_plain(name: str, config: Mapping[str, Any]) -> None:
@@ -34,18 +81,46 @@ def check_plain(name: str, config: Mapping[str, Any]) -> None:
         )
 
 
-def quantisation_method(packing: Mapping[str, Any]) -> str:
+def quantisation_method(packing: object) -> str:
     """What a `quantization_config` calls its method; the oldest of bitsandbytes say only how many bits."""
+    if not isinstance(packing, Mapping):
+        return "unknown method"
     named = packing.get("quant_method")
     if named:
         return str(named)
     return "bitsandbytes" if packing.get("load_in_8bit") or packing.get("load_in_4bit") else "unknown method"
 
 
+def check_sizes(name: str, config: Mapping[str, Any]) -> None:
+    """Raise ModelError for a model without layers, heads, or anything else that there has to be."""
+    for key in SIZES:
+        size = config.get(key)
+        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+            raise ModelError(f"the config of {name!r} has {key} {size!r}, which has to be a whole number above nought")
+    query, kv = config.get("num_attention_heads"), config.get("num_key_value_heads")
+    if query and kv and query % kv:
+        raise ModelError(f"the config of {name!r} has {kv} KV heads, which cannot share {query} query heads evenly")
+
+
+def longest_positions(config: Any) -> int | None:
+    """Tokens of the longest text that a model of this config was made for; None where the config does not say.
+
+    Llamas whose positions are stretched by a factor state the length before that. Others state the length after it:
+    Llama 3.1, Phi-3 and Gemma 3, whose stretching differs by layer.
+    """
+    stated = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    if stated is None or rope.get("rope_type") not in STRETCHED:
+        return stated
+    original = rope.get("original_max_position_embeddings") or stated
+    return max(int(stated), int(original * rope["factor"]))
+
+
 def load_weights(name: str, source: str, dtype: torch.dtype, **options: Any) -> Any:
     """The causal language model of a folder or hub name, by transformers' loader with these `options`.
 
-    Raises ModelError where it would have made weights up: it goes on with random numbers in the gaps.
+    Raises ModelError where it would have made weights up, or left some out: it goes on with random numbers in the gaps,
+    and without what the config does not ask for.
     """
     # Weights of another size are told apart below, with a sentence.
     loaded, report = transformers.AutoModelForCausalLM.from_pretrained(
@@ -57,5 +132,11 @@ def load_weights(name: str, source: str, dtype: torch.dtype, **options: Any) -> 
         raise ModelError(
             f"{name!r} does not hold the weights that its config asks for: {len(lacking)} are missing or of another "
             f"size, such as {lacking[0]!r}; pass the plain, unquantised model without adapters"
+        )
+    unasked = sorted(str(key) for key in report["unexpected_keys"] if not str(key).endswith(LEFT_OVER))
+    if unasked:
+        raise ModelError(
+            f"{name!r} holds weights that its config does not ask for, so that without them it is another model: "
+            f"{len(unasked)}, such as {unasked[0]!r}; pass a model with the config that belongs to its weights"
         )
     return loaded

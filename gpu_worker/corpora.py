@@ -35,12 +35,16 @@ class Texts:
     @property
     def digest(self) -> str:
         """SHA-256 of all windows: equal on two workers that measure on the same tokens."""
-        digest = hashlib.sha256()
-        for windows in (self.calibration, self.fitness, self.report):
-            if windows is not None:
-                digest.update(f"{tuple(windows.shape)}".encode())
-                digest.update(windows.numpy().tobytes())
-        return digest.hexdigest()
+        return windows_digest(*(w for w in (self.calibration, self.fitness, self.report) if w is not None))
+
+
+def windows_digest(*texts: Tensor) -> str:
+    """SHA-256 of tokens [windows, seqlen]: equal where the tokens are."""
+    digest = hashlib.sha256()
+    for windows in texts:
+        digest.update(f"{tuple(windows.shape)}".encode())
+        digest.update(windows.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def load_texts(spec: SearchSpec, tokenizer: Any, generate: GenerateText, start: int | None = None) -> Texts:

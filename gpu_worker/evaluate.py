@@ -2,21 +2,22 @@
 
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict
 
-from gpu_worker.allocation import allocate, prepare
-from gpu_worker.corpora import SELF, load_roles
+from gpu_worker.allocation import Choice, allocate, choose_rates, prepare
+from gpu_worker.corpora import SELF, load_roles, windows_digest
 from gpu_worker.memory import Workload
 from gpu_worker.models import load_model
-from gpu_worker.perplexity import watched_perplexity
+from gpu_worker.perplexity import NotFiniteError, watched_perplexity
 from gpu_worker.progress import Progress, no_progress
 from gpu_worker.self_text import self_text
 from gpu_worker.session import Session
-from gpu_worker.target import Target
+from gpu_worker.target import Target, check_length
 from protocol.allocation import Allocation
-from protocol.errors import BudgetError
-from protocol.plan import LayerPlan, Parameters, check_rates, count_parameters, dense_plan
+from protocol.candidate import Measured
+from protocol.plan import LayerPlan, Parameters, Plan, count_parameters, dense_plan
 from protocol.shape import ModelShape
 from protocol.spec import Dtype, Role, SearchSpec, TextSpec
 
@@ -27,28 +28,30 @@ class EvaluationResult(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str
-    method: str | None
+    method: str | None = None
     """The allocation, or where the rates come from; None for a model as it is."""
-    rate: float
-    """Share of the decoder's parameters that is removed."""
+    rate: float | None = None
+    """Share of the decoder's parameters that was removed; None for a model as it is."""
     perplexity: float
     """On the fitness text."""
-    dense_perplexity: float | None
-    kl: float | None
+    dense_perplexity: float | None = None
+    kl: float | None = None
     """Divergence from the dense model in nats, where it was asked for."""
-    report_perplexity: float | None
-    dense_report_perplexity: float | None
+    report_perplexity: float | None = None
+    dense_report_perplexity: float | None = None
     parameters: Parameters
     seqlen: int
     tokens: int
     seconds: float
     """Wall time of the measurement on the fitness text."""
-    calibration: str | None
+    calibration: str | None = None
     data: str
     """The fitness text."""
+    fitness_digest: str
+    """Of the tokens measured on: equal where two results are of the same ones."""
     card_perplexity: float | None = None
     """What an exported folder's own card says of the same tokens."""
-    rates: tuple[float, ...]
+    rates: tuple[float, ...] = ()
 
 
 class AllocationResult(BaseModel):
@@ -65,9 +68,20 @@ class AllocationResult(BaseModel):
     spec: SearchSpec
 
 
+@dataclass(frozen=True)
+class Pruned:
+    """A target that is pruned and measured."""
+
+    session: Session
+    rates: tuple[float, ...]
+    plan: Plan
+    fitness: Measured
+    report: Measured | None
+
+
 def evaluate_once(
     spec: SearchSpec,
-    choice: tuple[float, ...] | Allocation,
+    choice: Choice,
     *,
     shape: ModelShape | None = None,
     method: str = "rates",
@@ -78,30 +92,42 @@ def evaluate_once(
     `shape` is the model that given rates are for, where that is known. Raises UsageError for a model or a text that
     cannot be had and for rates of the wrong number, range or model.
     """
-    target = prepare(spec, choice if isinstance(choice, Allocation) else None, progress)
-    rates = choose_rates(target, choice, shape, progress)
-    session = Session(spec, progress, sensitivity=False, target=target)
-    plan = spec.plan(list(rates), target.shape)
-    measured = session.evaluate(plan)
-    report = None if spec.report is None else session.evaluate(plan, "report").perplexity
-    dense_report = session.card.dense_report
+    pruned = prune_and_measure(prepare(spec, choice, progress, shape=shape), choice, progress)
+    card, measured = pruned.session.card, pruned.fitness
     return EvaluationResult(
         model=spec.model,
         method=method,
         rate=removed_share(measured.parameters),
         perplexity=measured.perplexity,
-        dense_perplexity=session.card.dense.perplexity,
+        dense_perplexity=card.dense.perplexity,
         kl=measured.kl,
-        report_perplexity=report,
-        dense_report_perplexity=None if dense_report is None else dense_report.perplexity,
+        report_perplexity=pruned.report and pruned.report.perplexity,
+        dense_report_perplexity=card.dense_report and card.dense_report.perplexity,
         parameters=measured.parameters,
         seqlen=spec.fitness.seqlen,
         tokens=measured.tokens,
         seconds=measured.seconds,
         calibration=spec.calibration.source,
         data=spec.fitness.source,
-        rates=rates,
+        fitness_digest=windows_digest(pruned.session.target.texts.fitness),
+        rates=pruned.rates,
     )
+
+
+def prune_and_measure(target: Target, choice: Choice, progress: Progress = no_progress) -> Pruned:
+    """Prune `target`, which comes from `prepare`, and measure it on all its texts; it stays pruned.
+
+    Raises NotFiniteError where the pruned model does not compute.
+    """
+    rates = choose_rates(target, choice, progress)
+    session = Session(target.spec, progress, sensitivity=False, target=target)
+    plan = target.spec.plan(list(rates), target.shape)
+    try:
+        fitness = session.evaluate(plan)
+        report = None if target.spec.report is None else session.evaluate(plan, "report")
+    except NotFiniteError as error:
+        raise NotFiniteError(f"pruned so, {target.spec.model} does not compute: {error}") from error
+    return Pruned(session, rates, plan, fitness, report)
 
 
 def evaluate_as_it_is(
@@ -112,11 +138,11 @@ def evaluate_as_it_is(
     `texts` has what to measure on; windows that a calibration text takes are left out of the others, as they are where
     a model is pruned.
     """
+    longest = max(text.seqlen for text in texts.values())
     progress("loading model", 0, 1)
-    model = load_model(
-        name, dtype, Workload(_longest(texts), writes_text=any(t.source == SELF for t in texts.values()))
-    )
+    model = load_model(name, dtype, Workload(longest, writes_text=any(t.source == SELF for t in texts.values())))
     progress("loading model", 1, 1)
+    check_length(model, longest)
     windows = load_roles(
         texts,
         seed,
@@ -127,29 +153,19 @@ def evaluate_as_it_is(
     start = time.perf_counter()
     value, tokens = watched_perplexity(model.decoder, windows["fitness"], progress)
     seconds = time.perf_counter() - start
-    report = watched_perplexity(model.decoder, windows["report"], progress)[0] if "report" in windows else None
+    report = watched_perplexity(model.decoder, windows["report"], progress)[0] if "report" in texts else None
     shape = model.decoder.shape
     return EvaluationResult(
         model=name,
-        method=None,
-        rate=0.0,
         perplexity=value,
-        dense_perplexity=None,
-        kl=None,
         report_perplexity=report,
-        dense_report_perplexity=None,
         parameters=count_parameters(dense_plan(shape), shape),
         seqlen=texts["fitness"].seqlen,
         tokens=tokens,
         seconds=seconds,
-        calibration=None,
         data=texts["fitness"].source,
-        rates=(),
+        fitness_digest=windows_digest(windows["fitness"]),
     )
-
-
-def _longest(texts: Mapping[Role, TextSpec]) -> int:
-    return max(text.seqlen for text in texts.values())
 
 
 def allocate_once(spec: SearchSpec, allocation: Allocation, progress: Progress = no_progress) -> AllocationResult:
@@ -166,19 +182,6 @@ def allocate_once(spec: SearchSpec, allocation: Allocation, progress: Progress =
         shape=target.shape,
         spec=spec,
     )
-
-
-def choose_rates(
-    target: Target, choice: tuple[float, ...] | Allocation, shape: ModelShape | None, progress: Progress = no_progress
-) -> tuple[float, ...]:
-    """The rates to prune `target` by. Raises BudgetError where given ones are for another model or another budget."""
-    if isinstance(choice, Allocation):
-        return allocate(target, choice, progress)
-    spec = target.spec
-    if shape is not None and shape != target.shape:
-        raise BudgetError(f"the rates are for {shape.words}; {spec.model} has {target.shape.words}")
-    check_rates(choice, target.shape, spec.rate, spec.granularity)
-    return choice
 
 
 def removed_share(parameters: Parameters) -> float:

@@ -23,6 +23,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 import warnings
 from collections.abc import MutableMapping
 from functools import partial
@@ -48,8 +49,11 @@ class Replies:
 
     def send(self, message: dict[str, Any]) -> None:
         """Send one message, at once."""
-        self._file.write(json.dumps(message, default=str) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(message, default=str) + "\n")
+            self._file.flush()
+        except BrokenPipeError:  # the parent is gone
+            os._exit(0)
 
     def progress(self, stage: str, done: int, total: int) -> None:
         """Report the progress of a stage: its first and last step, and not every one between."""
@@ -145,7 +149,11 @@ def main() -> int:
     threading.Thread(target=read_requests, args=(0, lines), daemon=True).start()
     keep_libraries_quiet()
     structlog.configure(processors=[replies.log])
-    return serve(lines, replies)
+    try:
+        return serve(lines, replies)
+    except Exception as error:  # noqa: BLE001  (a process boundary: what nobody expected belongs in the parent's log)
+        structlog.get_logger().error("evaluation_process_failed", error=repr(error), traceback=traceback.format_exc())
+        return 1
 
 
 if __name__ == "__main__":

@@ -6,14 +6,13 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from gpu_worker.allocation import prepare
-from gpu_worker.evaluate import choose_rates, removed_share
+from gpu_worker.allocation import Choice, prepare
+from gpu_worker.corpora import windows_digest
+from gpu_worker.evaluate import Pruned, prune_and_measure, removed_share
 from gpu_worker.export.exporting import check_format, export_model
 from gpu_worker.export.facts import ExportFacts, TextPerplexity
 from gpu_worker.export.folder import check_target
 from gpu_worker.progress import Progress, no_progress
-from gpu_worker.session import Session
-from protocol.allocation import Allocation
 from protocol.candidate import Measured
 from protocol.card import DensePerplexity
 from protocol.formats import Format, GgufType
@@ -48,6 +47,7 @@ class ExportResult(BaseModel):
     perplexity: float
     """On the fitness text, of the model in memory."""
     dense_perplexity: float
+    kl: float | None
     report_perplexity: float | None
     parameters: Parameters
     seqlen: int
@@ -58,7 +58,7 @@ class ExportResult(BaseModel):
 
 def export_once(
     spec: SearchSpec,
-    choice: tuple[float, ...] | Allocation,
+    choice: Choice,
     destination: Destination,
     *,
     shape: ModelShape | None = None,
@@ -71,41 +71,20 @@ def export_once(
     family that the format does not support, and for a folder that is taken or cannot be written.
     """
     check_target(destination.folder, force=destination.force)
-    target = prepare(
-        spec,
-        choice if isinstance(choice, Allocation) else None,
-        progress,
-        check=lambda model: check_format(model, destination.format),
-    )
-    rates = choose_rates(target, choice, shape, progress)
-    session = Session(spec, progress, sensitivity=False, target=target)
-    plan = spec.plan(list(rates), target.shape)
-    # What is pruned last is what is written.
-    report = None if spec.report is None else session.evaluate(plan, "report")
-    measured = session.evaluate(plan)
-    facts = ExportFacts(
-        base_model=spec.model,
-        method=method,
-        rates=rates,
-        spec=spec,
-        shape=target.shape,
-        plan=plan,
-        dense=_figure(session.card.dense),
-        pruned=_figure(measured),
-        dense_report=_figure(session.card.dense_report),
-        pruned_report=_figure(report),
-    )
+    target = prepare(spec, choice, progress, shape=shape, check=lambda model: check_format(model, destination.format))
+    pruned = prune_and_measure(target, choice, progress)
     progress("writing", 0, 1)
     start = time.perf_counter()
     export_model(
         target.model,
-        plan,
-        facts,
+        pruned.plan,
+        facts_of(pruned, method),
         destination.format,
         destination.folder,
         force=destination.force,
         gguf_type=destination.gguf_type,
     )
+    seconds = time.perf_counter() - start
     progress("writing", 1, 1)
     return ExportResult(
         folder=destination.folder,
@@ -113,16 +92,40 @@ def export_once(
         files={file.name: file.stat().st_size for file in sorted(destination.folder.iterdir())},
         model=spec.model,
         method=method,
-        rate=removed_share(measured.parameters),
-        perplexity=measured.perplexity,
-        dense_perplexity=session.card.dense.perplexity,
-        report_perplexity=report and report.perplexity,
-        parameters=measured.parameters,
+        rate=removed_share(pruned.fitness.parameters),
+        perplexity=pruned.fitness.perplexity,
+        dense_perplexity=pruned.session.card.dense.perplexity,
+        kl=pruned.fitness.kl,
+        report_perplexity=pruned.report and pruned.report.perplexity,
+        parameters=pruned.fitness.parameters,
         seqlen=spec.fitness.seqlen,
-        tokens=measured.tokens,
-        seconds=time.perf_counter() - start,
+        tokens=pruned.fitness.tokens,
+        seconds=seconds,
+    )
+
+
+def facts_of(pruned: Pruned, method: str) -> ExportFacts:
+    """What the card says of a pruned target."""
+    session = pruned.session
+    card, texts = session.card, session.target.texts
+    return ExportFacts(
+        base_model=session.spec.model,
+        method=method,
+        rates=pruned.rates,
+        spec=session.spec,
+        shape=session.shape,
+        plan=pruned.plan,
+        dense=_figure(card.dense),
+        pruned=_figure(pruned.fitness),
+        dense_report=_figure(card.dense_report),
+        pruned_report=_figure(pruned.report),
+        fitness_digest=windows_digest(texts.fitness),
+        begins_with_bos=session.target.model.window_start is not None,
     )
 
 
 def _figure(measured: Measured | DensePerplexity | None) -> TextPerplexity | None:
-    return None if measured is None else TextPerplexity(perplexity=measured.perplexity, tokens=measured.tokens)
+    if measured is None:
+        return None
+    kl = measured.kl if isinstance(measured, Measured) else None
+    return TextPerplexity(perplexity=measured.perplexity, tokens=measured.tokens, kl=kl)

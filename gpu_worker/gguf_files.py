@@ -10,9 +10,9 @@ from gguf import GGUFReader
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from gpu_worker.cache import cached
-from gpu_worker.checkpoints import load_weights
+from gpu_worker.checkpoints import load_weights, reading, reason
 from gpu_worker.families import family_of
-from gpu_worker.identity import file_digest
+from gpu_worker.identity import file_identity
 from gpu_worker.memory import gigabytes, main_memory
 from protocol.errors import ModelError
 
@@ -59,13 +59,17 @@ class GgufHeader:
 def unpacked(file: Path, dtype: str) -> Path:
     """The folder with the model of a GGUF file as an ordinary checkpoint in `dtype`, written at the first call.
 
-    Raises ModelError for a file that transformers cannot read, or would read as another model than it is.
+    A file that was written again is unpacked again, whatever a look at a part of its weights tells. Raises ModelError
+    for a file that transformers cannot read, or would read as another model than it is.
     """
-    return cached(f"gguf-{file_digest(file)}-{dtype}", lambda folder: _unpack(file, folder, getattr(torch, dtype)))
+    return cached(f"gguf-{file_identity(file)}-{dtype}", lambda folder: _unpack(file, folder, getattr(torch, dtype)))
 
 
 def _unpack(file: Path, folder: Path, dtype: torch.dtype) -> None:
-    try:
+    def sentence(error: Exception) -> str:
+        return f"the GGUF file {str(file)!r} cannot be unpacked ({reason(error)}); pass the model's folder"
+
+    with reading(sentence):
         header = GgufHeader.of(file)
         _check(file, header, dtype)
         place = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
@@ -74,12 +78,6 @@ def _unpack(file: Path, folder: Path, dtype: torch.dtype) -> None:
         _restore_rope(file, header, config)
         _plain_model(file, config, dtype).save_pretrained(folder)
         transformers.AutoTokenizer.from_pretrained(**place).save_pretrained(folder)
-    # transformers answers a file it does not know with any of these, the third from the lists it looks names up in.
-    except (OSError, ValueError, LookupError, NotImplementedError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ModelError(
-            f"the GGUF file {str(file)!r} cannot be unpacked ({reason}); pass the model's folder"
-        ) from error
 
 
 def _check(file: Path, header: GgufHeader, dtype: torch.dtype) -> None:

@@ -14,12 +14,11 @@ a channel's rows of gate and up and its column of down. Where query heads share 
 for the KV head alone. Biases are left out, as LLM-Pruner does.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gpu_worker.calibration import LayerActivations
 from gpu_worker.families import Layer
@@ -27,7 +26,7 @@ from protocol.shape import LayerShape
 
 Projection = Literal["query", "key", "value", "output", "gate", "up", "down"]
 ROWS_AT_ONCE = 1024
-"""Rows of a weight that are in fp64 at a time: whole, a large model's would be gigabytes."""
+"""Rows of a weight that are in fp32 or fp64 at a time: whole, a large model's would be gigabytes."""
 ROWS: tuple[Projection, ...] = ("query", "key", "value", "gate", "up")
 """Projections of which pruning takes rows (outputs)."""
 COLUMNS: tuple[Projection, ...] = ("output", "down")
@@ -92,9 +91,10 @@ def grouped(salience: Salience, shape: LayerShape) -> LayerImportance:
 
 def magnitude(layer: Layer, shape: LayerShape) -> LayerImportance:
     """The sum of |w| over each group of one layer; no text is needed."""
-    return grouped(each_projection(layer, lambda p, linear: sum_salience(p, linear.weight.float().abs())), shape)
+    return grouped({p: _sum_of_sizes(p, getattr(layer, p).weight) for p in ROWS + COLUMNS}, shape)
 
 
-def each_projection(layer: Layer, salience: Callable[[Projection, nn.Linear], Tensor]) -> Salience:
-    """The salience of a layer, by a function of a projection's name and module."""
-    return {projection: salience(projection, getattr(layer, projection)) for projection in ROWS + COLUMNS}
+def _sum_of_sizes(projection: Projection, weight: Tensor) -> Tensor:
+    """The salience |w| of a weight [outputs, inputs], some rows at a time."""
+    parts = [sum_salience(projection, rows.float().abs()) for rows in torch.split(weight, ROWS_AT_ONCE)]
+    return torch.cat(parts) if projection in ROWS else torch.stack(parts).sum(dim=0)

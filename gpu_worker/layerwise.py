@@ -19,12 +19,17 @@ class LayerCall:
     """Positions and masks; they are the same for every text of this length."""
 
 
-def record_calls(decoder: Decoder, windows: Tensor) -> tuple[tuple[LayerCall, ...], Tensor]:
-    """Run the body over `windows` (long, [batch, seqlen]): each layer's call, and the final hidden states."""
+def record_calls(
+    decoder: Decoder, windows: Tensor, *, keep_hidden: bool = True
+) -> tuple[tuple[LayerCall, ...], Tensor]:
+    """Run the body over `windows` (long, [batch, seqlen]): each layer's call, and the final hidden states.
+
+    Without `keep_hidden` the calls have no hidden states, which are as many as the model has layers.
+    """
     calls: list[LayerCall] = []
 
     def record(_: nn.Module, args: tuple[Tensor, ...], options: dict[str, Any]) -> None:
-        calls.append(LayerCall(args[0], options))
+        calls.append(LayerCall(args[0] if keep_hidden else args[0][:0], options))
 
     handles = [layer.module.register_forward_pre_hook(record, with_kwargs=True) for layer in decoder.layers]
     try:
@@ -33,6 +38,12 @@ def record_calls(decoder: Decoder, windows: Tensor) -> tuple[tuple[LayerCall, ..
         for handle in handles:
             handle.remove()
     return tuple(calls), hidden.last_hidden_state
+
+
+def _options(decoder: Decoder, windows: Tensor) -> list[dict[str, Any]]:
+    """What each layer is called with beside the hidden states, which are not kept."""
+    calls, _ = record_calls(decoder, windows, keep_hidden=False)
+    return [call.options for call in calls]
 
 
 class LayerRun:
@@ -45,8 +56,7 @@ class LayerRun:
         """Embed `windows` (long, [n, seqlen])."""
         self._decoder = decoder
         with torch.inference_mode():
-            calls, _ = record_calls(decoder, windows[:1])
-            self._options = [call.options for call in calls]
+            self._options = _options(decoder, windows[:1])
             self.states = [decoder.embedding(window[None].to(decoder.device)).cpu() for window in windows]
 
     def visit(self, layer: int) -> None:

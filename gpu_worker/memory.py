@@ -12,6 +12,7 @@ from gpu_worker.families import Decoder
 from gpu_worker.gradients import SAMPLES, TOKENS
 from gpu_worker.importance import ROWS_AT_ONCE
 from gpu_worker.perplexity import LOGITS_BYTES
+from gpu_worker.sensitivity import TOKENS as SENSITIVITY_TOKENS
 from protocol.shape import LayerShape, ModelShape
 from protocol.spec import SearchSpec, TextSpec
 
@@ -40,6 +41,8 @@ class Workload:
     writes_text: bool = False
     """Whether the model writes its own text first."""
     takes_gradients: bool = False
+    measures_sensitivity: bool = False
+    """Whether each layer's input is kept for a batch of tokens."""
 
     @classmethod
     def of(cls, spec: SearchSpec) -> "Workload":
@@ -52,6 +55,8 @@ class Workload:
             predicted_tokens=sum(_tokens(text) for text in measured) if spec.measure == "kl" else 0,
             writes_text=any(text.source == "self" for text in texts),
             takes_gradients=spec.importance == "taylor",
+            # A search always does, an allocation where its method is that; the spec does not say which it is for.
+            measures_sensitivity=True,
         )
 
 
@@ -69,7 +74,9 @@ class MemoryEstimate:
     """Copies of q and o at the worst plan: query heads kept of every KV head do not lie next to each other."""
     running: int
     """On each device beside the weights: one window's activations, or one layer's copy while it is scored and ordered,
-    or the keys and values of texts being written, or the gradients' pass, whichever is most."""
+    or the keys and values of texts being written, or the gradients' pass, or the inputs of all layers that sensitivity
+    is measured from, whichever is most. Of a model on several devices each is granted what all of them need together.
+    """
     main: int
     """In main memory, whatever the device: hidden states that wait between two layers, for windows as long as the spec
     says and not as long as the model's positions reach; and predictions of the dense model."""
@@ -78,11 +85,6 @@ class MemoryEstimate:
     def least(self) -> int:
         """What cannot be done without on the device."""
         return self.weights + self.running
-
-    @property
-    def most(self) -> int:
-        """What is enough on the device for every plan."""
-        return self.least + self.gathered
 
     @property
     def sentence(self) -> str:
@@ -102,15 +104,19 @@ def estimate_memory(decoder: Decoder, dtype: torch.dtype, workload: Workload, de
     """
     shape = decoder.shape
     size = dtype.itemsize
-    logits = min(LOGITS_BYTES[device], FP32 * workload.seqlen * decoder.head.out_features)
-    running = [_window(shape, logits, size, workload.seqlen)]
+    vocabulary = decoder.head.out_features
+    running = [_window(shape, _logits(device, vocabulary, workload.seqlen), size, workload.seqlen)]
     running += [shape.layer_parameters(i) * size for i in range(len(shape.layers))]
     running += [_scoring(shape, layer) for layer in shape.layers]
     if workload.writes_text:
         text = kv_cache_bytes(shape, size, workload.seqlen)
         running.append(text * texts_at_once(shape, size, workload.seqlen))
     if workload.takes_gradients:
-        running.append(_gradients(shape, decoder.head.out_features, size))
+        running.append(_gradients(shape, vocabulary, size))
+    if workload.measures_sensitivity:
+        inputs = len(shape.layers) * SENSITIVITY_TOKENS * shape.hidden_size * size
+        logits = _logits(device, vocabulary, SENSITIVITY_TOKENS)
+        running.append(inputs + _window(shape, logits, size, SENSITIVITY_TOKENS))
     return MemoryEstimate(
         weights=shape.total_parameters * size,
         gathered=sum(_gathered(shape, layer) for layer in shape.layers) * size,
@@ -130,6 +136,11 @@ def texts_at_once(shape: ModelShape, size: int, tokens: int) -> int:
     It does not depend on the machine: a text follows from its model, sizes and seed.
     """
     return max(1, min(TEXTS_AT_ONCE, KV_CACHE_BYTES // kv_cache_bytes(shape, size, tokens)))
+
+
+def _logits(device: str, vocabulary: int, tokens: int) -> int:
+    """Bytes of one chunk of fp32 logits."""
+    return min(LOGITS_BYTES[device], FP32 * tokens * vocabulary)
 
 
 def _window(shape: ModelShape, logits: int, size: int, seqlen: int) -> int:
@@ -158,8 +169,13 @@ def _gradients(shape: ModelShape, vocabulary: int, size: int) -> int:
 
 
 def _scoring(shape: ModelShape, layer: LayerShape) -> int:
-    """Some rows of the larger of o and down as fp64, and their absolute values."""
-    return 2 * FP64 * min(shape.hidden_size, ROWS_AT_ONCE) * max(layer.mlp_channels, layer.query_heads * shape.head_dim)
+    """Some rows of the widest projection as fp64, and their absolute values.
+
+    That is Wanda-sp's. OWL (a weight as fp32, its size, that times the activations', what stands out) and magnitude
+    take less of as many rows, of all projections.
+    """
+    widest = max(shape.hidden_size, layer.mlp_channels, layer.query_heads * shape.head_dim)
+    return 2 * FP64 * min(ROWS_AT_ONCE, widest) * widest
 
 
 def _gathered(shape: ModelShape, layer: LayerShape) -> int:

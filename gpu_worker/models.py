@@ -2,15 +2,16 @@
 
 import importlib.util
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import structlog
 import torch
 import transformers
-from safetensors import SafetensorError
 
-from gpu_worker.checkpoints import check_config, load_weights
+from gpu_worker.checkpoints import check_config, load_weights, longest_positions, reading, reason
+from gpu_worker.export.folder import MARK
 from gpu_worker.families import FAMILIES, Decoder, take_apart
 from gpu_worker.gguf_files import unpacked
 from gpu_worker.hub import hub_reachable
@@ -43,6 +44,11 @@ class LoadedModel:
         return int(self.tokenizer.bos_token_id) if needed and self.tokenizer.bos_token_id is not None else None
 
     @property
+    def longest_positions(self) -> int | None:
+        """Tokens of the longest text that the model was made for; None where its config does not say."""
+        return longest_positions(self.causal_lm.config)
+
+    @property
     def device(self) -> torch.device:
         """Where token ids go."""
         return self.decoder.device
@@ -51,21 +57,24 @@ class LoadedModel:
 def load_model(name: str, dtype: str, workload: Workload = Workload()) -> LoadedModel:  # noqa: B008 (it is frozen)
     """Load the model called `name` in `dtype` (`bfloat16`, ...), on the GPU or GPUs where there are any.
 
-    No code from beside the weights is ever run. Raises ModelError where the model is not there, is quantised or of an
-    unsupported family, or where this machine has too little memory for it and `workload`; before loading weights.
+    No code from beside the weights is ever run. Raises ModelError where the model is not there, is broken, quantised or
+    of an unsupported family, or where this machine has too little memory for it and `workload`; before loading weights.
     """
     transformers.utils.logging.disable_progress_bar()
-    source = _source(name, dtype)
+    with reading(lambda error: f"the model {name!r} cannot be looked up ({reason(error)}); {WHAT_TO_PASS}"):
+        source = _source(name, dtype)
     offline = not (Path(source).is_dir() or hub_reachable())
     options = {"trust_remote_code": False, "local_files_only": offline}
-    try:
+    torch_dtype = getattr(torch, dtype)
+    with reading(partial(_cannot_load, name, "config", offline)):
         check_config(source, _written_config(source, options))
         config = transformers.AutoConfig.from_pretrained(source, **options)
-        devices = _devices(name, config, getattr(torch, dtype), workload)
+        bare = skeleton(config, torch_dtype)
+    devices = _devices(name, bare, torch_dtype, workload)
+    with reading(partial(_cannot_load, name, "tokenizer", offline)):
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
-        causal_lm = load_weights(name, source, getattr(torch, dtype), device_map=devices, **options)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ModelError(_cannot_load(name, offline, error)) from error
+    with reading(partial(_cannot_load, name, "weights", offline)):
+        causal_lm = load_weights(name, source, torch_dtype, device_map=devices, **options)
     causal_lm.requires_grad_(False).eval()
     unmap(causal_lm)
     identity = getattr(config, "_commit_hash", None) or folder_identity(Path(source))
@@ -78,9 +87,8 @@ def _written_config(source: str, options: dict[str, Any]) -> dict[str, Any]:
     return dict(written)
 
 
-def _devices(name: str, config: Any, dtype: torch.dtype, workload: Workload) -> dict[str, str | int] | None:
-    """Which device gets which module; what was reckoned is said in the log, before anything is loaded."""
-    bare = skeleton(config, dtype)
+def _devices(name: str, bare: Any, dtype: torch.dtype, workload: Workload) -> dict[str, str | int] | None:
+    """Which device gets which module of `bare` (on the meta device); what was reckoned is said in the log."""
     decoder = take_apart(bare)
     machine = this_machine()
     estimate = estimate_memory(decoder, dtype, workload, machine.device)
@@ -97,6 +105,8 @@ def _devices(name: str, config: Any, dtype: torch.dtype, workload: Workload) -> 
 
 def _source(name: str, dtype: str) -> str:
     """The folder or hub name that transformers loads."""
+    if not name.strip():
+        raise ModelError(f"the model has no name; {WHAT_TO_PASS}")
     if name == SMOLLM2:
         return str(unpacked(_smollm2_file(), dtype))
     path = Path(name).expanduser()
@@ -115,19 +125,20 @@ def _source(name: str, dtype: str) -> str:
 
 def _no_checkpoint(name: str, folder: Path) -> str:
     found = sorted(folder.glob("*.gguf"))
-    if found:
+    if found and (folder / MARK).is_file():
         return (
-            f"the folder {name!r} holds a GGUF file and no config.json; pass the file, {str(found[0])!r}, or, "
-            "of a pruned model, its hf or padded export"
+            f"the folder {name!r} is a pruned export for llama.cpp, which cannot be measured here; "
+            "pass the hf or the padded export of the same model"
         )
+    if found:
+        return f"the folder {name!r} holds a GGUF file and no config.json; pass the file, {str(found[0])!r}"
     return f"the folder {name!r} has no config.json, so it holds no model; {WHAT_TO_PASS}"
 
 
-def _cannot_load(name: str, offline: bool, error: Exception) -> str:
-    if offline:
+def _cannot_load(name: str, part: str, offline: bool, error: Exception) -> str:
+    if offline and isinstance(error, OSError):
         return f"the model {name!r} is not on this machine and the hub cannot be reached; pass a folder, or `{SMOLLM2}`"
-    first_line = str(error).strip().partition("\n")[0]
-    return f"the model {name!r} cannot be loaded ({first_line}); {WHAT_TO_PASS}"
+    return f"the model {name!r} cannot be loaded ({part}: {reason(error)}); {WHAT_TO_PASS}"
 
 
 def _smollm2_file() -> Path:

@@ -5,21 +5,21 @@ from torch import Tensor
 
 from gpu_worker.calibration import LayerActivations
 from gpu_worker.families import Layer
+from gpu_worker.importance import ROWS_AT_ONCE
 
 
 def outlier_share(layer: Layer, seen: LayerActivations, threshold: float) -> float:
     """Percent of the entries of |W| · √E[x²] over all projections of a layer that exceed `threshold` × their mean.
 
-    As Yin et al. (2024) define D for M = `threshold`; one matrix at a time.
+    As Yin et al. (2024) define D for M = `threshold`; some rows at a time.
     """
-    inputs = {
-        seen.attention_input: (layer.query, layer.key, layer.value),
-        seen.attention_output: (layer.output,),
-        seen.mlp_input: (layer.gate, layer.up),
-        seen.mlp_output: (layer.down,),
-    }
-    pairs = [(linear.weight, squares) for squares, linears in inputs.items() for linear in linears]
-    entries = sum(weight.numel() for weight, _ in pairs)
+    inputs = [seen.attention_input] * 3 + [seen.attention_output] + [seen.mlp_input] * 2 + [seen.mlp_output]
+    pairs = [
+        (rows, squares)
+        for linear, squares in zip(layer.linears, inputs, strict=True)
+        for rows in torch.split(linear.weight, ROWS_AT_ONCE)
+    ]
+    entries = sum(rows.numel() for rows, _ in pairs)
     mean = sum(_scores(*pair).sum(dtype=torch.float64).item() for pair in pairs) / entries
     outliers = sum(int((_scores(*pair) > threshold * mean).sum()) for pair in pairs)
     return 100 * outliers / entries

@@ -27,11 +27,6 @@ class Placement:
     """`cpu` or `cuda:N`; None where the model is spread."""
     budget: Mapping[int, int] = field(default_factory=dict)
 
-    @property
-    def sentence(self) -> str:
-        """Where the model goes, in words."""
-        return self.device or f"spread over {len(self.budget)} GPUs"
-
 
 def place(estimate: MemoryEstimate, machine: Machine) -> Placement:
     """Where a model of this size goes on this machine.
@@ -41,7 +36,7 @@ def place(estimate: MemoryEstimate, machine: Machine) -> Placement:
     Raises ModelError where it fits nowhere.
     """
     if not machine.gpus:
-        if estimate.weights + estimate.main > machine.main:
+        if estimate.least + estimate.main > machine.main:
             raise too_large(estimate, machine)
         return Placement("cpu")
     if estimate.main > machine.main:

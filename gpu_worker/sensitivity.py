@@ -57,14 +57,19 @@ def pruned_alone(unit: Unit, spec: SearchSpec, shape: ModelShape) -> LayerPlan:
     whole = dense_plan(shape).layers[unit.layer]
     if unit.kind == "layer":
         rates = [rate if i == unit.layer else 0.0 for i in range(len(shape.layers))]
-        return make_plan(rates, shape, split=spec.split, multiple_of=spec.multiple_of).layers[unit.layer]
+        kept = make_plan(rates, shape, split=spec.split, multiple_of=spec.multiple_of).layers[unit.layer]
+        return kept if kept != whole else _fewer_channels(whole, spec.multiple_of)
     if unit.kind == "mlp":
-        kept = max(1, whole.mlp_channels - round(rate * whole.mlp_channels))
-        return whole.model_copy(update={"mlp_channels": kept})
+        return _fewer_channels(whole, max(1, round(rate * whole.mlp_channels)))
     kv, each = heads_within(shape.layers[unit.layer], rate)
     if kv * each == whole.query_heads:
         kv, each = _smallest_removal(shape, unit)
     return whole.model_copy(update={"kv_heads": kv, "queries_per_kv": each})
+
+
+def _fewer_channels(whole: LayerPlan, count: int) -> LayerPlan:
+    """The layer without `count` channels, or with the one that has to stay."""
+    return whole.model_copy(update={"mlp_channels": max(1, whole.mlp_channels - count)})
 
 
 def removed_alone(unit: Unit, spec: SearchSpec, shape: ModelShape) -> float:

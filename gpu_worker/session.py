@@ -6,13 +6,13 @@ import torch
 from torch import Tensor
 
 from gpu_worker.divergence import DensePredictions, dense_predictions, divergence
-from gpu_worker.perplexity import perplexity, watched_perplexity
+from gpu_worker.perplexity import NotFiniteError, perplexity, watched_perplexity
 from gpu_worker.progress import Progress, no_progress
 from gpu_worker.sensitivity import measure_sensitivity
 from gpu_worker.target import Share, Target
 from protocol.candidate import Measured, Text
 from protocol.card import DensePerplexity, ModelCard
-from protocol.errors import DataError
+from protocol.errors import DataError, ModelError
 from protocol.plan import Plan, count_parameters
 from protocol.shape import ModelShape
 from protocol.spec import SearchSpec
@@ -22,7 +22,7 @@ class Session:
     """Measures plans of one spec. Making one takes as long as its stages; `progress` hears of each.
 
     `target` is given where the model is ready already; `share` is for several workers (see Target). Raises UsageError
-    for a model or a text that cannot be had, NotFiniteError where even the dense model is broken.
+    for a model or a text that cannot be had and for a model that does not compute even when dense.
     """
 
     def __init__(
@@ -37,7 +37,10 @@ class Session:
         self.spec = spec
         self.target = Target(spec, progress, share=share) if target is None else target
         self._predictions: dict[Text, DensePredictions] = {}
-        self.card = self._describe(progress, sensitivity)
+        try:
+            self.card = self._describe(progress, sensitivity)
+        except NotFiniteError as error:
+            raise ModelError(f"the dense model {spec.model!r} is broken: {error}") from error
 
     @property
     def shape(self) -> ModelShape:

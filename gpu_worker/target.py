@@ -16,6 +16,7 @@ from gpu_worker.progress import Progress, no_progress
 from gpu_worker.pruning import OrderedModel
 from gpu_worker.self_text import self_text
 from gpu_worker.sequential import prune_sequentially
+from protocol.errors import DataError
 from protocol.plan import Plan
 from protocol.shape import ModelShape
 from protocol.spec import SearchSpec
@@ -45,6 +46,7 @@ class Target:
         self._progress = progress
         self._scored: tuple[Plan, int] | None = None
         self.model = _load(spec, progress)
+        check_length(self.model, max(text.seqlen for text in spec.texts.values()))
         if check is not None:
             check(self.model)
         self.texts = _read_texts(spec, self.model, progress, share)
@@ -69,6 +71,13 @@ class Target:
         elif self._scored != (plan, self.ordered.changes):  # the same plan may be measured on several texts
             prune_sequentially(self.ordered, plan, self.texts.calibration, self._progress)
             self._scored = (plan, self.ordered.changes)
+
+
+def check_length(model: LoadedModel, seqlen: int) -> None:
+    """Raise DataError for windows longer than the model's positions reach: what it says there means nothing."""
+    longest = model.longest_positions
+    if longest is not None and seqlen > longest:
+        raise DataError(f"windows of {seqlen} tokens are longer than the {longest} positions that the model knows")
 
 
 def score(

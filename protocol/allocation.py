@@ -75,7 +75,10 @@ def llm_pruner_rates(
         * sum(u.parameters for u in units)
         / sum(u.parameters for u, keep in zip(units, spared, strict=True) if not keep)
     )
-    return _on_budget([0.0 if keep else middle for keep in spared], shape, rate, granularity, spared=spared)
+    try:
+        return _on_budget([0.0 if keep else middle for keep in spared], shape, rate, granularity, spared=spared)
+    except BudgetError as error:
+        raise BudgetError(f"{error}, for {whole[0]} first and {whole[1]} last layers stay whole") from error
 
 
 def sensitivity_rates(
@@ -106,7 +109,8 @@ def _fill(
     def at(level: float) -> list[float]:
         return [min(level * p, high) for p, (_, high) in zip(pull, bounds, strict=True)]
 
-    low, high = 0.0, 1 / min(pull)
+    # What cannot lose anything pulls at nothing, and stays whole.
+    low, high = 0.0, 1 / min((p for p in pull if p > 0), default=1.0)
     for _ in range(200):
         middle = (low + high) / 2
         spent = sum(r * unit.parameters for r, unit in zip(at(middle), units, strict=True))

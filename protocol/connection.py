@@ -10,7 +10,7 @@ import structlog
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import AuthenticationError, NoPermissionError, ResponseError
+from redis.exceptions import AuthenticationError, NoPermissionError, OutOfMemoryError, ReadOnlyError, ResponseError
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from tenacity import AsyncRetrying, retry_if_exception, wait_random_exponential
@@ -131,6 +131,8 @@ async def check_server(redis: Redis) -> None:
 
 def is_away(error: BaseException) -> bool:
     """Whether waiting helps: the server is out of reach, or takes no writes for now (memory or disk is full)."""
+    if isinstance(error, OutOfMemoryError | ReadOnlyError):  # the client takes the word that begins them away
+        return True
     if isinstance(error, ResponseError):
         return any(word in str(error) for word in ("OOM ", "MISCONF", "READONLY", "LOADING"))
     return isinstance(error, AWAY) and not isinstance(error, AuthenticationError)

@@ -59,6 +59,8 @@ class JobQueue:
         self._calm_since = self._last_beat = self._last_sweep = _now()
         self._outages_seen = 0
         self._server = ""
+        self._may_own_more = True
+        self._claimed_in_calm = False
 
     async def claim(self) -> Job | None:
         """The next job, or None after about a second without one.
@@ -66,14 +68,19 @@ class JobQueue:
         First whatever is already ours but not running (a read whose reply was lost), then a new one, then one that was
         handed back or whose owner is dead.
         """
+        outages = self._patiently.outages
         try:
-            own = await self._read("0", block=None)
+            own = await self._read("0", block=None) if self._may_own_more else None
+            self._may_own_more = True
             entry = own or await self._read(">", block=BLOCK_MILLISECONDS) or await self._take_over()
         except ResponseError as error:
             if not is_missing_group(error):
                 raise
             await self._create_group()
             return None
+        self._claimed_in_calm = own is None and outages == self._patiently.outages
+        if entry is None:
+            self._may_own_more = not self._claimed_in_calm
         return await self._decode(*entry) if entry else None
 
     async def beat(self, job: Job | None, status: str) -> bool:
@@ -127,7 +134,9 @@ class JobQueue:
         keys += [self._keys.deaths, self._keys.dead]
         args = [GROUP, self._consumer, message, candidate_id, outcome.model_dump_json()]
         args += [*dead, str(MOST_DEAD)] if dead else []
-        return bool(await self._patiently(lambda: self._scripts["commit"](keys, args)) == 1)
+        first = await self._patiently(lambda: self._scripts["commit"](keys, args))
+        self._may_own_more = not self._claimed_in_calm  # a reply that was lost may have brought another
+        return bool(first == 1)
 
     async def _create_group(self) -> None:
         log.warning("group_created", stream=self._keys.jobs)

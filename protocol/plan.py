@@ -141,15 +141,20 @@ def make_plan(
     units = shape.units(granularity)
     if len(rates) != len(units):
         raise BudgetError(f"{len(rates)} pruning rates were given for {len(units)} units ({granularity} granularity)")
+    narrowest = min(layer.mlp_channels for layer in shape.layers)
+    if multiple_of > narrowest:
+        raise BudgetError(
+            f"MLP widths cannot be multiples of {multiple_of}: the narrowest MLP has {narrowest} channels"
+        )
     for unit, rate in zip(units, rates, strict=True):
         if not 0 <= rate < 1:
             raise BudgetError(f"the pruning rate of {unit.name} is {rate!r}, outside 0 ≤ rate < 1")
     removed = [rate * unit.parameters for rate, unit in zip(rates, units, strict=True)]
     if granularity == "layer":
-        heads = [_layer_heads(shape, i, rate, split) for i, rate in enumerate(rates)]
+        heads = [_layer_heads(shape, i, rate, split, multiple_of) for i, rate in enumerate(rates)]
         wanted = [removed[i] - _heads_removed(shape, i, heads[i]) for i in range(len(rates))]
     else:
-        heads = [heads_within(shape.layers[i], rates[2 * i]) for i in range(len(shape.layers))]
+        heads = _block_heads(shape, [rates[2 * i] for i in range(len(shape.layers))], sum(removed), multiple_of)
         wanted = _even_out(shape, heads, removed)
     channels = _fill_channels(shape, wanted, multiple_of)
     return Plan(
@@ -181,7 +186,7 @@ def heads_within(layer: LayerShape, rate: float) -> tuple[int, int]:
     return min(within, key=lambda heads: (heads[0] * heads[1], -heads[0]))
 
 
-def _layer_heads(shape: ModelShape, layer: int, rate: float, split: Split) -> tuple[int, int]:
+def _layer_heads(shape: ModelShape, layer: int, rate: float, split: Split, multiple_of: int) -> tuple[int, int]:
     whole = shape.layers[layer]
     attention_rate = rate
     if split == "mlp-first":
@@ -190,12 +195,41 @@ def _layer_heads(shape: ModelShape, layer: int, rate: float, split: Split) -> tu
         attention_rate = max(0.0, rate * (attention + mlp) - MLP_FIRST_LIMIT * mlp) / attention
     heads = heads_within(whole, min(attention_rate, 1.0))
     # The MLP has to be able to take what the heads leave; where it cannot, more heads go.
-    most = (whole.mlp_channels - 1) * shape.channel_parameters
+    most = _most_channels(whole, multiple_of) * shape.channel_parameters
     target = rate * shape.layer_parameters(layer)
     if target - _heads_removed(shape, layer, heads) > most:
         enough = [h for h in head_options(whole) if _heads_removed(shape, layer, h) >= target - most]
         heads = min(enough, key=lambda h: _heads_removed(shape, layer, h), default=(1, 1))
     return heads
+
+
+def _most_channels(layer: LayerShape, multiple_of: int) -> int:
+    """How many channels an MLP can lose."""
+    return layer.mlp_channels - _channel_choices(layer.mlp_channels, multiple_of)[0]
+
+
+def _block_heads(shape: ModelShape, rates: Sequence[float], budget: float, multiple_of: int) -> list[tuple[int, int]]:
+    """Heads kept at block granularity: as the attention rates allow, and fewer where the MLPs cannot give the rest.
+
+    `budget` is what has to go in all, in parameters. Then the layer loses its next piece whose heads are furthest from
+    its rate.
+    """
+    heads = [heads_within(layer, rate) for layer, rate in zip(shape.layers, rates, strict=True)]
+    most = sum(_most_channels(layer, multiple_of) for layer in shape.layers) * shape.channel_parameters
+    while budget - sum(_heads_removed(shape, i, h) for i, h in enumerate(heads)) > most:
+        smaller = {i: step for i, h in enumerate(heads) if (step := _next_smaller(shape, i, h)) is not None}
+        if not smaller:
+            break
+        behind = max(smaller, key=lambda i: rates[i] - 1 + heads[i][0] * heads[i][1] / shape.layers[i].query_heads)
+        heads[behind] = smaller[behind]
+    return heads
+
+
+def _next_smaller(shape: ModelShape, layer: int, heads: tuple[int, int]) -> tuple[int, int] | None:
+    """The head option that loses least more than `heads` do; None where nothing is left to lose."""
+    lost = _heads_removed(shape, layer, heads)
+    more = [h for h in head_options(shape.layers[layer]) if _heads_removed(shape, layer, h) > lost]
+    return min(more, key=lambda h: (_heads_removed(shape, layer, h), -h[0]), default=None)
 
 
 def _even_out(shape: ModelShape, heads: Sequence[tuple[int, int]], removed: Sequence[float]) -> list[float]:

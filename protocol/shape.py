@@ -71,13 +71,18 @@ class ModelShape(BaseModel):
 
     @property
     def words(self) -> str:
-        """The shape in a few words, by the first layer where all are alike."""
+        """The shape of the decoder in a few words, by the first layer where all are alike."""
         first = self.layers[0]
         like = "each" if len(set(self.layers)) == 1 else "the first"
+        sizes = f"{first.query_heads} query heads and {first.kv_heads} KV heads of {self.head_dim}"
         return (
-            f"{len(self.layers)} layers of hidden size {self.hidden_size}, {like} with {first.query_heads} query heads "
-            f"and {first.kv_heads} KV heads of {self.head_dim} and {first.mlp_channels} MLP channels"
+            f"{len(self.layers)} {self.family} layers of hidden size {self.hidden_size}, "
+            f"{like} with {sizes} and {first.mlp_channels} MLP channels"
         )
+
+    def same_decoder(self, other: "ModelShape") -> bool:
+        """Whether the decoder layers are alike; embeddings and output head may differ."""
+        return self.model_copy(update={"other_parameters": other.other_parameters}) == other
 
     def attention_parameters(self, query_heads: int, kv_heads: int) -> int:
         """Parameters of an attention block with so many heads, its norm included."""

@@ -53,7 +53,7 @@ class SearchSpec(BaseModel):
     """`kl` measures the divergence beside the perplexity, on every text."""
     report: TextSpec | None = None
     dtype: Dtype = "bfloat16"
-    seed: int = 0
+    seed: int = Field(default=0, ge=0, lt=2**63)
 
     @model_validator(mode="after")
     def _scoring_fits(self) -> "SearchSpec":

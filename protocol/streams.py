@@ -83,11 +83,13 @@ class CandidateQueue:
 
     async def results(self, cursor: str) -> list[Result]:
         """Outcomes behind `cursor`, waiting about a second for the first; an unreadable one has failed."""
-        streams = {self._keys.results: "0-0" if self._from_the_start else cursor}
+        from_the_start = self._from_the_start
+        streams = {self._keys.results: "0-0" if from_the_start else cursor}
         reply = await self._patiently(lambda: self._redis.xread(streams, count=100, block=BLOCK_MILLISECONDS))
+        if reply and from_the_start:
+            self._from_the_start = False
         results = []
         for message, fields in entries_of(reply):
-            self._from_the_start = False
             if "id" in fields:
                 results.append(Result(message, fields["id"], _outcome(fields.get("outcome", ""))))
             else:

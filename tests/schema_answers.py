@@ -30,7 +30,12 @@ class SchemaChat:
     """Answers at once, the same for the same seed; counts what it is asked."""
 
     def __init__(self) -> None:
-        self.asked = 0
+        self.labels: list[str] = []
+        """Of each question, in order: who asks, in which round, which call and attempt."""
+
+    @property
+    def asked(self) -> int:
+        return len(self.labels)
 
     async def ask(
         self,
@@ -43,7 +48,7 @@ class SchemaChat:
         max_tokens: int,
         label: str = "",
     ) -> Answer:
-        self.asked += 1
+        self.labels.append(label)
         assert schema is not None
         text = json.dumps(value_of(schema, random.Random(seed)))
         return Answer(text, "scripted", 100, 20, 0.0, "stop")

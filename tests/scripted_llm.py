@@ -125,7 +125,7 @@ class ScriptedLlm:
         self.readiness_checks = 0
         self.port = port
         self.script = script
-        self._models = models if models is not None else [lists_models("model", "scripted")]
+        self._models = models if models is not None else [lists_models("model", "scripted", "m")]
 
     async def __aenter__(self) -> Self:
         application = web.Application(client_max_size=64 * 1024 * 1024)

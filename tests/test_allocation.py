@@ -98,6 +98,19 @@ def test_a_unit_that_measured_as_harmless_is_not_removed_for_that() -> None:
     assert rates == pytest.approx([0.08] * 3 + [0.16], abs=1e-5)
 
 
+@pytest.mark.parametrize("granularity", get_args(Granularity))
+def test_sensitivity_allocates_where_a_unit_alone_would_lose_nothing(
+    spec: SearchSpec, granularity: Granularity
+) -> None:
+    """At a low rate, and with coarse widths, rounding would leave every unit whole."""
+    sensitivity = Allocation(method="sensitivity")
+    for change in ({"rate": 0.005}, {"rate": 0.1, "multiple_of": 24}):
+        changed = spec.model_copy(update={"granularity": granularity, **change})
+        target = prepare(changed, sensitivity)
+        rates = allocate(target, sensitivity)
+        assert mean_of(rates, target.shape, granularity) == pytest.approx(changed.rate, abs=1e-9)
+
+
 def test_an_outlier_exceeds_the_mean_of_its_layer_m_times() -> None:
     model = tiny_llama(layers=1)
     layer, windows = model.decoder.layers[0], tiny_windows(2, 16)

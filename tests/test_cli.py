@@ -55,7 +55,9 @@ def test_allocate_writes_a_file_that_evaluate_takes(
     target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str
 ) -> None:
     text = ["--calibration-data", str(target / "calibration.txt"), "--calibration-windows", "4", "--seqlen", "32"]
-    sizes = ["--first-layers", "1", "--last-layers", "0", "--outlier-threshold", "2"]
+    sizes = {"owl": ["--outlier-threshold", "2"], "llm-pruner": ["--first-layers", "1", "--last-layers", "0"]}.get(
+        method, []
+    )
     assert main(["allocate", method, "--model", str(target / "model"), "--rate", "0.3", *text, *sizes, "--json"]) == 0
     printed = capsys.readouterr().out
     (tmp_path / "rates.json").write_text(printed)
@@ -92,11 +94,14 @@ def test_evaluate_scores_as_it_is_told(
 @pytest.mark.parametrize(
     ("rates", "sentence"),
     [
-        ('[0.3, 0.3, 0.3, 0.3], "shape": ' + SHAPE.model_dump_json(), "4 layers of hidden size 32"),
+        ('[0.3, 0.3, 0.3, 0.3], "shape": ' + SHAPE.model_dump_json(), "4 llama layers of hidden size 32"),
         ("[0.3, 0.3, 0.3]", "3 pruning rates were given for 4 units"),
         ("[0.3, 0.3, 0.3, 0.5]", "off the budget 0.3 by +0.05000"),
-        ("[1.2, 0, 0, 0]", "outside 0"),
+        ("[1.2, 0, 0, 0]", "less than 1"),
         ('["0.3"]', "list of numbers"),
+        ("[-Infinity, Infinity, 0.3, 0.3]", "list of numbers"),
+        ("[1e308, 0, 0, 0]", "less than 1"),
+        ("[" * 100_000, "list of numbers"),
         ("{", "no JSON object"),
     ],
 )
@@ -121,6 +126,11 @@ def test_a_bad_rates_file_gets_one_sentence(
             ["--allocate", "llm-pruner", "--rate", "0.3", "--first-layers", "3", "--last-layers", "1"],
             "nothing is pruned",
         ),
+        (["--allocate", "uniform", "--rate", "0.3", "--outlier-range", "0.1"], "--outlier-range is for --allocate owl"),
+        (["--allocate", "uniform", "--rate", "0.3", "--seed", "9" * 30], "seed"),
+        (["--allocate", "uniform", "--rate", "0.3", "--multiple-of", "1000"], "multiples of 1000: the narrowest MLP"),
+        (["--scoring", "sequential"], "--scoring is not read here: the model is measured as it is"),
+        (["--fitness", "kl"], "give --allocate or --rates"),
         (["--allocate", "magic", "--rate", "0.3"], "magic"),
         (["--allocate", "uniform"], "--allocate needs --rate"),
         (["--allocate", "uniform", "--rate", "0.95"], "rate cannot be '0.95'"),

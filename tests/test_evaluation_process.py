@@ -15,7 +15,6 @@ import torch
 
 from gpu_worker.child import ChildDied, EvaluationChild
 from gpu_worker.evaluation_process import EXIT_USAGE, Lines, Replies, serve
-from gpu_worker.perplexity import NotFiniteError
 from gpu_worker.progress import no_progress
 from protocol.candidate import Candidate, Failed, Measured, Provenance, Text
 from protocol.card import ModelCard
@@ -136,7 +135,6 @@ def test_the_process_ends_even_while_it_gets_ready() -> None:
             r"the model '.*' does not fit into memory \(CUDA out of memory\. Tried to allocate 2 GiB\.\); use shorter",
         ),
         (MemoryError(), r"does not fit into memory \(MemoryError\); use shorter windows \(seqlen\)"),
-        (NotFiniteError("the mean loss is nan"), "the dense model '.*' is broken: the mean loss is nan"),
     ],
 )
 def test_what_ends_the_preparation_again_and_again_is_the_users_to_mend(

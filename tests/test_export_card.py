@@ -7,7 +7,7 @@ import yaml
 from pydantic import ValidationError
 
 from gpu_worker.export.card import render_card
-from gpu_worker.export.facts import ExportFacts, TextPerplexity, version_of_selfpruner
+from gpu_worker.export.facts import ExportFacts, TextPerplexity, version_of_selfpruner, without_places
 from tests.exports import UNEVEN, export, facts_of, pruned
 from tests.tiny_models import tiny_model
 
@@ -36,7 +36,7 @@ def test_the_hub_reads_where_the_model_comes_from() -> None:
         "tags": ["self-pruner", "structured-pruning", "pruned"],
     }
     assert front_matter(card("gguf"))["library_name"] == "gguf"
-    assert "# someone/some-model, pruned by 30 %" in card()
+    assert "# someone/some-model, pruned by 49.5 %" in card()
 
 
 def test_smollm2_is_called_what_the_hub_calls_it() -> None:
@@ -48,7 +48,7 @@ def test_a_folder_is_no_name_on_the_hub_and_its_place_is_not_told(tmp_path: Path
     folder.mkdir()
     text = card(base_model=str(folder))
     assert "base_model" not in front_matter(text)
-    assert "# my-model, pruned by 30 %" in text and str(tmp_path) not in text
+    assert "# my-model, pruned by 49.5 %" in text and str(tmp_path) not in text
 
 
 def test_the_place_of_a_text_is_not_told() -> None:
@@ -139,5 +139,29 @@ def test_a_program_reads_the_same_facts_from_the_folder(tmp_path: Path) -> None:
     assert written.pop("selfpruner") == version_of_selfpruner()
     assert written.pop("format") == "padded"
     assert written.pop("parameters")["decoder_after"] == UNEVEN.decoder_parameters(model.decoder.shape)
-    assert ExportFacts.model_validate(written) == facts_of(model)
+    facts = facts_of(model)
+    assert ExportFacts.model_validate(written) == facts.model_copy(update={"spec": without_places(facts.spec)})
+    assert "/home/" not in (folder / "selfpruner.json").read_text()
     assert (folder / "README.md").read_text() == render_card(facts_of(model), "padded", name="out")
+
+
+def test_the_divergence_is_told_where_it_was_measured() -> None:
+    pruned_with_kl = {"perplexity": 23.4567, "tokens": 4088, "kl": 1.25}
+    assert "KL divergence" not in card()
+    assert "KL divergence from the dense model is 1.25 nats a token" in card(pruned=pruned_with_kl)
+
+
+def test_a_gguf_file_is_no_name_on_the_hub() -> None:
+    assert "base_model" not in front_matter(card(base_model="some/tiny.gguf"))
+
+
+@pytest.mark.parametrize(
+    ("importance", "told"),
+    [
+        ("magnitude", "- Importance: magnitude\n"),
+        ("taylor", "gradients of the first 64 tokens of up to 10 windows of notes.txt"),
+    ],
+)
+def test_no_more_is_said_to_be_read_than_was(importance: str, told: str) -> None:
+    spec = facts_of(MODEL).spec.model_copy(update={"importance": importance})
+    assert told in card(spec=spec)

@@ -57,10 +57,43 @@ def test_a_folder_can_be_checked_against_its_own_card(
     same = ["--calibration-data", str(target / "data.txt")]
     assert export(target, tmp_path / "out", *same) == 0
     exported = json.loads(capsys.readouterr().out)
-    assert main(["evaluate", str(tmp_path / "out"), "--json"]) == 0
+    assert main(["evaluate", str(tmp_path / "out"), "--data", str(target / "data.txt"), "--json"]) == 0
     again = json.loads(capsys.readouterr().out)
     assert again["perplexity"] == pytest.approx(exported["perplexity"], rel=1e-4)
     assert again["card_perplexity"] == exported["perplexity"]
+
+
+def test_the_text_of_a_card_is_looked_for_by_its_name(
+    target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert export(target, tmp_path / "out") == 0
+    exported = json.loads(capsys.readouterr().out)
+    assert main(["evaluate", str(tmp_path / "out")]) == 2
+    assert "there is no text file 'data.txt'" in capsys.readouterr().err
+    monkeypatch.chdir(target)
+    assert main(["evaluate", str(tmp_path / "out"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["card_perplexity"] == exported["perplexity"]
+
+
+def test_a_card_claims_nothing_of_another_text(
+    target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert export(target, tmp_path / "out") == 0
+    capsys.readouterr()
+    assert main(["evaluate", str(tmp_path / "out"), "--data", str(target / "calibration.txt"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["card_perplexity"] is None
+
+
+@pytest.mark.parametrize("pruned", ['"x"', "[1]", '{"a": 1}', '{"perplexity": NaN}'])
+def test_a_card_that_says_nonsense_is_named(
+    target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], pruned: str
+) -> None:
+    assert export(target, tmp_path / "out") == 0
+    facts = json.loads((tmp_path / "out" / "selfpruner.json").read_text())
+    text = json.dumps({**facts, "pruned": "PRUNED"}).replace('"PRUNED"', pruned)
+    (tmp_path / "out" / "selfpruner.json").write_text(text)
+    assert main(["evaluate", str(tmp_path / "out")]) == 2
+    assert "does not say what" in capsys.readouterr().err
 
 
 def test_a_folder_without_a_card_needs_a_text(target: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -85,7 +118,10 @@ def test_the_best_of_a_search_is_exported_as_it_was_measured(
     assert export(target, tmp_path / "first") == 0
     facts = json.loads((tmp_path / "first" / "selfpruner.json").read_text())
     (tmp_path / "runs" / "night").mkdir(parents=True)
-    record = {"search": "night", "rates": facts["rates"], "shape": facts["shape"], "spec": facts["spec"]}
+    spec = {**facts["spec"], "model": str(target / "model")}
+    for role, file in (("fitness", "data.txt"), ("calibration", "calibration.txt")):
+        spec[role] = {**spec[role], "source": str(target / file)}
+    record = {"search": "night", "rates": facts["rates"], "shape": facts["shape"], "spec": spec}
     (tmp_path / "runs" / "night" / "best.json").write_text(json.dumps(record))
     first = json.loads(capsys.readouterr().out)
     search = ["--search", "night", "--folder", str(tmp_path / "runs")]
@@ -117,6 +153,7 @@ def test_an_existing_folder_is_kept_unless_forced(
         (["--model", "smollm2"], "either --rates FILE or --allocate"),
         (["--model", "smollm2", "--allocate", "owl", "--rate", "0.3", "--format", "onnx"], "onnx"),
         (["--search", "never-ran"], "never-ran"),
+        (["--search", "x", "--seqlen", "64"], "--seqlen is not read here"),
     ],
 )
 def test_what_cannot_be_exported_gets_one_sentence(

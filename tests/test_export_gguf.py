@@ -1,6 +1,7 @@
 """GGUF files of pruned models: what is in them, and that llama.cpp computes with them what transformers computes."""
 
 import dataclasses
+import logging
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -157,6 +158,14 @@ def test_every_tensor_holds_the_models_values_and_only_q_and_k_change_their_orde
         assert torch.equal(tensors.pop(f"blk.{i}.attn_norm.weight"), module.input_layernorm.weight)
         assert torch.equal(tensors.pop(f"blk.{i}.ffn_norm.weight"), module.post_attention_layernorm.weight)
     assert not tensors
+
+
+def test_the_library_of_the_format_logs_nothing_of_a_hidden_path(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.INFO):
+        write(pruned(), tmp_path)
+    assert not caplog.records
 
 
 def test_tied_embeddings_are_written_once(tmp_path: Path) -> None:

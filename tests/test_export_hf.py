@@ -12,7 +12,9 @@ import transformers
 from safetensors import safe_open
 from torch import Tensor
 
+import gpu_worker.export.exporting as exporting_module
 import gpu_worker.export.weights as weights_module
+from gpu_worker.export.exporting import check_format
 from gpu_worker.export.hf import write_hf
 from gpu_worker.export.modeling import MODELINGS, render_modeling
 from gpu_worker.export.trusted import register_pruned_classes
@@ -24,7 +26,7 @@ from tests.exports import UNEVEN, export, laid_out_as_in_a_file, loaded_elsewher
 from tests.load_export import NEW_TOKENS, greedy
 from tests.pruned_models import keep
 from tests.real_model import need_smollm2
-from tests.tiny_models import tiny_model, tiny_windows
+from tests.tiny_models import byte_tokenizer, tiny_model, tiny_windows
 
 MODELS: dict[str, dict[str, Any]] = {
     **{family: {"family": family} for family in FAMILIES},
@@ -185,6 +187,19 @@ def test_large_models_are_written_in_shards(tmp_path: Path, monkeypatch: pytest.
     assert index["metadata"]["total_size"] == 4 * sum(p.numel() for p in model.causal_lm.parameters())
     results = loaded_elsewhere([folder], TOKENS, tmp_path)[folder]
     assert torch.allclose(results["logits"], model.causal_lm(input_ids=TOKENS).logits, atol=1e-4)
+
+
+def test_a_model_on_a_gpu_is_refused_where_main_memory_has_no_room_for_a_shard(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama")
+    size = sum(p.nbytes for p in model.causal_lm.parameters())
+    monkeypatch.setattr(exporting_module, "main_memory", lambda: size - 1)
+    check_format(model, "hf")
+    elsewhere = LoadedModel(model.causal_lm, byte_tokenizer(), take_apart(model.causal_lm.to("meta")), "")
+    with pytest.raises(ModelError, match=r"writing the format padded needs about 0\.2 MB of main memory where"):
+        check_format(elsewhere, "padded")
+    check_format(elsewhere, "gguf")
+    monkeypatch.setattr(exporting_module, "SHARD_SIZE", size - 1)
+    check_format(elsewhere, "hf")
 
 
 def test_settings_that_transformers_would_refuse_to_save_are_kept(tmp_path: Path) -> None:

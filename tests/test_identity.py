@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 import gpu_worker.identity as module
-from gpu_worker.identity import file_digest, folder_identity
+from gpu_worker.identity import file_identity, folder_identity
 from tests.tiny_models import save_tiny_folder
 
 
@@ -55,9 +55,38 @@ def test_of_a_large_file_its_ends_and_blocks_between_are_looked_at(
     assert seen == [0, 1, 2, 3, 18, 19, 20, 21, 36, 37, 38, 39]
 
 
-def test_the_digest_of_a_file_is_of_all_of_it(tmp_path: Path) -> None:
+def test_of_a_large_gguf_file_all_of_the_header_and_samples_of_the_rest_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "BLOCK", 4)
+    monkeypatch.setattr(module, "BLOCKS", 3)
+    monkeypatch.setattr(module, "GGUF_HEADER", 10)
     file = tmp_path / "model.gguf"
-    file.write_bytes(bytes(100_000))
-    before = file_digest(file)
-    file.write_bytes(bytes(70_000) + b"1" + bytes(29_999))
-    assert len(before) == 16 and file_digest(file) != before
+
+    def identity_with(change: int | None) -> str:
+        content = bytearray(range(40))
+        if change is not None:
+            content[change] = 255
+        file.write_bytes(content)
+        os.utime(file, (0, 0))
+        return file_identity(file)
+
+    seen = [i for i in range(40) if identity_with(i) != identity_with(None)]
+    assert seen == [*range(10), 18, 19, 20, 21, 36, 37, 38, 39]
+
+
+def test_a_gguf_file_that_was_written_again_or_is_longer_is_another(tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    found = set()
+    for size, time in ((100, 1), (100, 2), (101, 2)):
+        file.write_bytes(bytes(size))
+        os.utime(file, (time, time))
+        found.add(file_identity(file))
+    assert {len(identity) for identity in found} == {16} and len(found) == 3
+
+
+def test_a_renamed_gguf_file_is_the_same(tmp_path: Path) -> None:
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"weights")
+    before = file_identity(file)
+    assert file_identity(file.rename(tmp_path / "other.gguf")) == before

@@ -22,11 +22,11 @@ from daemon.observer import Observer
 from daemon.settings import Settings, load
 from daemon.summary import Summary
 from protocol import logs
-from protocol.errors import UsageError
+from protocol.errors import SearchExistsError, UsageError
 from protocol.keys import Keys
 from tests.samples import CARD
 from tests.schema_answers import value_of
-from tests.scripted_llm import ScriptedLlm, refuses
+from tests.scripted_llm import ScriptedLlm, as_json, refuses
 from tests.servers import Server, eventually
 from tests.test_search import evaluating
 
@@ -78,7 +78,8 @@ async def worker_there(redis: Redis, keys: Keys) -> AsyncIterator[None]:
 
 @pytest.fixture
 async def llm() -> AsyncIterator[ScriptedLlm]:
-    async with ScriptedLlm(answer) as llm:
+    known = as_json({"object": "list", "data": [{"id": "m", "object": "model"}]})
+    async with ScriptedLlm(answer, models=[known]) as llm:
         yield llm
 
 
@@ -148,7 +149,7 @@ async def test_what_befalls_the_observer_does_not_end_the_search(
 async def test_no_reply_and_no_file_ever_holds_a_secret(
     redis: Redis, keys: Keys, server: Server, tmp_path: Path
 ) -> None:
-    async with ScriptedLlm([refuses(401, f"the key {KEY} is wrong")]) as llm:
+    async with ScriptedLlm([refuses(500, f"the key {KEY} is wrong")]) as llm:
         settings = settings_for(tmp_path, llm, "http.port=0", "llm.attempts=1")
         launched = Launched(settings, server)
         token = launched.access.secrets[0]
@@ -190,6 +191,25 @@ async def test_a_port_that_is_taken_ends_the_daemon_with_one_sentence(
         launched = Launched(settings_for(tmp_path, llm, f"http.port={port}"), server)
         with pytest.raises(UsageError, match=f"port {port} of 127.0.0.1"):
             await launched.launch.run()
+
+
+async def test_a_second_daemon_of_a_search_is_told_of_the_first_and_not_of_its_port(
+    redis: Redis, keys: Keys, server: Server, llm: ScriptedLlm, tmp_path: Path
+) -> None:
+    await redis.set(keys.control, "pause")
+    first = Launched(settings_for(tmp_path / "1", llm, "http.port=0"), server)
+    running = asyncio.create_task(first.launch.run())
+    port = (await first.url).rpartition(":")[2]
+    second = Launched(settings_for(tmp_path / "2", llm, f"http.port={port}"), server)
+
+    async def in_charge() -> bool:
+        return bool(await redis.exists(keys.daemon))
+
+    await eventually(in_charge)
+    with pytest.raises(SearchExistsError, match="already run by"):
+        await second.launch.run()
+    running.cancel()
+    assert await running is None
 
 
 @pytest.mark.usefixtures("restored_logs")

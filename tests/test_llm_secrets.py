@@ -8,9 +8,9 @@ from pydantic import SecretStr
 from structlog.testing import capture_logs
 
 from agents.chat import Chat
-from protocol.errors import EndpointError
+from protocol.errors import EndpointError, SettingsError
 from tests.chatting import OK, QUICK, ask
-from tests.scripted_llm import Reply, ScriptedLlm, refuses
+from tests.scripted_llm import Reply, ScriptedLlm, as_json, lists_models, refuses, says
 
 
 async def test_a_key_goes_to_its_endpoint_and_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,3 +63,35 @@ async def test_a_proxy_is_not_asked_for_this_machine(monkeypatch: pytest.MonkeyP
         async with Chat([llm.endpoint], QUICK) as chat:
             assert (await ask(chat)).text == "fine"
         assert proxy.asked == [] and proxy.other_paths == []
+
+
+SECRET = "sk-very-secret-1234"
+ECHOES = {
+    "a refused key": refuses(401, f"Incorrect API key provided: {SECRET}"),
+    "an unknown model": refuses(404, f"The model does not exist for {SECRET}", code="model_not_found"),
+    "a quota": refuses(429, f"{SECRET} has no money left", code="insufficient_quota"),
+    "a rate limit": refuses(429, f"slow down, {SECRET}", headers={"retry-after": "500"}),
+    "a broken server": refuses(500, f"Traceback: authorization=Bearer {SECRET}"),
+    "an error without words": Reply(f'{{"detail": "{SECRET}"}}'.encode(), 418),
+    "an error with 200": as_json({"error": f"no {SECRET}"}),
+    "an answer": says(f"Your key is {SECRET}."),
+}
+
+
+@pytest.mark.parametrize("echo", ECHOES)
+async def test_a_key_that_an_endpoint_echoes_is_in_no_log_transcript_error_or_state(echo: str) -> None:
+    records: list[dict[str, object]] = []
+    told: list[object] = []
+    policy = replace(QUICK, attempts=2, failures_to_open=2)
+    async with ScriptedLlm([ECHOES[echo]], models=[lists_models(SECRET)]) as llm:
+        endpoint = replace(llm.endpoint, api_key=SecretStr(SECRET))
+        async with Chat([endpoint], policy, record=records.append) as chat:
+            with capture_logs() as logs:
+                for asking in (ask(chat), ask(chat), chat.wait_ready()):
+                    try:
+                        told.append(await asking)
+                    except (EndpointError, SettingsError) as error:
+                        told.append(str(error))
+            told.append(chat.state)
+        assert llm.asked[0].headers["Authorization"] == f"Bearer {SECRET}"
+    assert records and SECRET not in f"{logs} {records} {told}"

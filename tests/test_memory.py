@@ -5,7 +5,9 @@ import torch
 import transformers
 
 from gpu_worker.families import FAMILIES, take_apart
+from gpu_worker.importance import ROWS_AT_ONCE
 from gpu_worker.memory import (
+    FP32,
     KV_CACHE_BYTES,
     Machine,
     MemoryEstimate,
@@ -35,6 +37,11 @@ LLAMA_3_70B = transformers.LlamaConfig(
     tie_word_embeddings=False,
     max_position_embeddings=131072,
 )
+
+WIDE_AND_NARROW = transformers.LlamaConfig(
+    vocab_size=64, hidden_size=8192, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, head_dim=64
+)
+"""Its hidden states are wider than all that it computes from them."""
 
 SPEC = SearchSpec(
     model="m",
@@ -91,10 +98,25 @@ def test_gradients_need_more_than_a_window() -> None:
     assert plain.running < with_gradients.running < 10e9
 
 
+def test_the_inputs_that_sensitivity_is_measured_from_are_reckoned_for_all_layers() -> None:
+    short, long = (Workload(seqlen=seqlen, measures_sensitivity=True) for seqlen in (16, 2048))
+    kept = 80 * 1024 * 8192 * 2
+    logits = 1024 * 128256 * 4
+    assert kept + logits < estimate_of(LLAMA_3_70B, short).running < kept + 3 * logits
+    assert estimate_of(LLAMA_3_70B, short).running > estimate_of(LLAMA_3_70B, Workload(seqlen=16)).running
+    assert estimate_of(LLAMA_3_70B, long).running >= estimate_of(LLAMA_3_70B, short).running
+
+
+def test_a_thousand_rows_of_the_widest_projection_are_reckoned_while_scores_are_taken() -> None:
+    shape = take_apart(skeleton(WIDE_AND_NARROW, torch.bfloat16)).shape
+    assert shape.layers[0].mlp_channels < shape.layers[0].query_heads * shape.head_dim < shape.hidden_size
+    owl = 3 * FP32 * ROWS_AT_ONCE * shape.hidden_size
+    assert estimate_of(WIDE_AND_NARROW, Workload(seqlen=2)).running >= owl
+
+
 def test_shared_kv_heads_need_room_for_the_query_heads_of_a_pruned_model() -> None:
     estimate = estimate_of(LLAMA_3_70B, Workload())
     assert estimate.gathered == 80 * (2 * 8192 * 8192) * 2 * 7 // 8
-    assert estimate.most == estimate.least + estimate.gathered
 
 
 def test_longer_windows_need_more() -> None:
@@ -112,9 +134,9 @@ def test_the_sentence_names_every_part_that_there_is() -> None:
 
 
 def test_the_workload_of_a_spec_is_its_longest_window() -> None:
-    assert Workload.of(SPEC) == Workload(seqlen=2048, writes_text=True)
+    assert Workload.of(SPEC) == Workload(seqlen=2048, writes_text=True, measures_sensitivity=True)
     plain = SPEC.model_copy(update={"fitness": SPEC.calibration, "report": None})
-    assert Workload.of(plain) == Workload(seqlen=1024)
+    assert Workload.of(plain) == Workload(seqlen=1024, measures_sensitivity=True)
 
 
 def test_the_workload_of_a_spec_counts_what_its_settings_keep() -> None:

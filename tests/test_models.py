@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
 
 import gpu_worker.models as module
+from gpu_worker.families import FAMILIES
 from gpu_worker.memory import Machine
 from gpu_worker.models import LoadedModel, load_model
 from protocol import logs
@@ -15,12 +15,7 @@ from protocol.errors import ModelError
 from protocol.formats import Format
 from tests.exports import export, pruned
 from tests.real_model import need_smollm2
-from tests.tiny_models import byte_tokenizer, save_tiny_folder, tiny_llama, tiny_windows
-
-
-def change_config(folder: Path, **changes: object) -> None:
-    file = folder / "config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+from tests.tiny_models import byte_tokenizer, change_config, save_tiny_folder, tiny_llama, tiny_model, tiny_windows
 
 
 def export_with_tokenizer(model: LoadedModel, format_: Format, folder: Path) -> Path:
@@ -78,6 +73,28 @@ def test_the_loader_is_told_the_device(
     assert told == [expected]
 
 
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_every_family_is_loaded_from_a_folder_as_what_was_saved(tmp_path: Path, family: str) -> None:
+    model = load_model(str(save_tiny_folder(tmp_path, family, seed=2)), "float32")
+    windows = tiny_windows(2, 24)
+    expected = tiny_model(family, seed=2).causal_lm(input_ids=windows).logits
+    assert torch.allclose(model.causal_lm(input_ids=windows).logits, expected, atol=1e-5)
+    assert model.decoder.shape.family == family
+
+
+@pytest.mark.parametrize("name", ["", " "])
+def test_no_name_is_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(save_tiny_folder(tmp_path))
+    with pytest.raises(ModelError, match="the model has no name; pass a model's folder"):
+        load_model(name, "float32")
+
+
+@pytest.mark.parametrize("name", ["a" * 300, "~nobody-of-this-name/model"])
+def test_a_name_that_cannot_be_a_path_is_refused(name: str) -> None:
+    with pytest.raises(ModelError, match=r"cannot be looked up \(.*\); pass a model's folder"):
+        load_model(name, "float32")
+
+
 def test_a_missing_folder_is_named() -> None:
     with pytest.raises(ModelError, match=r"there is no folder '\./nowhere'"):
         load_model("./nowhere", "float32")
@@ -95,46 +112,6 @@ def test_an_unsupported_family_is_refused_before_its_weights_are_loaded(tmp_path
         load_model(str(tmp_path), "float32")
 
 
-@pytest.mark.parametrize(
-    ("packing", "method"),
-    [
-        ({"quant_method": "gptq", "bits": 4}, "gptq"),
-        ({"quant_method": "awq", "bits": 4}, "awq"),
-        ({"quant_method": "fp8"}, "fp8"),
-        ({"load_in_8bit": True}, "bitsandbytes"),
-        ({"bits": 3}, "unknown method"),
-    ],
-)
-def test_quantised_weights_are_refused_before_they_are_loaded(
-    tmp_path: Path, packing: dict[str, object], method: str
-) -> None:
-    change_config(save_tiny_folder(tmp_path), quantization_config=packing)
-    (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(ModelError, match=rf"are quantised \({method}\) .*; pass the unquantised model"):
-        load_model(str(tmp_path), "float32")
-
-
-def test_a_checkpoint_without_one_of_its_weights_is_refused(tmp_path: Path) -> None:
-    weights = load_file(save_tiny_folder(tmp_path) / "model.safetensors")
-    del weights["model.layers.1.mlp.up_proj.weight"]
-    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ModelError, match=r"1 are missing .* such as 'model\.layers\.1\.mlp\.up_proj\.weight'"):
-        load_model(str(tmp_path), "float32")
-
-
-def test_weights_of_another_size_are_refused(tmp_path: Path) -> None:
-    change_config(save_tiny_folder(tmp_path), intermediate_size=40)
-    with pytest.raises(ModelError, match=r"of another size.* such as 'model\.layers\.0\.mlp\.down_proj\.weight'"):
-        load_model(str(tmp_path), "float32")
-
-
-def test_a_file_of_weights_that_is_cut_off_is_refused(tmp_path: Path) -> None:
-    file = save_tiny_folder(tmp_path) / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(ModelError, match="cannot be loaded"):
-        load_model(str(tmp_path), "float32")
-
-
 def test_a_checkpoint_of_the_older_format_is_loaded(tmp_path: Path) -> None:
     folder = save_tiny_folder(tmp_path)
     expected = load_model(str(folder), "float32").causal_lm
@@ -144,16 +121,21 @@ def test_a_checkpoint_of_the_older_format_is_loaded(tmp_path: Path) -> None:
     assert torch.equal(found.lm_head.weight, expected.lm_head.weight)
 
 
+def test_the_longest_text_is_what_the_config_says(tmp_path: Path) -> None:
+    folder = save_tiny_folder(tmp_path)
+    assert load_model(str(folder), "float32").longest_positions == 256
+    change_config(folder, rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0})
+    assert load_model(str(folder), "float32").longest_positions == 1024
+
+
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
         ("nowhere.gguf", "there is no file 'nowhere.gguf'"),
         ("text.txt", "is a file, and no GGUF file; pass a model's folder"),
         ("empty", "has no config.json, so it holds no model"),
-        (
-            "exported",
-            "holds a GGUF file and no config.json; pass the file, .*, or, of a pruned model, its hf",
-        ),
+        ("llama", r"holds a GGUF file and no config.json; pass the file, 'llama/model\.gguf'$"),
+        ("exported", r"is a pruned export for llama\.cpp, .*; pass the hf or the padded export of the same model$"),
     ],
 )
 def test_what_is_no_model_is_refused_with_what_to_pass(
@@ -162,8 +144,10 @@ def test_what_is_no_model_is_refused_with_what_to_pass(
     monkeypatch.chdir(tmp_path)
     Path("text.txt").touch()
     Path("empty").mkdir()
-    Path("exported").mkdir()
-    Path("exported/model.gguf").touch()
+    for folder in ("llama", "exported"):
+        Path(folder).mkdir()
+        Path(folder, "model.gguf").touch()
+    Path("exported/selfpruner.json").touch()
     with pytest.raises(ModelError, match=sentence):
         load_model(name, "float32")
 

@@ -59,8 +59,9 @@ def test_the_main_memory_never_holds_what_a_gpu_has_no_room_for() -> None:
 
 
 def test_a_cpu_with_too_little_memory_is_refused() -> None:
-    with pytest.raises(ModelError, match=r"the main memory has 14\.0 GB available and there is no GPU"):
-        place(SEVEN_BILLION, machine(main=14))
+    with pytest.raises(ModelError, match=r"the main memory has 15\.0 GB available and there is no GPU"):
+        place(SEVEN_BILLION, machine(main=15))
+    assert place(SEVEN_BILLION, machine(main=16)) == Placement("cpu")
 
 
 def test_texts_that_do_not_fit_into_main_memory_are_refused_on_a_gpu_too() -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from protocol.candidate import candidate_id
 from protocol.errors import BudgetError
 from protocol.plan import Plan, Split, count_parameters, dense_plan, feasible_rates, make_plan
-from protocol.shape import Granularity, ModelShape
+from protocol.shape import Granularity, LayerShape, ModelShape
 from tests.samples import SHAPE
 from tests.shapes import model_shapes, some_rates
 
@@ -90,3 +90,24 @@ def test_equal_plans_are_one_candidate_and_others_are_not() -> None:
     assert candidate_id(plan, "f") == candidate_id(Plan.model_validate_json(plan.model_dump_json()), "f")
     others = {candidate_id(make_plan([0.4, 0.2, 0.3, 0.3], SHAPE), "f"), candidate_id(plan, "g")}
     assert len(others | {candidate_id(plan, "f"), candidate_id(plan, "f", "report")}) == 4
+
+
+def test_widths_that_no_mlp_can_have_are_refused() -> None:
+    with pytest.raises(BudgetError, match="multiples of 100000: the narrowest MLP has 64"):
+        make_plan([0.3] * 4, SHAPE, multiple_of=100_000)
+
+
+def test_heads_go_where_coarse_widths_leave_too_little_to_take() -> None:
+    """With widths of 32 and 64 only, an MLP can lose half of its channels."""
+    plan = make_plan([0.6] * 4, SHAPE, multiple_of=32)
+    left = plan.decoder_parameters(SHAPE)
+    assert abs(left - 0.4 * SHAPE.decoder_parameters) <= 32 * SHAPE.channel_parameters
+    assert min(layer.query_heads for layer in plan.layers) < 2
+
+
+@pytest.mark.parametrize("rate", [0.5, 0.6, 0.7, 0.75])
+def test_block_plans_take_more_heads_where_the_mlps_have_too_little_to_give(rate: float) -> None:
+    shape = SHAPE.model_copy(update={"layers": (LayerShape(query_heads=4, kv_heads=4, mlp_channels=8),) * 4})
+    plan = make_plan(feasible_rates([rate] * 8, shape, rate, granularity="block"), shape, granularity="block")
+    left = plan.decoder_parameters(shape)
+    assert abs(left - (1 - rate) * shape.decoder_parameters) <= shape.channel_parameters

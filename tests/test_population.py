@@ -126,5 +126,18 @@ async def test_the_keeper_applies_each_outcome_once_in_order_and_tells_who_waits
     assert source.dropped == ["unknown"]
 
 
+async def test_an_outcome_whose_applying_was_answered_with_a_lost_reply_counts_all_the_same() -> None:
+    (one,) = candidates(1)
+    source = Scripted([Result("1", one.id, measured(5.0, one))])
+    source.applied.append(one.id)  # done, but the daemon did not hear of it and asks again
+    population = Population()
+    keeper = PopulationKeeper(source, population, {one.id: one}, cursor="0", on_evaluation=lambda *_: None)
+    running = asyncio.create_task(keeper.run())
+    async with asyncio.timeout(10):
+        await keeper.settled()
+    running.cancel()
+    assert one.id in population
+
+
 def noted_evaluations(noted: list[tuple[Evaluation, bool]]) -> list[Evaluation]:
     return [evaluation for evaluation, _ in noted]

@@ -79,6 +79,24 @@ async def test_a_server_that_lists_its_model_under_another_name_or_none_is_taken
         assert len(llm.asked) == 1 and chat.usage["fake"].requests == 1
 
 
+async def test_no_question_is_tried_while_the_gate_is_closed() -> None:
+    gate = asyncio.Event()
+
+    async def wait_at_gate() -> None:
+        await gate.wait()
+
+    async with (
+        ScriptedLlm([OK], models=[lists_models()]) as llm,
+        Chat([llm.endpoint], QUICK, gate=wait_at_gate) as chat,
+    ):
+        waiting = asyncio.create_task(chat.wait_ready())
+        await asyncio.sleep(0.3)
+        assert llm.readiness_checks == 1 and llm.asked == []
+        gate.set()
+        await waiting
+        assert len(llm.asked) == 1
+
+
 async def test_a_key_that_is_refused_and_a_wrong_address_are_refused_at_the_start() -> None:
     for models, script in (([refuses(401, "no")], OK), ([refuses(404, "no list")], refuses(403, "no"))):
         async with ScriptedLlm([script], models=models) as llm, Chat([llm.endpoint], QUICK) as chat:

@@ -3,6 +3,7 @@
 import asyncio
 import io
 import json
+import re
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -77,7 +78,9 @@ class Conducted:
         spec: SearchSpec = SPEC,
         settings: SearchSettings = SETTINGS,
         chat: Asks | None = None,
+        proposals_per_call: int | None = None,
     ) -> None:
+        self.proposals_per_call = proposals_per_call
         self.redis, self.keys, self.folder, self.spec, self.settings = redis, keys, folder, spec, settings
         self.chat = chat or SchemaChat()
 
@@ -86,7 +89,9 @@ class Conducted:
         queue = await store.take_charge(previous_is_dead=True)
         history = await store.history()
         await store.repair(queue, history)
-        agent_settings = AgentSettings(reply="edits", temperature=1.0, max_tokens=500)
+        agent_settings = AgentSettings(
+            reply="edits", temperature=1.0, max_tokens=500, proposals_per_call=self.proposals_per_call
+        )
         arguments: tuple[Any, ...] = (self.chat, Prompts(), agent_settings)
         agents = Agents(Initializer(*arguments), Selector(*arguments), Mutator(*arguments), Crossover(*arguments))
         self.journal = Journal(self.folder)
@@ -174,6 +179,36 @@ async def test_a_search_killed_anywhere_goes_on_and_measures_nothing_twice(
     records = evaluations(tmp_path)
     assert sorted(r["id"] for r in records) == sorted(search.ledger)
     assert [r["order"] for r in records] == list(range(total))
+
+
+@pytest.mark.parametrize("per_call", [None, 3])
+async def test_a_search_that_was_killed_anywhere_has_the_history_of_an_undisturbed_one(
+    redis: Redis, tmp_path: Path, per_call: int | None
+) -> None:
+    calm = Conducted(redis, Keys("calm"), tmp_path, proposals_per_call=per_call)
+    async with evaluating(redis, calm.keys):
+        undisturbed = await calm.run()
+    selections = 0
+    for life in range(1, 100):
+        chat = SchemaChat()
+        conducted = Conducted(redis, Keys("killed"), tmp_path, chat=chat, proposals_per_call=per_call)
+        search = await conducted.open()
+        enough = len(search.ledger) + 1 + life % 3
+        async with evaluating(redis, conducted.keys):
+            running = asyncio.create_task(search.run())
+            async with asyncio.timeout(60):
+                while not running.done() and len(search.ledger) < enough:
+                    await asyncio.sleep(0)
+            killed = not running.done()
+            running.cancel()
+            await asyncio.wait({running})
+        conducted.journal.close()
+        selections += sum(re.match("selector .* attempt 0", label) is not None for label in chat.labels)
+        if not killed:
+            break
+    assert life >= 3
+    assert {c.id: c for c in search.ledger.values()} == {c.id: c for c in undisturbed.ledger.values()}
+    assert selections <= SETTINGS.rounds + 1  # once more where it was killed before the answer was kept
 
 
 async def test_a_finished_search_that_is_started_again_asks_and_measures_nothing(

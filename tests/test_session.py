@@ -3,8 +3,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from gpu_worker.answering import DeviceLostError, answer, is_out_of_memory
+from gpu_worker.answering import DeviceLostError, answer
+from gpu_worker.device_errors import is_out_of_memory
 from gpu_worker.evaluate import evaluate_once
 from gpu_worker.perplexity import NotFiniteError
 from gpu_worker.progress import Progress
@@ -13,7 +15,7 @@ from gpu_worker.sequential import prune_sequentially
 from gpu_worker.session import Session
 from protocol.allocation import Allocation
 from protocol.candidate import Failed, Measured, Text
-from protocol.errors import BudgetError, DataError
+from protocol.errors import BudgetError, DataError, ModelError
 from protocol.plan import Plan, dense_plan
 from protocol.spec import SearchSpec, TextSpec
 from tests.real_model import need_smollm2
@@ -252,3 +254,41 @@ ENGLISH = (
     "The lobster lives on rocky ground along the coast, where it hides by day and hunts by night. It eats mussels, "
     "crabs and worms, and grows slowly. Fishermen catch it in pots that they lower on long ropes in the spring.\n\n"
 )
+
+
+def test_a_dense_model_that_does_not_compute_is_called_broken(tmp_path: Path) -> None:
+    spec = tiny_spec(tmp_path)
+    weights = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.layers.0.mlp.down_proj.weight"].fill_(float("nan"))
+    save_file(tensors, weights, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"the dense model .* is broken"):
+        Session(spec)
+
+
+def test_a_pruned_model_that_does_not_compute_is_not_called_dense(
+    spec: SearchSpec, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object) -> Measured:
+        raise NotFiniteError("the mean loss is nan")
+
+    monkeypatch.setattr(Session, "evaluate", broken)
+    with pytest.raises(NotFiniteError, match=r"pruned so, .* does not compute: the mean loss is nan"):
+        evaluate_once(spec, UNIFORM)
+
+
+def test_windows_beyond_the_models_positions_are_refused(spec: SearchSpec) -> None:
+    too_long = spec.fitness.model_copy(update={"seqlen": 512, "windows": 1})
+    with pytest.raises(DataError, match="windows of 512 tokens are longer than the 256 positions"):
+        Session(spec.model_copy(update={"fitness": too_long}))
+
+
+def test_given_rates_are_checked_before_anything_is_scored(spec: SearchSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: object, **__: object) -> None:
+        raise AssertionError("scored")
+
+    monkeypatch.setattr("gpu_worker.target.calibrate", never)
+    with pytest.raises(BudgetError):
+        evaluate_once(spec, (0.1, 0.1))
+    with pytest.raises(BudgetError):
+        evaluate_once(spec, Allocation(method="llm-pruner", first_layers=2, last_layers=1))

@@ -13,7 +13,8 @@ from protocol.errors import SearchExistsError, StoreError
 from protocol.jobs import JobQueue
 from protocol.keys import Keys
 from protocol.streams import TakenOver
-from tests.samples import SPEC, candidates, measured
+from tests.samples import CARD, SPEC, candidates, measured
+from tests.servers import eventually
 from tests.test_streams import claimed
 
 
@@ -69,6 +70,49 @@ async def test_a_living_daemon_is_not_replaced(redis: Redis, keys: Keys) -> None
     living = asyncio.create_task(first.stay_in_charge(await first.take_charge(), nothing))
     with pytest.raises(SearchExistsError, match="already run by"):
         await SearchStore(redis, keys, SPEC).take_charge()
+    living.cancel()
+
+
+async def test_a_server_that_was_flushed_gets_everything_back_and_the_lost_jobs_too(redis: Redis, keys: Keys) -> None:
+    store = SearchStore(redis, keys, SPEC)
+    queue = await store.take_charge()
+    many = candidates(5)
+    for each in many:
+        await queue.enqueue(each)
+    jobs = JobQueue(redis, keys, "w", lease_seconds=30)
+    for perplexity in (9.0, 8.0):
+        job = await claimed(jobs)
+        await jobs.commit(job, measured(perplexity, job.candidate))
+    for result in await queue.results("0-0"):
+        await queue.apply(result)
+    await queue.remember_selection(1, [many[1].id, many[0].id])
+    before = await store.history()
+    living = asyncio.create_task(store.stay_in_charge(queue, lambda: Memory(before, CARD)))
+    await redis.flushall()
+    late = candidates(6)[-1]
+    async with asyncio.timeout(10):
+        assert await queue.enqueue(late)  # waits until the data is back
+    after = await store.history()
+    assert list(after.ledger) == [*before.ledger, late.id] and after.outcomes == before.outcomes
+    assert after.selections == before.selections == {1: (many[1].id, many[0].id)}
+    assert await store.card() == CARD
+    assert await queue.queued() == {c.id for c in many[2:]} | {late.id}
+    living.cancel()
+
+
+async def test_jobs_that_are_lost_while_the_daemon_runs_are_back_within_a_tick(redis: Redis, keys: Keys) -> None:
+    store = SearchStore(redis, keys, SPEC)
+    queue = await store.take_charge()
+    many = candidates(3)
+    for each in many:
+        await queue.enqueue(each)
+    living = asyncio.create_task(store.stay_in_charge(queue, nothing))
+    await redis.delete(keys.jobs)
+
+    async def back() -> bool:
+        return await queue.queued() == {c.id for c in many}
+
+    await eventually(back, 10)
     living.cancel()
 
 

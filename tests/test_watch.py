@@ -177,7 +177,8 @@ def test_the_screen_fits_a_small_terminal_and_shows_more_events_on_a_large_one()
         ({"daemon": None, "finished": True}, "finished"),
         ({"control": "pause"}, "paused"),
         ({"control": "stop"}, "stopping"),
-        ({"degraded": True}, "degraded"),
+        ({"degraded": True, "degraded_by": "endpoints"}, "degraded: no LLM endpoint answers"),
+        ({"degraded": True, "degraded_by": "budget"}, "degraded: the LLM's budget is used up"),
         ({"workers": ()}, "waiting for a worker"),
     ],
 )

@@ -1,5 +1,6 @@
 """Random models of a few thousand parameters, of every family, in memory or as a folder with a tokenizer."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,13 @@ def tiny_llama(**options: Any) -> LoadedModel:
     return tiny_model("llama", **options)
 
 
-def tiny_model(
+def tiny_model(family: str, *, seed: int = 0, **options: Any) -> LoadedModel:
+    """A random model of a family's real classes, without a tokenizer; `options` as for `tiny_causal_lm`."""
+    model = tiny_causal_lm(family, seed=seed, **options)
+    return LoadedModel(model, None, take_apart(model), identity=f"tiny-{family}-{seed}")
+
+
+def tiny_causal_lm(
     family: str,
     *,
     layers: int = 3,
@@ -52,8 +59,8 @@ def tiny_model(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     **config_options: Any,
-) -> LoadedModel:
-    """A random model of a family's real classes, without a tokenizer.
+) -> Any:
+    """A random causal language model as transformers makes it, with nothing taken apart.
 
     By default grouped-query, and its heads are wider than the hidden size. `bias` is for families that can have it;
     `config_options` are those of the family's config.
@@ -77,8 +84,7 @@ def tiny_model(
     model = transformers.AutoModelForCausalLM.from_config(config)
     # Gemma's norms multiply by 1 + weight, the others' by weight.
     _randomise(model, seed, norm=0.0 if family == "gemma3_text" else 1.0)
-    model.requires_grad_(False).eval().to(dtype)
-    return LoadedModel(model, None, take_apart(model), identity=f"tiny-{family}-{seed}")
+    return model.requires_grad_(False).eval().to(dtype)
 
 
 def tiny_windows(windows: int, seqlen: int, seed: int = 0) -> torch.Tensor:
@@ -87,10 +93,16 @@ def tiny_windows(windows: int, seqlen: int, seed: int = 0) -> torch.Tensor:
 
 
 def save_tiny_folder(path: Path, family: str = "llama", **options: Any) -> Path:
-    """Save a tiny model (`options` as for `tiny_model`) with a byte tokenizer, as a checkpoint folder; returns it."""
-    tiny_model(family, **options).causal_lm.save_pretrained(path)
+    """Save a tiny model (`options` as for `tiny_causal_lm`) and a byte tokenizer as a checkpoint folder; returns it."""
+    tiny_causal_lm(family, **options).save_pretrained(path)
     byte_tokenizer().save_pretrained(path)
     return path
+
+
+def change_config(folder: Path, **changes: object) -> None:
+    """Write `changes` into the config.json of a checkpoint folder."""
+    file = folder / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
 
 
 def byte_tokenizer() -> Any:

@@ -8,8 +8,9 @@ from jinja2 import Environment, StrictUndefined
 
 from gpu_worker.export.facts import ExportFacts, TextPerplexity, version_of_selfpruner
 from gpu_worker.export.modeling import module_name
+from gpu_worker.gradients import SAMPLES, TOKENS
 from protocol.formats import Format
-from protocol.spec import TextSpec
+from protocol.spec import SearchSpec, TextSpec
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,9 @@ def render_card(facts: ExportFacts, fmt: Format, *, name: str, gguf: str | None 
         parameters=facts.parameters,
         measured=_measured(facts),
         layers=_layers(facts),
-        calibration=_text(facts.spec.calibration),
-        percent=lambda rate: f"{100 * rate:g} %",
+        scored_on=_scored_on(facts.spec),
+        removed=1 - facts.parameters.decoder_after / facts.parameters.decoder_before,
+        percent=lambda share: f"{100 * share:.3g} %",
         version=version_of_selfpruner(),
     )
 
@@ -75,7 +77,9 @@ def _measured(facts: ExportFacts) -> list[_Measured]:
 
 
 def _figure(measured: TextPerplexity | None) -> str:
-    return "not measured" if measured is None else f"{measured.perplexity:.4g}"
+    if measured is None:
+        return "not measured"
+    return f"{measured.perplexity:,.0f}" if measured.perplexity >= 1000 else f"{measured.perplexity:.4g}"
 
 
 def _layers(facts: ExportFacts) -> list[_Layer]:
@@ -90,6 +94,15 @@ def _layers(facts: ExportFacts) -> list[_Layer]:
         )
         for i, (kept, whole) in enumerate(zip(facts.plan.layers, facts.shape.layers, strict=True))
     ]
+
+
+def _scored_on(spec: SearchSpec) -> str:
+    """What was read for the scores."""
+    if spec.importance == "magnitude":
+        return ""
+    if spec.importance == "taylor":
+        return f", gradients of the first {TOKENS} tokens of up to {SAMPLES} windows of {_source(spec.calibration)}"
+    return f", scored on {_text(spec.calibration)} (scoring: {spec.scoring})"
 
 
 def _text(spec: TextSpec) -> str:

@@ -4,13 +4,16 @@ from pathlib import Path
 
 from gpu_worker.export.card import render_card
 from gpu_worker.export.checkpoint import write_json
-from gpu_worker.export.facts import ExportFacts, version_of_selfpruner
+from gpu_worker.export.facts import ExportFacts, version_of_selfpruner, without_places
 from gpu_worker.export.folder import MARK, write_folder
 from gpu_worker.export.gguf import check_gguf, write_gguf
 from gpu_worker.export.hf import write_hf
 from gpu_worker.export.modeling import modeling_of, plain_type
 from gpu_worker.export.padded import write_padded
+from gpu_worker.export.weights import SHARD_SIZE
+from gpu_worker.memory import gigabytes, main_memory
 from gpu_worker.models import LoadedModel
+from protocol.errors import ModelError
 from protocol.formats import Format, GgufType
 from protocol.plan import Plan
 
@@ -41,11 +44,29 @@ def export_model(
 
 
 def check_format(model: LoadedModel, fmt: Format) -> None:
-    """Raise ModelError where `fmt` cannot carry this model, before anything that takes time is done."""
+    """Raise ModelError where `fmt` cannot carry this model, before anything that takes time is done.
+
+    Or where there is no room to write it.
+    """
     if fmt == "gguf":
         check_gguf(model)
     else:
         modeling_of(plain_type(model.causal_lm.config), fmt)
+        _check_room(model, fmt)
+
+
+def _check_room(model: LoadedModel, fmt: Format) -> None:
+    """Raise ModelError where main memory has no room for a shard of a model that is on GPUs.
+
+    A shard is put together in main memory. Of a model that is there already most tensors are written where they lie.
+    """
+    needed = min(SHARD_SIZE, sum(p.nbytes for p in model.causal_lm.parameters()))
+    there = main_memory()
+    if model.device.type != "cpu" and needed > there:
+        raise ModelError(
+            f"writing the format {fmt} needs about {gigabytes(needed)} of main memory where {gigabytes(there)} are "
+            "available; use a machine with more, or the format gguf"
+        )
 
 
 def _write_weights(
@@ -63,9 +84,10 @@ def _write_weights(
 
 def _marked(facts: ExportFacts, fmt: Format) -> dict[str, object]:
     """The facts for programs."""
+    spec = without_places(facts.spec).model_copy(update={"model": facts.base_name})
     return {
         "selfpruner": version_of_selfpruner(),
         "format": fmt,
         "parameters": facts.parameters.model_dump(),
-        **facts.model_dump(mode="json"),
+        **facts.model_copy(update={"base_model": facts.base_name, "spec": spec}).model_dump(mode="json"),
     }

@@ -3,11 +3,11 @@
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt, model_validator
+from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from protocol.plan import Parameters, Plan, count_parameters
 from protocol.shape import ModelShape
-from protocol.spec import SearchSpec
+from protocol.spec import SearchSpec, TextSpec
 
 SMOLLM2_ON_THE_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """What `smollm2` is called there."""
@@ -20,6 +20,8 @@ class TextPerplexity(BaseModel):
 
     perplexity: PositiveFloat
     tokens: PositiveInt
+    kl: NonNegativeFloat | None = None
+    """Divergence from the dense model in nats, where it was measured."""
 
 
 class ExportFacts(BaseModel):
@@ -43,6 +45,10 @@ class ExportFacts(BaseModel):
     dense_report: TextPerplexity | None = None
     """On the text that rates were not searched on, where the spec has one."""
     pruned_report: TextPerplexity | None = None
+    fitness_digest: str | None = None
+    """Of the fitness text's tokens: who measures again can tell whether they are the same."""
+    begins_with_bos: bool = False
+    """Whether every window's first token was replaced by bos."""
 
     @model_validator(mode="after")
     def _belong_together(self) -> "ExportFacts":
@@ -64,12 +70,21 @@ class ExportFacts(BaseModel):
         if self.base_model == "smollm2":
             return SMOLLM2_ON_THE_HUB
         is_name = self.base_model.count("/") == 1 and not self.base_model.startswith((".", "/", "~"))
-        return self.base_model if is_name and not Path(self.base_model).is_dir() else None
+        is_file = self.base_model.endswith(".gguf") or Path(self.base_model).exists()
+        return self.base_model if is_name and not is_file else None
 
     @property
     def base_name(self) -> str:
         """The base model as the card calls it: a folder by its last part, whose place is nobody's business."""
         return self.hub_name or Path(self.base_model).expanduser().resolve().name
+
+
+def without_places(spec: SearchSpec) -> SearchSpec:
+    """The spec with the last part of paths only: where files lie is nobody's business, and differs elsewhere."""
+    names: dict[str, TextSpec] = {
+        role: text.model_copy(update={"source": Path(text.source).name}) for role, text in spec.texts.items()
+    }
+    return spec.model_copy(update=names)
 
 
 def version_of_selfpruner() -> str:

@@ -4,6 +4,7 @@ llama.cpp's own `llama` architecture has one number of heads for all layers. Its
 Nemotron models, is the same computation with the numbers given layer by layer: exactly what a plan is.
 """
 
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from protocol.formats import GgufType
 from protocol.plan import Plan
 
 log = structlog.get_logger()
+# It tells the byte order of every file, and a path that is renamed when the file is complete.
+logging.getLogger(gguf.gguf_writer.__name__).setLevel(logging.WARNING)
 
 ARCHITECTURE = gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.DECI]
 FAMILIES = ("llama", "mistral", "qwen2")

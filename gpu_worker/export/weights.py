@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from gpu_worker.families import Family, family_of
 from gpu_worker.models import LoadedModel
 
-SHARD_SIZE = "5GB"
+SHARD_SIZE = 5 * 10**9
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def save_weights(weights: dict[str, Weight], folder: Path) -> None:
     """Write safetensors into `folder`: one file, or shards of at most 5 GB and an index."""
     split = split_torch_state_dict_into_shards({n: w.like for n, w in weights.items()}, max_shard_size=SHARD_SIZE)
     for file, names in split.filename_to_tensors.items():
-        shard = {name: weights[name].make().contiguous() for name in names}
+        shard = {name: weights[name].make().cpu().contiguous() for name in names}
         save_file(shard, folder / file, metadata={"format": "pt"})
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}

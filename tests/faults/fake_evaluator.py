@@ -28,8 +28,11 @@ TROUBLE: dict[str, Any] = {
 
 
 def say(message: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(message) + "\n")
-    sys.stdout.flush()
+    try:
+        sys.stdout.write(json.dumps(message) + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:  # the parent is gone
+        os._exit(0)
 
 
 def measured(plan: dict[str, Any]) -> dict[str, Any]:

@@ -223,7 +223,9 @@ class Kit:
         return [fields for _, fields in await self.redis.xrange(self.keys.dead)]
 
     async def end(self) -> None:
-        """End whatever runs, workers by SIGTERM."""
+        """End whatever runs, workers by SIGTERM; before, the daemon may notice what the server has lost."""
+        if self.daemons and not self.unsettled:
+            await eventually(self._complete, 10)
         for daemon in self.daemons:
             await daemon.end()
         left = [worker for worker in self.workers if worker.process.returncode is None]
@@ -237,6 +239,10 @@ class Kit:
                     child.kill()
                 await worker.kill()
                 raise AssertionError("a worker did not end when told to") from None
+
+    async def _complete(self) -> bool:
+        left = await self.redis.xlen(self.keys.jobs) + await self.redis.xlen(self.keys.results)
+        return not left and await self.redis.llen(self.keys.applied) == self.daemons[-1].population.outcomes
 
     async def check(self) -> None:
         """The invariants."""
@@ -293,8 +299,10 @@ class Kit:
         except TimeoutError:
             raise AssertionError(f"I8: processes are left: {self.processes()}") from None
 
+        await self.redis.connection_pool.disconnect()  # our own, as many as were busy at once
+
         async def alone() -> bool:
-            return len(await self.redis.client_list(_type="normal")) <= len(self.daemons) + 2
+            return len(await self.redis.client_list(_type="normal")) == 1
 
         await eventually(alone, 10)
 

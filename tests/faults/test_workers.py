@@ -44,6 +44,7 @@ async def test_the_only_worker_is_killed_and_started_again(kit: Kit) -> None:
     assert isinstance(daemon.outcome(one), Measured)
 
 
+@pytest.mark.faults
 @pytest.mark.fault("3+4", "a long job whose process blocks", "GIL held for 5 leases, 2 workers idle", "evaluated once")
 async def test_a_long_job_that_holds_the_gil_is_evaluated_once(kit: Kit) -> None:
     one, *others = candidates(4)
@@ -69,8 +70,9 @@ async def test_a_long_job_is_evaluated_once(kit: Kit) -> None:
     assert kit.evaluations[one.id] == 1
 
 
+@pytest.mark.faults
 @pytest.mark.fault(
-    "5", "a worker's machine is suspended", "SIGSTOP for 3 leases, SIGCONT", "job moved, late commit ignored"
+    "5", "a worker's machine is suspended", "SIGSTOP 3 leases, SIGCONT", "job moves, late outcome ignored"
 )
 async def test_a_suspended_workers_job_moves_and_its_late_outcome_changes_nothing(kit: Kit) -> None:
     (one,) = candidates(1)
@@ -92,9 +94,7 @@ async def test_a_suspended_workers_job_moves_and_its_late_outcome_changes_nothin
     await eventually(late)
 
 
-@pytest.mark.fault(
-    "6", "a candidate that kills its process", "os.abort() on one id", "dead after 3, the others measured"
-)
+@pytest.mark.fault("6", "a candidate that kills its process", "os.abort() on one id", "dead after 3, others measured")
 async def test_a_candidate_that_kills_is_given_up_after_three_deaths(kit: Kit) -> None:
     poison, *others = candidates(4)
     kit.write_script({poison.id: ["abort"]})
@@ -150,9 +150,7 @@ async def test_a_score_that_is_none_has_failed_and_is_no_member(kit: Kit) -> Non
     assert not await kit.dead()
 
 
-@pytest.mark.fault(
-    "8", "a hang", "sleeps for ever, ignores SIGTERM, has a grandchild", "failed(timeout), no process left"
-)
+@pytest.mark.fault("8", "a hang", "endless, ignores SIGTERM, has a grandchild", "failed(timeout), none left")
 async def test_a_hanging_evaluation_is_killed_with_its_grandchild(kit: Kit) -> None:
     one, two = candidates(2)
     kit.write_script({one.id: ["hang"]})
@@ -177,9 +175,7 @@ async def test_a_preparation_that_hangs_is_killed_with_its_grandchild(kit: Kit) 
 
 
 @pytest.mark.faults
-@pytest.mark.fault(
-    "8", "a death that leaves a grandchild", "abort, the grandchild holds stdout", "noticed, no process left"
-)
+@pytest.mark.fault("8", "a death that leaves a grandchild", "abort, the grandchild holds stdout", "noticed, none left")
 async def test_a_process_that_dies_while_a_grandchild_holds_its_stdout_is_dead_all_the_same(kit: Kit) -> None:
     (one,) = candidates(1)
     kit.write_script({one.id: ["abort-with-grandchild", "instant"]})
@@ -267,9 +263,7 @@ async def test_a_second_signal_ends_a_worker_at_once(kit: Kit) -> None:
 
 @pytest.mark.parametrize("point", ["claimed", "measured", "committed"])
 @pytest.mark.faults
-@pytest.mark.fault(
-    "14", "a worker dies between two steps", "SIGKILL after claim, measurement, commit", "one outcome each"
-)
+@pytest.mark.fault("14", "a worker dies between two steps", "SIGKILL at claim, measurement, commit", "one outcome each")
 async def test_a_worker_that_dies_between_two_steps_loses_nothing(kit: Kit, point: str) -> None:
     many = candidates(3)
     daemon = await kit.daemon()

@@ -44,7 +44,7 @@ class CrashingQueue(JobQueue):
 def main() -> int:
     options: dict[str, Any] = json.loads(sys.argv[1])
     CrashingQueue.crash_at = options.pop("crash_at", "")
-    worker_module.JobQueue = CrashingQueue  # type: ignore[misc]
+    setattr(worker_module, "JobQueue", CrashingQueue)  # noqa: B010  (the worker makes its own queue)
     logs.configure(json_lines=True)
     options["evaluation_process"] = tuple(options["evaluation_process"])
     try:

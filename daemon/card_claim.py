@@ -1,0 +1,75 @@
+"""What an exported folder says of itself, so that `selfpruner evaluate DIR` can measure the same tokens again."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, PositiveFloat, ValidationError
+
+from daemon.flags import TextFlags
+from daemon.settings import NAMED_TEXTS, check_text, text_spec
+from protocol.errors import DataError
+from protocol.spec import Dtype, Role, SearchSpec, TextSpec
+
+FACTS = "selfpruner.json"
+"""The file that every export has."""
+
+
+class _Perplexity(BaseModel):
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
+
+    perplexity: PositiveFloat
+
+
+class _Facts(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+    spec: SearchSpec
+    pruned: _Perplexity | None
+    fitness_digest: str | None
+
+
+@dataclass(frozen=True)
+class CardClaim:
+    """On which texts a folder was measured, and to what."""
+
+    texts: dict[Role, TextSpec]
+    seed: int
+    dtype: Dtype
+    perplexity: float | None = None
+    fitness_digest: str | None = None
+
+    def about(self, digest: str) -> float | None:
+        """The perplexity that is claimed of tokens with this digest; None where the claim is of others."""
+        return self.perplexity if digest == self.fitness_digest else None
+
+
+def card_claim(folder: str, flags: TextFlags) -> CardClaim | None:
+    """The claim of an exported folder where `flags` name no more than the file of its text; None for other models.
+
+    The folder knows files by their names only: `flags.data` says where the file is, else it is looked for by its name.
+    Raises DataError where the text is one that nobody else has.
+    """
+    path = Path(folder) / FACTS
+    if flags != TextFlags(data=flags.data) or not path.is_file():
+        return None
+    try:
+        facts = _Facts.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError) as error:
+        if flags.data is not None:
+            return None
+        raise DataError(f"{path} does not say what {folder!r} was measured on: give --data") from error
+    spec = facts.spec
+    if flags.data is None and spec.fitness.source == "self":
+        raise DataError(f"{folder!r} was measured on text that the dense model wrote: give --data, a text file")
+    # A text of another source takes no windows of the one that is measured.
+    roles = {role: text for role, text in spec.texts.items() if text.source == spec.fitness.source}
+    texts = {role: _found(text, flags.data) for role, text in roles.items()}
+    claimed = None if facts.pruned is None else facts.pruned.perplexity
+    return CardClaim(texts, spec.seed, spec.dtype, claimed, facts.fitness_digest)
+
+
+def _found(text: TextSpec, file: str | None) -> TextSpec:
+    source = file or text.source
+    if source not in NAMED_TEXTS:
+        check_text(source)
+    return text_spec(source, text.windows, text.seqlen)

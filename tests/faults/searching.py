@@ -1,0 +1,76 @@
+"""A whole search of processes that may be killed, and a scripted LLM that answers the same to the same question."""
+
+import asyncio
+import json
+import os
+import random
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from protocol.keys import Keys
+from tests.faults.kit import PASSWORD, ROOT, Kit, strict_json
+from tests.schema_answers import value_of
+from tests.scripted_llm import ScriptedLlm
+
+
+def answer(body: dict[str, Any]) -> str:
+    """The same for the same question and seed, after a while."""
+    time.sleep(0.02)
+    schema = body["response_format"]["json_schema"]["schema"]
+    return json.dumps(value_of(schema, random.Random(f"{body['seed']}{body['messages']}")))
+
+
+class Search:
+    """`selfpruner daemon` with a scripted LLM and fake workers, all of them processes that may be killed."""
+
+    def __init__(self, kit: Kit, llm: ScriptedLlm, folder: Path, name: str = "faults", *, rounds: int = 3) -> None:
+        self.kit, self.folder = kit, folder
+        self.keys = Keys(name)
+        self.config = folder / "search.yaml"
+        settings = {
+            "search": {"name": name, "population": 6, "mutations": 4, "crossovers": 3, "rounds": rounds},
+            "target": {"model": "tiny", "rate": 0.3},
+            "data": {"calibration": "self", "fitness": "self", "seqlen": 32},
+            "llm": {"reply": "edits", "endpoints": [{"base_url": llm.base_url, "model": "scripted"}]},
+            "run": {"folder": str(folder / "runs")},
+        }
+        self.config.write_text(json.dumps(settings))  # JSON is YAML
+        self.logs: list[Path] = []
+
+    async def start(self) -> asyncio.subprocess.Process:
+        log = self.folder / f"daemon-{len(self.logs)}.log"
+        self.logs.append(log)
+        with log.open("wb") as file:
+            return await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "daemon",
+                "daemon",
+                str(self.config),
+                cwd=ROOT,
+                env={**os.environ, "SELFPRUNER_REDIS__URL": self.kit.server.url},
+                stderr=file,
+                stdout=asyncio.subprocess.DEVNULL,
+                start_new_session=True,
+            )
+
+    async def applied(self) -> int:
+        return int(await self.kit.redis.llen(self.keys.applied))
+
+    async def history(self) -> dict[str, tuple[Any, ...]]:
+        """What the search did, whatever the order in which its workers were done."""
+        candidates = await self.kit.redis.hgetall(self.keys.candidates)
+        outcomes = await self.kit.redis.hgetall(self.keys.outcomes)
+        return {
+            id_: (json.loads(text)["provenance"], json.loads(outcomes[id_])["perplexity"])
+            for id_, text in candidates.items()
+        }
+
+    def check_logs(self) -> None:
+        for log in self.logs:
+            text = log.read_text()
+            assert PASSWORD not in text
+            for line in text.splitlines():
+                strict_json(line)
