@@ -238,7 +238,7 @@ async def test_a_search_ends_cleanly_when_its_hours_are_used_up(daemon: Daemon) 
     async with ScriptedLlm(answers) as llm:
         with capture_logs() as logs:
             summary = await daemon.run([settings_of(llm)], "search.rounds=100000", "search.budget_hours=0.0005")
-        assert summary.finished and 4 <= sum(summary.candidates["by_agent"].values()) < 100
+        assert summary.finished and 4 <= sum(summary.candidates["by_agent"].values()) < 10_000  # of 200,000
         history = await daemon.history()
         assert set(history.outcomes) == set(history.ledger)
         assert [line["event"] for line in logs].count("search_hours_used_up") == 1
