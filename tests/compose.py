@@ -167,8 +167,10 @@ class Deployment:
         return "\n".join(f.read_bytes().decode("utf-8", "replace") for f in files)
 
     def _system(self) -> dict[str, str]:
-        kept = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
-        return kept | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HOME": "/nonexistent"}
+        kept = {name: os.environ[name] for name in ("LD_LIBRARY_PATH",) if name in os.environ}
+        # The images have a `python`; of this machine's only the one that runs the tests is known to be there.
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        return kept | {"PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HOME": "/nonexistent"}
 
     def _local(self, service: str, text: str) -> str:
         """`text` with what only a container has replaced by what stands for it here."""
