@@ -83,7 +83,7 @@ async def chaos(arguments: argparse.Namespace, server: Server, folder: Path) -> 
             print(f"{name:6} {await search.applied()} outcomes in {time.monotonic() - began:.0f} s, {dict(one.kills)}")
             histories.append(await search.history())
             kills += one.kills
-            search.check_logs()
+            await search.check_end()
         calm, chaotic = histories
         if one.is_over_early:
             print(f"the disturbed search ended before {arguments.minutes:g} minutes were over", file=sys.stderr)

@@ -18,7 +18,6 @@ NOT_TESTED: dict[str, tuple[str, str]] = {
     "12": ("Ctrl-C to the whole group, embedded server", "tests/test_run.py does it: a run starts all its processes"),
     "28": ("a server that a killed run left behind", "tests/test_run.py: a killed run is gone with all it started"),
     "32": ("an export that is killed or has no disk", "tests/test_export_folder.py: whole or not at all"),
-    "34-38": ("the LLM's faults", "tests/test_chat.py, on a scripted endpoint"),
     "39": ("the HTTP API's faults", "with the HTTP API's own tests"),
     "40": ("secrets in logs", "the server's password is looked for in every log here; tests/test_logs.py for the rest"),
     "": ("loss of power; a step of the clock", "not simulated: the first loses the server's last second at most"),

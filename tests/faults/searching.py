@@ -68,7 +68,24 @@ class Search:
             for id_, text in candidates.items()
         }
 
-    def check_logs(self) -> None:
+    async def check_end(self) -> None:
+        """The invariants of a search that is over, on the server and in its folder."""
+        redis, keys = self.kit.redis, self.keys
+        issued = await redis.lrange(keys.issued, 0, -1)
+        applied = await redis.lrange(keys.applied, 0, -1)
+        assert sorted(applied) == sorted(issued), "I1: every issued candidate has one outcome"
+        assert len(set(applied)) == len(applied), "I2: nothing is applied twice"
+        assert set(applied) == set(await redis.hkeys(keys.outcomes)), "I2: applied ids have outcomes"
+        assert set(issued) == set(await redis.hkeys(keys.candidates)), "I1: what is issued is in the ledger"
+        for key in (keys.jobs, keys.results):
+            assert not await redis.xlen(key), f"I1: {key} is empty at the end"
+        for key in (keys.done, keys.deaths):
+            assert not await redis.hlen(key), f"I1: {key} is empty at the end"
+        lines = (self.folder / "runs" / keys.search / "evaluations.jsonl").read_text().splitlines()
+        assert [strict_json(line)["id"] for line in lines] == applied, "I2: the folder's copy is the same"
+        self._check_logs()
+
+    def _check_logs(self) -> None:
         for log in self.logs:
             text = log.read_text()
             assert PASSWORD not in text

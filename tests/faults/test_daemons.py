@@ -109,7 +109,7 @@ async def test_a_search_that_is_killed_again_and_again_has_the_history_of_an_und
     assert mine == theirs
     selections = [a.body for a in llm.asked[asked:] if a.body["response_format"]["json_schema"]["name"] == "selector"]
     assert len(selections) <= 3 + 2  # asked again only where the answer had not been stored yet
-    search.check_logs()
+    await search.check_end()
 
 
 @pytest.mark.faults
@@ -141,7 +141,7 @@ async def test_a_pause_outlives_a_kill_of_all(kit: Kit, llm: ScriptedLlm, tmp_pa
     assert await asyncio.wait_for(daemon.wait(), 60) == 0
     assert await search.applied() == TOTAL
     kit.disturbed["*"] = 1
-    search.check_logs()
+    await search.check_end()
 
 
 @pytest.mark.faults
