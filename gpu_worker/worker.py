@@ -90,7 +90,7 @@ class Worker:
         """Work until `stop` is called. Raises UsageError for what the user must mend."""
         structlog.contextvars.bind_contextvars(search=self._options.search, worker=self._consumer)
         if self._options.own_gpu:
-            log.info("gpu_taken", gpu=take_gpu())
+            log.info("gpu_taken", gpu=await take_gpu())
         await self._patiently(lambda: check_server(self._redis))
         try:
             async with asyncio.TaskGroup() as group:
