@@ -29,6 +29,7 @@ from daemon.setting_errors import file_sentence, validation_sentence
 from daemon.setting_sources import ENV_PREFIX, check_environment, overrides_tree
 from protocol.connection import check_url, with_password
 from protocol.errors import DataError, SettingsError
+from protocol.jobs import LEAST_LEASE_SECONDS, MOST_SECONDS
 from protocol.keys import check_search_name
 from protocol.plan import Split
 from protocol.rates import DECIMALS
@@ -251,11 +252,11 @@ class WorkerSettings(_Section):
 
     count: PositiveInt = 1
     """Workers that `selfpruner run` starts."""
-    lease_seconds: float = Field(default=30.0, ge=0.5)
+    lease_seconds: float = Field(default=30.0, ge=LEAST_LEASE_SECONDS, le=MOST_SECONDS)
     """A job whose worker shows no sign of life for so long is given to another."""
-    max_evaluation_seconds: PositiveFloat = 1800.0
+    max_evaluation_seconds: float = Field(default=1800.0, gt=0, le=MOST_SECONDS)
     """An evaluation that takes longer is killed and counts as failed."""
-    max_preparation_seconds: PositiveFloat = 14_400.0
+    max_preparation_seconds: float = Field(default=14_400.0, gt=0, le=MOST_SECONDS)
     """A model that takes longer to load and calibrate is killed and tried again, three times in all."""
 
 

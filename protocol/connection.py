@@ -22,7 +22,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from tenacity import AsyncRetrying, retry_if_exception, wait_random_exponential
 
-from protocol.errors import SettingsError, StoreError
+from protocol.errors import SelfPrunerError, SettingsError, StoreError
 
 T = TypeVar("T")
 AWAY = (RedisConnectionError, RedisTimeoutError, OSError)
@@ -114,11 +114,9 @@ class Patience:
             with attempt:
                 try:
                     result = await operation()
-                except AuthenticationError as error:
-                    raise SettingsError(f"redis.url: the server refuses the user or the password ({error})") from None
-                except NoPermissionError as error:
-                    raise SettingsError(f"redis.url: the server refuses its user a command ({error})") from None
                 except (*AWAY, ResponseError) as error:
+                    if refusal := what_waiting_cannot_mend(error):
+                        raise refusal from None
                     if is_away(error) and not waiting:
                         self.outages += 1
                         log.warning("redis_unreachable", redis=self._what, error=str(error) or type(error).__name__)
@@ -154,7 +152,23 @@ def is_away(error: BaseException) -> bool:
         return True
     if isinstance(error, ResponseError):
         return any(word in str(error) for word in ("OOM ", "MISCONF", "READONLY", "LOADING"))
-    return isinstance(error, AWAY) and not isinstance(error, AuthenticationError)
+    return isinstance(error, AWAY) and not _is_unknown_user(error)
+
+
+def _is_unknown_user(error: BaseException) -> bool:
+    """Whether the server refuses the user or the password; some versions of the client say so in the cause alone."""
+    return any(isinstance(each, AuthenticationError) for each in (error, error.__cause__))
+
+
+def what_waiting_cannot_mend(error: Exception) -> SelfPrunerError | None:
+    """Our error for a server that refuses us, or whose keys somebody else has written; None for any other error."""
+    if _is_unknown_user(error):
+        return SettingsError(f"redis.url: the server refuses the user or the password ({error})")
+    if isinstance(error, NoPermissionError):
+        return SettingsError(f"redis.url: the server refuses its user a command ({error})")
+    if isinstance(error, ResponseError) and any(word in str(error) for word in ("WRONGTYPE", "not an integer")):
+        return StoreError(f"a key of the search in Redis holds what nobody of ours has put there ({error})")
+    return None
 
 
 def is_missing_group(error: ResponseError) -> bool:
