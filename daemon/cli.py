@@ -33,7 +33,7 @@ from daemon.terminal import answer, need, print_json
 from daemon.watch import json_lines, on_screen
 from daemon.watch import watch as follow
 from protocol import logs
-from protocol.connection import password_of, with_password
+from protocol.connection import password_of
 from protocol.control import Command
 from protocol.errors import SelfPrunerError, SettingsError, UsageError
 
@@ -64,6 +64,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     raise AssertionError("typer ends with SystemExit")
 
 
+@app.callback()
+def _command_line() -> None:
+    # Beside an answer on stdout the log has no place; `run`, `daemon` and `worker` set up one of their own.
+    logs.configure()
+
+
 @app.command()
 def run(config: Config = None, set_: flags.Set = None, json_: flags.Json = False) -> None:
     """Search with everything on this machine: an embedded Valkey, a local LLM, a worker and the daemon."""
@@ -88,7 +94,6 @@ def daemon(config: Annotated[Path, typer.Argument(help="A YAML file of settings.
         raise SettingsError("the setting redis.url is missing: the daemon needs a Redis server that workers reach too")
     if not settings.llm.endpoints and not settings.llm.replay:
         raise SettingsError("the setting llm.endpoints is missing: give at least one OpenAI-compatible endpoint")
-    settings.folder.mkdir(parents=True, exist_ok=True)
     stream = logs.service_stream()
     access = _configure_logs(settings, stream)
     launch = Launch(
@@ -117,19 +122,20 @@ def worker(
 ) -> None:
     """Prune and measure candidates of a search: one worker, one GPU."""
     need("torch", "worker")
-    from gpu_worker.worker import WorkerOptions, run_worker
+    from gpu_worker.options import worker_options
+    from gpu_worker.worker import run_worker
 
-    url = with_password(redis_url, redis_password_file)
-    logs.configure(stream=logs.service_stream(), secrets=password_of(url), search=search)
-    options = WorkerOptions(
-        url,
-        search,
+    options = worker_options(
+        search=search,
+        redis_url=redis_url,
+        redis_password_file=redis_password_file,
         lease_seconds=lease_seconds,
         max_evaluation_seconds=max_evaluation_seconds,
         max_preparation_seconds=max_preparation_seconds,
         grace_seconds=grace_seconds,
         own_gpu=own_gpu,
     )
+    logs.configure(stream=logs.service_stream(), secrets=password_of(options.redis_url), search=search)
     asyncio.run(run_worker(options))
 
 
@@ -196,10 +202,14 @@ def stop(
 
 def _configure_logs(settings: Settings, stream: logs.Stream) -> Access | None:
     """Set up the log of a search; returns the access to its HTTP API, whose token must not be logged, if it has one."""
-    access = open_access(settings.http, settings.folder) if settings.http.enabled else None
-    secrets = [*secrets_of(settings), *(access.secrets if access else [])]
     file = settings.folder / "log.jsonl"
-    logs.configure(file=file, stream=stream, secrets=secrets, search=settings.search.name)
+    try:
+        settings.folder.mkdir(parents=True, exist_ok=True)
+        access = open_access(settings.http, settings.folder) if settings.http.enabled else None
+        secrets = [*secrets_of(settings), *(access.secrets if access else [])]
+        logs.configure(file=file, stream=stream, secrets=secrets, search=settings.search.name)
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        raise SettingsError(f"run.folder: {file} cannot be written: {error}") from error
     return access
 
 

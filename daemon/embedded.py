@@ -215,9 +215,11 @@ async def workers(settings: Settings, redis_url: str, *, console: bool) -> Async
     quiet = None if console else settings.folder / "worker.log"
     children = [Child(f"worker-{i}", command, quiet=quiet, final=USAGE_EXIT) for i in range(settings.worker.count)]
     try:
+        # The URL has the password already, which may come from a file that the environment names.
+        redis = {"SELFPRUNER_REDIS__URL": redis_url, "SELFPRUNER_REDIS__PASSWORD_FILE": ""}
         for child in children:
             # Passive: threads that wait for each other by spinning would fight the local LLM for the cores.
-            await child.start({"OMP_WAIT_POLICY": "PASSIVE", "SELFPRUNER_REDIS__URL": redis_url})
+            await child.start({"OMP_WAIT_POLICY": "PASSIVE", **redis})
         yield
     finally:
         await asyncio.gather(*(child.end(grace_seconds=5) for child in children))

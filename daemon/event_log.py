@@ -37,7 +37,7 @@ class EventLog:
             self._wake()
 
     def close(self) -> None:
-        """End every reader."""
+        """End every reader, once it has read what is there."""
         self._closed = True
         self._wake()
 
@@ -49,10 +49,10 @@ class EventLog:
         return Reader(self, self._position(last_id))
 
     async def next(self, position: int) -> tuple[int, Numbered] | None:
-        """The event at `position`, waiting for it, with the position behind it; None once the log is closed."""
+        """The event at `position`, with the position behind it; waits for it. None behind the last of a closed log."""
         while not self._closed and position >= self._count:
             await self._news.wait()
-        if self._closed:
+        if position >= self._count:
             return None
         first_kept = self._count - len(self._events)
         if position < first_kept:
@@ -85,7 +85,7 @@ class Reader:
         self._position = position
 
     async def next(self) -> Numbered | None:
-        """The next event, waiting for it; None once the log is closed."""
+        """The next event, waiting for it; None behind the last one of a closed log."""
         found = await self._log.next(self._position)
         if found is None:
             return None

@@ -16,6 +16,7 @@ import structlog
 from aiohttp import web
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from daemon.changes import Event
 from daemon.event_log import Reader
 from daemon.http_guard import MAX_BODY_BYTES, Guard, add_headers
 from daemon.http_server import CannotListen, HttpServer
@@ -63,8 +64,8 @@ class HttpApi:
     async def serving(self) -> AsyncIterator[str]:
         """Serve while the block runs; yields the URL. Raises UsageError where the port cannot be had.
 
-        At the end every event stream is ended at once. The requests run beside the search in its event loop, and what
-        goes wrong in one is answered there (daemon/http_guard.py): none of it reaches the search.
+        At the end every event stream is told so, and ended at once. The requests run beside the search in its event
+        loop, and what goes wrong in one is answered there (daemon/http_guard.py): none of it reaches the search.
         """
         host = self._settings.host
         bound = await self._listen(host)
@@ -73,6 +74,7 @@ class HttpApi:
             log.info("http_api_listening", url=url)
             yield url
         finally:
+            self._observer.events.add([Event("search_ended", {"finished": self._observer.finished})])
             self._observer.events.close()
             await self._server.stop()
 

@@ -10,6 +10,7 @@ import hmac
 import time
 from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -65,7 +66,7 @@ class Guard:
     async def _check_origin(self, request: web.Request) -> None:
         """403 for what another site's page sends. To follow a link to here is allowed: no script sees the answer."""
         origin = request.headers.get("Origin")
-        if origin is not None and urlsplit(origin).netloc.lower() != request.headers["Host"].lower():
+        if origin is not None and _place(origin) != request.headers["Host"].lower():
             raise web.HTTPForbidden(text="requests from pages of another origin are refused")
         follows_link = request.method in _READS and request.headers.get("Sec-Fetch-Mode") == "navigate"
         if request.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin") and not follows_link:
@@ -92,23 +93,39 @@ class Guard:
         )
 
 
+@dataclass
+class _Recent:
+    """The requests of one address without the right token."""
+
+    moments: deque[float] = field(default_factory=deque)
+    """Of those that got a 401, in the last minute."""
+    last: float = 0.0
+    told: bool = False
+    """Whether the log has it that this address keeps on; until it has been quiet for a minute."""
+
+
 class Failures:
     """Requests without the right token, by address; remembers the last minute of a bounded number of addresses."""
 
     def __init__(self) -> None:
-        self._moments: OrderedDict[str, deque[float]] = OrderedDict()
+        self._recent: OrderedDict[str, _Recent] = OrderedDict()
 
     def count(self, address: str, now: float) -> float:
         """Count one; returns how many seconds this address is over the limit for, 0 while it is not."""
-        moments = self._moments.setdefault(address, deque(maxlen=FAILURES_PER_MINUTE))
-        self._moments.move_to_end(address)
-        if len(self._moments) > ADDRESSES_REMEMBERED:
-            self._moments.popitem(last=False)
-        if len(moments) == FAILURES_PER_MINUTE and now - moments[0] < 60:
-            return 60 - (now - moments[0])
-        moments.append(now)
-        if len(moments) == FAILURES_PER_MINUTE:
-            log.warning("http_token_failures", address=address, count=len(moments))
+        recent = self._recent.setdefault(address, _Recent())
+        self._recent.move_to_end(address)
+        if len(self._recent) > ADDRESSES_REMEMBERED:
+            self._recent.popitem(last=False)
+        recent.told = recent.told and now - recent.last < 60
+        recent.last = now
+        while recent.moments and now - recent.moments[0] >= 60:
+            recent.moments.popleft()
+        if len(recent.moments) == FAILURES_PER_MINUTE:
+            return 60 - (now - recent.moments[0])
+        recent.moments.append(now)
+        if len(recent.moments) == FAILURES_PER_MINUTE and not recent.told:
+            recent.told = True
+            log.warning("http_token_failures", address=address, count=FAILURES_PER_MINUTE)
         return 0
 
 
@@ -166,6 +183,14 @@ def host_name(host: str) -> str:
     if name.startswith("["):
         return name[1:].partition("]")[0]
     return name.partition(":")[0].rstrip(".")
+
+
+def _place(origin: str) -> str:
+    """The host and port of an Origin header; empty where it is none."""
+    try:
+        return urlsplit(origin).netloc.lower()
+    except ValueError:
+        return ""
 
 
 def _sentence(error: web.HTTPException) -> str:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from itertools import count
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -22,7 +23,7 @@ from agents.selector import Selector
 from agents.settings import AgentSettings
 from daemon.journal import TRANSCRIPT
 from daemon.search import Agents
-from daemon.settings import EndpointSettings, LlmSettings, Settings
+from daemon.settings import EndpointSettings, LlmSettings, Settings, check_key
 from protocol.connection import password_of
 from protocol.errors import SettingsError
 
@@ -42,7 +43,7 @@ def make_chat(
         rest=llm.rest_seconds,
     )
     budget = Budget(requests=llm.budget_requests, tokens=llm.budget_tokens, cost=llm.budget_cost)
-    asked = [] if llm.replay else [make_endpoint(endpoint) for endpoint in endpoints]
+    asked = [] if llm.replay else make_endpoints(endpoints)
     return Chat(asked, policy, gate=gate, record=record, budget=budget, spent=spent)
 
 
@@ -64,30 +65,53 @@ def make_agents(llm: LlmSettings, chat: Asks) -> Agents:
     )
 
 
-def make_endpoint(settings: EndpointSettings) -> Endpoint:
-    """The endpoint with its key, read from its file where it has one."""
-    key = settings.api_key
-    if settings.api_key_file is not None:
-        # A deployment mounts the file in any case; an empty one is for an endpoint that wants no key.
-        key = SecretStr(text) if (text := _read_key(settings.api_key_file)) else None
-    url = urlsplit(settings.base_url)  # which may hold a password, and then the name must not
-    name = settings.name or (f"{url.hostname}:{url.port}" if url.port else str(url.hostname))
-    return Endpoint(
-        name=name,
-        base_url=settings.base_url,
-        model=settings.model,
-        api_key=key,
-        price_in=settings.price_in,
-        price_out=settings.price_out,
-    )
+def make_endpoints(settings: Sequence[EndpointSettings]) -> list[Endpoint]:
+    """The endpoints with their keys, read from files where they have them, each with a name of its own."""
+    return [
+        Endpoint(
+            name=name,
+            base_url=endpoint.base_url,
+            model=endpoint.model,
+            api_key=_key(endpoint),
+            price_in=endpoint.price_in,
+            price_out=endpoint.price_out,
+        )
+        for name, endpoint in zip(_names(settings), settings, strict=True)
+    ]
+
+
+def _names(settings: Sequence[EndpointSettings]) -> list[str]:
+    """The given names; else the host, with the model where hosts are the same, and a number where that is too.
+
+    Totals, logs and metrics go by name.
+    """
+    hosts = [endpoint.name or _host(endpoint.base_url) for endpoint in settings]
+    names: list[str] = [endpoint.name or "" for endpoint in settings]
+    for i, endpoint in enumerate(settings):
+        if not names[i]:
+            host = hosts[i] if hosts.count(hosts[i]) == 1 else f"{hosts[i]}/{endpoint.model}"
+            free = (name for n in count(1) if (name := host if n == 1 else f"{host}#{n}") not in names)
+            names[i] = next(free)
+    return names
+
+
+def _host(url: str) -> str:
+    parts = urlsplit(url)
+    return f"{parts.hostname}:{parts.port}" if parts.port else str(parts.hostname)
+
+
+def _key(settings: EndpointSettings) -> SecretStr | None:
+    if settings.api_key_file is None:
+        return settings.api_key
+    # A deployment mounts the file in any case; an empty one is for an endpoint that wants no key.
+    return SecretStr(text) if (text := _read_key(settings.api_key_file)) else None
 
 
 def secrets_of(settings: Settings) -> list[str]:
     """Every secret value in the settings, for the log's redaction."""
-    keys = [make_endpoint(e).api_key for e in settings.llm.endpoints]
-    urls = [settings.redis.full_url or "", *(e.base_url for e in settings.llm.endpoints)]
-    passwords = [password for url in urls for password in password_of(url)]
-    return [key.get_secret_value() for key in keys if key] + passwords
+    keys = [_key(endpoint) for endpoint in settings.llm.endpoints]
+    url = settings.redis.full_url
+    return [key.get_secret_value() for key in keys if key] + (password_of(url) if url else [])
 
 
 def read_replay(settings: Settings) -> Replay | None:
@@ -119,6 +143,8 @@ def read_transcript(path: Path) -> Transcript:
 
 def _read_key(path: Path) -> str:
     try:
-        return path.expanduser().read_text(encoding="utf-8").strip()
-    except OSError as error:
-        raise SettingsError(f"llm.endpoints: the key file {str(path)!r} cannot be read: {error.strerror}") from error
+        return check_key(path.expanduser().read_text(encoding="utf-8").strip())
+    except (OSError, RuntimeError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        why = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else why  # whose words show the bytes
+        raise SettingsError(f"llm.endpoints: the key file {str(path)!r} cannot be read: {why}") from None

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from daemon.flags import CalibrationFlags, ChoiceFlags, ExportTexts, MethodFlags, PruningFlags, TextFlags
-from daemon.settings import check_text, text_spec, validation_sentence
+from daemon.setting_errors import validation_sentence
+from daemon.settings import check_text, text_spec
 from protocol.allocation import Allocation, Method
 from protocol.errors import DataError, SettingsError
 from protocol.plan import Split

@@ -6,7 +6,9 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from redis.asyncio import Redis
+from redis.exceptions import ResponseError
 
 from agents.population import Evaluation
 from daemon.changes import Event, Follower
@@ -16,11 +18,12 @@ from daemon.observer import STATUS_FILE
 from daemon.remote_history import RemoteHistory
 from daemon.status import AroundReader, Condition, QueueDepth, Seen, Status
 from protocol.card import ModelCard
-from protocol.connection import AWAY, connect
+from protocol.connection import AWAY, connect, is_away, what_waiting_cannot_mend
 from protocol.control import Command, Control
-from protocol.errors import UsageError
+from protocol.errors import StoreError, UsageError
 from protocol.keys import Keys, check_search_name
 from protocol.spec import SearchSpec
+from protocol.stored import read_stored
 
 
 class RemoteSearch:
@@ -59,7 +62,7 @@ class RemoteSearch:
             counters=self._history.counters,
             dense_perplexity=card.dense.perplexity if card else None,
             around=await self._around.read(),
-            condition=Condition.model_validate_json(condition) if condition else Condition(),
+            condition=read_stored(Condition, condition, self._keys.condition) if condition else Condition(),
         )
         return self._follower.look(seen)
 
@@ -81,7 +84,7 @@ class RemoteSearch:
 
     async def _card(self) -> ModelCard | None:
         text = await self._redis.get(self._keys.card)
-        return ModelCard.model_validate_json(text) if text else None
+        return read_stored(ModelCard, text, self._keys.card) if text else None
 
     async def command(self, command: Command) -> dict[str, Any]:
         """Command run, pause or stop."""
@@ -91,25 +94,31 @@ class RemoteSearch:
 
 @asynccontextmanager
 async def open_remote(search: str, redis_url: str | None, folder: Path) -> AsyncIterator[RemoteSearch]:
-    """The search called `search` under `redis_url`, or in its embedded server; UsageError if there is none."""
+    """The search called `search` under `redis_url`, or in its embedded server; UsageError if there is none.
+
+    What the server refuses, there or in the block, is SettingsError; what cannot be read of it, StoreError.
+    """
     keys = Keys(check_search_name(search))
-    url = redis_url or embedded_url(folder / search)
-    redis = connect(url)
+    redis = connect(redis_url or embedded_url(folder / search))
     client: Any = redis
+    found = None
     try:
         text = await client.get(keys.spec)
-    except AWAY as error:
-        await redis.aclose()
-        hint = "" if redis_url else f"; it is not running in {folder}/, or give --redis-url"
-        raise NotRunning(f"no server answers for the search {search!r} ({error}){hint}") from error
-    try:
         if text is None:
             raise UsageError(f"there is no search {search!r} in this Redis")
-        yield RemoteSearch(redis, keys, SearchSpec.model_validate_json(text))
+        found = RemoteSearch(redis, keys, read_stored(SearchSpec, text, keys.spec))
+        yield found
     except BrokenPipeError:  # of whoever reads our answers
         raise
-    except AWAY as error:
-        raise NotRunning(f"the server of the search {search!r} went away: {error}") from error
+    except (*AWAY, ResponseError) as error:
+        if refusal := what_waiting_cannot_mend(error):
+            raise refusal from None
+        if not is_away(error):
+            raise StoreError(f"the server of the search {search!r} answers with an error: {error}") from error
+        if found is not None:
+            raise NotRunning(f"the server of the search {search!r} went away: {error}") from error
+        hint = "" if redis_url else f"; it is not running in {folder}/, or give --redis-url"
+        raise NotRunning(f"no server answers for the search {search!r} ({error}){hint}") from error
     finally:
         await redis.aclose()
 
@@ -123,8 +132,8 @@ def saved(folder: Path, file: str) -> dict[str, Any] | None:
     path = folder / file
     try:
         record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    except ValueError as error:
-        raise UsageError(f"{path} is damaged: {error}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"{path} cannot be read, or is damaged: {error}") from error
     return record if isinstance(record, dict) else None
 
 
@@ -133,7 +142,10 @@ def saved_status(folder: Path) -> Status | None:
     record = saved(folder, STATUS_FILE)
     if record is None:
         return None
-    status = Status.model_validate(record)
+    try:
+        status = Status.model_validate(record)
+    except ValidationError as error:
+        raise UsageError(f"{folder / STATUS_FILE} was written by another version, or is damaged") from error
     left = status.queue.queued + status.queue.running
     return status.model_copy(update={"daemon": None, "workers": (), "queue": QueueDepth(queued=left)})
 

@@ -3,13 +3,13 @@
 An unknown setting is an error that names the nearest right one.
 """
 
-import difflib
 import ipaddress
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
 import yaml
 from pydantic import (
@@ -21,18 +21,21 @@ from pydantic import (
     PositiveInt,
     SecretStr,
     ValidationError,
+    model_validator,
 )
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, YamlConfigSettingsSource
 
-from protocol.connection import with_password
+from daemon.setting_errors import file_sentence, validation_sentence
+from daemon.setting_sources import ENV_PREFIX, check_environment, overrides_tree
+from protocol.connection import check_url, with_password
 from protocol.errors import DataError, SettingsError
+from protocol.jobs import LEAST_LEASE_SECONDS, MOST_SECONDS
 from protocol.keys import check_search_name
 from protocol.plan import Split
 from protocol.rates import DECIMALS
 from protocol.shape import Granularity
 from protocol.spec import Dtype, Importance, Measure, Scoring, SearchSpec, TextSpec
 
-ENV_PREFIX = "SELFPRUNER_"
 NAMED_TEXTS = ("wikitext2", "self")
 
 
@@ -115,29 +118,69 @@ class DataSettings(_Section):
     """Tokens of a window."""
 
 
+def _http_url(url: str) -> str:
+    """Return `url` if it may be an endpoint's; the error does not show it."""
+    try:
+        parts = urlsplit(url)
+        host = (parts.hostname or "").encode("idna")
+        whole = parts.scheme in ("http", "https") and host and parts.port != 0 and url.isprintable() and " " not in url
+    except ValueError:
+        whole = False
+    if not whole:
+        raise ValueError("it is no URL such as http://127.0.0.1:8000/v1")
+    if "@" in parts.netloc:
+        raise ValueError("give the key as api_key_file or api_key, not in the URL")
+    return url
+
+
+def check_key(key: str) -> str:
+    """Return `key` if a header can hold it; the error does not show it."""
+    if not (key.isascii() and key.isprintable()):
+        raise ValueError("a key is one line of ASCII characters")
+    return key
+
+
+def _secret_key(key: SecretStr) -> SecretStr:
+    return SecretStr(check_key(key.get_secret_value()))
+
+
 class EndpointSettings(_Section):
     """An OpenAI-compatible endpoint."""
 
-    base_url: str = Field(pattern=r"^https?://")
+    base_url: Annotated[str, AfterValidator(_http_url)]
     """Up to and including /v1."""
     model: str
     """The model's name at this endpoint."""
-    api_key: SecretStr | None = None
+    api_key: Annotated[SecretStr, AfterValidator(_secret_key)] | None = None
     """Its key; sent to this endpoint only. Better given as `api_key_file`."""
     api_key_file: Path | None = None
     """A file with the key (a Docker or Kubernetes secret)."""
     name: str | None = None
-    """As logs call it; the URL's host where left out."""
+    """As logs and `status` call it, each another; the URL's host where left out, with the model where two share it."""
     price_in: float = Field(default=0.0, ge=0)
     """Of a million tokens asked, in any currency, the same for all endpoints; for llm.budget_cost."""
     price_out: float = Field(default=0.0, ge=0)
     """Of a million tokens answered."""
 
+    @model_validator(mode="after")
+    def _has_one_key(self) -> "EndpointSettings":
+        if self.api_key is not None and self.api_key_file is not None:
+            raise ValueError("give api_key or api_key_file, not both")
+        return self
+
+
+def _named_apart(endpoints: tuple[EndpointSettings, ...]) -> tuple[EndpointSettings, ...]:
+    names = [endpoint.name for endpoint in endpoints if endpoint.name is not None]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"two endpoints have the name {name!r}")
+    return endpoints
+
 
 class LlmSettings(_Section):
     """The LLM that runs the search, and how it is asked."""
 
-    endpoints: tuple[EndpointSettings, ...] = ()
+    endpoints: Annotated[tuple[EndpointSettings, ...], AfterValidator(_named_apart)] = ()
     """Asked in this order, the next when one fails. Empty: `selfpruner run` serves a small model itself."""
     reply: Literal["lists", "edits"] = "lists"
     """`lists`: whole configurations (the paper). `edits`: a profile, a few changes, a mix; a tenth of the tokens."""
@@ -191,7 +234,7 @@ class LocalLlmSettings(_Section):
 class RedisSettings(_Section):
     """Where the search keeps its state."""
 
-    url: str | None = None
+    url: Annotated[str, AfterValidator(check_url)] | None = None
     """`redis://…`, `rediss://…` or `unix:///…`. None: `selfpruner run` starts an embedded Valkey."""
     password_file: Path | None = None
     """A file with the password (a Docker or Kubernetes secret), for a URL without one."""
@@ -209,11 +252,11 @@ class WorkerSettings(_Section):
 
     count: PositiveInt = 1
     """Workers that `selfpruner run` starts."""
-    lease_seconds: float = Field(default=30.0, ge=0.5)
+    lease_seconds: float = Field(default=30.0, ge=LEAST_LEASE_SECONDS, le=MOST_SECONDS)
     """A job whose worker shows no sign of life for so long is given to another."""
-    max_evaluation_seconds: PositiveFloat = 1800.0
+    max_evaluation_seconds: float = Field(default=1800.0, gt=0, le=MOST_SECONDS)
     """An evaluation that takes longer is killed and counts as failed."""
-    max_preparation_seconds: PositiveFloat = 14_400.0
+    max_preparation_seconds: float = Field(default=14_400.0, gt=0, le=MOST_SECONDS)
     """A model that takes longer to load and calibrate is killed and tried again, three times in all."""
 
 
@@ -312,6 +355,7 @@ def load(config: Path | None, overrides: Sequence[str] = ()) -> Settings:
     """
     if config is not None and not config.is_file():
         raise SettingsError(f"there is no settings file {str(config)!r}")
+    check_environment(os.environ, Settings, setting_names())
 
     class Sources(Settings):
         @classmethod
@@ -325,13 +369,12 @@ def load(config: Path | None, overrides: Sequence[str] = ()) -> Settings:
         ) -> tuple[PydanticBaseSettingsSource, ...]:
             return init_settings, env_settings, YamlConfigSettingsSource(settings_cls, yaml_file=config)
 
-    _check_environment(os.environ)
     try:
-        settings = Sources(**_overrides(overrides))
+        settings = Sources(**overrides_tree(overrides, setting_names()))
     except ValidationError as error:
-        raise SettingsError(validation_sentence(error)) from error
-    except (yaml.YAMLError, TypeError, ValueError) as error:
-        raise SettingsError(f"{config} is no YAML mapping of settings: {_one_line(error)}") from error
+        raise SettingsError(validation_sentence(error, setting_names())) from None  # it holds what was given
+    except (OSError, yaml.YAMLError, AttributeError, TypeError, ValueError, RecursionError) as error:
+        raise SettingsError(file_sentence(config, error)) from None
     if settings.search.lowest_rate > settings.target.rate or settings.search.highest_rate < settings.target.rate:
         raise SettingsError(
             f"target.rate {settings.target.rate} cannot be reached with every unit between search.lowest_rate "
@@ -376,62 +419,3 @@ def setting_names(model: type[BaseModel] = Settings, prefix: str = "") -> Iterat
             yield from setting_names(field.annotation, f"{prefix}{name}.")
         else:
             yield prefix + name
-
-
-def _overrides(overrides: Iterable[str]) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for override in overrides:
-        name, equals, text = override.partition("=")
-        if not equals or not name:
-            raise SettingsError(f"--set takes key=value, such as --set search.name=first, not {override!r}")
-        try:
-            value = yaml.safe_load(text) if text else None
-        except yaml.YAMLError as error:
-            raise SettingsError(f"the value of {name} is no YAML: {text!r}") from error
-        *path, last = name.strip().split(".")
-        branch = tree
-        for part in path:
-            branch = branch.setdefault(part, {})
-            if not isinstance(branch, dict):
-                raise SettingsError(_unknown(name))
-        branch[last] = value
-    return tree
-
-
-def _check_environment(environ: Iterable[str]) -> None:
-    """An environment variable that starts like ours but names no section would otherwise be ignored."""
-    for variable in environ:
-        if variable.upper().startswith(ENV_PREFIX):
-            dotted = variable.upper().removeprefix(ENV_PREFIX).lower().replace("__", ".")
-            if dotted.split(".")[0] not in Settings.model_fields:
-                raise SettingsError(f"the environment variable {variable} names no setting: {_unknown(dotted)}")
-
-
-def validation_sentence(error: ValidationError) -> str:
-    """The first thing that is wrong, in one sentence."""
-    first = error.errors()[0]
-    name = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "extra_forbidden":
-        return _unknown(name)
-    if first["type"] == "missing":
-        return f"the setting {name} is missing"
-    if isinstance(first.get("ctx", {}).get("error"), SettingsError):
-        return str(first["ctx"]["error"])
-    message = first["msg"].removeprefix("Value error, ")
-    message = message[:1].lower() + message[1:]
-    if not name:  # two settings that do not go together
-        return message
-    if name.startswith(("llm.endpoints", "redis.url", "http.token")):  # what was given may hold a key or a password
-        return f"{name} cannot be what was given: {message}"
-    return f"{name} cannot be {_one_line(first['input'])!r}: {message}"
-
-
-def _unknown(name: str) -> str:
-    names = list(setting_names())
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    near = near or [n for n in names if n.rpartition(".")[2] == name.rpartition(".")[2]][:1]
-    return f"there is no setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
-
-
-def _one_line(value: object) -> str:
-    return " ".join(str(value).split())[:120]

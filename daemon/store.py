@@ -19,6 +19,7 @@ from protocol.connection import Patience, check_server
 from protocol.errors import SearchExistsError, StoreError
 from protocol.keys import Keys
 from protocol.spec import SearchSpec
+from protocol.stored import read_stored
 from protocol.streams import TAKEN_OVER, CandidateQueue, TakenOver, load_scripts
 
 SIGN_OF_LIFE_SECONDS = 6.0
@@ -89,9 +90,16 @@ async def read_workers(redis: Redis, keys: Keys) -> list[WorkerStatus]:
     statuses = []
     for name, text in zip(names, texts, strict=True):
         if text:
-            status = WorkerStatus.model_validate_json(text)
+            status = _worker_status(text)
             statuses.append(status.model_copy(update={"consumer": name.removeprefix(keys.worker_prefix)}))
     return statuses
+
+
+def _worker_status(text: str) -> WorkerStatus:
+    try:
+        return WorkerStatus.model_validate_json(text)
+    except ValidationError:
+        return WorkerStatus(stage="unusable", detail="what it says cannot be read: it is of another version")
 
 
 async def read_dead(redis: Redis, keys: Keys) -> list[dict[str, str]]:
@@ -143,7 +151,7 @@ class SearchStore:
     async def card(self) -> ModelCard | None:
         """The model card, once a worker has published it."""
         text = await self._patiently(lambda: self._redis.get(self._keys.card))
-        return ModelCard.model_validate_json(text) if text else None
+        return read_stored(ModelCard, text, self._keys.card) if text else None
 
     async def workers(self) -> list[WorkerStatus]:
         """The workers that show a sign of life."""
@@ -247,10 +255,7 @@ class SearchStore:
         if await self._patiently(lambda: self._redis.set(self._keys.spec, mine, nx=True)):
             return
         stored = await self._patiently(lambda: self._redis.get(self._keys.spec))
-        try:
-            theirs = SearchSpec.model_validate_json(stored)
-        except ValidationError as error:
-            raise StoreError(f"the search {self._keys.search!r} in Redis was written by another version") from error
+        theirs = read_stored(SearchSpec, stored, self._keys.spec)
         if theirs != self._spec and not await self._has_begun():
             # Nothing was measured under it: a first try with a model or a text that could not be had.
             await self._patiently(lambda: self._redis.set(self._keys.spec, mine))

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TextIO
 
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 from rich.live import Live
 
 from agents.population import Evaluation
@@ -15,6 +15,7 @@ from daemon.embedded import is_running
 from daemon.remote import RemoteSearch, saved_status
 from daemon.screen import SHOWN_MEMBERS, Screen
 from daemon.status import Status
+from protocol.connection import is_away
 
 LOOK_SECONDS = 1.0
 
@@ -32,7 +33,9 @@ async def watch(remote: RemoteSearch, folder: Path | None, tell: Tell) -> None:
         await asyncio.sleep(LOOK_SECONDS)
         try:
             events = await remote.changes()
-        except (RedisError, OSError, TimeoutError):
+        except (RedisError, OSError, TimeoutError) as error:
+            if isinstance(error, ResponseError) and not is_away(error):
+                raise  # no waiting mends that
             events = remote.redis_is_away()
             if folder is not None and not is_running(folder):
                 break

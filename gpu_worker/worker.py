@@ -28,6 +28,7 @@ from protocol.jobs import MOST_DEATHS, Job, JobQueue
 from protocol.keys import Keys
 from protocol.self_text import SelfTextBoard
 from protocol.spec import SearchSpec
+from protocol.stored import read_stored
 
 MOST_FAILED_STARTS = 3
 """After so many deaths of the child while it gets ready, the worker gives up."""
@@ -90,7 +91,7 @@ class Worker:
         """Work until `stop` is called. Raises UsageError for what the user must mend."""
         structlog.contextvars.bind_contextvars(search=self._options.search, worker=self._consumer)
         if self._options.own_gpu:
-            log.info("gpu_taken", gpu=take_gpu())
+            log.info("gpu_taken", gpu=await take_gpu())
         await self._patiently(lambda: check_server(self._redis))
         try:
             async with asyncio.TaskGroup() as group:
@@ -147,7 +148,7 @@ class Worker:
         while not self._stopping.is_set():
             text = await self._patiently(lambda: self._redis.get(self._keys.spec))
             if text:
-                return SearchSpec.model_validate_json(text)
+                return read_stored(SearchSpec, text, self._keys.spec)
             if not waiting:
                 log.info("waiting_for_search")
             waiting = True
@@ -190,7 +191,7 @@ class Worker:
         card = await self._started(child, sensitivity=known is None)
         if not await self._patiently(lambda: self._redis.set(self._keys.card, card.model_dump_json(), nx=True)):
             text = await self._patiently(lambda: self._redis.get(self._keys.card))
-            check_agreement(ModelCard.model_validate_json(text), card)
+            check_agreement(read_stored(ModelCard, text, self._keys.card), card)
         log.info("model_ready", model=card.model, dense_perplexity=round(card.dense.perplexity, 3), device=card.device)
 
     async def _started(self, child: EvaluationChild, *, sensitivity: bool) -> ModelCard:

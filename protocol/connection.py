@@ -3,19 +3,26 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 from urllib.parse import quote, unquote, urlsplit
 
 import structlog
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import AuthenticationError, NoPermissionError, OutOfMemoryError, ReadOnlyError, ResponseError
+from redis.exceptions import (
+    AuthenticationError,
+    NoPermissionError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisError,
+    ResponseError,
+)
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
 from tenacity import AsyncRetrying, retry_if_exception, wait_random_exponential
 
-from protocol.errors import SettingsError, StoreError
+from protocol.errors import SelfPrunerError, SettingsError, StoreError
 
 T = TypeVar("T")
 AWAY = (RedisConnectionError, RedisTimeoutError, OSError)
@@ -33,14 +40,26 @@ def connect(url: str) -> Redis:
     The library's own default repeats a command ten times; a command that timed out may have been executed, so only
     commands that are safe to repeat may be repeated, and that is decided here, not in the client.
     """
+    check_url(url)
+    return Redis.from_url(
+        url, decode_responses=True, socket_timeout=10, socket_connect_timeout=5, retry=Retry(NoBackoff(), 0)
+    )
+
+
+def check_url(url: str) -> str:
+    """Return `url` if a client can be made of it, else raise SettingsError, which does not show it."""
     try:
-        return Redis.from_url(
-            url, decode_responses=True, socket_timeout=10, socket_connect_timeout=5, retry=Retry(NoBackoff(), 0)
-        )
-    except ValueError:
+        parts = urlsplit(url)
+        if (parts.scheme == "unix" and not parts.path) or parts.port == 0 or not url.isprintable():
+            raise ValueError
+        (parts.hostname or "").encode("idna")  # as connecting does, which takes a failure for an outage
+        pool: Any = Redis.from_url(url).connection_pool
+        pool.make_connection()  # which tells unknown options; nothing is connected
+    except (AttributeError, RedisError, TypeError, ValueError):
         raise SettingsError(
             "redis.url is not a Redis URL: use redis://host:port/0, rediss://… or unix:///path"
         ) from None  # the URL may hold a password
+    return url
 
 
 def with_password(url: str, password_file: Path | None) -> str:
@@ -57,7 +76,7 @@ def with_password(url: str, password_file: Path | None) -> str:
         raise SettingsError(f"redis.password_file {str(password_file)!r} cannot be read: {reason}") from None
     if not password:
         raise SettingsError(f"redis.password_file {str(password_file)!r} is empty")
-    parts = urlsplit(url)
+    parts = urlsplit(check_url(url))
     if parts.password is not None:
         raise SettingsError("redis.url has a password already: leave it out of the URL, or leave out the password file")
     user, _, host = parts.netloc.rpartition("@")
@@ -66,7 +85,7 @@ def with_password(url: str, password_file: Path | None) -> str:
 
 def password_of(url: str) -> list[str]:
     """The password in `url`, for a log to blank: as it is, and as the URL writes it; empty where there is none."""
-    password = urlsplit(url).password
+    password = urlsplit(check_url(url)).password
     return sorted({password, unquote(password)}) if password else []
 
 
@@ -95,11 +114,9 @@ class Patience:
             with attempt:
                 try:
                     result = await operation()
-                except AuthenticationError as error:
-                    raise SettingsError(f"redis.url: the server refuses the user or the password ({error})") from None
-                except NoPermissionError as error:
-                    raise SettingsError(f"redis.url: the server refuses its user a command ({error})") from None
                 except (*AWAY, ResponseError) as error:
+                    if refusal := what_waiting_cannot_mend(error):
+                        raise refusal from None
                     if is_away(error) and not waiting:
                         self.outages += 1
                         log.warning("redis_unreachable", redis=self._what, error=str(error) or type(error).__name__)
@@ -135,7 +152,23 @@ def is_away(error: BaseException) -> bool:
         return True
     if isinstance(error, ResponseError):
         return any(word in str(error) for word in ("OOM ", "MISCONF", "READONLY", "LOADING"))
-    return isinstance(error, AWAY) and not isinstance(error, AuthenticationError)
+    return isinstance(error, AWAY) and not _is_unknown_user(error)
+
+
+def _is_unknown_user(error: BaseException) -> bool:
+    """Whether the server refuses the user or the password; some versions of the client say so in the cause alone."""
+    return any(isinstance(each, AuthenticationError) for each in (error, error.__cause__))
+
+
+def what_waiting_cannot_mend(error: Exception) -> SelfPrunerError | None:
+    """Our error for a server that refuses us, or whose keys somebody else has written; None for any other error."""
+    if _is_unknown_user(error):
+        return SettingsError(f"redis.url: the server refuses the user or the password ({error})")
+    if isinstance(error, NoPermissionError):
+        return SettingsError(f"redis.url: the server refuses its user a command ({error})")
+    if isinstance(error, ResponseError) and any(word in str(error) for word in ("WRONGTYPE", "not an integer")):
+        return StoreError(f"a key of the search in Redis holds what nobody of ours has put there ({error})")
+    return None
 
 
 def is_missing_group(error: ResponseError) -> bool:

@@ -22,6 +22,9 @@ from protocol.errors import StoreError
 from protocol.keys import GROUP, Keys
 from protocol.streams import entries_of, load_scripts
 
+LEAST_LEASE_SECONDS = 0.5
+MOST_SECONDS = 1e8
+"""Of any limit or lease: three years. A longer time is a slip, and far longer ones no timer takes."""
 MOST_DEATHS = 3
 """Unexplained deaths on a job, of workers or of evaluation processes, after which it is given up."""
 MOST_DEAD = 1000

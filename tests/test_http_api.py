@@ -236,7 +236,10 @@ async def test_a_reader_that_falls_behind_is_told_how_many_events_it_missed() ->
     for foreign in ("", "x", "other-3", "-1", "other-²"):
         first = await asyncio.wait_for(log.reader(foreign).next(), 1)
         assert first is not None and first.record["round"] == 7
+    log.add([Event("search_ended", {"finished": True})])
     log.close()
+    last = await reader.next()
+    assert last is not None and last.record["event"] == "search_ended"
     assert await reader.next() is None
 
 
@@ -320,6 +323,17 @@ async def test_two_hundred_clients_that_only_listen_are_bounded_and_the_search_d
         await eventually(room_again)
 
 
+async def test_the_last_that_listeners_are_told_is_that_the_search_has_ended(tmp_path: Path) -> None:
+    observer = nothing_yet(tmp_path)
+    async with aiohttp.ClientSession() as session:
+        async with served(observer) as ask:
+            client = await Asked(ask.api, ask.url, session).request("/api/events")
+            assert client.status == 200
+            observer.finished = True
+        lines = (await client.text()).splitlines()
+    assert 'data: {"event":"search_ended","finished":true}' in lines
+
+
 async def test_the_api_ends_within_a_second_whoever_still_listens(tmp_path: Path) -> None:
     observer = nothing_yet(tmp_path)
     async with aiohttp.ClientSession() as session:
@@ -329,7 +343,7 @@ async def test_the_api_ends_within_a_second_whoever_still_listens(tmp_path: Path
             began = time.monotonic()
         assert time.monotonic() - began < 1
         for client in clients:
-            assert await client.read() == b""
+            assert b"search_ended" in await client.read()
         writer.close()
     await observer.redis.aclose()
 

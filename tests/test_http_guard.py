@@ -80,7 +80,9 @@ async def test_the_servers_own_names_are_let_in(observer: Observer, host: str) -
         assert (await ask("/api/population", headers={"Host": host}))[0] == 200
 
 
-@pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://127.0.0.1:1", "http://localhost", ""])
+@pytest.mark.parametrize(
+    "origin", ["https://evil.example", "null", "http://127.0.0.1:1", "http://localhost", "", "http://["]
+)
 @pytest.mark.parametrize(("method", "path"), ROUTES)
 async def test_a_page_of_another_origin_is_refused_with_the_token_too(
     ask: Asked, method: str, path: str, origin: str
@@ -140,7 +142,22 @@ def test_failures_are_forgotten_after_a_minute_and_of_a_bounded_number_of_addres
     assert failures.count("a", 61.0) == 0
     for number in range(2 * ADDRESSES_REMEMBERED):
         failures.count(str(number), 62.0)
-    assert len(failures._moments) == ADDRESSES_REMEMBERED
+    assert len(failures._recent) == ADDRESSES_REMEMBERED
+
+
+def test_who_forgets_the_token_now_and_then_is_never_told_of_and_who_keeps_on_is_told_of_once() -> None:
+    failures = Failures()
+    with capture_logs() as log:
+        assert [failures.count("a", 15.0 * i) for i in range(100)] == [0] * 100
+    assert log == []
+    with capture_logs() as log:
+        for second in range(600):  # ten of them a minute are counted, the others told to wait
+            failures.count("b", float(second))
+    assert [line["event"] for line in log] == ["http_token_failures"]
+    with capture_logs() as log:
+        for second in range(1000, 1020):
+            failures.count("b", float(second))
+    assert [line["event"] for line in log] == ["http_token_failures"]
 
 
 @pytest.mark.parametrize(
@@ -358,7 +375,7 @@ def test_a_given_token_is_taken_from_its_file(tmp_path: Path) -> None:
         (["http.host=gpu-host", "http.token=''"], "http.token must not be empty there"),
         (["http.token=too-short"], "http.token cannot be what was given"),
         (["http.token=a-token-of-some-length", "http.token_file=x"], "not both"),
-        (["http.port=70000"], "http.port cannot be '70000'"),
+        (["http.port=70000"], "http.port cannot be what was given: input should be less"),
         (["http.allowed_hosts=['https://x']"], "http.allowed_hosts"),
         (["http.prot=1"], "did you mean 'http.port'"),
     ],

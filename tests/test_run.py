@@ -5,8 +5,10 @@ import contextlib
 import json
 import os
 import random
+import shutil
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -19,7 +21,7 @@ import pytest
 
 from tests.schema_answers import value_of
 from tests.scripted_llm import ScriptedLlm
-from tests.servers import eventually
+from tests.servers import Server, eventually, server_binary
 from tests.tiny_models import save_tiny_folder
 from tests.tiny_specs import write_text
 
@@ -149,6 +151,26 @@ async def test_a_run_ends_with_one_json_object_and_leaves_its_files_and_no_proce
         json.loads(line)
     code, best, _ = await run.answer("best", "--search", "s", "--json")
     assert code == 0 and json.loads(best)["rates"] == answer["rates"]
+
+
+async def test_a_run_on_a_server_that_is_there_passes_its_password_on_to_the_worker(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    binary = server_binary("valkey")
+    assert binary is not None
+    folder = Path(tempfile.mkdtemp(prefix="sp-"))  # short, for the path of the socket
+    server = Server(binary, folder, password="open-sesame-5309")
+    (tmp_path / "password").write_text("open-sesame-5309\n")
+    monkeypatch.setenv("SELFPRUNER_REDIS__PASSWORD_FILE", str(tmp_path / "password"))
+    server.start()
+    try:
+        process = await run.start("--set", f"redis.url=unix://{server.socket}", "--set", "search.rounds=0")
+        out, err = await asyncio.wait_for(process.communicate(), 180)
+    finally:
+        server.kill()
+        shutil.rmtree(folder)
+    assert process.returncode == 0, err.decode()
+    assert json.loads(out)["finished"] and b"open-sesame" not in err
 
 
 async def test_a_run_that_minimises_divergence_ends_with_the_least_divergent_and_shows_both_figures(run: Run) -> None:

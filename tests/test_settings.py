@@ -1,11 +1,12 @@
 """Settings: sources in their order, and one helpful sentence for each mistake."""
 
+import traceback
 from pathlib import Path
 
 import pytest
 from redis import Redis
 
-from daemon.llm import make_endpoint, secrets_of
+from daemon.llm import make_endpoints, secrets_of
 from daemon.settings import load, setting_names
 from daemon.settings_page import page
 from protocol.errors import SettingsError
@@ -60,13 +61,128 @@ def test_defaults_are_the_papers() -> None:
         ("search=3", "search cannot be '3'"),
         ("search.name.first=3", "search.name"),
         ("nonsense", "--set takes key=value"),
-        ("target.rate={", "no YAML"),
+        ("target.rate={", "the value of target.rate is no YAML"),
+        ("search.name=2001-99-99", "the value of search.name is no YAML"),
+        ("search.seed=" + "9" * 5000, "the value of search.seed is no YAML"),
+        ("search.name=" + "[" * 20_000, "the value of search.name is no YAML"),
     ],
 )
 def test_a_mistake_gets_one_sentence_that_names_it(config: Path, override: str, sentence: str) -> None:
     with pytest.raises(SettingsError, match=sentence) as caught:
         load(config, [override])
     assert "\n" not in str(caught.value)
+
+
+SECRET = "very-secret-1234"
+URL = f"redis://:{SECRET}@h"
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        f"redis={URL}",
+        f"redis.url=http://u:{SECRET}@h",
+        f"redis.url={URL}:port",
+        f"llm={SECRET}",
+        f"llm.endpoints={SECRET}",
+        f"llm.endpoints=[{{base_url: 'http://u:{SECRET}@h/v1', model: m}}]",
+        f"llm.endpoints=[{{base_url: 'http://h/v1', model: m, api_key: [{SECRET}]}}]",
+        f"llm.endpoints=[{{base_url: 'http://h/v1', model: m, api_key: 'schlüssel-{SECRET}'}}]",
+        f"llm.endpoints=[{{api_key: {SECRET}",
+        f"llm.reply={SECRET}",
+        f"http={SECRET}",
+        f"http.token={SECRET} with blanks",
+        SECRET,
+        f"{URL}?x=1",
+    ],
+)
+def test_no_mistake_shows_a_secret(config: Path, override: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        load(config, [override])
+    assert SECRET not in "".join(traceback.format_exception(caught.value)), "a log may hold the whole of it"
+
+
+@pytest.mark.parametrize("text", ["llm: *{}", "llm: {{endpoints: [{{api_key: {}", "- {}", "{}", "a: !{} b"])
+def test_a_file_that_is_no_yaml_shows_no_secret(tmp_path: Path, text: str) -> None:
+    (tmp_path / "bad.yaml").write_text(text.format(SECRET))
+    with pytest.raises(SettingsError, match=r"bad\.yaml is no YAML mapping of settings") as caught:
+        load(tmp_path / "bad.yaml")
+    assert SECRET not in "".join(traceback.format_exception(caught.value))
+
+
+@pytest.mark.parametrize(
+    "url", ["http://host:abc/v1", "http://[::1/v1", "http://h:0/v1", "http:///v1", "http://a b/v1", "http://a..b/v1"]
+)
+def test_an_endpoint_that_is_no_url_is_refused(config: Path, url: str) -> None:
+    with pytest.raises(SettingsError, match=r"llm\.endpoints\.0\.base_url cannot be .* no URL"):
+        load(config, [f"llm.endpoints=[{{base_url: '{url}', model: m}}]"])
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "redis://[::1",
+        "redis://h:port",
+        "redis://h:0",
+        "redis://a..b",
+        "redis://h?db=x",
+        "redis://h?no_such_option=1",
+        "unix://",
+        "h:6379",
+    ],
+)
+def test_a_redis_that_is_no_url_is_refused(config: Path, url: str) -> None:
+    with pytest.raises(SettingsError, match=r"redis\.url is not a Redis URL"):
+        load(config, [f"redis.url={url}"])
+
+
+@pytest.mark.parametrize("url", ["redis://[::1]:6379/0", "rediss://u:p@h", "unix:///a/b.sock?db=1", "redis://h/2"])
+def test_a_redis_url_is_taken(config: Path, url: str) -> None:
+    assert load(config, [f"redis.url={url}"]).redis.url == url
+
+
+@pytest.mark.parametrize("value", ["http://h/v1", "", "[" * 100_000])
+def test_a_variable_that_is_no_json_is_named(config: Path, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("SELFPRUNER_LLM__ENDPOINTS", value)
+    with pytest.raises(SettingsError, match="environment variable SELFPRUNER_LLM__ENDPOINTS must hold JSON"):
+        load(config)
+
+
+def test_a_key_and_a_key_file_are_not_given_together(config: Path) -> None:
+    endpoints = "[{base_url: 'https://h/v1', model: m, api_key: k, api_key_file: /dev/null}]"
+    with pytest.raises(SettingsError, match="give api_key or api_key_file, not both"):
+        load(config, [f"llm.endpoints={endpoints}"])
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"two\nlines", "schlüssel".encode()])
+def test_a_key_file_that_holds_no_key_is_refused(config: Path, tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "key").write_bytes(content)
+    settings = load(config, [f"llm.endpoints=[{{base_url: 'https://h/v1', model: m, api_key_file: {tmp_path}/key}}]"])
+    with pytest.raises(SettingsError, match="key' cannot be read") as caught:
+        secrets_of(settings)
+    assert "lines" not in str(caught.value) and "schl" not in str(caught.value)
+
+
+def test_every_endpoint_has_a_name_of_its_own(config: Path) -> None:
+    def names(*endpoints: str) -> list[str]:
+        listed = ", ".join(f"{{base_url: {endpoint}}}" for endpoint in endpoints)
+        return [e.name for e in make_endpoints(load(config, [f"llm.endpoints=[{listed}]"]).llm.endpoints)]
+
+    here, there = "'https://a.example/v1'", "'http://b.example:8000/v1'"
+    assert names(f"{here}, model: m", f"{there}, model: m") == ["a.example", "b.example:8000"]
+    same = names(f"{here}, model: m", f"{here}, model: n", f"{here}, model: n", f"{there}, model: m, name: a.example/m")
+    assert same == ["a.example/m#2", "a.example/n", "a.example/n#2", "a.example/m"]
+    with pytest.raises(SettingsError, match="two endpoints have the name 'x'"):
+        names(f"{here}, model: m, name: x", f"{there}, model: m, name: x")
+
+
+def test_a_file_that_may_not_be_read_is_named(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refused)  # for root reads whatever there is
+    with pytest.raises(SettingsError, match=r"search\.yaml' cannot be read: Permission denied"):
+        load(config)
 
 
 def test_a_variable_of_ours_that_names_nothing_is_refused(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,7 +229,7 @@ def test_a_key_is_read_from_its_file_and_is_known_to_the_redaction(config: Path,
     (tmp_path / "key").write_text("sk-very-secret\n")
     endpoints = f"[{{base_url: 'https://llm.example/v1', model: m, api_key_file: {tmp_path / 'key'}}}]"
     settings = load(config, [f"llm.endpoints={endpoints}", "redis.url=redis://u:hunter22@h:6379"])
-    endpoint = make_endpoint(settings.llm.endpoints[0])
+    (endpoint,) = make_endpoints(settings.llm.endpoints)
     assert endpoint.api_key is not None and endpoint.api_key.get_secret_value() == "sk-very-secret"
     assert endpoint.name == "llm.example"
     assert secrets_of(settings) == ["sk-very-secret", "hunter22"]
@@ -124,7 +240,7 @@ def test_an_empty_key_file_means_no_key(config: Path, tmp_path: Path) -> None:
     (tmp_path / "key").write_text("\n")
     endpoints = f"[{{base_url: 'https://llm.example/v1', model: m, api_key_file: {tmp_path / 'key'}}}]"
     settings = load(config, [f"llm.endpoints={endpoints}"])
-    assert make_endpoint(settings.llm.endpoints[0]).api_key is None
+    assert make_endpoints(settings.llm.endpoints)[0].api_key is None
     assert secrets_of(settings) == []
 
 

@@ -1,0 +1,49 @@
+"""What is wrong with settings, in one sentence that shows no secret."""
+
+import difflib
+from collections.abc import Iterable
+
+from pydantic import ValidationError
+
+_MAY_HOLD_SECRETS = ("llm", "redis", "http")
+"""Sections of which no value is shown: a key or a password may be anywhere in what was given for them."""
+
+
+def validation_sentence(error: ValidationError, names: Iterable[str] = ()) -> str:
+    """The first thing that is wrong; `names` are all right ones, for an unknown one."""
+    first = error.errors()[0]
+    name = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return unknown(name, names)
+    if first["type"] == "missing":
+        return f"the setting {name} is missing"
+    message = first["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    if not name:  # two settings that do not go together
+        return message
+    if name.partition(".")[0] in _MAY_HOLD_SECRETS:
+        return f"{name} cannot be what was given: {message}"
+    return f"{name} cannot be {_one_line(first['input'])!r}: {message}"
+
+
+def unknown(name: str, names: Iterable[str]) -> str:
+    """That there is no setting `name`, and which one may have been meant."""
+    known = list(names)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    near = near or [n for n in known if n.rpartition(".")[2] == name.rpartition(".")[2]][:1]
+    return f"there is no setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
+
+
+def file_sentence(file: object, error: Exception) -> str:
+    """Why a settings file cannot be read: where it stops being YAML, for its text may hold a key."""
+    if isinstance(error, OSError):
+        return f"the settings file {str(file)!r} cannot be read: {error.strerror}"
+    if isinstance(error, UnicodeDecodeError):
+        return f"{file} is no YAML mapping of settings: it is not UTF-8 text"
+    mark = getattr(error, "problem_mark", None)
+    where = f": it stops being YAML at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+    return f"{file} is no YAML mapping of settings{where}"
+
+
+def _one_line(value: object) -> str:
+    return " ".join(str(value).split())[:120]
