@@ -117,7 +117,7 @@ class Launch:
                 group.create_task(self._watch_workers()),
                 group.create_task(_survived("observer_died", self._observer.run())),
             ]
-            self._counters = dict(history.counters)
+            self._counters = history.counters  # which the observer shows
             self._seconds_before = history.counters.get("seconds", 0.0)
             self._observer.begin(history)
             if not history.ledger:
