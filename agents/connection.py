@@ -21,6 +21,8 @@ Permit = Callable[[], None]
 
 CHARACTERS_PER_TOKEN = 4
 """Where an endpoint does not count: a budget must not go blind."""
+VERDICT_POLL_SECONDS = 0.25
+"""How often who waits for a probe's verdict looks whether the gate has closed."""
 
 log = structlog.get_logger()
 
@@ -35,7 +37,8 @@ class LeftAlone(EndpointError):  # noqa: N818  (nobody was asked)
 class Connection:
     """Asks one endpoint; an async context manager.
 
-    `gate` is awaited before each HTTP request; `permit` is called right before it and may raise EndpointError.
+    `gate` is awaited before a question is let in and before each HTTP request; `permit` is called right before each
+    request and may raise EndpointError.
     """
 
     def __init__(self, endpoint: Endpoint, policy: ChatPolicy, *, gate: Gate, permit: Permit) -> None:
@@ -91,15 +94,24 @@ class Connection:
         return self._answer(question, completion, time.monotonic() - started)
 
     async def _enter(self, patience: float) -> "_Entrance":
-        """Pass the breaker; raises LeftAlone. While one question probes, the others wait for its verdict."""
-        if not self._verdict.is_set():
-            try:
-                async with asyncio.timeout(min(patience, self._policy.longest_wait)):
-                    await self._verdict.wait()
-            except TimeoutError:
-                raise LeftAlone("one question is trying it") from None
+        """Pass gate and breaker; raises LeftAlone. While one question probes, the others wait for its verdict."""
+        await self._gate()
+        if not self._verdict.is_set() and not await self._judged_within(min(patience, self._policy.longest_wait)):
+            raise LeftAlone("one question is trying it")
         self._check_open()
         return _Entrance(self._breaker, self._verdict)
+
+    async def _judged_within(self, seconds: float) -> bool:
+        """Wait for the probe's verdict; False without one. Time at a closed gate, which holds up the probe, is free."""
+        verdict = asyncio.ensure_future(self._verdict.wait())
+        try:
+            while seconds > 0 and not verdict.done():
+                await self._gate()
+                await asyncio.wait({verdict}, timeout=min(seconds, VERDICT_POLL_SECONDS))
+                seconds -= VERDICT_POLL_SECONDS
+            return verdict.done()
+        finally:
+            verdict.cancel()
 
     def _check_open(self) -> None:
         if self._off:

@@ -230,12 +230,13 @@ async def _run_embedded(settings: Settings, access: Access | None, display: Disp
         endpoints = settings.llm.endpoints
         if not endpoints and not settings.llm.replay:
             endpoints = (await stack.enter_async_context(embedded.local_llm(settings)),)
-        await stack.enter_async_context(embedded.workers(settings, url, console=display is None))
+        unusable = await stack.enter_async_context(embedded.workers(settings, url, console=display is None))
         launch = Launch(
             settings,
             url,
             endpoints,
             embedded=True,
+            workers_are_unusable=unusable,
             access=access,
             announce=partial(_announce, access),
             display=display,

@@ -1,26 +1,25 @@
 """What `selfpruner run` starts on one machine: Valkey, a local LLM and workers, and how all of it ends.
 
-Each child has a session of its own, so that Ctrl-C reaches only the daemon, which saves first and then ends them in
-order; and each is on a leash, so that none is left behind when the daemon is killed.
+What is started first ends last; daemon/children.py has how each of them lives.
 """
 
 import asyncio
-import contextlib
 import fcntl
 import hashlib
 import os
 import re
-import signal
 import socket
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import structlog
 
+from daemon.children import Child
 from daemon.settings import EndpointSettings, Settings
 from protocol.connection import AWAY, connect
 from protocol.errors import SearchExistsError, SelfPrunerError, SettingsError, UsageError
@@ -80,80 +79,6 @@ def embedded_url(folder: Path) -> str:
     return f"unix://{socket_path(folder)}"
 
 
-class Child:
-    """A child process that is started again when it dies, unless it ends with the exit code `final`."""
-
-    def __init__(
-        self, name: str, command: Sequence[str], *, quiet: Path | None = None, final: int | None = None
-    ) -> None:
-        self.name = name
-        self._command = command
-        self._quiet = quiet
-        self._final = final
-        self._process: asyncio.subprocess.Process | None = None
-        self._watch: asyncio.Task[None] | None = None
-
-    async def start(self, environment: Mapping[str, str] | None = None) -> None:
-        """Start it, and keep it running until `end`."""
-        self._environment = {**os.environ, **(environment or {})}
-        await self._spawn()
-        self._watch = asyncio.create_task(self._restart_for_ever())
-
-    @property
-    def running(self) -> bool:
-        """Whether the process runs now."""
-        return self._process is not None and self._process.returncode is None
-
-    async def end(self, grace_seconds: float = 5.0) -> None:
-        """SIGTERM, then SIGKILL to all of its session after the grace time."""
-        if self._watch:
-            self._watch.cancel()
-        if self._process is None:
-            return
-        if self.running:
-            self._process.terminate()
-            try:
-                await asyncio.wait_for(self._process.wait(), grace_seconds)
-            except TimeoutError:
-                log.warning("child_killed", child=self.name)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)  # whatever it may have left in its session
-        await self._process.wait()
-
-    async def _spawn(self) -> None:
-        output = self._quiet.open("ab") if self._quiet else None
-        try:
-            self._process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "daemon.leash",
-                *self._command,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=output or sys.stderr.fileno(),
-                stderr=output,
-                start_new_session=True,
-                env=self._environment,
-            )
-        finally:
-            if output:
-                output.close()
-
-    async def _restart_for_ever(self) -> None:
-        wait = 0.5
-        while True:
-            assert self._process is not None
-            started = asyncio.get_running_loop().time()
-            code = await self._process.wait()
-            if code == self._final:
-                return
-            if asyncio.get_running_loop().time() - started > 60:
-                wait = 0.5
-            log.warning("child_restarted", child=self.name, status=code, after_seconds=wait)
-            await asyncio.sleep(wait)
-            wait = min(wait * 2, 30)
-            await self._spawn()
-
-
 @asynccontextmanager
 async def embedded_server(folder: Path) -> AsyncIterator[str]:
     """A Valkey server for the search in `folder`, reached by a unix socket only; yields its URL.
@@ -201,8 +126,11 @@ async def local_llm(settings: Settings) -> AsyncIterator[EndpointSettings]:
 
 
 @asynccontextmanager
-async def workers(settings: Settings, redis_url: str, *, console: bool) -> AsyncIterator[None]:
-    """The search's workers as children; their log goes to the search's log file, and to the console if wanted."""
+async def workers(settings: Settings, redis_url: str, *, console: bool) -> AsyncIterator[Callable[[], bool]]:
+    """The search's workers as children; yields what says whether all of them are unusable, and have ended for good.
+
+    Their log goes to the search's log file, and to the console if wanted.
+    """
     if find_spec("torch") is None:
         raise _missing("torch", "a worker", "or run workers elsewhere with `selfpruner daemon` here", extra="worker")
     command = [sys.executable, "-m", "gpu_worker", "--search", settings.search.name]
@@ -212,15 +140,23 @@ async def workers(settings: Settings, redis_url: str, *, console: bool) -> Async
     command += ["--log-file", str(settings.folder / "log.jsonl")]
     if not console:
         command.append("--quiet")
-    quiet = None if console else settings.folder / "worker.log"
-    children = [Child(f"worker-{i}", command, quiet=quiet, final=USAGE_EXIT) for i in range(settings.worker.count)]
-    try:
+    options: dict[str, Any] = {
+        "quiet": None if console else settings.folder / "worker.log",
+        "final": USAGE_EXIT,
+        "loads_models": True,
+        # Passive: threads that wait for each other by spinning would fight the local LLM for the cores.
         # The URL has the password already, which may come from a file that the environment names.
-        redis = {"SELFPRUNER_REDIS__URL": redis_url, "SELFPRUNER_REDIS__PASSWORD_FILE": ""}
+        "environment": {
+            "OMP_WAIT_POLICY": "PASSIVE",
+            "SELFPRUNER_REDIS__URL": redis_url,
+            "SELFPRUNER_REDIS__PASSWORD_FILE": "",
+        },
+    }
+    children = [Child(f"worker-{i}", command, **options) for i in range(settings.worker.count)]
+    try:
         for child in children:
-            # Passive: threads that wait for each other by spinning would fight the local LLM for the cores.
-            await child.start({"OMP_WAIT_POLICY": "PASSIVE", **redis})
-        yield
+            await child.start()
+        yield lambda: all(child.has_given_up for child in children)
     finally:
         await asyncio.gather(*(child.end(grace_seconds=5) for child in children))
 

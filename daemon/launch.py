@@ -40,6 +40,7 @@ log = structlog.get_logger()
 class Launch:
     """One process's work on a search. `embedded`: it also started the workers, and the server where none is set.
 
+    `workers_are_unusable` says whether all workers that it started have ended because they cannot work.
     With `access` it serves the HTTP API, whose URL `announce` is told.
     """
 
@@ -50,6 +51,7 @@ class Launch:
         endpoints: Sequence[EndpointSettings],
         *,
         embedded: bool,
+        workers_are_unusable: Callable[[], bool] = lambda: False,
         access: Access | None = None,
         announce: Callable[[str], None] = lambda _: None,
         display: Display | None = None,
@@ -58,6 +60,7 @@ class Launch:
         self._spec = settings.spec()
         self._endpoints = endpoints
         self._own_server = embedded and settings.redis.url is None
+        self._workers_are_unusable = workers_are_unusable
         self._display = display
         keys = Keys(settings.search.name)
         self._redis = connect(redis_url)
@@ -117,7 +120,7 @@ class Launch:
                 group.create_task(self._watch_workers()),
                 group.create_task(_survived("observer_died", self._observer.run())),
             ]
-            self._counters = dict(history.counters)
+            self._counters = history.counters  # which the observer shows
             self._seconds_before = history.counters.get("seconds", 0.0)
             self._observer.begin(history)
             if not history.ledger:
@@ -196,17 +199,17 @@ class Launch:
         return card
 
     async def _watch_workers(self) -> None:
-        """Tell of workers that cannot work; where all are our own and none can, that ends the search."""
-        complained: set[str] = set()
+        """Tell of workers that cannot work; where our own have ended so and there is no other, the search ends too."""
+        complained: dict[str, None] = {}  # in order
         while True:
             workers = await self._store.workers()
             unusable = [worker for worker in workers if worker.stage == "unusable"]
             for worker in unusable:
                 if worker.detail not in complained:
                     log.error("worker_unusable", worker=worker.consumer, detail=worker.detail)
-                complained.add(worker.detail)
-            if self._own_server and unusable and len(unusable) == len(workers):
-                raise UsageError(unusable[0].detail)
+                complained[worker.detail] = None
+            if len(unusable) == len(workers) and self._workers_are_unusable():
+                raise UsageError(next(iter(complained), "no worker can work; the log says why"))
             await asyncio.sleep(0.5)
 
     async def _repair_for_ever(self, queue: CandidateQueue) -> None:

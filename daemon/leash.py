@@ -1,4 +1,6 @@
-"""`python -m daemon.leash COMMAND …`: run a command that gets SIGTERM when its parent dies, even by SIGKILL.
+"""`python -m daemon.leash PARENT COMMAND …`: run a command that gets SIGTERM when its parent dies, even by SIGKILL.
+
+PARENT is the parent's process id: asked for here, it could be that of whoever took over from a parent just killed.
 
 Linux keeps the wish (PR_SET_PDEATHSIG) across exec. Elsewhere the command simply runs.
 """
@@ -13,12 +15,12 @@ PR_SET_PDEATHSIG = 1
 
 def main() -> None:
     """Put this process on the leash, then become the command."""
-    parent = os.getppid()
+    parent, *command = sys.argv[1:]
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if os.getppid() != parent:  # it died before the leash was on
-            sys.exit(1)
-    os.execv(sys.argv[1], sys.argv[1:])
+    if os.getppid() != int(parent):  # it died before the leash was on
+        sys.exit(1)
+    os.execv(command[0], command)
 
 
 if __name__ == "__main__":

@@ -31,9 +31,9 @@ class Metrics(Collector):
         self.event_streams = 0
 
     def observe(self, record: Mapping[str, object]) -> None:
-        """Take one line of the LLM's transcript."""
+        """Take one line of the LLM's transcript; how long a question took that was not answered is no answer's time."""
         seconds, endpoint = record.get("seconds"), record.get("endpoint")
-        if isinstance(seconds, int | float) and isinstance(endpoint, str):
+        if record.get("text") is not None and isinstance(seconds, int | float) and isinstance(endpoint, str):
             self._latency.labels(endpoint).observe(seconds)
 
     def page(self) -> bytes:

@@ -116,7 +116,7 @@ class SearchStore:
         self._keys = keys
         self._spec = spec
         self._me = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
-        self._patiently = Patience(keys.state)
+        self._patiently = Patience(redis, keys.state)
         self._restore = load_scripts(redis)["restore"]
         self._epoch = 0
 

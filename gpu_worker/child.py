@@ -15,6 +15,7 @@ from pydantic import ValidationError
 
 from protocol.candidate import OUTCOME, Candidate, Failed, Measured
 from protocol.card import ModelCard
+from protocol.environment import for_child
 from protocol.errors import SelfPrunerError, UsageError
 from protocol.self_text import SelfTextBoard
 from protocol.spec import SearchSpec
@@ -78,6 +79,7 @@ class EvaluationChild:
             stdout=asyncio.subprocess.PIPE,
             limit=LINE_LIMIT,
             start_new_session=True,
+            env=for_child(loads_models=True),
         )
         self._send({"spec": self._spec.model_dump(mode="json"), "sensitivity": sensitivity, "self_text": text})
         while True:

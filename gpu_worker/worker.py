@@ -81,7 +81,7 @@ class Worker:
         self._consumer = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
         self._queue = JobQueue(redis, self._keys, self._consumer, lease_seconds=options.lease_seconds)
         self._control = Control(redis, self._keys)
-        self._patiently = Patience(self._keys.jobs)
+        self._patiently = Patience(redis, self._keys.jobs)
         self._status = Status()
         self._job: Job | None = None
         self._stopping = asyncio.Event()

@@ -1,10 +1,12 @@
 """Connecting to Redis (or Valkey), and waiting patiently while it is away."""
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 from urllib.parse import quote, unquote, urlsplit
+from weakref import WeakKeyDictionary
 
 import structlog
 from redis.asyncio import Redis
@@ -89,45 +91,102 @@ def password_of(url: str) -> list[str]:
     return sorted({password, unquote(password)}) if password else []
 
 
-class Patience:
-    """Repeats an operation that is safe to repeat until the server answers; logs the outage once and the return once.
+class _Outage:
+    """Whether a client's server is away: told once when the first who uses it notices, and once when one is back."""
 
-    `outages` counts how often the server was away: whoever judges by time that another process is dead must not do so
-    right after one.
+    def __init__(self) -> None:
+        self.waiting = 0
+        """Operations that have failed and are tried again."""
+        self._is_away = False
+        self._back_since = 0.0
+
+    def begins(self, what: str, error: BaseException, asked: float) -> None:
+        """An operation that was tried at `asked` has failed; one from before the server's return is no news."""
+        if not self._is_away and asked >= self._back_since:
+            self._is_away = True
+            log.warning("redis_unreachable", redis=what, error=str(error) or type(error).__name__)
+
+    def ends(self, what: str) -> None:
+        """What failed in it has succeeded, or nobody waits any more and something else has."""
+        if self._is_away:
+            self._is_away = False
+            self._back_since = time.monotonic()
+            log.info("redis_back", redis=what)
+
+
+class _Tries:
+    """One operation and its part in an outage, until the end of the block."""
+
+    def __init__(self, outage: _Outage, what: str) -> None:
+        self._outage, self._what = outage, what
+        self._waits = False
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._outage.waiting -= self._waits
+
+    def failed(self, error: BaseException, asked: float) -> bool:
+        """The try that began at `asked` found the server away; True for the first one."""
+        first = not self._waits
+        self._outage.waiting += first
+        self._waits = True
+        self._outage.begins(self._what, error, asked)
+        return first
+
+    def succeeded(self) -> None:
+        """It has; which says nothing of those that wait if this one never did: a full server reads and writes not."""
+        if self._waits or not self._outage.waiting:
+            self._outage.ends(self._what)
+
+
+_outages: WeakKeyDictionary[Redis, _Outage] = WeakKeyDictionary()
+
+
+class Patience:
+    """Repeats an operation that is safe to repeat until the server answers.
+
+    An outage is logged once and the return once, however many wait on the client `redis`. `outages` counts how often
+    the server was away: whoever judges by time that another process is dead must not do so right after one.
     """
 
-    def __init__(self, what: str, *, longest_wait: float = 5.0) -> None:
+    def __init__(self, redis: Redis, what: str, *, longest_wait: float = 5.0) -> None:
+        self._outage = _outages.setdefault(redis, _Outage())
         self._what = what
         self._longest_wait = longest_wait
         self.outages = 0
 
     async def __call__(self, operation: Callable[[], Awaitable[T]]) -> T:
         """The result of `operation`, however long the server stays away."""
-        waiting = False
         task = asyncio.current_task()
         cancelled_before = task.cancelling() if task else 0
-        async for attempt in AsyncRetrying(
+        retrying = AsyncRetrying(
             retry=retry_if_exception(is_away),
             wait=wait_random_exponential(multiplier=0.1, max=self._longest_wait),
             reraise=True,
-        ):
-            with attempt:
-                try:
-                    result = await operation()
-                except (*AWAY, ResponseError) as error:
-                    if refusal := what_waiting_cannot_mend(error):
-                        raise refusal from None
-                    if is_away(error) and not waiting:
-                        self.outages += 1
-                        log.warning("redis_unreachable", redis=self._what, error=str(error) or type(error).__name__)
-                    waiting = True
-                    raise
-                if waiting:
-                    log.info("redis_back", redis=self._what)
-                # The client sends through asyncio.wait_for, which on Python 3.11 loses a cancellation that arrives as
-                # the sending completes (cpython #86296). A loop around us would then go on for ever.
-                if task and task.cancelling() > cancelled_before:
-                    raise asyncio.CancelledError
+        )
+        with _Tries(self._outage, self._what) as tries:
+            async for attempt in retrying:
+                with attempt:
+                    result = await self._tried(operation, tries)
+                    # The client sends through asyncio.wait_for, which on Python 3.11 loses a cancellation that arrives
+                    # as the sending completes (cpython #86296). A loop around us would then go on for ever.
+                    if task and task.cancelling() > cancelled_before:
+                        raise asyncio.CancelledError
+        return result
+
+    async def _tried(self, operation: Callable[[], Awaitable[T]], tries: _Tries) -> T:
+        asked = time.monotonic()
+        try:
+            result = await operation()
+        except (*AWAY, ResponseError) as error:
+            if refusal := what_waiting_cannot_mend(error):
+                raise refusal from None
+            if is_away(error):
+                self.outages += tries.failed(error, asked)
+            raise
+        tries.succeeded()
         return result
 
 

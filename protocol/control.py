@@ -20,7 +20,7 @@ class Control:
     def __init__(self, redis: Redis, keys: Keys) -> None:
         self._redis: Any = redis  # its annotations cannot say that replies are str
         self._key = keys.control
-        self._patiently = Patience(self._key)
+        self._patiently = Patience(redis, self._key)
         self._last: Command = "run"
         self._complained = ""
 

@@ -58,7 +58,7 @@ class JobQueue:
         self._consumer = consumer
         self._lease_ms = int(lease_seconds * 1000)
         self._scripts = load_scripts(redis)
-        self._patiently = Patience(keys.jobs)
+        self._patiently = Patience(redis, keys.jobs)
         self._calm_since = self._last_beat = self._last_sweep = _now()
         self._outages_seen = 0
         self._server = ""

@@ -57,7 +57,7 @@ class SelfTextBoard:
     def __init__(self, redis: Redis, keys: Keys, fingerprint: str) -> None:
         self._redis: Any = redis  # its annotations cannot say that replies are str
         self._key = keys.self_text(fingerprint)
-        self._patiently = Patience(self._key)
+        self._patiently = Patience(redis, self._key)
 
     async def read(self) -> str | None:
         """What is published, if anything is."""

@@ -56,7 +56,7 @@ class CandidateQueue:
         self._epoch = epoch
         self._fingerprint = fingerprint
         self._scripts = load_scripts(redis)
-        self._patiently = Patience(keys.jobs)
+        self._patiently = Patience(redis, keys.jobs)
         self._from_the_start = False
         self.issued = 0
         self.applied = 0

@@ -225,3 +225,28 @@ async def test_each_change_of_state_is_one_line() -> None:
         events = [line["event"] for line in logs if line["log_level"] != "debug"]
         for event in ("endpoint_down", "endpoint_up", "llm_degraded", "llm_recovered"):
             assert events.count(event) == 1, event
+
+
+@pytest.mark.parametrize("let_through", [(), (1, 3, 4)])
+async def test_a_pause_while_an_endpoint_is_probed_turns_no_question_away(let_through: tuple[int, ...]) -> None:
+    """The gate closes before three questions come, or (the second to pass is the probe) when all have been let in."""
+    policy = replace(QUICK, attempts=1, failures_to_open=1, rest=0.0, longest_wait=2.0)
+    paused = False
+    resumed = asyncio.Event()
+    passed = 0
+
+    async def gate() -> None:
+        nonlocal passed
+        passed += 1
+        if paused and passed not in let_through:
+            await resumed.wait()
+
+    async with ScriptedLlm([refuses(500, "broken"), OK]) as llm, Chat([llm.endpoint], policy, gate=gate) as chat:
+        with pytest.raises(EndpointError, match="broken"):
+            await ask(chat)
+        paused, passed = True, 0
+        asking = [asyncio.create_task(ask(chat)) for _ in range(3)]
+        await asyncio.sleep(2 * policy.longest_wait)
+        assert len(llm.asked) == 1 and not any(task.done() for task in asking)
+        resumed.set()
+        assert [(await task).text for task in asking] == ["fine"] * 3

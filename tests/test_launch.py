@@ -26,7 +26,7 @@ from protocol.errors import SearchExistsError, UsageError
 from protocol.keys import Keys
 from tests.samples import CARD
 from tests.schema_answers import value_of
-from tests.scripted_llm import ScriptedLlm, as_json, refuses
+from tests.scripted_llm import Handler, ScriptedLlm, as_json, hangs, refuses
 from tests.servers import Server, eventually
 from tests.test_search import evaluating
 
@@ -107,6 +107,40 @@ async def test_a_search_is_paused_followed_and_finished_over_http(
     assert status["finished"] and status["measured"] == 4 + 2 * 3
     assert status["best_perplexity"] == summary.best.perplexity if summary.best else False
     assert status["endpoints"]["scripted"]["requests"] == len(llm.asked)
+
+
+async def test_what_the_llm_used_is_shown_while_the_search_goes_on_and_failed_questions_are_no_answers(
+    redis: Redis, keys: Keys, server: Server, tmp_path: Path
+) -> None:
+    """Three questions fail, three are answered, and the next one finds a model that thinks for ever."""
+
+    def says_three(body: dict[str, Any]) -> str | Handler:
+        number = len(thinker.asked)
+        return refuses(500, "broken") if number <= 3 else answer(body) if number <= 6 else hangs
+
+    known = as_json({"object": "list", "data": [{"id": "m", "object": "model"}]})
+    async with ScriptedLlm(says_three, models=[known]) as thinker:
+        priced = f"[{{base_url: '{thinker.base_url}', model: m, name: scripted, price_in: 1000, price_out: 1000}}]"
+        options = [f"llm.endpoints={priced}", "llm.concurrency=1", "llm.attempts=1", "llm.proposals_per_call=1"]
+        launched = Launched(settings_for(tmp_path, thinker, "http.port=0", *options), server)
+        running = asyncio.create_task(launched.launch.run())
+        async with aiohttp.ClientSession() as session, worker_there(redis, keys):
+
+            async def shown() -> bool:
+                code, text = await launched.get(session, "/api/status")
+                return code == 200 and json.loads(text)["tokens"] == {"prompt": 30, "completion": 15}
+
+            await eventually(shown)
+            status = json.loads((await launched.get(session, "/api/status"))[1])
+            metrics = (await launched.get(session, "/metrics"))[1].splitlines()
+            running.cancel()
+            await running
+    assert status["cost"] == pytest.approx((30 + 15) * 1000 / 1e6) and status["seconds"] > 0
+    assert f"selfpruner_llm_cost {status['cost']}" in metrics
+    assert 'selfpruner_llm_answer_seconds_count{endpoint="scripted"} 3.0' in metrics
+    assert 'selfpruner_llm_errors_total{endpoint="scripted"} 3.0' in metrics
+    saved = json.loads((launched.settings.folder / "status.json").read_text())
+    assert (saved["tokens"], saved["cost"]) == (status["tokens"], status["cost"])
 
 
 async def test_a_stop_over_http_ends_the_search_with_clients_still_listening(

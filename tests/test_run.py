@@ -319,3 +319,40 @@ async def test_an_endpoint_that_is_not_there_at_the_start_is_waited_for(run: Run
     assert process.returncode == 0, err.decode()
     check_finished(run, json.loads(out))
     assert log.read_text().count("endpoint_not_ready") == 1
+
+
+async def test_a_run_on_a_server_of_the_users_ends_when_its_model_cannot_be_used(run: Run, server: Server) -> None:
+    async with nothing_left_behind(run.folder):
+        overrides = [f"redis.url={server.url}", "target.model=/nowhere/model", "worker.count=2"]
+        code, out, err = await run.answer("run", str(run.config), *(w for o in overrides for w in ("--set", o)))
+    assert (code, out) == (2, "")
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("selfpruner: ") and "there is no folder '/nowhere/model'" in last
+
+
+async def test_what_a_run_starts_is_told_none_of_its_secrets(
+    run: Run, llm: ScriptedLlm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    endpoints = [{"base_url": llm.base_url, "model": "scripted", "api_key": "sk-of-the-endpoint"}]
+    monkeypatch.setenv("SELFPRUNER_LLM__ENDPOINTS", json.dumps(endpoints))
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-of-openai")
+    monkeypatch.setenv("SELFPRUNER_HTTP__TOKEN", "sk-of-the-http-api")
+    monkeypatch.setenv("HF_TOKEN", "of-the-hub")
+    settings = json.loads(run.config.read_text())
+    del settings["llm"]["endpoints"]
+    run.config.write_text(json.dumps(settings))
+    process = await run.start("--set", "search.rounds=200")
+    await eventually(lambda: run.measured(2), 120)
+    seen = {}
+    for child in psutil.Process(process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            seen[" ".join(child.cmdline())] = child.environ()
+    process.send_signal(signal.SIGINT)
+    await process.communicate()
+    assert llm.asked[-1].headers["Authorization"] == "Bearer sk-of-the-endpoint"
+    wanted = {"valkey-server": False, "-m gpu_worker --search": True, "gpu_worker.evaluation_process": True}
+    for command, is_told_of_the_hub in wanted.items():
+        (environment,) = [environment for words, environment in seen.items() if command in words]
+        assert "sk-of" not in str(environment), command
+        assert ("HF_TOKEN" in environment) == is_told_of_the_hub, command
+    assert "SELFPRUNER_REDIS__URL" not in environment  # the evaluation process's

@@ -1,0 +1,106 @@
+"""A server that is away, as it is told: one line when it goes and one when it is back, however many wait for it."""
+
+import asyncio
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from structlog.testing import capture_logs
+
+from protocol.connection import Patience, connect
+from tests.faults.kit import Kit, eventually
+from tests.faults.searching import Search, answer
+from tests.scripted_llm import ScriptedLlm
+from tests.servers import Server
+
+TOLD = ("redis_unreachable", "redis_back")
+
+
+def told(logs: list[Any]) -> list[str]:
+    return [line["event"] for line in logs if line["event"] in TOLD]
+
+
+class Callers:
+    """Several who wait for one server, each with a patience of its own."""
+
+    def __init__(self, server: Server, count: int) -> None:
+        self.redis: Any = connect(server.url)
+        self.patience = [Patience(self.redis, f"key-{i}", longest_wait=0.2) for i in range(count)]
+
+    def write(self) -> "list[asyncio.Task[Any]]":
+        return [asyncio.ensure_future(patiently(lambda: self.redis.set("a", "1"))) for patiently in self.patience]
+
+    async def all_wait(self) -> bool:
+        return all(patiently.outages for patiently in self.patience)
+
+
+async def test_an_outage_is_told_once_by_all_who_use_one_client(own_server: Server) -> None:
+    callers = Callers(own_server, 5)
+    with capture_logs() as logs:
+        for outage in (1, 2):
+            await asyncio.gather(*callers.write())
+            own_server.kill()
+            writing = callers.write()
+            await eventually(callers.all_wait)
+            assert told(logs) == [*TOLD * (outage - 1), TOLD[0]]
+            own_server.start()
+            await asyncio.gather(*writing)
+            for patiently in callers.patience:
+                patiently.outages = 0
+    assert told(logs) == [*TOLD, *TOLD]
+    await callers.redis.aclose()
+
+
+async def test_whoever_can_read_does_not_tell_of_the_return_to_writing(own_server: Server) -> None:
+    callers = Callers(own_server, 3)
+    await callers.redis.config_set("maxmemory", "1")
+    with capture_logs() as logs:
+        writing = callers.write()
+        await eventually(callers.all_wait)
+        for patiently in callers.patience:
+            await patiently(lambda: callers.redis.get("a"))
+        assert told(logs) == ["redis_unreachable"]
+        await callers.redis.config_set("maxmemory", "0")
+        await asyncio.gather(*writing)
+    assert told(logs) == [*TOLD]
+    await callers.redis.aclose()
+
+
+async def test_an_outage_in_which_all_gave_up_waiting_is_over_when_anything_succeeds(own_server: Server) -> None:
+    callers = Callers(own_server, 2)
+    with capture_logs() as logs:
+        own_server.kill()
+        writing = callers.write()
+        await eventually(callers.all_wait)
+        for task in writing:
+            task.cancel()
+        await asyncio.wait(writing)
+        own_server.start()
+        await asyncio.gather(*callers.write())
+    assert told(logs) == [*TOLD]
+    await callers.redis.aclose()
+
+
+@pytest.mark.fault("15", "the server is killed under a daemon", "SIGKILL, then started", "told once, back told once")
+async def test_a_daemon_tells_once_of_an_outage_and_once_of_its_end(kit: Kit, tmp_path: Path) -> None:
+    async with ScriptedLlm(answer) as llm:
+        search = Search(kit, llm, tmp_path)
+        kit.write_script({"*": ["sleep:0.1"]})
+        worker = await kit.worker()
+        daemon = await search.start()
+
+        async def some() -> bool:
+            return await search.applied() >= 4
+
+        await eventually(some, 90)
+        log = tmp_path / "runs" / search.keys.search / "log.jsonl"
+        kit.server.kill()
+        await asyncio.sleep(3)  # all that looks at Redis now and then has looked
+        kit.server.start()
+        kit.disturbed["*"] = 1
+        assert await asyncio.wait_for(daemon.wait(), 120) == 0
+    for lines in (log, worker.log):
+        events = Counter(json.loads(line)["event"] for line in lines.read_text().splitlines())
+        assert [events[event] for event in TOLD] == [1, 1]
