@@ -17,7 +17,7 @@ from daemon.display import Display
 from daemon.http_api import HttpApi
 from daemon.http_server import CannotListen
 from daemon.http_token import Access
-from daemon.journal import Journal, write_json
+from daemon.journal import Journal
 from daemon.llm import make_agents, make_chat, read_replay, read_transcript
 from daemon.observer import Observer
 from daemon.pausing import Pausing, StopRequested
@@ -68,7 +68,7 @@ class Launch:
         self._pausing = Pausing(Control(self._redis, keys))
         self._replay = read_replay(settings)
         self._journal = Journal(settings.folder)
-        self._observer = Observer(self._redis, keys, self._spec, settings.folder)
+        self._observer = Observer(self._redis, keys, self._spec, settings.folder, self._journal.trouble)
         self._api = HttpApi(settings.http, access, self._observer, free_port=embedded) if access else None
         self._announce = announce
         self._search: Search | None = None
@@ -84,12 +84,16 @@ class Launch:
         """
         finished = False
         try:
-            finished = await self._in_group()
-        except asyncio.CancelledError:
-            log.info("search_interrupted")
+            try:
+                finished = await self._in_group()
+            except asyncio.CancelledError:
+                log.info("search_interrupted")
+            summary = self._summary(finished=finished)
+            if summary:
+                await asyncio.to_thread(self._journal.write, "summary.json", summary.model_dump())
+            return summary
         finally:
             await self._close()
-        return self._summary(finished=finished)
 
     async def _in_group(self) -> bool:
         finished = False
@@ -118,6 +122,7 @@ class Launch:
                 group.create_task(self._store.stay_in_charge(queue, lambda: self._memory(history))),
                 group.create_task(self._pausing.watch()),
                 group.create_task(self._watch_workers()),
+                group.create_task(self._journal.retry_for_ever()),
                 group.create_task(_survived("observer_died", self._observer.run())),
             ]
             self._counters = history.counters  # which the observer shows
@@ -270,7 +275,7 @@ class Launch:
         search = self._search
         if search is None:
             return None
-        summary = summarise(
+        return summarise(
             search.name,
             self._spec,
             search.card,
@@ -279,17 +284,17 @@ class Launch:
             self._counters,
             finished=finished,
         )
-        write_json(self._settings.folder / "summary.json", summary.model_dump())
-        return summary
 
     async def _close(self) -> None:
-        self._journal.close()
         try:
-            async with asyncio.timeout(2):
-                await self._store.step_down()
-        except Exception as error:  # noqa: BLE001  (a boundary: the end must not fail for a server that is gone)
-            log.debug("not_stepped_down", error=str(error))
-        await self._redis.aclose()
+            await asyncio.to_thread(self._journal.close)
+        finally:
+            try:
+                async with asyncio.timeout(2):
+                    await self._store.step_down()
+            except Exception as error:  # noqa: BLE001  (a boundary: the end must not fail for a server that is gone)
+                log.debug("not_stepped_down", error=str(error))
+            await self._redis.aclose()
 
 
 async def _survived(event: str, work: Coroutine[Any, Any, None]) -> None:

@@ -19,7 +19,7 @@ from agents.population import Evaluation, Population
 from agents.population_keeper import PopulationKeeper
 from agents.selector import Selector
 from agents.view import BUDGET_USED_UP, KNOWN_ALREADY, Accepted, Member, Refused, Submit, View
-from daemon.journal import Journal, best_record
+from daemon.journal import Journal
 from daemon.pausing import Pausing
 from daemon.settings import SearchSettings
 from daemon.store import History
@@ -185,9 +185,7 @@ class Search:
 
     def _note(self, evaluation: Evaluation, is_best: bool) -> None:
         candidate, outcome = evaluation.candidate, evaluation.outcome
-        self._journal.evaluation(evaluation)
-        if is_best:
-            self._journal.best(best_record(self.name, self.spec, self.card.shape, evaluation))
+        self._journal.evaluation(evaluation, is_best=is_best)
         who = candidate.provenance.model_dump(include=_WHO)
         if isinstance(outcome, Measured):
             log.info(

@@ -12,6 +12,8 @@ from typing import Any, Literal, TextIO
 import structlog
 from structlog.typing import Processor
 
+from protocol.files import Lines
+
 HIDDEN = "***"
 _SECRET_NAME = re.compile(r"(api_?key|authorization|token$|password|secret)", re.IGNORECASE)
 _URL_PASSWORD = re.compile(r"(\w+://[^\s/:@]*):[^\s/]+@")
@@ -57,6 +59,36 @@ class Redaction:
         if isinstance(value, list | tuple | set | frozenset):
             return [self._clean(v, depth - 1) for v in value]
         return self.text(str(value))
+
+
+class _LogFile(logging.Handler):
+    """A file that the processes of a search share. A full disk is told on the console, and in the end what it cost."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = path
+        self._lines = Lines(path)
+        self._missing = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Append the record, or count it as missing."""
+        try:
+            self._lines.append(self.format(record) + "\n")
+        except OSError as error:
+            self._missing += 1
+            if self._missing == 1:  # and our own line, which comes back here, is the second
+                structlog.get_logger().error("log_not_written", file=str(self._path), error=str(error))
+        except Exception:  # noqa: BLE001  (as every handler of the standard library)
+            self.handleError(record)
+        else:
+            if missing := self._missing:
+                self._missing = 0
+                structlog.get_logger().warning("log_lines_missing", file=str(self._path), lines=missing)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._lines.close()
+        super().close()
 
 
 Stream = Literal["stdout", "stderr"]
@@ -119,7 +151,7 @@ def configure(
     if console:
         handlers.append(_handler(_CurrentStream(stream), as_json if json_lines else as_text, shared))
     if file is not None:
-        handlers.append(_handler(logging.FileHandler(file, encoding="utf-8"), as_json, shared))
+        handlers.append(_handler(_LogFile(file), as_json, shared))
     logging.basicConfig(handlers=handlers, level=level, force=True)
     for chatty in ("httpx", "httpx2", "httpcore", "openai", "asyncio", "urllib3", "filelock", "aiohttp.access"):
         logging.getLogger(chatty).setLevel(max(logging.WARNING, logging.getLevelName(level)))
