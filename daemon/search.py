@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import structlog
+from structlog.contextvars import bound_contextvars
 
 from agents.crossover import Crossover
 from agents.initializer import Initializer
@@ -179,7 +180,8 @@ class Search:
     async def _enqueue(self, candidate: Candidate) -> Accepted:
         # Into the ledger first: an agent running at the same time must not propose it again meanwhile.
         self.ledger[candidate.id] = candidate
-        await self._queue.enqueue(candidate)
+        with bound_contextvars(candidate=candidate.id):
+            await self._queue.enqueue(candidate)
         log.info("candidate_enqueued", candidate=candidate.id, **candidate.provenance.model_dump(include=_WHO))
         return Accepted(candidate.id)
 
