@@ -15,7 +15,7 @@ from typing import Any
 import structlog
 
 from agents.population import Evaluation, Population
-from daemon.transcript import TRANSCRIPT, TranscriptFile
+from daemon.transcript import TranscriptFile
 from daemon.trouble import Trouble
 from protocol.candidate import Candidate, Measured
 from protocol.errors import UsageError
@@ -23,6 +23,7 @@ from protocol.files import Lines, replace
 from protocol.shape import ModelShape
 from protocol.spec import SearchSpec
 
+TRANSCRIPT = "transcript.jsonl"
 EVALUATIONS = "evaluations.jsonl"
 SPEC = "spec.json"
 BEST = "best.json"

@@ -20,9 +20,9 @@ from agents.prompt import Prompts
 from agents.replay import Replay, Transcript
 from agents.selector import Selector
 from agents.settings import AgentSettings
+from daemon.journal import TRANSCRIPT
 from daemon.search import Agents
 from daemon.settings import EndpointSettings, LlmSettings, Settings
-from daemon.transcript import TRANSCRIPT
 from protocol.connection import password_of
 from protocol.errors import SettingsError
 

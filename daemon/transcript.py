@@ -8,7 +8,6 @@ import structlog
 from daemon.trouble import Trouble
 from protocol.files import Lines
 
-TRANSCRIPT = "transcript.jsonl"
 KEPT = 64_000_000
 """Characters that are kept in memory while they cannot be written."""
 
@@ -19,7 +18,7 @@ class TranscriptFile:
     """Appends to the transcript; lines that find no room wait in memory, the newest of them."""
 
     def __init__(self, path: Path, trouble: Trouble) -> None:
-        self._trouble = trouble
+        self._trouble, self._name = trouble, path.name
         self._lines = Lines(path)
         self._waiting: deque[str] = deque()
         self._size = 0
@@ -36,7 +35,7 @@ class TranscriptFile:
 
     def write(self) -> None:
         """Write what waits, as far as there is room; say what is missing for good once there is."""
-        with self._trouble.writing(TRANSCRIPT):
+        with self._trouble.writing(self._name):
             while self._waiting:
                 self._lines.append(self._waiting[0])
                 self._take()
