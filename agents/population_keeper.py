@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import structlog
+from structlog.contextvars import bound_contextvars
 
 from agents.population import Evaluation, Population
 from protocol.candidate import Candidate, Result
@@ -66,6 +67,12 @@ class PopulationKeeper:
             log.error("outcome_of_unknown_candidate", candidate=result.id)
             await self._outcomes.drop(result)
             return
+        with bound_contextvars(candidate=candidate.id):
+            await self._apply(candidate, result)
+        async with self._changed:
+            self._changed.notify_all()
+
+    async def _apply(self, candidate: Candidate, result: Result) -> None:
         await self._outcomes.apply(result)
         # Not its answer decides: one that got lost is asked for again, and then says that the outcome is there already;
         # and a server that lost its data finds an old outcome new.
@@ -74,5 +81,3 @@ class PopulationKeeper:
             evaluation = self._population.get(candidate.id)
             assert evaluation is not None
             self._on_evaluation(evaluation, is_best)
-        async with self._changed:
-            self._changed.notify_all()

@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable
 
 import structlog
+from structlog.contextvars import bound_contextvars
 
 from agents.asking import Asker, Asks, Call, Question
 from agents.endpoint import Answer
@@ -64,14 +65,15 @@ class Proposer:
         async def take(proposal: Proposal, answer: Answer) -> str | None:
             return await offers.make(proposal, "llm", endpoint=answer.endpoint, prompt=prompt)
 
-        try:
-            async with turns.part(call.index):
-                taken = await self._asker.ask(call, question, call.count, take, lambda: turns.turn(call.index))
-                if taken < call.count:
-                    async with turns.turn(call.index):
-                        await self._stand_in(call, call.count - taken, offers, stand_in)
-        except _NothingLeft:
-            log.debug("nothing_left_to_propose", agent=self._agent, round=call.view.round, call=call.index)
+        with bound_contextvars(agent=self._agent, round=call.view.round):
+            try:
+                async with turns.part(call.index):
+                    taken = await self._asker.ask(call, question, call.count, take, lambda: turns.turn(call.index))
+                    if taken < call.count:
+                        async with turns.turn(call.index):
+                            await self._stand_in(call, call.count - taken, offers, stand_in)
+            except _NothingLeft:
+                log.debug("nothing_left_to_propose", agent=self._agent, round=call.view.round, call=call.index)
 
     async def _stand_in(
         self, call: Call, missing: int, offers: "_Offers", stand_in: Callable[[random.Random], Proposal]

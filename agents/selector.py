@@ -1,5 +1,7 @@
 """The Selector: which members of the population become parents."""
 
+from structlog.contextvars import bound_contextvars
+
 from agents.asking import Asker, Asks, Call, Question
 from agents.edits import Choice, apply_choice, choice_schema
 from agents.endpoint import Answer
@@ -34,7 +36,8 @@ class Selector:
             return None
 
         if wanted >= 2:
-            await self._asker.ask(call, self._question(view, population, wanted), 1, take)
+            with bound_contextvars(agent=call.agent, round=view.round):
+                await self._asker.ask(call, self._question(view, population, wanted), 1, take)
         if chosen:
             return Selection(chosen[0], "llm")
         return Selection(tournament(call.rng, population, wanted), "stand-in")

@@ -4,56 +4,83 @@ Redis is the truth; the folder is a copy that outlives it. `evaluations.jsonl` i
 every start, so a kill between two steps leaves neither a gap nor a double.
 """
 
+import asyncio
 import json
-import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
+
+import structlog
 
 from agents.population import Evaluation, Population
+from daemon.transcript import TranscriptFile
+from daemon.trouble import Trouble
 from protocol.candidate import Candidate, Measured
 from protocol.errors import UsageError
+from protocol.files import Lines, replace
 from protocol.shape import ModelShape
 from protocol.spec import SearchSpec
 
 TRANSCRIPT = "transcript.jsonl"
+EVALUATIONS = "evaluations.jsonl"
+SPEC = "spec.json"
+BEST = "best.json"
+RETRY_SECONDS = 2.0
+
+log = structlog.get_logger()
 
 
 class Journal:
-    """Writes the files of one search in `folder`."""
+    """Writes the files of one search in `folder`. A disk that is full is told of, and what it lacks is written later.
+
+    What waits for the disk is done in a thread, in order; but the transcript is written before an answer is used, so
+    that a daemon that goes on asks nothing twice.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.trouble = Trouble(folder)
+        self._disk = ThreadPoolExecutor(1, "journal")
+        self._copy: _Copy | None = None
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._evaluations: TextIO | None = None
-            self._transcript = _open_to_append(self.transcript_path)
+            self._transcript = TranscriptFile(self.transcript_path, self.trouble)
         except OSError as error:
             raise UsageError(f"run.folder cannot be written: {error}") from error
 
     def begin(self, search: str, spec: SearchSpec, shape: ModelShape, evaluations: Population) -> None:
         """Write the spec, all evaluations so far, and their best."""
-        write_json(self.folder / "spec.json", {"search": search, "fingerprint": spec.fingerprint, **spec.model_dump()})
-        lines = "".join(_line(evaluation_record(e)) for e in evaluations)
-        _replace(self.folder / "evaluations.jsonl", lines)
-        self._evaluations = (self.folder / "evaluations.jsonl").open("a", encoding="utf-8")
-        if best := evaluations.best():
-            self.best(best_record(search, spec, shape, best))
+        self._copy = _Copy(self.folder, self.trouble, search, spec, shape)
+        self._copy.evaluations += evaluations
+        self._copy.best = evaluations.best()
+        self._write_copy()
 
-    def evaluation(self, evaluation: Evaluation) -> None:
-        """Append one evaluation."""
-        assert self._evaluations is not None, "begin() comes first"
-        self._evaluations.write(_line(evaluation_record(evaluation)))
-        self._evaluations.flush()
-
-    def best(self, record: Mapping[str, Any]) -> None:
-        """Replace best.json."""
-        write_json(self.folder / "best.json", record)
+    def evaluation(self, evaluation: Evaluation, *, is_best: bool) -> None:
+        """Append one evaluation, and replace best.json by the best."""
+        assert self._copy is not None, "begin() comes first"
+        self._copy.evaluations.append(evaluation)
+        if is_best:
+            self._copy.best = evaluation
+        self._write_copy()
 
     def transcript(self, record: Mapping[str, object]) -> None:
         """Append one question to the LLM with its answer."""
-        self._transcript.write(_line(record))
-        self._transcript.flush()
+        self._transcript.add(_line(record))
+
+    def write(self, name: str, record: Mapping[str, Any]) -> None:
+        """Replace the file `name` by `record`."""
+        with self.trouble.writing(name):
+            write_json(self.folder / name, record)
+
+    async def retry_for_ever(self) -> None:
+        """Try again, now and then, to write what could not be written."""
+        while True:
+            await asyncio.sleep(RETRY_SECONDS)
+            if self.trouble.files:
+                self._transcript.write()
+                self._write_copy()
 
     @property
     def transcript_path(self) -> Path:
@@ -68,25 +95,76 @@ class Journal:
         number = 1
         while (aside := self.folder / f"transcript.{number}.jsonl").exists():
             number += 1
-        self.transcript_path.rename(aside)
-        self._transcript = _open_to_append(self.transcript_path)
+        try:
+            self.transcript_path.rename(aside)
+            self._transcript = TranscriptFile(self.transcript_path, self.trouble)
+        except OSError as error:
+            raise UsageError(f"run.folder cannot be written: {error}") from error
 
     def close(self) -> None:
-        """Close the files."""
+        """Write what is left, or say what could not be written, and close the files."""
+        self._write_copy()
+        self._disk.shutdown()
         self._transcript.close()
-        if self._evaluations:
-            self._evaluations.close()
+        if self._copy:
+            self._copy.close()
+        if files := self.trouble.files:
+            log.error("folder_incomplete", folder=str(self.folder), files=files)
+
+    def _write_copy(self) -> None:
+        if self._copy:
+            self._disk.submit(copy_context().run, _told, self._copy.write)
 
 
-def _open_to_append(path: Path) -> TextIO:
-    """The file at `path`, which then ends with a whole line: a kill may have torn its last one."""
-    file = path.open("a", encoding="utf-8")
-    if path.stat().st_size:
-        with path.open("rb") as written:
-            written.seek(-1, os.SEEK_END)
-            if written.read() != b"\n":
-                file.write("\n")
-    return file
+def _told(write: Callable[[], None]) -> None:
+    """Do `write`, in a thread from which no error of ours would be heard."""
+    try:
+        write()
+    except Exception:
+        log.exception("journal_failed")
+
+
+class _Copy:
+    """The evaluations, their best and the spec, as far as they are written; `write` brings the files up to them."""
+
+    def __init__(self, folder: Path, trouble: Trouble, search: str, spec: SearchSpec, shape: ModelShape) -> None:
+        self.evaluations: list[Evaluation] = []
+        self.best: Evaluation | None = None
+        self._folder, self._trouble = folder, trouble
+        self._search, self._spec, self._shape = search, spec, shape
+        self._lines: Lines | None = None
+        self._written = 0
+        self._written_best: Evaluation | None = None
+        self._has_spec = False
+
+    def write(self) -> None:
+        """Write what is new. In a thread; the evaluations grow meanwhile."""
+        if not self._has_spec:
+            with self._trouble.writing(SPEC):
+                record = {"search": self._search, "fingerprint": self._spec.fingerprint, **self._spec.model_dump()}
+                write_json(self._folder / SPEC, record)
+                self._has_spec = True
+        with self._trouble.writing(EVALUATIONS):
+            self._write_evaluations()
+        best = self.best
+        if best is not None and best is not self._written_best:
+            with self._trouble.writing(BEST):
+                write_json(self._folder / BEST, best_record(self._search, self._spec, self._shape, best))
+                self._written_best = best
+
+    def close(self) -> None:
+        """Close the file of the evaluations."""
+        if self._lines:
+            self._lines.close()
+
+    def _write_evaluations(self) -> None:
+        if self._lines is None:
+            known = list(self.evaluations)
+            replace(self._folder / EVALUATIONS, "".join(_line(evaluation_record(e)) for e in known))
+            self._lines, self._written = Lines(self._folder / EVALUATIONS), len(known)
+        for evaluation in self.evaluations[self._written :]:
+            self._lines.append(_line(evaluation_record(evaluation)))
+            self._written += 1
 
 
 def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:
@@ -128,19 +206,10 @@ def best_record(search: str, spec: SearchSpec, shape: ModelShape, best: Evaluati
     }
 
 
-def write_json(path: Path, record: Mapping[str, Any]) -> None:
-    """Replace `path` by `record`, whole or not at all."""
-    _replace(path, json.dumps(record, indent=1, allow_nan=False, ensure_ascii=False) + "\n")
+def write_json(path: Path, record: Mapping[str, Any], *, durable: bool = True) -> None:
+    """Replace `path` by `record`, whole or not at all; `durable`: see protocol.files.replace."""
+    replace(path, json.dumps(record, indent=1, allow_nan=False, ensure_ascii=False) + "\n", durable=durable)
 
 
 def _line(record: Mapping[str, Any]) -> str:
     return json.dumps(record, allow_nan=False, ensure_ascii=False, default=str) + "\n"
-
-
-def _replace(path: Path, text: str) -> None:
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)

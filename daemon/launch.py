@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import time
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
 from typing import Any
@@ -10,29 +9,28 @@ from typing import Any
 import structlog
 
 from agents.asking import Asks
-from agents.budget import Spent
 from agents.chat import Chat
 from agents.replay import Remembering
 from daemon.display import Display
+from daemon.duties import repair_for_ever, survived, wait_for_card, watch_workers
 from daemon.http_api import HttpApi
 from daemon.http_server import CannotListen
 from daemon.http_token import Access
-from daemon.journal import Journal, write_json
+from daemon.journal import Journal
 from daemon.llm import make_agents, make_chat, read_replay, read_transcript
+from daemon.meter import Meter
 from daemon.observer import Observer
 from daemon.pausing import Pausing, StopRequested
 from daemon.search import Search
 from daemon.settings import EndpointSettings, Settings
-from daemon.store import TICK_SECONDS, History, Memory, SearchStore
+from daemon.store import History, Memory, SearchStore
 from daemon.summary import Summary, summarise
 from protocol.card import ModelCard
 from protocol.connection import connect
 from protocol.control import Control
-from protocol.errors import UsageError, first_error
+from protocol.errors import first_error
 from protocol.keys import Keys
 from protocol.streams import CandidateQueue
-
-REPAIR_SECONDS = 60.0
 
 log = structlog.get_logger()
 
@@ -65,17 +63,14 @@ class Launch:
         keys = Keys(settings.search.name)
         self._redis = connect(redis_url)
         self._store = SearchStore(self._redis, keys, self._spec)
+        self._meter = Meter(self._store)
         self._pausing = Pausing(Control(self._redis, keys))
         self._replay = read_replay(settings)
         self._journal = Journal(settings.folder)
-        self._observer = Observer(self._redis, keys, self._spec, settings.folder)
+        self._observer = Observer(self._redis, keys, self._spec, settings.folder, self._journal.trouble)
         self._api = HttpApi(settings.http, access, self._observer, free_port=embedded) if access else None
         self._announce = announce
         self._search: Search | None = None
-        self._counters: dict[str, float] = {}
-        self._asked = asyncio.Event()
-        self._seconds_before = 0.0
-        self._since = time.monotonic()
 
     async def run(self) -> Summary | None:
         """Run the search to its end, or until it is stopped or cancelled: the summary then says so.
@@ -84,12 +79,16 @@ class Launch:
         """
         finished = False
         try:
-            finished = await self._in_group()
-        except asyncio.CancelledError:
-            log.info("search_interrupted")
+            try:
+                finished = await self._in_group()
+            except asyncio.CancelledError:
+                log.info("search_interrupted")
+            summary = self._summary(finished=finished)
+            if summary:
+                await asyncio.to_thread(self._journal.write, "summary.json", summary.model_dump())
+            return summary
         finally:
             await self._close()
-        return self._summary(finished=finished)
 
     async def _in_group(self) -> bool:
         finished = False
@@ -108,63 +107,80 @@ class Launch:
     async def _work(self, group: asyncio.TaskGroup) -> bool:
         async with AsyncExitStack() as stack:
             await self._serve(stack)
-            # With a server of our own (and its folder locked) no other daemon can be alive.
-            queue = await self._store.take_charge(previous_is_dead=self._own_server)
-            if self._display:
-                await stack.enter_async_context(self._display.following(self._store))
-            await self._pausing.begin()
+            queue = await self._take_charge(stack)
             history = await self._store.history()
-            background = [
-                group.create_task(self._store.stay_in_charge(queue, lambda: self._memory(history))),
-                group.create_task(self._pausing.watch()),
-                group.create_task(self._watch_workers()),
-                group.create_task(_survived("observer_died", self._observer.run())),
-            ]
-            self._counters = history.counters  # which the observer shows
-            self._seconds_before = history.counters.get("seconds", 0.0)
-            self._observer.begin(history)
-            if not history.ledger:
-                self._journal.begin_transcript()
-            if requeued := await self._store.repair(queue, history):
-                log.warning("candidates_requeued", count=requeued)
-            card = await self._wait_for_card()
-            self._observer.chat = chat = await stack.enter_async_context(self._chat(history))
-            background += [
-                group.create_task(self._count_for_ever(chat)),
-                group.create_task(self._repair_for_ever(queue)),
-            ]
-            search = Search(
-                self._settings.search.name,
-                self._spec,
-                self._settings.search,
-                card=card,
-                agents=make_agents(self._settings.llm, self._asks(chat, history)),
-                queue=queue,
-                journal=self._journal,
-                history=history,
-                pausing=self._pausing,
-                seconds=self._seconds,
-            )
-            self._search = self._observer.search = search
-            if self._display:
-                self._display.search = search
-            if search.remaining_budget > 0:
-                await chat.wait_ready(
-                    lambda name: log.warning("endpoint_not_ready", endpoint=name),
-                    at_most=self._settings.llm.start_wait_seconds,
-                    refuse=not history.ledger,
-                )
-            try:
-                await search.run()
-                self._observer.finished = True
-            finally:
-                with contextlib.suppress(TimeoutError):  # the end must not wait for a server that is away
-                    async with asyncio.timeout(2):
-                        await self._count(chat)
-                        await self._observer.look()
-            for task in background:
-                task.cancel()
+            duties = [group.create_task(duty) for duty in self._duties(queue, history)]
+            await self._go_on_from(history, queue)
+            card = await wait_for_card(self._store)
+            self._observer.chat = chat = await stack.enter_async_context(self._chat())
+            duties.append(group.create_task(self._meter.count_for_ever(chat)))
+            duties.append(group.create_task(repair_for_ever(self._store, queue)))
+            search = self._make_search(card, chat, queue, history)
+            await self._search_to_its_end(search, chat, is_new=not history.ledger)
+            for duty in duties:
+                duty.cancel()
         return True
+
+    async def _take_charge(self, stack: AsyncExitStack) -> CandidateQueue:
+        # With a server of our own (and its folder locked) no other daemon can be alive.
+        queue = await self._store.take_charge(previous_is_dead=self._own_server)
+        if self._display:
+            await stack.enter_async_context(self._display.following(self._store))
+        await self._pausing.begin()
+        return queue
+
+    def _duties(self, queue: CandidateQueue, history: History) -> list[Coroutine[Any, Any, None]]:
+        """What is done beside the search from the first moment in charge."""
+        return [
+            self._store.stay_in_charge(queue, lambda: self._memory(history)),
+            self._pausing.watch(),
+            watch_workers(self._store, self._workers_are_unusable),
+            self._journal.retry_for_ever(),
+            survived("observer_died", self._observer.run()),
+        ]
+
+    async def _go_on_from(self, history: History, queue: CandidateQueue) -> None:
+        self._meter.begin(history)
+        self._observer.begin(history)
+        if not history.ledger:
+            self._journal.begin_transcript()
+        if requeued := await self._store.repair(queue, history):
+            log.warning("candidates_requeued", count=requeued)
+
+    def _make_search(self, card: ModelCard, chat: Chat, queue: CandidateQueue, history: History) -> Search:
+        search = Search(
+            self._settings.search.name,
+            self._spec,
+            self._settings.search,
+            card=card,
+            agents=make_agents(self._settings.llm, self._asks(chat, history)),
+            queue=queue,
+            journal=self._journal,
+            history=history,
+            pausing=self._pausing,
+            seconds=self._meter.seconds,
+        )
+        self._search = self._observer.search = search
+        if self._display:
+            self._display.search = search
+        return search
+
+    async def _search_to_its_end(self, search: Search, chat: Chat, *, is_new: bool) -> None:
+        """Search once the LLM can be asked; whatever ends it, what it used and how far it came is told."""
+        if search.remaining_budget > 0:
+            await chat.wait_ready(
+                lambda name: log.warning("endpoint_not_ready", endpoint=name),
+                at_most=self._settings.llm.start_wait_seconds,
+                refuse=is_new,
+            )
+        try:
+            await search.run()
+            self._observer.finished = True
+        finally:
+            with contextlib.suppress(TimeoutError):  # the end must not wait for a server that is away
+                async with asyncio.timeout(2):
+                    await self._meter.count(chat)
+                    await self._observer.look()
 
     async def _serve(self, stack: AsyncExitStack) -> None:
         """Serve the HTTP API until the stack is closed; UsageError where it cannot listen."""
@@ -187,47 +203,9 @@ class Launch:
         now = History(ledger=self._search.ledger, outcomes=outcomes, selections=self._search.selections)
         return Memory(now, self._search.card)
 
-    async def _wait_for_card(self) -> ModelCard:
-        """The model card; logs once that it waits."""
-        waiting = False
-        while (card := await self._store.card()) is None:
-            if not waiting:
-                log.info("waiting_for_worker", needs="the model card")
-            waiting = True
-            await asyncio.sleep(0.5)
-        log.info("model_card", dense_perplexity=round(card.dense.perplexity, 3), units=len(card.sensitivity))
-        return card
-
-    async def _watch_workers(self) -> None:
-        """Tell of workers that cannot work; where our own have ended so and there is no other, the search ends too."""
-        complained: dict[str, None] = {}  # in order
-        while True:
-            workers = await self._store.workers()
-            unusable = [worker for worker in workers if worker.stage == "unusable"]
-            for worker in unusable:
-                if worker.detail not in complained:
-                    log.error("worker_unusable", worker=worker.consumer, detail=worker.detail)
-                complained[worker.detail] = None
-            if len(unusable) == len(workers) and self._workers_are_unusable():
-                raise UsageError(next(iter(complained), "no worker can work; the log says why"))
-            await asyncio.sleep(0.5)
-
-    async def _repair_for_ever(self, queue: CandidateQueue) -> None:
-        """Put candidates back whose jobs were lost: a trimmed stream, a server's last second."""
-        while True:
-            await asyncio.sleep(REPAIR_SECONDS)
-            if requeued := await self._store.repair(queue, await self._store.history()):
-                log.warning("candidates_requeued", count=requeued)
-
-    def _chat(self, history: History) -> Chat:
-        counters = history.counters
-        spent = Spent(
-            requests=int(counters.get("requests", 0)),
-            prompt_tokens=int(counters.get("prompt_tokens", 0)),
-            completion_tokens=int(counters.get("completion_tokens", 0)),
-            cost=counters.get("cost", 0.0),
-        )
-        return make_chat(self._settings.llm, self._endpoints, gate=self._pausing.gate, record=self._record, spent=spent)
+    def _chat(self) -> Chat:
+        gate, spent = self._pausing.gate, self._meter.spent
+        return make_chat(self._settings.llm, self._endpoints, gate=gate, record=self._record, spent=spent)
 
     def _asks(self, chat: Chat, history: History) -> Asks:
         """What the agents ask: a transcript to be replayed; else `chat`, about what no killed process asked already."""
@@ -237,64 +215,31 @@ class Launch:
 
     def _record(self, record: dict[str, object]) -> None:
         self._journal.transcript(record)
-        self._asked.set()
+        self._meter.asked()
         if self._api:
             self._api.metrics.observe(record)
-
-    async def _count_for_ever(self, chat: Chat) -> None:
-        """Make durable what is spent, at once when the LLM was asked: a crash must not make a budget larger."""
-        while True:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(TICK_SECONDS):
-                    await self._asked.wait()
-            self._asked.clear()
-            await self._count(chat)
-
-    async def _count(self, chat: Chat) -> None:
-        spent = chat.spent
-        totals = {
-            "requests": float(spent.requests),
-            "prompt_tokens": float(spent.prompt_tokens),
-            "completion_tokens": float(spent.completion_tokens),
-            "cost": spent.cost,
-            "seconds": self._seconds(),
-        }
-        self._counters |= totals
-        await self._store.count(totals)
-
-    def _seconds(self) -> float:
-        """How long the search has run, over all its processes."""
-        return self._seconds_before + time.monotonic() - self._since
 
     def _summary(self, *, finished: bool) -> Summary | None:
         search = self._search
         if search is None:
             return None
-        summary = summarise(
+        return summarise(
             search.name,
             self._spec,
             search.card,
             search.ledger,
             search.population,
-            self._counters,
+            self._meter.counters,
             finished=finished,
         )
-        write_json(self._settings.folder / "summary.json", summary.model_dump())
-        return summary
 
     async def _close(self) -> None:
-        self._journal.close()
         try:
-            async with asyncio.timeout(2):
-                await self._store.step_down()
-        except Exception as error:  # noqa: BLE001  (a boundary: the end must not fail for a server that is gone)
-            log.debug("not_stepped_down", error=str(error))
-        await self._redis.aclose()
-
-
-async def _survived(event: str, work: Coroutine[Any, Any, None]) -> None:
-    """Do `work`; if it dies, say so once, and no more."""
-    try:
-        await work
-    except Exception:
-        log.exception(event)
+            await asyncio.to_thread(self._journal.close)
+        finally:
+            try:
+                async with asyncio.timeout(2):
+                    await self._store.step_down()
+            except Exception as error:  # noqa: BLE001  (a boundary: the end must not fail for a server that is gone)
+                log.debug("not_stepped_down", error=str(error))
+            await self._redis.aclose()

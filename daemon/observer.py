@@ -22,6 +22,7 @@ from daemon.journal import write_json
 from daemon.search import Search
 from daemon.status import AroundReader, Condition, EndpointStatus, Seen, Status
 from daemon.store import History
+from daemon.trouble import Trouble
 from protocol.candidate import Candidate
 from protocol.connection import is_away
 from protocol.keys import Keys
@@ -50,14 +51,17 @@ class Talks(Protocol):
 class Observer:
     """What can be seen of a search from within. `search`, `chat` and `counters` are filled in as it starts."""
 
-    def __init__(self, redis: Redis, keys: Keys, spec: SearchSpec, folder: Path) -> None:
+    def __init__(
+        self, redis: Redis, keys: Keys, spec: SearchSpec, folder: Path, trouble: Trouble | None = None
+    ) -> None:
         self.redis, self.keys, self.spec = redis, keys, spec
         self._folder = folder
+        self._trouble = trouble or Trouble(folder)
         self._around = AroundReader(redis, keys)
         self._follower = Follower()
         self._looking = asyncio.Lock()
         self._published: tuple[Condition | None, Status | None] = (None, None)
-        self._complained = self._told = self._begun = False
+        self._told = self._begun = False
         self._history = History()
         self._early = Population()
         self.events = EventLog()
@@ -161,13 +165,10 @@ class Observer:
             except (RedisError, OSError, TimeoutError):
                 pass  # it is tried again at the next look
         if self.status != written:
-            try:
-                write_json(self._folder / STATUS_FILE, self.status.model_dump(mode="json") if self.status else {})
-                self._complained = False
-            except OSError as error:
-                if not self._complained:
-                    log.warning("status_not_written", error=str(error))
-                self._complained = True
+            record = self.status.model_dump(mode="json") if self.status else {}
+            with self._trouble.writing(STATUS_FILE):
+                # The loop, which shows the sign of life, must not wait for a disk; it is written anew in a moment.
+                write_json(self._folder / STATUS_FILE, record, durable=False)
             written = self.status
         self._published = known, written
 

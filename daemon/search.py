@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import structlog
+from structlog.contextvars import bound_contextvars
 
 from agents.crossover import Crossover
 from agents.initializer import Initializer
@@ -19,7 +20,7 @@ from agents.population import Evaluation, Population
 from agents.population_keeper import PopulationKeeper
 from agents.selector import Selector
 from agents.view import BUDGET_USED_UP, KNOWN_ALREADY, Accepted, Member, Refused, Submit, View
-from daemon.journal import Journal, best_record
+from daemon.journal import Journal
 from daemon.pausing import Pausing
 from daemon.settings import SearchSettings
 from daemon.store import History
@@ -179,15 +180,14 @@ class Search:
     async def _enqueue(self, candidate: Candidate) -> Accepted:
         # Into the ledger first: an agent running at the same time must not propose it again meanwhile.
         self.ledger[candidate.id] = candidate
-        await self._queue.enqueue(candidate)
+        with bound_contextvars(candidate=candidate.id):
+            await self._queue.enqueue(candidate)
         log.info("candidate_enqueued", candidate=candidate.id, **candidate.provenance.model_dump(include=_WHO))
         return Accepted(candidate.id)
 
     def _note(self, evaluation: Evaluation, is_best: bool) -> None:
         candidate, outcome = evaluation.candidate, evaluation.outcome
-        self._journal.evaluation(evaluation)
-        if is_best:
-            self._journal.best(best_record(self.name, self.spec, self.card.shape, evaluation))
+        self._journal.evaluation(evaluation, is_best=is_best)
         who = candidate.provenance.model_dump(include=_WHO)
         if isinstance(outcome, Measured):
             log.info(

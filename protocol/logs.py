@@ -12,7 +12,18 @@ from typing import Any, Literal, TextIO
 import structlog
 from structlog.typing import Processor
 
+from protocol.files import Lines
+
 HIDDEN = "***"
+CHATTY = ("httpx", "httpx2", "httpcore", "openai", "asyncio", "urllib3", "filelock", "aiohttp.access")
+"""Libraries whose lines below a warning are left out."""
+_SHARED: list[Processor] = [
+    structlog.contextvars.merge_contextvars,
+    structlog.processors.add_log_level,
+    structlog.processors.TimeStamper(fmt="iso", utc=True),
+    structlog.processors.StackInfoRenderer(),
+]
+"""For our own lines and for those of libraries."""
 _SECRET_NAME = re.compile(r"(api_?key|authorization|token$|password|secret)", re.IGNORECASE)
 _URL_PASSWORD = re.compile(r"(\w+://[^\s/:@]*):[^\s/]+@")
 
@@ -59,6 +70,36 @@ class Redaction:
         return self.text(str(value))
 
 
+class _LogFile(logging.Handler):
+    """A file that the processes of a search share. A full disk is told on the console, and in the end what it cost."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = path
+        self._lines = Lines(path)
+        self._missing = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Append the record, or count it as missing."""
+        try:
+            self._lines.append(self.format(record) + "\n")
+        except OSError as error:
+            self._missing += 1
+            if self._missing == 1:  # and our own line, which comes back here, is the second
+                structlog.get_logger().error("log_not_written", file=str(self._path), error=str(error))
+        except Exception:  # noqa: BLE001  (as every handler of the standard library)
+            self.handleError(record)
+        else:
+            if missing := self._missing:
+                self._missing = 0
+                structlog.get_logger().warning("log_lines_missing", file=str(self._path), lines=missing)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._lines.close()
+        super().close()
+
+
 Stream = Literal["stdout", "stderr"]
 
 
@@ -97,40 +138,40 @@ def configure(
     answer, `service_stream()` for a process whose log is all it has to say. `bound` fields are in every line.
     """
     redact = Redaction(secrets)
-    shared: list[Processor] = [
-        structlog.contextvars.merge_contextvars,
-        structlog.processors.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
-        structlog.processors.StackInfoRenderer(),
-    ]
-    as_json: list[Processor] = [
-        structlog.processors.ExceptionRenderer(structlog.tracebacks.ExceptionDictTransformer(show_locals=False)),
-        redact,
-        structlog.processors.JSONRenderer(ensure_ascii=False, allow_nan=False),
-    ]
-    as_text: list[Processor] = [
-        redact,
-        structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback, pad_event_to=24),
-        lambda _logger, _method, line: redact.text(str(line)),
-    ]
     if json_lines is None:
         json_lines = not getattr(sys, stream).isatty()
     handlers: list[logging.Handler] = []
     if console:
-        handlers.append(_handler(_CurrentStream(stream), as_json if json_lines else as_text, shared))
+        handlers.append(_handler(_CurrentStream(stream), _as_json(redact) if json_lines else _as_text(redact)))
     if file is not None:
-        handlers.append(_handler(logging.FileHandler(file, encoding="utf-8"), as_json, shared))
+        handlers.append(_handler(_LogFile(file), _as_json(redact)))
     logging.basicConfig(handlers=handlers, level=level, force=True)
-    for chatty in ("httpx", "httpx2", "httpcore", "openai", "asyncio", "urllib3", "filelock", "aiohttp.access"):
+    for chatty in CHATTY:
         logging.getLogger(chatty).setLevel(max(logging.WARNING, logging.getLevelName(level)))
     structlog.configure(
-        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        processors=[*_SHARED, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelName(level)),
         logger_factory=structlog.stdlib.LoggerFactory(),
         cache_logger_on_first_use=False,
     )
     structlog.contextvars.bind_contextvars(**bound)
     sys.excepthook = _log_crash
+
+
+def _as_json(redact: Redaction) -> list[Processor]:
+    return [
+        structlog.processors.ExceptionRenderer(structlog.tracebacks.ExceptionDictTransformer(show_locals=False)),
+        redact,
+        structlog.processors.JSONRenderer(ensure_ascii=False, allow_nan=False),
+    ]
+
+
+def _as_text(redact: Redaction) -> list[Processor]:
+    return [
+        redact,
+        structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback, pad_event_to=24),
+        lambda _logger, _method, line: redact.text(str(line)),
+    ]
 
 
 def _log_crash(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -141,11 +182,11 @@ def _log_crash(kind: type[BaseException], error: BaseException, trace: Traceback
         structlog.get_logger().critical("crashed", exc_info=(kind, error, trace))
 
 
-def _handler(handler: logging.Handler, rendering: list[Processor], shared: list[Processor]) -> logging.Handler:
+def _handler(handler: logging.Handler, rendering: list[Processor]) -> logging.Handler:
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *rendering],
-            foreign_pre_chain=shared,
+            foreign_pre_chain=_SHARED,
         )
     )
     return handler

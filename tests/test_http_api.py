@@ -248,8 +248,8 @@ async def test_the_metrics_are_those_of_the_search_and_prometheus_can_read_them(
 ) -> None:
     async with observed(redis, keys, tmp_path) as it, evaluating(redis, keys, every_third_fails):
         for seconds in (0.2, 3.0):
-            it.ask.api.metrics.observe({"endpoint": "local", "seconds": seconds})
-        it.ask.api.metrics.observe({"endpoint": "local", "seconds": None})  # an error
+            it.ask.api.metrics.observe({"endpoint": "local", "seconds": seconds, "text": "[]"})
+        it.ask.api.metrics.observe({"endpoint": "local", "seconds": 600.0, "text": None})  # an error
         await it.run()
         async with it.ask.request("/metrics") as response:
             assert response.headers["Content-Type"].startswith("text/plain; version=")

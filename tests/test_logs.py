@@ -3,6 +3,7 @@
 import io
 import json
 import logging
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import structlog
 
 from protocol import logs
+from tests.disks import LimitedFiles, full_at
 
 SECRET = "hunter22"
 
@@ -146,3 +148,22 @@ def test_context_that_is_bound_is_in_every_line(lines: Lines) -> None:
         logging.getLogger("library").warning("theirs")
     assert [line["search"] for line in lines.parsed] == ["test", "test"]
     assert all({"event", "level", "timestamp"} <= line.keys() for line in lines.parsed)
+
+
+def test_a_log_file_without_room_is_told_of_on_the_console_and_what_it_lacks_in_the_file(
+    lines: Lines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    console = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", console)  # pytest's own is a file too, and has no room either
+    log = structlog.get_logger()
+    log.info("before")
+    disk = LimitedFiles(tmp_path)
+    with full_at(disk, tmp_path / "log.jsonl", 20):
+        for number in range(3):
+            log.info("missing", number=number)
+    log.info("after")
+    logged = [(line["event"], line.get("lines")) for line in lines.parsed]
+    assert logged == [("before", None), ("after", None), ("log_lines_missing", 4)]
+    assert "Logging error" not in console.getvalue()
+    told = re.findall(r"(?:info|warning|error) *\] (\w+) ", re.sub(r"\x1b\[\d*m", "", console.getvalue()))
+    assert sorted(told) == sorted(["before", *["missing"] * 3, "after", "log_not_written", "log_lines_missing"])

@@ -2,6 +2,7 @@
 
 import asyncio
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from protocol.connection import connect
 from protocol.errors import SelfPrunerError
 from protocol.jobs import JobQueue
 from protocol.keys import GROUP
+from tests.disks import SmallDisk, mounted
 from tests.faults.kit import LEASE, PASSWORD, Daemon, Kit, candidates, eventually
 from tests.faults.proxy import Proxy
 from tests.servers import Server, server_binary
@@ -381,29 +383,22 @@ async def test_jobs_that_look_idle_after_a_standstill_are_left_to_their_living_o
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Any:
-    """A disk of two megabytes."""
-    import subprocess
-
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", folder], capture_output=True, check=False
-    )
-    if mounted.returncode:
-        pytest.skip("only root may make a small disk (mount -t tmpfs)")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
+def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
+    disk = SmallDisk(tmp_path / "disk")
+    with mounted(disk) as made:
+        if made is None:
+            pytest.skip("only root may make a small disk (mount -t tmpfs)")
+        yield disk
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize("kind", ["valkey", "redis"])
 @pytest.mark.fault("23", "the disk is full", "append-only file on a 2 MB disk", "waits, then goes on; nothing lost")
-async def test_a_full_disk_is_waited_for(kind: str, small_disk: Path, tmp_path: Path) -> None:
+async def test_a_full_disk_is_waited_for(kind: str, small_disk: SmallDisk, tmp_path: Path) -> None:
     binary = server_binary(kind)
     if binary is None:
         pytest.skip("no redis-server on this machine")
-    server = Server(binary, small_disk, password=PASSWORD)
+    server = Server(binary, small_disk.folder, password=PASSWORD)
     server.start("--auto-aof-rewrite-percentage", "0")
     try:
         from tests.faults.kit import fault_kit
@@ -415,29 +410,18 @@ async def test_a_full_disk_is_waited_for(kind: str, small_disk: Path, tmp_path: 
             many = candidates(8)
             await daemon.issue(many)
             await daemon.measured(2)
-            filler = small_disk / "filler"
-            _fill(filler)
+            small_disk.fill()
 
             async def refuses() -> bool:
                 return bool(worker.events("redis_unreachable"))
 
             await eventually(refuses)
             before = daemon.population.outcomes
-            filler.unlink()
+            small_disk.free()
             await daemon.settled()
             assert before < len(many)
     finally:
         server.kill()
-
-
-def _fill(path: Path) -> None:
-    with path.open("wb", buffering=0) as file:
-        while True:
-            try:
-                if not file.write(b"\0" * 4096):
-                    return
-            except OSError:
-                return
 
 
 async def _results_by_hand(redis: Any, stream: str, known: Candidate) -> None:

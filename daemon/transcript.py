@@ -1,0 +1,58 @@
+"""The file of every question to the LLM with its answer, and the lines of it that wait for room on the disk."""
+
+from collections import deque
+from pathlib import Path
+
+import structlog
+
+from daemon.trouble import Trouble
+from protocol.files import Lines
+
+KEPT = 64_000_000
+"""Characters that are kept in memory while they cannot be written."""
+
+log = structlog.get_logger()
+
+
+class TranscriptFile:
+    """Appends to the transcript; lines that find no room wait in memory, the newest of them."""
+
+    def __init__(self, path: Path, trouble: Trouble) -> None:
+        self._trouble, self._name = trouble, path.name
+        self._lines = Lines(path)
+        self._waiting: deque[str] = deque()
+        self._size = 0
+        self._dropped = 0
+
+    def add(self, line: str) -> None:
+        """Write `line` behind those that wait; it waits too where it cannot be written."""
+        self._waiting.append(line)
+        self._size += len(line)
+        self.write()
+        while self._size > KEPT:
+            self._take()
+            self._dropped += 1
+
+    def write(self) -> None:
+        """Write what waits, as far as there is room; say what is missing for good once there is."""
+        with self._trouble.writing(self._name):
+            while self._waiting:
+                self._lines.append(self._waiting[0])
+                self._take()
+        if self._dropped and not self._waiting:
+            self._tell_of_missing()
+
+    def close(self) -> None:
+        """Write what waits, or say how much is missing, and close the file."""
+        self.write()
+        self._dropped += len(self._waiting)
+        if self._dropped:
+            self._tell_of_missing()
+        self._lines.close()
+
+    def _take(self) -> None:
+        self._size -= len(self._waiting.popleft())
+
+    def _tell_of_missing(self) -> None:
+        log.error("transcript_lines_missing", lines=self._dropped)
+        self._dropped = 0
