@@ -27,7 +27,7 @@ RUN --mount=type=cache,target=/root/.cache/pip pip install --no-deps .
 USER 10001:10001
 ENV SELFPRUNER_RUN__FOLDER=/runs
 ENTRYPOINT ["selfpruner"]
-CMD ["daemon", "/app/configs/local-llm.yaml"]
+CMD ["daemon", "/app/configs/docker.yaml"]
 
 # `--build-arg TORCH_INDEX=https://download.pytorch.org/whl/cpu` makes a worker without CUDA, gigabytes smaller.
 FROM dependencies AS worker

@@ -28,6 +28,7 @@ from daemon.screen import Screen
 from daemon.settings import Settings, check_text, load
 from daemon.signals import run_until_signal
 from daemon.status import Status
+from daemon.staying import stay_after_end, stay_to_be_mended
 from daemon.summary import Summary, show
 from daemon.terminal import answer, need, print_json
 from daemon.watch import json_lines, on_screen
@@ -86,9 +87,28 @@ def run(config: Config = None, set_: flags.Set = None, json_: flags.Json = False
 
 
 @app.command()
-def daemon(config: Annotated[Path, typer.Argument(help="A YAML file of settings.")], set_: flags.Set = None) -> None:
+def daemon(
+    config: Annotated[Path, typer.Argument(help="A YAML file of settings.")],
+    set_: flags.Set = None,
+    stay: Annotated[
+        bool, typer.Option("--stay", help="When the search has ended, or cannot go on, wait for a signal.")
+    ] = False,
+) -> None:
     """Search with workers, Redis and LLM endpoints that run elsewhere."""
-    settings = load(config, set_ or [])
+    try:
+        code, settings, access = _search_elsewhere(config, set_ or [])
+    except SelfPrunerError as error:
+        if stay:
+            stay_to_be_mended(error)
+        raise
+    if stay and code == 0:
+        stay_after_end(settings, access)
+    raise typer.Exit(code)
+
+
+def _search_elsewhere(config: Path, overrides: Sequence[str]) -> tuple[int, Settings, Access | None]:
+    """The exit code of a search, and what it was searched with."""
+    settings = load(config, overrides)
     redis_url = settings.redis.full_url
     if redis_url is None:
         raise SettingsError("the setting redis.url is missing: the daemon needs a Redis server that workers reach too")
@@ -106,7 +126,7 @@ def daemon(config: Annotated[Path, typer.Argument(help="A YAML file of settings.
     )
     summary, interrupted = run_until_signal(launch.run())
     # Where stdout is the log, a table would be no JSON line.
-    raise typer.Exit(_finish(summary, interrupted, _table if stream == "stderr" else _log_summary))
+    return _finish(summary, interrupted, _table if stream == "stderr" else _log_summary), settings, access
 
 
 @app.command()

@@ -4,6 +4,7 @@ What is started first ends last; daemon/children.py has how each of them lives.
 """
 
 import asyncio
+import contextlib
 import fcntl
 import hashlib
 import os
@@ -66,12 +67,28 @@ def is_running(folder: Path) -> bool:
 
 
 def socket_path(folder: Path) -> Path:
-    """Where the embedded server of a search listens: in its folder, or in a private one if that path is too long."""
-    inside = folder.absolute() / "valkey" / "valkey.sock"
+    """Where the embedded server of a search listens: in its folder, or in a private one if that path is too long.
+
+    In its folder is then a link (`_link_for_people`).
+    """
+    inside = _socket_inside(folder)
     if len(os.fsencode(inside)) <= SOCKET_PATH_LIMIT:
         return inside
     name = hashlib.sha256(os.fsencode(inside)).hexdigest()[:16]
     return Path(tempfile.gettempdir()) / f"selfpruner-{os.getuid()}" / f"{name}.sock"
+
+
+def _socket_inside(folder: Path) -> Path:
+    return folder.absolute() / "valkey" / "valkey.sock"
+
+
+def _link_for_people(folder: Path, path: Path) -> None:
+    """Make the socket found in the search's folder wherever it is: `redis-cli -s runs/NAME/valkey/valkey.sock`."""
+    inside = _socket_inside(folder)
+    if inside != path:
+        with contextlib.suppress(OSError):  # a file system without links: the commands find it without
+            inside.unlink(missing_ok=True)
+            inside.symlink_to(path)
 
 
 def embedded_url(folder: Path) -> str:
@@ -98,6 +115,7 @@ async def embedded_server(folder: Path) -> AsyncIterator[str]:
     server = Child("valkey", _server_command(str(get_binary_path()), data, path), quiet=data / "valkey.log")
     await server.start()
     try:
+        _link_for_people(folder, path)
         await _wait_until_it_answers(server, url, data)
         yield url
     finally:

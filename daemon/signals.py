@@ -18,6 +18,11 @@ def run_until_signal(work: Coroutine[Any, Any, T]) -> tuple[T | None, signal.Sig
     return asyncio.run(_run(work))
 
 
+async def until_cancelled() -> None:
+    """Wait for ever."""
+    await asyncio.Event().wait()
+
+
 async def _run(work: Coroutine[Any, Any, T]) -> tuple[T | None, signal.Signals | None]:
     received: list[signal.Signals] = []
     task = asyncio.ensure_future(work)

@@ -22,16 +22,22 @@ import yaml
 
 ROOT = Path(__file__).parent.parent
 COMPOSE_FILE = ROOT / "docker-compose.yml"
-_VARIABLE = re.compile(r"\$\$|\$\{(\w+):-([^}]*)\}")
+_VARIABLE = re.compile(r"\$\$|\$\{(\w+):([-+])([^}]*)\}")
 
 
 def read_services(environment: Mapping[str, str]) -> dict[str, Any]:
-    """The compose file with its variables filled in."""
+    """The compose file with its variables filled in, and each service's environment as a mapping."""
 
     def fill(match: re.Match[str]) -> str:
-        return "$" if match[1] is None else environment.get(match[1]) or match[2]
+        if match[1] is None:
+            return "$"
+        value = environment.get(match[1], "")
+        return (match[3] if value else "") if match[2] == "+" else value or match[3]
 
     filled: dict[str, Any] = yaml.safe_load(_VARIABLE.sub(fill, COMPOSE_FILE.read_text()))
+    for service in filled["services"].values():
+        if isinstance(listed := service.get("environment"), list):
+            service["environment"] = dict(entry.split("=", 1) for entry in listed)
     return filled
 
 
@@ -127,7 +133,7 @@ class Deployment:
         return self.containers[-1]
 
     def execute(self, service: str, *command: str) -> str:
-        """`docker compose exec`: stdout of a command in the container of a service."""
+        """`docker compose exec` or `run --rm`: stdout of a command in a container of a service."""
         definition = self._file["services"][service]
         environment = {name: self._local(service, str(value)) for name, value in definition["environment"].items()}
         local = [self._local(service, part) for part in command]

@@ -1,9 +1,11 @@
 """docker-compose.yml: valid, hardened, and run: each service's own command with its own environment, as processes."""
 
 import json
+import os
 import random
 import re
 import shutil
+import stat
 import subprocess
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -14,6 +16,7 @@ import aiohttp
 import psutil
 import pytest
 
+from daemon.settings import load
 from tests.compose import ROOT, Deployment, read_services
 from tests.schema_answers import value_of
 from tests.scripted_llm import ScriptedLlm
@@ -25,6 +28,7 @@ PASSWORD = "a/redis+password=="
 API_KEY = "sk-of-the-llm-1234"
 HTTP_TOKEN = "a-token/of-the+http-api=="
 SECRETS = {"redis_password": PASSWORD, "llm_api_key": API_KEY, "http_token": HTTP_TOKEN, "hf_token": ""}
+DEAD = "http://127.0.0.1:9/v1"
 CANDIDATES = 6 + 3 * (3 + 2)
 PROFILES = ("cpu", "local-llm", "local-llm-vllm")
 
@@ -35,13 +39,18 @@ def services() -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("profiles", [(), *((name,) for name in PROFILES), PROFILES])
-def test_every_profile_of_the_compose_file_is_valid(profiles: tuple[str, ...]) -> None:
+def check_docker_compose() -> None:
+    """Skip where there is none that the file needs."""
     if shutil.which("docker-compose") is None:
         pytest.skip("no docker-compose on this machine (Debian: docker-compose)")
     version = subprocess.run(["docker-compose", "version", "--short"], check=True, capture_output=True, text=True)
     if [int(part) for part in version.stdout.lstrip("v").split(".")[:2]] < [2, 20]:
         pytest.skip(f"docker-compose {version.stdout.strip()} is older than 2.20, which knows optional dependencies")
+
+
+@pytest.mark.parametrize("profiles", [(), *((name,) for name in PROFILES), PROFILES])
+def test_every_profile_of_the_compose_file_is_valid(profiles: tuple[str, ...]) -> None:
+    check_docker_compose()
     flags = [part for name in profiles for part in ("--profile", name)]
     done = subprocess.run(["docker-compose", *flags, "config", "--services"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
@@ -54,7 +63,7 @@ def test_every_service_is_without_capabilities_and_ends_in_order(services: dict[
     for name, service in services.items():
         assert service["init"] and service["cap_drop"] == ["ALL"], name
         assert service["security_opt"] == ["no-new-privileges:true"], name
-        assert service["restart"] in ("unless-stopped", "on-failure"), name
+        assert service["restart"] == "unless-stopped", name  # a machine that starts again goes on
         assert service["read_only"] or name == "vllm"
         assert "stop_grace_period" in service and "max-size" in service["logging"]["options"], name
         assert not service.get("privileged")
@@ -75,6 +84,55 @@ def test_secrets_are_files_and_no_environment_or_command_holds_one(services: dic
             is_secret = re.search(r"PASSWORD|KEY|TOKEN", name) is not None
             assert not is_secret or value.startswith("/run/secrets/"), name
             assert not re.search(r"//[^/@]*:[^/@]*@", str(value)), name
+
+
+def endpoints_of_the_daemon(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    """What is asked with the settings file and the environment that `environment` makes of the compose file."""
+    daemon = read_services(environment)["services"]["daemon"]
+    for name, value in daemon["environment"].items():
+        monkeypatch.setenv(name, value)
+    file = ROOT / daemon["command"][1].removeprefix("/app/")
+    return [(endpoint.base_url, endpoint.model) for endpoint in load(file).llm.endpoints]
+
+
+def test_the_endpoints_are_those_of_the_settings_file_unless_a_variable_names_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert endpoints_of_the_daemon({"SEARCH_CONFIG": "paper.yaml"}, monkeypatch) == [
+        ("https://api.openai.com/v1", "gpt-4o")
+    ]
+    assert endpoints_of_the_daemon({}, monkeypatch) == [("http://llm:8000/v1", "local")]
+    mine = {"LLM_BASE_URL": "http://mine/v1", "LLM_MODEL": "m", "SEARCH_CONFIG": "paper.yaml"}
+    assert endpoints_of_the_daemon(mine, monkeypatch) == [("http://mine/v1", "m")]
+
+
+@pytest.mark.parametrize("environment", [{}, {"LLM_BASE_URL": "http://mine/v1", "SEARCH_NAME": "x", "HTTP_PORT": "1"}])
+def test_docker_compose_fills_in_variables_as_these_tests_do(environment: dict[str, str]) -> None:
+    check_docker_compose()
+    command = ["docker-compose", "--profile", "*", "config", "--format", "json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **environment})
+    assert done.returncode == 0, done.stderr
+    theirs = json.loads(done.stdout)["services"]
+    ours = read_services(environment)["services"]
+    for name, service in ours.items():
+        assert theirs[name].get("environment") == {
+            key: str(value) for key, value in service.get("environment", {}).items()
+        }
+        # docker-compose prints what it would read again, and so doubles each dollar
+        assert [part.replace("$$", "$") for part in theirs[name]["command"]] == service["command"]
+
+
+def test_the_lines_that_make_the_secrets_leave_files_that_containers_read_and_their_owner_writes(
+    tmp_path: Path,
+) -> None:
+    usage = (ROOT / "docs" / "usage.md").read_text()
+    (lines,) = re.findall(r"```sh\n(install -d -m 700 secrets.*?)```", usage, re.DOTALL)
+    head = re.findall(r"^#   (.*)$", (ROOT / "docker-compose.yml").read_text(), re.MULTILINE)
+    assert lines.splitlines() == head
+    subprocess.run(["sh", "-ec", f"umask 077\n{lines}"], cwd=tmp_path, check=True)
+    assert stat.S_IMODE((tmp_path / "secrets").stat().st_mode) == 0o700
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "secrets").iterdir()}
+    assert modes == dict.fromkeys(SECRETS, 0o644)
 
 
 def test_a_worker_has_longer_to_stop_than_it_takes(services: dict[str, Any]) -> None:
@@ -129,6 +187,8 @@ def deployment(tmp_path: Path, data: Path, llm: ScriptedLlm) -> Iterator[Deploym
     (tmp_path / "secrets").mkdir()
     for name, secret in SECRETS.items():
         (tmp_path / "secrets" / name).write_text(f"{secret}\n")
+    key = {"model": "m", "api_key_file": str(tmp_path / "secrets" / "llm_api_key")}
+    endpoints = [{"base_url": url, "name": name, **key} for name, url in (("dead", DEAD), ("llm", llm.base_url))]
     settings = {
         "search": {"name": "tiny", "population": 6, "mutations": 3, "crossovers": 2, "rounds": 3},
         "target": {"model": str(data / "model"), "rate": 0.3, "dtype": "float32"},
@@ -139,7 +199,7 @@ def deployment(tmp_path: Path, data: Path, llm: ScriptedLlm) -> Iterator[Deploym
             "fitness_windows": 2,
             "seqlen": 32,
         },
-        "llm": {"reply": "edits"},
+        "llm": {"reply": "edits", "attempts": 1, "endpoints": endpoints},
     }
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "tiny.yaml").write_text(json.dumps(settings))  # JSON is YAML
@@ -166,7 +226,7 @@ def up(deployment: Deployment, workers: int) -> None:
 def redis_cli(deployment: Deployment, command: str) -> str:
     """The line that the documentation gives, with another command."""
     usage = (ROOT / "docs" / "usage.md").read_text()
-    (line,) = set(re.findall(r"docker compose exec redis sh -c '(.*) SET selfpruner:local-llm:control pause'", usage))
+    (line,) = set(re.findall(r"docker compose exec redis sh -c '(.*) SET selfpruner:docker:control pause'", usage))
     return deployment.execute("redis", "sh", "-c", f"{line} -p {deployment.ports['redis:6379']} {command}")
 
 
@@ -204,14 +264,19 @@ async def test_the_services_run_a_search_scale_to_three_workers_stop_in_order_an
 
     up(deployment, workers=3)
     assert redis_cli(deployment, applied).split()[: len(before)] == before
-    daemon = next(c for c in reversed(deployment.containers) if c.service == "daemon")
-    await eventually(_ended(daemon.process), 180)
-    assert daemon.process.returncode == 0, daemon.stdout + daemon.stderr
+
+    async def finished() -> bool:
+        return bool(status(deployment)["finished"] and status(deployment)["daemon"] is None)
+
+    await eventually(finished, 180)
+    check_the_daemon_stays(deployment)
+    assert (await over_http(deployment, HTTP_TOKEN), await over_http(deployment, "another-token-1234")) == (200, 401)
     found = status(deployment)
+    assert found["endpoints"]["dead"]["errors"] > 0 and found["endpoints"]["llm"]["requests"] > 0
     assert (found["candidates"], found["waiting"], found["failed"]) == (CANDIDATES, 0, 0)
     check_no_command_was_refused(deployment)
     check_processes_hide_secrets(deployment)
-    assert deployment.stop() == {"gpu-worker": [0, 0, 0], "redis": [0]}
+    assert deployment.stop() == {"daemon": [0], "gpu-worker": [0, 0, 0], "redis": [0]}
     assert deployment.left_behind() == []
 
     assert {asked.headers["Authorization"] for asked in llm.asked} == {f"Bearer {API_KEY}"}
@@ -230,11 +295,17 @@ async def over_http(deployment: Deployment, token: str) -> int:
         return response.status
 
 
-def _ended(process: Any) -> Any:
-    async def ended() -> bool:
-        return process.poll() is not None
-
-    return ended
+def check_the_daemon_stays(deployment: Deployment) -> None:
+    """When the search has ended: healthy, so that it is not started again, and there for `exec`."""
+    deployment.wait_until_healthy("daemon")
+    daemon = next(c for c in reversed(deployment.containers) if c.service == "daemon")
+    assert daemon.process.poll() is None
+    assert json.loads(daemon.stdout.splitlines()[-1])["event"] == "stays"
+    usage = (ROOT / "docs" / "usage.md").read_text()
+    (line,) = re.findall(r"^docker compose run --rm daemon (best .*?)\s+#", usage, re.MULTILINE)
+    flags = line.replace("docker", "tiny").split()
+    best = json.loads(deployment.execute("daemon", "selfpruner", *flags, "--json"))
+    assert best["search"] == "tiny"
 
 
 def check_no_command_was_refused(deployment: Deployment) -> None:

@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -277,6 +278,43 @@ async def test_a_running_search_is_watched_paused_resumed_and_stopped_from_anoth
     assert code == 0 and set(ended) == set(status)
     assert (ended["daemon"], ended["workers"], ended["finished"]) == (None, [], False)
     assert ended["measured"] == len([e for e in run.evaluations() if e["agent"] != "baseline"])
+
+
+def the_line_that_pauses_by_hand(search: str) -> list[str]:
+    """As the README has it for the quickstart."""
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    (line,) = re.findall(r"^(redis-cli -s .*? pause)\s+#", readme, re.MULTILINE)
+    return str(line).replace("quickstart", search).split()
+
+
+@pytest.mark.parametrize("depth", [0, 120])
+async def test_a_run_is_paused_and_stopped_by_redis_cli_wherever_its_folder_is(
+    tmp_path: Path, target: Path, llm: ScriptedLlm, depth: int
+) -> None:
+    if shutil.which("redis-cli") is None:
+        pytest.skip("no redis-cli on this machine (Debian: redis-tools)")
+    folder = tmp_path / ("x" * depth)  # a socket's path has room for about a hundred bytes
+    folder.mkdir(exist_ok=True)
+    run = Run(folder, target, llm)
+    line = the_line_that_pauses_by_hand("s")
+
+    async def by_hand(command: str) -> bytes:
+        cli = await asyncio.create_subprocess_exec(*line[:-1], command, cwd=folder, stdout=asyncio.subprocess.PIPE)
+        return (await cli.communicate())[0]
+
+    async with nothing_left_behind(folder):
+        process = await run.start("--set", "search.rounds=200")
+        await eventually(lambda: run.measured(1), 120)
+        assert await by_hand("pause") == b"OK\n"
+
+        async def paused() -> bool:
+            return '"command": "pause"' in (folder / "runs" / "s" / "log.jsonl").read_text()
+
+        await eventually(paused)
+        assert await by_hand("stop") == b"OK\n"
+        out, err = await asyncio.wait_for(process.communicate(), 60)
+    assert process.returncode == 0, err.decode()
+    assert not json.loads(out)["finished"]
 
 
 @pytest.mark.parametrize(
