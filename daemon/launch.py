@@ -122,13 +122,12 @@ class Launch:
             self._observer.begin(history)
             if not history.ledger:
                 self._journal.begin_transcript()
-            if requeued := await self._store.repair(queue, history):
-                log.warning("candidates_requeued", count=requeued)
+            await self._store.repair(queue, history)
             card = await self._wait_for_card()
             self._observer.chat = chat = await stack.enter_async_context(self._chat(history))
             background += [
                 group.create_task(self._count_for_ever(chat)),
-                group.create_task(self._repair_for_ever(queue)),
+                group.create_task(self._repair_for_ever(queue, history)),
             ]
             search = Search(
                 self._settings.search.name,
@@ -209,12 +208,11 @@ class Launch:
                 raise UsageError(unusable[0].detail)
             await asyncio.sleep(0.5)
 
-    async def _repair_for_ever(self, queue: CandidateQueue) -> None:
+    async def _repair_for_ever(self, queue: CandidateQueue, history: History) -> None:
         """Put candidates back whose jobs were lost: a trimmed stream, a server's last second."""
         while True:
             await asyncio.sleep(REPAIR_SECONDS)
-            if requeued := await self._store.repair(queue, await self._store.history()):
-                log.warning("candidates_requeued", count=requeued)
+            await self._store.repair(queue, self._memory(history).history)
 
     def _chat(self, history: History) -> Chat:
         counters = history.counters

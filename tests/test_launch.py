@@ -24,7 +24,7 @@ from daemon.summary import Summary
 from protocol import logs
 from protocol.errors import SearchExistsError, UsageError
 from protocol.keys import Keys
-from tests.samples import CARD
+from tests.samples import card_for
 from tests.schema_answers import value_of
 from tests.scripted_llm import ScriptedLlm, as_json, refuses
 from tests.servers import Server, eventually
@@ -71,7 +71,7 @@ class Launched:
 @asynccontextmanager
 async def worker_there(redis: Redis, keys: Keys) -> AsyncIterator[None]:
     """A worker that has published its card and measures at once."""
-    await redis.set(keys.card, CARD.model_dump_json())
+    await redis.set(keys.card, card_for(load(None, [*SMALL, *TARGET]).spec()).model_dump_json())
     async with evaluating(redis, keys):
         yield
 
