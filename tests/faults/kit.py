@@ -177,7 +177,7 @@ class Kit:
         return daemon
 
     async def worker(self, *, url: str = "", **options: Any) -> WorkerProcess:
-        """Start a worker; `options` are WorkerOptions, and `crash_at`."""
+        """Start a worker; `options` are WorkerOptions, `crash_at` and `unkillable`."""
         script = self.folder / "script.json"
         if not script.exists():
             self.write_script({})
