@@ -1,7 +1,8 @@
 """The folder of a search: spec, best, every evaluation, the LLM's transcript and the log, for people and other tools.
 
-Redis is the truth; the folder is a copy that outlives it. `evaluations.jsonl` is written anew from the history at
-every start, so a kill between two steps leaves neither a gap nor a double.
+Redis is the truth; the folder is a copy that outlives it, from which a start brings back what the server has lost
+(daemon/recovery.py). `evaluations.jsonl` is written anew from the history at every start, so a kill between two steps
+leaves neither a gap nor a double.
 """
 
 import json
@@ -17,6 +18,8 @@ from protocol.shape import ModelShape
 from protocol.spec import SearchSpec
 
 TRANSCRIPT = "transcript.jsonl"
+EVALUATIONS = "evaluations.jsonl"
+SPEC = "spec.json"
 
 
 class Journal:
@@ -33,10 +36,10 @@ class Journal:
 
     def begin(self, search: str, spec: SearchSpec, shape: ModelShape, evaluations: Population) -> None:
         """Write the spec, all evaluations so far, and their best."""
-        write_json(self.folder / "spec.json", {"search": search, "fingerprint": spec.fingerprint, **spec.model_dump()})
+        write_json(self.folder / SPEC, {"search": search, "fingerprint": spec.fingerprint, **spec.model_dump()})
         lines = "".join(_line(evaluation_record(e)) for e in evaluations)
-        _replace(self.folder / "evaluations.jsonl", lines)
-        self._evaluations = (self.folder / "evaluations.jsonl").open("a", encoding="utf-8")
+        _replace(self.folder / EVALUATIONS, lines)
+        self._evaluations = (self.folder / EVALUATIONS).open("a", encoding="utf-8")
         if best := evaluations.best():
             self.best(best_record(search, spec, shape, best))
 

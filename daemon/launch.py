@@ -17,10 +17,11 @@ from daemon.display import Display
 from daemon.http_api import HttpApi
 from daemon.http_server import CannotListen
 from daemon.http_token import Access
-from daemon.journal import Journal, write_json
+from daemon.journal import EVALUATIONS, Journal, write_json
 from daemon.llm import make_agents, make_chat, read_replay, read_transcript
 from daemon.observer import Observer
 from daemon.pausing import Pausing, StopRequested
+from daemon.recovery import recovered
 from daemon.search import Search
 from daemon.settings import EndpointSettings, Settings
 from daemon.store import TICK_SECONDS, History, Memory, SearchStore
@@ -110,14 +111,14 @@ class Launch:
             if self._display:
                 await stack.enter_async_context(self._display.following(self._store))
             await self._pausing.begin()
-            history = await self._store.history()
+            history = await self._recovered(queue, await self._store.history())
             background = [
                 group.create_task(self._store.stay_in_charge(queue, lambda: self._memory(history))),
                 group.create_task(self._pausing.watch()),
                 group.create_task(self._watch_workers()),
                 group.create_task(_survived("observer_died", self._observer.run())),
             ]
-            self._counters = dict(history.counters)
+            self._counters = history.counters  # which the observer shows too, as it grows
             self._seconds_before = history.counters.get("seconds", 0.0)
             self._observer.begin(history)
             if not history.ledger:
@@ -174,6 +175,15 @@ class Launch:
                 async with asyncio.timeout(5):
                     await self._store.wait_for_silence()
             raise
+
+    async def _recovered(self, queue: CandidateQueue, history: History) -> History:
+        """The search's history; what the server has lost of it comes back from the folder's copy."""
+        known = recovered(self._settings.folder, self._spec, history)
+        if known is None:
+            return history
+        await self._store.count(known.counters)
+        await self._store.restore(queue, Memory(known, None), from_=EVALUATIONS)
+        return await self._store.history()
 
     def _memory(self, history: History) -> Memory:
         """What this process knows of the search; `history` is what it found at its start."""

@@ -294,6 +294,7 @@ async def test_a_new_search_in_the_folder_of_an_old_one_puts_its_transcript_asid
         await daemon.run([settings_of(llm)], "search.rounds=0")
         old = daemon.transcript().read_text()
         await daemon.redis.flushall()
+        (daemon.folder / "s" / "evaluations.jsonl").unlink()  # from which the old one would come back
         asked = len(llm.asked)
         await daemon.run([settings_of(llm)], "search.rounds=0")
         assert len(llm.asked) == 2 * asked
