@@ -6,7 +6,7 @@ from typing import Any
 
 import structlog
 
-from daemon.store import SearchStore
+from daemon.store import History, SearchStore
 from protocol.card import ModelCard
 from protocol.errors import UsageError
 from protocol.streams import CandidateQueue
@@ -43,12 +43,11 @@ async def watch_workers(store: SearchStore, ours_have_ended: Callable[[], bool])
         await asyncio.sleep(0.5)
 
 
-async def repair_for_ever(store: SearchStore, queue: CandidateQueue) -> None:
-    """Put candidates back whose jobs were lost: a trimmed stream, a server's last second."""
+async def repair_for_ever(store: SearchStore, queue: CandidateQueue, history: Callable[[], History]) -> None:
+    """Put candidates of `history` back whose jobs were lost: a trimmed stream, a server's last second."""
     while True:
         await asyncio.sleep(REPAIR_SECONDS)
-        if requeued := await store.repair(queue, await store.history()):
-            log.warning("candidates_requeued", count=requeued)
+        await store.repair(queue, history())
 
 
 async def survived(event: str, work: Coroutine[Any, Any, None]) -> None:

@@ -1,7 +1,8 @@
 """The folder of a search: spec, best, every evaluation, the LLM's transcript and the log, for people and other tools.
 
-Redis is the truth; the folder is a copy that outlives it. `evaluations.jsonl` is written anew from the history at
-every start, so a kill between two steps leaves neither a gap nor a double.
+Redis is the truth; the folder is a copy that outlives it, from which a start brings back what the server has lost
+(daemon/recovery.py). `evaluations.jsonl` is written anew from the history at every start, so a kill between two steps
+leaves neither a gap nor a double.
 """
 
 import asyncio

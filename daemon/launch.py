@@ -16,11 +16,12 @@ from daemon.duties import repair_for_ever, survived, wait_for_card, watch_worker
 from daemon.http_api import HttpApi
 from daemon.http_server import CannotListen
 from daemon.http_token import Access
-from daemon.journal import Journal
+from daemon.journal import EVALUATIONS, Journal
 from daemon.llm import make_agents, make_chat, read_replay, read_transcript
 from daemon.meter import Meter
 from daemon.observer import Observer
 from daemon.pausing import Pausing, StopRequested
+from daemon.recovery import recovered
 from daemon.search import Search
 from daemon.settings import EndpointSettings, Settings
 from daemon.store import History, Memory, SearchStore
@@ -108,13 +109,13 @@ class Launch:
         async with AsyncExitStack() as stack:
             await self._serve(stack)
             queue = await self._take_charge(stack)
-            history = await self._store.history()
+            history = await self._recovered(queue, await self._store.history())
             duties = [group.create_task(duty) for duty in self._duties(queue, history)]
             await self._go_on_from(history, queue)
             card = await wait_for_card(self._store)
             self._observer.chat = chat = await stack.enter_async_context(self._chat())
             duties.append(group.create_task(self._meter.count_for_ever(chat)))
-            duties.append(group.create_task(repair_for_ever(self._store, queue)))
+            duties.append(group.create_task(repair_for_ever(self._store, queue, lambda: self._memory(history).history)))
             search = self._make_search(card, chat, queue, history)
             await self._search_to_its_end(search, chat, is_new=not history.ledger)
             for duty in duties:
@@ -144,8 +145,7 @@ class Launch:
         self._observer.begin(history)
         if not history.ledger:
             self._journal.begin_transcript()
-        if requeued := await self._store.repair(queue, history):
-            log.warning("candidates_requeued", count=requeued)
+        await self._store.repair(queue, history)
 
     def _make_search(self, card: ModelCard, chat: Chat, queue: CandidateQueue, history: History) -> Search:
         search = Search(
@@ -194,6 +194,15 @@ class Launch:
                 async with asyncio.timeout(5):
                     await self._store.wait_for_silence()
             raise
+
+    async def _recovered(self, queue: CandidateQueue, history: History) -> History:
+        """The search's history; what the server has lost of it comes back from the folder's copy."""
+        known = recovered(self._settings.folder, self._spec, history)
+        if known is None:
+            return history
+        await self._store.count(known.counters)
+        await self._store.restore(queue, Memory(known, None), from_=EVALUATIONS)
+        return await self._store.history()
 
     def _memory(self, history: History) -> Memory:
         """What this process knows of the search; `history` is what it found at its start."""

@@ -17,7 +17,7 @@ from daemon.journal import best_record
 from daemon.observer import STATUS_FILE
 from daemon.remote_history import RemoteHistory
 from daemon.status import AroundReader, Condition, QueueDepth, Seen, Status
-from protocol.card import ModelCard
+from protocol.card_board import CardBoard
 from protocol.connection import AWAY, connect, is_away, what_waiting_cannot_mend
 from protocol.control import Command, Control
 from protocol.errors import StoreError, UsageError
@@ -34,6 +34,7 @@ class RemoteSearch:
         self._keys = keys
         self._spec = spec
         self._history = RemoteHistory(redis, keys)
+        self._cards = CardBoard(redis, keys)
         self._around = AroundReader(redis, keys)
         self._follower = Follower()
 
@@ -52,7 +53,7 @@ class RemoteSearch:
         """What happened since the last look; nothing at the first one."""
         if not await self._history.read():
             self._follower = Follower()
-        card = await self._card()
+        card = await self._cards.read(self._spec.fingerprint)
         condition = await self._redis.get(self._keys.condition)
         seen = Seen(
             search=self._keys.search,
@@ -73,7 +74,7 @@ class RemoteSearch:
     async def best(self) -> dict[str, Any]:
         """The best candidate so far, as best.json has it."""
         await self._history.read()
-        best, card = self._history.population.best(), await self._card()
+        best, card = self._history.population.best(), await self._cards.read(self._spec.fingerprint)
         if best is None or card is None:
             raise UsageError(f"the search {self._keys.search!r} has measured no candidate yet")
         return best_record(self._keys.search, self._spec, card.shape, best)
@@ -81,10 +82,6 @@ class RemoteSearch:
     def top(self, count: int) -> list[Evaluation]:
         """The best members at the last look, best first."""
         return self._history.population.top(count)
-
-    async def _card(self) -> ModelCard | None:
-        text = await self._redis.get(self._keys.card)
-        return read_stored(ModelCard, text, self._keys.card) if text else None
 
     async def command(self, command: Command) -> dict[str, Any]:
         """Command run, pause or stop."""

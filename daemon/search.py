@@ -130,8 +130,8 @@ class Search:
             wanted = self._settings.mutations + self._settings.crossovers
             selection = await self._agents.selector.select(view, wanted)
             self.parents_source = selection.source
-            chosen = self.selections[view.round] = tuple(member.candidate.id for member in selection.parents)
-            await self._queue.remember_selection(view.round, chosen)
+            ids = [member.candidate.id for member in selection.parents]
+            chosen = self.selections[view.round] = await self._queue.remember_selection(view.round, ids)
         members = {member.candidate.id: member for member in view.population}
         return [members[id_] for id_ in chosen if id_ in members]
 

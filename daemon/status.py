@@ -17,7 +17,7 @@ from redis.exceptions import ResponseError
 
 from agents.health import Degraded
 from agents.population import Evaluation, Population
-from daemon.store import WorkerStatus, read_dead, read_workers
+from daemon.workers import WorkerStatus, read_dead, read_workers
 from protocol.candidate import Candidate, Measured, Source
 from protocol.connection import is_missing_group
 from protocol.control import Command, Control
@@ -130,10 +130,11 @@ class AroundReader:
         async with asyncio.timeout(seconds):
             # Asked first, for Control waits for a server that is away, and logs that it does.
             daemon = await self._redis.get(self._keys.daemon)
+            found = await read_workers(self._redis, self._keys)
             return Around(
                 control=await self._control.read(),
                 daemon=daemon,
-                workers=tuple(sorted(await read_workers(self._redis, self._keys), key=lambda w: w.consumer)),
+                workers=tuple(sorted(found.workers, key=lambda worker: worker.consumer)),
                 queue=await self._queue(),
                 dead=tuple(await read_dead(self._redis, self._keys)),
             )

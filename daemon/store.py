@@ -5,16 +5,18 @@ import json
 import os
 import socket
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import structlog
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel
 from redis.asyncio import Redis
 
+from daemon.workers import WorkerStatus, read_workers
 from protocol.candidate import OUTCOME, Candidate, Failed, Measured
 from protocol.card import ModelCard
+from protocol.card_board import CardBoard
 from protocol.connection import Patience, check_server
 from protocol.errors import SearchExistsError, StoreError
 from protocol.keys import Keys
@@ -26,20 +28,6 @@ SIGN_OF_LIFE_SECONDS = 6.0
 TICK_SECONDS = 2.0
 
 log = structlog.get_logger()
-
-
-class WorkerStatus(BaseModel):
-    """What a worker says of itself with each beat."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
-    consumer: str = ""
-    stage: str
-    """`loading`, a stage of preparing (with `done` of `total`), `idle`, `evaluating`, or `unusable` (see `detail`)."""
-    done: int = 0
-    total: int = 0
-    measured: int = 0
-    detail: str = ""
 
 
 @dataclass
@@ -82,32 +70,6 @@ async def load_history(redis: Redis, keys: Keys) -> History:
         raise StoreError(f"the search {keys.search!r} in Redis was written by another version: {error}") from error
 
 
-async def read_workers(redis: Redis, keys: Keys) -> list[WorkerStatus]:
-    """The workers that show a sign of life."""
-    client: Any = redis
-    names = [name async for name in client.scan_iter(match=keys.worker_prefix + "*", count=1000)]
-    texts = await client.mget(names) if names else []
-    statuses = []
-    for name, text in zip(names, texts, strict=True):
-        if text:
-            status = _worker_status(text)
-            statuses.append(status.model_copy(update={"consumer": name.removeprefix(keys.worker_prefix)}))
-    return statuses
-
-
-def _worker_status(text: str) -> WorkerStatus:
-    try:
-        return WorkerStatus.model_validate_json(text)
-    except ValidationError:
-        return WorkerStatus(stage="unusable", detail="what it says cannot be read: it is of another version")
-
-
-async def read_dead(redis: Redis, keys: Keys) -> list[dict[str, str]]:
-    """The jobs that were given up, the last hundred, newest first: `id`, `reason`, `worker`, `detail`."""
-    client: Any = redis
-    return [fields for _, fields in await client.xrevrange(keys.dead, count=100)]
-
-
 class SearchStore:
     """A search that this process is in charge of."""
 
@@ -117,8 +79,10 @@ class SearchStore:
         self._spec = spec
         self._me = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
         self._patiently = Patience(redis, keys.state)
-        self._restore = load_scripts(redis)["restore"]
+        self._scripts = load_scripts(redis)
+        self._cards = CardBoard(redis, keys)
         self._epoch = 0
+        self._unreadable: set[str] = set()
 
     async def take_charge(self, *, previous_is_dead: bool = False) -> CandidateQueue:
         """Become the daemon of this search. Raises SearchExistsError when another runs it or its spec differs.
@@ -131,7 +95,7 @@ class SearchStore:
         else:
             await self.wait_for_silence()
         await self._adopt_spec()
-        self._epoch = int(await self._patiently(lambda: self._redis.incr(self._keys.epoch)))
+        self._epoch = int(await self._patiently(lambda: self._scripts["begin_epoch"]([self._keys.epoch])))
         await self._show_life()
         queue = CandidateQueue(self._redis, self._keys, epoch=self._epoch, fingerprint=self._spec.fingerprint)
         queue.issued = int(await self._patiently(lambda: self._redis.llen(self._keys.issued)))
@@ -143,19 +107,24 @@ class SearchStore:
         return await self._patiently(lambda: load_history(self._redis, self._keys))
 
     async def repair(self, queue: CandidateQueue, history: History) -> int:
-        """Put candidates back on the stream that are neither there nor done (lost with a server's last second)."""
-        queued = await queue.queued()
-        missing = [id_ for id_ in history.ledger if id_ not in history.outcomes and id_ not in queued]
-        return sum([await queue.requeue(id_) for id_ in missing])
+        """Put those candidates of `history` back that have no outcome and whose job or result is lost."""
+        waiting = [id_ for id_ in history.ledger if id_ not in history.outcomes]
+        requeued = await queue.requeue(waiting) if waiting else 0
+        if requeued:
+            log.warning("candidates_requeued", count=requeued)
+        return requeued
 
     async def card(self) -> ModelCard | None:
-        """The model card, once a worker has published it."""
-        text = await self._patiently(lambda: self._redis.get(self._keys.card))
-        return read_stored(ModelCard, text, self._keys.card) if text else None
+        """The model card, once a worker has published the one of this spec."""
+        return await self._cards.read(self._spec.fingerprint)
 
     async def workers(self) -> list[WorkerStatus]:
-        """The workers that show a sign of life."""
-        return await self._patiently(lambda: read_workers(self._redis, self._keys))
+        """The workers that show a sign of life; of one that cannot be read, it is told once."""
+        found = await self._patiently(lambda: read_workers(self._redis, self._keys))
+        for consumer in found.unreadable - self._unreadable:
+            log.warning("worker_unreadable", worker=consumer)
+        self._unreadable |= found.unreadable
+        return found.workers
 
     async def count(self, totals: dict[str, float]) -> None:
         """Keep the search's counters (tokens, seconds, …) over restarts. Totals, so that writing twice does no harm."""
@@ -172,13 +141,13 @@ class SearchStore:
             await self._show_life()
 
     async def _check(self, queue: CandidateQueue, remembered: Callable[[], Memory]) -> None:
-        """Bring back what the server has lost: data (it was flushed, or runs on an older copy), and jobs."""
+        """Bring back what the server has lost: data (it was flushed, or runs on an older copy), jobs and results."""
         confirmed = queue.issued, queue.applied  # before asking: what is confirmed later may not be in the answer
         epoch, spec, issued, applied, jobs, results = await self._patiently(self._lengths)
-        if not (epoch and spec) or issued < confirmed[0] or applied < confirmed[1]:
-            await self._bring_back(queue, remembered())
-        elif jobs + results < issued - applied and (requeued := await self.repair(queue, await self.history())):
-            log.warning("candidates_requeued", count=requeued)
+        if int(epoch or 0) < self._epoch or not spec or issued < confirmed[0] or applied < confirmed[1]:
+            await self.restore(queue, remembered(), from_="the daemon's memory")
+        elif jobs + results < issued - applied:
+            await self.repair(queue, remembered().history)
 
     async def _lengths(self) -> Any:
         keys = self._keys
@@ -186,31 +155,26 @@ class SearchStore:
         pipe.get(keys.epoch).exists(keys.spec).llen(keys.issued).llen(keys.applied).xlen(keys.jobs).xlen(keys.results)
         return await pipe.execute()
 
-    async def _bring_back(self, queue: CandidateQueue, memory: Memory) -> None:
+    async def restore(self, queue: CandidateQueue, memory: Memory, *, from_: str) -> None:
+        """Bring back what the server lacks of `memory`, and say where it comes from."""
         history, keys = memory.history, self._keys
-        pairs = [part for id_, c in history.ledger.items() for part in (id_, c.model_dump_json())]
-        pairs += [part for id_, o in history.outcomes.items() for part in (id_, o.model_dump_json())]
-        card = memory.card.model_dump_json() if memory.card else ""
-        args = [self._epoch, self._spec.model_dump_json(), card, len(history.ledger), len(history.outcomes), *pairs]
-        names = [
-            keys.epoch,
-            keys.spec,
-            keys.card,
-            keys.candidates,
-            keys.issued,
-            keys.outcomes,
-            keys.applied,
-            keys.state,
+        selections = {str(round_): json.dumps(parents) for round_, parents in history.selections.items()}
+        args = [
+            *(self._epoch, self._spec.model_dump_json(), memory.card.model_dump_json() if memory.card else ""),
+            *(len(history.ledger), len(history.outcomes), len(selections)),
+            *_pairs(history.ledger),
+            *_pairs(history.outcomes),
+            *(part for pair in selections.items() for part in pair),
         ]
-        restored = await self._patiently(lambda: self._restore(names, args))
-        if restored == TAKEN_OVER:
+        names = [keys.epoch, keys.spec, keys.card, keys.candidates, keys.issued, keys.outcomes, keys.applied]
+        names += [keys.selections, keys.state]
+        answer = await self._patiently(lambda: self._scripts["restore"](names, args))
+        if answer == TAKEN_OVER:
             raise TakenOver(f"another daemon has taken over the search {keys.search!r}")
-        if history.selections:
-            selections = {str(round_): json.dumps(parents) for round_, parents in history.selections.items()}
-            await self._patiently(lambda: self._redis.hset(keys.selections, mapping=selections))
+        restored, queue.issued, queue.applied = answer
+        log.error("redis_lost_data", restored=restored, from_=from_)
         queue.rewind()
-        requeued = await self.repair(queue, await self.history())
-        log.error("redis_lost_data", restored=restored, requeued=requeued, from_="the daemon's memory")
+        await self.repair(queue, history)
 
     async def step_down(self) -> None:
         """Withdraw the sign of life, so that a successor need not wait."""
@@ -219,7 +183,7 @@ class SearchStore:
 
     async def _show_life(self) -> None:
         epoch = await self._patiently(lambda: self._redis.get(self._keys.epoch))
-        if epoch is not None and int(epoch) != self._epoch:  # None: lost, and brought back by the next check
+        if int(epoch or 0) > self._epoch:  # none, or a lower one: lost, and brought back by the next check
             raise TakenOver(f"another daemon has taken over the search {self._keys.search!r}")
         milliseconds = int(SIGN_OF_LIFE_SECONDS * 1000)
         await self._patiently(lambda: self._redis.set(self._keys.daemon, self._me, px=milliseconds))
@@ -237,8 +201,9 @@ class SearchStore:
                 raise SearchExistsError(f"the search {self._keys.search!r} is already run by {now_owner}")
             owner, left = now_owner, now_left
 
-    async def _has_begun(self) -> bool:
-        return bool(await self._patiently(lambda: self._redis.exists(self._keys.card, self._keys.issued)))
+    async def _has_begun(self, spec: SearchSpec) -> bool:
+        issued = await self._patiently(lambda: self._redis.exists(self._keys.issued))
+        return bool(issued) or await self._cards.read(spec.fingerprint) is not None
 
     async def _forget_workers(self) -> None:
         """Withdraw the signs of life of workers that died with the previous process: their jobs are free sooner."""
@@ -256,17 +221,22 @@ class SearchStore:
             return
         stored = await self._patiently(lambda: self._redis.get(self._keys.spec))
         theirs = read_stored(SearchSpec, stored, self._keys.spec)
-        if theirs != self._spec and not await self._has_begun():
+        if theirs != self._spec and not await self._has_begun(theirs):
             # Nothing was measured under it: a first try with a model or a text that could not be had.
             await self._patiently(lambda: self._redis.set(self._keys.spec, mine))
         elif theirs != self._spec:
             raise SearchExistsError(
-                f"there is a search {self._keys.search!r} with other settings ({_difference(theirs, self._spec)}); "
+                f"there is a search {self._keys.search!r} with other settings ({difference(theirs, self._spec)}); "
                 "give this one another search.name"
             )
 
 
-def _difference(old: SearchSpec, new: SearchSpec) -> str:
+def _pairs(values: Mapping[str, BaseModel]) -> list[str]:
+    return [part for id_, value in values.items() for part in (id_, value.model_dump_json())]
+
+
+def difference(old: SearchSpec, new: SearchSpec) -> str:
+    """The first setting in which two specs differ, for a sentence."""
     changes = [
         f"{name}: {getattr(old, name)!s} there, {getattr(new, name)!s} here"
         for name in SearchSpec.model_fields

@@ -25,6 +25,10 @@ LINE_LIMIT = 32_000_000
 """Bytes. The longest line is a text that the model wrote (protocol/self_text.py)."""
 LAST_WORDS_SECONDS = 1.0
 """For the last lines of a process that has ended: what it started may hold its stdout open for ever."""
+EXIT_STUCK = 3
+"""How a worker ends whose evaluation process cannot be killed."""
+KILL_SECONDS = 60.0
+"""For a killed process to be gone: one that holds much memory takes a while, one that is stuck in a driver for ever."""
 Progress = Callable[[str, int, int], None]
 
 log = structlog.get_logger()
@@ -48,7 +52,7 @@ class EvaluationChild:
     def __init__(
         self, spec: SearchSpec, command: Sequence[str] = EVALUATION_PROCESS, *, board: SelfTextBoard | None = None
     ) -> None:
-        self._spec = spec
+        self.spec = spec
         self._command = command
         self._board = board
         self._process: asyncio.subprocess.Process | None = None
@@ -81,7 +85,7 @@ class EvaluationChild:
             start_new_session=True,
             env=for_child(loads_models=True),
         )
-        self._send({"spec": self._spec.model_dump(mode="json"), "sensitivity": sensitivity, "self_text": text})
+        self._send({"spec": self.spec.model_dump(mode="json"), "sensitivity": sensitivity, "self_text": text})
         while True:
             reply = await self._receive()
             if "progress" in reply:
@@ -118,12 +122,23 @@ class EvaluationChild:
         return outcome
 
     async def kill(self) -> None:
-        """End the process and everything in its group, at once."""
+        """End the process and everything in its group, at once.
+
+        Where it outlives that (stuck in the GPU's driver, it sees no signal), this process ends too: the lease of its
+        job then runs out, while a worker that waited would beat for ever.
+        """
         if self._process is None:
             return
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        await self._process.wait()
+        try:
+            await asyncio.wait_for(self._gone(self._process), KILL_SECONDS)
+        except TimeoutError:
+            log.error("evaluation_process_stuck", pid=self._process.pid, seconds=KILL_SECONDS)
+            os._exit(EXIT_STUCK)
+
+    async def _gone(self, process: asyncio.subprocess.Process) -> None:
+        await process.wait()
 
     @property
     def _likely_reason(self) -> str:

@@ -16,11 +16,14 @@ from typing import Any
 
 import structlog
 from redis.asyncio import Redis
+from redis.exceptions import RedisError
 
+from gpu_worker.agreement import check_agreement
 from gpu_worker.child import EVALUATION_PROCESS, ChildDied, DeviceLost, EvaluationChild
 from gpu_worker.own_gpu import take_gpu
 from protocol.candidate import Failed, Measured
 from protocol.card import ModelCard
+from protocol.card_board import CardBoard
 from protocol.connection import AWAY, Patience, check_server, connect
 from protocol.control import Control
 from protocol.errors import UsageError, first_error
@@ -58,7 +61,7 @@ class WorkerOptions:
 
 @dataclass
 class Status:
-    """What the worker says of itself with each beat (daemon.store.WorkerStatus reads it)."""
+    """What the worker says of itself with each beat (daemon.workers.WorkerStatus reads it)."""
 
     stage: str = "loading"
     done: int = 0
@@ -81,6 +84,7 @@ class Worker:
         self._consumer = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
         self._queue = JobQueue(redis, self._keys, self._consumer, lease_seconds=options.lease_seconds)
         self._control = Control(redis, self._keys)
+        self._cards = CardBoard(redis, self._keys)
         self._patiently = Patience(redis, self._keys.jobs)
         self._status = Status()
         self._job: Job | None = None
@@ -94,6 +98,14 @@ class Worker:
             log.info("gpu_taken", gpu=await take_gpu())
         await self._patiently(lambda: check_server(self._redis))
         try:
+            await self._at_work()
+        except UsageError as error:
+            await self._tell_unusable(error)
+            raise
+
+    async def _at_work(self) -> None:
+        """Work and beat until stopped; whatever ends it, what is ours is handed back, for it is no job's fault."""
+        try:
             async with asyncio.TaskGroup() as group:
                 beats = group.create_task(self._beat_for_ever())
                 await self._until_stopped(group.create_task(self._work()))
@@ -102,12 +114,17 @@ class Worker:
             error = first_error(group)
             if error is None:
                 raise
-            if isinstance(error, UsageError):
-                self._status = Status(stage="unusable", detail=str(error))
-                await self._queue.beat(None, self._status.to_json())
             raise error from None
-        with contextlib.suppress(*AWAY):
-            await self._queue.release()
+        finally:
+            with contextlib.suppress(*AWAY, RedisError):  # it must not hide what ended the worker
+                await self._queue.release()
+
+    async def _tell_unusable(self, error: UsageError) -> None:
+        """Leave word for a lease of what the user must mend; the end waits for no server."""
+        status = Status(stage="unusable", detail=str(error))
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(IDLE_GRACE_SECONDS):
+                await self._queue.beat(None, status.to_json())
 
     @property
     def stopping(self) -> bool:
@@ -146,28 +163,32 @@ class Worker:
     async def _wait_for_spec(self) -> SearchSpec | None:
         waiting = False
         while not self._stopping.is_set():
-            text = await self._patiently(lambda: self._redis.get(self._keys.spec))
-            if text:
-                return read_stored(SearchSpec, text, self._keys.spec)
+            if spec := await self._spec():
+                return spec
             if not waiting:
                 log.info("waiting_for_search")
             waiting = True
             await asyncio.sleep(0.5)
         return None
 
+    async def _spec(self) -> SearchSpec | None:
+        text = await self._patiently(lambda: self._redis.get(self._keys.spec))
+        return read_stored(SearchSpec, text, self._keys.spec) if text else None
+
     async def _work_on(self, spec: SearchSpec) -> None:
         """Measure candidates of this spec until told to stop, or until the search has another spec."""
         board = SelfTextBoard(self._redis, self._keys, spec.fingerprint)
         child = EvaluationChild(spec, self._options.evaluation_process, board=board)
         try:
-            await self._prepare(child)
+            card = await self._prepare(child, spec)
             while not self._stopping.is_set():
                 self._status.stage = "idle"
-                if await self._control.read() != "run":
-                    await asyncio.sleep(0.5)
-                    continue
-                self._job = await self._queue.claim()
+                paused = await self._control.read() != "run"
+                self._job = None if paused else await self._queue.claim()
                 if self._job is None:
+                    if not await self._is_still_wanted(spec, card):
+                        return
+                    await asyncio.sleep(0.5 if paused else 0)
                     continue
                 if self._job.fingerprint != spec.fingerprint and not await self._is_stale(self._job, spec):
                     return  # the job stays ours, and is found again when the new spec is loaded
@@ -176,23 +197,37 @@ class Worker:
         finally:
             await child.kill()
 
+    async def _is_still_wanted(self, spec: SearchSpec, card: ModelCard) -> bool:
+        """Whether the search has this spec; publishes `card` again where it is lost, for a new daemon waits for it.
+
+        A search that is gone altogether may come back, so a model that is ready is kept for it.
+        """
+        if await self._cards.publish(card) is not None:
+            return True
+        current = await self._spec()
+        if current is None or current.fingerprint == spec.fingerprint:
+            return True
+        log.warning("spec_changed", current=current.fingerprint, loaded=spec.fingerprint)
+        return False
+
     async def _is_stale(self, job: Job, spec: SearchSpec) -> bool:
         """Whether a job of another spec is the one that is out of date (it then fails), and not this worker."""
         current = await self._wait_for_spec()
         if current is None or current.fingerprint != spec.fingerprint:
-            log.warning("spec_changed", job=job.fingerprint, loaded=spec.fingerprint)
+            log.warning("spec_changed", current=current and current.fingerprint, loaded=spec.fingerprint)
             return False
         await self._queue.commit(job, Failed(reason="invalid", detail="it was issued under another spec"))
         self._job = None
         return True
 
-    async def _prepare(self, child: EvaluationChild) -> None:
-        known = await self._patiently(lambda: self._redis.get(self._keys.card))
+    async def _prepare(self, child: EvaluationChild, spec: SearchSpec) -> ModelCard:
+        """Make the model ready; returns the card that the search has, or shall have, of it."""
+        known = await self._cards.read(spec.fingerprint)
         card = await self._started(child, sensitivity=known is None)
-        if not await self._patiently(lambda: self._redis.set(self._keys.card, card.model_dump_json(), nx=True)):
-            text = await self._patiently(lambda: self._redis.get(self._keys.card))
-            check_agreement(read_stored(ModelCard, text, self._keys.card), card)
+        counts = await self._cards.publish(known or card) or known or card
+        check_agreement(counts, card)
         log.info("model_ready", model=card.model, dense_perplexity=round(card.dense.perplexity, 3), device=card.device)
+        return counts
 
     async def _started(self, child: EvaluationChild, *, sensitivity: bool) -> ModelCard:
         limit = self._options.max_preparation_seconds
@@ -246,7 +281,7 @@ class Worker:
 
     async def _evaluated(self, child: EvaluationChild, job: Job) -> Measured | Failed:
         if not child.alive:
-            await self._prepare(child)
+            await self._prepare(child, child.spec)
             self._status.stage = "evaluating"
         return await child.evaluate(job.candidate, limit_seconds=self._options.max_evaluation_seconds)
 
@@ -257,23 +292,6 @@ class Worker:
         beat = asyncio.create_task(self._queue.beat(self._job, self._status.to_json()))
         self._beats.add(beat)
         beat.add_done_callback(self._beats.discard)
-
-
-def check_agreement(published: ModelCard, mine: ModelCard) -> None:
-    """Raise UsageError unless this worker measures the same model on the same texts as the first one did."""
-    if published.shape != mine.shape:
-        raise UsageError(f"this worker's {mine.model} has another shape than the one the search began with")
-    if published.texts != mine.texts:
-        raise UsageError(
-            "this worker's texts are not the ones the search began with: give all workers the same files, "
-            "or the new texts a new search.name"
-        )
-    ratio = mine.dense.perplexity / published.dense.perplexity
-    if not 0.98 < ratio < 1.02:
-        raise UsageError(
-            f"this worker measures a dense perplexity of {mine.dense.perplexity:.3f} where the search began with "
-            f"{published.dense.perplexity:.3f}: its weights differ"
-        )
 
 
 async def run_worker(options: WorkerOptions) -> None:

@@ -36,7 +36,7 @@ class Keys:
 
     @property
     def card(self) -> str:
-        """String: the ModelCard as JSON, written once by the first worker."""
+        """String: the ModelCard as JSON, published by the first worker (protocol/card_board.py)."""
         return self["card"]
 
     def self_text(self, fingerprint: str) -> str:
@@ -105,7 +105,7 @@ class Keys:
 
     @property
     def epoch(self) -> str:
-        """Counter: which daemon may write. A daemon with an older number is refused."""
+        """Number that grows: which daemon may write (lua/fence.lua). A daemon with a lower one is refused."""
         return self["epoch"]
 
     @property

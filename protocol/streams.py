@@ -25,6 +25,8 @@ from protocol.keys import Keys
 
 TAKEN_OVER, DATA_LOST = -1, -2
 """What a fenced script answers when another daemon is in charge, and when nobody is: the server lost its data."""
+FENCE = "fence"
+"""The script that stands before each one that asks who is in charge."""
 
 log = structlog.get_logger()
 
@@ -36,18 +38,21 @@ class TakenOver(SelfPrunerError):  # noqa: N818
 def load_scripts(redis: Redis) -> dict[str, Any]:
     """The Lua scripts by name, registered on `redis` (loaded again where the server has forgotten them)."""
     folder = files("protocol") / "lua"
-    return {
-        script.name.removesuffix(".lua"): redis.register_script(script.read_text())
+    texts = {
+        script.name.removesuffix(".lua"): script.read_text()
         for script in folder.iterdir()
         if script.name.endswith(".lua")
     }
+    fence = texts.pop(FENCE)
+    return {name: redis.register_script(fence + text if "refusal(" in text else text) for name, text in texts.items()}
 
 
 class CandidateQueue:
     """Puts candidates on the job stream and applies outcomes, fenced by its epoch.
 
     `issued` and `applied` count what the server has confirmed of this search, earlier processes included: a server
-    that holds less has lost something. While its data is lost every call waits for SearchStore to restore it.
+    that holds less has lost something. While its data is lost every call but `requeue` waits for SearchStore to restore
+    it.
     """
 
     def __init__(self, redis: Redis, keys: Keys, *, epoch: int, fingerprint: str) -> None:
@@ -66,20 +71,24 @@ class CandidateQueue:
         keys = [self._keys.epoch, self._keys.candidates, self._keys.issued, self._keys.jobs]
         payload = candidate.model_dump_json()
         args = [self._epoch, candidate.id, payload, self._fingerprint]
-        new = await self._fenced(lambda: self._scripts["enqueue"](keys, args))
+        new: int = await self._fenced(lambda: self._scripts["enqueue"](keys, args))
         self.issued += new
         return new == 1
 
-    async def requeue(self, candidate_id: str) -> bool:
-        """Put a candidate of the ledger back whose job was lost; False when its outcome is there."""
-        keys = [self._keys.epoch, self._keys.candidates, self._keys.done, self._keys.outcomes, self._keys.jobs]
-        args = [self._epoch, candidate_id, self._fingerprint]
-        return await self._fenced(lambda: self._scripts["requeue"](keys, args)) == 1
+    async def requeue(self, ids: Sequence[str]) -> int:
+        """Put those candidates back whose job was lost, or whose outcome was before it was applied; returns how many.
 
-    async def queued(self) -> set[str]:
-        """Ids now on the job stream, claimed or not."""
-        entries = await self._patiently(lambda: self._redis.xrange(self._keys.jobs))
-        return {fields["id"] for _, fields in entries if "id" in fields}
+        Of a server that has lost its data it returns 0 at once, for whoever restores calls this too.
+        """
+        names = [self._keys.epoch, self._keys.candidates, self._keys.done, self._keys.outcomes, self._keys.jobs]
+        names.append(self._keys.results)
+        args = [self._epoch, self._fingerprint, *ids]
+        requeued = self._checked(await self._patiently(lambda: self._scripts["requeue"](names, args)))
+        if requeued == DATA_LOST:
+            return 0
+        if requeued:
+            self.rewind()
+        return int(requeued)
 
     async def results(self, cursor: str) -> list[Result]:
         """Outcomes behind `cursor`, waiting about a second for the first; an unreadable one has failed."""
@@ -102,27 +111,33 @@ class CandidateQueue:
         keys = [self._keys.epoch, self._keys.outcomes, self._keys.applied, self._keys.state, self._keys.results]
         keys.append(self._keys.done)
         args = [self._epoch, result.id, result.outcome.model_dump_json(), result.cursor]
-        new = await self._fenced(lambda: self._scripts["apply"](keys, args))
+        new: int = await self._fenced(lambda: self._scripts["apply"](keys, args))
         self.applied += new
         return new == 1
 
-    async def remember_selection(self, round_: int, parents: Sequence[str]) -> None:
-        """Keep the parents chosen for a round, so that a restart in its middle goes on with the same ones."""
-        text = json.dumps(parents)
-        await self._patiently(lambda: self._redis.hsetnx(self._keys.selections, str(round_), text))
+    async def remember_selection(self, round_: int, parents: Sequence[str]) -> tuple[str, ...]:
+        """Keep the parents chosen for a round, so that a restart in its middle goes on with the same ones.
+
+        Returns those that are kept: the first that were chosen.
+        """
+        keys, args = [self._keys.epoch, self._keys.selections], [self._epoch, round_, json.dumps(parents)]
+        return tuple(json.loads(await self._fenced(lambda: self._scripts["remember_selection"](keys, args))))
 
     async def drop(self, result: Result) -> None:
         """Take a result off its stream that belongs to no candidate of this search."""
-        await self._patiently(lambda: self._redis.xdel(self._keys.results, result.cursor))
-        await self._patiently(lambda: self._redis.hdel(self._keys.done, result.id))
+        keys = [self._keys.epoch, self._keys.results, self._keys.done]
+        await self._fenced(lambda: self._scripts["drop"](keys, [self._epoch, result.cursor, result.id]))
 
     def rewind(self) -> None:
         """Read results from the first on, for the stream may have begun anew; those applied are not on it any more."""
         self._from_the_start = True
 
-    async def _fenced(self, script: Callable[[], Awaitable[int]]) -> int:
+    async def _fenced(self, script: Callable[[], Awaitable[Any]]) -> Any:
         while (answer := await self._patiently(script)) == DATA_LOST:  # noqa: ASYNC110  (it changes on the server)
             await asyncio.sleep(0.5)
+        return self._checked(answer)
+
+    def _checked(self, answer: Any) -> Any:
         if answer == TAKEN_OVER:
             raise TakenOver(f"another daemon has taken over the search {self._keys.search!r}")
         return answer

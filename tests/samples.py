@@ -37,6 +37,11 @@ CARD = ModelCard(
 )
 
 
+def card_for(spec: SearchSpec) -> ModelCard:
+    """The card as a worker of this spec publishes it."""
+    return CARD.model_copy(update={"fingerprint": spec.fingerprint})
+
+
 def candidate(
     rates: tuple[float, ...], *, agent: str = "mutator", round_: int = 1, spec: SearchSpec = SPEC
 ) -> Candidate:

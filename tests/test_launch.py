@@ -4,6 +4,8 @@ import asyncio
 import json
 import random
 import socket
+import sys
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -20,11 +22,12 @@ from daemon.launch import Launch
 from daemon.llm import secrets_of
 from daemon.observer import Observer
 from daemon.settings import Settings, load
+from daemon.store import load_history
 from daemon.summary import Summary
 from protocol import logs
 from protocol.errors import SearchExistsError, UsageError
 from protocol.keys import Keys
-from tests.samples import CARD
+from tests.samples import card_for
 from tests.schema_answers import value_of
 from tests.scripted_llm import Handler, ScriptedLlm, as_json, hangs, refuses
 from tests.servers import Server, eventually
@@ -69,11 +72,11 @@ class Launched:
 
 
 @asynccontextmanager
-async def worker_there(redis: Redis, keys: Keys) -> AsyncIterator[None]:
+async def worker_there(redis: Redis, keys: Keys) -> AsyncIterator[Counter[str]]:
     """A worker that has published its card and measures at once."""
-    await redis.set(keys.card, CARD.model_dump_json())
-    async with evaluating(redis, keys):
-        yield
+    await redis.set(keys.card, card_for(load(None, [*SMALL, *TARGET]).spec()).model_dump_json())
+    async with evaluating(redis, keys) as evaluated:
+        yield evaluated
 
 
 @pytest.fixture
@@ -259,3 +262,51 @@ def test_the_daemon_on_a_taken_port_exits_with_code_2(tmp_path: Path, capsys: py
         code = main(["daemon", str(config), *(part for option in options for part in ("--set", option))])
     assert code == 2
     assert f"port {port} of 127.0.0.1" in capsys.readouterr().err.strip().splitlines()[-1]
+
+
+def measured_in(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
+
+
+async def test_a_finished_search_whose_server_was_emptied_while_no_daemon_ran_comes_back_from_its_folder(
+    redis: Redis, keys: Keys, server: Server, llm: ScriptedLlm, tmp_path: Path
+) -> None:
+    settings = settings_for(tmp_path, llm, "http.port=0")
+    async with worker_there(redis, keys):
+        assert await asyncio.wait_for(Launched(settings, server).launch.run(), 60)
+    before, asked = measured_in(settings.folder), len(llm.asked)
+    await redis.flushall()
+    with capture_logs() as log:
+        async with worker_there(redis, keys) as evaluated:
+            summary = await asyncio.wait_for(Launched(settings, server).launch.run(), 60)
+    assert summary and summary.finished
+    assert measured_in(settings.folder) == before
+    assert len(llm.asked) == asked and not evaluated
+    (lost,) = [line for line in log if line["event"] == "redis_lost_data"]
+    assert (lost["log_level"], lost["restored"]) == ("error", 2 * len(before))
+    counters = (await load_history(redis, keys)).counters
+    assert counters["requests"] >= asked and counters["prompt_tokens"] > 0
+
+
+async def test_a_folder_of_other_settings_is_refused_with_code_2_and_left_as_it_is(
+    redis: Redis, keys: Keys, server: Server, llm: ScriptedLlm, tmp_path: Path
+) -> None:
+    settings = settings_for(tmp_path, llm, "http.port=0")
+    async with worker_there(redis, keys):
+        assert await asyncio.wait_for(Launched(settings, server).launch.run(), 60)
+    kept = ("evaluations.jsonl", "best.json", "spec.json", "summary.json", "status.json", "transcript.jsonl")
+    before = [(settings.folder / name).read_bytes() for name in kept]
+    await redis.flushall()
+    config = tmp_path / "s.yaml"
+    config.write_text("target: {model: tiny, rate: 0.5}\n")
+    options = [*SMALL, "data.calibration=self", "data.fitness=self", f"run.folder={tmp_path}"]
+    options += [f"redis.url={server.url}", "http.port=0", f"llm.endpoints=[{{base_url: '{llm.base_url}', model: m}}]"]
+    sets = [part for option in options for part in ("--set", option)]
+    daemon = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "daemon", "daemon", str(config), *sets), stderr=asyncio.subprocess.PIPE
+    )
+    _, said = await asyncio.wait_for(daemon.communicate(), 60)
+    assert daemon.returncode == 2
+    sentence = said.decode().strip().splitlines()[-1]
+    assert "evaluations of a search with other settings (rate: 0.3 there, 0.5 here)" in sentence
+    assert [(settings.folder / name).read_bytes() for name in kept] == before

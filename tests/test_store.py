@@ -15,7 +15,7 @@ from protocol.keys import Keys
 from protocol.streams import TakenOver
 from tests.samples import CARD, SPEC, candidates, measured
 from tests.servers import eventually
-from tests.test_streams import claimed
+from tests.test_streams import claimed, queued
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +62,7 @@ async def test_lost_jobs_are_put_back_and_done_ones_are_not(redis: Redis, keys: 
     await redis.delete(keys.jobs)
     assert await store.repair(queue, await store.history()) == 3
     assert await store.repair(queue, await store.history()) == 0
-    assert await queue.queued() == {c.id for c in many[1:]}
+    assert await queued(redis, keys) == {c.id for c in many[1:]}
 
 
 async def test_a_living_daemon_is_not_replaced(redis: Redis, keys: Keys) -> None:
@@ -96,7 +96,7 @@ async def test_a_server_that_was_flushed_gets_everything_back_and_the_lost_jobs_
     assert list(after.ledger) == [*before.ledger, late.id] and after.outcomes == before.outcomes
     assert after.selections == before.selections == {1: (many[1].id, many[0].id)}
     assert await store.card() == CARD
-    assert await queue.queued() == {c.id for c in many[2:]} | {late.id}
+    assert await queued(redis, keys) == {c.id for c in many[2:]} | {late.id}
     living.cancel()
 
 
@@ -106,11 +106,12 @@ async def test_jobs_that_are_lost_while_the_daemon_runs_are_back_within_a_tick(r
     many = candidates(3)
     for each in many:
         await queue.enqueue(each)
-    living = asyncio.create_task(store.stay_in_charge(queue, nothing))
+    known = await store.history()
+    living = asyncio.create_task(store.stay_in_charge(queue, lambda: Memory(known, CARD)))
     await redis.delete(keys.jobs)
 
     async def back() -> bool:
-        return await queue.queued() == {c.id for c in many}
+        return await queued(redis, keys) == {c.id for c in many}
 
     await eventually(back, 10)
     living.cancel()

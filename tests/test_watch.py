@@ -17,8 +17,8 @@ from daemon.embedded import is_running, only_one
 from daemon.remote import RemoteSearch, open_remote
 from daemon.screen import RATE_SECONDS, Screen
 from daemon.status import QueueDepth, Status
-from daemon.store import WorkerStatus
 from daemon.watch import json_lines, on_screen, watch
+from daemon.workers import WorkerStatus
 from protocol.connection import connect
 from protocol.errors import UsageError
 from protocol.keys import Keys

@@ -1,10 +1,8 @@
 -- Apply an outcome to the search's state once, move the keeper's cursor and drop the result, all in one step.
 -- KEYS epoch outcomes applied state results done    ARGV epoch id outcome cursor
--- Returns 1 when it was new, 0 when this id had one already, -1 when another daemon has taken over, -2 when the data is
--- lost.
-local epoch = redis.call('GET', KEYS[1])
-if not epoch then return -2 end
-if epoch ~= ARGV[1] then return -1 end
+-- Returns 1 when it was new, 0 when this id had one already, or what fence.lua says.
+local refused = refusal(KEYS[1], ARGV[1])
+if refused then return refused end
 local new = redis.call('HSETNX', KEYS[2], ARGV[2], ARGV[3])
 if new == 1 then redis.call('RPUSH', KEYS[3], ARGV[2]) end
 redis.call('HSET', KEYS[4], 'cursor', ARGV[4])

@@ -1,9 +1,8 @@
 -- Put a candidate on the job stream once, however often it is called, and only for the daemon that is in charge.
 -- KEYS epoch candidates issued jobs    ARGV epoch id candidate fingerprint
--- Returns 1 when it was new, 0 when it is already there, -1 when another daemon has taken over, -2 when the data is lost.
-local epoch = redis.call('GET', KEYS[1])
-if not epoch then return -2 end
-if epoch ~= ARGV[1] then return -1 end
+-- Returns 1 when it was new, 0 when it is already there, or what fence.lua says.
+local refused = refusal(KEYS[1], ARGV[1])
+if refused then return refused end
 if redis.call('HSETNX', KEYS[2], ARGV[2], ARGV[3]) == 0 then return 0 end
 redis.call('RPUSH', KEYS[3], ARGV[2])
 redis.call('XADD', KEYS[4], '*', 'id', ARGV[2], 'candidate', ARGV[3], 'fingerprint', ARGV[4])

@@ -1,12 +1,24 @@
--- Put a candidate of the ledger back on the job stream, unless it has an outcome already.
--- KEYS epoch candidates done outcomes jobs    ARGV epoch id fingerprint
--- Returns 1 when it was put back, 0 when it is done or unknown, -1 when another daemon has taken over, -2 when the data
--- is lost.
-local epoch = redis.call('GET', KEYS[1])
-if not epoch then return -2 end
-if epoch ~= ARGV[1] then return -1 end
-if redis.call('HEXISTS', KEYS[3], ARGV[2]) == 1 or redis.call('HEXISTS', KEYS[4], ARGV[2]) == 1 then return 0 end
-local candidate = redis.call('HGET', KEYS[2], ARGV[2])
-if not candidate then return 0 end
-redis.call('XADD', KEYS[5], '*', 'id', ARGV[2], 'candidate', candidate, 'fingerprint', ARGV[3])
-return 1
+-- Put candidates of the ledger back on the job stream whose job is lost, or whose outcome was committed and is lost:
+-- those that are on neither stream and have no outcome.
+-- KEYS epoch candidates done outcomes jobs results    ARGV epoch fingerprint id…
+-- Returns how many were put back, or what fence.lua says.
+local refused = refusal(KEYS[1], ARGV[1])
+if refused then return refused end
+local there, requeued = {}, 0
+for _, stream in ipairs({KEYS[5], KEYS[6]}) do
+  for _, entry in ipairs(redis.call('XRANGE', stream, '-', '+')) do
+    for i = 1, #entry[2], 2 do
+      if entry[2][i] == 'id' then there[entry[2][i + 1]] = true end
+    end
+  end
+end
+for i = 3, #ARGV do
+  local id = ARGV[i]
+  local candidate = redis.call('HGET', KEYS[2], id)
+  if candidate and not there[id] and redis.call('HEXISTS', KEYS[4], id) == 0 then
+    redis.call('HDEL', KEYS[3], id)
+    redis.call('XADD', KEYS[5], '*', 'id', id, 'candidate', candidate, 'fingerprint', ARGV[2])
+    requeued = requeued + 1
+  end
+end
+return requeued

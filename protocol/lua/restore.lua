@@ -1,16 +1,18 @@
--- Bring back what the daemon remembers and the server has lost: spec, card, ledger and outcomes, in one step, so that a
--- daemon killed at it leaves nothing half restored. What is there already stays; the lists take the daemon's order.
--- KEYS epoch spec card candidates issued outcomes applied state    ARGV epoch spec card ledger outcomes
--- (`ledger` and `outcomes` are how many pairs of id and JSON follow of each)
--- Returns how many candidates and outcomes came back, or -1 when another daemon has taken over.
-local epoch = redis.call('GET', KEYS[1])
-if epoch and epoch ~= ARGV[1] then return -1 end
+-- Bring back what the daemon remembers and the server has lost: spec, card, ledger, outcomes and selections, in one step,
+-- so that a daemon killed at it leaves nothing half restored. Where both know something, the daemon is right; what it
+-- does not know stays, behind what it knows.
+-- KEYS epoch spec card candidates issued outcomes applied selections state
+-- ARGV epoch spec card ledger outcomes selections pair…
+-- (`ledger`, `outcomes` and `selections` are how many pairs of id, or round, and JSON follow of each)
+-- Returns {candidates and outcomes that came back, issued, applied}, or -1 when another daemon has taken over.
+local refused = refusal(KEYS[1], ARGV[1])
+if refused == -1 then return refused end
 
 local function restore(hash, list, from, count)
   local there, remembered, restored = redis.call('LRANGE', list, 0, -1), {}, 0
   redis.call('DEL', list)
   for i = from, from + 2 * count - 2, 2 do
-    restored = restored + redis.call('HSETNX', hash, ARGV[i], ARGV[i + 1])
+    restored = restored + redis.call('HSET', hash, ARGV[i], ARGV[i + 1])
     redis.call('RPUSH', list, ARGV[i])
     remembered[ARGV[i]] = true
   end
@@ -20,10 +22,15 @@ local function restore(hash, list, from, count)
   return restored
 end
 
-local ledger, outcomes = tonumber(ARGV[4]), tonumber(ARGV[5])
-local restored = restore(KEYS[4], KEYS[5], 6, ledger) + restore(KEYS[6], KEYS[7], 6 + 2 * ledger, outcomes)
+local ledger, outcomes, selections = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
+local first = 7
+local restored = restore(KEYS[4], KEYS[5], first, ledger)
+first = first + 2 * ledger
+restored = restored + restore(KEYS[6], KEYS[7], first, outcomes)
+first = first + 2 * outcomes
+for i = first, first + 2 * selections - 2, 2 do redis.call('HSET', KEYS[8], ARGV[i], ARGV[i + 1]) end
+redis.call('SET', KEYS[2], ARGV[2])
+if ARGV[3] ~= '' then redis.call('SET', KEYS[3], ARGV[3]) end
+if redis.call('EXISTS', KEYS[1]) == 0 then redis.call('HSET', KEYS[9], 'cursor', '0-0') end
 redis.call('SET', KEYS[1], ARGV[1])
-redis.call('SETNX', KEYS[2], ARGV[2])
-if ARGV[3] ~= '' then redis.call('SETNX', KEYS[3], ARGV[3]) end
-if not epoch then redis.call('HSET', KEYS[8], 'cursor', '0-0') end
-return restored
+return {restored, redis.call('LLEN', KEYS[5]), redis.call('LLEN', KEYS[7])}

@@ -70,6 +70,8 @@ def misbehave(behaviour: str) -> dict[str, Any] | None:
             return {"kind": "failed", "reason": "out-of-memory", "detail": "CUDA out of memory"}
         case "device-lost":
             return {"kind": "failed", "reason": "crashed", "detail": "CUDA error: device-side assert triggered"}
+        case "usage-error":
+            say({"usage_error": "the GPU is gone"})
         case "garbage":
             sys.stdout.write("no JSON at all\n")
     return None

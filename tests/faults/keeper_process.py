@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 from daemon import store as store_module
 from protocol.connection import connect
@@ -23,7 +24,7 @@ class MortalQueue(CandidateQueue):
 
     dies_at = left = 0
 
-    async def _fenced(self, script: Callable[[], Awaitable[int]]) -> int:
+    async def _fenced(self, script: Callable[[], Awaitable[Any]]) -> Any:
         MortalQueue.left -= 1
         last = MortalQueue.left == 0
         if last and self.dies_at % 2:

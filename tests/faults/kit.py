@@ -25,6 +25,7 @@ from agents.population import Evaluation, Population
 from agents.population_keeper import PopulationKeeper
 from daemon.store import History, Memory, SearchStore
 from protocol.candidate import Candidate, Failed, Measured
+from protocol.card import ModelCard
 from protocol.connection import connect
 from protocol.keys import GROUP, Keys
 from protocol.plan import count_parameters
@@ -145,6 +146,8 @@ class Kit:
     folder: Path
     workers: list[WorkerProcess] = field(default_factory=list)
     daemons: list[Daemon] = field(default_factory=list)
+    card: ModelCard = CARD
+    """What workers publish: of the spec of the search that is run."""
     disturbed: Counter[str] = field(default_factory=Counter)
     """By id, or under `*` for every id: how many evaluations more than one are explained."""
     unsettled: bool = False
@@ -158,7 +161,7 @@ class Kit:
     def write_script(self, behaviours: Mapping[str, Sequence[str]], prepare: str = "") -> Path:
         path = self.folder / "script.json"
         script = {
-            "card": CARD.model_dump(mode="json"),
+            "card": self.card.model_dump(mode="json"),
             "parameters": count_parameters(candidate((0.3,) * 4).plan, SHAPE).model_dump(),
             "log": str(self.folder / "evaluated.log"),
             "prepare": prepare,
@@ -174,7 +177,7 @@ class Kit:
         return daemon
 
     async def worker(self, *, url: str = "", **options: Any) -> WorkerProcess:
-        """Start a worker; `options` are WorkerOptions, and `crash_at`."""
+        """Start a worker; `options` are WorkerOptions, `crash_at` and `unkillable`."""
         script = self.folder / "script.json"
         if not script.exists():
             self.write_script({})

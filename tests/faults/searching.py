@@ -9,8 +9,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from daemon.settings import load
 from protocol.keys import Keys
 from tests.faults.kit import PASSWORD, ROOT, Kit, strict_json
+from tests.samples import card_for
 from tests.schema_answers import value_of
 from tests.scripted_llm import ScriptedLlm
 
@@ -35,8 +37,10 @@ class Search:
             "data": {"calibration": "self", "fitness": "self", "seqlen": 32},
             "llm": {"reply": "edits", "endpoints": [{"base_url": llm.base_url, "model": "scripted"}]},
             "run": {"folder": str(folder / "runs")},
+            "http": {"port": 0},
         }
         self.config.write_text(json.dumps(settings))  # JSON is YAML
+        kit.card = card_for(load(self.config, []).spec())
         self.logs: list[Path] = []
 
     async def start(self) -> asyncio.subprocess.Process:

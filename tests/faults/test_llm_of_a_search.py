@@ -19,10 +19,11 @@ from daemon.status import Condition
 from daemon.store import History, load_history
 from daemon.summary import Summary
 from protocol.candidate import Measured
+from protocol.card import ModelCard
 from protocol.errors import SettingsError
 from protocol.jobs import JobQueue
 from protocol.keys import Keys
-from tests.samples import CARD
+from tests.samples import card_for
 from tests.schema_answers import value_of
 from tests.scripted_llm import Handler, Reply, ScriptedLlm, hangs, lists_models, refuses
 from tests.servers import Server
@@ -52,8 +53,10 @@ class Daemon:
         return load(None, [*common, *overrides])
 
     async def run(self, endpoints: Sequence[EndpointSettings], *overrides: str, name: str = "s") -> Summary:
-        launch = Launch(self.settings(*overrides, name=name), self.server.url, endpoints, embedded=False)
-        async with instant_worker(self.redis, Keys(name)), asyncio.timeout(100):
+        settings = self.settings(*overrides, name=name)
+        launch = Launch(settings, self.server.url, endpoints, embedded=False)
+        card = card_for(settings.spec())
+        async with instant_worker(self.redis, Keys(name), card), asyncio.timeout(100):
             summary = await launch.run()
         assert summary is not None
         return summary
@@ -71,10 +74,10 @@ class Daemon:
 
 
 @asynccontextmanager
-async def instant_worker(redis: Redis, keys: Keys) -> AsyncIterator[None]:
+async def instant_worker(redis: Redis, keys: Keys, card: ModelCard) -> AsyncIterator[None]:
     """Publishes the card and measures at once."""
     client: Any = redis
-    await client.set(keys.card, CARD.model_dump_json(), nx=True)
+    await client.set(keys.card, card.model_dump_json(), nx=True)
     jobs = JobQueue(redis, keys, "instant", lease_seconds=30)
 
     async def work() -> None:
@@ -291,6 +294,7 @@ async def test_a_new_search_in_the_folder_of_an_old_one_puts_its_transcript_asid
         await daemon.run([settings_of(llm)], "search.rounds=0")
         old = daemon.transcript().read_text()
         await daemon.redis.flushall()
+        (daemon.folder / "s" / "evaluations.jsonl").unlink()  # from which the old one would come back
         asked = len(llm.asked)
         await daemon.run([settings_of(llm)], "search.rounds=0")
         assert len(llm.asked) == 2 * asked

@@ -1,7 +1,9 @@
-"""A real worker with a fake evaluation process: `python -m tests.faults.worker_process JSON` (WorkerOptions, crash_at).
+"""A real worker with a fake evaluation process: `python -m tests.faults.worker_process JSON`.
+
+The JSON has WorkerOptions, `crash_at` and `unkillable`.
 
 `crash_at` ends it as SIGKILL would, at its first pass: `claimed` (it has a job), `measured` (it has an outcome, not
-committed), `committed`.
+committed), `committed`. With `unkillable` its evaluation process is one that no kill ends, as the worker sees it.
 """
 
 import asyncio
@@ -11,12 +13,18 @@ import signal
 import sys
 from typing import Any
 
+from gpu_worker import child as child_module
 from gpu_worker import worker as worker_module
+from gpu_worker.child import EvaluationChild
 from gpu_worker.worker import WorkerOptions, run_worker
 from protocol import logs
 from protocol.candidate import Failed, Measured
 from protocol.errors import SelfPrunerError, UsageError
 from protocol.jobs import Job, JobQueue
+
+
+async def _never(_child: EvaluationChild, _process: asyncio.subprocess.Process) -> None:
+    await asyncio.Event().wait()
 
 
 class CrashingQueue(JobQueue):
@@ -44,6 +52,9 @@ class CrashingQueue(JobQueue):
 def main() -> int:
     options: dict[str, Any] = json.loads(sys.argv[1])
     CrashingQueue.crash_at = options.pop("crash_at", "")
+    if options.pop("unkillable", False):
+        setattr(child_module, "KILL_SECONDS", 0.5)  # noqa: B010
+        setattr(EvaluationChild, "_gone", _never)  # noqa: B010  (a driver cannot be made to hang)
     setattr(worker_module, "JobQueue", CrashingQueue)  # noqa: B010  (the worker makes its own queue)
     logs.configure(json_lines=True)
     options["evaluation_process"] = tuple(options["evaluation_process"])
