@@ -44,6 +44,10 @@ class Population:
         """Every evaluation, in the order of its outcome."""
         return iter(self._evaluations.values())
 
+    def newest(self, count: int) -> list[Evaluation]:
+        """The last `count` evaluations in the order of their outcomes; costs as much as these alone."""
+        return list(islice(reversed(self._evaluations.values()), count))[::-1]
+
     def insert(self, candidate: Candidate, outcome: Measured | Failed) -> bool:
         """Remember an outcome; True when its candidate is the new best. A second outcome for an id is ignored."""
         if candidate.id in self._evaluations:

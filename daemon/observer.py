@@ -86,7 +86,7 @@ class Observer:
         return self._follower.tally.evaluation_seconds
 
     @property
-    def ledger(self) -> Mapping[str, Candidate]:
+    def ledger(self) -> dict[str, Candidate]:
         """Every candidate issued."""
         return self.search.ledger if self.search else self._history.ledger
 

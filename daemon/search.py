@@ -6,7 +6,7 @@ earlier rounds and on the LLM's answers, never on what was faster, so a search c
 """
 
 import asyncio
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -22,9 +22,10 @@ from agents.selector import Selector
 from agents.view import BUDGET_USED_UP, KNOWN_ALREADY, Accepted, Member, Refused, Submit, View
 from daemon.journal import Journal
 from daemon.pausing import Pausing
+from daemon.proposals import Proposals
 from daemon.settings import SearchSettings
 from daemon.store import History
-from protocol.candidate import AgentName, Candidate, Measured, Provenance, Source, Text, candidate_id
+from protocol.candidate import Candidate, Measured, Provenance, Source, Text, candidate_id
 from protocol.card import ModelCard
 from protocol.errors import BudgetError
 from protocol.plan import Plan
@@ -69,6 +70,7 @@ class Search:
         self._journal, self._seconds = journal, seconds
         self._time_is_up = False
         self.ledger = dict(history.ledger)
+        self._proposals = Proposals(self.ledger.values())
         self.selections = dict(history.selections)
         self.population = Population()
         for id_, outcome in history.outcomes.items():
@@ -102,16 +104,17 @@ class Search:
     async def _populate(self) -> None:
         """Round 0: the Initializer's first population."""
         count = min(self._settings.population, self._planned)
-        if missing := count - self._made("initializer", 0):
+        if missing := count - self._proposals.made("initializer", 0):
             log.info("round_started", round=0, missing=missing)
             await self._agents.initializer.propose(self._view(0), count, self._submit)
 
     async def _next_round(self, round_: int) -> None:
         """The Selector's parents, then mutation and crossover at the same time."""
-        left = self._planned - sum(p.round < round_ for p in self._proposals())
+        left = self._planned - self._proposals.before(round_)
         mutations = max(0, min(self._settings.mutations, left))
         crossovers = max(0, min(self._settings.crossovers, left - mutations))
-        missing = mutations + crossovers - self._made("mutator", round_) - self._made("crossover", round_)
+        made = self._proposals.made("mutator", round_) + self._proposals.made("crossover", round_)
+        missing = mutations + crossovers - made
         view = self._view(round_)
         if missing <= 0 or len(view.population) < 2:
             return
@@ -180,6 +183,7 @@ class Search:
     async def _enqueue(self, candidate: Candidate) -> Accepted:
         # Into the ledger first: an agent running at the same time must not propose it again meanwhile.
         self.ledger[candidate.id] = candidate
+        self._proposals.add(candidate)
         with bound_contextvars(candidate=candidate.id):
             await self._queue.enqueue(candidate)
         log.info("candidate_enqueued", candidate=candidate.id, **candidate.provenance.model_dump(include=_WHO))
@@ -209,12 +213,11 @@ class Search:
     @property
     def proposed(self) -> int:
         """How many candidates the agents have made so far."""
-        return len(self._proposals())
+        return len(self._proposals)
 
     def counts(self) -> dict[str, Counter[str]]:
         """Candidates by agent and by source, baselines left out."""
-        proposals = self._proposals()
-        return {"by_agent": Counter(p.agent for p in proposals), "by_source": Counter(p.source for p in proposals)}
+        return {"by_agent": self._proposals.by_agent.copy(), "by_source": self._proposals.by_source.copy()}
 
     @property
     def _planned(self) -> int:
@@ -229,12 +232,6 @@ class Search:
             log.info("search_hours_used_up", hours=hours, candidates=self.proposed)
         return self._time_is_up
 
-    def _proposals(self) -> list[Provenance]:
-        return [c.provenance for c in self.ledger.values() if c.provenance.agent != "baseline"]
-
-    def _made(self, agent: AgentName, round_: int) -> int:
-        return sum(p.agent == agent and p.round == round_ for p in self._proposals())
-
     def _view(self, round_: int) -> View:
         """What the agents are shown in a round, the same whenever in that round they are asked."""
         members = tuple(
@@ -242,12 +239,7 @@ class Search:
             for e in self.population.top(self._settings.population, before=round_)
             if isinstance(e.outcome, Measured)
         )
-        made: defaultdict[tuple[AgentName, int], set[str]] = defaultdict(set)
-        for id_, candidate in self.ledger.items():
-            who = candidate.provenance
-            if who.round == round_ and who.agent != "baseline":
-                made[who.agent, who.call].add(id_)
-        return View(self.spec, self.card, round_, members, {call: frozenset(ids) for call, ids in made.items()})
+        return View(self.spec, self.card, round_, members, self._proposals.calls(round_))
 
 
 def _maker(provenance: Provenance) -> tuple[str, int, int]:

@@ -156,7 +156,7 @@ class Seen:
 
     search: str
     spec: SearchSpec
-    ledger: Mapping[str, Candidate]
+    ledger: dict[str, Candidate]
     population: Population
     counters: Mapping[str, float]
     dense_perplexity: float | None
@@ -177,13 +177,13 @@ class Tally:
     _evaluated: int = 0
     _best: float = float("inf")
 
-    def take(self, ledger: Mapping[str, Candidate], population: Population) -> list[tuple[Evaluation, bool]]:
+    def take(self, ledger: dict[str, Candidate], population: Population) -> list[tuple[Evaluation, bool]]:
         """Count what is new; returns the new evaluations, each with whether it was the best so far."""
-        for candidate in islice(ledger.values(), self._issued, None):
-            self._issued += 1
+        for candidate in islice(reversed(ledger.values()), len(ledger) - self._issued):
             self.round = max(self.round, candidate.provenance.round)
             self.by_source[candidate.provenance.source] += 1
-        return [(new, self._take(new)) for new in list(islice(population, self._evaluated, None))]
+        self._issued = len(ledger)
+        return [(new, self._take(new)) for new in population.newest(population.outcomes - self._evaluated)]
 
     def _take(self, evaluation: Evaluation) -> bool:
         self._evaluated += 1

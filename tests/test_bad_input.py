@@ -81,14 +81,15 @@ def test_what_else_a_status_reads_may_be_of_another_version(
     assert f"selfpruner:test:{key} in Redis cannot be read" in sentence(capsys)
 
 
-def test_a_worker_of_another_version_is_shown_as_one_that_cannot_work(
+def test_a_worker_of_another_version_hides_nothing_of_the_status(
     by_hand: Any, server: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:
     by_hand.set("selfpruner:test:spec", SPEC.model_dump_json())
     by_hand.set("selfpruner:test:worker:w", "garbage")
+    by_hand.set("selfpruner:test:worker:x", '{"stage": "idle"}')
     assert main(["status", "--search", "test", "--redis-url", server.url, "--json"]) == 0
     (shown,) = json.loads(capsys.readouterr().out)["workers"]
-    assert (shown["consumer"], shown["stage"]) == ("w", "unusable")
+    assert (shown["consumer"], shown["stage"]) == ("x", "idle")
 
 
 def test_the_daemon_and_a_worker_end_with_a_sentence_at_a_spec_that_cannot_be_read(
