@@ -45,7 +45,7 @@ Folder = Annotated[
 ]
 
 Model = Annotated[str | None, typer.Option(help="A hub name, a folder, or `smollm2`.")]
-Seed = Annotated[int, typer.Option(help="Chooses the windows.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Chooses the windows.")]
 DtypeFlag = Annotated[Dtype, typer.Option("--dtype", help="Of weights and activations.")]
 
 

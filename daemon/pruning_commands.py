@@ -26,6 +26,7 @@ from protocol import logs
 from protocol.allocation import Method
 from protocol.errors import SettingsError
 from protocol.formats import Format, GgufType
+from protocol.paths import expanded
 from protocol.spec import Measure
 
 
@@ -132,7 +133,7 @@ def export(
         result = export_once(
             request.spec,
             request.choice,
-            Destination(out.expanduser(), format_, gguf_type, force),
+            Destination(expanded(out), format_, gguf_type, force),
             shape=request.shape,
             method=request.method,
             progress=progress,

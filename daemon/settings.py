@@ -31,6 +31,7 @@ from protocol.connection import check_url, with_password
 from protocol.errors import DataError, SettingsError
 from protocol.jobs import LEAST_LEASE_SECONDS, MOST_SECONDS
 from protocol.keys import check_search_name
+from protocol.paths import expanded
 from protocol.plan import Split
 from protocol.rates import DECIMALS
 from protocol.shape import Granularity
@@ -402,13 +403,13 @@ def _check_http(http: HttpSettings) -> None:
 
 def text_spec(source: str, windows: int | None, seqlen: int) -> TextSpec:
     """A named text, or a file by its absolute path: a worker may run in another folder."""
-    path = source if source in NAMED_TEXTS else str(Path(source).expanduser().absolute())
+    path = source if source in NAMED_TEXTS else str(expanded(source).absolute())
     return TextSpec(source=path, windows=windows, seqlen=seqlen)
 
 
 def check_text(source: str) -> None:
     """Raise DataError where a text is a file that is not on this machine."""
-    if source not in NAMED_TEXTS and not Path(source).expanduser().is_file():
+    if source not in NAMED_TEXTS and not expanded(source).is_file():
         raise DataError(f"there is no text file {source!r}; give a file, or one of {', '.join(NAMED_TEXTS)}")
 
 

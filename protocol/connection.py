@@ -25,6 +25,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from tenacity import AsyncRetrying, retry_if_exception, wait_random_exponential
 
 from protocol.errors import SelfPrunerError, SettingsError, StoreError
+from protocol.paths import expanded
 
 T = TypeVar("T")
 AWAY = (RedisConnectionError, RedisTimeoutError, OSError)
@@ -72,7 +73,7 @@ def with_password(url: str, password_file: Path | None) -> str:
     if password_file is None:
         return url
     try:
-        password = password_file.expanduser().read_text(encoding="utf-8").strip()
+        password = expanded(password_file).read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
         raise SettingsError(f"redis.password_file {str(password_file)!r} cannot be read: {reason}") from None

@@ -133,6 +133,8 @@ def test_a_bad_rates_file_gets_one_sentence(
         (["--fitness", "kl"], "give --allocate or --rates"),
         (["--allocate", "magic", "--rate", "0.3"], "magic"),
         (["--allocate", "uniform"], "--allocate needs --rate"),
+        (["--seed", "9" * 30], "seed"),
+        (["--data", "~nobody-of-that-name/text.txt"], "that user has no home folder"),
         (["--allocate", "uniform", "--rate", "0.95"], "rate cannot be '0.95'"),
         (["--rates", "nowhere.json", "--rate", "0.3"], "cannot be read"),
         (["--allocate", "uniform", "--rate", "0.3", "--windows", "5000"], "too short"),

@@ -163,6 +163,18 @@ def test_a_key_file_that_holds_no_key_is_refused(config: Path, tmp_path: Path, c
     assert "lines" not in str(caught.value) and "schl" not in str(caught.value)
 
 
+def test_a_home_folder_that_is_nobodys_is_named(config: Path) -> None:
+    nobodys = "~nobody-of-that-name/file"
+    settings = load(config, [f"llm.endpoints=[{{base_url: 'https://h/v1', model: m, api_key_file: {nobodys}}}]"])
+    with pytest.raises(SettingsError, match=r"'~nobody-of-that-name/file' begins with ~"):
+        secrets_of(settings)
+    for override in (f"data.fitness={nobodys}", f"data.report={nobodys}"):
+        with pytest.raises(SettingsError, match="begins with ~"):
+            load(config, [override])
+    with pytest.raises(SettingsError, match="begins with ~"):
+        _ = load(config, ["redis.url=redis://h", f"redis.password_file={nobodys}"]).redis.full_url
+
+
 def test_every_endpoint_has_a_name_of_its_own(config: Path) -> None:
     def names(*endpoints: str) -> list[str]:
         listed = ", ".join(f"{{base_url: {endpoint}}}" for endpoint in endpoints)
