@@ -271,12 +271,22 @@ def check_token(token: SecretStr) -> SecretStr:
     return token
 
 
+def _host_name(host: str) -> str:
+    try:
+        whole = host.encode("idna") and host.isprintable() and " " not in host
+    except ValueError:
+        whole = False
+    if not whole:
+        raise ValueError("it is no address and no name of a host")
+    return host
+
+
 class HttpSettings(_Section):
     """The HTTP API of the daemon: status, events, control and metrics."""
 
     enabled: bool = True
     """Serve it."""
-    host: str = Field(default="127.0.0.1", min_length=1)
+    host: Annotated[str, AfterValidator(_host_name)] = "127.0.0.1"
     """The address to listen on. Beyond loopback (`0.0.0.0` is every interface) a token is compulsory."""
     port: int | None = Field(default=None, ge=0, le=65535)
     """None means 8090, or any free port for `selfpruner run` where that is taken; 0 means any free port."""

@@ -6,7 +6,9 @@ from protocol.errors import SettingsError
 
 
 def expanded(path: Path | str) -> Path:
-    """`path` with a leading ~ or ~user as the folder that it stands for. Raises SettingsError where there is none."""
+    """`path` with a leading ~ or ~user as the folder that it stands for; SettingsError where there can be none."""
+    if "\0" in str(path):
+        raise SettingsError(f"{str(path)!r} is no path")
     try:
         return Path(path).expanduser()
     except RuntimeError:

@@ -377,6 +377,9 @@ def test_a_given_token_is_taken_from_its_file(tmp_path: Path) -> None:
         (["http.token=a-token-of-some-length", "http.token_file=x"], "not both"),
         (["http.port=70000"], "http.port cannot be what was given: input should be less"),
         (["http.allowed_hosts=['https://x']"], "http.allowed_hosts"),
+        (['http.host="\\0"'], "no address and no name of a host"),
+        (["http.host=a..b"], "no address and no name of a host"),
+        (["http.host=''"], "no address and no name of a host"),
         (["http.prot=1"], "did you mean 'http.port'"),
     ],
 )

@@ -171,6 +171,8 @@ def test_a_home_folder_that_is_nobodys_is_named(config: Path) -> None:
     for override in (f"data.fitness={nobodys}", f"data.report={nobodys}"):
         with pytest.raises(SettingsError, match="begins with ~"):
             load(config, [override])
+    with pytest.raises(SettingsError, match="is no path"):
+        load(config, ['data.fitness="\\0"'])
     with pytest.raises(SettingsError, match="begins with ~"):
         _ = load(config, ["redis.url=redis://h", f"redis.password_file={nobodys}"]).redis.full_url
 
