@@ -31,7 +31,7 @@ async def test_a_keeper_that_dies_again_and_again_applies_every_outcome_once(kit
     bests: list[float] = []
     lives, epochs = 0, [0]
     while True:
-        steps = draw.randint(3, 20) if lives < LIVES else 0
+        steps = draw.randint(2, 10) if lives < LIVES else 0
         keeper = await asyncio.create_subprocess_exec(
             sys.executable,
             "-m",
