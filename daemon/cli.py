@@ -25,7 +25,8 @@ from daemon.llm import secrets_of
 from daemon.local_llm import find_gguf
 from daemon.remote import NotRunning, RemoteSearch, ask, open_remote, saved_status
 from daemon.screen import Screen
-from daemon.settings import Settings, check_text, load
+from daemon.setting_sources import load
+from daemon.settings import Settings, check_text
 from daemon.signals import run_until_signal
 from daemon.status import Status
 from daemon.staying import stay_after_end, stay_to_be_mended

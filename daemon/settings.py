@@ -1,17 +1,12 @@
-"""All settings: a YAML file, then the environment (SELFPRUNER_SEARCH__NAME), then --set search.name=… of the command.
-
-An unknown setting is an error that names the nearest right one.
-"""
+"""Every setting with its meaning, its unit and its default; daemon/setting_sources.py reads them."""
 
 import ipaddress
-import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import urlsplit
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -20,13 +15,10 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     SecretStr,
-    ValidationError,
     model_validator,
 )
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, YamlConfigSettingsSource
+from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from daemon.setting_errors import file_sentence, validation_sentence
-from daemon.setting_sources import ENV_PREFIX, check_environment, overrides_tree
 from protocol.connection import check_url, with_password
 from protocol.errors import DataError, SettingsError
 from protocol.jobs import LEAST_LEASE_SECONDS, MOST_SECONDS
@@ -37,6 +29,7 @@ from protocol.rates import DECIMALS
 from protocol.shape import Granularity
 from protocol.spec import Dtype, Importance, Measure, Scoring, SearchSpec, TextSpec
 
+ENV_PREFIX = "SELFPRUNER_"
 NAMED_TEXTS = ("wikitext2", "self")
 
 
@@ -357,58 +350,6 @@ class Settings(BaseSettings):
     def folder(self) -> Path:
         """The folder of this search."""
         return self.run.folder / self.search.name
-
-
-def load(config: Path | None, overrides: Sequence[str] = ()) -> Settings:
-    """Settings from the YAML file `config`, the environment, and `overrides` of the form `search.name=value`.
-
-    Raises SettingsError, with one sentence, for whatever is wrong.
-    """
-    if config is not None and not config.is_file():
-        raise SettingsError(f"there is no settings file {str(config)!r}")
-    check_environment(os.environ, Settings, setting_names())
-
-    class Sources(Settings):
-        @classmethod
-        def settings_customise_sources(
-            cls,
-            settings_cls: type[BaseSettings],
-            init_settings: PydanticBaseSettingsSource,
-            env_settings: PydanticBaseSettingsSource,
-            dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
-            file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
-        ) -> tuple[PydanticBaseSettingsSource, ...]:
-            return init_settings, env_settings, YamlConfigSettingsSource(settings_cls, yaml_file=config)
-
-    try:
-        settings = Sources(**overrides_tree(overrides, setting_names()))
-    except ValidationError as error:
-        raise SettingsError(validation_sentence(error, setting_names())) from None  # it holds what was given
-    except (OSError, yaml.YAMLError, AttributeError, TypeError, ValueError, RecursionError) as error:
-        raise SettingsError(file_sentence(config, error)) from None
-    if settings.search.lowest_rate > settings.target.rate or settings.search.highest_rate < settings.target.rate:
-        raise SettingsError(
-            f"target.rate {settings.target.rate} cannot be reached with every unit between search.lowest_rate "
-            f"{settings.search.lowest_rate} and search.highest_rate {settings.search.highest_rate}"
-        )
-    priced = [endpoint for endpoint in settings.llm.endpoints if endpoint.price_in or endpoint.price_out]
-    if settings.llm.budget_cost is not None and not priced:
-        raise SettingsError("llm.budget_cost needs price_in and price_out at the endpoints that cost something")
-    _check_http(settings.http)
-    try:
-        settings.spec()
-    except ValidationError as error:
-        raise SettingsError(validation_sentence(error)) from error
-    return settings
-
-
-def _check_http(http: HttpSettings) -> None:
-    if http.token is not None and http.token_file is not None:
-        raise SettingsError("give http.token or http.token_file, not both")
-    if http.enabled and http.token is not None and not http.token.get_secret_value() and not http.on_loopback:
-        raise SettingsError(
-            f"http.host {http.host!r} is reached from other machines: http.token must not be empty there"
-        )
 
 
 def text_spec(source: str, windows: int | None, seqlen: int) -> TextSpec:

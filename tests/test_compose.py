@@ -16,7 +16,7 @@ import aiohttp
 import psutil
 import pytest
 
-from daemon.settings import load
+from daemon.setting_sources import load
 from tests.compose import ROOT, Deployment, read_services
 from tests.schema_answers import value_of
 from tests.scripted_llm import ScriptedLlm

@@ -14,7 +14,8 @@ from structlog.testing import capture_logs
 
 from daemon import transcript
 from daemon.launch import Launch
-from daemon.settings import Settings, load
+from daemon.setting_sources import load
+from daemon.settings import Settings
 from daemon.transcript import TranscriptFile
 from daemon.trouble import Trouble
 from protocol.files import Lines, replace

@@ -17,7 +17,8 @@ from daemon import http_guard, http_server
 from daemon.http_guard import ADDRESSES_REMEMBERED, FAILURES_PER_MINUTE, Failures
 from daemon.http_token import Access, open_access
 from daemon.observer import Observer
-from daemon.settings import HttpSettings, load
+from daemon.setting_sources import load
+from daemon.settings import HttpSettings
 from protocol.errors import SettingsError
 from tests.http_client import TOKEN, Asked, nothing_yet, served
 

@@ -21,7 +21,8 @@ from daemon.http_token import open_access
 from daemon.launch import Launch
 from daemon.llm import secrets_of
 from daemon.observer import Observer
-from daemon.settings import Settings, load
+from daemon.setting_sources import load
+from daemon.settings import Settings
 from daemon.store import load_history
 from daemon.summary import Summary
 from protocol import logs

@@ -14,7 +14,7 @@ from structlog.testing import capture_logs
 from agents.population import Population
 from agents.population_keeper import PopulationKeeper
 from daemon.launch import Launch
-from daemon.settings import load
+from daemon.setting_sources import load
 from protocol import logs
 from protocol.candidate import Candidate, Result
 from protocol.keys import Keys

@@ -20,7 +20,7 @@ from agents.endpoint import Answer, Message
 from agents.replay import Remembering, Replay, Transcript, Unanswered
 from daemon.llm import read_replay, read_transcript
 from daemon.search import Search
-from daemon.settings import load
+from daemon.setting_sources import load
 from protocol.errors import EndpointError, SettingsError, first_error
 from protocol.jobs import JobQueue
 from protocol.keys import Keys

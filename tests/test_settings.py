@@ -7,7 +7,8 @@ import pytest
 from redis import Redis
 
 from daemon.llm import make_endpoints, secrets_of
-from daemon.settings import load, setting_names
+from daemon.setting_sources import load
+from daemon.settings import setting_names
 from daemon.settings_page import page
 from protocol.errors import SettingsError
 

@@ -13,7 +13,7 @@ import pytest
 from pydantic import SecretStr
 
 from daemon.http_token import Access
-from daemon.settings import load
+from daemon.setting_sources import load
 from daemon.staying import _answer
 from tests.http_client import TOKEN
 from tests.servers import Server, eventually

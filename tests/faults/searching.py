@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from daemon.settings import load
+from daemon.setting_sources import load
 from protocol.keys import Keys
 from tests.faults.kit import PASSWORD, ROOT, Kit, strict_json
 from tests.samples import card_for

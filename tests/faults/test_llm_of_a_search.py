@@ -14,7 +14,8 @@ from structlog.testing import capture_logs
 
 from daemon.launch import Launch
 from daemon.remote import RemoteSearch
-from daemon.settings import EndpointSettings, Settings, load
+from daemon.setting_sources import load
+from daemon.settings import EndpointSettings, Settings
 from daemon.status import Condition
 from daemon.store import History, load_history
 from daemon.summary import Summary
