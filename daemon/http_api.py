@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from daemon.changes import Event
 from daemon.event_log import Reader
-from daemon.http_guard import MAX_BODY_BYTES, Guard, add_headers
+from daemon.http_guard import Guard
 from daemon.http_server import CannotListen, HttpServer
 from daemon.http_token import Access
 from daemon.journal import candidate_record, evaluation_record
@@ -88,8 +88,7 @@ class HttpApi:
             return await self._server.start(host, 0)
 
     def _application(self, guard: Guard) -> web.Application:
-        application = web.Application(middlewares=guard.middlewares, client_max_size=MAX_BODY_BYTES)
-        application.on_response_prepare.append(add_headers)
+        application = guard.application()
         application.router.add_get("/livez", self._livez)
         application.router.add_get("/readyz", self._readyz)
         application.router.add_get("/metrics", self._metrics)

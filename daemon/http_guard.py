@@ -51,11 +51,13 @@ class Guard:
         self._hosts = {"localhost", "127.0.0.1", "::1", *(name.lower().strip("[]") for name in (host, *allowed_hosts))}
         self._failures = Failures()
 
-    @property
-    def middlewares(self) -> list[Any]:
-        """For web.Application, in their order."""
+    def application(self) -> web.Application:
+        """An application without routes whose requests are checked, and whose answers carry the headers."""
         checks = (self._check_host, self._check_origin, self._check_token, check_body)
-        return [errors_as_json, *(as_middleware(check) for check in checks)]
+        middlewares = [errors_as_json, *(as_middleware(check) for check in checks)]
+        application = web.Application(middlewares=middlewares, client_max_size=MAX_BODY_BYTES)
+        application.on_response_prepare.append(add_headers)
+        return application
 
     async def _check_host(self, request: web.Request) -> None:
         """403 unless the request names this server, and once."""

@@ -9,7 +9,7 @@ import structlog
 from aiohttp import web
 
 from daemon.http_api import DEFAULT_PORT
-from daemon.http_guard import MAX_BODY_BYTES, Guard, add_headers
+from daemon.http_guard import Guard
 from daemon.http_server import HttpServer
 from daemon.http_token import Access
 from daemon.remote import saved_status
@@ -50,8 +50,7 @@ async def _answer(settings: Settings, access: Access | None) -> None:
 
 
 def _application(guard: Guard, folder: Path) -> web.Application:
-    application = web.Application(middlewares=guard.middlewares, client_max_size=MAX_BODY_BYTES)
-    application.on_response_prepare.append(add_headers)
+    application = guard.application()
 
     async def livez(_request: web.Request) -> web.Response:
         return web.json_response({"alive": True})

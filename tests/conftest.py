@@ -30,7 +30,9 @@ def running_server(request: pytest.FixtureRequest) -> Iterator[Server]:
 
 @pytest.fixture
 def server(running_server: Server) -> Server:
-    """A real server without data."""
+    """A real server without data; alive, whatever the test before has done to it."""
+    if running_server.process.poll() is not None:
+        running_server.start()
     running_server.flush()
     return running_server
 

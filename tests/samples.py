@@ -1,5 +1,8 @@
 """Small values that many tests need: a shape, a spec, a card, candidates."""
 
+import json
+from pathlib import Path
+
 from protocol.candidate import Candidate, Measured, Provenance, candidate_id
 from protocol.card import DensePerplexity, ModelCard
 from protocol.plan import count_parameters
@@ -67,3 +70,17 @@ def measured(perplexity: float, of: Candidate | None = None, *, kl: float | None
     """A measurement of this perplexity, and of this divergence where there is one."""
     plan = (of or candidate((0.3,) * 4)).plan
     return Measured(perplexity=perplexity, kl=kl, parameters=count_parameters(plan, SHAPE), tokens=62, seconds=0.1)
+
+
+def write_daemon_settings(folder: Path, *, http: dict[str, object]) -> Path:
+    """Settings of a search called `test` whose endpoint is not there, as `selfpruner daemon` takes them."""
+    settings = {
+        "search": {"name": "test"},
+        "target": {"model": "m", "rate": 0.3},
+        "llm": {"endpoints": [{"base_url": "http://127.0.0.1:9/v1", "model": "m"}]},
+        "http": http,
+        "run": {"folder": str(folder / "runs")},
+    }
+    path = folder / "search.yaml"
+    path.write_text(json.dumps(settings))  # JSON is YAML
+    return path

@@ -12,7 +12,7 @@ import pytest
 from redis import Redis
 
 from daemon.cli import main
-from tests.samples import SPEC
+from tests.samples import SPEC, write_daemon_settings
 from tests.servers import Server
 
 pytestmark = pytest.mark.usefixtures("restored_logs")
@@ -30,16 +30,7 @@ def by_hand(server: Server) -> Iterator[Redis]:
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
-    settings = {
-        "search": {"name": "test"},
-        "target": {"model": "m", "rate": 0.3},
-        "llm": {"endpoints": [{"base_url": "http://127.0.0.1:9/v1", "model": "m"}]},
-        "http": {"enabled": False},
-        "run": {"folder": str(tmp_path / "runs")},
-    }
-    path = tmp_path / "search.yaml"
-    path.write_text(json.dumps(settings))
-    return path
+    return write_daemon_settings(tmp_path, http={"enabled": False})
 
 
 def sentence(capsys: pytest.CaptureFixture[str]) -> str:

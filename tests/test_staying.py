@@ -16,6 +16,7 @@ from daemon.http_token import Access
 from daemon.setting_sources import load
 from daemon.staying import _answer
 from tests.http_client import TOKEN
+from tests.samples import write_daemon_settings
 from tests.servers import Server, eventually
 
 ROOT = Path(__file__).parent.parent
@@ -26,16 +27,7 @@ def config(tmp_path: Path) -> Path:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    settings = {
-        "search": {"name": "test"},
-        "target": {"model": "m", "rate": 0.3},
-        "llm": {"endpoints": [{"base_url": "http://127.0.0.1:9/v1", "model": "m"}]},
-        "http": {"port": port},
-        "run": {"folder": str(tmp_path / "runs")},
-    }
-    path = tmp_path / "search.yaml"
-    path.write_text(json.dumps(settings))
-    return path
+    return write_daemon_settings(tmp_path, http={"port": port})
 
 
 @pytest.mark.parametrize("wrong", ["search.popluation=3", "redis.url=unix://joe:wrong-pw@{socket}"])

@@ -22,9 +22,9 @@ from daemon.workers import WorkerStatus
 from protocol.connection import connect
 from protocol.errors import UsageError
 from protocol.keys import Keys
+from tests.observed import every_third_fails, observed
 from tests.samples import SPEC, candidates, measured
 from tests.servers import Server
-from tests.test_http_api import every_third_fails, observed
 from tests.test_search import evaluating
 
 STATUS = Status(
