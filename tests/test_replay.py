@@ -232,8 +232,11 @@ async def killed_now_and_then(
 async def test_a_replayed_search_has_the_same_history_whatever_is_faster(
     redis: Redis, keys: Keys, tmp_path: Path
 ) -> None:
-    original, records = await recorded(redis, keys, tmp_path, seed=1)
-    sources = original.counts()["by_source"]
+    for seed in range(20, 40):  # who asks first gets the next whim, so no seed alone brings a stand-in every time
+        original, records = await recorded(redis, keys, tmp_path, seed)
+        sources = original.counts()["by_source"]
+        if sources["stand-in"]:
+            break
     assert sources["llm"] and sources["stand-in"] and any(" attempt 1" in r["label"] for r in records)
     for seed in (2, 3):
         replay = Replay(Transcript(records), strict=True)
