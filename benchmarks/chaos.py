@@ -71,12 +71,12 @@ async def chaos(arguments: argparse.Namespace, server: Server, folder: Path) -> 
     async with ScriptedLlm(answer) as llm, fault_kit(server, folder) as kit:
         kit.unsettled = True  # its own daemon's end is not looked at: this one's is a process
         kit.disturbed["*"] = 1000
-        kit.write_script({"*": ["sleep:0.3"]})
         histories, kills = [], Counter[str]()
         for name, seconds in (("calm", 0.0), ("chaos", 60 * arguments.minutes)):
             rounds = max(2, round(ROUNDS_PER_MINUTE * arguments.minutes))
             search = Search(kit, llm, folder, name, rounds=rounds)
             kit.keys = search.keys
+            kit.write_script({"*": ["sleep:0.3"]})  # with the card of this search
             one = Chaos(kit, search, arguments.seed)
             began = time.monotonic()
             await one.run(seconds)
