@@ -1,12 +1,12 @@
 """The Crossover: offspring of two parents each (the paper's Figure 3)."""
 
-import random
 from collections.abc import Sequence
+from functools import partial
 
 from agents.asking import Asks, Call, Question
+from agents.draws import drawn_mix
 from agents.edits import Mix, apply_mix, mix_bounds, mix_schema
 from agents.lists import lists_question
-from agents.operators import cross, mutate
 from agents.prompt import Prompts
 from agents.proposing import Proposer
 from agents.replies import parse_objects
@@ -35,13 +35,7 @@ class Crossover:
         def question(call: Call) -> Question[Proposal]:
             return self._lists(call, parents) if self._settings.reply == "lists" else self._edits(call, parents)
 
-        def stand_in(rng: random.Random) -> Proposal:
-            first, second = (member.candidate for member in rng.sample(parents, 2))
-            mixed = cross(rng, first.rates, second.rates)
-            # Every other one is mutated too: parents that resemble each other have few mixes, soon all known.
-            return Proposal(mutate(rng, mixed) if rng.random() < 0.5 else mixed, (first.id, second.id))
-
-        return await self._proposer.propose(view, count, submit, question, stand_in)
+        return await self._proposer.propose(view, count, submit, question, partial(drawn_mix, parents=parents))
 
     def _lists(self, call: Call, parents: Sequence[Member]) -> Question[Proposal]:
         prompt = self._prompts.fill(

@@ -1,8 +1,10 @@
 """The Initializer: the first population, from what the LLM knows about models of this shape (the paper's Figure 2)."""
 
-import random
+from collections.abc import Sequence
+from functools import partial
 
 from agents.asking import Asks, Call, Question
+from agents.draws import drawn_profile
 from agents.edits import (
     MOST_KEPT,
     Profile,
@@ -12,12 +14,11 @@ from agents.edits import (
     profile_schema,
 )
 from agents.lists import lists_question
-from agents.operators import random_rates
 from agents.prompt import Prompts
 from agents.proposing import Proposer
 from agents.replies import parse_objects
 from agents.settings import AgentSettings
-from agents.view import Proposal, Submit, View
+from agents.view import Member, Proposal, Submit, View
 from agents.words import about_model
 
 EDIT_TOKENS = 90
@@ -33,11 +34,7 @@ class Initializer:
 
     async def propose(self, view: View, count: int, submit: Submit) -> int:
         """Get `count` candidates accepted; returns how many were."""
-
-        def stand_in(rng: random.Random) -> Proposal:
-            return Proposal(random_rates(rng, len(view.units), view.spec.rate))
-
-        return await self._proposer.propose(view, count, submit, self._question, stand_in)
+        return await self._proposer.propose(view, count, submit, self._question, partial(drawn_profile, view=view))
 
     def _question(self, call: Call) -> Question[Proposal]:
         if self._settings.reply == "lists":
@@ -65,3 +62,14 @@ class Initializer:
             parse=lambda text, count: parse_objects(text, Profile, lambda reply: apply_profile(view, reply), count),
             tokens=EDIT_TOKENS,
         )
+
+
+class BestOfN:
+    """The Initializer asked in every round, without feedback: what the LLM knows before anything is measured."""
+
+    def __init__(self, initializer: Initializer) -> None:
+        self._initializer = initializer
+
+    async def propose(self, view: View, _parents: Sequence[Member], count: int, submit: Submit) -> int:
+        """Get `count` candidates accepted; returns how many were."""
+        return await self._initializer.propose(view, count, submit)

@@ -1,12 +1,12 @@
 """The Mutator: offspring of one parent each (the paper's Figure 3)."""
 
-import random
 from collections.abc import Sequence
+from functools import partial
 
 from agents.asking import Asks, Call, Question
+from agents.draws import drawn_mutation
 from agents.edits import MOST_CHANGES, STEPS, Mutation, apply_mutation, mutation_schema
 from agents.lists import lists_question
-from agents.operators import mutate
 from agents.prompt import Prompts
 from agents.proposing import Proposer
 from agents.replies import parse_objects
@@ -35,11 +35,7 @@ class Mutator:
         def question(call: Call) -> Question[Proposal]:
             return self._lists(call, parents) if self._settings.reply == "lists" else self._edits(call, parents)
 
-        def stand_in(rng: random.Random) -> Proposal:
-            parent = rng.choice(parents).candidate
-            return Proposal(mutate(rng, parent.rates), (parent.id,))
-
-        return await self._proposer.propose(view, count, submit, question, stand_in)
+        return await self._proposer.propose(view, count, submit, question, partial(drawn_mutation, parents=parents))
 
     def _lists(self, call: Call, parents: Sequence[Member]) -> Question[Proposal]:
         prompt = self._prompts.fill(

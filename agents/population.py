@@ -63,8 +63,8 @@ class Population:
         """The evaluation of a candidate, if there is one."""
         return self._evaluations.get(candidate_id)
 
-    def top(self, count: int, *, before: int | None = None) -> list[Evaluation]:
-        """The best `count` members, best first; of rounds earlier than `before` where it is given."""
+    def top(self, count: int | None, *, before: int | None = None) -> list[Evaluation]:
+        """The best `count` members (all for None), best first; of rounds earlier than `before` where it is given."""
         ranked = (id_ for _, round_, id_ in self._ranked if before is None or round_ < before)
         return [self._evaluations[id_] for id_ in islice(ranked, count)]
 

@@ -3,7 +3,7 @@
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from protocol.candidate import AgentName, Candidate, Provenance, Source
+from protocol.candidate import AgentName, Candidate, Provenance, Source, candidate_id
 from protocol.card import ModelCard
 from protocol.shape import Unit
 from protocol.spec import SearchSpec
@@ -28,11 +28,19 @@ class View:
     population: tuple[Member, ...]
     made: Mapping[tuple[AgentName, int], frozenset[str]] = field(default_factory=dict)
     """Ids of this round's candidates by agent and call, where a process that was killed had begun it."""
+    measured: tuple[Member, ...] = ()
+    """Every measured candidate of the rounds before, best first; `population` is the beginning of it."""
 
     @property
     def units(self) -> tuple[Unit, ...]:
         """What the pruning rates apply to, in their order."""
         return self.card.shape.units(self.spec.granularity)
+
+    def candidate_id(self, rates: Sequence[float]) -> str:
+        """The id of the candidate that these raw rates become."""
+        shape = self.card.shape
+        plan = self.spec.plan(self.spec.feasible(tuple(rates), shape), shape)
+        return candidate_id(plan, self.spec.fingerprint)
 
     @property
     def by_fragility(self) -> tuple[Unit, ...]:

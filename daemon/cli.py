@@ -78,7 +78,7 @@ def run(config: Config = None, set_: flags.Set = None, json_: flags.Json = False
     with as_file(files("configs") / "quickstart.yaml") as quickstart:
         settings = load(config or quickstart, set_ or [])
     _check_texts(settings)
-    if not settings.llm.endpoints and not settings.llm.replay:
+    if _needs_local_llm(settings):
         find_gguf(settings.local_llm.gguf)
     with embedded.only_one(settings.folder):
         access = _configure_logs(settings, "stderr")
@@ -113,7 +113,7 @@ def _search_elsewhere(config: Path, overrides: Sequence[str]) -> tuple[int, Sett
     redis_url = settings.redis.full_url
     if redis_url is None:
         raise SettingsError("the setting redis.url is missing: the daemon needs a Redis server that workers reach too")
-    if not settings.llm.endpoints and not settings.llm.replay:
+    if settings.search.asks_llm and not settings.llm.endpoints and not settings.llm.replay:
         raise SettingsError("the setting llm.endpoints is missing: give at least one OpenAI-compatible endpoint")
     stream = logs.service_stream()
     access = _configure_logs(settings, stream)
@@ -249,7 +249,7 @@ async def _run_embedded(settings: Settings, access: Access | None, display: Disp
         if url is None:
             url = await stack.enter_async_context(embedded.embedded_server(settings.folder))
         endpoints = settings.llm.endpoints
-        if not endpoints and not settings.llm.replay:
+        if _needs_local_llm(settings):
             endpoints = (await stack.enter_async_context(embedded.local_llm(settings)),)
         unusable = await stack.enter_async_context(embedded.workers(settings, url, console=display is None))
         launch = Launch(
@@ -285,6 +285,10 @@ def _finish(summary: Summary | None, interrupted: signal.Signals | None, tell: C
     if summary is not None and summary.finished and summary.best is None:
         raise SelfPrunerError("no candidate could be measured; evaluations.jsonl and the log say why")
     return 0
+
+
+def _needs_local_llm(settings: Settings) -> bool:
+    return settings.search.asks_llm and not settings.llm.endpoints and not settings.llm.replay
 
 
 def _check_texts(settings: Settings) -> None:

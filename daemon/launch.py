@@ -17,10 +17,11 @@ from daemon.http_api import HttpApi
 from daemon.http_server import CannotListen
 from daemon.http_token import Access
 from daemon.journal import EVALUATIONS, Journal
-from daemon.llm import make_agents, make_chat, read_replay, read_transcript
+from daemon.llm import make_chat, read_replay, read_transcript
 from daemon.meter import Meter
 from daemon.observer import Observer
 from daemon.pausing import Pausing, StopRequested
+from daemon.proposers import make_agents
 from daemon.recovery import recovered
 from daemon.search import Search
 from daemon.settings import EndpointSettings, Settings
@@ -153,7 +154,7 @@ class Launch:
             self._spec,
             self._settings.search,
             card=card,
-            agents=make_agents(self._settings.llm, self._asks(chat, history)),
+            agents=make_agents(self._settings.search, self._settings.llm, self._asks(chat, history)),
             queue=queue,
             journal=self._journal,
             history=history,
@@ -167,7 +168,7 @@ class Launch:
 
     async def _search_to_its_end(self, search: Search, chat: Chat, *, is_new: bool) -> None:
         """Search once the LLM can be asked; whatever ends it, what it used and how far it came is told."""
-        if search.remaining_budget > 0:
+        if search.remaining_budget > 0 and self._settings.search.asks_llm:
             await chat.wait_ready(
                 lambda name: log.warning("endpoint_not_ready", endpoint=name),
                 at_most=self._settings.llm.start_wait_seconds,

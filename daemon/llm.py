@@ -1,4 +1,4 @@
-"""The LLM of a search, from its settings: endpoints with their keys, policy, budget, and the agents that ask."""
+"""The LLM of a search, from its settings: endpoints with their keys, policy, budget, transcripts."""
 
 import json
 from collections.abc import Sequence
@@ -9,20 +9,12 @@ from urllib.parse import urlsplit
 import structlog
 from pydantic import SecretStr
 
-from agents.asking import Asks
 from agents.budget import Budget, Spent
 from agents.chat import Chat, Record
 from agents.connection import Gate
-from agents.crossover import Crossover
 from agents.endpoint import ChatPolicy, Endpoint
-from agents.initializer import Initializer
-from agents.mutator import Mutator
-from agents.prompt import Prompts
 from agents.replay import Replay, Transcript
-from agents.selector import Selector
-from agents.settings import AgentSettings
 from daemon.journal import TRANSCRIPT
-from daemon.search import Agents
 from daemon.settings import EndpointSettings, LlmSettings, Settings, check_key
 from protocol.connection import password_of
 from protocol.errors import SettingsError
@@ -46,24 +38,6 @@ def make_chat(
     budget = Budget(requests=llm.budget_requests, tokens=llm.budget_tokens, cost=llm.budget_cost)
     asked = [] if llm.replay else make_endpoints(endpoints)
     return Chat(asked, policy, gate=gate, record=record, budget=budget, spent=spent)
-
-
-def make_agents(llm: LlmSettings, chat: Asks) -> Agents:
-    """The four agents that ask this LLM."""
-    settings = AgentSettings(
-        reply=llm.reply,
-        proposals_per_call=llm.proposals_per_call,
-        reasks=llm.reasks,
-        temperature=llm.temperature,
-        max_tokens=llm.max_tokens,
-    )
-    prompts = Prompts()
-    return Agents(
-        initializer=Initializer(chat, prompts, settings),
-        selector=Selector(chat, prompts, settings),
-        mutator=Mutator(chat, prompts, settings),
-        crossover=Crossover(chat, prompts, settings),
-    )
 
 
 def make_endpoints(settings: Sequence[EndpointSettings]) -> list[Endpoint]:

@@ -1,6 +1,7 @@
 """What Prometheus is told: the figures of the last look at the search, and how long the LLM took."""
 
 from collections.abc import Iterable, Mapping
+from typing import get_args
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -8,6 +9,7 @@ from prometheus_client.registry import Collector
 
 from daemon.observer import Observer
 from daemon.status import Status
+from protocol.candidate import Source
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 _SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
@@ -59,10 +61,10 @@ class Metrics(Collector):
     def _candidates(self, status: Status) -> Iterable[Metric]:
         outcomes = CounterMetricFamily(
             "selfpruner_candidates",
-            "Candidates with an outcome, baselines under allocation.",
+            "Candidates with an outcome, by who made their rates.",
             labels=["source", "outcome"],
         )
-        for source in ("llm", "stand-in", "allocation"):
+        for source in (*get_args(Source), "baseline"):
             for kind in ("measured", "failed"):
                 outcomes.add_metric([source, kind], self._observer.outcomes.get((source, kind), 0))
         yield outcomes

@@ -37,6 +37,10 @@ class Proposals:
         """How many candidates an agent has made in a round."""
         return self._made[agent, round_]
 
+    def in_round(self, round_: int) -> int:
+        """How many candidates were made in a round."""
+        return sum(count for (_, made_in), count in self._made.items() if made_in == round_)
+
     def before(self, round_: int) -> int:
         """How many candidates were made in earlier rounds."""
         return sum(count for (_, made_in), count in self._made.items() if made_in < round_)

@@ -9,17 +9,15 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import structlog
 from structlog.contextvars import bound_contextvars
 
-from agents.crossover import Crossover
-from agents.initializer import Initializer
-from agents.mutator import Mutator
 from agents.population import Evaluation, Population
 from agents.population_keeper import PopulationKeeper
-from agents.selector import Selector
-from agents.view import BUDGET_USED_UP, KNOWN_ALREADY, Accepted, Member, Refused, Submit, View
+from agents.seeds import plant_seeds
+from agents.view import BUDGET_USED_UP, KNOWN_ALREADY, Accepted, Member, Refused, Selection, Submit, View
 from daemon.journal import Journal
 from daemon.pausing import Pausing
 from daemon.proposals import Proposals
@@ -35,14 +33,38 @@ from protocol.streams import CandidateQueue
 log = structlog.get_logger()
 
 
+class Initializes(Protocol):
+    """Who makes the first population."""
+
+    async def propose(self, view: View, count: int, submit: Submit, /) -> int:
+        """Get `count` candidates accepted; returns how many were."""
+        ...
+
+
+class Selects(Protocol):
+    """Who chooses parents."""
+
+    async def select(self, view: View, count: int, /) -> Selection:
+        """About `count` parents, best first."""
+        ...
+
+
+class Breeds(Protocol):
+    """Who makes offspring: a Mutator, a Crossover."""
+
+    async def propose(self, view: View, parents: Sequence[Member], count: int, submit: Submit, /) -> int:
+        """Get `count` offspring of `parents` accepted; returns how many were."""
+        ...
+
+
 @dataclass(frozen=True)
 class Agents:
-    """The agents that propose."""
+    """The agents that propose. Without a Selector everybody is a parent; without a Crossover the Mutator makes all."""
 
-    initializer: Initializer
-    selector: Selector
-    mutator: Mutator
-    crossover: Crossover
+    initializer: Initializes
+    selector: Selects | None
+    mutator: Breeds
+    crossover: Breeds | None
 
 
 class Search:
@@ -92,6 +114,7 @@ class Search:
             keeping.cancel()
 
     async def _generations(self) -> None:
+        await plant_seeds(self._settings.seeds, self._view(0), self._submit)
         await self._enqueue_plan(self.spec.uniform_plan(self.card.shape), self.spec.uniform_rates(self.card.shape))
         await self._populate()
         for round_ in range(1, self._settings.rounds + 1):
@@ -103,18 +126,20 @@ class Search:
 
     async def _populate(self) -> None:
         """Round 0: the Initializer's first population."""
-        count = min(self._settings.population, self._planned)
-        if missing := count - self._proposals.made("initializer", 0):
+        count = min(self._settings.population, self._planned) - self._proposals.made("seed", 0)
+        missing = count - self._proposals.made("initializer", 0)
+        if missing > 0:
             log.info("round_started", round=0, missing=missing)
             await self._agents.initializer.propose(self._view(0), count, self._submit)
 
     async def _next_round(self, round_: int) -> None:
         """The Selector's parents, then mutation and crossover at the same time."""
         left = self._planned - self._proposals.before(round_)
-        mutations = max(0, min(self._settings.mutations, left))
-        crossovers = max(0, min(self._settings.crossovers, left - mutations))
-        made = self._proposals.made("mutator", round_) + self._proposals.made("crossover", round_)
-        missing = mutations + crossovers - made
+        crossover = self._agents.crossover
+        wanted = self._settings.mutations, self._settings.crossovers
+        mutations = max(0, min(wanted[0] if crossover else sum(wanted), left))
+        crossovers = max(0, min(wanted[1], left - mutations))
+        missing = mutations + crossovers - self._proposals.in_round(round_)
         view = self._view(round_)
         if missing <= 0 or len(view.population) < 2:
             return
@@ -123,15 +148,18 @@ class Search:
         parents = await self._select(view)
         async with asyncio.TaskGroup() as group:
             mutating = group.create_task(self._agents.mutator.propose(view, parents, mutations, self._submit))
-            submit = self._submit_after(mutating)
-            group.create_task(self._agents.crossover.propose(view, parents, crossovers, submit))
+            if crossover:
+                group.create_task(crossover.propose(view, parents, crossovers, self._submit_after(mutating)))
 
     async def _select(self, view: View) -> Sequence[Member]:
         """The Selector's parents for this round: as it chose them, if an earlier process asked it."""
+        selector = self._agents.selector
+        if selector is None:
+            return view.population
         chosen = self.selections.get(view.round)
         if chosen is None:
             wanted = self._settings.mutations + self._settings.crossovers
-            selection = await self._agents.selector.select(view, wanted)
+            selection = await selector.select(view, wanted)
             self.parents_source = selection.source
             ids = [member.candidate.id for member in selection.parents]
             chosen = self.selections[view.round] = await self._queue.remember_selection(view.round, ids)
@@ -234,12 +262,13 @@ class Search:
 
     def _view(self, round_: int) -> View:
         """What the agents are shown in a round, the same whenever in that round they are asked."""
-        members = tuple(
+        measured = tuple(
             Member(e.candidate, e.outcome.fitness)
-            for e in self.population.top(self._settings.population, before=round_)
+            for e in self.population.top(None, before=round_)
             if isinstance(e.outcome, Measured)
         )
-        return View(self.spec, self.card, round_, members, self._proposals.calls(round_))
+        population = measured[: self._settings.population]
+        return View(self.spec, self.card, round_, population, self._proposals.calls(round_), measured)
 
 
 def _maker(provenance: Provenance) -> tuple[str, int, int]:

@@ -19,6 +19,7 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from protocol.allocation import Method
 from protocol.connection import check_url, with_password
 from protocol.errors import DataError, SettingsError
 from protocol.jobs import LEAST_LEASE_SECONDS, MOST_SECONDS
@@ -30,6 +31,7 @@ from protocol.shape import Granularity
 from protocol.spec import Dtype, Importance, Measure, Scoring, SearchSpec, TextSpec
 
 ENV_PREFIX = "SELFPRUNER_"
+ProposerName = Literal["llm", "best-of-n", "random", "evolution", "cma-es"]
 NAMED_TEXTS = ("wikitext2", "self")
 
 
@@ -64,6 +66,18 @@ class SearchSettings(_Section):
     """Stop proposing after so many candidates, whatever the rounds; none means no limit."""
     budget_hours: PositiveFloat | None = None
     """Stop proposing when the daemon has run so long, restarts and pauses included; none means no limit."""
+    seeds: tuple[Method, ...] = ()
+    """Allocations that take part in the first population: of `sensitivity`, `owl`, `llm-pruner`, `uniform`."""
+    proposer: ProposerName = "llm"
+    """`llm` (the paper), `best-of-n` (the LLM without feedback), `random`, `evolution` (EvoPress) or `cma-es`."""
+    initializer: Literal["llm", "random"] = "llm"
+    """With the proposer `llm`: who makes the first population."""
+    selector: Literal["llm", "tournament", "none"] = "llm"
+    """Who chooses parents; `none`: Mutator and Crossover see the whole population (the paper's joint prompt)."""
+    mutator: Literal["llm", "classical"] = "llm"
+    """Who mutates; search.mutations: 0 leaves mutation out."""
+    crossover: Literal["llm", "classical"] = "llm"
+    """Who crosses; search.crossovers: 0 leaves crossover out."""
     fitness: Measure = "perplexity"
     """What the search minimises on data.fitness: `perplexity` (the paper), or `kl`, divergence from the dense model."""
     granularity: Granularity = "layer"
@@ -78,6 +92,28 @@ class SearchSettings(_Section):
     """No unit is pruned less than this share."""
     highest_rate: float = Field(default=0.95, gt=0, lt=1)
     """No unit is pruned more than this share."""
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "SearchSettings":
+        if self.max_evaluations is not None and self.max_evaluations < self.population:
+            raise ValueError(
+                f"max_evaluations ({self.max_evaluations}) is smaller than the first population ({self.population}): "
+                "give more, or a smaller search.population"
+            )
+        if len(self.seeds) > self.population:
+            raise ValueError(f"{len(self.seeds)} seeds are more than the first population ({self.population}) holds")
+        for agent in ("initializer", "selector", "mutator", "crossover"):
+            if self.proposer != "llm" and getattr(self, agent) != "llm":
+                raise ValueError(f"search.{agent} is for the proposer `llm`, not for {self.proposer!r}")
+        return self
+
+    @property
+    def asks_llm(self) -> bool:
+        """Whether any agent asks an LLM."""
+        agents: list[str] = [self.initializer, self.selector]
+        agents += [self.mutator] if self.mutations else []
+        agents += [self.crossover] if self.crossovers else []
+        return self.proposer in ("llm", "best-of-n") and "llm" in agents
 
 
 class TargetSettings(_Section):

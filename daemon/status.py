@@ -18,7 +18,7 @@ from redis.exceptions import ResponseError
 from agents.health import Degraded
 from agents.population import Evaluation, Population
 from daemon.workers import WorkerStatus, read_dead, read_workers
-from protocol.candidate import Candidate, Measured, Source
+from protocol.candidate import Candidate, Measured, Provenance, Source
 from protocol.connection import is_missing_group
 from protocol.control import Command, Control
 from protocol.keys import GROUP, Keys
@@ -170,7 +170,7 @@ class Tally:
 
     by_source: Counter[str] = field(default_factory=Counter)
     outcomes: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """By source and kind; baselines are counted under `allocation`."""
+    """By source and kind; baselines are counted under `baseline`."""
     round: int = 0
     evaluation_seconds: float = 0.0
     _issued: int = 0
@@ -181,14 +181,14 @@ class Tally:
         """Count what is new; returns the new evaluations, each with whether it was the best so far."""
         for candidate in islice(reversed(ledger.values()), len(ledger) - self._issued):
             self.round = max(self.round, candidate.provenance.round)
-            self.by_source[candidate.provenance.source] += 1
+            self.by_source[_source(candidate.provenance)] += 1
         self._issued = len(ledger)
         return [(new, self._take(new)) for new in population.newest(population.outcomes - self._evaluated)]
 
     def _take(self, evaluation: Evaluation) -> bool:
         self._evaluated += 1
         outcome, provenance = evaluation.outcome, evaluation.candidate.provenance
-        self.outcomes[provenance.source, outcome.kind] += 1
+        self.outcomes[_source(provenance), outcome.kind] += 1
         if not isinstance(outcome, Measured):
             return False
         self.evaluation_seconds += outcome.seconds
@@ -197,11 +197,15 @@ class Tally:
         return is_best
 
 
+def _source(provenance: Provenance) -> str:
+    return "baseline" if provenance.agent == "baseline" else provenance.source
+
+
 def make_status(seen: Seen, tally: Tally) -> Status:
     """The status of a search; `tally` has taken what is seen."""
     best = seen.population.best()
     outcome = best.outcome if best and isinstance(best.outcome, Measured) else None
-    proposals = {source: count for source, count in tally.by_source.items() if source != "allocation"}
+    proposals = {source: count for source, count in tally.by_source.items() if source != "baseline"}
     return Status(
         search=seen.search,
         model=seen.spec.model,

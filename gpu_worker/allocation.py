@@ -4,9 +4,10 @@ from collections.abc import Callable
 
 from gpu_worker.models import LoadedModel
 from gpu_worker.progress import Progress, no_progress
-from gpu_worker.sensitivity import measure_sensitivity, removed_alone
+from gpu_worker.sensitivity import measure_sensitivity
 from gpu_worker.target import Target
-from protocol.allocation import Allocation, llm_pruner_rates, owl_rates, sensitivity_rates, uniform_rates
+from protocol.allocation import Allocation, Findings, allocated, llm_pruner_rates, uniform_rates
+from protocol.alone import removed_alone
 from protocol.errors import BudgetError
 from protocol.plan import check_rates
 from protocol.shape import ModelShape
@@ -65,12 +66,9 @@ def allocate(target: Target, allocation: Allocation, progress: Progress = no_pro
     `target` comes from `prepare`. Raises BudgetError where the method cannot reach the rate.
     """
     spec, shape = target.spec, target.shape
-    if allocation.method == "uniform":
-        return uniform_rates(shape, spec.rate, spec.granularity)
-    if allocation.method == "owl":
-        return owl_rates(target.outliers, allocation.outlier_range, shape, spec.rate, spec.granularity)
-    if allocation.method == "llm-pruner":
-        return llm_pruner_rates(allocation.first_layers, allocation.last_layers, shape, spec.rate, spec.granularity)
-    rises = measure_sensitivity(target.ordered, spec, target.texts.calibration, progress)
-    removed = [removed_alone(unit, spec, shape) for unit in shape.units(spec.granularity)]
-    return sensitivity_rates(rises, removed, shape, spec.rate, spec.granularity)
+    findings = Findings(outliers=target.outliers)
+    if allocation.method == "sensitivity":
+        rises = measure_sensitivity(target.ordered, spec, target.texts.calibration, progress)
+        removed = [removed_alone(unit, spec, shape) for unit in shape.units(spec.granularity)]
+        findings = Findings(sensitivity=rises, removed=removed)
+    return allocated(allocation, findings, shape, spec.rate, spec.granularity)

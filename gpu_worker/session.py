@@ -10,6 +10,7 @@ from gpu_worker.perplexity import NotFiniteError, perplexity, watched_perplexity
 from gpu_worker.progress import Progress, no_progress
 from gpu_worker.sensitivity import measure_sensitivity
 from gpu_worker.target import Share, Target
+from protocol.allocation import OUTLIER_THRESHOLD
 from protocol.candidate import Measured, Text
 from protocol.card import DensePerplexity, ModelCard
 from protocol.errors import DataError, ModelError
@@ -35,7 +36,9 @@ class Session:
         share: Share | None = None,
     ) -> None:
         self.spec = spec
-        self.target = Target(spec, progress, share=share) if target is None else target
+        self.target = (
+            Target(spec, progress, outlier_threshold=OUTLIER_THRESHOLD, share=share) if target is None else target
+        )
         self._predictions: dict[Text, DensePredictions] = {}
         try:
             self.card = self._describe(progress, sensitivity)
@@ -91,6 +94,7 @@ class Session:
             sensitivity=measure_sensitivity(self.target.ordered, self.spec, texts.calibration, progress)
             if sensitivity
             else (),
+            outliers=self.target.outliers,
             texts=texts.digest,
             device=device_name(self.target.model.device),
         )

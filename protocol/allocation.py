@@ -5,6 +5,7 @@ Each method gives one raw rate per unit; `feasible` then moves them to five deci
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat
@@ -16,6 +17,8 @@ from protocol.shape import Granularity, ModelShape, Unit
 
 Method = Literal["uniform", "owl", "llm-pruner", "sensitivity"]
 
+OUTLIER_THRESHOLD = 5.0
+"""OWL's M, as its authors set it."""
 SENSITIVITY_FLOOR = 1.0
 """Times the median that is added to every sensitivity. Most units matter about as little, and what tells them apart is
 noise: without it the luckiest unit would be pruned away. A unit that matters ten times as much is still spared."""
@@ -27,7 +30,7 @@ class Allocation(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     method: Method
-    outlier_threshold: PositiveFloat = 5.0
+    outlier_threshold: PositiveFloat = OUTLIER_THRESHOLD
     """OWL's M: an entry of |W|·‖x‖ is an outlier when it exceeds M times the layer's mean."""
     outlier_range: float = Field(default=0.08, gt=0, lt=1)
     """OWL's λ: rates lie within β ± λ, more or less."""
@@ -35,6 +38,33 @@ class Allocation(BaseModel):
     """LLM-Pruner: how many layers at the bottom are kept whole; an eighth of them if None, as 4 of 32."""
     last_layers: NonNegativeInt | None = None
     """LLM-Pruner: how many at the top; a sixteenth of them if None, as 2 of 32."""
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What was measured of the dense model, for the methods that need it."""
+
+    outliers: Sequence[float] = ()
+    """OWL: each layer's share of outliers, in percent."""
+    sensitivity: Sequence[float] = ()
+    """Each unit's rise of log-perplexity when it alone loses the share `removed`."""
+    removed: Sequence[float] = ()
+
+
+def allocated(
+    allocation: Allocation, findings: Findings, shape: ModelShape, rate: float, granularity: Granularity
+) -> tuple[float, ...]:
+    """The method's pruning rates, one per unit, with a mean of exactly `rate`.
+
+    Raises BudgetError where the method cannot reach it.
+    """
+    if allocation.method == "uniform":
+        return uniform_rates(shape, rate, granularity)
+    if allocation.method == "owl":
+        return owl_rates(findings.outliers, allocation.outlier_range, shape, rate, granularity)
+    if allocation.method == "llm-pruner":
+        return llm_pruner_rates(allocation.first_layers, allocation.last_layers, shape, rate, granularity)
+    return sensitivity_rates(findings.sensitivity, findings.removed, shape, rate, granularity)
 
 
 def uniform_rates(shape: ModelShape, rate: float, granularity: Granularity) -> tuple[float, ...]:

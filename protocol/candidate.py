@@ -8,9 +8,12 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegative
 
 from protocol.plan import Parameters, Plan
 
-AgentName = Literal["initializer", "mutator", "crossover", "baseline"]
-Source = Literal["llm", "stand-in", "allocation"]
-"""Who made the rates: the LLM, the classical operator that stands in for it, or an allocation without search."""
+AgentName = Literal["seed", "initializer", "mutator", "crossover", "baseline"]
+"""Who proposed. A seed is an allocation without search that takes part in the first population; a baseline is measured
+to compare with, and takes no part."""
+Source = Literal["llm", "stand-in", "classical", "allocation"]
+"""Who made the rates: the LLM, the classical operator that stands in for it, one that was chosen in its place, or an
+allocation without search."""
 Text = Literal["fitness", "report"]
 """Which text a candidate is measured on: the one searched on, or the one reported on."""
 FailureReason = Literal["timeout", "crashed", "out-of-memory", "not-finite", "invalid"]

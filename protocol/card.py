@@ -28,6 +28,8 @@ class ModelCard(BaseModel):
     dense_report: DensePerplexity | None
     sensitivity: tuple[float, ...]
     """Per unit of the search: rise of log-perplexity when this unit alone is pruned by the search's rate."""
+    outliers: tuple[float, ...] = ()
+    """Per layer: OWL's share of outliers, in percent (M = 5)."""
     texts: str
     """Digest of the token windows of all texts: two workers with different files do not agree."""
     device: str

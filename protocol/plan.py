@@ -134,9 +134,10 @@ def make_plan(
     """The plan that removes `rates` (one per unit of `granularity`) from a model of this `shape`.
 
     At layer granularity `split` shares a layer's rate between heads and MLP and each layer keeps to its own budget.
-    At block granularity heads go as far as their rate allows, and what that leaves of the whole budget is spread
-    evenly over the MLPs, so that no single MLP pays for its neighbour's rounding. MLP widths are multiples of
-    `multiple_of` (where the layer has that many channels). Raises BudgetError where the budget cannot be met.
+    At block granularity attention takes the number of heads whose share is nearest to its rate, and what that leaves
+    of the whole budget is spread evenly over the MLPs, so that no single MLP pays for its neighbour's rounding. MLP
+    widths are multiples of `multiple_of` (where the layer has that many channels). Raises BudgetError where the budget
+    cannot be met.
     """
     units = shape.units(granularity)
     if len(rates) != len(units):
@@ -186,6 +187,30 @@ def heads_within(layer: LayerShape, rate: float) -> tuple[int, int]:
     return min(within, key=lambda heads: (heads[0] * heads[1], -heads[0]))
 
 
+def attention_levels(shape: ModelShape, layer: int) -> tuple[tuple[float, tuple[int, int]], ...]:
+    """What an attention block can lose, the least first: shares of its parameters, and the heads that then stay.
+
+    Shares are rounded up to five decimals. Of options with as many query heads, or of the same share, the one with more
+    KV heads, as in `heads_within`: to lose a KV head is worst.
+    """
+    whole = shape.layers[layer]
+    parameters = shape.attention_parameters(whole.query_heads, whole.kv_heads)
+    most_kv = {kv * q: (kv, q) for kv, q in head_options(whole)}  # in order of KV heads: the last one stays
+    levels: dict[float, tuple[int, int]] = {}
+    for heads in sorted(most_kv.values(), reverse=True):
+        share = math.ceil(_heads_removed(shape, layer, heads) / parameters * SCALE - 1e-6) / SCALE
+        levels.setdefault(share, heads)
+    return tuple(sorted(levels.items()))
+
+
+def heads_nearest(shape: ModelShape, layer: int, rate: float) -> tuple[int, int]:
+    """What attention keeps at `rate` where its rate is its own: the option whose share is nearest; of two, the larger.
+
+    A rate of nought is the whole block, and each level's own share is that level.
+    """
+    return min(attention_levels(shape, layer), key=lambda level: abs(level[0] - rate))[1]
+
+
 def _layer_heads(shape: ModelShape, layer: int, rate: float, split: Split, multiple_of: int) -> tuple[int, int]:
     whole = shape.layers[layer]
     attention_rate = rate
@@ -209,12 +234,12 @@ def _most_channels(layer: LayerShape, multiple_of: int) -> int:
 
 
 def _block_heads(shape: ModelShape, rates: Sequence[float], budget: float, multiple_of: int) -> list[tuple[int, int]]:
-    """Heads kept at block granularity: as the attention rates allow, and fewer where the MLPs cannot give the rest.
+    """Heads kept at block granularity: those nearest to the rates, and fewer where the MLPs cannot give the rest.
 
     `budget` is what has to go in all, in parameters. Then the layer loses its next piece whose heads are furthest from
     its rate.
     """
-    heads = [heads_within(layer, rate) for layer, rate in zip(shape.layers, rates, strict=True)]
+    heads = [heads_nearest(shape, i, rate) for i, rate in enumerate(rates)]
     most = sum(_most_channels(layer, multiple_of) for layer in shape.layers) * shape.channel_parameters
     while budget - sum(_heads_removed(shape, i, h) for i, h in enumerate(heads)) > most:
         smaller = {i: step for i, h in enumerate(heads) if (step := _next_smaller(shape, i, h)) is not None}

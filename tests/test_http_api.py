@@ -111,7 +111,7 @@ async def test_the_metrics_are_those_of_the_search_and_prometheus_can_read_them(
     assert status is not None
     outcomes = {
         (source, kind): value("candidates_total", source=source, outcome=kind)
-        for source in ("llm", "stand-in", "allocation")
+        for source in ("llm", "stand-in", "classical", "allocation", "baseline")
         for kind in ("measured", "failed")
     }
     assert sum(outcomes.values()) == len(it.search.ledger)

@@ -15,17 +15,12 @@ from redis.asyncio import Redis
 from rich.console import Console
 
 from agents.asking import Asks
-from agents.crossover import Crossover
-from agents.initializer import Initializer
-from agents.mutator import Mutator
-from agents.prompt import Prompts
-from agents.selector import Selector
-from agents.settings import AgentSettings
 from daemon.journal import Journal
 from daemon.pausing import Pausing
+from daemon.proposers import make_agents
 from daemon.remote import RemoteSearch
-from daemon.search import Agents, Search
-from daemon.settings import SearchSettings
+from daemon.search import Search
+from daemon.settings import LlmSettings, SearchSettings
 from daemon.store import SearchStore
 from daemon.summary import Summary, show, summarise
 from protocol.candidate import Candidate, Failed, Measured
@@ -89,11 +84,8 @@ class Conducted:
         queue = await store.take_charge(previous_is_dead=True)
         history = await store.history()
         await store.repair(queue, history)
-        agent_settings = AgentSettings(
-            reply="edits", temperature=1.0, max_tokens=500, proposals_per_call=self.proposals_per_call
-        )
-        arguments: tuple[Any, ...] = (self.chat, Prompts(), agent_settings)
-        agents = Agents(Initializer(*arguments), Selector(*arguments), Mutator(*arguments), Crossover(*arguments))
+        llm = LlmSettings(reply="edits", max_tokens=500, proposals_per_call=self.proposals_per_call)
+        agents = make_agents(self.settings, llm, self.chat)
         self.journal = Journal(self.folder)
         return Search(
             "test",

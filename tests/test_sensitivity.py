@@ -5,7 +5,8 @@ import torch
 
 from gpu_worker.perplexity import NotFiniteError, perplexity
 from gpu_worker.pruning import OrderedModel
-from gpu_worker.sensitivity import measure_sensitivity, pruned_alone
+from gpu_worker.sensitivity import measure_sensitivity
+from protocol.alone import pruned_alone
 from protocol.plan import LayerPlan, dense_plan
 from protocol.shape import Granularity
 from protocol.spec import SearchSpec, TextSpec

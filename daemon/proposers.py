@@ -1,0 +1,59 @@
+"""Who proposes in a search, from its settings: the LLM's agents, or the methods that they are compared with."""
+
+from agents.asking import Asks
+from agents.classical import (
+    ClassicalCrossover,
+    ClassicalMutator,
+    RandomInitializer,
+    RandomMutator,
+    TournamentSelector,
+)
+from agents.crossover import Crossover
+from agents.evolution import EvolutionMutator
+from agents.initializer import BestOfN, Initializer
+from agents.mutator import Mutator
+from agents.prompt import Prompts
+from agents.selector import Selector
+from agents.settings import AgentSettings
+from daemon.search import Agents, Breeds, Selects
+from daemon.settings import LlmSettings, SearchSettings
+from daemon.terminal import need
+
+
+def make_agents(search: SearchSettings, llm: LlmSettings, chat: Asks) -> Agents:
+    """The agents of this search; those that ask an LLM ask `chat`. Raises SettingsError where a package is missing."""
+    settings = AgentSettings(
+        reply=llm.reply,
+        proposals_per_call=llm.proposals_per_call,
+        reasks=llm.reasks,
+        temperature=llm.temperature,
+        max_tokens=llm.max_tokens,
+    )
+    prompts = Prompts()
+    initializer = Initializer(chat, prompts, settings)
+    if search.proposer == "best-of-n":
+        return Agents(initializer, None, BestOfN(initializer), None)
+    if search.proposer != "llm":
+        return Agents(RandomInitializer(), None, _breeder(search), None)
+    selectors: dict[str, Selects | None] = {
+        "llm": Selector(chat, prompts, settings),
+        "tournament": TournamentSelector(),
+        "none": None,
+    }
+    return Agents(
+        initializer=initializer if search.initializer == "llm" else RandomInitializer(),
+        selector=selectors[search.selector],
+        mutator=Mutator(chat, prompts, settings) if search.mutator == "llm" else ClassicalMutator(),
+        crossover=Crossover(chat, prompts, settings) if search.crossover == "llm" else ClassicalCrossover(),
+    )
+
+
+def _breeder(search: SearchSettings) -> Breeds:
+    if search.proposer == "random":
+        return RandomMutator()
+    if search.proposer == "evolution":
+        return EvolutionMutator()
+    need("cmaes", "baselines")
+    from agents.cma_es import CmaEsMutator
+
+    return CmaEsMutator(search.mutations + search.crossovers)
