@@ -10,9 +10,10 @@ from contextlib import suppress
 from functools import partial
 
 from agents.asking import Call
-from agents.draws import drawn_mix, drawn_mutation, drawn_profile
+from agents.draws import drawn_mix, drawn_mutation, drawn_profile, drawn_ranked_mix, drawn_trades
 from agents.offers import Draw, NothingLeft, Offers
 from agents.operators import tournament
+from agents.surrogate import Surrogate
 from agents.view import Member, Selection, Submit, View
 from protocol.candidate import AgentName
 
@@ -61,6 +62,28 @@ class ClassicalCrossover:
         if len(parents) < 2:
             return 0
         return await draw_all("crossover", view, count, submit, partial(drawn_mix, parents=parents))
+
+
+class RankedMutator:
+    """Makes trades that a surrogate ranks, by dice: beside it is seen what the LLM's choice among them is worth."""
+
+    async def propose(self, view: View, parents: Sequence[Member], count: int, submit: Submit) -> int:
+        """Get `count` mutations of `parents` accepted; returns how many were."""
+        if not parents:
+            return 0
+        draw = partial(drawn_trades, view=view, surrogate=Surrogate(view), parents=parents)
+        return await draw_all("mutator", view, count, submit, draw)
+
+
+class RankedCrossover:
+    """Makes mixes that a surrogate ranks, by dice."""
+
+    async def propose(self, view: View, parents: Sequence[Member], count: int, submit: Submit) -> int:
+        """Get `count` crossovers of `parents` accepted; returns how many were. Fewer than two parents have none."""
+        if len(parents) < 2:
+            return 0
+        draw = partial(drawn_ranked_mix, view=view, surrogate=Surrogate(view), parents=parents)
+        return await draw_all("crossover", view, count, submit, draw)
 
 
 class TournamentSelector:

@@ -4,17 +4,22 @@ from collections.abc import Sequence
 from functools import partial
 
 from agents.asking import Asks, Call, Question
-from agents.draws import drawn_mix
-from agents.edits import Mix, apply_mix, mix_bounds, mix_schema
+from agents.draws import drawn_mix, drawn_ranked_mix
+from agents.edits import Mix, MixChoice, apply_mix, chosen_of, mix_bounds, mix_schema, mixes_schema
 from agents.lists import lists_question
+from agents.mixes import mix_menu
+from agents.offers import Draw
 from agents.prompt import Prompts
 from agents.proposing import Proposer
 from agents.replies import parse_objects
 from agents.settings import AgentSettings
+from agents.surrogate import Surrogate
 from agents.view import Member, Proposal, Submit, View
-from agents.words import about_model, numbered_lists, numbered_profiles
+from agents.words import about_model, mixes_in_words, numbered_lists, numbered_profiles
 
 EDIT_TOKENS = 60
+MIX_TOKENS = 20
+SHOWN_MIXES = 8
 SHOWN = 3
 """Parents that one call for edits is shown: more only lengthen the prompt."""
 
@@ -32,10 +37,14 @@ class Crossover:
         if len(parents) < 2:
             return 0
 
-        def question(call: Call) -> Question[Proposal]:
-            return self._lists(call, parents) if self._settings.reply == "lists" else self._edits(call, parents)
-
-        return await self._proposer.propose(view, count, submit, question, partial(drawn_mix, parents=parents))
+        if self._settings.reply == "trades":
+            surrogate = Surrogate(view)
+            question = partial(self._mixes, parents=parents, surrogate=surrogate)
+            stand_in: Draw = partial(drawn_ranked_mix, view=view, surrogate=surrogate, parents=parents)
+        else:
+            question = partial(self._lists if self._settings.reply == "lists" else self._edits, parents=parents)
+            stand_in = partial(drawn_mix, parents=parents)
+        return await self._proposer.propose(view, count, submit, question, stand_in)
 
     def _lists(self, call: Call, parents: Sequence[Member]) -> Question[Proposal]:
         prompt = self._prompts.fill(
@@ -45,6 +54,29 @@ class Crossover:
             about=about_model(call.view),
         )
         return lists_question("crossover_lists", prompt, call.view, parents)
+
+    def _mixes(self, call: Call, parents: Sequence[Member], surrogate: Surrogate) -> Question[Proposal]:
+        view = call.view
+        mixes = mix_menu(view, surrogate, parents, call.rng, max(SHOWN_MIXES, 2 * call.count))
+        if not mixes:  # the parents are all alike
+            return self._edits(call, parents)
+        prompt = self._prompts.fill(
+            "crossover_trades",
+            count=call.count,
+            mixes=mixes_in_words(view, parents, mixes),
+            about=about_model(view),
+        )
+
+        def apply(reply: MixChoice) -> Proposal:
+            return chosen_of(mixes, [reply.mix], 1, "mix")[0].proposal
+
+        return Question(
+            name="crossover_trades",
+            prompt=prompt,
+            schema=lambda count: mixes_schema(len(mixes), count),
+            parse=lambda text, count: parse_objects(text, MixChoice, apply, count),
+            tokens=MIX_TOKENS,
+        )
 
     def _edits(self, call: Call, parents: Sequence[Member]) -> Question[Proposal]:
         view = call.view

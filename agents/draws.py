@@ -3,8 +3,16 @@
 import random
 from collections.abc import Sequence
 
+from agents.mixes import mix_menu
 from agents.operators import cross, mutate, random_rates
+from agents.surrogate import Surrogate
+from agents.trades import menu, traded
 from agents.view import Member, Proposal, View
+
+MOST_TRADES = 3
+"""Trades that one mutation makes together."""
+RANKED_TRADES = 10
+RANKED_MIXES = 4
 
 
 def drawn_profile(rng: random.Random, view: View) -> Proposal:
@@ -24,3 +32,23 @@ def drawn_mix(rng: random.Random, parents: Sequence[Member]) -> Proposal:
     mixed = cross(rng, first.rates, second.rates)
     # Every other one is mutated too: parents that resemble each other have few mixes, soon all known.
     return Proposal(mutate(rng, mixed) if rng.random() < 0.5 else mixed, (first.id, second.id))
+
+
+def good_one(rng: random.Random, parents: Sequence[Member]) -> Member:
+    """One of `parents` (best first), the better ones more often: the best of three draws."""
+    return parents[min(rng.randrange(len(parents)) for _ in range(3))]
+
+
+def drawn_trades(rng: random.Random, view: View, surrogate: Surrogate, parents: Sequence[Member]) -> Proposal:
+    """One to three trades of a menu, as the LLM might choose them; where there are none, a shift of rate."""
+    parent = good_one(rng, parents)
+    trades = menu(view, surrogate, parent, rng, RANKED_TRADES)
+    if not trades:
+        return drawn_mutation(rng, parents)
+    return traded(parent, rng.sample(trades, min(rng.randint(1, MOST_TRADES), len(trades))))
+
+
+def drawn_ranked_mix(rng: random.Random, view: View, surrogate: Surrogate, parents: Sequence[Member]) -> Proposal:
+    """One of the mixes that a surrogate ranks best; where there are none, one at random."""
+    mixes = mix_menu(view, surrogate, parents, rng, RANKED_MIXES)
+    return rng.choice(mixes).proposal if mixes else drawn_mix(rng, parents)

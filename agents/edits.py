@@ -6,7 +6,7 @@ make no sense.
 """
 
 from collections.abc import Sequence
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, Field
 
@@ -16,6 +16,7 @@ from protocol.errors import InvalidReply
 from protocol.shape import BlockKind
 
 Schema = dict[str, object]
+T = TypeVar("T")
 Percent = Annotated[int, Field(ge=0, le=100)]
 Curve = Annotated[list[Percent], Field(min_length=2, max_length=12)]
 
@@ -62,6 +63,18 @@ class Mix(BaseModel):
     block: Literal["attention", "mlp", "both"] | None = None
     first: int
     layers: Annotated[int, Field(ge=1)]
+
+
+class TradeChoice(BaseModel):
+    """A Mutator's choice: numbers of trades."""
+
+    trades: Annotated[list[int], Field(min_length=1, max_length=20)]
+
+
+class MixChoice(BaseModel):
+    """A Crossover's choice: the number of a mix."""
+
+    mix: int
 
 
 class Choice(BaseModel):
@@ -120,6 +133,25 @@ def mix_schema(view: View, shown: int, count: int) -> Schema:
     start = _integer(0, len(view.card.shape.layers) - fewest)
     block: Schema = {"block": {"enum": ["both", "attention", "mlp"]}} if view.spec.granularity == "block" else {}
     return _proposals({"parents": {"enum": pairs}, **block, "first": start, "layers": _integer(fewest, most)}, count)
+
+
+def trades_schema(shown: int, most: int, count: int) -> Schema:
+    """For `count` choices of up to `most` of `shown` trades."""
+    trades = {"type": "array", "items": _integer(1, shown), "minItems": 1, "maxItems": min(most, shown)}
+    return _proposals({"trades": trades}, count)
+
+
+def mixes_schema(shown: int, count: int) -> Schema:
+    """For the numbers of `count` of `shown` mixes."""
+    return _proposals({"mix": _integer(1, shown)}, count)
+
+
+def chosen_of(items: Sequence[T], numbers: Sequence[int], most: int, what: str) -> tuple[T, ...]:
+    """The items with these numbers (from 1), each once and at most `most`; raises InvalidReply for one out of range."""
+    for number in numbers:
+        if not 1 <= number <= len(items):
+            raise InvalidReply(f"names a {what} outside 1 to {len(items)}")
+    return tuple(items[number - 1] for number in dict.fromkeys(numbers))[:most]
 
 
 def choice_schema(shown: int, wanted: int) -> Schema:

@@ -4,17 +4,33 @@ from collections.abc import Sequence
 from functools import partial
 
 from agents.asking import Asks, Call, Question
-from agents.draws import drawn_mutation
-from agents.edits import MOST_CHANGES, STEPS, Mutation, apply_mutation, mutation_schema
+from agents.draws import MOST_TRADES, drawn_mutation, drawn_trades, good_one
+from agents.edits import (
+    MOST_CHANGES,
+    STEPS,
+    Mutation,
+    TradeChoice,
+    apply_mutation,
+    chosen_of,
+    mutation_schema,
+    trades_schema,
+)
+from agents.lessons import lessons
 from agents.lists import lists_question
+from agents.offers import Draw
 from agents.prompt import Prompts
 from agents.proposing import Proposer
 from agents.replies import parse_objects
 from agents.settings import AgentSettings
+from agents.surrogate import Surrogate
+from agents.trades import menu, traded
 from agents.view import Member, Proposal, Submit, View
-from agents.words import about_model, numbered_lists, numbered_profiles
+from agents.words import about_model, fitness_in_words, numbered_lists, numbered_profiles, trades_in_words
 
 EDIT_TOKENS = 90
+TRADE_TOKENS = 30
+SHOWN_TRADES = 10
+SHOWN_LESSONS = 6
 SHOWN = 3
 """Parents that one call for edits is shown: more only lengthen the prompt."""
 
@@ -32,16 +48,48 @@ class Mutator:
         if not parents:
             return 0
 
-        def question(call: Call) -> Question[Proposal]:
-            return self._lists(call, parents) if self._settings.reply == "lists" else self._edits(call, parents)
-
-        return await self._proposer.propose(view, count, submit, question, partial(drawn_mutation, parents=parents))
+        if self._settings.reply == "trades":
+            surrogate = Surrogate(view)
+            question = partial(self._trades, parents=parents, surrogate=surrogate)
+            stand_in: Draw = partial(drawn_trades, view=view, surrogate=surrogate, parents=parents)
+        else:
+            question = partial(self._lists if self._settings.reply == "lists" else self._edits, parents=parents)
+            stand_in = partial(drawn_mutation, parents=parents)
+        return await self._proposer.propose(view, count, submit, question, stand_in)
 
     def _lists(self, call: Call, parents: Sequence[Member]) -> Question[Proposal]:
         prompt = self._prompts.fill(
             "mutator_lists", count=call.count, members=numbered_lists(call.view, parents), about=about_model(call.view)
         )
         return lists_question("mutator_lists", prompt, call.view, parents)
+
+    def _trades(self, call: Call, parents: Sequence[Member], surrogate: Surrogate) -> Question[Proposal]:
+        view, rng = call.view, call.rng
+        parent = good_one(rng, parents)
+        trades = menu(view, surrogate, parent, rng, SHOWN_TRADES)
+        if not trades:  # every unit is at a bound
+            return self._edits(call, parents)
+        prompt = self._prompts.fill(
+            "mutator_trades",
+            count=call.count,
+            variant=call.index + view.round,
+            fitness=fitness_in_words(view, parent),
+            lessons=lessons(view, SHOWN_LESSONS),
+            trades=trades_in_words(view, parent, trades),
+            most=MOST_TRADES,
+            about=about_model(view),
+        )
+
+        def apply(reply: TradeChoice) -> Proposal:
+            return traded(parent, chosen_of(trades, reply.trades, MOST_TRADES, "trade"))
+
+        return Question(
+            name="mutator_trades",
+            prompt=prompt,
+            schema=lambda count: trades_schema(len(trades), MOST_TRADES, count),
+            parse=lambda text, count: parse_objects(text, TradeChoice, apply, count),
+            tokens=TRADE_TOKENS,
+        )
 
     def _edits(self, call: Call, parents: Sequence[Member]) -> Question[Proposal]:
         view = call.view

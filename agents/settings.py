@@ -4,7 +4,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 
-ReplyFormat = Literal["lists", "edits"]
+ReplyFormat = Literal["lists", "edits", "trades"]
+"""`lists`: whole configurations (the paper). `edits`: a profile, a few changes, a mix; a tenth of the tokens. `trades`:
+a profile, then choices from what a surrogate ranks: a hundredth."""
 
 
 class AgentSettings(BaseModel):
@@ -13,9 +15,8 @@ class AgentSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     reply: ReplyFormat = "lists"
-    """`lists`: whole configurations (the paper). `edits`: a profile, a few changes, a mix; a tenth of the tokens."""
     proposals_per_call: PositiveInt | None = None
-    """None: all at once for `lists`, as in the paper; one for `edits`."""
+    """None: all at once for `lists`, as in the paper; one for the others."""
     reasks: NonNegativeInt = 2
     """How often a bad reply is answered with what was wrong before the classical operator stands in."""
     temperature: float = Field(default=1.0, ge=0, le=2)

@@ -1,10 +1,13 @@
 """What prompts say about the target model and the population, in words and short numbers. Pure."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 from agents.edits import KEPT_CHOICES
+from agents.mixes import RankedMix
+from agents.trades import Trade
 from agents.view import Member, View
 from protocol.shape import Granularity
 
@@ -90,22 +93,51 @@ def decimals(rates: Sequence[float]) -> str:
 
 def numbered_lists(view: View, members: Sequence[Member]) -> list[dict[str, str]]:
     """Members with all their decimals, for the `lists` prompts."""
-    return [{"rates": decimals(m.candidate.rates), "fitness": _fitness(view, m, more=1)} for m in members]
+    return [{"rates": decimals(m.candidate.rates), "fitness": fitness_in_words(view, m, more=1)} for m in members]
 
 
 def numbered_profiles(view: View, members: Sequence[Member]) -> list[dict[str, object]]:
     """Members in whole percent, for the `edits` prompts."""
-    return [{"percents": percents(view, m.candidate.rates), "fitness": _fitness(view, m)} for m in members]
+    return [{"percents": percents(view, m.candidate.rates), "fitness": fitness_in_words(view, m)} for m in members]
+
+
+def trades_in_words(view: View, parent: Member, trades: Sequence[Trade]) -> list[str]:
+    """Trades as the `trades` prompts list them: `mlp 3 +4, mlp 17 -4: -0.8 %`, in percent points of pruning."""
+    rates = parent.candidate.rates
+    return [
+        f"{_side(view, trade.more, trade.more_rate, rates)}, {_side(view, trade.less, trade.less_rate, rates)}: "
+        f"{100 * math.expm1(trade.promise):+.1f} %"
+        for trade in trades
+    ]
+
+
+def _side(view: View, unit: int, rate: float, rates: Sequence[float]) -> str:
+    return f"{view.units[unit].name} {100 * (rate - rates[unit]):+.0f}"
+
+
+def mixes_in_words(view: View, parents: Sequence[Member], mixes: Sequence[RankedMix]) -> list[str]:
+    """Mixes as the `trades` prompts list them."""
+    words = []
+    for ranked in mixes:
+        mix = ranked.mix
+        base, donor = (parents[int(number) - 1] for number in mix.parents.split("+"))
+        blocks = "layers" if mix.block in (None, "both") else f"{mix.block} of layers"
+        words.append(
+            f"{blocks} {mix.first} to {mix.first + mix.layers - 1} of {fitness_in_words(view, donor)} "
+            f"in {fitness_in_words(view, base)}: about {ranked.expected:.{_FITNESS_DIGITS[view.spec.measure]}f}"
+        )
+    return words
 
 
 def numbered_sections(view: View, members: Sequence[Member]) -> list[dict[str, object]]:
     """Members in whole percent by section, for the Selector."""
-    return [{"percents": sections(view, m.candidate.rates), "fitness": _fitness(view, m)} for m in members]
+    return [{"percents": sections(view, m.candidate.rates), "fitness": fitness_in_words(view, m)} for m in members]
 
 
 _FITNESS_DIGITS = {"perplexity": 2, "kl": 4}
 """Decimals that tell members apart: perplexities are tens, divergences are below one or little above."""
 
 
-def _fitness(view: View, member: Member, more: int = 0) -> str:
+def fitness_in_words(view: View, member: Member, more: int = 0) -> str:
+    """A member's fitness with as many decimals as tell members apart, or `more`."""
     return f"{member.fitness:.{_FITNESS_DIGITS[view.spec.measure] + more}f}"

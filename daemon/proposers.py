@@ -6,6 +6,8 @@ from agents.classical import (
     ClassicalMutator,
     RandomInitializer,
     RandomMutator,
+    RankedCrossover,
+    RankedMutator,
     TournamentSelector,
 )
 from agents.crossover import Crossover
@@ -40,11 +42,21 @@ def make_agents(search: SearchSettings, llm: LlmSettings, chat: Asks) -> Agents:
         "tournament": TournamentSelector(),
         "none": None,
     }
+    mutators: dict[str, Breeds] = {
+        "llm": Mutator(chat, prompts, settings),
+        "classical": ClassicalMutator(),
+        "ranked": RankedMutator(),
+    }
+    crossovers: dict[str, Breeds] = {
+        "llm": Crossover(chat, prompts, settings),
+        "classical": ClassicalCrossover(),
+        "ranked": RankedCrossover(),
+    }
     return Agents(
         initializer=initializer if search.initializer == "llm" else RandomInitializer(),
         selector=selectors[search.selector],
-        mutator=Mutator(chat, prompts, settings) if search.mutator == "llm" else ClassicalMutator(),
-        crossover=Crossover(chat, prompts, settings) if search.crossover == "llm" else ClassicalCrossover(),
+        mutator=mutators[search.mutator],
+        crossover=crossovers[search.crossover],
     )
 
 

@@ -74,10 +74,10 @@ class SearchSettings(_Section):
     """With the proposer `llm`: who makes the first population."""
     selector: Literal["llm", "tournament", "none"] = "llm"
     """Who chooses parents; `none`: Mutator and Crossover see the whole population (the paper's joint prompt)."""
-    mutator: Literal["llm", "classical"] = "llm"
-    """Who mutates; search.mutations: 0 leaves mutation out."""
-    crossover: Literal["llm", "classical"] = "llm"
-    """Who crosses; search.crossovers: 0 leaves crossover out."""
+    mutator: Literal["llm", "classical", "ranked"] = "llm"
+    """Who mutates; `ranked` draws from a surrogate's trades. search.mutations: 0 leaves mutation out."""
+    crossover: Literal["llm", "classical", "ranked"] = "llm"
+    """Who crosses; `ranked` draws from a surrogate's mixes. search.crossovers: 0 leaves crossover out."""
     fitness: Measure = "perplexity"
     """What the search minimises on data.fitness: `perplexity` (the paper), or `kl`, divergence from the dense model."""
     granularity: Granularity = "layer"
@@ -212,10 +212,10 @@ class LlmSettings(_Section):
 
     endpoints: Annotated[tuple[EndpointSettings, ...], AfterValidator(_named_apart)] = ()
     """Asked in this order, the next when one fails. Empty: `selfpruner run` serves a small model itself."""
-    reply: Literal["lists", "edits"] = "lists"
-    """`lists`: whole configurations (the paper). `edits`: a profile, a few changes, a mix; a tenth of the tokens."""
+    reply: Literal["lists", "edits", "trades"] = "lists"
+    """`lists`: whole configurations (the paper). `edits`: small changes. `trades`: choices of a ranked menu."""
     proposals_per_call: PositiveInt | None = None
-    """Candidates asked for in one call; none means all at once for `lists`, one for `edits`."""
+    """Candidates asked for in one call; none means all at once for `lists`, else one."""
     reasks: int = Field(default=2, ge=0, le=10)
     """How often a bad reply is answered with what was wrong before the classical operator stands in."""
     temperature: float = Field(default=1.0, ge=0, le=2)

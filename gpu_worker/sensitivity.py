@@ -1,6 +1,7 @@
 """How much each unit matters: the rise of log-perplexity when it alone is pruned."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,8 +12,10 @@ from gpu_worker.layerwise import LayerCall, record_calls
 from gpu_worker.perplexity import NotFiniteError, hidden_loss
 from gpu_worker.progress import Progress, no_progress
 from gpu_worker.pruning import OrderedModel
-from protocol.alone import pruned_alone
-from protocol.plan import dense_plan
+from protocol.alone import pruned_alone, removed_alone
+from protocol.card import Curve
+from protocol.plan import LayerPlan, dense_plan
+from protocol.shape import Unit
 from protocol.spec import SearchSpec
 
 WINDOWS = 2
@@ -25,25 +28,49 @@ def measure_sensitivity(
 ) -> tuple[float, ...]:
     """Per unit of the spec's granularity, the rise of log-perplexity when it alone loses the spec's rate.
 
+    As `measure_curves` does.
+    """
+    return tuple(curve[0][1] for curve in measure_curves(ordered, spec, text, (spec.rate,), progress))
+
+
+def measure_curves(
+    ordered: OrderedModel,
+    spec: SearchSpec,
+    text: Tensor,
+    rates: Sequence[float],
+    progress: Progress = no_progress,
+) -> tuple[Curve, ...]:
+    """Per unit of the spec's granularity, at each of `rates`: the share that it loses, alone, and the rise that costs.
+
     Measured on the beginnings of the first two windows of `text` (long, [n, seqlen]). Layers below the pruned one
     compute what they do in the dense model, so their output is kept and only the rest is run. The model is dense
     before and after. Raises NotFiniteError where the dense model is broken; a unit that breaks the model when pruned
     gets the loss of a uniform guess, the worst that the log-perplexity of a working model can be.
     """
     ordered.restore()
-    decoder = ordered.decoder
-    units = decoder.shape.units(spec.granularity)
-    whole = dense_plan(decoder.shape).layers
-    rises = []
+    shape = ordered.decoder.shape
+    units = shape.units(spec.granularity)
+    curves = []
     with torch.inference_mode():
-        run = _DenseRun.of(decoder, text[:WINDOWS, : max(2, TOKENS // WINDOWS)])
+        run = _DenseRun.of(ordered.decoder, text[:WINDOWS, : max(2, TOKENS // WINDOWS)])
         for done, unit in enumerate(units, start=1):
-            ordered.apply_layer(unit.layer, pruned_alone(unit, spec, decoder.shape))
-            loss = run.loss_from(unit.layer)
-            rises.append((loss if math.isfinite(loss) else math.log(decoder.head.out_features)) - run.loss)
-            ordered.apply_layer(unit.layer, whole[unit.layer])
+            rises: dict[LayerPlan, float] = {}  # several rates may be the same plan
+            points = []
+            for rate in rates:
+                plan = pruned_alone(unit, spec, shape, rate)
+                if plan not in rises:
+                    rises[plan] = _rise(ordered, run, unit, plan)
+                points.append((removed_alone(unit, spec, shape, rate), rises[plan]))
+            curves.append(tuple(points))
             progress("measuring sensitivity", done, len(units))
-    return tuple(rises)
+    return tuple(curves)
+
+
+def _rise(ordered: OrderedModel, run: "_DenseRun", unit: Unit, plan: LayerPlan) -> float:
+    ordered.apply_layer(unit.layer, plan)
+    loss = run.loss_from(unit.layer)
+    ordered.apply_layer(unit.layer, dense_plan(ordered.decoder.shape).layers[unit.layer])
+    return (loss if math.isfinite(loss) else math.log(ordered.decoder.head.out_features)) - run.loss
 
 
 @dataclass(frozen=True)

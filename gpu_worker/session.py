@@ -8,9 +8,10 @@ from torch import Tensor
 from gpu_worker.divergence import DensePredictions, dense_predictions, divergence
 from gpu_worker.perplexity import NotFiniteError, perplexity, watched_perplexity
 from gpu_worker.progress import Progress, no_progress
-from gpu_worker.sensitivity import measure_sensitivity
+from gpu_worker.sensitivity import measure_curves
 from gpu_worker.target import Share, Target
 from protocol.allocation import OUTLIER_THRESHOLD
+from protocol.alone import curve_rates
 from protocol.candidate import Measured, Text
 from protocol.card import DensePerplexity, ModelCard
 from protocol.errors import DataError, ModelError
@@ -85,15 +86,18 @@ class Session:
 
     def _describe(self, progress: Progress, sensitivity: bool) -> ModelCard:
         texts = self.target.texts
+        rates = curve_rates(self.spec)
+        curves = (
+            measure_curves(self.target.ordered, self.spec, texts.calibration, rates, progress) if sensitivity else ()
+        )
         return ModelCard(
             fingerprint=self.spec.fingerprint,
             model=self.spec.model,
             shape=self.shape,
             dense=self._dense("fitness", texts.fitness, progress),
             dense_report=None if texts.report is None else self._dense("report", texts.report, progress),
-            sensitivity=measure_sensitivity(self.target.ordered, self.spec, texts.calibration, progress)
-            if sensitivity
-            else (),
+            sensitivity=tuple(curve[rates.index(self.spec.rate)][1] for curve in curves),
+            curves=curves,
             outliers=self.target.outliers,
             texts=texts.digest,
             device=device_name(self.target.model.device),

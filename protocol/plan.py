@@ -74,6 +74,25 @@ def count_parameters(plan: Plan, shape: ModelShape) -> Parameters:
     )
 
 
+def removed_shares(plan: Plan, shape: ModelShape, granularity: Granularity) -> tuple[float, ...]:
+    """What `plan` really removes of each unit, as shares of its parameters."""
+    shares: list[float] = []
+    for kept, whole in zip(plan.layers, shape.layers, strict=True):
+        before = (
+            shape.attention_parameters(whole.query_heads, whole.kv_heads),
+            shape.mlp_parameters(whole.mlp_channels),
+        )
+        after = (
+            shape.attention_parameters(kept.query_heads, kept.kv_heads),
+            shape.mlp_parameters(kept.mlp_channels),
+        )
+        if granularity == "layer":
+            shares.append(1 - sum(after) / sum(before))
+        else:
+            shares += [1 - left / had for left, had in zip(after, before, strict=True)]
+    return tuple(shares)
+
+
 def dense_plan(shape: ModelShape) -> Plan:
     """The plan that removes nothing."""
     return Plan(

@@ -53,7 +53,7 @@ def view_of(granularity: Granularity, *, sensitivity: bool = True, measure: Meas
         )
         for rank, shift in enumerate((0.2, 0.1, 0.05, -0.1))
     )
-    return View(spec, card, 1, members)
+    return View(spec, card, 1, members, {}, members)
 
 
 async def prompt_of(agent: str, reply: ReplyFormat, view: View) -> str:
@@ -79,13 +79,13 @@ def check_golden(name: str, text: str) -> None:
 
 
 @pytest.mark.parametrize("granularity", ["layer", "block"])
-@pytest.mark.parametrize("reply", ["lists", "edits"])
+@pytest.mark.parametrize("reply", ["lists", "edits", "trades"])
 @pytest.mark.parametrize("agent", AGENTS)
 async def test_every_prompt_reads_as_its_golden_text(agent: str, reply: ReplyFormat, granularity: Granularity) -> None:
     check_golden(f"{agent}_{reply}_{granularity}", await prompt_of(agent, reply, view_of(granularity)))
 
 
-@pytest.mark.parametrize("reply", ["lists", "edits"])
+@pytest.mark.parametrize("reply", ["lists", "edits", "trades"])
 @pytest.mark.parametrize("agent", AGENTS)
 async def test_prompts_of_a_search_that_minimises_divergence_speak_of_it_and_not_of_perplexity(
     agent: str, reply: ReplyFormat
@@ -95,7 +95,7 @@ async def test_prompts_of_a_search_that_minimises_divergence_speak_of_it_and_not
     check_golden(f"{agent}_{reply}_layer_kl", text)
 
 
-@pytest.mark.parametrize("reply", ["lists", "edits"])
+@pytest.mark.parametrize("reply", ["lists", "edits", "trades"])
 @pytest.mark.parametrize("agent", AGENTS)
 async def test_nothing_is_said_of_fragile_units_where_none_are_known(agent: str, reply: ReplyFormat) -> None:
     text = await prompt_of(agent, reply, view_of("layer", sensitivity=False))

@@ -1,0 +1,205 @@
+"""What a surrogate makes of outcomes, and what it offers: trades, mixes, and the lessons of earlier ones."""
+
+import math
+import random
+from collections.abc import Sequence
+
+import pytest
+
+from agents.draws import drawn_ranked_mix, drawn_trades
+from agents.lessons import lessons
+from agents.mixes import mix_menu, on_budget
+from agents.operators import random_rates
+from agents.surrogate import Surrogate
+from agents.trades import menu, traded
+from agents.view import Member, View
+from protocol.candidate import Candidate, Provenance, candidate_id
+from protocol.plan import Plan, attention_levels, removed_shares
+from protocol.shape import Granularity, LayerShape, ModelShape
+from protocol.spec import SearchSpec
+from tests.samples import CARD, SHAPE, SPEC
+
+LAYERS = 12
+WIDE = SHAPE.model_copy(update={"layers": (LayerShape(query_heads=4, kv_heads=2, mlp_channels=64),) * LAYERS})
+
+
+def spec_of(granularity: Granularity) -> SearchSpec:
+    return SPEC.model_copy(update={"granularity": granularity})
+
+
+def truth(plan: Plan, shape: ModelShape, granularity: Granularity) -> float:
+    """A rise in which units differ, damage grows faster than the share, and all of it more the more there is."""
+    shares = removed_shares(plan, shape, granularity)
+    damage = sum((0.3 + (7 * i) % 5) * share**2 for i, share in enumerate(shares)) / len(shares)
+    return damage + 0.3 * damage**2
+
+
+def card_curves(granularity: Granularity) -> tuple[tuple[tuple[float, float], ...], ...]:
+    """As a worker measures them: each unit alone, and not quite what it costs among others."""
+    count = len(WIDE.units(granularity))
+    return tuple(
+        tuple(
+            (share, (0.3 + (7 * i) % 5) * share**2 / count * (0.6 + 0.8 * ((3 * i) % 4) / 3))
+            for share in (0.15, 0.3, 0.6)
+        )
+        for i in range(count)
+    )
+
+
+def member(view: View, rates: Sequence[float], *, round_: int = 0, parents: tuple[str, ...] = ()) -> Member:
+    spec, shape = view.spec, view.card.shape
+    feasible = spec.feasible(tuple(rates), shape)
+    plan = spec.plan(feasible, shape)
+    who = Provenance(agent="mutator", source="llm", round=round_, parents=parents)
+    made = Candidate(id=candidate_id(plan, spec.fingerprint), rates=feasible, plan=plan, provenance=who)
+    return Member(made, 10 * math.exp(truth(plan, shape, spec.granularity)))
+
+
+def view_of(granularity: Granularity, measured: int) -> View:
+    spec = spec_of(granularity)
+    curves = card_curves(granularity)
+    card = CARD.model_copy(update={"shape": WIDE, "curves": curves, "sensitivity": tuple(c[1][1] for c in curves)})
+    empty = View(spec, card, 1, ())
+    rng = random.Random(1)
+    members = {
+        m.candidate.id: m for m in (member(empty, random_rates(rng, len(empty.units), 0.3)) for _ in range(measured))
+    }
+    ranked = tuple(sorted(members.values(), key=lambda m: m.fitness))
+    return View(spec, card, 1, ranked[:10], {}, ranked)
+
+
+def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
+    def ranks(values: Sequence[float]) -> list[int]:
+        order = sorted(range(len(values)), key=lambda i: values[i])
+        return [order.index(i) for i in range(len(values))]
+
+    n = len(first)
+    return 1 - 6 * sum((a - b) ** 2 for a, b in zip(ranks(first), ranks(second), strict=True)) / (n * (n * n - 1))
+
+
+def error_of(view: View, seed: int = 99) -> tuple[float, float]:
+    """Rank correlation with the truth, and mean error in nats, over new random candidates."""
+    surrogate, rng = Surrogate(view), random.Random(seed)
+    new = [member(view, random_rates(rng, len(view.units), 0.3)) for _ in range(60)]
+    guessed = [surrogate.guess(m.candidate.plan) for m in new]
+    true = [math.log(m.fitness / 10) for m in new]
+    off = sum(abs(g - t) for g, t in zip(guessed, true, strict=True)) / len(new)
+    return rank_correlation(guessed, true), off
+
+
+@pytest.mark.parametrize("granularity", ["layer", "block"])
+def test_the_surrogate_knows_the_curves_before_anything_is_measured_and_learns_from_outcomes(
+    granularity: Granularity,
+) -> None:
+    before, far = error_of(view_of(granularity, 0))
+    after, near = error_of(view_of(granularity, 80))
+    assert before > 0.3
+    assert after > max(before, 0.85) and near < far / 3
+
+
+def test_the_surrogate_is_exact_where_units_add_up_as_the_card_says() -> None:
+    view = view_of("layer", 0)
+    plan = member(view, random_rates(random.Random(5), len(view.units), 0.3)).candidate.plan
+    shares = removed_shares(plan, WIDE, "layer")
+    surrogate = Surrogate(view)
+    assert surrogate.guess(plan) == pytest.approx(sum(surrogate.of_unit(i, share) for i, share in enumerate(shares)))
+    one = (0.3,) + (0.0,) * (LAYERS - 1)
+    assert sum(surrogate.of_unit(i, r) for i, r in enumerate(one)) == pytest.approx(view.card.curves[0][1][1])
+
+
+def test_without_curves_the_sensitivity_is_all_it_has_and_without_that_all_units_are_alike() -> None:
+    view = view_of("layer", 0)
+    known = View(view.spec, view.card.model_copy(update={"curves": ()}), 1, ())
+    assert Surrogate(known).of_unit(3, 0.5) > Surrogate(known).of_unit(5, 0.5)
+    alike = View(view.spec, view.card.model_copy(update={"curves": (), "sensitivity": ()}), 1, ())
+    assert Surrogate(alike).of_unit(3, 0.5) == pytest.approx(Surrogate(alike).of_unit(5, 0.5))
+
+
+@pytest.mark.parametrize("granularity", ["layer", "block"])
+def test_trades_keep_the_budget_and_mostly_help(granularity: Granularity) -> None:
+    view = view_of(granularity, 60)
+    surrogate, parent = Surrogate(view), view.measured[30]
+    trades = menu(view, surrogate, parent, random.Random(0), 10)
+    assert len(trades) == 10 and trades[0].promise < 0
+    assert [t.promise for t in trades] == sorted(t.promise for t in trades)
+    weights = [unit.parameters for unit in view.units]
+    helped = 0
+    for trade in trades:
+        rates = traded(parent, [trade]).rates
+        moved = sum((a - b) * w for a, b, w in zip(rates, parent.candidate.rates, weights, strict=True))
+        assert abs(moved) <= 1e-4 * sum(weights)
+        assert all(0 <= rate <= 1 for rate in rates)
+        helped += member(view, rates).fitness < parent.fitness
+    assert helped >= 7
+
+
+def test_attention_trades_by_whole_levels() -> None:
+    view = view_of("block", 60)
+    surrogate, rng = Surrogate(view), random.Random(0)
+    seen = 0
+    for parent in view.measured[:20]:
+        for trade in menu(view, surrogate, parent, rng, 10):
+            for unit, rate in ((trade.more, trade.more_rate), (trade.less, trade.less_rate)):
+                if view.units[unit].kind == "attention":
+                    levels = [share for share, _ in attention_levels(WIDE, view.units[unit].layer)]
+                    assert min(abs(rate - level) for level in levels) < 1e-3
+                    seen += 1
+    assert seen > 5
+
+
+def test_menus_differ_between_calls_and_no_unit_fills_one() -> None:
+    view = view_of("block", 60)
+    surrogate = Surrogate(view)
+    menus = [menu(view, surrogate, view.measured[0], random.Random(seed), 10) for seed in range(5)]
+    assert len({tuple((t.more, t.less) for t in trades) for trades in menus}) == 5
+    for trades in menus:
+        for unit in range(len(view.units)):
+            assert sum(unit in (t.more, t.less) for t in trades) <= 2
+
+
+def test_a_model_that_cannot_be_pruned_otherwise_has_no_trades() -> None:
+    view = view_of("layer", 0)
+    spec = view.spec.model_copy(update={"lowest_rate": 0.3, "highest_rate": 0.3})
+    narrow = View(spec, view.card, 1, ())
+    parent = member(narrow, (0.3,) * LAYERS)
+    assert menu(narrow, Surrogate(narrow), parent, random.Random(0), 10) == ()
+
+
+@pytest.mark.parametrize("granularity", ["layer", "block"])
+def test_mixes_are_ranked_and_near_the_budget(granularity: Granularity) -> None:
+    view = view_of(granularity, 60)
+    surrogate = Surrogate(view)
+    mixes = mix_menu(view, surrogate, view.measured[:10], random.Random(0), 100)
+    assert len(mixes) > 20
+    assert [m.expected for m in mixes] == sorted(m.expected for m in mixes)
+    true = [member(view, m.proposal.rates).fitness for m in mixes]
+    assert sum(true[:8]) / 8 < sum(true[8:]) / len(true[8:])
+    weights = [unit.parameters for unit in view.units]
+    for mix in mixes:
+        rates = on_budget(view, mix.proposal.rates)
+        assert sum(r * w for r, w in zip(rates, weights, strict=True)) / sum(weights) == pytest.approx(0.3, abs=0.02)
+
+
+def test_parents_that_are_all_alike_have_no_mixes_and_dice_take_over() -> None:
+    view = view_of("layer", 10)
+    same = [view.measured[0], view.measured[0]]
+    assert mix_menu(view, Surrogate(view), same, random.Random(0), 8) == ()
+    assert len(drawn_ranked_mix(random.Random(0), view, Surrogate(view), same).rates) == LAYERS
+    assert len(drawn_trades(random.Random(0), view, Surrogate(view), same).rates) == LAYERS
+
+
+def test_lessons_tell_what_changed_and_what_came_of_it_the_latest_first() -> None:
+    view = view_of("layer", 1)
+    parent = view.measured[0]
+    base = list(parent.candidate.rates)
+    older = member(view, [*base[:3], base[3] + 0.2, base[4] - 0.2, *base[5:]], round_=1, parents=(parent.candidate.id,))
+    newer = member(
+        view, [*base[:8], base[8] - 0.1, base[9] + 0.1, *base[10:]], round_=2, parents=(parent.candidate.id,)
+    )
+    ranked = tuple(sorted((parent, older, newer), key=lambda m: m.fitness))
+    told = lessons(View(view.spec, view.card, 3, ranked, {}, ranked), 5)
+    assert [line.partition(":")[0] for line in told] == ["layer 8 -10, layer 9 +10", "layer 3 +20, layer 4 -20"]
+    for line, child in zip(told, (newer, older), strict=True):
+        assert ("helped" in line) == (child.fitness < parent.fitness)
+        assert f"{100 * (child.fitness / parent.fitness - 1):+.1f} %" in line
+    assert len(lessons(View(view.spec, view.card, 3, ranked, {}, ranked), 1)) == 1
