@@ -103,7 +103,7 @@ async def test_what_the_process_logs_is_in_the_parents_log(spec: SearchSpec) -> 
     (estimate,) = [event for event in events if event["event"] == "memory_estimate"]
     assert estimate["log_level"] == "info"
     assert estimate["model"] == spec.model
-    assert estimate["needs"].startswith("needs about ")
+    assert estimate["needs"].startswith("about ")
 
 
 async def test_a_process_that_is_killed_says_why_that_may_be(spec: SearchSpec) -> None:
