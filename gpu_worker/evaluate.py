@@ -1,71 +1,24 @@
-"""Evaluations without a search: what `selfpruner evaluate` and `selfpruner allocate` print."""
+"""Evaluations and allocations without a search."""
 
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pydantic import BaseModel, ConfigDict
-
 from gpu_worker.allocation import Choice, allocate, choose_rates, prepare
 from gpu_worker.corpora import SELF, load_roles, windows_digest
 from gpu_worker.memory import Workload
 from gpu_worker.models import load_model
-from gpu_worker.perplexity import NotFiniteError, watched_perplexity
+from gpu_worker.perplexity import NotFiniteError, checked_perplexity
 from gpu_worker.progress import Progress, no_progress
 from gpu_worker.self_text import self_text
 from gpu_worker.session import Session
 from gpu_worker.target import Target, check_length
 from protocol.allocation import Allocation
 from protocol.candidate import Measured
-from protocol.plan import LayerPlan, Parameters, Plan, count_parameters, dense_plan
+from protocol.plan import Parameters, Plan, count_parameters, dense_plan
+from protocol.results import AllocationResult, EvaluationResult
 from protocol.shape import ModelShape
 from protocol.spec import Dtype, Role, SearchSpec, TextSpec
-
-
-class EvaluationResult(BaseModel):
-    """What one model measures, and where it was pruned, what the dense model does on the same tokens."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    model: str
-    method: str | None = None
-    """The allocation, or where the rates come from; None for a model as it is."""
-    rate: float | None = None
-    """Share of the decoder's parameters that was removed; None for a model as it is."""
-    perplexity: float
-    """On the fitness text."""
-    dense_perplexity: float | None = None
-    kl: float | None = None
-    """Divergence from the dense model in nats, where it was asked for."""
-    report_perplexity: float | None = None
-    dense_report_perplexity: float | None = None
-    parameters: Parameters
-    seqlen: int
-    tokens: int
-    seconds: float
-    """Wall time of the measurement on the fitness text."""
-    calibration: str | None = None
-    data: str
-    """The fitness text."""
-    fitness_digest: str
-    """Of the tokens measured on: equal where two results are of the same ones."""
-    card_perplexity: float | None = None
-    """What an exported folder's own card says of the same tokens."""
-    rates: tuple[float, ...] = ()
-
-
-class AllocationResult(BaseModel):
-    """Rates without a search, with all that is needed to prune by them: a file of rates."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    model: str
-    method: str
-    rates: tuple[float, ...]
-    parameters: Parameters
-    plan: tuple[LayerPlan, ...]
-    shape: ModelShape
-    spec: SearchSpec
 
 
 @dataclass(frozen=True)
@@ -123,8 +76,8 @@ def prune_and_measure(target: Target, choice: Choice, progress: Progress = no_pr
     session = Session(target.spec, progress, sensitivity=False, target=target)
     plan = target.spec.plan(list(rates), target.shape)
     try:
-        fitness = session.evaluate(plan)
-        report = None if target.spec.report is None else session.evaluate(plan, "report")
+        fitness = session.evaluate(plan, progress=progress)
+        report = None if target.spec.report is None else session.evaluate(plan, "report", progress)
     except NotFiniteError as error:
         raise NotFiniteError(f"pruned so, {target.spec.model} does not compute: {error}") from error
     return Pruned(session, rates, plan, fitness, report)
@@ -151,9 +104,11 @@ def evaluate_as_it_is(
         model.window_start,
     )
     start = time.perf_counter()
-    value, tokens = watched_perplexity(model.decoder, windows["fitness"], progress)
+    value, tokens = checked_perplexity(model.decoder, windows["fitness"], progress, "measuring")
     seconds = time.perf_counter() - start
-    report = watched_perplexity(model.decoder, windows["report"], progress)[0] if "report" in texts else None
+    report = None
+    if "report" in texts:
+        report, _ = checked_perplexity(model.decoder, windows["report"], progress, "measuring on the report text")
     shape = model.decoder.shape
     return EvaluationResult(
         model=name,

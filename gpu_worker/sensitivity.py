@@ -9,7 +9,7 @@ from torch import Tensor
 from gpu_worker.families import Decoder
 from gpu_worker.layerwise import LayerCall, record_calls
 from gpu_worker.perplexity import NotFiniteError, hidden_loss
-from gpu_worker.progress import Progress, no_progress
+from gpu_worker.progress import Progress, no_progress, steps
 from gpu_worker.pruning import OrderedModel
 from protocol.plan import LayerPlan, Plan, dense_plan, head_options, heads_within, make_plan
 from protocol.shape import ModelShape, Unit
@@ -37,12 +37,11 @@ def measure_sensitivity(
     rises = []
     with torch.inference_mode():
         run = _DenseRun.of(decoder, text[:WINDOWS, : max(2, TOKENS // WINDOWS)])
-        for done, unit in enumerate(units, start=1):
+        for unit in steps(progress, "measuring sensitivity", units):
             ordered.apply_layer(unit.layer, pruned_alone(unit, spec, decoder.shape))
             loss = run.loss_from(unit.layer)
             rises.append((loss if math.isfinite(loss) else math.log(decoder.head.out_features)) - run.loss)
             ordered.apply_layer(unit.layer, whole[unit.layer])
-            progress("measuring sensitivity", done, len(units))
     return tuple(rises)
 
 

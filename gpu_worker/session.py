@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gpu_worker.divergence import DensePredictions, dense_predictions, divergence
-from gpu_worker.perplexity import NotFiniteError, perplexity, watched_perplexity
+from gpu_worker.perplexity import NotFiniteError, checked_perplexity, perplexity
 from gpu_worker.progress import Progress, no_progress
 from gpu_worker.sensitivity import measure_sensitivity
 from gpu_worker.target import Share, Target
@@ -47,7 +47,7 @@ class Session:
         """Shape of the dense model."""
         return self.target.shape
 
-    def evaluate(self, plan: Plan, text: Text = "fitness") -> Measured:
+    def evaluate(self, plan: Plan, text: Text = "fitness", progress: Progress = no_progress) -> Measured:
         """Prune to `plan` and measure `text`: its perplexity, and `kl` where that is the spec's; seconds are wall time.
 
         Raises PlanMismatchError for a plan of another model, DataError where the spec has no such text,
@@ -56,7 +56,7 @@ class Session:
         windows = self._windows(text)
         start = time.perf_counter()
         self.target.prune(plan)
-        value, tokens, kl = self._measure(windows, text)
+        value, tokens, kl = self._measure(windows, text, progress)
         return Measured(
             perplexity=value,
             kl=kl,
@@ -65,12 +65,12 @@ class Session:
             seconds=time.perf_counter() - start,
         )
 
-    def _measure(self, windows: Tensor, text: Text) -> tuple[float, int, float | None]:
+    def _measure(self, windows: Tensor, text: Text, progress: Progress) -> tuple[float, int, float | None]:
         """Perplexity, tokens, and the divergence from the dense model where its predictions were kept."""
-        dense = self._predictions.get(text)
+        dense, decoder, stage = self._predictions.get(text), self.target.model.decoder, _measuring("pruned", text)
         if dense is None:
-            return *perplexity(self.target.model.decoder, windows), None
-        found = divergence(self.target.model.decoder, windows, dense)
+            return *perplexity(decoder, windows, progress, stage), None
+        found = divergence(decoder, windows, dense, progress, stage)
         return found.perplexity, found.tokens, found.kl
 
     def _windows(self, text: Text) -> Tensor:
@@ -98,13 +98,18 @@ class Session:
     def _dense(self, text: Text, windows: Tensor, progress: Progress) -> DensePerplexity:
         """Perplexity of the dense model, whose predictions are kept where divergence from them will be measured."""
         self.target.ordered.restore()
-        decoder = self.target.model.decoder
+        decoder, stage = self.target.model.decoder, _measuring("dense", text)
         start = time.perf_counter()
         if self.spec.measure == "kl":
-            self._predictions[text], value, tokens = dense_predictions(decoder, windows, progress)
+            self._predictions[text], value, tokens = dense_predictions(decoder, windows, progress, stage)
         else:
-            value, tokens = watched_perplexity(decoder, windows, progress)
+            value, tokens = checked_perplexity(decoder, windows, progress, stage)
         return DensePerplexity(perplexity=value, tokens=tokens, seconds=time.perf_counter() - start)
+
+
+def _measuring(what: str, text: Text) -> str:
+    """The stage that measures the `dense` or the `pruned` model on one of its texts."""
+    return f"measuring {what}" if text == "fitness" else f"measuring {what} on the {text} text"
 
 
 def device_name(device: torch.device) -> str:
