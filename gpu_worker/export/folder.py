@@ -84,7 +84,7 @@ def _put(finished: Path, target: Path) -> None:
     target.rename(older)
     try:
         finished.rename(target)
-    except OSError:
+    except BaseException:  # a signal too
         older.rename(target)
         raise
     shutil.rmtree(older, ignore_errors=True)
