@@ -49,7 +49,7 @@ def exported(result: ExportResult, text: TextSpec) -> Iterator[RenderableType]:
     yield _measured_on(text.source, result.tokens, result.seqlen)
     files = _table("file", "MB")
     for name, size in result.files.items():
-        files.add_row(name, f"{size / 1e6:,.2f}")
+        files.add_row(name, f"{size / 1e6:,.2f}" if size >= 1e4 else "<0.01")
     yield files
     yield f"writing took {result.seconds:,.1f} s"
     yield f"next: {_next_command(result, text)}"

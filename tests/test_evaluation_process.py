@@ -52,7 +52,7 @@ async def test_the_card_comes_after_the_stages_and_candidates_are_measured(spec:
     outcomes = [await child.evaluate(candidate_for(plan, text), limit_seconds=60) for text in ("fitness", "report")]
     await child.kill()
     dense = ["measuring dense", "measuring dense on the report text"]
-    assert list(dict.fromkeys(stages)) == ["loading model", "reading texts", "calibrating", *dense]
+    assert list(dict.fromkeys(stages)) == ["loading model", "reading texts", "calibrating", "scoring", *dense]
     assert card.fingerprint == spec.fingerprint
     fitness, report = outcomes
     assert isinstance(fitness, Measured) and isinstance(report, Measured)

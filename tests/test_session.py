@@ -89,7 +89,7 @@ def test_every_stage_ends_with_all_of_its_steps(spec: SearchSpec) -> None:
     last: dict[str, tuple[int, int]] = {}
     Session(spec, lambda stage, done, total: last.update({stage: (done, total)}))
     dense = ["measuring dense", "measuring dense on the report text"]
-    assert list(last) == ["loading model", "reading texts", "calibrating", *dense, "measuring sensitivity"]
+    assert list(last) == ["loading model", "reading texts", "calibrating", "scoring", *dense, "measuring sensitivity"]
     assert all(done == total for done, total in last.values())
 
 
@@ -270,7 +270,7 @@ def test_a_dense_model_that_does_not_compute_is_called_broken(tmp_path: Path) ->
 def test_a_pruned_model_that_does_not_compute_is_not_called_dense(
     spec: SearchSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(*_: object) -> Measured:
+    def broken(*_: object, **__: object) -> Measured:
         raise NotFiniteError("the mean loss is nan")
 
     monkeypatch.setattr(Session, "evaluate", broken)
