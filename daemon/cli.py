@@ -187,9 +187,11 @@ def watch(
     search: flags.SearchName = "default",
     redis_url: flags.RedisUrl = None,
     folder: flags.Folder = Path("runs"),
-    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object per change.")] = False,
+    json_: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object per change, as where stdout is no terminal.")
+    ] = False,
 ) -> None:
-    """Follow a search until it ends; Ctrl-C ends the watching only."""
+    """Follow a search until it ends: live on a terminal, elsewhere as JSON. Ctrl-C ends the watching only."""
     try:
         asyncio.run(_watch(search, redis_url, folder, json_=json_))
     except BrokenPipeError:  # whoever read it has enough; the rest of the buffer goes nowhere
