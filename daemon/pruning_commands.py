@@ -85,7 +85,14 @@ def evaluate(
         with _at_work(name) as progress:
             from gpu_worker.evaluate import evaluate_as_it_is
 
-            result = evaluate_as_it_is(name, claim.texts, dtype=claim.dtype, seed=claim.seed, progress=progress)
+            result = evaluate_as_it_is(
+                name,
+                claim.texts,
+                dtype=claim.dtype,
+                seed=claim.seed,
+                kept_text=claim.kept_text,
+                progress=progress,
+            )
         result = result.model_copy(update={"card_perplexity": claim.about(result.fitness_digest)})
     else:
         request = pruning_request(name, texts, choice, how, options, measure=fitness, dtype=dtype, seed=seed)

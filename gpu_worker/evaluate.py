@@ -3,11 +3,15 @@
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
 
 from gpu_worker.allocation import Choice, allocate, choose_rates, prepare
 from gpu_worker.corpora import SELF, load_roles, windows_digest
+from gpu_worker.export.kept_text import read_kept_text
 from gpu_worker.memory import Workload
-from gpu_worker.models import load_model
+from gpu_worker.models import LoadedModel, load_model
 from gpu_worker.perplexity import NotFiniteError, checked_perplexity
 from gpu_worker.progress import Progress, no_progress
 from gpu_worker.self_text import self_text
@@ -84,25 +88,29 @@ def prune_and_measure(target: Target, choice: Choice, progress: Progress = no_pr
 
 
 def evaluate_as_it_is(
-    name: str, texts: Mapping[Role, TextSpec], *, dtype: Dtype, seed: int, progress: Progress = no_progress
+    name: str,
+    texts: Mapping[Role, TextSpec],
+    *,
+    dtype: Dtype,
+    seed: int,
+    kept_text: Path | None = None,
+    progress: Progress = no_progress,
 ) -> EvaluationResult:
     """Measure a model, such as an exported one, without pruning it.
 
     `texts` has what to measure on; windows that a calibration text takes are left out of the others, as they are where
-    a model is pruned.
+    a model is pruned. `kept_text` is the file in which an export keeps what it was measured on, if it does.
     """
     longest = max(text.seqlen for text in texts.values())
     progress("loading model", 0, 1)
-    model = load_model(name, dtype, Workload(longest, writes_text=any(t.source == SELF for t in texts.values())))
+    writes_text = kept_text is None and any(text.source == SELF for text in texts.values())
+    model = load_model(name, dtype, Workload(longest, writes_text=writes_text))
     progress("loading model", 1, 1)
     check_length(model, longest)
-    windows = load_roles(
-        texts,
-        seed,
-        model.tokenizer,
-        lambda n, length: self_text(model, n, length, seed, progress),
-        model.window_start,
-    )
+    if kept_text is None:
+        windows = _windows_of(model, texts, seed=seed, progress=progress)
+    else:
+        windows = {"fitness": read_kept_text(kept_text, texts["fitness"], model.decoder.head.out_features)}
     start = time.perf_counter()
     value, tokens = checked_perplexity(model.decoder, windows["fitness"], progress, "measuring")
     seconds = time.perf_counter() - start
@@ -120,6 +128,18 @@ def evaluate_as_it_is(
         seconds=seconds,
         data=texts["fitness"].source,
         fitness_digest=windows_digest(windows["fitness"]),
+    )
+
+
+def _windows_of(
+    model: LoadedModel, texts: Mapping[Role, TextSpec], *, seed: int, progress: Progress
+) -> dict[Role, Tensor]:
+    return load_roles(
+        texts,
+        seed,
+        model.tokenizer,
+        lambda windows, length: self_text(model, windows, length, seed, progress),
+        model.window_start,
     )
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gpu_worker.allocation import Choice, prepare
-from gpu_worker.corpora import windows_digest
+from gpu_worker.corpora import SELF, windows_digest
 from gpu_worker.evaluate import Pruned, prune_and_measure, removed_share
 from gpu_worker.export.exporting import check_format, export_model
 from gpu_worker.export.facts import ExportFacts, TextPerplexity
@@ -55,6 +55,7 @@ def export_once(
         destination.folder,
         force=destination.force,
         gguf_type=destination.gguf_type,
+        kept_text=pruned.session.target.texts.fitness if spec.fitness.source == SELF else None,
         progress=progress,
     )
     seconds = time.perf_counter() - start

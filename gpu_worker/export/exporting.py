@@ -2,12 +2,15 @@
 
 from pathlib import Path
 
+from torch import Tensor
+
 from gpu_worker.export.card import render_card
 from gpu_worker.export.checkpoint import write_json
 from gpu_worker.export.facts import ExportFacts, version_of_selfpruner, without_places
 from gpu_worker.export.folder import MARK, write_folder
 from gpu_worker.export.gguf import check_gguf, write_gguf
 from gpu_worker.export.hf import write_hf
+from gpu_worker.export.kept_text import keep_text
 from gpu_worker.export.modeling import modeling_of, plain_type
 from gpu_worker.export.padded import write_padded
 from gpu_worker.export.weights import SHARD_SIZE
@@ -28,10 +31,12 @@ def export_model(
     *,
     force: bool,
     gguf_type: GgufType = "f16",
+    kept_text: Tensor | None = None,
     progress: Progress = no_progress,
 ) -> None:
     """Write `model`, which is pruned to `plan`, as the folder `out`: whole, or not at all.
 
+    `kept_text` has the tokens that were measured, for a text that nobody else has; a GGUF is not measured here again.
     Raises ModelError for a family that the format does not support, and ExportError where `out` exists (an older
     export is replaced with `force`) or cannot be written.
     """
@@ -39,6 +44,8 @@ def export_model(
 
     def write(folder: Path) -> None:
         gguf = _write_weights(model, plan, fmt, folder, name, gguf_type, progress)
+        if kept_text is not None and fmt != "gguf":
+            keep_text(kept_text, folder)
         (folder / "README.md").write_text(render_card(facts, fmt, name=name, gguf=gguf), encoding="utf-8")
         write_json(folder / MARK, _marked(facts, fmt))
 
