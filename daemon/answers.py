@@ -42,11 +42,13 @@ def evaluation(result: EvaluationResult) -> Iterator[RenderableType]:
 def exported(result: ExportResult, text: TextSpec) -> Iterator[RenderableType]:
     """What was written and what it measures; `text` is what it was measured on."""
     yield f"{result.folder}: {result.model}, {_removed(result.rate, result.method)}, as {result.format}"
-    table = _figures(report=result.report_perplexity is not None, kl=result.kl is not None)
+    table = _figures(report=False, kl=result.kl is not None)
     _add(table, "dense", result.dense_perplexity, None, 0.0, result.parameters.total_before)
-    _add(table, "pruned", result.perplexity, result.report_perplexity, result.kl, result.parameters.total_after)
+    _add(table, "pruned", result.perplexity, None, result.kl, result.parameters.total_after)
     yield table
     yield _measured_on(text.source, result.tokens, result.seqlen)
+    if result.report_perplexity is not None:
+        yield f"pruned, on the report text: {result.report_perplexity:,.2f}; README.md has the dense model's beside it"
     files = _table("file", "MB")
     for name, size in result.files.items():
         files.add_row(name, f"{size / 1e6:,.2f}" if size >= 1e4 else "<0.01")

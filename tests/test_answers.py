@@ -116,8 +116,10 @@ def test_a_model_as_it_is_has_one_row_and_the_claim_of_its_card() -> None:
     ],
 )
 def test_an_export_says_what_was_written_and_what_to_type_next(source: str, command: str) -> None:
-    lines = printed(answers.exported(EXPORTED, TextSpec(source=source, windows=2, seqlen=256)))
+    reported = EXPORTED.model_copy(update={"report_perplexity": 34.5678})
+    lines = printed(answers.exported(reported, TextSpec(source=source, windows=2, seqlen=256)))
     assert lines[0] == "my models/pruned: tiny, 30.0% of the decoder's parameters removed by search quickstart, as hf"
+    assert "pruned, on the report text: 34.57; README.md has the dense model's beside it" in lines
     assert ["model.safetensors", "269.00"] in [cells(line) for line in lines]
     assert lines[-2:] == ["writing took 3.2 s", command]
 

@@ -213,6 +213,7 @@ def test_without_a_command_there_is_help_and_code_2(capsys: pytest.CaptureFixtur
         ["allocate", "uniform", "--model", "smollm2", "--rate", "2"],
         ["evaluate", "--model", "smollm2", "--allocate", "uniform", "--data", "self"],
         ["export", "--model", "smollm2", "--out", "here"],
+        ["export", "--model", "smollm2", "--allocate", "uniform", "--rate", "0.3", "--out", "."],
     ],
 )
 def test_flags_are_refused_before_torch_is_loaded(command: list[str]) -> None:
