@@ -112,6 +112,6 @@ def _read_texts(spec: SearchSpec, model: LoadedModel, progress: Progress, share:
         return share(windows, length, write) if share else write()
 
     progress("reading texts", 0, 1)
-    texts = load_texts(spec, model.tokenizer, written)
+    texts = load_texts(spec, model.tokenizer, written, model.window_start)
     progress("reading texts", 1, 1)
     return texts
