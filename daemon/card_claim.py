@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, PositiveFloat, ValidationError
 from daemon.flags import TextFlags
 from daemon.settings import NAMED_TEXTS, check_text, text_spec
 from protocol.errors import DataError
+from protocol.formats import KEPT_TEXT
 from protocol.spec import Dtype, Role, SearchSpec, TextSpec
 
 FACTS = "selfpruner.json"
@@ -37,6 +38,8 @@ class CardClaim:
     dtype: Dtype
     perplexity: float | None = None
     fitness_digest: str | None = None
+    kept_text: Path | None = None
+    """The file with the tokens, where the dense model wrote them."""
 
     def about(self, digest: str) -> float | None:
         """The perplexity that is claimed of tokens with this digest; None where the claim is of others."""
@@ -59,12 +62,15 @@ def card_claim(folder: str, flags: TextFlags) -> CardClaim | None:
             return None
         raise DataError(f"{path} does not say what {folder!r} was measured on: give --data") from error
     spec = facts.spec
+    claimed = None if facts.pruned is None else facts.pruned.perplexity
     if flags.data is None and spec.fitness.source == "self":
-        raise DataError(f"{folder!r} was measured on text that the dense model wrote: give --data, a text file")
+        kept = Path(folder) / KEPT_TEXT
+        if not kept.is_file():
+            raise DataError(f"{folder!r} was measured on text that the dense model wrote: give --data, a text file")
+        return CardClaim({"fitness": spec.fitness}, spec.seed, spec.dtype, claimed, facts.fitness_digest, kept)
     # A text of another source takes no windows of the one that is measured.
     roles = {role: text for role, text in spec.texts.items() if text.source == spec.fitness.source}
     texts = {role: _found(text, flags.data) for role, text in roles.items()}
-    claimed = None if facts.pruned is None else facts.pruned.perplexity
     return CardClaim(texts, spec.seed, spec.dtype, claimed, facts.fitness_digest)
 
 

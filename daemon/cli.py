@@ -16,22 +16,23 @@ import typer
 from rich.console import Console
 from rich.live import Live
 
-from daemon import embedded, flags, pruning_commands
+from daemon import answers, embedded, flags, pruning_commands
 from daemon.changes import Event
 from daemon.display import Display
+from daemon.flag_errors import FLAG_ERROR, flag_sentence
 from daemon.http_token import Access, open_access
 from daemon.launch import Launch
 from daemon.llm import secrets_of
 from daemon.local_llm import find_gguf
 from daemon.remote import NotRunning, RemoteSearch, ask, open_remote, saved_status
-from daemon.screen import Screen
+from daemon.screen import Screen, standing
 from daemon.setting_sources import load
 from daemon.settings import Settings, check_text
-from daemon.signals import run_until_signal
+from daemon.signals import Interrupted, run_until_signal
 from daemon.status import Status
 from daemon.staying import stay_after_end, stay_to_be_mended
 from daemon.summary import Summary, show
-from daemon.terminal import answer, need, print_json
+from daemon.terminal import answer, need, print_json, stdout_console
 from daemon.watch import json_lines, on_screen
 from daemon.watch import watch as follow
 from protocol import logs
@@ -42,7 +43,6 @@ from protocol.errors import SelfPrunerError, SettingsError, UsageError
 log = structlog.get_logger()
 app = typer.Typer(
     help="An LLM searches, by evolution, how much to prune from each layer of an LLM.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
@@ -57,17 +57,27 @@ Config = Annotated[Path | None, typer.Argument(help="A YAML file of settings; qu
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command. Exit code 2 and one sentence on stderr for what the user must mend."""
     try:
-        app(args=arguments, prog_name="selfpruner")
-    except SystemExit as end:
-        return end.code if isinstance(end.code, int) else 0
+        code = app(args=arguments, prog_name="selfpruner", standalone_mode=False)
+    except FLAG_ERROR as error:
+        return _told(flag_sentence(error), 2)
     except SelfPrunerError as error:
-        print(f"selfpruner: {error}", file=sys.stderr)  # noqa: T201  (the one sentence for a person)
-        return 2 if isinstance(error, UsageError) else 1
-    raise AssertionError("typer ends with SystemExit")
+        return _told(str(error), 2 if isinstance(error, UsageError) else 1)
+    except Interrupted as end:
+        return _told("interrupted; nothing was written", end.exit_code)
+    return code if isinstance(code, int) else 0
 
 
-@app.callback()
-def _command_line() -> None:
+def _told(sentence: str, code: int) -> int:
+    print(f"selfpruner: {sentence}", file=sys.stderr)  # noqa: T201  (the one sentence for a person)
+    return code
+
+
+@app.callback(invoke_without_command=True)
+def _command_line(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        if text := context.get_help():  # with Rich it is printed already
+            typer.echo(text)
+        raise typer.Exit(2)
     # Beside an answer on stdout the log has no place; `run`, `daemon` and `worker` set up one of their own.
     logs.configure()
 
@@ -168,7 +178,8 @@ def status(
     json_: flags.Json = False,
 ) -> None:
     """Say how far a search is."""
-    answer(asyncio.run(_status(search, redis_url, folder)).model_dump(mode="json"), json_)
+    found = asyncio.run(_status(search, redis_url, folder))
+    answer(found.model_dump(mode="json"), json_, lambda: standing(found))
 
 
 @app.command()
@@ -176,9 +187,11 @@ def watch(
     search: flags.SearchName = "default",
     redis_url: flags.RedisUrl = None,
     folder: flags.Folder = Path("runs"),
-    json_: Annotated[bool, typer.Option("--json", help="Print one JSON object per change.")] = False,
+    json_: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object per change, as where stdout is no terminal.")
+    ] = False,
 ) -> None:
-    """Follow a search until it ends; Ctrl-C ends the watching only."""
+    """Follow a search until it ends: live on a terminal, elsewhere as JSON. Ctrl-C ends the watching only."""
     try:
         asyncio.run(_watch(search, redis_url, folder, json_=json_))
     except BrokenPipeError:  # whoever read it has enough; the rest of the buffer goes nowhere
@@ -194,7 +207,7 @@ def best(
 ) -> None:
     """Print the best pruning rates so far."""
     record = asyncio.run(ask(search, redis_url, folder, RemoteSearch.best, otherwise="best.json"))
-    answer(record, json_)
+    answer(record, json_, lambda: answers.best(record))
 
 
 @app.command()
@@ -270,7 +283,7 @@ def _json(summary: Summary) -> None:
 
 
 def _table(summary: Summary) -> None:
-    show(summary, Console())
+    show(summary, stdout_console())
 
 
 def _log_summary(summary: Summary) -> None:

@@ -10,7 +10,7 @@ from pydantic import SecretStr
 
 from daemon.settings import HttpSettings, check_token
 from protocol.errors import SettingsError, UsageError
-from protocol.paths import expanded
+from protocol.secret_files import read_secret
 
 TOKEN_FILE = "http-token"
 
@@ -46,7 +46,7 @@ def open_access(settings: HttpSettings, folder: Path) -> Access:
 
 def _read_given(path: Path) -> SecretStr:
     try:
-        token = SecretStr(expanded(path).read_text(encoding="utf-8").strip())
+        token = SecretStr(read_secret(path))
         if not token.get_secret_value():
             raise SettingsError(f"http.token_file: the file {str(path)!r} is empty")
         return check_token(token)

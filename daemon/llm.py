@@ -19,6 +19,7 @@ from daemon.settings import EndpointSettings, LlmSettings, Settings, check_key
 from protocol.connection import password_of
 from protocol.errors import SettingsError
 from protocol.paths import expanded
+from protocol.secret_files import read_secret
 
 log = structlog.get_logger()
 
@@ -118,8 +119,7 @@ def read_transcript(path: Path) -> Transcript:
 
 def _read_key(path: Path) -> str:
     try:
-        return check_key(expanded(path).read_text(encoding="utf-8").strip())
+        return check_key(read_secret(path))
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else error
-        why = "it is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else why  # whose words show the bytes
         raise SettingsError(f"llm.endpoints: the key file {str(path)!r} cannot be read: {why}") from None

@@ -1,15 +1,17 @@
 """`selfpruner allocate | evaluate | export`: pruning without a search, or after one."""
 
 import asyncio
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated
 
+import structlog
 import typer
 from rich.console import Console
 
-from daemon import flags
+from daemon import answers, flags
 from daemon.card_claim import CardClaim, card_claim
 from daemon.pruning_request import (
     allocation_of,
@@ -21,6 +23,7 @@ from daemon.pruning_request import (
     self_if_none,
 )
 from daemon.remote import RemoteSearch, ask
+from daemon.signals import interruptible
 from daemon.terminal import answer, need
 from protocol import logs
 from protocol.allocation import Method
@@ -28,6 +31,8 @@ from protocol.errors import SettingsError
 from protocol.formats import Format, GgufType
 from protocol.paths import expanded
 from protocol.spec import Measure
+
+log = structlog.get_logger()
 
 
 @flags.grouped
@@ -44,13 +49,12 @@ def allocate(
     json_: flags.Json = False,
 ) -> None:
     """Say the pruning rates of an allocation; with --json a file that `evaluate` and `export` take as --rates."""
-    need("torch", "worker")
-    from gpu_worker.evaluate import allocate_once
+    spec, allocation = allocation_spec(model, rate, texts, how, dtype=dtype, seed=seed), allocation_of(method, options)
+    with _at_work(model) as progress:
+        from gpu_worker.evaluate import allocate_once
 
-    spec = allocation_spec(model, rate, texts, how, dtype=dtype, seed=seed)
-    with _progress(model) as progress:
-        result = allocate_once(spec, allocation_of(method, options), progress)
-    answer(result.model_dump(mode="json"), json_)
+        result = allocate_once(spec, allocation, progress)
+    answer(result.model_dump(mode="json"), json_, lambda: answers.allocation(result))
 
 
 @flags.grouped
@@ -70,9 +74,6 @@ def evaluate(
     json_: flags.Json = False,
 ) -> None:
     """Measure a model's perplexity: as it is, or pruned by --allocate or --rates, without a search."""
-    need("torch", "worker")
-    from gpu_worker.evaluate import evaluate_as_it_is, evaluate_once
-
     if (folder is None) == (model is None):
         raise SettingsError("name one model: a folder, or --model")
     name = str(folder) if model is None else model
@@ -81,16 +82,27 @@ def evaluate(
         if fitness != "perplexity":
             raise SettingsError("--fitness kl compares with the dense model: give --allocate or --rates too")
         claim = card_claim(name, texts) or CardClaim(measured_texts(texts), seed, dtype)
-        with _progress(name) as progress:
-            result = evaluate_as_it_is(name, claim.texts, dtype=claim.dtype, seed=claim.seed, progress=progress)
+        with _at_work(name) as progress:
+            from gpu_worker.evaluate import evaluate_as_it_is
+
+            result = evaluate_as_it_is(
+                name,
+                claim.texts,
+                dtype=claim.dtype,
+                seed=claim.seed,
+                kept_text=claim.kept_text,
+                progress=progress,
+            )
         result = result.model_copy(update={"card_perplexity": claim.about(result.fitness_digest)})
     else:
         request = pruning_request(name, texts, choice, how, options, measure=fitness, dtype=dtype, seed=seed)
-        with _progress(name) as progress:
+        with _at_work(name) as progress:
+            from gpu_worker.evaluate import evaluate_once
+
             result = evaluate_once(
                 request.spec, request.choice, shape=request.shape, method=request.method, progress=progress
             )
-    answer(result.model_dump(mode="json"), json_)
+    answer(result.model_dump(mode="json"), json_, lambda: answers.evaluation(result))
 
 
 @flags.grouped
@@ -116,9 +128,6 @@ def export(
 
     Without --data and --calibration-data the model is scored and measured on text that it writes itself.
     """
-    need("torch", "worker")
-    from gpu_worker.exporter import Destination, export_once
-
     if search is not None:
         if model is not None or choice != flags.ChoiceFlags():
             raise SettingsError("--search names the model and its rates: leave --model, --allocate and --rates out")
@@ -129,7 +138,13 @@ def export(
         request = pruning_request(model, self_if_none(texts), choice, how, options, dtype=dtype, seed=seed)
     else:
         raise SettingsError("give --search, or --model with --allocate or --rates")
-    with _progress(request.spec.model) as progress:
+    need("torch", "worker")
+    from gpu_worker.export.folder import check_target
+
+    check_target(expanded(out), force=force)
+    with _at_work(request.spec.model) as progress:
+        from gpu_worker.exporter import Destination, export_once
+
         result = export_once(
             request.spec,
             request.choice,
@@ -138,14 +153,31 @@ def export(
             method=request.method,
             progress=progress,
         )
-    answer(result.model_dump(mode="json"), json_)
+    answer(result.model_dump(mode="json"), json_, lambda: answers.exported(result, request.spec.fitness))
 
 
 @contextmanager
-def _progress(model: str) -> Iterator[Callable[[str, int, int], None]]:
-    """One line on the terminal that says what is under way; above it, before `model` is loaded, what that needs."""
-    from gpu_worker.answering import preparing
+def _at_work(model: str) -> Iterator[Callable[[str, int, int], None]]:
+    """Say what is under way: on one line of a terminal, elsewhere in the log; a signal raises Interrupted.
 
+    Flags are checked before it, for it imports torch, which takes seconds.
+    """
+    need("torch", "worker")
     logs.configure()
-    with preparing(model), Console(stderr=True).status("") as line:
-        yield lambda stage, done, total: line.update(f"{stage} {done}/{total}")
+    with ExitStack() as stack:
+        stack.enter_context(interruptible())
+        on_terminal = sys.stderr.isatty()
+        line = stack.enter_context(Console(stderr=True).status("loading torch")) if on_terminal else None
+        from gpu_worker.answering import preparing
+        from gpu_worker.progress import Sparsely
+
+        stack.enter_context(preparing(model))
+        logged = Sparsely()
+
+        def tell(stage: str, done: int, total: int) -> None:
+            if line is not None:
+                line.update(f"{stage} {done}/{total}")
+            elif logged.picks(stage, done, total):
+                log.info("progress", stage=stage, done=done, total=total)
+
+        yield tell

@@ -96,6 +96,8 @@ async def open_remote(search: str, redis_url: str | None, folder: Path) -> Async
     What the server refuses, there or in the block, is SettingsError; what cannot be read of it, StoreError.
     """
     keys = Keys(check_search_name(search))
+    if redis_url is None:
+        _check_folder(folder, search)
     redis = connect(redis_url or embedded_url(folder / search))
     client: Any = redis
     found = None
@@ -114,14 +116,31 @@ async def open_remote(search: str, redis_url: str | None, folder: Path) -> Async
             raise StoreError(f"the server of the search {search!r} answers with an error: {error}") from error
         if found is not None:
             raise NotRunning(f"the server of the search {search!r} went away: {error}") from error
-        hint = "" if redis_url else f"; it is not running in {folder}/, or give --redis-url"
-        raise NotRunning(f"no server answers for the search {search!r} ({error}){hint}") from error
+        if redis_url is None:
+            raise NotRunning(_not_running(folder, search)) from error
+        raise NotRunning(f"no server answers for the search {search!r} ({error})") from error
     finally:
         await redis.aclose()
 
 
 class NotRunning(UsageError):  # noqa: N818
     """The search's server does not answer."""
+
+
+def _check_folder(folder: Path, search: str) -> None:
+    """Raise UsageError where `folder` has no folder of the search; it names those that it has."""
+    if (folder / search).is_dir():
+        return
+    found = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+    there = f"there is {', '.join(found)}" if found else "there is none yet"
+    raise UsageError(f"there is no search {search!r} in {folder}/; {there} (--search, --folder, or --redis-url)")
+
+
+def _not_running(folder: Path, search: str) -> str:
+    return (
+        f"the search {search!r} in {folder}/ is not running now: `selfpruner run` with its settings goes on; "
+        "if its server is elsewhere, give --redis-url"
+    )
 
 
 def saved(folder: Path, file: str) -> dict[str, Any] | None:

@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 
 from rich.console import Group, RenderableType
@@ -18,6 +18,7 @@ SHOWN_MEMBERS = 5
 SHOWN_EVENTS = 20
 FEWEST_EVENTS = 3
 OVERVIEW_LINES = 9
+_MAKERS = {"llm": "LLM"}
 RATE_SECONDS = 120.0
 
 
@@ -49,30 +50,41 @@ class Screen:
         taken = OVERVIEW_LINES + 2 + len(members) + 2 + len(status.workers)
         events = list(self._events)[-max(FEWEST_EVENTS, height - taken - 1) :]
         return Group(
-            self._overview(status),
+            _overview(status, self.per_minute),
             _members(status, members),
             _workers(status),
             *(_plain(event, "dim") for event in events),
         )
 
-    def _overview(self, status: Status) -> RenderableType:
-        title = _plain(f"{status.search}: {status.model}, {status.rate:.0%} removed")
-        table = Table(title=title, show_header=False, title_style="bold", box=None, title_justify="left")
-        table.add_column(style="bold")
-        table.add_column()
-        rate = "–" if self.per_minute is None else f"{self.per_minute:.1f} a minute"
-        source = status.by_source
-        table.add_row("state", _state(status))
-        table.add_row("round", f"{status.round}, parents chosen by {status.parents_source or '–'}")
-        table.add_row("candidates", f"{status.measured} measured, {status.failed} failed; {rate}")
-        table.add_row("made by", f"LLM {source.get('llm', 0)}, stand-in {source.get('stand-in', 0)}")
-        table.add_row("queue", f"{status.queue.queued} queued, {status.queue.running} running")
-        table.add_row(
-            "best", f"{_figure(status.best_perplexity)}{_kl(status.best_kl)}, dense {_figure(status.dense_perplexity)}"
-        )
-        table.add_row("tokens", f"{status.tokens.get('prompt', 0):,} in, {status.tokens.get('completion', 0):,} out")
-        table.add_row("time", f"{status.seconds:,.0f} s")
-        return table
+
+def standing(status: Status) -> Iterator[RenderableType]:
+    """One look at a search: where it is, and its workers, endpoints and given up jobs where there are any."""
+    yield _overview(status)
+    if status.workers:
+        yield _workers(status)
+    if status.endpoints:
+        yield _endpoints(status)
+    if status.dead:
+        yield _dead(status)
+
+
+def _overview(status: Status, per_minute: float | None = None) -> RenderableType:
+    table = Table(show_header=False, box=None)
+    table.add_column(style="bold")
+    table.add_column()
+    pace = "" if per_minute is None else f"; {per_minute:.1f} a minute"
+    source = status.by_source
+    table.add_row("state", _state(status))
+    table.add_row("round", f"{status.round}, parents chosen by {status.parents_source or '–'}")
+    table.add_row("candidates", f"{status.measured} measured, {status.failed} failed{pace}")
+    table.add_row("made by", f"LLM {source.get('llm', 0)}, stand-in {source.get('stand-in', 0)}")
+    table.add_row("queue", f"{status.queue.queued} queued, {status.queue.running} running")
+    table.add_row(
+        "best", f"{_figure(status.best_perplexity)}{_kl(status.best_kl)}, dense {_figure(status.dense_perplexity)}"
+    )
+    table.add_row("tokens", f"{status.tokens.get('prompt', 0):,} in, {status.tokens.get('completion', 0):,} out")
+    table.add_row("time", f"{status.seconds:,.0f} s")
+    return Group(_plain(f"{status.search}: {status.model}, {status.rate:.0%} removed", "bold"), table)
 
 
 def in_words(event: Event) -> str:
@@ -114,6 +126,26 @@ def _workers(status: Status) -> RenderableType:
         share = f" {worker.done}/{worker.total}" if worker.total and worker.stage not in ("idle", "evaluating") else ""
         doing = _plain(f"{worker.stage}{share} {worker.detail}".strip())
         table.add_row(_plain(worker.consumer), doing, str(worker.measured))
+    return table
+
+
+def _endpoints(status: Status) -> RenderableType:
+    table = Table(title="LLM endpoints", box=None, title_justify="left")
+    for column in ("endpoint", "state", "requests", "errors"):
+        table.add_column(column, justify="right" if column in ("requests", "errors") else "left")
+    for name, endpoint in status.endpoints.items():
+        state = _plain(endpoint.state + (f": {endpoint.reason}" if endpoint.reason else ""))
+        table.add_row(_plain(name), state, f"{endpoint.requests:,}", f"{endpoint.errors:,}")
+    return table
+
+
+def _dead(status: Status) -> RenderableType:
+    table = Table(title=f"given up: {len(status.dead)}, the last ones", box=None, title_justify="left")
+    for column in ("id", "worker", "why"):
+        table.add_column(column)
+    for job in status.dead[:SHOWN_MEMBERS]:
+        why = job.get("detail") or job.get("reason", "")
+        table.add_row(*(_plain(text) for text in (job.get("id", ""), job.get("worker", ""), why)))
     return table
 
 

@@ -3,12 +3,15 @@
 import asyncio
 import os
 import signal
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any, TypeVar
 
 import structlog
 
 T = TypeVar("T")
+ENDING = (signal.SIGINT, signal.SIGTERM)
 
 log = structlog.get_logger()
 
@@ -16,6 +19,31 @@ log = structlog.get_logger()
 def run_until_signal(work: Coroutine[Any, Any, T]) -> tuple[T | None, signal.Signals | None]:
     """Run `work`; a first signal cancels it, and is returned beside whatever the work still answered."""
     return asyncio.run(_run(work))
+
+
+class Interrupted(BaseException):
+    """A signal ended work that has no event loop to cancel. No Exception: nobody on the way may take it for one."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.exit_code = 128 + number
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """While it lasts, a first signal raises Interrupted in the main thread; a second one ends the process at once."""
+
+    def on_signal(number: int, _frame: FrameType | None) -> None:
+        for each in ENDING:
+            signal.signal(each, signal.SIG_DFL)
+        raise Interrupted(number)
+
+    before = {number: signal.signal(number, on_signal) for number in ENDING}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 async def until_cancelled() -> None:
@@ -34,7 +62,7 @@ async def _run(work: Coroutine[Any, Any, T]) -> tuple[T | None, signal.Signals |
         log.info("ending", signal=number.name)
         task.cancel()
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in ENDING:
         asyncio.get_running_loop().add_signal_handler(number, on_signal, number)
     try:
         return await task, received[0] if received else None

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
-from rich.console import Console, Group, RenderableType
+from rich.console import Console
 from rich.table import Table
 
 from agents.population import Evaluation, Population
@@ -127,13 +127,16 @@ def _row(spec: SearchSpec, parameters: Parameters, evaluation: Evaluation | None
 
 
 def show(summary: Summary, console: Console) -> None:
-    """Print the table, and under it who made the candidates and what it took."""
-    console.print(Group(_table(summary), *_lines(summary)))
+    """Print the table, and under it who made the candidates, what it took, and whether that was all."""
+    console.print(f"{summary.search}: {summary.model}, {summary.rate:.0%} of the decoder's parameters removed")
+    console.print(_table(summary))
+    for line in _lines(summary):
+        console.print(line, soft_wrap=True)
 
 
 def _table(summary: Summary) -> Table:
     columns = _columns(summary)
-    table = Table(title=f"{summary.search}: {summary.model}, {summary.rate:.0%} of the decoder parameters removed")
+    table = Table()
     table.add_column("")
     for column in columns:
         table.add_column(column.title, justify="right")
@@ -143,8 +146,8 @@ def _table(summary: Summary) -> Table:
         if row is None:
             continue
         cells = [_number(column.of(row), column.digits) for column in columns]
-        ratio = _number(_ratio(columns[0].of(row), columns[0].of(summary.uniform)), 3)
-        table.add_row(name, *cells, f"{row.parameters.total_after / 1e6:,.1f} M", ratio)
+        ratio = None if name == "dense" else _ratio(columns[0].of(row), columns[0].of(summary.uniform))
+        table.add_row(name, *cells, f"{row.parameters.total_after / 1e6:,.1f} M", _number(ratio, 3))
     return table
 
 
@@ -172,17 +175,19 @@ def _ratio(value: float | None, uniform: float | None) -> float | None:
     return None if value is None or not uniform else value / uniform
 
 
-def _lines(summary: Summary) -> list[RenderableType]:
+def _lines(summary: Summary) -> list[str]:
     def listed(counts: dict[str, Any]) -> str:
         return ", ".join(f"{name} {count}" for name, count in counts.items())
 
     outcome = summary.candidates["by_outcome"]
     used = summary.tokens
+    unfinished = ["stopped before its end: these figures are not final, and the same command goes on"]
     return [
         f"candidates by agent: {listed(summary.candidates['by_agent'])}",
         f"candidates by source: {listed(summary.candidates['by_source'])}",
         f"measured {outcome['measured']}, failed {outcome['failed']}; "
         f"LLM tokens: {used['prompt']:,} in, {used['completion']:,} out; {summary.seconds:,.0f} seconds",
+        *([] if summary.finished else unfinished),
     ]
 
 

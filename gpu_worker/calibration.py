@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gpu_worker.families import Decoder, Layer
-from gpu_worker.progress import Progress, no_progress
+from gpu_worker.progress import Progress, no_progress, steps
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,6 @@ def calibrate(decoder: Decoder, windows: Tensor, progress: Progress = no_progres
     No logits are computed.
     """
     with torch.inference_mode(), watching(*decoder.layers) as watches:
-        for done, window in enumerate(windows, start=1):
+        for window in steps(progress, "calibrating", windows):
             decoder.body(input_ids=window[None].to(decoder.device), use_cache=False)
-            progress("calibrating", done, len(windows))
     return tuple(watch.activations() for watch in watches)

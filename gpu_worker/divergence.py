@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gpu_worker.families import Decoder
 from gpu_worker.perplexity import NotFiniteError, final_hidden, logit_chunks, perplexity_of
-from gpu_worker.progress import Progress, no_progress
+from gpu_worker.progress import Progress, no_progress, steps
 
 TOP = 512
 """Tokens kept for each prediction; EvoPress found no use in more. In bfloat16 they take 3 KB a predicted token."""
@@ -75,7 +75,12 @@ class Divergence:
 
 
 def dense_predictions(
-    decoder: Decoder, windows: Tensor, progress: Progress = no_progress, *, top: int = TOP
+    decoder: Decoder,
+    windows: Tensor,
+    progress: Progress = no_progress,
+    stage: str = "measuring",
+    *,
+    top: int = TOP,
 ) -> tuple[DensePredictions, float, int]:
     """What the dense model predicts for `windows` (long, [n, seqlen]), its perplexity, and the tokens averaged over.
 
@@ -86,20 +91,26 @@ def dense_predictions(
     kept = DensePredictions.room_for(tokens, min(top, head.out_features), head.weight.dtype)
     loss = 0.0
     with torch.inference_mode():
-        for chunk in _chunks(decoder, windows, progress):
+        for chunk in _chunks(decoder, windows, progress, stage):
             loss += chunk.loss
             kept.keep(chunk)
     return kept, perplexity_of(loss, tokens), tokens
 
 
-def divergence(decoder: Decoder, windows: Tensor, dense: DensePredictions) -> Divergence:
+def divergence(
+    decoder: Decoder,
+    windows: Tensor,
+    dense: DensePredictions,
+    progress: Progress = no_progress,
+    stage: str = "measuring",
+) -> Divergence:
     """How far the model's predictions for `windows` (long, [n, seqlen]) are from the `dense` ones of the same windows.
 
     Raises NotFiniteError where the perplexity or the divergence is no finite number.
     """
     loss = kl = 0.0
     with torch.inference_mode():
-        for chunk in _chunks(decoder, windows):
+        for chunk in _chunks(decoder, windows, progress, stage):
             loss += chunk.loss
             device = chunk.logits.device
             found = chunk.log_probabilities(dense.kept_tokens(chunk.rows, device))
@@ -147,15 +158,14 @@ class _Chunk:
         return torch.cat([kept, others[:, None]], dim=-1) - self.log_total[:, None]
 
 
-def _chunks(decoder: Decoder, windows: Tensor, progress: Progress = no_progress) -> Iterator[_Chunk]:
+def _chunks(decoder: Decoder, windows: Tensor, progress: Progress, stage: str) -> Iterator[_Chunk]:
     """What the model predicts for each window in turn, as it is now."""
     start = 0
-    for done, window in enumerate(windows, start=1):
+    for window in steps(progress, stage, windows):
         hidden = final_hidden(decoder, window[None])
         for logits, targets in logit_chunks(decoder, hidden, window[None]):
             yield _Chunk(slice(start, start + len(targets)), logits, logits.logsumexp(-1), targets)
             start += len(targets)
-        progress("measuring dense", done, len(windows))
 
 
 def _log_sum_of_others(logits: Tensor, tokens: Tensor) -> Tensor:

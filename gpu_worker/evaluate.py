@@ -1,71 +1,28 @@
-"""Evaluations without a search: what `selfpruner evaluate` and `selfpruner allocate` print."""
+"""Evaluations and allocations without a search."""
 
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
+from torch import Tensor
 
 from gpu_worker.allocation import Choice, allocate, choose_rates, prepare
 from gpu_worker.corpora import SELF, load_roles, windows_digest
+from gpu_worker.export.kept_text import read_kept_text
 from gpu_worker.memory import Workload
-from gpu_worker.models import load_model
-from gpu_worker.perplexity import NotFiniteError, watched_perplexity
+from gpu_worker.models import LoadedModel, load_model
+from gpu_worker.perplexity import NotFiniteError, checked_perplexity
 from gpu_worker.progress import Progress, no_progress
 from gpu_worker.self_text import self_text
 from gpu_worker.session import Session
 from gpu_worker.target import Target, check_length
 from protocol.allocation import Allocation
 from protocol.candidate import Measured
-from protocol.plan import LayerPlan, Parameters, Plan, count_parameters, dense_plan
+from protocol.plan import Parameters, Plan, count_parameters, dense_plan
+from protocol.results import AllocationResult, EvaluationResult
 from protocol.shape import ModelShape
 from protocol.spec import Dtype, Role, SearchSpec, TextSpec
-
-
-class EvaluationResult(BaseModel):
-    """What one model measures, and where it was pruned, what the dense model does on the same tokens."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    model: str
-    method: str | None = None
-    """The allocation, or where the rates come from; None for a model as it is."""
-    rate: float | None = None
-    """Share of the decoder's parameters that was removed; None for a model as it is."""
-    perplexity: float
-    """On the fitness text."""
-    dense_perplexity: float | None = None
-    kl: float | None = None
-    """Divergence from the dense model in nats, where it was asked for."""
-    report_perplexity: float | None = None
-    dense_report_perplexity: float | None = None
-    parameters: Parameters
-    seqlen: int
-    tokens: int
-    seconds: float
-    """Wall time of the measurement on the fitness text."""
-    calibration: str | None = None
-    data: str
-    """The fitness text."""
-    fitness_digest: str
-    """Of the tokens measured on: equal where two results are of the same ones."""
-    card_perplexity: float | None = None
-    """What an exported folder's own card says of the same tokens."""
-    rates: tuple[float, ...] = ()
-
-
-class AllocationResult(BaseModel):
-    """Rates without a search, with all that is needed to prune by them: a file of rates."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    model: str
-    method: str
-    rates: tuple[float, ...]
-    parameters: Parameters
-    plan: tuple[LayerPlan, ...]
-    shape: ModelShape
-    spec: SearchSpec
 
 
 @dataclass(frozen=True)
@@ -123,37 +80,43 @@ def prune_and_measure(target: Target, choice: Choice, progress: Progress = no_pr
     session = Session(target.spec, progress, sensitivity=False, target=target)
     plan = target.spec.plan(list(rates), target.shape)
     try:
-        fitness = session.evaluate(plan)
-        report = None if target.spec.report is None else session.evaluate(plan, "report")
+        fitness = session.evaluate(plan, progress=progress)
+        report = None if target.spec.report is None else session.evaluate(plan, "report", progress)
     except NotFiniteError as error:
         raise NotFiniteError(f"pruned so, {target.spec.model} does not compute: {error}") from error
     return Pruned(session, rates, plan, fitness, report)
 
 
 def evaluate_as_it_is(
-    name: str, texts: Mapping[Role, TextSpec], *, dtype: Dtype, seed: int, progress: Progress = no_progress
+    name: str,
+    texts: Mapping[Role, TextSpec],
+    *,
+    dtype: Dtype,
+    seed: int,
+    kept_text: Path | None = None,
+    progress: Progress = no_progress,
 ) -> EvaluationResult:
     """Measure a model, such as an exported one, without pruning it.
 
     `texts` has what to measure on; windows that a calibration text takes are left out of the others, as they are where
-    a model is pruned.
+    a model is pruned. `kept_text` is the file in which an export keeps what it was measured on, if it does.
     """
     longest = max(text.seqlen for text in texts.values())
     progress("loading model", 0, 1)
-    model = load_model(name, dtype, Workload(longest, writes_text=any(t.source == SELF for t in texts.values())))
+    writes_text = kept_text is None and any(text.source == SELF for text in texts.values())
+    model = load_model(name, dtype, Workload(longest, writes_text=writes_text))
     progress("loading model", 1, 1)
     check_length(model, longest)
-    windows = load_roles(
-        texts,
-        seed,
-        model.tokenizer,
-        lambda n, length: self_text(model, n, length, seed, progress),
-        model.window_start,
-    )
+    if kept_text is None:
+        windows = _windows_of(model, texts, seed=seed, progress=progress)
+    else:
+        windows = {"fitness": read_kept_text(kept_text, texts["fitness"], model.decoder.head.out_features)}
     start = time.perf_counter()
-    value, tokens = watched_perplexity(model.decoder, windows["fitness"], progress)
+    value, tokens = checked_perplexity(model.decoder, windows["fitness"], progress, "measuring")
     seconds = time.perf_counter() - start
-    report = watched_perplexity(model.decoder, windows["report"], progress)[0] if "report" in texts else None
+    report = None
+    if "report" in texts:
+        report, _ = checked_perplexity(model.decoder, windows["report"], progress, "measuring on the report text")
     shape = model.decoder.shape
     return EvaluationResult(
         model=name,
@@ -165,6 +128,18 @@ def evaluate_as_it_is(
         seconds=seconds,
         data=texts["fitness"].source,
         fitness_digest=windows_digest(windows["fitness"]),
+    )
+
+
+def _windows_of(
+    model: LoadedModel, texts: Mapping[Role, TextSpec], *, seed: int, progress: Progress
+) -> dict[Role, Tensor]:
+    return load_roles(
+        texts,
+        seed,
+        model.tokenizer,
+        lambda windows, length: self_text(model, windows, length, seed, progress),
+        model.window_start,
     )
 
 

@@ -4,10 +4,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
-
 from gpu_worker.allocation import Choice, prepare
-from gpu_worker.corpora import windows_digest
+from gpu_worker.corpora import SELF, windows_digest
 from gpu_worker.evaluate import Pruned, prune_and_measure, removed_share
 from gpu_worker.export.exporting import check_format, export_model
 from gpu_worker.export.facts import ExportFacts, TextPerplexity
@@ -16,7 +14,7 @@ from gpu_worker.progress import Progress, no_progress
 from protocol.candidate import Measured
 from protocol.card import DensePerplexity
 from protocol.formats import Format, GgufType
-from protocol.plan import Parameters
+from protocol.results import ExportResult
 from protocol.shape import ModelShape
 from protocol.spec import SearchSpec
 
@@ -29,31 +27,6 @@ class Destination:
     format: Format
     gguf_type: GgufType = "f16"
     force: bool = False
-
-
-class ExportResult(BaseModel):
-    """What was written."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    folder: Path
-    format: Format
-    files: dict[str, int]
-    """Names and sizes in bytes."""
-    model: str
-    method: str
-    rate: float
-    """Share of the decoder's parameters that is removed."""
-    perplexity: float
-    """On the fitness text, of the model in memory."""
-    dense_perplexity: float
-    kl: float | None
-    report_perplexity: float | None
-    parameters: Parameters
-    seqlen: int
-    tokens: int
-    seconds: float
-    """That writing took."""
 
 
 def export_once(
@@ -73,7 +46,6 @@ def export_once(
     check_target(destination.folder, force=destination.force)
     target = prepare(spec, choice, progress, shape=shape, check=lambda model: check_format(model, destination.format))
     pruned = prune_and_measure(target, choice, progress)
-    progress("writing", 0, 1)
     start = time.perf_counter()
     export_model(
         target.model,
@@ -83,9 +55,10 @@ def export_once(
         destination.folder,
         force=destination.force,
         gguf_type=destination.gguf_type,
+        kept_text=pruned.session.target.texts.fitness if spec.fitness.source == SELF else None,
+        progress=progress,
     )
     seconds = time.perf_counter() - start
-    progress("writing", 1, 1)
     return ExportResult(
         folder=destination.folder,
         format=destination.format,

@@ -87,14 +87,14 @@ class MemoryEstimate:
         return self.weights + self.running
 
     @property
-    def sentence(self) -> str:
-        """All of it in words."""
+    def words(self) -> str:
+        """All of it: what the model needs."""
         parts = [f"{gigabytes(self.weights)} for weights", f"{gigabytes(self.running)} to run them"]
         if self.gathered:
             parts.append(f"up to {gigabytes(self.gathered)} for pruned copies")
         if self.main:
             parts.append(f"{gigabytes(self.main)} of main memory for texts")
-        return f"needs about {', '.join(parts)}"
+        return f"about {', '.join(parts)}"
 
 
 def estimate_memory(decoder: Decoder, dtype: torch.dtype, workload: Workload, device: str) -> MemoryEstimate:

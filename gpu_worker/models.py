@@ -95,7 +95,7 @@ def _devices(name: str, bare: Any, dtype: torch.dtype, workload: Workload) -> di
     log.info(
         "memory_estimate",
         model=name,
-        needs=estimate.sentence,
+        needs=estimate.words,
         has=machine.sentence,
         weights_gb=round(estimate.weights / GB, 3),
     )

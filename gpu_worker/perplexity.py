@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gpu_worker.families import Decoder
-from gpu_worker.progress import Progress
+from gpu_worker.progress import Progress, no_progress, steps
 from protocol.errors import SelfPrunerError
 
 LOGITS_BYTES = {"cpu": 24 * 2**20, "cuda": 2**30}
@@ -19,14 +19,18 @@ class NotFiniteError(SelfPrunerError):
     """The loss is infinite or not a number: this model, pruned so, does not compute."""
 
 
-def perplexity(decoder: Decoder, windows: Tensor) -> tuple[float, int]:
+def perplexity(
+    decoder: Decoder, windows: Tensor, progress: Progress = no_progress, stage: str = "measuring"
+) -> tuple[float, int]:
     """Perplexity of `windows` (long, [n, seqlen]) and the number of tokens it is averaged over, n × (seqlen − 1).
 
     The mean is over tokens, as in transformers' own `labels=` loss; a window's first token is never predicted.
     Raises NotFiniteError where the result is no finite number.
     """
+    total = 0.0
     with torch.inference_mode():
-        total = sum(window_loss(decoder, window[None]) for window in windows)
+        for window in steps(progress, stage, windows):
+            total += window_loss(decoder, window[None])
     tokens = windows.shape[0] * (windows.shape[1] - 1)
     return perplexity_of(total, tokens), tokens
 
@@ -43,15 +47,14 @@ def perplexity_of(loss: float, tokens: int) -> float:
     return result
 
 
-def watched_perplexity(decoder: Decoder, windows: Tensor, progress: Progress) -> tuple[float, int]:
-    """As `perplexity`, with progress: the mean loss of equally long windows is the mean of their means."""
+def checked_perplexity(decoder: Decoder, windows: Tensor, progress: Progress, stage: str) -> tuple[float, int]:
+    """As `perplexity`; what is broken shows after the first window: the mean loss is the mean of the windows' means."""
     losses = []
     tokens = 0
-    for done, window in enumerate(windows, start=1):
+    for window in steps(progress, stage, windows):
         value, counted = perplexity(decoder, window[None])
         losses.append(math.log(value))
         tokens += counted
-        progress("measuring", done, len(windows))
     return math.exp(math.fsum(losses) / len(losses)), tokens
 
 

@@ -64,7 +64,9 @@ def _on_gpus(estimate: MemoryEstimate, machine: Machine, copies: int) -> Placeme
 
 def too_large(estimate: MemoryEstimate, machine: Machine) -> ModelError:
     """What is said of a model that fits nowhere."""
-    return ModelError(f"the model is too large for this machine: it {estimate.sentence}; {machine.sentence}; {ADVICE}")
+    return ModelError(
+        f"the model is too large for this machine: it needs {estimate.words}; {machine.sentence}; {ADVICE}"
+    )
 
 
 def skeleton(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:

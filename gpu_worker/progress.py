@@ -1,10 +1,41 @@
-"""How the long stages say how far they are."""
+"""How the long stages say how far they are, and which of their steps a log is told."""
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Collection, Iterator
+from typing import TypeVar
 
 Progress = Callable[[str, int, int], None]
 """Called with the stage's name, the steps done and all steps of the stage."""
+T = TypeVar("T")
+LOGGED_EVERY = 10.0
+"""Seconds between two lines about one stage."""
 
 
 def no_progress(stage: str, done: int, total: int) -> None:
     """Report nothing."""
+
+
+def steps(progress: Progress, stage: str, items: Collection[T]) -> Iterator[T]:
+    """Each of `items`, one step of the stage; `progress` hears before the first and after each."""
+    progress(stage, 0, len(items))
+    for done, item in enumerate(items, start=1):
+        yield item
+        progress(stage, done, len(items))
+
+
+class Sparsely:
+    """Picks the steps for a log: a stage's first and last, and one every LOGGED_EVERY seconds between; none twice."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._told: tuple[str, int, int] = ("", 0, 0)
+        self._told_at = 0.0
+
+    def picks(self, stage: str, done: int, total: int) -> bool:
+        """Whether a log is told of this step."""
+        step, now = (stage, done, total), self._clock()
+        is_due = stage != self._told[0] or done == total or now - self._told_at >= LOGGED_EVERY
+        if step == self._told or not is_due:
+            return False
+        self._told, self._told_at = step, now
+        return True

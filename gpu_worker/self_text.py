@@ -1,6 +1,8 @@
 """Text that the dense model writes itself: calibration and fitness data where no corpus can be had."""
 
 import hashlib
+from collections.abc import Callable
+from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -45,11 +47,18 @@ def sample(model: LoadedModel, windows: int, length: int, seed: int, progress: P
     prompts = _prompts(model.tokenizer, length)
     generator = torch.Generator(device=model.device).manual_seed(seed)
     batches = []
+    progress("writing text", 0, windows * length)
     together = texts_at_once(model.decoder.shape, model.causal_lm.dtype.itemsize, length)
     for start in range(0, windows, together):
         rows = torch.arange(start, min(start + together, windows)) % len(prompts)
-        batches.append(_continue(model, prompts[rows].to(model.device), length, generator, progress))
+        report = partial(_report, progress, start * length, len(rows), windows * length)
+        batches.append(_continue(model, prompts[rows].to(model.device), length, generator, report))
     return torch.cat(batches).cpu()
+
+
+def _report(progress: Progress, before: int, texts: int, total: int, length: int) -> None:
+    """Tell of `texts` being written together that are `length` tokens long, after `before` tokens of others."""
+    progress("writing text", before + texts * length, total)
 
 
 def _prompts(tokenizer: Any, length: int) -> Tensor:
@@ -60,9 +69,9 @@ def _prompts(tokenizer: Any, length: int) -> Tensor:
 
 
 def _continue(
-    model: LoadedModel, prompts: Tensor, length: int, generator: torch.Generator, progress: Progress
+    model: LoadedModel, prompts: Tensor, length: int, generator: torch.Generator, report: Callable[[int], None]
 ) -> Tensor:
-    """Continue `prompts` [batch, prompt] to [batch, length].
+    """Continue `prompts` [batch, prompt] to [batch, length]; `report` is told the length so far.
 
     transformers' `generate` takes twice as long: it draws from the whole vocabulary, and its cache is copied for each
     token.
@@ -80,7 +89,7 @@ def _continue(
             logits = decoder.head(hidden[:, -1]).float()
             newest = _draw(logits.to(prompts.device), special, generator)  # the head may lie on another GPU
             tokens = torch.cat([tokens, newest], dim=1)
-            progress("writing text", position + 1, length)
+            report(position + 1)
     return tokens
 
 

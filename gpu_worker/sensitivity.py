@@ -10,7 +10,7 @@ from torch import Tensor
 from gpu_worker.families import Decoder
 from gpu_worker.layerwise import LayerCall, record_calls
 from gpu_worker.perplexity import NotFiniteError, hidden_loss
-from gpu_worker.progress import Progress, no_progress
+from gpu_worker.progress import Progress, no_progress, steps
 from gpu_worker.pruning import OrderedModel
 from protocol.alone import pruned_alone, removed_alone
 from protocol.card import Curve
@@ -53,7 +53,7 @@ def measure_curves(
     curves = []
     with torch.inference_mode():
         run = _DenseRun.of(ordered.decoder, text[:WINDOWS, : max(2, TOKENS // WINDOWS)])
-        for done, unit in enumerate(units, start=1):
+        for unit in steps(progress, "measuring sensitivity", units):
             rises: dict[LayerPlan, float] = {}  # several rates may be the same plan
             points = []
             for rate in rates:
@@ -62,7 +62,6 @@ def measure_curves(
                     rises[plan] = _rise(ordered, run, unit, plan)
                 points.append((removed_alone(unit, spec, shape, rate), rises[plan]))
             curves.append(tuple(points))
-            progress("measuring sensitivity", done, len(units))
     return tuple(curves)
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from gpu_worker.calibration import watching
 from gpu_worker.importance import wanda_sp
 from gpu_worker.layerwise import LayerRun
-from gpu_worker.progress import Progress, no_progress
+from gpu_worker.progress import Progress, no_progress, steps
 from gpu_worker.pruning import OrderedModel
 from protocol.plan import Plan, dense_plan
 
@@ -25,12 +25,12 @@ def prune_sequentially(ordered: OrderedModel, plan: Plan, windows: Tensor, progr
         ordered.unorder(i)
     run = LayerRun(decoder, windows)
     whole = dense_plan(decoder.shape).layers
-    for i, (layer, kept) in enumerate(zip(decoder.layers, plan.layers, strict=True)):
+    for i, kept in enumerate(steps(progress, "scoring", plan.layers)):
         if kept != whole[i]:
+            layer = decoder.layers[i]
             with watching(layer) as (watch,):
                 run.visit(i)
             ordered.reorder(i, wanda_sp(layer, watch.activations(), decoder.shape.layers[i]))
             ordered.apply_layer(i, kept)
         if i + 1 < len(decoder.layers):
             run.advance(i)
-        progress("scoring", i + 1, len(decoder.layers))

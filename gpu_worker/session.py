@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from gpu_worker.divergence import DensePredictions, dense_predictions, divergence
-from gpu_worker.perplexity import NotFiniteError, perplexity, watched_perplexity
+from gpu_worker.perplexity import NotFiniteError, checked_perplexity, perplexity
 from gpu_worker.progress import Progress, no_progress
 from gpu_worker.sensitivity import measure_curves
 from gpu_worker.target import Share, Target
@@ -51,7 +51,7 @@ class Session:
         """Shape of the dense model."""
         return self.target.shape
 
-    def evaluate(self, plan: Plan, text: Text = "fitness") -> Measured:
+    def evaluate(self, plan: Plan, text: Text = "fitness", progress: Progress = no_progress) -> Measured:
         """Prune to `plan` and measure `text`: its perplexity, and `kl` where that is the spec's; seconds are wall time.
 
         Raises PlanMismatchError for a plan of another model, DataError where the spec has no such text,
@@ -60,7 +60,7 @@ class Session:
         windows = self._windows(text)
         start = time.perf_counter()
         self.target.prune(plan)
-        value, tokens, kl = self._measure(windows, text)
+        value, tokens, kl = self._measure(windows, text, progress)
         return Measured(
             perplexity=value,
             kl=kl,
@@ -69,12 +69,12 @@ class Session:
             seconds=time.perf_counter() - start,
         )
 
-    def _measure(self, windows: Tensor, text: Text) -> tuple[float, int, float | None]:
+    def _measure(self, windows: Tensor, text: Text, progress: Progress) -> tuple[float, int, float | None]:
         """Perplexity, tokens, and the divergence from the dense model where its predictions were kept."""
-        dense = self._predictions.get(text)
+        dense, decoder, stage = self._predictions.get(text), self.target.model.decoder, _measuring("pruned", text)
         if dense is None:
-            return *perplexity(self.target.model.decoder, windows), None
-        found = divergence(self.target.model.decoder, windows, dense)
+            return *perplexity(decoder, windows, progress, stage), None
+        found = divergence(decoder, windows, dense, progress, stage)
         return found.perplexity, found.tokens, found.kl
 
     def _windows(self, text: Text) -> Tensor:
@@ -86,6 +86,8 @@ class Session:
 
     def _describe(self, progress: Progress, sensitivity: bool) -> ModelCard:
         texts = self.target.texts
+        dense = self._dense("fitness", texts.fitness, progress)
+        report = None if texts.report is None else self._dense("report", texts.report, progress)
         rates = curve_rates(self.spec)
         curves = (
             measure_curves(self.target.ordered, self.spec, texts.calibration, rates, progress) if sensitivity else ()
@@ -94,8 +96,8 @@ class Session:
             fingerprint=self.spec.fingerprint,
             model=self.spec.model,
             shape=self.shape,
-            dense=self._dense("fitness", texts.fitness, progress),
-            dense_report=None if texts.report is None else self._dense("report", texts.report, progress),
+            dense=dense,
+            dense_report=report,
             sensitivity=tuple(curve[rates.index(self.spec.rate)][1] for curve in curves),
             curves=curves,
             outliers=self.target.outliers,
@@ -106,13 +108,18 @@ class Session:
     def _dense(self, text: Text, windows: Tensor, progress: Progress) -> DensePerplexity:
         """Perplexity of the dense model, whose predictions are kept where divergence from them will be measured."""
         self.target.ordered.restore()
-        decoder = self.target.model.decoder
+        decoder, stage = self.target.model.decoder, _measuring("dense", text)
         start = time.perf_counter()
         if self.spec.measure == "kl":
-            self._predictions[text], value, tokens = dense_predictions(decoder, windows, progress)
+            self._predictions[text], value, tokens = dense_predictions(decoder, windows, progress, stage)
         else:
-            value, tokens = watched_perplexity(decoder, windows, progress)
+            value, tokens = checked_perplexity(decoder, windows, progress, stage)
         return DensePerplexity(perplexity=value, tokens=tokens, seconds=time.perf_counter() - start)
+
+
+def _measuring(what: str, text: Text) -> str:
+    """The stage that measures the `dense` or the `pruned` model on one of its texts."""
+    return f"measuring {what}" if text == "fitness" else f"measuring {what} on the {text} text"
 
 
 def device_name(device: torch.device) -> str:

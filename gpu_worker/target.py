@@ -12,7 +12,7 @@ from gpu_worker.importance import LayerImportance, grouped, magnitude, wanda_sp
 from gpu_worker.memory import Workload
 from gpu_worker.models import LoadedModel, load_model
 from gpu_worker.outliers import outlier_share
-from gpu_worker.progress import Progress, no_progress
+from gpu_worker.progress import Progress, no_progress, steps
 from gpu_worker.pruning import OrderedModel
 from gpu_worker.self_text import self_text
 from gpu_worker.sequential import prune_sequentially
@@ -91,11 +91,12 @@ def score(
     decoder = model.decoder
     layers = list(zip(decoder.layers, decoder.shape.layers, strict=True))
     if spec.importance == "magnitude":
-        return [magnitude(layer, shape) for layer, shape in layers]
+        return [magnitude(layer, shape) for layer, shape in steps(progress, "scoring", layers)]
     if spec.importance == "taylor":
         salience = gradient_salience(decoder, windows, progress)
         return [grouped(each, shape) for each, (_, shape) in zip(salience, layers, strict=True)]
-    return [wanda_sp(layer, each, shape) for each, (layer, shape) in zip(seen, layers, strict=True)]
+    each_layer = steps(progress, "scoring", layers)
+    return [wanda_sp(layer, each, shape) for each, (layer, shape) in zip(seen, each_layer, strict=True)]
 
 
 def _load(spec: SearchSpec, progress: Progress) -> LoadedModel:
@@ -111,6 +112,6 @@ def _read_texts(spec: SearchSpec, model: LoadedModel, progress: Progress, share:
         return share(windows, length, write) if share else write()
 
     progress("reading texts", 0, 1)
-    texts = load_texts(spec, model.tokenizer, written)
+    texts = load_texts(spec, model.tokenizer, written, model.window_start)
     progress("reading texts", 1, 1)
     return texts

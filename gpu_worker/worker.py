@@ -21,6 +21,7 @@ from redis.exceptions import RedisError
 from gpu_worker.agreement import check_agreement
 from gpu_worker.child import EVALUATION_PROCESS, ChildDied, DeviceLost, EvaluationChild
 from gpu_worker.own_gpu import take_gpu
+from gpu_worker.progress import Sparsely
 from protocol.candidate import Failed, Measured
 from protocol.card import ModelCard
 from protocol.card_board import CardBoard
@@ -87,6 +88,7 @@ class Worker:
         self._cards = CardBoard(redis, self._keys)
         self._patiently = Patience(redis, self._keys.jobs)
         self._status = Status()
+        self._logged = Sparsely()
         self._job: Job | None = None
         self._stopping = asyncio.Event()
         self._beats: set[asyncio.Task[bool]] = set()
@@ -286,7 +288,7 @@ class Worker:
         return await child.evaluate(job.candidate, limit_seconds=self._options.max_evaluation_seconds)
 
     def _show_progress(self, stage: str, done: int, total: int) -> None:
-        if stage != self._status.stage or done == total:
+        if self._logged.picks(stage, done, total):
             log.info("preparing", stage=stage, done=done, total=total)
         self._status.stage, self._status.done, self._status.total = stage, done, total
         beat = asyncio.create_task(self._queue.beat(self._job, self._status.to_json()))

@@ -25,7 +25,7 @@ from redis.exceptions import TimeoutError as RedisTimeoutError
 from tenacity import AsyncRetrying, retry_if_exception, wait_random_exponential
 
 from protocol.errors import SelfPrunerError, SettingsError, StoreError
-from protocol.paths import expanded
+from protocol.secret_files import read_secret
 
 T = TypeVar("T")
 AWAY = (RedisConnectionError, RedisTimeoutError, OSError)
@@ -73,9 +73,9 @@ def with_password(url: str, password_file: Path | None) -> str:
     if password_file is None:
         return url
     try:
-        password = expanded(password_file).read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        password = read_secret(password_file)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
         raise SettingsError(f"redis.password_file {str(password_file)!r} cannot be read: {reason}") from None
     if not password:
         raise SettingsError(f"redis.password_file {str(password_file)!r} is empty")

@@ -4,5 +4,7 @@ from typing import Literal
 
 Format = Literal["hf", "padded", "gguf"]
 """For transformers and vLLM; for whatever loads the dense model; for llama.cpp."""
+KEPT_TEXT = "measured-text.json"
+"""The file of an export that holds the tokens it was measured on, where the dense model wrote them."""
 GgufType = Literal["f16", "q8_0"]
 """How the weights of a GGUF are stored."""

@@ -64,6 +64,7 @@ class JobQueue:
         self._server = ""
         self._may_own_more = True
         self._claimed_in_calm = False
+        self._has_had_group = False
 
     async def claim(self) -> Job | None:
         """The next job, or None after about a second without one.
@@ -81,6 +82,7 @@ class JobQueue:
                 raise
             await self._create_group()
             return None
+        self._has_had_group = True
         self._claimed_in_calm = own is None and outages == self._patiently.outages
         if entry is None:
             self._may_own_more = not self._claimed_in_calm
@@ -142,7 +144,10 @@ class JobQueue:
         return bool(first == 1)
 
     async def _create_group(self) -> None:
-        log.warning("group_created", stream=self._keys.jobs)
+        if self._has_had_group:
+            log.warning("group_lost", stream=self._keys.jobs)
+        else:
+            log.info("group_created", stream=self._keys.jobs)
         try:
             await self._patiently(lambda: self._redis.xgroup_create(self._keys.jobs, GROUP, id="0", mkstream=True))
         except ResponseError as error:

@@ -48,7 +48,7 @@ def test_calibrating_does_not_change_what_the_model_computes() -> None:
 def test_progress_counts_the_windows() -> None:
     told: list[tuple[int, int]] = []
     calibrate(tiny_llama().decoder, tiny_windows(3, 8), lambda stage, done, total: told.append((done, total)))
-    assert told == [(1, 3), (2, 3), (3, 3)]
+    assert told == [(0, 3), (1, 3), (2, 3), (3, 3)]
 
 
 def test_no_hook_stays_even_when_calibration_is_interrupted() -> None:

@@ -1,6 +1,10 @@
 """The command line, called in this process: answers on stdout, one sentence and code 2 for what must be mended."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -159,12 +163,96 @@ def test_a_model_of_another_family_is_refused_with_the_list(
 @pytest.mark.parametrize("command", ["status", "best", "pause", "resume", "stop"])
 def test_a_search_that_never_ran_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str) -> None:
     assert main([command, "--search", "nobody", "--folder", str(tmp_path)]) == 2
-    assert "no server answers for the search 'nobody'" in capsys.readouterr().err
+    assert f"there is no search 'nobody' in {tmp_path}/; there is none yet" in capsys.readouterr().err
 
 
-def test_an_unknown_option_ends_with_code_2(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["run", "--nonsense"]) == 2
-    assert "--nonsense" in capsys.readouterr().err
+def test_a_mistyped_search_is_told_which_there_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("quickstart", "half"):
+        (tmp_path / name).mkdir()
+    assert main(["status", "--search", "qickstart", "--folder", str(tmp_path)]) == 2
+    assert f"there is no search 'qickstart' in {tmp_path}/; there is half, quickstart (" in capsys.readouterr().err
+
+
+def test_a_search_that_is_not_running_is_told_how_to_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "quickstart").mkdir()
+    assert main(["pause", "--search", "quickstart", "--folder", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert "the search 'quickstart'" in said and "is not running now: `selfpruner run`" in said and ".sock" not in said
+
+
+@pytest.mark.parametrize(
+    ("command", "sentence"),
+    [
+        (["run", "--nonsense"], "no such option: --nonsense; see selfpruner run --help"),
+        (["nonsense"], "no such command 'nonsense'; see selfpruner --help"),
+        (["export"], "missing option '--out'; see selfpruner export --help"),
+        (["status", "--folder"], "option '--folder' requires an argument"),
+        (["evaluate", "--windows", "0"], "invalid value for '--windows': "),
+        (
+            ["allocate", "magic", "--model", "smollm2", "--rate", "0.3"],
+            "invalid value for 'method': 'magic' is not one of 'uniform', 'owl', 'llm-pruner', 'sensitivity'; see ",
+        ),
+    ],
+)
+def test_wrong_flags_are_one_sentence_and_code_2(
+    capsys: pytest.CaptureFixture[str], command: list[str], sentence: str
+) -> None:
+    assert main(command) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"selfpruner: {sentence}")
+
+
+def test_without_a_command_there_is_help_and_code_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert "Usage: selfpruner" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["allocate", "uniform", "--model", "smollm2", "--rate", "2"],
+        ["evaluate", "--model", "smollm2", "--allocate", "uniform", "--data", "self"],
+        ["export", "--model", "smollm2", "--out", "here"],
+        ["export", "--model", "smollm2", "--allocate", "uniform", "--rate", "0.3", "--out", "."],
+    ],
+)
+def test_flags_are_refused_before_torch_is_loaded(command: list[str]) -> None:
+    code = f"import sys; from daemon.cli import main; code = main({command}); print(code, 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert done.stdout.split() == ["2", "False"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_an_export_with_a_sentence_and_leaves_nothing(
+    target: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    texts = ["--data", "self", "--windows", "2000", "--seqlen", "64", "--calibration-windows", "1"]
+    command = [sys.executable, "-m", "daemon", "export", "--model", str(target / "model"), *texts]
+    command += ["--allocate", "uniform", "--rate", "0.3", "--out", str(tmp_path / "out")]
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stderr is not None and process.stdout is not None
+        for line in process.stderr:
+            if "writing text" in line:
+                break
+        process.send_signal(number)
+        *_, last = process.stderr
+        assert (process.wait(), process.stdout.read()) == (128 + number, "")
+    assert last == "selfpruner: interrupted; nothing was written\n"
+    assert not (tmp_path / "out").exists()
+    assert not [path for folder in (tmp_path, tmp_path / "cache" / "selfpruner") for path in folder.glob(".*")]
+
+
+def test_off_a_terminal_each_stage_is_logged(target: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate(target, "--allocate", "uniform", "--rate", "0.3") == 0
+    captured = capsys.readouterr()
+    lines = [json.loads(line) for line in captured.err.splitlines()]
+    stages = list(dict.fromkeys(line["stage"] for line in lines if line["event"] == "progress"))
+    expected = ["loading model", "reading texts", "calibrating", "scoring", "measuring dense", "measuring pruned"]
+    assert stages == expected
+    assert captured.out.splitlines()[-1].startswith("pruning and measuring took ")
 
 
 def test_a_daemon_without_redis_or_endpoints_is_told_what_is_missing(

@@ -64,7 +64,14 @@ def test_parameters_are_told_before_and_after() -> None:
 
 
 def test_every_layer_is_told() -> None:
-    assert section(card(), "What each layer keeps").splitlines() == [
+    why, empty, *table = section(card(), "What each layer keeps").splitlines()
+    assert (
+        why.startswith(
+            "Heads are removed whole, so the share that is gone of a layer's heads can differ from its rate;"
+        )
+        and not empty
+    )
+    assert table == [
         "| layer | rate | query heads | KV heads | MLP width |",
         "| ---: | ---: | ---: | ---: | ---: |",
         "| 0 | 0.3 | 2 of 6 | 2 of 3 | 20 of 48 |",
@@ -75,7 +82,7 @@ def test_every_layer_is_told() -> None:
 
 def test_rates_of_blocks_are_told_apart() -> None:
     spec = facts_of(MODEL).spec.model_copy(update={"granularity": "block"})
-    lines = section(card(spec=spec, rates=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6)), "What each layer keeps").splitlines()
+    lines = section(card(spec=spec, rates=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6)), "What each layer keeps").splitlines()[2:]
     assert lines[0] == "| layer | attention rate | MLP rate | query heads | KV heads | MLP width |"
     assert lines[3] == "| 1 | 0.3 | 0.4 | 3 of 6 | 3 of 3 | 48 of 48 |"
 
@@ -87,6 +94,21 @@ def test_perplexities_are_told_with_text_tokens_and_window() -> None:
         "| wikitext2 (fitness) | 4,088 | 512 | 12.35 | 23.46 |",
         "| self (report) | 999 | 1024 | not measured | 101.3 |",
     ]
+
+
+@pytest.mark.parametrize(
+    ("source", "command"),
+    [
+        ("self", "selfpruner evaluate out"),
+        ("wikitext2", "selfpruner evaluate out"),
+        ("/home/me/my notes.txt", "selfpruner evaluate out --data 'my notes.txt'"),
+    ],
+)
+def test_the_command_that_measures_again_is_told(source: str, command: str) -> None:
+    spec = facts_of(MODEL).spec
+    spec = spec.model_copy(update={"fitness": spec.fitness.model_copy(update={"source": source})})
+    assert f"`{command}` measures the same tokens again." in card(spec=spec)
+    assert "selfpruner evaluate" not in card("gguf", spec=spec)
 
 
 def test_what_was_not_measured_is_said() -> None:

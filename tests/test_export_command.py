@@ -84,6 +84,43 @@ def test_a_card_claims_nothing_of_another_text(
     assert json.loads(capsys.readouterr().out)["card_perplexity"] is None
 
 
+def export_of_self_text(target: Path, out: Path, format_: str = "hf") -> int:
+    sizes = ["--windows", "3", "--calibration-windows", "4", "--seqlen", "32", "--dtype", "float32"]
+    model = ["--model", str(target / "model"), "--allocate", "uniform", "--rate", "0.3", *sizes]
+    return main(["export", *model, "--out", str(out), "--format", format_, "--json"])
+
+
+@pytest.mark.parametrize("format_", ["hf", "padded"])
+def test_what_the_dense_model_wrote_is_kept_to_be_measured_again(
+    target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], format_: str
+) -> None:
+    out = tmp_path / "out"
+    assert export_of_self_text(target, out, format_) == 0
+    exported = json.loads(capsys.readouterr().out)
+    assert f"`selfpruner evaluate {out.name}` measures the same tokens again" in (out / "README.md").read_text()
+    assert main(["evaluate", str(out), "--json"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["card_perplexity"] == exported["perplexity"]
+    assert again["perplexity"] == pytest.approx(exported["perplexity"], rel=1e-4)
+    assert (again["tokens"], again["seqlen"]) == (exported["tokens"], exported["seqlen"])
+
+
+@pytest.mark.parametrize(
+    "kept", ["{", "{}", '{"tokens": "x"}', '{"tokens": [[1, 2]]}', '{"tokens": [[1.5]]}', "TOO LARGE", None]
+)
+def test_a_kept_text_that_is_none_is_one_sentence(
+    target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], kept: str | None
+) -> None:
+    assert export_of_self_text(target, tmp_path / "out") == 0
+    file = tmp_path / "out" / "measured-text.json"
+    if kept is None:
+        file.unlink()
+    else:
+        file.write_text(json.dumps({"tokens": [[10**6] * 32] * 3}) if kept == "TOO LARGE" else kept)
+    assert main(["evaluate", str(tmp_path / "out")]) == 2
+    assert "give --data" in capsys.readouterr().err.splitlines()[-1]
+
+
 @pytest.mark.parametrize("pruned", ['"x"', "[1]", '{"a": 1}', '{"perplexity": NaN}'])
 def test_a_card_that_says_nonsense_is_named(
     target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], pruned: str

@@ -88,12 +88,30 @@ def test_force_keeps_the_older_export_until_the_new_one_is_complete(tmp_path: Pa
     assert contents(older) == {MARK: "old", "model.safetensors": "old"}
 
 
-def test_force_never_replaces_what_is_no_export(tmp_path: Path) -> None:
+@pytest.mark.parametrize("force", [False, True])
+def test_what_is_no_export_is_never_replaced_nor_is_that_advised(tmp_path: Path, force: bool) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").write_text("years of work")
-    with pytest.raises(ExportError, match="thesis is not an export, so --force does not replace it"):
-        write_folder(tmp_path / "thesis", write_one, force=True)
+    with pytest.raises(ExportError, match=r"thesis exists and is no export of Self-Pruner; pass another name$"):
+        write_folder(tmp_path / "thesis", write_one, force=force)
     assert contents(tmp_path / "thesis") == {"chapter.tex": "years of work"}
+
+
+def test_a_signal_between_two_renamings_brings_the_older_export_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    older, rename = older_export(tmp_path / "out"), Path.rename
+
+    def interrupted(path: Path, target: Path) -> Path:
+        if path.name.startswith(".") and (path / MARK).read_text() == "new":
+            raise KeyboardInterrupt
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_folder(older, write_one, force=True)
+    assert contents(older)[MARK] == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_force_takes_an_empty_folder(tmp_path: Path) -> None:

@@ -360,8 +360,8 @@ def test_a_given_token_is_taken_from_its_file(tmp_path: Path) -> None:
     (tmp_path / "secret").write_text("of-sixteen-letters\n")
     access = open_access(HttpSettings(token_file=tmp_path / "secret"), tmp_path)
     assert access.secrets == ["of-sixteen-letters"] and access.kept_in is None
-    for bad in ("", "short", "with blanks in between it"):
-        (tmp_path / "secret").write_text(bad)
+    for bad in ("", "short", "with blanks in between it", "x" * 100_000, "not UTF-8 \udcff"):
+        (tmp_path / "secret").write_text(bad, errors="surrogateescape")
         with pytest.raises(SettingsError, match=r"http\.token_file") as caught:
             open_access(HttpSettings(token_file=tmp_path / "secret"), tmp_path)
         assert not bad or bad not in str(caught.value)

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 from redis.asyncio import Redis
+from structlog.testing import capture_logs
 
 from protocol.candidate import Failed
 from protocol.jobs import MOST_DEAD, RELEASED
@@ -139,3 +140,14 @@ async def test_an_outcome_that_was_applied_long_ago_is_still_the_only_one(
     assert not await early.commit(job, measured(9.0, one))
     assert not await queue.requeue(one.id)
     assert await queue.results("0-0") == []
+
+
+async def test_a_new_group_is_no_fault_and_one_that_is_gone_is_told_of(redis: Redis, keys: Keys) -> None:
+    claimer = worker(redis, keys, "a")
+    with capture_logs() as events:
+        for _ in range(2):
+            await claimer.claim()
+        await redis.delete(keys.jobs)
+        await claimer.claim()
+    told = [(event["event"], event["log_level"]) for event in events]
+    assert told == [("group_created", "info"), ("group_lost", "warning")]

@@ -124,13 +124,12 @@ def test_longer_windows_need_more() -> None:
     assert long.running > 2 * short.running
 
 
-def test_the_sentence_names_every_part_that_there_is() -> None:
+def test_the_words_name_every_part_that_there_is() -> None:
     estimate = MemoryEstimate(13_476_831_232, 2_100_000_000, 800_000_000, 1_073_741_824)
-    assert estimate.sentence == (
-        "needs about 13.5 GB for weights, 0.8 GB to run them, up to 2.1 GB for pruned copies, "
-        "1.1 GB of main memory for texts"
+    assert estimate.words == (
+        "about 13.5 GB for weights, 0.8 GB to run them, up to 2.1 GB for pruned copies, 1.1 GB of main memory for texts"
     )
-    assert MemoryEstimate(1_234_000, 0, 200_000, 0).sentence == "needs about 1.2 MB for weights, 0.2 MB to run them"
+    assert MemoryEstimate(1_234_000, 0, 200_000, 0).words == "about 1.2 MB for weights, 0.2 MB to run them"
 
 
 def test_the_workload_of_a_spec_is_its_longest_window() -> None:

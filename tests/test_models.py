@@ -49,7 +49,7 @@ def test_what_the_model_needs_is_logged_before_it_is_loaded(
     event = json.loads(capsys.readouterr().err.splitlines()[-1])
     assert event["event"] == "memory_estimate"
     assert event["model"] == str(tmp_path)
-    assert event["needs"].startswith("needs about 0.2 MB for weights")
+    assert event["needs"].startswith("about 0.2 MB for weights")
     assert event["has"] == "the main memory has 0.1 MB available and there is no GPU"
 
 

@@ -314,6 +314,11 @@ async def test_the_table_of_a_search_that_minimises_perplexity_does_not_speak_of
     text = shown(summarise("test", SPEC, CARD, search.ledger, search.population, {}, finished=True))
     assert "perplexity" in text and "kl" not in text.split()
     assert (await RemoteSearch(redis, keys, SPEC).status()).best_kl is None
+    (dense,) = [line for line in text.splitlines() if "dense" in line]
+    assert dense.rstrip(" │").endswith("–"), "the dense model is no ratio to a pruned one"
+    assert "not final" not in text
+    stopped = shown(summarise("test", SPEC, CARD, search.ledger, search.population, {}, finished=False))
+    assert stopped.splitlines()[-1].endswith("these figures are not final, and the same command goes on")
 
 
 def shown(summary: Summary) -> str:

@@ -6,19 +6,22 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gpu_worker.answering import DeviceLostError, answer
+from gpu_worker.corpora import windows_digest
 from gpu_worker.device_errors import is_out_of_memory
-from gpu_worker.evaluate import evaluate_once
+from gpu_worker.evaluate import evaluate_as_it_is, evaluate_once
 from gpu_worker.perplexity import NotFiniteError
 from gpu_worker.progress import Progress
 from gpu_worker.pruning import OrderedModel
 from gpu_worker.sequential import prune_sequentially
 from gpu_worker.session import Session
+from gpu_worker.target import Target
 from protocol.allocation import Allocation
 from protocol.candidate import Failed, Measured, Text
 from protocol.errors import BudgetError, DataError, ModelError
 from protocol.plan import Plan, dense_plan
 from protocol.spec import SearchSpec, TextSpec
 from tests.real_model import need_smollm2
+from tests.tiny_models import save_tiny_folder
 from tests.tiny_specs import tiny_spec
 
 UNIFORM = Allocation(method="uniform")
@@ -88,7 +91,8 @@ def test_two_sessions_of_one_spec_agree_and_other_windows_show(session: Session,
 def test_every_stage_ends_with_all_of_its_steps(spec: SearchSpec) -> None:
     last: dict[str, tuple[int, int]] = {}
     Session(spec, lambda stage, done, total: last.update({stage: (done, total)}))
-    assert list(last) == ["loading model", "reading texts", "calibrating", "measuring", "measuring sensitivity"]
+    dense = ["measuring dense", "measuring dense on the report text"]
+    assert list(last) == ["loading model", "reading texts", "calibrating", "scoring", *dense, "measuring sensitivity"]
     assert all(done == total for done, total in last.values())
 
 
@@ -269,7 +273,7 @@ def test_a_dense_model_that_does_not_compute_is_called_broken(tmp_path: Path) ->
 def test_a_pruned_model_that_does_not_compute_is_not_called_dense(
     spec: SearchSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def broken(*_: object) -> Measured:
+    def broken(*_: object, **__: object) -> Measured:
         raise NotFiniteError("the mean loss is nan")
 
     monkeypatch.setattr(Session, "evaluate", broken)
@@ -292,3 +296,17 @@ def test_given_rates_are_checked_before_anything_is_scored(spec: SearchSpec, mon
         evaluate_once(spec, (0.1, 0.1))
     with pytest.raises(BudgetError):
         evaluate_once(spec, Allocation(method="llm-pruner", first_layers=2, last_layers=1))
+
+
+@pytest.mark.parametrize(("family", "begins"), [("gemma3_text", True), ("llama", False)])
+def test_every_window_of_a_family_that_needs_it_begins_with_bos(tmp_path: Path, family: str, begins: bool) -> None:
+    """Also of calibration, and the same ones as where the model is measured as it is."""
+    spec = tiny_spec(tmp_path)
+    spec = spec.model_copy(update={"model": str(save_tiny_folder(tmp_path / family, family, hidden_size=48))})
+    target = Target(spec)
+    bos = target.model.tokenizer.bos_token_id
+    for windows in (target.texts.calibration, target.texts.fitness, target.texts.report):
+        assert windows is not None
+        assert bool((windows[:, 0] == bos).all()) == begins
+    as_it_is = evaluate_as_it_is(spec.model, spec.texts, dtype=spec.dtype, seed=spec.seed)
+    assert as_it_is.fitness_digest == windows_digest(target.texts.fitness)

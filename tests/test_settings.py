@@ -277,6 +277,7 @@ def test_the_password_of_redis_is_read_from_its_file_and_is_known_to_the_redacti
         ("redis://user@host", None, "cannot be read: No such file"),
         ("redis://user@host", b"\n", "is empty"),
         ("redis://user@host", b"\xff\xfe", "it is not UTF-8 text"),
+        ("redis://user@host", b"other" * 20_000, "it has more than 64 KiB"),
         ("redis://user:hunter22@host", b"other", "redis.url has a password already"),
         ("", b"other", "redis.password_file is set, but redis.url is missing"),
     ],

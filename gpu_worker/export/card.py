@@ -1,11 +1,13 @@
 """The model card: README.md of an exported folder."""
 
+import shlex
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 
+from gpu_worker.corpora import SELF, WIKITEXT2
 from gpu_worker.export.facts import ExportFacts, TextPerplexity, version_of_selfpruner
 from gpu_worker.export.modeling import module_name
 from gpu_worker.gradients import SAMPLES, TOKENS
@@ -49,6 +51,7 @@ def render_card(facts: ExportFacts, fmt: Format, *, name: str, gguf: str | None 
         module=f"{module_name(facts.shape.family)}.py",
         parameters=facts.parameters,
         measured=_measured(facts),
+        measured_again=_measured_again(facts.spec.fitness, name),
         layers=_layers(facts),
         scored_on=_scored_on(facts.spec),
         removed=1 - facts.parameters.decoder_after / facts.parameters.decoder_before,
@@ -74,6 +77,12 @@ def _measured(facts: ExportFacts) -> list[_Measured]:
         for text, role, dense, pruned in rows
         if text is not None and (dense or pruned)
     ]
+
+
+def _measured_again(text: TextSpec, name: str) -> str:
+    """The command for the same tokens; the file of a text has to be named, for only its own people know its place."""
+    command = f"selfpruner evaluate {shlex.quote(name)}"
+    return command if text.source in (SELF, WIKITEXT2) else f"{command} --data {shlex.quote(_source(text))}"
 
 
 def _figure(measured: TextPerplexity | None) -> str:

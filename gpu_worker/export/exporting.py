@@ -2,17 +2,21 @@
 
 from pathlib import Path
 
+from torch import Tensor
+
 from gpu_worker.export.card import render_card
 from gpu_worker.export.checkpoint import write_json
 from gpu_worker.export.facts import ExportFacts, version_of_selfpruner, without_places
 from gpu_worker.export.folder import MARK, write_folder
 from gpu_worker.export.gguf import check_gguf, write_gguf
 from gpu_worker.export.hf import write_hf
+from gpu_worker.export.kept_text import keep_text
 from gpu_worker.export.modeling import modeling_of, plain_type
 from gpu_worker.export.padded import write_padded
 from gpu_worker.export.weights import SHARD_SIZE
 from gpu_worker.memory import gigabytes, main_memory
 from gpu_worker.models import LoadedModel
+from gpu_worker.progress import Progress, no_progress
 from protocol.errors import ModelError
 from protocol.formats import Format, GgufType
 from protocol.plan import Plan
@@ -27,16 +31,21 @@ def export_model(
     *,
     force: bool,
     gguf_type: GgufType = "f16",
+    kept_text: Tensor | None = None,
+    progress: Progress = no_progress,
 ) -> None:
     """Write `model`, which is pruned to `plan`, as the folder `out`: whole, or not at all.
 
+    `kept_text` has the tokens that were measured, for a text that nobody else has; a GGUF is not measured here again.
     Raises ModelError for a family that the format does not support, and ExportError where `out` exists (an older
     export is replaced with `force`) or cannot be written.
     """
     name = out.expanduser().resolve().name
 
     def write(folder: Path) -> None:
-        gguf = _write_weights(model, plan, fmt, folder, name, gguf_type)
+        gguf = _write_weights(model, plan, fmt, folder, name, gguf_type, progress)
+        if kept_text is not None and fmt != "gguf":
+            keep_text(kept_text, folder)
         (folder / "README.md").write_text(render_card(facts, fmt, name=name, gguf=gguf), encoding="utf-8")
         write_json(folder / MARK, _marked(facts, fmt))
 
@@ -70,15 +79,15 @@ def _check_room(model: LoadedModel, fmt: Format) -> None:
 
 
 def _write_weights(
-    model: LoadedModel, plan: Plan, fmt: Format, folder: Path, name: str, gguf_type: GgufType
+    model: LoadedModel, plan: Plan, fmt: Format, folder: Path, name: str, gguf_type: GgufType, progress: Progress
 ) -> str | None:
     """Write the model in its format; returns the name of the GGUF file where there is one."""
     if fmt == "hf":
-        write_hf(model, plan, folder)
+        write_hf(model, plan, folder, progress)
     elif fmt == "padded":
-        write_padded(model, plan, folder)
+        write_padded(model, plan, folder, progress)
     else:
-        return write_gguf(model, plan, folder, file_type=gguf_type, name=name).name
+        return write_gguf(model, plan, folder, file_type=gguf_type, name=name, progress=progress).name
     return None
 
 

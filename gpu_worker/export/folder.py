@@ -27,10 +27,10 @@ def check_target(target: Path, *, force: bool) -> None:
         return
     if not target.is_dir():
         raise ExportError(f"{target} is a file; pass a folder that is not there yet")
+    if any(target.iterdir()) and not (target / MARK).is_file():
+        raise ExportError(f"the folder {target} exists and is no export of Self-Pruner; pass another name")
     if not force:
         raise ExportError(f"the folder {target} exists; pass another one, or --force to replace it")
-    if any(target.iterdir()) and not (target / MARK).is_file():
-        raise ExportError(f"the folder {target} is not an export, so --force does not replace it; pass another one")
 
 
 def write_folder(target: Path, write: Callable[[Path], None], *, force: bool) -> None:
@@ -84,7 +84,7 @@ def _put(finished: Path, target: Path) -> None:
     target.rename(older)
     try:
         finished.rename(target)
-    except OSError:
+    except BaseException:  # a signal too
         older.rename(target)
         raise
     shutil.rmtree(older, ignore_errors=True)

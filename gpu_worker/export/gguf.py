@@ -15,6 +15,7 @@ import structlog
 from gpu_worker.export.gguf_tensors import GgufTensor, rope_factors, tensors_of
 from gpu_worker.export.gguf_vocabulary import read_vocabulary
 from gpu_worker.models import LoadedModel
+from gpu_worker.progress import Progress, no_progress, steps
 from protocol.errors import ModelError
 from protocol.formats import GgufType
 from protocol.plan import Plan
@@ -30,7 +31,15 @@ FAMILIES = ("llama", "mistral", "qwen2")
 _FILE_TYPES = {"f16": gguf.LlamaFileType.MOSTLY_F16, "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0}
 
 
-def write_gguf(model: LoadedModel, plan: Plan, folder: Path, *, file_type: GgufType, name: str) -> Path:
+def write_gguf(
+    model: LoadedModel,
+    plan: Plan,
+    folder: Path,
+    *,
+    file_type: GgufType,
+    name: str,
+    progress: Progress = no_progress,
+) -> Path:
     """Write `model`, already pruned to `plan`, into `folder` as `<name>-<FILE TYPE>.gguf`; returns that path.
 
     `f16`: every matrix F16. `q8_0`: matrices in blocks of 32 values (8.5 bits a weight); a matrix whose rows are no
@@ -48,7 +57,7 @@ def write_gguf(model: LoadedModel, plan: Plan, folder: Path, *, file_type: GgufT
     try:
         _add_metadata(writer, model, plan, file_type, name)
         vocabulary.add_to(writer)
-        _write(writer, tensors)
+        _write(writer, tensors, progress)
     finally:
         writer.close()
     _tell_what_stayed_f16(tensors, file_type, path)
@@ -105,14 +114,14 @@ def _add_metadata(writer: Any, model: LoadedModel, plan: Plan, file_type: GgufTy
     writer.add_vocab_size(config.vocab_size)
 
 
-def _write(writer: Any, tensors: tuple[GgufTensor, ...]) -> None:
+def _write(writer: Any, tensors: tuple[GgufTensor, ...], progress: Progress) -> None:
     """Header, metadata and the table of tensors first: their sizes are known before any of them is converted."""
     for tensor in tensors:
         writer.add_tensor_info(tensor.name, tensor.stored_shape, tensor.dtype, tensor.nbytes, raw_dtype=tensor.type)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    for tensor in tensors:
+    for tensor in steps(progress, "writing", tensors):
         writer.write_tensor_data(tensor.data())
 
 

@@ -14,16 +14,17 @@ from gpu_worker.export.modeling import class_names, module_name, plain_type, ren
 from gpu_worker.export.weights import Weight, as_it_is, checkpoint_weights, save_weights
 from gpu_worker.families import PRUNED
 from gpu_worker.models import LoadedModel
+from gpu_worker.progress import Progress, no_progress
 from protocol.plan import LayerPlan, Plan
 
 
-def write_hf(model: LoadedModel, plan: Plan, folder: Path) -> None:
+def write_hf(model: LoadedModel, plan: Plan, folder: Path, progress: Progress = no_progress) -> None:
     """Write `model`, pruned to `plan`, into the empty `folder`. Raises ModelError for an unsupported family."""
     model_type = plain_type(model.causal_lm.config)
     code = render_modeling(model_type)
     (folder / f"{module_name(model_type)}.py").write_text(code, encoding="utf-8")
     write_json(folder / "config.json", _config(model, plan))
-    save_weights(checkpoint_weights(model, lambda *place: _kept(model, *place)), folder)
+    save_weights(checkpoint_weights(model, lambda *place: _kept(model, *place)), folder, progress)
     write_companions(model, folder)
 
 

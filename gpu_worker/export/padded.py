@@ -12,6 +12,7 @@ from gpu_worker.export.checkpoint import plain_config, write_companions, write_j
 from gpu_worker.export.modeling import modeling_of, plain_type
 from gpu_worker.export.weights import Weight, checkpoint_weights, save_weights
 from gpu_worker.models import LoadedModel
+from gpu_worker.progress import Progress, no_progress
 from protocol.plan import LayerPlan, Plan
 from protocol.shape import LayerShape
 
@@ -19,7 +20,7 @@ _COLUMNS = ("output", "down")
 """Projections that lose columns; the others lose rows, and the biases that go with them."""
 
 
-def write_padded(model: LoadedModel, plan: Plan, folder: Path) -> None:
+def write_padded(model: LoadedModel, plan: Plan, folder: Path, progress: Progress = no_progress) -> None:
     """Write `model`, pruned to `plan`, into the empty `folder`. Raises ModelError for an unsupported family."""
     modeling_of(plain_type(model.causal_lm.config), "padded")
     config = plain_config(model)
@@ -29,7 +30,7 @@ def write_padded(model: LoadedModel, plan: Plan, folder: Path) -> None:
         mlp_channels=config["intermediate_size"],
     )
     write_json(folder / "config.json", config)
-    save_weights(checkpoint_weights(model, lambda *place: _padded(model, plan, whole, *place)), folder)
+    save_weights(checkpoint_weights(model, lambda *place: _padded(model, plan, whole, *place)), folder, progress)
     write_companions(model, folder)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from gpu_worker.families import Family, family_of
 from gpu_worker.models import LoadedModel
+from gpu_worker.progress import Progress, no_progress
 
 SHARD_SIZE = 5 * 10**9
 
@@ -59,12 +60,18 @@ def checkpoint_weights(model: LoadedModel, projection: ProjectionWeight) -> dict
     return weights
 
 
-def save_weights(weights: dict[str, Weight], folder: Path) -> None:
+def save_weights(weights: dict[str, Weight], folder: Path, progress: Progress = no_progress) -> None:
     """Write safetensors into `folder`: one file, or shards of at most 5 GB and an index."""
     split = split_torch_state_dict_into_shards({n: w.like for n, w in weights.items()}, max_shard_size=SHARD_SIZE)
+    done = 0
     for file, names in split.filename_to_tensors.items():
-        shard = {name: weights[name].make().cpu().contiguous() for name in names}
+        shard = {}
+        for name in names:
+            progress("writing", done, len(weights))
+            shard[name] = weights[name].make().cpu().contiguous()
+            done += 1
         save_file(shard, folder / file, metadata={"format": "pt"})
+    progress("writing", done, len(weights))
     if split.is_sharded:
         index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")

@@ -33,7 +33,7 @@ async def test_a_flushed_server_gets_its_data_back_from_the_daemon(kit: Kit) -> 
     (lost,) = [event for event in events if event["event"] == "redis_lost_data"]
     assert lost["log_level"] == "error" and lost["restored"] >= len(many)
     for worker in workers:
-        assert len(worker.events("group_created")) <= 3
+        assert len(worker.events("group_lost")) <= 3
     fresh = Daemon(kit.redis, kit.keys)
     await fresh.begin()
     assert list(fresh.ledger.values()) == many
@@ -53,7 +53,7 @@ async def test_a_server_that_is_flushed_again_and_again_ends_with_every_outcome(
         await asyncio.sleep(0.5)
         await kit.redis.flushall()
     await daemon.settled()
-    assert len(worker.events("group_created")) <= 12
+    assert len(worker.events("group_lost")) <= 12
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,179 @@
+"""What `evaluate`, `export`, `allocate` and `best` answer to a person: a table, and lines under it."""
+
+import shlex
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from rich.console import RenderableType
+from rich.table import Table
+
+from daemon.settings import NAMED_TEXTS
+from protocol.candidate import Provenance
+from protocol.errors import DataError
+from protocol.plan import LayerPlan, Parameters
+from protocol.results import AllocationResult, EvaluationResult, ExportResult
+from protocol.shape import ModelShape
+from protocol.spec import SearchSpec, TextSpec
+
+
+def evaluation(result: EvaluationResult) -> Iterator[RenderableType]:
+    """Perplexities of the model, and of the dense one where it was pruned, and on what they were measured."""
+    yield f"{result.model}, {_removed(result.rate, result.method)}"
+    table = _figures(report=result.report_perplexity is not None, kl=result.kl is not None)
+    of = result.parameters
+    if result.rate is None:
+        _add(table, "as it is", result.perplexity, result.report_perplexity, None, of.total_after)
+    else:
+        _add(table, "dense", result.dense_perplexity, result.dense_report_perplexity, 0.0, of.total_before)
+        _add(table, "pruned", result.perplexity, result.report_perplexity, result.kl, of.total_after)
+    yield table
+    yield _measured_on(result.data, result.tokens, result.seqlen)
+    if result.calibration is not None:
+        yield f"scored on {_text_name(result.calibration)}"
+    if result.kl is not None:
+        yield "kl is the divergence from the dense model, in nats a token"
+    if result.card_perplexity is not None:
+        yield f"the folder's card says {result.card_perplexity:,.2f} of the same tokens"
+    yield f"{'measuring' if result.rate is None else 'pruning and measuring'} took {result.seconds:,.1f} s"
+
+
+def exported(result: ExportResult, text: TextSpec) -> Iterator[RenderableType]:
+    """What was written and what it measures; `text` is what it was measured on."""
+    yield f"{result.folder}: {result.model}, {_removed(result.rate, result.method)}, as {result.format}"
+    table = _figures(report=False, kl=result.kl is not None)
+    _add(table, "dense", result.dense_perplexity, None, 0.0, result.parameters.total_before)
+    _add(table, "pruned", result.perplexity, None, result.kl, result.parameters.total_after)
+    yield table
+    yield _measured_on(text.source, result.tokens, result.seqlen)
+    if result.report_perplexity is not None:
+        yield f"pruned, on the report text: {result.report_perplexity:,.2f}; README.md has the dense model's beside it"
+    files = _table("file", "MB")
+    for name, size in result.files.items():
+        files.add_row(name, f"{size / 1e6:,.2f}" if size >= 1e4 else "<0.01")
+    yield files
+    yield f"writing took {result.seconds:,.1f} s"
+    yield f"next: {_next_command(result, text)}"
+
+
+def allocation(result: AllocationResult) -> Iterator[RenderableType]:
+    """Rates, and what each layer keeps by them."""
+    yield f"{result.model}, {result.spec.rate:.1%} of the decoder's parameters to be removed by {result.method}"
+    yield _layers(result.rates, result.plan, result.shape)
+    yield _parameters(result.parameters)
+    yield "--json prints this as a file that evaluate and export take as --rates"
+
+
+class _Best(BaseModel):
+    """What best.json holds."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    search: str
+    perplexity: float
+    kl: float | None = None
+    parameters: Parameters
+    tokens: int
+    seqlen: int
+    id: str
+    provenance: Provenance
+    rates: tuple[float, ...]
+    plan: tuple[LayerPlan, ...]
+    shape: ModelShape
+    spec: SearchSpec
+
+
+def best(record: dict[str, Any]) -> Iterator[RenderableType]:
+    """The best candidate of a search. Raises DataError for a record of another version."""
+    try:
+        found = _Best.model_validate(record)
+    except ValidationError as error:
+        raise DataError("the best rates were kept by another version of Self-Pruner; --json shows them") from error
+    spec = found.spec
+    yield f"{found.search}: the best of {spec.model} with {spec.rate:.1%} of the decoder's parameters removed"
+    kl = "" if found.kl is None else f", kl {found.kl:.4f}"
+    yield f"perplexity {found.perplexity:,.2f}{kl}; {_measured_on(spec.fitness.source, found.tokens, found.seqlen)}"
+    who = found.provenance
+    yield f"candidate {found.id}, made by the {who.agent} ({who.source}) in round {who.round}"
+    yield _layers(found.rates, found.plan, found.shape)
+    yield _parameters(found.parameters)
+    yield f"next: selfpruner export --search {found.search} --out DIR"
+
+
+def _removed(rate: float | None, method: str | None) -> str:
+    return "as it is" if rate is None else f"{rate:.1%} of the decoder's parameters removed by {method}"
+
+
+def _table(first: str, *others: str) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2))
+    table.add_column(first, no_wrap=True)
+    for title in others:
+        table.add_column(title, justify="right", no_wrap=True)
+    return table
+
+
+def _figures(*, report: bool, kl: bool) -> Table:
+    return _table("", "perplexity", *["on the report text"] * report, *["kl"] * kl, "parameters")
+
+
+def _add(
+    table: Table, name: str, perplexity: float | None, report: float | None, kl: float | None, parameters: int
+) -> None:
+    """Add a row with a figure for each column that the table has."""
+    cells = {
+        "perplexity": _number(perplexity, 2),
+        "on the report text": _number(report, 2),
+        "kl": _number(kl, 4),
+        "parameters": _millions(parameters),
+    }
+    table.add_row(name, *(cells[str(column.header)] for column in table.columns[1:]))
+
+
+def _layers(rates: Sequence[float], plan: Sequence[LayerPlan], shape: ModelShape) -> Table:
+    """A row for each layer: its rate, or those of its two blocks, and what it keeps of heads and MLP channels."""
+    each = len(rates) // len(plan)
+    titles = ["rate"] if each == 1 else ["attention rate", "MLP rate"]
+    table = _table("layer", *titles, "query heads", "KV heads", "MLP width")
+    for i, (kept, whole) in enumerate(zip(plan, shape.layers, strict=True)):
+        table.add_row(
+            str(i),
+            *(f"{rate:.3f}" for rate in rates[i * each : (i + 1) * each]),
+            f"{kept.query_heads} of {whole.query_heads}",
+            f"{kept.kv_heads} of {whole.kv_heads}",
+            f"{kept.mlp_channels:,} of {whole.mlp_channels:,}",
+        )
+    return table
+
+
+def _parameters(parameters: Parameters) -> str:
+    decoder = f"{_millions(parameters.decoder_after)} of {_millions(parameters.decoder_before)}"
+    return f"parameters: {decoder} in the decoder, {_millions(parameters.total_after)} in all"
+
+
+def _measured_on(source: str, tokens: int, seqlen: int) -> str:
+    windows = tokens // (seqlen - 1)  # a window's first token is never predicted
+    return (
+        f"measured on {_text_name(source)}: {windows} window{'s' * (windows != 1)} of {seqlen} tokens, "
+        f"{tokens:,} of them predicted"
+    )
+
+
+def _text_name(source: str) -> str:
+    return "text that the dense model wrote" if source == "self" else Path(source).name
+
+
+def _next_command(result: ExportResult, text: TextSpec) -> str:
+    if result.format == "gguf":
+        file = next(name for name in result.files if name.endswith(".gguf"))
+        return f"llama-cli -m {shlex.quote(str(result.folder / file))} -p 'Once upon a time'"
+    command = f"selfpruner evaluate {shlex.quote(str(result.folder))}"
+    return command if text.source in NAMED_TEXTS else f"{command} --data {shlex.quote(text.source)}"
+
+
+def _millions(parameters: int) -> str:
+    return f"{parameters / 1e6:,.1f} M"
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "–" if value is None else f"{value:,.{digits}f}"

@@ -1,0 +1,81 @@
+"""What `selfpruner evaluate`, `allocate` and `export` find: as JSON what a program reads of them."""
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from protocol.formats import Format
+from protocol.plan import LayerPlan, Parameters
+from protocol.shape import ModelShape
+from protocol.spec import SearchSpec
+
+
+class EvaluationResult(BaseModel):
+    """What one model measures, and where it was pruned, what the dense model does on the same tokens."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str
+    method: str | None = None
+    """The allocation, or where the rates come from; None for a model as it is."""
+    rate: float | None = None
+    """Share of the decoder's parameters that was removed; None for a model as it is."""
+    perplexity: float
+    """On the fitness text."""
+    dense_perplexity: float | None = None
+    kl: float | None = None
+    """Divergence from the dense model in nats, where it was asked for."""
+    report_perplexity: float | None = None
+    dense_report_perplexity: float | None = None
+    parameters: Parameters
+    seqlen: int
+    tokens: int
+    seconds: float
+    """Wall time of pruning to the plan and measuring on the fitness text, and of nothing else."""
+    calibration: str | None = None
+    data: str
+    """The fitness text."""
+    fitness_digest: str
+    """Of the tokens measured on: equal where two results are of the same ones."""
+    card_perplexity: float | None = None
+    """What an exported folder's own card says of the same tokens."""
+    rates: tuple[float, ...] = ()
+
+
+class AllocationResult(BaseModel):
+    """Rates without a search, with all that is needed to prune by them: a file of rates."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str
+    method: str
+    rates: tuple[float, ...]
+    parameters: Parameters
+    plan: tuple[LayerPlan, ...]
+    shape: ModelShape
+    spec: SearchSpec
+
+
+class ExportResult(BaseModel):
+    """What was written."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    folder: Path
+    format: Format
+    files: dict[str, int]
+    """Names and sizes in bytes."""
+    model: str
+    method: str
+    rate: float
+    """Share of the decoder's parameters that is removed."""
+    perplexity: float
+    """On the fitness text, of the model in memory."""
+    dense_perplexity: float
+    kl: float | None
+    report_perplexity: float | None
+    parameters: Parameters
+    seqlen: int
+    tokens: int
+    seconds: float
+    """Wall time of writing the folder."""
