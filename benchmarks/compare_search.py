@@ -1,0 +1,205 @@
+"""Does the LLM find better pruning rates than evolution, CMA-ES or luck, for the same number of evaluations?
+
+    python benchmarks/compare_search.py --rate 0.3 --budget 60 --seeds 1 --json OUT
+    python benchmarks/compare_search.py --rate 0.3 0.5 --budget 200 --fitness VALID.txt --report TEST.txt --out DIR
+
+Every method is a whole search of the daemon, through a real queue; one process measures for all of them, and what two
+methods propose alike it measures once. Prints a table; DIR has the searches, the figures and the plots. Broken off and
+called again it goes on. Without texts the model is pruned on what it writes itself.
+"""
+
+import argparse
+import asyncio
+import json
+import statistics
+from collections.abc import Iterator
+from contextlib import AsyncExitStack
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.comparing import MeasuringWorker, SearchResult, result_of
+from daemon import embedded
+from daemon.launch import Launch
+from daemon.settings import EndpointSettings, Settings
+from protocol import logs
+from protocol.allocation import Method
+
+SEEDS: tuple[Method, ...] = ("sensitivity", "owl", "uniform")
+OFFSPRING = 8
+"""Candidates of a round."""
+METHODS: dict[str, dict[str, Any]] = {
+    "random": {"proposer": "random", "mutations": 8, "crossovers": 0},
+    "evolution": {"proposer": "evolution", "mutations": 8, "crossovers": 0},
+    "cma-es": {"proposer": "cma-es", "mutations": 8, "crossovers": 0},
+    "best-of-n": {"proposer": "best-of-n", "mutations": 8, "crossovers": 0, "reply": "edits"},
+    "ranked": {"initializer": "random", "selector": "tournament", "mutator": "ranked", "crossover": "ranked"},
+    "llm-edits": {"reply": "edits"},
+    "llm": {"reply": "trades"},
+}
+"""Settings of search.* (and llm.reply). `ranked` draws by dice from the menus that `llm` chooses from."""
+WITH_LLM = ("best-of-n", "llm-edits", "llm")
+
+
+def main() -> None:
+    """Run what is missing; print the table, write figures and plots."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rate", type=float, nargs="+", default=[0.3])
+    parser.add_argument("--budget", type=int, default=200, help="evaluations of each search")
+    parser.add_argument("--seeds", type=int, default=3, help="searches of each method, each with windows of its own")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--granularity", choices=("layer", "block"), default="block")
+    parser.add_argument("--no-seeds", action="store_true", help="begin without the allocations")
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--fitness", default="self", help="the text to score on and to search on")
+    parser.add_argument("--report", default="self", help="the text to report on")
+    parser.add_argument("--windows", type=int, default=4)
+    parser.add_argument("--seqlen", type=int, default=512)
+    parser.add_argument("--report-windows", type=int, default=6)
+    parser.add_argument("--calibration-windows", type=int, default=32)
+    parser.add_argument("--llm-url", help="an OpenAI-compatible endpoint; a local SmolLM2 answers where left out")
+    parser.add_argument("--llm-model", default="default")
+    parser.add_argument("--gguf", default="smollm2", help="what the local LLM is")
+    parser.add_argument("--out", type=Path, default=Path("runs/compare"))
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
+    results = asyncio.run(compare(given))
+    figures = {"arguments": {k: v for k, v in vars(given).items() if k not in ("out", "json")}, "results": results}
+    for file in filter(None, (given.out / "comparison.json", given.json)):
+        file.write_text(json.dumps(figures, indent=1) + "\n")
+    for rate in given.rate:
+        show([r for r in results if r["rate"] == rate], rate)
+    plot(results, given.out)
+
+
+async def compare(given: argparse.Namespace) -> list[dict[str, Any]]:
+    """All searches, those that are there already included."""
+    results: list[SearchResult] = []
+    async with AsyncExitStack() as stack:
+        endpoints: tuple[EndpointSettings, ...] = ()
+        if any(method in WITH_LLM for method in given.methods):
+            endpoints = await _endpoints(given, stack)
+        url = await stack.enter_async_context(embedded.embedded_server(given.out / "server"))
+        console = Console(stderr=True)
+        for seed in range(given.seeds):
+            worker = MeasuringWorker(url, given.out / f"measured-{seed}.jsonl")
+            for rate, method in product(given.rate, given.methods):
+                settings = settings_of(given, method, rate, seed)
+                console.print(f"{settings.search.name} …", end=" ")
+                settings.folder.mkdir(parents=True, exist_ok=True)
+                logs.configure(file=settings.folder / "log.jsonl", console=False, search=settings.search.name)
+                async with worker.serving(settings):
+                    launch = Launch(settings, url, endpoints, embedded=False)
+                    summary = await launch.run()
+                assert summary is not None and summary.finished
+                results.append(result_of(settings, method, seed, summary))
+                console.print(
+                    f"best {results[-1].best_so_far.perplexities[-1]:.2f}, reported {results[-1].report:.2f}, "
+                    f"{summary.seconds:.0f} s"
+                )
+    return [result.model_dump() for result in results]
+
+
+async def _endpoints(given: argparse.Namespace, stack: AsyncExitStack) -> tuple[EndpointSettings, ...]:
+    if given.llm_url:
+        return (EndpointSettings(base_url=given.llm_url, model=given.llm_model, name="llm"),)
+    settings = settings_of(given, "llm", given.rate[0], 0)
+    return (await stack.enter_async_context(embedded.local_llm(settings)),)
+
+
+def settings_of(given: argparse.Namespace, method: str, rate: float, seed: int) -> Settings:
+    """The settings of one search; all but who proposes is the same for every method."""
+    chosen = {"mutations": 6, "crossovers": 2, **METHODS[method]}
+    reply = chosen.pop("reply", "lists")
+    population = max(4, min(12, given.budget // 4))
+    return Settings.model_validate(
+        {
+            "search": {
+                "name": f"{method}-{given.granularity}-{rate:g}-{seed}",
+                "seed": seed,
+                "population": population,
+                "rounds": -(-(given.budget - population) // OFFSPRING),
+                "max_evaluations": given.budget,
+                "granularity": given.granularity,
+                "seeds": () if given.no_seeds else SEEDS,
+                **chosen,
+            },
+            "target": {"model": given.model, "rate": rate},
+            "data": {
+                "calibration": given.fitness,
+                "calibration_windows": given.calibration_windows,
+                "fitness": given.fitness,
+                "fitness_windows": given.windows,
+                "report": given.report,
+                "report_windows": given.report_windows,
+                "seqlen": given.seqlen,
+            },
+            "llm": {"reply": reply, "max_tokens": 300, "concurrency": 2},
+            "local_llm": {"gguf": given.gguf},
+            "http": {"enabled": False},
+            "run": {"folder": str(given.out)},
+        }
+    )
+
+
+def show(results: list[dict[str, Any]], rate: float) -> None:
+    """One row per method: medians over seeds, as ratios to uniform with an equal split."""
+    uniform = statistics.median(r["uniform_report"] for r in results)
+    table = Table(title=f"β = {rate:g}: perplexity of the best, median over seeds (lowest to highest)")
+    for column in ("method", "fitness", "reported", "ratio to uniform", "evaluations to evolution's end"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    table.add_column("LLM replies usable", justify="right")
+    table.add_column("LLM tokens a candidate", justify="right")
+    goal = {r["seed"]: r["best_so_far"]["perplexities"][-1] for r in results if r["method"] == "evolution"}
+    for method in dict.fromkeys(r["method"] for r in results):
+        rows = [r for r in results if r["method"] == method]
+        table.add_row(
+            method,
+            _median(r["best_so_far"]["perplexities"][-1] for r in rows),
+            _median(r["report"] for r in rows),
+            _median((r["report"] / r["uniform_report"] for r in rows), digits=3),
+            _median((_reached(r, goal[r["seed"]]) for r in rows), digits=0) if goal else "–",
+            _share(rows, "usable", "asked"),
+            _share(rows, "completion_tokens", "by_llm", digits=0),
+        )
+    table.add_row("uniform", _median(r["uniform"] for r in results), f"{uniform:.2f}", "1.000", "", "", "")
+    Console(width=150).print(table)
+
+
+def _median(values: Iterator[float], digits: int = 2) -> str:
+    found = sorted(values)
+    middle = f"{statistics.median(found):,.{digits}f}"
+    return middle if len(found) == 1 else f"{middle} ({found[0]:,.{digits}f}–{found[-1]:,.{digits}f})"
+
+
+def _reached(result: dict[str, Any], goal: float) -> float:
+    """After how many evaluations the best was at least as good as `goal`; infinity where it never was."""
+    so_far = result["best_so_far"]
+    steps = zip(so_far["evaluations"], so_far["perplexities"], strict=True)
+    return next((n for n, perplexity in steps if perplexity <= goal), float("inf"))
+
+
+def _share(rows: list[dict[str, Any]], part: str, whole: str, digits: int = 2) -> str:
+    all_of_it = sum(r[whole] for r in rows)
+    return f"{sum(r[part] for r in rows) / all_of_it:.{digits}f}" if all_of_it else ""
+
+
+def plot(results: list[dict[str, Any]], folder: Path) -> None:
+    """The plots, where matplotlib is there."""
+    try:
+        from benchmarks.comparing_plots import plot_convergence, plot_rates
+    except ImportError:
+        Console(stderr=True).print("no plots: pip install matplotlib")
+        return
+    for rate in dict.fromkeys(r["rate"] for r in results):
+        of_rate = [r for r in results if r["rate"] == rate]
+        plot_convergence(of_rate, folder / f"convergence-{rate:g}.png")
+        plot_rates(of_rate, folder / f"rates-{rate:g}.png")
+
+
+if __name__ == "__main__":
+    main()

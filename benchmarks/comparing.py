@@ -1,0 +1,158 @@
+"""What benchmarks/compare_search.py measures with, and what it keeps of a search."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from agents.view import KNOWN_ALREADY
+from daemon.settings import Settings
+from daemon.summary import Summary
+from gpu_worker.answering import answer
+from gpu_worker.session import Session
+from protocol.candidate import OUTCOME, Failed, Measured
+from protocol.card_board import CardBoard
+from protocol.connection import connect
+from protocol.jobs import JobQueue
+from protocol.keys import Keys
+from protocol.spec import SearchSpec
+
+LEASE_SECONDS = 600.0
+
+
+class BestSoFar(BaseModel):
+    """The best perplexity after so many evaluations, and tokens that were measured for them; where it fell."""
+
+    evaluations: list[int] = []
+    tokens: list[int] = []
+    perplexities: list[float] = []
+
+    def take(self, perplexity: float, evaluations: int, tokens: int) -> None:
+        """One more evaluation."""
+        if not self.perplexities or perplexity < self.perplexities[-1]:
+            self.perplexities.append(perplexity)
+            self.evaluations.append(evaluations)
+            self.tokens.append(tokens)
+
+
+class SearchResult(BaseModel):
+    """One search."""
+
+    method: str
+    granularity: str
+    rate: float
+    seed: int
+    budget: int
+    best_so_far: BestSoFar
+    report: float
+    """The best one's perplexity on the report text."""
+    uniform: float
+    uniform_report: float
+    dense: float
+    dense_report: float
+    rates: list[float]
+    """The best one's."""
+    by_llm: int
+    """Candidates that the LLM made."""
+    asked: int
+    """Replies of the LLM."""
+    usable: int
+    """Of these, replies with a proposal (or a choice of parents) that was taken, or was known already."""
+    prompt_tokens: int
+    completion_tokens: int
+    seconds: float
+
+
+class MeasuringWorker:
+    """A worker in this process. It keeps its model from search to search, and every outcome, by the candidate's id."""
+
+    def __init__(self, redis_url: str, kept: Path) -> None:
+        self._url, self._kept = redis_url, kept
+        self._session: Session | None = None
+        self._outcomes: dict[str, Measured | Failed] = {}
+        if kept.exists():
+            for line in kept.read_text().splitlines():
+                record = json.loads(line)
+                self._outcomes[record["id"]] = OUTCOME.validate_python(record["outcome"])
+
+    @asynccontextmanager
+    async def serving(self, settings: Settings) -> AsyncIterator[None]:
+        """Measure for one search, which is about to begin."""
+        session = await asyncio.to_thread(self._session_for, settings.spec())
+        task = asyncio.create_task(self._serve(Keys(settings.search.name), session))
+        try:
+            yield
+        finally:
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+
+    def _session_for(self, spec: SearchSpec) -> Session:
+        """The session of a spec; searches of one rate and seed share it."""
+        if self._session is None or self._session.spec != spec:
+            self._session = Session(spec)
+        return self._session
+
+    async def _serve(self, keys: Keys, session: Session) -> None:
+        redis = connect(self._url)
+        try:
+            cards = CardBoard(redis, keys)
+            while await cards.publish(session.card) is None:  # noqa: ASYNC110  (the search has not said what it is of)
+                await asyncio.sleep(0.1)
+            jobs = JobQueue(redis, keys, "benchmark", lease_seconds=LEASE_SECONDS)
+            while True:
+                if job := await jobs.claim():
+                    candidate = job.candidate
+                    if candidate.id not in self._outcomes:
+                        request = {"plan": candidate.plan.model_dump(), "text": candidate.text}
+                        self._keep(candidate.id, await asyncio.to_thread(answer, session, request))
+                    await jobs.commit(job, self._outcomes[candidate.id])
+        finally:
+            await redis.aclose()
+
+    def _keep(self, id_: str, outcome: Measured | Failed) -> None:
+        self._outcomes[id_] = outcome
+        with self._kept.open("a") as file:
+            file.write(json.dumps({"id": id_, "outcome": outcome.model_dump(mode="json")}) + "\n")
+
+
+def result_of(settings: Settings, method: str, seed: int, summary: Summary) -> SearchResult:
+    """What is kept of a search that has ended, from its folder."""
+    best, figures = summary.best, BestSoFar()
+    assert best is not None and best.report_perplexity is not None
+    evaluations = [e for e in _lines(settings.folder / "evaluations.jsonl") if e["agent"] != "baseline"]
+    tokens = 0
+    for number, evaluation in enumerate(sorted(evaluations, key=lambda e: e["order"]), start=1):
+        outcome = evaluation["outcome"]
+        tokens += outcome.get("tokens", 0)
+        if outcome["kind"] == "measured":
+            figures.take(outcome["perplexity"], number, tokens)
+    replies = [line for line in _lines(settings.folder / "log.jsonl") if line["event"] == "llm_reply"]
+    return SearchResult(
+        method=method,
+        granularity=settings.search.granularity,
+        rate=settings.target.rate,
+        seed=seed,
+        budget=len(evaluations),
+        best_so_far=figures,
+        report=best.report_perplexity,
+        uniform=summary.uniform.perplexity or float("nan"),
+        uniform_report=summary.uniform.report_perplexity or float("nan"),
+        dense=summary.dense.perplexity or float("nan"),
+        dense_report=summary.dense.report_perplexity or float("nan"),
+        rates=list(summary.rates),
+        by_llm=summary.candidates["by_source"]["llm"],
+        asked=len(replies),
+        usable=sum(r["accepted"] > 0 or KNOWN_ALREADY.reason in (r["reason"] or "") for r in replies),
+        prompt_tokens=summary.tokens["prompt"],
+        completion_tokens=summary.tokens["completion"],
+        seconds=summary.seconds,
+    )
+
+
+def _lines(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
