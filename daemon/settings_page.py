@@ -19,7 +19,8 @@ case, `SELFPRUNER_SEARCH__NAME=first`) and on the command line (`--set search.na
 are JSON in the environment and YAML after `--set`. An unknown name is an error that names the nearest right one.
 
 [`configs/`](../configs) has files to start from: `quickstart.yaml` (what `selfpruner run` does without a file),
-`paper.yaml` (the paper's search), `best.yaml` (the best that we know), `local-llm.yaml` (an LLM server of your own) and `docker.yaml` (Docker Compose).
+`paper.yaml` (the paper's search), `best.yaml` (the best that we know), `local-llm.yaml` (an LLM server of your own) and
+`docker.yaml` (Docker Compose).
 """
 
 
