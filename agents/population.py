@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 
-from protocol.candidate import Candidate, Failed, Measured
+from protocol.candidate import Candidate, Measured, Outcome
 
 
 @dataclass(frozen=True)
@@ -13,7 +13,7 @@ class Evaluation:
     """A candidate with its outcome. `order` is its place in the sequence of outcomes."""
 
     candidate: Candidate
-    outcome: Measured | Failed
+    outcome: Outcome
     order: int
 
 
@@ -48,7 +48,7 @@ class Population:
         """The last `count` evaluations in the order of their outcomes; costs as much as these alone."""
         return list(islice(reversed(self._evaluations.values()), count))[::-1]
 
-    def insert(self, candidate: Candidate, outcome: Measured | Failed) -> bool:
+    def insert(self, candidate: Candidate, outcome: Outcome) -> bool:
         """Remember an outcome; True when its candidate is the new best. A second outcome for an id is ignored."""
         if candidate.id in self._evaluations:
             return False

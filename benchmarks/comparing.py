@@ -14,7 +14,7 @@ from daemon.settings import Settings
 from daemon.summary import Summary
 from gpu_worker.answering import answer
 from gpu_worker.session import Session
-from protocol.candidate import OUTCOME, Failed, Measured
+from protocol.candidate import OUTCOME, Outcome
 from protocol.card_board import CardBoard
 from protocol.connection import connect
 from protocol.jobs import JobQueue
@@ -73,7 +73,7 @@ class MeasuringWorker:
     def __init__(self, redis_url: str, kept: Path) -> None:
         self._url, self._kept = redis_url, kept
         self._session: Session | None = None
-        self._outcomes: dict[str, Measured | Failed] = {}
+        self._outcomes: dict[str, Outcome] = {}
         if kept.exists():
             for line in kept.read_text().splitlines():
                 record = json.loads(line)
@@ -114,7 +114,7 @@ class MeasuringWorker:
         finally:
             await redis.aclose()
 
-    def _keep(self, id_: str, outcome: Measured | Failed) -> None:
+    def _keep(self, id_: str, outcome: Outcome) -> None:
         self._outcomes[id_] = outcome
         with self._kept.open("a") as file:
             file.write(json.dumps({"id": id_, "outcome": outcome.model_dump(mode="json")}) + "\n")

@@ -6,7 +6,7 @@ from typing import Any
 
 from agents.population import Evaluation
 from daemon.status import Seen, Status, Tally, make_status
-from protocol.candidate import Measured
+from protocol.candidate import Measured, Stopped
 
 _STATES = {
     "redis": "redis_changed",
@@ -78,4 +78,7 @@ def evaluation_event(evaluation: Evaluation, *, best: bool) -> Event:
     if isinstance(outcome, Measured):
         figures = {"text": candidate.text, **outcome.figures(6), "best": best}
         return Event("candidate_measured", {"candidate": candidate.id, **figures, **who})
+    if isinstance(outcome, Stopped):
+        figures = {"text": candidate.text, "windows": outcome.windows, "of_windows": outcome.of_windows}
+        return Event("candidate_stopped", {"candidate": candidate.id, **figures, **who})
     return Event("candidate_failed", {"candidate": candidate.id, "reason": outcome.reason, **who})

@@ -27,10 +27,11 @@ from daemon.search import Search
 from daemon.settings import EndpointSettings, Settings
 from daemon.store import History, Memory, SearchStore
 from daemon.summary import Summary, summarise
+from protocol.candidate import LEAST_RACE
 from protocol.card import ModelCard
 from protocol.connection import connect
 from protocol.control import Control
-from protocol.errors import first_error
+from protocol.errors import DataError, first_error
 from protocol.keys import Keys
 from protocol.streams import CandidateQueue
 
@@ -114,6 +115,8 @@ class Launch:
             duties = [group.create_task(duty) for duty in self._duties(queue, history)]
             await self._go_on_from(history, queue)
             card = await wait_for_card(self._store)
+            windows = card.dense.tokens // (self._spec.fitness.seqlen - 1)
+            check_race(self._settings.search.race_confidence, windows)
             self._observer.chat = chat = await stack.enter_async_context(self._chat())
             duties.append(group.create_task(self._meter.count_for_ever(chat)))
             duties.append(group.create_task(repair_for_ever(self._store, queue, lambda: self._memory(history).history)))
@@ -253,3 +256,11 @@ class Launch:
             except Exception as error:  # noqa: BLE001  (a boundary: the end must not fail for a server that is gone)
                 log.debug("not_stepped_down", error=str(error))
             await self._redis.aclose()
+
+
+def check_race(confidence: float | None, windows: int) -> None:
+    """Raise DataError where candidates are to race on a text of too few windows."""
+    if confidence is not None and windows <= LEAST_RACE:
+        raise DataError(
+            f"search.race_confidence needs at least {LEAST_RACE + 1} windows to race on: the fitness text has {windows}"
+        )

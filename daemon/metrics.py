@@ -65,7 +65,7 @@ class Metrics(Collector):
             labels=["source", "outcome"],
         )
         for source in (*get_args(Source), "baseline"):
-            for kind in ("measured", "failed"):
+            for kind in ("measured", "failed", "stopped"):
                 outcomes.add_metric([source, kind], self._observer.outcomes.get((source, kind), 0))
         yield outcomes
         yield CounterMetricFamily(

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from daemon.journal import EVALUATIONS, SPEC, TRANSCRIPT
 from daemon.remote import saved, saved_status
 from daemon.store import History, difference
-from protocol.candidate import OUTCOME, Candidate, Failed, Measured, Provenance, candidate_id
+from protocol.candidate import OUTCOME, Candidate, Outcome, Provenance, candidate_id
 from protocol.errors import SearchExistsError, UsageError
 from protocol.plan import LayerPlan, Plan
 from protocol.spec import SearchSpec
@@ -65,7 +65,7 @@ def _check_spec(folder: Path, spec: SearchSpec, evaluations: int) -> None:
         )
 
 
-def _evaluation(record: dict[str, Any], spec: SearchSpec) -> tuple[Candidate, Measured | Failed]:
+def _evaluation(record: dict[str, Any], spec: SearchSpec) -> tuple[Candidate, Outcome]:
     """What daemon.journal.evaluation_record wrote; ValueError where its id is not that of its plan under this spec."""
     provenance = {name: record[name] for name in Provenance.model_fields}
     layers = (dict(zip(LayerPlan.model_fields, layer, strict=True)) for layer in record["plan"])

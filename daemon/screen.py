@@ -35,7 +35,7 @@ class Screen:
         moment = datetime.now().strftime("%H:%M:%S")
         self._events.extend(f"{moment}  {in_words(event)}" for event in events)
         now = self._clock()
-        self._counts.append((now, status.measured + status.failed))
+        self._counts.append((now, status.measured + status.failed + status.stopped))
         while now - self._counts[0][0] > RATE_SECONDS:
             self._counts.popleft()
 

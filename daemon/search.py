@@ -23,7 +23,7 @@ from daemon.pausing import Pausing
 from daemon.proposals import Proposals
 from daemon.settings import SearchSettings
 from daemon.store import History
-from protocol.candidate import Candidate, Measured, Provenance, Source, Text, candidate_id
+from protocol.candidate import Candidate, Measured, Provenance, Race, Source, Stopped, Text, candidate_id
 from protocol.card import ModelCard
 from protocol.errors import BudgetError
 from protocol.plan import Plan
@@ -184,7 +184,11 @@ class Search:
         except BudgetError as error:
             return Refused(str(error))
         candidate = Candidate(
-            id=candidate_id(plan, self.spec.fingerprint), rates=feasible, plan=plan, provenance=provenance
+            id=candidate_id(plan, self.spec.fingerprint),
+            rates=feasible,
+            plan=plan,
+            provenance=provenance,
+            race=self._race(provenance.round),
         )
         if known := self.ledger.get(candidate.id):
             is_repeated = _maker(known.provenance) == _maker(provenance)
@@ -217,6 +221,15 @@ class Search:
         log.info("candidate_enqueued", candidate=candidate.id, **candidate.provenance.model_dump(include=_WHO))
         return Accepted(candidate.id)
 
+    def _race(self, round_: int) -> Race | None:
+        """What candidates of a round race against: the K-th best of the rounds before, once there are so many."""
+        confidence = self._settings.race_confidence
+        if confidence is None:
+            return None
+        best = self.population.top(self._settings.population, before=round_)
+        last = best[-1].outcome if len(best) == self._settings.population else None
+        return Race(against=last.losses if isinstance(last, Measured) else (), confidence=confidence)
+
     def _note(self, evaluation: Evaluation, is_best: bool) -> None:
         candidate, outcome = evaluation.candidate, evaluation.outcome
         self._journal.evaluation(evaluation, is_best=is_best)
@@ -230,6 +243,9 @@ class Search:
                 best=is_best,
                 **who,
             )
+        elif isinstance(outcome, Stopped):
+            figures = outcome.model_dump(include={"windows", "of_windows"})
+            log.info("candidate_stopped", candidate=candidate.id, behind=round(outcome.behind, 4), **figures, **who)
         else:
             log.warning("candidate_failed", candidate=candidate.id, reason=outcome.reason, detail=outcome.detail, **who)
 

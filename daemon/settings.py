@@ -20,6 +20,7 @@ from pydantic import (
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from protocol.allocation import Method
+from protocol.candidate import LEAST_RACE
 from protocol.connection import check_url, with_password
 from protocol.errors import DataError, SettingsError
 from protocol.jobs import LEAST_LEASE_SECONDS, MOST_SECONDS
@@ -78,6 +79,8 @@ class SearchSettings(_Section):
     """Who mutates; `ranked` draws from a surrogate's trades. search.mutations: 0 leaves mutation out."""
     crossover: Literal["llm", "classical", "ranked"] = "llm"
     """Who crosses; `ranked` draws from a surrogate's mixes. search.crossovers: 0 leaves crossover out."""
+    race_confidence: Annotated[float, Field(ge=0.5, lt=1)] | None = None
+    """A candidate that is worse than the K-th best with this confidence is measured no further; none: all are whole."""
     fitness: Measure = "perplexity"
     """What the search minimises on data.fitness: `perplexity` (the paper), or `kl`, divergence from the dense model."""
     granularity: Granularity = "layer"
@@ -358,6 +361,16 @@ class Settings(BaseSettings):
     worker: WorkerSettings = WorkerSettings()
     http: HttpSettings = HttpSettings()
     run: RunSettings = RunSettings()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Settings":
+        windows = self.data.fitness_windows
+        if self.search.race_confidence is not None and windows is not None and windows <= LEAST_RACE:
+            raise ValueError(
+                f"search.race_confidence needs at least {LEAST_RACE + 1} windows to race on: "
+                f"data.fitness_windows is {windows}"
+            )
+        return self
 
     def spec(self) -> SearchSpec:
         """What decides a result, out of all settings."""

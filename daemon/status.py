@@ -18,7 +18,7 @@ from redis.exceptions import ResponseError
 from agents.health import Degraded
 from agents.population import Evaluation, Population
 from daemon.workers import WorkerStatus, read_dead, read_workers
-from protocol.candidate import Candidate, Measured, Provenance, Source
+from protocol.candidate import Candidate, Failed, Measured, Provenance, Source
 from protocol.connection import is_missing_group
 from protocol.control import Command, Control
 from protocol.keys import GROUP, Keys
@@ -90,6 +90,8 @@ class Status(_Value):
     """Of the proposed ones."""
     failed: int
     """Of the proposed ones."""
+    stopped: int = 0
+    """Of the proposed ones: measured in part, for they lost their race."""
     waiting: int
     """Issued, baselines included, and still without an outcome."""
     dead: tuple[dict[str, str], ...] = ()
@@ -189,9 +191,9 @@ class Tally:
         self._evaluated += 1
         outcome, provenance = evaluation.outcome, evaluation.candidate.provenance
         self.outcomes[_source(provenance), outcome.kind] += 1
+        self.evaluation_seconds += 0.0 if isinstance(outcome, Failed) else outcome.seconds
         if not isinstance(outcome, Measured):
             return False
-        self.evaluation_seconds += outcome.seconds
         is_best = provenance.agent != "baseline" and outcome.fitness < self._best
         self._best = outcome.fitness if is_best else self._best
         return is_best
@@ -221,6 +223,7 @@ def make_status(seen: Seen, tally: Tally) -> Status:
         by_source={"llm": 0, "stand-in": 0, **proposals},
         measured=len(seen.population),
         failed=sum(tally.outcomes[source, "failed"] for source in proposals),
+        stopped=sum(tally.outcomes[source, "stopped"] for source in proposals),
         waiting=len(seen.ledger) - sum(tally.outcomes.values()),
         dead=seen.around.dead,
         dense_perplexity=seen.dense_perplexity,

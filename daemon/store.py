@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from redis.asyncio import Redis
 
 from daemon.workers import WorkerStatus, read_workers
-from protocol.candidate import OUTCOME, Candidate, Failed, Measured
+from protocol.candidate import OUTCOME, Candidate, Outcome
 from protocol.card import ModelCard
 from protocol.card_board import CardBoard
 from protocol.connection import Patience, check_server
@@ -35,7 +35,7 @@ class History:
     """What a search has done so far: every candidate issued, and the outcomes applied, both in order."""
 
     ledger: dict[str, Candidate] = field(default_factory=dict)
-    outcomes: dict[str, Measured | Failed] = field(default_factory=dict)
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
     cursor: str = "0-0"
     counters: dict[str, float] = field(default_factory=dict)
     selections: dict[int, tuple[str, ...]] = field(default_factory=dict)

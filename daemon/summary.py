@@ -50,7 +50,7 @@ class Summary(BaseModel):
     rates: tuple[float, ...]
     """The best candidate's."""
     candidates: dict[str, dict[str, int]]
-    """Counts `by_agent`, `by_source` (llm or stand-in) and by outcome (`measured`, `failed`)."""
+    """Counts `by_agent`, `by_source` and `by_outcome` (`measured`, `failed`, `stopped` in a race)."""
     tokens: dict[str, int]
     """Used by the LLM: `prompt` and `completion`."""
     seconds: float
@@ -88,7 +88,7 @@ def summarise(
         candidates={
             "by_agent": dict(Counter(c.provenance.agent for c in proposals)),
             "by_source": {"llm": 0, "stand-in": 0, **Counter(c.provenance.source for c in proposals)},
-            "by_outcome": {"measured": outcomes["measured"], "failed": outcomes["failed"]},
+            "by_outcome": {name: outcomes[name] for name in ("measured", "failed", "stopped")},
         },
         tokens={name: int(counters.get(f"{name}_tokens", 0)) for name in ("prompt", "completion")},
         seconds=round(counters.get("seconds", 0.0), 1),
@@ -181,11 +181,12 @@ def _lines(summary: Summary) -> list[str]:
 
     outcome = summary.candidates["by_outcome"]
     used = summary.tokens
+    stopped = f", stopped early {outcome['stopped']}" if outcome["stopped"] else ""
     unfinished = ["stopped before its end: these figures are not final, and the same command goes on"]
     return [
         f"candidates by agent: {listed(summary.candidates['by_agent'])}",
         f"candidates by source: {listed(summary.candidates['by_source'])}",
-        f"measured {outcome['measured']}, failed {outcome['failed']}; "
+        f"measured {outcome['measured']}, failed {outcome['failed']}{stopped}; "
         f"LLM tokens: {used['prompt']:,} in, {used['completion']:,} out; {summary.seconds:,.0f} seconds",
         *([] if summary.finished else unfinished),
     ]

@@ -12,7 +12,7 @@ from gpu_worker.perplexity import NotFiniteError
 from gpu_worker.placement import ADVICE
 from gpu_worker.pruning import PlanMismatchError
 from gpu_worker.session import Session
-from protocol.candidate import Failed, Measured
+from protocol.candidate import Failed, Outcome, Race
 from protocol.errors import DataError, UsageError
 from protocol.plan import Plan
 
@@ -35,10 +35,14 @@ def preparing(model: str) -> Iterator[None]:
         raise UsageError(f"the model {model!r} does not fit into memory ({first_line(error)}); {ADVICE}") from error
 
 
-def answer(session: Session, request: dict[str, Any]) -> Measured | Failed:
-    """The outcome of a request `{"plan": …, "text": …}`. Raises DeviceLostError when the process has to end."""
+def answer(session: Session, request: dict[str, Any]) -> Outcome:
+    """The outcome of a request `{"plan": …, "text": …, "race": …}`.
+
+    Raises DeviceLostError when the process has to end.
+    """
     try:
-        return session.evaluate(Plan.model_validate(request["plan"]), request["text"])
+        race = None if request.get("race") is None else Race.model_validate(request["race"])
+        return session.race(Plan.model_validate(request["plan"]), race, request["text"])
     except NotFiniteError as error:
         return Failed(reason="not-finite", detail=str(error))
     # ValueError is what pydantic raises for a plan that is none.

@@ -13,7 +13,7 @@ from typing import Any
 import structlog
 from pydantic import ValidationError
 
-from protocol.candidate import OUTCOME, Candidate, Failed, Measured
+from protocol.candidate import OUTCOME, Candidate, Failed, Outcome
 from protocol.card import ModelCard
 from protocol.environment import for_child
 from protocol.errors import SelfPrunerError, UsageError
@@ -100,12 +100,13 @@ class EvaluationChild:
             elif "card" in reply:
                 return ModelCard.model_validate(reply["card"])
 
-    async def evaluate(self, candidate: Candidate, *, limit_seconds: float) -> Measured | Failed:
+    async def evaluate(self, candidate: Candidate, *, limit_seconds: float) -> Outcome:
         """Measure `candidate`. Over the time limit the process is killed and the outcome is Failed(timeout).
 
         Raises DeviceLost when the process can measure nothing more, ChildDied when it ends without an answer.
         """
-        self._send({"id": candidate.id, "plan": candidate.plan.model_dump(), "text": candidate.text})
+        race = candidate.race and candidate.race.model_dump()
+        self._send({"id": candidate.id, "plan": candidate.plan.model_dump(), "text": candidate.text, "race": race})
         try:
             async with asyncio.timeout(limit_seconds):
                 reply = await self._receive()
@@ -194,7 +195,7 @@ class EvaluationChild:
             reading.cancel()
 
 
-def _checked(outcome: Any) -> Measured | Failed:
+def _checked(outcome: Any) -> Outcome:
     """The outcome as the process told it; one that is none (NaN, a negative, a word) has failed."""
     try:
         return OUTCOME.validate_python(outcome)

@@ -46,6 +46,10 @@ class DensePredictions:
             torch.empty(count),
         )
 
+    def part(self, rows: slice) -> "DensePredictions":
+        """The predictions of some rows: views."""
+        return DensePredictions(self.tokens[rows], self.logits[rows], self.log_total[rows], self.log_rest[rows])
+
     def keep(self, chunk: "_Chunk") -> None:
         """Fill in the predictions of `chunk`, whose logits are used up."""
         values, tokens = chunk.logits.topk(self.tokens.shape[1], sorted=False)

@@ -1,23 +1,31 @@
 """One model made ready for one search: loaded, calibrated, ordered, measured dense; then any plan is measured on it."""
 
+import math
+import statistics
 import time
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gpu_worker.divergence import DensePredictions, dense_predictions, divergence
-from gpu_worker.perplexity import NotFiniteError, checked_perplexity, perplexity
-from gpu_worker.progress import Progress, no_progress
+from gpu_worker.families import Decoder
+from gpu_worker.perplexity import NotFiniteError, checked_perplexity, perplexity_of, window_loss
+from gpu_worker.progress import Progress, no_progress, steps
+from gpu_worker.racing import is_beaten
 from gpu_worker.sensitivity import measure_curves
 from gpu_worker.target import Share, Target
 from protocol.allocation import OUTLIER_THRESHOLD
 from protocol.alone import curve_rates
-from protocol.candidate import Measured, Text
+from protocol.candidate import Measured, Race, Stopped, Text
 from protocol.card import DensePerplexity, ModelCard
 from protocol.errors import DataError, ModelError
 from protocol.plan import Plan, count_parameters
 from protocol.shape import ModelShape
 from protocol.spec import SearchSpec
+
+DECIMALS = 6
+"""Of the losses that a candidate is raced by: they are kept with every outcome."""
 
 
 class Session:
@@ -57,25 +65,35 @@ class Session:
         Raises PlanMismatchError for a plan of another model, DataError where the spec has no such text,
         NotFiniteError where the pruned model does not compute.
         """
-        windows = self._windows(text)
+        outcome = self.race(plan, None, text, progress)
+        assert isinstance(outcome, Measured), "without a race nobody is stopped"
+        return outcome
+
+    def race(
+        self, plan: Plan, race: Race | None, text: Text = "fitness", progress: Progress = no_progress
+    ) -> Measured | Stopped:
+        """As `evaluate`, window by window; where the plan is beaten in its race, the rest is not measured."""
+        windows, decoder = self._windows(text), self.target.model.decoder
+        dense = self._predictions.get(text)
         start = time.perf_counter()
         self.target.prune(plan)
-        value, tokens, kl = self._measure(windows, text, progress)
-        return Measured(
-            perplexity=value,
-            kl=kl,
-            parameters=count_parameters(plan, self.shape),
-            tokens=tokens,
-            seconds=time.perf_counter() - start,
-        )
-
-    def _measure(self, windows: Tensor, text: Text, progress: Progress) -> tuple[float, int, float | None]:
-        """Perplexity, tokens, and the divergence from the dense model where its predictions were kept."""
-        dense, decoder, stage = self._predictions.get(text), self.target.model.decoder, _measuring("pruned", text)
-        if dense is None:
-            return *perplexity(decoder, windows, progress, stage), None
-        found = divergence(decoder, windows, dense, progress, stage)
-        return found.perplexity, found.tokens, found.kl
+        seen = _Seen(race)
+        for i, window in enumerate(steps(progress, _measuring("pruned", text), windows)):
+            predicted = len(window) - 1
+            kept = None if dense is None else dense.part(slice(i * predicted, (i + 1) * predicted))
+            seen.take(decoder, window[None], kept)
+            if seen.is_beaten:
+                break
+        figures: dict[str, Any] = {
+            "perplexity": perplexity_of(seen.loss, seen.tokens),
+            "kl": seen.divergence,
+            "parameters": count_parameters(plan, self.shape),
+            "tokens": seen.tokens,
+            "seconds": time.perf_counter() - start,
+        }
+        if seen.is_beaten:
+            return Stopped(behind=seen.behind, windows=len(seen.losses), of_windows=len(windows), **figures)
+        return Measured(losses=tuple(seen.losses) if race else (), **figures)
 
     def _windows(self, text: Text) -> Tensor:
         texts = self.target.texts
@@ -120,6 +138,51 @@ class Session:
 def _measuring(what: str, text: Text) -> str:
     """The stage that measures the `dense` or the `pruned` model on one of its texts."""
     return f"measuring {what}" if text == "fitness" else f"measuring {what} on the {text} text"
+
+
+class _Seen:
+    """What was measured of a plan so far."""
+
+    def __init__(self, race: Race | None) -> None:
+        self._race = race
+        self.loss = self._kl = 0.0
+        self.tokens = 0
+        self.losses: list[float] = []
+        """Of each window, what is minimised, in nats a token."""
+        self.has_kl = False
+
+    def take(self, decoder: Decoder, window: Tensor, dense: DensePredictions | None) -> None:
+        """Measure a window [1, seqlen]; its divergence too where the `dense` predictions of it are given."""
+        tokens = window.shape[1] - 1
+        if dense is None:
+            with torch.inference_mode():
+                loss = fitness = window_loss(decoder, window)
+        else:
+            found = divergence(decoder, window, dense)
+            loss, fitness = math.log(found.perplexity) * tokens, found.kl * tokens
+            self._kl += fitness
+            self.has_kl = True
+        self.loss += loss
+        self.tokens += tokens
+        self.losses.append(round(fitness / tokens, DECIMALS))
+
+    @property
+    def divergence(self) -> float | None:
+        """Mean over the tokens so far."""
+        return self._kl / self.tokens if self.has_kl else None
+
+    @property
+    def is_beaten(self) -> bool:
+        """Whether the race is lost."""
+        race = self._race
+        return race is not None and is_beaten(self.losses, race.against, race.confidence)
+
+    @property
+    def behind(self) -> float:
+        """How much worse than the other, in nats a token."""
+        assert self._race is not None
+        pairs = zip(self.losses, self._race.against, strict=False)
+        return statistics.fmean(loss - other for loss, other in pairs)
 
 
 def device_name(device: torch.device) -> str:

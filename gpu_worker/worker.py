@@ -22,7 +22,7 @@ from gpu_worker.agreement import check_agreement
 from gpu_worker.child import EVALUATION_PROCESS, ChildDied, DeviceLost, EvaluationChild
 from gpu_worker.own_gpu import take_gpu
 from gpu_worker.progress import Sparsely
-from protocol.candidate import Failed, Measured
+from protocol.candidate import Failed, Outcome
 from protocol.card import ModelCard
 from protocol.card_board import CardBoard
 from protocol.connection import AWAY, Patience, check_server, connect
@@ -253,7 +253,7 @@ class Worker:
             self._job = None
             self._status.measured += 1
 
-    async def _outcome(self, child: EvaluationChild, job: Job) -> Measured | Failed | None:
+    async def _outcome(self, child: EvaluationChild, job: Job) -> Outcome | None:
         """The outcome of `job`; None when it was given up because evaluation processes die on it.
 
         What may be the machine's fault is tried once more: a lost device with a new process, and a lack of memory, for
@@ -281,7 +281,7 @@ class Worker:
             may_be_retried = False
             log.warning("evaluated_again", **outcome.model_dump())
 
-    async def _evaluated(self, child: EvaluationChild, job: Job) -> Measured | Failed:
+    async def _evaluated(self, child: EvaluationChild, job: Job) -> Outcome:
         if not child.alive:
             await self._prepare(child, child.spec)
             self._status.stage = "evaluating"

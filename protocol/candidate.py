@@ -38,6 +38,20 @@ class Provenance(_Value):
     prompt: str | None = None
 
 
+LEAST_RACE = 3
+"""Before so many windows nobody is stopped."""
+
+
+class Race(_Value):
+    """What a candidate has to keep up with: it is stopped where it is worse, with so much confidence.
+
+    `against` are another candidate's losses, window by window; without them nothing is stopped, but losses are kept.
+    """
+
+    against: tuple[float, ...]
+    confidence: float = Field(gt=0, lt=1)
+
+
 class Candidate(_Value):
     """Pruning rates, the plan they become, and where they come from."""
 
@@ -46,6 +60,7 @@ class Candidate(_Value):
     plan: Plan
     provenance: Provenance
     text: Text = "fitness"
+    race: Race | None = None
 
 
 class Measured(_Value):
@@ -60,6 +75,8 @@ class Measured(_Value):
     parameters: Parameters
     tokens: NonNegativeInt
     seconds: NonNegativeFloat
+    losses: tuple[float, ...] = ()
+    """Of each window, where the candidate raced: mean negative log-likelihood, or divergence, in nats a token."""
 
     @property
     def fitness(self) -> float:
@@ -72,6 +89,25 @@ class Measured(_Value):
         return {name: round(figure, digits) for name, figure in figures.items() if figure is not None}
 
 
+class Stopped(_Value):
+    """A candidate that was stopped after some windows, for it was worse than what it raced against.
+
+    It never enters the population. `perplexity` and `kl` are those of the windows that were measured, and must not be
+    compared with whole ones.
+    """
+
+    kind: Literal["stopped"] = "stopped"
+    perplexity: PositiveFloat
+    kl: NonNegativeFloat | None = None
+    behind: float
+    """By how much it was worse than what it raced against, in nats a token, on the same windows."""
+    windows: NonNegativeInt
+    of_windows: NonNegativeInt
+    parameters: Parameters
+    tokens: NonNegativeInt
+    seconds: NonNegativeFloat
+
+
 class Failed(_Value):
     """A candidate that could not be measured. It never enters the population and is not tried again."""
 
@@ -80,8 +116,8 @@ class Failed(_Value):
     detail: str = ""
 
 
-Outcome = Annotated[Measured | Failed, Field(discriminator="kind")]
-OUTCOME: TypeAdapter[Measured | Failed] = TypeAdapter(Outcome)
+Outcome = Measured | Stopped | Failed
+OUTCOME: TypeAdapter[Outcome] = TypeAdapter(Annotated[Outcome, Field(discriminator="kind")])
 
 
 @dataclass(frozen=True)
@@ -90,7 +126,7 @@ class Result:
 
     cursor: str
     id: str
-    outcome: Measured | Failed
+    outcome: Outcome
 
 
 def candidate_id(plan: Plan, fingerprint: str, text: Text = "fitness") -> str:

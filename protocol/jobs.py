@@ -16,7 +16,7 @@ import structlog
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
-from protocol.candidate import Candidate, Failed, Measured
+from protocol.candidate import Candidate, Failed, Outcome
 from protocol.connection import BLOCK_MILLISECONDS, Patience, is_missing_group
 from protocol.errors import StoreError
 from protocol.keys import GROUP, Keys
@@ -104,7 +104,7 @@ class JobQueue:
             return False
         return bool(held == 1)
 
-    async def commit(self, job: Job, outcome: Measured | Failed) -> bool:
+    async def commit(self, job: Job, outcome: Outcome) -> bool:
         """Commit the outcome of `job`; False when another worker's was first. Waits for the server if it is away."""
         return await self._commit(job.message, job.candidate.id, outcome)
 
@@ -134,7 +134,7 @@ class JobQueue:
             if not is_missing_group(error):
                 raise
 
-    async def _commit(self, message: str, candidate_id: str, outcome: Measured | Failed, *dead: str) -> bool:
+    async def _commit(self, message: str, candidate_id: str, outcome: Outcome, *dead: str) -> bool:
         keys = [self._keys.jobs, self._keys.results, self._keys.done, self._keys.outcomes]
         keys += [self._keys.deaths, self._keys.dead]
         args = [GROUP, self._consumer, message, candidate_id, outcome.model_dump_json()]

@@ -18,7 +18,7 @@ from typing import Any
 import structlog
 from redis.asyncio import Redis
 
-from protocol.candidate import OUTCOME, Candidate, Failed, Measured, Result
+from protocol.candidate import OUTCOME, Candidate, Failed, Outcome, Result
 from protocol.connection import BLOCK_MILLISECONDS, Patience
 from protocol.errors import SelfPrunerError
 from protocol.keys import Keys
@@ -143,7 +143,7 @@ class CandidateQueue:
         return answer
 
 
-def _outcome(text: str) -> Measured | Failed:
+def _outcome(text: str) -> Outcome:
     """An outcome as committed; one that cannot be read has failed, for the search waits for it."""
     try:
         return OUTCOME.validate_json(text)

@@ -16,7 +16,7 @@ from gpu_worker.sequential import prune_sequentially
 from gpu_worker.session import Session
 from gpu_worker.target import Target
 from protocol.allocation import Allocation
-from protocol.candidate import Failed, Measured, Text
+from protocol.candidate import Failed, Measured, Outcome, Text
 from protocol.errors import BudgetError, DataError, ModelError
 from protocol.plan import Plan, dense_plan
 from protocol.spec import SearchSpec, TextSpec
@@ -47,7 +47,7 @@ class Raising:
         raise self._error
 
 
-def answer_to(error: Exception, session: Session) -> Measured | Failed:
+def answer_to(error: Exception, session: Session) -> Outcome:
     request = {"plan": dense_plan(session.shape).model_dump(), "text": "fitness"}
     return answer(Raising(error), request)  # type: ignore[arg-type]
 

@@ -24,7 +24,7 @@ from redis.asyncio import Redis
 from agents.population import Evaluation, Population
 from agents.population_keeper import PopulationKeeper
 from daemon.store import History, Memory, SearchStore
-from protocol.candidate import Candidate, Failed, Measured
+from protocol.candidate import Candidate, Outcome
 from protocol.card import ModelCard
 from protocol.connection import connect
 from protocol.keys import GROUP, Keys
@@ -125,7 +125,7 @@ class Daemon:
 
         await eventually(enough, seconds)
 
-    def outcome(self, of: Candidate) -> Measured | Failed:
+    def outcome(self, of: Candidate) -> Outcome:
         evaluation = self.population.get(of.id)
         assert evaluation is not None
         return evaluation.outcome

@@ -18,7 +18,7 @@ from gpu_worker import worker as worker_module
 from gpu_worker.child import EvaluationChild
 from gpu_worker.worker import WorkerOptions, run_worker
 from protocol import logs
-from protocol.candidate import Failed, Measured
+from protocol.candidate import Outcome
 from protocol.errors import SelfPrunerError, UsageError
 from protocol.jobs import Job, JobQueue
 
@@ -38,7 +38,7 @@ class CrashingQueue(JobQueue):
             self._crash("claimed")
         return job
 
-    async def commit(self, job: Job, outcome: Measured | Failed) -> bool:
+    async def commit(self, job: Job, outcome: Outcome) -> bool:
         self._crash("measured")
         first = await super().commit(job, outcome)
         self._crash("committed")

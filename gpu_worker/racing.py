@@ -1,0 +1,29 @@
+"""Racing: a candidate is stopped as soon as it is clearly worse than another on the same windows. Pure."""
+
+import math
+import statistics
+from collections.abc import Sequence
+
+from scipy.stats import t as student
+
+from protocol.candidate import LEAST_RACE
+
+
+def is_beaten(losses: Sequence[float], against: Sequence[float], confidence: float) -> bool:
+    """Whether the candidate with these `losses` of the first windows is worse than the one with `against`.
+
+    A one-sided paired t-test over windows. As it is made again after each window, each time may be wrong with only its
+    share of 1 − `confidence` (Bonferroni): over all windows a candidate that is as good is stopped with at most
+    that probability, in so far as differences between windows are normal.
+    """
+    seen, looks = len(losses), len(against) - LEAST_RACE
+    if seen < LEAST_RACE or seen >= len(against):
+        return False
+    differences = [loss - other for loss, other in zip(losses, against, strict=False)]
+    if not all(map(math.isfinite, differences)):  # it will be called broken at its end
+        return False
+    mean, spread = statistics.fmean(differences), statistics.stdev(differences)
+    if spread == 0:
+        return mean > 0
+    statistic = mean / (spread / math.sqrt(seen))
+    return bool(student.sf(statistic, seen - 1) < (1 - confidence) / looks)
