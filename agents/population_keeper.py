@@ -55,10 +55,19 @@ class PopulationKeeper:
             for result in await self._outcomes.results(self._cursor):
                 await self._take(result)
 
+    @property
+    def waiting(self) -> int:
+        """Issued candidates without an outcome."""
+        return len(self._ledger) - self._population.outcomes
+
     async def settled(self) -> None:
         """Wait until every issued candidate has its outcome."""
+        await self.until(lambda waiting: waiting == 0)
+
+    async def until(self, enough: Callable[[int], bool]) -> None:
+        """Wait until `enough` says so of the number of candidates that wait; it is asked after every outcome."""
         async with self._changed:
-            await self._changed.wait_for(lambda: self._population.outcomes == len(self._ledger))
+            await self._changed.wait_for(lambda: enough(self.waiting))
 
     async def _take(self, result: Result) -> None:
         candidate = self._ledger.get(result.id)

@@ -1,8 +1,8 @@
-"""The search: propose, enqueue, collect. Generational mode, Algorithm 1 of the paper.
+"""The search: propose, enqueue, collect; its modes are in daemon/modes.py.
 
 What has been done is read off the ledger alone: which candidates each call of each agent has made in each round. A
-search that was killed anywhere repeats the calls that are not complete and goes on. What a round gets depends on the
-earlier rounds and on the LLM's answers, never on what was faster, so a search can be replayed from its transcript.
+search that was killed anywhere repeats the calls that are not complete and goes on. What a generation gets depends on
+the earlier ones and on the LLM's answers, never on what was faster, so a search can be replayed from its transcript.
 """
 
 import asyncio
@@ -19,6 +19,7 @@ from agents.population_keeper import PopulationKeeper
 from agents.seeds import plant_seeds
 from agents.view import BUDGET_USED_UP, KNOWN_ALREADY, Accepted, Member, Refused, Selection, Submit, View
 from daemon.journal import Journal
+from daemon.modes import generations, steady_state
 from daemon.pausing import Pausing
 from daemon.proposals import Proposals
 from daemon.settings import SearchSettings
@@ -88,16 +89,16 @@ class Search:
         seconds: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self.name, self.spec, self.card, self.pausing = name, spec, card, pausing
-        self._settings, self._agents, self._queue = settings, agents, queue
+        self.settings, self.agents, self._queue = settings, agents, queue
         self._journal, self._seconds = journal, seconds
         self._time_is_up = False
         self.ledger = dict(history.ledger)
-        self._proposals = Proposals(self.ledger.values())
+        self.proposals = Proposals(self.ledger.values())
         self.selections = dict(history.selections)
         self.population = Population()
         for id_, outcome in history.outcomes.items():
             self.population.insert(self.ledger[id_], outcome)
-        self._keeper = PopulationKeeper(
+        self.keeper = PopulationKeeper(
             queue, self.population, self.ledger, cursor=history.cursor, on_evaluation=self._note
         )
         self.parents_source: Source | None = None
@@ -108,57 +109,30 @@ class Search:
         """Search until the rounds or the budget are used up; afterwards everything issued has an outcome."""
         self._journal.begin(self.name, self.spec, self.card.shape, self.population)
         async with asyncio.TaskGroup() as group:
-            keeping = group.create_task(self._keeper.run())
-            await self._generations()
+            keeping = group.create_task(self.keeper.run())
+            await (generations if self.settings.mode == "generational" else steady_state)(self)
+            await self.keeper.settled()
             await self._report()
             keeping.cancel()
 
-    async def _generations(self) -> None:
-        await plant_seeds(self._settings.seeds, self._view(0), self._submit)
+    async def begin(self) -> None:
+        """Round 0: the seeds, uniform to compare with, and the Initializer's first population."""
+        await plant_seeds(self.settings.seeds, self.view(0), self.submit)
         await self._enqueue_plan(self.spec.uniform_plan(self.card.shape), self.spec.uniform_rates(self.card.shape))
-        await self._populate()
-        for round_ in range(1, self._settings.rounds + 1):
-            await self._keeper.settled()
-            if self.remaining_budget <= 0:
-                break
-            await self._next_round(round_)
-        await self._keeper.settled()
-
-    async def _populate(self) -> None:
-        """Round 0: the Initializer's first population."""
-        count = min(self._settings.population, self._planned) - self._proposals.made("seed", 0)
-        missing = count - self._proposals.made("initializer", 0)
+        count = min(self.settings.population, self.planned) - self.proposals.made("seed", 0)
+        missing = count - self.proposals.made("initializer", 0)
         if missing > 0:
             log.info("round_started", round=0, missing=missing)
-            await self._agents.initializer.propose(self._view(0), count, self._submit)
+            await self.agents.initializer.propose(self.view(0), count, self.submit)
 
-    async def _next_round(self, round_: int) -> None:
-        """The Selector's parents, then mutation and crossover at the same time."""
-        left = self._planned - self._proposals.before(round_)
-        crossover = self._agents.crossover
-        wanted = self._settings.mutations, self._settings.crossovers
-        mutations = max(0, min(wanted[0] if crossover else sum(wanted), left))
-        crossovers = max(0, min(wanted[1], left - mutations))
-        missing = mutations + crossovers - self._proposals.in_round(round_)
-        view = self._view(round_)
-        if missing <= 0 or len(view.population) < 2:
-            return
-        self.round = round_
-        log.info("round_started", round=round_, missing=missing, best=view.population[0].fitness)
-        parents = await self._select(view)
-        async with asyncio.TaskGroup() as group:
-            mutating = group.create_task(self._agents.mutator.propose(view, parents, mutations, self._submit))
-            if crossover:
-                group.create_task(crossover.propose(view, parents, crossovers, self._submit_after(mutating)))
-
-    async def _select(self, view: View) -> Sequence[Member]:
-        """The Selector's parents for this round: as it chose them, if an earlier process asked it."""
-        selector = self._agents.selector
+    async def select(self, view: View) -> Sequence[Member]:
+        """The Selector's parents for this view's round: as it chose them, if an earlier process asked it."""
+        selector = self.agents.selector
         if selector is None:
             return view.population
         chosen = self.selections.get(view.round)
         if chosen is None:
-            wanted = self._settings.mutations + self._settings.crossovers
+            wanted = self.settings.mutations + self.settings.crossovers
             selection = await selector.select(view, wanted)
             self.parents_source = selection.source
             ids = [member.candidate.id for member in selection.parents]
@@ -174,9 +148,9 @@ class Search:
         shape = self.card.shape
         await self._enqueue_plan(self.spec.uniform_plan(shape), self.spec.uniform_rates(shape), text="report")
         await self._enqueue_plan(best.candidate.plan, best.candidate.rates, text="report")
-        await self._keeper.settled()
+        await self.keeper.settled()
 
-    async def _submit(self, rates: Sequence[float], provenance: Provenance) -> Accepted | Refused:
+    async def submit(self, rates: Sequence[float], provenance: Provenance) -> Accepted | Refused:
         """Make proposed rates feasible, refuse what is known already, enqueue the rest."""
         try:
             feasible = self.spec.feasible(tuple(rates), self.card.shape)
@@ -197,15 +171,6 @@ class Search:
             return BUDGET_USED_UP
         return await self._enqueue(candidate)
 
-    def _submit_after(self, earlier: asyncio.Task[int]) -> Submit:
-        """`_submit` once the `earlier` proposals are all in: what is known must not depend on who is faster."""
-
-        async def submit(rates: Sequence[float], provenance: Provenance) -> Accepted | Refused:
-            await asyncio.wait({earlier})
-            return await self._submit(rates, provenance)
-
-        return submit
-
     async def _enqueue_plan(self, plan: Plan, rates: Sequence[float], *, text: Text = "fitness") -> None:
         provenance = Provenance(agent="baseline", source="allocation", round=0)
         id_ = candidate_id(plan, self.spec.fingerprint, text)
@@ -215,7 +180,7 @@ class Search:
     async def _enqueue(self, candidate: Candidate) -> Accepted:
         # Into the ledger first: an agent running at the same time must not propose it again meanwhile.
         self.ledger[candidate.id] = candidate
-        self._proposals.add(candidate)
+        self.proposals.add(candidate)
         with bound_contextvars(candidate=candidate.id):
             await self._queue.enqueue(candidate)
         log.info("candidate_enqueued", candidate=candidate.id, **candidate.provenance.model_dump(include=_WHO))
@@ -223,11 +188,11 @@ class Search:
 
     def _race(self, round_: int) -> Race | None:
         """What candidates of a round race against: the K-th best of the rounds before, once there are so many."""
-        confidence = self._settings.race_confidence
+        confidence = self.settings.race_confidence
         if confidence is None:
             return None
-        best = self.population.top(self._settings.population, before=round_)
-        last = best[-1].outcome if len(best) == self._settings.population else None
+        best = self.population.top(self.settings.population, before=round_)
+        last = best[-1].outcome if len(best) == self.settings.population else None
         return Race(against=last.losses if isinstance(last, Measured) else (), confidence=confidence)
 
     def _note(self, evaluation: Evaluation, is_best: bool) -> None:
@@ -252,39 +217,40 @@ class Search:
     @property
     def remaining_budget(self) -> int:
         """How many more candidates may be proposed; none once search.budget_hours are over."""
-        return 0 if self._hours_are_over() else self._planned - self.proposed
+        return 0 if self._hours_are_over() else self.planned - self.proposed
 
     @property
     def proposed(self) -> int:
         """How many candidates the agents have made so far."""
-        return len(self._proposals)
+        return len(self.proposals)
 
     def counts(self) -> dict[str, Counter[str]]:
         """Candidates by agent and by source, baselines left out."""
-        return {"by_agent": self._proposals.by_agent.copy(), "by_source": self._proposals.by_source.copy()}
+        return {"by_agent": self.proposals.by_agent.copy(), "by_source": self.proposals.by_source.copy()}
 
     @property
-    def _planned(self) -> int:
-        settings = self._settings
+    def planned(self) -> int:
+        """How many candidates the agents shall make in all."""
+        settings = self.settings
         planned = settings.population + settings.rounds * (settings.mutations + settings.crossovers)
         return min(settings.max_evaluations or planned, planned)
 
     def _hours_are_over(self) -> bool:
-        hours = self._settings.budget_hours
+        hours = self.settings.budget_hours
         if hours is not None and not self._time_is_up and self._seconds() >= 3600 * hours:
             self._time_is_up = True
             log.info("search_hours_used_up", hours=hours, candidates=self.proposed)
         return self._time_is_up
 
-    def _view(self, round_: int) -> View:
+    def view(self, round_: int) -> View:
         """What the agents are shown in a round, the same whenever in that round they are asked."""
         measured = tuple(
             Member(e.candidate, e.outcome.fitness)
             for e in self.population.top(None, before=round_)
             if isinstance(e.outcome, Measured)
         )
-        population = measured[: self._settings.population]
-        return View(self.spec, self.card, round_, population, self._proposals.calls(round_), measured)
+        population = measured[: self.settings.population]
+        return View(self.spec, self.card, round_, population, self.proposals.calls(round_), measured)
 
 
 def _maker(provenance: Provenance) -> tuple[str, int, int]:

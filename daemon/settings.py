@@ -63,6 +63,10 @@ class SearchSettings(_Section):
     """S: offspring by crossover each round."""
     rounds: int = Field(default=20, ge=0)
     """N: rounds after the first population."""
+    mode: Literal["generational", "steady-state"] = "generational"
+    """`generational` (the paper): rounds wait for their outcomes. `steady-state`: each outcome brings a question."""
+    max_in_flight: PositiveInt = 4
+    """steady-state: candidates asked for, queued and measured at a time; about two for each worker."""
     max_evaluations: PositiveInt | None = None
     """Stop proposing after so many candidates, whatever the rounds; none means no limit."""
     budget_hours: PositiveFloat | None = None
@@ -105,6 +109,11 @@ class SearchSettings(_Section):
             )
         if len(self.seeds) > self.population:
             raise ValueError(f"{len(self.seeds)} seeds are more than the first population ({self.population}) holds")
+        if self.mode == "steady-state":
+            if self.proposer == "cma-es":
+                raise ValueError("the proposer `cma-es` learns from generations: search.mode cannot be `steady-state`")
+            if self.mutations + self.crossovers == 0:
+                raise ValueError("search.mode `steady-state` needs search.mutations or search.crossovers")
         for agent in ("initializer", "selector", "mutator", "crossover"):
             if self.proposer != "llm" and getattr(self, agent) != "llm":
                 raise ValueError(f"search.{agent} is for the proposer `llm`, not for {self.proposer!r}")

@@ -23,7 +23,7 @@ from daemon.search import Search
 from daemon.settings import LlmSettings, SearchSettings
 from daemon.store import SearchStore
 from daemon.summary import Summary, show, summarise
-from protocol.candidate import Candidate, Failed, Measured
+from protocol.candidate import Candidate, Failed, Measured, Outcome
 from protocol.control import Control
 from protocol.jobs import JobQueue
 from protocol.keys import Keys
@@ -32,7 +32,7 @@ from tests.samples import CARD, SHAPE, SPEC, measured
 from tests.schema_answers import SchemaChat
 
 SETTINGS = SearchSettings(name="test", population=5, mutations=3, crossovers=2, rounds=2)
-Evaluator = Callable[[Candidate], Measured | Failed]
+Evaluator = Callable[[Candidate], Outcome]
 
 
 def unevenness(candidate: Candidate) -> Measured | Failed:
@@ -336,7 +336,7 @@ async def test_the_summary_counts_who_made_what(redis: Redis, keys: Keys, tmp_pa
     summary = summarise("test", SPEC, CARD, search.ledger, search.population, counters, finished=True)
     assert summary.candidates["by_agent"] == {"initializer": 5, "mutator": 6, "crossover": 4}
     assert sum(summary.candidates["by_source"].values()) == 15
-    assert summary.candidates["by_outcome"] == {"measured": 15, "failed": 0}
+    assert summary.candidates["by_outcome"] == {"measured": 15, "failed": 0, "stopped": 0}
     assert summary.tokens == {"prompt": 700, "completion": 70}
     assert summary.uniform.parameters.decoder_after < summary.dense.parameters.decoder_after
     assert json.loads(summary.model_dump_json())["rates"] == list(summary.rates)
