@@ -157,7 +157,7 @@ class Launch:
             self._spec,
             self._settings.search,
             card=card,
-            agents=make_agents(self._settings.search, self._settings.llm, self._asks(chat, history)),
+            agents=make_agents(self._settings.search, self._settings.llm, self._asks(chat, history), list(chat.usage)),
             queue=queue,
             journal=self._journal,
             history=history,

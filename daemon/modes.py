@@ -70,13 +70,13 @@ async def steady_state(search: "Search") -> None:
     if len(search.population) < 2:
         return  # nothing to breed from
     async with _Turns(search) as turns:
-        while search.remaining_budget > len(turns.asking) and turns.fruitless < FRUITLESS_TURNS:
-            if search.keeper.waiting + len(turns.asking) >= search.settings.max_in_flight:
-                await turns.next_change()
-            else:
+        # A question may come to nothing, so the last ones are waited for before the budget counts as used.
+        while turns.asking or turns.may_begin():
+            under_way = search.keeper.waiting + len(turns.asking)
+            if turns.may_begin() and under_way < search.settings.max_in_flight:
                 turns.begin()
-        while turns.asking:
-            await turns.next_change()
+            else:
+                await turns.next_change()
 
 
 class _Turns:
@@ -88,6 +88,10 @@ class _Turns:
         self._choosing = asyncio.Lock()
         self.asking: set[asyncio.Task[None]] = set()
         self.fruitless = 0
+
+    def may_begin(self) -> bool:
+        """Whether there is anything left to ask for."""
+        return self._search.remaining_budget > len(self.asking) and self.fruitless < FRUITLESS_TURNS
 
     def begin(self) -> None:
         """Ask for one more candidate."""

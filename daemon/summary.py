@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.table import Table
 
 from agents.population import Evaluation, Population
+from agents.shares import Record, records
+from agents.view import Member
 from protocol.candidate import Candidate, Measured, candidate_id
 from protocol.card import DensePerplexity, ModelCard
 from protocol.plan import Parameters, count_parameters, dense_plan
@@ -51,6 +53,8 @@ class Summary(BaseModel):
     """The best candidate's."""
     candidates: dict[str, dict[str, int]]
     """Counts `by_agent`, `by_source` and `by_outcome` (`measured`, `failed`, `stopped` in a race)."""
+    endpoints: dict[str, Record] = {}
+    """What the proposals of each LLM endpoint came to: `measured`, and `improved`."""
     tokens: dict[str, int]
     """Used by the LLM: `prompt` and `completion`."""
     seconds: float
@@ -90,6 +94,9 @@ def summarise(
             "by_source": {"llm": 0, "stand-in": 0, **Counter(c.provenance.source for c in proposals)},
             "by_outcome": {name: outcomes[name] for name in ("measured", "failed", "stopped")},
         },
+        endpoints=records(
+            Member(e.candidate, e.outcome.fitness) for e in population.top(None) if isinstance(e.outcome, Measured)
+        ),
         tokens={name: int(counters.get(f"{name}_tokens", 0)) for name in ("prompt", "completion")},
         seconds=round(counters.get("seconds", 0.0), 1),
     )
@@ -183,9 +190,14 @@ def _lines(summary: Summary) -> list[str]:
     used = summary.tokens
     stopped = f", stopped early {outcome['stopped']}" if outcome["stopped"] else ""
     unfinished = ["stopped before its end: these figures are not final, and the same command goes on"]
+    shares = [
+        f"endpoint {name}: {record.improved} of {record.measured} measured proposals improved on their parents"
+        for name, record in summary.endpoints.items()
+    ]
     return [
         f"candidates by agent: {listed(summary.candidates['by_agent'])}",
         f"candidates by source: {listed(summary.candidates['by_source'])}",
+        *shares,
         f"measured {outcome['measured']}, failed {outcome['failed']}{stopped}; "
         f"LLM tokens: {used['prompt']:,} in, {used['completion']:,} out; {summary.seconds:,.0f} seconds",
         *([] if summary.finished else unfinished),

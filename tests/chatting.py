@@ -12,7 +12,9 @@ SCHEMA: dict[str, object] = {"type": "object"}
 OK = says("fine")
 
 
-async def ask(chat: Chat, schema: dict[str, object] | None = SCHEMA, label: str = "test") -> Answer:
+async def ask(
+    chat: Chat, schema: dict[str, object] | None = SCHEMA, label: str = "test", prefer: Sequence[str] = ()
+) -> Answer:
     return await chat.ask(
         [{"role": "user", "content": "Which rates?"}],
         schema=schema,
@@ -21,6 +23,7 @@ async def ask(chat: Chat, schema: dict[str, object] | None = SCHEMA, label: str 
         temperature=0.5,
         max_tokens=100,
         label=label,
+        prefer=prefer,
     )
 
 

@@ -47,6 +47,7 @@ class SchemaChat:
         temperature: float,
         max_tokens: int,
         label: str = "",
+        prefer: Sequence[str] = (),
     ) -> Answer:
         self.labels.append(label)
         assert schema is not None
