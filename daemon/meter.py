@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import time
+from collections.abc import Callable
 
 from agents.budget import Spent
 from agents.chat import Chat
@@ -16,13 +17,16 @@ class Meter:
         self.counters: dict[str, float] = {}
         self._store = store
         self._asked = asyncio.Event()
-        self._seconds_before = 0.0
+        self._seconds_before = self._screened_before = 0.0
+        self.screened: Callable[[], int] = lambda: 0
+        """Proposals of this process that a surrogate refused."""
         self._since = time.monotonic()
 
     def begin(self, history: History) -> None:
         """Go on from what earlier processes have used."""
         self.counters = history.counters
         self._seconds_before = history.counters.get("seconds", 0.0)
+        self._screened_before = history.counters.get("screened", 0.0)
 
     @property
     def spent(self) -> Spent:
@@ -60,6 +64,7 @@ class Meter:
             "completion_tokens": float(spent.completion_tokens),
             "cost": spent.cost,
             "seconds": self.seconds(),
+            "screened": self._screened_before + self.screened(),
         }
         self.counters |= totals
         await self._store.count(totals)

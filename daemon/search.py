@@ -17,6 +17,7 @@ from structlog.contextvars import bound_contextvars
 from agents.population import Evaluation, Population
 from agents.population_keeper import PopulationKeeper
 from agents.seeds import plant_seeds
+from agents.sieve import Guesses, Neighbours
 from agents.view import BUDGET_USED_UP, KNOWN_ALREADY, Accepted, Member, Refused, Selection, Submit, View
 from daemon.journal import Journal
 from daemon.modes import generations, steady_state
@@ -101,6 +102,11 @@ class Search:
         self.keeper = PopulationKeeper(
             queue, self.population, self.ledger, cursor=history.cursor, on_evaluation=self._note
         )
+        known = (c.plan for c in self.ledger.values() if c.provenance.agent != "baseline")
+        self._neighbours = Neighbours(self.view(0), settings.least_difference, known)
+        self._guesses: tuple[int, Guesses] | None = None
+        self.screened = 0
+        """Proposals of this process that were refused for what a surrogate expects of them."""
         self.parents_source: Source | None = None
         """Who chose the parents of the last round."""
         self.round = max((c.provenance.round for c in self.ledger.values()), default=0)
@@ -169,7 +175,22 @@ class Search:
             return Accepted(candidate.id) if is_repeated else KNOWN_ALREADY
         if self.remaining_budget <= 0:
             return BUDGET_USED_UP
+        if refused := self._sift(plan, provenance):
+            return refused
+        self._neighbours.add(plan)
         return await self._enqueue(candidate)
+
+    def _sift(self, plan: Plan, provenance: Provenance) -> Refused | None:
+        """Why a new plan is not worth measuring, where a setting says so; seeds always are."""
+        if provenance.agent == "seed":
+            return None
+        refused = self._neighbours.refusal(plan)
+        if refused is None and self.settings.screening:
+            if self._guesses is None or self._guesses[0] != provenance.round:
+                self._guesses = (provenance.round, Guesses(self.view(provenance.round)))
+            refused = self._guesses[1].refusal(plan)
+            self.screened += refused is not None
+        return refused
 
     async def _enqueue_plan(self, plan: Plan, rates: Sequence[float], *, text: Text = "fitness") -> None:
         provenance = Provenance(agent="baseline", source="allocation", round=0)

@@ -83,6 +83,10 @@ class SearchSettings(_Section):
     """Who mutates; `ranked` draws from a surrogate's trades. search.mutations: 0 leaves mutation out."""
     crossover: Literal["llm", "classical", "ranked"] = "llm"
     """Who crosses; `ranked` draws from a surrogate's mixes. search.crossovers: 0 leaves crossover out."""
+    least_difference: float = Field(default=0.0, ge=0, le=0.1)
+    """A proposal that differs from every earlier one in a smaller share of the parameters is refused, unmeasured."""
+    screening: bool = False
+    """Refuse, unmeasured, what a surrogate fitted to all outcomes expects to be worse than the whole population."""
     race_confidence: Annotated[float, Field(ge=0.5, lt=1)] | None = None
     """A candidate that is worse than the K-th best with this confidence is measured no further; none: all are whole."""
     fitness: Measure = "perplexity"

@@ -57,6 +57,8 @@ class Summary(BaseModel):
     """What the proposals of each LLM endpoint came to: `measured`, and `improved`."""
     tokens: dict[str, int]
     """Used by the LLM: `prompt` and `completion`."""
+    screened: int = 0
+    """Proposals that a surrogate refused, unmeasured."""
     seconds: float
 
 
@@ -98,6 +100,7 @@ def summarise(
             Member(e.candidate, e.outcome.fitness) for e in population.top(None) if isinstance(e.outcome, Measured)
         ),
         tokens={name: int(counters.get(f"{name}_tokens", 0)) for name in ("prompt", "completion")},
+        screened=int(counters.get("screened", 0)),
         seconds=round(counters.get("seconds", 0.0), 1),
     )
 
@@ -188,6 +191,7 @@ def _lines(summary: Summary) -> list[str]:
 
     outcome = summary.candidates["by_outcome"]
     used = summary.tokens
+    screened = [f"proposals refused unmeasured, by a surrogate: {summary.screened}"] if summary.screened else []
     stopped = f", stopped early {outcome['stopped']}" if outcome["stopped"] else ""
     unfinished = ["stopped before its end: these figures are not final, and the same command goes on"]
     shares = [
@@ -198,6 +202,7 @@ def _lines(summary: Summary) -> list[str]:
         f"candidates by agent: {listed(summary.candidates['by_agent'])}",
         f"candidates by source: {listed(summary.candidates['by_source'])}",
         *shares,
+        *screened,
         f"measured {outcome['measured']}, failed {outcome['failed']}{stopped}; "
         f"LLM tokens: {used['prompt']:,} in, {used['completion']:,} out; {summary.seconds:,.0f} seconds",
         *([] if summary.finished else unfinished),

@@ -1,0 +1,68 @@
+"""Proposals that are refused before they cost anything: nearly known ones, and hopeless ones."""
+
+import random
+from pathlib import Path
+
+import pytest
+from redis.asyncio import Redis
+
+from agents.operators import random_rates
+from agents.sieve import LEAST_OUTCOMES, Guesses, Neighbours
+from agents.view import View
+from protocol.keys import Keys
+from tests.test_proposers import settings
+from tests.test_search import Conducted, evaluating
+from tests.test_trades import member, view_of
+
+
+@pytest.mark.parametrize("granularity", ["layer", "block"])
+def test_what_is_refused_for_a_guess_is_worse_than_the_population(granularity: str) -> None:
+    view = view_of(granularity, 120)  # type: ignore[arg-type]
+    guesses, rng = Guesses(view), random.Random(3)
+    last = view.population[-1].fitness
+    refused = taken = 0
+    for _ in range(200):
+        new = member(view, random_rates(rng, len(view.units), 0.3))
+        if guesses.refusal(new.candidate.plan):
+            assert new.fitness > last
+            refused += 1
+        else:
+            taken += 1
+    assert refused > 3 and taken > 0
+
+
+def test_nobody_is_refused_for_a_guess_from_little() -> None:
+    view = view_of("layer", LEAST_OUTCOMES - 1)
+    guesses, rng = Guesses(view), random.Random(3)
+    new = [member(view, random_rates(rng, len(view.units), 0.3)) for _ in range(50)]
+    assert not any(guesses.refusal(m.candidate.plan) for m in new)
+
+
+def test_what_is_nearly_known_is_refused_by_how_much_differs() -> None:
+    view = view_of("layer", 1)
+    base = view.measured[0].candidate
+    known = Neighbours(view, 0.01, [base.plan])
+    for points, refused in ((0.01, True), (0.3, False)):
+        moved = [rate + points * (-1) ** i / 2 if i < 2 else rate for i, rate in enumerate(base.rates)]
+        plan = member(view, moved).candidate.plan
+        assert (known.refusal(plan) is not None) == refused, points
+    far = member(view, [rate + 0.3 * (i == 0) - 0.3 * (i == 1) for i, rate in enumerate(base.rates)]).candidate.plan
+    assert known.refusal(far) is None
+    known.add(far)
+    assert known.refusal(far) is not None
+    assert Neighbours(view, 0.0, [far]).refusal(far) is None
+
+
+async def test_a_search_keeps_its_candidates_apart_and_counts_what_it_refused(
+    redis: Redis, keys: Keys, tmp_path: Path
+) -> None:
+    apart = 0.02
+    chosen = settings(least_difference=apart, screening=True, population=6, mutations=6, crossovers=4, rounds=6)
+    conducted = Conducted(redis, keys, tmp_path, settings=chosen)
+    async with evaluating(redis, keys):
+        search = await conducted.run()
+    plans = [c.plan for c in search.ledger.values() if c.provenance.agent != "baseline"]
+    view: View = search.view(0)
+    for i, plan in enumerate(plans):
+        assert Neighbours(view, apart, plans[:i]).refusal(plan) is None
+    assert search.screened > 0
