@@ -51,7 +51,7 @@ class Crossover:
             "crossover_lists",
             count=call.count,
             members=numbered_lists(call.view, parents),
-            about=about_model(call.view),
+            about=about_model(call.view, self._settings.tell),
         )
         return lists_question("crossover_lists", prompt, call.view, parents)
 
@@ -64,7 +64,7 @@ class Crossover:
             "crossover_trades",
             count=call.count,
             mixes=mixes_in_words(view, parents, mixes),
-            about=about_model(view),
+            about=about_model(view, self._settings.tell),
         )
 
         def apply(reply: MixChoice) -> Proposal:
@@ -87,7 +87,7 @@ class Crossover:
             variant=call.index + view.round,
             bounds=mix_bounds(view),
             members=numbered_profiles(view, shown),
-            about=about_model(view),
+            about=about_model(view, self._settings.tell),
         )
         return Question(
             name="crossover_edits",

@@ -38,7 +38,9 @@ class Initializer:
 
     def _question(self, call: Call) -> Question[Proposal]:
         if self._settings.reply == "lists":
-            prompt = self._prompts.fill("initializer_lists", count=call.count, about=about_model(call.view))
+            prompt = self._prompts.fill(
+                "initializer_lists", count=call.count, about=about_model(call.view, self._settings.tell)
+            )
             return lists_question("initializer_lists", prompt, call.view, ())
         return self._edits_question(call)
 
@@ -53,7 +55,7 @@ class Initializer:
             low=low,
             high=high,
             most_kept=MOST_KEPT,
-            about=about_model(view),
+            about=about_model(view, self._settings.tell),
         )
         return Question(
             name="initializer_edits",

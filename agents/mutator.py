@@ -15,7 +15,6 @@ from agents.edits import (
     mutation_schema,
     trades_schema,
 )
-from agents.lessons import lessons
 from agents.lists import lists_question
 from agents.offers import Draw
 from agents.prompt import Prompts
@@ -23,6 +22,7 @@ from agents.proposing import Proposer
 from agents.replies import parse_objects
 from agents.settings import AgentSettings
 from agents.surrogate import Surrogate
+from agents.telling import Telling, telling
 from agents.trades import menu, traded
 from agents.view import Member, Proposal, Submit, View
 from agents.words import about_model, fitness_in_words, numbered_lists, numbered_profiles, trades_in_words
@@ -30,7 +30,6 @@ from agents.words import about_model, fitness_in_words, numbered_lists, numbered
 EDIT_TOKENS = 90
 TRADE_TOKENS = 30
 SHOWN_TRADES = 10
-SHOWN_LESSONS = 6
 SHOWN = 3
 """Parents that one call for edits is shown: more only lengthen the prompt."""
 
@@ -48,36 +47,43 @@ class Mutator:
         if not parents:
             return 0
 
+        told = telling(view, self._settings.tell)
         if self._settings.reply == "trades":
             surrogate = Surrogate(view)
-            question = partial(self._trades, parents=parents, surrogate=surrogate)
+            question = partial(self._trades, parents=parents, surrogate=surrogate, told=told)
             stand_in: Draw = partial(drawn_trades, view=view, surrogate=surrogate, parents=parents)
         else:
-            question = partial(self._lists if self._settings.reply == "lists" else self._edits, parents=parents)
+            question = partial(
+                self._lists if self._settings.reply == "lists" else self._edits, parents=parents, told=told
+            )
             stand_in = partial(drawn_mutation, parents=parents)
         return await self._proposer.propose(view, count, submit, question, stand_in)
 
-    def _lists(self, call: Call, parents: Sequence[Member]) -> Question[Proposal]:
+    def _lists(self, call: Call, parents: Sequence[Member], told: Telling) -> Question[Proposal]:
         prompt = self._prompts.fill(
-            "mutator_lists", count=call.count, members=numbered_lists(call.view, parents), about=about_model(call.view)
+            "mutator_lists",
+            count=call.count,
+            members=numbered_lists(call.view, parents),
+            told=told,
+            about=about_model(call.view, self._settings.tell),
         )
         return lists_question("mutator_lists", prompt, call.view, parents)
 
-    def _trades(self, call: Call, parents: Sequence[Member], surrogate: Surrogate) -> Question[Proposal]:
+    def _trades(self, call: Call, parents: Sequence[Member], surrogate: Surrogate, told: Telling) -> Question[Proposal]:
         view, rng = call.view, call.rng
         parent = good_one(rng, parents)
         trades = menu(view, surrogate, parent, rng, SHOWN_TRADES)
         if not trades:  # every unit is at a bound
-            return self._edits(call, parents)
+            return self._edits(call, parents, told)
         prompt = self._prompts.fill(
             "mutator_trades",
             count=call.count,
             variant=call.index + view.round,
             fitness=fitness_in_words(view, parent),
-            lessons=lessons(view, SHOWN_LESSONS),
+            told=told,
             trades=trades_in_words(view, parent, trades),
             most=MOST_TRADES,
-            about=about_model(view),
+            about=about_model(view, self._settings.tell),
         )
 
         def apply(reply: TradeChoice) -> Proposal:
@@ -91,7 +97,7 @@ class Mutator:
             tokens=TRADE_TOKENS,
         )
 
-    def _edits(self, call: Call, parents: Sequence[Member]) -> Question[Proposal]:
+    def _edits(self, call: Call, parents: Sequence[Member], told: Telling) -> Question[Proposal]:
         view = call.view
         shown = call.some_of(parents, SHOWN)
         prompt = self._prompts.fill(
@@ -99,9 +105,10 @@ class Mutator:
             count=call.count,
             variant=call.index + view.round,
             members=numbered_profiles(view, shown),
+            told=told,
             most_changes=MOST_CHANGES,
             steps=STEPS,
-            about=about_model(view),
+            about=about_model(view, self._settings.tell),
         )
         return Question(
             name="mutator_edits",

@@ -22,6 +22,7 @@ class Selector:
 
     def __init__(self, chat: Asks, prompts: Prompts, settings: AgentSettings) -> None:
         self._prompts = prompts
+        self._settings = settings
         self._asker = Asker(chat, prompts, settings)
 
     async def select(self, view: View, count: int) -> Selection:
@@ -50,7 +51,10 @@ class Selector:
         return Question(
             name="selector",
             prompt=self._prompts.fill(
-                "selector", wanted=wanted, about=about_model(view), members=numbered_sections(view, population)
+                "selector",
+                wanted=wanted,
+                about=about_model(view, self._settings.tell),
+                members=numbered_sections(view, population),
             ),
             schema=lambda _: choice_schema(len(population), wanted),
             parse=parse,

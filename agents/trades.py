@@ -71,9 +71,11 @@ class _Market:
     def ranked(self) -> list[Trade]:
         """Best first, with some noise in the order."""
         layer = self._view.card.shape.layer_parameters(0)
-        found = [trade for size in SIZES for trade in self._of_size(round(size * layer))]
-        if not found:
+        of_all_sizes = [trade for size in SIZES for trade in self._of_size(round(size * layer))]
+        if not of_all_sizes:
             return []
+        # Where attention takes part its level is the size, every time.
+        found = list({(t.more, t.less, round(t.more_rate, 5)): t for t in of_all_sizes}.values())
         promises = [trade.promise for trade in found]
         spread = statistics.median(promises) - min(promises)
         return sorted(

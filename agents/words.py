@@ -1,12 +1,13 @@
 """What prompts say about the target model and the population, in words and short numbers. Pure."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 from agents.edits import KEPT_CHOICES
 from agents.mixes import RankedMix
+from agents.settings import Told
 from agents.trades import Trade
 from agents.view import Member, View
 from protocol.shape import Granularity
@@ -45,10 +46,10 @@ class AboutModel:
     robust: tuple[str, ...]
 
 
-def about_model(view: View) -> AboutModel:
+def about_model(view: View, told: Collection[Told] = ("sensitivity",)) -> AboutModel:
     """What the prompts say of this search's model; the widths are those of its first layer."""
     spec, shape = view.spec, view.card.shape
-    ranked = tuple(unit.name for unit in view.by_fragility)
+    ranked = tuple(unit.name for unit in view.by_fragility) if "sensitivity" in told else ()
     return AboutModel(
         model=view.card.model,
         granularity=spec.granularity,

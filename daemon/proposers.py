@@ -34,7 +34,10 @@ def make_agents(search: SearchSettings, llm: LlmSettings, chat: Asks, endpoints:
         proposals_per_call=llm.proposals_per_call,
         reasks=llm.reasks,
         share=tuple(endpoints) if llm.order == "share" else (),
+        tell=frozenset(llm.tell),
         temperature=llm.temperature,
+        last_temperature=llm.last_temperature,
+        rounds=search.rounds,
         max_tokens=llm.max_tokens,
     )
     prompts = Prompts()

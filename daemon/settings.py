@@ -19,6 +19,7 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from agents.settings import Told
 from protocol.allocation import Method
 from protocol.candidate import LEAST_RACE
 from protocol.connection import check_url, with_password
@@ -232,12 +233,16 @@ class LlmSettings(_Section):
     """`failover`: as given. `share`: each question goes to one endpoint, by what its proposals have improved."""
     reply: Literal["lists", "edits", "trades"] = "lists"
     """`lists`: whole configurations (the paper). `edits`: small changes. `trades`: choices of a ranked menu."""
+    tell: tuple[Told, ...] = ("sensitivity", "lessons")
+    """What prompts say beside the configurations: of `sensitivity`, `weakest`, `contrast` and `lessons`."""
     proposals_per_call: PositiveInt | None = None
     """Candidates asked for in one call; none means all at once for `lists`, else one."""
     reasks: int = Field(default=2, ge=0, le=10)
     """How often a bad reply is answered with what was wrong before the classical operator stands in."""
     temperature: float = Field(default=1.0, ge=0, le=2)
     """Of the LLM's sampling."""
+    last_temperature: float | None = Field(default=None, ge=0, le=2)
+    """Of the last round; the temperature goes there in equal steps. None: it stays."""
     max_tokens: PositiveInt = 4096
     """At most so many tokens in one reply."""
     attempts: PositiveInt = 4

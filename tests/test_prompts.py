@@ -15,7 +15,7 @@ from agents.initializer import Initializer
 from agents.mutator import Mutator
 from agents.prompt import Prompts
 from agents.selector import Selector
-from agents.settings import AgentSettings, ReplyFormat
+from agents.settings import AgentSettings, ReplyFormat, Told
 from agents.view import Accepted, Member, View
 from protocol.candidate import Provenance
 from protocol.errors import EndpointError
@@ -56,9 +56,18 @@ def view_of(granularity: Granularity, *, sensitivity: bool = True, measure: Meas
     return View(spec, card, 1, members, {}, members)
 
 
-async def prompt_of(agent: str, reply: ReplyFormat, view: View) -> str:
+TOLD: dict[Told, str] = {
+    "weakest": "would gain most from less pruning",
+    "contrast": "Good configurations differ",
+    "lessons": "What earlier changes did",
+}
+
+
+async def prompt_of(
+    agent: str, reply: ReplyFormat, view: View, tell: frozenset[Told] = frozenset({"sensitivity", "lessons"})
+) -> str:
     chat, prompts = Listener(), Prompts()
-    settings = AgentSettings(reply=reply, proposals_per_call=2)
+    settings = AgentSettings(reply=reply, proposals_per_call=2, tell=tell)
     match agent:
         case "initializer":
             await Initializer(chat, prompts, settings).propose(view, 2, accept)
@@ -100,6 +109,40 @@ async def test_prompts_of_a_search_that_minimises_divergence_speak_of_it_and_not
 async def test_nothing_is_said_of_fragile_units_where_none_are_known(agent: str, reply: ReplyFormat) -> None:
     text = await prompt_of(agent, reply, view_of("layer", sensitivity=False))
     assert "ragile" not in text and "hurt" not in text
+
+
+@pytest.mark.parametrize("reply", ["lists", "edits", "trades"])
+async def test_what_else_is_told_is_a_switch_for_each_part(reply: ReplyFormat) -> None:
+    view = told_view()
+    everything = await prompt_of("mutator", reply, view, frozenset({"sensitivity", "weakest", "contrast", "lessons"}))
+    check_golden(f"mutator_{reply}_told", everything)
+    nothing = await prompt_of("mutator", reply, view, frozenset())
+    for part, words in TOLD.items():
+        assert words in everything and words not in nothing
+        alone = await prompt_of("mutator", reply, view, frozenset({part}))
+        assert [other for other in TOLD if TOLD[other] in alone] == [part]
+
+
+def told_view() -> View:
+    """A view with a history: eight configurations, of which some were made from others."""
+    view = view_of("block")
+    units = len(view.units)
+    first = view.population[0]
+    children = []
+    for i in range(4):
+        shift = 0.04 * (i + 1)
+        rates = [r + shift * (j == i) - shift * (j == 7 - i) for j, r in enumerate(first.candidate.rates)]
+        child = candidate(tuple(rates[:units]), spec=view.spec)
+        who = child.provenance.model_copy(update={"parents": (first.candidate.id,), "round": 1 + i % 2})
+        children.append(Member(child.model_copy(update={"provenance": who}), 19.0 + 2 * i))
+    measured = tuple(sorted((*view.population, *children), key=lambda m: m.fitness))
+    return View(view.spec, view.card, 3, measured[:4], {}, measured)
+
+
+def test_the_temperature_goes_to_the_last_one_in_equal_steps() -> None:
+    settings = AgentSettings(temperature=1.2, last_temperature=0.2, rounds=10)
+    assert [settings.temperature_in(r) for r in (0, 5, 10, 30)] == pytest.approx([1.2, 0.7, 0.2, 0.2])
+    assert AgentSettings(temperature=0.7).temperature_in(5) == 0.7
 
 
 def test_the_reask_says_what_was_wrong_and_how_many_are_missing() -> None:

@@ -1,0 +1,74 @@
+"""What the LLM is told of a search beside the configurations themselves; each part is a switch. Pure."""
+
+import statistics
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from agents.lessons import changes, lessons
+from agents.settings import Told
+from agents.surrogate import Surrogate
+from agents.view import Member, View
+from protocol.plan import unit_bounds
+
+SHOWN_LESSONS = 6
+SHOWN_UNITS = 3
+STEP = 0.05
+"""Of the rate: how far a unit is moved to see what it would gain or lose."""
+LEAST_MEMBERS = 8
+"""Fewer configurations have no best and worst that say anything."""
+
+
+@dataclass(frozen=True)
+class Telling:
+    """The parts, as prompts say them; what is not told is empty."""
+
+    weakest: tuple[str, ...] = ()
+    """Units of the best configuration that would gain most if they were pruned less."""
+    strongest: tuple[str, ...] = ()
+    """Units of it that would lose least if they were pruned more."""
+    contrast: str = ""
+    """How the best configurations differ from the worst, in percent points."""
+    lessons: tuple[str, ...] = ()
+    """What earlier changes did."""
+
+
+def telling(view: View, told: Collection[Told]) -> Telling:
+    """What `told` says, as far as it is known by now."""
+    weakest, strongest = _ends(view) if "weakest" in told and view.population else ((), ())
+    return Telling(
+        weakest=weakest,
+        strongest=strongest,
+        contrast=_contrast(view) if "contrast" in told else "",
+        lessons=tuple(lessons(view, SHOWN_LESSONS)) if "lessons" in told else (),
+    )
+
+
+def _ends(view: View) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The weakest and the strongest units of the best configuration, by what a surrogate expects for each parameter."""
+    surrogate, rates = Surrogate(view), view.population[0].candidate.rates
+    spec = view.spec
+    bounds = unit_bounds(view.card.shape, spec.granularity, spec.lowest_rate, spec.highest_rate)
+    gains, costs = [], []
+    for i, (unit, rate, (low, high)) in enumerate(zip(view.units, rates, bounds, strict=True)):
+        now = surrogate.of_unit(i, rate)
+        if rate - STEP >= low:
+            gains.append(((now - surrogate.of_unit(i, rate - STEP)) / unit.parameters, unit.name))
+        if rate + STEP <= high:
+            costs.append(((surrogate.of_unit(i, rate + STEP) - now) / unit.parameters, unit.name))
+    return (
+        tuple(name for _, name in sorted(gains, reverse=True)[:SHOWN_UNITS]),
+        tuple(name for _, name in sorted(costs)[:SHOWN_UNITS]),
+    )
+
+
+def _contrast(view: View) -> str:
+    """The units whose mean rates differ most between the best quarter and the worst."""
+    members = view.measured
+    if len(members) < LEAST_MEMBERS:
+        return ""
+    quarter = len(members) // 4
+    return changes(view, _means(members[-quarter:]), _means(members[:quarter]))
+
+
+def _means(members: tuple[Member, ...]) -> tuple[float, ...]:
+    return tuple(statistics.fmean(rates) for rates in zip(*(m.candidate.rates for m in members), strict=True))
