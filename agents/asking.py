@@ -109,7 +109,7 @@ class Asker:
     ) -> int:
         """Ask until `missing` items are taken or the re-asks are used up; returns how many were taken."""
         messages: list[Message] = [
-            {"role": "system", "content": self._prompts.fill("system", about=about_model(call.view))},
+            {"role": "system", "content": self._prompts.fill("system", about=about_model(call.view, ()))},
             {"role": "user", "content": question.prompt},
         ]
         taken = 0

@@ -64,4 +64,5 @@ class Neighbours:
 
     def _removed(self, plan: Plan) -> NDArray[np.float64]:
         """Parameters that go, by block."""
-        return np.array(removed_shares(plan, self._shape, "block")) * self._weights
+        removed: NDArray[np.float64] = np.array(removed_shares(plan, self._shape, "block")) * self._weights
+        return removed

@@ -46,7 +46,7 @@ class AboutModel:
     robust: tuple[str, ...]
 
 
-def about_model(view: View, told: Collection[Told] = ("sensitivity",)) -> AboutModel:
+def about_model(view: View, told: Collection[Told]) -> AboutModel:
     """What the prompts say of this search's model; the widths are those of its first layer."""
     spec, shape = view.spec, view.card.shape
     ranked = tuple(unit.name for unit in view.by_fragility) if "sensitivity" in told else ()

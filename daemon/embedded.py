@@ -138,7 +138,12 @@ async def local_llm(settings: Settings) -> AsyncIterator[EndpointSettings]:
     child = Child("local-llm", command, quiet=settings.folder / "local-llm.log")
     await child.start()
     try:
-        yield EndpointSettings(base_url=f"http://127.0.0.1:{port}/v1", model=Path(chosen.gguf).stem, name="local")
+        yield EndpointSettings(
+            base_url=f"http://127.0.0.1:{port}/v1",
+            model=Path(chosen.gguf).stem,
+            name="local",
+            context=chosen.context // chosen.slots,
+        )
     finally:
         await child.end(grace_seconds=2)
 

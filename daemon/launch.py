@@ -11,6 +11,7 @@ import structlog
 from agents.asking import Asks
 from agents.chat import Chat
 from agents.replay import Remembering
+from daemon.checks import check_lists, check_race, warn_of_texts
 from daemon.display import Display
 from daemon.duties import repair_for_ever, survived, wait_for_card, watch_workers
 from daemon.http_api import HttpApi
@@ -27,11 +28,10 @@ from daemon.search import Search
 from daemon.settings import EndpointSettings, Settings
 from daemon.store import History, Memory, SearchStore
 from daemon.summary import Summary, summarise
-from protocol.candidate import LEAST_RACE
 from protocol.card import ModelCard
 from protocol.connection import connect
 from protocol.control import Control
-from protocol.errors import DataError, first_error
+from protocol.errors import first_error
 from protocol.keys import Keys
 from protocol.streams import CandidateQueue
 
@@ -117,6 +117,7 @@ class Launch:
             card = await wait_for_card(self._store)
             windows = card.dense.tokens // (self._spec.fitness.seqlen - 1)
             check_race(self._settings.search.race_confidence, windows)
+            check_lists(self._settings, self._endpoints, len(card.shape.units(self._spec.granularity)))
             self._observer.chat = chat = await stack.enter_async_context(self._chat())
             duties.append(group.create_task(self._meter.count_for_ever(chat)))
             duties.append(group.create_task(repair_for_ever(self._store, queue, lambda: self._memory(history).history)))
@@ -145,6 +146,7 @@ class Launch:
         ]
 
     async def _go_on_from(self, history: History, queue: CandidateQueue) -> None:
+        warn_of_texts(self._settings)
         self._meter.begin(history)
         self._observer.begin(history)
         if not history.ledger:
@@ -257,11 +259,3 @@ class Launch:
             except Exception as error:  # noqa: BLE001  (a boundary: the end must not fail for a server that is gone)
                 log.debug("not_stepped_down", error=str(error))
             await self._redis.aclose()
-
-
-def check_race(confidence: float | None, windows: int) -> None:
-    """Raise DataError where candidates are to race on a text of too few windows."""
-    if confidence is not None and windows <= LEAST_RACE:
-        raise DataError(
-            f"search.race_confidence needs at least {LEAST_RACE + 1} windows to race on: the fitness text has {windows}"
-        )

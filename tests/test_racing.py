@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from redis.asyncio import Redis
 
-from daemon.launch import check_race
+from daemon.checks import check_race
 from daemon.setting_sources import load
 from daemon.summary import summarise
 from gpu_worker.racing import is_beaten

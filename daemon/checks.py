@@ -1,0 +1,48 @@
+"""What of a search's settings can only be checked once the model is known; and what is allowed, but should be known."""
+
+from collections.abc import Sequence
+
+import structlog
+
+from agents.lists import TOKENS_PER_RATE
+from daemon.settings import NAMED_TEXTS, EndpointSettings, Settings
+from protocol.candidate import LEAST_RACE
+from protocol.errors import DataError, SettingsError
+
+TOKENS_BESIDE_LISTS = 600
+"""What the words of a question for lists take."""
+
+log = structlog.get_logger()
+
+
+def warn_of_texts(settings: Settings) -> None:
+    """Say once where a search reports on the text that it searches on."""
+    data = settings.data
+    if data.report is not None and data.report == data.fitness and data.fitness not in NAMED_TEXTS:
+        log.warning("report_is_searched_on", text=data.report)
+
+
+def check_race(confidence: float | None, windows: int) -> None:
+    """Raise DataError where candidates are to race on a text of too few windows."""
+    if confidence is not None and windows <= LEAST_RACE:
+        raise DataError(
+            f"search.race_confidence needs at least {LEAST_RACE + 1} windows to race on: the fitness text has {windows}"
+        )
+
+
+def check_lists(settings: Settings, endpoints: Sequence[EndpointSettings], units: int) -> None:
+    """Raise SettingsError where the longest question for `lists` cannot fit into an endpoint's context."""
+    search, llm = settings.search, settings.llm
+    if llm.reply != "lists" or not search.asks_llm:
+        return
+    answered = max(search.mutations, search.crossovers) if search.proposer == "llm" and search.rounds else 0
+    shown = search.population if answered else 0
+    lists = max(shown + min(answered, llm.proposals_per_call or answered), search.population)
+    needed = TOKENS_BESIDE_LISTS + lists * units * TOKENS_PER_RATE
+    for endpoint in endpoints:
+        if endpoint.context is not None and needed > endpoint.context:
+            raise SettingsError(
+                f"llm.reply `lists` takes about {needed:,} tokens for {lists} lists of {units} rates, and "
+                f"{endpoint.name or endpoint.base_url} has {endpoint.context:,}: use `edits` or `trades`, or a smaller "
+                "search.population"
+            )

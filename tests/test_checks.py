@@ -1,0 +1,54 @@
+"""What is checked once the model is known."""
+
+from typing import Any
+
+import pytest
+from structlog.testing import capture_logs
+
+from daemon.checks import check_lists, warn_of_texts
+from daemon.settings import EndpointSettings, Settings
+from protocol.errors import SettingsError
+
+
+def settings_with(**sections: dict[str, Any]) -> Settings:
+    return Settings.model_validate({"target": {"model": "m", "rate": 0.3}, **sections})
+
+
+def endpoint(context: int | None) -> EndpointSettings:
+    return EndpointSettings(base_url="http://127.0.0.1:9/v1", model="m", name="small", context=context)
+
+
+def test_lists_that_no_context_holds_are_refused_with_the_numbers_and_the_way_out() -> None:
+    """30 shown and 10 asked for, of 60 rates: 40 x 60 x 9 tokens and the words."""
+    paper = settings_with(llm={"reply": "lists"})
+    with pytest.raises(SettingsError, match=r"22,200 tokens for 40 lists of 60 rates.*small has 8,192: use `edits`"):
+        check_lists(paper, [endpoint(None), endpoint(8192)], 60)
+    check_lists(paper, [endpoint(32768)], 60)
+    check_lists(paper, [endpoint(None)], 60)
+
+
+@pytest.mark.parametrize(
+    "sections",
+    [
+        {"llm": {"reply": "edits"}},
+        {"search": {"proposer": "random"}},
+        {"search": {"population": 4, "mutations": 2, "crossovers": 2}},
+    ],
+)
+def test_other_questions_are_short(sections: dict[str, Any]) -> None:
+    check_lists(settings_with(**sections), [endpoint(4096)], 60)
+
+
+def test_without_feedback_only_the_answer_has_to_fit() -> None:
+    best_of_n = settings_with(search={"proposer": "best-of-n", "population": 10})
+    check_lists(best_of_n, [endpoint(8192)], 60)
+    with pytest.raises(SettingsError, match="10 lists"):
+        check_lists(best_of_n, [endpoint(4096)], 60)
+
+
+def test_reporting_on_the_text_that_is_searched_on_is_said_once() -> None:
+    with capture_logs() as logs:
+        warn_of_texts(settings_with(data={"fitness": "a.txt", "report": "a.txt"}))
+        warn_of_texts(settings_with(data={"fitness": "a.txt", "report": "b.txt"}))
+        warn_of_texts(settings_with(data={"fitness": "self", "report": "self"}))
+    assert [(line["event"], line["text"]) for line in logs] == [("report_is_searched_on", "a.txt")]
