@@ -24,6 +24,8 @@ COMMON, FACTOR, SLOPE = 0.01, 1.0, 3.0
 """How strongly the common factor, a unit's own factor, and its slope are held to what is believed beforehand."""
 SHARPNESS = 3.0
 """Outcomes count by exp(−SHARPNESS × distance from the best): the guess has to be right where the search is."""
+MOST = 500
+"""Outcomes that are looked at, the best ones: in a search of thousands a guess shall not take seconds."""
 NOISE = 0.02
 """Of an outcome in log-perplexity: differences below it teach little."""
 
@@ -38,7 +40,7 @@ class Surrogate:
         self._dense = 0.0 if self._is_kl else math.log(view.card.dense.perplexity)
         self._centre = np.zeros(1 + 2 * len(self._curves))
         """Of the features: a slope says what is unusual in a unit; what all share is the common factor's."""
-        self._weights = self._fit(view.measured)
+        self._weights = self._fit(view.measured[:MOST])
 
     def guess(self, plan: Plan) -> float:
         """The rise over the dense model, in nats: of log-perplexity, or of the divergence."""
