@@ -41,6 +41,10 @@ class Surrogate:
         self._centre = np.zeros(1 + 2 * len(self._curves))
         """Of the features: a slope says what is unusual in a unit; what all share is the common factor's."""
         self._weights = self._fit(view.measured[:MOST])
+        common, *weights = self._weights.tolist()
+        own, slopes = weights[: len(self._curves)], weights[len(self._curves) :]
+        centres = self._centre[1 + len(self._curves) :].tolist()
+        self._by_unit = [(common + o, s, c) for o, s, c in zip(own, slopes, centres, strict=True)]
 
     def guess(self, plan: Plan) -> float:
         """The rise over the dense model, in nats: of log-perplexity, or of the divergence."""
@@ -48,10 +52,8 @@ class Surrogate:
 
     def of_unit(self, unit: int, share: float) -> float:
         """What the guess has from one unit, by its number, that loses `share` of its parameters."""
-        units = len(self._curves)
-        damage = _damage(self._curves[unit], share)
-        common, own, slope = self._weights[[0, 1 + unit, 1 + units + unit]]
-        return float((common + own) * damage + slope * (share - self._centre[1 + units + unit]))
+        factor, slope, centre = self._by_unit[unit]
+        return factor * _damage(self._curves[unit], share) + slope * (share - centre)
 
     def fitness_of_rates(self, rates: Sequence[float]) -> float:
         """The fitness, a perplexity or a divergence, of rates that are about on budget."""

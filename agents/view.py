@@ -2,6 +2,7 @@
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from protocol.candidate import AgentName, Candidate, Provenance, Source, candidate_id
 from protocol.card import ModelCard
@@ -31,7 +32,7 @@ class View:
     measured: tuple[Member, ...] = ()
     """Every measured candidate of the rounds before, best first; `population` is the beginning of it."""
 
-    @property
+    @cached_property
     def units(self) -> tuple[Unit, ...]:
         """What the pruning rates apply to, in their order."""
         return self.card.shape.units(self.spec.granularity)
