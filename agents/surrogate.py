@@ -44,7 +44,9 @@ class Surrogate:
         common, *weights = self._weights.tolist()
         own, slopes = weights[: len(self._curves)], weights[len(self._curves) :]
         centres = self._centre[1 + len(self._curves) :].tolist()
-        self._by_unit = [(common + o, s, c) for o, s, c in zip(own, slopes, centres, strict=True)]
+        self._by_unit: list[tuple[float, float, float]] = [
+            (common + o, s, c) for o, s, c in zip(own, slopes, centres, strict=True)
+        ]
 
     def guess(self, plan: Plan) -> float:
         """The rise over the dense model, in nats: of log-perplexity, or of the divergence."""
