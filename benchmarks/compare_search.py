@@ -150,10 +150,11 @@ def show(results: list[dict[str, Any]], rate: float) -> None:
     """One row per method: medians over seeds, as ratios to uniform with an equal split."""
     uniform = statistics.median(r["uniform_report"] for r in results)
     table = Table(title=f"β = {rate:g}: perplexity of the best, median over seeds (lowest to highest)")
-    for column in ("method", "fitness", "reported", "ratio to uniform", "evaluations to evolution's end"):
-        table.add_column(column, justify="left" if column == "method" else "right")
-    table.add_column("LLM replies usable", justify="right")
-    table.add_column("LLM tokens a candidate", justify="right")
+    table.add_column("method")
+    for column in ("fitness", "reported", "ratio to uniform", "as good as evolution after"):
+        table.add_column(column, justify="right")
+    table.add_column("replies usable", justify="right")
+    table.add_column("tokens a candidate", justify="right")
     goal = {r["seed"]: r["best_so_far"]["perplexities"][-1] for r in results if r["method"] == "evolution"}
     for method in dict.fromkeys(r["method"] for r in results):
         rows = [r for r in results if r["method"] == method]
@@ -172,8 +173,12 @@ def show(results: list[dict[str, Any]], rate: float) -> None:
 
 def _median(values: Iterator[float], digits: int = 2) -> str:
     found = sorted(values)
-    middle = f"{statistics.median(found):,.{digits}f}"
-    return middle if len(found) == 1 else f"{middle} ({found[0]:,.{digits}f}–{found[-1]:,.{digits}f})"
+
+    def said(value: float) -> str:
+        return "never" if value == float("inf") else f"{value:,.{digits}f}"
+
+    middle = said(statistics.median_high(found))
+    return middle if len(found) == 1 else f"{middle} ({said(found[0])}–{said(found[-1])})"
 
 
 def _reached(result: dict[str, Any], goal: float) -> float:
