@@ -39,9 +39,21 @@ METHODS: dict[str, dict[str, Any]] = {
     "ranked": {"initializer": "random", "selector": "tournament", "mutator": "ranked", "crossover": "ranked"},
     "llm-edits": {"reply": "edits"},
     "llm": {"reply": "trades"},
+    "llm-lists": {"reply": "lists"},
+    "llm-untold": {"reply": "trades", "tell": ()},
+    "llm-race": {"reply": "trades", "race_confidence": 0.9},
+    "llm-steady": {"reply": "trades", "mode": "steady-state"},
+    "no-initializer": {"reply": "trades", "initializer": "random"},
+    "no-mutation": {"reply": "trades", "mutations": 0, "crossovers": 8},
+    "no-crossover": {"reply": "trades", "mutations": 8, "crossovers": 0},
+    "tournament": {"reply": "trades", "selector": "tournament"},
+    "joint": {"reply": "trades", "selector": "none"},
 }
-"""Settings of search.* (and llm.reply). `ranked` draws by dice from the menus that `llm` chooses from."""
-WITH_LLM = ("best-of-n", "llm-edits", "llm")
+"""Settings of search.* and llm.*. `ranked` draws by dice from the menus that `llm` chooses from; from `llm` on the
+search of configs/best.yaml, and what differs from it in one thing (the ablations)."""
+USUAL = ("random", "evolution", "cma-es", "best-of-n", "ranked", "llm-edits", "llm")
+OF_LLM = ("reply", "tell")
+WITHOUT_LLM = ("random", "evolution", "cma-es", "ranked")
 
 
 def main() -> None:
@@ -50,7 +62,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, nargs="+", default=[0.3])
     parser.add_argument("--budget", type=int, default=200, help="evaluations of each search")
     parser.add_argument("--seeds", type=int, default=3, help="searches of each method, each with windows of its own")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(USUAL))
     parser.add_argument("--granularity", choices=("layer", "block"), default="block")
     parser.add_argument("--no-seeds", action="store_true", help="begin without the allocations")
     parser.add_argument("--model", default="smollm2")
@@ -81,7 +93,7 @@ async def compare(given: argparse.Namespace) -> list[dict[str, Any]]:
     results: list[SearchResult] = []
     async with AsyncExitStack() as stack:
         endpoints: tuple[EndpointSettings, ...] = ()
-        if any(method in WITH_LLM for method in given.methods):
+        if any(method not in WITHOUT_LLM for method in given.methods):
             endpoints = await _endpoints(given, stack)
         url = await stack.enter_async_context(embedded.embedded_server(given.out / "server"))
         console = Console(stderr=True)
@@ -114,7 +126,8 @@ async def _endpoints(given: argparse.Namespace, stack: AsyncExitStack) -> tuple[
 def settings_of(given: argparse.Namespace, method: str, rate: float, seed: int) -> Settings:
     """The settings of one search; all but who proposes is the same for every method."""
     chosen = {"mutations": 6, "crossovers": 2, **METHODS[method]}
-    reply = chosen.pop("reply", "lists")
+    llm = {"tell": ("sensitivity", "weakest", "contrast", "lessons")}
+    llm |= {name: chosen.pop(name) for name in OF_LLM if name in chosen}
     population = max(4, min(12, given.budget // 4))
     return Settings.model_validate(
         {
@@ -138,7 +151,7 @@ def settings_of(given: argparse.Namespace, method: str, rate: float, seed: int) 
                 "report_windows": given.report_windows,
                 "seqlen": given.seqlen,
             },
-            "llm": {"reply": reply, "max_tokens": 300, "concurrency": 2},
+            "llm": {"max_tokens": 300, "concurrency": 2, **llm},
             "local_llm": {"gguf": given.gguf},
             "http": {"enabled": False},
             "run": {"folder": str(given.out)},
