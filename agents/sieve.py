@@ -46,15 +46,16 @@ class Neighbours:
     def __init__(self, view: View, least_difference: float, plans: Iterable[Plan]) -> None:
         self._shape, self._least = view.card.shape, least_difference
         self._weights = np.array([unit.parameters for unit in self._shape.units("block")], dtype=float)
-        self._known: list[NDArray[np.float64]] = [self._removed(plan) for plan in plans]
+        self._known: list[NDArray[np.float64]] = [self._removed(plan) for plan in plans] if least_difference else []
 
     def add(self, plan: Plan) -> None:
         """One more that is there."""
-        self._known.append(self._removed(plan))
+        if self._least:
+            self._known.append(self._removed(plan))
 
     def refusal(self, plan: Plan) -> Refused | None:
         """Why not, or None."""
-        if not self._known or self._least == 0:
+        if not self._known:
             return None
         # What one has and the other has not: on the same budget that is half of what differs.
         apart = np.abs(np.array(self._known) - self._removed(plan)).sum(axis=1).min() / 2 / self._weights.sum()
