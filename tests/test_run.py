@@ -125,7 +125,8 @@ def check_finished(run: Run, answer: dict[str, Any]) -> None:
     assert len({r["id"] for r in records}) == len(records)
     assert len(proposals) == CANDIDATES
     assert all(r["outcome"]["kind"] == "measured" for r in records)
-    assert answer["finished"] and answer["candidates"]["by_outcome"] == {"measured": CANDIDATES, "failed": 0}
+    assert answer["finished"]
+    assert answer["candidates"]["by_outcome"] == {"measured": CANDIDATES, "failed": 0, "stopped": 0}
     assert answer["best"]["perplexity"] == min(r["outcome"]["perplexity"] for r in proposals)
 
 

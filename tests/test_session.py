@@ -16,7 +16,7 @@ from gpu_worker.sequential import prune_sequentially
 from gpu_worker.session import Session
 from gpu_worker.target import Target
 from protocol.allocation import Allocation
-from protocol.candidate import Failed, Measured, Outcome, Text
+from protocol.candidate import Failed, Measured, Outcome, Race, Text
 from protocol.errors import BudgetError, DataError, ModelError
 from protocol.plan import Plan, dense_plan
 from protocol.spec import SearchSpec, TextSpec
@@ -43,7 +43,7 @@ class Raising:
     def __init__(self, error: Exception) -> None:
         self._error = error
 
-    def evaluate(self, plan: Plan, text: str) -> Measured:
+    def race(self, plan: Plan, race: Race | None, text: str) -> Measured:
         raise self._error
 
 
@@ -156,10 +156,10 @@ def test_what_an_evaluation_held_is_free_again_when_it_ran_out_of_memory(session
     held: list[weakref.ref[torch.Tensor]] = []
 
     class Greedy(Raising):
-        def evaluate(self, plan: Plan, text: str) -> Measured:
+        def race(self, plan: Plan, race: Race | None, text: str) -> Measured:
             activations = torch.zeros(3)
             held.append(weakref.ref(activations))
-            return super().evaluate(plan, text)
+            return super().race(plan, race, text)
 
     def all_given_back() -> bool:
         return [each() for each in held] == [None]
