@@ -120,6 +120,7 @@ async def _endpoints(given: argparse.Namespace, stack: AsyncExitStack) -> tuple[
     if given.llm_url:
         return (EndpointSettings(base_url=given.llm_url, model=given.llm_model, name="llm"),)
     settings = settings_of(given, "llm", given.rate[0], 0)
+    settings.folder.mkdir(parents=True, exist_ok=True)  # for the log of the local LLM
     return (await stack.enter_async_context(embedded.local_llm(settings)),)
 
 
