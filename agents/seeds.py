@@ -26,8 +26,13 @@ async def plant_seeds(methods: Sequence[Method], view: View, submit: Submit) -> 
 
 
 def seed_rates(method: Method, view: View) -> tuple[float, ...]:
-    """The rates of a method, by what the model card says. Raises BudgetError where it cannot reach the pruning rate."""
+    """The rates of a method, by what the model card says.
+
+    Raises BudgetError where it cannot reach the pruning rate, or the card (of an older version) says too little.
+    """
     spec, card = view.spec, view.card
+    if (method == "owl" and not card.outliers) or (method == "sensitivity" and not card.sensitivity):
+        raise BudgetError(f"the model card does not have what {method} needs")
     findings = Findings(
         outliers=card.outliers,
         sensitivity=card.sensitivity,

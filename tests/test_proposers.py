@@ -13,7 +13,9 @@ from agents.seeds import seed_rates
 from agents.view import View
 from daemon.search import Search
 from daemon.settings import SearchSettings
+from protocol.allocation import Method
 from protocol.candidate import candidate_id
+from protocol.errors import BudgetError
 from protocol.keys import Keys
 from protocol.plan import attention_levels
 from protocol.spec import SearchSpec
@@ -164,6 +166,13 @@ async def test_seeds_are_members_of_the_first_population(redis: Redis, tmp_path:
         assert search.ledger[id_].provenance.source == "allocation"
     # Uniform is measured in any case, to compare with.
     assert candidate_id(spec.uniform_plan(SHAPE), spec.fingerprint) in search.ledger
+
+
+@pytest.mark.parametrize("method", ["owl", "sensitivity"])
+def test_a_card_that_says_too_little_has_no_such_seed(method: Method) -> None:
+    bare = CARD.model_copy(update={"sensitivity": (), "outliers": ()})
+    with pytest.raises(BudgetError, match=f"does not have what {method} needs"):
+        seed_rates(method, View(SPEC, bare, 0, ()))
 
 
 def test_the_shares_of_attention_levels_are_those_levels() -> None:
