@@ -10,10 +10,9 @@ from contextlib import suppress
 from functools import partial
 
 from agents.asking import Call
-from agents.draws import drawn_mix, drawn_mutation, drawn_profile, drawn_ranked_mix, drawn_trades
+from agents.draws import RankedTrades, drawn_mix, drawn_mutation, drawn_profile, drawn_ranked_mix
 from agents.offers import Draw, NothingLeft, Offers
 from agents.operators import tournament
-from agents.surrogate import Surrogate
 from agents.view import Member, Selection, Submit, View
 from protocol.candidate import AgentName
 
@@ -71,8 +70,7 @@ class RankedMutator:
         """Get `count` mutations of `parents` accepted; returns how many were."""
         if not parents:
             return 0
-        draw = partial(drawn_trades, view=view, surrogate=Surrogate(view), parents=parents)
-        return await draw_all("mutator", view, count, submit, draw)
+        return await draw_all("mutator", view, count, submit, RankedTrades(view, parents))
 
 
 class RankedCrossover:
@@ -82,7 +80,7 @@ class RankedCrossover:
         """Get `count` crossovers of `parents` accepted; returns how many were. Fewer than two parents have none."""
         if len(parents) < 2:
             return 0
-        draw = partial(drawn_ranked_mix, view=view, surrogate=Surrogate(view), parents=parents)
+        draw = partial(drawn_ranked_mix, view=view, parents=parents)
         return await draw_all("crossover", view, count, submit, draw)
 
 

@@ -4,8 +4,10 @@ The separable variant (Ros & Hansen, 2008), which learns one variance a unit: a 
 learn how sixty units depend on each other.
 """
 
+import asyncio
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from cmaes import SepCMA
@@ -24,42 +26,57 @@ LEAST = 2
 class CmaEsMutator:
     """Draws each round from the distribution that the earlier rounds have taught; `size` is a generation's.
 
-    Nothing is kept beside the history: what was drawn in the earlier rounds is drawn again, from the seed, and told
-    with what it measured.
+    Nothing is kept beside the history. A process that begins amid a search draws the earlier rounds again, from the
+    seed, and tells them with what they measured.
     """
 
     def __init__(self, size: int) -> None:
         self._size = max(LEAST, size)
+        self._optimizer: SepCMA | None = None
+        self._drawn: list[Any] = []
+        self._round = 0
+        """Whose draws `_drawn` are."""
 
     async def propose(self, view: View, _parents: Sequence[Member], count: int, submit: Submit) -> int:
         """Get `count` candidates accepted; returns how many were, fewer where what is drawn is known already."""
-        generation = self._generation(view)
+        # Each proposal that is compared with the history takes milliseconds: others go on meanwhile.
+        await asyncio.to_thread(self._go_to, view)
+        generation = iter(self._drawn)
 
         def draw(_: random.Random) -> Proposal:
             rates = next(generation, None)
             if rates is None:
                 raise NothingLeft
-            return Proposal(rates)
+            return Proposal(tuple(rates.tolist()))
 
         return await draw_all("mutator", view, count, submit, draw)
 
-    def _generation(self, view: View) -> Iterator[tuple[float, ...]]:
-        """The raw rates of this round."""
-        optimizer = SepCMA(
+    def _go_to(self, view: View) -> None:
+        """Draw this round, after telling the earlier ones."""
+        if self._optimizer is None or self._round > view.round:
+            self._optimizer, self._round = self._first(view), 0
+        while self._round < view.round:
+            if self._round:
+                self._tell(view)
+            self._drawn = [self._optimizer.ask() for _ in range(self._size)]
+            self._round += 1
+
+    def _first(self, view: View) -> SepCMA:
+        return SepCMA(
             mean=np.array(_start(view)),
             sigma=SIGMA,
             bounds=np.array(unit_bounds(view.card.shape, view.spec.granularity)),
             seed=view.spec.seed % 2**32,
             population_size=self._size,
         )
+
+    def _tell(self, view: View) -> None:
+        assert self._optimizer is not None
         fitness = {member.candidate.id: member.fitness for member in view.measured}
+        fitness |= {tried.candidate.id: tried.fitness for tried in view.recent if tried.fitness is not None}
+        # What was not measured (it failed, or the budget was used up), or is long beaten, was no good.
         worst = max(fitness.values(), default=0.0)
-        for _ in range(1, view.round):
-            drawn = [optimizer.ask() for _ in range(self._size)]
-            # What was not measured (it failed, or the budget was used up) was no good.
-            optimizer.tell([(x, fitness.get(view.candidate_id(x.tolist()), worst)) for x in drawn])
-        for _ in range(self._size):
-            yield tuple(optimizer.ask().tolist())
+        self._optimizer.tell([(x, fitness.get(view.candidate_id(x.tolist()), worst)) for x in self._drawn])
 
 
 def _start(view: View) -> tuple[float, ...]:

@@ -13,7 +13,6 @@ from agents.prompt import Prompts
 from agents.proposing import Proposer
 from agents.replies import parse_objects
 from agents.settings import AgentSettings
-from agents.surrogate import Surrogate
 from agents.view import Member, Proposal, Submit, View
 from agents.words import about_model, mixes_in_words, numbered_lists, numbered_profiles
 
@@ -38,9 +37,8 @@ class Crossover:
             return 0
 
         if self._settings.reply == "trades":
-            surrogate = Surrogate(view)
-            question = partial(self._mixes, parents=parents, surrogate=surrogate)
-            stand_in: Draw = partial(drawn_ranked_mix, view=view, surrogate=surrogate, parents=parents)
+            question = partial(self._mixes, parents=parents)
+            stand_in: Draw = partial(drawn_ranked_mix, view=view, parents=parents)
         else:
             question = partial(self._lists if self._settings.reply == "lists" else self._edits, parents=parents)
             stand_in = partial(drawn_mix, parents=parents)
@@ -55,9 +53,9 @@ class Crossover:
         )
         return lists_question("crossover_lists", prompt, call.view, parents)
 
-    def _mixes(self, call: Call, parents: Sequence[Member], surrogate: Surrogate) -> Question[Proposal]:
+    def _mixes(self, call: Call, parents: Sequence[Member]) -> Question[Proposal]:
         view = call.view
-        mixes = mix_menu(view, surrogate, parents, call.rng, max(SHOWN_MIXES, 2 * call.count))
+        mixes = mix_menu(view, parents, call.rng, max(SHOWN_MIXES, 2 * call.count))
         if not mixes:  # the parents are all alike
             return self._edits(call, parents)
         prompt = self._prompts.fill(

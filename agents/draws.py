@@ -5,13 +5,12 @@ from collections.abc import Sequence
 
 from agents.mixes import mix_menu
 from agents.operators import cross, mutate, random_rates
-from agents.surrogate import Surrogate
-from agents.trades import menu, traded
+from agents.trades import Trade, menu, traded
 from agents.view import Member, Proposal, View
 
 MOST_TRADES = 3
 """Trades that one mutation makes together."""
-RANKED_TRADES = 10
+RANKED_TRADES = 15
 RANKED_MIXES = 4
 
 
@@ -39,16 +38,29 @@ def good_one(rng: random.Random, parents: Sequence[Member]) -> Member:
     return parents[min(rng.randrange(len(parents)) for _ in range(3))]
 
 
-def drawn_trades(rng: random.Random, view: View, surrogate: Surrogate, parents: Sequence[Member]) -> Proposal:
-    """One to three trades of a menu, as the LLM might choose them; where there are none, a shift of rate."""
-    parent = good_one(rng, parents)
-    trades = menu(view, surrogate, parent, rng, RANKED_TRADES)
-    if not trades:
-        return drawn_mutation(rng, parents)
-    return traded(parent, rng.sample(trades, min(rng.randint(1, MOST_TRADES), len(trades))))
+class RankedTrades:
+    """Draws one to three trades of a menu, as the LLM might choose them; where there are none, a shift of rate.
+
+    Each parent's menu is made once.
+    """
+
+    def __init__(self, view: View, parents: Sequence[Member]) -> None:
+        self._view, self._parents = view, parents
+        self._menus: dict[str, tuple[Trade, ...]] = {}
+
+    def __call__(self, rng: random.Random) -> Proposal:
+        """One proposal."""
+        parent = good_one(rng, self._parents)
+        id_ = parent.candidate.id
+        if id_ not in self._menus:
+            self._menus[id_] = menu(self._view, parent, rng, RANKED_TRADES)
+        trades = self._menus[id_]
+        if not trades:
+            return drawn_mutation(rng, self._parents)
+        return traded(parent, rng.sample(trades, min(rng.randint(1, MOST_TRADES), len(trades))))
 
 
-def drawn_ranked_mix(rng: random.Random, view: View, surrogate: Surrogate, parents: Sequence[Member]) -> Proposal:
+def drawn_ranked_mix(rng: random.Random, view: View, parents: Sequence[Member]) -> Proposal:
     """One of the mixes that a surrogate ranks best; where there are none, one at random."""
-    mixes = mix_menu(view, surrogate, parents, rng, RANKED_MIXES)
+    mixes = mix_menu(view, parents, rng, RANKED_MIXES)
     return rng.choice(mixes).proposal if mixes else drawn_mix(rng, parents)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from agents.view import Member, View
+from agents.view import View
 
 SHOWN_UNITS = 4
 LEAST_POINTS = 1
@@ -15,15 +15,24 @@ def lessons(view: View, most: int) -> list[str]:
 
     Told as the change of the fitness in percent.
     """
-    by_id = {member.candidate.id: member for member in view.measured}
+    by_id = {member.candidate.id: member.fitness for member in view.measured}
+    by_id |= {tried.candidate.id: tried.fitness for tried in view.recent if tried.fitness is not None}
+    rates = {member.candidate.id: member.candidate.rates for member in view.measured}
+    rates |= {tried.candidate.id: tried.candidate.rates for tried in view.recent}
     found = []
-    for child in view.measured:
+    for child in view.recent:
         who = child.candidate.provenance
-        parent = by_id.get(who.parents[0]) if len(who.parents) == 1 else None
-        if parent and (words := changes(view, parent.candidate.rates, child.candidate.rates)):
-            found.append((who.round, _gain(parent, child), child.candidate.id, words))
-    latest = sorted(found, key=lambda lesson: (-lesson[0], -abs(lesson[1]), lesson[2]))[:most]
-    return [f"{words}: {_verdict(gain)}" for _, gain, _, words in latest]
+        if child.fitness is None or len(who.parents) != 1 or who.parents[0] not in by_id:
+            continue
+        gain = _gain(by_id[who.parents[0]], child.fitness)
+        found.append((who.round, gain, child.candidate, who.parents[0]))
+    told = []
+    for _, gain, child_, parent in sorted(found, key=lambda lesson: (-lesson[0], -abs(lesson[1]), lesson[2].id)):
+        if words := changes(view, rates[parent], child_.rates):
+            told.append(f"{words}: {_verdict(gain)}")
+        if len(told) == most:
+            break
+    return told
 
 
 def changes(view: View, before: Sequence[float], after: Sequence[float]) -> str:
@@ -33,9 +42,9 @@ def changes(view: View, before: Sequence[float], after: Sequence[float]) -> str:
     return ", ".join(f"{view.units[i].name} {points[i]:+d}" for i in ranked if abs(points[i]) > LEAST_POINTS)
 
 
-def _gain(parent: Member, child: Member) -> float:
+def _gain(parent: float, child: float) -> float:
     """How much lower the child's fitness is, as a logarithm of the ratio."""
-    return math.log(parent.fitness / child.fitness) if min(parent.fitness, child.fitness) > 0 else 0.0
+    return math.log(parent / child) if min(parent, child) > 0 else 0.0
 
 
 def _verdict(gain: float) -> str:

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from agents.edits import Mix, apply_mix, mix_bounds
-from agents.surrogate import Surrogate
 from agents.view import Member, Proposal, View
 from protocol.errors import InvalidReply
 
@@ -22,9 +21,7 @@ class RankedMix:
     expected: float
 
 
-def mix_menu(
-    view: View, surrogate: Surrogate, parents: Sequence[Member], rng: random.Random, count: int
-) -> tuple[RankedMix, ...]:
+def mix_menu(view: View, parents: Sequence[Member], rng: random.Random, count: int) -> tuple[RankedMix, ...]:
     """The `count` best of some mixes drawn at random, best first; no two of them nearly the same."""
     found: dict[tuple[float, ...], RankedMix] = {}
     for _ in range(DRAWN):
@@ -35,7 +32,7 @@ def mix_menu(
             continue
         rates = on_budget(view, proposal.rates)
         found.setdefault(
-            tuple(round(rate, 2) for rate in rates), RankedMix(mix, proposal, surrogate.fitness_of_rates(rates))
+            tuple(round(rate, 2) for rate in rates), RankedMix(mix, proposal, view.surrogate.fitness_of_rates(rates))
         )
     return tuple(sorted(found.values(), key=lambda ranked: ranked.expected)[:count])
 

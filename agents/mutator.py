@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from agents.asking import Asks, Call, Question
-from agents.draws import MOST_TRADES, drawn_mutation, drawn_trades, good_one
+from agents.draws import MOST_TRADES, RankedTrades, drawn_mutation, good_one
 from agents.edits import (
     MOST_CHANGES,
     STEPS,
@@ -21,7 +21,6 @@ from agents.prompt import Prompts
 from agents.proposing import Proposer
 from agents.replies import parse_objects
 from agents.settings import AgentSettings
-from agents.surrogate import Surrogate
 from agents.telling import Telling, telling
 from agents.trades import menu, traded
 from agents.view import Member, Proposal, Submit, View
@@ -49,9 +48,8 @@ class Mutator:
 
         told = telling(view, self._settings.tell)
         if self._settings.reply == "trades":
-            surrogate = Surrogate(view)
-            question = partial(self._trades, parents=parents, surrogate=surrogate, told=told)
-            stand_in: Draw = partial(drawn_trades, view=view, surrogate=surrogate, parents=parents)
+            question = partial(self._trades, parents=parents, told=told)
+            stand_in: Draw = RankedTrades(view, parents)
         else:
             question = partial(
                 self._lists if self._settings.reply == "lists" else self._edits, parents=parents, told=told
@@ -69,10 +67,10 @@ class Mutator:
         )
         return lists_question("mutator_lists", prompt, call.view, parents)
 
-    def _trades(self, call: Call, parents: Sequence[Member], surrogate: Surrogate, told: Telling) -> Question[Proposal]:
+    def _trades(self, call: Call, parents: Sequence[Member], told: Telling) -> Question[Proposal]:
         view, rng = call.view, call.rng
         parent = good_one(rng, parents)
-        trades = menu(view, surrogate, parent, rng, SHOWN_TRADES)
+        trades = menu(view, parent, rng, SHOWN_TRADES)
         if not trades:  # every unit is at a bound
             return self._edits(call, parents, told)
         prompt = self._prompts.fill(
@@ -82,7 +80,7 @@ class Mutator:
             fitness=fitness_in_words(view, parent),
             told=told,
             trades=trades_in_words(view, parent, trades),
-            most=MOST_TRADES,
+            most=min(MOST_TRADES, len(trades)),
             about=about_model(view, self._settings.tell),
         )
 

@@ -1,5 +1,6 @@
 """Handing in what is proposed: the candidates of one call, and proposals drawn without an LLM."""
 
+import asyncio
 import random
 from collections.abc import Callable
 
@@ -67,4 +68,5 @@ class Offers:
             taken += await self.make(draw(rng), source) is None
             if taken == missing:
                 break
+            await asyncio.sleep(0)  # what is refused waits for nobody, and others have to get on
         return taken

@@ -1,55 +1,49 @@
-"""Whom to ask: each endpoint's share follows what its proposals have improved. Pure, seeded."""
+"""Whom to ask: each endpoint's share follows what its offspring have improved. Pure, seeded."""
 
 import random
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from agents.view import Member, View
+from agents.view import Tried, View
 
 
 @dataclass(frozen=True)
 class Record:
-    """What an endpoint's proposals came to."""
+    """What an endpoint's offspring came to."""
 
-    measured: int
+    tried: int
     improved: int
-    """Of these: better than the best of their parents; without parents, better than the median of their round."""
+    """Of these: better than the best of their parents. What failed, or was stopped in a race, is not."""
 
 
-def records(members: Iterable[Member]) -> dict[str, Record]:
-    """By the name of the endpoint; `members` are all that was measured."""
-    everybody = list(members)
-    fitness = {member.candidate.id: member.fitness for member in everybody}
-    medians = _medians(everybody)
-    measured: Counter[str] = Counter()
+def records(candidates: Iterable[Tried], fitness: Mapping[str, float]) -> dict[str, Record]:
+    """By the name of the endpoint; `fitness` is parents' by id. Without parents there is nothing to improve on."""
+    tried: Counter[str] = Counter()
     improved: Counter[str] = Counter()
-    for member in everybody:
-        who = member.candidate.provenance
-        if who.endpoint is not None:
-            known = [fitness[parent] for parent in who.parents if parent in fitness]
-            measured[who.endpoint] += 1
-            improved[who.endpoint] += member.fitness < (min(known) if known else medians[who.round])
-    return {name: Record(count, improved[name]) for name, count in measured.items()}
+    for one in candidates:
+        who = one.candidate.provenance
+        known = [fitness[parent] for parent in who.parents if parent in fitness]
+        if who.endpoint is not None and known:
+            tried[who.endpoint] += 1
+            improved[who.endpoint] += one.fitness is not None and one.fitness < min(known)
+    return {name: Record(count, improved[name]) for name, count in tried.items()}
 
 
 def ranked_endpoints(view: View, names: Sequence[str], seed: int) -> tuple[str, ...]:
     """The endpoints in the order in which a question asks them, by Thompson sampling.
 
-    The share of an endpoint's proposals that improve is believed to be Beta(1 + improved, 1 + others); one draw from
-    each decides. The same view and seed give the same order.
+    The share of an endpoint's offspring that improve is believed to be Beta(1 + improved, 1 + others), by the last
+    candidates; one draw from each decides. The same view and seed give the same order.
     """
-    known: Mapping[str, Record] = records(view.measured)
+    if len(names) < 2:
+        return tuple(names)
+    fitness = {member.candidate.id: member.fitness for member in view.measured}
+    fitness |= {tried.candidate.id: tried.fitness for tried in view.recent if tried.fitness is not None}
+    known = records(view.recent, fitness)
     rng = random.Random(seed)
     draws = {}
     for name in names:
         record = known.get(name, Record(0, 0))
-        draws[name] = rng.betavariate(1 + record.improved, 1 + record.measured - record.improved)
+        draws[name] = rng.betavariate(1 + record.improved, 1 + record.tried - record.improved)
     return tuple(sorted(names, key=lambda name: -draws[name]))
-
-
-def _medians(members: Iterable[Member]) -> dict[int, float]:
-    rounds: dict[int, list[float]] = {}
-    for member in members:
-        rounds.setdefault(member.candidate.provenance.round, []).append(member.fitness)
-    return {round_: sorted(values)[len(values) // 2] for round_, values in rounds.items()}

@@ -21,9 +21,11 @@ from protocol.plan import Plan, removed_shares
 Vector = NDArray[np.float64]
 
 COMMON, FACTOR, SLOPE = 0.01, 1.0, 3.0
-"""How strongly the common factor, a unit's own factor, and its slope are held to what is believed beforehand."""
+"""How strongly the common factor, a unit's own factor, and its slope are held to what is believed beforehand: the
+precision of that belief, as of a normal distribution."""
 SHARPNESS = 3.0
-"""Outcomes count by exp(−SHARPNESS × distance from the best): the guess has to be right where the search is."""
+"""An outcome's errors are scaled by exp(−SHARPNESS × distance from the best): the guess has to be right where the
+search is."""
 MOST = 500
 """Outcomes that are looked at, the best ones: in a search of thousands a guess shall not take seconds."""
 NOISE = 0.02
@@ -40,6 +42,8 @@ class Surrogate:
         self._dense = 0.0 if self._is_kl else math.log(view.card.dense.perplexity)
         self._centre = np.zeros(1 + 2 * len(self._curves))
         """Of the features: a slope says what is unusual in a unit; what all share is the common factor's."""
+        self.errors: Vector = np.zeros(0)
+        """How far the guess of each outcome, best first, would have been off had it not been seen."""
         self._weights = self._fit(view.measured[:MOST])
         common, *weights = self._weights.tolist()
         own, slopes = weights[: len(self._curves)], weights[len(self._curves) :]
@@ -87,6 +91,10 @@ class Surrogate:
         rows = np.vstack([features * precision[:, None], np.diag(held)])
         wanted = np.concatenate([(rises - features @ believed) * precision, np.zeros(1 + 2 * units)])
         moved: Vector = np.linalg.lstsq(rows, wanted, rcond=None)[0]
+        # What each outcome's guess would have been off without it (leave-one-out, exact for least squares).
+        weighted = rows[: len(rises)]
+        leverage = np.einsum("ij,jk,ik->i", weighted, np.linalg.pinv(rows.T @ rows), weighted)
+        self.errors = (rises - features @ (believed + moved)) / np.maximum(1 - leverage, 1e-6)
         return believed + moved
 
 

@@ -6,14 +6,13 @@ from dataclasses import dataclass
 
 from agents.lessons import changes, lessons
 from agents.settings import Told
-from agents.surrogate import Surrogate
 from agents.view import Member, View
 from protocol.plan import unit_bounds
 
 SHOWN_LESSONS = 6
 SHOWN_UNITS = 3
 STEP = 0.05
-"""Of the rate: how far a unit is moved to see what it would gain or lose."""
+"""How far a unit's rate is moved to see what it would gain or lose."""
 LEAST_MEMBERS = 8
 """Fewer configurations have no best and worst that say anything."""
 
@@ -45,7 +44,7 @@ def telling(view: View, told: Collection[Told]) -> Telling:
 
 def _ends(view: View) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The weakest and the strongest units of the best configuration, by what a surrogate expects for each parameter."""
-    surrogate, rates = Surrogate(view), view.population[0].candidate.rates
+    surrogate, rates = view.surrogate, view.population[0].candidate.rates
     spec = view.spec
     bounds = unit_bounds(view.card.shape, spec.granularity, spec.lowest_rate, spec.highest_rate)
     gains, costs = [], []
@@ -62,8 +61,10 @@ def _ends(view: View) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 
 def _contrast(view: View) -> str:
-    """The units whose mean rates differ most between the best quarter and the worst."""
-    members = view.measured
+    """The units whose mean rates differ most between the best quarter of what is shown and the worst."""
+    recent = [Member(t.candidate, t.fitness) for t in view.recent if t.fitness is not None]
+    by_id = {member.candidate.id: member for member in (*view.measured, *recent)}
+    members = tuple(sorted(by_id.values(), key=lambda member: member.fitness))
     if len(members) < LEAST_MEMBERS:
         return ""
     quarter = len(members) // 4

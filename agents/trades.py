@@ -10,7 +10,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from agents.surrogate import Surrogate
 from agents.view import Member, Proposal, View
 from protocol.plan import attention_levels, unit_bounds
 
@@ -34,12 +33,12 @@ class Trade:
     more_rate: float
     less_rate: float
     promise: float
-    """The change of log-fitness that the surrogate expects; negative is better."""
+    """The change that the surrogate expects, in nats of log-perplexity, or of divergence; negative is better."""
 
 
-def menu(view: View, surrogate: Surrogate, parent: Member, rng: random.Random, count: int) -> tuple[Trade, ...]:
+def menu(view: View, parent: Member, rng: random.Random, count: int) -> tuple[Trade, ...]:
     """The `count` trades from `parent` that promise most, best first; fewer where there are not so many."""
-    ranked = _Market(view, surrogate, parent.candidate.rates, rng).ranked()
+    ranked = _Market(view, parent.candidate.rates, rng).ranked()
     chosen: list[Trade] = []
     uses: Counter[int] = Counter()
     for trade in ranked:
@@ -62,8 +61,8 @@ def traded(parent: Member, trades: Sequence[Trade]) -> Proposal:
 class _Market:
     """All trades from one parent's rates."""
 
-    def __init__(self, view: View, surrogate: Surrogate, rates: Sequence[float], rng: random.Random) -> None:
-        self._view, self._surrogate, self._rates = view, surrogate, rates
+    def __init__(self, view: View, rates: Sequence[float], rng: random.Random) -> None:
+        self._view, self._surrogate, self._rates = view, view.surrogate, rates
         spec = view.spec
         self._bounds = unit_bounds(view.card.shape, spec.granularity, spec.lowest_rate, spec.highest_rate)
         self._doubts = [rng.gauss(0, DOUBT) for _ in rates]

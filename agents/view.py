@@ -3,11 +3,15 @@
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 from protocol.candidate import AgentName, Candidate, Provenance, Source, candidate_id
 from protocol.card import ModelCard
 from protocol.shape import Unit
 from protocol.spec import SearchSpec
+
+if TYPE_CHECKING:
+    from agents.surrogate import Surrogate
 
 
 @dataclass(frozen=True)
@@ -17,6 +21,14 @@ class Member:
     candidate: Candidate
     fitness: float
     """Perplexity or KL divergence, as the spec's measure says; lower is better."""
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A candidate with what came of it: None where it failed, or was stopped in its race."""
+
+    candidate: Candidate
+    fitness: float | None
 
 
 @dataclass(frozen=True)
@@ -30,12 +42,21 @@ class View:
     made: Mapping[tuple[AgentName, int], frozenset[str]] = field(default_factory=dict)
     """Ids of this round's candidates by agent and call, where a process that was killed had begun it."""
     measured: tuple[Member, ...] = ()
-    """Every measured candidate of the rounds before, best first; `population` is the beginning of it."""
+    """The best of all that was measured in the rounds before, best first; `population` is the beginning of it."""
+    recent: tuple[Tried, ...] = ()
+    """The last candidates of the rounds before, whatever came of them, in the order in which they were issued."""
 
     @cached_property
     def units(self) -> tuple[Unit, ...]:
         """What the pruning rates apply to, in their order."""
         return self.card.shape.units(self.spec.granularity)
+
+    @cached_property
+    def surrogate(self) -> "Surrogate":
+        """What guesses the fitness of plans from all that the view shows; made when it is first asked for."""
+        from agents.surrogate import Surrogate  # it is made of a view
+
+        return Surrogate(self)
 
     def candidate_id(self, rates: Sequence[float]) -> str:
         """The id of the candidate that these raw rates become."""

@@ -39,7 +39,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "ranked": {"initializer": "random", "selector": "tournament", "mutator": "ranked", "crossover": "ranked"},
     "llm-edits": {"reply": "edits"},
     "llm": {"reply": "trades"},
-    "llm-lists": {"reply": "lists"},
     "llm-untold": {"reply": "trades", "tell": ()},
     "llm-race": {"reply": "trades", "race_confidence": 0.9},
     "llm-steady": {"reply": "trades", "mode": "steady-state"},

@@ -14,7 +14,7 @@ from daemon.settings import Settings
 from daemon.summary import Summary
 from gpu_worker.answering import answer
 from gpu_worker.session import Session
-from protocol.candidate import OUTCOME, Outcome
+from protocol.candidate import OUTCOME, Candidate, Outcome
 from protocol.card_board import CardBoard
 from protocol.connection import connect
 from protocol.jobs import JobQueue
@@ -106,13 +106,20 @@ class MeasuringWorker:
             jobs = JobQueue(redis, keys, "benchmark", lease_seconds=LEASE_SECONDS)
             while True:
                 if job := await jobs.claim():
-                    candidate = job.candidate
-                    if candidate.id not in self._outcomes:
-                        request = {"plan": candidate.plan.model_dump(), "text": candidate.text}
-                        self._keep(candidate.id, await asyncio.to_thread(answer, session, request))
-                    await jobs.commit(job, self._outcomes[candidate.id])
+                    await jobs.commit(job, await self._outcome(job.candidate, session))
         finally:
             await redis.aclose()
+
+    async def _outcome(self, candidate: Candidate, session: Session) -> Outcome:
+        """As it is kept, if it is; who races is measured anew, for what it races against is another each time."""
+        race = candidate.race and candidate.race.model_dump()
+        if race or candidate.id not in self._outcomes:
+            request = {"plan": candidate.plan.model_dump(), "text": candidate.text, "race": race}
+            outcome = await asyncio.to_thread(answer, session, request)
+            if race:
+                return outcome
+            self._keep(candidate.id, outcome)
+        return self._outcomes[candidate.id]
 
     def _keep(self, id_: str, outcome: Outcome) -> None:
         self._outcomes[id_] = outcome

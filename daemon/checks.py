@@ -31,18 +31,32 @@ def check_race(confidence: float | None, windows: int) -> None:
 
 
 def check_lists(settings: Settings, endpoints: Sequence[EndpointSettings], units: int) -> None:
-    """Raise SettingsError where the longest question for `lists` cannot fit into an endpoint's context."""
-    search, llm = settings.search, settings.llm
-    if llm.reply != "lists" or not search.asks_llm:
-        return
-    answered = max(search.mutations, search.crossovers) if search.proposer == "llm" and search.rounds else 0
-    shown = search.population if answered else 0
-    lists = max(shown + min(answered, llm.proposals_per_call or answered), search.population)
+    """Raise SettingsError where the longest question for `lists`, with its answer, cannot fit into an endpoint."""
+    lists = _most_lists(settings)
     needed = TOKENS_BESIDE_LISTS + lists * units * TOKENS_PER_RATE
     for endpoint in endpoints:
-        if endpoint.context is not None and needed > endpoint.context:
+        if lists and endpoint.context is not None and needed > endpoint.context:
             raise SettingsError(
                 f"llm.reply `lists` takes about {needed:,} tokens for {lists} lists of {units} rates, and "
                 f"{endpoint.name or endpoint.base_url} has {endpoint.context:,}: use `edits` or `trades`, or a smaller "
                 "search.population"
             )
+
+
+def _most_lists(settings: Settings) -> int:
+    """Lists that any one question shows and asks for; none where no agent asks for lists."""
+    search, llm = settings.search, settings.llm
+    if llm.reply != "lists" or search.proposer not in ("llm", "best-of-n"):
+        return 0
+
+    def asked(count: int) -> int:
+        return min(count, llm.proposals_per_call or count)
+
+    offspring = search.mutations + search.crossovers
+    if search.proposer == "best-of-n":
+        return asked(max(search.population, offspring))
+    parents = search.population if search.selector == "none" else min(offspring, max(2, search.population // 2))
+    lists = [asked(search.population)] if search.initializer == "llm" else []
+    breeders = ((search.mutator, search.mutations), (search.crossover, search.crossovers))
+    lists += [parents + asked(count) for agent, count in breeders if agent == "llm" and count and search.rounds]
+    return max(lists, default=0)

@@ -24,6 +24,7 @@ from daemon.http_token import Access, open_access
 from daemon.launch import Launch
 from daemon.llm import secrets_of
 from daemon.local_llm import find_gguf
+from daemon.proposers import check_proposer
 from daemon.remote import NotRunning, RemoteSearch, ask, open_remote, saved_status
 from daemon.screen import Screen, standing
 from daemon.setting_sources import load
@@ -88,6 +89,7 @@ def run(config: Config = None, set_: flags.Set = None, json_: flags.Json = False
     with as_file(files("configs") / "quickstart.yaml") as quickstart:
         settings = load(config or quickstart, set_ or [])
     _check_texts(settings)
+    check_proposer(settings.search)
     if _needs_local_llm(settings):
         find_gguf(settings.local_llm.gguf)
     with embedded.only_one(settings.folder):
@@ -123,6 +125,7 @@ def _search_elsewhere(config: Path, overrides: Sequence[str]) -> tuple[int, Sett
     redis_url = settings.redis.full_url
     if redis_url is None:
         raise SettingsError("the setting redis.url is missing: the daemon needs a Redis server that workers reach too")
+    check_proposer(settings.search)
     if settings.search.asks_llm and not settings.llm.endpoints and not settings.llm.replay:
         raise SettingsError("the setting llm.endpoints is missing: give at least one OpenAI-compatible endpoint")
     stream = logs.service_stream()

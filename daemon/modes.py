@@ -33,11 +33,11 @@ async def _generation(search: "Search", round_: int) -> None:
     left = search.planned - search.proposals.before(round_)
     agents, wanted = search.agents, (search.settings.mutations, search.settings.crossovers)
     mutations = max(0, min(wanted[0] if agents.crossover else sum(wanted), left))
-    crossovers = max(0, min(wanted[1], left - mutations))
+    crossovers = max(0, min(wanted[1], left - mutations)) if agents.crossover else 0
     missing = mutations + crossovers - search.proposals.in_round(round_)
-    view = search.view(round_)
-    if missing <= 0 or len(view.population) < 2:
+    if missing <= 0 or len(search.population) < 2:
         return
+    view = search.view(round_)
     search.round = round_
     log.info("round_started", round=round_, missing=missing, best=view.population[0].fitness)
     parents = await search.select(view)

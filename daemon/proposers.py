@@ -37,7 +37,7 @@ def make_agents(search: SearchSettings, llm: LlmSettings, chat: Asks, endpoints:
         tell=frozenset(llm.tell),
         temperature=llm.temperature,
         last_temperature=llm.last_temperature,
-        rounds=search.rounds,
+        rounds=search.turns,
         max_tokens=llm.max_tokens,
     )
     prompts = Prompts()
@@ -69,12 +69,18 @@ def make_agents(search: SearchSettings, llm: LlmSettings, chat: Asks, endpoints:
     )
 
 
+def check_proposer(search: SearchSettings) -> None:
+    """Raise SettingsError where the package of the proposer is missing: before anything is started."""
+    if search.proposer == "cma-es":
+        need("cmaes", "baselines")
+
+
 def _breeder(search: SearchSettings) -> Breeds:
     if search.proposer == "random":
         return RandomMutator()
     if search.proposer == "evolution":
         return EvolutionMutator()
-    need("cmaes", "baselines")
+    check_proposer(search)
     from agents.cma_es import CmaEsMutator
 
     return CmaEsMutator(search.mutations + search.crossovers)

@@ -9,6 +9,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Protocol
 
 import structlog
@@ -18,7 +19,7 @@ from agents.population import Evaluation, Population
 from agents.population_keeper import PopulationKeeper
 from agents.seeds import plant_seeds
 from agents.sieve import Guesses, Neighbours
-from agents.view import BUDGET_USED_UP, KNOWN_ALREADY, Accepted, Member, Refused, Selection, Submit, View
+from agents.view import BUDGET_USED_UP, KNOWN_ALREADY, Accepted, Member, Refused, Selection, Submit, Tried, View
 from daemon.journal import Journal
 from daemon.modes import generations, steady_state
 from daemon.pausing import Pausing
@@ -31,6 +32,10 @@ from protocol.errors import BudgetError
 from protocol.plan import Plan
 from protocol.spec import SearchSpec
 from protocol.streams import CandidateQueue
+
+SHOWN_BEST = 500
+SHOWN_RECENT = 200
+"""Candidates that a view holds beside the population: what is reckoned from them must not grow with the search."""
 
 log = structlog.get_logger()
 
@@ -187,7 +192,7 @@ class Search:
         refused = self._neighbours.refusal(plan)
         if refused is None and self.settings.screening:
             if self._guesses is None or self._guesses[0] != provenance.round:
-                self._guesses = (provenance.round, Guesses(self.view(provenance.round)))
+                self._guesses = (provenance.round, Guesses(self.view(provenance.round), self.settings.population))
             refused = self._guesses[1].refusal(plan)
             self.screened += refused is not None
         return refused
@@ -267,11 +272,22 @@ class Search:
         """What the agents are shown in a round, the same whenever in that round they are asked."""
         measured = tuple(
             Member(e.candidate, e.outcome.fitness)
-            for e in self.population.top(None, before=round_)
+            for e in self.population.top(max(SHOWN_BEST, self.settings.population), before=round_)
             if isinstance(e.outcome, Measured)
         )
         population = measured[: self.settings.population]
-        return View(self.spec, self.card, round_, population, self.proposals.calls(round_), measured)
+        calls = self.proposals.calls(round_)
+        return View(self.spec, self.card, round_, population, calls, measured, self._recent(round_))
+
+    def _recent(self, round_: int) -> tuple[Tried, ...]:
+        """The last proposals of the rounds before that have an outcome."""
+        issued = (c for c in reversed(self.ledger.values()) if c.provenance.agent != "baseline")
+        before = (e for c in issued if c.provenance.round < round_ and (e := self.population.get(c.id)))
+        last = [
+            Tried(e.candidate, e.outcome.fitness if isinstance(e.outcome, Measured) else None)
+            for e in islice(before, SHOWN_RECENT)
+        ]
+        return tuple(reversed(last))
 
 
 def _maker(provenance: Provenance) -> tuple[str, int, int]:

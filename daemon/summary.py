@@ -11,7 +11,7 @@ from rich.table import Table
 
 from agents.population import Evaluation, Population
 from agents.shares import Record, records
-from agents.view import Member
+from agents.view import Tried
 from protocol.candidate import Candidate, Measured, candidate_id
 from protocol.card import DensePerplexity, ModelCard
 from protocol.plan import Parameters, count_parameters, dense_plan
@@ -54,7 +54,7 @@ class Summary(BaseModel):
     candidates: dict[str, dict[str, int]]
     """Counts `by_agent`, `by_source` and `by_outcome` (`measured`, `failed`, `stopped` in a race)."""
     endpoints: dict[str, Record] = {}
-    """What the proposals of each LLM endpoint came to: `measured`, and `improved`."""
+    """What the offspring by each LLM endpoint came to: `tried`, and `improved`."""
     tokens: dict[str, int]
     """Used by the LLM: `prompt` and `completion`."""
     screened: int = 0
@@ -96,13 +96,16 @@ def summarise(
             "by_source": {"llm": 0, "stand-in": 0, **Counter(c.provenance.source for c in proposals)},
             "by_outcome": {name: outcomes[name] for name in ("measured", "failed", "stopped")},
         },
-        endpoints=records(
-            Member(e.candidate, e.outcome.fitness) for e in population.top(None) if isinstance(e.outcome, Measured)
-        ),
+        endpoints=_endpoints(population),
         tokens={name: int(counters.get(f"{name}_tokens", 0)) for name in ("prompt", "completion")},
         screened=int(counters.get("screened", 0)),
         seconds=round(counters.get("seconds", 0.0), 1),
     )
+
+
+def _endpoints(population: Population) -> dict[str, Record]:
+    fitness = {e.candidate.id: e.outcome.fitness for e in population if isinstance(e.outcome, Measured)}
+    return records((Tried(e.candidate, fitness.get(e.candidate.id)) for e in population), fitness)
 
 
 def _dense_row(spec: SearchSpec, card: ModelCard) -> Row:
@@ -195,7 +198,7 @@ def _lines(summary: Summary) -> list[str]:
     stopped = f", stopped early {outcome['stopped']}" if outcome["stopped"] else ""
     unfinished = ["stopped before its end: these figures are not final, and the same command goes on"]
     shares = [
-        f"endpoint {name}: {record.improved} of {record.measured} measured proposals improved on their parents"
+        f"endpoint {name}: {record.improved} of {record.tried} offspring improved on their parents"
         for name, record in summary.endpoints.items()
     ]
     return [

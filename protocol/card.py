@@ -35,7 +35,7 @@ class ModelCard(BaseModel):
     curves: tuple[Curve, ...] = ()
     """Per unit of the search: the same at a few rates. None where it was not measured."""
     outliers: tuple[float, ...] = ()
-    """Per layer: OWL's share of outliers, in percent (M = 5)."""
+    """Per layer: OWL's share of outliers, in percent (M = 5). None where importance is not `wanda-sp`."""
     texts: str
     """Digest of the token windows of all texts: two workers with different files do not agree."""
     device: str

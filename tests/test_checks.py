@@ -20,7 +20,7 @@ def endpoint(context: int | None) -> EndpointSettings:
 
 def test_lists_that_no_context_holds_are_refused_with_the_numbers_and_the_way_out() -> None:
     """30 shown and 10 asked for, of 60 rates: 40 x 60 x 9 tokens and the words."""
-    paper = settings_with(llm={"reply": "lists"})
+    paper = settings_with(llm={"reply": "lists"}, search={"selector": "none"})
     with pytest.raises(SettingsError, match=r"22,200 tokens for 40 lists of 60 rates.*small has 8,192: use `edits`"):
         check_lists(paper, [endpoint(None), endpoint(8192)], 60)
     check_lists(paper, [endpoint(32768)], 60)
@@ -33,6 +33,7 @@ def test_lists_that_no_context_holds_are_refused_with_the_numbers_and_the_way_ou
         {"llm": {"reply": "edits"}},
         {"search": {"proposer": "random"}},
         {"search": {"population": 4, "mutations": 2, "crossovers": 2}},
+        {"search": {"initializer": "random", "mutator": "ranked", "crossover": "ranked"}},
     ],
 )
 def test_other_questions_are_short(sections: dict[str, Any]) -> None:
@@ -40,10 +41,12 @@ def test_other_questions_are_short(sections: dict[str, Any]) -> None:
 
 
 def test_without_feedback_only_the_answer_has_to_fit() -> None:
-    best_of_n = settings_with(search={"proposer": "best-of-n", "population": 10})
+    best_of_n = settings_with(search={"proposer": "best-of-n", "population": 10, "mutations": 5, "crossovers": 5})
     check_lists(best_of_n, [endpoint(8192)], 60)
     with pytest.raises(SettingsError, match="10 lists"):
         check_lists(best_of_n, [endpoint(4096)], 60)
+    one_by_one = settings_with(search={"proposer": "best-of-n", "population": 10}, llm={"proposals_per_call": 1})
+    check_lists(one_by_one, [endpoint(4096)], 60)
 
 
 def test_reporting_on_the_text_that_is_searched_on_is_said_once() -> None:

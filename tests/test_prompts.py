@@ -16,7 +16,7 @@ from agents.mutator import Mutator
 from agents.prompt import Prompts
 from agents.selector import Selector
 from agents.settings import AgentSettings, ReplyFormat, Told
-from agents.view import Accepted, Member, View
+from agents.view import Accepted, Member, Tried, View
 from protocol.candidate import Provenance
 from protocol.errors import EndpointError
 from protocol.shape import Granularity
@@ -136,7 +136,8 @@ def told_view() -> View:
         who = child.provenance.model_copy(update={"parents": (first.candidate.id,), "round": 1 + i % 2})
         children.append(Member(child.model_copy(update={"provenance": who}), 19.0 + 2 * i))
     measured = tuple(sorted((*view.population, *children), key=lambda m: m.fitness))
-    return View(view.spec, view.card, 3, measured[:4], {}, measured)
+    recent = tuple(Tried(m.candidate, m.fitness) for m in measured)
+    return View(view.spec, view.card, 3, measured[:4], {}, measured, recent)
 
 
 def test_the_temperature_goes_to_the_last_one_in_equal_steps() -> None:

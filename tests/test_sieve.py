@@ -18,7 +18,7 @@ from tests.test_trades import member, view_of
 @pytest.mark.parametrize("granularity", ["layer", "block"])
 def test_what_is_refused_for_a_guess_is_worse_than_the_population(granularity: str) -> None:
     view = view_of(granularity, 120)  # type: ignore[arg-type]
-    guesses, rng = Guesses(view), random.Random(3)
+    guesses, rng = Guesses(view, len(view.population)), random.Random(3)
     last = view.population[-1].fitness
     refused = taken = 0
     for _ in range(200):
@@ -33,9 +33,27 @@ def test_what_is_refused_for_a_guess_is_worse_than_the_population(granularity: s
 
 def test_nobody_is_refused_for_a_guess_from_little() -> None:
     view = view_of("layer", LEAST_OUTCOMES - 1)
-    guesses, rng = Guesses(view), random.Random(3)
+    guesses, rng = Guesses(view, len(view.population)), random.Random(3)
     new = [member(view, random_rates(rng, len(view.units), 0.3)) for _ in range(50)]
     assert not any(guesses.refusal(m.candidate.plan) for m in new)
+
+
+def test_nobody_is_refused_before_the_population_is_full() -> None:
+    view = view_of("layer", 120)
+    guesses, rng = Guesses(view, len(view.population) + 1), random.Random(3)
+    new = [member(view, random_rates(rng, len(view.units), 0.3)) for _ in range(50)]
+    assert not any(guesses.refusal(m.candidate.plan) for m in new)
+
+
+@pytest.mark.parametrize("granularity", ["layer", "block"])
+def test_the_errors_of_a_guess_are_those_on_what_it_has_not_seen(granularity: str) -> None:
+    view = view_of(granularity, 40)  # type: ignore[arg-type]
+    whole = view.surrogate
+    for left_out in (0, 7, 39):
+        others = tuple(m for i, m in enumerate(view.measured) if i != left_out)
+        without = View(view.spec, view.card, 1, others[:10], {}, others).surrogate
+        off = whole.rise(view.measured[left_out]) - without.guess(view.measured[left_out].candidate.plan)
+        assert whole.errors[left_out] == pytest.approx(off, rel=0.35, abs=0.02)  # the scale is of the best, and centred
 
 
 def test_what_is_nearly_known_is_refused_by_how_much_differs() -> None:

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 
 import pytest
 
-from agents.draws import drawn_ranked_mix, drawn_trades
+from agents.draws import RankedTrades, drawn_ranked_mix
 from agents.lessons import lessons
 from agents.mixes import mix_menu, on_budget
 from agents.operators import random_rates
 from agents.surrogate import Surrogate
 from agents.trades import menu, traded
-from agents.view import Member, View
+from agents.view import Member, Tried, View
+from agents.words import trades_in_words
 from protocol.candidate import Candidate, Provenance, candidate_id
 from protocol.plan import Plan, attention_levels, removed_shares
 from protocol.shape import Granularity, LayerShape, ModelShape
@@ -118,8 +119,8 @@ def test_without_curves_the_sensitivity_is_all_it_has_and_without_that_all_units
 @pytest.mark.parametrize("granularity", ["layer", "block"])
 def test_trades_keep_the_budget_and_mostly_help(granularity: Granularity) -> None:
     view = view_of(granularity, 60)
-    surrogate, parent = Surrogate(view), view.measured[30]
-    trades = menu(view, surrogate, parent, random.Random(0), 10)
+    parent = view.measured[30]
+    trades = menu(view, parent, random.Random(0), 10)
     assert len(trades) == 10 and trades[0].promise < 0
     assert [t.promise for t in trades] == sorted(t.promise for t in trades)
     weights = [unit.parameters for unit in view.units]
@@ -135,10 +136,9 @@ def test_trades_keep_the_budget_and_mostly_help(granularity: Granularity) -> Non
 
 def test_attention_trades_by_whole_levels() -> None:
     view = view_of("block", 60)
-    surrogate, rng = Surrogate(view), random.Random(0)
-    seen = 0
+    rng, seen = random.Random(0), 0
     for parent in view.measured[:20]:
-        for trade in menu(view, surrogate, parent, rng, 10):
+        for trade in menu(view, parent, rng, 10):
             for unit, rate in ((trade.more, trade.more_rate), (trade.less, trade.less_rate)):
                 if view.units[unit].kind == "attention":
                     levels = [share for share, _ in attention_levels(WIDE, view.units[unit].layer)]
@@ -149,8 +149,7 @@ def test_attention_trades_by_whole_levels() -> None:
 
 def test_menus_differ_between_calls_and_no_unit_fills_one() -> None:
     view = view_of("block", 60)
-    surrogate = Surrogate(view)
-    menus = [menu(view, surrogate, view.measured[0], random.Random(seed), 10) for seed in range(5)]
+    menus = [menu(view, view.measured[0], random.Random(seed), 10) for seed in range(5)]
     assert len({tuple((t.more, t.less) for t in trades) for trades in menus}) == 5
     for trades in menus:
         for unit in range(len(view.units)):
@@ -162,14 +161,13 @@ def test_a_model_that_cannot_be_pruned_otherwise_has_no_trades() -> None:
     spec = view.spec.model_copy(update={"lowest_rate": 0.3, "highest_rate": 0.3})
     narrow = View(spec, view.card, 1, ())
     parent = member(narrow, (0.3,) * LAYERS)
-    assert menu(narrow, Surrogate(narrow), parent, random.Random(0), 10) == ()
+    assert menu(narrow, parent, random.Random(0), 10) == ()
 
 
 @pytest.mark.parametrize("granularity", ["layer", "block"])
 def test_mixes_are_ranked_and_near_the_budget(granularity: Granularity) -> None:
     view = view_of(granularity, 60)
-    surrogate = Surrogate(view)
-    mixes = mix_menu(view, surrogate, view.measured[:10], random.Random(0), 100)
+    mixes = mix_menu(view, view.measured[:10], random.Random(0), 100)
     assert len(mixes) > 20
     assert [m.expected for m in mixes] == sorted(m.expected for m in mixes)
     true = [member(view, m.proposal.rates).fitness for m in mixes]
@@ -180,12 +178,22 @@ def test_mixes_are_ranked_and_near_the_budget(granularity: Granularity) -> None:
         assert sum(r * w for r, w in zip(rates, weights, strict=True)) / sum(weights) == pytest.approx(0.3, abs=0.02)
 
 
+def test_a_trade_is_promised_in_percent_of_what_is_minimised() -> None:
+    view = view_of("layer", 60)
+    parent = view.measured[5]
+    (trade, *_) = menu(view, parent, random.Random(0), 10)
+    assert trades_in_words(view, parent, [trade])[0].endswith(f": {100 * math.expm1(trade.promise):+.1f} %")
+    divergent = View(view.spec.model_copy(update={"measure": "kl"}), view.card, 1, ())
+    little = Member(parent.candidate, 0.1)
+    assert trades_in_words(divergent, little, [trade])[0].endswith(f": {100 * trade.promise / 0.1:+.1f} %")
+
+
 def test_parents_that_are_all_alike_have_no_mixes_and_dice_take_over() -> None:
     view = view_of("layer", 10)
     same = [view.measured[0], view.measured[0]]
-    assert mix_menu(view, Surrogate(view), same, random.Random(0), 8) == ()
-    assert len(drawn_ranked_mix(random.Random(0), view, Surrogate(view), same).rates) == LAYERS
-    assert len(drawn_trades(random.Random(0), view, Surrogate(view), same).rates) == LAYERS
+    assert mix_menu(view, same, random.Random(0), 8) == ()
+    assert len(drawn_ranked_mix(random.Random(0), view, same).rates) == LAYERS
+    assert len(RankedTrades(view, same)(random.Random(0)).rates) == LAYERS
 
 
 def test_lessons_tell_what_changed_and_what_came_of_it_the_latest_first() -> None:
@@ -197,9 +205,10 @@ def test_lessons_tell_what_changed_and_what_came_of_it_the_latest_first() -> Non
         view, [*base[:8], base[8] - 0.1, base[9] + 0.1, *base[10:]], round_=2, parents=(parent.candidate.id,)
     )
     ranked = tuple(sorted((parent, older, newer), key=lambda m: m.fitness))
-    told = lessons(View(view.spec, view.card, 3, ranked, {}, ranked), 5)
+    recent = tuple(Tried(m.candidate, m.fitness) for m in (parent, older, newer))
+    told = lessons(View(view.spec, view.card, 3, ranked, {}, ranked, recent), 5)
     assert [line.partition(":")[0] for line in told] == ["layer 8 -10, layer 9 +10", "layer 3 +20, layer 4 -20"]
     for line, child in zip(told, (newer, older), strict=True):
         assert ("helped" in line) == (child.fitness < parent.fitness)
         assert f"{100 * (child.fitness / parent.fitness - 1):+.1f} %" in line
-    assert len(lessons(View(view.spec, view.card, 3, ranked, {}, ranked), 1)) == 1
+    assert len(lessons(View(view.spec, view.card, 3, ranked, {}, ranked, recent), 1)) == 1
