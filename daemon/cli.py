@@ -349,3 +349,11 @@ def _command(command: Command, search: str, redis_url: str | None, folder: Path)
             await remote.command(command)
 
     asyncio.run(write())
+    Console().print(f"{search}: {_DONE[command]}", highlight=False)
+
+
+_DONE: dict[Command, str] = {
+    "pause": "paused; what is being measured is finished",
+    "run": "goes on",
+    "stop": "stops; what is measured is kept",
+}

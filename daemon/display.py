@@ -29,6 +29,8 @@ class Display:
         )
         self._line = self._progress.add_task("search: waiting for the model", total=None)
         self._workers: dict[str, TaskID] = {}
+        self._busy: set[str] = set()
+        """Workers whose task counts the steps of a stage, and not candidates."""
         self.search: Search | None = None
 
     @asynccontextmanager
@@ -61,12 +63,18 @@ class Display:
 
     async def _show_workers(self, store: SearchStore) -> None:
         statuses = {status.consumer: status for status in await store.workers()}
+        self._busy &= statuses.keys()
         for consumer in self._workers.keys() - statuses.keys():
             self._progress.remove_task(self._workers.pop(consumer))
         for consumer, status in statuses.items():
             if consumer not in self._workers:
                 self._workers[consumer] = self._progress.add_task("", total=None)
             busy = status.stage not in ("idle", "evaluating") and status.total > 0
+            if busy != (consumer in self._busy):
+                # A task cannot lose its total, and its clock stands still once it was full: another one takes its place.
+                self._progress.remove_task(self._workers[consumer])
+                self._workers[consumer] = self._progress.add_task("", total=None)
+                self._busy ^= {consumer}
             self._progress.update(
                 self._workers[consumer],
                 description=f"worker: {status.stage}",

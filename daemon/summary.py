@@ -196,6 +196,7 @@ def _lines(summary: Summary) -> list[str]:
     used = summary.tokens
     screened = [f"proposals refused unmeasured, by a surrogate: {summary.screened}"] if summary.screened else []
     stopped = f", stopped early {outcome['stopped']}" if outcome["stopped"] else ""
+    following = [f"next: selfpruner export --search {summary.search} --out DIR"] if summary.best else []
     unfinished = ["stopped before its end: these figures are not final, and the same command goes on"]
     shares = [
         f"endpoint {name}: {record.improved} of {record.tried} offspring improved on their parents"
@@ -209,6 +210,7 @@ def _lines(summary: Summary) -> list[str]:
         f"measured {outcome['measured']}, failed {outcome['failed']}{stopped}; "
         f"LLM tokens: {used['prompt']:,} in, {used['completion']:,} out; {summary.seconds:,.0f} seconds",
         *([] if summary.finished else unfinished),
+        *following,
     ]
 
 
