@@ -71,7 +71,7 @@ class Display:
                 self._workers[consumer] = self._progress.add_task("", total=None)
             busy = status.stage not in ("idle", "evaluating") and status.total > 0
             if busy != (consumer in self._busy):
-                # A task cannot lose its total, and its clock stands still once it was full: another one takes its place.
+                # A task cannot lose its total, and its clock stands still once it was full: another takes its place.
                 self._progress.remove_task(self._workers[consumer])
                 self._workers[consumer] = self._progress.add_task("", total=None)
                 self._busy ^= {consumer}

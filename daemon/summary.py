@@ -209,8 +209,7 @@ def _lines(summary: Summary) -> list[str]:
         *screened,
         f"measured {outcome['measured']}, failed {outcome['failed']}{stopped}; "
         f"LLM tokens: {used['prompt']:,} in, {used['completion']:,} out; {summary.seconds:,.0f} seconds",
-        *([] if summary.finished else unfinished),
-        *following,
+        *(following if summary.finished else unfinished),
     ]
 
 
