@@ -1,9 +1,11 @@
 """Run, pause or stop: one key, set by hand (`SET selfpruner:<search>:control pause`) or by the command line."""
 
+import contextlib
 from typing import Any, Literal
 
 import structlog
 from redis.asyncio import Redis
+from redis.exceptions import RedisError
 
 from protocol.connection import Patience
 from protocol.keys import Keys
@@ -15,26 +17,44 @@ log = structlog.get_logger()
 
 
 class Control:
-    """Reads and writes the control key. An absent key means run; a value that is none of the three changes nothing."""
+    """Reads and writes the control key. An absent key means run; a value that is none of the three changes nothing.
+
+    What was understood last is kept beside it: a search that is paused stays so where its key is misspelt, and its
+    processes are started again.
+    """
 
     def __init__(self, redis: Redis, keys: Keys) -> None:
         self._redis: Any = redis  # its annotations cannot say that replies are str
-        self._key = keys.control
+        self._key, self._understood = keys.control, keys.understood
         self._patiently = Patience(redis, self._key)
-        self._last: Command = "run"
+        self._last: Command | None = None
         self._complained = ""
 
     async def read(self) -> Command:
         """What is commanded now; asks the server each time."""
         value = await self._patiently(lambda: self._redis.get(self._key))
-        word = "run" if value is None else value.strip().lower()
-        if word in COMMANDS:
-            self._last, self._complained = word, ""
-        elif word != self._complained:
-            self._complained = word
-            log.warning("control_not_understood", value=word[:40], expected="run, pause or stop", stays=self._last)
-        return self._last
+        command = _command("run" if value is None else value)
+        if command is not None:
+            if command != self._last:
+                # A server that is full, or gone again, must not keep anybody from hearing the command.
+                with contextlib.suppress(RedisError, OSError):
+                    await self._redis.set(self._understood, command)
+            self._last, self._complained = command, ""
+            return command
+        # Another process may have understood a later one.
+        stays = _command(await self._patiently(lambda: self._redis.get(self._understood)) or "run") or "run"
+        self._last = stays
+        if value != self._complained:
+            self._complained = value
+            log.warning("control_not_understood", value=value.strip()[:40], expected="run, pause or stop", stays=stays)
+        return stays
 
     async def write(self, command: Command) -> None:
         """Command it; what is being evaluated is finished in any case."""
         await self._patiently(lambda: self._redis.set(self._key, command))
+
+
+def _command(value: str) -> Command | None:
+    """The command that a value means; None where it means nothing."""
+    word = value.strip().lower()
+    return next((command for command in COMMANDS if command == word), None)

@@ -49,6 +49,11 @@ class Keys:
         return self["control"]
 
     @property
+    def understood(self) -> str:
+        """String: the last command that was understood, for who finds one that is not."""
+        return self["understood"]
+
+    @property
     def candidates(self) -> str:
         """Hash id -> Candidate JSON: the ledger of everything ever enqueued, and what makes enqueueing idempotent."""
         return self["candidates"]

@@ -4,6 +4,7 @@ import asyncio
 
 import pytest
 from redis.asyncio import Redis
+from structlog.testing import capture_logs
 
 from daemon.pausing import Pausing, StopRequested
 from protocol.control import Control
@@ -26,6 +27,21 @@ async def test_a_value_that_means_nothing_changes_nothing(redis: Redis, keys: Ke
     assert await control.read() == "pause"
     await redis.set(keys.control, "puase")
     assert await control.read() == "pause"
+
+
+async def test_a_paused_search_stays_paused_for_who_comes_when_its_key_is_misspelt(redis: Redis, keys: Keys) -> None:
+    """A restarted daemon, or `selfpruner status`, never saw what was understood before."""
+    daemon = Control(redis, keys)
+    await daemon.write("pause")
+    assert await daemon.read() == "pause"
+    await redis.set(keys.control, "puase")
+    with capture_logs() as logs:
+        assert await Control(redis, keys).read() == "pause"
+    assert [(line["value"], line["stays"]) for line in logs] == [("puase", "pause")]
+    await redis.set(keys.control, "run")
+    assert await daemon.read() == "run"
+    await redis.set(keys.control, "???")
+    assert await Control(redis, keys).read() == "run"
 
 
 async def test_the_gate_closes_on_pause_and_opens_on_resume(redis: Redis, keys: Keys) -> None:
