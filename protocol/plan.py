@@ -9,7 +9,7 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, PositiveInt
+from pydantic import BaseModel, ConfigDict, PositiveInt, field_validator
 
 from protocol.errors import BudgetError
 from protocol.rates import DECIMALS, SCALE, feasible, project, weighted_mean
@@ -37,12 +37,27 @@ class LayerPlan(BaseModel):
         return self.kv_heads * self.queries_per_kv
 
 
+MOST_KNOWN_LAYERS = 100_000
+_KNOWN_LAYERS: dict[tuple[int, int, int], LayerPlan] = {}
+
+
 class Plan(BaseModel):
     """What each layer of a model keeps."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     layers: tuple[LayerPlan, ...]
+
+    @field_validator("layers", mode="after")
+    @classmethod
+    def _share(cls, layers: tuple[LayerPlan, ...]) -> tuple[LayerPlan, ...]:
+        """A search holds thousands of plans of the same few layers; equal ones are one object."""
+        if len(_KNOWN_LAYERS) > MOST_KNOWN_LAYERS:
+            _KNOWN_LAYERS.clear()
+        return tuple(
+            _KNOWN_LAYERS.setdefault((layer.kv_heads, layer.queries_per_kv, layer.mlp_channels), layer)
+            for layer in layers
+        )
 
     def decoder_parameters(self, shape: ModelShape) -> int:
         """Decoder parameters left when the plan is applied to `shape`."""

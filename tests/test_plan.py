@@ -10,7 +10,7 @@ from protocol.candidate import candidate_id
 from protocol.errors import BudgetError
 from protocol.plan import Plan, Split, count_parameters, dense_plan, feasible_rates, make_plan
 from protocol.shape import Granularity, LayerShape, ModelShape
-from tests.samples import SHAPE
+from tests.samples import SHAPE, SPEC
 from tests.shapes import model_shapes, some_rates
 
 
@@ -111,3 +111,10 @@ def test_block_plans_take_more_heads_where_the_mlps_have_too_little_to_give(rate
     plan = make_plan(feasible_rates([rate] * 8, shape, rate, granularity="block"), shape, granularity="block")
     left = plan.decoder_parameters(shape)
     assert abs(left - (1 - rate) * shape.decoder_parameters) <= shape.channel_parameters
+
+
+def test_plans_share_their_equal_layers_also_when_they_are_read() -> None:
+    """A search of days holds a hundred thousand of them."""
+    plan = SPEC.plan(SPEC.feasible((0.1, 0.3, 0.3, 0.5), SHAPE), SHAPE)
+    again = Plan.model_validate_json(plan.model_dump_json())
+    assert again == plan and all(one is other for one, other in zip(plan.layers, again.layers, strict=True))
