@@ -9,6 +9,8 @@ from protocol.allocation import Allocation, Findings, Method, allocated
 from protocol.alone import removed_alone
 from protocol.candidate import Provenance
 from protocol.errors import BudgetError
+from protocol.plan import MLP_FIRST_LIMIT
+from protocol.shape import ModelShape, Unit
 
 log = structlog.get_logger()
 
@@ -28,7 +30,9 @@ async def plant_seeds(methods: Sequence[Method], view: View, submit: Submit) -> 
 def seed_rates(method: Method, view: View) -> tuple[float, ...]:
     """The rates of a method, by what the model card says.
 
-    Raises BudgetError where it cannot reach the pruning rate, or the card (of an older version) says too little.
+    A method that gives a layer one rate says nothing of how its attention and MLP share it: with blocks the MLP takes
+    all that it can, for to lose heads in every layer is worst. Raises BudgetError where the method cannot reach the
+    pruning rate, or the card (of an older version) says too little.
     """
     spec, card = view.spec, view.card
     if (method == "owl" and not card.outliers) or (method == "sensitivity" and not card.sensitivity):
@@ -38,4 +42,16 @@ def seed_rates(method: Method, view: View) -> tuple[float, ...]:
         sensitivity=card.sensitivity,
         removed=[removed_alone(unit, spec, card.shape) for unit in view.units],
     )
-    return allocated(Allocation(method=method), findings, card.shape, spec.rate, spec.granularity)
+    if method == "sensitivity" or spec.granularity == "layer":
+        return allocated(Allocation(method=method), findings, card.shape, spec.rate, spec.granularity)
+    by_layer = allocated(Allocation(method=method), findings, card.shape, spec.rate, "layer")
+    return tuple(_of_block(unit, by_layer[unit.layer], card.shape) for unit in view.units)
+
+
+def _of_block(unit: Unit, rate: float, shape: ModelShape) -> float:
+    """What a block loses where its layer loses `rate`, from the MLP as far as that goes."""
+    layer = shape.layer_parameters(unit.layer)
+    whole = shape.layers[unit.layer]
+    mlp = shape.mlp_parameters(whole.mlp_channels)
+    from_mlp = min(rate * layer, MLP_FIRST_LIMIT * mlp)
+    return from_mlp / mlp if unit.kind == "mlp" else (rate * layer - from_mlp) / unit.parameters

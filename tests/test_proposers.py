@@ -24,7 +24,9 @@ from tests.schema_answers import SchemaChat
 from tests.test_search import SETTINGS, Conducted, evaluating
 
 BLOCKS = SPEC.model_copy(update={"granularity": "block"})
-BLOCK_CARD = CARD.model_copy(update={"sensitivity": (0.4, 0.1) * 4, "outliers": (3.0, 1.0, 1.0, 2.0)})
+BLOCK_CARD = CARD.model_copy(
+    update={"sensitivity": (0.4, 0.1, 0.4, 0.2, 0.4, 0.1, 0.4, 0.3), "outliers": (3.0, 1.0, 1.0, 2.0)}
+)
 TOTAL = 15
 
 
@@ -166,6 +168,16 @@ async def test_seeds_are_members_of_the_first_population(redis: Redis, tmp_path:
         assert search.ledger[id_].provenance.source == "allocation"
     # Uniform is measured in any case, to compare with.
     assert candidate_id(spec.uniform_plan(SHAPE), spec.fingerprint) in search.ledger
+
+
+@pytest.mark.parametrize("method", ["owl", "uniform", "llm-pruner"])
+def test_with_blocks_a_layers_rate_is_taken_from_its_mlp(method: Method) -> None:
+    view = View(BLOCKS, BLOCK_CARD, 0, ())
+    plan = BLOCKS.plan(BLOCKS.feasible(seed_rates(method, view), SHAPE), SHAPE)
+    assert [layer.query_heads for layer in plan.layers] == [whole.query_heads for whole in SHAPE.layers]
+    steep = View(BLOCKS.model_copy(update={"rate": 0.8}), BLOCK_CARD, 0, ())
+    plan = steep.spec.plan(steep.spec.feasible(seed_rates("uniform", steep), SHAPE), SHAPE)
+    assert all(layer.query_heads < whole.query_heads for layer, whole in zip(plan.layers, SHAPE.layers, strict=True))
 
 
 @pytest.mark.parametrize("method", ["owl", "sensitivity"])
