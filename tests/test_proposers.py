@@ -21,7 +21,7 @@ from protocol.plan import attention_levels
 from protocol.spec import SearchSpec
 from tests.samples import CARD, SHAPE, SPEC
 from tests.schema_answers import SchemaChat
-from tests.test_search import SETTINGS, Conducted, evaluating
+from tests.test_search import SETTINGS, Conducted, evaluating, killed_with
 
 BLOCKS = SPEC.model_copy(update={"granularity": "block"})
 BLOCK_CARD = CARD.model_copy(
@@ -77,13 +77,7 @@ async def test_what_is_proposed_after_a_kill_is_what_would_have_been(
         search.card = BLOCK_CARD
         enough = len(search.ledger) + 1 + life % 3
         async with evaluating(redis, conducted.keys):
-            running = asyncio.create_task(search.run())
-            async with asyncio.timeout(60):
-                while not running.done() and len(search.ledger) < enough:
-                    await asyncio.sleep(0)
-            killed = not running.done()
-            running.cancel()
-            await asyncio.wait({running})
+            killed = await killed_with(search, enough)
         conducted.journal.close()
         if not killed:
             break

@@ -16,11 +16,12 @@ from rich.console import Console
 
 from agents.asking import Asks
 from daemon.journal import Journal
+from daemon.llm_settings import LlmSettings
 from daemon.pausing import Pausing
 from daemon.proposers import make_agents
 from daemon.remote import RemoteSearch
 from daemon.search import Search
-from daemon.settings import LlmSettings, SearchSettings
+from daemon.settings import SearchSettings
 from daemon.store import SearchStore
 from daemon.summary import Summary, show, summarise
 from protocol.candidate import Candidate, Failed, Measured, Outcome
@@ -109,6 +110,18 @@ class Conducted:
         return search
 
 
+async def killed_with(search: Search, enough: int, *, look_after: float = 0) -> bool:
+    """Run until the ledger has `enough` candidates, then end it there; whether it was still running."""
+    running = asyncio.create_task(search.run())
+    async with asyncio.timeout(60):
+        while not running.done() and len(search.ledger) < enough:
+            await asyncio.sleep(look_after)
+    killed = not running.done()
+    running.cancel()
+    await asyncio.wait({running})
+    return killed
+
+
 def evaluations(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
 
@@ -153,13 +166,7 @@ async def test_a_search_killed_anywhere_goes_on_and_measures_nothing_twice(
         search = await conducted.open()
         enough = len(search.ledger) + 3
         async with evaluating(redis, keys) as evaluated:
-            running = asyncio.create_task(search.run())
-            async with asyncio.timeout(60):
-                while not running.done() and len(search.ledger) < enough:
-                    await asyncio.sleep(0.002)
-            killed = not running.done()
-            running.cancel()
-            await asyncio.wait({running})
+            killed = await killed_with(search, enough, look_after=0.002)
         conducted.journal.close()
         counted += evaluated
         if not killed:
@@ -187,13 +194,7 @@ async def test_a_search_that_was_killed_anywhere_has_the_history_of_an_undisturb
         search = await conducted.open()
         enough = len(search.ledger) + 1 + life % 3
         async with evaluating(redis, conducted.keys):
-            running = asyncio.create_task(search.run())
-            async with asyncio.timeout(60):
-                while not running.done() and len(search.ledger) < enough:
-                    await asyncio.sleep(0)
-            killed = not running.done()
-            running.cancel()
-            await asyncio.wait({running})
+            killed = await killed_with(search, enough)
         conducted.journal.close()
         selections += sum(re.match("selector .* attempt 0", label) is not None for label in chat.labels)
         if not killed:

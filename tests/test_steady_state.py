@@ -18,7 +18,7 @@ from protocol.jobs import JobQueue
 from protocol.keys import Keys
 from tests.schema_answers import SchemaChat
 from tests.test_proposers import settings
-from tests.test_search import Conducted, evaluating, unevenness
+from tests.test_search import Conducted, evaluating, killed_with, unevenness
 
 STEADY = {"mode": "steady-state", "population": 4, "max_in_flight": 3, "max_evaluations": 24, "rounds": 10}
 
@@ -91,13 +91,7 @@ async def test_a_steady_search_killed_anywhere_goes_on_and_measures_nothing_twic
         search = await conducted.open()
         enough = len(search.ledger) + 3
         async with evaluating(redis, keys) as evaluated:
-            running = asyncio.create_task(search.run())
-            async with asyncio.timeout(60):
-                while not running.done() and len(search.ledger) < enough:
-                    await asyncio.sleep(0)
-            killed = not running.done()
-            running.cancel()
-            await asyncio.wait({running})
+            killed = await killed_with(search, enough)
         conducted.journal.close()
         counted += evaluated
         kills += killed
