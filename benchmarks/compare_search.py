@@ -24,7 +24,8 @@ from rich.table import Table
 from benchmarks.comparing import MeasuringWorker, SearchResult, result_of
 from daemon import embedded
 from daemon.launch import Launch
-from daemon.settings import EndpointSettings, Settings
+from daemon.llm_settings import EndpointSettings
+from daemon.settings import Settings
 from protocol import logs
 from protocol.allocation import Method
 

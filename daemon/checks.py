@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import structlog
 
 from agents.lists import TOKENS_PER_RATE
-from daemon.settings import NAMED_TEXTS, EndpointSettings, Settings
+from daemon.llm_settings import EndpointSettings
+from daemon.settings import NAMED_TEXTS, Settings
 from protocol.candidate import LEAST_RACE
 from protocol.errors import DataError, SettingsError
 

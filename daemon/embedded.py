@@ -21,7 +21,8 @@ from typing import Any
 import structlog
 
 from daemon.children import Child
-from daemon.settings import EndpointSettings, Settings
+from daemon.llm_settings import EndpointSettings
+from daemon.settings import Settings
 from protocol.connection import AWAY, connect
 from protocol.errors import SearchExistsError, SelfPrunerError, SettingsError, UsageError
 

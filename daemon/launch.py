@@ -19,13 +19,14 @@ from daemon.http_server import CannotListen
 from daemon.http_token import Access
 from daemon.journal import EVALUATIONS, Journal
 from daemon.llm import make_chat, read_replay, read_transcript
+from daemon.llm_settings import EndpointSettings
 from daemon.meter import Meter
 from daemon.observer import Observer
 from daemon.pausing import Pausing, StopRequested
 from daemon.proposers import make_agents
 from daemon.recovery import recovered
 from daemon.search import Search
-from daemon.settings import EndpointSettings, Settings
+from daemon.settings import Settings
 from daemon.store import History, Memory, SearchStore
 from daemon.summary import Summary, summarise
 from protocol.card import ModelCard

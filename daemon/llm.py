@@ -15,7 +15,8 @@ from agents.connection import Gate
 from agents.endpoint import ChatPolicy, Endpoint
 from agents.replay import Replay, Transcript
 from daemon.journal import TRANSCRIPT
-from daemon.settings import EndpointSettings, LlmSettings, Settings, check_key
+from daemon.llm_settings import EndpointSettings, LlmSettings, check_key
+from daemon.settings import Settings
 from protocol.connection import password_of
 from protocol.errors import SettingsError
 from protocol.paths import expanded

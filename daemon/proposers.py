@@ -19,8 +19,9 @@ from agents.mutator import Mutator
 from agents.prompt import Prompts
 from agents.selector import Selector
 from agents.settings import AgentSettings
+from daemon.llm_settings import LlmSettings
 from daemon.search import Agents, Breeds, Selects
-from daemon.settings import LlmSettings, SearchSettings
+from daemon.settings import SearchSettings
 from daemon.terminal import need
 
 

@@ -8,7 +8,8 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from daemon.settings import EndpointSettings, Settings
+from daemon.llm_settings import EndpointSettings
+from daemon.settings import Settings
 
 HEAD = """# Configuration
 

@@ -6,7 +6,8 @@ import pytest
 from structlog.testing import capture_logs
 
 from daemon.checks import check_lists, warn_of_texts
-from daemon.settings import EndpointSettings, Settings
+from daemon.llm_settings import EndpointSettings
+from daemon.settings import Settings
 from protocol.errors import SettingsError
 
 

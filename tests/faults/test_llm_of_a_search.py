@@ -13,9 +13,10 @@ from redis.asyncio import Redis
 from structlog.testing import capture_logs
 
 from daemon.launch import Launch
+from daemon.llm_settings import EndpointSettings
 from daemon.remote import RemoteSearch
 from daemon.setting_sources import load
-from daemon.settings import EndpointSettings, Settings
+from daemon.settings import Settings
 from daemon.status import Condition
 from daemon.store import History, load_history
 from daemon.summary import Summary
