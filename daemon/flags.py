@@ -14,7 +14,7 @@ from protocol.allocation import Method
 from protocol.connection import with_password
 from protocol.plan import Split
 from protocol.shape import Granularity
-from protocol.spec import Dtype, Importance, Scoring
+from protocol.spec import Dtype, Importance, Reconstruction, Scoring
 
 Set = Annotated[list[str] | None, typer.Option("--set", help="One setting, such as target.rate=0.3; repeatable.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
@@ -102,6 +102,9 @@ class PruningFlags:
     importance: Annotated[Importance | None, typer.Option(help="How heads and channels are scored.")] = None
     scoring: Annotated[
         Scoring | None, typer.Option(help="Once on the dense model, or layer by layer on the pruned one.")
+    ] = None
+    reconstruction: Annotated[
+        Reconstruction | None, typer.Option(help="Whether what stays is fitted to make up for what is removed.")
     ] = None
 
 

@@ -14,7 +14,7 @@ from protocol.allocation import Allocation, Method
 from protocol.errors import DataError, SettingsError
 from protocol.plan import Split
 from protocol.shape import Granularity, ModelShape
-from protocol.spec import Dtype, Importance, Measure, Role, Scoring, SearchSpec, TextSpec
+from protocol.spec import Dtype, Importance, Measure, Reconstruction, Role, Scoring, SearchSpec, TextSpec
 
 NO_RATES = "no JSON object with a list of numbers called `rates`"
 
@@ -41,6 +41,7 @@ class _HowStored(BaseModel):
     multiple_of: int = 1
     importance: Importance = "wanda-sp"
     scoring: Scoring = "dense"
+    reconstruction: Reconstruction = "none"
 
 
 class RatesFile(BaseModel):

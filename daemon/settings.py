@@ -29,7 +29,7 @@ from protocol.paths import expanded
 from protocol.plan import Split
 from protocol.rates import DECIMALS
 from protocol.shape import Granularity
-from protocol.spec import Dtype, Importance, Measure, Scoring, SearchSpec, TextSpec
+from protocol.spec import Dtype, Importance, Measure, Reconstruction, Scoring, SearchSpec, TextSpec
 
 ENV_PREFIX = "SELFPRUNER_"
 ProposerName = Literal["llm", "best-of-n", "random", "evolution", "cma-es"]
@@ -93,6 +93,8 @@ class SearchSettings(Section):
     """How heads and channels are scored: `wanda-sp`, `taylor` (LLM-Pruner) or `magnitude`."""
     scoring: Scoring = "dense"
     """`dense`: once. `sequential`: for each candidate anew, each layer on the pruned ones below (only wanda-sp)."""
+    reconstruction: Reconstruction = "none"
+    """`none` (the paper), or `least-squares`: what stays of o and down is fitted to make up for what is removed."""
     lowest_rate: float = Field(default=0.0, ge=0, lt=1)
     """No unit is pruned less than this share."""
     highest_rate: float = Field(default=0.95, gt=0, lt=1)
@@ -283,6 +285,7 @@ class Settings(BaseSettings):
             multiple_of=self.target.multiple_of,
             importance=self.search.importance,
             scoring=self.search.scoring,
+            reconstruction=self.search.reconstruction,
             calibration=self._text(self.data.calibration, self.data.calibration_windows),
             fitness=self._text(self.data.fitness, self.data.fitness_windows),
             measure=self.search.fitness,

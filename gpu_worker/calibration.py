@@ -1,11 +1,13 @@
-"""Activation statistics by hooks: what Wanda-sp and OWL need to know about the calibration text.
+"""Activation statistics by hooks: what Wanda-sp, OWL and reconstruction need to know about the calibration text.
 
 Memory is bounded by one window's activations: only sums are kept of the others.
 """
 
-from collections.abc import Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -28,35 +30,68 @@ class LayerActivations:
     """Of down_proj, [MLP channels]."""
 
 
-class _SquareSum:
-    """A forward pre-hook that adds up x_j² of a linear layer's input."""
+@dataclass(frozen=True)
+class LayerProducts:
+    """E[x·xᵀ] over all calibration tokens of what enters the projections that lose columns; fp32, on their device."""
 
-    def __init__(self, linear: nn.Linear) -> None:
+    attention_output: Tensor
+    """Of o_proj, [query heads × head dim] twice."""
+    mlp_output: Tensor
+    """Of down_proj, [MLP channels] twice."""
+
+
+class _InputSum(ABC):
+    """A forward pre-hook that adds up something of a linear layer's input, token by token."""
+
+    def __init__(self, linear: nn.Linear, total: Tensor) -> None:
         self.handle = linear.register_forward_pre_hook(self)
-        self._total = torch.zeros(linear.in_features, dtype=torch.float64, device=linear.weight.device)
+        self._total = total.to(linear.weight.device)
         self._tokens = 0
 
     def __call__(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         states = inputs[0].flatten(0, -2)
         self._tokens += len(states)
-        # Squared and summed in fp32 within a window: on a CPU ten times as fast as vector_norm. Not in place: of an
-        # fp32 model `float()` returns the activations themselves, which the layer is about to read.
-        self._total += states.float().square().sum(dim=0)
+        # Not to be changed in place: of an fp32 model `float()` returns what the layer is about to read.
+        self._add(states.float())
+
+    @abstractmethod
+    def _add(self, states: Tensor) -> None:
+        """Add `states` [tokens, inputs], fp32, to the total."""
 
     def mean(self) -> Tensor:
-        """Mean of x_j² over all tokens so far."""
+        """The mean over all tokens so far."""
         return self._total / self._tokens
 
 
-class LayerWatch:
-    """Watches what enters the projections of one layer."""
+class _SquareSum(_InputSum):
+    """Adds up x_j²."""
 
-    def __init__(self, layer: Layer) -> None:
-        self._sums = [_SquareSum(linear) for linear in (layer.query, layer.output, layer.gate, layer.down)]
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear, torch.zeros(linear.in_features, dtype=torch.float64))
 
-    def activations(self) -> LayerActivations:
-        """What was seen so far."""
-        return LayerActivations(*(seen.mean() for seen in self._sums))
+    def _add(self, states: Tensor) -> None:
+        # Squared and summed in fp32 within a window: on a CPU ten times as fast as vector_norm.
+        self._total += states.square().sum(dim=0)
+
+
+class _ProductSum(_InputSum):
+    """Adds up x·xᵀ."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear, torch.zeros(linear.in_features, linear.in_features))
+
+    def _add(self, states: Tensor) -> None:
+        self._total.addmm_(states.t(), states)
+
+
+class _Watch:
+    """Watches what enters some projections of one layer."""
+
+    def __init__(self, *sums: _InputSum) -> None:
+        self._sums = sums
+
+    def _means(self) -> Iterator[Tensor]:
+        return (seen.mean() for seen in self._sums)
 
     def close(self) -> None:
         """Stop watching."""
@@ -64,23 +99,64 @@ class LayerWatch:
             seen.handle.remove()
 
 
+class LayerWatch(_Watch):
+    """Watches what enters each kind of projection of one layer."""
+
+    def __init__(self, layer: Layer) -> None:
+        super().__init__(*(_SquareSum(linear) for linear in (layer.query, layer.output, layer.gate, layer.down)))
+
+    def activations(self) -> LayerActivations:
+        """What was seen so far."""
+        return LayerActivations(*self._means())
+
+
+class ProductWatch(_Watch):
+    """Watches what enters the projections of one layer that lose columns."""
+
+    def __init__(self, layer: Layer) -> None:
+        super().__init__(*(_ProductSum(linear) for linear in (layer.output, layer.down)))
+
+    def products(self) -> LayerProducts:
+        """What was seen so far."""
+        return LayerProducts(*self._means())
+
+
+W = TypeVar("W", bound=_Watch)
+
+
 @contextmanager
-def watching(*layers: Layer) -> Iterator[tuple[LayerWatch, ...]]:
+def watching(watch: Callable[[Layer], W], *layers: Layer) -> Iterator[tuple[W, ...]]:
     """Watch `layers` while it lasts."""
-    watches = tuple(LayerWatch(layer) for layer in layers)
+    watches = tuple(watch(layer) for layer in layers)
     try:
         yield watches
     finally:
-        for watch in watches:
-            watch.close()
+        for each in watches:
+            each.close()
 
 
 def calibrate(decoder: Decoder, windows: Tensor, progress: Progress = no_progress) -> tuple[LayerActivations, ...]:
-    """Run the dense model over `windows` (long, [n, seqlen]) and return the activations of each layer.
-
-    No logits are computed.
-    """
-    with torch.inference_mode(), watching(*decoder.layers) as watches:
-        for window in steps(progress, "calibrating", windows):
-            decoder.body(input_ids=window[None].to(decoder.device), use_cache=False)
+    """Run the dense model over `windows` (long, [n, seqlen]) and return the activations of each layer."""
+    with watching(LayerWatch, *decoder.layers) as watches:
+        _run(decoder, windows, progress, "calibrating")
     return tuple(watch.activations() for watch in watches)
+
+
+def input_products(decoder: Decoder, windows: Tensor, progress: Progress = no_progress) -> Iterator[LayerProducts]:
+    """Run the model as it is over `windows` (long, [n, seqlen]); then, layer by layer, its products.
+
+    Each layer's sums are let go as the next one's are asked for: of a large model they are many gigabytes.
+    """
+    with watching(ProductWatch, *decoder.layers) as watches:
+        _run(decoder, windows, progress, "measuring products")
+    waiting = list(reversed(watches))
+    del watches
+    while waiting:
+        yield waiting.pop().products()
+
+
+def _run(decoder: Decoder, windows: Tensor, progress: Progress, stage: str) -> None:
+    """No logits are computed."""
+    with torch.inference_mode():
+        for window in steps(progress, stage, windows):
+            decoder.body(input_ids=window[None].to(decoder.device), use_cache=False)

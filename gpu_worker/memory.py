@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -43,6 +44,8 @@ class Workload:
     takes_gradients: bool = False
     measures_sensitivity: bool = False
     """Whether each layer's input is kept for a batch of tokens."""
+    reconstructs: Literal["no", "layer by layer", "all layers"] = "no"
+    """What stays of o and down is fitted, and of how many layers at a time the products of inputs are kept."""
 
     @classmethod
     def of(cls, spec: SearchSpec) -> "Workload":
@@ -57,7 +60,14 @@ class Workload:
             takes_gradients=spec.importance == "taylor",
             # A search always does, an allocation where its method is that; the spec does not say which it is for.
             measures_sensitivity=True,
+            reconstructs=_reconstructs(spec),
         )
+
+
+def _reconstructs(spec: SearchSpec) -> Literal["no", "layer by layer", "all layers"]:
+    if spec.reconstruction == "none":
+        return "no"
+    return "all layers" if spec.scoring == "dense" else "layer by layer"
 
 
 def _tokens(text: TextSpec) -> int:
@@ -71,7 +81,8 @@ class MemoryEstimate:
     weights: int
     """All parameters, in the type they are loaded in; exact."""
     gathered: int
-    """Copies of q and o at the worst plan: query heads kept of every KV head do not lie next to each other."""
+    """Copies at the worst plan: of q and o where query heads kept of every KV head do not lie next to each other, and
+    with reconstruction of o and down."""
     running: int
     """On each device beside the weights: one window's activations, or one layer's copy while it is scored and ordered,
     or the keys and values of texts being written, or the gradients' pass, or the inputs of all layers that sensitivity
@@ -80,11 +91,13 @@ class MemoryEstimate:
     main: int
     """In main memory, whatever the device: hidden states that wait between two layers, for windows as long as the spec
     says and not as long as the model's positions reach; and predictions of the dense model."""
+    fitting: int = 0
+    """What reconstruction keeps beside each layer: products of its inputs, and what is fitted to them."""
 
     @property
     def least(self) -> int:
         """What cannot be done without on the device."""
-        return self.weights + self.running
+        return self.weights + self.fitting + self.running
 
     @property
     def words(self) -> str:
@@ -92,6 +105,8 @@ class MemoryEstimate:
         parts = [f"{gigabytes(self.weights)} for weights", f"{gigabytes(self.running)} to run them"]
         if self.gathered:
             parts.append(f"up to {gigabytes(self.gathered)} for pruned copies")
+        if self.fitting:
+            parts.append(f"{gigabytes(self.fitting)} for reconstruction")
         if self.main:
             parts.append(f"{gigabytes(self.main)} of main memory for texts")
         return f"about {', '.join(parts)}"
@@ -119,7 +134,8 @@ def estimate_memory(decoder: Decoder, dtype: torch.dtype, workload: Workload, de
         running.append(inputs + _window(shape, logits, size, SENSITIVITY_TOKENS))
     return MemoryEstimate(
         weights=shape.total_parameters * size,
-        gathered=sum(_gathered(shape, layer) for layer in shape.layers) * size,
+        gathered=sum(_gathered(shape, layer, workload.reconstructs != "no") for layer in shape.layers) * size,
+        fitting=_fitting(shape, workload) * FP32,
         running=max(running),
         main=workload.waiting_tokens * shape.hidden_size * size + workload.predicted_tokens * TOP * (INT32 + size),
     )
@@ -178,9 +194,24 @@ def _scoring(shape: ModelShape, layer: LayerShape) -> int:
     return 2 * FP64 * min(ROWS_AT_ONCE, widest) * widest
 
 
-def _gathered(shape: ModelShape, layer: LayerShape) -> int:
-    """Parameters of the query heads when every KV head loses one: those are copied."""
-    return shape.query_head_parameters * layer.kv_heads * (layer.queries_per_kv - 1)
+def _gathered(shape: ModelShape, layer: LayerShape, reconstructs: bool) -> int:
+    """Parameters of the query heads when every KV head loses one: those are copied; and what is fitted anew."""
+    heads = layer.kv_heads * (layer.queries_per_kv - 1)
+    if not reconstructs:
+        return shape.query_head_parameters * heads
+    columns = layer.query_heads * shape.head_dim + layer.mlp_channels
+    return shape.query_head_parameters * heads + columns * shape.hidden_size
+
+
+def _fitting(shape: ModelShape, workload: Workload) -> int:
+    """Values kept for reconstruction: a square for the inputs of o and down and their columns, and what is at work."""
+    if workload.reconstructs == "no":
+        return 0
+    sizes = [(layer.query_heads * shape.head_dim, layer.mlp_channels) for layer in shape.layers]
+    kept = [sum(n * (n + shape.hidden_size) for n in each) for each in sizes]
+    # One layer's damped products, their factor, and a weight in fp32.
+    at_work = max(n * (2 * n + shape.hidden_size) for each in sizes for n in each)
+    return at_work + (sum(kept) if workload.reconstructs == "all layers" else max(kept))
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,8 @@ The rows of q/k/v and gate/up, and the columns of o and down, are permuted once:
 within their KV head by importance, channels by importance. The permuted model computes what the original does. Applying
 a plan then only sets views: k, v, gate and up keep their first rows; o and down are stored transposed, so that their
 first columns are first rows of the storage. Where a plan keeps fewer query heads per KV head, the query rows that stay
-are not adjacent and are gathered: a copy of one layer's kept q and o, dropped when the next plan is applied.
+are not adjacent and are gathered: a copy of one layer's kept q and o, dropped when the next plan is applied. With
+reconstruction the o and down of every pruned block are such copies, fitted to what stays.
 """
 
 from collections.abc import Sequence
@@ -13,8 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from gpu_worker.calibration import LayerProducts
 from gpu_worker.families import Decoder, Layer
 from gpu_worker.importance import LayerImportance
+from gpu_worker.reconstruction import FittedColumns
 from protocol.plan import LayerPlan, Plan, dense_plan
 from protocol.shape import LayerShape
 
@@ -85,9 +88,14 @@ class _OrderedLayer:
         self._query = _query_rows(layer.query, groups, each, kv, queries)
         self._key, self._value = (_order_rows(linear, (groups, -1), kv) for linear in (layer.key, layer.value))
         heads = layer.output.weight.t().reshape(groups, each, -1, layer.output.out_features)
-        self._output = _Columns(heads[kv[:, None], queries].contiguous())
+        self._output: _Columns | FittedColumns = _Columns(heads[kv[:, None], queries].contiguous())
         self._gate, self._up = (_order_rows(linear, (-1,), channels) for linear in (layer.gate, layer.up))
-        self._down = _Columns(layer.down.weight.t()[channels].contiguous())
+        self._down: _Columns | FittedColumns = _Columns(layer.down.weight.t()[channels].contiguous())
+
+    def fit(self, products: LayerProducts) -> None:
+        """From now on fit the columns that stay to the `products` of what enters them, in the layer's order."""
+        self._output = FittedColumns(self._output.stored, products.attention_output)
+        self._down = FittedColumns(self._down.stored, products.mlp_output)
 
     def apply(self, plan: LayerPlan) -> None:
         """Make the layer keep what `plan` says."""
@@ -137,6 +145,14 @@ class OrderedModel:
         order = _Order.of(importance)
         self._layers[layer] = self._ordered(layer, order)
         self._orders[layer] = order
+
+    def fit(self, layer: int, products: LayerProducts) -> None:
+        """Whatever is pruned from decoder layer `layer` later, fit what stays (gpu_worker/reconstruction.py).
+
+        `products` are of the layer in the order that it has, and are forgotten when it gets another.
+        """
+        with torch.no_grad():
+            self._layers[layer].fit(products)
 
     def unorder(self, layer: int) -> None:
         """Make a layer dense and give it back its original order, bit by bit."""

@@ -6,7 +6,7 @@ where dense scoring needs one pass for all plans.
 
 from torch import Tensor
 
-from gpu_worker.calibration import watching
+from gpu_worker.calibration import LayerWatch, ProductWatch, watching
 from gpu_worker.importance import wanda_sp
 from gpu_worker.layerwise import LayerRun
 from gpu_worker.progress import Progress, no_progress, steps
@@ -14,10 +14,13 @@ from gpu_worker.pruning import OrderedModel
 from protocol.plan import Plan, dense_plan
 
 
-def prune_sequentially(ordered: OrderedModel, plan: Plan, windows: Tensor, progress: Progress = no_progress) -> None:
+def prune_sequentially(
+    ordered: OrderedModel, plan: Plan, windows: Tensor, progress: Progress = no_progress, *, reconstruct: bool = False
+) -> None:
     """Prune to `plan` by Wanda-sp scores taken layer by layer on `windows` (long, [n, seqlen]).
 
-    The result does not depend on what was applied before. Raises PlanMismatchError for a plan of another model.
+    With `reconstruct`, each layer is also fitted to what it is given by the pruned layers below it. The result does not
+    depend on what was applied before. Raises PlanMismatchError for a plan of another model.
     """
     ordered.check(plan)
     decoder = ordered.decoder
@@ -28,9 +31,13 @@ def prune_sequentially(ordered: OrderedModel, plan: Plan, windows: Tensor, progr
     for i, kept in enumerate(steps(progress, "scoring", plan.layers)):
         if kept != whole[i]:
             layer = decoder.layers[i]
-            with watching(layer) as (watch,):
+            with watching(LayerWatch, layer) as (watch,):
                 run.visit(i)
             ordered.reorder(i, wanda_sp(layer, watch.activations(), decoder.shape.layers[i]))
+            if reconstruct:
+                with watching(ProductWatch, layer) as (seen,):
+                    run.visit(i)
+                ordered.fit(i, seen.products())
             ordered.apply_layer(i, kept)
         if i + 1 < len(decoder.layers):
             run.advance(i)

@@ -5,18 +5,19 @@ from functools import partial
 
 from torch import Tensor
 
-from gpu_worker.calibration import LayerActivations, calibrate
+from gpu_worker.calibration import LayerActivations, calibrate, input_products
 from gpu_worker.corpora import Texts, load_texts
 from gpu_worker.gradients import gradient_salience
 from gpu_worker.importance import LayerImportance, grouped, magnitude, wanda_sp
 from gpu_worker.memory import Workload
 from gpu_worker.models import LoadedModel, load_model
 from gpu_worker.outliers import outlier_share
+from gpu_worker.perplexity import NotFiniteError
 from gpu_worker.progress import Progress, no_progress, steps
 from gpu_worker.pruning import OrderedModel
 from gpu_worker.self_text import self_text
 from gpu_worker.sequential import prune_sequentially
-from protocol.errors import DataError
+from protocol.errors import DataError, ModelError
 from protocol.plan import Plan
 from protocol.shape import ModelShape
 from protocol.spec import SearchSpec
@@ -58,6 +59,8 @@ class Target:
             pairs = zip(decoder.layers, seen, strict=True)
             self.outliers = tuple(outlier_share(layer, each, outlier_threshold) for layer, each in pairs)
         self.ordered = OrderedModel(decoder, score(self.model, spec, seen, windows, progress))
+        if spec.reconstruction == "least-squares" and spec.scoring == "dense":
+            _reconstruct(self.ordered, windows, progress)
 
     @property
     def shape(self) -> ModelShape:
@@ -69,8 +72,19 @@ class Target:
         if self.spec.scoring == "dense":
             self.ordered.apply(plan)
         elif self._scored != (plan, self.ordered.changes):  # the same plan may be measured on several texts
-            prune_sequentially(self.ordered, plan, self.texts.calibration, self._progress)
+            reconstruct = self.spec.reconstruction == "least-squares"
+            prune_sequentially(self.ordered, plan, self.texts.calibration, self._progress, reconstruct=reconstruct)
             self._scored = (plan, self.ordered.changes)
+
+
+def _reconstruct(ordered: OrderedModel, windows: Tensor, progress: Progress) -> None:
+    """Fit every layer to what enters it in the dense model. Raises ModelError where that is no number."""
+    products = input_products(ordered.decoder, windows, progress)
+    try:
+        for i in steps(progress, "preparing reconstruction", range(len(ordered.decoder.layers))):
+            ordered.fit(i, next(products))
+    except NotFiniteError as error:
+        raise ModelError(f"the dense model is broken: {error}") from error
 
 
 def check_length(model: LoadedModel, seqlen: int) -> None:

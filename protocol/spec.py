@@ -12,6 +12,8 @@ Importance = Literal["wanda-sp", "taylor", "magnitude"]
 """How heads and channels are scored: as FLAP's Wanda-sp, as LLM-Pruner, or by the size of their weights."""
 Scoring = Literal["dense", "sequential"]
 """Once on the dense model, or for each plan anew, each layer on the already pruned layers below it (Wanda-sp only)."""
+Reconstruction = Literal["none", "least-squares"]
+"""Whether what stays of o_proj and down_proj is fitted to what they computed before, on the calibration text."""
 Dtype = Literal["bfloat16", "float32", "float16"]
 Measure = Literal["perplexity", "kl"]
 """What a search minimises: perplexity (the paper), or the KL divergence from the dense model."""
@@ -47,6 +49,7 @@ class SearchSpec(BaseModel):
     multiple_of: PositiveInt = 1
     importance: Importance = "wanda-sp"
     scoring: Scoring = "dense"
+    reconstruction: Reconstruction = "none"
     calibration: TextSpec
     fitness: TextSpec
     measure: Measure = "perplexity"

@@ -123,6 +123,12 @@ def test_how_it_was_pruned_is_told() -> None:
     assert f"- Written by: Self-Pruner {version_of_selfpruner()}" in text
 
 
+def test_a_fit_to_the_text_is_told() -> None:
+    spec = facts_of(MODEL).spec.model_copy(update={"reconstruction": "least-squares"})
+    assert "fitted by least squares" in card(spec=spec)
+    assert "fitted" not in card()
+
+
 @pytest.mark.parametrize(
     ("fmt", "wanted"),
     [

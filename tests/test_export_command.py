@@ -38,11 +38,12 @@ def measured_again(folder: Path, target: Path, capsys: pytest.CaptureFixture[str
     return perplexity
 
 
+@pytest.mark.parametrize("reconstruction", ["none", "least-squares"])
 @pytest.mark.parametrize("format_", ["hf", "padded"])
 def test_the_folder_measures_what_the_model_in_memory_did(
-    target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], format_: str
+    target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], format_: str, reconstruction: str
 ) -> None:
-    assert export(target, tmp_path / "out", "--format", format_) == 0
+    assert export(target, tmp_path / "out", "--format", format_, "--reconstruction", reconstruction) == 0
     answer = json.loads(capsys.readouterr().out)
     assert measured_again(tmp_path / "out", target, capsys) == pytest.approx(answer["perplexity"], rel=1e-4)
     assert {"README.md", "config.json", "model.safetensors", "selfpruner.json"} <= set(answer["files"])

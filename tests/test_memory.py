@@ -52,6 +52,18 @@ SPEC = SearchSpec(
 )
 
 
+@pytest.mark.parametrize("scoring", ["dense", "sequential"])
+def test_reconstruction_needs_squares_of_every_width(scoring: str) -> None:
+    spec = SPEC.model_copy(update={"reconstruction": "least-squares", "scoring": scoring})
+    plain, fitted = (estimate_of(LLAMA_2_7B, Workload.of(each)) for each in (SPEC, spec))
+    squares = FP32 * (4096**2 + 11008**2)
+    layers = 32 if scoring == "dense" else 1
+    assert plain.fitting == 0
+    assert squares * layers < fitted.fitting < 2 * squares * (layers + 1)
+    assert fitted.gathered - plain.gathered == 32 * 4096 * (4096 + 11008) * 2
+    assert "for reconstruction" in fitted.words and "for reconstruction" not in plain.words
+
+
 def estimate_of(config: transformers.PreTrainedConfig, workload: Workload) -> MemoryEstimate:
     decoder = take_apart(skeleton(config, torch.bfloat16))
     return estimate_memory(decoder, torch.bfloat16, workload, "cuda")

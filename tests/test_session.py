@@ -1,5 +1,6 @@
 import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,6 @@ from gpu_worker.corpora import windows_digest
 from gpu_worker.device_errors import is_out_of_memory
 from gpu_worker.evaluate import evaluate_as_it_is, evaluate_once
 from gpu_worker.perplexity import NotFiniteError
-from gpu_worker.progress import Progress
 from gpu_worker.pruning import OrderedModel
 from gpu_worker.sequential import prune_sequentially
 from gpu_worker.session import Session
@@ -214,9 +214,9 @@ def test_sequential_scores_are_taken_once_for_all_texts_of_a_plan(
     session = Session(spec.model_copy(update={"scoring": "sequential"}), sensitivity=False)
     scored: list[Plan] = []
 
-    def watched(ordered: OrderedModel, plan: Plan, windows: torch.Tensor, progress: Progress) -> None:
+    def watched(ordered: OrderedModel, plan: Plan, *rest: Any, **options: Any) -> None:
         scored.append(plan)
-        prune_sequentially(ordered, plan, windows, progress)
+        prune_sequentially(ordered, plan, *rest, **options)
 
     monkeypatch.setattr("gpu_worker.target.prune_sequentially", watched)
     plan, other = (spec.plan(rates, session.shape) for rates in ([0.2, 0.4, 0.6], [0.6, 0.4, 0.2]))
