@@ -23,7 +23,7 @@ Vector = NDArray[np.float64]
 COMMON, FACTOR, SLOPE = 0.01, 1.0, 3.0
 """How strongly the common factor, a unit's own factor, and its slope are held to what is believed beforehand: the
 precision of that belief, as of a normal distribution."""
-SHARPNESS = 3.0
+SHARPNESS = 1.0
 """An outcome's errors are scaled by exp(−SHARPNESS × distance from the best): the guess has to be right where the
 search is."""
 MOST = 500

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import AsyncExitStack
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from rich.console import Console
 from rich.table import Table
@@ -28,6 +28,7 @@ from daemon.llm_settings import EndpointSettings
 from daemon.settings import Settings
 from protocol import logs
 from protocol.allocation import Method
+from protocol.spec import Reconstruction
 
 SEEDS: tuple[Method, ...] = ("sensitivity", "owl", "uniform")
 OFFSPRING = 8
@@ -64,6 +65,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="searches of each method, each with windows of its own")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(USUAL))
     parser.add_argument("--granularity", choices=("layer", "block"), default="block")
+    parser.add_argument("--reconstruction", choices=get_args(Reconstruction), default="least-squares")
     parser.add_argument("--no-seeds", action="store_true", help="begin without the allocations")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--fitness", default="self", help="the text to score on and to search on")
@@ -139,6 +141,7 @@ def settings_of(given: argparse.Namespace, method: str, rate: float, seed: int) 
                 "rounds": -(-(given.budget - population) // OFFSPRING),
                 "max_evaluations": given.budget,
                 "granularity": given.granularity,
+                "reconstruction": given.reconstruction,
                 "seeds": () if given.no_seeds else SEEDS,
                 **chosen,
             },
