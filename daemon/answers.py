@@ -1,4 +1,4 @@
-"""What `evaluate`, `export`, `allocate` and `best` answer to a person: a table, and lines under it."""
+"""What `evaluate`, `export`, `allocate`, `zero-shot` and `best` answer to a person: a table, and lines under it."""
 
 import shlex
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ from daemon.settings import NAMED_TEXTS
 from protocol.candidate import Provenance
 from protocol.errors import DataError
 from protocol.plan import LayerPlan, Parameters
-from protocol.results import AllocationResult, EvaluationResult, ExportResult
+from protocol.results import AllocationResult, EvaluationResult, ExportResult, ZeroShotResult
 from protocol.shape import ModelShape
 from protocol.spec import SearchSpec, TextSpec
 
@@ -63,6 +63,23 @@ def allocation(result: AllocationResult) -> Iterator[RenderableType]:
     yield _layers(result.rates, result.plan, result.shape)
     yield _parameters(result.parameters)
     yield "--json prints this as a file that evaluate and export take as --rates"
+
+
+def zero_shot(result: ZeroShotResult) -> Iterator[RenderableType]:
+    """Both accuracies of every task, which of them counts, and their mean."""
+    yield f"{result.model}, {_removed(result.rate, result.method)}"
+    table = _table("task", "items", "acc", "acc_norm", "counts", "±")
+    for task in result.tasks:
+        figures = (_percent(task.acc), _percent(task.acc_norm), task.metric, _percent(task.standard_error))
+        table.add_row(task.title, f"{task.items:,}", *figures)
+    yield table
+    yield f"mean accuracy: {result.mean:.2%} over {len(result.tasks)} task{'s' * (len(result.tasks) != 1)}"
+    yield _parameters(result.parameters)
+    if result.calibration is not None:
+        yield f"scored on {_text_name(result.calibration)}"
+    if result.limit is not None:
+        yield f"at most {result.limit:,} items of each task, the first ones"
+    yield f"answering took {result.seconds:,.1f} s"
 
 
 class _Best(BaseModel):
@@ -177,3 +194,7 @@ def _millions(parameters: int) -> str:
 
 def _number(value: float | None, digits: int) -> str:
     return "–" if value is None else f"{value:,.{digits}f}"
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{share:.2%}"

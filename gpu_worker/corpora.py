@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import torch
 from torch import Tensor
 
-from gpu_worker.hub import hub_reachable
+from gpu_worker.hub import datasets_go_offline, hub_reachable
 from protocol.errors import DataError
 from protocol.spec import Role, SearchSpec, TextSpec
 
@@ -150,8 +149,7 @@ def _wikitext2(split: str) -> str:
 
     datasets.disable_progress_bars()
     if not hub_reachable():
-        # Half a minute of retries otherwise: `local_files_only` does not reach the look-up of the repository's files.
-        datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
+        datasets_go_offline()
     try:
         rows = datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=split)
     except (OSError, ValueError) as error:
