@@ -1,4 +1,4 @@
-"""`selfpruner …`: the command line. It and pruning_commands.py may name gpu_worker, inside function bodies."""
+"""`selfpruner …`: the command line. It and the commands that prune may name gpu_worker, in function bodies."""
 
 import asyncio
 import os
@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.live import Live
 
-from daemon import answers, embedded, flags, pruning_commands
+from daemon import answers, embedded, finetune_command, flags, pruning_commands
 from daemon.changes import Event
 from daemon.display import Display
 from daemon.flag_errors import FLAG_ERROR, flag_sentence
@@ -51,6 +51,7 @@ app = typer.Typer(
 app.command()(pruning_commands.allocate)
 app.command()(pruning_commands.evaluate)
 app.command()(pruning_commands.export)
+app.command()(finetune_command.finetune)
 
 Config = Annotated[Path | None, typer.Argument(help="A YAML file of settings; quickstart.yaml when left out.")]
 
@@ -64,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SelfPrunerError as error:
         return _told(str(error), 2 if isinstance(error, UsageError) else 1)
     except Interrupted as end:
-        return _told("interrupted; nothing was written", end.exit_code)
+        return _told(f"interrupted; {end.left}", end.exit_code)
     return code if isinstance(code, int) else 0
 
 
