@@ -43,6 +43,11 @@ def read_exported(folder: Path) -> Exported:
         raise ModelError(f"{str(folder)!r} is no folder that `selfpruner export` wrote: it has no {MARK}")
     try:
         written = json.loads(file.read_bytes())
+        if "formats" in written:
+            raise ModelError(
+                f"the folder {str(folder)!r} holds a model in several formats; pass one of them, such as "
+                f"{str(folder / written['formats'][0])!r}"
+            )
         fmt = written["format"]
         facts = ExportFacts.model_validate({name: each for name, each in written.items() if name not in NOT_FACTS})
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
