@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.live import Live
 
-from daemon import answers, flags, pruning_commands, zero_shot_command
+from daemon import answers, finetune_command, flags, pruning_commands, zero_shot_command
 from daemon.changes import Event
 from daemon.flag_errors import FLAG_ERROR, flag_sentence
 from daemon.http_token import Access
@@ -50,6 +50,7 @@ app.command()(pruning_commands.allocate)
 app.command()(pruning_commands.evaluate)
 app.command()(pruning_commands.export)
 app.command()(zero_shot_command.zero_shot)
+app.command()(finetune_command.finetune)
 
 Config = Annotated[Path | None, typer.Argument(help="A YAML file of settings; quickstart.yaml when left out.")]
 
@@ -63,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SelfPrunerError as error:
         return _told(str(error), 2 if isinstance(error, UsageError) else 1)
     except Interrupted as end:
-        return _told("interrupted; nothing was written", end.exit_code)
+        return _told(f"interrupted; {end.left}", end.exit_code)
     return code if isinstance(code, int) else 0
 
 

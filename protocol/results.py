@@ -1,9 +1,11 @@
-"""What `selfpruner evaluate`, `allocate`, `export` and `zero-shot` find: as JSON what a program reads of them."""
+"""What the commands that prune and measure find: as JSON what a program reads of them."""
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, PositiveInt
 
+from protocol.finetuning import Finetuning
 from protocol.formats import Format
 from protocol.plan import LayerPlan, Parameters
 from protocol.shape import ModelShape
@@ -127,3 +129,24 @@ class ZeroShotResult(BaseModel):
     """Wall time of answering, and of nothing else."""
     calibration: str | None = None
     rates: tuple[float, ...] = ()
+
+
+class FinetuneResult(BaseModel):
+    """What was trained, what it measures, and what was written."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    folder: Path
+    formats: tuple[Format, ...]
+    """Each in the folder itself where there is one, else in a folder of its name in it."""
+    files: dict[str, int]
+    """Names below the folder, and sizes in bytes."""
+    model: str
+    """The model that was pruned."""
+    parameters: Parameters
+    finetuning: Finetuning
+    resumed_from: int
+    """Steps that an earlier process had made."""
+    ended_by: Literal["steps", "time"]
+    seconds: float
+    """Wall time of the steps, over all restarts."""
