@@ -71,7 +71,7 @@ def export_all() -> dict[str, float]:
     try:
         for format_ in FORMATS:
             start = time.perf_counter()
-            export_model(model, plan, facts, format_, folder / format_, force=False)
+            export_model(model, plan, facts, (format_,), folder / format_, force=False)
             seconds[format_] = time.perf_counter() - start
     finally:
         shutil.rmtree(folder)

@@ -41,7 +41,7 @@ def evaluation(result: EvaluationResult) -> Iterator[RenderableType]:
 
 def exported(result: ExportResult, text: TextSpec) -> Iterator[RenderableType]:
     """What was written and what it measures; `text` is what it was measured on."""
-    yield f"{result.folder}: {result.model}, {_removed(result.rate, result.method)}, as {result.format}"
+    yield f"{result.folder}: {result.model}, {_removed(result.rate, result.method)}, as {' and '.join(result.formats)}"
     table = _figures(report=False, kl=result.kl is not None)
     _add(table, "dense", result.dense_perplexity, None, 0.0, result.parameters.total_before)
     _add(table, "pruned", result.perplexity, None, result.kl, result.parameters.total_after)
@@ -203,7 +203,7 @@ def _text_name(source: str) -> str:
 
 
 def _next_command(result: ExportResult, text: TextSpec) -> str:
-    if result.format == "gguf":
+    if result.formats == ("gguf",):
         file = next(name for name in result.files if name.endswith(".gguf"))
         return f"llama-cli -m {shlex.quote(str(result.folder / file))} -p 'Once upon a time'"
     command = f"selfpruner evaluate {shlex.quote(str(result.folder))}"

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 import typer
 from pydantic import ValidationError
@@ -14,13 +14,12 @@ from daemon.signals import Interrupted
 from daemon.terminal import answer, need
 from protocol.errors import DataError, SettingsError
 from protocol.finetuning import ALPACA_GPT4, Form, Recipe, Schedule, form_of
-from protocol.formats import Format, GgufType
+from protocol.formats import GgufType, formats_of
 from protocol.paths import expanded
 from protocol.spec import Dtype
 
 SIZES: dict[Form, dict[str, int]] = {"alpaca": {"batch": 64, "seqlen": 256}, "text": {"batch": 8, "seqlen": 512}}
 """What a step takes where no flag says it: LLM-Pruner's for instructions."""
-FORMATS: tuple[Format, ...] = get_args(Format)
 LEARNING_RATES = {False: 3e-4, True: 1e-4}
 """Of LoRA, and of all weights."""
 
@@ -59,9 +58,7 @@ def finetune(
         str,
         typer.Option(help=f"`{ALPACA_GPT4}`, a .json or .jsonl file in Alpaca's form, a text file, or `wikitext2`."),
     ] = ALPACA_GPT4,
-    format_: Annotated[
-        list[str] | None, typer.Option("--format", help="hf, padded or gguf; the folder's if left out. Repeatable.")
-    ] = None,
+    format_: flags.FormatNames = None,
     gguf_type: Annotated[GgufType, typer.Option(help="gguf: how weights are stored.")] = "f16",
     force: Annotated[bool, typer.Option("--force", help="Replace an older export.")] = False,
     full: Annotated[bool, typer.Option("--full", help="Train the projections' own weights, and not LoRA.")] = False,
@@ -86,7 +83,7 @@ def finetune(
 
     Killed or interrupted, the same command goes on from its checkpoint, which is beside --out.
     """
-    recipe, formats = recipe_of(data, how, full=full, seed=seed), _formats(format_ or [])
+    recipe, formats = recipe_of(data, how, full=full, seed=seed), formats_of(format_ or [])
     if max_minutes is not None and max_minutes <= 0:
         raise SettingsError(f"--max-minutes {max_minutes} is no time to train in")
     if eval_data is None and (eval_windows, eval_seqlen) != (None, None):
@@ -131,14 +128,6 @@ def recipe_of(data: str, how: RecipeFlags, *, full: bool, seed: int) -> Recipe:
         return Recipe(**defaults | given, method="full" if full else "lora", seed=seed)
     except ValidationError as error:
         raise SettingsError(validation_sentence(error)) from error
-
-
-def _formats(names: list[str]) -> tuple[Format, ...]:
-    """Each of the formats once. Raises SettingsError for one that there is not."""
-    for name in names:
-        if name not in FORMATS:
-            raise SettingsError(f"--format cannot be {name!r}: there are {', '.join(FORMATS)}")
-    return tuple(fmt for fmt in FORMATS if fmt in names)
 
 
 def _found(source: str, *, only_text: bool = False) -> str:

@@ -83,6 +83,12 @@ class CalibrationFlags:
     seqlen: Annotated[int, typer.Option(min=16, help="Tokens of a window.")] = 512
 
 
+FormatNames = Annotated[
+    list[str] | None,
+    typer.Option("--format", help="What will load it: hf, padded or gguf. Given twice: gguf beside one of the others."),
+]
+
+
 @dataclass(frozen=True)
 class ChoiceFlags:
     """Which rates; `rate` None means: as the file of rates has it."""

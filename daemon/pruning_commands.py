@@ -28,7 +28,7 @@ from daemon.terminal import answer, need
 from protocol import logs
 from protocol.allocation import Method
 from protocol.errors import SettingsError
-from protocol.formats import Format, GgufType
+from protocol.formats import GgufType, formats_of
 from protocol.paths import expanded
 from protocol.spec import Measure
 
@@ -108,7 +108,7 @@ def evaluate(
 @flags.grouped
 def export(
     out: Annotated[Path, typer.Option(help="The folder to make.")],
-    format_: Annotated[Format, typer.Option("--format", help="What will load it; see docs/usage.md.")] = "hf",
+    format_: flags.FormatNames = None,
     gguf_type: Annotated[GgufType, typer.Option(help="gguf: how weights are stored.")] = "f16",
     force: Annotated[bool, typer.Option("--force", help="Replace an older export.")] = False,
     search: Annotated[str | None, typer.Option("--search", help="Export the best of this search.")] = None,
@@ -128,6 +128,7 @@ def export(
 
     Without --data and --calibration-data the model is scored and measured on text that it writes itself.
     """
+    formats = formats_of(format_ or ["hf"])
     if search is not None:
         if model is not None or choice != flags.ChoiceFlags():
             raise SettingsError("--search names the model and its rates: leave --model, --allocate and --rates out")
@@ -148,7 +149,7 @@ def export(
         result = export_once(
             request.spec,
             request.choice,
-            Destination(expanded(out), format_, gguf_type, force),
+            Destination(expanded(out), formats, gguf_type, force),
             shape=request.shape,
             method=request.method,
             progress=progress,

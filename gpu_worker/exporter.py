@@ -7,13 +7,13 @@ from pathlib import Path
 from gpu_worker.allocation import Choice, prepare
 from gpu_worker.corpora import SELF, windows_digest
 from gpu_worker.evaluate import Pruned, prune_and_measure, removed_share
-from gpu_worker.export.exporting import check_format, export_model
+from gpu_worker.export.exporting import check_formats, export_model
 from gpu_worker.export.facts import ExportFacts, TextPerplexity
 from gpu_worker.export.folder import check_target
 from gpu_worker.progress import Progress, no_progress
 from protocol.candidate import Measured
 from protocol.card import DensePerplexity
-from protocol.formats import Format, GgufType
+from protocol.formats import Formats, GgufType
 from protocol.results import ExportResult
 from protocol.shape import ModelShape
 from protocol.spec import SearchSpec
@@ -21,10 +21,10 @@ from protocol.spec import SearchSpec
 
 @dataclass(frozen=True)
 class Destination:
-    """Where an export goes, and as what. `gguf_type` is for the format gguf alone."""
+    """Where an export goes, and as what. `gguf_type` is for the GGUF file alone."""
 
     folder: Path
-    format: Format
+    formats: Formats
     gguf_type: GgufType = "f16"
     force: bool = False
 
@@ -44,14 +44,14 @@ def export_once(
     family that the format does not support, and for a folder that is taken or cannot be written.
     """
     check_target(destination.folder, force=destination.force)
-    target = prepare(spec, choice, progress, shape=shape, check=lambda model: check_format(model, destination.format))
+    target = prepare(spec, choice, progress, shape=shape, check=lambda model: check_formats(model, destination.formats))
     pruned = prune_and_measure(target, choice, progress)
     start = time.perf_counter()
     export_model(
         target.model,
         pruned.plan,
         facts_of(pruned, method),
-        destination.format,
+        destination.formats,
         destination.folder,
         force=destination.force,
         gguf_type=destination.gguf_type,
@@ -61,7 +61,7 @@ def export_once(
     seconds = time.perf_counter() - start
     return ExportResult(
         folder=destination.folder,
-        format=destination.format,
+        formats=destination.formats,
         files={file.name: file.stat().st_size for file in sorted(destination.folder.iterdir())},
         model=spec.model,
         method=method,

@@ -1,10 +1,26 @@
 """The formats that a pruned model is exported in."""
 
-from typing import Literal
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+from protocol.errors import SettingsError
 
 Format = Literal["hf", "padded", "gguf"]
 """For transformers and vLLM; for whatever loads the dense model; for llama.cpp."""
+Formats = tuple[Format, ...]
+"""Of one folder; a GGUF file lies beside the files of another format, which come first."""
 KEPT_TEXT = "measured-text.json"
 """The file of an export that holds the tokens it was measured on, where the dense model wrote them."""
 GgufType = Literal["f16", "q8_0"]
 """How the weights of a GGUF are stored."""
+
+
+def formats_of(names: Sequence[str]) -> Formats:
+    """These formats, each once. Raises SettingsError for one that there is not, and for two of the same files."""
+    known: Formats = get_args(Format)
+    for name in names:
+        if name not in known:
+            raise SettingsError(f"--format cannot be {name!r}: there are {', '.join(known)}")
+    if "hf" in names and "padded" in names:
+        raise SettingsError("--format hf and --format padded would write the same files: export twice")
+    return tuple(fmt for fmt in known if fmt in names)

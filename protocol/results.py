@@ -6,7 +6,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, PositiveInt
 
 from protocol.finetuning import Finetuning
-from protocol.formats import Format
+from protocol.formats import Formats
 from protocol.plan import LayerPlan, Parameters
 from protocol.shape import ModelShape
 from protocol.spec import SearchSpec
@@ -65,7 +65,7 @@ class ExportResult(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     folder: Path
-    format: Format
+    formats: Formats
     files: dict[str, int]
     """Names and sizes in bytes."""
     model: str
@@ -137,7 +137,7 @@ class FinetuneResult(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     folder: Path
-    formats: tuple[Format, ...]
+    formats: Formats
     """Each in the folder itself where there is one, else in a folder of its name in it."""
     files: dict[str, int]
     """Names below the folder, and sizes in bytes."""

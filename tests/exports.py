@@ -61,7 +61,7 @@ def facts_of(model: LoadedModel, plan: Plan = UNEVEN, **changes: Any) -> ExportF
 
 def export(model: LoadedModel, fmt: Format, out: Path, plan: Plan = UNEVEN, *, force: bool = False) -> Path:
     """Export `model`, which is pruned to `plan`; returns the folder."""
-    export_model(model, plan, facts_of(model, plan), fmt, out, force=force)
+    export_model(model, plan, facts_of(model, plan), (fmt,), out, force=force)
     return out
 
 

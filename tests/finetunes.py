@@ -29,7 +29,7 @@ def exported(out: Path, family: str = "llama", fmt: Format = "hf", **options: An
     text = TextSpec(source="text.txt", windows=4, seqlen=32)
     spec = SearchSpec(model="someone/some-model", rate=0.3, calibration=text, fitness=text, dtype="float32")
     facts = facts_of(model, spec=spec, dense=None, pruned=None)
-    export_model(model, UNEVEN, facts, fmt, out, force=False)
+    export_model(model, UNEVEN, facts, (fmt,), out, force=False)
     return out
 
 

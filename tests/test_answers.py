@@ -37,7 +37,7 @@ EVALUATED = EvaluationResult(
 )
 EXPORTED = ExportResult(
     folder=Path("my models/pruned"),
-    format="hf",
+    formats=("hf",),
     files={"README.md": 4321, "model.safetensors": 269_000_000},
     model="tiny",
     method="search quickstart",
@@ -125,7 +125,7 @@ def test_an_export_says_what_was_written_and_what_to_type_next(source: str, comm
 
 
 def test_a_gguf_is_tried_with_llama_cpp() -> None:
-    gguf = EXPORTED.model_copy(update={"format": "gguf", "files": {"README.md": 1, "pruned-F16.gguf": 2}})
+    gguf = EXPORTED.model_copy(update={"formats": ("gguf",), "files": {"README.md": 1, "pruned-F16.gguf": 2}})
     *_, last = printed(answers.exported(gguf, TextSpec(source="self", windows=2, seqlen=256)))
     assert last == "next: llama-cli -m 'my models/pruned/pruned-F16.gguf' -p 'Once upon a time'"
 

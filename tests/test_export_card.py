@@ -8,14 +8,16 @@ from pydantic import ValidationError
 
 from gpu_worker.export.card import render_card
 from gpu_worker.export.facts import ExportFacts, TextPerplexity, version_of_selfpruner, without_places
+from protocol.formats import Format, Formats
 from tests.exports import UNEVEN, export, facts_of, pruned
 from tests.tiny_models import tiny_model
 
 MODEL = tiny_model("llama")
 
 
-def card(fmt: Any = "hf", **changes: Any) -> str:
-    return render_card(facts_of(MODEL, **changes), fmt, name="out", gguf="out.gguf" if fmt == "gguf" else None)
+def card(fmt: Format | Formats = "hf", **changes: Any) -> str:
+    formats: Formats = (fmt,) if isinstance(fmt, str) else fmt
+    return render_card(facts_of(MODEL, **changes), formats, name="out", gguf="out.gguf" if "gguf" in formats else None)
 
 
 def front_matter(text: str) -> dict[str, Any]:
@@ -140,14 +142,14 @@ def test_a_fit_to_the_text_is_told() -> None:
         ("gguf", ["llama-cli -m out/out.gguf"]),
     ],
 )
-def test_each_format_says_how_to_load_it(fmt: str, wanted: list[str]) -> None:
+def test_each_format_says_how_to_load_it(fmt: Format, wanted: list[str]) -> None:
     text = card(fmt)
     assert all(words in text for words in wanted)
     assert ("trust_remote_code" in text) == (fmt == "hf")
 
 
 @pytest.mark.parametrize("fmt", ["hf", "padded", "gguf"])
-def test_tables_and_blocks_are_set_apart_by_single_empty_lines(fmt: str) -> None:
+def test_tables_and_blocks_are_set_apart_by_single_empty_lines(fmt: Format) -> None:
     text = card(fmt)
     assert "\n\n\n" not in text and "|\n#" not in text and "```\n#" not in text
     assert all(len(line) < 160 and line == line.rstrip() for line in text.splitlines())
@@ -165,12 +167,12 @@ def test_a_program_reads_the_same_facts_from_the_folder(tmp_path: Path) -> None:
     folder = export(pruned(model), "padded", tmp_path / "out")
     written = json.loads((folder / "selfpruner.json").read_text())
     assert written.pop("selfpruner") == version_of_selfpruner()
-    assert written.pop("format") == "padded"
+    assert written.pop("format") == "padded" and written.pop("formats") == ["padded"]
     assert written.pop("parameters")["decoder_after"] == UNEVEN.decoder_parameters(model.decoder.shape)
     facts = facts_of(model)
     assert ExportFacts.model_validate(written) == facts.model_copy(update={"spec": without_places(facts.spec)})
     assert "/home/" not in (folder / "selfpruner.json").read_text()
-    assert (folder / "README.md").read_text() == render_card(facts_of(model), "padded", name="out")
+    assert (folder / "README.md").read_text() == render_card(facts_of(model), ("padded",), name="out")
 
 
 def test_the_divergence_is_told_where_it_was_measured() -> None:

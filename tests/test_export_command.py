@@ -200,3 +200,30 @@ def test_what_cannot_be_exported_gets_one_sentence(
     assert main(["export", *options, "--folder", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
     assert sentence in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_gguf_may_lie_beside_what_transformers_loads(
+    target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert export(target, tmp_path / "out", "--format", "gguf", "--format", "hf") == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["formats"] == ["hf", "gguf"]
+    (gguf,) = (name for name in answer["files"] if name.endswith(".gguf"))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "from_pretrained" in card and f"llama-cli -m out/{gguf}" in card and "library_name: transformers" in card
+    assert measured_again(tmp_path / "out", target, capsys) == pytest.approx(answer["perplexity"], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("formats", "sentence"),
+    [
+        (["--format", "onnx"], "--format cannot be 'onnx': there are hf, padded, gguf"),
+        (["--format", "hf", "--format", "padded"], "would write the same files"),
+    ],
+)
+def test_formats_that_cannot_be_are_one_sentence(
+    target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], formats: list[str], sentence: str
+) -> None:
+    assert export(target, tmp_path / "out", *formats) == 2
+    assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import gpu_worker.export.exporting as exporting_module
 import gpu_worker.export.weights as weights_module
-from gpu_worker.export.exporting import check_format
+from gpu_worker.export.exporting import check_formats
 from gpu_worker.export.hf import write_hf
 from gpu_worker.export.modeling import MODELINGS, render_modeling
 from gpu_worker.export.trusted import register_pruned_classes
@@ -193,13 +193,13 @@ def test_a_model_on_a_gpu_is_refused_where_main_memory_has_no_room_for_a_shard(m
     model = tiny_model("llama")
     size = sum(p.nbytes for p in model.causal_lm.parameters())
     monkeypatch.setattr(exporting_module, "main_memory", lambda: size - 1)
-    check_format(model, "hf")
+    check_formats(model, ("hf",))
     elsewhere = LoadedModel(model.causal_lm, byte_tokenizer(), take_apart(model.causal_lm.to("meta")), "")
     with pytest.raises(ModelError, match=r"writing the format padded needs about 0\.2 MB of main memory where"):
-        check_format(elsewhere, "padded")
-    check_format(elsewhere, "gguf")
+        check_formats(elsewhere, ("padded",))
+    check_formats(elsewhere, ("gguf",))
     monkeypatch.setattr(exporting_module, "SHARD_SIZE", size - 1)
-    check_format(elsewhere, "hf")
+    check_formats(elsewhere, ("hf",))
 
 
 def test_settings_that_transformers_would_refuse_to_save_are_kept(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from gpu_worker.export.facts import ExportFacts, TextPerplexity, version_of_self
 from gpu_worker.export.modeling import module_name
 from gpu_worker.gradients import SAMPLES, TOKENS
 from protocol.finetuning import Finetuning, Perplexities
-from protocol.formats import Format
+from protocol.formats import Formats
 from protocol.spec import SearchSpec, TextSpec
 
 
@@ -38,15 +38,16 @@ class _Layer:
     mlp_channels: str
 
 
-def render_card(facts: ExportFacts, fmt: Format, *, name: str, gguf: str | None = None) -> str:
-    """The card of a folder called `name` in format `fmt`; `gguf` is the name of its file where the format is that."""
+def render_card(facts: ExportFacts, formats: Formats, *, name: str, gguf: str | None = None) -> str:
+    """The card of a folder called `name` in these formats; `gguf` is the name of its file where that is one of them."""
     environment = Environment(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=False
     )
     source = resources.files("gpu_worker.export").joinpath("card.md.j2").read_text(encoding="utf-8")
     return environment.from_string(source).render(
         facts=facts,
-        fmt=fmt,
+        formats=formats,
+        only_gguf=formats == ("gguf",),
         name=name,
         gguf=gguf,
         module=f"{module_name(facts.shape.family)}.py",

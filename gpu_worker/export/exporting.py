@@ -1,4 +1,4 @@
-"""A pruned model as a folder in one of the formats, with its card and its facts."""
+"""A pruned model as a folder in one format, or with a GGUF file beside another, with its card and its facts."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from gpu_worker.memory import gigabytes, main_memory
 from gpu_worker.models import LoadedModel
 from gpu_worker.progress import Progress, no_progress
 from protocol.errors import ModelError
-from protocol.formats import Format, GgufType
+from protocol.formats import Format, Formats, GgufType
 from protocol.plan import Plan
 
 
@@ -26,7 +26,7 @@ def export_model(
     model: LoadedModel,
     plan: Plan,
     facts: ExportFacts,
-    fmt: Format,
+    formats: Formats,
     out: Path,
     *,
     force: bool,
@@ -43,7 +43,8 @@ def export_model(
     name = out.expanduser().resolve().name
 
     def write(folder: Path) -> None:
-        fill(folder, model, plan, facts, fmt, name=name, gguf_type=gguf_type, kept_text=kept_text, progress=progress)
+        content = (model, plan, facts, formats)
+        fill(folder, *content, name=name, gguf_type=gguf_type, kept_text=kept_text, progress=progress)
 
     write_folder(out, write, force=force)
 
@@ -53,7 +54,7 @@ def fill(
     model: LoadedModel,
     plan: Plan,
     facts: ExportFacts,
-    fmt: Format,
+    formats: Formats,
     *,
     name: str,
     gguf_type: GgufType = "f16",
@@ -61,23 +62,25 @@ def fill(
     progress: Progress = no_progress,
 ) -> None:
     """Write all files of an export called `name` into the empty `folder`; see `export_model`."""
-    gguf = _write_weights(model, plan, fmt, folder, name, gguf_type, progress)
-    if kept_text is not None and fmt != "gguf":
+    written = [_write_weights(model, plan, fmt, folder, name, gguf_type, progress) for fmt in formats]
+    gguf = next(filter(None, written), None)
+    if kept_text is not None and formats != ("gguf",):
         keep_text(kept_text, folder)
-    (folder / "README.md").write_text(render_card(facts, fmt, name=name, gguf=gguf), encoding="utf-8")
-    write_json(folder / MARK, _marked(facts, fmt))
+    (folder / "README.md").write_text(render_card(facts, formats, name=name, gguf=gguf), encoding="utf-8")
+    write_json(folder / MARK, _marked(facts, formats))
 
 
-def check_format(model: LoadedModel, fmt: Format) -> None:
-    """Raise ModelError where `fmt` cannot carry this model, before anything that takes time is done.
+def check_formats(model: LoadedModel, formats: Formats) -> None:
+    """Raise ModelError where one of `formats` cannot carry this model, before anything that takes time is done.
 
     Or where there is no room to write it.
     """
-    if fmt == "gguf":
-        check_gguf(model)
-    else:
-        modeling_of(plain_type(model.causal_lm.config), fmt)
-        _check_room(model, fmt)
+    for fmt in formats:
+        if fmt == "gguf":
+            check_gguf(model)
+        else:
+            modeling_of(plain_type(model.causal_lm.config), fmt)
+            _check_room(model, fmt)
 
 
 def _check_room(model: LoadedModel, fmt: Format) -> None:
@@ -107,12 +110,13 @@ def _write_weights(
     return None
 
 
-def _marked(facts: ExportFacts, fmt: Format) -> dict[str, object]:
+def _marked(facts: ExportFacts, formats: Formats) -> dict[str, object]:
     """The facts for programs."""
     spec = without_places(facts.spec).model_copy(update={"model": facts.base_name})
     return {
         "selfpruner": version_of_selfpruner(),
-        "format": fmt,
+        "format": formats[0],
+        "formats": formats,
         "parameters": facts.parameters.model_dump(),
         **facts.model_copy(update={"base_model": facts.base_name, "spec": spec}).model_dump(mode="json"),
     }

@@ -13,11 +13,11 @@ from gpu_worker.importance import LayerImportance
 from gpu_worker.models import LoadedModel
 from gpu_worker.pruning import OrderedModel
 from protocol.errors import ModelError
-from protocol.formats import KEPT_TEXT, Format
+from protocol.formats import KEPT_TEXT, Format, Formats
 from protocol.plan import Plan
 from protocol.shape import LayerShape
 
-NOT_FACTS = ("selfpruner", "format", "parameters")
+NOT_FACTS = ("selfpruner", "format", "formats", "parameters")
 """What selfpruner.json says beside the facts."""
 
 
@@ -27,6 +27,9 @@ class Exported:
 
     folder: Path
     format: Format
+    """What is loaded of it."""
+    formats: Formats
+    """All that lie there."""
     facts: ExportFacts
 
     @property
@@ -43,12 +46,8 @@ def read_exported(folder: Path) -> Exported:
         raise ModelError(f"{str(folder)!r} is no folder that `selfpruner export` wrote: it has no {MARK}")
     try:
         written = json.loads(file.read_bytes())
-        if "formats" in written:
-            raise ModelError(
-                f"the folder {str(folder)!r} holds a model in several formats; pass one of them, such as "
-                f"{str(folder / written['formats'][0])!r}"
-            )
         fmt = written["format"]
+        formats = tuple(written.get("formats", [fmt]))
         facts = ExportFacts.model_validate({name: each for name, each in written.items() if name not in NOT_FACTS})
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         # pydantic's ValidationError is a ValueError, and a page long
@@ -59,7 +58,7 @@ def read_exported(folder: Path) -> Exported:
             f"the folder {str(folder)!r} is an export for llama.cpp, whose weights are no longer those of the model; "
             "pass the hf or the padded export of the same model"
         )
-    return Exported(folder, fmt, facts)
+    return Exported(folder, fmt, formats, facts)
 
 
 def as_it_was_pruned(model: LoadedModel, exported: Exported) -> None:

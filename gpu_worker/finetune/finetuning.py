@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import Tensor
 
 from gpu_worker.corpora import load_roles, windows_digest
-from gpu_worker.export.exporting import check_format
+from gpu_worker.export.exporting import check_formats
 from gpu_worker.export.facts import ExportFacts, TextPerplexity, without_places
 from gpu_worker.export.folder import check_target
 from gpu_worker.export.kept_text import read_kept_text
@@ -25,7 +25,7 @@ from gpu_worker.progress import Progress, no_progress
 from gpu_worker.target import check_length
 from protocol.errors import SettingsError
 from protocol.finetuning import Finetuning, Perplexities, Recipe, form_of
-from protocol.formats import Format, GgufType
+from protocol.formats import Formats, GgufType
 from protocol.results import FinetuneResult
 from protocol.spec import Dtype, Role, TextSpec
 
@@ -47,7 +47,7 @@ class FinetuneRequest:
     data: str
     recipe: Recipe
     out: Path
-    formats: tuple[Format, ...] = ()
+    formats: Formats = ()
     """Empty: the one of `folder`."""
     gguf_type: GgufType = "f16"
     force: bool = False
@@ -77,13 +77,12 @@ def finetune_once(request: FinetuneRequest, progress: Progress = no_progress) ->
     out = request.out.expanduser().resolve()
     check_target(out, force=request.force)
     exported = read_exported(request.folder)
-    recipe, formats = request.recipe, request.formats or (exported.format,)
+    recipe, formats = request.recipe, request.formats or exported.formats
     dtype = _dtype(request, exported)
     instructions = read_instructions(request.data, recipe) if form_of(request.data) == "alpaca" else None
     check_disk(exported.facts.shape, exported.facts.plan, recipe, formats, dtype, folder_beside(out))
     model = _load(request, exported, dtype, progress)
-    for fmt in formats:
-        check_format(model, fmt)
+    check_formats(model, formats)
     data = prepare_data(request.data, instructions, model, recipe)
     measured = _text_to_measure(request, exported, model)
     checkpoint = Checkpoint(folder_beside(out), _decisive(request, recipe, data, dtype))

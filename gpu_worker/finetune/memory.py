@@ -6,7 +6,7 @@ from pathlib import Path
 
 from protocol.errors import ModelError
 from protocol.finetuning import Recipe
-from protocol.formats import Format
+from protocol.formats import Formats
 from protocol.plan import Plan
 from protocol.shape import ModelShape
 from protocol.spec import Dtype
@@ -62,7 +62,7 @@ def _projections(shape: ModelShape) -> list[tuple[int, int]]:
     return found
 
 
-def disk_needed(shape: ModelShape, plan: Plan, recipe: Recipe, formats: tuple[Format, ...], size: int) -> int:
+def disk_needed(shape: ModelShape, plan: Plan, recipe: Recipe, formats: Formats, size: int) -> int:
     """Bytes of a model in all `formats`, and of two checkpoints: one is there until the next is whole.
 
     `shape` is the dense model's; weights are of `size` bytes, in a GGUF of two.
@@ -73,9 +73,7 @@ def disk_needed(shape: ModelShape, plan: Plan, recipe: Recipe, formats: tuple[Fo
     return sum(weights[fmt] for fmt in formats) + checkpoints
 
 
-def check_disk(
-    shape: ModelShape, plan: Plan, recipe: Recipe, formats: tuple[Format, ...], dtype: Dtype, checkpoint: Path
-) -> None:
+def check_disk(shape: ModelShape, plan: Plan, recipe: Recipe, formats: Formats, dtype: Dtype, checkpoint: Path) -> None:
     """Raise ModelError where the disk of `checkpoint`, which the output is beside, has too little room."""
     needed = disk_needed(shape, plan, recipe, formats, SIZES[dtype])
     nearest = next(parent for parent in checkpoint.parents if parent.exists())

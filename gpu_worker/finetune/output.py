@@ -8,13 +8,13 @@ from torch import Tensor
 
 from gpu_worker.export.checkpoint import write_json
 from gpu_worker.export.exporting import fill
-from gpu_worker.export.facts import ExportFacts, version_of_selfpruner
-from gpu_worker.export.folder import MARK, write_folder
+from gpu_worker.export.facts import ExportFacts
+from gpu_worker.export.folder import write_folder
 from gpu_worker.finetune.checkpoint import State
 from gpu_worker.models import LoadedModel
 from gpu_worker.progress import Progress
 from protocol.finetuning import LossPoint
-from protocol.formats import Format, GgufType
+from protocol.formats import Formats, GgufType
 
 LOSSES = "finetune.json"
 CURVE = "loss.png"
@@ -22,10 +22,10 @@ CURVE = "loss.png"
 
 @dataclass(frozen=True)
 class Output:
-    """Where the model goes, and as what: one format in the folder itself, several in a folder of each one's name."""
+    """Where the model goes, and as what."""
 
     folder: Path
-    formats: tuple[Format, ...]
+    formats: Formats
     gguf_type: GgufType
     force: bool
     kept_text: Tensor | None
@@ -38,24 +38,17 @@ def write_output(
     """Write the folder, whole or not at all; returns its files, with their sizes in bytes. Raises ExportError."""
 
     def write(folder: Path) -> None:
-        several = len(output.formats) > 1
-        for fmt in output.formats:
-            place = folder / fmt if several else folder
-            place.mkdir(exist_ok=True)
-            name = f"{output.folder.name}/{fmt}" if several else output.folder.name
-            fill(
-                place,
-                model,
-                facts.plan,
-                facts,
-                fmt,
-                name=name,
-                gguf_type=output.gguf_type,
-                kept_text=output.kept_text,
-                progress=progress,
-            )
-        if several:
-            write_json(folder / MARK, {"selfpruner": version_of_selfpruner(), "formats": output.formats})
+        fill(
+            folder,
+            model,
+            facts.plan,
+            facts,
+            output.formats,
+            name=output.folder.name,
+            gguf_type=output.gguf_type,
+            kept_text=output.kept_text,
+            progress=progress,
+        )
         tuned = facts.finetunings[-1].model_dump(mode="json")
         write_json(folder / LOSSES, tuned | {"losses": [point.model_dump() for point in state.losses]})
         if find_spec("matplotlib") is not None:
