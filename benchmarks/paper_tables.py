@@ -18,7 +18,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.paper.cells import CellStore, Failed, Outcome
+from benchmarks.paper.cells import CellStore, Failed, Outcome, with_needs
 from benchmarks.paper.costs import TFLOPS, CostModel
 from benchmarks.paper.rendering import as_json, expected, markdown
 from benchmarks.paper.running import Runner, SubprocessRunner, load_outcomes, run_missing, the_only_one
@@ -55,7 +55,7 @@ def _make(given: argparse.Namespace, runner: Runner) -> int:
     settings = read_settings(given.settings, given.set)
     tables = wanted_tables(settings)
     cells = [cell for table in tables for cell in table.cells]
-    every_cell = list({each.id: each for cell in cells for each in cell.with_needs()}.values())
+    every_cell = with_needs(cells)
     store, code = CellStore(given.out), 0
     if given.estimate:
         outcomes = load_outcomes(cells, store)
@@ -66,7 +66,7 @@ def _make(given: argparse.Namespace, runner: Runner) -> int:
         if not given.render:
             cost = CostModel(settings.models, every_cell, outcomes, given.tflops)
             code = _run(lambda: run_missing(cells, outcomes, store, runner, given.out, cost, _tell))
-        write(tables, outcomes, given.out)
+        write(tables, outcomes, given.out, settings.words)
     failed = sum(isinstance(outcomes.get(cell.id), Failed) for cell in every_cell)
     if failed and not given.render:
         _tell(f"{failed} cells have failed; the same command tries them again")
@@ -83,10 +83,10 @@ def _run(work: Callable[[], None]) -> int:
     return 0
 
 
-def write(tables: Sequence[WantedTable], outcomes: Mapping[str, Outcome], out: Path) -> None:
+def write(tables: Sequence[WantedTable], outcomes: Mapping[str, Outcome], out: Path, about: str) -> None:
     """Write OUT/tables.md, OUT/tables.json, and where matplotlib is there the plots."""
-    replace(out / "tables.md", markdown(tables, outcomes))
-    replace(out / "tables.json", json.dumps(as_json(tables, outcomes), indent=1, ensure_ascii=False) + "\n")
+    replace(out / "tables.md", markdown(tables, outcomes, about))
+    replace(out / "tables.json", json.dumps(as_json(tables, outcomes, about), indent=1, ensure_ascii=False) + "\n")
     _tell(f"written: {out / 'tables.md'}")
     try:
         from benchmarks.paper.plots import plot

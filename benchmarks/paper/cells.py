@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -31,13 +32,15 @@ class Cell(BaseModel):
     """Of what stands in it."""
     needs: tuple["Cell", ...] = ()
     """Runs whose files this one reads."""
+    note: str = ""
+    """What people are told of it besides; of a cell that tables share, what the first of them says."""
     tokens: float = 0.0
     """Tokens through the dense model that it takes as long as; see costs.py."""
 
     @property
     def id(self) -> str:
         """Names its result, its search and its folder: equal where the same is run, and also a search's name."""
-        decides = self.model_dump(mode="json", exclude={"config", "tokens", "needs"})
+        decides = self.model_dump(mode="json", exclude={"config", "note", "tokens", "needs"})
         decides["needs"] = [need.id for need in self.needs]
         digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:10]
         model = re.sub(r"[^a-z0-9.]+", "-", Path(self.model).name.lower())[:16]
@@ -47,11 +50,17 @@ class Cell(BaseModel):
     def words(self) -> str:
         """For people."""
         rate = f" at {self.rate:.0%}" if self.rate else ""
-        return f"{self.what} {self.model}, {self.method}{rate}"
+        note = f", {self.note}" if self.note else ""
+        return f"{self.what} {self.model}, {self.method}{rate}{note}"
 
-    def with_needs(self) -> list["Cell"]:
-        """What comes before it, in order, and itself."""
-        return [each for need in self.needs for each in need.with_needs()] + [self]
+
+def with_needs(cells: Iterable[Cell]) -> list[Cell]:
+    """The cells and those that they need, each once, in an order in which they can run."""
+    found: dict[str, Cell] = {}
+    for cell in cells:
+        found |= {need.id: need for need in with_needs(cell.needs) if need.id not in found}
+        found.setdefault(cell.id, cell)
+    return list(found.values())
 
 
 class Measured(BaseModel):

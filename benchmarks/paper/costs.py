@@ -155,6 +155,9 @@ class CostModel:
 
     def learn(self, cell: Cell, outcome: Measured) -> None:
         """One more cell has ended."""
+        figures = figures_of(cell, outcome)
+        if isinstance(figures, Figures) and self._parameters.get(cell.model) is None:
+            self._parameters[cell.model] = figures.total_parameters
         parameters = self._parameters.get(cell.model)
         if parameters and cell.tokens:
             # A cell that was quicker than its start should take: a tenth of it was work.

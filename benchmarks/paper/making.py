@@ -61,6 +61,7 @@ class CellMaker:
             method=method,
             rate=rate,
             flags=("--model", model.name, *how, *self._texts(model), *self._numeric()),
+            note=_noted(reconstruction) if how else "",
             tokens=costs.evaluation_tokens(
                 self.settings.texts,
                 self._seqlen(model),
@@ -78,8 +79,9 @@ class CellMaker:
         rate: float,
         reconstruction: Reconstruction,
         changes: Mapping[str, Any] | None = None,
+        note: str = "",
     ) -> Cell:
-        """A search; `changes` are settings that differ from the method's."""
+        """A search; `changes` are settings that differ from the method's, and `note` says what they are."""
         chosen = self.settings.search_of(method)
         values = {
             **chosen.set,
@@ -106,6 +108,7 @@ class CellMaker:
             flags=tuple(flags),
             config=chosen.config,
             config_digest=digest,
+            note=note or _noted(reconstruction),
             tokens=costs.search_tokens(settings),
         )
 
@@ -117,14 +120,14 @@ class CellMaker:
         if method != "dense":
             flags += [*self._choice(method, rate, reconstruction), *self._calibration(model)]
             flags += ["--seed", str(self.settings.seed)]
-        return self._asked(model, method, rate, flags, ())
+        return self._asked(model, method, rate, flags, (), _noted(reconstruction) if method != "dense" else "")
 
     def accuracy_of(self, model: Model, made_by: Cell) -> Cell | None:
         """The same of what another cell has made: a search's best, or a fine-tuned folder."""
         flags = list(self._questions())
         if made_by.what == "run":
             flags += [*self._calibration(model), "--seed", str(self.settings.seed)]
-        return self._asked(model, made_by.method, made_by.rate, flags, (made_by,))
+        return self._asked(model, made_by.method, made_by.rate, flags, (made_by,), made_by.note)
 
     def exported(self, model: Model, rate: float) -> Cell:
         """The best of Self-Pruner's search, written to a folder."""
@@ -166,10 +169,13 @@ class CellMaker:
             rate=made_by.rate,
             flags=tuple(flags),
             needs=(made_by,),
+            note=made_by.note,
             tokens=tokens,
         )
 
-    def _asked(self, model: Model, method: str, rate: float, flags: list[str], needs: tuple[Cell, ...]) -> Cell | None:
+    def _asked(
+        self, model: Model, method: str, rate: float, flags: list[str], needs: tuple[Cell, ...], note: str
+    ) -> Cell | None:
         if self.settings.zero_shot is None:
             return None
         tokens = costs.zero_shot_tokens(self.settings.zero_shot.limit, rate)
@@ -180,6 +186,7 @@ class CellMaker:
             rate=rate,
             flags=(*flags, "--dtype", self.settings.dtype),
             needs=needs,
+            note=note,
             tokens=tokens,
         )
 
@@ -219,6 +226,10 @@ class CellMaker:
 
     def _seqlen(self, model: Model) -> int:
         return model.seqlen or self.settings.texts.seqlen
+
+
+def _noted(reconstruction: Reconstruction) -> str:
+    return "" if reconstruction == "none" else reconstruction
 
 
 def _names_in(values: object) -> set[str]:

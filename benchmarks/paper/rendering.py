@@ -12,9 +12,9 @@ from benchmarks.paper.tables import Entry, Row, WantedTable, filled
 INTRODUCTION = "Ours, and in square brackets the paper's of the same model. –: not measured."
 
 
-def markdown(tables: Sequence[WantedTable], outcomes: Mapping[str, Outcome]) -> str:
-    """All tables; under each, why cells have failed."""
-    parts = ["# The paper's tables", INTRODUCTION]
+def markdown(tables: Sequence[WantedTable], outcomes: Mapping[str, Outcome], about: str) -> str:
+    """All tables, after a sentence `about` them; under each, why cells have failed."""
+    parts = ["# The paper's tables", f"{INTRODUCTION} {about}"]
     for table in tables:
         parts += [f"## Table {table.number}: {table.title}", _table(table, filled(table, outcomes))]
         if by_task := _tasks(table, outcomes):
@@ -22,9 +22,9 @@ def markdown(tables: Sequence[WantedTable], outcomes: Mapping[str, Outcome]) -> 
     return "\n\n".join(parts) + "\n"
 
 
-def as_json(tables: Sequence[WantedTable], outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
-    """All tables, each place with `ours`, `paper`, `failed` and the `cell` that it comes from."""
-    return {"tables": [_table_json(table, outcomes) for table in tables]}
+def as_json(tables: Sequence[WantedTable], outcomes: Mapping[str, Outcome], about: str) -> dict[str, Any]:
+    """The same; each place with `ours`, `paper`, `failed` and the `cell` that it comes from."""
+    return {"about": about, "tables": [_table_json(table, outcomes) for table in tables]}
 
 
 def expected(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from benchmarks.paper.answers import UnreadableAnswer, read
-from benchmarks.paper.cells import Cell, CellStore, Failed, Measured, Outcome, figures_of
+from benchmarks.paper.cells import Cell, CellStore, Failed, Measured, Outcome, figures_of, with_needs
 from benchmarks.paper.commands import command
 from benchmarks.paper.costs import CostModel
 from daemon.embedded import only_one
@@ -102,9 +102,8 @@ def the_only_one(out: Path) -> Iterator[None]:
 
 
 def missing(cells: Iterable[Cell], outcomes: Mapping[str, Outcome]) -> list[Cell]:
-    """The cells, and those that they need, that are not measured yet, each once, in an order in which they can run."""
-    all_of_them = {each.id: each for cell in cells for each in cell.with_needs()}
-    return [cell for cell in all_of_them.values() if not _is_measured(cell, outcomes)]
+    """The cells, and those that they need, that are not measured yet, in an order in which they can run."""
+    return [cell for cell in with_needs(cells) if not _is_measured(cell, outcomes)]
 
 
 def _is_measured(cell: Cell, outcomes: Mapping[str, Outcome]) -> bool:
@@ -115,8 +114,7 @@ def _is_measured(cell: Cell, outcomes: Mapping[str, Outcome]) -> bool:
 
 def load_outcomes(cells: Iterable[Cell], store: CellStore) -> dict[str, Outcome]:
     """What is known of the cells and of those that they need, by id."""
-    all_of_them = {each.id: each for cell in cells for each in cell.with_needs()}
-    found = {id_: store.load(cell) for id_, cell in all_of_them.items()}
+    found = {cell.id: store.load(cell) for cell in with_needs(cells)}
     return {id_: outcome for id_, outcome in found.items() if outcome is not None}
 
 

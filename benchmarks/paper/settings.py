@@ -11,7 +11,7 @@ from benchmarks.paper.numbers import ABLATION_RATE, paper_model
 from daemon.section import Section
 from daemon.setting_errors import file_sentence, validation_sentence
 from daemon.setting_sources import load
-from daemon.settings import Settings
+from daemon.settings import Settings, setting_names
 from protocol.errors import SettingsError
 from protocol.spec import Dtype, Reconstruction
 
@@ -165,6 +165,21 @@ class PaperSettings(Section):
             raise ValueError("Table 6 measures fine-tuned folders, which write texts of their own: give no text `self`")
         return self
 
+    @property
+    def words(self) -> str:
+        """What the perplexities are of, in a sentence."""
+        texts, own = self.texts, [model for model in self.models if model.seqlen]
+        shown, windows = (
+            (texts.report, texts.report_windows) if texts.report else (texts.fitness, texts.fitness_windows)
+        )
+        count = "all" if windows is None else windows
+        lengths = [f"{texts.seqlen:,}", *(f"{model.seqlen:,} for {model.title}" for model in own)]
+        return (
+            f"Perplexity on {count} windows of {shown}, of {', '.join(lengths)} tokens; "
+            f"scored on {texts.calibration_windows} windows of {texts.calibration}, searched on {texts.fitness}; "
+            f"{self.dtype}."
+        )
+
     def search_of(self, method: SearchMethod) -> Search:
         """The search of a method."""
         usual = {"self-pruner": "configs/paper.yaml", "self-pruner-best": "configs/best.yaml"}
@@ -187,7 +202,7 @@ def read_settings(file: Path, overrides: Sequence[str] = ()) -> PaperSettings:
     try:
         return PaperSettings.model_validate(given)
     except ValidationError as error:
-        raise SettingsError(f"{file}: {validation_sentence(error, PaperSettings.model_fields)}") from None
+        raise SettingsError(f"{file}: {validation_sentence(error, setting_names(PaperSettings))}") from None
 
 
 def _change(given: dict[str, Any], override: str) -> None:

@@ -90,7 +90,9 @@ def _ablations(maker: CellMaker) -> WantedTable:
     rate, rows = maker.settings.ablation_rate, []
     for model in maker.settings.models:
         for label, changes in ABLATIONS.items():
-            search = maker.search(model, "self-pruner", rate, maker.settings.reconstruction[0], changes)
+            search = maker.search(
+                model, "self-pruner", rate, maker.settings.reconstruction[0], changes, label if changes else ""
+            )
             paper = numbers.ABLATION[label] if rate == numbers.ABLATION_RATE else NEITHER
             rows.append(_row(maker, model, (label,), search, paper))
     return _of_models(maker, 3, f"Ablations at {percent(rate)}", ("Method",), rows)
@@ -101,7 +103,7 @@ def _llms(maker: CellMaker) -> WantedTable:
     for model in maker.settings.models:
         rows.append(_dense(maker, model, ("Dense", "0%")))
         for llm in maker.settings.llms:
-            search = maker.search(model, "self-pruner", rate, maker.settings.reconstruction[0], llm.set)
+            search = maker.search(model, "self-pruner", rate, maker.settings.reconstruction[0], llm.set, llm.name)
             paper = numbers.LLMS.get(llm.name, NEITHER) if rate == numbers.ABLATION_RATE else NEITHER
             rows.append(_row(maker, model, (llm.name, percent(rate)), search, paper))
     return _of_models(maker, 4, "Different LLMs", ("LLM", "Rate"), rows)
