@@ -1,6 +1,7 @@
 """Allocations without a search on SmolLM2: method × split × scoring × rate, all removing the same number of parameters.
 
     python -m benchmarks.allocations --calibration VALIDATION.txt --report TEST.txt --out FILE.json [--rates 0.2 0.3]
+        [--scorings dense] [--reconstruction least-squares], with a FILE.json of its own
 
 Scored on 32 windows of 1,024 tokens of the first text, `fit` is 4 other windows of it, `test` 6 windows of 2,048 of the
 second. Every row is written when it is there; started again, the benchmark goes on with those that are missing.
@@ -10,7 +11,7 @@ import argparse
 import json
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from rich.console import Console
 from rich.progress import track
@@ -21,7 +22,7 @@ from gpu_worker.session import Session
 from gpu_worker.target import Target
 from protocol.allocation import Allocation, Method
 from protocol.plan import Split
-from protocol.spec import Scoring, SearchSpec, TextSpec
+from protocol.spec import Reconstruction, Scoring, SearchSpec, TextSpec
 
 METHODS: tuple[Method, ...] = ("uniform", "owl", "llm-pruner", "sensitivity")
 SPLITS: tuple[Split, ...] = ("equal", "mlp-first")
@@ -35,12 +36,14 @@ def main() -> None:
     arguments.add_argument("--report", type=Path, required=True, help="`test`")
     arguments.add_argument("--out", type=Path, required=True, help="JSON, one entry per row")
     arguments.add_argument("--rates", type=float, nargs="+", default=[0.2, 0.3, 0.4, 0.5])
+    arguments.add_argument("--scorings", choices=SCORINGS, nargs="+", default=list(SCORINGS))
+    arguments.add_argument("--reconstruction", choices=get_args(Reconstruction), default="none")
     given = arguments.parse_args()
     rows: dict[str, Any] = json.loads(given.out.read_text()) if given.out.is_file() else {}
     # Dense scoring first: it is quick, and most of the table.
     cells = [
         (rate, split, method, scoring)
-        for scoring, rate, split, method in product(SCORINGS, given.rates, SPLITS, METHODS)
+        for scoring, rate, split, method in product(given.scorings, given.rates, SPLITS, METHODS)
         if name(rate, split, method, scoring) not in rows
     ]
     session = ready(spec_of(given, 0.3, "equal", "dense")) if cells else None
@@ -67,6 +70,7 @@ def spec_of(given: argparse.Namespace, rate: float, split: Split, scoring: Scori
         rate=rate,
         split=split,
         scoring=scoring,
+        reconstruction=given.reconstruction,
         calibration=fit.model_copy(update={"windows": 32}),
         fitness=fit,
         report=TextSpec(source=str(given.report.absolute()), windows=6, seqlen=2048),

@@ -36,6 +36,7 @@ OFFSPRING = 8
 METHODS: dict[str, dict[str, Any]] = {
     "random": {"proposer": "random", "mutations": 8, "crossovers": 0},
     "evolution": {"proposer": "evolution", "mutations": 8, "crossovers": 0},
+    "evolution-multi": {"proposer": "evolution", "mutations": 8, "crossovers": 0, "first_windows": 1},
     "cma-es": {"proposer": "cma-es", "mutations": 8, "crossovers": 0},
     "best-of-n": {"proposer": "best-of-n", "mutations": 8, "crossovers": 0, "reply": "edits"},
     "ranked": {"initializer": "random", "selector": "tournament", "mutator": "ranked", "crossover": "ranked"},
@@ -54,7 +55,7 @@ METHODS: dict[str, dict[str, Any]] = {
 search of configs/best.yaml, and what differs from it in one thing (the ablations)."""
 USUAL = ("random", "evolution", "cma-es", "best-of-n", "ranked", "llm-edits", "llm")
 OF_LLM = ("reply", "tell")
-WITHOUT_LLM = ("random", "evolution", "cma-es", "ranked")
+WITHOUT_LLM = ("random", "evolution", "evolution-multi", "cma-es", "ranked")
 
 
 def main() -> None:

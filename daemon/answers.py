@@ -1,4 +1,4 @@
-"""What `evaluate`, `export`, `allocate` and `best` answer to a person: a table, and lines under it."""
+"""What commands that end answer to a person: a table, and lines under it."""
 
 import shlex
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ from daemon.settings import NAMED_TEXTS
 from protocol.candidate import Provenance
 from protocol.errors import DataError
 from protocol.plan import LayerPlan, Parameters
-from protocol.results import AllocationResult, EvaluationResult, ExportResult
+from protocol.results import AllocationResult, EvaluationResult, ExportResult, FinetuneResult, ZeroShotResult
 from protocol.shape import ModelShape
 from protocol.spec import SearchSpec, TextSpec
 
@@ -57,12 +57,51 @@ def exported(result: ExportResult, text: TextSpec) -> Iterator[RenderableType]:
     yield f"next: {_next_command(result, text)}"
 
 
+def finetuned(result: FinetuneResult) -> Iterator[RenderableType]:
+    """What was trained on what, what it measures before and after, and where it is."""
+    tuned = result.finetuning
+    how = "all weights of the projections" if tuned.recipe.method == "full" else f"LoRA, r {tuned.recipe.rank}"
+    yield f"{result.folder}: {result.model}, pruned, fine-tuned on {tuned.data} ({how}), as {', '.join(result.formats)}"
+    table = _table("", "before", "after")
+    table.add_row("loss, by tenths of the steps", f"{tuned.first_loss:.3f}", f"{tuned.last_loss:.3f}")
+    if tuned.perplexity is not None:
+        table.add_row("perplexity", _number(tuned.perplexity.before, 2), _number(tuned.perplexity.after, 2))
+    yield table
+    if tuned.perplexity is not None:
+        yield _measured_on(tuned.perplexity.text.source, tuned.perplexity.tokens, tuned.perplexity.text.seqlen)
+    went_on = f", the first {result.resumed_from:,} of them before" if result.resumed_from else ""
+    yield (
+        f"{tuned.steps:,} steps{went_on}, {tuned.tokens:,} tokens predicted in {result.seconds:,.1f} s; "
+        f"{_millions(tuned.trained_parameters)} of {_millions(result.parameters.total_after)} parameters were trained"
+    )
+    if result.ended_by == "time":
+        yield "the time was used up before the steps"
+    yield "finetune.json has the loss of every step"
+
+
 def allocation(result: AllocationResult) -> Iterator[RenderableType]:
     """Rates, and what each layer keeps by them."""
     yield f"{result.model}, {result.spec.rate:.1%} of the decoder's parameters to be removed by {result.method}"
     yield _layers(result.rates, result.plan, result.shape)
     yield _parameters(result.parameters)
     yield "--json prints this as a file that evaluate and export take as --rates"
+
+
+def zero_shot(result: ZeroShotResult) -> Iterator[RenderableType]:
+    """Both accuracies of every task, which of them counts, and their mean."""
+    yield f"{result.model}, {_removed(result.rate, result.method)}"
+    table = _table("task", "items", "acc", "acc_norm", "counts", "±")
+    for task in result.tasks:
+        figures = (_percent(task.acc), _percent(task.acc_norm), task.metric, _percent(task.standard_error))
+        table.add_row(task.title, f"{task.items:,}", *figures)
+    yield table
+    yield f"mean accuracy: {result.mean:.2%} over {len(result.tasks)} task{'s' * (len(result.tasks) != 1)}"
+    yield _parameters(result.parameters)
+    if result.calibration is not None:
+        yield f"scored on {_text_name(result.calibration)}"
+    if result.limit is not None:
+        yield f"at most {result.limit:,} items of each task, the first ones"
+    yield f"answering took {result.seconds:,.1f} s"
 
 
 class _Best(BaseModel):
@@ -177,3 +216,7 @@ def _millions(parameters: int) -> str:
 
 def _number(value: float | None, digits: int) -> str:
     return "–" if value is None else f"{value:,.{digits}f}"
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{share:.2%}"

@@ -23,8 +23,12 @@ def warn_of_texts(settings: Settings) -> None:
         log.warning("report_is_searched_on", text=data.report)
 
 
-def check_race(confidence: float | None, windows: int) -> None:
-    """Raise DataError where candidates are to race on a text of too few windows."""
+def check_race(confidence: float | None, first_windows: int | None, windows: int) -> None:
+    """Raise DataError where candidates are to race, or to be looked at first, on a text of too few windows."""
+    if windows <= (first_windows or 0):
+        raise DataError(
+            f"search.first_windows ({first_windows}) must be fewer than those of the fitness text, which has {windows}"
+        )
     if confidence is not None and windows <= LEAST_RACE:
         raise DataError(
             f"search.race_confidence needs at least {LEAST_RACE + 1} windows to race on: the fitness text has {windows}"

@@ -1,11 +1,11 @@
-"""`selfpruner …`: the command line. It and pruning_commands.py may name gpu_worker, inside function bodies."""
+"""`selfpruner …`: the command line. It and the commands that prune may name gpu_worker, in function bodies."""
 
 import asyncio
 import os
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import AsyncExitStack, ExitStack
+from contextlib import ExitStack
 from functools import partial
 from importlib.resources import as_file, files
 from pathlib import Path
@@ -16,19 +16,17 @@ import typer
 from rich.console import Console
 from rich.live import Live
 
-from daemon import answers, embedded, flags, pruning_commands
+from daemon import answers, finetune_command, flags, pruning_commands, zero_shot_command
 from daemon.changes import Event
-from daemon.display import Display
 from daemon.flag_errors import FLAG_ERROR, flag_sentence
-from daemon.http_token import Access, open_access
+from daemon.http_token import Access
 from daemon.launch import Launch
-from daemon.llm import secrets_of
-from daemon.local_llm import find_gguf
 from daemon.proposers import check_proposer
 from daemon.remote import NotRunning, RemoteSearch, ask, open_remote, saved_status
+from daemon.run_here import announce, configure_logs, run_here
 from daemon.screen import Screen, standing
 from daemon.setting_sources import load
-from daemon.settings import Settings, check_text
+from daemon.settings import Settings
 from daemon.signals import Interrupted, run_until_signal
 from daemon.status import Status
 from daemon.staying import stay_after_end, stay_to_be_mended
@@ -51,6 +49,8 @@ app = typer.Typer(
 app.command()(pruning_commands.allocate)
 app.command()(pruning_commands.evaluate)
 app.command()(pruning_commands.export)
+app.command()(zero_shot_command.zero_shot)
+app.command()(finetune_command.finetune)
 
 Config = Annotated[Path | None, typer.Argument(help="A YAML file of settings; quickstart.yaml when left out.")]
 
@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SelfPrunerError as error:
         return _told(str(error), 2 if isinstance(error, UsageError) else 1)
     except Interrupted as end:
-        return _told("interrupted; nothing was written", end.exit_code)
+        return _told(f"interrupted; {end.left}", end.exit_code)
     return code if isinstance(code, int) else 0
 
 
@@ -88,14 +88,7 @@ def run(config: Config = None, set_: flags.Set = None, json_: flags.Json = False
     """Search with everything on this machine: an embedded Valkey, a local LLM, a worker and the daemon."""
     with as_file(files("configs") / "quickstart.yaml") as quickstart:
         settings = load(config or quickstart, set_ or [])
-    _check_texts(settings)
-    check_proposer(settings.search)
-    if _needs_local_llm(settings):
-        find_gguf(settings.local_llm.gguf)
-    with embedded.only_one(settings.folder):
-        access = _configure_logs(settings, "stderr")
-        display = Display(Console(stderr=True)) if sys.stderr.isatty() else None
-        summary, interrupted = run_until_signal(_run_embedded(settings, access, display))
+    summary, interrupted = run_here(settings)
     raise typer.Exit(_finish(summary, interrupted, _json if json_ else _table))
 
 
@@ -129,14 +122,14 @@ def _search_elsewhere(config: Path, overrides: Sequence[str]) -> tuple[int, Sett
     if settings.search.asks_llm and not settings.llm.endpoints and not settings.llm.replay:
         raise SettingsError("the setting llm.endpoints is missing: give at least one OpenAI-compatible endpoint")
     stream = logs.service_stream()
-    access = _configure_logs(settings, stream)
+    access = configure_logs(settings, stream)
     launch = Launch(
         settings,
         redis_url,
         settings.llm.endpoints,
         embedded=False,
         access=access,
-        announce=partial(_announce, access),
+        announce=partial(announce, access),
     )
     summary, interrupted = run_until_signal(launch.run())
     # Where stdout is the log, a table would be no JSON line.
@@ -237,50 +230,6 @@ def stop(
     _command("stop", search, redis_url, folder)
 
 
-def _configure_logs(settings: Settings, stream: logs.Stream) -> Access | None:
-    """Set up the log of a search; returns the access to its HTTP API, whose token must not be logged, if it has one."""
-    file = settings.folder / "log.jsonl"
-    try:
-        settings.folder.mkdir(parents=True, exist_ok=True)
-        access = open_access(settings.http, settings.folder) if settings.http.enabled else None
-        secrets = [*secrets_of(settings), *(access.secrets if access else [])]
-        logs.configure(file=file, stream=stream, secrets=secrets, search=settings.search.name)
-    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-        raise SettingsError(f"run.folder: {file} cannot be written: {error}") from error
-    return access
-
-
-def _announce(access: Access | None, url: str) -> None:
-    """Tell a person where the HTTP API is, and the token that was made for it; never a log."""
-    if sys.stderr.isatty():
-        kept = access.kept_in if access else None
-        token = f", token {access.token.get_secret_value()} (in {kept})" if access and access.token and kept else ""
-        sys.stderr.write(f"HTTP API: {url}{token}\n")
-
-
-async def _run_embedded(settings: Settings, access: Access | None, display: Display | None) -> Summary | None:
-    """The whole of `selfpruner run`: what is started first ends last."""
-    async with AsyncExitStack() as stack:
-        url = settings.redis.full_url
-        if url is None:
-            url = await stack.enter_async_context(embedded.embedded_server(settings.folder))
-        endpoints = settings.llm.endpoints
-        if _needs_local_llm(settings):
-            endpoints = (await stack.enter_async_context(embedded.local_llm(settings)),)
-        unusable = await stack.enter_async_context(embedded.workers(settings, url, console=display is None))
-        launch = Launch(
-            settings,
-            url,
-            endpoints,
-            embedded=True,
-            workers_are_unusable=unusable,
-            access=access,
-            announce=partial(_announce, access),
-            display=display,
-        )
-        return await launch.run()
-
-
 def _json(summary: Summary) -> None:
     print_json(summary.model_dump())
 
@@ -301,16 +250,6 @@ def _finish(summary: Summary | None, interrupted: signal.Signals | None, tell: C
     if summary is not None and summary.finished and summary.best is None:
         raise SelfPrunerError("no candidate could be measured; evaluations.jsonl and the log say why")
     return 0
-
-
-def _needs_local_llm(settings: Settings) -> bool:
-    return settings.search.asks_llm and not settings.llm.endpoints and not settings.llm.replay
-
-
-def _check_texts(settings: Settings) -> None:
-    """Texts are read by the worker; here, on its machine, a missing file need not wait for it."""
-    for source in {settings.data.calibration, settings.data.fitness, settings.data.report or "self"}:
-        check_text(source)
 
 
 async def _watch(search: str, redis_url: str | None, folder: Path, *, json_: bool) -> None:

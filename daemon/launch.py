@@ -117,7 +117,7 @@ class Launch:
             await self._go_on_from(history, queue)
             card = await wait_for_card(self._store)
             windows = card.dense.tokens // (self._spec.fitness.seqlen - 1)
-            check_race(self._settings.search.race_confidence, windows)
+            check_race(self._settings.search.race_confidence, self._settings.search.first_windows, windows)
             check_lists(self._settings, self._endpoints, len(card.shape.units(self._spec.granularity)))
             self._observer.chat = chat = await stack.enter_async_context(self._chat())
             duties.append(group.create_task(self._meter.count_for_ever(chat)))

@@ -1,4 +1,4 @@
-"""`selfpruner allocate | evaluate | export`: from their flags, or a file of rates, to what is pruned and how."""
+"""The commands that prune: from their flags, or a file of rates, to what is pruned and how."""
 
 import json
 from dataclasses import asdict, dataclass, fields, replace
@@ -58,7 +58,7 @@ class RatesFile(BaseModel):
 
 def pruning_request(
     model: str,
-    texts: TextFlags,
+    texts: TextFlags | CalibrationFlags,
     choice: ChoiceFlags,
     how: PruningFlags,
     options: MethodFlags,
@@ -101,11 +101,8 @@ def allocation_spec(
     model: str, rate: float, texts: CalibrationFlags, how: PruningFlags, *, dtype: Dtype, seed: int
 ) -> SearchSpec:
     """The spec of an allocation, which is scored on one text and measures nothing."""
-    text = _text(texts.calibration_data, texts.calibration_windows, texts.seqlen)
     pruning = {name: value for name, value in asdict(how).items() if value is not None}
-    # Nothing is measured: the same windows, so that no others have to be there.
-    fitness = text
-    return _spec(model=model, rate=rate, **pruning, calibration=text, fitness=fitness, dtype=dtype, seed=seed)
+    return _spec(model=model, rate=rate, **pruning, **_texts(texts), dtype=dtype, seed=seed)
 
 
 _READ_BY = {
@@ -171,7 +168,11 @@ def self_if_none(texts: ExportTexts) -> ExportTexts:
     return texts if texts.data or texts.calibration_data else replace(texts, calibration_data="self")
 
 
-def _texts(texts: TextFlags) -> dict[str, TextSpec | None]:
+def _texts(texts: TextFlags | CalibrationFlags) -> dict[str, TextSpec | None]:
+    if isinstance(texts, CalibrationFlags):
+        text = _text(texts.calibration_data, texts.calibration_windows, texts.seqlen)
+        # Nothing is measured: the same windows, so that no others have to be there.
+        return {"calibration": text, "fitness": text, "report": None}
     calibration = texts.calibration_data or texts.data
     data = texts.data or texts.calibration_data
     if calibration is None or data is None:

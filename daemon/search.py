@@ -214,12 +214,13 @@ class Search:
 
     def _race(self, round_: int) -> Race | None:
         """What candidates of a round race against: the K-th best of the rounds before, once there are so many."""
-        confidence = self.settings.race_confidence
-        if confidence is None:
+        confidence, first_windows = self.settings.race_confidence, self.settings.first_windows
+        if confidence is None and first_windows is None:
             return None
         best = self.population.top(self.settings.population, before=round_)
         last = best[-1].outcome if len(best) == self.settings.population else None
-        return Race(against=last.losses if isinstance(last, Measured) else (), confidence=confidence)
+        against = last.losses if isinstance(last, Measured) else ()
+        return Race(against=against, confidence=confidence, first_windows=first_windows)
 
     def _note(self, evaluation: Evaluation, is_best: bool) -> None:
         candidate, outcome = evaluation.candidate, evaluation.outcome

@@ -83,6 +83,8 @@ class SearchSettings(Section):
     """Refuse, unmeasured, what a surrogate fitted to all outcomes expects to be worse than the whole population."""
     race_confidence: Annotated[float, Field(ge=0.5, lt=1)] | None = None
     """A candidate that is worse than the K-th best with this confidence is measured no further; none: all are whole."""
+    first_windows: PositiveInt | None = None
+    """Multi-fidelity: a candidate that is worse than the K-th best on so many windows is measured no further."""
     fitness: Measure = "perplexity"
     """What the search minimises on data.fitness: `perplexity` (the paper), or `kl`, divergence from the dense model."""
     granularity: Granularity = "layer"
@@ -271,6 +273,9 @@ class Settings(BaseSettings):
                 f"search.race_confidence needs at least {LEAST_RACE + 1} windows to race on: "
                 f"data.fitness_windows is {windows}"
             )
+        first = self.search.first_windows
+        if windows is not None and first is not None and windows <= first:
+            raise ValueError(f"search.first_windows ({first}) must be fewer than data.fitness_windows ({windows})")
         return self
 
     def spec(self) -> SearchSpec:

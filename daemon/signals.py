@@ -27,6 +27,8 @@ class Interrupted(BaseException):
     def __init__(self, number: int) -> None:
         super().__init__()
         self.exit_code = 128 + number
+        self.left = "nothing was written"
+        """What it leaves behind, for the one sentence."""
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from gpu_worker.device_errors import is_device_lost, is_out_of_memory
 from gpu_worker.export.trusted import register_pruned_classes
 from gpu_worker.families import PRUNED, family_of
-from protocol.errors import ModelError, SelfPrunerError
+from protocol.errors import ModelError, SelfPrunerError, UsageError
 
 SIZES = (
     "num_hidden_layers",
@@ -32,8 +32,8 @@ LEFT_OVER = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cac
 
 
 @contextmanager
-def reading(sentence: Callable[[Exception], str]) -> Iterator[None]:
-    """While it lasts, an error is a ModelError with this `sentence` about it: files are being read by other libraries.
+def reading(sentence: Callable[[Exception], str], kind: type[UsageError] = ModelError) -> Iterator[None]:
+    """While it lasts, an error is of this `kind`, with a `sentence` about it: other libraries are reading files.
 
     Our own errors stay what they are, and so do those that tell of the memory or the device and not of the files.
     """
@@ -45,7 +45,7 @@ def reading(sentence: Callable[[Exception], str]) -> Iterator[None]:
     except Exception as error:
         if is_out_of_memory(error) or is_device_lost(error):
             raise
-        raise ModelError(sentence(error)) from error
+        raise kind(sentence(error)) from error
 
 
 def reason(error: Exception) -> str:

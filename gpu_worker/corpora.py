@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import torch
 from torch import Tensor
 
-from gpu_worker.hub import hub_reachable
+from gpu_worker.hub import datasets_go_offline, hub_reachable
 from protocol.errors import DataError
 from protocol.spec import Role, SearchSpec, TextSpec
 
@@ -145,20 +144,22 @@ def _file(path: str) -> str:
         raise DataError(f"the text {path!r} is not UTF-8 text ({error.reason} at byte {error.start})") from error
 
 
-def _wikitext2(split: str) -> str:
+def hub_split(name: str, config: str | None, split: str, otherwise: str) -> Any:
+    """A split of a data set of the hub. Raises DataError with the sentence `otherwise` where it cannot be had."""
     import datasets  # half a second that no other source needs
 
     datasets.disable_progress_bars()
     if not hub_reachable():
-        # Half a minute of retries otherwise: `local_files_only` does not reach the look-up of the repository's files.
-        datasets.config.HF_HUB_OFFLINE = huggingface_hub.constants.HF_HUB_OFFLINE = True
+        datasets_go_offline()
     try:
-        rows = datasets.load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=split)
+        return datasets.load_dataset(name, config, split=split)
     except (OSError, ValueError) as error:
-        raise DataError(
-            f"{WIKITEXT2} is not on this machine and the hub cannot be reached; pass a text file, or `{SELF}`"
-        ) from error
-    return "\n\n".join(rows["text"])
+        raise DataError(otherwise) from error
+
+
+def _wikitext2(split: str) -> str:
+    otherwise = f"{WIKITEXT2} is not on this machine and the hub cannot be reached; pass a text file, or `{SELF}`"
+    return "\n\n".join(hub_split("Salesforce/wikitext", "wikitext-2-raw-v1", split, otherwise)["text"])
 
 
 def _too_short(name: str, tokens: int, roles: dict[Role, TextSpec]) -> str:

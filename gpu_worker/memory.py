@@ -10,6 +10,7 @@ import torch
 
 from gpu_worker.divergence import TOP
 from gpu_worker.families import Decoder
+from gpu_worker.finetune.memory import Training
 from gpu_worker.gradients import SAMPLES, TOKENS
 from gpu_worker.importance import ROWS_AT_ONCE
 from gpu_worker.perplexity import LOGITS_BYTES
@@ -46,6 +47,7 @@ class Workload:
     """Whether each layer's input is kept for a batch of tokens."""
     reconstructs: Literal["no", "layer by layer", "all layers"] = "no"
     """What stays of o and down is fitted, and of how many layers at a time the products of inputs are kept."""
+    training: Training | None = None
 
     @classmethod
     def of(cls, spec: SearchSpec) -> "Workload":
@@ -93,11 +95,13 @@ class MemoryEstimate:
     says and not as long as the model's positions reach; and predictions of the dense model."""
     fitting: int = 0
     """What reconstruction keeps beside each layer: products of its inputs, and what is fitted to them."""
+    trained: int = 0
+    """What fine-tuning keeps of each trained parameter: its fp32 copy, gradient and averages."""
 
     @property
     def least(self) -> int:
         """What cannot be done without on the device."""
-        return self.weights + self.fitting + self.running
+        return self.weights + self.fitting + self.trained + self.running
 
     @property
     def words(self) -> str:
@@ -107,6 +111,8 @@ class MemoryEstimate:
             parts.append(f"up to {gigabytes(self.gathered)} for pruned copies")
         if self.fitting:
             parts.append(f"{gigabytes(self.fitting)} for reconstruction")
+        if self.trained:
+            parts.append(f"{gigabytes(self.trained)} for what is trained")
         if self.main:
             parts.append(f"{gigabytes(self.main)} of main memory for texts")
         return f"about {', '.join(parts)}"
@@ -132,10 +138,14 @@ def estimate_memory(decoder: Decoder, dtype: torch.dtype, workload: Workload, de
         inputs = len(shape.layers) * SENSITIVITY_TOKENS * shape.hidden_size * size
         logits = _logits(device, vocabulary, SENSITIVITY_TOKENS)
         running.append(inputs + _window(shape, logits, size, SENSITIVITY_TOKENS))
+    if workload.training is not None:
+        chunk = _logits(device, vocabulary, workload.training.tokens)
+        running.append(workload.training.running(shape, size) + 3 * chunk)
     return MemoryEstimate(
         weights=shape.total_parameters * size,
         gathered=sum(_gathered(shape, layer, workload.reconstructs != "no") for layer in shape.layers) * size,
         fitting=_fitting(shape, workload) * FP32,
+        trained=0 if workload.training is None else workload.training.kept(shape, size),
         running=max(running),
         main=workload.waiting_tokens * shape.hidden_size * size + workload.predicted_tokens * TOP * (INT32 + size),
     )

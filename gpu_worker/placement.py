@@ -56,8 +56,8 @@ def _on_gpus(estimate: MemoryEstimate, machine: Machine, copies: int) -> Placeme
     largest = max(range(len(machine.gpus)), key=lambda i: machine.gpus[i])
     if estimate.least + copies <= machine.gpus[largest]:
         return Placement(f"cuda:{largest}")
-    # What reconstruction keeps of a layer is on its device.
-    share = estimate.weights / (estimate.weights + estimate.fitting + copies)
+    # What reconstruction and fine-tuning keep of a layer is on its device.
+    share = estimate.weights / (estimate.weights + estimate.fitting + estimate.trained + copies)
     budget = {i: int((free - estimate.running) * share) for i, free in enumerate(machine.gpus)}
     useful = {i: weights for i, weights in budget.items() if weights > 0}
     return Placement(budget=useful) if len(useful) > 1 and sum(useful.values()) >= estimate.weights else None
@@ -66,6 +66,8 @@ def _on_gpus(estimate: MemoryEstimate, machine: Machine, copies: int) -> Placeme
 def too_large(estimate: MemoryEstimate, machine: Machine) -> ModelError:
     """What is said of a model that fits nowhere."""
     advice = f"{ADVICE}, or no reconstruction" if estimate.fitting else ADVICE
+    if estimate.trained:
+        advice += ", a smaller micro-batch, or LoRA if it is not"
     return ModelError(
         f"the model is too large for this machine: it needs {estimate.words}; {machine.sentence}; {advice}"
     )

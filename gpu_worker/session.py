@@ -175,7 +175,7 @@ class _Seen:
     def is_beaten(self) -> bool:
         """Whether the race is lost."""
         race = self._race
-        return race is not None and is_beaten(self.losses, race.against, race.confidence)
+        return race is not None and is_beaten(self.losses, race)
 
     @property
     def behind(self) -> float:

@@ -4,7 +4,16 @@ import hashlib
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, TypeAdapter
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    TypeAdapter,
+)
 
 from protocol.plan import Parameters, Plan
 
@@ -43,13 +52,16 @@ LEAST_RACE = 3
 
 
 class Race(_Value):
-    """What a candidate has to keep up with: it is stopped where it is worse, with so much confidence.
+    """What a candidate has to keep up with: it is stopped where it is worse.
 
     `against` are another candidate's losses, window by window; without them nothing is stopped, but losses are kept.
     """
 
     against: tuple[float, ...]
-    confidence: float = Field(gt=0, lt=1)
+    confidence: float | None = Field(default=None, gt=0, lt=1)
+    """It is stopped after any window where it is worse with so much confidence."""
+    first_windows: PositiveInt | None = None
+    """It is stopped after so many windows where it is worse on them, by however little: the low fidelity of two."""
 
 
 class Candidate(_Value):

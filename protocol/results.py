@@ -1,13 +1,16 @@
-"""What `selfpruner evaluate`, `allocate` and `export` find: as JSON what a program reads of them."""
+"""What the commands that prune and measure find: as JSON what a program reads of them."""
 
 from pathlib import Path
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, PositiveInt
 
+from protocol.finetuning import Finetuning
 from protocol.formats import Format
 from protocol.plan import LayerPlan, Parameters
 from protocol.shape import ModelShape
 from protocol.spec import SearchSpec
+from protocol.zero_shot import Metric
 
 
 class EvaluationResult(BaseModel):
@@ -79,3 +82,71 @@ class ExportResult(BaseModel):
     tokens: int
     seconds: float
     """Wall time of writing the folder."""
+
+
+class TaskAccuracy(BaseModel):
+    """What a model answers in one zero-shot task; accuracies are shares of its items."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    task: str
+    """As on the command line; of a local task the name in its file."""
+    title: str
+    items: PositiveInt
+    acc: float
+    acc_norm: float | None
+    """None where the task has no such accuracy."""
+    metric: Metric
+    """Which of the two counts (protocol/zero_shot.py)."""
+    accuracy: float
+    """That one."""
+    standard_error: float | None
+    """Of `accuracy`, from the number of items; None for a single item."""
+
+
+class ZeroShotResult(BaseModel):
+    """What a model answers without examples, and where it was pruned, how."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str
+    method: str | None = None
+    """The allocation, or where the rates come from; None for a model as it is."""
+    rate: float | None = None
+    """Share of the decoder's parameters that was removed; None for a model as it is."""
+    tasks: tuple[TaskAccuracy, ...]
+    mean: float
+    """Of the tasks' `accuracy`, each task counting the same, as in the paper."""
+    limit: int | None
+    """At most so many items of each task, the first ones; None for all."""
+    tasks_dir: Path | None
+    parameters: Parameters
+    dtype: str
+    batch_size: int
+    harness: str
+    """lm-eval's version."""
+    seconds: float
+    """Wall time of answering, and of nothing else."""
+    calibration: str | None = None
+    rates: tuple[float, ...] = ()
+
+
+class FinetuneResult(BaseModel):
+    """What was trained, what it measures, and what was written."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    folder: Path
+    formats: tuple[Format, ...]
+    """Each in the folder itself where there is one, else in a folder of its name in it."""
+    files: dict[str, int]
+    """Names below the folder, and sizes in bytes."""
+    model: str
+    """The model that was pruned."""
+    parameters: Parameters
+    finetuning: Finetuning
+    resumed_from: int
+    """Steps that an earlier process had made."""
+    ended_by: Literal["steps", "time"]
+    seconds: float
+    """Wall time of the steps, over all restarts."""

@@ -3,6 +3,7 @@
 import math
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 from redis.asyncio import Redis
@@ -10,7 +11,7 @@ from redis.asyncio import Redis
 from daemon.checks import check_race
 from daemon.setting_sources import load
 from daemon.summary import summarise
-from gpu_worker.racing import is_beaten
+from gpu_worker.racing import is_beaten, is_clearly_worse
 from gpu_worker.session import Session
 from protocol.candidate import LEAST_RACE, Candidate, Measured, Outcome, Race, Stopped
 from protocol.errors import DataError, SettingsError
@@ -27,7 +28,7 @@ CONFIDENCE = 0.95
 
 def first_stop(losses: list[float], against: list[float], confidence: float = CONFIDENCE) -> int | None:
     """After how many windows the candidate is stopped."""
-    return next((n for n in range(1, len(losses)) if is_beaten(losses[:n], against, confidence)), None)
+    return next((n for n in range(1, len(losses)) if is_clearly_worse(losses[:n], against, confidence)), None)
 
 
 def test_a_candidate_that_is_as_good_is_stopped_no_more_often_than_the_confidence_allows() -> None:
@@ -68,7 +69,35 @@ def test_pairing_tells_what_the_means_alone_do_not() -> None:
     ],
 )
 def test_nobody_is_stopped_without_a_reason(losses: list[float], against: list[float]) -> None:
-    assert not is_beaten(losses, against, CONFIDENCE)
+    assert not is_beaten(losses, Race(against=tuple(against), confidence=CONFIDENCE))
+
+
+@pytest.mark.parametrize(
+    ("losses", "stopped"),
+    [
+        ([1.0], False),  # too early to say
+        ([1.0, 2.1], True),
+        ([1.0, 2.0], False),  # as good
+        ([1.2, 1.7], False),  # better in all
+        ([1.0, 2.1, 3.0], False),  # it got through
+        ([1.0, math.nan], False),
+    ],
+)
+def test_multi_fidelity_looks_once_and_asks_for_no_more_than_worse(losses: list[float], stopped: bool) -> None:
+    race = Race(against=(1.0, 2.0, 3.0, 4.0), first_windows=2)
+    assert is_beaten(losses, race) == stopped
+    assert not is_beaten(losses, race.model_copy(update={"against": ()}))
+
+
+def test_a_worker_measures_the_first_windows_of_the_worse_alone(spec: SearchSpec) -> None:
+    session = Session(spec, sensitivity=False)
+    plan = dense_plan(session.shape)
+    whole = session.race(plan, Race(against=(), first_windows=2))
+    assert isinstance(whole, Measured) and len(whole.losses) == 8
+    better = Race(against=tuple(loss - 1e-3 for loss in whole.losses), first_windows=2)
+    stopped = session.race(plan, better)
+    assert isinstance(stopped, Stopped) and stopped.windows == 2 and stopped.tokens == 2 * 31
+    assert isinstance(session.race(plan, Race(against=whole.losses, first_windows=2)), Measured)
 
 
 @pytest.fixture(scope="module")
@@ -108,8 +137,11 @@ def racer(candidate: Candidate) -> Outcome:
     return Stopped(perplexity=1.5, behind=0.1, windows=2, of_windows=4, **figures)
 
 
-async def test_who_was_stopped_is_counted_and_is_no_member(redis: Redis, keys: Keys, tmp_path: Path) -> None:
-    chosen = settings(race_confidence=CONFIDENCE)
+@pytest.mark.parametrize("how", [{"race_confidence": CONFIDENCE}, {"first_windows": 2}])
+async def test_who_was_stopped_is_counted_and_is_no_member(
+    redis: Redis, keys: Keys, tmp_path: Path, how: dict[str, Any]
+) -> None:
+    chosen = settings(**how)
     conducted = Conducted(redis, keys, tmp_path, settings=chosen)
     async with evaluating(redis, keys, racer):
         search = await conducted.run()
@@ -150,6 +182,16 @@ def test_a_text_too_short_to_race_on_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match=r"race_confidence.*at least 4 windows.*data.fitness_windows is 3"):
         load(file, [f"{name}={value}" for name, value in wrong.items()])
     with pytest.raises(DataError, match=r"at least 4 windows.*has 2"):
-        check_race(0.9, 2)
-    check_race(0.9, LEAST_RACE + 1)
-    check_race(None, 1)
+        check_race(0.9, None, 2)
+    check_race(0.9, None, LEAST_RACE + 1)
+    check_race(None, None, 1)
+
+
+def test_a_text_with_no_more_windows_than_are_looked_at_first_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "search.yaml"
+    file.write_text("search: {first_windows: 4}\ntarget: {model: m, rate: 0.3}\ndata: {fitness_windows: 4}\n")
+    with pytest.raises(SettingsError, match=r"first_windows \(4\) must be fewer than data.fitness_windows \(4\)"):
+        load(file, [])
+    with pytest.raises(DataError, match=r"first_windows \(4\).*which has 4"):
+        check_race(None, 4, 4)
+    check_race(None, 4, 5)

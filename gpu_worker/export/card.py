@@ -11,6 +11,7 @@ from gpu_worker.corpora import SELF, WIKITEXT2
 from gpu_worker.export.facts import ExportFacts, TextPerplexity, version_of_selfpruner
 from gpu_worker.export.modeling import module_name
 from gpu_worker.gradients import SAMPLES, TOKENS
+from protocol.finetuning import Finetuning, Perplexities
 from protocol.formats import Format
 from protocol.spec import SearchSpec, TextSpec
 
@@ -51,6 +52,7 @@ def render_card(facts: ExportFacts, fmt: Format, *, name: str, gguf: str | None 
         module=f"{module_name(facts.shape.family)}.py",
         parameters=facts.parameters,
         measured=_measured(facts),
+        finetunings=[_finetuned(each) for each in facts.finetunings],
         measured_again=_measured_again(facts.spec.fitness, name),
         layers=_layers(facts),
         scored_on=_scored_on(facts.spec),
@@ -79,6 +81,28 @@ def _measured(facts: ExportFacts) -> list[_Measured]:
     ]
 
 
+def _finetuned(tuned: Finetuning) -> str:
+    """What was done, on what, and what came of it."""
+    recipe = tuned.recipe
+    how = "all weights of the decoder layers' projections"
+    if recipe.method == "lora":
+        how = f"LoRA (r {recipe.rank}, α {recipe.alpha:g}, dropout {recipe.dropout:g}), merged into the weights"
+    pieces = "instructions, of which the answers were predicted" if tuned.form == "alpaca" else "windows of text"
+    done = (
+        f"{how}; {tuned.examples:,} {pieces}, of {tuned.data}; {tuned.steps:,} steps of {recipe.batch}, "
+        f"{tuned.tokens:,} tokens predicted; learning rate {recipe.learning_rate:g}, {recipe.schedule}; "
+        f"loss {tuned.first_loss:.3f} at the beginning, {tuned.last_loss:.3f} at the end"
+    )
+    return done if tuned.perplexity is None else f"{done}; {_before_and_after(tuned.perplexity)}"
+
+
+def _before_and_after(perplexity: Perplexities) -> str:
+    return (
+        f"perplexity {_number(perplexity.before)} before and {_number(perplexity.after)} after, "
+        f"on {_text(perplexity.text)}"
+    )
+
+
 def _measured_again(text: TextSpec, name: str) -> str:
     """The command for the same tokens; the file of a text has to be named, for only its own people know its place."""
     command = f"selfpruner evaluate {shlex.quote(name)}"
@@ -86,9 +110,11 @@ def _measured_again(text: TextSpec, name: str) -> str:
 
 
 def _figure(measured: TextPerplexity | None) -> str:
-    if measured is None:
-        return "not measured"
-    return f"{measured.perplexity:,.0f}" if measured.perplexity >= 1000 else f"{measured.perplexity:.4g}"
+    return "not measured" if measured is None else _number(measured.perplexity)
+
+
+def _number(perplexity: float) -> str:
+    return f"{perplexity:,.0f}" if perplexity >= 1000 else f"{perplexity:.4g}"
 
 
 def _layers(facts: ExportFacts) -> list[_Layer]:

@@ -43,13 +43,29 @@ def export_model(
     name = out.expanduser().resolve().name
 
     def write(folder: Path) -> None:
-        gguf = _write_weights(model, plan, fmt, folder, name, gguf_type, progress)
-        if kept_text is not None and fmt != "gguf":
-            keep_text(kept_text, folder)
-        (folder / "README.md").write_text(render_card(facts, fmt, name=name, gguf=gguf), encoding="utf-8")
-        write_json(folder / MARK, _marked(facts, fmt))
+        fill(folder, model, plan, facts, fmt, name=name, gguf_type=gguf_type, kept_text=kept_text, progress=progress)
 
     write_folder(out, write, force=force)
+
+
+def fill(
+    folder: Path,
+    model: LoadedModel,
+    plan: Plan,
+    facts: ExportFacts,
+    fmt: Format,
+    *,
+    name: str,
+    gguf_type: GgufType = "f16",
+    kept_text: Tensor | None = None,
+    progress: Progress = no_progress,
+) -> None:
+    """Write all files of an export called `name` into the empty `folder`; see `export_model`."""
+    gguf = _write_weights(model, plan, fmt, folder, name, gguf_type, progress)
+    if kept_text is not None and fmt != "gguf":
+        keep_text(kept_text, folder)
+    (folder / "README.md").write_text(render_card(facts, fmt, name=name, gguf=gguf), encoding="utf-8")
+    write_json(folder / MARK, _marked(facts, fmt))
 
 
 def check_format(model: LoadedModel, fmt: Format) -> None:

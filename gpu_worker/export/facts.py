@@ -5,6 +5,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
+from protocol.finetuning import Finetuning
 from protocol.plan import Parameters, Plan, count_parameters
 from protocol.shape import ModelShape
 from protocol.spec import SearchSpec, TextSpec
@@ -49,6 +50,8 @@ class ExportFacts(BaseModel):
     """Of the fitness text's tokens: who measures again can tell whether they are the same."""
     begins_with_bos: bool = False
     """Whether every window's first token was replaced by bos."""
+    finetunings: tuple[Finetuning, ...] = ()
+    """What was done after pruning, in order; then `pruned` is what the model measures after all of it."""
 
     @model_validator(mode="after")
     def _belong_together(self) -> "ExportFacts":

@@ -70,7 +70,7 @@ def _beside(target: Path) -> Path:
 
 def _share(folder: Path) -> None:
     """Give files the permissions that the folder was made with: safetensors writes for its owner alone."""
-    for file in folder.iterdir():
+    for file in folder.rglob("*"):
         if file.is_file():
             file.chmod(folder.stat().st_mode & 0o666)
 

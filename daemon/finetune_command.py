@@ -1,0 +1,151 @@
+"""`selfpruner finetune`: recovers a pruned, exported folder by training, and writes it again."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import typer
+from pydantic import ValidationError
+
+from daemon import answers, flags
+from daemon.pruning_commands import at_work
+from daemon.setting_errors import validation_sentence
+from daemon.signals import Interrupted
+from daemon.terminal import answer, need
+from protocol.errors import DataError, SettingsError
+from protocol.finetuning import ALPACA_GPT4, Form, Recipe, Schedule, form_of
+from protocol.formats import Format, GgufType
+from protocol.paths import expanded
+from protocol.spec import Dtype
+
+SIZES: dict[Form, dict[str, int]] = {"alpaca": {"batch": 64, "seqlen": 256}, "text": {"batch": 8, "seqlen": 512}}
+"""What a step takes where no flag says it: LLM-Pruner's for instructions."""
+FORMATS: tuple[Format, ...] = get_args(Format)
+LEARNING_RATES = {False: 3e-4, True: 1e-4}
+"""Of LoRA, and of all weights."""
+
+
+@dataclass(frozen=True)
+class RecipeFlags:
+    """How it is trained; None: what fits the data."""
+
+    rank: Annotated[int | None, typer.Option(help="LoRA's r; 8 if left out.")] = None
+    alpha: Annotated[float | None, typer.Option(help="What LoRA adds is scaled by alpha / r; 16 if left out.")] = None
+    dropout: Annotated[float | None, typer.Option(help="Of LoRA's inputs; 0.05 if left out.")] = None
+    learning_rate: Annotated[float | None, typer.Option(help="The highest; 3e-4, with --full 1e-4, if left out.")] = (
+        None
+    )
+    schedule: Annotated[Schedule, typer.Option(help="How the learning rate falls after the warm-up.")] = "cosine"
+    warmup: Annotated[float, typer.Option(help="The share of the steps in which it rises.")] = 0.05
+    epochs: Annotated[int, typer.Option(help="How often the data is gone through.")] = 2
+    max_steps: Annotated[int | None, typer.Option(help="At most so many steps.")] = None
+    batch: Annotated[int | None, typer.Option(help="Examples or windows of a step; 64 and 8 if left out.")] = None
+    micro_batch: Annotated[int, typer.Option(help="How many of them at once; less takes less memory.")] = 4
+    seqlen: Annotated[
+        int | None, typer.Option(help="Tokens of an example at most, of a window exactly; 256 and 512 if left out.")
+    ] = None
+    examples: Annotated[
+        int | None, typer.Option(help="So many, by a seeded shuffle; all, or 10,000 of the hub's, if left out.")
+    ] = None
+    weight_decay: Annotated[float, typer.Option(help="AdamW's.")] = 0.0
+    clip: Annotated[float, typer.Option(help="The largest norm of a step's gradient.")] = 1.0
+
+
+@flags.grouped
+def finetune(
+    folder: Annotated[Path, typer.Argument(help="What `selfpruner export` wrote, as hf or padded.")],
+    out: Annotated[Path, typer.Option(help="The folder to make.")],
+    data: Annotated[
+        str,
+        typer.Option(help=f"`{ALPACA_GPT4}`, a .json or .jsonl file in Alpaca's form, a text file, or `wikitext2`."),
+    ] = ALPACA_GPT4,
+    format_: Annotated[
+        list[str] | None, typer.Option("--format", help="hf, padded or gguf; the folder's if left out. Repeatable.")
+    ] = None,
+    gguf_type: Annotated[GgufType, typer.Option(help="gguf: how weights are stored.")] = "f16",
+    force: Annotated[bool, typer.Option("--force", help="Replace an older export.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Train the projections' own weights, and not LoRA.")] = False,
+    max_minutes: Annotated[
+        float | None, typer.Option(help="Of training, over all restarts; the learning rate falls with the time.")
+    ] = None,
+    checkpoint_minutes: Annotated[float, typer.Option(min=0, help="Between two checkpoints.")] = 2.0,
+    eval_data: Annotated[
+        str | None, typer.Option(help="A text to measure before and after: `wikitext2` or a file.")
+    ] = None,
+    eval_windows: Annotated[int | None, typer.Option(min=1, help="Windows of it; as on the folder's card.")] = None,
+    eval_seqlen: Annotated[int | None, typer.Option(min=16, help="Tokens of each; as on the folder's card.")] = None,
+    *,
+    how: RecipeFlags,
+    dtype: Annotated[
+        Dtype | None, typer.Option("--dtype", help="Of weights and activations; as on the folder's card.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the data's order, and of dropout.")] = 0,
+    json_: flags.Json = False,
+) -> None:
+    """Recover a pruned folder: train LoRA on it, merge that into the weights and write it again.
+
+    Killed or interrupted, the same command goes on from its checkpoint, which is beside --out.
+    """
+    recipe, formats = recipe_of(data, how, full=full, seed=seed), _formats(format_ or [])
+    if max_minutes is not None and max_minutes <= 0:
+        raise SettingsError(f"--max-minutes {max_minutes} is no time to train in")
+    if eval_data is None and (eval_windows, eval_seqlen) != (None, None):
+        raise SettingsError("--eval-windows and --eval-seqlen are of --eval-data, which is missing")
+    data, eval_data = _found(data), eval_data and _found(eval_data, only_text=True)
+    need("torch", "worker")
+    if not full:
+        need("peft", "finetune")
+    try:
+        with at_work(str(folder)) as progress:
+            from gpu_worker.finetune.finetuning import EvalText, FinetuneRequest, finetune_once
+            from gpu_worker.finetune.training import Limits
+
+            request = FinetuneRequest(
+                folder=expanded(folder),
+                data=data,
+                recipe=recipe,
+                out=expanded(out),
+                formats=formats,
+                gguf_type=gguf_type,
+                force=force,
+                eval_text=None if eval_data is None else EvalText(eval_data, eval_windows, eval_seqlen),
+                dtype=dtype,
+                limits=Limits(None if max_minutes is None else 60 * max_minutes, 60 * checkpoint_minutes),
+            )
+            result = finetune_once(request, progress)
+    except Interrupted as end:
+        end.left = "the same command goes on where it was"
+        raise
+    answer(result.model_dump(mode="json"), json_, lambda: answers.finetuned(result))
+
+
+def recipe_of(data: str, how: RecipeFlags, *, full: bool, seed: int) -> Recipe:
+    """The recipe that the flags describe. Raises SettingsError for what cannot be, and for what nobody would read."""
+    given: dict[str, Any] = {name: value for name, value in asdict(how).items() if value is not None}
+    if full:
+        for name in ("rank", "alpha", "dropout"):
+            if name in given:
+                raise SettingsError(f"--{name} is not read here: --full trains without LoRA")
+    defaults = SIZES[form_of(data)] | {"learning_rate": LEARNING_RATES[full]}
+    try:
+        return Recipe(**defaults | given, method="full" if full else "lora", seed=seed)
+    except ValidationError as error:
+        raise SettingsError(validation_sentence(error)) from error
+
+
+def _formats(names: list[str]) -> tuple[Format, ...]:
+    """Each of the formats once. Raises SettingsError for one that there is not."""
+    for name in names:
+        if name not in FORMATS:
+            raise SettingsError(f"--format cannot be {name!r}: there are {', '.join(FORMATS)}")
+    return tuple(fmt for fmt in FORMATS if fmt in names)
+
+
+def _found(source: str, *, only_text: bool = False) -> str:
+    """A named text, or where a file is. Raises DataError for one that is not there, before torch is imported."""
+    names = ("wikitext2",) if only_text else (ALPACA_GPT4, "wikitext2")
+    if source in names:
+        return source
+    if not expanded(source).is_file():
+        raise DataError(f"there is no file {source!r}; give a file, or {' or '.join(names)}")
+    return str(expanded(source).absolute())

@@ -1,0 +1,101 @@
+"""An exported folder as something to work on: what it says of itself, and its model as it was pruned."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import ValidationError
+
+from gpu_worker.export.facts import ExportFacts
+from gpu_worker.export.folder import MARK
+from gpu_worker.importance import LayerImportance
+from gpu_worker.models import LoadedModel
+from gpu_worker.pruning import OrderedModel
+from protocol.errors import ModelError
+from protocol.formats import KEPT_TEXT, Format
+from protocol.plan import Plan
+from protocol.shape import LayerShape
+
+NOT_FACTS = ("selfpruner", "format", "parameters")
+"""What selfpruner.json says beside the facts."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A folder that `selfpruner export` wrote."""
+
+    folder: Path
+    format: Format
+    facts: ExportFacts
+
+    @property
+    def kept_text(self) -> Path | None:
+        """The file with the tokens that it was measured on, where the dense model wrote them."""
+        file = self.folder / KEPT_TEXT
+        return file if file.is_file() else None
+
+
+def read_exported(folder: Path) -> Exported:
+    """What the folder says of itself. Raises ModelError where it is no export, or one that cannot be loaded again."""
+    file = folder / MARK
+    if not file.is_file():
+        raise ModelError(f"{str(folder)!r} is no folder that `selfpruner export` wrote: it has no {MARK}")
+    try:
+        written = json.loads(file.read_bytes())
+        if "formats" in written:
+            raise ModelError(
+                f"the folder {str(folder)!r} holds a model in several formats; pass one of them, such as "
+                f"{str(folder / written['formats'][0])!r}"
+            )
+        fmt = written["format"]
+        facts = ExportFacts.model_validate({name: each for name, each in written.items() if name not in NOT_FACTS})
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        # pydantic's ValidationError is a ValueError, and a page long
+        reason = "not what this version writes" if isinstance(error, ValidationError) else str(error)
+        raise ModelError(f"{file} does not say what the folder holds ({reason})") from error
+    if fmt not in ("hf", "padded"):
+        raise ModelError(
+            f"the folder {str(folder)!r} is an export for llama.cpp, whose weights are no longer those of the model; "
+            "pass the hf or the padded export of the same model"
+        )
+    return Exported(folder, fmt, facts)
+
+
+def as_it_was_pruned(model: LoadedModel, exported: Exported) -> None:
+    """Cut the noughts off a padded model, so that it has the sizes of its plan; check those of any other.
+
+    The decoder's shape stays that of the model as it was loaded. Raises ModelError for the model of another plan.
+    """
+    plan = exported.facts.plan
+    wanted = exported.facts.shape.layers if exported.format == "padded" else _sizes(plan)
+    if model.decoder.shape.layers != wanted:
+        raise ModelError(f"the weights in {exported.folder} have other sizes than its {MARK} says")
+    if exported.format == "padded":
+        _cut(model, plan)
+
+
+def _sizes(plan: Plan) -> tuple[LayerShape, ...]:
+    return tuple(
+        LayerShape(query_heads=kept.query_heads, kv_heads=kept.kv_heads, mlp_channels=kept.mlp_channels)
+        for kept in plan.layers
+    )
+
+
+def _cut(model: LoadedModel, plan: Plan) -> None:
+    """What is kept lies in front (padded.py), as if it were ordered by importance already."""
+    OrderedModel(model.decoder, [_all_alike(layer) for layer in model.decoder.shape.layers]).apply(plan)
+    for layer in model.decoder.layers:
+        for linear in layer.linears:
+            for parameter in linear.parameters():
+                # A copy, so that the whole goes with the OrderedModel; laid out as in a file, to compute the same.
+                parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
+
+
+def _all_alike(layer: LayerShape) -> LayerImportance:
+    """Scores by which everything stays where it is."""
+    return LayerImportance(
+        query_heads=torch.zeros(layer.kv_heads, layer.queries_per_kv),
+        kv_heads=torch.zeros(layer.kv_heads),
+        channels=torch.zeros(layer.mlp_channels),
+    )

@@ -1,0 +1,91 @@
+"""Where fine-tuning has got to, in a folder beside the output, so that a kill costs minutes and not the whole.
+
+One file, replaced whole: masters, optimizer, losses. The order of the data and the noise of dropout follow from the
+seed and the step, so that they need not be kept.
+"""
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpu_worker.export.folder import ExportError
+from protocol.errors import SettingsError
+from protocol.finetuning import LossPoint
+
+FILE = "checkpoint.pt"
+
+
+@dataclass(frozen=True)
+class State:
+    """All that a later process needs to go on."""
+
+    masters: list[Tensor]
+    optimizer: dict[str, Any]
+    losses: tuple[LossPoint, ...] = ()
+    seconds: float = 0.0
+    """Of fine-tuning so far."""
+    finished: bool = False
+    """No step is left to be made."""
+
+
+def folder_beside(out: Path) -> Path:
+    """Where the checkpoint of an output is."""
+    return out.with_name(f"{out.name}.checkpoint")
+
+
+class Checkpoint:
+    """The checkpoint of one output. `settings` are what it has to agree with: by name, in words."""
+
+    def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
+        self.folder = folder
+        self._settings = settings
+
+    def read(self) -> State | None:
+        """What was kept, on the CPU; None where nothing was.
+
+        Raises SettingsError where it is of other settings, another model or other data, or cannot be read.
+        """
+        file = self.folder / FILE
+        if not file.exists():
+            return None
+        try:
+            kept = torch.load(file, map_location="cpu", weights_only=True)
+            settings, state = kept["settings"], kept["state"]
+            losses = tuple(LossPoint.model_validate(point) for point in state.pop("losses"))
+            found = State(**state, losses=losses)
+        except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, UnpicklingError) as error:
+            raise SettingsError(f"the checkpoint {file} cannot be read; remove {self.folder} to begin anew") from error
+        for name, value in self._settings.items():
+            if settings.get(name) != value:
+                raise SettingsError(
+                    f"the checkpoint in {self.folder} has another {name} ({settings.get(name)!r}, and not {value!r}): "
+                    "give what it was made with, or remove it to begin anew"
+                )
+        return found
+
+    def write(self, state: State) -> None:
+        """Keep `state` in place of what was kept before: whole, or not at all. Raises ExportError."""
+        content = vars(state) | {"losses": [point.model_dump() for point in state.losses]}
+        beside = self.folder / f".{FILE}"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with beside.open("wb") as file:
+                torch.save({"settings": self._settings, "state": content}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            beside.replace(self.folder / FILE)
+        # torch's own writer says RuntimeError of a full disk.
+        except (OSError, RuntimeError) as error:
+            beside.unlink(missing_ok=True)
+            reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
+            raise ExportError(f"the checkpoint in {self.folder} cannot be written ({reason})") from error
+
+    def remove(self) -> None:
+        """Remove the folder: the output is there."""
+        shutil.rmtree(self.folder, ignore_errors=True)

@@ -1,0 +1,201 @@
+"""What a model learns from: instructions in Alpaca's form, or a plain text cut into windows."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor
+
+from gpu_worker.corpora import hub_split, load_roles
+from gpu_worker.models import LoadedModel
+from protocol.errors import DataError
+from protocol.finetuning import ALPACA_GPT4, HUB_EXAMPLES, Form, Recipe, form_of
+from protocol.spec import TextSpec
+
+ALPACA_ON_THE_HUB = "vicgalle/alpaca-gpt4"
+WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+WITHOUT_INPUT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+"""Alpaca's own words, which LLM-Pruner uses too."""
+
+
+class Instruction(BaseModel):
+    """One example in Alpaca's form; whatever else it has is left out."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
+
+    instruction: str
+    output: str
+    input: str | None = ""
+
+    @property
+    def prompt(self) -> str:
+        """What the model is given, and does not learn to predict."""
+        words = WITH_INPUT if self.input else WITHOUT_INPUT
+        return words.format(instruction=self.instruction, input=self.input)
+
+
+@dataclass(frozen=True)
+class Example:
+    """Tokens (long, [length]), of which those from `first` on are predicted."""
+
+    tokens: Tensor
+    first: int
+
+    @property
+    def predicted(self) -> int:
+        """How many tokens are predicted."""
+        return len(self.tokens) - self.first
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """All examples, in the order of the data."""
+
+    name: str
+    form: Form
+    examples: tuple[Example, ...]
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all tokens and of what of them is predicted."""
+        digest = hashlib.sha256()
+        for example in self.examples:
+            digest.update(f"{len(example.tokens)}|{example.first}|".encode())
+            digest.update(example.tokens.numpy().tobytes())
+        return digest.hexdigest()
+
+
+def read_instructions(source: str, recipe: Recipe) -> tuple[Instruction, ...]:
+    """The instructions of the hub or of a file, as many as `recipe` says.
+
+    Raises DataError where they cannot be had, and for the first line or entry that is none.
+    """
+    found = _of_the_hub() if source == ALPACA_GPT4 else _of_a_file(Path(source).expanduser())
+    wanted = recipe.examples or (HUB_EXAMPLES if source == ALPACA_GPT4 else None)
+    return found if wanted is None else tuple(found[i] for i in _picked(len(found), wanted, recipe.seed))
+
+
+def prepare_data(
+    source: str, instructions: tuple[Instruction, ...] | None, model: LoadedModel, recipe: Recipe
+) -> TrainingData:
+    """The examples as tokens of `model`: of `instructions`, or of the text `source` where there are none.
+
+    Raises DataError for a text that cannot be had, and where nothing is left to predict.
+    """
+    if instructions is None:
+        windows = load_roles(
+            {"fitness": TextSpec(source=source, windows=None, seqlen=recipe.seqlen)},
+            recipe.seed,
+            model.tokenizer,
+            _no_text_of_its_own,
+            model.window_start,
+        )["fitness"]
+        if recipe.examples is not None:
+            windows = windows[_picked(len(windows), recipe.examples, recipe.seed)]
+        examples = tuple(Example(window, 1) for window in windows)
+    else:
+        cut = (_example(each, model, recipe.seqlen) for each in instructions)
+        examples = tuple(example for example in cut if example.predicted > 0)
+    if not examples:
+        raise DataError(f"nothing of {source!r} is left to learn: every answer begins after {recipe.seqlen} tokens")
+    return TrainingData(source if source == ALPACA_GPT4 else Path(source).name, form_of(source), examples)
+
+
+def _no_text_of_its_own(_windows: int, _length: int) -> Tensor:
+    raise AssertionError("`self` has no end, which is refused before")
+
+
+def _example(instruction: Instruction, model: LoadedModel, seqlen: int) -> Example:
+    """Prompt and answer apart, so that it is known where the answer begins; then the token that ends a text."""
+    tokenizer = model.tokenizer
+    prompt = tokenizer(instruction.prompt, verbose=False)["input_ids"]
+    answer = tokenizer(instruction.output, verbose=False, add_special_tokens=False)["input_ids"]
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    # Some tokenizers end every text that they are given.
+    prompt = prompt[:-1] if end and prompt[-1:] == end else prompt
+    start = model.window_start
+    if start is not None and prompt[:1] != [start]:
+        prompt = [start, *prompt]
+    return Example(torch.tensor([*prompt, *answer, *end][:seqlen], dtype=torch.long), len(prompt))
+
+
+def _picked(there: int, wanted: int, seed: int) -> list[int]:
+    """Which of so many are taken, in their order."""
+    order = torch.randperm(there, generator=torch.Generator().manual_seed(seed))
+    picked: list[int] = order[:wanted].sort().values.tolist()
+    return picked
+
+
+def _of_the_hub() -> tuple[Instruction, ...]:
+    rows = hub_split(
+        ALPACA_ON_THE_HUB,
+        None,
+        "train",
+        f"{ALPACA_GPT4} is not on this machine and the hub cannot be reached; pass a file with --data: "
+        "JSON or JSONL in Alpaca's form, or a text",
+    )
+    return tuple(_instruction(row, f"row {i} of {ALPACA_ON_THE_HUB}") for i, row in enumerate(rows, start=1))
+
+
+def _of_a_file(path: Path) -> tuple[Instruction, ...]:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise DataError(f"the data {str(path)!r} cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"the data {str(path)!r} is not UTF-8 text ({error.reason} at byte {error.start})") from error
+    entries = _lines(text, path) if path.suffix.lower() == ".jsonl" else _entries(text, path)
+    found = tuple(_instruction(entry, place) for place, entry in entries)
+    if not found:
+        raise DataError(f"the data {str(path)!r} holds no instructions")
+    return found
+
+
+def _lines(text: str, path: Path) -> Iterator[tuple[str, Any]]:
+    # Not `splitlines`, which also cuts at characters that JSON leaves in its strings.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            place = f"line {number} of {path}"
+            try:
+                yield place, json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{place} is no JSON ({_json_reason(error)})") from error
+
+
+def _entries(text: str, path: Path) -> Iterable[tuple[str, Any]]:
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        line = getattr(error, "lineno", 1)
+        raise DataError(
+            f"line {line} of {path} is no JSON ({_json_reason(error)}); one object on each line makes a .jsonl"
+        ) from error
+    if not isinstance(content, list):
+        raise DataError(f"{path} is no JSON list of objects with instruction, input and output")
+    return ((f"entry {number} of {path}", entry) for number, entry in enumerate(content, start=1))
+
+
+def _json_reason(error: Exception) -> str:
+    return getattr(error, "msg", None) or str(error)
+
+
+def _instruction(entry: Any, place: str) -> Instruction:
+    if not isinstance(entry, dict):
+        raise DataError(f"{place} is no object with instruction, input and output")
+    try:
+        return Instruction.model_validate(entry)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise DataError(f"{place}: {first['loc'][0]}: {first['msg']}") from error

@@ -1,0 +1,211 @@
+"""The training loop.
+
+A loop of our own, and not transformers' Trainer: the whole of it is shorter than what the Trainer would have to be
+told. Its checkpoints hold generators of random numbers and a sampler's place, and it skips the data that it has seen;
+here order and noise follow from seed and step, so that a run that was killed is the run that was not. It also wants the
+loss from the model's own forward, which keeps the logits of all tokens; ours are dropped chunk by chunk (loss.py).
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+
+from gpu_worker.finetune.checkpoint import Checkpoint, State
+from gpu_worker.finetune.data import Example, TrainingData
+from gpu_worker.finetune.loss import summed_loss
+from gpu_worker.finetune.trained import Trained
+from gpu_worker.models import LoadedModel
+from gpu_worker.perplexity import NotFiniteError
+from gpu_worker.progress import LOGGED_EVERY, Progress
+from protocol.finetuning import LossPoint, Recipe
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What ends fine-tuning before its steps, and how often it is kept."""
+
+    seconds: float | None = None
+    """Of fine-tuning, over all restarts. The learning rate then falls with the time, where that is further on."""
+    checkpoint_seconds: float = 120.0
+
+
+def train(
+    model: LoadedModel,
+    trained: Trained,
+    data: TrainingData,
+    recipe: Recipe,
+    limits: Limits,
+    checkpoint: Checkpoint,
+    start: State,
+    progress: Progress,
+) -> State:
+    """Fine-tune from `start` on until steps or time are used up; returns the last state, which is kept too.
+
+    Whatever ends it, the last whole step is kept. Raises NotFiniteError where a loss or a gradient is no number.
+    """
+    optimizer = torch.optim.AdamW(trained.masters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+    run = _Run(model, trained, data, recipe, limits, optimizer, start)
+    kept_at = time.monotonic()
+    told = _Told(progress, steps_of(recipe, len(data.examples)))
+    try:
+        while not run.is_over:
+            run.step()
+            told.step(run.state)
+            if time.monotonic() - kept_at >= limits.checkpoint_seconds:
+                checkpoint.write(run.state)
+                kept_at = time.monotonic()
+    except BaseException:  # a signal too: what was done so far is not lost
+        if run.is_whole and len(run.state.losses) > len(start.losses):
+            checkpoint.write(run.state)
+        raise
+    finished = replace(run.state, finished=True)
+    checkpoint.write(finished)
+    return finished
+
+
+def steps_of(recipe: Recipe, examples: int) -> int:
+    """How many steps there are; an epoch's last batch may be a smaller one."""
+    steps = recipe.epochs * math.ceil(examples / recipe.batch)
+    return steps if recipe.max_steps is None else min(steps, recipe.max_steps)
+
+
+def batch_of(recipe: Recipe, examples: int, step: int) -> list[int]:
+    """Which examples a step (from 0) learns from: each epoch is a shuffle of its own."""
+    per_epoch = math.ceil(examples / recipe.batch)
+    epoch, place = divmod(step, per_epoch)
+    order = torch.randperm(examples, generator=torch.Generator().manual_seed(_mixed(recipe.seed, epoch)))
+    batch: list[int] = order[place * recipe.batch : (place + 1) * recipe.batch].tolist()
+    return batch
+
+
+def learning_rate(recipe: Recipe, done: float) -> float:
+    """The learning rate when the share `done` of fine-tuning is over: up to the highest, then down to nought."""
+    if done < recipe.warmup:
+        return recipe.learning_rate * done / recipe.warmup
+    fallen = min((done - recipe.warmup) / (1 - recipe.warmup), 1.0)
+    factors = {"cosine": 0.5 * (1 + math.cos(math.pi * fallen)), "linear": 1 - fallen, "constant": 1.0}
+    return recipe.learning_rate * factors[recipe.schedule]
+
+
+def _mixed(seed: int, number: int) -> int:
+    """A seed for one of many generators."""
+    return (seed * 1_000_003 + number) % 2**63
+
+
+class _Run:
+    """A run between two steps, or in one."""
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        trained: Trained,
+        data: TrainingData,
+        recipe: Recipe,
+        limits: Limits,
+        optimizer: torch.optim.Optimizer,
+        start: State,
+    ) -> None:
+        self._model, self._trained, self._data = model, trained, data
+        self._recipe, self._limits, self._optimizer = recipe, limits, optimizer
+        self._steps = steps_of(recipe, len(data.examples))
+        if start.losses:
+            trained.load(start.masters)
+            optimizer.load_state_dict(start.optimizer)
+        self._start = start
+        self._began = time.monotonic()
+        self._losses = list(start.losses)
+        self.is_whole = True
+        """False while a step is being made, when masters and optimizer do not belong together."""
+
+    @property
+    def seconds(self) -> float:
+        """Of fine-tuning, over all restarts."""
+        return self._start.seconds + time.monotonic() - self._began
+
+    @property
+    def is_over(self) -> bool:
+        """Whether steps or time are used up; there is always one step."""
+        out_of_time = self._limits.seconds is not None and self.seconds >= self._limits.seconds
+        return self._start.finished or len(self._losses) >= self._steps or (out_of_time and bool(self._losses))
+
+    @property
+    def state(self) -> State:
+        """What is to be kept after the last step."""
+        return State(
+            masters=[master.detach() for master in self._trained.masters],
+            optimizer=self._optimizer.state_dict(),
+            losses=tuple(self._losses),
+            seconds=self.seconds,
+        )
+
+    def step(self) -> None:
+        """One step of the optimizer, over one batch."""
+        number = len(self._losses)
+        torch.manual_seed(_mixed(self._recipe.seed, number))  # dropout
+        self._optimizer.zero_grad(set_to_none=True)
+        batch = [self._data.examples[i] for i in batch_of(self._recipe, len(self._data.examples), number)]
+        tokens = sum(example.predicted for example in batch)
+        loss = 0.0
+        with torch.enable_grad():
+            for examples in _micro_batches(batch, self._recipe.micro_batch):
+                part = summed_loss(self._model.decoder, examples) / tokens
+                part.backward()  # type: ignore[no-untyped-call]
+                loss += part.item()
+        norm = nn.utils.clip_grad_norm_(self._trained.masters, self._recipe.clip)
+        if not (math.isfinite(loss) and math.isfinite(norm.item())):
+            raise NotFiniteError(
+                f"at step {number + 1} the loss is {loss} and its gradient {norm.item()}: lower the learning rate "
+                f"({self._recipe.learning_rate}), or use the dtype float32"
+            )
+        rate = learning_rate(self._recipe, self._share_done(number))
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self.is_whole = False
+        self._optimizer.step()
+        self._trained.write_back()
+        self._losses.append(
+            LossPoint(step=number + 1, loss=loss, learning_rate=rate, tokens=tokens, seconds=self.seconds)
+        )
+        self.is_whole = True
+
+    def _share_done(self, number: int) -> float:
+        """How far the step is on the schedule: its middle, so that neither the first nor the last is nought."""
+        by_steps = (number + 0.5) / self._steps
+        if self._limits.seconds is None:
+            return by_steps
+        return max(by_steps, min(self.seconds / self._limits.seconds, 1.0))
+
+
+def _micro_batches(batch: list[Example], size: int) -> Iterator[list[Example]]:
+    """A batch in parts, examples of like length together, so that little is filled up."""
+    by_length = sorted(batch, key=lambda example: len(example.tokens))
+    for start in range(0, len(by_length), size):
+        yield by_length[start : start + size]
+
+
+class _Told:
+    """Tells of steps, and of the mean loss since it last changed what it says: a log counts each name as a stage."""
+
+    def __init__(self, progress: Progress, total: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._progress, self._total, self._clock = progress, total, clock
+        self._said, self._said_at = "fine-tuning", -math.inf
+        self._losses: list[float] = []
+
+    def step(self, state: State) -> None:
+        """After a step."""
+        self._losses.append(state.losses[-1].loss)
+        if self._clock() - self._said_at >= LOGGED_EVERY:
+            self._said = f"fine-tuning, loss {sum(self._losses) / len(self._losses):.3f}"
+            self._said_at, self._losses = self._clock(), []
+        self._progress(self._said, len(state.losses), self._total)
+
+
+def mean_losses(losses: tuple[LossPoint, ...]) -> tuple[float, float]:
+    """The mean loss of the first tenth of the steps, and of the last."""
+    count = max(1, len(losses) // 10)
+    first, last = (math.fsum(point.loss for point in part) / count for part in (losses[:count], losses[-count:]))
+    return first, last

@@ -1,0 +1,218 @@
+"""Fine-tuning exported folders: it learns, writes what it learned, and nothing that was pruned comes back."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpu_worker.export.padded import write_padded
+from gpu_worker.export.reopen import as_it_was_pruned, read_exported
+from gpu_worker.families import FAMILIES
+from gpu_worker.finetune.memory import Training, check_disk
+from gpu_worker.finetune.trained import trained
+from gpu_worker.finetune.training import batch_of, learning_rate, steps_of
+from gpu_worker.memory import Workload, estimate_memory
+from gpu_worker.models import load_model
+from gpu_worker.perplexity import NotFiniteError
+from protocol.errors import DataError, ModelError, SettingsError, UsageError
+from protocol.finetuning import Recipe
+from protocol.formats import Format
+from tests.exports import UNEVEN, export, loaded_elsewhere, pruned
+from tests.finetunes import QUICK, exported, finetuned, logits_in, weights_in
+from tests.tiny_models import tiny_model, tiny_windows
+
+FULL = QUICK.model_copy(update={"method": "full", "learning_rate": 0.005})
+
+
+@pytest.mark.parametrize("recipe", [QUICK, FULL], ids=["lora", "full"])
+@pytest.mark.parametrize("fmt", ["hf", "padded"])
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_loss_and_perplexity_fall_and_the_folder_measures_what_was_told(
+    tmp_path: Path, family: str, fmt: Format, recipe: Recipe
+) -> None:
+    folder = exported(tmp_path / "pruned", family, fmt)
+    result = finetuned(folder, tmp_path / "out", recipe)
+    tuned = result.finetuning
+    assert tuned.last_loss < tuned.first_loss
+    assert tuned.perplexity is not None and tuned.perplexity.after < 0.9 * tuned.perplexity.before
+    again = finetuned(tmp_path / "out", tmp_path / "again", recipe.model_copy(update={"max_steps": 1}))
+    assert again.finetuning.perplexity is not None
+    assert again.finetuning.perplexity.before == pytest.approx(tuned.perplexity.after, rel=1e-5)
+    assert result.formats == (fmt,) and not (tmp_path / "out.checkpoint").exists()
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_merged_additions_compute_what_they_did_beside_the_weights(tmp_path: Path, family: str) -> None:
+    model = load_model(str(exported(tmp_path / "pruned", family)), "float32")
+    tokens = tiny_windows(2, 24)
+    before = model.causal_lm(input_ids=tokens).logits
+    linears = [type(linear) for layer in model.decoder.layers for linear in layer.linears]
+    with trained(model, QUICK) as parameters, torch.no_grad():
+        # Two factors for each of seven projections.
+        assert len(parameters.masters) == 2 * 7 * len(model.decoder.layers)
+        for master in parameters.masters:
+            master.add_(0.1)
+        parameters.write_back()
+        model.causal_lm.eval()
+        beside = model.causal_lm(input_ids=tokens).logits
+    merged = model.causal_lm(input_ids=tokens).logits
+    assert not torch.allclose(before, beside, atol=0.1)
+    assert torch.allclose(merged, beside, atol=1e-4)
+    assert [type(linear) for layer in model.decoder.layers for linear in layer.linears] == linears
+    assert not [name for name, p in model.causal_lm.named_parameters() if p.requires_grad or "lora" in name]
+
+
+@pytest.mark.parametrize("fmt", ["hf", "padded"])
+def test_nothing_but_projections_changes(tmp_path: Path, fmt: Format) -> None:
+    folder = exported(tmp_path / "pruned", fmt=fmt)
+    finetuned(folder, tmp_path / "out", FULL)
+    before, after = weights_in(folder), weights_in(tmp_path / "out")
+    changed = {name.split(".")[-2] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+    assert before.keys() == after.keys() and all(before[name].shape == after[name].shape for name in before)
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_what_was_pruned_stays_nought_in_a_padded_folder(tmp_path: Path, family: str) -> None:
+    padded = exported(tmp_path / "padded", family, "padded")
+    finetuned(padded, tmp_path / "out")
+    before, after = weights_in(padded), weights_in(tmp_path / "out")
+    gone = {name: weight == 0 for name, weight in before.items() if "proj" in name}
+    assert all(torch.equal(after[name] == 0, noughts) for name, noughts in gone.items())
+    assert sum(int(noughts.sum()) for noughts in gone.values()) > 0
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "phi3"])
+def test_it_makes_no_difference_which_format_was_read(tmp_path: Path, family: str) -> None:
+    for fmt in ("hf", "padded"):
+        finetuned(exported(tmp_path / fmt, family, fmt), tmp_path / f"out-{fmt}")
+    assert torch.allclose(logits_in(tmp_path / "out-hf"), logits_in(tmp_path / "out-padded"), atol=1e-4)
+
+
+def test_a_cut_padded_model_is_padded_again_bit_by_bit(tmp_path: Path) -> None:
+    folder = export(pruned(tiny_model("llama", bias=True)), "padded", tmp_path / "padded")
+    exported(tmp_path / "with-tokenizer", fmt="padded")
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / file).write_bytes((tmp_path / "with-tokenizer" / file).read_bytes())
+    model = load_model(str(folder), "float32")
+    as_it_was_pruned(model, read_exported(folder))
+    assert model.decoder.layers[0].gate.out_features == UNEVEN.layers[0].mlp_channels
+    (tmp_path / "again").mkdir()
+    write_padded(model, UNEVEN, tmp_path / "again")
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+
+
+def test_several_formats_compute_the_same_elsewhere(tmp_path: Path) -> None:
+    folder = exported(tmp_path / "pruned")
+    result = finetuned(folder, tmp_path / "out", formats=("hf", "padded", "gguf"))
+    assert {"hf/model.safetensors", "padded/README.md", "gguf/out-gguf-F16.gguf", "finetune.json"} <= set(result.files)
+    places = [tmp_path / "out" / "hf", tmp_path / "out" / "padded"]
+    loaded = loaded_elsewhere(places, tiny_windows(2, 24), tmp_path)
+    hf, padded = (loaded[place]["logits"] for place in places)
+    assert torch.allclose(hf, padded, atol=1e-4)
+    assert torch.allclose(hf, logits_in(places[0]), atol=1e-4)
+    with pytest.raises(UsageError, match="pass one of them"):
+        finetuned(tmp_path / "out", tmp_path / "again")
+    with pytest.raises(UsageError, match="exists"):
+        finetuned(folder, tmp_path / "out")
+    finetuned(folder, tmp_path / "out", force=True)
+    assert not (tmp_path / "out" / "gguf").exists()
+
+
+def test_card_and_curve_say_what_was_done(tmp_path: Path) -> None:
+    folder = exported(tmp_path / "pruned")
+    result = finetuned(folder, tmp_path / "out")
+    perplexity = result.finetuning.perplexity
+    assert perplexity is not None
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "LoRA (r 8, α 16, dropout 0.05)" in card and "windows of text, of words.txt; 12 steps of 4" in card
+    assert f"perplexity {perplexity.before:.4g} before and {perplexity.after:.4g} after, on words.txt" in card
+    assert "Nothing was retrained" not in card and "pruned and fine-tuned" in card and str(tmp_path) not in card
+    assert "\n\n\n" not in card
+    curve = json.loads((tmp_path / "out" / "finetune.json").read_text())
+    assert [point["step"] for point in curve["losses"]] == list(range(1, 13))
+    assert curve["recipe"]["rank"] == 8 and (tmp_path / "out" / "loss.png").stat().st_size > 1000
+    assert read_exported(tmp_path / "out").facts.finetunings == (result.finetuning,)
+
+
+def test_without_a_text_nothing_is_claimed(tmp_path: Path) -> None:
+    result = finetuned(exported(tmp_path / "pruned"), tmp_path / "out", eval_text=None)
+    assert result.finetuning.perplexity is None
+    assert read_exported(tmp_path / "out").facts.pruned is None
+    assert "The perplexity was not measured." in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_bfloat16_learns_too(tmp_path: Path) -> None:
+    result = finetuned(exported(tmp_path / "pruned"), tmp_path / "out", dtype="bfloat16")
+    perplexity = result.finetuning.perplexity
+    assert perplexity is not None and perplexity.after < 0.9 * perplexity.before
+    assert weights_in(tmp_path / "out")["model.norm.weight"].dtype == torch.bfloat16
+
+
+def test_a_loss_that_is_no_number_ends_it_and_writes_nothing(tmp_path: Path) -> None:
+    with pytest.raises(NotFiniteError, match="lower the learning rate"):
+        finetuned(exported(tmp_path / "pruned"), tmp_path / "out", FULL.model_copy(update={"learning_rate": 1e30}))
+    assert not (tmp_path / "out").exists()
+
+
+def test_float16_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="float16"):
+        finetuned(exported(tmp_path / "pruned"), tmp_path / "out", dtype="float16")
+
+
+@pytest.mark.parametrize("name", ["gguf", "plain", "changed"])
+def test_what_is_no_hf_or_padded_export_is_refused(tmp_path: Path, name: str) -> None:
+    fmt: Format = "gguf" if name == "gguf" else "hf"
+    folder = exported(tmp_path / "pruned", fmt=fmt)
+    mark = folder / "selfpruner.json"
+    if name == "plain":
+        mark.unlink()
+    if name == "changed":
+        told = json.loads(mark.read_text())
+        told["plan"]["layers"][0]["mlp_channels"] = 21
+        mark.write_text(json.dumps(told))
+    sentence = {"gguf": "llama.cpp", "plain": "no folder that", "changed": "other sizes"}[name]
+    with pytest.raises(ModelError, match=sentence):
+        finetuned(folder, tmp_path / "out")
+
+
+def test_a_text_shorter_than_a_window_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="too short"):
+        finetuned(exported(tmp_path / "pruned"), tmp_path / "out", data=_short(tmp_path))
+
+
+def _short(folder: Path) -> str:
+    (folder / "short.txt").write_text("a b")
+    return str(folder / "short.txt")
+
+
+def test_every_example_is_seen_once_in_an_epoch_and_each_epoch_has_its_own_order() -> None:
+    recipe = Recipe(batch=4, epochs=2)
+    assert steps_of(recipe, 10) == 6
+    epochs = [[i for step in range(3 * e, 3 * e + 3) for i in batch_of(recipe, 10, step)] for e in range(2)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(10))
+    assert epochs[0] != epochs[1]
+
+
+def test_the_learning_rate_rises_then_falls_to_nought() -> None:
+    recipe = Recipe(learning_rate=1.0, warmup=0.1, schedule="linear")
+    assert learning_rate(recipe, 0.05) == pytest.approx(0.5)
+    assert learning_rate(recipe, 0.1) == pytest.approx(1.0)
+    assert learning_rate(recipe, 0.55) == pytest.approx(0.5)
+    assert learning_rate(recipe.model_copy(update={"schedule": "cosine"}), 1.0) == pytest.approx(0.0)
+
+
+def test_memory_and_disk_are_reckoned_before_anything_is_loaded(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    of = {
+        method: estimate_memory(
+            model.decoder, torch.bfloat16, Workload(32, training=Training(Recipe(method=method))), "cpu"
+        )
+        for method in ("lora", "full")
+    }
+    assert 0 < of["lora"].trained < of["full"].trained == 16 * model.decoder.shape.decoder_parameters
+    assert "for what is trained" in of["full"].words
+    huge = model.decoder.shape.model_copy(update={"other_parameters": 10**16})
+    with pytest.raises(ModelError, match="of disk"):
+        check_disk(huge, UNEVEN, Recipe(), ("hf",), "bfloat16", tmp_path / "x.checkpoint")

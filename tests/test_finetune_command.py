@@ -1,0 +1,201 @@
+"""`selfpruner finetune`: what it refuses, and that a run which is killed ends as one that is not."""
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from daemon.cli import main
+from gpu_worker.finetune import checkpoint as checkpoint_module
+from tests.finetunes import exported, text_in
+
+ROOT = Path(__file__).parent.parent
+STEPS = ["--max-steps", "40", "--epochs", "40", "--batch", "4", "--seqlen", "32", "--learning-rate", "0.01"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return exported(tmp_path_factory.mktemp("exported") / "pruned")
+
+
+def arguments(folder: Path, out: Path, *options: str) -> list[str]:
+    return ["finetune", str(folder), "--data", text_in(folder.parent), "--out", str(out), *STEPS, *options, "--json"]
+
+
+def started(command: list[str]) -> "subprocess.Popen[str]":
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    full = [sys.executable, "-m", "daemon", *command]
+    return subprocess.Popen(full, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def wait_for_a_checkpoint(process: "subprocess.Popen[str]", out: Path) -> None:
+    file = checkpoint_module.folder_beside(out) / checkpoint_module.FILE
+    deadline = time.monotonic() + 120
+    while not file.exists():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("options", [[], ["--full"]], ids=["lora", "full"])
+def test_what_was_killed_ends_with_the_same_weights(
+    folder: Path, tmp_path: Path, ending: signal.Signals, options: list[str]
+) -> None:
+    command = arguments(folder, tmp_path / "killed", *options, "--checkpoint-minutes", "0")
+    process = started(command)
+    wait_for_a_checkpoint(process, tmp_path / "killed")
+    process.send_signal(ending)
+    _, told = process.communicate(timeout=60)
+    assert not (tmp_path / "killed").exists()
+    if ending == signal.SIGTERM:
+        assert process.returncode == 143 and "the same command goes on where it was" in told.splitlines()[-1]
+    again = started(command)
+    answer, told = again.communicate(timeout=120)
+    assert again.returncode == 0, told
+    assert 0 < json.loads(answer)["resumed_from"] < 40
+    undisturbed = started(arguments(folder, tmp_path / "undisturbed", *options))
+    assert undisturbed.communicate(timeout=120) and undisturbed.returncode == 0
+    one, other = (tmp_path / name / "model.safetensors" for name in ("killed", "undisturbed"))
+    assert one.read_bytes() == other.read_bytes()
+    losses = [
+        json.loads((tmp_path / name / "finetune.json").read_text())["losses"] for name in ("killed", "undisturbed")
+    ]
+    assert [point["loss"] for point in losses[0]] == [point["loss"] for point in losses[1]]
+    assert not (tmp_path / "killed.checkpoint").exists()
+
+
+@pytest.fixture
+def interrupted(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An output of which there is a checkpoint after some steps and nothing else."""
+    monkeypatch.setattr(checkpoint_module.Checkpoint, "remove", lambda _: None)
+    assert main(arguments(folder, tmp_path / "out")) == 0
+    monkeypatch.undo()
+    for file in (tmp_path / "out").iterdir():
+        file.unlink()
+    (tmp_path / "out").rmdir()
+    return tmp_path / "out"
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--learning-rate", "0.02"], "another learning_rate (0.01, and not 0.02)"),
+        (["--full"], "another method ('lora', and not 'full')"),
+        (["--seed", "1"], "another seed"),
+    ],
+)
+def test_a_checkpoint_of_other_settings_is_refused(
+    folder: Path, interrupted: Path, capsys: pytest.CaptureFixture[str], options: list[str], sentence: str
+) -> None:
+    assert main(arguments(folder, interrupted, *options)) == 2
+    assert sentence in capsys.readouterr().err.splitlines()[-1]
+    assert not interrupted.exists()
+
+
+def test_a_checkpoint_of_another_model_is_refused(
+    tmp_path: Path, interrupted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments(exported(tmp_path / "other", seed=1), interrupted)) == 2
+    assert "another model" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_checkpoint_that_is_torn_is_named(
+    folder: Path, interrupted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = checkpoint_module.folder_beside(interrupted) / checkpoint_module.FILE
+    file.write_bytes(file.read_bytes()[:1000])
+    assert main(arguments(folder, interrupted)) == 2
+    assert "cannot be read" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_run_that_had_ended_is_only_written(
+    folder: Path, interrupted: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    assert main(arguments(folder, interrupted)) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["resumed_from"] == answer["finetuning"]["steps"] == 40
+
+
+def test_time_ends_it_after_a_step_at_least(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments(folder, tmp_path / "out", "--max-minutes", "0.0001")) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["ended_by"] == "time" and 1 <= answer["finetuning"]["steps"] < 40
+
+
+def test_its_folder_is_measured_again_by_its_card(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = text_in(folder.parent)
+    assert main(arguments(folder, tmp_path / "out", "--eval-data", text)) == 0
+    tuned = json.loads(capsys.readouterr().out)["finetuning"]
+    assert main(["evaluate", str(tmp_path / "out"), "--data", text, "--json"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["card_perplexity"] == pytest.approx(tuned["perplexity"]["after"])
+    assert again["perplexity"] == pytest.approx(tuned["perplexity"]["after"], rel=1e-4)
+    assert tuned["perplexity"]["after"] < tuned["perplexity"]["before"]
+
+
+def test_people_get_a_table(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments(folder, tmp_path / "out", "--max-steps", "2", "--eval-data", text_in(tmp_path))[:-1]) == 0
+    told = capsys.readouterr().out
+    assert "LoRA, r 8" in told and "perplexity" in told and "2 steps" in told
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--rank", "0"], "rank cannot be"),
+        (["--full", "--rank", "8"], "--rank is not read here"),
+        (["--format", "onnx"], "onnx"),
+        (["--max-minutes", "0"], "--max-minutes"),
+        (["--eval-windows", "3"], "--eval-data"),
+        (["--data", "nowhere.txt"], "there is no file 'nowhere.txt'"),
+        (["--data", "self"], "there is no file 'self'"),
+        (["--eval-data", "nowhere.txt"], "there is no file 'nowhere.txt'"),
+        (["--seqlen", "2048"], "longer than the 256 positions"),
+        (["--dtype", "float16"], "float16"),
+        (["--format", "gguf", "--gguf-type", "q9"], "q9"),
+    ],
+)
+def test_what_cannot_be_done_gets_one_sentence(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], sentence: str
+) -> None:
+    assert main(arguments(folder, tmp_path / "out", *options)) == 2
+    assert sentence in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_bad_line_is_named_before_the_model_is_loaded(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "a.jsonl").write_text('{"instruction": "a", "output": "b"}\n{"instruction": "a"}\n')
+    assert main(["finetune", str(folder), "--data", str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "out")]) == 2
+    told = capsys.readouterr().err
+    assert "line 2 of" in told.splitlines()[-1] and "loading model" not in told
+
+
+def test_without_peft_the_pip_line_is_said(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr("daemon.terminal.find_spec", lambda name: None if name == "peft" else find(name))
+    assert main(arguments(folder, tmp_path / "out")) == 2
+    assert "pip install 'self-pruner[finetune]'" in capsys.readouterr().err
+    assert main(arguments(folder, tmp_path / "out", "--full")) == 0
+
+
+def test_a_full_disk_leaves_nothing_half_written(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 10})())
+    assert main(arguments(folder, tmp_path / "out")) == 2
+    assert "GB of disk" in capsys.readouterr().err.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
