@@ -1,6 +1,8 @@
 """benchmarks/paper_tables.py with a scripted `selfpruner`: which cells it runs, and the tables that come of them."""
 
 import json
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +18,7 @@ from benchmarks.paper.costs import LOADING, STARTING, UTILISATION, CostModel
 from benchmarks.paper.making import CellMaker
 from benchmarks.paper.running import Failure, SubprocessRunner, load_outcomes
 from benchmarks.paper.settings import PaperSettings, read_settings
+from benchmarks.paper.tables import filled
 from benchmarks.paper.wanted import wanted_tables
 from benchmarks.paper_tables import main
 from tests.scripted_runner import ScriptedRunner, search, setting_of, speed, value_of
@@ -216,6 +219,40 @@ def test_a_half_written_cell_is_run_again(tmp_path: Path) -> None:
     again = ScriptedRunner()
     assert make(tmp_path, SMALL, again) == 0
     assert again.commands() == ["run"]
+
+
+def test_an_interrupted_call_writes_its_tables_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    def say(arguments: Sequence[str]) -> None:
+        if arguments[0] == "run":
+            os.kill(os.getpid(), signal.SIGINT)
+
+    assert make(tmp_path, SMALL, ScriptedRunner(say)) == 128 + signal.SIGINT
+    assert "| 30% | Wanda-sp | 13.00 |" in markdown(tmp_path) and "| 30% | Self-Pruner | – |" in markdown(tmp_path)
+    again = ScriptedRunner()
+    assert make(tmp_path, SMALL, again) == 0
+    assert again.commands() == ["run"]
+
+
+def test_progress_says_which_cell_and_how_many(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = SMALL | {"models": [{"name": "tiny", "billions": 1}], "reconstruction": ["none", "least-squares"]}
+    assert make(tmp_path, settings, ScriptedRunner()) == 0
+    said = capsys.readouterr().err.splitlines()
+    assert said[0].startswith("paper_tables: 1 of 5: evaluate tiny, dense; about 12 s, with all that is left ")
+    assert said[4].startswith("paper_tables: 5 of 5: run tiny, self-pruner at 30%, least-squares; about ")
+
+
+def test_plots_have_our_curve_and_the_papers_from_dense_on(tmp_path: Path) -> None:
+    settings = {"models": [LLAMA], "rates": [0.2, 0.3], "methods": ["dense", "wanda-sp", "owl"]}
+    assert make(tmp_path, settings, ScriptedRunner()) == 0
+    plots = pytest.importorskip("benchmarks.paper.plots")
+    assert (tmp_path / "out" / "perplexity-LLaMA-2-7B.png").stat().st_size > 10_000
+    read = read_settings(tmp_path / "tables.yaml")
+    (wanted,) = wanted_tables(read)
+    curves = plots.curves_of(filled(wanted, load_outcomes(wanted.cells, CellStore(tmp_path / "out"))), 0)
+    assert curves == {
+        "Wanda-sp": ([(0, 10.0), (20, 13.0), (30, 13.0)], [(0, 5.12), (20, 12.01), (30, 24.53)]),
+        "OWL": ([(0, 10.0), (20, 12.0), (30, 12.0)], []),
+    }
 
 
 def test_render_runs_nothing(tmp_path: Path) -> None:

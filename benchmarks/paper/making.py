@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from benchmarks.paper import costs
+from benchmarks.paper.answers import What
 from benchmarks.paper.cells import Cell
 from benchmarks.paper.settings import (
     ROOT,
@@ -149,7 +150,8 @@ class CellMaker:
             "--seed": self.settings.seed,
         }
         flags = [part for name, value in given.items() if value is not None for part in (name, str(value))]
-        return self._of(self.exported(model, rate), "finetune", flags, costs.finetune_tokens(self.settings, rate))
+        tokens = costs.finetune_tokens(self.settings, rate)
+        return self._of(self.exported(model, rate), "finetune", flags, tokens, "after LoRA")
 
     def measured_folder(self, model: Model, folder: Cell) -> Cell:
         """The perplexity of a folder, on the same tokens as all others."""
@@ -161,7 +163,7 @@ class CellMaker:
         flags = ("--baseline", model.name, *self.settings.speed.flags)
         return self._of(self.exported(model, rate), "speed", flags, costs.speed_tokens(rate))
 
-    def _of(self, made_by: Cell, what: Any, flags: Any, tokens: float) -> Cell:
+    def _of(self, made_by: Cell, what: What, flags: Iterable[str], tokens: float, note: str = "") -> Cell:
         return Cell(
             what=what,
             model=made_by.model,
@@ -169,7 +171,7 @@ class CellMaker:
             rate=made_by.rate,
             flags=tuple(flags),
             needs=(made_by,),
-            note=made_by.note,
+            note=note or made_by.note,
             tokens=tokens,
         )
 

@@ -57,6 +57,8 @@ def _draw(curves: Mapping[str, tuple[Curve, Curve]], title: str, file: Path, *, 
                 ax.plot(rates, figures, line, marker="o", markersize=4, color=f"C{number}", label=label)
     if logarithmic:
         ax.set_yscale("log")
+        ax.yaxis.set_major_formatter("{x:,.4g}")
+        ax.yaxis.set_minor_formatter("{x:,.3g}")
     ax.set_xlabel("pruning rate, %")
     ax.set_title(title)
     ax.grid(alpha=0.3, which="both")

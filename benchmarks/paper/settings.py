@@ -174,10 +174,12 @@ class PaperSettings(Section):
         )
         count = "all" if windows is None else windows
         lengths = [f"{texts.seqlen:,}", *(f"{model.seqlen:,} for {model.title}" for model in own)]
+        limit = self.zero_shot and self.zero_shot.limit
+        asked = f" Accuracies of the first {limit} items of each task." if limit else ""
         return (
             f"Perplexity on {count} windows of {shown}, of {', '.join(lengths)} tokens; "
             f"scored on {texts.calibration_windows} windows of {texts.calibration}, searched on {texts.fitness}; "
-            f"{self.dtype}."
+            f"{self.dtype}.{asked}"
         )
 
     def search_of(self, method: SearchMethod) -> Search:
