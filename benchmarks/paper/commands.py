@@ -1,0 +1,38 @@
+"""The command line of a cell, and where its files are."""
+
+from pathlib import Path
+
+from benchmarks.paper.cells import Cell
+from benchmarks.paper.settings import ROOT
+
+
+def searches_folder(out: Path) -> Path:
+    """Holds a folder for each search."""
+    return out / "searches"
+
+
+def model_folder(out: Path, cell: Cell) -> Path:
+    """What a cell that writes a model writes."""
+    return out / "models" / cell.id
+
+
+def command(cell: Cell, out: Path) -> list[str]:
+    """What `selfpruner` is told: its command and flags. What the cell needs has been run."""
+    return [cell.what, *_where(cell, out), *cell.flags, "--json"]
+
+
+def _where(cell: Cell, out: Path) -> list[str]:
+    if cell.what == "run":
+        assert cell.config is not None
+        here = ["--set", f"search.name={cell.id}", "--set", f"run.folder={searches_folder(out)}"]
+        return [str(ROOT / cell.config), *here]
+    need = cell.needs[0] if cell.needs else None
+    if need is None:
+        return [cell.model] if cell.what == "zero-shot" else []
+    # A kill may have come between the folder's end and its cell's: --force.
+    written = ["--out", str(model_folder(out, cell)), "--force"]
+    if cell.what == "export":
+        return ["--search", need.id, "--folder", str(searches_folder(out)), "--format", "hf", *written]
+    if need.what == "run":
+        return [cell.model, "--rates", str(searches_folder(out) / need.id / "best.json")]
+    return [str(model_folder(out, need)), *(written if cell.what == "finetune" else [])]

@@ -1,0 +1,187 @@
+"""How long a cell takes.
+
+    seconds = start + parameters × tokens × seconds for one parameter and token
+
+`start` is `STARTING` seconds, and loading two bytes a parameter at `LOADING` bytes a second.
+`tokens` are those that the dense model would read in the same time; the functions below count them for each command:
+
+- A model pruned by β reads a token in 1 − β of the dense model's time (its embeddings and head, which stay, are small).
+- Scoring reads the calibration text once, `taylor` ten beginnings of it, and a backward pass is two forward ones;
+  least-squares reconstruction reads it once more, `sequential` twice more for each pruned model.
+- A search measures min(K + N·(M + S), max_evaluations) candidates on the fitness text, then dense, uniform and best on
+  the report text, and each unit's sensitivity through half of the layers. Waiting for the LLM counts nothing of itself:
+  in searches that have ended it is part of their seconds.
+- The seven zero-shot tasks have 20,465 items, which with all their choices are about 5.9 million tokens; with a limit,
+  a part of them.
+- Fine-tuning costs three passes a token. A token that is generated costs `GENERATED` passes, for it waits for memory.
+- Of a whole file every 4 bytes are a token. Text that the model writes itself is kept after the first time, and counts
+  nothing. Nor do downloads.
+
+The last factor is measured: the median over finished cells of the same command, of any model and rate; else over all
+finished cells; else it is 2 FLOP divided by `UTILISATION` of the peak that --tflops gives. Short cells of small models
+are mostly start: they say little of large ones.
+"""
+
+import re
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from benchmarks.paper.answers import Figures
+from benchmarks.paper.cells import Cell, Measured, Outcome, figures_of
+from benchmarks.paper.settings import Model, PaperSettings, Texts
+from daemon.settings import Settings
+from protocol.paths import expanded
+
+UTILISATION = 0.4
+"""Of the peak in bf16 that a forward pass over long windows comes to."""
+TFLOPS = 312.0
+"""The peak of the paper's A100 in bf16."""
+GENERATED = 64
+STARTING = 10.0
+LOADING = 1e9
+WIKITEXT2_TOKENS = {"fitness": 305_000, "report": 341_000}
+"""The whole validation and test splits, by LLaMA's tokenizer."""
+UNKNOWN_FILE_TOKENS = 300_000
+TASK_TOKENS = {
+    "hellaswag": (10_042, 400),
+    "winogrande": (1_267, 50),
+    "boolq": (3_270, 290),
+    "openbookqa": (500, 80),
+    "piqa": (1_838, 80),
+    "arc-e": (2_376, 130),
+    "arc-c": (1_172, 150),
+}
+"""Items of each task, and tokens of an item with all its choices."""
+TAYLOR_TOKENS = 640
+SENSITIVITY_TOKENS = 1024
+UNITS = 64
+"""Of a model whose layers are not known yet: units whose sensitivity is measured."""
+ALPACA_EXAMPLES = 10_000
+
+
+def text_tokens(source: str, windows: int | None, seqlen: int, role: str) -> int:
+    """Tokens of a text, of the whole of it where `windows` is None."""
+    if windows is not None:
+        return windows * seqlen
+    if source in ("wikitext2", "self"):
+        return WIKITEXT2_TOKENS[role]
+    file = expanded(source)
+    return file.stat().st_size // 4 if file.is_file() else UNKNOWN_FILE_TOKENS
+
+
+def fitness_tokens(texts: Texts, seqlen: int) -> int:
+    """Of the fitness text."""
+    return text_tokens(texts.fitness, texts.fitness_windows, seqlen, "fitness")
+
+
+def report_tokens(texts: Texts, seqlen: int) -> int:
+    """Of the report text; 0 where there is none."""
+    return text_tokens(texts.report, texts.report_windows, seqlen, "report") if texts.report else 0
+
+
+def evaluation_tokens(
+    texts: Texts, seqlen: int, rate: float, *, importance: str = "wanda-sp", sequential: bool = False, fitted: bool
+) -> float:
+    """Of `selfpruner evaluate` and `export`; `rate` 0 is a model as it is, which is not scored."""
+    measured = fitness_tokens(texts, seqlen) + report_tokens(texts, seqlen)
+    if not rate:
+        return measured
+    calibration = texts.calibration_windows * seqlen
+    scoring = 3 * TAYLOR_TOKENS if importance == "taylor" else calibration
+    return measured + (1 - rate) * measured + scoring + (fitted + 2 * sequential) * calibration
+
+
+def search_tokens(settings: Settings) -> float:
+    """Of a whole search."""
+    search, data, rate = settings.search, settings.data, settings.target.rate
+    candidates = search.population + search.rounds * (search.mutations + search.crossovers)
+    candidates = min(candidates, search.max_evaluations or candidates)
+    fitness = text_tokens(data.fitness, data.fitness_windows, data.seqlen, "fitness")
+    report = text_tokens(data.report, data.report_windows, data.seqlen, "report") if data.report else 0
+    fitted = search.reconstruction == "least-squares"
+    calibration = (1 + fitted) * data.calibration_windows * data.seqlen
+    measured = fitness * (1 + (1 - rate) * (candidates + 1)) + report * (1 + 2 * (1 - rate))
+    return calibration + measured + UNITS * SENSITIVITY_TOKENS / 2
+
+
+def zero_shot_tokens(limit: int | None, rate: float) -> float:
+    """Of the seven tasks by a model that is pruned by `rate`."""
+    items = ((min(count, limit or count), each) for count, each in TASK_TOKENS.values())
+    return (1 - rate) * sum(count * each for count, each in items)
+
+
+def finetune_tokens(settings: PaperSettings, rate: float) -> float:
+    """Of the training, whatever the length of examples: all are taken for the longest."""
+    chosen = settings.finetune
+    examples = (chosen.examples or ALPACA_EXAMPLES) * chosen.epochs
+    if chosen.max_steps is not None:
+        examples = min(examples, chosen.max_steps * (chosen.batch or 64))
+    return 3 * (1 - rate) * examples * chosen.seqlen
+
+
+def speed_tokens(rate: float) -> float:
+    """Of a few repeats of 512 read and 128 generated tokens, dense and pruned, by two batch sizes."""
+    return (2 - rate) * 2 * 4 * (512 + 128 * GENERATED)
+
+
+def parameters_of(model: Model, cells: Sequence[Cell], outcomes: Mapping[str, Outcome]) -> float | None:
+    """Of the dense model: as the file says, else as finished cells do, else from a name such as Llama-2-7b."""
+    if model.billions is not None:
+        return model.billions * 1e9
+    for cell in cells:
+        figures = figures_of(cell, outcomes.get(cell.id)) if cell.model == model.name else None
+        if isinstance(figures, Figures) and figures.total_parameters:
+            return figures.total_parameters
+    if model.name == "smollm2":
+        return 134.5e6
+    found = re.search(r"(\d+(?:\.\d+)?)([bm])(?![a-z])", Path(model.hub_name or model.name).name.lower())
+    return float(found[1]) * (1e9 if found[2] == "b" else 1e6) if found else None
+
+
+class CostModel:
+    """Seconds of cells, from those that have ended."""
+
+    def __init__(
+        self, models: Sequence[Model], cells: Sequence[Cell], outcomes: Mapping[str, Outcome], tflops: float = TFLOPS
+    ) -> None:
+        self._parameters = {model.name: parameters_of(model, cells, outcomes) for model in models}
+        self._assumed = 2 / (UTILISATION * tflops * 1e12)
+        self._measured: dict[str, list[float]] = {}
+        for cell in cells:
+            outcome = outcomes.get(cell.id)
+            if isinstance(outcome, Measured):
+                self.learn(cell, outcome)
+
+    def learn(self, cell: Cell, outcome: Measured) -> None:
+        """One more cell has ended."""
+        figures = figures_of(cell, outcome)
+        if isinstance(figures, Figures) and self._parameters.get(cell.model) is None:
+            self._parameters[cell.model] = figures.total_parameters
+        parameters = self._parameters.get(cell.model)
+        if parameters and cell.tokens:
+            # A cell that was quicker than its start should take: a tenth of it was work.
+            work = max(outcome.seconds - _start(parameters), outcome.seconds / 10)
+            self._measured.setdefault(cell.what, []).append(work / (parameters * cell.tokens))
+
+    def seconds(self, cell: Cell) -> float | None:
+        """How long a cell takes; None where nothing says how large its model is."""
+        parameters = self._parameters.get(cell.model)
+        if parameters is None:
+            return None
+        return _start(parameters) + parameters * cell.tokens * self._factor(cell)
+
+    def basis(self, cell: Cell) -> str:
+        """What the seconds of a cell rest on."""
+        if cell.what in self._measured:
+            return f"{len(self._measured[cell.what])} of its kind"
+        count = sum(map(len, self._measured.values()))
+        return f"{count} of other kinds" if count else "assumed"
+
+    def _factor(self, cell: Cell) -> float:
+        seen = self._measured.get(cell.what) or [each for kind in self._measured.values() for each in kind]
+        return statistics.median(seen) if seen else self._assumed
+
+
+def _start(parameters: float) -> float:
+    return STARTING + 2 * parameters / LOADING

@@ -1,0 +1,249 @@
+"""The cells that tables ask for."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.paper import costs
+from benchmarks.paper.answers import What
+from benchmarks.paper.cells import Cell
+from benchmarks.paper.settings import (
+    ROOT,
+    Method,
+    Model,
+    PaperSettings,
+    SearchMethod,
+    Values,
+    settings_of_search,
+)
+from daemon.settings import Settings
+from protocol.errors import SettingsError
+from protocol.spec import Reconstruction
+
+ALLOCATIONS: dict[Method, tuple[str, str, str]] = {
+    "llm-pruner": ("llm-pruner", "taylor", "dense"),
+    "wanda-sp": ("uniform", "wanda-sp", "dense"),
+    "wanda-sp-sequential": ("uniform", "wanda-sp", "sequential"),
+    "owl": ("owl", "wanda-sp", "dense"),
+}
+"""Methods without a search: rates, importance, scoring. All of them share a layer's rate equally, as in the paper."""
+SEARCHES: tuple[SearchMethod, ...] = ("self-pruner", "self-pruner-best")
+ABLATIONS: dict[str, Values] = {
+    "w/o initialization": {"search.initializer": "random"},
+    "w/o mutation": {"search.mutations": 0},
+    "w/o crossover": {"search.crossovers": 0},
+    "Self-Pruner": {},
+}
+"""Rows of Table 3."""
+
+
+class CellMaker:
+    """Makes the cells of one settings file. Raises SettingsError for a search whose settings cannot be."""
+
+    def __init__(self, settings: PaperSettings) -> None:
+        self.settings = settings
+
+    def perplexity(self, model: Model, method: Method, rate: float, reconstruction: Reconstruction) -> Cell:
+        """The cell that measures the perplexity of a model; `dense` is at rate 0."""
+        if method in SEARCHES:
+            return self.search(model, method, rate, reconstruction)
+        how, importance, sequential = [], "wanda-sp", False
+        if method != "dense":
+            how = self._choice(method, rate, reconstruction)
+            importance, sequential = ALLOCATIONS[method][1], ALLOCATIONS[method][2] == "sequential"
+        return Cell(
+            what="evaluate",
+            model=model.name,
+            method=method,
+            rate=rate,
+            flags=("--model", model.name, *how, *self._texts(model), *self._numeric()),
+            note=_noted(reconstruction) if how else "",
+            tokens=costs.evaluation_tokens(
+                self.settings.texts,
+                self._seqlen(model),
+                rate,
+                importance=importance,
+                sequential=sequential,
+                fitted=reconstruction == "least-squares",
+            ),
+        )
+
+    def search(
+        self,
+        model: Model,
+        method: SearchMethod,
+        rate: float,
+        reconstruction: Reconstruction,
+        changes: Mapping[str, Any] | None = None,
+        note: str = "",
+    ) -> Cell:
+        """A search; `changes` are settings that differ from the method's, and `note` says what they are."""
+        chosen = self.settings.search_of(method)
+        values = {
+            **chosen.set,
+            **self._data(model, rate),
+            "search.reconstruction": reconstruction,
+            **(changes or {}),
+        }
+        for name in ("search.name", "run.folder"):
+            if name in values:
+                raise SettingsError(
+                    f"{name} is not for searches.{method}: every search has a name and folder of its own"
+                )
+        if "api_key" in _names_in(values):
+            raise SettingsError(
+                "give keys of LLM endpoints as api_key_file: what is run is written down with its settings"
+            )
+        flags = [flag for name in sorted(values) for flag in ("--set", f"{name}={json.dumps(values[name])}")]
+        settings, digest = _checked(chosen.config, tuple(flags[1::2]))
+        return Cell(
+            what="run",
+            model=model.name,
+            method=method,
+            rate=rate,
+            flags=tuple(flags),
+            config=chosen.config,
+            config_digest=digest,
+            note=note or _noted(reconstruction),
+            tokens=costs.search_tokens(settings),
+        )
+
+    def accuracy(self, model: Model, method: Method, rate: float, reconstruction: Reconstruction) -> Cell | None:
+        """The cell of a model's zero-shot tasks, pruned in memory; None where none are asked."""
+        if method in SEARCHES:
+            return self.accuracy_of(model, self.search(model, method, rate, reconstruction))
+        flags = list(self._questions())
+        if method != "dense":
+            flags += [*self._choice(method, rate, reconstruction), *self._calibration(model)]
+            flags += ["--seed", str(self.settings.seed)]
+        return self._asked(model, method, rate, flags, (), _noted(reconstruction) if method != "dense" else "")
+
+    def accuracy_of(self, model: Model, made_by: Cell) -> Cell | None:
+        """The same of what another cell has made: a search's best, or a fine-tuned folder."""
+        flags = list(self._questions())
+        if made_by.what == "run":
+            flags += [*self._calibration(model), "--seed", str(self.settings.seed)]
+        return self._asked(model, made_by.method, made_by.rate, flags, (made_by,), made_by.note)
+
+    def exported(self, model: Model, rate: float) -> Cell:
+        """The best of Self-Pruner's search, written to a folder."""
+        search = self.search(model, "self-pruner", rate, self.settings.reconstruction[0])
+        fitted = self.settings.reconstruction[0] == "least-squares"
+        tokens = costs.evaluation_tokens(self.settings.texts, self._seqlen(model), rate, fitted=fitted)
+        return self._of(search, "export", (), tokens)
+
+    def finetuned(self, model: Model, rate: float) -> Cell:
+        """That folder after LoRA."""
+        chosen = self.settings.finetune
+        given = {
+            "--data": chosen.data,
+            "--examples": chosen.examples,
+            "--epochs": chosen.epochs,
+            "--max-steps": chosen.max_steps,
+            "--batch": chosen.batch,
+            "--seqlen": chosen.seqlen,
+            "--seed": self.settings.seed,
+        }
+        flags = [part for name, value in given.items() if value is not None for part in (name, str(value))]
+        tokens = costs.finetune_tokens(self.settings, rate)
+        return self._of(self.exported(model, rate), "finetune", flags, tokens, "after LoRA")
+
+    def measured_folder(self, model: Model, folder: Cell) -> Cell:
+        """The perplexity of a folder, on the same tokens as all others."""
+        tokens = costs.evaluation_tokens(self.settings.texts, self._seqlen(model), 0.0, fitted=False)
+        return self._of(folder, "evaluate", (*self._texts(model), *self._numeric()), tokens * (1 - folder.rate))
+
+    def speed(self, model: Model, rate: float) -> Cell:
+        """Tokens per second of that folder and of the dense model."""
+        flags = ("--baseline", model.name, *self.settings.speed.flags)
+        return self._of(self.exported(model, rate), "speed", flags, costs.speed_tokens(rate))
+
+    def _of(self, made_by: Cell, what: What, flags: Iterable[str], tokens: float, note: str = "") -> Cell:
+        return Cell(
+            what=what,
+            model=made_by.model,
+            method=made_by.method,
+            rate=made_by.rate,
+            flags=tuple(flags),
+            needs=(made_by,),
+            note=note or made_by.note,
+            tokens=tokens,
+        )
+
+    def _asked(
+        self, model: Model, method: str, rate: float, flags: list[str], needs: tuple[Cell, ...], note: str
+    ) -> Cell | None:
+        if self.settings.zero_shot is None:
+            return None
+        tokens = costs.zero_shot_tokens(self.settings.zero_shot.limit, rate)
+        return Cell(
+            what="zero-shot",
+            model=model.name,
+            method=method,
+            rate=rate,
+            flags=(*flags, "--dtype", self.settings.dtype),
+            needs=needs,
+            note=note,
+            tokens=tokens,
+        )
+
+    def _choice(self, method: Method, rate: float, reconstruction: Reconstruction) -> list[str]:
+        rates, importance, scoring = ALLOCATIONS[method]
+        flags = ["--allocate", rates, "--rate", f"{rate:g}", "--importance", importance, "--scoring", scoring]
+        return [*flags, "--reconstruction", reconstruction]
+
+    def _questions(self) -> Iterator[str]:
+        chosen = self.settings.zero_shot
+        if chosen is not None:
+            yield from ("--batch-size", str(chosen.batch_size))
+            yield from ("--limit", str(chosen.limit)) if chosen.limit else ()
+            yield from ("--tasks-dir", str(chosen.tasks_dir)) if chosen.tasks_dir else ()
+
+    def _calibration(self, model: Model) -> list[str]:
+        texts = self.settings.texts
+        flags = ["--calibration-data", texts.calibration, "--calibration-windows", str(texts.calibration_windows)]
+        return [*flags, "--seqlen", str(self._seqlen(model))]
+
+    def _texts(self, model: Model) -> list[str]:
+        texts = self.settings.texts
+        flags = ["--data", texts.fitness, *self._calibration(model)]
+        flags += ["--windows", str(texts.fitness_windows)] if texts.fitness_windows else []
+        if texts.report:
+            flags += ["--report-data", texts.report]
+            flags += ["--report-windows", str(texts.report_windows)] if texts.report_windows else []
+        return flags
+
+    def _numeric(self) -> list[str]:
+        return ["--dtype", self.settings.dtype, "--seed", str(self.settings.seed)]
+
+    def _data(self, model: Model, rate: float) -> Values:
+        texts = self.settings.texts.model_dump() | {"seqlen": self._seqlen(model)}
+        target = {"target.model": model.name, "target.rate": rate, "target.dtype": self.settings.dtype}
+        return {f"data.{name}": value for name, value in texts.items()} | target | {"search.seed": self.settings.seed}
+
+    def _seqlen(self, model: Model) -> int:
+        return model.seqlen or self.settings.texts.seqlen
+
+
+def _noted(reconstruction: Reconstruction) -> str:
+    return "" if reconstruction == "none" else reconstruction
+
+
+def _names_in(values: object) -> set[str]:
+    """All keys, however deep; of dotted names the last part."""
+    if isinstance(values, dict):
+        return {str(name).rpartition(".")[2] for name in values}.union(*map(_names_in, values.values()))
+    return set().union(*map(_names_in, values)) if isinstance(values, list) else set()
+
+
+@cache
+def _checked(config: Path, overrides: tuple[str, ...]) -> tuple[Settings, str]:
+    """The settings of a search, and a digest of what its file says, comments left out. Raises SettingsError."""
+    settings = settings_of_search(config, overrides)
+    said = json.dumps(yaml.safe_load((ROOT / config).read_text(encoding="utf-8")), sort_keys=True, default=str)
+    return settings, hashlib.sha256(said.encode()).hexdigest()[:16]

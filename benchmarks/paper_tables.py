@@ -1,0 +1,114 @@
+"""The paper's Tables 1 to 7 over models, rates and methods of your own, cell by cell.
+
+    python -m benchmarks.paper_tables benchmarks/paper/smollm2.yaml --out runs/paper
+    python -m benchmarks.paper_tables benchmarks/paper/llama-2-7b.yaml --estimate
+
+Each cell is a run of `selfpruner` in a process of its own; OUT/cells has one file for each. Interrupted or killed, the
+same command goes on. A cell that fails is told in the table with its sentence, and is tried again at the next call.
+OUT/tables.md, OUT/tables.json and the plots are written after every call; --render writes them and runs nothing.
+Exit code 1: some cells have failed. 2: the settings are wrong.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.paper.cells import CellStore, Failed, Outcome, with_needs
+from benchmarks.paper.costs import TFLOPS, CostModel
+from benchmarks.paper.rendering import as_json, expected, markdown
+from benchmarks.paper.running import Runner, SubprocessRunner, load_outcomes, run_missing, the_only_one
+from benchmarks.paper.settings import read_settings
+from benchmarks.paper.tables import WantedTable
+from benchmarks.paper.wanted import wanted_tables
+from daemon.signals import Interrupted, interruptible
+from protocol.errors import SelfPrunerError, UsageError
+from protocol.files import replace
+
+
+def main(arguments: Sequence[str] | None = None, runner: Runner | None = None) -> int:
+    """Run what is missing and write the tables; returns the exit code."""
+    given = _parser().parse_args(arguments)
+    try:
+        return _make(given, runner or SubprocessRunner())
+    except SelfPrunerError as error:
+        _tell(str(error))
+        return 2 if isinstance(error, UsageError) else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("settings", type=Path, help="a YAML file such as benchmarks/paper/smollm2.yaml")
+    parser.add_argument("--out", type=Path, default=Path("runs/paper"))
+    parser.add_argument("--set", action="append", default=[], help="one setting, such as texts.seqlen=512; repeatable")
+    parser.add_argument("--estimate", action="store_true", help="say what is missing and how long it takes, and end")
+    parser.add_argument("--tflops", type=float, default=TFLOPS, help="peak in bf16, where no cell has been measured")
+    parser.add_argument("--render", action="store_true", help="write the tables of what is there, and run nothing")
+    return parser
+
+
+def _make(given: argparse.Namespace, runner: Runner) -> int:
+    settings = read_settings(given.settings, given.set)
+    tables = wanted_tables(settings)
+    cells = [cell for table in tables for cell in table.cells]
+    every_cell = with_needs(cells)
+    store, code = CellStore(given.out), 0
+    if given.estimate:
+        outcomes = load_outcomes(cells, store)
+        _show_expected(tables, outcomes, CostModel(settings.models, every_cell, outcomes, given.tflops))
+        return 0
+    with the_only_one(given.out):
+        outcomes = load_outcomes(cells, store)
+        if not given.render:
+            cost = CostModel(settings.models, every_cell, outcomes, given.tflops)
+            code = _run(lambda: run_missing(cells, outcomes, store, runner, given.out, cost, _tell))
+        write(tables, outcomes, given.out, settings.words)
+    failed = sum(isinstance(outcomes.get(cell.id), Failed) for cell in every_cell)
+    if failed and not given.render:
+        _tell(f"{failed} cells have failed; the same command tries them again")
+    return code or int(failed > 0 and not given.render)
+
+
+def _run(work: Callable[[], None]) -> int:
+    try:
+        with interruptible():
+            work()
+    except Interrupted as end:
+        _tell("interrupted; the same command goes on")
+        return end.exit_code
+    return 0
+
+
+def write(tables: Sequence[WantedTable], outcomes: Mapping[str, Outcome], out: Path, about: str) -> None:
+    """Write OUT/tables.md, OUT/tables.json, and where matplotlib is there the plots."""
+    replace(out / "tables.md", markdown(tables, outcomes, about))
+    replace(out / "tables.json", json.dumps(as_json(tables, outcomes, about), indent=1, ensure_ascii=False) + "\n")
+    _tell(f"written: {out / 'tables.md'}")
+    try:
+        from benchmarks.paper.plots import plot
+    except ImportError:
+        _tell("no plots: pip install 'self-pruner[plots]'")
+        return
+    plot(tables, outcomes, out)
+
+
+def _show_expected(tables: Sequence[WantedTable], outcomes: Mapping[str, Outcome], cost: CostModel) -> None:
+    rows, total = expected(tables, outcomes, cost)
+    shown = Table("cell", "what", "hours", "from")
+    for row in rows:
+        shown.add_row(*row)
+    console = Console(markup=False, highlight=False, width=None if sys.stdout.isatty() else 200)
+    console.print(shown)
+    console.print(total)
+
+
+def _tell(sentence: str) -> None:
+    print(f"paper_tables: {sentence}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,82 @@
+"""A runner for benchmarks/paper that answers from figures, and remembers what it was asked."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.paper.running import Failure
+
+Say = Callable[[Sequence[str]], dict[str, Any] | Failure | None]
+
+
+def value_of(arguments: Sequence[str], flag: str) -> str | None:
+    """What follows `flag`, if it is there."""
+    return arguments[arguments.index(flag) + 1] if flag in arguments else None
+
+
+def setting_of(arguments: Sequence[str], name: str) -> str | None:
+    """What `--set name=…` says last."""
+    found = [each.partition("=")[2] for each in arguments if each.startswith(f"{name}=")]
+    return found[-1] if found else None
+
+
+def parameters(before: int = 1000) -> dict[str, int]:
+    return {"decoder_before": before, "decoder_after": before // 2, "total_before": before, "total_after": before // 2}
+
+
+def evaluation(perplexity: float, report: float | None = None) -> dict[str, Any]:
+    return {"perplexity": perplexity, "report_perplexity": report, "parameters": parameters()}
+
+
+def search(perplexity: float, report: float | None = None, *, finished: bool = True) -> dict[str, Any]:
+    return {"finished": finished, "best": evaluation(perplexity, report), "seconds": 12.5}
+
+
+def zero_shot(mean: float) -> dict[str, Any]:
+    return {"mean": mean, "tasks": [{"task": "boolq", "accuracy": mean}, {"task": "piqa", "accuracy": mean}]}
+
+
+def speed(tokens_per_second: float, *engines: str) -> dict[str, Any]:
+    def engine(name: str) -> dict[str, Any]:
+        dense = {"total_parameters": 6_740_000_000, "weight_bytes": 13_480_000_000}
+        pruned = {"total_parameters": 4_770_000_000, "weight_bytes": 9_540_000_000}
+        decode = {
+            "dense": {"median": 50.0},
+            "pruned": {"median": tokens_per_second},
+            "speed_up": {"median": tokens_per_second / 50},
+        }
+        return {"engine": name, "dense": dense, "pruned": pruned, "batches": [{"batch_size": 1, "decode": decode}]}
+
+    return {"engines": [engine(name) for name in engines or ("transformers",)], "skipped": {"vllm": "not installed"}}
+
+
+def usual(arguments: Sequence[str]) -> dict[str, Any]:
+    """An answer of each command: dense measures 10, each method another figure."""
+    command = arguments[0]
+    if command == "evaluate":
+        by_method = {None: 10.0, "llm-pruner": 14.0, "uniform": 13.0, "owl": 12.0}
+        return evaluation(1.0, by_method[value_of(arguments, "--allocate")])
+    answers = {
+        "run": search(1.0, 11.0),
+        "zero-shot": zero_shot(0.5),
+        "export": {"parameters": parameters()},
+        "finetune": {"folder": "x"},
+        "speed": speed(100.0),
+    }
+    return answers[command]
+
+
+class ScriptedRunner:
+    """Answers as `say` does, and as usual where that says None."""
+
+    def __init__(self, say: Say = lambda arguments: None) -> None:
+        self.asked: list[list[str]] = []
+        self._say = say
+
+    def run(self, arguments: Sequence[str], log: Path) -> dict[str, Any] | Failure:
+        self.asked.append(list(arguments))
+        answer = self._say(arguments)
+        return usual(arguments) if answer is None else answer
+
+    def commands(self) -> list[str]:
+        return [arguments[0] for arguments in self.asked]
