@@ -12,9 +12,10 @@ from gpu_worker.families import FAMILIES
 from gpu_worker.finetune.memory import Training, check_disk
 from gpu_worker.finetune.trained import trained
 from gpu_worker.finetune.training import batch_of, learning_rate, steps_of
-from gpu_worker.memory import Workload, estimate_memory
+from gpu_worker.memory import Machine, Workload, estimate_memory
 from gpu_worker.models import load_model
 from gpu_worker.perplexity import NotFiniteError
+from gpu_worker.placement import place
 from protocol.errors import DataError, ModelError, SettingsError, UsageError
 from protocol.finetuning import Recipe
 from protocol.formats import Format
@@ -213,6 +214,8 @@ def test_memory_and_disk_are_reckoned_before_anything_is_loaded(tmp_path: Path) 
     }
     assert 0 < of["lora"].trained < of["full"].trained == 16 * model.decoder.shape.decoder_parameters
     assert "for what is trained" in of["full"].words
+    with pytest.raises(ModelError, match=r"for what is trained; .*; use .* a smaller micro-batch"):
+        place(of["full"], Machine(gpus=(), main=1000))
     huge = model.decoder.shape.model_copy(update={"other_parameters": 10**16})
     with pytest.raises(ModelError, match="of disk"):
         check_disk(huge, UNEVEN, Recipe(), ("hf",), "bfloat16", tmp_path / "x.checkpoint")

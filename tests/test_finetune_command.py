@@ -199,3 +199,20 @@ def test_a_full_disk_leaves_nothing_half_written(
     assert main(arguments(folder, tmp_path / "out")) == 2
     assert "GB of disk" in capsys.readouterr().err.splitlines()[-1]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_instructions_are_learned_and_what_lies_beside_a_checkpoint_stays(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"instruction": f"Say {word}.", "output": word * 5} for word in ("la", "li", "lo", "lu")]
+    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    (tmp_path / "out.checkpoint").mkdir()
+    (tmp_path / "out.checkpoint" / "notes.txt").write_text("mine")
+    monkeypatch.setattr("gpu_worker.finetune.output.find_spec", lambda _: None)  # no matplotlib
+    options = ["--data", str(tmp_path / "rows.jsonl"), "--seqlen", "240"]
+    assert main(arguments(folder, tmp_path / "out", *options)) == 0
+    tuned = json.loads(capsys.readouterr().out)["finetuning"]
+    assert (tuned["form"], tuned["examples"], tuned["data"]) == ("alpaca", 4, "rows.jsonl")
+    assert tuned["last_loss"] < tuned["first_loss"]
+    assert not (tmp_path / "out" / "loss.png").exists()
+    assert [file.name for file in (tmp_path / "out.checkpoint").iterdir()] == ["notes.txt"]

@@ -5,7 +5,7 @@ seed and the step, so that they need not be kept.
 """
 
 import os
-import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -87,5 +87,8 @@ class Checkpoint:
             raise ExportError(f"the checkpoint in {self.folder} cannot be written ({reason})") from error
 
     def remove(self) -> None:
-        """Remove the folder: the output is there."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """Remove what was kept, and the folder if nobody else has put something there: the output is there."""
+        for name in (FILE, f".{FILE}"):
+            (self.folder / name).unlink(missing_ok=True)
+        with suppress(OSError):
+            self.folder.rmdir()

@@ -47,19 +47,21 @@ def train(
 
     Whatever ends it, the last whole step is kept. Raises NotFiniteError where a loss or a gradient is no number.
     """
-    optimizer = torch.optim.AdamW(trained.masters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay)
+    optimizer = torch.optim.AdamW(
+        trained.masters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
+    )
     run = _Run(model, trained, data, recipe, limits, optimizer, start)
     kept_at = time.monotonic()
     told = _Told(progress, steps_of(recipe, len(data.examples)))
     try:
         while not run.is_over:
             run.step()
-            told.step(run.state)
+            told.step(run.losses)
             if time.monotonic() - kept_at >= limits.checkpoint_seconds:
                 checkpoint.write(run.state)
                 kept_at = time.monotonic()
     except BaseException:  # a signal too: what was done so far is not lost
-        if run.is_whole and len(run.state.losses) > len(start.losses):
+        if run.is_whole and len(run.losses) > len(start.losses):
             checkpoint.write(run.state)
         raise
     finished = replace(run.state, finished=True)
@@ -117,7 +119,7 @@ class _Run:
             optimizer.load_state_dict(start.optimizer)
         self._start = start
         self._began = time.monotonic()
-        self._losses = list(start.losses)
+        self.losses = list(start.losses)
         self.is_whole = True
         """False while a step is being made, when masters and optimizer do not belong together."""
 
@@ -130,7 +132,7 @@ class _Run:
     def is_over(self) -> bool:
         """Whether steps or time are used up; there is always one step."""
         out_of_time = self._limits.seconds is not None and self.seconds >= self._limits.seconds
-        return self._start.finished or len(self._losses) >= self._steps or (out_of_time and bool(self._losses))
+        return self._start.finished or len(self.losses) >= self._steps or (out_of_time and bool(self.losses))
 
     @property
     def state(self) -> State:
@@ -138,13 +140,13 @@ class _Run:
         return State(
             masters=[master.detach() for master in self._trained.masters],
             optimizer=self._optimizer.state_dict(),
-            losses=tuple(self._losses),
+            losses=tuple(self.losses),
             seconds=self.seconds,
         )
 
     def step(self) -> None:
         """One step of the optimizer, over one batch."""
-        number = len(self._losses)
+        number = len(self.losses)
         torch.manual_seed(_mixed(self._recipe.seed, number))  # dropout
         self._optimizer.zero_grad(set_to_none=True)
         batch = [self._data.examples[i] for i in batch_of(self._recipe, len(self._data.examples), number)]
@@ -167,7 +169,7 @@ class _Run:
         self.is_whole = False
         self._optimizer.step()
         self._trained.write_back()
-        self._losses.append(
+        self.losses.append(
             LossPoint(step=number + 1, loss=loss, learning_rate=rate, tokens=tokens, seconds=self.seconds)
         )
         self.is_whole = True
@@ -195,13 +197,13 @@ class _Told:
         self._said, self._said_at = "fine-tuning", -math.inf
         self._losses: list[float] = []
 
-    def step(self, state: State) -> None:
-        """After a step."""
-        self._losses.append(state.losses[-1].loss)
+    def step(self, losses: list[LossPoint]) -> None:
+        """After a step, the last of `losses`."""
+        self._losses.append(losses[-1].loss)
         if self._clock() - self._said_at >= LOGGED_EVERY:
             self._said = f"fine-tuning, loss {sum(self._losses) / len(self._losses):.3f}"
             self._said_at, self._losses = self._clock(), []
-        self._progress(self._said, len(state.losses), self._total)
+        self._progress(self._said, len(losses), self._total)
 
 
 def mean_losses(losses: tuple[LossPoint, ...]) -> tuple[float, float]:
