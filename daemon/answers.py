@@ -13,7 +13,14 @@ from daemon.settings import NAMED_TEXTS
 from protocol.candidate import Provenance
 from protocol.errors import DataError
 from protocol.plan import LayerPlan, Parameters
-from protocol.results import AllocationResult, EvaluationResult, ExportResult, FinetuneResult, ZeroShotResult
+from protocol.results import (
+    AllocationResult,
+    EvaluationResult,
+    ExportResult,
+    FinetuneResult,
+    PruneResult,
+    ZeroShotResult,
+)
 from protocol.shape import ModelShape
 from protocol.spec import SearchSpec, TextSpec
 
@@ -55,6 +62,28 @@ def exported(result: ExportResult, text: TextSpec) -> Iterator[RenderableType]:
     yield files
     yield f"writing took {result.seconds:,.1f} s"
     yield f"next: {_next_command(result, text)}"
+
+
+def pruned(result: PruneResult, text: TextSpec) -> Iterator[RenderableType]:
+    """What the search came to, what was written, and that it was loaded again."""
+    last = result.finetuned or result.exported
+    yield f"{last.folder}: {result.exported.model}, {_removed(result.exported.rate, result.exported.method)}"
+    report = result.exported.report_perplexity is not None
+    table = _figures(report=report, kl=False)
+    of = result.exported.parameters
+    _add(table, "dense", result.exported.dense_perplexity, result.dense_report_perplexity, None, of.total_before)
+    if result.uniform_perplexity is not None:
+        _add(table, "uniform", result.uniform_perplexity, result.uniform_report_perplexity, None, of.total_after)
+    _add(table, "pruned", result.exported.perplexity, result.exported.report_perplexity, None, of.total_after)
+    if result.finetuned and result.finetuned.finetuning.perplexity:
+        _add(table, "fine-tuned", result.finetuned.finetuning.perplexity.after, None, None, of.total_after)
+    yield table
+    yield _measured_on(text.source, result.exported.tokens, result.exported.seqlen)
+    yield f"searched with {result.evaluations:,} evaluations in {result.search_seconds:,.0f} s (search {result.search})"
+    if result.reloaded is not None:
+        yield f"loaded again, it measures {result.reloaded:,.2f}"
+    yield f"written as {' and '.join(last.formats)}: {', '.join(last.files)}"
+    yield f"next: selfpruner speed {shlex.quote(str(last.folder))} --baseline {shlex.quote(result.exported.model)}"
 
 
 def finetuned(result: FinetuneResult) -> Iterator[RenderableType]:

@@ -150,3 +150,21 @@ class FinetuneResult(BaseModel):
     ended_by: Literal["steps", "time"]
     seconds: float
     """Wall time of the steps, over all restarts."""
+
+
+class PruneResult(BaseModel):
+    """From model to smaller model: what search, export and check came to. Perplexities are of the fitness text."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    search: str
+    evaluations: int
+    search_seconds: float
+    uniform_perplexity: float | None
+    uniform_report_perplexity: float | None
+    dense_report_perplexity: float | None
+    exported: ExportResult
+    """Before fine-tuning, in the search's folder, where there was any."""
+    finetuned: FinetuneResult | None
+    reloaded: float | None
+    """Of the folder when it was loaded again; None where it holds no more than a GGUF file."""
