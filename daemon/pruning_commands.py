@@ -109,7 +109,7 @@ def evaluate(
 def export(
     out: Annotated[Path, typer.Option(help="The folder to make.")],
     format_: Annotated[Format, typer.Option("--format", help="What will load it; see docs/usage.md.")] = "hf",
-    gguf_type: Annotated[GgufType, typer.Option(help="gguf: how weights are stored.")] = "f16",
+    gguf_type: Annotated[GgufType, typer.Option(help="gguf: how weights are stored; see docs/usage.md.")] = "f16",
     force: Annotated[bool, typer.Option("--force", help="Replace an older export.")] = False,
     search: Annotated[str | None, typer.Option("--search", help="Export the best of this search.")] = None,
     redis_url: flags.RedisUrl = None,

@@ -52,13 +52,13 @@ def export_model(
     write_folder(out, write, force=force)
 
 
-def check_format(model: LoadedModel, fmt: Format) -> None:
+def check_format(model: LoadedModel, fmt: Format, gguf_type: GgufType = "f16") -> None:
     """Raise ModelError where `fmt` cannot carry this model, before anything that takes time is done.
 
-    Or where there is no room to write it.
+    Or where there is no room to write it, or nothing that makes `gguf_type`.
     """
     if fmt == "gguf":
-        check_gguf(model)
+        check_gguf(model, gguf_type)
     else:
         modeling_of(plain_type(model.causal_lm.config), fmt)
         _check_room(model, fmt)
