@@ -1,4 +1,4 @@
-"""`selfpruner …`: the command line. It and pruning_commands.py may name gpu_worker, inside function bodies."""
+"""`selfpruner …`: the command line. It and those with commands of their own may name gpu_worker, inside functions."""
 
 import asyncio
 import os
@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.live import Live
 
-from daemon import answers, embedded, flags, pruning_commands
+from daemon import answers, embedded, flags, pruning_commands, speed_command
 from daemon.changes import Event
 from daemon.display import Display
 from daemon.flag_errors import FLAG_ERROR, flag_sentence
@@ -51,6 +51,7 @@ app = typer.Typer(
 app.command()(pruning_commands.allocate)
 app.command()(pruning_commands.evaluate)
 app.command()(pruning_commands.export)
+app.command()(speed_command.speed)
 
 Config = Annotated[Path | None, typer.Argument(help="A YAML file of settings; quickstart.yaml when left out.")]
 

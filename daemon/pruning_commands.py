@@ -50,7 +50,7 @@ def allocate(
 ) -> None:
     """Say the pruning rates of an allocation; with --json a file that `evaluate` and `export` take as --rates."""
     spec, allocation = allocation_spec(model, rate, texts, how, dtype=dtype, seed=seed), allocation_of(method, options)
-    with _at_work(model) as progress:
+    with at_work(model) as progress:
         from gpu_worker.evaluate import allocate_once
 
         result = allocate_once(spec, allocation, progress)
@@ -82,7 +82,7 @@ def evaluate(
         if fitness != "perplexity":
             raise SettingsError("--fitness kl compares with the dense model: give --allocate or --rates too")
         claim = card_claim(name, texts) or CardClaim(measured_texts(texts), seed, dtype)
-        with _at_work(name) as progress:
+        with at_work(name) as progress:
             from gpu_worker.evaluate import evaluate_as_it_is
 
             result = evaluate_as_it_is(
@@ -96,7 +96,7 @@ def evaluate(
         result = result.model_copy(update={"card_perplexity": claim.about(result.fitness_digest)})
     else:
         request = pruning_request(name, texts, choice, how, options, measure=fitness, dtype=dtype, seed=seed)
-        with _at_work(name) as progress:
+        with at_work(name) as progress:
             from gpu_worker.evaluate import evaluate_once
 
             result = evaluate_once(
@@ -142,7 +142,7 @@ def export(
     from gpu_worker.export.folder import check_target
 
     check_target(expanded(out), force=force)
-    with _at_work(request.spec.model) as progress:
+    with at_work(request.spec.model) as progress:
         from gpu_worker.exporter import Destination, export_once
 
         result = export_once(
@@ -157,7 +157,7 @@ def export(
 
 
 @contextmanager
-def _at_work(model: str) -> Iterator[Callable[[str, int, int], None]]:
+def at_work(model: str) -> Iterator[Callable[[str, int, int], None]]:
     """Say what is under way: on one line of a terminal, elsewhere in the log; a signal raises Interrupted.
 
     Flags are checked before it, for it imports torch, which takes seconds.
