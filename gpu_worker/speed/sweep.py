@@ -29,8 +29,8 @@ def sweep(pair: Pair, plans: Mapping[int, Plan], request: SpeedRequest, progress
 
     Weights are the dense model's first channels: which ones they are makes no difference to the speed.
     """
-    dense, pruned = (_in_transformers(runner).model.decoder for runner in (pair.dense, pair.pruned))
     for multiple, plan in plans.items():
+        dense, pruned = (_in_transformers(runner).model.decoder for runner in (pair.dense, pair.pruned))
         for source, layer, sizes in zip(dense.layers, pruned.layers, plan.layers, strict=True):
             widen(layer, source, sizes.mlp_channels)
         told = prefixed(progress, f"multiples of {multiple}")
