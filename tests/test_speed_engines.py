@@ -9,15 +9,16 @@ import pytest
 import torch
 
 from gpu_worker.export.gguf import write_gguf
+from gpu_worker.families import take_apart
 from gpu_worker.models import LoadedModel
 from gpu_worker.progress import no_progress
 from gpu_worker.speed.comparing import measure_speed
 from gpu_worker.speed.engines import SpeedRequest
 from gpu_worker.speed.measuring import Length
+from gpu_worker.speed.sweep import widen
 from gpu_worker.speed.transformers_engine import TransformersRunner, open_pair
 from gpu_worker.speed.vllm_engine import VllmRunner, check_modeling
 from protocol.errors import ModelError, SettingsError
-from protocol.results import ModelSize
 from tests.exports import export, pruned, with_tokenizer
 from tests.pruned_models import keep
 from tests.tiny_models import save_tiny_folder, tiny_llama, tiny_model
@@ -25,8 +26,8 @@ from tests.tiny_models import save_tiny_folder, tiny_llama, tiny_model
 pytest.importorskip("xllamacpp")
 
 from gpu_worker.speed.gguf_pair import GgufModel, gguf_files
+from gpu_worker.speed.llama_cpp_engine import LlamaCppRunner, timing_of
 from gpu_worker.speed.llama_cpp_engine import open_pair as open_in_llama_cpp
-from gpu_worker.speed.llama_cpp_engine import timing_of
 
 PLAN = keep((2, 1, 20), (3, 1, 48), (1, 2, 7))
 LENGTH = Length(prompt=9, generate=4)
@@ -91,8 +92,6 @@ def test_bytes_are_those_of_the_real_tensors(dtype: torch.dtype) -> None:
 
 def tiny_with(model: LoadedModel) -> LoadedModel:
     """The model taken apart again, as a folder is when it is loaded: its shape is that of what stayed."""
-    from gpu_worker.families import take_apart
-
     return LoadedModel(model.causal_lm, model.tokenizer, take_apart(model.causal_lm), model.identity)
 
 
@@ -116,7 +115,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def request(folders: Path, name: str = "hf", **options: Any) -> SpeedRequest:
-    given = {
+    given: dict[str, Any] = {
         "baseline": str(folders / "dense"),
         "length": LENGTH,
         "dtype": "float32",
@@ -142,6 +141,16 @@ def test_both_engines_measure_an_hf_folder(folders: Path) -> None:
     assert result.skipped.keys() == {"vllm"}
 
 
+def test_an_engine_that_nobody_named_and_that_cannot_run_the_family_is_skipped(tmp_path: Path) -> None:
+    save_tiny_folder(tmp_path / "dense", "qwen3")
+    export(pruned(with_tokenizer(tiny_model("qwen3")), PLAN), "hf", tmp_path / "hf", PLAN)
+    result = measure_speed(request(tmp_path))
+    assert [found.engine for found in result.engines] == ["transformers"]
+    assert "gguf cannot carry a pruned model of the family 'qwen3'" in result.skipped["llama.cpp"]
+    with pytest.raises(ModelError, match="gguf cannot carry"):
+        measure_speed(request(tmp_path, engines=("transformers", "llama.cpp")))
+
+
 def test_a_sweep_changes_widths_and_leaves_heads(folders: Path) -> None:
     asked = request(folders, engines=("transformers",), multiples=(1, 16))
     result = measure_speed(asked)
@@ -153,17 +162,15 @@ def test_a_sweep_changes_widths_and_leaves_heads(folders: Path) -> None:
 
 
 def test_a_sweep_computes_with_the_dense_models_channels(folders: Path) -> None:
-    from gpu_worker.speed.sweep import widen
-
     with open_pair(request(folders)) as pair:
         dense, kept = (runner.model.decoder.layers[0] for runner in (pair.dense, pair.pruned))  # type: ignore[attr-defined]
         widen(kept, dense, 48)
         hidden = torch.randn(1, 3, 36)
-        assert torch.equal(kept.module.mlp(hidden), dense.module.mlp(hidden))  # type: ignore[operator]
+        assert torch.equal(kept.module.mlp(hidden), dense.module.mlp(hidden))
         widen(kept, dense, 5)
         assert [linear.weight.shape for linear in (kept.gate, kept.up, kept.down)] == [(5, 36), (5, 36), (36, 5)]
         assert all(linear.weight.is_contiguous() for linear in (kept.gate, kept.up, kept.down))
-        assert kept.module.mlp(hidden).shape == hidden.shape  # type: ignore[operator]
+        assert kept.module.mlp(hidden).shape == hidden.shape
 
 
 def test_a_gguf_folder_runs_in_llama_cpp_with_a_dense_file_of_its_type(folders: Path) -> None:
@@ -209,7 +216,7 @@ def test_a_broken_gguf_file_is_one_sentence(folders: Path, tmp_path: Path) -> No
 
 
 def answered(**changes: int) -> dict[str, Any]:
-    return {"timings": {"prompt_n": 9, "prompt_ms": 20.0, "predicted_n": 4, "predicted_ms": 8.0} | changes}
+    return {"timings": {"prompt_n": 9, "prompt_ms": 20.0, "predicted_n": 5, "predicted_ms": 8.0} | changes}
 
 
 def test_what_llama_cpp_says_of_a_batch_is_its_slowest_text() -> None:
@@ -218,11 +225,20 @@ def test_what_llama_cpp_says_of_a_batch_is_its_slowest_text() -> None:
     assert (timing.decode_tokens, timing.decode_seconds) == (8, 0.008)
 
 
+def test_llama_cpps_clock_of_the_decode_starts_with_the_first_token(folders: Path) -> None:
+    """One token takes no time, so that a rate over all of them would be too high."""
+    with open_in_llama_cpp(request(folders, "gguf"), no_progress, is_gguf=True) as pair:
+        assert isinstance(pair.pruned, LlamaCppRunner)
+        (answer,) = pair.pruned.post("/completion", {"prompt": [1, 2, 3], "n_predict": 1, "cache_prompt": False})
+    assert answer["timings"]["predicted_n"] == 1
+    assert answer["timings"]["predicted_ms"] < 0.01 < answer["timings"]["prompt_ms"]
+
+
 @pytest.mark.parametrize(
     ("answer", "sentence"),
     [
-        (answered(prompt_n=1), "processed 1 and generated 4 tokens where 9 and 4"),
-        (answered(predicted_n=2), "processed 9 and generated 2 tokens where 9 and 4"),
+        (answered(prompt_n=1), "processed 1 and generated 5 tokens where 9 and 5"),
+        (answered(predicted_n=2), "processed 9 and generated 2 tokens where 9 and 5"),
         ({"error": {"message": "too long"}}, "did not measure: {'message': 'too long'}"),
     ],
 )
@@ -246,7 +262,7 @@ class _Llm:
 
 def test_vllms_decode_is_what_all_tokens_take_longer_than_the_first() -> None:
     llm = _Llm()
-    size = ModelSize.model_construct()
+    size = TransformersRunner(tiny_llama(), LENGTH).size()
     runner = VllmRunner(llm, dict, LENGTH, size, 320, clock=clock(0.0, 2.0, 10.0, 15.0))
     timing = runner.run(3)
     assert llm.asked == [(3, 9, 1), (3, 9, 5)]

@@ -7,7 +7,7 @@ from gpu_worker.progress import Progress, no_progress
 from gpu_worker.speed.engines import SpeedRequest, choose_engines, exported_format
 from gpu_worker.speed.measuring import Pair, measured_batches, prefixed
 from gpu_worker.speed.sweep import plans_of, sweep
-from protocol.errors import SettingsError
+from protocol.errors import ModelError, SettingsError
 from protocol.formats import Engine, Format
 from protocol.results import EngineSpeed, SpeedResult, SweptWidths
 
@@ -24,14 +24,19 @@ def measure_speed(request: SpeedRequest, progress: Progress = no_progress) -> Sp
     fmt = exported_format(request.folder)
     engines, skipped = choose_engines(request.engines, fmt)
     check_sweep(request, engines, fmt)
-    found = []
+    found: list[EngineSpeed] = []
     swept: tuple[SweptWidths, ...] = ()
     for engine in engines:
-        with _opened(engine, fmt, request, progress) as pair:
-            # Multiples that cannot be are told before anything is measured.
-            plans = plans_of(pair, request.multiples if engine == SWEPT else ())
-            found.append(_measured(engine, pair, request, progress))
-            swept += tuple(sweep(pair, plans, request, progress))
+        try:
+            measured, of_sweep = _measure_in(engine, fmt, request, progress)
+        except ModelError as error:
+            # An engine that nobody named may be one for other families, or for a GPU.
+            if request.engines or not found:
+                raise
+            skipped[engine] = str(error)
+        else:
+            found.append(measured)
+            swept += of_sweep
     return SpeedResult(
         folder=request.folder,
         baseline=request.baseline,
@@ -49,6 +54,17 @@ def check_sweep(request: SpeedRequest, engines: tuple[Engine, ...], fmt: Format)
     """Raise SettingsError where a sweep is asked for that no engine can do."""
     if request.multiples and (SWEPT not in engines or fmt != "hf"):
         raise SettingsError(f"--sweep-multiple-of needs an hf folder and the engine {SWEPT}")
+
+
+def _measure_in(
+    engine: Engine, fmt: Format, request: SpeedRequest, progress: Progress
+) -> tuple[EngineSpeed, tuple[SweptWidths, ...]]:
+    """One engine, whose models are gone from memory when the next one loads its own."""
+    with _opened(engine, fmt, request, progress) as pair:
+        # Multiples that cannot be are told before anything is measured.
+        plans = plans_of(pair, request.multiples if engine == SWEPT else ())
+        measured = _measured(engine, pair, request, progress)
+        return measured, tuple(sweep(pair, plans, request, progress))
 
 
 def _measured(engine: Engine, pair: Pair, request: SpeedRequest, progress: Progress) -> EngineSpeed:

@@ -41,14 +41,15 @@ class LlamaCppRunner:
         vocabulary = self.model.sizes.vocabulary
         body = {
             "prompt": random_prompts(vocabulary, batch_size, self._length.prompt).tolist(),
-            "n_predict": self._length.generate,
+            "n_predict": 1 + self._length.generate,
             "temperature": 0.0,
             "ignore_eos": True,
             "cache_prompt": False,
         }
-        return timing_of(self._post("/completion", body), self._length)
+        return timing_of(self.post("/completion", body), self._length)
 
-    def _post(self, path: str, body: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    def post(self, path: str, body: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+        """The server's answers, one for each prompt. Raises ModelError where there is none."""
         connection = http.client.HTTPConnection(self._address.hostname or "", self._address.port)
         try:
             connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
@@ -76,23 +77,24 @@ class LlamaCppRunner:
 def timing_of(answers: Sequence[Mapping[str, Any]], length: Length) -> Timing:
     """What the server's `timings`, one for each text of a batch, say together.
 
-    The texts are processed side by side, so the slowest one's time is the batch's. Raises ModelError where a text was
-    cut short, or a prompt was not processed anew.
+    The texts are processed side by side, so the slowest one's time is the batch's. The first token comes of the
+    prefill, and the server's clock of the decode starts when it is there: it is not counted. Raises ModelError where a
+    text was cut short, or a prompt was not processed anew.
     """
     for answer in answers:
         if "timings" not in answer:
             raise ModelError(f"llama.cpp did not measure: {answer.get('error', answer)}")
         took = answer["timings"]
-        if (took["prompt_n"], took["predicted_n"]) != (length.prompt, length.generate):
+        if (took["prompt_n"], took["predicted_n"]) != (length.prompt, 1 + length.generate):
             raise ModelError(
                 f"llama.cpp processed {took['prompt_n']} and generated {took['predicted_n']} tokens where "
-                f"{length.prompt} and {length.generate} were asked for"
+                f"{length.prompt} and {1 + length.generate} were asked for"
             )
     timings = [answer["timings"] for answer in answers]
     return Timing(
         prefill_tokens=sum(took["prompt_n"] for took in timings),
         prefill_seconds=max(took["prompt_ms"] for took in timings) / 1000,
-        decode_tokens=sum(took["predicted_n"] for took in timings),
+        decode_tokens=sum(took["predicted_n"] - 1 for took in timings),
         decode_seconds=max(took["predicted_ms"] for took in timings) / 1000,
     )
 
