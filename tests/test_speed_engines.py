@@ -209,6 +209,11 @@ def test_a_type_that_cannot_be_made_is_one_sentence(folders: Path, tmp_path: Pat
         gguf_files(request(folders, baseline=str(dense)), tmp_path, no_progress, is_gguf=False)
 
 
+def test_no_room_for_the_files_is_one_sentence(folders: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"cannot be written into .* \(No such file or directory\); set TMPDIR"):
+        gguf_files(request(folders), tmp_path / "nowhere", no_progress, is_gguf=False)
+
+
 def test_a_broken_gguf_file_is_one_sentence(folders: Path, tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(b"nothing")
     with pytest.raises(ModelError, match="is no GGUF file"):

@@ -98,11 +98,18 @@ def _same_type(model: GgufModel) -> GgufType:
 
 
 def _make(name: str, file_type: GgufType, folder: Path, request: SpeedRequest, progress: Progress) -> GgufModel:
-    """The model `name` as it is, with nothing removed, as a GGUF file."""
-    folder.mkdir()
+    """The model `name` as it is, with nothing removed, as a GGUF file. Raises ModelError where there is no room."""
     model = load_model(name, request.dtype, Workload(seqlen=1))
     plan = dense_plan(model.decoder.shape)
-    return GgufModel.of(write_gguf(model, plan, folder, file_type=file_type, name=folder.name, progress=progress))
+    try:
+        folder.mkdir()
+        path = write_gguf(model, plan, folder, file_type=file_type, name=folder.name, progress=progress)
+    except OSError as error:
+        raise ModelError(
+            f"the GGUF of {name!r} for llama.cpp cannot be written into {str(folder.parent)!r} ({error.strerror}); "
+            "set TMPDIR to a folder with room, or leave the engine out (--engine transformers)"
+        ) from error
+    return GgufModel.of(path)
 
 
 def _sizes(reader: GGUFReader) -> Sizes:
