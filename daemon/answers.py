@@ -15,10 +15,13 @@ from protocol.errors import DataError
 from protocol.plan import LayerPlan, Parameters
 from protocol.results import (
     AllocationResult,
+    BatchSpeed,
     EvaluationResult,
     ExportResult,
     FinetuneResult,
     PruneResult,
+    SpeedResult,
+    Spread,
     ZeroShotResult,
 )
 from protocol.shape import ModelShape
@@ -131,6 +134,52 @@ def zero_shot(result: ZeroShotResult) -> Iterator[RenderableType]:
     if result.limit is not None:
         yield f"at most {result.limit:,} items of each task, the first ones"
     yield f"answering took {result.seconds:,.1f} s"
+
+
+def speed(result: SpeedResult) -> Iterator[RenderableType]:
+    """Sizes and tokens per second in each engine, and of the sweep."""
+    yield f"{result.folder} beside {result.baseline}: prompts of {result.prompt} tokens, {result.generate} generated"
+    for found in result.engines:
+        threads = f", {found.threads} thread{'s' * (found.threads != 1)}" if found.threads else ""
+        yield f"\n{found.engine} on {found.device}{threads}, {found.pruned.weight_type}"
+        sizes = _table("", "decoder parameters", "parameters", "weights MB", "KV cache MB", "KV bytes/token", "disk MB")
+        for name, size in (("dense", found.dense), ("pruned", found.pruned)):
+            sizes.add_row(
+                name,
+                _millions(size.decoder_parameters),
+                _millions(size.total_parameters),
+                _number(size.weight_bytes / 1e6, 1),
+                _number(size.kv_cache_bytes / 1e6, 1),
+                f"{size.kv_cache_bytes_per_token:,}",
+                _number(size.disk_bytes and size.disk_bytes / 1e6, 1),
+            )
+        yield sizes
+        yield _rates("", [("", batch) for batch in found.batches])
+    if result.sweep:
+        yield "\nMLP widths rounded, in transformers"
+        rows = [
+            (f"{each.multiple_of} ({_millions(each.decoder_parameters)})", batch)
+            for each in result.sweep
+            for batch in each.batches
+        ]
+        yield _rates("multiple of", rows)
+    yield f"medians and ranges of {result.repeats} repeats after {result.warm_up}, dense and pruned in turn"
+    for reason in result.skipped.values():
+        yield f"skipped: {reason}"
+
+
+def _rates(first: str, rows: Sequence[tuple[str, BatchSpeed]]) -> Table:
+    """Two rows for each batch: tokens per second of the prefill and of the decode."""
+    table = _table(first, "batch", "", "dense tokens/s", "pruned tokens/s", "speed-up")
+    for name, batch in rows:
+        for phase, found in (("prefill", batch.prefill), ("decode", batch.decode)):
+            cells = [_spread(found.dense, 1), _spread(found.pruned, 1), _spread(found.speed_up, 2)]
+            table.add_row(name, str(batch.batch_size), phase, *cells)
+    return table
+
+
+def _spread(found: Spread, digits: int) -> str:
+    return f"{found.median:,.{digits}f} ({found.lowest:,.{digits}f}–{found.highest:,.{digits}f})"
 
 
 class _Best(BaseModel):

@@ -16,7 +16,15 @@ import typer
 from rich.console import Console
 from rich.live import Live
 
-from daemon import answers, finetune_command, flags, prune_command, pruning_commands, zero_shot_command
+from daemon import (
+    answers,
+    finetune_command,
+    flags,
+    prune_command,
+    pruning_commands,
+    speed_command,
+    zero_shot_command,
+)
 from daemon.changes import Event
 from daemon.flag_errors import FLAG_ERROR, flag_sentence
 from daemon.http_token import Access
@@ -52,6 +60,7 @@ app.command()(pruning_commands.export)
 app.command()(zero_shot_command.zero_shot)
 app.command()(finetune_command.finetune)
 app.command()(prune_command.prune)
+app.command()(speed_command.speed)
 
 Config = Annotated[Path | None, typer.Argument(help="A YAML file of settings; quickstart.yaml when left out.")]
 

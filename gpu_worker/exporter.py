@@ -44,7 +44,13 @@ def export_once(
     family that the format does not support, and for a folder that is taken or cannot be written.
     """
     check_target(destination.folder, force=destination.force)
-    target = prepare(spec, choice, progress, shape=shape, check=lambda model: check_formats(model, destination.formats))
+    target = prepare(
+        spec,
+        choice,
+        progress,
+        shape=shape,
+        check=lambda model: check_formats(model, destination.formats, destination.gguf_type),
+    )
     pruned = prune_and_measure(target, choice, progress)
     start = time.perf_counter()
     export_model(

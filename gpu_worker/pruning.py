@@ -101,13 +101,13 @@ class _OrderedLayer:
         """Make the layer keep what `plan` says."""
         kv, each, channels = plan.kv_heads, plan.queries_per_kv, plan.mlp_channels
         layer = self._layer
-        _set(layer.query, *self._query.first(kv, each))
-        _set(layer.key, *self._key.first(kv))
-        _set(layer.value, *self._value.first(kv))
-        _set(layer.output, self._output.first(kv, each), layer.output.bias)
-        _set(layer.gate, *self._gate.first(channels))
-        _set(layer.up, *self._up.first(channels))
-        _set(layer.down, self._down.first(channels), layer.down.bias)
+        set_linear(layer.query, *self._query.first(kv, each))
+        set_linear(layer.key, *self._key.first(kv))
+        set_linear(layer.value, *self._value.first(kv))
+        set_linear(layer.output, self._output.first(kv, each), layer.output.bias)
+        set_linear(layer.gate, *self._gate.first(channels))
+        set_linear(layer.up, *self._up.first(channels))
+        set_linear(layer.down, self._down.first(channels), layer.down.bias)
         layer.tell_heads(kv, each)
 
     def check(self, plan: LayerPlan) -> None:
@@ -217,7 +217,7 @@ def _query_rows(linear: nn.Linear, groups: int, each: int, kv: Tensor, queries: 
     return _Rows(weight, bias)
 
 
-def _set(linear: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
+def set_linear(linear: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
     """Give `linear` these parameters and the sizes that go with them."""
     linear.weight = nn.Parameter(weight, requires_grad=False)
     linear.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)  # type: ignore[assignment]

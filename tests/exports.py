@@ -1,5 +1,6 @@
 """Exports of tiny models, loaded again in a process that has torch and transformers and nothing of ours."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from protocol.formats import Format
 from protocol.plan import Plan
 from protocol.spec import SearchSpec, TextSpec
 from tests.pruned_models import keep, scores_of
+from tests.tiny_models import byte_tokenizer
 
 UNEVEN = keep((2, 1, 20), (3, 1, 48), (1, 2, 7))
 """For a tiny model: fewer KV heads and query heads, fewer query heads alone, fewer KV heads alone."""
@@ -29,6 +31,11 @@ def pruned(model: LoadedModel, plan: Plan = UNEVEN) -> LoadedModel:
     """The same model, pruned to `plan` in place."""
     OrderedModel(model.decoder, scores_of(model)).apply(plan)
     return model
+
+
+def with_tokenizer(model: LoadedModel) -> LoadedModel:
+    """The same model with a tokenizer of one token a byte."""
+    return dataclasses.replace(model, tokenizer=byte_tokenizer())
 
 
 def laid_out_as_in_a_file(model: LoadedModel) -> None:

@@ -72,7 +72,15 @@ def test_every_file_and_folder_of_the_readmes_tree_exists() -> None:
     assert not [name for name in named if not (ROOT / name).exists()]
     modules = {
         str(p.relative_to(ROOT))
-        for d in ("protocol", "agents", "daemon", "gpu_worker", "gpu_worker/export", "gpu_worker/finetune")
+        for d in (
+            "protocol",
+            "agents",
+            "daemon",
+            "gpu_worker",
+            "gpu_worker/export",
+            "gpu_worker/finetune",
+            "gpu_worker/speed",
+        )
         for p in (ROOT / d).glob("*.py")
     }
     assert not {m for m in modules if not m.endswith("__init__.py")} - named

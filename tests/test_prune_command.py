@@ -68,7 +68,9 @@ async def finished(folder: Path, *command: str) -> tuple[int, dict[str, Any], st
 
 
 async def test_a_model_becomes_a_folder_that_measures_what_it_did_in_memory(tmp_path: Path, target: Path) -> None:
-    code, answer, err = await finished(tmp_path, *arguments(target, "--budget", "8", "--format", "hf", "--format", "gguf"))
+    code, answer, err = await finished(
+        tmp_path, *arguments(target, "--budget", "8", "--format", "hf", "--format", "gguf")
+    )
     assert code == 0, err
     assert answer["evaluations"] == 8
     exported = answer["exported"]

@@ -70,14 +70,14 @@ def fill(
     write_json(folder / MARK, _marked(facts, formats))
 
 
-def check_formats(model: LoadedModel, formats: Formats) -> None:
+def check_formats(model: LoadedModel, formats: Formats, gguf_type: GgufType = "f16") -> None:
     """Raise ModelError where one of `formats` cannot carry this model, before anything that takes time is done.
 
-    Or where there is no room to write it.
+    Or where there is no room to write it, or nothing that makes `gguf_type`.
     """
     for fmt in formats:
         if fmt == "gguf":
-            check_gguf(model)
+            check_gguf(model, gguf_type)
         else:
             modeling_of(plain_type(model.causal_lm.config), fmt)
             _check_room(model, fmt)

@@ -12,7 +12,9 @@ from typing import Any
 import gguf
 import structlog
 
+from gpu_worker.export.ggml import ggml
 from gpu_worker.export.gguf_tensors import GgufTensor, rope_factors, tensors_of
+from gpu_worker.export.gguf_types import FILE_TYPES, Kind, kinds_of, needs_ggml
 from gpu_worker.export.gguf_vocabulary import read_vocabulary
 from gpu_worker.models import LoadedModel
 from gpu_worker.progress import Progress, no_progress, steps
@@ -28,8 +30,6 @@ ARCHITECTURE = gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.DECI]
 FAMILIES = ("llama", "mistral", "qwen2")
 """Families whose decoder layers compute what llama.cpp's `deci` layers do."""
 
-_FILE_TYPES = {"f16": gguf.LlamaFileType.MOSTLY_F16, "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0}
-
 
 def write_gguf(
     model: LoadedModel,
@@ -42,16 +42,19 @@ def write_gguf(
 ) -> Path:
     """Write `model`, already pruned to `plan`, into `folder` as `<name>-<FILE TYPE>.gguf`; returns that path.
 
-    `f16`: every matrix F16. `q8_0`: matrices in blocks of 32 values (8.5 bits a weight); a matrix whose rows are no
-    multiple of 32 long stays F16, and the log says how many: plans with `multiple_of` 32 have none. Norms and biases
-    are F32. Tensors are converted and written one at a time, so the memory needed is that of the largest one.
+    `f16`: every matrix F16. Others: as llama.cpp's quantiser would (gguf_types.py), and the log says how many matrices
+    could not be stored as the type asks. Norms and biases are F32. Tensors are converted and written one at a time, so
+    the memory needed is that of the largest one.
 
-    Raises ModelError where GGUF cannot say what the model computes: another family, a sliding window, other rope
-    scaling than `linear` and `llama3`, an unknown tokenizer. Raises PlanMismatchError for the plan of another model.
+    Raises ModelError where GGUF cannot say what the model computes (another family, a sliding window, other rope
+    scaling than `linear` and `llama3`, an unknown tokenizer) and where K-quants are wanted and llama.cpp is not
+    installed. Raises PlanMismatchError for the plan of another model.
     """
     _check_layers(model)
     vocabulary = read_vocabulary(model.tokenizer, model.causal_lm.config)
     tensors = tensors_of(model, plan, file_type)
+    if needs_ggml(tensor.type for tensor in tensors):
+        ggml()
     path = folder / f"{_file_name(name)}-{file_type.upper()}.gguf"
     writer = gguf.GGUFWriter(path, ARCHITECTURE)
     try:
@@ -60,13 +63,18 @@ def write_gguf(
         _write(writer, tensors, progress)
     finally:
         writer.close()
-    _tell_what_stayed_f16(tensors, file_type, path)
+    _tell_what_is_stored_otherwise(tensors, file_type, path)
     return path
 
 
-def check_gguf(model: LoadedModel) -> None:
-    """Raise ModelError where a GGUF cannot say what `model` computes, or how its tokenizer splits texts."""
+def check_gguf(model: LoadedModel, file_type: GgufType = "f16") -> None:
+    """Raise ModelError where a GGUF cannot say what `model` computes, or how its tokenizer splits texts.
+
+    Also where this machine cannot make `file_type`.
+    """
     _check_layers(model)
+    if needs_ggml(kinds_of(file_type, model.decoder.shape)):
+        ggml()
     rope_factors(model.causal_lm.config, model.decoder.shape.head_dim)
     read_vocabulary(model.tokenizer, model.causal_lm.config)
 
@@ -97,7 +105,7 @@ def _add_metadata(writer: Any, model: LoadedModel, plan: Plan, file_type: GgufTy
     config, shape = model.causal_lm.config, model.decoder.shape
     writer.add_type("model")
     writer.add_name(name)
-    writer.add_file_type(_FILE_TYPES[file_type])
+    writer.add_file_type(FILE_TYPES[file_type])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     writer.add_block_count(len(plan.layers))
     writer.add_head_count([layer.query_heads for layer in plan.layers])
@@ -125,14 +133,24 @@ def _write(writer: Any, tensors: tuple[GgufTensor, ...], progress: Progress) -> 
         writer.write_tensor_data(tensor.data())
 
 
-def _tell_what_stayed_f16(tensors: tuple[GgufTensor, ...], file_type: GgufType, path: Path) -> None:
-    matrices = [tensor for tensor in tensors if tensor.type != gguf.GGMLQuantizationType.F32]
-    kept = [tensor for tensor in matrices if tensor.type == gguf.GGMLQuantizationType.F16]
-    if file_type == "q8_0" and kept:
-        log.warning(
-            "tensors_stay_f16",
-            tensors=len(kept),
-            of=len(matrices),
-            file=path.name,
-            advice="their rows are no multiple of 32 long; multiple_of 32 avoids it",
-        )
+def _tell_what_is_stored_otherwise(tensors: tuple[GgufTensor, ...], file_type: GgufType, path: Path) -> None:
+    """Say what has more bits than the file's type asks for, and whether other MLP widths would help."""
+    of = sum(tensor.type != Kind.F32 for tensor in tensors)
+    said = {"of": of, "file": path.name, "file_type": file_type}
+    otherwise = [tensor for tensor in tensors if tensor.wanted is not None]
+    in_f16 = [tensor for tensor in otherwise if tensor.type == Kind.F16]
+    in_shorter = [tensor for tensor in otherwise if tensor.type != Kind.F16]
+    if in_f16:
+        log.warning("tensors_stay_f16", tensors=len(in_f16), advice=_advice(in_f16, 32), **said)
+    if in_shorter:
+        log.warning("tensors_fall_back", tensors=len(in_shorter), advice=_advice(in_shorter, 256), **said)
+
+
+def _advice(tensors: list[GgufTensor], multiple: int) -> str:
+    """What to do about rows of an odd length: the MLP's width is the plan's choice, the hidden size is the model's."""
+    helped = sum(".ffn_down." in tensor.name for tensor in tensors)
+    avoids = f"multiple_of {multiple} avoids it"
+    if helped == len(tensors):
+        return f"their rows are no multiple of {multiple} long; {avoids}"
+    why = f"their rows are no multiple of {multiple} long, which is the model's own size"
+    return f"{why}; {avoids} for {helped} of them" if helped else why

@@ -11,14 +11,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from gpu_worker.export import ggml
+from gpu_worker.export.gguf_types import K_KINDS, Kind, stored_kind, wanted_kind
 from gpu_worker.families import Layer, family_of
 from gpu_worker.models import LoadedModel
 from gpu_worker.pruning import PlanMismatchError
 from protocol.errors import ModelError
 from protocol.formats import GgufType
 from protocol.plan import LayerPlan, Plan
-
-Kind = gguf.GGMLQuantizationType
 
 _CHUNK = 2**20
 """Values converted at a time: the intermediate results are several times as large."""
@@ -31,20 +31,22 @@ class GgufTensor:
     name: str
     shape: tuple[int, ...]
     type: Any
-    """A GGMLQuantizationType: F32, F16 or Q8_0."""
+    """A GGMLQuantizationType: F32, F16, or one that stores blocks."""
     read: Callable[[], Tensor]
+    wanted: Any = None
+    """The type that the file's type asks for, where the rows are too short or too odd for it."""
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
-        """The shape of `data`: for Q8_0 that of its bytes."""
-        if self.type == Kind.Q8_0:
-            return tuple(gguf.quant_shape_to_byte_shape(self.shape, self.type))
-        return self.shape
+        """The shape of `data`: for blocks that of their bytes."""
+        if self.type in (Kind.F32, Kind.F16):
+            return self.shape
+        return tuple(gguf.quant_shape_to_byte_shape(self.shape, self.type))
 
     @property
     def dtype(self) -> np.dtype[Any]:
         """Type of the elements of `data`."""
-        return np.dtype({Kind.F32: np.float32, Kind.F16: np.float16, Kind.Q8_0: np.uint8}[self.type])
+        return np.dtype({Kind.F32: np.float32, Kind.F16: np.float16}.get(self.type, np.uint8))
 
     @property
     def nbytes(self) -> int:
@@ -61,13 +63,17 @@ class GgufTensor:
         return stored
 
     def _encode(self, values: Tensor) -> NDArray[Any]:
-        if self.type == Kind.Q8_0:
-            quantised: NDArray[np.uint8] = gguf.quantize(values.to(torch.float32).cpu().contiguous().numpy(), Kind.Q8_0)
+        if self.type not in (Kind.F32, Kind.F16):
+            quantise = (ggml if self.type in K_KINDS else gguf).quantize
+            quantised: NDArray[np.uint8] = quantise(self._finite(values, torch.float32), self.type)
             return quantised
-        stored = values.to(torch.float32 if self.type == Kind.F32 else torch.float16)
-        if not torch.isfinite(stored).all():
+        return self._finite(values, torch.float32 if self.type == Kind.F32 else torch.float16)
+
+    def _finite(self, values: Tensor, dtype: torch.dtype) -> NDArray[Any]:
+        converted = values.to(dtype)
+        if not torch.isfinite(converted).all():
             raise ModelError(f"the tensor {self.name} has values that {self.type.name} cannot hold")
-        return stored.cpu().contiguous().numpy()
+        return converted.cpu().contiguous().numpy()
 
 
 def tensors_of(model: LoadedModel, plan: Plan, file_type: GgufType) -> tuple[GgufTensor, ...]:
@@ -76,23 +82,30 @@ def tensors_of(model: LoadedModel, plan: Plan, file_type: GgufType) -> tuple[Ggu
     Raises PlanMismatchError where the model's layers are not as large as `plan` says, ModelError for a rope scaling
     that GGUF cannot say.
     """
-    return tuple(_all(_Maker(file_type), model, plan))
+    decoder = model.decoder
+    tied = decoder.head.weight is decoder.embedding.weight
+    return tuple(_all(_Maker(file_type, len(decoder.layers), tied=tied), model, plan))
 
 
 class _Maker:
     """Decides the type of each tensor."""
 
-    def __init__(self, file_type: GgufType) -> None:
+    def __init__(self, file_type: GgufType, layers: int, *, tied: bool) -> None:
         self._file_type = file_type
+        self._layers = layers
+        self._head = "token_embd.weight" if tied else "output.weight"
 
     def vector(self, name: str, values: Tensor, read: Callable[[], Tensor] | None = None) -> GgufTensor:
         """Norms, biases and rope factors: small, and llama.cpp computes with them in F32."""
         return GgufTensor(name, tuple(values.shape), Kind.F32, read or (lambda: values))
 
     def matrix(self, name: str, values: Tensor, read: Callable[[], Tensor] | None = None) -> GgufTensor:
-        block = gguf.GGML_QUANT_SIZES[Kind.Q8_0][0]
-        quantised = self._file_type == "q8_0" and values.shape[-1] % block == 0
-        return GgufTensor(name, tuple(values.shape), Kind.Q8_0 if quantised else Kind.F16, read or (lambda: values))
+        columns = values.shape[-1]
+        wanted = wanted_kind(self._file_type, name, columns, self._layers, is_head=name == self._head)
+        stored = stored_kind(wanted, columns)
+        return GgufTensor(
+            name, tuple(values.shape), stored, read or (lambda: values), None if stored == wanted else wanted
+        )
 
     def linear(self, name: str, linear: nn.Linear, heads: int | None = None) -> Iterator[GgufTensor]:
         """Weight and, where there is one, bias; with `heads` their rows in llama.cpp's rope order."""

@@ -82,7 +82,7 @@ def finetune_once(request: FinetuneRequest, progress: Progress = no_progress) ->
     instructions = read_instructions(request.data, recipe) if form_of(request.data) == "alpaca" else None
     check_disk(exported.facts.shape, exported.facts.plan, recipe, formats, dtype, folder_beside(out))
     model = _load(request, exported, dtype, progress)
-    check_formats(model, formats)
+    check_formats(model, formats, request.gguf_type)
     data = prepare_data(request.data, instructions, model, recipe)
     measured = _text_to_measure(request, exported, model)
     checkpoint = Checkpoint(folder_beside(out), _decisive(request, recipe, data, dtype))

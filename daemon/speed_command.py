@@ -1,0 +1,61 @@
+"""`selfpruner speed`: how fast an exported folder is beside its dense model."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from daemon import answers, flags
+from daemon.pruning_commands import at_work
+from daemon.terminal import answer, need
+from protocol.errors import SettingsError
+from protocol.formats import GgufType
+from protocol.paths import expanded
+
+
+def speed(
+    folder: Annotated[Path, typer.Argument(help="An exported model.")],
+    baseline: Annotated[str, typer.Option(help="The dense model: as --model, or a GGUF file for llama.cpp.")],
+    engine: Annotated[
+        list[str] | None,  # Typer has no lists of a Literal
+        typer.Option(help="transformers, llama.cpp or vllm; repeatable. Left out: those here that can run the folder."),
+    ] = None,
+    batch_size: Annotated[list[int] | None, typer.Option(min=1, help="Texts at a time; repeatable; 1.")] = None,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 512,
+    generate: Annotated[int, typer.Option(min=2, help="Tokens generated after it.")] = 64,
+    repeats: Annotated[int, typer.Option(min=1, help="Of the dense and the pruned model, in turn.")] = 5,
+    warm_up: Annotated[int, typer.Option(min=0, help="Repeats before those that count.")] = 1,
+    sweep_multiple_of: Annotated[
+        list[str] | None,
+        typer.Option(help="transformers: measure with MLP widths rounded to these too, such as '1 8 16 32 64 128'."),
+    ] = None,
+    gguf_type: Annotated[GgufType, typer.Option(help="Of GGUF files made for llama.cpp.")] = "f16",
+    dtype: flags.DtypeFlag = "bfloat16",
+    json_: flags.Json = False,
+) -> None:
+    """Say how many tokens per second a pruned folder and its dense model process and generate, side by side."""
+    need("torch", "worker")
+    from gpu_worker.speed.engines import SpeedRequest, choose_engines, engines_named, exported_format, multiples_of
+    from gpu_worker.speed.measuring import Length
+
+    request = SpeedRequest(
+        folder=expanded(folder),
+        baseline=baseline,
+        length=Length(prompt, generate),
+        batch_sizes=tuple(dict.fromkeys(batch_size or [1])),
+        repeats=repeats,
+        warm_up=warm_up,
+        engines=engines_named(engine or []),
+        dtype=dtype,
+        gguf_type=gguf_type,
+        multiples=multiples_of(sweep_multiple_of or []),
+    )
+    if not baseline.strip():
+        raise SettingsError("--baseline is empty: name the dense model")
+    # Before torch is loaded, which takes seconds.
+    choose_engines(request.engines, exported_format(request.folder))
+    with at_work(baseline) as progress:
+        from gpu_worker.speed.comparing import measure_speed
+
+        result = measure_speed(request, progress)
+    answer(result.model_dump(mode="json"), json_, lambda: answers.speed(result))

@@ -1,0 +1,53 @@
+"""llama.cpp's own quantisers, out of the library that xllamacpp carries.
+
+The package `gguf` can read K-quants and not make them. xllamacpp has no Python name for llama.cpp's quantiser, but its
+extension module is all of llama.cpp, and `ggml_quantize_chunk`, which `llama-quantize` calls too, is a function of its
+public C interface.
+"""
+
+import ctypes
+import sys
+from functools import cache
+from typing import Any
+
+import gguf
+import numpy as np
+from numpy.typing import NDArray
+
+from protocol.errors import ModelError
+
+HOW_TO_GET_IT = "pip install 'self-pruner[local]'"
+
+
+@cache
+def ggml() -> Any:
+    """The C function `ggml_quantize_chunk`. Raises ModelError where there is no library that has it."""
+    try:
+        import xllamacpp
+    except ImportError as error:
+        raise ModelError(
+            f"quantising to K-quants needs llama.cpp, from the package xllamacpp: {HOW_TO_GET_IT}"
+        ) from error
+    try:
+        quantize = ctypes.CDLL(sys.modules[f"{xllamacpp.__name__}.xllamacpp"].__file__).ggml_quantize_chunk
+    except (AttributeError, OSError) as error:
+        raise ModelError(
+            f"the xllamacpp {xllamacpp.__version__} on this machine does not show llama.cpp's quantisers; write the "
+            "type f16 and make K-quants of it with llama.cpp's program llama-quantize, or take q8_0"
+        ) from error
+    quantize.restype = ctypes.c_size_t
+    # type, source, destination, first value, rows, values of a row, importance of the columns (none)
+    quantize.argtypes = (ctypes.c_int, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3, ctypes.c_void_p)
+    return quantize
+
+
+def quantize(values: NDArray[np.float32], kind: Any) -> NDArray[np.uint8]:
+    """The rows of `values` [rows, columns] (contiguous) as llama.cpp stores them: bytes [rows, bytes of a row].
+
+    `columns` is a multiple of the kind's block. Raises ModelError where there is no library for it.
+    """
+    rows, columns = values.shape
+    stored = np.empty(gguf.quant_shape_to_byte_shape(values.shape, kind), dtype=np.uint8)
+    written = ggml()(int(kind), values.ctypes.data, stored.ctypes.data, 0, rows, columns, None)
+    assert written == stored.nbytes, f"llama.cpp wrote {written} bytes of {stored.nbytes}"
+    return stored

@@ -1,0 +1,101 @@
+"""`selfpruner speed`: an exported folder beside its dense model, in one engine after the other."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from gpu_worker.progress import Progress, no_progress
+from gpu_worker.speed.engines import SpeedRequest, choose_engines, exported_format
+from gpu_worker.speed.measuring import Pair, measured_batches, prefixed
+from gpu_worker.speed.sweep import plans_of, sweep
+from protocol.errors import ModelError, SettingsError
+from protocol.formats import Engine, Format
+from protocol.results import EngineSpeed, SpeedResult, SweptWidths
+
+SWEPT: Engine = "transformers"
+"""The engine whose MLP widths can be changed in memory."""
+
+
+def measure_speed(request: SpeedRequest, progress: Progress = no_progress) -> SpeedResult:
+    """Measure both models in each engine, and the sweep where one is asked for.
+
+    Raises UsageError for a folder that is no export, a baseline that it cannot come of, an engine that is not there or
+    cannot run it, and too little memory.
+    """
+    fmt = exported_format(request.folder)
+    engines, skipped = choose_engines(request.engines, fmt)
+    check_sweep(request, engines, fmt)
+    found: list[EngineSpeed] = []
+    swept: tuple[SweptWidths, ...] = ()
+    for engine in engines:
+        try:
+            measured, of_sweep = _measure_in(engine, fmt, request, progress)
+        except ModelError as error:
+            # An engine that nobody named may be one for other families, or for a GPU.
+            if request.engines or not found:
+                raise
+            skipped[engine] = str(error)
+        else:
+            found.append(measured)
+            swept += of_sweep
+    return SpeedResult(
+        folder=request.folder,
+        baseline=request.baseline,
+        prompt=request.length.prompt,
+        generate=request.length.generate,
+        repeats=request.repeats,
+        warm_up=request.warm_up,
+        engines=tuple(found),
+        skipped=skipped,
+        sweep=swept,
+    )
+
+
+def check_sweep(request: SpeedRequest, engines: tuple[Engine, ...], fmt: Format) -> None:
+    """Raise SettingsError where a sweep is asked for that no engine can do."""
+    if request.multiples and (SWEPT not in engines or fmt != "hf"):
+        raise SettingsError(f"--sweep-multiple-of needs an hf folder and the engine {SWEPT}")
+
+
+def _measure_in(
+    engine: Engine, fmt: Format, request: SpeedRequest, progress: Progress
+) -> tuple[EngineSpeed, tuple[SweptWidths, ...]]:
+    """One engine, whose models are gone from memory when the next one loads its own."""
+    with _opened(engine, fmt, request, progress) as pair:
+        # Multiples that cannot be are told before anything is measured.
+        plans = plans_of(pair, request.multiples if engine == SWEPT else ())
+        measured = _measured(engine, pair, request, progress)
+        return measured, tuple(sweep(pair, plans, request, progress))
+
+
+def _measured(engine: Engine, pair: Pair, request: SpeedRequest, progress: Progress) -> EngineSpeed:
+    told = prefixed(progress, engine)
+    batches = measured_batches(pair, request.batch_sizes, request.repeats, request.warm_up, told)
+    return EngineSpeed(
+        engine=engine,
+        device=pair.device,
+        threads=pair.threads,
+        dense=pair.dense.size(),
+        pruned=pair.pruned.size(),
+        batches=batches,
+    )
+
+
+@contextmanager
+def _opened(engine: Engine, fmt: Format, request: SpeedRequest, progress: Progress) -> Iterator[Pair]:
+    """Both models in `engine`, whose module is imported only now: its package may be missing elsewhere."""
+    progress(f"{engine}: loading", 0, 1)
+    if engine == "transformers":
+        from gpu_worker.speed.transformers_engine import open_pair as in_transformers
+
+        opened = in_transformers(request)
+    elif engine == "llama.cpp":
+        from gpu_worker.speed.llama_cpp_engine import open_pair as in_llama_cpp
+
+        opened = in_llama_cpp(request, progress, is_gguf=fmt == "gguf")
+    else:
+        from gpu_worker.speed.vllm_engine import open_pair as in_vllm
+
+        opened = in_vllm(request)
+    with opened as pair:
+        progress(f"{engine}: loading", 1, 1)
+        yield pair

@@ -1,0 +1,117 @@
+"""Which engines there are, what of an exported folder each can run, and what is asked of them. No torch."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import get_args
+
+from gpu_worker.export.folder import MARK
+from gpu_worker.speed.measuring import WARM_UP, Length
+from protocol.errors import ModelError, SettingsError
+from protocol.formats import Engine, Format, GgufType
+from protocol.spec import Dtype
+
+
+@dataclass(frozen=True)
+class EngineFacts:
+    """One engine: the package that it is, how to get it, and the formats that it runs."""
+
+    package: str
+    pip: str
+    formats: tuple[Format, ...]
+
+    @property
+    def is_installed(self) -> bool:
+        """Whether its package is here; it is not imported."""
+        return find_spec(self.package) is not None
+
+
+ENGINES: Mapping[Engine, EngineFacts] = {
+    "transformers": EngineFacts("transformers", "pip install 'self-pruner[worker]'", ("hf", "padded")),
+    # Of an hf folder a GGUF is made.
+    "llama.cpp": EngineFacts("xllamacpp", "pip install 'self-pruner[local]'", ("hf", "gguf")),
+    "vllm": EngineFacts("vllm", "pip install 'vllm>=0.28'", ("hf", "padded")),
+}
+
+
+@dataclass(frozen=True)
+class SpeedRequest:
+    """What to measure."""
+
+    folder: Path
+    baseline: str
+    length: Length
+    batch_sizes: tuple[int, ...] = (1,)
+    repeats: int = 5
+    warm_up: int = WARM_UP
+    engines: tuple[Engine, ...] = ()
+    """None: all that are installed and can run the folder."""
+    dtype: Dtype = "bfloat16"
+    gguf_type: GgufType = "f16"
+    """Of GGUF files that have to be made."""
+    multiples: tuple[int, ...] = ()
+    """What MLP widths are rounded to, one after the other, beside the measurement of the folder."""
+
+
+def engines_named(names: Sequence[str]) -> tuple[Engine, ...]:
+    """The engines of these names. Raises SettingsError for another name."""
+    for name in names:
+        if name not in ENGINES:
+            raise SettingsError(f"there is no engine {name!r}; there are {', '.join(ENGINES)}")
+    return tuple(dict.fromkeys(engine for name in names for engine in ENGINES if engine == name))
+
+
+def exported_format(folder: Path) -> Format:
+    """The format of an exported folder. Raises ModelError where it is none."""
+    mark = folder / MARK
+    if not folder.is_dir():
+        raise ModelError(f"there is no folder {str(folder)!r}; pass one that `selfpruner export` wrote")
+    if not mark.is_file():
+        raise ModelError(f"the folder {str(folder)!r} is no exported model, for it has no {MARK}")
+    try:
+        found = json.loads(mark.read_text(encoding="utf-8"))["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{str(mark)!r} does not say in which format the model was exported") from error
+    if found not in get_args(Format):
+        raise ModelError(f"{str(mark)!r} names the unknown format {found!r}; there are {', '.join(get_args(Format))}")
+    return found  # type: ignore[no-any-return]
+
+
+def choose_engines(
+    asked: tuple[Engine, ...], fmt: Format, facts: Mapping[Engine, EngineFacts] = ENGINES
+) -> tuple[tuple[Engine, ...], dict[Engine, str]]:
+    """The engines that measure, and why the others do not.
+
+    Raises SettingsError where one that was asked for cannot, and where none is left.
+    """
+    chosen: list[Engine] = []
+    skipped: dict[Engine, str] = {}
+    for engine in asked or tuple(facts):
+        reason = _why_not(engine, facts[engine], fmt)
+        if reason is None:
+            chosen.append(engine)
+        elif asked:
+            raise SettingsError(reason)
+        else:
+            skipped[engine] = reason
+    if not chosen:
+        raise SettingsError(f"no engine here can run the folder: {'; '.join(skipped.values())}")
+    return tuple(chosen), skipped
+
+
+def _why_not(engine: Engine, facts: EngineFacts, fmt: Format) -> str | None:
+    if fmt not in facts.formats:
+        return f"{engine} cannot run an export in the format {fmt}; it runs {' and '.join(facts.formats)}"
+    if not facts.is_installed:
+        return f"the engine {engine} is not installed: {facts.pip}"
+    return None
+
+
+def multiples_of(given: Sequence[str]) -> tuple[int, ...]:
+    """The numbers in texts such as `1 8 16` or `1,8,16`. Raises SettingsError for anything else."""
+    words = [word for text in given for word in text.replace(",", " ").split()]
+    if not all(word.isdecimal() and int(word) > 0 for word in words):
+        raise SettingsError(f"--sweep-multiple-of takes whole numbers above nought, such as '1 8 16 32', not {given}")
+    return tuple(dict.fromkeys(int(word) for word in words))

@@ -1,0 +1,148 @@
+"""The two GGUF files that llama.cpp is measured with: those that are there, the others made."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gguf import GGUFReader, LlamaFileType, ReaderTensor
+
+from gpu_worker.export.gguf import write_gguf
+from gpu_worker.export.gguf_types import FILE_TYPES
+from gpu_worker.memory import Workload
+from gpu_worker.models import load_model
+from gpu_worker.progress import Progress
+from gpu_worker.speed.engines import SpeedRequest
+from gpu_worker.speed.related import Sizes
+from protocol.errors import ModelError
+from protocol.formats import GgufType
+from protocol.paths import expanded
+from protocol.plan import dense_plan
+from protocol.shape import LayerShape
+
+F16_BYTES = 2
+"""Of an element of llama.cpp's KV cache, as it is unless told otherwise."""
+
+
+@dataclass(frozen=True)
+class GgufModel:
+    """What a GGUF file says of its model."""
+
+    path: Path
+    file_type: int
+    sizes: Sizes
+    decoder_parameters: int
+    total_parameters: int
+    weight_bytes: int
+    kv_cache_bytes_per_token: int
+    longest: int
+    """Tokens of the longest text that the model was made for."""
+
+    @classmethod
+    def of(cls, path: Path) -> "GgufModel":
+        """Read it. Raises ModelError where the file is no GGUF file of a decoder."""
+        try:
+            reader = GGUFReader(path)
+            sizes = _sizes(reader)
+            widths = [_field(reader, f"attention.{name}_length", sizes.head_dim) for name in ("key", "value")]
+            tensors = [tensor for tensor in reader.tensors if not tensor.name.startswith("rope_freqs")]
+            return cls(
+                path=path,
+                file_type=int(reader.fields["general.file_type"].contents()),
+                sizes=sizes,
+                decoder_parameters=_elements(tensors, "blk."),
+                total_parameters=_elements(tensors, ""),
+                weight_bytes=sum(int(tensor.n_bytes) for tensor in reader.tensors),
+                kv_cache_bytes_per_token=F16_BYTES * sum(widths) * sum(layer.kv_heads for layer in sizes.layers),
+                longest=int(_field(reader, "context_length")),
+            )
+        except (OSError, ValueError, KeyError, IndexError) as error:
+            raise ModelError(f"{str(path)!r} is no GGUF file of a model that can be measured ({error})") from error
+
+    @property
+    def weight_type(self) -> str:
+        """The file's type, such as `q8_0`."""
+        return str(LlamaFileType(self.file_type).name).removeprefix("MOSTLY_").lower()
+
+    @property
+    def exported_type(self) -> GgufType | None:
+        """The file's type where `selfpruner export` can write it."""
+        return next((name for name, number in FILE_TYPES.items() if number == self.file_type), None)
+
+
+def gguf_files(request: SpeedRequest, made: Path, progress: Progress, *, is_gguf: bool) -> tuple[GgufModel, GgufModel]:
+    """The dense and the pruned file; what is made goes into the folder `made`.
+
+    Both have the type of the one that is there, else the request's. Raises ModelError where one cannot be made.
+    """
+    given = expanded(request.baseline)
+    dense = GgufModel.of(given) if given.suffix == ".gguf" and given.is_file() else None
+    found = sorted(request.folder.glob("*.gguf"))
+    if is_gguf and not found:
+        raise ModelError(f"the folder {str(request.folder)!r} has lost its GGUF file")
+    pruned = GgufModel.of(found[0]) if found else None
+    if pruned is None:
+        file_type = request.gguf_type if dense is None else _same_type(dense)
+        pruned = _make(str(request.folder), file_type, made / "pruned", request, progress)
+    if dense is None:
+        dense = _make(request.baseline, _same_type(pruned), made / "dense", request, progress)
+    return dense, pruned
+
+
+def _same_type(model: GgufModel) -> GgufType:
+    if model.exported_type is None:
+        raise ModelError(
+            f"the other GGUF cannot be made in the type {model.weight_type} of {str(model.path)!r}; "
+            f"export both in one of {', '.join(FILE_TYPES)}"
+        )
+    return model.exported_type
+
+
+def _make(name: str, file_type: GgufType, folder: Path, request: SpeedRequest, progress: Progress) -> GgufModel:
+    """The model `name` as it is, with nothing removed, as a GGUF file. Raises ModelError where there is no room."""
+    model = load_model(name, request.dtype, Workload(seqlen=1))
+    plan = dense_plan(model.decoder.shape)
+    try:
+        folder.mkdir()
+        path = write_gguf(model, plan, folder, file_type=file_type, name=folder.name, progress=progress)
+    except OSError as error:
+        raise ModelError(
+            f"the GGUF of {name!r} for llama.cpp cannot be written into {str(folder.parent)!r} ({error.strerror}); "
+            "set TMPDIR to a folder with room, or leave the engine out (--engine transformers)"
+        ) from error
+    return GgufModel.of(path)
+
+
+def _sizes(reader: GGUFReader) -> Sizes:
+    layers = int(_field(reader, "block_count"))
+    heads, hidden = _each(_field(reader, "attention.head_count"), layers), int(_field(reader, "embedding_length"))
+    kv_heads = _each(_field(reader, "attention.head_count_kv", heads), layers)
+    widths = _each(_field(reader, "feed_forward_length"), layers)
+    embedding = next(tensor for tensor in reader.tensors if tensor.name == "token_embd.weight")
+    return Sizes(
+        family=None,
+        hidden_size=hidden,
+        vocabulary=int(embedding.shape[1]),
+        head_dim=int(_field(reader, "attention.key_length", hidden // heads[0])),
+        layers=tuple(
+            LayerShape(query_heads=q, kv_heads=kv, mlp_channels=width)
+            for q, kv, width in zip(heads, kv_heads, widths, strict=True)
+        ),
+    )
+
+
+def _field(reader: GGUFReader, name: str, otherwise: Any = None) -> Any:
+    """An entry of the metadata of the file's architecture. Raises KeyError where it has none and needs one."""
+    architecture = reader.fields["general.architecture"].contents()
+    found = reader.get_field(f"{architecture}.{name}")
+    if found is None and otherwise is None:
+        raise KeyError(f"{architecture}.{name}")
+    return otherwise if found is None else found.contents()
+
+
+def _each(value: Any, layers: int) -> list[int]:
+    """One number for all layers, or one for each."""
+    return [int(each) for each in value] if isinstance(value, list) else [int(value)] * layers
+
+
+def _elements(tensors: list[ReaderTensor], prefix: str) -> int:
+    return sum(int(tensor.n_elements) for tensor in tensors if tensor.name.startswith(prefix))

@@ -1,0 +1,174 @@
+"""Speed in llama.cpp, by xllamacpp: what its server says that it took."""
+
+import gc
+import http.client
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import torch
+import xllamacpp
+
+from gpu_worker.progress import Progress
+from gpu_worker.speed.engines import SpeedRequest
+from gpu_worker.speed.gguf_pair import GgufModel, gguf_files
+from gpu_worker.speed.measuring import Length, Pair, Timing
+from gpu_worker.speed.related import check_related, check_room
+from gpu_worker.speed.transformers_engine import random_prompts
+from protocol.errors import DataError, ModelError
+from protocol.results import ModelSize
+
+SPARE = 8
+"""Positions of each slot beyond the measured text."""
+
+
+class LlamaCppRunner:
+    """A GGUF file served by llama.cpp in this process, with one slot for each text of the largest batch."""
+
+    def __init__(self, model: GgufModel, address: str, length: Length) -> None:
+        self.model = model
+        self._length = length
+        self._address = urlsplit(address)
+
+    def run(self, batch_size: int) -> Timing:
+        """Process so many prompts and generate after each. Raises ModelError where the server does not answer so."""
+        vocabulary = self.model.sizes.vocabulary
+        body = {
+            "prompt": random_prompts(vocabulary, batch_size, self._length.prompt).tolist(),
+            "n_predict": 1 + self._length.generate,
+            "temperature": 0.0,
+            "ignore_eos": True,
+            "cache_prompt": False,
+        }
+        return timing_of(self.post("/completion", body), self._length)
+
+    def post(self, path: str, body: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+        """The server's answers, one for each prompt. Raises ModelError where there is none."""
+        connection = http.client.HTTPConnection(self._address.hostname or "", self._address.port)
+        try:
+            connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+            answer = json.loads(connection.getresponse().read())
+        except (OSError, http.client.HTTPException, ValueError) as error:
+            raise ModelError(f"llama.cpp gave no answer for {str(self.model.path)!r} ({error})") from error
+        finally:
+            connection.close()
+        return answer if isinstance(answer, list) else [answer]
+
+    def size(self) -> ModelSize:
+        """From the file's tensors and metadata; the KV cache is F16."""
+        model = self.model
+        return ModelSize(
+            decoder_parameters=model.decoder_parameters,
+            total_parameters=model.total_parameters,
+            weight_bytes=model.weight_bytes,
+            kv_cache_bytes_per_token=model.kv_cache_bytes_per_token,
+            kv_cache_bytes=model.kv_cache_bytes_per_token * self._length.total,
+            disk_bytes=model.path.stat().st_size,
+            weight_type=model.weight_type,
+        )
+
+
+def timing_of(answers: Sequence[Mapping[str, Any]], length: Length) -> Timing:
+    """What the server's `timings`, one for each text of a batch, say together.
+
+    The texts are processed side by side, so the slowest one's time is the batch's. The first token comes of the
+    prefill, and the server's clock of the decode starts when it is there: it is not counted. Raises ModelError where a
+    text was cut short, or a prompt was not processed anew.
+    """
+    for answer in answers:
+        if "timings" not in answer:
+            raise ModelError(f"llama.cpp did not measure: {answer.get('error', answer)}")
+        took = answer["timings"]
+        if (took["prompt_n"], took["predicted_n"]) != (length.prompt, 1 + length.generate):
+            raise ModelError(
+                f"llama.cpp processed {took['prompt_n']} and generated {took['predicted_n']} tokens where "
+                f"{length.prompt} and {1 + length.generate} were asked for"
+            )
+    timings = [answer["timings"] for answer in answers]
+    return Timing(
+        prefill_tokens=sum(took["prompt_n"] for took in timings),
+        prefill_seconds=max(took["prompt_ms"] for took in timings) / 1000,
+        decode_tokens=sum(took["predicted_n"] - 1 for took in timings),
+        decode_seconds=max(took["predicted_ms"] for took in timings) / 1000,
+    )
+
+
+@contextmanager
+def open_pair(request: SpeedRequest, progress: Progress, *, is_gguf: bool) -> Iterator[Pair]:
+    """Both models, served at the same time; GGUF files that have to be made are gone afterwards.
+
+    Raises UsageError where one cannot be had, made or served, does not fit, or is no relative of the other.
+    """
+    with ExitStack() as stack:
+        made = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="selfpruner-speed-")))
+        dense, pruned = gguf_files(request, made, progress, is_gguf=is_gguf)
+        check_related(dense.sizes, pruned.sizes, request.baseline)
+        texts, length = max(request.batch_sizes), request.length
+        for model in (dense, pruned):
+            if length.total > model.longest:
+                raise DataError(f"texts of {length.total} tokens are longer than the {model.longest} of {model.path}")
+        check_room(sum(m.weight_bytes + m.kv_cache_bytes_per_token * length.total * texts for m in (dense, pruned)))
+        runners = [
+            LlamaCppRunner(model, stack.enter_context(_serving(model, length, texts)), length)
+            for model in (dense, pruned)
+        ]
+        device = _device()
+        threads = torch.get_num_threads() if device == "cpu" else None
+        yield Pair(runners[0], runners[1], device, threads)
+
+
+@contextmanager
+def _serving(model: GgufModel, length: Length, texts: int) -> Iterator[str]:
+    """The address of a server with as many threads as torch takes."""
+    params = xllamacpp.CommonParams()
+    params.model.path = str(model.path)
+    params.hostnames = ["127.0.0.1"]
+    params.port = 0
+    params.n_parallel = texts
+    params.n_ctx = texts * (length.total + SPARE)
+    # All prompts of a batch in one go.
+    params.n_batch = max(params.n_batch, texts * length.prompt)
+    for cpu in (params.cpuparams, params.cpuparams_batch):
+        cpu.n_threads = torch.get_num_threads()
+        cpu.poll = 0  # the server that waits does not compute
+    params.ui = params.warmup = False
+    params.cache_ram_mib = 0
+    params.verbosity = 1
+    try:
+        with _stdout_to_stderr():
+            server = xllamacpp.Server(params)
+    except RuntimeError as error:
+        raise ModelError(
+            f"llama.cpp cannot serve {str(model.path)!r}: the file is broken or memory is short"
+        ) from error
+    try:
+        yield server.listening_address
+    finally:
+        del server
+        gc.collect()
+
+
+def _device() -> str:
+    """`cpu`, or what the first GPU that llama.cpp sees calls itself."""
+    kinds = xllamacpp.ggml_backend_dev_type
+    gpus = [each for each in xllamacpp.get_device_info() if each["type"] == kinds.GGML_BACKEND_DEVICE_TYPE_GPU]
+    return str(gpus[0]["description"]) if gpus else "cpu"
+
+
+@contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """llama.cpp writes to file descriptor 1 what belongs into a log."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)

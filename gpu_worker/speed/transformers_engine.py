@@ -1,0 +1,117 @@
+"""Speed in transformers: one forward of the prompts, then one token at a time with the cache."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import StaticCache
+
+from gpu_worker.memory import Workload, kv_cache_bytes
+from gpu_worker.models import LoadedModel, load_model
+from gpu_worker.session import device_name
+from gpu_worker.speed.engines import SpeedRequest
+from gpu_worker.speed.measuring import Length, Pair, Timing
+from gpu_worker.speed.related import Sizes, check_related, check_room
+from gpu_worker.target import check_length
+from protocol.results import ModelSize
+
+Clock = Callable[[], float]
+
+
+class TransformersRunner:
+    """A model in transformers. Its cache is a static one: reserved at once, and not copied for each token.
+
+    Prompts are random tokens, the same for each model and repeat: what they say makes no difference to the speed.
+    """
+
+    def __init__(self, model: LoadedModel, length: Length, *, clock: Clock = time.perf_counter) -> None:
+        self.model = model
+        self._length = length
+        self._clock = clock
+        self._cached = 0
+        body = model.decoder.body
+        self._argument = "cache" if "cache" in signature(type(body).forward).parameters else "past_key_values"
+
+    def run(self, batch_size: int) -> Timing:
+        """Process so many prompts and generate after each, the likeliest token every time."""
+        prompts = random_prompts(self.model.decoder.head.out_features, batch_size, self._length.prompt)
+        prompts = prompts.to(self.model.device)
+        cache = StaticCache(self.model.causal_lm.config, max_cache_len=self._length.total)
+        with torch.inference_mode():
+            start = self._now()
+            newest = self._next(prompts, cache)
+            filled = self._now()
+            for _ in range(self._length.generate):
+                newest = self._next(newest, cache)
+            end = self._now()
+        self._cached = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers) // batch_size
+        return Timing(
+            batch_size * self._length.prompt, filled - start, batch_size * self._length.generate, end - filled
+        )
+
+    def _next(self, tokens: Tensor, cache: Any) -> Tensor:
+        """The likeliest tokens [batch, 1] after `tokens` [batch, new], whose keys and values `cache` takes."""
+        decoder = self.model.decoder
+        hidden = decoder.body(input_ids=tokens, use_cache=True, **{self._argument: cache}).last_hidden_state
+        logits: Tensor = decoder.head(hidden[:, -1:])
+        return logits.argmax(-1).to(self.model.device)
+
+    def _now(self) -> float:
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize()
+        return self._clock()
+
+    def size(self) -> ModelSize:
+        """Counted from the tensors of the model, and of the cache of the last run."""
+        shape, dtype = self.model.decoder.shape, self.model.causal_lm.dtype
+        return ModelSize(
+            decoder_parameters=shape.decoder_parameters,
+            total_parameters=shape.total_parameters,
+            weight_bytes=sum(parameter.nbytes for parameter in self.model.causal_lm.parameters()),
+            kv_cache_bytes_per_token=kv_cache_bytes(shape, dtype.itemsize, 1),
+            kv_cache_bytes=self._cached,
+            disk_bytes=_weight_files_bytes(self.model.causal_lm.config.name_or_path),
+            weight_type=str(dtype).removeprefix("torch."),
+        )
+
+
+def random_prompts(vocabulary: int, texts: int, tokens: int) -> Tensor:
+    """The same token ids [texts, tokens] at each call."""
+    return torch.randint(vocabulary, (texts, tokens), generator=torch.Generator().manual_seed(0))
+
+
+@contextmanager
+def open_pair(request: SpeedRequest) -> Iterator[Pair]:
+    """Both models, loaded as `selfpruner evaluate` does.
+
+    Raises UsageError where one cannot be had or run so long, does not fit, or is no relative of the other.
+    """
+    dense, pruned = (_runner(name, request) for name in (request.baseline, str(request.folder)))
+    check_related(_sizes(dense.model), _sizes(pruned.model), request.baseline)
+    keys = sum(kv_cache_bytes(r.model.decoder.shape, r.model.causal_lm.dtype.itemsize, 1) for r in (dense, pruned))
+    check_room(keys * request.length.total * max(request.batch_sizes))
+    device = dense.model.device
+    threads = torch.get_num_threads() if device.type == "cpu" else None
+    yield Pair(dense, pruned, device_name(device), threads)
+
+
+def _runner(name: str, request: SpeedRequest) -> TransformersRunner:
+    model = load_model(name, request.dtype, Workload(request.length.total * max(request.batch_sizes)))
+    check_length(model, request.length.total)
+    return TransformersRunner(model, request.length)
+
+
+def _sizes(model: LoadedModel) -> Sizes:
+    shape = model.decoder.shape
+    return Sizes(shape.family, shape.hidden_size, model.decoder.head.out_features, shape.head_dim, shape.layers)
+
+
+def _weight_files_bytes(source: str) -> int | None:
+    """Bytes of the files of weights of a folder; None for a name on the hub, which keeps them elsewhere."""
+    files = [file for suffix in ("safetensors", "bin") for file in Path(source).glob(f"*.{suffix}")]
+    return sum(file.stat().st_size for file in files) if files else None

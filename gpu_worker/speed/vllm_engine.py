@@ -1,0 +1,145 @@
+"""Speed in vLLM, through its Transformers backend. Written from vLLM's documentation, and not yet run on a GPU.
+
+vLLM has to run the modeling file of an exported folder. It is compared first with what this version writes: a file that
+somebody changed is not run.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gpu_worker.export.modeling import module_name, render_modeling
+from gpu_worker.families import PRUNED
+from gpu_worker.session import device_name
+from gpu_worker.speed.engines import SpeedRequest
+from gpu_worker.speed.measuring import Length, Pair, Timing
+from gpu_worker.speed.transformers_engine import TransformersRunner, random_prompts
+from gpu_worker.speed.transformers_engine import open_pair as open_transformers_pair
+from protocol.errors import ModelError
+from protocol.results import ModelSize
+
+MEMORY_SHARE = 0.42
+"""Of the GPU, for each of the two models with its KV cache."""
+
+
+class VllmRunner:
+    """A model in vLLM's `LLM`. `llm` and `sampling` are vLLM's class, loaded, and its SamplingParams."""
+
+    def __init__(
+        self,
+        llm: Any,
+        sampling: Callable[..., Any],
+        length: Length,
+        size: ModelSize,
+        vocabulary: int,
+        *,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._llm = llm
+        self._sampling = sampling
+        self._length = length
+        self._size = size
+        self._vocabulary = vocabulary
+        self._clock = clock
+
+    def run(self, batch_size: int) -> Timing:
+        """Twice the same prompts, without a prefix cache: with one token to generate, and with all.
+
+        The first is the prefill, what the second takes longer is the decode.
+        """
+        prefill = self._seconds(batch_size, 1)
+        whole = self._seconds(batch_size, 1 + self._length.generate)
+        return Timing(
+            prefill_tokens=batch_size * self._length.prompt,
+            prefill_seconds=prefill,
+            decode_tokens=batch_size * self._length.generate,
+            decode_seconds=whole - prefill,
+        )
+
+    def _seconds(self, batch_size: int, tokens: int) -> float:
+        ids = random_prompts(self._vocabulary, batch_size, self._length.prompt).tolist()
+        prompts = [{"prompt_token_ids": each} for each in ids]
+        # No end of text stops it, and nothing is made into text.
+        params = self._sampling(
+            temperature=0.0, max_tokens=tokens, min_tokens=tokens, ignore_eos=True, detokenize=False
+        )
+        start = self._clock()
+        outputs = self._llm.generate(prompts, params, use_tqdm=False)
+        seconds = self._clock() - start
+        made = sum(len(output.outputs[0].token_ids) for output in outputs)
+        if made != batch_size * tokens:
+            raise ModelError(f"vLLM generated {made} tokens where {batch_size * tokens} were asked for")
+        return seconds
+
+    def size(self) -> ModelSize:
+        """As in transformers, whose tensors vLLM loads."""
+        return self._size
+
+
+@contextmanager
+def open_pair(request: SpeedRequest) -> Iterator[Pair]:
+    """Both models in vLLM on one GPU, which they share.
+
+    Raises ModelError without a GPU and where a modeling file is not this version's.
+    """
+    if not torch.cuda.is_available():
+        raise ModelError("the engine vllm needs a GPU, and there is none")
+    check_modeling(request.folder)
+    sizes, vocabulary, baseline = _look_at(request)
+    from vllm import LLM, SamplingParams
+
+    def runner(name: str, size: ModelSize) -> VllmRunner:
+        llm = LLM(
+            model=name,
+            trust_remote_code=True,
+            model_impl="transformers",
+            dtype=request.dtype,
+            max_model_len=request.length.total + 1,
+            max_num_seqs=max(request.batch_sizes),
+            # A prompt is processed in one go, and at each repeat.
+            max_num_batched_tokens=max(request.batch_sizes) * (request.length.total + 1),
+            enable_prefix_caching=False,
+            gpu_memory_utilization=MEMORY_SHARE,
+            seed=0,
+        )
+        return VllmRunner(llm, SamplingParams, request.length, size, vocabulary)
+
+    yield Pair(runner(baseline, sizes[0]), runner(str(request.folder), sizes[1]), device_name(torch.device("cuda")))
+
+
+def check_modeling(folder: Path) -> None:
+    """Raise ModelError where code lies in an exported `folder` that this version would not write."""
+    try:
+        model_type = str(json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"the folder {str(folder)!r} has no config.json that says its model type") from error
+    plain = model_type.removeprefix(PRUNED)
+    own = {f"{module_name(plain)}.py": render_modeling(plain)} if model_type != plain else {}
+    for file in folder.glob("*.py"):
+        if file.read_text(encoding="utf-8") != own.get(file.name):
+            raise ModelError(
+                f"{str(file)!r} is not what this version of Self-Pruner writes, and vLLM would run it; "
+                "export the model again"
+            )
+
+
+def _look_at(request: SpeedRequest) -> tuple[tuple[ModelSize, ModelSize], int, str]:
+    """Sizes, vocabulary and the dense model's folder, from transformers, whose memory is free again afterwards."""
+    found = _looked_at(request)
+    torch.cuda.empty_cache()
+    return found
+
+
+def _looked_at(request: SpeedRequest) -> tuple[tuple[ModelSize, ModelSize], int, str]:
+    with open_transformers_pair(request) as pair:
+        dense, pruned = pair.dense, pair.pruned
+        assert isinstance(dense, TransformersRunner)
+        for runner in (dense, pruned):
+            runner.run(1)
+        model = dense.model
+        return (dense.size(), pruned.size()), model.decoder.head.out_features, str(model.causal_lm.config.name_or_path)

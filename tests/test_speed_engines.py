@@ -1,0 +1,286 @@
+"""Both engines on tiny models: what they run, how often, how long by a scripted clock, and how large they say it is."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import gguf
+import pytest
+import torch
+
+from gpu_worker.export.gguf import write_gguf
+from gpu_worker.families import take_apart
+from gpu_worker.models import LoadedModel
+from gpu_worker.progress import no_progress
+from gpu_worker.speed.comparing import measure_speed
+from gpu_worker.speed.engines import SpeedRequest
+from gpu_worker.speed.measuring import Length
+from gpu_worker.speed.sweep import widen
+from gpu_worker.speed.transformers_engine import TransformersRunner, open_pair
+from gpu_worker.speed.vllm_engine import VllmRunner, check_modeling
+from protocol.errors import ModelError, SettingsError
+from tests.exports import export, pruned, with_tokenizer
+from tests.pruned_models import keep
+from tests.tiny_models import save_tiny_folder, tiny_llama, tiny_model
+
+pytest.importorskip("xllamacpp")
+
+from gpu_worker.speed.gguf_pair import GgufModel, gguf_files
+from gpu_worker.speed.llama_cpp_engine import LlamaCppRunner, timing_of
+from gpu_worker.speed.llama_cpp_engine import open_pair as open_in_llama_cpp
+
+PLAN = keep((2, 1, 20), (3, 1, 48), (1, 2, 7))
+LENGTH = Length(prompt=9, generate=4)
+KV_HEADS = 2 + 3 + 1
+
+
+def clock(*times: float) -> Any:
+    return iter(times).__next__
+
+
+class Seen:
+    """What a model's body was given, call by call."""
+
+    def __init__(self, model: LoadedModel) -> None:
+        self.shapes: list[tuple[int, ...]] = []
+        self.heads: list[tuple[int, ...]] = []
+        model.decoder.body.register_forward_pre_hook(self._note, with_kwargs=True)
+        model.decoder.head.register_forward_pre_hook(lambda _, given: self.heads.append(tuple(given[0].shape)))
+
+    def _note(self, _: object, __: object, given: dict[str, Any]) -> None:
+        self.shapes.append(tuple(given["input_ids"].shape))
+
+
+def test_the_prompt_is_one_forward_with_one_row_of_logits_and_each_token_one_more() -> None:
+    model = pruned(tiny_llama(), PLAN)
+    seen = Seen(model)
+    timing = TransformersRunner(model, LENGTH, clock=clock(1.0, 3.0, 8.0)).run(2)
+    assert seen.shapes == [(2, 9)] + [(2, 1)] * 4
+    assert seen.heads == [(2, 1, 36)] * 5
+    assert (timing.prefill_tokens, timing.prefill_seconds) == (18, 2.0)
+    assert (timing.decode_tokens, timing.decode_seconds) == (8, 5.0)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gemma3_text", "phi3"])
+def test_tokens_with_the_cache_are_those_of_the_whole_text(family: str) -> None:
+    """What is timed is the model at work, and not something else: every family, its layers pruned apart."""
+    model = pruned(tiny_model(family), PLAN)
+    runner = TransformersRunner(model, LENGTH)
+    newest: list[int] = []
+    model.decoder.body.register_forward_pre_hook(
+        lambda _, __, given: newest.extend(given["input_ids"][0].tolist()), with_kwargs=True
+    )
+    runner.run(1)
+    (ids,) = torch.tensor([newest])
+    logits = model.causal_lm(input_ids=ids[None]).logits[0]
+    assert logits[len(ids) - LENGTH.generate - 1 : -1].argmax(-1).tolist() == ids[-LENGTH.generate :].tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_bytes_are_those_of_the_real_tensors(dtype: torch.dtype) -> None:
+    model = pruned(tiny_llama(dtype=dtype), PLAN)
+    size_of = dtype.itemsize
+    runner = TransformersRunner(tiny_with(model), LENGTH)
+    runner.run(3)
+    size = runner.size()
+    assert size.kv_cache_bytes_per_token == 2 * size_of * 8 * KV_HEADS
+    assert size.kv_cache_bytes == size.kv_cache_bytes_per_token * LENGTH.total
+    weights = list(model.causal_lm.parameters())
+    assert size.weight_bytes == sum(weight.numel() for weight in weights) * size_of
+    assert size.weight_type == str(dtype).removeprefix("torch.")
+
+
+def tiny_with(model: LoadedModel) -> LoadedModel:
+    """The model taken apart again, as a folder is when it is loaded: its shape is that of what stayed."""
+    return LoadedModel(model.causal_lm, model.tokenizer, take_apart(model.causal_lm), model.identity)
+
+
+def test_a_window_holds_fewer_tokens_than_the_text() -> None:
+    runner = TransformersRunner(tiny_model("gemma3_text"), LENGTH)
+    runner.run(1)
+    size = runner.size()
+    # Two layers of three keep the last nine of thirteen tokens.
+    assert size.kv_cache_bytes == size.kv_cache_bytes_per_token // 3 * (13 + 2 * 9)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense model, an hf export and a GGUF export of a pruned one."""
+    folder = tmp_path_factory.mktemp("speed")
+    save_tiny_folder(folder / "dense")
+    model = pruned(with_tokenizer(tiny_llama()), PLAN)
+    export(model, "hf", folder / "hf", PLAN)
+    export(model, "gguf", folder / "gguf", PLAN)
+    return folder
+
+
+def request(folders: Path, name: str = "hf", **options: Any) -> SpeedRequest:
+    given: dict[str, Any] = {
+        "baseline": str(folders / "dense"),
+        "length": LENGTH,
+        "dtype": "float32",
+        "repeats": 2,
+        "batch_sizes": (1, 2),
+    }
+    return SpeedRequest(folder=folders / name, **(given | options))
+
+
+def test_both_engines_measure_an_hf_folder(folders: Path) -> None:
+    result = measure_speed(request(folders))
+    assert [found.engine for found in result.engines] == ["transformers", "llama.cpp"]
+    for found in result.engines:
+        assert [batch.batch_size for batch in found.batches] == [1, 2]
+        assert [batch.prefill.tokens for batch in found.batches] == [9, 18]
+        assert [batch.decode.tokens for batch in found.batches] == [4, 8]
+        assert found.dense.total_parameters - found.dense.decoder_parameters == 320 * 36 + 36
+        assert found.pruned.decoder_parameters < found.dense.decoder_parameters
+        assert found.threads == torch.get_num_threads()
+    in_torch, in_llama = (found.pruned for found in result.engines)
+    assert in_torch.decoder_parameters == in_llama.decoder_parameters
+    assert in_torch.kv_cache_bytes_per_token == 2 * in_llama.kv_cache_bytes_per_token  # float32, F16
+    assert result.skipped.keys() == {"vllm"}
+
+
+def test_an_engine_that_nobody_named_and_that_cannot_run_the_family_is_skipped(tmp_path: Path) -> None:
+    save_tiny_folder(tmp_path / "dense", "qwen3")
+    export(pruned(with_tokenizer(tiny_model("qwen3")), PLAN), "hf", tmp_path / "hf", PLAN)
+    result = measure_speed(request(tmp_path))
+    assert [found.engine for found in result.engines] == ["transformers"]
+    assert "gguf cannot carry a pruned model of the family 'qwen3'" in result.skipped["llama.cpp"]
+    with pytest.raises(ModelError, match="gguf cannot carry"):
+        measure_speed(request(tmp_path, engines=("transformers", "llama.cpp")))
+
+
+def test_a_sweep_changes_widths_and_leaves_heads(folders: Path) -> None:
+    asked = request(folders, engines=("transformers",), multiples=(1, 16))
+    result = measure_speed(asked)
+    whole = tiny_llama().decoder.shape
+    expected = [PLAN, keep((2, 1, 16), (3, 1, 48), (1, 2, 16))]
+    assert [each.decoder_parameters for each in result.sweep] == [plan.decoder_parameters(whole) for plan in expected]
+    with pytest.raises(SettingsError, match="needs an hf folder and the engine transformers"):
+        measure_speed(request(folders, engines=("llama.cpp",), multiples=(8,)))
+
+
+def test_a_sweep_computes_with_the_dense_models_channels(folders: Path) -> None:
+    with open_pair(request(folders)) as pair:
+        dense, kept = (runner.model.decoder.layers[0] for runner in (pair.dense, pair.pruned))  # type: ignore[attr-defined]
+        widen(kept, dense, 48)
+        hidden = torch.randn(1, 3, 36)
+        assert torch.equal(kept.module.mlp(hidden), dense.module.mlp(hidden))
+        widen(kept, dense, 5)
+        assert [linear.weight.shape for linear in (kept.gate, kept.up, kept.down)] == [(5, 36), (5, 36), (36, 5)]
+        assert all(linear.weight.is_contiguous() for linear in (kept.gate, kept.up, kept.down))
+        assert kept.module.mlp(hidden).shape == hidden.shape
+
+
+def test_a_gguf_folder_runs_in_llama_cpp_with_a_dense_file_of_its_type(folders: Path) -> None:
+    result = measure_speed(request(folders, "gguf"))
+    (found,) = result.engines
+    assert (found.engine, found.dense.weight_type, found.pruned.weight_type) == ("llama.cpp", "f16", "f16")
+    file = next((folders / "gguf").glob("*.gguf"))
+    assert found.pruned.disk_bytes == file.stat().st_size
+    tensors = gguf.GGUFReader(file).tensors
+    assert found.pruned.weight_bytes == sum(int(tensor.n_bytes) for tensor in tensors)
+    assert found.pruned.kv_cache_bytes == 2 * 2 * 8 * KV_HEADS * LENGTH.total
+    assert result.skipped.keys() == {"transformers", "vllm"}
+
+
+def test_a_dense_gguf_file_is_used_as_it_is_and_gives_its_type_to_the_other(folders: Path, tmp_path: Path) -> None:
+    model = with_tokenizer(tiny_llama())
+    whole = keep(*[(3, 2, 48)] * 3)
+    dense = write_gguf(model, whole, tmp_path, file_type="q8_0", name="dense")
+    (tmp_path / "made").mkdir()
+    asked = request(folders, baseline=str(dense))
+    found = gguf_files(asked, tmp_path / "made", no_progress, is_gguf=False)
+    assert found[0].path == dense
+    assert [each.weight_type for each in found] == ["q8_0", "q8_0"]
+    with open_in_llama_cpp(asked, no_progress, is_gguf=False) as pair:
+        assert pair.pruned.run(2).decode_tokens == 8
+
+
+def test_a_type_that_cannot_be_made_is_one_sentence(folders: Path, tmp_path: Path) -> None:
+    found = GgufModel.of(next((folders / "gguf").glob("*.gguf")))
+    assert found.exported_type == "f16"
+    dense = write_gguf(with_tokenizer(tiny_llama()), keep(*[(3, 2, 48)] * 3), tmp_path, file_type="f16", name="dense")
+    reader = gguf.GGUFReader(dense, "r+")
+    reader.fields["general.file_type"].parts[-1][0] = gguf.LlamaFileType.MOSTLY_IQ2_XS
+    reader.data.flush()
+    with pytest.raises(ModelError, match="cannot be made in the type iq2_xs"):
+        gguf_files(request(folders, baseline=str(dense)), tmp_path, no_progress, is_gguf=False)
+
+
+def test_no_room_for_the_files_is_one_sentence(folders: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"cannot be written into .* \(No such file or directory\); set TMPDIR"):
+        gguf_files(request(folders), tmp_path / "nowhere", no_progress, is_gguf=False)
+
+
+def test_a_broken_gguf_file_is_one_sentence(folders: Path, tmp_path: Path) -> None:
+    (tmp_path / "x.gguf").write_bytes(b"nothing")
+    with pytest.raises(ModelError, match="is no GGUF file"):
+        GgufModel.of(tmp_path / "x.gguf")
+
+
+def answered(**changes: int) -> dict[str, Any]:
+    return {"timings": {"prompt_n": 9, "prompt_ms": 20.0, "predicted_n": 5, "predicted_ms": 8.0} | changes}
+
+
+def test_what_llama_cpp_says_of_a_batch_is_its_slowest_text() -> None:
+    timing = timing_of([answered(), answered(prompt_ms=30, predicted_ms=6)], LENGTH)
+    assert (timing.prefill_tokens, timing.prefill_seconds) == (18, 0.03)
+    assert (timing.decode_tokens, timing.decode_seconds) == (8, 0.008)
+
+
+def test_llama_cpps_clock_of_the_decode_starts_with_the_first_token(folders: Path) -> None:
+    """One token takes no time, so that a rate over all of them would be too high."""
+    with open_in_llama_cpp(request(folders, "gguf"), no_progress, is_gguf=True) as pair:
+        assert isinstance(pair.pruned, LlamaCppRunner)
+        (answer,) = pair.pruned.post("/completion", {"prompt": [1, 2, 3], "n_predict": 1, "cache_prompt": False})
+    assert answer["timings"]["predicted_n"] == 1
+    assert answer["timings"]["predicted_ms"] < 0.01 < answer["timings"]["prompt_ms"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "sentence"),
+    [
+        (answered(prompt_n=1), "processed 1 and generated 5 tokens where 9 and 5"),
+        (answered(predicted_n=2), "processed 9 and generated 2 tokens where 9 and 5"),
+        ({"error": {"message": "too long"}}, "did not measure: {'message': 'too long'}"),
+    ],
+)
+def test_a_prompt_out_of_a_cache_or_a_text_cut_short_is_no_measurement(answer: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(ModelError, match=sentence):
+        timing_of([answered(), answer], LENGTH)
+
+
+class _Llm:
+    """In place of vLLM's class: makes as many tokens as it is told to."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[int, int, int]] = []
+
+    def generate(self, prompts: list[dict[str, list[int]]], params: dict[str, Any], *, use_tqdm: bool) -> Iterator[Any]:
+        assert not use_tqdm and params["ignore_eos"] and params["temperature"] == 0.0
+        self.asked.append((len(prompts), len(prompts[0]["prompt_token_ids"]), params["max_tokens"]))
+        tokens = range(params["max_tokens"])
+        return iter([type("O", (), {"outputs": [type("C", (), {"token_ids": tokens})()]})() for _ in prompts])
+
+
+def test_vllms_decode_is_what_all_tokens_take_longer_than_the_first() -> None:
+    llm = _Llm()
+    size = TransformersRunner(tiny_llama(), LENGTH).size()
+    runner = VllmRunner(llm, dict, LENGTH, size, 320, clock=clock(0.0, 2.0, 10.0, 15.0))
+    timing = runner.run(3)
+    assert llm.asked == [(3, 9, 1), (3, 9, 5)]
+    assert (timing.prefill_tokens, timing.prefill_seconds) == (27, 2.0)
+    assert (timing.decode_tokens, timing.decode_seconds) == (12, 3.0)
+
+
+def test_vllm_is_given_no_code_that_is_not_ours(folders: Path, tmp_path: Path) -> None:
+    check_modeling(folders / "hf")
+    check_modeling(folders / "dense")
+    copy = tmp_path / "copy"
+    export(pruned(with_tokenizer(tiny_llama()), PLAN), "hf", copy, PLAN)
+    file = copy / "modeling_pruned_llama.py"
+    file.write_text(file.read_text() + "import os\n")
+    with pytest.raises(ModelError, match="is not what this version of Self-Pruner writes"):
+        check_modeling(copy)
