@@ -85,6 +85,8 @@ def pruned(result: PruneResult, text: TextSpec) -> Iterator[RenderableType]:
     yield f"searched with {result.evaluations:,} evaluations in {result.search_seconds:,.0f} s (search {result.search})"
     if result.reloaded is not None:
         yield f"loaded again, it measures {result.reloaded:,.2f}"
+    if result.runs_in_llama_cpp:
+        yield "the GGUF file runs in llama.cpp"
     yield f"written as {' and '.join(last.formats)}: {', '.join(last.files)}"
     yield f"next: selfpruner speed {shlex.quote(str(last.folder))} --baseline {shlex.quote(result.exported.model)}"
 

@@ -4,6 +4,7 @@ import json
 import re
 from dataclasses import dataclass
 from importlib.resources import as_file, files
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -87,6 +88,7 @@ def prune(
         exported=exported,
         finetuned=tuned,
         reloaded=_reloaded(goal, settings, tuned.finetuning.perplexity if tuned else exported.perplexity),
+        runs_in_llama_cpp=_runs_in_llama_cpp(goal),
     )
     answer(result.model_dump(mode="json"), json_, lambda: answers.pruned(result, request.spec.fitness))
 
@@ -201,6 +203,17 @@ def _finetuned(
         end.left = "the same command goes on where it was"
         raise
     return exported, tuned
+
+
+def _runs_in_llama_cpp(goal: _Goal) -> bool | None:
+    """Whether llama.cpp writes with the GGUF file; None without either. Raises ModelError where it cannot."""
+    if "gguf" not in goal.formats or find_spec("xllamacpp") is None:
+        return None
+    with at_work(str(goal.out)):
+        from gpu_worker.speed.llama_cpp_engine import check_gguf_runs
+
+        check_gguf_runs(next(goal.out.glob("*.gguf")))
+    return True
 
 
 def _reloaded(goal: _Goal, settings: Settings, expected: Any) -> float | None:

@@ -167,6 +167,8 @@ class PruneResult(BaseModel):
     finetuned: FinetuneResult | None
     reloaded: float | None
     """Of the folder when it was loaded again; None where it holds no more than a GGUF file."""
+    runs_in_llama_cpp: bool | None
+    """The GGUF file was loaded and wrote tokens; None where there is none, or no llama.cpp here."""
 
 
 class Spread(BaseModel):

@@ -69,6 +69,7 @@ def test_a_model_becomes_a_folder_that_measures_what_it_did_in_memory(tmp_path: 
     files = {file.name for file in (tmp_path / "small").iterdir()}
     assert {"config.json", "model.safetensors", "README.md", "selfpruner.json"} <= files
     assert any(name.endswith(".gguf") for name in files)
+    assert answer["runs_in_llama_cpp"] is True
 
 
 def test_fine_tuning_begins_from_what_was_found_and_writes_the_formats(tmp_path: Path, target: Path) -> None:

@@ -123,6 +123,13 @@ def open_pair(request: SpeedRequest, progress: Progress, *, is_gguf: bool) -> It
         yield Pair(runners[0], runners[1], device, threads)
 
 
+def check_gguf_runs(path: Path) -> None:
+    """Load the file in llama.cpp and let it write a few tokens. Raises ModelError where it does not."""
+    model, length = GgufModel.of(path), Length(prompt=8, generate=4)
+    with _serving(model, length, texts=1) as address:
+        LlamaCppRunner(model, address, length).run(1)
+
+
 @contextmanager
 def _serving(model: GgufModel, length: Length, texts: int) -> Iterator[str]:
     """The address of a server with as many threads as torch takes."""
