@@ -1,8 +1,9 @@
 """`selfpruner finetune`: recovers a pruned, exported folder by training, and writes it again."""
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from pydantic import ValidationError
@@ -16,10 +17,15 @@ from protocol.errors import DataError, SettingsError
 from protocol.finetuning import ALPACA_GPT4, Form, Recipe, Schedule, form_of
 from protocol.formats import GgufType, formats_of
 from protocol.paths import expanded
+from protocol.results import FinetuneResult
 from protocol.spec import Dtype
+
+if TYPE_CHECKING:
+    from gpu_worker.finetune.finetuning import FinetuneRequest
 
 SIZES: dict[Form, dict[str, int]] = {"alpaca": {"batch": 64, "seqlen": 256}, "text": {"batch": 8, "seqlen": 512}}
 """What a step takes where no flag says it: LLM-Pruner's for instructions."""
+GOES_ON = "the same command goes on where it was"
 LEARNING_RATES = {False: 3e-4, True: 1e-4}
 """Of LoRA, and of all weights."""
 
@@ -84,36 +90,43 @@ def finetune(
     Killed or interrupted, the same command goes on from its checkpoint, which is beside --out.
     """
     recipe, formats = recipe_of(data, how, full=full, seed=seed), formats_of(format_ or [])
-    if max_minutes is not None and max_minutes <= 0:
-        raise SettingsError(f"--max-minutes {max_minutes} is no time to train in")
+    check_minutes("--max-minutes", max_minutes)
     if eval_data is None and (eval_windows, eval_seqlen) != (None, None):
         raise SettingsError("--eval-windows and --eval-seqlen are of --eval-data, which is missing")
-    data, eval_data = _found(data), eval_data and _found(eval_data, only_text=True)
+    data, eval_data = found_data(data), eval_data and found_data(eval_data, only_text=True)
     need("torch", "worker")
     if not full:
         need("peft", "finetune")
-    try:
-        with at_work(str(folder)) as progress:
-            from gpu_worker.finetune.finetuning import EvalText, FinetuneRequest, finetune_once
-            from gpu_worker.finetune.training import Limits
+    from gpu_worker.finetune.finetuning import EvalText, FinetuneRequest
+    from gpu_worker.finetune.training import Limits
 
-            request = FinetuneRequest(
-                folder=expanded(folder),
-                data=data,
-                recipe=recipe,
-                out=expanded(out),
-                formats=formats,
-                gguf_type=gguf_type,
-                force=force,
-                eval_text=None if eval_data is None else EvalText(eval_data, eval_windows, eval_seqlen),
-                dtype=dtype,
-                limits=Limits(None if max_minutes is None else 60 * max_minutes, 60 * checkpoint_minutes),
-            )
-            result = finetune_once(request, progress)
-    except Interrupted as end:
-        end.left = "the same command goes on where it was"
-        raise
+    result = finetuned(
+        FinetuneRequest(
+            folder=expanded(folder),
+            data=data,
+            recipe=recipe,
+            out=expanded(out),
+            formats=formats,
+            gguf_type=gguf_type,
+            force=force,
+            eval_text=None if eval_data is None else EvalText(eval_data, eval_windows, eval_seqlen),
+            dtype=dtype,
+            limits=Limits(None if max_minutes is None else 60 * max_minutes, 60 * checkpoint_minutes),
+        )
+    )
     answer(result.model_dump(mode="json"), json_, lambda: answers.finetuned(result))
+
+
+def finetuned(request: "FinetuneRequest") -> FinetuneResult:
+    """Fine-tune with progress; a signal keeps the steps."""
+    try:
+        with at_work(str(request.folder)) as progress:
+            from gpu_worker.finetune.finetuning import finetune_once
+
+            return finetune_once(request, progress)
+    except Interrupted as end:
+        end.left = GOES_ON
+        raise
 
 
 def recipe_of(data: str, how: RecipeFlags, *, full: bool, seed: int) -> Recipe:
@@ -130,7 +143,13 @@ def recipe_of(data: str, how: RecipeFlags, *, full: bool, seed: int) -> Recipe:
         raise SettingsError(validation_sentence(error)) from error
 
 
-def _found(source: str, *, only_text: bool = False) -> str:
+def check_minutes(flag: str, minutes: float | None) -> None:
+    """Raise SettingsError for minutes that are no time to train in."""
+    if minutes is not None and not 0 < minutes < math.inf:
+        raise SettingsError(f"{flag} {minutes} is no time to train in")
+
+
+def found_data(source: str, *, only_text: bool = False) -> str:
     """A named text, or where a file is. Raises DataError for one that is not there, before torch is imported."""
     names = ("wikitext2",) if only_text else (ALPACA_GPT4, "wikitext2")
     if source in names:

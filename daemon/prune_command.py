@@ -2,47 +2,30 @@
 
 import json
 import re
-from dataclasses import dataclass
 from importlib.resources import as_file, files
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
-import structlog
 import typer
 
-from daemon import answers, flags
-from daemon.card_claim import card_claim
-from daemon.finetune_command import RecipeFlags, recipe_of
-from daemon.pruning_commands import at_work
+from daemon import answers, flags, prune_steps
+from daemon.finetune_command import GOES_ON, check_minutes, found_data
+from daemon.prune_steps import Goal
 from daemon.pruning_request import PruningRequest, request_of_search
 from daemon.run_here import run_here
 from daemon.setting_sources import load
-from daemon.settings import NAMED_TEXTS, Settings, check_text
+from daemon.settings import Settings
 from daemon.signals import Interrupted
 from daemon.summary import Summary
 from daemon.terminal import answer, need
 from protocol.errors import SelfPrunerError, SettingsError
-from protocol.finetuning import ALPACA_GPT4
-from protocol.formats import Formats, GgufType, formats_of
+from protocol.finetuning import ALPACA_GPT4, form_of
+from protocol.formats import GgufType, formats_of
 from protocol.paths import expanded
-from protocol.results import ExportResult, FinetuneResult, PruneResult
+from protocol.results import PruneResult
 
-FURTHEST_OFF = 0.02
-"""How far, as a share, a folder's perplexity may be from what was measured in memory; widths of kernels change sums."""
 LONGEST_NAME = 48
-
-log = structlog.get_logger()
-
-
-@dataclass(frozen=True)
-class _Goal:
-    """What is to be there at the end."""
-
-    out: Path
-    formats: Formats
-    gguf_type: GgufType
-    force: bool
+"""Letters of the folder's name in the search's."""
 
 
 def prune(
@@ -70,26 +53,30 @@ def prune(
 
     Killed or interrupted, the same command goes on where it was.
     """
-    goal = _Goal(expanded(out), formats_of(format_ or ["hf"]), gguf_type, force)
+    if not finetune and (finetune_data, finetune_minutes) != (None, None):
+        raise SettingsError("--finetune-data and --finetune-minutes are of --finetune, which is missing")
+    tuned_on = (finetune_data or ALPACA_GPT4) if finetune else None
+    goal = Goal(expanded(out), formats_of(format_ or ["hf"]), gguf_type, force, tuned_on, finetune_minutes)
     settings = prune_settings(model, rate, goal.out, budget, data, report_data, config, set_ or [])
-    _check(goal, finetune=finetune, finetune_data=finetune_data, finetune_minutes=finetune_minutes)
-    request, summary = _searched(settings)
-    if finetune:
-        exported, tuned = _finetuned(settings, request, goal, finetune_data or ALPACA_GPT4, finetune_minutes)
-    else:
-        exported, tuned = _export(request, goal), None
-    result = PruneResult(
-        search=settings.search.name,
-        evaluations=sum(summary.candidates["by_outcome"].values()),
-        search_seconds=summary.seconds,
-        uniform_perplexity=summary.uniform.perplexity,
-        uniform_report_perplexity=summary.uniform.report_perplexity,
-        dense_report_perplexity=summary.dense.report_perplexity,
-        exported=exported,
-        finetuned=tuned,
-        reloaded=_reloaded(goal, settings, tuned.finetuning.perplexity if tuned else exported.perplexity),
-        runs_in_llama_cpp=_runs_in_llama_cpp(goal),
-    )
+    before = _checked(goal, settings)
+    try:
+        request, summary = _searched(settings)
+        written = before or prune_steps.write(request, goal, settings)
+        result = PruneResult(
+            search=settings.search.name,
+            evaluations=sum(summary.candidates["by_outcome"].values()),
+            search_seconds=summary.seconds,
+            uniform_perplexity=summary.uniform.perplexity,
+            uniform_report_perplexity=summary.uniform.report_perplexity,
+            dense_report_perplexity=summary.dense.report_perplexity,
+            exported=written.exported,
+            finetuned=written.finetuned,
+            reloaded=prune_steps.reloaded(goal, settings, written.perplexity),
+            runs_in_llama_cpp=prune_steps.runs_in_llama_cpp(goal),
+        )
+    except Interrupted as end:
+        end.left = GOES_ON
+        raise
     answer(result.model_dump(mode="json"), json_, lambda: answers.pruned(result, request.spec.fitness))
 
 
@@ -103,7 +90,7 @@ def prune_settings(
     config: Path | None,
     overrides: list[str],
 ) -> Settings:
-    """The settings of the search; its name follows from the folder and from what decides a result."""
+    """The settings of the search, whose name, where none is given, follows from folder and spec."""
     chosen: dict[str, Any] = {"target.model": model, "target.rate": rate}
     if budget is not None:
         chosen["search.max_evaluations"] = budget
@@ -113,134 +100,51 @@ def prune_settings(
         chosen["data.report"] = report_data
     given = [f"{name}={json.dumps(value)}" for name, value in chosen.items()] + overrides
     with as_file(files("configs") / "best.yaml") as best:
+        usual = load(best, [f"target.model={json.dumps(model)}", f"target.rate={rate}"]).search.name
         settings = load(config or best, given)
-        if not any(override.partition("=")[0].strip() == "search.name" for override in overrides):
+        is_named = "name" in settings.search.model_fields_set and (config is not None or settings.search.name != usual)
+        if not is_named:
             words = re.sub(r"[^A-Za-z0-9._-]+", "-", out.name).strip("-")[:LONGEST_NAME]
             name = f"prune-{words}-{settings.spec().fingerprint[:6]}"
             settings = load(config or best, [*given, f"search.name={json.dumps(name)}"])
     return settings
 
 
-def _check(goal: _Goal, *, finetune: bool, finetune_data: str | None, finetune_minutes: float | None) -> None:
-    """Raise UsageError for what cannot be, before a search of hours."""
-    if not finetune and (finetune_data, finetune_minutes) != (None, None):
-        raise SettingsError("--finetune-data and --finetune-minutes are of --finetune, which is missing")
-    if finetune and goal.formats == ("gguf",):
-        raise SettingsError("--finetune needs a format that can be trained: give --format hf beside gguf")
-    if finetune_data is not None and finetune_data not in (ALPACA_GPT4, *NAMED_TEXTS):
-        check_text(finetune_data)
+def _checked(goal: Goal, settings: Settings) -> prune_steps.Written | None:
+    """What an earlier call has written already. Raises UsageError for what cannot be, before a search of hours."""
+    if goal.data is not None:
+        if goal.formats == ("gguf",):
+            raise SettingsError("--finetune needs a format that can be trained: give --format hf beside gguf")
+        if settings.target.dtype == "float16":
+            raise SettingsError("--finetune needs target.dtype bfloat16 or float32: gradients overflow in float16")
+        check_minutes("--finetune-minutes", goal.minutes)
+        found_data(goal.data)
     need("torch", "worker")
-    if finetune:
+    if goal.data is not None:
         need("peft", "finetune")
+    from gpu_worker.export.exporting import check_formats
     from gpu_worker.export.folder import check_target
+    from gpu_worker.models import bare_model
 
-    check_target(goal.out, force=goal.force)
+    before = prune_steps.written_before(goal, settings)
+    if before is None:
+        check_target(goal.out, force=goal.force)
+    check_formats(bare_model(settings.target.model, settings.target.dtype), goal.formats, goal.gguf_type)
+    if goal.data is not None and form_of(goal.data) == "alpaca":
+        from gpu_worker.finetune.data import read_instructions
+
+        read_instructions(goal.data, prune_steps.recipe(goal.data, settings))
+    return before
 
 
 def _searched(settings: Settings) -> tuple[PruningRequest, Summary]:
     """The best of the search, which goes on from what is there of it."""
     summary, interrupted = run_here(settings)
     if interrupted is not None:
-        end = Interrupted(interrupted)
-        end.left = "the same command goes on where it was"
-        raise end
+        raise Interrupted(interrupted)
     if summary is None or not summary.finished:
-        raise SelfPrunerError("the search was stopped before its end; the same command goes on where it was")
+        raise SelfPrunerError(f"the search was stopped before its end; {GOES_ON}")
     if summary.best is None:
         raise SelfPrunerError(f"no candidate could be measured; {settings.folder}/evaluations.jsonl says why")
     record = json.loads((settings.folder / "best.json").read_bytes())
     return request_of_search(record), summary
-
-
-def _export(request: PruningRequest, goal: _Goal) -> ExportResult:
-    with at_work(request.spec.model) as progress:
-        from gpu_worker.exporter import Destination, export_once
-
-        return export_once(
-            request.spec,
-            request.choice,
-            Destination(goal.out, goal.formats, goal.gguf_type, goal.force),
-            shape=request.shape,
-            method=request.method,
-            progress=progress,
-        )
-
-
-def _finetuned(
-    settings: Settings, request: PruningRequest, goal: _Goal, data: str, minutes: float | None
-) -> tuple[ExportResult, FinetuneResult]:
-    """Export into the search's folder, where a second start finds it, and from there fine-tune into the goal."""
-    pruned = settings.folder / "pruned"
-    kept = settings.folder / "pruned.json"
-    if kept.is_file() and (pruned / "selfpruner.json").is_file():
-        exported = ExportResult.model_validate_json(kept.read_bytes())
-    else:
-        trained: Formats = tuple(fmt for fmt in goal.formats if fmt != "gguf")
-        exported = _export(request, _Goal(pruned, trained, goal.gguf_type, force=True))
-        kept.write_text(exported.model_dump_json() + "\n")
-    fitness = request.spec.fitness
-    try:
-        with at_work(str(pruned)) as progress:
-            from gpu_worker.finetune.finetuning import EvalText, FinetuneRequest, finetune_once
-            from gpu_worker.finetune.training import Limits
-
-            measured = None if fitness.source == "self" else EvalText(fitness.source, fitness.windows, fitness.seqlen)
-            tuned = finetune_once(
-                FinetuneRequest(
-                    folder=pruned,
-                    data=data,
-                    recipe=recipe_of(data, RecipeFlags(), full=False, seed=request.spec.seed),
-                    out=goal.out,
-                    formats=goal.formats,
-                    gguf_type=goal.gguf_type,
-                    force=goal.force,
-                    eval_text=measured,
-                    limits=Limits(None if minutes is None else 60 * minutes),
-                ),
-                progress,
-            )
-    except Interrupted as end:
-        end.left = "the same command goes on where it was"
-        raise
-    return exported, tuned
-
-
-def _runs_in_llama_cpp(goal: _Goal) -> bool | None:
-    """Whether llama.cpp writes with the GGUF file; None without either. Raises ModelError where it cannot."""
-    if "gguf" not in goal.formats or find_spec("xllamacpp") is None:
-        return None
-    with at_work(str(goal.out)):
-        from gpu_worker.speed.llama_cpp_engine import check_gguf_runs
-
-        check_gguf_runs(next(goal.out.glob("*.gguf")))
-    return True
-
-
-def _reloaded(goal: _Goal, settings: Settings, expected: Any) -> float | None:
-    """What the folder measures when it is loaded again; None of a GGUF alone.
-
-    Raises SelfPrunerError where that is not what it measured in memory.
-    """
-    if goal.formats == ("gguf",):
-        return None
-    wanted = expected if isinstance(expected, float | None) else expected.after
-    source = settings.data.fitness
-    claim = card_claim(str(goal.out), flags.TextFlags(data=None if source in NAMED_TEXTS else source))
-    if claim is None or wanted is None:
-        return None
-    with at_work(str(goal.out)) as progress:
-        from gpu_worker.evaluate import evaluate_as_it_is
-
-        found = evaluate_as_it_is(
-            str(goal.out),
-            {"fitness": claim.texts["fitness"]} if claim.kept_text else claim.texts,
-            dtype=claim.dtype,
-            seed=claim.seed,
-            kept_text=claim.kept_text,
-            progress=progress,
-        ).perplexity
-    if abs(found / wanted - 1) > FURTHEST_OFF:
-        raise SelfPrunerError(
-            f"{goal.out} measures {found:.4g} where the model measured {wanted:.4g} before it was written"
-        )
-    return found

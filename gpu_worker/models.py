@@ -60,25 +60,56 @@ def load_model(name: str, dtype: str, workload: Workload = Workload()) -> Loaded
     No code from beside the weights is ever run. Raises ModelError where the model is not there, is broken, quantised or
     of an unsupported family, or where this machine has too little memory for it and `workload`; before loading weights.
     """
+    found = _look_up(name, dtype)
+    devices = _devices(name, found.bare, getattr(torch, dtype), workload)
+    tokenizer = _tokenizer(name, found)
+    with reading(partial(_cannot_load, name, "weights", found.offline)):
+        causal_lm = load_weights(name, found.source, getattr(torch, dtype), device_map=devices, **found.options)
+    causal_lm.requires_grad_(False).eval()
+    unmap(causal_lm)
+    identity = getattr(found.config, "_commit_hash", None) or folder_identity(Path(found.source))
+    return LoadedModel(causal_lm, tokenizer, take_apart(causal_lm), identity)
+
+
+def bare_model(name: str, dtype: str) -> LoadedModel:
+    """The model called `name` without its weights, on the meta device: to see beforehand what can be done with it.
+
+    Raises ModelError as `load_model` does, but for memory and weights.
+    """
+    found = _look_up(name, dtype)
+    return LoadedModel(found.bare, _tokenizer(name, found), take_apart(found.bare), identity="")
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Where a model is, and what its config says."""
+
+    source: str
+    offline: bool
+    config: Any
+    bare: Any
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What transformers is told each time."""
+        return {"trust_remote_code": False, "local_files_only": self.offline}
+
+
+def _look_up(name: str, dtype: str) -> _Found:
     transformers.utils.logging.disable_progress_bar()
     with reading(lambda error: f"the model {name!r} cannot be looked up ({reason(error)}); {WHAT_TO_PASS}"):
         source = _source(name, dtype)
     offline = not (Path(source).is_dir() or hub_reachable())
     options = {"trust_remote_code": False, "local_files_only": offline}
-    torch_dtype = getattr(torch, dtype)
     with reading(partial(_cannot_load, name, "config", offline)):
         check_config(source, _written_config(source, options))
         config = transformers.AutoConfig.from_pretrained(source, **options)
-        bare = skeleton(config, torch_dtype)
-    devices = _devices(name, bare, torch_dtype, workload)
-    with reading(partial(_cannot_load, name, "tokenizer", offline)):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, **options)
-    with reading(partial(_cannot_load, name, "weights", offline)):
-        causal_lm = load_weights(name, source, torch_dtype, device_map=devices, **options)
-    causal_lm.requires_grad_(False).eval()
-    unmap(causal_lm)
-    identity = getattr(config, "_commit_hash", None) or folder_identity(Path(source))
-    return LoadedModel(causal_lm, tokenizer, take_apart(causal_lm), identity)
+        return _Found(source, offline, config, skeleton(config, getattr(torch, dtype)))
+
+
+def _tokenizer(name: str, found: _Found) -> Any:
+    with reading(partial(_cannot_load, name, "tokenizer", found.offline)):
+        return transformers.AutoTokenizer.from_pretrained(found.source, **found.options)
 
 
 def _written_config(source: str, options: dict[str, Any]) -> dict[str, Any]:

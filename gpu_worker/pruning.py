@@ -97,6 +97,10 @@ class _OrderedLayer:
         self._output = FittedColumns(self._output.stored, products.attention_output)
         self._down = FittedColumns(self._down.stored, products.mlp_output)
 
+    def forget_fit(self) -> None:
+        """From now on keep columns as they were; what is applied stays."""
+        self._output, self._down = _Columns(self._output.stored), _Columns(self._down.stored)
+
     def apply(self, plan: LayerPlan) -> None:
         """Make the layer keep what `plan` says."""
         kv, each, channels = plan.kv_heads, plan.queries_per_kv, plan.mlp_channels
@@ -153,6 +157,10 @@ class OrderedModel:
         """
         with torch.no_grad():
             self._layers[layer].fit(products)
+
+    def forget_fit(self, layer: int) -> None:
+        """Let go what `fit` keeps of decoder layer `layer`; what is pruned already stays fitted."""
+        self._layers[layer].forget_fit()
 
     def unorder(self, layer: int) -> None:
         """Make a layer dense and give it back its original order, bit by bit."""

@@ -43,7 +43,7 @@ class FittedColumns:
         if not strength.isfinite():
             raise NotFiniteError("what enters a projection on the calibration text is no finite number")
         damped.diagonal().add_(DAMPING * strength.clamp_min(LEAST_STRENGTH))
-        self._factor: Tensor = torch.linalg.cholesky(damped)
+        self._factor = _factor(damped)
         self._target = self._factor.t() @ stored.flatten(0, -2).float()
 
     def first(self, *counts: int) -> Tensor:
@@ -61,7 +61,18 @@ class FittedColumns:
             factor, target = self._factor[: len(where), : len(where)], self._target[: len(where)]
         else:
             rows = self._factor[where.to(self._factor.device)]
-            factor = torch.linalg.cholesky(rows @ rows.t())
+            factor = _factor(rows @ rows.t())
             target = torch.linalg.solve_triangular(factor, rows @ self._target, upper=False)
         fitted: Tensor = torch.linalg.solve_triangular(factor.t(), target, upper=True)
         return fitted.to(self.stored.dtype).t()
+
+
+def _factor(products: Tensor) -> Tensor:
+    """The lower Cholesky factor, in the products' type. Raises NotFiniteError where rounding has left none to find."""
+    factor, failed = torch.linalg.cholesky_ex(products)
+    if bool(failed):  # fp32 is not enough for these
+        factor, failed = torch.linalg.cholesky_ex(products.double())
+    if bool(failed):
+        raise NotFiniteError("what enters a projection cannot be told apart: there is no least-squares fit")
+    found: Tensor = factor.to(products.dtype)
+    return found

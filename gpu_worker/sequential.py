@@ -39,5 +39,6 @@ def prune_sequentially(
                     run.visit(i)
                 ordered.fit(i, seen.products())
             ordered.apply_layer(i, kept)
+            ordered.forget_fit(i)  # of all layers together it is several times the model
         if i + 1 < len(decoder.layers):
             run.advance(i)

@@ -83,6 +83,19 @@ def test_fine_tuning_begins_from_what_was_found_and_writes_the_formats(tmp_path:
     assert "runs" in Path(answer["exported"]["folder"]).parts
 
 
+def test_killed_in_its_last_checks_the_same_command_goes_on_there(tmp_path: Path, target: Path) -> None:
+    options = arguments(target, "--budget", "4")
+    first = finished(tmp_path, *options)
+    files = {file: file.stat().st_mtime_ns for file in (tmp_path / "small").iterdir()}
+    again = finished(tmp_path, *options)  # as if it had been killed when the folder was written
+    assert {**again, "search_seconds": 0} == {**first, "search_seconds": 0}
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "small").iterdir()} == files
+    other = subprocess.run(
+        command(*arguments(target, "--budget", "8")), cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True
+    )
+    assert other.returncode == 2 and "--force to replace it" in other.stderr, "another budget is another model"
+
+
 def test_killed_in_its_search_the_same_command_goes_on(tmp_path: Path, target: Path) -> None:
     options = arguments(target, "--budget", "16")
     process = subprocess.Popen(
@@ -123,6 +136,9 @@ def test_the_name_of_the_search_follows_from_the_folder_and_from_what_decides_a_
     assert name(0.3, "small").startswith("prune-small-")
     assert name(0.3, "small") != name(0.4, "small")
     assert name(0.3, "small", "search.name=mine") == "mine"
+    named = target / "named.yaml"
+    named.write_text("search: {name: kept}")
+    assert prune_settings("m", 0.3, Path("small"), None, None, None, named, []).search.name == "kept"
 
 
 @pytest.mark.parametrize(
@@ -130,6 +146,11 @@ def test_the_name_of_the_search_follows_from_the_folder_and_from_what_decides_a_
     [
         (["--format", "gguf", "--finetune"], "give --format hf beside gguf"),
         (["--finetune-data", "x.json"], "are of --finetune, which is missing"),
+        (["--finetune", "--finetune-minutes", "0"], "--finetune-minutes 0.0 is no time to train in"),
+        (["--finetune", "--finetune-minutes", "nan"], "is no time to train in"),
+        (["--finetune", "--finetune-data", "self"], "there is no file 'self'"),
+        (["--finetune"], "cannot be reached"),
+        (["--finetune", "--set", "target.dtype=float16"], "gradients overflow in float16"),
         (["--finetune", "--finetune-data", "nowhere.json"], "nowhere.json"),
         (["--budget", "2"], "smaller than the first population"),
         (["--set", "search.nonsense=1"], "nonsense"),

@@ -152,6 +152,7 @@ def test_sequential_scoring_fits_to_what_the_pruned_layers_below_give() -> None:
     assert torch.equal(plain[0].gate.weight, ours[0].gate.weight)
     assert not torch.equal(plain[0].down.weight, ours[0].down.weight)
     assert torch.equal(plain[1].down.weight, ours[1].down.weight), "a layer that loses nothing is left alone"
+    assert not any(isinstance(kept, FittedColumns) for each in ordered._layers for kept in vars(each).values())
 
 
 @pytest.mark.parametrize("scoring", ["dense", "sequential"])

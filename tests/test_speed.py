@@ -12,7 +12,7 @@ from gpu_worker.speed.engines import (
     EngineFacts,
     choose_engines,
     engines_named,
-    exported_format,
+    exported_formats,
     multiples_of,
 )
 from gpu_worker.speed.measuring import Length, Pair, Timing, alternate, compare
@@ -123,11 +123,13 @@ def installed(*names: Engine) -> dict[Engine, EngineFacts]:
 
 
 def test_all_installed_engines_that_can_run_the_format_do_and_others_say_why_not() -> None:
-    chosen, skipped = choose_engines((), "hf", installed("transformers", "llama.cpp"))
+    chosen, skipped = choose_engines((), ("hf",), installed("transformers", "llama.cpp"))
     assert chosen == ("transformers", "llama.cpp")
     assert skipped == {"vllm": "the engine vllm is not installed: pip install 'vllm>=0.28'"}
-    chosen, skipped = choose_engines((), "gguf", installed("transformers", "llama.cpp"))
+    chosen, skipped = choose_engines((), ("gguf",), installed("transformers", "llama.cpp"))
     assert chosen == ("llama.cpp",) and set(skipped) == {"transformers", "vllm"}
+    chosen, _ = choose_engines((), ("padded", "gguf"), installed("transformers", "llama.cpp"))
+    assert chosen == ("transformers", "llama.cpp")
 
 
 @pytest.mark.parametrize(
@@ -140,7 +142,7 @@ def test_all_installed_engines_that_can_run_the_format_do_and_others_say_why_not
 )
 def test_an_engine_that_cannot_is_one_sentence(asked: tuple[Engine, ...], fmt: str, sentence: str) -> None:
     with pytest.raises(SettingsError, match=sentence):
-        choose_engines(asked, fmt, installed("transformers"))  # type: ignore[arg-type]
+        choose_engines(asked, (fmt,), installed("transformers"))  # type: ignore[arg-type]
 
 
 def test_engines_are_named_as_they_are() -> None:
@@ -194,7 +196,7 @@ def test_a_folder_that_is_no_export_is_one_sentence(
     if mark is not None:
         (tmp_path / "selfpruner.json").write_text(mark)
     with pytest.raises(ModelError, match=sentence):
-        exported_format(tmp_path)
+        exported_formats(tmp_path)
     assert main(["speed", str(tmp_path), "--baseline", "smollm2"]) == 2
     assert sentence in capsys.readouterr().err
 

@@ -90,10 +90,15 @@ class CellMaker:
             "search.reconstruction": reconstruction,
             **(changes or {}),
         }
-        for name in ("search.name", "run.folder"):
-            if name in values:
+        for name in chosen.set:
+            if name in ("search.name", "run.folder"):
                 raise SettingsError(
                     f"{name} is not for searches.{method}: every search has a name and folder of its own"
+                )
+            if name in values and values[name] != chosen.set[name] and name not in (changes or {}):
+                raise SettingsError(
+                    f"{name} is not for searches.{method}: models, rates, texts, reconstruction, dtype and seed are "
+                    "the same for every method, and have settings of their own"
                 )
         if "api_key" in _names_in(values):
             raise SettingsError(

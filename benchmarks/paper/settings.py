@@ -134,7 +134,7 @@ class PaperSettings(Section):
     """Tables 1 and 2 have columns for each; the others are of the first."""
     texts: Texts = Texts()
     searches: dict[SearchMethod, Search] = Field(default_factory=dict)
-    """By method; configs/paper.yaml and configs/best.yaml as they are where left out."""
+    """By method; configs/paper.yaml and configs/best.yaml where left out, with this file's texts and reconstruction."""
     ablation_rate: Rate = ABLATION_RATE
     """Of Tables 3 and 4."""
     compared_rates: tuple[Rate, ...] = (0.3, 0.5)

@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from gpu_worker.progress import Progress, no_progress
-from gpu_worker.speed.engines import SpeedRequest, choose_engines, exported_format
+from gpu_worker.speed.engines import SpeedRequest, choose_engines, exported_formats
 from gpu_worker.speed.measuring import Pair, measured_batches, prefixed
 from gpu_worker.speed.sweep import plans_of, sweep
-from protocol.errors import ModelError, SettingsError
-from protocol.formats import Engine, Format
+from protocol.errors import ModelError, SettingsError, UsageError
+from protocol.formats import Engine, Formats
 from protocol.results import EngineSpeed, SpeedResult, SweptWidths
 
 SWEPT: Engine = "transformers"
@@ -21,22 +21,24 @@ def measure_speed(request: SpeedRequest, progress: Progress = no_progress) -> Sp
     Raises UsageError for a folder that is no export, a baseline that it cannot come of, an engine that is not there or
     cannot run it, and too little memory.
     """
-    fmt = exported_format(request.folder)
-    engines, skipped = choose_engines(request.engines, fmt)
-    check_sweep(request, engines, fmt)
+    formats = exported_formats(request.folder)
+    engines, skipped = choose_engines(request.engines, formats)
+    check_sweep(request, engines, formats)
     found: list[EngineSpeed] = []
     swept: tuple[SweptWidths, ...] = ()
     for engine in engines:
         try:
-            measured, of_sweep = _measure_in(engine, fmt, request, progress)
-        except ModelError as error:
-            # An engine that nobody named may be one for other families, or for a GPU.
-            if request.engines or not found:
+            measured, of_sweep = _measure_in(engine, formats, request, progress)
+        except UsageError as error:
+            # An engine that nobody named may be one for other families, shorter texts, or for a GPU.
+            if request.engines:
                 raise
             skipped[engine] = str(error)
         else:
             found.append(measured)
             swept += of_sweep
+    if not found:
+        raise ModelError(f"no engine here could measure: {'; '.join(skipped.values())}")
     return SpeedResult(
         folder=request.folder,
         baseline=request.baseline,
@@ -50,17 +52,17 @@ def measure_speed(request: SpeedRequest, progress: Progress = no_progress) -> Sp
     )
 
 
-def check_sweep(request: SpeedRequest, engines: tuple[Engine, ...], fmt: Format) -> None:
+def check_sweep(request: SpeedRequest, engines: tuple[Engine, ...], formats: Formats) -> None:
     """Raise SettingsError where a sweep is asked for that no engine can do."""
-    if request.multiples and (SWEPT not in engines or fmt != "hf"):
+    if request.multiples and (SWEPT not in engines or "hf" not in formats):
         raise SettingsError(f"--sweep-multiple-of needs an hf folder and the engine {SWEPT}")
 
 
 def _measure_in(
-    engine: Engine, fmt: Format, request: SpeedRequest, progress: Progress
+    engine: Engine, formats: Formats, request: SpeedRequest, progress: Progress
 ) -> tuple[EngineSpeed, tuple[SweptWidths, ...]]:
     """One engine, whose models are gone from memory when the next one loads its own."""
-    with _opened(engine, fmt, request, progress) as pair:
+    with _opened(engine, formats, request, progress) as pair:
         # Multiples that cannot be are told before anything is measured.
         plans = plans_of(pair, request.multiples if engine == SWEPT else ())
         measured = _measured(engine, pair, request, progress)
@@ -81,7 +83,7 @@ def _measured(engine: Engine, pair: Pair, request: SpeedRequest, progress: Progr
 
 
 @contextmanager
-def _opened(engine: Engine, fmt: Format, request: SpeedRequest, progress: Progress) -> Iterator[Pair]:
+def _opened(engine: Engine, formats: Formats, request: SpeedRequest, progress: Progress) -> Iterator[Pair]:
     """Both models in `engine`, whose module is imported only now: its package may be missing elsewhere."""
     progress(f"{engine}: loading", 0, 1)
     if engine == "transformers":
@@ -91,7 +93,7 @@ def _opened(engine: Engine, fmt: Format, request: SpeedRequest, progress: Progre
     elif engine == "llama.cpp":
         from gpu_worker.speed.llama_cpp_engine import open_pair as in_llama_cpp
 
-        opened = in_llama_cpp(request, progress, is_gguf=fmt == "gguf")
+        opened = in_llama_cpp(request, progress, is_gguf="gguf" in formats)
     else:
         from gpu_worker.speed.vllm_engine import open_pair as in_vllm
 

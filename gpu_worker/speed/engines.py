@@ -10,7 +10,7 @@ from typing import get_args
 from gpu_worker.export.folder import MARK
 from gpu_worker.speed.measuring import WARM_UP, Length
 from protocol.errors import ModelError, SettingsError
-from protocol.formats import Engine, Format, GgufType
+from protocol.formats import Engine, Format, Formats, GgufType
 from protocol.spec import Dtype
 
 
@@ -47,7 +47,7 @@ class SpeedRequest:
     repeats: int = 5
     warm_up: int = WARM_UP
     engines: tuple[Engine, ...] = ()
-    """None: all that are installed and can run the folder."""
+    """Empty: all that are installed and can run the folder."""
     dtype: Dtype = "bfloat16"
     gguf_type: GgufType = "f16"
     """Of GGUF files that have to be made."""
@@ -63,24 +63,28 @@ def engines_named(names: Sequence[str]) -> tuple[Engine, ...]:
     return tuple(dict.fromkeys(engine for name in names for engine in ENGINES if engine == name))
 
 
-def exported_format(folder: Path) -> Format:
-    """The format of an exported folder. Raises ModelError where it is none."""
+def exported_formats(folder: Path) -> Formats:
+    """The formats of an exported folder. Raises ModelError where it is none."""
     mark = folder / MARK
     if not folder.is_dir():
         raise ModelError(f"there is no folder {str(folder)!r}; pass one that `selfpruner export` wrote")
     if not mark.is_file():
         raise ModelError(f"the folder {str(folder)!r} is no exported model, for it has no {MARK}")
     try:
-        found = json.loads(mark.read_text(encoding="utf-8"))["format"]
+        written = json.loads(mark.read_text(encoding="utf-8"))
+        found = tuple(written["formats"] if "formats" in written else [written["format"]])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{str(mark)!r} does not say in which format the model was exported") from error
-    if found not in get_args(Format):
-        raise ModelError(f"{str(mark)!r} names the unknown format {found!r}; there are {', '.join(get_args(Format))}")
-    return found  # type: ignore[no-any-return]
+    for each in found:
+        if each not in get_args(Format):
+            raise ModelError(
+                f"{str(mark)!r} names the unknown format {each!r}; there are {', '.join(get_args(Format))}"
+            )
+    return found
 
 
 def choose_engines(
-    asked: tuple[Engine, ...], fmt: Format, facts: Mapping[Engine, EngineFacts] = ENGINES
+    asked: tuple[Engine, ...], formats: Formats, facts: Mapping[Engine, EngineFacts] = ENGINES
 ) -> tuple[tuple[Engine, ...], dict[Engine, str]]:
     """The engines that measure, and why the others do not.
 
@@ -89,7 +93,7 @@ def choose_engines(
     chosen: list[Engine] = []
     skipped: dict[Engine, str] = {}
     for engine in asked or tuple(facts):
-        reason = _why_not(engine, facts[engine], fmt)
+        reason = _why_not(engine, facts[engine], formats)
         if reason is None:
             chosen.append(engine)
         elif asked:
@@ -101,9 +105,10 @@ def choose_engines(
     return tuple(chosen), skipped
 
 
-def _why_not(engine: Engine, facts: EngineFacts, fmt: Format) -> str | None:
-    if fmt not in facts.formats:
-        return f"{engine} cannot run an export in the format {fmt}; it runs {' and '.join(facts.formats)}"
+def _why_not(engine: Engine, facts: EngineFacts, formats: Formats) -> str | None:
+    if not set(formats) & set(facts.formats):
+        runs = " and ".join(facts.formats)
+        return f"{engine} cannot run an export in the format {' and '.join(formats)}; it runs {runs}"
     if not facts.is_installed:
         return f"the engine {engine} is not installed: {facts.pip}"
     return None

@@ -1,0 +1,180 @@
+"""What `selfpruner prune` does after its search: export, fine-tune, load again; and what of it is done already."""
+
+import json
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from daemon import flags
+from daemon.card_claim import FACTS, card_claim
+from daemon.finetune_command import RecipeFlags, finetuned, recipe_of
+from daemon.pruning_commands import at_work
+from daemon.pruning_request import PruningRequest
+from daemon.settings import NAMED_TEXTS, Settings
+from protocol.errors import SelfPrunerError
+from protocol.files import replace
+from protocol.finetuning import Recipe
+from protocol.formats import Formats, GgufType
+from protocol.results import ExportResult, FinetuneResult
+
+FURTHEST_OFF = 0.02
+"""How far, as a share, a folder's perplexity may be from what was measured in memory; widths of kernels change sums."""
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What is to be there at the end."""
+
+    out: Path
+    formats: Formats
+    gguf_type: GgufType = "f16"
+    force: bool = False
+    data: str | None = None
+    """What it is fine-tuned on, if it is."""
+    minutes: float | None = None
+
+
+class Written(BaseModel):
+    """What stands in the goal's folder, kept in the search's: a command that was killed in its checks goes on there."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    asked: dict[str, str]
+    exported: ExportResult
+    finetuned: FinetuneResult | None
+
+    @property
+    def perplexity(self) -> float | None:
+        """What the model measured before it was written last."""
+        if self.finetuned is None:
+            return self.exported.perplexity
+        measured = self.finetuned.finetuning.perplexity
+        return None if measured is None else measured.after
+
+
+def recipe(data: str, settings: Settings) -> Recipe:
+    """How the model is fine-tuned on `data`."""
+    return recipe_of(data, RecipeFlags(), full=False, seed=settings.search.seed)
+
+
+def written_before(goal: Goal, settings: Settings) -> Written | None:
+    """What an earlier call with the same flags has written; None where there is nothing, or it is to be replaced."""
+    if goal.force or not (goal.out / FACTS).is_file():
+        return None
+    try:
+        found = Written.model_validate_json((settings.folder / "written.json").read_bytes())
+    except (OSError, ValidationError):
+        return None
+    return found if found.asked == _asked(goal, settings) else None
+
+
+def write(request: PruningRequest, goal: Goal, settings: Settings) -> Written:
+    """Prune, fine-tune where that is asked for, and write the folder."""
+    if goal.data is None:
+        exported, tuned = _export(request, goal), None
+    else:
+        exported, tuned = _finetuned(request, goal, settings)
+    written = Written(asked=_asked(goal, settings), exported=exported, finetuned=tuned)
+    replace(settings.folder / "written.json", written.model_dump_json() + "\n")
+    return written
+
+
+def _asked(goal: Goal, settings: Settings) -> dict[str, str]:
+    told = asdict(goal) | {"out": goal.out.absolute(), "evaluations": settings.search.max_evaluations}
+    del told["force"]
+    return {name: str(value) for name, value in told.items()}
+
+
+def _export(request: PruningRequest, goal: Goal) -> ExportResult:
+    with at_work(request.spec.model) as progress:
+        from gpu_worker.exporter import Destination, export_once
+
+        return export_once(
+            request.spec,
+            request.choice,
+            Destination(goal.out, goal.formats, goal.gguf_type, goal.force),
+            shape=request.shape,
+            method=request.method,
+            progress=progress,
+        )
+
+
+def _finetuned(request: PruningRequest, goal: Goal, settings: Settings) -> tuple[ExportResult, FinetuneResult]:
+    """Export into the search's folder, where a second start finds it, and from there fine-tune into the goal."""
+    assert goal.data is not None
+    pruned = settings.folder / "pruned"
+    exported = _exported_before(request, pruned)
+    if exported is None:
+        trained: Formats = tuple(fmt for fmt in goal.formats if fmt != "gguf")
+        exported = _export(request, Goal(pruned, trained, force=True))
+        replace(_kept(pruned), exported.model_dump_json() + "\n")
+    from gpu_worker.finetune.finetuning import EvalText, FinetuneRequest
+    from gpu_worker.finetune.training import Limits
+
+    fitness = request.spec.fitness
+    tuning = FinetuneRequest(
+        folder=pruned,
+        data=goal.data,
+        recipe=recipe(goal.data, settings),
+        out=goal.out,
+        formats=goal.formats,
+        gguf_type=goal.gguf_type,
+        force=goal.force,
+        eval_text=None if fitness.source == "self" else EvalText(fitness.source, fitness.windows, fitness.seqlen),
+        limits=Limits(None if goal.minutes is None else 60 * goal.minutes),
+    )
+    return exported, finetuned(tuning)
+
+
+def _kept(pruned: Path) -> Path:
+    return pruned.with_suffix(".json")
+
+
+def _exported_before(request: PruningRequest, pruned: Path) -> ExportResult | None:
+    """What was exported of these rates already; the search may have found better ones since."""
+    try:
+        facts = json.loads((pruned / FACTS).read_bytes())
+        exported = ExportResult.model_validate_json(_kept(pruned).read_bytes())
+    except (OSError, ValueError):  # pydantic's ValidationError is one
+        return None
+    return exported if facts["rates"] == list(request.choice) else None
+
+
+def runs_in_llama_cpp(goal: Goal) -> bool | None:
+    """Whether llama.cpp writes with the GGUF file; None without either. Raises ModelError where it cannot."""
+    if "gguf" not in goal.formats or find_spec("xllamacpp") is None:
+        return None
+    with at_work(str(goal.out)):
+        from gpu_worker.speed.llama_cpp_engine import check_gguf_runs
+
+        check_gguf_runs(next(goal.out.glob("*.gguf")))
+    return True
+
+
+def reloaded(goal: Goal, settings: Settings, wanted: float | None) -> float | None:
+    """What the folder measures when it is loaded again; None of a GGUF alone, or where nothing was measured before.
+
+    Raises SelfPrunerError where that is not what it measured in memory.
+    """
+    if goal.formats == ("gguf",) or wanted is None:
+        return None
+    source = settings.data.fitness
+    claim = card_claim(str(goal.out), flags.TextFlags(data=None if source in NAMED_TEXTS else source))
+    if claim is None:
+        return None
+    with at_work(str(goal.out)) as progress:
+        from gpu_worker.evaluate import evaluate_as_it_is
+
+        found = evaluate_as_it_is(
+            str(goal.out),
+            claim.texts,
+            dtype=claim.dtype,
+            seed=claim.seed,
+            kept_text=claim.kept_text,
+            progress=progress,
+        ).perplexity
+    if abs(found / wanted - 1) > FURTHEST_OFF:
+        raise SelfPrunerError(f"{goal.out} measures {found:.4g} where {wanted:.4g} was measured before it was written")
+    return found
