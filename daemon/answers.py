@@ -15,17 +15,15 @@ from protocol.errors import DataError
 from protocol.plan import LayerPlan, Parameters
 from protocol.results import (
     AllocationResult,
-    BatchSpeed,
     EvaluationResult,
     ExportResult,
     FinetuneResult,
     PruneResult,
-    SpeedResult,
-    Spread,
     ZeroShotResult,
 )
 from protocol.shape import ModelShape
 from protocol.spec import SearchSpec, TextSpec
+from protocol.speeds import BatchSpeed, SpeedResult, Spread
 
 
 def evaluation(result: EvaluationResult) -> Iterator[RenderableType]:

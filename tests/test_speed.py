@@ -20,8 +20,8 @@ from gpu_worker.speed.related import Sizes, check_related, check_room
 from gpu_worker.speed.sweep import nearest, rounded
 from protocol.errors import ModelError, SettingsError, UsageError
 from protocol.formats import Engine
-from protocol.results import ModelSize
 from protocol.shape import LayerShape
+from protocol.speeds import ModelSize
 from tests.exports import export, pruned, with_tokenizer
 from tests.pruned_models import keep
 from tests.tiny_models import save_tiny_folder, tiny_llama

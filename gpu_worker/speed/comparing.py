@@ -9,7 +9,7 @@ from gpu_worker.speed.measuring import Pair, measured_batches, prefixed
 from gpu_worker.speed.sweep import plans_of, sweep
 from protocol.errors import ModelError, SettingsError, UsageError
 from protocol.formats import Engine, Formats
-from protocol.results import EngineSpeed, SpeedResult, SweptWidths
+from protocol.speeds import EngineSpeed, SpeedResult, SweptWidths
 
 SWEPT: Engine = "transformers"
 """The engine whose MLP widths can be changed in memory."""

@@ -22,7 +22,7 @@ from gpu_worker.speed.measuring import Length, Pair, Timing
 from gpu_worker.speed.related import check_related, check_room
 from gpu_worker.speed.transformers_engine import random_prompts
 from protocol.errors import DataError, ModelError
-from protocol.results import ModelSize
+from protocol.speeds import ModelSize
 
 SPARE = 8
 """Positions of each slot beyond the measured text."""

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from gpu_worker.progress import Progress, no_progress
 from protocol.errors import UsageError
-from protocol.results import BatchSpeed, ModelSize, PhaseSpeed, Spread
+from protocol.speeds import BatchSpeed, ModelSize, PhaseSpeed, Spread
 
 WARM_UP = 1
 """Repeats before those that count: memory is touched for the first time, kernels are chosen."""

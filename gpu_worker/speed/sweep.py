@@ -12,8 +12,8 @@ from gpu_worker.speed.measuring import Pair, Runner, measured_batches, prefixed
 from gpu_worker.speed.transformers_engine import TransformersRunner
 from protocol.errors import SettingsError
 from protocol.plan import LayerPlan, Plan, dense_plan
-from protocol.results import SweptWidths
 from protocol.shape import ModelShape
+from protocol.speeds import SweptWidths
 
 
 def plans_of(pair: Pair, multiples: Sequence[int]) -> dict[int, Plan]:

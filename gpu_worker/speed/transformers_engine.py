@@ -18,7 +18,7 @@ from gpu_worker.speed.engines import SpeedRequest
 from gpu_worker.speed.measuring import Length, Pair, Timing
 from gpu_worker.speed.related import Sizes, check_related, check_room
 from gpu_worker.target import check_length
-from protocol.results import ModelSize
+from protocol.speeds import ModelSize
 
 Clock = Callable[[], float]
 

@@ -21,7 +21,7 @@ from gpu_worker.speed.measuring import Length, Pair, Timing
 from gpu_worker.speed.transformers_engine import TransformersRunner, random_prompts
 from gpu_worker.speed.transformers_engine import open_pair as open_transformers_pair
 from protocol.errors import ModelError
-from protocol.results import ModelSize
+from protocol.speeds import ModelSize
 
 MEMORY_SHARE = 0.42
 """Of the GPU, for each of the two models with its KV cache."""
