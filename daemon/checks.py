@@ -25,7 +25,7 @@ def warn_of_texts(settings: Settings) -> None:
 
 def check_race(confidence: float | None, first_windows: int | None, windows: int) -> None:
     """Raise DataError where candidates are to race, or to be looked at first, on a text of too few windows."""
-    if windows <= (first_windows or 0):
+    if first_windows is not None and windows <= first_windows:
         raise DataError(
             f"search.first_windows ({first_windows}) must be fewer than those of the fitness text, which has {windows}"
         )

@@ -104,21 +104,23 @@ def test_a_cut_padded_model_is_padded_again_bit_by_bit(tmp_path: Path) -> None:
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
 
 
-def test_several_formats_compute_the_same_elsewhere(tmp_path: Path) -> None:
+@pytest.mark.parametrize("fmt", ["hf", "padded"])
+def test_a_gguf_lies_beside_what_transformers_loads(tmp_path: Path, fmt: Format) -> None:
     folder = exported(tmp_path / "pruned")
-    result = finetuned(folder, tmp_path / "out", formats=("hf", "padded", "gguf"))
-    assert {"hf/model.safetensors", "padded/README.md", "gguf/out-gguf-F16.gguf", "finetune.json"} <= set(result.files)
-    places = [tmp_path / "out" / "hf", tmp_path / "out" / "padded"]
-    loaded = loaded_elsewhere(places, tiny_windows(2, 24), tmp_path)
-    hf, padded = (loaded[place]["logits"] for place in places)
-    assert torch.allclose(hf, padded, atol=1e-4)
-    assert torch.allclose(hf, logits_in(places[0]), atol=1e-4)
-    with pytest.raises(UsageError, match="pass one of them"):
-        finetuned(tmp_path / "out", tmp_path / "again")
+    result = finetuned(folder, tmp_path / "out", formats=(fmt, "gguf"))
+    assert {"model.safetensors", "README.md", "out-F16.gguf", "finetune.json"} <= set(result.files)
+    loaded = loaded_elsewhere([tmp_path / "out"], tiny_windows(2, 24), tmp_path)
+    assert torch.allclose(loaded[tmp_path / "out"]["logits"], logits_in(tmp_path / "out"), atol=1e-4)
     with pytest.raises(UsageError, match="exists"):
         finetuned(folder, tmp_path / "out")
     finetuned(folder, tmp_path / "out", force=True)
-    assert not (tmp_path / "out" / "gguf").exists()
+    assert not list((tmp_path / "out").glob("*.gguf"))
+
+
+def test_a_folder_with_a_gguf_beside_is_fine_tuned_into_the_same_formats(tmp_path: Path) -> None:
+    first = finetuned(exported(tmp_path / "pruned"), tmp_path / "out", formats=("hf", "gguf"))
+    again = finetuned(tmp_path / "out", tmp_path / "again")
+    assert again.formats == first.formats == ("hf", "gguf")
 
 
 def test_card_and_curve_say_what_was_done(tmp_path: Path) -> None:
