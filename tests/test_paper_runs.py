@@ -1,0 +1,145 @@
+"""benchmarks/paper_tables.py with a scripted `selfpruner`: which cells it runs, and what a failure or a kill leaves."""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.paper.cells import Cell, CellStore, Failed
+from benchmarks.paper.making import CellMaker
+from benchmarks.paper.running import Failure, SubprocessRunner, load_outcomes
+from benchmarks.paper.settings import PaperSettings, read_settings
+from benchmarks.paper.wanted import wanted_tables
+from tests.paper import SMALL, make, markdown
+from tests.scripted_runner import ScriptedRunner, search, value_of
+
+
+def test_what_has_been_run_is_not_run_again(tmp_path: Path) -> None:
+    assert make(tmp_path, SMALL, ScriptedRunner()) == 0
+    first = markdown(tmp_path)
+    again = ScriptedRunner()
+    assert make(tmp_path, SMALL, again) == 0
+    assert not again.asked and markdown(tmp_path) == first
+    further = ScriptedRunner()
+    assert make(tmp_path, SMALL | {"rates": [0.3, 0.4]}, further) == 0
+    assert len(further.asked) == 2
+
+
+def test_other_texts_are_other_cells(tmp_path: Path) -> None:
+    assert make(tmp_path, SMALL, ScriptedRunner()) == 0
+    other = ScriptedRunner()
+    assert make(tmp_path, SMALL, other, "--set", "texts.seqlen=128") == 0
+    assert len(other.asked) == 3
+
+
+def test_a_failed_cell_stops_no_other_and_is_tried_again(tmp_path: Path) -> None:
+    failing = ScriptedRunner(lambda arguments: Failure("out of luck") if "owl" in arguments else None)
+    settings = {"models": ["tiny"], "rates": [0.3]}
+    assert make(tmp_path, settings, failing) == 1
+    assert len(failing.asked) == 5
+    assert "| 30% | OWL | failed (1) |" in markdown(tmp_path) and "1. out of luck" in markdown(tmp_path)
+    assert "| 30% | Self-Pruner | 11.00 |" in markdown(tmp_path)
+    mended = ScriptedRunner()
+    assert make(tmp_path, settings, mended) == 0
+    assert [value_of(arguments, "--allocate") for arguments in mended.asked] == ["owl"]
+    assert "| 30% | OWL | 12.00 |" in markdown(tmp_path)
+
+
+def test_what_needs_a_failed_cell_is_not_run(tmp_path: Path) -> None:
+    runner = ScriptedRunner(lambda arguments: Failure("no memory") if arguments[0] == "export" else None)
+    assert make(tmp_path, {"models": ["tiny"], "tables": [7], "rates": [0.3]}, runner) == 1
+    assert runner.commands() == ["run", "export"]
+    assert "failed before it: no memory" in markdown(tmp_path)
+
+
+@pytest.mark.parametrize("answer", [search(3.0, finished=False), {"best": None, "finished": True}, {}])
+def test_an_answer_without_its_figure_is_a_failure(tmp_path: Path, answer: dict[str, Any]) -> None:
+    runner = ScriptedRunner(lambda arguments: answer if arguments[0] == "run" else None)
+    assert make(tmp_path, SMALL | {"methods": ["self-pruner"]}, runner) == 1
+    assert "failed (1)" in markdown(tmp_path)
+
+
+def test_a_half_written_cell_is_run_again(tmp_path: Path) -> None:
+    assert make(tmp_path, SMALL, ScriptedRunner()) == 0
+    (cell,) = (tmp_path / "out" / "cells").glob("run-*.json")
+    cell.write_text(cell.read_text()[:40])
+    again = ScriptedRunner()
+    assert make(tmp_path, SMALL, again) == 0
+    assert again.commands() == ["run"]
+
+
+def test_an_interrupted_call_writes_its_tables_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    def say(arguments: Sequence[str]) -> None:
+        if arguments[0] == "run":
+            os.kill(os.getpid(), signal.SIGINT)
+
+    assert make(tmp_path, SMALL, ScriptedRunner(say)) == 128 + signal.SIGINT
+    assert "| 30% | Wanda-sp | 13.00 |" in markdown(tmp_path) and "| 30% | Self-Pruner | – |" in markdown(tmp_path)
+    again = ScriptedRunner()
+    assert make(tmp_path, SMALL, again) == 0
+    assert again.commands() == ["run"]
+
+
+def test_progress_says_which_cell_and_how_many(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    settings = SMALL | {"models": [{"name": "tiny", "billions": 1}], "reconstruction": ["none", "least-squares"]}
+    assert make(tmp_path, settings, ScriptedRunner()) == 0
+    said = capsys.readouterr().err.splitlines()
+    assert said[0].startswith("paper_tables: 1 of 5: evaluate tiny, dense; about 12 s, with all that is left ")
+    assert said[4].startswith("paper_tables: 5 of 5: run tiny, self-pruner at 30%, least-squares; about ")
+
+
+def test_render_runs_nothing(tmp_path: Path) -> None:
+    runner = ScriptedRunner()
+    assert make(tmp_path, SMALL, runner, "--render") == 0
+    assert not runner.asked and "| 0% | Dense | – |" in markdown(tmp_path)
+
+
+def test_a_cells_id_may_name_a_search_and_depends_on_what_is_run() -> None:
+    settings = PaperSettings.model_validate({"models": ["An/Extremely-Long.Name_of_a_model-that-goes-on"]})
+    maker = CellMaker(settings)
+    cells = [maker.search(settings.models[0], "self-pruner-best", rate, "none") for rate in (0.3, 0.12345)]
+    assert len({cell.id for cell in cells}) == 2 and all(len(cell.id) <= 64 for cell in cells)
+    for cell in cells:
+        assert cell.id == Cell.model_validate_json(cell.model_dump_json()).id
+    assert cells[0].model_copy(update={"tokens": 1.0, "note": "other"}).id == cells[0].id
+
+
+def test_two_at_once_in_one_folder_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def say(arguments: Sequence[str]) -> None:
+        assert make(tmp_path, SMALL, ScriptedRunner()) == 2
+
+    assert make(tmp_path, SMALL, ScriptedRunner(say)) == 0
+    assert "are being made by another process" in capsys.readouterr().err
+
+
+def test_the_outcomes_are_kept_with_what_was_run(tmp_path: Path) -> None:
+    assert make(tmp_path, SMALL, ScriptedRunner()) == 0
+    settings = read_settings(tmp_path / "tables.yaml")
+    cells = [cell for table in wanted_tables(settings) for cell in table.cells]
+    store = CellStore(tmp_path / "out")
+    outcomes = load_outcomes(cells, store)
+    assert {outcome.kind for outcome in outcomes.values()} == {"measured"}
+    store.keep(cells[0], Failed(sentence="later"))
+    assert store.load(cells[0]) == Failed(sentence="later")
+    kept = json.loads((tmp_path / "out" / "cells" / f"{cells[0].id}.json").read_text())
+    assert kept["cell"]["model"] == "tiny"
+
+
+def test_a_command_that_fails_is_its_one_sentence(tmp_path: Path) -> None:
+    answer = SubprocessRunner().run(["evaluate", "--model", "no/such/folder", "--json"], tmp_path / "log")
+    assert answer == Failure("give --data, the text to measure on")
+
+
+def test_a_command_that_is_killed_says_by_what(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    script = tmp_path / "python"
+    script.write_text("#!/bin/sh\nkill -9 $$\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    assert SubprocessRunner().run(["evaluate"], tmp_path / "log") == Failure(
+        "ended by SIGKILL: memory may have run out"
+    )

@@ -1,0 +1,112 @@
+"""The settings of benchmarks/paper_tables.py, and the hours that they are estimated to take."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.paper.cells import Measured, with_needs
+from benchmarks.paper.commands import command
+from benchmarks.paper.costs import LOADING, STARTING, UTILISATION, CostModel
+from benchmarks.paper.making import CellMaker
+from benchmarks.paper.settings import PaperSettings, read_settings
+from benchmarks.paper.wanted import wanted_tables
+from benchmarks.paper_tables import main
+from tests.paper import ALL, ONE_TEXT, SMALL, make
+from tests.scripted_runner import ScriptedRunner
+
+
+def test_an_estimate_says_hours_and_runs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runner = ScriptedRunner()
+    assert make(tmp_path, ALL, runner, "--estimate", "--tflops", "100") == 0
+    said = capsys.readouterr().out
+    assert not runner.asked and not (tmp_path / "out").exists()
+    assert "speed meta-llama/Llama-2-7b-hf, self-pruner at 50%" in said and "assumed" in said
+    assert make(tmp_path, SMALL, runner, "--estimate") == 0
+    assert "3 of models of unknown size: give `billions` of these" in capsys.readouterr().out
+
+
+def test_before_any_cell_the_estimate_is_the_peaks() -> None:
+    settings = PaperSettings.model_validate({"models": [{"name": "m", "billions": 1}], "texts": ONE_TEXT})
+    cell = CellMaker(settings).perplexity(settings.models[0], "dense", 0.0, "none")
+    assert cell.tokens == 2 * 64 + 2 * 64
+    cost = CostModel(settings.models, [cell], {}, tflops=50)
+    work = 1e9 * 256 * 2 / (UTILISATION * 50e12)
+    assert cost.seconds(cell) == pytest.approx(STARTING + 2e9 / LOADING + work)
+    assert cost.basis(cell) == "assumed"
+
+
+def test_finished_cells_calibrate_the_estimate_of_other_models() -> None:
+    models = [{"name": "small", "billions": 1}, {"name": "large", "billions": 10}]
+    settings = PaperSettings.model_validate({"models": models, "texts": ONE_TEXT, "rates": [0.5]})
+    maker = CellMaker(settings)
+    done, same, larger, searched = (
+        maker.perplexity(settings.models[0], "dense", 0.0, "none"),
+        maker.perplexity(settings.models[0], "wanda-sp", 0.5, "none"),
+        maker.perplexity(settings.models[1], "dense", 0.0, "none"),
+        maker.search(settings.models[0], "self-pruner", 0.5, "none"),
+    )
+    start = STARTING + 2e9 / LOADING
+    outcome = Measured(answer={"perplexity": 1.0, "parameters": {"total_before": 1}}, seconds=start + 30)
+    cost = CostModel(settings.models, [done, same, larger, searched], {done.id: outcome})
+    # Dense and pruned on 256 tokens each, the second time in half the time, and 256 calibration tokens.
+    assert cost.seconds(same) == pytest.approx(start + 30 * (256 + 128 + 256) / 256)
+    assert cost.seconds(larger) == pytest.approx(STARTING + 20 + 300)
+    assert (cost.basis(same), cost.basis(searched)) == ("1 of its kind", "1 of other kinds")
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"models": []}, "models cannot be '[]'"),
+        ({"models": ["m"], "rate": [0.3]}, "there is no setting 'rate'; did you mean 'rates'?"),
+        ({"models": ["m"], "texts": {"seqlength": 64}}, "did you mean 'texts.seqlen'?"),
+        ({"models": ["m"], "rates": [1.5]}, "a pruning rate is above 0 and at most 0.9"),
+        ({"models": ["m"], "methods": ["luck"]}, "methods.0 cannot be 'luck'"),
+        ({"models": ["m"], "tables": [8]}, "tables.0 cannot be '8'"),
+        ({"models": ["m"], "tables": [2]}, "give the section zero_shot"),
+        ({"models": ["m"], "texts": {"fitness": "self"}}, "give fitness_windows"),
+        ({"models": ["m"], "tables": [6], "texts": {**ONE_TEXT, "report": "self"}}, "give no text `self`"),
+        ({"models": ["m"], "searches": {"self-pruner": {"config": "configs/none.yaml"}}}, "there is no settings file"),
+        (
+            {"models": ["m"], "searches": {"self-pruner": {"config": "configs/paper.yaml", "set": {"search.pop": 3}}}},
+            "there is no setting 'search.pop'",
+        ),
+        (
+            {"models": ["m"], "tables": [4], "llms": [{"name": "a", "set": {"llm.endpoints": [{"api_key": "s3"}]}}]},
+            "give keys of LLM endpoints as api_key_file",
+        ),
+    ],
+)
+def test_bad_settings_are_told_in_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], settings: dict[str, Any], sentence: str
+) -> None:
+    runner = ScriptedRunner()
+    assert make(tmp_path, settings, runner) == 2
+    said = capsys.readouterr().err
+    assert sentence in said and said.count("\n") == 1 and "s3" not in said
+    assert not runner.asked and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("text", ["models: [", "just words", "- a", "\0"])
+def test_what_is_no_yaml_mapping_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str) -> None:
+    file = tmp_path / "tables.yaml"
+    file.write_text(text)
+    assert main([str(file)], ScriptedRunner()) == 2
+    assert main([str(tmp_path / "none.yaml")], ScriptedRunner()) == 2
+    assert capsys.readouterr().err.count("\n") == 2
+
+
+@pytest.mark.parametrize("override", ["texts", "=3", "models.name=3", "rates=["])
+def test_a_bad_override_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str) -> None:
+    assert make(tmp_path, SMALL, ScriptedRunner(), "--set", override) == 2
+    assert "--set" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["smollm2", "llama-2-7b", "llama-2-70b"])
+def test_the_files_beside_the_harness_can_be_run(name: str) -> None:
+    settings = read_settings(Path(__file__).parent.parent / "benchmarks" / "paper" / f"{name}.yaml")
+    tables = wanted_tables(settings)
+    assert [found.number for found in tables] == list(settings.tables)
+    for cell in with_needs(each for found in tables for each in found.cells):
+        assert command(cell, Path("out"))[0] == cell.what
