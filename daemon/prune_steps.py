@@ -1,5 +1,6 @@
 """What `selfpruner prune` does after its search: export, fine-tune, load again; and what of it is done already."""
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -42,6 +43,8 @@ class Written(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     asked: dict[str, str]
+    facts: str
+    """SHA-256 of what the folder says of itself: another search may have taken its place since."""
     exported: ExportResult
     finetuned: FinetuneResult | None
 
@@ -61,13 +64,14 @@ def recipe(data: str, settings: Settings) -> Recipe:
 
 def written_before(goal: Goal, settings: Settings) -> Written | None:
     """What an earlier call with the same flags has written; None where there is nothing, or it is to be replaced."""
-    if goal.force or not (goal.out / FACTS).is_file():
+    if goal.force:
         return None
     try:
         found = Written.model_validate_json((settings.folder / "written.json").read_bytes())
+        facts = _facts(goal)
     except (OSError, ValidationError):
         return None
-    return found if found.asked == _asked(goal, settings) else None
+    return found if (found.asked, found.facts) == (_asked(goal, settings), facts) else None
 
 
 def write(request: PruningRequest, goal: Goal, settings: Settings) -> Written:
@@ -76,9 +80,13 @@ def write(request: PruningRequest, goal: Goal, settings: Settings) -> Written:
         exported, tuned = _export(request, goal), None
     else:
         exported, tuned = _finetuned(request, goal, settings)
-    written = Written(asked=_asked(goal, settings), exported=exported, finetuned=tuned)
+    written = Written(asked=_asked(goal, settings), facts=_facts(goal), exported=exported, finetuned=tuned)
     replace(settings.folder / "written.json", written.model_dump_json() + "\n")
     return written
+
+
+def _facts(goal: Goal) -> str:
+    return hashlib.sha256((goal.out / FACTS).read_bytes()).hexdigest()
 
 
 def _asked(goal: Goal, settings: Settings) -> dict[str, str]:

@@ -94,6 +94,9 @@ def test_killed_in_its_last_checks_the_same_command_goes_on_there(tmp_path: Path
         command(*arguments(target, "--budget", "8")), cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True
     )
     assert other.returncode == 2 and "--force to replace it" in other.stderr, "another budget is another model"
+    finished(tmp_path, *arguments(target, "--budget", "4", "--set", "search.seed=1", "--force"))
+    taken = subprocess.run(command(*options), cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
+    assert taken.returncode == 2 and "--force to replace it" in taken.stderr, "another search's model stands there now"
 
 
 def test_killed_in_its_search_the_same_command_goes_on(tmp_path: Path, target: Path) -> None:
