@@ -143,16 +143,19 @@ def calibrate(decoder: Decoder, windows: Tensor, progress: Progress = no_progres
 
 
 def input_products(decoder: Decoder, windows: Tensor, progress: Progress = no_progress) -> Iterator[LayerProducts]:
-    """Run the model as it is over `windows` (long, [n, seqlen]); then, layer by layer, its products.
+    """Run the model as it is over `windows` (long, [n, seqlen]); then hand out its products, layer by layer.
 
     Each layer's sums are let go as the next one's are asked for: of a large model they are many gigabytes.
     """
     with watching(ProductWatch, *decoder.layers) as watches:
         _run(decoder, windows, progress, "measuring products")
-    waiting = list(reversed(watches))
-    del watches
-    while waiting:
-        yield waiting.pop().products()
+    return _handed_out(list(reversed(watches)))
+
+
+def _handed_out(watches: list[ProductWatch]) -> Iterator[LayerProducts]:
+    """The last one first, which is forgotten then."""
+    while watches:
+        yield watches.pop().products()
 
 
 def _run(decoder: Decoder, windows: Tensor, progress: Progress, stage: str) -> None:

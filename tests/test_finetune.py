@@ -117,6 +117,16 @@ def test_a_gguf_lies_beside_what_transformers_loads(tmp_path: Path, fmt: Format)
     assert not list((tmp_path / "out").glob("*.gguf"))
 
 
+def test_it_makes_no_difference_which_format_is_written(tmp_path: Path) -> None:
+    folder = exported(tmp_path / "pruned")
+    places = [tmp_path / "hf", tmp_path / "padded"]
+    finetuned(folder, places[0], formats=("hf",))
+    finetuned(folder, places[1], formats=("padded",))
+    loaded = loaded_elsewhere(places, tiny_windows(2, 24), tmp_path)
+    hf, padded = (loaded[folder]["logits"] for folder in places)
+    assert torch.allclose(hf, padded, atol=1e-4)
+
+
 def test_a_folder_with_a_gguf_beside_is_fine_tuned_into_the_same_formats(tmp_path: Path) -> None:
     first = finetuned(exported(tmp_path / "pruned"), tmp_path / "out", formats=("hf", "gguf"))
     again = finetuned(tmp_path / "out", tmp_path / "again")

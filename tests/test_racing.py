@@ -184,6 +184,7 @@ def test_a_text_too_short_to_race_on_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"at least 4 windows.*has 2"):
         check_race(0.9, None, 2)
     check_race(0.9, None, LEAST_RACE + 1)
+    check_race(None, None, 1)
     check_race(None, None, 0)
 
 
