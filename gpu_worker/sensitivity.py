@@ -1,7 +1,6 @@
 """How much each unit matters: the rise of log-perplexity when it alone is pruned."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,8 +11,7 @@ from gpu_worker.layerwise import LayerCall, record_calls
 from gpu_worker.perplexity import NotFiniteError, hidden_loss
 from gpu_worker.progress import Progress, no_progress, steps
 from gpu_worker.pruning import OrderedModel
-from protocol.alone import pruned_alone, removed_alone
-from protocol.card import Curve
+from protocol.alone import pruned_alone
 from protocol.plan import LayerPlan, dense_plan
 from protocol.shape import Unit
 from protocol.spec import SearchSpec
@@ -28,20 +26,6 @@ def measure_sensitivity(
 ) -> tuple[float, ...]:
     """Per unit of the spec's granularity, the rise of log-perplexity when it alone loses the spec's rate.
 
-    As `measure_curves` does.
-    """
-    return tuple(curve[0][1] for curve in measure_curves(ordered, spec, text, (spec.rate,), progress))
-
-
-def measure_curves(
-    ordered: OrderedModel,
-    spec: SearchSpec,
-    text: Tensor,
-    rates: Sequence[float],
-    progress: Progress = no_progress,
-) -> tuple[Curve, ...]:
-    """Per unit of the spec's granularity, at each of `rates`: the share that it loses, alone, and the rise that costs.
-
     Measured on the beginnings of the first two windows of `text` (long, [n, seqlen]). Layers below the pruned one
     compute what they do in the dense model, so their output is kept and only the rest is run. The model is dense
     before and after. Raises NotFiniteError where the dense model is broken; a unit that breaks the model when pruned
@@ -49,20 +33,10 @@ def measure_curves(
     """
     ordered.restore()
     shape = ordered.decoder.shape
-    units = shape.units(spec.granularity)
-    curves = []
     with torch.inference_mode():
         run = _DenseRun.of(ordered.decoder, text[:WINDOWS, : max(2, TOKENS // WINDOWS)])
-        for unit in steps(progress, "measuring sensitivity", units):
-            rises: dict[LayerPlan, float] = {}  # several rates may be the same plan
-            points = []
-            for rate in rates:
-                plan = pruned_alone(unit, spec, shape, rate)
-                if plan not in rises:
-                    rises[plan] = _rise(ordered, run, unit, plan)
-                points.append((removed_alone(unit, spec, shape, rate), rises[plan]))
-            curves.append(tuple(points))
-    return tuple(curves)
+        units = steps(progress, "measuring sensitivity", shape.units(spec.granularity))
+        return tuple(_rise(ordered, run, unit, pruned_alone(unit, spec, shape)) for unit in units)
 
 
 def _rise(ordered: OrderedModel, run: "_DenseRun", unit: Unit, plan: LayerPlan) -> float:

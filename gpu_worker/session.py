@@ -13,10 +13,9 @@ from gpu_worker.families import Decoder
 from gpu_worker.perplexity import NotFiniteError, checked_perplexity, perplexity_of, window_loss
 from gpu_worker.progress import Progress, no_progress, steps
 from gpu_worker.racing import is_beaten
-from gpu_worker.sensitivity import measure_curves
+from gpu_worker.sensitivity import measure_sensitivity
 from gpu_worker.target import Share, Target
 from protocol.allocation import OUTLIER_THRESHOLD
-from protocol.alone import curve_rates
 from protocol.candidate import Measured, Race, Stopped, Text
 from protocol.card import DensePerplexity, ModelCard
 from protocol.errors import DataError, ModelError
@@ -106,18 +105,14 @@ class Session:
         texts = self.target.texts
         dense = self._dense("fitness", texts.fitness, progress)
         report = None if texts.report is None else self._dense("report", texts.report, progress)
-        rates = curve_rates(self.spec)
-        curves = (
-            measure_curves(self.target.ordered, self.spec, texts.calibration, rates, progress) if sensitivity else ()
-        )
+        rises = measure_sensitivity(self.target.ordered, self.spec, texts.calibration, progress) if sensitivity else ()
         return ModelCard(
             fingerprint=self.spec.fingerprint,
             model=self.spec.model,
             shape=self.shape,
             dense=dense,
             dense_report=report,
-            sensitivity=tuple(curve[rates.index(self.spec.rate)][1] for curve in curves),
-            curves=curves,
+            sensitivity=rises,
             outliers=self.target.outliers,
             texts=texts.digest,
             device=device_name(self.target.model.device),

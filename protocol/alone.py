@@ -4,24 +4,15 @@ from protocol.plan import LayerPlan, Plan, attention_levels, dense_plan, heads_n
 from protocol.shape import ModelShape, Unit
 from protocol.spec import SearchSpec
 
-CURVE_STEPS = (0.5, 1.0, 2.0)
-"""Times the pruning rate: the points of a damage curve."""
-HIGHEST = 0.95
 
-
-def curve_rates(spec: SearchSpec) -> tuple[float, ...]:
-    """The rates at which a unit's damage is measured."""
-    return tuple(min(step * spec.rate, HIGHEST) for step in CURVE_STEPS)
-
-
-def pruned_alone(unit: Unit, spec: SearchSpec, shape: ModelShape, rate: float | None = None) -> LayerPlan:
-    """What the unit's layer keeps when this unit alone loses `rate` (the spec's), or as much as leaves it working.
+def pruned_alone(unit: Unit, spec: SearchSpec, shape: ModelShape) -> LayerPlan:
+    """What the unit's layer keeps when this unit alone loses the spec's rate, or as much as leaves it working.
 
     A layer is pruned with the spec's split; an MLP loses the rate's share of its channels; attention takes the
     rectangular shape that the rate allows, and loses at least its smallest removable piece: at a low rate that shape
     would be the whole block, and a sensitivity of zero would say that it may be pruned for nothing.
     """
-    rate = min(spec.rate if rate is None else rate, unit.highest_rate)
+    rate = min(spec.rate, unit.highest_rate)
     whole = dense_plan(shape).layers[unit.layer]
     if unit.kind == "layer":
         rates = [rate if i == unit.layer else 0.0 for i in range(len(shape.layers))]
@@ -40,9 +31,9 @@ def _fewer_channels(whole: LayerPlan, count: int) -> LayerPlan:
     return whole.model_copy(update={"mlp_channels": max(1, whole.mlp_channels - count)})
 
 
-def removed_alone(unit: Unit, spec: SearchSpec, shape: ModelShape, rate: float | None = None) -> float:
+def removed_alone(unit: Unit, spec: SearchSpec, shape: ModelShape) -> float:
     """The share of the unit's parameters that `pruned_alone` removes."""
-    whole, kept = dense_plan(shape), pruned_alone(unit, spec, shape, rate)
+    whole, kept = dense_plan(shape), pruned_alone(unit, spec, shape)
     layers = [kept if i == unit.layer else layer for i, layer in enumerate(whole.layers)]
     left = Plan(layers=tuple(layers)).decoder_parameters(shape)
     return (shape.decoder_parameters - left) / unit.parameters

@@ -15,10 +15,6 @@ class DensePerplexity(BaseModel):
     seconds: float
 
 
-Curve = tuple[tuple[float, float], ...]
-"""A unit's damage: shares of its parameters that it loses, alone, and the rise of log-perplexity at each; by share."""
-
-
 class ModelCard(BaseModel):
     """The target model as measured by a worker. All workers of a search have to agree on it."""
 
@@ -32,8 +28,6 @@ class ModelCard(BaseModel):
     dense_report: DensePerplexity | None
     sensitivity: tuple[float, ...]
     """Per unit of the search: rise of log-perplexity when this unit alone is pruned by the search's rate."""
-    curves: tuple[Curve, ...] = ()
-    """Per unit of the search: the same at a few rates. None where it was not measured."""
     outliers: tuple[float, ...] = ()
     """Per layer: OWL's share of outliers, in percent (M = 5). None where importance is not `wanda-sp`."""
     texts: str

@@ -35,16 +35,10 @@ def truth(plan: Plan, shape: ModelShape, granularity: Granularity) -> float:
     return damage + 0.3 * damage**2
 
 
-def card_curves(granularity: Granularity) -> tuple[tuple[tuple[float, float], ...], ...]:
-    """As a worker measures them: each unit alone, and not quite what it costs among others."""
+def card_sensitivity(granularity: Granularity) -> tuple[float, ...]:
+    """As a worker measures it: each unit alone, and not quite what it costs among others."""
     count = len(WIDE.units(granularity))
-    return tuple(
-        tuple(
-            (share, (0.3 + (7 * i) % 5) * share**2 / count * (0.6 + 0.8 * ((3 * i) % 4) / 3))
-            for share in (0.15, 0.3, 0.6)
-        )
-        for i in range(count)
-    )
+    return tuple((0.3 + (7 * i) % 5) * 0.3**2 / count * (0.6 + 0.8 * ((3 * i) % 4) / 3) for i in range(count))
 
 
 def member(view: View, rates: Sequence[float], *, round_: int = 0, parents: tuple[str, ...] = ()) -> Member:
@@ -58,8 +52,7 @@ def member(view: View, rates: Sequence[float], *, round_: int = 0, parents: tupl
 
 def view_of(granularity: Granularity, measured: int) -> View:
     spec = spec_of(granularity)
-    curves = card_curves(granularity)
-    card = CARD.model_copy(update={"shape": WIDE, "curves": curves, "sensitivity": tuple(c[1][1] for c in curves)})
+    card = CARD.model_copy(update={"shape": WIDE, "sensitivity": card_sensitivity(granularity)})
     empty = View(spec, card, 1, ())
     rng = random.Random(1)
     members = {
@@ -89,7 +82,7 @@ def error_of(view: View, seed: int = 99) -> tuple[float, float]:
 
 
 @pytest.mark.parametrize("granularity", ["layer", "block"])
-def test_the_surrogate_knows_the_curves_before_anything_is_measured_and_learns_from_outcomes(
+def test_the_surrogate_knows_the_sensitivity_before_anything_is_measured_and_learns_from_outcomes(
     granularity: Granularity,
 ) -> None:
     before, far = error_of(view_of(granularity, 0))
@@ -105,14 +98,13 @@ def test_the_surrogate_is_exact_where_units_add_up_as_the_card_says() -> None:
     surrogate = Surrogate(view)
     assert surrogate.guess(plan) == pytest.approx(sum(surrogate.of_unit(i, share) for i, share in enumerate(shares)))
     one = (0.3,) + (0.0,) * (LAYERS - 1)
-    assert sum(surrogate.of_unit(i, r) for i, r in enumerate(one)) == pytest.approx(view.card.curves[0][1][1])
+    assert sum(surrogate.of_unit(i, r) for i, r in enumerate(one)) == pytest.approx(view.card.sensitivity[0], rel=0.05)
 
 
-def test_without_curves_the_sensitivity_is_all_it_has_and_without_that_all_units_are_alike() -> None:
+def test_without_sensitivity_all_units_are_alike() -> None:
     view = view_of("layer", 0)
-    known = View(view.spec, view.card.model_copy(update={"curves": ()}), 1, ())
-    assert Surrogate(known).of_unit(3, 0.5) > Surrogate(known).of_unit(5, 0.5)
-    alike = View(view.spec, view.card.model_copy(update={"curves": (), "sensitivity": ()}), 1, ())
+    assert Surrogate(view).of_unit(3, 0.5) > Surrogate(view).of_unit(5, 0.5)
+    alike = View(view.spec, view.card.model_copy(update={"sensitivity": ()}), 1, ())
     assert Surrogate(alike).of_unit(3, 0.5) == pytest.approx(Surrogate(alike).of_unit(5, 0.5))
 
 
