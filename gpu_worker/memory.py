@@ -45,6 +45,8 @@ class Workload:
     takes_gradients: bool = False
     measures_sensitivity: bool = False
     """Whether each layer's input is kept for a batch of tokens."""
+    eliminates: bool = False
+    """Whether pieces are scored by backward elimination."""
     reconstructs: Literal["no", "layer by layer", "all layers"] = "no"
     """What stays of o and down is fitted, and of how many layers at a time the products of inputs are kept."""
     training: Training | None = None
@@ -60,6 +62,7 @@ class Workload:
             predicted_tokens=sum(_tokens(text) for text in measured) if spec.measure == "kl" else 0,
             writes_text=any(text.source == "self" for text in texts),
             takes_gradients=spec.importance == "taylor",
+            eliminates=spec.importance == "obs",
             # A search always does, an allocation where its method is that; the spec does not say which it is for.
             measures_sensitivity=True,
             reconstructs=_reconstructs(spec),
@@ -214,14 +217,21 @@ def _gathered(shape: ModelShape, layer: LayerShape, reconstructs: bool) -> int:
 
 
 def _fitting(shape: ModelShape, workload: Workload) -> int:
-    """Values kept for reconstruction: a square for the inputs of o and down and their columns, and what is at work."""
-    if workload.reconstructs == "no":
-        return 0
+    """Values kept for reconstruction: a square for the inputs of o and down and their columns, and what is at work.
+
+    Scoring by elimination keeps the squares of all layers too, but before anything is fitted.
+    """
     sizes = [(layer.query_heads * shape.head_dim, layer.mlp_channels) for layer in shape.layers]
+    widest = max(n for each in sizes for n in each)
+    squares = sum(n * n for each in sizes for n in each)
+    # Of one projection: damped products, those that are left, their factor and inverse, and two weights in fp32.
+    eliminating = squares + widest * (4 * widest + 2 * shape.hidden_size) if workload.eliminates else 0
+    if workload.reconstructs == "no":
+        return eliminating
     kept = [sum(n * (n + shape.hidden_size) for n in each) for each in sizes]
     # One layer's damped products, their factor, and a weight in fp32.
-    at_work = max(n * (2 * n + shape.hidden_size) for each in sizes for n in each)
-    return at_work + (sum(kept) if workload.reconstructs == "all layers" else max(kept))
+    at_work = widest * (2 * widest + shape.hidden_size)
+    return max(eliminating, at_work + (sum(kept) if workload.reconstructs == "all layers" else max(kept)))
 
 
 @dataclass(frozen=True)

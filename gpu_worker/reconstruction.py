@@ -38,12 +38,7 @@ class FittedColumns:
         Raises NotFiniteError where the products are no numbers.
         """
         self.stored = stored
-        damped = products.float().clone()
-        strength = damped.diagonal().mean()
-        if not strength.isfinite():
-            raise NotFiniteError("what enters a projection on the calibration text is no finite number")
-        damped.diagonal().add_(DAMPING * strength.clamp_min(LEAST_STRENGTH))
-        self._factor = _factor(damped)
+        self._factor = factored(damped(products))
         self._target = self._factor.t() @ stored.flatten(0, -2).float()
 
     def first(self, *counts: int) -> Tensor:
@@ -61,13 +56,23 @@ class FittedColumns:
             factor, target = self._factor[: len(where), : len(where)], self._target[: len(where)]
         else:
             rows = self._factor[where.to(self._factor.device)]
-            factor = _factor(rows @ rows.t())
+            factor = factored(rows @ rows.t())
             target = torch.linalg.solve_triangular(factor, rows @ self._target, upper=False)
         fitted: Tensor = torch.linalg.solve_triangular(factor.t(), target, upper=True)
         return fitted.to(self.stored.dtype).t()
 
 
-def _factor(products: Tensor) -> Tensor:
+def damped(products: Tensor) -> Tensor:
+    """G = E[x·xᵀ] + λ·I, in fp32. Raises NotFiniteError where the products are no numbers."""
+    strength = products.diagonal().mean()
+    if not strength.isfinite():
+        raise NotFiniteError("what enters a projection on the calibration text is no finite number")
+    sums = products.float().clone()
+    sums.diagonal().add_(DAMPING * strength.clamp_min(LEAST_STRENGTH))
+    return sums
+
+
+def factored(products: Tensor) -> Tensor:
     """The lower Cholesky factor, in the products' type. Raises NotFiniteError where rounding has left none to find."""
     factor, failed = torch.linalg.cholesky_ex(products)
     if bool(failed):  # fp32 is not enough for these

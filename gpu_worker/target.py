@@ -7,6 +7,8 @@ from torch import Tensor
 
 from gpu_worker.calibration import LayerActivations, calibrate, input_products
 from gpu_worker.corpora import Texts, load_texts
+from gpu_worker.elimination import optimal_brain_surgeon
+from gpu_worker.families import Decoder
 from gpu_worker.gradients import gradient_salience
 from gpu_worker.importance import LayerImportance, grouped, magnitude, wanda_sp
 from gpu_worker.memory import Workload
@@ -109,8 +111,22 @@ def score(
     if spec.importance == "taylor":
         salience = gradient_salience(decoder, windows, progress)
         return [grouped(each, shape) for each, (_, shape) in zip(salience, layers, strict=True)]
+    if spec.importance == "obs":
+        return _eliminated(decoder, windows, progress)
     each_layer = steps(progress, "scoring", layers)
     return [wanda_sp(layer, each, shape) for each, (layer, shape) in zip(seen, each_layer, strict=True)]
+
+
+def _eliminated(decoder: Decoder, windows: Tensor, progress: Progress) -> list[LayerImportance]:
+    """By backward elimination. Raises ModelError where what enters a projection is no number."""
+    layers = list(zip(decoder.layers, decoder.shape.layers, strict=True))
+    products = input_products(decoder, windows, progress)
+    try:
+        return [
+            optimal_brain_surgeon(layer, next(products), shape) for layer, shape in steps(progress, "scoring", layers)
+        ]
+    except NotFiniteError as error:
+        raise ModelError(f"the dense model is broken: {error}") from error
 
 
 def _load(spec: SearchSpec, progress: Progress) -> LoadedModel:

@@ -8,8 +8,9 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 from protocol.plan import Plan, Split, feasible_rates, make_plan
 from protocol.shape import Granularity, ModelShape
 
-Importance = Literal["wanda-sp", "taylor", "magnitude"]
-"""How heads and channels are scored: as FLAP's Wanda-sp, as LLM-Pruner, or by the size of their weights."""
+Importance = Literal["wanda-sp", "taylor", "magnitude", "obs"]
+"""How heads and channels are scored: as FLAP's Wanda-sp, as LLM-Pruner, by the size of their weights, or (optimal brain
+surgeon) by what it costs to do without them where the rest makes up for it."""
 Scoring = Literal["dense", "sequential"]
 """Once on the dense model, or for each plan anew, each layer on the already pruned layers below it (Wanda-sp only)."""
 Reconstruction = Literal["none", "least-squares"]

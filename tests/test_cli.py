@@ -85,7 +85,7 @@ def test_a_model_can_be_measured_as_it_is(target: Path, capsys: pytest.CaptureFi
 
 
 @pytest.mark.parametrize("scoring", ["dense", "sequential"])
-@pytest.mark.parametrize("importance", ["wanda-sp", "taylor", "magnitude"])
+@pytest.mark.parametrize("importance", ["wanda-sp", "taylor", "magnitude", "obs"])
 def test_evaluate_scores_as_it_is_told(
     target: Path, capsys: pytest.CaptureFixture[str], importance: str, scoring: str
 ) -> None:
