@@ -92,8 +92,8 @@ class SearchSettings(Section):
     split: Split = "equal"
     """At layer granularity, how heads and MLP share a rate: `equal` (the paper) or `mlp-first`."""
     importance: Importance = "wanda-sp"
-    """How heads and channels are scored: `wanda-sp`, `taylor` (LLM-Pruner), `magnitude` or `obs` (what the rest can make
-    up for goes first)."""
+    """How heads and channels are scored: `wanda-sp`, `taylor` (LLM-Pruner), `magnitude` or `obs` (what the rest can
+    make up for goes first)."""
     scoring: Scoring = "dense"
     """`dense`: once. `sequential`: for each candidate anew, each layer on the pruned ones below (only wanda-sp)."""
     reconstruction: Reconstruction = "none"
