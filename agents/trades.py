@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from agents.view import Member, Proposal, View
 from protocol.plan import attention_levels, unit_bounds
 
-SIZES = (0.02, 0.04, 0.08)
+SIZES = (0.03, 0.06, 0.12)
 """Parameters that change sides, as shares of a decoder layer's."""
 WIDE = 12
 """Units that are looked at on each side of a trade: those that promise most there."""
