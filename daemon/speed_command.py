@@ -35,7 +35,8 @@ def speed(
 ) -> None:
     """Say how many tokens per second a pruned folder and its dense model process and generate, side by side."""
     need("torch", "worker")
-    from gpu_worker.speed.engines import SpeedRequest, choose_engines, engines_named, exported_formats, multiples_of
+    from gpu_worker.export.folder import formats_in
+    from gpu_worker.speed.engines import SpeedRequest, choose_engines, engines_named, multiples_of
     from gpu_worker.speed.measuring import Length
 
     request = SpeedRequest(
@@ -53,7 +54,7 @@ def speed(
     if not baseline.strip():
         raise SettingsError("--baseline is empty: name the dense model")
     # Before torch is loaded, which takes seconds.
-    choose_engines(request.engines, exported_formats(request.folder))
+    choose_engines(request.engines, formats_in(request.folder))
     with at_work(baseline) as progress:
         from gpu_worker.speed.comparing import measure_speed
 

@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from daemon.cli import main
+from gpu_worker.export.folder import formats_in
 from gpu_worker.speed.engines import (
     ENGINES,
     EngineFacts,
     choose_engines,
     engines_named,
-    exported_formats,
     multiples_of,
 )
 from gpu_worker.speed.measuring import Length, Pair, Timing, alternate, compare
@@ -184,7 +184,7 @@ def test_models_that_do_not_fit_are_one_sentence() -> None:
 @pytest.mark.parametrize(
     ("mark", "sentence"),
     [
-        (None, "is no exported model, for it has no selfpruner.json"),
+        (None, "wrote: it has no selfpruner.json"),
         ("{", "does not say in which format"),
         ("[]", "does not say in which format"),
         ('{"format": "onnx"}', "names the unknown format 'onnx'; there are hf, padded, gguf"),
@@ -196,7 +196,7 @@ def test_a_folder_that_is_no_export_is_one_sentence(
     if mark is not None:
         (tmp_path / "selfpruner.json").write_text(mark)
     with pytest.raises(ModelError, match=sentence):
-        exported_formats(tmp_path)
+        formats_in(tmp_path)
     assert main(["speed", str(tmp_path), "--baseline", "smollm2"]) == 2
     assert sentence in capsys.readouterr().err
 

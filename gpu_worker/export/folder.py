@@ -1,15 +1,18 @@
 """An export folder that appears whole or not at all, and never takes the place of anything but an older export."""
 
 import errno
+import json
 import os
 import shutil
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 from safetensors import SafetensorError
 
-from protocol.errors import UsageError
+from protocol.errors import ModelError, UsageError
+from protocol.formats import Format, Formats
 
 MARK = "selfpruner.json"
 """The file that every export folder has, and by which an older one is known."""
@@ -17,6 +20,25 @@ MARK = "selfpruner.json"
 
 class ExportError(UsageError):
     """The folder cannot be written where it was asked for."""
+
+
+def formats_in(folder: Path) -> Formats:
+    """The formats of an exported folder, by what it says of itself. Raises ModelError where it is none."""
+    mark = folder / MARK
+    if not folder.is_dir():
+        raise ModelError(f"there is no folder {str(folder)!r}; pass one that `selfpruner export` wrote")
+    if not mark.is_file():
+        raise ModelError(f"{str(folder)!r} is no folder that `selfpruner export` wrote: it has no {MARK}")
+    try:
+        written = json.loads(mark.read_bytes())
+        found = tuple(written["formats"] if "formats" in written else [written["format"]])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ModelError(f"{str(mark)!r} does not say in which format the model was exported") from error
+    for each in found:
+        if each not in get_args(Format):
+            known = ", ".join(get_args(Format))
+            raise ModelError(f"{str(mark)!r} names the unknown format {each!r}; there are {known}")
+    return found
 
 
 def check_target(target: Path, *, force: bool) -> None:

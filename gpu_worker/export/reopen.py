@@ -8,7 +8,7 @@ import torch
 from pydantic import ValidationError
 
 from gpu_worker.export.facts import ExportFacts
-from gpu_worker.export.folder import MARK
+from gpu_worker.export.folder import MARK, formats_in
 from gpu_worker.importance import LayerImportance
 from gpu_worker.models import LoadedModel
 from gpu_worker.pruning import OrderedModel
@@ -42,12 +42,10 @@ class Exported:
 def read_exported(folder: Path) -> Exported:
     """What the folder says of itself. Raises ModelError where it is no export, or one that cannot be loaded again."""
     file = folder / MARK
-    if not file.is_file():
-        raise ModelError(f"{str(folder)!r} is no folder that `selfpruner export` wrote: it has no {MARK}")
+    formats = formats_in(folder)
     try:
         written = json.loads(file.read_bytes())
         fmt = written["format"]
-        formats = tuple(written.get("formats", [fmt]))
         facts = ExportFacts.model_validate({name: each for name, each in written.items() if name not in NOT_FACTS})
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         # pydantic's ValidationError is a ValueError, and a page long

@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from gpu_worker.export.folder import formats_in
 from gpu_worker.progress import Progress, no_progress
-from gpu_worker.speed.engines import SpeedRequest, choose_engines, exported_formats
+from gpu_worker.speed.engines import SpeedRequest, choose_engines
 from gpu_worker.speed.measuring import Pair, measured_batches, prefixed
 from gpu_worker.speed.sweep import plans_of, sweep
 from protocol.errors import ModelError, SettingsError, UsageError
@@ -21,7 +22,7 @@ def measure_speed(request: SpeedRequest, progress: Progress = no_progress) -> Sp
     Raises UsageError for a folder that is no export, a baseline that it cannot come of, an engine that is not there or
     cannot run it, and too little memory.
     """
-    formats = exported_formats(request.folder)
+    formats = formats_in(request.folder)
     engines, skipped = choose_engines(request.engines, formats)
     check_sweep(request, engines, formats)
     found: list[EngineSpeed] = []

@@ -1,15 +1,12 @@
 """Which engines there are, what of an exported folder each can run, and what is asked of them. No torch."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import get_args
 
-from gpu_worker.export.folder import MARK
 from gpu_worker.speed.measuring import WARM_UP, Length
-from protocol.errors import ModelError, SettingsError
+from protocol.errors import SettingsError
 from protocol.formats import Engine, Format, Formats, GgufType
 from protocol.spec import Dtype
 
@@ -61,26 +58,6 @@ def engines_named(names: Sequence[str]) -> tuple[Engine, ...]:
         if name not in ENGINES:
             raise SettingsError(f"there is no engine {name!r}; there are {', '.join(ENGINES)}")
     return tuple(dict.fromkeys(engine for name in names for engine in ENGINES if engine == name))
-
-
-def exported_formats(folder: Path) -> Formats:
-    """The formats of an exported folder. Raises ModelError where it is none."""
-    mark = folder / MARK
-    if not folder.is_dir():
-        raise ModelError(f"there is no folder {str(folder)!r}; pass one that `selfpruner export` wrote")
-    if not mark.is_file():
-        raise ModelError(f"the folder {str(folder)!r} is no exported model, for it has no {MARK}")
-    try:
-        written = json.loads(mark.read_text(encoding="utf-8"))
-        found = tuple(written["formats"] if "formats" in written else [written["format"]])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"{str(mark)!r} does not say in which format the model was exported") from error
-    for each in found:
-        if each not in get_args(Format):
-            raise ModelError(
-                f"{str(mark)!r} names the unknown format {each!r}; there are {', '.join(get_args(Format))}"
-            )
-    return found
 
 
 def choose_engines(
