@@ -129,7 +129,10 @@ def _checked(goal: Goal, settings: Settings) -> prune_steps.Written | None:
     before = prune_steps.written_before(goal, settings)
     if before is None:
         check_target(goal.out, force=goal.force)
-    check_formats(bare_model(settings.target.model, settings.target.dtype), goal.formats, goal.gguf_type)
+    model = bare_model(settings.target.model, settings.target.dtype)
+    check_formats(model, goal.formats, goal.gguf_type)
+    if before is None:
+        prune_steps.check_disk(goal, settings, model.decoder.shape)
     if goal.data is not None and form_of(goal.data) == "alpaca":
         from gpu_worker.finetune.data import read_instructions
 

@@ -19,6 +19,7 @@ from protocol.files import replace
 from protocol.finetuning import Recipe
 from protocol.formats import Formats, GgufType
 from protocol.results import ExportResult, FinetuneResult
+from protocol.shape import ModelShape
 
 FURTHEST_OFF = 0.02
 """How far, as a share, a folder's perplexity may be from what was measured in memory; widths of kernels change sums."""
@@ -72,6 +73,19 @@ def written_before(goal: Goal, settings: Settings) -> Written | None:
     except (OSError, ValidationError):
         return None
     return found if (found.asked, found.facts) == (_asked(goal, settings), facts) else None
+
+
+def check_disk(goal: Goal, settings: Settings, shape: ModelShape) -> None:
+    """Raise ModelError where there is too little room for what will be written at the end."""
+    from gpu_worker.export import room
+
+    dtype, kept = settings.target.dtype, round((1 - settings.target.rate) * shape.decoder_parameters)
+    needed = room.export_bytes(shape, kept, goal.formats, dtype, goal.gguf_type)
+    room.check_disk(goal.out, needed, f"the export into {', '.join(goal.formats)}")
+    if goal.data is not None:
+        from gpu_worker.finetune.memory import check_disk_for
+
+        check_disk_for(shape, kept, recipe(goal.data, settings), goal.formats, dtype, goal.out, goal.gguf_type)
 
 
 def write(request: PruningRequest, goal: Goal, settings: Settings) -> Written:

@@ -10,6 +10,8 @@ from gpu_worker.evaluate import Pruned, prune_and_measure, removed_share
 from gpu_worker.export.exporting import check_formats, export_model
 from gpu_worker.export.facts import ExportFacts, TextPerplexity
 from gpu_worker.export.folder import check_target
+from gpu_worker.export.room import check_disk, export_bytes
+from gpu_worker.models import LoadedModel
 from gpu_worker.progress import Progress, no_progress
 from protocol.candidate import Measured
 from protocol.card import DensePerplexity
@@ -49,7 +51,7 @@ def export_once(
         choice,
         progress,
         shape=shape,
-        check=lambda model: check_formats(model, destination.formats, destination.gguf_type),
+        check=lambda model: _check(model, spec, destination),
     )
     pruned = prune_and_measure(target, choice, progress)
     start = time.perf_counter()
@@ -81,6 +83,16 @@ def export_once(
         tokens=pruned.fitness.tokens,
         seconds=seconds,
     )
+
+
+def _check(model: LoadedModel, spec: SearchSpec, destination: Destination) -> None:
+    """Raise ModelError where a format cannot carry the model, or the disk what is about to be written."""
+    formats, gguf_type = destination.formats, destination.gguf_type
+    check_formats(model, formats, gguf_type)
+    shape = model.decoder.shape
+    kept = round((1 - spec.rate) * shape.decoder_parameters)
+    needed = export_bytes(shape, kept, formats, spec.dtype, gguf_type)
+    check_disk(destination.folder, needed, f"the export into {', '.join(formats)}")
 
 
 def facts_of(pruned: Pruned, method: str) -> ExportFacts:

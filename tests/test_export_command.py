@@ -122,6 +122,15 @@ def test_a_kept_text_that_is_none_is_one_sentence(
     assert "give --data" in capsys.readouterr().err.splitlines()[-1]
 
 
+def test_a_disk_that_is_too_small_is_told_before_anything_is_measured(
+    target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 10})())
+    assert export(target, tmp_path / "out") == 2
+    assert "GB of disk" in capsys.readouterr().err.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("pruned", ['"x"', "[1]", '{"a": 1}', '{"perplexity": NaN}'])
 def test_a_card_that_says_nonsense_is_named(
     target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], pruned: str

@@ -174,6 +174,22 @@ def test_what_cannot_be_is_one_sentence_before_anything_is_begun(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("options", [[], ["--finetune", "--finetune-data", "alpaca.json"]])
+def test_a_disk_that_is_too_small_is_told_before_the_search(
+    target: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 10})())
+    options = [str(target / each) if each.endswith(".json") else each for each in options]
+    assert main(arguments(target, *options)) == 2
+    assert "GB of disk" in capsys.readouterr().err.splitlines()[-1]
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_output_that_is_taken_is_refused_before_the_search(
     target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

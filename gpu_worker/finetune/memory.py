@@ -1,19 +1,15 @@
 """How much memory and disk fine-tuning takes, known before any weight is loaded."""
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from protocol.errors import ModelError
+from gpu_worker.export.room import check_disk, export_bytes
 from protocol.finetuning import Recipe
-from protocol.formats import Formats
-from protocol.plan import Plan
+from protocol.formats import Formats, GgufType
 from protocol.shape import ModelShape
 from protocol.spec import Dtype
 
 FP32 = 4
-SIZES: dict[Dtype, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
-"""Bytes of a weight."""
 PER_TRAINED = 4 * FP32
 """The copy that steps are made on, its gradient, and the two averages of AdamW."""
 IN_CHECKPOINT = 3 * FP32
@@ -62,26 +58,22 @@ def _projections(shape: ModelShape) -> list[tuple[int, int]]:
     return found
 
 
-def disk_needed(shape: ModelShape, plan: Plan, recipe: Recipe, formats: Formats, size: int) -> int:
-    """Bytes of a model in all `formats`, and of two checkpoints: one is there until the next is whole.
+def check_disk_for(
+    shape: ModelShape,
+    kept: int,
+    recipe: Recipe,
+    formats: Formats,
+    dtype: Dtype,
+    checkpoint: Path,
+    gguf_type: GgufType = "f16",
+) -> None:
+    """Raise ModelError where the disk of `checkpoint`, which the output is beside, has too little room.
 
-    `shape` is the dense model's; weights are of `size` bytes, in a GGUF of two.
+    For a model in all `formats`, and for two checkpoints: one is there until the next is whole. `shape` is the dense
+    model's, of which `kept` parameters of the decoder stay.
     """
-    kept = plan.decoder_parameters(shape) + shape.other_parameters
-    weights = {"hf": kept * size, "padded": shape.total_parameters * size, "gguf": kept * 2}
     checkpoints = 2 * Training(recipe).parameters(shape) * IN_CHECKPOINT
-    return sum(weights[fmt] for fmt in formats) + checkpoints
-
-
-def check_disk(shape: ModelShape, plan: Plan, recipe: Recipe, formats: Formats, dtype: Dtype, checkpoint: Path) -> None:
-    """Raise ModelError where the disk of `checkpoint`, which the output is beside, has too little room."""
-    needed = disk_needed(shape, plan, recipe, formats, SIZES[dtype])
-    nearest = next(parent for parent in checkpoint.parents if parent.exists())
-    free = shutil.disk_usage(nearest).free
-    if checkpoint.exists():
-        free += sum(file.stat().st_size for file in checkpoint.iterdir())
-    if needed > free:
-        raise ModelError(
-            f"fine-tuning into {', '.join(formats)} needs about {needed / 1e9:.1f} GB of disk for the model and its "
-            f"checkpoints where {nearest} has {free / 1e9:.1f} GB free"
-        )
+    needed = export_bytes(shape, kept, formats, dtype, gguf_type) + checkpoints
+    there = sum(file.stat().st_size for file in checkpoint.iterdir()) if checkpoint.exists() else 0
+    what = f"fine-tuning into {', '.join(formats)}, with its checkpoints,"
+    check_disk(checkpoint, needed, what, freed=there)

@@ -1,0 +1,46 @@
+"""How much disk an export takes, known before anything that takes time is done."""
+
+import shutil
+from pathlib import Path
+
+import gguf
+
+from gpu_worker.export.gguf_types import MAIN
+from protocol.errors import ModelError
+from protocol.formats import Formats, GgufType
+from protocol.shape import ModelShape
+from protocol.spec import Dtype
+
+SIZES: dict[Dtype, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
+"""Bytes of a weight."""
+
+
+def export_bytes(shape: ModelShape, kept: int, formats: Formats, dtype: Dtype, gguf_type: GgufType = "f16") -> int:
+    """Bytes of all `formats` of a model of this dense `shape` that keeps `kept` parameters of its decoder, roughly.
+
+    In a GGUF file all count as its main type does: rows that need more bits are few.
+    """
+    parameters = kept + shape.other_parameters
+    values, stored = gguf.GGML_QUANT_SIZES[MAIN[gguf_type]]
+    sizes = {
+        "hf": parameters * SIZES[dtype],
+        "padded": shape.total_parameters * SIZES[dtype],
+        "gguf": parameters * stored // values,
+    }
+    return sum(sizes[fmt] for fmt in formats)
+
+
+def check_disk(folder: Path, needed: int, what: str, freed: int = 0) -> None:
+    """Raise ModelError where the disk that `folder` is (or will be) on has less than `needed` bytes free.
+
+    `what` needs them, in words; `freed` are bytes that are there now and will not be needed beside.
+    """
+    folder = folder.expanduser().resolve()
+    nearest = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    free = shutil.disk_usage(nearest).free + freed
+    if needed > free:
+        raise ModelError(f"{what} needs about {_gb(needed)} of disk where {nearest} has {_gb(free)} free")
+
+
+def _gb(count: int) -> str:
+    return f"{count / 1e9:.1f} GB"
