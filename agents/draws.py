@@ -33,9 +33,17 @@ def drawn_mix(rng: random.Random, parents: Sequence[Member]) -> Proposal:
     return Proposal(mutate(rng, mixed) if rng.random() < 0.5 else mixed, (first.id, second.id))
 
 
-def good_one(rng: random.Random, parents: Sequence[Member]) -> Member:
-    """One of `parents` (best first), the better ones more often: the best of three draws."""
-    return parents[min(rng.randrange(len(parents)) for _ in range(3))]
+def good_one(rng: random.Random, view: View, parents: Sequence[Member]) -> Member:
+    """Where trades begin: at the best of the population half of the time, whoever selected the parents; else at one
+    of `parents` (best first), each half as often as the one before it.
+
+    Trades are small steps that mostly help: from a parent that is a percent worse they end behind the best.
+    """
+    ranked = view.population[:1] + tuple(member for member in parents if member not in view.population[:1])
+    place = 0
+    while place < len(ranked) - 1 and rng.random() < 0.5:
+        place += 1
+    return ranked[place]
 
 
 class RankedTrades:
@@ -50,7 +58,7 @@ class RankedTrades:
 
     def __call__(self, rng: random.Random) -> Proposal:
         """One proposal."""
-        parent = good_one(rng, self._parents)
+        parent = good_one(rng, self._view, self._parents)
         id_ = parent.candidate.id
         if id_ not in self._menus:
             self._menus[id_] = menu(self._view, parent, rng, RANKED_TRADES)

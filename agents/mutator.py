@@ -69,7 +69,7 @@ class Mutator:
 
     def _trades(self, call: Call, parents: Sequence[Member], told: Telling) -> Question[Proposal]:
         view, rng = call.view, call.rng
-        parent = good_one(rng, parents)
+        parent = good_one(rng, view, parents)
         trades = menu(view, parent, rng, SHOWN_TRADES)
         if not trades:  # every unit is at a bound
             return self._edits(call, parents, told)
