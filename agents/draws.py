@@ -8,7 +8,7 @@ from agents.operators import cross, mutate, random_rates
 from agents.trades import Trade, menu, traded
 from agents.view import Member, Proposal, View
 
-MOST_TRADES = 4
+MOST_TRADES = 3
 """Trades that one mutation makes together."""
 RANKED_TRADES = 15
 RANKED_MIXES = 4
@@ -47,7 +47,7 @@ def good_one(rng: random.Random, view: View, parents: Sequence[Member]) -> Membe
 
 
 class RankedTrades:
-    """Draws one to four trades of a menu, as the LLM might choose them; where there are none, a shift of rate.
+    """Draws one to three trades of a menu, as the LLM might choose them; where there are none, a shift of rate.
 
     Each parent's menu is made once.
     """

@@ -19,6 +19,9 @@ WIDE = 12
 """Units that are looked at on each side of a trade: those that promise most there."""
 MOST_USES = 2
 """Trades of a menu that one unit may take part in: a menu of one unit is no choice."""
+OFFERED = 0.5
+"""Share of the units that a menu is made of, drawn anew for each: offspring of one round that all try the same unit
+teach one thing seven times, and if it hurts, it hurts all of them."""
 DOUBT = 0.5
 """Noise on what a unit promises, as a share of what promises differ by: calls see different menus, and units that the
 surrogate is wrong about get their chance."""
@@ -66,6 +69,7 @@ class _Market:
         spec = view.spec
         self._bounds = unit_bounds(view.card.shape, spec.granularity, spec.lowest_rate, spec.highest_rate)
         self._doubts = [rng.gauss(0, DOUBT) for _ in rates]
+        self._offered = set(rng.sample(range(len(rates)), max(2, round(OFFERED * len(rates)))))
 
     def ranked(self) -> list[Trade]:
         """Best first, with some noise in the order."""
@@ -96,6 +100,8 @@ class _Market:
         """The units that promise most when pruned more (`sign` 1) or less (−1), and by how many parameters they are."""
         sides = []
         for i, unit in enumerate(self._view.units):
+            if i not in self._offered:
+                continue
             amount = self._next_level(i, sign) if unit.kind == "attention" else parameters
             promise = self._promise(i, sign * amount)
             if promise is not None:
