@@ -69,7 +69,7 @@ class _Market:
         spec = view.spec
         self._bounds = unit_bounds(view.card.shape, spec.granularity, spec.lowest_rate, spec.highest_rate)
         self._doubts = [rng.gauss(0, DOUBT) for _ in rates]
-        self._offered = set(rng.sample(range(len(rates)), max(2, round(OFFERED * len(rates)))))
+        self._offered = set(rng.sample(range(len(rates)), max(min(WIDE, len(rates)), round(OFFERED * len(rates)))))
 
     def ranked(self) -> list[Trade]:
         """Best first, with some noise in the order."""
