@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from agents.mixes import mix_menu
 from agents.operators import cross, mutate, random_rates
-from agents.trades import Trade, menu, traded
+from agents.trades import menu, traded
 from agents.view import Member, Proposal, View
 
 MOST_TRADES = 3
@@ -47,22 +47,15 @@ def good_one(rng: random.Random, view: View, parents: Sequence[Member]) -> Membe
 
 
 class RankedTrades:
-    """Draws one to three trades of a menu, as the LLM might choose them; where there are none, a shift of rate.
-
-    Each parent's menu is made once.
-    """
+    """Draws one to three trades of a menu, as the LLM might choose them; where there are none, a shift of rate."""
 
     def __init__(self, view: View, parents: Sequence[Member]) -> None:
         self._view, self._parents = view, parents
-        self._menus: dict[str, tuple[Trade, ...]] = {}
 
     def __call__(self, rng: random.Random) -> Proposal:
         """One proposal."""
         parent = good_one(rng, self._view, self._parents)
-        id_ = parent.candidate.id
-        if id_ not in self._menus:
-            self._menus[id_] = menu(self._view, parent, rng, RANKED_TRADES)
-        trades = self._menus[id_]
+        trades = menu(self._view, parent, rng, RANKED_TRADES)
         if not trades:
             return drawn_mutation(rng, self._parents)
         return traded(parent, rng.sample(trades, min(rng.randint(1, MOST_TRADES), len(trades))))

@@ -24,7 +24,7 @@ COMMON, FACTOR, SLOPE = 0.01, 1.0, 3.0
 precision of that belief, as of a normal distribution."""
 SHARPNESS = 10.0
 """An outcome's errors are scaled by exp(−SHARPNESS × distance from the best, in nats): the guess has to be right where
-the search is. One that is a fifth worse than the best counts a seventh."""
+the search is. Of one that is 0.2 nats behind an error counts a seventh."""
 MOST = 500
 """Outcomes that are looked at, the best ones: in a search of thousands a guess shall not take seconds."""
 NOISE = 0.02

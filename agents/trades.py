@@ -20,8 +20,8 @@ WIDE = 12
 MOST_USES = 2
 """Trades of a menu that one unit may take part in: a menu of one unit is no choice."""
 OFFERED = 0.5
-"""Share of the units that a menu is made of, drawn anew for each: offspring of one round that all try the same unit
-teach one thing seven times, and if it hurts, it hurts all of them."""
+"""Share of the units that a menu is made of (`WIDE` at least), drawn anew for each: offspring of one round that all try
+the same unit teach one thing many times over, and if it hurts, it hurts all of them."""
 DOUBT = 0.5
 """Noise on what a unit promises, as a share of what promises differ by: calls see different menus, and units that the
 surrogate is wrong about get their chance."""

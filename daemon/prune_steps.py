@@ -80,12 +80,19 @@ def check_disk(goal: Goal, settings: Settings, shape: ModelShape) -> None:
     from gpu_worker.export import room
 
     dtype, kept = settings.target.dtype, round((1 - settings.target.rate) * shape.decoder_parameters)
-    needed = room.export_bytes(shape, kept, goal.formats, dtype, goal.gguf_type)
-    room.check_disk(goal.out, needed, f"the export into {', '.join(goal.formats)}")
-    if goal.data is not None:
-        from gpu_worker.finetune.memory import check_disk_for
+    if goal.data is None:
+        needed = room.export_bytes(shape, kept, goal.formats, dtype, goal.gguf_type)
+        room.check_disk(goal.out, needed, f"the export into {', '.join(goal.formats)}")
+        return
+    from gpu_worker.finetune.checkpoint import folder_beside
+    from gpu_worker.finetune.memory import check_finetuning_disk
 
-        check_disk_for(shape, kept, recipe(goal.data, settings), goal.formats, dtype, goal.out, goal.gguf_type)
+    # What is fine-tuned lies in the search's folder all the while, which may be on another disk.
+    pruned = room.export_bytes(shape, kept, _trained(goal), dtype)
+    room.check_disk(settings.folder, pruned, "the pruned model, before it is fine-tuned,")
+    checkpoint = folder_beside(goal.out)
+    tuning = recipe(goal.data, settings)
+    check_finetuning_disk(shape, kept, tuning, goal.formats, dtype, checkpoint, goal.gguf_type)
 
 
 def write(request: PruningRequest, goal: Goal, settings: Settings) -> Written:
@@ -97,6 +104,11 @@ def write(request: PruningRequest, goal: Goal, settings: Settings) -> Written:
     written = Written(asked=_asked(goal, settings), facts=_facts(goal), exported=exported, finetuned=tuned)
     replace(settings.folder / "written.json", written.model_dump_json() + "\n")
     return written
+
+
+def _trained(goal: Goal) -> Formats:
+    """The formats in which a model can be fine-tuned."""
+    return tuple(fmt for fmt in goal.formats if fmt != "gguf")
 
 
 def _facts(goal: Goal) -> str:
@@ -129,8 +141,7 @@ def _finetuned(request: PruningRequest, goal: Goal, settings: Settings) -> tuple
     pruned = settings.folder / "pruned"
     exported = _exported_before(request, pruned)
     if exported is None:
-        trained: Formats = tuple(fmt for fmt in goal.formats if fmt != "gguf")
-        exported = _export(request, Goal(pruned, trained, force=True))
+        exported = _export(request, Goal(pruned, _trained(goal), force=True))
         replace(_kept(pruned), exported.model_dump_json() + "\n")
     from gpu_worker.finetune.finetuning import EvalText, FinetuneRequest
     from gpu_worker.finetune.training import Limits

@@ -25,7 +25,7 @@ STEPS = 24
 
 
 def optimal_brain_surgeon(layer: Layer, products: LayerProducts, shape: LayerShape) -> LayerImportance:
-    """The scores of one layer, from the `products` of what enters o_proj and down_proj; fp64.
+    """The scores of one layer, from the `products` of what enters o_proj and down_proj: whole numbers, as fp64.
 
     Heads go one by one, whole KV heads and, for the order of query heads within theirs, query heads. Raises
     NotFiniteError where the products are no numbers.

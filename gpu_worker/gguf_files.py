@@ -13,7 +13,8 @@ from gpu_worker.cache import cached
 from gpu_worker.checkpoints import load_weights, reading, reason
 from gpu_worker.families import family_of
 from gpu_worker.identity import file_identity
-from gpu_worker.memory import gigabytes, main_memory
+from gpu_worker.memory import main_memory
+from protocol.amounts import gigabytes
 from protocol.errors import ModelError
 
 EXPORTED = "deci"

@@ -15,10 +15,10 @@ from gpu_worker.gradients import SAMPLES, TOKENS
 from gpu_worker.importance import ROWS_AT_ONCE
 from gpu_worker.perplexity import LOGITS_BYTES
 from gpu_worker.sensitivity import TOKENS as SENSITIVITY_TOKENS
+from protocol.amounts import gigabytes
 from protocol.shape import LayerShape, ModelShape
 from protocol.spec import SearchSpec, TextSpec
 
-GB = 1e9
 KV_CACHE_BYTES = 2**32
 """Most that the keys and values of texts being written together may take; one text may always be written."""
 TEXTS_AT_ONCE = 64
@@ -97,7 +97,8 @@ class MemoryEstimate:
     """In main memory, whatever the device: hidden states that wait between two layers, for windows as long as the spec
     says and not as long as the model's positions reach; and predictions of the dense model."""
     fitting: int = 0
-    """What reconstruction keeps beside each layer: products of its inputs, and what is fitted to them."""
+    """What reconstruction, or scoring by elimination, keeps beside each layer: products of its inputs, and what is
+    fitted to them."""
     trained: int = 0
     """What fine-tuning keeps of each trained parameter: its fp32 copy, gradient and averages."""
 
@@ -113,7 +114,7 @@ class MemoryEstimate:
         if self.gathered:
             parts.append(f"up to {gigabytes(self.gathered)} for pruned copies")
         if self.fitting:
-            parts.append(f"{gigabytes(self.fitting)} for reconstruction")
+            parts.append(f"{gigabytes(self.fitting)} for products of inputs")
         if self.trained:
             parts.append(f"{gigabytes(self.trained)} for what is trained")
         if self.main:
@@ -291,8 +292,3 @@ def _limit(path: Path) -> int:
     except OSError:
         return 2**63
     return int(text) if text.isdigit() else 2**63  # "max" where there is no limit
-
-
-def gigabytes(amount: int) -> str:
-    """`amount` bytes for people."""
-    return f"{amount / GB:.1f} GB" if amount >= 0.05 * GB else f"{amount / 1e6:.1f} MB"

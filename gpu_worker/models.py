@@ -17,8 +17,9 @@ from gpu_worker.gguf_files import unpacked
 from gpu_worker.hub import hub_reachable
 from gpu_worker.identity import folder_identity
 from gpu_worker.mapped import unmap
-from gpu_worker.memory import GB, Workload, estimate_memory, this_machine
+from gpu_worker.memory import Workload, estimate_memory, this_machine
 from gpu_worker.placement import device_map, place, skeleton
+from protocol.amounts import GB
 from protocol.errors import ModelError
 
 SMOLLM2 = "smollm2"

@@ -13,7 +13,8 @@ import accelerate
 import torch
 import transformers
 
-from gpu_worker.memory import Machine, MemoryEstimate, gigabytes
+from gpu_worker.memory import Machine, MemoryEstimate
+from protocol.amounts import gigabytes
 from protocol.errors import ModelError
 
 ADVICE = "use shorter windows (seqlen), a smaller dtype, more or larger GPUs, or a smaller model"

@@ -8,11 +8,9 @@ from torch import Tensor
 
 from gpu_worker.calibration import LayerProducts, input_products
 from gpu_worker.elimination import STEPS, optimal_brain_surgeon
-from gpu_worker.memory import Workload
 from gpu_worker.perplexity import NotFiniteError
 from gpu_worker.reconstruction import damped
 from protocol.shape import LayerShape
-from tests.samples import SPEC
 from tests.tiny_models import tiny_llama, tiny_windows
 
 
@@ -87,8 +85,3 @@ def test_products_that_are_no_numbers_are_refused() -> None:
     broken = LayerProducts(products.attention_output * torch.nan, products.mlp_output)
     with pytest.raises(NotFiniteError, match="no finite number"):
         optimal_brain_surgeon(layer, broken, shape)
-
-
-def test_the_workload_counts_what_elimination_keeps() -> None:
-    assert Workload.of(SPEC.model_copy(update={"importance": "obs"})).eliminates
-    assert not Workload.of(SPEC).eliminates

@@ -127,7 +127,7 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_measured(
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 10})())
     assert export(target, tmp_path / "out") == 2
-    assert "GB of disk" in capsys.readouterr().err.splitlines()[-1]
+    assert "of disk where" in capsys.readouterr().err.splitlines()[-1]
     assert list(tmp_path.iterdir()) == []
 
 

@@ -9,7 +9,7 @@ import torch
 from gpu_worker.export.padded import write_padded
 from gpu_worker.export.reopen import as_it_was_pruned, read_exported
 from gpu_worker.families import FAMILIES
-from gpu_worker.finetune.memory import Training, check_disk_for
+from gpu_worker.finetune.memory import Training, check_finetuning_disk
 from gpu_worker.finetune.trained import trained
 from gpu_worker.finetune.training import batch_of, learning_rate, steps_of
 from gpu_worker.memory import Machine, Workload, estimate_memory
@@ -230,4 +230,4 @@ def test_memory_and_disk_are_reckoned_before_anything_is_loaded(tmp_path: Path) 
         place(of["full"], Machine(gpus=(), main=1000))
     huge = model.decoder.shape.model_copy(update={"other_parameters": 10**16})
     with pytest.raises(ModelError, match="of disk"):
-        check_disk_for(huge, 0, Recipe(), ("hf",), "bfloat16", tmp_path / "x.checkpoint")
+        check_finetuning_disk(huge, 0, Recipe(), ("hf",), "bfloat16", tmp_path / "x.checkpoint")

@@ -197,7 +197,7 @@ def test_a_full_disk_leaves_nothing_half_written(
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 10})())
     assert main(arguments(folder, tmp_path / "out")) == 2
-    assert "GB of disk" in capsys.readouterr().err.splitlines()[-1]
+    assert "of disk where" in capsys.readouterr().err.splitlines()[-1]
     assert list(tmp_path.iterdir()) == []
 
 

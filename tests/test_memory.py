@@ -61,7 +61,16 @@ def test_reconstruction_needs_squares_of_every_width(scoring: str) -> None:
     assert plain.fitting == 0
     assert squares * layers < fitted.fitting < 2 * squares * (layers + 1)
     assert fitted.gathered - plain.gathered == 32 * 4096 * (4096 + 11008) * 2
-    assert "for reconstruction" in fitted.words and "for reconstruction" not in plain.words
+    assert "for products of inputs" in fitted.words and "for products of inputs" not in plain.words
+
+
+def test_elimination_keeps_the_squares_of_all_layers_while_it_scores() -> None:
+    spec = SPEC.model_copy(update={"importance": "obs"})
+    squares = FP32 * (4096**2 + 11008**2)
+    scored = estimate_of(LLAMA_2_7B, Workload.of(spec))
+    assert squares * 32 < scored.fitting < squares * 32 + 6 * FP32 * 11008**2
+    fitted = spec.model_copy(update={"reconstruction": "least-squares"})
+    assert estimate_of(LLAMA_2_7B, Workload.of(fitted)).fitting > scored.fitting
 
 
 def estimate_of(config: transformers.PreTrainedConfig, workload: Workload) -> MemoryEstimate:

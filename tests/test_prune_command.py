@@ -174,19 +174,28 @@ def test_what_cannot_be_is_one_sentence_before_anything_is_begun(
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("options", [[], ["--finetune", "--finetune-data", "alpaca.json"]])
+@pytest.mark.parametrize(
+    ("free", "options", "sentence"),
+    [
+        (10, [], "the export into hf needs about"),
+        (10, ["--finetune", "--finetune-data", "alpaca.json"], "before it is fine-tuned, needs about"),
+        (350_000, ["--finetune", "--finetune-data", "alpaca.json"], "with its checkpoints, needs about"),
+    ],
+)
 def test_a_disk_that_is_too_small_is_told_before_the_search(
     target: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    free: int,
     options: list[str],
+    sentence: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": 10})())
+    monkeypatch.setattr("shutil.disk_usage", lambda _: type("Usage", (), {"free": free})())
     options = [str(target / each) if each.endswith(".json") else each for each in options]
     assert main(arguments(target, *options)) == 2
-    assert "GB of disk" in capsys.readouterr().err.splitlines()[-1]
+    assert sentence in capsys.readouterr().err.splitlines()[-1]
     assert list(tmp_path.iterdir()) == []
 
 

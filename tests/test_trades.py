@@ -6,14 +6,16 @@ from collections.abc import Sequence
 
 import pytest
 
-from agents.draws import RankedTrades, drawn_ranked_mix
+from agents.draws import RankedTrades, drawn_ranked_mix, good_one
 from agents.lessons import lessons
 from agents.mixes import mix_menu, on_budget
 from agents.operators import random_rates
 from agents.surrogate import Surrogate
-from agents.trades import menu, traded
+from agents.trades import OFFERED, menu, traded
+from agents.trades import WIDE as WIDE_MENU
 from agents.view import Member, Tried, View
 from agents.words import trades_in_words
+from protocol.alone import removed_alone
 from protocol.candidate import Candidate, Provenance, candidate_id
 from protocol.plan import Plan, attention_levels, removed_shares
 from protocol.shape import Granularity, LayerShape, ModelShape
@@ -97,8 +99,9 @@ def test_the_surrogate_is_exact_where_units_add_up_as_the_card_says() -> None:
     shares = removed_shares(plan, WIDE, "layer")
     surrogate = Surrogate(view)
     assert surrogate.guess(plan) == pytest.approx(sum(surrogate.of_unit(i, share) for i, share in enumerate(shares)))
-    one = (0.3,) + (0.0,) * (LAYERS - 1)
-    assert sum(surrogate.of_unit(i, r) for i, r in enumerate(one)) == pytest.approx(view.card.sensitivity[0], rel=0.05)
+    alone = removed_alone(view.units[0], view.spec, WIDE)
+    one = (alone,) + (0.0,) * (LAYERS - 1)
+    assert sum(surrogate.of_unit(i, r) for i, r in enumerate(one)) == pytest.approx(view.card.sensitivity[0])
 
 
 def test_without_sensitivity_all_units_are_alike() -> None:
@@ -204,3 +207,23 @@ def test_lessons_tell_what_changed_and_what_came_of_it_the_latest_first() -> Non
         assert ("helped" in line) == (child.fitness < parent.fitness)
         assert f"{100 * (child.fitness / parent.fitness - 1):+.1f} %" in line
     assert len(lessons(View(view.spec, view.card, 3, ranked, {}, ranked, recent), 1)) == 1
+
+
+def test_a_menu_is_of_part_of_the_units_and_menus_together_of_most() -> None:
+    view = view_of("block", 60)
+    parent = view.population[0]
+    menus = [menu(view, parent, random.Random(seed), 10) for seed in range(12)]
+    used = [{unit for trade in trades for unit in (trade.more, trade.less)} for trades in menus]
+    units = len(view.units)
+    assert all(len(each) <= max(WIDE_MENU, round(OFFERED * units)) for each in used)
+    assert len(set().union(*used)) > max(len(each) for each in used)
+
+
+def test_trades_begin_at_the_best_half_of_the_time_whoever_selected_the_parents() -> None:
+    view = view_of("layer", 30)
+    best, others = view.population[0], view.population[4:8]
+    rng = random.Random(0)
+    begun = [good_one(rng, view, others) for _ in range(1000)]
+    assert 400 < sum(member is best for member in begun) < 600
+    assert {member.candidate.id for member in begun} == {member.candidate.id for member in (best, *others)}
+    assert good_one(rng, View(view.spec, view.card, 1, ()), others) in others

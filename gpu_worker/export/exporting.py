@@ -14,9 +14,10 @@ from gpu_worker.export.kept_text import keep_text
 from gpu_worker.export.modeling import modeling_of, plain_type
 from gpu_worker.export.padded import write_padded
 from gpu_worker.export.weights import SHARD_SIZE
-from gpu_worker.memory import gigabytes, main_memory
+from gpu_worker.memory import main_memory
 from gpu_worker.models import LoadedModel
 from gpu_worker.progress import Progress, no_progress
+from protocol.amounts import gigabytes
 from protocol.errors import ModelError
 from protocol.formats import Format, Formats, GgufType
 from protocol.plan import Plan

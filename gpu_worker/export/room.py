@@ -6,8 +6,9 @@ from pathlib import Path
 import gguf
 
 from gpu_worker.export.gguf_types import MAIN
+from protocol.amounts import gigabytes
 from protocol.errors import ModelError
-from protocol.formats import Formats, GgufType
+from protocol.formats import Format, Formats, GgufType
 from protocol.shape import ModelShape
 from protocol.spec import Dtype
 
@@ -18,14 +19,16 @@ SIZES: dict[Dtype, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
 def export_bytes(shape: ModelShape, kept: int, formats: Formats, dtype: Dtype, gguf_type: GgufType = "f16") -> int:
     """Bytes of all `formats` of a model of this dense `shape` that keeps `kept` parameters of its decoder, roughly.
 
-    In a GGUF file all count as its main type does: rows that need more bits are few.
+    In a GGUF file a third of the decoder counts as halves, down_proj's share, for rows of an odd width are stored so;
+    the rest as the file's main type.
     """
     parameters = kept + shape.other_parameters
     values, stored = gguf.GGML_QUANT_SIZES[MAIN[gguf_type]]
-    sizes = {
+    odd = kept // 3
+    sizes: dict[Format, int] = {
         "hf": parameters * SIZES[dtype],
         "padded": shape.total_parameters * SIZES[dtype],
-        "gguf": parameters * stored // values,
+        "gguf": odd * SIZES["float16"] + (parameters - odd) * stored // values,
     }
     return sum(sizes[fmt] for fmt in formats)
 
@@ -39,8 +42,4 @@ def check_disk(folder: Path, needed: int, what: str, freed: int = 0) -> None:
     nearest = next(parent for parent in (folder, *folder.parents) if parent.exists())
     free = shutil.disk_usage(nearest).free + freed
     if needed > free:
-        raise ModelError(f"{what} needs about {_gb(needed)} of disk where {nearest} has {_gb(free)} free")
-
-
-def _gb(count: int) -> str:
-    return f"{count / 1e9:.1f} GB"
+        raise ModelError(f"{what} needs about {gigabytes(needed)} of disk where {nearest} has {gigabytes(free)} free")

@@ -13,7 +13,7 @@ from gpu_worker.export.kept_text import read_kept_text
 from gpu_worker.export.reopen import Exported, as_it_was_pruned, read_exported
 from gpu_worker.finetune.checkpoint import Checkpoint, State, folder_beside
 from gpu_worker.finetune.data import TrainingData, prepare_data, read_instructions
-from gpu_worker.finetune.memory import Training, check_disk_for
+from gpu_worker.finetune.memory import Training, check_finetuning_disk
 from gpu_worker.finetune.output import Output, write_output
 from gpu_worker.finetune.trained import trained
 from gpu_worker.finetune.training import Limits, mean_losses, steps_of, train
@@ -81,7 +81,7 @@ def finetune_once(request: FinetuneRequest, progress: Progress = no_progress) ->
     dtype = _dtype(request, exported)
     instructions = read_instructions(request.data, recipe) if form_of(request.data) == "alpaca" else None
     stays = exported.facts.parameters.decoder_after
-    check_disk_for(exported.facts.shape, stays, recipe, formats, dtype, folder_beside(out), request.gguf_type)
+    check_finetuning_disk(exported.facts.shape, stays, recipe, formats, dtype, folder_beside(out), request.gguf_type)
     model = _load(request, exported, dtype, progress)
     check_formats(model, formats, request.gguf_type)
     data = prepare_data(request.data, instructions, model, recipe)

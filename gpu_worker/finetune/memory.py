@@ -58,7 +58,7 @@ def _projections(shape: ModelShape) -> list[tuple[int, int]]:
     return found
 
 
-def check_disk_for(
+def check_finetuning_disk(
     shape: ModelShape,
     kept: int,
     recipe: Recipe,

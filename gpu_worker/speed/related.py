@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from gpu_worker.memory import gigabytes, this_machine
+from gpu_worker.memory import this_machine
+from protocol.amounts import gigabytes
 from protocol.errors import ModelError
 from protocol.shape import LayerShape
 
