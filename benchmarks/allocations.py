@@ -24,7 +24,7 @@ from protocol.allocation import Allocation, Method
 from protocol.plan import Split
 from protocol.spec import Reconstruction, Scoring, SearchSpec, TextSpec
 
-METHODS: tuple[Method, ...] = ("uniform", "owl", "llm-pruner", "sensitivity")
+METHODS: tuple[Method, ...] = ("uniform", "first-layer", "owl", "llm-pruner", "sensitivity")
 SPLITS: tuple[Split, ...] = ("equal", "mlp-first")
 SCORINGS: tuple[Scoring, ...] = ("dense", "sequential")
 

@@ -30,7 +30,7 @@ from protocol import logs
 from protocol.allocation import Method
 from protocol.spec import Reconstruction
 
-SEEDS: tuple[Method, ...] = ("sensitivity", "owl", "llm-pruner", "uniform")
+SEEDS: tuple[Method, ...] = ("first-layer", "llm-pruner", "owl", "uniform")
 OFFSPRING = 8
 """Candidates of a round."""
 METHODS: dict[str, dict[str, Any]] = {

@@ -66,7 +66,8 @@ class SearchSettings(Section):
     budget_hours: PositiveFloat | None = None
     """Stop proposing when the daemon has run so long, restarts and pauses included; none means no limit."""
     seeds: tuple[Method, ...] = ()
-    """Allocations that take part in the first population: of `sensitivity`, `owl`, `llm-pruner`, `uniform`."""
+    """Allocations that take part in the first population: of `uniform`, `first-layer`, `owl`, `llm-pruner`,
+    `sensitivity`."""
     proposer: ProposerName = "llm"
     """`llm` (the paper), `best-of-n` (the LLM without feedback), `random`, `evolution` (EvoPress) or `cma-es`."""
     initializer: Literal["llm", "random"] = "llm"

@@ -15,7 +15,7 @@ from protocol.plan import unit_bounds
 from protocol.rates import feasible
 from protocol.shape import Granularity, ModelShape, Unit
 
-Method = Literal["uniform", "owl", "llm-pruner", "sensitivity"]
+Method = Literal["uniform", "first-layer", "owl", "llm-pruner", "sensitivity"]
 
 OUTLIER_THRESHOLD = 5.0
 """OWL's M, as its authors set it."""
@@ -60,6 +60,8 @@ def allocated(
     """
     if allocation.method == "uniform":
         return uniform_rates(shape, rate, granularity)
+    if allocation.method == "first-layer":
+        return llm_pruner_rates(1, 0, shape, rate, granularity)
     if allocation.method == "owl":
         return owl_rates(findings.outliers, allocation.outlier_range, shape, rate, granularity)
     if allocation.method == "llm-pruner":

@@ -7,7 +7,16 @@ from hypothesis import strategies as st
 from gpu_worker.allocation import allocate, prepare
 from gpu_worker.calibration import calibrate
 from gpu_worker.outliers import outlier_share
-from protocol.allocation import Allocation, Method, llm_pruner_rates, owl_rates, sensitivity_rates, uniform_rates
+from protocol.allocation import (
+    Allocation,
+    Findings,
+    Method,
+    allocated,
+    llm_pruner_rates,
+    owl_rates,
+    sensitivity_rates,
+    uniform_rates,
+)
 from protocol.errors import BudgetError
 from protocol.plan import make_plan
 from protocol.rates import weighted_mean
@@ -76,6 +85,11 @@ def test_llm_pruner_keeps_the_layers_that_it_is_told_to() -> None:
     rates = llm_pruner_rates(1, 0, SHAPE, 0.3, "block")
     assert rates[:2] == (0, 0)
     assert rates[2:] == pytest.approx([0.4] * 6, abs=2e-5)
+
+
+def test_first_layer_spares_that_alone() -> None:
+    rates = allocated(Allocation(method="first-layer"), Findings(), SHAPE, 0.3, "block")
+    assert rates[:2] == (0, 0) and rates[2:] == pytest.approx([0.4] * 6, abs=2e-5)
 
 
 def test_llm_pruner_says_so_where_the_middle_cannot_give_that_much() -> None:

@@ -54,7 +54,7 @@ def test_evaluate_takes_the_rates_of_a_file(target: Path, tmp_path: Path, capsys
     assert abs(uneven["parameters"]["decoder_after"] - uniform["parameters"]["decoder_after"]) <= 2 * 3 * 48
 
 
-@pytest.mark.parametrize("method", ["owl", "llm-pruner", "sensitivity"])
+@pytest.mark.parametrize("method", ["owl", "first-layer", "llm-pruner", "sensitivity"])
 def test_allocate_writes_a_file_that_evaluate_takes(
     target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], method: str
 ) -> None:
@@ -190,7 +190,7 @@ def test_a_search_that_is_not_running_is_told_how_to_go_on(tmp_path: Path, capsy
         (["evaluate", "--windows", "0"], "invalid value for '--windows': "),
         (
             ["allocate", "magic", "--model", "smollm2", "--rate", "0.3"],
-            "invalid value for 'method': 'magic' is not one of 'uniform', 'owl', 'llm-pruner', 'sensitivity'; see ",
+            "invalid value for 'method': 'magic' is not one of 'uniform', 'first-layer', 'owl', 'llm-pruner', 'sensitivity'",
         ),
     ],
 )

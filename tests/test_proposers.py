@@ -164,7 +164,7 @@ async def test_seeds_are_members_of_the_first_population(redis: Redis, tmp_path:
     assert candidate_id(spec.uniform_plan(SHAPE), spec.fingerprint) in search.ledger
 
 
-@pytest.mark.parametrize("method", ["owl", "uniform", "llm-pruner"])
+@pytest.mark.parametrize("method", ["owl", "uniform", "first-layer", "llm-pruner"])
 def test_with_blocks_a_layers_rate_is_taken_from_its_mlp(method: Method) -> None:
     view = View(BLOCKS, BLOCK_CARD, 0, ())
     plan = BLOCKS.plan(BLOCKS.feasible(seed_rates(method, view), SHAPE), SHAPE)
@@ -196,7 +196,7 @@ def test_the_shares_of_attention_levels_are_those_levels() -> None:
     ("wrong", "says"),
     [
         ({"proposer": "annealing"}, "'llm', 'best-of-n', 'random', 'evolution' or 'cma-es'"),
-        ({"seeds": ["luck"]}, "'uniform', 'owl', 'llm-pruner' or 'sensitivity'"),
+        ({"seeds": ["luck"]}, "'uniform', 'first-layer', 'owl', 'llm-pruner' or 'sensitivity'"),
         ({"max_evaluations": 4}, "max_evaluations (4) is smaller than the first population (5)"),
         (
             {"population": 2, "seeds": ["uniform", "owl", "sensitivity"]},
