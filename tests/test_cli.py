@@ -190,7 +190,7 @@ def test_a_search_that_is_not_running_is_told_how_to_go_on(tmp_path: Path, capsy
         (["evaluate", "--windows", "0"], "invalid value for '--windows': "),
         (
             ["allocate", "magic", "--model", "smollm2", "--rate", "0.3"],
-            "invalid value for 'method': 'magic' is not one of 'uniform', 'first-layer', 'owl', 'llm-pruner', 'sensitivity'",
+            "invalid value for 'method': 'magic' is not one of 'uniform', 'first-layer', 'owl', 'llm-pruner', 'sens",
         ),
     ],
 )
