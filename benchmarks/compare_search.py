@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--fitness", default="self", help="the text to score on and to search on")
     parser.add_argument("--report", default="self", help="the text to report on")
-    parser.add_argument("--windows", type=int, default=6)
+    parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--seqlen", type=int, default=256)
     parser.add_argument("--report-windows", type=int, default=6)
     parser.add_argument("--calibration-windows", type=int, default=64)
