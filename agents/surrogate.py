@@ -1,10 +1,10 @@
 """A surrogate: what a plan will measure, guessed from what was measured. Additive over units. Pure.
 
 The rise of log-perplexity over the dense model (the divergence itself, where the search minimises that) is taken as a
-sum over units of what each loses. Before anything is measured that is the model card's sensitivity, the rise at the
-search's rate: below it in proportion, above it with the square. Pruned together, units cost more than alone, and some
-much more, so each outcome moves that: one factor for all, one for each unit, and a slope for each unit, by ridge
-regression with the sensitivity as what is believed beforehand.
+sum over units of what each loses. Before anything is measured that is the model card's sensitivity, the divergence from
+the dense model at the search's rate: below it in proportion, above it with the square. Pruned together, units cost more
+than alone, and some much more, so each outcome moves that: one factor for all, one for each unit, and a slope for each
+unit, by ridge regression with the sensitivity as what is believed beforehand.
 """
 
 import math
@@ -19,7 +19,7 @@ from protocol.plan import Plan, removed_shares
 
 Vector = NDArray[np.float64]
 
-COMMON, FACTOR, SLOPE = 0.01, 1.0, 3.0
+COMMON, FACTOR, SLOPE = 0.01, 10.0, 300.0
 """How strongly the common factor, a unit's own factor, and its slope are held to what is believed beforehand: the
 precision of that belief, as of a normal distribution."""
 SHARPNESS = 10.0

@@ -66,7 +66,7 @@ class View:
 
     @property
     def by_fragility(self) -> tuple[Unit, ...]:
-        """The units, those first whose pruning alone raises the perplexity most; none where that was not measured."""
+        """The units, those first whose pruning alone changes most; none where that was not measured."""
         if not self.card.sensitivity:
             return ()
         ranked = sorted(zip(self.card.sensitivity, self.units, strict=True), key=lambda pair: -pair[0])

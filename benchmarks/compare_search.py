@@ -6,6 +6,11 @@
 Every method is a whole search of the daemon, through a real queue; one process measures for all of them, and what two
 methods propose alike it measures once. Prints a table; DIR has the searches, the figures and the plots. Broken off and
 called again it goes on. Without texts the model is pruned on what it writes itself.
+
+A long comparison may be shared between machines, each with some of the methods, rates or seeds (`--first-seed`); the
+figures that each leaves are joined by
+
+    python -m benchmarks.compare_search --methods --beside ONE/comparison.json OTHER/comparison.json --out DIR
 """
 
 import argparse
@@ -55,6 +60,9 @@ METHODS: dict[str, dict[str, Any]] = {
 search of configs/best.yaml, and what differs from it in one thing (the ablations)."""
 USUAL = ("random", "evolution", "cma-es", "best-of-n", "ranked", "llm-edits", "llm")
 OF_LLM = ("reply", "tell")
+NOT_OF_THE_SEARCHES = ("out", "json", "beside")
+SHARED_OUT = ("rate", "seeds", "first_seed", "methods", "llm_url")
+"""Arguments in which calls that are joined may differ."""
 WITHOUT_LLM = ("random", "evolution", "evolution-multi", "cma-es", "ranked")
 
 
@@ -64,7 +72,9 @@ def main() -> None:
     parser.add_argument("--rate", type=float, nargs="+", default=[0.3])
     parser.add_argument("--budget", type=int, default=200, help="evaluations of each search")
     parser.add_argument("--seeds", type=int, default=3, help="searches of each method, each with windows of its own")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(USUAL))
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(USUAL))
+    parser.add_argument("--beside", type=Path, nargs="+", default=[], help="figures of other calls, shown with these")
     parser.add_argument("--granularity", choices=("layer", "block"), default="block")
     parser.add_argument("--reconstruction", choices=get_args(Reconstruction), default="least-squares")
     parser.add_argument("--no-seeds", action="store_true", help="begin without the allocations")
@@ -81,14 +91,42 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/compare"))
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     given = parser.parse_args()
+    if not given.methods and not given.beside:
+        parser.error("there is nothing to do: name methods, or figures to join with --beside")
+    others = [json.loads(file.read_text()) for file in given.beside]
+    arguments = {k: v for k, v in vars(given).items() if k not in NOT_OF_THE_SEARCHES}
+    if not given.methods:
+        arguments = others[0]["arguments"]
+    for file, other in zip(given.beside, others, strict=True):
+        if differing := [name for name, value in other["arguments"].items() if _differs(name, value, arguments)]:
+            parser.error(f"{file} is of other searches: they differ in {', '.join(differing)}")
     given.out.mkdir(parents=True, exist_ok=True)
-    results = asyncio.run(compare(given))
-    figures = {"arguments": {k: v for k, v in vars(given).items() if k not in ("out", "json")}, "results": results}
+    own = asyncio.run(compare(given)) if given.methods else []
+    joined = {_which(r): r for r in [r for other in others for r in other["results"]] + own}
+    results = [joined[which] for which in sorted(joined, key=_in_order)]
+    figures = {"arguments": arguments, "results": results}
     for file in filter(None, (given.out / "comparison.json", given.json)):
         file.write_text(json.dumps(figures, indent=1) + "\n")
-    for rate in given.rate:
+    for rate in dict.fromkeys(r["rate"] for r in results):
         show([r for r in results if r["rate"] == rate], rate)
     plot(results, given.out)
+
+
+def _differs(name: str, value: Any, arguments: dict[str, Any]) -> bool:
+    """Whether searches that `name` was an argument of are not to be compared; texts may lie in other folders."""
+    ours = arguments.get(name)
+    if name in ("fitness", "report"):
+        return Path(value).name != Path(str(ours)).name
+    return name not in SHARED_OUT and value != ours
+
+
+def _which(result: dict[str, Any]) -> tuple[str, float, int]:
+    return result["method"], result["rate"], result["seed"]
+
+
+def _in_order(which: tuple[str, float, int]) -> tuple[float, int, int]:
+    method, rate, seed = which
+    return rate, list(METHODS).index(method), seed
 
 
 async def compare(given: argparse.Namespace) -> list[dict[str, Any]]:
@@ -100,7 +138,7 @@ async def compare(given: argparse.Namespace) -> list[dict[str, Any]]:
             endpoints = await _endpoints(given, stack)
         url = await stack.enter_async_context(embedded.embedded_server(given.out / "server"))
         console = Console(stderr=True)
-        for seed in range(given.seeds):
+        for seed in range(given.first_seed, given.first_seed + given.seeds):
             worker = MeasuringWorker(url, given.out / f"measured-{seed}.jsonl")
             for rate, method in product(given.rate, given.methods):
                 settings = settings_of(given, method, rate, seed)

@@ -116,13 +116,38 @@ def divergence(
     with torch.inference_mode():
         for chunk in _chunks(decoder, windows, progress, stage):
             loss += chunk.loss
-            device = chunk.logits.device
-            found = chunk.log_probabilities(dense.kept_tokens(chunk.rows, device))
-            kl += kl_divergence(dense.log_probabilities(chunk.rows, device), found).sum().item()
+            kl += _divergence_of(chunk, dense)
     tokens = len(dense.tokens)
     if not math.isfinite(kl):
         raise NotFiniteError(f"the mean KL divergence over {tokens} tokens is {kl / tokens}")
     return Divergence(perplexity_of(loss, tokens), kl / tokens, tokens)
+
+
+def predictions_from(decoder: Decoder, hidden: Tensor, windows: Tensor, *, top: int = TOP) -> DensePredictions:
+    """What is predicted for `windows` (long, [n, seqlen]) from their final hidden states [n, seqlen, hidden size].
+
+    Raises NotFiniteError where that is no number.
+    """
+    head = decoder.head
+    kept = DensePredictions.room_for(windows[:, 1:].numel(), min(top, head.out_features), head.weight.dtype)
+    for chunk in _chunks_of(decoder, hidden, windows):
+        kept.keep(chunk)
+    if not bool(kept.log_total.isfinite().all()):
+        raise NotFiniteError("the predictions are no numbers")
+    return kept
+
+
+def divergence_from(decoder: Decoder, hidden: Tensor, windows: Tensor, dense: DensePredictions) -> float:
+    """KL(dense ‖ pruned), in nats a predicted token, from final hidden states; no number where they are none."""
+    total = sum(_divergence_of(chunk, dense) for chunk in _chunks_of(decoder, hidden, windows))
+    return total / len(dense.tokens)
+
+
+def _divergence_of(chunk: "_Chunk", dense: DensePredictions) -> float:
+    """Summed over the predictions of a chunk, whose logits are used up."""
+    device = chunk.logits.device
+    found = chunk.log_probabilities(dense.kept_tokens(chunk.rows, device))
+    return kl_divergence(dense.log_probabilities(chunk.rows, device), found).sum().item()
 
 
 def kl_divergence(expected: Tensor, found: Tensor) -> Tensor:
@@ -166,10 +191,15 @@ def _chunks(decoder: Decoder, windows: Tensor, progress: Progress, stage: str) -
     """What the model predicts for each window in turn, as it is now."""
     start = 0
     for window in steps(progress, stage, windows):
-        hidden = final_hidden(decoder, window[None])
-        for logits, targets in logit_chunks(decoder, hidden, window[None]):
-            yield _Chunk(slice(start, start + len(targets)), logits, logits.logsumexp(-1), targets)
-            start += len(targets)
+        yield from _chunks_of(decoder, final_hidden(decoder, window[None]), window[None], start)
+        start += len(window) - 1
+
+
+def _chunks_of(decoder: Decoder, hidden: Tensor, windows: Tensor, start: int = 0) -> Iterator[_Chunk]:
+    """What is predicted from final hidden states; the first prediction is number `start` of the text."""
+    for logits, targets in logit_chunks(decoder, hidden, windows):
+        yield _Chunk(slice(start, start + len(targets)), logits, logits.logsumexp(-1), targets)
+        start += len(targets)
 
 
 def _log_sum_of_others(logits: Tensor, tokens: Tensor) -> Tensor:

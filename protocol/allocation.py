@@ -47,7 +47,7 @@ class Findings:
     outliers: Sequence[float] = ()
     """OWL: each layer's share of outliers, in percent."""
     sensitivity: Sequence[float] = ()
-    """Each unit's rise of log-perplexity when it alone loses the share `removed`."""
+    """Each unit's divergence from the dense model when it alone loses the share `removed`."""
     removed: Sequence[float] = ()
 
 
@@ -118,7 +118,7 @@ def sensitivity_rates(
 ) -> tuple[float, ...]:
     """The rates with the least damage, if each unit's damage grows with the square of its rate.
 
-    `sensitivity` is each unit's rise of log-perplexity when it alone loses the share `removed`. Minimises
+    `sensitivity` is each unit's divergence from the dense model when it alone loses the share `removed`. Minimises
     Σ s_i · (p_i / removed_i)² for the given budget: p_i ∝ w_i · removed_i² / s_i, w being parameters, up to the bounds.
     To each s_i `SENSITIVITY_FLOOR` medians are added; what measured below nought counts as nought.
     """

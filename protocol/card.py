@@ -27,7 +27,7 @@ class ModelCard(BaseModel):
     dense: DensePerplexity
     dense_report: DensePerplexity | None
     sensitivity: tuple[float, ...]
-    """Per unit of the search: rise of log-perplexity when this unit alone is pruned by the search's rate."""
+    """Per unit of the search: KL(dense ‖ pruned), in nats a token, when it alone is pruned by the search's rate."""
     outliers: tuple[float, ...] = ()
     """Per layer: OWL's share of outliers, in percent (M = 5). None where importance is not `wanda-sp`."""
     texts: str
