@@ -43,6 +43,8 @@ class Surrogate:
         """Of the features: a slope says what is unusual in a unit; what all share is the common factor's."""
         self.errors: Vector = np.zeros(0)
         """How far the guess of each outcome, best first, would have been off had it not been seen."""
+        self.heard: Vector = np.zeros(0)
+        """How much each of them counted, against the best one's 1."""
         self._weights = self._fit(view.measured[:MOST])
         common, *weights = self._weights.tolist()
         own, slopes = weights[: len(self._damages)], weights[len(self._damages) :]
@@ -85,7 +87,8 @@ class Surrogate:
         rises = np.array([self.rise(member) for member in measured])
         self._centre[1 + units :] = features[:, 1 + units :].mean(axis=0)
         features = features - self._centre
-        precision = np.exp(-SHARPNESS * (rises - rises.min())) / NOISE
+        self.heard = np.exp(-SHARPNESS * (rises - rises.min()))
+        precision = self.heard / NOISE
         held = np.sqrt([COMMON] + [FACTOR] * units + [SLOPE] * units)
         rows = np.vstack([features * precision[:, None], np.diag(held)])
         wanted = np.concatenate([(rises - features @ believed) * precision, np.zeros(1 + 2 * units)])
