@@ -34,14 +34,14 @@ def drawn_mix(rng: random.Random, parents: Sequence[Member]) -> Proposal:
 
 
 def good_one(rng: random.Random, view: View, parents: Sequence[Member]) -> Member:
-    """Where trades begin: at the best of the population half of the time, whoever selected the parents; else at one
-    of `parents` (best first), each half as often as the one before it.
+    """Where trades begin: at the best of the population two times of three, whoever selected the parents; else at one
+    of `parents` (best first), each a third as often as the one before it.
 
     Trades are small steps that mostly help: from a parent that is a percent worse they end behind the best.
     """
     ranked = view.population[:1] + tuple(member for member in parents if member not in view.population[:1])
     place = 0
-    while place < len(ranked) - 1 and rng.random() < 0.5:
+    while place < len(ranked) - 1 and rng.random() < 1 / 3:
         place += 1
     return ranked[place]
 

@@ -14,7 +14,7 @@ from agents.surrogate import Surrogate
 from agents.trades import OFFERED, menu, traded
 from agents.trades import WIDE as WIDE_MENU
 from agents.view import Member, Tried, View
-from agents.words import trades_in_words
+from agents.words import mixes_in_words, trades_in_words
 from protocol.alone import removed_alone
 from protocol.candidate import Candidate, Provenance, candidate_id
 from protocol.plan import Plan, attention_levels, removed_shares
@@ -173,6 +173,37 @@ def test_mixes_are_ranked_and_near_the_budget(granularity: Granularity) -> None:
         assert sum(r * w for r, w in zip(rates, weights, strict=True)) / sum(weights) == pytest.approx(0.3, abs=0.02)
 
 
+def changed(view: View, parent: Member, more: int, less: int, fitness: float) -> Member:
+    """A mutation of `parent`: one unit loses a tenth more, another a tenth less; its fitness as given."""
+    rates = [rate + 0.1 * ((i == more) - (i == less)) for i, rate in enumerate(parent.candidate.rates)]
+    return Member(member(view, rates, parents=(parent.candidate.id,)).candidate, fitness)
+
+
+@pytest.mark.parametrize("measure", ["perplexity", "kl"])
+def test_what_helped_one_parent_is_offered_to_those_that_do_not_have_it(measure: str) -> None:
+    plain = view_of("layer", 1)
+    view = View(plain.spec.model_copy(update={"measure": measure}), plain.card, 1, ())
+    root = Member(plain.measured[0].candidate, 20.0)
+    better, best, worse = (
+        changed(view, root, 1, 2, 19.0),
+        changed(view, root, 5, 9, 18.0),
+        changed(view, root, 3, 4, 21.0),
+    )
+    heir = changed(view, better, 6, 7, 18.5)
+    family = (best, heir, better, root, worse)
+    full = View(view.spec, view.card, 1, family[:3], {}, family)
+    mixes = [m for m in mix_menu(full, family[:3], random.Random(0), 100) if m.what.startswith("layer ")]
+    assert mixes == sorted(mixes, key=lambda m: m.expected)
+    pairs = {(m.base.fitness, m.donor.fitness) for m in mixes}
+    assert pairs == {(18.0, 19.0), (18.0, 18.5), (18.5, 18.0), (19.0, 18.0), (19.0, 18.5)}
+    both = next(m for m in mixes if (m.base, m.donor) == (best, better))
+    assert both.expected == pytest.approx(17.0 if measure == "kl" else 18 * 19 / 20)
+    assert both.proposal.parents == (best.candidate.id, better.candidate.id)
+    moved = [new - old for new, old in zip(both.proposal.rates, root.candidate.rates, strict=True)]
+    assert [round(points, 2) for points in moved] == [0, 0.1, -0.1, 0, 0, 0.1, 0, 0, 0, -0.1, 0, 0]
+    assert mixes_in_words(full, [both])[0].startswith("layer 1 +10, layer 2 -10 of 19.00")
+
+
 def test_a_trade_is_promised_in_percent_of_what_is_minimised() -> None:
     view = view_of("layer", 60)
     parent = view.measured[5]
@@ -224,6 +255,6 @@ def test_trades_begin_at_the_best_half_of_the_time_whoever_selected_the_parents(
     best, others = view.population[0], view.population[4:8]
     rng = random.Random(0)
     begun = [good_one(rng, view, others) for _ in range(1000)]
-    assert 400 < sum(member is best for member in begun) < 600
+    assert 600 < sum(member is best for member in begun) < 730
     assert {member.candidate.id for member in begun} == {member.candidate.id for member in (best, *others)}
     assert good_one(rng, View(view.spec, view.card, 1, ()), others) in others
