@@ -10,7 +10,8 @@ from agents.view import Member, Proposal, View
 
 MOST_TRADES = 3
 """Trades that one mutation makes together."""
-RANKED_TRADES = 15
+RANKED_TRADES = 6
+"""Trades on a menu: of more the last ones promise nothing."""
 RANKED_MIXES = 4
 
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from agents.asking import Asks, Call, Question
-from agents.draws import MOST_TRADES, RankedTrades, drawn_mutation, good_one
+from agents.draws import MOST_TRADES, RANKED_TRADES, RankedTrades, drawn_mutation, good_one
 from agents.edits import (
     MOST_CHANGES,
     STEPS,
@@ -28,7 +28,6 @@ from agents.words import about_model, fitness_in_words, numbered_lists, numbered
 
 EDIT_TOKENS = 90
 TRADE_TOKENS = 30
-SHOWN_TRADES = 10
 SHOWN = 3
 """Parents that one call for edits is shown: more only lengthen the prompt."""
 
@@ -70,7 +69,7 @@ class Mutator:
     def _trades(self, call: Call, parents: Sequence[Member], told: Telling) -> Question[Proposal]:
         view, rng = call.view, call.rng
         parent = good_one(rng, view, parents)
-        trades = menu(view, parent, rng, SHOWN_TRADES)
+        trades = menu(view, parent, rng, RANKED_TRADES)
         if not trades:  # every unit is at a bound
             return self._edits(call, parents, told)
         prompt = self._prompts.fill(

@@ -22,7 +22,7 @@ MOST_USES = 2
 OFFERED = 0.5
 """Share of the units that a menu is made of (`WIDE` at least), drawn anew for each: offspring of one round that all try
 the same unit teach one thing many times over, and if it hurts, it hurts all of them."""
-DOUBT = 0.5
+DOUBT = 0.25
 """Noise on what a unit promises, as a share of what promises differ by: calls see different menus, and units that the
 surrogate is wrong about get their chance."""
 
