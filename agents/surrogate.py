@@ -19,7 +19,7 @@ from protocol.plan import Plan, removed_shares
 
 Vector = NDArray[np.float64]
 
-COMMON, FACTOR, SLOPE = 0.01, 10.0, 300.0
+COMMON, FACTOR, SLOPE = 0.01, 1.0, 100.0
 """How strongly the common factor, a unit's own factor, and its slope are held to what is believed beforehand: the
 precision of that belief, as of a normal distribution."""
 SHARPNESS = 10.0
