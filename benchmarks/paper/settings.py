@@ -177,15 +177,20 @@ class PaperSettings(Section):
         limit = self.zero_shot and self.zero_shot.limit
         asked = f" Accuracies of the first {limit} items of each task." if limit else ""
         return (
-            f"Perplexity on {count} windows of {shown}, of {', '.join(lengths)} tokens; "
-            f"scored on {texts.calibration_windows} windows of {texts.calibration}, searched on {texts.fitness}; "
-            f"{self.dtype}.{asked}"
+            f"Perplexity on {count} windows of {_name(shown)}, of {', '.join(lengths)} tokens; "
+            f"scored on {texts.calibration_windows} windows of {_name(texts.calibration)}, "
+            f"searched on {_name(texts.fitness)}; {self.dtype}.{asked}"
         )
 
     def search_of(self, method: SearchMethod) -> Search:
         """The search of a method."""
         usual = {"self-pruner": "configs/paper.yaml", "self-pruner-best": "configs/best.yaml"}
         return self.searches.get(method) or Search(config=Path(usual[method]))
+
+
+def _name(text: str) -> str:
+    """A file without its folders, which say nothing to others; a text of the hub as it is."""
+    return Path(text).name if Path(text).is_file() else text
 
 
 def read_settings(file: Path, overrides: Sequence[str] = ()) -> PaperSettings:
