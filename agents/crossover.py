@@ -61,7 +61,7 @@ class Crossover:
         prompt = self._prompts.fill(
             "crossover_trades",
             count=call.count,
-            mixes=mixes_in_words(view, mixes),
+            mixes=mixes_in_words(view, parents, mixes),
             about=about_model(view, self._settings.tell),
         )
 

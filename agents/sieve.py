@@ -29,8 +29,9 @@ class Guesses:
         self._limit = math.inf
         errors = self._surrogate.errors
         if len(errors) >= LEAST_OUTCOMES and len(view.population) == population:
-            # Each as much as the guess listened to it: it may be far off among the bad ones.
-            doubt = max(float(np.sqrt(np.average(errors**2, weights=self._surrogate.heard**2))), LEAST_DOUBT)
+            # Those that matter: a guess may be far off among the bad ones.
+            half = errors[: max(LEAST_OUTCOMES, len(errors) // 2)]
+            doubt = max(float(np.sqrt(np.mean(half**2))), LEAST_DOUBT)
             self._limit = self._surrogate.rise(view.population[-1]) + DOUBTS * doubt
 
     def refusal(self, plan: Plan) -> Refused | None:

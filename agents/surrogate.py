@@ -1,14 +1,18 @@
-"""A surrogate: what a plan will measure, guessed from what was measured. Additive over units. Pure.
+"""A surrogate: what a plan will measure, guessed from what was measured, and how sure that is. Pure.
 
-The rise of log-perplexity over the dense model (the divergence itself, where the search minimises that) is taken as a
-sum over units of what each loses. Before anything is measured that is the model card's sensitivity, the divergence from
-the dense model at the search's rate: below it in proportion, above it with the square. Pruned together, units cost more
-than alone, and some much more, so each outcome moves that: one factor for all, one for each unit, and a slope for each
-unit, by ridge regression with the sensitivity as what is believed beforehand.
+The rise of log-perplexity over the dense model (the divergence itself, where the search minimises that) is a Gaussian
+process over the shares that the units lose. What is believed beforehand is the sum of what each unit costs alone: the
+model card's sensitivity, below the pruning rate in proportion, above it with the square. Pruned together, units cost
+more than alone, and some much more; so what is believed may be off
+
+- by a factor, one for all units and one for each, and by a slope for each;
+- in each unit's own way from one share to the next: which channels go makes some difference;
+- and in a way that depends on all units together, so that plans near a measured one measure as much as it did.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,18 +21,21 @@ from agents.view import Member, View
 from protocol.alone import removed_alone
 from protocol.plan import Plan, removed_shares
 
-Vector = NDArray[np.float64]
+Array = NDArray[np.floating[Any]]
 
-COMMON, FACTOR, SLOPE = 0.01, 1.0, 100.0
-"""How strongly the common factor, a unit's own factor, and its slope are held to what is believed beforehand: the
-precision of that belief, as of a normal distribution."""
-SHARPNESS = 10.0
-"""An outcome's errors are scaled by exp(−SHARPNESS × distance from the best, in nats): the guess has to be right where
-the search is. Of one that is 0.2 nats behind an error counts a seventh."""
+COMMON, FACTOR = 1.0, 0.3
+"""How far the factors, of all units and of each, are believed to be from 1: a standard deviation."""
+LEVEL, SLOPE, OWN, JOINT, NOISE = 1.2, 0.16, 0.012, 0.06, 0.012
+"""As shares of the usual rise: what all plans may differ by from what is believed; the slope of a unit, for each
+decoder layer's worth of parameters; what is a unit's own; what depends on all; and what no share of anything tells."""
+OWN_LENGTH, JOINT_LENGTH = 0.04, 0.4
+"""In a decoder layer's worth of parameters: how far apart one unit's shares, or plans, have little to do with one
+another."""
+DISTANCE = 0.1
+"""The noise of an outcome grows by this share of its distance from the best: a guess has to be right where the search
+is."""
 MOST = 500
 """Outcomes that are looked at, the best ones: in a search of thousands a guess shall not take seconds."""
-NOISE = 0.02
-"""Of an outcome in log-perplexity: differences below it teach little."""
 
 
 class Surrogate:
@@ -36,71 +43,134 @@ class Surrogate:
 
     def __init__(self, view: View) -> None:
         self._view = view
-        self._damages = _damages(view)
+        self._alone = _alone(view)
+        shape = view.card.shape
+        layer = shape.decoder_parameters / len(shape.layers)
+        self._sizes: Array = np.array([unit.parameters / layer for unit in view.units])
         self._is_kl = view.spec.measure == "kl"
         self._dense = 0.0 if self._is_kl else math.log(view.card.dense.perplexity)
-        self._centre = np.zeros(1 + 2 * len(self._damages))
-        """Of the features: a slope says what is unusual in a unit; what all share is the common factor's."""
-        self.errors: Vector = np.zeros(0)
+        measured = view.measured[:MOST]
+        shares = np.array([self._shares(member.candidate.plan) for member in measured])
+        rises = np.array([self.rise(member) for member in measured])
+        self._points = _Points(shares.reshape(len(measured), len(self._sizes)), self._alone, self._sizes)
+        self._usual = float(np.median(rises)) if measured else float(sum(rise for _, rise in self._alone))
+        self._usual = max(self._usual, 1e-6)
+        self.errors: Array = np.zeros(0)
         """How far the guess of each outcome, best first, would have been off had it not been seen."""
-        self.heard: Vector = np.zeros(0)
-        """How much each of them counted, against the best one's 1."""
-        self._weights = self._fit(view.measured[:MOST])
-        common, *weights = self._weights.tolist()
-        own, slopes = weights[: len(self._damages)], weights[len(self._damages) :]
-        centres = self._centre[1 + len(self._damages) :].tolist()
-        self._by_unit: list[tuple[float, float, float]] = [
-            (common + o, s, c) for o, s, c in zip(own, slopes, centres, strict=True)
-        ]
+        self._weights: Array = np.zeros(0)
+        self._factor: Array = np.zeros((0, 0))
+        if measured:
+            noise = (NOISE * self._usual) ** 2 + (DISTANCE * (rises - rises.min())) ** 2
+            covariance = self._covariance(self._points, self._points) + np.diag(noise)
+            self._factor = np.linalg.cholesky(covariance)
+            inverse: Array = np.linalg.inv(covariance)
+            self._weights = inverse @ (rises - self._points.believed)
+            self.errors = self._weights / inverse.diagonal()
 
     def guess(self, plan: Plan) -> float:
         """The rise over the dense model, in nats: of log-perplexity, or of the divergence."""
-        return float((self._features(plan) - self._centre) @ self._weights)
+        return float(self._guess(np.array([self._shares(plan)]))[0])
 
-    def of_unit(self, unit: int, share: float) -> float:
-        """What the guess has from one unit, by its number, that loses `share` of its parameters."""
-        factor, slope, centre = self._by_unit[unit]
-        return factor * _damage(self._damages[unit], share) + slope * (share - centre)
+    def changes(self, rates: Sequence[float], moves: Sequence[Mapping[int, float]]) -> tuple[Array, Array]:
+        """How the rise changes from `rates` if some units, by their numbers, get other rates; how far that may be off.
+
+        Both have one entry for each of the `moves`, in nats; the second is a standard deviation.
+        """
+        from_ = _Points(np.array([rates]), self._alone, self._sizes)
+        to = from_.moved(moves, self._alone, self._sizes)
+        rows = self._change_of_covariance(from_, to)
+        means = to.believed - from_.believed + rows @ self._weights
+        variances = self._variance_between(to, from_)
+        if len(self._weights):
+            variances = variances - (np.linalg.solve(self._factor, rows.T) ** 2).sum(axis=0)
+        return means, np.sqrt(np.maximum(variances, 0.0))
 
     def fitness_of_rates(self, rates: Sequence[float]) -> float:
         """The fitness, a perplexity or a divergence, of rates that are about on budget."""
-        guess = sum(self.of_unit(unit, rate) for unit, rate in enumerate(rates))
+        guess = float(self._guess(np.array([rates]))[0])
         return max(guess, 0.0) if self._is_kl else math.exp(min(guess + self._dense, 50.0))
 
     def rise(self, member: Member) -> float:
         """What a member's measured fitness is in the guess's unit."""
         return member.fitness if self._is_kl else math.log(member.fitness) - self._dense
 
-    def _features(self, plan: Plan) -> Vector:
-        """The sum of all damages, each unit's damage, and each unit's share."""
-        shares = removed_shares(plan, self._view.card.shape, self._view.spec.granularity)
-        damages = [_damage(alone, share) for alone, share in zip(self._damages, shares, strict=True)]
-        return np.array([sum(damages), *damages, *shares])
+    def _shares(self, plan: Plan) -> tuple[float, ...]:
+        return removed_shares(plan, self._view.card.shape, self._view.spec.granularity)
 
-    def _fit(self, measured: Sequence[Member]) -> Vector:
-        units = len(self._damages)
-        believed = np.zeros(1 + 2 * units)
-        believed[0] = 1.0
-        if not measured:
-            return believed
-        features = np.array([self._features(member.candidate.plan) for member in measured])
-        rises = np.array([self.rise(member) for member in measured])
-        self._centre[1 + units :] = features[:, 1 + units :].mean(axis=0)
-        features = features - self._centre
-        self.heard = np.exp(-SHARPNESS * (rises - rises.min()))
-        precision = self.heard / NOISE
-        held = np.sqrt([COMMON] + [FACTOR] * units + [SLOPE] * units)
-        rows = np.vstack([features * precision[:, None], np.diag(held)])
-        wanted = np.concatenate([(rises - features @ believed) * precision, np.zeros(1 + 2 * units)])
-        moved: Vector = np.linalg.lstsq(rows, wanted, rcond=None)[0]
-        # What each outcome's guess would have been off without it (leave-one-out, exact for least squares).
-        weighted = rows[: len(rises)]
-        leverage = np.einsum("ij,jk,ik->i", weighted, np.linalg.pinv(rows.T @ rows), weighted)
-        self.errors = (rises - features @ (believed + moved)) / np.maximum(1 - leverage, 1e-6)
-        return believed + moved
+    def _guess(self, shares: Array) -> Array:
+        points = _Points(shares, self._alone, self._sizes)
+        return points.believed + self._covariance(points, self._points) @ self._weights
+
+    def _covariance(self, first: "_Points", second: "_Points") -> Array:
+        """[points of the first, points of the second]."""
+        usual = self._usual
+        found = (LEVEL * usual) ** 2 + COMMON**2 * np.outer(first.believed, second.believed)
+        found += FACTOR**2 * first.damages @ second.damages.T + (SLOPE * usual) ** 2 * first.places @ second.places.T
+        apart = np.zeros_like(found)
+        for mine, theirs in zip(first.places.T, second.places.T, strict=True):
+            square = np.subtract.outer(mine, theirs) ** 2
+            apart += square
+            found += (OWN * usual) ** 2 * np.exp(square / (-2 * OWN_LENGTH**2))
+        found += (JOINT * usual) ** 2 * np.exp(apart / (-2 * JOINT_LENGTH**2))
+        return found
+
+    def _change_of_covariance(self, from_: "_Points", to: "_Points") -> Array:
+        """Of what was measured with `to` instead of the one point `from_`: [points of `to`, outcomes].
+
+        Most units have not changed, and theirs need not be computed.
+        """
+        usual, known = self._usual, self._points
+        found = COMMON**2 * np.outer(to.believed - from_.believed, known.believed)
+        found += FACTOR**2 * (to.damages - from_.damages) @ known.damages.T
+        found += (SLOPE * usual) ** 2 * (to.places - from_.places) @ known.places.T
+        before = (from_.places - known.places) ** 2
+        apart = np.repeat(before.sum(axis=1)[None], len(to.places), axis=0)
+        joint = np.exp(apart[0] / (-2 * JOINT_LENGTH**2)) if len(apart) else 0.0
+        for unit, old in enumerate(from_.places[0]):
+            changed = np.flatnonzero(to.places[:, unit] != old)
+            square = np.subtract.outer(to.places[changed, unit], known.places[:, unit]) ** 2
+            apart[changed] += square - before[:, unit]
+            own = np.exp(square / (-2 * OWN_LENGTH**2)) - np.exp(before[:, unit] / (-2 * OWN_LENGTH**2))
+            found[changed] += (OWN * usual) ** 2 * own
+        found += (JOINT * usual) ** 2 * (np.exp(apart / (-2 * JOINT_LENGTH**2)) - joint)
+        return found
+
+    def _variance_between(self, points: "_Points", other: "_Points") -> Array:
+        """Of the difference of each of `points` to the one `other`, before anything is measured."""
+        usual = self._usual
+        square = (points.places - other.places) ** 2
+        found: Array = COMMON**2 * (points.believed - other.believed) ** 2
+        found += FACTOR**2 * ((points.damages - other.damages) ** 2).sum(axis=1)
+        found += (SLOPE * usual) ** 2 * square.sum(axis=1)
+        found += 2 * (OWN * usual) ** 2 * (1 - np.exp(square / (-2 * OWN_LENGTH**2))).sum(axis=1)
+        found += 2 * (JOINT * usual) ** 2 * (1 - np.exp(square.sum(axis=1) / (-2 * JOINT_LENGTH**2)))
+        return found
 
 
-def _damages(view: View) -> list[tuple[float, float]]:
+class _Points:
+    """Shares that plans take from each unit [points, units], and what is made of them."""
+
+    def __init__(self, shares: Array, alone: Sequence[tuple[float, float]], sizes: Array) -> None:
+        self.shares = shares
+        self.places: Array = shares * sizes
+        """In a decoder layer's worth of parameters."""
+        measured, rises = np.array(alone).T
+        ratios = np.divide(shares, measured, out=np.zeros_like(shares), where=measured > 0)
+        self.damages: Array = rises * np.where(ratios <= 1, ratios, ratios**2)
+        """What each unit costs: in proportion up to where it was measured, then with the square."""
+        self.believed: Array = self.damages.sum(axis=1)
+
+    def moved(
+        self, moves: Sequence[Mapping[int, float]], alone: Sequence[tuple[float, float]], sizes: Array
+    ) -> "_Points":
+        """The one point after each of `moves`."""
+        shares = np.repeat(self.shares, len(moves), axis=0)
+        for row, move in zip(shares, moves, strict=True):
+            row[list(move)] = list(move.values())
+        return _Points(shares, alone, sizes)
+
+
+def _alone(view: View) -> list[tuple[float, float]]:
     """For each unit that is pruned alone, the share that it loses and the rise; without sensitivity one for all.
 
     Noise that would reward pruning is left out: nothing is free.
@@ -109,12 +179,3 @@ def _damages(view: View) -> list[tuple[float, float]]:
     shares = [removed_alone(unit, view.spec, card.shape) for unit in view.units]
     rises = card.sensitivity or [unit.parameters / card.shape.decoder_parameters for unit in view.units]
     return [(share, max(rise, 1e-4 * share)) for share, rise in zip(shares, rises, strict=True)]
-
-
-def _damage(alone: tuple[float, float], share: float) -> float:
-    """What a unit costs that loses `share`: in proportion up to where it was measured, then with the square."""
-    measured, rise = alone
-    if not measured:
-        return 0.0
-    ratio = share / measured
-    return rise * (ratio if ratio <= 1 else ratio**2)

@@ -47,17 +47,19 @@ def _ends(view: View) -> tuple[tuple[str, ...], tuple[str, ...]]:
     surrogate, rates = view.surrogate, view.population[0].candidate.rates
     spec = view.spec
     bounds = unit_bounds(view.card.shape, spec.granularity, spec.lowest_rate, spec.highest_rate)
-    gains, costs = [], []
-    for i, (unit, rate, (low, high)) in enumerate(zip(view.units, rates, bounds, strict=True)):
-        now = surrogate.of_unit(i, rate)
-        if rate - STEP >= low:
-            gains.append(((now - surrogate.of_unit(i, rate - STEP)) / unit.parameters, unit.name))
-        if rate + STEP <= high:
-            costs.append(((surrogate.of_unit(i, rate + STEP) - now) / unit.parameters, unit.name))
-    return (
-        tuple(name for _, name in sorted(gains, reverse=True)[:SHOWN_UNITS]),
-        tuple(name for _, name in sorted(costs)[:SHOWN_UNITS]),
-    )
+    able = [
+        {sign: sign * STEP for sign in (-1, 1) if low <= rate + sign * STEP <= high}
+        for rate, (low, high) in zip(rates, bounds, strict=True)
+    ]
+    ends = []
+    for sign in (-1, 1):
+        units = [i for i, steps in enumerate(able) if sign in steps]
+        changes_, _ = surrogate.changes(rates, [{i: rates[i] + sign * STEP} for i in units])
+        ranked = sorted(
+            (change / view.units[i].parameters, i) for change, i in zip(changes_.tolist(), units, strict=True)
+        )
+        ends.append(tuple(view.units[i].name for _, i in ranked[:SHOWN_UNITS]))
+    return ends[0], ends[1]
 
 
 def _contrast(view: View) -> str:

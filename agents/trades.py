@@ -5,15 +5,16 @@ lists the trades that promise most, and the LLM decides which of them to make to
 """
 
 import random
-import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 from agents.view import Member, Proposal, View
 from protocol.plan import attention_levels, unit_bounds
 
-SIZES = (0.03, 0.06, 0.12)
+SIZES = (0.04, 0.08, 0.16)
 """Parameters that change sides, as shares of a decoder layer's."""
 WIDE = 12
 """Units that are looked at on each side of a trade: those that promise most there."""
@@ -22,9 +23,8 @@ MOST_USES = 2
 OFFERED = 0.5
 """Share of the units that a menu is made of (`WIDE` at least), drawn anew for each: offspring of one round that all try
 the same unit teach one thing many times over, and if it hurts, it hurts all of them."""
-DOUBT = 0.25
-"""Noise on what a unit promises, as a share of what promises differ by: calls see different menus, and units that the
-surrogate is wrong about get their chance."""
+EAGERNESS = 1.0
+"""Standard deviations of what a trade promises that speak for it: of what nobody has tried more is to be learned."""
 
 
 @dataclass(frozen=True)
@@ -68,66 +68,59 @@ class _Market:
         self._view, self._surrogate, self._rates = view, view.surrogate, rates
         spec = view.spec
         self._bounds = unit_bounds(view.card.shape, spec.granularity, spec.lowest_rate, spec.highest_rate)
-        self._doubts = [rng.gauss(0, DOUBT) for _ in rates]
-        self._offered = set(rng.sample(range(len(rates)), max(min(WIDE, len(rates)), round(OFFERED * len(rates)))))
+        self._offered = sorted(rng.sample(range(len(rates)), max(min(WIDE, len(rates)), round(OFFERED * len(rates)))))
 
     def ranked(self) -> list[Trade]:
-        """Best first, with some noise in the order."""
+        """Best first."""
         layer = self._view.card.shape.layer_parameters(0)
-        of_all_sizes = [trade for size in SIZES for trade in self._of_size(round(size * layer))]
-        if not of_all_sizes:
-            return []
         # Where attention takes part its level is the size, every time.
-        found = list({(t.more, t.less, round(t.more_rate, 5)): t for t in of_all_sizes}.values())
-        promises = [trade.promise for trade in found]
-        spread = statistics.median(promises) - min(promises)
-        return sorted(
-            found, key=lambda trade: trade.promise + spread * (self._doubts[trade.more] + self._doubts[trade.less])
-        )
+        moves = dict.fromkeys(pair for size in SIZES for pair in self._pairs(round(size * layer)))
+        if not moves:
+            return []
+        promises, doubts = self._surrogate.changes(self._rates, [{a: x, b: y} for a, x, b, y in moves])
+        trades = [
+            (promise - EAGERNESS * doubt, Trade(more, less, more_rate, less_rate, promise))
+            for (more, more_rate, less, less_rate), promise, doubt in zip(
+                moves, promises.tolist(), doubts.tolist(), strict=True
+            )
+        ]
+        return [trade for _, trade in sorted(trades, key=lambda each: each[0])]
 
-    def _of_size(self, parameters: int) -> list[Trade]:
-        """Trades of `parameters`, or of an attention block's next level where one takes part."""
-        sides = {sign: self._sides(sign, parameters) for sign in (1, -1)}
-        trades = []
-        for more, amount in sides[1]:
-            for less, other in sides[-1]:
-                if more == less or not (trade := self._trade(more, less, amount, other, parameters)):
-                    continue
-                trades.append(trade)
-        return trades
+    def _pairs(self, parameters: int) -> Iterator[tuple[int, float, int, float]]:
+        """Two units and their rates after a trade of `parameters`, or of attention's next level where it takes part."""
+        takers, givers = (self._sides(sign, parameters) for sign in (1, -1))
+        for more, amount in takers:
+            for less, other in givers:
+                if more != less and (moved := self._moved_by_both(more, amount, less, other, parameters)):
+                    yield more, self._after(more, moved), less, self._after(less, -moved)
 
     def _sides(self, sign: int, parameters: int) -> list[tuple[int, int]]:
         """The units that promise most when pruned more (`sign` 1) or less (−1), and by how many parameters they are."""
-        sides = []
-        for i, unit in enumerate(self._view.units):
-            if i not in self._offered:
-                continue
-            amount = self._next_level(i, sign) if unit.kind == "attention" else parameters
-            promise = self._promise(i, sign * amount)
-            if promise is not None:
-                sides.append((promise / amount, i, amount))
-        return [(i, amount) for _, i, amount in sorted(sides)[:WIDE]]
+        amounts = {
+            i: self._next_level(i, sign) if self._view.units[i].kind == "attention" else parameters
+            for i in self._offered
+        }
+        able = [(i, amount) for i, amount in amounts.items() if self._is_able(i, sign * amount)]
+        if not able:
+            return []
+        promises, doubts = self._surrogate.changes(self._rates, [{i: self._after(i, sign * a)} for i, a in able])
+        worth = (promises - EAGERNESS * doubts) / np.array([amount for _, amount in able])
+        return [able[k] for k in np.argsort(worth, kind="stable")[:WIDE]]
 
-    def _trade(self, more: int, less: int, amount: int, other: int, parameters: int) -> Trade | None:
-        """One trade; the side that can choose takes as many parameters as the other has to."""
+    def _moved_by_both(self, more: int, amount: int, less: int, other: int, parameters: int) -> int:
+        """Parameters of a trade: the side that can choose takes as many as the other has to; 0 where none can be."""
         fixed = [a for i, a in ((more, amount), (less, other)) if self._view.units[i].kind == "attention"]
         if len(fixed) == 2 and fixed[0] != fixed[1]:
-            return None
+            return 0
         moved = fixed[0] if fixed else parameters
-        ours, theirs = self._promise(more, moved), self._promise(less, -moved)
-        if ours is None or theirs is None:
-            return None
-        return Trade(more, less, self._moved(more, moved), self._moved(less, -moved), ours + theirs)
+        return moved if self._is_able(more, moved) and self._is_able(less, -moved) else 0
 
-    def _promise(self, unit: int, parameters: int) -> float | None:
-        """What the surrogate expects of a unit that loses so many more; None where it cannot."""
-        rate = self._moved(unit, parameters)
+    def _is_able(self, unit: int, parameters: int) -> bool:
         low, high = self._bounds[unit]
-        if parameters == 0 or not low - 1e-9 <= rate <= high + 1e-9:
-            return None
-        return self._surrogate.of_unit(unit, rate) - self._surrogate.of_unit(unit, self._rates[unit])
+        return parameters != 0 and low - 1e-9 <= self._after(unit, parameters) <= high + 1e-9
 
-    def _moved(self, unit: int, parameters: int) -> float:
+    def _after(self, unit: int, parameters: int) -> float:
+        """The rate of a unit that loses so many parameters more."""
         return self._rates[unit] + parameters / self._view.units[unit].parameters
 
     def _next_level(self, unit: int, sign: int) -> int:

@@ -119,13 +119,18 @@ def _side(view: View, unit: int, rate: float, rates: Sequence[float]) -> str:
     return f"{view.units[unit].name} {100 * (rate - rates[unit]):+.0f}"
 
 
-def mixes_in_words(view: View, mixes: Sequence[RankedMix]) -> list[str]:
+def mixes_in_words(view: View, parents: Sequence[Member], mixes: Sequence[RankedMix]) -> list[str]:
     """Mixes as the `trades` prompts list them."""
-    return [
-        f"{ranked.what} of {fitness_in_words(view, ranked.donor)} in {fitness_in_words(view, ranked.base)}: "
-        f"about {ranked.expected:.{_FITNESS_DIGITS[view.spec.measure]}f}"
-        for ranked in mixes
-    ]
+    words = []
+    for ranked in mixes:
+        mix = ranked.mix
+        base, donor = (parents[int(number) - 1] for number in mix.parents.split("+"))
+        blocks = "layers" if mix.block in (None, "both") else f"{mix.block} of layers"
+        words.append(
+            f"{blocks} {mix.first} to {mix.first + mix.layers - 1} of {fitness_in_words(view, donor)} "
+            f"in {fitness_in_words(view, base)}: about {ranked.expected:.{_FITNESS_DIGITS[view.spec.measure]}f}"
+        )
+    return words
 
 
 def numbered_sections(view: View, members: Sequence[Member]) -> list[dict[str, object]]:

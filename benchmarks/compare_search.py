@@ -167,7 +167,7 @@ async def _endpoints(given: argparse.Namespace, stack: AsyncExitStack) -> tuple[
 
 def settings_of(given: argparse.Namespace, method: str, rate: float, seed: int) -> Settings:
     """The settings of one search; all but who proposes is the same for every method."""
-    chosen = {"mutations": 6, "crossovers": 2, **METHODS[method]}
+    chosen = {"mutations": 7, "crossovers": 1, **METHODS[method]}
     llm = {"tell": ("sensitivity", "weakest", "contrast", "lessons")}
     llm |= {name: chosen.pop(name) for name in OF_LLM if name in chosen}
     population = max(4, min(12, given.budget // 4))

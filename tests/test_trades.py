@@ -14,7 +14,7 @@ from agents.surrogate import Surrogate
 from agents.trades import OFFERED, menu, traded
 from agents.trades import WIDE as WIDE_MENU
 from agents.view import Member, Tried, View
-from agents.words import mixes_in_words, trades_in_words
+from agents.words import trades_in_words
 from protocol.alone import removed_alone
 from protocol.candidate import Candidate, Provenance, candidate_id
 from protocol.plan import Plan, attention_levels, removed_shares
@@ -93,22 +93,42 @@ def test_the_surrogate_knows_the_sensitivity_before_anything_is_measured_and_lea
     assert after > max(before, 0.85) and near < far / 2
 
 
-def test_the_surrogate_is_exact_where_units_add_up_as_the_card_says() -> None:
+def test_before_anything_is_measured_units_add_up_as_the_card_says() -> None:
     view = view_of("layer", 0)
     plan = member(view, random_rates(random.Random(5), len(view.units), 0.3)).candidate.plan
-    shares = removed_shares(plan, WIDE, "layer")
-    surrogate = Surrogate(view)
-    assert surrogate.guess(plan) == pytest.approx(sum(surrogate.of_unit(i, share) for i, share in enumerate(shares)))
-    alone = removed_alone(view.units[0], view.spec, WIDE)
-    one = (alone,) + (0.0,) * (LAYERS - 1)
-    assert sum(surrogate.of_unit(i, r) for i, r in enumerate(one)) == pytest.approx(view.card.sensitivity[0])
+    alone = [removed_alone(unit, view.spec, WIDE) for unit in view.units]
+    ratios = [share / whole for share, whole in zip(removed_shares(plan, WIDE, "layer"), alone, strict=True)]
+    harms = [s * (r if r <= 1 else r**2) for r, s in zip(ratios, view.card.sensitivity, strict=True)]
+    assert Surrogate(view).guess(plan) == pytest.approx(sum(harms))
+    means, _ = Surrogate(view).changes((0.0,) * LAYERS, [{0: alone[0]}, {0: alone[0], 3: alone[3] / 2}])
+    first, both = view.card.sensitivity[0], view.card.sensitivity[0] + view.card.sensitivity[3] / 2
+    assert means.tolist() == pytest.approx([first, both])
 
 
 def test_without_sensitivity_all_units_are_alike() -> None:
     view = view_of("layer", 0)
-    assert Surrogate(view).of_unit(3, 0.5) > Surrogate(view).of_unit(5, 0.5)
+    base, moves = (0.0,) * LAYERS, [{3: 0.5}, {5: 0.5}]
+    unlike = Surrogate(view).changes(base, moves)[0]
+    assert unlike[0] > unlike[1]
     alike = View(view.spec, view.card.model_copy(update={"sensitivity": ()}), 1, ())
-    assert Surrogate(alike).of_unit(3, 0.5) == pytest.approx(Surrogate(alike).of_unit(5, 0.5))
+    assert len({round(float(change), 9) for change in Surrogate(alike).changes(base, moves)[0]}) == 1
+
+
+@pytest.mark.parametrize("granularity", ["layer", "block"])
+def test_changes_are_those_between_guesses_and_surer_near_what_was_measured(granularity: Granularity) -> None:
+    view = view_of(granularity, 40)
+    surrogate, base = Surrogate(view), view.measured[0].candidate.plan
+    shares = removed_shares(base, WIDE, granularity)
+    others = [removed_shares(m.candidate.plan, WIDE, granularity) for m in view.measured[1:6]]
+    moves = [{i: rate for i, rate in enumerate(other) if rate != shares[i]} for other in others]
+    means, doubts = surrogate.changes(shares, moves)
+    guesses = [surrogate.guess(m.candidate.plan) - surrogate.guess(base) for m in view.measured[1:6]]
+    assert means.tolist() == pytest.approx(guesses, abs=1e-9)
+    alone = Surrogate(View(view.spec, view.card, 1, (), {}, view.measured[:1]))
+    assert (doubts < alone.changes(shares, moves)[1] / 2).all()
+    assert surrogate.changes(shares, [{0: shares[0]}])[1][0] == pytest.approx(0, abs=1e-6)
+    small, large = surrogate.changes(shares, [{0: shares[0] + 0.01}, {0: shares[0] + 0.3}])[1]
+    assert 0 < small < large
 
 
 @pytest.mark.parametrize("granularity", ["layer", "block"])
@@ -172,37 +192,6 @@ def test_mixes_are_ranked_and_near_the_budget(granularity: Granularity) -> None:
     for mix in mixes:
         rates = on_budget(view, mix.proposal.rates)
         assert sum(r * w for r, w in zip(rates, weights, strict=True)) / sum(weights) == pytest.approx(0.3, abs=0.02)
-
-
-def changed(view: View, parent: Member, more: int, less: int, fitness: float) -> Member:
-    """A mutation of `parent`: one unit loses a tenth more, another a tenth less; its fitness as given."""
-    rates = [rate + 0.1 * ((i == more) - (i == less)) for i, rate in enumerate(parent.candidate.rates)]
-    return Member(member(view, rates, parents=(parent.candidate.id,)).candidate, fitness)
-
-
-@pytest.mark.parametrize("measure", ["perplexity", "kl"])
-def test_what_helped_one_parent_is_offered_to_those_that_do_not_have_it(measure: str) -> None:
-    plain = view_of("layer", 1)
-    view = View(plain.spec.model_copy(update={"measure": measure}), plain.card, 1, ())
-    root = Member(plain.measured[0].candidate, 20.0)
-    better, best, worse = (
-        changed(view, root, 1, 2, 19.0),
-        changed(view, root, 5, 9, 18.0),
-        changed(view, root, 3, 4, 21.0),
-    )
-    heir = changed(view, better, 6, 7, 18.5)
-    family = (best, heir, better, root, worse)
-    full = View(view.spec, view.card, 1, family[:3], {}, family)
-    mixes = [m for m in mix_menu(full, family[:3], random.Random(0), 100) if m.what.startswith("layer ")]
-    assert mixes == sorted(mixes, key=lambda m: m.expected)
-    pairs = {(m.base.fitness, m.donor.fitness) for m in mixes}
-    assert pairs == {(18.0, 19.0), (18.0, 18.5), (18.5, 18.0), (19.0, 18.0), (19.0, 18.5)}
-    both = next(m for m in mixes if (m.base, m.donor) == (best, better))
-    assert both.expected == pytest.approx(17.0 if measure == "kl" else 18 * 19 / 20)
-    assert both.proposal.parents == (best.candidate.id, better.candidate.id)
-    moved = [new - old for new, old in zip(both.proposal.rates, root.candidate.rates, strict=True)]
-    assert [round(points, 2) for points in moved] == [0, 0.1, -0.1, 0, 0, 0.1, 0, 0, 0, -0.1, 0, 0]
-    assert mixes_in_words(full, [both])[0].startswith("layer 1 +10, layer 2 -10 of 19.00")
 
 
 def test_a_trade_is_promised_in_percent_of_what_is_minimised() -> None:
