@@ -8,7 +8,7 @@ from agents.operators import cross, mutate, random_rates
 from agents.trades import menu, traded
 from agents.view import Member, Proposal, View
 
-MOST_TRADES = 3
+MOST_TRADES = 4
 """Trades that one mutation makes together."""
 RANKED_TRADES = 6
 """Trades on a menu: of more the last ones promise nothing."""

@@ -33,17 +33,17 @@ from daemon.llm_settings import EndpointSettings
 from daemon.settings import Settings
 from protocol import logs
 from protocol.allocation import Method
-from protocol.spec import Reconstruction
+from protocol.spec import Measure, Reconstruction
 
 SEEDS: tuple[Method, ...] = ("first-layer", "llm-pruner", "owl", "uniform")
-OFFSPRING = 8
+OFFSPRING = 4
 """Candidates of a round."""
 METHODS: dict[str, dict[str, Any]] = {
-    "random": {"proposer": "random", "mutations": 8, "crossovers": 0},
-    "evolution": {"proposer": "evolution", "mutations": 8, "crossovers": 0},
-    "evolution-multi": {"proposer": "evolution", "mutations": 8, "crossovers": 0, "first_windows": 1},
-    "cma-es": {"proposer": "cma-es", "mutations": 8, "crossovers": 0},
-    "best-of-n": {"proposer": "best-of-n", "mutations": 8, "crossovers": 0, "reply": "edits"},
+    "random": {"proposer": "random", "mutations": 4, "crossovers": 0},
+    "evolution": {"proposer": "evolution", "mutations": 4, "crossovers": 0},
+    "evolution-multi": {"proposer": "evolution", "mutations": 4, "crossovers": 0, "first_windows": 1},
+    "cma-es": {"proposer": "cma-es", "mutations": 16, "crossovers": 0},
+    "best-of-n": {"proposer": "best-of-n", "mutations": 4, "crossovers": 0, "reply": "edits"},
     "ranked": {"initializer": "random", "selector": "tournament", "mutator": "ranked", "crossover": "ranked"},
     "llm-edits": {"reply": "edits"},
     "llm": {"reply": "trades"},
@@ -51,8 +51,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "llm-race": {"reply": "trades", "race_confidence": 0.9},
     "llm-steady": {"reply": "trades", "mode": "steady-state"},
     "no-initializer": {"reply": "trades", "initializer": "random"},
-    "no-mutation": {"reply": "trades", "mutations": 0, "crossovers": 8},
-    "no-crossover": {"reply": "trades", "mutations": 8, "crossovers": 0},
+    "no-mutation": {"reply": "trades", "mutations": 0, "crossovers": 4},
+    "no-crossover": {"reply": "trades", "mutations": 4, "crossovers": 0},
     "tournament": {"reply": "trades", "selector": "tournament"},
     "joint": {"reply": "trades", "selector": "none"},
 }
@@ -77,6 +77,7 @@ def main() -> None:
     parser.add_argument("--beside", type=Path, nargs="+", default=[], help="figures of other calls, shown with these")
     parser.add_argument("--granularity", choices=("layer", "block"), default="block")
     parser.add_argument("--reconstruction", choices=get_args(Reconstruction), default="least-squares")
+    parser.add_argument("--minimise", choices=get_args(Measure), default="perplexity")
     parser.add_argument("--no-seeds", action="store_true", help="begin without the allocations")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--fitness", default="self", help="the text to score on and to search on")
@@ -167,7 +168,7 @@ async def _endpoints(given: argparse.Namespace, stack: AsyncExitStack) -> tuple[
 
 def settings_of(given: argparse.Namespace, method: str, rate: float, seed: int) -> Settings:
     """The settings of one search; all but who proposes is the same for every method."""
-    chosen = {"mutations": 7, "crossovers": 1, **METHODS[method]}
+    chosen = {"mutations": 3, "crossovers": 1, **METHODS[method]}
     llm = {"tell": ("sensitivity", "weakest", "contrast", "lessons")}
     llm |= {name: chosen.pop(name) for name in OF_LLM if name in chosen}
     population = max(4, min(12, given.budget // 4))
@@ -180,6 +181,7 @@ def settings_of(given: argparse.Namespace, method: str, rate: float, seed: int) 
                 "rounds": -(-(given.budget - population) // OFFSPRING),
                 "max_evaluations": given.budget,
                 "granularity": given.granularity,
+                "fitness": given.minimise,
                 "reconstruction": given.reconstruction,
                 "seeds": () if given.no_seeds else SEEDS,
                 **chosen,
