@@ -37,6 +37,8 @@ class Trade:
     less_rate: float
     promise: float
     """The change that the surrogate expects, in nats of log-perplexity, or of divergence; negative is better."""
+    doubt: float
+    """How far that may be off: a standard deviation."""
 
 
 def menu(view: View, parent: Member, rng: random.Random, count: int) -> tuple[Trade, ...]:
@@ -79,7 +81,7 @@ class _Market:
             return []
         promises, doubts = self._surrogate.changes(self._rates, [{a: x, b: y} for a, x, b, y in moves])
         trades = [
-            (promise - EAGERNESS * doubt, Trade(more, less, more_rate, less_rate, promise))
+            (promise - EAGERNESS * doubt, Trade(more, less, more_rate, less_rate, promise, doubt))
             for (more, more_rate, less, less_rate), promise, doubt in zip(
                 moves, promises.tolist(), doubts.tolist(), strict=True
             )

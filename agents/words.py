@@ -103,16 +103,19 @@ def numbered_profiles(view: View, members: Sequence[Member]) -> list[dict[str, o
 
 
 def trades_in_words(view: View, parent: Member, trades: Sequence[Trade]) -> list[str]:
-    """Trades as the `trades` prompts list them: `mlp 3 +4, mlp 17 -4: -0.8 %`, in percent points of pruning.
+    """Trades as the `trades` prompts list them: `mlp 3 +4, mlp 17 -4: -0.8 % (+-0.5)`, in percent points of pruning.
 
     What is expected is a change in percent: of a perplexity by its logarithm, of a divergence by the parent's.
     """
-    rates, is_kl = parent.candidate.rates, view.spec.measure == "kl" and parent.fitness > 0
-    return [
-        f"{_side(view, trade.more, trade.more_rate, rates)}, {_side(view, trade.less, trade.less_rate, rates)}: "
-        f"{100 * (trade.promise / parent.fitness if is_kl else math.expm1(trade.promise)):+.1f} %"
-        for trade in trades
-    ]
+    is_kl = view.spec.measure == "kl" and parent.fitness > 0
+    unit = parent.fitness if is_kl else 1.0
+    words = []
+    for trade in trades:
+        sides = ((trade.more, trade.more_rate), (trade.less, trade.less_rate))
+        moved = ", ".join(_side(view, number, rate, parent.candidate.rates) for number, rate in sides)
+        change = trade.promise / unit if is_kl else math.expm1(trade.promise)
+        words.append(f"{moved}: {100 * change:+.1f} % (+-{100 * trade.doubt / unit:.1f})")
+    return words
 
 
 def _side(view: View, unit: int, rate: float, rates: Sequence[float]) -> str:

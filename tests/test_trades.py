@@ -198,10 +198,14 @@ def test_a_trade_is_promised_in_percent_of_what_is_minimised() -> None:
     view = view_of("layer", 60)
     parent = view.measured[5]
     (trade, *_) = menu(view, parent, random.Random(0), 10)
-    assert trades_in_words(view, parent, [trade])[0].endswith(f": {100 * math.expm1(trade.promise):+.1f} %")
+    assert trades_in_words(view, parent, [trade])[0].endswith(
+        f": {100 * math.expm1(trade.promise):+.1f} % (+-{100 * trade.doubt:.1f})"
+    )
     divergent = View(view.spec.model_copy(update={"measure": "kl"}), view.card, 1, ())
     little = Member(parent.candidate, 0.1)
-    assert trades_in_words(divergent, little, [trade])[0].endswith(f": {100 * trade.promise / 0.1:+.1f} %")
+    assert trades_in_words(divergent, little, [trade])[0].endswith(
+        f": {100 * trade.promise / 0.1:+.1f} % (+-{100 * trade.doubt / 0.1:.1f})"
+    )
 
 
 def test_parents_that_are_all_alike_have_no_mixes_and_dice_take_over() -> None:
