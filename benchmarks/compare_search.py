@@ -109,7 +109,7 @@ def main() -> None:
     for file in filter(None, (given.out / "comparison.json", given.json)):
         file.write_text(json.dumps(figures, indent=1) + "\n")
     for rate in dict.fromkeys(r["rate"] for r in results):
-        show([r for r in results if r["rate"] == rate], rate)
+        show([r for r in results if r["rate"] == rate], rate, arguments["minimise"])
     plot(results, given.out)
 
 
@@ -152,7 +152,7 @@ async def compare(given: argparse.Namespace) -> list[dict[str, Any]]:
                 assert summary is not None and summary.finished
                 results.append(result_of(settings, method, seed, summary))
                 console.print(
-                    f"best {results[-1].best_so_far.perplexities[-1]:.2f}, reported {results[-1].report:.2f}, "
+                    f"best {results[-1].best_so_far.fitness[-1]:.4g}, reported {results[-1].report:.2f}, "
                     f"{summary.seconds:.0f} s"
                 )
     return [result.model_dump() for result in results]
@@ -204,28 +204,29 @@ def settings_of(given: argparse.Namespace, method: str, rate: float, seed: int) 
     )
 
 
-def show(results: list[dict[str, Any]], rate: float) -> None:
+def show(results: list[dict[str, Any]], rate: float, measure: Measure) -> None:
     """One row per method: medians over seeds, as ratios to uniform with an equal split."""
+    digits = 4 if measure == "kl" else 2
     uniform = statistics.median(r["uniform_report"] for r in results)
-    table = Table(title=f"β = {rate:g}: perplexity of the best, median over seeds (lowest to highest)")
+    table = Table(title=f"β = {rate:g}: the best by {measure}, median over seeds (lowest to highest)")
     table.add_column("method")
-    for column in ("fitness", "reported", "ratio to uniform", "as good as evolution after"):
+    for column in ("fitness", "reported perplexity", "ratio to uniform", "as good as evolution after"):
         table.add_column(column, justify="right")
     table.add_column("replies usable", justify="right")
     table.add_column("tokens a candidate", justify="right")
-    goal = {r["seed"]: r["best_so_far"]["perplexities"][-1] for r in results if r["method"] == "evolution"}
+    goal = {r["seed"]: r["best_so_far"]["fitness"][-1] for r in results if r["method"] == "evolution"}
     for method in dict.fromkeys(r["method"] for r in results):
         rows = [r for r in results if r["method"] == method]
         table.add_row(
             method,
-            _median(r["best_so_far"]["perplexities"][-1] for r in rows),
+            _median((r["best_so_far"]["fitness"][-1] for r in rows), digits),
             _median(r["report"] for r in rows),
             _median((r["report"] / r["uniform_report"] for r in rows), digits=3),
             _median((_reached(r, goal[r["seed"]]) for r in rows), digits=0) if goal else "–",
             _share(rows, "usable", "asked"),
             _share(rows, "completion_tokens", "by_llm", digits=0),
         )
-    table.add_row("uniform", _median(r["uniform"] for r in results), f"{uniform:.2f}", "1.000", "", "", "")
+    table.add_row("uniform", _median((r["uniform"] for r in results), digits), f"{uniform:.2f}", "1.000", "", "", "")
     Console(width=150).print(table)
 
 
@@ -242,8 +243,8 @@ def _median(values: Iterator[float], digits: int = 2) -> str:
 def _reached(result: dict[str, Any], goal: float) -> float:
     """After how many evaluations the best was at least as good as `goal`; infinity where it never was."""
     so_far = result["best_so_far"]
-    steps = zip(so_far["evaluations"], so_far["perplexities"], strict=True)
-    return next((n for n, perplexity in steps if perplexity <= goal), float("inf"))
+    steps = zip(so_far["evaluations"], so_far["fitness"], strict=True)
+    return next((n for n, fitness in steps if fitness <= goal), float("inf"))
 
 
 def _share(rows: list[dict[str, Any]], part: str, whole: str, digits: int = 2) -> str:

@@ -25,16 +25,17 @@ LEASE_SECONDS = 600.0
 
 
 class BestSoFar(BaseModel):
-    """The best perplexity after so many evaluations, and tokens that were measured for them; where it fell."""
+    """The best fitness after so many evaluations, and tokens that were measured for them; where it fell."""
 
     evaluations: list[int] = []
     tokens: list[int] = []
-    perplexities: list[float] = []
+    fitness: list[float] = []
+    """Perplexity, or the divergence where that was minimised."""
 
-    def take(self, perplexity: float, evaluations: int, tokens: int) -> None:
+    def take(self, fitness: float, evaluations: int, tokens: int) -> None:
         """One more evaluation."""
-        if not self.perplexities or perplexity < self.perplexities[-1]:
-            self.perplexities.append(perplexity)
+        if not self.fitness or fitness < self.fitness[-1]:
+            self.fitness.append(fitness)
             self.evaluations.append(evaluations)
             self.tokens.append(tokens)
 
@@ -51,8 +52,8 @@ class SearchResult(BaseModel):
     report: float
     """The best one's perplexity on the report text."""
     uniform: float
+    """The fitness of uniform rates."""
     uniform_report: float
-    dense: float
     dense_report: float
     rates: list[float]
     """The best one's."""
@@ -129,15 +130,16 @@ class MeasuringWorker:
 
 def result_of(settings: Settings, method: str, seed: int, summary: Summary) -> SearchResult:
     """What is kept of a search that has ended, from its folder."""
-    best, figures = summary.best, BestSoFar()
+    best, figures, measure = summary.best, BestSoFar(), settings.search.fitness
     assert best is not None and best.report_perplexity is not None
+    uniform = summary.uniform.kl if measure == "kl" else summary.uniform.perplexity
     evaluations = [e for e in _lines(settings.folder / "evaluations.jsonl") if e["agent"] != "baseline"]
     tokens = 0
     for number, evaluation in enumerate(sorted(evaluations, key=lambda e: e["order"]), start=1):
         outcome = evaluation["outcome"]
         tokens += outcome.get("tokens", 0)
         if outcome["kind"] == "measured":
-            figures.take(outcome["perplexity"], number, tokens)
+            figures.take(outcome[measure], number, tokens)
     replies = [line for line in _lines(settings.folder / "log.jsonl") if line["event"] == "llm_reply"]
     return SearchResult(
         method=method,
@@ -147,9 +149,8 @@ def result_of(settings: Settings, method: str, seed: int, summary: Summary) -> S
         budget=len(evaluations),
         best_so_far=figures,
         report=best.report_perplexity,
-        uniform=summary.uniform.perplexity or float("nan"),
+        uniform=float("nan") if uniform is None else uniform,
         uniform_report=summary.uniform.report_perplexity or float("nan"),
-        dense=summary.dense.perplexity or float("nan"),
         dense_report=summary.dense.report_perplexity or float("nan"),
         rates=list(summary.rates),
         by_llm=summary.candidates["by_source"]["llm"],

@@ -22,17 +22,17 @@ def plot_convergence(results: Sequence[dict[str, Any]], file: Path) -> None:
             _band(ax, rows, by, method, f"C{number}")
     uniform = statistics.median(r["uniform"] for r in results)
     for ax, by in zip(axes, ("evaluations", "tokens measured on"), strict=True):
-        best = min(r["best_so_far"]["perplexities"][-1] for r in results)
-        worst = max(r["best_so_far"]["perplexities"][0] for r in results)
+        best = min(r["best_so_far"]["fitness"][-1] for r in results)
+        worst = max(r["best_so_far"]["fitness"][0] for r in results)
         ax.set_ylim(0.97 * best, 1.03 * worst)
         if uniform < worst:
             ax.axhline(uniform, color="grey", linestyle=":", label="uniform")
         ax.set_yscale("log")
-        ax.yaxis.set_major_formatter("{x:.0f}")
-        ax.yaxis.set_minor_formatter("{x:.0f}")
+        ax.yaxis.set_major_formatter("{x:.3g}")
+        ax.yaxis.set_minor_formatter("{x:.3g}")
         ax.set_xlabel(by)
         ax.grid(alpha=0.3)
-    axes[0].set_ylabel("best fitness perplexity so far")
+    axes[0].set_ylabel("best fitness so far")
     axes[1].legend()
     seeds = len({r["seed"] for r in results})
     figure.suptitle(f"β = {results[0]['rate']:g}, {seeds} seed{'s' if seeds > 1 else ''}: median and range")
@@ -55,7 +55,7 @@ def _band(ax: Axes, rows: Sequence[dict[str, Any]], by: str, label: str, colour:
 
 
 def _at(so_far: dict[str, Any], by: str, place: float) -> float:
-    found: list[float] = [p for at, p in zip(so_far[by], so_far["perplexities"], strict=True) if at <= place]
+    found: list[float] = [p for at, p in zip(so_far[by], so_far["fitness"], strict=True) if at <= place]
     return found[-1]
 
 
