@@ -12,6 +12,7 @@ more than alone, and some much more; so what is believed may be off
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,17 +21,42 @@ from numpy.typing import NDArray
 from agents.view import Member, View
 from protocol.alone import removed_alone
 from protocol.plan import Plan, removed_shares
+from protocol.spec import Measure
 
 Array = NDArray[np.floating[Any]]
 
-COMMON, FACTOR = 1.0, 0.3
-"""How far the factors, of all units and of each, are believed to be from 1: a standard deviation."""
-LEVEL, SLOPE, OWN, JOINT, NOISE = 1.2, 0.16, 0.012, 0.06, 0.012
-"""As shares of the usual rise: what all plans may differ by from what is believed; the slope of a unit, for each
-decoder layer's worth of parameters; what is a unit's own; what depends on all; and what no share of anything tells."""
-OWN_LENGTH, JOINT_LENGTH = 0.04, 0.4
-"""In a decoder layer's worth of parameters: how far apart one unit's shares, or plans, have little to do with one
-another."""
+COMMON, FACTOR, LEVEL = 1.0, 0.3, 1.2
+"""How far the factors, of all units and of each, are believed to be from 1, and what all plans may differ by from what
+is believed, as a share of the usual rise: standard deviations."""
+
+
+@dataclass(frozen=True)
+class Roughness:
+    """How rough what is minimised is over the plans: standard deviations as shares of the usual rise, and lengths.
+
+    As they make the recorded outcomes of SmolLM2's searches likeliest (docs/results.md).
+    """
+
+    slope: float
+    """Of a unit, for each decoder layer's worth of parameters."""
+    own: float
+    """What is a unit's own."""
+    joint: float
+    """What depends on all units."""
+    noise: float
+    """What no share of anything tells."""
+    own_length: float
+    """How far apart two shares of a unit have little to do with one another, in a layer's worth of parameters."""
+    joint_length: float
+    """How far apart two plans have, in the same unit."""
+
+
+ROUGHNESS: dict[Measure, Roughness] = {
+    "perplexity": Roughness(slope=0.16, own=0.012, joint=0.06, noise=0.012, own_length=0.04, joint_length=0.4),
+    "kl": Roughness(slope=0.043, own=0.015, joint=0.019, noise=0.0033, own_length=0.1, joint_length=0.52),
+}
+"""The divergence, to which every token's whole distribution speaks, is far smoother than perplexity on a short text."""
+
 DISTANCE = 0.1
 """The noise of an outcome grows by this share of its distance from the best: a guess has to be right where the search
 is."""
@@ -48,6 +74,7 @@ class Surrogate:
         layer = shape.decoder_parameters / len(shape.layers)
         self._sizes: Array = np.array([unit.parameters / layer for unit in view.units])
         self._is_kl = view.spec.measure == "kl"
+        self._rough = ROUGHNESS[view.spec.measure]
         self._dense = 0.0 if self._is_kl else math.log(view.card.dense.perplexity)
         measured = view.measured[:MOST]
         shares = np.array([self._shares(member.candidate.plan) for member in measured])
@@ -60,7 +87,7 @@ class Surrogate:
         self._weights: Array = np.zeros(0)
         self._factor: Array = np.zeros((0, 0))
         if measured:
-            noise = (NOISE * self._usual) ** 2 + (DISTANCE * (rises - rises.min())) ** 2
+            noise = (self._rough.noise * self._usual) ** 2 + (DISTANCE * (rises - rises.min())) ** 2
             covariance = self._covariance(self._points, self._points) + np.diag(noise)
             self._factor = np.linalg.cholesky(covariance)
             inverse: Array = np.linalg.inv(covariance)
@@ -103,15 +130,17 @@ class Surrogate:
 
     def _covariance(self, first: "_Points", second: "_Points") -> Array:
         """[points of the first, points of the second]."""
-        usual = self._usual
+        usual, rough = self._usual, self._rough
         found = (LEVEL * usual) ** 2 + COMMON**2 * np.outer(first.believed, second.believed)
-        found += FACTOR**2 * first.damages @ second.damages.T + (SLOPE * usual) ** 2 * first.places @ second.places.T
+        found += (
+            FACTOR**2 * first.damages @ second.damages.T + (rough.slope * usual) ** 2 * first.places @ second.places.T
+        )
         apart = np.zeros_like(found)
         for mine, theirs in zip(first.places.T, second.places.T, strict=True):
             square = np.subtract.outer(mine, theirs) ** 2
             apart += square
-            found += (OWN * usual) ** 2 * np.exp(square / (-2 * OWN_LENGTH**2))
-        found += (JOINT * usual) ** 2 * np.exp(apart / (-2 * JOINT_LENGTH**2))
+            found += (rough.own * usual) ** 2 * np.exp(square / (-2 * rough.own_length**2))
+        found += (rough.joint * usual) ** 2 * np.exp(apart / (-2 * rough.joint_length**2))
         return found
 
     def _change_of_covariance(self, from_: "_Points", to: "_Points") -> Array:
@@ -119,31 +148,31 @@ class Surrogate:
 
         Most units have not changed, and theirs need not be computed.
         """
-        usual, known = self._usual, self._points
+        usual, rough, known = self._usual, self._rough, self._points
         found = COMMON**2 * np.outer(to.believed - from_.believed, known.believed)
         found += FACTOR**2 * (to.damages - from_.damages) @ known.damages.T
-        found += (SLOPE * usual) ** 2 * (to.places - from_.places) @ known.places.T
+        found += (rough.slope * usual) ** 2 * (to.places - from_.places) @ known.places.T
         before = (from_.places - known.places) ** 2
         apart = np.repeat(before.sum(axis=1)[None], len(to.places), axis=0)
-        joint = np.exp(apart[0] / (-2 * JOINT_LENGTH**2)) if len(apart) else 0.0
+        joint = np.exp(apart[0] / (-2 * rough.joint_length**2)) if len(apart) else 0.0
         for unit, old in enumerate(from_.places[0]):
             changed = np.flatnonzero(to.places[:, unit] != old)
             square = np.subtract.outer(to.places[changed, unit], known.places[:, unit]) ** 2
             apart[changed] += square - before[:, unit]
-            own = np.exp(square / (-2 * OWN_LENGTH**2)) - np.exp(before[:, unit] / (-2 * OWN_LENGTH**2))
-            found[changed] += (OWN * usual) ** 2 * own
-        found += (JOINT * usual) ** 2 * (np.exp(apart / (-2 * JOINT_LENGTH**2)) - joint)
+            own = np.exp(square / (-2 * rough.own_length**2)) - np.exp(before[:, unit] / (-2 * rough.own_length**2))
+            found[changed] += (rough.own * usual) ** 2 * own
+        found += (rough.joint * usual) ** 2 * (np.exp(apart / (-2 * rough.joint_length**2)) - joint)
         return found
 
     def _variance_between(self, points: "_Points", other: "_Points") -> Array:
         """Of the difference of each of `points` to the one `other`, before anything is measured."""
-        usual = self._usual
+        usual, rough = self._usual, self._rough
         square = (points.places - other.places) ** 2
         found: Array = COMMON**2 * (points.believed - other.believed) ** 2
         found += FACTOR**2 * ((points.damages - other.damages) ** 2).sum(axis=1)
-        found += (SLOPE * usual) ** 2 * square.sum(axis=1)
-        found += 2 * (OWN * usual) ** 2 * (1 - np.exp(square / (-2 * OWN_LENGTH**2))).sum(axis=1)
-        found += 2 * (JOINT * usual) ** 2 * (1 - np.exp(square.sum(axis=1) / (-2 * JOINT_LENGTH**2)))
+        found += (rough.slope * usual) ** 2 * square.sum(axis=1)
+        found += 2 * (rough.own * usual) ** 2 * (1 - np.exp(square / (-2 * rough.own_length**2))).sum(axis=1)
+        found += 2 * (rough.joint * usual) ** 2 * (1 - np.exp(square.sum(axis=1) / (-2 * rough.joint_length**2)))
         return found
 
 
