@@ -1,4 +1,4 @@
-"""The folder of a search: spec, best, every evaluation, the LLM's transcript and the log, for people and other tools.
+"""The folder of a search: spec, card, best, every evaluation, the LLM's transcript and the log, for people and tools.
 
 Redis is the truth; the folder is a copy that outlives it, from which a start brings back what the server has lost
 (daemon/recovery.py). `evaluations.jsonl` is written anew from the history at every start, so a kill between two steps
@@ -19,6 +19,7 @@ from agents.population import Evaluation, Population
 from daemon.transcript import TranscriptFile
 from daemon.trouble import Trouble
 from protocol.candidate import Candidate, Measured
+from protocol.card import ModelCard
 from protocol.errors import UsageError
 from protocol.files import Lines, replace
 from protocol.shape import ModelShape
@@ -27,6 +28,7 @@ from protocol.spec import SearchSpec
 TRANSCRIPT = "transcript.jsonl"
 EVALUATIONS = "evaluations.jsonl"
 SPEC = "spec.json"
+CARD = "card.json"
 BEST = "best.json"
 RETRY_SECONDS = 2.0
 
@@ -51,9 +53,9 @@ class Journal:
         except OSError as error:
             raise UsageError(f"run.folder cannot be written: {error}") from error
 
-    def begin(self, search: str, spec: SearchSpec, shape: ModelShape, evaluations: Population) -> None:
-        """Write the spec, all evaluations so far, and their best."""
-        self._copy = _Copy(self.folder, self.trouble, search, spec, shape)
+    def begin(self, search: str, spec: SearchSpec, card: ModelCard, evaluations: Population) -> None:
+        """Write the spec, the model card, all evaluations so far, and their best."""
+        self._copy = _Copy(self.folder, self.trouble, search, spec, card)
         self._copy.evaluations += evaluations
         self._copy.best = evaluations.best()
         self._write_copy()
@@ -126,17 +128,17 @@ def _told(write: Callable[[], None]) -> None:
 
 
 class _Copy:
-    """The evaluations, their best and the spec, as far as they are written; `write` brings the files up to them."""
+    """The evaluations, their best, spec and card, as far as they are written; `write` brings the files up to them."""
 
-    def __init__(self, folder: Path, trouble: Trouble, search: str, spec: SearchSpec, shape: ModelShape) -> None:
+    def __init__(self, folder: Path, trouble: Trouble, search: str, spec: SearchSpec, card: ModelCard) -> None:
         self.evaluations: list[Evaluation] = []
         self.best: Evaluation | None = None
         self._folder, self._trouble = folder, trouble
-        self._search, self._spec, self._shape = search, spec, shape
+        self._search, self._spec, self._card = search, spec, card
         self._lines: Lines | None = None
         self._written = 0
         self._written_best: Evaluation | None = None
-        self._has_spec = False
+        self._has_spec = self._has_card = False
 
     def write(self) -> None:
         """Write what is new. In a thread; the evaluations grow meanwhile."""
@@ -145,12 +147,16 @@ class _Copy:
                 record = {"search": self._search, "fingerprint": self._spec.fingerprint, **self._spec.model_dump()}
                 write_json(self._folder / SPEC, record)
                 self._has_spec = True
+        if not self._has_card:
+            with self._trouble.writing(CARD):
+                write_json(self._folder / CARD, self._card.model_dump(mode="json"))
+                self._has_card = True
         with self._trouble.writing(EVALUATIONS):
             self._write_evaluations()
         best = self.best
         if best is not None and best is not self._written_best:
             with self._trouble.writing(BEST):
-                write_json(self._folder / BEST, best_record(self._search, self._spec, self._shape, best))
+                write_json(self._folder / BEST, best_record(self._search, self._spec, self._card.shape, best))
                 self._written_best = best
 
     def close(self) -> None:

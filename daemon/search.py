@@ -118,7 +118,7 @@ class Search:
 
     async def run(self) -> None:
         """Search until the rounds or the budget are used up; afterwards everything issued has an outcome."""
-        self._journal.begin(self.name, self.spec, self.card.shape, self.population)
+        self._journal.begin(self.name, self.spec, self.card, self.population)
         async with asyncio.TaskGroup() as group:
             keeping = group.create_task(self.keeper.run())
             await (generations if self.settings.mode == "generational" else steady_state)(self)

@@ -12,7 +12,7 @@ from daemon.recovery import recovered
 from daemon.store import History
 from protocol.candidate import Failed
 from protocol.errors import SearchExistsError, UsageError
-from tests.samples import SHAPE, SPEC, candidates, measured
+from tests.samples import CARD, SPEC, candidates, measured
 
 MANY = candidates(4)
 FULL = History(
@@ -31,7 +31,7 @@ def folder(tmp_path: Path) -> Path:
     for id_, outcome in FULL.outcomes.items():
         population.insert(FULL.ledger[id_], outcome)
     journal = Journal(tmp_path)
-    journal.begin("test", SPEC, SHAPE, population)
+    journal.begin("test", SPEC, CARD, population)
     journal.transcript({"label": "one question"})
     journal.close()
     return tmp_path

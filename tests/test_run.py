@@ -146,9 +146,15 @@ async def test_a_run_ends_with_one_json_object_and_leaves_its_files_and_no_proce
     assert answer["candidates"]["by_source"]["llm"] > CANDIDATES / 2
     assert answer["tokens"]["prompt"] > 0
     folder = run.folder / "runs" / "s"
-    assert {"spec.json", "best.json", "summary.json", "evaluations.jsonl", "transcript.jsonl", "log.jsonl"} <= {
-        path.name for path in folder.iterdir()
-    }
+    assert {
+        "spec.json",
+        "card.json",
+        "best.json",
+        "summary.json",
+        "evaluations.jsonl",
+        "transcript.jsonl",
+        "log.jsonl",
+    } <= {path.name for path in folder.iterdir()}
     for line in (folder / "log.jsonl").read_text().splitlines() + err.decode().splitlines():
         json.loads(line)
     code, best, _ = await run.answer("best", "--search", "s", "--json")
