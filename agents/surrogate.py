@@ -85,14 +85,13 @@ class Surrogate:
         self.errors: Array = np.zeros(0)
         """How far the guess of each outcome, best first, would have been off had it not been seen."""
         self._weights: Array = np.zeros(0)
-        self._factor: Array = np.zeros((0, 0))
+        self._inverse: Array = np.zeros((0, 0))
         if measured:
             noise = (self._rough.noise * self._usual) ** 2 + (DISTANCE * (rises - rises.min())) ** 2
             covariance = self._covariance(self._points, self._points) + np.diag(noise)
-            self._factor = np.linalg.cholesky(covariance)
-            inverse: Array = np.linalg.inv(covariance)
-            self._weights = inverse @ (rises - self._points.believed)
-            self.errors = self._weights / inverse.diagonal()
+            self._inverse = np.linalg.inv(covariance)
+            self._weights = self._inverse @ (rises - self._points.believed)
+            self.errors = self._weights / self._inverse.diagonal()
 
     def guess(self, plan: Plan) -> float:
         """The rise over the dense model, in nats: of log-perplexity, or of the divergence."""
@@ -107,9 +106,7 @@ class Surrogate:
         to = from_.moved(moves, self._alone, self._sizes)
         rows = self._change_of_covariance(from_, to)
         means = to.believed - from_.believed + rows @ self._weights
-        variances = self._variance_between(to, from_)
-        if len(self._weights):
-            variances = variances - (np.linalg.solve(self._factor, rows.T) ** 2).sum(axis=0)
+        variances = self._variance_between(to, from_) - (rows @ self._inverse * rows).sum(axis=1)
         return means, np.sqrt(np.maximum(variances, 0.0))
 
     def fitness_of_rates(self, rates: Sequence[float]) -> float:

@@ -42,7 +42,7 @@ class Trade:
 
 
 def menu(view: View, parent: Member, rng: random.Random, count: int) -> tuple[Trade, ...]:
-    """The `count` trades from `parent` that promise most, best first; fewer where there are not so many."""
+    """The `count` trades from `parent` that promise most or are least known, by promise; fewer where there are none."""
     ranked = _Market(view, parent.candidate.rates, rng).ranked()
     chosen: list[Trade] = []
     uses: Counter[int] = Counter()

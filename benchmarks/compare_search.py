@@ -39,11 +39,11 @@ SEEDS: tuple[Method, ...] = ("first-layer", "llm-pruner", "owl", "uniform")
 OFFSPRING = 4
 """Candidates of a round."""
 METHODS: dict[str, dict[str, Any]] = {
-    "random": {"proposer": "random", "mutations": 4, "crossovers": 0},
-    "evolution": {"proposer": "evolution", "mutations": 4, "crossovers": 0},
-    "evolution-multi": {"proposer": "evolution", "mutations": 4, "crossovers": 0, "first_windows": 1},
+    "random": {"proposer": "random", "mutations": OFFSPRING, "crossovers": 0},
+    "evolution": {"proposer": "evolution", "mutations": OFFSPRING, "crossovers": 0},
+    "evolution-multi": {"proposer": "evolution", "mutations": OFFSPRING, "crossovers": 0, "first_windows": 1},
     "cma-es": {"proposer": "cma-es", "mutations": 16, "crossovers": 0},
-    "best-of-n": {"proposer": "best-of-n", "mutations": 4, "crossovers": 0, "reply": "edits"},
+    "best-of-n": {"proposer": "best-of-n", "mutations": OFFSPRING, "crossovers": 0, "reply": "edits"},
     "ranked": {"initializer": "random", "selector": "tournament", "mutator": "ranked", "crossover": "ranked"},
     "llm-edits": {"reply": "edits"},
     "llm": {"reply": "trades"},
@@ -51,13 +51,14 @@ METHODS: dict[str, dict[str, Any]] = {
     "llm-race": {"reply": "trades", "race_confidence": 0.9},
     "llm-steady": {"reply": "trades", "mode": "steady-state"},
     "no-initializer": {"reply": "trades", "initializer": "random"},
-    "no-mutation": {"reply": "trades", "mutations": 0, "crossovers": 4},
-    "no-crossover": {"reply": "trades", "mutations": 4, "crossovers": 0},
+    "no-mutation": {"reply": "trades", "mutations": 0, "crossovers": OFFSPRING},
+    "no-crossover": {"reply": "trades", "mutations": OFFSPRING, "crossovers": 0},
     "tournament": {"reply": "trades", "selector": "tournament"},
     "joint": {"reply": "trades", "selector": "none"},
 }
 """Settings of search.* and llm.*. `ranked` draws by dice from the menus that `llm` chooses from; from `llm` on the
-search of configs/best.yaml, and what differs from it in one thing (the ablations)."""
+search of configs/best.yaml (which minimises `kl`), and what differs from it in one thing (the ablations). CMA-ES has
+the generations that it is made for."""
 USUAL = ("random", "evolution", "cma-es", "best-of-n", "ranked", "llm-edits", "llm")
 OF_LLM = ("reply", "tell")
 NOT_OF_THE_SEARCHES = ("out", "json", "beside")
@@ -72,12 +73,12 @@ def main() -> None:
     parser.add_argument("--rate", type=float, nargs="+", default=[0.3])
     parser.add_argument("--budget", type=int, default=200, help="evaluations of each search")
     parser.add_argument("--seeds", type=int, default=3, help="searches of each method, each with windows of its own")
-    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--first-seed", type=int, default=0, help="where another call has those below")
     parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(USUAL))
     parser.add_argument("--beside", type=Path, nargs="+", default=[], help="figures of other calls, shown with these")
     parser.add_argument("--granularity", choices=("layer", "block"), default="block")
     parser.add_argument("--reconstruction", choices=get_args(Reconstruction), default="least-squares")
-    parser.add_argument("--minimise", choices=get_args(Measure), default="perplexity")
+    parser.add_argument("--minimise", choices=get_args(Measure), default="perplexity", help="the fitness")
     parser.add_argument("--no-seeds", action="store_true", help="begin without the allocations")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--fitness", default="self", help="the text to score on and to search on")
@@ -94,7 +95,10 @@ def main() -> None:
     given = parser.parse_args()
     if not given.methods and not given.beside:
         parser.error("there is nothing to do: name methods, or figures to join with --beside")
-    others = [json.loads(file.read_text()) for file in given.beside]
+    try:
+        others = [json.loads(file.read_text()) for file in given.beside]
+    except (OSError, ValueError) as error:
+        parser.error(f"the figures beside cannot be read: {error}")
     arguments = {k: v for k, v in vars(given).items() if k not in NOT_OF_THE_SEARCHES}
     if not given.methods:
         arguments = others[0]["arguments"]
@@ -168,7 +172,7 @@ async def _endpoints(given: argparse.Namespace, stack: AsyncExitStack) -> tuple[
 
 def settings_of(given: argparse.Namespace, method: str, rate: float, seed: int) -> Settings:
     """The settings of one search; all but who proposes is the same for every method."""
-    chosen = {"mutations": 3, "crossovers": 1, **METHODS[method]}
+    chosen = {"mutations": OFFSPRING - 1, "crossovers": 1, **METHODS[method]}
     llm = {"tell": ("sensitivity", "weakest", "contrast", "lessons")}
     llm |= {name: chosen.pop(name) for name in OF_LLM if name in chosen}
     population = max(4, min(12, given.budget // 4))

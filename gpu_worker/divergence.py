@@ -123,13 +123,13 @@ def divergence(
     return Divergence(perplexity_of(loss, tokens), kl / tokens, tokens)
 
 
-def predictions_from(decoder: Decoder, hidden: Tensor, windows: Tensor, *, top: int = TOP) -> DensePredictions:
+def predictions_from(decoder: Decoder, hidden: Tensor, windows: Tensor) -> DensePredictions:
     """What is predicted for `windows` (long, [n, seqlen]) from their final hidden states [n, seqlen, hidden size].
 
     Raises NotFiniteError where that is no number.
     """
     head = decoder.head
-    kept = DensePredictions.room_for(windows[:, 1:].numel(), min(top, head.out_features), head.weight.dtype)
+    kept = DensePredictions.room_for(windows[:, 1:].numel(), min(TOP, head.out_features), head.weight.dtype)
     for chunk in _chunks_of(decoder, hidden, windows):
         kept.keep(chunk)
     if not bool(kept.log_total.isfinite().all()):

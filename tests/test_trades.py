@@ -90,7 +90,7 @@ def test_the_surrogate_knows_the_sensitivity_before_anything_is_measured_and_lea
     before, far = error_of(view_of(granularity, 0))
     after, near = error_of(view_of(granularity, 80))
     assert before > 0.3
-    assert after > max(before, 0.85) and near < far / 2
+    assert after > max(before, 0.85) and near < far / 3
 
 
 def test_before_anything_is_measured_units_add_up_as_the_card_says() -> None:
@@ -244,7 +244,7 @@ def test_a_menu_is_of_part_of_the_units_and_menus_together_of_most() -> None:
     assert len(set().union(*used)) > max(len(each) for each in used)
 
 
-def test_trades_begin_at_the_best_half_of_the_time_whoever_selected_the_parents() -> None:
+def test_trades_mostly_begin_at_the_best_whoever_selected_the_parents() -> None:
     view = view_of("layer", 30)
     best, others = view.population[0], view.population[4:8]
     rng = random.Random(0)
