@@ -16,9 +16,11 @@ from rich.console import Console
 from rich.table import Table
 
 from agents.view import Member, View
-from protocol.candidate import Candidate, Provenance
+from daemon.journal import CARD, SPEC
+from daemon.recovery import recovered
+from daemon.store import History
+from protocol.candidate import Measured
 from protocol.card import ModelCard
-from protocol.plan import LayerPlan, Plan
 from protocol.spec import SearchSpec
 
 Column = NDArray[np.float64]
@@ -54,11 +56,10 @@ def main() -> None:
 
 def replayed(folder: Path) -> tuple[Column, Column, Column]:
     """Of each mutation its round, and the guessed and the measured change from its parent, in nats."""
-    spec = SearchSpec.model_validate(
-        {k: v for k, v in json.loads((folder / "spec.json").read_text()).items() if k not in ("search", "fingerprint")}
-    )
-    card = ModelCard.model_validate_json((folder / "card.json").read_text())
-    members = {member.candidate.id: member for member in _members(folder / "evaluations.jsonl", spec)}
+    record = json.loads((folder / SPEC).read_text())
+    spec = SearchSpec.model_validate({name: record[name] for name in SearchSpec.model_fields})
+    card = ModelCard.model_validate_json((folder / CARD).read_text())
+    members = {member.candidate.id: member for member in _members(folder, spec)}
     rows = []
     for round_ in sorted({member.candidate.provenance.round for member in members.values()}):
         before = sorted(
@@ -77,18 +78,16 @@ def replayed(folder: Path) -> tuple[Column, Column, Column]:
     return rounds, guessed, measured
 
 
-def _members(file: Path, spec: SearchSpec) -> list[Member]:
-    """What was measured on the fitness text, but for the baselines."""
+def _members(folder: Path, spec: SearchSpec) -> list[Member]:
+    """What was measured, but for the baselines."""
+    history = recovered(folder, spec, History()) or History()
     members = []
-    for line in file.read_text().splitlines():
-        record = json.loads(line)
-        outcome = record["outcome"]
-        if record["agent"] == "baseline" or outcome["kind"] != "measured":
-            continue
-        layers = (LayerPlan(kv_heads=kv, queries_per_kv=each, mlp_channels=width) for kv, each, width in record["plan"])
-        who = Provenance.model_validate({name: record[name] for name in Provenance.model_fields})
-        made = Candidate(id=record["id"], rates=tuple(record["rates"]), plan=Plan(layers=tuple(layers)), provenance=who)
-        members.append(Member(made, outcome["kl" if spec.measure == "kl" else "perplexity"]))
+    for candidate in history.ledger.values():
+        outcome = history.outcomes[candidate.id]
+        if candidate.provenance.agent != "baseline" and isinstance(outcome, Measured):
+            fitness = outcome.kl if spec.measure == "kl" else outcome.perplexity
+            assert fitness is not None
+            members.append(Member(candidate, fitness))
     return members
 
 
