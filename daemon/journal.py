@@ -134,29 +134,27 @@ class _Copy:
         self.evaluations: list[Evaluation] = []
         self.best: Evaluation | None = None
         self._folder, self._trouble = folder, trouble
-        self._search, self._spec, self._card = search, spec, card
+        self._search, self._spec, self._shape = search, spec, card.shape
+        self._unwritten: dict[str, dict[str, Any]] = {
+            SPEC: {"search": search, "fingerprint": spec.fingerprint, **spec.model_dump()},
+            CARD: card.model_dump(mode="json"),
+        }
         self._lines: Lines | None = None
         self._written = 0
         self._written_best: Evaluation | None = None
-        self._has_spec = self._has_card = False
 
     def write(self) -> None:
         """Write what is new. In a thread; the evaluations grow meanwhile."""
-        if not self._has_spec:
-            with self._trouble.writing(SPEC):
-                record = {"search": self._search, "fingerprint": self._spec.fingerprint, **self._spec.model_dump()}
-                write_json(self._folder / SPEC, record)
-                self._has_spec = True
-        if not self._has_card:
-            with self._trouble.writing(CARD):
-                write_json(self._folder / CARD, self._card.model_dump(mode="json"))
-                self._has_card = True
+        for name, record in list(self._unwritten.items()):
+            with self._trouble.writing(name):
+                write_json(self._folder / name, record)
+                del self._unwritten[name]
         with self._trouble.writing(EVALUATIONS):
             self._write_evaluations()
         best = self.best
         if best is not None and best is not self._written_best:
             with self._trouble.writing(BEST):
-                write_json(self._folder / BEST, best_record(self._search, self._spec, self._card.shape, best))
+                write_json(self._folder / BEST, best_record(self._search, self._spec, self._shape, best))
                 self._written_best = best
 
     def close(self) -> None:
