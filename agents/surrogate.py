@@ -79,7 +79,7 @@ class Surrogate:
         measured = view.measured[:MOST]
         shares = np.array([self._shares(member.candidate.plan) for member in measured])
         rises = np.array([self.rise(member) for member in measured])
-        self._points = _Points(shares.reshape(len(measured), len(self._sizes)), self._alone, self._sizes)
+        self._points = self._at(shares.reshape(len(measured), len(self._sizes)))
         self._usual = float(np.median(rises)) if measured else float(sum(rise for _, rise in self._alone))
         self._usual = max(self._usual, 1e-6)
         self.errors: Array = np.zeros(0)
@@ -102,8 +102,10 @@ class Surrogate:
 
         Both have one entry for each of the `moves`, in nats; the second is a standard deviation.
         """
-        from_ = _Points(np.array([rates]), self._alone, self._sizes)
-        to = from_.moved(moves, self._alone, self._sizes)
+        shares = np.repeat(np.array([rates]), len(moves), axis=0)
+        for row, move in zip(shares, moves, strict=True):
+            row[list(move)] = list(move.values())
+        from_, to = self._at(np.array([rates])), self._at(shares)
         rows = self._change_of_covariance(from_, to)
         means = to.believed - from_.believed + rows @ self._weights
         variances = self._variance_between(to, from_) - (rows @ self._inverse * rows).sum(axis=1)
@@ -121,8 +123,11 @@ class Surrogate:
     def _shares(self, plan: Plan) -> tuple[float, ...]:
         return removed_shares(plan, self._view.card.shape, self._view.spec.granularity)
 
+    def _at(self, shares: Array) -> "_Points":
+        return _Points(shares, self._alone, self._sizes)
+
     def _guess(self, shares: Array) -> Array:
-        points = _Points(shares, self._alone, self._sizes)
+        points = self._at(shares)
         return points.believed + self._covariance(points, self._points) @ self._weights
 
     def _covariance(self, first: "_Points", second: "_Points") -> Array:
@@ -177,7 +182,6 @@ class _Points:
     """Shares that plans take from each unit [points, units], and what is made of them."""
 
     def __init__(self, shares: Array, alone: Sequence[tuple[float, float]], sizes: Array) -> None:
-        self.shares = shares
         self.places: Array = shares * sizes
         """In a decoder layer's worth of parameters."""
         measured, rises = np.array(alone).T
@@ -185,15 +189,6 @@ class _Points:
         self.damages: Array = rises * np.where(ratios <= 1, ratios, ratios**2)
         """What each unit costs: in proportion up to where it was measured, then with the square."""
         self.believed: Array = self.damages.sum(axis=1)
-
-    def moved(
-        self, moves: Sequence[Mapping[int, float]], alone: Sequence[tuple[float, float]], sizes: Array
-    ) -> "_Points":
-        """The one point after each of `moves`."""
-        shares = np.repeat(self.shares, len(moves), axis=0)
-        for row, move in zip(shares, moves, strict=True):
-            row[list(move)] = list(move.values())
-        return _Points(shares, alone, sizes)
 
 
 def _alone(view: View) -> list[tuple[float, float]]:
