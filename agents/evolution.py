@@ -11,8 +11,7 @@ from functools import partial
 
 from agents.classical import draw_all
 from agents.view import Member, Proposal, Submit, View
-from protocol.plan import attention_levels
-from protocol.shape import Unit
+from protocol.plan import next_level
 
 LEVELS = (0.025, 0.05, 0.1)
 """Sizes of a level, as shares of a decoder layer. EvoPress has one size; with a few hundred evaluations for the whole
@@ -47,7 +46,7 @@ def _switch(rng: random.Random, view: View, rates: list[float]) -> None:
     for i in sorted((loser, taker), key=lambda i: view.units[i].kind != "attention"):
         unit, sign = view.units[i], 1 if i == loser else -1
         if unit.kind == "attention":
-            step = _next_level(view, unit, rates[i], sign)
+            step = next_level(view.card.shape, unit.layer, rates[i], sign)
             if step is None:
                 return
             level = abs(step - rates[i]) * unit.parameters
@@ -56,10 +55,3 @@ def _switch(rng: random.Random, view: View, rates: list[float]) -> None:
             changed[i] = min(max(rates[i] + sign * level / unit.parameters, 0.0), 1.0)
     for i, rate in changed.items():
         rates[i] = rate
-
-
-def _next_level(view: View, unit: Unit, rate: float, sign: int) -> float | None:
-    """The share of the attention block's next level up or down; None at either end."""
-    shares = [share for share, _ in attention_levels(view.card.shape, unit.layer)]
-    now = min(range(len(shares)), key=lambda k: abs(shares[k] - rate))
-    return shares[now + sign] if 0 <= now + sign < len(shares) else None

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from agents.view import Member, Proposal, View
-from protocol.plan import attention_levels, unit_bounds
+from protocol.plan import next_level, unit_bounds
 
 SIZES = (0.04, 0.08, 0.16)
 """Parameters that change sides, as shares of a decoder layer's."""
@@ -99,7 +99,7 @@ class _Market:
     def _sides(self, sign: int, parameters: int) -> list[tuple[int, int]]:
         """The units that promise most when pruned more (`sign` 1) or less (−1), and by how many parameters they are."""
         amounts = {
-            i: self._next_level(i, sign) if self._view.units[i].kind == "attention" else parameters
+            i: self._to_next_level(i, sign) if self._view.units[i].kind == "attention" else parameters
             for i in self._offered
         }
         able = [(i, amount) for i, amount in amounts.items() if self._is_able(i, sign * amount)]
@@ -125,11 +125,8 @@ class _Market:
         """The rate of a unit that loses so many parameters more."""
         return self._rates[unit] + parameters / self._view.units[unit].parameters
 
-    def _next_level(self, unit: int, sign: int) -> int:
+    def _to_next_level(self, unit: int, sign: int) -> int:
         """Parameters from where an attention block is to its next level; 0 where there is none."""
-        block = self._view.units[unit]
-        shares = [share for share, _ in attention_levels(self._view.card.shape, block.layer)]
-        now = min(range(len(shares)), key=lambda k: abs(shares[k] - self._rates[unit]))
-        if not 0 <= now + sign < len(shares):
-            return 0
-        return round(abs(shares[now + sign] - self._rates[unit]) * block.parameters)
+        block, rate = self._view.units[unit], self._rates[unit]
+        level = next_level(self._view.card.shape, block.layer, rate, sign)
+        return 0 if level is None else round(abs(level - rate) * block.parameters)

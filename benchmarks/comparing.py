@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,10 @@ from agents.view import KNOWN_ALREADY
 from daemon.settings import Settings
 from daemon.summary import Summary
 from gpu_worker.answering import answer
+from gpu_worker.perplexity import checked_perplexity
+from gpu_worker.progress import no_progress
 from gpu_worker.session import Session
+from gpu_worker.target import Target
 from protocol.candidate import OUTCOME, Candidate, Outcome
 from protocol.card_board import CardBoard
 from protocol.connection import connect
@@ -54,6 +57,8 @@ class SearchResult(BaseModel):
     uniform: float
     """The fitness of uniform rates."""
     uniform_report: float
+    plain_report: float
+    """The same of uniform rates with nothing reconstructed, as the paper has them."""
     dense_report: float
     rates: list[float]
     """The best one's."""
@@ -66,6 +71,8 @@ class SearchResult(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     seconds: float
+    busy: float
+    """The share of them in which the worker measured."""
 
 
 class MeasuringWorker:
@@ -128,7 +135,26 @@ class MeasuringWorker:
             file.write(json.dumps({"id": id_, "outcome": outcome.model_dump(mode="json")}) + "\n")
 
 
-def result_of(settings: Settings, method: str, seed: int, summary: Summary) -> SearchResult:
+def plain_uniform(specs: Sequence[SearchSpec], kept: Path) -> list[float]:
+    """For each spec, the perplexity on its report text of uniform rates with nothing reconstructed, kept in a file.
+
+    The specs differ in their pruning rate alone.
+    """
+    found: dict[str, float] = json.loads(kept.read_text()) if kept.exists() else {}
+    missing = [spec for spec in specs if str(spec.rate) not in found]
+    if missing:
+        target = Target(missing[0].model_copy(update={"reconstruction": "none"}))
+        assert target.texts.report is not None
+        for spec in missing:
+            target.prune(spec.uniform_plan(target.shape))
+            found[str(spec.rate)], _ = checked_perplexity(
+                target.model.decoder, target.texts.report, no_progress, "measuring"
+            )
+        kept.write_text(json.dumps(found, indent=1) + "\n")
+    return [found[str(spec.rate)] for spec in specs]
+
+
+def result_of(settings: Settings, method: str, seed: int, summary: Summary, plain_report: float) -> SearchResult:
     """What is kept of a search that has ended, from its folder."""
     best, figures, measure = summary.best, BestSoFar(), settings.search.fitness
     assert best is not None and best.report_perplexity is not None
@@ -151,6 +177,7 @@ def result_of(settings: Settings, method: str, seed: int, summary: Summary) -> S
         report=best.report_perplexity,
         uniform=float("nan") if uniform is None else uniform,
         uniform_report=summary.uniform.report_perplexity or float("nan"),
+        plain_report=plain_report,
         dense_report=summary.dense.report_perplexity or float("nan"),
         rates=list(summary.rates),
         by_llm=summary.candidates["by_source"]["llm"],
@@ -159,6 +186,7 @@ def result_of(settings: Settings, method: str, seed: int, summary: Summary) -> S
         prompt_tokens=summary.tokens["prompt"],
         completion_tokens=summary.tokens["completion"],
         seconds=summary.seconds,
+        busy=sum(e["outcome"].get("seconds", 0.0) for e in evaluations) / summary.seconds,
     )
 
 

@@ -237,6 +237,13 @@ def attention_levels(shape: ModelShape, layer: int) -> tuple[tuple[float, tuple[
     return tuple(sorted(levels.items()))
 
 
+def next_level(shape: ModelShape, layer: int, share: float, sign: int) -> float | None:
+    """The attention block's next level from `share`, up (`sign` 1) or down (−1); None at either end."""
+    shares = [level for level, _ in attention_levels(shape, layer)]
+    now = min(range(len(shares)), key=lambda k: abs(shares[k] - share))
+    return shares[now + sign] if 0 <= now + sign < len(shares) else None
+
+
 def heads_nearest(shape: ModelShape, layer: int, rate: float) -> tuple[int, int]:
     """What attention keeps at `rate` where its rate is its own: the option whose share is nearest; of two, the larger.
 
