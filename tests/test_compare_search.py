@@ -1,0 +1,89 @@
+"""What benchmarks/compare_search.py does with the figures of searches that have run."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import compare_search
+from benchmarks.comparing import BestSoFar, SearchResult
+
+pytest.importorskip("matplotlib")
+
+
+def _result(method: str, seed: int, fitness: list[float]) -> dict[str, Any]:
+    return SearchResult(
+        method=method,
+        granularity="block",
+        rate=0.3,
+        seed=seed,
+        budget=20,
+        best_so_far=BestSoFar(evaluations=[1, 7][: len(fitness)], tokens=[255, 1785][: len(fitness)], fitness=fitness),
+        report=60.0,
+        uniform=0.5,
+        uniform_report=80.0,
+        plain_report=120.0,
+        dense_report=30.0,
+        rates=[0.3] * 6,
+        by_llm=10,
+        asked=10,
+        usable=10,
+        prompt_tokens=1000,
+        completion_tokens=450,
+        seconds=100.0,
+        busy=0.8,
+    ).model_dump()
+
+
+def _figures(folder: Path, *results: dict[str, Any], **arguments: Any) -> str:
+    folder.mkdir()
+    every = {"model": "smollm2", "minimise": "kl", "fitness": f"{folder}/text", "report": "self", **arguments}
+    file = folder / "comparison.json"
+    file.write_text(json.dumps({"arguments": every, "results": results}))
+    return str(file)
+
+
+def _call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    monkeypatch.setattr(sys, "argv", ["compare_search", *arguments])
+    compare_search.main()
+
+
+def test_the_figures_of_several_calls_are_joined(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evolution = _figures(tmp_path / "a", _result("evolution", 0, [0.4, 0.3]))
+    llm = _figures(tmp_path / "b", _result("llm", 0, [0.3, 0.2]), first_seed=0)
+    out = tmp_path / "joined"
+    _call(monkeypatch, "--methods", "--beside", llm, evolution, "--out", str(out))
+    shown = capsys.readouterr().out
+    rows = {line.split("│")[1].strip(): line.split("│")[2:-1] for line in shown.splitlines() if "│" in line}
+    assert [cell.strip() for cell in rows["evolution"]][:4] == ["0.3000", "60.00", "0.500", "7"]
+    assert [cell.strip() for cell in rows["llm"]] == ["0.2000", "60.00", "0.500", "1", "1.00", "45", "0.80"]
+    assert [cell.strip() for cell in rows["uniform"]][:3] == ["0.5000", "80.00", "0.667"]
+    assert [r["method"] for r in json.loads((out / "comparison.json").read_text())["results"]] == ["evolution", "llm"]
+    assert (out / "convergence-0.3.png").stat().st_size and (out / "rates-0.3.png").stat().st_size
+
+
+def test_figures_of_other_searches_are_not_joined(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = _figures(tmp_path / "a", _result("evolution", 0, [0.4]))
+    other = _figures(tmp_path / "b", _result("llm", 0, [40.0]), minimise="perplexity")
+    with pytest.raises(SystemExit) as end:
+        _call(monkeypatch, "--methods", "--beside", one, other, "--out", str(tmp_path / "joined"))
+    assert end.value.code == 2
+    assert "is of other searches: they differ in minimise" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"), [((), "there is nothing to do"), (("--beside", "none.json"), "none.json")]
+)
+def test_what_cannot_be_joined_is_said_in_a_sentence(
+    arguments: tuple[str, ...], says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        _call(monkeypatch, "--methods", *arguments)
+    assert end.value.code == 2
+    assert says in capsys.readouterr().err
