@@ -168,12 +168,12 @@ class Asker:
         except InvalidReply as error:
             return 0, ["Your reply was cut off: keep it short." if answer.truncated else str(error)]
         taken, problems = 0, list(parsed.problems)
-        for number, item in enumerate(parsed.good, start=1):
+        for name, item in zip(parsed.names, parsed.good, strict=True):
             refusal = await take(item, answer)
             if refusal is None:
                 taken += 1
             else:
-                problems.append(f"Configuration {number}: {refusal}.")
+                problems.append(f"{name}: {refusal}.")
         return taken, problems
 
 

@@ -72,14 +72,13 @@ class CmaEsMutator:
 
     def _tell(self, view: View) -> None:
         assert self._optimizer is not None
-        fitness = {member.candidate.id: member.fitness for member in view.measured}
-        fitness |= {tried.candidate.id: tried.fitness for tried in view.recent if tried.fitness is not None}
-        # What was not measured (it failed, or the budget was used up), or is long beaten, was no good.
-        worst = max(fitness.values(), default=0.0)
-        self._optimizer.tell([(x, fitness.get(view.candidate_id(x.tolist()), worst)) for x in self._drawn])
+        fitness = [view.fitness_of(view.candidate_id(x.tolist())) for x in self._drawn]
+        # What was not measured (it failed, or the budget was used up) was no good.
+        worst = max((each for each in fitness if each is not None), default=0.0)
+        told = [worst if each is None else each for each in fitness]
+        self._optimizer.tell(list(zip(self._drawn, told, strict=True)))
 
 
 def _start(view: View) -> tuple[float, ...]:
     """The best of the first population: where the search begins."""
-    first = [member for member in view.measured if member.candidate.provenance.round == 0]
-    return first[0].candidate.rates if first else view.spec.uniform_rates(view.card.shape)
+    return view.start or view.spec.uniform_rates(view.card.shape)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from agents.asking import Asks, Call, Question
-from agents.draws import drawn_mix, drawn_ranked_mix
+from agents.draws import RANKED_MIXES, drawn_mix, drawn_ranked_mix
 from agents.edits import Mix, MixChoice, apply_mix, chosen_of, mix_bounds, mix_schema, mixes_schema
 from agents.lists import lists_question
 from agents.mixes import mix_menu
@@ -18,7 +18,6 @@ from agents.words import about_model, mixes_in_words, numbered_lists, numbered_p
 
 EDIT_TOKENS = 60
 MIX_TOKENS = 20
-SHOWN_MIXES = 8
 SHOWN = 3
 """Parents that one call for edits is shown: more only lengthen the prompt."""
 
@@ -55,7 +54,7 @@ class Crossover:
 
     def _mixes(self, call: Call, parents: Sequence[Member]) -> Question[Proposal]:
         view = call.view
-        mixes = mix_menu(view, parents, call.rng, max(SHOWN_MIXES, 2 * call.count))
+        mixes = mix_menu(view, parents, call.rng, max(RANKED_MIXES, 2 * call.count))
         if not mixes:  # the parents are all alike
             return self._edits(call, parents)
         prompt = self._prompts.fill(

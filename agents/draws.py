@@ -12,12 +12,13 @@ MOST_TRADES = 4
 """Trades that one mutation makes together."""
 RANKED_TRADES = 6
 """Trades on a menu: of more the last ones promise nothing."""
-RANKED_MIXES = 4
+RANKED_MIXES = 8
 
 
 def drawn_profile(rng: random.Random, view: View) -> Proposal:
-    """A random profile over depth."""
-    return Proposal(random_rates(rng, len(view.units), view.spec.rate))
+    """A random profile over depth; of blocks one each for attention and MLP, for how they share matters most."""
+    kinds = len({unit.kind for unit in view.units})
+    return Proposal(random_rates(rng, len(view.units), view.spec.rate, kinds))
 
 
 def drawn_mutation(rng: random.Random, parents: Sequence[Member]) -> Proposal:
@@ -48,7 +49,7 @@ def good_one(rng: random.Random, view: View, parents: Sequence[Member]) -> Membe
 
 
 class RankedTrades:
-    """Draws one to three trades of a menu, as the LLM might choose them; where there are none, a shift of rate."""
+    """Draws up to MOST_TRADES trades of a menu, as the LLM might choose them; where there are none, a shift of rate."""
 
     def __init__(self, view: View, parents: Sequence[Member]) -> None:
         self._view, self._parents = view, parents

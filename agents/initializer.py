@@ -50,7 +50,7 @@ class Initializer:
         prompt = self._prompts.fill(
             "initializer_edits",
             count=call.count,
-            variant=call.index,
+            variant=call.index + view.round,
             anchors=anchors(view),
             low=low,
             high=high,

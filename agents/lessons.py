@@ -22,14 +22,17 @@ def lessons(view: View, most: int) -> list[str]:
     found = []
     for child in view.recent:
         who = child.candidate.provenance
-        if child.fitness is None or len(who.parents) != 1 or who.parents[0] not in by_id:
+        known = [parent for parent in who.parents if parent in by_id]
+        if child.fitness is None or who.agent != "mutator" or not known:
             continue
-        gain = _gain(by_id[who.parents[0]], child.fitness)
-        found.append((who.round, gain, child.candidate, who.parents[0]))
+        # Of lists, which are made from all that the LLM is shown, the one that was changed least.
+        parent = min(known, key=lambda id_: math.dist(rates[id_], child.candidate.rates))
+        found.append((who.round, _gain(by_id[parent], child.fitness), child, parent))
     told = []
-    for _, gain, child_, parent in sorted(found, key=lambda lesson: (-lesson[0], -abs(lesson[1]), lesson[2].id)):
-        if words := changes(view, rates[parent], child_.rates):
-            told.append(f"{words}: {_verdict(gain)}")
+    in_order = sorted(found, key=lambda lesson: (-lesson[0], -abs(lesson[1]), lesson[2].candidate.id))
+    for _, gain, child, parent in in_order:
+        if words := changes(view, rates[parent], child.candidate.rates):
+            told.append(f"{words}: {_verdict(gain)}{', and was stopped early' if child.stopped else ''}")
         if len(told) == most:
             break
     return told

@@ -11,14 +11,14 @@ TOKENS_PER_RATE = 9
 
 def lists_question(name: str, prompt: str, view: View, shown: Sequence[Member]) -> Question[Proposal]:
     """A question whose answer is lists of rates, made from all the members `shown`."""
-    names = [unit.name for unit in view.units]
+    units = view.units
     parents = tuple(member.candidate.id for member in shown)
 
     def parse(text: str, count: int) -> Parsed[Proposal]:
-        parsed = parse_lists(text, names, view.spec.rate, count)
-        return Parsed(tuple(Proposal(rates, parents) for rates in parsed.good), parsed.problems)
+        parsed = parse_lists(text, units, view.spec.rate, count)
+        return Parsed(tuple(Proposal(rates, parents) for rates in parsed.good), parsed.names, parsed.problems)
 
-    return Question(name, prompt, lambda count: _schema(len(names), count), parse, TOKENS_PER_RATE * len(names))
+    return Question(name, prompt, lambda count: _schema(len(units), count), parse, TOKENS_PER_RATE * len(units))
 
 
 def _schema(units: int, count: int) -> dict[str, object]:

@@ -14,11 +14,19 @@ SHIFT = 0.05
 CONTROL_POINTS = 5
 
 
-def random_rates(rng: random.Random, units: int, mean: float) -> tuple[float, ...]:
-    """A random profile over depth, smooth, with some noise on it; rates mostly between 0 and 2 × `mean`."""
-    points = [rng.uniform(0.3, 1.7) * mean for _ in range(CONTROL_POINTS)]
+def random_rates(rng: random.Random, units: int, mean: float, kinds: int = 1) -> tuple[float, ...]:
+    """A random profile over depth, smooth, with some noise on it; rates mostly between 0 and 2 × `mean`.
+
+    Where `kinds` of units take turns (attention, MLP, …), each has a profile of its own, about a mean of its own.
+    """
+    profiles = []
+    for _ in range(kinds):
+        height = mean * (rng.uniform(0.0, 1.5) if kinds > 1 else 1.0)
+        profiles.append([rng.uniform(0.3, 1.7) * height for _ in range(CONTROL_POINTS)])
+    last = max(1, units // kinds - 1)
     return tuple(
-        min(max(interpolate(points, i / max(1, units - 1)) + rng.gauss(0, 0.1 * mean), 0.0), 1.0) for i in range(units)
+        min(max(interpolate(profiles[i % kinds], i // kinds / last) + rng.gauss(0, 0.1 * mean), 0.0), 1.0)
+        for i in range(units)
     )
 
 

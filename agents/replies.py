@@ -16,6 +16,8 @@ from typing import Annotated, Generic, TypeVar
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
 from protocol.errors import InvalidReply
+from protocol.rates import weighted_mean
+from protocol.shape import Unit
 
 MEAN_TOLERANCE = 0.2
 """How far the mean of a list may be from the pruning rate asked for, in rate."""
@@ -37,6 +39,8 @@ class Parsed(Generic[T]):
     """What a reply holds that can be used, and a sentence for each part that cannot."""
 
     good: tuple[T, ...]
+    names: tuple[str, ...]
+    """What the LLM is told that each of the good ones is: `Configuration 2`."""
     problems: tuple[str, ...] = ()
 
 
@@ -74,38 +78,41 @@ def _check_nesting(text: str) -> None:
             depth = max(0, depth - 1)
 
 
-def parse_lists(text: str, unit_names: Sequence[str], mean: float, count: int) -> Parsed[tuple[float, ...]]:
+def parse_lists(text: str, units: Sequence[Unit], mean: float, count: int) -> Parsed[tuple[float, ...]]:
     """Up to `count` lists of one rate per unit. Raises InvalidReply where not one can be used."""
-    good: list[tuple[float, ...]] = []
+    good: dict[tuple[float, ...], str] = {}
     problems: list[str] = []
-    for number, found in enumerate(_lists_in(json_blocks(text), unit_names), start=1):
+    for number, found in enumerate(_lists_in(json_blocks(text), [unit.name for unit in units]), start=1):
         if len(good) == count:
             break
         try:
-            rates = check_rates(found, len(unit_names), mean)
+            rates = check_rates(found, units, mean)
         except InvalidReply as error:
             problems.append(f"Configuration {number} {error}.")
             continue
         if rates in good:
             problems.append(f"Configuration {number} is not distinct: it repeats another.")
             continue
-        good.append(rates)
+        good[rates] = f"Configuration {number}"
     if not good:
-        raise InvalidReply(" ".join(problems[:5]) or f"Your reply holds no list of {len(unit_names)} numbers.")
-    return Parsed(tuple(good), tuple(problems))
+        raise InvalidReply(" ".join(problems[:5]) or f"Your reply holds no list of {len(units)} numbers.")
+    return Parsed(tuple(good), tuple(good.values()), tuple(problems))
 
 
-def check_rates(found: object, units: int, mean: float) -> tuple[float, ...]:
-    """`found` as rates; raises InvalidReply with the end of a sentence that begins "Configuration 2"."""
-    if isinstance(found, list) and len(found) != units:
-        raise InvalidReply(f"has {len(found)} numbers instead of {units}")
+def check_rates(found: object, units: Sequence[Unit], mean: float) -> tuple[float, ...]:
+    """`found` as rates; raises InvalidReply with the end of a sentence that begins "Configuration 2".
+
+    The `mean` is that of the parameters: units count by their size.
+    """
+    if isinstance(found, list) and len(found) != len(units):
+        raise InvalidReply(f"has {len(found)} numbers instead of {len(units)}")
     try:
         rates = tuple(_RATES.validate_python(found))
     except ValidationError as error:
         place = error.errors(include_url=False, include_context=False, include_input=False)[0]["loc"]
         which = f"number {place[0] + 1}" if place and isinstance(place[0], int) else "it"
         raise InvalidReply(f"is not made of decimals between 0 and 1: look at {which}") from None
-    average = sum(rates) / units
+    average = weighted_mean(rates, [unit.parameters for unit in units])
     if abs(average - mean) > MEAN_TOLERANCE:
         raise InvalidReply(f"has the average {average:.5f} instead of {mean:.5f}")
     return rates
@@ -169,6 +176,7 @@ def _read_block(block: object, model: type[M], use: Callable[[M], T], count: int
         block = block["proposals"]
     items = block if isinstance(block, list) else [block]
     good: list[T] = []
+    names: list[str] = []
     problems: list[str] = []
     for number, item in enumerate(items[:count], start=1):
         try:
@@ -180,7 +188,8 @@ def _read_block(block: object, model: type[M], use: Callable[[M], T], count: int
             problems.append(f"Proposal {number} {error}.")
             continue
         good.append(proposal)
-    return Parsed(tuple(good), tuple(problems))
+        names.append(f"Proposal {number}")
+    return Parsed(tuple(good), tuple(names), tuple(problems))
 
 
 def _where(error: ValidationError, model: type[BaseModel]) -> str:

@@ -26,7 +26,7 @@ def records(candidates: Iterable[Tried], fitness: Mapping[str, float]) -> dict[s
         known = [fitness[parent] for parent in who.parents if parent in fitness]
         if who.endpoint is not None and known:
             tried[who.endpoint] += 1
-            improved[who.endpoint] += one.fitness is not None and one.fitness < min(known)
+            improved[who.endpoint] += one.fitness is not None and not one.stopped and one.fitness < min(known)
     return {name: Record(count, improved[name]) for name, count in tried.items()}
 
 

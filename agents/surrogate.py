@@ -60,6 +60,8 @@ ROUGHNESS: dict[Measure, Roughness] = {
 DISTANCE = 0.1
 """The noise of an outcome grows by this share of its distance from the best: a guess has to be right where the search
 is."""
+STOPPED = 0.05
+"""How far off the fitness of a candidate may be that was stopped in its race, beside: some windows are easier."""
 MOST = 500
 """Outcomes that are looked at, the best ones: in a search of thousands a guess shall not take seconds."""
 
@@ -77,21 +79,24 @@ class Surrogate:
         self._rough = ROUGHNESS[view.spec.measure]
         self._dense = 0.0 if self._is_kl else math.log(view.card.dense.perplexity)
         measured = view.measured[:MOST]
-        shares = np.array([self._shares(member.candidate.plan) for member in measured])
-        rises = np.array([self.rise(member) for member in measured])
-        self._points = self._at(shares.reshape(len(measured), len(self._sizes)))
-        self._usual = float(np.median(rises)) if measured else float(sum(rise for _, rise in self._alone))
+        stopped = [Member(tried.candidate, tried.fitness) for tried in view.recent if tried.stopped and tried.fitness]
+        every = (*measured, *stopped)
+        shares = np.array([self._shares(member.candidate.plan) for member in every])
+        rises = np.array([self.rise(member) for member in every])
+        self._points = self._at(shares.reshape(len(every), len(self._sizes)))
+        self._usual = float(np.median(rises)) if every else float(sum(rise for _, rise in self._alone))
         self._usual = max(self._usual, 1e-6)
         self.errors: Array = np.zeros(0)
         """How far the guess of each outcome, best first, would have been off had it not been seen."""
         self._weights: Array = np.zeros(0)
         self._inverse: Array = np.zeros((0, 0))
-        if measured:
+        if every:
             noise = (self._rough.noise * self._usual) ** 2 + (DISTANCE * (rises - rises.min())) ** 2
+            noise[len(measured) :] += (STOPPED * self._usual) ** 2
             covariance = self._covariance(self._points, self._points) + np.diag(noise)
             self._inverse = np.linalg.inv(covariance)
             self._weights = self._inverse @ (rises - self._points.believed)
-            self.errors = self._weights / self._inverse.diagonal()
+            self.errors = (self._weights / self._inverse.diagonal())[: len(measured)]
 
     def guess(self, plan: Plan) -> float:
         """The rise over the dense model, in nats: of log-perplexity, or of the divergence."""

@@ -25,10 +25,16 @@ class Member:
 
 @dataclass(frozen=True)
 class Tried:
-    """A candidate with what came of it: None where it failed, or was stopped in its race."""
+    """A candidate with what came of it: None where it failed."""
 
     candidate: Candidate
     fitness: float | None
+    stopped: bool = False
+    """In its race: the fitness is guessed from that of its rival and the windows that were measured."""
+
+
+def _unknown(_: str) -> None:
+    """The fitness of a candidate of a search that has none."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +51,10 @@ class View:
     """The best of all that was measured in the rounds before, best first; `population` is the beginning of it."""
     recent: tuple[Tried, ...] = ()
     """The last candidates of the rounds before, whatever came of them, in the order in which they were issued."""
+    start: tuple[float, ...] | None = None
+    """The rates of the best of the first population."""
+    fitness_of: Callable[[str], float | None] = _unknown
+    """By a candidate's id, of any round before, however long ago; None where it has none."""
 
     @cached_property
     def units(self) -> tuple[Unit, ...]:

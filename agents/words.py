@@ -35,6 +35,8 @@ class AboutModel:
     query_heads: int
     kv_heads: int
     channels: int
+    mlp_weight: str
+    """How many times as many parameters an MLP block has as an attention block."""
     rate: str
     percent: str
     text: str
@@ -50,6 +52,7 @@ def about_model(view: View, told: Collection[Told]) -> AboutModel:
     """What the prompts say of this search's model; the widths are those of its first layer."""
     spec, shape = view.spec, view.card.shape
     ranked = tuple(unit.name for unit in view.by_fragility) if "sensitivity" in told else ()
+    attention, mlp = shape.units("block")[:2]
     return AboutModel(
         model=view.card.model,
         granularity=spec.granularity,
@@ -58,6 +61,7 @@ def about_model(view: View, told: Collection[Told]) -> AboutModel:
         query_heads=shape.layers[0].query_heads,
         kv_heads=shape.layers[0].kv_heads,
         channels=shape.layers[0].mlp_channels,
+        mlp_weight=f"{mlp.parameters / attention.parameters:.2g}",
         rate=f"{spec.rate:g}",
         percent=f"{100 * spec.rate:g}",
         text=TEXTS.get(spec.fitness.source, "a text"),

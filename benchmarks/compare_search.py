@@ -41,7 +41,7 @@ OFFSPRING = 4
 METHODS: dict[str, dict[str, Any]] = {
     "random": {"proposer": "random", "mutations": OFFSPRING, "crossovers": 0},
     "evolution": {"proposer": "evolution", "mutations": OFFSPRING, "crossovers": 0},
-    "evolution-multi": {"proposer": "evolution", "mutations": OFFSPRING, "crossovers": 0, "first_windows": 1},
+    "evolution-multi": {"proposer": "evolution", "mutations": OFFSPRING, "crossovers": 0, "first_windows": 2},
     "cma-es": {"proposer": "cma-es", "mutations": 16, "crossovers": 0},
     "best-of-n": {"proposer": "best-of-n", "mutations": OFFSPRING, "crossovers": 0, "reply": "edits"},
     "ranked": {"initializer": "random", "selector": "tournament", "mutator": "ranked", "crossover": "ranked"},
@@ -53,12 +53,16 @@ METHODS: dict[str, dict[str, Any]] = {
     "no-initializer": {"reply": "trades", "initializer": "random"},
     "no-mutation": {"reply": "trades", "mutations": 0, "crossovers": OFFSPRING},
     "no-crossover": {"reply": "trades", "mutations": OFFSPRING, "crossovers": 0},
-    "tournament": {"reply": "trades", "selector": "tournament"},
-    "joint": {"reply": "trades", "selector": "none"},
+    "tournament": {"reply": "edits", "selector": "tournament"},
+    "joint": {"reply": "edits", "selector": "none"},
 }
-"""Settings of search.* and llm.*. `ranked` draws by dice from the menus that `llm` chooses from; from `llm` on the
-search of configs/best.yaml (which minimises `kl`), and what differs from it in one thing (the ablations). CMA-ES has
-the generations that it is made for."""
+"""Settings of search.* and llm.*. `ranked` draws by dice from the menus that `llm` chooses from, and its parents by
+tournaments; from `llm` on the search of configs/best.yaml (which minimises `kl`), and what differs from it in one thing
+(the ablations). `tournament` and `joint` differ from `llm-edits`, for trades mostly begin at the best configuration,
+whoever selects. CMA-ES has the generations that it is made for."""
+RACING = ("evolution-multi", "llm-race")
+"""Whose candidates are not all measured whole: they may make so many times as many, on as many tokens."""
+MORE = 5
 USUAL = ("random", "evolution", "cma-es", "best-of-n", "ranked", "llm-edits", "llm")
 OF_LLM = ("reply", "tell")
 NOT_OF_THE_SEARCHES = ("out", "json", "beside")
@@ -103,7 +107,8 @@ def main() -> None:
     if not given.methods:
         arguments = others[0]["arguments"]
     for file, other in zip(given.beside, others, strict=True):
-        if differing := [name for name, value in other["arguments"].items() if _differs(name, value, arguments)]:
+        told = other["arguments"]
+        if differing := sorted(name for name in {*told, *arguments} if _differs(name, told, arguments)):
             parser.error(f"{file} is of other searches: they differ in {', '.join(differing)}")
     given.out.mkdir(parents=True, exist_ok=True)
     own = asyncio.run(compare(given)) if given.methods else []
@@ -117,12 +122,13 @@ def main() -> None:
     plot(results, given.out)
 
 
-def _differs(name: str, value: Any, arguments: dict[str, Any]) -> bool:
-    """Whether searches that `name` was an argument of are not to be compared; texts may lie in other folders."""
-    ours = arguments.get(name)
+def _differs(name: str, theirs: dict[str, Any], ours: dict[str, Any]) -> bool:
+    """Whether searches with these arguments are not to be compared, by the one called `name`; folders do not matter."""
+    if name in SHARED_OUT:
+        return False
     if name in ("fitness", "report"):
-        return Path(value).name != Path(str(ours)).name
-    return name not in SHARED_OUT and value != ours
+        return Path(str(theirs.get(name))).name != Path(str(ours.get(name))).name
+    return bool(theirs.get(name) != ours.get(name))
 
 
 def _which(result: dict[str, Any]) -> tuple[str, float, int]:
@@ -156,7 +162,7 @@ async def compare(given: argparse.Namespace) -> list[dict[str, Any]]:
                     launch = Launch(settings, url, endpoints, embedded=False)
                     summary = await launch.run()
                 assert summary is not None and summary.finished
-                results.append(result_of(settings, method, seed, summary, plain_report))
+                results.append(result_of(settings, method, summary, plain_report, worker.measured_by))
                 console.print(
                     f"best {results[-1].best_so_far.fitness[-1]:.4g}, reported {results[-1].report:.2f}, "
                     f"{summary.seconds:.0f} s"
@@ -178,14 +184,16 @@ def settings_of(given: argparse.Namespace, method: str, rate: float, seed: int) 
     llm = {"tell": ("sensitivity", "weakest", "contrast", "lessons")}
     llm |= {name: chosen.pop(name) for name in OF_LLM if name in chosen}
     population = max(4, min(12, given.budget // 4))
+    most = given.budget * (MORE if method in RACING else 1)
     return Settings.model_validate(
         {
             "search": {
                 "name": f"{method}-{given.granularity}-{rate:g}-{seed}",
                 "seed": seed,
                 "population": population,
-                "rounds": -(-(given.budget - population) // OFFSPRING),
-                "max_evaluations": given.budget,
+                "rounds": -(-(most - population) // OFFSPRING),
+                "max_evaluations": most,
+                "max_tokens": given.budget * given.windows * (given.seqlen - 1) if method in RACING else None,
                 "granularity": given.granularity,
                 "fitness": given.minimise,
                 "reconstruction": given.reconstruction,
@@ -228,7 +236,7 @@ def show(results: list[dict[str, Any]], rate: float, measure: Measure) -> None:
             _median((r["best_so_far"]["fitness"][-1] for r in rows), digits),
             _median(r["report"] for r in rows),
             _median((r["report"] / r["plain_report"] for r in rows), digits=3),
-            _median((_reached(r, goal[r["seed"]]) for r in rows), digits=0) if goal else "–",
+            _median((_reached(r, goal[r["seed"]]) for r in rows if r["seed"] in goal), digits=0),
             _share(rows, "usable", "asked"),
             _share(rows, "completion_tokens", "by_llm", digits=0),
             _median((r["busy"] for r in rows), 2),
@@ -246,6 +254,8 @@ def show(results: list[dict[str, Any]], rate: float, measure: Measure) -> None:
 
 def _median(values: Iterator[float], digits: int = 2) -> str:
     found = sorted(values)
+    if not found:
+        return "–"
 
     def said(value: float) -> str:
         return "never" if value == float("inf") else f"{value:,.{digits}f}"

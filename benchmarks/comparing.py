@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ class BestSoFar(BaseModel):
     """Perplexity, or the divergence where that was minimised."""
 
     def take(self, fitness: float, evaluations: int, tokens: int) -> None:
-        """One more evaluation."""
+        """One more evaluation; `evaluations` are what `tokens` are worth, for racing does not measure all of each."""
         if not self.fitness or fitness < self.fitness[-1]:
             self.fitness.append(fitness)
             self.evaluations.append(evaluations)
@@ -51,6 +51,10 @@ class SearchResult(BaseModel):
     rate: float
     seed: int
     budget: int
+    """Whole evaluations that the tokens of all candidates are worth."""
+    tokens: int
+    """Of all candidates together."""
+    candidates: int
     best_so_far: BestSoFar
     report: float
     """The best one's perplexity on the report text."""
@@ -82,16 +86,19 @@ class MeasuringWorker:
         self._url, self._kept = redis_url, kept
         self._session: Session | None = None
         self._outcomes: dict[str, Outcome] = {}
+        self.measured_by: dict[str, str] = {}
+        """The search that each of them was measured for."""
         if kept.exists():
             for line in kept.read_text().splitlines():
                 record = json.loads(line)
                 self._outcomes[record["id"]] = OUTCOME.validate_python(record["outcome"])
+                self.measured_by[record["id"]] = record["search"]
 
     @asynccontextmanager
     async def serving(self, settings: Settings) -> AsyncIterator[None]:
         """Measure for one search, which is about to begin."""
         session = await asyncio.to_thread(self._session_for, settings.spec())
-        task = asyncio.create_task(self._serve(Keys(settings.search.name), session))
+        task = asyncio.create_task(self._serve(settings.search.name, session))
         try:
             yield
         finally:
@@ -105,8 +112,8 @@ class MeasuringWorker:
             self._session = Session(spec)
         return self._session
 
-    async def _serve(self, keys: Keys, session: Session) -> None:
-        redis = connect(self._url)
+    async def _serve(self, search: str, session: Session) -> None:
+        redis, keys = connect(self._url), Keys(search)
         try:
             cards = CardBoard(redis, keys)
             while await cards.publish(session.card) is None:  # noqa: ASYNC110  (the search has not said what it is of)
@@ -114,11 +121,11 @@ class MeasuringWorker:
             jobs = JobQueue(redis, keys, "benchmark", lease_seconds=LEASE_SECONDS)
             while True:
                 if job := await jobs.claim():
-                    await jobs.commit(job, await self._outcome(job.candidate, session))
+                    await jobs.commit(job, await self._outcome(job.candidate, session, search))
         finally:
             await redis.aclose()
 
-    async def _outcome(self, candidate: Candidate, session: Session) -> Outcome:
+    async def _outcome(self, candidate: Candidate, session: Session, search: str) -> Outcome:
         """As it is kept, if it is; who races is measured anew, for what it races against is another each time."""
         race = candidate.race and candidate.race.model_dump()
         if race or candidate.id not in self._outcomes:
@@ -126,13 +133,14 @@ class MeasuringWorker:
             outcome = await asyncio.to_thread(answer, session, request)
             if race:
                 return outcome
-            self._keep(candidate.id, outcome)
+            self._keep(candidate.id, outcome, search)
         return self._outcomes[candidate.id]
 
-    def _keep(self, id_: str, outcome: Outcome) -> None:
-        self._outcomes[id_] = outcome
+    def _keep(self, id_: str, outcome: Outcome, search: str) -> None:
+        self._outcomes[id_], self.measured_by[id_] = outcome, search
         with self._kept.open("a") as file:
-            file.write(json.dumps({"id": id_, "outcome": outcome.model_dump(mode="json")}) + "\n")
+            record = {"id": id_, "search": search, "outcome": outcome.model_dump(mode="json")}
+            file.write(json.dumps(record) + "\n")
 
 
 def plain_uniform(specs: Sequence[SearchSpec], kept: Path) -> list[float]:
@@ -154,25 +162,32 @@ def plain_uniform(specs: Sequence[SearchSpec], kept: Path) -> list[float]:
     return [found[str(spec.rate)] for spec in specs]
 
 
-def result_of(settings: Settings, method: str, seed: int, summary: Summary, plain_report: float) -> SearchResult:
-    """What is kept of a search that has ended, from its folder."""
+def result_of(
+    settings: Settings, method: str, summary: Summary, plain_report: float, measured_by: Mapping[str, str]
+) -> SearchResult:
+    """What is kept of a search that has ended, from its folder; `measured_by` is the worker's."""
     best, figures, measure = summary.best, BestSoFar(), settings.search.fitness
     assert best is not None and best.report_perplexity is not None
     uniform = summary.uniform.kl if measure == "kl" else summary.uniform.perplexity
-    evaluations = [e for e in _lines(settings.folder / "evaluations.jsonl") if e["agent"] != "baseline"]
-    tokens = 0
-    for number, evaluation in enumerate(sorted(evaluations, key=lambda e: e["order"]), start=1):
+    everything = _lines(settings.folder / "evaluations.jsonl")
+    evaluations = [e for e in everything if e["agent"] != "baseline"]
+    tokens, whole = 0, summary.uniform.tokens or 1
+    for evaluation in sorted(evaluations, key=lambda e: e["order"]):
         outcome = evaluation["outcome"]
         tokens += outcome.get("tokens", 0)
         if outcome["kind"] == "measured":
-            figures.take(outcome[measure], number, tokens)
+            figures.take(outcome[measure], -(-tokens // whole), tokens)
+    name = settings.search.name
+    own = [e for e in everything if measured_by.get(e["id"], name) == name]
     replies = [line for line in _lines(settings.folder / "log.jsonl") if line["event"] == "llm_reply"]
     return SearchResult(
         method=method,
         granularity=settings.search.granularity,
         rate=settings.target.rate,
-        seed=seed,
-        budget=len(evaluations),
+        seed=settings.search.seed,
+        budget=-(-tokens // whole),
+        tokens=tokens,
+        candidates=len(evaluations),
         best_so_far=figures,
         report=best.report_perplexity,
         uniform=float("nan") if uniform is None else uniform,
@@ -186,7 +201,7 @@ def result_of(settings: Settings, method: str, seed: int, summary: Summary, plai
         prompt_tokens=summary.tokens["prompt"],
         completion_tokens=summary.tokens["completion"],
         seconds=summary.seconds,
-        busy=sum(e["outcome"].get("seconds", 0.0) for e in evaluations) / summary.seconds,
+        busy=sum(e["outcome"].get("seconds", 0.0) for e in own) / summary.seconds,
     )
 
 

@@ -42,7 +42,7 @@ def plot_convergence(results: Sequence[dict[str, Any]], file: Path) -> None:
 
 
 def _band(ax: Axes, rows: Sequence[dict[str, Any]], by: str, label: str, colour: str) -> None:
-    last = max(r["budget"] if by == "evaluations" else r["best_so_far"]["tokens"][-1] for r in rows)
+    last = max(r["budget"] if by == "evaluations" else r["tokens"] for r in rows)
     first = max(r["best_so_far"][by][0] for r in rows)
     places = [first + (last - first) * i / 200 for i in range(201)]
     curves = [[_at(r["best_so_far"], by, place) for place in places] for r in rows]

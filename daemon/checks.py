@@ -9,6 +9,7 @@ from daemon.llm_settings import EndpointSettings
 from daemon.settings import NAMED_TEXTS, Settings
 from protocol.candidate import LEAST_RACE
 from protocol.errors import DataError, SettingsError
+from protocol.paths import expanded
 
 TOKENS_BESIDE_LISTS = 600
 """What the words of a question for lists take."""
@@ -19,7 +20,9 @@ log = structlog.get_logger()
 def warn_of_texts(settings: Settings) -> None:
     """Say once where a search reports on the text that it searches on."""
     data = settings.data
-    if data.report is not None and data.report == data.fitness and data.fitness not in NAMED_TEXTS:
+    if data.report is None or data.fitness in NAMED_TEXTS:
+        return
+    if expanded(data.report).absolute() == expanded(data.fitness).absolute():
         log.warning("report_is_searched_on", text=data.report)
 
 

@@ -23,7 +23,7 @@ async def generations(search: "Search") -> None:
     await search.begin()
     for round_ in range(1, search.settings.rounds + 1):
         await search.keeper.settled()
-        if search.remaining_budget <= 0:
+        if search.remaining_budget <= 0 or search.tokens_are_used_up:
             break
         await _generation(search, round_)
 
@@ -61,9 +61,10 @@ def _after(earlier: asyncio.Task[int], submit: Submit) -> Submit:
 async def steady_state(search: "Search") -> None:
     """Each outcome is followed by the next question, asked with the newest population.
 
-    No more than `search.max_in_flight` candidates are asked for, queued or measured at a time, so that no parent is
-    older than these. A turn is a round with one candidate. What comes first decides what is asked next, so two runs
-    with the same answers need not have the same history.
+    No more than `search.max_in_flight` candidates are asked for, queued or measured at a time. Parents are chosen anew
+    once in so many turns, so a population that offspring are made from lacks at most the outcomes of two times as many.
+    A turn is a round with one candidate. What comes first decides what is asked next, so two runs with the same answers
+    need not have the same history.
     """
     await search.begin()
     await search.keeper.until(lambda waiting: waiting == 0 or len(search.population) >= 2)
@@ -91,7 +92,9 @@ class _Turns:
 
     def may_begin(self) -> bool:
         """Whether there is anything left to ask for."""
-        return self._search.remaining_budget > len(self.asking) and self.fruitless < FRUITLESS_TURNS
+        search = self._search
+        is_left = search.remaining_budget > len(self.asking) and not search.tokens_are_used_up
+        return is_left and self.fruitless < FRUITLESS_TURNS
 
     def begin(self) -> None:
         """Ask for one more candidate."""

@@ -57,6 +57,10 @@ class Screen:
         )
 
 
+SOURCES = {"llm": "LLM", "allocation": "seeds"}
+"""What sources of candidates are called on a screen, where that is not their name."""
+
+
 def standing(status: Status) -> Iterator[RenderableType]:
     """One look at a search: where it is, and its workers, endpoints and given up jobs where there are any."""
     yield _overview(status)
@@ -73,11 +77,12 @@ def _overview(status: Status, per_minute: float | None = None) -> RenderableType
     table.add_column(style="bold")
     table.add_column()
     pace = "" if per_minute is None else f"; {per_minute:.1f} a minute"
-    source = status.by_source
     table.add_row("state", _state(status))
     table.add_row("round", f"{status.round}, parents chosen by {status.parents_source or '–'}")
-    table.add_row("candidates", f"{status.measured} measured, {status.failed} failed{pace}")
-    table.add_row("made by", f"LLM {source.get('llm', 0)}, stand-in {source.get('stand-in', 0)}")
+    stopped = f", {status.stopped} stopped early" if status.stopped else ""
+    table.add_row("candidates", f"{status.measured} measured, {status.failed} failed{stopped}{pace}")
+    made = [f"{SOURCES.get(name, name)} {count}" for name, count in status.by_source.items()]
+    table.add_row("made by", ", ".join(made))
     table.add_row("queue", f"{status.queue.queued} queued, {status.queue.running} running")
     table.add_row(
         "best", f"{_figure(status.best_perplexity)}{_kl(status.best_kl)}, dense {_figure(status.dense_perplexity)}"

@@ -26,7 +26,7 @@ from daemon.pausing import Pausing
 from daemon.proposals import Proposals
 from daemon.settings import SearchSettings
 from daemon.store import History
-from protocol.candidate import Candidate, Measured, Provenance, Race, Source, Stopped, Text, candidate_id
+from protocol.candidate import Candidate, Failed, Measured, Provenance, Race, Source, Stopped, Text, candidate_id
 from protocol.card import ModelCard
 from protocol.errors import BudgetError
 from protocol.plan import Plan
@@ -111,7 +111,9 @@ class Search:
         self._neighbours = Neighbours(self.view(0), settings.least_difference, known)
         self._guesses: tuple[int, Guesses] | None = None
         self.screened = 0
-        """Proposals of this process that were refused for what a surrogate expects of them."""
+        """Proposals of this process that were refused for what a surrogate expects of them; those of a round that was
+        broken off are counted again as it is repeated."""
+        self._tokens = sum(_tokens(evaluation) for evaluation in self.population)
         self.parents_source: Source | None = None
         """Who chose the parents of the last round."""
         self.round = max((c.provenance.round for c in self.ledger.values()), default=0)
@@ -213,17 +215,22 @@ class Search:
         return Accepted(candidate.id)
 
     def _race(self, round_: int) -> Race | None:
-        """What candidates of a round race against: the K-th best of the rounds before, once there are so many."""
+        """What candidates of a round race against, once there is one: the K-th best of the rounds before.
+
+        Of evolution the best, whose offspring they are: no other ever has any.
+        """
         confidence, first_windows = self.settings.race_confidence, self.settings.first_windows
         if confidence is None and first_windows is None:
             return None
-        best = self.population.top(self.settings.population, before=round_)
-        last = best[-1].outcome if len(best) == self.settings.population else None
+        rivals = 1 if self.settings.proposer == "evolution" else self.settings.population
+        best = self.population.top(rivals, before=round_)
+        last = best[-1].outcome if len(best) == rivals else None
         against = last.losses if isinstance(last, Measured) else ()
         return Race(against=against, confidence=confidence, first_windows=first_windows)
 
     def _note(self, evaluation: Evaluation, is_best: bool) -> None:
         candidate, outcome = evaluation.candidate, evaluation.outcome
+        self._tokens += _tokens(evaluation)
         self._journal.evaluation(evaluation, is_best=is_best)
         who = candidate.provenance.model_dump(include=_WHO)
         if isinstance(outcome, Measured):
@@ -245,6 +252,12 @@ class Search:
     def remaining_budget(self) -> int:
         """How many more candidates may be proposed; none once search.budget_hours are over."""
         return 0 if self._hours_are_over() else self.planned - self.proposed
+
+    @property
+    def tokens_are_used_up(self) -> bool:
+        """Whether search.max_tokens are measured. Asked between rounds, so that a round does not depend on speed."""
+        most = self.settings.max_tokens
+        return most is not None and self._tokens >= most
 
     @property
     def proposed(self) -> int:
@@ -278,17 +291,42 @@ class Search:
         )
         population = measured[: self.settings.population]
         calls = self.proposals.calls(round_)
-        return View(self.spec, self.card, round_, population, calls, measured, self._recent(round_))
+        first = self.population.top(1, before=1)
+        return View(
+            self.spec,
+            self.card,
+            round_,
+            population,
+            calls,
+            measured,
+            self._recent(round_),
+            first[0].candidate.rates if first else None,
+            self._fitness_of,
+        )
+
+    def _fitness_of(self, candidate_id: str) -> float | None:
+        evaluation = self.population.get(candidate_id)
+        return None if evaluation is None else _tried(evaluation).fitness
 
     def _recent(self, round_: int) -> tuple[Tried, ...]:
         """The last proposals of the rounds before that have an outcome."""
         issued = (c for c in reversed(self.ledger.values()) if c.provenance.agent != "baseline")
         before = (e for c in issued if c.provenance.round < round_ and (e := self.population.get(c.id)))
-        last = [
-            Tried(e.candidate, e.outcome.fitness if isinstance(e.outcome, Measured) else None)
-            for e in islice(before, SHOWN_RECENT)
-        ]
-        return tuple(reversed(last))
+        return tuple(reversed([_tried(e) for e in islice(before, SHOWN_RECENT)]))
+
+
+def _tried(evaluation: Evaluation) -> Tried:
+    candidate, outcome = evaluation.candidate, evaluation.outcome
+    if isinstance(outcome, Stopped) and candidate.race is not None:
+        return Tried(candidate, outcome.guess(candidate.race), stopped=True)
+    return Tried(candidate, outcome.fitness if isinstance(outcome, Measured) else None)
+
+
+def _tokens(evaluation: Evaluation) -> int:
+    """Tokens that a candidate of the agents was measured on."""
+    if evaluation.candidate.provenance.agent == "baseline" or isinstance(evaluation.outcome, Failed):
+        return 0
+    return evaluation.outcome.tokens
 
 
 def _maker(provenance: Provenance) -> tuple[str, int, int]:

@@ -63,6 +63,8 @@ class SearchSettings(Section):
     """steady-state: candidates asked for, queued and measured at a time; about two for each worker."""
     max_evaluations: PositiveInt | None = None
     """Stop proposing after so many candidates, whatever the rounds; none means no limit."""
+    max_tokens: PositiveInt | None = None
+    """Stop, after a round, when candidates were measured on so many tokens: racing saves some; none means no limit."""
     budget_hours: PositiveFloat | None = None
     """Stop proposing when the daemon has run so long, restarts and pauses included; none means no limit."""
     seeds: tuple[Method, ...] = ()
@@ -73,7 +75,7 @@ class SearchSettings(Section):
     initializer: Literal["llm", "random"] = "llm"
     """With the proposer `llm`: who makes the first population."""
     selector: Literal["llm", "tournament", "none"] = "llm"
-    """Who chooses parents; `none`: Mutator and Crossover see the whole population (the paper's joint prompt)."""
+    """Who chooses parents; `none`: Mutator and Crossover choose themselves, from the whole population (the paper)."""
     mutator: Literal["llm", "classical", "ranked"] = "llm"
     """Who mutates; `ranked` draws from a surrogate's trades. search.mutations: 0 leaves mutation out."""
     crossover: Literal["llm", "classical", "ranked"] = "llm"
@@ -83,9 +85,11 @@ class SearchSettings(Section):
     screening: bool = False
     """Refuse, unmeasured, what a surrogate fitted to all outcomes expects to be worse than the whole population."""
     race_confidence: Annotated[float, Field(ge=0.5, lt=1)] | None = None
-    """A candidate that is worse than the K-th best with this confidence is measured no further; none: all are whole."""
+    """A candidate that is worse than the K-th best (with `evolution`: the best) with this confidence is measured no
+    further; none: all are whole."""
     first_windows: PositiveInt | None = None
-    """Multi-fidelity: a candidate that is worse than the K-th best on so many windows is measured no further."""
+    """Multi-fidelity: a candidate that is worse than the K-th best (with `evolution`: the best) on so many windows is
+    measured no further."""
     fitness: Measure = "perplexity"
     """What the search minimises on data.fitness: `perplexity` (the paper), or `kl`, divergence from the dense model."""
     granularity: Granularity = "layer"

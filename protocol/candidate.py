@@ -1,6 +1,8 @@
 """Candidates and their outcomes, to and from JSON."""
 
 import hashlib
+import math
+import statistics
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -118,6 +120,11 @@ class Stopped(_Value):
     parameters: Parameters
     tokens: NonNegativeInt
     seconds: NonNegativeFloat
+
+    def guess(self, race: Race) -> float:
+        """The fitness that it would have if it stayed as far behind on all windows of its race."""
+        level = statistics.fmean(race.against) + self.behind
+        return math.exp(level) if self.kl is None else level
 
 
 class Failed(_Value):

@@ -194,6 +194,20 @@ async def test_the_stand_in_gives_up_where_nothing_new_is_left() -> None:
     assert 0 < desk.refused < 1000
 
 
+async def test_what_is_refused_is_told_by_its_place_in_the_reply() -> None:
+    """Also where what stood before it could not be read."""
+    both = json.dumps({"configurations": [[0.1], [0.3] * 4]})
+    chat, desk = ScriptedChat(lambda n: both), Desk()
+    desk.accepted[candidate_id(SPEC.uniform_plan(SHAPE), SPEC.fingerprint)] = Provenance(
+        agent="baseline", source="allocation", round=0
+    )
+    settings = AgentSettings(reply="lists", reasks=1)
+    await Initializer(chat, Prompts(), settings).propose(View(SPEC, CARD, 0, ()), 1, desk.submit)
+    again = chat.conversations[1][-1]["content"]
+    assert "Configuration 1 has 1 numbers instead of 4." in again
+    assert "Configuration 2: it prunes the model exactly" in again
+
+
 async def test_what_cannot_be_sent_is_not_sent_back() -> None:
     chat, desk = ScriptedChat(lambda n: "\ud800 no" if n == 0 else profile(n)), Desk()
     await initialise(chat, desk, 1)

@@ -53,6 +53,10 @@ def test_without_feedback_only_the_answer_has_to_fit() -> None:
 def test_reporting_on_the_text_that_is_searched_on_is_said_once() -> None:
     with capture_logs() as logs:
         warn_of_texts(settings_with(data={"fitness": "a.txt", "report": "a.txt"}))
+        warn_of_texts(settings_with(data={"fitness": "a.txt", "report": "./a.txt"}))
         warn_of_texts(settings_with(data={"fitness": "a.txt", "report": "b.txt"}))
         warn_of_texts(settings_with(data={"fitness": "self", "report": "self"}))
-    assert [(line["event"], line["text"]) for line in logs] == [("report_is_searched_on", "a.txt")]
+    assert [(line["event"], line["text"]) for line in logs] == [
+        ("report_is_searched_on", "a.txt"),
+        ("report_is_searched_on", "./a.txt"),
+    ]

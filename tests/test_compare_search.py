@@ -20,6 +20,8 @@ def _result(method: str, seed: int, fitness: list[float]) -> dict[str, Any]:
         rate=0.3,
         seed=seed,
         budget=20,
+        tokens=5100,
+        candidates=20,
         best_so_far=BestSoFar(evaluations=[1, 7][: len(fitness)], tokens=[255, 1785][: len(fitness)], fitness=fitness),
         report=60.0,
         uniform=0.5,

@@ -23,6 +23,15 @@ def test_random_rates_scatter_around_the_mean_asked_for() -> None:
     assert abs(sum(means) / len(means) - 0.3) < 0.02
 
 
+def test_of_two_kinds_of_units_each_has_a_profile_and_a_height_of_its_own() -> None:
+    apart = []
+    for seed in range(200):
+        rates = random_rates(random.Random(seed), 60, 0.3, kinds=2)
+        assert len(rates) == 60 and all(0 <= rate <= 1 for rate in rates)
+        apart.append(sum(rates[1::2]) / 30 - sum(rates[::2]) / 30)
+    assert min(apart) < -0.1 and max(apart) > 0.1
+
+
 @given(SEEDS, RATES)
 def test_a_mutation_touches_at_most_six_units_and_leaves_rates(seed: int, rates: list[float]) -> None:
     changed = mutate(random.Random(seed), rates)

@@ -123,6 +123,11 @@ async def test_what_else_is_told_is_a_switch_for_each_part(reply: ReplyFormat) -
         assert [other for other in TOLD if TOLD[other] in alone] == [part]
 
 
+def test_what_was_wrong_reads_as_its_golden_text() -> None:
+    problems = ["Configuration 1 has 3 numbers instead of 4.", "Configuration 2: it is known."]
+    check_golden("reask", Prompts().fill("reask", problems=problems, missing=2) + "\n")
+
+
 def told_view() -> View:
     """A view with a history: eight configurations, of which some were made from others."""
     view = view_of("block")

@@ -2,6 +2,8 @@
 
 import asyncio
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +11,13 @@ import pytest
 from pydantic import ValidationError
 from redis.asyncio import Redis
 
+from agents.cma_es import CmaEsMutator
 from agents.seeds import seed_rates
-from agents.view import View
+from agents.view import Accepted, View
 from daemon.search import Search
 from daemon.settings import SearchSettings
 from protocol.allocation import Method
-from protocol.candidate import candidate_id
+from protocol.candidate import Provenance, candidate_id
 from protocol.errors import BudgetError
 from protocol.keys import Keys
 from protocol.plan import attention_levels
@@ -119,6 +122,28 @@ async def test_cma_es_learns_from_what_was_measured(redis: Redis, tmp_path: Path
         for round_ in range(13)
     }
     assert by_round[12][len(by_round[12]) // 2] < by_round[1][len(by_round[1]) // 2]
+
+
+async def test_cma_es_goes_on_from_what_was_long_beaten_too(redis: Redis, tmp_path: Path) -> None:
+    """A view shows the best and the last candidates of a long search; a new process draws as one that saw them all."""
+    chosen = settings(proposer="cma-es", population=5, mutations=8, crossovers=0, rounds=6)
+    search, _ = await searched(redis, "cma", tmp_path, chosen)
+    view = search.view(7)
+    drawn: list[tuple[float, ...]] = []
+    for seen in (view, replace(view, measured=view.measured[:3], recent=view.recent[-2:])):
+        mutator = CmaEsMutator(8)
+        await mutator.propose(seen, view.population, 8, lambda *_: _accepted(drawn, *_))
+    assert len(drawn) == 16 and drawn[:8] == drawn[8:]
+    forgetful = CmaEsMutator(8)
+    await forgetful.propose(
+        replace(view, fitness_of=lambda _: None), view.population, 8, lambda *_: _accepted(drawn, *_)
+    )
+    assert drawn[16:] != drawn[:8]
+
+
+async def _accepted(drawn: list[tuple[float, ...]], rates: Sequence[float], _: Provenance) -> Accepted:
+    drawn.append(tuple(rates))
+    return Accepted("0" * 16)
 
 
 async def test_best_of_n_asks_the_llm_the_same_in_every_round(redis: Redis, tmp_path: Path) -> None:

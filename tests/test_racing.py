@@ -163,6 +163,42 @@ async def test_who_was_stopped_is_counted_and_is_no_member(
     assert sum(e["outcome"]["kind"] == "stopped" for e in evaluations(tmp_path)) == len(stopped)
 
 
+async def test_evolution_races_against_the_parent_of_all(redis: Redis, keys: Keys, tmp_path: Path) -> None:
+    conducted = Conducted(redis, keys, tmp_path, settings=settings(first_windows=2, proposer="evolution"))
+    async with evaluating(redis, keys, racer):
+        search = await conducted.run()
+    for round_ in (1, 2):
+        (best,) = search.population.top(1, before=round_)
+        assert isinstance(best.outcome, Measured)
+        raced = [c.race.against for c in search.ledger.values() if c.provenance.round == round_ and c.race]
+        assert raced and set(raced) == {best.outcome.losses}
+
+
+async def test_agents_see_who_was_stopped_as_far_behind_as_it_was(redis: Redis, keys: Keys, tmp_path: Path) -> None:
+    conducted = Conducted(redis, keys, tmp_path, settings=settings(first_windows=2))
+    async with evaluating(redis, keys, racer):
+        search = await conducted.run()
+    stopped = [tried for tried in search.view(3).recent if tried.stopped]
+    assert stopped
+    for tried in stopped:
+        race = tried.candidate.race
+        assert race is not None and tried.fitness == pytest.approx(math.exp(race.against[0] + 0.1), abs=1e-3)
+        assert search.view(3).fitness_of(tried.candidate.id) == tried.fitness
+
+
+@pytest.mark.parametrize("mode", ["generational", "steady-state"])
+async def test_a_search_may_be_of_so_many_tokens(redis: Redis, keys: Keys, tmp_path: Path, mode: str) -> None:
+    """Each measurement is of 62; the search ends with the round in which they are used up."""
+    chosen = settings(max_tokens=7 * 62, mode=mode, max_in_flight=1)
+    conducted = Conducted(redis, keys, tmp_path, settings=chosen)
+    async with evaluating(redis, keys):
+        search = await conducted.run()
+    assert search.proposed == {"generational": 10, "steady-state": 7}[mode] < search.planned
+    again = Conducted(redis, keys, tmp_path, settings=chosen)
+    async with evaluating(redis, keys):
+        assert (await again.run()).proposed == search.proposed
+
+
 async def test_without_racing_nobody_races(redis: Redis, keys: Keys, tmp_path: Path) -> None:
     async with evaluating(redis, keys, racer):
         search = await Conducted(redis, keys, tmp_path).run()

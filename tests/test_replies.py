@@ -15,8 +15,8 @@ from protocol.errors import InvalidReply
 from protocol.rates import weighted_mean
 from tests.samples import CARD, SHAPE, SPEC, candidates
 
-NAMES = [unit.name for unit in SHAPE.units("layer")]
-BLOCK_NAMES = [unit.name for unit in SHAPE.units("block")]
+UNITS, BLOCKS = SHAPE.units("layer"), SHAPE.units("block")
+NAMES, BLOCK_NAMES = ([unit.name for unit in units] for units in (UNITS, BLOCKS))
 GOOD = (0.1, 0.2, 0.4, 0.5)
 OTHER = (0.2, 0.3, 0.3, 0.4)
 MEMBERS = tuple(Member(c, 20.0 + i) for i, c in enumerate(candidates(3)))
@@ -24,7 +24,23 @@ VIEW = View(SPEC, CARD, 1, MEMBERS)
 
 
 def lists(text: str, count: int = 1) -> tuple[tuple[float, ...], ...]:
-    return parse_lists(text, NAMES, SPEC.rate, count).good
+    return parse_lists(text, UNITS, SPEC.rate, count).good
+
+
+def test_the_mean_of_blocks_counts_them_by_their_size() -> None:
+    """What takes nearly all from the MLPs is on budget, though the plain average of its numbers is not."""
+    sizes = {"attention": 1, "mlp": 9}
+    uneven = [unit.model_copy(update={"parameters": sizes[unit.kind]}) for unit in BLOCKS]
+    mostly_mlp = (0.0, 0.55) * len(SHAPE.layers)
+    assert parse_lists(json.dumps([mostly_mlp]), uneven, 0.5, 1).good == (mostly_mlp,)
+    even = [unit.model_copy(update={"parameters": 1}) for unit in BLOCKS]
+    with pytest.raises(InvalidReply, match=r"has the average 0\.27500 instead of 0\.50000"):
+        parse_lists(json.dumps([mostly_mlp]), even, 0.5, 1)
+
+
+def test_what_is_good_is_known_by_its_place_in_the_reply() -> None:
+    parsed = parse_lists(json.dumps([[0.1], GOOD, OTHER]), UNITS, SPEC.rate, 2)
+    assert parsed.names == ("Configuration 2", "Configuration 3")
 
 
 @pytest.mark.parametrize(
@@ -96,13 +112,13 @@ def test_a_mean_that_is_off_is_left_to_the_projection_within_the_tolerance() -> 
 
 
 def test_a_configuration_given_twice_counts_once_and_is_told() -> None:
-    parsed = parse_lists(json.dumps([GOOD, GOOD, OTHER]), NAMES, SPEC.rate, 3)
+    parsed = parse_lists(json.dumps([GOOD, GOOD, OTHER]), UNITS, SPEC.rate, 3)
     assert parsed.good == (GOOD, OTHER)
     assert len(parsed.problems) == 1 and "distinct" in parsed.problems[0]
 
 
 def test_good_configurations_are_kept_beside_bad_ones() -> None:
-    parsed = parse_lists("[0.1, 0.2, 0.4, 0.5]\n[0.1, 0.2]\n[0.2, 0.3, 0.3, 0.4]", NAMES, SPEC.rate, 3)
+    parsed = parse_lists("[0.1, 0.2, 0.4, 0.5]\n[0.1, 0.2]\n[0.2, 0.3, 0.3, 0.4]", UNITS, SPEC.rate, 3)
     assert parsed.good == (GOOD, OTHER)
     assert len(parsed.problems) == 1
 
@@ -117,7 +133,7 @@ def test_no_more_configurations_are_taken_than_were_asked_for() -> None:
 
 def test_blocks_may_be_given_by_name() -> None:
     named = {name: 0.2 + i / 40 for i, name in enumerate(BLOCK_NAMES)}
-    assert parse_lists(json.dumps(named), BLOCK_NAMES, SPEC.rate, 1).good == (tuple(named.values()),)
+    assert parse_lists(json.dumps(named), BLOCKS, SPEC.rate, 1).good == (tuple(named.values()),)
 
 
 def test_two_different_answers_are_none() -> None:
@@ -230,7 +246,7 @@ TEXTS = st.one_of(st.text(), st.lists(st.sampled_from(SCRAPS), max_size=30).map(
 @given(TEXTS)
 def test_no_text_raises_anything_but_invalid_reply(text: str) -> None:
     readings: list[Callable[[], Parsed[Any]]] = [
-        lambda: parse_lists(text, NAMES, SPEC.rate, 2),
+        lambda: parse_lists(text, UNITS, SPEC.rate, 2),
         lambda: parse_objects(text, Profile, lambda reply: apply_profile(VIEW, reply), 2),
         lambda: parse_objects(text, Mutation, lambda reply: apply_mutation(VIEW, MEMBERS, reply), 2),
         lambda: parse_objects(text, Mix, lambda reply: apply_mix(VIEW, MEMBERS, reply), 2),

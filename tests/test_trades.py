@@ -234,6 +234,31 @@ def test_lessons_tell_what_changed_and_what_came_of_it_the_latest_first() -> Non
     assert len(lessons(View(view.spec, view.card, 3, ranked, {}, ranked, recent), 1)) == 1
 
 
+def test_a_lesson_of_a_list_is_what_differs_from_the_nearest_of_those_that_it_was_made_from() -> None:
+    view = view_of("layer", 3)
+    first, second, third = view.measured
+    rates = list(second.candidate.rates)
+    made = [*rates[:3], rates[3] + 0.1, rates[4] - 0.1, *rates[5:]]
+    child = member(view, made, round_=1, parents=tuple(m.candidate.id for m in (first, second, third)))
+    recent = (Tried(child.candidate, child.fitness),)
+    (told,) = lessons(View(view.spec, view.card, 2, view.measured, {}, view.measured, recent), 5)
+    assert told.startswith("layer 3 +10, layer 4 -10: ")
+    assert f"{100 * (child.fitness / second.fitness - 1):+.1f} %" in told
+
+
+def test_who_was_stopped_in_a_race_teaches_too() -> None:
+    view = view_of("layer", 30)
+    parent = view.measured[0]
+    rates = list(parent.candidate.rates)
+    worse = member(view, [*rates[:3], rates[3] + 0.2, rates[4] - 0.2, *rates[5:]], parents=(parent.candidate.id,))
+    stopped = (Tried(worse.candidate, 1.2 * parent.fitness, stopped=True),)
+    raced = View(view.spec, view.card, 3, view.population, {}, view.measured, stopped)
+    plan = worse.candidate.plan
+    assert raced.surrogate.guess(plan) > view.surrogate.guess(plan) + 0.01
+    assert len(raced.surrogate.errors) == len(view.surrogate.errors)
+    assert lessons(raced, 5) == ["layer 3 +20, layer 4 -20: hurt, +20.0 %, and was stopped early"]
+
+
 def test_a_menu_is_of_part_of_the_units_and_menus_together_of_most() -> None:
     view = view_of("block", 60)
     parent = view.population[0]
