@@ -15,6 +15,9 @@ from torch import Tensor, nn
 from gpu_worker.families import Decoder, Layer
 from gpu_worker.progress import Progress, no_progress, steps
 
+STRIP = 256
+"""Inputs whose products are added up at once."""
+
 
 @dataclass(frozen=True)
 class LayerActivations:
@@ -75,13 +78,20 @@ class _SquareSum(_InputSum):
 
 
 class _ProductSum(_InputSum):
-    """Adds up x·xᵀ."""
+    """Adds up x·xᵀ: of a symmetric sum, in strips, little more than the upper half."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear, torch.zeros(linear.in_features, linear.in_features))
 
     def _add(self, states: Tensor) -> None:
-        self._total.addmm_(states.t(), states)
+        for start in range(0, states.shape[1], STRIP):
+            strip = slice(start, start + STRIP)
+            self._total[strip, start:].addmm_(states[:, strip].t(), states[:, start:])
+
+    def mean(self) -> Tensor:
+        """Of the whole: the lower half is the upper one's mirror image."""
+        upper = super().mean().triu()
+        return upper + upper.triu(1).t()
 
 
 class _Watch:

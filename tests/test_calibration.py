@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 import torch
 
-from gpu_worker.calibration import calibrate
+from gpu_worker.calibration import calibrate, input_products
 from gpu_worker.models import LoadedModel
 from tests.tiny_models import tiny_llama, tiny_windows
 
@@ -33,6 +33,18 @@ def test_a_low_precision_model_is_summed_in_more_than_its_own_precision() -> Non
     windows = tiny_windows(4, 64)
     down = _inputs(model, windows, 0, "down").double()
     assert torch.allclose(calibrate(model.decoder, windows)[0].mlp_output, down.square().mean(dim=0), rtol=2e-2)
+
+
+@pytest.mark.parametrize("strip", [5, 256])
+def test_products_are_those_of_all_tokens_however_they_are_added_up(
+    strip: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gpu_worker.calibration.STRIP", strip)
+    model, windows = tiny_llama(query_heads=6, kv_heads=3), tiny_windows(5, 16)
+    for i, seen in enumerate(input_products(model.decoder, windows)):
+        for part, products in (("output", seen.attention_output), ("down", seen.mlp_output)):
+            inputs = _inputs(model, windows, i, part)
+            assert torch.allclose(products, inputs.t() @ inputs / len(inputs), rtol=1e-4, atol=1e-6)
 
 
 def test_calibrating_does_not_change_what_the_model_computes() -> None:
