@@ -34,7 +34,7 @@ def prune(
     out: Annotated[Path, typer.Option(help="The folder to make.")],
     budget: Annotated[int | None, typer.Option(help="Evaluations of the search; the config's if left out.")] = None,
     data: Annotated[
-        str | None, typer.Option(help="The text to score and to search on: `wikitext2`, `self`, or a text file.")
+        str | None, typer.Option(help="The text to score and to search on: `wikitext2`, `c4`, `self`, or a text file.")
     ] = None,
     report_data: Annotated[str | None, typer.Option(help="The text to report on; --data if left out.")] = None,
     config: Annotated[Path | None, typer.Option(help="A YAML file of settings; best.yaml if left out.")] = None,

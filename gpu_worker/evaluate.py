@@ -140,6 +140,7 @@ def _windows_of(
         model.tokenizer,
         lambda windows, length: self_text(model, windows, length, seed, progress),
         model.window_start,
+        texts.keys() - {"calibration"},
     )
 
 

@@ -7,11 +7,13 @@ import pytest
 
 from benchmarks.paper.cells import Measured, with_needs
 from benchmarks.paper.commands import command
-from benchmarks.paper.costs import LOADING, STARTING, UTILISATION, CostModel
+from benchmarks.paper.costs import LOADING, NAMED_TOKENS, STARTING, UTILISATION, CostModel
 from benchmarks.paper.making import CellMaker
-from benchmarks.paper.settings import PaperSettings, read_settings
+from benchmarks.paper.settings import PaperSettings, read_settings, settings_of_search
 from benchmarks.paper.wanted import wanted_tables
 from benchmarks.paper_tables import main
+from gpu_worker.corpora import Source, source_of
+from protocol.spec import Role, TextSpec
 from tests.paper import ALL, ONE_TEXT, SMALL, make
 from tests.scripted_runner import ScriptedRunner
 
@@ -110,3 +112,22 @@ def test_the_files_beside_the_harness_can_be_run(name: str) -> None:
     assert [found.number for found in tables] == list(settings.tables)
     for cell in with_needs(each for found in tables for each in found.cells):
         assert command(cell, Path("out"))[0] == cell.what
+
+
+ROOT = Path(__file__).parent.parent
+SEARCHES = sorted((ROOT / "configs").glob("*.yaml"))
+TABLES = sorted((ROOT / "benchmarks" / "paper").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", [*SEARCHES, *TABLES], ids=lambda file: file.name)
+def test_the_texts_of_every_shipped_file_have_as_many_windows_as_it_asks_for(file: Path) -> None:
+    texts: Any = settings_of_search(file, []).data if file in SEARCHES else read_settings(file).texts
+    roles: tuple[Role, ...] = ("calibration", "fitness", "report")
+    named = [role for role in roles if getattr(texts, role) in NAMED_TOKENS]
+    left: dict[Source, int] = {}
+    for role in named:
+        text = TextSpec(source=getattr(texts, role), windows=getattr(texts, f"{role}_windows"), seqlen=texts.seqlen)
+        source = source_of(role, text)
+        left.setdefault(source, NAMED_TOKENS[text.source][role] // texts.seqlen)
+        left[source] -= text.windows or 1
+    assert all(windows >= 0 for windows in left.values()), left

@@ -155,12 +155,14 @@ def _text_to_measure(request: FinetuneRequest, exported: Exported, model: Loaded
     texts: dict[Role, TextSpec] = {"fitness": text}
     if spec.calibration.source == Path(asked.source).name:
         texts = {"calibration": spec.calibration.model_copy(update={"source": asked.source}), "fitness": text}
-    loaded = load_roles(texts, spec.seed, model.tokenizer, _not_written, model.window_start)
+    loaded = load_roles(texts, spec.seed, model.tokenizer, _not_written, model.window_start, {"fitness"})
     return _Measured(text, loaded["fitness"], kept=False)
 
 
 def _not_written(_windows: int, _length: int) -> Tensor:
-    raise SettingsError("a pruned model's own text is no measure of it: give --eval-data, a text file or `wikitext2`")
+    raise SettingsError(
+        "a pruned model's own text is no measure of it: give --eval-data, a text file, `wikitext2` or `c4`"
+    )
 
 
 def _perplexity(model: LoadedModel, measured: _Measured | None, progress: Progress, stage: str) -> float | None:
