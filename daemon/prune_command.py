@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from daemon import answers, flags, prune_steps
-from daemon.finetune_command import GOES_ON, check_minutes, found_data
+from daemon.finetune_command import GOES_ON, check_apart, check_minutes, found_data
 from daemon.prune_steps import Goal
 from daemon.pruning_request import PruningRequest, request_of_search
 from daemon.run_here import run_here
@@ -118,7 +118,7 @@ def _checked(goal: Goal, settings: Settings) -> prune_steps.Written | None:
         if settings.target.dtype == "float16":
             raise SettingsError("--finetune needs target.dtype bfloat16 or float32: gradients overflow in float16")
         check_minutes("--finetune-minutes", goal.minutes)
-        found_data(goal.data)
+        check_apart("--finetune-data", found_data(goal.data), "data.fitness (--data)", settings.data.fitness)
     need("torch", "worker")
     if goal.data is not None:
         need("peft", "finetune")

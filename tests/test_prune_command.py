@@ -153,6 +153,7 @@ def test_the_name_of_the_search_follows_from_the_folder_and_from_what_decides_a_
         (["--finetune", "--finetune-minutes", "nan"], "is no time to train in"),
         (["--finetune", "--finetune-data", "self"], "there is no file 'self'"),
         (["--finetune"], "cannot be reached"),
+        (["--finetune", "--finetune-data", "TEXT"], "--finetune-data and data.fitness (--data) are one file"),
         (["--finetune", "--set", "target.dtype=float16"], "gradients overflow in float16"),
         (["--finetune", "--finetune-data", "nowhere.json"], "nowhere.json"),
         (["--budget", "2"], "smaller than the first population"),
@@ -169,6 +170,7 @@ def test_what_cannot_be_is_one_sentence_before_anything_is_begun(
     sentence: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    options = [str(target / "text.txt") if each == "TEXT" else each for each in options]
     assert main(arguments(target, *options)) == 2
     assert sentence in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
