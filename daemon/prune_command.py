@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Annotated, Any
@@ -61,7 +62,11 @@ def prune(
     before = _checked(goal, settings)
     try:
         request, summary = _searched(settings)
+        if before is not None and not prune_steps.holds(goal.out, request):
+            # The search was longer this time and found better rates: what this same command wrote is replaced.
+            before, goal = None, replace(goal, force=True)
         written = before or prune_steps.write(request, goal, settings)
+        reloaded, runs_in_llama_cpp = prune_steps.checked(written, goal, settings)
         result = PruneResult(
             search=settings.search.name,
             evaluations=sum(summary.candidates["by_outcome"].values()),
@@ -71,8 +76,8 @@ def prune(
             dense_report_perplexity=summary.dense.report_perplexity,
             exported=written.exported,
             finetuned=written.finetuned,
-            reloaded=prune_steps.reloaded(goal, settings, written.perplexity),
-            runs_in_llama_cpp=prune_steps.runs_in_llama_cpp(goal),
+            reloaded=reloaded,
+            runs_in_llama_cpp=runs_in_llama_cpp,
         )
     except Interrupted as end:
         end.left = GOES_ON

@@ -13,6 +13,9 @@ import pytest
 
 from daemon.cli import main
 from daemon.prune_command import prune_settings
+from daemon.prune_steps import Goal, check_disk
+from daemon.signals import Interrupted
+from tests.samples import SHAPE
 from tests.tiny_models import save_tiny_folder
 from tests.tiny_specs import write_text
 
@@ -99,6 +102,65 @@ def test_killed_in_its_last_checks_the_same_command_goes_on_there(tmp_path: Path
     assert taken.returncode == 2 and "--force to replace it" in taken.stderr, "another search's model stands there now"
 
 
+def test_a_longer_search_replaces_what_a_shorter_one_wrote(tmp_path: Path, target: Path) -> None:
+    def rates(rounds: int) -> list[float]:
+        finished(tmp_path, *arguments(target, "--set", f"search.rounds={rounds}"))
+        (best,) = tmp_path.glob("runs/*/best.json")
+        written: list[float] = json.loads((tmp_path / "small" / "selfpruner.json").read_text())["rates"]
+        assert written == json.loads(best.read_text())["rates"]
+        return written
+
+    assert rates(0) != rates(4)
+
+
+def test_force_replaces_what_was_checked_and_nothing_that_was_not(
+    tmp_path: Path, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tuning = ["--finetune", "--finetune-data", str(target / "alpaca.json"), "--force"]
+    options = arguments(target, "--budget", "4", *tuning)
+
+    def killed(*_: object) -> None:
+        raise Interrupted(signal.SIGTERM)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("daemon.prune_steps.reloaded", killed)
+        assert main(options) == 128 + signal.SIGTERM
+    first = when_written(tmp_path)
+    assert main(options) == 0 and when_written(tmp_path) == first, "what had been trained is thrown away"
+    assert main(options) == 0 and when_written(tmp_path) != first, "what is finished is not replaced"
+
+
+def when_written(folder: Path) -> int:
+    return (folder / "small" / "model.safetensors").stat().st_mtime_ns
+
+
+def test_the_disk_needs_room_for_both_models_where_they_share_it(
+    tmp_path: Path, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked: list[int] = []
+
+    def check(_folder: Path, needed: int, _what: str, freed: int = 0) -> None:
+        asked.append(needed - freed)
+
+    monkeypatch.setattr("gpu_worker.export.room.check_disk", check)
+    monkeypatch.setattr("gpu_worker.finetune.memory.check_disk", check)
+    settings = prune_settings("m", 0.3, Path("small"), 8, None, None, settings_file(target), [])
+    goal = Goal(Path("small"), ("hf",), data="alpaca.json")
+    check_disk(goal, settings, SHAPE)
+    pruned, both = asked
+    pruned_folder = settings.folder / "pruned"
+    pruned_folder.mkdir(parents=True)
+    (pruned_folder / "selfpruner.json").touch()
+    check_disk(goal, settings, SHAPE)
+    assert asked == [pruned, both, both - pruned]
+    (pruned_folder / "selfpruner.json").unlink()
+    monkeypatch.setattr("gpu_worker.export.room.device_of", lambda folder: folder.name == "small")
+    check_disk(goal, settings, SHAPE)
+    assert asked[3:] == [pruned, both - pruned]
+
+
 def test_killed_in_its_search_the_same_command_goes_on(tmp_path: Path, target: Path) -> None:
     options = arguments(target, "--budget", "16")
     process = subprocess.Popen(
@@ -181,7 +243,11 @@ def test_what_cannot_be_is_one_sentence_before_anything_is_begun(
     [
         (10, [], "the export into hf needs about"),
         (10, ["--finetune", "--finetune-data", "alpaca.json"], "before it is fine-tuned, needs about"),
-        (350_000, ["--finetune", "--finetune-data", "alpaca.json"], "with its checkpoints, needs about"),
+        (
+            350_000,
+            ["--finetune", "--finetune-data", "alpaca.json"],
+            "with its checkpoints and what it begins from, needs about",
+        ),
     ],
 )
 def test_a_disk_that_is_too_small_is_told_before_the_search(
