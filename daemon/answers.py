@@ -25,6 +25,8 @@ from protocol.shape import ModelShape
 from protocol.spec import SearchSpec, TextSpec
 from protocol.speeds import BatchSpeed, SpeedResult, Spread
 
+KL_IN_WORDS = "kl is the divergence from the dense model, in nats a token"
+
 
 def evaluation(result: EvaluationResult) -> Iterator[RenderableType]:
     """Perplexities of the model, and of the dense one where it was pruned, and on what they were measured."""
@@ -41,7 +43,7 @@ def evaluation(result: EvaluationResult) -> Iterator[RenderableType]:
     if result.calibration is not None:
         yield f"scored on {_text_name(result.calibration)}"
     if result.kl is not None:
-        yield "kl is the divergence from the dense model, in nats a token"
+        yield KL_IN_WORDS
     if result.card_perplexity is not None:
         yield f"the folder's card says {result.card_perplexity:,.2f} of the same tokens"
     yield f"{'measuring' if result.rate is None else 'pruning and measuring'} took {result.seconds:,.1f} s"
@@ -69,17 +71,19 @@ def pruned(result: PruneResult, text: TextSpec) -> Iterator[RenderableType]:
     """What the search came to, what was written, and that it was loaded again."""
     last = result.finetuned or result.exported
     yield f"{last.folder}: {result.exported.model}, {_removed(result.exported.rate, result.exported.method)}"
-    report = result.exported.report_perplexity is not None
-    table = _figures(report=report, kl=False)
-    of = result.exported.parameters
-    _add(table, "dense", result.exported.dense_perplexity, result.dense_report_perplexity, None, of.total_before)
+    best, of = result.exported, result.exported.parameters
+    table = _figures(report=best.report_perplexity is not None, kl=best.kl is not None)
+    _add(table, "dense", best.dense_perplexity, result.dense_report_perplexity, 0.0, of.total_before)
     if result.uniform_perplexity is not None:
-        _add(table, "uniform", result.uniform_perplexity, result.uniform_report_perplexity, None, of.total_after)
-    _add(table, "pruned", result.exported.perplexity, result.exported.report_perplexity, None, of.total_after)
+        uniform = (result.uniform_perplexity, result.uniform_report_perplexity, result.uniform_kl)
+        _add(table, "uniform", *uniform, result.uniform_parameters.total_after)
+    _add(table, "pruned", best.perplexity, best.report_perplexity, best.kl, of.total_after)
     if result.finetuned and result.finetuned.finetuning.perplexity:
         _add(table, "fine-tuned", result.finetuned.finetuning.perplexity.after, None, None, of.total_after)
     yield table
-    yield _measured_on(text.source, result.exported.tokens, result.exported.seqlen)
+    yield _measured_on(text.source, best.tokens, best.seqlen)
+    if best.kl is not None:
+        yield KL_IN_WORDS
     yield f"searched with {result.evaluations:,} evaluations in {result.search_seconds:,.0f} s (search {result.search})"
     if result.reloaded is not None:
         yield f"loaded again, it measures {result.reloaded:,.2f}"

@@ -73,6 +73,8 @@ def prune(
             search_seconds=summary.seconds,
             uniform_perplexity=summary.uniform.perplexity,
             uniform_report_perplexity=summary.uniform.report_perplexity,
+            uniform_kl=summary.uniform.kl,
+            uniform_parameters=summary.uniform.parameters,
             dense_report_perplexity=summary.dense.report_perplexity,
             exported=written.exported,
             finetuned=written.finetuned,
