@@ -12,6 +12,7 @@ from rich.table import Table
 from daemon.settings import NAMED_TEXTS
 from protocol.candidate import Provenance
 from protocol.errors import DataError
+from protocol.finetuning import Perplexities
 from protocol.plan import LayerPlan, Parameters
 from protocol.results import (
     AllocationResult,
@@ -78,8 +79,9 @@ def pruned(result: PruneResult, text: TextSpec) -> Iterator[RenderableType]:
         uniform = (result.uniform_perplexity, result.uniform_report_perplexity, result.uniform_kl)
         _add(table, "uniform", *uniform, result.uniform_parameters.total_after)
     _add(table, "pruned", best.perplexity, best.report_perplexity, best.kl, of.total_after)
-    if result.finetuned and result.finetuned.finetuning.perplexity:
-        _add(table, "fine-tuned", result.finetuned.finetuning.perplexity.after, None, None, of.total_after)
+    if result.finetuned:
+        tuned = result.finetuned.finetuning
+        _add(table, "fine-tuned", _after(tuned.perplexity), _after(tuned.report_perplexity), None, of.total_after)
     yield table
     yield _measured_on(text.source, best.tokens, best.seqlen)
     if best.kl is not None:
@@ -93,6 +95,10 @@ def pruned(result: PruneResult, text: TextSpec) -> Iterator[RenderableType]:
     yield f"next: selfpruner speed {shlex.quote(str(last.folder))} --baseline {shlex.quote(result.exported.model)}"
 
 
+def _after(measured: Perplexities | None) -> float | None:
+    return None if measured is None else measured.after
+
+
 def finetuned(result: FinetuneResult) -> Iterator[RenderableType]:
     """What was trained on what, what it measures before and after, and where it is."""
     tuned = result.finetuning
@@ -102,6 +108,9 @@ def finetuned(result: FinetuneResult) -> Iterator[RenderableType]:
     table.add_row("loss, by tenths of the steps", f"{tuned.first_loss:.3f}", f"{tuned.last_loss:.3f}")
     if tuned.perplexity is not None:
         table.add_row("perplexity", _number(tuned.perplexity.before, 2), _number(tuned.perplexity.after, 2))
+    if tuned.report_perplexity is not None:
+        figures = (tuned.report_perplexity.before, tuned.report_perplexity.after)
+        table.add_row("on the report text", *(_number(each, 2) for each in figures))
     yield table
     if tuned.perplexity is not None:
         yield _measured_on(tuned.perplexity.text.source, tuned.perplexity.tokens, tuned.perplexity.text.seqlen)

@@ -103,7 +103,8 @@ def finetune(
     need("torch", "worker")
     if not full:
         need("peft", "finetune")
-    from gpu_worker.finetune.finetuning import EvalText, FinetuneRequest
+    from gpu_worker.finetune.finetuning import FinetuneRequest
+    from gpu_worker.finetune.judging import EvalText
     from gpu_worker.finetune.training import Limits
 
     result = finetuned(

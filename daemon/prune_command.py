@@ -125,7 +125,9 @@ def _checked(goal: Goal, settings: Settings) -> prune_steps.Written | None:
         if settings.target.dtype == "float16":
             raise SettingsError("--finetune needs target.dtype bfloat16 or float32: gradients overflow in float16")
         check_minutes("--finetune-minutes", goal.minutes)
-        check_apart("--finetune-data", found_data(goal.data), "data.fitness (--data)", settings.data.fitness)
+        learned = found_data(goal.data)
+        check_apart("--finetune-data", learned, "data.fitness (--data)", settings.data.fitness)
+        check_apart("--finetune-data", learned, "data.report (--report-data)", settings.data.report)
     need("torch", "worker")
     if goal.data is not None:
         need("peft", "finetune")

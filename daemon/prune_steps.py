@@ -20,6 +20,7 @@ from protocol.finetuning import Recipe
 from protocol.formats import Formats, GgufType
 from protocol.results import ExportResult, FinetuneResult
 from protocol.shape import ModelShape
+from protocol.spec import TextSpec
 
 FURTHEST_OFF = 0.02
 """How far, as a share, a folder's perplexity may be from what was measured in memory; widths of kernels change sums."""
@@ -174,10 +175,14 @@ def _finetuned(request: PruningRequest, goal: Goal, settings: Settings) -> tuple
     if exported is None:
         exported = _export(request, Goal(pruned, _trained(goal), force=True))
         replace(_kept(pruned), exported.model_dump_json() + "\n")
-    from gpu_worker.finetune.finetuning import EvalText, FinetuneRequest
+    from gpu_worker.finetune.finetuning import FinetuneRequest
+    from gpu_worker.finetune.judging import EvalText
     from gpu_worker.finetune.training import Limits
 
-    fitness = request.spec.fitness
+    def measured(text: TextSpec | None) -> EvalText | None:
+        # A pruned model cannot write again what the dense one wrote.
+        return None if text is None or text.source == "self" else EvalText(text.source, text.windows, text.seqlen)
+
     tuning = FinetuneRequest(
         folder=pruned,
         data=goal.data,
@@ -186,7 +191,8 @@ def _finetuned(request: PruningRequest, goal: Goal, settings: Settings) -> tuple
         formats=goal.formats,
         gguf_type=goal.gguf_type,
         force=goal.force,
-        eval_text=None if fitness.source == "self" else EvalText(fitness.source, fitness.windows, fitness.seqlen),
+        eval_text=measured(request.spec.fitness),
+        report_text=measured(request.spec.report),
         limits=Limits(None if goal.minutes is None else 60 * goal.minutes),
     )
     return exported, finetuned(tuning)

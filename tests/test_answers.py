@@ -14,8 +14,9 @@ from daemon.journal import best_record
 from daemon.screen import standing
 from daemon.terminal import answer
 from protocol.errors import DataError
+from protocol.finetuning import Finetuning, Perplexities, Recipe
 from protocol.plan import count_parameters, dense_plan
-from protocol.results import AllocationResult, EvaluationResult, ExportResult, PruneResult
+from protocol.results import AllocationResult, EvaluationResult, ExportResult, FinetuneResult, PruneResult
 from protocol.spec import TextSpec
 from tests.samples import SHAPE, SPEC, candidates, measured
 from tests.test_watch import STATUS
@@ -152,6 +153,38 @@ def test_a_pruned_model_stands_beside_the_dense_one_and_uniform_pruning() -> Non
     ]
     assert cells(uniform)[2:] == ["9.9", "M"] != cells(pruned)[2:]
     assert "searched with 8 evaluations in 90 s (search night)" in lines
+
+
+def test_after_fine_tuning_both_texts_have_a_figure() -> None:
+    text = TextSpec(source="some.txt", windows=2, seqlen=256)
+    reported = EXPORTED.model_copy(update={"report_perplexity": 30.0})
+    tuned = FinetuneResult(
+        folder=Path("tuned"),
+        formats=("hf",),
+        files={},
+        model="tiny",
+        parameters=PARAMETERS,
+        finetuning=Finetuning(
+            recipe=Recipe(),
+            data="a.txt",
+            form="text",
+            examples=1,
+            steps=1,
+            tokens=1,
+            trained_parameters=1,
+            first_loss=2.0,
+            last_loss=1.0,
+            perplexity=Perplexities(text=text, before=23.4, after=20.5, tokens=510),
+            report_perplexity=Perplexities(text=text, before=30.0, after=27.5, tokens=510),
+        ),
+        resumed_from=0,
+        ended_by="steps",
+        seconds=1.0,
+    )
+    result = PRUNED.model_copy(update={"exported": reported, "finetuned": tuned})
+    assert ["fine-tuned", "20.50", "27.50"] in [cells(line)[:3] for line in printed(answers.pruned(result, TEXT))]
+    after = [cells(line) for line in printed(answers.finetuned(tuned))]
+    assert ["perplexity", "23.40", "20.50"] in after and ["on", "the", "report", "text", "30.00", "27.50"] in after
 
 
 def test_what_a_search_minimised_is_shown() -> None:

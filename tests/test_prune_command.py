@@ -25,6 +25,7 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("target")
     save_tiny_folder(folder / "model", hidden_size=48, layers=4)
     write_text(folder / "text.txt", words=1600)
+    write_text(folder / "report.txt", words=400)
     rows = [{"instruction": f"say {i}", "input": "", "output": "abcd efgh " * 3} for i in range(12)]
     (folder / "alpaca.json").write_text(json.dumps(rows))
     return folder
@@ -77,6 +78,7 @@ def test_a_model_becomes_a_folder_that_measures_what_it_did_in_memory(tmp_path: 
 
 def test_fine_tuning_begins_from_what_was_found_and_writes_the_formats(tmp_path: Path, target: Path) -> None:
     tuning = ["--finetune", "--finetune-data", str(target / "alpaca.json"), "--format", "padded", "--format", "gguf"]
+    tuning += ["--report-data", str(target / "report.txt")]
     answer = finished(tmp_path, *arguments(target, "--budget", "4", *tuning))
     tuned = answer["finetuned"]
     assert tuned["formats"] == ["padded", "gguf"]
@@ -84,6 +86,11 @@ def test_fine_tuning_begins_from_what_was_found_and_writes_the_formats(tmp_path:
     assert perplexity["before"] == pytest.approx(answer["exported"]["perplexity"], rel=1e-3)
     assert answer["reloaded"] == pytest.approx(perplexity["after"], rel=1e-3)
     assert "runs" in Path(answer["exported"]["folder"]).parts
+    report = tuned["finetuning"]["report_perplexity"]
+    assert report["before"] == pytest.approx(answer["exported"]["report_perplexity"], rel=1e-3)
+    facts = json.loads((tmp_path / "small" / "selfpruner.json").read_text())
+    assert facts["pruned_report"]["perplexity"] == report["after"]
+    assert facts["dense_report"]["perplexity"] == pytest.approx(answer["dense_report_perplexity"], rel=1e-3)
 
 
 def test_killed_in_its_last_checks_the_same_command_goes_on_there(tmp_path: Path, target: Path) -> None:
@@ -216,6 +223,10 @@ def test_the_name_of_the_search_follows_from_the_folder_and_from_what_decides_a_
         (["--finetune", "--finetune-data", "self"], "there is no file 'self'"),
         (["--finetune"], "cannot be reached"),
         (["--finetune", "--finetune-data", "TEXT"], "--finetune-data and data.fitness (--data) are one file"),
+        (
+            ["--finetune", "--finetune-data", "TEXT", "--set", "data.fitness=self"],
+            "--finetune-data and data.report (--report-data) are one file",
+        ),
         (["--finetune", "--set", "target.dtype=float16"], "gradients overflow in float16"),
         (["--finetune", "--finetune-data", "nowhere.json"], "nowhere.json"),
         (["--budget", "2"], "smaller than the first population"),

@@ -94,7 +94,8 @@ def _finetuned(tuned: Finetuning) -> str:
         f"{tuned.tokens:,} tokens predicted; learning rate {recipe.learning_rate:g}, {recipe.schedule}; "
         f"loss {tuned.first_loss:.3f} at the beginning, {tuned.last_loss:.3f} at the end"
     )
-    return done if tuned.perplexity is None else f"{done}; {_before_and_after(tuned.perplexity)}"
+    told = [_before_and_after(each) for each in (tuned.perplexity, tuned.report_perplexity) if each is not None]
+    return "; ".join([done, *told])
 
 
 def _before_and_after(perplexity: Perplexities) -> str:
