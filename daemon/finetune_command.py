@@ -16,7 +16,7 @@ from daemon.signals import Interrupted
 from daemon.terminal import answer, need
 from protocol.errors import DataError, SettingsError
 from protocol.finetuning import ALPACA_GPT4, Form, Recipe, Schedule, form_of
-from protocol.formats import GgufType, formats_of
+from protocol.formats import formats_of
 from protocol.paths import expanded
 from protocol.results import FinetuneResult
 from protocol.spec import Dtype
@@ -70,7 +70,7 @@ def finetune(
         ),
     ] = ALPACA_GPT4,
     format_: flags.FormatNames = None,
-    gguf_type: Annotated[GgufType, typer.Option(help="gguf: how weights are stored.")] = "f16",
+    gguf_type: flags.GgufTypeFlag = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an older export.")] = False,
     full: Annotated[bool, typer.Option("--full", help="Train the projections' own weights, and not LoRA.")] = False,
     max_minutes: Annotated[

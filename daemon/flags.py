@@ -12,6 +12,7 @@ import typer
 
 from protocol.allocation import Method
 from protocol.connection import with_password
+from protocol.formats import GgufType
 from protocol.plan import Split
 from protocol.shape import Granularity
 from protocol.spec import Dtype, Importance, Reconstruction, Scoring
@@ -86,6 +87,9 @@ class CalibrationFlags:
 FormatNames = Annotated[
     list[str] | None,
     typer.Option("--format", help="What will load it: hf, padded or gguf. Given twice: gguf beside one of the others."),
+]
+GgufTypeFlag = Annotated[
+    GgufType | None, typer.Option("--gguf-type", help="gguf: how weights are stored; f16 if left out.")
 ]
 
 

@@ -21,7 +21,7 @@ from daemon.summary import Summary
 from daemon.terminal import answer, need
 from protocol.errors import SelfPrunerError, SettingsError
 from protocol.finetuning import ALPACA_GPT4, form_of
-from protocol.formats import GgufType, formats_of
+from protocol.formats import formats_of, gguf_type_of
 from protocol.paths import expanded
 from protocol.results import PruneResult
 
@@ -41,7 +41,7 @@ def prune(
     config: Annotated[Path | None, typer.Option(help="A YAML file of settings; best.yaml if left out.")] = None,
     set_: flags.Set = None,
     format_: flags.FormatNames = None,
-    gguf_type: Annotated[GgufType, typer.Option(help="gguf: how weights are stored.")] = "f16",
+    gguf_type: flags.GgufTypeFlag = None,
     finetune: Annotated[bool, typer.Option("--finetune", help="Recover by LoRA before the end.")] = False,
     finetune_data: Annotated[
         str | None, typer.Option(help=f"As `finetune --data`; `{ALPACA_GPT4}` if left out.")
@@ -57,7 +57,8 @@ def prune(
     if not finetune and (finetune_data, finetune_minutes) != (None, None):
         raise SettingsError("--finetune-data and --finetune-minutes are of --finetune, which is missing")
     tuned_on = (finetune_data or ALPACA_GPT4) if finetune else None
-    goal = Goal(expanded(out), formats_of(format_ or ["hf"]), gguf_type, force, tuned_on, finetune_minutes)
+    formats = formats_of(format_ or ["hf"])
+    goal = Goal(expanded(out), formats, gguf_type_of(formats, gguf_type), force, tuned_on, finetune_minutes)
     settings = prune_settings(model, rate, goal.out, budget, data, report_data, config, set_ or [])
     before = _checked(goal, settings)
     try:

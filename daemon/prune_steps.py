@@ -189,7 +189,7 @@ def _finetuned(request: PruningRequest, goal: Goal, settings: Settings) -> tuple
         recipe=recipe(goal.data, settings),
         out=goal.out,
         formats=goal.formats,
-        gguf_type=goal.gguf_type,
+        gguf_type=goal.gguf_type if "gguf" in goal.formats else None,
         force=goal.force,
         eval_text=measured(request.spec.fitness),
         report_text=measured(request.spec.report),

@@ -232,6 +232,7 @@ def test_the_name_of_the_search_follows_from_the_folder_and_from_what_decides_a_
         (["--budget", "2"], "smaller than the first population"),
         (["--set", "search.nonsense=1"], "nonsense"),
         (["--format", "hf", "--format", "padded"], "would write the same files"),
+        (["--gguf-type", "f16"], "--gguf-type f16 is not read here"),
     ],
 )
 def test_what_cannot_be_is_one_sentence_before_anything_is_begun(

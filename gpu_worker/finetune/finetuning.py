@@ -23,7 +23,7 @@ from gpu_worker.progress import Progress, no_progress
 from gpu_worker.target import check_length
 from protocol.errors import SettingsError
 from protocol.finetuning import Finetuning, Perplexities, Recipe, form_of
-from protocol.formats import Formats, GgufType
+from protocol.formats import Formats, GgufType, gguf_type_of
 from protocol.results import FinetuneResult
 from protocol.spec import Dtype, Role
 
@@ -38,7 +38,8 @@ class FinetuneRequest:
     out: Path
     formats: Formats = ()
     """Empty: the one of `folder`."""
-    gguf_type: GgufType = "f16"
+    gguf_type: GgufType | None = None
+    """Of the GGUF file, where one is written; None: f16."""
     force: bool = False
     eval_text: EvalText | None = None
     """None: the text that the folder keeps, where it keeps one."""
@@ -65,12 +66,12 @@ def finetune_once(request: FinetuneRequest, progress: Progress = no_progress) ->
     check_target(out, force=request.force)
     exported = read_exported(request.folder)
     recipe, formats = request.recipe, request.formats or exported.formats
-    dtype = _dtype(request, exported)
+    dtype, gguf_type = _dtype(request, exported), gguf_type_of(formats, request.gguf_type)
     instructions = read_instructions(request.data, recipe) if form_of(request.data) == "alpaca" else None
     stays = exported.facts.parameters.decoder_after
-    check_finetuning_disk(exported.facts.shape, stays, recipe, formats, dtype, folder_beside(out), request.gguf_type)
+    check_finetuning_disk(exported.facts.shape, stays, recipe, formats, dtype, folder_beside(out), gguf_type)
     model = _load(request, exported, dtype, progress)
-    check_formats(model, formats, request.gguf_type)
+    check_formats(model, formats, gguf_type)
     data = prepare_data(request.data, instructions, model, recipe)
     judged = texts_to_judge(exported, model, request.asked)
     checkpoint = Checkpoint(folder_beside(out), _decisive(request, recipe, data, dtype))
@@ -83,7 +84,7 @@ def finetune_once(request: FinetuneRequest, progress: Progress = no_progress) ->
     tuned = _told(recipe, data, state, count, compared(judged, before, after))
     facts = _facts(exported.facts, tuned, judged, dtype)
     kept = next((text.windows for text in judged.values() if text.kept), None)
-    files = write_output(model, facts, Output(out, formats, request.gguf_type, request.force, kept), state, progress)
+    files = write_output(model, facts, Output(out, formats, gguf_type, request.force, kept), state, progress)
     checkpoint.remove()
     return FinetuneResult(
         folder=out,
