@@ -146,7 +146,7 @@ def _windows_of(
 
 def allocate_once(spec: SearchSpec, allocation: Allocation, progress: Progress = no_progress) -> AllocationResult:
     """The rates of an allocation; nothing is pruned."""
-    target = prepare(spec, allocation, progress)
+    target = prepare(spec, allocation, progress, measured=False)
     rates = allocate(target, allocation, progress)
     plan = spec.plan(list(rates), target.shape)
     return AllocationResult(
