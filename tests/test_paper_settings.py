@@ -7,9 +7,19 @@ import pytest
 
 from benchmarks.paper.cells import Measured, with_needs
 from benchmarks.paper.commands import command
-from benchmarks.paper.costs import LOADING, NAMED_TOKENS, STARTING, UTILISATION, CostModel
+from benchmarks.paper.costs import (
+    GENERATED,
+    LOADING,
+    NAMED_TOKENS,
+    STARTING,
+    UTILISATION,
+    CostModel,
+    specs_of,
+    speed_tokens,
+    text_tokens,
+)
 from benchmarks.paper.making import CellMaker
-from benchmarks.paper.settings import PaperSettings, read_settings, settings_of_search
+from benchmarks.paper.settings import PaperSettings, Texts, read_settings, settings_of_search
 from benchmarks.paper.wanted import wanted_tables
 from benchmarks.paper_tables import main
 from gpu_worker.corpora import Source, source_of
@@ -55,6 +65,37 @@ def test_finished_cells_calibrate_the_estimate_of_other_models() -> None:
     assert cost.seconds(same) == pytest.approx(start + 30 * (256 + 128 + 256) / 256)
     assert cost.seconds(larger) == pytest.approx(STARTING + 20 + 300)
     assert (cost.basis(same), cost.basis(searched)) == ("1 of its kind", "1 of other kinds")
+
+
+def test_of_a_whole_file_a_role_has_what_the_others_leave(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("word" * 1000)
+    a, b = str(tmp_path / "a.txt"), str(tmp_path / "b.txt")
+    texts = Texts(calibration=a, calibration_windows=4, fitness=a, report=b, report_windows=3, seqlen=64)
+    assert text_tokens("fitness", specs_of(texts, 64)) == 1000 - 4 * 64
+    assert text_tokens("fitness", specs_of(texts.model_copy(update={"calibration": b}), 64)) == 1000
+    assert text_tokens("fitness", specs_of(Texts(), 64)) == NAMED_TOKENS["wikitext2"]["fitness"]
+    assert text_tokens("report", specs_of(Texts(report=None), 64)) == 0
+
+
+def test_the_speeds_tokens_are_those_of_the_commands_defaults_and_flags() -> None:
+    default = speed_tokens(0.5, [])
+    assert default == 1.5 * 6 * (512 + 64 * GENERATED)
+    assert speed_tokens(0.5, ["--repeats", "3", "--warm-up=0", "--prompt", "100", "--batch-size", "2"]) == 1.5 * 3 * (
+        200 + 64 * GENERATED
+    )
+    assert speed_tokens(0.5, ["--engine", "transformers", "--engine", "llama.cpp"]) == 2 * default
+    assert speed_tokens(0.5, ["--engine", "vllm"]) == default + 1.5 * (6 * 512 + 512 + 64 * GENERATED)
+
+
+def test_what_an_engine_loads_again_takes_time_again() -> None:
+    settings = PaperSettings.model_validate(
+        {"models": [{"name": "m", "billions": 1}], "texts": ONE_TEXT, "speed": {"flags": ["--engine", "vllm"]}}
+    )
+    cell = CellMaker(settings).speed(settings.models[0], 0.5)
+    assert cell.loads == 2 * 1.5 and cell.model_copy(update={"loads": 1.0}).id == cell.id
+    cost = CostModel(settings.models, [cell], {})
+    once = cost.seconds(cell.model_copy(update={"loads": 1.0}))
+    assert once is not None and cost.seconds(cell) == pytest.approx(once + 2 * 2e9 / LOADING)
 
 
 @pytest.mark.parametrize(
