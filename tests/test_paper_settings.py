@@ -1,5 +1,7 @@
 """The settings of benchmarks/paper_tables.py, and the hours that they are estimated to take."""
 
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +14,16 @@ from benchmarks.paper.costs import (
     LOADING,
     NAMED_TOKENS,
     STARTING,
+    TFLOPS,
     UTILISATION,
     CostModel,
+    candidates_of,
+    parameters_of,
     specs_of,
     speed_tokens,
     text_tokens,
 )
-from benchmarks.paper.making import CellMaker
+from benchmarks.paper.making import CellMaker, settings_of
 from benchmarks.paper.settings import PaperSettings, Texts, read_settings, settings_of_search
 from benchmarks.paper.wanted import wanted_tables
 from benchmarks.paper_tables import main
@@ -172,3 +177,51 @@ def test_the_texts_of_every_shipped_file_have_as_many_windows_as_it_asks_for(fil
         left.setdefault(source, NAMED_TOKENS[text.source][role] // texts.seqlen)
         left[source] -= text.windows or 1
     assert all(windows >= 0 for windows in left.values()), left
+
+
+@pytest.mark.parametrize(("name", "tflops"), [("smollm2", 1), ("llama-2-7b", TFLOPS), ("llama-2-70b", TFLOPS)])
+def test_the_files_beside_the_harness_say_what_they_take(name: str, tflops: float) -> None:
+    """Where this fails, --estimate has the figures for the head of the file."""
+    file = ROOT / "benchmarks" / "paper" / f"{name}.yaml"
+    head = file.read_text().partition("models:")[0]
+    settings = read_settings(file)
+    cells = with_needs(each for found in wanted_tables(settings) for each in found.cells)
+    cost = CostModel(settings.models, cells, {}, tflops)
+    hours = sum(cost.seconds(cell) or 0 for cell in cells) / 3600
+    said = re.search(r"([\d.]+) hours", head)
+    assert said is not None and said[1] == f"{hours:.{len(said[1].partition('.')[2])}f}"
+    searches = Counter(candidates_of(settings_of(cell)) for cell in cells if cell.what == "run")
+    told = re.findall(r"(\d+) of (\d+)(?: evaluations)?(?:,| and|\))", head)
+    assert name == "smollm2" or {int(size): int(count) for count, size in told} == searches
+
+
+@pytest.mark.parametrize(("name", "gigabytes"), [("llama-2-7b", 80), ("llama-2-70b", 160)])
+def test_table_7_is_asked_for_where_the_dense_and_the_pruned_model_fit(name: str, gigabytes: int) -> None:
+    settings = read_settings(ROOT / "benchmarks" / "paper" / f"{name}.yaml")
+    parameters = parameters_of(settings.models[0], [], {})
+    assert parameters is not None
+    fits = 2 * parameters * (2 - min(settings.rates)) < gigabytes * 1e9
+    assert (7 in settings.tables) == fits
+
+
+@pytest.mark.parametrize("name", ["llama-2-7b", "llama-2-70b"])
+def test_a_key_file_that_is_not_there_is_told_before_the_first_cell(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file, runner = str(ROOT / "benchmarks" / "paper" / f"{name}.yaml"), ScriptedRunner()
+    given = [file, "--out", str(tmp_path / "out"), "--set", "tables=[1]"]
+    assert main(given, runner) == 2
+    said = capsys.readouterr().err
+    assert "the key file '~/.secrets/openai' cannot be read" in said and said.count("\n") == 1 and not runner.asked
+    (tmp_path / ".secrets").mkdir()
+    (tmp_path / ".secrets" / "openai").write_text("key")
+    assert main(given, runner) == 0 and "run" in runner.commands()
+
+
+def test_all_searches_of_a_file_ask_with_the_same_key() -> None:
+    for name in ("llama-2-7b", "llama-2-70b"):
+        settings = read_settings(ROOT / "benchmarks" / "paper" / f"{name}.yaml")
+        cells = with_needs(each for found in wanted_tables(settings) for each in found.cells)
+        searches = [settings_of(cell).llm.endpoints for cell in cells if cell.what == "run"]
+        assert {endpoint.api_key_file for each in searches for endpoint in each} == {Path("~/.secrets/openai")}

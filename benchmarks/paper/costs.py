@@ -104,11 +104,17 @@ def evaluation_tokens(
     return measured + (1 - rate) * measured + scoring + (fitted + 2 * sequential) * calibration
 
 
+def candidates_of(settings: Settings) -> int:
+    """Most that a search measures."""
+    search = settings.search
+    candidates = search.population + search.rounds * (search.mutations + search.crossovers)
+    return min(candidates, search.max_evaluations or candidates)
+
+
 def search_tokens(settings: Settings) -> float:
     """Of a whole search."""
     search, data, rate = settings.search, settings.data, settings.target.rate
-    candidates = search.population + search.rounds * (search.mutations + search.crossovers)
-    candidates = min(candidates, search.max_evaluations or candidates)
+    candidates = candidates_of(settings)
     roles = specs_of(data, data.seqlen)
     fitness, report = text_tokens("fitness", roles), text_tokens("report", roles)
     fitted = search.reconstruction == "least-squares"

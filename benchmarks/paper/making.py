@@ -237,6 +237,12 @@ class CellMaker:
         return model.seqlen or self.settings.texts.seqlen
 
 
+def settings_of(cell: Cell) -> Settings:
+    """Of a search."""
+    assert cell.config is not None
+    return _checked(cell.config, cell.flags[1::2])[0]
+
+
 def _noted(reconstruction: Reconstruction) -> str:
     return "" if reconstruction == "none" else reconstruction
 
