@@ -21,7 +21,7 @@ FITNESS_IN_FULL = {
 }
 """What the search minimises, in the words of its prompts."""
 
-TEXTS = {"wikitext2": "the WikiText-2 dataset", "self": "text of its own"}
+TEXTS = {"wikitext2": "the WikiText-2 dataset", "c4": "the C4 dataset", "self": "text of its own"}
 
 
 @dataclass(frozen=True)

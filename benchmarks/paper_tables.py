@@ -18,13 +18,15 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.paper.cells import CellStore, Failed, Outcome, with_needs
+from benchmarks.paper.cells import Cell, CellStore, Failed, Outcome, with_needs
 from benchmarks.paper.costs import TFLOPS, CostModel
+from benchmarks.paper.making import settings_of
 from benchmarks.paper.rendering import as_json, expected, markdown
-from benchmarks.paper.running import Runner, SubprocessRunner, load_outcomes, run_missing, the_only_one
+from benchmarks.paper.running import Runner, SubprocessRunner, load_outcomes, missing, run_missing, the_only_one
 from benchmarks.paper.settings import read_settings
 from benchmarks.paper.tables import WantedTable
 from benchmarks.paper.wanted import wanted_tables
+from daemon.llm import secrets_of
 from daemon.signals import Interrupted, interruptible
 from protocol.errors import SelfPrunerError, UsageError
 from protocol.files import replace
@@ -64,6 +66,7 @@ def _make(given: argparse.Namespace, runner: Runner) -> int:
     with the_only_one(given.out):
         outcomes = load_outcomes(cells, store)
         if not given.render:
+            check_keys(cells, outcomes)
             cost = CostModel(settings.models, every_cell, outcomes, given.tflops)
             code = _run(lambda: run_missing(cells, outcomes, store, runner, given.out, cost, _tell))
         write(tables, outcomes, given.out, settings.words)
@@ -71,6 +74,13 @@ def _make(given: argparse.Namespace, runner: Runner) -> int:
     if failed and not given.render:
         _tell(f"{failed} cells have failed; the same command tries them again")
     return code or int(failed > 0 and not given.render)
+
+
+def check_keys(cells: Sequence[Cell], outcomes: Mapping[str, Outcome]) -> None:
+    """Raise SettingsError where a search that is still to run has no file with its LLM's key: hours may come before."""
+    for cell in missing(cells, outcomes):
+        if cell.what == "run":
+            secrets_of(settings_of(cell))
 
 
 def _run(work: Callable[[], None]) -> int:

@@ -12,6 +12,7 @@ from rich.table import Table
 from daemon.settings import NAMED_TEXTS
 from protocol.candidate import Provenance
 from protocol.errors import DataError
+from protocol.finetuning import Perplexities
 from protocol.plan import LayerPlan, Parameters
 from protocol.results import (
     AllocationResult,
@@ -24,6 +25,8 @@ from protocol.results import (
 from protocol.shape import ModelShape
 from protocol.spec import SearchSpec, TextSpec
 from protocol.speeds import BatchSpeed, SpeedResult, Spread
+
+KL_IN_WORDS = "kl is the divergence from the dense model, in nats a token"
 
 
 def evaluation(result: EvaluationResult) -> Iterator[RenderableType]:
@@ -41,7 +44,7 @@ def evaluation(result: EvaluationResult) -> Iterator[RenderableType]:
     if result.calibration is not None:
         yield f"scored on {_text_name(result.calibration)}"
     if result.kl is not None:
-        yield "kl is the divergence from the dense model, in nats a token"
+        yield KL_IN_WORDS
     if result.card_perplexity is not None:
         yield f"the folder's card says {result.card_perplexity:,.2f} of the same tokens"
     yield f"{'measuring' if result.rate is None else 'pruning and measuring'} took {result.seconds:,.1f} s"
@@ -69,17 +72,20 @@ def pruned(result: PruneResult, text: TextSpec) -> Iterator[RenderableType]:
     """What the search came to, what was written, and that it was loaded again."""
     last = result.finetuned or result.exported
     yield f"{last.folder}: {result.exported.model}, {_removed(result.exported.rate, result.exported.method)}"
-    report = result.exported.report_perplexity is not None
-    table = _figures(report=report, kl=False)
-    of = result.exported.parameters
-    _add(table, "dense", result.exported.dense_perplexity, result.dense_report_perplexity, None, of.total_before)
+    best, of = result.exported, result.exported.parameters
+    table = _figures(report=best.report_perplexity is not None, kl=best.kl is not None)
+    _add(table, "dense", best.dense_perplexity, result.dense_report_perplexity, 0.0, of.total_before)
     if result.uniform_perplexity is not None:
-        _add(table, "uniform", result.uniform_perplexity, result.uniform_report_perplexity, None, of.total_after)
-    _add(table, "pruned", result.exported.perplexity, result.exported.report_perplexity, None, of.total_after)
-    if result.finetuned and result.finetuned.finetuning.perplexity:
-        _add(table, "fine-tuned", result.finetuned.finetuning.perplexity.after, None, None, of.total_after)
+        uniform = (result.uniform_perplexity, result.uniform_report_perplexity, result.uniform_kl)
+        _add(table, "uniform", *uniform, result.uniform_parameters.total_after)
+    _add(table, "pruned", best.perplexity, best.report_perplexity, best.kl, of.total_after)
+    if result.finetuned:
+        tuned = result.finetuned.finetuning
+        _add(table, "fine-tuned", _after(tuned.perplexity), _after(tuned.report_perplexity), None, of.total_after)
     yield table
-    yield _measured_on(text.source, result.exported.tokens, result.exported.seqlen)
+    yield _measured_on(text.source, best.tokens, best.seqlen)
+    if best.kl is not None:
+        yield KL_IN_WORDS
     yield f"searched with {result.evaluations:,} evaluations in {result.search_seconds:,.0f} s (search {result.search})"
     if result.reloaded is not None:
         yield f"loaded again, it measures {result.reloaded:,.2f}"
@@ -87,6 +93,10 @@ def pruned(result: PruneResult, text: TextSpec) -> Iterator[RenderableType]:
         yield "the GGUF file runs in llama.cpp"
     yield f"written as {' and '.join(last.formats)}: {', '.join(last.files)}"
     yield f"next: selfpruner speed {shlex.quote(str(last.folder))} --baseline {shlex.quote(result.exported.model)}"
+
+
+def _after(measured: Perplexities | None) -> float | None:
+    return None if measured is None else measured.after
 
 
 def finetuned(result: FinetuneResult) -> Iterator[RenderableType]:
@@ -98,6 +108,9 @@ def finetuned(result: FinetuneResult) -> Iterator[RenderableType]:
     table.add_row("loss, by tenths of the steps", f"{tuned.first_loss:.3f}", f"{tuned.last_loss:.3f}")
     if tuned.perplexity is not None:
         table.add_row("perplexity", _number(tuned.perplexity.before, 2), _number(tuned.perplexity.after, 2))
+    if tuned.report_perplexity is not None:
+        figures = (tuned.report_perplexity.before, tuned.report_perplexity.after)
+        table.add_row("on the report text", *(_number(each, 2) for each in figures))
     yield table
     if tuned.perplexity is not None:
         yield _measured_on(tuned.perplexity.text.source, tuned.perplexity.tokens, tuned.perplexity.text.seqlen)

@@ -11,11 +11,12 @@ from pydantic import ValidationError
 from daemon import answers, flags
 from daemon.pruning_commands import at_work
 from daemon.setting_errors import validation_sentence
+from daemon.settings import NAMED_TEXTS
 from daemon.signals import Interrupted
 from daemon.terminal import answer, need
 from protocol.errors import DataError, SettingsError
 from protocol.finetuning import ALPACA_GPT4, Form, Recipe, Schedule, form_of
-from protocol.formats import GgufType, formats_of
+from protocol.formats import formats_of
 from protocol.paths import expanded
 from protocol.results import FinetuneResult
 from protocol.spec import Dtype
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 SIZES: dict[Form, dict[str, int]] = {"alpaca": {"batch": 64, "seqlen": 256}, "text": {"batch": 8, "seqlen": 512}}
 """What a step takes where no flag says it: LLM-Pruner's for instructions."""
+HUB_TEXTS = tuple(name for name in NAMED_TEXTS if name != "self")
+"""Texts that need no model to write them."""
 GOES_ON = "the same command goes on where it was"
 LEARNING_RATES = {False: 3e-4, True: 1e-4}
 """Of LoRA, and of all weights."""
@@ -62,10 +65,12 @@ def finetune(
     out: Annotated[Path, typer.Option(help="The folder to make.")],
     data: Annotated[
         str,
-        typer.Option(help=f"`{ALPACA_GPT4}`, a .json or .jsonl file in Alpaca's form, a text file, or `wikitext2`."),
+        typer.Option(
+            help=f"`{ALPACA_GPT4}`, a .json or .jsonl file in Alpaca's form, a text file, `wikitext2` or `c4`."
+        ),
     ] = ALPACA_GPT4,
     format_: flags.FormatNames = None,
-    gguf_type: Annotated[GgufType, typer.Option(help="gguf: how weights are stored.")] = "f16",
+    gguf_type: flags.GgufTypeFlag = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an older export.")] = False,
     full: Annotated[bool, typer.Option("--full", help="Train the projections' own weights, and not LoRA.")] = False,
     max_minutes: Annotated[
@@ -73,7 +78,7 @@ def finetune(
     ] = None,
     checkpoint_minutes: Annotated[float, typer.Option(min=0, help="Between two checkpoints.")] = 2.0,
     eval_data: Annotated[
-        str | None, typer.Option(help="A text to measure before and after: `wikitext2` or a file.")
+        str | None, typer.Option(help="A text to measure before and after: `wikitext2`, `c4` or a file.")
     ] = None,
     eval_windows: Annotated[int | None, typer.Option(min=1, help="Windows of it; as on the folder's card.")] = None,
     eval_seqlen: Annotated[int | None, typer.Option(min=16, help="Tokens of each; as on the folder's card.")] = None,
@@ -94,10 +99,12 @@ def finetune(
     if eval_data is None and (eval_windows, eval_seqlen) != (None, None):
         raise SettingsError("--eval-windows and --eval-seqlen are of --eval-data, which is missing")
     data, eval_data = found_data(data), eval_data and found_data(eval_data, only_text=True)
+    check_apart("--data", data, "--eval-data", eval_data)
     need("torch", "worker")
     if not full:
         need("peft", "finetune")
-    from gpu_worker.finetune.finetuning import EvalText, FinetuneRequest
+    from gpu_worker.finetune.finetuning import FinetuneRequest
+    from gpu_worker.finetune.judging import EvalText
     from gpu_worker.finetune.training import Limits
 
     result = finetuned(
@@ -151,9 +158,21 @@ def check_minutes(flag: str, minutes: float | None) -> None:
 
 def found_data(source: str, *, only_text: bool = False) -> str:
     """A named text, or where a file is. Raises DataError for one that is not there, before torch is imported."""
-    names = ("wikitext2",) if only_text else (ALPACA_GPT4, "wikitext2")
+    names = HUB_TEXTS if only_text else (ALPACA_GPT4, *HUB_TEXTS)
     if source in names:
         return source
     if not expanded(source).is_file():
         raise DataError(f"there is no file {source!r}; give a file, or {' or '.join(names)}")
     return str(expanded(source).absolute())
+
+
+def check_apart(data_flag: str, data: str, measured_flag: str, measured: str | None) -> None:
+    """Raise SettingsError where one file is learned from and measured on; of a named text each has a split."""
+    if measured is None or {data, measured} & {ALPACA_GPT4, *NAMED_TEXTS}:
+        return
+    files = expanded(data), expanded(measured)
+    if all(file.is_file() for file in files) and files[0].samefile(files[1]):
+        raise SettingsError(
+            f"{data_flag} and {measured_flag} are one file, {measured!r}: what has been learned says nothing when it "
+            "is measured, so give another one"
+        )

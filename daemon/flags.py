@@ -12,6 +12,7 @@ import typer
 
 from protocol.allocation import Method
 from protocol.connection import with_password
+from protocol.formats import GgufType
 from protocol.plan import Split
 from protocol.shape import Granularity
 from protocol.spec import Dtype, Importance, Reconstruction, Scoring
@@ -53,9 +54,9 @@ DtypeFlag = Annotated[Dtype, typer.Option("--dtype", help="Of weights and activa
 class TextFlags:
     """The texts."""
 
-    data: Annotated[str | None, typer.Option(help="The text to measure on: `wikitext2`, `self`, or a text file.")] = (
-        None
-    )
+    data: Annotated[
+        str | None, typer.Option(help="The text to measure on: `wikitext2`, `c4`, `self`, or a text file.")
+    ] = None
     calibration_data: Annotated[str | None, typer.Option(help="The text to score on; as --data if left out.")] = None
     report_data: Annotated[str | None, typer.Option(help="A second text to measure on.")] = None
     windows: Annotated[int | None, typer.Option(min=1, help="Windows of --data; all if left out.")] = None
@@ -77,7 +78,7 @@ class CalibrationFlags:
     """The text to score on, alone."""
 
     calibration_data: Annotated[
-        str, typer.Option(help="The text to score on: `wikitext2`, `self`, or a text file.")
+        str, typer.Option(help="The text to score on: `wikitext2`, `c4`, `self`, or a text file.")
     ] = "self"
     calibration_windows: Annotated[int, typer.Option(min=1, help="Windows of it.")] = 32
     seqlen: Annotated[int, typer.Option(min=16, help="Tokens of a window.")] = 512
@@ -86,6 +87,9 @@ class CalibrationFlags:
 FormatNames = Annotated[
     list[str] | None,
     typer.Option("--format", help="What will load it: hf, padded or gguf. Given twice: gguf beside one of the others."),
+]
+GgufTypeFlag = Annotated[
+    GgufType | None, typer.Option("--gguf-type", help="gguf: how weights are stored; f16 if left out.")
 ]
 
 

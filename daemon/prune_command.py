@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Annotated, Any
@@ -9,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from daemon import answers, flags, prune_steps
-from daemon.finetune_command import GOES_ON, check_minutes, found_data
+from daemon.finetune_command import GOES_ON, check_apart, check_minutes, found_data
 from daemon.prune_steps import Goal
 from daemon.pruning_request import PruningRequest, request_of_search
 from daemon.run_here import run_here
@@ -20,7 +21,7 @@ from daemon.summary import Summary
 from daemon.terminal import answer, need
 from protocol.errors import SelfPrunerError, SettingsError
 from protocol.finetuning import ALPACA_GPT4, form_of
-from protocol.formats import GgufType, formats_of
+from protocol.formats import formats_of, gguf_type_of
 from protocol.paths import expanded
 from protocol.results import PruneResult
 
@@ -34,13 +35,13 @@ def prune(
     out: Annotated[Path, typer.Option(help="The folder to make.")],
     budget: Annotated[int | None, typer.Option(help="Evaluations of the search; the config's if left out.")] = None,
     data: Annotated[
-        str | None, typer.Option(help="The text to score and to search on: `wikitext2`, `self`, or a text file.")
+        str | None, typer.Option(help="The text to score and to search on: `wikitext2`, `c4`, `self`, or a text file.")
     ] = None,
     report_data: Annotated[str | None, typer.Option(help="The text to report on; --data if left out.")] = None,
     config: Annotated[Path | None, typer.Option(help="A YAML file of settings; best.yaml if left out.")] = None,
     set_: flags.Set = None,
     format_: flags.FormatNames = None,
-    gguf_type: Annotated[GgufType, typer.Option(help="gguf: how weights are stored.")] = "f16",
+    gguf_type: flags.GgufTypeFlag = None,
     finetune: Annotated[bool, typer.Option("--finetune", help="Recover by LoRA before the end.")] = False,
     finetune_data: Annotated[
         str | None, typer.Option(help=f"As `finetune --data`; `{ALPACA_GPT4}` if left out.")
@@ -56,23 +57,30 @@ def prune(
     if not finetune and (finetune_data, finetune_minutes) != (None, None):
         raise SettingsError("--finetune-data and --finetune-minutes are of --finetune, which is missing")
     tuned_on = (finetune_data or ALPACA_GPT4) if finetune else None
-    goal = Goal(expanded(out), formats_of(format_ or ["hf"]), gguf_type, force, tuned_on, finetune_minutes)
+    formats = formats_of(format_ or ["hf"])
+    goal = Goal(expanded(out), formats, gguf_type_of(formats, gguf_type), force, tuned_on, finetune_minutes)
     settings = prune_settings(model, rate, goal.out, budget, data, report_data, config, set_ or [])
     before = _checked(goal, settings)
     try:
         request, summary = _searched(settings)
+        if before is not None and not prune_steps.holds(goal.out, request):
+            # The search was longer this time and found better rates: what this same command wrote is replaced.
+            before, goal = None, replace(goal, force=True)
         written = before or prune_steps.write(request, goal, settings)
+        reloaded, runs_in_llama_cpp = prune_steps.checked(written, goal, settings)
         result = PruneResult(
             search=settings.search.name,
             evaluations=sum(summary.candidates["by_outcome"].values()),
             search_seconds=summary.seconds,
             uniform_perplexity=summary.uniform.perplexity,
             uniform_report_perplexity=summary.uniform.report_perplexity,
+            uniform_kl=summary.uniform.kl,
+            uniform_parameters=summary.uniform.parameters,
             dense_report_perplexity=summary.dense.report_perplexity,
             exported=written.exported,
             finetuned=written.finetuned,
-            reloaded=prune_steps.reloaded(goal, settings, written.perplexity),
-            runs_in_llama_cpp=prune_steps.runs_in_llama_cpp(goal),
+            reloaded=reloaded,
+            runs_in_llama_cpp=runs_in_llama_cpp,
         )
     except Interrupted as end:
         end.left = GOES_ON
@@ -118,7 +126,9 @@ def _checked(goal: Goal, settings: Settings) -> prune_steps.Written | None:
         if settings.target.dtype == "float16":
             raise SettingsError("--finetune needs target.dtype bfloat16 or float32: gradients overflow in float16")
         check_minutes("--finetune-minutes", goal.minutes)
-        found_data(goal.data)
+        learned = found_data(goal.data)
+        check_apart("--finetune-data", learned, "data.fitness (--data)", settings.data.fitness)
+        check_apart("--finetune-data", learned, "data.report (--report-data)", settings.data.report)
     need("torch", "worker")
     if goal.data is not None:
         need("peft", "finetune")

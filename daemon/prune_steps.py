@@ -20,6 +20,7 @@ from protocol.finetuning import Recipe
 from protocol.formats import Formats, GgufType
 from protocol.results import ExportResult, FinetuneResult
 from protocol.shape import ModelShape
+from protocol.spec import TextSpec
 
 FURTHEST_OFF = 0.02
 """How far, as a share, a folder's perplexity may be from what was measured in memory; widths of kernels change sums."""
@@ -48,6 +49,8 @@ class Written(BaseModel):
     """SHA-256 of what the folder says of itself: another search may have taken its place since."""
     exported: ExportResult
     finetuned: FinetuneResult | None
+    checked: bool = False
+    """The last checks have ended, well or not: from then on --force begins anew."""
 
     @property
     def perplexity(self) -> float | None:
@@ -64,15 +67,26 @@ def recipe(data: str, settings: Settings) -> Recipe:
 
 
 def written_before(goal: Goal, settings: Settings) -> Written | None:
-    """What an earlier call with the same flags has written; None where there is nothing, or it is to be replaced."""
-    if goal.force:
-        return None
+    """What an earlier call with the same flags has written; None where there is nothing, or it is to be replaced.
+
+    With --force that is what has been checked too: a command that was killed before goes on, and trains nothing twice.
+    """
     try:
         found = Written.model_validate_json((settings.folder / "written.json").read_bytes())
         facts = _facts(goal)
     except (OSError, ValidationError):
         return None
+    if goal.force and found.checked:
+        return None
     return found if (found.asked, found.facts) == (_asked(goal, settings), facts) else None
+
+
+def holds(folder: Path, request: PruningRequest) -> bool:
+    """Whether an exported folder is pruned by the rates of `request`."""
+    try:
+        return bool(json.loads((folder / FACTS).read_bytes())["rates"] == list(request.choice))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def check_disk(goal: Goal, settings: Settings, shape: ModelShape) -> None:
@@ -88,11 +102,14 @@ def check_disk(goal: Goal, settings: Settings, shape: ModelShape) -> None:
     from gpu_worker.finetune.memory import check_finetuning_disk
 
     # What is fine-tuned lies in the search's folder all the while, which may be on another disk.
-    pruned = room.export_bytes(shape, kept, _trained(goal), dtype)
-    room.check_disk(settings.folder, pruned, "the pruned model, before it is fine-tuned,")
+    beside = 0
+    if not (_pruned(settings) / FACTS).is_file():
+        pruned = room.export_bytes(shape, kept, _trained(goal), dtype)
+        room.check_disk(settings.folder, pruned, "the pruned model, before it is fine-tuned,")
+        beside = pruned if room.device_of(settings.folder) == room.device_of(goal.out) else 0
     checkpoint = folder_beside(goal.out)
     tuning = recipe(goal.data, settings)
-    check_finetuning_disk(shape, kept, tuning, goal.formats, dtype, checkpoint, goal.gguf_type)
+    check_finetuning_disk(shape, kept, tuning, goal.formats, dtype, checkpoint, goal.gguf_type, beside)
 
 
 def write(request: PruningRequest, goal: Goal, settings: Settings) -> Written:
@@ -102,8 +119,23 @@ def write(request: PruningRequest, goal: Goal, settings: Settings) -> Written:
     else:
         exported, tuned = _finetuned(request, goal, settings)
     written = Written(asked=_asked(goal, settings), facts=_facts(goal), exported=exported, finetuned=tuned)
-    replace(settings.folder / "written.json", written.model_dump_json() + "\n")
+    _keep(written, settings)
     return written
+
+
+def _keep(written: Written, settings: Settings) -> None:
+    replace(settings.folder / "written.json", written.model_dump_json() + "\n")
+
+
+def checked(written: Written, goal: Goal, settings: Settings) -> tuple[float | None, bool | None]:
+    """What the folder measures, and whether its GGUF file runs: see `reloaded` and `runs_in_llama_cpp`."""
+    try:
+        found = reloaded(goal, settings, written.perplexity), runs_in_llama_cpp(goal)
+    except SelfPrunerError:
+        _keep(written.model_copy(update={"checked": True}), settings)
+        raise
+    _keep(written.model_copy(update={"checked": True}), settings)
+    return found
 
 
 def _trained(goal: Goal) -> Formats:
@@ -138,27 +170,37 @@ def _export(request: PruningRequest, goal: Goal) -> ExportResult:
 def _finetuned(request: PruningRequest, goal: Goal, settings: Settings) -> tuple[ExportResult, FinetuneResult]:
     """Export into the search's folder, where a second start finds it, and from there fine-tune into the goal."""
     assert goal.data is not None
-    pruned = settings.folder / "pruned"
+    pruned = _pruned(settings)
     exported = _exported_before(request, pruned)
     if exported is None:
         exported = _export(request, Goal(pruned, _trained(goal), force=True))
         replace(_kept(pruned), exported.model_dump_json() + "\n")
-    from gpu_worker.finetune.finetuning import EvalText, FinetuneRequest
+    from gpu_worker.finetune.finetuning import FinetuneRequest
+    from gpu_worker.finetune.judging import EvalText
     from gpu_worker.finetune.training import Limits
 
-    fitness = request.spec.fitness
+    def measured(text: TextSpec | None) -> EvalText | None:
+        # A pruned model cannot write again what the dense one wrote.
+        return None if text is None or text.source == "self" else EvalText(text.source, text.windows, text.seqlen)
+
     tuning = FinetuneRequest(
         folder=pruned,
         data=goal.data,
         recipe=recipe(goal.data, settings),
         out=goal.out,
         formats=goal.formats,
-        gguf_type=goal.gguf_type,
+        gguf_type=goal.gguf_type if "gguf" in goal.formats else None,
         force=goal.force,
-        eval_text=None if fitness.source == "self" else EvalText(fitness.source, fitness.windows, fitness.seqlen),
+        eval_text=measured(request.spec.fitness),
+        report_text=measured(request.spec.report),
         limits=Limits(None if goal.minutes is None else 60 * goal.minutes),
     )
     return exported, finetuned(tuning)
+
+
+def _pruned(settings: Settings) -> Path:
+    """Where the model is before it is fine-tuned."""
+    return settings.folder / "pruned"
 
 
 def _kept(pruned: Path) -> Path:
@@ -168,11 +210,10 @@ def _kept(pruned: Path) -> Path:
 def _exported_before(request: PruningRequest, pruned: Path) -> ExportResult | None:
     """What was exported of these rates already; the search may have found better ones since."""
     try:
-        facts = json.loads((pruned / FACTS).read_bytes())
         exported = ExportResult.model_validate_json(_kept(pruned).read_bytes())
     except (OSError, ValueError):  # pydantic's ValidationError is one
         return None
-    return exported if facts["rates"] == list(request.choice) else None
+    return exported if holds(pruned, request) else None
 
 
 def runs_in_llama_cpp(goal: Goal) -> bool | None:

@@ -28,7 +28,7 @@ from daemon.terminal import answer, need
 from protocol import logs
 from protocol.allocation import Method
 from protocol.errors import SettingsError
-from protocol.formats import GgufType, formats_of
+from protocol.formats import formats_of, gguf_type_of
 from protocol.paths import expanded
 from protocol.spec import Measure
 
@@ -109,7 +109,7 @@ def evaluate(
 def export(
     out: Annotated[Path, typer.Option(help="The folder to make.")],
     format_: flags.FormatNames = None,
-    gguf_type: Annotated[GgufType, typer.Option(help="gguf: how weights are stored.")] = "f16",
+    gguf_type: flags.GgufTypeFlag = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an older export.")] = False,
     search: Annotated[str | None, typer.Option("--search", help="Export the best of this search.")] = None,
     redis_url: flags.RedisUrl = None,
@@ -129,6 +129,7 @@ def export(
     Without --data and --calibration-data the model is scored and measured on text that it writes itself.
     """
     formats = formats_of(format_ or ["hf"])
+    stored = gguf_type_of(formats, gguf_type)
     if search is not None:
         if model is not None or choice != flags.ChoiceFlags():
             raise SettingsError("--search names the model and its rates: leave --model, --allocate and --rates out")
@@ -149,7 +150,7 @@ def export(
         result = export_once(
             request.spec,
             request.choice,
-            Destination(expanded(out), formats, gguf_type, force),
+            Destination(expanded(out), formats, stored, force),
             shape=request.shape,
             method=request.method,
             progress=progress,

@@ -171,7 +171,7 @@ def self_if_none(texts: ExportTexts) -> ExportTexts:
 def _texts(texts: TextFlags | CalibrationFlags) -> dict[str, TextSpec | None]:
     if isinstance(texts, CalibrationFlags):
         text = _text(texts.calibration_data, texts.calibration_windows, texts.seqlen)
-        # Nothing is measured: the same windows, so that no others have to be there.
+        # Nothing is measured, and so no fitness text is read; but a spec has one.
         return {"calibration": text, "fitness": text, "report": None}
     calibration = texts.calibration_data or texts.data
     data = texts.data or texts.calibration_data

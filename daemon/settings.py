@@ -33,7 +33,7 @@ from protocol.spec import Dtype, Importance, Measure, Reconstruction, Scoring, S
 
 ENV_PREFIX = "SELFPRUNER_"
 ProposerName = Literal["llm", "best-of-n", "random", "evolution", "cma-es"]
-NAMED_TEXTS = ("wikitext2", "self")
+NAMED_TEXTS = ("wikitext2", "c4", "self")
 
 
 def _five_decimals(rate: float) -> float:
@@ -155,7 +155,7 @@ class TargetSettings(Section):
 
 
 class DataSettings(Section):
-    """The texts: scored on, searched on, reported on. Each is `wikitext2`, `self`, or a text file."""
+    """The texts: scored on, searched on, reported on. Each is `wikitext2`, `c4`, `self`, or a text file."""
 
     calibration: str = "wikitext2"
     """The text that importance is scored on."""

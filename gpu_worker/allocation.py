@@ -24,12 +24,14 @@ def prepare(
     *,
     shape: ModelShape | None = None,
     check: Callable[[LoadedModel], None] = lambda _: None,
+    measured: bool = True,
 ) -> Target:
     """The target of `spec`, with what `choice` needs to see of the dense model.
 
     Given rates, for a model of this `shape` where that is known, are checked as soon as the model is loaded, and so is
     the budget of an allocation that needs no measurement; `check` sees the model too. All of that comes before anything
-    that takes time. Raises BudgetError for rates of another model, number, range or budget.
+    that takes time. Where nothing will be `measured`, no text for that is read. Raises BudgetError for rates of another
+    model, number, range or budget.
     """
 
     def check_first(model: LoadedModel) -> None:
@@ -37,7 +39,7 @@ def prepare(
         check_choice(spec, choice, shape, model.decoder.shape)
 
     threshold = choice.outlier_threshold if isinstance(choice, Allocation) and choice.method == "owl" else None
-    return Target(spec, progress, outlier_threshold=threshold, check=check_first)
+    return Target(spec, progress, outlier_threshold=threshold, check=check_first, measured=measured)
 
 
 def check_choice(spec: SearchSpec, choice: Choice, known: ModelShape | None, shape: ModelShape) -> None:
@@ -68,7 +70,7 @@ def allocate(target: Target, allocation: Allocation, progress: Progress = no_pro
     spec, shape = target.spec, target.shape
     findings = Findings(outliers=target.outliers)
     if allocation.method == "sensitivity":
-        rises = measure_sensitivity(target.ordered, spec, target.texts.calibration, progress)
+        rises = measure_sensitivity(target.ordered, spec, target.calibration, progress)
         removed = [removed_alone(unit, spec, shape) for unit in shape.units(spec.granularity)]
         findings = Findings(sensitivity=rises, removed=removed)
     return allocated(allocation, findings, shape, spec.rate, spec.granularity)

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,18 @@ from protocol.errors import DataError
 from protocol.spec import Role, SearchSpec, TextSpec
 
 WIKITEXT2 = "wikitext2"
+C4 = "c4"
 SELF = "self"
+NAMED = (WIKITEXT2, C4, SELF)
+SPLITS: dict[str, dict[Role, str]] = {
+    # Scored on the train split, as FLAP's Wanda-sp is: 128 windows of 4,096 tokens are more than the validation split.
+    WIKITEXT2: {"calibration": "train", "fitness": "validation", "report": "test"},
+    # SparseGPT reports on the first 1,100 documents of its validation file.
+    C4: {"calibration": "train[:4000]", "fitness": "validation[1100:2200]", "report": "validation[:1100]"},
+}
+"""What each role reads of a text of the hub."""
+C4_FILES = {"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"}
+"""One file of each split of C4, which has 300 GB."""
 
 Source = tuple[str, str]
 """A text, and its split where it has several: roles with the same source share its windows."""
@@ -59,18 +70,26 @@ def load_texts(spec: SearchSpec, tokenizer: Any, generate: GenerateText, start: 
 
 
 def load_roles(
-    texts: Mapping[Role, TextSpec], seed: int, tokenizer: Any, generate: GenerateText, start: int | None = None
+    texts: Mapping[Role, TextSpec],
+    seed: int,
+    tokenizer: Any,
+    generate: GenerateText,
+    start: int | None = None,
+    only: Collection[Role] | None = None,
 ) -> dict[Role, Tensor]:
     """The windows of each role of `texts`; see `load_texts`.
 
+    With `only`, the other roles are there to keep their windows out of these: a source of theirs alone is not read.
     `start` takes the place of every window's first token, which is context only and never predicted: some models are
     lost without the token that every text began with when they were trained.
     """
     by_source: dict[Source, dict[Role, TextSpec]] = defaultdict(dict)
     for role, text in texts.items():
-        by_source[_source(role, text)][role] = text
+        by_source[source_of(role, text)][role] = text
     windows: dict[Role, Tensor] = {}
     for source, roles in by_source.items():
+        if only is not None and roles.keys().isdisjoint(only):
+            continue
         length = max(text.seqlen for text in roles.values())
         tokens = _self_tokens(roles, length, generate) if source[0] == SELF else _tokens(source, tokenizer)
         windows |= share(tokens, roles, length, seed, source[0])
@@ -114,14 +133,15 @@ def chunks_needed(text: TextSpec, length: int) -> int:
     return -(-text.windows // (length // text.seqlen))
 
 
-def _source(role: Role, text: TextSpec) -> Source:
-    if text.source == WIKITEXT2:
-        return WIKITEXT2, "test" if role == "report" else "validation"
+def source_of(role: Role, text: TextSpec) -> Source:
+    """Where the windows of a role come from."""
+    if text.source in SPLITS:
+        return text.source, SPLITS[text.source][role]
     return (SELF, "") if text.source == SELF else (str(Path(text.source).expanduser().resolve()), "")
 
 
 def _tokens(source: Source, tokenizer: Any) -> Tensor:
-    text = _wikitext2(source[1]) if source[0] == WIKITEXT2 else _file(source[0])
+    text = _of_the_hub(*source) if source[0] in SPLITS else _file(source[0])
     # In word-level WikiText rare words read `<unk>`, which some tokenizers take for a special token. `unk` is a word.
     ids = tokenizer(text.replace("<unk>", "unk"), verbose=False)["input_ids"]
     return torch.tensor(ids, dtype=torch.long)
@@ -138,27 +158,37 @@ def _file(path: str) -> str:
         return Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise DataError(
-            f"the text {path!r} cannot be read ({error.strerror}); pass a text file, `{WIKITEXT2}` or `{SELF}`"
+            f"the text {path!r} cannot be read ({error.strerror}); pass a text file, `{WIKITEXT2}`, `{C4}` or `{SELF}`"
         ) from error
     except UnicodeDecodeError as error:
         raise DataError(f"the text {path!r} is not UTF-8 text ({error.reason} at byte {error.start})") from error
 
 
-def hub_split(name: str, config: str | None, split: str, otherwise: str) -> Any:
-    """A split of a data set of the hub. Raises DataError with the sentence `otherwise` where it cannot be had."""
+def hub_split(
+    name: str, config: str | None, split: str, otherwise: str, data_files: Mapping[str, str] | None = None
+) -> Any:
+    """A split of a data set of the hub, or of those of its files that `data_files` names by split.
+
+    Raises DataError with the sentence `otherwise` where it cannot be had.
+    """
     import datasets  # half a second that no other source needs
 
     datasets.disable_progress_bars()
     if not hub_reachable():
         datasets_go_offline()
     try:
-        return datasets.load_dataset(name, config, split=split)
+        return datasets.load_dataset(name, config, split=split, data_files=data_files)
     except (OSError, ValueError) as error:
         raise DataError(otherwise) from error
 
 
-def _wikitext2(split: str) -> str:
-    otherwise = f"{WIKITEXT2} is not on this machine and the hub cannot be reached; pass a text file, or `{SELF}`"
+def _of_the_hub(name: str, split: str) -> str:
+    otherwise = f"{name} is not on this machine and the hub cannot be reached; pass a text file, or `{SELF}`"
+    if name == C4:
+        kind = split.partition("[")[0]
+        # Without a config's name: with one, `datasets` misses the config's other files.
+        documents = hub_split("allenai/c4", None, split, otherwise, {kind: C4_FILES[kind]})
+        return " ".join(documents["text"])  # as SparseGPT joins them
     return "\n\n".join(hub_split("Salesforce/wikitext", "wikitext-2-raw-v1", split, otherwise)["text"])
 
 

@@ -140,12 +140,13 @@ def _windows_of(
         model.tokenizer,
         lambda windows, length: self_text(model, windows, length, seed, progress),
         model.window_start,
+        texts.keys() - {"calibration"},
     )
 
 
 def allocate_once(spec: SearchSpec, allocation: Allocation, progress: Progress = no_progress) -> AllocationResult:
     """The rates of an allocation; nothing is pruned."""
-    target = prepare(spec, allocation, progress)
+    target = prepare(spec, allocation, progress, measured=False)
     rates = allocate(target, allocation, progress)
     plan = spec.plan(list(rates), target.shape)
     return AllocationResult(

@@ -111,6 +111,7 @@ def facts_of(pruned: Pruned, method: str) -> ExportFacts:
         dense_report=_figure(card.dense_report),
         pruned_report=_figure(pruned.report),
         fitness_digest=windows_digest(texts.fitness),
+        report_digest=None if texts.report is None else windows_digest(texts.report),
         begins_with_bos=session.target.model.window_start is not None,
     )
 

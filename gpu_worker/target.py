@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
 from gpu_worker.calibration import LayerActivations, calibrate, input_products
-from gpu_worker.corpora import Texts, load_texts
+from gpu_worker.corpora import GenerateText, Texts, load_roles, load_texts
 from gpu_worker.elimination import optimal_brain_surgeon
 from gpu_worker.families import Decoder
 from gpu_worker.gradients import gradient_salience
@@ -32,8 +33,9 @@ class Target:
     """The model of a spec, with the spec's texts. Making one takes as long as its stages; `progress` hears of each.
 
     With `outlier_threshold` (OWL's M) the layers' `outliers` are counted too, which only the dense model shows. `check`
-    may refuse the loaded model. `share` makes text that the model writes the same for several workers. Raises
-    UsageError for a model or a text that cannot be had.
+    may refuse the loaded model. `share` makes text that the model writes the same for several workers. Where nothing is
+    `measured` on the spec's texts, that for calibration alone is read. Raises UsageError for a model or a text that
+    cannot be had.
     """
 
     def __init__(
@@ -44,6 +46,7 @@ class Target:
         outlier_threshold: float | None = None,
         check: Callable[[LoadedModel], None] | None = None,
         share: Share | None = None,
+        measured: bool = True,
     ) -> None:
         self.spec = spec
         self._progress = progress
@@ -52,8 +55,8 @@ class Target:
         check_length(self.model, max(text.seqlen for text in spec.texts.values()))
         if check is not None:
             check(self.model)
-        self.texts = _read_texts(spec, self.model, progress, share)
-        decoder, windows = self.model.decoder, self.texts.calibration
+        self.calibration, self._texts = _read_texts(spec, self.model, progress, share, measured=measured)
+        decoder, windows = self.model.decoder, self.calibration
         needs_activations = spec.importance == "wanda-sp" or outlier_threshold is not None
         seen = calibrate(decoder, windows, progress) if needs_activations else ()
         self.outliers: tuple[float, ...] = ()
@@ -63,6 +66,12 @@ class Target:
         self.ordered = OrderedModel(decoder, score(self.model, spec, seen, windows, progress))
         if spec.reconstruction == "least-squares" and spec.scoring == "dense":
             _reconstruct(self.ordered, windows, progress)
+
+    @property
+    def texts(self) -> Texts:
+        """What is measured on, beside what is scored on."""
+        assert self._texts is not None, "on this target nothing is measured"
+        return self._texts
 
     @property
     def shape(self) -> ModelShape:
@@ -75,7 +84,7 @@ class Target:
             self.ordered.apply(plan)
         elif self._scored != (plan, self.ordered.changes):  # the same plan may be measured on several texts
             reconstruct = self.spec.reconstruction == "least-squares"
-            prune_sequentially(self.ordered, plan, self.texts.calibration, self._progress, reconstruct=reconstruct)
+            prune_sequentially(self.ordered, plan, self.calibration, self._progress, reconstruct=reconstruct)
             self._scored = (plan, self.ordered.changes)
 
 
@@ -136,12 +145,20 @@ def _load(spec: SearchSpec, progress: Progress) -> LoadedModel:
     return model
 
 
-def _read_texts(spec: SearchSpec, model: LoadedModel, progress: Progress, share: Share | None) -> Texts:
+def _read_texts(
+    spec: SearchSpec, model: LoadedModel, progress: Progress, share: Share | None, *, measured: bool
+) -> tuple[Tensor, Texts | None]:
+    """The windows to score on, and where anything is measured those of all roles."""
+
     def written(windows: int, length: int) -> Tensor:
         write = partial(self_text, model, windows, length, spec.seed, progress)
         return share(windows, length, write) if share else write()
 
     progress("reading texts", 0, 1)
-    texts = load_texts(spec, model.tokenizer, written, model.window_start)
+    how: tuple[Any, GenerateText, int | None] = (model.tokenizer, written, model.window_start)
+    texts = load_texts(spec, *how) if measured else None
+    alone = (
+        texts.calibration if texts else load_roles({"calibration": spec.calibration}, spec.seed, *how)["calibration"]
+    )
     progress("reading texts", 1, 1)
-    return texts
+    return alone, texts

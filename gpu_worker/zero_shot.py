@@ -77,7 +77,7 @@ def zero_shot_pruned(
     NotFiniteError where the model does not compute.
     """
     tasks = load_tasks(questions.names, questions.folder, questions.limit, progress)
-    target = prepare(spec, choice, progress, shape=shape)
+    target = prepare(spec, choice, progress, shape=shape, measured=False)
     rates = choose_rates(target, choice, progress)
     plan = spec.plan(list(rates), target.shape)
     try:

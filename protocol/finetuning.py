@@ -105,3 +105,5 @@ class Finetuning(BaseModel):
     last_loss: float
     """Means of the first and of the last tenth of the steps."""
     perplexity: Perplexities | None = None
+    report_perplexity: Perplexities | None = None
+    """Of a second text, which nothing was chosen by."""

@@ -26,3 +26,12 @@ def formats_of(names: Sequence[str]) -> Formats:
     if "hf" in names and "padded" in names:
         raise SettingsError("--format hf and --format padded would write the same files: export twice")
     return tuple(fmt for fmt in known if fmt in names)
+
+
+def gguf_type_of(formats: Formats, given: GgufType | None) -> GgufType:
+    """How a GGUF file among `formats` is stored. Raises SettingsError where a type is given and no such file made."""
+    if given is not None and "gguf" not in formats:
+        raise SettingsError(
+            f"--gguf-type {given} is not read here: {' and '.join(formats)} has no GGUF file; add --format gguf"
+        )
+    return given or "f16"

@@ -161,6 +161,9 @@ class PruneResult(BaseModel):
     search_seconds: float
     uniform_perplexity: float | None
     uniform_report_perplexity: float | None
+    uniform_kl: float | None
+    """Where the search minimised the divergence from the dense model."""
+    uniform_parameters: Parameters
     dense_report_perplexity: float | None
     exported: ExportResult
     """Before fine-tuning, in the search's folder, where there was any."""

@@ -30,7 +30,7 @@ class TextSpec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     source: str
-    """`wikitext2`, `self`, or the path of a text file."""
+    """`wikitext2`, `c4`, `self`, or the path of a text file."""
     windows: PositiveInt | None
     seqlen: int = Field(ge=2)
 

@@ -9,7 +9,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from gpu_worker.export.exporting import export_model
-from gpu_worker.finetune.finetuning import EvalText, FinetuneRequest, finetune_once
+from gpu_worker.finetune.finetuning import FinetuneRequest, finetune_once
+from gpu_worker.finetune.judging import EvalText
 from gpu_worker.models import load_model
 from protocol.finetuning import Recipe
 from protocol.formats import Format

@@ -1,3 +1,4 @@
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -6,6 +7,7 @@ from hypothesis import strategies as st
 
 from gpu_worker.allocation import allocate, prepare
 from gpu_worker.calibration import calibrate
+from gpu_worker.evaluate import allocate_once
 from gpu_worker.outliers import outlier_share
 from protocol.allocation import (
     Allocation,
@@ -21,7 +23,7 @@ from protocol.errors import BudgetError
 from protocol.plan import make_plan
 from protocol.rates import weighted_mean
 from protocol.shape import Granularity, LayerShape, ModelShape
-from protocol.spec import SearchSpec
+from protocol.spec import SearchSpec, TextSpec
 from tests.samples import SHAPE
 from tests.tiny_models import tiny_llama, tiny_windows
 from tests.tiny_specs import tiny_spec
@@ -40,6 +42,14 @@ SMOLLM2 = ModelShape(
 )
 LLAMA_7B = SMOLLM2.model_copy(update={"layers": (LayerShape(query_heads=9, kv_heads=3, mlp_channels=1536),) * 32})
 granularities = st.sampled_from(get_args(Granularity))
+
+
+def test_an_allocation_takes_no_more_text_than_it_scores_on(tmp_path: Path) -> None:
+    spec = tiny_spec(tmp_path)
+    whole = TextSpec(source=spec.calibration.source, windows=3999 // 32, seqlen=32)
+    spec = spec.model_copy(update={"calibration": whole, "fitness": whole, "report": None})
+    for method in ("sensitivity", "owl"):
+        assert len(allocate_once(spec, Allocation(method=method)).rates) == 3
 
 
 def mean_of(rates: tuple[float, ...], shape: ModelShape, granularity: Granularity) -> float:

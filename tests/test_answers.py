@@ -14,8 +14,9 @@ from daemon.journal import best_record
 from daemon.screen import standing
 from daemon.terminal import answer
 from protocol.errors import DataError
+from protocol.finetuning import Finetuning, Perplexities, Recipe
 from protocol.plan import count_parameters, dense_plan
-from protocol.results import AllocationResult, EvaluationResult, ExportResult
+from protocol.results import AllocationResult, EvaluationResult, ExportResult, FinetuneResult, PruneResult
 from protocol.spec import TextSpec
 from tests.samples import SHAPE, SPEC, candidates, measured
 from tests.test_watch import STATUS
@@ -50,6 +51,21 @@ EXPORTED = ExportResult(
     seqlen=256,
     tokens=510,
     seconds=3.21,
+)
+
+PRUNED = PruneResult(
+    search="night",
+    evaluations=8,
+    search_seconds=90.0,
+    uniform_perplexity=34.5678,
+    uniform_report_perplexity=None,
+    uniform_kl=None,
+    uniform_parameters=PARAMETERS.model_copy(update={"total_after": 9_900_000}),
+    dense_report_perplexity=None,
+    exported=EXPORTED,
+    finetuned=None,
+    reloaded=23.4567,
+    runs_in_llama_cpp=None,
 )
 
 
@@ -122,6 +138,62 @@ def test_an_export_says_what_was_written_and_what_to_type_next(source: str, comm
     assert "pruned, on the report text: 34.57; README.md has the dense model's beside it" in lines
     assert ["model.safetensors", "269.00"] in [cells(line) for line in lines]
     assert lines[-2:] == ["writing took 3.2 s", command]
+
+
+TEXT = TextSpec(source="self", windows=2, seqlen=256)
+
+
+def test_a_pruned_model_stands_beside_the_dense_one_and_uniform_pruning() -> None:
+    _, titles, dense, uniform, pruned, *lines = printed(answers.pruned(PRUNED, TEXT))
+    assert cells(titles) == ["perplexity", "parameters"]
+    assert [cells(row)[:2] for row in (dense, uniform, pruned)] == [
+        ["dense", "12.35"],
+        ["uniform", "34.57"],
+        ["pruned", "23.46"],
+    ]
+    assert cells(uniform)[2:] == ["9.9", "M"] != cells(pruned)[2:]
+    assert "searched with 8 evaluations in 90 s (search night)" in lines
+
+
+def test_after_fine_tuning_both_texts_have_a_figure() -> None:
+    text = TextSpec(source="some.txt", windows=2, seqlen=256)
+    reported = EXPORTED.model_copy(update={"report_perplexity": 30.0})
+    tuned = FinetuneResult(
+        folder=Path("tuned"),
+        formats=("hf",),
+        files={},
+        model="tiny",
+        parameters=PARAMETERS,
+        finetuning=Finetuning(
+            recipe=Recipe(),
+            data="a.txt",
+            form="text",
+            examples=1,
+            steps=1,
+            tokens=1,
+            trained_parameters=1,
+            first_loss=2.0,
+            last_loss=1.0,
+            perplexity=Perplexities(text=text, before=23.4, after=20.5, tokens=510),
+            report_perplexity=Perplexities(text=text, before=30.0, after=27.5, tokens=510),
+        ),
+        resumed_from=0,
+        ended_by="steps",
+        seconds=1.0,
+    )
+    result = PRUNED.model_copy(update={"exported": reported, "finetuned": tuned})
+    assert ["fine-tuned", "20.50", "27.50"] in [cells(line)[:3] for line in printed(answers.pruned(result, TEXT))]
+    after = [cells(line) for line in printed(answers.finetuned(tuned))]
+    assert ["perplexity", "23.40", "20.50"] in after and ["on", "the", "report", "text", "30.00", "27.50"] in after
+
+
+def test_what_a_search_minimised_is_shown() -> None:
+    divergent = EXPORTED.model_copy(update={"kl": 0.25})
+    result = PRUNED.model_copy(update={"uniform_kl": 0.5, "exported": divergent})
+    _, titles, *rows, _, legend, _, _, _, _ = printed(answers.pruned(result, TEXT))
+    assert cells(titles) == ["perplexity", "kl", "parameters"]
+    assert [cells(row)[2] for row in rows] == ["0.0000", "0.5000", "0.2500"]
+    assert legend == "kl is the divergence from the dense model, in nats a token"
 
 
 def test_a_gguf_is_tried_with_llama_cpp() -> None:

@@ -9,7 +9,7 @@ import transformers
 from torch import Tensor
 
 from gpu_worker import corpora
-from gpu_worker.corpora import Texts, load_texts
+from gpu_worker.corpora import Texts, load_roles, load_texts
 from protocol.errors import DataError
 from protocol.spec import SearchSpec, TextSpec
 from tests.tiny_models import save_tiny_folder
@@ -135,16 +135,60 @@ def test_rare_words_of_wikitext_are_read_as_a_word(load: Load, tmp_path: Path) -
     assert rows(marked.calibration) == rows(plain.calibration)
 
 
-def test_wikitext_without_a_hub_is_refused_with_what_to_pass_instead(
-    load: Load, text: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize("name", ["wikitext2", "c4"])
+def test_a_text_of_the_hub_without_a_hub_is_refused_with_what_to_pass_instead(
+    load: Load, text: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
 ) -> None:
     monkeypatch.setattr(corpora, "hub_reachable", lambda: False)
     # Named here so that they are put back: the worker's process goes offline for good.
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
-    with pytest.raises(DataError, match="pass a text file, or `self`"):
-        load(part("wikitext2", 1), part(text, 1))
+    with pytest.raises(DataError, match=f"{name} is not on this machine.*; pass a text file, or `self`"):
+        load(part(name, 1), part(text, 1))
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
+    """What is asked of a hub that has, of each split, two documents that say which."""
+    asked: list[tuple[object, ...]] = []
+
+    def load_dataset(name: str, config: str | None, *, split: str, data_files: object) -> dict[str, list[str]]:
+        asked.append((name, config, split, data_files))
+        return {"text": [f"{split} " * 9] * 2}
+
+    monkeypatch.setattr(corpora, "hub_reachable", lambda: True)
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    return asked
+
+
+def test_each_role_has_a_split_of_wikitext(
+    load: Load, hub: list[tuple[object, ...]], tokenizer: transformers.PreTrainedTokenizerFast
+) -> None:
+    texts = load(part("wikitext2", 3), part("wikitext2", None), part("wikitext2", None))
+    assert hub == [("Salesforce/wikitext", "wikitext-2-raw-v1", s, None) for s in ("train", "validation", "test")]
+    assert "train" in tokenizer.decode(texts.calibration.flatten())
+    expected = "\n\n".join(["validation " * 9] * 2)
+    assert texts.fitness.flatten().tolist() == tokenizer(expected)["input_ids"][: texts.fitness.numel()]
+
+
+def test_each_role_has_documents_of_c4_that_no_other_has(load: Load, hub: list[tuple[object, ...]]) -> None:
+    load(part("c4", 3), part("c4", 3), part("c4", None))
+    assert all(asked[:2] == ("allenai/c4", None) for asked in hub)
+    train, validation = "en/c4-train.00000-of-01024.json.gz", "en/c4-validation.00000-of-00008.json.gz"
+    assert [asked[2:] for asked in hub] == [
+        ("train[:4000]", {"train": train}),
+        ("validation[1100:2200]", {"validation": validation}),
+        ("validation[:1100]", {"validation": validation}),
+    ]
+
+
+def test_a_split_of_no_wanted_role_is_not_read(
+    hub: list[tuple[object, ...]], tokenizer: transformers.PreTrainedTokenizerFast
+) -> None:
+    parts = {"calibration": part("wikitext2", 3), "fitness": part("wikitext2", None)}
+    windows = load_roles(parts, 0, tokenizer, no_generation, only={"fitness"})  # type: ignore[arg-type]
+    assert list(windows) == ["fitness"] and [asked[2] for asked in hub] == ["validation"]
 
 
 def test_the_model_writes_as_much_as_all_roles_need_and_once(

@@ -228,6 +228,7 @@ def test_a_gguf_may_lie_beside_what_transformers_loads(
     [
         (["--format", "onnx"], "--format cannot be 'onnx': there are hf, padded, gguf"),
         (["--format", "hf", "--format", "padded"], "would write the same files"),
+        (["--gguf-type", "q8_0"], "--gguf-type q8_0 is not read here: hf has no GGUF file"),
     ],
 )
 def test_formats_that_cannot_be_are_one_sentence(

@@ -1,5 +1,8 @@
 import os
 import stat
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,7 +35,7 @@ def test_the_folder_is_not_there_before_it_is_complete(tmp_path: Path) -> None:
     def look(folder: Path) -> None:
         write_one(folder)
         assert not (tmp_path / "out").exists()
-        assert folder.name.startswith(".out.") and folder.parent == tmp_path
+        assert folder.parent.name.startswith(".out.") and folder.parent.parent == tmp_path
 
     write_folder(tmp_path / "out", look, force=False)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -103,7 +106,7 @@ def test_a_signal_between_two_renamings_brings_the_older_export_back(
     older, rename = older_export(tmp_path / "out"), Path.rename
 
     def interrupted(path: Path, target: Path) -> Path:
-        if path.name.startswith(".") and (path / MARK).read_text() == "new":
+        if path.parent.name.startswith(".") and (path / MARK).read_text() == "new":
             raise KeyboardInterrupt
         return rename(path, target)
 
@@ -158,3 +161,79 @@ def test_what_will_be_refused_can_be_asked_before(tmp_path: Path) -> None:
     with pytest.raises(ExportError):
         check_target(older_export(tmp_path / "out"), force=False)
     check_target(tmp_path / "out", force=True)
+
+
+@pytest.fixture
+def writer(tmp_path: Path) -> Iterator["subprocess.Popen[str]"]:
+    """A process that is half-way through writing `out`."""
+    code = (
+        "import sys, time; from pathlib import Path; from gpu_worker.export.folder import write_folder\n"
+        "def write(folder):\n"
+        "    (folder / 'model.safetensors').write_text('half'); print('half', flush=True); time.sleep(600)\n"
+        "write_folder(Path(sys.argv[1]), write, force=True)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "out")]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stdout.readline() == "half\n"
+        yield process
+        process.kill()
+
+
+def test_what_another_process_is_writing_is_left_alone(tmp_path: Path, writer: "subprocess.Popen[str]") -> None:
+    for act in (check_target, lambda target, force: write_folder(target, write_one, force=force)):
+        with pytest.raises(ExportError, match=r"the folder .*/out is being written by another process$"):
+            act(tmp_path / "out", force=True)
+    assert writer.poll() is None
+    (unfinished,) = tmp_path.iterdir()
+    assert contents(unfinished / "content") == {"model.safetensors": "half"}
+
+
+def test_what_a_killed_process_left_is_cleared_away(tmp_path: Path, writer: "subprocess.Popen[str]") -> None:
+    writer.kill()
+    writer.wait()
+    assert [path.name[:5] for path in tmp_path.iterdir()] == [".out."]
+    check_target(tmp_path / "out", force=False)
+    assert not list(tmp_path.iterdir()), "the disk that it took is free before anything begins"
+    write_folder(tmp_path / "out", write_one, force=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and contents(tmp_path / "out") == {MARK: "new"}
+
+
+def killed_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renaming: int) -> None:
+    """Leave what a kill leaves after so many renamings; no handler runs then."""
+    left, rename = renaming, Path.rename
+
+    def until(path: Path, target: Path) -> Path:
+        nonlocal left
+        if left == 0:
+            raise Killed
+        left -= 1
+        return rename(path, target)
+
+    with monkeypatch.context() as patched, pytest.raises(Killed):
+        patched.setattr(Path, "rename", until)
+        patched.setattr("gpu_worker.export.folder._clear", lambda _: None)
+        write_folder(tmp_path / "out", write_one, force=True)
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL."""
+
+
+def test_an_older_export_that_a_killed_process_moved_aside_is_put_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    older_export(tmp_path / "out")
+    killed_at(tmp_path, monkeypatch, 1)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ExportError, match="out exists; pass another one, or --force to replace it"):
+        check_target(tmp_path / "out", force=False)
+    assert contents(tmp_path / "out")[MARK] == "old" and [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_older_export_whose_place_is_taken_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    older_export(tmp_path / "out")
+    killed_at(tmp_path, monkeypatch, 2)
+    assert contents(tmp_path / "out") == {MARK: "new"} and len(list(tmp_path.iterdir())) > 1
+    check_target(tmp_path / "out", force=True)
+    assert contents(tmp_path / "out") == {MARK: "new"} and [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -9,6 +9,7 @@ import torch
 from gpu_worker.export.padded import write_padded
 from gpu_worker.export.reopen import as_it_was_pruned, read_exported
 from gpu_worker.families import FAMILIES
+from gpu_worker.finetune.judging import EvalText
 from gpu_worker.finetune.memory import Training, check_finetuning_disk
 from gpu_worker.finetune.trained import trained
 from gpu_worker.finetune.training import batch_of, learning_rate, steps_of
@@ -147,6 +148,25 @@ def test_card_and_curve_say_what_was_done(tmp_path: Path) -> None:
     assert [point["step"] for point in curve["losses"]] == list(range(1, 13))
     assert curve["recipe"]["rank"] == 8 and (tmp_path / "out" / "loss.png").stat().st_size > 1000
     assert read_exported(tmp_path / "out").facts.finetunings == (result.finetuning,)
+
+
+def test_a_report_text_is_measured_too_and_the_dense_figure_stays_on_equal_tokens(tmp_path: Path) -> None:
+    folder = exported(tmp_path / "pruned")
+    text = str(tmp_path / "words.txt")
+    report = EvalText(text, 3, 32)
+    first = finetuned(folder, tmp_path / "out", report_text=report)
+    told = first.finetuning.report_perplexity
+    assert told is not None and told.after < told.before and told.tokens == 3 * 31
+    mark = tmp_path / "out" / "selfpruner.json"
+    facts = read_exported(tmp_path / "out").facts
+    assert facts.pruned_report is not None and facts.pruned_report.perplexity == told.after
+    assert facts.spec.report == told.text and facts.dense_report is None and facts.report_digest is not None
+    mark.write_text(json.dumps(json.loads(mark.read_text()) | {"dense_report": {"perplexity": 7.5, "tokens": 93}}))
+    finetuned(tmp_path / "out", tmp_path / "again", report_text=report)
+    finetuned(tmp_path / "out", tmp_path / "others", report_text=EvalText(text, 2, 32))
+    again, others = (read_exported(tmp_path / name).facts for name in ("again", "others"))
+    assert again.dense_report is not None and again.dense_report.perplexity == 7.5 and others.dense_report is None
+    assert f"{told.before:.4g} before and {told.after:.4g} after" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_without_a_text_nothing_is_claimed(tmp_path: Path) -> None:

@@ -133,7 +133,7 @@ def test_time_ends_it_after_a_step_at_least(folder: Path, tmp_path: Path, capsys
 def test_its_folder_is_measured_again_by_its_card(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    text = text_in(folder.parent)
+    text = text_in(tmp_path)
     assert main(arguments(folder, tmp_path / "out", "--eval-data", text)) == 0
     tuned = json.loads(capsys.readouterr().out)["finetuning"]
     assert main(["evaluate", str(tmp_path / "out"), "--data", text, "--json"]) == 0
@@ -163,6 +163,10 @@ def test_people_get_a_table(folder: Path, tmp_path: Path, capsys: pytest.Capture
         (["--seqlen", "2048"], "longer than the 256 positions"),
         (["--dtype", "float16"], "float16"),
         (["--format", "gguf", "--gguf-type", "q9"], "q9"),
+        (
+            ["--gguf-type", "q8_0"],
+            "--gguf-type q8_0 is not read here: hf has no GGUF file; add --format gguf",
+        ),
     ],
 )
 def test_what_cannot_be_done_gets_one_sentence(
@@ -171,6 +175,15 @@ def test_what_cannot_be_done_gets_one_sentence(
     assert main(arguments(folder, tmp_path / "out", *options)) == 2
     assert sentence in capsys.readouterr().err.splitlines()[-1]
     assert not (tmp_path / "out").exists()
+
+
+def test_a_file_is_not_learned_from_and_measured_on(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "link.txt").symlink_to(text_in(folder.parent))
+    assert main(arguments(folder, tmp_path / "out", "--eval-data", str(tmp_path / "link.txt"))) == 2
+    told = capsys.readouterr().err
+    assert "--data and --eval-data are one file" in told and told.count("\n") == 1
 
 
 def test_a_bad_line_is_named_before_the_model_is_loaded(

@@ -63,6 +63,17 @@ def test_a_text_is_cut_into_windows_of_which_all_but_the_first_token_is_predicte
     assert begins == ("<first>" + "bcdefgh" + "abcdefgh" if family == "gemma3_text" else "abcdefgh" * 2)
 
 
+def test_of_a_text_of_the_hub_what_is_learned_is_not_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(_name: str, _config: str, *, split: str, data_files: object) -> dict[str, list[str]]:
+        assert data_files is None
+        return {"text": [split * 20]}
+
+    monkeypatch.setattr(corpora, "hub_reachable", lambda: True)
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    data = prepared("wikitext2", Recipe(seqlen=16))
+    assert byte_tokenizer().decode(data.examples[0].tokens) == "traintraintraint"
+
+
 def test_a_model_that_needs_a_first_token_gets_it_before_instructions_too(tmp_path: Path) -> None:
     data = prepared(written(tmp_path, "rows.json", json.dumps(ROWS)), family="gemma3_text")
     assert byte_tokenizer().decode(data.examples[0].tokens).startswith("<first>Below is")

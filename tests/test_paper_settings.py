@@ -1,5 +1,7 @@
 """The settings of benchmarks/paper_tables.py, and the hours that they are estimated to take."""
 
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -7,11 +9,26 @@ import pytest
 
 from benchmarks.paper.cells import Measured, with_needs
 from benchmarks.paper.commands import command
-from benchmarks.paper.costs import LOADING, STARTING, UTILISATION, CostModel
-from benchmarks.paper.making import CellMaker
-from benchmarks.paper.settings import PaperSettings, read_settings
+from benchmarks.paper.costs import (
+    GENERATED,
+    LOADING,
+    NAMED_TOKENS,
+    STARTING,
+    TFLOPS,
+    UTILISATION,
+    CostModel,
+    candidates_of,
+    parameters_of,
+    specs_of,
+    speed_tokens,
+    text_tokens,
+)
+from benchmarks.paper.making import CellMaker, settings_of
+from benchmarks.paper.settings import PaperSettings, Texts, read_settings, settings_of_search
 from benchmarks.paper.wanted import wanted_tables
 from benchmarks.paper_tables import main
+from gpu_worker.corpora import Source, source_of
+from protocol.spec import Role, TextSpec
 from tests.paper import ALL, ONE_TEXT, SMALL, make
 from tests.scripted_runner import ScriptedRunner
 
@@ -53,6 +70,37 @@ def test_finished_cells_calibrate_the_estimate_of_other_models() -> None:
     assert cost.seconds(same) == pytest.approx(start + 30 * (256 + 128 + 256) / 256)
     assert cost.seconds(larger) == pytest.approx(STARTING + 20 + 300)
     assert (cost.basis(same), cost.basis(searched)) == ("1 of its kind", "1 of other kinds")
+
+
+def test_of_a_whole_file_a_role_has_what_the_others_leave(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("word" * 1000)
+    a, b = str(tmp_path / "a.txt"), str(tmp_path / "b.txt")
+    texts = Texts(calibration=a, calibration_windows=4, fitness=a, report=b, report_windows=3, seqlen=64)
+    assert text_tokens("fitness", specs_of(texts, 64)) == 1000 - 4 * 64
+    assert text_tokens("fitness", specs_of(texts.model_copy(update={"calibration": b}), 64)) == 1000
+    assert text_tokens("fitness", specs_of(Texts(), 64)) == NAMED_TOKENS["wikitext2"]["fitness"]
+    assert text_tokens("report", specs_of(Texts(report=None), 64)) == 0
+
+
+def test_the_speeds_tokens_are_those_of_the_commands_defaults_and_flags() -> None:
+    default = speed_tokens(0.5, [])
+    assert default == 1.5 * 6 * (512 + 64 * GENERATED)
+    assert speed_tokens(0.5, ["--repeats", "3", "--warm-up=0", "--prompt", "100", "--batch-size", "2"]) == 1.5 * 3 * (
+        200 + 64 * GENERATED
+    )
+    assert speed_tokens(0.5, ["--engine", "transformers", "--engine", "llama.cpp"]) == 2 * default
+    assert speed_tokens(0.5, ["--engine", "vllm"]) == default + 1.5 * (6 * 512 + 512 + 64 * GENERATED)
+
+
+def test_what_an_engine_loads_again_takes_time_again() -> None:
+    settings = PaperSettings.model_validate(
+        {"models": [{"name": "m", "billions": 1}], "texts": ONE_TEXT, "speed": {"flags": ["--engine", "vllm"]}}
+    )
+    cell = CellMaker(settings).speed(settings.models[0], 0.5)
+    assert cell.loads == 2 * 1.5 and cell.model_copy(update={"loads": 1.0}).id == cell.id
+    cost = CostModel(settings.models, [cell], {})
+    once = cost.seconds(cell.model_copy(update={"loads": 1.0}))
+    assert once is not None and cost.seconds(cell) == pytest.approx(once + 2 * 2e9 / LOADING)
 
 
 @pytest.mark.parametrize(
@@ -110,3 +158,70 @@ def test_the_files_beside_the_harness_can_be_run(name: str) -> None:
     assert [found.number for found in tables] == list(settings.tables)
     for cell in with_needs(each for found in tables for each in found.cells):
         assert command(cell, Path("out"))[0] == cell.what
+
+
+ROOT = Path(__file__).parent.parent
+SEARCHES = sorted((ROOT / "configs").glob("*.yaml"))
+TABLES = sorted((ROOT / "benchmarks" / "paper").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("file", [*SEARCHES, *TABLES], ids=lambda file: file.name)
+def test_the_texts_of_every_shipped_file_have_as_many_windows_as_it_asks_for(file: Path) -> None:
+    texts: Any = settings_of_search(file, []).data if file in SEARCHES else read_settings(file).texts
+    roles: tuple[Role, ...] = ("calibration", "fitness", "report")
+    named = [role for role in roles if getattr(texts, role) in NAMED_TOKENS]
+    left: dict[Source, int] = {}
+    for role in named:
+        text = TextSpec(source=getattr(texts, role), windows=getattr(texts, f"{role}_windows"), seqlen=texts.seqlen)
+        source = source_of(role, text)
+        left.setdefault(source, NAMED_TOKENS[text.source][role] // texts.seqlen)
+        left[source] -= text.windows or 1
+    assert all(windows >= 0 for windows in left.values()), left
+
+
+@pytest.mark.parametrize(("name", "tflops"), [("smollm2", 1), ("llama-2-7b", TFLOPS), ("llama-2-70b", TFLOPS)])
+def test_the_files_beside_the_harness_say_what_they_take(name: str, tflops: float) -> None:
+    """Where this fails, --estimate has the figures for the head of the file."""
+    file = ROOT / "benchmarks" / "paper" / f"{name}.yaml"
+    head = file.read_text().partition("models:")[0]
+    settings = read_settings(file)
+    cells = with_needs(each for found in wanted_tables(settings) for each in found.cells)
+    cost = CostModel(settings.models, cells, {}, tflops)
+    hours = sum(cost.seconds(cell) or 0 for cell in cells) / 3600
+    said = re.search(r"([\d.]+) hours", head)
+    assert said is not None and said[1] == f"{hours:.{len(said[1].partition('.')[2])}f}"
+    searches = Counter(candidates_of(settings_of(cell)) for cell in cells if cell.what == "run")
+    told = re.findall(r"(\d+) of (\d+)(?: evaluations)?(?:,| and|\))", head)
+    assert name == "smollm2" or {int(size): int(count) for count, size in told} == searches
+
+
+@pytest.mark.parametrize(("name", "gigabytes"), [("llama-2-7b", 80), ("llama-2-70b", 160)])
+def test_table_7_is_asked_for_where_the_dense_and_the_pruned_model_fit(name: str, gigabytes: int) -> None:
+    settings = read_settings(ROOT / "benchmarks" / "paper" / f"{name}.yaml")
+    parameters = parameters_of(settings.models[0], [], {})
+    assert parameters is not None
+    fits = 2 * parameters * (2 - min(settings.rates)) < gigabytes * 1e9
+    assert (7 in settings.tables) == fits
+
+
+@pytest.mark.parametrize("name", ["llama-2-7b", "llama-2-70b"])
+def test_a_key_file_that_is_not_there_is_told_before_the_first_cell(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file, runner = str(ROOT / "benchmarks" / "paper" / f"{name}.yaml"), ScriptedRunner()
+    given = [file, "--out", str(tmp_path / "out"), "--set", "tables=[1]"]
+    assert main(given, runner) == 2
+    said = capsys.readouterr().err
+    assert "the key file '~/.secrets/openai' cannot be read" in said and said.count("\n") == 1 and not runner.asked
+    (tmp_path / ".secrets").mkdir()
+    (tmp_path / ".secrets" / "openai").write_text("key")
+    assert main(given, runner) == 0 and "run" in runner.commands()
+
+
+def test_all_searches_of_a_file_ask_with_the_same_key() -> None:
+    for name in ("llama-2-7b", "llama-2-70b"):
+        settings = read_settings(ROOT / "benchmarks" / "paper" / f"{name}.yaml")
+        cells = with_needs(each for found in wanted_tables(settings) for each in found.cells)
+        searches = [settings_of(cell).llm.endpoints for cell in cells if cell.what == "run"]
+        assert {endpoint.api_key_file for each in searches for endpoint in each} == {Path("~/.secrets/openai")}

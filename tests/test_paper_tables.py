@@ -1,5 +1,6 @@
 """benchmarks/paper_tables.py with a scripted `selfpruner`: the tables that come of its cells."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -113,6 +114,18 @@ def test_table_7_shows_the_first_engine_that_measured(tmp_path: Path) -> None:
     assert [ours and round(ours, 2) for ours, _ in rows["LLaMA-2-7B", "30%"]] == [4.77, 8.88, 80.0, 1.6]
     assert [paper for _, paper in rows["LLaMA-2-7B", "30%"]] == [4.77, 8.88, 123.66, 1.48]
     assert value_of(runner.asked[-1], "--baseline") == LLAMA
+
+
+def test_table_7_has_the_dense_model_from_whatever_rate_was_measured(tmp_path: Path) -> None:
+    def say(arguments: Sequence[str]) -> Failure | None:
+        return Failure("no memory") if arguments[0] == "export" and "-0.2-" in " ".join(arguments) else None
+
+    settings = {"models": [LLAMA], "tables": [7], "rates": [0.2, 0.3]}
+    assert make(tmp_path, settings, ScriptedRunner(say)) == 1
+    rows = table(tmp_path, 7)
+    assert rows["LLaMA-2-7B", "0%"][2][0] == 50.0 and rows["LLaMA-2-7B", "20%"][2][0] is None
+    (written,) = json.loads((tmp_path / "out" / "tables.json").read_text())["tables"]
+    assert written["rows"][0]["entries"][0]["cell"].startswith("speed-llama-2-7b-hf-self-pruner-0.3-")
 
 
 def test_where_no_engine_measured_the_table_says_why(tmp_path: Path) -> None:

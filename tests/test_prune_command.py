@@ -13,6 +13,9 @@ import pytest
 
 from daemon.cli import main
 from daemon.prune_command import prune_settings
+from daemon.prune_steps import Goal, check_disk
+from daemon.signals import Interrupted
+from tests.samples import SHAPE
 from tests.tiny_models import save_tiny_folder
 from tests.tiny_specs import write_text
 
@@ -22,6 +25,7 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("target")
     save_tiny_folder(folder / "model", hidden_size=48, layers=4)
     write_text(folder / "text.txt", words=1600)
+    write_text(folder / "report.txt", words=400)
     rows = [{"instruction": f"say {i}", "input": "", "output": "abcd efgh " * 3} for i in range(12)]
     (folder / "alpaca.json").write_text(json.dumps(rows))
     return folder
@@ -74,6 +78,7 @@ def test_a_model_becomes_a_folder_that_measures_what_it_did_in_memory(tmp_path: 
 
 def test_fine_tuning_begins_from_what_was_found_and_writes_the_formats(tmp_path: Path, target: Path) -> None:
     tuning = ["--finetune", "--finetune-data", str(target / "alpaca.json"), "--format", "padded", "--format", "gguf"]
+    tuning += ["--report-data", str(target / "report.txt")]
     answer = finished(tmp_path, *arguments(target, "--budget", "4", *tuning))
     tuned = answer["finetuned"]
     assert tuned["formats"] == ["padded", "gguf"]
@@ -81,6 +86,11 @@ def test_fine_tuning_begins_from_what_was_found_and_writes_the_formats(tmp_path:
     assert perplexity["before"] == pytest.approx(answer["exported"]["perplexity"], rel=1e-3)
     assert answer["reloaded"] == pytest.approx(perplexity["after"], rel=1e-3)
     assert "runs" in Path(answer["exported"]["folder"]).parts
+    report = tuned["finetuning"]["report_perplexity"]
+    assert report["before"] == pytest.approx(answer["exported"]["report_perplexity"], rel=1e-3)
+    facts = json.loads((tmp_path / "small" / "selfpruner.json").read_text())
+    assert facts["pruned_report"]["perplexity"] == report["after"]
+    assert facts["dense_report"]["perplexity"] == pytest.approx(answer["dense_report_perplexity"], rel=1e-3)
 
 
 def test_killed_in_its_last_checks_the_same_command_goes_on_there(tmp_path: Path, target: Path) -> None:
@@ -97,6 +107,65 @@ def test_killed_in_its_last_checks_the_same_command_goes_on_there(tmp_path: Path
     finished(tmp_path, *arguments(target, "--budget", "4", "--set", "search.seed=1", "--force"))
     taken = subprocess.run(command(*options), cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
     assert taken.returncode == 2 and "--force to replace it" in taken.stderr, "another search's model stands there now"
+
+
+def test_a_longer_search_replaces_what_a_shorter_one_wrote(tmp_path: Path, target: Path) -> None:
+    def rates(rounds: int) -> list[float]:
+        finished(tmp_path, *arguments(target, "--set", f"search.rounds={rounds}"))
+        (best,) = tmp_path.glob("runs/*/best.json")
+        written: list[float] = json.loads((tmp_path / "small" / "selfpruner.json").read_text())["rates"]
+        assert written == json.loads(best.read_text())["rates"]
+        return written
+
+    assert rates(0) != rates(4)
+
+
+def test_force_replaces_what_was_checked_and_nothing_that_was_not(
+    tmp_path: Path, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tuning = ["--finetune", "--finetune-data", str(target / "alpaca.json"), "--force"]
+    options = arguments(target, "--budget", "4", *tuning)
+
+    def killed(*_: object) -> None:
+        raise Interrupted(signal.SIGTERM)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("daemon.prune_steps.reloaded", killed)
+        assert main(options) == 128 + signal.SIGTERM
+    first = when_written(tmp_path)
+    assert main(options) == 0 and when_written(tmp_path) == first, "what had been trained is thrown away"
+    assert main(options) == 0 and when_written(tmp_path) != first, "what is finished is not replaced"
+
+
+def when_written(folder: Path) -> int:
+    return (folder / "small" / "model.safetensors").stat().st_mtime_ns
+
+
+def test_the_disk_needs_room_for_both_models_where_they_share_it(
+    tmp_path: Path, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked: list[int] = []
+
+    def check(_folder: Path, needed: int, _what: str, freed: int = 0) -> None:
+        asked.append(needed - freed)
+
+    monkeypatch.setattr("gpu_worker.export.room.check_disk", check)
+    monkeypatch.setattr("gpu_worker.finetune.memory.check_disk", check)
+    settings = prune_settings("m", 0.3, Path("small"), 8, None, None, settings_file(target), [])
+    goal = Goal(Path("small"), ("hf",), data="alpaca.json")
+    check_disk(goal, settings, SHAPE)
+    pruned, both = asked
+    pruned_folder = settings.folder / "pruned"
+    pruned_folder.mkdir(parents=True)
+    (pruned_folder / "selfpruner.json").touch()
+    check_disk(goal, settings, SHAPE)
+    assert asked == [pruned, both, both - pruned]
+    (pruned_folder / "selfpruner.json").unlink()
+    monkeypatch.setattr("gpu_worker.export.room.device_of", lambda folder: folder.name == "small")
+    check_disk(goal, settings, SHAPE)
+    assert asked[3:] == [pruned, both - pruned]
 
 
 def test_killed_in_its_search_the_same_command_goes_on(tmp_path: Path, target: Path) -> None:
@@ -153,11 +222,17 @@ def test_the_name_of_the_search_follows_from_the_folder_and_from_what_decides_a_
         (["--finetune", "--finetune-minutes", "nan"], "is no time to train in"),
         (["--finetune", "--finetune-data", "self"], "there is no file 'self'"),
         (["--finetune"], "cannot be reached"),
+        (["--finetune", "--finetune-data", "TEXT"], "--finetune-data and data.fitness (--data) are one file"),
+        (
+            ["--finetune", "--finetune-data", "TEXT", "--set", "data.fitness=self"],
+            "--finetune-data and data.report (--report-data) are one file",
+        ),
         (["--finetune", "--set", "target.dtype=float16"], "gradients overflow in float16"),
         (["--finetune", "--finetune-data", "nowhere.json"], "nowhere.json"),
         (["--budget", "2"], "smaller than the first population"),
         (["--set", "search.nonsense=1"], "nonsense"),
         (["--format", "hf", "--format", "padded"], "would write the same files"),
+        (["--gguf-type", "f16"], "--gguf-type f16 is not read here"),
     ],
 )
 def test_what_cannot_be_is_one_sentence_before_anything_is_begun(
@@ -169,6 +244,7 @@ def test_what_cannot_be_is_one_sentence_before_anything_is_begun(
     sentence: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    options = [str(target / "text.txt") if each == "TEXT" else each for each in options]
     assert main(arguments(target, *options)) == 2
     assert sentence in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
@@ -179,7 +255,11 @@ def test_what_cannot_be_is_one_sentence_before_anything_is_begun(
     [
         (10, [], "the export into hf needs about"),
         (10, ["--finetune", "--finetune-data", "alpaca.json"], "before it is fine-tuned, needs about"),
-        (350_000, ["--finetune", "--finetune-data", "alpaca.json"], "with its checkpoints, needs about"),
+        (
+            350_000,
+            ["--finetune", "--finetune-data", "alpaca.json"],
+            "with its checkpoints and what it begins from, needs about",
+        ),
     ],
 )
 def test_a_disk_that_is_too_small_is_told_before_the_search(

@@ -1,7 +1,11 @@
 """Both engines on tiny models: what they run, how often, how long by a scripted clock, and how large they say it is."""
 
+import json
+import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gguf
@@ -12,12 +16,13 @@ from gpu_worker.export.gguf import write_gguf
 from gpu_worker.families import take_apart
 from gpu_worker.models import LoadedModel
 from gpu_worker.progress import no_progress
+from gpu_worker.speed import vllm_engine
 from gpu_worker.speed.comparing import measure_speed
 from gpu_worker.speed.engines import SpeedRequest
 from gpu_worker.speed.measuring import Length
 from gpu_worker.speed.sweep import widen
 from gpu_worker.speed.transformers_engine import TransformersRunner, open_pair
-from gpu_worker.speed.vllm_engine import VllmRunner, check_modeling
+from gpu_worker.speed.vllm_engine import VllmRunner, has_our_code
 from protocol.errors import ModelError, SettingsError
 from tests.exports import export, pruned, with_tokenizer
 from tests.pruned_models import keep
@@ -275,12 +280,52 @@ def test_vllms_decode_is_what_all_tokens_take_longer_than_the_first() -> None:
     assert (timing.decode_tokens, timing.decode_seconds) == (12, 3.0)
 
 
-def test_vllm_is_given_no_code_that_is_not_ours(folders: Path, tmp_path: Path) -> None:
-    check_modeling(folders / "hf")
-    check_modeling(folders / "dense")
-    copy = tmp_path / "copy"
-    export(pruned(with_tokenizer(tiny_llama()), PLAN), "hf", copy, PLAN)
-    file = copy / "modeling_pruned_llama.py"
-    file.write_text(file.read_text() + "import os\n")
-    with pytest.raises(ModelError, match="is not what this version of Self-Pruner writes"):
-        check_modeling(copy)
+@pytest.fixture
+def copied(folders: Path, tmp_path: Path) -> Path:
+    """An hf export that may be changed."""
+    return Path(shutil.copytree(folders / "hf", tmp_path / "copy"))
+
+
+def test_vllm_runs_our_code_of_our_folders_and_no_other(folders: Path) -> None:
+    assert has_our_code(folders / "hf")
+    assert not has_our_code(folders / "dense")
+
+
+@pytest.mark.parametrize("name", ["modeling_pruned_llama.py", "helpers.py", "custom_generate/generate.py"])
+def test_vllm_is_given_no_code_that_is_not_ours(copied: Path, name: str) -> None:
+    file = copied / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("import os\n")
+    with pytest.raises(ModelError, match=f"{name}' is not what this version of Self-Pruner writes"):
+        has_our_code(copied)
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "generation_config.json"])
+def test_vllm_is_given_no_folder_that_names_other_code(copied: Path, name: str) -> None:
+    file = copied / name
+    given = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps(given | {"auto_map": {"AutoModel": "some/repository--modeling.Model"}}))
+    with pytest.raises(ModelError, match=f"{name}' is not what this version of Self-Pruner writes"):
+        has_our_code(copied)
+
+
+def test_vllm_looks_into_no_folder_elsewhere(copied: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (copied / "custom_generate").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ModelError, match="custom_generate' is not what"):
+        has_our_code(copied)
+
+
+def test_vllm_is_told_to_trust_the_folder_and_not_the_baseline(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trusted: dict[str, bool] = {}
+
+    def llm(*, model: str, trust_remote_code: bool, **_: object) -> None:
+        trusted[Path(model).name] = trust_remote_code
+
+    size = TransformersRunner(tiny_llama(), LENGTH).size()
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=llm, SamplingParams=dict))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(vllm_engine, "_look_at", lambda _: ((size, size), 320, str(folders / "dense")))
+    monkeypatch.setattr(vllm_engine, "device_name", lambda _: "a GPU")
+    with vllm_engine.open_pair(request(folders)):
+        assert trusted == {"dense": False, "hf": True}

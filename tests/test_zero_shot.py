@@ -67,6 +67,14 @@ def check(answer: dict[str, Any], expected: dict[str, tuple[float, float]], item
     assert answer["mean"] == pytest.approx(sum(task["accuracy"] for task in found.values()) / len(found))
 
 
+def test_no_more_text_is_needed_than_is_scored_on(target: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = ["--calibration-data", str(target / "calibration.txt"), "--seqlen", "32"]
+    options = [*text, "--allocate", "uniform", "--rate", "0.3", "--limit", "1"]
+    assert ask(target, *options, "--calibration-windows", str(3999 // 32)) == 0
+    assert asked(capsys)["rate"] == pytest.approx(0.3, abs=0.02)
+    assert ask(target, *options, "--calibration-windows", str(3999 // 32 + 1)) == 2
+
+
 @pytest.mark.parametrize("batch_size", ["1", "5"])
 def test_accuracies_are_those_worked_out_by_hand_in_every_form_of_answer(
     target: Path, capsys: pytest.CaptureFixture[str], batch_size: str

@@ -36,11 +36,13 @@ class Cell(BaseModel):
     """What people are told of it besides; of a cell that tables share, what the first of them says."""
     tokens: float = 0.0
     """Tokens through the dense model that it takes as long as; see costs.py."""
+    loads: float = 1.0
+    """How often as much as the dense model is loaded."""
 
     @property
     def id(self) -> str:
         """Names its result, its search and its folder: equal where the same is run, and also a search's name."""
-        decides = self.model_dump(mode="json", exclude={"config", "note", "tokens", "needs"})
+        decides = self.model_dump(mode="json", exclude={"config", "note", "tokens", "loads", "needs"})
         decides["needs"] = [need.id for need in self.needs]
         digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:10]
         model = re.sub(r"[^a-z0-9.]+", "-", Path(self.model).name.lower())[:16]

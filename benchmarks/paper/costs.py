@@ -2,7 +2,7 @@
 
     seconds = start + parameters × tokens × seconds for one parameter and token
 
-`start` is `STARTING` seconds, and loading two bytes a parameter at `LOADING` bytes a second.
+`start` is `STARTING` seconds, and loading two bytes a parameter at `LOADING` bytes a second; `speed` loads often.
 `tokens` are those that the dense model would read in the same time; the functions below count them for each command:
 
 - A model pruned by β reads a token in 1 − β of the dense model's time (its embeddings and head, which stay, are small).
@@ -14,8 +14,8 @@
 - The seven zero-shot tasks have 20,465 items, which with all their choices are about 5.9 million tokens; with a limit,
   a part of them.
 - Fine-tuning costs three passes a token. A token that is generated costs `GENERATED` passes, for it waits for memory.
-- Of a whole file every 4 bytes are a token. Text that the model writes itself is kept after the first time, and counts
-  nothing. Nor do downloads.
+- Of a whole file every 4 bytes are a token; windows that other roles take of it are left out. Text that the model
+  writes itself is kept after the first time, and counts nothing. Nor do downloads.
 
 The last factor is measured: the median over finished cells of the same command, of any model and rate; else over all
 finished cells; else it is 2 FLOP divided by `UTILISATION` of the peak that --tflops gives. Short cells of small models
@@ -25,13 +25,16 @@ are mostly start: they say little of large ones.
 import re
 import statistics
 from collections.abc import Mapping, Sequence
+from inspect import signature
 from pathlib import Path
 
 from benchmarks.paper.answers import Figures
 from benchmarks.paper.cells import Cell, Measured, Outcome, figures_of
 from benchmarks.paper.settings import Model, PaperSettings, Texts
-from daemon.settings import Settings
+from daemon.settings import DataSettings, Settings
+from daemon.speed_command import speed
 from protocol.paths import expanded
+from protocol.spec import Role, TextSpec
 
 UTILISATION = 0.4
 """Of the peak in bf16 that a forward pass over long windows comes to."""
@@ -40,8 +43,11 @@ TFLOPS = 312.0
 GENERATED = 64
 STARTING = 10.0
 LOADING = 1e9
-WIKITEXT2_TOKENS = {"fitness": 305_000, "report": 341_000}
-"""The whole validation and test splits, by LLaMA's tokenizer."""
+NAMED_TOKENS: dict[str, dict[Role, int]] = {
+    "wikitext2": {"calibration": 2_800_000, "fitness": 305_000, "report": 341_000},
+    "c4": {"calibration": 1_800_000, "fitness": 500_000, "report": 500_000},
+}
+"""All that each role has of a text of the hub, by LLaMA's tokenizer; of C4 from the mean length of its documents."""
 UNKNOWN_FILE_TOKENS = 300_000
 TASK_TOKENS = {
     "hellaswag": (10_042, 400),
@@ -60,31 +66,37 @@ UNITS = 64
 ALPACA_EXAMPLES = 10_000
 
 
-def text_tokens(source: str, windows: int | None, seqlen: int, role: str) -> int:
-    """Tokens of a text, of the whole of it where `windows` is None."""
-    if windows is not None:
-        return windows * seqlen
-    if source in ("wikitext2", "self"):
-        return WIKITEXT2_TOKENS[role]
-    file = expanded(source)
-    return file.stat().st_size // 4 if file.is_file() else UNKNOWN_FILE_TOKENS
+def specs_of(texts: Texts | DataSettings, seqlen: int) -> dict[Role, TextSpec]:
+    """The texts by role."""
+    given: dict[Role, tuple[str | None, int | None]] = {
+        "calibration": (texts.calibration, texts.calibration_windows),
+        "fitness": (texts.fitness, texts.fitness_windows),
+        "report": (texts.report, texts.report_windows),
+    }
+    return {role: TextSpec(source=name, windows=n, seqlen=seqlen) for role, (name, n) in given.items() if name}
 
 
-def fitness_tokens(texts: Texts, seqlen: int) -> int:
-    """Of the fitness text."""
-    return text_tokens(texts.fitness, texts.fitness_windows, seqlen, "fitness")
-
-
-def report_tokens(texts: Texts, seqlen: int) -> int:
-    """Of the report text; 0 where there is none."""
-    return text_tokens(texts.report, texts.report_windows, seqlen, "report") if texts.report else 0
+def text_tokens(role: Role, texts: Mapping[Role, TextSpec]) -> int:
+    """Tokens that a role has: of a whole file those that the other roles leave, without a text none."""
+    text = texts.get(role)
+    if text is None:
+        return 0
+    if text.windows is not None:
+        return text.windows * text.seqlen
+    if text.source in NAMED_TOKENS:
+        return NAMED_TOKENS[text.source][role]
+    file = expanded(text.source)
+    whole = file.stat().st_size // 4 if file.is_file() else UNKNOWN_FILE_TOKENS
+    same = (other for other in texts.values() if expanded(other.source).resolve() == file.resolve())
+    return max(0, whole - sum((other.windows or 0) * other.seqlen for other in same))
 
 
 def evaluation_tokens(
     texts: Texts, seqlen: int, rate: float, *, importance: str = "wanda-sp", sequential: bool = False, fitted: bool
 ) -> float:
     """Of `selfpruner evaluate` and `export`; `rate` 0 is a model as it is, which is not scored."""
-    measured = fitness_tokens(texts, seqlen) + report_tokens(texts, seqlen)
+    roles = specs_of(texts, seqlen)
+    measured = text_tokens("fitness", roles) + text_tokens("report", roles)
     if not rate:
         return measured
     calibration = texts.calibration_windows * seqlen
@@ -92,13 +104,19 @@ def evaluation_tokens(
     return measured + (1 - rate) * measured + scoring + (fitted + 2 * sequential) * calibration
 
 
+def candidates_of(settings: Settings) -> int:
+    """Most that a search measures."""
+    search = settings.search
+    candidates = search.population + search.rounds * (search.mutations + search.crossovers)
+    return min(candidates, search.max_evaluations or candidates)
+
+
 def search_tokens(settings: Settings) -> float:
     """Of a whole search."""
     search, data, rate = settings.search, settings.data, settings.target.rate
-    candidates = search.population + search.rounds * (search.mutations + search.crossovers)
-    candidates = min(candidates, search.max_evaluations or candidates)
-    fitness = text_tokens(data.fitness, data.fitness_windows, data.seqlen, "fitness")
-    report = text_tokens(data.report, data.report_windows, data.seqlen, "report") if data.report else 0
+    candidates = candidates_of(settings)
+    roles = specs_of(data, data.seqlen)
+    fitness, report = text_tokens("fitness", roles), text_tokens("report", roles)
     fitted = search.reconstruction == "least-squares"
     calibration = (1 + fitted) * data.calibration_windows * data.seqlen
     measured = fitness * (1 + (1 - rate) * (candidates + 1)) + report * (1 + 2 * (1 - rate))
@@ -120,9 +138,43 @@ def finetune_tokens(settings: PaperSettings, rate: float) -> float:
     return 3 * (1 - rate) * examples * chosen.seqlen
 
 
-def speed_tokens(rate: float) -> float:
-    """Of a few repeats of 512 read and 128 generated tokens, dense and pruned, by two batch sizes."""
-    return (2 - rate) * 2 * 4 * (512 + 128 * GENERATED)
+def speed_tokens(rate: float, flags: Sequence[str]) -> float:
+    """Of `selfpruner speed` with these flags: each repeat runs the dense and the pruned model on every batch."""
+    given = _values(flags)
+
+    def number(name: str) -> int:
+        default = signature(speed).parameters[name].default
+        return int(given.get(f"--{name.replace('_', '-')}", [default])[-1])
+
+    generated = number("generate") * GENERATED
+    batches = [int(each) for each in given.get("--batch-size", ["1"])]
+    tokens = 0
+    for engine in _engines(given):
+        # vLLM reads each prompt twice; and transformers has run both models once before, to see how large they are.
+        reads = 2 if engine == "vllm" else 1
+        run = sum(reads * batch * number("prompt") + generated for batch in batches)
+        tokens += (number("repeats") + number("warm_up")) * run
+        tokens += number("prompt") + generated if engine == "vllm" else 0
+    return (2 - rate) * tokens
+
+
+def speed_loads(rate: float, flags: Sequence[str]) -> float:
+    """How often as much as the dense model is loaded: two models in each engine, for vLLM in transformers before."""
+    return (2 - rate) * sum(2 if engine == "vllm" else 1 for engine in _engines(_values(flags)))
+
+
+def _values(flags: Sequence[str]) -> dict[str, list[str]]:
+    """What each flag of a command line is given."""
+    words = [word for flag in flags for word in flag.split("=", 1)]
+    found: dict[str, list[str]] = {}
+    for name, value in zip(words[::2], words[1::2], strict=False):
+        found.setdefault(name, []).append(value)
+    return found
+
+
+def _engines(given: Mapping[str, list[str]]) -> list[str]:
+    """Left out, it is those that are there, and one of them at least."""
+    return list(dict.fromkeys(given.get("--engine", ["transformers"])))
 
 
 def parameters_of(model: Model, cells: Sequence[Cell], outcomes: Mapping[str, Outcome]) -> float | None:
@@ -161,7 +213,7 @@ class CostModel:
         parameters = self._parameters.get(cell.model)
         if parameters and cell.tokens:
             # A cell that was quicker than its start should take: a tenth of it was work.
-            work = max(outcome.seconds - _start(parameters), outcome.seconds / 10)
+            work = max(outcome.seconds - _start(parameters, cell.loads), outcome.seconds / 10)
             self._measured.setdefault(cell.what, []).append(work / (parameters * cell.tokens))
 
     def seconds(self, cell: Cell) -> float | None:
@@ -169,7 +221,7 @@ class CostModel:
         parameters = self._parameters.get(cell.model)
         if parameters is None:
             return None
-        return _start(parameters) + parameters * cell.tokens * self._factor(cell)
+        return _start(parameters, cell.loads) + parameters * cell.tokens * self._factor(cell)
 
     def basis(self, cell: Cell) -> str:
         """What the seconds of a cell rest on."""
@@ -183,5 +235,5 @@ class CostModel:
         return statistics.median(seen) if seen else self._assumed
 
 
-def _start(parameters: float) -> float:
-    return STARTING + 2 * parameters / LOADING
+def _start(parameters: float, loads: float) -> float:
+    return STARTING + loads * 2 * parameters / LOADING

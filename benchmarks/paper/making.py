@@ -165,8 +165,10 @@ class CellMaker:
 
     def speed(self, model: Model, rate: float) -> Cell:
         """Tokens per second of that folder and of the dense model."""
-        flags = ("--baseline", model.name, *self.settings.speed.flags)
-        return self._of(self.exported(model, rate), "speed", flags, costs.speed_tokens(rate))
+        own = self.settings.speed.flags
+        flags = ("--baseline", model.name, *own)
+        cell = self._of(self.exported(model, rate), "speed", flags, costs.speed_tokens(rate, own))
+        return cell.model_copy(update={"loads": costs.speed_loads(rate, own)})
 
     def _of(self, made_by: Cell, what: What, flags: Iterable[str], tokens: float, note: str = "") -> Cell:
         return Cell(
@@ -233,6 +235,12 @@ class CellMaker:
 
     def _seqlen(self, model: Model) -> int:
         return model.seqlen or self.settings.texts.seqlen
+
+
+def settings_of(cell: Cell) -> Settings:
+    """Of a search."""
+    assert cell.config is not None
+    return _checked(cell.config, cell.flags[1::2])[0]
 
 
 def _noted(reconstruction: Reconstruction) -> str:

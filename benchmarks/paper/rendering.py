@@ -93,7 +93,10 @@ def _tasks(table: WantedTable, outcomes: Mapping[str, Outcome]) -> str | None:
 def _table_json(table: WantedTable, outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
     rows = []
     for row, (_, wanted) in zip(filled(table, outcomes), table.rows, strict=True):
-        entries = [_entry_json(entry, place.cell, outcomes) for entry, place in zip(row.entries, wanted, strict=True)]
+        entries = [
+            _entry_json(entry, place.source(outcomes), outcomes)
+            for entry, place in zip(row.entries, wanted, strict=True)
+        ]
         rows.append({"labels": row.labels, "entries": entries})
     return {
         "table": table.number,

@@ -57,7 +57,7 @@ class Model(Section):
 
 
 class Texts(Section):
-    """What is scored on, searched on and reported on: `wikitext2`, `self`, or a text file."""
+    """What is scored on, searched on and reported on: `wikitext2`, `c4`, `self`, or a text file."""
 
     calibration: str = "wikitext2"
     calibration_windows: PositiveInt = 128

@@ -16,6 +16,13 @@ class Wanted:
     cell: Cell | None
     pick: Pick
     paper: float | None = None
+    else_of: tuple[Cell, ...] = ()
+    """Cells that know the same figure, in order, for where the first has none."""
+
+    def source(self, outcomes: Mapping[str, Outcome]) -> Cell | None:
+        """The first of its cells that has figures; the first of all where none has."""
+        cells = [cell for cell in (self.cell, *self.else_of) if cell is not None]
+        return next((cell for cell in cells if isinstance(_figures(cell, outcomes), Figures)), self.cell)
 
 
 WantedRow = tuple[tuple[str, ...], tuple[Wanted, ...]]
@@ -63,9 +70,14 @@ def filled(table: WantedTable, outcomes: Mapping[str, Outcome]) -> list[Row]:
 
 
 def _entry(wanted: Wanted, outcomes: Mapping[str, Outcome]) -> Entry:
-    if wanted.cell is None:
+    cell = wanted.source(outcomes)
+    if cell is None:
         return Entry(paper=wanted.paper)
-    found = figures_of(wanted.cell, outcomes.get(wanted.cell.id))
+    found = _figures(cell, outcomes)
     if isinstance(found, Figures):
         return Entry(wanted.pick(found), wanted.paper)
     return Entry(paper=wanted.paper, failed=found)
+
+
+def _figures(cell: Cell, outcomes: Mapping[str, Outcome]) -> Figures | str | None:
+    return figures_of(cell, outcomes.get(cell.id))

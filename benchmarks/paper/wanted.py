@@ -152,11 +152,13 @@ def _speed(maker: CellMaker) -> WantedTable:
     for model in maker.settings.models:
         papers = numbers.SPEED.get(model.in_paper or "", {})
         cells = {rate: maker.speed(model, rate) for rate in maker.settings.rates}
-        dense = next(iter(cells.values()), None)
-        for rate, cell in {0.0: dense, **cells}.items():
+        # Each rate is measured beside the dense model.
+        dense = tuple(cells.values())
+        sources = {0.0: dense, **{rate: (cell,) for rate, cell in cells.items()}} if dense else {}
+        for rate, (cell, *others) in sources.items():
             paper = papers.get(rate, (None,) * len(SPEED_COLUMNS))
             wanted = (
-                Wanted(cell, _picked(name, dense=not rate), shown)
+                Wanted(cell, _picked(name, dense=not rate), shown, tuple(others))
                 for (_, name, _), shown in zip(SPEED_COLUMNS, paper, strict=True)
             )
             rows.append(((model.title, percent(rate)), tuple(wanted)))

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 
-from gpu_worker.corpora import SELF, WIKITEXT2
+from gpu_worker.corpora import NAMED
 from gpu_worker.export.facts import ExportFacts, TextPerplexity, version_of_selfpruner
 from gpu_worker.export.modeling import module_name
 from gpu_worker.gradients import SAMPLES, TOKENS
@@ -94,7 +94,8 @@ def _finetuned(tuned: Finetuning) -> str:
         f"{tuned.tokens:,} tokens predicted; learning rate {recipe.learning_rate:g}, {recipe.schedule}; "
         f"loss {tuned.first_loss:.3f} at the beginning, {tuned.last_loss:.3f} at the end"
     )
-    return done if tuned.perplexity is None else f"{done}; {_before_and_after(tuned.perplexity)}"
+    told = [_before_and_after(each) for each in (tuned.perplexity, tuned.report_perplexity) if each is not None]
+    return "; ".join([done, *told])
 
 
 def _before_and_after(perplexity: Perplexities) -> str:
@@ -107,7 +108,7 @@ def _before_and_after(perplexity: Perplexities) -> str:
 def _measured_again(text: TextSpec, name: str) -> str:
     """The command for the same tokens; the file of a text has to be named, for only its own people know its place."""
     command = f"selfpruner evaluate {shlex.quote(name)}"
-    return command if text.source in (SELF, WIKITEXT2) else f"{command} --data {shlex.quote(_source(text))}"
+    return command if text.source in NAMED else f"{command} --data {shlex.quote(_source(text))}"
 
 
 def _figure(measured: TextPerplexity | None) -> str:

@@ -48,6 +48,7 @@ class ExportFacts(BaseModel):
     pruned_report: TextPerplexity | None = None
     fitness_digest: str | None = None
     """Of the fitness text's tokens: who measures again can tell whether they are the same."""
+    report_digest: str | None = None
     begins_with_bos: bool = False
     """Whether every window's first token was replaced by bos."""
     finetunings: tuple[Finetuning, ...] = ()

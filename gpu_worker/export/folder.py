@@ -1,11 +1,12 @@
 """An export folder that appears whole or not at all, and never takes the place of anything but an older export."""
 
 import errno
+import fcntl
 import json
 import os
 import shutil
-import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import get_args
 
@@ -16,6 +17,9 @@ from protocol.formats import Format, Formats
 
 MARK = "selfpruner.json"
 """The file that every export folder has, and by which an older one is known."""
+UNFINISHED, OLDER = "unfinished", "older"
+"""What lies beside a folder while it is written: its new content, and what was there before."""
+LOCK = "lock"
 
 
 class ExportError(UsageError):
@@ -42,8 +46,48 @@ def formats_in(folder: Path) -> Formats:
 
 
 def check_target(target: Path, *, force: bool) -> None:
-    """Raise ExportError where an export to `target` would be refused, before anything that takes time is done."""
+    """Raise ExportError where an export to `target` would be refused, before anything that takes time is done.
+
+    What a killed process left beside it is cleared away, and an older export that it had moved aside is put back.
+    """
     target = target.expanduser().resolve()
+    if any(_beside(target, what).exists() for what in (UNFINISHED, OLDER)):
+        with _writing(target), _held(target):
+            pass
+    _check_free(target, force=force)
+
+
+def write_folder(target: Path, write: Callable[[Path], None], *, force: bool) -> None:
+    """Make the folder `target`: `write` fills an empty one, hidden beside it, which is renamed when complete.
+
+    Missing parent folders are made. With `force` an older export at `target` stays until the new one is complete.
+    Raises ExportError where `target` is taken, is being written by another process or cannot be written; then nothing
+    has changed.
+    """
+    target = target.expanduser().resolve()
+    check_target(target, force=force)
+    with _writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _held(target) as unfinished:
+            _check_free(target, force=force)
+            content = unfinished / "content"
+            content.mkdir()
+            write(content)
+            _share(content)
+            _put(content, target)
+
+
+@contextmanager
+def _writing(target: Path) -> Iterator[None]:
+    """Whatever the file system says meanwhile is an ExportError."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise ExportError(f"the folder {target} cannot be written ({reason})") from error
+
+
+def _check_free(target: Path, *, force: bool) -> None:
     if not target.exists():
         _check_parent(target)
         return
@@ -55,28 +99,6 @@ def check_target(target: Path, *, force: bool) -> None:
         raise ExportError(f"the folder {target} exists; pass another one, or --force to replace it")
 
 
-def write_folder(target: Path, write: Callable[[Path], None], *, force: bool) -> None:
-    """Make the folder `target`: `write` fills an empty hidden one beside it, which is renamed when complete.
-
-    Missing parent folders are made. With `force` an older export at `target` stays until the new one is complete.
-    Raises ExportError where `target` is taken or cannot be written; then nothing has changed.
-    """
-    target = target.expanduser().resolve()
-    check_target(target, force=force)
-    unfinished = _beside(target)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.mkdir()
-        write(unfinished)
-        _share(unfinished)
-        _put(unfinished, target)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise ExportError(f"the folder {target} cannot be written ({reason})") from error
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
-
-
 def _check_parent(target: Path) -> None:
     """Raise ExportError unless `target` can be made below the nearest folder that is there."""
     nearest = next(parent for parent in target.parents if parent.exists())
@@ -85,9 +107,76 @@ def _check_parent(target: Path) -> None:
         raise ExportError(f"the folder {target} cannot be written ({os.strerror(code)})")
 
 
-def _beside(target: Path) -> Path:
-    """A name on the same file system that nobody uses, so that renaming is one step."""
-    return target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
+def _beside(target: Path, what: str) -> Path:
+    """On the same file system, so that renaming is one step; always the same, so that what a kill leaves is found."""
+    return target.with_name(f".{target.name}.selfpruner-{what}")
+
+
+@contextmanager
+def _held(target: Path) -> Iterator[Path]:
+    """The hidden folder in which `target` is written: ours alone, empty but for its lock, and gone afterwards.
+
+    The end of the process frees the lock. What a killed one left is cleared away. Raises ExportError where another
+    process writes there.
+    """
+    unfinished = _beside(target, UNFINISHED)
+    lock = unfinished / LOCK
+    handle = _locked(lock, target)
+    try:
+        _clear(unfinished)
+        _settle(target, unfinished)
+        yield unfinished
+    finally:
+        # The lock goes last: whoever comes then finds nothing of ours.
+        _clear(unfinished)
+        lock.unlink(missing_ok=True)
+        os.close(handle)
+        with suppress(OSError):
+            unfinished.rmdir()
+
+
+def _locked(lock: Path, target: Path) -> int:
+    """The handle of the lock, which is made with its folder; a file, for NFS locks no folders."""
+    while True:
+        with suppress(FileExistsError):
+            lock.parent.mkdir()
+        try:
+            handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
+        except FileNotFoundError:  # its owner ended just now
+            continue
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(handle), lock.stat()):
+                return handle
+        except BlockingIOError as error:
+            os.close(handle)
+            raise ExportError(f"the folder {target} is being written by another process") from error
+        except FileNotFoundError:
+            pass
+        except OSError:
+            os.close(handle)
+            raise
+        os.close(handle)  # of a lock that its owner has removed
+
+
+def _clear(unfinished: Path) -> None:
+    """Remove all that is there but the lock."""
+    for path in unfinished.iterdir():
+        if path.name != LOCK:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _settle(target: Path, unfinished: Path) -> None:
+    """Put back an older export that was moved aside, or where the new one has taken its place, do away with it."""
+    older = _beside(target, OLDER)
+    if not older.exists():
+        return
+    if target.exists():
+        # Renamed before anything of it is removed: what has that name is whole.
+        older.rename(unfinished / OLDER)
+        shutil.rmtree(unfinished / OLDER, ignore_errors=True)
+    else:
+        older.rename(target)
 
 
 def _share(folder: Path) -> None:
@@ -97,16 +186,15 @@ def _share(folder: Path) -> None:
             file.chmod(folder.stat().st_mode & 0o666)
 
 
-def _put(finished: Path, target: Path) -> None:
-    """Rename `finished` to `target`; an older folder there is moved aside first, and back where that fails."""
-    if not target.exists():
-        finished.rename(target)
-        return
-    older = _beside(target)
-    target.rename(older)
+def _put(content: Path, target: Path) -> None:
+    """Rename `content` to `target`; an older folder there is moved aside first, and back where that fails."""
+    older = _beside(target, OLDER)
     try:
-        finished.rename(target)
+        if target.exists():
+            target.rename(older)
+        content.rename(target)
     except BaseException:  # a signal too
-        older.rename(target)
+        if older.exists() and not target.exists():
+            older.rename(target)
         raise
-    shutil.rmtree(older, ignore_errors=True)
+    _settle(target, content.parent)

@@ -38,8 +38,18 @@ def check_disk(folder: Path, needed: int, what: str, freed: int = 0) -> None:
 
     `what` needs them, in words; `freed` are bytes that are there now and will not be needed beside.
     """
-    folder = folder.expanduser().resolve()
-    nearest = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    nearest = _nearest(folder)
     free = shutil.disk_usage(nearest).free + freed
     if needed > free:
         raise ModelError(f"{what} needs about {gigabytes(needed)} of disk where {nearest} has {gigabytes(free)} free")
+
+
+def device_of(folder: Path) -> int:
+    """The disk that `folder` is, or will be, on."""
+    return _nearest(folder).stat().st_dev
+
+
+def _nearest(folder: Path) -> Path:
+    """The folder itself, or the nearest above it that is there."""
+    folder = folder.expanduser().resolve()
+    return next(parent for parent in (folder, *folder.parents) if parent.exists())

@@ -96,12 +96,12 @@ def prepare_data(
     """
     if instructions is None:
         windows = load_roles(
-            {"fitness": TextSpec(source=source, windows=None, seqlen=recipe.seqlen)},
+            {"calibration": TextSpec(source=source, windows=None, seqlen=recipe.seqlen)},  # the train split
             recipe.seed,
             model.tokenizer,
             _no_text_of_its_own,
             model.window_start,
-        )["fitness"]
+        )["calibration"]
         if recipe.examples is not None:
             windows = windows[_picked(len(windows), recipe.examples, recipe.seed)]
         examples = tuple(Example(window, 1) for window in windows)

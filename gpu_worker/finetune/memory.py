@@ -66,14 +66,15 @@ def check_finetuning_disk(
     dtype: Dtype,
     checkpoint: Path,
     gguf_type: GgufType = "f16",
+    beside: int = 0,
 ) -> None:
     """Raise ModelError where the disk of `checkpoint`, which the output is beside, has too little room.
 
     For a model in all `formats`, and for two checkpoints: one is there until the next is whole. `shape` is the dense
-    model's, of which `kept` parameters of the decoder stay.
+    model's, of which `kept` parameters of the decoder stay. `beside` are bytes that the pruned model will take there.
     """
     checkpoints = 2 * Training(recipe).parameters(shape) * IN_CHECKPOINT
-    needed = export_bytes(shape, kept, formats, dtype, gguf_type) + checkpoints
+    needed = export_bytes(shape, kept, formats, dtype, gguf_type) + checkpoints + beside
     there = sum(file.stat().st_size for file in checkpoint.iterdir()) if checkpoint.exists() else 0
-    what = f"fine-tuning into {', '.join(formats)}, with its checkpoints,"
+    what = f"fine-tuning into {', '.join(formats)}, with its checkpoints{' and what it begins from' if beside else ''},"
     check_disk(checkpoint, needed, what, freed=there)

@@ -1,7 +1,7 @@
 """Speed in vLLM, through its Transformers backend. Written from vLLM's documentation, and not yet run on a GPU.
 
-vLLM has to run the modeling file of an exported folder. It is compared first with what this version writes: a file that
-somebody changed is not run.
+vLLM has to run the modeling file of a folder that was exported as hf, and of no other model. All code that the folder
+holds or names is compared first with what this version writes: what somebody changed is not run.
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from gpu_worker.export.modeling import module_name, render_modeling
+from gpu_worker.export.modeling import class_names, module_name, render_modeling
 from gpu_worker.families import PRUNED
 from gpu_worker.session import device_name
 from gpu_worker.speed.engines import SpeedRequest
@@ -85,18 +85,18 @@ class VllmRunner:
 def open_pair(request: SpeedRequest) -> Iterator[Pair]:
     """Both models in vLLM on one GPU, which they share.
 
-    Raises ModelError without a GPU and where a modeling file is not this version's.
+    Raises ModelError without a GPU and where a folder's code is not this version's.
     """
     if not torch.cuda.is_available():
         raise ModelError("the engine vllm needs a GPU, and there is none")
-    check_modeling(request.folder)
+    has_our_code(request.folder)
     sizes, vocabulary, baseline = _look_at(request)
     from vllm import LLM, SamplingParams
 
     def runner(name: str, size: ModelSize) -> VllmRunner:
         llm = LLM(
             model=name,
-            trust_remote_code=True,
+            trust_remote_code=Path(name).is_dir() and has_our_code(Path(name)),
             model_impl="transformers",
             dtype=request.dtype,
             max_model_len=request.length.total + 1,
@@ -112,20 +112,61 @@ def open_pair(request: SpeedRequest) -> Iterator[Pair]:
     yield Pair(runner(baseline, sizes[0]), runner(str(request.folder), sizes[1]), device_name(torch.device("cuda")))
 
 
-def check_modeling(folder: Path) -> None:
-    """Raise ModelError where code lies in an exported `folder` that this version would not write."""
-    try:
-        model_type = str(json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ModelError(f"the folder {str(folder)!r} has no config.json that says its model type") from error
+def has_our_code(folder: Path) -> bool:
+    """Whether vLLM has to run the modeling file of a `folder`: that of a pruned model, exported as hf.
+
+    Raises ModelError where that folder holds or names other code than this version writes: of it nothing is run.
+    """
+    config = _read(folder / "config.json")
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str):
+        raise ModelError(f"the folder {str(folder)!r} has no config.json that says its model type")
+    if not model_type.startswith(PRUNED):
+        return False
     plain = model_type.removeprefix(PRUNED)
-    own = {f"{module_name(plain)}.py": render_modeling(plain)} if model_type != plain else {}
-    for file in folder.glob("*.py"):
-        if file.read_text(encoding="utf-8") != own.get(file.name):
-            raise ModelError(
-                f"{str(file)!r} is not what this version of Self-Pruner writes, and vLLM would run it; "
-                "export the model again"
-            )
+    module = module_name(plain)
+    own = folder / f"{module}.py"
+    # A folder that is somewhere else is not looked into.
+    others = (path for path in folder.rglob("*") if path.suffix == ".py" or (path.is_symlink() and path.is_dir()))
+    for path in others:
+        if path != own or path.read_text(encoding="utf-8", errors="replace") != render_modeling(plain):
+            raise ModelError(_not_ours(path))
+    classes = {auto: f"{module}.{name}" for auto, name in class_names(plain).items()}
+    for path in folder.rglob("*config.json"):
+        # What this names may also be another repository's.
+        if list(_auto_maps(_read(path))) != ([classes] if path == folder / "config.json" else []):
+            raise ModelError(_not_ours(path))
+    return True
+
+
+def _not_ours(path: Path) -> str:
+    return (
+        f"{str(path)!r} is not what this version of Self-Pruner writes, and vLLM would run it, or what it names; "
+        "export the model again"
+    )
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            raise TypeError("no JSON object")
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise ModelError(f"{str(file)!r} cannot be read ({error})") from error
+    return content
+
+
+def _auto_maps(value: object) -> Iterator[object]:
+    """Whatever stands under `auto_map`, however deep."""
+    if isinstance(value, dict):
+        for name, each in value.items():
+            if name == "auto_map":
+                yield each
+            else:
+                yield from _auto_maps(each)
+    elif isinstance(value, list):
+        for each in value:
+            yield from _auto_maps(each)
 
 
 def _look_at(request: SpeedRequest) -> tuple[tuple[ModelSize, ModelSize], int, str]:
