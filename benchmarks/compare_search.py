@@ -71,8 +71,7 @@ SHARED_OUT = ("rate", "seeds", "first_seed", "methods", "llm_url")
 WITHOUT_LLM = ("random", "evolution", "evolution-multi", "cma-es", "ranked")
 
 
-def main() -> None:
-    """Run what is missing; print the table, write figures and plots."""
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rate", type=float, nargs="+", default=[0.3])
     parser.add_argument("--budget", type=int, default=200, help="evaluations of each search")
@@ -96,6 +95,12 @@ def main() -> None:
     parser.add_argument("--gguf", default="smollm2", help="what the local LLM is")
     parser.add_argument("--out", type=Path, default=Path("runs/compare"))
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    return parser
+
+
+def main() -> None:
+    """Run what is missing; print the table, write figures and plots."""
+    parser = _parser()
     given = parser.parse_args()
     if not given.methods and not given.beside:
         parser.error("there is nothing to do: name methods, or figures to join with --beside")
@@ -155,6 +160,9 @@ async def compare(given: argparse.Namespace) -> list[dict[str, Any]]:
             plain = await asyncio.to_thread(plain_uniform, specs, given.out / f"plain-{seed}.json")
             for (rate, plain_report), method in product(zip(given.rate, plain, strict=True), given.methods):
                 settings = settings_of(given, method, rate, seed)
+                if (before := _result_before(settings, given)) is not None:
+                    results.append(before)
+                    continue
                 console.print(f"{settings.search.name} …", end=" ")
                 settings.folder.mkdir(parents=True, exist_ok=True)
                 logs.configure(file=settings.folder / "log.jsonl", console=False, search=settings.search.name)
@@ -163,11 +171,35 @@ async def compare(given: argparse.Namespace) -> list[dict[str, Any]]:
                     summary = await launch.run()
                 assert summary is not None and summary.finished
                 results.append(result_of(settings, method, summary, plain_report, worker.measured_by))
+                _keep_result(results[-1], settings, given)
                 console.print(
                     f"best {results[-1].best_so_far.fitness[-1]:.4g}, reported {results[-1].report:.2f}, "
                     f"{summary.seconds:.0f} s"
                 )
     return [result.model_dump() for result in results]
+
+
+RESULT = "result.json"
+"""In the folder of a search that has ended: what is kept of it, and the arguments that it was made by."""
+
+
+def _keep_result(result: SearchResult, settings: Settings, given: argparse.Namespace) -> None:
+    told = {"arguments": _decisive(given), "result": result.model_dump()}
+    (settings.folder / RESULT).write_text(json.dumps(told, indent=1) + "\n")
+
+
+def _result_before(settings: Settings, given: argparse.Namespace) -> SearchResult | None:
+    """What an earlier call with the same arguments has kept of this search."""
+    try:
+        told = json.loads((settings.folder / RESULT).read_text())
+    except FileNotFoundError:
+        return None
+    return SearchResult.model_validate(told["result"]) if told["arguments"] == _decisive(given) else None
+
+
+def _decisive(given: argparse.Namespace) -> dict[str, Any]:
+    """The arguments that every search of a comparison shares."""
+    return {name: value for name, value in vars(given).items() if name not in (*NOT_OF_THE_SEARCHES, *SHARED_OUT)}
 
 
 async def _endpoints(given: argparse.Namespace, stack: AsyncExitStack) -> tuple[EndpointSettings, ...]:

@@ -89,3 +89,16 @@ def test_what_cannot_be_joined_is_said_in_a_sentence(
         _call(monkeypatch, "--methods", *arguments)
     assert end.value.code == 2
     assert says in capsys.readouterr().err
+
+
+def test_a_search_that_has_ended_is_not_searched_again_unless_it_was_another(tmp_path: Path) -> None:
+    given = compare_search._parser().parse_args(["--budget", "20", "--out", str(tmp_path)])
+    settings = compare_search.settings_of(given, "llm", 0.3, 0)
+    assert compare_search._result_before(settings, given) is None
+    settings.folder.mkdir()
+    kept = SearchResult.model_validate(_result("llm", 0, [0.3, 0.2]))
+    compare_search._keep_result(kept, settings, given)
+    elsewhere = compare_search._parser().parse_args(["--budget", "20", "--rate", "0.3", "0.5", "--seeds", "1"])
+    assert compare_search._result_before(settings, elsewhere) == kept
+    longer = compare_search._parser().parse_args(["--budget", "40", "--out", str(tmp_path)])
+    assert compare_search._result_before(settings, longer) is None
