@@ -152,14 +152,16 @@ def calibrate(decoder: Decoder, windows: Tensor, progress: Progress = no_progres
     return tuple(watch.activations() for watch in watches)
 
 
-def input_products(decoder: Decoder, windows: Tensor, progress: Progress = no_progress) -> Iterator[LayerProducts]:
-    """Run the model as it is over `windows` (long, [n, seqlen]); then hand out its products, layer by layer.
+def calibrate_products(
+    decoder: Decoder, windows: Tensor, progress: Progress = no_progress
+) -> tuple[tuple[LayerActivations, ...], Iterator[LayerProducts]]:
+    """As `calibrate`, and in the same pass the products of what enters each layer's projections, layer by layer.
 
     Each layer's sums are let go as the next one's are asked for: of a large model they are many gigabytes.
     """
-    with watching(ProductWatch, *decoder.layers) as watches:
-        _run(decoder, windows, progress, "measuring products")
-    return _handed_out(list(reversed(watches)))
+    with watching(LayerWatch, *decoder.layers) as watches, watching(ProductWatch, *decoder.layers) as products:
+        _run(decoder, windows, progress, "calibrating")
+    return tuple(watch.activations() for watch in watches), _handed_out(list(reversed(products)))
 
 
 def _handed_out(watches: list[ProductWatch]) -> Iterator[LayerProducts]:

@@ -69,6 +69,16 @@ class _Order:
         kv = _descending(importance.kv_heads)
         return cls(kv, _descending(importance.query_heads)[kv], _descending(importance.channels))
 
+    def of_products(self, products: LayerProducts) -> LayerProducts:
+        """Products of a layer's inputs as they lay before, in this order."""
+        each = self.queries.shape[1]
+        heads = (self.kv[:, None] * each + self.queries).flatten()
+        width = len(products.attention_output) // len(heads)
+        columns = (heads[:, None] * width + torch.arange(width, device=heads.device)).flatten()
+        return LayerProducts(
+            _both_ways(products.attention_output, columns), _both_ways(products.mlp_output, self.channels)
+        )
+
     def inverse(self) -> "_Order":
         """The order that undoes this one."""
         kv = self.kv.argsort()
@@ -158,6 +168,11 @@ class OrderedModel:
         with torch.no_grad():
             self._layers[layer].fit(products)
 
+    def in_order(self, layer: int, products: LayerProducts) -> LayerProducts:
+        """The `products` of the layer's inputs before it was ordered, in the order that it has."""
+        order = self._orders[layer]
+        return products if order is None else order.of_products(products)
+
     def forget_fit(self, layer: int) -> None:
         """Let go what `fit` keeps of decoder layer `layer`; what is pruned already stays fitted."""
         self._layers[layer].forget_fit()
@@ -203,6 +218,12 @@ class OrderedModel:
     def restore(self) -> None:
         """Make the model dense again."""
         self.apply(dense_plan(self.decoder.shape))
+
+
+def _both_ways(products: Tensor, order: Tensor) -> Tensor:
+    """Rows and columns in this order."""
+    order = order.to(products.device)
+    return products[order][:, order]
 
 
 def _descending(scores: Tensor) -> Tensor:

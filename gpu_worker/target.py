@@ -6,10 +6,10 @@ from typing import Any
 
 from torch import Tensor
 
-from gpu_worker.calibration import LayerActivations, calibrate, input_products
+from gpu_worker.calibration import LayerActivations, LayerProducts, calibrate, calibrate_products
 from gpu_worker.corpora import GenerateText, Texts, load_roles, load_texts
 from gpu_worker.elimination import optimal_brain_surgeon
-from gpu_worker.families import Decoder
+from gpu_worker.families import Decoder, Layer
 from gpu_worker.gradients import gradient_salience
 from gpu_worker.importance import LayerImportance, grouped, magnitude, wanda_sp
 from gpu_worker.memory import Workload
@@ -22,7 +22,7 @@ from gpu_worker.self_text import self_text
 from gpu_worker.sequential import prune_sequentially
 from protocol.errors import DataError, ModelError
 from protocol.plan import Plan
-from protocol.shape import ModelShape
+from protocol.shape import LayerShape, ModelShape
 from protocol.spec import SearchSpec
 
 Share = Callable[[int, int, Callable[[], Tensor]], Tensor]
@@ -57,15 +57,14 @@ class Target:
             check(self.model)
         self.calibration, self._texts = _read_texts(spec, self.model, progress, share, measured=measured)
         decoder, windows = self.model.decoder, self.calibration
-        needs_activations = spec.importance == "wanda-sp" or outlier_threshold is not None
-        seen = calibrate(decoder, windows, progress) if needs_activations else ()
+        seen, products = _statistics(decoder, spec, windows, progress, outliers=outlier_threshold is not None)
         self.outliers: tuple[float, ...] = ()
         if outlier_threshold is not None:
             pairs = zip(decoder.layers, seen, strict=True)
             self.outliers = tuple(outlier_share(layer, each, outlier_threshold) for layer, each in pairs)
-        self.ordered = OrderedModel(decoder, score(self.model, spec, seen, windows, progress))
-        if spec.reconstruction == "least-squares" and spec.scoring == "dense":
-            _reconstruct(self.ordered, windows, progress)
+        self.ordered = OrderedModel(decoder, score(self.model, spec, seen, products, windows, progress))
+        if _is_fitted(spec):
+            _reconstruct(self.ordered, products, progress)
 
     @property
     def texts(self) -> Texts:
@@ -88,12 +87,30 @@ class Target:
             self._scored = (plan, self.ordered.changes)
 
 
-def _reconstruct(ordered: OrderedModel, windows: Tensor, progress: Progress) -> None:
-    """Fit every layer to what enters it in the dense model. Raises ModelError where that is no number."""
-    products = input_products(ordered.decoder, windows, progress)
+def _is_fitted(spec: SearchSpec) -> bool:
+    """Whether all layers are fitted beforehand, to what enters them in the dense model."""
+    return spec.reconstruction == "least-squares" and spec.scoring == "dense"
+
+
+def _statistics(
+    decoder: Decoder, spec: SearchSpec, windows: Tensor, progress: Progress, *, outliers: bool
+) -> tuple[tuple[LayerActivations, ...], list[LayerProducts]]:
+    """What of the dense model's inputs the spec needs, by one pass: activations, and products; else none."""
+    if _is_fitted(spec) or spec.importance == "obs":
+        seen, products = calibrate_products(decoder, windows, progress)
+        return seen, list(products)
+    return calibrate(decoder, windows, progress) if outliers or spec.importance == "wanda-sp" else (), []
+
+
+def _reconstruct(ordered: OrderedModel, products: list[LayerProducts], progress: Progress) -> None:
+    """Fit every layer to what enters it in the dense model, and let go its `products`.
+
+    Raises ModelError where that is no number.
+    """
+    products.reverse()
     try:
         for i in steps(progress, "preparing reconstruction", range(len(ordered.decoder.layers))):
-            ordered.fit(i, next(products))
+            ordered.fit(i, ordered.in_order(i, products.pop()))
     except NotFiniteError as error:
         raise ModelError(f"the dense model is broken: {error}") from error
 
@@ -109,10 +126,14 @@ def score(
     model: LoadedModel,
     spec: SearchSpec,
     seen: Sequence[LayerActivations],
+    products: Sequence[LayerProducts],
     windows: Tensor,
     progress: Progress = no_progress,
 ) -> list[LayerImportance]:
-    """The importance of each layer's pieces on the dense model, as `spec` says; `seen` is for wanda-sp alone."""
+    """The importance of each layer's pieces on the dense model, as `spec` says.
+
+    `seen` is for wanda-sp alone, and `products` are for obs.
+    """
     decoder = model.decoder
     layers = list(zip(decoder.layers, decoder.shape.layers, strict=True))
     if spec.importance == "magnitude":
@@ -121,18 +142,19 @@ def score(
         salience = gradient_salience(decoder, windows, progress)
         return [grouped(each, shape) for each, (_, shape) in zip(salience, layers, strict=True)]
     if spec.importance == "obs":
-        return _eliminated(decoder, windows, progress)
+        return _eliminated(layers, products, progress)
     each_layer = steps(progress, "scoring", layers)
     return [wanda_sp(layer, each, shape) for each, (layer, shape) in zip(seen, each_layer, strict=True)]
 
 
-def _eliminated(decoder: Decoder, windows: Tensor, progress: Progress) -> list[LayerImportance]:
+def _eliminated(
+    layers: Sequence[tuple[Layer, LayerShape]], products: Sequence[LayerProducts], progress: Progress
+) -> list[LayerImportance]:
     """By backward elimination. Raises ModelError where what enters a projection is no number."""
-    layers = list(zip(decoder.layers, decoder.shape.layers, strict=True))
-    products = input_products(decoder, windows, progress)
+    each_layer = steps(progress, "scoring", layers)
     try:
         return [
-            optimal_brain_surgeon(layer, next(products), shape) for layer, shape in steps(progress, "scoring", layers)
+            optimal_brain_surgeon(layer, each, shape) for each, (layer, shape) in zip(products, each_layer, strict=True)
         ]
     except NotFiniteError as error:
         raise ModelError(f"the dense model is broken: {error}") from error

@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 import torch
 
-from gpu_worker.calibration import calibrate, input_products
+from gpu_worker.calibration import calibrate, calibrate_products
 from gpu_worker.models import LoadedModel
 from tests.tiny_models import tiny_llama, tiny_windows
 
@@ -41,7 +41,7 @@ def test_products_are_those_of_all_tokens_however_they_are_added_up(
 ) -> None:
     monkeypatch.setattr("gpu_worker.calibration.STRIP", strip)
     model, windows = tiny_llama(query_heads=6, kv_heads=3), tiny_windows(5, 16)
-    for i, seen in enumerate(input_products(model.decoder, windows)):
+    for i, seen in enumerate(calibrate_products(model.decoder, windows)[1]):
         for part, products in (("output", seen.attention_output), ("down", seen.mlp_output)):
             inputs = _inputs(model, windows, i, part)
             assert torch.allclose(products, inputs.t() @ inputs / len(inputs), rtol=1e-4, atol=1e-6)

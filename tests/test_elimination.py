@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gpu_worker.calibration import LayerProducts, input_products
+from gpu_worker.calibration import LayerProducts, calibrate_products
 from gpu_worker.elimination import STEPS, optimal_brain_surgeon
 from gpu_worker.perplexity import NotFiniteError
 from gpu_worker.reconstruction import damped
@@ -50,7 +50,7 @@ def slow_steps(weight: Tensor, products: Tensor, pieces: int) -> list[int]:
 def test_heads_go_in_the_order_in_which_they_are_missed_least(attention: dict[str, int]) -> None:
     model = tiny_llama(**attention)
     layer, shape = model.decoder.layers[1], model.decoder.shape.layers[1]
-    products = list(input_products(model.decoder, tiny_windows(6, 64, seed=1)))[1]
+    products = list(calibrate_products(model.decoder, tiny_windows(6, 64, seed=1))[1])[1]
     found = optimal_brain_surgeon(layer, products, shape)
     expected = slow_steps(layer.output.weight, products.attention_output, shape.query_heads)
     assert found.query_heads.flatten().tolist() == expected
@@ -60,7 +60,7 @@ def test_heads_go_in_the_order_in_which_they_are_missed_least(attention: dict[st
 def test_channels_go_in_that_order_too_where_there_are_few() -> None:
     model = tiny_llama(channels=STEPS)  # one a step
     layer, shape = model.decoder.layers[0], model.decoder.shape.layers[0]
-    products = next(input_products(model.decoder, tiny_windows(6, 64, seed=1)))
+    products = next(calibrate_products(model.decoder, tiny_windows(6, 64, seed=1))[1])
     found = optimal_brain_surgeon(layer, products, shape).channels.tolist()
     assert found == slow_steps(layer.down.weight, products.mlp_output, STEPS)
 
@@ -81,7 +81,7 @@ def test_of_two_that_say_the_same_one_goes_first() -> None:
 def test_products_that_are_no_numbers_are_refused() -> None:
     model = tiny_llama()
     layer, shape = model.decoder.layers[0], model.decoder.shape.layers[0]
-    products = next(input_products(model.decoder, tiny_windows(2, 16)))
+    products = next(calibrate_products(model.decoder, tiny_windows(2, 16))[1])
     broken = LayerProducts(products.attention_output * torch.nan, products.mlp_output)
     with pytest.raises(NotFiniteError, match="no finite number"):
         optimal_brain_surgeon(layer, broken, shape)

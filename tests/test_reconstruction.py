@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gpu_worker.calibration import input_products
+from gpu_worker.calibration import calibrate_products
 from gpu_worker.importance import LayerImportance
 from gpu_worker.models import LoadedModel
 from gpu_worker.pruning import OrderedModel
@@ -24,9 +24,26 @@ CALIBRATION = tiny_windows(6, 64, seed=1)
 def fitted(model: LoadedModel, importance: Sequence[LayerImportance] | None = None) -> OrderedModel:
     """The model with reconstruction for all its layers."""
     ordered = OrderedModel(model.decoder, importance or scores_of(model))
-    for i, products in enumerate(input_products(model.decoder, CALIBRATION)):
+    for i, products in enumerate(calibrate_products(model.decoder, CALIBRATION)[1]):
         ordered.fit(i, products)
     return ordered
+
+
+@pytest.mark.parametrize("heads", [(6, 3), (4, 4)])
+def test_products_of_the_model_as_it_was_are_those_of_the_ordered_one(heads: tuple[int, int]) -> None:
+    model = tiny_llama(query_heads=heads[0], kv_heads=heads[1])
+    before = list(calibrate_products(model.decoder, CALIBRATION)[1])
+    ordered = OrderedModel(model.decoder, scores_of(model))
+    after = calibrate_products(model.decoder, CALIBRATION)[1]
+    moved = 0
+    for i, (dense, expected) in enumerate(zip(before, after, strict=True)):
+        found = ordered.in_order(i, dense)
+        for name in ("attention_output", "mlp_output"):
+            assert torch.allclose(getattr(found, name), getattr(expected, name), rtol=1e-4, atol=1e-6)
+            moved += not torch.allclose(getattr(dense, name), getattr(expected, name), rtol=1e-2)
+        ordered.unorder(i)
+        assert ordered.in_order(i, dense) is dense
+    assert moved > len(before)  # else there was nothing to order
 
 
 def random_columns(*pieces: int, outputs: int = 5, tokens: int = 200) -> tuple[Tensor, Tensor]:
