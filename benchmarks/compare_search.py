@@ -4,8 +4,9 @@
     python benchmarks/compare_search.py --rate 0.3 0.5 --budget 200 --fitness VALID.txt --report TEST.txt --out DIR
 
 Every method is a whole search of the daemon, through a real queue; one process measures for all of them, and what two
-methods propose alike it measures once. Prints a table; DIR has the searches, the figures and the plots. Broken off and
-called again it goes on. Without texts the model is pruned on what it writes itself.
+methods propose alike it measures once. They minimise the divergence from the dense model, as configs/best.yaml does,
+and report perplexity. Prints a table; DIR has the searches, the figures and the plots. Broken off and called again it
+goes on. Without texts the model is pruned on what it writes itself.
 
 A long comparison may be shared between machines, each with some of the methods, rates or seeds (`--first-seed`); the
 figures that each leaves are joined by
@@ -57,7 +58,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "joint": {"reply": "edits", "selector": "none"},
 }
 """Settings of search.* and llm.*. `ranked` draws by dice from the menus that `llm` chooses from, and its parents by
-tournaments; from `llm` on the search of configs/best.yaml (which minimises `kl`), and what differs from it in one thing
+tournaments; from `llm` on the search of configs/best.yaml, and what differs from it in one thing
 (the ablations). `tournament` and `joint` differ from `llm-edits`, for trades mostly begin at the best configuration,
 whoever selects. CMA-ES has the generations that it is made for."""
 RACING = ("evolution-multi", "llm-race")
@@ -81,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--beside", type=Path, nargs="+", default=[], help="figures of other calls, shown with these")
     parser.add_argument("--granularity", choices=("layer", "block"), default="block")
     parser.add_argument("--reconstruction", choices=get_args(Reconstruction), default="least-squares")
-    parser.add_argument("--minimise", choices=get_args(Measure), default="perplexity", help="the fitness")
+    parser.add_argument("--minimise", choices=get_args(Measure), default="kl", help="the fitness")
     parser.add_argument("--no-seeds", action="store_true", help="begin without the allocations")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--fitness", default="self", help="the text to score on and to search on")
