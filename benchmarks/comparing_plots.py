@@ -10,29 +10,27 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
+from matplotlib.ticker import PercentFormatter
 
 
 def plot_convergence(results: Sequence[dict[str, Any]], file: Path) -> None:
-    """Best so far against evaluations and against tokens: the median over seeds, and the range behind it."""
+    """Best so far against evaluations and against tokens: the median over seeds, and the range behind it.
+
+    Every seed has a text of its own, so fitness is shown as a share of what uniform rates have on it.
+    """
     figure, axes = plt.subplots(1, 2, figsize=(13, 5), sharey=True)
     methods = list(dict.fromkeys(r["method"] for r in results))
     for number, method in enumerate(methods):
         rows = [r for r in results if r["method"] == method]
         for ax, by in zip(axes, ("evaluations", "tokens"), strict=True):
             _band(ax, rows, by, method, f"C{number}")
-    uniform = statistics.median(r["uniform"] for r in results)
     for ax, by in zip(axes, ("evaluations", "tokens measured on"), strict=True):
-        best = min(r["best_so_far"]["fitness"][-1] for r in results)
-        worst = max(r["best_so_far"]["fitness"][0] for r in results)
-        ax.set_ylim(0.97 * best, 1.03 * worst)
-        if uniform < worst:
-            ax.axhline(uniform, color="grey", linestyle=":", label="uniform")
-        ax.set_yscale("log")
-        ax.yaxis.set_major_formatter("{x:.3g}")
-        ax.yaxis.set_minor_formatter("{x:.3g}")
+        ax.axhline(1, color="grey", linestyle=":", label="uniform")
+        ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
         ax.set_xlabel(by)
         ax.grid(alpha=0.3)
-    axes[0].set_ylabel("best fitness so far")
+    axes[1].xaxis.set_major_formatter("{x:,.0f}")
+    axes[0].set_ylabel("best so far, as a share of uniform's")
     axes[1].legend()
     seeds = len({r["seed"] for r in results})
     figure.suptitle(f"β = {results[0]['rate']:g}, {seeds} seed{'s' if seeds > 1 else ''}: median and range")
@@ -45,7 +43,7 @@ def _band(ax: Axes, rows: Sequence[dict[str, Any]], by: str, label: str, colour:
     last = max(r["budget"] if by == "evaluations" else r["tokens"] for r in rows)
     first = max(r["best_so_far"][by][0] for r in rows)
     places = [first + (last - first) * i / 200 for i in range(201)]
-    curves = [[_at(r["best_so_far"], by, place) for place in places] for r in rows]
+    curves = [[_at(r["best_so_far"], by, place) / r["uniform"] for place in places] for r in rows]
     columns = list(zip(*curves, strict=True))
     ax.step(places, [statistics.median(c) for c in columns], where="post", color=colour, label=label)
     if len(rows) > 1:
@@ -66,16 +64,16 @@ def plot_rates(results: Sequence[dict[str, Any]], file: Path) -> None:
         if r["method"] not in best or r["report"] < best[r["method"]]["report"]:
             best[r["method"]] = r
     by_block = results[0]["granularity"] == "block"
-    parts = (("attention", 0, 2), ("mlp", 1, 2)) if by_block else (("layer", 0, 1),)
-    figure, axes = plt.subplots(len(parts), 1, figsize=(12, 1.5 + 0.4 * len(best) * len(parts)), squeeze=False)
+    parts = (("attention", 0, 2), ("MLP", 1, 2)) if by_block else (("layer", 0, 1),)
+    size = (12, 1.5 + 0.4 * len(best) * len(parts))
+    figure, axes = plt.subplots(len(parts), 1, figsize=size, squeeze=False, layout="constrained")
     for ax, (kind, start, step) in zip(axes[:, 0], parts, strict=True):
         image = ax.imshow(
             [r["rates"][start::step] for r in best.values()], aspect="auto", vmin=0, vmax=1, cmap="viridis"
         )
         ax.set_yticks(range(len(best)), list(best))
         ax.set_title(f"pruning rate of each {kind} block" if by_block else "pruning rate of each layer")
-        figure.colorbar(image, ax=ax)
+    figure.colorbar(image, ax=axes, aspect=10)
     axes[-1, 0].set_xlabel("decoder layer")
-    figure.tight_layout()
     figure.savefig(file, dpi=110)
     plt.close(figure)
