@@ -26,7 +26,7 @@ def plot_convergence(results: Sequence[dict[str, Any]], file: Path) -> None:
             _band(ax, rows, by, method, f"C{number}")
     for ax, by in zip(axes, ("evaluations", "tokens measured on"), strict=True):
         ax.axhline(1, color="grey", linestyle=":", label="uniform")
-        ax.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
+        ax.yaxis.set_major_formatter(PercentFormatter(1))
         ax.set_xlabel(by)
         ax.grid(alpha=0.3)
     axes[1].xaxis.set_major_formatter("{x:,.0f}")
