@@ -13,6 +13,7 @@ MOST_TRADES = 4
 RANKED_TRADES = 6
 """Trades on a menu: of more the last ones promise nothing."""
 RANKED_MIXES = 8
+"""Mixes on a menu, at least."""
 
 
 def drawn_profile(rng: random.Random, view: View) -> Proposal:

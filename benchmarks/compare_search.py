@@ -58,12 +58,13 @@ METHODS: dict[str, dict[str, Any]] = {
     "joint": {"reply": "edits", "selector": "none"},
 }
 """Settings of search.* and llm.*. `ranked` draws by dice from the menus that `llm` chooses from, and its parents by
-tournaments; from `llm` on the search of configs/best.yaml, and what differs from it in one thing
-(the ablations). `tournament` and `joint` differ from `llm-edits`, for trades mostly begin at the best configuration,
-whoever selects. CMA-ES has the generations that it is made for."""
+tournaments; from `llm` on the search of configs/best.yaml, and what differs from it in one thing (the ablations).
+`tournament` and `joint` differ from `llm-edits`, for trades mostly begin at the best configuration, whoever selects.
+CMA-ES has the generations that it is made for."""
 RACING = ("evolution-multi", "llm-race")
-"""Whose candidates are not all measured whole: they may make so many times as many, on as many tokens."""
+"""Whose candidates are not all measured whole."""
 MORE = 5
+"""How many times as many candidates these may make, on as many tokens as the others."""
 USUAL = ("random", "evolution", "cma-es", "best-of-n", "ranked", "llm-edits", "llm")
 OF_LLM = ("reply", "tell")
 NOT_OF_THE_SEARCHES = ("out", "json", "beside")

@@ -85,9 +85,7 @@ def _members(folder: Path, spec: SearchSpec) -> list[Member]:
     for candidate in history.ledger.values():
         outcome = history.outcomes[candidate.id]
         if candidate.provenance.agent != "baseline" and isinstance(outcome, Measured):
-            fitness = outcome.kl if spec.measure == "kl" else outcome.perplexity
-            assert fitness is not None
-            members.append(Member(candidate, fitness))
+            members.append(Member(candidate, outcome.fitness))
     return members
 
 

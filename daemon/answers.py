@@ -9,7 +9,6 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.console import RenderableType
 from rich.table import Table
 
-from daemon.settings import NAMED_TEXTS
 from protocol.candidate import Provenance
 from protocol.errors import DataError
 from protocol.finetuning import Perplexities
@@ -23,7 +22,7 @@ from protocol.results import (
     ZeroShotResult,
 )
 from protocol.shape import ModelShape
-from protocol.spec import SearchSpec, TextSpec
+from protocol.spec import NAMED_TEXTS, SearchSpec, TextSpec
 from protocol.speeds import BatchSpeed, SpeedResult, Spread
 
 KL_IN_WORDS = "kl is the divergence from the dense model, in nats a token"

@@ -6,10 +6,10 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, PositiveFloat, ValidationError
 
 from daemon.flags import TextFlags
-from daemon.settings import NAMED_TEXTS, check_text, text_spec
+from daemon.settings import check_text, text_spec
 from protocol.errors import DataError
 from protocol.formats import KEPT_TEXT
-from protocol.spec import Dtype, Role, SearchSpec, TextSpec
+from protocol.spec import NAMED_TEXTS, Dtype, Role, SearchSpec, TextSpec
 
 FACTS = "selfpruner.json"
 """The file that every export has."""

@@ -6,10 +6,11 @@ import structlog
 
 from agents.lists import TOKENS_PER_RATE
 from daemon.llm_settings import EndpointSettings
-from daemon.settings import NAMED_TEXTS, Settings
+from daemon.settings import Settings
 from protocol.candidate import LEAST_RACE
 from protocol.errors import DataError, SettingsError
 from protocol.paths import expanded
+from protocol.spec import NAMED_TEXTS
 
 TOKENS_BESIDE_LISTS = 600
 """What the words of a question for lists take."""

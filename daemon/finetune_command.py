@@ -11,7 +11,6 @@ from pydantic import ValidationError
 from daemon import answers, flags
 from daemon.pruning_commands import at_work
 from daemon.setting_errors import validation_sentence
-from daemon.settings import NAMED_TEXTS
 from daemon.signals import Interrupted
 from daemon.terminal import answer, need
 from protocol.errors import DataError, SettingsError
@@ -19,7 +18,7 @@ from protocol.finetuning import ALPACA_GPT4, Form, Recipe, Schedule, form_of
 from protocol.formats import formats_of
 from protocol.paths import expanded
 from protocol.results import FinetuneResult
-from protocol.spec import Dtype
+from protocol.spec import NAMED_TEXTS, Dtype
 
 if TYPE_CHECKING:
     from gpu_worker.finetune.finetuning import FinetuneRequest

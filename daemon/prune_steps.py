@@ -13,14 +13,14 @@ from daemon.card_claim import FACTS, card_claim
 from daemon.finetune_command import RecipeFlags, finetuned, recipe_of
 from daemon.pruning_commands import at_work
 from daemon.pruning_request import PruningRequest
-from daemon.settings import NAMED_TEXTS, Settings
+from daemon.settings import Settings
 from protocol.errors import SelfPrunerError
 from protocol.files import replace
 from protocol.finetuning import Recipe
 from protocol.formats import Formats, GgufType
 from protocol.results import ExportResult, FinetuneResult
 from protocol.shape import ModelShape
-from protocol.spec import TextSpec
+from protocol.spec import NAMED_TEXTS, TextSpec
 
 FURTHEST_OFF = 0.02
 """How far, as a share, a folder's perplexity may be from what was measured in memory; widths of kernels change sums."""

@@ -29,11 +29,10 @@ from protocol.paths import expanded
 from protocol.plan import Split
 from protocol.rates import DECIMALS
 from protocol.shape import Granularity
-from protocol.spec import Dtype, Importance, Measure, Reconstruction, Scoring, SearchSpec, TextSpec
+from protocol.spec import NAMED_TEXTS, Dtype, Importance, Measure, Reconstruction, Scoring, SearchSpec, TextSpec
 
 ENV_PREFIX = "SELFPRUNER_"
 ProposerName = Literal["llm", "best-of-n", "random", "evolution", "cma-es"]
-NAMED_TEXTS = ("wikitext2", "c4", "self")
 
 
 def _five_decimals(rate: float) -> float:

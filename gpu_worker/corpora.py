@@ -17,7 +17,6 @@ from protocol.spec import Role, SearchSpec, TextSpec
 WIKITEXT2 = "wikitext2"
 C4 = "c4"
 SELF = "self"
-NAMED = (WIKITEXT2, C4, SELF)
 SPLITS: dict[str, dict[Role, str]] = {
     # Scored on the train split, as FLAP's Wanda-sp is: 128 windows of 4,096 tokens are more than the validation split.
     WIKITEXT2: {"calibration": "train", "fitness": "validation", "report": "test"},

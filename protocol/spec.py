@@ -24,6 +24,10 @@ Role = Literal["calibration", "fitness", "report"]
 """What a text is for: scored on, searched on, reported on."""
 
 
+NAMED_TEXTS = ("wikitext2", "c4", "self")
+"""Texts that are no files: two of the hub, and what the dense model writes itself."""
+
+
 class TextSpec(BaseModel):
     """A text cut into windows of tokens. `windows` None means every whole window of the text, in order."""
 

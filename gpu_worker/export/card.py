@@ -7,13 +7,12 @@ from pathlib import Path
 
 from jinja2 import Environment, StrictUndefined
 
-from gpu_worker.corpora import NAMED
 from gpu_worker.export.facts import ExportFacts, TextPerplexity, version_of_selfpruner
 from gpu_worker.export.modeling import module_name
 from gpu_worker.gradients import SAMPLES, TOKENS
 from protocol.finetuning import Finetuning, Perplexities
 from protocol.formats import Formats
-from protocol.spec import SearchSpec, TextSpec
+from protocol.spec import NAMED_TEXTS, SearchSpec, TextSpec
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ def _before_and_after(perplexity: Perplexities) -> str:
 def _measured_again(text: TextSpec, name: str) -> str:
     """The command for the same tokens; the file of a text has to be named, for only its own people know its place."""
     command = f"selfpruner evaluate {shlex.quote(name)}"
-    return command if text.source in NAMED else f"{command} --data {shlex.quote(_source(text))}"
+    return command if text.source in NAMED_TEXTS else f"{command} --data {shlex.quote(_source(text))}"
 
 
 def _figure(measured: TextPerplexity | None) -> str:
