@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
+from scipy.stats import spearmanr
 
 from agents.view import Member, View
 from daemon.journal import CARD, SPEC
@@ -93,7 +94,7 @@ def rank_correlation(first: Column, second: Column) -> float:
     """Spearman's; no number of fewer than three."""
     if len(first) < 3:
         return float("nan")
-    return float(np.corrcoef(first.argsort().argsort(), second.argsort().argsort())[0, 1])
+    return float(spearmanr(first, second).statistic)
 
 
 if __name__ == "__main__":
