@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from gpu_worker.export.folder import ExportError
+from gpu_worker.signals import held_back
 from protocol.errors import SettingsError
 from protocol.finetuning import LossPoint
 
@@ -70,16 +71,20 @@ class Checkpoint:
         return found
 
     def write(self, state: State) -> None:
-        """Keep `state` in place of what was kept before: whole, or not at all. Raises ExportError."""
+        """Keep `state` in place of what was kept before: whole, or not at all. Raises ExportError.
+
+        A signal waits until it is written.
+        """
         content = vars(state) | {"losses": [point.model_dump() for point in state.losses]}
         beside = self.folder / f".{FILE}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with beside.open("wb") as file:
-                torch.save({"settings": self._settings, "state": content}, file)
-                file.flush()
-                os.fsync(file.fileno())
-            beside.replace(self.folder / FILE)
+            with held_back():
+                with beside.open("wb") as file:
+                    torch.save({"settings": self._settings, "state": content}, file)
+                    file.flush()
+                    os.fsync(file.fileno())
+                beside.replace(self.folder / FILE)
         # torch's own writer says RuntimeError of a full disk.
         except (OSError, RuntimeError) as error:
             beside.unlink(missing_ok=True)
