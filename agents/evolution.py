@@ -2,7 +2,7 @@
 
 A switch takes a level from one unit and gives it to another, so the budget stays. A level is a share of a decoder
 layer's parameters. Attention has few levels, one for each number of heads that can stay: where a switch meets it, the
-level is its next one, and the MLP on the other side takes as many parameters.
+level is its next one, and the other side takes as many parameters.
 """
 
 import random
@@ -11,12 +11,15 @@ from functools import partial
 
 from agents.classical import draw_all
 from agents.view import Member, Proposal, Submit, View
-from protocol.plan import next_level
+from protocol.plan import parameters_to_next_level, unit_bounds
+from protocol.rates import ROUNDING
 
 LEVELS = (0.025, 0.05, 0.1)
 """Sizes of a level, as shares of a decoder layer. EvoPress has one size; with a few hundred evaluations for the whole
 search the small one alone is too slow, and the large one alone too coarse."""
 MOST_SWITCHES = 3
+MOST_DRAWS = 32
+"""Pairs of units that are drawn for a switch, until there is one that can be made."""
 
 
 class EvolutionMutator:
@@ -32,26 +35,36 @@ class EvolutionMutator:
 def switched(rng: random.Random, view: View, parent: Member) -> Proposal:
     """The parent with one to three level switches, mostly one (the smaller of two draws)."""
     rates = list(parent.candidate.rates)
+    spec = view.spec
+    bounds = unit_bounds(view.card.shape, spec.granularity, spec.lowest_rate, spec.highest_rate)
     for _ in range(min(rng.randint(1, MOST_SWITCHES), rng.randint(1, MOST_SWITCHES))):
-        _switch(rng, view, rates)
+        draws = (_switch(rng, view, rates, bounds) for _ in range(MOST_DRAWS))
+        for i, rate in next(filter(None, draws), {}).items():
+            rates[i] = rate
     return Proposal(tuple(rates), (parent.candidate.id,))
 
 
-def _switch(rng: random.Random, view: View, rates: list[float]) -> None:
-    """Move one level between two units; nothing where one of them has none to lose or to take."""
+def _switch(
+    rng: random.Random, view: View, rates: Sequence[float], bounds: Sequence[tuple[float, float]]
+) -> dict[int, float]:
+    """Two units' rates after a level has gone from one to the other; empty where one has none to lose or to take.
+
+    Half a switch is none: all other units would have to make up for it.
+    """
+    shape, units = view.card.shape, view.units
     loser, taker = rng.sample(range(len(rates)), 2)
-    level = rng.choice(LEVELS) * view.card.shape.layer_parameters(view.units[loser].layer)
-    changed: dict[int, float] = {}
-    # Attention first: how much it can move decides what the MLP on the other side does.
-    for i in sorted((loser, taker), key=lambda i: view.units[i].kind != "attention"):
-        unit, sign = view.units[i], 1 if i == loser else -1
-        if unit.kind == "attention":
-            step = next_level(view.card.shape, unit.layer, rates[i], sign)
-            if step is None:
-                return
-            level = abs(step - rates[i]) * unit.parameters
-            changed[i] = step
-        else:
-            changed[i] = min(max(rates[i] + sign * level / unit.parameters, 0.0), 1.0)
-    for i, rate in changed.items():
-        rates[i] = rate
+    signs = {loser: 1, taker: -1}
+    layer = shape.layer_parameters(units[loser].layer)
+    level = rng.choice(LEVELS) * layer
+    steps = {
+        i: parameters_to_next_level(shape, units[i], rates[i], sign)
+        for i, sign in signs.items()
+        if units[i].kind == "attention"
+    }
+    if steps:
+        level = min(steps.values())
+        if level == 0 or max(steps.values()) - level > LEVELS[0] / 2 * layer:
+            return {}
+    after = {i: rates[i] + sign * steps.get(i, level) / units[i].parameters for i, sign in signs.items()}
+    within = all(bounds[i][0] - ROUNDING <= rate <= bounds[i][1] + ROUNDING for i, rate in after.items())
+    return after if within else {}

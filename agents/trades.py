@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from agents.view import Member, Proposal, View
-from protocol.plan import next_level, unit_bounds
+from protocol.plan import parameters_to_next_level, unit_bounds
+from protocol.rates import ROUNDING
 
 SIZES = (0.04, 0.08, 0.16)
 """Parameters that change sides, as shares of a decoder layer's."""
@@ -119,14 +120,11 @@ class _Market:
 
     def _is_able(self, unit: int, parameters: int) -> bool:
         low, high = self._bounds[unit]
-        return parameters != 0 and low - 1e-9 <= self._after(unit, parameters) <= high + 1e-9
+        return parameters != 0 and low - ROUNDING <= self._after(unit, parameters) <= high + ROUNDING
 
     def _after(self, unit: int, parameters: int) -> float:
         """The rate of a unit that loses so many parameters more."""
         return self._rates[unit] + parameters / self._view.units[unit].parameters
 
     def _to_next_level(self, unit: int, sign: int) -> int:
-        """Parameters from where an attention block is to its next level; 0 where there is none."""
-        block, rate = self._view.units[unit], self._rates[unit]
-        level = next_level(self._view.card.shape, block.layer, rate, sign)
-        return 0 if level is None else round(abs(level - rate) * block.parameters)
+        return parameters_to_next_level(self._view.card.shape, self._view.units[unit], self._rates[unit], sign)

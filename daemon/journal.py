@@ -18,7 +18,7 @@ import structlog
 from agents.population import Evaluation, Population
 from daemon.transcript import TranscriptFile
 from daemon.trouble import Trouble
-from protocol.candidate import Candidate, Measured
+from protocol.candidate import Candidate, Measured, Stopped
 from protocol.card import ModelCard
 from protocol.errors import UsageError
 from protocol.files import Lines, replace
@@ -173,11 +173,14 @@ class _Copy:
 
 
 def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:
-    """An evaluation as one flat JSON object."""
+    """An evaluation as one flat JSON object; of what was stopped, its race too, which its fitness is guessed from."""
+    candidate, outcome = evaluation.candidate, evaluation.outcome
+    race = candidate.race if isinstance(outcome, Stopped) else None
     return {
         "order": evaluation.order,
-        **candidate_record(evaluation.candidate),
-        "outcome": evaluation.outcome.model_dump(mode="json"),
+        **candidate_record(candidate),
+        "outcome": outcome.model_dump(mode="json"),
+        **({} if race is None else {"race": race.model_dump(mode="json")}),
     }
 
 

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from daemon.journal import EVALUATIONS, SPEC, TRANSCRIPT
 from daemon.remote import saved, saved_status
 from daemon.store import History, difference
-from protocol.candidate import OUTCOME, Candidate, Outcome, Provenance, candidate_id
+from protocol.candidate import OUTCOME, Candidate, Outcome, Provenance, Race, candidate_id
 from protocol.errors import SearchExistsError, UsageError
 from protocol.plan import LayerPlan, Plan
 from protocol.spec import SearchSpec
@@ -76,6 +76,7 @@ def _evaluation(record: dict[str, Any], spec: SearchSpec) -> tuple[Candidate, Ou
         plan=plan,
         provenance=Provenance.model_validate(provenance),
         text=record["text"],
+        race=Race.model_validate(record["race"]) if "race" in record else None,
     )
     if candidate.id != candidate_id(plan, spec.fingerprint, candidate.text):
         raise ValueError("it is not of this search")

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, PositiveInt, field_validator
 
 from protocol.errors import BudgetError
 from protocol.rates import DECIMALS, SCALE, feasible, project, weighted_mean
-from protocol.shape import Granularity, LayerShape, ModelShape
+from protocol.shape import Granularity, LayerShape, ModelShape, Unit
 
 Split = Literal["equal", "mlp-first"]
 """How a layer's rate is shared: the same rate for heads and MLP (the paper), or heads only when the MLP is used up."""
@@ -242,6 +242,12 @@ def next_level(shape: ModelShape, layer: int, share: float, sign: int) -> float 
     shares = [level for level, _ in attention_levels(shape, layer)]
     now = min(range(len(shares)), key=lambda k: abs(shares[k] - share))
     return shares[now + sign] if 0 <= now + sign < len(shares) else None
+
+
+def parameters_to_next_level(shape: ModelShape, unit: Unit, share: float, sign: int) -> int:
+    """Parameters from where an attention block is to its next level, up (`sign` 1) or down (−1); 0 at either end."""
+    level = next_level(shape, unit.layer, share, sign)
+    return 0 if level is None else round(abs(level - share) * unit.parameters)
 
 
 def heads_nearest(shape: ModelShape, layer: int, rate: float) -> tuple[int, int]:

@@ -13,6 +13,8 @@ from protocol.errors import BudgetError
 
 DECIMALS = 5
 SCALE = 10**DECIMALS
+ROUNDING = 1 / SCALE
+"""How far out of its bounds a rate may be that is made feasible later."""
 MEAN_TOLERANCE = 1e-9
 
 Bounds = Sequence[tuple[float, float]]

@@ -10,23 +10,33 @@ from daemon.journal import EVALUATIONS, Journal
 from daemon.journal import SPEC as SPEC_FILE
 from daemon.recovery import recovered
 from daemon.store import History
-from protocol.candidate import Failed
+from protocol.candidate import Failed, Race, Stopped
 from protocol.errors import SearchExistsError, UsageError
 from tests.samples import CARD, SPEC, candidates, measured
 
-MANY = candidates(4)
+STOPPED = candidates(5)[4].model_copy(update={"race": Race(against=(2.0, 2.1, 2.2), confidence=0.9)})
+MANY = [*candidates(4), STOPPED]
 FULL = History(
     ledger={c.id: c for c in MANY},
     outcomes={
         **{c.id: measured(9.0 - i, c, kl=0.5) for i, c in enumerate(MANY[:3])},
         MANY[3].id: Failed(reason="timeout", detail="too slow"),
+        STOPPED.id: Stopped(
+            perplexity=30.0,
+            behind=0.4,
+            windows=2,
+            of_windows=3,
+            parameters=measured(9.0, STOPPED).parameters,
+            tokens=62,
+            seconds=0.1,
+        ),
     },
 )
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """The folder of a search that has measured three candidates, and one in vain."""
+    """The folder of a search that has measured three candidates, one in part and one in vain."""
     population = Population()
     for id_, outcome in FULL.outcomes.items():
         population.insert(FULL.ledger[id_], outcome)
