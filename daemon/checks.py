@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import structlog
 
 from agents.lists import TOKENS_PER_RATE
+from agents.selector import SHOWN
 from daemon.llm_settings import EndpointSettings
 from daemon.settings import Settings
 from protocol.candidate import LEAST_RACE
@@ -61,11 +62,16 @@ def _most_lists(settings: Settings) -> int:
     def asked(count: int) -> int:
         return min(count, llm.proposals_per_call or count)
 
+    def bred(count: int) -> int:
+        return 1 if search.mode == "steady-state" else asked(count)  # each turn asks for one
+
+    first = search.population - len(search.seeds)
     offspring = search.mutations + search.crossovers
     if search.proposer == "best-of-n":
-        return asked(max(search.population, offspring))
-    parents = search.population if search.selector == "none" else min(offspring, max(2, search.population // 2))
-    lists = [asked(search.population)] if search.initializer == "llm" else []
+        return max(asked(first), bred(offspring))
+    chosen = min(search.population, SHOWN) // 2 if search.selector == "llm" else search.population // 2
+    parents = search.population if search.selector == "none" else min(offspring, max(2, chosen))
+    lists = [asked(first)] if search.initializer == "llm" else []
     breeders = ((search.mutator, search.mutations), (search.crossover, search.crossovers))
-    lists += [parents + asked(count) for agent, count in breeders if agent == "llm" and count and search.rounds]
+    lists += [parents + bred(count) for agent, count in breeders if agent == "llm" and count and search.rounds]
     return max(lists, default=0)

@@ -50,6 +50,21 @@ def test_without_feedback_only_the_answer_has_to_fit() -> None:
     check_lists(one_by_one, [endpoint(4096)], 60)
 
 
+@pytest.mark.parametrize(
+    ("search", "lists"),
+    [
+        ({"selector": "none", "population": 12, "mutations": 10, "crossovers": 10}, 22),
+        ({"selector": "none", "population": 12, "mutations": 10, "crossovers": 10, "mode": "steady-state"}, 13),
+        ({"population": 100, "mutations": 60, "crossovers": 1, "initializer": "random"}, 20 + 60),
+        ({"population": 30, "mutations": 1, "crossovers": 1, "seeds": ["uniform", "owl"]}, 28),
+    ],
+    ids=["generations", "one a turn", "no more parents than are shown", "seeds are not asked for"],
+)
+def test_what_is_reckoned_is_what_the_longest_question_has(search: dict[str, Any], lists: int) -> None:
+    with pytest.raises(SettingsError, match=f"for {lists} lists of 60 rates"):
+        check_lists(settings_with(llm={"reply": "lists"}, search=search), [endpoint(1000)], 60)
+
+
 def test_reporting_on_the_text_that_is_searched_on_is_said_once() -> None:
     with capture_logs() as logs:
         warn_of_texts(settings_with(data={"fitness": "a.txt", "report": "a.txt"}))

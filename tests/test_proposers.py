@@ -13,7 +13,7 @@ from redis.asyncio import Redis
 
 from agents.cma_es import CmaEsMutator
 from agents.seeds import seed_rates
-from agents.view import Accepted, View
+from agents.view import Accepted, Refused, View
 from daemon.search import Search
 from daemon.settings import SearchSettings
 from protocol.allocation import Method
@@ -21,6 +21,7 @@ from protocol.candidate import Provenance, candidate_id
 from protocol.errors import BudgetError
 from protocol.keys import Keys
 from protocol.plan import attention_levels
+from protocol.shape import LayerShape, ModelShape
 from protocol.spec import SearchSpec
 from tests.samples import CARD, SHAPE, SPEC
 from tests.schema_answers import SchemaChat
@@ -139,6 +140,39 @@ async def test_cma_es_goes_on_from_what_was_long_beaten_too(redis: Redis, tmp_pa
         replace(view, fitness_of=lambda _: None), view.population, 8, lambda *_: _accepted(drawn, *_)
     )
     assert drawn[16:] != drawn[:8]
+
+
+async def test_what_cma_es_draws_without_a_plan_is_no_good_and_no_end() -> None:
+    """Widths of 256 channels near the highest rate: some of what is drawn cannot be met by whole ones."""
+    layer = LayerShape(query_heads=9, kv_heads=3, mlp_channels=1536)
+    shape = ModelShape(
+        family="llama",
+        hidden_size=576,
+        head_dim=64,
+        layers=(layer,) * 30,
+        query_head_parameters=2 * 64 * 576,
+        kv_head_parameters=2 * 64 * 576,
+        channel_parameters=3 * 576,
+        attention_fixed=576,
+        mlp_fixed=576,
+        other_parameters=49152 * 576,
+    )
+    spec = SPEC.model_copy(update={"rate": 0.8, "multiple_of": 256})
+    view = View(spec, CARD.model_copy(update={"shape": shape, "sensitivity": (0.1,) * 30}), 1, ())
+    planless = 0
+
+    async def submit(rates: Sequence[float], _: Provenance) -> Accepted | Refused:
+        nonlocal planless
+        try:
+            return Accepted(view.candidate_id(rates))
+        except BudgetError as error:
+            planless += 1
+            return Refused(str(error))
+
+    mutator = CmaEsMutator(16)
+    for round_ in (1, 2):
+        await mutator.propose(replace(view, round=round_), (), 16, submit)
+    assert planless
 
 
 async def _accepted(drawn: list[tuple[float, ...]], rates: Sequence[float], _: Provenance) -> Accepted:

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
@@ -73,12 +74,13 @@ async def test_parents_are_of_the_newest_population(redis: Redis, keys: Keys, tm
     conducted = Conducted(redis, keys, tmp_path, settings=settings(**STEADY, selector="none"))
     async with evaluating(redis, keys):
         search = await conducted.run()
-    ages = [
-        candidate.provenance.round - search.ledger[parent].provenance.round
-        for candidate in search.ledger.values()
-        for parent in candidate.provenance.parents
+    late = [candidate for candidate in search.ledger.values() if candidate.provenance.round > 10]
+    newest = [
+        max(search.ledger[parent].provenance.round for parent in candidate.provenance.parents)
+        for candidate in late
+        if candidate.provenance.parents
     ]
-    assert min(ages) <= 3
+    assert median(newest) > 0 and max(newest) > 5
 
 
 async def test_a_steady_search_killed_anywhere_goes_on_and_measures_nothing_twice(
