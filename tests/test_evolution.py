@@ -15,7 +15,7 @@ from tests.test_trades import WIDE
 CARD_OF_WIDE = CARD.model_copy(update={"shape": WIDE, "sensitivity": (0.1,) * len(WIDE.units("block"))})
 
 
-def offspring(rates: list[float], count: int = 500, **spec: Any) -> tuple[View, Member, list[tuple[float, ...]]]:
+def offspring(rates: list[float], **spec: Any) -> tuple[View, Member, list[tuple[float, ...]]]:
     """Of a parent with about these rates."""
     view = View(SPEC.model_copy(update={"granularity": "block", **spec}), CARD_OF_WIDE, 1, ())
     feasible = view.spec.feasible(tuple(rates), WIDE)
@@ -30,7 +30,7 @@ def offspring(rates: list[float], count: int = 500, **spec: Any) -> tuple[View, 
         1.0,
     )
     rng = random.Random(0)
-    return view, parent, [switched(rng, view, parent).rates for _ in range(count)]
+    return view, parent, [switched(rng, view, parent).rates for _ in range(500)]
 
 
 # The middle carries all of the pruning, as in LLM-Pruner: many units have nothing to give back.
