@@ -9,7 +9,7 @@ from daemon.flags import TextFlags
 from daemon.settings import check_text, text_spec
 from protocol.errors import DataError
 from protocol.formats import KEPT_TEXT
-from protocol.spec import NAMED_TEXTS, Dtype, Role, SearchSpec, TextSpec
+from protocol.spec import NAMED_TEXTS, Dtype, Role, SearchSpec, TextSpec, numbered
 
 FACTS = "selfpruner.json"
 """The file that every export has."""
@@ -25,6 +25,7 @@ class _Facts(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
     spec: SearchSpec
+    text_numbers: dict[Role, int] | None = None
     pruned: _Perplexity | None
     fitness_digest: str | None
 
@@ -68,8 +69,9 @@ def card_claim(folder: str, flags: TextFlags) -> CardClaim | None:
         if not kept.is_file():
             raise DataError(f"{folder!r} was measured on text that the dense model wrote: give --data, a text file")
         return CardClaim({"fitness": spec.fitness}, spec.seed, spec.dtype, claimed, facts.fitness_digest, kept)
-    # A text of another source takes no windows of the one that is measured.
-    roles = {role: text for role, text in spec.texts.items() if text.source == spec.fitness.source}
+    # Another text takes no windows of the one that is measured. Older folders do not say which of one name are one.
+    numbers = facts.text_numbers or numbered({role: text.source for role, text in spec.texts.items()})
+    roles = {role: text for role, text in spec.texts.items() if numbers.get(role) == numbers.get("fitness")}
     texts = {role: _found(text, flags.data) for role, text in roles.items()}
     return CardClaim(texts, spec.seed, spec.dtype, claimed, facts.fitness_digest)
 

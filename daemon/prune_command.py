@@ -67,7 +67,7 @@ def prune(
             # The search was longer this time and found better rates: what this same command wrote is replaced.
             before, goal = None, replace(goal, force=True)
         written = before or prune_steps.write(request, goal, settings)
-        reloaded, runs_in_llama_cpp = prune_steps.checked(written, goal, settings)
+        reloaded, runs_in_llama_cpp = prune_steps.checked(written, goal, request, settings)
         result = PruneResult(
             search=settings.search.name,
             evaluations=sum(summary.candidates["by_outcome"].values()),

@@ -64,6 +64,41 @@ def test_a_folder_can_be_checked_against_its_own_card(
     assert again["card_perplexity"] == exported["perplexity"]
 
 
+def texts_of_one_name(target: Path, folder: Path) -> tuple[Path, Path]:
+    """Two texts in folders of their own, the first to be scored on and the other to be measured on."""
+    found = []
+    for name, text in (("calib", "calibration.txt"), ("valid", "data.txt")):
+        (folder / name).mkdir()
+        (folder / name / "text.txt").write_bytes((target / text).read_bytes())
+        found.append(folder / name / "text.txt")
+    return found[0], found[1]
+
+
+def test_a_text_of_the_same_name_takes_no_windows_of_the_other(
+    target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scored, measured = texts_of_one_name(target, tmp_path)
+    assert export(target, tmp_path / "out", "--calibration-data", str(scored), "--data", str(measured)) == 0
+    exported = json.loads(capsys.readouterr().out)
+    assert main(["evaluate", str(tmp_path / "out"), "--data", str(measured), "--json"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["card_perplexity"] == exported["perplexity"]
+    assert again["perplexity"] == pytest.approx(exported["perplexity"], rel=1e-4)
+    assert str(tmp_path) not in (tmp_path / "out" / "selfpruner.json").read_text()
+
+
+def test_folders_that_do_not_say_which_texts_are_one_go_by_names(
+    target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert export(target, tmp_path / "out", "--calibration-data", str(target / "data.txt")) == 0
+    exported = json.loads(capsys.readouterr().out)
+    facts = json.loads((tmp_path / "out" / "selfpruner.json").read_text())
+    del facts["text_numbers"]
+    (tmp_path / "out" / "selfpruner.json").write_text(json.dumps(facts))
+    assert main(["evaluate", str(tmp_path / "out"), "--data", str(target / "data.txt"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["card_perplexity"] == exported["perplexity"]
+
+
 def test_the_text_of_a_card_is_looked_for_by_its_name(
     target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -93,6 +93,22 @@ def test_fine_tuning_begins_from_what_was_found_and_writes_the_formats(tmp_path:
     assert facts["dense_report"]["perplexity"] == pytest.approx(answer["dense_report_perplexity"], rel=1e-3)
 
 
+def test_texts_may_share_a_file_name(tmp_path: Path, target: Path) -> None:
+    options = ["--finetune", "--finetune-data", str(target / "alpaca.json")]
+    for name, text in (("calibration", "report.txt"), ("fitness", "text.txt"), ("report", "text.txt")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "wiki.txt").write_bytes((target / text).read_bytes())
+        options += ["--set", f"data.{name}={name}/wiki.txt"]
+    small = ["prune", str(target / "model"), "--rate", "0.3", "--out", "small", "--budget", "4", "--json"]
+    answer = finished(tmp_path, *small, "--config", str(settings_file(target)), *options)
+    tuned = answer["finetuned"]["finetuning"]
+    assert tuned["perplexity"]["before"] == pytest.approx(answer["exported"]["perplexity"], rel=1e-3)
+    assert tuned["report_perplexity"]["before"] == pytest.approx(answer["exported"]["report_perplexity"], rel=1e-3)
+    assert answer["reloaded"] == pytest.approx(tuned["perplexity"]["after"], rel=1e-3)
+    again = finished(tmp_path, "evaluate", "small", "--data", "fitness/wiki.txt", "--json")
+    assert again["card_perplexity"] == tuned["perplexity"]["after"]
+
+
 def test_killed_in_its_last_checks_the_same_command_goes_on_there(tmp_path: Path, target: Path) -> None:
     options = arguments(target, "--budget", "4")
     first = finished(tmp_path, *options)
