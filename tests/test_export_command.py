@@ -215,6 +215,15 @@ def test_the_best_of_a_search_is_exported_as_it_was_measured(
     assert weights[0] == weights[1]
 
 
+def test_rates_of_another_version_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "night").mkdir()
+    (tmp_path / "night" / "best.json").write_text(json.dumps({"search": "night", "rates": [0.3], "spec": {"x": 1}}))
+    search = ["--search", "night", "--folder", str(tmp_path)]
+    assert main(["export", *search, "--out", str(tmp_path / "out")]) == 2
+    told = capsys.readouterr().err
+    assert "were kept by another version of Self-Pruner" in told and told.count("\n") == 1
+
+
 def test_an_existing_folder_is_kept_unless_forced(
     target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -256,6 +265,15 @@ def test_a_gguf_may_lie_beside_what_transformers_loads(
     card = (tmp_path / "out" / "README.md").read_text()
     assert "from_pretrained" in card and f"llama-cli -m out/{gguf}" in card and "library_name: transformers" in card
     assert measured_again(tmp_path / "out", target, capsys) == pytest.approx(answer["perplexity"], rel=1e-4)
+
+
+@pytest.mark.parametrize("letters", [240, 300])
+def test_a_name_that_is_too_long_is_one_sentence(
+    target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], letters: int
+) -> None:
+    assert export(target, tmp_path / ("a" * letters)) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert "cannot be written (File name too long)" in told and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -186,6 +186,14 @@ def test_a_file_is_not_learned_from_and_measured_on(
     assert "--data and --eval-data are one file" in told and told.count("\n") == 1
 
 
+def test_a_file_where_checkpoints_go_is_one_sentence(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out.checkpoint").touch()
+    assert main(arguments(folder, tmp_path / "out")) == 2
+    assert "the folder of checkpoints, is a file" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_a_bad_line_is_named_before_the_model_is_loaded(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
