@@ -159,6 +159,13 @@ class PaperSettings(Section):
     def _fits_together(self) -> "PaperSettings":
         if 2 in self.tables and self.zero_shot is None:
             raise ValueError("Table 2 is of zero-shot accuracies: give the section zero_shot")
+        if 6 in self.tables and self.dtype == "float16":
+            raise ValueError("Table 6 fine-tunes, and gradients overflow in float16: set dtype to bfloat16 or float32")
+        if self.zero_shot is not None and self.texts.calibration == SELF:
+            # Alone it is written in other windows than beside what a search is measured on.
+            raise ValueError(
+                "zero_shot scores models anew, on other text of their own: give no calibration text `self`"
+            )
         texts = {self.texts.calibration, self.texts.fitness, self.texts.report}
         if 6 in self.tables and SELF in texts:
             # The fine-tuned folder would write another text than the dense model did.
