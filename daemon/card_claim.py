@@ -1,13 +1,13 @@
 """What an exported folder says of itself, so that `selfpruner evaluate DIR` can measure the same tokens again."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, PositiveFloat, ValidationError
 
 from daemon.flags import TextFlags
 from daemon.settings import check_text, text_spec
-from protocol.errors import DataError
+from protocol.errors import DataError, SettingsError
 from protocol.formats import KEPT_TEXT
 from protocol.spec import NAMED_TEXTS, Dtype, Role, SearchSpec, TextSpec, numbered
 
@@ -41,6 +41,21 @@ class CardClaim:
     fitness_digest: str | None = None
     kept_text: Path | None = None
     """The file with the tokens, where the dense model wrote them."""
+
+    def changed(self, dtype: Dtype | None, seed: int | None) -> "CardClaim":
+        """As it is measured with these, where they are given; nothing is claimed of another dtype.
+
+        Raises SettingsError for a seed where the folder has the tokens.
+        """
+        if seed is not None and self.kept_text is not None:
+            raise SettingsError("--seed is not read here: the folder has the tokens that it was measured on")
+        same = dtype in (None, self.dtype)
+        return replace(
+            self,
+            dtype=dtype or self.dtype,
+            seed=self.seed if seed is None else seed,
+            perplexity=self.perplexity if same else None,
+        )
 
     def about(self, digest: str) -> float | None:
         """The perplexity that is claimed of tokens with this digest; None where the claim is of others."""

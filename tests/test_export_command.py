@@ -120,6 +120,33 @@ def test_a_card_claims_nothing_of_another_text(
     assert json.loads(capsys.readouterr().out)["card_perplexity"] is None
 
 
+def test_what_is_said_goes_before_what_the_card_says(
+    target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert export(target, tmp_path / "out") == 0
+    exported = json.loads(capsys.readouterr().out)
+
+    def again(*options: str) -> tuple[float, float | None]:
+        assert main(["evaluate", str(tmp_path / "out"), "--data", str(target / "data.txt"), *options, "--json"]) == 0
+        answer = json.loads(capsys.readouterr().out)
+        return answer["perplexity"], answer["card_perplexity"]
+
+    same, claimed = again("--dtype", "float32", "--seed", "0")
+    assert same == pytest.approx(exported["perplexity"], rel=1e-4) and claimed == exported["perplexity"]
+    rounded, claimed = again("--dtype", "bfloat16")
+    assert rounded != pytest.approx(exported["perplexity"], rel=1e-6) and claimed is None
+    others, claimed = again("--seed", "5")
+    assert others != pytest.approx(exported["perplexity"], rel=1e-6) and claimed is None
+
+
+def test_tokens_that_are_kept_are_not_chosen_by_a_seed(
+    target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert export_of_self_text(target, tmp_path / "out") == 0
+    assert main(["evaluate", str(tmp_path / "out"), "--seed", "1"]) == 2
+    assert "--seed is not read here" in capsys.readouterr().err.splitlines()[-1]
+
+
 def export_of_self_text(target: Path, out: Path, format_: str = "hf") -> int:
     sizes = ["--windows", "3", "--calibration-windows", "4", "--seqlen", "32", "--dtype", "float32"]
     model = ["--model", str(target / "model"), "--allocate", "uniform", "--rate", "0.3", *sizes]

@@ -233,6 +233,10 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--baseline", "nowhere"], "there is no folder"),
         (["--baseline", "dense", "--prompt", "255"], "windows of 257 tokens are longer than the 256"),
         (["--baseline", "dense", "--engine", "vllm"], "the engine vllm is not installed"),
+        (
+            ["--baseline", "dense", "--engine", "transformers", "--gguf-type", "q8_0"],
+            "--gguf-type q8_0 is not read here",
+        ),
         (["--baseline", "dense", "--engine", "onnx"], "there is no engine 'onnx'"),
         (["--baseline", "dense", "--sweep-multiple-of", "64"], "multiples of 64: a dense MLP has 48 channels"),
         (["--baseline", "dense", "--sweep-multiple-of", "a"], "whole numbers above nought"),
