@@ -60,6 +60,8 @@ def prune(
     formats = formats_of(format_ or ["hf"])
     goal = Goal(expanded(out), formats, gguf_type_of(formats, gguf_type), force, tuned_on, finetune_minutes)
     settings = prune_settings(model, rate, goal.out, budget, data, report_data, config, set_ or [])
+    if prune_steps.is_untold(goal, settings):
+        goal = replace(goal, force=True)
     before = _checked(goal, settings)
     try:
         request, summary = _searched(settings)

@@ -88,6 +88,32 @@ def holds(folder: Path, request: PruningRequest) -> bool:
         return False
 
 
+def is_untold(goal: Goal, settings: Settings) -> bool:
+    """Whether a call like this wrote the goal's folder, and was killed before it could keep that it had."""
+    try:
+        facts = json.loads((goal.out / FACTS).read_bytes())
+        best = json.loads((settings.folder / "best.json").read_bytes())
+        tunings = [each["recipe"] for each in facts["finetunings"]]
+        found = (facts["method"], facts["rates"], facts["formats"], tunings)
+        wanted = (f"search {settings.search.name}", best["rates"], list(goal.formats), _tunings(goal, settings))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return found == wanted and not _is_told(goal, settings)
+
+
+def _tunings(goal: Goal, settings: Settings) -> list[object]:
+    return [] if goal.data is None else [recipe(goal.data, settings).model_dump(mode="json")]
+
+
+def _is_told(goal: Goal, settings: Settings) -> bool:
+    """Whether what was kept is of what stands there: then it is known who wrote it, and with which flags."""
+    try:
+        found = Written.model_validate_json((settings.folder / "written.json").read_bytes())
+    except (OSError, ValidationError):
+        return False
+    return found.facts == _facts(goal)
+
+
 def check_disk(goal: Goal, settings: Settings, shape: ModelShape) -> None:
     """Raise ModelError where there is too little room for what will be written at the end."""
     from gpu_worker.export import room
@@ -174,6 +200,7 @@ def _finetuned(request: PruningRequest, goal: Goal, settings: Settings) -> tuple
     pruned = _pruned(settings)
     exported = _exported_before(request, pruned)
     if exported is None:
+        _forget_training(goal, pruned)
         exported = _export(request, Goal(pruned, _trained(goal), force=True))
         replace(_kept(pruned), exported.model_dump_json() + "\n")
     from gpu_worker.finetune.finetuning import FinetuneRequest
@@ -197,6 +224,15 @@ def _finetuned(request: PruningRequest, goal: Goal, settings: Settings) -> tuple
         limits=Limits(None if goal.minutes is None else 60 * goal.minutes),
     )
     return exported, finetuned(tuning)
+
+
+def _forget_training(goal: Goal, pruned: Path) -> None:
+    """Remove the checkpoint of another model: one that this command has begun to fine-tune, and no longer wants."""
+    from gpu_worker.finetune.checkpoint import Checkpoint, folder_beside
+
+    if _kept(pruned).exists():
+        Checkpoint(folder_beside(goal.out.resolve()), {}).remove()
+        _kept(pruned).unlink()
 
 
 def _pruned(settings: Settings) -> Path:

@@ -136,16 +136,41 @@ def test_a_longer_search_replaces_what_a_shorter_one_wrote(tmp_path: Path, targe
     assert rates(0) != rates(4)
 
 
+def killed(*_: object, **__: object) -> None:
+    raise Interrupted(signal.SIGTERM)
+
+
+def test_killed_before_it_could_tell_what_it_wrote_the_same_command_goes_on(
+    tmp_path: Path, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = arguments(target, "--budget", "4")
+    with monkeypatch.context() as patched:
+        patched.setattr("daemon.prune_steps._keep", killed)
+        assert main(options) == 128 + signal.SIGTERM
+    assert (tmp_path / "small").exists() and not list(tmp_path.glob("runs/*/written.json"))
+    assert main([*options, "--format", "padded"]) == 2, "this is another folder"
+    assert main(options) == 0
+
+
+def test_a_longer_search_begins_its_training_anew(
+    tmp_path: Path, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tuning = ["--finetune", "--finetune-data", str(target / "alpaca.json")]
+    with monkeypatch.context() as patched:
+        patched.setattr("gpu_worker.finetune.finetuning.write_output", killed)
+        assert main(arguments(target, "--set", "search.rounds=0", *tuning)) == 128 + signal.SIGTERM
+    assert (tmp_path / "small.checkpoint" / "checkpoint.pt").exists()
+    assert main(arguments(target, "--set", "search.rounds=4", *tuning)) == 0
+
+
 def test_force_replaces_what_was_checked_and_nothing_that_was_not(
     tmp_path: Path, target: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     tuning = ["--finetune", "--finetune-data", str(target / "alpaca.json"), "--force"]
     options = arguments(target, "--budget", "4", *tuning)
-
-    def killed(*_: object) -> None:
-        raise Interrupted(signal.SIGTERM)
-
     with monkeypatch.context() as patched:
         patched.setattr("daemon.prune_steps.reloaded", killed)
         assert main(options) == 128 + signal.SIGTERM
