@@ -145,10 +145,14 @@ def _checked(goal: Goal, settings: Settings) -> prune_steps.Written | None:
     check_formats(model, goal.formats, goal.gguf_type)
     if before is None:
         prune_steps.check_disk(goal, settings, model.decoder.shape)
-    if goal.data is not None and form_of(goal.data) == "alpaca":
-        from gpu_worker.finetune.data import read_instructions
+    if goal.data is not None:
+        from gpu_worker.finetune.data import prepare_data, read_instructions
+        from gpu_worker.target import check_length
 
-        read_instructions(goal.data, prune_steps.recipe(goal.data, settings))
+        recipe = prune_steps.recipe(goal.data, settings)
+        check_length(model, recipe.seqlen)
+        instructions = read_instructions(goal.data, recipe) if form_of(goal.data) == "alpaca" else None
+        prepare_data(goal.data, instructions, model, recipe)
     return before
 
 

@@ -16,7 +16,7 @@ from daemon.prune_command import prune_settings
 from daemon.prune_steps import Goal, check_disk
 from daemon.signals import Interrupted
 from tests.samples import SHAPE
-from tests.tiny_models import save_tiny_folder
+from tests.tiny_models import change_config, save_tiny_folder
 from tests.tiny_specs import write_text
 
 
@@ -28,6 +28,10 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_text(folder / "report.txt", words=400)
     rows = [{"instruction": f"say {i}", "input": "", "output": "abcd efgh " * 3} for i in range(12)]
     (folder / "alpaca.json").write_text(json.dumps(rows))
+    save_tiny_folder(folder / "far-sighted", hidden_size=48, layers=4)
+    change_config(folder / "far-sighted", max_position_embeddings=1024)
+    (folder / "latin1.txt").write_bytes("déjà vu ".encode("latin-1") * 900)
+    (folder / "four-words.txt").write_text("abcd efgh abcd efgh")
     return folder
 
 
@@ -270,6 +274,9 @@ def test_the_name_of_the_search_follows_from_the_folder_and_from_what_decides_a_
         ),
         (["--finetune", "--set", "target.dtype=float16"], "gradients overflow in float16"),
         (["--finetune", "--finetune-data", "nowhere.json"], "nowhere.json"),
+        (["--finetune", "--finetune-data", "latin1.txt", "--set", "target.model=FAR"], "is not UTF-8 text"),
+        (["--finetune", "--finetune-data", "four-words.txt", "--set", "target.model=FAR"], "is too short"),
+        (["--finetune", "--finetune-data", "report.txt"], "windows of 512 tokens are longer than the 256 positions"),
         (["--budget", "2"], "smaller than the first population"),
         (["--set", "search.nonsense=1"], "nonsense"),
         (["--format", "hf", "--format", "padded"], "would write the same files"),
@@ -285,7 +292,9 @@ def test_what_cannot_be_is_one_sentence_before_anything_is_begun(
     sentence: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    options = [str(target / "text.txt") if each == "TEXT" else each for each in options]
+    files = {"TEXT": "text.txt"} | {name: name for name in ("report.txt", "latin1.txt", "four-words.txt")}
+    options = [str(target / files[each]) if each in files else each for each in options]
+    options = [each.replace("FAR", str(target / "far-sighted")) for each in options]
     assert main(arguments(target, *options)) == 2
     assert sentence in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
