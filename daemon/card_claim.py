@@ -1,15 +1,15 @@
 """What an exported folder says of itself, so that `selfpruner evaluate DIR` can measure the same tokens again."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, PositiveFloat, ValidationError
 
 from daemon.flags import TextFlags
 from daemon.settings import check_text, text_spec
-from protocol.errors import DataError
+from protocol.errors import DataError, SettingsError
 from protocol.formats import KEPT_TEXT
-from protocol.spec import NAMED_TEXTS, Dtype, Role, SearchSpec, TextSpec
+from protocol.spec import NAMED_TEXTS, Dtype, Role, SearchSpec, TextSpec, numbered
 
 FACTS = "selfpruner.json"
 """The file that every export has."""
@@ -25,6 +25,7 @@ class _Facts(BaseModel):
     model_config = ConfigDict(extra="ignore")
 
     spec: SearchSpec
+    text_numbers: dict[Role, int] | None = None
     pruned: _Perplexity | None
     fitness_digest: str | None
 
@@ -40,6 +41,21 @@ class CardClaim:
     fitness_digest: str | None = None
     kept_text: Path | None = None
     """The file with the tokens, where the dense model wrote them."""
+
+    def changed(self, dtype: Dtype | None, seed: int | None) -> "CardClaim":
+        """As it is measured with these, where they are given; nothing is claimed of another dtype.
+
+        Raises SettingsError for a seed where the folder has the tokens.
+        """
+        if seed is not None and self.kept_text is not None:
+            raise SettingsError("--seed is not read here: the folder has the tokens that it was measured on")
+        same = dtype in (None, self.dtype)
+        return replace(
+            self,
+            dtype=dtype or self.dtype,
+            seed=self.seed if seed is None else seed,
+            perplexity=self.perplexity if same else None,
+        )
 
     def about(self, digest: str) -> float | None:
         """The perplexity that is claimed of tokens with this digest; None where the claim is of others."""
@@ -68,8 +84,9 @@ def card_claim(folder: str, flags: TextFlags) -> CardClaim | None:
         if not kept.is_file():
             raise DataError(f"{folder!r} was measured on text that the dense model wrote: give --data, a text file")
         return CardClaim({"fitness": spec.fitness}, spec.seed, spec.dtype, claimed, facts.fitness_digest, kept)
-    # A text of another source takes no windows of the one that is measured.
-    roles = {role: text for role, text in spec.texts.items() if text.source == spec.fitness.source}
+    # Another text takes no windows of the one that is measured. Older folders do not say which of one name are one.
+    numbers = facts.text_numbers or numbered({role: text.source for role, text in spec.texts.items()})
+    roles = {role: text for role, text in spec.texts.items() if numbers.get(role) == numbers.get("fitness")}
     texts = {role: _found(text, flags.data) for role, text in roles.items()}
     return CardClaim(texts, spec.seed, spec.dtype, claimed, facts.fitness_digest)
 

@@ -60,6 +60,8 @@ def prune(
     formats = formats_of(format_ or ["hf"])
     goal = Goal(expanded(out), formats, gguf_type_of(formats, gguf_type), force, tuned_on, finetune_minutes)
     settings = prune_settings(model, rate, goal.out, budget, data, report_data, config, set_ or [])
+    if prune_steps.is_untold(goal, settings):
+        goal = replace(goal, force=True)
     before = _checked(goal, settings)
     try:
         request, summary = _searched(settings)
@@ -67,7 +69,7 @@ def prune(
             # The search was longer this time and found better rates: what this same command wrote is replaced.
             before, goal = None, replace(goal, force=True)
         written = before or prune_steps.write(request, goal, settings)
-        reloaded, runs_in_llama_cpp = prune_steps.checked(written, goal, settings)
+        reloaded, runs_in_llama_cpp = prune_steps.checked(written, goal, request, settings)
         result = PruneResult(
             search=settings.search.name,
             evaluations=sum(summary.candidates["by_outcome"].values()),
@@ -143,10 +145,14 @@ def _checked(goal: Goal, settings: Settings) -> prune_steps.Written | None:
     check_formats(model, goal.formats, goal.gguf_type)
     if before is None:
         prune_steps.check_disk(goal, settings, model.decoder.shape)
-    if goal.data is not None and form_of(goal.data) == "alpaca":
-        from gpu_worker.finetune.data import read_instructions
+    if goal.data is not None:
+        from gpu_worker.finetune.data import prepare_data, read_instructions
+        from gpu_worker.target import check_length
 
-        read_instructions(goal.data, prune_steps.recipe(goal.data, settings))
+        recipe = prune_steps.recipe(goal.data, settings)
+        check_length(model, recipe.seqlen)
+        instructions = read_instructions(goal.data, recipe) if form_of(goal.data) == "alpaca" else None
+        prepare_data(goal.data, instructions, model, recipe)
     return before
 
 

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from daemon import flags
-from daemon.card_claim import FACTS, card_claim
+from daemon.card_claim import FACTS
 from daemon.finetune_command import RecipeFlags, finetuned, recipe_of
 from daemon.pruning_commands import at_work
 from daemon.pruning_request import PruningRequest
@@ -17,10 +16,10 @@ from daemon.settings import Settings
 from protocol.errors import SelfPrunerError
 from protocol.files import replace
 from protocol.finetuning import Recipe
-from protocol.formats import Formats, GgufType
+from protocol.formats import KEPT_TEXT, Formats, GgufType
 from protocol.results import ExportResult, FinetuneResult
 from protocol.shape import ModelShape
-from protocol.spec import NAMED_TEXTS, TextSpec
+from protocol.spec import TextSpec
 
 FURTHEST_OFF = 0.02
 """How far, as a share, a folder's perplexity may be from what was measured in memory; widths of kernels change sums."""
@@ -89,6 +88,32 @@ def holds(folder: Path, request: PruningRequest) -> bool:
         return False
 
 
+def is_untold(goal: Goal, settings: Settings) -> bool:
+    """Whether a call like this wrote the goal's folder, and was killed before it could keep that it had."""
+    try:
+        facts = json.loads((goal.out / FACTS).read_bytes())
+        best = json.loads((settings.folder / "best.json").read_bytes())
+        tunings = [each["recipe"] for each in facts["finetunings"]]
+        found = (facts["method"], facts["rates"], facts["formats"], tunings)
+        wanted = (f"search {settings.search.name}", best["rates"], list(goal.formats), _tunings(goal, settings))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return found == wanted and not _is_told(goal, settings)
+
+
+def _tunings(goal: Goal, settings: Settings) -> list[object]:
+    return [] if goal.data is None else [recipe(goal.data, settings).model_dump(mode="json")]
+
+
+def _is_told(goal: Goal, settings: Settings) -> bool:
+    """Whether what was kept is of what stands there: then it is known who wrote it, and with which flags."""
+    try:
+        found = Written.model_validate_json((settings.folder / "written.json").read_bytes())
+    except (OSError, ValidationError):
+        return False
+    return found.facts == _facts(goal)
+
+
 def check_disk(goal: Goal, settings: Settings, shape: ModelShape) -> None:
     """Raise ModelError where there is too little room for what will be written at the end."""
     from gpu_worker.export import room
@@ -127,10 +152,12 @@ def _keep(written: Written, settings: Settings) -> None:
     replace(settings.folder / "written.json", written.model_dump_json() + "\n")
 
 
-def checked(written: Written, goal: Goal, settings: Settings) -> tuple[float | None, bool | None]:
+def checked(
+    written: Written, goal: Goal, request: PruningRequest, settings: Settings
+) -> tuple[float | None, bool | None]:
     """What the folder measures, and whether its GGUF file runs: see `reloaded` and `runs_in_llama_cpp`."""
     try:
-        found = reloaded(goal, settings, written.perplexity), runs_in_llama_cpp(goal)
+        found = reloaded(goal, request, written.perplexity), runs_in_llama_cpp(goal)
     except SelfPrunerError:
         _keep(written.model_copy(update={"checked": True}), settings)
         raise
@@ -173,6 +200,7 @@ def _finetuned(request: PruningRequest, goal: Goal, settings: Settings) -> tuple
     pruned = _pruned(settings)
     exported = _exported_before(request, pruned)
     if exported is None:
+        _forget_training(goal, pruned)
         exported = _export(request, Goal(pruned, _trained(goal), force=True))
         replace(_kept(pruned), exported.model_dump_json() + "\n")
     from gpu_worker.finetune.finetuning import FinetuneRequest
@@ -196,6 +224,15 @@ def _finetuned(request: PruningRequest, goal: Goal, settings: Settings) -> tuple
         limits=Limits(None if goal.minutes is None else 60 * goal.minutes),
     )
     return exported, finetuned(tuning)
+
+
+def _forget_training(goal: Goal, pruned: Path) -> None:
+    """Remove the checkpoint of another model: one that this command has begun to fine-tune, and no longer wants."""
+    from gpu_worker.finetune.checkpoint import Checkpoint, folder_beside
+
+    if _kept(pruned).exists():
+        Checkpoint(folder_beside(goal.out.resolve()), {}).remove()
+        _kept(pruned).unlink()
 
 
 def _pruned(settings: Settings) -> Path:
@@ -227,26 +264,26 @@ def runs_in_llama_cpp(goal: Goal) -> bool | None:
     return True
 
 
-def reloaded(goal: Goal, settings: Settings, wanted: float | None) -> float | None:
+def reloaded(goal: Goal, request: PruningRequest, wanted: float | None) -> float | None:
     """What the folder measures when it is loaded again; None of a GGUF alone, or where nothing was measured before.
 
     Raises SelfPrunerError where that is not what it measured in memory.
     """
     if goal.formats == ("gguf",) or wanted is None:
         return None
-    source = settings.data.fitness
-    claim = card_claim(str(goal.out), flags.TextFlags(data=None if source in NAMED_TEXTS else source))
-    if claim is None:
-        return None
+    spec, numbers = request.spec, request.spec.text_numbers
+    kept_text = goal.out / KEPT_TEXT if spec.fitness.source == "self" else None
+    # Another text takes no windows of the one that is measured.
+    texts = {role: text for role, text in spec.texts.items() if numbers[role] == numbers["fitness"]}
     with at_work(str(goal.out)) as progress:
         from gpu_worker.evaluate import evaluate_as_it_is
 
         found = evaluate_as_it_is(
             str(goal.out),
-            claim.texts,
-            dtype=claim.dtype,
-            seed=claim.seed,
-            kept_text=claim.kept_text,
+            texts if kept_text is None else {"fitness": spec.fitness},
+            dtype=spec.dtype,
+            seed=spec.seed,
+            kept_text=kept_text,
             progress=progress,
         ).perplexity
     if abs(found / wanted - 1) > FURTHEST_OFF:

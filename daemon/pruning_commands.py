@@ -30,7 +30,7 @@ from protocol.allocation import Method
 from protocol.errors import SettingsError
 from protocol.formats import formats_of, gguf_type_of
 from protocol.paths import expanded
-from protocol.spec import Measure
+from protocol.spec import Dtype, Measure
 
 log = structlog.get_logger()
 
@@ -69,8 +69,12 @@ def evaluate(
     fitness: Annotated[Measure, typer.Option(help="`kl`: measure the divergence from the dense model too.")] = (
         "perplexity"
     ),
-    dtype: flags.DtypeFlag = "bfloat16",
-    seed: flags.Seed = 0,
+    dtype: Annotated[
+        Dtype | None, typer.Option("--dtype", help="Of weights and activations; as on a folder's card, else bfloat16.")
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=2**63 - 1, help="Chooses the windows; as on a folder's card, else 0.")
+    ] = None,
     json_: flags.Json = False,
 ) -> None:
     """Measure a model's perplexity: as it is, or pruned by --allocate or --rates, without a search."""
@@ -81,7 +85,10 @@ def evaluate(
         refuse_given("the model is measured as it is", how, options)
         if fitness != "perplexity":
             raise SettingsError("--fitness kl compares with the dense model: give --allocate or --rates too")
-        claim = card_claim(name, texts) or CardClaim(measured_texts(texts), seed, dtype)
+        claim = card_claim(name, texts)
+        if claim is None:
+            claim = CardClaim(measured_texts(texts), seed or 0, dtype or "bfloat16")
+        claim = claim.changed(dtype, seed)
         with at_work(name) as progress:
             from gpu_worker.evaluate import evaluate_as_it_is
 
@@ -95,7 +102,9 @@ def evaluate(
             )
         result = result.model_copy(update={"card_perplexity": claim.about(result.fitness_digest)})
     else:
-        request = pruning_request(name, texts, choice, how, options, measure=fitness, dtype=dtype, seed=seed)
+        request = pruning_request(
+            name, texts, choice, how, options, measure=fitness, dtype=dtype or "bfloat16", seed=seed or 0
+        )
         with at_work(name) as progress:
             from gpu_worker.evaluate import evaluate_once
 

@@ -93,7 +93,7 @@ def request_of_search(record: dict[str, Any]) -> PruningRequest:
         spec = SearchSpec.model_validate(record["spec"])
         file = RatesFile.model_validate(record)
     except (KeyError, ValidationError) as error:
-        raise DataError(f"the search's best rates were kept by another version of Self-Pruner: {error}") from error
+        raise DataError("the search's best rates were kept by another version of Self-Pruner: search anew") from error
     return PruningRequest(spec, file.rates, file.shape, f"search {file.search}")
 
 

@@ -29,7 +29,9 @@ def speed(
         list[str] | None,
         typer.Option(help="transformers: measure with MLP widths rounded to these too, such as '1 8 16 32 64 128'."),
     ] = None,
-    gguf_type: Annotated[GgufType, typer.Option(help="Of GGUF files made for llama.cpp.")] = "f16",
+    gguf_type: Annotated[
+        GgufType | None, typer.Option(help="Of GGUF files made for llama.cpp; f16 if left out.")
+    ] = None,
     dtype: flags.DtypeFlag = "bfloat16",
     json_: flags.Json = False,
 ) -> None:
@@ -48,13 +50,15 @@ def speed(
         warm_up=warm_up,
         engines=engines_named(engine or []),
         dtype=dtype,
-        gguf_type=gguf_type,
+        gguf_type=gguf_type or "f16",
         multiples=multiples_of(sweep_multiple_of or []),
     )
     if not baseline.strip():
         raise SettingsError("--baseline is empty: name the dense model")
     # Before torch is loaded, which takes seconds.
-    choose_engines(request.engines, formats_in(request.folder))
+    chosen, _ = choose_engines(request.engines, formats_in(request.folder))
+    if gguf_type is not None and "llama.cpp" not in chosen:
+        raise SettingsError(f"--gguf-type {gguf_type} is not read here: it is for the engine llama.cpp")
     with at_work(baseline) as progress:
         from gpu_worker.speed.comparing import measure_speed
 

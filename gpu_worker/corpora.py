@@ -134,9 +134,7 @@ def chunks_needed(text: TextSpec, length: int) -> int:
 
 def source_of(role: Role, text: TextSpec) -> Source:
     """Where the windows of a role come from."""
-    if text.source in SPLITS:
-        return text.source, SPLITS[text.source][role]
-    return (SELF, "") if text.source == SELF else (str(Path(text.source).expanduser().resolve()), "")
+    return text.place, SPLITS[text.source][role] if text.source in SPLITS else ""
 
 
 def _tokens(source: Source, tokenizer: Any) -> Tensor:

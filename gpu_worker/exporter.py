@@ -104,6 +104,7 @@ def facts_of(pruned: Pruned, method: str) -> ExportFacts:
         method=method,
         rates=pruned.rates,
         spec=session.spec,
+        text_numbers=session.spec.text_numbers,
         shape=session.shape,
         plan=pruned.plan,
         dense=_figure(card.dense),

@@ -1,4 +1,4 @@
-"""Holding signals back where an exception in the midst of a call would end the process."""
+"""Holding signals back where an exception in the midst of a call would end the process, or leave half of something."""
 
 import signal
 import threading
@@ -14,7 +14,8 @@ def held_back() -> Iterator[None]:
     """A first SIGINT or SIGTERM waits until the end of the block; a second one ends the process at once.
 
     For calls into native code that calls Python back, such as torch.save to an open file: what a handler raises in
-    there passes through destructors that abort. In other threads than the main one there is nothing to hold back.
+    there passes through destructors that abort. And for what has to be done whole, such as a step of an optimizer. In
+    other threads than the main one there is nothing to hold back.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -1,6 +1,8 @@
 """SearchSpec: everything that decides what a candidate measures, and its fingerprint."""
 
 import hashlib
+from collections.abc import Hashable, Mapping
+from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
@@ -37,6 +39,17 @@ class TextSpec(BaseModel):
     """`wikitext2`, `c4`, `self`, or the path of a text file."""
     windows: PositiveInt | None
     seqlen: int = Field(ge=2)
+
+    @property
+    def place(self) -> str:
+        """Equal for texts that are one: a name as it is, a file as the absolute path that it is found by here."""
+        return self.source if self.source in NAMED_TEXTS else str(Path(self.source).expanduser().resolve())
+
+
+def numbered(texts: Mapping[Role, Hashable]) -> dict[Role, int]:
+    """A number for each role: the same for those of equal `texts`."""
+    numbers = {text: number for number, text in enumerate(dict.fromkeys(texts.values()))}
+    return {role: numbers[text] for role, text in texts.items()}
 
 
 class SearchSpec(BaseModel):
@@ -79,6 +92,11 @@ class SearchSpec(BaseModel):
         """The texts by role, in the order in which they take their windows."""
         texts: dict[Role, TextSpec] = {"calibration": self.calibration, "fitness": self.fitness}
         return texts if self.report is None else {**texts, "report": self.report}
+
+    @property
+    def text_numbers(self) -> dict[Role, int]:
+        """Which roles take their windows from one text: those with the same number."""
+        return numbered({role: text.place for role, text in self.texts.items()})
 
     def feasible(self, rates: "tuple[float, ...] | list[float]", shape: ModelShape) -> tuple[float, ...]:
         """The feasible pruning rates of this search nearest to `rates` (one per unit)."""

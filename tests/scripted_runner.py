@@ -38,14 +38,15 @@ def zero_shot(mean: float) -> dict[str, Any]:
 
 def speed(tokens_per_second: float, *engines: str) -> dict[str, Any]:
     def engine(name: str) -> dict[str, Any]:
-        dense = {"total_parameters": 6_740_000_000, "weight_bytes": 13_480_000_000}
-        pruned = {"total_parameters": 4_770_000_000, "weight_bytes": 9_540_000_000}
+        dense = {"total_parameters": 6_740_000_000, "weight_bytes": 13_480_000_000, "weight_type": "bfloat16"}
+        pruned = {"total_parameters": 4_770_000_000, "weight_bytes": 9_540_000_000, "weight_type": "bfloat16"}
         decode = {
             "dense": {"median": 50.0},
             "pruned": {"median": tokens_per_second},
             "speed_up": {"median": tokens_per_second / 50},
         }
-        return {"engine": name, "dense": dense, "pruned": pruned, "batches": [{"batch_size": 1, "decode": decode}]}
+        sizes = {"dense": dense, "pruned": pruned}
+        return {"engine": name, "device": "cpu", **sizes, "batches": [{"batch_size": 1, "decode": decode}]}
 
     return {"engines": [engine(name) for name in engines or ("transformers",)], "skipped": {"vllm": "not installed"}}
 

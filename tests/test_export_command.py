@@ -64,6 +64,41 @@ def test_a_folder_can_be_checked_against_its_own_card(
     assert again["card_perplexity"] == exported["perplexity"]
 
 
+def texts_of_one_name(target: Path, folder: Path) -> tuple[Path, Path]:
+    """Two texts in folders of their own, the first to be scored on and the other to be measured on."""
+    found = []
+    for name, text in (("calib", "calibration.txt"), ("valid", "data.txt")):
+        (folder / name).mkdir()
+        (folder / name / "text.txt").write_bytes((target / text).read_bytes())
+        found.append(folder / name / "text.txt")
+    return found[0], found[1]
+
+
+def test_a_text_of_the_same_name_takes_no_windows_of_the_other(
+    target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scored, measured = texts_of_one_name(target, tmp_path)
+    assert export(target, tmp_path / "out", "--calibration-data", str(scored), "--data", str(measured)) == 0
+    exported = json.loads(capsys.readouterr().out)
+    assert main(["evaluate", str(tmp_path / "out"), "--data", str(measured), "--json"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert again["card_perplexity"] == exported["perplexity"]
+    assert again["perplexity"] == pytest.approx(exported["perplexity"], rel=1e-4)
+    assert str(tmp_path) not in (tmp_path / "out" / "selfpruner.json").read_text()
+
+
+def test_folders_that_do_not_say_which_texts_are_one_go_by_names(
+    target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert export(target, tmp_path / "out", "--calibration-data", str(target / "data.txt")) == 0
+    exported = json.loads(capsys.readouterr().out)
+    facts = json.loads((tmp_path / "out" / "selfpruner.json").read_text())
+    del facts["text_numbers"]
+    (tmp_path / "out" / "selfpruner.json").write_text(json.dumps(facts))
+    assert main(["evaluate", str(tmp_path / "out"), "--data", str(target / "data.txt"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["card_perplexity"] == exported["perplexity"]
+
+
 def test_the_text_of_a_card_is_looked_for_by_its_name(
     target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -83,6 +118,33 @@ def test_a_card_claims_nothing_of_another_text(
     capsys.readouterr()
     assert main(["evaluate", str(tmp_path / "out"), "--data", str(target / "calibration.txt"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["card_perplexity"] is None
+
+
+def test_what_is_said_goes_before_what_the_card_says(
+    target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert export(target, tmp_path / "out") == 0
+    exported = json.loads(capsys.readouterr().out)
+
+    def again(*options: str) -> tuple[float, float | None]:
+        assert main(["evaluate", str(tmp_path / "out"), "--data", str(target / "data.txt"), *options, "--json"]) == 0
+        answer = json.loads(capsys.readouterr().out)
+        return answer["perplexity"], answer["card_perplexity"]
+
+    same, claimed = again("--dtype", "float32", "--seed", "0")
+    assert same == pytest.approx(exported["perplexity"], rel=1e-4) and claimed == exported["perplexity"]
+    rounded, claimed = again("--dtype", "bfloat16")
+    assert rounded != pytest.approx(exported["perplexity"], rel=1e-6) and claimed is None
+    others, claimed = again("--seed", "5")
+    assert others != pytest.approx(exported["perplexity"], rel=1e-6) and claimed is None
+
+
+def test_tokens_that_are_kept_are_not_chosen_by_a_seed(
+    target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert export_of_self_text(target, tmp_path / "out") == 0
+    assert main(["evaluate", str(tmp_path / "out"), "--seed", "1"]) == 2
+    assert "--seed is not read here" in capsys.readouterr().err.splitlines()[-1]
 
 
 def export_of_self_text(target: Path, out: Path, format_: str = "hf") -> int:
@@ -180,6 +242,15 @@ def test_the_best_of_a_search_is_exported_as_it_was_measured(
     assert weights[0] == weights[1]
 
 
+def test_rates_of_another_version_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "night").mkdir()
+    (tmp_path / "night" / "best.json").write_text(json.dumps({"search": "night", "rates": [0.3], "spec": {"x": 1}}))
+    search = ["--search", "night", "--folder", str(tmp_path)]
+    assert main(["export", *search, "--out", str(tmp_path / "out")]) == 2
+    told = capsys.readouterr().err
+    assert "were kept by another version of Self-Pruner" in told and told.count("\n") == 1
+
+
 def test_an_existing_folder_is_kept_unless_forced(
     target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -221,6 +292,15 @@ def test_a_gguf_may_lie_beside_what_transformers_loads(
     card = (tmp_path / "out" / "README.md").read_text()
     assert "from_pretrained" in card and f"llama-cli -m out/{gguf}" in card and "library_name: transformers" in card
     assert measured_again(tmp_path / "out", target, capsys) == pytest.approx(answer["perplexity"], rel=1e-4)
+
+
+@pytest.mark.parametrize("letters", [240, 300])
+def test_a_name_that_is_too_long_is_one_sentence(
+    target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], letters: int
+) -> None:
+    assert export(target, tmp_path / ("a" * letters)) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert "cannot be written (File name too long)" in told and list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

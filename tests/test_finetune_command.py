@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -19,6 +18,24 @@ ROOT = Path(__file__).parent.parent
 STEPS = ["--max-steps", "40", "--epochs", "40", "--batch", "4", "--seqlen", "32", "--learning-rate", "0.01"]
 
 
+ENDED_IN_TRAINING = """
+import os, sys
+from daemon.cli import main
+from gpu_worker.finetune import training
+
+step = training._Run.step
+
+def ended(run):
+    step(run)
+    if len(run.losses) == 20:
+        os.kill(os.getpid(), int(sys.argv[1]))
+
+training._Run.step = ended
+sys.exit(main(sys.argv[2:]))
+"""
+"""Sends itself a signal after the twentieth step, however fast the machine is."""
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return exported(tmp_path_factory.mktemp("exported") / "pruned")
@@ -28,19 +45,12 @@ def arguments(folder: Path, out: Path, *options: str) -> list[str]:
     return ["finetune", str(folder), "--data", text_in(folder.parent), "--out", str(out), *STEPS, *options, "--json"]
 
 
-def started(command: list[str]) -> "subprocess.Popen[str]":
+def ended(arguments: list[str]) -> "subprocess.CompletedProcess[str]":
+    """Python with these arguments, which has ended."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    full = [sys.executable, "-m", "daemon", *command]
-    return subprocess.Popen(full, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-
-
-def wait_for_a_checkpoint(process: "subprocess.Popen[str]", out: Path) -> None:
-    file = checkpoint_module.folder_beside(out) / checkpoint_module.FILE
-    deadline = time.monotonic() + 120
-    while not file.exists():
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    return subprocess.run(
+        [sys.executable, *arguments], env=environment, text=True, capture_output=True, timeout=120, check=False
+    )
 
 
 @pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGTERM])
@@ -49,19 +59,19 @@ def test_what_was_killed_ends_with_the_same_weights(
     folder: Path, tmp_path: Path, ending: signal.Signals, options: list[str]
 ) -> None:
     command = arguments(folder, tmp_path / "killed", *options, "--checkpoint-minutes", "0")
-    process = started(command)
-    wait_for_a_checkpoint(process, tmp_path / "killed")
-    process.send_signal(ending)
-    _, told = process.communicate(timeout=60)
+    first = ended(["-c", ENDED_IN_TRAINING, str(int(ending)), *command])
     assert not (tmp_path / "killed").exists()
     if ending == signal.SIGTERM:
-        assert process.returncode == 143 and "the same command goes on where it was" in told.splitlines()[-1]
-    again = started(command)
-    answer, told = again.communicate(timeout=120)
-    assert again.returncode == 0, told
-    assert 0 < json.loads(answer)["resumed_from"] < 40
-    undisturbed = started(arguments(folder, tmp_path / "undisturbed", *options))
-    assert undisturbed.communicate(timeout=120) and undisturbed.returncode == 0
+        told = first.stderr.splitlines()[-1]
+        assert first.returncode == 143 and "the same command goes on where it was" in told
+    else:
+        assert first.returncode == -signal.SIGKILL, first.stderr
+    again = ended(["-m", "daemon", *command])
+    assert again.returncode == 0, again.stderr
+    # After a kill without warning the step that it came to is made again.
+    assert json.loads(again.stdout)["resumed_from"] == (20 if ending == signal.SIGTERM else 19)
+    undisturbed = ended(["-m", "daemon", *arguments(folder, tmp_path / "undisturbed", *options)])
+    assert undisturbed.returncode == 0, undisturbed.stderr
     one, other = (tmp_path / name / "model.safetensors" for name in ("killed", "undisturbed"))
     assert one.read_bytes() == other.read_bytes()
     losses = [
@@ -184,6 +194,14 @@ def test_a_file_is_not_learned_from_and_measured_on(
     assert main(arguments(folder, tmp_path / "out", "--eval-data", str(tmp_path / "link.txt"))) == 2
     told = capsys.readouterr().err
     assert "--data and --eval-data are one file" in told and told.count("\n") == 1
+
+
+def test_a_file_where_checkpoints_go_is_one_sentence(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out.checkpoint").touch()
+    assert main(arguments(folder, tmp_path / "out")) == 2
+    assert "the folder of checkpoints, is a file" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_bad_line_is_named_before_the_model_is_loaded(

@@ -1,5 +1,6 @@
 """Signals that come while native code writes: they wait, and what is written is whole."""
 
+import itertools
 import signal
 import subprocess
 import sys
@@ -12,8 +13,11 @@ import torch
 
 from daemon.signals import Interrupted, interruptible
 from gpu_worker.finetune.checkpoint import Checkpoint, State
+from gpu_worker.finetune.trained import Trained
+from gpu_worker.finetune.training import Limits
 from gpu_worker.signals import held_back
 from protocol.finetuning import LossPoint
+from tests.finetunes import QUICK, exported, finetuned
 
 KEPT = State(
     masters=[torch.arange(1000.0)],
@@ -51,6 +55,48 @@ def test_a_checkpoint_that_a_signal_comes_to_is_whole(
     read = checkpoint.read()
     assert read is not None and read.losses == KEPT.losses and torch.equal(read.masters[0], KEPT.masters[0])
     assert [file.name for file in checkpoint.folder.iterdir()] == ["checkpoint.pt"]
+
+
+def interrupted_training(folder: Path, **changes: Any) -> int:
+    """Fine-tune until a signal; returns how many steps were kept."""
+    with pytest.raises(Interrupted), interruptible():
+        finetuned(exported(folder / "pruned"), folder / "out", QUICK, **changes)
+    kept = torch.load(folder / "out.checkpoint" / "checkpoint.pt", weights_only=True)
+    return len(kept["state"]["losses"])
+
+
+def test_a_step_that_a_signal_comes_to_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_back, calls = Trained.write_back, itertools.count(1)
+
+    def signalled(trained: Trained) -> None:
+        if next(calls) == 5:
+            signal.raise_signal(signal.SIGTERM)
+        write_back(trained)
+
+    monkeypatch.setattr(Trained, "write_back", signalled)
+    assert interrupted_training(tmp_path) == 5
+
+
+def test_half_a_step_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def out_of_memory(_: Trained) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(Trained, "write_back", out_of_memory)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        finetuned(exported(tmp_path / "pruned"), tmp_path / "out", QUICK)
+    assert not (tmp_path / "out.checkpoint").exists()
+
+
+def test_what_a_signal_comes_to_is_not_written_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save, written = torch.save, []
+
+    def signalled(content: object, file: IO[bytes]) -> None:
+        written.append(file)
+        save(content, Interrupting(file, signal.SIGTERM))
+
+    monkeypatch.setattr(torch, "save", signalled)
+    assert interrupted_training(tmp_path, limits=Limits(checkpoint_seconds=0.0)) == 1
+    assert len(written) == 1
 
 
 def test_the_handlers_are_those_from_before() -> None:

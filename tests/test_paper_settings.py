@@ -92,6 +92,15 @@ def test_the_speeds_tokens_are_those_of_the_commands_defaults_and_flags() -> Non
     assert speed_tokens(0.5, ["--engine", "vllm"]) == default + 1.5 * (6 * 512 + 512 + 64 * GENERATED)
 
 
+def test_speeds_are_measured_in_the_dtype_of_all_others() -> None:
+    def flags(*own: str) -> tuple[str, ...]:
+        settings = PaperSettings.model_validate({"models": ["m"], "dtype": "float32", "speed": {"flags": own}})
+        return CellMaker(settings).speed(settings.models[0], 0.5).flags
+
+    assert flags() == ("--baseline", "m", "--dtype", "float32")
+    assert flags("--dtype=bfloat16") == ("--baseline", "m", "--dtype=bfloat16")
+
+
 def test_what_an_engine_loads_again_takes_time_again() -> None:
     settings = PaperSettings.model_validate(
         {"models": [{"name": "m", "billions": 1}], "texts": ONE_TEXT, "speed": {"flags": ["--engine", "vllm"]}}
@@ -115,6 +124,8 @@ def test_what_an_engine_loads_again_takes_time_again() -> None:
         ({"models": ["m"], "tables": [2]}, "give the section zero_shot"),
         ({"models": ["m"], "texts": {"fitness": "self"}}, "give fitness_windows"),
         ({"models": ["m"], "tables": [6], "texts": {**ONE_TEXT, "report": "self"}}, "give no text `self`"),
+        ({"models": ["m"], "tables": [6], "dtype": "float16"}, "gradients overflow in float16"),
+        ({"models": ["m"], "zero_shot": {}, "texts": {"calibration": "self"}}, "give no calibration text `self`"),
         ({"models": ["m"], "searches": {"self-pruner": {"config": "configs/none.yaml"}}}, "there is no settings file"),
         (
             {"models": ["m"], "searches": {"self-pruner": {"config": "configs/paper.yaml", "set": {"search.pop": 3}}}},

@@ -13,7 +13,7 @@ from benchmarks.paper.running import Failure, load_outcomes
 from benchmarks.paper.settings import read_settings
 from benchmarks.paper.tables import filled
 from benchmarks.paper.wanted import wanted_tables
-from tests.paper import ALL, LLAMA, SMALL, make, markdown, table
+from tests.paper import ALL, LLAMA, ONE_TEXT, SMALL, make, markdown, table
 from tests.scripted_runner import ScriptedRunner, search, setting_of, speed, value_of
 
 
@@ -32,6 +32,39 @@ def test_table_1_has_a_row_for_each_rate_and_method(tmp_path: Path) -> None:
     assert rows["50%", "Wanda-sp"] == [(13.0, 249.18)]
     assert rows["50%", "Self-Pruner"] == [(11.0, 53.63)]
     assert len(rows) == 1 + 2 * 4
+
+
+@pytest.mark.parametrize(
+    ("texts", "paper", "said"),
+    [
+        ({"report": "wikitext2"}, 53.63, False),
+        ({"report": None}, 53.63, False),
+        ({"report": "somewhere/wiki.test.txt"}, 53.63, True),
+        ({"report": "c4"}, None, False),
+        ({"report": None, "fitness": "self"}, None, False),
+    ],
+)
+def test_the_papers_perplexities_stand_beside_their_own_text(
+    tmp_path: Path, texts: dict[str, Any], paper: float | None, said: bool
+) -> None:
+    settings = {"models": [LLAMA], "rates": [0.5], "texts": ONE_TEXT | texts}
+    assert make(tmp_path, settings, ScriptedRunner()) == 0
+    assert table(tmp_path, 1)["50%", "Self-Pruner"] == [(11.0, paper)]
+    assert ("The paper's perplexities are of WikiText-2." in markdown(tmp_path)) == said
+
+
+def test_the_papers_accuracies_stand_beside_its_own_tasks(tmp_path: Path) -> None:
+    settings = {"models": [LLAMA], "tables": [2], "rates": [0.3], "zero_shot": {"tasks_dir": str(tmp_path)}}
+    assert make(tmp_path, settings, ScriptedRunner()) == 0
+    assert table(tmp_path, 2)["30%", "Self-Pruner"] == [(50.0, None)]
+
+
+def test_table_7_says_what_measured_it(tmp_path: Path) -> None:
+    assert make(tmp_path, {"models": [LLAMA], "tables": [7], "rates": [0.5]}, ScriptedRunner()) == 0
+    how = "transformers on cpu, weights bfloat16"
+    assert f"Measured by {how}." in markdown(tmp_path)
+    written = json.loads((tmp_path / "out" / "tables.json").read_text())["tables"]
+    assert written[0]["measured_by"] == [how]
 
 
 def test_accuracies_are_in_percent_and_told_by_task(tmp_path: Path) -> None:

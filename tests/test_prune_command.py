@@ -16,7 +16,7 @@ from daemon.prune_command import prune_settings
 from daemon.prune_steps import Goal, check_disk
 from daemon.signals import Interrupted
 from tests.samples import SHAPE
-from tests.tiny_models import save_tiny_folder
+from tests.tiny_models import change_config, save_tiny_folder
 from tests.tiny_specs import write_text
 
 
@@ -28,6 +28,10 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_text(folder / "report.txt", words=400)
     rows = [{"instruction": f"say {i}", "input": "", "output": "abcd efgh " * 3} for i in range(12)]
     (folder / "alpaca.json").write_text(json.dumps(rows))
+    save_tiny_folder(folder / "far-sighted", hidden_size=48, layers=4)
+    change_config(folder / "far-sighted", max_position_embeddings=1024)
+    (folder / "latin1.txt").write_bytes("déjà vu ".encode("latin-1") * 900)
+    (folder / "four-words.txt").write_text("abcd efgh abcd efgh")
     return folder
 
 
@@ -93,6 +97,22 @@ def test_fine_tuning_begins_from_what_was_found_and_writes_the_formats(tmp_path:
     assert facts["dense_report"]["perplexity"] == pytest.approx(answer["dense_report_perplexity"], rel=1e-3)
 
 
+def test_texts_may_share_a_file_name(tmp_path: Path, target: Path) -> None:
+    options = ["--finetune", "--finetune-data", str(target / "alpaca.json")]
+    for name, text in (("calibration", "report.txt"), ("fitness", "text.txt"), ("report", "text.txt")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "wiki.txt").write_bytes((target / text).read_bytes())
+        options += ["--set", f"data.{name}={name}/wiki.txt"]
+    small = ["prune", str(target / "model"), "--rate", "0.3", "--out", "small", "--budget", "4", "--json"]
+    answer = finished(tmp_path, *small, "--config", str(settings_file(target)), *options)
+    tuned = answer["finetuned"]["finetuning"]
+    assert tuned["perplexity"]["before"] == pytest.approx(answer["exported"]["perplexity"], rel=1e-3)
+    assert tuned["report_perplexity"]["before"] == pytest.approx(answer["exported"]["report_perplexity"], rel=1e-3)
+    assert answer["reloaded"] == pytest.approx(tuned["perplexity"]["after"], rel=1e-3)
+    again = finished(tmp_path, "evaluate", "small", "--data", "fitness/wiki.txt", "--json")
+    assert again["card_perplexity"] == tuned["perplexity"]["after"]
+
+
 def test_killed_in_its_last_checks_the_same_command_goes_on_there(tmp_path: Path, target: Path) -> None:
     options = arguments(target, "--budget", "4")
     first = finished(tmp_path, *options)
@@ -120,16 +140,41 @@ def test_a_longer_search_replaces_what_a_shorter_one_wrote(tmp_path: Path, targe
     assert rates(0) != rates(4)
 
 
+def killed(*_: object, **__: object) -> None:
+    raise Interrupted(signal.SIGTERM)
+
+
+def test_killed_before_it_could_tell_what_it_wrote_the_same_command_goes_on(
+    tmp_path: Path, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = arguments(target, "--budget", "4")
+    with monkeypatch.context() as patched:
+        patched.setattr("daemon.prune_steps._keep", killed)
+        assert main(options) == 128 + signal.SIGTERM
+    assert (tmp_path / "small").exists() and not list(tmp_path.glob("runs/*/written.json"))
+    assert main([*options, "--format", "padded"]) == 2, "this is another folder"
+    assert main(options) == 0
+
+
+def test_a_longer_search_begins_its_training_anew(
+    tmp_path: Path, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tuning = ["--finetune", "--finetune-data", str(target / "alpaca.json")]
+    with monkeypatch.context() as patched:
+        patched.setattr("gpu_worker.finetune.finetuning.write_output", killed)
+        assert main(arguments(target, "--set", "search.rounds=0", *tuning)) == 128 + signal.SIGTERM
+    assert (tmp_path / "small.checkpoint" / "checkpoint.pt").exists()
+    assert main(arguments(target, "--set", "search.rounds=4", *tuning)) == 0
+
+
 def test_force_replaces_what_was_checked_and_nothing_that_was_not(
     tmp_path: Path, target: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     tuning = ["--finetune", "--finetune-data", str(target / "alpaca.json"), "--force"]
     options = arguments(target, "--budget", "4", *tuning)
-
-    def killed(*_: object) -> None:
-        raise Interrupted(signal.SIGTERM)
-
     with monkeypatch.context() as patched:
         patched.setattr("daemon.prune_steps.reloaded", killed)
         assert main(options) == 128 + signal.SIGTERM
@@ -229,6 +274,9 @@ def test_the_name_of_the_search_follows_from_the_folder_and_from_what_decides_a_
         ),
         (["--finetune", "--set", "target.dtype=float16"], "gradients overflow in float16"),
         (["--finetune", "--finetune-data", "nowhere.json"], "nowhere.json"),
+        (["--finetune", "--finetune-data", "latin1.txt", "--set", "target.model=FAR"], "is not UTF-8 text"),
+        (["--finetune", "--finetune-data", "four-words.txt", "--set", "target.model=FAR"], "is too short"),
+        (["--finetune", "--finetune-data", "report.txt"], "windows of 512 tokens are longer than the 256 positions"),
         (["--budget", "2"], "smaller than the first population"),
         (["--set", "search.nonsense=1"], "nonsense"),
         (["--format", "hf", "--format", "padded"], "would write the same files"),
@@ -244,7 +292,9 @@ def test_what_cannot_be_is_one_sentence_before_anything_is_begun(
     sentence: str,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    options = [str(target / "text.txt") if each == "TEXT" else each for each in options]
+    files = {"TEXT": "text.txt"} | {name: name for name in ("report.txt", "latin1.txt", "four-words.txt")}
+    options = [str(target / files[each]) if each in files else each for each in options]
+    options = [each.replace("FAR", str(target / "far-sighted")) for each in options]
     assert main(arguments(target, *options)) == 2
     assert sentence in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

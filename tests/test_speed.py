@@ -8,6 +8,7 @@ import pytest
 
 from daemon.cli import main
 from gpu_worker.export.folder import formats_in
+from gpu_worker.memory import Machine
 from gpu_worker.speed.engines import (
     ENGINES,
     EngineFacts,
@@ -176,9 +177,17 @@ def test_a_baseline_of_another_model_is_one_sentence(other: Sizes, what: str) ->
 
 
 def test_models_that_do_not_fit_are_one_sentence() -> None:
-    check_room(1)
+    check_room(1, on_gpu=True)
     with pytest.raises(ModelError, match=r"need about 1000000\.0 GB more where .*use smaller batches"):
-        check_room(10**15)
+        check_room(10**15, on_gpu=False)
+
+
+def test_room_is_looked_for_where_the_engine_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = Machine(main=100 * 10**9, gpus=(10 * 10**9,))
+    monkeypatch.setattr("gpu_worker.speed.related.this_machine", lambda: machine)
+    check_room(50 * 10**9, on_gpu=False)
+    with pytest.raises(ModelError, match=r"need about 50\.0 GB more"):
+        check_room(50 * 10**9, on_gpu=True)
 
 
 @pytest.mark.parametrize(
@@ -224,6 +233,10 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--baseline", "nowhere"], "there is no folder"),
         (["--baseline", "dense", "--prompt", "255"], "windows of 257 tokens are longer than the 256"),
         (["--baseline", "dense", "--engine", "vllm"], "the engine vllm is not installed"),
+        (
+            ["--baseline", "dense", "--engine", "transformers", "--gguf-type", "q8_0"],
+            "--gguf-type q8_0 is not read here",
+        ),
         (["--baseline", "dense", "--engine", "onnx"], "there is no engine 'onnx'"),
         (["--baseline", "dense", "--sweep-multiple-of", "64"], "multiples of 64: a dense MLP has 48 channels"),
         (["--baseline", "dense", "--sweep-multiple-of", "a"], "whole numbers above nought"),

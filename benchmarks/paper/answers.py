@@ -25,6 +25,8 @@ class Speed:
     tokens_per_second: float
     """Generated."""
     speed_up: float
+    how: str
+    """Engine, device and type of the weights."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ def _speed(answer: dict[str, Any]) -> Figures:
             memory=engine[which]["weight_bytes"] / GIB,
             tokens_per_second=float(decode[which]["median"]),
             speed_up=float(decode["speed_up"]["median"]) if which == "pruned" else 1.0,
+            how=f"{engine['engine']} on {engine['device']}, weights {engine[which]['weight_type']}",
         )
         for which in ("pruned", "dense")
     )

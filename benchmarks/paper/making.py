@@ -166,7 +166,8 @@ class CellMaker:
     def speed(self, model: Model, rate: float) -> Cell:
         """Tokens per second of that folder and of the dense model."""
         own = self.settings.speed.flags
-        flags = ("--baseline", model.name, *own)
+        is_said = any(flag.partition("=")[0] == "--dtype" for flag in own)
+        flags = ("--baseline", model.name, *(() if is_said else ("--dtype", self.settings.dtype)), *own)
         cell = self._of(self.exported(model, rate), "speed", flags, costs.speed_tokens(rate, own))
         return cell.model_copy(update={"loads": costs.speed_loads(rate, own)})
 

@@ -17,6 +17,8 @@ def markdown(tables: Sequence[WantedTable], outcomes: Mapping[str, Outcome], abo
     parts = ["# The paper's tables", f"{INTRODUCTION} {about}"]
     for table in tables:
         parts += [f"## Table {table.number}: {table.title}", _table(table, filled(table, outcomes))]
+        if how := _measured_by(table, outcomes):
+            parts.append(f"Measured by {'; '.join(how)}.")
         if by_task := _tasks(table, outcomes):
             parts += ["By task, percent:", by_task]
     return "\n\n".join(parts) + "\n"
@@ -66,6 +68,12 @@ def _said(entry: Entry, digits: int, sentences: dict[str, int]) -> str:
     return ours if entry.paper is None else f"{ours} [{entry.paper:,.{digits}f}]"
 
 
+def _measured_by(table: WantedTable, outcomes: Mapping[str, Outcome]) -> list[str]:
+    """Engine, device and type of the weights of Table 7's figures: usually one for all."""
+    found = (figures_of(cell, outcomes.get(cell.id)) for cell in table.cells if cell.what == "speed")
+    return list(dict.fromkeys(each.speed.how for each in found if isinstance(each, Figures) and each.speed))
+
+
 def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 
@@ -103,6 +111,7 @@ def _table_json(table: WantedTable, outcomes: Mapping[str, Outcome]) -> dict[str
         "title": table.title,
         "heads": table.heads,
         "columns": table.columns,
+        "measured_by": _measured_by(table, outcomes),
         "rows": rows,
     }
 

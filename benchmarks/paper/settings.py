@@ -13,7 +13,7 @@ from daemon.setting_errors import file_sentence, validation_sentence
 from daemon.setting_sources import load
 from daemon.settings import Settings, setting_names
 from protocol.errors import SettingsError
-from protocol.spec import Dtype, Reconstruction
+from protocol.spec import NAMED_TEXTS, Dtype, Reconstruction
 
 ROOT = Path(__file__).parents[2]
 """The project's folder, which paths of searches' settings files are relative to."""
@@ -21,7 +21,7 @@ Method = Literal["dense", "llm-pruner", "wanda-sp", "wanda-sp-sequential", "owl"
 SearchMethod = Literal["self-pruner", "self-pruner-best"]
 Values = dict[str, Any]
 """Settings of `selfpruner run` by their dotted names."""
-SELF = "self"
+SELF, WIKITEXT2 = "self", "wikitext2"
 
 
 def _rate(rate: float) -> float:
@@ -159,11 +159,33 @@ class PaperSettings(Section):
     def _fits_together(self) -> "PaperSettings":
         if 2 in self.tables and self.zero_shot is None:
             raise ValueError("Table 2 is of zero-shot accuracies: give the section zero_shot")
+        if 6 in self.tables and self.dtype == "float16":
+            raise ValueError("Table 6 fine-tunes, and gradients overflow in float16: set dtype to bfloat16 or float32")
+        if self.zero_shot is not None and self.texts.calibration == SELF:
+            # Alone it is written in other windows than beside what a search is measured on.
+            raise ValueError(
+                "zero_shot scores models anew, on other text of their own: give no calibration text `self`"
+            )
         texts = {self.texts.calibration, self.texts.fitness, self.texts.report}
         if 6 in self.tables and SELF in texts:
             # The fine-tuned folder would write another text than the dense model did.
             raise ValueError("Table 6 measures fine-tuned folders, which write texts of their own: give no text `self`")
         return self
+
+    @property
+    def reported(self) -> str:
+        """The text that the tables' perplexities are of."""
+        return self.texts.report or self.texts.fitness
+
+    @property
+    def is_papers_text(self) -> bool:
+        """Whether the paper's perplexities, of WikiText-2, say anything beside ours. A file may be of it."""
+        return self.reported not in set(NAMED_TEXTS) - {WIKITEXT2}
+
+    @property
+    def are_papers_tasks(self) -> bool:
+        """Whether the paper's accuracies say anything beside ours."""
+        return self.zero_shot is not None and self.zero_shot.tasks_dir is None
 
     @property
     def words(self) -> str:
@@ -176,10 +198,11 @@ class PaperSettings(Section):
         lengths = [f"{texts.seqlen:,}", *(f"{model.seqlen:,} for {model.title}" for model in own)]
         limit = self.zero_shot and self.zero_shot.limit
         asked = f" Accuracies of the first {limit} items of each task." if limit else ""
+        papers = "" if self.reported in NAMED_TEXTS else " The paper's perplexities are of WikiText-2."
         return (
             f"Perplexity on {count} windows of {_name(shown)}, of {', '.join(lengths)} tokens; "
             f"scored on {texts.calibration_windows} windows of {_name(texts.calibration)}, "
-            f"searched on {_name(texts.fitness)}; {self.dtype}.{asked}"
+            f"searched on {_name(texts.fitness)}; {self.dtype}.{asked}{papers}"
         )
 
     def search_of(self, method: SearchMethod) -> Search:

@@ -1,6 +1,7 @@
 """Tables 1 to 7 before anything is run: which cell stands where, and the paper's figure beside it. Pure."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from benchmarks.paper import numbers
 from benchmarks.paper.answers import Figures
@@ -35,7 +36,17 @@ def wanted_tables(settings: PaperSettings) -> list[WantedTable]:
     """The tables that the settings ask for, in order. Raises SettingsError for a search whose settings cannot be."""
     maker = CellMaker(settings)
     makers = {1: _perplexities, 2: _accuracies, 3: _ablations, 4: _llms, 5: _owl, 6: _lora, 7: _speed}
-    return [makers[number](maker) for number in sorted(set(settings.tables))]
+    return [_comparable(makers[number](maker), settings) for number in sorted(set(settings.tables))]
+
+
+def _comparable(table: WantedTable, settings: PaperSettings) -> WantedTable:
+    """Without the paper's figures where they are of another text or of other tasks than ours."""
+    others: dict[Pick, bool] = {perplexity: not settings.is_papers_text, accuracy: not settings.are_papers_tasks}
+
+    def shown(wanted: Wanted) -> Wanted:
+        return replace(wanted, paper=None) if others.get(wanted.pick, False) else wanted
+
+    return replace(table, rows=tuple((labels, tuple(map(shown, row))) for labels, row in table.rows))
 
 
 def perplexity(figures: Figures) -> float | None:

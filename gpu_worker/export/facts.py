@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveFloat, Pos
 from protocol.finetuning import Finetuning
 from protocol.plan import Parameters, Plan, count_parameters
 from protocol.shape import ModelShape
-from protocol.spec import SearchSpec, TextSpec
+from protocol.spec import Role, SearchSpec, TextSpec, numbered
 
 SMOLLM2_ON_THE_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """What `smollm2` is called there."""
@@ -37,6 +37,9 @@ class ExportFacts(BaseModel):
     rates: tuple[float, ...]
     """One per unit of the spec's granularity, in order."""
     spec: SearchSpec
+    text_numbers: dict[Role, int] | None = None
+    """Roles with the same number took their windows from one text, which names without folders do not tell. None in
+    folders that do not say so: texts of one name count as one."""
     shape: ModelShape
     """Of the dense model."""
     plan: Plan
@@ -62,6 +65,11 @@ class ExportFacts(BaseModel):
         if len(self.plan.layers) != len(self.shape.layers):
             raise ValueError(f"a plan for {len(self.plan.layers)} layers of {len(self.shape.layers)}")
         return self
+
+    def is_one_text(self, one: Role, other: Role) -> bool:
+        """Whether both roles took their windows from one text."""
+        numbers = self.text_numbers or numbered({role: text.source for role, text in self.spec.texts.items()})
+        return one in numbers and numbers.get(one) == numbers.get(other)
 
     @property
     def parameters(self) -> Parameters:

@@ -51,10 +51,11 @@ def check_target(target: Path, *, force: bool) -> None:
     What a killed process left beside it is cleared away, and an older export that it had moved aside is put back.
     """
     target = target.expanduser().resolve()
-    if any(_beside(target, what).exists() for what in (UNFINISHED, OLDER)):
-        with _writing(target), _held(target):
-            pass
-    _check_free(target, force=force)
+    with _writing(target):
+        if any(_beside(target, what).exists() for what in (UNFINISHED, OLDER)):
+            with _held(target):
+                pass
+        _check_free(target, force=force)
 
 
 def write_folder(target: Path, write: Callable[[Path], None], *, force: bool) -> None:

@@ -46,6 +46,8 @@ class Checkpoint:
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         self.folder = folder
         self._settings = settings
+        self.steps = 0
+        """Of the state that was read or written last."""
 
     def read(self) -> State | None:
         """What was kept, on the CPU; None where nothing was.
@@ -68,6 +70,7 @@ class Checkpoint:
                     f"the checkpoint in {self.folder} has another {name} ({settings.get(name)!r}, and not {value!r}): "
                     "give what it was made with, or remove it to begin anew"
                 )
+        self.steps = len(found.losses)
         return found
 
     def write(self, state: State) -> None:
@@ -85,6 +88,7 @@ class Checkpoint:
                     file.flush()
                     os.fsync(file.fileno())
                 beside.replace(self.folder / FILE)
+                self.steps = len(state.losses)
         # torch's own writer says RuntimeError of a full disk.
         except (OSError, RuntimeError) as error:
             beside.unlink(missing_ok=True)

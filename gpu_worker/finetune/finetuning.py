@@ -11,7 +11,7 @@ from gpu_worker.export.folder import check_target
 from gpu_worker.export.reopen import Exported, as_it_was_pruned, read_exported
 from gpu_worker.finetune.checkpoint import Checkpoint, State, folder_beside
 from gpu_worker.finetune.data import TrainingData, prepare_data, read_instructions
-from gpu_worker.finetune.judging import EvalText, Judged, compared, measure, texts_asked, texts_to_judge
+from gpu_worker.finetune.judging import EvalText, Judged, compared, measure, numbers_of, texts_asked, texts_to_judge
 from gpu_worker.finetune.memory import Training, check_finetuning_disk
 from gpu_worker.finetune.output import Output, write_output
 from gpu_worker.finetune.trained import trained
@@ -176,7 +176,10 @@ def _facts(facts: ExportFacts, tuned: Finetuning, judged: Mapping[Role, Judged],
             "dense_report": facts.dense_report if digest == facts.report_digest else None,
             "report_digest": digest,
         }
-    return facts.model_copy(update=changes | {"spec": without_places(spec) if judged else spec})
+    if judged:
+        changes |= {"text_numbers": numbers_of(facts, judged)}
+        spec = without_places(spec)
+    return facts.model_copy(update=changes | {"spec": spec})
 
 
 def _figure(perplexity: Perplexities) -> TextPerplexity:

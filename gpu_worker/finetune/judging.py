@@ -1,12 +1,13 @@
 """The texts by which fine-tuning is judged: dealt out as for an export, and measured before and after."""
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
 from gpu_worker.corpora import load_roles
+from gpu_worker.export.facts import ExportFacts
 from gpu_worker.export.kept_text import read_kept_text
 from gpu_worker.export.reopen import Exported
 from gpu_worker.models import LoadedModel
@@ -14,7 +15,7 @@ from gpu_worker.perplexity import checked_perplexity
 from gpu_worker.progress import Progress
 from protocol.errors import SettingsError
 from protocol.finetuning import Perplexities
-from protocol.spec import Role, SearchSpec, TextSpec
+from protocol.spec import Role, SearchSpec, TextSpec, numbered
 
 
 @dataclass(frozen=True)
@@ -64,12 +65,28 @@ def texts_to_judge(exported: Exported, model: LoadedModel, asked: Mapping[Role, 
         windows = read_kept_text(exported.kept_text, spec.fitness, model.decoder.head.out_features)
         judged["fitness"] = Judged(spec.fitness, windows, kept=True)
     texts: dict[Role, TextSpec] = {}
-    files = {Path(text.source).name: text.source for text in found.values()}
-    if spec.calibration.source in files:
-        texts["calibration"] = spec.calibration.model_copy(update={"source": files[spec.calibration.source]})
+    if (role := scored_on(exported.facts, found)) is not None:
+        texts["calibration"] = spec.calibration.model_copy(update={"source": found[role].source})
     texts |= found
     loaded = load_roles(texts, spec.seed, model.tokenizer, _not_written, model.window_start, found.keys())
     return judged | {role: Judged(text, loaded[role]) for role, text in found.items()}
+
+
+def scored_on(facts: ExportFacts, texts: Mapping[Role, TextSpec]) -> Role | None:
+    """Which of `texts` the folder was scored on, as far as can be told: it knows the last parts of paths only."""
+    for role, text in texts.items():
+        name, usual = Path(text.source).name, facts.spec.texts.get(role)
+        was_measured = usual is not None and usual.source == name
+        if facts.is_one_text("calibration", role) if was_measured else name == facts.spec.calibration.source:
+            return role
+    return None
+
+
+def numbers_of(facts: ExportFacts, judged: Mapping[Role, Judged]) -> dict[Role, int]:
+    """Which roles took their windows from one text when they were judged."""
+    places: dict[Role, Hashable] = {role: each.text.place for role, each in judged.items()}
+    scored = scored_on(facts, {role: each.text for role, each in judged.items()})
+    return numbered({"calibration": None if scored is None else places[scored], **places})
 
 
 def _not_written(_windows: int, _length: int) -> Tensor:

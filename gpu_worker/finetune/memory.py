@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gpu_worker.export.room import check_disk, export_bytes
+from protocol.errors import ModelError
 from protocol.finetuning import Recipe
 from protocol.formats import Formats, GgufType
 from protocol.shape import ModelShape
@@ -73,6 +74,8 @@ def check_finetuning_disk(
     For a model in all `formats`, and for two checkpoints: one is there until the next is whole. `shape` is the dense
     model's, of which `kept` parameters of the decoder stay. `beside` are bytes that the pruned model will take there.
     """
+    if checkpoint.exists() and not checkpoint.is_dir():
+        raise ModelError(f"{checkpoint}, the folder of checkpoints, is a file; move it, or pass another --out")
     checkpoints = 2 * Training(recipe).parameters(shape) * IN_CHECKPOINT
     needed = export_bytes(shape, kept, formats, dtype, gguf_type) + checkpoints + beside
     there = sum(file.stat().st_size for file in checkpoint.iterdir()) if checkpoint.exists() else 0

@@ -21,6 +21,7 @@ from gpu_worker.finetune.trained import Trained
 from gpu_worker.models import LoadedModel
 from gpu_worker.perplexity import NotFiniteError
 from gpu_worker.progress import LOGGED_EVERY, Progress
+from gpu_worker.signals import held_back
 from protocol.finetuning import LossPoint, Recipe
 
 
@@ -61,7 +62,7 @@ def train(
                 checkpoint.write(run.state)
                 kept_at = time.monotonic()
     except BaseException:  # a signal too: what was done so far is not lost
-        if run.is_whole and len(run.losses) > len(start.losses):
+        if run.is_whole and len(run.losses) > checkpoint.steps:
             checkpoint.write(run.state)
         raise
     finished = replace(run.state, finished=True)
@@ -121,7 +122,7 @@ class _Run:
         self._began = time.monotonic()
         self.losses = list(start.losses)
         self.is_whole = True
-        """False while a step is being made, when masters and optimizer do not belong together."""
+        """False where an error came in the midst of a step: masters and optimizer do not belong together."""
 
     @property
     def seconds(self) -> float:
@@ -166,13 +167,14 @@ class _Run:
         rate = learning_rate(self._recipe, self._share_done(number))
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        self.is_whole = False
-        self._optimizer.step()
-        self._trained.write_back()
-        self.losses.append(
-            LossPoint(step=number + 1, loss=loss, learning_rate=rate, tokens=tokens, seconds=self.seconds)
-        )
-        self.is_whole = True
+        with held_back():
+            self.is_whole = False
+            self._optimizer.step()
+            self._trained.write_back()
+            self.losses.append(
+                LossPoint(step=number + 1, loss=loss, learning_rate=rate, tokens=tokens, seconds=self.seconds)
+            )
+            self.is_whole = True
 
     def _share_done(self, number: int) -> float:
         """How far the step is on the schedule: its middle, so that neither the first nor the last is nought."""

@@ -113,12 +113,13 @@ def open_pair(request: SpeedRequest, progress: Progress, *, is_gguf: bool) -> It
         for model in (dense, pruned):
             if length.total > model.longest:
                 raise DataError(f"texts of {length.total} tokens are longer than the {model.longest} of {model.path}")
-        check_room(sum(m.weight_bytes + m.kv_cache_bytes_per_token * length.total * texts for m in (dense, pruned)))
+        device = _device()
+        needed = sum(m.weight_bytes + m.kv_cache_bytes_per_token * length.total * texts for m in (dense, pruned))
+        check_room(needed, on_gpu=device != "cpu")
         runners = [
             LlamaCppRunner(model, stack.enter_context(_serving(model, length, texts)), length)
             for model in (dense, pruned)
         ]
-        device = _device()
         threads = torch.get_num_threads() if device == "cpu" else None
         yield Pair(runners[0], runners[1], device, threads)
 

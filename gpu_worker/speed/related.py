@@ -1,6 +1,6 @@
 """Whether one model can have been pruned from another, and whether both fit."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gpu_worker.memory import this_machine
 from protocol.amounts import gigabytes
@@ -42,11 +42,12 @@ def check_related(dense: Sizes, pruned: Sizes, baseline: str) -> None:
             )
 
 
-def check_room(needed: int) -> None:
-    """Raise ModelError where what is still to be loaded, in bytes, does not fit on this machine."""
+def check_room(needed: int, *, on_gpu: bool) -> None:
+    """Raise ModelError where what is still to be loaded, in bytes, does not fit: on the GPUs, or in main memory."""
     machine = this_machine()
-    there = sum(machine.gpus) if machine.gpus else machine.main
-    if needed > there:
+    on_gpu = on_gpu and bool(machine.gpus)
+    if needed > (sum(machine.gpus) if on_gpu else machine.main):
+        machine = machine if on_gpu else replace(machine, gpus=())
         raise ModelError(
             f"both models together need about {gigabytes(needed)} more where {machine.sentence}; "
             "use smaller batches (--batch-size), a shorter --prompt or --generate, or a machine with more memory"

@@ -94,8 +94,8 @@ def open_pair(request: SpeedRequest) -> Iterator[Pair]:
     dense, pruned = (_runner(name, request) for name in (request.baseline, str(request.folder)))
     check_related(_sizes(dense.model), _sizes(pruned.model), request.baseline)
     keys = sum(kv_cache_bytes(r.model.decoder.shape, r.model.causal_lm.dtype.itemsize, 1) for r in (dense, pruned))
-    check_room(keys * request.length.total * max(request.batch_sizes))
     device = dense.model.device
+    check_room(keys * request.length.total * max(request.batch_sizes), on_gpu=device.type != "cpu")
     threads = torch.get_num_threads() if device.type == "cpu" else None
     yield Pair(dense, pruned, device_name(device), threads)
 
