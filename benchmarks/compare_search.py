@@ -16,6 +16,7 @@ figures that each leaves are joined by
 
 import argparse
 import asyncio
+import hashlib
 import json
 import statistics
 from collections.abc import Iterator
@@ -31,7 +32,7 @@ from benchmarks.comparing import MeasuringWorker, SearchResult, plain_uniform, r
 from daemon import embedded
 from daemon.launch import Launch
 from daemon.llm_settings import EndpointSettings
-from daemon.settings import Settings
+from daemon.settings import Settings, text_spec
 from protocol import logs
 from protocol.allocation import Method
 from protocol.spec import Measure, Reconstruction
@@ -70,6 +71,7 @@ OF_LLM = ("reply", "tell")
 NOT_OF_THE_SEARCHES = ("out", "json", "beside")
 SHARED_OUT = ("rate", "seeds", "first_seed", "methods", "llm_url")
 """Arguments in which calls that are joined may differ."""
+WHICH_LLM = ("llm_url", "llm_model", "gguf")
 WITHOUT_LLM = ("random", "evolution", "evolution-multi", "cma-es", "ranked")
 
 
@@ -162,7 +164,7 @@ async def compare(given: argparse.Namespace) -> list[dict[str, Any]]:
             plain = await asyncio.to_thread(plain_uniform, specs, given.out / f"plain-{seed}.json")
             for (rate, plain_report), method in product(zip(given.rate, plain, strict=True), given.methods):
                 settings = settings_of(given, method, rate, seed)
-                if (before := _result_before(settings, given)) is not None:
+                if (before := _result_before(settings)) is not None:
                     results.append(before)
                     continue
                 console.print(f"{settings.search.name} …", end=" ")
@@ -186,28 +188,41 @@ RESULT = "result.json"
 
 
 def _keep_result(result: SearchResult, settings: Settings, given: argparse.Namespace) -> None:
-    told = {"arguments": _decisive(given), "result": result.model_dump()}
+    told = {"arguments": _decisive(given, result.method), "result": result.model_dump()}
     (settings.folder / RESULT).write_text(json.dumps(told, indent=1) + "\n")
 
 
-def _result_before(settings: Settings, given: argparse.Namespace) -> SearchResult | None:
-    """What an earlier call with the same arguments has kept of this search."""
+def _result_before(settings: Settings) -> SearchResult | None:
+    """What an earlier call has kept of this search; its arguments were the same, or the folder would be another."""
     try:
         told = json.loads((settings.folder / RESULT).read_text())
     except FileNotFoundError:
         return None
-    return SearchResult.model_validate(told["result"]) if told["arguments"] == _decisive(given) else None
+    return SearchResult.model_validate(told["result"])
 
 
-def _decisive(given: argparse.Namespace) -> dict[str, Any]:
-    """The arguments that every search of a comparison shares."""
-    return {name: value for name, value in vars(given).items() if name not in (*NOT_OF_THE_SEARCHES, *SHARED_OUT)}
+def _decisive(given: argparse.Namespace, method: str) -> dict[str, Any]:
+    """All that decides what a search of `method` finds, but for its rate and its seed."""
+    beside = (*NOT_OF_THE_SEARCHES, *SHARED_OUT, *WHICH_LLM)
+    told = {name: value for name, value in vars(given).items() if name not in beside}
+    told |= {name: text_spec(told[name], None, given.seqlen).source for name in ("fitness", "report")}
+    if method not in WITHOUT_LLM:
+        told["llm"] = {"url": given.llm_url, "model": given.llm_model} if given.llm_url else {"gguf": given.gguf}
+    return told | {"method": METHODS[method]}
+
+
+def _name(given: argparse.Namespace, method: str, rate: float, seed: int) -> str:
+    """Of a search, and of its folder: with other arguments it is another search, for the server has those before."""
+    told = json.dumps(_decisive(given, method), sort_keys=True)
+    digest = hashlib.sha256(told.encode()).hexdigest()[:8]
+    return f"{method}-{given.granularity}-{rate:g}-{seed}-{digest}"
 
 
 async def _endpoints(given: argparse.Namespace, stack: AsyncExitStack) -> tuple[EndpointSettings, ...]:
     if given.llm_url:
         return (EndpointSettings(base_url=given.llm_url, model=given.llm_model, name="llm"),)
-    settings = settings_of(given, "llm", given.rate[0], 0)
+    asking = next(method for method in given.methods if method not in WITHOUT_LLM)
+    settings = settings_of(given, asking, given.rate[0], given.first_seed)
     settings.folder.mkdir(parents=True, exist_ok=True)  # for the log of the local LLM
     return (await stack.enter_async_context(embedded.local_llm(settings)),)
 
@@ -222,7 +237,7 @@ def settings_of(given: argparse.Namespace, method: str, rate: float, seed: int) 
     return Settings.model_validate(
         {
             "search": {
-                "name": f"{method}-{given.granularity}-{rate:g}-{seed}",
+                "name": _name(given, method, rate, seed),
                 "seed": seed,
                 "population": population,
                 "rounds": -(-(most - population) // OFFSPRING),

@@ -1,5 +1,6 @@
 """What benchmarks/compare_search.py does with the figures of searches that have run."""
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -91,14 +92,43 @@ def test_what_cannot_be_joined_is_said_in_a_sentence(
     assert says in capsys.readouterr().err
 
 
-def test_a_search_that_has_ended_is_not_searched_again_unless_it_was_another(tmp_path: Path) -> None:
-    given = compare_search._parser().parse_args(["--budget", "20", "--out", str(tmp_path)])
+def _given(folder: Path, *arguments: str) -> argparse.Namespace:
+    return compare_search._parser().parse_args(["--budget", "20", "--out", str(folder), *arguments])
+
+
+def test_a_search_that_has_ended_is_not_searched_again(tmp_path: Path) -> None:
+    given = _given(tmp_path)
     settings = compare_search.settings_of(given, "llm", 0.3, 0)
-    assert compare_search._result_before(settings, given) is None
+    assert compare_search._result_before(settings) is None
     settings.folder.mkdir()
     kept = SearchResult.model_validate(_result("llm", 0, [0.3, 0.2]))
     compare_search._keep_result(kept, settings, given)
-    elsewhere = compare_search._parser().parse_args(["--budget", "20", "--rate", "0.3", "0.5", "--seeds", "1"])
-    assert compare_search._result_before(settings, elsewhere) == kept
-    longer = compare_search._parser().parse_args(["--budget", "40", "--out", str(tmp_path)])
-    assert compare_search._result_before(settings, longer) is None
+    elsewhere = _given(tmp_path, "--rate", "0.3", "0.5", "--seeds", "1", "--methods", "llm")
+    again = compare_search.settings_of(elsewhere, "llm", 0.3, 0)
+    assert again.search.name == settings.search.name
+    assert compare_search._result_before(again) == kept
+
+
+@pytest.mark.parametrize(
+    ("other", "of_all"),
+    [
+        (("--budget", "40"), True),
+        (("--report", "test.txt"), True),
+        (("--minimise", "perplexity"), True),
+        (("--gguf", "larger.gguf"), False),
+        (("--llm-url", "http://127.0.0.1:1/v1"), False),
+        (("--llm-url", "http://127.0.0.1:1/v1", "--llm-model", "larger"), False),
+    ],
+)
+def test_with_other_arguments_it_is_another_search_of_another_name(
+    tmp_path: Path, other: tuple[str, ...], of_all: bool
+) -> None:
+    """The server has the search of that name: under new arguments it would end at once, with its old result."""
+
+    def name(method: str, *arguments: str) -> str:
+        return compare_search.settings_of(_given(tmp_path, *arguments), method, 0.3, 0).search.name
+
+    assert name("llm", *other) != name("llm")
+    assert (name("evolution", *other) != name("evolution")) == of_all
+    if "--llm-model" in other:
+        assert name("llm", *other) != name("llm", *other[:2])
