@@ -28,13 +28,14 @@ from typing import Any, get_args
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.comparing import MeasuringWorker, SearchResult, plain_uniform, result_of
+from benchmarks.comparing import MeasuringWorker, SearchResult, keep_result, plain_uniform, result_before, result_of
 from daemon import embedded
 from daemon.launch import Launch
 from daemon.llm_settings import EndpointSettings
 from daemon.settings import Settings, text_spec
 from protocol import logs
 from protocol.allocation import Method
+from protocol.files import replace
 from protocol.spec import Measure, Reconstruction
 
 SEEDS: tuple[Method, ...] = ("first-layer", "llm-pruner", "owl", "uniform")
@@ -125,7 +126,7 @@ def main() -> None:
     results = [joined[which] for which in sorted(joined, key=_in_order)]
     figures = {"arguments": arguments, "results": results}
     for file in filter(None, (given.out / "comparison.json", given.json)):
-        file.write_text(json.dumps(figures, indent=1) + "\n")
+        replace(file, json.dumps(figures, indent=1) + "\n")
     for rate in dict.fromkeys(r["rate"] for r in results):
         show([r for r in results if r["rate"] == rate], rate, arguments["minimise"])
     plot(results, given.out)
@@ -164,7 +165,7 @@ async def compare(given: argparse.Namespace) -> list[dict[str, Any]]:
             plain = await asyncio.to_thread(plain_uniform, specs, given.out / f"plain-{seed}.json")
             for (rate, plain_report), method in product(zip(given.rate, plain, strict=True), given.methods):
                 settings = settings_of(given, method, rate, seed)
-                if (before := _result_before(settings)) is not None:
+                if (before := result_before(settings.folder)) is not None:
                     results.append(before)
                     continue
                 console.print(f"{settings.search.name} …", end=" ")
@@ -175,30 +176,12 @@ async def compare(given: argparse.Namespace) -> list[dict[str, Any]]:
                     summary = await launch.run()
                 assert summary is not None and summary.finished
                 results.append(result_of(settings, method, summary, plain_report, worker.measured_by))
-                _keep_result(results[-1], settings, given)
+                keep_result(results[-1], settings.folder, _decisive(given, method))
                 console.print(
                     f"best {results[-1].best_so_far.fitness[-1]:.4g}, reported {results[-1].report:.2f}, "
                     f"{summary.seconds:.0f} s"
                 )
     return [result.model_dump() for result in results]
-
-
-RESULT = "result.json"
-"""In the folder of a search that has ended: what is kept of it, and the arguments that it was made by."""
-
-
-def _keep_result(result: SearchResult, settings: Settings, given: argparse.Namespace) -> None:
-    told = {"arguments": _decisive(given, result.method), "result": result.model_dump()}
-    (settings.folder / RESULT).write_text(json.dumps(told, indent=1) + "\n")
-
-
-def _result_before(settings: Settings) -> SearchResult | None:
-    """What an earlier call has kept of this search; its arguments were the same, or the folder would be another."""
-    try:
-        told = json.loads((settings.folder / RESULT).read_text())
-    except FileNotFoundError:
-        return None
-    return SearchResult.model_validate(told["result"])
 
 
 def _decisive(given: argparse.Namespace, method: str) -> dict[str, Any]:

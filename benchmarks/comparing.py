@@ -3,11 +3,11 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, closing, suppress
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter
 
 from agents.view import KNOWN_ALREADY
 from daemon.settings import Settings
@@ -20,11 +20,15 @@ from gpu_worker.target import Target
 from protocol.candidate import OUTCOME, Candidate, Outcome
 from protocol.card_board import CardBoard
 from protocol.connection import connect
+from protocol.files import Lines, replace
 from protocol.jobs import JobQueue
 from protocol.keys import Keys
 from protocol.spec import SearchSpec
 
 LEASE_SECONDS = 600.0
+RESULT = "result.json"
+"""In the folder of a search that has ended: what is kept of it, and the arguments that it was made by."""
+FIGURES = TypeAdapter(dict[str, float])
 
 
 class BestSoFar(BaseModel):
@@ -88,11 +92,9 @@ class MeasuringWorker:
         self._outcomes: dict[str, Outcome] = {}
         self.measured_by: dict[str, str] = {}
         """The search that each of them was measured for."""
-        if kept.exists():
-            for line in kept.read_text().splitlines():
-                record = json.loads(line)
-                self._outcomes[record["id"]] = OUTCOME.validate_python(record["outcome"])
-                self.measured_by[record["id"]] = record["search"]
+        for record in _lines(kept):
+            self._outcomes[record["id"]] = OUTCOME.validate_python(record["outcome"])
+            self.measured_by[record["id"]] = record["search"]
 
     @asynccontextmanager
     async def serving(self, settings: Settings) -> AsyncIterator[None]:
@@ -138,9 +140,9 @@ class MeasuringWorker:
 
     def _keep(self, id_: str, outcome: Outcome, search: str) -> None:
         self._outcomes[id_], self.measured_by[id_] = outcome, search
-        with self._kept.open("a") as file:
-            record = {"id": id_, "search": search, "outcome": outcome.model_dump(mode="json")}
-            file.write(json.dumps(record) + "\n")
+        record = {"id": id_, "search": search, "outcome": outcome.model_dump(mode="json")}
+        with closing(Lines(self._kept)) as lines:
+            lines.append(json.dumps(record) + "\n")
 
 
 def plain_uniform(specs: Sequence[SearchSpec], kept: Path) -> list[float]:
@@ -148,18 +150,27 @@ def plain_uniform(specs: Sequence[SearchSpec], kept: Path) -> list[float]:
 
     The specs differ in their pruning rate alone.
     """
-    found: dict[str, float] = json.loads(kept.read_text()) if kept.exists() else {}
-    missing = [spec for spec in specs if str(spec.rate) not in found]
+    plain = [spec.model_copy(update={"reconstruction": "none"}) for spec in specs]
+    found = _figures(kept)
+    missing = [spec for spec in plain if spec.fingerprint not in found]
     if missing:
-        target = Target(missing[0].model_copy(update={"reconstruction": "none"}))
+        target = Target(missing[0])
         assert target.texts.report is not None
         for spec in missing:
             target.prune(spec.uniform_plan(target.shape))
-            found[str(spec.rate)], _ = checked_perplexity(
+            found[spec.fingerprint], _ = checked_perplexity(
                 target.model.decoder, target.texts.report, no_progress, "measuring"
             )
-        kept.write_text(json.dumps(found, indent=1) + "\n")
-    return [found[str(spec.rate)] for spec in specs]
+        replace(kept, json.dumps(found, indent=1) + "\n")
+    return [found[spec.fingerprint] for spec in plain]
+
+
+def _figures(kept: Path) -> dict[str, float]:
+    """Perplexities by the fingerprint of their spec; of a file that is not there or cannot be read, none."""
+    try:
+        return FIGURES.validate_json(kept.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
 
 
 def result_of(
@@ -205,5 +216,24 @@ def result_of(
     )
 
 
+def keep_result(result: SearchResult, folder: Path, arguments: Mapping[str, Any]) -> None:
+    """Keep what a search came to in its folder."""
+    told = {"arguments": arguments, "result": result.model_dump()}
+    replace(folder / RESULT, json.dumps(told, indent=1) + "\n")
+
+
+def result_before(folder: Path) -> SearchResult | None:
+    """What an earlier call has kept of the search in `folder`; None where that is nothing, or cannot be read."""
+    try:
+        return SearchResult.model_validate(json.loads((folder / RESULT).read_bytes())["result"])
+    except (FileNotFoundError, KeyError, TypeError, ValueError):
+        return None
+
+
 def _lines(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    """The records of a file of lines; those that a kill has torn are passed over."""
+    found = []
+    for line in file.read_bytes().splitlines() if file.exists() else ():
+        with suppress(ValueError):
+            found.append(json.loads(line))
+    return [record for record in found if isinstance(record, dict)]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from benchmarks import compare_search
-from benchmarks.comparing import BestSoFar, SearchResult
+from benchmarks.comparing import RESULT, BestSoFar, SearchResult, keep_result, result_before
 
 pytest.importorskip("matplotlib")
 
@@ -99,14 +99,14 @@ def _given(folder: Path, *arguments: str) -> argparse.Namespace:
 def test_a_search_that_has_ended_is_not_searched_again(tmp_path: Path) -> None:
     given = _given(tmp_path)
     settings = compare_search.settings_of(given, "llm", 0.3, 0)
-    assert compare_search._result_before(settings) is None
+    assert result_before(settings.folder) is None
     settings.folder.mkdir()
     kept = SearchResult.model_validate(_result("llm", 0, [0.3, 0.2]))
-    compare_search._keep_result(kept, settings, given)
+    keep_result(kept, settings.folder, {})
     elsewhere = _given(tmp_path, "--rate", "0.3", "0.5", "--seeds", "1", "--methods", "llm")
     again = compare_search.settings_of(elsewhere, "llm", 0.3, 0)
     assert again.search.name == settings.search.name
-    assert compare_search._result_before(again) == kept
+    assert result_before(again.folder) == kept
 
 
 @pytest.mark.parametrize(
@@ -132,3 +132,9 @@ def test_with_other_arguments_it_is_another_search_of_another_name(
     assert (name("evolution", *other) != name("evolution")) == of_all
     if "--llm-model" in other:
         assert name("llm", *other) != name("llm", *other[:2])
+
+
+@pytest.mark.parametrize("torn", ["", "{", "[]", "{}"])
+def test_a_result_that_cannot_be_read_is_made_again(tmp_path: Path, torn: str) -> None:
+    (tmp_path / RESULT).write_text(torn)
+    assert result_before(tmp_path) is None
