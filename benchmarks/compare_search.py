@@ -12,6 +12,8 @@ A long comparison may be shared between machines, each with some of the methods,
 figures that each leaves are joined by
 
     python -m benchmarks.compare_search --methods --beside ONE/comparison.json OTHER/comparison.json --out DIR
+
+Exit code 1: measuring failed. 2: what was given cannot be. 130, 143: interrupted.
 """
 
 import argparse
@@ -19,26 +21,42 @@ import asyncio
 import hashlib
 import json
 import statistics
-from collections.abc import Iterator
-from contextlib import AsyncExitStack
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import AsyncExitStack, contextmanager
 from itertools import product
 from pathlib import Path
 from typing import Any, get_args
 
+from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.comparing import MeasuringWorker, SearchResult, keep_result, plain_uniform, result_before, result_of
+from benchmarks.comparing import (
+    Comparison,
+    MeasuringWorker,
+    SearchResult,
+    keep_result,
+    plain_uniform,
+    result_before,
+    result_of,
+)
 from daemon import embedded
 from daemon.launch import Launch
 from daemon.llm_settings import EndpointSettings
-from daemon.settings import Settings, text_spec
+from daemon.local_llm import find_gguf
+from daemon.proposers import check_proposer
+from daemon.setting_errors import validation_sentence
+from daemon.settings import Settings, check_text, text_spec
+from daemon.signals import run_until_signal
 from protocol import logs
 from protocol.allocation import Method
+from protocol.errors import SearchExistsError, SelfPrunerError, SettingsError, UsageError
 from protocol.files import replace
 from protocol.spec import Measure, Reconstruction
 
 SEEDS: tuple[Method, ...] = ("first-layer", "llm-pruner", "owl", "uniform")
+LEAST_POPULATION = 4
 OFFSPRING = 4
 """Candidates of a round."""
 METHODS: dict[str, dict[str, Any]] = {
@@ -103,27 +121,103 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> None:
-    """Run what is missing; print the table, write figures and plots."""
-    parser = _parser()
-    given = parser.parse_args()
-    if not given.methods and not given.beside:
-        parser.error("there is nothing to do: name methods, or figures to join with --beside")
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what is missing; print the table, write figures and plots. Returns the exit code."""
+    given = _parser().parse_args(arguments)
+    logs.configure(console=False)
     try:
-        others = [json.loads(file.read_text()) for file in given.beside]
-    except (OSError, ValueError) as error:
-        parser.error(f"the figures beside cannot be read: {error}")
+        return _make(given)
+    except ValidationError as error:
+        _tell(validation_sentence(error))
+        return 2
+    except SelfPrunerError as error:
+        _tell(str(error))
+        return 2 if isinstance(error, UsageError) else 1
+    finally:
+        sys.excepthook = sys.__excepthook__  # that of the logs tells the file of the last search alone
+
+
+def _make(given: argparse.Namespace) -> int:
+    if not given.methods and not given.beside:
+        raise SettingsError("there is nothing to do: name methods, or figures to join with --beside")
+    _check(given)
+    others = {file: _read(file) for file in given.beside}
     arguments = {k: v for k, v in vars(given).items() if k not in NOT_OF_THE_SEARCHES}
     if not given.methods:
-        arguments = others[0]["arguments"]
-    for file, other in zip(given.beside, others, strict=True):
-        told = other["arguments"]
-        if differing := sorted(name for name in {*told, *arguments} if _differs(name, told, arguments)):
-            parser.error(f"{file} is of other searches: they differ in {', '.join(differing)}")
-    given.out.mkdir(parents=True, exist_ok=True)
-    own = asyncio.run(compare(given)) if given.methods else []
-    joined = {_which(r): r for r in [r for other in others for r in other["results"]] + own}
-    results = [joined[which] for which in sorted(joined, key=_in_order)]
+        arguments = others[given.beside[0]].arguments
+    for file, other in others.items():
+        if differing := sorted(
+            name for name in {*other.arguments, *arguments} if _differs(name, other.arguments, arguments)
+        ):
+            raise SettingsError(f"{file} is of other searches: they differ in {', '.join(differing)}")
+    with _the_only_one(given.out):
+        own: list[SearchResult] = []
+        if given.methods:
+            found, number = run_until_signal(compare(given))
+            if found is None:
+                _tell("interrupted; the same command goes on" if number else "a search was stopped")
+                return 128 + number if number else 1
+            own = found
+        _show_all([*(result for other in others.values() for result in other.results), *own], arguments, given)
+    return 0
+
+
+def _check(given: argparse.Namespace) -> None:
+    """Raise UsageError or ValidationError for what cannot be, before anything is loaded."""
+    if given.budget < LEAST_POPULATION:
+        raise SettingsError(f"--budget cannot be {given.budget}: the first population takes {LEAST_POPULATION}")
+    if given.seeds < 1:
+        raise SettingsError(f"--seeds cannot be {given.seeds}: give 1 or more")
+    if given.json and not given.json.parent.is_dir():
+        raise SettingsError(f"--json {given.json} cannot be written: there is no folder {str(given.json.parent)!r}")
+    if not given.methods:
+        return
+    for text in (given.fitness, given.report):
+        check_text(text)
+    seeds = (given.first_seed, given.first_seed + given.seeds - 1)
+    for method, rate, seed in product(given.methods, given.rate, seeds):
+        settings = settings_of(given, method, rate, seed)
+        settings.spec()
+        check_proposer(settings.search)
+        if settings.search.asks_llm and not given.llm_url:
+            find_gguf(given.gguf)
+
+
+def _read(file: Path) -> Comparison:
+    """The figures of another call. Raises SettingsError."""
+    try:
+        found = Comparison.model_validate_json(file.read_bytes())
+    except OSError as error:
+        raise SettingsError(f"--beside {file} cannot be read: {error.strerror}") from error
+    except ValidationError as error:
+        what = error.errors()[0]
+        where = ".".join(map(str, what["loc"]))
+        raise SettingsError(
+            f"--beside {file} holds no figures of a comparison: {where and where + ': '}{what['msg']}"
+        ) from error
+    if found.arguments.get("minimise") not in get_args(Measure):
+        raise SettingsError(f"--beside {file} does not say what was minimised")
+    return found
+
+
+@contextmanager
+def _the_only_one(out: Path) -> Iterator[None]:
+    """Hold `out`: two calls in one folder would put two servers on one append-only file. Raises UsageError."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(f"--out {out} cannot be made: {error.strerror}") from error
+    try:
+        with embedded.only_one(out):
+            yield
+    except SearchExistsError as error:
+        raise SearchExistsError(f"the comparison in {out} is being made by another process") from error
+
+
+def _show_all(found: list[SearchResult], arguments: dict[str, Any], given: argparse.Namespace) -> None:
+    """Print the tables and write the figures and the plots; of a search that is there twice, the last counts."""
+    joined = {_which(result): result for result in found}
+    results = [joined[which].model_dump() for which in sorted(joined, key=_in_order)]
     figures = {"arguments": arguments, "results": results}
     for file in filter(None, (given.out / "comparison.json", given.json)):
         replace(file, json.dumps(figures, indent=1) + "\n")
@@ -141,17 +235,18 @@ def _differs(name: str, theirs: dict[str, Any], ours: dict[str, Any]) -> bool:
     return bool(theirs.get(name) != ours.get(name))
 
 
-def _which(result: dict[str, Any]) -> tuple[str, float, int]:
-    return result["method"], result["rate"], result["seed"]
+def _which(result: SearchResult) -> tuple[str, float, int]:
+    return result.method, result.rate, result.seed
 
 
 def _in_order(which: tuple[str, float, int]) -> tuple[float, int, int]:
     method, rate, seed = which
-    return rate, list(METHODS).index(method), seed
+    names = [*METHODS, method]  # figures beside may be of a method that was here once
+    return rate, names.index(method), seed
 
 
-async def compare(given: argparse.Namespace) -> list[dict[str, Any]]:
-    """All searches, those that are there already included."""
+async def compare(given: argparse.Namespace) -> list[SearchResult]:
+    """All searches, those that are there already included; cancelled and called again, it goes on."""
     results: list[SearchResult] = []
     async with AsyncExitStack() as stack:
         endpoints: tuple[EndpointSettings, ...] = ()
@@ -174,14 +269,15 @@ async def compare(given: argparse.Namespace) -> list[dict[str, Any]]:
                 async with worker.serving(settings):
                     launch = Launch(settings, url, endpoints, embedded=False)
                     summary = await launch.run()
-                assert summary is not None and summary.finished
+                if summary is None or not summary.finished:
+                    raise asyncio.CancelledError  # the search has taken it for itself, and saved what there is
                 results.append(result_of(settings, method, summary, plain_report, worker.measured_by))
                 keep_result(results[-1], settings.folder, _decisive(given, method))
                 console.print(
                     f"best {results[-1].best_so_far.fitness[-1]:.4g}, reported {results[-1].report:.2f}, "
                     f"{summary.seconds:.0f} s"
                 )
-    return [result.model_dump() for result in results]
+    return results
 
 
 def _decisive(given: argparse.Namespace, method: str) -> dict[str, Any]:
@@ -202,10 +298,10 @@ def _name(given: argparse.Namespace, method: str, rate: float, seed: int) -> str
 
 
 async def _endpoints(given: argparse.Namespace, stack: AsyncExitStack) -> tuple[EndpointSettings, ...]:
-    if given.llm_url:
-        return (EndpointSettings(base_url=given.llm_url, model=given.llm_model, name="llm"),)
     asking = next(method for method in given.methods if method not in WITHOUT_LLM)
     settings = settings_of(given, asking, given.rate[0], given.first_seed)
+    if settings.llm.endpoints:
+        return settings.llm.endpoints
     settings.folder.mkdir(parents=True, exist_ok=True)  # for the log of the local LLM
     return (await stack.enter_async_context(embedded.local_llm(settings)),)
 
@@ -213,9 +309,10 @@ async def _endpoints(given: argparse.Namespace, stack: AsyncExitStack) -> tuple[
 def settings_of(given: argparse.Namespace, method: str, rate: float, seed: int) -> Settings:
     """The settings of one search; all but who proposes is the same for every method."""
     chosen = {"mutations": OFFSPRING - 1, "crossovers": 1, **METHODS[method]}
-    llm = {"tell": ("sensitivity", "weakest", "contrast", "lessons")}
+    endpoint = {"base_url": given.llm_url, "model": given.llm_model, "name": "llm"}
+    llm = {"tell": ("sensitivity", "weakest", "contrast", "lessons"), "endpoints": [endpoint] if given.llm_url else []}
     llm |= {name: chosen.pop(name) for name in OF_LLM if name in chosen}
-    population = max(4, min(12, given.budget // 4))
+    population = max(LEAST_POPULATION, min(12, given.budget // 4))
     most = given.budget * (MORE if method in RACING else 1)
     return Settings.model_validate(
         {
@@ -321,5 +418,9 @@ def plot(results: list[dict[str, Any]], folder: Path) -> None:
         plot_rates(of_rate, folder / f"rates-{rate:g}.png")
 
 
+def _tell(sentence: str) -> None:
+    print(f"compare_search: {sentence}", file=sys.stderr)
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

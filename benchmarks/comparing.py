@@ -19,7 +19,8 @@ from gpu_worker.session import Session
 from gpu_worker.target import Target
 from protocol.candidate import OUTCOME, Candidate, Outcome
 from protocol.card_board import CardBoard
-from protocol.connection import connect
+from protocol.connection import AWAY, connect
+from protocol.errors import SelfPrunerError, first_error
 from protocol.files import Lines, replace
 from protocol.jobs import JobQueue
 from protocol.keys import Keys
@@ -83,6 +84,13 @@ class SearchResult(BaseModel):
     """The share of them in which the worker measured."""
 
 
+class Comparison(BaseModel):
+    """What a call leaves in comparison.json."""
+
+    arguments: dict[str, Any]
+    results: list[SearchResult]
+
+
 class MeasuringWorker:
     """A worker in this process. It keeps its model from search to search, and every outcome, by the candidate's id."""
 
@@ -98,15 +106,18 @@ class MeasuringWorker:
 
     @asynccontextmanager
     async def serving(self, settings: Settings) -> AsyncIterator[None]:
-        """Measure for one search, which is about to begin."""
+        """Measure for one search, which is about to begin; where that fails, the search is cancelled.
+
+        Raises SelfPrunerError for what a disk, a server or a device does.
+        """
         session = await asyncio.to_thread(self._session_for, settings.spec())
-        task = asyncio.create_task(self._serve(settings.search.name, session))
         try:
-            yield
-        finally:
-            task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
+            async with asyncio.TaskGroup() as group:
+                task = group.create_task(self._serve(settings.search.name, session))
+                yield
+                task.cancel()
+        except BaseExceptionGroup as errors:
+            raise first_error(errors) or errors.exceptions[0] from None
 
     def _session_for(self, spec: SearchSpec) -> Session:
         """The session of a spec; searches of one rate and seed share it."""
@@ -124,6 +135,8 @@ class MeasuringWorker:
             while True:
                 if job := await jobs.claim():
                     await jobs.commit(job, await self._outcome(job.candidate, session, search))
+        except (OSError, RuntimeError, *AWAY) as error:
+            raise SelfPrunerError(f"measuring for {search} failed: {error}; the same command goes on") from error
         finally:
             await redis.aclose()
 

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import pytest
 
 from benchmarks import compare_search
 from benchmarks.comparing import RESULT, BestSoFar, SearchResult, keep_result, result_before
+from daemon.embedded import only_one
 
 pytest.importorskip("matplotlib")
 
@@ -48,18 +48,14 @@ def _figures(folder: Path, *results: dict[str, Any], **arguments: Any) -> str:
     return str(file)
 
 
-def _call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
-    monkeypatch.setattr(sys, "argv", ["compare_search", *arguments])
-    compare_search.main()
+pytestmark = pytest.mark.usefixtures("restored_logs")
 
 
-def test_the_figures_of_several_calls_are_joined(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_figures_of_several_calls_are_joined(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     evolution = _figures(tmp_path / "a", _result("evolution", 0, [0.4, 0.3]))
     llm = _figures(tmp_path / "b", _result("llm", 0, [0.3, 0.2]), first_seed=0)
     out = tmp_path / "joined"
-    _call(monkeypatch, "--methods", "--beside", llm, evolution, "--out", str(out))
+    assert compare_search.main(["--methods", "--beside", llm, evolution, "--out", str(out)]) == 0
     shown = capsys.readouterr().out
     rows = {line.split("│")[1].strip(): line.split("│")[2:-1] for line in shown.splitlines() if "│" in line}
     assert [cell.strip() for cell in rows["evolution"]][:4] == ["0.3000", "60.00", "0.500", "7"]
@@ -69,27 +65,59 @@ def test_the_figures_of_several_calls_are_joined(
     assert (out / "convergence-0.3.png").stat().st_size and (out / "rates-0.3.png").stat().st_size
 
 
-def test_figures_of_other_searches_are_not_joined(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_figures_of_other_searches_are_not_joined(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one = _figures(tmp_path / "a", _result("evolution", 0, [0.4]))
     other = _figures(tmp_path / "b", _result("llm", 0, [40.0]), minimise="perplexity")
-    with pytest.raises(SystemExit) as end:
-        _call(monkeypatch, "--methods", "--beside", one, other, "--out", str(tmp_path / "joined"))
-    assert end.value.code == 2
+    assert compare_search.main(["--methods", "--beside", one, other, "--out", str(tmp_path / "joined")]) == 2
     assert "is of other searches: they differ in minimise" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("arguments", "says"), [((), "there is nothing to do"), (("--beside", "none.json"), "none.json")]
+    ("arguments", "says"),
+    [
+        (("--methods",), "there is nothing to do"),
+        (("--methods", "--beside", "none.json"), "none.json cannot be read: No such file"),
+        (("--methods", "--beside", "list.json"), "list.json holds no figures of a comparison"),
+        (("--methods", "--beside", "half.json"), "half.json holds no figures of a comparison: results: Field required"),
+        (("--methods", "--beside", "other.json"), "other.json does not say what was minimised"),
+        (("--rate", "1.5"), "target.rate cannot be '1.5'"),
+        (("--rate", "0.3", "0.95"), "target.rate cannot be '0.95'"),
+        (("--budget", "3"), "--budget cannot be 3: the first population takes 4"),
+        (("--seeds", "0"), "--seeds cannot be 0"),
+        (("--first-seed", "-1"), "search.seed cannot be '-1'"),
+        (("--windows", "0"), "data.fitness_windows cannot be '0'"),
+        (("--fitness", "/nosuch.txt"), "there is no text file '/nosuch.txt'"),
+        (("--report", "/nosuch.txt"), "there is no text file '/nosuch.txt'"),
+        (("--methods", "random", "evolution-multi", "--windows", "2"), "search.first_windows (2) must be fewer"),
+        (("--methods", "llm", "--llm-url", "ftp://x:secret@y"), "it is no URL such as http://"),
+        (("--methods", "llm", "--gguf", "/nosuch.gguf"), "there is no GGUF file '/nosuch.gguf'"),
+        (("--json", "no/such/folder/figures.json"), "there is no folder 'no/such/folder'"),
+        (("--methods", "random", "--out", "list.json"), "--out list.json cannot be made"),
+    ],
 )
-def test_what_cannot_be_joined_is_said_in_a_sentence(
-    arguments: tuple[str, ...], says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_what_cannot_be_is_said_in_a_sentence_before_anything_is_loaded(
+    arguments: tuple[str, ...],
+    says: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    with pytest.raises(SystemExit) as end:
-        _call(monkeypatch, "--methods", *arguments)
-    assert end.value.code == 2
-    assert says in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path)
+    Path("list.json").write_text("[]")
+    Path("half.json").write_text('{"arguments": {}}')
+    Path("other.json").write_text('{"arguments": {}, "results": []}')
+    monkeypatch.setattr(compare_search, "compare", None)
+    assert compare_search.main(["--out", "out", *arguments]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("compare_search: ") and says in said and said.count("\n") == 1
+    assert "secret" not in said and not Path("out").exists()
+
+
+def test_two_calls_in_one_folder_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with only_one(tmp_path):
+        assert compare_search.main(["--methods", "random", "--out", str(tmp_path)]) == 2
+    assert f"the comparison in {tmp_path} is being made by another process" in capsys.readouterr().err
+    assert not (tmp_path / "server").exists()
 
 
 def _given(folder: Path, *arguments: str) -> argparse.Namespace:
