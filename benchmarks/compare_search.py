@@ -20,7 +20,6 @@ import argparse
 import asyncio
 import hashlib
 import json
-import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import AsyncExitStack, contextmanager
@@ -30,7 +29,6 @@ from typing import Any, get_args
 
 from pydantic import ValidationError
 from rich.console import Console
-from rich.table import Table
 
 from benchmarks.comparing import (
     Comparison,
@@ -41,6 +39,7 @@ from benchmarks.comparing import (
     result_before,
     result_of,
 )
+from benchmarks.comparing_table import show
 from daemon import embedded
 from daemon.launch import Launch
 from daemon.llm_settings import EndpointSettings
@@ -345,64 +344,6 @@ def settings_of(given: argparse.Namespace, method: str, rate: float, seed: int) 
             "run": {"folder": str(given.out)},
         }
     )
-
-
-def show(results: list[dict[str, Any]], rate: float, measure: Measure) -> None:
-    """One row per method: medians over seeds, as ratios to uniform with an equal split, nothing reconstructed."""
-    digits = 4 if measure == "kl" else 2
-    table = Table(title=f"β = {rate:g}: the best by {measure}, median over seeds (lowest to highest)")
-    table.add_column("method")
-    for column in ("fitness", "reported perplexity", "ratio to the last row", "as good as evolution after"):
-        table.add_column(column, justify="right")
-    table.add_column("replies usable", justify="right")
-    table.add_column("tokens a candidate", justify="right")
-    table.add_column("worker busy", justify="right")
-    goal = {r["seed"]: r["best_so_far"]["fitness"][-1] for r in results if r["method"] == "evolution"}
-    for method in dict.fromkeys(r["method"] for r in results):
-        rows = [r for r in results if r["method"] == method]
-        table.add_row(
-            method,
-            _median((r["best_so_far"]["fitness"][-1] for r in rows), digits),
-            _median(r["report"] for r in rows),
-            _median((r["report"] / r["plain_report"] for r in rows), digits=3),
-            _median((_reached(r, goal[r["seed"]]) for r in rows if r["seed"] in goal), digits=0),
-            _share(rows, "usable", "asked"),
-            _share(rows, "completion_tokens", "by_llm", digits=0),
-            _median((r["busy"] for r in rows), 2),
-        )
-    each = list({r["seed"]: r for r in results}.values())
-    table.add_row(
-        "uniform",
-        _median((r["uniform"] for r in each), digits),
-        _median(r["uniform_report"] for r in each),
-        _median((r["uniform_report"] / r["plain_report"] for r in each), digits=3),
-    )
-    table.add_row("uniform, as in the paper", "", _median(r["plain_report"] for r in each), "1.000")
-    Console(width=170).print(table)
-
-
-def _median(values: Iterator[float], digits: int = 2) -> str:
-    found = sorted(values)
-    if not found:
-        return "–"
-
-    def said(value: float) -> str:
-        return "never" if value == float("inf") else f"{value:,.{digits}f}"
-
-    middle = said(statistics.median_high(found))
-    return middle if len(found) == 1 else f"{middle} ({said(found[0])}–{said(found[-1])})"
-
-
-def _reached(result: dict[str, Any], goal: float) -> float:
-    """After how many evaluations the best was at least as good as `goal`; infinity where it never was."""
-    so_far = result["best_so_far"]
-    steps = zip(so_far["evaluations"], so_far["fitness"], strict=True)
-    return next((n for n, fitness in steps if fitness <= goal), float("inf"))
-
-
-def _share(rows: list[dict[str, Any]], part: str, whole: str, digits: int = 2) -> str:
-    all_of_it = sum(r[whole] for r in rows)
-    return f"{sum(r[part] for r in rows) / all_of_it:.{digits}f}" if all_of_it else ""
 
 
 def plot(results: list[dict[str, Any]], folder: Path) -> None:

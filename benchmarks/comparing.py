@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, closing, suppress
 from pathlib import Path
@@ -9,7 +10,6 @@ from typing import Any
 
 from pydantic import BaseModel, TypeAdapter
 
-from agents.view import KNOWN_ALREADY
 from daemon.settings import Settings
 from daemon.summary import Summary
 from gpu_worker.answering import answer
@@ -29,6 +29,8 @@ from protocol.spec import SearchSpec
 LEASE_SECONDS = 600.0
 RESULT = "result.json"
 """In the folder of a search that has ended: what is kept of it, and the arguments that it was made by."""
+REFUSED = re.compile(r"(Proposal|Configuration) \d+: ")
+"""How the log's reason begins where an item of a reply was read, and then refused."""
 FIGURES = TypeAdapter(dict[str, float])
 
 
@@ -75,8 +77,11 @@ class SearchResult(BaseModel):
     """Candidates that the LLM made."""
     asked: int
     """Replies of the LLM."""
-    usable: int
-    """Of these, replies with a proposal (or a choice of parents) that was taken, or was known already."""
+    readable: int | None = None
+    """Of these, replies of which a proposal (or a choice of parents) could be read, be it accepted or refused, mostly
+    because its plan was known already. None in the figures of a version that did not tell it apart."""
+    accepted: int | None = None
+    """Of these, replies of which a proposal entered the queue, or whose choice of parents was taken."""
     prompt_tokens: int
     completion_tokens: int
     seconds: float
@@ -221,7 +226,8 @@ def result_of(
         rates=list(summary.rates),
         by_llm=summary.candidates["by_source"]["llm"],
         asked=len(replies),
-        usable=sum(r["accepted"] > 0 or KNOWN_ALREADY.reason in (r["reason"] or "") for r in replies),
+        readable=sum(r["accepted"] > 0 or REFUSED.match(r["reason"] or "") is not None for r in replies),
+        accepted=sum(r["accepted"] > 0 for r in replies),
         prompt_tokens=summary.tokens["prompt"],
         completion_tokens=summary.tokens["completion"],
         seconds=summary.seconds,

@@ -1,7 +1,9 @@
 """What benchmarks/compare_search.py measures, and keeps of it from call to call."""
 
+import argparse
 import json
 import os
+import random
 import signal
 import time
 from collections.abc import Callable
@@ -16,6 +18,8 @@ from gpu_worker import answering
 from gpu_worker.session import Session
 from protocol.candidate import Candidate, Measured, Outcome, Provenance, candidate_id
 from protocol.spec import SearchSpec
+from tests.schema_answers import value_of
+from tests.scripted_llm import ScriptedLlm
 from tests.tiny_specs import tiny_spec, write_text
 
 
@@ -64,10 +68,10 @@ def test_a_comparison_measures_alike_candidates_once_and_is_not_made_twice(
     shown = capsys.readouterr()
     told = json.loads(figures.read_text())
     assert told == json.loads((out / "comparison.json").read_text())
-    random, evolution = told["results"]
-    assert (random["method"], evolution["method"]) == ("random", "evolution")
+    drawn, evolution = told["results"]
+    assert (drawn["method"], evolution["method"]) == ("random", "evolution")
     assert 8 < len(asked) == len((out / "measured-0.jsonl").read_text().splitlines()) < 20  # the seeds are shared
-    for result in (random, evolution):
+    for result in (drawn, evolution):
         assert result["budget"] == result["candidates"] == 8 and result["tokens"] == 8 * 4 * 31
         so_far = result["best_so_far"]
         assert so_far["fitness"] == sorted(so_far["fitness"], reverse=True) and so_far["evaluations"][0] == 1
@@ -76,8 +80,8 @@ def test_a_comparison_measures_alike_candidates_once_and_is_not_made_twice(
         assert result["by_llm"] == result["asked"] == 0
         assert 0 < result["busy"] < 1
     (plain,) = json.loads((out / "plain-0.json").read_text()).values()
-    assert random["plain_report"] == evolution["plain_report"] == plain
-    assert random["uniform_report"] == evolution["uniform_report"] != plain
+    assert drawn["plain_report"] == evolution["plain_report"] == plain
+    assert drawn["uniform_report"] == evolution["uniform_report"] != plain
     for method in ("random", "evolution"):
         (folder,) = out.glob(f"{method}-block-0.3-0-*")
         assert json.loads((folder / "result.json").read_text())["result"] == told["results"][method == "evolution"]
@@ -126,6 +130,29 @@ def test_a_comparison_that_is_interrupted_says_so_and_goes_on_when_called_again(
     assert said.err.endswith("compare_search: interrupted; the same command goes on\n") and not said.out
     assert not (tmp_path / "out" / "comparison.json").exists() and len(asked) <= 8
     assert compare_search.main(_arguments(spec, tmp_path / "out")) == 0
+
+
+async def test_replies_are_counted_as_readable_and_as_accepted(tmp_path: Path, spec: SearchSpec) -> None:
+    """Every third reply is no JSON, and of the others all say the same: read, and refused but once in each place."""
+    replies: list[str] = []
+
+    def answer(body: dict[str, Any]) -> str:
+        replies.append(body["model"])
+        schema = body["response_format"]["json_schema"]["schema"]
+        return "Sorry." if len(replies) % 3 == 0 else json.dumps(value_of(schema, random.Random(1)))
+
+    def given(url: str, model: str) -> argparse.Namespace:
+        arguments = _arguments(spec, tmp_path, "--llm-url", url, "--llm-model", model, "--granularity", "layer")
+        return compare_search._parser().parse_args([*arguments, "--methods", "best-of-n", "--no-seeds"])
+
+    async with ScriptedLlm(answer) as llm:
+        (result,) = await compare_search.compare(given(llm.base_url, "one"))
+        assert result.accepted is not None and result.readable is not None
+        assert 0 < result.accepted == result.by_llm < result.readable < result.asked <= len(replies)
+        before = len(replies)
+        assert await compare_search.compare(given(llm.base_url, "one")) == [result] and len(replies) == before
+        await compare_search.compare(given(llm.base_url, "other"))
+        assert "other" in replies[before:]
 
 
 async def test_what_was_measured_is_kept_but_for_a_line_that_a_kill_has_torn(
