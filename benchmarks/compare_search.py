@@ -22,7 +22,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AsyncExitStack, ExitStack, contextmanager
 from itertools import product
 from pathlib import Path
 from typing import Any, get_args
@@ -123,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what is missing; print the table, write figures and plots. Returns the exit code."""
     given = _parser().parse_args(arguments)
-    logs.configure(console=False)
+    logs.configure(level="WARNING")
     try:
         return _make(given)
     except ValidationError as error:
@@ -206,11 +206,14 @@ def _the_only_one(out: Path) -> Iterator[None]:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SettingsError(f"--out {out} cannot be made: {error.strerror}") from error
-    try:
-        with embedded.only_one(out):
-            yield
-    except SearchExistsError as error:
-        raise SearchExistsError(f"the comparison in {out} is being made by another process") from error
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(embedded.only_one(out))
+        except SearchExistsError as error:
+            raise SearchExistsError(f"the comparison in {out} is being made by another process") from error
+        except UsageError as error:
+            raise SettingsError(f"--out {out} cannot be written") from error
+        yield
 
 
 def _show_all(found: list[SearchResult], arguments: dict[str, Any], given: argparse.Namespace) -> None:
@@ -262,7 +265,7 @@ async def compare(given: argparse.Namespace) -> list[SearchResult]:
                 if (before := result_before(settings.folder)) is not None:
                     results.append(before)
                     continue
-                console.print(f"{settings.search.name} …", end=" ")
+                console.print(f"{settings.search.name} …")
                 settings.folder.mkdir(parents=True, exist_ok=True)
                 logs.configure(file=settings.folder / "log.jsonl", console=False, search=settings.search.name)
                 async with worker.serving(settings):
@@ -273,7 +276,7 @@ async def compare(given: argparse.Namespace) -> list[SearchResult]:
                 results.append(result_of(settings, method, summary, plain_report, worker.measured_by))
                 keep_result(results[-1], settings.folder, _decisive(given, method))
                 console.print(
-                    f"best {results[-1].best_so_far.fitness[-1]:.4g}, reported {results[-1].report:.2f}, "
+                    f"  best {results[-1].best_so_far.fitness[-1]:.4g}, reported {results[-1].report:.2f}, "
                     f"{summary.seconds:.0f} s"
                 )
     return results

@@ -10,6 +10,7 @@ import pytest
 from benchmarks import compare_search
 from benchmarks.comparing import RESULT, BestSoFar, SearchResult, keep_result, result_before
 from daemon.embedded import only_one
+from protocol.errors import SearchExistsError
 
 pytest.importorskip("matplotlib")
 
@@ -131,6 +132,17 @@ def test_two_calls_in_one_folder_are_refused(tmp_path: Path, capsys: pytest.Capt
         assert compare_search.main(["--methods", "random", "--out", str(tmp_path)]) == 2
     assert f"the comparison in {tmp_path} is being made by another process" in capsys.readouterr().err
     assert not (tmp_path / "server").exists()
+
+
+def test_what_is_wrong_with_a_search_is_not_taken_for_a_second_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def compare(_: argparse.Namespace) -> list[SearchResult]:
+        raise SearchExistsError("it has other settings")
+
+    monkeypatch.setattr(compare_search, "compare", compare)
+    assert compare_search.main(["--methods", "random", "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == "compare_search: it has other settings\n"
 
 
 def _given(folder: Path, *arguments: str) -> argparse.Namespace:
