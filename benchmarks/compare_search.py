@@ -12,31 +12,50 @@ A long comparison may be shared between machines, each with some of the methods,
 figures that each leaves are joined by
 
     python -m benchmarks.compare_search --methods --beside ONE/comparison.json OTHER/comparison.json --out DIR
+
+Exit code 1: measuring failed. 2: what was given cannot be. 130, 143: interrupted.
 """
 
 import argparse
 import asyncio
+import hashlib
 import json
-import statistics
-from collections.abc import Iterator
-from contextlib import AsyncExitStack
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import AsyncExitStack, ExitStack, contextmanager
 from itertools import product
 from pathlib import Path
 from typing import Any, get_args
 
+from pydantic import ValidationError
 from rich.console import Console
-from rich.table import Table
 
-from benchmarks.comparing import MeasuringWorker, SearchResult, plain_uniform, result_of
+from benchmarks.comparing import (
+    Comparison,
+    MeasuringWorker,
+    SearchResult,
+    keep_result,
+    plain_uniform,
+    result_before,
+    result_of,
+)
+from benchmarks.comparing_table import show
 from daemon import embedded
 from daemon.launch import Launch
 from daemon.llm_settings import EndpointSettings
-from daemon.settings import Settings
+from daemon.local_llm import find_gguf
+from daemon.proposers import check_proposer
+from daemon.setting_errors import validation_sentence
+from daemon.settings import Settings, check_text, text_spec
+from daemon.signals import run_until_signal
 from protocol import logs
 from protocol.allocation import Method
+from protocol.errors import SearchExistsError, SelfPrunerError, SettingsError, UsageError
+from protocol.files import replace
 from protocol.spec import Measure, Reconstruction
 
 SEEDS: tuple[Method, ...] = ("first-layer", "llm-pruner", "owl", "uniform")
+LEAST_POPULATION = 4
 OFFSPRING = 4
 """Candidates of a round."""
 METHODS: dict[str, dict[str, Any]] = {
@@ -70,6 +89,7 @@ OF_LLM = ("reply", "tell")
 NOT_OF_THE_SEARCHES = ("out", "json", "beside")
 SHARED_OUT = ("rate", "seeds", "first_seed", "methods", "llm_url")
 """Arguments in which calls that are joined may differ."""
+WHICH_LLM = ("llm_url", "llm_model", "gguf")
 WITHOUT_LLM = ("random", "evolution", "evolution-multi", "cma-es", "ranked")
 
 
@@ -100,30 +120,109 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main() -> None:
-    """Run what is missing; print the table, write figures and plots."""
-    parser = _parser()
-    given = parser.parse_args()
-    if not given.methods and not given.beside:
-        parser.error("there is nothing to do: name methods, or figures to join with --beside")
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what is missing; print the table, write figures and plots. Returns the exit code."""
+    given = _parser().parse_args(arguments)
+    logs.configure(level="WARNING")
     try:
-        others = [json.loads(file.read_text()) for file in given.beside]
-    except (OSError, ValueError) as error:
-        parser.error(f"the figures beside cannot be read: {error}")
+        return _make(given)
+    except ValidationError as error:
+        _tell(validation_sentence(error))
+        return 2
+    except SelfPrunerError as error:
+        _tell(str(error))
+        return 2 if isinstance(error, UsageError) else 1
+    finally:
+        sys.excepthook = sys.__excepthook__  # that of the logs tells the file of the last search alone
+
+
+def _make(given: argparse.Namespace) -> int:
+    if not given.methods and not given.beside:
+        raise SettingsError("there is nothing to do: name methods, or figures to join with --beside")
+    _check(given)
+    others = {file: _read(file) for file in given.beside}
     arguments = {k: v for k, v in vars(given).items() if k not in NOT_OF_THE_SEARCHES}
     if not given.methods:
-        arguments = others[0]["arguments"]
-    for file, other in zip(given.beside, others, strict=True):
-        told = other["arguments"]
-        if differing := sorted(name for name in {*told, *arguments} if _differs(name, told, arguments)):
-            parser.error(f"{file} is of other searches: they differ in {', '.join(differing)}")
-    given.out.mkdir(parents=True, exist_ok=True)
-    own = asyncio.run(compare(given)) if given.methods else []
-    joined = {_which(r): r for r in [r for other in others for r in other["results"]] + own}
-    results = [joined[which] for which in sorted(joined, key=_in_order)]
+        arguments = others[given.beside[0]].arguments
+    for file, other in others.items():
+        if differing := sorted(
+            name for name in {*other.arguments, *arguments} if _differs(name, other.arguments, arguments)
+        ):
+            raise SettingsError(f"{file} is of other searches: they differ in {', '.join(differing)}")
+    with _the_only_one(given.out):
+        own: list[SearchResult] = []
+        if given.methods:
+            found, number = run_until_signal(compare(given))
+            if found is None:
+                _tell("interrupted; the same command goes on" if number else "a search was stopped")
+                return 128 + number if number else 1
+            own = found
+        _show_all([*(result for other in others.values() for result in other.results), *own], arguments, given)
+    return 0
+
+
+def _check(given: argparse.Namespace) -> None:
+    """Raise UsageError or ValidationError for what cannot be, before anything is loaded."""
+    if given.budget < LEAST_POPULATION:
+        raise SettingsError(f"--budget cannot be {given.budget}: the first population takes {LEAST_POPULATION}")
+    if given.seeds < 1:
+        raise SettingsError(f"--seeds cannot be {given.seeds}: give 1 or more")
+    if given.json and not given.json.parent.is_dir():
+        raise SettingsError(f"--json {given.json} cannot be written: there is no folder {str(given.json.parent)!r}")
+    if not given.methods:
+        return
+    for text in (given.fitness, given.report):
+        check_text(text)
+    seeds = (given.first_seed, given.first_seed + given.seeds - 1)
+    for method, rate, seed in product(given.methods, given.rate, seeds):
+        settings = settings_of(given, method, rate, seed)
+        settings.spec()
+        check_proposer(settings.search)
+        if settings.search.asks_llm and not given.llm_url:
+            find_gguf(given.gguf)
+
+
+def _read(file: Path) -> Comparison:
+    """The figures of another call. Raises SettingsError."""
+    try:
+        found = Comparison.model_validate_json(file.read_bytes())
+    except OSError as error:
+        raise SettingsError(f"--beside {file} cannot be read: {error.strerror}") from error
+    except ValidationError as error:
+        what = error.errors()[0]
+        where = ".".join(map(str, what["loc"]))
+        raise SettingsError(
+            f"--beside {file} holds no figures of a comparison: {where and where + ': '}{what['msg']}"
+        ) from error
+    if found.arguments.get("minimise") not in get_args(Measure):
+        raise SettingsError(f"--beside {file} does not say what was minimised")
+    return found
+
+
+@contextmanager
+def _the_only_one(out: Path) -> Iterator[None]:
+    """Hold `out`: two calls in one folder would put two servers on one append-only file. Raises UsageError."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(f"--out {out} cannot be made: {error.strerror}") from error
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(embedded.only_one(out))
+        except SearchExistsError as error:
+            raise SearchExistsError(f"the comparison in {out} is being made by another process") from error
+        except UsageError as error:
+            raise SettingsError(f"--out {out} cannot be written") from error
+        yield
+
+
+def _show_all(found: list[SearchResult], arguments: dict[str, Any], given: argparse.Namespace) -> None:
+    """Print the tables and write the figures and the plots; of a search that is there twice, the last counts."""
+    joined = {_which(result): result for result in found}
+    results = [joined[which].model_dump() for which in sorted(joined, key=_in_order)]
     figures = {"arguments": arguments, "results": results}
     for file in filter(None, (given.out / "comparison.json", given.json)):
-        file.write_text(json.dumps(figures, indent=1) + "\n")
+        replace(file, json.dumps(figures, indent=1) + "\n")
     for rate in dict.fromkeys(r["rate"] for r in results):
         show([r for r in results if r["rate"] == rate], rate, arguments["minimise"])
     plot(results, given.out)
@@ -138,17 +237,18 @@ def _differs(name: str, theirs: dict[str, Any], ours: dict[str, Any]) -> bool:
     return bool(theirs.get(name) != ours.get(name))
 
 
-def _which(result: dict[str, Any]) -> tuple[str, float, int]:
-    return result["method"], result["rate"], result["seed"]
+def _which(result: SearchResult) -> tuple[str, float, int]:
+    return result.method, result.rate, result.seed
 
 
 def _in_order(which: tuple[str, float, int]) -> tuple[float, int, int]:
     method, rate, seed = which
-    return rate, list(METHODS).index(method), seed
+    names = [*METHODS, method]  # figures beside may be of a method that was here once
+    return rate, names.index(method), seed
 
 
-async def compare(given: argparse.Namespace) -> list[dict[str, Any]]:
-    """All searches, those that are there already included."""
+async def compare(given: argparse.Namespace) -> list[SearchResult]:
+    """All searches, those that are there already included; cancelled and called again, it goes on."""
     results: list[SearchResult] = []
     async with AsyncExitStack() as stack:
         endpoints: tuple[EndpointSettings, ...] = ()
@@ -162,52 +262,48 @@ async def compare(given: argparse.Namespace) -> list[dict[str, Any]]:
             plain = await asyncio.to_thread(plain_uniform, specs, given.out / f"plain-{seed}.json")
             for (rate, plain_report), method in product(zip(given.rate, plain, strict=True), given.methods):
                 settings = settings_of(given, method, rate, seed)
-                if (before := _result_before(settings, given)) is not None:
+                if (before := result_before(settings.folder)) is not None:
                     results.append(before)
                     continue
-                console.print(f"{settings.search.name} …", end=" ")
+                console.print(f"{settings.search.name} …")
                 settings.folder.mkdir(parents=True, exist_ok=True)
                 logs.configure(file=settings.folder / "log.jsonl", console=False, search=settings.search.name)
                 async with worker.serving(settings):
                     launch = Launch(settings, url, endpoints, embedded=False)
                     summary = await launch.run()
-                assert summary is not None and summary.finished
+                if summary is None or not summary.finished:
+                    raise asyncio.CancelledError  # the search has taken it for itself, and saved what there is
                 results.append(result_of(settings, method, summary, plain_report, worker.measured_by))
-                _keep_result(results[-1], settings, given)
+                keep_result(results[-1], settings.folder, _decisive(given, method))
                 console.print(
-                    f"best {results[-1].best_so_far.fitness[-1]:.4g}, reported {results[-1].report:.2f}, "
+                    f"  best {results[-1].best_so_far.fitness[-1]:.4g}, reported {results[-1].report:.2f}, "
                     f"{summary.seconds:.0f} s"
                 )
-    return [result.model_dump() for result in results]
+    return results
 
 
-RESULT = "result.json"
-"""In the folder of a search that has ended: what is kept of it, and the arguments that it was made by."""
+def _decisive(given: argparse.Namespace, method: str) -> dict[str, Any]:
+    """All that decides what a search of `method` finds, but for its rate and its seed."""
+    beside = (*NOT_OF_THE_SEARCHES, *SHARED_OUT, *WHICH_LLM)
+    told = {name: value for name, value in vars(given).items() if name not in beside}
+    told |= {name: text_spec(told[name], None, given.seqlen).source for name in ("fitness", "report")}
+    if method not in WITHOUT_LLM:
+        told["llm"] = {"url": given.llm_url, "model": given.llm_model} if given.llm_url else {"gguf": given.gguf}
+    return told | {"method": METHODS[method]}
 
 
-def _keep_result(result: SearchResult, settings: Settings, given: argparse.Namespace) -> None:
-    told = {"arguments": _decisive(given), "result": result.model_dump()}
-    (settings.folder / RESULT).write_text(json.dumps(told, indent=1) + "\n")
-
-
-def _result_before(settings: Settings, given: argparse.Namespace) -> SearchResult | None:
-    """What an earlier call with the same arguments has kept of this search."""
-    try:
-        told = json.loads((settings.folder / RESULT).read_text())
-    except FileNotFoundError:
-        return None
-    return SearchResult.model_validate(told["result"]) if told["arguments"] == _decisive(given) else None
-
-
-def _decisive(given: argparse.Namespace) -> dict[str, Any]:
-    """The arguments that every search of a comparison shares."""
-    return {name: value for name, value in vars(given).items() if name not in (*NOT_OF_THE_SEARCHES, *SHARED_OUT)}
+def _name(given: argparse.Namespace, method: str, rate: float, seed: int) -> str:
+    """Of a search, and of its folder: with other arguments it is another search, for the server has those before."""
+    told = json.dumps(_decisive(given, method), sort_keys=True)
+    digest = hashlib.sha256(told.encode()).hexdigest()[:8]
+    return f"{method}-{given.granularity}-{rate:g}-{seed}-{digest}"
 
 
 async def _endpoints(given: argparse.Namespace, stack: AsyncExitStack) -> tuple[EndpointSettings, ...]:
-    if given.llm_url:
-        return (EndpointSettings(base_url=given.llm_url, model=given.llm_model, name="llm"),)
-    settings = settings_of(given, "llm", given.rate[0], 0)
+    asking = next(method for method in given.methods if method not in WITHOUT_LLM)
+    settings = settings_of(given, asking, given.rate[0], given.first_seed)
+    if settings.llm.endpoints:
+        return settings.llm.endpoints
     settings.folder.mkdir(parents=True, exist_ok=True)  # for the log of the local LLM
     return (await stack.enter_async_context(embedded.local_llm(settings)),)
 
@@ -215,14 +311,15 @@ async def _endpoints(given: argparse.Namespace, stack: AsyncExitStack) -> tuple[
 def settings_of(given: argparse.Namespace, method: str, rate: float, seed: int) -> Settings:
     """The settings of one search; all but who proposes is the same for every method."""
     chosen = {"mutations": OFFSPRING - 1, "crossovers": 1, **METHODS[method]}
-    llm = {"tell": ("sensitivity", "weakest", "contrast", "lessons")}
+    endpoint = {"base_url": given.llm_url, "model": given.llm_model, "name": "llm"}
+    llm = {"tell": ("sensitivity", "weakest", "contrast", "lessons"), "endpoints": [endpoint] if given.llm_url else []}
     llm |= {name: chosen.pop(name) for name in OF_LLM if name in chosen}
-    population = max(4, min(12, given.budget // 4))
+    population = max(LEAST_POPULATION, min(12, given.budget // 4))
     most = given.budget * (MORE if method in RACING else 1)
     return Settings.model_validate(
         {
             "search": {
-                "name": f"{method}-{given.granularity}-{rate:g}-{seed}",
+                "name": _name(given, method, rate, seed),
                 "seed": seed,
                 "population": population,
                 "rounds": -(-(most - population) // OFFSPRING),
@@ -252,64 +349,6 @@ def settings_of(given: argparse.Namespace, method: str, rate: float, seed: int) 
     )
 
 
-def show(results: list[dict[str, Any]], rate: float, measure: Measure) -> None:
-    """One row per method: medians over seeds, as ratios to uniform with an equal split, nothing reconstructed."""
-    digits = 4 if measure == "kl" else 2
-    table = Table(title=f"β = {rate:g}: the best by {measure}, median over seeds (lowest to highest)")
-    table.add_column("method")
-    for column in ("fitness", "reported perplexity", "ratio to the last row", "as good as evolution after"):
-        table.add_column(column, justify="right")
-    table.add_column("replies usable", justify="right")
-    table.add_column("tokens a candidate", justify="right")
-    table.add_column("worker busy", justify="right")
-    goal = {r["seed"]: r["best_so_far"]["fitness"][-1] for r in results if r["method"] == "evolution"}
-    for method in dict.fromkeys(r["method"] for r in results):
-        rows = [r for r in results if r["method"] == method]
-        table.add_row(
-            method,
-            _median((r["best_so_far"]["fitness"][-1] for r in rows), digits),
-            _median(r["report"] for r in rows),
-            _median((r["report"] / r["plain_report"] for r in rows), digits=3),
-            _median((_reached(r, goal[r["seed"]]) for r in rows if r["seed"] in goal), digits=0),
-            _share(rows, "usable", "asked"),
-            _share(rows, "completion_tokens", "by_llm", digits=0),
-            _median((r["busy"] for r in rows), 2),
-        )
-    each = list({r["seed"]: r for r in results}.values())
-    table.add_row(
-        "uniform",
-        _median((r["uniform"] for r in each), digits),
-        _median(r["uniform_report"] for r in each),
-        _median((r["uniform_report"] / r["plain_report"] for r in each), digits=3),
-    )
-    table.add_row("uniform, as in the paper", "", _median(r["plain_report"] for r in each), "1.000")
-    Console(width=170).print(table)
-
-
-def _median(values: Iterator[float], digits: int = 2) -> str:
-    found = sorted(values)
-    if not found:
-        return "–"
-
-    def said(value: float) -> str:
-        return "never" if value == float("inf") else f"{value:,.{digits}f}"
-
-    middle = said(statistics.median_high(found))
-    return middle if len(found) == 1 else f"{middle} ({said(found[0])}–{said(found[-1])})"
-
-
-def _reached(result: dict[str, Any], goal: float) -> float:
-    """After how many evaluations the best was at least as good as `goal`; infinity where it never was."""
-    so_far = result["best_so_far"]
-    steps = zip(so_far["evaluations"], so_far["fitness"], strict=True)
-    return next((n for n, fitness in steps if fitness <= goal), float("inf"))
-
-
-def _share(rows: list[dict[str, Any]], part: str, whole: str, digits: int = 2) -> str:
-    all_of_it = sum(r[whole] for r in rows)
-    return f"{sum(r[part] for r in rows) / all_of_it:.{digits}f}" if all_of_it else ""
-
-
 def plot(results: list[dict[str, Any]], folder: Path) -> None:
     """The plots, where matplotlib is there."""
     try:
@@ -323,5 +362,9 @@ def plot(results: list[dict[str, Any]], folder: Path) -> None:
         plot_rates(of_rate, folder / f"rates-{rate:g}.png")
 
 
+def _tell(sentence: str) -> None:
+    print(f"compare_search: {sentence}", file=sys.stderr)
+
+
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -2,14 +2,14 @@
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, closing, suppress
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter
 
-from agents.view import KNOWN_ALREADY
 from daemon.settings import Settings
 from daemon.summary import Summary
 from gpu_worker.answering import answer
@@ -19,12 +19,19 @@ from gpu_worker.session import Session
 from gpu_worker.target import Target
 from protocol.candidate import OUTCOME, Candidate, Outcome
 from protocol.card_board import CardBoard
-from protocol.connection import connect
+from protocol.connection import AWAY, connect
+from protocol.errors import SelfPrunerError, first_error
+from protocol.files import Lines, replace
 from protocol.jobs import JobQueue
 from protocol.keys import Keys
 from protocol.spec import SearchSpec
 
 LEASE_SECONDS = 600.0
+RESULT = "result.json"
+"""In the folder of a search that has ended: what is kept of it, and the arguments that it was made by."""
+REFUSED = re.compile(r"(Proposal|Configuration) \d+: ")
+"""How the log's reason begins where an item of a reply was read, and then refused."""
+FIGURES = TypeAdapter(dict[str, float])
 
 
 class BestSoFar(BaseModel):
@@ -70,13 +77,23 @@ class SearchResult(BaseModel):
     """Candidates that the LLM made."""
     asked: int
     """Replies of the LLM."""
-    usable: int
-    """Of these, replies with a proposal (or a choice of parents) that was taken, or was known already."""
+    readable: int | None = None
+    """Of these, replies of which a proposal (or a choice of parents) could be read, be it accepted or refused, mostly
+    because its plan was known already. None in the figures of a version that did not tell it apart."""
+    accepted: int | None = None
+    """Of these, replies of which a proposal entered the queue, or whose choice of parents was taken."""
     prompt_tokens: int
     completion_tokens: int
     seconds: float
     busy: float
     """The share of them in which the worker measured."""
+
+
+class Comparison(BaseModel):
+    """What a call leaves in comparison.json."""
+
+    arguments: dict[str, Any]
+    results: list[SearchResult]
 
 
 class MeasuringWorker:
@@ -88,23 +105,24 @@ class MeasuringWorker:
         self._outcomes: dict[str, Outcome] = {}
         self.measured_by: dict[str, str] = {}
         """The search that each of them was measured for."""
-        if kept.exists():
-            for line in kept.read_text().splitlines():
-                record = json.loads(line)
-                self._outcomes[record["id"]] = OUTCOME.validate_python(record["outcome"])
-                self.measured_by[record["id"]] = record["search"]
+        for record in _lines(kept):
+            self._outcomes[record["id"]] = OUTCOME.validate_python(record["outcome"])
+            self.measured_by[record["id"]] = record["search"]
 
     @asynccontextmanager
     async def serving(self, settings: Settings) -> AsyncIterator[None]:
-        """Measure for one search, which is about to begin."""
+        """Measure for one search, which is about to begin; where that fails, the search is cancelled.
+
+        Raises SelfPrunerError for what a disk, a server or a device does.
+        """
         session = await asyncio.to_thread(self._session_for, settings.spec())
-        task = asyncio.create_task(self._serve(settings.search.name, session))
         try:
-            yield
-        finally:
-            task.cancel()
-            with suppress(asyncio.CancelledError):
-                await task
+            async with asyncio.TaskGroup() as group:
+                task = group.create_task(self._serve(settings.search.name, session))
+                yield
+                task.cancel()
+        except BaseExceptionGroup as errors:
+            raise first_error(errors) or errors.exceptions[0] from None
 
     def _session_for(self, spec: SearchSpec) -> Session:
         """The session of a spec; searches of one rate and seed share it."""
@@ -122,6 +140,8 @@ class MeasuringWorker:
             while True:
                 if job := await jobs.claim():
                     await jobs.commit(job, await self._outcome(job.candidate, session, search))
+        except (OSError, RuntimeError, *AWAY) as error:
+            raise SelfPrunerError(f"measuring for {search} failed: {error}; the same command goes on") from error
         finally:
             await redis.aclose()
 
@@ -138,9 +158,9 @@ class MeasuringWorker:
 
     def _keep(self, id_: str, outcome: Outcome, search: str) -> None:
         self._outcomes[id_], self.measured_by[id_] = outcome, search
-        with self._kept.open("a") as file:
-            record = {"id": id_, "search": search, "outcome": outcome.model_dump(mode="json")}
-            file.write(json.dumps(record) + "\n")
+        record = {"id": id_, "search": search, "outcome": outcome.model_dump(mode="json")}
+        with closing(Lines(self._kept)) as lines:
+            lines.append(json.dumps(record) + "\n")
 
 
 def plain_uniform(specs: Sequence[SearchSpec], kept: Path) -> list[float]:
@@ -148,18 +168,27 @@ def plain_uniform(specs: Sequence[SearchSpec], kept: Path) -> list[float]:
 
     The specs differ in their pruning rate alone.
     """
-    found: dict[str, float] = json.loads(kept.read_text()) if kept.exists() else {}
-    missing = [spec for spec in specs if str(spec.rate) not in found]
+    plain = [spec.model_copy(update={"reconstruction": "none"}) for spec in specs]
+    found = _figures(kept)
+    missing = [spec for spec in plain if spec.fingerprint not in found]
     if missing:
-        target = Target(missing[0].model_copy(update={"reconstruction": "none"}))
+        target = Target(missing[0])
         assert target.texts.report is not None
         for spec in missing:
             target.prune(spec.uniform_plan(target.shape))
-            found[str(spec.rate)], _ = checked_perplexity(
+            found[spec.fingerprint], _ = checked_perplexity(
                 target.model.decoder, target.texts.report, no_progress, "measuring"
             )
-        kept.write_text(json.dumps(found, indent=1) + "\n")
-    return [found[str(spec.rate)] for spec in specs]
+        replace(kept, json.dumps(found, indent=1) + "\n")
+    return [found[spec.fingerprint] for spec in plain]
+
+
+def _figures(kept: Path) -> dict[str, float]:
+    """Perplexities by the fingerprint of their spec; of a file that is not there or cannot be read, none."""
+    try:
+        return FIGURES.validate_json(kept.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return {}
 
 
 def result_of(
@@ -197,7 +226,8 @@ def result_of(
         rates=list(summary.rates),
         by_llm=summary.candidates["by_source"]["llm"],
         asked=len(replies),
-        usable=sum(r["accepted"] > 0 or KNOWN_ALREADY.reason in (r["reason"] or "") for r in replies),
+        readable=sum(r["accepted"] > 0 or REFUSED.match(r["reason"] or "") is not None for r in replies),
+        accepted=sum(r["accepted"] > 0 for r in replies),
         prompt_tokens=summary.tokens["prompt"],
         completion_tokens=summary.tokens["completion"],
         seconds=summary.seconds,
@@ -205,5 +235,24 @@ def result_of(
     )
 
 
+def keep_result(result: SearchResult, folder: Path, arguments: Mapping[str, Any]) -> None:
+    """Keep what a search came to in its folder."""
+    told = {"arguments": arguments, "result": result.model_dump()}
+    replace(folder / RESULT, json.dumps(told, indent=1) + "\n")
+
+
+def result_before(folder: Path) -> SearchResult | None:
+    """What an earlier call has kept of the search in `folder`; None where that is nothing, or cannot be read."""
+    try:
+        return SearchResult.model_validate(json.loads((folder / RESULT).read_bytes())["result"])
+    except (FileNotFoundError, KeyError, TypeError, ValueError):
+        return None
+
+
 def _lines(file: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    """The records of a file of lines; those that a kill has torn are passed over."""
+    found = []
+    for line in file.read_bytes().splitlines() if file.exists() else ():
+        with suppress(ValueError):
+            found.append(json.loads(line))
+    return [record for record in found if isinstance(record, dict)]

@@ -33,10 +33,15 @@ def test_what_is_refused_for_a_guess_is_worse_than_the_population(granularity: s
 
 
 def test_nobody_is_refused_for_a_guess_from_little() -> None:
-    view = view_of("layer", LEAST_OUTCOMES - 1)
-    guesses, rng = Guesses(view, len(view.population)), random.Random(3)
-    new = [member(view, random_rates(rng, len(view.units), 0.3)) for _ in range(50)]
-    assert not any(guesses.refusal(m.candidate.plan) for m in new)
+    """Not even what is clearly bad, and is known to be by one outcome more."""
+    for outcomes, refused in ((LEAST_OUTCOMES - 1, False), (LEAST_OUTCOMES, True)):
+        view = view_of("layer", outcomes)
+        assert len(view.measured) == outcomes
+        fragile = sorted(range(len(view.units)), key=lambda i: view.card.sensitivity[i])[-2:]
+        bad = member(view, [0.95 if i in fragile else 0.3 for i in range(len(view.units))])
+        assert bad.fitness > 1.2 * view.measured[-1].fitness
+        guesses = Guesses(view, len(view.population))
+        assert (guesses.refusal(bad.candidate.plan) is not None) == refused, outcomes
 
 
 def test_nobody_is_refused_before_the_population_is_full() -> None:

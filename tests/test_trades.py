@@ -2,6 +2,7 @@
 
 import math
 import random
+import statistics
 from collections.abc import Sequence
 
 import pytest
@@ -11,7 +12,7 @@ from agents.lessons import lessons
 from agents.mixes import mix_menu, on_budget
 from agents.operators import random_rates
 from agents.surrogate import Surrogate
-from agents.trades import OFFERED, menu, traded
+from agents.trades import OFFERED, Trade, menu, traded
 from agents.trades import WIDE as WIDE_MENU
 from agents.view import Member, Tried, View
 from agents.words import trades_in_words
@@ -257,6 +258,36 @@ def test_who_was_stopped_in_a_race_teaches_too() -> None:
     assert raced.surrogate.guess(plan) > view.surrogate.guess(plan) + 0.01
     assert len(raced.surrogate.errors) == len(view.surrogate.errors)
     assert lessons(raced, 5) == ["layer 3 +20, layer 4 -20: hurt, +20.0 %, and was stopped early"]
+
+
+def test_a_stopped_race_is_believed_less_than_a_whole_measurement() -> None:
+    view = view_of("layer", 30)
+    parent = view.measured[0]
+    rates = list(parent.candidate.rates)
+    made = member(view, [*rates[:3], rates[3] + 0.2, rates[4] - 0.2, *rates[5:]])
+    worse = Member(made.candidate, 1.05 * parent.fitness)
+    ranked = tuple(sorted((*view.measured, worse), key=lambda m: m.fitness))
+    whole = View(view.spec, view.card, 3, view.population, {}, ranked)
+    stopped = (Tried(worse.candidate, worse.fitness, stopped=True),)
+    raced = View(view.spec, view.card, 3, view.population, {}, view.measured, stopped)
+    off = [each.surrogate.rise(worse) - each.surrogate.guess(worse.candidate.plan) for each in (whole, raced, view)]
+    assert 0 < 2 * off[0] < off[1] < off[2]
+
+
+@pytest.mark.parametrize("granularity", ["layer", "block"])
+def test_a_menu_prefers_what_is_less_known_where_it_promises_as_much(
+    granularity: Granularity, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    view = view_of(granularity, 60)
+    menus = [menu(view, view.population[0], random.Random(seed), 10) for seed in range(10)]
+    monkeypatch.setattr("agents.trades.EAGERNESS", 0.0)
+    greedy = [menu(view, view.population[0], random.Random(seed), 10) for seed in range(10)]
+
+    def mean(of: Sequence[Sequence[Trade]], what: str) -> float:
+        return statistics.fmean(getattr(trade, what) for each in of for trade in each)
+
+    assert mean(menus, "doubt") > 1.02 * mean(greedy, "doubt")
+    assert mean(greedy, "promise") < mean(menus, "promise") < 0
 
 
 def test_a_menu_is_of_part_of_the_units_and_menus_together_of_most() -> None:

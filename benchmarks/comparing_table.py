@@ -1,0 +1,86 @@
+"""The table of benchmarks/compare_search.py."""
+
+import statistics
+from collections.abc import Iterator
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from protocol.spec import Measure
+
+
+def show(results: list[dict[str, Any]], rate: float, measure: Measure) -> None:
+    """One row per method: medians over seeds, as ratios to uniform with an equal split, nothing reconstructed.
+
+    Below them what uniform rates have, and the model as it is.
+    """
+    digits = 4 if measure == "kl" else 2
+    table = Table(title=f"β = {rate:g}: the best by {measure}, median over seeds (lowest to highest)")
+    table.add_column("method", no_wrap=True)
+    for column in (
+        "fitness",
+        "reported\nperplexity",
+        "ratio to uniform,\nas in the paper",
+        "as good as\nevolution after",
+        "replies\nreadable",
+        "replies\naccepted",
+        "tokens a\ncandidate",
+        "worker\nbusy",
+    ):
+        table.add_column(column, justify="right")
+    goal = {r["seed"]: r["best_so_far"]["fitness"][-1] for r in results if r["method"] == "evolution"}
+    for method in dict.fromkeys(r["method"] for r in results):
+        rows = [r for r in results if r["method"] == method]
+        table.add_row(
+            method,
+            _median((r["best_so_far"]["fitness"][-1] for r in rows), digits),
+            _median(r["report"] for r in rows),
+            _median((r["report"] / r["plain_report"] for r in rows), digits=3),
+            _median((_reached(r, goal[r["seed"]]) for r in rows if r["seed"] in goal), digits=0),
+            _share(rows, "readable", "asked"),
+            _share(rows, "accepted", "asked"),
+            _share(rows, "completion_tokens", "by_llm", digits=0),
+            _median((r["busy"] for r in rows), 2),
+        )
+    each = list({r["seed"]: r for r in results}.values())
+    table.add_row(
+        "uniform",
+        _median((r["uniform"] for r in each), digits),
+        _median(r["uniform_report"] for r in each),
+        _median((r["uniform_report"] / r["plain_report"] for r in each), digits=3),
+    )
+    table.add_row("uniform, as in the paper", "", _median(r["plain_report"] for r in each), "1.000")
+    table.add_row(
+        "dense",
+        "",
+        _median(r["dense_report"] for r in each),
+        _median((r["dense_report"] / r["plain_report"] for r in each), digits=3),
+    )
+    Console(width=170).print(table)
+
+
+def _median(values: Iterator[float], digits: int = 2) -> str:
+    found = sorted(values)
+    if not found:
+        return "–"
+
+    def said(value: float) -> str:
+        return "never" if value == float("inf") else f"{value:,.{digits}f}"
+
+    middle = said(statistics.median_high(found))
+    return middle if len(found) == 1 else f"{middle}\n({said(found[0])}–{said(found[-1])})"
+
+
+def _reached(result: dict[str, Any], goal: float) -> float:
+    """After how many evaluations the best was at least as good as `goal`; infinity where it never was."""
+    so_far = result["best_so_far"]
+    steps = zip(so_far["evaluations"], so_far["fitness"], strict=True)
+    return next((n for n, fitness in steps if fitness <= goal), float("inf"))
+
+
+def _share(rows: list[dict[str, Any]], part: str, whole: str, digits: int = 2) -> str:
+    all_of_it = sum(r[whole] for r in rows)
+    if any(r[part] is None for r in rows):
+        return ""
+    return f"{sum(r[part] for r in rows) / all_of_it:.{digits}f}" if all_of_it else ""
