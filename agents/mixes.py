@@ -3,10 +3,11 @@
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from agents.edits import Mix, apply_mix, mix_bounds
 from agents.view import Member, Proposal, View
-from protocol.errors import InvalidReply
+from protocol.errors import BudgetError, InvalidReply
 
 DRAWN = 60
 """Mixes that are drawn for one menu."""
@@ -22,7 +23,10 @@ class RankedMix:
 
 
 def mix_menu(view: View, parents: Sequence[Member], rng: random.Random, count: int) -> tuple[RankedMix, ...]:
-    """The `count` best of some mixes drawn at random, best first; no two of them nearly the same."""
+    """The `count` best of some mixes drawn at random, best first; no two of them nearly the same, and none measured.
+
+    Late in a search most of the best mixes have been measured: asked to choose, an LLM would choose what is refused.
+    """
     found: dict[tuple[float, ...], RankedMix] = {}
     for _ in range(DRAWN):
         mix = _draw(view, parents, rng)
@@ -34,7 +38,15 @@ def mix_menu(view: View, parents: Sequence[Member], rng: random.Random, count: i
         found.setdefault(
             tuple(round(rate, 2) for rate in rates), RankedMix(mix, proposal, view.surrogate.fitness_of_rates(rates))
         )
-    return tuple(sorted(found.values(), key=lambda ranked: ranked.expected)[:count])
+    ranked = sorted(found.values(), key=lambda ranked: ranked.expected)
+    return tuple(islice((each for each in ranked if _is_new(view, each.proposal.rates)), count))
+
+
+def _is_new(view: View, rates: Sequence[float]) -> bool:
+    try:
+        return view.fitness_of(view.candidate_id(rates)) is None
+    except BudgetError:  # nothing can be made of them
+        return False
 
 
 def on_budget(view: View, rates: Sequence[float]) -> tuple[float, ...]:

@@ -9,6 +9,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Protocol
 
@@ -301,12 +302,14 @@ class Search:
             measured,
             self._recent(round_),
             first[0].candidate.rates if first else None,
-            self._fitness_of,
+            partial(self._fitness_of, before=round_),
         )
 
-    def _fitness_of(self, candidate_id: str) -> float | None:
+    def _fitness_of(self, candidate_id: str, before: int) -> float | None:
         evaluation = self.population.get(candidate_id)
-        return None if evaluation is None else _tried(evaluation).fitness
+        if evaluation is None or evaluation.candidate.provenance.round >= before:
+            return None
+        return _tried(evaluation).fitness
 
     def _recent(self, round_: int) -> tuple[Tried, ...]:
         """The last proposals of the rounds before that have an outcome."""

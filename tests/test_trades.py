@@ -4,6 +4,7 @@ import math
 import random
 import statistics
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -193,6 +194,18 @@ def test_mixes_are_ranked_and_near_the_budget(granularity: Granularity) -> None:
     for mix in mixes:
         rates = on_budget(view, mix.proposal.rates)
         assert sum(r * w for r, w in zip(rates, weights, strict=True)) / sum(weights) == pytest.approx(0.3, abs=0.02)
+
+
+def test_a_menu_has_no_mix_that_was_measured() -> None:
+    view = view_of("block", 60)
+    parents = view.measured[:10]
+    before = mix_menu(view, parents, random.Random(0), 100)
+    known = {view.candidate_id(mix.proposal.rates): 10.0 for mix in before[::2]}
+    informed = replace(view, fitness_of=known.get)
+    assert mix_menu(informed, parents, random.Random(0), 100) == tuple(
+        mix for mix in before if view.candidate_id(mix.proposal.rates) not in known
+    )
+    assert mix_menu(informed, parents, random.Random(0), 3) == mix_menu(informed, parents, random.Random(0), 100)[:3]
 
 
 def test_a_trade_is_promised_in_percent_of_what_is_minimised() -> None:
