@@ -84,7 +84,7 @@ RACING = ("evolution-multi", "llm-race")
 """Whose candidates are not all measured whole."""
 MORE = 5
 """How many times as many candidates these may make, on as many tokens as the others."""
-USUAL = ("random", "evolution", "cma-es", "best-of-n", "ranked", "llm-edits", "llm")
+USUAL = ("random", "evolution", "cma-es", "best-of-n", "ranked", "llm")
 OF_LLM = ("reply", "tell")
 NOT_OF_THE_SEARCHES = ("out", "json", "beside")
 SHARED_OUT = ("rate", "seeds", "first_seed", "methods", "llm_url")
