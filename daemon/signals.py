@@ -5,13 +5,13 @@ import os
 import signal
 from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
-from types import FrameType
 from typing import Any, TypeVar
 
 import structlog
 
+from protocol.signals import ENDING, at_first_signal
+
 T = TypeVar("T")
-ENDING = (signal.SIGINT, signal.SIGTERM)
 
 log = structlog.get_logger()
 
@@ -35,17 +35,11 @@ class Interrupted(BaseException):
 def interruptible() -> Iterator[None]:
     """While it lasts, a first signal raises Interrupted in the main thread; a second one ends the process at once."""
 
-    def on_signal(number: int, _frame: FrameType | None) -> None:
-        for each in ENDING:
-            signal.signal(each, signal.SIG_DFL)
+    def interrupt(number: int) -> None:
         raise Interrupted(number)
 
-    before = {number: signal.signal(number, on_signal) for number in ENDING}
-    try:
+    with at_first_signal(interrupt):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 async def until_cancelled() -> None:

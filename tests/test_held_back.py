@@ -15,8 +15,8 @@ from daemon.signals import Interrupted, interruptible
 from gpu_worker.finetune.checkpoint import Checkpoint, State
 from gpu_worker.finetune.trained import Trained
 from gpu_worker.finetune.training import Limits
-from gpu_worker.signals import held_back
 from protocol.finetuning import LossPoint
+from protocol.signals import held_back
 from tests.finetunes import QUICK, exported, finetuned
 
 KEPT = State(
@@ -109,7 +109,7 @@ def test_the_handlers_are_those_from_before() -> None:
 def test_a_second_signal_ends_the_process_at_once() -> None:
     code = """
 import signal
-from gpu_worker.signals import held_back
+from protocol.signals import held_back
 with held_back():
     signal.raise_signal(signal.SIGTERM)
     print("still here", flush=True)

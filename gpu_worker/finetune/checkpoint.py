@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from gpu_worker.export.folder import ExportError
-from gpu_worker.signals import held_back
 from protocol.errors import SettingsError
 from protocol.finetuning import LossPoint
+from protocol.signals import held_back
 
 FILE = "checkpoint.pt"
 

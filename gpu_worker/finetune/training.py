@@ -21,8 +21,8 @@ from gpu_worker.finetune.trained import Trained
 from gpu_worker.models import LoadedModel
 from gpu_worker.perplexity import NotFiniteError
 from gpu_worker.progress import LOGGED_EVERY, Progress
-from gpu_worker.signals import held_back
 from protocol.finetuning import LossPoint, Recipe
+from protocol.signals import held_back
 
 
 @dataclass(frozen=True)
