@@ -21,8 +21,8 @@ import asyncio
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import AsyncExitStack, ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from itertools import product
 from pathlib import Path
 from typing import Any, get_args
@@ -40,6 +40,7 @@ from benchmarks.comparing import (
     result_of,
 )
 from benchmarks.comparing_table import show
+from benchmarks.holding import the_only_one
 from daemon import embedded
 from daemon.launch import Launch
 from daemon.llm_settings import EndpointSettings
@@ -50,7 +51,7 @@ from daemon.settings import Settings, check_text, text_spec
 from daemon.signals import run_until_signal
 from protocol import logs
 from protocol.allocation import Method
-from protocol.errors import SearchExistsError, SelfPrunerError, SettingsError, UsageError
+from protocol.errors import SelfPrunerError, SettingsError, UsageError
 from protocol.files import replace
 from protocol.spec import Measure, Reconstruction
 
@@ -149,7 +150,7 @@ def _make(given: argparse.Namespace) -> int:
             name for name in {*other.arguments, *arguments} if _differs(name, other.arguments, arguments)
         ):
             raise SettingsError(f"{file} is of other searches: they differ in {', '.join(differing)}")
-    with _the_only_one(given.out):
+    with the_only_one(given.out, f"the comparison in {given.out} is being made by another process"):
         own: list[SearchResult] = []
         if given.methods:
             found, number = run_until_signal(compare(given))
@@ -197,23 +198,6 @@ def _read(file: Path) -> Comparison:
     if found.arguments.get("minimise") not in get_args(Measure):
         raise SettingsError(f"--beside {file} does not say what was minimised")
     return found
-
-
-@contextmanager
-def _the_only_one(out: Path) -> Iterator[None]:
-    """Hold `out`: two calls in one folder would put two servers on one append-only file. Raises UsageError."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SettingsError(f"--out {out} cannot be made: {error.strerror}") from error
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(embedded.only_one(out))
-        except SearchExistsError as error:
-            raise SearchExistsError(f"the comparison in {out} is being made by another process") from error
-        except UsageError as error:
-            raise SettingsError(f"--out {out} cannot be written") from error
-        yield
 
 
 def _show_all(found: list[SearchResult], arguments: dict[str, Any], given: argparse.Namespace) -> None:

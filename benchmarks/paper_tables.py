@@ -18,11 +18,12 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.holding import the_only_one
 from benchmarks.paper.cells import Cell, CellStore, Failed, Outcome, with_needs
 from benchmarks.paper.costs import TFLOPS, CostModel
 from benchmarks.paper.making import settings_of
 from benchmarks.paper.rendering import as_json, expected, markdown
-from benchmarks.paper.running import Runner, SubprocessRunner, load_outcomes, missing, run_missing, the_only_one
+from benchmarks.paper.running import Runner, SubprocessRunner, load_outcomes, missing, run_missing
 from benchmarks.paper.settings import read_settings
 from benchmarks.paper.tables import WantedTable
 from benchmarks.paper.wanted import wanted_tables
@@ -63,7 +64,7 @@ def _make(given: argparse.Namespace, runner: Runner) -> int:
         outcomes = load_outcomes(cells, store)
         _show_expected(tables, outcomes, CostModel(settings.models, every_cell, outcomes, given.tflops))
         return 0
-    with the_only_one(given.out):
+    with the_only_one(given.out, f"the tables in {given.out} are being made by another process"):
         outcomes = load_outcomes(cells, store)
         if not given.render:
             check_keys(cells, outcomes)

@@ -6,8 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,8 +15,6 @@ from benchmarks.paper.answers import UnreadableAnswer, read
 from benchmarks.paper.cells import Cell, CellStore, Failed, Measured, Outcome, figures_of, with_needs
 from benchmarks.paper.commands import command
 from benchmarks.paper.costs import CostModel
-from daemon.embedded import only_one
-from protocol.errors import SearchExistsError, SettingsError
 
 TOLD_BY = "selfpruner: "
 """How the command line begins its one sentence."""
@@ -85,20 +82,6 @@ def _why(code: int, log: Path, start: int) -> str:
         name = signal.Signals(-code).name
         return f"ended by {name}" + (": memory may have run out" if name == "SIGKILL" else "")
     return f"ended with code {code}: {lines[-1][:300]}" if lines else f"ended with code {code}"
-
-
-@contextmanager
-def the_only_one(out: Path) -> Iterator[None]:
-    """Hold `out`, which is made: a second harness there is refused with UsageError. The end of the process frees it."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SettingsError(f"--out {out} cannot be made: {error.strerror}") from error
-    try:
-        with only_one(out):
-            yield
-    except SearchExistsError as error:
-        raise SearchExistsError(f"the tables in {out} are being made by another process") from error
 
 
 def missing(cells: Iterable[Cell], outcomes: Mapping[str, Outcome]) -> list[Cell]:

@@ -1,0 +1,28 @@
+"""One call at a time in a folder of results."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from daemon.embedded import only_one
+from protocol.errors import SearchExistsError, SettingsError, UsageError
+
+
+@contextmanager
+def the_only_one(out: Path, refusal: str) -> Iterator[None]:
+    """Hold `out`, which is made; the end of the process frees it.
+
+    Raises UsageError: with `refusal` where another process holds it, else where it cannot be made or written.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(f"--out {out} cannot be made: {error.strerror}") from error
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(only_one(out))
+        except SearchExistsError as error:
+            raise SearchExistsError(refusal) from error
+        except UsageError as error:
+            raise SettingsError(f"--out {out} cannot be written") from error
+        yield
