@@ -70,14 +70,10 @@ def written_before(goal: Goal, settings: Settings) -> Written | None:
 
     With --force that is what has been checked too: a command that was killed before goes on, and trains nothing twice.
     """
-    try:
-        found = Written.model_validate_json((settings.folder / "written.json").read_bytes())
-        facts = _facts(goal)
-    except (OSError, ValidationError):
+    found = _told(goal, settings)
+    if found is None or (goal.force and found.checked):
         return None
-    if goal.force and found.checked:
-        return None
-    return found if (found.asked, found.facts) == (_asked(goal, settings), facts) else None
+    return found if found.asked == _asked(goal, settings) else None
 
 
 def holds(folder: Path, request: PruningRequest) -> bool:
@@ -98,20 +94,20 @@ def is_untold(goal: Goal, settings: Settings) -> bool:
         wanted = (f"search {settings.search.name}", best["rates"], list(goal.formats), _tunings(goal, settings))
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    return found == wanted and not _is_told(goal, settings)
+    return found == wanted and _told(goal, settings) is None
 
 
 def _tunings(goal: Goal, settings: Settings) -> list[object]:
     return [] if goal.data is None else [recipe(goal.data, settings).model_dump(mode="json")]
 
 
-def _is_told(goal: Goal, settings: Settings) -> bool:
-    """Whether what was kept is of what stands there: then it is known who wrote it, and with which flags."""
+def _told(goal: Goal, settings: Settings) -> Written | None:
+    """What was kept of what stands in the goal's folder; None where nothing was, or of something else."""
     try:
         found = Written.model_validate_json((settings.folder / "written.json").read_bytes())
+        return found if found.facts == _facts(goal) else None
     except (OSError, ValidationError):
-        return False
-    return found.facts == _facts(goal)
+        return None
 
 
 def check_disk(goal: Goal, settings: Settings, shape: ModelShape) -> None:
