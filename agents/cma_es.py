@@ -15,7 +15,6 @@ from cmaes import SepCMA
 from agents.classical import draw_all
 from agents.offers import NothingLeft
 from agents.view import Member, Proposal, Submit, View
-from protocol.errors import BudgetError
 from protocol.plan import unit_bounds
 
 SIGMA = 0.1
@@ -73,7 +72,8 @@ class CmaEsMutator:
 
     def _tell(self, view: View) -> None:
         assert self._optimizer is not None
-        fitness = [_measured(view, x.tolist()) for x in self._drawn]
+        ids = [view.candidate_id(x.tolist()) for x in self._drawn]
+        fitness = [None if id_ is None else view.fitness_of(id_) for id_ in ids]
         # What was not measured (it failed, it has no plan, or the budget was used up) was no good.
         worst = max((each for each in fitness if each is not None), default=0.0)
         told = [worst if each is None else each for each in fitness]
@@ -83,11 +83,3 @@ class CmaEsMutator:
 def _start(view: View) -> tuple[float, ...]:
     """The best of the first population: where the search begins."""
     return view.start or view.spec.uniform_rates(view.card.shape)
-
-
-def _measured(view: View, rates: Sequence[float]) -> float | None:
-    """The fitness of the plan that these rates become; None where it was not measured, or there is none."""
-    try:
-        return view.fitness_of(view.candidate_id(rates))
-    except BudgetError:
-        return None

@@ -7,7 +7,7 @@ from itertools import islice
 
 from agents.edits import Mix, apply_mix, mix_bounds
 from agents.view import Member, Proposal, View
-from protocol.errors import BudgetError, InvalidReply
+from protocol.errors import InvalidReply
 
 DRAWN = 60
 """Mixes that are drawn for one menu."""
@@ -25,7 +25,7 @@ class RankedMix:
 def mix_menu(view: View, parents: Sequence[Member], rng: random.Random, count: int) -> tuple[RankedMix, ...]:
     """The `count` best of some mixes drawn at random, best first; no two of them nearly the same, and none measured.
 
-    Late in a search most of the best mixes have been measured: asked to choose, an LLM would choose what is refused.
+    What was measured ranks high, and an LLM that is asked to choose would choose what is then refused.
     """
     found: dict[tuple[float, ...], RankedMix] = {}
     for _ in range(DRAWN):
@@ -43,10 +43,8 @@ def mix_menu(view: View, parents: Sequence[Member], rng: random.Random, count: i
 
 
 def _is_new(view: View, rates: Sequence[float]) -> bool:
-    try:
-        return view.fitness_of(view.candidate_id(rates)) is None
-    except BudgetError:  # nothing can be made of them
-        return False
+    id_ = view.candidate_id(rates)
+    return id_ is not None and view.fitness_of(id_) is None
 
 
 def on_budget(view: View, rates: Sequence[float]) -> tuple[float, ...]:

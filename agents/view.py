@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from protocol.candidate import AgentName, Candidate, Provenance, Source, candidate_id
 from protocol.card import ModelCard
+from protocol.errors import BudgetError
 from protocol.shape import Unit
 from protocol.spec import SearchSpec
 
@@ -68,10 +69,13 @@ class View:
 
         return Surrogate(self)
 
-    def candidate_id(self, rates: Sequence[float]) -> str:
-        """The id of the candidate that these raw rates become."""
+    def candidate_id(self, rates: Sequence[float]) -> str | None:
+        """The id of the candidate that these raw rates become; None where there is no plan for them."""
         shape = self.card.shape
-        plan = self.spec.plan(self.spec.feasible(tuple(rates), shape), shape)
+        try:
+            plan = self.spec.plan(self.spec.feasible(tuple(rates), shape), shape)
+        except BudgetError:
+            return None
         return candidate_id(plan, self.spec.fingerprint)
 
     @property

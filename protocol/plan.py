@@ -237,17 +237,11 @@ def attention_levels(shape: ModelShape, layer: int) -> tuple[tuple[float, tuple[
     return tuple(sorted(levels.items()))
 
 
-def next_level(shape: ModelShape, layer: int, share: float, sign: int) -> float | None:
-    """The attention block's next level from `share`, up (`sign` 1) or down (−1); None at either end."""
-    shares = [level for level, _ in attention_levels(shape, layer)]
-    now = min(range(len(shares)), key=lambda k: abs(shares[k] - share))
-    return shares[now + sign] if 0 <= now + sign < len(shares) else None
-
-
 def parameters_to_next_level(shape: ModelShape, unit: Unit, share: float, sign: int) -> int:
     """Parameters from where an attention block is to its next level, up (`sign` 1) or down (−1); 0 at either end."""
-    level = next_level(shape, unit.layer, share, sign)
-    return 0 if level is None else round(abs(level - share) * unit.parameters)
+    shares = [level for level, _ in attention_levels(shape, unit.layer)]
+    following = min(range(len(shares)), key=lambda k: abs(shares[k] - share)) + sign
+    return round(abs(shares[following] - share) * unit.parameters) if 0 <= following < len(shares) else 0
 
 
 def heads_nearest(shape: ModelShape, layer: int, rate: float) -> tuple[int, int]:
