@@ -62,12 +62,13 @@ def _make(given: argparse.Namespace, runner: Runner) -> int:
     store, code = CellStore(given.out), 0
     if given.estimate:
         outcomes = load_outcomes(cells, store)
-        _show_expected(tables, outcomes, CostModel(settings.models, every_cell, outcomes, given.tflops))
+        cost = CostModel(settings.models, every_cell, outcomes, given.tflops)
+        _show_expected(*expected(tables, outcomes, given.out, cost))
         return 0
     with the_only_one(given.out, f"the tables in {given.out} are being made by another process"):
         outcomes = load_outcomes(cells, store)
         if not given.render:
-            check_keys(cells, outcomes)
+            check_keys(missing(cells, outcomes, given.out))
             cost = CostModel(settings.models, every_cell, outcomes, given.tflops)
             code = _run(lambda: run_missing(cells, outcomes, store, runner, given.out, cost, _tell))
         write(tables, outcomes, given.out, settings.words)
@@ -77,9 +78,9 @@ def _make(given: argparse.Namespace, runner: Runner) -> int:
     return code or int(failed > 0 and not given.render)
 
 
-def check_keys(cells: Sequence[Cell], outcomes: Mapping[str, Outcome]) -> None:
+def check_keys(cells: Sequence[Cell]) -> None:
     """Raise SettingsError where a search that is still to run has no file with its LLM's key: hours may come before."""
-    for cell in missing(cells, outcomes):
+    for cell in cells:
         if cell.what == "run":
             secrets_of(settings_of(cell))
 
@@ -107,8 +108,7 @@ def write(tables: Sequence[WantedTable], outcomes: Mapping[str, Outcome], out: P
     plot(tables, outcomes, out)
 
 
-def _show_expected(tables: Sequence[WantedTable], outcomes: Mapping[str, Outcome], cost: CostModel) -> None:
-    rows, total = expected(tables, outcomes, cost)
+def _show_expected(rows: Sequence[Sequence[str]], total: str) -> None:
     shown = Table("cell", "what", "hours", "from")
     for row in rows:
         shown.add_row(*row)

@@ -67,8 +67,21 @@ def usual(arguments: Sequence[str]) -> dict[str, Any]:
     return answers[command]
 
 
+def write_made(arguments: Sequence[str]) -> None:
+    """Make the file by which later commands know what this one made."""
+    if arguments[0] == "run":
+        folder, name = (setting_of(arguments, setting) or "" for setting in ("run.folder", "search.name"))
+        file = Path(folder) / name / "best.json"
+    elif arguments[0] in ("export", "finetune"):
+        file = Path(value_of(arguments, "--out") or "") / "selfpruner.json"
+    else:
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("{}")
+
+
 class ScriptedRunner:
-    """Answers as `say` does, and as usual where that says None."""
+    """Answers as `say` does, and as usual where that says None; what does not fail has made its files."""
 
     def __init__(self, say: Say = lambda arguments: None) -> None:
         self.asked: list[list[str]] = []
@@ -77,6 +90,8 @@ class ScriptedRunner:
     def run(self, arguments: Sequence[str], log: Path) -> dict[str, Any] | Failure:
         self.asked.append(list(arguments))
         answer = self._say(arguments)
+        if not isinstance(answer, Failure):
+            write_made(arguments)
         return usual(arguments) if answer is None else answer
 
     def commands(self) -> list[str]:

@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from shutil import rmtree
 from typing import Any
 
 import pytest
@@ -55,6 +56,36 @@ def test_what_needs_a_failed_cell_is_not_run(tmp_path: Path) -> None:
     assert make(tmp_path, {"models": ["tiny"], "tables": [7], "rates": [0.3]}, runner) == 1
     assert runner.commands() == ["run", "export"]
     assert "failed before it: no memory" in markdown(tmp_path)
+
+
+TUNED: dict[str, Any] = {"models": ["tiny"], "tables": [6], "rates": [0.3], "compared_rates": [0.3]}
+
+
+def test_what_a_further_table_needs_is_made_again_where_it_is_gone(tmp_path: Path) -> None:
+    assert make(tmp_path, TUNED, ScriptedRunner()) == 0
+    rmtree(tmp_path / "out" / "models")
+    nothing = ScriptedRunner()
+    assert make(tmp_path, TUNED, nothing) == 0 and not nothing.asked
+    further = ScriptedRunner()
+    assert make(tmp_path, TUNED | {"tables": [6, 7]}, further) == 0
+    assert further.commands() == ["export", "speed"]
+    rmtree(tmp_path / "out" / "searches")
+    again = ScriptedRunner()
+    assert make(tmp_path, TUNED | {"zero_shot": {}}, again) == 0
+    # The folder after LoRA is gone since the beginning; its export is there, so no search is needed for it.
+    assert again.commands() == ["run", "zero-shot", "finetune", "zero-shot"]
+
+
+def test_a_measured_cell_stays_measured_where_it_fails_to_make_its_files_again(tmp_path: Path) -> None:
+    settings = TUNED | {"tables": [1], "methods": ["self-pruner"]}
+    assert make(tmp_path, settings, ScriptedRunner()) == 0
+    rmtree(tmp_path / "out" / "searches")
+    failing = ScriptedRunner(lambda arguments: Failure("no LLM") if arguments[0] == "run" else None)
+    assert make(tmp_path, settings | {"tables": [1, 7]}, failing) == 1
+    assert failing.commands() == ["run"]
+    said = markdown(tmp_path)
+    assert "| 30% | Self-Pruner | 11.00 |" in said and "failed before it: no LLM" in said
+    assert make(tmp_path, settings, ScriptedRunner()) == 0
 
 
 @pytest.mark.parametrize("answer", [search(3.0, finished=False), {"best": None, "finished": True}, {}])

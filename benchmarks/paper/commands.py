@@ -16,6 +16,18 @@ def model_folder(out: Path, cell: Cell) -> Path:
     return out / "models" / cell.id
 
 
+def made_file(out: Path, cell: Cell) -> Path:
+    """A file that is there as long as cells that need this one find what it made: a search's best, an export's card."""
+    if cell.what == "run":
+        return best_file(out, cell)
+    return model_folder(out, cell) / "selfpruner.json"
+
+
+def best_file(out: Path, search: Cell) -> Path:
+    """The best rates of a search."""
+    return searches_folder(out) / search.id / "best.json"
+
+
 def command(cell: Cell, out: Path) -> list[str]:
     """What `selfpruner` is told: its command and flags. What the cell needs has been run."""
     return [cell.what, *_where(cell, out), *cell.flags, "--json"]
@@ -34,5 +46,5 @@ def _where(cell: Cell, out: Path) -> list[str]:
     if cell.what == "export":
         return ["--search", need.id, "--folder", str(searches_folder(out)), "--format", "hf", *written]
     if need.what == "run":
-        return [cell.model, "--rates", str(searches_folder(out) / need.id / "best.json")]
+        return [cell.model, "--rates", str(best_file(out, need))]
     return [str(model_folder(out, need)), *(written if cell.what == "finetune" else [])]

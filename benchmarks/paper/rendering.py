@@ -1,6 +1,7 @@
 """Finished tables as Markdown, as JSON, and as the list of what --estimate expects."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from benchmarks.paper.answers import Figures
@@ -30,10 +31,10 @@ def as_json(tables: Sequence[WantedTable], outcomes: Mapping[str, Outcome], abou
 
 
 def expected(
-    tables: Sequence[WantedTable], outcomes: Mapping[str, Outcome], cost: CostModel
+    tables: Sequence[WantedTable], outcomes: Mapping[str, Outcome], out: Path, cost: CostModel
 ) -> tuple[list[list[str]], str]:
     """Of all cells that are missing: id, what it is, hours and what these rest on; and the sum in a sentence."""
-    cells = missing([cell for table in tables for cell in table.cells], outcomes)
+    cells = missing([cell for table in tables for cell in table.cells], outcomes, out)
     seconds = [cost.seconds(cell) for cell in cells]
     rows = [
         [cell.id, cell.words, "unknown" if each is None else f"{each / 3600:,.2f}", cost.basis(cell)]

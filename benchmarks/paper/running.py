@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from benchmarks.paper.answers import UnreadableAnswer, read
 from benchmarks.paper.cells import Cell, CellStore, Failed, Measured, Outcome, figures_of, with_needs
-from benchmarks.paper.commands import command
+from benchmarks.paper.commands import command, made_file
 from benchmarks.paper.costs import CostModel
 
 TOLD_BY = "selfpruner: "
@@ -84,9 +84,19 @@ def _why(code: int, log: Path, start: int) -> str:
     return f"ended with code {code}: {lines[-1][:300]}" if lines else f"ended with code {code}"
 
 
-def missing(cells: Iterable[Cell], outcomes: Mapping[str, Outcome]) -> list[Cell]:
-    """The cells, and those that they need, that are not measured yet, in an order in which they can run."""
-    return [cell for cell in with_needs(cells) if not _is_measured(cell, outcomes)]
+def missing(cells: Iterable[Cell], outcomes: Mapping[str, Outcome], out: Path) -> list[Cell]:
+    """The cells, and those that they need, that are to be run, in an order in which they can.
+
+    Not measured yet; or measured, but needed by such a one, and what they made in `out` is there no more.
+    """
+    found: list[Cell] = []
+    needed: set[str] = set()
+    for cell in reversed(with_needs(cells)):
+        is_gone = cell.id in needed and not made_file(out, cell).is_file()
+        if is_gone or not _is_measured(cell, outcomes):
+            found.append(cell)
+            needed |= {need.id for need in cell.needs}
+    return found[::-1]
 
 
 def _is_measured(cell: Cell, outcomes: Mapping[str, Outcome]) -> bool:
@@ -111,12 +121,15 @@ def run_missing(
     tell: Callable[[str], None],
 ) -> None:
     """Run what is missing and put it into `outcomes` and `store`; a cell that fails does not stop the others."""
-    todo = missing(cells, outcomes)
+    todo = missing(cells, outcomes, out)
+    newest = dict(outcomes)
     for number, cell in enumerate(todo):
         tell(f"{number + 1} of {len(todo)}: {cell.words}; {_expected(todo[number:], cost)}")
-        outcome = _run(cell, outcomes, runner, out)
-        outcomes[cell.id] = outcome
-        store.keep(cell, outcome)
+        outcome = newest[cell.id] = _run(cell, newest, runner, out)
+        # A cell that was to make its files again stays measured, even if that fails.
+        if isinstance(outcome, Measured) or not _is_measured(cell, outcomes):
+            outcomes[cell.id] = outcome
+            store.keep(cell, outcome)
         if isinstance(outcome, Measured):
             cost.learn(cell, outcome)
         else:
