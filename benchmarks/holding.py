@@ -8,16 +8,21 @@ from daemon.embedded import only_one
 from protocol.errors import SearchExistsError, SettingsError, UsageError
 
 
+def made(out: Path) -> None:
+    """Make the folder `out`, unless it is there. Raises SettingsError where it cannot be."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(f"--out {out} cannot be made: {error.strerror}") from error
+
+
 @contextmanager
 def the_only_one(out: Path, refusal: str) -> Iterator[None]:
     """Hold `out`, which is made; the end of the process frees it.
 
     Raises UsageError: with `refusal` where another process holds it, else where it cannot be made or written.
     """
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise SettingsError(f"--out {out} cannot be made: {error.strerror}") from error
+    made(out)
     with ExitStack() as stack:
         try:
             stack.enter_context(only_one(out))

@@ -5,20 +5,21 @@
 
 Each cell is a run of `selfpruner` in a process of its own; OUT/cells has one file for each. Interrupted or killed, the
 same command goes on. A cell that fails is told in the table with its sentence, and is tried again at the next call.
-OUT/tables.md, OUT/tables.json and the plots are written after every call; --render writes them and runs nothing.
+OUT/tables.md and OUT/tables.json are written after every cell, the plots at the end; --render writes them and runs
+nothing, also while another call runs cells.
 Exit code 1: some cells have failed. 2: the settings are wrong.
 """
 
 import argparse
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.holding import the_only_one
+from benchmarks.holding import made, the_only_one
 from benchmarks.paper.cells import Cell, CellStore, Failed, Outcome, with_needs
 from benchmarks.paper.costs import TFLOPS, CostModel
 from benchmarks.paper.making import settings_of
@@ -37,10 +38,14 @@ def main(arguments: Sequence[str] | None = None, runner: Runner | None = None) -
     """Run what is missing and write the tables; returns the exit code."""
     given = _parser().parse_args(arguments)
     try:
-        return _make(given, runner or SubprocessRunner())
+        with interruptible():
+            return _make(given, runner or SubprocessRunner())
     except SelfPrunerError as error:
         _tell(str(error))
         return 2 if isinstance(error, UsageError) else 1
+    except Interrupted as end:
+        _tell("interrupted; the same command goes on")
+        return end.exit_code
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -59,23 +64,30 @@ def _make(given: argparse.Namespace, runner: Runner) -> int:
     tables = wanted_tables(settings)
     cells = [cell for table in tables for cell in table.cells]
     every_cell = with_needs(cells)
-    store, code = CellStore(given.out), 0
+    store = CellStore(given.out)
     if given.estimate:
         outcomes = load_outcomes(cells, store)
         cost = CostModel(settings.models, every_cell, outcomes, given.tflops)
         _show_expected(*expected(tables, outcomes, given.out, cost))
         return 0
+    if given.render:
+        made(given.out)
+        write_all(tables, load_outcomes(cells, store), given.out, settings.words)
+        return 0
     with the_only_one(given.out, f"the tables in {given.out} are being made by another process"):
         outcomes = load_outcomes(cells, store)
-        if not given.render:
-            check_keys(missing(cells, outcomes, given.out))
-            cost = CostModel(settings.models, every_cell, outcomes, given.tflops)
-            code = _run(lambda: run_missing(cells, outcomes, store, runner, given.out, cost, _tell))
-        write(tables, outcomes, given.out, settings.words)
+        check_keys(missing(cells, outcomes, given.out))
+        cost = CostModel(settings.models, every_cell, outcomes, given.tflops)
+        try:
+            write(tables, outcomes, given.out, settings.words)
+            for _ in run_missing(cells, outcomes, store, runner, given.out, cost, _tell):
+                write(tables, outcomes, given.out, settings.words)
+        finally:
+            write_all(tables, outcomes, given.out, settings.words)
     failed = sum(isinstance(outcomes.get(cell.id), Failed) for cell in every_cell)
-    if failed and not given.render:
+    if failed:
         _tell(f"{failed} cells have failed; the same command tries them again")
-    return code or int(failed > 0 and not given.render)
+    return int(failed > 0)
 
 
 def check_keys(cells: Sequence[Cell]) -> None:
@@ -85,20 +97,15 @@ def check_keys(cells: Sequence[Cell]) -> None:
             secrets_of(settings_of(cell))
 
 
-def _run(work: Callable[[], None]) -> int:
-    try:
-        with interruptible():
-            work()
-    except Interrupted as end:
-        _tell("interrupted; the same command goes on")
-        return end.exit_code
-    return 0
-
-
 def write(tables: Sequence[WantedTable], outcomes: Mapping[str, Outcome], out: Path, about: str) -> None:
-    """Write OUT/tables.md, OUT/tables.json, and where matplotlib is there the plots."""
+    """Write OUT/tables.md and OUT/tables.json."""
     replace(out / "tables.md", markdown(tables, outcomes, about))
     replace(out / "tables.json", json.dumps(as_json(tables, outcomes, about), indent=1, ensure_ascii=False) + "\n")
+
+
+def write_all(tables: Sequence[WantedTable], outcomes: Mapping[str, Outcome], out: Path, about: str) -> None:
+    """The same, and where matplotlib is there the plots, which take seconds."""
+    write(tables, outcomes, out, about)
     _tell(f"written: {out / 'tables.md'}")
     try:
         from benchmarks.paper.plots import plot

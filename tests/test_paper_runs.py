@@ -116,6 +116,28 @@ def test_an_interrupted_call_writes_its_tables_and_the_same_command_goes_on(tmp_
     assert again.commands() == ["run"]
 
 
+def test_the_tables_are_written_after_every_cell_and_another_call_may_render_them(tmp_path: Path) -> None:
+    def say(arguments: Sequence[str]) -> None:
+        if arguments[0] == "run":
+            assert "| 30% | Wanda-sp | 13.00 |" in markdown(tmp_path)
+            (tmp_path / "out" / "tables.md").unlink()
+            assert make(tmp_path, SMALL, ScriptedRunner(), "--render") == 0
+            assert "| 30% | Wanda-sp | 13.00 |" in markdown(tmp_path)
+            raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError):
+        make(tmp_path, SMALL, ScriptedRunner(say))
+    assert "| 30% | Wanda-sp | 13.00 |" in markdown(tmp_path)
+    assert not list((tmp_path / "out").glob(".*"))
+
+
+def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "out").write_text("a file")
+    for flags in ([], ["--render"]):
+        assert make(tmp_path, SMALL, ScriptedRunner(), *flags) == 2
+        assert "cannot be made: File exists" in capsys.readouterr().err
+
+
 def test_progress_says_which_cell_and_how_many(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = SMALL | {"models": [{"name": "tiny", "billions": 1}], "reconstruction": ["none", "least-squares"]}
     assert make(tmp_path, settings, ScriptedRunner()) == 0

@@ -1,5 +1,6 @@
 """Perplexity and accuracy against the rate, a plot for each column of Tables 1 and 2."""
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -64,5 +65,7 @@ def _draw(curves: Mapping[str, tuple[Curve, Curve]], title: str, file: Path, *, 
     ax.grid(alpha=0.3, which="both")
     ax.legend(fontsize=8)
     figure.tight_layout()
-    figure.savefig(file, dpi=110)
+    beside = file.with_name(f".{os.getpid()}-{file.name}")  # another call may write it too
+    figure.savefig(beside, dpi=110)
+    beside.replace(file)
     plt.close(figure)

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,6 +15,7 @@ from benchmarks.paper.answers import UnreadableAnswer, read
 from benchmarks.paper.cells import Cell, CellStore, Failed, Measured, Outcome, figures_of, with_needs
 from benchmarks.paper.commands import command, made_file
 from benchmarks.paper.costs import CostModel
+from protocol.signals import held_back
 
 TOLD_BY = "selfpruner: "
 """How the command line begins its one sentence."""
@@ -119,8 +120,11 @@ def run_missing(
     out: Path,
     cost: CostModel,
     tell: Callable[[str], None],
-) -> None:
-    """Run what is missing and put it into `outcomes` and `store`; a cell that fails does not stop the others."""
+) -> Iterator[Cell]:
+    """Run what is missing and put it into `outcomes` and `store`; a cell that fails does not stop the others.
+
+    Yields each cell when it has ended.
+    """
     todo = missing(cells, outcomes, out)
     newest = dict(outcomes)
     for number, cell in enumerate(todo):
@@ -128,12 +132,14 @@ def run_missing(
         outcome = newest[cell.id] = _run(cell, newest, runner, out)
         # A cell that was to make its files again stays measured, even if that fails.
         if isinstance(outcome, Measured) or not _is_measured(cell, outcomes):
-            outcomes[cell.id] = outcome
-            store.keep(cell, outcome)
+            with held_back():
+                outcomes[cell.id] = outcome
+                store.keep(cell, outcome)
         if isinstance(outcome, Measured):
             cost.learn(cell, outcome)
         else:
             tell(f"failed: {outcome.sentence}")
+        yield cell
 
 
 def _run(cell: Cell, outcomes: Mapping[str, Outcome], runner: Runner, out: Path) -> Outcome:
