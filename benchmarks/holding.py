@@ -1,4 +1,4 @@
-"""One call at a time in a folder of results."""
+"""Folders of results: one call at a time, and one sentence where they cannot be written."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,6 +14,15 @@ def made(out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SettingsError(f"--out {out} cannot be made: {error.strerror}") from error
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Write the file `path`, or files in it, in the block. Raises UsageError where the disk is full, or the like."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 @contextmanager

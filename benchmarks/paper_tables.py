@@ -7,7 +7,7 @@ Each cell is a run of `selfpruner` in a process of its own; OUT/cells has one fi
 same command goes on. A cell that fails is told in the table with its sentence, and is tried again at the next call.
 OUT/tables.md and OUT/tables.json are written after every cell, the plots at the end; --render writes them and runs
 nothing, also while another call runs cells.
-Exit code 1: some cells have failed. 2: the settings are wrong.
+Exit code 1: some cells have failed. 2: the settings are wrong, or OUT cannot be written.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.holding import made, the_only_one
+from benchmarks.holding import made, the_only_one, writing
 from benchmarks.paper.cells import Cell, CellStore, Failed, Outcome, with_needs
 from benchmarks.paper.costs import TFLOPS, CostModel
 from benchmarks.paper.making import settings_of
@@ -82,8 +82,10 @@ def _make(given: argparse.Namespace, runner: Runner) -> int:
             write(tables, outcomes, given.out, settings.words)
             for _ in run_missing(cells, outcomes, store, runner, given.out, cost, _tell):
                 write(tables, outcomes, given.out, settings.words)
-        finally:
+        except Interrupted:
             write_all(tables, outcomes, given.out, settings.words)
+            raise
+        write_all(tables, outcomes, given.out, settings.words)
     failed = sum(isinstance(outcomes.get(cell.id), Failed) for cell in every_cell)
     if failed:
         _tell(f"{failed} cells have failed; the same command tries them again")
@@ -98,9 +100,10 @@ def check_keys(cells: Sequence[Cell]) -> None:
 
 
 def write(tables: Sequence[WantedTable], outcomes: Mapping[str, Outcome], out: Path, about: str) -> None:
-    """Write OUT/tables.md and OUT/tables.json."""
-    replace(out / "tables.md", markdown(tables, outcomes, about))
-    replace(out / "tables.json", json.dumps(as_json(tables, outcomes, about), indent=1, ensure_ascii=False) + "\n")
+    """Write OUT/tables.md and OUT/tables.json. Raises UsageError where there is no room for them."""
+    with writing(out):
+        replace(out / "tables.md", markdown(tables, outcomes, about))
+        replace(out / "tables.json", json.dumps(as_json(tables, outcomes, about), indent=1, ensure_ascii=False) + "\n")
 
 
 def write_all(tables: Sequence[WantedTable], outcomes: Mapping[str, Outcome], out: Path, about: str) -> None:
@@ -112,7 +115,8 @@ def write_all(tables: Sequence[WantedTable], outcomes: Mapping[str, Outcome], ou
     except ImportError:
         _tell("no plots: pip install 'self-pruner[plots]'")
         return
-    plot(tables, outcomes, out)
+    with writing(out):
+        plot(tables, outcomes, out)
 
 
 def _show_expected(rows: Sequence[Sequence[str]], total: str) -> None:

@@ -16,6 +16,7 @@ from benchmarks.paper.making import CellMaker
 from benchmarks.paper.running import Failure, SubprocessRunner, load_outcomes
 from benchmarks.paper.settings import PaperSettings, read_settings
 from benchmarks.paper.wanted import wanted_tables
+from tests.disks import LimitedFiles, mounted
 from tests.paper import SMALL, make, markdown
 from tests.scripted_runner import ScriptedRunner, search, value_of
 
@@ -136,6 +137,25 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path, capsys: pytest.Cap
     for flags in ([], ["--render"]):
         assert make(tmp_path, SMALL, ScriptedRunner(), *flags) == 2
         assert "cannot be made: File exists" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_one_sentence_and_leaves_what_was_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with mounted(LimitedFiles(tmp_path / "disk")) as disk:
+        assert disk is not None
+
+        def say(arguments: Sequence[str]) -> None:
+            if "--allocate" in arguments:
+                disk.fill()
+
+        assert make(tmp_path, SMALL, ScriptedRunner(say)) == 2
+        disk.free()
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert "cells/evaluate-tiny-wanda-sp-0.3-" in told and told.endswith(".json cannot be written: File too large")
+    assert "| 0% | Dense | 10.00 |" in markdown(tmp_path)
+    again = ScriptedRunner()
+    assert make(tmp_path, SMALL, again) == 0 and again.commands() == ["evaluate", "run"]
 
 
 def test_progress_says_which_cell_and_how_many(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

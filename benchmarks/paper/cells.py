@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from benchmarks.holding import writing
 from benchmarks.paper.answers import Figures, UnreadableAnswer, What, read
 from protocol.files import replace
 
@@ -105,10 +106,11 @@ class CellStore:
             return None
 
     def keep(self, cell: Cell, outcome: Outcome) -> None:
-        """Write it down, with what was run."""
-        self._folder.mkdir(parents=True, exist_ok=True)
+        """Write it down, with what was run. Raises UsageError where there is no room for it."""
         record = {"cell": cell.model_dump(mode="json"), "outcome": outcome.model_dump(mode="json")}
-        replace(self._file(cell), json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+        with writing(self._file(cell)):
+            self._folder.mkdir(parents=True, exist_ok=True)
+            replace(self._file(cell), json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
     def _file(self, cell: Cell) -> Path:
         return self._folder / f"{cell.id}.json"

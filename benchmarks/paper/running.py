@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from benchmarks.holding import writing
 from benchmarks.paper.answers import UnreadableAnswer, read
 from benchmarks.paper.cells import Cell, CellStore, Failed, Measured, Outcome, figures_of, with_needs
 from benchmarks.paper.commands import command, made_file
@@ -44,7 +45,9 @@ class SubprocessRunner:
     def run(self, arguments: Sequence[str], log: Path) -> dict[str, Any] | Failure:
         """See Runner."""
         leash = [sys.executable, "-m", "daemon.leash", str(os.getpid())]
-        log.parent.mkdir(parents=True, exist_ok=True)
+        with writing(log):
+            log.parent.mkdir(parents=True, exist_ok=True)
+            log.touch()
         with log.open("ab") as errors:
             start = errors.tell()
             # A group of its own: Ctrl-C is for this process, which then says it once to the command.
@@ -123,7 +126,7 @@ def run_missing(
 ) -> Iterator[Cell]:
     """Run what is missing and put it into `outcomes` and `store`; a cell that fails does not stop the others.
 
-    Yields each cell when it has ended.
+    Yields each cell when it has ended. Raises UsageError where `out` cannot be written.
     """
     todo = missing(cells, outcomes, out)
     newest = dict(outcomes)
