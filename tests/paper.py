@@ -1,4 +1,4 @@
-"""Calls of benchmarks/paper_tables.py with a scripted `selfpruner`, and what they write."""
+"""Calls of benchmarks/paper_tables.py, mostly with a scripted `selfpruner`, and what they write."""
 
 import json
 from pathlib import Path
@@ -6,8 +6,8 @@ from typing import Any
 
 import yaml
 
+from benchmarks.paper.running import Runner
 from benchmarks.paper_tables import main
-from tests.scripted_runner import ScriptedRunner
 
 LLAMA = "meta-llama/Llama-2-7b-hf"
 
@@ -27,7 +27,7 @@ def write(folder: Path, settings: dict[str, Any]) -> Path:
     return file
 
 
-def make(folder: Path, settings: dict[str, Any], runner: ScriptedRunner, *flags: str) -> int:
+def make(folder: Path, settings: dict[str, Any], runner: Runner, *flags: str) -> int:
     return main([str(write(folder, settings)), "--out", str(folder / "out"), *flags], runner)
 
 

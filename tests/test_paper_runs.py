@@ -17,8 +17,9 @@ from benchmarks.paper.running import Failure, SubprocessRunner, load_outcomes
 from benchmarks.paper.settings import PaperSettings, read_settings
 from benchmarks.paper.wanted import wanted_tables
 from tests.disks import LimitedFiles, mounted
-from tests.paper import SMALL, make, markdown
+from tests.paper import ONE_TEXT, SMALL, make, markdown, table
 from tests.scripted_runner import ScriptedRunner, search, value_of
+from tests.tiny_models import save_tiny_folder
 
 
 def test_what_has_been_run_is_not_run_again(tmp_path: Path) -> None:
@@ -206,6 +207,24 @@ def test_the_outcomes_are_kept_with_what_was_run(tmp_path: Path) -> None:
 def test_a_command_that_fails_is_its_one_sentence(tmp_path: Path) -> None:
     answer = SubprocessRunner().run(["evaluate", "--model", "no/such/folder", "--json"], tmp_path / "log")
     assert answer == Failure("give --data, the text to measure on")
+
+
+def test_a_real_cell_of_a_tiny_model_becomes_its_table(tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("What is measured here is no more than a few windows of bytes. " * 40)
+    text = str(tmp_path / "text.txt")
+    settings = {
+        "models": [str(save_tiny_folder(tmp_path / "tiny"))],
+        "rates": [0.3],
+        "methods": ["wanda-sp"],
+        "texts": ONE_TEXT | {"calibration": text, "fitness": text, "report": text},
+        "dtype": "float32",
+    }
+    assert make(tmp_path, settings, SubprocessRunner()) == 0
+    ((ours, _),) = table(tmp_path, 1)["30%", "Wanda-sp"]
+    assert ours is not None and 1 < ours < 1e6
+    assert f"| 30% | Wanda-sp | {ours:,.2f} |" in markdown(tmp_path)
+    assert make(tmp_path, settings, ScriptedRunner()) == 0
+    assert table(tmp_path, 1)["30%", "Wanda-sp"] == [(ours, None)]
 
 
 def test_a_command_that_is_killed_says_by_what(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
