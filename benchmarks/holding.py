@@ -8,7 +8,7 @@ from daemon.embedded import only_one
 from protocol.errors import SearchExistsError, SettingsError, UsageError
 
 
-def made(out: Path) -> None:
+def make_folder(out: Path) -> None:
     """Make the folder `out`, unless it is there. Raises SettingsError where it cannot be."""
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -31,7 +31,7 @@ def the_only_one(out: Path, refusal: str) -> Iterator[None]:
 
     Raises UsageError: with `refusal` where another process holds it, else where it cannot be made or written.
     """
-    made(out)
+    make_folder(out)
     with ExitStack() as stack:
         try:
             stack.enter_context(only_one(out))

@@ -12,6 +12,7 @@ Exit code 1: some cells have failed. 2: the settings are wrong, or OUT cannot be
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.holding import made, the_only_one, writing
+from benchmarks.holding import make_folder, the_only_one, writing
 from benchmarks.paper.cells import CellStore, Failed, Outcome, with_needs
 from benchmarks.paper.checking import check
 from benchmarks.paper.costs import TFLOPS, CostModel
@@ -29,7 +30,7 @@ from benchmarks.paper.settings import read_settings
 from benchmarks.paper.tables import WantedTable
 from benchmarks.paper.wanted import wanted_tables
 from daemon.signals import Interrupted, interruptible
-from protocol.errors import SelfPrunerError, UsageError
+from protocol.errors import SelfPrunerError, SettingsError, UsageError
 from protocol.files import replace
 
 
@@ -59,6 +60,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _make(given: argparse.Namespace, runner: Runner) -> int:
+    if not 0 < given.tflops < math.inf:
+        raise SettingsError(f"--tflops cannot be {given.tflops:g}: no GPU has it")
     settings = read_settings(given.settings, given.set)
     tables = wanted_tables(settings)
     cells = [cell for table in tables for cell in table.cells]
@@ -70,7 +73,7 @@ def _make(given: argparse.Namespace, runner: Runner) -> int:
         _show_expected(*expected(tables, outcomes, given.out, cost))
         return 0
     if given.render:
-        made(given.out)
+        make_folder(given.out)
         write_all(tables, load_outcomes(cells, store), given.out, settings.words)
         return 0
     with the_only_one(given.out, f"the tables in {given.out} are being made by another process"):

@@ -119,6 +119,7 @@ def test_what_an_engine_loads_again_takes_time_again() -> None:
         ({"models": ["m"], "rate": [0.3]}, "there is no setting 'rate'; did you mean 'rates'?"),
         ({"models": ["m"], "texts": {"seqlength": 64}}, "did you mean 'texts.seqlen'?"),
         ({"models": ["m"], "rates": [1.5]}, "a pruning rate is above 0 and at most 0.9"),
+        ({"models": ["m"], "rates": [0.000001]}, "a pruning rate is above 0 and at most 0.9"),
         ({"models": ["m"], "methods": ["luck"]}, "methods.0 cannot be 'luck'"),
         ({"models": ["m"], "tables": [8]}, "tables.0 cannot be '8'"),
         ({"models": ["m"], "tables": [2]}, "give the section zero_shot"),
@@ -135,6 +136,10 @@ def test_what_an_engine_loads_again_takes_time_again() -> None:
         ({"models": ["m"], "tables": [7], "speed": {"flags": ["--nonsense", "1"]}}, "no such option: --nonsense"),
         ({"models": ["m"], "tables": [7], "speed": {"flags": ["--repeats", "many"]}}, "'--repeats'"),
         ({"models": ["m"], "tables": [7], "speed": {"flags": ["--sweep-multiple-of", "x"]}}, "whole numbers"),
+        ({"models": ["m"], "tables": [7], "speed": {"flags": ["--baseline", "n"]}}, "--baseline is each of the models"),
+        ({"models": ["m"], "tables": [4], "llms": [{"name": "a", "set": {"target.rate": 0.5}}]}, "is not for llms"),
+        ({"models": ["m"], "tables": [4], "llms": [{"name": "a", "set": {"search.name": "b"}}]}, "is not for llms"),
+        ({"models": ["m"], "tables": [4], "llms": [{"name": "a", "set": {"search": {"name": "b"}}}]}, "dotted names"),
         ({"models": ["m"], "tables": [7], "speed": {"flags": ["--help"]}}, "no such option: --help"),
         (
             {"models": ["m"], "tables": [4], "llms": [{"name": "a", "set": {"llm.endpoints": [{"api_key": "s3"}]}}]},
@@ -223,10 +228,22 @@ def test_what_is_no_yaml_mapping_is_told(tmp_path: Path, capsys: pytest.CaptureF
     assert capsys.readouterr().err.count("\n") == 2
 
 
-@pytest.mark.parametrize("override", ["texts", "=3", "models.name=3", "rates=["])
+@pytest.mark.parametrize("override", ["texts", "=3", "models.name=3", "rates=[", "seed=2024-13-45"])
 def test_a_bad_override_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str) -> None:
     assert make(tmp_path, SMALL, ScriptedRunner(), "--set", override) == 2
     assert "--set" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("tflops", ["0", "-1", "nan", "inf"])
+def test_a_peak_that_cannot_be_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str], tflops: str) -> None:
+    assert make(tmp_path, SMALL, ScriptedRunner(), "--estimate", "--tflops", tflops) == 2
+    assert "--tflops cannot be" in capsys.readouterr().err
+
+
+def test_a_cells_words_say_its_rate_as_tables_do() -> None:
+    settings = PaperSettings.model_validate({"models": ["m"]})
+    cell = CellMaker(settings).perplexity(settings.models[0], "owl", 0.125, "none")
+    assert cell.words == "evaluate m, owl at 12.5%"
 
 
 @pytest.mark.parametrize("name", ["smollm2", "llama-2-7b", "llama-2-70b"])

@@ -52,7 +52,7 @@ class Cell(BaseModel):
     @property
     def words(self) -> str:
         """For people."""
-        rate = f" at {self.rate:.0%}" if self.rate else ""
+        rate = f" at {100 * self.rate:g}%" if self.rate else ""
         note = f", {self.note}" if self.note else ""
         return f"{self.what} {self.model}, {self.method}{rate}{note}"
 

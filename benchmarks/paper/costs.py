@@ -169,6 +169,8 @@ def _speed_options(flags: Sequence[str]) -> dict[str, Any]:
         given = parsed(["speed", "FOLDER", "--baseline", "MODEL", *flags])
         engines_named(given["engine"])
         multiples_of(given["sweep_multiple_of"])
+        if given["baseline"] != "MODEL":
+            raise SettingsError("--baseline is each of the models itself")
     except SettingsError as error:
         raise SettingsError(f"speed.flags: {error}") from error
     return given

@@ -79,27 +79,15 @@ class CellMaker:
         method: SearchMethod,
         rate: float,
         reconstruction: Reconstruction,
-        changes: Mapping[str, Any] | None = None,
+        changes: Values | None = None,
         note: str = "",
     ) -> Cell:
         """A search; `changes` are settings that differ from the method's, and `note` says what they are."""
         chosen = self.settings.search_of(method)
-        values = {
-            **chosen.set,
-            **self._data(model, rate),
-            "search.reconstruction": reconstruction,
-            **(changes or {}),
-        }
-        for name in chosen.set:
-            if name in ("search.name", "run.folder"):
-                raise SettingsError(
-                    f"{name} is not for searches.{method}: every search has a name and folder of its own"
-                )
-            if name in values and values[name] != chosen.set[name] and name not in (changes or {}):
-                raise SettingsError(
-                    f"{name} is not for searches.{method}: models, rates, texts, reconstruction, dtype and seed are "
-                    "the same for every method, and have settings of their own"
-                )
+        same = {**self._data(model, rate), "search.reconstruction": reconstruction}
+        _refuse_others(f"searches.{method}", chosen.set, same)
+        _refuse_others("llms", changes or {}, same)
+        values = {**chosen.set, **same, **(changes or {})}
         if "api_key" in _names_in(values):
             raise SettingsError(
                 "give keys of LLM endpoints as api_key_file: what is run is written down with its settings"
@@ -246,6 +234,20 @@ def settings_of(cell: Cell) -> Settings:
 
 def _noted(reconstruction: Reconstruction) -> str:
     return "" if reconstruction == "none" else reconstruction
+
+
+def _refuse_others(where: str, given: Values, same: Mapping[str, Any]) -> None:
+    """Raise SettingsError where `given` has what every search has of its own, or, unlike there, what is in `same`."""
+    for name, value in given.items():
+        if "." not in name:
+            raise SettingsError(f"{where}: give {name!r} by dotted names, such as search.rounds")
+        if name in ("search.name", "run.folder"):
+            raise SettingsError(f"{name} is not for {where}: every search has a name and folder of its own")
+        if name in same and same[name] != value:
+            raise SettingsError(
+                f"{name} is not for {where}: models, rates, texts, reconstruction, dtype and seed are the same for "
+                "every method, and have settings of their own"
+            )
 
 
 def _names_in(values: object) -> set[str]:

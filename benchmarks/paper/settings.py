@@ -25,9 +25,10 @@ SELF, WIKITEXT2 = "self", "wikitext2"
 
 
 def _rate(rate: float) -> float:
-    if not 0 < rate <= 0.9:
+    rounded = round(rate, 5)
+    if not 0 < rounded <= 0.9:
         raise ValueError("a pruning rate is above 0 and at most 0.9")
-    return round(rate, 5)
+    return rounded
 
 
 Rate = Annotated[float, AfterValidator(_rate)]
@@ -248,7 +249,7 @@ def _change(given: dict[str, Any], override: str) -> None:
             raise SettingsError(f"--set {name}: {part} has no parts with names")
     try:
         given[last] = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date or a number that cannot be
         raise SettingsError(f"--set {name}: what is given is no YAML") from None
 
 
