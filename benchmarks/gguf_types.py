@@ -17,12 +17,12 @@ import gguf
 
 from gpu_worker.allocation import prepare
 from gpu_worker.export.gguf import write_gguf
+from gpu_worker.llama_cpp import gguf_perplexity
 from gpu_worker.perplexity import perplexity
 from gpu_worker.target import Target
 from protocol.allocation import Allocation
 from protocol.formats import GgufType
 from protocol.spec import SearchSpec, TextSpec
-from tests import llama_cpp
 
 WINDOWS, SEQLEN, CALIBRATION_WINDOWS = 4, 512, 16
 
@@ -55,7 +55,7 @@ def measure(target: Target, plan: Any, types: Sequence[GgufType]) -> list[dict[s
             rows.append(
                 {
                     "type": file_type,
-                    "perplexity": llama_cpp.perplexity(path, windows),
+                    "perplexity": gguf_perplexity(path, windows),
                     "bytes": path.stat().st_size,
                     "kinds": {kind: kinds.count(kind) for kind in sorted(set(kinds) - {"F32"})},
                 }

@@ -18,6 +18,7 @@ from protocol.results import (
     EvaluationResult,
     ExportResult,
     FinetuneResult,
+    GgufPerplexity,
     PruneResult,
     ZeroShotResult,
 )
@@ -63,6 +64,7 @@ def exported(result: ExportResult, text: TextSpec) -> Iterator[RenderableType]:
     for name, size in result.files.items():
         files.add_row(name, f"{size / 1e6:,.2f}" if size >= 1e4 else "<0.01")
     yield files
+    yield from _in_llama_cpp(result.gguf)
     yield f"writing took {result.seconds:,.1f} s"
     yield f"next: {_next_command(result, text)}"
 
@@ -88,10 +90,19 @@ def pruned(result: PruneResult, text: TextSpec) -> Iterator[RenderableType]:
     yield f"searched with {result.evaluations:,} evaluations in {result.search_seconds:,.0f} s (search {result.search})"
     if result.reloaded is not None:
         yield f"loaded again, it measures {result.reloaded:,.2f}"
+    yield from _in_llama_cpp(last.gguf)
     if result.runs_in_llama_cpp:
         yield "the GGUF file runs in llama.cpp"
     yield f"written as {' and '.join(last.formats)}: {', '.join(last.files)}"
     yield f"next: selfpruner speed {shlex.quote(str(last.folder))} --baseline {shlex.quote(result.exported.model)}"
+
+
+def _in_llama_cpp(gguf: GgufPerplexity | None) -> Iterator[RenderableType]:
+    if gguf is not None:
+        yield (
+            f"in llama.cpp the GGUF file ({gguf.file_type}) measures {gguf.perplexity:,.2f} on {gguf.tokens:,} tokens, "
+            f"where the model in memory has {gguf.in_memory:,.2f}"
+        )
 
 
 def _after(measured: Perplexities | None) -> float | None:
@@ -111,6 +122,7 @@ def finetuned(result: FinetuneResult) -> Iterator[RenderableType]:
         figures = (tuned.report_perplexity.before, tuned.report_perplexity.after)
         table.add_row("on the report text", *(_number(each, 2) for each in figures))
     yield table
+    yield from _in_llama_cpp(result.gguf)
     if tuned.perplexity is not None:
         yield _measured_on(tuned.perplexity.text.source, tuned.perplexity.tokens, tuned.perplexity.text.seqlen)
     went_on = f", the first {result.resumed_from:,} of them before" if result.resumed_from else ""

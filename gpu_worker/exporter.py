@@ -55,7 +55,7 @@ def export_once(
     )
     pruned = prune_and_measure(target, choice, progress)
     start = time.perf_counter()
-    export_model(
+    gguf = export_model(
         target.model,
         pruned.plan,
         facts_of(pruned, method),
@@ -64,6 +64,7 @@ def export_once(
         force=destination.force,
         gguf_type=destination.gguf_type,
         kept_text=pruned.session.target.texts.fitness if spec.fitness.source == SELF else None,
+        windows=pruned.session.target.texts.fitness,
         progress=progress,
     )
     seconds = time.perf_counter() - start
@@ -82,6 +83,7 @@ def export_once(
         seqlen=spec.fitness.seqlen,
         tokens=pruned.fitness.tokens,
         seconds=seconds,
+        gguf=gguf,
     )
 
 

@@ -3,10 +3,10 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, PositiveInt
+from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt
 
 from protocol.finetuning import Finetuning
-from protocol.formats import Formats
+from protocol.formats import Formats, GgufType
 from protocol.plan import LayerPlan, Parameters
 from protocol.shape import ModelShape
 from protocol.spec import SearchSpec
@@ -59,6 +59,20 @@ class AllocationResult(BaseModel):
     spec: SearchSpec
 
 
+class GgufPerplexity(BaseModel):
+    """What an exported GGUF file computes in llama.cpp, beside the model in memory that it was written from."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    file_type: GgufType
+    perplexity: PositiveFloat
+    """In llama.cpp, of the first windows of the text that the export was measured on."""
+    in_memory: PositiveFloat
+    """Of the same windows."""
+    tokens: PositiveInt
+    """Predicted ones."""
+
+
 class ExportResult(BaseModel):
     """What was written."""
 
@@ -82,6 +96,8 @@ class ExportResult(BaseModel):
     tokens: int
     seconds: float
     """Wall time of writing the folder."""
+    gguf: GgufPerplexity | None = None
+    """None without a GGUF file, and where llama.cpp is not installed or has no room."""
 
 
 class TaskAccuracy(BaseModel):
@@ -149,6 +165,8 @@ class FinetuneResult(BaseModel):
     ended_by: Literal["steps", "time"]
     seconds: float
     """Wall time of the steps, over all restarts."""
+    gguf: GgufPerplexity | None = None
+    """As of an export; None where no text was measured, too."""
 
 
 class PruneResult(BaseModel):

@@ -16,7 +16,14 @@ from daemon.terminal import answer
 from protocol.errors import DataError
 from protocol.finetuning import Finetuning, Perplexities, Recipe
 from protocol.plan import count_parameters, dense_plan
-from protocol.results import AllocationResult, EvaluationResult, ExportResult, FinetuneResult, PruneResult
+from protocol.results import (
+    AllocationResult,
+    EvaluationResult,
+    ExportResult,
+    FinetuneResult,
+    GgufPerplexity,
+    PruneResult,
+)
 from protocol.spec import TextSpec
 from tests.samples import SHAPE, SPEC, candidates, measured
 from tests.test_watch import STATUS
@@ -194,6 +201,14 @@ def test_what_a_search_minimised_is_shown() -> None:
     assert cells(titles) == ["perplexity", "kl", "parameters"]
     assert [cells(row)[2] for row in rows] == ["0.0000", "0.5000", "0.2500"]
     assert legend == "kl is the divergence from the dense model, in nats a token"
+
+
+def test_a_gguf_is_told_beside_the_model_in_memory() -> None:
+    measured = GgufPerplexity(file_type="q4_k_m", perplexity=51.239, in_memory=44.1, tokens=2044)
+    gguf = EXPORTED.model_copy(update={"gguf": measured})
+    lines = printed(answers.exported(gguf, TextSpec(source="self", windows=2, seqlen=256)))
+    told = "in llama.cpp the GGUF file (q4_k_m) measures 51.24 on 2,044 tokens, where the model in memory has 44.10"
+    assert told in lines
 
 
 def test_a_gguf_is_tried_with_llama_cpp() -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 from gpu_worker.calibration import calibrate
 from gpu_worker.export.gguf import check_gguf, write_gguf
 from gpu_worker.importance import wanda_sp
+from gpu_worker.llama_cpp import gguf_perplexity
 from gpu_worker.models import LoadedModel, load_model
 from gpu_worker.perplexity import perplexity
 from gpu_worker.pruning import OrderedModel, PlanMismatchError
@@ -115,7 +116,7 @@ def test_the_dense_plan_is_written_as_well(tmp_path: Path) -> None:
     model = pruned(plan)
     windows = tiny_windows(1, 50)
     path = write(model, tmp_path, plan=plan)
-    assert llama_cpp.perplexity(path, windows) == pytest.approx(perplexity(model.decoder, windows)[0], rel=1e-3)
+    assert gguf_perplexity(path, windows) == pytest.approx(perplexity(model.decoder, windows)[0], rel=1e-3)
 
 
 def test_the_numbers_of_heads_and_channels_are_given_layer_by_layer(tmp_path: Path) -> None:
@@ -310,7 +311,7 @@ def test_smollm2_pruned_has_our_perplexity_in_llama_cpp(
     model, plan = smollm2
     text = windows(model, 4, 2)
     path = write(model, tmp_path, plan=plan, file_type=file_type)
-    assert llama_cpp.perplexity(path, text) == pytest.approx(perplexity(model.decoder, text)[0], rel=within)
+    assert gguf_perplexity(path, text) == pytest.approx(perplexity(model.decoder, text)[0], rel=within)
 
 
 def test_a_name_that_is_no_file_name_is_made_one(tmp_path: Path) -> None:

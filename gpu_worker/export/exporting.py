@@ -11,6 +11,7 @@ from gpu_worker.export.folder import MARK, write_folder
 from gpu_worker.export.gguf import check_gguf, write_gguf
 from gpu_worker.export.hf import write_hf
 from gpu_worker.export.kept_text import keep_text
+from gpu_worker.export.measured_gguf import measured_gguf
 from gpu_worker.export.modeling import modeling_of, plain_type
 from gpu_worker.export.padded import write_padded
 from gpu_worker.export.weights import SHARD_SIZE
@@ -21,6 +22,7 @@ from protocol.amounts import gigabytes
 from protocol.errors import ModelError
 from protocol.formats import Format, Formats, GgufType
 from protocol.plan import Plan
+from protocol.results import GgufPerplexity
 
 
 def export_model(
@@ -33,21 +35,27 @@ def export_model(
     force: bool,
     gguf_type: GgufType = "f16",
     kept_text: Tensor | None = None,
+    windows: Tensor | None = None,
     progress: Progress = no_progress,
-) -> None:
+) -> GgufPerplexity | None:
     """Write `model`, which is pruned to `plan`, as the folder `out`: whole, or not at all.
 
-    `kept_text` has the tokens that were measured, for a text that nobody else has; a GGUF is not measured here again.
-    Raises ModelError for a family that the format does not support, and ExportError where `out` exists (an older
-    export is replaced with `force`) or cannot be written.
+    `kept_text` has the tokens that were measured, for a text that nobody else has. On the first of `windows` (long,
+    [n, seqlen]) a GGUF file is measured in llama.cpp, and what it came to is returned.
+    Raises ModelError for a family that the format does not support and for a GGUF file that llama.cpp reads otherwise,
+    and ExportError where `out` exists (an older export is replaced with `force`) or cannot be written.
     """
-    name = out.expanduser().resolve().name
+    name, found = out.expanduser().resolve().name, None
 
     def write(folder: Path) -> None:
+        nonlocal found
         content = (model, plan, facts, formats)
-        fill(folder, *content, name=name, gguf_type=gguf_type, kept_text=kept_text, progress=progress)
+        found = fill(
+            folder, *content, name=name, gguf_type=gguf_type, kept_text=kept_text, windows=windows, progress=progress
+        )
 
     write_folder(out, write, force=force)
+    return found
 
 
 def fill(
@@ -60,15 +68,21 @@ def fill(
     name: str,
     gguf_type: GgufType = "f16",
     kept_text: Tensor | None = None,
+    windows: Tensor | None = None,
     progress: Progress = no_progress,
-) -> None:
+) -> GgufPerplexity | None:
     """Write all files of an export called `name` into the empty `folder`; see `export_model`."""
     written = [_write_weights(model, plan, fmt, folder, name, gguf_type, progress) for fmt in formats]
     gguf = next(filter(None, written), None)
+    found = None
+    if gguf is not None and windows is not None:
+        found = measured_gguf(folder / gguf, model, windows, gguf_type, progress)
+    facts = facts.model_copy(update={"gguf": found})
     if kept_text is not None and formats != ("gguf",):
         keep_text(kept_text, folder)
     (folder / "README.md").write_text(render_card(facts, formats, name=name, gguf=gguf), encoding="utf-8")
     write_json(folder / MARK, _marked(facts, formats))
+    return found
 
 
 def check_formats(model: LoadedModel, formats: Formats, gguf_type: GgufType = "f16") -> None:

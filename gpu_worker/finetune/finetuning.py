@@ -84,7 +84,9 @@ def finetune_once(request: FinetuneRequest, progress: Progress = no_progress) ->
     tuned = _told(recipe, data, state, count, compared(judged, before, after))
     facts = _facts(exported.facts, tuned, judged, dtype)
     kept = next((text.windows for text in judged.values() if text.kept), None)
-    files = write_output(model, facts, Output(out, formats, gguf_type, request.force, kept), state, progress)
+    shown = next((text.windows for text in judged.values()), None)
+    output = Output(out, formats, gguf_type, request.force, kept, shown)
+    files, gguf = write_output(model, facts, output, state, progress)
     checkpoint.remove()
     return FinetuneResult(
         folder=out,
@@ -96,6 +98,7 @@ def finetune_once(request: FinetuneRequest, progress: Progress = no_progress) ->
         resumed_from=len(start.losses),
         ended_by="steps" if len(state.losses) >= steps_of(recipe, len(data.examples)) else "time",
         seconds=state.seconds,
+        gguf=gguf,
     )
 
 

@@ -15,6 +15,7 @@ from gpu_worker.models import LoadedModel
 from gpu_worker.progress import Progress
 from protocol.finetuning import LossPoint
 from protocol.formats import Formats, GgufType
+from protocol.results import GgufPerplexity
 
 LOSSES = "finetune.json"
 CURVE = "loss.png"
@@ -30,15 +31,22 @@ class Output:
     force: bool
     kept_text: Tensor | None
     """Tokens that it was measured on, where nobody else has them."""
+    windows: Tensor | None
+    """Tokens on which a GGUF file is measured in llama.cpp: long, [n, seqlen]."""
 
 
 def write_output(
     model: LoadedModel, facts: ExportFacts, output: Output, state: State, progress: Progress
-) -> dict[str, int]:
-    """Write the folder, whole or not at all; returns its files, with their sizes in bytes. Raises ExportError."""
+) -> tuple[dict[str, int], GgufPerplexity | None]:
+    """Write the folder, whole or not at all. Raises ExportError.
+
+    Returns its files, with their sizes in bytes, and what a GGUF file measures.
+    """
+    gguf = None
 
     def write(folder: Path) -> None:
-        fill(
+        nonlocal gguf
+        gguf = fill(
             folder,
             model,
             facts.plan,
@@ -47,6 +55,7 @@ def write_output(
             name=output.folder.name,
             gguf_type=output.gguf_type,
             kept_text=output.kept_text,
+            windows=output.windows,
             progress=progress,
         )
         tuned = facts.finetunings[-1].model_dump(mode="json")
@@ -56,7 +65,7 @@ def write_output(
 
     write_folder(output.folder, write, force=output.force)
     found = sorted(file for file in output.folder.rglob("*") if file.is_file())
-    return {str(file.relative_to(output.folder)): file.stat().st_size for file in found}
+    return {str(file.relative_to(output.folder)): file.stat().st_size for file in found}, gguf
 
 
 def _draw(losses: tuple[LossPoint, ...], file: Path) -> None:

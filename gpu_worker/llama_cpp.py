@@ -1,0 +1,99 @@
+"""What a GGUF file computes in llama.cpp: its perplexity, by xllamacpp's server in this process."""
+
+import gc
+import json
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import gguf
+import torch
+import xllamacpp
+from torch import Tensor
+from torch.nn import functional as F
+
+from gpu_worker.perplexity import LOGITS_BYTES, perplexity_of
+from gpu_worker.progress import Progress, no_progress, steps
+from gpu_worker.stdout import stdout_to_stderr
+from protocol.errors import ModelError
+
+LEAST_CONTEXT = 512
+
+
+@contextmanager
+def serving(path: Path, *, context: int = LEAST_CONTEXT, hidden_states: bool = False) -> Iterator[str]:
+    """The address of a server of that file, for one text of up to `context` tokens at a time.
+
+    The KV cache is in F32, so that only the weights are rounded. Raises ModelError where llama.cpp cannot load it.
+    """
+    params = xllamacpp.CommonParams()
+    params.model.path = str(path)
+    params.hostnames = ["127.0.0.1"]
+    params.port = 0
+    params.n_ctx = params.n_batch = params.n_ubatch = max(LEAST_CONTEXT, context)
+    params.n_parallel = 1
+    for cpu in (params.cpuparams, params.cpuparams_batch):
+        cpu.n_threads = torch.get_num_threads()
+        cpu.poll = 0  # the server that waits does not compute
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    params.ui = params.warmup = False
+    params.cache_ram_mib = 0
+    params.verbosity = 1
+    if hidden_states:
+        params.embedding = True
+        params.pooling_type = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_NONE
+    try:
+        with stdout_to_stderr():
+            server = xllamacpp.Server(params)
+    except RuntimeError as error:
+        raise ModelError(f"llama.cpp cannot load {str(path)!r}: the file is broken or memory is short") from error
+    try:
+        yield server.listening_address
+    finally:
+        del server
+        gc.collect()
+
+
+def ask(address: str, path: str, body: Mapping[str, Any]) -> Any:
+    """The server's JSON answer. Raises ModelError where there is none."""
+    request = urllib.request.Request(address + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request) as answer:
+            return json.load(answer)
+    except (OSError, ValueError) as error:  # urllib's errors are OSErrors
+        raise ModelError(f"llama.cpp gave no answer ({error})") from error
+
+
+def hidden_states(address: str, tokens: Tensor) -> Tensor:
+    """Normed final hidden states [tokens, hidden size] of one text, by a server that was started for them."""
+    (answer,) = ask(address, "/embeddings", {"content": tokens.tolist(), "embd_normalize": -1})
+    return torch.tensor(answer["embedding"])
+
+
+def read_head(path: Path) -> Tensor:
+    """The file's head, or the embedding that is one: float32 [vocabulary, hidden size]."""
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    head = tensors.get("output.weight") or tensors["token_embd.weight"]
+    return torch.from_numpy(gguf.dequantize(head.data, head.tensor_type))
+
+
+def gguf_perplexity(path: Path, windows: Tensor, progress: Progress = no_progress) -> float:
+    """Perplexity of `windows` (long, [n, seqlen]) by llama.cpp, as gpu_worker.perplexity defines it.
+
+    Only the multiplication with the file's own head is done here, in float32. Raises ModelError where llama.cpp cannot
+    load the file, and NotFiniteError where the result is no finite number.
+    """
+    head, total = read_head(path), 0.0
+    with serving(path, context=windows.shape[1], hidden_states=True) as address:
+        for window in steps(progress, "measuring in llama.cpp", windows):
+            total += _loss(hidden_states(address, window), head, window)
+    return perplexity_of(total, windows.shape[0] * (windows.shape[1] - 1))
+
+
+def _loss(hidden: Tensor, head: Tensor, window: Tensor) -> float:
+    """The summed loss of `window` [seqlen], in nats; logits are made some rows at a time."""
+    rows = max(1, LOGITS_BYTES["cpu"] // (4 * head.shape[0]))
+    parts = zip(torch.split(hidden[:-1], rows), torch.split(window[1:].cpu(), rows), strict=True)
+    return sum(F.cross_entropy(part @ head.t(), target, reduction="sum").item() for part, target in parts)
