@@ -14,14 +14,15 @@ import torch
 
 from gpu_worker.export.gguf import write_gguf
 from gpu_worker.families import take_apart
-from gpu_worker.models import LoadedModel
+from gpu_worker.memory import Workload
+from gpu_worker.models import LoadedModel, load_side_by_side
 from gpu_worker.progress import no_progress
-from gpu_worker.speed import vllm_engine
+from gpu_worker.speed import transformers_engine, vllm_engine
 from gpu_worker.speed.comparing import measure_speed
 from gpu_worker.speed.engines import SpeedRequest
 from gpu_worker.speed.measuring import Length
 from gpu_worker.speed.sweep import widen
-from gpu_worker.speed.transformers_engine import TransformersRunner, open_pair
+from gpu_worker.speed.transformers_engine import TransformersRunner, devices_of, open_pair
 from gpu_worker.speed.vllm_engine import VllmRunner, has_our_code
 from protocol.errors import ModelError, SettingsError
 from tests.exports import export, pruned, with_tokenizer
@@ -64,6 +65,39 @@ def test_the_prompt_is_one_forward_with_one_row_of_logits_and_each_token_one_mor
     assert seen.heads == [(2, 1, 36)] * 5
     assert (timing.prefill_tokens, timing.prefill_seconds) == (18, 2.0)
     assert (timing.decode_tokens, timing.decode_seconds) == (8, 5.0)
+
+
+def test_the_clock_waits_for_every_gpu_that_the_model_lies_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus = (torch.device("cuda:1"), torch.device("cuda:3"))
+    waited: list[torch.device] = []
+    monkeypatch.setattr(transformers_engine, "devices_of", lambda _: gpus)
+    monkeypatch.setattr("torch.cuda.synchronize", waited.append)
+    TransformersRunner(tiny_llama(), LENGTH).run(1)
+    assert waited == [*gpus] * 3
+
+
+def test_a_model_lies_on_all_devices_of_its_weights() -> None:
+    model = tiny_llama()
+    assert devices_of(model) == (torch.device("cpu"),)
+    model.decoder.layers[1].module.to("meta")
+    assert devices_of(model) == (torch.device("cpu"), torch.device("meta"))
+
+
+def test_both_models_are_loaded_onto_one_placement_and_all_its_devices_are_named(
+    folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, ...]] = []
+
+    def load(names: tuple[str, ...], dtype: str, workload: Workload) -> Any:
+        asked.append(names)
+        assert workload.keeps_keys and workload.seqlen == LENGTH.total * 2
+        return load_side_by_side(names, dtype, workload)
+
+    monkeypatch.setattr(transformers_engine, "load_side_by_side", load)
+    monkeypatch.setattr(transformers_engine, "devices_of", lambda _: (torch.device("cpu"), torch.device("meta")))
+    with open_pair(request(folders)) as pair:
+        assert pair.device == "cpu, meta"
+    assert asked == [(str(folders / "dense"), str(folders / "hf"))]
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gemma3_text", "phi3"])
@@ -176,6 +210,15 @@ def test_a_sweep_computes_with_the_dense_models_channels(folders: Path) -> None:
         assert [linear.weight.shape for linear in (kept.gate, kept.up, kept.down)] == [(5, 36), (5, 36), (36, 5)]
         assert all(linear.weight.is_contiguous() for linear in (kept.gate, kept.up, kept.down))
         assert kept.module.mlp(hidden).shape == hidden.shape
+
+
+def test_widened_layers_stay_on_their_own_device() -> None:
+    dense, kept = (tiny_model("llama", bias=True).decoder.layers[0] for _ in range(2))
+    kept.module.to("meta")
+    widen(kept, dense, 20)
+    for linear in (kept.gate, kept.up, kept.down):
+        assert linear.bias is not None
+        assert (linear.weight.device.type, linear.bias.device.type) == ("meta", "meta")
 
 
 def test_a_gguf_folder_runs_in_llama_cpp_with_a_dense_file_of_its_type(folders: Path) -> None:
