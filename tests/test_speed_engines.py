@@ -1,11 +1,14 @@
 """Both engines on tiny models: what they run, how often, how long by a scripted clock, and how large they say it is."""
 
 import json
+import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType
 from typing import Any
 
 import gguf
@@ -359,16 +362,63 @@ def test_vllm_looks_into_no_folder_elsewhere(copied: Path, tmp_path: Path) -> No
         has_our_code(copied)
 
 
-def test_vllm_is_told_to_trust_the_folder_and_not_the_baseline(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def vllm(folders: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """In place of the package vllm, on a machine that says it has a GPU. Its LLM does not say what it is given."""
+
+    class Llm(_Llm):
+        def __init__(self, **_: object) -> None:
+            super().__init__()
+
+    module = ModuleType("vllm")
+    module.__spec__ = ModuleSpec("vllm", None)
+    module.LLM, module.SamplingParams = Llm, dict  # type: ignore[attr-defined]
+    size = TransformersRunner(tiny_llama(), LENGTH).size()
+    monkeypatch.setitem(sys.modules, "vllm", module)
+    monkeypatch.setenv("VLLM_LOGGING_STREAM", "to be left as it was afterwards")
+    monkeypatch.delenv("VLLM_LOGGING_STREAM")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(vllm_engine, "_look_at", lambda _: ((size, size), 320, str(folders / "dense")))
+    monkeypatch.setattr(vllm_engine, "device_name", lambda _: "a GPU")
+    return module
+
+
+def test_vllm_is_told_to_trust_the_folder_and_not_the_baseline(
+    folders: Path, vllm: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     trusted: dict[str, bool] = {}
 
     def llm(*, model: str, trust_remote_code: bool, **_: object) -> None:
         trusted[Path(model).name] = trust_remote_code
 
-    size = TransformersRunner(tiny_llama(), LENGTH).size()
-    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=llm, SamplingParams=dict))
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr(vllm_engine, "_look_at", lambda _: ((size, size), 320, str(folders / "dense")))
-    monkeypatch.setattr(vllm_engine, "device_name", lambda _: "a GPU")
+    monkeypatch.setattr(vllm, "LLM", llm)
     with vllm_engine.open_pair(request(folders)):
         assert trusted == {"dense": False, "hf": True}
+
+
+def test_what_vllm_prints_is_not_in_the_answer(
+    folders: Path, vllm: ModuleType, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    class Talkative(vllm.LLM):  # type: ignore[misc, name-defined]
+        def __init__(self, **options: object) -> None:
+            super().__init__(**options)
+            assert os.environ["VLLM_LOGGING_STREAM"] == "ext://sys.stderr"
+            sys.stdout.write("loaded\n")
+
+        def generate(self, *given: Any, **options: Any) -> Any:
+            sys.stdout.write("by Python\n")
+            os.write(1, b"by the system\n")
+            subprocess.run(["echo", "by a process"], check=True)
+            return super().generate(*given, **options)
+
+    monkeypatch.setattr(vllm, "LLM", Talkative)
+    # As it is where nothing captures it: what is printed waits, and goes to the descriptor.
+    with open(1, "w", closefd=False) as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        with vllm_engine.open_pair(request(folders)) as pair:
+            assert pair.dense.run(2).decode_tokens == 8
+        sys.stdout.write("the answer\n")
+    said = capfd.readouterr()
+    assert said.out == "the answer\n"
+    for words in ("loaded", "by Python", "by the system", "by a process"):
+        assert words in said.err

@@ -5,6 +5,7 @@ holds or names is compared first with what this version writes: what somebody ch
 """
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from gpu_worker.families import PRUNED
 from gpu_worker.session import device_name
 from gpu_worker.speed.engines import SpeedRequest
 from gpu_worker.speed.measuring import Length, Pair, Timing
+from gpu_worker.speed.stdout import stdout_to_stderr
 from gpu_worker.speed.transformers_engine import TransformersRunner, random_prompts
 from gpu_worker.speed.transformers_engine import open_pair as open_transformers_pair
 from protocol.errors import ModelError
@@ -91,6 +93,15 @@ def open_pair(request: SpeedRequest) -> Iterator[Pair]:
         raise ModelError("the engine vllm needs a GPU, and there is none")
     has_our_code(request.folder)
     sizes, vocabulary, baseline = _look_at(request)
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    with stdout_to_stderr():
+        runners = _load(request, (baseline, str(request.folder)), sizes, vocabulary)
+        yield Pair(*runners, device_name(torch.device("cuda")))
+
+
+def _load(
+    request: SpeedRequest, names: tuple[str, str], sizes: tuple[ModelSize, ModelSize], vocabulary: int
+) -> tuple[VllmRunner, VllmRunner]:
     from vllm import LLM, SamplingParams
 
     def runner(name: str, size: ModelSize) -> VllmRunner:
@@ -109,7 +120,7 @@ def open_pair(request: SpeedRequest) -> Iterator[Pair]:
         )
         return VllmRunner(llm, SamplingParams, request.length, size, vocabulary)
 
-    yield Pair(runner(baseline, sizes[0]), runner(str(request.folder), sizes[1]), device_name(torch.device("cuda")))
+    return runner(names[0], sizes[0]), runner(names[1], sizes[1])
 
 
 def has_our_code(folder: Path) -> bool:
