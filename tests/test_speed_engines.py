@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import gguf
 import pytest
 import torch
 
+from daemon.cli import main
 from gpu_worker.export.gguf import write_gguf
 from gpu_worker.families import take_apart
 from gpu_worker.memory import Workload
@@ -26,7 +28,7 @@ from gpu_worker.speed.engines import SpeedRequest
 from gpu_worker.speed.measuring import Length
 from gpu_worker.speed.sweep import widen
 from gpu_worker.speed.transformers_engine import TransformersRunner, devices_of, open_pair
-from gpu_worker.speed.vllm_engine import VllmRunner, has_our_code
+from gpu_worker.speed.vllm_engine import MEMORY_SHARE, VllmRunner, has_our_code, memory_shares
 from protocol.errors import ModelError, SettingsError
 from tests.exports import export, pruned, with_tokenizer
 from tests.pruned_models import keep
@@ -190,7 +192,72 @@ def test_an_engine_that_nobody_named_and_that_cannot_run_the_family_is_skipped(t
     assert [found.engine for found in result.engines] == ["transformers"]
     assert "gguf cannot carry a pruned model of the family 'qwen3'" in result.skipped["llama.cpp"]
     with pytest.raises(ModelError, match="gguf cannot carry"):
-        measure_speed(request(tmp_path, engines=("transformers", "llama.cpp")))
+        measure_speed(request(tmp_path, engines=("llama.cpp", "transformers")))
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), RuntimeError("Engine core initialization failed.\nMore")])
+def test_what_was_measured_is_kept_where_vllm_fails(
+    folders: Path, vllm: ModuleType, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fails(**_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(vllm, "LLM", fails)
+    for named in ((), ("transformers", "vllm")):
+        result = measure_speed(request(folders, engines=named))
+        assert "transformers" in [found.engine for found in result.engines]
+        assert re.fullmatch(
+            r"vLLM cannot load '.*dense' \((x|RuntimeError: Engine .* failed)\)", result.skipped["vllm"]
+        )
+    with pytest.raises(ModelError, match="vLLM cannot load"):
+        measure_speed(request(folders, engines=("vllm", "transformers")))
+
+
+def test_an_engine_that_runs_out_of_memory_takes_nothing_along(
+    folders: Path, vllm: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(vllm_engine, "_look_at", full)
+    result = measure_speed(request(folders, engines=("transformers", "vllm")))
+    assert "does not fit into memory (CUDA out of memory)" in result.skipped["vllm"]
+
+
+def test_vllm_failing_amid_a_measurement_is_one_sentence(folders: Path, vllm: ModuleType) -> None:
+    class Dead:
+        def generate(self, *_: object, **__: object) -> None:
+            raise RuntimeError("EngineCore encountered an issue.")
+
+    size = TransformersRunner(tiny_llama(), LENGTH).size()
+    with pytest.raises(ModelError, match=r"vLLM cannot generate \(RuntimeError: EngineCore encountered an issue\)"):
+        VllmRunner(Dead(), dict, LENGTH, size, 320).run(1)
+
+
+def test_the_command_prints_what_was_measured_and_blames_the_named_engine_that_was_not(
+    folders: Path, vllm: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (10, 10))
+    command = ["speed", str(folders / "hf"), "--baseline", str(folders / "dense"), "--dtype", "float32", "--json"]
+    sizes = ["--prompt", "9", "--generate", "4", "--repeats", "1"]
+    assert main([*command, *sizes, "--engine", "transformers", "--engine", "vllm"]) == 2
+    said = capsys.readouterr()
+    assert [found["engine"] for found in json.loads(said.out)["engines"]] == ["transformers"]
+    assert "vLLM needs about" in said.err.splitlines()[-1]
+
+
+def test_each_model_gets_the_memory_that_it_needs_of_the_gpu_that_vllm_shares() -> None:
+    size = TransformersRunner(tiny_llama(), LENGTH).size()
+    sizes = [
+        size.model_copy(update={"weight_bytes": weights, "kv_cache_bytes_per_token": 10}) for weights in (4000, 2000)
+    ]
+    # Fourteen tokens take a block of sixteen.
+    shares = memory_shares((sizes[0], sizes[1]), 14, 2, free=10_000, whole=20_000)
+    assert shares == pytest.approx(((4320 + 880) / 20_000, (2320 + 880) / 20_000))
+    with pytest.raises(
+        ModelError, match=r"vLLM needs about .* for both models .* use smaller batches \(--batch-size\)"
+    ):
+        memory_shares((sizes[0], sizes[1]), 14, 9, free=10_000, whole=20_000)
 
 
 def test_a_sweep_changes_widths_and_leaves_heads(folders: Path) -> None:
@@ -378,6 +445,7 @@ def vllm(folders: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setenv("VLLM_LOGGING_STREAM", "to be left as it was afterwards")
     monkeypatch.delenv("VLLM_LOGGING_STREAM")
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (10**9, 2 * 10**9))
     monkeypatch.setattr(vllm_engine, "_look_at", lambda _: ((size, size), 320, str(folders / "dense")))
     monkeypatch.setattr(vllm_engine, "device_name", lambda _: "a GPU")
     return module
@@ -387,13 +455,16 @@ def test_vllm_is_told_to_trust_the_folder_and_not_the_baseline(
     folders: Path, vllm: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trusted: dict[str, bool] = {}
+    shares: list[float] = []
 
-    def llm(*, model: str, trust_remote_code: bool, **_: object) -> None:
+    def llm(*, model: str, trust_remote_code: bool, gpu_memory_utilization: float, **_: object) -> None:
         trusted[Path(model).name] = trust_remote_code
+        shares.append(gpu_memory_utilization)
 
     monkeypatch.setattr(vllm, "LLM", llm)
     with vllm_engine.open_pair(request(folders)):
         assert trusted == {"dense": False, "hf": True}
+    assert sum(shares) == pytest.approx(MEMORY_SHARE / 2), "half of the GPU is free"
 
 
 def test_what_vllm_prints_is_not_in_the_answer(
