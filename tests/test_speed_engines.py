@@ -9,7 +9,7 @@ import sys
 from collections.abc import Iterator
 from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import gguf
@@ -20,7 +20,7 @@ from daemon.cli import main
 from gpu_worker.export.gguf import write_gguf
 from gpu_worker.families import take_apart
 from gpu_worker.memory import Workload
-from gpu_worker.models import LoadedModel, load_side_by_side
+from gpu_worker.models import LoadedModel, bare_model, load_side_by_side
 from gpu_worker.progress import no_progress
 from gpu_worker.speed import transformers_engine, vllm_engine
 from gpu_worker.speed.comparing import measure_speed
@@ -36,6 +36,7 @@ from tests.tiny_models import save_tiny_folder, tiny_llama, tiny_model
 
 pytest.importorskip("xllamacpp")
 
+from gpu_worker.speed import gguf_pair
 from gpu_worker.speed.gguf_pair import GgufModel, gguf_files
 from gpu_worker.speed.llama_cpp_engine import LlamaCppRunner, timing_of
 from gpu_worker.speed.llama_cpp_engine import open_pair as open_in_llama_cpp
@@ -330,6 +331,22 @@ def test_a_type_that_cannot_be_made_is_one_sentence(folders: Path, tmp_path: Pat
 def test_no_room_for_the_files_is_one_sentence(folders: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"cannot be written into .* \(No such file or directory\); set TMPDIR"):
         gguf_files(request(folders), tmp_path / "nowhere", no_progress, is_gguf=False)
+
+
+def test_room_for_both_files_is_asked_for_before_the_first_is_written(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gguf_pair, "load_model", None)
+    for name, parts in (("hf", ("dense", "hf")), ("gguf", ("dense",))):
+        shapes = [bare_model(str(folders / part), "float32").decoder.shape for part in parts]
+        needed = sum(shape.total_parameters for shape in shapes) * 2
+        disk = SimpleNamespace(free=needed - 1)
+        monkeypatch.setattr("shutil.disk_usage", lambda _, disk=disk: disk)
+        with pytest.raises(ModelError, match=r"making GGUF files .* needs about .* of disk where .*; set TMPDIR"):
+            gguf_files(request(folders, name), tmp_path, no_progress, is_gguf=name == "gguf")
+        disk.free = needed
+        with pytest.raises(TypeError, match="not callable"):
+            gguf_files(request(folders, name), tmp_path, no_progress, is_gguf=name == "gguf")
 
 
 def test_a_broken_gguf_file_is_one_sentence(folders: Path, tmp_path: Path) -> None:
