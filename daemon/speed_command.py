@@ -8,7 +8,7 @@ import typer
 from daemon import answers, flags
 from daemon.pruning_commands import at_work
 from daemon.terminal import answer, need
-from protocol.errors import SettingsError
+from protocol.errors import ModelError, SettingsError
 from protocol.formats import GgufType
 from protocol.paths import expanded
 
@@ -64,3 +64,6 @@ def speed(
 
         result = measure_speed(request, progress)
     answer(result.model_dump(mode="json"), json_, lambda: answers.speed(result))
+    if engine and result.skipped:
+        # What the others measured is said all the same.
+        raise ModelError("; ".join(result.skipped.values()))

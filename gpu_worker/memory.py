@@ -1,7 +1,7 @@
 """How much memory a model needs, from its config alone, and how much there is: known before any weight is loaded."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -42,6 +42,8 @@ class Workload:
     """Tokens for which the dense model's predictions are kept in main memory."""
     writes_text: bool = False
     """Whether the model writes its own text first."""
+    keeps_keys: bool = False
+    """Whether keys and values of the whole window are kept while it runs."""
     takes_gradients: bool = False
     measures_sensitivity: bool = False
     """Whether each layer's input is kept for a batch of tokens."""
@@ -101,6 +103,8 @@ class MemoryEstimate:
     fitted to them."""
     trained: int = 0
     """What fine-tuning keeps of each trained parameter: its fp32 copy, gradient and averages."""
+    models: int = 1
+    """How many are loaded together."""
 
     @property
     def least(self) -> int:
@@ -130,7 +134,8 @@ def estimate_memory(decoder: Decoder, dtype: torch.dtype, workload: Workload, de
     shape = decoder.shape
     size = dtype.itemsize
     vocabulary = decoder.head.out_features
-    running = [_window(shape, _logits(device, vocabulary, workload.seqlen), size, workload.seqlen)]
+    keys = kv_cache_bytes(shape, size, workload.seqlen) if workload.keeps_keys else 0
+    running = [_window(shape, _logits(device, vocabulary, workload.seqlen), size, workload.seqlen) + keys]
     running += [shape.layer_parameters(i) * size for i in range(len(shape.layers))]
     running += [_scoring(shape, layer) for layer in shape.layers]
     if workload.writes_text:
@@ -152,6 +157,17 @@ def estimate_memory(decoder: Decoder, dtype: torch.dtype, workload: Workload, de
         trained=0 if workload.training is None else workload.training.kept(shape, size),
         running=max(running),
         main=workload.waiting_tokens * shape.hidden_size * size + workload.predicted_tokens * TOP * (INT32 + size),
+    )
+
+
+def together(estimates: Sequence[MemoryEstimate]) -> MemoryEstimate:
+    """What models take that lie side by side, run in turn and are not pruned, trained or given texts that wait."""
+    return MemoryEstimate(
+        weights=sum(estimate.weights for estimate in estimates),
+        gathered=0,
+        running=max(estimate.running for estimate in estimates),
+        main=0,
+        models=len(estimates),
     )
 
 

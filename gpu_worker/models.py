@@ -1,6 +1,7 @@
 """Loads the target model: `smollm2`, a folder, a GGUF file, or a name on the Hugging Face hub."""
 
 import importlib.util
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,8 +18,8 @@ from gpu_worker.gguf_files import unpacked
 from gpu_worker.hub import hub_reachable
 from gpu_worker.identity import folder_identity
 from gpu_worker.mapped import unmap
-from gpu_worker.memory import Workload, estimate_memory, this_machine
-from gpu_worker.placement import device_map, place, skeleton
+from gpu_worker.memory import Machine, MemoryEstimate, Workload, estimate_memory, this_machine, together
+from gpu_worker.placement import Placement, device_map, part_of, place, skeleton
 from protocol.amounts import GB
 from protocol.errors import ModelError
 
@@ -62,14 +63,23 @@ def load_model(name: str, dtype: str, workload: Workload = Workload()) -> Loaded
     of an unsupported family, or where this machine has too little memory for it and `workload`; before loading weights.
     """
     found = _look_up(name, dtype)
-    devices = _devices(name, found.bare, getattr(torch, dtype), workload)
-    tokenizer = _tokenizer(name, found)
-    with reading(partial(_cannot_load, name, "weights", found.offline)):
-        causal_lm = load_weights(name, found.source, getattr(torch, dtype), device_map=devices, **found.options)
-    causal_lm.requires_grad_(False).eval()
-    unmap(causal_lm)
-    identity = getattr(found.config, "_commit_hash", None) or folder_identity(Path(found.source))
-    return LoadedModel(causal_lm, tokenizer, take_apart(causal_lm), identity)
+    estimate, machine = _reckoned(name, found, dtype, workload)
+    return _loaded(name, found, dtype, place(estimate, machine))
+
+
+def load_side_by_side(names: Sequence[str], dtype: str, workload: Workload) -> tuple[LoadedModel, ...]:
+    """Load models that run in turn as they are, all on one GPU, or all spread over the same ones.
+
+    Raises ModelError as `load_model` does; where memory is too little for all of them, before any weight is loaded.
+    """
+    looked_up = [_look_up(name, dtype) for name in names]
+    each = [_reckoned(name, found, dtype, workload)[0] for name, found in zip(names, looked_up, strict=True)]
+    whole = together(each)
+    placement = place(whole, this_machine())
+    return tuple(
+        _loaded(name, found, dtype, part_of(placement, estimate.weights, whole.weights))
+        for name, found, estimate in zip(names, looked_up, each, strict=True)
+    )
 
 
 def bare_model(name: str, dtype: str) -> LoadedModel:
@@ -78,7 +88,7 @@ def bare_model(name: str, dtype: str) -> LoadedModel:
     Raises ModelError as `load_model` does, but for memory and weights.
     """
     found = _look_up(name, dtype)
-    return LoadedModel(found.bare, _tokenizer(name, found), take_apart(found.bare), identity="")
+    return LoadedModel(found.bare, _tokenizer(name, found), found.decoder, identity="")
 
 
 @dataclass(frozen=True)
@@ -89,6 +99,8 @@ class _Found:
     offline: bool
     config: Any
     bare: Any
+    decoder: Decoder
+    """Of `bare`, which is on the meta device."""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -105,7 +117,8 @@ def _look_up(name: str, dtype: str) -> _Found:
     with reading(partial(_cannot_load, name, "config", offline)):
         check_config(source, _written_config(source, options))
         config = transformers.AutoConfig.from_pretrained(source, **options)
-        return _Found(source, offline, config, skeleton(config, getattr(torch, dtype)))
+        bare = skeleton(config, getattr(torch, dtype))
+    return _Found(source, offline, config, bare, take_apart(bare))
 
 
 def _tokenizer(name: str, found: _Found) -> Any:
@@ -119,11 +132,10 @@ def _written_config(source: str, options: dict[str, Any]) -> dict[str, Any]:
     return dict(written)
 
 
-def _devices(name: str, bare: Any, dtype: torch.dtype, workload: Workload) -> dict[str, str | int] | None:
-    """Which device gets which module of `bare` (on the meta device); what was reckoned is said in the log."""
-    decoder = take_apart(bare)
+def _reckoned(name: str, found: _Found, dtype: str, workload: Workload) -> tuple[MemoryEstimate, Machine]:
+    """What the model needs, and what there is; the log says both."""
     machine = this_machine()
-    estimate = estimate_memory(decoder, dtype, workload, machine.device)
+    estimate = estimate_memory(found.decoder, getattr(torch, dtype), workload, machine.device)
     log.info(
         "memory_estimate",
         model=name,
@@ -131,8 +143,19 @@ def _devices(name: str, bare: Any, dtype: torch.dtype, workload: Workload) -> di
         has=machine.sentence,
         weights_gb=round(estimate.weights / GB, 3),
     )
-    placement = place(estimate, machine)
-    return device_map(bare, type(decoder.layers[0].module), placement)
+    return estimate, machine
+
+
+def _loaded(name: str, found: _Found, dtype: str, placement: Placement) -> LoadedModel:
+    """The model with its weights, where it was placed."""
+    devices = device_map(found.bare, type(found.decoder.layers[0].module), placement)
+    tokenizer = _tokenizer(name, found)
+    with reading(partial(_cannot_load, name, "weights", found.offline)):
+        causal_lm = load_weights(name, found.source, getattr(torch, dtype), device_map=devices, **found.options)
+    causal_lm.requires_grad_(False).eval()
+    unmap(causal_lm)
+    identity = getattr(found.config, "_commit_hash", None) or folder_identity(Path(found.source))
+    return LoadedModel(causal_lm, tokenizer, take_apart(causal_lm), identity)
 
 
 def _source(name: str, dtype: str) -> str:

@@ -69,9 +69,16 @@ def too_large(estimate: MemoryEstimate, machine: Machine) -> ModelError:
     advice = f"{ADVICE}, or no reconstruction" if estimate.fitting else ADVICE
     if estimate.trained:
         advice += ", a smaller micro-batch, or LoRA if it is not"
-    return ModelError(
-        f"the model is too large for this machine: it needs {estimate.words}; {machine.sentence}; {advice}"
-    )
+    which = "the model is too large for this machine: it needs"
+    if estimate.models > 1:
+        which = f"the {estimate.models} models together are too large for this machine: they need"
+    return ModelError(f"{which} {estimate.words}; {machine.sentence}; {advice}")
+
+
+def part_of(placement: Placement, weights: int, all_weights: int) -> Placement:
+    """Where one of several models goes that were placed together: its share of every GPU's budget."""
+    budget = {gpu: room * weights // all_weights for gpu, room in placement.budget.items()}
+    return Placement(placement.device, budget)
 
 
 def skeleton(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:

@@ -105,6 +105,11 @@ def test_a_model_of_seven_billion_is_reckoned_without_memory_for_it() -> None:
     assert 0.5e9 < estimate.running < 1.5e9
 
 
+def test_keys_and_values_that_are_kept_are_reckoned_beside_a_window() -> None:
+    plain, keeping = (estimate_of(LLAMA_2_7B, Workload(seqlen=2048, keeps_keys=kept)) for kept in (False, True))
+    assert keeping.running - plain.running == 2 * 2 * 2048 * 4096 * 32
+
+
 def test_what_waits_is_reckoned_by_the_length_of_the_windows_and_not_by_the_longest_position() -> None:
     estimate = estimate_of(LLAMA_3_70B, Workload(seqlen=2048, waiting_tokens=128 * 2048))
     assert estimate.main == 128 * 2048 * 8192 * 2

@@ -8,8 +8,8 @@ import transformers
 
 import gpu_worker.models as module
 from gpu_worker.families import FAMILIES
-from gpu_worker.memory import Machine
-from gpu_worker.models import LoadedModel, load_model
+from gpu_worker.memory import Machine, Workload, estimate_memory
+from gpu_worker.models import LoadedModel, load_model, load_side_by_side
 from protocol import logs
 from protocol.errors import ModelError
 from protocol.formats import Format
@@ -71,6 +71,44 @@ def test_the_loader_is_told_the_device(
     monkeypatch.setattr(module, "this_machine", lambda: Machine(gpus, 10**9))
     load_model(str(save_tiny_folder(tmp_path)), "float32")
     assert told == [expected]
+
+
+@pytest.mark.parametrize(
+    ("room", "expected"),
+    [((2.1, 1.1), {0}), ((1.1, 2.1), {1}), ((1.6, 1.6), {0, 1})],
+)
+def test_models_to_be_compared_go_to_the_same_gpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: tuple[float, ...], expected: set[int]
+) -> None:
+    """`room` is that for weights on each GPU, in models."""
+    told: list[dict[str, str | int]] = []
+    load = transformers.AutoModelForCausalLM.from_pretrained
+
+    def load_on_the_cpu(*args: Any, device_map: Any, **options: Any) -> Any:
+        told.append(device_map)
+        return load(*args, **options)
+
+    names = [str(save_tiny_folder(tmp_path / name, layers=8)) for name in ("dense", "pruned")]
+    workload = Workload(seqlen=16, keeps_keys=True)
+    one = estimate_memory(tiny_llama(layers=8).decoder, torch.float32, workload, "cuda")
+    gpus = tuple(one.running + int(share * one.weights) for share in room)
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load_on_the_cpu)
+    monkeypatch.setattr(module, "this_machine", lambda: Machine(gpus, 10**9))
+    load_side_by_side(names, "float32", workload)
+    used = [{int(str(device).removeprefix("cuda:")) for device in each.values()} for each in told]
+    assert used == [expected, expected]
+
+
+def test_models_that_do_not_fit_together_are_refused_before_one_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = str(save_tiny_folder(tmp_path))
+    workload = Workload(seqlen=16)
+    one = estimate_memory(tiny_llama().decoder, torch.float32, workload, "cpu")
+    monkeypatch.setattr(module, "this_machine", lambda: Machine((), one.running + 2 * one.weights - 1))
+    monkeypatch.setattr(module, "load_weights", None)
+    with pytest.raises(ModelError, match="the 2 models together are too large for this machine: they need about"):
+        load_side_by_side([name, name], "float32", workload)
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))

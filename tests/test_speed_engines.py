@@ -1,28 +1,34 @@
 """Both engines on tiny models: what they run, how often, how long by a scripted clock, and how large they say it is."""
 
 import json
+import os
+import re
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import gguf
 import pytest
 import torch
 
+from daemon.cli import main
 from gpu_worker.export.gguf import write_gguf
 from gpu_worker.families import take_apart
-from gpu_worker.models import LoadedModel
+from gpu_worker.memory import Workload
+from gpu_worker.models import LoadedModel, bare_model, load_side_by_side
 from gpu_worker.progress import no_progress
-from gpu_worker.speed import vllm_engine
+from gpu_worker.speed import transformers_engine, vllm_engine
 from gpu_worker.speed.comparing import measure_speed
 from gpu_worker.speed.engines import SpeedRequest
 from gpu_worker.speed.measuring import Length
 from gpu_worker.speed.sweep import widen
-from gpu_worker.speed.transformers_engine import TransformersRunner, open_pair
-from gpu_worker.speed.vllm_engine import VllmRunner, has_our_code
+from gpu_worker.speed.transformers_engine import TransformersRunner, devices_of, open_pair
+from gpu_worker.speed.vllm_engine import MEMORY_SHARE, VllmRunner, has_our_code, memory_shares
 from protocol.errors import ModelError, SettingsError
 from tests.exports import export, pruned, with_tokenizer
 from tests.pruned_models import keep
@@ -30,6 +36,7 @@ from tests.tiny_models import save_tiny_folder, tiny_llama, tiny_model
 
 pytest.importorskip("xllamacpp")
 
+from gpu_worker.speed import gguf_pair
 from gpu_worker.speed.gguf_pair import GgufModel, gguf_files
 from gpu_worker.speed.llama_cpp_engine import LlamaCppRunner, timing_of
 from gpu_worker.speed.llama_cpp_engine import open_pair as open_in_llama_cpp
@@ -64,6 +71,39 @@ def test_the_prompt_is_one_forward_with_one_row_of_logits_and_each_token_one_mor
     assert seen.heads == [(2, 1, 36)] * 5
     assert (timing.prefill_tokens, timing.prefill_seconds) == (18, 2.0)
     assert (timing.decode_tokens, timing.decode_seconds) == (8, 5.0)
+
+
+def test_the_clock_waits_for_every_gpu_that_the_model_lies_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus = (torch.device("cuda:1"), torch.device("cuda:3"))
+    waited: list[torch.device] = []
+    monkeypatch.setattr(transformers_engine, "devices_of", lambda _: gpus)
+    monkeypatch.setattr("torch.cuda.synchronize", waited.append)
+    TransformersRunner(tiny_llama(), LENGTH).run(1)
+    assert waited == [*gpus] * 3
+
+
+def test_a_model_lies_on_all_devices_of_its_weights() -> None:
+    model = tiny_llama()
+    assert devices_of(model) == (torch.device("cpu"),)
+    model.decoder.layers[1].module.to("meta")
+    assert devices_of(model) == (torch.device("cpu"), torch.device("meta"))
+
+
+def test_both_models_are_loaded_onto_one_placement_and_all_its_devices_are_named(
+    folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, ...]] = []
+
+    def load(names: tuple[str, ...], dtype: str, workload: Workload) -> Any:
+        asked.append(names)
+        assert workload.keeps_keys and workload.seqlen == LENGTH.total * 2
+        return load_side_by_side(names, dtype, workload)
+
+    monkeypatch.setattr(transformers_engine, "load_side_by_side", load)
+    monkeypatch.setattr(transformers_engine, "devices_of", lambda _: (torch.device("cpu"), torch.device("meta")))
+    with open_pair(request(folders)) as pair:
+        assert pair.device == "cpu, meta"
+    assert asked == [(str(folders / "dense"), str(folders / "hf"))]
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gemma3_text", "phi3"])
@@ -153,7 +193,72 @@ def test_an_engine_that_nobody_named_and_that_cannot_run_the_family_is_skipped(t
     assert [found.engine for found in result.engines] == ["transformers"]
     assert "gguf cannot carry a pruned model of the family 'qwen3'" in result.skipped["llama.cpp"]
     with pytest.raises(ModelError, match="gguf cannot carry"):
-        measure_speed(request(tmp_path, engines=("transformers", "llama.cpp")))
+        measure_speed(request(tmp_path, engines=("llama.cpp", "transformers")))
+
+
+@pytest.mark.parametrize("error", [ValueError("x"), RuntimeError("Engine core initialization failed.\nMore")])
+def test_what_was_measured_is_kept_where_vllm_fails(
+    folders: Path, vllm: ModuleType, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fails(**_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(vllm, "LLM", fails)
+    for named in ((), ("transformers", "vllm")):
+        result = measure_speed(request(folders, engines=named))
+        assert "transformers" in [found.engine for found in result.engines]
+        assert re.fullmatch(
+            r"vLLM cannot load '.*dense' \((x|RuntimeError: Engine .* failed)\)", result.skipped["vllm"]
+        )
+    with pytest.raises(ModelError, match="vLLM cannot load"):
+        measure_speed(request(folders, engines=("vllm", "transformers")))
+
+
+def test_an_engine_that_runs_out_of_memory_takes_nothing_along(
+    folders: Path, vllm: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(vllm_engine, "_look_at", full)
+    result = measure_speed(request(folders, engines=("transformers", "vllm")))
+    assert "does not fit into memory (CUDA out of memory)" in result.skipped["vllm"]
+
+
+def test_vllm_failing_amid_a_measurement_is_one_sentence(folders: Path, vllm: ModuleType) -> None:
+    class Dead:
+        def generate(self, *_: object, **__: object) -> None:
+            raise RuntimeError("EngineCore encountered an issue.")
+
+    size = TransformersRunner(tiny_llama(), LENGTH).size()
+    with pytest.raises(ModelError, match=r"vLLM cannot generate \(RuntimeError: EngineCore encountered an issue\)"):
+        VllmRunner(Dead(), dict, LENGTH, size, 320).run(1)
+
+
+def test_the_command_prints_what_was_measured_and_blames_the_named_engine_that_was_not(
+    folders: Path, vllm: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (10, 10))
+    command = ["speed", str(folders / "hf"), "--baseline", str(folders / "dense"), "--dtype", "float32", "--json"]
+    sizes = ["--prompt", "9", "--generate", "4", "--repeats", "1"]
+    assert main([*command, *sizes, "--engine", "transformers", "--engine", "vllm"]) == 2
+    said = capsys.readouterr()
+    assert [found["engine"] for found in json.loads(said.out)["engines"]] == ["transformers"]
+    assert "vLLM needs about" in said.err.splitlines()[-1]
+
+
+def test_each_model_gets_the_memory_that_it_needs_of_the_gpu_that_vllm_shares() -> None:
+    size = TransformersRunner(tiny_llama(), LENGTH).size()
+    sizes = [
+        size.model_copy(update={"weight_bytes": weights, "kv_cache_bytes_per_token": 10}) for weights in (4000, 2000)
+    ]
+    # Fourteen tokens take a block of sixteen.
+    shares = memory_shares((sizes[0], sizes[1]), 14, 2, free=10_000, whole=20_000)
+    assert shares == pytest.approx(((4320 + 880) / 20_000, (2320 + 880) / 20_000))
+    with pytest.raises(
+        ModelError, match=r"vLLM needs about .* for both models .* use smaller batches \(--batch-size\)"
+    ):
+        memory_shares((sizes[0], sizes[1]), 14, 9, free=10_000, whole=20_000)
 
 
 def test_a_sweep_changes_widths_and_leaves_heads(folders: Path) -> None:
@@ -176,6 +281,15 @@ def test_a_sweep_computes_with_the_dense_models_channels(folders: Path) -> None:
         assert [linear.weight.shape for linear in (kept.gate, kept.up, kept.down)] == [(5, 36), (5, 36), (36, 5)]
         assert all(linear.weight.is_contiguous() for linear in (kept.gate, kept.up, kept.down))
         assert kept.module.mlp(hidden).shape == hidden.shape
+
+
+def test_widened_layers_stay_on_their_own_device() -> None:
+    dense, kept = (tiny_model("llama", bias=True).decoder.layers[0] for _ in range(2))
+    kept.module.to("meta")
+    widen(kept, dense, 20)
+    for linear in (kept.gate, kept.up, kept.down):
+        assert linear.bias is not None
+        assert (linear.weight.device.type, linear.bias.device.type) == ("meta", "meta")
 
 
 def test_a_gguf_folder_runs_in_llama_cpp_with_a_dense_file_of_its_type(folders: Path) -> None:
@@ -217,6 +331,22 @@ def test_a_type_that_cannot_be_made_is_one_sentence(folders: Path, tmp_path: Pat
 def test_no_room_for_the_files_is_one_sentence(folders: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"cannot be written into .* \(No such file or directory\); set TMPDIR"):
         gguf_files(request(folders), tmp_path / "nowhere", no_progress, is_gguf=False)
+
+
+def test_room_for_both_files_is_asked_for_before_the_first_is_written(
+    folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gguf_pair, "load_model", None)
+    for name, parts in (("hf", ("dense", "hf")), ("gguf", ("dense",))):
+        shapes = [bare_model(str(folders / part), "float32").decoder.shape for part in parts]
+        needed = sum(shape.total_parameters for shape in shapes) * 2
+        disk = SimpleNamespace(free=needed - 1)
+        monkeypatch.setattr("shutil.disk_usage", lambda _, disk=disk: disk)
+        with pytest.raises(ModelError, match=r"making GGUF files .* needs about .* of disk where .*; set TMPDIR"):
+            gguf_files(request(folders, name), tmp_path, no_progress, is_gguf=name == "gguf")
+        disk.free = needed
+        with pytest.raises(TypeError, match="not callable"):
+            gguf_files(request(folders, name), tmp_path, no_progress, is_gguf=name == "gguf")
 
 
 def test_a_broken_gguf_file_is_one_sentence(folders: Path, tmp_path: Path) -> None:
@@ -316,16 +446,67 @@ def test_vllm_looks_into_no_folder_elsewhere(copied: Path, tmp_path: Path) -> No
         has_our_code(copied)
 
 
-def test_vllm_is_told_to_trust_the_folder_and_not_the_baseline(folders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trusted: dict[str, bool] = {}
+@pytest.fixture
+def vllm(folders: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """In place of the package vllm, on a machine that says it has a GPU. Its LLM does not say what it is given."""
 
-    def llm(*, model: str, trust_remote_code: bool, **_: object) -> None:
-        trusted[Path(model).name] = trust_remote_code
+    class Llm(_Llm):
+        def __init__(self, **_: object) -> None:
+            super().__init__()
 
+    module = ModuleType("vllm")
+    module.__spec__ = ModuleSpec("vllm", None)
+    module.LLM, module.SamplingParams = Llm, dict  # type: ignore[attr-defined]
     size = TransformersRunner(tiny_llama(), LENGTH).size()
-    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(LLM=llm, SamplingParams=dict))
+    monkeypatch.setitem(sys.modules, "vllm", module)
+    monkeypatch.setenv("VLLM_LOGGING_STREAM", "to be left as it was afterwards")
+    monkeypatch.delenv("VLLM_LOGGING_STREAM")
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (10**9, 2 * 10**9))
     monkeypatch.setattr(vllm_engine, "_look_at", lambda _: ((size, size), 320, str(folders / "dense")))
     monkeypatch.setattr(vllm_engine, "device_name", lambda _: "a GPU")
+    return module
+
+
+def test_vllm_is_told_to_trust_the_folder_and_not_the_baseline(
+    folders: Path, vllm: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trusted: dict[str, bool] = {}
+    shares: list[float] = []
+
+    def llm(*, model: str, trust_remote_code: bool, gpu_memory_utilization: float, **_: object) -> None:
+        trusted[Path(model).name] = trust_remote_code
+        shares.append(gpu_memory_utilization)
+
+    monkeypatch.setattr(vllm, "LLM", llm)
     with vllm_engine.open_pair(request(folders)):
         assert trusted == {"dense": False, "hf": True}
+    assert sum(shares) == pytest.approx(MEMORY_SHARE / 2), "half of the GPU is free"
+
+
+def test_what_vllm_prints_is_not_in_the_answer(
+    folders: Path, vllm: ModuleType, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    class Talkative(vllm.LLM):  # type: ignore[misc, name-defined]
+        def __init__(self, **options: object) -> None:
+            super().__init__(**options)
+            assert os.environ["VLLM_LOGGING_STREAM"] == "ext://sys.stderr"
+            sys.stdout.write("loaded\n")
+
+        def generate(self, *given: Any, **options: Any) -> Any:
+            sys.stdout.write("by Python\n")
+            os.write(1, b"by the system\n")
+            subprocess.run(["echo", "by a process"], check=True)
+            return super().generate(*given, **options)
+
+    monkeypatch.setattr(vllm, "LLM", Talkative)
+    # As it is where nothing captures it: what is printed waits, and goes to the descriptor.
+    with open(1, "w", closefd=False) as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        with vllm_engine.open_pair(request(folders)) as pair:
+            assert pair.dense.run(2).decode_tokens == 8
+        sys.stdout.write("the answer\n")
+    said = capfd.readouterr()
+    assert said.out == "the answer\n"
+    for words in ("loaded", "by Python", "by the system", "by a process"):
+        assert words in said.err

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from gpu_worker.answering import preparing
 from gpu_worker.export.folder import formats_in
 from gpu_worker.progress import Progress, no_progress
 from gpu_worker.speed.engines import SpeedRequest, choose_engines
@@ -19,8 +20,8 @@ SWEPT: Engine = "transformers"
 def measure_speed(request: SpeedRequest, progress: Progress = no_progress) -> SpeedResult:
     """Measure both models in each engine, and the sweep where one is asked for.
 
-    Raises UsageError for a folder that is no export, a baseline that it cannot come of, an engine that is not there or
-    cannot run it, and too little memory.
+    What an engine measured is kept where a later one fails. Raises UsageError for a folder that is no export, a
+    baseline that it cannot come of, an engine that is not there or cannot run it, and too little memory.
     """
     formats = formats_in(request.folder)
     engines, skipped = choose_engines(request.engines, formats)
@@ -29,10 +30,11 @@ def measure_speed(request: SpeedRequest, progress: Progress = no_progress) -> Sp
     swept: tuple[SweptWidths, ...] = ()
     for engine in engines:
         try:
-            measured, of_sweep = _measure_in(engine, formats, request, progress)
+            with preparing(request.baseline):
+                measured, of_sweep = _measure_in(engine, formats, request, progress)
         except UsageError as error:
             # An engine that nobody named may be one for other families, shorter texts, or for a GPU.
-            if request.engines:
+            if request.engines and not found:
                 raise
             skipped[engine] = str(error)
         else:

@@ -1,5 +1,6 @@
 """The two GGUF files that llama.cpp is measured with: those that are there, the others made."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,9 @@ from gguf import GGUFReader, LlamaFileType, ReaderTensor
 
 from gpu_worker.export.gguf import write_gguf
 from gpu_worker.export.gguf_types import FILE_TYPES
+from gpu_worker.export.room import check_disk, export_bytes
 from gpu_worker.memory import Workload
-from gpu_worker.models import load_model
+from gpu_worker.models import bare_model, load_model
 from gpu_worker.progress import Progress
 from gpu_worker.speed.engines import SpeedRequest
 from gpu_worker.speed.related import Sizes
@@ -19,6 +21,7 @@ from protocol.paths import expanded
 from protocol.plan import dense_plan
 from protocol.shape import LayerShape
 
+ADVICE = "set TMPDIR to a folder with room, or leave the engine out (--engine transformers)"
 F16_BYTES = 2
 """Of an element of llama.cpp's KV cache, as it is unless told otherwise."""
 
@@ -80,12 +83,27 @@ def gguf_files(request: SpeedRequest, made: Path, progress: Progress, *, is_gguf
     if is_gguf and not found:
         raise ModelError(f"the folder {str(request.folder)!r} has lost its GGUF file")
     pruned = GgufModel.of(found[0]) if found else None
+    if dense is not None and pruned is not None:
+        return dense, pruned
+    there = dense or pruned
+    file_type = request.gguf_type if there is None else _same_type(there)
+    missing = [name for name, model in ((request.baseline, dense), (str(request.folder), pruned)) if model is None]
+    _check_disk(missing, file_type, made, request)
     if pruned is None:
-        file_type = request.gguf_type if dense is None else _same_type(dense)
         pruned = _make(str(request.folder), file_type, made / "pruned", request, progress)
     if dense is None:
-        dense = _make(request.baseline, _same_type(pruned), made / "dense", request, progress)
+        dense = _make(request.baseline, file_type, made / "dense", request, progress)
     return dense, pruned
+
+
+def _check_disk(names: Sequence[str], file_type: GgufType, made: Path, request: SpeedRequest) -> None:
+    """Raise ModelError where the disk has no room for the GGUF files of all these models, before one is written."""
+    shapes = [bare_model(name, request.dtype).decoder.shape for name in names]
+    needed = sum(export_bytes(s, s.decoder_parameters, ("gguf",), request.dtype, file_type) for s in shapes)
+    try:
+        check_disk(made, needed, f"making GGUF files for llama.cpp ({' and '.join(names)})")
+    except ModelError as error:
+        raise ModelError(f"{error}; {ADVICE}") from error
 
 
 def _same_type(model: GgufModel) -> GgufType:
@@ -107,7 +125,7 @@ def _make(name: str, file_type: GgufType, folder: Path, request: SpeedRequest, p
     except OSError as error:
         raise ModelError(
             f"the GGUF of {name!r} for llama.cpp cannot be written into {str(folder.parent)!r} ({error.strerror}); "
-            "set TMPDIR to a folder with room, or leave the engine out (--engine transformers)"
+            f"{ADVICE}"
         ) from error
     return GgufModel.of(path)
 

@@ -3,8 +3,6 @@
 import gc
 import http.client
 import json
-import os
-import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -20,6 +18,7 @@ from gpu_worker.speed.engines import SpeedRequest
 from gpu_worker.speed.gguf_pair import GgufModel, gguf_files
 from gpu_worker.speed.measuring import Length, Pair, Timing
 from gpu_worker.speed.related import check_related, check_room
+from gpu_worker.speed.stdout import stdout_to_stderr
 from gpu_worker.speed.transformers_engine import random_prompts
 from protocol.errors import DataError, ModelError
 from protocol.speeds import ModelSize
@@ -149,7 +148,7 @@ def _serving(model: GgufModel, length: Length, texts: int) -> Iterator[str]:
     params.cache_ram_mib = 0
     params.verbosity = 1
     try:
-        with _stdout_to_stderr():
+        with stdout_to_stderr():
             server = xllamacpp.Server(params)
     except RuntimeError as error:
         raise ModelError(
@@ -167,16 +166,3 @@ def _device() -> str:
     kinds = xllamacpp.ggml_backend_dev_type
     gpus = [each for each in xllamacpp.get_device_info() if each["type"] == kinds.GGML_BACKEND_DEVICE_TYPE_GPU]
     return str(gpus[0]["description"]) if gpus else "cpu"
-
-
-@contextmanager
-def _stdout_to_stderr() -> Iterator[None]:
-    """llama.cpp writes to file descriptor 1 what belongs into a log."""
-    sys.stdout.flush()
-    kept = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)

@@ -71,8 +71,11 @@ def nearest(width: int, multiple: int, most: int) -> int:
 
 def widen(layer: Layer, source: Layer, channels: int) -> None:
     """Give the MLP of `layer` the first `channels` of that of `source`, laid out as a file's are."""
+    # Of models that are spread, two layers of one number may lie on two GPUs.
+    device = layer.gate.weight.device
     with torch.no_grad():
         for to, of in ((layer.gate, source.gate), (layer.up, source.up)):
-            bias = None if of.bias is None else of.bias[:channels].clone()
-            set_linear(to, of.weight[:channels].clone(), bias)
-        set_linear(layer.down, source.down.weight[:, :channels].contiguous(), source.down.bias)
+            bias = None if of.bias is None else of.bias[:channels].clone().to(device)
+            set_linear(to, of.weight[:channels].clone().to(device), bias)
+        bias = None if source.down.bias is None else source.down.bias.to(device)
+        set_linear(layer.down, source.down.weight[:, :channels].contiguous().to(device), bias)

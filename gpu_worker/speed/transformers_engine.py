@@ -12,11 +12,11 @@ from torch import Tensor
 from transformers.cache_utils import StaticCache
 
 from gpu_worker.memory import Workload, kv_cache_bytes
-from gpu_worker.models import LoadedModel, load_model
+from gpu_worker.models import LoadedModel, load_side_by_side
 from gpu_worker.session import device_name
 from gpu_worker.speed.engines import SpeedRequest
 from gpu_worker.speed.measuring import Length, Pair, Timing
-from gpu_worker.speed.related import Sizes, check_related, check_room
+from gpu_worker.speed.related import Sizes, check_related
 from gpu_worker.target import check_length
 from protocol.speeds import ModelSize
 
@@ -34,6 +34,7 @@ class TransformersRunner:
         self._length = length
         self._clock = clock
         self._cached = 0
+        self._devices = devices_of(model)
         body = model.decoder.body
         self._argument = "cache" if "cache" in signature(type(body).forward).parameters else "past_key_values"
 
@@ -62,8 +63,9 @@ class TransformersRunner:
         return logits.argmax(-1).to(self.model.device)
 
     def _now(self) -> float:
-        if self.model.device.type == "cuda":
-            torch.cuda.synchronize()
+        for device in self._devices:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
         return self._clock()
 
     def size(self) -> ModelSize:
@@ -80,6 +82,11 @@ class TransformersRunner:
         )
 
 
+def devices_of(model: LoadedModel) -> tuple[torch.device, ...]:
+    """All devices that hold a part of the model, the first of them that with its embedding."""
+    return tuple(dict.fromkeys([model.device, *(weight.device for weight in model.causal_lm.parameters())]))
+
+
 def random_prompts(vocabulary: int, texts: int, tokens: int) -> Tensor:
     """The same token ids [texts, tokens] at each call."""
     return torch.randint(vocabulary, (texts, tokens), generator=torch.Generator().manual_seed(0))
@@ -87,23 +94,19 @@ def random_prompts(vocabulary: int, texts: int, tokens: int) -> Tensor:
 
 @contextmanager
 def open_pair(request: SpeedRequest) -> Iterator[Pair]:
-    """Both models, loaded as `selfpruner evaluate` does.
+    """Both models, loaded as `selfpruner evaluate` does, on the same GPU or GPUs.
 
     Raises UsageError where one cannot be had or run so long, does not fit, or is no relative of the other.
     """
-    dense, pruned = (_runner(name, request) for name in (request.baseline, str(request.folder)))
-    check_related(_sizes(dense.model), _sizes(pruned.model), request.baseline)
-    keys = sum(kv_cache_bytes(r.model.decoder.shape, r.model.causal_lm.dtype.itemsize, 1) for r in (dense, pruned))
-    device = dense.model.device
-    check_room(keys * request.length.total * max(request.batch_sizes), on_gpu=device.type != "cpu")
-    threads = torch.get_num_threads() if device.type == "cpu" else None
-    yield Pair(dense, pruned, device_name(device), threads)
-
-
-def _runner(name: str, request: SpeedRequest) -> TransformersRunner:
-    model = load_model(name, request.dtype, Workload(request.length.total * max(request.batch_sizes)))
-    check_length(model, request.length.total)
-    return TransformersRunner(model, request.length)
+    workload = Workload(request.length.total * max(request.batch_sizes), keeps_keys=True)
+    dense, pruned = load_side_by_side((request.baseline, str(request.folder)), request.dtype, workload)
+    for model in (dense, pruned):
+        check_length(model, request.length.total)
+    check_related(_sizes(dense), _sizes(pruned), request.baseline)
+    devices = dict.fromkeys([*devices_of(dense), *devices_of(pruned)])
+    threads = torch.get_num_threads() if dense.device.type == "cpu" else None
+    runners = [TransformersRunner(model, request.length) for model in (dense, pruned)]
+    yield Pair(runners[0], runners[1], ", ".join(map(device_name, devices)), threads)
 
 
 def _sizes(model: LoadedModel) -> Sizes:

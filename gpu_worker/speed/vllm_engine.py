@@ -4,7 +4,9 @@ vLLM has to run the modeling file of a folder that was exported as hf, and of no
 holds or names is compared first with what this version writes: what somebody changed is not run.
 """
 
+import gc
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,18 +15,23 @@ from typing import Any
 
 import torch
 
+from gpu_worker.checkpoints import reason
 from gpu_worker.export.modeling import class_names, module_name, render_modeling
 from gpu_worker.families import PRUNED
 from gpu_worker.session import device_name
 from gpu_worker.speed.engines import SpeedRequest
 from gpu_worker.speed.measuring import Length, Pair, Timing
+from gpu_worker.speed.stdout import stdout_to_stderr
 from gpu_worker.speed.transformers_engine import TransformersRunner, random_prompts
 from gpu_worker.speed.transformers_engine import open_pair as open_transformers_pair
+from protocol.amounts import gigabytes
 from protocol.errors import ModelError
 from protocol.speeds import ModelSize
 
-MEMORY_SHARE = 0.42
-"""Of the GPU, for each of the two models with its KV cache."""
+MEMORY_SHARE = 0.84
+"""Of what is free on the GPU, for both models with their KV caches. Beside it vLLM takes memory for CUDA's graphs."""
+BLOCK = 16
+"""Tokens for which vLLM takes KV cache at a time."""
 
 
 class VllmRunner:
@@ -68,9 +75,10 @@ class VllmRunner:
         params = self._sampling(
             temperature=0.0, max_tokens=tokens, min_tokens=tokens, ignore_eos=True, detokenize=False
         )
-        start = self._clock()
-        outputs = self._llm.generate(prompts, params, use_tqdm=False)
-        seconds = self._clock() - start
+        with _told("generate"):
+            start = self._clock()
+            outputs = self._llm.generate(prompts, params, use_tqdm=False)
+            seconds = self._clock() - start
         made = sum(len(output.outputs[0].token_ids) for output in outputs)
         if made != batch_size * tokens:
             raise ModelError(f"vLLM generated {made} tokens where {batch_size * tokens} were asked for")
@@ -85,31 +93,79 @@ class VllmRunner:
 def open_pair(request: SpeedRequest) -> Iterator[Pair]:
     """Both models in vLLM on one GPU, which they share.
 
-    Raises ModelError without a GPU and where a folder's code is not this version's.
+    Raises ModelError without a GPU, where it has too little memory, where a folder's code is not this version's, and
+    for whatever vLLM raises.
     """
     if not torch.cuda.is_available():
         raise ModelError("the engine vllm needs a GPU, and there is none")
     has_our_code(request.folder)
     sizes, vocabulary, baseline = _look_at(request)
-    from vllm import LLM, SamplingParams
+    shares = memory_shares(sizes, request.length.total + 1, max(request.batch_sizes), *torch.cuda.mem_get_info(0))
+    os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
+    with stdout_to_stderr():
+        runners = _load(request, (baseline, str(request.folder)), sizes, shares, vocabulary)
+        yield Pair(*runners, device_name(torch.device("cuda")))
 
-    def runner(name: str, size: ModelSize) -> VllmRunner:
-        llm = LLM(
-            model=name,
-            trust_remote_code=Path(name).is_dir() and has_our_code(Path(name)),
-            model_impl="transformers",
-            dtype=request.dtype,
-            max_model_len=request.length.total + 1,
-            max_num_seqs=max(request.batch_sizes),
-            # A prompt is processed in one go, and at each repeat.
-            max_num_batched_tokens=max(request.batch_sizes) * (request.length.total + 1),
-            enable_prefix_caching=False,
-            gpu_memory_utilization=MEMORY_SHARE,
-            seed=0,
+
+def memory_shares(
+    sizes: tuple[ModelSize, ModelSize], tokens: int, texts: int, free: int, whole: int
+) -> tuple[float, float]:
+    """The share of all memory of the GPU, `whole` bytes, that each model is given: what it needs and half of the rest.
+
+    It needs its weights and the KV cache of so many texts of so many tokens. Raises ModelError where MEMORY_SHARE of
+    the `free` bytes is too little for both.
+    """
+    cached = texts * -(-tokens // BLOCK) * BLOCK
+    dense, pruned = (size.weight_bytes + cached * size.kv_cache_bytes_per_token for size in sizes)
+    given = int(MEMORY_SHARE * free)
+    if dense + pruned > given:
+        raise ModelError(
+            f"vLLM needs about {gigabytes(dense + pruned)} for both models and their KV caches where it may take "
+            f"{gigabytes(given)} of the {gigabytes(free)} that the GPU has free; use smaller batches (--batch-size), a "
+            "shorter --prompt or --generate, or a larger GPU"
         )
+    rest = (given - dense - pruned) / 2
+    return (dense + rest) / whole, (pruned + rest) / whole
+
+
+def _load(
+    request: SpeedRequest,
+    names: tuple[str, str],
+    sizes: tuple[ModelSize, ModelSize],
+    shares: tuple[float, float],
+    vocabulary: int,
+) -> tuple[VllmRunner, VllmRunner]:
+    with _told("be imported"):
+        from vllm import LLM, SamplingParams
+
+    def runner(name: str, size: ModelSize, share: float) -> VllmRunner:
+        trusted = Path(name).is_dir() and has_our_code(Path(name))
+        with _told(f"load {name!r}"):
+            llm = LLM(
+                model=name,
+                trust_remote_code=trusted,
+                model_impl="transformers",
+                dtype=request.dtype,
+                max_model_len=request.length.total + 1,
+                max_num_seqs=max(request.batch_sizes),
+                # A prompt is processed in one go, and at each repeat.
+                max_num_batched_tokens=max(request.batch_sizes) * (request.length.total + 1),
+                enable_prefix_caching=False,
+                gpu_memory_utilization=share,
+                seed=0,
+            )
         return VllmRunner(llm, SamplingParams, request.length, size, vocabulary)
 
-    yield Pair(runner(baseline, sizes[0]), runner(str(request.folder), sizes[1]), device_name(torch.device("cuda")))
+    return runner(names[0], sizes[0], shares[0]), runner(names[1], sizes[1], shares[1])
+
+
+@contextmanager
+def _told(doing: str) -> Iterator[None]:
+    """While it lasts, an error is a ModelError: vLLM raises many kinds, and its processes lack memory on their own."""
+    try:
+        yield
+    except Exception as error:
+        raise ModelError(f"vLLM cannot {doing} ({reason(error)})") from error
 
 
 def has_our_code(folder: Path) -> bool:
@@ -172,6 +228,7 @@ def _auto_maps(value: object) -> Iterator[object]:
 def _look_at(request: SpeedRequest) -> tuple[tuple[ModelSize, ModelSize], int, str]:
     """Sizes, vocabulary and the dense model's folder, from transformers, whose memory is free again afterwards."""
     found = _looked_at(request)
+    gc.collect()
     torch.cuda.empty_cache()
     return found
 
