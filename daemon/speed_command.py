@@ -30,7 +30,7 @@ def speed(
         typer.Option(help="transformers: measure with MLP widths rounded to these too, such as '1 8 16 32 64 128'."),
     ] = None,
     gguf_type: Annotated[
-        GgufType | None, typer.Option(help="Of GGUF files made for llama.cpp; f16 if left out.")
+        GgufType | None, typer.Option(help="Of the GGUF files for llama.cpp. Left out: of the one there, else f16.")
     ] = None,
     dtype: flags.DtypeFlag = "bfloat16",
     json_: flags.Json = False,
@@ -50,7 +50,7 @@ def speed(
         warm_up=warm_up,
         engines=engines_named(engine or []),
         dtype=dtype,
-        gguf_type=gguf_type or "f16",
+        gguf_type=gguf_type,
         multiples=multiples_of(sweep_multiple_of or []),
     )
     if not baseline.strip():

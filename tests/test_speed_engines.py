@@ -22,7 +22,7 @@ from gpu_worker.families import take_apart
 from gpu_worker.memory import Workload
 from gpu_worker.models import LoadedModel, bare_model, load_side_by_side
 from gpu_worker.progress import no_progress
-from gpu_worker.speed import transformers_engine, vllm_engine
+from gpu_worker.speed import comparing, transformers_engine, vllm_engine
 from gpu_worker.speed.comparing import measure_speed
 from gpu_worker.speed.engines import SpeedRequest
 from gpu_worker.speed.measuring import Length
@@ -30,6 +30,7 @@ from gpu_worker.speed.sweep import widen
 from gpu_worker.speed.transformers_engine import TransformersRunner, devices_of, open_pair
 from gpu_worker.speed.vllm_engine import MEMORY_SHARE, VllmRunner, has_our_code, memory_shares
 from protocol.errors import ModelError, SettingsError
+from protocol.formats import Format
 from tests.exports import export, pruned, with_tokenizer
 from tests.pruned_models import keep
 from tests.tiny_models import save_tiny_folder, tiny_llama, tiny_model
@@ -310,11 +311,43 @@ def test_a_dense_gguf_file_is_used_as_it_is_and_gives_its_type_to_the_other(fold
     dense = write_gguf(model, whole, tmp_path, file_type="q8_0", name="dense")
     (tmp_path / "made").mkdir()
     asked = request(folders, baseline=str(dense))
-    found = gguf_files(asked, tmp_path / "made", no_progress, is_gguf=False)
+    found = gguf_files(asked, ("hf",), tmp_path / "made", no_progress)
     assert found[0].path == dense
     assert [each.weight_type for each in found] == ["q8_0", "q8_0"]
-    with open_in_llama_cpp(asked, no_progress, is_gguf=False) as pair:
+    with open_in_llama_cpp(asked, ("hf",), no_progress) as pair:
         assert pair.pruned.run(2).decode_tokens == 8
+
+
+@pytest.fixture(scope="module")
+def with_gguf(folders: Path) -> Path:
+    """An hf export with a GGUF file of the type f16 beside it."""
+    folder = Path(shutil.copytree(folders / "hf", folders / "hf-and-gguf"))
+    mark = folder / "selfpruner.json"
+    mark.write_text(json.dumps(json.loads(mark.read_text()) | {"formats": ["hf", "gguf"]}))
+    shutil.copy(next((folders / "gguf").glob("*.gguf")), folder)
+    return folder
+
+
+def test_a_gguf_type_that_the_folders_file_does_not_have_is_made_of_the_hf_files_beside_it(
+    folders: Path, with_gguf: Path, tmp_path: Path
+) -> None:
+    for asked, is_made in ((None, False), ("f16", False), ("q8_0", True)):
+        made = tmp_path / str(asked)
+        made.mkdir()
+        found = gguf_files(request(folders, with_gguf.name, gguf_type=asked), ("hf", "gguf"), made, no_progress)
+        assert [each.weight_type for each in found] == [asked or "f16"] * 2
+        assert found[1].path.parent == (made / "pruned" if is_made else with_gguf)
+
+
+def test_a_gguf_type_that_a_file_does_not_have_is_one_sentence_before_anything_is_measured(
+    folders: Path, with_gguf: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(comparing, "_measure_in", None)
+    file = next((folders / "gguf").glob("*.gguf"))
+    for folder, baseline in ((folders / "gguf", folders / "dense"), (with_gguf, file), (folders / "hf", file)):
+        assert main(["speed", str(folder), "--baseline", str(baseline), "--gguf-type", "q8_0"]) == 2
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert f"--gguf-type q8_0 is not the type of {str(file)!r}, which is f16; leave it out" in said
 
 
 def test_a_type_that_cannot_be_made_is_one_sentence(folders: Path, tmp_path: Path) -> None:
@@ -325,28 +358,29 @@ def test_a_type_that_cannot_be_made_is_one_sentence(folders: Path, tmp_path: Pat
     reader.fields["general.file_type"].parts[-1][0] = gguf.LlamaFileType.MOSTLY_IQ2_XS
     reader.data.flush()
     with pytest.raises(ModelError, match="cannot be made in the type iq2_xs"):
-        gguf_files(request(folders, baseline=str(dense)), tmp_path, no_progress, is_gguf=False)
+        gguf_files(request(folders, baseline=str(dense)), ("hf",), tmp_path, no_progress)
 
 
 def test_no_room_for_the_files_is_one_sentence(folders: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"cannot be written into .* \(No such file or directory\); set TMPDIR"):
-        gguf_files(request(folders), tmp_path / "nowhere", no_progress, is_gguf=False)
+        gguf_files(request(folders), ("hf",), tmp_path / "nowhere", no_progress)
 
 
 def test_room_for_both_files_is_asked_for_before_the_first_is_written(
     folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gguf_pair, "load_model", None)
-    for name, parts in (("hf", ("dense", "hf")), ("gguf", ("dense",))):
+    both: dict[Format, tuple[str, ...]] = {"hf": ("dense", "hf"), "gguf": ("dense",)}
+    for name, parts in both.items():
         shapes = [bare_model(str(folders / part), "float32").decoder.shape for part in parts]
         needed = sum(shape.total_parameters for shape in shapes) * 2
         disk = SimpleNamespace(free=needed - 1)
         monkeypatch.setattr("shutil.disk_usage", lambda _, disk=disk: disk)
         with pytest.raises(ModelError, match=r"making GGUF files .* needs about .* of disk where .*; set TMPDIR"):
-            gguf_files(request(folders, name), tmp_path, no_progress, is_gguf=name == "gguf")
+            gguf_files(request(folders, name), (name,), tmp_path, no_progress)
         disk.free = needed
         with pytest.raises(TypeError, match="not callable"):
-            gguf_files(request(folders, name), tmp_path, no_progress, is_gguf=name == "gguf")
+            gguf_files(request(folders, name), (name,), tmp_path, no_progress)
 
 
 def test_a_broken_gguf_file_is_one_sentence(folders: Path, tmp_path: Path) -> None:
@@ -367,7 +401,7 @@ def test_what_llama_cpp_says_of_a_batch_is_its_slowest_text() -> None:
 
 def test_llama_cpps_clock_of_the_decode_starts_with_the_first_token(folders: Path) -> None:
     """One token takes no time, so that a rate over all of them would be too high."""
-    with open_in_llama_cpp(request(folders, "gguf"), no_progress, is_gguf=True) as pair:
+    with open_in_llama_cpp(request(folders, "gguf"), ("gguf",), no_progress) as pair:
         assert isinstance(pair.pruned, LlamaCppRunner)
         (answer,) = pair.pruned.post("/completion", {"prompt": [1, 2, 3], "n_predict": 1, "cache_prompt": False})
     assert answer["timings"]["predicted_n"] == 1

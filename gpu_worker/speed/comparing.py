@@ -26,6 +26,7 @@ def measure_speed(request: SpeedRequest, progress: Progress = no_progress) -> Sp
     formats = formats_in(request.folder)
     engines, skipped = choose_engines(request.engines, formats)
     check_sweep(request, engines, formats)
+    check_gguf_type(request, engines, formats)
     found: list[EngineSpeed] = []
     swept: tuple[SweptWidths, ...] = ()
     for engine in engines:
@@ -59,6 +60,14 @@ def check_sweep(request: SpeedRequest, engines: tuple[Engine, ...], formats: For
     """Raise SettingsError where a sweep is asked for that no engine can do."""
     if request.multiples and (SWEPT not in engines or "hf" not in formats):
         raise SettingsError(f"--sweep-multiple-of needs an hf folder and the engine {SWEPT}")
+
+
+def check_gguf_type(request: SpeedRequest, engines: tuple[Engine, ...], formats: Formats) -> None:
+    """Raise SettingsError where a GGUF file has another type than the one asked for, and none can be made."""
+    if request.gguf_type is not None and "llama.cpp" in engines:
+        from gpu_worker.speed.gguf_pair import files_there
+
+        files_there(request, formats)
 
 
 def _measure_in(
@@ -96,7 +105,7 @@ def _opened(engine: Engine, formats: Formats, request: SpeedRequest, progress: P
     elif engine == "llama.cpp":
         from gpu_worker.speed.llama_cpp_engine import open_pair as in_llama_cpp
 
-        opened = in_llama_cpp(request, progress, is_gguf="gguf" in formats)
+        opened = in_llama_cpp(request, formats, progress)
     else:
         from gpu_worker.speed.vllm_engine import open_pair as in_vllm
 

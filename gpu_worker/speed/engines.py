@@ -46,8 +46,8 @@ class SpeedRequest:
     engines: tuple[Engine, ...] = ()
     """Empty: all that are installed and can run the folder."""
     dtype: Dtype = "bfloat16"
-    gguf_type: GgufType = "f16"
-    """Of GGUF files that have to be made."""
+    gguf_type: GgufType | None = None
+    """Of the GGUF files; None: that of the file that is there, else f16."""
     multiples: tuple[int, ...] = ()
     """What MLP widths are rounded to, one after the other, beside the measurement of the folder."""
 

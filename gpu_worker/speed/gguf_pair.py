@@ -15,8 +15,8 @@ from gpu_worker.models import bare_model, load_model
 from gpu_worker.progress import Progress
 from gpu_worker.speed.engines import SpeedRequest
 from gpu_worker.speed.related import Sizes
-from protocol.errors import ModelError
-from protocol.formats import GgufType
+from protocol.errors import ModelError, SettingsError
+from protocol.formats import Formats, GgufType
 from protocol.paths import expanded
 from protocol.plan import dense_plan
 from protocol.shape import LayerShape
@@ -72,21 +72,40 @@ class GgufModel:
         return next((name for name, number in FILE_TYPES.items() if number == self.file_type), None)
 
 
-def gguf_files(request: SpeedRequest, made: Path, progress: Progress, *, is_gguf: bool) -> tuple[GgufModel, GgufModel]:
-    """The dense and the pruned file; what is made goes into the folder `made`.
+def files_there(request: SpeedRequest, formats: Formats) -> tuple[GgufModel | None, GgufModel | None]:
+    """The dense and the pruned file that are measured as they are; None for one that has to be made.
 
-    Both have the type of the one that is there, else the request's. Raises ModelError where one cannot be made.
+    `formats` are the folder's. Raises SettingsError for a file of another type than the one asked for, unless it lies
+    beside an hf export, of which that type is made; ModelError where a file is lost or broken.
     """
     given = expanded(request.baseline)
     dense = GgufModel.of(given) if given.suffix == ".gguf" and given.is_file() else None
     found = sorted(request.folder.glob("*.gguf"))
-    if is_gguf and not found:
+    if "gguf" in formats and not found:
         raise ModelError(f"the folder {str(request.folder)!r} has lost its GGUF file")
     pruned = GgufModel.of(found[0]) if found else None
+    if pruned is not None and "hf" in formats and request.gguf_type not in (None, pruned.exported_type):
+        pruned = None
+    for model in (dense, pruned):
+        if model is not None and request.gguf_type not in (None, model.exported_type):
+            raise SettingsError(
+                f"--gguf-type {request.gguf_type} is not the type of {str(model.path)!r}, which is "
+                f"{model.weight_type}; leave it out, or export the model in that type"
+            )
+    return dense, pruned
+
+
+def gguf_files(request: SpeedRequest, formats: Formats, made: Path, progress: Progress) -> tuple[GgufModel, GgufModel]:
+    """The dense and the pruned file of a folder in these `formats`; what is made goes into the folder `made`.
+
+    It gets the type asked for, else that of the file that is there, else f16. Raises SettingsError and ModelError as
+    `files_there`, and ModelError where one cannot be made.
+    """
+    dense, pruned = files_there(request, formats)
     if dense is not None and pruned is not None:
         return dense, pruned
     there = dense or pruned
-    file_type = request.gguf_type if there is None else _same_type(there)
+    file_type = request.gguf_type or "f16" if there is None else _same_type(there)
     missing = [name for name, model in ((request.baseline, dense), (str(request.folder), pruned)) if model is None]
     _check_disk(missing, file_type, made, request)
     if pruned is None:

@@ -21,6 +21,7 @@ from gpu_worker.speed.related import check_related, check_room
 from gpu_worker.speed.stdout import stdout_to_stderr
 from gpu_worker.speed.transformers_engine import random_prompts
 from protocol.errors import DataError, ModelError
+from protocol.formats import Formats
 from protocol.speeds import ModelSize
 
 SPARE = 8
@@ -99,14 +100,15 @@ def timing_of(answers: Sequence[Mapping[str, Any]], length: Length) -> Timing:
 
 
 @contextmanager
-def open_pair(request: SpeedRequest, progress: Progress, *, is_gguf: bool) -> Iterator[Pair]:
+def open_pair(request: SpeedRequest, formats: Formats, progress: Progress) -> Iterator[Pair]:
     """Both models, served at the same time; GGUF files that have to be made are gone afterwards.
 
-    Raises UsageError where one cannot be had, made or served, does not fit, or is no relative of the other.
+    `formats` are the folder's. Raises UsageError where one cannot be had, made or served, does not fit, or is no
+    relative of the other.
     """
     with ExitStack() as stack:
         made = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="selfpruner-speed-")))
-        dense, pruned = gguf_files(request, made, progress, is_gguf=is_gguf)
+        dense, pruned = gguf_files(request, formats, made, progress)
         check_related(dense.sizes, pruned.sizes, request.baseline)
         texts, length = max(request.batch_sizes), request.length
         for model in (dense, pruned):
