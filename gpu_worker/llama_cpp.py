@@ -1,12 +1,13 @@
 """What a GGUF file computes in llama.cpp: its perplexity, by xllamacpp's server in this process."""
 
 import gc
+import http.client
 import json
-import urllib.request
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import gguf
 import torch
@@ -22,33 +23,31 @@ from protocol.errors import ModelError
 LEAST_CONTEXT = 512
 
 
-@contextmanager
-def serving(path: Path, *, context: int = LEAST_CONTEXT, hidden_states: bool = False) -> Iterator[str]:
-    """The address of a server of that file, for one text of up to `context` tokens at a time.
-
-    The KV cache is in F32, so that only the weights are rounded. Raises ModelError where llama.cpp cannot load it.
-    """
+def server_parameters(path: Path) -> Any:
+    """What every server of that file is started with: quiet, on a free port, with as many threads as torch takes."""
     params = xllamacpp.CommonParams()
     params.model.path = str(path)
     params.hostnames = ["127.0.0.1"]
     params.port = 0
-    params.n_ctx = params.n_batch = params.n_ubatch = max(LEAST_CONTEXT, context)
-    params.n_parallel = 1
     for cpu in (params.cpuparams, params.cpuparams_batch):
         cpu.n_threads = torch.get_num_threads()
         cpu.poll = 0  # the server that waits does not compute
-    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     params.ui = params.warmup = False
     params.cache_ram_mib = 0
     params.verbosity = 1
-    if hidden_states:
-        params.embedding = True
-        params.pooling_type = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_NONE
+    return params
+
+
+@contextmanager
+def running(params: Any) -> Iterator[str]:
+    """The address of a server with these parameters. Raises ModelError where llama.cpp cannot load the file."""
     try:
         with stdout_to_stderr():
             server = xllamacpp.Server(params)
     except RuntimeError as error:
-        raise ModelError(f"llama.cpp cannot load {str(path)!r}: the file is broken or memory is short") from error
+        raise ModelError(
+            f"llama.cpp cannot load {params.model.path!r}: the file is broken or memory is short"
+        ) from error
     try:
         yield server.listening_address
     finally:
@@ -56,14 +55,37 @@ def serving(path: Path, *, context: int = LEAST_CONTEXT, hidden_states: bool = F
         gc.collect()
 
 
+@contextmanager
+def serving(path: Path, *, context: int = LEAST_CONTEXT, hidden_states: bool = False) -> Iterator[str]:
+    """The address of a server of that file, for one text of up to `context` tokens at a time.
+
+    The KV cache is in F32, so that only the weights are rounded. Raises ModelError where llama.cpp cannot load it.
+    """
+    params = server_parameters(path)
+    params.n_ctx = params.n_batch = params.n_ubatch = max(LEAST_CONTEXT, context)
+    params.n_parallel = 1
+    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    if hidden_states:
+        params.embedding = True
+        params.pooling_type = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_NONE
+    with running(params) as address:
+        yield address
+
+
 def ask(address: str, path: str, body: Mapping[str, Any]) -> Any:
-    """The server's JSON answer. Raises ModelError where there is none."""
-    request = urllib.request.Request(address + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    """The server's JSON answer. Raises ModelError where there is none, or an error."""
+    server = urlsplit(address)
+    connection = http.client.HTTPConnection(server.hostname or "", server.port)  # urllib would ask a proxy
     try:
-        with urllib.request.urlopen(request) as answer:
-            return json.load(answer)
-    except (OSError, ValueError) as error:  # urllib's errors are OSErrors
+        connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+        answer = json.loads(connection.getresponse().read())
+    except (OSError, http.client.HTTPException, ValueError) as error:
         raise ModelError(f"llama.cpp gave no answer ({error})") from error
+    finally:
+        connection.close()
+    if isinstance(answer, dict) and "error" in answer:
+        raise ModelError(f"llama.cpp answered with an error: {answer['error']}")
+    return answer
 
 
 def hidden_states(address: str, tokens: Tensor) -> Tensor:

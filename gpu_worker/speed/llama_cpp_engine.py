@@ -1,24 +1,20 @@
 """Speed in llama.cpp, by xllamacpp: what its server says that it took."""
 
-import gc
-import http.client
-import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import torch
 import xllamacpp
 
+from gpu_worker.llama_cpp import ask, running, server_parameters
 from gpu_worker.progress import Progress
 from gpu_worker.speed.engines import SpeedRequest
 from gpu_worker.speed.gguf_pair import GgufModel, gguf_files
 from gpu_worker.speed.measuring import Length, Pair, Timing
 from gpu_worker.speed.related import check_related, check_room
-from gpu_worker.speed.stdout import stdout_to_stderr
 from gpu_worker.speed.transformers_engine import random_prompts
 from protocol.errors import DataError, ModelError
 from protocol.formats import Formats
@@ -34,7 +30,7 @@ class LlamaCppRunner:
     def __init__(self, model: GgufModel, address: str, length: Length) -> None:
         self.model = model
         self._length = length
-        self._address = urlsplit(address)
+        self._address = address
 
     def run(self, batch_size: int) -> Timing:
         """Process so many prompts and generate after each. Raises ModelError where the server does not answer so."""
@@ -50,14 +46,7 @@ class LlamaCppRunner:
 
     def post(self, path: str, body: Mapping[str, Any]) -> list[Mapping[str, Any]]:
         """The server's answers, one for each prompt. Raises ModelError where there is none."""
-        connection = http.client.HTTPConnection(self._address.hostname or "", self._address.port)
-        try:
-            connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
-            answer = json.loads(connection.getresponse().read())
-        except (OSError, http.client.HTTPException, ValueError) as error:
-            raise ModelError(f"llama.cpp gave no answer for {str(self.model.path)!r} ({error})") from error
-        finally:
-            connection.close()
+        answer = ask(self._address, path, body)
         return answer if isinstance(answer, list) else [answer]
 
     def size(self) -> ModelSize:
@@ -134,33 +123,14 @@ def check_gguf_runs(path: Path) -> None:
 
 @contextmanager
 def _serving(model: GgufModel, length: Length, texts: int) -> Iterator[str]:
-    """The address of a server with as many threads as torch takes."""
-    params = xllamacpp.CommonParams()
-    params.model.path = str(model.path)
-    params.hostnames = ["127.0.0.1"]
-    params.port = 0
+    """The address of a server with a slot for each text of a batch."""
+    params = server_parameters(model.path)
     params.n_parallel = texts
     params.n_ctx = texts * (length.total + SPARE)
     # All prompts of a batch in one go.
     params.n_batch = max(params.n_batch, texts * length.prompt)
-    for cpu in (params.cpuparams, params.cpuparams_batch):
-        cpu.n_threads = torch.get_num_threads()
-        cpu.poll = 0  # the server that waits does not compute
-    params.ui = params.warmup = False
-    params.cache_ram_mib = 0
-    params.verbosity = 1
-    try:
-        with stdout_to_stderr():
-            server = xllamacpp.Server(params)
-    except RuntimeError as error:
-        raise ModelError(
-            f"llama.cpp cannot serve {str(model.path)!r}: the file is broken or memory is short"
-        ) from error
-    try:
-        yield server.listening_address
-    finally:
-        del server
-        gc.collect()
+    with running(params) as address:
+        yield address
 
 
 def _device() -> str:

@@ -21,9 +21,9 @@ from gpu_worker.families import PRUNED
 from gpu_worker.session import device_name
 from gpu_worker.speed.engines import SpeedRequest
 from gpu_worker.speed.measuring import Length, Pair, Timing
-from gpu_worker.speed.stdout import stdout_to_stderr
 from gpu_worker.speed.transformers_engine import TransformersRunner, random_prompts
 from gpu_worker.speed.transformers_engine import open_pair as open_transformers_pair
+from gpu_worker.stdout import stdout_to_stderr
 from protocol.amounts import gigabytes
 from protocol.errors import ModelError
 from protocol.speeds import ModelSize
