@@ -1,6 +1,7 @@
 """`selfpruner prune`: from model to smaller model in one command: search, export, fine-tune, load again and check."""
 
 import json
+import math
 import re
 from dataclasses import replace
 from importlib.resources import as_file, files
@@ -15,7 +16,7 @@ from daemon.prune_steps import Goal
 from daemon.pruning_request import PruningRequest, request_of_search
 from daemon.run_here import run_here
 from daemon.setting_sources import load
-from daemon.settings import Settings
+from daemon.settings import SearchSettings, Settings
 from daemon.signals import Interrupted
 from daemon.summary import Summary
 from daemon.terminal import answer, need
@@ -108,9 +109,11 @@ def prune_settings(
         chosen |= {"data.calibration": data, "data.fitness": data, "data.report": report_data or data}
     elif report_data is not None:
         chosen["data.report"] = report_data
-    given = [f"{name}={json.dumps(value)}" for name, value in chosen.items()] + overrides
     with as_file(files("configs") / "best.yaml") as best:
         usual = load(best, [f"target.model={json.dumps(model)}", f"target.rate={rate}"]).search.name
+        if budget is not None:
+            chosen["search.rounds"] = _rounds_for(budget, load(config or best, _given(chosen) + overrides).search)
+        given = _given(chosen) + overrides
         settings = load(config or best, given)
         is_named = "name" in settings.search.model_fields_set and (config is not None or settings.search.name != usual)
         if not is_named:
@@ -118,6 +121,17 @@ def prune_settings(
             name = f"prune-{words}-{settings.spec().fingerprint[:6]}"
             settings = load(config or best, [*given, f"search.name={json.dumps(name)}"])
     return settings
+
+
+def _given(chosen: dict[str, Any]) -> list[str]:
+    """Settings as --set takes them."""
+    return [f"{name}={json.dumps(value)}" for name, value in chosen.items()]
+
+
+def _rounds_for(budget: int, search: SearchSettings) -> int:
+    """As many rounds as `budget` evaluations need, and no fewer than there are."""
+    offspring = search.mutations + search.crossovers
+    return max(search.rounds, math.ceil((budget - search.population) / offspring)) if offspring else search.rounds
 
 
 def _checked(goal: Goal, settings: Settings) -> prune_steps.Written | None:

@@ -73,7 +73,7 @@ def written_before(goal: Goal, settings: Settings) -> Written | None:
     found = _told(goal, settings)
     if found is None or (goal.force and found.checked):
         return None
-    return found if found.asked == _asked(goal, settings) else None
+    return found if found.asked == _asked(goal) else None
 
 
 def holds(folder: Path, request: PruningRequest) -> bool:
@@ -139,7 +139,7 @@ def write(request: PruningRequest, goal: Goal, settings: Settings) -> Written:
         exported, tuned = _export(request, goal), None
     else:
         exported, tuned = _finetuned(request, goal, settings)
-    written = Written(asked=_asked(goal, settings), facts=_facts(goal), exported=exported, finetuned=tuned)
+    written = Written(asked=_asked(goal), facts=_facts(goal), exported=exported, finetuned=tuned)
     _keep(written, settings)
     return written
 
@@ -170,8 +170,8 @@ def _facts(goal: Goal) -> str:
     return hashlib.sha256((goal.out / FACTS).read_bytes()).hexdigest()
 
 
-def _asked(goal: Goal, settings: Settings) -> dict[str, str]:
-    told = asdict(goal) | {"out": goal.out.absolute(), "evaluations": settings.search.max_evaluations}
+def _asked(goal: Goal) -> dict[str, str]:
+    told = asdict(goal) | {"out": goal.out.absolute()}
     del told["force"]
     return {name: str(value) for name, value in told.items()}
 

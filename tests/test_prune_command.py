@@ -121,23 +121,38 @@ def test_killed_in_its_last_checks_the_same_command_goes_on_there(tmp_path: Path
     assert {**again, "search_seconds": 0} == {**first, "search_seconds": 0}
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "small").iterdir()} == files
     other = subprocess.run(
-        command(*arguments(target, "--budget", "8")), cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True
+        command(*options, "--format", "padded"), cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True
     )
-    assert other.returncode == 2 and "--force to replace it" in other.stderr, "another budget is another model"
+    assert other.returncode == 2 and "--force to replace it" in other.stderr, "another format is another folder"
     finished(tmp_path, *arguments(target, "--budget", "4", "--set", "search.seed=1", "--force"))
     taken = subprocess.run(command(*options), cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
     assert taken.returncode == 2 and "--force to replace it" in taken.stderr, "another search's model stands there now"
 
 
-def test_a_longer_search_replaces_what_a_shorter_one_wrote(tmp_path: Path, target: Path) -> None:
-    def rates(rounds: int) -> list[float]:
-        finished(tmp_path, *arguments(target, "--set", f"search.rounds={rounds}"))
+def test_a_larger_budget_replaces_what_a_smaller_one_wrote(tmp_path: Path, target: Path) -> None:
+    def rates(budget: int, evaluations: int) -> list[float]:
+        answer = finished(tmp_path, *arguments(target, "--budget", str(budget)))
+        assert answer["evaluations"] == evaluations
         (best,) = tmp_path.glob("runs/*/best.json")
         written: list[float] = json.loads((tmp_path / "small" / "selfpruner.json").read_text())["rates"]
         assert written == json.loads(best.read_text())["rates"]
         return written
 
-    assert rates(0) != rates(4)
+    first = rates(4, 4)
+    longer = rates(20, 20)  # more than the config's rounds have
+    assert first != longer
+    before = when_written(tmp_path)
+    assert rates(8, 20) == longer and when_written(tmp_path) == before
+
+
+def test_rounds_that_were_asked_for_are_not_added_to(target: Path) -> None:
+    def rounds(budget: int, *overrides: str) -> int:
+        file = settings_file(target)
+        return prune_settings("m", 0.3, Path("out"), budget, None, None, file, list(overrides)).search.rounds
+
+    assert [rounds(4), rounds(16), rounds(17)] == [3, 3, 4]
+    assert rounds(17, "search.rounds=2") == 2
+    assert rounds(17, "search.mutations=0") == 3
 
 
 def killed(*_: object, **__: object) -> None:
