@@ -1,7 +1,6 @@
 """An export folder that appears whole or not at all, and never takes the place of anything but an older export."""
 
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -14,6 +13,7 @@ from safetensors import SafetensorError
 
 from protocol.errors import ModelError, UsageError
 from protocol.formats import Format, Formats
+from protocol.locks import hold
 
 MARK = "selfpruner.json"
 """The file that every export folder has, and by which an older one is known."""
@@ -122,7 +122,9 @@ def _held(target: Path) -> Iterator[Path]:
     """
     unfinished = _beside(target, UNFINISHED)
     lock = unfinished / LOCK
-    handle = _locked(lock, target)
+    handle = hold(lock)  # a file, for NFS locks no folders
+    if handle is None:
+        raise ExportError(f"the folder {target} is being written by another process")
     try:
         _clear(unfinished)
         _settle(target, unfinished)
@@ -134,30 +136,6 @@ def _held(target: Path) -> Iterator[Path]:
         os.close(handle)
         with suppress(OSError):
             unfinished.rmdir()
-
-
-def _locked(lock: Path, target: Path) -> int:
-    """The handle of the lock, which is made with its folder; a file, for NFS locks no folders."""
-    while True:
-        with suppress(FileExistsError):
-            lock.parent.mkdir()
-        try:
-            handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
-        except FileNotFoundError:  # its owner ended just now
-            continue
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(handle), lock.stat()):
-                return handle
-        except BlockingIOError as error:
-            os.close(handle)
-            raise ExportError(f"the folder {target} is being written by another process") from error
-        except FileNotFoundError:
-            pass
-        except OSError:
-            os.close(handle)
-            raise
-        os.close(handle)  # of a lock that its owner has removed
 
 
 def _clear(unfinished: Path) -> None:
