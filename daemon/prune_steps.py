@@ -224,10 +224,12 @@ def _finetuned(request: PruningRequest, goal: Goal, settings: Settings) -> tuple
 
 def _forget_training(goal: Goal, pruned: Path) -> None:
     """Remove the checkpoint of another model: one that this command has begun to fine-tune, and no longer wants."""
-    from gpu_worker.finetune.checkpoint import Checkpoint, folder_beside
+    from gpu_worker.finetune.checkpoint import Checkpoint, folder_beside, held
 
     if _kept(pruned).exists():
-        Checkpoint(folder_beside(goal.out.resolve()), {}).remove()
+        folder = folder_beside(goal.out.resolve())
+        with held(folder):
+            Checkpoint(folder, {}).remove()
         _kept(pruned).unlink()
 
 

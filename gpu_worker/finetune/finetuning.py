@@ -9,7 +9,7 @@ from gpu_worker.export.exporting import check_formats
 from gpu_worker.export.facts import ExportFacts, TextPerplexity, without_places
 from gpu_worker.export.folder import check_target
 from gpu_worker.export.reopen import Exported, as_it_was_pruned, read_exported
-from gpu_worker.finetune.checkpoint import Checkpoint, State, folder_beside
+from gpu_worker.finetune.checkpoint import Checkpoint, State, folder_beside, held
 from gpu_worker.finetune.data import TrainingData, prepare_data, read_instructions
 from gpu_worker.finetune.judging import EvalText, Judged, compared, measure, numbers_of, texts_asked, texts_to_judge
 from gpu_worker.finetune.memory import Training, check_finetuning_disk
@@ -60,7 +60,7 @@ def finetune_once(request: FinetuneRequest, progress: Progress = no_progress) ->
     """Fine-tune an exported folder and write it anew: whole, or not at all. Goes on from a checkpoint beside `out`.
 
     Raises UsageError for a folder, data or text that cannot be had, an output that cannot be written, too little memory
-    or disk, and a checkpoint of something else; NotFiniteError where the loss is no number.
+    or disk, a checkpoint of something else or that another process is at; NotFiniteError where the loss is no number.
     """
     out = request.out.expanduser().resolve()
     check_target(out, force=request.force)
@@ -70,22 +70,23 @@ def finetune_once(request: FinetuneRequest, progress: Progress = no_progress) ->
     instructions = read_instructions(request.data, recipe) if form_of(request.data) == "alpaca" else None
     stays = exported.facts.parameters.decoder_after
     check_finetuning_disk(exported.facts.shape, stays, recipe, formats, dtype, folder_beside(out), gguf_type)
-    model = _load(request, exported, dtype, progress)
-    check_formats(model, formats, gguf_type)
-    data = prepare_data(request.data, instructions, model, recipe)
-    judged = texts_to_judge(exported, model, request.asked)
-    checkpoint = Checkpoint(folder_beside(out), _decisive(request, recipe, data, dtype))
-    start = checkpoint.read() or State([], {})
-    before = measure(model, judged, progress, "measuring before")
-    with trained(model, recipe) as parameters:
-        state = train(model, parameters, data, recipe, request.limits, checkpoint, start, progress)
-        count = parameters.count
-    after = measure(model, judged, progress, "measuring after")
-    tuned = _told(recipe, data, state, count, compared(judged, before, after))
-    facts = _facts(exported.facts, tuned, judged, dtype)
-    kept = next((text.windows for text in judged.values() if text.kept), None)
-    files = write_output(model, facts, Output(out, formats, gguf_type, request.force, kept), state, progress)
-    checkpoint.remove()
+    with held(folder_beside(out)):
+        model = _load(request, exported, dtype, progress)
+        check_formats(model, formats, gguf_type)
+        data = prepare_data(request.data, instructions, model, recipe)
+        judged = texts_to_judge(exported, model, request.asked)
+        checkpoint = Checkpoint(folder_beside(out), _decisive(request, recipe, data, dtype))
+        start = checkpoint.read() or State([], {})
+        before = measure(model, judged, progress, "measuring before")
+        with trained(model, recipe) as parameters:
+            state = train(model, parameters, data, recipe, request.limits, checkpoint, start, progress)
+            count = parameters.count
+        after = measure(model, judged, progress, "measuring after")
+        tuned = _told(recipe, data, state, count, compared(judged, before, after))
+        facts = _facts(exported.facts, tuned, judged, dtype)
+        kept = next((text.windows for text in judged.values() if text.kept), None)
+        files = write_output(model, facts, Output(out, formats, gguf_type, request.force, kept), state, progress)
+        checkpoint.remove()
     return FinetuneResult(
         folder=out,
         formats=formats,
