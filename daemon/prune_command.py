@@ -48,6 +48,9 @@ def prune(
         str | None, typer.Option(help=f"As `finetune --data`; `{ALPACA_GPT4}` if left out.")
     ] = None,
     finetune_minutes: Annotated[float | None, typer.Option(help="Of training, at most.")] = None,
+    finetune_micro_batch: Annotated[
+        int | None, typer.Option(min=1, help="As `finetune --micro-batch`; less takes less memory.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an older export.")] = False,
     json_: flags.Json = False,
 ) -> None:
@@ -55,11 +58,14 @@ def prune(
 
     Killed or interrupted, the same command goes on where it was.
     """
-    if not finetune and (finetune_data, finetune_minutes) != (None, None):
-        raise SettingsError("--finetune-data and --finetune-minutes are of --finetune, which is missing")
+    if not finetune and (finetune_data, finetune_minutes, finetune_micro_batch) != (None, None, None):
+        raise SettingsError(
+            "--finetune-data, --finetune-minutes and --finetune-micro-batch are of --finetune, which is missing"
+        )
     tuned_on = (finetune_data or ALPACA_GPT4) if finetune else None
     formats = formats_of(format_ or ["hf"])
-    goal = Goal(expanded(out), formats, gguf_type_of(formats, gguf_type), force, tuned_on, finetune_minutes)
+    stored = gguf_type_of(formats, gguf_type)
+    goal = Goal(expanded(out), formats, stored, force, tuned_on, finetune_minutes, finetune_micro_batch)
     settings = prune_settings(model, rate, goal.out, budget, data, report_data, config, set_ or [])
     if prune_steps.is_untold(goal, settings):
         goal = replace(goal, force=True)
@@ -159,11 +165,13 @@ def _checked(goal: Goal, settings: Settings) -> prune_steps.Written | None:
     check_formats(model, goal.formats, goal.gguf_type)
     if before is None:
         prune_steps.check_disk(goal, settings, model.decoder.shape)
+        if goal.data is not None:
+            prune_steps.check_memory(goal, settings, model)
     if goal.data is not None:
         from gpu_worker.finetune.data import prepare_data, read_instructions
         from gpu_worker.target import check_length
 
-        recipe = prune_steps.recipe(goal.data, settings)
+        recipe = prune_steps.recipe(goal, settings)
         check_length(model, recipe.seqlen)
         instructions = read_instructions(goal.data, recipe) if form_of(goal.data) == "alpaca" else None
         prepare_data(goal.data, instructions, model, recipe)

@@ -5,6 +5,7 @@ import json
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -13,13 +14,16 @@ from daemon.finetune_command import RecipeFlags, finetuned, recipe_of
 from daemon.pruning_commands import at_work
 from daemon.pruning_request import PruningRequest
 from daemon.settings import Settings
-from protocol.errors import SelfPrunerError
+from protocol.errors import ModelError, SelfPrunerError
 from protocol.files import replace
 from protocol.finetuning import Recipe
 from protocol.formats import KEPT_TEXT, Formats, GgufType
 from protocol.results import ExportResult, FinetuneResult
 from protocol.shape import ModelShape
 from protocol.spec import TextSpec
+
+if TYPE_CHECKING:
+    from gpu_worker.models import LoadedModel
 
 FURTHEST_OFF = 0.02
 """How far, as a share, a folder's perplexity may be from what was measured in memory; widths of kernels change sums."""
@@ -36,6 +40,8 @@ class Goal:
     data: str | None = None
     """What it is fine-tuned on, if it is."""
     minutes: float | None = None
+    micro_batch: int | None = None
+    """None: as `finetune` takes it."""
 
 
 class Written(BaseModel):
@@ -60,9 +66,11 @@ class Written(BaseModel):
         return None if measured is None else measured.after
 
 
-def recipe(data: str, settings: Settings) -> Recipe:
-    """How the model is fine-tuned on `data`."""
-    return recipe_of(data, RecipeFlags(), full=False, seed=settings.search.seed)
+def recipe(goal: Goal, settings: Settings) -> Recipe:
+    """How the model is fine-tuned on the goal's data."""
+    assert goal.data is not None
+    flags = RecipeFlags() if goal.micro_batch is None else RecipeFlags(micro_batch=goal.micro_batch)
+    return recipe_of(goal.data, flags, full=False, seed=settings.search.seed)
 
 
 def written_before(goal: Goal, settings: Settings) -> Written | None:
@@ -98,7 +106,7 @@ def is_untold(goal: Goal, settings: Settings) -> bool:
 
 
 def _tunings(goal: Goal, settings: Settings) -> list[object]:
-    return [] if goal.data is None else [recipe(goal.data, settings).model_dump(mode="json")]
+    return [] if goal.data is None else [recipe(goal, settings).model_dump(mode="json")]
 
 
 def _told(goal: Goal, settings: Settings) -> Written | None:
@@ -129,8 +137,22 @@ def check_disk(goal: Goal, settings: Settings, shape: ModelShape) -> None:
         room.check_disk(settings.folder, pruned, "the pruned model, before it is fine-tuned,")
         beside = pruned if room.device_of(settings.folder) == room.device_of(goal.out) else 0
     checkpoint = folder_beside(goal.out)
-    tuning = recipe(goal.data, settings)
+    tuning = recipe(goal, settings)
     check_finetuning_disk(shape, kept, tuning, goal.formats, dtype, checkpoint, goal.gguf_type, beside)
+
+
+def check_memory(goal: Goal, settings: Settings, bare: "LoadedModel") -> None:
+    """Raise ModelError where the memory is too small to fine-tune the pruned model; `bare` is the dense one."""
+    from gpu_worker.finetune import finetuning
+
+    spec, tuning = settings.spec(), recipe(goal, settings)
+    # A padded model is loaded with its noughts.
+    plan = None if "padded" in goal.formats else spec.uniform_plan(bare.decoder.shape)
+    longest = max(text.seqlen for text in spec.texts.values())
+    try:
+        finetuning.check_memory(bare, plan, tuning, spec.dtype, longest)
+    except ModelError as error:
+        raise ModelError(f"fine-tuning with --finetune-micro-batch {tuning.micro_batch}: {error}") from error
 
 
 def write(request: PruningRequest, goal: Goal, settings: Settings) -> Written:
@@ -210,7 +232,7 @@ def _finetuned(request: PruningRequest, goal: Goal, settings: Settings) -> tuple
     tuning = FinetuneRequest(
         folder=pruned,
         data=goal.data,
-        recipe=recipe(goal.data, settings),
+        recipe=recipe(goal, settings),
         out=goal.out,
         formats=goal.formats,
         gguf_type=goal.gguf_type if "gguf" in goal.formats else None,

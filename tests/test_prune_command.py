@@ -13,8 +13,9 @@ import pytest
 
 from daemon.cli import main
 from daemon.prune_command import prune_settings
-from daemon.prune_steps import Goal, check_disk
+from daemon.prune_steps import Goal, check_disk, recipe
 from daemon.signals import Interrupted
+from gpu_worker.memory import Machine
 from tests.samples import SHAPE
 from tests.tiny_models import change_config, save_tiny_folder
 from tests.tiny_specs import write_text
@@ -342,6 +343,27 @@ def test_a_disk_that_is_too_small_is_told_before_the_search(
     assert main(arguments(target, *options)) == 2
     assert sentence in capsys.readouterr().err.splitlines()[-1]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_memory_that_is_too_small_to_fine_tune_is_told_before_the_search(
+    target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    machine = Machine(gpus=(), main=12 * 2**20)
+    monkeypatch.setattr("gpu_worker.finetune.finetuning.this_machine", lambda: machine)
+    tuning = ["--finetune", "--finetune-data", str(target / "alpaca.json"), "--finetune-micro-batch"]
+    assert main(arguments(target, *tuning, "64")) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert "fine-tuning with --finetune-micro-batch 64: the model is too large for this machine" in told
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr("daemon.prune_command._searched", killed)
+    assert main(arguments(target, *tuning, "1")) == 128 + signal.SIGTERM
+
+
+def test_the_micro_batch_is_that_of_the_recipe(target: Path) -> None:
+    settings = prune_settings("m", 0.3, Path("small"), 8, None, None, settings_file(target), [])
+    goal = Goal(Path("small"), ("hf",), data="alpaca.json", micro_batch=3)
+    assert recipe(goal, settings).micro_batch == 3
 
 
 def test_an_output_that_is_taken_is_refused_before_the_search(

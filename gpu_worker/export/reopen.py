@@ -65,14 +65,15 @@ def as_it_was_pruned(model: LoadedModel, exported: Exported) -> None:
     The decoder's shape stays that of the model as it was loaded. Raises ModelError for the model of another plan.
     """
     plan = exported.facts.plan
-    wanted = exported.facts.shape.layers if exported.format == "padded" else _sizes(plan)
+    wanted = exported.facts.shape.layers if exported.format == "padded" else sizes_of(plan)
     if model.decoder.shape.layers != wanted:
         raise ModelError(f"the weights in {exported.folder} have other sizes than its {MARK} says")
     if exported.format == "padded":
         _cut(model, plan)
 
 
-def _sizes(plan: Plan) -> tuple[LayerShape, ...]:
+def sizes_of(plan: Plan) -> tuple[LayerShape, ...]:
+    """The sizes of a model that is pruned to `plan`, layer by layer."""
     return tuple(
         LayerShape(query_heads=kept.query_heads, kv_heads=kept.kv_heads, mlp_channels=kept.mlp_channels)
         for kept in plan.layers

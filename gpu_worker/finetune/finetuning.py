@@ -1,14 +1,16 @@
 """`selfpruner finetune`: load an exported folder, train, merge, measure, write it again."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+import torch
 
 from gpu_worker.corpora import windows_digest
 from gpu_worker.export.exporting import check_formats
 from gpu_worker.export.facts import ExportFacts, TextPerplexity, without_places
 from gpu_worker.export.folder import check_target
-from gpu_worker.export.reopen import Exported, as_it_was_pruned, read_exported
+from gpu_worker.export.reopen import Exported, as_it_was_pruned, read_exported, sizes_of
 from gpu_worker.finetune.checkpoint import Checkpoint, State, folder_beside, held
 from gpu_worker.finetune.data import TrainingData, prepare_data, read_instructions
 from gpu_worker.finetune.judging import EvalText, Judged, compared, measure, numbers_of, texts_asked, texts_to_judge
@@ -17,13 +19,15 @@ from gpu_worker.finetune.output import Output, write_output
 from gpu_worker.finetune.trained import trained
 from gpu_worker.finetune.training import Limits, mean_losses, steps_of, train
 from gpu_worker.identity import folder_identity
-from gpu_worker.memory import Workload
+from gpu_worker.memory import Workload, estimate_memory, this_machine
 from gpu_worker.models import LoadedModel, load_model
+from gpu_worker.placement import place
 from gpu_worker.progress import Progress, no_progress
 from gpu_worker.target import check_length
 from protocol.errors import SettingsError
 from protocol.finetuning import Finetuning, Perplexities, Recipe, form_of
 from protocol.formats import Formats, GgufType, gguf_type_of
+from protocol.plan import Plan
 from protocol.results import FinetuneResult
 from protocol.spec import Dtype, Role
 
@@ -98,6 +102,19 @@ def finetune_once(request: FinetuneRequest, progress: Progress = no_progress) ->
         ended_by="steps" if len(state.losses) >= steps_of(recipe, len(data.examples)) else "time",
         seconds=state.seconds,
     )
+
+
+def check_memory(bare: LoadedModel, plan: Plan | None, recipe: Recipe, dtype: Dtype, longest: int) -> None:
+    """Raise ModelError where this machine has too little memory to fine-tune `bare`, pruned to `plan` if it is.
+
+    `bare` has no weights yet; `longest` is the tokens of the longest window that will be measured.
+    """
+    shape = bare.decoder.shape
+    pruned = shape if plan is None else shape.model_copy(update={"layers": sizes_of(plan)})
+    workload = Workload(max(recipe.seqlen, longest), training=Training(recipe))
+    machine = this_machine()
+    decoder = replace(bare.decoder, shape=pruned)
+    place(estimate_memory(decoder, getattr(torch, dtype), workload, machine.device), machine)
 
 
 def _dtype(request: FinetuneRequest, exported: Exported) -> Dtype:
