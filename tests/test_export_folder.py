@@ -146,6 +146,24 @@ def test_a_parent_that_may_not_be_written_is_one_sentence(tmp_path: Path) -> Non
         tmp_path.chmod(0o700)
 
 
+@pytest.mark.parametrize("force", [False, True])
+def test_a_parent_without_room_for_the_hidden_folder_is_told_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, force: bool
+) -> None:
+    older_export(tmp_path / "out")
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path and access(path, mode))
+    with pytest.raises(ExportError, match=r"/out cannot be written \(Permission denied\)"):
+        check_target(tmp_path / "out", force=force)
+
+
+def test_a_mount_point_is_refused_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    older_export(tmp_path / "out")
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == tmp_path / "out")
+    with pytest.raises(ExportError, match="out is a mount point, which cannot be replaced; pass a folder in it"):
+        check_target(tmp_path / "out", force=True)
+
+
 def test_others_may_read_the_files_who_may_read_the_folder(tmp_path: Path) -> None:
     def write_private(folder: Path) -> None:
         write_one(folder)

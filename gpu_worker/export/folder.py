@@ -89,9 +89,11 @@ def _writing(target: Path) -> Iterator[None]:
 
 
 def _check_free(target: Path, *, force: bool) -> None:
+    _check_parent(target)
     if not target.exists():
-        _check_parent(target)
         return
+    if target.is_mount():
+        raise ExportError(f"the folder {target} is a mount point, which cannot be replaced; pass a folder in it")
     if not target.is_dir():
         raise ExportError(f"{target} is a file; pass a folder that is not there yet")
     if any(target.iterdir()) and not (target / MARK).is_file():
@@ -101,7 +103,7 @@ def _check_free(target: Path, *, force: bool) -> None:
 
 
 def _check_parent(target: Path) -> None:
-    """Raise ExportError unless `target` can be made below the nearest folder that is there."""
+    """Raise ExportError unless `target`, and what is hidden beside it, can be made in the nearest folder there is."""
     nearest = next(parent for parent in target.parents if parent.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         code = errno.EACCES if nearest.is_dir() else errno.ENOTDIR
