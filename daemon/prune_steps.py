@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from daemon.card_claim import FACTS
 from daemon.finetune_command import RecipeFlags, finetuned, recipe_of
 from daemon.pruning_commands import at_work
 from daemon.pruning_request import PruningRequest
@@ -17,7 +16,7 @@ from daemon.settings import Settings
 from protocol.errors import ModelError, SelfPrunerError
 from protocol.files import replace
 from protocol.finetuning import Recipe
-from protocol.formats import KEPT_TEXT, Formats, GgufType
+from protocol.formats import FACTS, KEPT_TEXT, Formats, GgufType
 from protocol.results import ExportResult, FinetuneResult
 from protocol.shape import ModelShape
 from protocol.spec import TextSpec

@@ -11,7 +11,6 @@ import torch
 import transformers
 
 from gpu_worker.checkpoints import check_config, load_weights, longest_positions, reading, reason
-from gpu_worker.export.folder import MARK
 from gpu_worker.families import FAMILIES, Decoder, take_apart
 from gpu_worker.gguf_files import unpacked
 from gpu_worker.hub import hub_reachable
@@ -21,6 +20,7 @@ from gpu_worker.memory import Workload, estimate_memory, this_machine
 from gpu_worker.placement import device_map, place, skeleton
 from protocol.amounts import GB
 from protocol.errors import ModelError
+from protocol.formats import FACTS, only_for_llama_cpp
 
 SMOLLM2 = "smollm2"
 WHAT_TO_PASS = f"pass a model's folder, a GGUF file, a hub name, or `{SMOLLM2}`"
@@ -157,11 +157,8 @@ def _source(name: str, dtype: str) -> str:
 
 def _no_checkpoint(name: str, folder: Path) -> str:
     found = sorted(folder.glob("*.gguf"))
-    if found and (folder / MARK).is_file():
-        return (
-            f"the folder {name!r} is a pruned export for llama.cpp, which cannot be measured here; "
-            "pass the hf or the padded export of the same model"
-        )
+    if found and (folder / FACTS).is_file():
+        return only_for_llama_cpp(name)
     if found:
         return f"the folder {name!r} holds a GGUF file and no config.json; pass the file, {str(found[0])!r}"
     return f"the folder {name!r} has no config.json, so it holds no model; {WHAT_TO_PASS}"

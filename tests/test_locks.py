@@ -9,8 +9,9 @@ import pytest
 from structlog.testing import capture_logs
 
 from daemon.embedded import is_running, only_one
-from gpu_worker.export.folder import MARK, ExportError, write_folder
+from gpu_worker.export.folder import ExportError, write_folder
 from protocol.errors import UsageError
+from protocol.formats import FACTS
 from protocol.locks import hold
 
 
@@ -22,7 +23,7 @@ def failing(code: int) -> Callable[..., None]:
 
 
 def write_one(folder: Path) -> None:
-    (folder / MARK).write_text("new")
+    (folder / FACTS).write_text("new")
 
 
 def test_a_lock_is_one_process_s_until_it_is_closed(tmp_path: Path) -> None:
@@ -59,7 +60,7 @@ def test_a_file_system_without_locks_is_warned_of_in_a_line(
         write_folder(tmp_path / "out", write_one, force=False)
         with only_one(tmp_path / "search"):
             assert not is_running(tmp_path / "search")
-    assert (tmp_path / "out" / MARK).read_text() == "new"
+    assert (tmp_path / "out" / FACTS).read_text() == "new"
     assert [line["event"] for line in logs] == ["file_system_without_locks"] * 2
 
 

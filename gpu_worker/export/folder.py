@@ -12,11 +12,9 @@ from typing import get_args
 from safetensors import SafetensorError
 
 from protocol.errors import ModelError, UsageError
-from protocol.formats import Format, Formats
+from protocol.formats import FACTS, Format, Formats
 from protocol.locks import hold
 
-MARK = "selfpruner.json"
-"""The file that every export folder has, and by which an older one is known."""
 UNFINISHED, OLDER = "unfinished", "older"
 """What lies beside a folder while it is written: its new content, and what was there before."""
 LOCK = "lock"
@@ -28,11 +26,11 @@ class ExportError(UsageError):
 
 def formats_in(folder: Path) -> Formats:
     """The formats of an exported folder, by what it says of itself. Raises ModelError where it is none."""
-    mark = folder / MARK
+    mark = folder / FACTS
     if not folder.is_dir():
         raise ModelError(f"there is no folder {str(folder)!r}; pass one that `selfpruner export` wrote")
     if not mark.is_file():
-        raise ModelError(f"{str(folder)!r} is no folder that `selfpruner export` wrote: it has no {MARK}")
+        raise ModelError(f"{str(folder)!r} is no folder that `selfpruner export` wrote: it has no {FACTS}")
     try:
         written = json.loads(mark.read_bytes())
         found = tuple(written["formats"] if "formats" in written else [written["format"]])
@@ -96,7 +94,7 @@ def _check_free(target: Path, *, force: bool) -> None:
         raise ExportError(f"the folder {target} is a mount point, which cannot be replaced; pass a folder in it")
     if not target.is_dir():
         raise ExportError(f"{target} is a file; pass a folder that is not there yet")
-    if any(target.iterdir()) and not (target / MARK).is_file():
+    if any(target.iterdir()) and not (target / FACTS).is_file():
         raise ExportError(f"the folder {target} exists and is no export of Self-Pruner; pass another name")
     if not force:
         raise ExportError(f"the folder {target} exists; pass another one, or --force to replace it")

@@ -8,12 +8,12 @@ import torch
 from pydantic import ValidationError
 
 from gpu_worker.export.facts import ExportFacts
-from gpu_worker.export.folder import MARK, formats_in
+from gpu_worker.export.folder import formats_in
 from gpu_worker.importance import LayerImportance
 from gpu_worker.models import LoadedModel
 from gpu_worker.pruning import OrderedModel
 from protocol.errors import ModelError
-from protocol.formats import KEPT_TEXT, Format, Formats
+from protocol.formats import FACTS, KEPT_TEXT, Format, Formats
 from protocol.plan import Plan
 from protocol.shape import LayerShape
 
@@ -41,7 +41,7 @@ class Exported:
 
 def read_exported(folder: Path) -> Exported:
     """What the folder says of itself. Raises ModelError where it is no export, or one that cannot be loaded again."""
-    file = folder / MARK
+    file = folder / FACTS
     formats = formats_in(folder)
     try:
         written = json.loads(file.read_bytes())
@@ -67,7 +67,7 @@ def as_it_was_pruned(model: LoadedModel, exported: Exported) -> None:
     plan = exported.facts.plan
     wanted = exported.facts.shape.layers if exported.format == "padded" else sizes_of(plan)
     if model.decoder.shape.layers != wanted:
-        raise ModelError(f"the weights in {exported.folder} have other sizes than its {MARK} says")
+        raise ModelError(f"the weights in {exported.folder} have other sizes than its {FACTS} says")
     if exported.format == "padded":
         _cut(model, plan)
 
