@@ -67,7 +67,7 @@ def prune(
     stored = gguf_type_of(formats, gguf_type)
     goal = Goal(expanded(out), formats, stored, force, tuned_on, finetune_minutes, finetune_micro_batch)
     settings = prune_settings(model, rate, goal.out, budget, data, report_data, config, set_ or [])
-    if prune_steps.is_untold(goal, settings):
+    if prune_steps.was_written_unrecorded(goal, settings):
         goal = replace(goal, force=True)
     before = _checked(goal, settings)
     try:
@@ -76,7 +76,7 @@ def prune(
             # The search was longer this time and found better rates: what this same command wrote is replaced.
             before, goal = None, replace(goal, force=True)
         written = before or prune_steps.write(request, goal, settings)
-        reloaded, runs_in_llama_cpp = prune_steps.checked(written, goal, request, settings)
+        reloaded, runs_in_llama_cpp = prune_steps.check_written(written, goal, request, settings)
         result = PruneResult(
             search=settings.search.name,
             evaluations=sum(summary.candidates["by_outcome"].values()),
@@ -187,5 +187,19 @@ def _searched(settings: Settings) -> tuple[PruningRequest, Summary]:
         raise SelfPrunerError(f"the search was stopped before its end; {GOES_ON}")
     if summary.best is None:
         raise SelfPrunerError(f"no candidate could be measured; {settings.folder}/evaluations.jsonl says why")
-    record = json.loads((settings.folder / "best.json").read_bytes())
-    return request_of_search(record), summary
+    return request_of_search(_best(settings, summary)), summary
+
+
+def _best(settings: Settings, summary: Summary) -> dict[str, Any]:
+    """What best.json holds. Raises SelfPrunerError where that is not the summary's best, as on a full disk."""
+    file = settings.folder / "best.json"
+    try:
+        record = json.loads(file.read_bytes())
+        if record["rates"] == list(summary.rates):
+            return dict(record)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SelfPrunerError(f"{file} cannot be read ({error}); the same command writes it anew") from error
+    raise SelfPrunerError(
+        f"{file} does not hold the search's best: it could not be written; make room on the disk, and the same command "
+        "goes on"
+    )

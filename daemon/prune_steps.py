@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,6 +25,8 @@ from protocol.spec import TextSpec
 if TYPE_CHECKING:
     from gpu_worker.models import LoadedModel
 
+BEGUN, WRITTEN = "begun.json", "written.json"
+"""In the search's folder: the flags of the call that last began to write, and what it had written."""
 FURTHEST_OFF = 0.02
 """How far, as a share, a folder's perplexity may be from what was measured in memory; widths of kernels change sums."""
 
@@ -48,12 +51,13 @@ class Written(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    asked: dict[str, str]
+    flags: dict[str, str]
+    """Of the call that wrote it."""
     facts: str
     """SHA-256 of what the folder says of itself: another search may have taken its place since."""
     exported: ExportResult
     finetuned: FinetuneResult | None
-    checked: bool = False
+    is_checked: bool = False
     """The last checks have ended, well or not: from then on --force begins anew."""
 
     @property
@@ -77,10 +81,10 @@ def written_before(goal: Goal, settings: Settings) -> Written | None:
 
     With --force that is what has been checked too: a command that was killed before goes on, and trains nothing twice.
     """
-    found = _told(goal, settings)
-    if found is None or (goal.force and found.checked):
+    found = _recorded(goal, settings)
+    if found is None or (goal.force and found.is_checked):
         return None
-    return found if found.asked == _asked(goal) else None
+    return found if found.flags == _flags_of(goal) else None
 
 
 def holds(folder: Path, request: PruningRequest) -> bool:
@@ -91,27 +95,28 @@ def holds(folder: Path, request: PruningRequest) -> bool:
         return False
 
 
-def is_untold(goal: Goal, settings: Settings) -> bool:
-    """Whether a call like this wrote the goal's folder, and was killed before it could keep that it had."""
+def was_written_unrecorded(goal: Goal, settings: Settings) -> bool:
+    """Whether a call with the same flags wrote the goal's folder, and was killed before it could record that it had."""
     try:
+        flags = json.loads((settings.folder / BEGUN).read_bytes())
         facts = json.loads((goal.out / FACTS).read_bytes())
         best = json.loads((settings.folder / "best.json").read_bytes())
-        tunings = [each["recipe"] for each in facts["finetunings"]]
-        found = (facts["method"], facts["rates"], facts["formats"], tunings)
-        wanted = (f"search {settings.search.name}", best["rates"], list(goal.formats), _tunings(goal, settings))
+        tunings = [(each["recipe"], each["data"]) for each in facts["finetunings"]]
+        found = (flags, facts["method"], facts["rates"], facts["formats"], tunings)
+        of_search = (f"search {settings.search.name}", best["rates"], list(goal.formats), _tunings(goal, settings))
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    return found == wanted and _told(goal, settings) is None
+    return found == (_flags_of(goal), *of_search) and _recorded(goal, settings) is None
 
 
 def _tunings(goal: Goal, settings: Settings) -> list[object]:
-    return [] if goal.data is None else [recipe(goal, settings).model_dump(mode="json")]
+    return [] if goal.data is None else [(recipe(goal, settings).model_dump(mode="json"), Path(goal.data).name)]
 
 
-def _told(goal: Goal, settings: Settings) -> Written | None:
-    """What was kept of what stands in the goal's folder; None where nothing was, or of something else."""
+def _recorded(goal: Goal, settings: Settings) -> Written | None:
+    """What was recorded of what stands in the goal's folder; None where nothing was, or of something else."""
     try:
-        found = Written.model_validate_json((settings.folder / "written.json").read_bytes())
+        found = Written.model_validate_json((settings.folder / WRITTEN).read_bytes())
         return found if found.facts == _facts(goal) else None
     except (OSError, ValidationError):
         return None
@@ -121,14 +126,14 @@ def check_disk(goal: Goal, settings: Settings, shape: ModelShape) -> None:
     """Raise ModelError where there is too little room for what will be written at the end."""
     from gpu_worker.export import room
 
-    dtype, kept = settings.target.dtype, round((1 - settings.target.rate) * shape.decoder_parameters)
+    dtype, rate = settings.target.dtype, settings.target.rate
     if goal.data is None:
-        needed = room.export_bytes(shape, kept, goal.formats, dtype, goal.gguf_type)
-        room.check_disk(goal.out, needed, f"the export into {', '.join(goal.formats)}")
+        room.check_export_disk(goal.out, rate, shape, goal.formats, dtype, goal.gguf_type)
         return
     from gpu_worker.finetune.checkpoint import folder_beside
     from gpu_worker.finetune.memory import check_finetuning_disk
 
+    kept = room.kept_by(rate, shape)
     # What is fine-tuned lies in the search's folder all the while, which may be on another disk.
     beside = 0
     if not (_pruned(settings) / FACTS).is_file():
@@ -155,30 +160,43 @@ def check_memory(goal: Goal, settings: Settings, bare: "LoadedModel") -> None:
 
 
 def write(request: PruningRequest, goal: Goal, settings: Settings) -> Written:
-    """Prune, fine-tune where that is asked for, and write the folder."""
+    """Prune, fine-tune where that is asked for, and write the folder. Raises SelfPrunerError."""
+    _keep(settings.folder / BEGUN, json.dumps(_flags_of(goal)))
     if goal.data is None:
         exported, tuned = _export(request, goal), None
     else:
         exported, tuned = _finetuned(request, goal, settings)
-    written = Written(asked=_asked(goal), facts=_facts(goal), exported=exported, finetuned=tuned)
-    _keep(written, settings)
+    written = Written(flags=_flags_of(goal), facts=_facts(goal), exported=exported, finetuned=tuned)
+    _record(written, settings)
     return written
 
 
-def _keep(written: Written, settings: Settings) -> None:
-    replace(settings.folder / "written.json", written.model_dump_json() + "\n")
+def _record(written: Written, settings: Settings) -> None:
+    _keep(settings.folder / WRITTEN, written.model_dump_json())
 
 
-def checked(
+def _keep(file: Path, text: str) -> None:
+    """Write a file for the next call. Raises SelfPrunerError."""
+    try:
+        replace(file, text + "\n")
+    except OSError as error:
+        raise SelfPrunerError(
+            f"{file} cannot be written ({error.strerror}); mend that, and the same command goes on"
+        ) from error
+
+
+def check_written(
     written: Written, goal: Goal, request: PruningRequest, settings: Settings
 ) -> tuple[float | None, bool | None]:
     """What the folder measures, and whether its GGUF file runs: see `reloaded` and `runs_in_llama_cpp`."""
+    checked = written.model_copy(update={"is_checked": True})
     try:
         found = reloaded(goal, request, written.perplexity), runs_in_llama_cpp(goal)
     except SelfPrunerError:
-        _keep(written.model_copy(update={"checked": True}), settings)
+        with suppress(SelfPrunerError):  # the folder's own trouble is to be told
+            _record(checked, settings)
         raise
-    _keep(written.model_copy(update={"checked": True}), settings)
+    _record(checked, settings)
     return found
 
 
@@ -191,7 +209,8 @@ def _facts(goal: Goal) -> str:
     return hashlib.sha256((goal.out / FACTS).read_bytes()).hexdigest()
 
 
-def _asked(goal: Goal) -> dict[str, str]:
+def _flags_of(goal: Goal) -> dict[str, str]:
+    """What decides the folder beside the search; not --force."""
     told = asdict(goal) | {"out": goal.out.absolute()}
     del told["force"]
     return {name: str(value) for name, value in told.items()}
@@ -219,7 +238,7 @@ def _finetuned(request: PruningRequest, goal: Goal, settings: Settings) -> tuple
     if exported is None:
         _forget_training(goal, pruned)
         exported = _export(request, Goal(pruned, _trained(goal), force=True))
-        replace(_kept(pruned), exported.model_dump_json() + "\n")
+        _keep(_kept(pruned), exported.model_dump_json())
     from gpu_worker.finetune.finetuning import FinetuneRequest
     from gpu_worker.finetune.judging import EvalText
     from gpu_worker.finetune.training import Limits
