@@ -7,12 +7,9 @@ from pydantic import BaseModel, ConfigDict, PositiveFloat, ValidationError
 
 from daemon.flags import TextFlags
 from daemon.settings import check_text, text_spec
-from protocol.errors import DataError, SettingsError
-from protocol.formats import KEPT_TEXT
+from protocol.errors import DataError, ModelError, SettingsError
+from protocol.formats import FACTS, KEPT_TEXT, only_for_llama_cpp
 from protocol.spec import NAMED_TEXTS, Dtype, Role, SearchSpec, TextSpec, numbered
-
-FACTS = "selfpruner.json"
-"""The file that every export has."""
 
 
 class _Perplexity(BaseModel):
@@ -28,6 +25,7 @@ class _Facts(BaseModel):
     text_numbers: dict[Role, int] | None = None
     pruned: _Perplexity | None
     fitness_digest: str | None
+    formats: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -66,17 +64,19 @@ def card_claim(folder: str, flags: TextFlags) -> CardClaim | None:
     """The claim of an exported folder where `flags` name no more than the file of its text; None for other models.
 
     The folder knows files by their names only: `flags.data` says where the file is, else it is looked for by its name.
-    Raises DataError where the text is one that nobody else has.
+    Raises ModelError for a folder that holds no more than a GGUF file, and DataError where the text is one that nobody
+    else has.
     """
     path = Path(folder) / FACTS
+    facts = _facts(path)
+    if facts is not None and facts.formats == ("gguf",):
+        raise ModelError(only_for_llama_cpp(folder))
     if flags != TextFlags(data=flags.data) or not path.is_file():
         return None
-    try:
-        facts = _Facts.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError) as error:
+    if facts is None:
         if flags.data is not None:
             return None
-        raise DataError(f"{path} does not say what {folder!r} was measured on: give --data") from error
+        raise DataError(f"{path} does not say what {folder!r} was measured on: give --data")
     spec = facts.spec
     claimed = None if facts.pruned is None else facts.pruned.perplexity
     if flags.data is None and spec.fitness.source == "self":
@@ -89,6 +89,13 @@ def card_claim(folder: str, flags: TextFlags) -> CardClaim | None:
     roles = {role: text for role, text in spec.texts.items() if numbers.get(role) == numbers.get("fitness")}
     texts = {role: _found(text, flags.data) for role, text in roles.items()}
     return CardClaim(texts, spec.seed, spec.dtype, claimed, facts.fitness_digest)
+
+
+def _facts(path: Path) -> _Facts | None:
+    try:
+        return _Facts.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError):
+        return None
 
 
 def _found(text: TextSpec, file: str | None) -> TextSpec:

@@ -25,6 +25,7 @@ from daemon.llm_settings import EndpointSettings
 from daemon.settings import Settings
 from protocol.connection import AWAY, connect
 from protocol.errors import SearchExistsError, SelfPrunerError, SettingsError, UsageError
+from protocol.locks import hold
 
 SOCKET_PATH_LIMIT = 100
 """Bytes. A unix socket's path may have 107; a server given a longer one dies at start."""
@@ -37,15 +38,11 @@ log = structlog.get_logger()
 def only_one(folder: Path) -> Iterator[None]:
     """Hold the folder of a search: a second `selfpruner run` of the same search is refused."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        handle = hold(folder / "lock")
     except OSError as error:
         raise UsageError(f"run.folder cannot be written: {error}") from error
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(handle)
-        raise SearchExistsError(f"the search {folder.name!r} is already running in {folder}") from error
+    if handle is None:
+        raise SearchExistsError(f"the search {folder.name!r} is already running in {folder}")
     try:
         yield
     finally:
@@ -53,15 +50,15 @@ def only_one(folder: Path) -> Iterator[None]:
 
 
 def is_running(folder: Path) -> bool:
-    """Whether a `selfpruner run` of the search in `folder` is alive."""
+    """Whether a `selfpruner run` of the search in `folder` is alive; False where the file system knows no locks."""
     try:
         handle = os.open(folder / "lock", os.O_RDONLY)
     except OSError:
         return False
     try:
         fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+    except OSError as error:
+        return isinstance(error, BlockingIOError)
     finally:
         os.close(handle)
     return False

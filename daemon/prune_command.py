@@ -1,6 +1,7 @@
 """`selfpruner prune`: from model to smaller model in one command: search, export, fine-tune, load again and check."""
 
 import json
+import math
 import re
 from dataclasses import replace
 from importlib.resources import as_file, files
@@ -15,7 +16,7 @@ from daemon.prune_steps import Goal
 from daemon.pruning_request import PruningRequest, request_of_search
 from daemon.run_here import run_here
 from daemon.setting_sources import load
-from daemon.settings import Settings
+from daemon.settings import SearchSettings, Settings
 from daemon.signals import Interrupted
 from daemon.summary import Summary
 from daemon.terminal import answer, need
@@ -47,6 +48,9 @@ def prune(
         str | None, typer.Option(help=f"As `finetune --data`; `{ALPACA_GPT4}` if left out.")
     ] = None,
     finetune_minutes: Annotated[float | None, typer.Option(help="Of training, at most.")] = None,
+    finetune_micro_batch: Annotated[
+        int | None, typer.Option(min=1, help="As `finetune --micro-batch`; less takes less memory.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an older export.")] = False,
     json_: flags.Json = False,
 ) -> None:
@@ -54,13 +58,16 @@ def prune(
 
     Killed or interrupted, the same command goes on where it was.
     """
-    if not finetune and (finetune_data, finetune_minutes) != (None, None):
-        raise SettingsError("--finetune-data and --finetune-minutes are of --finetune, which is missing")
+    if not finetune and (finetune_data, finetune_minutes, finetune_micro_batch) != (None, None, None):
+        raise SettingsError(
+            "--finetune-data, --finetune-minutes and --finetune-micro-batch are of --finetune, which is missing"
+        )
     tuned_on = (finetune_data or ALPACA_GPT4) if finetune else None
     formats = formats_of(format_ or ["hf"])
-    goal = Goal(expanded(out), formats, gguf_type_of(formats, gguf_type), force, tuned_on, finetune_minutes)
+    stored = gguf_type_of(formats, gguf_type)
+    goal = Goal(expanded(out), formats, stored, force, tuned_on, finetune_minutes, finetune_micro_batch)
     settings = prune_settings(model, rate, goal.out, budget, data, report_data, config, set_ or [])
-    if prune_steps.is_untold(goal, settings):
+    if prune_steps.was_written_unrecorded(goal, settings):
         goal = replace(goal, force=True)
     before = _checked(goal, settings)
     try:
@@ -69,7 +76,7 @@ def prune(
             # The search was longer this time and found better rates: what this same command wrote is replaced.
             before, goal = None, replace(goal, force=True)
         written = before or prune_steps.write(request, goal, settings)
-        reloaded, runs_in_llama_cpp = prune_steps.checked(written, goal, request, settings)
+        reloaded, runs_in_llama_cpp = prune_steps.check_written(written, goal, request, settings)
         result = PruneResult(
             search=settings.search.name,
             evaluations=sum(summary.candidates["by_outcome"].values()),
@@ -108,9 +115,11 @@ def prune_settings(
         chosen |= {"data.calibration": data, "data.fitness": data, "data.report": report_data or data}
     elif report_data is not None:
         chosen["data.report"] = report_data
-    given = [f"{name}={json.dumps(value)}" for name, value in chosen.items()] + overrides
     with as_file(files("configs") / "best.yaml") as best:
         usual = load(best, [f"target.model={json.dumps(model)}", f"target.rate={rate}"]).search.name
+        if budget is not None:
+            chosen["search.rounds"] = _rounds_for(budget, load(config or best, _given(chosen) + overrides).search)
+        given = _given(chosen) + overrides
         settings = load(config or best, given)
         is_named = "name" in settings.search.model_fields_set and (config is not None or settings.search.name != usual)
         if not is_named:
@@ -118,6 +127,17 @@ def prune_settings(
             name = f"prune-{words}-{settings.spec().fingerprint[:6]}"
             settings = load(config or best, [*given, f"search.name={json.dumps(name)}"])
     return settings
+
+
+def _given(chosen: dict[str, Any]) -> list[str]:
+    """Settings as --set takes them."""
+    return [f"{name}={json.dumps(value)}" for name, value in chosen.items()]
+
+
+def _rounds_for(budget: int, search: SearchSettings) -> int:
+    """As many rounds as `budget` evaluations need, and no fewer than there are."""
+    offspring = search.mutations + search.crossovers
+    return max(search.rounds, math.ceil((budget - search.population) / offspring)) if offspring else search.rounds
 
 
 def _checked(goal: Goal, settings: Settings) -> prune_steps.Written | None:
@@ -145,11 +165,13 @@ def _checked(goal: Goal, settings: Settings) -> prune_steps.Written | None:
     check_formats(model, goal.formats, goal.gguf_type)
     if before is None:
         prune_steps.check_disk(goal, settings, model.decoder.shape)
+        if goal.data is not None:
+            prune_steps.check_memory(goal, settings, model)
     if goal.data is not None:
         from gpu_worker.finetune.data import prepare_data, read_instructions
         from gpu_worker.target import check_length
 
-        recipe = prune_steps.recipe(goal.data, settings)
+        recipe = prune_steps.recipe(goal, settings)
         check_length(model, recipe.seqlen)
         instructions = read_instructions(goal.data, recipe) if form_of(goal.data) == "alpaca" else None
         prepare_data(goal.data, instructions, model, recipe)
@@ -165,5 +187,19 @@ def _searched(settings: Settings) -> tuple[PruningRequest, Summary]:
         raise SelfPrunerError(f"the search was stopped before its end; {GOES_ON}")
     if summary.best is None:
         raise SelfPrunerError(f"no candidate could be measured; {settings.folder}/evaluations.jsonl says why")
-    record = json.loads((settings.folder / "best.json").read_bytes())
-    return request_of_search(record), summary
+    return request_of_search(_best(settings, summary)), summary
+
+
+def _best(settings: Settings, summary: Summary) -> dict[str, Any]:
+    """What best.json holds. Raises SelfPrunerError where that is not the summary's best, as on a full disk."""
+    file = settings.folder / "best.json"
+    try:
+        record = json.loads(file.read_bytes())
+        if record["rates"] == list(summary.rates):
+            return dict(record)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SelfPrunerError(f"{file} cannot be read ({error}); the same command writes it anew") from error
+    raise SelfPrunerError(
+        f"{file} does not hold the search's best: it could not be written; make room on the disk, and the same command "
+        "goes on"
+    )

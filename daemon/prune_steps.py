@@ -2,25 +2,31 @@
 
 import hashlib
 import json
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from daemon.card_claim import FACTS
 from daemon.finetune_command import RecipeFlags, finetuned, recipe_of
 from daemon.pruning_commands import at_work
 from daemon.pruning_request import PruningRequest
 from daemon.settings import Settings
-from protocol.errors import SelfPrunerError
+from protocol.errors import ModelError, SelfPrunerError
 from protocol.files import replace
 from protocol.finetuning import Recipe
-from protocol.formats import KEPT_TEXT, Formats, GgufType
+from protocol.formats import FACTS, KEPT_TEXT, Formats, GgufType
 from protocol.results import ExportResult, FinetuneResult
 from protocol.shape import ModelShape
 from protocol.spec import TextSpec
 
+if TYPE_CHECKING:
+    from gpu_worker.models import LoadedModel
+
+BEGUN, WRITTEN = "begun.json", "written.json"
+"""In the search's folder: the flags of the call that last began to write, and what it had written."""
 FURTHEST_OFF = 0.02
 """How far, as a share, a folder's perplexity may be from what was measured in memory; widths of kernels change sums."""
 
@@ -36,6 +42,8 @@ class Goal:
     data: str | None = None
     """What it is fine-tuned on, if it is."""
     minutes: float | None = None
+    micro_batch: int | None = None
+    """None: as `finetune` takes it."""
 
 
 class Written(BaseModel):
@@ -43,12 +51,13 @@ class Written(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    asked: dict[str, str]
+    flags: dict[str, str]
+    """Of the call that wrote it."""
     facts: str
     """SHA-256 of what the folder says of itself: another search may have taken its place since."""
     exported: ExportResult
     finetuned: FinetuneResult | None
-    checked: bool = False
+    is_checked: bool = False
     """The last checks have ended, well or not: from then on --force begins anew."""
 
     @property
@@ -60,9 +69,11 @@ class Written(BaseModel):
         return None if measured is None else measured.after
 
 
-def recipe(data: str, settings: Settings) -> Recipe:
-    """How the model is fine-tuned on `data`."""
-    return recipe_of(data, RecipeFlags(), full=False, seed=settings.search.seed)
+def recipe(goal: Goal, settings: Settings) -> Recipe:
+    """How the model is fine-tuned on the goal's data."""
+    assert goal.data is not None
+    flags = RecipeFlags() if goal.micro_batch is None else RecipeFlags(micro_batch=goal.micro_batch)
+    return recipe_of(goal.data, flags, full=False, seed=settings.search.seed)
 
 
 def written_before(goal: Goal, settings: Settings) -> Written | None:
@@ -70,10 +81,10 @@ def written_before(goal: Goal, settings: Settings) -> Written | None:
 
     With --force that is what has been checked too: a command that was killed before goes on, and trains nothing twice.
     """
-    found = _told(goal, settings)
-    if found is None or (goal.force and found.checked):
+    found = _recorded(goal, settings)
+    if found is None or (goal.force and found.is_checked):
         return None
-    return found if found.asked == _asked(goal, settings) else None
+    return found if found.flags == _flags_of(goal) else None
 
 
 def holds(folder: Path, request: PruningRequest) -> bool:
@@ -84,27 +95,28 @@ def holds(folder: Path, request: PruningRequest) -> bool:
         return False
 
 
-def is_untold(goal: Goal, settings: Settings) -> bool:
-    """Whether a call like this wrote the goal's folder, and was killed before it could keep that it had."""
+def was_written_unrecorded(goal: Goal, settings: Settings) -> bool:
+    """Whether a call with the same flags wrote the goal's folder, and was killed before it could record that it had."""
     try:
+        flags = json.loads((settings.folder / BEGUN).read_bytes())
         facts = json.loads((goal.out / FACTS).read_bytes())
         best = json.loads((settings.folder / "best.json").read_bytes())
-        tunings = [each["recipe"] for each in facts["finetunings"]]
-        found = (facts["method"], facts["rates"], facts["formats"], tunings)
-        wanted = (f"search {settings.search.name}", best["rates"], list(goal.formats), _tunings(goal, settings))
+        tunings = [(each["recipe"], each["data"]) for each in facts["finetunings"]]
+        found = (flags, facts["method"], facts["rates"], facts["formats"], tunings)
+        of_search = (f"search {settings.search.name}", best["rates"], list(goal.formats), _tunings(goal, settings))
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    return found == wanted and _told(goal, settings) is None
+    return found == (_flags_of(goal), *of_search) and _recorded(goal, settings) is None
 
 
 def _tunings(goal: Goal, settings: Settings) -> list[object]:
-    return [] if goal.data is None else [recipe(goal.data, settings).model_dump(mode="json")]
+    return [] if goal.data is None else [(recipe(goal, settings).model_dump(mode="json"), Path(goal.data).name)]
 
 
-def _told(goal: Goal, settings: Settings) -> Written | None:
-    """What was kept of what stands in the goal's folder; None where nothing was, or of something else."""
+def _recorded(goal: Goal, settings: Settings) -> Written | None:
+    """What was recorded of what stands in the goal's folder; None where nothing was, or of something else."""
     try:
-        found = Written.model_validate_json((settings.folder / "written.json").read_bytes())
+        found = Written.model_validate_json((settings.folder / WRITTEN).read_bytes())
         return found if found.facts == _facts(goal) else None
     except (OSError, ValidationError):
         return None
@@ -114,14 +126,14 @@ def check_disk(goal: Goal, settings: Settings, shape: ModelShape) -> None:
     """Raise ModelError where there is too little room for what will be written at the end."""
     from gpu_worker.export import room
 
-    dtype, kept = settings.target.dtype, round((1 - settings.target.rate) * shape.decoder_parameters)
+    dtype, rate = settings.target.dtype, settings.target.rate
     if goal.data is None:
-        needed = room.export_bytes(shape, kept, goal.formats, dtype, goal.gguf_type)
-        room.check_disk(goal.out, needed, f"the export into {', '.join(goal.formats)}")
+        room.check_export_disk(goal.out, rate, shape, goal.formats, dtype, goal.gguf_type)
         return
     from gpu_worker.finetune.checkpoint import folder_beside
     from gpu_worker.finetune.memory import check_finetuning_disk
 
+    kept = room.kept_by(rate, shape)
     # What is fine-tuned lies in the search's folder all the while, which may be on another disk.
     beside = 0
     if not (_pruned(settings) / FACTS).is_file():
@@ -129,35 +141,62 @@ def check_disk(goal: Goal, settings: Settings, shape: ModelShape) -> None:
         room.check_disk(settings.folder, pruned, "the pruned model, before it is fine-tuned,")
         beside = pruned if room.device_of(settings.folder) == room.device_of(goal.out) else 0
     checkpoint = folder_beside(goal.out)
-    tuning = recipe(goal.data, settings)
+    tuning = recipe(goal, settings)
     check_finetuning_disk(shape, kept, tuning, goal.formats, dtype, checkpoint, goal.gguf_type, beside)
 
 
+def check_memory(goal: Goal, settings: Settings, bare: "LoadedModel") -> None:
+    """Raise ModelError where the memory is too small to fine-tune the pruned model; `bare` is the dense one."""
+    from gpu_worker.finetune import finetuning
+
+    spec, tuning = settings.spec(), recipe(goal, settings)
+    # A padded model is loaded with its noughts.
+    plan = None if "padded" in goal.formats else spec.uniform_plan(bare.decoder.shape)
+    longest = max(text.seqlen for text in spec.texts.values())
+    try:
+        finetuning.check_memory(bare, plan, tuning, spec.dtype, longest)
+    except ModelError as error:
+        raise ModelError(f"fine-tuning with --finetune-micro-batch {tuning.micro_batch}: {error}") from error
+
+
 def write(request: PruningRequest, goal: Goal, settings: Settings) -> Written:
-    """Prune, fine-tune where that is asked for, and write the folder."""
+    """Prune, fine-tune where that is asked for, and write the folder. Raises SelfPrunerError."""
+    _keep(settings.folder / BEGUN, json.dumps(_flags_of(goal)))
     if goal.data is None:
         exported, tuned = _export(request, goal), None
     else:
         exported, tuned = _finetuned(request, goal, settings)
-    written = Written(asked=_asked(goal, settings), facts=_facts(goal), exported=exported, finetuned=tuned)
-    _keep(written, settings)
+    written = Written(flags=_flags_of(goal), facts=_facts(goal), exported=exported, finetuned=tuned)
+    _record(written, settings)
     return written
 
 
-def _keep(written: Written, settings: Settings) -> None:
-    replace(settings.folder / "written.json", written.model_dump_json() + "\n")
+def _record(written: Written, settings: Settings) -> None:
+    _keep(settings.folder / WRITTEN, written.model_dump_json())
 
 
-def checked(
+def _keep(file: Path, text: str) -> None:
+    """Write a file for the next call. Raises SelfPrunerError."""
+    try:
+        replace(file, text + "\n")
+    except OSError as error:
+        raise SelfPrunerError(
+            f"{file} cannot be written ({error.strerror}); mend that, and the same command goes on"
+        ) from error
+
+
+def check_written(
     written: Written, goal: Goal, request: PruningRequest, settings: Settings
 ) -> tuple[float | None, bool | None]:
     """What the folder measures, and whether its GGUF file runs: see `reloaded` and `runs_in_llama_cpp`."""
+    checked = written.model_copy(update={"is_checked": True})
     try:
         found = reloaded(goal, request, written.perplexity), runs_in_llama_cpp(goal)
     except SelfPrunerError:
-        _keep(written.model_copy(update={"checked": True}), settings)
+        with suppress(SelfPrunerError):  # the folder's own trouble is to be told
+            _record(checked, settings)
         raise
-    _keep(written.model_copy(update={"checked": True}), settings)
+    _record(checked, settings)
     return found
 
 
@@ -170,8 +209,9 @@ def _facts(goal: Goal) -> str:
     return hashlib.sha256((goal.out / FACTS).read_bytes()).hexdigest()
 
 
-def _asked(goal: Goal, settings: Settings) -> dict[str, str]:
-    told = asdict(goal) | {"out": goal.out.absolute(), "evaluations": settings.search.max_evaluations}
+def _flags_of(goal: Goal) -> dict[str, str]:
+    """What decides the folder beside the search; not --force."""
+    told = asdict(goal) | {"out": goal.out.absolute()}
     del told["force"]
     return {name: str(value) for name, value in told.items()}
 
@@ -198,7 +238,7 @@ def _finetuned(request: PruningRequest, goal: Goal, settings: Settings) -> tuple
     if exported is None:
         _forget_training(goal, pruned)
         exported = _export(request, Goal(pruned, _trained(goal), force=True))
-        replace(_kept(pruned), exported.model_dump_json() + "\n")
+        _keep(_kept(pruned), exported.model_dump_json())
     from gpu_worker.finetune.finetuning import FinetuneRequest
     from gpu_worker.finetune.judging import EvalText
     from gpu_worker.finetune.training import Limits
@@ -210,7 +250,7 @@ def _finetuned(request: PruningRequest, goal: Goal, settings: Settings) -> tuple
     tuning = FinetuneRequest(
         folder=pruned,
         data=goal.data,
-        recipe=recipe(goal.data, settings),
+        recipe=recipe(goal, settings),
         out=goal.out,
         formats=goal.formats,
         gguf_type=goal.gguf_type if "gguf" in goal.formats else None,
@@ -224,10 +264,12 @@ def _finetuned(request: PruningRequest, goal: Goal, settings: Settings) -> tuple
 
 def _forget_training(goal: Goal, pruned: Path) -> None:
     """Remove the checkpoint of another model: one that this command has begun to fine-tune, and no longer wants."""
-    from gpu_worker.finetune.checkpoint import Checkpoint, folder_beside
+    from gpu_worker.finetune.checkpoint import Checkpoint, folder_beside, held
 
     if _kept(pruned).exists():
-        Checkpoint(folder_beside(goal.out.resolve()), {}).remove()
+        folder = folder_beside(goal.out.resolve())
+        with held(folder):
+            Checkpoint(folder, {}).remove()
         _kept(pruned).unlink()
 
 

@@ -4,12 +4,14 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gpu_worker.checkpoints import reading, reason
 from gpu_worker.hub import datasets_go_offline, hub_reachable
 from protocol.errors import DataError
 from protocol.spec import Role, SearchSpec, TextSpec
@@ -161,32 +163,49 @@ def _file(path: str) -> str:
         raise DataError(f"the text {path!r} is not UTF-8 text ({error.reason} at byte {error.start})") from error
 
 
-def hub_split(
-    name: str, config: str | None, split: str, otherwise: str, data_files: Mapping[str, str] | None = None
-) -> Any:
-    """A split of a data set of the hub, or of those of its files that `data_files` names by split.
+@dataclass(frozen=True)
+class HubData:
+    """A data set of the hub."""
 
-    Raises DataError with the sentence `otherwise` where it cannot be had.
-    """
-    import datasets  # half a second that no other source needs
+    repository: str
+    config: str | None
+    called: str
+    """What people call it."""
+    otherwise: str
+    """What they may do where it cannot be had."""
 
-    datasets.disable_progress_bars()
-    if not hub_reachable():
-        datasets_go_offline()
-    try:
-        return datasets.load_dataset(name, config, split=split, data_files=data_files)
-    except (OSError, ValueError) as error:
-        raise DataError(otherwise) from error
+    def split(self, split: str, data_files: Mapping[str, str] | None = None) -> Any:
+        """A split of it, or of those of its files that `data_files` names by split.
+
+        Raises DataError where it cannot be had.
+        """
+        import datasets  # half a second that no other source needs
+
+        datasets.disable_progress_bars()
+        offline = not hub_reachable()
+        if offline:
+            datasets_go_offline()
+        with reading(partial(self._cannot_load, offline), DataError):
+            return datasets.load_dataset(self.repository, self.config, split=split, data_files=data_files)
+
+    def _cannot_load(self, offline: bool, error: Exception) -> str:
+        # A DatasetGenerationError says no more than that there was another error.
+        cause = error.__cause__ if type(error).__name__ == "DatasetGenerationError" else None
+        true = cause if isinstance(cause, Exception) else error
+        if offline and isinstance(true, ConnectionError | FileNotFoundError | ValueError):
+            return f"{self.called} is not on this machine and the hub cannot be reached; {self.otherwise}"
+        return f"{self.called} cannot be loaded ({reason(true)}); {self.otherwise}"
 
 
 def _of_the_hub(name: str, split: str) -> str:
-    otherwise = f"{name} is not on this machine and the hub cannot be reached; pass a text file, or `{SELF}`"
+    otherwise = f"pass a text file, or `{SELF}`"
     if name == C4:
         kind = split.partition("[")[0]
         # Without a config's name: with one, `datasets` misses the config's other files.
-        documents = hub_split("allenai/c4", None, split, otherwise, {kind: C4_FILES[kind]})
+        documents = HubData("allenai/c4", None, name, otherwise).split(split, {kind: C4_FILES[kind]})
         return " ".join(documents["text"])  # as SparseGPT joins them
-    return "\n\n".join(hub_split("Salesforce/wikitext", "wikitext-2-raw-v1", split, otherwise)["text"])
+    wikitext = HubData("Salesforce/wikitext", "wikitext-2-raw-v1", name, otherwise)
+    return "\n\n".join(wikitext.split(split)["text"])
 
 
 def _too_short(name: str, tokens: int, roles: dict[Role, TextSpec]) -> str:

@@ -10,7 +10,7 @@ from gpu_worker.evaluate import Pruned, prune_and_measure, removed_share
 from gpu_worker.export.exporting import check_formats, export_model
 from gpu_worker.export.facts import ExportFacts, TextPerplexity
 from gpu_worker.export.folder import check_target
-from gpu_worker.export.room import check_disk, export_bytes
+from gpu_worker.export.room import check_export_disk
 from gpu_worker.models import LoadedModel
 from gpu_worker.progress import Progress, no_progress
 from protocol.candidate import Measured
@@ -91,10 +91,7 @@ def _check(model: LoadedModel, spec: SearchSpec, destination: Destination) -> No
     """Raise ModelError where a format cannot carry the model, or the disk what is about to be written."""
     formats, gguf_type = destination.formats, destination.gguf_type
     check_formats(model, formats, gguf_type)
-    shape = model.decoder.shape
-    kept = round((1 - spec.rate) * shape.decoder_parameters)
-    needed = export_bytes(shape, kept, formats, spec.dtype, gguf_type)
-    check_disk(destination.folder, needed, f"the export into {', '.join(formats)}")
+    check_export_disk(destination.folder, spec.rate, model.decoder.shape, formats, spec.dtype, gguf_type)
 
 
 def facts_of(pruned: Pruned, method: str) -> ExportFacts:

@@ -12,7 +12,6 @@ import torch
 import transformers
 
 from gpu_worker.checkpoints import check_config, load_weights, longest_positions, reading, reason
-from gpu_worker.export.folder import MARK
 from gpu_worker.families import FAMILIES, Decoder, take_apart
 from gpu_worker.gguf_files import unpacked
 from gpu_worker.hub import hub_reachable
@@ -22,6 +21,7 @@ from gpu_worker.memory import Machine, MemoryEstimate, Workload, estimate_memory
 from gpu_worker.placement import Placement, device_map, part_of, place, skeleton
 from protocol.amounts import GB
 from protocol.errors import ModelError
+from protocol.formats import FACTS, only_for_llama_cpp
 
 SMOLLM2 = "smollm2"
 WHAT_TO_PASS = f"pass a model's folder, a GGUF file, a hub name, or `{SMOLLM2}`"
@@ -180,11 +180,8 @@ def _source(name: str, dtype: str) -> str:
 
 def _no_checkpoint(name: str, folder: Path) -> str:
     found = sorted(folder.glob("*.gguf"))
-    if found and (folder / MARK).is_file():
-        return (
-            f"the folder {name!r} is a pruned export for llama.cpp, which cannot be measured here; "
-            "pass the hf or the padded export of the same model"
-        )
+    if found and (folder / FACTS).is_file():
+        return only_for_llama_cpp(name)
     if found:
         return f"the folder {name!r} holds a GGUF file and no config.json; pass the file, {str(found[0])!r}"
     return f"the folder {name!r} has no config.json, so it holds no model; {WHAT_TO_PASS}"

@@ -9,6 +9,8 @@ Format = Literal["hf", "padded", "gguf"]
 """For transformers and vLLM; for whatever loads the dense model; for llama.cpp."""
 Formats = tuple[Format, ...]
 """Of one folder; a GGUF file lies beside the files of another format, which come first."""
+FACTS = "selfpruner.json"
+"""The file that every export folder has: what it says of itself, and what an older one is known by."""
 KEPT_TEXT = "measured-text.json"
 """The file of an export that holds the tokens it was measured on, where the dense model wrote them."""
 GgufType = Literal["f16", "q8_0", "q6_k", "q5_k_m", "q5_1", "q5_0", "q4_k_m", "q4_1", "q4_0"]
@@ -35,3 +37,11 @@ def gguf_type_of(formats: Formats, given: GgufType | None) -> GgufType:
             f"--gguf-type {given} is not read here: {' and '.join(formats)} has no GGUF file; add --format gguf"
         )
     return given or "f16"
+
+
+def only_for_llama_cpp(folder: str) -> str:
+    """What is said of a `folder` that holds no more than a GGUF file, where a model is to be measured."""
+    return (
+        f"the folder {folder!r} is a pruned export for llama.cpp, which cannot be measured here; "
+        "pass the hf or the padded export of the same model"
+    )

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from datasets.exceptions import DatasetGenerationError
 from torch import Tensor
 
 from gpu_worker import corpora
@@ -146,6 +147,37 @@ def test_a_text_of_the_hub_without_a_hub_is_refused_with_what_to_pass_instead(
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
     with pytest.raises(DataError, match=f"{name} is not on this machine.*; pass a text file, or `self`"):
         load(part(name, 1), part(text, 1))
+
+
+def caused(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+@pytest.mark.parametrize("reachable", [True, False])
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (OSError("Not enough disk space. Needed: 3 GB"), "Not enough disk space. Needed: 3 GB"),
+        (
+            caused(DatasetGenerationError("An error occurred"), OSError(28, "No space left on device")),
+            "[Errno 28] No space left on device",
+        ),
+        (DatasetGenerationError("An error occurred"), "DatasetGenerationError: An error occurred"),
+    ],
+)
+def test_of_a_text_of_the_hub_the_true_reason_is_told(
+    load: Load, text: str, monkeypatch: pytest.MonkeyPatch, error: Exception, says: str, reachable: bool
+) -> None:
+    def load_dataset(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(corpora, "hub_reachable", lambda: reachable)
+    monkeypatch.setattr(corpora, "datasets_go_offline", lambda: None)
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    with pytest.raises(DataError) as refusal:
+        load(part("c4", 1), part(text, 1))
+    assert str(refusal.value) == f"c4 cannot be loaded ({says}); pass a text file, or `self`"
 
 
 @pytest.fixture

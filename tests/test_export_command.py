@@ -153,6 +153,17 @@ def export_of_self_text(target: Path, out: Path, format_: str = "hf") -> int:
     return main(["export", *model, "--out", str(out), "--format", format_, "--json"])
 
 
+@pytest.mark.parametrize("options", [[], ["--data", "TEXT"], ["--data", "TEXT", "--windows", "2"]])
+def test_a_folder_for_llama_cpp_is_refused_as_what_it_is(
+    target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str]
+) -> None:
+    assert export_of_self_text(target, tmp_path / "out", "gguf") == 0
+    given = [str(target / "data.txt") if each == "TEXT" else each for each in options]
+    assert main(["evaluate", str(tmp_path / "out"), *given]) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert "is a pruned export for llama.cpp, which cannot be measured here; pass the hf" in told
+
+
 @pytest.mark.parametrize("format_", ["hf", "padded"])
 def test_what_the_dense_model_wrote_is_kept_to_be_measured_again(
     target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], format_: str

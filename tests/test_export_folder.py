@@ -8,16 +8,17 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from gpu_worker.export.folder import MARK, ExportError, check_target, write_folder
+from gpu_worker.export.folder import ExportError, check_target, write_folder
+from protocol.formats import FACTS
 
 
 def write_one(folder: Path) -> None:
-    (folder / MARK).write_text("new")
+    (folder / FACTS).write_text("new")
 
 
 def older_export(folder: Path) -> Path:
     folder.mkdir()
-    (folder / MARK).write_text("old")
+    (folder / FACTS).write_text("old")
     (folder / "model.safetensors").write_text("old")
     return folder
 
@@ -28,7 +29,7 @@ def contents(folder: Path) -> dict[str, str]:
 
 def test_missing_parents_are_made(tmp_path: Path) -> None:
     write_folder(tmp_path / "a" / "b" / "out", write_one, force=False)
-    assert contents(tmp_path / "a" / "b" / "out") == {MARK: "new"}
+    assert contents(tmp_path / "a" / "b" / "out") == {FACTS: "new"}
 
 
 def test_the_folder_is_not_there_before_it_is_complete(tmp_path: Path) -> None:
@@ -69,13 +70,13 @@ def test_an_existing_folder_is_refused_and_left_alone(tmp_path: Path) -> None:
     older_export(tmp_path / "out")
     with pytest.raises(ExportError, match="out exists; pass another one, or --force to replace it"):
         write_folder(tmp_path / "out", write_one, force=False)
-    assert contents(tmp_path / "out") == {MARK: "old", "model.safetensors": "old"}
+    assert contents(tmp_path / "out") == {FACTS: "old", "model.safetensors": "old"}
 
 
 def test_force_replaces_an_older_export_whole(tmp_path: Path) -> None:
     older_export(tmp_path / "out")
     write_folder(tmp_path / "out", write_one, force=True)
-    assert contents(tmp_path / "out") == {MARK: "new"}
+    assert contents(tmp_path / "out") == {FACTS: "new"}
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
@@ -83,12 +84,12 @@ def test_force_keeps_the_older_export_until_the_new_one_is_complete(tmp_path: Pa
     older = older_export(tmp_path / "out")
 
     def look(folder: Path) -> None:
-        assert contents(older)[MARK] == "old"
+        assert contents(older)[FACTS] == "old"
         raise OSError(28, "No space left on device")
 
     with pytest.raises(ExportError):
         write_folder(older, look, force=True)
-    assert contents(older) == {MARK: "old", "model.safetensors": "old"}
+    assert contents(older) == {FACTS: "old", "model.safetensors": "old"}
 
 
 @pytest.mark.parametrize("force", [False, True])
@@ -106,21 +107,21 @@ def test_a_signal_between_two_renamings_brings_the_older_export_back(
     older, rename = older_export(tmp_path / "out"), Path.rename
 
     def interrupted(path: Path, target: Path) -> Path:
-        if path.parent.name.startswith(".") and (path / MARK).read_text() == "new":
+        if path.parent.name.startswith(".") and (path / FACTS).read_text() == "new":
             raise KeyboardInterrupt
         return rename(path, target)
 
     monkeypatch.setattr(Path, "rename", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write_folder(older, write_one, force=True)
-    assert contents(older)[MARK] == "old"
+    assert contents(older)[FACTS] == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_force_takes_an_empty_folder(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     write_folder(tmp_path / "out", write_one, force=True)
-    assert contents(tmp_path / "out") == {MARK: "new"}
+    assert contents(tmp_path / "out") == {FACTS: "new"}
 
 
 @pytest.mark.parametrize("force", [False, True])
@@ -146,14 +147,32 @@ def test_a_parent_that_may_not_be_written_is_one_sentence(tmp_path: Path) -> Non
         tmp_path.chmod(0o700)
 
 
+@pytest.mark.parametrize("force", [False, True])
+def test_a_parent_without_room_for_the_hidden_folder_is_told_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, force: bool
+) -> None:
+    older_export(tmp_path / "out")
+    access = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path and access(path, mode))
+    with pytest.raises(ExportError, match=r"/out cannot be written \(Permission denied\)"):
+        check_target(tmp_path / "out", force=force)
+
+
+def test_a_mount_point_is_refused_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    older_export(tmp_path / "out")
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == tmp_path / "out")
+    with pytest.raises(ExportError, match="out is a mount point, which cannot be replaced; pass a folder in it"):
+        check_target(tmp_path / "out", force=True)
+
+
 def test_others_may_read_the_files_who_may_read_the_folder(tmp_path: Path) -> None:
     def write_private(folder: Path) -> None:
         write_one(folder)
-        (folder / MARK).chmod(0o600)
+        (folder / FACTS).chmod(0o600)
 
     write_folder(tmp_path / "out", write_private, force=False)
     mode = stat.S_IMODE((tmp_path / "out").stat().st_mode)
-    assert stat.S_IMODE((tmp_path / "out" / MARK).stat().st_mode) == mode & 0o666
+    assert stat.S_IMODE((tmp_path / "out" / FACTS).stat().st_mode) == mode & 0o666
 
 
 def test_what_will_be_refused_can_be_asked_before(tmp_path: Path) -> None:
@@ -196,7 +215,7 @@ def test_what_a_killed_process_left_is_cleared_away(tmp_path: Path, writer: "sub
     check_target(tmp_path / "out", force=False)
     assert not list(tmp_path.iterdir()), "the disk that it took is free before anything begins"
     write_folder(tmp_path / "out", write_one, force=False)
-    assert [path.name for path in tmp_path.iterdir()] == ["out"] and contents(tmp_path / "out") == {MARK: "new"}
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and contents(tmp_path / "out") == {FACTS: "new"}
 
 
 def killed_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renaming: int) -> None:
@@ -228,12 +247,12 @@ def test_an_older_export_that_a_killed_process_moved_aside_is_put_back(
     assert not (tmp_path / "out").exists()
     with pytest.raises(ExportError, match="out exists; pass another one, or --force to replace it"):
         check_target(tmp_path / "out", force=False)
-    assert contents(tmp_path / "out")[MARK] == "old" and [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert contents(tmp_path / "out")[FACTS] == "old" and [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_an_older_export_whose_place_is_taken_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     older_export(tmp_path / "out")
     killed_at(tmp_path, monkeypatch, 2)
-    assert contents(tmp_path / "out") == {MARK: "new"} and len(list(tmp_path.iterdir())) > 1
+    assert contents(tmp_path / "out") == {FACTS: "new"} and len(list(tmp_path.iterdir())) > 1
     check_target(tmp_path / "out", force=True)
-    assert contents(tmp_path / "out") == {MARK: "new"} and [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert contents(tmp_path / "out") == {FACTS: "new"} and [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -12,6 +12,7 @@ import pytest
 
 from daemon.cli import main
 from gpu_worker.finetune import checkpoint as checkpoint_module
+from protocol.locks import hold
 from tests.finetunes import exported, text_in
 
 ROOT = Path(__file__).parent.parent
@@ -202,6 +203,39 @@ def test_a_file_where_checkpoints_go_is_one_sentence(
     (tmp_path / "out.checkpoint").touch()
     assert main(arguments(folder, tmp_path / "out")) == 2
     assert "the folder of checkpoints, is a file" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_second_process_that_fine_tunes_into_the_folder_is_refused(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with checkpoint_module.held(tmp_path / "out.checkpoint"):
+        assert main(arguments(folder, tmp_path / "out")) == 2
+        assert "which fine-tunes into the same --out" in capsys.readouterr().err.splitlines()[-1]
+        assert [file.name for file in (tmp_path / "out.checkpoint").iterdir()] == [checkpoint_module.LOCK]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_it_is_held_from_its_reading_to_its_removal(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock = tmp_path / "out.checkpoint" / checkpoint_module.LOCK
+    seen: list[str] = []
+
+    def noted(name: str) -> None:
+        whole = getattr(checkpoint_module.Checkpoint, name)
+
+        def look(checkpoint: checkpoint_module.Checkpoint, *given: object) -> object:
+            assert hold(lock) is None
+            seen.append(name)
+            return whole(checkpoint, *given)
+
+        monkeypatch.setattr(checkpoint_module.Checkpoint, name, look)
+
+    for name in ("read", "write", "remove"):
+        noted(name)
+    assert main(arguments(folder, tmp_path / "out")) == 0
+    assert (seen[0], seen[-1]) == ("read", "remove") and "write" in seen
+    assert not lock.parent.exists()
 
 
 def test_a_bad_line_is_named_before_the_model_is_loaded(

@@ -6,15 +6,19 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from daemon.cli import main
-from daemon.prune_command import prune_settings
-from daemon.prune_steps import Goal, check_disk
+from daemon.prune_command import _best, prune_settings
+from daemon.prune_steps import Goal, _flags_of, check_disk, recipe, was_written_unrecorded
 from daemon.signals import Interrupted
+from daemon.summary import Summary
+from gpu_worker.memory import Machine
+from protocol.errors import SelfPrunerError
 from tests.samples import SHAPE
 from tests.tiny_models import change_config, save_tiny_folder
 from tests.tiny_specs import write_text
@@ -121,23 +125,38 @@ def test_killed_in_its_last_checks_the_same_command_goes_on_there(tmp_path: Path
     assert {**again, "search_seconds": 0} == {**first, "search_seconds": 0}
     assert {file: file.stat().st_mtime_ns for file in (tmp_path / "small").iterdir()} == files
     other = subprocess.run(
-        command(*arguments(target, "--budget", "8")), cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True
+        command(*options, "--format", "padded"), cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True
     )
-    assert other.returncode == 2 and "--force to replace it" in other.stderr, "another budget is another model"
+    assert other.returncode == 2 and "--force to replace it" in other.stderr, "another format is another folder"
     finished(tmp_path, *arguments(target, "--budget", "4", "--set", "search.seed=1", "--force"))
     taken = subprocess.run(command(*options), cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
     assert taken.returncode == 2 and "--force to replace it" in taken.stderr, "another search's model stands there now"
 
 
-def test_a_longer_search_replaces_what_a_shorter_one_wrote(tmp_path: Path, target: Path) -> None:
-    def rates(rounds: int) -> list[float]:
-        finished(tmp_path, *arguments(target, "--set", f"search.rounds={rounds}"))
+def test_a_larger_budget_replaces_what_a_smaller_one_wrote(tmp_path: Path, target: Path) -> None:
+    def rates(budget: int, evaluations: int) -> list[float]:
+        answer = finished(tmp_path, *arguments(target, "--budget", str(budget)))
+        assert answer["evaluations"] == evaluations
         (best,) = tmp_path.glob("runs/*/best.json")
         written: list[float] = json.loads((tmp_path / "small" / "selfpruner.json").read_text())["rates"]
         assert written == json.loads(best.read_text())["rates"]
         return written
 
-    assert rates(0) != rates(4)
+    first = rates(4, 4)
+    longer = rates(20, 20)  # more than the config's rounds have
+    assert first != longer
+    before = when_written(tmp_path)
+    assert rates(8, 20) == longer and when_written(tmp_path) == before
+
+
+def test_rounds_that_were_asked_for_are_not_added_to(target: Path) -> None:
+    def rounds(budget: int, *overrides: str) -> int:
+        file = settings_file(target)
+        return prune_settings("m", 0.3, Path("out"), budget, None, None, file, list(overrides)).search.rounds
+
+    assert [rounds(4), rounds(16), rounds(17)] == [3, 3, 4]
+    assert rounds(17, "search.rounds=2") == 2
+    assert rounds(17, "search.mutations=0") == 3
 
 
 def killed(*_: object, **__: object) -> None:
@@ -150,11 +169,67 @@ def test_killed_before_it_could_tell_what_it_wrote_the_same_command_goes_on(
     monkeypatch.chdir(tmp_path)
     options = arguments(target, "--budget", "4")
     with monkeypatch.context() as patched:
-        patched.setattr("daemon.prune_steps._keep", killed)
+        patched.setattr("daemon.prune_steps._record", killed)
         assert main(options) == 128 + signal.SIGTERM
     assert (tmp_path / "small").exists() and not list(tmp_path.glob("runs/*/written.json"))
     assert main([*options, "--format", "padded"]) == 2, "this is another folder"
+    assert main([*options, "--finetune", "--finetune-data", str(target / "alpaca.json")]) == 2, "and this"
     assert main(options) == 0
+
+
+def test_only_a_call_with_the_same_flags_goes_on_with_what_was_not_recorded(target: Path, tmp_path: Path) -> None:
+    runs = f"run.folder={tmp_path}"
+    settings = prune_settings("m", 0.3, tmp_path / "small", 8, None, None, settings_file(target), [runs])
+    goal = Goal(tmp_path / "small", ("hf", "gguf"), "q8_0", data="a/alpaca.json")
+    tuning = {"recipe": recipe(goal, settings).model_dump(mode="json"), "data": "alpaca.json"}
+    method = f"search {settings.search.name}"
+    facts = {"method": method, "rates": [0.3], "formats": ["hf", "gguf"], "finetunings": [tuning]}
+    goal.out.mkdir()
+    settings.folder.mkdir(parents=True)
+    (goal.out / "selfpruner.json").write_text(json.dumps(facts))
+    (settings.folder / "best.json").write_text('{"rates": [0.3]}')
+    assert not was_written_unrecorded(goal, settings), "nobody began to write it"
+    (settings.folder / "begun.json").write_text(json.dumps(_flags_of(goal)))
+    assert was_written_unrecorded(goal, settings)
+    for change in ({"gguf_type": "f16"}, {"data": "b/alpaca.json"}, {"minutes": 1.0}, {"micro_batch": 1}):
+        assert not was_written_unrecorded(replace(goal, **change), settings)  # type: ignore[arg-type]
+    (goal.out / "selfpruner.json").write_text(json.dumps(facts | {"finetunings": [tuning | {"data": "b.json"}]}))
+    assert not was_written_unrecorded(goal, settings)
+
+
+def test_a_disk_that_fills_beside_the_folder_is_one_sentence(
+    tmp_path: Path, target: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = arguments(target, "--budget", "4")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("daemon.prune_steps.replace", full)
+        assert main(options) == 1
+    told = capfd.readouterr().err.splitlines()[-1]
+    assert "cannot be written (No space left on device); mend that, and the same command goes on" in told
+    assert main(options) == 0
+
+
+def test_a_best_that_is_old_or_cannot_be_read_is_not_pruned_by(target: Path, tmp_path: Path) -> None:
+    runs = f"run.folder={tmp_path}"
+    settings = prune_settings("m", 0.3, Path("small"), 8, None, None, settings_file(target), [runs])
+    settings.folder.mkdir()
+    summary = Summary.model_construct(rates=(0.25, 0.35))
+    best = settings.folder / "best.json"
+    with pytest.raises(SelfPrunerError, match=r"best\.json cannot be read \(.*No such file"):
+        _best(settings, summary)
+    best.write_text("[]")
+    with pytest.raises(SelfPrunerError, match=r"best\.json cannot be read"):
+        _best(settings, summary)
+    best.write_text('{"rates": [0.3, 0.3]}')
+    with pytest.raises(SelfPrunerError, match=r"best\.json does not hold the search's best"):
+        _best(settings, summary)
+    best.write_text('{"rates": [0.25, 0.35]}')
+    assert _best(settings, summary) == {"rates": [0.25, 0.35]}
 
 
 def test_a_longer_search_begins_its_training_anew(
@@ -327,6 +402,27 @@ def test_a_disk_that_is_too_small_is_told_before_the_search(
     assert main(arguments(target, *options)) == 2
     assert sentence in capsys.readouterr().err.splitlines()[-1]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_memory_that_is_too_small_to_fine_tune_is_told_before_the_search(
+    target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    machine = Machine(gpus=(), main=12 * 2**20)
+    monkeypatch.setattr("gpu_worker.finetune.finetuning.this_machine", lambda: machine)
+    tuning = ["--finetune", "--finetune-data", str(target / "alpaca.json"), "--finetune-micro-batch"]
+    assert main(arguments(target, *tuning, "64")) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert "fine-tuning with --finetune-micro-batch 64: the model is too large for this machine" in told
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr("daemon.prune_command._searched", killed)
+    assert main(arguments(target, *tuning, "1")) == 128 + signal.SIGTERM
+
+
+def test_the_micro_batch_is_that_of_the_recipe(target: Path) -> None:
+    settings = prune_settings("m", 0.3, Path("small"), 8, None, None, settings_file(target), [])
+    goal = Goal(Path("small"), ("hf",), data="alpaca.json", micro_batch=3)
+    assert recipe(goal, settings).micro_batch == 3
 
 
 def test_an_output_that_is_taken_is_refused_before_the_search(

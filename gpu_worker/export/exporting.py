@@ -7,7 +7,7 @@ from torch import Tensor
 from gpu_worker.export.card import render_card
 from gpu_worker.export.checkpoint import write_json
 from gpu_worker.export.facts import ExportFacts, version_of_selfpruner, without_places
-from gpu_worker.export.folder import MARK, write_folder
+from gpu_worker.export.folder import write_folder
 from gpu_worker.export.gguf import check_gguf, write_gguf
 from gpu_worker.export.hf import write_hf
 from gpu_worker.export.kept_text import keep_text
@@ -20,7 +20,7 @@ from gpu_worker.models import LoadedModel
 from gpu_worker.progress import Progress, no_progress
 from protocol.amounts import gigabytes
 from protocol.errors import ModelError
-from protocol.formats import Format, Formats, GgufType
+from protocol.formats import FACTS, Format, Formats, GgufType
 from protocol.plan import Plan
 from protocol.results import GgufPerplexity
 
@@ -81,7 +81,7 @@ def fill(
     if kept_text is not None and formats != ("gguf",):
         keep_text(kept_text, folder)
     (folder / "README.md").write_text(render_card(facts, formats, name=name, gguf=gguf), encoding="utf-8")
-    write_json(folder / MARK, _marked(facts, formats))
+    write_json(folder / FACTS, _marked(facts, formats))
     return found
 
 

@@ -1,7 +1,6 @@
 """An export folder that appears whole or not at all, and never takes the place of anything but an older export."""
 
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -13,10 +12,9 @@ from typing import get_args
 from safetensors import SafetensorError
 
 from protocol.errors import ModelError, UsageError
-from protocol.formats import Format, Formats
+from protocol.formats import FACTS, Format, Formats
+from protocol.locks import hold
 
-MARK = "selfpruner.json"
-"""The file that every export folder has, and by which an older one is known."""
 UNFINISHED, OLDER = "unfinished", "older"
 """What lies beside a folder while it is written: its new content, and what was there before."""
 LOCK = "lock"
@@ -28,11 +26,11 @@ class ExportError(UsageError):
 
 def formats_in(folder: Path) -> Formats:
     """The formats of an exported folder, by what it says of itself. Raises ModelError where it is none."""
-    mark = folder / MARK
+    mark = folder / FACTS
     if not folder.is_dir():
         raise ModelError(f"there is no folder {str(folder)!r}; pass one that `selfpruner export` wrote")
     if not mark.is_file():
-        raise ModelError(f"{str(folder)!r} is no folder that `selfpruner export` wrote: it has no {MARK}")
+        raise ModelError(f"{str(folder)!r} is no folder that `selfpruner export` wrote: it has no {FACTS}")
     try:
         written = json.loads(mark.read_bytes())
         found = tuple(written["formats"] if "formats" in written else [written["format"]])
@@ -89,19 +87,21 @@ def _writing(target: Path) -> Iterator[None]:
 
 
 def _check_free(target: Path, *, force: bool) -> None:
+    _check_parent(target)
     if not target.exists():
-        _check_parent(target)
         return
+    if target.is_mount():
+        raise ExportError(f"the folder {target} is a mount point, which cannot be replaced; pass a folder in it")
     if not target.is_dir():
         raise ExportError(f"{target} is a file; pass a folder that is not there yet")
-    if any(target.iterdir()) and not (target / MARK).is_file():
+    if any(target.iterdir()) and not (target / FACTS).is_file():
         raise ExportError(f"the folder {target} exists and is no export of Self-Pruner; pass another name")
     if not force:
         raise ExportError(f"the folder {target} exists; pass another one, or --force to replace it")
 
 
 def _check_parent(target: Path) -> None:
-    """Raise ExportError unless `target` can be made below the nearest folder that is there."""
+    """Raise ExportError unless `target`, and what is hidden beside it, can be made in the nearest folder there is."""
     nearest = next(parent for parent in target.parents if parent.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         code = errno.EACCES if nearest.is_dir() else errno.ENOTDIR
@@ -122,7 +122,9 @@ def _held(target: Path) -> Iterator[Path]:
     """
     unfinished = _beside(target, UNFINISHED)
     lock = unfinished / LOCK
-    handle = _locked(lock, target)
+    handle = hold(lock)  # a file, for NFS locks no folders
+    if handle is None:
+        raise ExportError(f"the folder {target} is being written by another process")
     try:
         _clear(unfinished)
         _settle(target, unfinished)
@@ -134,30 +136,6 @@ def _held(target: Path) -> Iterator[Path]:
         os.close(handle)
         with suppress(OSError):
             unfinished.rmdir()
-
-
-def _locked(lock: Path, target: Path) -> int:
-    """The handle of the lock, which is made with its folder; a file, for NFS locks no folders."""
-    while True:
-        with suppress(FileExistsError):
-            lock.parent.mkdir()
-        try:
-            handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
-        except FileNotFoundError:  # its owner ended just now
-            continue
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(handle), lock.stat()):
-                return handle
-        except BlockingIOError as error:
-            os.close(handle)
-            raise ExportError(f"the folder {target} is being written by another process") from error
-        except FileNotFoundError:
-            pass
-        except OSError:
-            os.close(handle)
-            raise
-        os.close(handle)  # of a lock that its owner has removed
 
 
 def _clear(unfinished: Path) -> None:

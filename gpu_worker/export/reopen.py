@@ -8,12 +8,12 @@ import torch
 from pydantic import ValidationError
 
 from gpu_worker.export.facts import ExportFacts
-from gpu_worker.export.folder import MARK, formats_in
+from gpu_worker.export.folder import formats_in
 from gpu_worker.importance import LayerImportance
 from gpu_worker.models import LoadedModel
 from gpu_worker.pruning import OrderedModel
 from protocol.errors import ModelError
-from protocol.formats import KEPT_TEXT, Format, Formats
+from protocol.formats import FACTS, KEPT_TEXT, Format, Formats
 from protocol.plan import Plan
 from protocol.shape import LayerShape
 
@@ -41,7 +41,7 @@ class Exported:
 
 def read_exported(folder: Path) -> Exported:
     """What the folder says of itself. Raises ModelError where it is no export, or one that cannot be loaded again."""
-    file = folder / MARK
+    file = folder / FACTS
     formats = formats_in(folder)
     try:
         written = json.loads(file.read_bytes())
@@ -65,14 +65,15 @@ def as_it_was_pruned(model: LoadedModel, exported: Exported) -> None:
     The decoder's shape stays that of the model as it was loaded. Raises ModelError for the model of another plan.
     """
     plan = exported.facts.plan
-    wanted = exported.facts.shape.layers if exported.format == "padded" else _sizes(plan)
+    wanted = exported.facts.shape.layers if exported.format == "padded" else sizes_of(plan)
     if model.decoder.shape.layers != wanted:
-        raise ModelError(f"the weights in {exported.folder} have other sizes than its {MARK} says")
+        raise ModelError(f"the weights in {exported.folder} have other sizes than its {FACTS} says")
     if exported.format == "padded":
         _cut(model, plan)
 
 
-def _sizes(plan: Plan) -> tuple[LayerShape, ...]:
+def sizes_of(plan: Plan) -> tuple[LayerShape, ...]:
+    """The sizes of a model that is pruned to `plan`, layer by layer."""
     return tuple(
         LayerShape(query_heads=kept.query_heads, kv_heads=kept.kv_heads, mlp_channels=kept.mlp_channels)
         for kept in plan.layers

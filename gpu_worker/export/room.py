@@ -33,6 +33,19 @@ def export_bytes(shape: ModelShape, kept: int, formats: Formats, dtype: Dtype, g
     return sum(sizes[fmt] for fmt in formats)
 
 
+def kept_by(rate: float, shape: ModelShape) -> int:
+    """How many parameters of the decoder of this shape stay at this pruning rate."""
+    return round((1 - rate) * shape.decoder_parameters)
+
+
+def check_export_disk(
+    folder: Path, rate: float, shape: ModelShape, formats: Formats, dtype: Dtype, gguf_type: GgufType = "f16"
+) -> None:
+    """Raise ModelError where the disk of `folder` has too little room for a model of this shape, pruned by `rate`."""
+    needed = export_bytes(shape, kept_by(rate, shape), formats, dtype, gguf_type)
+    check_disk(folder, needed, f"the export into {', '.join(formats)}")
+
+
 def check_disk(folder: Path, needed: int, what: str, freed: int = 0) -> None:
     """Raise ModelError where the disk that `folder` is (or will be) on has less than `needed` bytes free.
 

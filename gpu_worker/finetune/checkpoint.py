@@ -5,7 +5,8 @@ seed and the step, so that they need not be kept.
 """
 
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
@@ -17,9 +18,11 @@ from torch import Tensor
 from gpu_worker.export.folder import ExportError
 from protocol.errors import SettingsError
 from protocol.finetuning import LossPoint
+from protocol.locks import hold
 from protocol.signals import held_back
 
 FILE = "checkpoint.pt"
+LOCK = "lock"
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,28 @@ class State:
 def folder_beside(out: Path) -> Path:
     """Where the checkpoint of an output is."""
     return out.with_name(f"{out.name}.checkpoint")
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Hold a folder of checkpoints, which goes afterwards where nothing is in it.
+
+    Raises ExportError where another process holds it, or where it cannot be made.
+    """
+    try:
+        handle = hold(folder / LOCK)
+    except OSError as error:
+        raise ExportError(f"the checkpoint in {folder} cannot be written ({error.strerror})") from error
+    if handle is None:
+        raise ExportError(f"{folder} is held by another process, which fine-tunes into the same --out")
+    try:
+        yield
+    finally:
+        # The lock goes last: whoever comes then finds nothing of ours that is half done.
+        (folder / LOCK).unlink(missing_ok=True)
+        os.close(handle)
+        with suppress(OSError):
+            folder.rmdir()
 
 
 class Checkpoint:
@@ -96,8 +121,6 @@ class Checkpoint:
             raise ExportError(f"the checkpoint in {self.folder} cannot be written ({reason})") from error
 
     def remove(self) -> None:
-        """Remove what was kept, and the folder if nobody else has put something there: the output is there."""
+        """Remove what was kept: the output is there."""
         for name in (FILE, f".{FILE}"):
             (self.folder / name).unlink(missing_ok=True)
-        with suppress(OSError):
-            self.folder.rmdir()

@@ -11,7 +11,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-from gpu_worker.corpora import hub_split, load_roles
+from gpu_worker.corpora import HubData, load_roles
 from gpu_worker.models import LoadedModel
 from protocol.errors import DataError
 from protocol.finetuning import ALPACA_GPT4, HUB_EXAMPLES, Form, Recipe, form_of
@@ -139,13 +139,8 @@ def _picked(there: int, wanted: int, seed: int) -> list[int]:
 
 
 def _of_the_hub() -> tuple[Instruction, ...]:
-    rows = hub_split(
-        ALPACA_ON_THE_HUB,
-        None,
-        "train",
-        f"{ALPACA_GPT4} is not on this machine and the hub cannot be reached; pass a file with --data: "
-        "JSON or JSONL in Alpaca's form, or a text",
-    )
+    otherwise = "pass a file with --data: JSON or JSONL in Alpaca's form, or a text"
+    rows = HubData(ALPACA_ON_THE_HUB, None, ALPACA_GPT4, otherwise).split("train")
     return tuple(_instruction(row, f"row {i} of {ALPACA_ON_THE_HUB}") for i, row in enumerate(rows, start=1))
 
 

@@ -1,15 +1,17 @@
 """`selfpruner finetune`: load an exported folder, train, merge, measure, write it again."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+import torch
 
 from gpu_worker.corpora import windows_digest
 from gpu_worker.export.exporting import check_formats
 from gpu_worker.export.facts import ExportFacts, TextPerplexity, without_places
 from gpu_worker.export.folder import check_target
-from gpu_worker.export.reopen import Exported, as_it_was_pruned, read_exported
-from gpu_worker.finetune.checkpoint import Checkpoint, State, folder_beside
+from gpu_worker.export.reopen import Exported, as_it_was_pruned, read_exported, sizes_of
+from gpu_worker.finetune.checkpoint import Checkpoint, State, folder_beside, held
 from gpu_worker.finetune.data import TrainingData, prepare_data, read_instructions
 from gpu_worker.finetune.judging import EvalText, Judged, compared, measure, numbers_of, texts_asked, texts_to_judge
 from gpu_worker.finetune.memory import Training, check_finetuning_disk
@@ -17,13 +19,15 @@ from gpu_worker.finetune.output import Output, write_output
 from gpu_worker.finetune.trained import trained
 from gpu_worker.finetune.training import Limits, mean_losses, steps_of, train
 from gpu_worker.identity import folder_identity
-from gpu_worker.memory import Workload
+from gpu_worker.memory import Workload, estimate_memory, this_machine
 from gpu_worker.models import LoadedModel, load_model
+from gpu_worker.placement import place
 from gpu_worker.progress import Progress, no_progress
 from gpu_worker.target import check_length
 from protocol.errors import SettingsError
 from protocol.finetuning import Finetuning, Perplexities, Recipe, form_of
 from protocol.formats import Formats, GgufType, gguf_type_of
+from protocol.plan import Plan
 from protocol.results import FinetuneResult
 from protocol.spec import Dtype, Role
 
@@ -60,7 +64,7 @@ def finetune_once(request: FinetuneRequest, progress: Progress = no_progress) ->
     """Fine-tune an exported folder and write it anew: whole, or not at all. Goes on from a checkpoint beside `out`.
 
     Raises UsageError for a folder, data or text that cannot be had, an output that cannot be written, too little memory
-    or disk, and a checkpoint of something else; NotFiniteError where the loss is no number.
+    or disk, a checkpoint of something else or that another process is at; NotFiniteError where the loss is no number.
     """
     out = request.out.expanduser().resolve()
     check_target(out, force=request.force)
@@ -70,24 +74,25 @@ def finetune_once(request: FinetuneRequest, progress: Progress = no_progress) ->
     instructions = read_instructions(request.data, recipe) if form_of(request.data) == "alpaca" else None
     stays = exported.facts.parameters.decoder_after
     check_finetuning_disk(exported.facts.shape, stays, recipe, formats, dtype, folder_beside(out), gguf_type)
-    model = _load(request, exported, dtype, progress)
-    check_formats(model, formats, gguf_type)
-    data = prepare_data(request.data, instructions, model, recipe)
-    judged = texts_to_judge(exported, model, request.asked)
-    checkpoint = Checkpoint(folder_beside(out), _decisive(request, recipe, data, dtype))
-    start = checkpoint.read() or State([], {})
-    before = measure(model, judged, progress, "measuring before")
-    with trained(model, recipe) as parameters:
-        state = train(model, parameters, data, recipe, request.limits, checkpoint, start, progress)
-        count = parameters.count
-    after = measure(model, judged, progress, "measuring after")
-    tuned = _told(recipe, data, state, count, compared(judged, before, after))
-    facts = _facts(exported.facts, tuned, judged, dtype)
-    kept = next((text.windows for text in judged.values() if text.kept), None)
-    shown = next((text.windows for text in judged.values()), None)
-    output = Output(out, formats, gguf_type, request.force, kept, shown)
-    files, gguf = write_output(model, facts, output, state, progress)
-    checkpoint.remove()
+    with held(folder_beside(out)):
+        model = _load(request, exported, dtype, progress)
+        check_formats(model, formats, gguf_type)
+        data = prepare_data(request.data, instructions, model, recipe)
+        judged = texts_to_judge(exported, model, request.asked)
+        checkpoint = Checkpoint(folder_beside(out), _decisive(request, recipe, data, dtype))
+        start = checkpoint.read() or State([], {})
+        before = measure(model, judged, progress, "measuring before")
+        with trained(model, recipe) as parameters:
+            state = train(model, parameters, data, recipe, request.limits, checkpoint, start, progress)
+            count = parameters.count
+        after = measure(model, judged, progress, "measuring after")
+        tuned = _told(recipe, data, state, count, compared(judged, before, after))
+        facts = _facts(exported.facts, tuned, judged, dtype)
+        kept = next((text.windows for text in judged.values() if text.kept), None)
+        shown = next((text.windows for text in judged.values()), None)
+        output = Output(out, formats, gguf_type, request.force, kept, shown)
+        files, gguf = write_output(model, facts, output, state, progress)
+        checkpoint.remove()
     return FinetuneResult(
         folder=out,
         formats=formats,
@@ -100,6 +105,19 @@ def finetune_once(request: FinetuneRequest, progress: Progress = no_progress) ->
         seconds=state.seconds,
         gguf=gguf,
     )
+
+
+def check_memory(bare: LoadedModel, plan: Plan | None, recipe: Recipe, dtype: Dtype, longest: int) -> None:
+    """Raise ModelError where this machine has too little memory to fine-tune `bare`, pruned to `plan` if it is.
+
+    `bare` has no weights yet; `longest` is the tokens of the longest window that will be measured.
+    """
+    shape = bare.decoder.shape
+    pruned = shape if plan is None else shape.model_copy(update={"layers": sizes_of(plan)})
+    workload = Workload(max(recipe.seqlen, longest), training=Training(recipe))
+    machine = this_machine()
+    decoder = replace(bare.decoder, shape=pruned)
+    place(estimate_memory(decoder, getattr(torch, dtype), workload, machine.device), machine)
 
 
 def _dtype(request: FinetuneRequest, exported: Exported) -> Dtype:
