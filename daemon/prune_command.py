@@ -24,7 +24,7 @@ from protocol.errors import SelfPrunerError, SettingsError
 from protocol.finetuning import ALPACA_GPT4, form_of
 from protocol.formats import formats_of, gguf_type_of
 from protocol.paths import expanded
-from protocol.results import PruneResult
+from protocol.results import PruneResult, Searched
 
 LONGEST_NAME = 48
 """Letters of the folder's name in the search's."""
@@ -75,14 +75,20 @@ def prune(
         if before is not None and not prune_steps.holds(goal.out, request):
             # The search was longer this time and found better rates: what this same command wrote is replaced.
             before, goal = None, replace(goal, force=True)
-        written = before or prune_steps.write(request, goal, settings)
+        searched = Searched(
+            evaluations=sum(summary.candidates["by_outcome"].values()),
+            seconds=summary.seconds,
+            uniform_perplexity=summary.uniform.perplexity,
+            uniform_report_perplexity=summary.uniform.report_perplexity,
+        )
+        written = before or prune_steps.write(request, goal, settings, searched)
         reloaded, runs_in_llama_cpp = prune_steps.check_written(written, goal, request, settings)
         result = PruneResult(
             search=settings.search.name,
-            evaluations=sum(summary.candidates["by_outcome"].values()),
-            search_seconds=summary.seconds,
-            uniform_perplexity=summary.uniform.perplexity,
-            uniform_report_perplexity=summary.uniform.report_perplexity,
+            evaluations=searched.evaluations,
+            search_seconds=searched.seconds,
+            uniform_perplexity=searched.uniform_perplexity,
+            uniform_report_perplexity=searched.uniform_report_perplexity,
             uniform_kl=summary.uniform.kl,
             uniform_parameters=summary.uniform.parameters,
             dense_report_perplexity=summary.dense.report_perplexity,
@@ -91,6 +97,7 @@ def prune(
             reloaded=reloaded,
             runs_in_llama_cpp=runs_in_llama_cpp,
         )
+        prune_steps.report(result, goal)
     except Interrupted as end:
         end.left = GOES_ON
         raise
@@ -187,15 +194,15 @@ def _searched(settings: Settings) -> tuple[PruningRequest, Summary]:
         raise SelfPrunerError(f"the search was stopped before its end; {GOES_ON}")
     if summary.best is None:
         raise SelfPrunerError(f"no candidate could be measured; {settings.folder}/evaluations.jsonl says why")
-    return request_of_search(_best(settings, summary)), summary
+    return request_of_search(_best(settings, summary.rates)), summary
 
 
-def _best(settings: Settings, summary: Summary) -> dict[str, Any]:
-    """What best.json holds. Raises SelfPrunerError where that is not the summary's best, as on a full disk."""
+def _best(settings: Settings, rates: tuple[float, ...]) -> dict[str, Any]:
+    """What best.json holds. Raises SelfPrunerError where it is not of the best `rates`, as on a full disk."""
     file = settings.folder / "best.json"
     try:
         record = json.loads(file.read_bytes())
-        if record["rates"] == list(summary.rates):
+        if record["rates"] == list(rates):
             return dict(record)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SelfPrunerError(f"{file} cannot be read ({error}); the same command writes it anew") from error

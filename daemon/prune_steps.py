@@ -18,7 +18,7 @@ from protocol.errors import ModelError, SelfPrunerError
 from protocol.files import replace
 from protocol.finetuning import Recipe
 from protocol.formats import FACTS, KEPT_TEXT, Formats, GgufType
-from protocol.results import ExportResult, FinetuneResult
+from protocol.results import ExportResult, FinetuneResult, PruneResult, Searched
 from protocol.shape import ModelShape
 from protocol.spec import TextSpec
 
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 BEGUN, WRITTEN = "begun.json", "written.json"
 """In the search's folder: the flags of the call that last began to write, and what it had written."""
+REPORT = "prune.json"
+"""In the folder: what --json prints."""
 FURTHEST_OFF = 0.02
 """How far, as a share, a folder's perplexity may be from what was measured in memory; widths of kernels change sums."""
 
@@ -159,13 +161,13 @@ def check_memory(goal: Goal, settings: Settings, bare: "LoadedModel") -> None:
         raise ModelError(f"fine-tuning with --finetune-micro-batch {tuning.micro_batch}: {error}") from error
 
 
-def write(request: PruningRequest, goal: Goal, settings: Settings) -> Written:
+def write(request: PruningRequest, goal: Goal, settings: Settings, searched: Searched) -> Written:
     """Prune, fine-tune where that is asked for, and write the folder. Raises SelfPrunerError."""
     _keep(settings.folder / BEGUN, json.dumps(_flags_of(goal)))
     if goal.data is None:
-        exported, tuned = _export(request, goal), None
+        exported, tuned = _export(request, goal, searched), None
     else:
-        exported, tuned = _finetuned(request, goal, settings)
+        exported, tuned = _finetuned(request, goal, settings, searched)
     written = Written(flags=_flags_of(goal), facts=_facts(goal), exported=exported, finetuned=tuned)
     _record(written, settings)
     return written
@@ -200,6 +202,22 @@ def check_written(
     return found
 
 
+def report(result: PruneResult, goal: Goal) -> None:
+    """Write all that is known into the folder, where it is not there yet. Raises SelfPrunerError.
+
+    Models and folders are called by their names: where they lie is nobody's business.
+    """
+    file = goal.out / REPORT
+    if file.exists():  # of the same folder, from an earlier call; who fine-tunes it may be reading it
+        return
+    told = result.model_dump(mode="json")
+    base = json.loads((goal.out / FACTS).read_bytes())["base_model"]
+    for part in (told["exported"], told["finetuned"]):
+        if part is not None:
+            part |= {"folder": Path(part["folder"]).name, "model": base}
+    _keep(file, json.dumps(told, indent=2, ensure_ascii=False))
+
+
 def _trained(goal: Goal) -> Formats:
     """The formats in which a model can be fine-tuned."""
     return tuple(fmt for fmt in goal.formats if fmt != "gguf")
@@ -216,7 +234,7 @@ def _flags_of(goal: Goal) -> dict[str, str]:
     return {name: str(value) for name, value in told.items()}
 
 
-def _export(request: PruningRequest, goal: Goal) -> ExportResult:
+def _export(request: PruningRequest, goal: Goal, searched: Searched) -> ExportResult:
     with at_work(request.spec.model) as progress:
         from gpu_worker.exporter import Destination, export_once
 
@@ -226,18 +244,21 @@ def _export(request: PruningRequest, goal: Goal) -> ExportResult:
             Destination(goal.out, goal.formats, goal.gguf_type, goal.force),
             shape=request.shape,
             method=request.method,
+            searched=searched,
             progress=progress,
         )
 
 
-def _finetuned(request: PruningRequest, goal: Goal, settings: Settings) -> tuple[ExportResult, FinetuneResult]:
+def _finetuned(
+    request: PruningRequest, goal: Goal, settings: Settings, searched: Searched
+) -> tuple[ExportResult, FinetuneResult]:
     """Export into the search's folder, where a second start finds it, and from there fine-tune into the goal."""
     assert goal.data is not None
     pruned = _pruned(settings)
     exported = _exported_before(request, pruned)
     if exported is None:
         _forget_training(goal, pruned)
-        exported = _export(request, Goal(pruned, _trained(goal), force=True))
+        exported = _export(request, Goal(pruned, _trained(goal), force=True), searched)
         _keep(_kept(pruned), exported.model_dump_json())
     from gpu_worker.finetune.finetuning import FinetuneRequest
     from gpu_worker.finetune.judging import EvalText

@@ -16,7 +16,7 @@ from gpu_worker.progress import Progress, no_progress
 from protocol.candidate import Measured
 from protocol.card import DensePerplexity
 from protocol.formats import Formats, GgufType
-from protocol.results import ExportResult
+from protocol.results import ExportResult, Searched
 from protocol.shape import ModelShape
 from protocol.spec import SearchSpec
 
@@ -38,6 +38,7 @@ def export_once(
     *,
     shape: ModelShape | None = None,
     method: str = "rates",
+    searched: Searched | None = None,
     progress: Progress = no_progress,
 ) -> ExportResult:
     """Prune by rates, or by those of an allocation, measure, and write the folder: whole, or not at all.
@@ -58,7 +59,7 @@ def export_once(
     gguf = export_model(
         target.model,
         pruned.plan,
-        facts_of(pruned, method),
+        facts_of(pruned, method, searched),
         destination.formats,
         destination.folder,
         force=destination.force,
@@ -94,7 +95,7 @@ def _check(model: LoadedModel, spec: SearchSpec, destination: Destination) -> No
     check_export_disk(destination.folder, spec.rate, model.decoder.shape, formats, spec.dtype, gguf_type)
 
 
-def facts_of(pruned: Pruned, method: str) -> ExportFacts:
+def facts_of(pruned: Pruned, method: str, searched: Searched | None = None) -> ExportFacts:
     """What the card says of a pruned target."""
     session = pruned.session
     card, texts = session.card, session.target.texts
@@ -112,6 +113,7 @@ def facts_of(pruned: Pruned, method: str) -> ExportFacts:
         pruned_report=_figure(pruned.report),
         fitness_digest=windows_digest(texts.fitness),
         report_digest=None if texts.report is None else windows_digest(texts.report),
+        searched=searched,
         begins_with_bos=session.target.model.window_start is not None,
     )
 

@@ -73,6 +73,17 @@ class GgufPerplexity(BaseModel):
     """Predicted ones."""
 
 
+class Searched(BaseModel):
+    """What a search took, and what it is compared with, on the texts of what it found."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    evaluations: int
+    seconds: float
+    uniform_perplexity: float | None
+    uniform_report_perplexity: float | None
+
+
 class ExportResult(BaseModel):
     """What was written."""
 

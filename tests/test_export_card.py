@@ -9,6 +9,7 @@ from pydantic import ValidationError
 from gpu_worker.export.card import render_card
 from gpu_worker.export.facts import ExportFacts, TextPerplexity, version_of_selfpruner, without_places
 from protocol.formats import Format, Formats
+from protocol.results import Searched
 from tests.exports import UNEVEN, export, facts_of, pruned
 from tests.tiny_models import tiny_model
 
@@ -115,6 +116,15 @@ def test_the_command_that_measures_again_is_told(source: str, command: str) -> N
 
 def test_what_was_not_measured_is_said() -> None:
     assert section(card(dense=None, pruned=None), "Perplexity") == "The perplexity was not measured."
+
+
+def test_a_search_is_told_with_what_it_is_compared_with() -> None:
+    text = card(
+        searched=Searched(evaluations=1200, seconds=60.4, uniform_perplexity=30.5, uniform_report_perplexity=None)
+    )
+    assert "| dense | pruned uniformly | pruned |" in text and "| 12.35 | 30.5 | 23.46 |" in text
+    assert "1,200 evaluations in 60 s\n- Granularity" in text
+    assert "uniformly" not in card()
 
 
 def test_how_it_was_pruned_is_told() -> None:

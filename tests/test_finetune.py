@@ -20,6 +20,7 @@ from gpu_worker.placement import place
 from protocol.errors import DataError, ModelError, SettingsError, UsageError
 from protocol.finetuning import Recipe
 from protocol.formats import Format
+from protocol.results import Searched
 from tests.exports import UNEVEN, export, loaded_elsewhere, pruned
 from tests.finetunes import QUICK, exported, finetuned, logits_in, weights_in
 from tests.tiny_models import tiny_model, tiny_windows
@@ -161,11 +162,15 @@ def test_a_report_text_is_measured_too_and_the_dense_figure_stays_on_equal_token
     facts = read_exported(tmp_path / "out").facts
     assert facts.pruned_report is not None and facts.pruned_report.perplexity == told.after
     assert facts.spec.report == told.text and facts.dense_report is None and facts.report_digest is not None
-    mark.write_text(json.dumps(json.loads(mark.read_text()) | {"dense_report": {"perplexity": 7.5, "tokens": 93}}))
+    searched = Searched(evaluations=9, seconds=1.0, uniform_perplexity=8.5, uniform_report_perplexity=9.5)
+    more = {"dense_report": {"perplexity": 7.5, "tokens": 93}, "searched": searched.model_dump()}
+    mark.write_text(json.dumps(json.loads(mark.read_text()) | more))
     finetuned(tmp_path / "out", tmp_path / "again", report_text=report)
     finetuned(tmp_path / "out", tmp_path / "others", report_text=EvalText(text, 2, 32))
     again, others = (read_exported(tmp_path / name).facts for name in ("again", "others"))
     assert again.dense_report is not None and again.dense_report.perplexity == 7.5 and others.dense_report is None
+    assert again.searched == searched
+    assert others.searched == searched.model_copy(update={"uniform_report_perplexity": None})
     assert f"{told.before:.4g} before and {told.after:.4g} after" in (tmp_path / "out" / "README.md").read_text()
 
 

@@ -16,7 +16,6 @@ from daemon.cli import main
 from daemon.prune_command import _best, prune_settings
 from daemon.prune_steps import Goal, _flags_of, check_disk, recipe, was_written_unrecorded
 from daemon.signals import Interrupted
-from daemon.summary import Summary
 from gpu_worker.memory import Machine
 from protocol.errors import SelfPrunerError
 from tests.samples import SHAPE
@@ -82,6 +81,12 @@ def test_a_model_becomes_a_folder_that_measures_what_it_did_in_memory(tmp_path: 
     assert {"config.json", "model.safetensors", "README.md", "selfpruner.json"} <= files
     assert any(name.endswith(".gguf") for name in files)
     assert answer["runs_in_llama_cpp"] is True
+    report = json.loads((tmp_path / "small" / "prune.json").read_text())
+    assert report.pop("exported") == answer["exported"] | {"folder": "small", "model": "model"}
+    assert report.items() <= answer.items() and report["reloaded"] == answer["reloaded"]
+    card = (tmp_path / "small" / "README.md").read_text()
+    assert "pruned uniformly" in card and f"{answer['uniform_perplexity']:.4g}" in card
+    assert f"8 evaluations in {answer['search_seconds']:,.0f} s" in card
 
 
 def test_fine_tuning_begins_from_what_was_found_and_writes_the_formats(tmp_path: Path, target: Path) -> None:
@@ -97,6 +102,8 @@ def test_fine_tuning_begins_from_what_was_found_and_writes_the_formats(tmp_path:
     report = tuned["finetuning"]["report_perplexity"]
     assert report["before"] == pytest.approx(answer["exported"]["report_perplexity"], rel=1e-3)
     facts = json.loads((tmp_path / "small" / "selfpruner.json").read_text())
+    assert facts["searched"]["uniform_report_perplexity"] == answer["uniform_report_perplexity"]
+    assert json.loads((tmp_path / "small" / "prune.json").read_text())["finetuned"]["folder"] == "small"
     assert facts["pruned_report"]["perplexity"] == report["after"]
     assert facts["dense_report"]["perplexity"] == pytest.approx(answer["dense_report_perplexity"], rel=1e-3)
 
@@ -192,7 +199,7 @@ def test_only_a_call_with_the_same_flags_goes_on_with_what_was_not_recorded(targ
     (settings.folder / "begun.json").write_text(json.dumps(_flags_of(goal)))
     assert was_written_unrecorded(goal, settings)
     for change in ({"gguf_type": "f16"}, {"data": "b/alpaca.json"}, {"minutes": 1.0}, {"micro_batch": 1}):
-        assert not was_written_unrecorded(replace(goal, **change), settings)  # type: ignore[arg-type]
+        assert not was_written_unrecorded(replace(goal, **change), settings)
     (goal.out / "selfpruner.json").write_text(json.dumps(facts | {"finetunings": [tuning | {"data": "b.json"}]}))
     assert not was_written_unrecorded(goal, settings)
 
@@ -218,18 +225,18 @@ def test_a_best_that_is_old_or_cannot_be_read_is_not_pruned_by(target: Path, tmp
     runs = f"run.folder={tmp_path}"
     settings = prune_settings("m", 0.3, Path("small"), 8, None, None, settings_file(target), [runs])
     settings.folder.mkdir()
-    summary = Summary.model_construct(rates=(0.25, 0.35))
+    rates = (0.25, 0.35)
     best = settings.folder / "best.json"
     with pytest.raises(SelfPrunerError, match=r"best\.json cannot be read \(.*No such file"):
-        _best(settings, summary)
+        _best(settings, rates)
     best.write_text("[]")
     with pytest.raises(SelfPrunerError, match=r"best\.json cannot be read"):
-        _best(settings, summary)
+        _best(settings, rates)
     best.write_text('{"rates": [0.3, 0.3]}')
     with pytest.raises(SelfPrunerError, match=r"best\.json does not hold the search's best"):
-        _best(settings, summary)
+        _best(settings, rates)
     best.write_text('{"rates": [0.25, 0.35]}')
-    assert _best(settings, summary) == {"rates": [0.25, 0.35]}
+    assert _best(settings, rates) == {"rates": [0.25, 0.35]}
 
 
 def test_a_longer_search_begins_its_training_anew(

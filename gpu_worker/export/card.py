@@ -23,6 +23,7 @@ class _Measured:
     tokens: int
     seqlen: int
     dense: str
+    uniform: str
     pruned: str
 
 
@@ -64,9 +65,11 @@ def render_card(facts: ExportFacts, formats: Formats, *, name: str, gguf: str | 
 
 def _measured(facts: ExportFacts) -> list[_Measured]:
     """Perplexities by text: the one that rates were searched on, and the one that they were not."""
+    of = facts.searched
+    uniform, uniform_report = (None, None) if of is None else (of.uniform_perplexity, of.uniform_report_perplexity)
     rows = [
-        (facts.spec.fitness, "fitness", facts.dense, facts.pruned),
-        (facts.spec.report, "report", facts.dense_report, facts.pruned_report),
+        (facts.spec.fitness, "fitness", facts.dense, uniform, facts.pruned),
+        (facts.spec.report, "report", facts.dense_report, uniform_report, facts.pruned_report),
     ]
     return [
         _Measured(
@@ -74,9 +77,10 @@ def _measured(facts: ExportFacts) -> list[_Measured]:
             tokens=(dense or pruned).tokens,  # type: ignore[union-attr]
             seqlen=text.seqlen,
             dense=_figure(dense),
+            uniform="not measured" if uniform is None else _number(uniform),
             pruned=_figure(pruned),
         )
-        for text, role, dense, pruned in rows
+        for text, role, dense, uniform, pruned in rows
         if text is not None and (dense or pruned)
     ]
 

@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveFloat, Pos
 
 from protocol.finetuning import Finetuning
 from protocol.plan import Parameters, Plan, count_parameters
-from protocol.results import GgufPerplexity
+from protocol.results import GgufPerplexity, Searched
 from protocol.shape import ModelShape
 from protocol.spec import Role, SearchSpec, TextSpec, numbered
 
@@ -57,6 +57,8 @@ class ExportFacts(BaseModel):
     """Whether every window's first token was replaced by bos."""
     gguf: GgufPerplexity | None = None
     """Of the GGUF file, in llama.cpp."""
+    searched: Searched | None = None
+    """Of rates that were searched for by the command that wrote the folder."""
     finetunings: tuple[Finetuning, ...] = ()
     """What was done after pruning, in order; then `pruned` is what the model measures after all of it."""
 

@@ -28,7 +28,7 @@ from protocol.errors import SettingsError
 from protocol.finetuning import Finetuning, Perplexities, Recipe, form_of
 from protocol.formats import Formats, GgufType, gguf_type_of
 from protocol.plan import Plan
-from protocol.results import FinetuneResult
+from protocol.results import FinetuneResult, Searched
 from protocol.spec import Dtype, Role
 
 
@@ -200,7 +200,20 @@ def _facts(facts: ExportFacts, tuned: Finetuning, judged: Mapping[Role, Judged],
     if judged:
         changes |= {"text_numbers": numbers_of(facts, judged)}
         spec = without_places(spec)
-    return facts.model_copy(update=changes | {"spec": spec})
+    new = facts.model_copy(update=changes | {"spec": spec})
+    return new.model_copy(update={"searched": _still_said(facts, new)})
+
+
+def _still_said(facts: ExportFacts, new: ExportFacts) -> Searched | None:
+    """What is said of uniform pruning, as long as it is of the tokens that the new folder tells of."""
+    if facts.searched is None:
+        return None
+    changes: dict[str, None] = {}
+    if new.fitness_digest != facts.fitness_digest:
+        changes["uniform_perplexity"] = None
+    if new.report_digest != facts.report_digest:
+        changes["uniform_report_perplexity"] = None
+    return facts.searched.model_copy(update=changes)
 
 
 def _figure(perplexity: Perplexities) -> TextPerplexity:
