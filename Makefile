@@ -18,7 +18,7 @@ types: $(VENV)/installed
 	$(BIN)/mypy
 
 tests: $(VENV)/installed
-	$(BIN)/pytest -n 2 --dist loadfile  # two at a time: they mostly wait for processes
+	$(BIN)/pytest -n 2 --dist loadfile --durations 25 --durations-min 5  # two at a time: they mostly wait for processes
 
 test-faults: $(VENV)/installed  ## everything that may die, killed: on Valkey and on Redis; under 40 minutes
 	$(BIN)/pytest tests/faults -m "faults or fault"
