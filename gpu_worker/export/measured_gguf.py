@@ -37,7 +37,7 @@ def measured_gguf(
         return None
     needed, there = path.stat().st_size, main_memory()
     if needed > there:
-        log.warning("gguf not measured", file=path.name, needed=gigabytes(needed), available=gigabytes(there))
+        log.warning("gguf_not_measured", file=path.name, needed=gigabytes(needed), available=gigabytes(there))
         return None
     from gpu_worker.llama_cpp import gguf_perplexity
 
