@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from gpu_worker.export.card import render_card
 from gpu_worker.export.facts import ExportFacts, TextPerplexity, version_of_selfpruner, without_places
 from protocol.formats import Format, Formats
-from protocol.results import Searched
+from protocol.results import GgufPerplexity, Searched
 from tests.exports import UNEVEN, export, facts_of, pruned
 from tests.tiny_models import tiny_model
 
@@ -158,9 +158,16 @@ def test_each_format_says_how_to_load_it(fmt: Format, wanted: list[str]) -> None
     assert ("trust_remote_code" in text) == (fmt == "hf")
 
 
+WITH_KL = {"pruned": TextPerplexity(perplexity=23.4567, tokens=4088, kl=1.25)}
+IN_LLAMA_CPP = {"gguf": GgufPerplexity(file_type="f16", perplexity=23.5, in_memory=23.4, tokens=2044)}
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, WITH_KL, IN_LLAMA_CPP, WITH_KL | IN_LLAMA_CPP, {"dense": None, "pruned": None}]
+)
 @pytest.mark.parametrize("fmt", ["hf", "padded", "gguf"])
-def test_tables_and_blocks_are_set_apart_by_single_empty_lines(fmt: Format) -> None:
-    text = card(fmt)
+def test_tables_and_blocks_are_set_apart_by_single_empty_lines(fmt: Format, changes: Any) -> None:
+    text = card(fmt, **changes)
     assert "\n\n\n" not in text and "|\n#" not in text and "```\n#" not in text
     assert all(len(line) < 160 and line == line.rstrip() for line in text.splitlines())
 
@@ -188,7 +195,8 @@ def test_a_program_reads_the_same_facts_from_the_folder(tmp_path: Path) -> None:
 def test_the_divergence_is_told_where_it_was_measured() -> None:
     pruned_with_kl = {"perplexity": 23.4567, "tokens": 4088, "kl": 1.25}
     assert "KL divergence" not in card()
-    assert "KL divergence from the dense model is 1.25 nats a token" in card(pruned=pruned_with_kl)
+    told = "\nOn the fitness text the KL divergence from the dense model is 1.25 nats a token"
+    assert told in card(pruned=pruned_with_kl)
 
 
 def test_a_gguf_file_is_no_name_on_the_hub() -> None:
