@@ -28,7 +28,7 @@ from daemon.terminal import answer, need
 from protocol import logs
 from protocol.allocation import Method
 from protocol.errors import SettingsError
-from protocol.formats import formats_of, gguf_type_of
+from protocol.formats import FACTS, formats_of, gguf_type_of
 from protocol.paths import expanded
 from protocol.spec import Dtype, Measure
 
@@ -80,6 +80,8 @@ def evaluate(
     """Measure a model's perplexity: as it is, or pruned by --allocate or --rates, without a search."""
     if (folder is None) == (model is None):
         raise SettingsError("name one model: a folder, or --model")
+    if folder is not None:
+        _check_holds_model(expanded(str(folder)))
     name = str(folder) if model is None else model
     if choice == flags.ChoiceFlags():
         refuse_given("the model is measured as it is", how, options)
@@ -112,6 +114,14 @@ def evaluate(
                 request.spec, request.choice, shape=request.shape, method=request.method, progress=progress
             )
     answer(result.model_dump(mode="json"), json_, lambda: answers.evaluation(result))
+
+
+def _check_holds_model(folder: Path) -> None:
+    """Raise SettingsError for what `evaluate` cannot measure as it is, before it asks for a text."""
+    if not folder.exists():
+        raise SettingsError(f"there is no folder {str(folder)!r}; a model of the hub goes into --model")
+    if folder.is_dir() and not any((folder / name).exists() for name in (FACTS, "config.json")):
+        raise SettingsError(f"the folder {str(folder)!r} holds no model: it has neither {FACTS} nor config.json")
 
 
 @flags.grouped

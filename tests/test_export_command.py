@@ -221,6 +221,15 @@ def test_a_folder_without_a_card_needs_a_text(target: Path, capsys: pytest.Captu
     assert "give --data" in capsys.readouterr().err
 
 
+def test_what_is_no_folder_of_a_model_is_said_before_a_text_is_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["evaluate", str(tmp_path / "nowhere")]) == 2
+    assert "nowhere'; a model of the hub goes into --model" in capsys.readouterr().err
+    assert main(["evaluate", str(tmp_path)]) == 2
+    assert "holds no model: it has neither selfpruner.json nor config.json" in capsys.readouterr().err
+
+
 def test_rates_of_a_file_are_exported(target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "rates.json").write_text(json.dumps({"rates": [0.0, 0.4, 0.4, 0.4], "spec": {"rate": 0.3}}))
     model = ["--model", str(target / "model"), *texts(target), "--rates", str(tmp_path / "rates.json")]
