@@ -1,10 +1,10 @@
 """What a GGUF file computes in llama.cpp: its perplexity, by xllamacpp's server in this process."""
 
 import gc
-import http.client
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -75,11 +75,11 @@ def serving(path: Path, *, context: int = LEAST_CONTEXT, hidden_states: bool = F
 def ask(address: str, path: str, body: Mapping[str, Any]) -> Any:
     """The server's JSON answer. Raises ModelError where there is none, or an error."""
     server = urlsplit(address)
-    connection = http.client.HTTPConnection(server.hostname or "", server.port)  # urllib would ask a proxy
+    connection = HTTPConnection(server.hostname or "", server.port)  # urllib would ask a proxy
     try:
         connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
         answer = json.loads(connection.getresponse().read())
-    except (OSError, http.client.HTTPException, ValueError) as error:
+    except (OSError, HTTPException, ValueError) as error:
         raise ModelError(f"llama.cpp gave no answer ({error})") from error
     finally:
         connection.close()
