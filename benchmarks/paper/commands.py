@@ -12,6 +12,7 @@ from benchmarks.paper.settings import ROOT
 from daemon.cli import app
 from daemon.flag_errors import FLAG_ERROR, flag_sentence
 from protocol.errors import SettingsError
+from protocol.formats import FACTS
 
 
 def searches_folder(out: Path) -> Path:
@@ -28,7 +29,7 @@ def made_file(out: Path, cell: Cell) -> Path:
     """A file that is there as long as cells that need this one find what it made: a search's best, an export's card."""
     if cell.what == "run":
         return best_file(out, cell)
-    return model_folder(out, cell) / "selfpruner.json"
+    return model_folder(out, cell) / FACTS
 
 
 def best_file(out: Path, search: Cell) -> Path:
