@@ -54,9 +54,8 @@ def ended(arguments: list[str]) -> "subprocess.CompletedProcess[str]":
     )
 
 
-@pytest.mark.parametrize(
-    ("options", "ending"), [([], signal.SIGTERM), (["--full"], signal.SIGKILL)], ids=["lora-SIGTERM", "full-SIGKILL"]
-)
+@pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("options", [[], ["--full"]], ids=["lora", "full"])
 def test_what_was_killed_ends_with_the_same_weights(
     folder: Path, tmp_path: Path, ending: signal.Signals, options: list[str]
 ) -> None:
