@@ -1,7 +1,8 @@
-"""What a GGUF file computes in llama.cpp: its perplexity, by xllamacpp's server in this process."""
+"""What a GGUF file computes in llama.cpp: its perplexity, by xllamacpp's server in a process of its own."""
 
-import gc
 import json
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.client import HTTPConnection, HTTPException
@@ -11,48 +12,29 @@ from urllib.parse import urlsplit
 
 import gguf
 import torch
-import xllamacpp
 from torch import Tensor
 from torch.nn import functional as F
 
+from gpu_worker.llama_server import ServerOptions
 from gpu_worker.perplexity import LOGITS_BYTES, perplexity_of
 from gpu_worker.progress import Progress, no_progress, steps
-from gpu_worker.stdout import stdout_to_stderr
 from protocol.errors import ModelError
 
 LEAST_CONTEXT = 512
 
 
-def server_parameters(path: Path) -> Any:
-    """What every server of that file is started with: quiet, on a free port, with as many threads as torch takes."""
-    params = xllamacpp.CommonParams()
-    params.model.path = str(path)
-    params.hostnames = ["127.0.0.1"]
-    params.port = 0
-    for cpu in (params.cpuparams, params.cpuparams_batch):
-        cpu.n_threads = torch.get_num_threads()
-        cpu.poll = 0  # the server that waits does not compute
-    params.ui = params.warmup = False
-    params.cache_ram_mib = 0
-    params.verbosity = 1
-    return params
-
-
 @contextmanager
-def running(params: Any) -> Iterator[str]:
-    """The address of a server with these parameters. Raises ModelError where llama.cpp cannot load the file."""
-    try:
-        with stdout_to_stderr():
-            server = xllamacpp.Server(params)
-    except RuntimeError as error:
-        raise ModelError(
-            f"llama.cpp cannot load {params.model.path!r}: the file is broken or memory is short"
-        ) from error
-    try:
-        yield server.listening_address
-    finally:
-        del server
-        gc.collect()
+def running(options: ServerOptions) -> Iterator[str]:
+    """The address of a server with these options. Raises ModelError where llama.cpp cannot load the file."""
+    command = [sys.executable, "-m", "gpu_worker.llama_server", options.to_json()]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+        try:
+            told = server.stdout.readline() if server.stdout else ""
+            if not told:
+                raise ModelError(f"llama.cpp cannot load {options.path!r}: the file is broken or memory is short")
+            yield json.loads(told)["address"]
+        finally:
+            server.kill()
 
 
 @contextmanager
@@ -61,14 +43,10 @@ def serving(path: Path, *, context: int = LEAST_CONTEXT, hidden_states: bool = F
 
     The KV cache is in F32, so that only the weights are rounded. Raises ModelError where llama.cpp cannot load it.
     """
-    params = server_parameters(path)
-    params.n_ctx = params.n_batch = params.n_ubatch = max(LEAST_CONTEXT, context)
-    params.n_parallel = 1
-    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-    if hidden_states:
-        params.embedding = True
-        params.pooling_type = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_NONE
-    with running(params) as address:
+    context = max(LEAST_CONTEXT, context)
+    threads = torch.get_num_threads()
+    options = ServerOptions(str(path), threads, context, batch=context, hidden_states=hidden_states, exact_cache=True)
+    with running(options) as address:
         yield address
 
 

@@ -1,4 +1,4 @@
-"""llama.cpp in this process, by xllamacpp: a second opinion on what an exported GGUF computes."""
+"""llama.cpp, by xllamacpp: a second opinion on what an exported GGUF computes."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 import xllamacpp
 
-from gpu_worker.llama_cpp import ask, running, server_parameters
+from gpu_worker.llama_cpp import ask, running
+from gpu_worker.llama_server import ServerOptions
 from gpu_worker.progress import Progress
 from gpu_worker.speed.engines import SpeedRequest
 from gpu_worker.speed.gguf_pair import GgufModel, gguf_files
@@ -25,7 +26,7 @@ SPARE = 8
 
 
 class LlamaCppRunner:
-    """A GGUF file served by llama.cpp in this process, with one slot for each text of the largest batch."""
+    """A GGUF file served by llama.cpp, with one slot for each text of the largest batch."""
 
     def __init__(self, model: GgufModel, address: str, length: Length) -> None:
         self.model = model
@@ -124,12 +125,14 @@ def check_gguf_runs(path: Path) -> None:
 @contextmanager
 def _serving(model: GgufModel, length: Length, texts: int) -> Iterator[str]:
     """The address of a server with a slot for each text of a batch."""
-    params = server_parameters(model.path)
-    params.n_parallel = texts
-    params.n_ctx = texts * (length.total + SPARE)
-    # All prompts of a batch in one go.
-    params.n_batch = max(params.n_batch, texts * length.prompt)
-    with running(params) as address:
+    options = ServerOptions(
+        str(model.path),
+        torch.get_num_threads(),
+        context=texts * (length.total + SPARE),
+        slots=texts,
+        batch=texts * length.prompt,  # all prompts of a batch in one go
+    )
+    with running(options) as address:
         yield address
 
 

@@ -1,0 +1,82 @@
+"""`python -m gpu_worker.llama_server OPTIONS`: llama.cpp's server of one GGUF file, in a process of its own.
+
+OPTIONS is a ServerOptions as JSON. Prints one line of JSON, the address, when the model is loaded, and ends when its
+standard input closes. A process, because llama.cpp aborts where it is at a loss, and because its server, told to end
+before it listens, never does: whoever started this one kills it.
+"""
+
+import json
+import os
+import signal
+import sys
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from gpu_worker.stdout import stdout_to_stderr
+
+
+@dataclass(frozen=True)
+class ServerOptions:
+    """What a server is started with; `context` tokens are shared by `slots` texts at a time."""
+
+    path: str
+    threads: int
+    context: int
+    slots: int = 1
+    batch: int | None = None
+    """Tokens processed in one go; None leaves it to llama.cpp."""
+    hidden_states: bool = False
+    """Answer /embeddings with the hidden states of every token, instead of text."""
+    exact_cache: bool = False
+    """The KV cache in F32 instead of F16."""
+
+    def to_json(self) -> str:
+        """One line."""
+        return json.dumps(asdict(self))
+
+
+def parameters(options: ServerOptions) -> Any:
+    """xllamacpp's parameters: quiet, on a free port, and without what nobody asks for."""
+    import xllamacpp
+
+    params = xllamacpp.CommonParams()
+    params.model.path = options.path
+    params.hostnames = ["127.0.0.1"]
+    params.port = 0
+    for cpu in (params.cpuparams, params.cpuparams_batch):
+        cpu.n_threads = options.threads
+        cpu.poll = 0  # the server that waits does not compute
+    params.ui = params.warmup = False
+    params.cache_ram_mib = 0
+    params.verbosity = 1
+    params.n_ctx, params.n_parallel = options.context, options.slots
+    if options.batch is not None:
+        params.n_batch = max(params.n_batch, options.batch)
+    if options.exact_cache:
+        params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    if options.hidden_states:
+        params.n_batch = params.n_ubatch = options.context
+        params.embedding = True
+        params.pooling_type = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_NONE
+    return params
+
+
+def main() -> int:
+    """Serve until standard input closes; returns 2 where llama.cpp cannot load the file."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: whoever started this process ends it
+    import xllamacpp
+
+    try:
+        with stdout_to_stderr():
+            server = xllamacpp.Server(parameters(ServerOptions(**json.loads(sys.argv[1]))))
+    except RuntimeError:
+        return 2
+    sys.stdout.write(json.dumps({"address": server.listening_address}) + "\n")
+    sys.stdout.flush()
+    while os.read(0, 4096):
+        pass
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""llama.cpp's server as a process: it ends whatever happens, and what it dies of is told."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from gpu_worker.export.exporting import export_model
+from gpu_worker.llama_cpp import hidden_states, serving
+from protocol.errors import ModelError
+from tests.exports import UNEVEN, facts_of, pruned, with_tokenizer
+from tests.tiny_models import tiny_model
+
+pytest.importorskip("xllamacpp")
+
+
+@pytest.fixture(scope="module")
+def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("served") / "small"
+    model = pruned(with_tokenizer(tiny_model("llama")))
+    export_model(model, UNEVEN, facts_of(model), ("gguf",), out, force=False)
+    (path,) = out.glob("*.gguf")
+    return path
+
+
+def servers_of(path: Path) -> list[int]:
+    """Process ids of the servers of that file."""
+    commands = {int(each.parent.name): read(each) for each in Path("/proc").glob("[0-9]*/cmdline")}
+    return [pid for pid, command in commands.items() if "gpu_worker.llama_server" in command and str(path) in command]
+
+
+def read(path: Path) -> str:
+    """The file's text, none where its process has ended meanwhile."""
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+def test_it_ends_without_ever_being_asked(gguf: Path) -> None:
+    with serving(gguf):
+        assert len(servers_of(gguf)) == 1
+    assert not servers_of(gguf)
+
+
+def test_it_ends_with_an_error_of_whoever_asks(gguf: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), serving(gguf):
+        raise KeyboardInterrupt
+    assert not servers_of(gguf)
+
+
+def test_what_it_dies_of_is_an_error_of_the_model(gguf: Path) -> None:
+    with serving(gguf, hidden_states=True) as address:
+        assert hidden_states(address, torch.arange(5)).shape[0] == 5
+        (server,) = servers_of(gguf)
+        os.kill(server, signal.SIGABRT)  # as llama.cpp's own assertions do
+        with pytest.raises(ModelError, match=r"^llama\.cpp gave no answer \("):
+            hidden_states(address, torch.arange(5))
+
+
+def test_it_does_not_outlive_whoever_started_it(gguf: Path) -> None:
+    code = "import sys, time; from pathlib import Path; from gpu_worker.llama_cpp import serving\n"
+    code += "with serving(Path(sys.argv[1])): print('ready', flush=True); time.sleep(600)"
+    root = Path(__file__).parent.parent
+    with subprocess.Popen([sys.executable, "-c", code, str(gguf)], cwd=root, stdout=subprocess.PIPE) as starter:
+        assert starter.stdout is not None and starter.stdout.readline() == b"ready\n"
+        starter.kill()
+    deadline = time.monotonic() + 20
+    while servers_of(gguf):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
