@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
@@ -30,16 +31,8 @@ def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def servers_of(path: Path) -> list[int]:
     """Process ids of the servers of that file."""
-    commands = {int(each.parent.name): read(each) for each in Path("/proc").glob("[0-9]*/cmdline")}
-    return [pid for pid, command in commands.items() if "gpu_worker.llama_server" in command and str(path) in command]
-
-
-def read(path: Path) -> str:
-    """The file's text, none where its process has ended meanwhile."""
-    try:
-        return path.read_text()
-    except OSError:
-        return ""
+    commands = {each.pid: each.info["cmdline"] or [] for each in psutil.process_iter(["cmdline"])}
+    return [pid for pid, words in commands.items() if "gpu_worker.llama_server" in words and str(path) in words[-1]]
 
 
 def test_it_ends_without_ever_being_asked(gguf: Path) -> None:
