@@ -194,7 +194,7 @@ def _searched(settings: Settings) -> tuple[PruningRequest, Summary]:
         raise SelfPrunerError(f"the search was stopped before its end; {GOES_ON}")
     if summary.best is None:
         raise SelfPrunerError(f"no candidate could be measured; {settings.folder}/evaluations.jsonl says why")
-    return request_of_search(_best(settings, summary.rates)), summary
+    return request_of_search(_best(settings, summary.rates), f"search {settings.search.name}"), summary
 
 
 def _best(settings: Settings, rates: tuple[float, ...]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from daemon.pruning_request import (
     request_of_search,
     self_if_none,
 )
-from daemon.remote import RemoteSearch, ask
+from daemon.remote import best_so_far
 from daemon.signals import interruptible
 from daemon.terminal import answer, need
 from protocol import logs
@@ -153,8 +153,8 @@ def export(
         if model is not None or choice != flags.ChoiceFlags():
             raise SettingsError("--search names the model and its rates: leave --model, --allocate and --rates out")
         refuse_given("--search prunes as the search did", texts, how, options)
-        record = asyncio.run(ask(search, redis_url, folder, RemoteSearch.best, otherwise="best.json"))
-        request = request_of_search(record)
+        best = asyncio.run(best_so_far(search, redis_url, folder))
+        request = request_of_search(best.record, best.origin)
     elif model is not None:
         request = pruning_request(model, self_if_none(texts), choice, how, options, dtype=dtype, seed=seed)
     else:

@@ -84,17 +84,17 @@ def pruning_request(
     return PruningRequest(spec, file.rates, file.shape, _origin(file, choice.rates))
 
 
-def request_of_search(record: dict[str, Any]) -> PruningRequest:
+def request_of_search(record: dict[str, Any], origin: str) -> PruningRequest:
     """The best of a search, by what its best.json holds: the same model, texts and seed, and so the same weights.
 
-    Raises DataError for a record of a version that knew less.
+    `origin` is where the rates come from, in words. Raises DataError for a record of a version that knew less.
     """
     try:
         spec = SearchSpec.model_validate(record["spec"])
         file = RatesFile.model_validate(record)
     except (KeyError, ValidationError) as error:
         raise DataError("the search's best rates were kept by another version of Self-Pruner: search anew") from error
-    return PruningRequest(spec, file.rates, file.shape, f"search {file.search}")
+    return PruningRequest(spec, file.rates, file.shape, origin)
 
 
 def allocation_spec(

@@ -3,6 +3,7 @@
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from redis.exceptions import ResponseError
 from agents.population import Evaluation
 from daemon.changes import Event, Follower
 from daemon.embedded import embedded_url
-from daemon.journal import best_record
+from daemon.journal import BEST, best_record
 from daemon.observer import STATUS_FILE
 from daemon.remote_history import RemoteHistory
 from daemon.status import AroundReader, Condition, QueueDepth, Seen, Status
@@ -70,6 +71,10 @@ class RemoteSearch:
     def redis_is_away(self) -> list[Event]:
         """To be called where `changes` raised that."""
         return self._follower.redis_is_away()
+
+    async def best_so_far(self) -> "BestSoFar":
+        """The best candidate so far, and how far the search was when it was."""
+        return BestSoFar(await self.best(), await self.status())
 
     async def best(self) -> dict[str, Any]:
         """The best candidate so far, as best.json has it."""
@@ -164,6 +169,38 @@ def saved_status(folder: Path) -> Status | None:
         raise UsageError(f"{folder / STATUS_FILE} was written by another version, or is damaged") from error
     left = status.queue.queued + status.queue.running
     return status.model_copy(update={"daemon": None, "workers": (), "queue": QueueDepth(queued=left)})
+
+
+@dataclass(frozen=True)
+class BestSoFar:
+    """The best of a search as best.json has it, and the search's status, where one is known."""
+
+    record: dict[str, Any]
+    status: Status | None
+
+    @property
+    def origin(self) -> str:
+        """Where the rates come from, in words that a model card can have."""
+        name, status = f"search {self.record.get('search')}", self.status
+        if status is None or status.finished:
+            return name
+        known = status.measured + status.failed + status.stopped
+        return f"{name}, which was not finished: after {known:,} candidate{'s' if known != 1 else ''}"
+
+
+async def best_so_far(search: str, redis_url: str | None, folder: Path) -> BestSoFar:
+    """Of the search that runs; of one that ran here and has ended, what it left in its folder."""
+    try:
+        async with open_remote(search, redis_url, folder) as remote:
+            return await remote.best_so_far()
+    except NotRunning:
+        record = saved(folder / search, BEST) if redis_url is None else None
+        if record is None:
+            raise
+    try:
+        return BestSoFar(record, saved_status(folder / search))
+    except UsageError:  # a damaged status takes nothing from the rates
+        return BestSoFar(record, None)
 
 
 async def ask(

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from protocol.candidate import Candidate, Measured, Provenance, candidate_id
 from protocol.card import DensePerplexity, ModelCard
@@ -84,3 +85,21 @@ def write_daemon_settings(folder: Path, *, http: dict[str, object]) -> Path:
     path = folder / "search.yaml"
     path.write_text(json.dumps(settings))  # JSON is YAML
     return path
+
+
+def put_status(folder: Path, *, finished: bool = True) -> None:
+    """The status that a search leaves in its folder."""
+    counts = {"round": 1, "candidates": 7, "by_source": {}, "measured": 7, "failed": 0, "waiting": 0}
+    figures = {"dense_perplexity": 9.5, "best": None, "best_perplexity": None, "best_kl": None, "seconds": 1.5}
+    around: dict[str, Any] = {
+        "control": "run",
+        "daemon": "me",
+        "workers": [],
+        "queue": {},
+        "parents_source": None,
+        "degraded": None,
+        "endpoints": {},
+    }
+    search = {"search": "test", "model": "m", "rate": 0.3, "fitness": "perplexity", "finished": finished}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "status.json").write_text(json.dumps({**counts, **figures, **around, **search, "tokens": {}}))

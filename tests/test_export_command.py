@@ -1,11 +1,14 @@
 """`selfpruner export`, called in this process: it writes what it measured, and says at once what it cannot do."""
 
+import asyncio
 import json
 from pathlib import Path
 
 import pytest
 
 from daemon.cli import main
+from daemon.remote import best_so_far
+from tests.samples import put_status
 from tests.tiny_models import save_tiny_folder
 from tests.tiny_specs import write_text
 
@@ -258,6 +261,13 @@ def test_the_best_of_a_search_is_exported_as_it_was_measured(
     second = json.loads(capsys.readouterr().out)
     assert second["perplexity"] == first["perplexity"]
     assert second["method"] == "search night"
+    (tmp_path / "runs" / "night" / "status.json").write_text("{")  # takes nothing from the rates
+    assert asyncio.run(best_so_far("night", None, tmp_path / "runs")).origin == "search night"
+    put_status(tmp_path / "runs" / "night", finished=False)
+    assert main(["export", *search, "--out", str(tmp_path / "third")]) == 0
+    said = "search night, which was not finished: after 7 candidates"
+    assert said in " ".join(capsys.readouterr().out.split())
+    assert f"- Rates from: {said}\n" in (tmp_path / "third" / "README.md").read_text()
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("first", "second")]
     assert weights[0] == weights[1]
 

@@ -19,7 +19,7 @@ from daemon.journal import Journal
 from daemon.llm_settings import LlmSettings
 from daemon.pausing import Pausing
 from daemon.proposers import make_agents
-from daemon.remote import RemoteSearch
+from daemon.remote import BestSoFar, RemoteSearch
 from daemon.search import Search
 from daemon.settings import SearchSettings
 from daemon.store import SearchStore
@@ -315,6 +315,14 @@ async def test_the_table_of_a_search_that_minimises_perplexity_does_not_speak_of
     text = shown(summarise("test", SPEC, CARD, search.ledger, search.population, {}, finished=True))
     assert "perplexity" in text and "kl" not in text.split()
     assert (await RemoteSearch(redis, keys, SPEC).status()).best_kl is None
+    # No daemon has said that it is finished.
+    known = search.population.outcomes - 1  # without the baseline
+    await redis.set(keys.card, CARD.model_copy(update={"fingerprint": SPEC.fingerprint}).model_dump_json())
+    best = await RemoteSearch(redis, keys, SPEC).best_so_far()
+    assert best.origin == f"search {keys.search}, which was not finished: after {known} candidates"
+    assert best.status is not None
+    finished = best.status.model_copy(update={"finished": True})
+    assert BestSoFar(best.record, finished).origin == f"search {keys.search}"
     (dense,) = [line for line in text.splitlines() if "dense" in line]
     assert dense.rstrip(" │").endswith("–"), "the dense model is no ratio to a pruned one"
     assert "not final" not in text

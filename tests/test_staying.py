@@ -1,7 +1,6 @@
 """`daemon --stay`: a process that its service manager never has to start again for nothing."""
 
 import asyncio
-import json
 import signal
 import socket
 import sys
@@ -16,7 +15,7 @@ from daemon.http_token import Access
 from daemon.setting_sources import load
 from daemon.staying import _answer
 from tests.http_client import TOKEN
-from tests.samples import write_daemon_settings
+from tests.samples import put_status, write_daemon_settings
 from tests.servers import Server, eventually
 
 ROOT = Path(__file__).parent.parent
@@ -80,20 +79,3 @@ async def test_a_search_that_has_ended_still_says_how_far_it_came(config: Path) 
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-
-
-def put_status(folder: Path) -> None:
-    """What a search leaves."""
-    counts = {"round": 1, "candidates": 7, "by_source": {}, "measured": 7, "failed": 0, "waiting": 0}
-    figures = {"dense_perplexity": 9.5, "best": None, "best_perplexity": None, "best_kl": None, "seconds": 1.5}
-    around: dict[str, Any] = {
-        "control": "run",
-        "daemon": "me",
-        "workers": [],
-        "queue": {},
-        "parents_source": None,
-        "endpoints": {},
-    }
-    search = {"search": "test", "model": "m", "rate": 0.3, "fitness": "perplexity", "finished": True, "degraded": None}
-    folder.mkdir(parents=True)
-    (folder / "status.json").write_text(json.dumps({**counts, **figures, **around, **search, "tokens": {}}))
