@@ -288,7 +288,9 @@ def _layers(rates: Sequence[float], plan: Sequence[LayerPlan], shape: ModelShape
 
 
 def _parameters(parameters: Parameters) -> str:
-    decoder = f"{_millions(parameters.decoder_after)} of {_millions(parameters.decoder_before)}"
+    decoder = _millions(parameters.decoder_after)
+    if parameters.decoder_after != parameters.decoder_before:
+        decoder += f" of {_millions(parameters.decoder_before)}"
     return f"parameters: {decoder} in the decoder, {_millions(parameters.total_after)} in all"
 
 

@@ -62,7 +62,7 @@ class TextFlags:
     windows: Annotated[int | None, typer.Option(min=1, help="Windows of --data; all if left out.")] = None
     calibration_windows: Annotated[int, typer.Option(min=1, help="Windows of --calibration-data.")] = 32
     report_windows: Annotated[int | None, typer.Option(min=1, help="Windows of --report-data; all if left out.")] = None
-    seqlen: Annotated[int, typer.Option(min=16, help="Tokens of a window.")] = 2048
+    seqlen: Annotated[int, typer.Option(min=16, help="Tokens of a window; of a folder as on its card.")] = 2048
 
 
 @dataclass(frozen=True)

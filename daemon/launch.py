@@ -115,12 +115,12 @@ class Launch:
             history = await self._recovered(queue, await self._store.history())
             duties = [group.create_task(duty) for duty in self._duties(queue, history)]
             await self._go_on_from(history, queue)
+            duties.append(group.create_task(self._meter.count_for_ever()))
             card = await wait_for_card(self._store)
             windows = card.dense.tokens // (self._spec.fitness.seqlen - 1)
             check_race(self._settings.search.race_confidence, self._settings.search.first_windows, windows)
             check_lists(self._settings, self._endpoints, len(card.shape.units(self._spec.granularity)))
-            self._observer.chat = chat = await stack.enter_async_context(self._chat())
-            duties.append(group.create_task(self._meter.count_for_ever(chat)))
+            self._meter.chat = self._observer.chat = chat = await stack.enter_async_context(self._chat())
             duties.append(group.create_task(repair_for_ever(self._store, queue, lambda: self._memory(history).history)))
             search = self._make_search(card, chat, queue, history)
             await self._search_to_its_end(search, chat, is_new=not history.ledger)
@@ -187,7 +187,7 @@ class Launch:
         finally:
             with contextlib.suppress(TimeoutError):  # the end must not wait for a server that is away
                 async with asyncio.timeout(2):
-                    await self._meter.count(chat)
+                    await self._meter.count()
                     await self._observer.look()
 
     async def _serve(self, stack: AsyncExitStack) -> None:

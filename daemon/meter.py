@@ -20,6 +20,8 @@ class Meter:
         self._seconds_before = self._screened_before = 0.0
         self.screened: Callable[[], int] = lambda: 0
         """Proposals of this process that a surrogate refused."""
+        self.chat: Chat | None = None
+        """Whose requests are counted, once there is one; time is counted before, too."""
         self._since = time.monotonic()
 
     def begin(self, history: History) -> None:
@@ -46,25 +48,25 @@ class Meter:
         """The LLM was asked, and `count_for_ever` counts at once."""
         self._asked.set()
 
-    async def count_for_ever(self, chat: Chat) -> None:
+    async def count_for_ever(self) -> None:
         """Make durable what is spent, at once when the LLM was asked: a crash must not make a budget larger."""
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(TICK_SECONDS):
                     await self._asked.wait()
             self._asked.clear()
-            await self.count(chat)
+            await self.count()
 
-    async def count(self, chat: Chat) -> None:
+    async def count(self) -> None:
         """Make durable what is used by now."""
-        spent = chat.spent
-        totals = {
-            "requests": float(spent.requests),
-            "prompt_tokens": float(spent.prompt_tokens),
-            "completion_tokens": float(spent.completion_tokens),
-            "cost": spent.cost,
-            "seconds": self.seconds(),
-            "screened": self._screened_before + self.screened(),
-        }
+        totals = {"seconds": self.seconds(), "screened": self._screened_before + self.screened()}
+        if self.chat is not None:
+            spent = self.chat.spent
+            totals |= {
+                "requests": float(spent.requests),
+                "prompt_tokens": float(spent.prompt_tokens),
+                "completion_tokens": float(spent.completion_tokens),
+                "cost": spent.cost,
+            }
         self.counters |= totals
         await self._store.count(totals)

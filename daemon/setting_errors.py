@@ -29,6 +29,8 @@ def validation_sentence(error: ValidationError, names: Iterable[str] = ()) -> st
 def unknown(name: str, names: Iterable[str]) -> str:
     """That there is no setting `name`, and which one may have been meant."""
     known = list(names)
+    if "." not in name:
+        known += dict.fromkeys(each.partition(".")[0] for each in known)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     near = near or [n for n in known if n.rpartition(".")[2] == name.rpartition(".")[2]][:1]
     return f"there is no setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")

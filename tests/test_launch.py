@@ -23,7 +23,7 @@ from daemon.llm import secrets_of
 from daemon.observer import Observer
 from daemon.setting_sources import load
 from daemon.settings import Settings
-from daemon.store import load_history
+from daemon.store import TICK_SECONDS, load_history
 from daemon.summary import Summary
 from protocol import logs
 from protocol.errors import SearchExistsError, UsageError
@@ -111,6 +111,23 @@ async def test_a_search_is_paused_followed_and_finished_over_http(
     assert status["finished"] and status["measured"] == 4 + 2 * 3
     assert status["best_perplexity"] == summary.best.perplexity if summary.best else False
     assert status["endpoints"]["scripted"]["requests"] == len(llm.asked)
+
+
+async def test_its_time_is_shown_before_a_worker_has_made_its_model_ready(
+    redis: Redis, keys: Keys, server: Server, llm: ScriptedLlm, tmp_path: Path
+) -> None:
+    launched = Launched(settings_for(tmp_path, llm, "http.port=0"), server)
+    running = asyncio.create_task(launched.launch.run())
+    async with aiohttp.ClientSession() as session:
+
+        async def shown() -> bool:
+            code, text = await launched.get(session, "/api/status")
+            return code == 200 and json.loads(text)["seconds"] >= TICK_SECONDS
+
+        await eventually(shown)
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+    assert not llm.asked
 
 
 async def test_what_the_llm_used_is_shown_while_the_search_goes_on_and_failed_questions_are_no_answers(

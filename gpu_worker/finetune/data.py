@@ -28,6 +28,7 @@ WITHOUT_INPUT = (
     "### Instruction:\n{instruction}\n\n### Response:\n"
 )
 """Alpaca's own words, which LLM-Pruner uses too."""
+FORM = "object with the texts instruction and output, and if there is one, input"
 
 
 class Instruction(BaseModel):
@@ -178,7 +179,7 @@ def _entries(text: str, path: Path) -> Iterable[tuple[str, Any]]:
             f"line {line} of {path} is no JSON ({_json_reason(error)}); one object on each line makes a .jsonl"
         ) from error
     if not isinstance(content, list):
-        raise DataError(f"{path} is no JSON list of objects with instruction, input and output")
+        raise DataError(f"{path} is no JSON list with, for each example, an {FORM}")
     return ((f"entry {number} of {path}", entry) for number, entry in enumerate(content, start=1))
 
 
@@ -188,9 +189,11 @@ def _json_reason(error: Exception) -> str:
 
 def _instruction(entry: Any, place: str) -> Instruction:
     if not isinstance(entry, dict):
-        raise DataError(f"{place} is no object with instruction, input and output")
+        raise DataError(f"{place} is no {FORM}")
     try:
         return Instruction.model_validate(entry)
     except ValidationError as error:
         first = error.errors()[0]
-        raise DataError(f"{place}: {first['loc'][0]}: {first['msg']}") from error
+        field = first["loc"][0]
+        wrong = f"has no {field!r}" if first["type"] == "missing" else f"has an {field!r} that is no text"
+        raise DataError(f"{place} {wrong}: it must be an {FORM}") from error
