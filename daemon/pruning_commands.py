@@ -178,10 +178,11 @@ def export(
 
 
 @contextmanager
-def at_work(model: str) -> Iterator[Callable[[str, int, int], None]]:
+def at_work(model: str, *, as_elsewhere: bool = False) -> Iterator[Callable[[str, int, int], None]]:
     """Say what is under way: on one line of a terminal, elsewhere in the log; a signal raises Interrupted.
 
-    Flags are checked before it, for it imports torch, which takes seconds.
+    Flags are checked before it, for it imports torch, which takes seconds. `as_elsewhere`: torch computes as it does
+    without us, for whoever wants to know how fast that is.
     """
     need("torch", "worker")
     logs.configure()
@@ -190,9 +191,12 @@ def at_work(model: str) -> Iterator[Callable[[str, int, int], None]]:
         on_terminal = sys.stderr.isatty()
         line = stack.enter_context(Console(stderr=True).status("loading torch")) if on_terminal else None
         from gpu_worker.answering import preparing
+        from gpu_worker.arithmetic import products_in_float32
         from gpu_worker.progress import Sparsely
 
         stack.enter_context(preparing(model))
+        if not as_elsewhere:
+            stack.enter_context(products_in_float32())
         logged = Sparsely()
 
         def tell(stage: str, done: int, total: int) -> None:

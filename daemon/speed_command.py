@@ -59,7 +59,7 @@ def speed(
     chosen, _ = choose_engines(request.engines, formats_in(request.folder))
     if gguf_type is not None and "llama.cpp" not in chosen:
         raise SettingsError(f"--gguf-type {gguf_type} is not read here: it is for the engine llama.cpp")
-    with at_work(baseline) as progress:
+    with at_work(baseline, as_elsewhere=True) as progress:
         from gpu_worker.speed.comparing import measure_speed
 
         result = measure_speed(request, progress)

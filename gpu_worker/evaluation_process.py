@@ -115,6 +115,7 @@ def serve(lines: Lines, replies: Replies) -> int:
     """Get ready, then answer for ever; returns the exit code where that cannot be."""
     # Imported here and not above: this is where torch comes in, seconds of it, with stdout already put away.
     from gpu_worker.answering import DeviceLostError, answer, preparing
+    from gpu_worker.arithmetic import products_in_float32
     from gpu_worker.session import Session
     from gpu_worker.shared_text import SharedText
     from protocol.errors import StoreError, UsageError
@@ -123,23 +124,24 @@ def serve(lines: Lines, replies: Replies) -> int:
     order = json.loads(lines.get())
     spec = SearchSpec.model_validate(order["spec"])
     share = SharedText(order.get("self_text"), partial(offer_text, lines, replies))
-    try:
-        with preparing(spec.model):
-            session = Session(spec, replies.progress, sensitivity=order["sensitivity"], share=share)
-    except (UsageError, StoreError) as error:
-        replies.send({"usage_error": str(error)})
-        return EXIT_USAGE
-    replies.send({"card": session.card.model_dump(mode="json")})
-    while True:
-        request = json.loads(lines.get())
+    with products_in_float32():
         try:
-            outcome = answer(session, request)
-        except DeviceLostError as error:
-            replies.send(
-                {"id": request["id"], "outcome": {"kind": "failed", "reason": "crashed", "detail": str(error)}}
-            )
-            return EXIT_DEVICE_LOST
-        replies.send({"id": request["id"], "outcome": outcome.model_dump(mode="json")})
+            with preparing(spec.model):
+                session = Session(spec, replies.progress, sensitivity=order["sensitivity"], share=share)
+        except (UsageError, StoreError) as error:
+            replies.send({"usage_error": str(error)})
+            return EXIT_USAGE
+        replies.send({"card": session.card.model_dump(mode="json")})
+        while True:
+            request = json.loads(lines.get())
+            try:
+                outcome = answer(session, request)
+            except DeviceLostError as error:
+                replies.send(
+                    {"id": request["id"], "outcome": {"kind": "failed", "reason": "crashed", "detail": str(error)}}
+                )
+                return EXIT_DEVICE_LOST
+            replies.send({"id": request["id"], "outcome": outcome.model_dump(mode="json")})
 
 
 def main() -> int:

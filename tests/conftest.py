@@ -4,6 +4,7 @@ import logging
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,18 @@ from redis.asyncio import Redis
 from protocol.connection import connect
 from protocol.keys import Keys
 from tests.servers import Server, server_binary
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _computing_as_the_commands_do() -> Iterator[None]:
+    """On a CPU without instructions for bfloat16 a real model takes ten times as long otherwise."""
+    if find_spec("torch") is None:
+        yield
+        return
+    from gpu_worker.arithmetic import products_in_float32
+
+    with products_in_float32():
+        yield
 
 
 @pytest.fixture(scope="session", params=["valkey", "redis"])

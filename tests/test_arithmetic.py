@@ -1,0 +1,111 @@
+"""Products in float32 where the CPU has no instructions for bfloat16: the same, sooner, and with the same gradients."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gpu_worker import arithmetic
+from gpu_worker.arithmetic import FEWEST_ROWS, products_in_float32
+from gpu_worker.perplexity import perplexity
+from tests.tiny_models import tiny_model, tiny_windows
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A CPU without instructions for half precision, and no GPU."""
+    monkeypatch.setattr(arithmetic, "is_slow", lambda dtype: dtype in HALF)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with products_in_float32():
+        yield
+
+
+def samples(dtype: torch.dtype, *leading: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    sizes = ((*leading, 24), (40, 24), (40,))
+    x, weight, bias = (torch.randn(size, generator=generator).to(dtype) for size in sizes)
+    return x, weight, bias
+
+
+@pytest.mark.usefixtures("slow")
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("converted", [arithmetic.CONVERTED, 24 * 7], ids=["whole", "in parts"])
+def test_a_product_is_rounded_once(dtype: torch.dtype, converted: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arithmetic, "CONVERTED", converted)
+    x, weight, bias = samples(dtype, 3, 5)
+    for added in (None, bias):
+        exact = F.linear(x.double(), weight.double(), added if added is None else added.double())
+        found = F.linear(x, weight, added)
+        assert found.dtype == dtype and found.shape == (3, 5, 40)
+        assert torch.allclose(found.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.usefixtures("slow")
+@pytest.mark.parametrize("dtype", HALF)
+def test_gradients_are_those_of_float32_rounded(dtype: torch.dtype) -> None:
+    def gradients(inputs: tuple[Tensor, ...], weights: Tensor) -> list[Tensor]:
+        leaves = [each.clone().requires_grad_() for each in inputs]
+        (F.linear(*leaves) * weights).sum().backward()  # type: ignore[no-untyped-call]
+        return [leaf.grad for leaf in leaves if leaf.grad is not None]
+
+    inputs = samples(dtype, 2, 9)
+    weights = torch.randn(2, 9, 40, generator=torch.Generator().manual_seed(1)).to(dtype)
+    found = gradients(inputs, weights)
+    wide = gradients(tuple(each.float() for each in inputs), weights.float())
+    assert [each.dtype for each in found] == [dtype] * 3
+    for half, full in zip(found, wide, strict=True):
+        assert torch.allclose(half.float(), full, rtol=torch.finfo(dtype).eps, atol=1e-5)
+
+
+@pytest.mark.usefixtures("slow")
+def test_a_frozen_weight_gets_no_gradient() -> None:
+    x, weight, _ = samples(torch.bfloat16, 16)
+    x.requires_grad_()
+    F.linear(x, weight).sum().backward()  # type: ignore[no-untyped-call]
+    assert x.grad is not None and weight.grad is None
+
+
+@pytest.mark.parametrize(
+    ("dtype", "rows", "ours"),
+    [(torch.bfloat16, FEWEST_ROWS, True), (torch.bfloat16, FEWEST_ROWS - 1, False), (torch.float32, 64, False)],
+    ids=["many rows", "few rows", "float32"],
+)
+@pytest.mark.usefixtures("slow")
+def test_only_what_is_slow_is_computed_so(
+    dtype: torch.dtype, rows: int, ours: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def noted(*inputs: Tensor | None) -> Tensor:
+        asked.append(inputs)
+        return apply(*inputs)  # type: ignore[no-any-return, no-untyped-call]
+
+    asked: list[object] = []
+    apply = arithmetic._Linear.apply
+    monkeypatch.setattr(arithmetic._Linear, "apply", noted)
+    x, weight, _ = samples(dtype, rows)
+    layer = nn.Linear(24, 40, bias=False, dtype=dtype)
+    assert layer(x).dtype == F.linear(x, weight).dtype == dtype
+    assert len(asked) == (2 if ours else 0)
+
+
+def test_where_the_cpu_has_instructions_or_a_gpu_computes_torch_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    modes = torch.overrides._get_current_function_mode_stack
+    before = modes()  # type: ignore[no-untyped-call]
+    for slow_types, on_gpu in (((), False), (HALF, True)):
+        monkeypatch.setattr(arithmetic, "is_slow", slow_types.__contains__)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda on_gpu=on_gpu: on_gpu)
+        with products_in_float32():
+            assert modes() == before  # type: ignore[no-untyped-call]
+
+
+def test_a_model_measures_what_it_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, windows = tiny_model("llama"), tiny_windows(3, 64)
+    model.causal_lm.to(torch.bfloat16)
+    before, _ = perplexity(model.decoder, windows)
+    monkeypatch.setattr(arithmetic, "is_slow", HALF.__contains__)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with products_in_float32():
+        assert perplexity(model.decoder, windows)[0] == pytest.approx(before, rel=1e-3)
