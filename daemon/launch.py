@@ -4,12 +4,11 @@ import asyncio
 import contextlib
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import structlog
 
 from agents.asking import Asks
-from agents.chat import Chat
 from agents.replay import Remembering
 from daemon.checks import check_lists, check_race, warn_of_texts
 from daemon.display import Display
@@ -35,6 +34,9 @@ from protocol.control import Control
 from protocol.errors import first_error
 from protocol.keys import Keys
 from protocol.streams import CandidateQueue
+
+if TYPE_CHECKING:
+    from agents.chat import Chat
 
 log = structlog.get_logger()
 
@@ -154,7 +156,7 @@ class Launch:
             self._journal.begin_transcript()
         await self._store.repair(queue, history)
 
-    def _make_search(self, card: ModelCard, chat: Chat, queue: CandidateQueue, history: History) -> Search:
+    def _make_search(self, card: ModelCard, chat: "Chat", queue: CandidateQueue, history: History) -> Search:
         search = Search(
             self._settings.search.name,
             self._spec,
@@ -173,7 +175,7 @@ class Launch:
             self._display.search = search
         return search
 
-    async def _search_to_its_end(self, search: Search, chat: Chat, *, is_new: bool) -> None:
+    async def _search_to_its_end(self, search: Search, chat: "Chat", *, is_new: bool) -> None:
         """Search once the LLM can be asked; whatever ends it, what it used and how far it came is told."""
         if search.remaining_budget > 0 and self._settings.search.asks_llm:
             await chat.wait_ready(
@@ -220,11 +222,11 @@ class Launch:
         now = History(ledger=self._search.ledger, outcomes=outcomes, selections=self._search.selections)
         return Memory(now, self._search.card)
 
-    def _chat(self) -> Chat:
+    def _chat(self) -> "Chat":
         gate, spent = self._pausing.gate, self._meter.spent
         return make_chat(self._settings.llm, self._endpoints, gate=gate, record=self._record, spent=spent)
 
-    def _asks(self, chat: Chat, history: History) -> Asks:
+    def _asks(self, chat: "Chat", history: History) -> Asks:
         """What the agents ask: a transcript to be replayed; else `chat`, about what no killed process asked already."""
         if self._replay:
             return self._replay

@@ -4,14 +4,13 @@ import json
 from collections.abc import Sequence
 from itertools import count
 from pathlib import Path
+from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 import structlog
 from pydantic import SecretStr
 
 from agents.budget import Budget, Spent
-from agents.chat import Chat, Record
-from agents.connection import Gate
 from agents.endpoint import ChatPolicy, Endpoint
 from agents.replay import Replay, Transcript
 from daemon.journal import TRANSCRIPT
@@ -22,13 +21,19 @@ from protocol.errors import SettingsError
 from protocol.paths import expanded
 from protocol.secret_files import read_secret
 
+if TYPE_CHECKING:
+    from agents.chat import Chat, Record
+    from agents.connection import Gate
+
 log = structlog.get_logger()
 
 
 def make_chat(
-    llm: LlmSettings, endpoints: Sequence[EndpointSettings], *, gate: Gate, record: Record, spent: Spent
-) -> Chat:
+    llm: LlmSettings, endpoints: Sequence[EndpointSettings], *, gate: "Gate", record: "Record", spent: Spent
+) -> "Chat":
     """What asks these endpoints; none where the answers are a transcript's. `spent` is what has been spent so far."""
+    from agents.chat import Chat  # with the openai package, which takes longer to load than all else of a command
+
     policy = ChatPolicy(
         attempts=llm.attempts,
         deadline=llm.deadline_seconds,

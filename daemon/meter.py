@@ -4,10 +4,13 @@ import asyncio
 import contextlib
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from agents.budget import Spent
-from agents.chat import Chat
 from daemon.store import TICK_SECONDS, History, SearchStore
+
+if TYPE_CHECKING:
+    from agents.chat import Chat
 
 
 class Meter:

@@ -38,6 +38,14 @@ def test_protocol_loads_nothing_of_the_floors_above() -> None:
     assert not {"torch", "openai", "aiohttp", "agents", "daemon", "gpu_worker"} & names
 
 
+def test_commands_that_ask_no_llm_do_not_wait_for_openai_to_load() -> None:
+    assert not {"openai", "scipy"} & modules_after_importing("daemon.cli")
+
+
+def test_who_races_nobody_does_not_wait_for_scipy_to_load() -> None:
+    assert "scipy" not in modules_after_importing("gpu_worker.racing")
+
+
 def test_ruff_refuses_a_forbidden_import(tmp_path: Path) -> None:
     source = "import torch\n"
     command = [sys.executable, "-m", "ruff", "check", "--select", "TID251"]
