@@ -18,6 +18,7 @@ from rich.progress import track
 from rich.table import Table
 
 from gpu_worker.allocation import allocate
+from gpu_worker.arithmetic import products_in_float32
 from gpu_worker.session import Session
 from gpu_worker.target import Target
 from protocol.allocation import Allocation, Method
@@ -29,6 +30,7 @@ SPLITS: tuple[Split, ...] = ("equal", "mlp-first")
 SCORINGS: tuple[Scoring, ...] = ("dense", "sequential")
 
 
+@products_in_float32()
 def main() -> None:
     """Measure what is missing and print the table."""
     arguments = argparse.ArgumentParser(description="Allocations without a search.")

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from gpu_worker.arithmetic import products_in_float32
 from gpu_worker.calibration import calibrate
 from gpu_worker.families import Decoder
 from gpu_worker.importance import wanda_sp
@@ -44,6 +45,7 @@ def forward(decoder: Decoder, windows: Tensor) -> None:
             decoder.body(input_ids=window[None].to(decoder.head.weight.device), use_cache=False)
 
 
+@products_in_float32()
 def main() -> None:
     """Measure and print the table."""
     arguments = argparse.ArgumentParser(description="What applying a plan and calibrating cost.")

@@ -13,6 +13,7 @@ from pydantic import BaseModel, TypeAdapter
 from daemon.settings import Settings
 from daemon.summary import Summary
 from gpu_worker.answering import answer
+from gpu_worker.arithmetic import products_in_float32
 from gpu_worker.perplexity import checked_perplexity
 from gpu_worker.progress import no_progress
 from gpu_worker.session import Session
@@ -124,6 +125,7 @@ class MeasuringWorker:
         except BaseExceptionGroup as errors:
             raise first_error(errors) or errors.exceptions[0] from None
 
+    @products_in_float32()
     def _session_for(self, spec: SearchSpec) -> Session:
         """The session of a spec; searches of one rate and seed share it."""
         if self._session is None or self._session.spec != spec:
@@ -150,7 +152,7 @@ class MeasuringWorker:
         race = candidate.race and candidate.race.model_dump()
         if race or candidate.id not in self._outcomes:
             request = {"plan": candidate.plan.model_dump(), "text": candidate.text, "race": race}
-            outcome = await asyncio.to_thread(answer, session, request)
+            outcome = await asyncio.to_thread(products_in_float32()(answer), session, request)
             if race:
                 return outcome
             self._keep(candidate.id, outcome, search)
@@ -163,6 +165,7 @@ class MeasuringWorker:
             lines.append(json.dumps(record) + "\n")
 
 
+@products_in_float32()
 def plain_uniform(specs: Sequence[SearchSpec], kept: Path) -> list[float]:
     """For each spec, the perplexity on its report text of uniform rates with nothing reconstructed, kept in a file.
 

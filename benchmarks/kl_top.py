@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from gpu_worker.arithmetic import products_in_float32
 from gpu_worker.calibration import calibrate
 from gpu_worker.divergence import TOP, DensePredictions, dense_predictions, divergence
 from gpu_worker.importance import wanda_sp
@@ -81,6 +82,7 @@ def compared(rows: Sequence[dict[str, Figure]]) -> dict[str, dict[str, float]]:
     return table
 
 
+@products_in_float32()
 def main() -> None:
     """Measure and print the table."""
     parser = argparse.ArgumentParser(description="The divergence over the top k tokens against the whole vocabulary's.")

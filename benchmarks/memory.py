@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from gpu_worker.arithmetic import products_in_float32
 from gpu_worker.calibration import calibrate
 from gpu_worker.export.exporting import export_model
 from gpu_worker.export.facts import ExportFacts
@@ -92,6 +93,7 @@ def pruned() -> tuple[LoadedModel, Plan]:
 STEPS = {"dense": evaluate_dense, "pruned": evaluate_pruned, "export": export_all}
 
 
+@products_in_float32()
 def main() -> None:
     """Run each step in its own process and print the table."""
     arguments = argparse.ArgumentParser(description="Peak memory, and the time of exports.")
