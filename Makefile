@@ -21,7 +21,7 @@ tests: $(VENV)/installed
 	$(BIN)/pytest -n 2 --dist loadfile --durations 25 --durations-min 5  # two at a time: they mostly wait for processes
 
 test-faults: $(VENV)/installed  ## everything that may die, killed: on Valkey and on Redis; under 40 minutes
-	$(BIN)/pytest tests/faults -m "faults or fault"
+	$(BIN)/pytest tests/faults -m "faults or fault" -o faulthandler_timeout=2500  # some may take longer than others
 
 $(VENV)/installed: pyproject.toml
 	@echo "installing into $(VENV): about 2 GB to download, a couple of minutes …"

@@ -16,7 +16,6 @@ from typing import Any, get_args
 import gguf
 
 from gpu_worker.allocation import prepare
-from gpu_worker.arithmetic import products_in_float32
 from gpu_worker.export.gguf import write_gguf
 from gpu_worker.llama_cpp import gguf_perplexity
 from gpu_worker.perplexity import perplexity
@@ -71,7 +70,6 @@ def _line(row: dict[str, Any]) -> str:
     return f"| {row['type']} | {row['perplexity']:.2f} | {size} | {kinds} |"
 
 
-@products_in_float32()
 def main() -> None:
     """Print a table for each multiple."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

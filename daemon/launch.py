@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import importlib
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
 from typing import TYPE_CHECKING, Any
@@ -113,6 +114,8 @@ class Launch:
     async def _work(self, group: asyncio.TaskGroup) -> bool:
         async with AsyncExitStack() as stack:
             await self._serve(stack)
+            # Here, for a cold disk may take longer than a daemon in charge may be silent.
+            await asyncio.to_thread(importlib.import_module, "agents.chat")
             queue = await self._take_charge(stack)
             history = await self._recovered(queue, await self._store.history())
             duties = [group.create_task(duty) for duty in self._duties(queue, history)]

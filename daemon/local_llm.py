@@ -98,14 +98,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UsageError as error:
         sys.stderr.write(f"{error}\n")
         return 2
-    sys.stdout.write(json.dumps({"base_url": f"{server.listening_address}/v1", "model": alias}) + "\n")
-    sys.stdout.flush()
-    if stat.S_ISFIFO(os.fstat(0).st_mode):
-        threading.Thread(target=_wait_for_end_of_input, args=(ended,), daemon=True).start()
-    ended.wait()
-    sys.stderr.flush()
-    # The server's threads may be amid an answer that nobody waits for any more; there is nothing to save.
-    os._exit(0)
+    try:
+        sys.stdout.write(json.dumps({"base_url": f"{server.listening_address}/v1", "model": alias}) + "\n")
+        sys.stdout.flush()
+        if stat.S_ISFIFO(os.fstat(0).st_mode):
+            threading.Thread(target=_wait_for_end_of_input, args=(ended,), daemon=True).start()
+        ended.wait()
+        sys.stderr.flush()
+    finally:
+        # The server's threads may be amid an answer that nobody waits for any more, and told to end before it listens
+        # the server never does; there is nothing to save.
+        os._exit(0)
 
 
 def _parser() -> argparse.ArgumentParser:

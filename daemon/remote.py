@@ -74,7 +74,11 @@ class RemoteSearch:
 
     async def best_so_far(self) -> "BestSoFar":
         """The best candidate so far, and how far the search was when it was."""
-        return BestSoFar(await self.best(), await self.status())
+        record = await self.best()
+        try:
+            return BestSoFar(record, await self.status())
+        except (StoreError, *AWAY):  # what cannot be read of the status takes nothing from the rates
+            return BestSoFar(record, None)
 
     async def best(self) -> dict[str, Any]:
         """The best candidate so far, as best.json has it."""

@@ -31,8 +31,9 @@ def unknown(name: str, names: Iterable[str]) -> str:
     known = list(names)
     if "." not in name:
         known += dict.fromkeys(each.partition(".")[0] for each in known)
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    near = near or [n for n in known if n.rpartition(".")[2] == name.rpartition(".")[2]][:1]
+    exact = [n for n in known if n.rpartition(".")[2] == name.rpartition(".")[2]]
+    near = exact[:1] if "." not in name else []
+    near = near or difflib.get_close_matches(name, known, n=1, cutoff=0.5) or exact[:1]
     return f"there is no setting {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
 
 

@@ -54,7 +54,9 @@ class _LinearInFloat32(TorchFunctionMode):
 
     def _is_for_us(self, x: Tensor, weight: Tensor) -> bool:
         return (
-            x.dtype == weight.dtype
+            weight.dim() == 2
+            and weight.numel() > 0
+            and x.dtype == weight.dtype
             and x.dtype in self._dtypes
             and x.device.type == weight.device.type == "cpu"
             and x.numel() >= FEWEST_ROWS * x.shape[-1]
@@ -62,25 +64,41 @@ class _LinearInFloat32(TorchFunctionMode):
 
 
 class _Linear(torch.autograd.Function):
-    """F.linear; for its gradients the inputs are kept as they came, not in float32."""
+    """F.linear; for its gradients the inputs are kept as they came, and those that are needed. No torch.func."""
 
     @staticmethod
     def forward(context: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        context.save_for_backward(x, weight)
+        of_x, of_weight, _ = context.needs_input_grad
+        context.save_for_backward(x if of_weight else None, weight if of_x else None)
         wide = x.float()
-        parts = torch.split(weight, max(1, CONVERTED // weight.shape[1]))
-        biases = (None,) * len(parts) if bias is None else torch.split(bias.float(), parts[0].shape[0])
+        parts = _parts(weight)
+        biases = (None,) * len(parts) if bias is None else torch.split(bias.float(), len(parts[0]))
         found = [F.linear(wide, part.float(), add).to(x.dtype) for part, add in zip(parts, biases, strict=True)]
         return found[0] if len(found) == 1 else torch.cat(found, dim=-1)
 
     @staticmethod
     def backward(context: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = context.saved_tensors
-        gradient = gradients[0].float()
-        rows = gradient.flatten(0, -2)
-        of_x, of_weight, of_bias = context.needs_input_grad
+        (gradient,) = gradients
+        wide = gradient.float()
+        rows = wide.flatten(0, -2)
+        of_x = of_weight = None
+        if weight is not None:
+            parts = _parts(weight)
+            slices = torch.split(wide, len(parts[0]), dim=-1)
+            of_x = wide.new_zeros(*wide.shape[:-1], weight.shape[1])
+            for some, part in zip(slices, parts, strict=True):
+                of_x += some @ part.float()
+        if x is not None:
+            of_weight = rows.t() @ x.flatten(0, -2).float()
+        of_bias = rows.sum(0).to(gradient.dtype) if context.needs_input_grad[2] else None
         return (
-            (gradient @ weight.float()).to(x.dtype) if of_x else None,
-            (rows.t() @ x.flatten(0, -2).float()).to(weight.dtype) if of_weight else None,
-            rows.sum(0).to(x.dtype) if of_bias else None,
+            None if of_x is None else of_x.to(gradient.dtype),
+            None if of_weight is None else of_weight.to(gradient.dtype),
+            of_bias,
         )
+
+
+def _parts(weight: Tensor) -> tuple[Tensor, ...]:
+    """Rows of `weight` [out, in] that are converted at a time."""
+    return torch.split(weight, max(1, CONVERTED // weight.shape[1]))

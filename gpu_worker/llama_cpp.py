@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from gpu_worker.llama_server import ServerOptions
 from gpu_worker.perplexity import LOGITS_BYTES, perplexity_of
 from gpu_worker.progress import Progress, no_progress, steps
+from protocol.environment import for_child
 from protocol.errors import ModelError
 
 LEAST_CONTEXT = 512
@@ -27,9 +28,15 @@ LEAST_CONTEXT = 512
 def running(options: ServerOptions) -> Iterator[str]:
     """The address of a server with these options. Raises ModelError where llama.cpp cannot load the file."""
     command = [sys.executable, "-m", "gpu_worker.llama_server", options.to_json()]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=for_child(),
+        start_new_session=True,  # a terminal's Ctrl-C is for us alone
+    ) as server:
         try:
-            told = server.stdout.readline() if server.stdout else ""
+            told = server.stdout.readline() if server.stdout else b""
             if not told:
                 raise ModelError(f"llama.cpp cannot load {options.path!r}: the file is broken or memory is short")
             yield json.loads(told)["address"]

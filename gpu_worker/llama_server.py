@@ -7,12 +7,10 @@ before it listens, never does: whoever started this one kills it.
 
 import json
 import os
-import signal
 import sys
+import threading
 from dataclasses import asdict, dataclass
 from typing import Any
-
-from gpu_worker.stdout import stdout_to_stderr
 
 
 @dataclass(frozen=True)
@@ -63,16 +61,24 @@ def parameters(options: ServerOptions) -> Any:
 
 def main() -> int:
     """Serve until standard input closes; returns 2 where llama.cpp cannot load the file."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: whoever started this process ends it
     import xllamacpp
 
+    address = os.dup(1)
+    os.dup2(2, 1)  # llama.cpp writes there what belongs into a log
+    threading.Thread(target=_end_with_input, daemon=True).start()
     try:
-        with stdout_to_stderr():
-            server = xllamacpp.Server(parameters(ServerOptions(**json.loads(sys.argv[1]))))
+        server = xllamacpp.Server(parameters(ServerOptions(**json.loads(sys.argv[1]))))
     except RuntimeError:
         return 2
-    sys.stdout.write(json.dumps({"address": server.listening_address}) + "\n")
-    sys.stdout.flush()
+    try:
+        os.write(address, (json.dumps({"address": server.listening_address}) + "\n").encode())
+        threading.Event().wait()
+    finally:
+        os._exit(0)  # from here on nothing else ends it: see above
+
+
+def _end_with_input() -> None:
+    """End the process, even while it loads, when whoever started it is gone."""
     while os.read(0, 4096):
         pass
     os._exit(0)

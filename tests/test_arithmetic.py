@@ -46,7 +46,12 @@ def test_a_product_is_rounded_once(dtype: torch.dtype, converted: int, monkeypat
 
 @pytest.mark.usefixtures("slow")
 @pytest.mark.parametrize("dtype", HALF)
-def test_gradients_are_those_of_float32_rounded(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("converted", [arithmetic.CONVERTED, 24 * 7], ids=["whole", "in parts"])
+def test_gradients_are_those_of_float32_rounded(
+    dtype: torch.dtype, converted: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arithmetic, "CONVERTED", converted)
+
     def gradients(inputs: tuple[Tensor, ...], weights: Tensor) -> list[Tensor]:
         leaves = [each.clone().requires_grad_() for each in inputs]
         (F.linear(*leaves) * weights).sum().backward()  # type: ignore[no-untyped-call]
@@ -62,8 +67,12 @@ def test_gradients_are_those_of_float32_rounded(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.usefixtures("slow")
-def test_a_frozen_weight_gets_no_gradient() -> None:
+def test_of_a_frozen_weight_no_inputs_are_kept() -> None:
     x, weight, _ = samples(torch.bfloat16, 16)
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda _: kept[0]):
+        F.linear(x.clone().requires_grad_(), weight)
+    assert [tuple(each.shape) for each in kept] == [(40, 24)]
     x.requires_grad_()
     F.linear(x, weight).sum().backward()  # type: ignore[no-untyped-call]
     assert x.grad is not None and weight.grad is None
@@ -91,6 +100,21 @@ def test_only_what_is_slow_is_computed_so(
     assert len(asked) == (2 if ours else 0)
 
 
+@pytest.mark.usefixtures("slow")
+@pytest.mark.parametrize(("inputs", "outputs"), [(16, None), (0, 40)], ids=["a vector", "nothing to add up"])
+def test_odd_shapes_are_left_to_torch(inputs: int, outputs: int | None) -> None:
+    x = torch.ones(16, inputs, dtype=torch.bfloat16)
+    weight = torch.ones(*(() if outputs is None else (outputs,)), inputs, dtype=torch.bfloat16)
+    assert (F.linear(x, weight) == inputs).all()
+
+
+def test_torch_itself_says_what_is_slow() -> None:
+    assert not arithmetic.is_slow(torch.float32)
+    assert not arithmetic.is_slow(torch.float64)
+    if torch.backends.cpu.get_cpu_capability() == "AVX2":
+        assert arithmetic.is_slow(torch.bfloat16) and arithmetic.is_slow(torch.float16)
+
+
 def test_where_the_cpu_has_instructions_or_a_gpu_computes_torch_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     modes = torch.overrides._get_current_function_mode_stack
     before = modes()  # type: ignore[no-untyped-call]
@@ -104,7 +128,8 @@ def test_where_the_cpu_has_instructions_or_a_gpu_computes_torch_is_left_alone(mo
 def test_a_model_measures_what_it_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     model, windows = tiny_model("llama"), tiny_windows(3, 64)
     model.causal_lm.to(torch.bfloat16)
-    before, _ = perplexity(model.decoder, windows)
+    with torch._C.DisableTorchFunction():  # torch alone, whatever this CPU has
+        before, _ = perplexity(model.decoder, windows)
     monkeypatch.setattr(arithmetic, "is_slow", HALF.__contains__)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with products_in_float32():

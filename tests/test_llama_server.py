@@ -13,11 +13,14 @@ import torch
 
 from gpu_worker.export.exporting import export_model
 from gpu_worker.llama_cpp import hidden_states, serving
+from gpu_worker.llama_server import ServerOptions
 from protocol.errors import ModelError
 from tests.exports import UNEVEN, facts_of, pruned, with_tokenizer
 from tests.tiny_models import tiny_model
 
 pytest.importorskip("xllamacpp")
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -56,11 +59,29 @@ def test_what_it_dies_of_is_an_error_of_the_model(gguf: Path) -> None:
             hidden_states(address, torch.arange(5))
 
 
+def test_it_is_given_no_secrets(gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "hush-hush")
+    monkeypatch.setenv("SELFPRUNER_REDIS__URL", "redis://:hush-hush@host")
+    with serving(gguf):
+        (server,) = servers_of(gguf)
+        assert "hush-hush" not in " ".join(psutil.Process(server).environ().values())
+
+
+def test_it_ends_where_nobody_waits_until_it_has_loaded(gguf: Path) -> None:
+    options = ServerOptions(str(gguf), threads=1, context=512)
+    command = [sys.executable, "-m", "gpu_worker.llama_server", options.to_json()]
+    for _ in range(3):
+        with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as server:
+            assert server.stdin is not None and server.stdout is not None
+            server.stdin.close()
+            server.stdout.close()
+            assert server.wait(30) == 0
+
+
 def test_it_does_not_outlive_whoever_started_it(gguf: Path) -> None:
     code = "import sys, time; from pathlib import Path; from gpu_worker.llama_cpp import serving\n"
     code += "with serving(Path(sys.argv[1])): print('ready', flush=True); time.sleep(600)"
-    root = Path(__file__).parent.parent
-    with subprocess.Popen([sys.executable, "-c", code, str(gguf)], cwd=root, stdout=subprocess.PIPE) as starter:
+    with subprocess.Popen([sys.executable, "-c", code, str(gguf)], cwd=ROOT, stdout=subprocess.PIPE) as starter:
         assert starter.stdout is not None and starter.stdout.readline() == b"ready\n"
         starter.kill()
     deadline = time.monotonic() + 20

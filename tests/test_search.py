@@ -322,6 +322,9 @@ async def test_the_table_of_a_search_that_minimises_perplexity_does_not_speak_of
     assert best.origin == f"search {keys.search}, which was not finished: after {known} candidates"
     assert best.status is not None
     finished = best.status.model_copy(update={"finished": True})
+    await redis.set(keys.condition, "of another version")
+    assert (await RemoteSearch(redis, keys, SPEC).best_so_far()).status is None, "it takes nothing from the rates"
+    await redis.delete(keys.condition)
     assert BestSoFar(best.record, finished).origin == f"search {keys.search}"
     (dense,) = [line for line in text.splitlines() if "dense" in line]
     assert dense.rstrip(" │").endswith("–"), "the dense model is no ratio to a pruned one"

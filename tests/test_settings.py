@@ -44,6 +44,7 @@ def test_defaults_are_the_papers() -> None:
     ("override", "sentence"),
     [
         ("search.nmae=x", r"no setting 'search.nmae'; did you mean 'search.name'\?"),
+        ("rounds=3", r"no setting 'rounds'; did you mean 'search.rounds'\?"),
         ("serach.name=x", r"no setting 'serach'; did you mean 'search'\?"),
         ("population=3", r"did you mean 'search.population'\?"),
         ("target.rate=0", "target.rate cannot be '0'"),

@@ -52,6 +52,7 @@ class _HeadLoss(torch.autograd.Function):
             # The derivative of cross-entropy by the logits: what is predicted, less what was right.
             shares = log_shares.exp_()
             shares.scatter_add_(1, target, torch.full_like(target, -1, dtype=shares.dtype))
+            # Not as a product by @: where bfloat16 is slow, linear layers alone are computed otherwise.
             gradient[chunk] = F.linear(shares.to(states.dtype), head.weight.t())
         context.save_for_backward(gradient)
         return total
