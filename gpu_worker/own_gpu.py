@@ -8,6 +8,7 @@ import asyncio
 import fcntl
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from gpu_worker.cache import cache_dir
@@ -85,6 +86,9 @@ async def _asked(program: str) -> str:
     finally:
         if process.returncode is None:
             process.kill()
+            with suppress(TimeoutError):  # a driver that hangs does not let it end
+                async with asyncio.timeout(1):
+                    await process.wait()
     text = out.decode(errors="replace")
     if process.returncode in (0, _NO_DEVICES):
         return text if process.returncode == 0 else ""
