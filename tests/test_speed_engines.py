@@ -9,6 +9,7 @@ from typing import Any
 import gguf
 import pytest
 import torch
+from structlog.testing import capture_logs
 
 from daemon.cli import main
 from gpu_worker.export.gguf import write_gguf
@@ -96,6 +97,15 @@ def test_both_models_are_loaded_onto_one_placement_and_all_its_devices_are_named
     with open_pair(request(folders)) as pair:
         assert pair.device == "cpu, meta"
     assert asked == [(str(folders / "dense"), str(folders / "hf"))]
+
+
+@pytest.mark.parametrize(("dtype", "warnings"), [("bfloat16", 1), ("float32", 0)])
+def test_a_type_that_the_cpu_has_no_instructions_for_is_warned_about(
+    folders: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, warnings: int
+) -> None:
+    monkeypatch.setattr(transformers_engine, "is_slow", lambda dtype: dtype == torch.bfloat16)
+    with capture_logs() as logs, open_pair(request(folders, dtype=dtype)):
+        assert [line["event"] for line in logs].count("half_precision_is_slow") == warnings
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gemma3_text", "phi3"])
