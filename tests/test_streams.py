@@ -267,7 +267,9 @@ async def test_repeated_enqueues_while_connections_are_being_cut_leave_one_entry
     cutting = asyncio.create_task(cut())
     await asyncio.gather(*(queue.enqueue(c) for c in many for _ in range(5)))
     cutting.cancel()
+    await asyncio.gather(cutting, return_exceptions=True)
     await killer.aclose()
+    await redis.connection_pool.disconnect()  # those that the last cut has closed: from here on nobody tries again
     assert await length(redis, keys.jobs) == len(many)
     assert await queued(redis, keys) == {c.id for c in many}
 
