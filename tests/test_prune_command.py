@@ -45,6 +45,7 @@ def settings_file(target: Path) -> Path:
         "target": {"dtype": "float32"},
         "data": {"calibration_windows": 4, "fitness_windows": 3, "report_windows": 2, "seqlen": 32},
         "http": {"enabled": False},
+        "worker": {"lease_seconds": 2},
     }
     file = target / "search.yaml"
     file.write_text(json.dumps(settings))  # JSON is YAML
