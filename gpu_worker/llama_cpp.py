@@ -50,9 +50,8 @@ def serving(path: Path, *, context: int = LEAST_CONTEXT, hidden_states: bool = F
 
     The KV cache is in F32, so that only the weights are rounded. Raises ModelError where llama.cpp cannot load it.
     """
-    context = max(LEAST_CONTEXT, context)
-    threads = torch.get_num_threads()
-    options = ServerOptions(str(path), threads, context, batch=context, hidden_states=hidden_states, exact_cache=True)
+    threads, context = torch.get_num_threads(), max(LEAST_CONTEXT, context)
+    options = ServerOptions(str(path), threads, context, hidden_states=hidden_states, exact_cache=True)
     with running(options) as address:
         yield address
 
