@@ -27,6 +27,23 @@ from protocol.spec import SearchSpec
 from protocol.stored import read_stored
 
 
+@dataclass(frozen=True)
+class BestSoFar:
+    """The best of a search as best.json has it, and the search's status, where one is known."""
+
+    record: dict[str, Any]
+    status: Status | None
+
+    @property
+    def origin(self) -> str:
+        """Where the rates come from, in words that a model card can have."""
+        name, status = f"search {self.record.get('search')}", self.status
+        if status is None or status.finished:
+            return name
+        known = status.measured + status.failed + status.stopped
+        return f"{name}, which was not finished: after {known:,} candidate{'s' if known != 1 else ''}"
+
+
 class RemoteSearch:
     """A search in a Redis server that answers."""
 
@@ -72,7 +89,7 @@ class RemoteSearch:
         """To be called where `changes` raised that."""
         return self._follower.redis_is_away()
 
-    async def best_so_far(self) -> "BestSoFar":
+    async def best_so_far(self) -> BestSoFar:
         """The best candidate so far, and how far the search was when it was."""
         record = await self.best()
         try:
@@ -173,23 +190,6 @@ def saved_status(folder: Path) -> Status | None:
         raise UsageError(f"{folder / STATUS_FILE} was written by another version, or is damaged") from error
     left = status.queue.queued + status.queue.running
     return status.model_copy(update={"daemon": None, "workers": (), "queue": QueueDepth(queued=left)})
-
-
-@dataclass(frozen=True)
-class BestSoFar:
-    """The best of a search as best.json has it, and the search's status, where one is known."""
-
-    record: dict[str, Any]
-    status: Status | None
-
-    @property
-    def origin(self) -> str:
-        """Where the rates come from, in words that a model card can have."""
-        name, status = f"search {self.record.get('search')}", self.status
-        if status is None or status.finished:
-            return name
-        known = status.measured + status.failed + status.stopped
-        return f"{name}, which was not finished: after {known:,} candidate{'s' if known != 1 else ''}"
 
 
 async def best_so_far(search: str, redis_url: str | None, folder: Path) -> BestSoFar:

@@ -315,7 +315,17 @@ async def test_the_table_of_a_search_that_minimises_perplexity_does_not_speak_of
     text = shown(summarise("test", SPEC, CARD, search.ledger, search.population, {}, finished=True))
     assert "perplexity" in text and "kl" not in text.split()
     assert (await RemoteSearch(redis, keys, SPEC).status()).best_kl is None
-    # No daemon has said that it is finished.
+    (dense,) = [line for line in text.splitlines() if "dense" in line]
+    assert dense.rstrip(" │").endswith("–"), "the dense model is no ratio to a pruned one"
+    assert "not final" not in text
+    stopped = shown(summarise("test", SPEC, CARD, search.ledger, search.population, {}, finished=False))
+    assert stopped.splitlines()[-1].endswith("these figures are not final, and the same command goes on")
+
+
+async def test_the_best_so_far_says_whether_its_search_was_finished(redis: Redis, keys: Keys, tmp_path: Path) -> None:
+    """Here no daemon has said that it is."""
+    async with evaluating(redis, keys):
+        search = await Conducted(redis, keys, tmp_path).run()
     known = search.population.outcomes - 1  # without the baseline
     await redis.set(keys.card, CARD.model_copy(update={"fingerprint": SPEC.fingerprint}).model_dump_json())
     best = await RemoteSearch(redis, keys, SPEC).best_so_far()
@@ -326,11 +336,6 @@ async def test_the_table_of_a_search_that_minimises_perplexity_does_not_speak_of
     assert (await RemoteSearch(redis, keys, SPEC).best_so_far()).status is None, "it takes nothing from the rates"
     await redis.delete(keys.condition)
     assert BestSoFar(best.record, finished).origin == f"search {keys.search}"
-    (dense,) = [line for line in text.splitlines() if "dense" in line]
-    assert dense.rstrip(" │").endswith("–"), "the dense model is no ratio to a pruned one"
-    assert "not final" not in text
-    stopped = shown(summarise("test", SPEC, CARD, search.ledger, search.population, {}, finished=False))
-    assert stopped.splitlines()[-1].endswith("these figures are not final, and the same command goes on")
 
 
 def shown(summary: Summary) -> str:
