@@ -86,7 +86,9 @@ def finetune(
     dtype: Annotated[
         Dtype | None, typer.Option("--dtype", help="Of weights and activations; as on the folder's card.")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Of the data's order, and of dropout.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, callback=flags.seed_of_torch, help="Of the data's order, and of dropout.")
+    ] = 0,
     json_: flags.Json = False,
 ) -> None:
     """Recover a pruned folder: train LoRA on it, merge that into the weights and write it again.

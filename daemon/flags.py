@@ -6,7 +6,7 @@ from dataclasses import Field, dataclass, fields, is_dataclass
 from functools import wraps
 from inspect import Parameter, Signature, signature
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import Annotated, Any, get_args, get_type_hints
 
 import typer
 
@@ -16,6 +16,13 @@ from protocol.formats import GgufType
 from protocol.plan import Split
 from protocol.shape import Granularity
 from protocol.spec import Dtype, Importance, Reconstruction, Scoring
+
+
+def chosen(choice: Any, what: str, when_left_out: str = "") -> Any:
+    """An option whose many choices stand in its help: beside its name they would take the names' room."""
+    values = ", ".join(f"{one} (if left out)" if one == when_left_out else one for one in get_args(choice))
+    return typer.Option(metavar="<choice>", help=f"{what}: {values}.")
+
 
 Set = Annotated[list[str] | None, typer.Option("--set", help="One setting, such as target.rate=0.3; repeatable.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
@@ -34,7 +41,7 @@ RedisUrl = Annotated[
     typer.Option(
         "--redis-url",
         envvar="SELFPRUNER_REDIS__URL",
-        help=f"Left out: the embedded server of the search. A password may be in the file that {PASSWORD_FILE} names.",
+        help="Left out: the embedded server of the search. Its password may be in a file (docs/usage.md).",
         callback=_with_password,
     ),
 ]
@@ -42,12 +49,27 @@ RedisPasswordFile = Annotated[
     Path | None, typer.Option("--redis-password-file", envvar=PASSWORD_FILE, help="Holds the password of --redis-url.")
 ]
 Folder = Annotated[
-    Path, typer.Option("--folder", envvar="SELFPRUNER_RUN__FOLDER", help="Where `selfpruner run` keeps searches.")
+    Path,
+    typer.Option(
+        "--folder",
+        envvar="SELFPRUNER_RUN__FOLDER",
+        show_envvar=False,  # of eighty columns its name leaves too little
+        help="Where `selfpruner run` keeps searches (run.folder).",
+    ),
 ]
 
 Model = Annotated[str | None, typer.Option(help="A hub name, a folder, or `smollm2`.")]
-Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Chooses the windows.")]
-DtypeFlag = Annotated[Dtype, typer.Option("--dtype", help="Of weights and activations.")]
+
+
+def seed_of_torch(value: int | None) -> int | None:
+    """A seed that torch takes: as a range the limit would fill the column of the types with its digits."""
+    if value is not None and value >= 2**63:
+        raise typer.BadParameter(f"{value} is not in the range 0<=x<2**63.")
+    return value
+
+
+Seed = Annotated[int, typer.Option(min=0, callback=seed_of_torch, help="Chooses the windows.")]
+DtypeFlag = Annotated[Dtype, chosen(Dtype, "Of weights and activations")]
 
 
 @dataclass(frozen=True)
@@ -88,9 +110,7 @@ FormatNames = Annotated[
     list[str] | None,
     typer.Option("--format", help="What will load it: hf, padded or gguf. Given twice: gguf beside one of the others."),
 ]
-GgufTypeFlag = Annotated[
-    GgufType | None, typer.Option("--gguf-type", help="gguf: how weights are stored; f16 if left out.")
-]
+GgufTypeFlag = Annotated[GgufType | None, chosen(GgufType, "gguf: how weights are stored", "f16")]
 
 
 @dataclass(frozen=True)
@@ -98,7 +118,7 @@ class ChoiceFlags:
     """Which rates; `rate` None means: as the file of rates has it."""
 
     rate: Annotated[float | None, typer.Option(help="The pruning rate β.")] = None
-    allocate: Annotated[Method | None, typer.Option(help="An allocation without search.")] = None
+    allocate: Annotated[Method | None, chosen(Method, "An allocation without search")] = None
     rates: Annotated[Path | None, typer.Option(help="A search's best.json, or any JSON file with `rates`.")] = None
 
 
@@ -109,7 +129,7 @@ class PruningFlags:
     granularity: Annotated[Granularity | None, typer.Option(help="What a rate applies to.")] = None
     split: Annotated[Split | None, typer.Option(help="How heads and MLP share a layer's rate.")] = None
     multiple_of: Annotated[int | None, typer.Option(min=1, help="MLP widths are multiples of so many channels.")] = None
-    importance: Annotated[Importance | None, typer.Option(help="How heads and channels are scored.")] = None
+    importance: Annotated[Importance | None, chosen(Importance, "How heads and channels are scored")] = None
     scoring: Annotated[
         Scoring | None, typer.Option(help="Once on the dense model, or layer by layer on the pruned one.")
     ] = None

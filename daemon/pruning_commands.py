@@ -70,10 +70,11 @@ def evaluate(
         "perplexity"
     ),
     dtype: Annotated[
-        Dtype | None, typer.Option("--dtype", help="Of weights and activations; as on a folder's card, else bfloat16.")
+        Dtype | None, flags.chosen(Dtype, "Of weights and activations; as on a folder's card, else bfloat16")
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(min=0, max=2**63 - 1, help="Chooses the windows; as on a folder's card, else 0.")
+        int | None,
+        typer.Option(min=0, callback=flags.seed_of_torch, help="Chooses the windows; as on a folder's card, else 0."),
     ] = None,
     json_: flags.Json = False,
 ) -> None:
