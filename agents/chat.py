@@ -72,6 +72,11 @@ class Chat:
         return {connection.endpoint.name: connection.usage for connection in self._connections}
 
     @property
+    def contexts(self) -> dict[str, int | None]:
+        """Tokens of each endpoint's context by its name: as was given, else as it says itself once it is ready."""
+        return {connection.endpoint.name: connection.context for connection in self._connections}
+
+    @property
     def spent(self) -> Spent:
         """What the search has spent, over all its processes."""
         return sum((c.usage.spent(c.endpoint) for c in self._connections), self._spent_before)

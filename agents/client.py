@@ -30,6 +30,8 @@ endpoint. `limited`: it asks to be left alone for a while. `question`: it cannot
 none of ours (a wrong key, an unknown model, a quota used up).
 """
 
+_CONTEXTS = ("max_model_len", "context_length", "context_window", "n_ctx", "n_ctx_train")
+"""What servers call the tokens of a model's context in their list: vLLM, routers, llama.cpp (under `meta`)."""
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _NO_KEY = "none"
 """What an endpoint without a key of its own is sent: the SDK would otherwise take OPENAI_API_KEY to any address."""
@@ -81,19 +83,21 @@ class Client:
         except (openai.OpenAIError, httpx2.TransportError, ValueError, EndpointError) as error:
             raise self._failure(error) from None
 
-    async def model_names(self) -> list[str]:
-        """The models that the endpoint lists; raises RequestFailed, and not every server has a list."""
+    async def models(self) -> dict[str, int | None]:
+        """The models that the endpoint lists, with the tokens of their contexts where it says them.
+
+        Raises RequestFailed, and not every server has a list.
+        """
         try:
             response = await self._sdk.models.with_raw_response.list()
             reply = json.loads(response.content)
         except (openai.OpenAIError, httpx2.TransportError, EndpointError) as error:
             raise self._failure(error) from None
         except (ValueError, RecursionError):
-            return []
+            return {}
         models = reply.get("data") if isinstance(reply, dict) else None
-        entries = models if isinstance(models, list) else []
-        names = [entry.get("id") for entry in entries if isinstance(entry, dict)]
-        return [self.masked(name) for name in names if isinstance(name, str)]
+        entries = [entry for entry in models if isinstance(entry, dict)] if isinstance(models, list) else []
+        return {self.masked(entry["id"]): _context(entry) for entry in entries if isinstance(entry.get("id"), str)}
 
     def masked(self, text: str) -> str:
         """`text` without this endpoint's secrets, which it may have echoed."""
@@ -152,3 +156,10 @@ def _make_sdk(base_url: str, key: str, policy: ChatPolicy) -> openai.AsyncOpenAI
         event_hooks={"request": [only_own_headers(key)], "response": [capped_at(policy.byte_cap)]},
     )
     return openai.AsyncOpenAI(base_url=base_url, api_key=key, max_retries=0, http_client=http)
+
+
+def _context(entry: dict[str, Any]) -> int | None:
+    """Tokens of the context of a listed model: the least that is said of it."""
+    meta = entry.get("meta")
+    said = [source.get(name) for source in (entry, meta) if isinstance(source, dict) for name in _CONTEXTS]
+    return min((n for n in said if isinstance(n, int) and n > 1), default=None)  # True is an int, too

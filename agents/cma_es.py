@@ -62,11 +62,13 @@ class CmaEsMutator:
             self._round += 1
 
     def _first(self, view: View) -> SepCMA:
+        spec = view.spec
+        bounds = np.array(unit_bounds(view.card.shape, spec.granularity, spec.lowest_rate, spec.highest_rate))
         return SepCMA(
-            mean=np.array(_start(view)),
+            mean=np.clip(_start(view), bounds[:, 0], bounds[:, 1]),  # of which rounding may have made a little more
             sigma=SIGMA,
-            bounds=np.array(unit_bounds(view.card.shape, view.spec.granularity)),
-            seed=view.spec.seed % 2**32,
+            bounds=bounds,
+            seed=spec.seed % 2**32,
             population_size=self._size,
         )
 

@@ -43,6 +43,7 @@ class Connection:
 
     def __init__(self, endpoint: Endpoint, policy: ChatPolicy, *, gate: Gate, permit: Permit) -> None:
         self.endpoint = endpoint
+        self.context = endpoint.context
         self.usage = Usage()
         self.client = Client(endpoint, policy)
         self._policy = policy

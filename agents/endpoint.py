@@ -22,6 +22,8 @@ class Endpoint:
     """Of a million tokens of prompts, in any currency, the same for all endpoints."""
     price_out: float = 0.0
     """Of a million tokens of answers."""
+    context: int | None = None
+    """Tokens of a question with its answer, where it is known."""
 
 
 @dataclass(frozen=True)

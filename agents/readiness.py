@@ -56,18 +56,20 @@ class Readiness:
         """Whether it answers; in words, why it will take none of our questions."""
         try:
             async with asyncio.timeout(self._policy.connect_timeout):
-                names = await connection.client.model_names()
+                models = await connection.client.models()
         except RequestFailed as error:
             if error.status is None or error.status in _LOADING:
                 return False
             if error.status in (401, 403):
                 return self._refusal_of_key(connection, error)
-            names = []
+            models = {}
         except TimeoutError:
             return False
-        if connection.endpoint.model in names:
-            return True
-        return await self._try(connection, names) or True
+        is_listed = connection.endpoint.model in models
+        if connection.context is None:
+            only = next(iter(models.values())) if len(models) == 1 else None  # it may be listed under another name
+            connection.context = models.get(connection.endpoint.model, only)
+        return is_listed or await self._try(connection, list(models)) or True
 
     async def _try(self, connection: Connection, names: Sequence[str]) -> str | None:
         """Ask for one token; why the endpoint would take no question, where that is what it says."""

@@ -26,7 +26,9 @@ def show(results: list[dict[str, Any]], rate: float, measure: Measure) -> None:
         "replies\nreadable",
         "replies\naccepted",
         "tokens a\ncandidate",
+        "seconds",
         "worker\nbusy",
+        "tokens\nmeasured",
     ):
         table.add_column(column, justify="right")
     goal = {r["seed"]: r["best_so_far"]["fitness"][-1] for r in results if r["method"] == "evolution"}
@@ -41,7 +43,9 @@ def show(results: list[dict[str, Any]], rate: float, measure: Measure) -> None:
             _share(rows, "readable", "asked"),
             _share(rows, "accepted", "asked"),
             _share(rows, "completion_tokens", "by_llm", digits=0),
+            _median((r["seconds"] for r in rows), 0),
             _median((r["busy"] for r in rows), 2),
+            _median((r["tokens"] for r in rows), 0),
         )
     each = list({r["seed"]: r for r in results}.values())
     table.add_row(
@@ -57,7 +61,7 @@ def show(results: list[dict[str, Any]], rate: float, measure: Measure) -> None:
         _median(r["dense_report"] for r in each),
         _median((r["dense_report"] / r["plain_report"] for r in each), digits=3),
     )
-    Console(width=170).print(table)
+    Console(width=190).print(table)
 
 
 def _median(values: Iterator[float], digits: int = 2) -> str:

@@ -1,13 +1,12 @@
 """What of a search's settings can only be checked once the model is known; and what is allowed, but should be known."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 import structlog
 
 from agents.lists import TOKENS_PER_RATE
 from agents.selector import SHOWN
-from daemon.llm_settings import EndpointSettings
-from daemon.settings import Settings
+from daemon.settings import SearchSettings, Settings
 from protocol.candidate import LEAST_RACE
 from protocol.errors import DataError, SettingsError
 from protocol.paths import expanded
@@ -22,10 +21,19 @@ log = structlog.get_logger()
 def warn_of_texts(settings: Settings) -> None:
     """Say once where a search reports on the text that it searches on."""
     data = settings.data
-    if data.report is None or data.fitness in NAMED_TEXTS:
-        return
-    if expanded(data.report).absolute() == expanded(data.fitness).absolute():
+    if data.report is not None and are_one_file(data.report, data.fitness):
         log.warning("report_is_searched_on", text=data.report)
+
+
+def are_one_file(one: str, other: str) -> bool:
+    """Whether two texts, neither of them a named one, are one file."""
+    if one in NAMED_TEXTS or other in NAMED_TEXTS:  # which have parts of their own to report on
+        return False
+    paths = expanded(one), expanded(other)
+    try:
+        return paths[0].samefile(paths[1])
+    except OSError:  # where workers read them, and not here
+        return paths[0].absolute() == paths[1].absolute()
 
 
 def check_race(confidence: float | None, first_windows: int | None, windows: int) -> None:
@@ -40,16 +48,27 @@ def check_race(confidence: float | None, first_windows: int | None, windows: int
         )
 
 
-def check_lists(settings: Settings, endpoints: Sequence[EndpointSettings], units: int) -> None:
-    """Raise SettingsError where the longest question for `lists`, with its answer, cannot fit into an endpoint."""
+def check_budget(search: SearchSettings, tokens: int) -> None:
+    """Raise SettingsError where the first population alone takes more than search.max_tokens; `tokens` of each."""
+    if search.max_tokens is not None and search.max_tokens < search.population * tokens:
+        raise SettingsError(
+            f"search.max_tokens ({search.max_tokens:,}) is smaller than what the first population takes "
+            f"({search.population} x {tokens:,}): give more, or a smaller search.population"
+        )
+
+
+def check_lists(settings: Settings, contexts: Mapping[str, int | None], units: int) -> None:
+    """Raise SettingsError where the longest question for `lists`, with its answer, cannot fit into an endpoint.
+
+    `contexts` are tokens by the endpoints' names, None where nobody knows.
+    """
     lists = _most_lists(settings)
     needed = TOKENS_BESIDE_LISTS + lists * units * TOKENS_PER_RATE
-    for endpoint in endpoints:
-        if lists and endpoint.context is not None and needed > endpoint.context:
+    for name, context in contexts.items():
+        if lists and context is not None and needed > context:
             raise SettingsError(
-                f"llm.reply `lists` takes about {needed:,} tokens for {lists} lists of {units} rates, and "
-                f"{endpoint.name or endpoint.base_url} has {endpoint.context:,}: use `edits` or `trades`, or a smaller "
-                "search.population"
+                f"llm.reply `lists` takes about {needed:,} tokens for {lists} lists of {units} rates, and {name} has "
+                f"{context:,}: use `edits` or `trades`, or a smaller search.population"
             )
 
 

@@ -57,6 +57,7 @@ def make_endpoints(settings: Sequence[EndpointSettings]) -> list[Endpoint]:
             api_key=_key(endpoint),
             price_in=endpoint.price_in,
             price_out=endpoint.price_out,
+            context=endpoint.context,
         )
         for name, endpoint in zip(_names(settings), settings, strict=True)
     ]

@@ -50,7 +50,8 @@ class EndpointSettings(Section):
     name: str | None = None
     """As logs and `status` call it, each another; the URL's host where left out, with the model where two share it."""
     context: PositiveInt | None = None
-    """Tokens of its context, question and answer together, where you know it: `lists` too long for it are refused."""
+    """Tokens of its context, question and answer together; as it says itself where left out, which not every server
+    does. `lists` too long for it are refused."""
     price_in: float = Field(default=0.0, ge=0)
     """Of a million tokens asked, in any currency, the same for all endpoints; for llm.budget_cost."""
     price_out: float = Field(default=0.0, ge=0)

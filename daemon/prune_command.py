@@ -116,8 +116,6 @@ def prune_settings(
 ) -> Settings:
     """The settings of the search, whose name, where none is given, follows from folder and spec."""
     chosen: dict[str, Any] = {"target.model": model, "target.rate": rate}
-    if budget is not None:
-        chosen["search.max_evaluations"] = budget
     if data is not None:
         chosen |= {"data.calibration": data, "data.fitness": data, "data.report": report_data or data}
     elif report_data is not None:
@@ -125,7 +123,13 @@ def prune_settings(
     with as_file(files("configs") / "best.yaml") as best:
         usual = load(best, [f"target.model={json.dumps(model)}", f"target.rate={rate}"]).search.name
         if budget is not None:
-            chosen["search.rounds"] = _rounds_for(budget, load(config or best, _given(chosen) + overrides).search)
+            search = load(config or best, _given(chosen) + overrides).search
+            if budget < search.population:
+                raise SettingsError(
+                    f"--budget ({budget}) is smaller than the first population ({search.population}): give more, or a "
+                    "smaller --set search.population"
+                )
+            chosen |= {"search.max_evaluations": budget, "search.rounds": _rounds_for(budget, search)}
         given = _given(chosen) + overrides
         settings = load(config or best, given)
         is_named = "name" in settings.search.model_fields_set and (config is not None or settings.search.name != usual)

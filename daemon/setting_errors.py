@@ -1,7 +1,7 @@
 """What is wrong with settings, in one sentence that shows no secret."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from pydantic import ValidationError
 
@@ -23,6 +23,8 @@ def validation_sentence(error: ValidationError, names: Iterable[str] = ()) -> st
         return message
     if name.partition(".")[0] in _MAY_HOLD_SECRETS:
         return f"{name} cannot be what was given: {message}"
+    if first["type"] == "value_error" and isinstance(first["input"], Mapping):  # the same, of one section
+        return message
     return f"{name} cannot be {_one_line(first['input'])!r}: {message}"
 
 

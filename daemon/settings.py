@@ -111,8 +111,8 @@ class SearchSettings(Section):
     def _fits_together(self) -> "SearchSettings":
         if self.max_evaluations is not None and self.max_evaluations < self.population:
             raise ValueError(
-                f"max_evaluations ({self.max_evaluations}) is smaller than the first population ({self.population}): "
-                "give more, or a smaller search.population"
+                f"search.max_evaluations ({self.max_evaluations}) is smaller than the first population "
+                f"({self.population}): give more, or a smaller search.population"
             )
         if len(self.seeds) > self.population:
             raise ValueError(f"{len(self.seeds)} seeds are more than the first population ({self.population}) holds")

@@ -201,10 +201,6 @@ class SearchStore:
                 raise SearchExistsError(f"the search {self._keys.search!r} is already run by {now_owner}")
             owner, left = now_owner, now_left
 
-    async def _has_begun(self, spec: SearchSpec) -> bool:
-        issued = await self._patiently(lambda: self._redis.exists(self._keys.issued))
-        return bool(issued) or await self._cards.read(spec.fingerprint) is not None
-
     async def _forget_workers(self) -> None:
         """Withdraw the signs of life of workers that died with the previous process: their jobs are free sooner."""
         async for name in self._redis.scan_iter(match=self._keys.worker_prefix + "*"):
@@ -221,8 +217,10 @@ class SearchStore:
             return
         stored = await self._patiently(lambda: self._redis.get(self._keys.spec))
         theirs = read_stored(SearchSpec, stored, self._keys.spec)
-        if theirs != self._spec and not await self._has_begun(theirs):
-            # Nothing was measured under it: a first try with a model or a text that could not be had.
+        has_begun = await self._patiently(lambda: self._redis.exists(self._keys.issued))
+        if theirs != self._spec and not has_begun:
+            # No candidate was proposed under it: a first try with a model or a text that could not be had, or that were
+            # found not to go with the settings.
             await self._patiently(lambda: self._redis.set(self._keys.spec, mine))
         elif theirs != self._spec:
             raise SearchExistsError(

@@ -61,7 +61,18 @@ def test_the_figures_of_several_calls_are_joined(tmp_path: Path, capsys: pytest.
     shown = capsys.readouterr().out
     rows = {line.split("│")[1].strip(): line.split("│")[2:-1] for line in shown.splitlines() if "│" in line}
     assert [cell.strip() for cell in rows["evolution"]][:4] == ["0.3000", "60.00", "0.500", "7"]
-    assert [cell.strip() for cell in rows["llm"]] == ["0.2000", "60.00", "0.500", "1", "1.00", "0.90", "45", "0.80"]
+    assert [cell.strip() for cell in rows["llm"]] == [
+        "0.2000",
+        "60.00",
+        "0.500",
+        "1",
+        "1.00",
+        "0.90",
+        "45",
+        "100",
+        "0.80",
+        "5,100",
+    ]
     assert [cell.strip() for cell in rows["uniform"]][:3] == ["0.5000", "80.00", "0.667"]
     assert [cell.strip() for cell in rows["uniform, as in the paper"]][1:3] == ["120.00", "1.000"]
     assert [cell.strip() for cell in rows["dense"]][1:3] == ["30.00", "0.250"]
@@ -76,7 +87,7 @@ def test_figures_that_did_not_tell_readable_from_accepted_replies_are_shown_with
     del old["readable"], old["accepted"]
     assert compare_search.main(["--methods", "--beside", _figures(tmp_path / "a", old), "--out", str(tmp_path)]) == 0
     (row,) = (line.split("│")[2:-1] for line in capsys.readouterr().out.splitlines() if "llm-of-old" in line)
-    assert [cell.strip() for cell in row][4:] == ["", "", "45", "0.80"]
+    assert [cell.strip() for cell in row][4:] == ["", "", "45", "100", "0.80", "5,100"]
 
 
 def test_figures_of_other_searches_are_not_joined(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

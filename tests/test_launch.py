@@ -286,6 +286,28 @@ def measured_in(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (["llm.reply=lists"], r"lists` takes about [\d,]+ tokens for 4 lists of \d+ rates, and scripted has 700"),
+        (["search.max_tokens=10"], r"search.max_tokens \(10\) is smaller than what the first population takes"),
+        (["search.first_windows=50"], r"search.first_windows \(50\) must be fewer than those of the fitness text"),
+    ],
+)
+async def test_what_does_not_go_with_model_and_text_is_refused_and_the_name_stays_free(
+    redis: Redis, keys: Keys, server: Server, tmp_path: Path, wrong: list[str], says: str
+) -> None:
+    listed = as_json({"object": "list", "data": [{"id": "m", "max_model_len": 700}]})
+    async with ScriptedLlm(answer, models=[listed]) as llm, worker_there(redis, keys):
+        with pytest.raises(UsageError, match=says):
+            await asyncio.wait_for(
+                Launched(settings_for(tmp_path, llm, "http.port=0", *wrong), server).launch.run(), 60
+            )
+        assert not await redis.exists(keys.issued) and not llm.asked
+        summary = await asyncio.wait_for(Launched(settings_for(tmp_path, llm, "http.port=0"), server).launch.run(), 60)
+        assert summary and summary.finished
+
+
 async def test_a_finished_search_whose_server_was_emptied_while_no_daemon_ran_comes_back_from_its_folder(
     redis: Redis, keys: Keys, server: Server, llm: ScriptedLlm, tmp_path: Path
 ) -> None:

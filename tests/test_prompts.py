@@ -94,14 +94,15 @@ async def test_every_prompt_reads_as_its_golden_text(agent: str, reply: ReplyFor
     check_golden(f"{agent}_{reply}_{granularity}", await prompt_of(agent, reply, view_of(granularity)))
 
 
+@pytest.mark.parametrize("granularity", ["layer", "block"])
 @pytest.mark.parametrize("reply", ["lists", "edits", "trades"])
 @pytest.mark.parametrize("agent", AGENTS)
 async def test_prompts_of_a_search_that_minimises_divergence_speak_of_it_and_not_of_perplexity(
-    agent: str, reply: ReplyFormat
+    agent: str, reply: ReplyFormat, granularity: Granularity
 ) -> None:
-    text = await prompt_of(agent, reply, view_of("layer", measure="kl"))
+    text = await prompt_of(agent, reply, view_of(granularity, measure="kl"))
     assert "KL divergence" in text and "perplexity" not in text.lower()
-    check_golden(f"{agent}_{reply}_layer_kl", text)
+    check_golden(f"{agent}_{reply}_{granularity}_kl", text)
 
 
 @pytest.mark.parametrize("reply", ["lists", "edits", "trades"])

@@ -142,6 +142,15 @@ async def test_cma_es_goes_on_from_what_was_long_beaten_too(redis: Redis, tmp_pa
     assert drawn[16:] != drawn[:8]
 
 
+async def test_cma_es_draws_between_the_lowest_and_the_highest_rate() -> None:
+    spec = BLOCKS.model_copy(update={"lowest_rate": 0.2, "highest_rate": 0.4})
+    drawn: list[tuple[float, ...]] = []
+    view = View(spec, BLOCK_CARD, 1, ())
+    await CmaEsMutator(16).propose(view, (), 16, lambda *_: _accepted(drawn, *_))
+    assert len(drawn) == 16 and all(0.2 <= rate <= 0.4 for rates in drawn for rate in rates)
+    assert min(map(min, drawn)) < 0.25 and max(map(max, drawn)) > 0.35
+
+
 async def test_what_cma_es_draws_without_a_plan_is_no_good_and_no_end() -> None:
     """Widths of 256 channels near the highest rate: some of what is drawn cannot be met by whole ones."""
     layer = LayerShape(query_heads=9, kv_heads=3, mlp_channels=1536)

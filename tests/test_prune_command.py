@@ -360,7 +360,7 @@ def test_the_name_of_the_search_follows_from_the_folder_and_from_what_decides_a_
         (["--finetune", "--finetune-data", "latin1.txt", "--set", "target.model=FAR"], "is not UTF-8 text"),
         (["--finetune", "--finetune-data", "four-words.txt", "--set", "target.model=FAR"], "is too short"),
         (["--finetune", "--finetune-data", "report.txt"], "windows of 512 tokens are longer than the 256 positions"),
-        (["--budget", "2"], "smaller than the first population"),
+        (["--budget", "2"], "--budget (2) is smaller than the first population"),
         (["--set", "search.nonsense=1"], "nonsense"),
         (["--format", "hf", "--format", "padded"], "would write the same files"),
         (["--gguf-type", "f16"], "--gguf-type f16 is not read here"),

@@ -2,6 +2,7 @@
 
 import asyncio
 from contextlib import AsyncExitStack
+from dataclasses import replace
 
 import pytest
 
@@ -9,7 +10,7 @@ from agents.chat import Chat
 from agents.endpoint import Endpoint
 from protocol.errors import SettingsError
 from tests.chatting import OK, QUICK, ask
-from tests.scripted_llm import Reply, ScriptedLlm, lists_models, refuses
+from tests.scripted_llm import Reply, ScriptedLlm, as_json, lists_models, refuses
 
 
 async def test_waiting_for_an_endpoint_is_said_once() -> None:
@@ -70,6 +71,38 @@ async def test_a_model_that_the_endpoint_does_not_know_is_refused_with_those_it_
         ):
             await chat.wait_ready()
         assert llm.bodies[0]["max_tokens"] == 1
+
+
+@pytest.mark.parametrize(
+    ("listed", "given", "context"),
+    [
+        ({"id": "model", "max_model_len": 4096}, None, 4096),
+        ({"id": "model", "meta": {"n_ctx_train": 32768, "n_ctx": 2048}}, None, 2048),
+        ({"id": "model", "context_length": 8192}, 16384, 16384),
+        ({"id": "/models/model.gguf", "max_model_len": 4096}, None, 4096),
+        ({"id": "model", "max_model_len": "much", "meta": 3}, None, None),
+        ({"id": "model"}, None, None),
+    ],
+    ids=["vllm", "llama.cpp", "what was given counts", "another name", "no number", "silent"],
+)
+async def test_the_context_is_what_was_given_or_else_what_the_endpoint_says(
+    listed: dict[str, object], given: int | None, context: int | None
+) -> None:
+    models = [as_json({"object": "list", "data": [listed]})]
+    async with ScriptedLlm([OK], models=models) as llm, Chat([replace(llm.endpoint, context=given)], QUICK) as chat:
+        assert chat.contexts == {"fake": given}
+        await chat.wait_ready()
+        assert chat.contexts == {"fake": context}
+
+
+async def test_of_several_models_only_the_own_one_tells_the_context() -> None:
+    entries = [{"id": "a", "max_model_len": 10}, {"id": "b", "max_model_len": 20}]
+    models = [as_json({"object": "list", "data": entries})]
+    async with ScriptedLlm([OK], models=models) as llm:
+        for model, context in (("b", 20), ("c", None)):
+            async with Chat([replace(llm.endpoint, model=model)], QUICK) as chat:
+                await chat.wait_ready()
+                assert chat.contexts == {"fake": context}
 
 
 @pytest.mark.parametrize("models", [lists_models("/models/qwen3.gguf"), lists_models(), refuses(404, "no list here")])

@@ -62,6 +62,15 @@ def test_defaults_are_the_papers() -> None:
         ("worker.lease_seconds=-1", "worker.lease_seconds"),
         ("llm.endpoints=[{base_url: localhost, model: m}]", "llm.endpoints.0.base_url"),
         ("search=3", "search cannot be '3'"),
+        (
+            "search.max_evaluations=5",
+            r"^search.max_evaluations \(5\) is smaller than the first population \(30\): give",
+        ),
+        (
+            "search={proposer: random, mutator: ranked}",
+            "^search.mutator is for the proposer `llm`, not for 'random'$",
+        ),
+        ("search.mutations={a: 1}", r"^search.mutations cannot be \"\{'a': 1\}\""),
         ("search.name.first=3", "search.name"),
         ("nonsense", "--set takes key=value"),
         ("target.rate={", "the value of target.rate is no YAML"),

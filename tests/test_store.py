@@ -13,7 +13,7 @@ from protocol.errors import SearchExistsError, StoreError
 from protocol.jobs import JobQueue
 from protocol.keys import Keys
 from protocol.streams import TakenOver
-from tests.samples import CARD, SPEC, candidates, measured
+from tests.samples import CARD, SPEC, candidates, card_for, measured
 from tests.servers import eventually
 from tests.test_streams import claimed, queued
 
@@ -151,6 +151,18 @@ async def test_a_spec_that_nothing_was_measured_under_may_be_mended(redis: Redis
     await SearchStore(redis, keys, SPEC).take_charge(previous_is_dead=True)
     client: Any = redis
     assert await client.get(keys.spec) == SPEC.model_dump_json()
+
+
+async def test_a_search_that_was_refused_once_its_model_was_known_gives_its_name_up(redis: Redis, keys: Keys) -> None:
+    """Its card is there, and no candidate: a text was too short for its settings, say."""
+    client: Any = redis
+    other = SPEC.model_copy(update={"rate": 0.5})
+    await SearchStore(redis, keys, SPEC).take_charge()
+    await client.set(keys.card, card_for(SPEC).model_dump_json())
+    mended = SearchStore(redis, keys, other)
+    await mended.take_charge(previous_is_dead=True)
+    assert await client.get(keys.spec) == other.model_dump_json()
+    assert await mended.card() is None
 
 
 async def test_counters_add_up_over_restarts(redis: Redis, keys: Keys) -> None:
