@@ -49,7 +49,11 @@ def prune(
     ] = None,
     finetune_minutes: Annotated[float | None, typer.Option(help="Of training, at most.")] = None,
     finetune_micro_batch: Annotated[
-        int | None, typer.Option(min=1, help="As `finetune --micro-batch`; less takes less memory.")
+        int | None, typer.Option(help="As `finetune --micro-batch`; less takes less memory.")
+    ] = None,
+    finetune_batch: Annotated[int | None, typer.Option(help="As `finetune --batch`.")] = None,
+    finetune_learning_rate: Annotated[
+        float | None, typer.Option(help="As `finetune --learning-rate`; small models take a higher one.")
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an older export.")] = False,
     json_: flags.Json = False,
@@ -58,14 +62,29 @@ def prune(
 
     Killed or interrupted, the same command goes on where it was.
     """
-    if not finetune and (finetune_data, finetune_minutes, finetune_micro_batch) != (None, None, None):
-        raise SettingsError(
-            "--finetune-data, --finetune-minutes and --finetune-micro-batch are of --finetune, which is missing"
-        )
+    of_finetuning = {
+        "data": finetune_data,
+        "minutes": finetune_minutes,
+        "micro-batch": finetune_micro_batch,
+        "batch": finetune_batch,
+        "learning-rate": finetune_learning_rate,
+    }
+    if not finetune and (given := [name for name, value in of_finetuning.items() if value is not None]):
+        raise SettingsError(f"--finetune-{given[0]} is of --finetune, which is missing")
     tuned_on = (finetune_data or ALPACA_GPT4) if finetune else None
     formats = formats_of(format_ or ["hf"])
     stored = gguf_type_of(formats, gguf_type)
-    goal = Goal(expanded(out), formats, stored, force, tuned_on, finetune_minutes, finetune_micro_batch)
+    goal = Goal(
+        expanded(out),
+        formats,
+        stored,
+        force,
+        tuned_on,
+        finetune_minutes,
+        finetune_micro_batch,
+        finetune_batch,
+        finetune_learning_rate,
+    )
     settings = prune_settings(model, rate, goal.out, budget, data, report_data, config, set_ or [])
     if prune_steps.was_written_unrecorded(goal, settings):
         goal = replace(goal, force=True)

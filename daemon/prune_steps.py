@@ -45,7 +45,9 @@ class Goal:
     """What it is fine-tuned on, if it is."""
     minutes: float | None = None
     micro_batch: int | None = None
-    """None: as `finetune` takes it."""
+    """None, here and below: as `finetune` takes it."""
+    batch: int | None = None
+    learning_rate: float | None = None
 
 
 class Written(BaseModel):
@@ -74,7 +76,8 @@ class Written(BaseModel):
 def recipe(goal: Goal, settings: Settings) -> Recipe:
     """How the model is fine-tuned on the goal's data."""
     assert goal.data is not None
-    flags = RecipeFlags() if goal.micro_batch is None else RecipeFlags(micro_batch=goal.micro_batch)
+    given = {"micro_batch": goal.micro_batch, "batch": goal.batch, "learning_rate": goal.learning_rate}
+    flags = RecipeFlags(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
     return recipe_of(goal.data, flags, full=False, seed=settings.search.seed)
 
 

@@ -8,10 +8,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import structlog
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+
+log = structlog.get_logger()
 
 FEWEST_ROWS = 8
 """With fewer, converting the weight takes longer than is gained."""
@@ -27,6 +30,13 @@ def is_slow(dtype: torch.dtype) -> bool:
         return True
     found = torch.ops.mkldnn
     return not (found._is_mkldnn_bf16_supported() if dtype == torch.bfloat16 else found._is_mkldnn_fp16_supported())
+
+
+def warn_if_slow(dtype: str, device: torch.device, than: str) -> None:
+    """Say where this CPU is slow in `dtype`; `than` is how long it takes, in the words of who computes."""
+    if device.type == "cpu" and is_slow(getattr(torch, dtype)):
+        advice = f"this CPU has no instructions for it, and {than} with --dtype float32"
+        log.warning("half_precision_is_slow", dtype=dtype, advice=advice)
 
 
 @contextmanager

@@ -20,10 +20,12 @@ from gpu_worker.allocation import Choice, choose_rates, prepare
 from gpu_worker.answering import first_line
 from gpu_worker.device_errors import is_out_of_memory
 from gpu_worker.evaluate import removed_share
+from gpu_worker.memory import FP32, main_memory
 from gpu_worker.models import LoadedModel, load_model
 from gpu_worker.perplexity import NotFiniteError
 from gpu_worker.progress import Progress, no_progress
 from gpu_worker.zero_shot_tasks import LoadedTask, load_tasks, quiet
+from protocol.amounts import gigabytes
 from protocol.errors import UsageError
 from protocol.plan import Parameters, count_parameters, dense_plan
 from protocol.results import TaskAccuracy, ZeroShotResult
@@ -128,6 +130,7 @@ class _Answering(HFLM):  # type: ignore[misc]  # lm-eval has no types
             batch_size=batch_size,
             softmax_dtype="float32",
         )
+        self._head = model.decoder.head.weight
         self._progress = progress
         self._title = ""
         self._stderr = sys.stderr
@@ -162,12 +165,28 @@ class _Answering(HFLM):  # type: ignore[misc]  # lm-eval has no types
         cut = sum(len(context) + len(answer) > self.max_length + 1 for _, context, answer in requests)
         if cut:
             log.warning("texts_too_long", task=self._title, texts=cut, of=len(requests), positions=self.max_length)
+        self._check_room(requests)
         self.set_cache_hook(_Counting(self._progress, f"answering {self._title}", len(requests)))
         answers: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, disable_tqdm=True)
         for likelihood, _is_greedy in answers:
             if not math.isfinite(likelihood):
                 raise NotFiniteError(f"the log-likelihood of an answer in {self._title} is {likelihood}")
         return answers
+
+    def _check_room(self, requests: list[Any]) -> None:
+        """Raise UsageError for batches too large for main memory, where the kernel would end us without a word."""
+        if self.device.type != "cpu":
+            return
+        texts = min(int(self.batch_size), len(requests))
+        tokens = min(max(len(context) + len(answer) for _, context, answer in requests) - 1, self.max_length)
+        # Logits as the model has them; and their logarithms, which lm-eval makes of a copy in fp32.
+        need = texts * tokens * self._head.shape[0] * (self._head.element_size() + 2 * FP32)
+        free = main_memory()
+        if need > free:
+            raise UsageError(
+                f"batches of {texts} texts of up to {tokens} tokens take {gigabytes(need)} for what the model "
+                f"predicts, and the main memory has {gigabytes(free)} available; give a smaller --batch-size"
+            )
 
     def _model_call(self, inps: Tensor, attn_mask: None = None, labels: None = None) -> Tensor:  # noqa: ARG002
         """Logits [texts, tokens, vocabulary] of tokens [texts, tokens], whose noughts at the right nobody looks at."""

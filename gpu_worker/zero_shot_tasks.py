@@ -75,6 +75,8 @@ class _Source:
     manager: Any
     """lm-eval's, which knows the task."""
     local: bool
+    beside: tuple[str, ...] = ()
+    """The tasks of the folder that was given, where this one is not among them."""
 
     @property
     def config(self) -> dict[str, Any]:
@@ -138,7 +140,7 @@ def find_sources(names: Sequence[str], local: _Folder | None) -> list[_Source]:
         if harness_name in local.names:
             found[harness_name] = _Source(harness_name, local.manager, local=True)
         elif paper is not None:
-            found[harness_name] = _Source(harness_name, shipped, local=False)
+            found[harness_name] = _Source(harness_name, shipped, local=False, beside=local.names)
         else:
             seven = (task.name for task in PAPER_TASKS)
             raise SettingsError(unknown_task(name, dict.fromkeys((*local.names, *seven))))
@@ -206,8 +208,11 @@ def _cannot_load(source: _Source, offline: bool, error: Exception) -> str:
     if source.local:
         return f"the task {source.harness_name!r} of {source.file} cannot be loaded ({reason(error)})"
     if offline:
+        advice = "give --tasks-dir, a folder with tasks of local files (docs/usage.md)"
+        if source.beside:
+            advice = f"the folder of --tasks-dir has no such task, but {', '.join(source.beside)}"
         return (
             f"the data of the task {source.harness_name!r} are not on this machine and the hub cannot be reached; "
-            "give --tasks-dir, a folder with tasks of local files (docs/usage.md)"
+            f"{advice}"
         )
     return f"the task {source.harness_name!r} cannot be loaded ({reason(error)})"

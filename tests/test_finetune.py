@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from structlog.testing import capture_logs
 
 from gpu_worker.export.padded import write_padded
 from gpu_worker.export.reopen import as_it_was_pruned, read_exported
@@ -21,6 +22,7 @@ from protocol.errors import DataError, ModelError, SettingsError, UsageError
 from protocol.finetuning import Recipe
 from protocol.formats import Format
 from protocol.results import Searched
+from protocol.spec import Dtype
 from tests.exports import UNEVEN, export, loaded_elsewhere, pruned
 from tests.finetunes import QUICK, exported, finetuned, logits_in, weights_in
 from tests.tiny_models import tiny_model, tiny_windows
@@ -192,6 +194,17 @@ def test_a_loss_that_is_no_number_ends_it_and_writes_nothing(tmp_path: Path) -> 
     with pytest.raises(NotFiniteError, match="lower the learning rate"):
         finetuned(exported(tmp_path / "pruned"), tmp_path / "out", FULL.model_copy(update={"learning_rate": 1e30}))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("dtype", "warnings"), [("bfloat16", 1), ("float32", 0)])
+def test_a_type_that_this_cpu_trains_slowly_in_is_warned_about(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: Dtype, warnings: int
+) -> None:
+    monkeypatch.setattr("gpu_worker.arithmetic.is_slow", lambda dtype: dtype == torch.bfloat16)
+    with capture_logs() as logs:
+        finetuned(exported(tmp_path / "pruned"), tmp_path / "out", dtype=dtype)
+    said = [line["advice"] for line in logs if line["event"] == "half_precision_is_slow"]
+    assert len(said) == warnings and all("training is nearly twice as fast with --dtype float32" in s for s in said)
 
 
 def test_float16_is_refused(tmp_path: Path) -> None:

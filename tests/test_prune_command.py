@@ -199,7 +199,7 @@ def test_only_a_call_with_the_same_flags_goes_on_with_what_was_not_recorded(targ
     assert not was_written_unrecorded(goal, settings), "nobody began to write it"
     (settings.folder / "begun.json").write_text(json.dumps(_flags_of(goal)))
     assert was_written_unrecorded(goal, settings)
-    for change in ({"gguf_type": "f16"}, {"data": "b/alpaca.json"}, {"minutes": 1.0}, {"micro_batch": 1}):
+    for change in ({"gguf_type": "f16"}, {"data": "b/alpaca.json"}, {"minutes": 1.0}, {"micro_batch": 1}, {"batch": 2}):
         assert not was_written_unrecorded(replace(goal, **change), settings)
     (goal.out / "selfpruner.json").write_text(json.dumps(facts | {"finetunings": [tuning | {"data": "b.json"}]}))
     assert not was_written_unrecorded(goal, settings)
@@ -345,7 +345,9 @@ def test_the_name_of_the_search_follows_from_the_folder_and_from_what_decides_a_
     ("options", "sentence"),
     [
         (["--format", "gguf", "--finetune"], "give --format hf beside gguf"),
-        (["--finetune-data", "x.json"], "are of --finetune, which is missing"),
+        (["--finetune-data", "x.json"], "--finetune-data is of --finetune, which is missing"),
+        (["--finetune-learning-rate", "1e-3"], "--finetune-learning-rate is of --finetune, which is missing"),
+        (["--finetune", "--finetune-data", "report.txt", "--finetune-learning-rate", "0"], "learning_rate cannot be"),
         (["--finetune", "--finetune-minutes", "0"], "--finetune-minutes 0.0 is no time to train in"),
         (["--finetune", "--finetune-minutes", "nan"], "is no time to train in"),
         (["--finetune", "--finetune-data", "self"], "there is no file 'self'"),
@@ -427,10 +429,13 @@ def test_memory_that_is_too_small_to_fine_tune_is_told_before_the_search(
     assert main(arguments(target, *tuning, "1")) == 128 + signal.SIGTERM
 
 
-def test_the_micro_batch_is_that_of_the_recipe(target: Path) -> None:
+def test_flags_of_fine_tuning_are_those_of_the_recipe(target: Path) -> None:
     settings = prune_settings("m", 0.3, Path("small"), 8, None, None, settings_file(target), [])
-    goal = Goal(Path("small"), ("hf",), data="alpaca.json", micro_batch=3)
-    assert recipe(goal, settings).micro_batch == 3
+    usual = recipe(Goal(Path("small"), ("hf",), data="alpaca.json"), settings)
+    assert (usual.micro_batch, usual.batch, usual.learning_rate) == (4, 64, 3e-4)
+    goal = Goal(Path("small"), ("hf",), data="alpaca.json", micro_batch=3, batch=6, learning_rate=2e-3)
+    chosen = {"micro_batch": 3, "batch": 6, "learning_rate": 2e-3}
+    assert recipe(goal, settings) == usual.model_copy(update=chosen)
 
 
 def test_an_output_that_is_taken_is_refused_before_the_search(

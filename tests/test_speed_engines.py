@@ -103,7 +103,7 @@ def test_both_models_are_loaded_onto_one_placement_and_all_its_devices_are_named
 def test_a_type_that_the_cpu_has_no_instructions_for_is_warned_about(
     folders: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, warnings: int
 ) -> None:
-    monkeypatch.setattr(transformers_engine, "is_slow", lambda dtype: dtype == torch.bfloat16)
+    monkeypatch.setattr("gpu_worker.arithmetic.is_slow", lambda dtype: dtype == torch.bfloat16)
     with capture_logs() as logs, open_pair(request(folders, dtype=dtype)):
         assert [line["event"] for line in logs].count("half_precision_is_slow") == warnings
 

@@ -1,6 +1,7 @@
 """`selfpruner zero-shot`: accuracies are those worked out by hand, dense, pruned in memory and exported."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,21 @@ def test_accuracies_are_those_worked_out_by_hand_in_every_form_of_answer(
     assert len({acc for acc, _ in expected.values()}) > 1
     assert ask(target, "--batch-size", batch_size) == 0
     check(asked(capsys), expected)
+
+
+def test_batches_that_main_memory_cannot_hold_are_refused_before_they_are_run(
+    target: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = 400_000
+    monkeypatch.setattr("gpu_worker.zero_shot.main_memory", lambda: free)
+    assert ask(target, "--batch-size", "1") == 0
+    capsys.readouterr()
+    assert ask(target, "--batch-size", "4000") == 2
+    out, err = capsys.readouterr()
+    assert out == "" and "Traceback" not in err
+    assert re.search(
+        r"batches of \d+ texts of up to \d+ tokens take .* give a smaller --batch-size", err.splitlines()[-1]
+    )
 
 
 def test_a_limit_takes_the_first_items(target: Path, capsys: pytest.CaptureFixture[str]) -> None:

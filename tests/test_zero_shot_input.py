@@ -74,6 +74,7 @@ def test_local_tasks_need_no_hub_and_come_before_the_model(tasks: Path, capsys: 
     assert f"there is no folder '{NO_MODEL}'" in sentence(capsys, "--tasks-dir", str(tasks))
     told = sentence(capsys, "--tasks-dir", str(tasks), "--tasks", "boolq,piqa")
     assert "the data of the task 'piqa' are not on this machine" in told
+    assert "the hub cannot be reached; the folder of --tasks-dir has no such task, but boolq" in told
 
 
 def test_a_task_that_neither_the_folder_nor_the_paper_has_is_named(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from gpu_worker.arithmetic import warn_if_slow
 from gpu_worker.corpora import windows_digest
 from gpu_worker.export.exporting import check_formats
 from gpu_worker.export.facts import ExportFacts, TextPerplexity, without_places
@@ -134,6 +135,7 @@ def _load(request: FinetuneRequest, exported: Exported, dtype: Dtype, progress: 
     model = load_model(str(request.folder), dtype, Workload(longest, training=Training(request.recipe)))
     check_length(model, longest)
     as_it_was_pruned(model, exported)
+    warn_if_slow(dtype, model.device, "training is nearly twice as fast")
     progress("loading model", 1, 1)
     return model
 

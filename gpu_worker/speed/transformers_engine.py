@@ -7,12 +7,11 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
-import structlog
 import torch
 from torch import Tensor
 from transformers.cache_utils import StaticCache
 
-from gpu_worker.arithmetic import is_slow
+from gpu_worker.arithmetic import warn_if_slow
 from gpu_worker.memory import Workload, kv_cache_bytes
 from gpu_worker.models import LoadedModel, load_side_by_side
 from gpu_worker.session import device_name
@@ -23,8 +22,6 @@ from gpu_worker.target import check_length
 from protocol.speeds import ModelSize
 
 Clock = Callable[[], float]
-
-log = structlog.get_logger()
 
 
 class TransformersRunner:
@@ -107,9 +104,7 @@ def open_pair(request: SpeedRequest) -> Iterator[Pair]:
     for model in (dense, pruned):
         check_length(model, request.length.total)
     check_related(_sizes(dense), _sizes(pruned), request.baseline)
-    if dense.device.type == "cpu" and is_slow(getattr(torch, request.dtype)):
-        advice = "this CPU has no instructions for it, and torch is several times as fast with --dtype float32"
-        log.warning("half_precision_is_slow", dtype=request.dtype, advice=advice)
+    warn_if_slow(request.dtype, dense.device, "torch is several times as fast")
     devices = dict.fromkeys([*devices_of(dense), *devices_of(pruned)])
     threads = torch.get_num_threads() if dense.device.type == "cpu" else None
     runners = [TransformersRunner(model, request.length) for model in (dense, pruned)]
