@@ -1,6 +1,7 @@
 """How a speed is measured: dense and pruned in turn, medians of ratios, exact bytes; and what cannot be measured."""
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -253,6 +254,27 @@ def test_what_cannot_be_measured_is_one_sentence(
         given.remove("transformers")
         given.remove("--engine")
     assert main(["speed", str(exported / "pruned"), *given]) == 2
+    assert sentence in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("index", "sentence"),
+    [
+        (None, "has lost weights: model.safetensors is not there"),
+        ('{"weight_map": {"a": "model-2.safetensors"}}', "has lost weights: model-2.safetensors is not there"),
+        ("[]", "does not say which files hold the weights"),
+    ],
+)
+def test_a_folder_that_has_lost_its_weights_is_one_sentence_whatever_else_could_run(
+    exported: Path, tmp_path: Path, index: str | None, sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """llama.cpp would run the GGUF file that lies beside, and its figures would hide that the rest is broken."""
+    folder = tmp_path / "damaged"
+    shutil.copytree(exported / "pruned", folder)
+    (folder / "model.safetensors").unlink()
+    if index is not None:
+        (folder / "model.safetensors.index.json").write_text(index)
+    assert main(["speed", str(folder), "--baseline", str(exported / "dense"), "--engine", "llama.cpp"]) == 2
     assert sentence in capsys.readouterr().err.splitlines()[-1]
 
 

@@ -43,6 +43,21 @@ def formats_in(folder: Path) -> Formats:
     return found
 
 
+def check_weights(folder: Path, formats: Formats) -> None:
+    """Raise ModelError where an exported folder has lost the files that transformers loads its weights from."""
+    if not {"hf", "padded"} & set(formats):
+        return
+    index = folder / "model.safetensors.index.json"
+    names = {"model.safetensors"}
+    if index.is_file():
+        try:
+            names = set(json.loads(index.read_bytes())["weight_map"].values())
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ModelError(f"{str(index)!r} does not say which files hold the weights") from error
+    if missing := sorted(name for name in names if not (folder / name).is_file()):
+        raise ModelError(f"{str(folder)!r} has lost weights: {missing[0]} is not there")
+
+
 def check_target(target: Path, *, force: bool) -> None:
     """Raise ExportError where an export to `target` would be refused, before anything that takes time is done.
 

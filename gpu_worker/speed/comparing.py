@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from gpu_worker.answering import preparing
-from gpu_worker.export.folder import formats_in
+from gpu_worker.export.folder import check_weights, formats_in
 from gpu_worker.progress import Progress, no_progress
 from gpu_worker.speed.engines import SpeedRequest, choose_engines
 from gpu_worker.speed.measuring import Pair, measured_batches, prefixed
@@ -24,6 +24,7 @@ def measure_speed(request: SpeedRequest, progress: Progress = no_progress) -> Sp
     baseline that it cannot come of, an engine that is not there or cannot run it, and too little memory.
     """
     formats = formats_in(request.folder)
+    check_weights(request.folder, formats)
     engines, skipped = choose_engines(request.engines, formats)
     check_sweep(request, engines, formats)
     check_gguf_type(request, engines, formats)
