@@ -139,6 +139,7 @@ class CellMaker:
             "--epochs": chosen.epochs,
             "--max-steps": chosen.max_steps,
             "--batch": chosen.batch,
+            "--micro-batch": chosen.micro_batch,
             "--seqlen": chosen.seqlen,
             "--seed": self.settings.seed,
         }

@@ -113,6 +113,8 @@ class Finetune(Section):
     epochs: PositiveInt = 2
     max_steps: PositiveInt | None = None
     batch: PositiveInt | None = None
+    micro_batch: PositiveInt | None = None
+    """Examples at once; fewer take less memory."""
     seqlen: int = Field(default=256, ge=16)
 
 
