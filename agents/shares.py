@@ -5,7 +5,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from agents.population import Population
 from agents.view import Tried, View
+from protocol.candidate import Measured
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,12 @@ def records(candidates: Iterable[Tried], fitness: Mapping[str, float]) -> dict[s
             tried[who.endpoint] += 1
             improved[who.endpoint] += one.fitness is not None and not one.stopped and one.fitness < min(known)
     return {name: Record(count, improved[name]) for name, count in tried.items()}
+
+
+def records_of(population: Population) -> dict[str, Record]:
+    """Of all offspring there have been, by the name of the endpoint."""
+    fitness = {e.candidate.id: e.outcome.fitness for e in population if isinstance(e.outcome, Measured)}
+    return records((Tried(e.candidate, fitness.get(e.candidate.id)) for e in population), fitness)
 
 
 def ranked_endpoints(view: View, names: Sequence[str], seed: int) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from redis.exceptions import RedisError
 from agents.endpoint import Usage
 from agents.health import EndpointState, LlmState
 from agents.population import Population
+from agents.shares import Record, records_of
 from daemon.changes import Follower
 from daemon.event_log import EventLog
 from daemon.journal import write_json
@@ -145,11 +146,17 @@ class Observer:
     def _condition(self) -> Condition:
         chat = self.chat
         state = chat.state if chat else LlmState()
+        offspring = records_of(self.population) if chat else {}
         return Condition(
             degraded=state.degraded is not None if chat else None,
             degraded_by=state.degraded,
             parents_source=self.search.parents_source if self.search else None,
-            endpoints={endpoint.name: _endpoint(chat.usage[endpoint.name], endpoint) for endpoint in state.endpoints}
+            endpoints={
+                endpoint.name: _endpoint(
+                    chat.usage[endpoint.name], endpoint, offspring.get(endpoint.name, Record(0, 0))
+                )
+                for endpoint in state.endpoints
+            }
             if chat
             else {},
             finished=self.finished,
@@ -173,7 +180,7 @@ class Observer:
         self._published = known, written
 
 
-def _endpoint(usage: Usage, endpoint: EndpointState) -> EndpointStatus:
+def _endpoint(usage: Usage, endpoint: EndpointState, offspring: Record) -> EndpointStatus:
     return EndpointStatus(
         state="asked" if endpoint.state == "closed" else "off" if endpoint.state == "off" else "left alone",
         reason=endpoint.reason,
@@ -181,4 +188,6 @@ def _endpoint(usage: Usage, endpoint: EndpointState) -> EndpointStatus:
         errors=usage.errors,
         prompt_tokens=usage.prompt_tokens,
         completion_tokens=usage.completion_tokens,
+        tried=offspring.tried,
+        improved=offspring.improved,
     )

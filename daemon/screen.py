@@ -136,11 +136,12 @@ def _workers(status: Status) -> RenderableType:
 
 def _endpoints(status: Status) -> RenderableType:
     table = Table(title="LLM endpoints", box=None, title_justify="left")
-    for column in ("endpoint", "state", "requests", "errors"):
-        table.add_column(column, justify="right" if column in ("requests", "errors") else "left")
+    for column in ("endpoint", "state", "requests", "errors", "offspring", "better"):
+        table.add_column(column, justify="left" if column in ("endpoint", "state") else "right")
     for name, endpoint in status.endpoints.items():
         state = _plain(endpoint.state + (f": {endpoint.reason}" if endpoint.reason else ""))
-        table.add_row(_plain(name), state, f"{endpoint.requests:,}", f"{endpoint.errors:,}")
+        counts = (endpoint.requests, endpoint.errors, endpoint.tried, endpoint.improved)
+        table.add_row(_plain(name), state, *(f"{count:,}" for count in counts))
     return table
 
 

@@ -10,8 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from agents.population import Evaluation, Population
-from agents.shares import Record, records
-from agents.view import Tried
+from agents.shares import Record, records_of
 from protocol.candidate import Candidate, Measured, candidate_id
 from protocol.card import DensePerplexity, ModelCard
 from protocol.plan import Parameters, count_parameters, dense_plan
@@ -96,16 +95,11 @@ def summarise(
             "by_source": {"llm": 0, "stand-in": 0, **Counter(c.provenance.source for c in proposals)},
             "by_outcome": {name: outcomes[name] for name in ("measured", "failed", "stopped")},
         },
-        endpoints=_endpoints(population),
+        endpoints=records_of(population),
         tokens={name: int(counters.get(f"{name}_tokens", 0)) for name in ("prompt", "completion")},
         screened=int(counters.get("screened", 0)),
         seconds=round(counters.get("seconds", 0.0), 1),
     )
-
-
-def _endpoints(population: Population) -> dict[str, Record]:
-    fitness = {e.candidate.id: e.outcome.fitness for e in population if isinstance(e.outcome, Measured)}
-    return records((Tried(e.candidate, fitness.get(e.candidate.id)) for e in population), fitness)
 
 
 def _dense_row(spec: SearchSpec, card: ModelCard) -> Row:

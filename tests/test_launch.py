@@ -110,7 +110,10 @@ async def test_a_search_is_paused_followed_and_finished_over_http(
     status = json.loads((launched.settings.folder / "status.json").read_text())
     assert status["finished"] and status["measured"] == 4 + 2 * 3
     assert status["best_perplexity"] == summary.best.perplexity if summary.best else False
-    assert status["endpoints"]["scripted"]["requests"] == len(llm.asked)
+    of_endpoint = status["endpoints"]["scripted"]
+    assert of_endpoint["requests"] == len(llm.asked)
+    record = summary.endpoints["scripted"]
+    assert (of_endpoint["tried"], of_endpoint["improved"]) == (record.tried, record.improved) and record.tried > 0
 
 
 async def test_its_time_is_shown_before_a_worker_has_made_its_model_ready(
@@ -160,6 +163,7 @@ async def test_what_the_llm_used_is_shown_while_the_search_goes_on_and_failed_qu
     assert f"selfpruner_llm_cost {status['cost']}" in metrics
     assert 'selfpruner_llm_answer_seconds_count{endpoint="scripted"} 3.0' in metrics
     assert 'selfpruner_llm_errors_total{endpoint="scripted"} 3.0' in metrics
+    assert 'selfpruner_llm_offspring_total{came_to="tried",endpoint="scripted"} 0.0' in metrics
     saved = json.loads((launched.settings.folder / "status.json").read_text())
     assert (saved["tokens"], saved["cost"]) == (status["tokens"], status["cost"])
 
