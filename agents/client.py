@@ -30,8 +30,10 @@ endpoint. `limited`: it asks to be left alone for a while. `question`: it cannot
 none of ours (a wrong key, an unknown model, a quota used up).
 """
 
-_CONTEXTS = ("max_model_len", "context_length", "context_window", "n_ctx", "n_ctx_train")
+_CONTEXTS = ("max_model_len", "context_length", "context_window", "n_ctx")
 """What servers call the tokens of a model's context in their list: vLLM, routers, llama.cpp (under `meta`)."""
+_TRAINED_CONTEXT = "n_ctx_train"
+"""What llama.cpp says of the model itself; it may be served with more, or with less."""
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _NO_KEY = "none"
 """What an endpoint without a key of its own is sent: the SDK would otherwise take OPENAI_API_KEY to any address."""
@@ -159,7 +161,10 @@ def _make_sdk(base_url: str, key: str, policy: ChatPolicy) -> openai.AsyncOpenAI
 
 
 def _context(entry: dict[str, Any]) -> int | None:
-    """Tokens of the context of a listed model: the least that is said of it."""
-    meta = entry.get("meta")
-    said = [source.get(name) for source in (entry, meta) if isinstance(source, dict) for name in _CONTEXTS]
-    return min((n for n in said if isinstance(n, int) and n > 1), default=None)  # True is an int, too
+    """Tokens of the context of a listed model: the least that it is served with, or else what it was trained with."""
+    said = [source for source in (entry, entry.get("meta")) if isinstance(source, dict)]
+    for names in (_CONTEXTS, (_TRAINED_CONTEXT,)):
+        numbers = [source.get(name) for source in said for name in names]
+        if found := [n for n in numbers if isinstance(n, int) and n > 1]:  # True is an int, too
+            return min(found)
+    return None

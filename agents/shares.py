@@ -34,8 +34,35 @@ def records(candidates: Iterable[Tried], fitness: Mapping[str, float]) -> dict[s
 
 def records_of(population: Population) -> dict[str, Record]:
     """Of all offspring there have been, by the name of the endpoint."""
-    fitness = {e.candidate.id: e.outcome.fitness for e in population if isinstance(e.outcome, Measured)}
-    return records((Tried(e.candidate, fitness.get(e.candidate.id)) for e in population), fitness)
+    counted = Offspring()
+    counted.take(population)
+    return counted.records
+
+
+class Offspring:
+    """Counts the offspring of a population that grows: what is looked at again costs what is new alone."""
+
+    def __init__(self) -> None:
+        self._fitness: dict[str, float] = {}
+        self._taken = 0
+        self._tried: Counter[str] = Counter()
+        self._improved: Counter[str] = Counter()
+
+    @property
+    def records(self) -> dict[str, Record]:
+        """By the name of the endpoint."""
+        return {name: Record(count, self._improved[name]) for name, count in self._tried.items()}
+
+    def take(self, population: Population) -> None:
+        """Count those whose outcomes are new; parents' came before them."""
+        new = population.newest(max(0, population.outcomes - self._taken))
+        self._taken = population.outcomes
+        fitness = {e.candidate.id: e.outcome.fitness for e in new if isinstance(e.outcome, Measured)}
+        self._fitness |= fitness
+        tried = (Tried(e.candidate, fitness.get(e.candidate.id)) for e in new)
+        for name, record in records(tried, self._fitness).items():
+            self._tried[name] += record.tried
+            self._improved[name] += record.improved
 
 
 def ranked_endpoints(view: View, names: Sequence[str], seed: int) -> tuple[str, ...]:

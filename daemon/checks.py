@@ -68,8 +68,21 @@ def check_lists(settings: Settings, contexts: Mapping[str, int | None], units: i
         if lists and context is not None and needed > context:
             raise SettingsError(
                 f"llm.reply `lists` takes about {needed:,} tokens for {lists} lists of {units} rates, and {name} has "
-                f"{context:,}: use `edits` or `trades`, or a smaller search.population"
+                f"{context:,}: use `edits` or `trades`, a smaller search.population, or say its `context` in "
+                "llm.endpoints if it is larger"
             )
+
+
+def check_lists_somewhere(settings: Settings, contexts: Mapping[str, int | None], units: int) -> None:
+    """Raise SettingsError as `check_lists`, but only where all contexts are known, and the largest is too small.
+
+    For contexts that endpoints say of themselves: an endpoint that is away at the start says nothing, and one that is
+    too small beside a larger one only costs the questions that are tried there.
+    """
+    known = [(context, name) for name, context in contexts.items() if context is not None]
+    if known and len(known) == len(contexts):
+        context, name = max(known)
+        check_lists(settings, {name: context}, units)
 
 
 def _most_lists(settings: Settings) -> int:

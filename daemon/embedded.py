@@ -155,6 +155,8 @@ async def workers(settings: Settings, redis_url: str, *, console: bool) -> Async
     if find_spec("torch") is None:
         raise _missing("torch", "a worker", "or run workers elsewhere with `selfpruner daemon` here", extra="worker")
     command = [sys.executable, "-m", "gpu_worker", "--search", settings.search.name]
+    # They start before the daemon is in charge, and the server may still have the spec of a try that was refused.
+    command += ["--spec", settings.spec().fingerprint]
     command += ["--lease-seconds", str(settings.worker.lease_seconds), "--grace-seconds", "1"]
     command += ["--max-evaluation-seconds", str(settings.worker.max_evaluation_seconds)]
     command += ["--max-preparation-seconds", str(settings.worker.max_preparation_seconds)]

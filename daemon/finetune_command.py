@@ -84,7 +84,7 @@ def finetune(
     *,
     how: RecipeFlags,
     dtype: Annotated[
-        Dtype | None, typer.Option("--dtype", help="Of weights and activations; as on the folder's card.")
+        Dtype | None, flags.chosen(Dtype, "Of weights and activations; as on the folder's card if left out")
     ] = None,
     seed: Annotated[
         int, typer.Option(min=0, callback=flags.seed_of_torch, help="Of the data's order, and of dropout.")

@@ -11,7 +11,7 @@ import structlog
 
 from agents.asking import Asks
 from agents.replay import Remembering
-from daemon.checks import check_budget, check_lists, check_race, warn_of_texts
+from daemon.checks import check_budget, check_lists, check_lists_somewhere, check_race, warn_of_texts
 from daemon.display import Display
 from daemon.duties import repair_for_ever, survived, wait_for_card, watch_workers
 from daemon.http_api import HttpApi
@@ -124,14 +124,17 @@ class Launch:
             card = await wait_for_card(self._store)
             windows = card.dense.tokens // (self._spec.fitness.seqlen - 1)
             check_race(self._settings.search.race_confidence, self._settings.search.first_windows, windows)
-            check_budget(self._settings.search, card.dense.tokens)
+            is_new = not history.ledger
+            if is_new:
+                check_budget(self._settings.search, card.dense.tokens)
             self._meter.chat = self._observer.chat = chat = await stack.enter_async_context(self._chat())
             units = len(card.shape.units(self._spec.granularity))
             check_lists(self._settings, chat.contexts, units)
             duties.append(group.create_task(repair_for_ever(self._store, queue, lambda: self._memory(history).history)))
             search = self._make_search(card, chat, queue, history)
-            await self._wait_for_llm(search, chat, is_new=not history.ledger)
-            check_lists(self._settings, chat.contexts, units)  # some endpoints say theirs once they can be asked
+            await self._wait_for_llm(search, chat, is_new=is_new)
+            if is_new:
+                check_lists_somewhere(self._settings, chat.contexts, units)
             await self._search_to_its_end(search)
             for duty in duties:
                 duty.cancel()

@@ -16,7 +16,7 @@ from redis.exceptions import RedisError
 from agents.endpoint import Usage
 from agents.health import EndpointState, LlmState
 from agents.population import Population
-from agents.shares import Record, records_of
+from agents.shares import Offspring, Record
 from daemon.changes import Follower
 from daemon.event_log import EventLog
 from daemon.journal import write_json
@@ -64,6 +64,7 @@ class Observer:
         self._published: tuple[Condition | None, Status | None] = (None, None)
         self._told = self._begun = False
         self._history = History()
+        self._offspring = Offspring()
         self._early = Population()
         self.events = EventLog()
         self.search: Search | None = None
@@ -146,7 +147,9 @@ class Observer:
     def _condition(self) -> Condition:
         chat = self.chat
         state = chat.state if chat else LlmState()
-        offspring = records_of(self.population) if chat else {}
+        if state.endpoints:
+            self._offspring.take(self.population)
+        offspring = self._offspring.records
         return Condition(
             degraded=state.degraded is not None if chat else None,
             degraded_by=state.degraded,

@@ -86,6 +86,8 @@ def prune(
         finetune_learning_rate,
     )
     settings = prune_settings(model, rate, goal.out, budget, data, report_data, config, set_ or [])
+    if finetune:
+        prune_steps.recipe(goal, settings)
     if prune_steps.was_written_unrecorded(goal, settings):
         goal = replace(goal, force=True)
     before = _checked(goal, settings)
@@ -142,7 +144,8 @@ def prune_settings(
     with as_file(files("configs") / "best.yaml") as best:
         usual = load(best, [f"target.model={json.dumps(model)}", f"target.rate={rate}"]).search.name
         if budget is not None:
-            search = load(config or best, _given(chosen) + overrides).search
+            without = _given(chosen | {"search.max_evaluations": None})
+            search = load(config or best, without + overrides).search
             if budget < search.population:
                 raise SettingsError(
                     f"--budget ({budget}) is smaller than the first population ({search.population}): give more, or a "

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
@@ -89,7 +90,7 @@ def written_before(goal: Goal, settings: Settings) -> Written | None:
     found = _recorded(goal, settings)
     if found is None or (goal.force and found.is_checked):
         return None
-    return found if found.flags == _flags_of(goal) else None
+    return found if _are_flags_of(goal, found.flags) else None
 
 
 def holds(folder: Path, request: PruningRequest) -> bool:
@@ -107,11 +108,11 @@ def was_written_unrecorded(goal: Goal, settings: Settings) -> bool:
         facts = json.loads((goal.out / FACTS).read_bytes())
         best = json.loads((settings.folder / "best.json").read_bytes())
         tunings = [(each["recipe"], each["data"]) for each in facts["finetunings"]]
-        found = (flags, facts["method"], facts["rates"], facts["formats"], tunings)
+        found = (facts["method"], facts["rates"], facts["formats"], tunings)
         of_search = (f"search {settings.search.name}", best["rates"], list(goal.formats), _tunings(goal, settings))
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    return found == (_flags_of(goal), *of_search) and _recorded(goal, settings) is None
+    return _are_flags_of(goal, flags) and found == of_search and _recorded(goal, settings) is None
 
 
 def _tunings(goal: Goal, settings: Settings) -> list[object]:
@@ -231,10 +232,15 @@ def _facts(goal: Goal) -> str:
 
 
 def _flags_of(goal: Goal) -> dict[str, str]:
-    """What decides the folder beside the search; not --force."""
+    """What decides the folder beside the search; not --force, nor what is left out."""
     told = asdict(goal) | {"out": goal.out.absolute()}
     del told["force"]
-    return {name: str(value) for name, value in told.items()}
+    return {name: str(value) for name, value in told.items() if value is not None}
+
+
+def _are_flags_of(goal: Goal, recorded: Mapping[str, str]) -> bool:
+    # Versions before this one recorded what was left out too, of the flags that they had.
+    return {name: value for name, value in recorded.items() if value != "None"} == _flags_of(goal)
 
 
 def _export(request: PruningRequest, goal: Goal, searched: Searched) -> ExportResult:

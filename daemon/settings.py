@@ -63,7 +63,8 @@ class SearchSettings(Section):
     max_evaluations: PositiveInt | None = None
     """Stop proposing after so many candidates, whatever the rounds; none means no limit."""
     max_tokens: PositiveInt | None = None
-    """Stop, after a round, when candidates were measured on so many tokens: racing saves some; none means no limit."""
+    """Stop, after a round, when candidates were measured on so many tokens: racing saves some; none means no limit. The
+    first population must fit."""
     budget_hours: PositiveFloat | None = None
     """Stop proposing when the daemon has run so long, restarts and pauses included; none means no limit."""
     seeds: tuple[Method, ...] = ()
@@ -115,7 +116,9 @@ class SearchSettings(Section):
                 f"({self.population}): give more, or a smaller search.population"
             )
         if len(self.seeds) > self.population:
-            raise ValueError(f"{len(self.seeds)} seeds are more than the first population ({self.population}) holds")
+            raise ValueError(
+                f"search.seeds: {len(self.seeds)} seeds are more than the first population ({self.population}) holds"
+            )
         if self.mode == "steady-state":
             if self.proposer == "cma-es":
                 raise ValueError("the proposer `cma-es` learns from generations: search.mode cannot be `steady-state`")

@@ -217,12 +217,12 @@ class SearchStore:
             return
         stored = await self._patiently(lambda: self._redis.get(self._keys.spec))
         theirs = read_stored(SearchSpec, stored, self._keys.spec)
-        has_begun = await self._patiently(lambda: self._redis.exists(self._keys.issued))
-        if theirs != self._spec and not has_begun:
-            # No candidate was proposed under it: a first try with a model or a text that could not be had, or that were
-            # found not to go with the settings.
-            await self._patiently(lambda: self._redis.set(self._keys.spec, mine))
-        elif theirs != self._spec:
+        if theirs == self._spec:
+            return
+        # Where no candidate was proposed under it, it was a first try with a model or a text that could not be had, or
+        # that were found not to go with the settings.
+        keys = [self._keys.spec, self._keys.state, self._keys.issued, self._keys.epoch]
+        if not await self._patiently(lambda: self._scripts["replace_spec"](keys, [stored, mine])):
             raise SearchExistsError(
                 f"there is a search {self._keys.search!r} with other settings ({difference(theirs, self._spec)}); "
                 "give this one another search.name"

@@ -39,6 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-preparation-seconds", type=float, default=WorkerOptions.max_preparation_seconds)
     parser.add_argument("--grace-seconds", type=float, default=WorkerOptions.grace_seconds)
     parser.add_argument("--own-gpu", action="store_true", help="use one GPU that no other worker here uses")
+    parser.add_argument("--spec", help="work on the spec with this fingerprint only, and wait for it")
     parser.add_argument("--log-file", type=Path)
     parser.add_argument("--quiet", action="store_true", help="no log on the console")
     return parser

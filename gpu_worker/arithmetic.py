@@ -35,7 +35,7 @@ def is_slow(dtype: torch.dtype) -> bool:
 def warn_if_slow(dtype: str, device: torch.device, than: str) -> None:
     """Say where this CPU is slow in `dtype`; `than` is how long it takes, in the words of who computes."""
     if device.type == "cpu" and is_slow(getattr(torch, dtype)):
-        advice = f"this CPU has no instructions for it, and {than} with --dtype float32"
+        advice = f"this CPU has no instructions for it, and {than} in float32"
         log.warning("half_precision_is_slow", dtype=dtype, advice=advice)
 
 

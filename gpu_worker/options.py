@@ -19,6 +19,7 @@ def worker_options(
     max_preparation_seconds: float,
     grace_seconds: float,
     own_gpu: bool,
+    spec: str | None = None,
 ) -> WorkerOptions:
     """The options that these flags mean. Raises SettingsError, which names the flag, for what cannot be."""
     return WorkerOptions(
@@ -29,6 +30,7 @@ def worker_options(
         max_preparation_seconds=_seconds("--max-preparation-seconds", max_preparation_seconds, least=1e-3),
         grace_seconds=_seconds("--grace-seconds", grace_seconds, least=0.0),
         own_gpu=own_gpu,
+        spec=spec,
     )
 
 

@@ -56,6 +56,8 @@ class WorkerOptions:
     """After SIGTERM, how long the running evaluation may still take before the job is handed back."""
     own_gpu: bool = False
     """Take a GPU that no other worker of this machine has."""
+    spec: str | None = None
+    """The fingerprint of the only spec to work on; None: of whichever the search has."""
     evaluation_process: tuple[str, ...] = EVALUATION_PROCESS
     """The command that starts the child."""
 
@@ -165,7 +167,7 @@ class Worker:
     async def _wait_for_spec(self) -> SearchSpec | None:
         waiting = False
         while not self._stopping.is_set():
-            if spec := await self._spec():
+            if (spec := await self._spec()) and self._options.spec in (None, spec.fingerprint):
                 return spec
             if not waiting:
                 log.info("waiting_for_search")

@@ -177,10 +177,15 @@ class _Answering(HFLM):  # type: ignore[misc]  # lm-eval has no types
         """Raise UsageError for batches too large for main memory, where the kernel would end us without a word."""
         if self.device.type != "cpu":
             return
-        texts = min(int(self.batch_size), len(requests))
-        tokens = min(max(len(context) + len(answer) for _, context, answer in requests) - 1, self.max_length)
-        # Logits as the model has them; and their logarithms, which lm-eval makes of a copy in fp32.
-        need = texts * tokens * self._head.shape[0] * (self._head.element_size() + 2 * FP32)
+        # Answers of one token share a row: it is what comes before an answer's last token that is run.
+        rows = {(*context, *answer[:-1]) for _, context, answer in requests}
+        texts = min(int(self.batch_size), len(rows))
+        tokens = min(max(map(len, rows)), self.max_length)
+        # Logits as the model has them, a copy in fp32 where they are not, and the logarithms of their softmax, of which
+        # those of the batch before are still there.
+        size = self._head.element_size()
+        each = size + (FP32 if size != FP32 else 0) + FP32 * (2 if len(rows) > texts else 1)
+        need = texts * tokens * self._head.shape[0] * each
         free = main_memory()
         if need > free:
             raise UsageError(

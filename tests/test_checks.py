@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from daemon.checks import are_one_file, check_lists, warn_of_texts
+from daemon.checks import are_one_file, check_lists, check_lists_somewhere, warn_of_texts
 from daemon.settings import Settings
 from protocol.errors import SettingsError
 
@@ -39,6 +39,14 @@ def test_lists_that_no_context_holds_are_refused_with_the_numbers_and_the_way_ou
 )
 def test_other_questions_are_short(sections: dict[str, Any]) -> None:
     check_lists(settings_with(**sections), endpoint(4096), 60)
+
+
+def test_of_what_endpoints_say_themselves_one_that_is_large_enough_or_silent_is_enough() -> None:
+    paper = settings_with(llm={"reply": "lists"}, search={"selector": "none"})
+    for contexts in ({"small": 8192, "large": 32768}, {"small": 8192, "silent": None}, {}):
+        check_lists_somewhere(paper, contexts, 60)
+    with pytest.raises(SettingsError, match="and larger has 16,384"):
+        check_lists_somewhere(paper, {"small": 8192, "larger": 16384}, 60)
 
 
 def test_without_feedback_only_the_answer_has_to_fit() -> None:

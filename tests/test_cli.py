@@ -264,3 +264,22 @@ def test_a_daemon_without_redis_or_endpoints_is_told_what_is_missing(
     assert "redis.url is missing" in capsys.readouterr().err
     assert main(["daemon", str(config), "--set", "redis.url=redis://127.0.0.1:1"]) == 2
     assert "llm.endpoints is missing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["run", "daemon", "worker", "status", "best", "export", "evaluate", "prune", "finetune", "speed", "zero-shot"],
+)
+def test_help_of_eighty_columns_cuts_nothing_off(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main([command, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert "Options" in shown and "…" not in shown
+
+
+def test_a_seed_that_torch_cannot_take_is_one_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (["evaluate", "--model", "m"], ["finetune", "f", "--out", "o"], ["export", "--out", "o"]):
+        assert main([*command, "--seed", str(2**63)]) == 2
+        assert "is not in the range 0<=x<2**63" in capsys.readouterr().err.splitlines()[-1]

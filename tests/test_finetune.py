@@ -204,7 +204,7 @@ def test_a_type_that_this_cpu_trains_slowly_in_is_warned_about(
     with capture_logs() as logs:
         finetuned(exported(tmp_path / "pruned"), tmp_path / "out", dtype=dtype)
     said = [line["advice"] for line in logs if line["event"] == "half_precision_is_slow"]
-    assert len(said) == warnings and all("training is nearly twice as fast with --dtype float32" in s for s in said)
+    assert len(said) == warnings and all("training is nearly twice as fast in float32" in s for s in said)
 
 
 def test_float16_is_refused(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from protocol.errors import SearchExistsError, UsageError
 from protocol.keys import Keys
 from tests.samples import card_for
 from tests.schema_answers import value_of
-from tests.scripted_llm import Handler, ScriptedLlm, as_json, hangs, refuses
+from tests.scripted_llm import Handler, Reply, ScriptedLlm, as_json, hangs, refuses
 from tests.servers import Server, eventually
 from tests.test_search import evaluating
 
@@ -163,7 +163,7 @@ async def test_what_the_llm_used_is_shown_while_the_search_goes_on_and_failed_qu
     assert f"selfpruner_llm_cost {status['cost']}" in metrics
     assert 'selfpruner_llm_answer_seconds_count{endpoint="scripted"} 3.0' in metrics
     assert 'selfpruner_llm_errors_total{endpoint="scripted"} 3.0' in metrics
-    assert 'selfpruner_llm_offspring_total{came_to="tried",endpoint="scripted"} 0.0' in metrics
+    assert 'selfpruner_llm_offspring_improved_total{endpoint="scripted"} 0.0' in metrics
     saved = json.loads((launched.settings.folder / "status.json").read_text())
     assert (saved["tokens"], saved["cost"]) == (status["tokens"], status["cost"])
 
@@ -308,7 +308,33 @@ async def test_what_does_not_go_with_model_and_text_is_refused_and_the_name_stay
                 Launched(settings_for(tmp_path, llm, "http.port=0", *wrong), server).launch.run(), 60
             )
         assert not await redis.exists(keys.issued) and not llm.asked
-        summary = await asyncio.wait_for(Launched(settings_for(tmp_path, llm, "http.port=0"), server).launch.run(), 60)
+        await redis.hset(keys.state, mapping={"seconds": 5000.0})
+    other = ["http.port=0", "target.rate=0.4", "search.budget_hours=1"]
+    async with ScriptedLlm(answer, models=[listed]) as llm:
+        mended = settings_for(tmp_path, llm, *other)
+        await redis.set(keys.card, card_for(mended.spec()).model_dump_json())
+        async with evaluating(redis, keys):
+            summary = await asyncio.wait_for(Launched(mended, server).launch.run(), 60)
+    assert summary and summary.finished and summary.seconds < 1000, "what was counted for another spec is forgotten"
+    assert summary.candidates["by_outcome"]["measured"] == 4 + 2 * 3
+
+
+async def test_a_search_that_has_begun_goes_on_whatever_its_endpoint_says_of_itself_now(
+    redis: Redis, keys: Keys, server: Server, tmp_path: Path
+) -> None:
+    """A server came back with a smaller context, and the budget was made smaller than the first population."""
+
+    def lists(tokens: int) -> list[Reply]:
+        return [as_json({"object": "list", "data": [{"id": "m", "max_model_len": tokens}]})]
+
+    before, after = ["llm.reply=lists", "http.port=0"], ["search.max_tokens=10"]
+    async with ScriptedLlm([refuses(400, "no")], models=lists(100_000)) as llm, worker_there(redis, keys):
+        begun = Launched(settings_for(tmp_path, llm, *before), server)
+        summary = await asyncio.wait_for(begun.launch.run(), 60)
+        assert summary and summary.finished
+    async with ScriptedLlm([refuses(400, "no")], models=lists(700)) as llm, worker_there(redis, keys):
+        again = Launched(settings_for(tmp_path, llm, *before, *after, "search.rounds=3"), server)
+        summary = await asyncio.wait_for(again.launch.run(), 60)
         assert summary and summary.finished
 
 

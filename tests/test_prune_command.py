@@ -199,6 +199,9 @@ def test_only_a_call_with_the_same_flags_goes_on_with_what_was_not_recorded(targ
     assert not was_written_unrecorded(goal, settings), "nobody began to write it"
     (settings.folder / "begun.json").write_text(json.dumps(_flags_of(goal)))
     assert was_written_unrecorded(goal, settings)
+    of_old = dict.fromkeys(("minutes", "micro_batch"), "None") | _flags_of(goal)
+    (settings.folder / "begun.json").write_text(json.dumps(of_old))
+    assert was_written_unrecorded(goal, settings), "versions before this one recorded flags that were left out"
     for change in ({"gguf_type": "f16"}, {"data": "b/alpaca.json"}, {"minutes": 1.0}, {"micro_batch": 1}, {"batch": 2}):
         assert not was_written_unrecorded(replace(goal, **change), settings)
     (goal.out / "selfpruner.json").write_text(json.dumps(facts | {"finetunings": [tuning | {"data": "b.json"}]}))

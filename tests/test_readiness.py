@@ -78,12 +78,23 @@ async def test_a_model_that_the_endpoint_does_not_know_is_refused_with_those_it_
     [
         ({"id": "model", "max_model_len": 4096}, None, 4096),
         ({"id": "model", "meta": {"n_ctx_train": 32768, "n_ctx": 2048}}, None, 2048),
+        ({"id": "model", "meta": {"n_ctx_train": 32768, "n_ctx": 131072}}, None, 131072),
+        ({"id": "model", "meta": {"n_ctx_train": 32768}}, None, 32768),
         ({"id": "model", "context_length": 8192}, 16384, 16384),
         ({"id": "/models/model.gguf", "max_model_len": 4096}, None, 4096),
-        ({"id": "model", "max_model_len": "much", "meta": 3}, None, None),
+        ({"id": "model", "max_model_len": "much", "context_length": True, "meta": 3}, None, None),
         ({"id": "model"}, None, None),
     ],
-    ids=["vllm", "llama.cpp", "what was given counts", "another name", "no number", "silent"],
+    ids=[
+        "vllm",
+        "llama.cpp",
+        "stretched",
+        "only trained",
+        "what was given counts",
+        "another name",
+        "no number",
+        "silent",
+    ],
 )
 async def test_the_context_is_what_was_given_or_else_what_the_endpoint_says(
     listed: dict[str, object], given: int | None, context: int | None

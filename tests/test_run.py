@@ -348,6 +348,17 @@ async def test_bad_input_gets_one_sentence_and_exit_code_2(
     assert last.startswith("selfpruner: ") and sentence in last
 
 
+async def test_a_search_that_was_refused_gives_its_name_to_the_next_and_its_workers_nothing(run: Run) -> None:
+    """Workers start before the daemon is in charge: they find the refused spec, and must not begin on it."""
+    refused = ["data.fitness_windows=null", "search.first_windows=100000"]
+    async with nothing_left_behind(run.folder):
+        code, _, err = await run.answer("run", str(run.config), *(w for o in refused for w in ("--set", o)))
+        assert code == 2 and "must be fewer than those of the fitness text" in err.splitlines()[-1]
+        for model in ("/nowhere/one", "/nowhere/two"):
+            code, _, err = await run.answer("run", str(run.config), "--set", f"target.model={model}")
+            assert code == 2 and f"there is no folder '{model}'" in err.splitlines()[-1]
+
+
 async def test_an_endpoint_that_is_not_there_at_the_start_is_waited_for(run: Run, llm: ScriptedLlm) -> None:
     late = ScriptedLlm(llm.script)
     async with late:

@@ -6,13 +6,14 @@ from pathlib import Path
 from redis.asyncio import Redis
 
 from agents.chat import Chat
-from agents.shares import Record, ranked_endpoints, records
+from agents.population import Population
+from agents.shares import Offspring, Record, ranked_endpoints, records, records_of
 from agents.view import Member, Tried, View
 from daemon.summary import summarise
-from protocol.candidate import Provenance
+from protocol.candidate import Failed, Provenance
 from protocol.keys import Keys
 from tests.chatting import QUICK, ask
-from tests.samples import CARD, SPEC, candidates
+from tests.samples import CARD, SPEC, candidates, measured
 from tests.scripted_llm import ScriptedLlm, refuses, says
 from tests.test_proposers import settings
 from tests.test_search import Conducted, evaluating
@@ -36,6 +37,21 @@ def test_offspring_improve_where_they_are_better_than_the_best_of_their_parents(
     parents, fitness = (first.id, second.id), {first.id: 20.0, second.id: 30.0}
     tried = [made_by("a", 19.0, 2, parents), made_by("a", 25.0, 3, parents), made_by("a", None, 4, parents)]
     assert records(tried, fitness) == {"a": Record(tried=3, improved=1)}
+
+
+def test_a_population_that_grows_is_counted_on_from_where_it_was() -> None:
+    population, counted = Population(), Offspring()
+    for number in range(30):
+        parents = (MADE[number - 1].id, MADE[max(0, number - 5)].id) if number else ()
+        endpoint = "ab"[number % 2]
+        candidate = made_by(endpoint, None, number, parents).candidate
+        failed = number % 7 == 3
+        population.insert(candidate, Failed(reason="timeout") if failed else measured(20 + (number * 11) % 17))
+        if number % 4 == 0:
+            counted.take(population)
+    counted.take(population)
+    counted.take(population)
+    assert counted.records == records_of(population) and 0 < counted.records["a"].improved < counted.records["a"].tried
 
 
 def test_what_has_no_parents_says_nothing_of_its_endpoint() -> None:

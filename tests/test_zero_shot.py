@@ -90,8 +90,7 @@ def test_accuracies_are_those_worked_out_by_hand_in_every_form_of_answer(
 def test_batches_that_main_memory_cannot_hold_are_refused_before_they_are_run(
     target: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    free = 400_000
-    monkeypatch.setattr("gpu_worker.zero_shot.main_memory", lambda: free)
+    monkeypatch.setattr("gpu_worker.zero_shot.main_memory", lambda: 400_000)
     assert ask(target, "--batch-size", "1") == 0
     capsys.readouterr()
     assert ask(target, "--batch-size", "4000") == 2

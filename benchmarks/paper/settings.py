@@ -75,7 +75,7 @@ class Texts(Section):
         whole = {"fitness": self.fitness_windows, "report": self.report_windows}
         for name, windows in whole.items():
             if getattr(self, name) == SELF and windows is None:
-                raise ValueError(f"{name} is `self`, which has no end: give {name}_windows")
+                raise ValueError(f"texts.{name} is `self`, which has no end: give texts.{name}_windows")
         return self
 
 

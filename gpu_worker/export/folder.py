@@ -51,7 +51,7 @@ def check_weights(folder: Path, formats: Formats) -> None:
     names = {"model.safetensors"}
     if index.is_file():
         try:
-            names = set(json.loads(index.read_bytes())["weight_map"].values())
+            names = {str(name) for name in json.loads(index.read_bytes())["weight_map"].values()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(f"{str(index)!r} does not say which files hold the weights") from error
     if missing := sorted(name for name in names if not (folder / name).is_file()):
