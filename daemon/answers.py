@@ -87,7 +87,9 @@ def pruned(result: PruneResult, text: TextSpec) -> Iterator[RenderableType]:
     yield _measured_on(text.source, best.tokens, best.seqlen)
     if best.kl is not None:
         yield KL_IN_WORDS
-    yield f"searched with {result.evaluations:,} evaluations in {result.search_seconds:,.0f} s (search {result.search})"
+    took = f"in {result.search_seconds:,.0f} s (search {result.search})"
+    by_llm = f"{result.proposed_by_llm:,}" if result.proposed_by_llm else "none"
+    yield f"searched with {result.evaluations:,} evaluations {took}, {by_llm} of them proposed by the LLM"
     if result.reloaded is not None:
         yield f"loaded again, it measures {result.reloaded:,.2f}"
     yield from _in_llama_cpp(last.gguf)

@@ -9,6 +9,7 @@ from daemon.flags import TextFlags
 from daemon.settings import check_text, text_spec
 from protocol.errors import DataError, ModelError, SettingsError
 from protocol.formats import FACTS, KEPT_TEXT, only_for_llama_cpp
+from protocol.paths import expanded
 from protocol.spec import NAMED_TEXTS, Dtype, Role, SearchSpec, TextSpec, numbered
 
 
@@ -87,6 +88,9 @@ def card_claim(folder: str, flags: TextFlags) -> CardClaim | None:
     # Another text takes no windows of the one that is measured. Older folders do not say which of one name are one.
     numbers = facts.text_numbers or numbered({role: text.source for role, text in spec.texts.items()})
     roles = {role: text for role, text in spec.texts.items() if numbers.get(role) == numbers.get("fitness")}
+    name = spec.fitness.source
+    if flags.data is None and name not in NAMED_TEXTS and not expanded(name).is_file():
+        raise DataError(f"{folder!r} was measured on a file {name!r}, which is not here: say with --data where it is")
     texts = {role: _found(text, flags.data) for role, text in roles.items()}
     return CardClaim(texts, spec.seed, spec.dtype, claimed, facts.fitness_digest)
 

@@ -46,7 +46,10 @@ class RecipeFlags:
     warmup: Annotated[float, typer.Option(help="The share of the steps in which it rises.")] = 0.05
     epochs: Annotated[int, typer.Option(help="How often the data is gone through.")] = 2
     max_steps: Annotated[int | None, typer.Option(help="At most so many steps.")] = None
-    batch: Annotated[int | None, typer.Option(help="Examples or windows of a step; 64 and 8 if left out.")] = None
+    batch: Annotated[
+        int | None,
+        typer.Option("--batch", "--batch-size", help="Examples or windows of a step; 64 and 8 if left out."),
+    ] = None
     micro_batch: Annotated[int, typer.Option(help="How many of them at once; less takes less memory.")] = 4
     seqlen: Annotated[
         int | None, typer.Option(help="Tokens of an example at most, of a window exactly; 256 and 512 if left out.")

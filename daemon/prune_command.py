@@ -107,6 +107,7 @@ def prune(
         result = PruneResult(
             search=settings.search.name,
             evaluations=searched.evaluations,
+            proposed_by_llm=summary.candidates["by_source"]["llm"],
             search_seconds=searched.seconds,
             uniform_perplexity=searched.uniform_perplexity,
             uniform_report_perplexity=searched.uniform_report_perplexity,

@@ -120,7 +120,7 @@ def evaluate(
 def _check_holds_model(folder: Path) -> None:
     """Raise SettingsError for what `evaluate` cannot measure as it is, before it asks for a text."""
     if not folder.exists():
-        raise SettingsError(f"there is no folder {str(folder)!r}; a model of the hub goes into --model")
+        raise SettingsError(f"there is no folder {str(folder)!r}; a model is named with --model, as is `smollm2`")
     if folder.is_dir() and not any((folder / name).exists() for name in (FACTS, "config.json")):
         raise SettingsError(f"the folder {str(folder)!r} holds no model: it has neither {FACTS} nor config.json")
 

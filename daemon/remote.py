@@ -158,8 +158,9 @@ def _check_folder(folder: Path, search: str) -> None:
     if (folder / search).is_dir():
         return
     found = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
-    there = f"there is {', '.join(found)}" if found else "there is none yet"
-    raise UsageError(f"there is no search {search!r} in {folder}/; {there} (--search, --folder, or --redis-url)")
+    if found:
+        raise UsageError(f"there is no search {search!r} in {folder}/; choose with --search: {', '.join(found)}")
+    raise UsageError(f"there is no search {search!r} in {folder}/, and no other (--folder or --redis-url says where)")
 
 
 def _not_running(folder: Path, search: str) -> str:

@@ -197,6 +197,7 @@ def _lines(summary: Summary) -> list[str]:
         for name, record in summary.endpoints.items()
     ]
     return [
+        *_found_out(summary),
         f"candidates by agent: {listed(summary.candidates['by_agent'])}",
         f"candidates by source: {listed(summary.candidates['by_source'])}",
         *shares,
@@ -204,6 +205,17 @@ def _lines(summary: Summary) -> list[str]:
         f"measured {outcome['measured']}, failed {outcome['failed']}{stopped}; "
         f"LLM tokens: {used['prompt']:,} in, {used['completion']:,} out; {summary.seconds:,.0f} seconds",
         *(following if summary.finished else unfinished),
+    ]
+
+
+def _found_out(summary: Summary) -> list[str]:
+    """What a person must know where the search has learned its text by heart."""
+    best, uniform = summary.best and summary.best.report_perplexity, summary.uniform.report_perplexity
+    if not best or not uniform or best <= uniform:
+        return []
+    return [
+        f"on the report text the best is worse than uniform ({best:,.2f} and {uniform:,.2f}): what it gained "
+        "holds for the text that was searched on alone; give more of that (data.fitness_windows)"
     ]
 
 

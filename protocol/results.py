@@ -187,6 +187,8 @@ class PruneResult(BaseModel):
 
     search: str
     evaluations: int
+    proposed_by_llm: int
+    """Of them."""
     search_seconds: float
     uniform_perplexity: float | None
     uniform_report_perplexity: float | None

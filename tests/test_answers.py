@@ -63,6 +63,7 @@ EXPORTED = ExportResult(
 PRUNED = PruneResult(
     search="night",
     evaluations=8,
+    proposed_by_llm=5,
     search_seconds=90.0,
     uniform_perplexity=34.5678,
     uniform_report_perplexity=None,
@@ -159,7 +160,7 @@ def test_a_pruned_model_stands_beside_the_dense_one_and_uniform_pruning() -> Non
         ["pruned", "23.46"],
     ]
     assert cells(uniform)[2:] == ["9.9", "M"] != cells(pruned)[2:]
-    assert "searched with 8 evaluations in 90 s (search night)" in lines
+    assert "searched with 8 evaluations in 90 s (search night), 5 of them proposed by the LLM" in lines
 
 
 def test_after_fine_tuning_both_texts_have_a_figure() -> None:

@@ -163,14 +163,17 @@ def test_a_model_of_another_family_is_refused_with_the_list(
 @pytest.mark.parametrize("command", ["status", "best", "pause", "resume", "stop"])
 def test_a_search_that_never_ran_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str) -> None:
     assert main([command, "--search", "nobody", "--folder", str(tmp_path)]) == 2
-    assert f"there is no search 'nobody' in {tmp_path}/; there is none yet" in capsys.readouterr().err
+    assert f"there is no search 'nobody' in {tmp_path}/, and no other" in capsys.readouterr().err
 
 
 def test_a_mistyped_search_is_told_which_there_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("quickstart", "half"):
         (tmp_path / name).mkdir()
     assert main(["status", "--search", "qickstart", "--folder", str(tmp_path)]) == 2
-    assert f"there is no search 'qickstart' in {tmp_path}/; there is half, quickstart (" in capsys.readouterr().err
+    assert (
+        f"there is no search 'qickstart' in {tmp_path}/; choose with --search: half, quickstart"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_search_that_is_not_running_is_told_how_to_go_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

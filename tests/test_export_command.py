@@ -108,7 +108,8 @@ def test_the_text_of_a_card_is_looked_for_by_its_name(
     assert export(target, tmp_path / "out") == 0
     exported = json.loads(capsys.readouterr().out)
     assert main(["evaluate", str(tmp_path / "out")]) == 2
-    assert "there is no text file 'data.txt'" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert "was measured on a file 'data.txt', which is not here: say with --data where it is" in told
     monkeypatch.chdir(target)
     assert main(["evaluate", str(tmp_path / "out"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["card_perplexity"] == exported["perplexity"]
@@ -228,7 +229,7 @@ def test_what_is_no_folder_of_a_model_is_said_before_a_text_is_asked_for(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["evaluate", str(tmp_path / "nowhere")]) == 2
-    assert "nowhere'; a model of the hub goes into --model" in capsys.readouterr().err
+    assert "nowhere'; a model is named with --model" in capsys.readouterr().err
     assert main(["evaluate", str(tmp_path)]) == 2
     assert "holds no model: it has neither selfpruner.json nor config.json" in capsys.readouterr().err
 

@@ -346,6 +346,23 @@ def shown(summary: Summary) -> str:
     return console.file.getvalue()
 
 
+async def test_the_summary_says_where_the_best_is_only_best_on_what_was_searched_on(
+    redis: Redis, keys: Keys, tmp_path: Path
+) -> None:
+    async with evaluating(redis, keys):
+        search = await Conducted(redis, keys, tmp_path).run()
+    summary = summarise("test", SPEC, CARD, search.ledger, search.population, {}, finished=True)
+    assert summary.best is not None
+    for best, uniform, said in ((57.0, 44.5, True), (44.0, 44.5, False), (None, 44.5, False), (57.0, None, False)):
+        changed = summary.model_copy(
+            update={
+                "best": summary.best.model_copy(update={"report_perplexity": best}),
+                "uniform": summary.uniform.model_copy(update={"report_perplexity": uniform}),
+            }
+        )
+        assert ("on the report text the best is worse than uniform (57.00 and 44.50)" in shown(changed)) == said
+
+
 async def test_the_summary_counts_who_made_what(redis: Redis, keys: Keys, tmp_path: Path) -> None:
     async with evaluating(redis, keys):
         search = await Conducted(redis, keys, tmp_path).run()

@@ -1,5 +1,6 @@
 """The folder that fine-tuning writes: the model in each format, with the losses beside it."""
 
+import logging
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -70,6 +71,7 @@ def write_output(
 
 def _draw(losses: tuple[LossPoint, ...], file: Path) -> None:
     """The loss of each step."""
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it tells of each cache that it makes
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 4), layout="constrained")

@@ -202,7 +202,7 @@ class _Told:
     def step(self, losses: list[LossPoint]) -> None:
         """After a step, the last of `losses`."""
         self._losses.append(losses[-1].loss)
-        if self._clock() - self._said_at >= LOGGED_EVERY:
+        if self._clock() - self._said_at >= LOGGED_EVERY or len(losses) == self._total:
             self._said = f"fine-tuning, loss {sum(self._losses) / len(self._losses):.3f}"
             self._said_at, self._losses = self._clock(), []
         self._progress(self._said, len(losses), self._total)
