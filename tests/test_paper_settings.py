@@ -123,7 +123,7 @@ def test_what_an_engine_loads_again_takes_time_again() -> None:
         ({"models": ["m"], "methods": ["luck"]}, "methods.0 cannot be 'luck'"),
         ({"models": ["m"], "tables": [8]}, "tables.0 cannot be '8'"),
         ({"models": ["m"], "tables": [2]}, "give the section zero_shot"),
-        ({"models": ["m"], "texts": {"fitness": "self"}}, "give fitness_windows"),
+        ({"models": ["m"], "texts": {"fitness": "self"}}, "give texts.fitness_windows"),
         ({"models": ["m"], "tables": [6], "texts": {**ONE_TEXT, "report": "self"}}, "give no text `self`"),
         ({"models": ["m"], "tables": [6], "dtype": "float16"}, "gradients overflow in float16"),
         ({"models": ["m"], "zero_shot": {}, "texts": {"calibration": "self"}}, "give no calibration text `self`"),

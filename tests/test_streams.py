@@ -259,13 +259,18 @@ async def test_repeated_enqueues_while_connections_are_being_cut_leave_one_entry
     killer = connect(server.url)
     many = candidates(30)
 
+    cuts = 0
+
     async def cut() -> None:
+        nonlocal cuts
         while True:
             await killer.client_kill_filter(_type="normal", skipme=True)
-            await asyncio.sleep(0.01)
+            cuts += 1
+            await asyncio.sleep(0.01 * 1.02**cuts)  # ever seldomer: a busy machine needs longer between two of them
 
     cutting = asyncio.create_task(cut())
     await asyncio.gather(*(queue.enqueue(c) for c in many for _ in range(5)))
+    assert cuts > 1
     cutting.cancel()
     await asyncio.gather(cutting, return_exceptions=True)
     await killer.aclose()

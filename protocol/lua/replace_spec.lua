@@ -5,5 +5,6 @@
 if redis.call('EXISTS', KEYS[3]) == 1 or redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
 redis.call('SET', KEYS[1], ARGV[2])
 redis.call('DEL', KEYS[2])
-redis.call('INCR', KEYS[4])
+local epoch = tonumber(redis.call('GET', KEYS[4]) or nil) or 0
+redis.call('SET', KEYS[4], string.format('%.0f', epoch + 1))
 return 1
