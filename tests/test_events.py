@@ -3,6 +3,7 @@
 import ast
 import re
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ class Event:
     """Fields that are not written out in the call."""
 
 
+@cache
 def logged() -> list[Event]:
     """Every call of a logger with a literal name."""
     files = [
@@ -46,6 +48,7 @@ def _event(call: ast.Call) -> Event | None:
     return Event(name.value, level, fields, len(fields) < len(call.keywords))
 
 
+@cache
 def described() -> dict[str, Event]:
     """The rows of the table."""
     rows = re.findall(r"^\| `(\w+)` \| (\w+) \| .* \| (.*)\|$", (ROOT / "docs" / "events.md").read_text(), re.MULTILINE)
