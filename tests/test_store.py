@@ -12,7 +12,7 @@ from protocol.connection import check_server
 from protocol.errors import SearchExistsError, StoreError
 from protocol.jobs import JobQueue
 from protocol.keys import Keys
-from protocol.streams import TakenOver
+from protocol.streams import TakenOver, load_scripts
 from tests.samples import CARD, SPEC, candidates, card_for, measured
 from tests.servers import eventually
 from tests.test_streams import claimed, queued
@@ -163,6 +163,9 @@ async def test_a_search_that_was_refused_once_its_model_was_known_gives_its_name
     await mended.take_charge(previous_is_dead=True)
     assert await client.get(keys.spec) == other.model_dump_json()
     assert await mended.card() is None
+    keyed = [keys.spec, keys.state, keys.issued, keys.epoch]
+    asked_again = load_scripts(client)["replace_spec"]
+    assert await asked_again(keyed, [SPEC.model_dump_json(), other.model_dump_json()]) == 1, "the answer was lost"
 
 
 async def test_counters_add_up_over_restarts(redis: Redis, keys: Keys) -> None:
