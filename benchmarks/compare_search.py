@@ -42,7 +42,7 @@ from benchmarks.comparing import (
 from benchmarks.comparing_table import show
 from benchmarks.holding import the_only_one
 from daemon import embedded
-from daemon.checks import are_one_file
+from daemon.checks import is_searched_on
 from daemon.launch import Launch
 from daemon.llm_settings import EndpointSettings
 from daemon.local_llm import find_gguf
@@ -175,7 +175,7 @@ def _check(given: argparse.Namespace) -> None:
         return
     for text in (given.fitness, given.report):
         check_text(text)
-    if are_one_file(given.fitness, given.report):
+    if is_searched_on(given.report, given.fitness):
         _tell(f"--report {given.report} is the text that is searched on: it does not tell what carries over")
     seeds = (given.first_seed, given.first_seed + given.seeds - 1)
     for method, rate, seed in product(given.methods, given.rate, seeds):

@@ -9,7 +9,7 @@ from agents.selector import SHOWN
 from daemon.settings import SearchSettings, Settings
 from protocol.candidate import LEAST_RACE
 from protocol.errors import DataError, SettingsError
-from protocol.paths import expanded
+from protocol.paths import are_one_file
 from protocol.spec import NAMED_TEXTS
 
 TOKENS_BESIDE_LISTS = 600
@@ -21,19 +21,13 @@ log = structlog.get_logger()
 def warn_of_texts(settings: Settings) -> None:
     """Say once where a search reports on the text that it searches on."""
     data = settings.data
-    if data.report is not None and are_one_file(data.report, data.fitness):
+    if data.report is not None and is_searched_on(data.report, data.fitness):
         log.warning("report_is_searched_on", text=data.report)
 
 
-def are_one_file(one: str, other: str) -> bool:
-    """Whether two texts, neither of them a named one, are one file."""
-    if one in NAMED_TEXTS or other in NAMED_TEXTS:  # which have parts of their own to report on
-        return False
-    paths = expanded(one), expanded(other)
-    try:
-        return paths[0].samefile(paths[1])
-    except OSError:  # where workers read them, and not here
-        return paths[0].absolute() == paths[1].absolute()
+def is_searched_on(report: str, fitness: str) -> bool:
+    """Whether the report text is the one that is searched on; a named one has parts of its own to report on."""
+    return not {report, fitness} & {*NAMED_TEXTS} and are_one_file(report, fitness)
 
 
 def check_race(confidence: float | None, first_windows: int | None, windows: int) -> None:

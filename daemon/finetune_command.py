@@ -16,7 +16,7 @@ from daemon.terminal import answer, need
 from protocol.errors import DataError, SettingsError
 from protocol.finetuning import ALPACA_GPT4, Form, Recipe, Schedule, form_of
 from protocol.formats import formats_of
-from protocol.paths import expanded
+from protocol.paths import are_one_file, expanded
 from protocol.results import FinetuneResult
 from protocol.spec import NAMED_TEXTS, Dtype
 
@@ -174,8 +174,7 @@ def check_apart(data_flag: str, data: str, measured_flag: str, measured: str | N
     """Raise SettingsError where one file is learned from and measured on; of a named text each has a split."""
     if measured is None or {data, measured} & {ALPACA_GPT4, *NAMED_TEXTS}:
         return
-    files = expanded(data), expanded(measured)
-    if all(file.is_file() for file in files) and files[0].samefile(files[1]):
+    if are_one_file(data, measured):
         raise SettingsError(
             f"{data_flag} and {measured_flag} are one file, {measured!r}: what has been learned says nothing when it "
             "is measured, so give another one"

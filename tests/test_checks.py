@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from daemon.checks import are_one_file, check_lists, check_lists_somewhere, warn_of_texts
+from daemon.checks import check_lists, check_lists_somewhere, is_searched_on, warn_of_texts
 from daemon.settings import Settings
 from protocol.errors import SettingsError
 
@@ -78,7 +78,7 @@ def test_a_link_to_the_text_that_is_searched_on_is_that_text(tmp_path: Path) -> 
     (tmp_path / "b.txt").write_text("words")
     (tmp_path / "link.txt").symlink_to("a.txt")
     a, b, link = (str(tmp_path / name) for name in ("a.txt", "b.txt", "link.txt"))
-    assert are_one_file(a, link) and not are_one_file(a, b)
+    assert is_searched_on(link, a) and not is_searched_on(b, a)
 
 
 def test_reporting_on_the_text_that_is_searched_on_is_said_once() -> None:
