@@ -62,29 +62,19 @@ def prune(
 
     Killed or interrupted, the same command goes on where it was.
     """
-    of_finetuning = {
-        "data": finetune_data,
+    tuning: dict[str, Any] = {
         "minutes": finetune_minutes,
-        "micro-batch": finetune_micro_batch,
+        "micro_batch": finetune_micro_batch,
         "batch": finetune_batch,
-        "learning-rate": finetune_learning_rate,
+        "learning_rate": finetune_learning_rate,
     }
-    if not finetune and (given := [name for name, value in of_finetuning.items() if value is not None]):
-        raise SettingsError(f"--finetune-{given[0]} is of --finetune, which is missing")
+    given = [name for name, value in ({"data": finetune_data} | tuning).items() if value is not None]
+    if given and not finetune:
+        raise SettingsError(f"--finetune-{given[0].replace('_', '-')} is of --finetune, which is missing")
     tuned_on = (finetune_data or ALPACA_GPT4) if finetune else None
     formats = formats_of(format_ or ["hf"])
     stored = gguf_type_of(formats, gguf_type)
-    goal = Goal(
-        expanded(out),
-        formats,
-        stored,
-        force,
-        tuned_on,
-        finetune_minutes,
-        finetune_micro_batch,
-        finetune_batch,
-        finetune_learning_rate,
-    )
+    goal = Goal(expanded(out), formats, stored, force, tuned_on, **tuning)
     settings = prune_settings(model, rate, goal.out, budget, data, report_data, config, set_ or [])
     if finetune:
         prune_steps.recipe(goal, settings)

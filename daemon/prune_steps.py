@@ -77,8 +77,8 @@ class Written(BaseModel):
 def recipe(goal: Goal, settings: Settings) -> Recipe:
     """How the model is fine-tuned on the goal's data."""
     assert goal.data is not None
-    given = {"micro_batch": goal.micro_batch, "batch": goal.batch, "learning_rate": goal.learning_rate}
-    flags = RecipeFlags(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+    micro_batch = RecipeFlags.micro_batch if goal.micro_batch is None else goal.micro_batch
+    flags = RecipeFlags(batch=goal.batch, micro_batch=micro_batch, learning_rate=goal.learning_rate)
     return recipe_of(goal.data, flags, full=False, seed=settings.search.seed)
 
 
