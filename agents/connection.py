@@ -49,7 +49,7 @@ class Connection:
         self._policy = policy
         self._gate = gate
         self._permit = permit
-        self._dialect = Dialect()
+        self._dialect = Dialect(rung="grammar" if endpoint.grammar else "json_schema")
         self._slots = asyncio.Semaphore(policy.concurrency)
         self._cooldown = Cooldown()
         self._breaker = Breaker(failures=policy.failures_to_open, rest=policy.rest, longest_rest=policy.longest_rest)

@@ -1,15 +1,17 @@
 """What one endpoint's model accepts, learnt from its refusals: the ladder of structured output. Pure.
 
-"OpenAI-compatible" means something else to every server: some know `json_schema`, some only `json_object`, some
-neither; some refuse `seed`, or want the token limit under another name. Each refusal takes one step down and is
-remembered; the validator of replies guards all rungs alike.
+"OpenAI-compatible" means something else to every server: llama.cpp's takes a grammar, some know `json_schema`, some
+only `json_object`, some neither; some refuse `seed`, or want the token limit under another name. Each refusal takes one
+step down and is remembered; the validator of replies guards all rungs alike.
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, cast
 
-Rung = Literal["json_schema", "json_object", "text"]
-_LADDER: tuple[Rung, ...] = ("json_schema", "json_object", "text")
+from agents.grammar import compact_grammar
+
+Rung = Literal["grammar", "json_schema", "json_object", "text"]
+_LADDER: tuple[Rung, ...] = ("grammar", "json_schema", "json_object", "text")
 _REFUSED = (400, 422, 500, 501)
 _FORMAT_WORDS = ("response_format", "json_schema", "json_object", "structured output", "grammar", "schema")
 _LENGTH_WORDS = ("context size", "context length", "context window", "maximum context", "too long")
@@ -21,6 +23,7 @@ class Dialect:
     """What is sent, until a refusal says otherwise."""
 
     rung: Rung = "json_schema"
+    """The highest that is tried; what no grammar can say goes as a schema."""
     limit_name: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     left_out: set[str] = field(default_factory=set)
     """Of `seed` and `temperature`, those the model refuses."""
@@ -32,7 +35,10 @@ class Dialect:
         wanted: dict[str, object] = {"seed": seed, "temperature": temperature}
         body = {name: value for name, value in wanted.items() if name not in self.left_out}
         body[self.limit_name] = max_tokens
-        if schema is not None and self.rung == "json_schema":
+        grammar = compact_grammar(schema) if schema is not None and self.rung == "grammar" else None
+        if grammar is not None:
+            body["grammar"] = grammar
+        elif schema is not None and self.rung in ("grammar", "json_schema"):
             described = {"name": schema_name, "strict": True, "schema": schema}
             body["response_format"] = {"type": "json_schema", "json_schema": described}
         elif schema is not None and self.rung == "json_object":
@@ -47,16 +53,24 @@ class Dialect:
         if self.limit_name in sent and self.limit_name == "max_tokens" and "max_completion_tokens" in message:
             self.limit_name = "max_completion_tokens"
             return True
-        if "response_format" in sent and any(word in message for word in _FORMAT_WORDS):
-            return self._step_down(sent["response_format"])
+        if any(word in message for word in _FORMAT_WORDS) and (refused := _rung_of(sent)):
+            return self._step_down(refused)
         for name in ("seed", "temperature"):
             if name in sent and name in message:
                 self.left_out.add(name)
                 return True
         return False
 
-    def _step_down(self, refused: object) -> bool:
-        # A concurrent question may have learnt this already: step only from the rung that was refused.
-        if isinstance(refused, dict) and refused.get("type") == self.rung:
-            self.rung = _LADDER[_LADDER.index(self.rung) + 1]
+    def _step_down(self, refused: Rung) -> bool:
+        # A concurrent question may have learnt this already: only what is tried now is given up, and what is above it.
+        if _LADDER.index(refused) >= _LADDER.index(self.rung):
+            self.rung = _LADDER[_LADDER.index(refused) + 1]
         return True
+
+
+def _rung_of(sent: dict[str, object]) -> Rung | None:
+    """Where on the ladder that was; None on the ground, where there is nothing to refuse."""
+    if "grammar" in sent:
+        return "grammar"
+    wanted = sent.get("response_format")
+    return cast(Rung, wanted["type"]) if isinstance(wanted, dict) else None

@@ -24,6 +24,8 @@ class Endpoint:
     """Of a million tokens of answers."""
     context: int | None = None
     """Tokens of a question with its answer, where it is known."""
+    grammar: bool = False
+    """Whether it takes llama.cpp's grammars."""
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,11 @@ def lists_question(name: str, prompt: str, view: View, shown: Sequence[Member]) 
         parsed = parse_lists(text, units, view.spec.rate, count)
         return Parsed(tuple(Proposal(rates, parents) for rates in parsed.good), parsed.names, parsed.problems)
 
-    return Question(name, prompt, lambda count: _schema(len(units), count), parse, TOKENS_PER_RATE * len(units))
+    return Question(name, prompt, lambda count: lists_schema(len(units), count), parse, TOKENS_PER_RATE * len(units))
 
 
-def _schema(units: int, count: int) -> dict[str, object]:
+def lists_schema(units: int, count: int) -> dict[str, object]:
+    """For `count` configurations of so many units' rates."""
     rate = {"type": "number", "minimum": 0, "maximum": 1}
     rates = {"type": "array", "items": rate, "minItems": units, "maxItems": units}
     lists = {"type": "array", "items": rates, "minItems": count, "maxItems": count}

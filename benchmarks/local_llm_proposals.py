@@ -162,6 +162,7 @@ def main() -> None:
     parser.add_argument("--reasks", type=int, default=2)
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--slots", type=int, default=2)
+    parser.add_argument("--no-grammar", dest="grammar", action="store_false", help="send schemas, no grammar")
     parser.add_argument("--show", action="store_true", help="print every answer")
     options = parser.parse_args()
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(40))
@@ -169,7 +170,7 @@ def main() -> None:
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
         told = json.loads(server.stdout.readline())
-        rows = asyncio.run(run(options, Endpoint("local", told["base_url"], told["model"])))
+        rows = asyncio.run(run(options, Endpoint("local", told["base_url"], told["model"], grammar=options.grammar)))
         server.terminate()
     for row in rows:
         figures = "  ".join(f"{name} {row[name]:7.1f}" for name in ("prompt_tokens", "completion_tokens", "seconds"))

@@ -141,6 +141,7 @@ async def local_llm(settings: Settings) -> AsyncIterator[EndpointSettings]:
             model=Path(chosen.gguf).stem,
             name="local",
             context=chosen.context // chosen.slots,
+            grammar=True,
         )
     finally:
         await child.end(grace_seconds=2)

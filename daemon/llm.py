@@ -58,6 +58,7 @@ def make_endpoints(settings: Sequence[EndpointSettings]) -> list[Endpoint]:
             price_in=endpoint.price_in,
             price_out=endpoint.price_out,
             context=endpoint.context,
+            grammar=endpoint.grammar,
         )
         for name, endpoint in zip(_names(settings), settings, strict=True)
     ]

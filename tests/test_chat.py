@@ -71,6 +71,29 @@ async def test_a_refused_form_of_answer_is_one_step_down_and_remembered() -> Non
         assert chat.usage["fake"].errors == 0
 
 
+async def test_a_refused_grammar_is_one_step_down_too() -> None:
+    schema: dict[str, object] = {"enum": [1, 2]}
+    script = [refuses(400, "Unknown parameter: 'grammar'."), refuses(400, "json_schema is not supported"), OK]
+    async with ScriptedLlm(script) as llm:
+        async with Chat([replace(llm.endpoint, grammar=True)], replace(QUICK, attempts=1)) as chat:
+            await ask(chat, schema)
+            await ask(chat, schema)
+        assert llm.bodies[0]["grammar"].startswith("root ::=")
+        assert "response_format" not in llm.bodies[0]
+        formats = [body["response_format"]["type"] for body in llm.bodies[1:]]
+        assert formats == ["json_schema", "json_object", "json_object"]
+        assert not any("grammar" in body for body in llm.bodies[1:])
+
+
+async def test_what_no_grammar_can_say_goes_as_a_schema_and_its_refusal_counts_for_all() -> None:
+    async with ScriptedLlm([refuses(400, "json_schema is not supported"), OK]) as llm:
+        async with Chat([replace(llm.endpoint, grammar=True)], QUICK) as chat:
+            await ask(chat, {"type": "string"})
+            await ask(chat, {"enum": [1, 2]})
+        formats = [body["response_format"]["type"] for body in llm.bodies]
+        assert formats == ["json_schema", "json_object", "json_object"]
+
+
 async def test_no_schema_no_form() -> None:
     async with ScriptedLlm([OK]) as llm, Chat([llm.endpoint]) as chat:
         await ask(chat, schema=None)

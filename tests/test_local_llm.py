@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import openai
@@ -14,6 +15,7 @@ import pytest
 
 from agents.chat import Chat
 from agents.endpoint import Endpoint
+from agents.lists import lists_schema
 from tests.real_model import need_smollm2
 
 pytest.importorskip("xllamacpp")
@@ -72,6 +74,25 @@ async def test_answers_keep_to_the_schema_and_its_integer_limits(endpoint: Endpo
             assert all(isinstance(n, int) and -7 <= n <= 12 for n in numbers)
             assert answer.prompt_tokens > 0 and answer.completion_tokens > 0
         assert chat.usage["local"].requests == 3  # the schema was taken at once
+
+
+@pytest.mark.model
+async def test_a_grammar_leaves_no_room_for_blanks_and_holds_decimals_to_their_range(endpoint: Endpoint) -> None:
+    async with Chat([replace(endpoint, grammar=True)]) as chat:
+        for seed in range(3):
+            answer = await chat.ask(
+                [{"role": "user", "content": "Write the numbers 1000, -500 and 3.5 as JSON, one a line."}],
+                schema=lists_schema(4, 2),
+                schema_name="lists",
+                seed=seed,
+                temperature=1.5,
+                max_tokens=200,
+            )
+            configurations = json.loads(answer.text)["configurations"]
+            assert [len(rates) for rates in configurations] == [4, 4]
+            assert all(0 <= rate <= 1 for rates in configurations for rate in rates)
+            assert not set(answer.text) & set(" \n\t")
+        assert chat.usage["local"].requests == 3  # the grammar was taken at once
 
 
 @pytest.mark.model
