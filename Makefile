@@ -17,10 +17,10 @@ lint: $(VENV)/installed
 types: $(VENV)/installed
 	$(BIN)/mypy
 
-# Two at a time: they mostly wait for processes, each of which may have one thread, for more wait for each other.
+# Three at a time on two cores: they mostly wait for processes. Each may have one thread, for more wait for each other.
 tests: export OMP_NUM_THREADS ?= 1
 tests: $(VENV)/installed
-	$(BIN)/pytest -n 2 --dist loadfile --durations 25 --durations-min 5
+	$(BIN)/pytest -n 3 --dist loadfile --durations 25 --durations-min 5
 
 test-faults: $(VENV)/installed  ## everything that may die, killed: on Valkey and on Redis; under 40 minutes
 	$(BIN)/pytest tests/faults -m "faults or fault" -o faulthandler_timeout=2500  # some may take longer than others
