@@ -155,7 +155,10 @@ class Connection:
         )
 
     async def _attempt(self, question: Question, clock: asyncio.Timeout, patience: float) -> Completion:
-        """One attempt; a refused parameter is left out and asked again at once, which is no failure."""
+        """One attempt; a refused parameter is left out and asked again at once, which is no failure.
+
+        So is a grammar that no text came of.
+        """
         while True:
             await self._wait_turn(clock, patience)
             body = self._dialect.body(
@@ -172,7 +175,10 @@ class Connection:
                 log.info("endpoint_dialect", endpoint=self.endpoint.name, rung=self._dialect.rung)
             else:
                 self._succeeded()
-                return completion
+                if completion.text or not self._dialect.learn_silence(body):
+                    return completion
+                self._count(question, completion)
+                log.info("endpoint_dialect", endpoint=self.endpoint.name, rung=self._dialect.rung)
 
     async def _wait_turn(self, clock: asyncio.Timeout, patience: float) -> None:
         """Wait as long as the endpoint asked for, then at the gate, so that nothing stands between it and the request.
@@ -217,13 +223,18 @@ class Connection:
         if self._cooldown.extend(seconds):
             log.info("endpoint_cools_down", endpoint=self.endpoint.name, seconds=round(seconds, 1), reason=str(error))
 
-    def _answer(self, question: Question, completion: Completion, seconds: float) -> Answer:
+    def _count(self, question: Question, completion: Completion) -> tuple[int, int]:
+        """Tokens of the question and of what came back, which are used from now on."""
         asked = sum(len(message["content"]) for message in question.messages)
         prompt_tokens = completion.prompt_tokens or asked // CHARACTERS_PER_TOKEN
         completion_tokens = completion.completion_tokens or len(completion.text) // CHARACTERS_PER_TOKEN
-        self.usage.answers += 1
         self.usage.prompt_tokens += prompt_tokens
         self.usage.completion_tokens += completion_tokens
+        return prompt_tokens, completion_tokens
+
+    def _answer(self, question: Question, completion: Completion, seconds: float) -> Answer:
+        prompt_tokens, completion_tokens = self._count(question, completion)
+        self.usage.answers += 1
         text = self.client.masked(completion.text)
         return Answer(text, self.endpoint.name, prompt_tokens, completion_tokens, seconds, completion.finish_reason)
 

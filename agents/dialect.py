@@ -23,7 +23,7 @@ class Dialect:
     """What is sent, until a refusal says otherwise."""
 
     rung: Rung = "json_schema"
-    """The highest that is tried; what no grammar can say goes as a schema."""
+    """The highest that is tried. What no grammar can say goes as a schema, and a refusal of that counts for all."""
     limit_name: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     left_out: set[str] = field(default_factory=set)
     """Of `seed` and `temperature`, those the model refuses."""
@@ -60,6 +60,13 @@ class Dialect:
                 self.left_out.add(name)
                 return True
         return False
+
+    def learn_silence(self, sent: dict[str, object]) -> bool:
+        """Take a step for an answer without text where a grammar was sent; False where none was.
+
+        A chat template that begins the reasoning itself makes all that the grammar lets through reasoning, every time.
+        """
+        return "grammar" in sent and self._step_down("grammar")
 
     def _step_down(self, refused: Rung) -> bool:
         # A concurrent question may have learnt this already: only what is tried now is given up, and what is above it.

@@ -54,7 +54,8 @@ class EndpointSettings(Section):
     does. `lists` too long for it are refused."""
     grammar: bool = False
     """It is llama.cpp's server: the form of answers is sent as a grammar, which leaves no room for blanks (half of a
-    small model's tokens) nor for thinking beforehand, and holds decimals to their range."""
+    small model's tokens) nor for thinking beforehand, and holds decimals to their range. Other servers ignore it
+    without a word, and are then asked for no form at all."""
     price_in: float = Field(default=0.0, ge=0)
     """Of a million tokens asked, in any currency, the same for all endpoints; for llm.budget_cost."""
     price_out: float = Field(default=0.0, ge=0)

@@ -85,6 +85,23 @@ async def test_a_refused_grammar_is_one_step_down_too() -> None:
         assert not any("grammar" in body for body in llm.bodies[1:])
 
 
+async def test_a_grammar_that_no_text_comes_of_is_given_up() -> None:
+    """A template that begins the reasoning itself makes all that the grammar lets through reasoning."""
+    schema: dict[str, object] = {"enum": [1, 2]}
+    silent = says("", reasoning_content="1", prompt_tokens=10, completion_tokens=5)
+    async with ScriptedLlm([silent, OK]) as llm, Chat([replace(llm.endpoint, grammar=True)], QUICK) as chat:
+        assert (await ask(chat, schema)).text == (await ask(chat, schema)).text == "fine"
+        assert ["grammar" in body for body in llm.bodies] == [True, False, False]
+        usage = chat.usage["fake"]
+        assert (usage.requests, usage.answers, usage.prompt_tokens, usage.completion_tokens) == (3, 2, 30, 15)
+
+
+async def test_an_answer_without_text_is_an_answer_where_no_grammar_was_sent() -> None:
+    async with ScriptedLlm([says("")]) as llm, Chat([replace(llm.endpoint, grammar=True)], QUICK) as chat:
+        assert (await ask(chat, None)).text == ""
+        assert len(llm.bodies) == 1
+
+
 async def test_what_no_grammar_can_say_goes_as_a_schema_and_its_refusal_counts_for_all() -> None:
     async with ScriptedLlm([refuses(400, "json_schema is not supported"), OK]) as llm:
         async with Chat([replace(llm.endpoint, grammar=True)], QUICK) as chat:

@@ -3,25 +3,22 @@
 import json
 import random
 import re
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agents.edits import choice_schema, mix_schema, mixes_schema, mutation_schema, profile_schema, trades_schema
 from agents.grammar import compact_grammar
-from agents.lists import lists_schema
-from agents.view import View
+from tests.asked import ASKED
 from tests.schema_answers import value_of
 from tests.test_prompts import view_of
 
-WORDS = ("mlp 0", "attention 12", 'with "quotes"', "back\\slash", "1+2", "")
+WORDS = ("mlp 0", "attention 12", 'with "quotes"', "back\\slash", "1+2", "^a", "-a", "]a", "")
 integers = st.tuples(st.integers(-30, 200), st.integers(0, 120)).map(
     lambda pair: {"type": "integer", "minimum": pair[0], "maximum": sum(pair)}
 )
-enums = st.lists(st.sampled_from((*WORDS, -20, 5, 15)), min_size=1, unique=True).map(lambda words: {"enum": words})
+enums = st.lists(st.sampled_from((*WORDS, -20, -5, 5, 15)), min_size=1, unique=True).map(lambda words: {"enum": words})
 
 
 def arrays(items: st.SearchStrategy[dict[str, Any]]) -> st.SearchStrategy[dict[str, Any]]:
@@ -43,7 +40,8 @@ schemas = st.recursive(integers | enums, lambda items: arrays(items) | objects(i
 
 
 PART = re.compile(
-    r'(?P<literal>"(?:\\.|[^"\\])*")|(?P<rule>part\d+)|(?P<same>\[(?:\\.|[^\]\\])*\]|\{\d+,\d+\}|[()|?])|(?P<blanks> +)'
+    r'(?P<literal>"(?:\\["\\]|[^"\\])*")|(?P<rule>part\d+)|'
+    r"(?P<same>\[(?:\\x[0-9A-F]{2}|\w)*\]|\{\d+,\d+\}|[()|?])|(?P<blanks> +)"
 )
 
 
@@ -95,8 +93,13 @@ def test_a_range_of_integers_is_that_range(schema: dict[str, Any]) -> None:
 @given(enums)
 def test_an_enum_is_its_values(schema: dict[str, Any]) -> None:
     fits = matcher(schema).fullmatch
-    assert {value for value in (*WORDS, -20, 5, 15) if fits(json.dumps(value))} == set(schema["enum"])
+    assert {value for value in (*WORDS, -20, -5, 5, 15) if fits(json.dumps(value))} == set(schema["enum"])
     assert not fits('"mlp"') and not fits('"mlp 01"')
+
+
+def test_bounds_of_integers_need_not_be_whole() -> None:
+    fits = matcher({"type": "integer", "minimum": 0.5, "maximum": 2.5}).fullmatch
+    assert [n for n in range(5) if fits(str(n))] == [1, 2]
 
 
 def test_decimals_keep_to_their_range_which_llama_cpps_own_grammar_does_not_see_to() -> None:
@@ -118,6 +121,24 @@ def test_arrays_are_as_long_as_they_may_be() -> None:
     assert [bool(matcher(none).fullmatch(text)) for text in texts[:2]] == [True, False]
 
 
+def test_an_object_is_whole() -> None:
+    fits = matcher(
+        {"type": "object", "properties": {"a": {"enum": [1]}, "b": {"enum": [2]}}, "required": ["a", "b"]}
+    ).fullmatch
+    assert fits('{"a":1,"b":2}')
+    for text in (
+        '{"a":1}',
+        '{"b":2}',
+        '{"b":2,"a":1}',
+        '{"a":1,"b":2,"a":1}',
+        '{"a":1"b":2}',
+        '{"a":1,"b":2',
+        '{"a":1,"b":2}}',
+        "{}",
+    ):
+        assert not fits(text)
+
+
 @pytest.mark.parametrize(
     "unknown",
     [
@@ -128,22 +149,20 @@ def test_arrays_are_as_long_as_they_may_be() -> None:
         {"type": "number", "minimum": -1, "maximum": 1},
         {"type": "object", "properties": {"a": {"enum": [1]}, "b": {"enum": [1]}}, "required": ["a"]},
         {"type": "object", "properties": {"a": {"type": "string"}}, "required": ["a"]},
+        {"type": "object", "properties": {}, "required": []},
         {"anyOf": [{"enum": [1]}]},
+        {"enum": []},
+        {"enum": ["x" * 5000]},
+        {"enum": [{1, 2}]},
+        {"type": "integer", "minimum": 5, "maximum": 4},
+        {"type": "integer", "minimum": None, "maximum": 4},
+        {"type": "number", "minimum": 0.1234, "maximum": 0.1235},
+        {"type": "array", "items": {"enum": [1]}, "minItems": 3, "maxItems": 1},
+        {"type": "array", "items": True, "minItems": 1, "maxItems": 1},
     ],
 )
 def test_what_no_grammar_is_known_for_has_none(unknown: dict[str, Any]) -> None:
     assert compact_grammar(unknown) is None
-
-
-ASKED: dict[str, Callable[[View], dict[str, object]]] = {
-    "profiles": lambda view: profile_schema(view, 2),
-    "mutations": lambda view: mutation_schema(view, 3, 2),
-    "mixes": lambda view: mix_schema(view, 3, 1),
-    "choices": lambda view: choice_schema(12, 6),
-    "trades": lambda _: trades_schema(10, 3, 2),
-    "numbers of mixes": lambda _: mixes_schema(8, 1),
-    "lists": lambda view: lists_schema(len(view.units), 2),
-}
 
 
 @pytest.mark.parametrize("granularity", ["layer", "block"])

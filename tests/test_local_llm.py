@@ -16,7 +16,11 @@ import pytest
 from agents.chat import Chat
 from agents.endpoint import Endpoint
 from agents.lists import lists_schema
+from daemon.embedded import local_llm
+from daemon.settings import Settings
+from tests.asked import ASKED
 from tests.real_model import need_smollm2
+from tests.test_prompts import view_of
 
 pytest.importorskip("xllamacpp")
 need_smollm2()
@@ -96,6 +100,24 @@ async def test_a_grammar_leaves_no_room_for_blanks_and_holds_decimals_to_their_r
 
 
 @pytest.mark.model
+async def test_llama_cpp_takes_the_grammars_of_all_that_agents_ask_for(endpoint: Endpoint) -> None:
+    """One that it could not read would be a second request, with a schema."""
+    schemas = [ASKED[asked](view_of(granularity)) for granularity in ("layer", "block") for asked in ASKED]
+    schemas.append({"enum": [-5, 15, "^a", "-a", "]a", 'with "quotes"', "back\\slash"]})
+    async with Chat([replace(endpoint, grammar=True)]) as chat:
+        for number, schema in enumerate(schemas, start=1):
+            await chat.ask(
+                [{"role": "user", "content": "Choose."}],
+                schema=schema,
+                schema_name="asked",
+                seed=1,
+                temperature=1.0,
+                max_tokens=2,
+            )
+            assert chat.usage["local"].requests == number
+
+
+@pytest.mark.model
 async def test_the_model_is_listed_under_its_name(endpoint: Endpoint) -> None:
     async with openai.AsyncOpenAI(base_url=endpoint.base_url, api_key="none") as client:
         assert [model.id async for model in client.models.list()] == ["smollm2"]
@@ -149,6 +171,15 @@ async def test_a_signal_ends_it_quietly_even_amid_an_answer(number: signal.Signa
             async with asking:
                 process.send_signal(number)
                 assert await asyncio.to_thread(process.wait, 60) == 0
+
+
+@pytest.mark.model
+async def test_that_of_a_run_gets_grammars(tmp_path: Path) -> None:
+    given = {"run": {"folder": str(tmp_path)}, "target": {"model": "smollm2", "rate": 0.3}}
+    settings = Settings.model_validate(given)
+    settings.folder.mkdir()
+    async with local_llm(settings) as endpoint:
+        assert endpoint.grammar
 
 
 def test_what_cannot_be_served_is_one_sentence_and_exit_code_2(tmp_path: Path) -> None:

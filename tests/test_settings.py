@@ -262,6 +262,12 @@ def test_a_key_is_read_from_its_file_and_is_known_to_the_redaction(config: Path,
     assert "sk-very-secret" not in repr(settings)
 
 
+def test_grammars_go_to_the_endpoint_that_takes_them(config: Path) -> None:
+    endpoints = "[{base_url: 'http://a/v1', model: m, grammar: true}, {base_url: 'http://b/v1', model: m}]"
+    made = make_endpoints(load(config, [f"llm.endpoints={endpoints}"]).llm.endpoints)
+    assert [endpoint.grammar for endpoint in made] == [True, False]
+
+
 def test_an_empty_key_file_means_no_key(config: Path, tmp_path: Path) -> None:
     (tmp_path / "key").write_text("\n")
     endpoints = f"[{{base_url: 'https://llm.example/v1', model: m, api_key_file: {tmp_path / 'key'}}}]"
