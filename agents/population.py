@@ -21,7 +21,7 @@ class Population:
     """All outcomes of a search, and among the measured ones an order by fitness (lower is better).
 
     Baselines are kept (they are measured like any other) but are not members: they are what the search is compared
-    with. A failed candidate is remembered and never a member.
+    with. A failed candidate, and a trial, is remembered and never a member.
     """
 
     def __init__(self) -> None:
@@ -54,7 +54,7 @@ class Population:
             return False
         evaluation = Evaluation(candidate, outcome, len(self._evaluations))
         self._evaluations[candidate.id] = evaluation
-        if not isinstance(outcome, Measured) or candidate.provenance.agent == "baseline":
+        if not isinstance(outcome, Measured) or not candidate.is_proposal:
             return False
         insort(self._ranked, (outcome.fitness, candidate.provenance.round, candidate.id))
         return self._ranked[0][2] == candidate.id

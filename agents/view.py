@@ -38,6 +38,14 @@ def _unknown(_: str) -> None:
     """The fitness of a candidate of a search that has none."""
 
 
+Look = Callable[[Sequence[float], Provenance, tuple[int, ...]], Awaitable[float | None]]
+"""Measures raw rates on some windows of the fitness text alone; returns the fitness there, None where there is none."""
+
+
+async def _blind(_rates: Sequence[float], _provenance: Provenance, _windows: tuple[int, ...]) -> None:
+    """A look at what nobody measures."""
+
+
 @dataclass(frozen=True)
 class View:
     """A search as an agent sees it at the beginning of a round: the population is best first."""
@@ -56,6 +64,12 @@ class View:
     """The rates of the best of the first population."""
     fitness_of: Callable[[str], float | None] = _unknown
     """By a candidate's id, of any round before, however long ago; None where it has none."""
+    look: Look = _blind
+
+    @property
+    def fitness_windows(self) -> int:
+        """Windows of the fitness text."""
+        return self.card.dense.tokens // (self.spec.fitness.seqlen - 1)
 
     @cached_property
     def units(self) -> tuple[Unit, ...]:

@@ -64,6 +64,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "random": {"proposer": "random", "mutations": OFFSPRING, "crossovers": 0},
     "evolution": {"proposer": "evolution", "mutations": OFFSPRING, "crossovers": 0},
     "evolution-multi": {"proposer": "evolution", "mutations": OFFSPRING, "crossovers": 0, "first_windows": 2},
+    "evolution-steps": {
+        "proposer": "evolution",
+        "mutations": 2,
+        "crossovers": 0,
+        "selection_steps": ({"offspring": 16, "windows": 1}, {"offspring": 4, "windows": 3}),
+    },
     "cma-es": {"proposer": "cma-es", "mutations": 16, "crossovers": 0},
     "best-of-n": {"proposer": "best-of-n", "mutations": OFFSPRING, "crossovers": 0, "reply": "edits"},
     "ranked": {"initializer": "random", "selector": "tournament", "mutator": "ranked", "crossover": "ranked"},
@@ -82,7 +88,7 @@ METHODS: dict[str, dict[str, Any]] = {
 tournaments; from `llm` on the search of configs/best.yaml, and what differs from it in one thing (the ablations).
 `tournament` and `joint` differ from `llm-edits`, for trades mostly begin at the best configuration, whoever selects.
 CMA-ES has the generations that it is made for."""
-RACING = ("evolution-multi", "llm-race")
+RACING = ("evolution-multi", "evolution-steps", "llm-race")
 """Whose candidates are not all measured whole."""
 MORE = 5
 """How many times as many candidates these may make, on as many tokens as the others."""
@@ -92,7 +98,7 @@ NOT_OF_THE_SEARCHES = ("out", "json", "beside")
 SHARED_OUT = ("rate", "seeds", "first_seed", "methods", "llm_url")
 """Arguments in which calls that are joined may differ."""
 WHICH_LLM = ("llm_url", "llm_model", "gguf")
-WITHOUT_LLM = ("random", "evolution", "evolution-multi", "cma-es", "ranked")
+WITHOUT_LLM = ("random", "evolution", "evolution-multi", "evolution-steps", "cma-es", "ranked")
 
 
 def _parser() -> argparse.ArgumentParser:

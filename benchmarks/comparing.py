@@ -151,7 +151,7 @@ class MeasuringWorker:
         """As it is kept, if it is; who races is measured anew, for what it races against is another each time."""
         race = candidate.race and candidate.race.model_dump()
         if race or candidate.id not in self._outcomes:
-            request = {"plan": candidate.plan.model_dump(), "text": candidate.text, "race": race}
+            request = candidate.model_dump(include={"plan", "text", "race", "windows"})
             outcome = await asyncio.to_thread(products_in_float32()(answer), session, request)
             if race:
                 return outcome
@@ -219,7 +219,7 @@ def result_of(
         seed=settings.search.seed,
         budget=-(-tokens // whole),
         tokens=tokens,
-        candidates=len(evaluations),
+        candidates=len({json.dumps(evaluation["plan"]) for evaluation in evaluations}),
         best_so_far=figures,
         report=best.report_perplexity,
         uniform=float("nan") if uniform is None else uniform,

@@ -125,7 +125,7 @@ def _members(folder: Path, spec: SearchSpec) -> list[Member]:
     members = []
     for candidate in history.ledger.values():
         outcome = history.outcomes[candidate.id]
-        if candidate.provenance.agent != "baseline" and isinstance(outcome, Measured):
+        if candidate.is_proposal and isinstance(outcome, Measured):
             members.append(Member(candidate, outcome.fitness))
     return members
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from agents.population import Evaluation
 from daemon.status import Seen, Status, Tally, make_status
-from protocol.candidate import Measured, Stopped
+from protocol.candidate import Measured, Sampled, Stopped
 
 _STATES = {
     "redis": "redis_changed",
@@ -81,4 +81,7 @@ def evaluation_event(evaluation: Evaluation, *, best: bool) -> Event:
     if isinstance(outcome, Stopped):
         figures = {"text": candidate.text, "windows": outcome.windows, "of_windows": outcome.of_windows}
         return Event("candidate_stopped", {"candidate": candidate.id, **figures, **who})
+    if isinstance(outcome, Sampled):
+        sampled = {"text": candidate.text, "windows": candidate.windows, **outcome.figures(6)}
+        return Event("candidate_sampled", {"candidate": candidate.id, **sampled, **who})
     return Event("candidate_failed", {"candidate": candidate.id, "reason": outcome.reason, **who})

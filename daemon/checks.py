@@ -30,6 +30,17 @@ def is_searched_on(report: str, fitness: str) -> bool:
     return not {report, fitness} & {*NAMED_TEXTS} and are_one_file(report, fitness)
 
 
+def check_windows(search: SearchSettings, windows: int) -> None:
+    """Raise DataError where candidates are to be measured in part first, on a text of no more `windows` than that."""
+    check_race(search.race_confidence, search.first_windows, windows)
+    most = max((step.windows for step in search.selection_steps), default=0)
+    if search.selection_steps and windows <= most:
+        raise DataError(
+            f"search.selection_steps: their windows ({most}) must be fewer than those of the fitness text, which has "
+            f"{windows}"
+        )
+
+
 def check_race(confidence: float | None, first_windows: int | None, windows: int) -> None:
     """Raise DataError where candidates are to race, or to be looked at first, on a text of too few windows."""
     if first_windows is not None and windows <= first_windows:

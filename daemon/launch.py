@@ -11,7 +11,7 @@ import structlog
 
 from agents.asking import Asks
 from agents.replay import Remembering
-from daemon.checks import check_budget, check_lists, check_lists_somewhere, check_race, warn_of_texts
+from daemon.checks import check_budget, check_lists, check_lists_somewhere, check_windows, warn_of_texts
 from daemon.display import Display
 from daemon.duties import repair_for_ever, survived, wait_for_card, watch_workers
 from daemon.http_api import HttpApi
@@ -123,7 +123,7 @@ class Launch:
             duties.append(group.create_task(self._meter.count_for_ever()))
             card = await wait_for_card(self._store)
             windows = card.dense.tokens // (self._spec.fitness.seqlen - 1)
-            check_race(self._settings.search.race_confidence, self._settings.search.first_windows, windows)
+            check_windows(self._settings.search, windows)
             is_new = not history.ledger
             if is_new:
                 check_budget(self._settings.search, card.dense.tokens)

@@ -10,7 +10,7 @@ Calls = dict[tuple[AgentName, int], frozenset[str]]
 
 
 class Proposals:
-    """Counts of the candidates in a ledger, baselines left out."""
+    """Counts of the candidates in a ledger, baselines and trials left out."""
 
     def __init__(self, ledger: Iterable[Candidate]) -> None:
         self.by_agent: Counter[str] = Counter()
@@ -26,7 +26,7 @@ class Proposals:
     def add(self, candidate: Candidate) -> None:
         """Count a candidate that is new in the ledger."""
         who = candidate.provenance
-        if who.agent == "baseline":
+        if not candidate.is_proposal:
             return
         self.by_agent[who.agent] += 1
         self.by_source[who.source] += 1

@@ -27,7 +27,18 @@ from daemon.pausing import Pausing
 from daemon.proposals import Proposals
 from daemon.settings import SearchSettings
 from daemon.store import History
-from protocol.candidate import Candidate, Failed, Measured, Provenance, Race, Source, Stopped, Text, candidate_id
+from protocol.candidate import (
+    Candidate,
+    Failed,
+    Measured,
+    Provenance,
+    Race,
+    Sampled,
+    Source,
+    Stopped,
+    Text,
+    candidate_id,
+)
 from protocol.card import ModelCard
 from protocol.errors import BudgetError
 from protocol.plan import Plan
@@ -108,7 +119,7 @@ class Search:
         self.keeper = PopulationKeeper(
             queue, self.population, self.ledger, cursor=history.cursor, on_evaluation=self._note
         )
-        known = (c.plan for c in self.ledger.values() if c.provenance.agent != "baseline")
+        known = (c.plan for c in self.ledger.values() if c.is_proposal)
         self._neighbours = Neighbours(self.view(0), settings.least_difference, known)
         self._guesses: tuple[int, Guesses] | None = None
         self.screened = 0
@@ -188,6 +199,20 @@ class Search:
         self._neighbours.add(plan)
         return await self._enqueue(candidate)
 
+    async def look(self, rates: Sequence[float], provenance: Provenance, windows: tuple[int, ...]) -> float | None:
+        """Measure proposed rates on these windows of the fitness text alone; None where that fails, or none is left."""
+        feasible = self.spec.feasible(tuple(rates), self.card.shape)
+        plan = self.spec.plan(feasible, self.card.shape)
+        id_ = candidate_id(plan, self.spec.fingerprint, windows=windows)
+        if id_ not in self.ledger:
+            if self.remaining_budget <= 0:
+                return None
+            await self._enqueue(Candidate(id=id_, rates=feasible, plan=plan, provenance=provenance, windows=windows))
+        await self.keeper.until(lambda _: id_ in self.population)
+        evaluation = self.population.get(id_)
+        assert evaluation is not None
+        return evaluation.outcome.fitness if isinstance(evaluation.outcome, Sampled) else None
+
     def _sift(self, plan: Plan, provenance: Provenance) -> Refused | None:
         """Why a new plan is not worth measuring, where a setting says so; seeds always are."""
         if provenance.agent == "seed":
@@ -212,7 +237,8 @@ class Search:
         self.proposals.add(candidate)
         with bound_contextvars(candidate=candidate.id):
             await self._queue.enqueue(candidate)
-        log.info("candidate_enqueued", candidate=candidate.id, **candidate.provenance.model_dump(include=_WHO))
+        if candidate.windows is None:
+            log.info("candidate_enqueued", candidate=candidate.id, **candidate.provenance.model_dump(include=_WHO))
         return Accepted(candidate.id)
 
     def _race(self, round_: int) -> Race | None:
@@ -246,6 +272,9 @@ class Search:
         elif isinstance(outcome, Stopped):
             figures = outcome.model_dump(include={"windows", "of_windows"})
             log.info("candidate_stopped", candidate=candidate.id, behind=round(outcome.behind, 4), **figures, **who)
+        elif isinstance(outcome, Sampled):
+            figures = {"windows": candidate.windows, "fitness": round(outcome.fitness, 4)}
+            log.debug("candidate_sampled", candidate=candidate.id, **figures, **who)
         else:
             log.warning("candidate_failed", candidate=candidate.id, reason=outcome.reason, detail=outcome.detail, **who)
 
@@ -303,6 +332,7 @@ class Search:
             self._recent(round_),
             first[0].candidate.rates if first else None,
             partial(self._fitness_of, before=round_),
+            self.look,
         )
 
     def _fitness_of(self, candidate_id: str, before: int) -> float | None:
@@ -313,7 +343,7 @@ class Search:
 
     def _recent(self, round_: int) -> tuple[Tried, ...]:
         """The last proposals of the rounds before that have an outcome."""
-        issued = (c for c in reversed(self.ledger.values()) if c.provenance.agent != "baseline")
+        issued = (c for c in reversed(self.ledger.values()) if c.is_proposal)
         before = (e for c in issued if c.provenance.round < round_ and (e := self.population.get(c.id)))
         return tuple(reversed([_tried(e) for e in islice(before, SHOWN_RECENT)]))
 

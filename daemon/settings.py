@@ -2,7 +2,7 @@
 
 import ipaddress
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -17,6 +17,7 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from agents.settings import SelectionStep
 from daemon.llm_settings import LlmSettings, LocalLlmSettings
 from daemon.section import Section
 from protocol.allocation import Method
@@ -39,6 +40,10 @@ def _five_decimals(rate: float) -> float:
     if round(rate, DECIMALS) != rate:
         raise ValueError(f"give it at most {DECIMALS} decimals")
     return rate
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))
 
 
 class SearchSettings(Section):
@@ -90,6 +95,10 @@ class SearchSettings(Section):
     first_windows: PositiveInt | None = None
     """Multi-fidelity: a candidate that is worse than the K-th best (with `evolution`: the best) on so many windows is
     measured no further."""
+    selection_steps: tuple[SelectionStep, ...] = ()
+    """With `evolution`, EvoPress's selection: each round, so many `offspring` are measured on so many `windows`, drawn
+    anew and the same for all; the best go on to the next step, and those of the last are measured whole, as many as
+    search.mutations and search.crossovers say. Such as `[{offspring: 64, windows: 1}, {offspring: 8, windows: 8}]`."""
     fitness: Measure = "perplexity"
     """What the search minimises on data.fitness: `perplexity` (the paper), or `kl`, divergence from the dense model."""
     granularity: Granularity = "layer"
@@ -124,10 +133,31 @@ class SearchSettings(Section):
                 raise ValueError("the proposer `cma-es` learns from generations: search.mode cannot be `steady-state`")
             if self.mutations + self.crossovers == 0:
                 raise ValueError("search.mode `steady-state` needs search.mutations or search.crossovers")
+        self._check_selection_steps()
         for agent in ("initializer", "selector", "mutator", "crossover"):
             if self.proposer != "llm" and getattr(self, agent) != "llm":
                 raise ValueError(f"search.{agent} is for the proposer `llm`, not for {self.proposer!r}")
         return self
+
+    def _check_selection_steps(self) -> None:
+        if not self.selection_steps:
+            return
+        if self.proposer != "evolution":
+            raise ValueError(f"search.selection_steps is for the proposer `evolution`, not for {self.proposer!r}")
+        if self.mode == "steady-state":
+            raise ValueError("search.selection_steps chooses among the offspring of a round: not with `steady-state`")
+        offspring = [*(step.offspring for step in self.selection_steps), self.mutations + self.crossovers]
+        windows = [step.windows for step in self.selection_steps]
+        if offspring != sorted(set(offspring), reverse=True):
+            raise ValueError(
+                "search.selection_steps: each step must have fewer offspring than the one before it, and "
+                f"search.mutations and search.crossovers fewer than the last: here {_listed(offspring)}"
+            )
+        if windows != sorted(set(windows)):
+            raise ValueError(
+                "search.selection_steps: each step must have more windows than the one before it: "
+                f"here {_listed(windows)}"
+            )
 
     @property
     def turns(self) -> int:
@@ -284,6 +314,11 @@ class Settings(BaseSettings):
         first = self.search.first_windows
         if windows is not None and first is not None and windows <= first:
             raise ValueError(f"search.first_windows ({first}) must be fewer than data.fitness_windows ({windows})")
+        most = max((step.windows for step in self.search.selection_steps), default=0)
+        if windows is not None and windows <= most:
+            raise ValueError(
+                f"search.selection_steps: their windows ({most}) must be fewer than data.fitness_windows ({windows})"
+            )
         return self
 
     def spec(self) -> SearchSpec:

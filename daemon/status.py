@@ -18,7 +18,7 @@ from redis.exceptions import ResponseError
 from agents.health import Degraded
 from agents.population import Evaluation, Population
 from daemon.workers import WorkerStatus, read_dead, read_workers
-from protocol.candidate import Candidate, Failed, Measured, Provenance, Source
+from protocol.candidate import Candidate, Failed, Measured, Source
 from protocol.connection import is_missing_group
 from protocol.control import Command, Control
 from protocol.keys import GROUP, Keys
@@ -96,6 +96,8 @@ class Status(_Value):
     """Of the proposed ones."""
     stopped: int = 0
     """Of the proposed ones: measured in part, for they lost their race."""
+    trials: int = 0
+    """Issued to choose among siblings, on a few windows (search.selection_steps)."""
     waiting: int
     """Issued, baselines included, and still without an outcome."""
     dead: tuple[dict[str, str], ...] = ()
@@ -178,7 +180,7 @@ class Tally:
 
     by_source: Counter[str] = field(default_factory=Counter)
     outcomes: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """By source and kind; baselines are counted under `baseline`."""
+    """By source and kind; baselines and trials are counted under `baseline` and `trial`."""
     round: int = 0
     evaluation_seconds: float = 0.0
     _issued: int = 0
@@ -189,31 +191,33 @@ class Tally:
         """Count what is new; returns the new evaluations, each with whether it was the best so far."""
         for candidate in islice(reversed(ledger.values()), len(ledger) - self._issued):
             self.round = max(self.round, candidate.provenance.round)
-            self.by_source[_source(candidate.provenance)] += 1
+            self.by_source[_source(candidate)] += 1
         self._issued = len(ledger)
         return [(new, self._take(new)) for new in population.newest(population.outcomes - self._evaluated)]
 
     def _take(self, evaluation: Evaluation) -> bool:
         self._evaluated += 1
-        outcome, provenance = evaluation.outcome, evaluation.candidate.provenance
-        self.outcomes[_source(provenance), outcome.kind] += 1
+        outcome, candidate = evaluation.outcome, evaluation.candidate
+        self.outcomes[_source(candidate), outcome.kind] += 1
         self.evaluation_seconds += 0.0 if isinstance(outcome, Failed) else outcome.seconds
         if not isinstance(outcome, Measured):
             return False
-        is_best = provenance.agent != "baseline" and outcome.fitness < self._best
+        is_best = candidate.is_proposal and outcome.fitness < self._best
         self._best = outcome.fitness if is_best else self._best
         return is_best
 
 
-def _source(provenance: Provenance) -> str:
-    return "baseline" if provenance.agent == "baseline" else provenance.source
+def _source(candidate: Candidate) -> str:
+    if candidate.windows is not None:
+        return "trial"
+    return candidate.provenance.source if candidate.is_proposal else "baseline"
 
 
 def make_status(seen: Seen, tally: Tally) -> Status:
     """The status of a search; `tally` has taken what is seen."""
     best = seen.population.best()
     outcome = best.outcome if best and isinstance(best.outcome, Measured) else None
-    proposals = {source: count for source, count in tally.by_source.items() if source != "baseline"}
+    proposals = {source: count for source, count in tally.by_source.items() if source not in ("baseline", "trial")}
     return Status(
         search=seen.search,
         model=seen.spec.model,
@@ -230,6 +234,7 @@ def make_status(seen: Seen, tally: Tally) -> Status:
         measured=len(seen.population),
         failed=sum(tally.outcomes[source, "failed"] for source in proposals),
         stopped=sum(tally.outcomes[source, "stopped"] for source in proposals),
+        trials=tally.by_source["trial"],
         waiting=len(seen.ledger) - sum(tally.outcomes.values()),
         dead=seen.around.dead,
         dense_perplexity=seen.dense_perplexity,

@@ -58,6 +58,8 @@ class Summary(BaseModel):
     """Used by the LLM: `prompt` and `completion`."""
     screened: int = 0
     """Proposals that a surrogate refused, unmeasured."""
+    trials: int = 0
+    """Measurements on a few windows, by which offspring were chosen from their siblings (search.selection_steps)."""
     seconds: float
 
 
@@ -75,8 +77,8 @@ def summarise(
     best = population.best()
     uniform = spec.uniform_plan(card.shape)
     uniform_evaluation = population.get(candidate_id(uniform, spec.fingerprint))
-    proposals = [c for c in ledger.values() if c.provenance.agent != "baseline"]
-    outcomes = Counter(e.outcome.kind for e in population if e.candidate.provenance.agent != "baseline")
+    proposals = [c for c in ledger.values() if c.is_proposal]
+    outcomes = Counter(e.outcome.kind for e in population if e.candidate.is_proposal)
     return Summary(
         search=search,
         model=spec.model,
@@ -98,6 +100,7 @@ def summarise(
         endpoints=records_of(population),
         tokens={name: int(counters.get(f"{name}_tokens", 0)) for name in ("prompt", "completion")},
         screened=int(counters.get("screened", 0)),
+        trials=sum(e.candidate.windows is not None for e in population),
         seconds=round(counters.get("seconds", 0.0), 1),
     )
 
@@ -189,6 +192,7 @@ def _lines(summary: Summary) -> list[str]:
     outcome = summary.candidates["by_outcome"]
     used = summary.tokens
     screened = [f"proposals refused unmeasured, by a surrogate: {summary.screened}"] if summary.screened else []
+    trials = [f"measured on a few windows, to choose among siblings: {summary.trials:,}"] if summary.trials else []
     stopped = f", stopped early {outcome['stopped']}" if outcome["stopped"] else ""
     following = [f"next: selfpruner export --search {summary.search} --out DIR"] if summary.best else []
     unfinished = ["stopped before its end: these figures are not final, and the same command goes on"]
@@ -202,6 +206,7 @@ def _lines(summary: Summary) -> list[str]:
         f"candidates by source: {listed(summary.candidates['by_source'])}",
         *shares,
         *screened,
+        *trials,
         f"measured {outcome['measured']}, failed {outcome['failed']}{stopped}; "
         f"LLM tokens: {used['prompt']:,} in, {used['completion']:,} out; {summary.seconds:,.0f} seconds",
         *(following if summary.finished else unfinished),

@@ -36,13 +36,14 @@ def preparing(model: str) -> Iterator[None]:
 
 
 def answer(session: Session, request: dict[str, Any]) -> Outcome:
-    """The outcome of a request `{"plan": …, "text": …, "race": …}`.
+    """The outcome of a request `{"plan": …, "text": …, "race": …, "windows": …}`.
 
     Raises DeviceLostError when the process has to end.
     """
     try:
         race = None if request.get("race") is None else Race.model_validate(request["race"])
-        return session.race(Plan.model_validate(request["plan"]), race, request["text"])
+        plan, text, windows = Plan.model_validate(request["plan"]), request["text"], request.get("windows")
+        return session.race(plan, race, text) if windows is None else session.sample(plan, windows, text)
     except NotFiniteError as error:
         return Failed(reason="not-finite", detail=str(error))
     # ValueError is what pydantic raises for a plan that is none.

@@ -105,8 +105,7 @@ class EvaluationChild:
 
         Raises DeviceLost when the process can measure nothing more, ChildDied when it ends without an answer.
         """
-        race = candidate.race and candidate.race.model_dump()
-        self._send({"id": candidate.id, "plan": candidate.plan.model_dump(), "text": candidate.text, "race": race})
+        self._send({"id": candidate.id, **candidate.model_dump(include={"plan", "text", "race", "windows"})})
         try:
             async with asyncio.timeout(limit_seconds):
                 reply = await self._receive()

@@ -3,6 +3,7 @@
 import hashlib
 import math
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -75,22 +76,28 @@ class Candidate(_Value):
     provenance: Provenance
     text: Text = "fitness"
     race: Race | None = None
+    windows: tuple[NonNegativeInt, ...] | None = None
+    """A trial, measured on these windows of its text alone, by their place: it is compared with its siblings on them.
+    Who is chosen is proposed as a candidate of its own. None: the whole text."""
+
+    @property
+    def is_proposal(self) -> bool:
+        """Whether it takes part in the search: no baseline, and no trial."""
+        return self.windows is None and self.provenance.agent != "baseline"
 
 
-class Measured(_Value):
-    """A candidate's measurement. `tokens` are those whose loss was averaged; `seconds` the evaluation's wall time.
+class _Figures(_Value):
+    """What is measured of a pruned model, on a whole text or a part of it.
 
-    `kl`, the mean divergence from the dense model in nats, is there where the spec's measure is `kl`.
+    `tokens` are those whose loss was averaged; `seconds` the evaluation's wall time. `kl`, the mean divergence from the
+    dense model in nats, is there where the spec's measure is `kl`.
     """
 
-    kind: Literal["measured"] = "measured"
     perplexity: PositiveFloat
     kl: NonNegativeFloat | None = None
     parameters: Parameters
     tokens: NonNegativeInt
     seconds: NonNegativeFloat
-    losses: tuple[float, ...] = ()
-    """Of each window, where the candidate raced: mean negative log-likelihood, or divergence, in nats a token."""
 
     @property
     def fitness(self) -> float:
@@ -103,7 +110,15 @@ class Measured(_Value):
         return {name: round(figure, digits) for name, figure in figures.items() if figure is not None}
 
 
-class Stopped(_Value):
+class Measured(_Figures):
+    """A candidate's measurement on the whole text."""
+
+    kind: Literal["measured"] = "measured"
+    losses: tuple[float, ...] = ()
+    """Of each window, where the candidate raced: mean negative log-likelihood, or divergence, in nats a token."""
+
+
+class Stopped(_Figures):
     """A candidate that was stopped after some windows, for it was worse than what it raced against.
 
     It never enters the population. `perplexity` and `kl` are those of the windows that were measured, and must not be
@@ -111,20 +126,21 @@ class Stopped(_Value):
     """
 
     kind: Literal["stopped"] = "stopped"
-    perplexity: PositiveFloat
-    kl: NonNegativeFloat | None = None
     behind: float
     """By how much it was worse than what it raced against, in nats a token, on the same windows."""
     windows: NonNegativeInt
     of_windows: NonNegativeInt
-    parameters: Parameters
-    tokens: NonNegativeInt
-    seconds: NonNegativeFloat
 
     def guess(self, race: Race) -> float:
         """The fitness that it would have if it stayed as far behind on all windows of its race."""
         level = statistics.fmean(race.against) + self.behind
         return math.exp(level) if self.kl is None else level
+
+
+class Sampled(_Figures):
+    """A trial's measurement on its windows alone. `perplexity` and `kl` compare with those of the same windows only."""
+
+    kind: Literal["sampled"] = "sampled"
 
 
 class Failed(_Value):
@@ -135,7 +151,7 @@ class Failed(_Value):
     detail: str = ""
 
 
-Outcome = Measured | Stopped | Failed
+Outcome = Measured | Stopped | Sampled | Failed
 OUTCOME: TypeAdapter[Outcome] = TypeAdapter(Annotated[Outcome, Field(discriminator="kind")])
 
 
@@ -148,7 +164,8 @@ class Result:
     outcome: Outcome
 
 
-def candidate_id(plan: Plan, fingerprint: str, text: Text = "fitness") -> str:
+def candidate_id(plan: Plan, fingerprint: str, text: Text = "fitness", windows: Sequence[int] | None = None) -> str:
     """Sixteen hex digits that name a plan and what it is measured on; equal plans are the same candidate."""
-    content = f"{fingerprint}|{text}|{plan.model_dump_json()}"
+    part = "" if windows is None else f"|{','.join(map(str, windows))}"
+    content = f"{fingerprint}|{text}{part}|{plan.model_dump_json()}"
     return hashlib.sha256(content.encode()).hexdigest()[:16]
