@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
+from importlib.metadata import version
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Annotated
@@ -83,8 +84,19 @@ def _told(sentence: str, code: int) -> int:
     return code
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"selfpruner {version('self-pruner')}")
+        raise typer.Exit
+
+
 @app.callback(invoke_without_command=True)
-def _command_line(context: typer.Context) -> None:
+def _command_line(
+    context: typer.Context,
+    _: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say the version, and no more.")
+    ] = False,
+) -> None:
     if context.invoked_subcommand is None:
         if text := context.get_help():  # with Rich it is printed already
             typer.echo(text)

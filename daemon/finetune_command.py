@@ -102,6 +102,8 @@ def finetune(
     check_minutes("--max-minutes", max_minutes)
     if eval_data is None and (eval_windows, eval_seqlen) != (None, None):
         raise SettingsError("--eval-windows and --eval-seqlen are of --eval-data, which is missing")
+    if are_one_file(str(folder), str(out)):
+        raise SettingsError(f"--out {out} is the folder that is trained from: give another one, which is made")
     data, eval_data = found_data(data), eval_data and found_data(eval_data, only_text=True)
     check_apart("--data", data, "--eval-data", eval_data)
     need("torch", "worker")

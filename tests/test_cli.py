@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -286,3 +287,9 @@ def test_a_seed_that_torch_cannot_take_is_one_sentence(capsys: pytest.CaptureFix
     for command in (["evaluate", "--model", "m"], ["finetune", "f", "--out", "o"], ["export", "--out", "o"]):
         assert main([*command, "--seed", str(2**63)]) == 2
         assert "is not in the range 0<=x<2**63" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_the_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    with Path("pyproject.toml").open("rb") as file:
+        assert main(["--version"]) == 0
+        assert capsys.readouterr().out == f"selfpruner {tomllib.load(file)['project']['version']}\n"

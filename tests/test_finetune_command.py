@@ -188,6 +188,17 @@ def test_what_cannot_be_done_gets_one_sentence(
     assert not (tmp_path / "out").exists()
 
 
+def test_the_folder_that_is_trained_from_is_not_replaced(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "link").symlink_to(folder)
+    before = sorted((file.name, file.stat().st_mtime_ns) for file in folder.iterdir())
+    for out in (folder, tmp_path / "link"):
+        assert main(arguments(folder, out, "--force")) == 2
+        assert "is the folder that is trained from" in capsys.readouterr().err.splitlines()[-1]
+    assert sorted((file.name, file.stat().st_mtime_ns) for file in folder.iterdir()) == before
+
+
 def test_a_file_is_not_learned_from_and_measured_on(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
