@@ -34,7 +34,7 @@ class Population:
 
     @property
     def outcomes(self) -> int:
-        """How many outcomes there are: members, baselines and failed candidates."""
+        """How many outcomes there are: members, baselines, trials, and candidates that failed or were stopped."""
         return len(self._evaluations)
 
     def __contains__(self, candidate_id: str) -> bool:

@@ -13,14 +13,14 @@ import structlog
 from agents.asking import Call
 from agents.offers import TRIES, Draw
 from agents.settings import SelectionStep
-from agents.view import Proposal, View
+from agents.view import Proposal
 from protocol.candidate import AgentName, Provenance
 
 log = structlog.get_logger()
 
 
 async def draw_siblings(call: Call, draw: Draw, count: int) -> list[Proposal]:
-    """`count` of what `draw` makes, no two with one plan and none with a plan that has been measured whole.
+    """`count` of what `draw` makes, no two with one plan and none with a plan that was proposed in an earlier round.
 
     Fewer where no more are found.
     """
@@ -29,7 +29,7 @@ async def draw_siblings(call: Call, draw: Draw, count: int) -> list[Proposal]:
     for _ in range(TRIES * count):
         proposal = draw(rng)
         id_ = view.candidate_id(proposal.rates)
-        if id_ is not None and view.fitness_of(id_) is None:
+        if id_ is not None and not view.was_proposed(id_):
             found.setdefault(id_, proposal)
         if len(found) == count:
             break
@@ -42,28 +42,24 @@ async def ranked_in_steps(
 ) -> list[Proposal]:
     """Those of `siblings` that came to the last step, best first by what they have there; what failed is left out.
 
-    A step's windows are decided by the search's seed and the round, so what is repeated after a kill measures the same.
+    A step's windows are decided by the call alone, so what is repeated after a kill looks at the same.
     """
+    view = call.view
+    assert view.look is not None
+    who = Provenance(agent=agent, source="classical", round=view.round, call=call.index)
+    of = view.card.dense.windows(view.spec.fitness.seqlen)
     for number, step in enumerate(steps):
-        windows = _drawn_windows(call, number, step.windows)
-        siblings = await _ranked(agent, call.view, siblings[: step.offspring], windows)
-        log.info("siblings_ranked", round=call.view.round, step=number + 1, windows=windows, ranked=len(siblings))
+        tried = siblings[: step.offspring]
+        on_windows = tuple(sorted(random.Random(call.seed(number)).sample(range(of), step.windows)))
+        fitness = await view.look(tried, who, on_windows)
+        known = [(value, place) for place, value in enumerate(fitness) if value is not None]
+        siblings = [tried[place] for _, place in sorted(known)]
+        log.info(
+            "siblings_ranked",
+            round=view.round,
+            step=number + 1,
+            on_windows=on_windows,
+            tried=len(tried),
+            ranked=len(siblings),
+        )
     return list(siblings)
-
-
-def _drawn_windows(call: Call, step: int, count: int) -> tuple[int, ...]:
-    return tuple(sorted(random.Random(call.seed(step)).sample(range(call.view.fitness_windows), count)))
-
-
-async def _ranked(
-    agent: AgentName, view: View, siblings: Sequence[Proposal], windows: tuple[int, ...]
-) -> list[Proposal]:
-    async def tried(proposal: Proposal) -> float | None:
-        who = Provenance(agent=agent, source="classical", round=view.round, parents=proposal.parents)
-        return await view.look(proposal.rates, who, windows)
-
-    async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(tried(proposal)) for proposal in siblings]
-    found = [(task.result(), proposal) for task, proposal in zip(tasks, siblings, strict=True)]
-    known = [(fitness, proposal) for fitness, proposal in found if fitness is not None]
-    return [proposal for _, proposal in sorted(known, key=lambda pair: pair[0])]

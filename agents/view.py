@@ -38,12 +38,9 @@ def _unknown(_: str) -> None:
     """The fitness of a candidate of a search that has none."""
 
 
-Look = Callable[[Sequence[float], Provenance, tuple[int, ...]], Awaitable[float | None]]
-"""Measures raw rates on some windows of the fitness text alone; returns the fitness there, None where there is none."""
-
-
-async def _blind(_rates: Sequence[float], _provenance: Provenance, _windows: tuple[int, ...]) -> None:
-    """A look at what nobody measures."""
+def _never(_: str) -> bool:
+    """Whether a candidate of a search that has none was proposed."""
+    return False
 
 
 @dataclass(frozen=True)
@@ -64,12 +61,10 @@ class View:
     """The rates of the best of the first population."""
     fitness_of: Callable[[str], float | None] = _unknown
     """By a candidate's id, of any round before, however long ago; None where it has none."""
-    look: Look = _blind
-
-    @property
-    def fitness_windows(self) -> int:
-        """Windows of the fitness text."""
-        return self.card.dense.tokens // (self.spec.fitness.seqlen - 1)
+    was_proposed: Callable[[str], bool] = _never
+    """By a candidate's id, in any round before, whatever came of it."""
+    look: "Look | None" = None
+    """How siblings are tried; None where nobody measures."""
 
     @cached_property
     def units(self) -> tuple[Unit, ...]:
@@ -133,6 +128,14 @@ class Proposal:
 
     rates: tuple[float, ...]
     parents: tuple[str, ...] = ()
+
+
+Look = Callable[[Sequence[Proposal], Provenance, tuple[int, ...]], Awaitable[list[float | None]]]
+"""Measures siblings on some windows of the fitness text alone, by their place.
+
+Returns the fitness that each has there, None where there is none; parents are of the proposals, all else is of the
+provenance.
+"""
 
 
 @dataclass(frozen=True)

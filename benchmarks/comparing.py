@@ -63,6 +63,7 @@ class SearchResult(BaseModel):
     tokens: int
     """Of all candidates together."""
     candidates: int
+    """Different plans that were measured, whole or in part."""
     best_so_far: BestSoFar
     report: float
     """The best one's perplexity on the report text."""
@@ -151,7 +152,7 @@ class MeasuringWorker:
         """As it is kept, if it is; who races is measured anew, for what it races against is another each time."""
         race = candidate.race and candidate.race.model_dump()
         if race or candidate.id not in self._outcomes:
-            request = candidate.model_dump(include={"plan", "text", "race", "windows"})
+            request = candidate.model_dump(include={"plan", "text", "race", "on_windows"})
             outcome = await asyncio.to_thread(products_in_float32()(answer), session, request)
             if race:
                 return outcome

@@ -33,8 +33,8 @@ def is_searched_on(report: str, fitness: str) -> bool:
 def check_windows(search: SearchSettings, windows: int) -> None:
     """Raise DataError where candidates are to be measured in part first, on a text of no more `windows` than that."""
     check_race(search.race_confidence, search.first_windows, windows)
-    most = max((step.windows for step in search.selection_steps), default=0)
-    if search.selection_steps and windows <= most:
+    most = search.most_windows_of_a_step
+    if most and windows <= most:
         raise DataError(
             f"search.selection_steps: their windows ({most}) must be fewer than those of the fitness text, which has "
             f"{windows}"

@@ -192,7 +192,7 @@ def candidate_record(candidate: Candidate) -> dict[str, Any]:
         **candidate.provenance.model_dump(mode="json"),
         "rates": candidate.rates,
         "plan": [[p.kv_heads, p.queries_per_kv, p.mlp_channels] for p in candidate.plan.layers],
-        **({} if candidate.windows is None else {"windows": candidate.windows}),
+        **({} if candidate.on_windows is None else {"on_windows": candidate.on_windows}),
     }
 
 

@@ -122,7 +122,7 @@ class Launch:
             await self._go_on_from(history, queue)
             duties.append(group.create_task(self._meter.count_for_ever()))
             card = await wait_for_card(self._store)
-            windows = card.dense.tokens // (self._spec.fitness.seqlen - 1)
+            windows = card.dense.windows(self._spec.fitness.seqlen)
             check_windows(self._settings.search, windows)
             is_new = not history.ledger
             if is_new:

@@ -23,7 +23,7 @@ async def generations(search: "Search") -> None:
     await search.begin()
     for round_ in range(1, search.settings.rounds + 1):
         await search.keeper.settled()
-        if search.remaining_budget <= 0 or search.tokens_are_used_up:
+        if search.remaining_budget <= 0 or search.tokens_are_used_up(before=round_):
             break
         await _generation(search, round_)
 
@@ -93,7 +93,7 @@ class _Turns:
     def may_begin(self) -> bool:
         """Whether there is anything left to ask for."""
         search = self._search
-        is_left = search.remaining_budget > len(self.asking) and not search.tokens_are_used_up
+        is_left = search.remaining_budget > len(self.asking) and not search.tokens_are_used_up()
         return is_left and self.fruitless < FRUITLESS_TURNS
 
     def begin(self) -> None:

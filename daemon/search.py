@@ -20,7 +20,18 @@ from agents.population import Evaluation, Population
 from agents.population_keeper import PopulationKeeper
 from agents.seeds import plant_seeds
 from agents.sieve import Guesses, Neighbours
-from agents.view import BUDGET_USED_UP, KNOWN_ALREADY, Accepted, Member, Refused, Selection, Submit, Tried, View
+from agents.view import (
+    BUDGET_USED_UP,
+    KNOWN_ALREADY,
+    Accepted,
+    Member,
+    Proposal,
+    Refused,
+    Selection,
+    Submit,
+    Tried,
+    View,
+)
 from daemon.journal import Journal
 from daemon.modes import generations, steady_state
 from daemon.pausing import Pausing
@@ -125,7 +136,10 @@ class Search:
         self.screened = 0
         """Proposals of this process that were refused for what a surrogate expects of them; those of a round that was
         broken off are counted again as it is repeated."""
-        self._tokens = sum(_tokens(evaluation) for evaluation in self.population)
+        self._tokens: Counter[int] = Counter()
+        """Measured tokens by the round of their candidates."""
+        for evaluation in self.population:
+            self._tokens[evaluation.candidate.provenance.round] += _tokens(evaluation)
         self.parents_source: Source | None = None
         """Who chose the parents of the last round."""
         self.round = max((c.provenance.round for c in self.ledger.values()), default=0)
@@ -199,19 +213,31 @@ class Search:
         self._neighbours.add(plan)
         return await self._enqueue(candidate)
 
-    async def look(self, rates: Sequence[float], provenance: Provenance, windows: tuple[int, ...]) -> float | None:
-        """Measure proposed rates on these windows of the fitness text alone; None where that fails, or none is left."""
-        feasible = self.spec.feasible(tuple(rates), self.card.shape)
+    async def look(
+        self, siblings: Sequence[Proposal], who: Provenance, on_windows: tuple[int, ...]
+    ) -> list[float | None]:
+        """The fitness of each of `siblings` on these windows of the fitness text alone.
+
+        None where it fails, and where the budget is used up. What has been looked at before is not measured again.
+        """
+        ids = [await self._look_at(sibling, who, on_windows) for sibling in siblings]
+        issued = {id_ for id_ in ids if id_ is not None}
+        await self.keeper.until(lambda _: all(id_ in self.population for id_ in issued))
+        found = (None if id_ is None else self.population.get(id_) for id_ in ids)
+        return [e.outcome.fitness if e and isinstance(e.outcome, Sampled) else None for e in found]
+
+    async def _look_at(self, sibling: Proposal, who: Provenance, on_windows: tuple[int, ...]) -> str | None:
+        """The id of a trial, which is issued where it is new; None where there is no budget for it."""
+        feasible = self.spec.feasible(tuple(sibling.rates), self.card.shape)
         plan = self.spec.plan(feasible, self.card.shape)
-        id_ = candidate_id(plan, self.spec.fingerprint, windows=windows)
-        if id_ not in self.ledger:
-            if self.remaining_budget <= 0:
-                return None
-            await self._enqueue(Candidate(id=id_, rates=feasible, plan=plan, provenance=provenance, windows=windows))
-        await self.keeper.until(lambda _: id_ in self.population)
-        evaluation = self.population.get(id_)
-        assert evaluation is not None
-        return evaluation.outcome.fitness if isinstance(evaluation.outcome, Sampled) else None
+        id_ = candidate_id(plan, self.spec.fingerprint, on_windows=on_windows)
+        if id_ in self.ledger:
+            return id_
+        if self.remaining_budget <= 0:
+            return None
+        who = who.model_copy(update={"parents": sibling.parents})
+        await self._enqueue(Candidate(id=id_, rates=feasible, plan=plan, provenance=who, on_windows=on_windows))
+        return id_
 
     def _sift(self, plan: Plan, provenance: Provenance) -> Refused | None:
         """Why a new plan is not worth measuring, where a setting says so; seeds always are."""
@@ -237,7 +263,7 @@ class Search:
         self.proposals.add(candidate)
         with bound_contextvars(candidate=candidate.id):
             await self._queue.enqueue(candidate)
-        if candidate.windows is None:
+        if candidate.on_windows is None:
             log.info("candidate_enqueued", candidate=candidate.id, **candidate.provenance.model_dump(include=_WHO))
         return Accepted(candidate.id)
 
@@ -257,7 +283,7 @@ class Search:
 
     def _note(self, evaluation: Evaluation, is_best: bool) -> None:
         candidate, outcome = evaluation.candidate, evaluation.outcome
-        self._tokens += _tokens(evaluation)
+        self._tokens[candidate.provenance.round] += _tokens(evaluation)
         self._journal.evaluation(evaluation, is_best=is_best)
         who = candidate.provenance.model_dump(include=_WHO)
         if isinstance(outcome, Measured):
@@ -273,21 +299,26 @@ class Search:
             figures = outcome.model_dump(include={"windows", "of_windows"})
             log.info("candidate_stopped", candidate=candidate.id, behind=round(outcome.behind, 4), **figures, **who)
         elif isinstance(outcome, Sampled):
-            figures = {"windows": candidate.windows, "fitness": round(outcome.fitness, 4)}
+            figures = {"on_windows": candidate.on_windows, "fitness": round(outcome.fitness, 4)}
             log.debug("candidate_sampled", candidate=candidate.id, **figures, **who)
         else:
-            log.warning("candidate_failed", candidate=candidate.id, reason=outcome.reason, detail=outcome.detail, **who)
+            why = {"reason": outcome.reason, "detail": outcome.detail, "on_windows": candidate.on_windows}
+            log.warning("candidate_failed", candidate=candidate.id, **why, **who)
 
     @property
     def remaining_budget(self) -> int:
         """How many more candidates may be proposed; none once search.budget_hours are over."""
         return 0 if self._hours_are_over() else self.planned - self.proposed
 
-    @property
-    def tokens_are_used_up(self) -> bool:
-        """Whether search.max_tokens are measured. Asked between rounds, so that a round does not depend on speed."""
+    def tokens_are_used_up(self, *, before: int | None = None) -> bool:
+        """Whether search.max_tokens are measured, in the rounds `before` one where it is given.
+
+        So a round is begun or not whatever was measured of it, by a process that was killed, or meanwhile.
+        """
         most = self.settings.max_tokens
-        return most is not None and self._tokens >= most
+        if most is None:
+            return False
+        return sum(tokens for round_, tokens in self._tokens.items() if before is None or round_ < before) >= most
 
     @property
     def proposed(self) -> int:
@@ -295,7 +326,7 @@ class Search:
         return len(self.proposals)
 
     def counts(self) -> dict[str, Counter[str]]:
-        """Candidates by agent and by source, baselines left out."""
+        """Candidates by agent and by source, baselines and trials left out."""
         return {"by_agent": self.proposals.by_agent.copy(), "by_source": self.proposals.by_source.copy()}
 
     @property
@@ -332,6 +363,7 @@ class Search:
             self._recent(round_),
             first[0].candidate.rates if first else None,
             partial(self._fitness_of, before=round_),
+            partial(self._was_proposed, before=round_),
             self.look,
         )
 
@@ -340,6 +372,10 @@ class Search:
         if evaluation is None or evaluation.candidate.provenance.round >= before:
             return None
         return _tried(evaluation).fitness
+
+    def _was_proposed(self, candidate_id: str, before: int) -> bool:
+        candidate = self.ledger.get(candidate_id)
+        return candidate is not None and candidate.provenance.round < before
 
     def _recent(self, round_: int) -> tuple[Tried, ...]:
         """The last proposals of the rounds before that have an outcome."""

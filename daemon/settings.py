@@ -68,8 +68,8 @@ class SearchSettings(Section):
     max_evaluations: PositiveInt | None = None
     """Stop proposing after so many candidates, whatever the rounds; none means no limit."""
     max_tokens: PositiveInt | None = None
-    """Stop, after a round, when candidates were measured on so many tokens: racing saves some; none means no limit. The
-    first population must fit."""
+    """Stop, after a round, when candidates and trials were measured on so many tokens: racing saves some; none means no
+    limit. The first population must fit."""
     budget_hours: PositiveFloat | None = None
     """Stop proposing when the daemon has run so long, restarts and pauses included; none means no limit."""
     seeds: tuple[Method, ...] = ()
@@ -98,7 +98,8 @@ class SearchSettings(Section):
     selection_steps: tuple[SelectionStep, ...] = ()
     """With `evolution`, EvoPress's selection: each round, so many `offspring` are measured on so many `windows`, drawn
     anew and the same for all; the best go on to the next step, and those of the last are measured whole, as many as
-    search.mutations and search.crossovers say. Such as `[{offspring: 64, windows: 1}, {offspring: 8, windows: 8}]`."""
+    search.mutations and search.crossovers say. With 2 and 0 of these: `[{offspring: 64, windows: 1}, {offspring: 8,
+    windows: 8}]`."""
     fitness: Measure = "perplexity"
     """What the search minimises on data.fitness: `perplexity` (the paper), or `kl`, divergence from the dense model."""
     granularity: Granularity = "layer"
@@ -139,6 +140,11 @@ class SearchSettings(Section):
                 raise ValueError(f"search.{agent} is for the proposer `llm`, not for {self.proposer!r}")
         return self
 
+    @property
+    def most_windows_of_a_step(self) -> int:
+        """Of search.selection_steps; none where there are no steps."""
+        return max((step.windows for step in self.selection_steps), default=0)
+
     def _check_selection_steps(self) -> None:
         if not self.selection_steps:
             return
@@ -146,6 +152,11 @@ class SearchSettings(Section):
             raise ValueError(f"search.selection_steps is for the proposer `evolution`, not for {self.proposer!r}")
         if self.mode == "steady-state":
             raise ValueError("search.selection_steps chooses among the offspring of a round: not with `steady-state`")
+        if self.least_difference or self.screening:
+            raise ValueError(
+                "search.selection_steps tries offspring before search.least_difference or search.screening could "
+                "refuse them: leave these out"
+            )
         offspring = [*(step.offspring for step in self.selection_steps), self.mutations + self.crossovers]
         windows = [step.windows for step in self.selection_steps]
         if offspring != sorted(set(offspring), reverse=True):
@@ -314,8 +325,8 @@ class Settings(BaseSettings):
         first = self.search.first_windows
         if windows is not None and first is not None and windows <= first:
             raise ValueError(f"search.first_windows ({first}) must be fewer than data.fitness_windows ({windows})")
-        most = max((step.windows for step in self.search.selection_steps), default=0)
-        if windows is not None and windows <= most:
+        most = self.search.most_windows_of_a_step
+        if most and windows is not None and windows <= most:
             raise ValueError(
                 f"search.selection_steps: their windows ({most}) must be fewer than data.fitness_windows ({windows})"
             )

@@ -87,7 +87,7 @@ class Status(_Value):
     parents_source: Source | None
     round: int
     candidates: int
-    """Proposed so far; baselines are not counted."""
+    """Proposed so far; baselines and trials are not counted."""
     by_source: dict[str, int]
     """The candidates that the LLM made, and those of the classical operators that stand in for it."""
     measured: int
@@ -97,9 +97,9 @@ class Status(_Value):
     stopped: int = 0
     """Of the proposed ones: measured in part, for they lost their race."""
     trials: int = 0
-    """Issued to choose among siblings, on a few windows (search.selection_steps)."""
+    """Measurements on a few windows, by which offspring were chosen from their siblings (search.selection_steps)."""
     waiting: int
-    """Issued, baselines included, and still without an outcome."""
+    """Issued, baselines and trials included, and still without an outcome."""
     dead: tuple[dict[str, str], ...] = ()
     """The last jobs that were given up, newest first: `id`, `reason`, `worker`, `detail`."""
     dense_perplexity: float | None
@@ -208,7 +208,7 @@ class Tally:
 
 
 def _source(candidate: Candidate) -> str:
-    if candidate.windows is not None:
+    if candidate.on_windows is not None:
         return "trial"
     return candidate.provenance.source if candidate.is_proposal else "baseline"
 
@@ -234,7 +234,7 @@ def make_status(seen: Seen, tally: Tally) -> Status:
         measured=len(seen.population),
         failed=sum(tally.outcomes[source, "failed"] for source in proposals),
         stopped=sum(tally.outcomes[source, "stopped"] for source in proposals),
-        trials=tally.by_source["trial"],
+        trials=tally.outcomes["trial", "sampled"],
         waiting=len(seen.ledger) - sum(tally.outcomes.values()),
         dead=seen.around.dead,
         dense_perplexity=seen.dense_perplexity,

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from agents.population import Evaluation, Population
 from agents.shares import Record, records_of
-from protocol.candidate import Candidate, Measured, candidate_id
+from protocol.candidate import Candidate, Measured, Sampled, candidate_id
 from protocol.card import DensePerplexity, ModelCard
 from protocol.plan import Parameters, count_parameters, dense_plan
 from protocol.spec import Measure, SearchSpec
@@ -100,7 +100,7 @@ def summarise(
         endpoints=records_of(population),
         tokens={name: int(counters.get(f"{name}_tokens", 0)) for name in ("prompt", "completion")},
         screened=int(counters.get("screened", 0)),
-        trials=sum(e.candidate.windows is not None for e in population),
+        trials=sum(isinstance(e.outcome, Sampled) for e in population),
         seconds=round(counters.get("seconds", 0.0), 1),
     )
 

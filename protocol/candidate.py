@@ -76,14 +76,14 @@ class Candidate(_Value):
     provenance: Provenance
     text: Text = "fitness"
     race: Race | None = None
-    windows: tuple[NonNegativeInt, ...] | None = None
-    """A trial, measured on these windows of its text alone, by their place: it is compared with its siblings on them.
-    Who is chosen is proposed as a candidate of its own. None: the whole text."""
+    on_windows: tuple[NonNegativeInt, ...] | None = None
+    """Of a trial, the windows of its text that it is measured on, by their place: it is compared with its siblings on
+    them. Who is chosen is proposed as a candidate of its own. None: the whole text."""
 
     @property
     def is_proposal(self) -> bool:
         """Whether it takes part in the search: no baseline, and no trial."""
-        return self.windows is None and self.provenance.agent != "baseline"
+        return self.on_windows is None and self.provenance.agent != "baseline"
 
 
 class _Figures(_Value):
@@ -99,6 +99,10 @@ class _Figures(_Value):
     tokens: NonNegativeInt
     seconds: NonNegativeFloat
 
+
+class _WithFitness(_Figures):
+    """Figures that can be compared with others of the same windows."""
+
     @property
     def fitness(self) -> float:
         """What the search minimises."""
@@ -110,7 +114,7 @@ class _Figures(_Value):
         return {name: round(figure, digits) for name, figure in figures.items() if figure is not None}
 
 
-class Measured(_Figures):
+class Measured(_WithFitness):
     """A candidate's measurement on the whole text."""
 
     kind: Literal["measured"] = "measured"
@@ -137,7 +141,7 @@ class Stopped(_Figures):
         return math.exp(level) if self.kl is None else level
 
 
-class Sampled(_Figures):
+class Sampled(_WithFitness):
     """A trial's measurement on its windows alone. `perplexity` and `kl` compare with those of the same windows only."""
 
     kind: Literal["sampled"] = "sampled"
@@ -164,8 +168,8 @@ class Result:
     outcome: Outcome
 
 
-def candidate_id(plan: Plan, fingerprint: str, text: Text = "fitness", windows: Sequence[int] | None = None) -> str:
+def candidate_id(plan: Plan, fingerprint: str, text: Text = "fitness", on_windows: Sequence[int] | None = None) -> str:
     """Sixteen hex digits that name a plan and what it is measured on; equal plans are the same candidate."""
-    part = "" if windows is None else f"|{','.join(map(str, windows))}"
+    part = "" if on_windows is None else f"|{','.join(map(str, on_windows))}"
     content = f"{fingerprint}|{text}{part}|{plan.model_dump_json()}"
     return hashlib.sha256(content.encode()).hexdigest()[:16]

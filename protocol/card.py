@@ -14,6 +14,10 @@ class DensePerplexity(BaseModel):
     tokens: NonNegativeInt
     seconds: float
 
+    def windows(self, seqlen: int) -> int:
+        """How many windows of so many tokens the text has; the first token of each is not predicted."""
+        return self.tokens // (seqlen - 1)
+
 
 class ModelCard(BaseModel):
     """The target model as measured by a worker. All workers of a search have to agree on it."""
