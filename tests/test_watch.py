@@ -99,21 +99,27 @@ async def test_the_terminal_shows_the_search_and_keeps_showing_it_while_redis_is
     server: Server, keys: Keys, tmp_path: Path
 ) -> None:
     redis = connect(server.url)
-    console = Console(width=160, file=io.StringIO(), force_terminal=True)
+    screen = io.StringIO()
+    console = Console(width=160, file=screen, force_terminal=True)
+
+    async def shown(words: str) -> None:
+        async with asyncio.timeout(10):
+            while words not in screen.getvalue():
+                await asyncio.sleep(0.05)
+
     async with observed(redis, keys, tmp_path) as it, evaluating(redis, keys):
         await it.run()
         with Live(console=console, auto_refresh=False) as live:
             tell = on_screen(live, Screen())
             watching = asyncio.create_task(watch(RemoteSearch(redis, keys, SPEC), None, tell))
-            await asyncio.sleep(0.3)
+            await shown(it.search.population.top(1)[0].candidate.id)
             server.kill()
-            await asyncio.sleep(0.3)
+            await shown("Redis does not answer")
             server.start()
             await redis.delete(keys.daemon)
             await asyncio.wait_for(watching, 10)
     await redis.aclose()
-    assert isinstance(console.file, io.StringIO)
-    text = console.file.getvalue()
+    text = screen.getvalue()
     assert it.search.population.top(1)[0].candidate.id in text
     assert "Redis does not answer" in text and "search ended" in text
 
