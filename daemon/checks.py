@@ -55,11 +55,10 @@ def check_race(confidence: float | None, first_windows: int | None, windows: int
 
 def check_budget(search: SearchSettings, tokens: int) -> None:
     """Raise SettingsError where the first population alone takes more than search.max_tokens; `tokens` of each."""
-    if search.max_tokens is not None and search.max_tokens < search.population * tokens:
-        raise SettingsError(
-            f"search.max_tokens ({search.max_tokens:,}) is smaller than what the first population takes "
-            f"({search.population} x {tokens:,}): give more, or a smaller search.population"
-        )
+    try:
+        search.check_first_population(tokens)
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
 
 
 def check_lists(settings: Settings, contexts: Mapping[str, int | None], units: int) -> None:

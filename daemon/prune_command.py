@@ -34,7 +34,9 @@ def prune(
     model: Annotated[str, typer.Argument(help="A hub name, a folder, or `smollm2`.")],
     rate: Annotated[float, typer.Option(help="The pruning rate β: the share of decoder parameters to remove.")],
     out: Annotated[Path, typer.Option(help="The folder to make.")],
-    budget: Annotated[int | None, typer.Option(help="Evaluations of the search; the config's if left out.")] = None,
+    budget: Annotated[
+        int | None, typer.Option(help="Evaluations, no fewer than the first population; left out: the config's.")
+    ] = None,
     data: Annotated[
         str | None, typer.Option(help="The text to score and to search on: `wikitext2`, `c4`, `self`, or a text file.")
     ] = None,

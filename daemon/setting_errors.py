@@ -10,15 +10,19 @@ _MAY_HOLD_SECRETS = ("llm", "redis", "http")
 
 
 def validation_sentence(error: ValidationError, names: Iterable[str] = ()) -> str:
-    """The first thing that is wrong; `names` are all right ones, for an unknown one."""
-    first = error.errors()[0]
+    """The first thing that is wrong; `names` are all right ones, for an unknown one.
+
+    What is unknown comes before what is missing: a name that was misspelt is both.
+    """
+    errors = error.errors()
+    first = next((each for each in errors if each["type"] == "extra_forbidden"), errors[0])
     name = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         return unknown(name, names)
     if first["type"] == "missing":
         return f"the setting {name} is missing"
     message = first["msg"].removeprefix("Value error, ")
-    message = message[:1].lower() + message[1:]
+    message = message[:1].lower() + message[1:].replace("a valid tuple", "a list")
     if not name:  # two settings that do not go together
         return message
     if name.partition(".")[0] in _MAY_HOLD_SECRETS:

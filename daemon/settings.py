@@ -69,7 +69,7 @@ class SearchSettings(Section):
     """Stop proposing after so many candidates, whatever the rounds; none means no limit."""
     max_tokens: PositiveInt | None = None
     """Stop, after a round, when candidates and trials were measured on so many tokens: racing saves some; none means no
-    limit. The first population must fit."""
+    limit. The first population must fit, and search.rounds must be enough for the rest."""
     budget_hours: PositiveFloat | None = None
     """Stop proposing when the daemon has run so long, restarts and pauses included; none means no limit."""
     seeds: tuple[Method, ...] = ()
@@ -140,6 +140,14 @@ class SearchSettings(Section):
                 raise ValueError(f"search.{agent} is for the proposer `llm`, not for {self.proposer!r}")
         return self
 
+    def check_first_population(self, tokens: int) -> None:
+        """Raise ValueError where the first population alone takes more than max_tokens; `tokens` are of each."""
+        if self.max_tokens is not None and self.max_tokens < self.population * tokens:
+            raise ValueError(
+                f"search.max_tokens ({self.max_tokens:,}) is smaller than what the first population takes "
+                f"({self.population} x {tokens:,}): give more, or a smaller search.population"
+            )
+
     @property
     def most_windows_of_a_step(self) -> int:
         """Of search.selection_steps; none where there are no steps."""
@@ -161,8 +169,9 @@ class SearchSettings(Section):
         windows = [step.windows for step in self.selection_steps]
         if offspring != sorted(set(offspring), reverse=True):
             raise ValueError(
-                "search.selection_steps: each step must have fewer offspring than the one before it, and "
-                f"search.mutations and search.crossovers fewer than the last: here {_listed(offspring)}"
+                "search.selection_steps: each step must have fewer offspring than the one before it, and search.mutations"
+                f" ({self.mutations}) and search.crossovers ({self.crossovers}) together fewer than the last: "
+                f"here {_listed(offspring)}"
             )
         if windows != sorted(set(windows)):
             raise ValueError(
@@ -325,6 +334,8 @@ class Settings(BaseSettings):
         first = self.search.first_windows
         if windows is not None and first is not None and windows <= first:
             raise ValueError(f"search.first_windows ({first}) must be fewer than data.fitness_windows ({windows})")
+        if windows is not None:
+            self.search.check_first_population(windows * (self.data.seqlen - 1))
         most = self.search.most_windows_of_a_step
         if most and windows is not None and windows <= most:
             raise ValueError(
