@@ -168,10 +168,10 @@ class SearchSettings(Section):
         offspring = [*(step.offspring for step in self.selection_steps), self.mutations + self.crossovers]
         windows = [step.windows for step in self.selection_steps]
         if offspring != sorted(set(offspring), reverse=True):
+            whole = f"search.mutations ({self.mutations}) and search.crossovers ({self.crossovers})"
             raise ValueError(
-                "search.selection_steps: each step must have fewer offspring than the one before it, and search.mutations"
-                f" ({self.mutations}) and search.crossovers ({self.crossovers}) together fewer than the last: "
-                f"here {_listed(offspring)}"
+                "search.selection_steps: each step must have fewer offspring than the one before it, and "
+                f"{whole} together fewer than the last: here {_listed(offspring)}"
             )
         if windows != sorted(set(windows)):
             raise ValueError(
