@@ -27,6 +27,9 @@ class ServerOptions:
     """Answer /embeddings with the hidden states of every token, instead of text."""
     exact_cache: bool = False
     """The KV cache in F32 instead of F16."""
+    in_memory: bool = False
+    """Weights in memory of the server's own, and not mapped: how fast a mapped file is read depends on how its pages
+    happen to lie in the system's cache."""
 
     def to_json(self) -> str:
         """One line."""
@@ -52,6 +55,11 @@ def parameters(options: ServerOptions) -> Any:
         params.n_batch = max(params.n_batch, options.batch)
     if options.exact_cache:
         params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+    if options.in_memory:
+        if hasattr(xllamacpp, "llama_load_mode"):
+            params.load_mode = xllamacpp.llama_load_mode.LLAMA_LOAD_MODE_NONE
+        else:
+            params.use_mmap = False
     if options.hidden_states:
         params.n_batch = params.n_ubatch = options.context
         params.embedding = True

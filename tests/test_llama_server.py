@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from gpu_worker.export.exporting import export_model
-from gpu_worker.llama_cpp import hidden_states, serving
+from gpu_worker.llama_cpp import hidden_states, running, serving
 from gpu_worker.llama_server import ServerOptions
 from protocol.errors import ModelError
 from tests.exports import UNEVEN, facts_of, pruned, with_tokenizer
@@ -42,6 +42,14 @@ def test_it_ends_without_ever_being_asked(gguf: Path) -> None:
     with serving(gguf):
         assert len(servers_of(gguf)) == 1
     assert not servers_of(gguf)
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_its_weights_may_be_in_memory_of_its_own(gguf: Path, in_memory: bool) -> None:
+    with running(ServerOptions(str(gguf), threads=1, context=256, in_memory=in_memory)):
+        (server,) = servers_of(gguf)
+        mapped = {each.path for each in psutil.Process(server).memory_maps()}
+    assert (str(gguf) not in mapped) == in_memory
 
 
 def test_it_ends_with_an_error_of_whoever_asks(gguf: Path) -> None:

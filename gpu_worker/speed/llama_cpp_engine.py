@@ -131,6 +131,7 @@ def _serving(model: GgufModel, length: Length, texts: int) -> Iterator[str]:
         context=texts * (length.total + SPARE),
         slots=texts,
         batch=texts * length.prompt,  # all prompts of a batch in one go
+        in_memory=True,
     )
     with running(options) as address:
         yield address
