@@ -34,6 +34,7 @@ from agents.view import (
 )
 from daemon.journal import Journal
 from daemon.modes import generations, steady_state
+from daemon.outcome_log import WHO, log_outcome
 from daemon.pausing import Pausing
 from daemon.proposals import Proposals
 from daemon.settings import SearchSettings
@@ -264,7 +265,7 @@ class Search:
         with bound_contextvars(candidate=candidate.id):
             await self._queue.enqueue(candidate)
         if candidate.on_windows is None:
-            log.info("candidate_enqueued", candidate=candidate.id, **candidate.provenance.model_dump(include=_WHO))
+            log.info("candidate_enqueued", candidate=candidate.id, **candidate.provenance.model_dump(include=WHO))
         return Accepted(candidate.id)
 
     def _race(self, round_: int) -> Race | None:
@@ -282,28 +283,9 @@ class Search:
         return Race(against=against, confidence=confidence, first_windows=first_windows)
 
     def _note(self, evaluation: Evaluation, is_best: bool) -> None:
-        candidate, outcome = evaluation.candidate, evaluation.outcome
-        self._tokens[candidate.provenance.round] += _tokens(evaluation)
+        self._tokens[evaluation.candidate.provenance.round] += _tokens(evaluation)
         self._journal.evaluation(evaluation, is_best=is_best)
-        who = candidate.provenance.model_dump(include=_WHO)
-        if isinstance(outcome, Measured):
-            log.info(
-                "candidate_measured",
-                candidate=candidate.id,
-                text=candidate.text,
-                **outcome.figures(4),
-                best=is_best,
-                **who,
-            )
-        elif isinstance(outcome, Stopped):
-            figures = outcome.model_dump(include={"windows", "of_windows"})
-            log.info("candidate_stopped", candidate=candidate.id, behind=round(outcome.behind, 4), **figures, **who)
-        elif isinstance(outcome, Sampled):
-            figures = {"on_windows": candidate.on_windows, "fitness": round(outcome.fitness, 4)}
-            log.debug("candidate_sampled", candidate=candidate.id, **figures, **who)
-        else:
-            why = {"reason": outcome.reason, "detail": outcome.detail, "on_windows": candidate.on_windows}
-            log.warning("candidate_failed", candidate=candidate.id, **why, **who)
+        log_outcome(evaluation, is_best=is_best)
 
     @property
     def remaining_budget(self) -> int:
@@ -400,6 +382,3 @@ def _tokens(evaluation: Evaluation) -> int:
 
 def _maker(provenance: Provenance) -> tuple[str, int, int]:
     return provenance.agent, provenance.round, provenance.call
-
-
-_WHO = {"agent", "source", "round"}
