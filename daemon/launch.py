@@ -156,6 +156,7 @@ class Launch:
             watch_workers(self._store, self._workers_are_unusable),
             self._journal.retry_for_ever(),
             survived("observer_died", self._observer.run()),
+            self._observer.heartbeat.run(),
         ]
 
     async def _go_on_from(self, history: History, queue: CandidateQueue) -> None:

@@ -49,6 +49,17 @@ class Metrics(Collector):
     def collect(self) -> Iterable[Metric]:
         """The families of the last look."""
         yield _gauge("event_streams", "Clients that follow /api/events.", self.event_streams)
+        heartbeat = self._observer.heartbeat
+        yield _gauge(
+            "event_loop_longest_block_seconds",
+            "The longest time that the event loop did not run.",
+            heartbeat.longest_block,
+        )
+        yield _gauge(
+            "event_loop_longest_busy_block_seconds",
+            "The most processor time that the daemon used in one block of its event loop.",
+            heartbeat.longest_busy_block,
+        )
         status = self._observer.status
         if status is None:
             yield _gauge("redis_up", "Whether Redis answers.", 0)

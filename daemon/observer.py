@@ -19,6 +19,7 @@ from agents.population import Population
 from agents.shares import Offspring, Record
 from daemon.changes import Follower
 from daemon.event_log import EventLog
+from daemon.heartbeat import Heartbeat
 from daemon.journal import write_json
 from daemon.search import Search
 from daemon.status import AroundReader, Condition, EndpointStatus, Seen, Status
@@ -67,6 +68,7 @@ class Observer:
         self._offspring = Offspring()
         self._early = Population()
         self.events = EventLog()
+        self.heartbeat = Heartbeat()
         self.search: Search | None = None
         self.chat: Talks | None = None
         self.counters: Mapping[str, float] = {}
