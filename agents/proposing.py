@@ -67,7 +67,8 @@ class Proposer:
                 async with turns.part(call.index):
                     taken = await self._asker.ask(call, question, call.count, take, lambda: turns.turn(call.index))
                     if taken < call.count:
-                        async with turns.turn(call.index):
+                        # The last turn, so that these proposals do not depend on how often the LLM failed, or how.
+                        async with turns.last_turn(call.index):
                             await self._stand_in(call, call.count - taken, offers, stand_in)
             except NothingLeft:
                 log.debug("nothing_left_to_propose", agent=self._agent, round=call.view.round, call=call.index)

@@ -1,6 +1,7 @@
 """What is answered at the same time is taken in one order, whichever answer comes first. Pure but for waiting."""
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 
@@ -13,7 +14,7 @@ class Turns:
     """
 
     def __init__(self, members: Iterable[int]) -> None:
-        self._steps = dict.fromkeys(members, 0)
+        self._steps: dict[int, float] = dict.fromkeys(members, 0)
         self._calls = {member: asyncio.Event() for member in self._steps}
 
     @asynccontextmanager
@@ -34,6 +35,17 @@ class Turns:
         yield
         self._steps[member] += 1
         self._call_next()
+
+    @asynccontextmanager
+    async def last_turn(self, member: int) -> AsyncIterator[None]:
+        """Wait until every other member is done, or waits for its own last turn and has a higher number.
+
+        How many turns a member had before its last one makes no difference to the order of the last turns.
+        """
+        self._steps[member] = math.inf
+        self._call_next()
+        async with self.turn(member):
+            yield
 
     def _next(self) -> int:
         return min(self._steps, key=lambda member: (self._steps[member], member))

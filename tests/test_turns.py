@@ -72,3 +72,22 @@ async def test_only_one_member_at_a_time_has_its_turn() -> None:
     async with asyncio.timeout(10):
         await asyncio.gather(*(member(number) for number in range(5)))
     assert most == 1
+
+
+@pytest.mark.parametrize("turns_before", [[0, 0, 0], [3, 1, 0], [0, 1, 2]])
+async def test_last_turns_come_after_all_others_in_the_order_of_the_members(turns_before: list[int]) -> None:
+    turns, taken = Turns(range(3)), []
+
+    async def member(number: int) -> None:
+        async with turns.part(number):
+            for _ in range(turns_before[number]):
+                async with turns.turn(number):
+                    taken.append("turn")
+                    await asyncio.sleep(0.001)
+            async with turns.last_turn(number):
+                taken.append(f"last {number}")
+                await asyncio.sleep(0.001)
+
+    async with asyncio.timeout(10):
+        await asyncio.gather(*(member(number) for number in reversed(range(3))))
+    assert taken == ["turn"] * sum(turns_before) + ["last 0", "last 1", "last 2"]
