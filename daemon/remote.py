@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 from redis.asyncio import Redis
-from redis.exceptions import ResponseError
+from redis.exceptions import RedisError
 
 from agents.population import Evaluation
 from daemon.changes import Event, Follower
@@ -19,7 +19,7 @@ from daemon.observer import STATUS_FILE
 from daemon.remote_history import RemoteHistory
 from daemon.status import AroundReader, Condition, QueueDepth, Seen, Status
 from protocol.card_board import CardBoard
-from protocol.connection import AWAY, connect, is_away, what_waiting_cannot_mend
+from protocol.connection import AWAY, connect, is_away, refusal_of
 from protocol.control import Command, Control
 from protocol.errors import StoreError, UsageError
 from protocol.keys import Keys, check_search_name
@@ -135,8 +135,8 @@ async def open_remote(search: str, redis_url: str | None, folder: Path) -> Async
         yield found
     except BrokenPipeError:  # of whoever reads our answers
         raise
-    except (*AWAY, ResponseError) as error:
-        if refusal := what_waiting_cannot_mend(error):
+    except (RedisError, OSError) as error:
+        if refusal := refusal_of(error):
             raise refusal from None
         if not is_away(error):
             raise StoreError(f"the server of the search {search!r} answers with an error: {error}") from error

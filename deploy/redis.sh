@@ -17,7 +17,7 @@ hash=$(printf %s "$password" | sha256sum | cut -d ' ' -f 1)
 
 connecting='+auth +hello +ping +select +client|setinfo +client|setname'
 scripts='+evalsha +script|load +script|exists'
-strings='+get +set +mget +del +exists +pttl +scan'
+strings='+get +getrange +set +type +mget +del +exists +pttl +scan'
 lists_and_hashes='+lrange +llen +rpush +hget +hmget +hgetall +hset +hsetnx +hincrby +hexists +hdel'
 streams='+xadd +xack +xclaim +xdel +xgroup|create +xgroup|delconsumer +xinfo|consumers +xlen +xpending +xrange +xread +xreadgroup +xrevrange'
 server='+info +time +multi +exec +discard'

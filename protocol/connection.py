@@ -1,8 +1,9 @@
 """Connecting to Redis (or Valkey), and waiting patiently while it is away."""
 
 import asyncio
+import ssl
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any, Self, TypeVar
 from urllib.parse import quote, unquote, urlsplit
@@ -13,12 +14,19 @@ from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import (
+    AskError,
     AuthenticationError,
+    ClusterCrossSlotError,
+    ClusterDownError,
+    ExecAbortError,
+    InvalidResponse,
     NoPermissionError,
+    NoScriptError,
     OutOfMemoryError,
     ReadOnlyError,
     RedisError,
     ResponseError,
+    TryAgainError,
 )
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import TimeoutError as RedisTimeoutError
@@ -31,6 +39,23 @@ T = TypeVar("T")
 AWAY = (RedisConnectionError, RedisTimeoutError, OSError)
 """What a Redis client raises while the server is down, restarting, loading or out of reach."""
 
+PASSING_ERRORS = (
+    ClusterDownError,  # MASTERDOWN too
+    ExecAbortError,
+    NoScriptError,  # the client has loaded the script again, and somebody flushes scripts all the time
+    OutOfMemoryError,
+    ReadOnlyError,
+    TryAgainError,
+)
+PASSING_WORDS = frozenset({"BUSY", "DENIED", "LOADING", "MISCONF", "NOREPLICAS", "UNBLOCKED"})
+"""Error answers that end by themselves or by an operator: as the client's classes, else by the word that begins them.
+
+The server has not executed a command that it answers so. A failover unblocks readers (UNBLOCKED), another client's long
+script keeps the server BUSY.
+"""
+HANDLED_WORDS = ("BUSYGROUP", "NOGROUP")
+"""Error answers that the caller of a command expects and handles."""
+
 BLOCK_MILLISECONDS = 1_000
 """How long a read of a stream blocks. Well below the socket's time limit, and below a pause's two seconds."""
 
@@ -42,10 +67,18 @@ def connect(url: str) -> Redis:
 
     The library's own default repeats a command ten times; a command that timed out may have been executed, so only
     commands that are safe to repeat may be repeated, and that is decided here, not in the client.
+
+    Bytes that are not UTF-8 are read as U+FFFD: the reader of a value finds text that is wrong and handles it as such,
+    where a strict client would fail in the middle of a reply.
     """
     check_url(url)
     return Redis.from_url(
-        url, decode_responses=True, socket_timeout=10, socket_connect_timeout=5, retry=Retry(NoBackoff(), 0)
+        url,
+        decode_responses=True,
+        encoding_errors="replace",
+        socket_timeout=10,
+        socket_connect_timeout=5,
+        retry=Retry(NoBackoff(), 0),
     )
 
 
@@ -98,6 +131,8 @@ class _Outage:
     def __init__(self) -> None:
         self.waiting = 0
         """Operations that have failed and are tried again."""
+        self.has_answered = False
+        """Whether an operation has ever succeeded: the URL, the user and the password were right."""
         self._is_away = False
         self._back_since = 0.0
 
@@ -138,6 +173,7 @@ class _Tries:
 
     def succeeded(self) -> None:
         """It has; which says nothing of those that wait if this one never did: a full server reads and writes not."""
+        self._outage.has_answered = True
         if self._waits or not self._outage.waiting:
             self._outage.ends(self._what)
 
@@ -181,8 +217,8 @@ class Patience:
         asked = time.monotonic()
         try:
             result = await operation()
-        except (*AWAY, ResponseError) as error:
-            if refusal := what_waiting_cannot_mend(error):
+        except (RedisError, OSError) as error:
+            if refusal := refusal_of(error, first_contact=not self._outage.has_answered):
                 raise refusal from None
             if is_away(error):
                 self.outages += tries.failed(error, asked)
@@ -195,7 +231,8 @@ async def check_server(redis: Redis) -> None:
     """Raise StoreError unless the server is one whose data may be trusted: version 7 or later, never evicting."""
     info = await redis.info()
     version = str(info.get("redis_version", "0"))
-    if int(version.split(".")[0]) < 7:
+    major = version.partition(".")[0]
+    if not major.isdecimal() or int(major) < 7:
         raise StoreError(f"the server speaks Redis {version}; Redis 7 or Valkey 7.2 or later is needed")
     policy = info.get("maxmemory_policy", "noeviction")
     if policy != "noeviction":
@@ -204,33 +241,69 @@ async def check_server(redis: Redis) -> None:
         )
     if info.get("role") == "slave":
         raise StoreError("the server is a read-only replica; give the primary's URL")
+    if info.get("cluster_enabled"):
+        raise StoreError("the server is a node of a cluster; a search needs a server that is not")
 
 
 def is_away(error: BaseException) -> bool:
-    """Whether waiting helps: the server is out of reach, or takes no writes for now (memory or disk is full)."""
-    if isinstance(error, OutOfMemoryError | ReadOnlyError):  # the client takes the word that begins them away
-        return True
+    """Whether waiting helps: the server is out of reach, or refuses commands for now (a failover, a full memory)."""
     if isinstance(error, ResponseError):
-        return any(word in str(error) for word in ("OOM ", "MISCONF", "READONLY", "LOADING"))
-    return isinstance(error, AWAY) and not _is_unknown_user(error)
+        passes = isinstance(error, PASSING_ERRORS) or _word(error) in PASSING_WORDS
+        return passes or "Script killed by user" in str(error)
+    return isinstance(error, (*AWAY, InvalidResponse))
 
 
-def _is_unknown_user(error: BaseException) -> bool:
-    """Whether the server refuses the user or the password; some versions of the client say so in the cause alone."""
-    return any(isinstance(each, AuthenticationError) for each in (error, error.__cause__))
+def refusal_of(error: Exception, *, first_contact: bool = True) -> SelfPrunerError | None:
+    """Our error for what no waiting changes; None for an error that passes, or that callers handle.
 
-
-def what_waiting_cannot_mend(error: Exception) -> SelfPrunerError | None:
-    """Our error for a server that refuses us, or whose keys somebody else has written; None for any other error."""
-    if _is_unknown_user(error):
-        return SettingsError(f"redis.url: the server refuses the user or the password ({error})")
+    What a wrong URL or password causes counts at the `first_contact` alone: where the server has answered before, its
+    operator is changing something, and a search that runs waits for the end of that.
+    """
+    if first_contact and (refusal := _refused_contact(error)):
+        return refusal
+    if is_away(error):
+        return None
     if isinstance(error, NoPermissionError):
         return SettingsError(f"redis.url: the server refuses its user a command ({error})")
-    if isinstance(error, ResponseError) and any(word in str(error) for word in ("WRONGTYPE", "not an integer")):
-        return StoreError(f"a key of the search in Redis holds what nobody of ours has put there ({error})")
+    if isinstance(error, AskError | ClusterCrossSlotError):  # MOVED too
+        return SettingsError(f"redis.url: the server is a node of a cluster; a search needs one that is not ({error})")
+    if not isinstance(error, ResponseError) or _word(error) in HANDLED_WORDS:
+        return None
+    if _word(error) == "WRONGTYPE" or "not an integer" in str(error):
+        return StoreError(f"a key of the search in Redis was changed by another program ({error})")
+    return StoreError(f"the Redis server answers with an error: {error}")
+
+
+def _refused_contact(error: Exception) -> SettingsError | None:
+    """Our error where redis.url does not fit the server that answers there."""
+    causes = [error, *_causes(error)]
+    if any(isinstance(each, AuthenticationError) for each in causes):  # some versions say so in the cause alone
+        return SettingsError(f"redis.url: the server refuses the user or the password ({error})")
+    if isinstance(error, ResponseError) and _word(error) == "DENIED":
+        return SettingsError(f"redis.url: the server accepts no connection from this machine ({error})")
+    if any(isinstance(each, ssl.SSLCertVerificationError) for each in causes):
+        return SettingsError(
+            f"redis.url: the server's certificate is not trusted ({error}); "
+            "?ssl_ca_certs=FILE in the URL names the authority that signed it"
+        )
+    if any(isinstance(each, ssl.SSLError) for each in causes):
+        return SettingsError(f"redis.url: no TLS connection is possible ({error}); without TLS it is redis://…")
+    if isinstance(error, InvalidResponse):
+        return SettingsError(f"redis.url: the server there is not Redis or Valkey ({error})")
     return None
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    while (cause := error.__cause__ or error.__context__) is not None:
+        yield cause
+        error = cause
+
+
+def _word(error: ResponseError) -> str:
+    """The word that begins an error answer; the client keeps it where it has no class for it."""
+    return str(error).partition(" ")[0]
 
 
 def is_missing_group(error: ResponseError) -> bool:
     """Whether the server says that a stream or its consumer group is gone."""
-    return str(error).startswith("NOGROUP")
+    return _word(error) == "NOGROUP"

@@ -9,6 +9,7 @@ from redis.exceptions import RedisError
 
 from protocol.connection import Patience
 from protocol.keys import Keys
+from protocol.streams import load_scripts
 
 Command = Literal["run", "pause", "stop"]
 COMMANDS: tuple[Command, ...] = ("run", "pause", "stop")
@@ -19,34 +20,40 @@ log = structlog.get_logger()
 class Control:
     """Reads and writes the control key. An absent key means run; a value that is none of the three changes nothing.
 
-    What was understood last is kept beside it: a search that is paused stays so where its key is misspelt, and its
-    processes are started again.
+    The last command that was understood is kept beside it, so that a search that is paused stays so where its key is
+    misspelt and its processes are started again. While the server's data is lost, which its epoch shows, nothing
+    changes either: the daemon brings the command back with the rest.
     """
 
     def __init__(self, redis: Redis, keys: Keys) -> None:
         self._redis: Any = redis  # its annotations cannot say that replies are str
         self._key, self._understood = keys.control, keys.understood
+        self._keys = [keys.control, keys.understood, keys.epoch]
+        self._read = load_scripts(redis)["read_control"]
         self._patiently = Patience(redis, self._key)
         self._last: Command | None = None
+        self._epoch = 0
         self._complained = ""
 
     async def read(self) -> Command:
         """What is commanded now; asks the server each time."""
-        value = await self._patiently(lambda: self._redis.get(self._key))
+        value, understood, epoch = await self._patiently(lambda: self._read(self._keys))
+        if self._last is not None and int(epoch) < self._epoch:
+            return self._last
+        self._epoch = int(epoch)
         command = _command("run" if value is None else value)
         if command is not None:
             if command != self._last:
-                # A server that is full, or gone again, must not keep anybody from hearing the command.
+                # A server that is full, or away again, must not keep anybody from hearing the command.
                 with contextlib.suppress(RedisError, OSError):
                     await self._redis.set(self._understood, command)
             self._last, self._complained = command, ""
             return command
         # Another process may have understood a later one.
-        stays = _command(await self._patiently(lambda: self._redis.get(self._understood)) or "run") or "run"
-        self._last = stays
+        stays = self._last = _command(understood or "run") or "run"
         if value != self._complained:
             self._complained = value
-            log.warning("control_not_understood", value=value.strip()[:40], expected="run, pause or stop", stays=stays)
+            log.warning("control_not_understood", value=value.strip(), expected="run, pause or stop", stays=stays)
         return stays
 
     async def write(self, command: Command) -> None:

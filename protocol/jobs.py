@@ -1,9 +1,10 @@
 """The workers' end of the streams: claim a job, beat, commit its outcome, or hand it back.
 
-A job belongs to the worker that claimed it while that worker beats. It is taken over only when its lease has run out,
-its owner shows no sign of life, and the claimer itself has seen no outage for one lease (idle time goes on counting
-while a server is down, so after an outage every owner looks dead). A job that its workers or their evaluation processes
-have died on MOST_DEATHS times is given up: it has failed, and is listed among the dead.
+A job belongs to the worker that claimed it while that worker beats. It is taken over only when two clocks agree that a
+lease has passed: by the server's, the lease has run out and the owner's sign of life too; by its own, the claimer has
+watched the job for a lease and has seen neither a renewal nor an outage. The server's clock alone would rob the living:
+it may step, and it counts while the server is down. A job that its workers or their evaluation processes have died on
+MOST_DEATHS times is given up: it has failed, and is listed among the dead.
 """
 
 import time
@@ -49,6 +50,15 @@ class Job:
     fingerprint: str
 
 
+@dataclass(frozen=True)
+class _Watched:
+    """A job of another worker: how long it had been idle when this worker saw it first, at `since` on its own clock."""
+
+    owner: str
+    idle_ms: int
+    since: float
+
+
 class JobQueue:
     """Claims one job at a time, keeps its lease alive, commits its outcome."""
 
@@ -59,7 +69,9 @@ class JobQueue:
         self._lease_ms = int(lease_seconds * 1000)
         self._scripts = load_scripts(redis)
         self._patiently = Patience(redis, keys.jobs)
-        self._calm_since = self._last_beat = self._last_sweep = _now()
+        self._last_beat = self._last_sweep = _now()
+        self._watched: dict[str, _Watched] = {}
+        """The jobs that are pending with others, by message, since they were claimed or renewed last."""
         self._outages_seen = 0
         self._server = ""
         self._may_own_more = True
@@ -92,7 +104,7 @@ class JobQueue:
         """Show a sign of life with `status`, and renew the lease on `job`; False when the lease is lost."""
         now = _now()
         if (now - self._last_beat) * 1000 > self._lease_ms:
-            self._calm_since = now
+            self._watched.clear()
         self._last_beat = now
         keys = [self._keys.jobs, self._keys.worker(self._consumer)]
         args = [GROUP, self._consumer, job.message if job else "", self._lease_ms, status, RELEASED, RELEASED_IDLE_MS]
@@ -165,29 +177,54 @@ class JobQueue:
     async def _take_over(self) -> Entry | None:
         server_ms = await self._notice_outage()
         await self._sweep()
-        calm = (_now() - self._calm_since) * 1000 >= self._lease_ms
+        for message in await self._abandoned():
+            if entry := await self._take(message, server_ms):
+                return entry
+        return None
+
+    async def _abandoned(self) -> list[str]:
+        """The messages that were handed back, or were not renewed for a lease of this worker's own time."""
+        asked = _now()
+        rows = await self._pending()
+        answered = _now()
+        if self._patiently.outages != self._outages_seen:
+            self._watched.clear()
+        watched, abandoned = {}, []
+        for row in rows:
+            message, owner, idle_ms = row["message_id"], row["consumer"], row["time_since_delivered"]
+            seen = self._watched.get(message)
+            if seen is None or seen.owner != owner or self._is_renewed(seen, idle_ms, asked):
+                seen = _Watched(owner, idle_ms, answered)
+            watched[message] = seen
+            if owner == RELEASED or (asked - seen.since) * 1000 >= self._lease_ms:
+                abandoned.append(message)
+        self._watched = watched
+        return abandoned
+
+    def _is_renewed(self, seen: _Watched, idle_ms: int, now: float) -> bool:
+        """Whether a job has been idle for less time than has passed since it was seen first.
+
+        A renewal in the first sixth of a lease after that does not count, for clocks and networks are not exact.
+        """
+        return idle_ms + self._lease_ms / 6 < seen.idle_ms + (now - seen.since) * 1000
+
+    async def _pending(self) -> list[Any]:
+        rows: list[Any] = []
         start = "-"
         while True:
-            pending = await self._timed(partial(self._idle, start))
-            for row in pending:
-                owner = row["consumer"]
-                free = calm or owner == RELEASED
-                if free and (entry := await self._take_from(owner, row["message_id"], server_ms)):
-                    return entry
-            if len(pending) < PAGE:
-                return None
-            start = f"({pending[-1]['message_id']}"
+            page = await self._timed(partial(self._redis.xpending_range, self._keys.jobs, GROUP, start, "+", PAGE))
+            rows += page
+            if len(page) < PAGE:
+                return rows
+            start = f"({page[-1]['message_id']}"
 
-    async def _idle(self, start: str) -> Any:
-        return await self._redis.xpending_range(self._keys.jobs, GROUP, start, "+", PAGE, idle=self._lease_ms)
-
-    async def _take_from(self, owner: str, message: str, server_ms: int) -> Entry | None:
-        keys = [self._keys.jobs, self._keys.worker(owner), self._keys.deaths]
-        args = [GROUP, owner, self._consumer, message, self._lease_ms, RELEASED, server_ms]
+    async def _take(self, message: str, server_ms: int) -> Entry | None:
+        keys = [self._keys.jobs, self._keys.deaths]
+        args = [GROUP, self._consumer, message, self._lease_ms, RELEASED, server_ms, self._keys.worker_prefix]
         taken = await self._patiently(lambda: self._scripts["take_over"](keys, args))
         if not taken:
             return None
-        (message, flat), deaths = taken
+        (message, flat), deaths, owner = taken
         fields = dict(zip(flat[::2], flat[1::2], strict=True))
         log.warning("job_taken_over", message=message, owner=owner, deaths=deaths)
         if deaths < MOST_DEATHS:
@@ -205,14 +242,14 @@ class JobQueue:
             await self._patiently(lambda: self._scripts["sweep"]([self._keys.jobs], args))
 
     async def _notice_outage(self) -> int:
-        """Start the calm time anew after a connection loss, and after a restart that happened between two calls.
+        """Begin to watch anew after a connection loss, and after a restart that happened between two calls.
 
         Returns the server's clock in milliseconds.
         """
         info = await self._timed(lambda: self._redis.info("server"))
         server = str(info.get("run_id"))
         if self._patiently.outages != self._outages_seen or server != self._server:
-            self._calm_since = _now()
+            self._watched.clear()
         self._outages_seen, self._server = self._patiently.outages, server
         return int(info["server_time_usec"]) // 1000
 
@@ -221,7 +258,7 @@ class JobQueue:
         began = _now()
         reply = await self._patiently(operation)
         if (_now() - began) * 1000 > waits_ms + self._lease_ms / 2:
-            self._calm_since = _now()
+            self._watched.clear()
         return reply
 
     async def _decode(self, message: str, fields: dict[str, str]) -> Job | None:

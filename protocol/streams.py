@@ -26,7 +26,8 @@ from protocol.keys import Keys
 TAKEN_OVER, DATA_LOST = -1, -2
 """What a fenced script answers when another daemon is in charge, and when nobody is: the server lost its data."""
 FENCE = "fence"
-"""The script that stands before each one that asks who is in charge."""
+"""The script that stands before each one that asks who is in charge, with one of its functions."""
+FENCE_FUNCTIONS = ("refusal(", "epoch_of(")
 
 log = structlog.get_logger()
 
@@ -44,7 +45,8 @@ def load_scripts(redis: Redis) -> dict[str, Any]:
         if script.name.endswith(".lua")
     }
     fence = texts.pop(FENCE)
-    return {name: redis.register_script(fence + text if "refusal(" in text else text) for name, text in texts.items()}
+    fenced = {name for name, text in texts.items() if any(function in text for function in FENCE_FUNCTIONS)}
+    return {name: redis.register_script(fence + text if name in fenced else text) for name, text in texts.items()}
 
 
 class CandidateQueue:

@@ -3,7 +3,7 @@
 -- KEYS epoch
 -- Returns the epoch.
 local now = redis.call('TIME')
-local before = tonumber(redis.call('GET', KEYS[1]) or nil) or 0
+local before = epoch_of(KEYS[1])
 local epoch = string.format('%.0f', math.max(before + 1, now[1] * 1000000 + now[2]))
 redis.call('SET', KEYS[1], epoch)
 return epoch

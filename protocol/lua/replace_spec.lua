@@ -6,6 +6,5 @@ if redis.call('GET', KEYS[1]) == ARGV[2] then return 1 end
 if redis.call('EXISTS', KEYS[3]) == 1 or redis.call('GET', KEYS[1]) ~= ARGV[1] then return 0 end
 redis.call('SET', KEYS[1], ARGV[2])
 redis.call('DEL', KEYS[2])
-local epoch = tonumber(redis.call('GET', KEYS[4]) or nil) or 0
-redis.call('SET', KEYS[4], string.format('%.0f', epoch + 1))
+redis.call('SET', KEYS[4], string.format('%.0f', epoch_of(KEYS[4]) + 1))
 return 1
