@@ -74,7 +74,7 @@ async def chaos(arguments: argparse.Namespace, server: Server, folder: Path) -> 
         histories, kills = [], Counter[str]()
         for name, seconds in (("calm", 0.0), ("chaos", 60 * arguments.minutes)):
             rounds = max(2, round(ROUNDS_PER_MINUTE * arguments.minutes))
-            search = Search(kit, llm, folder, name, rounds=rounds)
+            search = Search(kit, [llm.settings], folder, name, rounds=rounds)
             kit.keys = search.keys
             kit.write_script({"*": ["sleep:0.3"]})  # with the card of this search
             one = Chaos(kit, search, arguments.seed)

@@ -151,6 +151,11 @@ class ScriptedLlm:
         return Endpoint(self.name, self.base_url, "model")
 
     @property
+    def settings(self) -> dict[str, str]:
+        """What a settings file says of it."""
+        return {"base_url": self.base_url, "model": "scripted"}
+
+    @property
     def bodies(self) -> list[dict[str, Any]]:
         return [asked.body for asked in self.asked]
 

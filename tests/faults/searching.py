@@ -6,6 +6,7 @@ import os
 import random
 import sys
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,6 @@ from protocol.keys import Keys
 from tests.faults.kit import PASSWORD, ROOT, Kit, strict_json
 from tests.samples import card_for
 from tests.schema_answers import value_of
-from tests.scripted_llm import ScriptedLlm
 
 
 def answer(body: dict[str, Any]) -> str:
@@ -27,24 +27,39 @@ def answer(body: dict[str, Any]) -> str:
 class Search:
     """`selfpruner daemon` with a scripted LLM and fake workers, all of them processes that may be killed."""
 
-    def __init__(self, kit: Kit, llm: ScriptedLlm, folder: Path, name: str = "faults", *, rounds: int = 3) -> None:
+    def __init__(
+        self,
+        kit: Kit,
+        endpoints: Sequence[Mapping[str, str]],
+        folder: Path,
+        name: str = "faults",
+        *,
+        rounds: int = 3,
+        llm: Mapping[str, object] | None = None,
+    ) -> None:
         self.kit, self.folder = kit, folder
         self.keys = Keys(name)
         self.config = folder / "search.yaml"
-        settings = {
-            "search": {"name": name, "population": 6, "mutations": 4, "crossovers": 3, "rounds": rounds},
-            "target": {"model": "tiny", "rate": 0.3},
-            "data": {"calibration": "self", "fitness": "self", "seqlen": 32},
-            "llm": {"reply": "edits", "endpoints": [{"base_url": llm.base_url, "model": "scripted"}]},
-            "run": {"folder": str(folder / "runs")},
-            "http": {"port": 0},
-        }
-        self.config.write_text(json.dumps(settings))  # JSON is YAML
+        self._llm = llm or {"reply": "edits"}
+        self.write_config(rounds=rounds, endpoints=endpoints)
         kit.card = card_for(load(self.config, []).spec())
         self.logs: list[Path] = []
 
-    async def start(self) -> asyncio.subprocess.Process:
-        log = self.folder / f"daemon-{len(self.logs)}.log"
+    def write_config(self, *, rounds: int, endpoints: Sequence[Mapping[str, str]]) -> None:
+        sizes = {"population": 6, "mutations": 4, "crossovers": 3, "rounds": rounds}
+        settings = {
+            "search": {"name": self.keys.search, **sizes},
+            "target": {"model": "tiny", "rate": 0.3},
+            "data": {"calibration": "self", "fitness": "self", "seqlen": 32},
+            "llm": {**self._llm, "endpoints": endpoints},
+            "run": {"folder": str(self.folder / "runs")},
+            "http": {"port": 0},
+        }
+        self.config.write_text(json.dumps(settings))  # JSON is YAML
+
+    async def start(self, url: str = "") -> asyncio.subprocess.Process:
+        """Start the daemon; `url` is the server's where it is not the kit's own."""
+        log = self.folder / f"{self.keys.search}-{len(self.logs)}.log"
         self.logs.append(log)
         with log.open("wb") as file:
             return await asyncio.create_subprocess_exec(
@@ -54,9 +69,9 @@ class Search:
                 "daemon",
                 str(self.config),
                 cwd=ROOT,
-                env={**os.environ, "SELFPRUNER_REDIS__URL": self.kit.server.url},
-                stderr=file,
-                stdout=asyncio.subprocess.DEVNULL,
+                env={**os.environ, "SELFPRUNER_REDIS__URL": url or self.kit.server.url},
+                stdout=file,
+                stderr=asyncio.subprocess.STDOUT,
                 start_new_session=True,
             )
 

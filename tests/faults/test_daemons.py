@@ -72,7 +72,7 @@ TOTAL = 1 + 6 + 3 * (4 + 3)
 async def test_a_search_that_is_killed_again_and_again_has_the_history_of_an_undisturbed_one(
     kit: Kit, llm: ScriptedLlm, tmp_path: Path
 ) -> None:
-    calm = Search(kit, llm, tmp_path, "calm")
+    calm = Search(kit, [llm.settings], tmp_path, "calm")
     kit.keys = calm.keys
     kit.write_script({"*": ["sleep:0.05"]})
     worker = await kit.worker()
@@ -83,7 +83,7 @@ async def test_a_search_that_is_killed_again_and_again_has_the_history_of_an_und
     kit.evaluations.clear()
     (tmp_path / "evaluated.log").unlink()
 
-    search = Search(kit, llm, tmp_path, "faults")
+    search = Search(kit, [llm.settings], tmp_path, "faults")
     kit.keys = search.keys
     draw = random.Random(12)
     deaths = 0
@@ -116,7 +116,7 @@ async def test_a_search_that_is_killed_again_and_again_has_the_history_of_an_und
 @pytest.mark.faults
 @pytest.mark.fault("31", "killed while paused", "pause, SIGKILL all, restart, resume", "stays paused, then goes on")
 async def test_a_pause_outlives_a_kill_of_all(kit: Kit, llm: ScriptedLlm, tmp_path: Path) -> None:
-    search = Search(kit, llm, tmp_path)
+    search = Search(kit, [llm.settings], tmp_path)
     kit.write_script({"*": ["sleep:0.1"]})
     daemon = await search.start()
     worker = await kit.worker()

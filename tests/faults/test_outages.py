@@ -86,7 +86,7 @@ async def test_an_outage_in_which_all_gave_up_waiting_is_over_when_anything_succ
 @pytest.mark.fault("15", "the server is killed under a daemon", "SIGKILL, then started", "told once, back told once")
 async def test_a_daemon_tells_once_of_an_outage_and_once_of_its_end(kit: Kit, tmp_path: Path) -> None:
     async with ScriptedLlm(answer) as llm:
-        search = Search(kit, llm, tmp_path)
+        search = Search(kit, [llm.settings], tmp_path)
         kit.write_script({"*": ["sleep:0.1"]})
         worker = await kit.worker()
         daemon = await search.start()
