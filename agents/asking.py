@@ -1,5 +1,6 @@
 """The conversation that every agent has with the LLM: ask, parse, take what is good, answer what was wrong."""
 
+import asyncio
 import hashlib
 import random
 from collections.abc import Awaitable, Callable, Sequence
@@ -23,6 +24,8 @@ LONGEST_QUOTE = 8_000
 """Characters of its own reply that the LLM is shown when it is asked again."""
 LONGEST_QUOTE_OF_A_CUT_REPLY = 400
 """Of one that ran into its token limit, for it is often one number over and over, and would fill the context."""
+LARGE = 20_000
+"""Characters of an answer that is read in a thread."""
 
 T = TypeVar("T")
 
@@ -164,7 +167,10 @@ class Asker:
     ) -> tuple[int, list[str]]:
         """How many items of the answer were taken, and a sentence for each that was not."""
         try:
-            parsed = question.parse(answer.text, missing)
+            if len(answer.text) < LARGE:
+                parsed = question.parse(answer.text, missing)
+            else:
+                parsed = await asyncio.to_thread(question.parse, answer.text, missing)
         except InvalidReply as error:
             return 0, ["Your reply was cut off: keep it short." if answer.truncated else str(error)]
         taken, problems = 0, list(parsed.problems)

@@ -11,6 +11,8 @@ from agents.breaker import Clock
 
 LONGEST = 3600.0
 """Seconds; whoever asks for more is asked again after an hour all the same."""
+LONGEST_WORDS = 100
+"""Characters of a wait in words; none that means anything is longer."""
 SPREAD = 0.25
 """Of a wait: so much later than its end, at random, a question goes, so that not all go at once."""
 
@@ -60,15 +62,20 @@ def _told(headers: Mapping[str, str], now: datetime) -> float | None:
         return milliseconds / 1000
     told = headers.get("retry-after")
     seconds = _number(told)
-    if seconds is not None or told is None:
+    if seconds is not None or told is None or len(told) > LONGEST_WORDS:
         return seconds
+    return _seconds_until(told, now)
+
+
+def _seconds_until(date: str, now: datetime) -> float | None:
+    """Seconds from `now` to an HTTP date; None where it is none, or beyond what a datetime holds."""
     try:
-        moment = parsedate_to_datetime(told)
-    except ValueError:
+        moment = parsedate_to_datetime(date)
+        if moment.tzinfo is None:
+            moment = moment.replace(tzinfo=UTC)
+        return max(0.0, (moment - now).total_seconds())
+    except (ValueError, OverflowError, TypeError, IndexError):
         return None
-    if moment.tzinfo is None:
-        moment = moment.replace(tzinfo=UTC)
-    return max(0.0, (moment - now).total_seconds())
 
 
 def _told_in(body: object) -> float | None:
@@ -81,6 +88,8 @@ def _told_in(body: object) -> float | None:
 
 def _number(told: object) -> float | None:
     if not isinstance(told, str | int | float) or isinstance(told, bool):
+        return None
+    if isinstance(told, str) and len(told) > LONGEST_WORDS:
         return None
     try:
         value = float(told)

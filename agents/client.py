@@ -1,16 +1,21 @@
 """HTTP requests to one endpoint by the OpenAI SDK, and what their failures mean. The only file with openai.
 
+Whatever the endpoint sends, a request ends in bytes or in RequestFailed: `Client._edge` is the one place that turns
+every exception of the HTTP stack into it. There are too many to name: aiohttp's own, UnicodeError, RecursionError.
+
 The SDK's own retries are off, so that the attempts of our policy are the attempts that the endpoint sees. The SDK's
 `timeout` is per read, so the deadline is the caller's; its reading is unbounded, so the cap sits in the transport,
 where it also covers the bodies of errors.
 """
 
+import asyncio
 import json
 import re
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
-from typing import Any, Literal, Self, cast
+from functools import partial
+from typing import Any, Literal, Self, TypeVar, cast
 from urllib.parse import urlsplit
 
 import httpx2
@@ -19,7 +24,9 @@ import openai
 from agents.backoff import retry_after
 from agents.completion import Completion, check_content_type, read_completion
 from agents.endpoint import ChatPolicy, Endpoint, Message
-from agents.transport import capped_at, only_own_headers
+from agents.masking import Masking
+from agents.model_list import read_models
+from agents.transport import NoCookies, capped_at, only_own_headers
 from protocol.errors import EndpointError
 
 Kind = Literal["unreachable", "limited", "question", "refused"]
@@ -30,20 +37,23 @@ endpoint. `limited`: it asks to be left alone for a while. `question`: it cannot
 none of ours (a wrong key, an unknown model, a quota used up).
 """
 
-_CONTEXTS = ("max_model_len", "context_length", "context_window", "n_ctx")
-"""What servers call the tokens of a model's context in their list: vLLM, routers, llama.cpp (under `meta`)."""
-_TRAINED_CONTEXT = "n_ctx_train"
-"""What llama.cpp says of the model itself; it may be served with more, or with less."""
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _NO_KEY = "none"
 """What an endpoint without a key of its own is sent: the SDK would otherwise take OPENAI_API_KEY to any address."""
-_LONGEST_REASON = 300
+_LARGE = 20_000
+"""Bytes of a body that is read in a thread."""
+_LONGEST_LOOK = 1_000
+"""Characters of an error's body that are searched for what it means."""
+_LONGEST_CODE = 100
+"""Characters of an error's code that are looked at."""
 _QUOTA_CODES = ("insufficient_quota", "billing_hard_limit_reached", "billing_not_active")
 _UNKNOWN_MODEL = re.compile(
     r"model_not_found|(unknown|invalid|no such) model\b|not a valid model"
     r"|\bmodel\b[^{}]{0,150}?(\bnot found\b|\bnot be found\b|does not exist|doesn't exist)",
     re.IGNORECASE,
 )
+
+T = TypeVar("T")
 
 
 class RequestFailed(EndpointError):  # noqa: N818  (an EndpointError, told apart)
@@ -65,7 +75,7 @@ class Client:
     def __init__(self, endpoint: Endpoint, policy: ChatPolicy) -> None:
         self._model = endpoint.model
         key = endpoint.api_key.get_secret_value() if endpoint.api_key else ""
-        self._secrets = [secret for secret in (key, urlsplit(endpoint.base_url).password) if secret]
+        self.masking = Masking(secret for secret in (key, urlsplit(endpoint.base_url).password) if secret)
         self._sdk = _make_sdk(endpoint.base_url, key or _NO_KEY, policy)
 
     async def __aenter__(self) -> Self:
@@ -75,53 +85,55 @@ class Client:
     async def __aexit__(self, *_: object) -> None:
         await self._sdk.close()
 
-    async def complete(self, messages: Sequence[Message], body: dict[str, object]) -> Completion:
-        """One completion by one HTTP request; raises RequestFailed."""
+    async def complete(self, messages: Sequence[Message], body: dict[str, object], max_tokens: int) -> Completion:
+        """Return one completion by one HTTP request, whose `body` sets the limit `max_tokens`; raises RequestFailed."""
         create = self._sdk.chat.completions.with_streaming_response.create
+        request = create(model=self._model, messages=cast(Any, messages), extra_body=body)
+        async with self._edge(), request as response:
+            check_content_type(response.headers.get("content-type", ""))
+            reply = await response.read()
+        asked = sum(len(message["content"]) for message in messages)
         try:
-            async with create(model=self._model, messages=cast(Any, messages), extra_body=body) as response:
-                check_content_type(response.headers.get("content-type", ""))
-                return read_completion(await response.read())
-        except (openai.OpenAIError, httpx2.TransportError, ValueError, EndpointError) as error:
+            return await _read(partial(read_completion, asked=asked, max_tokens=max_tokens), reply)
+        except EndpointError as error:
             raise self._failure(error) from None
 
     async def models(self) -> dict[str, int | None]:
-        """The models that the endpoint lists, with the tokens of their contexts where it says them.
+        """Return the models that the endpoint lists, with the tokens of their contexts where it says them.
 
         Raises RequestFailed, and not every server has a list.
         """
-        try:
+        async with self._edge():
             response = await self._sdk.models.with_raw_response.list()
-            reply = json.loads(response.content)
-        except (openai.OpenAIError, httpx2.TransportError, EndpointError) as error:
-            raise self._failure(error) from None
-        except (ValueError, RecursionError):
-            return {}
-        models = reply.get("data") if isinstance(reply, dict) else None
-        entries = [entry for entry in models if isinstance(entry, dict)] if isinstance(models, list) else []
-        return {self.masked(entry["id"]): _context(entry) for entry in entries if isinstance(entry.get("id"), str)}
+            reply = response.content
+        return await _read(read_models, reply)
 
-    def masked(self, text: str) -> str:
-        """`text` without this endpoint's secrets, which it may have echoed."""
-        for secret in self._secrets:
-            text = text.replace(secret, "***")
-        return text
+    @asynccontextmanager
+    async def _edge(self) -> AsyncIterator[None]:
+        """Raise RequestFailed for whatever goes wrong between a request and the bytes of its reply."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001  (the edge: an endpoint must not choose what ends a search)
+            raise self._failure(error) from None
 
     def _failure(self, error: Exception) -> RequestFailed:
         if isinstance(error, openai.APIStatusError):
             return self._refusal(error)
         cause = error.__cause__
-        if isinstance(error, openai.APIConnectionError) and cause:
+        if isinstance(error, EndpointError):
+            reason = str(error)
+        elif isinstance(error, openai.APIConnectionError) and cause:
             reason = str(cause) if isinstance(cause, EndpointError) else f"{error} ({cause or type(cause).__name__})"
         else:
-            reason = str(error)
-        return RequestFailed(self.masked(reason)[:_LONGEST_REASON], "unreachable", retryable=True)
+            reason = f"the endpoint does not speak HTTP as it should ({type(error).__name__}: {error})"
+        return RequestFailed(self.masking.shown(reason), "unreachable", retryable=True)
 
     def _refusal(self, error: openai.APIStatusError) -> RequestFailed:
         status = error.status_code
         text, body = _body_of(error.response)
-        unknown = status in (400, 404, 422) and _UNKNOWN_MODEL.search(f"{error.code} {text}") is not None
-        quota = status == 402 or (status == 429 and error.code in _QUOTA_CODES)
+        code = str(error.code)[:_LONGEST_CODE]
+        unknown = status in (400, 404, 422) and _UNKNOWN_MODEL.search(f"{code} {text[:_LONGEST_LOOK]}") is not None
+        quota = status == 402 or (status == 429 and code in _QUOTA_CODES)
         kind: Kind = "unreachable"
         if unknown or quota or status in (401, 403):
             kind = "refused"
@@ -133,20 +145,23 @@ class Client:
         retryable = kind == "limited" or (kind == "unreachable" and (status >= 500 or status in (408, 409)))
         wait = retry_after(error.response.headers, datetime.now(UTC), body)
         reason = error.message if " - " in error.message else f"{error.message}: {text}".rstrip(": ")
-        failed = RequestFailed(
-            self.masked(reason)[:_LONGEST_REASON], kind, retryable=retryable, status=status, wait=wait
-        )
+        failed = RequestFailed(self.masking.shown(reason), kind, retryable=retryable, status=status, wait=wait)
         failed.unknown_model = unknown
         return failed
 
 
 def _body_of(response: httpx2.Response) -> tuple[str, object]:
-    """The beginning of an error's body, and the whole where it is JSON."""
+    """Return an error's body as text, and what it holds where it is JSON."""
     text, body = "", None
     with suppress(httpx2.ResponseNotRead, httpx2.StreamError, ValueError, RecursionError):
         text = response.text
         body = json.loads(text)
-    return " ".join(text[:1000].split()), body
+    return text, body
+
+
+async def _read(read: Callable[[bytes], T], body: bytes) -> T:
+    """Return what `read` makes of `body`; a large one is read in a thread."""
+    return read(body) if len(body) < _LARGE else await asyncio.to_thread(read, body)
 
 
 def _make_sdk(base_url: str, key: str, policy: ChatPolicy) -> openai.AsyncOpenAI:
@@ -155,16 +170,7 @@ def _make_sdk(base_url: str, key: str, policy: ChatPolicy) -> openai.AsyncOpenAI
         trust_env=urlsplit(base_url).hostname not in _LOOPBACK,
         follow_redirects=False,
         timeout=httpx2.Timeout(policy.deadline, connect=policy.connect_timeout, pool=None),
+        cookies=NoCookies(),
         event_hooks={"request": [only_own_headers(key)], "response": [capped_at(policy.byte_cap)]},
     )
     return openai.AsyncOpenAI(base_url=base_url, api_key=key, max_retries=0, http_client=http)
-
-
-def _context(entry: dict[str, Any]) -> int | None:
-    """Tokens of the context of a listed model: the least that it is served with, or else what it was trained with."""
-    said = [source for source in (entry, entry.get("meta")) if isinstance(source, dict)]
-    for names in (_CONTEXTS, (_TRAINED_CONTEXT,)):
-        numbers = [source.get(name) for source in said for name in names]
-        if found := [n for n in numbers if isinstance(n, int) and n > 1]:  # True is an int, too
-            return min(found)
-    return None

@@ -1,7 +1,8 @@
 """The body of a chat completion -> the text that counts. Pure.
 
 Endpoints answer 200 with error objects, login pages, null choices and half-finished reasoning; each of these is told
-apart here. Numbers inside a model's reasoning are never read as its answer.
+apart here. Numbers inside a model's reasoning are never read as its answer. Everything takes time that is linear in the
+reply, and no number is believed that cannot be.
 """
 
 import json
@@ -10,9 +11,22 @@ from dataclasses import dataclass
 
 from protocol.errors import EndpointError
 
-_REASONING = re.compile(r"<(think|thinking|reasoning)>.*?</\1>", re.DOTALL | re.IGNORECASE)
-_OPEN_REASONING = re.compile(r"<(think|thinking|reasoning)>.*", re.DOTALL | re.IGNORECASE)
-_CLOSE_ONLY = re.compile(r"\A.*</(think|thinking|reasoning)>", re.DOTALL | re.IGNORECASE)
+LONGEST_REPLY = 400_000
+"""Characters of an answer; thirty lists of 160 rates are 50,000. One more is kept, to show that it is longer."""
+CHARACTERS_PER_TOKEN = 4
+"""Used where an endpoint does not count, or its count cannot be true: a budget must not go blind."""
+MOST_TOKENS_PER_CHARACTER = 2
+"""Prompt tokens that are believed; a tokenizer that falls back to bytes makes up to four of a rare character, and our
+prompts are ASCII."""
+TEMPLATE_TOKENS = 2_000
+"""Prompt tokens that are believed beside these: a chat template and a provider's own instructions."""
+_FINISHES = ("stop", "length", "content_filter", "tool_calls", "function_call")
+
+_TAG = "(think|thinking|reasoning)"
+_FLAGS = re.DOTALL | re.IGNORECASE | re.ASCII
+_OPENING = re.compile(f"<{_TAG}>", _FLAGS)
+_CLOSINGS = {kind: re.compile(f"</{kind}>", _FLAGS) for kind in ("think", "thinking", "reasoning")}
+_CLOSE_ONLY = re.compile(rf"\A.*</{_TAG}>", _FLAGS)
 
 
 @dataclass(frozen=True)
@@ -29,14 +43,16 @@ def check_content_type(content_type: str) -> None:
     """Raise EndpointError unless this is JSON: a login page or a proxy's error page also comes as 200."""
     if "json" not in content_type.lower():
         raise EndpointError(
-            f"the endpoint answered {content_type or 'no content type'!r} where JSON is due", retryable=True
+            f"the endpoint answered {content_type or 'no content type'} where JSON is due", retryable=True
         )
 
 
-def read_completion(body: bytes) -> Completion:
+def read_completion(body: bytes, *, asked: int, max_tokens: int) -> Completion:
     """The first choice's text without its reasoning, and the token counts.
 
-    Raises EndpointError (retryable) for anything that is not a chat completion: cut JSON, an error object, no choices.
+    `asked` is the number of characters that were sent, `max_tokens` the limit that was: token counts that they rule out
+    are estimated instead. Raises EndpointError (retryable) for anything that is not a chat completion: cut JSON, an
+    error object, no choices.
     """
     try:
         reply = json.loads(body)
@@ -46,8 +62,7 @@ def read_completion(body: bytes) -> Completion:
         raise EndpointError("the endpoint's reply is not a JSON object", retryable=True)
     choices = reply.get("choices")
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
-        told = str(reply.get("error", "no choices"))[:200]
-        raise EndpointError(f"the endpoint answered without choices: {told}", retryable=True)
+        raise EndpointError(f"the endpoint answered without choices: {_told(reply.get('error'))}", retryable=True)
     message = choices[0].get("message")
     if not isinstance(message, dict):
         raise EndpointError("the endpoint answered a choice without a message", retryable=True)
@@ -57,23 +72,45 @@ def read_completion(body: bytes) -> Completion:
     text, whole = strip_reasoning(written)
     reason = choices[0].get("finish_reason")
     usage = reply.get("usage")
+    prompt = _count(usage, "prompt_tokens", most=MOST_TOKENS_PER_CHARACTER * asked + TEMPLATE_TOKENS)
+    # Hidden reasoning counts too, so the limit that was sent is believed beside the bytes that came.
+    answer = _count(usage, "completion_tokens", most=max(len(body), max_tokens))
     return Completion(
-        text=text,
-        finish_reason="length" if not whole else reason if isinstance(reason, str) else "unknown",
-        prompt_tokens=_count(usage, "prompt_tokens"),
-        completion_tokens=_count(usage, "completion_tokens"),
+        text=text[: LONGEST_REPLY + 1],
+        finish_reason="length" if not whole else reason if reason in _FINISHES else "unknown",
+        prompt_tokens=prompt or asked // CHARACTERS_PER_TOKEN,
+        completion_tokens=answer or len(written) // CHARACTERS_PER_TOKEN,
     )
 
 
 def strip_reasoning(text: str) -> tuple[str, bool]:
     """`text` without its reasoning, and whether that reasoning came to an end."""
-    text = _REASONING.sub("", text)
-    if _OPEN_REASONING.search(text):
-        return _OPEN_REASONING.sub("", text).strip(), False
+    kept, start = [], 0
+    unclosed: set[str] = set()
+    """Kinds of tags that are closed nowhere behind. Each is looked for once: of many tags that would take too long."""
+    for opening in _OPENING.finditer(text):
+        kind = opening[1].lower()
+        if opening.start() < start or kind in unclosed:
+            continue
+        if closing := _CLOSINGS[kind].search(text, opening.end()):
+            kept.append(text[start : opening.start()])
+            start = closing.end()
+        else:
+            unclosed.add(kind)
+    text = "".join([*kept, text[start:]])
+    if opening := _OPENING.search(text):
+        return text[: opening.start()].strip(), False
     # Some chat templates put the opening tag into the prompt, so that only the closing one is seen.
     return _CLOSE_ONLY.sub("", text).strip(), True
 
 
-def _count(usage: object, key: str) -> int:
+def _told(error: object) -> str:
+    """Return the words of an error object."""
+    words = error.get("message") if isinstance(error, dict) else error
+    return words if isinstance(words, str) else "no words" if error else "no choices"
+
+
+def _count(usage: object, key: str, *, most: int) -> int:
+    """Return a number of tokens; 0 where there is none, or one that cannot be."""
     value = usage.get(key) if isinstance(usage, dict) else None
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else 0
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= most else 0

@@ -19,8 +19,6 @@ from protocol.errors import EndpointError
 Gate = Callable[[], Awaitable[None]]
 Permit = Callable[[], None]
 
-CHARACTERS_PER_TOKEN = 4
-"""Where an endpoint does not count: a budget must not go blind."""
 VERDICT_POLL_SECONDS = 0.25
 """How often who waits for a probe's verdict looks whether the gate has closed."""
 
@@ -92,7 +90,7 @@ class Connection:
             with await self._enter(patience) as probe:
                 started = time.monotonic()
                 completion = await self._within_deadline(question, patience, attempts=1 if probe else None)
-        return self._answer(question, completion, time.monotonic() - started)
+        return self._answer(completion, time.monotonic() - started)
 
     async def _enter(self, patience: float) -> "_Entrance":
         """Pass gate and breaker; raises LeftAlone. While one question probes, the others wait for its verdict."""
@@ -167,7 +165,7 @@ class Connection:
             self._permit()
             self.usage.requests += 1
             try:
-                completion = await self.client.complete(question.messages, body)
+                completion = await self.client.complete(question.messages, body, question.max_tokens)
             except RequestFailed as error:
                 if error.status is None or not self._dialect.learn(error.status, str(error), body):
                     self._failed(error)
@@ -177,7 +175,7 @@ class Connection:
                 self._succeeded()
                 if completion.text or not self._dialect.learn_silence(body):
                     return completion
-                self._count(question, completion)
+                self._count(completion)
                 log.info("endpoint_dialect", endpoint=self.endpoint.name, rung=self._dialect.rung)
 
     async def _wait_turn(self, clock: asyncio.Timeout, patience: float) -> None:
@@ -223,20 +221,22 @@ class Connection:
         if self._cooldown.extend(seconds):
             log.info("endpoint_cools_down", endpoint=self.endpoint.name, seconds=round(seconds, 1), reason=str(error))
 
-    def _count(self, question: Question, completion: Completion) -> tuple[int, int]:
-        """Tokens of the question and of what came back, which are used from now on."""
-        asked = sum(len(message["content"]) for message in question.messages)
-        prompt_tokens = completion.prompt_tokens or asked // CHARACTERS_PER_TOKEN
-        completion_tokens = completion.completion_tokens or len(completion.text) // CHARACTERS_PER_TOKEN
-        self.usage.prompt_tokens += prompt_tokens
-        self.usage.completion_tokens += completion_tokens
-        return prompt_tokens, completion_tokens
+    def _count(self, completion: Completion) -> None:
+        """Count the tokens of the question and of what came back as used."""
+        self.usage.prompt_tokens += completion.prompt_tokens
+        self.usage.completion_tokens += completion.completion_tokens
 
-    def _answer(self, question: Question, completion: Completion, seconds: float) -> Answer:
-        prompt_tokens, completion_tokens = self._count(question, completion)
+    def _answer(self, completion: Completion, seconds: float) -> Answer:
+        self._count(completion)
         self.usage.answers += 1
-        text = self.client.masked(completion.text)
-        return Answer(text, self.endpoint.name, prompt_tokens, completion_tokens, seconds, completion.finish_reason)
+        return Answer(
+            text=self.client.masking.masked(completion.text),
+            endpoint=self.endpoint.name,
+            prompt_tokens=completion.prompt_tokens,
+            completion_tokens=completion.completion_tokens,
+            seconds=seconds,
+            finish_reason=completion.finish_reason,
+        )
 
 
 class _Entrance:

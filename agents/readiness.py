@@ -15,6 +15,8 @@ from protocol.errors import EndpointError, SettingsError
 
 NAMED = 8
 """The most models that a refusal names."""
+LONGEST_SHOWN_NAME = 100
+"""Characters of each."""
 _LOADING = (429, 502, 503, 504)
 
 
@@ -78,10 +80,11 @@ class Readiness:
             self._permit()
             connection.usage.requests += 1
             async with asyncio.timeout(self._policy.connect_timeout):
-                await connection.client.complete([{"role": "user", "content": "Say yes."}], {"max_tokens": 1})
+                await connection.client.complete([{"role": "user", "content": "Say yes."}], {"max_tokens": 1}, 1)
         except RequestFailed as error:
             if error.unknown_model:
-                known = f"; it knows {', '.join(names[:NAMED])}" if names else ""
+                shown = [connection.client.masking.shown(name)[:LONGEST_SHOWN_NAME] for name in names[:NAMED]]
+                known = f"; it knows {', '.join(shown)}" if names else ""
                 more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
                 return (
                     f"the LLM endpoint {connection.endpoint.name!r} does not know the model "

@@ -41,7 +41,7 @@ class Transcript:
         try:
             key = _key(record["label"], record["messages"])
             came = _came(record)
-        except (KeyError, TypeError, ValueError):
+        except (KeyError, TypeError, ValueError, OverflowError, RecursionError):
             return
         if isinstance(came, Answer) or record["endpoint"] is None:
             self._found[key] = came

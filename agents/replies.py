@@ -4,26 +4,32 @@ What is tolerated, and nothing else: prose and code fences around the JSON, a li
 as an object with one entry per unit, more configurations than asked for (the first count), and a mean that is off by
 up to MEAN_TOLERANCE (projection repairs it; local models are always off). Numbers are never guessed.
 
-Sentences carry numbers and our own words only: nothing that a model wrote is quoted back to it.
+Sentences carry numbers and our own words only: nothing that a model wrote is quoted back to it. The time that any text
+takes is linear in its length, which is bounded.
 """
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Annotated, Generic, TypeVar
 
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
+from agents.completion import LONGEST_REPLY
 from protocol.errors import InvalidReply
 from protocol.rates import weighted_mean
 from protocol.shape import Unit
 
 MEAN_TOLERANCE = 0.2
 """How far the mean of a list may be from the pruning rate asked for, in rate."""
-LONGEST_REPLY = 400_000
-"""Characters; thirty lists of 160 rates are 50,000."""
 DEEPEST_NESTING = 20
+MOST_BLOCKS = 2_000
+"""Brackets that may begin a block of JSON, and lists or proposals that are looked at, in one reply."""
+MOST_READINGS = 20
+"""Times that the text may be read on account of blocks that turn out to be broken: each is read anew from its next
+bracket, so that a hostile text of blocks without end could keep us busy for hours."""
 
 T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
@@ -32,6 +38,7 @@ _RATES = TypeAdapter(list[Annotated[float, Field(strict=True, ge=0, le=1, allow_
 _OPENING = re.compile(r"[\[{]")
 _NOT_WORD = re.compile(r"[^a-z0-9]+")
 _DECODER = json.JSONDecoder()
+_TOO_DEEP = "Your reply is nested too deep."
 
 
 @dataclass(frozen=True)
@@ -47,42 +54,53 @@ class Parsed(Generic[T]):
 def json_blocks(text: str) -> list[object]:
     """The outermost JSON arrays and objects in `text`, in order; of a broken one, the whole ones inside it.
 
-    Raises InvalidReply for text that is too long, nested too deep, or holds none.
+    Raises InvalidReply for text that is too long, nested too deep, too broken, or holds none.
     """
     if len(text) > LONGEST_REPLY:
-        raise InvalidReply(f"Your reply is too long: {len(text)} characters.")
+        raise InvalidReply(f"Your reply is longer than {LONGEST_REPLY} characters.")
     if not text.strip():
         raise InvalidReply("Your reply is empty.")
-    _check_nesting(text)
     blocks: list[object] = []
-    position = 0
+    position = tried = wasted = 0
     while match := _OPENING.search(text, position):
+        tried += 1
+        if tried > MOST_BLOCKS or wasted > MOST_READINGS * len(text):
+            raise InvalidReply("Your reply holds too many brackets that are no JSON: give the JSON and nothing else.")
         try:
             value, position = _DECODER.raw_decode(text, match.start())
-            blocks.append(value)
-        except (ValueError, RecursionError):
+        except RecursionError:
+            raise InvalidReply(_TOO_DEEP) from None
+        except ValueError as error:
+            wasted += _read_until(error, text) - match.start()
             position = match.start() + 1
+            continue
+        if _is_deeper(value, DEEPEST_NESTING):
+            raise InvalidReply(_TOO_DEEP)
+        blocks.append(value)
     if not blocks:
         raise InvalidReply("Your reply holds no JSON.")
     return blocks
 
 
-def _check_nesting(text: str) -> None:
-    depth = 0
-    for character in text:
-        if character in "[{":
-            depth += 1
-            if depth > DEEPEST_NESTING:
-                raise InvalidReply("Your reply is nested too deep.")
-        elif character in "]}":
-            depth = max(0, depth - 1)
+def _read_until(error: ValueError, text: str) -> int:
+    """How far the decoder has read the text; to its end where it does not say (a string without end, a huge number)."""
+    says = isinstance(error, json.JSONDecodeError) and not error.msg.startswith("Unterminated")
+    return error.pos if says else len(text)
+
+
+def _is_deeper(value: object, levels: int) -> bool:
+    if not isinstance(value, list | dict):
+        return False
+    inner = value.values() if isinstance(value, dict) else value
+    return levels == 0 or any(_is_deeper(each, levels - 1) for each in inner)
 
 
 def parse_lists(text: str, units: Sequence[Unit], mean: float, count: int) -> Parsed[tuple[float, ...]]:
     """Up to `count` lists of one rate per unit. Raises InvalidReply where not one can be used."""
     good: dict[tuple[float, ...], str] = {}
     problems: list[str] = []
-    for number, found in enumerate(_lists_in(json_blocks(text), [unit.name for unit in units]), start=1):
+    lists = _lists_in(json_blocks(text), [_plain(unit.name) for unit in units])
+    for number, found in enumerate(islice(lists, MOST_BLOCKS), start=1):
         if len(good) == count:
             break
         try:
@@ -118,31 +136,29 @@ def check_rates(found: object, units: Sequence[Unit], mean: float) -> tuple[floa
     return rates
 
 
-def _lists_in(blocks: Sequence[object], unit_names: Sequence[str]) -> list[object]:
-    """Every configuration in `blocks`: a list with a number in it, or an object with one entry per unit."""
-    wanted = [_plain(name) for name in unit_names]
-    found: list[object] = []
-
-    def visit(value: object) -> None:
+def _lists_in(values: Iterable[object], names: Sequence[str]) -> Iterator[object]:
+    """Every configuration in `values`: a list with a number in it, or an object with one entry per plain unit name."""
+    for value in values:
         if isinstance(value, dict):
-            named = {_plain(key): rate for key, rate in value.items()}
-            # "layer 3" may also be called "3".
-            short = {f"layer {key}" if key.isdigit() else key: rate for key, rate in named.items()}
-            if len(short) == len(value) and set(short) == set(wanted):
-                found.append([short[name] for name in wanted])
+            named = _by_unit(value, names)
+            if named is None:
+                yield from _lists_in(value.values(), names)
             else:
-                for inner in value.values():
-                    visit(inner)
-        elif isinstance(value, list):
-            if value and any(isinstance(inner, list | dict) for inner in value):
-                for inner in value:
-                    visit(inner)
-            elif value:
-                found.append(value)
+                yield named
+        elif isinstance(value, list) and any(isinstance(inner, list | dict) for inner in value):
+            yield from _lists_in(value, names)
+        elif isinstance(value, list) and value:
+            yield value
 
-    for block in blocks:
-        visit(block)
-    return found
+
+def _by_unit(found: dict[str, object], names: Sequence[str]) -> list[object] | None:
+    """The rates of an object in the order of the units' names; None where its keys are others."""
+    if len(found) != len(names):
+        return None
+    named = {_plain(key): rate for key, rate in found.items()}
+    # "layer 3" may also be called "3".
+    full = {f"layer {key}" if key.isdigit() else key: rate for key, rate in named.items()}
+    return [full[name] for name in names] if set(full) == set(names) else None
 
 
 def _plain(name: str) -> str:
@@ -156,19 +172,19 @@ def parse_objects(text: str, model: type[M], use: Callable[[M], T], count: int) 
     `use` turns one into what is wanted, or raises InvalidReply. Two different blocks with proposals are two answers,
     and neither is taken.
     """
-    answers: list[Parsed[T]] = []
+    answer: Parsed[T] | None = None
     complaint = "Your reply holds no JSON of the form asked for."
     for block in json_blocks(text):
         parsed = _read_block(block, model, use, count)
-        if parsed.good and parsed.good not in [answer.good for answer in answers]:
-            answers.append(parsed)
-        elif parsed.problems:
-            complaint = " ".join(parsed.problems[:5])
-    if len(answers) > 1:
-        raise InvalidReply("Your reply holds more than one answer: give exactly one.")
-    if not answers:
+        if not parsed.good:
+            complaint = " ".join(parsed.problems[:5]) or complaint
+        elif answer is None:
+            answer = parsed
+        elif parsed.good != answer.good:
+            raise InvalidReply("Your reply holds more than one answer: give exactly one.")
+    if answer is None:
         raise InvalidReply(complaint)
-    return answers[0]
+    return answer
 
 
 def _read_block(block: object, model: type[M], use: Callable[[M], T], count: int) -> Parsed[T]:

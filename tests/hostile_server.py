@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Self
 
-from tests.hostile_replies import Hostile
+from tests.hostile_replies import Hostile, How
 
 DRIP_SECONDS = 0.005
 LONGEST_TALK_SECONDS = 60.0
@@ -63,26 +63,28 @@ class HostileServer:
     async def _answer(self, request: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         chosen = self._choose(request)
         if isinstance(chosen, bytes):
-            chosen = Hostile("well", lambda _rng, _request: chosen)
-        self.served[chosen.name] += 1
-        reply = chosen.make(self._rng, request)
-        pieces = [reply[i : i + 1] for i in range(len(reply))] if chosen.how == "drip" else [reply]
-        for piece in pieces:
+            writer.write(chosen)
+        else:
+            self.served[chosen.name] += 1
+            await self._send(chosen.make(self._rng, request), chosen.how, reader, writer)
+        writer.close()
+        await writer.wait_closed()
+
+    async def _send(self, reply: bytes, how: How, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for piece in (reply[i : i + 1] for i in range(len(reply))) if how == "drip" else (reply,):
             writer.write(piece)
             await writer.drain()
-            if chosen.how == "drip":
+            if how == "drip":
                 await asyncio.sleep(DRIP_SECONDS)
-        while chosen.how == "repeat":
+        while how == "repeat":
             writer.write(reply)
             await writer.drain()
-        if chosen.how == "reset":
-            linger_not = struct.pack("ii", 1, 0)
-            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger_not)
-        elif chosen.how in ("open", "drip"):
+        if how == "reset":
+            await asyncio.sleep(DRIP_SECONDS)  # the client first reads what was sent
+            no_linger = struct.pack("ii", 1, 0)
+            writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, no_linger)
+        elif how in ("open", "drip"):
             await reader.read()  # until the client hangs up
-        else:
-            writer.close()
-            await writer.wait_closed()
 
 
 async def _whole_request(reader: asyncio.StreamReader) -> bytes:

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from agents.completion import LONGEST_REPLY
 from agents.edits import Choice, Mix, Mutation, Profile, apply_choice, apply_mix, apply_mutation, apply_profile
-from agents.replies import DEEPEST_NESTING, LONGEST_REPLY, MEAN_TOLERANCE, Parsed, parse_lists, parse_objects
+from agents.replies import DEEPEST_NESTING, MEAN_TOLERANCE, Parsed, parse_lists, parse_objects
 from agents.view import Member, View
 from protocol.errors import InvalidReply
 from protocol.rates import weighted_mean
