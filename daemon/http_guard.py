@@ -7,6 +7,7 @@ token. Writes are JSON and small. There is no CORS and no cookie, so a browser h
 
 import asyncio
 import hmac
+import re
 import time
 from collections import OrderedDict, deque
 from collections.abc import Awaitable, Callable, Iterable
@@ -37,6 +38,8 @@ _HEADERS = {
     "Cache-Control": "no-store",
 }
 
+_HOST = re.compile(r"(\[(?P<address>[0-9a-f:.]+)\]|(?P<name>[^\s\[\]:@/?#\\]+))(:[0-9]*)?")
+
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 Check = Callable[[web.Request], Awaitable[None]]
 
@@ -56,13 +59,14 @@ class Guard:
         checks = (self._check_host, self._check_origin, self._check_token, check_body)
         middlewares = [errors_as_json, *(as_middleware(check) for check in checks)]
         application = web.Application(middlewares=middlewares, client_max_size=MAX_BODY_BYTES)
-        application.on_response_prepare.append(add_headers)
+        application.on_response_prepare.append(_prepare)
         return application
 
     async def _check_host(self, request: web.Request) -> None:
-        """403 unless the request names this server, and once."""
+        """403 unless the request names this server: in one Host header, and in its URL if that names a server too."""
         hosts = request.headers.getall("Host", [])
-        if len(hosts) != 1 or host_name(hosts[0]) not in self._hosts:
+        named = len(hosts) == 1 and host_name(hosts[0]) in self._hosts
+        if not named or (_is_absolute(request.raw_path) and host_name(_place(request.raw_path)) not in self._hosts):
             raise web.HTTPForbidden(text="this server is not called so; http.allowed_hosts lists further names of it")
 
     async def _check_origin(self, request: web.Request) -> None:
@@ -132,7 +136,7 @@ class Failures:
 
 
 async def check_body(request: web.Request) -> None:
-    """415 for a write that is not JSON, 413 for one that is long, 408 for one that does not come."""
+    """Refuse a write that is not JSON (415), or whose body is too long (413), too slow (408) or undecodable (400)."""
     if request.method in _READS:
         return
     if request.content_type != "application/json":
@@ -142,6 +146,8 @@ async def check_body(request: web.Request) -> None:
             await request.read()
     except TimeoutError:
         raise web.HTTPRequestTimeout(text=f"the body did not come within {BODY_SECONDS:g} seconds") from None
+    except web.RequestPayloadError:
+        raise web.HTTPBadRequest(text="the body is not what its headers say, and cannot be decoded") from None
     except web.HTTPRequestEntityTooLarge as error:
         raise web.HTTPRequestEntityTooLarge(
             MAX_BODY_BYTES, error.status, text=f"a body has at most {MAX_BODY_BYTES} bytes"
@@ -174,21 +180,28 @@ async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamRe
         return web.json_response({"error": "the server failed to answer this; its log says why"}, status=500)
 
 
-async def add_headers(_request: web.Request, response: web.StreamResponse) -> None:
-    """The headers that every reply has."""
+async def _prepare(_request: web.Request, response: web.StreamResponse) -> None:
+    add_headers(response)
+
+
+def add_headers(response: web.StreamResponse) -> None:
+    """Add the headers that every reply has."""
     response.headers.update(_HEADERS)
 
 
 def host_name(host: str) -> str:
-    """The name in a Host header, without its port."""
-    name = host.strip().lower()
-    if name.startswith("["):
-        return name[1:].partition("]")[0]
-    return name.partition(":")[0].rstrip(".")
+    """The name in a Host header, without its port; empty where the header is not a name with an optional port."""
+    found = _HOST.fullmatch(host.strip().lower())
+    return (found["address"] or found["name"].rstrip(".")) if found else ""
+
+
+def _is_absolute(target: str) -> bool:
+    """Whether a request's target names a server besides the path."""
+    return not target.startswith("/") and target != "*"
 
 
 def _place(origin: str) -> str:
-    """The host and port of an Origin header; empty where it is none."""
+    """The host and port of an origin or a URL; empty where there is none."""
     try:
         return urlsplit(origin).netloc.lower()
     except ValueError:

@@ -2,18 +2,104 @@
 
 import asyncio
 import errno
+import time
+from typing import Any
 
+import structlog
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.web_protocol import RequestHandler
 
-from daemon.http_guard import Handler
+from daemon.http_guard import Handler, add_headers
 from protocol.errors import UsageError
 
 MAX_CONNECTIONS = 256
 """Far below the usual 1024 open files of a process: the search needs the others."""
 SILENT_SECONDS = 15.0
 """A connection that has not sent a whole request head by then is closed."""
+UNREAD_SECONDS = 30.0
+"""A client that reads none of its answer for so long is disconnected."""
 SHUTDOWN_SECONDS = 0.3
+TELL_SECONDS = 20.0
+"""The log gets at most one line about malformed requests in this time."""
+
+log = structlog.get_logger()
+
+
+class _Malformed:
+    """Counts the requests that are not valid HTTP, and logs the count at most every TELL_SECONDS.
+
+    A line shows nothing that the client sent: that may be long, and may hold the token.
+    """
+
+    def __init__(self) -> None:
+        self._untold = 0
+        self._told: float | None = None
+
+    def count(self, address: str | None, error: BaseException) -> None:
+        """Count one request from `address`, which failed with `error`."""
+        self._untold += 1
+        now = time.monotonic()
+        if self._told is None or now - self._told >= TELL_SECONDS:
+            log.warning("http_request_malformed", address=address, reason=type(error).__name__, requests=self._untold)
+            self._untold, self._told = 0, now
+
+
+class _Connection(RequestHandler):
+    """One connection of a client, who may send anything and read nothing."""
+
+    def __init__(self, server: web.Server, malformed: _Malformed) -> None:
+        loop = asyncio.get_running_loop()
+        super().__init__(server, loop=loop, access_log=None, keepalive_timeout=30, lingering_time=1)  # type: ignore[arg-type]
+        self._malformed = malformed
+        self._unread: asyncio.TimerHandle | None = None
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """Answer a request that the parser refuses, as the guard answers others; aiohttp would log a traceback."""
+        if not isinstance(exc, HttpProcessingError):
+            return super().handle_error(request, status, exc, message)
+        self._malformed.count(request.remote, exc)
+        if request.writer.output_size > 0:
+            raise ConnectionError("a part of the answer is sent already")
+        response = web.json_response({"error": "this is not a valid HTTP request"}, status=400)
+        add_headers(response)
+        response.force_close()
+        return response
+
+    def log_exception(self, *args: Any, **kw: Any) -> None:
+        """Log an error of ours with its traceback; a body that cannot be decoded is the client's error."""
+        error = kw.get("exc_info")
+        if isinstance(error, web.RequestPayloadError | HttpProcessingError):
+            self._malformed.count(None, error)
+        else:
+            super().log_exception(*args, **kw)
+
+    def pause_writing(self) -> None:
+        """Disconnect the client unless it reads something within UNREAD_SECONDS: its answer is kept in memory."""
+        super().pause_writing()
+        if self.transport is not None:
+            self._unread = asyncio.get_running_loop().call_later(UNREAD_SECONDS, self.transport.abort)
+
+    def resume_writing(self) -> None:
+        """The client has read."""
+        super().resume_writing()
+        self._forget_unread()
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """The client has gone."""
+        self._forget_unread()
+        super().connection_lost(exc)
+
+    def _forget_unread(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
 
 
 class _Refusal(asyncio.Protocol):
@@ -28,14 +114,8 @@ class HttpServer:
 
     def __init__(self, application: web.Application) -> None:
         application.middlewares.insert(0, self._hear)
-        self._runner = web.AppRunner(
-            application,
-            access_log=None,
-            handler_cancellation=True,
-            shutdown_timeout=SHUTDOWN_SECONDS,
-            keepalive_timeout=30,
-            lingering_time=1,
-        )
+        self._runner = web.AppRunner(application, handler_cancellation=True, shutdown_timeout=SHUTDOWN_SECONDS)
+        self._malformed = _Malformed()
         self._silent: set[RequestHandler] = set()
         self._server: asyncio.Server | None = None
 
@@ -67,7 +147,7 @@ class HttpServer:
         assert server is not None, "start() comes first"
         if len(server.connections) >= MAX_CONNECTIONS:
             return _Refusal()
-        handler = server()
+        handler = _Connection(server, self._malformed)
         self._silent.add(handler)
         asyncio.get_running_loop().call_later(SILENT_SECONDS, self._close_if_silent, handler)
         return handler

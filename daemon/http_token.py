@@ -10,9 +10,11 @@ from pydantic import SecretStr
 
 from daemon.settings import HttpSettings, check_token
 from protocol.errors import SettingsError, UsageError
+from protocol.files import replace
 from protocol.secret_files import read_secret
 
 TOKEN_FILE = "http-token"
+TOKEN_MODE = 0o600
 
 
 @dataclass(frozen=True)
@@ -62,7 +64,7 @@ def _read_kept(file: Path) -> SecretStr | None:
     except FileNotFoundError:
         return None
     with os.fdopen(handle, encoding="utf-8", errors="replace") as opened:
-        os.fchmod(handle, 0o600)
+        os.fchmod(handle, TOKEN_MODE)
         token = SecretStr(opened.read(1000).strip())
     with contextlib.suppress(ValueError):
         return check_token(token) if token.get_secret_value() else None
@@ -70,11 +72,11 @@ def _read_kept(file: Path) -> SecretStr | None:
 
 
 def _make(file: Path) -> SecretStr:
-    token = secrets.token_urlsafe(32)
-    beside = file.with_name(f".{file.name}.{os.getpid()}")
-    beside.unlink(missing_ok=True)
-    handle = os.open(beside, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
-    with os.fdopen(handle, "w", encoding="utf-8") as opened:
-        opened.write(token + "\n")
-    beside.replace(file)
-    return SecretStr(token)
+    token = SecretStr(secrets.token_urlsafe(32))
+    replace(file, kept_text(token), mode=TOKEN_MODE)
+    return token
+
+
+def kept_text(token: SecretStr) -> str:
+    """What the file of a token that was made here holds."""
+    return token.get_secret_value() + "\n"

@@ -2,13 +2,14 @@
 
 Redis is the truth; the folder is a copy that outlives it, from which a start brings back what the server has lost
 (daemon/recovery.py). `evaluations.jsonl` is written anew from the history at every start, so a kill between two steps
-leaves neither a gap nor a double.
+leaves neither a gap nor a double. What others remove or change in the folder is noticed within RETRY_SECONDS, logged,
+and written anew.
 """
 
 import asyncio
 import json
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from daemon.trouble import Trouble
 from protocol.candidate import Candidate, Measured, Stopped
 from protocol.card import ModelCard
 from protocol.errors import UsageError
-from protocol.files import Lines, replace
+from protocol.files import Document, Lines, replace
 from protocol.shape import ModelShape
 from protocol.spec import SearchSpec
 
@@ -46,6 +47,8 @@ class Journal:
         self.folder = folder
         self.trouble = Trouble(folder)
         self._disk = ThreadPoolExecutor(1, "journal")
+        self._written: Future[None] | None = None
+        self._kept: dict[str, Document] = {}
         self._copy: _Copy | None = None
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -77,13 +80,21 @@ class Journal:
         with self.trouble.writing(name):
             write_json(self.folder / name, record)
 
-    async def retry_for_ever(self) -> None:
-        """Try again, now and then, to write what could not be written."""
+    def keep(self, name: str, text: str, *, mode: int) -> None:
+        """Write the file `name` again, with these permissions, whenever others have removed or changed it."""
+        self._kept[name] = document = Document(self.folder / name, durable=False, mode=mode)
+        self.trouble.watch(name, lambda: document.is_gone)
+        with self.trouble.writing(name):
+            document.write(text)
+
+    async def keep_for_ever(self) -> None:
+        """Write, now and then, what could not be written, and what others have removed or changed."""
         while True:
             await asyncio.sleep(RETRY_SECONDS)
-            if self.trouble.files:
-                self._transcript.write()
+            self._transcript.write()
+            if self._written is None or self._written.done():  # else the disk stands still
                 self._write_copy()
+                self._disk.submit(copy_context().run, _told, self._write_kept)
 
     @property
     def transcript_path(self) -> Path:
@@ -92,7 +103,8 @@ class Journal:
 
     def begin_transcript(self) -> None:
         """Put an earlier search's transcript aside, as `transcript.1.jsonl` and so on."""
-        if not self.transcript_path.stat().st_size:
+        self._transcript.write()  # others may have removed it
+        if self._transcript.is_empty:
             return
         self._transcript.close()
         number = 1
@@ -116,7 +128,14 @@ class Journal:
 
     def _write_copy(self) -> None:
         if self._copy:
-            self._disk.submit(copy_context().run, _told, self._copy.write)
+            self._written = self._disk.submit(copy_context().run, _told, self._copy.write)
+
+    def _write_kept(self) -> None:
+        for name, document in self._kept.items():
+            if document.is_changed:
+                self.trouble.changed([name])
+                with self.trouble.writing(name):
+                    document.write_again()
 
 
 def _told(write: Callable[[], None]) -> None:
@@ -128,7 +147,7 @@ def _told(write: Callable[[], None]) -> None:
 
 
 class _Copy:
-    """The evaluations, their best, spec and card, as far as they are written; `write` brings the files up to them."""
+    """The evaluations, their best, spec and card; `write` brings the files up to them."""
 
     def __init__(self, folder: Path, trouble: Trouble, search: str, spec: SearchSpec, card: ModelCard) -> None:
         self.evaluations: list[Evaluation] = []
@@ -139,28 +158,46 @@ class _Copy:
             SPEC: {"search": search, "fingerprint": spec.fingerprint, **spec.model_dump()},
             CARD: card.model_dump(mode="json"),
         }
+        self._documents = {name: Document(folder / name) for name in (SPEC, CARD, BEST)}
         self._lines: Lines | None = None
         self._written = 0
-        self._written_best: Evaluation | None = None
+        self._known_best: Evaluation | None = None
+        for name, document in self._documents.items():
+            trouble.watch(name, lambda document=document: document.is_gone)  # type: ignore[misc]
+        trouble.watch(EVALUATIONS, lambda: self._lines is not None and self._lines.is_gone)
 
     def write(self) -> None:
-        """Write what is new. In a thread; the evaluations grow meanwhile."""
-        for name, record in list(self._unwritten.items()):
+        """Write what is new, and anew what others have changed. In a thread; the evaluations grow meanwhile."""
+        changed = self._changed()
+        if changed:
+            self._trouble.changed(changed)
+        best = self.best
+        if best is not None and best is not self._known_best:
+            self._unwritten[BEST] = best_record(self._search, self._spec, self._shape, best)
+            self._known_best = best
+        for name, document in self._documents.items():
             with self._trouble.writing(name):
-                write_json(self._folder / name, record)
-                del self._unwritten[name]
+                if record := self._unwritten.get(name):
+                    document.write(json_text(record))
+                    del self._unwritten[name]
+                elif name in changed:
+                    document.write_again()
         with self._trouble.writing(EVALUATIONS):
             self._write_evaluations()
-        best = self.best
-        if best is not None and best is not self._written_best:
-            with self._trouble.writing(BEST):
-                write_json(self._folder / BEST, best_record(self._search, self._spec, self._shape, best))
-                self._written_best = best
 
     def close(self) -> None:
         """Close the file of the evaluations."""
         if self._lines:
             self._lines.close()
+
+    def _changed(self) -> list[str]:
+        """The files that others have removed or changed."""
+        changed = [name for name, document in self._documents.items() if document.is_changed]
+        if self._lines and self._lines.is_changed:
+            changed.append(EVALUATIONS)
+            self._lines.close()
+            self._lines = None
+        return changed
 
     def _write_evaluations(self) -> None:
         if self._lines is None:
@@ -217,7 +254,12 @@ def best_record(search: str, spec: SearchSpec, shape: ModelShape, best: Evaluati
 
 def write_json(path: Path, record: Mapping[str, Any], *, durable: bool = True) -> None:
     """Replace `path` by `record`, whole or not at all; `durable`: see protocol.files.replace."""
-    replace(path, json.dumps(record, indent=1, allow_nan=False, ensure_ascii=False) + "\n", durable=durable)
+    replace(path, json_text(record), durable=durable)
+
+
+def json_text(record: Mapping[str, Any]) -> str:
+    """The text of a JSON file that people may read."""
+    return json.dumps(record, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
 
 
 def _line(record: Mapping[str, Any]) -> str:

@@ -16,7 +16,7 @@ from daemon.display import Display
 from daemon.duties import repair_for_ever, survived, wait_for_card, watch_workers
 from daemon.http_api import HttpApi
 from daemon.http_server import CannotListen
-from daemon.http_token import Access
+from daemon.http_token import TOKEN_MODE, Access, kept_text
 from daemon.journal import EVALUATIONS, Journal
 from daemon.llm import make_chat, read_replay, read_transcript
 from daemon.llm_settings import EndpointSettings
@@ -74,6 +74,8 @@ class Launch:
         self._pausing = Pausing(Control(self._redis, keys))
         self._replay = read_replay(settings)
         self._journal = Journal(settings.folder)
+        if access and access.token and access.kept_in:
+            self._journal.keep(access.kept_in.name, kept_text(access.token), mode=TOKEN_MODE)
         self._observer = Observer(self._redis, keys, self._spec, settings.folder, self._journal.trouble)
         self._api = HttpApi(settings.http, access, self._observer, free_port=embedded) if access else None
         self._announce = announce
@@ -154,7 +156,7 @@ class Launch:
             self._store.stay_in_charge(queue, lambda: self._memory(history)),
             self._pausing.watch(),
             watch_workers(self._store, self._workers_are_unusable),
-            self._journal.retry_for_ever(),
+            self._journal.keep_for_ever(),
             survived("observer_died", self._observer.run()),
             self._observer.heartbeat.run(),
         ]

@@ -20,13 +20,14 @@ from agents.shares import Offspring, Record
 from daemon.changes import Follower
 from daemon.event_log import EventLog
 from daemon.heartbeat import Heartbeat
-from daemon.journal import write_json
+from daemon.journal import json_text
 from daemon.search import Search
 from daemon.status import AroundReader, Condition, EndpointStatus, Seen, Status
 from daemon.store import History
 from daemon.trouble import Trouble
 from protocol.candidate import Candidate
 from protocol.connection import is_away
+from protocol.files import Document
 from protocol.keys import Keys
 from protocol.spec import SearchSpec
 
@@ -57,8 +58,10 @@ class Observer:
         self, redis: Redis, keys: Keys, spec: SearchSpec, folder: Path, trouble: Trouble | None = None
     ) -> None:
         self.redis, self.keys, self.spec = redis, keys, spec
-        self._folder = folder
         self._trouble = trouble or Trouble(folder)
+        # Not durable: the loop, which shows the sign of life, must not wait for a disk; it is written anew in a moment.
+        self._file = Document(folder / STATUS_FILE, durable=False)
+        self._trouble.watch(STATUS_FILE, lambda: self._file.is_gone)
         self._around = AroundReader(redis, keys)
         self._follower = Follower()
         self._looking = asyncio.Lock()
@@ -176,11 +179,13 @@ class Observer:
                 known = condition
             except (RedisError, OSError, TimeoutError):
                 pass  # it is tried again at the next look
-        if self.status != written:
+        is_changed = self._file.is_changed
+        if is_changed:
+            self._trouble.changed([STATUS_FILE])
+        if is_changed or self.status != written:
             record = self.status.model_dump(mode="json") if self.status else {}
             with self._trouble.writing(STATUS_FILE):
-                # The loop, which shows the sign of life, must not wait for a disk; it is written anew in a moment.
-                write_json(self._folder / STATUS_FILE, record, durable=False)
+                self._file.write(json_text(record))
             written = self.status
         self._published = known, written
 

@@ -20,6 +20,7 @@ class TranscriptFile:
     def __init__(self, path: Path, trouble: Trouble) -> None:
         self._trouble, self._name = trouble, path.name
         self._lines = Lines(path)
+        trouble.watch(self._name, lambda: self._lines.is_gone)
         self._waiting: deque[str] = deque()
         self._size = 0
         self._dropped = 0
@@ -34,13 +35,24 @@ class TranscriptFile:
             self._dropped += 1
 
     def write(self) -> None:
-        """Write what waits, as far as there is room; say what is missing for good once there is."""
+        """Write what waits, as far as there is room; say what is missing for good once there is.
+
+        A file that others have removed is there again, with what it held; what they have cut off is lost.
+        """
         with self._trouble.writing(self._name):
+            if self._lines.is_changed:
+                self._trouble.changed([self._name])
+                self._lines.restore()
             while self._waiting:
                 self._lines.append(self._waiting[0])
                 self._take()
         if self._dropped and not self._waiting:
             self._tell_of_missing()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the file holds no line."""
+        return self._lines.is_empty
 
     def close(self) -> None:
         """Write what waits, or say how much is missing, and close the file."""

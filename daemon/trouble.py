@@ -1,7 +1,7 @@
-"""A folder that cannot be written (its disk is full): told once when it begins and once when it ends."""
+"""Trouble with a folder: it cannot be written (its disk is full), or others have changed what is in it."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,22 +11,43 @@ log = structlog.get_logger()
 
 
 class Trouble:
-    """Which files of a folder could not be written the last time that was tried. Of all threads."""
+    """Which files of a folder are not as they should be. It is logged once when that begins, and when it ends.
+
+    For all threads.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._failing: set[str] = set()
+        self._changed: set[str] = set()
+        self._watched: dict[str, Callable[[], bool]] = {}
         self._lock = threading.Lock()
 
     @property
     def files(self) -> list[str]:
-        """Their names."""
+        """The names of the files that could not be written the last time that was tried."""
         with self._lock:
             return sorted(self._failing)
 
+    def watch(self, name: str, is_gone: Callable[[], bool]) -> None:
+        """Have `is_gone` say, in any thread, whether the file `name` was removed."""
+        with self._lock:
+            self._watched[name] = is_gone
+
+    def changed(self, names: Iterable[str]) -> None:
+        """Log that others have changed the files `names`, and in the same line which other files they have removed.
+
+        Each is logged once until it is written again.
+        """
+        with self._lock:
+            found = {*names, *(name for name, is_gone in self._watched.items() if is_gone())} - self._changed
+            self._changed |= found
+        if found:
+            log.warning("folder_changed", folder=str(self._folder), files=sorted(found))
+
     @contextmanager
     def writing(self, name: str) -> Iterator[None]:
-        """Write the file `name` in the block; an OSError of it is told, if it is the first, and goes no further."""
+        """Write the file `name` in the block; an OSError of it is logged, if it is the first, and goes no further."""
         try:
             yield
         except OSError as error:
@@ -37,7 +58,9 @@ class Trouble:
                 log.error("folder_not_written", folder=str(self._folder), file=name, error=str(error))
             return
         with self._lock:
-            last = self._failing == {name}
+            was_troubled = bool(self._failing or self._changed)
             self._failing.discard(name)
-        if last:
+            self._changed.discard(name)
+            is_over = was_troubled and not (self._failing or self._changed)
+        if is_over:
             log.info("folder_written_again", folder=str(self._folder))

@@ -71,17 +71,26 @@ class Redaction:
 
 
 class _LogFile(logging.Handler):
-    """A file that the processes of a search share. A full disk is told on the console, and in the end what it cost."""
+    """A file that the processes of a search share. A full disk is told on the console, and in the end what it cost.
+
+    A file that was removed is there again with the next line, and with the lines that it had; where it was moved, as
+    logrotate does, a new one is begun.
+    """
 
     def __init__(self, path: Path) -> None:
         super().__init__()
         self._path = path
-        self._lines = Lines(path)
+        self._lines = Lines(path, shared=True)
         self._missing = 0
 
     def emit(self, record: logging.LogRecord) -> None:
         """Append the record, or count it as missing."""
+        was_removed = False
         try:
+            if self._lines.is_moved:
+                self._lines.reopen()
+            elif self._lines.is_gone:
+                was_removed = self._lines.restore()
             self._lines.append(self.format(record) + "\n")
         except OSError as error:
             self._missing += 1
@@ -93,6 +102,8 @@ class _LogFile(logging.Handler):
             if missing := self._missing:
                 self._missing = 0
                 structlog.get_logger().warning("log_lines_missing", file=str(self._path), lines=missing)
+            if was_removed:
+                structlog.get_logger().warning("log_removed", file=str(self._path))
 
     def close(self) -> None:
         """Close the file."""
