@@ -21,10 +21,10 @@ from rich.table import Table
 from scipy.stats import spearmanr
 
 from agents.view import Member, View
+from daemon.history import History
 from daemon.journal import CARD, SPEC
 from daemon.recovery import recovered
 from daemon.remote import saved
-from daemon.store import History
 from protocol.candidate import Measured
 from protocol.card import ModelCard
 from protocol.errors import UsageError

@@ -6,7 +6,8 @@ from typing import Any
 
 import structlog
 
-from daemon.store import History, SearchStore
+from daemon.history import History
+from daemon.store import SearchStore
 from protocol.card import ModelCard
 from protocol.errors import UsageError
 from protocol.streams import CandidateQueue

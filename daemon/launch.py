@@ -14,6 +14,7 @@ from agents.replay import Remembering
 from daemon.checks import check_budget, check_lists, check_lists_somewhere, check_windows, warn_of_texts
 from daemon.display import Display
 from daemon.duties import repair_for_ever, survived, wait_for_card, watch_workers
+from daemon.history import History, Memory
 from daemon.http_api import HttpApi
 from daemon.http_server import CannotListen
 from daemon.http_token import TOKEN_MODE, Access, kept_text
@@ -24,10 +25,10 @@ from daemon.meter import Meter
 from daemon.observer import Observer
 from daemon.pausing import Pausing, StopRequested
 from daemon.proposers import make_agents
-from daemon.recovery import recovered
+from daemon.recovery import commanded, recovered
 from daemon.search import Search
 from daemon.settings import Settings
-from daemon.store import History, Memory, SearchStore
+from daemon.store import SearchStore
 from daemon.summary import Summary, summarise
 from protocol.card import ModelCard
 from protocol.connection import connect
@@ -119,7 +120,11 @@ class Launch:
             # Here, for a cold disk may take longer than a daemon in charge may be silent.
             await asyncio.to_thread(importlib.import_module, "agents.chat")
             queue = await self._take_charge(stack)
+            alive = group.create_task(
+                self._store.show_life()
+            )  # a long history takes longer than a daemon may be silent
             history = await self._recovered(queue, await self._store.history())
+            alive.cancel()
             duties = [group.create_task(duty) for duty in self._duties(queue, history)]
             await self._go_on_from(history, queue)
             duties.append(group.create_task(self._meter.count_for_ever()))
@@ -222,20 +227,24 @@ class Launch:
 
     async def _recovered(self, queue: CandidateQueue, history: History) -> History:
         """The search's history; what the server has lost of it comes back from the folder's copy."""
-        known = recovered(self._settings.folder, self._spec, history)
-        if known is None:
+        known = await asyncio.to_thread(recovered, self._settings.folder, self._spec, history)
+        if known is None and not history.damaged:
             return history
+        if known is None:
+            await self._store.restore(queue, Memory(history, None), from_="what is whole of it")
+            return await self._store.history()
         await self._store.count(known.counters)
-        await self._store.restore(queue, Memory(known, None), from_=EVALUATIONS)
+        await self._store.restore(queue, Memory(known, None, commanded(self._settings.folder)), from_=EVALUATIONS)
+        await self._pausing.begin()  # for the command may have come back too
         return await self._store.history()
 
     def _memory(self, history: History) -> Memory:
         """What this process knows of the search; `history` is what it found at its start."""
         if self._search is None:
-            return Memory(history, None)
+            return Memory(history, None, self._pausing.command)
         outcomes = {e.candidate.id: e.outcome for e in self._search.population}
         now = History(ledger=self._search.ledger, outcomes=outcomes, selections=self._search.selections)
-        return Memory(now, self._search.card)
+        return Memory(now, self._search.card, self._pausing.command)
 
     def _chat(self) -> "Chat":
         gate, spent = self._pausing.gate, self._meter.spent

@@ -20,10 +20,10 @@ from agents.shares import Offspring, Record
 from daemon.changes import Follower
 from daemon.event_log import EventLog
 from daemon.heartbeat import Heartbeat
+from daemon.history import History
 from daemon.journal import json_text
 from daemon.search import Search
 from daemon.status import AroundReader, Condition, EndpointStatus, Seen, Status
-from daemon.store import History
 from daemon.trouble import Trouble
 from protocol.candidate import Candidate
 from protocol.connection import is_away

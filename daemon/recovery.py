@@ -10,10 +10,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from daemon.history import History
 from daemon.journal import EVALUATIONS, SPEC, TRANSCRIPT
 from daemon.remote import saved, saved_status
-from daemon.store import History, difference
+from daemon.store import difference
 from protocol.candidate import OUTCOME, Candidate, Outcome, Provenance, Race, candidate_id
+from protocol.control import Command
 from protocol.errors import SearchExistsError, UsageError
 from protocol.plan import LayerPlan, Plan
 from protocol.spec import SearchSpec
@@ -48,7 +50,16 @@ def recovered(folder: Path, spec: SearchSpec, history: History) -> History | Non
             ) from error
     if len(outcomes) == len(history.outcomes):
         return None
-    return History(ledger, outcomes, history.cursor, _counters(folder, history), history.selections)
+    return History(ledger, outcomes, _counters(folder, history), history.selections)
+
+
+def commanded(folder: Path) -> Command | None:
+    """The pause that was commanded when the daemon looked last; None where there was none."""
+    try:
+        status = saved_status(folder)
+    except UsageError:
+        return None
+    return "pause" if status is not None and status.control == "pause" else None
 
 
 def _check_spec(folder: Path, spec: SearchSpec, evaluations: int) -> None:

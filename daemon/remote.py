@@ -24,7 +24,7 @@ from protocol.control import Command, Control
 from protocol.errors import StoreError, UsageError
 from protocol.keys import Keys, check_search_name
 from protocol.spec import SearchSpec
-from protocol.stored import read_stored
+from protocol.stored import read_entry, read_stored
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class RemoteSearch:
             counters=self._history.counters,
             dense_perplexity=card.dense.perplexity if card else None,
             around=await self._around.read(),
-            condition=read_stored(Condition, condition, self._keys.condition) if condition else Condition(),
+            condition=(condition and read_entry(Condition, condition, self._keys.condition)) or Condition(),
         )
         return self._follower.look(seen)
 

@@ -5,8 +5,8 @@ from typing import Any
 from redis.asyncio import Redis
 
 from agents.population import Population
-from protocol.candidate import OUTCOME, Candidate
-from protocol.errors import StoreError
+from daemon.history import entries, read_candidate, read_counters, read_outcome
+from protocol.candidate import Candidate
 from protocol.keys import Keys
 
 
@@ -19,32 +19,35 @@ class RemoteHistory:
         self._begin()
 
     async def read(self) -> bool:
-        """Catch up; False when the search in Redis is another one than the last time, or was emptied."""
+        """Catch up; False when the search in Redis is another one than the last time, or was emptied.
+
+        Damaged entries are left out, as the daemon does at its next start.
+        """
         pipe = self._redis.pipeline(transaction=True)  # one moment, while the search goes on
-        pipe.llen(self._keys.issued).lrange(self._keys.issued, len(self.ledger), -1)
-        pipe.lrange(self._keys.applied, self._applied, -1).hgetall(self._keys.state)
-        length, issued, applied, state = await pipe.execute()
-        if length < len(self.ledger):
+        pipe.llen(self._keys.issued).llen(self._keys.applied).hgetall(self._keys.state)
+        issued, applied, state = await pipe.execute()
+        if issued < self._issued or applied < self._applied:
             self._begin()
             await self.read()
             return False
-        try:
-            for id_, text in await self._texts(self._keys.candidates, issued):
-                self.ledger[id_] = Candidate.model_validate_json(text)
-            for id_, text in await self._texts(self._keys.outcomes, applied):
-                self.population.insert(self.ledger[id_], OUTCOME.validate_json(text))
-                self._applied += 1
-            self.counters.update((name, float(value)) for name, value in state.items() if name != "cursor")
-        except (KeyError, ValueError) as error:
-            raise StoreError(f"the search {self._keys.search!r} in Redis was written by another version") from error
+        async for id_, text in entries(
+            self._redis, self._keys.issued, self._keys.candidates, start=self._issued, stop=issued
+        ):
+            self._issued += 1
+            if candidate := read_candidate(self._keys, id_, text):
+                self.ledger[id_] = candidate
+        async for id_, text in entries(
+            self._redis, self._keys.applied, self._keys.outcomes, start=self._applied, stop=applied
+        ):
+            self._applied += 1
+            outcome = read_outcome(self._keys, id_, text)
+            if outcome and id_ in self.ledger and id_ not in self.population:
+                self.population.insert(self.ledger[id_], outcome)
+        self.counters.update(read_counters(state, self._keys.state))
         return True
 
-    async def _texts(self, key: str, ids: list[str]) -> list[tuple[str, str]]:
-        texts = await self._redis.hmget(key, ids) if ids else []
-        return [(id_, text or "") for id_, text in zip(ids, texts, strict=True)]
-
     def _begin(self) -> None:
-        self._applied: int = 0
+        self._issued = self._applied = 0
         self.ledger: dict[str, Candidate] = {}
         self.population: Population = Population()
         self.counters: dict[str, float] = {}

@@ -32,13 +32,13 @@ from agents.view import (
     Tried,
     View,
 )
+from daemon.history import History
 from daemon.journal import Journal
 from daemon.modes import generations, steady_state
 from daemon.outcome_log import WHO, log_outcome
 from daemon.pausing import Pausing
 from daemon.proposals import Proposals
 from daemon.settings import SearchSettings
-from daemon.store import History
 from protocol.candidate import (
     Candidate,
     Failed,
@@ -128,9 +128,7 @@ class Search:
         self.population = Population()
         for id_, outcome in history.outcomes.items():
             self.population.insert(self.ledger[id_], outcome)
-        self.keeper = PopulationKeeper(
-            queue, self.population, self.ledger, cursor=history.cursor, on_evaluation=self._note
-        )
+        self.keeper = PopulationKeeper(queue, self.population, self.ledger, cursor="0-0", on_evaluation=self._note)
         known = (c.plan for c in self.ledger.values() if c.is_proposal)
         self._neighbours = Neighbours(self.view(0), settings.least_difference, known)
         self._guesses: tuple[int, Guesses] | None = None

@@ -1,73 +1,32 @@
 """The search's durable state in Redis: its spec, ledger, outcomes and who is in charge. A restart goes on from it."""
 
 import asyncio
-import json
 import os
 import socket
+import time
 import uuid
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 import structlog
-from pydantic import BaseModel
 from redis.asyncio import Redis
 
+from daemon.history import History, Memory, load_history
+from daemon.restoring import Restorer
 from daemon.workers import WorkerStatus, read_workers
-from protocol.candidate import OUTCOME, Candidate, Outcome
 from protocol.card import ModelCard
 from protocol.card_board import CardBoard
 from protocol.connection import Patience, check_server
-from protocol.errors import SearchExistsError, StoreError
+from protocol.errors import SearchExistsError
 from protocol.keys import Keys
 from protocol.spec import SearchSpec
 from protocol.stored import read_stored
-from protocol.streams import TAKEN_OVER, CandidateQueue, TakenOver, load_scripts
+from protocol.streams import CandidateQueue, TakenOver, load_scripts
 
 SIGN_OF_LIFE_SECONDS = 6.0
 TICK_SECONDS = 2.0
 
 log = structlog.get_logger()
-
-
-@dataclass
-class History:
-    """What a search has done so far: every candidate issued, and the outcomes applied, both in order."""
-
-    ledger: dict[str, Candidate] = field(default_factory=dict)
-    outcomes: dict[str, Outcome] = field(default_factory=dict)
-    cursor: str = "0-0"
-    counters: dict[str, float] = field(default_factory=dict)
-    selections: dict[int, tuple[str, ...]] = field(default_factory=dict)
-    """The parents chosen for each round."""
-
-
-@dataclass(frozen=True)
-class Memory:
-    """What a running daemon knows of its search; with its spec it is all that a server that lost its data needs."""
-
-    history: History
-    card: ModelCard | None
-
-
-async def load_history(redis: Redis, keys: Keys) -> History:
-    """Read the history of a search; StoreError where it is not this version's."""
-    client: Any = redis  # its annotations cannot say that replies are str
-    pipe = client.pipeline(transaction=True)  # one moment, while the search goes on
-    pipe.lrange(keys.issued, 0, -1).hgetall(keys.candidates)
-    pipe.lrange(keys.applied, 0, -1).hgetall(keys.outcomes).hgetall(keys.state)
-    pipe.hgetall(keys.selections)
-    issued, candidates, applied, outcomes, state, selections = await pipe.execute()
-    try:
-        return History(
-            ledger={id_: Candidate.model_validate_json(candidates[id_]) for id_ in issued},
-            outcomes={id_: OUTCOME.validate_json(outcomes[id_]) for id_ in applied},
-            cursor=state.get("cursor", "0-0"),
-            counters={name: float(value) for name, value in state.items() if name != "cursor"},
-            selections={int(round_): tuple(json.loads(text)) for round_, text in selections.items()},
-        )
-    except (KeyError, ValueError) as error:
-        raise StoreError(f"the search {keys.search!r} in Redis was written by another version: {error}") from error
 
 
 class SearchStore:
@@ -81,6 +40,8 @@ class SearchStore:
         self._patiently = Patience(redis, keys.state)
         self._scripts = load_scripts(redis)
         self._cards = CardBoard(redis, keys)
+        self._spec_text = spec.model_dump_json()
+        self._restorer = Restorer(redis, keys)
         self._epoch = 0
         self._unreadable: set[str] = set()
 
@@ -97,6 +58,7 @@ class SearchStore:
         await self._adopt_spec()
         self._epoch = int(await self._patiently(lambda: self._scripts["begin_epoch"]([self._keys.epoch])))
         await self._show_life()
+        await self._restorer.clear()
         queue = CandidateQueue(self._redis, self._keys, epoch=self._epoch, fingerprint=self._spec.fingerprint)
         queue.issued = int(await self._patiently(lambda: self._redis.llen(self._keys.issued)))
         queue.applied = int(await self._patiently(lambda: self._redis.llen(self._keys.applied)))
@@ -104,7 +66,7 @@ class SearchStore:
 
     async def history(self) -> History:
         """What the search has done so far."""
-        return await self._patiently(lambda: load_history(self._redis, self._keys))
+        return await load_history(self._redis, self._keys, self._patiently)
 
     async def repair(self, queue: CandidateQueue, history: History) -> int:
         """Put those candidates of `history` back that have no outcome and whose job or result is lost."""
@@ -130,21 +92,33 @@ class SearchStore:
         """Keep the search's counters (tokens, seconds, …) over restarts. Totals, so that writing twice does no harm."""
         await self._patiently(lambda: self._redis.hset(self._keys.state, mapping=totals))
 
+    async def show_life(self) -> None:
+        """Show a sign of life until cancelled. Raises TakenOver when another daemon has taken over."""
+        while True:
+            await self._show_life()
+            await asyncio.sleep(TICK_SECONDS)
+
     async def stay_in_charge(self, queue: CandidateQueue, remembered: Callable[[], Memory]) -> None:
-        """Show a sign of life until cancelled, and mend what the server has lost.
+        """Show a sign of life until cancelled, and bring back what the server has lost, which may take long.
 
         Raises TakenOver when another daemon has taken over.
         """
-        while True:
-            await asyncio.sleep(TICK_SECONDS)
-            await self._check(queue, remembered)
-            await self._show_life()
+        life = asyncio.ensure_future(self.show_life())
+        try:
+            while True:
+                await asyncio.wait({life}, timeout=TICK_SECONDS)
+                if life.done():
+                    life.result()
+                await self._check(queue, remembered)
+        finally:
+            life.cancel()
 
     async def _check(self, queue: CandidateQueue, remembered: Callable[[], Memory]) -> None:
         """Bring back what the server has lost: data (it was flushed, or runs on an older copy), jobs and results."""
         confirmed = queue.issued, queue.applied  # before asking: what is confirmed later may not be in the answer
         epoch, spec, issued, applied, jobs, results = await self._patiently(self._lengths)
-        if int(epoch or 0) < self._epoch or not spec or issued < confirmed[0] or applied < confirmed[1]:
+        is_ours = _epoch(epoch) >= self._epoch and spec == self._spec_text
+        if not is_ours or issued < confirmed[0] or applied < confirmed[1]:
             await self.restore(queue, remembered(), from_="the daemon's memory")
         elif jobs + results < issued - applied:
             await self.repair(queue, remembered().history)
@@ -152,29 +126,15 @@ class SearchStore:
     async def _lengths(self) -> Any:
         keys = self._keys
         pipe = self._redis.pipeline(transaction=True)  # made anew at each try, for it forgets its commands
-        pipe.get(keys.epoch).exists(keys.spec).llen(keys.issued).llen(keys.applied).xlen(keys.jobs).xlen(keys.results)
+        pipe.get(keys.epoch).get(keys.spec).llen(keys.issued).llen(keys.applied).xlen(keys.jobs).xlen(keys.results)
         return await pipe.execute()
 
     async def restore(self, queue: CandidateQueue, memory: Memory, *, from_: str) -> None:
-        """Bring back what the server lacks of `memory`, and say where it comes from."""
-        history, keys = memory.history, self._keys
-        selections = {str(round_): json.dumps(parents) for round_, parents in history.selections.items()}
-        args = [
-            *(self._epoch, self._spec.model_dump_json(), memory.card.model_dump_json() if memory.card else ""),
-            *(len(history.ledger), len(history.outcomes), len(selections)),
-            *_pairs(history.ledger),
-            *_pairs(history.outcomes),
-            *(part for pair in selections.items() for part in pair),
-        ]
-        names = [keys.epoch, keys.spec, keys.card, keys.candidates, keys.issued, keys.outcomes, keys.applied]
-        names += [keys.selections, keys.state]
-        answer = await self._patiently(lambda: self._scripts["restore"](names, args))
-        if answer == TAKEN_OVER:
-            raise TakenOver(f"another daemon has taken over the search {keys.search!r}")
-        restored, queue.issued, queue.applied = answer
+        """Make the server's history that of `memory`, and say where it comes from."""
+        restored, queue.issued, queue.applied = await self._restorer.restore(self._epoch, self._spec_text, memory)
         log.error("redis_lost_data", restored=restored, from_=from_)
         queue.rewind()
-        await self.repair(queue, history)
+        await self.repair(queue, memory.history)
 
     async def step_down(self) -> None:
         """Withdraw the sign of life, so that a successor need not wait."""
@@ -183,18 +143,22 @@ class SearchStore:
 
     async def _show_life(self) -> None:
         epoch = await self._patiently(lambda: self._redis.get(self._keys.epoch))
-        if int(epoch or 0) > self._epoch:  # none, or a lower one: lost, and brought back by the next check
+        if _epoch(epoch) > self._epoch:  # none, or a lower one: lost, and brought back by the next check
             raise TakenOver(f"another daemon has taken over the search {self._keys.search!r}")
         milliseconds = int(SIGN_OF_LIFE_SECONDS * 1000)
         await self._patiently(lambda: self._redis.set(self._keys.daemon, self._me, px=milliseconds))
 
     async def wait_for_silence(self) -> None:
-        """Return when no daemon of this search shows signs of life; SearchExistsError when one goes on doing so."""
+        """Return when no daemon of this search shows signs of life; SearchExistsError when one goes on doing so.
+
+        A sign that nobody has renewed for as long as it is good counts no more, whatever expiry it has.
+        """
         owner, left = await self._owner()
         if not owner:
             return
         log.info("previous_daemon_waited_out", daemon=owner, seconds=SIGN_OF_LIFE_SECONDS)
-        while owner:
+        end = time.monotonic() + SIGN_OF_LIFE_SECONDS + TICK_SECONDS
+        while owner and time.monotonic() < end:
             await asyncio.sleep(0.5)
             now_owner, now_left = await self._owner()
             if now_owner and (now_owner != owner or now_left > left):
@@ -212,12 +176,13 @@ class SearchStore:
         return owner, int(left)
 
     async def _adopt_spec(self) -> None:
-        mine = self._spec.model_dump_json()
+        mine = self._spec_text
         if await self._patiently(lambda: self._redis.set(self._keys.spec, mine, nx=True)):
             return
         stored = await self._patiently(lambda: self._redis.get(self._keys.spec))
         theirs = read_stored(SearchSpec, stored, self._keys.spec)
         if theirs == self._spec:
+            self._spec_text = stored  # another version may write the same otherwise
             return
         # Where no candidate was proposed under it, it was a first try with a model or a text that could not be had, or
         # that were found not to go with the settings.
@@ -229,8 +194,9 @@ class SearchStore:
             )
 
 
-def _pairs(values: Mapping[str, BaseModel]) -> list[str]:
-    return [part for id_, value in values.items() for part in (id_, value.model_dump_json())]
+def _epoch(text: str | None) -> int:
+    """The epoch that stands in Redis; 0 for none, and for what is none (as lua/fence.lua has it)."""
+    return int(text) if text and len(text) <= 16 and text.isascii() and text.isdecimal() else 0
 
 
 def difference(old: SearchSpec, new: SearchSpec) -> str:

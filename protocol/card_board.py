@@ -12,7 +12,7 @@ from protocol.card import ModelCard
 from protocol.connection import Patience
 from protocol.keys import Keys
 from protocol.spec import SearchSpec
-from protocol.stored import read_stored
+from protocol.stored import read_entry, read_stored
 from protocol.streams import load_scripts
 
 
@@ -26,9 +26,12 @@ class CardBoard:
         self._publish = load_scripts(redis)["publish_card"]
 
     async def read(self, fingerprint: str) -> ModelCard | None:
-        """The card of the spec with this fingerprint, once it is published; StoreError for one that cannot be read."""
+        """The card of the spec with this fingerprint, once it is published; StoreError for another version's.
+
+        One that is damaged is as good as none: a worker publishes it again.
+        """
         text = await self._patiently(lambda: self._redis.get(self._keys.card))
-        card = read_stored(ModelCard, text, self._keys.card) if text else None
+        card = read_entry(ModelCard, text, self._keys.card) if text else None
         return card if card and card.fingerprint == fingerprint else None
 
     async def publish(self, card: ModelCard) -> ModelCard | None:
@@ -38,7 +41,8 @@ class CardBoard:
         """
         text = await self._patiently(lambda: self._redis.get(self._keys.spec))
         # The script compares the text, for it cannot tell a fingerprint: the spec may change between the two steps.
-        if text is None or read_stored(SearchSpec, text, self._keys.spec).fingerprint != card.fingerprint:
+        spec = read_entry(SearchSpec, text, self._keys.spec) if text else None
+        if spec is None or spec.fingerprint != card.fingerprint:
             return None
         args = [text, card.fingerprint, card.model_dump_json()]
         counts = await self._patiently(lambda: self._publish([self._keys.spec, self._keys.card], args))

@@ -70,7 +70,7 @@ class Keys:
 
     @property
     def results(self) -> str:
-        """Stream of outcomes, read by the population keeper from its own cursor."""
+        """Stream of outcomes, deleted as the population keeper applies them."""
         return self["results"]
 
     @property
@@ -105,8 +105,12 @@ class Keys:
 
     @property
     def state(self) -> str:
-        """Hash: cursor, counters and times of the search (daemon/store.py)."""
+        """Hash: counters and times of the search (daemon/store.py)."""
         return self["state"]
+
+    def restoring(self, key: str) -> str:
+        """Where a daemon writes what belongs under `key` of a server that lost its data (daemon/restoring.py)."""
+        return key + ":restoring"
 
     @property
     def epoch(self) -> str:

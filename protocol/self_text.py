@@ -14,6 +14,7 @@ from redis.asyncio import Redis
 from protocol.connection import Patience
 from protocol.errors import StoreError
 from protocol.keys import Keys
+from protocol.stored import is_damaged
 
 TOKEN_BYTES = 4
 LARGEST_BYTES = 32 * 1024 * 1024
@@ -60,11 +61,12 @@ class SelfTextBoard:
         self._patiently = Patience(redis, self._key)
 
     async def read(self) -> str | None:
-        """What is published, if anything is."""
+        """What is published; None where nothing is, or where it is damaged."""
         text: str | None = await self._patiently(lambda: self._redis.get(self._key))
-        return text
+        return None if text is None or is_damaged(text) else text
 
     async def publish(self, text: str) -> str:
         """Publish `text` unless another worker was first; returns the one that counts."""
-        await self._patiently(lambda: self._redis.set(self._key, text, nx=True))
+        if not await self._patiently(lambda: self._redis.set(self._key, text, nx=True)) and await self.read() is None:
+            await self._patiently(lambda: self._redis.set(self._key, text))
         return await self.read() or text

@@ -16,6 +16,7 @@ from importlib.resources import files
 from typing import Any
 
 import structlog
+from pydantic import TypeAdapter, ValidationError
 from redis.asyncio import Redis
 
 from protocol.candidate import OUTCOME, Candidate, Failed, Outcome, Result
@@ -28,6 +29,9 @@ TAKEN_OVER, DATA_LOST = -1, -2
 FENCE = "fence"
 """The script that stands before each one that asks who is in charge, with one of its functions."""
 FENCE_FUNCTIONS = ("refusal(", "epoch_of(")
+PART = 500
+"""Entries of a stream, or ids, in one request: more would keep the server from everybody else."""
+PARENTS: TypeAdapter[tuple[str, ...]] = TypeAdapter(tuple[str, ...])
 
 log = structlog.get_logger()
 
@@ -82,15 +86,33 @@ class CandidateQueue:
 
         Of a server that has lost its data it returns 0 at once, for whoever restores calls this too.
         """
+        jobs, last_job = await self._ids_on(self._keys.jobs)  # first: a job that is done meanwhile is on the other then
+        results, last_result = await self._ids_on(self._keys.results)
+        lost = [id_ for id_ in ids if id_ not in jobs and id_ not in results]
         names = [self._keys.epoch, self._keys.candidates, self._keys.done, self._keys.outcomes, self._keys.jobs]
         names.append(self._keys.results)
-        args = [self._epoch, self._fingerprint, *ids]
-        requeued = self._checked(await self._patiently(lambda: self._scripts["requeue"](names, args)))
-        if requeued == DATA_LOST:
-            return 0
+        requeued = 0
+        for first in range(0, len(lost), PART):
+            args = [self._epoch, self._fingerprint, last_job, last_result, *lost[first : first + PART]]
+            answer = self._checked(await self._patiently(partial(self._scripts["requeue"], names, args)))
+            if answer == DATA_LOST:
+                break
+            requeued += answer
         if requeued:
             self.rewind()
-        return int(requeued)
+        return requeued
+
+    async def _ids_on(self, stream: str) -> tuple[set[str], str]:
+        """The candidates on a stream, and its last entry, read in parts."""
+        ids: set[str] = set()
+        last = "0-0"
+        while True:
+            page = await self._patiently(partial(self._redis.xrange, stream, f"({last}", "+", PART))
+            ids |= {fields["id"] for _, fields in page if "id" in fields}
+            if page:
+                last = page[-1][0]
+            if len(page) < PART:
+                return ids, last
 
     async def results(self, cursor: str) -> list[Result]:
         """Outcomes behind `cursor`, waiting about a second for the first; an unreadable one has failed."""
@@ -110,8 +132,7 @@ class CandidateQueue:
 
     async def apply(self, result: Result) -> bool:
         """Make `result` part of the search's state; False when its id has an outcome already."""
-        keys = [self._keys.epoch, self._keys.outcomes, self._keys.applied, self._keys.state, self._keys.results]
-        keys.append(self._keys.done)
+        keys = [self._keys.epoch, self._keys.outcomes, self._keys.applied, self._keys.results, self._keys.done]
         args = [self._epoch, result.id, result.outcome.model_dump_json(), result.cursor]
         new: int = await self._fenced(lambda: self._scripts["apply"](keys, args))
         self.applied += new
@@ -123,7 +144,8 @@ class CandidateQueue:
         Returns those that are kept: the first that were chosen.
         """
         keys, args = [self._keys.epoch, self._keys.selections], [self._epoch, round_, json.dumps(parents)]
-        return tuple(json.loads(await self._fenced(lambda: self._scripts["remember_selection"](keys, args))))
+        kept = read_parents(await self._fenced(lambda: self._scripts["remember_selection"](keys, args)))
+        return tuple(parents) if kept is None else kept
 
     async def drop(self, result: Result) -> None:
         """Take a result off its stream that belongs to no candidate of this search."""
@@ -143,6 +165,14 @@ class CandidateQueue:
         if answer == TAKEN_OVER:
             raise TakenOver(f"another daemon has taken over the search {self._keys.search!r}")
         return answer
+
+
+def read_parents(text: str) -> tuple[str, ...] | None:
+    """The parents of a round as they are stored; None where they cannot be read."""
+    try:
+        return PARENTS.validate_json(text)
+    except ValidationError:
+        return None
 
 
 def _outcome(text: str) -> Outcome:

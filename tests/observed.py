@@ -10,9 +10,9 @@ from redis.asyncio import Redis
 
 from agents.endpoint import Usage
 from agents.health import Degraded, EndpointState, LlmState
+from daemon.history import History
 from daemon.observer import Observer
 from daemon.search import Search
-from daemon.store import History
 from protocol.candidate import Candidate, Failed, Measured
 from protocol.jobs import JobQueue
 from protocol.keys import Keys

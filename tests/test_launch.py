@@ -17,13 +17,14 @@ from redis.asyncio import Redis
 from structlog.testing import capture_logs
 
 from daemon.cli import main
+from daemon.history import load_history
 from daemon.http_token import open_access
 from daemon.launch import Launch
 from daemon.llm import secrets_of
 from daemon.observer import Observer
 from daemon.setting_sources import load
 from daemon.settings import Settings
-from daemon.store import TICK_SECONDS, load_history
+from daemon.store import TICK_SECONDS
 from daemon.summary import Summary
 from protocol import logs
 from protocol.errors import SearchExistsError, UsageError

@@ -10,7 +10,8 @@ from redis.asyncio import Redis
 from structlog.testing import capture_logs
 
 from daemon import store as store_module
-from daemon.store import History, Memory, SearchStore
+from daemon.history import History, Memory
+from daemon.store import SearchStore
 from daemon.workers import read_workers
 from protocol.candidate import Result
 from protocol.jobs import JobQueue

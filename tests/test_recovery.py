@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from agents.population import Population
+from daemon.history import History
 from daemon.journal import EVALUATIONS, Journal
 from daemon.journal import SPEC as SPEC_FILE
 from daemon.recovery import recovered
-from daemon.store import History
 from protocol.candidate import Failed, Race, Stopped
 from protocol.errors import SearchExistsError, UsageError
 from tests.samples import CARD, SPEC, candidates, measured

@@ -15,13 +15,13 @@ from rich.console import Console
 from agents.population import Population
 from daemon.changes import Follower
 from daemon.checks import check_windows
+from daemon.history import History
 from daemon.journal import Journal
 from daemon.recovery import recovered
 from daemon.search import Search
 from daemon.setting_sources import load
 from daemon.settings import SearchSettings
 from daemon.status import Around, Condition, QueueDepth, Seen, Tally
-from daemon.store import History
 from daemon.summary import show, summarise
 from gpu_worker.answering import answer
 from gpu_worker.session import Session

@@ -96,7 +96,6 @@ async def test_an_outcome_is_applied_once(redis: Redis, keys: Keys, queue: Candi
     assert [await queue.apply(result), await queue.apply(result)] == [True, False]
     client: Any = redis
     assert await client.lrange(keys.applied, 0, -1) == [one.id]
-    assert await client.hget(keys.state, "cursor") == "5-1"
 
 
 async def test_a_dead_workers_job_goes_to_another(redis: Redis, keys: Keys, queue: CandidateQueue) -> None:

@@ -4,8 +4,9 @@
 -- Returns the deaths so far.
 local last = ARGV[4] .. ':last'
 local mine = #redis.call('XPENDING', KEYS[1], ARGV[1], ARGV[3], ARGV[3], 1, ARGV[2]) > 0
+local deaths = tonumber(redis.call('HGET', KEYS[2], ARGV[4]) or 0) or 0
 if mine and redis.call('HGET', KEYS[2], last) ~= ARGV[5] then
-  redis.call('HSET', KEYS[2], last, ARGV[5])
-  redis.call('HINCRBY', KEYS[2], ARGV[4], 1)
+  deaths = deaths + 1
+  redis.call('HSET', KEYS[2], last, ARGV[5], ARGV[4], deaths)
 end
-return tonumber(redis.call('HGET', KEYS[2], ARGV[4]) or 0)
+return deaths

@@ -1,18 +1,19 @@
--- Put candidates of the ledger back on the job stream whose job is lost, or whose outcome was committed and is lost:
--- those that are on neither stream and have no outcome.
--- KEYS epoch candidates done outcomes jobs results    ARGV epoch fingerprint id…
+-- Put candidates of the ledger back on the job stream whose job is lost, or whose outcome was committed and is lost. The
+-- caller has read both streams up to an entry and names candidates that it did not find there; what has come behind those
+-- entries since is looked at here.
+-- KEYS epoch candidates done outcomes jobs results    ARGV epoch fingerprint last_job last_result id…
 -- Returns how many were put back, or what fence.lua says.
 local refused = refusal(KEYS[1], ARGV[1])
 if refused then return refused end
 local there, requeued = {}, 0
-for _, stream in ipairs({KEYS[5], KEYS[6]}) do
-  for _, entry in ipairs(redis.call('XRANGE', stream, '-', '+')) do
+for stream, last in pairs({[KEYS[5]] = ARGV[3], [KEYS[6]] = ARGV[4]}) do
+  for _, entry in ipairs(redis.call('XRANGE', stream, '(' .. last, '+')) do
     for i = 1, #entry[2], 2 do
       if entry[2][i] == 'id' then there[entry[2][i + 1]] = true end
     end
   end
 end
-for i = 3, #ARGV do
+for i = 5, #ARGV do
   local id = ARGV[i]
   local candidate = redis.call('HGET', KEYS[2], id)
   if candidate and not there[id] and redis.call('HEXISTS', KEYS[4], id) == 0 then

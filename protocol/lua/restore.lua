@@ -1,36 +1,33 @@
--- Bring back what the daemon remembers and the server has lost: spec, card, ledger, outcomes and selections, in one step,
--- so that a daemon killed at it leaves nothing half restored. Where both know something, the daemon is right; what it
--- does not know stays, behind what it knows.
--- KEYS epoch spec card candidates issued outcomes applied selections state
--- ARGV epoch spec card ledger outcomes selections pair…
--- (`ledger`, `outcomes` and `selections` are how many pairs of id, or round, and JSON follow of each)
--- Returns {candidates and outcomes that came back, issued, applied}, or -1 when another daemon has taken over.
+-- Put what restore_part.lua has written in the place of what the server has, with the spec, the card and the command, and
+-- put the daemon in charge: all in one step. What the daemon remembers is all there is to know, so it replaces the rest.
+-- A command that was given after the server was emptied is newer than the daemon's; one of an older copy is not.
+-- KEYS epoch spec card control understood [written key]…    ARGV epoch spec card command [length]…
+-- Returns 0, -1 when another daemon has taken over, or -3 where what was written is not complete.
 local refused = refusal(KEYS[1], ARGV[1])
 if refused == -1 then return refused end
 
-local function restore(hash, list, from, count)
-  local there, remembered, restored = redis.call('LRANGE', list, 0, -1), {}, 0
-  redis.call('DEL', list)
-  for i = from, from + 2 * count - 2, 2 do
-    restored = restored + redis.call('HSET', hash, ARGV[i], ARGV[i + 1])
-    redis.call('RPUSH', list, ARGV[i])
-    remembered[ARGV[i]] = true
-  end
-  for _, id in ipairs(there) do
-    if not remembered[id] then redis.call('RPUSH', list, id) end
-  end
-  return restored
+local function length(key)
+  local kind = redis.call('TYPE', key)['ok']
+  if kind == 'none' then return 0 end
+  return redis.call(kind == 'list' and 'LLEN' or 'HLEN', key)
 end
 
-local ledger, outcomes, selections = tonumber(ARGV[4]), tonumber(ARGV[5]), tonumber(ARGV[6])
-local first = 7
-local restored = restore(KEYS[4], KEYS[5], first, ledger)
-first = first + 2 * ledger
-restored = restored + restore(KEYS[6], KEYS[7], first, outcomes)
-first = first + 2 * outcomes
-for i = first, first + 2 * selections - 2, 2 do redis.call('HSET', KEYS[8], ARGV[i], ARGV[i + 1]) end
+for i = 6, #KEYS, 2 do
+  if length(KEYS[i]) ~= tonumber(ARGV[i / 2 + 2]) then return -3 end
+end
+for i = 6, #KEYS, 2 do
+  if redis.call('EXISTS', KEYS[i]) == 1 then
+    redis.call('RENAME', KEYS[i], KEYS[i + 1])
+  else
+    redis.call('UNLINK', KEYS[i + 1])
+  end
+end
 redis.call('SET', KEYS[2], ARGV[2])
 if ARGV[3] ~= '' then redis.call('SET', KEYS[3], ARGV[3]) end
-if redis.call('EXISTS', KEYS[1]) == 0 then redis.call('HSET', KEYS[9], 'cursor', '0-0') end
+local older = refused == -2 and redis.call('EXISTS', KEYS[1]) == 1
+if ARGV[4] ~= '' and (older or redis.call('EXISTS', KEYS[4]) == 0) then
+  redis.call('SET', KEYS[4], ARGV[4])
+  redis.call('SET', KEYS[5], ARGV[4])
+end
 redis.call('SET', KEYS[1], ARGV[1])
-return {restored, redis.call('LLEN', KEYS[5]), redis.call('LLEN', KEYS[7])}
+return 0

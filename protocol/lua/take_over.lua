@@ -22,5 +22,9 @@ for i = 1, #entry[2], 2 do
   if entry[2][i] == 'id' then id = entry[2][i + 1] end
 end
 if not id then return {entry, 0, owner} end
-if owner ~= ARGV[5] then redis.call('HINCRBY', KEYS[2], id, 1) end
-return {entry, tonumber(redis.call('HGET', KEYS[2], id) or 0), owner}
+local deaths = tonumber(redis.call('HGET', KEYS[2], id) or 0) or 0
+if owner ~= ARGV[5] then
+  deaths = deaths + 1
+  redis.call('HSET', KEYS[2], id, deaths)
+end
+return {entry, deaths, owner}

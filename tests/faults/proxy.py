@@ -23,8 +23,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-HANDSHAKE = frozenset({"AUTH", "CLIENT", "HELLO", "SELECT"})
-"""Commands that open a connection. Servers answer them in most troubles, so they are refused only where named."""
+HANDSHAKE = frozenset({"AUTH", "CLIENT", "HELLO", "SELECT", "MULTI"})
+"""Commands that open a connection or a transaction. Servers answer them in most troubles, so they are refused only
+where named."""
+DISCARD = b"*1\r\n$7\r\nDISCARD\r\n"
 LARGEST_LINE = 1 << 16
 
 
@@ -107,6 +109,10 @@ class Proxy:
         if refusal is not None:
             self.refused[refusal.line.decode(errors="replace").strip()] += 1
             answer = refusal.line
+            if name_of(command) == "EXEC":  # a server that refuses a transaction also discards it
+                there_writer.write(DISCARD)
+                await read_value(there_reader)
+                answer = b"-EXECABORT Transaction discarded because of: " + refusal.line.lstrip(b"-")
         else:
             there_writer.write(command)
             await there_writer.drain()

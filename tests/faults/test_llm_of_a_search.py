@@ -12,13 +12,13 @@ import pytest
 from redis.asyncio import Redis
 from structlog.testing import capture_logs
 
+from daemon.history import History, load_history
 from daemon.launch import Launch
 from daemon.llm_settings import EndpointSettings
 from daemon.remote import RemoteSearch
 from daemon.setting_sources import load
 from daemon.settings import Settings
 from daemon.status import Condition
-from daemon.store import History, load_history
 from daemon.summary import Summary
 from protocol.candidate import Measured
 from protocol.card import ModelCard
