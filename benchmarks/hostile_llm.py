@@ -52,8 +52,8 @@ LONGEST_BLOCK = 0.5
 """Seconds that the event loop may be blocked."""
 TROUBLE_SECONDS = (0.5, 3.0)
 UNDECODABLE = b"\xff\xfe\x00"
-AN_ANSWER = "text: 20,000 profiles"
-"""The one kind that holds usable proposals: accepted ones would make another population, rightly."""
+ANSWERS = ("text: 20,000 profiles", "text: the same key 20,000 times")
+"""The kinds that hold a usable proposal: it is accepted, as it should be, and makes another population."""
 REDIS_ERRORS: tuple[tuple[str | bytes, tuple[str, ...]], ...] = (
     ("-BUSY Redis is busy running a script. You can only call SCRIPT KILL or SHUTDOWN NOSAVE.", ()),
     ("-LOADING Redis is loading the dataset in memory", ()),
@@ -93,7 +93,7 @@ class Replies:
         self.may_refuse = False
         """Whether endpoints may also refuse us for good, or ask to be left alone for an hour."""
         self._random = rng
-        self._any = [kind for kind in KINDS if kind.name != AN_ANSWER]
+        self._any = [kind for kind in KINDS if kind.name not in ANSWERS]
         self._passing = [kind for kind in self._any if not (kind.refuses or kind.name.startswith("retry"))]
 
     def __call__(self, _request: bytes) -> Hostile:
@@ -246,11 +246,20 @@ async def completed(search: Search, rounds: int) -> list[str]:
     search.write_config(rounds=max(1, rounds), endpoints=[NOWHERE])
     daemon = await search.start()
     status = await asyncio.wait_for(daemon.wait(), 600)
+    await forget_unreadable(search)
     try:
         await search.check_end()
     except AssertionError as error:
         return [f"{search.keys.search}: {error}"]
     return [f"{search.keys.search} ended with {status}: {search.logs[-1]}"] if status else []
+
+
+async def forget_unreadable(search: Search) -> None:
+    """Take off the streams what we wrote there ourselves and nothing has read since: the search was at its end."""
+    for stream in (search.keys.jobs, search.keys.results):
+        for id_, fields in await search.kit.redis.xrange(stream):
+            if UNDECODABLE.decode(errors="replace") in fields:
+                await search.kit.redis.xdel(stream, id_)
 
 
 def differences(hostile: dict[str, tuple[Any, ...]], calm: dict[str, tuple[Any, ...]]) -> list[str]:
@@ -289,8 +298,8 @@ def main() -> None:
         server = Server(binary, Path(data), password=PASSWORD)
         server.start()
         try:
-            where = arguments.keep or Path(folder)
-            where.mkdir(parents=True, exist_ok=True)
+            where = (arguments.keep or Path(folder)) / "searches"  # a name that is in no command line of ours
+            where.mkdir(parents=True)
             figures = asyncio.run(hostile(arguments.minutes, arguments.seed, server, where))
         finally:
             server.kill()

@@ -53,6 +53,7 @@ PASSING_WORDS = frozenset({"BUSY", "DENIED", "LOADING", "MISCONF", "NOREPLICAS",
 The server has not executed a command that it answers so. A failover unblocks readers (UNBLOCKED), another client's long
 script keeps the server BUSY.
 """
+_IN_A_PIPELINE = " of pipeline caused error: "
 HANDLED_WORDS = ("BUSYGROUP", "NOGROUP")
 """Error answers that the caller of a command expects and handles."""
 
@@ -300,8 +301,11 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _word(error: ResponseError) -> str:
-    """The word that begins an error answer; the client keeps it where it has no class for it."""
-    return str(error).partition(" ")[0]
+    """The word that begins an error answer; the client keeps it where it has no class for it.
+
+    Where a command of a transaction failed, the client puts a sentence and quotes before the server's answer.
+    """
+    return str(error).rpartition(_IN_A_PIPELINE)[2].lstrip("('\"").partition(" ")[0]
 
 
 def is_missing_group(error: ResponseError) -> bool:
