@@ -11,8 +11,8 @@ where it also covers the bodies of errors.
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any, Literal, Self, TypeVar, cast
@@ -87,45 +87,64 @@ class Client:
 
     async def complete(self, messages: Sequence[Message], body: dict[str, object], max_tokens: int) -> Completion:
         """Return one completion by one HTTP request, whose `body` sets the limit `max_tokens`; raises RequestFailed."""
-        create = self._sdk.chat.completions.with_streaming_response.create
-        request = create(model=self._model, messages=cast(Any, messages), extra_body=body)
-        async with self._edge(), request as response:
-            check_content_type(response.headers.get("content-type", ""))
-            reply = await response.read()
-        asked = sum(len(message["content"]) for message in messages)
-        try:
-            return await _read(partial(read_completion, asked=asked, max_tokens=max_tokens), reply)
-        except EndpointError as error:
-            raise self._failure(error) from None
+        came = await self._edge(self._post(messages, body))
+        if isinstance(came, bytes):
+            asked = sum(len(message["content"]) for message in messages)
+            came = await self._read(partial(read_completion, asked=asked, max_tokens=max_tokens), came)
+        if isinstance(came, RequestFailed):
+            raise came
+        return came
 
     async def models(self) -> dict[str, int | None]:
         """Return the models that the endpoint lists, with the tokens of their contexts where it says them.
 
         Raises RequestFailed, and not every server has a list.
         """
-        async with self._edge():
-            response = await self._sdk.models.with_raw_response.list()
-            reply = response.content
-        return await _read(read_models, reply)
+        came = await self._edge(self._get_models())
+        if isinstance(came, bytes):
+            came = await self._read(read_models, came)
+        if isinstance(came, RequestFailed):
+            raise came
+        return came
 
-    @asynccontextmanager
-    async def _edge(self) -> AsyncIterator[None]:
-        """Raise RequestFailed for whatever goes wrong between a request and the bytes of its reply."""
+    async def _post(self, messages: Sequence[Message], body: dict[str, object]) -> bytes:
+        create = self._sdk.chat.completions.with_streaming_response.create
+        async with create(model=self._model, messages=cast(Any, messages), extra_body=body) as response:
+            check_content_type(response.headers.get("content-type", ""))
+            return await response.read()
+
+    async def _get_models(self) -> bytes:
+        response = await self._sdk.models.with_raw_response.list()
+        return response.content
+
+    async def _edge(self, request: Awaitable[bytes]) -> bytes | RequestFailed:
+        """Return the bytes of a reply, or what went wrong, whatever it was.
+
+        Returned and not raised: an error that is raised while another is handled keeps that one, with its frames and
+        the megabytes in them, until the garbage collector comes.
+        """
         try:
-            yield
+            return await request
         except Exception as error:  # noqa: BLE001  (the edge: an endpoint must not choose what ends a search)
-            raise self._failure(error) from None
+            return self._failure(error)
+
+    async def _read(self, read: Callable[[bytes], T], body: bytes) -> T | RequestFailed:
+        """Return what `read` makes of `body`, a large one in a thread; RequestFailed where it raises EndpointError."""
+        try:
+            return read(body) if len(body) < _LARGE else await asyncio.to_thread(read, body)
+        except EndpointError as error:
+            return self._failure(error)
 
     def _failure(self, error: Exception) -> RequestFailed:
         if isinstance(error, openai.APIStatusError):
             return self._refusal(error)
         cause = error.__cause__
-        if isinstance(error, EndpointError):
-            reason = str(error)
+        if isinstance(error, EndpointError | httpx2.TransportError):
+            reason = str(error) or type(error).__name__
         elif isinstance(error, openai.APIConnectionError) and cause:
             reason = str(cause) if isinstance(cause, EndpointError) else f"{error} ({cause or type(cause).__name__})"
         else:
-            reason = f"the endpoint does not speak HTTP as it should ({type(error).__name__}: {error})"
+            reason = f"the endpoint's reply is not valid HTTP ({type(error).__name__}: {error})"
         return RequestFailed(self.masking.shown(reason), "unreachable", retryable=True)
 
     def _refusal(self, error: openai.APIStatusError) -> RequestFailed:
@@ -157,11 +176,6 @@ def _body_of(response: httpx2.Response) -> tuple[str, object]:
         text = response.text
         body = json.loads(text)
     return text, body
-
-
-async def _read(read: Callable[[bytes], T], body: bytes) -> T:
-    """Return what `read` makes of `body`; a large one is read in a thread."""
-    return read(body) if len(body) < _LARGE else await asyncio.to_thread(read, body)
 
 
 def _make_sdk(base_url: str, key: str, policy: ChatPolicy) -> openai.AsyncOpenAI:

@@ -5,10 +5,10 @@ apart here. Numbers inside a model's reasoning are never read as its answer. Eve
 reply, and no number is believed that cannot be.
 """
 
-import json
 import re
 from dataclasses import dataclass
 
+from agents.bodies import read_json
 from protocol.errors import EndpointError
 
 LONGEST_REPLY = 400_000
@@ -55,8 +55,8 @@ def read_completion(body: bytes, *, asked: int, max_tokens: int) -> Completion:
     error object, no choices.
     """
     try:
-        reply = json.loads(body)
-    except (ValueError, RecursionError):
+        reply = read_json(body)
+    except ValueError:
         raise EndpointError(f"the endpoint's reply of {len(body)} bytes is not whole JSON", retryable=True) from None
     if not isinstance(reply, dict):
         raise EndpointError("the endpoint's reply is not a JSON object", retryable=True)

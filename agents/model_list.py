@@ -1,7 +1,8 @@
 """The body of `GET /v1/models` -> the models of an endpoint, with the tokens of their contexts. Pure."""
 
-import json
 from typing import Any
+
+from agents.bodies import read_json
 
 LONGEST_NAME = 1_000
 """Characters; a longer name is passed over."""
@@ -16,8 +17,8 @@ _TRAINED_CONTEXT = "n_ctx_train"
 def read_models(body: bytes) -> dict[str, int | None]:
     """Return the names in the list, each with its context where one is given; nothing where this is no list."""
     try:
-        reply = json.loads(body)
-    except (ValueError, RecursionError):
+        reply = read_json(body)
+    except ValueError:
         return {}
     models = reply.get("data") if isinstance(reply, dict) else None
     entries = [entry for entry in models if isinstance(entry, dict)] if isinstance(models, list) else []

@@ -138,7 +138,8 @@ class Launch:
             units = len(card.shape.units(self._spec.granularity))
             check_lists(self._settings, chat.contexts, units)
             duties.append(group.create_task(repair_for_ever(self._store, queue, lambda: self._memory(history).history)))
-            search = self._make_search(card, chat, queue, history)
+            asks = await asyncio.to_thread(self._asks, chat, history)
+            search = self._make_search(card, chat, asks, queue, history)
             await self._wait_for_llm(search, chat, is_new=is_new)
             if is_new:
                 check_lists_somewhere(self._settings, chat.contexts, units)
@@ -174,13 +175,15 @@ class Launch:
             self._journal.begin_transcript()
         await self._store.repair(queue, history)
 
-    def _make_search(self, card: ModelCard, chat: "Chat", queue: CandidateQueue, history: History) -> Search:
+    def _make_search(
+        self, card: ModelCard, chat: "Chat", asks: Asks, queue: CandidateQueue, history: History
+    ) -> Search:
         search = Search(
             self._settings.search.name,
             self._spec,
             self._settings.search,
             card=card,
-            agents=make_agents(self._settings.search, self._settings.llm, self._asks(chat, history), list(chat.usage)),
+            agents=make_agents(self._settings.search, self._settings.llm, asks, list(chat.usage)),
             queue=queue,
             journal=self._journal,
             history=history,
@@ -251,7 +254,10 @@ class Launch:
         return make_chat(self._settings.llm, self._endpoints, gate=gate, record=self._record, spent=spent)
 
     def _asks(self, chat: "Chat", history: History) -> Asks:
-        """What the agents ask: a transcript to be replayed; else `chat`, about what no killed process asked already."""
+        """What the agents ask: a transcript to be replayed; else `chat`, about what no killed process asked already.
+
+        Reads the transcript, which may be long: in a thread.
+        """
         if self._replay:
             return self._replay
         return Remembering(chat, read_transcript(self._journal.transcript_path)) if history.ledger else chat

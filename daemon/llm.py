@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from errno import ENOENT
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,6 +25,9 @@ from protocol.secret_files import read_secret
 if TYPE_CHECKING:
     from agents.chat import Chat, Record
     from agents.connection import Gate
+
+LONGEST_LINE = 16_000_000
+"""Characters of a line of a transcript; a longer one is none of ours, and is read in pieces that are passed over."""
 
 log = structlog.get_logger()
 
@@ -112,8 +116,10 @@ def read_transcript(path: Path) -> Transcript:
     """The transcript in a file; lines that a kill has torn are passed over. Raises SettingsError without a file."""
     transcript, torn = Transcript(), 0
     try:
+        if not expanded(path).is_file():  # a device or a pipe may have no end
+            raise FileNotFoundError(ENOENT, "it is not a file")
         with expanded(path).open(encoding="utf-8", errors="replace") as file:
-            for line in file:
+            while line := file.readline(LONGEST_LINE):
                 try:
                     transcript.add(json.loads(line))
                 except (ValueError, RecursionError):

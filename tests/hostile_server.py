@@ -5,7 +5,6 @@ async with HostileServer(lambda request: rng.choice(KINDS)) as server:
 """
 
 import asyncio
-import contextlib
 import random
 import socket
 import struct
@@ -44,6 +43,7 @@ class HostileServer:
         for talk in self._talks:
             talk.cancel()
         await asyncio.gather(*self._talks, return_exceptions=True)
+        await asyncio.sleep(0)  # transports close in the next turn of the loop
 
     @property
     def base_url(self) -> str:
@@ -55,10 +55,13 @@ class HostileServer:
         assert task is not None
         self._talks.add(task)
         task.add_done_callback(self._talks.discard)
-        with contextlib.suppress(OSError, TimeoutError, asyncio.IncompleteReadError):
+        try:
             async with asyncio.timeout(LONGEST_TALK_SECONDS):
                 await self._answer(await _whole_request(reader), reader, writer)
-        writer.transport.abort()
+        except (OSError, TimeoutError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            pass  # the client has hung up, or the test is over; a cancelled task would be reported by asyncio.streams
+        finally:
+            writer.transport.abort()
 
     async def _answer(self, request: bytes, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         chosen = self._choose(request)
@@ -79,6 +82,7 @@ class HostileServer:
         while how == "repeat":
             writer.write(reply)
             await writer.drain()
+            await asyncio.sleep(0)  # drain() itself does not let others run
         if how == "reset":
             await asyncio.sleep(DRIP_SECONDS)  # the client first reads what was sent
             no_linger = struct.pack("ii", 1, 0)

@@ -1,0 +1,165 @@
+"""Whatever an endpoint sends, the outcome is an answer or EndpointError, soon, in little memory, without our key."""
+
+import asyncio
+import json
+import random
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
+from urllib.parse import quote
+
+import psutil
+import pytest
+from pydantic import SecretStr
+from structlog.testing import capture_logs
+
+from agents.chat import Chat
+from agents.endpoint import ChatPolicy, Endpoint
+from protocol.errors import EndpointError, SettingsError
+from tests.chatting import ask
+from tests.hostile_replies import BY_NAME, KINDS, Hostile, completion, http
+from tests.hostile_server import HostileServer
+
+KEY = "sk-very/secret+1234"
+POLICY = ChatPolicy(attempts=1, failures_to_open=10_000, deadline=0.5, connect_timeout=0.5)
+WELL = http(completion("fine"))
+MB = 1024 * 1024
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _loaded() -> None:
+    """The SDK takes a second to make its first client."""
+    Chat([Endpoint("first", "http://127.0.0.1:9/v1", "model")])
+
+
+@asynccontextmanager
+async def loop_stays_free(seconds: float) -> AsyncIterator[None]:
+    """Fail where the event loop works for longer than `seconds` at a time; what other processes take is not counted."""
+    longest = 0.0
+
+    async def watch() -> None:
+        nonlocal longest
+        while True:
+            before = time.thread_time()
+            await asyncio.sleep(0.01)
+            longest = max(longest, time.thread_time() - before)
+
+    watching = asyncio.create_task(watch())
+    yield
+    watching.cancel()
+    assert longest < seconds
+
+
+@asynccontextmanager
+async def asking(*kinds: Hostile, policy: ChatPolicy = POLICY, **endpoint: object) -> AsyncIterator[Chat]:
+    """A Chat whose endpoint answers one request with each of the kinds, and those that follow well."""
+    left = list(kinds)
+    async with HostileServer(lambda _: left.pop(0) if left else WELL) as server:
+        one = Endpoint("hostile", server.base_url, "model", **endpoint)  # type: ignore[arg-type]
+        async with Chat([one], policy) as chat:
+            yield chat
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+async def test_every_kind_of_reply_is_an_answer_or_a_failure(kind: Hostile) -> None:
+    """To a question, and to the list of models; and nothing that is kept or told holds our key."""
+    kept: list[object] = []
+    async with HostileServer(lambda _: kind) as server, loop_stays_free(1.0):
+        endpoint = Endpoint("hostile", server.base_url, "model", api_key=SecretStr(KEY))
+        with capture_logs() as logs:
+            async with Chat([endpoint], POLICY, record=kept.append) as chat:
+                for attempt in (ask(chat), chat.wait_ready(at_most=0)):
+                    try:
+                        kept.append(await attempt)
+                    except (EndpointError, SettingsError) as error:
+                        assert len(str(error)) < 1500 and str(error).isprintable()
+                        kept.append(str(error))
+                kept.append(chat.state)
+                usage = chat.usage["hostile"]
+        assert server.served[kind.name] >= 1
+    assert usage.prompt_tokens <= usage.requests * 2_100
+    assert usage.completion_tokens <= usage.requests * POLICY.byte_cap
+    told = json.dumps([kept, logs], default=str)
+    assert KEY not in told and quote(KEY, safe="") not in told
+
+
+@pytest.mark.faults
+async def test_after_every_kind_the_next_answer_is_clean() -> None:
+    """On the same connection pool; kinds that ask to be left alone, or say that they take no question, aside."""
+    policy = replace(POLICY, deadline=0.3)
+    for kind in KINDS:
+        if not kind.refuses and "retry" not in kind.name:
+            async with asking(kind, policy=policy) as chat:
+                came = ""
+                async with asyncio.timeout(60):  # a busy machine may miss the short deadline more than once
+                    while came != "fine":
+                        with suppress(EndpointError):
+                            came = (await ask(chat, schema=None)).text
+
+
+@pytest.mark.faults
+async def test_a_reply_may_break_off_at_every_byte() -> None:
+    for how in ("close", "reset"):
+        cut = [Hostile(f"{i} bytes", lambda _r, _q, i=i: WELL[:i], how) for i in range(len(WELL))]  # type: ignore[misc,arg-type]
+        async with asking(*cut) as chat:
+            for _ in cut:
+                with pytest.raises(EndpointError):
+                    await ask(chat)
+            assert (await ask(chat)).text == "fine"
+
+
+async def test_one_wrong_byte_anywhere_is_an_answer_or_a_failure() -> None:
+    rng = random.Random(0)
+    changed = [
+        Hostile(f"byte {i}", lambda _r, _q, i=i: WELL[:i] + bytes([rng.randrange(256)]) + WELL[i + 1 :])  # type: ignore[misc]
+        for i in range(len(WELL))
+    ]
+    async with asking(*changed, policy=replace(POLICY, deadline=0.2)) as chat:
+        for _ in changed:
+            try:
+                await ask(chat)
+            except EndpointError:
+                continue
+
+
+GROWING = """a header that goes on for ever; header lines without end; 100 Continue for ever; a body without end;
+ an error without end; chunks of a byte without end; random bytes without end; 100 cookies;
+ an error with charset zlib; 300,000 empty lists; 200,000 choices; list: 100,000 models"""
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("name", [name.strip() for name in GROWING.split(";")])
+async def test_no_kind_takes_much_memory(name: str) -> None:
+    """Many times in a row, so that what is kept of each would show."""
+    process = psutil.Process()
+    async with asking(*[BY_NAME[name]] * 10, policy=replace(POLICY, deadline=0.3)) as chat:
+        sizes = []
+        for _ in range(10):
+            with suppress(EndpointError):
+                await ask(chat)
+            sizes.append(process.memory_info().rss)
+    assert max(sizes) - sizes[2] < 50 * MB
+
+
+@pytest.mark.parametrize("key", ["0", "1", "none", "0.3"])
+async def test_a_placeholder_for_a_key_is_not_blanked_out_of_an_answer(key: str) -> None:
+    kind = Hostile("numbers", lambda _r, _q: http(completion("[0.31, 0.1]")))
+    async with asking(kind, api_key=SecretStr(key)) as chat:
+        assert (await ask(chat)).text == "[0.31, 0.1]"
+
+
+@pytest.mark.parametrize("count", ["4,299 digits", "10^30", "a million", "below zero", "true", "1e999", "text"])
+async def test_a_count_of_tokens_that_cannot_be_is_estimated(count: str) -> None:
+    async with asking(BY_NAME[f"usage of {count}"]) as chat:
+        answer = await ask(chat)
+        assert (answer.prompt_tokens, answer.completion_tokens) == (len("Which rates?") // 4, len("x") // 4)
+        assert chat.usage["hostile"].prompt_tokens == answer.prompt_tokens
+
+
+async def test_a_count_of_hidden_reasoning_is_believed_up_to_the_limit_that_was_sent() -> None:
+    usage = {"prompt_tokens": 40, "completion_tokens": 100}
+    kind = Hostile("reasons", lambda _r, _q: http(completion("x", usage)))
+    async with asking(kind) as chat:
+        answer = await ask(chat)
+        assert (answer.prompt_tokens, answer.completion_tokens) == (40, 100)
