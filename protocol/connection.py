@@ -300,8 +300,11 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _word(error: ResponseError) -> str:
-    """The word that begins an error answer; the client keeps it where it has no class for it."""
-    return str(error).partition(" ")[0]
+    """The word that begins an error answer; the client keeps it where it has no class for it.
+
+    In a pipeline the client puts before the answer which command caused it, and writes the answer as a tuple.
+    """
+    return str(error).rpartition("caused error: ")[2].lstrip("('\"").partition(" ")[0]
 
 
 def is_missing_group(error: ResponseError) -> bool:
