@@ -10,7 +10,7 @@ from urllib.parse import quote, unquote, urlsplit
 from weakref import WeakKeyDictionary
 
 import structlog
-from redis.asyncio import Redis
+from redis.asyncio import Redis, SSLConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import (
@@ -90,7 +90,11 @@ def check_url(url: str) -> str:
             raise ValueError
         (parts.hostname or "").encode("idna")  # as connecting does, which takes a failure for an outage
         pool: Any = Redis.from_url(url).connection_pool
-        pool.make_connection()  # which tells unknown options; nothing is connected
+        connection = pool.make_connection()  # which tells unknown options; nothing is connected
+        if isinstance(connection, SSLConnection):
+            connection.ssl_context.get()  # reads the files that the options name
+    except OSError as error:
+        raise SettingsError(f"redis.url: the files for TLS that it names cannot be used ({error})") from None
     except (AttributeError, RedisError, TypeError, ValueError):
         raise SettingsError(
             "redis.url is not a Redis URL: use redis://host:port/0, rediss://… or unix:///path"
