@@ -235,18 +235,23 @@ async def test_a_job_that_looks_abandoned_again_and_again_is_left_to_its_living_
     assert kit.evaluations[one.id] == 1
 
 
+def fake_clock_library() -> str:
+    found = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
+    if found is None:
+        pytest.skip("no libfaketime on this machine (Debian: faketime)")
+    return str(found)
+
+
 @pytest.mark.faults
 @pytest.mark.fault("50", "the server's clock steps by 120 s", "libfaketime, 4 times", "evaluated once")
 async def test_a_step_of_the_servers_clock_takes_no_job_from_a_living_worker(tmp_path: Path) -> None:
-    library = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
-    if library is None:
-        pytest.skip("no libfaketime on this machine (Debian: faketime)")
+    library = fake_clock_library()
     binary = server_binary("valkey")
     assert binary is not None
     folder, clock = Path(tempfile.mkdtemp(prefix="sp-fault-")), tmp_path / "clock"
     server = Server(binary, folder, password=PASSWORD)
     server.environment = {
-        "LD_PRELOAD": str(library),
+        "LD_PRELOAD": library,
         "FAKETIME_TIMESTAMP_FILE": str(clock),
         "FAKETIME_NO_CACHE": "1",
         "FAKETIME_DONT_FAKE_MONOTONIC": "1",
