@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from agents.budget import Spent
-from daemon.store import TICK_SECONDS, History, SearchStore
+from daemon.history import History
+from daemon.store import TICK_SECONDS, SearchStore
 
 if TYPE_CHECKING:
     from agents.chat import Chat

@@ -10,7 +10,7 @@ from urllib.parse import quote, unquote, urlsplit
 from weakref import WeakKeyDictionary
 
 import structlog
-from redis.asyncio import Redis
+from redis.asyncio import Redis, SSLConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import (
@@ -53,7 +53,6 @@ PASSING_WORDS = frozenset({"BUSY", "DENIED", "LOADING", "MISCONF", "NOREPLICAS",
 The server has not executed a command that it answers so. A failover unblocks readers (UNBLOCKED), another client's long
 script keeps the server BUSY.
 """
-_IN_A_PIPELINE = " of pipeline caused error: "
 HANDLED_WORDS = ("BUSYGROUP", "NOGROUP")
 """Error answers that the caller of a command expects and handles."""
 
@@ -91,7 +90,11 @@ def check_url(url: str) -> str:
             raise ValueError
         (parts.hostname or "").encode("idna")  # as connecting does, which takes a failure for an outage
         pool: Any = Redis.from_url(url).connection_pool
-        pool.make_connection()  # which tells unknown options; nothing is connected
+        connection = pool.make_connection()  # which tells unknown options; nothing is connected
+        if isinstance(connection, SSLConnection):
+            connection.ssl_context.get()  # reads the files that the options name
+    except OSError as error:
+        raise SettingsError(f"redis.url: the files for TLS that it names cannot be used ({error})") from None
     except (AttributeError, RedisError, TypeError, ValueError):
         raise SettingsError(
             "redis.url is not a Redis URL: use redis://host:port/0, rediss://… or unix:///path"
@@ -303,9 +306,9 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 def _word(error: ResponseError) -> str:
     """The word that begins an error answer; the client keeps it where it has no class for it.
 
-    Where a command of a transaction failed, the client puts a sentence and quotes before the server's answer.
+    In a pipeline the client puts before the answer which command caused it, and writes the answer as a tuple.
     """
-    return str(error).rpartition(_IN_A_PIPELINE)[2].lstrip("('\"").partition(" ")[0]
+    return str(error).rpartition("caused error: ")[2].lstrip("('\"").partition(" ")[0]
 
 
 def is_missing_group(error: ResponseError) -> bool:

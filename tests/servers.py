@@ -1,6 +1,7 @@
 """Real servers for tests: Valkey as the package brings it, and Redis where the machine has it."""
 
 import asyncio
+import os
 import shutil
 import signal
 import subprocess
@@ -28,6 +29,8 @@ class Server:
         self.folder = folder
         self.socket = folder / "s.sock"
         self.url = f"unix://:{password}@{self.socket}" if password else f"unix://{self.socket}"
+        self.environment: dict[str, str] = {}
+        """Variables that its processes get besides those of the tests."""
         self._password = password
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -48,7 +51,12 @@ class Server:
         options += ["--appendonly", "yes", "--save", "", "--logfile", str(self.folder / "server.log"), *more]
         if self._password:
             options += ["--requirepass", self._password]
-        self._process = subprocess.Popen([self._binary, *options], stdout=subprocess.DEVNULL, start_new_session=True)
+        self._process = subprocess.Popen(
+            [self._binary, *options],
+            env={**os.environ, **self.environment},
+            stdout=subprocess.DEVNULL,
+            start_new_session=True,
+        )
 
     @property
     def process(self) -> subprocess.Popen[bytes]:

@@ -27,6 +27,7 @@ from daemon.settings import Settings
 from daemon.store import TICK_SECONDS
 from daemon.summary import Summary
 from protocol import logs
+from protocol.control import Control
 from protocol.errors import SearchExistsError, UsageError
 from protocol.keys import Keys
 from tests.samples import card_for
@@ -357,6 +358,64 @@ async def test_a_finished_search_whose_server_was_emptied_while_no_daemon_ran_co
     assert (lost["log_level"], lost["restored"]) == ("error", 2 * len(before))
     counters = (await load_history(redis, keys)).counters
     assert counters["requests"] >= asked and counters["prompt_tokens"] > 0
+
+
+async def test_damaged_entries_of_a_history_come_back_from_the_folder(
+    redis: Redis, keys: Keys, server: Server, llm: ScriptedLlm, tmp_path: Path
+) -> None:
+    settings = settings_for(tmp_path, llm, "http.port=0")
+    async with worker_there(redis, keys):
+        assert await asyncio.wait_for(Launched(settings, server).launch.run(), 60)
+    before = await load_history(redis, keys)
+    client: Any = redis
+    one, two, three = list(before.ledger)[:3]
+    await client.hset(keys.candidates, one, b"\xff not UTF-8")
+    await client.hset(keys.outcomes, two, b"\xff not UTF-8")
+    await client.hdel(keys.candidates, three)
+    with capture_logs() as log:
+        async with worker_there(redis, keys) as evaluated:
+            summary = await asyncio.wait_for(Launched(settings, server).launch.run(), 60)
+    assert summary and summary.finished and not evaluated
+    after = await load_history(redis, keys)
+    assert (after.ledger, after.outcomes, after.damaged) == (before.ledger, before.outcomes, 0)
+    assert [line["entries"] for line in log if line["event"] == "history_damaged"] == [5]
+
+
+async def test_damaged_entries_that_no_copy_has_are_measured_again(
+    redis: Redis, keys: Keys, server: Server, llm: ScriptedLlm, tmp_path: Path
+) -> None:
+    settings = settings_for(tmp_path, llm, "http.port=0")
+    async with worker_there(redis, keys):
+        assert await asyncio.wait_for(Launched(settings, server).launch.run(), 60)
+    before = await load_history(redis, keys)
+    client: Any = redis
+    await client.hset(keys.candidates, list(before.ledger)[-1], b"\xff not UTF-8")
+    (settings.folder / "evaluations.jsonl").unlink()
+    async with worker_there(redis, keys):
+        summary = await asyncio.wait_for(Launched(settings, server).launch.run(), 60)
+    assert summary and summary.finished
+    after = await load_history(redis, keys)
+    assert (after.ledger.keys(), after.damaged) == (before.ledger.keys(), 0)
+
+
+async def test_a_pause_comes_back_from_the_folder_of_a_server_that_was_emptied_while_no_daemon_ran(
+    redis: Redis, keys: Keys, server: Server, llm: ScriptedLlm, tmp_path: Path
+) -> None:
+    settings = settings_for(tmp_path, llm, "http.port=0")
+    async with worker_there(redis, keys):
+        assert await asyncio.wait_for(Launched(settings, server).launch.run(), 60)
+    status = json.loads((settings.folder / "status.json").read_text())
+    (settings.folder / "status.json").write_text(json.dumps(status | {"control": "pause"}))
+    await redis.flushall()
+    async with worker_there(redis, keys):
+        running = asyncio.create_task(Launched(settings, server).launch.run())
+
+        async def paused() -> bool:
+            return await Control(redis, keys).read() == "pause"
+
+        await eventually(paused)
+        await Control(redis, keys).write("run")
+        assert await asyncio.wait_for(running, 60)
 
 
 async def test_a_folder_of_other_settings_is_refused_with_code_2_and_left_as_it_is(

@@ -1,0 +1,140 @@
+"""A search of 100,000 candidates: no request to the server and no step of the daemon may take long."""
+
+import asyncio
+import os
+import signal
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import pytest
+
+from daemon.history import History, Memory
+from daemon.store import SearchStore
+from protocol.candidate import Candidate, Outcome
+from protocol.connection import connect
+from protocol.keys import Keys
+from protocol.plan import Plan
+from tests.faults.kit import ROOT, Kit
+from tests.samples import CARD, SPEC, candidate, measured
+
+COUNT = 100_000
+LONGEST_REQUEST_MS, LONGEST_STEP_SECONDS = 1_000, 2.0
+"""Generous: both are some tens of milliseconds on an idle machine, and a daemon may be silent for six seconds."""
+
+
+def long_history(count: int) -> History:
+    """So many candidates of 32 layers; the last hundred of them have no outcome."""
+    small = candidate((0.3,) * 4)
+    model = small.model_copy(update={"rates": small.rates * 8, "plan": Plan(layers=small.plan.layers * 8)})
+    outcome: Outcome = measured(5.0, small)
+    ledger: dict[str, Candidate] = {}
+    for number in range(count):
+        id_ = f"{number:016x}"
+        ledger[id_] = model.model_copy(update={"id": id_})
+    return History(ledger, dict.fromkeys(list(ledger)[:-100], outcome), selections={1: ("a", "b")})
+
+
+@asynccontextmanager
+async def longest_step() -> AsyncIterator[list[float]]:
+    """Measures how long the event loop runs at most without letting others run; the list has it at the end."""
+    gaps = [0.0]
+
+    async def tick() -> None:
+        last = time.monotonic()
+        while True:
+            await asyncio.sleep(0.01)
+            gaps[0] = max(gaps[0], time.monotonic() - last - 0.01)
+            last = time.monotonic()
+
+    ticking = asyncio.create_task(tick())
+    yield gaps
+    ticking.cancel()
+
+
+@pytest.mark.faults
+@pytest.mark.timeout(600)
+@pytest.mark.fault(
+    "51", "100,000 candidates are lost, and read again", "FLUSHALL", "no request over 1 s, no silence of the daemon"
+)
+async def test_a_long_history_is_restored_and_read_in_short_requests(kit: Kit) -> None:
+    kit.unsettled = True
+    history = long_history(COUNT)
+    redis = kit.redis
+    store = SearchStore(redis, kit.keys, SPEC)
+    queue = await store.take_charge()
+    queue.issued = len(history.ledger)
+    await redis.config_set("slowlog-log-slower-than", LONGEST_REQUEST_MS * 1000)
+    async with longest_step() as gaps:
+        living = asyncio.create_task(store.stay_in_charge(queue, lambda: Memory(history, CARD)))
+        await redis.flushall()
+        seen: set[str | None] = set()
+        while queue.applied < len(history.outcomes) or await redis.xlen(kit.keys.jobs) < 100:
+            await asyncio.sleep(0.2)
+            assert not living.done()
+            seen.add(await redis.get(kit.keys.daemon))
+        found = await store.history()
+        living.cancel()
+        await asyncio.gather(living, return_exceptions=True)
+    slow = await redis.slowlog_get()
+    await redis.flushall()
+    assert found == history
+    assert not slow, [(entry["duration"], entry["command"][:60]) for entry in slow]
+    assert gaps[0] < LONGEST_STEP_SECONDS
+    assert len(seen - {None}) == 1
+
+
+RESTORE = """
+import asyncio, os, sys
+from daemon.history import Memory
+from daemon.store import SearchStore
+from protocol.connection import connect
+from protocol.keys import Keys
+from tests.faults.test_long_history import long_history
+from tests.samples import CARD, SPEC
+
+async def main():
+    store = SearchStore(connect(os.environ["SELFPRUNER_REDIS__URL"]), Keys("faults"), SPEC)
+    queue = await store.take_charge(previous_is_dead=True)
+    print("restores", flush=True)
+    await store.restore(queue, Memory(long_history(int(sys.argv[1])), CARD, "pause"), from_="the test")
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.faults
+@pytest.mark.fault("52", "killed while it restores", "SIGKILL at 6 moments", "the next one completes it")
+async def test_a_daemon_that_is_killed_while_it_restores_leaves_it_to_the_next_one(kit: Kit) -> None:
+    kit.unsettled = True
+    count = 20_000
+    history = long_history(count)
+    others: list[int] = []
+    for moment in range(6):
+        await kit.redis.flushall()
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-c", RESTORE, str(count)),
+            cwd=ROOT,
+            env={**os.environ, "SELFPRUNER_REDIS__URL": kit.server.url},
+            stdout=asyncio.subprocess.PIPE,
+        )
+        assert process.stdout is not None
+        await process.stdout.readline()
+        written = kit.keys.restoring(kit.keys.issued if moment < 4 else kit.keys.applied)
+        while await kit.redis.llen(written) < count * (moment % 4 + 1) // 5:
+            await asyncio.sleep(0.001)
+        process.send_signal(signal.SIGKILL)
+        await process.wait()
+        others.append(await kit.redis.llen(written))
+        assert await kit.redis.llen(kit.keys.issued) == 0, "the real keys are as they were"
+        redis = connect(kit.server.url)
+        store = SearchStore(redis, Keys("faults"), SPEC)
+        queue = await store.take_charge(previous_is_dead=True)
+        assert await store.history() == History()
+        await store.restore(queue, Memory(history, CARD, "pause"), from_="the test")
+        assert await store.history() == history
+        assert await kit.redis.get(kit.keys.control) == "pause"
+        await redis.aclose()
+    await kit.redis.flushall()
+    assert any(0 < length < count for length in others)

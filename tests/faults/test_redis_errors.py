@@ -1,0 +1,326 @@
+"""Errors that a Redis server gives: those that pass are waited for, the others are one sentence."""
+
+import asyncio
+import json
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from structlog.testing import capture_logs
+
+from protocol.candidate import Measured
+from protocol.connection import Patience, connect
+from protocol.control import Control
+from protocol.errors import SelfPrunerError, SettingsError, StoreError
+from protocol.keys import GROUP
+from tests.faults.kit import LEASE, PASSWORD, Daemon, Kit, candidates, eventually, fault_kit
+from tests.faults.proxy import Proxy
+from tests.faults.searching import Search, answer
+from tests.scripted_llm import ScriptedLlm
+from tests.servers import Server, server_binary
+
+PASSING = [
+    "-BUSY Redis is busy running a script. You can only call SCRIPT KILL or SHUTDOWN NOSAVE.",
+    "-UNBLOCKED force unblock from blocking operation, instance state changed (master -> replica?)",
+    "-LOADING Redis is loading the dataset in memory",
+    "-READONLY You can't write against a read only replica.",
+    "-TRYAGAIN Multiple keys request during rehashing of slot",
+    "-CLUSTERDOWN The cluster is down",
+    "-MASTERDOWN Link with MASTER is down and replica-serve-stale-data is set to 'no'.",
+    "-NOSCRIPT No matching script. Please use EVAL.",
+    "-NOREPLICAS Not enough good replicas to write.",
+    "-MISCONF Errors writing to the AOF file: No space left on device",
+    "-OOM command not allowed when used memory > 'maxmemory'.",
+    "-EXECABORT Transaction discarded because of previous errors.",
+    "-ERR max number of clients reached",
+    "-ERR Error running script: Script killed by user with SCRIPT KILL.",
+]
+LATER = ["-NOAUTH Authentication required.", "-DENIED Redis is running in protected mode", b"\x00garbage\r\n"]
+"""What is waited for where the server has answered before, and is a sentence where it has not."""
+LASTING = [
+    ("-NOPERM User x has no permissions to run the 'get' command", SettingsError, "refuses its user a command"),
+    ("-MOVED 3999 127.0.0.1:6381", SettingsError, "node of a cluster"),
+    ("-ASK 3999 127.0.0.1:6381", SettingsError, "node of a cluster"),
+    ("-CROSSSLOT Keys in request don't hash to the same slot", SettingsError, "node of a cluster"),
+    ("-WRONGTYPE Operation against a key holding the wrong kind of value", StoreError, "changed by another program"),
+    ("-ERR unknown command 'GET'", StoreError, "answers with an error: unknown command"),
+]
+
+
+@pytest.mark.parametrize("error", [*PASSING, *LATER], ids=lambda error: repr(error)[:20])
+async def test_an_error_that_passes_is_waited_for(own_server: Server, error: str | bytes) -> None:
+    async with Proxy(own_server.socket) as proxy:
+        redis: Any = connect(proxy.url(PASSWORD))
+        patiently = Patience(redis, "a", longest_wait=0.1)
+        await patiently(lambda: redis.set("a", "1"))
+        proxy.refuse(error)
+        with capture_logs() as logs:
+            asking = [
+                asyncio.create_task(patiently(lambda: redis.get("a"))),
+                asyncio.create_task(patiently(lambda: redis.pipeline(transaction=True).get("a").get("a").execute())),
+            ]
+
+            async def refused() -> bool:
+                return proxy.refused.total() >= 12
+
+            await eventually(refused)
+            proxy.refusals.clear()
+            assert await asyncio.gather(*asking) == ["1", ["1", "1"]]
+        assert [line["event"] for line in logs] == ["redis_unreachable", "redis_back"]
+        assert patiently.outages == 2
+        await redis.aclose()
+
+
+@pytest.mark.parametrize(("error", "kind", "sentence"), LASTING, ids=lambda value: repr(value)[:20])
+async def test_an_error_that_no_waiting_changes_is_a_sentence(
+    own_server: Server, error: str, kind: type[SelfPrunerError], sentence: str
+) -> None:
+    async with Proxy(own_server.socket) as proxy:
+        redis: Any = connect(proxy.url(PASSWORD))
+        patiently = Patience(redis, "a")
+        await patiently(redis.ping)
+        proxy.refuse(error)
+        with pytest.raises(kind, match=sentence):
+            await patiently(lambda: redis.get("a"))
+        await redis.aclose()
+
+
+@pytest.mark.parametrize("error", LATER, ids=lambda error: repr(error)[:20])
+async def test_what_does_not_fit_the_url_is_a_sentence_at_the_first_contact(
+    own_server: Server, error: str | bytes
+) -> None:
+    async with Proxy(own_server.socket) as proxy:
+        redis: Any = connect(proxy.url(PASSWORD))
+        proxy.refuse(error)
+        with pytest.raises(SettingsError, match=r"redis\.url: the server"):
+            await Patience(redis, "a")(lambda: redis.get("a"))
+        await redis.aclose()
+
+
+@pytest.mark.fault("47", "a storm of errors", "proxy: 15 kinds, 30 % of the commands", "waited for; one outcome each")
+async def test_daemon_and_workers_outlast_a_storm_of_errors(kit: Kit) -> None:
+    many = candidates(8)
+    kit.disturbed["*"] = 2  # a beat that is refused for a lease
+    async with Proxy(kit.server.socket, seed=47) as proxy:
+        redis = connect(proxy.url(PASSWORD))
+        daemon = Daemon(redis, kit.keys)
+        await daemon.begin()
+        kit.daemons.append(daemon)
+        workers = [await kit.worker(url=proxy.url(PASSWORD), lease_seconds=4 * LEASE) for _ in range(2)]
+        for error in [*PASSING, *LATER]:
+            proxy.refuse(error, share=0.02)
+        await daemon.issue(many)
+        await daemon.settled(120)
+        proxy.refusals.clear()
+        assert len(proxy.refused) > 3
+        assert all(worker.process.returncode is None for worker in workers)
+        assert all(isinstance(daemon.outcome(each), Measured) for each in many)
+        await kit.end()
+        await redis.aclose()
+
+
+@pytest.mark.faults
+@pytest.mark.fault("47", "failover and back under a worker", "REPLICAOF, later NO ONE", "waited for")
+async def test_a_failover_is_waited_for(kit: Kit) -> None:
+    """Readers that block are answered UNBLOCKED, and writers READONLY."""
+    daemon = await kit.daemon()
+    worker = await kit.worker()
+    first, second = candidates(2)
+    await daemon.issue([first])
+    await daemon.measured(1)
+    await kit.redis.replicaof("127.0.0.1", "9")
+    issuing = asyncio.create_task(daemon.issue([second]))
+    await asyncio.sleep(2)
+    assert worker.process.returncode is None and not issuing.done()
+    await kit.redis.replicaof("NO", "ONE")
+    await issuing
+    await daemon.settled()
+
+
+@pytest.mark.faults
+@pytest.mark.fault("47", "another client's long script", "EVAL of 3 s, busy-reply-threshold 100 ms", "waited for")
+async def test_another_clients_long_script_is_waited_for(kit: Kit) -> None:
+    await kit.redis.config_set("busy-reply-threshold", "100")
+    daemon = await kit.daemon()
+    worker = await kit.worker()
+    many = candidates(4)
+    await daemon.issue(many[:1])
+    await daemon.measured(1)
+    other = connect(kit.server.url)
+    code = "local e = redis.call('TIME')[1] + 3 while redis.call('TIME')[1] + 0 < e do end return 1"
+    script = asyncio.create_task(other.eval(code, 0))
+    await asyncio.sleep(0.3)
+    await daemon.issue(many[1:])
+    await daemon.settled()
+    assert await script == 1
+    assert len(worker.events("redis_unreachable")) == 1
+    await other.aclose()
+
+
+BYTES = b"\xff\xfe not UTF-8 \x80"
+
+
+@pytest.mark.fault("48", "bytes that are not UTF-8", "in jobs, results, control, worker, card", "discarded or dead")
+async def test_bytes_that_are_no_text_end_neither_daemon_nor_worker(kit: Kit) -> None:
+    first, second = candidates(2)
+    daemon = await kit.daemon()
+    worker = await kit.worker()
+    await daemon.issue([first])
+    await daemon.measured(1)
+    redis, keys = kit.redis, kit.keys
+    await redis.set(keys.control, BYTES)
+    await redis.set(keys.worker("other"), BYTES)
+    await redis.set(keys.card, BYTES)
+    await redis.xadd(keys.results, {"id": BYTES, "outcome": BYTES})
+    await redis.xadd(keys.results, {BYTES: BYTES})
+    await redis.xadd(keys.jobs, {"id": BYTES, "candidate": BYTES, "fingerprint": "x"})
+    await redis.xadd(keys.jobs, {BYTES: BYTES})
+    await daemon.issue([second])
+    await daemon.settled()
+    assert isinstance(daemon.outcome(second), Measured)
+    assert [dead["reason"] for dead in await kit.dead()] == ["unreadable", "unreadable"]
+    assert len(worker.events("control_not_understood")) == 1
+    assert await daemon.store.workers()
+    await redis.delete(keys.worker("other"))
+
+
+@pytest.mark.faults
+@pytest.mark.fault("49", "the data is gone while paused", "pause, FLUSHALL", "stays paused; then resumes")
+async def test_a_pause_outlives_a_flushed_server(kit: Kit, tmp_path: Path) -> None:
+    async with ScriptedLlm(answer) as llm:
+        search = Search(kit, llm, tmp_path)
+        kit.write_script({"*": ["sleep:0.1"]})
+        daemon = await search.start()
+        await kit.worker()
+
+        async def some() -> bool:
+            return await search.applied() >= 4
+
+        await eventually(some, 90)
+        await Control(kit.redis, search.keys).write("pause")
+        await asyncio.sleep(3)
+        asked = len(llm.asked)
+        for _ in range(3):
+            await kit.redis.flushall()
+            await asyncio.sleep(4)
+        assert (len(llm.asked), daemon.returncode) == (asked, None)
+        assert await kit.redis.get(search.keys.control) == await kit.redis.get(search.keys.understood) == "pause"
+        await Control(kit.redis, search.keys).write("run")
+        kit.disturbed["*"] = 3
+        assert await asyncio.wait_for(daemon.wait(), 120) == 0
+        await search.check_end()
+
+
+@pytest.mark.faults
+@pytest.mark.fault("50", "a job looks abandoned", "XCLAIM IDLE, signs of life deleted", "evaluated once")
+async def test_a_job_that_looks_abandoned_again_and_again_is_left_to_its_living_owner(kit: Kit) -> None:
+    """Idle time jumps, and keys with an expiry are gone."""
+    (one,) = candidates(1)
+    kit.write_script({one.id: [f"sleep:{4 * LEASE}"]})
+    daemon = await kit.daemon()
+    for _ in range(3):
+        await kit.worker()
+    await daemon.issue([one])
+    await kit.evaluating(one.id)
+    for _ in range(10):
+        await asyncio.sleep(LEASE / 4)
+        for row in await kit.pending():
+            owner, message = row["consumer"], row["message_id"]
+            await kit.redis.xclaim(kit.keys.jobs, GROUP, owner, 0, [message], idle=120_000, justid=True)
+            await kit.redis.delete(kit.keys.worker(owner))
+    await daemon.settled()
+    assert kit.evaluations[one.id] == 1
+
+
+def fake_clock_library() -> str:
+    found = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
+    if found is None:
+        pytest.skip("no libfaketime on this machine (Debian: faketime)")
+    return str(found)
+
+
+@pytest.mark.faults
+@pytest.mark.fault("50", "the server's clock steps by 120 s", "libfaketime, 4 times", "evaluated once")
+async def test_a_step_of_the_servers_clock_takes_no_job_from_a_living_worker(tmp_path: Path) -> None:
+    library = fake_clock_library()
+    binary = server_binary("valkey")
+    assert binary is not None
+    folder, clock = Path(tempfile.mkdtemp(prefix="sp-fault-")), tmp_path / "clock"
+    server = Server(binary, folder, password=PASSWORD)
+    server.environment = {
+        "LD_PRELOAD": library,
+        "FAKETIME_TIMESTAMP_FILE": str(clock),
+        "FAKETIME_NO_CACHE": "1",
+        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+    }
+    clock.write_text("+0")
+    server.start()
+    try:
+        async with fault_kit(server, tmp_path) as kit:
+            (one,) = candidates(1)
+            kit.write_script({one.id: [f"sleep:{8 * LEASE}"]})
+            daemon = await kit.daemon()
+            for _ in range(3):
+                await kit.worker()
+            await daemon.issue([one])
+            await kit.evaluating(one.id)
+            for step in range(1, 5):
+                await asyncio.sleep(1.5 * LEASE)
+                clock.write_text(f"+{120 * step}")
+            seconds, _ = await kit.redis.time()
+            assert seconds - time.time() > 400, "the clock has stepped"
+            await daemon.settled()
+            assert kit.evaluations[one.id] == 1
+    finally:
+        server.kill()
+        shutil.rmtree(folder)
+
+
+@pytest.mark.fault(
+    "53", "entries of the history damaged", "HSET, HDEL, bytes that are not UTF-8", "from the copy, or anew"
+)
+async def test_damaged_entries_of_the_history_are_left_out_and_may_be_issued_again(kit: Kit) -> None:
+    many = candidates(6)
+    daemon = await kit.daemon()
+    await kit.worker()
+    await daemon.issue(many)
+    await daemon.settled()
+    await daemon.end()
+    redis, keys = kit.redis, kit.keys
+    await redis.hset(keys.candidates, many[0].id, BYTES)
+    await redis.hset(keys.outcomes, many[1].id, BYTES)
+    await redis.hset(keys.outcomes, many[2].id, json.dumps(["a list"]))
+    await redis.hdel(keys.candidates, many[3].id)
+    await redis.hset(keys.selections, "1", BYTES)
+    history = await daemon.store.history()
+    assert list(history.ledger) == [many[i].id for i in (1, 2, 4, 5)]
+    assert list(history.outcomes) == [many[i].id for i in (4, 5)]
+    assert history.damaged == 7 and not history.selections
+    kit.unsettled = True
+
+
+@pytest.mark.fault(
+    "54", "the password is changed under a search", "CONFIG SET requirepass, CLIENT KILL", "waits for it"
+)
+async def test_a_password_that_is_changed_in_mid_search_ends_neither_daemon_nor_worker(kit: Kit) -> None:
+    daemon = await kit.daemon()
+    worker = await kit.worker()
+    first, second = candidates(2)
+    await daemon.issue([first])
+    await daemon.measured(1)
+    operator = connect(kit.server.url)
+    await operator.config_set("requirepass", "another")
+    await operator.client_kill_filter(_type="normal", skipme=True)
+    issuing = asyncio.create_task(daemon.issue([second]))
+
+    async def refused() -> bool:
+        return bool(worker.events("redis_unreachable"))
+
+    await eventually(refused)
+    await operator.config_set("requirepass", PASSWORD)
+    await issuing
+    await daemon.settled()
+    await operator.aclose()
