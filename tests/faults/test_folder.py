@@ -1,6 +1,7 @@
-"""The folder of a search, removed or torn while a real daemon or a real run works in it."""
+"""A real daemon or a real run while others remove or tear its folder, or send it what is no HTTP."""
 
 import asyncio
+import contextlib
 import json
 import os
 import shutil
@@ -10,8 +11,13 @@ from typing import Any
 
 import pytest
 
+from daemon.embedded import embedded_url
+from protocol.connection import connect
+from protocol.control import Control
+from protocol.keys import Keys
 from tests.faults.kit import Kit
 from tests.faults.searching import Search, answer
+from tests.malformed_http import CORPUS, mutated
 from tests.scripted_llm import ScriptedLlm
 from tests.servers import eventually
 from tests.test_run import CANDIDATES, Run
@@ -86,6 +92,45 @@ async def test_a_torn_line_swallows_no_record(kit: Kit, llm: ScriptedLlm, tmp_pa
     assert (whole, torn) == (len(llm.asked) - 1, 1)
 
 
+@pytest.mark.faults
+@pytest.mark.fault(
+    "61", "requests that are not valid HTTP", "a corpus and 1000 mutations", "few short lines, search ends well"
+)
+async def test_malformed_requests_do_not_reach_the_search(kit: Kit, llm: ScriptedLlm, tmp_path: Path) -> None:
+    search = Search(kit, llm, tmp_path)
+    folder = tmp_path / "runs" / "faults"
+    kit.write_script({"*": ["sleep:0.2"]})
+    daemon = await search.start()
+    await kit.worker()
+
+    async def listening() -> bool:
+        return "http_api_listening" in events(folder)
+
+    await eventually(listening, 60)
+    (url,) = (record["url"] for record in records(folder / "log.jsonl") if record["event"] == "http_api_listening")
+    port = int(url.rpartition(":")[2])
+    for request in [*CORPUS.values(), *mutated(61, 1000)]:
+        await sent(port, request)
+        if daemon.returncode is not None:
+            break
+    assert await asyncio.wait_for(daemon.wait(), 120) == 0
+    await search.check_end()
+    text = (folder / "log.jsonl").read_text()
+    told = [line for line in text.splitlines() if "http_" in line]
+    assert "Traceback" not in text and "http_request_failed" not in text
+    assert 2 <= len(told) <= 30 and max(map(len, told)) < 300
+
+
+async def sent(port: int, request: bytes) -> None:
+    """Send the bytes, and take what comes at once."""
+    with contextlib.suppress(ConnectionError):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(request)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(reader.read(100), 0.02)
+        writer.close()
+
+
 @pytest.fixture
 def run(tmp_path: Path, a_target: Path, a_scripted_llm: ScriptedLlm) -> Run:  # noqa: F811
     return Run(tmp_path, a_target, a_scripted_llm)
@@ -99,7 +144,8 @@ async def test_a_run_whose_folder_is_removed_with_its_servers_files_goes_on(run:
     folder = run.folder / "runs" / "s"
     process = await run.start()
     await eventually(lambda: run.measured(4), 120)
-    await run.answer("pause", "--search", "s")
+    async with connect(embedded_url(folder)) as redis:
+        await Control(redis, Keys("s")).write("pause")
     measured = len(run.evaluations())
     shutil.rmtree(folder, ignore_errors=True)  # the daemon writes meanwhile
 
@@ -107,8 +153,8 @@ async def test_a_run_whose_folder_is_removed_with_its_servers_files_goes_on(run:
         return "redis_lost_data" in events(folder) and len(run.evaluations()) >= measured
 
     await eventually(restored, 60)
-    code, out, err = await run.answer("resume", "--search", "s")  # by the socket, which is there again
-    assert (code, out) == (0, "") or code == 0, err
+    code, _, err = await run.answer("resume", "--search", "s")  # by the socket, which is there again
+    assert code == 0, err
     out_bytes, err_bytes = await asyncio.wait_for(process.communicate(), 120)
     assert process.returncode == 0, err_bytes.decode()[-2000:]
     assert json.loads(out_bytes)["finished"]
