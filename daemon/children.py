@@ -70,15 +70,23 @@ class Child:
                 await self._watch
         if self._process is None:
             return
-        if self.running:
-            self._process.terminate()
+        await self._end_process(self._process, grace_seconds)
+
+    async def restart(self, grace_seconds: float = 5.0) -> None:
+        """End the process that runs now; another one is started, as after any death."""
+        if self._process is not None and self.running:
+            await self._end_process(self._process, grace_seconds)
+
+    async def _end_process(self, process: asyncio.subprocess.Process, grace_seconds: float) -> None:
+        if process.returncode is None:
+            process.terminate()
             try:
-                await asyncio.wait_for(self._process.wait(), grace_seconds)
+                await asyncio.wait_for(process.wait(), grace_seconds)
             except TimeoutError:
                 log.warning("child_killed", child=self.name)
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)  # whatever it may have left in its session
-        await self._process.wait()
+            os.killpg(process.pid, signal.SIGKILL)  # whatever it may have left in its session
+        await process.wait()
 
     async def _spawn(self) -> None:
         output = self._quiet.open("ab") if self._quiet else None

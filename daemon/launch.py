@@ -47,7 +47,7 @@ class Launch:
     """One process's work on a search. `embedded`: it also started the workers, and the server where none is set.
 
     `workers_are_unusable` says whether all workers that it started have ended because they cannot work.
-    With `access` it serves the HTTP API, whose URL `announce` is told.
+    With `access` it serves the HTTP API, whose URL `announce` is told. `more_duties` are done beside the search.
     """
 
     def __init__(
@@ -61,6 +61,7 @@ class Launch:
         access: Access | None = None,
         announce: Callable[[str], None] = lambda _: None,
         display: Display | None = None,
+        more_duties: Sequence[Callable[[], Coroutine[Any, Any, None]]] = (),
     ) -> None:
         self._settings = settings
         self._spec = settings.spec()
@@ -80,6 +81,7 @@ class Launch:
         self._observer = Observer(self._redis, keys, self._spec, settings.folder, self._journal.trouble)
         self._api = HttpApi(settings.http, access, self._observer, free_port=embedded) if access else None
         self._announce = announce
+        self._more_duties = more_duties
         self._search: Search | None = None
 
     async def run(self) -> Summary | None:
@@ -165,6 +167,7 @@ class Launch:
             self._journal.keep_for_ever(),
             survived("observer_died", self._observer.run()),
             self._observer.heartbeat.run(),
+            *(duty() for duty in self._more_duties),
         ]
 
     async def _go_on_from(self, history: History, queue: CandidateQueue) -> None:

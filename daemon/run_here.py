@@ -9,6 +9,7 @@ from rich.console import Console
 
 from daemon import embedded
 from daemon.display import Display
+from daemon.held_folder import HeldFolder, only_one
 from daemon.http_token import Access, open_access
 from daemon.launch import Launch
 from daemon.llm import secrets_of
@@ -27,10 +28,10 @@ def run_here(settings: Settings) -> tuple[Summary | None, signal.Signals | None]
     Raises UsageError for settings that cannot be, before anything is started.
     """
     check_here(settings)
-    with embedded.only_one(settings.folder):
+    with only_one(settings.folder) as held:
         access = configure_logs(settings, "stderr")
         display = Display(Console(stderr=True)) if sys.stderr.isatty() else None
-        return run_until_signal(_run_embedded(settings, access, display))
+        return run_until_signal(_run_embedded(settings, access, display, held))
 
 
 def check_here(settings: Settings) -> None:
@@ -67,7 +68,9 @@ def announce(access: Access | None, url: str) -> None:
         sys.stderr.write(f"HTTP API: {url}{token}\n")
 
 
-async def _run_embedded(settings: Settings, access: Access | None, display: Display | None) -> Summary | None:
+async def _run_embedded(
+    settings: Settings, access: Access | None, display: Display | None, held: HeldFolder
+) -> Summary | None:
     """The whole of `selfpruner run`: what is started first ends last."""
     async with AsyncExitStack() as stack:
         url = settings.redis.full_url
@@ -86,6 +89,7 @@ async def _run_embedded(settings: Settings, access: Access | None, display: Disp
             access=access,
             announce=partial(announce, access),
             display=display,
+            more_duties=(held.keep_for_ever,),
         )
         return await launch.run()
 

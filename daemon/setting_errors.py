@@ -3,7 +3,13 @@
 import difflib
 from collections.abc import Iterable, Mapping
 
+import yaml
 from pydantic import ValidationError
+
+
+class Refused(yaml.YAMLError):
+    """YAML that settings do not use; its sentence shows nothing of the text."""
+
 
 _MAY_HOLD_SECRETS = ("llm", "redis", "http")
 """Sections of which no value is shown: a key or a password may be anywhere in what was given for them."""
@@ -49,6 +55,8 @@ def file_sentence(file: object, error: Exception) -> str:
         return f"the settings file {str(file)!r} cannot be read: {error.strerror}"
     if isinstance(error, UnicodeDecodeError):
         return f"{file} is no YAML mapping of settings: it is not UTF-8 text"
+    if isinstance(error, Refused):
+        return f"the settings file {str(file)!r} is refused: {error}"
     mark = getattr(error, "problem_mark", None)
     where = f": it stops being YAML at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
     return f"{file} is no YAML mapping of settings{where}"

@@ -12,9 +12,10 @@ from typing import Any, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, YamlConfigSettingsSource
+from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSettingsSource
 
-from daemon.setting_errors import file_sentence, unknown, validation_sentence
+from daemon import setting_file
+from daemon.setting_errors import unknown, validation_sentence
 from daemon.settings import ENV_PREFIX, HttpSettings, Settings, setting_names
 from protocol.errors import SettingsError
 
@@ -24,8 +25,7 @@ def load(config: Path | None, overrides: Sequence[str] = ()) -> Settings:
 
     Raises SettingsError, with one sentence, for whatever is wrong.
     """
-    if config is not None and not config.is_file():
-        raise SettingsError(f"there is no settings file {str(config)!r}")
+    from_file = {} if config is None else setting_file.read(config)
     _check_environment(os.environ)
 
     class Sources(Settings):
@@ -38,16 +38,30 @@ def load(config: Path | None, overrides: Sequence[str] = ()) -> Settings:
             dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
             file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
         ) -> tuple[PydanticBaseSettingsSource, ...]:
-            return init_settings, env_settings, YamlConfigSettingsSource(settings_cls, yaml_file=config)
+            return init_settings, env_settings, InitSettingsSource(settings_cls, init_kwargs=from_file)
 
     try:
         settings = Sources(**_overrides_tree(overrides))
     except ValidationError as error:
         raise SettingsError(validation_sentence(error, setting_names())) from None  # it holds what was given
-    except (OSError, yaml.YAMLError, AttributeError, TypeError, ValueError, RecursionError) as error:
-        raise SettingsError(file_sentence(config, error)) from None
+    _check_text(settings.model_dump(), "")
     _check_together(settings)
     return settings
+
+
+def _check_text(value: Any, name: str) -> None:
+    """Raise SettingsError for text that can be neither sent nor stored, such as half of a surrogate pair."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _check_text(item, f"{name}.{key}" if name else str(key))
+    elif isinstance(value, list | tuple):
+        for number, item in enumerate(value):
+            _check_text(item, f"{name}.{number}")
+    elif isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise SettingsError(f"{name} is not text in UTF-8") from None
 
 
 def _check_together(settings: Settings) -> None:
@@ -84,7 +98,7 @@ def _overrides_tree(overrides: Iterable[str]) -> dict[str, Any]:
         if not equals or not re.fullmatch(r"\s*[\w.-]+\s*", name):
             raise SettingsError("--set takes key=value, such as --set search.name=first")
         try:
-            value = yaml.safe_load(text) if text else None
+            value = setting_file.parsed(text) if text else None
         except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date or a number that cannot be
             raise SettingsError(f"the value of {name} is no YAML") from None
         *path, last = name.strip().split(".")
@@ -102,10 +116,11 @@ def _check_environment(environ: Mapping[str, str]) -> None:
     for variable, value in environ.items():
         if not variable.upper().startswith(ENV_PREFIX):
             continue
+        shown = variable if variable.isprintable() else ascii(variable)
         dotted = variable.upper().removeprefix(ENV_PREFIX).lower().replace("__", ".")
         if dotted.split(".")[0] not in Settings.model_fields:
             raise SettingsError(
-                f"the environment variable {variable} names no setting: {unknown(dotted, setting_names())}"
+                f"the environment variable {shown} names no setting: {unknown(dotted, setting_names())}"
             )
         try:
             if _is_json(dotted):

@@ -11,7 +11,7 @@ from rich.live import Live
 
 from agents.population import Evaluation
 from daemon.changes import Event
-from daemon.embedded import is_running
+from daemon.held_folder import is_running
 from daemon.remote import RemoteSearch, saved_status
 from daemon.screen import SHOWN_MEMBERS, Screen
 from daemon.status import Status

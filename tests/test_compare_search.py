@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks import compare_search
 from benchmarks.comparing import RESULT, BestSoFar, SearchResult, keep_result, result_before
-from daemon.embedded import only_one
+from daemon.held_folder import only_one
 from protocol.errors import SearchExistsError
 
 pytest.importorskip("matplotlib")

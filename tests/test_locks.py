@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
-from daemon.embedded import is_running, only_one
+from daemon.held_folder import is_running, only_one
 from gpu_worker.export.folder import ExportError, write_folder
 from protocol.errors import UsageError
 from protocol.formats import FACTS

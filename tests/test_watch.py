@@ -13,7 +13,7 @@ from rich.live import Live
 from agents.population import Evaluation
 from daemon import watch as watch_module
 from daemon.changes import Event
-from daemon.embedded import is_running, only_one
+from daemon.held_folder import is_running, only_one
 from daemon.remote import RemoteSearch, open_remote
 from daemon.screen import RATE_SECONDS, Screen
 from daemon.status import QueueDepth, Status

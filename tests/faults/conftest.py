@@ -20,6 +20,7 @@ NOT_TESTED: dict[str, tuple[str, str]] = {
     "32": ("an export that is killed or has no disk", "tests/test_export_folder.py: whole or not at all"),
     "39": ("the HTTP API's faults", "with the HTTP API's own tests"),
     "40": ("secrets in logs", "the server's password is looked for in every log here; tests/test_logs.py for the rest"),
+    "62": ("settings and secrets that are none", "tests/test_setting_files.py: one sentence at once, no secret shown"),
     "": ("loss of power", "not simulated: it loses the server's last second at most"),
 }
 """Row -> (fault, where it is held instead, or why it is not)."""

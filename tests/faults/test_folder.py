@@ -1,0 +1,183 @@
+"""A real daemon or a real run while others remove or tear its folder, or send it what is no HTTP."""
+
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from daemon.embedded import embedded_url
+from protocol.connection import connect
+from protocol.control import Control
+from protocol.keys import Keys
+from tests.faults.kit import Kit
+from tests.faults.searching import Search, answer
+from tests.malformed_http import CORPUS, mutated
+from tests.scripted_llm import ScriptedLlm
+from tests.servers import eventually
+from tests.test_run import CANDIDATES, Run
+from tests.test_run import llm as a_scripted_llm  # noqa: F401  (a fixture)
+from tests.test_run import target as a_target  # noqa: F401  (a fixture)
+
+TOTAL = 1 + 6 + 3 * (4 + 3)
+FILES = ("spec.json", "card.json", "best.json", "evaluations.jsonl", "transcript.jsonl", "status.json", "http-token")
+
+
+@pytest.fixture
+async def llm() -> AsyncIterator[ScriptedLlm]:
+    async with ScriptedLlm(answer) as llm:
+        yield llm
+
+
+def records(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def events(folder: Path) -> list[str]:
+    return [record["event"] for record in records(folder / "log.jsonl")]
+
+
+@pytest.mark.faults
+@pytest.mark.fault("57", "the folder of a search is removed", "rm -rf in mid-run, three times", "written anew, whole")
+async def test_a_daemon_whose_folder_is_removed_writes_it_anew(kit: Kit, llm: ScriptedLlm, tmp_path: Path) -> None:
+    search = Search(kit, llm, tmp_path)
+    folder = tmp_path / "runs" / "faults"
+    kit.write_script({"*": ["sleep:0.2"]})
+    daemon = await search.start()
+    await kit.worker()
+    for number in range(3):
+
+        async def far_enough(number: int = number) -> bool:
+            return await search.applied() >= 3 + 5 * number and all((folder / name).exists() for name in FILES)
+
+        await eventually(far_enough, 60)
+        shutil.rmtree(folder, ignore_errors=True)  # the daemon writes meanwhile
+    assert await asyncio.wait_for(daemon.wait(), 120) == 0
+    await search.check_end()
+    assert await search.applied() == TOTAL
+    assert all((folder / name).exists() for name in (*FILES, "summary.json"))
+    assert len(records(folder / "transcript.jsonl")) == len(llm.asked)
+    assert events(folder).count("folder_changed") >= 3 and "folder_incomplete" not in events(folder)
+
+
+@pytest.mark.faults
+@pytest.mark.fault("59", "the last line of a file is torn", "7 bytes cut off, in mid-run", "the next record is whole")
+async def test_a_torn_line_swallows_no_record(kit: Kit, llm: ScriptedLlm, tmp_path: Path) -> None:
+    search = Search(kit, llm, tmp_path)
+    folder = tmp_path / "runs" / "faults"
+    kit.write_script({"*": ["sleep:0.1"]})
+    daemon = await search.start()
+    await kit.worker()
+
+    async def some() -> bool:
+        return await search.applied() >= 8
+
+    await eventually(some, 60)
+    for name in ("evaluations.jsonl", "transcript.jsonl"):
+        os.truncate(folder / name, (folder / name).stat().st_size - 7)
+    assert await asyncio.wait_for(daemon.wait(), 120) == 0
+    await search.check_end()
+    whole, torn = 0, 0
+    for line in (folder / "transcript.jsonl").read_text().splitlines():
+        try:
+            json.loads(line)
+            whole += 1
+        except ValueError:
+            torn += 1
+    assert (whole, torn) == (len(llm.asked) - 1, 1)
+
+
+@pytest.mark.faults
+@pytest.mark.fault(
+    "61", "requests that are not valid HTTP", "a corpus and 1000 mutations", "few short lines, search ends well"
+)
+async def test_malformed_requests_do_not_reach_the_search(kit: Kit, llm: ScriptedLlm, tmp_path: Path) -> None:
+    search = Search(kit, llm, tmp_path)
+    folder = tmp_path / "runs" / "faults"
+    kit.write_script({"*": ["sleep:0.2"]})
+    daemon = await search.start()
+    await kit.worker()
+
+    async def listening() -> bool:
+        return "http_api_listening" in events(folder)
+
+    await eventually(listening, 60)
+    (url,) = (record["url"] for record in records(folder / "log.jsonl") if record["event"] == "http_api_listening")
+    port = int(url.rpartition(":")[2])
+    for request in [*CORPUS.values(), *mutated(61, 1000)]:
+        await sent(port, request)
+        if daemon.returncode is not None:
+            break
+    assert await asyncio.wait_for(daemon.wait(), 120) == 0
+    await search.check_end()
+    text = (folder / "log.jsonl").read_text()
+    told = [line for line in text.splitlines() if "http_" in line]
+    assert "Traceback" not in text and "http_request_failed" not in text
+    assert 2 <= len(told) <= 30 and max(map(len, told)) < 300
+
+
+async def sent(port: int, request: bytes) -> None:
+    """Send the bytes, and take what comes at once."""
+    with contextlib.suppress(ConnectionError):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(request)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(reader.read(100), 0.02)
+        writer.close()
+
+
+@pytest.fixture
+def run(tmp_path: Path, a_target: Path, a_scripted_llm: ScriptedLlm) -> Run:  # noqa: F811
+    return Run(tmp_path, a_target, a_scripted_llm)
+
+
+@pytest.mark.faults
+@pytest.mark.fault(
+    "58", "the folder goes with the embedded server's files", "rm -rf runs/NAME in mid-run", "server anew, all restored"
+)
+async def test_a_run_whose_folder_is_removed_with_its_servers_files_goes_on(run: Run) -> None:
+    folder = run.folder / "runs" / "s"
+    process = await run.start()
+    await eventually(lambda: run.measured(4), 120)
+    async with connect(embedded_url(folder)) as redis:
+        await Control(redis, Keys("s")).write("pause")
+    measured = len(run.evaluations())
+    shutil.rmtree(folder, ignore_errors=True)  # the daemon writes meanwhile
+
+    async def restored() -> bool:
+        return "redis_lost_data" in events(folder) and len(run.evaluations()) >= measured
+
+    await eventually(restored, 60)
+    code, _, err = await run.answer("resume", "--search", "s")  # by the socket, which is there again
+    assert code == 0, err
+    out_bytes, err_bytes = await asyncio.wait_for(process.communicate(), 120)
+    assert process.returncode == 0, err_bytes.decode()[-2000:]
+    assert json.loads(out_bytes)["finished"]
+    assert len({record["id"] for record in run.evaluations()}) == len(run.evaluations()) >= CANDIDATES
+    assert "server_files_removed" in events(folder)
+    assert (folder / "valkey" / "appendonlydir").exists()
+
+
+@pytest.mark.faults
+@pytest.mark.fault(
+    "60", "a removed folder is taken by a second run", "rm -rf, then run at once", "one goes on, the other says why"
+)
+async def test_of_two_runs_in_one_folder_that_was_removed_one_ends_with_a_sentence(run: Run) -> None:
+    folder = run.folder / "runs" / "s"
+    first = await run.start()
+    await eventually(lambda: run.measured(2), 120)
+    shutil.rmtree(folder, ignore_errors=True)  # the daemon writes meanwhile
+    second = await run.start()
+    (_, err_1), (_, err_2) = await asyncio.wait_for(asyncio.gather(first.communicate(), second.communicate()), 240)
+    codes = {first.returncode: err_1.decode(), second.returncode: err_2.decode()}
+    assert set(codes) == {0, 2}, [text[-1500:] for text in codes.values()]
+    last = codes[2].splitlines()[-1]
+    assert last.startswith("selfpruner: ") and (
+        "another run of the search uses it" in last or "already running" in last
+    )
+    assert len({record["id"] for record in run.evaluations()}) == len(run.evaluations()) >= CANDIDATES
