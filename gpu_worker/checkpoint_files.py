@@ -22,7 +22,7 @@ INDEX = ".index.json"
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 ADAPTER = "adapter_config.json"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
-LARGEST_BYTES = {"config.json": 2**22, "tokenizer.json": 2**27}
+LARGEST_BYTES = {"config.json": 2**20, "tokenizer.json": 2**27}
 """Of files whose largest known kin is far smaller: Gemma's tokenizer.json has 33 MB."""
 LARGEST_TEXT_BYTES = 2**25
 """Of any other file that is no weights."""
