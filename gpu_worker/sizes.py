@@ -19,8 +19,8 @@ LARGEST_SIZES = {
     "num_labels": 2**16,
 }
 """Each size with its limit, about eight times that of the largest models. A size may be null where transformers has a
-rule of its own; `num_labels` is of no use here, but transformers makes a table of so many labels. Building a model of 1,000 layers without weights takes half a second."""
-
+rule of its own. Building a model of 1,000 layers without weights takes half a second. `num_labels` means nothing here,
+but transformers makes a table of so many labels."""
 LARGEST_NUMBER = 2**31
 """Of any number in a config."""
 
