@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import os
 import re
+import secrets
 import socket
 import sys
 import tempfile
@@ -18,9 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import structlog
+from pydantic import SecretStr
 
 from daemon.children import Child
 from daemon.llm_settings import EndpointSettings
+from daemon.local_llm import KEY_VARIABLE
 from daemon.settings import Settings
 from protocol.connection import AWAY, connect
 from protocol.errors import SelfPrunerError, SettingsError, UsageError
@@ -131,7 +134,7 @@ class _ServerFiles:
 
 @asynccontextmanager
 async def local_llm(settings: Settings) -> AsyncIterator[EndpointSettings]:
-    """The local LLM as a child; yields its endpoint. It may still be loading."""
+    """Start the local LLM as a child; yields its endpoint, whose key only the two know. It may still be loading."""
     if find_spec("xllamacpp") is None:
         raise _missing("xllamacpp", "a local LLM", "or give llm.endpoints")
     with socket.socket() as probe:
@@ -142,12 +145,14 @@ async def local_llm(settings: Settings) -> AsyncIterator[EndpointSettings]:
     command += ["--context", str(chosen.context), "--slots", str(chosen.slots)]
     if chosen.threads:
         command += ["--threads", str(chosen.threads)]
-    child = Child("local-llm", command, quiet=settings.folder / "local-llm.log")
+    key = secrets.token_urlsafe(32)
+    child = Child("local-llm", command, quiet=settings.folder / "local-llm.log", environment={KEY_VARIABLE: key})
     await child.start()
     try:
         yield EndpointSettings(
             base_url=f"http://127.0.0.1:{port}/v1",
             model=Path(chosen.gguf).stem,
+            api_key=SecretStr(key),
             name="local",
             context=chosen.context // chosen.slots,
             grammar=True,

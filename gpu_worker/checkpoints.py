@@ -13,18 +13,12 @@ from safetensors import SafetensorError
 from gpu_worker.device_errors import is_device_lost, is_out_of_memory
 from gpu_worker.export.trusted import register_pruned_classes
 from gpu_worker.families import PRUNED, family_of
+from gpu_worker.shown import shown
+from gpu_worker.sizes import check_numbers, check_sizes
 from protocol.errors import ModelError, SelfPrunerError, UsageError
 
-SIZES = (
-    "num_hidden_layers",
-    "hidden_size",
-    "intermediate_size",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "vocab_size",
-)
-"""What a config counts; null where transformers has a rule of its own."""
+LONGEST_REASON = 300
+"""Characters of another library's error that a sentence repeats: some of them repeat the file."""
 STRETCHED = ("linear", "dynamic", "yarn")
 """Kinds of rotary positions of which a config states the length before they are stretched."""
 LEFT_OVER = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
@@ -55,7 +49,8 @@ def reason(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
     line = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
     told = isinstance(error, OSError | ValueError | SafetensorError) and line
-    return (line if told else f"{type(error).__name__}: {line}").rstrip(".,;: ")
+    whole = line if told else f"{type(error).__name__}: {line}"
+    return (whole if len(whole) <= LONGEST_REASON else f"{whole[:LONGEST_REASON]} …").rstrip(".,;: ")
 
 
 def check_config(name: str, config: Mapping[str, Any]) -> None:
@@ -68,6 +63,7 @@ def check_config(name: str, config: Mapping[str, Any]) -> None:
     if str(config.get("model_type")).startswith(PRUNED):
         register_pruned_classes()
     check_plain(name, config)
+    check_numbers(name, config)
     check_sizes(name, config)
 
 
@@ -87,19 +83,8 @@ def quantisation_method(packing: object) -> str:
         return "unknown method"
     named = packing.get("quant_method")
     if named:
-        return str(named)
+        return shown(named).strip("'")
     return "bitsandbytes" if packing.get("load_in_8bit") or packing.get("load_in_4bit") else "unknown method"
-
-
-def check_sizes(name: str, config: Mapping[str, Any]) -> None:
-    """Raise ModelError for a model without layers, heads, or anything else that there has to be."""
-    for key in SIZES:
-        size = config.get(key)
-        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
-            raise ModelError(f"the config of {name!r} has {key} {size!r}, which has to be a whole number above nought")
-    query, kv = config.get("num_attention_heads"), config.get("num_key_value_heads")
-    if query and kv and query % kv:
-        raise ModelError(f"the config of {name!r} has {kv} KV heads, which cannot share {query} query heads evenly")
 
 
 def longest_positions(config: Any) -> int | None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gpu_worker.shown import shown
 from protocol.errors import ModelError
 from protocol.shape import LayerShape, ModelShape
 
@@ -158,7 +159,7 @@ def family_of(config: Any) -> Family:
     family = FAMILIES.get(str(model_type).removeprefix(PRUNED))
     if family is None:
         raise ModelError(
-            f"models of type {model_type!r} cannot be pruned; supported model types: {', '.join(sorted(FAMILIES))}"
+            f"models of type {shown(model_type)} cannot be pruned; supported model types: {', '.join(sorted(FAMILIES))}"
         )
     return family
 

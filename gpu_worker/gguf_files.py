@@ -1,5 +1,6 @@
 """GGUF files as target models: unpacked once into an ordinary checkpoint, which is kept in the cache."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,23 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from gpu_worker.cache import cached
 from gpu_worker.checkpoints import load_weights, reading, reason
 from gpu_worker.families import family_of
+from gpu_worker.gguf_layout import open_gguf
 from gpu_worker.identity import file_identity
 from gpu_worker.memory import main_memory
+from gpu_worker.sizes import check_sizes
 from protocol.amounts import gigabytes
 from protocol.errors import ModelError
 
+SIZES = {
+    "block_count": "num_hidden_layers",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "vocab_size": "vocab_size",
+}
+"""Fields that become sizes of the config, below the architecture's name."""
 EXPORTED = "deci"
 """The architecture of our own exports, whose layers differ."""
 LLAMA3_ROPE = {
@@ -33,6 +46,8 @@ class GgufHeader:
     """What a GGUF file says of itself beside its weights."""
 
     architecture: str
+    sizes: Mapping[str, Any]
+    """Under the names that a config has for them."""
     parameters: int
     rope_scaling: str
     """How positions are scaled; empty where they are not."""
@@ -42,7 +57,7 @@ class GgufHeader:
     @classmethod
     def of(cls, file: Path) -> "GgufHeader":
         """Read it. Raises ValueError where the file is no GGUF file."""
-        reader = GGUFReader(file)
+        reader = open_gguf(file)
         architecture = _text(reader, "general.architecture")
         scaling = _text(reader, f"{architecture}.rope.scaling.type")
         tensors = {tensor.name: tensor for tensor in reader.tensors}
@@ -51,6 +66,7 @@ class GgufHeader:
         factors = tensors.get("rope_freqs.weight")
         return cls(
             architecture=architecture,
+            sizes={key: _value(reader, f"{architecture}.{field}") for field, key in SIZES.items()},
             parameters=sum(int(tensor.n_elements) for tensor in reader.tensors),
             rope_scaling="" if scaling == "none" else scaling,
             rope_factors=() if factors is None else tuple(float(x) for x in factors.data),
@@ -87,6 +103,7 @@ def _check(file: Path, header: GgufHeader, dtype: torch.dtype) -> None:
             f"{str(file)!r} is a pruned export for llama.cpp, which transformers cannot load; "
             "pass the hf or the padded export of the same model"
         )
+    check_sizes(str(file), header.sizes)
     if header.rope_scaling:
         raise ModelError(
             f"{str(file)!r} scales its positions ({header.rope_scaling}), which transformers leaves out of what it "
@@ -132,5 +149,10 @@ def _plain_model(file: Path, config: Any, dtype: torch.dtype) -> Any:
 
 
 def _text(reader: GGUFReader, name: str) -> str:
+    value = _value(reader, name)
+    return "" if value is None else str(value)
+
+
+def _value(reader: GGUFReader, name: str) -> Any:
     field = reader.get_field(name)
-    return "" if field is None else str(field.contents())
+    return None if field is None else field.contents()

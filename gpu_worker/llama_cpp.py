@@ -22,6 +22,9 @@ from protocol.environment import for_child
 from protocol.errors import ModelError
 
 LEAST_CONTEXT = 512
+ANSWER_WITHIN = 3600.0
+"""Seconds that one request may take. A long window of a large model on a slow CPU takes minutes; a server that is
+stopped, or stuck, never answers."""
 
 
 @contextmanager
@@ -59,7 +62,7 @@ def serving(path: Path, *, context: int = LEAST_CONTEXT, hidden_states: bool = F
 def ask(address: str, path: str, body: Mapping[str, Any]) -> Any:
     """The server's JSON answer. Raises ModelError where there is none, or an error."""
     server = urlsplit(address)
-    connection = HTTPConnection(server.hostname or "", server.port)  # urllib would ask a proxy
+    connection = HTTPConnection(server.hostname or "", server.port, timeout=ANSWER_WITHIN)  # urllib would ask a proxy
     try:
         connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
         answer = json.loads(connection.getresponse().read())

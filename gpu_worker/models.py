@@ -11,6 +11,7 @@ import structlog
 import torch
 import transformers
 
+from gpu_worker.checkpoint_files import ADAPTER, INDEXES, adapter_sentence, check_files, check_index, check_stored
 from gpu_worker.checkpoints import check_config, load_weights, longest_positions, reading, reason
 from gpu_worker.families import FAMILIES, Decoder, take_apart
 from gpu_worker.gguf_files import unpacked
@@ -114,11 +115,32 @@ def _look_up(name: str, dtype: str) -> _Found:
         source = _source(name, dtype)
     offline = not (Path(source).is_dir() or hub_reachable())
     options = {"trust_remote_code": False, "local_files_only": offline}
+    with reading(partial(_cannot_load, name, "files", offline)):
+        _check_source(name, source, options)
     with reading(partial(_cannot_load, name, "config", offline)):
         check_config(source, _written_config(source, options))
         config = transformers.AutoConfig.from_pretrained(source, **options)
         bare = skeleton(config, getattr(torch, dtype))
-    return _Found(source, offline, config, bare, take_apart(bare))
+    decoder = take_apart(bare)
+    with reading(partial(_cannot_load, name, "weights", offline)):
+        if Path(source).is_dir():
+            check_stored(name, Path(source), decoder.shape.total_parameters)
+    return _Found(source, offline, config, bare, decoder)
+
+
+def _check_source(name: str, source: str, options: dict[str, Any]) -> None:
+    """Check the files of a folder; of a model on the hub only those that lead elsewhere, the rest is not here yet."""
+    if Path(source).is_dir():
+        check_files(name, Path(source))
+        return
+    for file in (ADAPTER, *INDEXES):
+        found = transformers.utils.cached_file(
+            source, file, local_files_only=options["local_files_only"], _raise_exceptions_for_missing_entries=False
+        )
+        if found is not None and file == ADAPTER:
+            raise ModelError(adapter_sentence(name))
+        if found is not None:
+            check_index(name, Path(found))
 
 
 def _tokenizer(name: str, found: _Found) -> Any:

@@ -22,6 +22,7 @@ from gpu_worker.agreement import check_agreement
 from gpu_worker.child import EVALUATION_PROCESS, ChildDied, DeviceLost, EvaluationChild
 from gpu_worker.own_gpu import take_gpu
 from gpu_worker.progress import Sparsely
+from gpu_worker.wanted import Demand, NoLongerWanted
 from protocol.candidate import Failed, Outcome
 from protocol.card import ModelCard
 from protocol.card_board import CardBoard
@@ -143,7 +144,18 @@ class Worker:
         while not self._stopping.is_set():
             spec = await self._wait_for_spec()
             if spec is not None:
-                await self._work_on(spec)
+                try:
+                    await self._work_on(spec)
+                except NoLongerWanted as reason:
+                    await self._stand_down(spec, reason)
+
+    async def _stand_down(self, spec: SearchSpec, reason: NoLongerWanted) -> None:
+        """Say why `spec` is not prepared, and hand back the job that the model was being loaded again for."""
+        log.warning("preparation_given_up", spec=spec.fingerprint, reason=str(reason))
+        if self._job is not None:
+            self._job = None
+            with contextlib.suppress(*AWAY, RedisError):  # the lease runs out where the server does not answer
+                await self._queue.release()
 
     async def _until_stopped(self, work: asyncio.Task[None]) -> None:
         """Return when `work` has ended; after a stop, at the latest when the grace time is over."""
@@ -167,7 +179,8 @@ class Worker:
     async def _wait_for_spec(self) -> SearchSpec | None:
         waiting = False
         while not self._stopping.is_set():
-            if (spec := await self._spec()) and self._options.spec in (None, spec.fingerprint):
+            spec = await self._spec()
+            if spec and self._options.spec in (None, spec.fingerprint) and await self._control.read() != "stop":
                 return spec
             if not waiting:
                 log.info("waiting_for_search")
@@ -228,7 +241,15 @@ class Worker:
         return True
 
     async def _prepare(self, child: EvaluationChild, spec: SearchSpec) -> ModelCard:
-        """Make the model ready; returns the card that the search has, or shall have, of it."""
+        """Make the model ready; returns the card that the search has, or shall have, of it.
+
+        Raises NoLongerWanted, with the preparation ended, when the search has moved on.
+        """
+        patience = self._options.lease_seconds
+        demand = Demand(spec.fingerprint, self._spec, self._control.read, patience_seconds=patience)
+        return await demand.during(self._made_ready(child, spec))
+
+    async def _made_ready(self, child: EvaluationChild, spec: SearchSpec) -> ModelCard:
         known = await self._cards.read(spec.fingerprint)
         card = await self._started(child, sensitivity=known is None)
         counts = await self._cards.publish(known or card) or known or card

@@ -9,17 +9,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from urllib.parse import urlsplit
 
+import aiohttp
 import openai
+import psutil
 import pytest
+from structlog.testing import capture_logs
 
 from agents.chat import Chat
 from agents.endpoint import Endpoint
 from agents.lists import lists_schema
 from daemon.embedded import local_llm
+from daemon.llm_settings import EndpointSettings
 from daemon.settings import Settings
 from tests.asked import ASKED
 from tests.real_model import need_smollm2
+from tests.servers import eventually
 from tests.test_prompts import view_of
 
 pytest.importorskip("xllamacpp")
@@ -173,13 +179,137 @@ async def test_a_signal_ends_it_quietly_even_amid_an_answer(number: signal.Signa
                 assert await asyncio.to_thread(process.wait, 60) == 0
 
 
+REFUSED: dict[str, object] = {
+    "no object": [],
+    "no messages": {},
+    "messages that are numbers": {"messages": [1, 2]},
+    "a file as an image": {
+        "messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "file:///a"}]}]
+    },
+    "a left-recursive grammar": {"grammar": 'root ::= root "a" | "b"'},
+    "a grammar of 10^9 repeats": {"grammar": 'root ::= "a"{1000000000}'},
+    "nested repeats": {"grammar": "root ::= " + "(" * 5 + '"a"' + "{1,99})" * 5 + "{1,99}"},
+    "a rule that is missing": {"grammar": "root ::= missing"},
+    "a cap that is a word": {"max_tokens": "x"},
+    "a form that does not exist": {"response_format": {"type": "odd"}},
+}
+ODD: dict[str, object] = {
+    "a cap of 10^12": {"max_tokens": 10**12, "stop": ["e", "a", " "]},
+    "10^6 answers": {"n": 10**6},
+    "a temperature of NaN": {"temperature": float("nan")},
+    "a negative temperature": {"temperature": -1},
+    "a temperature of 10^308": {"temperature": 1e308},
+    "biases of tokens that do not exist": {"logit_bias": {"a": 1, "-5": 2, "99999999": 3}},
+    "every token forbidden": {"logit_bias": [[i, False] for i in range(49152)]},
+    "100,000 stops": {"stop": [f"x{i}" for i in range(100_000)]},
+    "a seed of 2^80": {"seed": 2**80},
+    "parentheses 5,000 deep": {"grammar": "root ::= " + "(" * 5000 + '"a"' + ")" * 5000},
+    "a schema that leads to itself": {
+        "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"$ref": "#"}}}
+    },
+}
+"""What llama.cpp may answer or refuse, as its version likes."""
+
+
 @pytest.mark.model
-async def test_that_of_a_run_gets_grammars(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [*REFUSED, *ODD])
+async def test_a_senseless_request_leaves_the_server_alive(endpoint: Endpoint, name: str) -> None:
+    given = REFUSED.get(name, ODD.get(name))
+    usual = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4}
+    body = given if name.startswith("no ") else {**usual, **given}  # type: ignore[dict-item]
+    async with aiohttp.ClientSession(endpoint.base_url + "/") as client:
+        headers = {"Content-Type": "application/json"}
+        async with client.post("chat/completions", data=json.dumps(body), headers=headers) as answer:
+            assert (answer.status >= 400) if name in REFUSED else answer.status
+        async with client.post("chat/completions", json=usual) as answer:
+            assert answer.status == 200
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("content", [b"", b"{{{", b"\xff" * 1000, b"[" * 100_000])
+async def test_a_body_that_is_no_json_is_refused(endpoint: Endpoint, content: bytes) -> None:
+    async with aiohttp.ClientSession(endpoint.base_url + "/") as client:
+        headers = {"Content-Type": "application/json"}
+        async with client.post("chat/completions", data=content, headers=headers) as answer:
+            assert answer.status >= 400
+
+
+@pytest.mark.model
+async def test_clients_that_go_away_amid_their_answers_leave_it_alive(endpoint: Endpoint) -> None:
+    async def leave() -> None:
+        _, writer = await asyncio.open_connection(url.hostname, url.port)
+        body = json.dumps({"messages": [{"role": "user", "content": "Hi"}], "stream": True}).encode()
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n\r\n"
+        writer.write(head.encode() + body)
+        await writer.drain()
+        writer.transport.abort()
+
+    url = urlsplit(endpoint.base_url)
+    await asyncio.gather(*(leave() for _ in range(50)))
+    async with Chat([endpoint]) as chat:
+        answer = await chat.ask(
+            [{"role": "user", "content": "Hi"}], schema=None, schema_name="", seed=1, temperature=1.0, max_tokens=2
+        )
+        assert answer.completion_tokens > 0
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
     given = {"run": {"folder": str(tmp_path)}, "target": {"model": "smollm2", "rate": 0.3}}
     settings = Settings.model_validate(given)
     settings.folder.mkdir()
+    return settings
+
+
+async def say_hi(endpoint: EndpointSettings, key: str | None) -> int:
+    """The status of the answer to one question; 0 where the server is not there."""
+    body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    try:
+        async with (
+            aiohttp.ClientSession(endpoint.base_url + "/") as client,
+            client.post("chat/completions", json=body, headers=headers) as answer,
+        ):
+            return answer.status
+    except aiohttp.ClientError:
+        return 0
+
+
+@pytest.mark.model
+async def test_that_of_a_run_answers_this_run_alone(settings: Settings) -> None:
     async with local_llm(settings) as endpoint:
         assert endpoint.grammar
+        assert endpoint.api_key is not None
+        key = endpoint.api_key.get_secret_value()
+
+        async def answers() -> bool:
+            return await say_hi(endpoint, key) == 200
+
+        await eventually(answers, 60)
+        assert [await say_hi(endpoint, wrong) for wrong in (None, "wrong")] == [401, 401]
+        commands = [" ".join(process.cmdline()) for process in psutil.Process().children(recursive=True)]
+        assert not any(key in command for command in commands)
+    assert key not in (settings.folder / "local-llm.log").read_text()
+
+
+@pytest.mark.model
+async def test_that_of_a_run_is_started_again_when_it_is_killed_amid_an_answer(settings: Settings) -> None:
+    with capture_logs() as logged:
+        async with local_llm(settings) as endpoint:
+            assert endpoint.api_key is not None
+            key = endpoint.api_key.get_secret_value()
+
+            async def answers() -> bool:
+                return await say_hi(endpoint, key) == 200
+
+            await eventually(answers, 60)
+            (server,) = psutil.Process().children()
+            asking = [asyncio.create_task(say_hi(endpoint, key)) for _ in range(4)]
+            await asyncio.sleep(0)
+            server.kill()
+            await asyncio.gather(*asking)
+            await eventually(answers, 60)
+    assert [event["event"] for event in logged] == ["child_restarted"]
 
 
 def test_what_cannot_be_served_is_one_sentence_and_exit_code_2(tmp_path: Path) -> None:

@@ -7,12 +7,15 @@ from typing import Any
 
 from gguf import GGUFReader, LlamaFileType, ReaderTensor
 
+from gpu_worker.checkpoints import reading, reason
 from gpu_worker.export.gguf import write_gguf
 from gpu_worker.export.gguf_types import FILE_TYPES
 from gpu_worker.export.room import check_disk, export_bytes
+from gpu_worker.gguf_layout import open_gguf
 from gpu_worker.memory import Workload
 from gpu_worker.models import bare_model, load_model
 from gpu_worker.progress import Progress
+from gpu_worker.sizes import LARGEST_SIZES
 from gpu_worker.speed.engines import SpeedRequest
 from gpu_worker.speed.related import Sizes
 from protocol.errors import ModelError, SettingsError
@@ -43,8 +46,12 @@ class GgufModel:
     @classmethod
     def of(cls, path: Path) -> "GgufModel":
         """Read it. Raises ModelError where the file is no GGUF file of a decoder."""
-        try:
-            reader = GGUFReader(path)
+
+        def sentence(error: Exception) -> str:
+            return f"{str(path)!r} is no GGUF file of a model that can be measured ({reason(error)})"
+
+        with reading(sentence):
+            reader = open_gguf(path)
             sizes = _sizes(reader)
             widths = [_field(reader, f"attention.{name}_length", sizes.head_dim) for name in ("key", "value")]
             tensors = [tensor for tensor in reader.tensors if not tensor.name.startswith("rope_freqs")]
@@ -58,8 +65,6 @@ class GgufModel:
                 kv_cache_bytes_per_token=F16_BYTES * sum(widths) * sum(layer.kv_heads for layer in sizes.layers),
                 longest=int(_field(reader, "context_length")),
             )
-        except (OSError, ValueError, KeyError, IndexError) as error:
-            raise ModelError(f"{str(path)!r} is no GGUF file of a model that can be measured ({error})") from error
 
     @property
     def weight_type(self) -> str:
@@ -151,6 +156,8 @@ def _make(name: str, file_type: GgufType, folder: Path, request: SpeedRequest, p
 
 def _sizes(reader: GGUFReader) -> Sizes:
     layers = int(_field(reader, "block_count"))
+    if not 1 <= layers <= LARGEST_SIZES["num_hidden_layers"]:
+        raise ValueError(f"it claims {layers:,} layers")
     heads, hidden = _each(_field(reader, "attention.head_count"), layers), int(_field(reader, "embedding_length"))
     kv_heads = _each(_field(reader, "attention.head_count_kv", heads), layers)
     widths = _each(_field(reader, "feed_forward_length"), layers)

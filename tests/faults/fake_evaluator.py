@@ -70,6 +70,10 @@ def misbehave(behaviour: str) -> dict[str, Any] | None:
             return {"kind": "failed", "reason": "out-of-memory", "detail": "CUDA out of memory"}
         case "device-lost":
             return {"kind": "failed", "reason": "crashed", "detail": "CUDA error: device-side assert triggered"}
+        case "usage-error-when-replaced":
+            while json.loads(Path(sys.argv[1]).read_text() or "{}").get("prepare", behaviour) == behaviour:
+                time.sleep(0.05)
+            say({"usage_error": "the model is gone"})
         case "usage-error":
             say({"usage_error": "the GPU is gone"})
         case "garbage":

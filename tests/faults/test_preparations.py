@@ -1,0 +1,191 @@
+"""Faults of a search whose workers are still getting its model ready."""
+
+import asyncio
+
+import psutil
+import pytest
+
+from protocol.candidate import Measured
+from protocol.card_board import CardBoard
+from protocol.spec import SearchSpec
+from tests.faults.kit import LEASE, Kit, WorkerProcess, candidates, eventually
+from tests.samples import SPEC, card_for
+
+SECOND, THIRD = (SPEC.model_copy(update={"model": name}) for name in ("second", "third"))
+
+
+async def preparing(kit: Kit, spec: SearchSpec = SPEC, **options: object) -> WorkerProcess:
+    """A worker whose evaluation process gets `spec` ready for ever."""
+    kit.write_script({}, prepare="hang")
+    await kit.redis.set(kit.keys.spec, spec.model_dump_json())
+    worker = await kit.worker(**options)
+    await prepares(worker)
+    return worker
+
+
+async def prepares(worker: WorkerProcess) -> None:
+    async def grandchild() -> bool:
+        return len(worker.children()) > 1  # the evaluation process hangs, and what it started
+
+    await eventually(grandchild)
+
+
+def alive(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+
+
+async def publishes(kit: Kit, spec: SearchSpec) -> None:
+    async def has_card() -> bool:
+        return await CardBoard(kit.redis, kit.keys).read(spec.fingerprint) is not None
+
+    await eventually(has_card, 15)
+
+
+async def has_given_up(worker: WorkerProcess, reason: str) -> None:
+    async def told() -> bool:
+        return [event["reason"] for event in worker.events("preparation_given_up")] == [reason]
+
+    await eventually(told, 15)
+
+
+@pytest.mark.fault("63", "a spec replaced while a worker prepares it", "SET spec", "given up, the new one is prepared")
+async def test_a_worker_gives_the_preparation_of_a_replaced_spec_up(kit: Kit) -> None:
+    worker = await preparing(kit)
+    old = worker.children()
+    kit.card = card_for(SECOND)
+    kit.write_script({})
+    await kit.redis.set(kit.keys.spec, SECOND.model_dump_json())
+    await publishes(kit, SECOND)
+    await has_given_up(worker, f"the search has another spec ({SECOND.fingerprint})")
+    assert not any(map(alive, old))
+    assert len(worker.events("model_ready")) == 1
+
+
+@pytest.mark.faults
+@pytest.mark.fault("63", "a spec replaced twice", "SET spec, SET spec", "only the last one is prepared")
+async def test_of_specs_that_are_replaced_quickly_the_last_is_prepared(kit: Kit) -> None:
+    worker = await preparing(kit)
+    kit.card = card_for(THIRD)
+    kit.write_script({})
+    for spec in (SECOND, THIRD):
+        await kit.redis.set(kit.keys.spec, spec.model_dump_json())
+    await publishes(kit, THIRD)
+    await has_given_up(worker, f"the search has another spec ({THIRD.fingerprint})")
+
+
+@pytest.mark.faults
+@pytest.mark.fault("63", "a search that is gone while a worker prepares", "DEL spec", "given up after a lease")
+async def test_a_worker_gives_up_preparing_for_a_search_that_is_gone(kit: Kit) -> None:
+    worker = await preparing(kit)
+    await kit.redis.delete(kit.keys.spec)
+    await has_given_up(worker, f"the search has been gone for {LEASE:g} seconds")
+    await eventually(lambda: _childless(worker))
+    kit.write_script({})
+    await kit.redis.set(kit.keys.spec, SPEC.model_dump_json())
+    await publishes(kit, SPEC)
+
+
+async def _childless(worker: WorkerProcess) -> bool:
+    return not worker.children()
+
+
+@pytest.mark.faults
+@pytest.mark.fault("63", "data that is lost and restored at once", "FLUSHALL, SET spec", "the preparation goes on")
+async def test_a_worker_prepares_on_where_the_search_is_restored(kit: Kit) -> None:
+    worker = await preparing(kit, lease_seconds=30)
+    old = {child.pid for child in worker.children()}
+    await kit.redis.flushall()
+    await asyncio.sleep(2.5)  # longer than it takes to look
+    await kit.redis.set(kit.keys.spec, SPEC.model_dump_json())
+    await asyncio.sleep(2.5)
+    assert {child.pid for child in worker.children()} == old
+    assert not worker.events("preparation_given_up")
+
+
+@pytest.mark.faults
+@pytest.mark.fault("63", "a search that is stopped while a worker prepares", "SET control stop", "waits for its start")
+async def test_a_worker_prepares_nothing_for_a_search_that_is_stopped(kit: Kit) -> None:
+    worker = await preparing(kit)
+    await kit.redis.set(kit.keys.control, "stop")
+    await has_given_up(worker, "the search is stopped")
+    await eventually(lambda: _childless(worker))
+    kit.write_script({})
+    await asyncio.sleep(2)
+    assert not worker.children()
+    await kit.redis.set(kit.keys.control, "run")
+    await publishes(kit, SPEC)
+
+
+@pytest.mark.faults
+@pytest.mark.fault("63", "what cannot be read in place of the spec", "SET spec, garbage", "the preparation goes on")
+@pytest.mark.parametrize("garbage", [b"{", b"\xff\xfe", b"null"])
+async def test_a_spec_that_cannot_be_read_ends_no_preparation(kit: Kit, garbage: bytes) -> None:
+    worker = await preparing(kit)
+    old = {child.pid for child in worker.children()}
+    await kit.redis.set(kit.keys.spec, garbage)
+    await asyncio.sleep(2 * LEASE)
+    assert {child.pid for child in worker.children()} == old
+    await kit.redis.set(kit.keys.spec, SECOND.model_dump_json())
+    kit.card = card_for(SECOND)
+    kit.write_script({})
+    await publishes(kit, SECOND)
+
+
+@pytest.mark.faults
+@pytest.mark.fault("63", "a replaced spec whose model cannot be had", "SET spec, then no model", "moves to the new one")
+async def test_a_worker_does_not_end_for_the_model_of_a_spec_that_was_replaced(kit: Kit) -> None:
+    kit.write_script({}, prepare="usage-error-when-replaced")
+    await kit.redis.set(kit.keys.spec, SPEC.model_dump_json())
+    worker = await kit.worker()
+
+    async def started() -> bool:
+        return bool(worker.children())
+
+    await eventually(started)
+    kit.card = card_for(SECOND)
+    await kit.redis.set(kit.keys.spec, SECOND.model_dump_json())
+    kit.write_script({})
+    await publishes(kit, SECOND)
+    assert worker.process.returncode is None
+
+
+@pytest.mark.faults
+@pytest.mark.fault("63", "a preparation ends beside a worker", "SET control stop", "the other measures on")
+async def test_the_end_of_a_preparation_disturbs_no_other_worker(kit: Kit) -> None:
+    daemon = await kit.daemon()
+    working = await kit.worker()
+    await publishes(kit, SPEC)
+    (one,) = candidates(1)
+    kit.write_script({one.id: ["sleep:6"]}, prepare="hang")
+    late = await kit.worker()
+    await prepares(late)
+    await daemon.issue([one])
+    await kit.evaluating(one.id)
+    await kit.redis.set(kit.keys.control, "stop")
+    await has_given_up(late, "the search is stopped")
+    await daemon.settled()
+    assert isinstance(daemon.outcome(one), Measured)
+    assert len(working.events("model_ready")) == 1
+
+
+@pytest.mark.faults
+@pytest.mark.fault("63", "a stop while a dead process is replaced", "child killed, stop", "the job is free")
+async def test_a_job_is_handed_back_where_the_search_is_stopped_while_the_model_is_loaded_again(kit: Kit) -> None:
+    (one,) = candidates(1)
+    kit.write_script({one.id: ["sleep:600"]})
+    kit.unsettled = True
+    daemon = await kit.daemon()
+    worker = await kit.worker(lease_seconds=60)
+    await daemon.issue([one])
+    await kit.evaluating(one.id)
+    kit.write_script({one.id: ["sleep:600"]}, prepare="hang")
+    (child,) = worker.children()
+    child.kill()
+    await prepares(worker)
+    await kit.redis.set(kit.keys.control, "stop")
+    await has_given_up(worker, "the search is stopped")
+
+    async def free() -> bool:
+        return [row["consumer"] for row in await kit.pending()] == ["released"]
+
+    await eventually(free)
