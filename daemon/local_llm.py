@@ -1,4 +1,4 @@
-"""`python -m daemon.local_llm --gguf FILE`: serve a GGUF on 127.0.0.1 or --host, OpenAI-compatible, by llama.cpp in this process.
+"""`python -m daemon.local_llm --gguf FILE`: serve a GGUF, OpenAI-compatible, by llama.cpp in this process.
 
 Prints one line of JSON, {"base_url": …}, when it is ready. Ends on SIGTERM, on SIGINT, and when the pipe that is its
 standard input closes, so that it does not outlive whoever started it.
