@@ -144,7 +144,8 @@ class Project:
 
     def logs(self, service: str) -> str:
         """All that the containers of a service wrote."""
-        return self.run(f"docker compose logs --no-color --no-log-prefix {service}").stdout
+        written = self.run(f"docker compose logs --no-color --no-log-prefix {service}").stdout
+        return re.sub(r"\x1b\[\d*[A-Z]", "", written)  # Compose clears each line, on no terminal too
 
     def kill(self, service: str) -> None:
         """SIGKILL for every process in a container; as Docker did not do it, Docker starts the container again."""
