@@ -1,4 +1,3 @@
-# syntax=docker/dockerfile:1.7
 # Two images: `daemon` (asks the LLM, no torch) and `worker` (prunes and measures). Dependencies come before the code, so
 # that a change of the code alone rebuilds only the last, small layers. No secret is needed to build, and none gets in:
 # .dockerignore lets nothing pass but what is copied here.

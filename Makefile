@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test test-faults lint types tests clean
+.PHONY: run test test-faults test-compose lint types tests clean
 
 run: $(VENV)/installed  ## a real search on this machine: embedded server, local LLM, SmolLM2 pruned by itself
 	$(BIN)/selfpruner run
@@ -24,6 +24,9 @@ tests: $(VENV)/installed
 
 test-faults: $(VENV)/installed  ## everything that may die, killed: on Valkey and on Redis; under 40 minutes
 	$(BIN)/pytest tests/faults -m "faults or fault" -o faulthandler_timeout=2500  # some may take longer than others
+
+test-compose: $(VENV)/installed  ## docker-compose.yml on a real engine: built, run, killed; under 25 minutes
+	$(BIN)/pytest tests/containers -m compose -x -rs -o faulthandler_timeout=2500
 
 $(VENV)/installed: pyproject.toml
 	@echo "installing into $(VENV): about 2 GB to download, a couple of minutes …"

@@ -10,7 +10,7 @@ from functools import partial
 from importlib.metadata import version
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import structlog
 import typer
@@ -160,6 +160,11 @@ def _search_elsewhere(config: Path, overrides: Sequence[str]) -> tuple[int, Sett
 
 @app.command()
 def worker(
+    context: typer.Context,
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", help="The daemon's settings file: its search, Redis and worker limits are used."),
+    ] = None,
     search: flags.SearchName = "default",
     redis_url: Annotated[str, typer.Option(envvar="SELFPRUNER_REDIS__URL")] = "redis://127.0.0.1:6379",
     redis_password_file: flags.RedisPasswordFile = None,
@@ -168,23 +173,58 @@ def worker(
     max_preparation_seconds: Annotated[float, typer.Option(help="For loading and calibrating the model.")] = 14_400.0,
     grace_seconds: Annotated[float, typer.Option(help="After SIGTERM, for the evaluation under way.")] = 20.0,
     own_gpu: Annotated[bool, typer.Option("--own-gpu", help="Use one GPU that no other worker here uses.")] = False,
+    stay: Annotated[bool, typer.Option("--stay", help="When it cannot work, say why and wait for a signal.")] = False,
 ) -> None:
     """Prune and measure candidates of a search: one worker, one GPU."""
     need("torch", "worker")
+    values = {
+        "search": search,
+        "redis_url": redis_url,
+        "redis_password_file": redis_password_file,
+        "lease_seconds": lease_seconds,
+        "max_evaluation_seconds": max_evaluation_seconds,
+        "max_preparation_seconds": max_preparation_seconds,
+        "grace_seconds": grace_seconds,
+        "own_gpu": own_gpu,
+    }
+    try:
+        _work({**values, **_as_the_daemon(config, context)} if config else values)
+    except SelfPrunerError as error:
+        if stay:
+            stay_to_be_mended(error)
+        raise
+
+
+def _as_the_daemon(config: Path, context: typer.Context) -> dict[str, Any]:
+    """A worker's options from the daemon's settings file, without those that a flag or a variable gives.
+
+    The search's name comes from the file alone, so that daemon and workers cannot differ. Raises SettingsError.
+    """
+    given = {
+        name for name in context.params if (source := context.get_parameter_source(name)) and source.name in _GIVEN
+    }
+    if "search" in given:
+        raise SettingsError("give --search or --config, not both: the settings file names the search")
+    settings = load(config)
+    found: dict[str, Any] = {
+        "redis_url": settings.redis.url,
+        "redis_password_file": settings.redis.password_file,
+        **settings.worker.model_dump(exclude={"count"}),
+    }
+    return {"search": settings.search.name} | {
+        name: v for name, v in found.items() if v is not None and name not in given
+    }
+
+
+_GIVEN = ("COMMANDLINE", "ENVIRONMENT")
+
+
+def _work(values: dict[str, Any]) -> None:
     from gpu_worker.options import worker_options
     from gpu_worker.worker import run_worker
 
-    options = worker_options(
-        search=search,
-        redis_url=redis_url,
-        redis_password_file=redis_password_file,
-        lease_seconds=lease_seconds,
-        max_evaluation_seconds=max_evaluation_seconds,
-        max_preparation_seconds=max_preparation_seconds,
-        grace_seconds=grace_seconds,
-        own_gpu=own_gpu,
-    )
-    logs.configure(stream=logs.service_stream(), secrets=password_of(options.redis_url), search=search)
+    options = worker_options(**values)
+    logs.configure(stream=logs.service_stream(), secrets=password_of(options.redis_url), search=options.search)
     asyncio.run(run_worker(options))
 
 

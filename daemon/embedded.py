@@ -182,10 +182,8 @@ async def workers(settings: Settings, redis_url: str, *, console: bool) -> Async
         "quiet": None if console else settings.folder / "worker.log",
         "final": USAGE_EXIT,
         "loads_models": True,
-        # Passive: threads that wait for each other by spinning would fight the local LLM for the cores.
         # The URL has the password already, which may come from a file that the environment names.
         "environment": {
-            "OMP_WAIT_POLICY": "PASSIVE",
             "SELFPRUNER_REDIS__URL": redis_url,
             "SELFPRUNER_REDIS__PASSWORD_FILE": "",
         },

@@ -201,9 +201,11 @@ class Launch:
 
     async def _wait_for_llm(self, search: Search, chat: "Chat", *, is_new: bool) -> None:
         if search.remaining_budget > 0 and self._settings.search.asks_llm:
+            most = self._settings.llm.start_wait_seconds
+            advice = "start its server, or name another endpoint; after this time the search begins without an LLM"
             await chat.wait_ready(
-                lambda name: log.warning("endpoint_not_ready", endpoint=name),
-                at_most=self._settings.llm.start_wait_seconds,
+                lambda name: log.warning("endpoint_not_ready", endpoint=name, waits_s=most, advice=advice),
+                at_most=most,
                 refuse=is_new,
             )
 

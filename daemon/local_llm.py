@@ -1,4 +1,4 @@
-"""`python -m daemon.local_llm --gguf FILE`: serve a GGUF on 127.0.0.1, OpenAI-compatible, by llama.cpp in this process.
+"""`python -m daemon.local_llm --gguf FILE`: serve a GGUF, OpenAI-compatible, by llama.cpp in this process.
 
 Where the environment has LLAMA_API_KEY, requests need that key: a port of 127.0.0.1 is open to everybody on the machine
 and to web pages in their browsers, and a request with a large grammar keeps llama.cpp busy for minutes.
@@ -50,7 +50,15 @@ def _packaged_gguf() -> Path:
 
 
 def serve(
-    gguf: Path, *, alias: str, port: int, context: int, slots: int, threads: int | None, key: str | None = None
+    gguf: Path,
+    *,
+    alias: str,
+    port: int,
+    context: int,
+    slots: int,
+    threads: int | None,
+    host: str = "127.0.0.1",
+    key: str | None = None,
 ) -> Any:
     """Return a running server; port 0 takes a free one. `context` tokens are shared by `slots` answers at a time.
 
@@ -64,7 +72,7 @@ def serve(
     params = xllamacpp.CommonParams()
     params.model.path = str(gguf)
     params.model_alias = {alias}
-    params.hostnames = ["127.0.0.1"]
+    params.hostnames = [host]
     params.port = port
     params.n_ctx = context
     params.n_parallel = slots
@@ -103,6 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             server = serve(
                 gguf,
                 alias=alias,
+                host=options.host,
                 port=options.port,
                 context=options.context,
                 slots=options.slots,
@@ -126,8 +135,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m daemon.local_llm", description="Serve a GGUF on 127.0.0.1.")
+    parser = argparse.ArgumentParser(prog="python -m daemon.local_llm", description="Serve a GGUF file.")
     parser.add_argument("--gguf", required=True, help="a GGUF file, or smollm2")
+    parser.add_argument("--host", default="127.0.0.1", help="the address to listen on")
     parser.add_argument("--port", type=int, default=0, help="0 takes a free one")
     parser.add_argument("--context", type=int, default=8192, help="tokens, shared by the slots")
     parser.add_argument("--slots", type=int, default=2, help="answers at a time")

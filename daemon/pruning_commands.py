@@ -204,6 +204,7 @@ def at_work(model: str, *, as_elsewhere: bool = False) -> Iterator[Callable[[str
             if line is not None:
                 line.update(f"{stage} {done}/{total}")
             elif logged.picks(stage, done, total):
-                log.info("progress", stage=stage, done=done, total=total)
+                left = logged.seconds_left(done, total)
+                log.info("progress", stage=stage, done=done, total=total, seconds_left=left)
 
         yield tell

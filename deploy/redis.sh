@@ -1,16 +1,27 @@
 #!/bin/sh
 # Starts redis-server, with the options given, for one user: `selfpruner` may use the commands that Self-Pruner uses, on
-# its own keys. There is no other user, and nobody gets in without the password, which is read from a file.
+# its own keys. There is no other user, and each connection needs the password, which is read from a file.
 set -eu
 umask 077
+export LC_ALL=C
 secret=${REDIS_PASSWORD_FILE:-/run/secrets/redis_password}
 users=${REDIS_USERS_FILE:-/tmp/users.acl}
 
-password=$(tr -d '\r\n' < "$secret")
-if [ -z "$password" ]; then
-    echo "the Redis password file $secret is empty" >&2
+refuse() {
+    echo "the Redis password file $secret $1: write one with \`head -c 32 /dev/urandom | base64\`" >&2
     exit 2
-fi
+}
+
+[ -f "$secret" ] || refuse "is missing"
+[ -r "$secret" ] || refuse "cannot be read by this user"
+password=$(head -c 1025 "$secret")
+[ -n "$password" ] || refuse "is empty"
+[ ${#password} -le 1024 ] || refuse "is longer than 1,024 characters"
+# The daemon, the workers, the health check and people read this file too, each in their own way. They agree on one line
+# of printable ASCII; a carriage return, a blank or a byte order mark would be part of the password for some of them.
+case $password in
+*[!!-~]*) refuse "must hold one line of ASCII characters without blanks" ;;
+esac
 # The server keeps a hash, so that the password is in no second place. printf is part of the shell: it has no arguments
 # that other processes could read.
 hash=$(printf %s "$password" | sha256sum | cut -d ' ' -f 1)

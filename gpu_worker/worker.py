@@ -315,7 +315,8 @@ class Worker:
 
     def _show_progress(self, stage: str, done: int, total: int) -> None:
         if self._logged.picks(stage, done, total):
-            log.info("preparing", stage=stage, done=done, total=total)
+            left = self._logged.seconds_left(done, total)
+            log.info("preparing", stage=stage, done=done, total=total, seconds_left=left)
         self._status.stage, self._status.done, self._status.total = stage, done, total
         beat = asyncio.create_task(self._queue.beat(self._job, self._status.to_json()))
         self._beats.add(beat)

@@ -30,7 +30,8 @@ HTTP_TOKEN = "a-token/of-the+http-api=="
 SECRETS = {"redis_password": PASSWORD, "llm_api_key": API_KEY, "http_token": HTTP_TOKEN, "hf_token": ""}
 DEAD = "http://127.0.0.1:9/v1"
 CANDIDATES = 6 + 3 * (3 + 2)
-PROFILES = ("cpu", "local-llm", "local-llm-vllm")
+PROFILES = {"gpu": "gpu-worker", "cpu": "cpu-worker", "local-llm": "llama-cpp", "local-llm-vllm": "vllm"}
+"""Profile -> the service that it starts."""
 
 
 @pytest.fixture(scope="module")
@@ -48,15 +49,13 @@ def check_docker_compose() -> None:
         pytest.skip(f"docker-compose {version.stdout.strip()} is older than 2.20, which knows optional dependencies")
 
 
-@pytest.mark.parametrize("profiles", [(), *((name,) for name in PROFILES), PROFILES])
+@pytest.mark.parametrize("profiles", [(), *((name,) for name in PROFILES), tuple(PROFILES)])
 def test_every_profile_of_the_compose_file_is_valid(profiles: tuple[str, ...]) -> None:
     check_docker_compose()
     flags = [part for name in profiles for part in ("--profile", name)]
     done = subprocess.run(["docker-compose", *flags, "config", "--services"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    asked = {"redis", "daemon", "gpu-worker"}
-    asked |= {{"cpu": "cpu-worker", "local-llm": "llama-cpp", "local-llm-vllm": "vllm"}[name] for name in profiles}
-    assert set(done.stdout.split()) == asked
+    assert set(done.stdout.split()) == {"redis", "daemon", *(PROFILES[name] for name in profiles)}
 
 
 def test_every_service_is_without_capabilities_and_ends_in_order(services: dict[str, Any]) -> None:
@@ -106,7 +105,9 @@ def test_the_endpoints_are_those_of_the_settings_file_unless_a_variable_names_on
     assert endpoints_of_the_daemon(mine, monkeypatch) == [("http://mine/v1", "m")]
 
 
-@pytest.mark.parametrize("environment", [{}, {"LLM_BASE_URL": "http://mine/v1", "SEARCH_NAME": "x", "HTTP_PORT": "1"}])
+@pytest.mark.parametrize(
+    "environment", [{}, {"LLM_BASE_URL": "http://mine/v1", "SEARCH_CONFIG": "x", "HTTP_PORT": "1"}]
+)
 def test_docker_compose_fills_in_variables_as_these_tests_do(environment: dict[str, str]) -> None:
     check_docker_compose()
     command = ["docker-compose", "--profile", "*", "config", "--format", "json"]
@@ -140,6 +141,20 @@ def test_a_worker_has_longer_to_stop_than_it_takes(services: dict[str, Any]) -> 
         command = services[name]["command"]
         grace = float(command[command.index("--grace-seconds") + 1])
         assert float(services[name]["stop_grace_period"].removesuffix("s")) >= grace + 5
+
+
+def test_the_daemon_and_the_workers_read_the_same_settings_file() -> None:
+    services = read_services({"SEARCH_CONFIG": "mine.yaml", "CONFIGS": "/etc/searches"})["services"]
+    for name in ("gpu-worker", "cpu-worker"):
+        command = services[name]["command"]
+        assert command[command.index("--config") + 1] == services["daemon"]["command"][1] == "/app/configs/mine.yaml"
+        assert not {"--search", "--redis-url"} & set(command)
+        assert "/etc/searches:/app/configs:ro" in services[name]["volumes"]
+        assert "/etc/searches:/app/configs:ro" in services["daemon"]["volumes"]
+
+
+def test_a_service_that_cannot_work_waits_and_is_not_started_for_ever(services: dict[str, Any]) -> None:
+    assert all("--stay" in services[name]["command"] for name in ("daemon", "gpu-worker", "cpu-worker"))
 
 
 def test_only_the_gpu_worker_and_vllm_ask_for_gpus(services: dict[str, Any]) -> None:
@@ -206,7 +221,6 @@ def deployment(tmp_path: Path, data: Path, llm: ScriptedLlm) -> Iterator[Deploym
     environment = {
         "CONFIGS": str(tmp_path / "configs"),
         "SEARCH_CONFIG": "tiny.yaml",
-        "SEARCH_NAME": "tiny",
         "DATA": str(data),
     } | {f"{name.upper()}_FILE": str(tmp_path / "secrets" / name) for name in SECRETS}
     with Deployment(tmp_path, environment, {"llm:8000": llm.port}) as deployment:
@@ -226,7 +240,7 @@ def up(deployment: Deployment, workers: int) -> None:
 def redis_cli(deployment: Deployment, command: str) -> str:
     """The line that the documentation gives, with another command."""
     usage = (ROOT / "docs" / "usage.md").read_text()
-    (line,) = set(re.findall(r"docker compose exec redis sh -c '(.*) SET selfpruner:docker:control pause'", usage))
+    (line,) = re.findall(r"docker compose exec redis sh -c '(.*) SET selfpruner:docker:control pause'", usage)
     return deployment.execute("redis", "sh", "-c", f"{line} -p {deployment.ports['redis:6379']} {command}")
 
 

@@ -1,5 +1,6 @@
 """What a deployment is made of: the user that Redis has for us, and the Dockerfile."""
 
+import hashlib
 import re
 import shutil
 import subprocess
@@ -7,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from protocol.secret_files import read_secret
 
 ROOT = Path(__file__).parent.parent
 OURS = ("protocol", "daemon", "gpu_worker")
@@ -53,13 +56,56 @@ def test_the_redis_user_may_use_no_command_that_nobody_needs() -> None:
     assert allowed_commands() - used_commands() <= of_clients | of_scripts | by_hand
 
 
-def test_redis_does_not_start_without_a_password(tmp_path: Path) -> None:
-    (tmp_path / "password").write_text("\n")
-    environment = {"REDIS_PASSWORD_FILE": str(tmp_path / "password"), "REDIS_USERS_FILE": str(tmp_path / "users")}
+def start_redis(folder: Path, *, path: str = "/usr/bin:/bin") -> subprocess.CompletedProcess[str]:
+    """`deploy/redis.sh` with the password file and the users' file of a folder."""
+    environment = {"REDIS_PASSWORD_FILE": str(folder / "password"), "REDIS_USERS_FILE": str(folder / "users")}
     script = str(ROOT / "deploy" / "redis.sh")
-    done = subprocess.run(["sh", script], env=environment | {"PATH": "/usr/bin:/bin"}, capture_output=True, text=True)
-    assert done.returncode == 2 and "is empty" in done.stderr
-    assert not (tmp_path / "users").exists()
+    return subprocess.run(["sh", script], env=environment | {"PATH": path}, capture_output=True, text=True)
+
+
+UNUSABLE = {
+    b"": "is empty",
+    b"\n\n": "is empty",
+    b"with-crlf\r\n": "one line of ASCII",
+    b"\xef\xbb\xbfwith-bom\n": "one line of ASCII",
+    b"with blank\n": "one line of ASCII",
+    b" before": "one line of ASCII",
+    b"two\nlines\n": "one line of ASCII",
+    "nicht-übertragbar\n".encode(): "one line of ASCII",
+    b"x" * 2000: "longer than 1,024",
+}
+
+
+@pytest.mark.parametrize(("content", "said"), UNUSABLE.items(), ids=range(len(UNUSABLE)))
+def test_redis_refuses_a_password_file_that_others_would_read_differently(
+    tmp_path: Path, content: bytes, said: str
+) -> None:
+    (tmp_path / "password").write_bytes(content)
+    done = start_redis(tmp_path)
+    assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1
+    assert "with-" not in done.stderr and not (tmp_path / "users").exists()
+
+
+def test_redis_says_that_the_password_file_is_missing(tmp_path: Path) -> None:
+    done = start_redis(tmp_path)
+    assert done.returncode == 2 and "is missing" in done.stderr
+    (tmp_path / "password").mkdir()  # what an engine mounts in place of a file that is not there
+    assert start_redis(tmp_path).returncode == 2
+
+
+@pytest.mark.parametrize("password", ["a/b+c==", "#hash", "'quotes\"$(id)`", "back\\slash", "*?[x]", "-n", "%s"])
+def test_every_reader_finds_the_same_password_in_the_file(tmp_path: Path, password: str) -> None:
+    (tmp_path / "password").write_text(f"{password}\n")
+    (tmp_path / "bin").mkdir()
+    fake = tmp_path / "bin" / "redis-server"
+    fake.write_text("#!/bin/sh\n")
+    fake.chmod(0o755)
+    done = start_redis(tmp_path, path=f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    assert done.returncode == 0, done.stderr
+    by_health_check = subprocess.run(["sh", "-c", f'printf %s "$(cat {tmp_path / "password"})"'], capture_output=True)
+    by_python = read_secret(tmp_path / "password")
+    digests = {hashlib.sha256(found).hexdigest() for found in (by_health_check.stdout, by_python.encode())}
+    assert digests == set(re.findall(r"#([0-9a-f]{64})", (tmp_path / "users").read_text()))
 
 
 def test_the_dockerfile_passes_its_linter() -> None:

@@ -60,6 +60,19 @@ async def test_the_card_comes_after_the_stages_and_candidates_are_measured(spec:
     assert fitness.tokens == card.dense.tokens
 
 
+@pytest.mark.parametrize(("given", "used"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
+async def test_its_threads_wait_passively_unless_the_environment_says_otherwise(
+    spec: SearchSpec, monkeypatch: pytest.MonkeyPatch, given: str | None, used: str
+) -> None:
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if given is not None:
+        monkeypatch.setenv("OMP_WAIT_POLICY", given)
+    says = "import json, os; print(json.dumps({'usage_error': os.environ['OMP_WAIT_POLICY']}), flush=True)"
+    child = EvaluationChild(spec, (sys.executable, "-c", says))
+    with pytest.raises(UsageError, match=f"^{used}$"):
+        await child.start(no_progress, sensitivity=False)
+
+
 async def test_of_a_trial_its_windows_alone_are_measured(spec: SearchSpec) -> None:
     child, card = await started(spec)
     whole = candidate_for(spec.uniform_plan(card.shape))

@@ -43,3 +43,26 @@ def test_no_step_is_told_twice() -> None:
 def test_each_stage_begins_anew() -> None:
     steps = [("loading model", 0, 1), ("loading model", 1, 1), ("calibrating", 1, 2), ("calibrating", 2, 2)]
     assert picked(steps, 0.0) == steps
+
+
+def test_the_time_left_follows_from_the_speed_of_the_stage_so_far() -> None:
+    clock = Clock()
+    log = Sparsely(clock)
+    log.picks("loading model", 0, 1)
+    clock.now += 1000.0
+    log.picks("writing text", 240, 10_240)  # the openings are no work of this stage
+    assert log.seconds_left(240, 10_240) is None
+    clock.now += 50.0
+    log.picks("writing text", 1_240, 10_240)
+    assert log.seconds_left(1_240, 10_240) == 450
+    clock.now += 50.0  # a step that no log is told of counts too
+    assert log.seconds_left(10_240, 10_240) == 0
+
+
+def test_a_stage_that_begins_again_is_timed_anew() -> None:
+    clock = Clock()
+    log = Sparsely(clock)
+    for done in (0, 5, 0, 5):  # the evaluation process died and was started again
+        log.picks("calibrating", done, 10)
+        clock.now += 100.0
+    assert log.seconds_left(5, 10) == 200

@@ -1,6 +1,7 @@
 """`daemon --stay`: a process that its service manager never has to start again for nothing."""
 
 import asyncio
+import os
 import signal
 import socket
 import sys
@@ -48,6 +49,28 @@ async def test_what_must_be_mended_is_said_once_and_waited_for(
     assert log.read_text().count("must_be_mended") == 1 and "Traceback" not in log.read_text()
     assert '"ending"' in log.read_text()  # of the signal that it waited for
     assert "wrong-pw" not in log.read_text()
+
+
+@pytest.mark.parametrize("wrong", ["no-such-file.yaml", "a-wrong-password"])
+async def test_a_worker_that_cannot_work_says_why_once_and_waits(
+    config: Path, tmp_path: Path, running_server: Server, wrong: str
+) -> None:
+    file = config if wrong == "a-wrong-password" else tmp_path / wrong
+    url = f"unix://joe:a-wrong-password@{running_server.socket}"
+    command = [sys.executable, "-m", "daemon", "worker", "--config", str(file), "--stay"]
+    log = tmp_path / "log"
+    with log.open("wb") as both:
+        environment = {**os.environ, "SELFPRUNER_REDIS__URL": url}
+        process = await asyncio.create_subprocess_exec(*command, cwd=ROOT, env=environment, stdout=both, stderr=both)
+
+    async def said() -> bool:
+        return "must_be_mended" in log.read_text()
+
+    await eventually(said, 60)
+    process.send_signal(signal.SIGTERM)
+    assert await asyncio.wait_for(process.wait(), 20) == 2
+    assert log.read_text().count("must_be_mended") == 1 and "Traceback" not in log.read_text()
+    assert "a-wrong-password" not in log.read_text()
 
 
 async def test_a_search_that_has_ended_still_says_how_far_it_came(config: Path) -> None:
