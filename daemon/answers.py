@@ -80,14 +80,20 @@ def pruned(result: PruneResult, text: TextSpec) -> Iterator[RenderableType]:
     best, of = result.exported, result.exported.parameters
     table = _figures(report=best.report_perplexity is not None, kl=best.kl is not None)
     _add(table, "dense", best.dense_perplexity, result.dense_report_perplexity, 0.0, of.total_before)
+    label = uniform_label(result.reconstruction)
     if result.uniform_perplexity is not None:
         uniform = (result.uniform_perplexity, result.uniform_report_perplexity, result.uniform_kl)
-        _add(table, "uniform", *uniform, result.uniform_parameters.total_after)
+        _add(table, label, *uniform, result.uniform_parameters.total_after)
     _add(table, "pruned", best.perplexity, best.report_perplexity, best.kl, of.total_after)
     if result.finetuned:
         tuned = result.finetuned.finetuning
         _add(table, "fine-tuned", _after(tuned.perplexity), _after(tuned.report_perplexity), None, of.total_after)
     yield table
+    if result.uniform_perplexity is not None:
+        reported = best.report_perplexity, result.uniform_report_perplexity
+        on_report = f" ({reported[0] / reported[1]:.3f} on the report text)" if reported[0] and reported[1] else ""
+        ratio = f"{best.perplexity / result.uniform_perplexity:.3f}{on_report}"
+        yield f"perplexity is {ratio} of that of {label} (one search, one seed)"
     yield _measured_on(text.source, best.tokens, best.seqlen)
     if best.kl is not None:
         yield KL_IN_WORDS
