@@ -217,7 +217,12 @@ def _show_all(found: list[SearchResult], arguments: dict[str, Any], given: argpa
     for file in filter(None, (given.out / "comparison.json", given.json)):
         replace(file, json.dumps(figures, indent=1) + "\n")
     for rate in dict.fromkeys(r["rate"] for r in results):
-        show([r for r in results if r["rate"] == rate], rate, arguments["minimise"])
+        show(
+            [r for r in results if r["rate"] == rate],
+            rate,
+            arguments["minimise"],
+            arguments.get("reconstruction", "least-squares"),
+        )
     plot(results, given.out)
 
 
@@ -253,7 +258,7 @@ async def compare(given: argparse.Namespace) -> list[SearchResult]:
             worker = MeasuringWorker(url, given.out / f"measured-{seed}.jsonl")
             specs = [settings_of(given, "random", rate, seed).spec() for rate in given.rate]
             plain = await asyncio.to_thread(plain_uniform, specs, given.out / f"plain-{seed}.json")
-            for (rate, plain_report), method in product(zip(given.rate, plain, strict=True), given.methods):
+            for (rate, uniform), method in product(zip(given.rate, plain, strict=True), given.methods):
                 settings = settings_of(given, method, rate, seed)
                 if (before := result_before(settings.folder)) is not None:
                     results.append(before)
@@ -266,7 +271,7 @@ async def compare(given: argparse.Namespace) -> list[SearchResult]:
                     summary = await launch.run()
                 if summary is None or not summary.finished:
                     raise asyncio.CancelledError  # the search has taken it for itself, and saved what there is
-                results.append(result_of(settings, method, summary, plain_report, worker.measured_by))
+                results.append(result_of(settings, method, summary, uniform, worker.measured_by))
                 keep_result(results[-1], settings.folder, _decisive(given, method))
                 console.print(
                     f"  best {results[-1].best_so_far.fitness[-1]:.4g}, reported {results[-1].report:.2f}, "

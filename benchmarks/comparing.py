@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, closing, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from pydantic import BaseModel, TypeAdapter
 from daemon.settings import Settings
 from daemon.summary import Summary
 from gpu_worker.answering import answer
+from gpu_worker.any_heads import any_heads_plan
 from gpu_worker.arithmetic import products_in_float32
 from gpu_worker.perplexity import checked_perplexity
 from gpu_worker.progress import no_progress
@@ -71,7 +73,9 @@ class SearchResult(BaseModel):
     """The fitness of uniform rates."""
     uniform_report: float
     plain_report: float
-    """The same of uniform rates with nothing reconstructed, as the paper has them."""
+    """The same of uniform rates with rectangular heads and nothing reconstructed."""
+    any_heads_report: float | None = None
+    """The same where any query heads may go (masked); None in the figures of a version that did not measure it."""
     dense_report: float
     rates: list[float]
     """The best one's."""
@@ -166,25 +170,40 @@ class MeasuringWorker:
             lines.append(json.dumps(record) + "\n")
 
 
+@dataclass(frozen=True)
+class PlainUniform:
+    """Perplexities on the report text of uniform rates with nothing reconstructed."""
+
+    rectangular: float
+    any_heads: float
+    """Where any query heads may go (masked), at as many parameters: on models with few KV heads the fairer figure."""
+
+
 @products_in_float32()
-def plain_uniform(specs: Sequence[SearchSpec], kept: Path) -> list[float]:
-    """For each spec, the perplexity on its report text of uniform rates with nothing reconstructed, kept in a file.
+def plain_uniform(specs: Sequence[SearchSpec], kept: Path) -> list[PlainUniform]:
+    """What uniform rates have for each spec with nothing reconstructed, kept in a file.
 
     The specs differ in their pruning rate alone.
     """
     plain = [spec.model_copy(update={"reconstruction": "none"}) for spec in specs]
     found = _figures(kept)
-    missing = [spec for spec in plain if spec.fingerprint not in found]
+    missing = [spec for spec in plain if not {spec.fingerprint, _any_heads(spec)} <= found.keys()]
     if missing:
         target = Target(missing[0])
         assert target.texts.report is not None
         for spec in missing:
-            target.prune(spec.uniform_plan(target.shape))
-            found[spec.fingerprint], _ = checked_perplexity(
-                target.model.decoder, target.texts.report, no_progress, "measuring"
-            )
+            rates = [spec.rate] * len(target.shape.layers)
+            masked = any_heads_plan(rates, target.importance, target.shape, multiple_of=spec.multiple_of)
+            for key, plan in ((spec.fingerprint, spec.uniform_plan(target.shape)), (_any_heads(spec), masked)):
+                target.prune(plan)
+                found[key], _ = checked_perplexity(target.model.decoder, target.texts.report, no_progress, "measuring")
         replace(kept, json.dumps(found, indent=1) + "\n")
-    return [found[spec.fingerprint] for spec in plain]
+    return [PlainUniform(found[spec.fingerprint], found[_any_heads(spec)]) for spec in plain]
+
+
+def _any_heads(spec: SearchSpec) -> str:
+    """Under which name the figure of any heads is kept."""
+    return f"{spec.fingerprint}, any heads"
 
 
 def _figures(kept: Path) -> dict[str, float]:
@@ -196,7 +215,7 @@ def _figures(kept: Path) -> dict[str, float]:
 
 
 def result_of(
-    settings: Settings, method: str, summary: Summary, plain_report: float, measured_by: Mapping[str, str]
+    settings: Settings, method: str, summary: Summary, plain: PlainUniform, measured_by: Mapping[str, str]
 ) -> SearchResult:
     """What is kept of a search that has ended, from its folder; `measured_by` is the worker's."""
     best, figures, measure = summary.best, BestSoFar(), settings.search.fitness
@@ -225,7 +244,8 @@ def result_of(
         report=best.report_perplexity,
         uniform=float("nan") if uniform is None else uniform,
         uniform_report=summary.uniform.report_perplexity or float("nan"),
-        plain_report=plain_report,
+        plain_report=plain.rectangular,
+        any_heads_report=plain.any_heads,
         dense_report=summary.dense.report_perplexity or float("nan"),
         rates=list(summary.rates),
         by_llm=summary.candidates["by_source"]["llm"],

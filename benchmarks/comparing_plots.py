@@ -16,7 +16,8 @@ from matplotlib.ticker import PercentFormatter
 def plot_convergence(results: Sequence[dict[str, Any]], file: Path) -> None:
     """Best so far against evaluations and against tokens: the median over seeds, and the range behind it.
 
-    Every seed has a text of its own, so fitness is shown as a share of what uniform rates have on it.
+    Every seed has a text of its own, so fitness is shown as a share of what uniform rates have on it, fitted where the
+    searches fit.
     """
     figure, axes = plt.subplots(1, 2, figsize=(13, 5), sharey=True)
     methods = list(dict.fromkeys(r["method"] for r in results))
@@ -25,7 +26,7 @@ def plot_convergence(results: Sequence[dict[str, Any]], file: Path) -> None:
         for ax, by in zip(axes, ("evaluations", "tokens"), strict=True):
             _band(ax, rows, by, method, f"C{number}")
     for ax, by in zip(axes, ("evaluations", "tokens measured on"), strict=True):
-        ax.axhline(1, color="grey", linestyle=":", label="uniform")
+        ax.axhline(1, color="grey", linestyle=":", label="uniform, with the same reconstruction")
         ax.yaxis.set_major_formatter(PercentFormatter(1))
         ax.set_xlabel(by)
         ax.grid(alpha=0.3)

@@ -7,21 +7,27 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from protocol.spec import Measure
+from protocol.allocation import uniform_label
+from protocol.spec import Measure, Reconstruction
+
+LABELS = {"ranked": "ranked (choosing from the LLM's menus at random)"}
+"""Methods whose name does not say what they are."""
 
 
-def show(results: list[dict[str, Any]], rate: float, measure: Measure) -> None:
-    """One row per method: medians over seeds, as ratios to uniform with an equal split, nothing reconstructed.
+def show(results: list[dict[str, Any]], rate: float, measure: Measure, reconstruction: Reconstruction) -> None:
+    """One row per method: medians over seeds, and ratios to uniform rates with the same reconstruction.
 
-    Below them what uniform rates have, and the model as it is.
+    Below them the uniform baselines with as many parameters, and the model as it is.
     """
-    digits = 4 if measure == "kl" else 2
-    table = Table(title=f"β = {rate:g}: the best by {measure}, median over seeds (lowest to highest)")
+    digits, uniform = 4 if measure == "kl" else 2, uniform_label(reconstruction)
+    seeds = len({r["seed"] for r in results})
+    over = f"median over {seeds} seeds (lowest to highest)" if seeds > 1 else "one seed"
+    table = Table(title=f"β = {rate:g}: the best by {measure}, {over}")
     table.add_column("method", no_wrap=True)
     for column in (
+        f"ratio to\n{uniform}",
         "fitness",
         "reported\nperplexity",
-        "ratio to uniform,\nas in the paper",
         "as good as\nevolution after",
         "replies\nreadable",
         "replies\naccepted",
@@ -35,10 +41,10 @@ def show(results: list[dict[str, Any]], rate: float, measure: Measure) -> None:
     for method in dict.fromkeys(r["method"] for r in results):
         rows = [r for r in results if r["method"] == method]
         table.add_row(
-            method,
+            LABELS.get(method, method),
+            _median((r["report"] / r["uniform_report"] for r in rows), digits=3),
             _median((r["best_so_far"]["fitness"][-1] for r in rows), digits),
             _median(r["report"] for r in rows),
-            _median((r["report"] / r["plain_report"] for r in rows), digits=3),
             _median((_reached(r, goal[r["seed"]]) for r in rows if r["seed"] in goal), digits=0),
             _share(rows, "readable", "asked"),
             _share(rows, "accepted", "asked"),
@@ -49,18 +55,15 @@ def show(results: list[dict[str, Any]], rate: float, measure: Measure) -> None:
         )
     each = list({r["seed"]: r for r in results}.values())
     table.add_row(
-        "uniform",
-        _median((r["uniform"] for r in each), digits),
-        _median(r["uniform_report"] for r in each),
-        _median((r["uniform_report"] / r["plain_report"] for r in each), digits=3),
+        uniform, "1.000", _median((r["uniform"] for r in each), digits), _median(r["uniform_report"] for r in each)
     )
-    table.add_row("uniform, as in the paper", "", _median(r["plain_report"] for r in each), "1.000")
-    table.add_row(
-        "dense",
-        "",
-        _median(r["dense_report"] for r in each),
-        _median((r["dense_report"] / r["plain_report"] for r in each), digits=3),
-    )
+    others = {"uniform, any heads (masked)": "any_heads_report", "dense": "dense_report"}
+    if reconstruction != "none":
+        others = {"uniform, rectangular": "plain_report", **others}
+    for label, figure in others.items():
+        found = [r for r in each if r.get(figure) is not None]
+        ratio = _median((r[figure] / r["uniform_report"] for r in found), digits=3)
+        table.add_row(label, ratio, "", _median(r[figure] for r in found))
     Console(width=190).print(table)
 
 

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.console import RenderableType
 from rich.table import Table
 
+from protocol.allocation import uniform_label
 from protocol.candidate import Provenance
 from protocol.errors import DataError
 from protocol.finetuning import Perplexities
@@ -27,11 +28,12 @@ from protocol.spec import NAMED_TEXTS, SearchSpec, TextSpec
 from protocol.speeds import BatchSpeed, SpeedResult, Spread
 
 KL_IN_WORDS = "kl is the divergence from the dense model, in nats a token"
+MASKED = "masked, to compare with: no format can hold a model that loses any of its query heads"
 
 
 def evaluation(result: EvaluationResult) -> Iterator[RenderableType]:
     """Perplexities of the model, and of the dense one where it was pruned, and on what they were measured."""
-    yield f"{result.model}, {_removed(result.rate, result.method)}"
+    yield f"{result.model}, {_removed(result.rate, _with_heads(result))}"
     table = _figures(report=result.report_perplexity is not None, kl=result.kl is not None)
     of = result.parameters
     if result.rate is None:
@@ -43,6 +45,8 @@ def evaluation(result: EvaluationResult) -> Iterator[RenderableType]:
     yield _measured_on(result.data, result.tokens, result.seqlen)
     if result.calibration is not None:
         yield f"scored on {_text_name(result.calibration)}"
+    if result.heads == "any":
+        yield MASKED
     if result.kl is not None:
         yield KL_IN_WORDS
     if result.card_perplexity is not None:
@@ -76,14 +80,20 @@ def pruned(result: PruneResult, text: TextSpec) -> Iterator[RenderableType]:
     best, of = result.exported, result.exported.parameters
     table = _figures(report=best.report_perplexity is not None, kl=best.kl is not None)
     _add(table, "dense", best.dense_perplexity, result.dense_report_perplexity, 0.0, of.total_before)
+    label = uniform_label(result.reconstruction)
     if result.uniform_perplexity is not None:
         uniform = (result.uniform_perplexity, result.uniform_report_perplexity, result.uniform_kl)
-        _add(table, "uniform", *uniform, result.uniform_parameters.total_after)
+        _add(table, label, *uniform, result.uniform_parameters.total_after)
     _add(table, "pruned", best.perplexity, best.report_perplexity, best.kl, of.total_after)
     if result.finetuned:
         tuned = result.finetuned.finetuning
         _add(table, "fine-tuned", _after(tuned.perplexity), _after(tuned.report_perplexity), None, of.total_after)
     yield table
+    if result.uniform_perplexity is not None:
+        reported = best.report_perplexity, result.uniform_report_perplexity
+        on_report = f" ({reported[0] / reported[1]:.3f} on the report text)" if reported[0] and reported[1] else ""
+        ratio = f"{best.perplexity / result.uniform_perplexity:.3f}{on_report}"
+        yield f"perplexity is {ratio} of that of {label} (one search, one seed)"
     yield _measured_on(text.source, best.tokens, best.seqlen)
     if best.kl is not None:
         yield KL_IN_WORDS
@@ -242,6 +252,13 @@ def best(record: dict[str, Any]) -> Iterator[RenderableType]:
     yield _layers(found.rates, found.plan, found.shape)
     yield _parameters(found.parameters)
     yield f"next: selfpruner export --search {found.search} --out DIR"
+
+
+def _with_heads(result: EvaluationResult) -> str | None:
+    """The method, and which baseline it is where that has to be told apart."""
+    if result.method == "uniform" and result.reconstruction is not None and result.heads is not None:
+        return uniform_label(result.reconstruction, result.heads)
+    return f"{result.method}, any heads" if result.heads == "any" else result.method
 
 
 def _removed(rate: float | None, method: str | None) -> str:

@@ -105,6 +105,7 @@ def prune(
             uniform_report_perplexity=searched.uniform_report_perplexity,
             uniform_kl=summary.uniform.kl,
             uniform_parameters=summary.uniform.parameters,
+            reconstruction=request.spec.reconstruction,
             dense_report_perplexity=summary.dense.report_perplexity,
             exported=written.exported,
             finetuned=written.finetuned,

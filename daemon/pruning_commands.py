@@ -16,6 +16,7 @@ from daemon.card_claim import CardClaim, card_claim
 from daemon.pruning_request import (
     allocation_of,
     allocation_spec,
+    check_heads,
     measured_texts,
     pruning_request,
     refuse_given,
@@ -27,6 +28,7 @@ from daemon.signals import interruptible
 from daemon.terminal import answer, need
 from protocol import logs
 from protocol.allocation import Method
+from protocol.any_heads import Heads
 from protocol.errors import SettingsError
 from protocol.formats import FACTS, formats_of, gguf_type_of
 from protocol.paths import expanded
@@ -66,6 +68,10 @@ def evaluate(
     choice: flags.ChoiceFlags,
     how: flags.PruningFlags,
     options: flags.MethodFlags,
+    heads: Annotated[
+        Heads | None,
+        typer.Option(help="`any`: any query heads may go. Masked, to compare with; never exported."),
+    ] = None,
     fitness: Annotated[Measure, typer.Option(help="`kl`: measure the divergence from the dense model too.")] = (
         "perplexity"
     ),
@@ -86,6 +92,8 @@ def evaluate(
     name = str(folder) if model is None else model
     if choice == flags.ChoiceFlags():
         refuse_given("the model is measured as it is", how, options)
+        if heads is not None:
+            raise SettingsError("--heads is not read here: the model is measured as it is")
         if fitness != "perplexity":
             raise SettingsError("--fitness kl compares with the dense model: give --allocate or --rates too")
         claim = card_claim(name, texts)
@@ -108,11 +116,17 @@ def evaluate(
         request = pruning_request(
             name, texts, choice, how, options, measure=fitness, dtype=dtype or "bfloat16", seed=seed or 0
         )
+        check_heads(heads, request.spec)
         with at_work(name) as progress:
             from gpu_worker.evaluate import evaluate_once
 
             result = evaluate_once(
-                request.spec, request.choice, shape=request.shape, method=request.method, progress=progress
+                request.spec,
+                request.choice,
+                shape=request.shape,
+                method=request.method,
+                heads=heads or "rectangular",
+                progress=progress,
             )
     answer(result.model_dump(mode="json"), json_, lambda: answers.evaluation(result))
 

@@ -11,6 +11,7 @@ from daemon.flags import CalibrationFlags, ChoiceFlags, ExportTexts, MethodFlags
 from daemon.setting_errors import validation_sentence
 from daemon.settings import check_text, text_spec
 from protocol.allocation import Allocation, Method
+from protocol.any_heads import Heads
 from protocol.errors import DataError, SettingsError
 from protocol.plan import Split
 from protocol.shape import Granularity, ModelShape
@@ -118,6 +119,17 @@ def refuse_unread(choice: ChoiceFlags, options: MethodFlags) -> None:
     for name, method in _READ_BY.items():
         if getattr(options, name) != getattr(MethodFlags(), name) and choice.allocate != method:
             raise SettingsError(f"--{name.replace('_', '-')} is for --allocate {method}")
+
+
+NEEDED_BY_ANY_HEADS = {"granularity": "layer", "split": "equal", "scoring": "dense"}
+"""What Wanda-sp does: one rate a layer, the same for heads and MLP, from scores that no plan changes."""
+
+
+def check_heads(heads: Heads | None, spec: SearchSpec) -> None:
+    """Raise SettingsError where any query heads cannot be removed as the spec says."""
+    for name, value in NEEDED_BY_ANY_HEADS.items():
+        if heads == "any" and (given := getattr(spec, name)) != value:
+            raise SettingsError(f"--heads any needs --{name} {value}, not {given!r}: it removes heads as Wanda-sp does")
 
 
 def refuse_given(why: str, *groups: object) -> None:

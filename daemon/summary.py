@@ -11,14 +11,20 @@ from rich.table import Table
 
 from agents.population import Evaluation, Population
 from agents.shares import Record, records_of
+from protocol.allocation import uniform_label
 from protocol.candidate import Candidate, Measured, Sampled, candidate_id
 from protocol.card import DensePerplexity, ModelCard
 from protocol.plan import Parameters, count_parameters, dense_plan
-from protocol.spec import Measure, SearchSpec
+from protocol.spec import Measure, Reconstruction, SearchSpec
+
+WEAK_BASELINE = (
+    "this uniform is a weak baseline: it is not fitted, and takes as many query heads from each KV head; `selfpruner "
+    "evaluate --allocate uniform` measures stronger ones with --reconstruction least-squares or --heads any"
+)
 
 
 class Row(BaseModel):
-    """One model: dense, uniform or best. A figure is None where it was not measured."""
+    """One model, such as the dense one or the best. A figure is None where it was not measured."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -44,9 +50,13 @@ class Summary(BaseModel):
     granularity: str
     fitness: Measure
     """What the search minimised."""
+    reconstruction: Reconstruction
+    """Whether what stays was fitted, of the uniform model as of all candidates."""
     finished: bool
     dense: Row
     uniform: Row
+    best_allocation: Row | None
+    """The best of the allocations that the search began with (search.seeds), which no search has changed."""
     best: Row | None
     rates: tuple[float, ...]
     """The best candidate's."""
@@ -74,7 +84,7 @@ def summarise(
     finished: bool,
 ) -> Summary:
     """Gather what a search found."""
-    best = population.best()
+    best, best_allocation = population.best(), _best_allocation(population)
     uniform = spec.uniform_plan(card.shape)
     uniform_evaluation = population.get(candidate_id(uniform, spec.fingerprint))
     proposals = [c for c in ledger.values() if c.is_proposal]
@@ -85,12 +95,12 @@ def summarise(
         rate=spec.rate,
         granularity=spec.granularity,
         fitness=spec.measure,
+        reconstruction=spec.reconstruction,
         finished=finished,
         dense=_dense_row(spec, card),
         uniform=_row(spec, count_parameters(uniform, card.shape), uniform_evaluation, population),
-        best=_row(spec, best.outcome.parameters, best, population)
-        if best and isinstance(best.outcome, Measured)
-        else None,
+        best_allocation=_measured_row(spec, best_allocation, population),
+        best=_measured_row(spec, best, population),
         rates=best.candidate.rates if best else (),
         candidates={
             "by_agent": dict(Counter(c.provenance.agent for c in proposals)),
@@ -120,6 +130,17 @@ def _dense_row(spec: SearchSpec, card: ModelCard) -> Row:
     )
 
 
+def _best_allocation(population: Population) -> Evaluation | None:
+    """The best of the allocations that the search began with, if it began with any."""
+    return next((e for e in population.top(None) if e.candidate.provenance.source == "allocation"), None)
+
+
+def _measured_row(spec: SearchSpec, evaluation: Evaluation | None, population: Population) -> Row | None:
+    if evaluation is None or not isinstance(evaluation.outcome, Measured):
+        return None
+    return _row(spec, evaluation.outcome.parameters, evaluation, population)
+
+
 def _row(spec: SearchSpec, parameters: Parameters, evaluation: Evaluation | None, population: Population) -> Row:
     measured = evaluation.outcome if evaluation and isinstance(evaluation.outcome, Measured) else None
     report = population.get(candidate_id(evaluation.candidate.plan, spec.fingerprint, "report")) if evaluation else None
@@ -145,19 +166,25 @@ def show(summary: Summary, console: Console) -> None:
 
 
 def _table(summary: Summary) -> Table:
-    columns = _columns(summary)
+    columns, uniform = _columns(summary), uniform_label(summary.reconstruction)
     table = Table()
     table.add_column("")
+    table.add_column(f"ratio to {uniform}", justify="right")
     for column in columns:
         table.add_column(column.title, justify="right")
     table.add_column("parameters", justify="right")
-    table.add_column("ratio to uniform", justify="right")
-    for name, row in (("dense", summary.dense), ("uniform", summary.uniform), ("best", summary.best)):
+    rows = {
+        "dense": summary.dense,
+        uniform: summary.uniform,
+        "best allocation without a search": summary.best_allocation,
+        "best": summary.best,
+    }
+    for name, row in rows.items():
         if row is None:
             continue
         cells = [_number(column.of(row), column.digits) for column in columns]
         ratio = None if name == "dense" else _ratio(columns[0].of(row), columns[0].of(summary.uniform))
-        table.add_row(name, *cells, f"{row.parameters.total_after / 1e6:,.1f} M", _number(ratio, 3))
+        table.add_row(name, _number(ratio, 3), *cells, f"{row.parameters.total_after / 1e6:,.1f} M")
     return table
 
 
@@ -200,8 +227,10 @@ def _lines(summary: Summary) -> list[str]:
         f"endpoint {name}: {record.improved} of {record.tried} offspring improved on their parents"
         for name, record in summary.endpoints.items()
     ]
+    weak = [WEAK_BASELINE] if summary.reconstruction == "none" else []
     return [
         *_found_out(summary),
+        *weak,
         f"candidates by agent: {listed(summary.candidates['by_agent'])}",
         f"candidates by source: {listed(summary.candidates['by_source'])}",
         *shares,

@@ -20,7 +20,8 @@ WIKITEXT2 = "wikitext2"
 C4 = "c4"
 SELF = "self"
 SPLITS: dict[str, dict[Role, str]] = {
-    # Scored on the train split, as FLAP's Wanda-sp is: 128 windows of 4,096 tokens are more than the validation split.
+    # Scored on the train split: 128 windows of 4,096 tokens are more than the validation split. FLAP's code calibrates
+    # Wanda-sp on C4, and where it reads this split joins its rows by spaces.
     WIKITEXT2: {"calibration": "train", "fitness": "validation", "report": "test"},
     # SparseGPT reports on the first 1,100 documents of its validation file.
     C4: {"calibration": "train[:4000]", "fitness": "validation[1100:2200]", "report": "validation[:1100]"},

@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from gpu_worker.allocation import Choice, allocate, choose_rates, prepare
+from gpu_worker.any_heads import any_heads_plan
 from gpu_worker.corpora import SELF, load_roles, windows_digest
 from gpu_worker.export.kept_text import read_kept_text
 from gpu_worker.memory import Workload
@@ -18,6 +19,7 @@ from gpu_worker.self_text import self_text
 from gpu_worker.session import Session
 from gpu_worker.target import Target, check_length
 from protocol.allocation import Allocation
+from protocol.any_heads import AnyHeadsPlan, Heads
 from protocol.candidate import Measured
 from protocol.plan import Parameters, Plan, count_parameters, dense_plan
 from protocol.results import AllocationResult, EvaluationResult
@@ -42,23 +44,32 @@ def evaluate_once(
     *,
     shape: ModelShape | None = None,
     method: str = "rates",
+    heads: Heads = "rectangular",
     progress: Progress = no_progress,
 ) -> EvaluationResult:
     """Prune by rates, exactly as given, or by those of an allocation, and measure.
 
-    `shape` is the model that given rates are for, where that is known. Raises UsageError for a model or a text that
-    cannot be had and for rates of the wrong number, range or model.
+    `shape` is the model that given rates are for, where that is known. With `any` heads the spec has layer granularity,
+    equal split and dense scoring. Raises UsageError for a model or a text that cannot be had and for rates of the wrong
+    number, range or model.
     """
-    pruned = prune_and_measure(prepare(spec, choice, progress, shape=shape), choice, progress)
-    card, measured = pruned.session.card, pruned.fitness
+    target = prepare(spec, choice, progress, shape=shape)
+    rates = choose_rates(target, choice, progress)
+    plan: Plan | AnyHeadsPlan = spec.plan(list(rates), target.shape)
+    if heads == "any":
+        plan = any_heads_plan(rates, target.importance, target.shape, multiple_of=spec.multiple_of)
+    session, measured, report = _measured(target, plan, progress)
+    card = session.card
     return EvaluationResult(
         model=spec.model,
         method=method,
+        heads=heads,
+        reconstruction=spec.reconstruction,
         rate=removed_share(measured.parameters),
         perplexity=measured.perplexity,
         dense_perplexity=card.dense.perplexity,
         kl=measured.kl,
-        report_perplexity=pruned.report and pruned.report.perplexity,
+        report_perplexity=report and report.perplexity,
         dense_report_perplexity=card.dense_report and card.dense_report.perplexity,
         parameters=measured.parameters,
         seqlen=spec.fitness.seqlen,
@@ -66,8 +77,8 @@ def evaluate_once(
         seconds=measured.seconds,
         calibration=spec.calibration.source,
         data=spec.fitness.source,
-        fitness_digest=windows_digest(pruned.session.target.texts.fitness),
-        rates=pruned.rates,
+        fitness_digest=windows_digest(target.texts.fitness),
+        rates=rates,
     )
 
 
@@ -77,14 +88,22 @@ def prune_and_measure(target: Target, choice: Choice, progress: Progress = no_pr
     Raises NotFiniteError where the pruned model does not compute.
     """
     rates = choose_rates(target, choice, progress)
-    session = Session(target.spec, progress, sensitivity=False, target=target)
     plan = target.spec.plan(list(rates), target.shape)
+    session, fitness, report = _measured(target, plan, progress)
+    return Pruned(session, rates, plan, fitness, report)
+
+
+def _measured(
+    target: Target, plan: Plan | AnyHeadsPlan, progress: Progress
+) -> tuple[Session, Measured, Measured | None]:
+    """Measure the dense target and then the pruned one, which stays pruned, on the fitness text and on the report."""
+    session = Session(target.spec, progress, sensitivity=False, target=target)
     try:
         fitness = session.evaluate(plan, progress=progress)
         report = None if target.spec.report is None else session.evaluate(plan, "report", progress)
     except NotFiniteError as error:
         raise NotFiniteError(f"pruned so, {target.spec.model} does not compute: {error}") from error
-    return Pruned(session, rates, plan, fitness, report)
+    return session, fitness, report
 
 
 def evaluate_as_it_is(

@@ -18,6 +18,7 @@ from gpu_worker.calibration import LayerProducts
 from gpu_worker.families import Decoder, Layer
 from gpu_worker.importance import LayerImportance
 from gpu_worker.reconstruction import FittedColumns
+from protocol.any_heads import AnyHeadsPlan
 from protocol.plan import LayerPlan, Plan, dense_plan
 from protocol.shape import LayerShape
 
@@ -50,6 +51,10 @@ class _Columns:
         """The weight [outputs, kept inputs] of the first `counts` along the leading dimensions."""
         pick = tuple(slice(count) for count in counts)
         return self.stored[pick].reshape(-1, self.stored.shape[-1]).t()
+
+    def at(self, kept: Tensor) -> Tensor:
+        """The weight [outputs, kept inputs] of the columns that `kept` [pieces, ...] marks."""
+        return self.stored[kept.to(self.stored.device)].t()
 
 
 @dataclass(frozen=True)
@@ -123,6 +128,19 @@ class _OrderedLayer:
         set_linear(layer.up, *self._up.first(channels))
         set_linear(layer.down, self._down.first(channels), layer.down.bias)
         layer.tell_heads(kv, each)
+
+    def mask(self, kept: Tensor, channels: int) -> None:
+        """Keep so many MLP channels, and put zeros in the columns of o_proj that belong to removed query heads.
+
+        `kept` is [KV heads, query heads per KV head], in the layer's order.
+        """
+        whole = self._shape
+        self.apply(LayerPlan(kv_heads=whole.kv_heads, queries_per_kv=whole.queries_per_kv, mlp_channels=channels))
+        output = self._layer.output
+        columns = kept[..., None].expand(self._output.stored.shape[:-1])
+        weight = torch.zeros_like(output.weight)
+        weight[:, columns.flatten().to(weight.device)] = self._output.at(columns)
+        set_linear(output, weight, output.bias)
 
     def check(self, plan: LayerPlan) -> None:
         """Raise PlanMismatchError where the layer has fewer pieces than `plan` keeps."""
@@ -207,6 +225,29 @@ class OrderedModel:
         with torch.no_grad():
             for layer, kept in zip(self._layers, plan.layers, strict=True):
                 layer.apply(kept)
+
+    def mask(self, plan: AnyHeadsPlan) -> None:
+        """Keep what `plan` says, whatever was applied before; heads that it removes stay in the model, unread.
+
+        Raises PlanMismatchError for a plan of another model.
+        """
+        self._check_masks(plan)
+        self.changes += 1
+        with torch.no_grad():
+            for layer, order, masked in zip(self._layers, self._orders, plan.layers, strict=True):
+                kept = torch.tensor(masked.kept)
+                if order is not None:
+                    kept = kept[order.kv.cpu()[:, None], order.queries.cpu()]
+                layer.mask(kept, masked.mlp_channels)
+
+    def _check_masks(self, plan: AnyHeadsPlan) -> None:
+        """Raise PlanMismatchError for a plan of another model."""
+        theirs = [(tuple(map(len, layer.kept)), layer.mlp_channels) for layer in plan.layers]
+        ours = [((s.queries_per_kv,) * s.kv_heads, s.mlp_channels) for s in self.decoder.shape.layers]
+        if len(theirs) != len(ours) or any(
+            heads != own or channels > most for (heads, channels), (own, most) in zip(theirs, ours, strict=True)
+        ):
+            raise PlanMismatchError("the plan that removes any query heads is for another model")
 
     def apply_layer(self, layer: int, plan: LayerPlan) -> None:
         """Prune decoder layer `layer` to `plan` and leave the others as they are."""

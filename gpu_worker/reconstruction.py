@@ -42,13 +42,16 @@ class FittedColumns:
         self._target = self._factor.t() @ stored.flatten(0, -2).float()
 
     def first(self, *counts: int) -> Tensor:
-        """The weight [outputs, kept inputs] of the first `counts` along the leading dimensions.
+        """The weight [outputs, kept inputs] of the first `counts` along the leading dimensions."""
+        kept = torch.zeros(self.stored.shape[:-1], dtype=torch.bool)
+        kept[tuple(slice(count) for count in counts)] = True
+        return self.at(kept)
+
+    def at(self, kept: Tensor) -> Tensor:
+        """The weight [outputs, kept inputs] of the columns that `kept` [pieces, ...] marks, with one piece or more.
 
         A view of the weight as it was where all are kept, and a fitted copy where not.
         """
-        pieces = self.stored.shape[:-1]
-        kept = torch.zeros(pieces, dtype=torch.bool)
-        kept[tuple(slice(count) for count in counts)] = True
         where = kept.flatten().nonzero()[:, 0]
         if len(where) == kept.numel():
             return self.stored.flatten(0, -2).t()

@@ -17,6 +17,7 @@ from gpu_worker.racing import is_beaten
 from gpu_worker.sensitivity import measure_sensitivity
 from gpu_worker.target import Share, Target
 from protocol.allocation import OUTLIER_THRESHOLD
+from protocol.any_heads import AnyHeadsPlan
 from protocol.candidate import Measured, Race, Sampled, Stopped, Text
 from protocol.card import DensePerplexity, ModelCard
 from protocol.errors import DataError, ModelError
@@ -59,7 +60,7 @@ class Session:
         """Shape of the dense model."""
         return self.target.shape
 
-    def evaluate(self, plan: Plan, text: Text = "fitness", progress: Progress = no_progress) -> Measured:
+    def evaluate(self, plan: Plan | AnyHeadsPlan, text: Text = "fitness", progress: Progress = no_progress) -> Measured:
         """Prune to `plan` and measure `text`: its perplexity, and `kl` where that is the spec's; seconds are wall time.
 
         Raises PlanMismatchError for a plan of another model, DataError where the spec has no such text,
@@ -70,7 +71,7 @@ class Session:
         return outcome
 
     def race(
-        self, plan: Plan, race: Race | None, text: Text = "fitness", progress: Progress = no_progress
+        self, plan: Plan | AnyHeadsPlan, race: Race | None, text: Text = "fitness", progress: Progress = no_progress
     ) -> Measured | Stopped:
         """As `evaluate`, window by window; where the plan is beaten in its race, the rest is not measured."""
         count = len(self._windows(text))
@@ -89,7 +90,12 @@ class Session:
         return Sampled(**self._measure(plan, text, windows, None, progress)[1])
 
     def _measure(
-        self, plan: Plan, text: Text, places: Sequence[int], race: Race | None, progress: Progress
+        self,
+        plan: Plan | AnyHeadsPlan,
+        text: Text,
+        places: Sequence[int],
+        race: Race | None,
+        progress: Progress,
     ) -> tuple["_Seen", dict[str, Any]]:
         """Prune to `plan` and measure the windows at these places until the race is lost; with the figures of all."""
         windows, decoder = self._windows(text), self.target.model.decoder

@@ -20,6 +20,7 @@ from gpu_worker.progress import Progress, no_progress, steps
 from gpu_worker.pruning import OrderedModel
 from gpu_worker.self_text import self_text
 from gpu_worker.sequential import prune_sequentially
+from protocol.any_heads import AnyHeadsPlan
 from protocol.errors import DataError, ModelError
 from protocol.plan import Plan
 from protocol.shape import LayerShape, ModelShape
@@ -62,7 +63,9 @@ class Target:
         if outlier_threshold is not None:
             pairs = zip(decoder.layers, seen, strict=True)
             self.outliers = tuple(outlier_share(layer, each, outlier_threshold) for layer, each in pairs)
-        self.ordered = OrderedModel(decoder, score(self.model, spec, seen, products, windows, progress))
+        self.importance = score(self.model, spec, seen, products, windows, progress)
+        """On the dense model, one entry per layer."""
+        self.ordered = OrderedModel(decoder, self.importance)
         if _is_fitted(spec):
             _reconstruct(self.ordered, products, progress)
 
@@ -77,9 +80,15 @@ class Target:
         """Shape of the dense model."""
         return self.model.decoder.shape
 
-    def prune(self, plan: Plan) -> None:
-        """Prune to `plan`, whatever was applied before. Raises PlanMismatchError for a plan of another model."""
-        if self.spec.scoring == "dense":
+    def prune(self, plan: Plan | AnyHeadsPlan) -> None:
+        """Prune to `plan`, whatever was applied before. Raises PlanMismatchError for a plan of another model.
+
+        A plan that removes any query heads is masked, and is for dense scoring alone.
+        """
+        if isinstance(plan, AnyHeadsPlan):
+            assert self.spec.scoring == "dense", "sequential scores are of plans that slice"
+            self.ordered.mask(plan)
+        elif self.spec.scoring == "dense":
             self.ordered.apply(plan)
         elif self._scored != (plan, self.ordered.changes):  # the same plan may be measured on several texts
             reconstruct = self.spec.reconstruction == "least-squares"

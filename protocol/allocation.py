@@ -10,10 +10,12 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat
 
+from protocol.any_heads import Heads
 from protocol.errors import BudgetError
 from protocol.plan import unit_bounds
 from protocol.rates import feasible
 from protocol.shape import Granularity, ModelShape, Unit
+from protocol.spec import Reconstruction
 
 Method = Literal["uniform", "first-layer", "owl", "llm-pruner", "sensitivity"]
 
@@ -22,6 +24,14 @@ OUTLIER_THRESHOLD = 5.0
 SENSITIVITY_FLOOR = 1.0
 """Times the median that is added to every sensitivity. Most units matter about as little, and what tells them apart is
 noise: without it the luckiest unit would be pruned away. A unit that matters ten times as much is still spared."""
+
+
+def uniform_label(reconstruction: Reconstruction, heads: Heads = "rectangular") -> str:
+    """What tables call uniform pruning, so that nobody takes a weak baseline for a strong one."""
+    fitted = reconstruction == "least-squares"
+    if heads == "any":
+        return "uniform, any heads, fitted" if fitted else "uniform, any heads"
+    return "uniform, fitted" if fitted else "uniform, rectangular"
 
 
 class Allocation(BaseModel):

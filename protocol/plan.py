@@ -7,7 +7,7 @@ whole model ends within one channel (or one `multiple_of` of channels) of (1 −
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, PositiveInt, field_validator
 
@@ -78,7 +78,15 @@ class Parameters(BaseModel):
     total_after: int
 
 
-def count_parameters(plan: Plan, shape: ModelShape) -> Parameters:
+class Counted(Protocol):
+    """What says how many parameters it leaves, such as a plan."""
+
+    def decoder_parameters(self, shape: ModelShape) -> int:
+        """Decoder parameters left of a model of this `shape`."""
+        ...
+
+
+def count_parameters(plan: Counted, shape: ModelShape) -> Parameters:
     """What `plan` leaves of a model of this `shape`."""
     after = plan.decoder_parameters(shape)
     return Parameters(
@@ -191,7 +199,7 @@ def make_plan(
     else:
         heads = _block_heads(shape, [rates[2 * i] for i in range(len(shape.layers))], sum(removed), multiple_of)
         wanted = _even_out(shape, heads, removed)
-    channels = _fill_channels(shape, wanted, multiple_of)
+    channels = fill_channels(shape, wanted, multiple_of)
     return Plan(
         layers=tuple(
             LayerPlan(kv_heads=kv, queries_per_kv=q, mlp_channels=c) for (kv, q), c in zip(heads, channels, strict=True)
@@ -308,7 +316,7 @@ def _even_out(shape: ModelShape, heads: Sequence[tuple[int, int]], removed: Sequ
     return [rate * size for rate, size in zip(spread, sizes, strict=True)]
 
 
-def _fill_channels(shape: ModelShape, wanted: Sequence[float], multiple_of: int) -> list[int]:
+def fill_channels(shape: ModelShape, wanted: Sequence[float], multiple_of: int) -> list[int]:
     """Channels kept per layer when `wanted` MLP parameters go, each layer passing its rounding on to the next.
 
     What a layer cannot give (or take) is carried along, and settled at the end by any layer that has room.

@@ -5,11 +5,12 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt
 
+from protocol.any_heads import Heads
 from protocol.finetuning import Finetuning
 from protocol.formats import Formats, GgufType
 from protocol.plan import LayerPlan, Parameters
 from protocol.shape import ModelShape
-from protocol.spec import SearchSpec
+from protocol.spec import Reconstruction, SearchSpec
 from protocol.zero_shot import Metric
 
 
@@ -21,6 +22,10 @@ class EvaluationResult(BaseModel):
     model: str
     method: str | None = None
     """The allocation, or where the rates come from; None for a model as it is."""
+    heads: Heads | None = None
+    """Which query heads could be removed; None for a model as it is."""
+    reconstruction: Reconstruction | None = None
+    """Whether what stays was fitted; None for a model as it is."""
     rate: float | None = None
     """Share of the decoder's parameters that was removed; None for a model as it is."""
     perplexity: float
@@ -195,6 +200,8 @@ class PruneResult(BaseModel):
     uniform_kl: float | None
     """Where the search minimised the divergence from the dense model."""
     uniform_parameters: Parameters
+    reconstruction: Reconstruction = "none"
+    """Of uniform pruning as of the best; reports of earlier versions do not say."""
     dense_report_perplexity: float | None
     exported: ExportResult
     """Before fine-tuning, in the search's folder, where there was any."""

@@ -156,10 +156,11 @@ def test_a_pruned_model_stands_beside_the_dense_one_and_uniform_pruning() -> Non
     assert cells(titles) == ["perplexity", "parameters"]
     assert [cells(row)[:2] for row in (dense, uniform, pruned)] == [
         ["dense", "12.35"],
-        ["uniform", "34.57"],
+        ["uniform,", "rectangular"],
         ["pruned", "23.46"],
     ]
-    assert cells(uniform)[2:] == ["9.9", "M"] != cells(pruned)[2:]
+    assert cells(uniform)[2:] == ["34.57", "9.9", "M"] and cells(pruned)[2:] != ["9.9", "M"]
+    assert "perplexity is 0.679 of that of uniform, rectangular (one search, one seed)" in lines
     assert "searched with 8 evaluations in 90 s (search night), 5 of them proposed by the LLM" in lines
 
 
@@ -198,10 +199,18 @@ def test_after_fine_tuning_both_texts_have_a_figure() -> None:
 def test_what_a_search_minimised_is_shown() -> None:
     divergent = EXPORTED.model_copy(update={"kl": 0.25})
     result = PRUNED.model_copy(update={"uniform_kl": 0.5, "exported": divergent})
-    _, titles, *rows, _, legend, _, _, _, _ = printed(answers.pruned(result, TEXT))
-    assert cells(titles) == ["perplexity", "kl", "parameters"]
-    assert [cells(row)[2] for row in rows] == ["0.0000", "0.5000", "0.2500"]
-    assert legend == "kl is the divergence from the dense model, in nats a token"
+    lines = printed(answers.pruned(result, TEXT))
+    assert cells(lines[1]) == ["perplexity", "kl", "parameters"]
+    assert [cells(row)[-3] for row in lines[2:5]] == ["0.0000", "0.5000", "0.2500"]
+    assert "kl is the divergence from the dense model, in nats a token" in lines
+
+
+def test_where_what_stays_was_fitted_the_baseline_is_fitted_uniform() -> None:
+    result = PRUNED.model_copy(update={"reconstruction": "least-squares", "uniform_report_perplexity": 40.0})
+    best = EXPORTED.model_copy(update={"report_perplexity": 30.0})
+    lines = printed(answers.pruned(result.model_copy(update={"exported": best}), TEXT))
+    assert lines[3].startswith("uniform, fitted")
+    assert "perplexity is 0.679 (0.750 on the report text) of that of uniform, fitted (one search, one seed)" in lines
 
 
 def test_a_gguf_is_told_beside_the_model_in_memory() -> None:

@@ -29,6 +29,7 @@ def _result(method: str, seed: int, fitness: list[float]) -> dict[str, Any]:
         uniform=0.5,
         uniform_report=80.0,
         plain_report=120.0,
+        any_heads_report=110.0,
         dense_report=30.0,
         rates=[0.3] * 6,
         by_llm=10,
@@ -60,11 +61,11 @@ def test_the_figures_of_several_calls_are_joined(tmp_path: Path, capsys: pytest.
     assert compare_search.main(["--methods", "--beside", llm, evolution, "--out", str(out)]) == 0
     shown = capsys.readouterr().out
     rows = {line.split("│")[1].strip(): line.split("│")[2:-1] for line in shown.splitlines() if "│" in line}
-    assert [cell.strip() for cell in rows["evolution"]][:4] == ["0.3000", "60.00", "0.500", "7"]
+    assert [cell.strip() for cell in rows["evolution"]][:4] == ["0.750", "0.3000", "60.00", "7"]
     assert [cell.strip() for cell in rows["llm"]] == [
+        "0.750",
         "0.2000",
         "60.00",
-        "0.500",
         "1",
         "1.00",
         "0.90",
@@ -73,9 +74,11 @@ def test_the_figures_of_several_calls_are_joined(tmp_path: Path, capsys: pytest.
         "0.80",
         "5,100",
     ]
-    assert [cell.strip() for cell in rows["uniform"]][:3] == ["0.5000", "80.00", "0.667"]
-    assert [cell.strip() for cell in rows["uniform, as in the paper"]][1:3] == ["120.00", "1.000"]
-    assert [cell.strip() for cell in rows["dense"]][1:3] == ["30.00", "0.250"]
+    assert [cell.strip() for cell in rows["uniform, fitted"]][:3] == ["1.000", "0.5000", "80.00"]
+    assert [cell.strip() for cell in rows["uniform, rectangular"]][:3] == ["1.500", "", "120.00"]
+    assert [cell.strip() for cell in rows["uniform, any heads (masked)"]][:3] == ["1.375", "", "110.00"]
+    assert [cell.strip() for cell in rows["dense"]][:3] == ["0.375", "", "30.00"]
+    assert "one seed" in shown
     assert [r["method"] for r in json.loads((out / "comparison.json").read_text())["results"]] == ["evolution", "llm"]
     assert (out / "convergence-0.3.png").stat().st_size and (out / "rates-0.3.png").stat().st_size
 
@@ -84,7 +87,7 @@ def test_figures_that_did_not_tell_readable_from_accepted_replies_are_shown_with
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     old = _result("llm", 0, [0.3]) | {"usable": 9, "method": "llm-of-old"}
-    del old["readable"], old["accepted"]
+    del old["readable"], old["accepted"], old["any_heads_report"]
     assert compare_search.main(["--methods", "--beside", _figures(tmp_path / "a", old), "--out", str(tmp_path)]) == 0
     (row,) = (line.split("│")[2:-1] for line in capsys.readouterr().out.splitlines() if "llm-of-old" in line)
     assert [cell.strip() for cell in row][4:] == ["", "", "45", "100", "0.80", "5,100"]

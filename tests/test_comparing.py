@@ -15,6 +15,7 @@ import pytest
 from benchmarks import compare_search, comparing
 from benchmarks.comparing import MeasuringWorker, plain_uniform
 from gpu_worker import answering
+from gpu_worker.any_heads import any_heads_plan
 from gpu_worker.session import Session
 from protocol.candidate import Candidate, Measured, Outcome, Provenance, candidate_id
 from protocol.spec import SearchSpec
@@ -79,8 +80,9 @@ def test_a_comparison_measures_alike_candidates_once_and_is_not_made_twice(
         assert result["report"] > 1 and len(result["rates"]) == 6  # blocks
         assert result["by_llm"] == result["asked"] == 0
         assert 0 < result["busy"] < 1
-    (plain,) = json.loads((out / "plain-0.json").read_text()).values()
+    plain, masked = json.loads((out / "plain-0.json").read_text()).values()
     assert drawn["plain_report"] == evolution["plain_report"] == plain
+    assert drawn["any_heads_report"] == evolution["any_heads_report"] == masked
     assert drawn["uniform_report"] == evolution["uniform_report"] != plain
     for method in ("random", "evolution"):
         (folder,) = out.glob(f"{method}-block-0.3-0-*")
@@ -180,7 +182,7 @@ async def test_what_was_measured_is_kept_but_for_a_line_that_a_kill_has_torn(
     assert MeasuringWorker("unix:///nowhere", kept).measured_by == {first.id: "one", second.id: "two", third.id: "two"}
 
 
-def test_uniform_as_in_the_paper_is_measured_once_for_each_text(
+def test_uniform_with_nothing_fitted_is_measured_once_for_each_text(
     tmp_path: Path, spec: SearchSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept = tmp_path / "plain-0.json"
@@ -188,7 +190,9 @@ def test_uniform_as_in_the_paper_is_measured_once_for_each_text(
     found = plain_uniform(specs, kept)
     session = Session(specs[0].model_copy(update={"reconstruction": "none"}), sensitivity=False)
     alone = session.evaluate(specs[0].uniform_plan(session.shape), "report")
-    assert found[0] == pytest.approx(alone.perplexity) and found[1] != found[0]
+    assert found[0].rectangular == pytest.approx(alone.perplexity) and found[1] != found[0]
+    masked = any_heads_plan([0.3] * 3, session.target.importance, session.shape)
+    assert found[0].any_heads == pytest.approx(session.evaluate(masked, "report").perplexity)
     assert spec.report is not None
     other = spec.report.model_copy(update={"source": write_text(tmp_path / "other.txt", seed=5)})
     elsewhere = plain_uniform([specs[0].model_copy(update={"report": other})], kept)

@@ -8,12 +8,25 @@ from pydantic import ValidationError
 
 from gpu_worker.export.card import render_card
 from gpu_worker.export.facts import ExportFacts, TextPerplexity, version_of_selfpruner, without_places
+from protocol.finetuning import Finetuning, Recipe
 from protocol.formats import Format, Formats
 from protocol.results import GgufPerplexity, Searched
 from tests.exports import UNEVEN, export, facts_of, pruned
 from tests.tiny_models import tiny_model
 
 MODEL = tiny_model("llama")
+
+FINETUNED = Finetuning(
+    recipe=Recipe(),
+    data="a.txt",
+    form="text",
+    examples=1,
+    steps=1,
+    tokens=1,
+    trained_parameters=1,
+    first_loss=2.0,
+    last_loss=1.0,
+)
 
 
 def card(fmt: Format | Formats = "hf", **changes: Any) -> str:
@@ -122,9 +135,21 @@ def test_a_search_is_told_with_what_it_is_compared_with() -> None:
     text = card(
         searched=Searched(evaluations=1200, seconds=60.4, uniform_perplexity=30.5, uniform_report_perplexity=None)
     )
-    assert "| dense | pruned uniformly | pruned |" in text and "| 12.35 | 30.5 | 23.46 |" in text
-    assert "1,200 evaluations in 60 s\n- Granularity" in text
-    assert "uniformly" not in card()
+    assert "| dense | uniform, rectangular | pruned |" in text and "| 12.35 | 30.5 | 23.46 |" in text
+    assert "1,200 evaluations in 60 s, one search with seed 0\n- Granularity" in text
+    assert "uniform, " not in card()
+
+
+def test_the_card_says_whether_uniform_pruning_was_fitted_and_that_nobody_fine_tuned_it() -> None:
+    searched = Searched(evaluations=12, seconds=6, uniform_perplexity=30.5, uniform_report_perplexity=None)
+    spec = facts_of(MODEL).spec.model_copy(update={"reconstruction": "least-squares"})
+    text = card(spec=spec, searched=searched)
+    assert "| dense | uniform, fitted | pruned |" in text
+    assert "0.769 of that of uniform pruning, with the same fit and as many parameters" in text.replace("\n", " ")
+    rectangular = card(searched=searched).replace("\n", " ")
+    assert "0.769 of that of uniform pruning, which is rectangular and not fitted: a weak baseline" in rectangular
+    tuned = card(spec=spec, searched=searched, finetunings=(FINETUNED,))
+    assert "| uniform, fitted, not fine-tuned | pruned and fine-tuned |" in tuned and "0.769" not in tuned
 
 
 def test_how_it_was_pruned_is_told() -> None:

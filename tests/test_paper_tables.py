@@ -23,6 +23,18 @@ def test_the_tables_are_written_as_markdown(tmp_path: Path) -> None:
     assert markdown(tmp_path) == (Path(__file__).parent / "golden" / "paper_tables.md").read_text()
 
 
+def test_wanda_sp_with_any_heads_stands_beside_it_in_table_1_alone(tmp_path: Path) -> None:
+    methods = ["wanda-sp", "wanda-sp-any-heads"]
+    settings = {"models": [LLAMA], "tables": [1, 2], "rates": [0.5], "methods": methods, "zero_shot": {}}
+    runner = ScriptedRunner()
+    assert make(tmp_path, settings, runner) == 0
+    with_flag = [each for each in runner.asked if "--heads" in each]
+    assert [each[0] for each in with_flag] == ["evaluate"]
+    assert with_flag[0][with_flag[0].index("--heads") + 1] == "any"
+    assert table(tmp_path, 1)["50%", "Wanda-sp (any heads)"] == [(13.0, 249.18)]
+    assert table(tmp_path, 2)["50%", "Wanda-sp (any heads)"][0][0] is None
+
+
 def test_table_1_has_a_row_for_each_rate_and_method(tmp_path: Path) -> None:
     assert make(tmp_path, {"models": [LLAMA], "rates": [0.2, 0.5]}, ScriptedRunner()) == 0
     rows = table(tmp_path, 1)

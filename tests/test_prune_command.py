@@ -86,7 +86,7 @@ def test_a_model_becomes_a_folder_that_measures_what_it_did_in_memory(tmp_path: 
     assert report.pop("exported") == answer["exported"] | {"folder": "small", "model": "model"}
     assert report.items() <= answer.items() and report["reloaded"] == answer["reloaded"]
     card = (tmp_path / "small" / "README.md").read_text()
-    assert "pruned uniformly" in card and f"{answer['uniform_perplexity']:.4g}" in card
+    assert "| uniform, " in card and f"{answer['uniform_perplexity']:.4g}" in card
     assert f"8 evaluations in {answer['search_seconds']:,.0f} s" in card
 
 

@@ -316,7 +316,7 @@ async def test_the_table_of_a_search_that_minimises_perplexity_does_not_speak_of
     assert "perplexity" in text and "kl" not in text.split()
     assert (await RemoteSearch(redis, keys, SPEC).status()).best_kl is None
     (dense,) = [line for line in text.splitlines() if "dense" in line]
-    assert dense.rstrip(" │").endswith("–"), "the dense model is no ratio to a pruned one"
+    assert dense.split("│")[2].strip() == "–", "the dense model is no ratio to a pruned one"
     assert "not final" not in text
     stopped = shown(summarise("test", SPEC, CARD, search.ledger, search.population, {}, finished=False))
     assert stopped.splitlines()[-1].endswith("these figures are not final, and the same command goes on")
@@ -361,6 +361,49 @@ async def test_the_summary_says_where_the_best_is_only_best_on_what_was_searched
             }
         )
         assert ("on the report text the best is worse than uniform (57.00 and 44.50)" in shown(changed)) == said
+
+
+async def test_the_summary_says_which_uniform_the_ratio_is_to(redis: Redis, keys: Keys, tmp_path: Path) -> None:
+    async with evaluating(redis, keys):
+        search = await Conducted(redis, keys, tmp_path).run()
+    plain, fitted = (
+        summarise(
+            "test",
+            SPEC.model_copy(update={"reconstruction": how}),
+            CARD,
+            search.ledger,
+            search.population,
+            {},
+            finished=True,
+        )
+        for how in ("none", "least-squares")
+    )
+    assert "ratio to uniform, rectangular" in shown(plain) and "ratio to uniform, fitted" in shown(fitted)
+    weak = "this uniform is a weak baseline"
+    assert weak in shown(plain) and weak not in shown(fitted)
+    assert plain.model_dump()["uniform"].keys() == plain.model_dump()["best"].keys()
+
+
+async def test_the_summary_has_the_best_allocation_without_a_search(redis: Redis, keys: Keys, tmp_path: Path) -> None:
+    async with evaluating(redis, keys):
+        conducted = Conducted(
+            redis, keys, tmp_path, settings=SETTINGS.model_copy(update={"seeds": ("owl", "first-layer")})
+        )
+        search = await conducted.run()
+    summary = summarise("test", SPEC, CARD, search.ledger, search.population, {}, finished=True)
+    seeds = [
+        e.outcome.perplexity
+        for e in search.population
+        if e.candidate.provenance.source == "allocation" and isinstance(e.outcome, Measured)
+    ]
+    assert len(seeds) == 2 and summary.best_allocation is not None
+    assert summary.best_allocation.perplexity == min(seeds)
+    (row,) = [line for line in shown(summary).splitlines() if "best allocation" in line]
+    assert f"{min(seeds):,.2f}" in row
+    async with evaluating(redis, keys):
+        without = await Conducted(redis, Keys("without"), tmp_path / "without").run()
+    summary = summarise("test", SPEC, CARD, without.ledger, without.population, {}, finished=True)
+    assert summary.best_allocation is None and "best allocation" not in shown(summary)
 
 
 async def test_the_summary_counts_who_made_what(redis: Redis, keys: Keys, tmp_path: Path) -> None:

@@ -28,10 +28,13 @@ from protocol.spec import Reconstruction
 ALLOCATIONS: dict[Method, tuple[str, str, str]] = {
     "llm-pruner": ("llm-pruner", "taylor", "dense"),
     "wanda-sp": ("uniform", "wanda-sp", "dense"),
+    "wanda-sp-any-heads": ("uniform", "wanda-sp", "dense"),
     "wanda-sp-sequential": ("uniform", "wanda-sp", "sequential"),
     "owl": ("owl", "wanda-sp", "dense"),
 }
 """Methods without a search: rates, importance, scoring. All of them share a layer's rate equally, as in the paper."""
+MASKED: tuple[Method, ...] = ("wanda-sp-any-heads",)
+"""Methods that remove any query heads. Only `evaluate` can do so; their accuracies are not measured."""
 SEARCHES: tuple[SearchMethod, ...] = ("self-pruner", "self-pruner-best")
 ABLATIONS: dict[str, Values] = {
     "w/o initialization": {"search.initializer": "random"},
@@ -54,7 +57,7 @@ class CellMaker:
             return self.search(model, method, rate, reconstruction)
         how, importance, sequential = [], "wanda-sp", False
         if method != "dense":
-            how = self._choice(method, rate, reconstruction)
+            how = [*self._choice(method, rate, reconstruction), *(["--heads", "any"] if method in MASKED else [])]
             importance, sequential = ALLOCATIONS[method][1], ALLOCATIONS[method][2] == "sequential"
         return Cell(
             what="evaluate",
@@ -107,7 +110,9 @@ class CellMaker:
         )
 
     def accuracy(self, model: Model, method: Method, rate: float, reconstruction: Reconstruction) -> Cell | None:
-        """The cell of a model's zero-shot tasks, pruned in memory; None where none are asked."""
+        """The cell of a model's zero-shot tasks, pruned in memory; None where none can be asked."""
+        if method in MASKED:
+            return None
         if method in SEARCHES:
             return self.accuracy_of(model, self.search(model, method, rate, reconstruction))
         flags = list(self._questions())

@@ -10,7 +10,12 @@ from benchmarks.paper.costs import CostModel
 from benchmarks.paper.running import in_words, missing
 from benchmarks.paper.tables import Entry, Row, WantedTable, filled
 
-INTRODUCTION = "Ours, and in square brackets the paper's of the same model. –: not measured."
+INTRODUCTION = (
+    "Ours, and in square brackets the paper's of the same model. –: not measured. Figures of a search are of one "
+    "search with one seed; compare them with Wanda-sp that is fitted (least-squares). Where query heads share KV "
+    "heads, Wanda-sp keeps as many of each, a weak baseline, and Wanda-sp with any heads is masked, for no format can "
+    "hold it."
+)
 
 
 def markdown(tables: Sequence[WantedTable], outcomes: Mapping[str, Outcome], about: str) -> str:

@@ -17,7 +17,16 @@ from protocol.spec import NAMED_TEXTS, Dtype, Reconstruction
 
 ROOT = Path(__file__).parents[2]
 """The project's folder, which paths of searches' settings files are relative to."""
-Method = Literal["dense", "llm-pruner", "wanda-sp", "wanda-sp-sequential", "owl", "self-pruner", "self-pruner-best"]
+Method = Literal[
+    "dense",
+    "llm-pruner",
+    "wanda-sp",
+    "wanda-sp-any-heads",
+    "wanda-sp-sequential",
+    "owl",
+    "self-pruner",
+    "self-pruner-best",
+]
 SearchMethod = Literal["self-pruner", "self-pruner-best"]
 Values = dict[str, Any]
 """Settings of `selfpruner run` by their dotted names."""

@@ -14,6 +14,7 @@ LABELS: dict[Method, str] = {
     "dense": "Dense",
     "llm-pruner": "LLM-Pruner",
     "wanda-sp": "Wanda-sp",
+    "wanda-sp-any-heads": "Wanda-sp (any heads)",
     "wanda-sp-sequential": "Wanda-sp (sequential)",
     "owl": "OWL",
     "self-pruner": "Self-Pruner",
@@ -23,10 +24,12 @@ IN_PAPER: dict[Method, str] = {
     "dense": "Dense",
     "llm-pruner": "LLM-Pruner",
     "wanda-sp": "Wanda-sp",
+    "wanda-sp-any-heads": "Wanda-sp",
     "wanda-sp-sequential": "Wanda-sp",
     "self-pruner": "Self-Pruner",
 }
-"""What Tables 1 and 2 of the paper call it. Its Wanda-sp is FLAP's, which scores sequentially; both stand beside it."""
+"""What Tables 1 and 2 of the paper call it. Its Wanda-sp is FLAP's, which scores sequentially; both stand beside it,
+and where query heads share KV heads so does the one that may remove any of them."""
 Both = tuple[float | None, float | None]
 """Perplexity and accuracy."""
 NEITHER: Both = (None, None)

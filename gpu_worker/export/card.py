@@ -10,6 +10,7 @@ from jinja2 import Environment, StrictUndefined
 from gpu_worker.export.facts import ExportFacts, TextPerplexity, version_of_selfpruner
 from gpu_worker.export.modeling import module_name
 from gpu_worker.gradients import SAMPLES, TOKENS
+from protocol.allocation import uniform_label
 from protocol.finetuning import Finetuning, Perplexities
 from protocol.formats import Formats
 from protocol.spec import NAMED_TEXTS, SearchSpec, TextSpec
@@ -53,6 +54,8 @@ def render_card(facts: ExportFacts, formats: Formats, *, name: str, gguf: str | 
         module=f"{module_name(facts.shape.family)}.py",
         parameters=facts.parameters,
         measured=_measured(facts),
+        uniform=_uniform(facts),
+        against_uniform=_against_uniform(facts),
         finetunings=[_finetuned(each) for each in facts.finetunings],
         measured_again=_measured_again(facts.spec.fitness, name),
         layers=_layers(facts),
@@ -83,6 +86,30 @@ def _measured(facts: ExportFacts) -> list[_Measured]:
         for text, role, dense, uniform, pruned in rows
         if text is not None and (dense or pruned)
     ]
+
+
+def _uniform(facts: ExportFacts) -> str:
+    """The name of the column of uniform pruning."""
+    return uniform_label(facts.spec.reconstruction) + (", not fine-tuned" if facts.finetunings else "")
+
+
+def _against_uniform(facts: ExportFacts) -> str | None:
+    """How much better than uniform pruning the search's rates are; None where fine-tuning made the difference too."""
+    of = facts.searched
+    text, pruned, uniform = "text that was searched on", facts.pruned, of and of.uniform_perplexity
+    if of and of.uniform_report_perplexity and facts.pruned_report:
+        text, pruned, uniform = "report text", facts.pruned_report, of.uniform_report_perplexity
+    if pruned is None or not uniform or facts.finetunings:
+        return None
+    baseline = (
+        "with the same fit and as many parameters"
+        if facts.spec.reconstruction == "least-squares"
+        else "which is rectangular and not fitted: a weak baseline"
+    )
+    return (
+        f"On the {text} the perplexity is {pruned.perplexity / uniform:.3f} of that of uniform pruning, {baseline}.\n"
+        "This is one search with one seed; another seed finds other rates."
+    )
 
 
 def _finetuned(tuned: Finetuning) -> str:
