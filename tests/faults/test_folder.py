@@ -45,7 +45,7 @@ def events(folder: Path) -> list[str]:
 @pytest.mark.faults
 @pytest.mark.fault("57", "the folder of a search is removed", "rm -rf in mid-run, three times", "written anew, whole")
 async def test_a_daemon_whose_folder_is_removed_writes_it_anew(kit: Kit, llm: ScriptedLlm, tmp_path: Path) -> None:
-    search = Search(kit, llm, tmp_path)
+    search = Search(kit, [llm.settings], tmp_path)
     folder = tmp_path / "runs" / "faults"
     kit.write_script({"*": ["sleep:0.2"]})
     daemon = await search.start()
@@ -68,7 +68,7 @@ async def test_a_daemon_whose_folder_is_removed_writes_it_anew(kit: Kit, llm: Sc
 @pytest.mark.faults
 @pytest.mark.fault("59", "the last line of a file is torn", "7 bytes cut off, in mid-run", "the next record is whole")
 async def test_a_torn_line_swallows_no_record(kit: Kit, llm: ScriptedLlm, tmp_path: Path) -> None:
-    search = Search(kit, llm, tmp_path)
+    search = Search(kit, [llm.settings], tmp_path)
     folder = tmp_path / "runs" / "faults"
     kit.write_script({"*": ["sleep:0.1"]})
     daemon = await search.start()
@@ -97,7 +97,7 @@ async def test_a_torn_line_swallows_no_record(kit: Kit, llm: ScriptedLlm, tmp_pa
     "61", "requests that are not valid HTTP", "a corpus and 1000 mutations", "few short lines, search ends well"
 )
 async def test_malformed_requests_do_not_reach_the_search(kit: Kit, llm: ScriptedLlm, tmp_path: Path) -> None:
-    search = Search(kit, llm, tmp_path)
+    search = Search(kit, [llm.settings], tmp_path)
     folder = tmp_path / "runs" / "faults"
     kit.write_script({"*": ["sleep:0.2"]})
     daemon = await search.start()

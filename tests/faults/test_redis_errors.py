@@ -191,7 +191,7 @@ async def test_bytes_that_are_no_text_end_neither_daemon_nor_worker(kit: Kit) ->
 @pytest.mark.fault("49", "the data is gone while paused", "pause, FLUSHALL", "stays paused; then resumes")
 async def test_a_pause_outlives_a_flushed_server(kit: Kit, tmp_path: Path) -> None:
     async with ScriptedLlm(answer) as llm:
-        search = Search(kit, llm, tmp_path)
+        search = Search(kit, [llm.settings], tmp_path)
         kit.write_script({"*": ["sleep:0.1"]})
         daemon = await search.start()
         await kit.worker()
