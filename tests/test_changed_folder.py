@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 from redis.asyncio import Redis
 
 from daemon import journal
@@ -231,10 +232,10 @@ def test_a_log_file_that_is_removed_comes_back_and_one_that_is_moved_is_begun_an
     path = tmp_path / "folder" / "log.jsonl"
     path.parent.mkdir()
     logs.configure(file=path, console=False)
-    logs.structlog.get_logger().info("first")
+    structlog.get_logger().info("first")
     shutil.rmtree(path.parent)
-    logs.structlog.get_logger().info("second")
+    structlog.get_logger().info("second")
     assert [line["event"] for line in lines_of(path)] == ["first", "second", "log_removed"]
     path.rename(path.with_name("log.jsonl.1"))
-    logs.structlog.get_logger().info("third")
+    structlog.get_logger().info("third")
     assert [line["event"] for line in lines_of(path)] == ["third"]

@@ -10,6 +10,7 @@ import pytest
 from daemon import setting_file
 from daemon.cli import main
 from daemon.http_token import open_access
+from daemon.setting_errors import Refused
 from daemon.setting_sources import load
 from daemon.settings import HttpSettings
 from protocol import secret_files
@@ -76,12 +77,12 @@ def test_aliases_and_merges_are_counted_as_what_they_stand_for() -> None:
     assert setting_file.parsed(few) == {"a": {"k": 1, "l": 2}, "b": {"k": 1, "l": 3}, "c": [{"k": 1, "l": 2}] * 2}
     once, often = "[&a [1, 2, 3]]", "[&a [" + "1, " * 1000 + "1]" + ", *a" * 30 + "]"
     assert setting_file.parsed(once) == [[1, 2, 3]]
-    with pytest.raises(setting_file.Refused, match="20,000 values"):
+    with pytest.raises(Refused, match="20,000 values"):
         setting_file.parsed(often)
 
 
 def test_a_key_that_is_given_twice_is_not_shown() -> None:
-    with pytest.raises(setting_file.Refused, match=r"^line 2 gives a value again that was given before$"):
+    with pytest.raises(Refused, match=r"^line 2 gives a value again that was given before$"):
         setting_file.parsed(f"{SECRET}: 1\n{SECRET}: 2\n")
 
 
