@@ -9,6 +9,7 @@ import random
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def read_body(body: bytes, client: Client) -> None:
     in_time(lambda: read_models(body))
     in_time(lambda: client.masking.shown(body.decode("latin-1")))
     for status in (400, 429, 500):
-        in_time(lambda status=status: failure(client, status, body[:65536]))
+        in_time(partial(failure, client, status, body[:65536]))
 
 
 def failure(client: Client, status: int, body: bytes) -> None:
@@ -266,12 +267,13 @@ def test_a_transcript_may_hold_anything(tmp_path: Path) -> None:
         },
         **{"finish_reason": "stop", "prompt_tokens": 1, "completion_tokens": 1, "seconds": 0.1},
     }
-    bad: list[object] = [
-        *({**good, "seconds": value} for value in (10**400, "x", [], {})),
-        *({**good, "prompt_tokens": value} for value in (float("inf"), float("nan"), "x", [])),
-        *({**good, "messages": value} for value in (None, 7, "text", {"a": 1}, [1], [[]], [{"role": 1}])),
-        *([], None, 7, "text", {"label": "l"}),
-    ]
+    wrong: dict[str, list[object]] = {
+        "seconds": [10**400, "x", [1], {"a": 1}],
+        "prompt_tokens": [float("inf"), float("nan"), "x", []],
+        "messages": [None, 7, "text", {"a": 1}, [1], [[]], [{"role": 1}]],
+    }
+    bad: list[object] = [{**good, name: value} for name, values in wrong.items() for value in values]
+    bad += [[], None, 7, "text", {"label": "l"}]
     lines = [json.dumps(record).encode() for record in [*bad, good]]
     lines += [b"[" * 100_000, b"9" * 5000, b"\xff\xfe", b'{"label": ' + b"[" * 900 + b"]" * 900 + b"}", b"\x00" * 1000]
     (tmp_path / "transcript.jsonl").write_bytes(b"\n".join(lines))
