@@ -143,7 +143,7 @@ class Client:
         elif isinstance(error, openai.APIConnectionError) and cause:
             reason = str(cause) if isinstance(cause, EndpointError) else f"{error} ({cause or type(cause).__name__})"
         else:
-            reason = f"the endpoint's reply is not valid HTTP ({type(error).__name__}: {error})"
+            reason = f"the request to the endpoint failed ({type(error).__name__}: {error})"
         return RequestFailed(self.masking.shown(reason), "unreachable", retryable=True)
 
     def _refusal(self, error: openai.APIStatusError) -> RequestFailed:
