@@ -43,7 +43,7 @@ from agents.replay import Transcript
 from agents.replies import json_blocks, parse_lists, parse_objects
 from agents.view import Member, View
 from daemon.llm import read_transcript
-from protocol.errors import EndpointError, InvalidReply
+from protocol.errors import EndpointError, InvalidReply, SettingsError
 from tests.hostile_replies import KINDS, WAITS, completion, odd_date
 from tests.samples import CARD, SHAPE, SPEC, candidates
 
@@ -278,6 +278,16 @@ def test_a_transcript_may_hold_anything(tmp_path: Path) -> None:
     lines += [b"[" * 100_000, b"9" * 5000, b"\xff\xfe", b'{"label": ' + b"[" * 900 + b"]" * 900 + b"}", b"\x00" * 1000]
     (tmp_path / "transcript.jsonl").write_bytes(b"\n".join(lines))
     assert len(read_transcript(tmp_path / "transcript.jsonl")) == 1
+
+
+def test_a_transcript_that_is_a_device_is_refused_and_a_line_without_end_is_read_in_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SettingsError, match="'/dev/zero' cannot be read: it is not a file"):
+        read_transcript(Path("/dev/zero"))
+    monkeypatch.setattr("daemon.llm.LONGEST_LINE", 1000)
+    (tmp_path / "transcript.jsonl").write_text("x" * 10_000)
+    assert len(read_transcript(tmp_path / "transcript.jsonl")) == 0
 
 
 @given(
