@@ -107,7 +107,7 @@ async def test_after_every_kind_the_next_answer_is_clean() -> None:
 async def test_a_reply_may_break_off_at_every_byte() -> None:
     for how in ("close", "reset"):
         cut = [Hostile(f"{i} bytes", lambda _r, _q, i=i: WELL[:i], how) for i in range(len(WELL))]  # type: ignore[misc]
-        async with asking(*cut) as chat:
+        async with asking(*cut, policy=replace(POLICY, deadline=20)) as chat:
             for _ in cut:
                 with pytest.raises(EndpointError):
                     await ask(chat)
