@@ -87,10 +87,9 @@ class Client:
 
     async def complete(self, messages: Sequence[Message], body: dict[str, object], max_tokens: int) -> Completion:
         """Return one completion by one HTTP request, whose `body` sets the limit `max_tokens`; raises RequestFailed."""
-        came = await self._edge(self._post(messages, body))
-        if isinstance(came, bytes):
-            asked = sum(len(message["content"]) for message in messages)
-            came = await self._read(partial(read_completion, asked=asked, max_tokens=max_tokens), came)
+        asked = sum(len(message["content"]) for message in messages)
+        read = partial(read_completion, asked=asked, max_tokens=max_tokens)
+        came = await self._read(read, await self._edge(self._post(messages, body)))
         if isinstance(came, RequestFailed):
             raise came
         return came
@@ -100,9 +99,7 @@ class Client:
 
         Raises RequestFailed, and not every server has a list.
         """
-        came = await self._edge(self._get_models())
-        if isinstance(came, bytes):
-            came = await self._read(read_models, came)
+        came = await self._read(read_models, await self._edge(self._get_models()))
         if isinstance(came, RequestFailed):
             raise came
         return came
@@ -128,8 +125,10 @@ class Client:
         except Exception as error:  # noqa: BLE001  (the edge: an endpoint must not choose what ends a search)
             return self._failure(error)
 
-    async def _read(self, read: Callable[[bytes], T], body: bytes) -> T | RequestFailed:
+    async def _read(self, read: Callable[[bytes], T], body: bytes | RequestFailed) -> T | RequestFailed:
         """Return what `read` makes of `body`, a large one in a thread; RequestFailed where it raises EndpointError."""
+        if isinstance(body, RequestFailed):
+            return body
         try:
             return read(body) if len(body) < _LARGE else await asyncio.to_thread(read, body)
         except EndpointError as error:
@@ -144,7 +143,7 @@ class Client:
         elif isinstance(error, openai.APIConnectionError) and cause:
             reason = str(cause) if isinstance(cause, EndpointError) else f"{error} ({cause or type(cause).__name__})"
         else:
-            reason = f"the endpoint's reply is not valid HTTP ({type(error).__name__}: {error})"
+            reason = f"the request to the endpoint failed ({type(error).__name__}: {error})"
         return RequestFailed(self.masking.shown(reason), "unreachable", retryable=True)
 
     def _refusal(self, error: openai.APIStatusError) -> RequestFailed:

@@ -98,8 +98,8 @@ def strip_reasoning(text: str) -> tuple[str, bool]:
         else:
             unclosed.add(kind)
     text = "".join([*kept, text[start:]])
-    if opening := _OPENING.search(text):
-        return text[: opening.start()].strip(), False
+    if unended := _OPENING.search(text):
+        return text[: unended.start()].strip(), False
     # Some chat templates put the opening tag into the prompt, so that only the closing one is seen.
     return _CLOSE_ONLY.sub("", text).strip(), True
 

@@ -84,8 +84,9 @@ def json_blocks(text: str) -> list[object]:
 
 def _read_until(error: ValueError, text: str) -> int:
     """How far the decoder has read the text; to its end where it does not say (a string without end, a huge number)."""
-    says = isinstance(error, json.JSONDecodeError) and not error.msg.startswith("Unterminated")
-    return error.pos if says else len(text)
+    if isinstance(error, json.JSONDecodeError) and not error.msg.startswith("Unterminated"):
+        return error.pos
+    return len(text)
 
 
 def _is_deeper(value: object, levels: int) -> bool:

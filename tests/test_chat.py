@@ -189,6 +189,16 @@ async def test_a_cancelled_question_frees_its_slot_and_is_no_failure() -> None:
         assert chat.usage["fake"].errors == 0
 
 
+async def test_a_fault_of_our_own_in_reading_is_not_taken_for_the_endpoints(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("agents.client.read_completion", broken)
+    async with ScriptedLlm([OK]) as llm, Chat([llm.endpoint], QUICK) as chat:
+        with pytest.raises(ZeroDivisionError):
+            await ask(chat)
+
+
 # What is kept
 
 

@@ -67,7 +67,7 @@ async def test_a_prompt_that_is_too_long_is_a_clear_error_and_no_matter_of_diale
         breaks_off,
         never_ends,
         Reply(gzip.compress(b" " * 50_000_000, mtime=0), headers={"content-encoding": "gzip"}),
-        Reply(b" " * 50_000_000, status=400),
+        Reply(b" " * 50_000_000, status=500),
     ],
     ids=lambda reply: reply.__name__ if callable(reply) and hasattr(reply, "__name__") else repr(reply.body[:30]),
 )

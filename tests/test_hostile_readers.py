@@ -9,6 +9,7 @@ import random
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ from agents.replay import Transcript
 from agents.replies import json_blocks, parse_lists, parse_objects
 from agents.view import Member, View
 from daemon.llm import read_transcript
-from protocol.errors import EndpointError, InvalidReply
+from protocol.errors import EndpointError, InvalidReply, SettingsError
 from tests.hostile_replies import KINDS, WAITS, completion, odd_date
 from tests.samples import CARD, SHAPE, SPEC, candidates
 
@@ -88,7 +89,7 @@ def read_body(body: bytes, client: Client) -> None:
     in_time(lambda: read_models(body))
     in_time(lambda: client.masking.shown(body.decode("latin-1")))
     for status in (400, 429, 500):
-        in_time(lambda status=status: failure(client, status, body[:65536]))
+        in_time(partial(failure, client, status, body[:65536]))
 
 
 def failure(client: Client, status: int, body: bytes) -> None:
@@ -266,16 +267,27 @@ def test_a_transcript_may_hold_anything(tmp_path: Path) -> None:
         },
         **{"finish_reason": "stop", "prompt_tokens": 1, "completion_tokens": 1, "seconds": 0.1},
     }
-    bad: list[object] = [
-        *({**good, "seconds": value} for value in (10**400, "x", [], {})),
-        *({**good, "prompt_tokens": value} for value in (float("inf"), float("nan"), "x", [])),
-        *({**good, "messages": value} for value in (None, 7, "text", {"a": 1}, [1], [[]], [{"role": 1}])),
-        *([], None, 7, "text", {"label": "l"}),
-    ]
+    wrong: dict[str, list[object]] = {
+        "seconds": [10**400, "x", [1], {"a": 1}],
+        "prompt_tokens": [float("inf"), float("nan"), "x", []],
+        "messages": [None, 7, "text", {"a": 1}, [1], [[]], [{"role": 1}]],
+    }
+    bad: list[object] = [{**good, name: value} for name, values in wrong.items() for value in values]
+    bad += [[], None, 7, "text", {"label": "l"}]
     lines = [json.dumps(record).encode() for record in [*bad, good]]
     lines += [b"[" * 100_000, b"9" * 5000, b"\xff\xfe", b'{"label": ' + b"[" * 900 + b"]" * 900 + b"}", b"\x00" * 1000]
     (tmp_path / "transcript.jsonl").write_bytes(b"\n".join(lines))
     assert len(read_transcript(tmp_path / "transcript.jsonl")) == 1
+
+
+def test_a_transcript_that_is_a_device_is_refused_and_a_line_without_end_is_read_in_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(SettingsError, match="'/dev/zero' cannot be read: it is not a file"):
+        read_transcript(Path("/dev/zero"))
+    monkeypatch.setattr("daemon.llm.LONGEST_LINE", 1000)
+    (tmp_path / "transcript.jsonl").write_text("x" * 10_000)
+    assert len(read_transcript(tmp_path / "transcript.jsonl")) == 0
 
 
 @given(

@@ -61,6 +61,7 @@ async def asking(*kinds: Hostile, policy: ChatPolicy = POLICY, **endpoint: objec
             yield chat
 
 
+@pytest.mark.fault("45", "an LLM endpoint sends anything", "every kind, one at a time", "an answer or a failure")
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 async def test_every_kind_of_reply_is_an_answer_or_a_failure(kind: Hostile) -> None:
     """To a question, and to the list of models; and nothing that is kept or told holds our key."""
@@ -85,6 +86,7 @@ async def test_every_kind_of_reply_is_an_answer_or_a_failure(kind: Hostile) -> N
 
 
 @pytest.mark.faults
+@pytest.mark.fault("45", "an LLM endpoint sends anything", "every kind, then a good answer", "the good answer counts")
 async def test_after_every_kind_the_next_answer_is_clean() -> None:
     """On the same connection pool; kinds that ask to be left alone, or say that they take no question, aside."""
     policy = replace(POLICY, deadline=0.3)
@@ -99,16 +101,20 @@ async def test_after_every_kind_the_next_answer_is_clean() -> None:
 
 
 @pytest.mark.faults
+@pytest.mark.fault(
+    "46", "an LLM endpoint breaks off", "closed and reset at every byte of a reply", "a failure each time"
+)
 async def test_a_reply_may_break_off_at_every_byte() -> None:
     for how in ("close", "reset"):
-        cut = [Hostile(f"{i} bytes", lambda _r, _q, i=i: WELL[:i], how) for i in range(len(WELL))]  # type: ignore[misc,arg-type]
-        async with asking(*cut) as chat:
+        cut = [Hostile(f"{i} bytes", lambda _r, _q, i=i: WELL[:i], how) for i in range(len(WELL))]  # type: ignore[misc]
+        async with asking(*cut, policy=replace(POLICY, deadline=20)) as chat:
             for _ in cut:
                 with pytest.raises(EndpointError):
                     await ask(chat)
             assert (await ask(chat)).text == "fine"
 
 
+@pytest.mark.fault("46", "an LLM endpoint garbles a reply", "each byte of it, one at a time", "an answer or a failure")
 async def test_one_wrong_byte_anywhere_is_an_answer_or_a_failure() -> None:
     rng = random.Random(0)
     changed = [
@@ -123,12 +129,21 @@ async def test_one_wrong_byte_anywhere_is_an_answer_or_a_failure() -> None:
                 continue
 
 
+async def test_an_https_address_of_a_plain_server_is_a_failure() -> None:
+    async with HostileServer(lambda _: WELL) as server:
+        endpoint = Endpoint("plain", server.base_url.replace("http", "https", 1), "model")
+        async with Chat([endpoint], replace(POLICY, deadline=5)) as chat:
+            with pytest.raises(EndpointError, match="plain: "):
+                await ask(chat)
+
+
 GROWING = """a header that goes on for ever; header lines without end; 100 Continue for ever; a body without end;
  an error without end; chunks of a byte without end; random bytes without end; 100 cookies;
  an error with charset zlib; 300,000 empty lists; 200,000 choices; list: 100,000 models"""
 
 
 @pytest.mark.faults
+@pytest.mark.fault("36", "an LLM endpoint sends too much, again and again", "12 kinds, 10 times", "memory stays")
 @pytest.mark.parametrize("name", [name.strip() for name in GROWING.split(";")])
 async def test_no_kind_takes_much_memory(name: str) -> None:
     """Many times in a row, so that what is kept of each would show."""
