@@ -19,7 +19,7 @@ CANDIDATES = 6 + 4 * (3 + 2)
 SERVICES = ("redis", "daemon", "cpu-worker", "llama-cpp")
 REFUSED = (
     "CONFIG GET dir", "FLUSHALL", "KEYS selfpruner:x", "GET other", "SET other:x 1", "XADD other 1-1 a b", "ACL LIST",
-    "EVAL return(1) 0", "SCRIPT FLUSH", "SCRIPT KILL", "FUNCTION LIST", "SHUTDOWN NOSAVE", "MONITOR", "MODULE LIST",
+    "EVAL x 0", "SCRIPT FLUSH", "SCRIPT KILL", "FUNCTION LIST", "SHUTDOWN NOSAVE", "MONITOR", "MODULE LIST",
     "REPLICAOF 127.0.0.1 1", "CLIENT KILL TYPE normal",
 )  # fmt: skip
 """What the user of the search must not do, by a command of its own."""
@@ -38,7 +38,7 @@ def applied(project: Project) -> list[str]:
 
 def measured_more(project: Project, than: int) -> None:
     """Wait until the search counts more candidates than so many, or has ended."""
-    project.until(lambda: len(applied(project)) > than or project.status()["finished"], 400)
+    project.until(lambda: len(applied(project)) > than or project.status()["finished"], 900)
 
 
 def small_search(project: Project) -> None:
@@ -155,7 +155,7 @@ def test_every_candidate_counts_once(project: Project) -> None:
         project.until(lambda: project.status()["finished"], 900)
         found, ids = project.status(), applied(project)
         assert (found["candidates"], found["waiting"], found["dead"]) == (CANDIDATES, 0, [])
-        assert len(ids) == len(set(ids)) == CANDIDATES
+        assert len(ids) == len(set(ids))
         project.until(lambda: '"event": "stays"' in project.logs("daemon"), 120)
         assert project.inspect("daemon")[0]["State"]["Running"]
 
@@ -198,12 +198,14 @@ def test_the_result_is_copied_out_and_exported(project: Project) -> None:
         result = project.folder / "result"
         best = json.loads((result / "best.json").read_text())
         lines = [json.loads(line) for line in (result / "evaluations.jsonl").read_text().splitlines()]
-        ids = [line["candidate"]["id"] if "candidate" in line else line["id"] for line in lines]
-        assert set(applied(project)) <= set(ids) and len(ids) == len(set(ids))
+        ids = [line["id"] for line in lines]
+        assert len(ids) == len(set(ids)) and set(applied(project)) == set(ids)
+        assert sum(line["agent"] != "baseline" for line in lines) == CANDIDATES
         assert best["rates"]
     with step("export", "exec cpu-worker selfpruner export, cp", "a folder that transformers loads"):
         project.documented("best.json' <")
-        project.documented("selfpruner export")
+        short = "--windows 2 --calibration-windows 8 --seqlen 64 --out"  # else it writes 20,000 tokens first
+        project.documented("selfpruner export", instead=("--out", short))
         project.documented("cp cpu-worker:/cache/small")
         check_export(project.folder / "small")
     with step("best, when all is stopped", "stop, then run --rm daemon best", "it answers"):
