@@ -400,8 +400,9 @@ async def test_the_summary_has_the_best_allocation_without_a_search(redis: Redis
     assert summary.best_allocation.perplexity == min(seeds)
     (row,) = [line for line in shown(summary).splitlines() if "best allocation" in line]
     assert f"{min(seeds):,.2f}" in row
-    async with evaluating(redis, keys):
-        without = await Conducted(redis, Keys("without"), tmp_path / "without").run()
+    others = Keys("without")
+    async with evaluating(redis, others):
+        without = await Conducted(redis, others, tmp_path / "without").run()
     summary = summarise("test", SPEC, CARD, without.ledger, without.population, {}, finished=True)
     assert summary.best_allocation is None and "best allocation" not in shown(summary)
 
