@@ -90,6 +90,8 @@ import asyncio, os, signal, sys
 from daemon import store as store_module
 from daemon.history import Memory
 from daemon.restoring import Restorer
+from protocol.connection import connect
+from protocol.keys import Keys
 from tests.faults.test_long_history import long_history
 from tests.samples import CARD, SPEC
 
