@@ -19,7 +19,7 @@ from daemon.observer import STATUS_FILE
 from daemon.remote_history import RemoteHistory
 from daemon.status import AroundReader, Condition, QueueDepth, Seen, Status
 from protocol.card_board import CardBoard
-from protocol.connection import AWAY, connect, is_away, refusal_of
+from protocol.connection import connect, is_away, refusal_of
 from protocol.control import Command, Control
 from protocol.errors import StoreError, UsageError
 from protocol.keys import Keys, check_search_name
@@ -94,7 +94,7 @@ class RemoteSearch:
         record = await self.best()
         try:
             return BestSoFar(record, await self.status())
-        except (StoreError, *AWAY):  # what cannot be read of the status takes nothing from the rates
+        except (StoreError, RedisError, OSError):  # what cannot be read of the status takes nothing from the rates
             return BestSoFar(record, None)
 
     async def best(self) -> dict[str, Any]:

@@ -52,7 +52,7 @@ class SearchStore:
         """
         await self._patiently(lambda: check_server(self._redis))
         if previous_is_dead:
-            await self._forget_workers()
+            await self._patiently(self._forget_workers)
         else:
             await self.wait_for_silence()
         await self._adopt_spec()

@@ -29,7 +29,7 @@ hash=$(printf %s "$password" | sha256sum | cut -d ' ' -f 1)
 connecting='+auth +hello +ping +select +client|setinfo +client|setname'
 scripts='+evalsha +script|load +script|exists'
 strings='+get +getrange +set +type +mget +del +exists +pttl +rename +scan +unlink'
-lists_and_hashes='+lrange +llen +rpush +hget +hmget +hgetall +hset +hsetnx +hexists +hdel'
+lists_and_hashes='+lrange +llen +rpush +hget +hmget +hgetall +hset +hsetnx +hexists +hdel +hlen'
 streams='+xadd +xack +xclaim +xdel +xgroup|create +xgroup|delconsumer +xinfo|consumers +xlen +xpending +xrange +xread +xreadgroup +xrevrange'
 server='+info +time +multi +exec +discard'
 

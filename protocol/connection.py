@@ -267,7 +267,7 @@ def refusal_of(error: Exception, *, first_contact: bool = True) -> SelfPrunerErr
         return refusal
     if is_away(error):
         return None
-    if isinstance(error, NoPermissionError):
+    if isinstance(error, NoPermissionError) or "ACL failure in script" in str(error):
         return SettingsError(f"redis.url: the server refuses its user a command ({error})")
     if isinstance(error, AskError | ClusterCrossSlotError):  # MOVED too
         return SettingsError(f"redis.url: the server is a node of a cluster; a search needs one that is not ({error})")

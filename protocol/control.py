@@ -33,7 +33,7 @@ class Control:
         self._patiently = Patience(redis, self._key)
         self._last: Command | None = None
         self._epoch = 0
-        self._complained = ""
+        self._complained: str | None = None
 
     async def read(self) -> Command:
         """What is commanded now; asks the server each time."""
@@ -47,7 +47,7 @@ class Control:
                 # A server that is full, or away again, must not keep anybody from hearing the command.
                 with contextlib.suppress(RedisError, OSError):
                     await self._redis.set(self._understood, command)
-            self._last, self._complained = command, ""
+            self._last, self._complained = command, None
             return command
         # Another process may have understood a later one.
         stays = self._last = _command(understood or "run") or "run"

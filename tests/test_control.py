@@ -1,6 +1,7 @@
 """The control key, as people and the command line set it."""
 
 import asyncio
+from typing import Any
 
 import pytest
 from redis.asyncio import Redis
@@ -42,6 +43,41 @@ async def test_a_paused_search_stays_paused_for_who_comes_when_its_key_is_misspe
     assert await daemon.read() == "run"
     await redis.set(keys.control, "???")
     assert await Control(redis, keys).read() == "run"
+
+
+@pytest.mark.parametrize("bad", ["list", "bytes", "huge", "empty"])
+async def test_a_value_that_is_no_word_changes_nothing_and_is_told_of_once(redis: Redis, keys: Keys, bad: str) -> None:
+    client: Any = redis
+    control = Control(redis, keys)
+    await control.write("pause")
+    assert await control.read() == "pause"
+    if bad == "list":
+        await client.delete(keys.control)
+        await client.rpush(keys.control, "run")
+    else:
+        await client.set(keys.control, {"bytes": b"\xff\xfe", "huge": "run" * 5_000_000, "empty": ""}[bad])
+    with capture_logs() as logs:
+        assert [await control.read() for _ in range(3)] == ["pause"] * 3
+    (line,) = logs
+    assert line["event"] == "control_not_understood" and len(line["value"]) <= 40
+    await control.write("run")
+    assert await control.read() == "run"
+
+
+async def test_while_the_data_is_lost_the_command_stays(redis: Redis, keys: Keys) -> None:
+    """The daemon brings the command back with the rest, and the epoch last."""
+    client: Any = redis
+    control = Control(redis, keys)
+    await client.set(keys.epoch, 7)
+    await control.write("pause")
+    assert await control.read() == "pause"
+    await redis.flushall()
+    assert await control.read() == "pause"
+    await client.set(keys.epoch, 6)  # an older copy
+    await control.write("run")
+    assert await control.read() == "pause"
+    await client.set(keys.epoch, 7)
+    assert await control.read() == "run"
 
 
 async def test_the_gate_closes_on_pause_and_opens_on_resume(redis: Redis, keys: Keys) -> None:

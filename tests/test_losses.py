@@ -91,6 +91,41 @@ async def test_an_older_copy_from_before_this_daemon_is_brought_up_to_date_and_i
     assert await client.get(keys.spec) == SPEC.model_dump_json()
 
 
+@pytest.mark.parametrize("epoch", ["abc", "1e308", "-5", "9" * 400, b"\xff"])
+async def test_an_epoch_or_a_spec_by_another_hand_is_replaced_by_the_daemons_own(
+    redis: Redis, keys: Keys, store: SearchStore, epoch: str | bytes
+) -> None:
+    queue, memory = await begun(store, 3)
+    client: Any = redis
+    mine = await client.get(keys.epoch)
+    await client.set(keys.epoch, epoch)
+    await client.set(keys.spec, b"\xff")
+    living = asyncio.create_task(store.stay_in_charge(queue, memory))
+    async with asyncio.timeout(20):
+        assert await queue.enqueue(candidates(4)[-1])
+    living.cancel()
+    assert await client.get(keys.epoch) == mine
+    assert await client.get(keys.spec) == SPEC.model_dump_json()
+    assert len((await store.history()).ledger) == 4
+
+
+async def test_a_command_that_was_given_after_the_loss_is_kept_and_one_of_an_older_copy_is_not(
+    redis: Redis, keys: Keys, store: SearchStore
+) -> None:
+    queue, memory = await begun(store, 1)
+    paused = Memory(memory().history, CARD, "pause")
+    client: Any = redis
+    mine = int(await client.get(keys.epoch))
+    for epoch, given, stays in ((None, None, "pause"), (None, "run", "run"), (mine - 1, "run", "pause")):
+        await redis.flushall()
+        if epoch:
+            await client.set(keys.epoch, epoch)
+        if given:
+            await client.set(keys.control, given)
+        await store.restore(queue, paused, from_="the test")
+        assert await client.get(keys.control) == stays
+
+
 async def test_of_two_daemons_the_one_that_began_after_a_flush_stays_in_charge(
     redis: Redis, keys: Keys, store: SearchStore
 ) -> None:

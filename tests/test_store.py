@@ -122,6 +122,25 @@ async def test_a_killed_daemon_is_waited_out_and_replaced(redis: Redis, keys: Ke
     await SearchStore(redis, keys, SPEC).take_charge()
 
 
+@pytest.mark.parametrize("seconds", [None, 3600])
+async def test_a_sign_of_life_that_nobody_renews_is_waited_out_whatever_its_expiry(
+    redis: Redis, keys: Keys, seconds: int | None
+) -> None:
+    await redis.set(keys.daemon, "by hand", ex=seconds)
+    async with asyncio.timeout(20):
+        await SearchStore(redis, keys, SPEC).take_charge()
+
+
+async def test_a_count_by_another_hand_is_a_sentence_with_its_name(redis: Redis, keys: Keys) -> None:
+    store = SearchStore(redis, keys, SPEC)
+    await store.take_charge()
+    client: Any = redis
+    for text in ("abc", "nan", "1e999", "-1"):
+        await client.hset(keys.state, "cost", text)
+        with pytest.raises(StoreError, match="the counter cost of selfpruner:test:state"):
+            await store.history()
+
+
 async def test_a_replaced_daemon_notices(redis: Redis, keys: Keys) -> None:
     first = SearchStore(redis, keys, SPEC)
     queue = await first.take_charge()

@@ -175,6 +175,17 @@ async def test_jobs_of_an_owner_whose_name_is_not_text_are_taken_over(
     assert (await claimed(worker(redis, keys, "w1"))).candidate == one
 
 
+async def test_a_count_of_deaths_by_another_hand_counts_as_none(
+    redis: Redis, keys: Keys, queue: CandidateQueue
+) -> None:
+    (one,) = candidates(1)
+    await queue.enqueue(one)
+    client: Any = redis
+    await client.hset(keys.deaths, one.id, "abc")
+    jobs = worker(redis, keys, "w1", lease=30)
+    assert await jobs.count_death(await claimed(jobs), "a death") == 1
+
+
 async def test_a_former_owners_beat_does_not_steal_the_job_back(
     redis: Redis, keys: Keys, queue: CandidateQueue
 ) -> None:

@@ -8,8 +8,8 @@ if refused == -1 then return refused end
 
 local function length(key)
   local kind = redis.call('TYPE', key)['ok']
-  if kind == 'none' then return 0 end
-  return redis.call(kind == 'list' and 'LLEN' or 'HLEN', key)
+  if kind == 'list' then return redis.call('LLEN', key) end
+  return kind == 'hash' and redis.call('HLEN', key) or 0
 end
 
 for i = 6, #KEYS, 2 do

@@ -10,11 +10,9 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from daemon.history import History, Memory
+from daemon.history import PART, History, Memory
 from daemon.store import SearchStore
 from protocol.candidate import Candidate, Outcome
-from protocol.connection import connect
-from protocol.keys import Keys
 from protocol.plan import Plan
 from tests.faults.kit import ROOT, Kit
 from tests.samples import CARD, SPEC, candidate, measured
@@ -38,15 +36,17 @@ def long_history(count: int) -> History:
 
 @asynccontextmanager
 async def longest_step() -> AsyncIterator[list[float]]:
-    """Measures how long the event loop runs at most without letting others run; the list has it at the end."""
+    """Measures how long the event loop computes at most before others run; the list has it at the end.
+
+    It is the thread's own time, which does not count what other processes of a busy machine take.
+    """
     gaps = [0.0]
 
     async def tick() -> None:
-        last = time.monotonic()
         while True:
+            last = time.thread_time()
             await asyncio.sleep(0.01)
-            gaps[0] = max(gaps[0], time.monotonic() - last - 0.01)
-            last = time.monotonic()
+            gaps[0] = max(gaps[0], time.thread_time() - last)
 
     ticking = asyncio.create_task(tick())
     yield gaps
@@ -86,18 +86,29 @@ async def test_a_long_history_is_restored_and_read_in_short_requests(kit: Kit) -
 
 
 RESTORE = """
-import asyncio, os, sys
+import asyncio, os, signal, sys
+from daemon import store as store_module
 from daemon.history import Memory
-from daemon.store import SearchStore
+from daemon.restoring import Restorer
 from protocol.connection import connect
 from protocol.keys import Keys
 from tests.faults.test_long_history import long_history
 from tests.samples import CARD, SPEC
 
+class Mortal(Restorer):
+    left = int(sys.argv[2])
+
+    async def _fenced(self, script):
+        answer = await super()._fenced(script)
+        Mortal.left -= 1
+        if not Mortal.left:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return answer
+
 async def main():
-    store = SearchStore(connect(os.environ["SELFPRUNER_REDIS__URL"]), Keys("faults"), SPEC)
+    store_module.Restorer = Mortal
+    store = store_module.SearchStore(connect(os.environ["SELFPRUNER_REDIS__URL"]), Keys("faults"), SPEC)
     queue = await store.take_charge(previous_is_dead=True)
-    print("restores", flush=True)
     await store.restore(queue, Memory(long_history(int(sys.argv[1])), CARD, "pause"), from_="the test")
 
 asyncio.run(main())
@@ -105,36 +116,26 @@ asyncio.run(main())
 
 
 @pytest.mark.faults
-@pytest.mark.fault("52", "killed while it restores", "SIGKILL at 6 moments", "the next one completes it")
+@pytest.mark.fault("52", "killed while it restores", "SIGKILL after 1 to 9 of 10 steps", "the next one completes it")
 async def test_a_daemon_that_is_killed_while_it_restores_leaves_it_to_the_next_one(kit: Kit) -> None:
     kit.unsettled = True
-    count = 20_000
+    count = 4 * PART
     history = long_history(count)
-    others: list[int] = []
-    for moment in range(6):
+    steps = 4 + 4 + 1  # candidates, outcomes and selections; the last step moves them into place
+    for step in (1, 4, 6, steps):
         await kit.redis.flushall()
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-c", RESTORE, str(count)),
+            *(sys.executable, "-c", RESTORE, str(count), str(step)),
             cwd=ROOT,
             env={**os.environ, "SELFPRUNER_REDIS__URL": kit.server.url},
-            stdout=asyncio.subprocess.PIPE,
         )
-        assert process.stdout is not None
-        await process.stdout.readline()
-        written = kit.keys.restoring(kit.keys.issued if moment < 4 else kit.keys.applied)
-        while await kit.redis.llen(written) < count * (moment % 4 + 1) // 5:
-            await asyncio.sleep(0.001)
-        process.send_signal(signal.SIGKILL)
-        await process.wait()
-        others.append(await kit.redis.llen(written))
+        assert await process.wait() == -signal.SIGKILL
+        assert await kit.redis.llen(kit.keys.restoring(kit.keys.issued)) == min(step, 4) * PART
         assert await kit.redis.llen(kit.keys.issued) == 0, "the real keys are as they were"
-        redis = connect(kit.server.url)
-        store = SearchStore(redis, Keys("faults"), SPEC)
+        store = SearchStore(kit.redis, kit.keys, SPEC)
         queue = await store.take_charge(previous_is_dead=True)
         assert await store.history() == History()
         await store.restore(queue, Memory(history, CARD, "pause"), from_="the test")
         assert await store.history() == history
         assert await kit.redis.get(kit.keys.control) == "pause"
-        await redis.aclose()
     await kit.redis.flushall()
-    assert any(0 < length < count for length in others)

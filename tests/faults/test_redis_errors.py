@@ -38,7 +38,11 @@ PASSING = [
     "-ERR max number of clients reached",
     "-ERR Error running script: Script killed by user with SCRIPT KILL.",
 ]
-LATER = ["-NOAUTH Authentication required.", "-DENIED Redis is running in protected mode", b"\x00garbage\r\n"]
+LATER: list[str | bytes] = [
+    "-NOAUTH Authentication required.",
+    "-DENIED Redis is running in protected mode",
+    b"\x00garbage\r\n",
+]
 """What is waited for where the server has answered before, and is a sentence where it has not."""
 LASTING = [
     ("-NOPERM User x has no permissions to run the 'get' command", SettingsError, "refuses its user a command"),
@@ -149,9 +153,9 @@ async def test_another_clients_long_script_is_waited_for(kit: Kit) -> None:
     many = candidates(4)
     await daemon.issue(many[:1])
     await daemon.measured(1)
-    other = connect(kit.server.url)
+    other: Any = connect(kit.server.url)
     code = "local e = redis.call('TIME')[1] + 3 while redis.call('TIME')[1] + 0 < e do end return 1"
-    script = asyncio.create_task(other.eval(code, 0))
+    script = asyncio.ensure_future(other.eval(code, 0))
     await asyncio.sleep(0.3)
     await daemon.issue(many[1:])
     await daemon.settled()
