@@ -37,10 +37,9 @@ class HostileSearch(Search):
     """A search whose endpoint is asked again at once, whatever it did."""
 
     def __init__(self, kit: Kit, server: HostileServer, folder: Path, *, rounds: int, **llm: Any) -> None:
-        super().__init__(kit, server, folder, rounds=rounds)  # type: ignore[arg-type]
-        settings = json.loads(self.config.read_text())
-        settings["llm"] |= {"attempts": 1, "deadline_seconds": 1, "failures_to_open": 100_000, **llm}
-        self.config.write_text(json.dumps(settings))
+        asked = {"reply": "edits", "attempts": 1, "deadline_seconds": 1, "failures_to_open": 100_000, **llm}
+        endpoint = {"base_url": server.base_url, "model": "scripted"}
+        super().__init__(kit, [endpoint], folder, rounds=rounds, llm=asked)
         kit.keys = self.keys
 
     async def run(self, seconds: float = 250) -> list[dict[str, Any]]:
