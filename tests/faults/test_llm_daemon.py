@@ -83,7 +83,7 @@ async def test_a_search_outlives_every_breach_of_http(kit: Kit, tmp_path: Path) 
 
 
 @pytest.mark.faults
-@pytest.mark.fault("42", "a reply takes long to read", "every hostile text, 9 kinds of it quadratic", "no silence")
+@pytest.mark.fault("42", "a reply takes long to read", "every hostile text, megabytes", "no silence")
 async def test_no_text_keeps_a_daemon_from_its_other_work(kit: Kit, tmp_path: Path) -> None:
     kinds = named("text: ", "charset", "an error with charset")
     async with HostileServer(each_once(kinds)) as server:
