@@ -193,7 +193,7 @@ class JobQueue:
         for row in rows:
             message, owner, idle_ms = row["message_id"], row["consumer"], row["time_since_delivered"]
             seen = self._watched.get(message)
-            if seen is None or seen.owner != owner or self._is_renewed(seen, idle_ms, asked):
+            if seen is None or seen.owner != owner or not self._is_as_it_was(seen, idle_ms, asked):
                 seen = _Watched(owner, idle_ms, answered)
             watched[message] = seen
             if owner == RELEASED or (asked - seen.since) * 1000 >= self._lease_ms:
@@ -201,12 +201,14 @@ class JobQueue:
         self._watched = watched
         return abandoned
 
-    def _is_renewed(self, seen: _Watched, idle_ms: int, now: float) -> bool:
-        """Whether a job has been idle for less time than has passed since it was seen first.
+    def _is_as_it_was(self, seen: _Watched, idle_ms: int, now: float) -> bool:
+        """Whether a job has been idle for as long as it must be where nobody has renewed it since it was seen first.
 
-        A renewal in the first sixth of a lease after that does not count, for clocks and networks are not exact.
+        Less is a renewal, and far more a step of the server's clock, which may hide one. Clocks and networks are not
+        exact: a sixth of a lease less, or a third more, says nothing. Living workers renew three times a lease.
         """
-        return idle_ms + self._lease_ms / 6 < seen.idle_ms + (now - seen.since) * 1000
+        expected = seen.idle_ms + (now - seen.since) * 1000
+        return expected - self._lease_ms / 6 <= idle_ms <= expected + self._lease_ms / 3
 
     async def _pending(self) -> list[Any]:
         rows: list[Any] = []
