@@ -70,7 +70,7 @@ def test_what_it_dies_of_is_an_error_of_the_model(gguf: Path) -> None:
 
 def test_it_answers_only_to_the_process_that_started_it(gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with serving(gguf) as address:
-        assert ask(address, "/completion", {"prompt": "a", "n_predict": 1})["content"]
+        assert "content" in ask(address, "/completion", {"prompt": "a", "n_predict": 1})
         monkeypatch.setattr(llama_cpp, "_KEY", "another")
         with pytest.raises(ModelError, match=r"answered with an error: .*401"):
             ask(address, "/completion", {"prompt": "a", "n_predict": 1})

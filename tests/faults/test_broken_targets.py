@@ -24,16 +24,14 @@ BROKEN: dict[str, tuple[Callable[[Path], Path], str]] = {
 
 @pytest.mark.faults
 @pytest.mark.parametrize("name", BROKEN)
-@pytest.mark.fault(
-    "64", "a target model that claims too much", "10^9 layers, GGUF of 2^40, ../", "exit 2, at once"
-)
+@pytest.mark.fault("64", "a target model that claims too much", "10^9 layers, GGUF of 2^40, ../", "exit 2, at once")
 async def test_a_worker_refuses_a_model_that_cannot_be(kit: Kit, tmp_path: Path, name: str) -> None:
     break_it, sentence = BROKEN[name]
-    target = break_it(save_tiny_folder(tmp_path / "model"))
+    target = break_it(save_tiny_folder(tmp_path / "target"))
     spec: SearchSpec = tiny_spec(tmp_path).model_copy(update={"model": str(target)})
     await kit.redis.set(kit.keys.spec, spec.model_dump_json())
     worker = await kit.worker(evaluation_process=EVALUATION_PROCESS)
-    assert await worker.ended(60) == 2
+    assert await worker.ended(200) == 2
     (last,) = worker.events("ended")
     assert sentence in last["error"] and "\n" not in last["error"]
     assert not worker.events("evaluation_process_died") and not worker.events("evaluation_process_failed")

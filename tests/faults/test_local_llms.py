@@ -1,6 +1,7 @@
 """Faults of the local LLM of a run: it dies, stops, or finds its port taken, and the run goes on."""
 
 import asyncio
+import contextlib
 import signal
 import socket
 from collections.abc import AsyncIterator, MutableMapping
@@ -76,15 +77,19 @@ async def test_a_local_llm_that_is_killed_amid_its_answers_is_started_again(tmp_
 
 
 @pytest.mark.faults
-@pytest.mark.fault(
-    "66", "the port of the local LLM is taken", "SIGKILL, another one listens", "starts when it is free"
-)
+@pytest.mark.fault("66", "the port of the local LLM is taken", "SIGKILL, another one listens", "starts when it is free")
 async def test_a_local_llm_whose_port_is_taken_starts_when_it_is_free(tmp_path: Path) -> None:
     async with served(tmp_path) as llm:
         llm.process.kill()
         with socket.socket() as taken:
             taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            taken.bind(("127.0.0.1", llm.port))
+
+            async def is_taken() -> bool:
+                with contextlib.suppress(OSError):  # the killed server is not gone yet
+                    taken.bind(("127.0.0.1", llm.port))
+                return bool(taken.getsockname()[1])
+
+            await eventually(is_taken)
             taken.listen()
 
             async def restarted() -> bool:
