@@ -110,7 +110,7 @@ class _Cursor:
 
 def _check_fields(header: _Cursor, count: int) -> int:
     """Move past the fields; returns the alignment of the tensors' data."""
-    alignment, names, elements = GGUF_DEFAULT_ALIGNMENT, set(), 0
+    alignment, names, elements = int(GGUF_DEFAULT_ALIGNMENT), set(), 0
     for _ in range(count):
         name = header.text()
         if name in names:
@@ -180,7 +180,7 @@ def _bytes_of(name: str, shape: list[int], kind: int) -> int:
         raise ValueError(f"the tensor {name!r} has the type {kind}, which does not exist") from None
     if 0 in shape or shape[0] % block:
         raise ValueError(f"the tensor {name!r} cannot have the shape {shape}")
-    return math.prod(shape) // block * size
+    return math.prod(shape) // int(block) * int(size)
 
 
 def _check_places(tensors: list[_Tensor], start: int, alignment: int, end: int) -> None:

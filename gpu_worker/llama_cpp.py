@@ -1,6 +1,7 @@
 """What a GGUF file computes in llama.cpp: its perplexity, by xllamacpp's server in a process of its own."""
 
 import json
+import secrets
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -15,13 +16,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gpu_worker.llama_server import ServerOptions
+from gpu_worker.llama_server import KEY_VARIABLE, ServerOptions
 from gpu_worker.perplexity import LOGITS_BYTES, perplexity_of
 from gpu_worker.progress import Progress, no_progress, steps
 from protocol.environment import for_child
 from protocol.errors import ModelError
 
 LEAST_CONTEXT = 512
+_KEY = secrets.token_urlsafe(32)
+"""Of all servers that this process starts: any user of the machine, and any web page, can reach their ports."""
 ANSWER_WITHIN = 3600.0
 """Seconds that one request may take. A long window of a large model on a slow CPU takes minutes; a server that is
 stopped, or stuck, never answers."""
@@ -35,7 +38,7 @@ def running(options: ServerOptions) -> Iterator[str]:
         command,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        env=for_child(),
+        env={**for_child(), KEY_VARIABLE: _KEY},
         start_new_session=True,  # a terminal's Ctrl-C is for us alone
     ) as server:
         try:
@@ -64,7 +67,8 @@ def ask(address: str, path: str, body: Mapping[str, Any]) -> Any:
     server = urlsplit(address)
     connection = HTTPConnection(server.hostname or "", server.port, timeout=ANSWER_WITHIN)  # urllib would ask a proxy
     try:
-        connection.request("POST", path, json.dumps(body), {"Content-Type": "application/json"})
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {_KEY}"}
+        connection.request("POST", path, json.dumps(body), headers)
         answer = json.loads(connection.getresponse().read())
     except (OSError, HTTPException, ValueError) as error:
         raise ModelError(f"llama.cpp gave no answer ({error})") from error

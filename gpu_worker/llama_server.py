@@ -12,6 +12,9 @@ import threading
 from dataclasses import asdict, dataclass
 from typing import Any
 
+KEY_VARIABLE = "LLAMA_API_KEY"
+"""The environment variable with the key that requests need; none where it is not set."""
+
 
 @dataclass(frozen=True)
 class ServerOptions:
@@ -47,7 +50,9 @@ def parameters(options: ServerOptions) -> Any:
     for cpu in (params.cpuparams, params.cpuparams_batch):
         cpu.n_threads = options.threads
         cpu.poll = 0  # the server that waits does not compute
-    params.ui = params.warmup = False
+    params.ui = params.warmup = params.endpoint_slots = False
+    if key := os.environ.get(KEY_VARIABLE):
+        params.api_keys = [key]
     params.cache_ram_mib = 0
     params.verbosity = 1
     params.n_ctx, params.n_parallel = options.context, options.slots

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.tiny_models import change_config
+
 SENSELESS: tuple[object, ...] = (
     *(0, -1, 10**9, 10**12, 2**63, 2**64),
     *(1.5, 1e308, float("nan"), float("inf")),
@@ -26,8 +28,10 @@ class Break:
     name: str
     write: Callable[[Path], object]
 
-    def __call__(self, folder: Path) -> None:
+    def on(self, folder: Path) -> Path:
+        """Break the checkpoint in `folder`, and return that."""
         self.write(folder)
+        return folder
 
     def __str__(self) -> str:
         return self.name
@@ -46,7 +50,7 @@ def with_tensors(*tensors: tuple[str, list[int], list[int]]) -> Break:
         f'"{name}": {{"dtype": "F32", "shape": {shape}, "data_offsets": {offsets}}}' for name, shape, offsets in tensors
     ]
     header = ("{" + ", ".join(described) + "}").encode()
-    return Break(f"tensors {tensors}", with_header(header, data=b"\0" * 64))
+    return Break(f"tensors {tensors}", with_header(header, data=b"\0" * 64).write)
 
 
 def with_index(weight_map: object) -> Break:
@@ -103,6 +107,19 @@ def with_packed_records() -> Break:
 
 def _weights(folder: Path) -> Path:
     return folder / "model.safetensors"
+
+
+def with_config(folder: Path, **changes: object) -> Path:
+    """Change the config in `folder`, and return that."""
+    change_config(folder, **changes)
+    return folder
+
+
+def with_array(file: Path, count: int) -> Path:
+    """Write a GGUF file with one field, an array that claims `count` bytes."""
+    field = struct.pack("<Q", 1) + b"a" + struct.pack("<IIQ", 9, 0, count)
+    file.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + field + b"\0" * 64)
+    return file
 
 
 def cuts(data: bytes, every: int) -> Iterator[bytes]:

@@ -170,7 +170,7 @@ def test_each_senseless_value_of_each_key_of_a_config_loads_or_is_refused(tmp_pa
     ids=str,
 )
 def test_a_broken_folder_is_refused_in_a_sentence(folder: Path, breaks: Break) -> None:
-    breaks(folder)
+    breaks.on(folder)
     assert refusal(folder)
 
 

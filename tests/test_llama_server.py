@@ -11,8 +11,9 @@ import psutil
 import pytest
 import torch
 
+from gpu_worker import llama_cpp
 from gpu_worker.export.exporting import export_model
-from gpu_worker.llama_cpp import hidden_states, running, serving
+from gpu_worker.llama_cpp import ask, hidden_states, running, serving
 from gpu_worker.llama_server import ServerOptions
 from protocol.errors import ModelError
 from tests.exports import UNEVEN, facts_of, pruned, with_tokenizer
@@ -65,6 +66,23 @@ def test_what_it_dies_of_is_an_error_of_the_model(gguf: Path) -> None:
         os.kill(server, signal.SIGABRT)  # as llama.cpp's own assertions do
         with pytest.raises(ModelError, match=r"^llama\.cpp gave no answer \("):
             hidden_states(address, torch.arange(5))
+
+
+def test_it_answers_only_to_the_process_that_started_it(gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(gguf) as address:
+        assert "content" in ask(address, "/completion", {"prompt": "a", "n_predict": 1})
+        monkeypatch.setattr(llama_cpp, "_KEY", "another")
+        with pytest.raises(ModelError, match=r"answered with an error: .*401"):
+            ask(address, "/completion", {"prompt": "a", "n_predict": 1})
+
+
+def test_a_server_that_is_stopped_is_not_waited_for_without_end(gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(llama_cpp, "ANSWER_WITHIN", 1.0)
+    with serving(gguf) as address:
+        (server,) = servers_of(gguf)
+        os.kill(server, signal.SIGSTOP)
+        with pytest.raises(ModelError, match=r"gave no answer \(timed out\)"):
+            ask(address, "/completion", {"prompt": "a", "n_predict": 1})
 
 
 def test_it_is_given_no_secrets(gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:

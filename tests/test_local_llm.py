@@ -15,7 +15,6 @@ import aiohttp
 import openai
 import psutil
 import pytest
-from structlog.testing import capture_logs
 
 from agents.chat import Chat
 from agents.endpoint import Endpoint
@@ -290,26 +289,6 @@ async def test_that_of_a_run_answers_this_run_alone(settings: Settings) -> None:
         commands = [" ".join(process.cmdline()) for process in psutil.Process().children(recursive=True)]
         assert not any(key in command for command in commands)
     assert key not in (settings.folder / "local-llm.log").read_text()
-
-
-@pytest.mark.model
-async def test_that_of_a_run_is_started_again_when_it_is_killed_amid_an_answer(settings: Settings) -> None:
-    with capture_logs() as logged:
-        async with local_llm(settings) as endpoint:
-            assert endpoint.api_key is not None
-            key = endpoint.api_key.get_secret_value()
-
-            async def answers() -> bool:
-                return await say_hi(endpoint, key) == 200
-
-            await eventually(answers, 60)
-            (server,) = psutil.Process().children()
-            asking = [asyncio.create_task(say_hi(endpoint, key)) for _ in range(4)]
-            await asyncio.sleep(0)
-            server.kill()
-            await asyncio.gather(*asking)
-            await eventually(answers, 60)
-    assert [event["event"] for event in logged] == ["child_restarted"]
 
 
 def test_what_cannot_be_served_is_one_sentence_and_exit_code_2(tmp_path: Path) -> None:

@@ -1,0 +1,115 @@
+"""Faults of the local LLM of a run: it dies, stops, or finds its port taken, and the run goes on."""
+
+import asyncio
+import contextlib
+import signal
+import socket
+from collections.abc import AsyncIterator, MutableMapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import psutil
+import pytest
+from structlog.testing import capture_logs
+
+from daemon.embedded import local_llm
+from daemon.llm_settings import EndpointSettings
+from daemon.settings import Settings
+from tests.real_model import need_smollm2
+from tests.servers import eventually
+from tests.test_local_llm import say_hi
+
+pytest.importorskip("xllamacpp")
+need_smollm2()
+
+Log = list[MutableMapping[str, Any]]
+
+
+class Served:
+    """The local LLM of a run, and what the run's log says of it."""
+
+    def __init__(self, endpoint: EndpointSettings, log: Log) -> None:
+        assert endpoint.api_key is not None
+        self.log = log
+        self._endpoint, self._key = endpoint, endpoint.api_key.get_secret_value()
+        self.port = urlsplit(endpoint.base_url).port or 0
+
+    async def answers(self) -> bool:
+        return await self.say_hi() == 200
+
+    async def say_hi(self) -> int:
+        return await say_hi(self._endpoint, self._key)
+
+    @property
+    def process(self) -> psutil.Process:
+        (server,) = [each for each in psutil.Process().children() if str(self.port) in each.cmdline()]
+        return server
+
+    @property
+    def events(self) -> list[str]:
+        return [event["event"] for event in self.log]
+
+
+@asynccontextmanager
+async def served(folder: Path) -> AsyncIterator[Served]:
+    given = {"run": {"folder": str(folder)}, "target": {"model": "smollm2", "rate": 0.3}}
+    settings = Settings.model_validate(given)
+    settings.folder.mkdir()
+    with capture_logs() as log:
+        async with local_llm(settings) as endpoint:
+            served = Served(endpoint, log)
+            await eventually(served.answers, 60)
+            yield served
+
+
+@pytest.mark.faults
+@pytest.mark.fault("65", "the local LLM dies while it is asked", "SIGKILL, 4 questions open", "one line, started again")
+async def test_a_local_llm_that_is_killed_amid_its_answers_is_started_again(tmp_path: Path) -> None:
+    async with served(tmp_path) as llm:
+        asking = [asyncio.create_task(llm.say_hi()) for _ in range(4)]
+        await asyncio.sleep(0)
+        llm.process.kill()
+        await asyncio.gather(*asking)
+        await eventually(llm.answers, 60)
+        assert llm.events == ["child_restarted"]
+
+
+@pytest.mark.faults
+@pytest.mark.fault("66", "the port of the local LLM is taken", "SIGKILL, another one listens", "starts when it is free")
+async def test_a_local_llm_whose_port_is_taken_starts_when_it_is_free(tmp_path: Path) -> None:
+    async with served(tmp_path) as llm:
+        llm.process.kill()
+        with socket.socket() as taken:
+            taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+
+            async def is_taken() -> bool:
+                with contextlib.suppress(OSError):  # the killed server is not gone yet
+                    taken.bind(("127.0.0.1", llm.port))
+                return bool(taken.getsockname()[1])
+
+            await eventually(is_taken)
+            taken.listen()
+
+            async def restarted() -> bool:
+                return len(llm.events) >= 2
+
+            await eventually(restarted, 60)
+        await eventually(llm.answers, 90)
+        assert set(llm.events) == {"child_restarted"}
+
+
+@pytest.mark.faults
+@pytest.mark.fault("67", "the local LLM stands still", "SIGSTOP, SIGCONT; ended while stopped", "answers; none is left")
+async def test_a_local_llm_that_stands_still_is_ended_all_the_same(tmp_path: Path) -> None:
+    async with served(tmp_path) as llm:
+        server = llm.process
+        server.send_signal(signal.SIGSTOP)
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(llm.say_hi(), 1)
+        server.send_signal(signal.SIGCONT)
+        await eventually(llm.answers, 60)
+        server.send_signal(signal.SIGSTOP)
+    assert not server.is_running()
+    assert llm.events == ["child_killed"]
