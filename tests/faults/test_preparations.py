@@ -1,6 +1,7 @@
 """Faults of a search whose workers are still getting its model ready."""
 
 import asyncio
+from typing import Any
 
 import psutil
 import pytest
@@ -14,7 +15,7 @@ from tests.samples import SPEC, card_for
 SECOND, THIRD = (SPEC.model_copy(update={"model": name}) for name in ("second", "third"))
 
 
-async def preparing(kit: Kit, spec: SearchSpec = SPEC, **options: object) -> WorkerProcess:
+async def preparing(kit: Kit, spec: SearchSpec = SPEC, **options: Any) -> WorkerProcess:
     """A worker whose evaluation process gets `spec` ready for ever."""
     kit.write_script({}, prepare="hang")
     await kit.redis.set(kit.keys.spec, spec.model_dump_json())
