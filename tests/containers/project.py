@@ -118,7 +118,9 @@ class Project:
             capture_output=True,
             text=True,
         )
-        assert not check or done.returncode == 0, f"{line}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        assert not check or done.returncode == 0, (
+            f"{line}\nexit code {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        )
         return done
 
     def documented(self, *words: str, instead: tuple[str, str] = ("", "")) -> str:
