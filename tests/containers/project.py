@@ -37,7 +37,8 @@ def check_engine() -> None:
     """Skip, with the reason, where `docker compose` cannot run here or a base image cannot be had."""
     if shutil.which("docker") is None:
         pytest.skip("no docker on this machine")
-    for command in (["docker", "info"], ["docker", "compose", "version"], ["docker", "buildx", "version"]):
+    answers = ["docker", "version", "--format", "{{.Server.Version}}"]
+    for command in (answers, ["docker", "compose", "version"], ["docker", "buildx", "version"]):
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
             pytest.skip(f"`{' '.join(command)}` fails: {(done.stderr or done.stdout).strip().splitlines()[-1]}")
@@ -118,7 +119,9 @@ class Project:
             capture_output=True,
             text=True,
         )
-        assert not check or done.returncode == 0, f"{line}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        assert not check or done.returncode == 0, (
+            f"{line}\nexit code {done.returncode}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+        )
         return done
 
     def documented(self, *words: str, instead: tuple[str, str] = ("", "")) -> str:
