@@ -26,7 +26,7 @@ from agents.completion import Completion, check_content_type, read_completion
 from agents.endpoint import ChatPolicy, Endpoint, Message
 from agents.masking import Masking
 from agents.model_list import read_models
-from agents.transport import NoCookies, capped_at, only_own_headers
+from agents.transport import capped_at, only_own_headers, without_cookies
 from protocol.errors import EndpointError
 
 Kind = Literal["unreachable", "limited", "question", "refused"]
@@ -75,7 +75,7 @@ class Client:
     def __init__(self, endpoint: Endpoint, policy: ChatPolicy) -> None:
         self._model = endpoint.model
         key = endpoint.api_key.get_secret_value() if endpoint.api_key else ""
-        self.masking = Masking(secret for secret in (key, urlsplit(endpoint.base_url).password) if secret)
+        self.masking = Masking([key] if key else [])
         self._sdk = _make_sdk(endpoint.base_url, key or _NO_KEY, policy)
 
     async def __aenter__(self) -> Self:
@@ -177,13 +177,22 @@ def _body_of(response: httpx2.Response) -> tuple[str, object]:
     return text, body
 
 
+class _HttpClient(openai.DefaultAioHttpClient):
+    """The SDK's client over aiohttp, whose sessions keep no cookie."""
+
+    def _init_transport(self, **options: Any) -> Any:
+        return without_cookies(super()._init_transport(**options))
+
+    def _init_proxy_transport(self, proxy: Any, **options: Any) -> Any:
+        return without_cookies(super()._init_proxy_transport(proxy, **options))
+
+
 def _make_sdk(base_url: str, key: str, policy: ChatPolicy) -> openai.AsyncOpenAI:
     """The SDK over aiohttp: no redirects, no proxy for loopback, no header beside the endpoint's own."""
-    http = openai.DefaultAioHttpClient(
+    http = _HttpClient(
         trust_env=urlsplit(base_url).hostname not in _LOOPBACK,
         follow_redirects=False,
         timeout=httpx2.Timeout(policy.deadline, connect=policy.connect_timeout, pool=None),
-        cookies=NoCookies(),
         event_hooks={"request": [only_own_headers(key)], "response": [capped_at(policy.byte_cap)]},
     )
     return openai.AsyncOpenAI(base_url=base_url, api_key=key, max_retries=0, http_client=http)

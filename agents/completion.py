@@ -111,6 +111,10 @@ def _told(error: object) -> str:
 
 
 def _count(usage: object, key: str, *, most: int) -> int:
-    """Return a number of tokens; 0 where there is none, or one that cannot be."""
+    """Return a number of tokens, at most `most`; 0 where there is none.
+
+    A count above `most` may be true (a gateway's own prompt, hidden reasoning). If not, it must not rob the budget.
+    """
     value = usage.get(key) if isinstance(usage, dict) else None
-    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= most else 0
+    is_count = isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return min(value, most) if is_count else 0

@@ -1,9 +1,9 @@
 """What goes over the wire to an endpoint and what may come back: hooks for the HTTP client."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable
-from http.cookiejar import CookieJar
 from typing import Any, cast
 
+import aiohttp
 import httpx2
 
 from protocol.errors import EndpointError
@@ -51,11 +51,20 @@ def capped_at(byte_cap: int) -> Callable[[httpx2.Response], Awaitable[None]]:
     return hook
 
 
-class NoCookies(CookieJar):
-    """Keeps no cookie: an endpoint that sets new ones with each reply would fill the memory."""
+def without_cookies(transport: Any) -> Any:
+    """Return the SDK's `transport` with sessions of aiohttp that keep no cookie.
 
-    def extract_cookies(self, response: Any, request: Any) -> None:
-        """Leave the cookies of `response`."""
+    An endpoint that sets new cookies with each reply would fill the memory, and each request would carry all of them.
+    """
+    make = transport.get_client
+
+    def get_client() -> aiohttp.ClientSession:
+        session: aiohttp.ClientSession = make()
+        session._cookie_jar = aiohttp.DummyCookieJar()  # the SDK has no parameter for it
+        return session
+
+    transport.get_client = get_client
+    return transport
 
 
 class _Stream(httpx2.AsyncByteStream):

@@ -127,7 +127,8 @@ def daemon(
         code, settings, access = _search_elsewhere(config, set_ or [])
     except SelfPrunerError as error:
         if stay:
-            stay_to_be_mended(error)
+            # Only a mistake in the settings lasts; a hub, a driver or memory may be there again at the next start.
+            stay_to_be_mended(error, at_most=None if isinstance(error, SettingsError) else REST_SECONDS)
         raise
     if stay and code == 0:
         stay_after_end(settings, access)
@@ -173,7 +174,12 @@ def worker(
     max_preparation_seconds: Annotated[float, typer.Option(help="For loading and calibrating the model.")] = 14_400.0,
     grace_seconds: Annotated[float, typer.Option(help="After SIGTERM, for the evaluation under way.")] = 20.0,
     own_gpu: Annotated[bool, typer.Option("--own-gpu", help="Use one GPU that no other worker here uses.")] = False,
-    stay: Annotated[bool, typer.Option("--stay", help="When it cannot work, say why and wait for a signal.")] = False,
+    stay: Annotated[
+        bool,
+        typer.Option(
+            "--stay", help="When it cannot work, say why; wait, or end after five minutes if the cause may pass."
+        ),
+    ] = False,
 ) -> None:
     """Prune and measure candidates of a search: one worker, one GPU."""
     need("torch", "worker")
@@ -216,6 +222,8 @@ def _as_the_daemon(config: Path, context: typer.Context) -> dict[str, Any]:
     }
 
 
+REST_SECONDS = 300.0
+"""How long a worker with --stay waits before it ends, and so is started again, where the cause may pass by itself."""
 _GIVEN = ("COMMANDLINE", "ENVIRONMENT")
 
 

@@ -3,6 +3,8 @@
 A search that has ended would be started for nothing, again and again; a wrong key would be tried every minute.
 """
 
+import asyncio
+import contextlib
 from pathlib import Path
 
 import structlog
@@ -25,14 +27,19 @@ def stay_after_end(settings: Settings, access: Access | None) -> None:
     run_until_signal(_answer(settings, access))
 
 
-def stay_to_be_mended(error: SelfPrunerError) -> None:
-    """Do nothing until a signal. Nothing is served: a health check fails, and so shows that somebody must look."""
-    run_until_signal(_wait(str(error)))
+def stay_to_be_mended(error: SelfPrunerError, *, at_most: float | None = None) -> None:
+    """Do nothing until a signal, or for `at_most` seconds where the cause may pass by itself.
+
+    Nothing is served: a health check fails, and so shows that somebody must look.
+    """
+    run_until_signal(_wait(str(error), at_most))
 
 
-async def _wait(reason: str) -> None:
-    log.error("must_be_mended", reason=reason)
-    await until_cancelled()
+async def _wait(reason: str, at_most: float | None) -> None:
+    log.error("must_be_mended", reason=reason, waits_s=at_most)
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(at_most):
+            await until_cancelled()
 
 
 async def _answer(settings: Settings, access: Access | None) -> None:

@@ -45,6 +45,17 @@ async def test_the_error_names_no_key() -> None:
         assert "secret-1234" not in repr(endpoint)
 
 
+async def test_no_cookie_is_sent_back() -> None:
+    sets = replace(OK, headers={"set-cookie": "session=1; path=/"})
+    async with ScriptedLlm([sets]) as llm:
+        # A name: a client may refuse the cookies of an address anyway.
+        endpoint = replace(llm.endpoint, base_url=llm.base_url.replace("127.0.0.1", "localhost"))
+        async with Chat([endpoint], QUICK) as chat:
+            for _ in range(3):
+                await ask(chat)
+        assert len(llm.asked) == 3 and not [asked for asked in llm.asked if "Cookie" in asked.headers]
+
+
 async def test_a_redirect_is_not_followed() -> None:
     async with ScriptedLlm([OK], name="elsewhere") as elsewhere:
         moved = Reply(b"", 307, {"location": f"{elsewhere.base_url}/chat/completions"})

@@ -6,9 +6,11 @@ from typing import Any
 
 import pytest
 
+import daemon.cli
 import gpu_worker.worker
 from daemon.cli import main
 from gpu_worker.worker import WorkerOptions
+from protocol.errors import UsageError
 
 SETTINGS: dict[str, Any] = {
     "search": {"name": "mine"},
@@ -75,3 +77,16 @@ def test_without_a_settings_file_nothing_changes(started: list[WorkerOptions]) -
     (options,) = started
     default = WorkerOptions(redis_url="redis://127.0.0.1:6379", search="given")
     assert options == default
+
+
+def test_a_worker_that_stays_ends_after_a_while_where_the_cause_may_pass(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def run_worker(_: WorkerOptions) -> None:
+        raise UsageError("no GPU is free")
+
+    monkeypatch.setattr(gpu_worker.worker, "run_worker", run_worker)
+    monkeypatch.setattr(daemon.cli, "REST_SECONDS", 0.1)
+    assert main(["worker", "--config", str(config), "--stay"]) == 2
+    told = capsys.readouterr()
+    assert "must_be_mended" in told.out + told.err and "no GPU is free" in told.err
