@@ -127,8 +127,7 @@ def daemon(
         code, settings, access = _search_elsewhere(config, set_ or [])
     except SelfPrunerError as error:
         if stay:
-            # Only a mistake in the settings lasts; a hub, a driver or memory may be there again at the next start.
-            stay_to_be_mended(error, at_most=None if isinstance(error, SettingsError) else REST_SECONDS)
+            stay_to_be_mended(error)
         raise
     if stay and code == 0:
         stay_after_end(settings, access)
@@ -197,7 +196,8 @@ def worker(
         _work({**values, **_as_the_daemon(config, context)} if config else values)
     except SelfPrunerError as error:
         if stay:
-            stay_to_be_mended(error)
+            # Only a mistake in the settings lasts; a hub, a driver or memory may be there again at the next start.
+            stay_to_be_mended(error, at_most=None if isinstance(error, SettingsError) else REST_SECONDS)
         raise
 
 

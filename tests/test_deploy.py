@@ -38,7 +38,8 @@ def used_commands() -> set[str]:
     used = {f"{name}|{sub}".lower() if name in WITH_PARTS else name.lower() for name, sub in calls}
     sources = [path.read_text() for folder in OURS for path in (ROOT / folder).glob("*.py")]
     for text in sources:
-        methods = re.findall(r"\b(?:redis|_redis|client|pipe)\s*\.(\w+)[(,]", text)
+        methods = re.findall(r"\b(?:redis|_redis|client|pipe)\s*\.(\w+)\(", text)
+        methods += re.findall(r"\bpartial\((?:self\.)?(?:_redis|redis|client)\.(\w+),", text)
         chained = re.findall(r"\)\.([a-z]+)\(", "".join(re.findall(r"^\s*pipe\..*$", text, re.MULTILINE)))
         used |= {COMMANDS.get(name, name) for name in (*methods, *chained)}
     return used - NOT_COMMANDS - OF_THE_EMBEDDED_SERVER

@@ -46,7 +46,7 @@ def limited(tmp_path: Path) -> Iterator[LimitedFiles]:
 
 def settings_for(folder: Path, llm: ScriptedLlm) -> Settings:
     endpoint = f"llm.endpoints=[{{base_url: '{llm.base_url}', model: m}}]"
-    more = ["search.rounds=4", "llm.reply=edits", "llm.proposals_per_call=1", "llm.concurrency=1"]
+    more = ["search.rounds=4", "llm.reply=edits", "llm.proposals_per_call=1", "llm.concurrency=1", "http.port=0"]
     return load(None, [*SMALL, *TARGET, endpoint, f"run.folder={folder}", *more])
 
 
