@@ -239,10 +239,11 @@ class Launch:
         if known is None and not history.damaged:
             return history
         if known is None:
-            await self._store.restore(queue, Memory(history, None), from_="what is whole of it")
+            await self._store.restore(queue, lambda: Memory(history, None), from_="what is whole of it")
             return await self._store.history()
         await self._store.count(known.counters)
-        await self._store.restore(queue, Memory(known, None, commanded(self._settings.folder)), from_=EVALUATIONS)
+        memory = Memory(known, None, commanded(self._settings.folder))
+        await self._store.restore(queue, lambda: memory, from_=EVALUATIONS)
         await self._pausing.begin()  # for the command may have come back too
         return await self._store.history()
 

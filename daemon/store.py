@@ -119,7 +119,7 @@ class SearchStore:
         epoch, spec, issued, applied, jobs, results = await self._patiently(self._lengths)
         is_ours = _epoch(epoch) >= self._epoch and spec == self._spec_text
         if not is_ours or issued < confirmed[0] or applied < confirmed[1]:
-            await self.restore(queue, remembered(), from_="the daemon's memory")
+            await self.restore(queue, remembered, from_="the daemon's memory")
         elif jobs + results < issued - applied:
             await self.repair(queue, remembered().history)
 
@@ -129,12 +129,23 @@ class SearchStore:
         pipe.get(keys.epoch).get(keys.spec).llen(keys.issued).llen(keys.applied).xlen(keys.jobs).xlen(keys.results)
         return await pipe.execute()
 
-    async def restore(self, queue: CandidateQueue, memory: Memory, *, from_: str) -> None:
-        """Make the server's history that of `memory`, and say where it comes from."""
-        restored, queue.issued, queue.applied = await self._restorer.restore(self._epoch, self._spec_text, memory)
+    async def restore(self, queue: CandidateQueue, remembered: Callable[[], Memory], *, from_: str) -> None:
+        """Make the server's history the one that is `remembered`, and say where it comes from."""
+        confirmed = queue.issued, queue.applied
+
+        def now() -> Memory:
+            nonlocal confirmed
+            confirmed = queue.issued, queue.applied
+            return remembered()
+
+        restored, issued, applied = await self._restorer.restore(self._epoch, self._spec_text, now)
+        # What was confirmed since counts on top. If the server did it before the restoring began, and only its answer
+        # was late, then the next check finds that the server has less than that, and restores it too.
+        queue.issued += issued - confirmed[0]
+        queue.applied += applied - confirmed[1]
         log.error("redis_lost_data", restored=restored, from_=from_)
         queue.rewind()
-        await self.repair(queue, memory.history)
+        await self.repair(queue, remembered().history)
 
     async def step_down(self) -> None:
         """Withdraw the sign of life, so that a successor need not wait."""
