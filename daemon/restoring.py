@@ -18,10 +18,10 @@ import structlog
 from pydantic import BaseModel
 from redis.asyncio import Redis
 
-from daemon.history import PART, Memory
+from daemon.history import Memory
 from protocol.connection import Patience
 from protocol.keys import Keys
-from protocol.streams import TAKEN_OVER, TakenOver, load_scripts
+from protocol.streams import PART, TAKEN_OVER, TakenOver, load_scripts
 
 INCOMPLETE = -3
 """What the last step answers when the server has lost some of the parts too, or let the queue write meanwhile."""

@@ -10,10 +10,11 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from daemon.history import PART, History, Memory
+from daemon.history import History, Memory
 from daemon.store import SearchStore
 from protocol.candidate import Candidate, Outcome
 from protocol.plan import Plan
+from protocol.streams import PART
 from tests.faults.kit import ROOT, Kit
 from tests.samples import CARD, SPEC, candidate, measured
 
