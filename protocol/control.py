@@ -16,7 +16,7 @@ Command = Literal["run", "pause", "stop"]
 COMMANDS: tuple[Command, ...] = ("run", "pause", "stop")
 
 SETTLED_SECONDS = 60.0
-"""A lower epoch that stays this long is that of a new daemon: a running one restores its data, and its epoch, sooner."""
+"""A lower epoch that stays this long is that of a new daemon: a running one restores its epoch with its data sooner."""
 
 log = structlog.get_logger()
 
