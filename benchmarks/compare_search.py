@@ -206,6 +206,8 @@ def _read(file: Path) -> Comparison:
         ) from error
     if found.arguments.get("minimise") not in get_args(Measure):
         raise SettingsError(f"--beside {file} does not say what was minimised")
+    if found.arguments.get("reconstruction") not in get_args(Reconstruction):
+        raise SettingsError(f"--beside {file} does not say what was reconstructed")
     return found
 
 
@@ -221,7 +223,7 @@ def _show_all(found: list[SearchResult], arguments: dict[str, Any], given: argpa
             [r for r in results if r["rate"] == rate],
             rate,
             arguments["minimise"],
-            arguments.get("reconstruction", "least-squares"),
+            arguments["reconstruction"],
         )
     plot(results, given.out)
 

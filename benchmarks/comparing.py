@@ -74,8 +74,8 @@ class SearchResult(BaseModel):
     uniform_report: float
     plain_report: float
     """The same of uniform rates with rectangular heads and nothing reconstructed."""
-    any_heads_report: float | None = None
-    """The same where any query heads may go (masked); None in the figures of a version that did not measure it."""
+    any_heads_report: float
+    """The same where any query heads may go (masked)."""
     dense_report: float
     rates: list[float]
     """The best one's."""
@@ -83,10 +83,10 @@ class SearchResult(BaseModel):
     """Candidates that the LLM made."""
     asked: int
     """Replies of the LLM."""
-    readable: int | None = None
+    readable: int
     """Of these, replies of which a proposal (or a choice of parents) could be read, be it accepted or refused, mostly
-    because its plan was known already. None in the figures of a version that did not tell it apart."""
-    accepted: int | None = None
+    because its plan was known already."""
+    accepted: int
     """Of these, replies of which a proposal entered the queue, or whose choice of parents was taken."""
     prompt_tokens: int
     completion_tokens: int

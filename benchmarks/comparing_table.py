@@ -61,9 +61,8 @@ def show(results: list[dict[str, Any]], rate: float, measure: Measure, reconstru
     if reconstruction != "none":
         others = {"uniform, rectangular": "plain_report", **others}
     for label, figure in others.items():
-        found = [r for r in each if r.get(figure) is not None]
-        ratio = _median((r[figure] / r["uniform_report"] for r in found), digits=3)
-        table.add_row(label, ratio, "", _median(r[figure] for r in found))
+        ratio = _median((r[figure] / r["uniform_report"] for r in each), digits=3)
+        table.add_row(label, ratio, "", _median(r[figure] for r in each))
     Console(width=190).print(table)
 
 
@@ -88,6 +87,4 @@ def _reached(result: dict[str, Any], goal: float) -> float:
 
 def _share(rows: list[dict[str, Any]], part: str, whole: str, digits: int = 2) -> str:
     all_of_it = sum(r[whole] for r in rows)
-    if any(r[part] is None for r in rows):
-        return ""
     return f"{sum(r[part] for r in rows) / all_of_it:.{digits}f}" if all_of_it else ""

@@ -22,6 +22,7 @@ import structlog
 from pydantic import SecretStr
 
 from daemon.children import Child
+from daemon.duties import survived
 from daemon.llm_settings import EndpointSettings
 from daemon.local_llm import KEY_VARIABLE
 from daemon.settings import Settings
@@ -90,11 +91,12 @@ async def embedded_server(folder: Path) -> AsyncIterator[str]:
     try:
         _link_for_people(folder, path)
         await _wait_until_it_answers(server, url, data)
-        watch = asyncio.create_task(_ServerFiles(folder).keep_for_ever(server))
+        watch = asyncio.create_task(survived("server_watch_died", _ServerFiles(folder).keep_for_ever(server)))
         yield url
     finally:
         if watch:
             watch.cancel()
+            await asyncio.gather(watch, return_exceptions=True)  # it may be about to start the server again
         await server.end(grace_seconds=10)
 
 

@@ -4,6 +4,7 @@ A long search has 100,000 candidates. Read in one reply they would keep the serv
 from everything else for seconds, and a daemon that shows no sign of life for that long is taken for dead.
 """
 
+import contextlib
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,13 +17,9 @@ from redis.asyncio import Redis
 from protocol.candidate import OUTCOME, Candidate, Outcome
 from protocol.card import ModelCard
 from protocol.control import Command
-from protocol.errors import StoreError
 from protocol.keys import Keys
 from protocol.stored import read_entry
-from protocol.streams import read_parents
-
-PART = 500
-"""Candidates in one reply or request."""
+from protocol.streams import PART, read_parents
 
 T = TypeVar("T")
 log = structlog.get_logger()
@@ -85,7 +82,9 @@ async def load_history(redis: Redis, keys: Keys, ask: Ask = at_once) -> History:
             history.damaged += 1
         else:
             history.outcomes[id_] = outcome
-    history.counters = read_counters(await ask(lambda: client.hgetall(keys.state)), keys.state)
+    state = await ask(lambda: client.hgetall(keys.state))
+    history.counters = read_counters(state)
+    history.damaged += len(state) - len(history.counters)
     for round_, text in (await ask(lambda: client.hgetall(keys.selections))).items():
         parents = read_parents(text)
         if parents is None or not round_.isdecimal():
@@ -126,16 +125,10 @@ async def entries(
         start += len(ids)
 
 
-def read_counters(state: Mapping[str, str], key: str) -> dict[str, float]:
-    """The counters in the hash `key`, all of them finite and not negative; StoreError for others."""
+def read_counters(state: Mapping[str, str]) -> dict[str, float]:
+    """The counters in the hash, without those that are damaged: each is finite and not negative."""
     counters = {}
     for name, text in state.items():
-        if name == "cursor":  # of an older version
-            continue
-        try:
+        with contextlib.suppress(ValueError):
             counters[name] = float(text)
-        except ValueError:
-            counters[name] = math.nan
-        if not 0 <= counters[name] < math.inf:
-            raise StoreError(f"the counter {name} of {key} in Redis is {text[:40]!r}, which is no number of ours")
-    return counters
+    return {name: count for name, count in counters.items() if 0 <= count < math.inf}

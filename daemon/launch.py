@@ -5,6 +5,7 @@ import contextlib
 import importlib
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -25,7 +26,7 @@ from daemon.meter import Meter
 from daemon.observer import Observer
 from daemon.pausing import Pausing, StopRequested
 from daemon.proposers import make_agents
-from daemon.recovery import commanded, recovered
+from daemon.recovery import commanded, counters, recovered
 from daemon.search import Search
 from daemon.settings import Settings
 from daemon.store import SearchStore
@@ -235,14 +236,17 @@ class Launch:
 
     async def _recovered(self, queue: CandidateQueue, history: History) -> History:
         """The search's history; what the server has lost of it comes back from the folder's copy."""
-        known = await asyncio.to_thread(recovered, self._settings.folder, self._spec, history)
+        folder = self._settings.folder
+        known = await asyncio.to_thread(recovered, folder, self._spec, history)
         if known is None and not history.damaged:
             return history
         if known is None:
-            await self._store.restore(queue, Memory(history, None), from_="what is whole of it")
-            return await self._store.history()
-        await self._store.count(known.counters)
-        await self._store.restore(queue, Memory(known, None, commanded(self._settings.folder)), from_=EVALUATIONS)
+            whole = replace(history, counters=await asyncio.to_thread(counters, folder, history))
+            memory, from_ = Memory(whole, None), "what is whole of it"
+        else:
+            memory, from_ = Memory(known, None, commanded(folder)), EVALUATIONS
+        await self._store.count_anew(memory.history.counters)
+        await self._store.restore(queue, lambda: memory, from_=from_)
         await self._pausing.begin()  # for the command may have come back too
         return await self._store.history()
 

@@ -50,7 +50,7 @@ def recovered(folder: Path, spec: SearchSpec, history: History) -> History | Non
             ) from error
     if len(outcomes) == len(history.outcomes):
         return None
-    return History(ledger, outcomes, _counters(folder, history), history.selections)
+    return History(ledger, outcomes, counters(folder, history), history.selections)
 
 
 def commanded(folder: Path) -> Command | None:
@@ -95,9 +95,8 @@ def _evaluation(record: dict[str, Any], spec: SearchSpec) -> tuple[Candidate, Ou
     return candidate, OUTCOME.validate_python(record["outcome"])
 
 
-def _counters(folder: Path, history: History) -> dict[str, float]:
+def counters(folder: Path, history: History) -> dict[str, float]:
     """What the search has used up, at least: a loss must not make a budget larger."""
-    counters = dict(history.counters)
     try:
         status = saved_status(folder)
     except (UsageError, ValidationError):
@@ -107,4 +106,4 @@ def _counters(folder: Path, history: History) -> dict[str, float]:
     if status is not None:
         found |= {f"{name}_tokens": float(tokens) for name, tokens in status.tokens.items()}
         found |= {"cost": status.cost, "seconds": status.seconds, "screened": float(status.screened)}
-    return counters | {name: max(used, counters.get(name, 0.0)) for name, used in found.items()}
+    return history.counters | {name: max(used, history.counters.get(name, 0.0)) for name, used in found.items()}

@@ -43,7 +43,7 @@ class RemoteHistory:
             outcome = read_outcome(self._keys, id_, text)
             if outcome and id_ in self.ledger and id_ not in self.population:
                 self.population.insert(self.ledger[id_], outcome)
-        self.counters.update(read_counters(state, self._keys.state))
+        self.counters.update(read_counters(state))
         return True
 
     def _begin(self) -> None:

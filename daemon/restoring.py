@@ -1,8 +1,11 @@
 """Brings back what the server has lost of a search, in parts that each take it some milliseconds.
 
 Everything is written to keys beside the real ones, and the last step moves them all into place at once. A daemon that
-is killed in between leaves the real keys as they were, and the next one begins anew. Until the last step there is no
-epoch on the server, or an old one, so no other daemon's queue writes.
+is killed in between leaves the real keys as they were, and the next one begins anew.
+
+The first step deletes the daemon's own epoch, which may be there still. Until the last step, no queue of this or an
+earlier daemon can write, and what the daemon remembers after the first step is therefore complete. If the epoch comes
+back meanwhile (a server that was restarted may have lost the deletion), the last step refuses and all begins anew.
 """
 
 import json
@@ -15,13 +18,13 @@ import structlog
 from pydantic import BaseModel
 from redis.asyncio import Redis
 
-from daemon.history import PART, Memory
+from daemon.history import Memory
 from protocol.connection import Patience
 from protocol.keys import Keys
-from protocol.streams import TAKEN_OVER, TakenOver, load_scripts
+from protocol.streams import PART, TAKEN_OVER, TakenOver, load_scripts
 
 INCOMPLETE = -3
-"""What the last step answers where the server has lost some of the parts too."""
+"""What the last step answers when the server has lost some of the parts too, or let the queue write meanwhile."""
 
 log = structlog.get_logger()
 
@@ -37,22 +40,22 @@ class Restorer:
 
     async def clear(self) -> None:
         """Delete what a daemon that was killed while it restored has left."""
-        keys = [self._keys.restoring(key) for key in self._history_keys]
-        await self._patiently(lambda: self._redis.unlink(*keys))
+        await self._patiently(lambda: self._redis.unlink(*self._written))
 
-    async def restore(self, epoch: int, spec: str, memory: Memory) -> tuple[int, int, int]:
-        """Make the server's history that of `memory`; `spec` is the search's as JSON.
+    async def restore(self, epoch: int, spec: str, remembered: Callable[[], Memory]) -> tuple[int, int, int]:
+        """Make the server's history the one that is `remembered`; `spec` is the search's as JSON.
 
         Returns how many candidates and outcomes came back, and how many it has of each now. Raises TakenOver when
         another daemon is in charge.
         """
-        history = memory.history
-        ledger, outcomes = list(history.ledger.items()), list(history.outcomes.items())  # they may grow meanwhile
-        outcomes = [(id_, outcome) for id_, outcome in outcomes if id_ in history.ledger]
-        selections = [(str(round_), json.dumps(parents)) for round_, parents in history.selections.items()]
-        there = await self._count()
         while True:
-            await self.clear()
+            await self._begin(epoch)
+            there = await self._count()
+            memory = remembered()
+            history = memory.history
+            ledger = list(history.ledger.items())  # a copy, for the search adds what it is about to enqueue
+            outcomes = [(id_, outcome) for id_, outcome in history.outcomes.items() if id_ in history.ledger]
+            selections = [(str(round_), json.dumps(parents)) for round_, parents in history.selections.items()]
             await self._write(epoch, self._keys.candidates, self._keys.issued, _texts(ledger))
             await self._write(epoch, self._keys.outcomes, self._keys.applied, _texts(outcomes))
             await self._write(epoch, self._keys.selections, "", selections)
@@ -64,6 +67,14 @@ class Restorer:
     def _history_keys(self) -> list[str]:
         keys = self._keys
         return [keys.candidates, keys.issued, keys.outcomes, keys.applied, keys.selections]
+
+    @property
+    def _written(self) -> list[str]:
+        return [self._keys.restoring(key) for key in self._history_keys]
+
+    async def _begin(self, epoch: int) -> None:
+        keys = [self._keys.epoch, *self._written]
+        await self._fenced(lambda: self._scripts["begin_restoring"](keys, [epoch]))
 
     async def _count(self) -> int:
         issued = await self._patiently(lambda: self._redis.llen(self._keys.issued))

@@ -11,16 +11,17 @@ from typing import Any
 import structlog
 from redis.asyncio import Redis
 
-from daemon.history import History, Memory, load_history
+from daemon.history import History, Memory, entries, load_history, read_candidate
 from daemon.restoring import Restorer
 from daemon.workers import WorkerStatus, read_workers
+from protocol.candidate import candidate_id
 from protocol.card import ModelCard
 from protocol.card_board import CardBoard
 from protocol.connection import Patience, check_server
 from protocol.errors import SearchExistsError
 from protocol.keys import Keys
 from protocol.spec import SearchSpec
-from protocol.stored import read_stored
+from protocol.stored import read_entry
 from protocol.streams import CandidateQueue, TakenOver, load_scripts
 
 SIGN_OF_LIFE_SECONDS = 6.0
@@ -92,6 +93,18 @@ class SearchStore:
         """Keep the search's counters (tokens, seconds, …) over restarts. Totals, so that writing twice does no harm."""
         await self._patiently(lambda: self._redis.hset(self._keys.state, mapping=totals))
 
+    async def count_anew(self, totals: dict[str, float]) -> None:
+        """Replace all of the search's counters, damaged ones too, by `totals`."""
+
+        async def replace_all() -> None:
+            pipe = self._redis.pipeline(transaction=True)
+            pipe.delete(self._keys.state)
+            if totals:
+                pipe.hset(self._keys.state, mapping=totals)
+            await pipe.execute()
+
+        await self._patiently(replace_all)
+
     async def show_life(self) -> None:
         """Show a sign of life until cancelled. Raises TakenOver when another daemon has taken over."""
         while True:
@@ -119,7 +132,7 @@ class SearchStore:
         epoch, spec, issued, applied, jobs, results = await self._patiently(self._lengths)
         is_ours = _epoch(epoch) >= self._epoch and spec == self._spec_text
         if not is_ours or issued < confirmed[0] or applied < confirmed[1]:
-            await self.restore(queue, remembered(), from_="the daemon's memory")
+            await self.restore(queue, remembered, from_="the daemon's memory")
         elif jobs + results < issued - applied:
             await self.repair(queue, remembered().history)
 
@@ -129,12 +142,23 @@ class SearchStore:
         pipe.get(keys.epoch).get(keys.spec).llen(keys.issued).llen(keys.applied).xlen(keys.jobs).xlen(keys.results)
         return await pipe.execute()
 
-    async def restore(self, queue: CandidateQueue, memory: Memory, *, from_: str) -> None:
-        """Make the server's history that of `memory`, and say where it comes from."""
-        restored, queue.issued, queue.applied = await self._restorer.restore(self._epoch, self._spec_text, memory)
+    async def restore(self, queue: CandidateQueue, remembered: Callable[[], Memory], *, from_: str) -> None:
+        """Make the server's history the one that is `remembered`, and say where it comes from."""
+        confirmed = queue.issued, queue.applied
+
+        def now() -> Memory:
+            nonlocal confirmed
+            confirmed = queue.issued, queue.applied
+            return remembered()
+
+        restored, issued, applied = await self._restorer.restore(self._epoch, self._spec_text, now)
+        # What was confirmed since counts on top. If the server did it before the restoring began, and only its answer
+        # was late, then the next check finds that the server has less than that, and restores it too.
+        queue.issued += issued - confirmed[0]
+        queue.applied += applied - confirmed[1]
         log.error("redis_lost_data", restored=restored, from_=from_)
         queue.rewind()
-        await self.repair(queue, memory.history)
+        await self.repair(queue, remembered().history)
 
     async def step_down(self) -> None:
         """Withdraw the sign of life, so that a successor need not wait."""
@@ -149,9 +173,9 @@ class SearchStore:
         await self._patiently(lambda: self._redis.set(self._keys.daemon, self._me, px=milliseconds))
 
     async def wait_for_silence(self) -> None:
-        """Return when no daemon of this search shows signs of life; SearchExistsError when one goes on doing so.
+        """Wait until the sign of life of an earlier daemon ends. Raises SearchExistsError when a daemon renews it.
 
-        A sign that nobody has renewed for as long as it is good counts no more, whatever expiry it has.
+        A sign that was not renewed for SIGN_OF_LIFE_SECONDS is ignored, even if its key expires later or never.
         """
         owner, left = await self._owner()
         if not owner:
@@ -180,7 +204,10 @@ class SearchStore:
         if await self._patiently(lambda: self._redis.set(self._keys.spec, mine, nx=True)):
             return
         stored = await self._patiently(lambda: self._redis.get(self._keys.spec))
-        theirs = read_stored(SearchSpec, stored, self._keys.spec)
+        theirs = read_entry(SearchSpec, stored, self._keys.spec)
+        if theirs is None:
+            await self._replace_damaged_spec()
+            return
         if theirs == self._spec:
             self._spec_text = stored  # another version may write the same otherwise
             return
@@ -192,6 +219,29 @@ class SearchStore:
                 f"there is a search {self._keys.search!r} with other settings ({difference(theirs, self._spec)}); "
                 "give this one another search.name"
             )
+
+    async def _replace_damaged_spec(self) -> None:
+        """Write our spec where a damaged one stands, if the candidates that were issued under that are of ours.
+
+        Their ids say so, for they depend on the spec. SearchExistsError where they say otherwise or cannot be read.
+        """
+        async for id_, text in entries(self._redis, self._keys.issued, self._keys.candidates, ask=self._patiently):
+            candidate = read_candidate(self._keys, id_, text)
+            if candidate is None:
+                continue
+            if id_ == candidate_id(candidate.plan, self._spec.fingerprint, candidate.text, candidate.on_windows):
+                break
+            raise self._damaged_spec("the candidates there are of other settings")
+        else:
+            if await self._patiently(lambda: self._redis.exists(self._keys.issued)):
+                raise self._damaged_spec("no candidate there can be read that would tell its settings")
+        log.error("spec_damaged", key=self._keys.spec)
+        await self._patiently(lambda: self._redis.set(self._keys.spec, self._spec_text))
+
+    def _damaged_spec(self, why: str) -> SearchExistsError:
+        return SearchExistsError(
+            f"{self._keys.spec} in Redis is damaged, and {why}; give this search another search.name"
+        )
 
 
 def _epoch(text: str | None) -> int:

@@ -37,12 +37,14 @@ class TranscriptFile:
     def write(self) -> None:
         """Write what waits, as far as there is room; say what is missing for good once there is.
 
-        A file that others have removed is there again, with what it held; what they have cut off is lost.
+        A file that others have removed is there again, with what it held if that is not long; what they have cut off is
+        lost.
         """
         with self._trouble.writing(self._name):
             if self._lines.is_changed:
                 self._trouble.changed([self._name])
-                self._lines.restore()
+                if self._lines.restore() and self._lines.lost:
+                    log.warning("transcript_begun_anew", file=self._name)
             while self._waiting:
                 self._lines.append(self._waiting[0])
                 self._take()

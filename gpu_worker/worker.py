@@ -33,7 +33,7 @@ from protocol.jobs import MOST_DEATHS, Job, JobQueue
 from protocol.keys import Keys
 from protocol.self_text import SelfTextBoard
 from protocol.spec import SearchSpec
-from protocol.stored import read_stored
+from protocol.stored import read_entry
 
 MOST_FAILED_STARTS = 3
 """After so many deaths of the child while it gets ready, the worker gives up."""
@@ -189,8 +189,9 @@ class Worker:
         return None
 
     async def _spec(self) -> SearchSpec | None:
+        """The search's spec; None where there is none, or a damaged one, which its daemon replaces."""
         text = await self._patiently(lambda: self._redis.get(self._keys.spec))
-        return read_stored(SearchSpec, text, self._keys.spec) if text else None
+        return read_entry(SearchSpec, text, self._keys.spec) if text else None
 
     async def _work_on(self, spec: SearchSpec) -> None:
         """Measure candidates of this spec until told to stop, or until the search has another spec."""

@@ -1,6 +1,7 @@
 """Run, pause or stop: one key, set by hand (`SET selfpruner:<search>:control pause`) or by the command line."""
 
 import contextlib
+from time import monotonic
 from typing import Any, Literal
 
 import structlog
@@ -14,6 +15,9 @@ from protocol.streams import load_scripts
 Command = Literal["run", "pause", "stop"]
 COMMANDS: tuple[Command, ...] = ("run", "pause", "stop")
 
+SETTLED_SECONDS = 60.0
+"""A lower epoch that stays this long is that of a new daemon: a running one restores its epoch with its data sooner."""
+
 log = structlog.get_logger()
 
 
@@ -21,8 +25,9 @@ class Control:
     """Reads and writes the control key. An absent key means run; a value that is none of the three changes nothing.
 
     The last command that was understood is kept beside it, so that a search that is paused stays so where its key is
-    misspelt and its processes are started again. While the server's data is lost, which its epoch shows, nothing
-    changes either: the daemon brings the command back with the rest.
+    misspelt and its processes are started again. While the server's data is lost, nothing changes either: the daemon
+    brings the command back with the rest. The epoch shows such a loss: it is absent, or lower than before. A lower one
+    that stays is no loss, though, but that of a new daemon, drawn on a server whose clock is behind.
     """
 
     def __init__(self, redis: Redis, keys: Keys) -> None:
@@ -33,12 +38,13 @@ class Control:
         self._patiently = Patience(redis, self._key)
         self._last: Command | None = None
         self._epoch = 0
+        self._seen, self._seen_since = 0, monotonic()
         self._complained: str | None = None
 
     async def read(self) -> Command:
         """What is commanded now; asks the server each time."""
         value, understood, epoch = await self._patiently(lambda: self._read(self._keys))
-        if self._last is not None and int(epoch) < self._epoch:
+        if self._last is not None and self._is_of_lost_data(int(epoch)):
             return self._last
         self._epoch = int(epoch)
         command = _command("run" if value is None else value)
@@ -55,6 +61,13 @@ class Control:
             self._complained = value
             log.warning("control_not_understood", value=value.strip(), expected="run, pause or stop", stays=stays)
         return stays
+
+    def _is_of_lost_data(self, epoch: int) -> bool:
+        """Whether a daemon is yet to restore the data of a server with this epoch."""
+        if epoch != self._seen:
+            self._seen, self._seen_since = epoch, monotonic()
+        has_settled = epoch > 0 and monotonic() - self._seen_since >= SETTLED_SECONDS
+        return epoch < self._epoch and not has_settled
 
     async def write(self, command: Command) -> None:
         """Command it; what is being evaluated is finished in any case."""

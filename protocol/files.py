@@ -11,6 +11,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+LARGEST_COPY_BYTES = 64_000_000
+"""A longer file that was removed is begun anew: to copy it would hold everything up, and fill the disk again."""
 _CHUNK_BYTES = 1 << 20
 _Identity = tuple[int, int]
 
@@ -27,6 +29,9 @@ class Lines:
         self._handle = _open(path)
         self._identity = _identity(os.fstat(self._handle))
         self._end = self._size
+        self._copy_failed = False
+        self.lost = False
+        """Whether the last `restore` has left out what the file held."""
 
     @property
     def is_gone(self) -> bool:
@@ -72,18 +77,26 @@ class Lines:
     def restore(self) -> bool:
         """Bring the file back to its path, with what it held, if it is gone, and append there from now on.
 
-        Returns whether this process did so. What is at the path now is replaced; but if the file is shared, another
-        process may have been first, and its file is used. Raises OSError.
+        What it held is left out, and `lost` says so, if it is long or could not be copied the last time. Returns
+        whether this process did so. What is at the path now is replaced; but if the file is shared, another process may
+        have been first, and its file is used. Raises OSError.
         """
+        self.lost = False
         if not self.is_gone:
             self._end = self._size
             return False
         self._path.parent.mkdir(parents=True, exist_ok=True)
+        if self._shared and os.path.lexists(self._path):
+            self.reopen()
+            return False
         beside = _beside(self._path)
         try:
-            with os.fdopen(_create(beside, 0o666), "wb") as file:
-                for chunk in self._content():
-                    file.write(chunk)
+            handle = _create(beside, 0o666)
+            if self._is_short and not self._copy_failed:
+                self._copy_to(handle)
+            else:
+                os.close(handle)
+                self.lost = True
             is_ours = _appear(beside, self._path, replacing=not self._shared)
         finally:
             beside.unlink(missing_ok=True)
@@ -98,6 +111,7 @@ class Lines:
         self._handle = handle
         self._identity = _identity(os.fstat(handle))
         self._end = self._size
+        self._copy_failed = False
 
     def close(self) -> None:
         """Close the file."""
@@ -106,6 +120,20 @@ class Lines:
     @property
     def _size(self) -> int:
         return os.fstat(self._handle).st_size
+
+    @property
+    def _is_short(self) -> bool:
+        try:
+            return self._size <= LARGEST_COPY_BYTES
+        except OSError:  # a file server has forgotten the open file
+            return False
+
+    def _copy_to(self, handle: int) -> None:
+        self._copy_failed = True
+        with os.fdopen(handle, "wb") as file:
+            for chunk in self._content():
+                file.write(chunk)
+        self._copy_failed = False
 
     def _content(self) -> Iterator[bytes]:
         """What the open file holds, as far as it can be read: a file server may have forgotten a removed file."""

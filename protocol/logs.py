@@ -73,8 +73,8 @@ class Redaction:
 class _LogFile(logging.Handler):
     """A file that the processes of a search share. A full disk is told on the console, and in the end what it cost.
 
-    A file that was removed is there again with the next line, and with the lines that it had; where it was moved, as
-    logrotate does, a new one is begun.
+    A file that was removed is there again with the next line, and with the lines that it had, if it was not long; where
+    it was moved, as logrotate does, a new one is begun.
     """
 
     def __init__(self, path: Path) -> None:
@@ -82,15 +82,15 @@ class _LogFile(logging.Handler):
         self._path = path
         self._lines = Lines(path, shared=True)
         self._missing = 0
+        self._was_removed = False
 
     def emit(self, record: logging.LogRecord) -> None:
         """Append the record, or count it as missing."""
-        was_removed = False
         try:
             if self._lines.is_moved:
                 self._lines.reopen()
             elif self._lines.is_gone:
-                was_removed = self._lines.restore()
+                self._was_removed |= self._lines.restore()
             self._lines.append(self.format(record) + "\n")
         except OSError as error:
             self._missing += 1
@@ -102,8 +102,10 @@ class _LogFile(logging.Handler):
             if missing := self._missing:
                 self._missing = 0
                 structlog.get_logger().warning("log_lines_missing", file=str(self._path), lines=missing)
-            if was_removed:
-                structlog.get_logger().warning("log_removed", file=str(self._path))
+            if self._was_removed:
+                self._was_removed = False
+                kept = not self._lines.lost
+                structlog.get_logger().warning("log_removed", file=str(self._path), lines_kept=kept)
 
     def close(self) -> None:
         """Close the file."""

@@ -200,8 +200,8 @@ class PruneResult(BaseModel):
     uniform_kl: float | None
     """Where the search minimised the divergence from the dense model."""
     uniform_parameters: Parameters
-    reconstruction: Reconstruction = "none"
-    """Of uniform pruning as of the best; reports of earlier versions do not say."""
+    reconstruction: Reconstruction
+    """Of uniform pruning as of the best."""
     dense_report_perplexity: float | None
     exported: ExportResult
     """Before fine-tuning, in the search's folder, where there was any."""

@@ -69,6 +69,7 @@ PRUNED = PruneResult(
     uniform_report_perplexity=None,
     uniform_kl=None,
     uniform_parameters=PARAMETERS.model_copy(update={"total_after": 9_900_000}),
+    reconstruction="none",
     dense_report_perplexity=None,
     exported=EXPORTED,
     finetuned=None,

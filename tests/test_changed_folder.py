@@ -4,21 +4,25 @@ import asyncio
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import structlog
 from redis.asyncio import Redis
+from structlog.testing import capture_logs
 
 from daemon import journal
 from daemon.http_token import open_access
 from daemon.launch import Launch
 from daemon.settings import Settings
-from protocol import logs
+from daemon.transcript import TranscriptFile
+from daemon.trouble import Trouble
+from protocol import files, logs
 from protocol.files import Document, Lines, replace
 from protocol.keys import Keys
+from tests.disks import LimitedFiles
 from tests.scripted_llm import ScriptedLlm
 from tests.servers import Server
 from tests.test_full_disk import lines_of, settings_for
@@ -239,3 +243,91 @@ def test_a_log_file_that_is_removed_comes_back_and_one_that_is_moved_is_begun_an
     path.rename(path.with_name("log.jsonl.1"))
     structlog.get_logger().info("third")
     assert [line["event"] for line in lines_of(path)] == ["third"]
+
+
+@pytest.fixture
+def copied(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The sizes of the parts of removed files that are copied."""
+    parts: list[int] = []
+    content = Lines._content
+
+    def counted(self: Lines) -> Iterator[bytes]:
+        for part in content(self):
+            parts.append(len(part))
+            yield part
+
+    monkeypatch.setattr(Lines, "_content", counted)
+    return parts
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_of_a_long_file_that_is_removed_nothing_is_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, copied: list[int], shared: bool
+) -> None:
+    path = tmp_path / "lines"
+    lines = Lines(path, shared=shared)
+    lines.append("old\n")
+    monkeypatch.setattr(files, "LARGEST_COPY_BYTES", 3)
+    path.unlink()
+    assert lines.restore() and lines.lost and not copied
+    lines.append("new\n")
+    assert path.read_text() == "new\n"
+    monkeypatch.setattr(files, "LARGEST_COPY_BYTES", 4)
+    path.unlink()
+    assert lines.restore() and not lines.lost
+    assert path.read_text() == "new\n"
+    lines.close()
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_removed_file_that_could_not_be_copied_is_not_copied_again(
+    tmp_path: Path, copied: list[int], shared: bool
+) -> None:
+    path = tmp_path / "lines"
+    lines = Lines(path, shared=shared)
+    lines.append("much too long\n")
+    disk = LimitedFiles(tmp_path)
+    path.unlink()
+    disk.fill(4)
+    try:
+        with pytest.raises(OSError):
+            lines.restore()
+        assert copied == [14] and not path.exists()
+        assert lines.restore() and lines.lost
+        assert copied == [14]
+        lines.append("new\n")
+    finally:
+        disk.free()
+    assert path.read_text() == "new\n"
+    path.unlink()
+    assert lines.restore() and not lines.lost, "another removal is another try"
+    assert path.read_text() == "new\n"
+    lines.close()
+
+
+@pytest.mark.usefixtures("restored_logs")
+def test_a_log_file_that_is_begun_anew_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "log.jsonl"
+    logs.configure(file=path, console=False)
+    structlog.get_logger().info("first")
+    monkeypatch.setattr(files, "LARGEST_COPY_BYTES", 3)
+    path.unlink()
+    structlog.get_logger().info("second")
+    assert [(line["event"], line.get("lines_kept")) for line in lines_of(path)] == [
+        ("second", None),
+        ("log_removed", False),
+    ]
+
+
+def test_a_transcript_that_is_begun_anew_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "transcript.jsonl"
+    transcript = TranscriptFile(path, Trouble(tmp_path))
+    transcript.add("first\n")
+    monkeypatch.setattr(files, "LARGEST_COPY_BYTES", 3)
+    path.unlink()
+    with capture_logs() as log:
+        transcript.add("second\n")
+        transcript.add("third\n")
+    assert [line["event"] for line in log if line["event"] == "transcript_begun_anew"] == ["transcript_begun_anew"]
+    transcript.close()
+    assert path.read_text() == "second\nthird\n"

@@ -45,7 +45,8 @@ def _result(method: str, seed: int, fitness: list[float]) -> dict[str, Any]:
 
 def _figures(folder: Path, *results: dict[str, Any], **arguments: Any) -> str:
     folder.mkdir()
-    every = {"model": "smollm2", "minimise": "kl", "fitness": f"{folder}/text", "report": "self", **arguments}
+    every = {"model": "smollm2", "minimise": "kl", "fitness": f"{folder}/text", "report": "self"}
+    every |= {"reconstruction": "least-squares", **arguments}
     file = folder / "comparison.json"
     file.write_text(json.dumps({"arguments": every, "results": results}))
     return str(file)
@@ -83,16 +84,6 @@ def test_the_figures_of_several_calls_are_joined(tmp_path: Path, capsys: pytest.
     assert (out / "convergence-0.3.png").stat().st_size and (out / "rates-0.3.png").stat().st_size
 
 
-def test_figures_that_did_not_tell_readable_from_accepted_replies_are_shown_without(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    old = _result("llm", 0, [0.3]) | {"usable": 9, "method": "llm-of-old"}
-    del old["readable"], old["accepted"], old["any_heads_report"]
-    assert compare_search.main(["--methods", "--beside", _figures(tmp_path / "a", old), "--out", str(tmp_path)]) == 0
-    (row,) = (line.split("│")[2:-1] for line in capsys.readouterr().out.splitlines() if "llm-of-old" in line)
-    assert [cell.strip() for cell in row][4:] == ["", "", "45", "100", "0.80", "5,100"]
-
-
 def test_figures_of_other_searches_are_not_joined(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one = _figures(tmp_path / "a", _result("evolution", 0, [0.4]))
     other = _figures(tmp_path / "b", _result("llm", 0, [40.0]), minimise="perplexity")
@@ -108,6 +99,7 @@ def test_figures_of_other_searches_are_not_joined(tmp_path: Path, capsys: pytest
         (("--methods", "--beside", "list.json"), "list.json holds no figures of a comparison"),
         (("--methods", "--beside", "half.json"), "half.json holds no figures of a comparison: results: Field required"),
         (("--methods", "--beside", "other.json"), "other.json does not say what was minimised"),
+        (("--methods", "--beside", "some.json"), "some.json does not say what was reconstructed"),
         (("--rate", "1.5"), "target.rate cannot be '1.5'"),
         (("--rate", "0.3", "0.95"), "target.rate cannot be '0.95'"),
         (("--budget", "3"), "--budget cannot be 3: the first population takes 4"),
@@ -134,6 +126,7 @@ def test_what_cannot_be_is_said_in_a_sentence_before_anything_is_loaded(
     Path("list.json").write_text("[]")
     Path("half.json").write_text('{"arguments": {}}')
     Path("other.json").write_text('{"arguments": {}, "results": []}')
+    Path("some.json").write_text('{"arguments": {"minimise": "kl"}, "results": []}')
     monkeypatch.setattr(compare_search, "compare", None)
     assert compare_search.main(["--out", "out", *arguments]) == 2
     said = capsys.readouterr().err

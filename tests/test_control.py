@@ -8,7 +8,8 @@ from redis.asyncio import Redis
 from structlog.testing import capture_logs
 
 from daemon.pausing import Pausing, StopRequested
-from protocol.control import Control
+from protocol import control as control_module
+from protocol.control import SETTLED_SECONDS, Control
 from protocol.keys import Keys
 
 
@@ -78,6 +79,53 @@ async def test_while_the_data_is_lost_the_command_stays(redis: Redis, keys: Keys
     assert await control.read() == "pause"
     await client.set(keys.epoch, 7)
     assert await control.read() == "run"
+
+
+async def test_a_lower_epoch_that_stays_is_that_of_a_new_daemon(
+    redis: Redis, keys: Keys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The data is lost for good, and the server's clock, from which an epoch is drawn, is behind."""
+    now = [0.0]
+    monkeypatch.setattr(control_module, "monotonic", lambda: now[0])
+    client: Any = redis
+    control = Control(redis, keys)
+    await client.set(keys.epoch, 7)
+    await control.write("pause")
+    assert await control.read() == "pause"
+    await redis.flushall()
+    await control.write("run")
+    for epoch, seconds, command in (
+        (5, 0, "pause"),
+        (5, SETTLED_SECONDS - 1, "pause"),
+        (4, 2, "pause"),
+        (4, SETTLED_SECONDS - 1, "pause"),
+        (4, 2, "run"),
+        (4, 0, "run"),
+        (3, 0, "run"),
+    ):
+        now[0] += seconds
+        await client.set(keys.epoch, epoch)
+        assert await control.read() == command
+    await control.write("stop")
+    assert await control.read() == "run", "the epoch has fallen again"
+    now[0] += 10 * SETTLED_SECONDS
+    assert await control.read() == "stop"
+
+
+async def test_without_an_epoch_the_command_stays_however_long(
+    redis: Redis, keys: Keys, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(control_module, "monotonic", lambda: now[0])
+    client: Any = redis
+    control = Control(redis, keys)
+    await client.set(keys.epoch, 7)
+    await control.write("pause")
+    assert await control.read() == "pause"
+    await redis.flushall()
+    for _ in range(3):
+        now[0] += 10 * SETTLED_SECONDS
+        assert await control.read() == "pause"
 
 
 async def test_the_gate_closes_on_pause_and_opens_on_resume(redis: Redis, keys: Keys) -> None:

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LEVELS = {"debug", "info", "warning", "error", "critical", "exception"}
-NAMED_ELSEWHERE = {"observer_died"}
+NAMED_ELSEWHERE = {"observer_died", "server_watch_died"}
 """Given as an argument to what logs it."""
 
 

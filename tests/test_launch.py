@@ -372,13 +372,17 @@ async def test_damaged_entries_of_a_history_come_back_from_the_folder(
     await client.hset(keys.candidates, one, b"\xff not UTF-8")
     await client.hset(keys.outcomes, two, b"\xff not UTF-8")
     await client.hdel(keys.candidates, three)
+    await client.hset(keys.state, "prompt_tokens", b"\xff not UTF-8")
+    await client.hset(keys.state, "of another hand", "no number")
+    await client.set(keys.spec, b"\xff not UTF-8")
     with capture_logs() as log:
         async with worker_there(redis, keys) as evaluated:
             summary = await asyncio.wait_for(Launched(settings, server).launch.run(), 60)
     assert summary and summary.finished and not evaluated
     after = await load_history(redis, keys)
     assert (after.ledger, after.outcomes, after.damaged) == (before.ledger, before.outcomes, 0)
-    assert [line["entries"] for line in log if line["event"] == "history_damaged"] == [5]
+    assert [line["entries"] for line in log if line["event"] == "history_damaged"] == [7]
+    assert after.counters["prompt_tokens"] == before.counters["prompt_tokens"] > 0
 
 
 async def test_damaged_entries_that_no_copy_has_are_measured_again(

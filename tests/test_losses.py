@@ -11,6 +11,7 @@ from structlog.testing import capture_logs
 
 from daemon import store as store_module
 from daemon.history import History, Memory
+from daemon.restoring import Restorer
 from daemon.store import SearchStore
 from daemon.workers import read_workers
 from protocol.candidate import Result
@@ -72,6 +73,69 @@ async def test_an_outcome_that_waits_to_be_applied_is_not_measured_again(
     assert await queued(redis, keys) == set()
 
 
+@pytest.mark.parametrize("damage", ["spec", "issued", "applied"])
+async def test_what_the_search_does_while_its_daemon_restores_is_not_lost(
+    redis: Redis, keys: Keys, store: SearchStore, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    """The server still has this daemon's epoch, so that nothing but the restoring itself can hold its queue up."""
+    queue, _ = await begun(store, 2)
+    early, other = [Result(f"{i}-1", c.id, measured(5.0, c)) for i, c in enumerate(candidates(2), 1)]
+    await queue.apply(early)
+    known = await store.history()
+    late = candidates(3)[-1]
+    write, busy = Restorer._write, list[asyncio.Task[bool]]()
+
+    async def enqueue() -> bool:
+        known.ledger[late.id] = late
+        return await queue.enqueue(late)
+
+    async def apply() -> bool:
+        is_new = await queue.apply(other)
+        known.outcomes[other.id] = other.outcome
+        return is_new
+
+    async def write_while_the_search_goes_on(self: Restorer, *args: Any) -> None:
+        if not busy:
+            busy.extend([asyncio.create_task(enqueue()), asyncio.create_task(apply())])
+            await asyncio.wait(busy, timeout=1)
+        await write(self, *args)
+
+    monkeypatch.setattr(Restorer, "_write", write_while_the_search_goes_on)
+    await redis.delete(keys[damage])
+    await store._check(queue, lambda: Memory(known, CARD))
+    async with asyncio.timeout(20):
+        assert await asyncio.gather(*busy) == [True, True]
+    found = await store.history()
+    assert (found.ledger, found.outcomes) == (known.ledger, known.outcomes)
+    assert len(found.ledger) == 3 and len(found.outcomes) == 2
+    assert (queue.issued, queue.applied) == (3, 2)
+
+
+async def test_what_a_server_did_after_it_came_back_with_this_daemons_epoch_is_not_replaced(
+    redis: Redis, keys: Keys, store: SearchStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is restarted while the daemon restores, and its file lacks the last second: the queue is open again."""
+    queue, _ = await begun(store, 2)
+    known = await store.history()
+    late = candidates(3)[-1]
+    client: Any = redis
+    mine = await client.get(keys.epoch)
+    write, done = Restorer._write, list[bool]()
+
+    async def write_while_the_server_restarts(self: Restorer, *args: Any) -> None:
+        if not done:
+            await client.set(keys.epoch, mine)
+            known.ledger[late.id] = late
+            done.append(await queue.enqueue(late))
+        await write(self, *args)
+
+    monkeypatch.setattr(Restorer, "_write", write_while_the_server_restarts)
+    await redis.delete(keys.spec)
+    await store._check(queue, lambda: Memory(known, CARD))
+    assert done == [True]
+    assert list((await store.history()).ledger) == [c.id for c in candidates(3)]
+
+
 async def test_an_older_copy_from_before_this_daemon_is_brought_up_to_date_and_is_no_takeover(
     redis: Redis, keys: Keys, store: SearchStore
 ) -> None:
@@ -122,7 +186,7 @@ async def test_a_command_that_was_given_after_the_loss_is_kept_and_one_of_an_old
             await client.set(keys.epoch, epoch)
         if given:
             await client.set(keys.control, given)
-        await store.restore(queue, paused, from_="the test")
+        await store.restore(queue, lambda: paused, from_="the test")
         assert await client.get(keys.control) == stays
 
 

@@ -8,6 +8,7 @@ from redis.asyncio import Redis
 
 from daemon import store as store_module
 from daemon.history import History, Memory
+from daemon.remote_history import RemoteHistory
 from daemon.store import SearchStore
 from protocol.connection import check_server
 from protocol.errors import SearchExistsError, StoreError
@@ -131,14 +132,52 @@ async def test_a_sign_of_life_that_nobody_renews_is_waited_out_whatever_its_expi
         await SearchStore(redis, keys, SPEC).take_charge()
 
 
-async def test_a_count_by_another_hand_is_a_sentence_with_its_name(redis: Redis, keys: Keys) -> None:
+@pytest.mark.parametrize("text", ["abc", "nan", "1e999", "-1", b"\xff"])
+async def test_a_damaged_counter_is_left_out_and_counted_as_damage(redis: Redis, keys: Keys, text: str | bytes) -> None:
     store = SearchStore(redis, keys, SPEC)
     await store.take_charge()
+    await store.count({"cost": 1.0, "seconds": 2.0})
     client: Any = redis
-    for text in ("abc", "nan", "1e999", "-1"):
-        await client.hset(keys.state, "cost", text)
-        with pytest.raises(StoreError, match="the counter cost of selfpruner:test:state"):
-            await store.history()
+    await client.hset(keys.state, "cost", text)
+    history = await store.history()
+    assert (history.counters, history.damaged) == ({"seconds": 2.0}, 1)
+    remote = RemoteHistory(redis, keys)
+    assert await remote.read()
+    assert remote.counters == {"seconds": 2.0}
+    await store.count_anew({"seconds": 3.0})
+    assert await client.hgetall(keys.state) == {"seconds": "3.0"}
+
+
+@pytest.mark.parametrize("begun", [False, True])
+async def test_a_damaged_spec_is_replaced_where_the_candidates_are_of_this_one(
+    redis: Redis, keys: Keys, begun: bool
+) -> None:
+    queue = await SearchStore(redis, keys, SPEC).take_charge()
+    client: Any = redis
+    if begun:
+        first, second = candidates(2)
+        await queue.enqueue(first)
+        await queue.enqueue(second)
+        await client.hset(keys.candidates, first.id, b"\xff")
+    await client.set(keys.spec, b"\xff{")
+    await SearchStore(redis, keys, SPEC).take_charge(previous_is_dead=True)
+    assert await client.get(keys.spec) == SPEC.model_dump_json()
+
+
+@pytest.mark.parametrize("readable", [True, False])
+async def test_a_damaged_spec_is_not_replaced_by_one_that_its_candidates_may_not_be_of(
+    redis: Redis, keys: Keys, readable: bool
+) -> None:
+    queue = await SearchStore(redis, keys, SPEC).take_charge()
+    await queue.enqueue(candidates(1)[0])
+    client: Any = redis
+    if not readable:
+        await client.delete(keys.candidates)
+    await client.set(keys.spec, "{")
+    other = SPEC.model_copy(update={"rate": 0.5}) if readable else SPEC
+    with pytest.raises(SearchExistsError, match="selfpruner:test:spec in Redis is damaged"):
+        await SearchStore(redis, keys, other).take_charge(previous_is_dead=True)
+    assert await client.get(keys.spec) == "{"
 
 
 async def test_a_replaced_daemon_notices(redis: Redis, keys: Keys) -> None:

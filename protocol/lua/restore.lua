@@ -2,9 +2,11 @@
 -- put the daemon in charge: all in one step. What the daemon remembers is all there is to know, so it replaces the rest.
 -- A command that was given after the server was emptied is newer than the daemon's; one of an older copy is not.
 -- KEYS epoch spec card control understood [written key]…    ARGV epoch spec card command [length]…
--- Returns 0, -1 when another daemon has taken over, or -3 where what was written is not complete.
+-- Returns 0, -1 when another daemon has taken over, or -3 where what was written may not be complete: a part of it is
+-- lost, or the daemon's epoch is there, so that its queue could write meanwhile.
 local refused = refusal(KEYS[1], ARGV[1])
 if refused == -1 then return refused end
+if not refused then return -3 end
 
 local function length(key)
   local kind = redis.call('TYPE', key)['ok']
@@ -24,7 +26,7 @@ for i = 6, #KEYS, 2 do
 end
 redis.call('SET', KEYS[2], ARGV[2])
 if ARGV[3] ~= '' then redis.call('SET', KEYS[3], ARGV[3]) end
-local older = refused == -2 and redis.call('EXISTS', KEYS[1]) == 1
+local older = redis.call('EXISTS', KEYS[1]) == 1
 if ARGV[4] ~= '' and (older or redis.call('EXISTS', KEYS[4]) == 0) then
   redis.call('SET', KEYS[4], ARGV[4])
   redis.call('SET', KEYS[5], ARGV[4])

@@ -119,6 +119,26 @@ async def test_an_append_only_file_without_its_end_loses_nothing(kit: Kit) -> No
     await daemon.settled()
 
 
+async def test_a_watch_of_the_servers_files_that_dies_says_so_and_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def breaks(_: object) -> bool:
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(embedded, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(embedded._ServerFiles, "_are_there", breaks)
+    with structlog.testing.capture_logs() as log:
+        async with embedded.embedded_server(tmp_path) as url:
+
+            async def told() -> bool:
+                return "server_watch_died" in [line["event"] for line in log]
+
+            await eventually(told, 20)
+            redis: Any = connect(url)
+            assert await redis.ping()
+            await redis.aclose()
+
+
 @pytest.mark.fault(
     "21", "the append-only file is damaged", "its middle zeroed, embedded server", "refused, file and fix named"
 )

@@ -10,10 +10,11 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from daemon.history import PART, History, Memory
+from daemon.history import History, Memory
 from daemon.store import SearchStore
 from protocol.candidate import Candidate, Outcome
 from protocol.plan import Plan
+from protocol.streams import PART
 from tests.faults.kit import ROOT, Kit
 from tests.samples import CARD, SPEC, candidate, measured
 
@@ -109,20 +110,21 @@ async def main():
     store_module.Restorer = Mortal
     store = store_module.SearchStore(connect(os.environ["SELFPRUNER_REDIS__URL"]), Keys("faults"), SPEC)
     queue = await store.take_charge(previous_is_dead=True)
-    await store.restore(queue, Memory(long_history(int(sys.argv[1])), CARD, "pause"), from_="the test")
+    memory = Memory(long_history(int(sys.argv[1])), CARD, "pause")
+    await store.restore(queue, lambda: memory, from_="the test")
 
 asyncio.run(main())
 """
 
 
 @pytest.mark.faults
-@pytest.mark.fault("52", "killed while it restores", "SIGKILL after 1 to 9 of 10 steps", "the next one completes it")
+@pytest.mark.fault("52", "killed while it restores", "SIGKILL after 1 to 10 of 10 steps", "the next one completes it")
 async def test_a_daemon_that_is_killed_while_it_restores_leaves_it_to_the_next_one(kit: Kit) -> None:
     kit.unsettled = True
     count = 4 * PART
     history = long_history(count)
-    steps = 4 + 4 + 1  # candidates, outcomes and selections; the last step moves them into place
-    for step in (1, 4, 6, steps):
+    steps = 1 + 4 + 4 + 1  # the fence, then candidates, outcomes and selections; one more moves them into place
+    for step in (1, 2, 5, 7, steps):
         await kit.redis.flushall()
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-c", RESTORE, str(count), str(step)),
@@ -130,12 +132,12 @@ async def test_a_daemon_that_is_killed_while_it_restores_leaves_it_to_the_next_o
             env={**os.environ, "SELFPRUNER_REDIS__URL": kit.server.url},
         )
         assert await process.wait() == -signal.SIGKILL
-        assert await kit.redis.llen(kit.keys.restoring(kit.keys.issued)) == min(step, 4) * PART
+        assert await kit.redis.llen(kit.keys.restoring(kit.keys.issued)) == min(step - 1, 4) * PART
         assert await kit.redis.llen(kit.keys.issued) == 0, "the real keys are as they were"
         store = SearchStore(kit.redis, kit.keys, SPEC)
         queue = await store.take_charge(previous_is_dead=True)
         assert await store.history() == History()
-        await store.restore(queue, Memory(history, CARD, "pause"), from_="the test")
+        await store.restore(queue, lambda: Memory(history, CARD, "pause"), from_="the test")
         assert await store.history() == history
         assert await kit.redis.get(kit.keys.control) == "pause"
     await kit.redis.flushall()
