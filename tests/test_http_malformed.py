@@ -160,3 +160,37 @@ async def test_events_for_a_client_that_never_reads_take_bounded_memory_and_it_i
 
         await eventually(disconnected)
     assert await is_alive(ask)
+
+
+async def test_a_client_that_reads_slowly_gets_the_whole_of_its_answer(
+    ask: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its answer stays above the low-water mark for several times the limit, but it shrinks all that time."""
+    limit, size = 0.5, 40_000_000
+    monkeypatch.setattr(http_server, "UNREAD_SECONDS", limit)
+    address = urlsplit(ask.url)
+    reader, writer = await asyncio.open_connection(address.hostname, address.port, limit=4096)
+    await eventually(lambda: _is_connected(ask))
+    server = ask.api._server._runner.server
+    assert server is not None
+    (connection,) = (c for c in server.connections if c.transport is not None)
+    transport = connection.transport
+    assert isinstance(transport, asyncio.WriteTransport)
+    transport.write(bytes(size))
+    got = 0
+    for _ in range(40):
+        got += len(await reader.read(2**16))
+        await asyncio.sleep(limit / 10)
+    assert size // 2 < transport.get_write_buffer_size() < size
+    while piece := await reader.read(2**20):
+        got += len(piece)
+        if got == size:
+            break
+    assert got == size
+    writer.close()
+    await writer.wait_closed()
+
+
+async def _is_connected(ask: Asked) -> bool:
+    server = ask.api._server._runner.server
+    return server is not None and bool(server.connections)
