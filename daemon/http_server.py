@@ -18,7 +18,7 @@ MAX_CONNECTIONS = 256
 SILENT_SECONDS = 15.0
 """A connection that has not sent a whole request head by then is closed."""
 UNREAD_SECONDS = 30.0
-"""A client that reads none of its answer for so long is disconnected."""
+"""A client that reads none of its answer for so long is disconnected. What the kernel has taken over counts as read."""
 SHUTDOWN_SECONDS = 0.3
 TELL_SECONDS = 20.0
 """The log gets at most one line about malformed requests in this time."""
