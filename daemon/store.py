@@ -149,9 +149,9 @@ class SearchStore:
         await self._patiently(lambda: self._redis.set(self._keys.daemon, self._me, px=milliseconds))
 
     async def wait_for_silence(self) -> None:
-        """Return when no daemon of this search shows signs of life; SearchExistsError when one goes on doing so.
+        """Return when no daemon of this search shows signs of life; raise SearchExistsError while one still does.
 
-        A sign that nobody has renewed for as long as it is good counts no more, whatever expiry it has.
+        A sign that was not renewed within its lifetime does not count, whatever expiry it has in Redis.
         """
         owner, left = await self._owner()
         if not owner:

@@ -69,7 +69,7 @@ def _check_each(name: str, sizes: Mapping[str, Any]) -> None:
 
 
 def _rotated_shares(config: Mapping[str, Any]) -> Iterator[object]:
-    """Which part of a head is rotated, wherever the config says it; transformers takes memory for any number."""
+    """Every share of a head to rotate that the config states; transformers takes memory for any number."""
     rope = config.get("rope_parameters") or config.get("rope_scaling")
     parts = [config, rope, *(rope.values() if isinstance(rope, Mapping) else ())]
     for part in parts:

@@ -201,7 +201,7 @@ class PruneResult(BaseModel):
     """Where the search minimised the divergence from the dense model."""
     uniform_parameters: Parameters
     reconstruction: Reconstruction = "none"
-    """Of uniform pruning as of the best; reports of earlier versions do not say."""
+    """Applies to uniform pruning and to the best allocation; reports of earlier versions do not have it."""
     dense_report_perplexity: float | None
     exported: ExportResult
     """Before fine-tuning, in the search's folder, where there was any."""
