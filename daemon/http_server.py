@@ -18,7 +18,7 @@ MAX_CONNECTIONS = 256
 SILENT_SECONDS = 15.0
 """A connection that has not sent a whole request head by then is closed."""
 UNREAD_SECONDS = 30.0
-"""A client that reads none of its answer for so long is disconnected."""
+"""A client that reads none of its answer for so long is disconnected. What the kernel has taken over counts as read."""
 SHUTDOWN_SECONDS = 0.3
 TELL_SECONDS = 20.0
 """The log gets at most one line about malformed requests in this time."""
@@ -81,13 +81,12 @@ class _Connection(RequestHandler):
             super().log_exception(*args, **kw)
 
     def pause_writing(self) -> None:
-        """Disconnect the client unless it reads something within UNREAD_SECONDS: its answer is kept in memory."""
+        """Begin to watch whether the client reads its answer, which is kept in memory until then."""
         super().pause_writing()
-        if self.transport is not None:
-            self._unread = asyncio.get_running_loop().call_later(UNREAD_SECONDS, self.transport.abort)
+        self._watch()
 
     def resume_writing(self) -> None:
-        """The client has read."""
+        """Stop watching: the client has read most of its answer."""
         super().resume_writing()
         self._forget_unread()
 
@@ -95,6 +94,19 @@ class _Connection(RequestHandler):
         """The client has gone."""
         self._forget_unread()
         super().connection_lost(exc)
+
+    def _watch(self) -> None:
+        if isinstance(self.transport, asyncio.WriteTransport):
+            unread = self.transport.get_write_buffer_size()
+            self._unread = asyncio.get_running_loop().call_later(UNREAD_SECONDS, self._check_unread, unread)
+
+    def _check_unread(self, before: int) -> None:
+        """Disconnect a client that has read nothing since `before` bytes were unread; watch one that reads slowly."""
+        assert isinstance(self.transport, asyncio.WriteTransport), "connection_lost cancels this call"
+        if self.transport.get_write_buffer_size() < before:
+            self._watch()
+        else:
+            self.transport.abort()
 
     def _forget_unread(self) -> None:
         if self._unread is not None:

@@ -1,10 +1,10 @@
 """`python -m daemon.local_llm --gguf FILE`: serve a GGUF, OpenAI-compatible, by llama.cpp in this process.
 
-Where the environment has LLAMA_API_KEY, requests need that key: a port of 127.0.0.1 is open to everybody on the machine
-and to web pages in their browsers, and a request with a large grammar keeps llama.cpp busy for minutes.
+Where the environment has LLAMA_API_KEY, requests need that key: a port of 127.0.0.1 is open to every user of the
+machine and to web pages in their browsers, and a request with a large grammar keeps llama.cpp busy for minutes.
 
 Prints one line of JSON, {"base_url": …}, when it is ready. Ends on SIGTERM, on SIGINT, and when the pipe that is its
-standard input closes, so that it does not outlive whoever started it.
+standard input closes, so that it does not outlive the process that started it.
 """
 
 import argparse

@@ -60,10 +60,13 @@ def _check_keys(node: yaml.Node) -> None:
 
 
 def parsed(text: str) -> Any:
-    """The value of YAML text. Raises yaml.YAMLError and, for numbers and dates that cannot be, ValueError."""
+    """Return the value of YAML text. Raises yaml.YAMLError, of which Refused shows nothing of the text."""
     loader = _Loader(text)
     try:
         return loader.get_single_data()
+    # PyYAML converts the text of a number, a date or a boolean without checking it, and leaves any error as it is.
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+        raise Refused("a value in it is not of the type that its form or its tag says") from None
     finally:
         loader.dispose()
 
@@ -80,7 +83,7 @@ def read(path: Path) -> dict[str, Any]:
         if len(content) > MOST_BYTES:
             raise SettingsError(f"the settings file {str(path)!r} has more than {MOST_BYTES // 1024} KiB")
         found = parsed(content.decode("utf-8-sig"))
-    except (OSError, yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
         raise SettingsError(file_sentence(path, error)) from None
     if found is None:
         return {}

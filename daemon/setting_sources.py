@@ -99,7 +99,7 @@ def _overrides_tree(overrides: Iterable[str]) -> dict[str, Any]:
             raise SettingsError("--set takes key=value, such as --set search.name=first")
         try:
             value = setting_file.parsed(text) if text else None
-        except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date or a number that cannot be
+        except yaml.YAMLError:
             raise SettingsError(f"the value of {name} is no YAML") from None
         *path, last = name.strip().split(".")
         branch = tree

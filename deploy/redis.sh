@@ -20,7 +20,7 @@ password=$(head -c 1025 "$secret")
 # The daemon, the workers, the health check and people read this file too, each in their own way. They agree on one line
 # of printable ASCII; a carriage return, a blank or a byte order mark would be part of the password for some of them.
 case $password in
-*[!!-~]*) refuse "must hold one line of ASCII characters without blanks" ;;
+*[!!-~]*) refuse "must hold one line of ASCII characters without blanks or carriage returns (Windows line ends)" ;;
 esac
 # The server keeps a hash, so that the password is in no second place. printf is part of the shell: it has no arguments
 # that other processes could read.

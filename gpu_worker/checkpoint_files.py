@@ -17,46 +17,60 @@ from gpu_worker.shown import shown
 from protocol.amounts import gigabytes
 from protocol.errors import ModelError
 
-INDEX = ".index.json"
-"""The end of the name of a file that says which file each weight is in."""
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+"""Files that say which file each weight is in."""
+WEIGHTS = ("model.safetensors", "pytorch_model.bin", *INDEXES)
+"""A folder with a model of its own has one of these files."""
 ADAPTER = "adapter_config.json"
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
+WEIGHTS_READ = ("*.safetensors", "pytorch_model*.bin")
+TEXTS_READ = (
+    *("config.json", "config.*.json", "generation_config.json", "*.index.json"),
+    *("tokenizer*.json", "tokenizer.model*", "*.model", "*.spm", "tekken.json", "vocab*.json", "vocab*.txt"),
+    *("merges*.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*"),
+)
+"""The names that transformers opens for a model and its tokenizer. A folder may hold any other file besides, such as
+a log or a link to a checkpoint that is gone."""
 LARGEST_BYTES = {"config.json": 2**20, "tokenizer.json": 2**27}
-"""Of files whose largest known kin is far smaller: Gemma's tokenizer.json has 33 MB."""
+"""Limits for single files, several times the largest that are known: Gemma's tokenizer.json has 33 MB."""
 LARGEST_TEXT_BYTES = 2**25
-"""Of any other file that is no weights."""
+"""Limit for any other file that holds no weights."""
 LONGEST_HEADER_BYTES = 2**25
-"""Of a safetensors file. One of a thousand tensors has 100 kB."""
+"""Limit for the header of a safetensors file; with a thousand tensors it has 100 kB."""
 MOST_UNSTORED = 2
-"""A model may ask for so many times the weights that its files hold. Which of them are missing is told after loading,
-with their names; this limit keeps the loader from filling memory before that."""
+"""A model may ask for so many times the weights that its files hold. An error after loading names the missing weights;
+this limit keeps the loader from filling the memory before that."""
 
 
 def check_files(name: str, folder: Path) -> None:
     """Raise ModelError for a file of the checkpoint `name` in `folder` that must not be read.
 
-    A link to an ordinary file is followed wherever it leads: the hub's own cache consists of such links.
+    Only files that transformers opens are checked. A link to an ordinary file is followed wherever it leads: the hub's
+    own cache consists of such links.
     """
-    for path in sorted(folder.iterdir()):
-        if path.suffix == ".py" or path.is_dir():
-            continue
-        size = _ordinary_size(name, path)
-        largest = LARGEST_BYTES.get(path.name, LARGEST_TEXT_BYTES)
-        if path.suffix not in (*WEIGHTS, ".gguf", ".onnx", ".h5", ".msgpack") and size > largest:
+    files = [path for path in sorted(folder.iterdir()) if not path.is_dir()]
+    texts = [path for path in files if _is_one_of(path, TEXTS_READ)]
+    for path in (*texts, *folder.glob("additional_chat_templates/*.jinja")):
+        size, largest = _ordinary_size(name, path), LARGEST_BYTES.get(path.name, LARGEST_TEXT_BYTES)
+        if size > largest:
             raise ModelError(
                 f"the file {path.name!r} of {name!r} has {size:,} bytes, where at most {largest:,} can be meant"
             )
-    if (folder / ADAPTER).exists():
+    for path in files:
+        if _is_one_of(path, WEIGHTS_READ):
+            _check_weights(name, path)
+    if (folder / ADAPTER).exists() and not any((folder / file).exists() for file in WEIGHTS):
         raise ModelError(adapter_sentence(name))
-    for path in sorted(folder.glob(f"*{INDEX}")):
-        check_index(name, path)
-    for path in sorted(folder.glob("*.bin")):
-        _check_packed(name, path)
+    for path in texts:
+        if path.match("*.index.json"):
+            check_index(name, path)
+
+
+def _is_one_of(path: Path, patterns: tuple[str, ...]) -> bool:
+    return any(path.match(pattern) for pattern in patterns)
 
 
 def adapter_sentence(name: str) -> str:
-    """Why an adapter is refused: transformers would load the model that its config names instead, from anywhere."""
+    """Explain why an adapter alone is refused: its config may name any model of any place as the one to load."""
     return f"{name!r} holds an adapter ({ADAPTER}) and no model of its own; merge it into its base model"
 
 
@@ -70,7 +84,7 @@ def check_index(name: str, index: Path) -> None:
         if not is_inside(file):
             raise ModelError(f"the file {index.name!r} of {name!r} names {shown(file)}, which is outside the folder")
         if (index.parent / file).exists():
-            _ordinary_size(name, index.parent / file)
+            _check_weights(name, index.parent / file)
 
 
 def is_inside(file: str) -> bool:
@@ -94,7 +108,7 @@ def check_stored(name: str, folder: Path, asked: int) -> None:
 
 
 def _sizes(name: str, file: Path) -> Iterator[int]:
-    """How many numbers each tensor of a safetensors file has; the library checks its header against the file."""
+    """The number of elements of each tensor in a safetensors file; the library checks its header against the file."""
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
     if length > LONGEST_HEADER_BYTES:
@@ -108,7 +122,7 @@ def _sizes(name: str, file: Path) -> Iterator[int]:
 
 
 def _ordinary_size(name: str, path: Path) -> int:
-    """Bytes of a file. Raises ModelError for a pipe, a device, a folder, or a link that leads nowhere."""
+    """The size of a file in bytes. Raises ModelError for a pipe, a device, a folder, or a link that leads nowhere."""
     try:
         status = path.stat()
     except OSError as error:
@@ -118,16 +132,20 @@ def _ordinary_size(name: str, path: Path) -> int:
     return status.st_size
 
 
-def _check_packed(name: str, path: Path) -> None:
-    """Raise ModelError for a file of torch.save that would unpack to more than its size: torch never compresses."""
-    if not zipfile.is_zipfile(path):
+def _check_weights(name: str, path: Path) -> None:
+    """Raise ModelError for weights that are no ordinary file, or that would unpack to more than the file's size.
+
+    The files of torch.save are zip archives, which torch never compresses.
+    """
+    size = _ordinary_size(name, path)
+    if path.suffix == ".safetensors" or not zipfile.is_zipfile(path):
         return
     try:
         with zipfile.ZipFile(path) as records:
             unpacked = sum(record.file_size for record in records.infolist())
     except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
         raise ModelError(f"the file {path.name!r} of {name!r} is damaged ({error})") from error
-    if unpacked > path.stat().st_size:
+    if unpacked > size:
         raise ModelError(f"the file {path.name!r} of {name!r} would unpack to {gigabytes(unpacked)}")
 
 

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pickle import UnpicklingError
 from types import SimpleNamespace
 from typing import Any
+from uuid import uuid4
 
 import torch
 import transformers
@@ -109,7 +110,14 @@ def load_weights(name: str, source: str, dtype: torch.dtype, **options: Any) -> 
     """
     # Weights of another size are told apart below, with a sentence.
     loaded, report = transformers.AutoModelForCausalLM.from_pretrained(
-        source, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        source,
+        dtype=dtype,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+        # Where peft is installed, transformers adds an adapter that lies beside the weights, or loads the model that
+        # the adapter names. It looks in a folder that does not exist, whose name cannot be guessed.
+        adapter_kwargs={"subfolder": uuid4().hex},
+        **options,
     )
     lacking = sorted(str(key) for key in report["missing_keys"])
     lacking += sorted(str(key[0]) for key in report["mismatched_keys"])

@@ -7,6 +7,8 @@ from pathlib import Path
 BLOCK = 4096
 BLOCKS = 1024
 """So many blocks of each weight file are looked at, evenly spread: 4 MiB, where a model of 140 GB has files of 5 GB."""
+LARGEST_JSON = 2**27
+"""A JSON file up to this size is read whole; a larger one belongs to no tokenizer, and is sampled like weights."""
 
 GGUF_HEADER = 2**25
 """The header of a GGUF file lies within so many bytes: 250,000 tokens and as many merges take half of it."""
@@ -16,15 +18,16 @@ def folder_identity(folder: Path) -> str:
     """A digest of a checkpoint: all of its JSON files, and names, sizes and samples of its weight files.
 
     Training and pruning change weights everywhere, so that a sample sees it; a change of a few numbers it may miss.
-    Times and places of files do not matter.
+    Times and places of files do not matter. Pipes, devices and links that lead nowhere are left out.
     """
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.json")):
-        _add(digest, path.name, path.read_bytes())
-    for pattern in ("*.safetensors", "*.bin"):
-        for path in sorted(folder.glob(pattern)):
+    for pattern in ("*.json", "*.safetensors", "*.bin"):
+        for path in sorted(filter(Path.is_file, folder.glob(pattern))):
             size = path.stat().st_size
-            _add(digest, f"{path.name}|{size}", b"".join(_samples(path, size)))
+            if pattern == "*.json" and size <= LARGEST_JSON:
+                _add(digest, path.name, path.read_bytes())
+            else:
+                _add(digest, f"{path.name}|{size}", b"".join(_samples(path, size)))
     return digest.hexdigest()
 
 

@@ -24,7 +24,7 @@ from protocol.errors import ModelError
 
 LEAST_CONTEXT = 512
 _KEY = secrets.token_urlsafe(32)
-"""Of all servers that this process starts: any user of the machine, and any web page, can reach their ports."""
+"""The key of all servers that this process starts: any user of the machine and any web page can reach their ports."""
 ANSWER_WITHIN = 3600.0
 """Seconds that one request may take. A long window of a large model on a slow CPU takes minutes; a server that is
 stopped, or stuck, never answers."""

@@ -1,8 +1,8 @@
 """`python -m gpu_worker.llama_server OPTIONS`: llama.cpp's server of one GGUF file, in a process of its own.
 
 OPTIONS is a ServerOptions as JSON. Prints one line of JSON, the address, when the model is loaded, and ends when its
-standard input closes. A process, because llama.cpp aborts where it is at a loss, and because its server, told to end
-before it listens, never does: whoever started this one kills it.
+standard input closes. It is a process of its own because llama.cpp aborts on some errors, and because its
+server never ends when it is told to before it listens. The process that started this one kills it.
 """
 
 import json
@@ -40,7 +40,7 @@ class ServerOptions:
 
 
 def parameters(options: ServerOptions) -> Any:
-    """xllamacpp's parameters: quiet, on a free port, and without what nobody asks for."""
+    """xllamacpp's parameters: quiet, on a free port, and without unused features."""
     import xllamacpp
 
     params = xllamacpp.CommonParams()
@@ -91,7 +91,7 @@ def main() -> int:
 
 
 def _end_with_input() -> None:
-    """End the process, even while it loads, when whoever started it is gone."""
+    """End the process, even while it loads, when the process that started it is gone."""
     while os.read(0, 4096):
         pass
     os._exit(0)

@@ -11,7 +11,15 @@ import structlog
 import torch
 import transformers
 
-from gpu_worker.checkpoint_files import ADAPTER, INDEXES, adapter_sentence, check_files, check_index, check_stored
+from gpu_worker.checkpoint_files import (
+    ADAPTER,
+    INDEXES,
+    WEIGHTS,
+    adapter_sentence,
+    check_files,
+    check_index,
+    check_stored,
+)
 from gpu_worker.checkpoints import check_config, load_weights, longest_positions, reading, reason
 from gpu_worker.families import FAMILIES, Decoder, take_apart
 from gpu_worker.gguf_files import unpacked
@@ -133,12 +141,14 @@ def _check_source(name: str, source: str, options: dict[str, Any]) -> None:
     if Path(source).is_dir():
         check_files(name, Path(source))
         return
-    for file in (ADAPTER, *INDEXES):
+    offline = options["local_files_only"]
+    has = partial(transformers.utils.hub.has_file, source, local_files_only=offline)
+    if has(ADAPTER) and not any(map(has, WEIGHTS)):
+        raise ModelError(adapter_sentence(name))
+    for file in INDEXES:
         found = transformers.utils.cached_file(
-            source, file, local_files_only=options["local_files_only"], _raise_exceptions_for_missing_entries=False
+            source, file, local_files_only=offline, _raise_exceptions_for_missing_entries=False
         )
-        if found is not None and file == ADAPTER:
-            raise ModelError(adapter_sentence(name))
         if found is not None:
             check_index(name, Path(found))
 

@@ -21,8 +21,9 @@ LARGEST_SIZES = {
 """Each size with its limit, about eight times that of the largest models. A size may be null where transformers has a
 rule of its own. Building a model of 1,000 layers without weights takes half a second. `num_labels` means nothing here,
 but transformers makes a table of so many labels."""
-LARGEST_NUMBER = 2**31
-"""Of any number in a config."""
+LARGEST_NUMBER = 3.4e38
+"""The limit for every other number, the largest that float32 holds. `rope_theta` may be 45 billion, and a number that
+means "no limit" 1e30."""
 
 
 def check_numbers(name: str, config: Mapping[str, Any]) -> None:
@@ -68,7 +69,7 @@ def _check_each(name: str, sizes: Mapping[str, Any]) -> None:
 
 
 def _rotated_shares(config: Mapping[str, Any]) -> Iterator[object]:
-    """Which part of a head is rotated, wherever the config says it; transformers takes memory for any number."""
+    """Every share of a head to rotate that the config states; transformers takes memory for any number."""
     rope = config.get("rope_parameters") or config.get("rope_scaling")
     parts = [config, rope, *(rope.values() if isinstance(rope, Mapping) else ())]
     for part in parts:

@@ -45,8 +45,8 @@ class Demand:
     async def during(self, preparation: Coroutine[Any, Any, T]) -> T:
         """Return the result of `preparation`, which is cancelled when the search does not want it any more.
 
-        Raises NoLongerWanted then, and also where the preparation fails and is not wanted: a model that nobody asks
-        for must not end the worker.
+        Raises NoLongerWanted then, and also where the preparation fails and is not wanted: a model that no search
+        asks for must not end the worker.
         """
         preparing = asyncio.ensure_future(preparation)
         lapse = asyncio.create_task(self._lapse())

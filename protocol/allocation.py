@@ -27,7 +27,7 @@ noise: without it the luckiest unit would be pruned away. A unit that matters te
 
 
 def uniform_label(reconstruction: Reconstruction, heads: Heads = "rectangular") -> str:
-    """What tables call uniform pruning, so that nobody takes a weak baseline for a strong one."""
+    """Return the name of uniform pruning in tables, which shows how strong a baseline it is."""
     fitted = reconstruction == "least-squares"
     if heads == "any":
         return "uniform, any heads, fitted" if fitted else "uniform, any heads"

@@ -3,11 +3,14 @@
 A plan (protocol/plan.py) keeps a rectangle of heads, `kv × q`, so that other programs can load the pruned layer. On a
 model with grouped-query attention that is harder than what Wanda-sp asks for, which removes the `int(rate × heads)`
 query heads with the lowest scores, wherever they are. To compare a search with a rectangular baseline alone would
-flatter the search, so this one stands beside it, at as many parameters:
+flatter the search, so this one stands beside it, with the same budget of parameters:
 
 - a removed query head takes its rows of q_proj and its columns of o_proj;
 - a KV head counts as removed only when all its query heads are, for until then its keys and values are needed;
 - MLP channels fill what the heads leave of the budget, as in every plan.
+
+At high rates an MLP may have too few channels for that. A rectangular plan then removes more heads of the layer. This
+plan does not: channels of other layers go instead, and where those are too few there is a BudgetError.
 """
 
 from collections.abc import Sequence

@@ -21,7 +21,7 @@ class Lines:
     """A file that lines are appended to, each by one write; by other processes too if it is `shared`.
 
     Where there is no room for a line, `append` raises OSError and none of it stays; or, if others write at that moment,
-    a piece of it. The line after a torn one begins on a new one, whoever tore it.
+    a piece of it. After a torn line the next one begins on a line of its own, also where another process tore it.
     """
 
     def __init__(self, path: Path, *, shared: bool = False) -> None:

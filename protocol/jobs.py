@@ -202,7 +202,7 @@ class JobQueue:
         return abandoned
 
     def _is_as_it_was(self, seen: _Watched, idle_ms: int, now: float) -> bool:
-        """Whether a job has been idle for as long as it must be where nobody has renewed it since it was seen first.
+        """Whether a job's idle time is what it must be if the job was not renewed since it was first seen.
 
         Less is a renewal, and far more a step of the server's clock, which may hide one. Clocks and networks are not
         exact: a sixth of a lease less, or a third more, says nothing. Living workers renew three times a lease.

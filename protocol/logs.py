@@ -71,7 +71,7 @@ class Redaction:
 
 
 class _LogFile(logging.Handler):
-    """A file that the processes of a search share. A full disk is told on the console, and in the end what it cost.
+    """A file that the processes of a search share. The console reports a full disk, and later the lost lines.
 
     A file that was removed is there again with the next line, and with the lines that it had, if it was not long; where
     it was moved, as logrotate does, a new one is begun.

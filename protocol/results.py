@@ -201,7 +201,7 @@ class PruneResult(BaseModel):
     """Where the search minimised the divergence from the dense model."""
     uniform_parameters: Parameters
     reconstruction: Reconstruction
-    """Of uniform pruning as of the best."""
+    """Applies to uniform pruning and to the best allocation."""
     dense_report_perplexity: float | None
     exported: ExportResult
     """Before fine-tuning, in the search's folder, where there was any."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from protocol.paths import expanded
 
 MOST_BYTES = 64 * 1024
-"""Longer than any key; certificates in one file are shorter too."""
+"""Longer than any key, password or token."""
 
 
 WAIT_SECONDS = 5.0
@@ -22,7 +22,7 @@ def read_secret(path: Path) -> str:
 
     Raises OSError where it cannot be read, and ValueError, which shows nothing of it, where it holds no secret.
     """
-    handle = os.open(expanded(path), os.O_RDONLY | os.O_NONBLOCK)  # a pipe that nobody writes into would block for ever
+    handle = os.open(expanded(path), os.O_RDONLY | os.O_NONBLOCK)  # a pipe without a writer would block for ever
     try:
         content = _read(handle)
     finally:

@@ -30,7 +30,7 @@ FENCE = "fence"
 """The script that stands before each one that asks who is in charge, with one of its functions."""
 FENCE_FUNCTIONS = ("refusal(", "epoch_of(")
 PART = 500
-"""Entries of a stream, ids or candidates in one request: more would keep the server from everybody else."""
+"""Entries of a stream, ids or candidates in one request: more would keep the server from other clients."""
 PARENTS: TypeAdapter[tuple[str, ...]] = TypeAdapter(tuple[str, ...])
 
 log = structlog.get_logger()

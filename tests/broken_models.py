@@ -94,15 +94,17 @@ def with_link(name: str, to: str) -> Break:
     return Break(f"link {name} to {to}", write)
 
 
-def with_packed_records() -> Break:
-    """A `pytorch_model.bin` of a few kB that unpacks to 64 MB."""
+def with_packed_records(name: str = "pytorch_model.bin") -> Break:
+    """A file of torch's weights of a few kB that unpacks to 64 MB; an index leads to it."""
 
     def write(folder: Path) -> None:
         _weights(folder).unlink()
-        with zipfile.ZipFile(folder / "pytorch_model.bin", "w", zipfile.ZIP_DEFLATED) as records:
+        with zipfile.ZipFile(folder / name, "w", zipfile.ZIP_DEFLATED) as records:
             records.writestr("archive/data.pkl", b"\0" * 2**26)
+        index = {"metadata": {}, "weight_map": {"a": name}}
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
 
-    return Break("packed records", write)
+    return Break(f"packed records in {name}", write)
 
 
 def _weights(folder: Path) -> Path:

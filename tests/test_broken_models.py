@@ -10,9 +10,12 @@ import time
 from pathlib import Path
 
 import gguf
+import peft
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from gpu_worker.checkpoint_files import check_files, is_inside
+from gpu_worker.checkpoint_files import is_inside
 from gpu_worker.gguf_layout import MOST_ELEMENTS, check_layout, open_gguf
 from gpu_worker.models import load_model
 from protocol.errors import ModelError
@@ -88,6 +91,8 @@ def _peak() -> float:
         {"partial_rotary_factor": 1e12},
         {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1e12}},
         {"rms_norm_eps": float("nan")},
+        {"rope_theta": float("inf")},
+        {"rope_theta": 10**40},
         {"max_position_embeddings": 10**18},
         {"sliding_window": "x"},
         {"per_layer_config": [1]},
@@ -100,6 +105,12 @@ def _peak() -> float:
 def test_a_config_of_impossible_sizes_is_refused_by_what_it_says(folder: Path, changes: dict[str, object]) -> None:
     change_config(folder, **changes)
     assert "the config of" in refusal(folder)
+
+
+def test_large_numbers_that_size_nothing_load(folder: Path) -> None:
+    change_config(folder, rope_parameters={"rope_type": "default", "rope_theta": 45.2e9}, tokens_seen=15 * 10**12)
+    change_config(folder, tokenizer_model_max_length=int(1e30))  # transformers writes this number for "no limit"
+    assert not refusal(folder)
 
 
 def test_a_config_that_asks_for_far_more_weights_than_there_are_is_refused_before_they_are_made(folder: Path) -> None:
@@ -155,23 +166,43 @@ def test_each_senseless_value_of_each_key_of_a_config_loads_or_is_refused(tmp_pa
         with_text("config.json", '{"model_type": "llama", "num_hidden_layers": ' + "9" * 10_000 + "}"),
         with_text("config.json", json.dumps({"model_type": "x" * 1_000_000})),
         with_text("config.json", json.dumps({"model_type": "llama", "intermediate_size": [8] * 10**6})),
-        with_text("adapter_config.json", json.dumps({"base_model_name_or_path": "/elsewhere", "peft_type": "LORA"})),
         with_pipe("model.safetensors"),
         with_pipe("model-00001-of-00002.safetensors"),
         with_pipe("config.json"),
-        with_pipe("extra.json"),
+        with_pipe("tokenizer_config.json"),
         with_link("model.safetensors", "/dev/zero"),
         with_link("tokenizer.json", "/dev/zero"),
         with_link("pytorch_model.bin", "/dev/zero"),
         with_link("generation_config.json", "generation_config.json"),
         with_link("model.safetensors", "nowhere"),
-        with_packed_records(),
     ],
     ids=str,
 )
 def test_a_broken_folder_is_refused_in_a_sentence(folder: Path, breaks: Break) -> None:
     breaks.on(folder)
     assert refusal(folder)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "shard.bin"])
+def test_weights_that_would_unpack_to_more_than_their_file_are_refused(folder: Path, name: str) -> None:
+    with_packed_records(name).on(folder)
+    assert f"the file {name!r}" in (sentence := refusal(folder)) and "would unpack to" in sentence
+
+
+@pytest.mark.parametrize(
+    "adds",
+    [
+        *(with_holes(name, 2**31) for name in ("train.log", "trainer_state.json", "all.zip", "rust_model.ot")),
+        *(with_holes(name, 2**31) for name in ("model.onnx_data", "imatrix.dat", "steps.npz", "optimizer.pt")),
+        *(with_link(name, "nowhere") for name in ("latest", "notes.json", "training_args.bin")),
+        *(with_link(name, "/dev/zero") for name in ("zeros", "zeros.json", "zeros.bin")),
+        *(with_pipe(name) for name in ("socket", "pipe.json", "pipe.bin")),
+    ],
+    ids=str,
+)
+def test_a_file_that_is_never_read_may_be_anything(folder: Path, adds: Break) -> None:
+    adds.on(folder)
+    assert not refusal(folder)
 
 
 def test_beginnings_of_a_file_of_weights_and_changes_in_its_header_load_or_are_refused(folder: Path) -> None:
@@ -222,11 +253,36 @@ def test_code_beside_the_weights_is_not_run(folder: Path) -> None:
     assert not (folder / "ran").exists()
 
 
-def test_an_adapter_does_not_lead_to_the_model_that_it_names(folder: Path, tmp_path: Path) -> None:
-    other = save_tiny_folder(tmp_path / "other", seed=1)
-    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(other)}))
-    with pytest.raises(ModelError, match="holds an adapter"):
-        check_files("model", folder)
+def _add_adapter(folder: Path, base: Path) -> None:
+    """An adapter that peft can load, whose config names the model in `base`."""
+    rank, layer = 2, "base_model.model.model.layers.0.self_attn.q_proj"
+    config = peft.LoraConfig(
+        r=rank, target_modules=["q_proj"], layers_to_transform=[0], base_model_name_or_path=str(base)
+    )
+    config.save_pretrained(folder)
+    sizes = json.loads((folder / "config.json").read_text())
+    queries = sizes["num_attention_heads"] * sizes["head_dim"]
+    tensors = {"A": torch.ones(rank, sizes["hidden_size"]), "B": torch.ones(queries, rank)}
+    save_file(
+        {f"{layer}.lora_{name}.weight": tensor for name, tensor in tensors.items()},
+        folder / "adapter_model.safetensors",
+    )
+
+
+def test_an_adapter_without_a_model_of_its_own_does_not_lead_to_the_model_that_it_names(
+    folder: Path, tmp_path: Path
+) -> None:
+    _add_adapter(folder, save_tiny_folder(tmp_path / "other", seed=1))
+    (folder / "model.safetensors").unlink()
+    assert "holds an adapter (adapter_config.json) and no model of its own" in refusal(folder)
+
+
+def test_a_merged_model_loads_as_it_is_although_its_adapter_is_still_there(folder: Path, tmp_path: Path) -> None:
+    weights = load_model(str(folder), "float32").causal_lm.state_dict()
+    _add_adapter(folder, save_tiny_folder(tmp_path / "other", seed=1))
+    loaded = load_model(str(folder), "float32").causal_lm.state_dict()
+    assert loaded.keys() == weights.keys()
+    assert all(torch.equal(loaded[name], weights[name]) for name in weights)
 
 
 def test_the_command_line_refuses_a_broken_model_in_one_sentence(folder: Path) -> None:

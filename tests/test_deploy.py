@@ -23,6 +23,8 @@ COMMANDS = {
 """Methods of the client whose command has another name."""
 WITH_PARTS = ("XGROUP", "XINFO")
 NOT_COMMANDS = {"register_script", "pipeline", "aclose", "execute", "reset", "watch"}
+SETTINGS = {"url", "password_file"}
+"""Settings of the section `redis`, which look like methods of a client."""
 OF_THE_EMBEDDED_SERVER = {"shutdown"}
 
 
@@ -42,7 +44,7 @@ def used_commands() -> set[str]:
         methods += re.findall(r"\bpartial\((?:self\.)?(?:_redis|redis|client)\.(\w+),", text)
         chained = re.findall(r"\)\.([a-z]+)\(", "".join(re.findall(r"^\s*pipe\..*$", text, re.MULTILINE)))
         used |= {COMMANDS.get(name, name) for name in (*methods, *chained)}
-    return used - NOT_COMMANDS - OF_THE_EMBEDDED_SERVER
+    return used - NOT_COMMANDS - SETTINGS - OF_THE_EMBEDDED_SERVER
 
 
 def test_the_redis_user_may_use_every_command_that_the_code_names() -> None:
@@ -67,7 +69,7 @@ def start_redis(folder: Path, *, path: str = "/usr/bin:/bin") -> subprocess.Comp
 UNUSABLE = {
     b"": "is empty",
     b"\n\n": "is empty",
-    b"with-crlf\r\n": "one line of ASCII",
+    b"with-crlf\r\n": "carriage returns (Windows line ends)",
     b"\xef\xbb\xbfwith-bom\n": "one line of ASCII",
     b"with blank\n": "one line of ASCII",
     b" before": "one line of ASCII",

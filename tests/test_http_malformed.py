@@ -160,3 +160,45 @@ async def test_events_for_a_client_that_never_reads_take_bounded_memory_and_it_i
 
         await eventually(disconnected)
     assert await is_alive(ask)
+
+
+async def test_a_client_that_reads_slowly_gets_the_whole_of_its_answer(
+    ask: Asked, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its answer stays above the low-water mark for several times the limit, but it shrinks all that time."""
+    limit, size = 1.0, 4_000_000
+    monkeypatch.setattr(http_server, "UNREAD_SECONDS", limit)
+    address = urlsplit(ask.url)
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 16_384)
+        client.setblocking(False)
+        loop = asyncio.get_running_loop()
+        await loop.sock_connect(client, (address.hostname, address.port))
+        transport = await _transport(ask)
+        transport.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16_384)
+        transport.write(bytes(size))
+        got = 0
+        for _ in range(40):  # four times the limit
+            got += len(await loop.sock_recv(client, 2**15))
+            await asyncio.sleep(limit / 10)
+        assert size // 2 < transport.get_write_buffer_size() < size
+        while got < size and (piece := await loop.sock_recv(client, 2**20)):
+            got += len(piece)
+        assert got == size
+
+
+async def _transport(ask: Asked) -> asyncio.WriteTransport:
+    """The server's side of its only connection."""
+
+    def connections() -> list[asyncio.BaseTransport]:
+        server = ask.api._server._runner.server
+        assert server is not None
+        return [each.transport for each in server.connections if each.transport is not None]
+
+    async def is_connected() -> bool:
+        return bool(connections())
+
+    await eventually(is_connected)
+    (transport,) = connections()
+    assert isinstance(transport, asyncio.WriteTransport)
+    return transport

@@ -72,6 +72,26 @@ def test_a_settings_file_of_another_editor_is_read(tmp_path: Path, content: str)
     assert (settings.search.name, settings.target.model) == ("x", "m")
 
 
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("!!int ''", "!!float ''", "!!bool maybe", "!!timestamp x", "!!binary é", "!!int x", "2026-02-31"),
+        *("{[1]: 2}", "!x y", "!!omap 1", "!!pairs x", "!!set x", "!!map [1]", "{<<: 1}"),
+        *(f"[!!bool {SECRET}]", f"!!float '{SECRET}'"),
+    ],
+)
+def test_a_value_that_is_not_of_the_type_it_claims_is_refused_in_a_file_and_on_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], value: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("typed.yaml").write_text(f"search: {value}\n")
+    Path("good.yaml").write_text(GOOD)
+    for arguments in (["typed.yaml"], ["good.yaml", "--set", f"search.name={value}"]):
+        assert main(["daemon", *arguments]) == 2
+        told = sentence(capsys)
+        assert len(told) < 400 and SECRET not in told
+
+
 def test_aliases_and_merges_are_counted_as_what_they_stand_for() -> None:
     few = "a: &a {k: 1, l: 2}\nb: {<<: *a, l: 3}\nc: [*a, *a]\n"
     assert setting_file.parsed(few) == {"a": {"k": 1, "l": 2}, "b": {"k": 1, "l": 3}, "c": [{"k": 1, "l": 2}] * 2}
