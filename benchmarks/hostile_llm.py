@@ -74,7 +74,7 @@ REDIS_ERRORS: tuple[tuple[str | bytes, tuple[str, ...]], ...] = (
 
 @dataclass
 class Figures:
-    """What came of it."""
+    """The figures of one run."""
 
     replies: Counter[str] = field(default_factory=Counter)
     redis_errors: Counter[str] = field(default_factory=Counter)
@@ -106,7 +106,7 @@ class Replies:
 
 
 class Disturbed:
-    """The disturbed search: its daemon, its workers, and what is done to them."""
+    """The disturbed search: its daemon, its workers, and the disturbances."""
 
     def __init__(self, search: Search, proxy: Proxy, replies: Replies, figures: Figures, rng: random.Random) -> None:
         self.kit, self.search, self.proxy = search.kit, search, proxy
@@ -169,7 +169,7 @@ class Disturbed:
         self.figures.longest_busy_block = max(self.figures.longest_busy_block, values[f"{prefix}_busy_block_seconds"])
 
     async def _troubles(self) -> None:
-        """Redis answers with errors for a while, is well for a while, and holds what nobody can read."""
+        """Alternate between errors of Redis and none, and write entries that cannot be read."""
         redis, keys = self.kit.redis, self.search.keys
         while True:
             error, commands = self.random.choice(REDIS_ERRORS)
@@ -206,7 +206,7 @@ async def hostile(minutes: float, seed: int, server: Server, folder: Path) -> Fi
     """Run both searches and compare them."""
     figures = Figures()
     async with fault_kit(server, folder) as kit, Proxy(server.socket, seed=seed) as proxy:
-        kit.unsettled = True  # its own daemon's end is not looked at: this one's is a process
+        kit.unsettled = True  # the kit's own daemon is not used: this one is a process
         kit.disturbed["*"] = 1000
         rng = random.Random(seed)
         replies = Replies(rng)
