@@ -116,7 +116,7 @@ def load_weights(name: str, source: str, dtype: torch.dtype, **options: Any) -> 
         ignore_mismatched_sizes=True,
         # Where peft is installed, transformers adds an adapter that lies beside the weights, or loads the model that
         # the adapter names. It looks in a folder that does not exist, whose name cannot be guessed.
-        adapter_kwargs={"subfolder": uuid4().hex},
+        adapter_kwargs={"subfolder": uuid4().hex, "local_files_only": options.get("local_files_only", False)},
         **options,
     )
     lacking = sorted(str(key) for key in report["missing_keys"])

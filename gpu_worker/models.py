@@ -186,8 +186,14 @@ def _loaded(name: str, found: _Found, dtype: str, placement: Placement) -> Loade
         causal_lm = load_weights(name, found.source, getattr(torch, dtype), device_map=devices, **found.options)
     causal_lm.requires_grad_(False).eval()
     unmap(causal_lm)
-    identity = getattr(found.config, "_commit_hash", None) or folder_identity(Path(found.source))
-    return LoadedModel(causal_lm, tokenizer, take_apart(causal_lm), identity)
+    return LoadedModel(causal_lm, tokenizer, take_apart(causal_lm), _identity(found.source))
+
+
+def _identity(source: str) -> str:
+    if Path(source).is_dir():
+        return folder_identity(Path(source))
+    # The hub's cache has a folder for each commit, named after it.
+    return Path(transformers.utils.cached_file(source, "config.json", local_files_only=True)).parent.name
 
 
 def _source(name: str, dtype: str) -> str:

@@ -13,8 +13,10 @@ import gguf
 import peft
 import pytest
 import torch
+from huggingface_hub import constants
 from safetensors.torch import save_file
 
+from gpu_worker import models
 from gpu_worker.checkpoint_files import is_inside
 from gpu_worker.gguf_layout import MOST_ELEMENTS, check_layout, open_gguf
 from gpu_worker.models import load_model
@@ -283,6 +285,36 @@ def test_a_merged_model_loads_as_it_is_although_its_adapter_is_still_there(folde
     loaded = load_model(str(folder), "float32").causal_lm.state_dict()
     assert loaded.keys() == weights.keys()
     assert all(torch.equal(loaded[name], weights[name]) for name in weights)
+
+
+def _in_the_hubs_cache(cache: Path, commit: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a commit of the model `a/b` in the hub's cache, with the hub out of reach."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(models, "hub_reachable", lambda: False)
+    repository = cache / "models--a--b"
+    (repository / "refs").mkdir(parents=True, exist_ok=True)
+    (repository / "refs" / "main").write_text(commit)
+    return repository / "snapshots" / commit
+
+
+def test_an_adapter_on_the_hub_is_treated_like_one_in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = save_tiny_folder(_in_the_hubs_cache(tmp_path / "cache", "1" * 40, monkeypatch))
+    weights = load_model("a/b", "float32").causal_lm.state_dict()
+    _add_adapter(folder, save_tiny_folder(tmp_path / "other", seed=1))
+    loaded = load_model("a/b", "float32").causal_lm.state_dict()
+    assert loaded.keys() == weights.keys()
+    assert all(torch.equal(loaded[name], weights[name]) for name in weights)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="no model of its own"):
+        load_model("a/b", "float32")
+
+
+def test_each_commit_of_a_model_on_the_hub_has_an_identity(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    identities = []
+    for seed, commit in enumerate(("1" * 40, "2" * 40)):
+        save_tiny_folder(_in_the_hubs_cache(tmp_path, commit, monkeypatch), seed=seed)
+        identities.append(load_model("a/b", "float32").identity)
+    assert identities == ["1" * 40, "2" * 40]
 
 
 def test_the_command_line_refuses_a_broken_model_in_one_sentence(folder: Path) -> None:
