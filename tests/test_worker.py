@@ -193,6 +193,19 @@ async def test_what_the_user_must_mend_ends_the_worker_with_one_sentence_and_cod
     assert sentence.startswith("selfpruner: ") and "short.txt" in sentence
 
 
+async def test_a_worker_that_finds_a_damaged_spec_waits_for_its_daemon(server: Server, daemon: Daemon) -> None:
+    await daemon.redis.set(daemon.keys.spec, b"\xff not UTF-8")
+    await daemon.redis.config_resetstat()
+
+    async def was_read() -> bool:
+        return "cmdstat_get" in await daemon.redis.info("commandstats")
+
+    async with worker_process(server) as process:
+        await eventually(was_read, 60)
+        await daemon.begin()
+        assert process.returncode is None
+
+
 async def test_a_worker_with_other_texts_than_the_first_is_refused(
     server: Server, daemon: Daemon, tmp_path: Path
 ) -> None:
