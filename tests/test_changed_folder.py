@@ -32,7 +32,7 @@ FILES = ["spec.json", "card.json", "best.json", "evaluations.jsonl", "transcript
 
 
 def removes_the_folder(folder: Path) -> None:
-    shutil.rmtree(folder)
+    shutil.rmtree(folder, ignore_errors=True)  # the daemon writes meanwhile
 
 
 def moves_the_folder(folder: Path) -> None:
@@ -41,7 +41,7 @@ def moves_the_folder(folder: Path) -> None:
 
 def removes_the_files(folder: Path) -> None:
     for path in folder.iterdir():
-        path.unlink()
+        path.unlink(missing_ok=True)  # the daemon replaces files meanwhile
 
 
 def writes_garbage(folder: Path) -> None:
