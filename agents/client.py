@@ -180,11 +180,11 @@ def _body_of(response: httpx2.Response) -> tuple[str, object]:
 class _HttpClient(openai.DefaultAioHttpClient):
     """The SDK's client over aiohttp, whose sessions keep no cookie."""
 
-    def _init_transport(self, **options: Any) -> Any:
-        return without_cookies(super()._init_transport(**options))
+    def _init_transport(self, *given: Any, **options: Any) -> Any:
+        return without_cookies(super()._init_transport(*given, **options))
 
-    def _init_proxy_transport(self, proxy: Any, **options: Any) -> Any:
-        return without_cookies(super()._init_proxy_transport(proxy, **options))
+    def _init_proxy_transport(self, *given: Any, **options: Any) -> Any:
+        return without_cookies(super()._init_proxy_transport(*given, **options))
 
 
 def _make_sdk(base_url: str, key: str, policy: ChatPolicy) -> openai.AsyncOpenAI:

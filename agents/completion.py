@@ -116,5 +116,6 @@ def _count(usage: object, key: str, *, most: int) -> int:
     A count above `most` may be true (a gateway's own prompt, hidden reasoning). If not, it must not rob the budget.
     """
     value = usage.get(key) if isinstance(usage, dict) else None
-    is_count = isinstance(value, int) and not isinstance(value, bool) and value > 0
-    return min(value, most) if is_count else 0
+    if not isinstance(value, int) or isinstance(value, bool):
+        return 0
+    return min(max(value, 0), most)
