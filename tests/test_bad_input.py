@@ -42,6 +42,10 @@ def sentence(capsys: pytest.CaptureFixture[str]) -> str:
     return last
 
 
+OF_ANOTHER_VERSION = '{"models": ["m"]}'
+"""A spec that cannot be read and is not damaged; workers wait for a damaged one to be replaced."""
+
+
 def worker(url: str, *flags: str) -> "subprocess.CompletedProcess[str]":
     """`python -m gpu_worker`, to its end."""
     command = [sys.executable, "-m", "gpu_worker", *flags]
@@ -88,7 +92,7 @@ def test_the_daemon_and_a_worker_end_with_a_sentence_at_a_spec_that_cannot_be_re
 ) -> None:
     for write in (by_hand.set, by_hand.lpush):
         by_hand.flushall()
-        write("selfpruner:test:spec", "x")
+        write("selfpruner:test:spec", OF_ANOTHER_VERSION)
         assert main(["daemon", str(config), "--set", f"redis.url={server.url}"]) == 1
         _, err = capsys.readouterr()
         assert "Traceback" not in err and "selfpruner: " in err.splitlines()[-1]
@@ -159,7 +163,7 @@ def test_a_worker_that_is_started_as_a_module_takes_the_password_from_a_file(
     by_hand: Any, server: Server, tmp_path: Path
 ) -> None:
     by_hand.execute_command("ACL", "SETUSER", "joe", "on", f">{PASSWORD}", "~*", "+@all")
-    by_hand.set("selfpruner:test:spec", "garbage")  # which only a client that was let in can find
+    by_hand.set("selfpruner:test:spec", OF_ANOTHER_VERSION)  # which only a client that was let in can find
     (tmp_path / "password").write_text(PASSWORD)
     flags = ["--search", "test", "--redis-password-file", str(tmp_path / "password")]
     done = worker(server.url.replace("://", "://joe@"), *flags)
