@@ -54,7 +54,7 @@ def posts() -> dict[str, bytes]:
 
 
 def gets() -> dict[str, bytes]:
-    """Heads that are malformed, or ask for what nobody may have."""
+    """Request heads that are malformed or ask for something forbidden."""
     return {
         "two hosts": get(b"/livez", HOST),
         "no host": get(b"/livez", host=b""),

@@ -161,7 +161,7 @@ async def test_a_job_is_taken_over_only_after_a_lease_on_the_claimers_own_clock_
         await asyncio.sleep(1)
         await step_the_clock()
         assert await other._take_over() is None
-    assert (await claimed(other)).candidate == one  # now nobody renews it
+    assert (await claimed(other)).candidate == one  # its lease is no longer renewed
 
 
 async def test_jobs_of_an_owner_whose_name_is_not_text_are_taken_over(
