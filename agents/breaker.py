@@ -2,7 +2,7 @@
 
 ::
 
-    closed ── so many failures in a row ──▶ open ── its rest is over, one question goes ──▶ half-open
+    closed ── too many failures in a row ─▶ open ── its rest is over, one question goes ──▶ half-open
        ▲                                      ▲                                                 │
        └────────────── any answer ────────────┴─────── no answer: a rest twice as long ─────────┘
 """
@@ -54,14 +54,14 @@ class Breaker:
         self._rest = self._first_rest
         return closes
 
-    def failed(self) -> bool:
-        """It could not be reached, or answered nothing of use; True when that opens the breaker."""
+    def failed(self, *, at_once: bool = False) -> bool:
+        """It could not be reached, or answered nothing of use; True when that opens the breaker, or `at_once`."""
         if self.state == "open":  # a question from before
             return False
         if self.state == "half-open":
             self._rest = min(2 * self._rest, self._longest_rest)
         self._in_a_row += 1
-        if self.state == "closed" and self._in_a_row < self._failures:
+        if self.state == "closed" and self._in_a_row < self._failures and not at_once:
             return False
         self.state = "open"
         self._until = self._clock() + self._rest

@@ -33,8 +33,8 @@ Kind = Literal["unreachable", "limited", "question", "refused"]
 """What a failure is about.
 
 `unreachable`: the connection, the server, or a reply that is no completion; worth another try, and counted against the
-endpoint. `limited`: it asks to be left alone for a while. `question`: it cannot take this one. `refused`: it will take
-none of ours (a wrong key, an unknown model, a quota used up).
+endpoint. `limited`: it asks to be left alone for a while. `question`: it cannot take this one. `refused`: it takes
+none of ours as things are (a wrong key, an unknown model, a quota used up).
 """
 
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")

@@ -203,17 +203,19 @@ class Connection:
             log.info("endpoint_up", endpoint=self.endpoint.name)
 
     def _failed(self, error: RequestFailed) -> None:
-        """Take a failed request into account. One that the endpoint understood shows that it lives."""
+        """Take a failed request into account. One that the endpoint understood shows that it lives.
+
+        One refusal of key, model or quota is enough for a rest; but a gateway may say so by mistake, and a bill may be
+        paid, so the endpoint is tried again.
+        """
         self._last_failure = str(error)
         if error.wait is not None:
             self._cool_down(error.wait, error)
-        if error.kind == "refused":
-            self.switch_off(str(error))
-        if error.kind != "unreachable":
+        if error.kind not in ("unreachable", "refused"):
             self._succeeded()
             return
         was_closed = self._breaker.state == "closed"
-        if self._breaker.failed() and was_closed:
+        if self._breaker.failed(at_once=error.kind == "refused") and was_closed:
             rests = round(self._breaker.rests, 1)
             log.warning("endpoint_down", endpoint=self.endpoint.name, reason=str(error), rests_s=rests)
 

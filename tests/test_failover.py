@@ -162,7 +162,7 @@ async def test_a_refused_question_shows_that_the_endpoint_lives() -> None:
         assert (await ask(chat)).text == "fine"
 
 
-# Off for good
+# Refused
 
 
 @pytest.mark.parametrize(
@@ -179,19 +179,22 @@ async def test_a_refused_question_shows_that_the_endpoint_lives() -> None:
     ],
     ids=lambda reply: f"{reply.status} {reply.body[:40]!r}",
 )
-async def test_an_endpoint_that_will_never_answer_is_switched_off_with_one_line(refusal: Reply) -> None:
+async def test_an_endpoint_that_refuses_rests_at_once_with_one_line_and_is_tried_again(refusal: Reply) -> None:
+    policy = replace(QUICK, rest=0.5, longest_rest=0.5)
     async with (
-        ScriptedLlm([refusal], name="a") as first,
+        ScriptedLlm([OK, refusal, OK], name="a") as first,
         ScriptedLlm([OK], name="b") as second,
-        Chat([first.endpoint, second.endpoint], QUICK) as chat,
+        Chat([first.endpoint, second.endpoint], policy) as chat,
     ):
         with capture_logs() as logs:
-            for _ in range(3):
-                assert (await ask(chat)).endpoint == "b"
-        assert len(first.asked) == 1
-        assert chat.state.endpoints[0].state == "off" and chat.state.degraded is None
-        (line,) = [line for line in logs if line["event"] == "endpoint_off"]
-        assert line["log_level"] == "error" and line["endpoint"] == "a"
+            assert [(await ask(chat)).endpoint for _ in range(4)] == ["a", "b", "b", "b"]
+            assert len(first.asked) == 2
+            assert chat.state.endpoints[0].state == "open" and chat.state.degraded is None
+            await asyncio.sleep(0.51)
+            assert (await ask(chat)).endpoint == "a"
+        told = [line for line in logs if line["event"] in ("endpoint_down", "endpoint_off", "endpoint_up")]
+        assert [line["event"] for line in told] == ["endpoint_down", "endpoint_up"]
+        assert str(refusal.status) in told[0]["reason"]
 
 
 @pytest.mark.parametrize(
@@ -204,7 +207,7 @@ async def test_a_404_that_is_not_about_the_model_may_pass(answer: Reply) -> None
         assert (await ask(chat)).text == "fine"
 
 
-async def test_with_every_endpoint_off_nothing_is_asked_and_the_state_says_so() -> None:
+async def test_with_every_endpoint_at_rest_nothing_is_asked_and_the_state_says_so() -> None:
     async with ScriptedLlm([refuses(401, "no")]) as llm, Chat([llm.endpoint], QUICK) as chat:
         results: list[Answer | BaseException] = await asyncio.gather(
             *(ask(chat) for _ in range(20)), return_exceptions=True

@@ -187,7 +187,7 @@ async def test_an_endpoint_that_will_never_answer_is_refused_before_the_search_b
 
 
 @pytest.mark.fault(
-    "34", "the LLM's quota is used up", "insufficient_quota amid the search", "switched off, stand-ins go on"
+    "34", "the LLM's quota is used up", "insufficient_quota amid the search", "it rests, stand-ins go on"
 )
 async def test_a_quota_that_is_used_up_amid_the_search_ends_the_asking_and_not_the_search(daemon: Daemon) -> None:
     quota = refuses(429, "You exceeded your current quota", code="insufficient_quota")
@@ -200,7 +200,7 @@ async def test_a_quota_that_is_used_up_amid_the_search_ends_the_asking_and_not_t
         assert len(llm.asked) == 6
     assert summary.finished and summary.candidates["by_source"]["stand-in"]
     condition = await daemon.condition()
-    assert condition.degraded_by == "endpoints" and condition.endpoints["fake"].state == "off"
+    assert condition.degraded_by == "endpoints" and condition.endpoints["fake"].state == "left alone"
     assert "quota" in str(condition.endpoints["fake"].reason)
 
 
