@@ -79,7 +79,7 @@ class Demand:
         """Return why the spec is not wanted; empty where it is, or where the server's answer cannot be read."""
         try:
             spec, command = await self._read_spec(), await self._read_command()
-        except (StoreError, RedisError, UnicodeDecodeError):
+        except (StoreError, RedisError):
             return ""
         if spec is None:
             return self._missing()

@@ -33,7 +33,7 @@ from protocol.jobs import MOST_DEATHS, Job, JobQueue
 from protocol.keys import Keys
 from protocol.self_text import SelfTextBoard
 from protocol.spec import SearchSpec
-from protocol.stored import read_entry
+from protocol.stored import read_entry, read_stored
 
 MOST_FAILED_STARTS = 3
 """After so many deaths of the child while it gets ready, the worker gives up."""
@@ -190,8 +190,17 @@ class Worker:
 
     async def _spec(self) -> SearchSpec | None:
         """The search's spec; None where there is none, or a damaged one, which its daemon replaces."""
-        text = await self._patiently(lambda: self._redis.get(self._keys.spec))
+        text = await self._spec_text()
         return read_entry(SearchSpec, text, self._keys.spec) if text else None
+
+    async def _readable_spec(self) -> SearchSpec | None:
+        """The search's spec, None where there is none; raises StoreError for a damaged one."""
+        text = await self._spec_text()
+        return read_stored(SearchSpec, text, self._keys.spec) if text else None
+
+    async def _spec_text(self) -> str | None:
+        text: str | None = await self._patiently(lambda: self._redis.get(self._keys.spec))
+        return text
 
     async def _work_on(self, spec: SearchSpec) -> None:
         """Measure candidates of this spec until told to stop, or until the search has another spec."""
@@ -247,7 +256,7 @@ class Worker:
         Raises NoLongerWanted, with the preparation ended, when the search has moved on.
         """
         patience = self._options.lease_seconds
-        demand = Demand(spec.fingerprint, self._spec, self._control.read, patience_seconds=patience)
+        demand = Demand(spec.fingerprint, self._readable_spec, self._control.read, patience_seconds=patience)
         return await demand.during(self._made_ready(child, spec))
 
     async def _made_ready(self, child: EvaluationChild, spec: SearchSpec) -> ModelCard:
