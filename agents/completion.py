@@ -12,9 +12,9 @@ from agents.bodies import read_json
 from protocol.errors import EndpointError
 
 LONGEST_REPLY = 400_000
-"""Characters of an answer; thirty lists of 160 rates are 50,000. One more is kept, to show that it is longer."""
+"""Characters of an answer that are read; thirty lists of 160 rates are 50,000."""
 CHARACTERS_PER_TOKEN = 4
-"""Used where an endpoint does not count, or its count cannot be true: a budget must not go blind."""
+"""Used where an endpoint does not count: a budget must not go blind."""
 MOST_TOKENS_PER_CHARACTER = 2
 """Prompt tokens that are believed; a tokenizer that falls back to bytes makes up to four of a rare character, and our
 prompts are ASCII."""
@@ -50,9 +50,9 @@ def check_content_type(content_type: str) -> None:
 def read_completion(body: bytes, *, asked: int, max_tokens: int) -> Completion:
     """The first choice's text without its reasoning, and the token counts.
 
-    `asked` is the number of characters that were sent, `max_tokens` the limit that was: token counts that they rule out
-    are estimated instead. Raises EndpointError (retryable) for anything that is not a chat completion: cut JSON, an
-    error object, no choices.
+    `asked` is the number of characters that were sent, `max_tokens` the limit that was: larger token counts than these
+    allow are bounded. Raises EndpointError (retryable) for anything that is not a chat completion: cut JSON, an error
+    object, no choices.
     """
     try:
         reply = read_json(body)
@@ -73,10 +73,11 @@ def read_completion(body: bytes, *, asked: int, max_tokens: int) -> Completion:
     reason = choices[0].get("finish_reason")
     usage = reply.get("usage")
     prompt = _count(usage, "prompt_tokens", most=MOST_TOKENS_PER_CHARACTER * asked + TEMPLATE_TOKENS)
-    # Hidden reasoning counts too, so the limit that was sent is believed beside the bytes that came.
-    answer = _count(usage, "completion_tokens", most=max(len(body), max_tokens))
+    # Hidden reasoning counts too, so the limit that was sent is believed beside the text that came.
+    came = sum(len(part.encode("utf-8", "replace")) for part in message.values() if isinstance(part, str))
+    answer = _count(usage, "completion_tokens", most=max(came, max_tokens))
     return Completion(
-        text=text[: LONGEST_REPLY + 1],
+        text=text,
         finish_reason="length" if not whole else reason if reason in _FINISHES else "unknown",
         prompt_tokens=prompt or asked // CHARACTERS_PER_TOKEN,
         completion_tokens=answer or len(written) // CHARACTERS_PER_TOKEN,

@@ -65,6 +65,13 @@ async def test_each_endpoint_has_its_own_price() -> None:
             await ask(chat)
 
 
+async def test_blanks_around_a_reply_count_as_no_tokens() -> None:
+    reply = says("fine", completion_tokens=999_999_999)
+    padded = replace(reply, body=reply.body + b" " * 900_000)
+    async with ScriptedLlm([padded]) as llm, Chat([llm.endpoint], QUICK) as chat:
+        assert (await ask(chat)).completion_tokens < 3_000
+
+
 async def test_an_endpoint_that_counts_no_tokens_does_not_blind_the_budget() -> None:
     choice = {"message": {"role": "assistant", "content": "x" * 400}, "finish_reason": "stop"}
     async with (

@@ -8,6 +8,7 @@ from pydantic import SecretStr
 from structlog.testing import capture_logs
 
 from agents.chat import Chat
+from agents.completion import LONGEST_REPLY
 from protocol.errors import EndpointError, SettingsError
 from tests.chatting import OK, QUICK, ask
 from tests.scripted_llm import Reply, ScriptedLlm, as_json, lists_models, refuses, says
@@ -33,6 +34,19 @@ async def test_a_key_goes_to_its_endpoint_and_nowhere_else(monkeypatch: pytest.M
             assert "from-the-environment" not in sent + json.dumps(dict(first.asked[0].headers))
     assert "key-of-a" not in json.dumps([logs, records])
     assert "Incorrect API key provided: ***" in json.dumps(records)
+
+
+@pytest.mark.parametrize("before", [0, 4, 11, 12])
+async def test_a_key_at_the_end_of_what_is_kept_of_an_answer_is_not_cut_in_two(before: int) -> None:
+    key = "secret-1234x"
+    text = "a" * (LONGEST_REPLY + 1 - before) + key
+    records: list[dict[str, object]] = []
+    async with ScriptedLlm([says(text)]) as llm:
+        endpoint = replace(llm.endpoint, api_key=SecretStr(key))
+        async with Chat([endpoint], QUICK, record=records.append) as chat:
+            answer = await ask(chat)
+    assert len(answer.text) <= LONGEST_REPLY + 1
+    assert key[:4] not in answer.text + json.dumps(records)
 
 
 async def test_the_error_names_no_key() -> None:
