@@ -116,7 +116,7 @@ class Chat:
         """Return when any endpoint answers, or after `at_most` seconds.
 
         `waiting` gets their names, once, if none answers at first. An endpoint that refuses our key or does not know
-        our model raises SettingsError; with `refuse` False it is switched off, as long as another is left.
+        our model raises SettingsError; with `refuse` False it rests, as one that refuses later does.
         """
         if self._budget.used_up(self.spent) is None:
             readiness = Readiness(self._connections, self._policy, gate=self._gate, permit=self._permit)

@@ -10,7 +10,7 @@ import tenacity
 from agents.backoff import Cooldown
 from agents.breaker import Breaker
 from agents.client import Client, RequestFailed
-from agents.completion import Completion
+from agents.completion import LONGEST_REPLY, Completion
 from agents.dialect import Dialect
 from agents.endpoint import Answer, ChatPolicy, Endpoint, Question, Usage
 from agents.health import EndpointState
@@ -26,7 +26,7 @@ log = structlog.get_logger()
 
 
 class LeftAlone(EndpointError):  # noqa: N818  (nobody was asked)
-    """The endpoint was not asked: it rests, it asked to be left alone, or it is off."""
+    """The endpoint was not asked: it rests, or it asked to be left alone."""
 
     def __init__(self, why: str) -> None:
         super().__init__(f"left alone: {why}", retryable=False)
@@ -54,32 +54,26 @@ class Connection:
         self._verdict = asyncio.Event()
         """Set while no probe is under way."""
         self._verdict.set()
-        self._off: str | None = None
         self._last_failure: str | None = None
 
     @property
     def state(self) -> EndpointState:
         """How it is, for people."""
-        if self._off:
-            return EndpointState(name=self.endpoint.name, state="off", reason=self._off)
         reason = None if self._breaker.state == "closed" else self._last_failure
         return EndpointState(name=self.endpoint.name, state=self._breaker.state, reason=reason)
 
     @property
-    def is_off(self) -> bool:
-        """Whether it will never be asked again."""
-        return self._off is not None
-
-    @property
     def is_free(self) -> bool:
         """Whether a question would be asked at once, slots aside."""
-        return not self._off and self._breaker.admits and not self._cooldown.left
+        return self._breaker.admits and not self._cooldown.left
 
-    def switch_off(self, why: str) -> None:
-        """Never ask it again, and say so once."""
-        if self._off is None:
-            self._off = why
-            log.error("endpoint_off", endpoint=self.endpoint.name, reason=why)
+    def rest(self, why: str, *, at_once: bool = True) -> None:
+        """Count a failure, which begins a rest after too many in a row, or `at_once`; says so once."""
+        self._last_failure = why
+        was_closed = self._breaker.state == "closed"
+        if self._breaker.failed(at_once=at_once) and was_closed:
+            rests = round(self._breaker.rests, 1)
+            log.warning("endpoint_down", endpoint=self.endpoint.name, reason=why, rests_s=rests)
 
     async def answer(self, question: Question, *, patience: float) -> Answer:
         """One answer, after as many attempts as the policy allows; raises EndpointError.
@@ -113,8 +107,6 @@ class Connection:
             verdict.cancel()
 
     def _check_open(self) -> None:
-        if self._off:
-            raise LeftAlone(self._off)
         if not self._breaker.admits:
             raise LeftAlone(f"it rests for {self._breaker.rests:.0f} s after: {self._last_failure}")
 
@@ -188,8 +180,8 @@ class Connection:
                 raise LeftAlone(f"it asks to be, for {self._cooldown.left:.0f} s")
             await asyncio.sleep(wait)
         await self._pass_gate(clock)
-        if self._off or self._breaker.state == "open":  # since this question was let in
-            raise LeftAlone(self._off or f"it rests after: {self._last_failure}")
+        if self._breaker.state == "open":  # since this question was let in
+            raise LeftAlone(f"it rests after: {self._last_failure}")
 
     async def _pass_gate(self, clock: asyncio.Timeout) -> None:
         """Wait at the gate with the deadline's clock stopped."""
@@ -213,11 +205,8 @@ class Connection:
             self._cool_down(error.wait, error)
         if error.kind not in ("unreachable", "refused"):
             self._succeeded()
-            return
-        was_closed = self._breaker.state == "closed"
-        if self._breaker.failed(at_once=error.kind == "refused") and was_closed:
-            rests = round(self._breaker.rests, 1)
-            log.warning("endpoint_down", endpoint=self.endpoint.name, reason=str(error), rests_s=rests)
+        else:
+            self.rest(str(error), at_once=error.kind == "refused")
 
     def _cool_down(self, seconds: float, error: RequestFailed) -> None:
         if self._cooldown.extend(seconds):
@@ -232,7 +221,8 @@ class Connection:
         self._count(completion)
         self.usage.answers += 1
         return Answer(
-            text=self.client.masking.masked(completion.text),
+            # Masked first: a key that is cut in two would not be found. One more is kept, to show that it is longer.
+            text=self.client.masking.masked(completion.text)[: LONGEST_REPLY + 1],
             endpoint=self.endpoint.name,
             prompt_tokens=completion.prompt_tokens,
             completion_tokens=completion.completion_tokens,

@@ -13,10 +13,10 @@ class _Value(BaseModel):
 
 
 class EndpointState(_Value):
-    """One endpoint: asked as usual (`closed`), left alone (`open`), being tried (`half-open`), or `off` for good."""
+    """One endpoint: asked as usual (`closed`), left alone (`open`), or being tried (`half-open`)."""
 
     name: str
-    state: Literal["closed", "open", "half-open", "off"]
+    state: Literal["closed", "open", "half-open"]
     reason: str | None = None
     """Why it is not `closed`: what it did last."""
 

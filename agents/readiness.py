@@ -34,25 +34,27 @@ class Readiness:
         pause, told = self._policy.first_wait, False
         loop = asyncio.get_running_loop()
         end = None if at_most is None else loop.time() + at_most
-        while not all(c.is_off for c in self._connections) and not any(await self._check_all(refuse=refuse)):
+        left = self._connections
+        while left := await self._without_answer(left, refuse=refuse):
             if end is not None and loop.time() >= end:
                 return
             if not told:
-                waiting(", ".join(c.endpoint.name for c in self._connections if not c.is_off))
+                waiting(", ".join(connection.endpoint.name for connection in left))
                 told = True
             await asyncio.sleep(pause if end is None else min(pause, max(0.0, end - loop.time())))
             pause = min(2 * pause, self._policy.longest_wait)
 
-    async def _check_all(self, *, refuse: bool) -> list[bool]:
-        left = [connection for connection in self._connections if not connection.is_off]
+    async def _without_answer(self, left: Sequence[Connection], *, refuse: bool) -> Sequence[Connection]:
+        """Return those that may still answer; none where one has, or where all have refused and rest."""
         checks = await asyncio.gather(*(self._check(connection) for connection in left))
-        refusals = [check for check in checks if isinstance(check, str)]
-        if refusals and (refuse or len(refusals) == len(left)):
-            raise SettingsError(refusals[0])
         for connection, check in zip(left, checks, strict=True):
             if isinstance(check, str):
-                connection.switch_off(check)
-        return [check is True for check in checks]
+                if refuse:
+                    raise SettingsError(check)
+                connection.rest(check)
+        if True in checks:
+            return ()
+        return [connection for connection, check in zip(left, checks, strict=True) if check is False]
 
     async def _check(self, connection: Connection) -> bool | str:
         """Whether it answers; in words, why it will take none of our questions."""

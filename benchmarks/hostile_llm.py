@@ -5,8 +5,8 @@
 `selfpruner daemon`, two workers with a fake evaluator, a real server. For so many minutes every reply of the LLM
 endpoints is one of tests/hostile_replies.py, drawn at random: no HTTP, endless headers, impossible numbers, megabytes
 of tags. Meanwhile a proxy answers some commands to Redis with an error, and unreadable entries are written to the
-streams and to the control key. The daemon is restarted now and then, because it never asks an endpoint again that
-refuses its key. Then the disturbances stop, the last round is completed, and the search is compared with one that ran
+streams and to the control key. The daemon is restarted now and then, because endpoints also ask to be left alone for
+hours. Then the disturbances stop, the last round is completed, and the search is compared with one that ran
 undisturbed and without an LLM.
 
 Exit code 1 where the two differ in a candidate, its provenance or its perplexity; where the daemon or a worker ended by
@@ -47,7 +47,7 @@ WORKERS = 2
 SHIFT_SECONDS = 45.0
 """How long one daemon runs before it is restarted."""
 LAST_WORDS = 0.8
-"""After this share of a shift endpoints may also refuse us for good, or ask to be left alone for an hour."""
+"""After this share of a shift endpoints may also ask to be left alone for hours."""
 LONGEST_BLOCK = 0.5
 """Seconds that the event loop may be blocked."""
 TROUBLE_SECONDS = (0.5, 3.0)
@@ -90,19 +90,25 @@ class Replies:
 
     def __init__(self, rng: random.Random) -> None:
         self.served: Counter[str] = Counter()
-        self.may_refuse = False
-        """Whether endpoints may also refuse us for good, or ask to be left alone for an hour."""
+        self.has_begun = False
+        """Whether the search has; before, an endpoint that refuses the key ends the daemon's start."""
+        self.may_ask_for_hours = False
+        """Whether endpoints may ask to be left alone for so long."""
         self._random = rng
         self._any = [kind for kind in KINDS if kind.name not in ANSWERS]
-        self._passing = [kind for kind in self._any if not (kind.refuses or kind.name.startswith("retry"))]
 
     def __call__(self, _request: bytes) -> Hostile:
         """The next kind."""
-        kinds = self._any if self.may_refuse else self._passing
+        kinds = [kind for kind in self._any if self._may_serve(kind)]
         fewest = min(self.served[kind.name] for kind in kinds)
         kind = self._random.choice([kind for kind in kinds if self.served[kind.name] == fewest])
         self.served[kind.name] += 1
         return kind
+
+    def _may_serve(self, kind: Hostile) -> bool:
+        if kind.name.startswith("retry"):
+            return self.may_ask_for_hours
+        return self.has_begun or not kind.refuses
 
 
 class Disturbed:
@@ -135,11 +141,12 @@ class Disturbed:
         """One daemon from its start to its end."""
         daemon = await self.search.start(self.proxy.url(PASSWORD))
         self.figures.daemons += 1
-        self.replies.may_refuse = False
+        self.replies.may_ask_for_hours = False
         began = time.monotonic()
         while time.monotonic() - began < seconds and daemon.returncode is None:
             await asyncio.sleep(1)
-            self.replies.may_refuse = time.monotonic() - began > LAST_WORDS * seconds
+            self.replies.may_ask_for_hours = time.monotonic() - began > LAST_WORDS * seconds
+            self.replies.has_begun = self.replies.has_begun or await self.search.applied() > 0
             await self._read_heartbeat()
         if daemon.returncode is not None:
             self.figures.problems.append(f"the daemon ended with {daemon.returncode}: {self.search.logs[-1]}")

@@ -103,12 +103,15 @@ class Observer:
         return self.search.population if self.search else self._early
 
     def begin(self, history: History) -> None:
-        """Show what earlier processes did, until there is a search. To be called once this process is in charge."""
-        self._begun = True
-        self._history, self.counters = history, history.counters
-        self._early = Population()
+        """Show what earlier processes did, until there is a search. To be called once this process is in charge.
+
+        May run in a thread, for a long history takes a second.
+        """
+        early = Population()
         for id_, outcome in history.outcomes.items():
-            self._early.insert(history.ledger[id_], outcome)
+            early.insert(history.ledger[id_], outcome)
+        self._history, self.counters, self._early = history, history.counters, early
+        self._begun = True
 
     async def run(self) -> None:
         """Look once a second until cancelled."""
@@ -192,7 +195,7 @@ class Observer:
 
 def _endpoint(usage: Usage, endpoint: EndpointState, offspring: Record) -> EndpointStatus:
     return EndpointStatus(
-        state="asked" if endpoint.state == "closed" else "off" if endpoint.state == "off" else "left alone",
+        state="asked" if endpoint.state == "closed" else "left alone",
         reason=endpoint.reason,
         requests=usage.requests,
         errors=usage.errors,

@@ -32,8 +32,7 @@ class _Value(BaseModel):
 class EndpointStatus(_Value):
     """An LLM endpoint as the daemon has met it since it started; `requests` counts HTTP requests, retries included."""
 
-    state: Literal["asked", "left alone", "off"]
-    """Off: it refuses our key, does not know our model, or its quota is used up; not asked again."""
+    state: Literal["asked", "left alone"]
     reason: str | None = None
     """Why it is not asked."""
     requests: int

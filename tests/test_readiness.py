@@ -160,8 +160,15 @@ async def test_a_search_that_has_begun_goes_on_with_the_endpoints_that_are_left(
         Chat([first.endpoint, second.endpoint], QUICK) as chat,
     ):
         await chat.wait_ready(refuse=False)
-        assert [endpoint.state for endpoint in chat.state.endpoints] == ["off", "closed"]
+        assert [endpoint.state for endpoint in chat.state.endpoints] == ["open", "closed"]
         assert (await ask(chat)).endpoint == "b" and first.asked == []
-    async with ScriptedLlm([OK], models=refusing) as llm, Chat([llm.endpoint], QUICK) as chat:
-        with pytest.raises(SettingsError, match="refuses the key"):
-            await chat.wait_ready(refuse=False)
+
+
+async def test_a_search_that_has_begun_goes_on_without_an_answer_where_all_endpoints_refuse() -> None:
+    """They may do so by mistake; they rest, and are tried again."""
+    policy = replace(QUICK, rest=0.0, longest_rest=0.0)
+    async with ScriptedLlm([OK], models=[refuses(401, "no")]) as llm, Chat([llm.endpoint], policy) as chat:
+        await chat.wait_ready(refuse=False)
+        (state,) = chat.state.endpoints
+        assert state.state == "open" and "refuses the key" in str(state.reason)
+        assert (await ask(chat)).endpoint == "fake"
