@@ -40,8 +40,10 @@ class HeldFolder:
     def _is_there(self) -> bool:
         try:
             return os.path.samestat(os.fstat(self._handle), (self._folder / LOCK).lstat())
-        except OSError:
+        except (FileNotFoundError, NotADirectoryError):
             return False
+        except OSError:  # the file system fails for a moment, and a second lock of ours would find the first
+            return True
 
     def _take_again(self) -> None:
         handle = hold(self._folder / LOCK)
