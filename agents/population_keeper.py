@@ -39,13 +39,12 @@ class PopulationKeeper:
         population: Population,
         ledger: Mapping[str, Candidate],
         *,
-        cursor: str,
         on_evaluation: Callable[[Evaluation, bool], None],
     ) -> None:
         self._outcomes = outcomes
         self._population = population
         self._ledger = ledger
-        self._cursor = cursor
+        self._cursor = "0-0"
         self._on_evaluation = on_evaluation
         self._changed = asyncio.Condition()
 

@@ -77,9 +77,7 @@ class Side:
         self.queue = CandidateQueue(self.redis, KEYS, epoch=1, fingerprint=SPEC.fingerprint)
         self.ledger: dict[str, Candidate] = {}
         self.population = Population()
-        self.keeper = PopulationKeeper(
-            self.queue, self.population, self.ledger, cursor="0-0", on_evaluation=lambda *_: None
-        )
+        self.keeper = PopulationKeeper(self.queue, self.population, self.ledger, on_evaluation=lambda *_: None)
 
     async def send(self, number: int) -> None:
         """Enqueue one more candidate; all have the same plan, and ids of their own."""

@@ -142,7 +142,8 @@ class Launch:
             check_lists(self._settings, chat.contexts, units)
             duties.append(group.create_task(repair_for_ever(self._store, queue, lambda: self._memory(history).history)))
             asks = await asyncio.to_thread(self._asks, chat, history)
-            search = self._make_search(card, chat, asks, queue, history)
+            # In a thread, for a long history takes a second. All that asks of the search meanwhile finds none yet.
+            search = await asyncio.to_thread(self._make_search, card, chat, asks, queue, history)
             await self._wait_for_llm(search, chat, is_new=is_new)
             if is_new:
                 check_lists_somewhere(self._settings, chat.contexts, units)
@@ -174,7 +175,7 @@ class Launch:
     async def _go_on_from(self, history: History, queue: CandidateQueue) -> None:
         warn_of_texts(self._settings)
         self._meter.begin(history)
-        self._observer.begin(history)
+        await asyncio.to_thread(self._observer.begin, history)
         if not history.ledger:
             self._journal.begin_transcript()
         await self._store.repair(queue, history)

@@ -128,7 +128,7 @@ class Search:
         self.population = Population()
         for id_, outcome in history.outcomes.items():
             self.population.insert(self.ledger[id_], outcome)
-        self.keeper = PopulationKeeper(queue, self.population, self.ledger, cursor="0-0", on_evaluation=self._note)
+        self.keeper = PopulationKeeper(queue, self.population, self.ledger, on_evaluation=self._note)
         known = (c.plan for c in self.ledger.values() if c.is_proposal)
         self._neighbours = Neighbours(self.view(0), settings.least_difference, known)
         self._guesses: tuple[int, Guesses] | None = None

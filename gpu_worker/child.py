@@ -31,7 +31,7 @@ KILL_SECONDS = 60.0
 """For a killed process to be gone: one that holds much memory takes a while, one that is stuck in a driver for ever."""
 THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
 """Threads that wait for each other by spinning lose most of their time where anything else uses the cores, such as a
-local LLM: text is then written at a quarter of the speed. A variable that is set already is kept."""
+local LLM. A variable that is set already is kept."""
 Progress = Callable[[str, int, int], None]
 
 log = structlog.get_logger()

@@ -73,7 +73,7 @@ async def test_what_befalls_an_outcome_says_of_which_candidate_it_is() -> None:
 
     population = Population()
     ledger: dict[str, Candidate] = {one.id: one}
-    keeper = PopulationKeeper(Outcomes(), population, ledger, cursor="0-0", on_evaluation=lambda *_: None)
+    keeper = PopulationKeeper(Outcomes(), population, ledger, on_evaluation=lambda *_: None)
     with capture_logs(processors=[merge_contextvars]) as lines:
         keeping = asyncio.create_task(keeper.run())
         await keeper.settled()

@@ -90,7 +90,7 @@ class Scripted:
 
     async def results(self, cursor: str) -> list[Result]:
         await asyncio.sleep(0)
-        return [r for r in self._results if int(r.cursor) > int(cursor)]
+        return [r for r in self._results if float(r.cursor.replace("-", ".")) > float(cursor.replace("-", "."))]
 
     async def apply(self, result: Result) -> bool:
         self.applied.append(result.id)
@@ -105,17 +105,15 @@ async def test_the_keeper_applies_each_outcome_once_in_order_and_tells_who_waits
     ledger: dict[str, Candidate] = {one.id: one, two.id: two}
     source = Scripted(
         [
-            Result("1", one.id, measured(5.0, one)),
-            Result("2", "unknown", measured(1.0)),
-            Result("3", one.id, measured(2.0, one)),
-            Result("4", two.id, measured(4.0, two)),
+            Result("1-0", one.id, measured(5.0, one)),
+            Result("2-0", "unknown", measured(1.0)),
+            Result("3-0", one.id, measured(2.0, one)),
+            Result("4-0", two.id, measured(4.0, two)),
         ]
     )
     noted: list[tuple[Evaluation, bool]] = []
     population = Population()
-    keeper = PopulationKeeper(
-        source, population, ledger, cursor="0", on_evaluation=lambda e, best: noted.append((e, best))
-    )
+    keeper = PopulationKeeper(source, population, ledger, on_evaluation=lambda e, best: noted.append((e, best)))
     running = asyncio.create_task(keeper.run())
     async with asyncio.timeout(10):
         await keeper.settled()
@@ -128,10 +126,10 @@ async def test_the_keeper_applies_each_outcome_once_in_order_and_tells_who_waits
 
 async def test_an_outcome_whose_applying_was_answered_with_a_lost_reply_counts_all_the_same() -> None:
     (one,) = candidates(1)
-    source = Scripted([Result("1", one.id, measured(5.0, one))])
+    source = Scripted([Result("1-0", one.id, measured(5.0, one))])
     source.applied.append(one.id)  # done, but the daemon did not hear of it and asks again
     population = Population()
-    keeper = PopulationKeeper(source, population, {one.id: one}, cursor="0", on_evaluation=lambda *_: None)
+    keeper = PopulationKeeper(source, population, {one.id: one}, on_evaluation=lambda *_: None)
     running = asyncio.create_task(keeper.run())
     async with asyncio.timeout(10):
         await keeper.settled()

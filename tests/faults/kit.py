@@ -92,7 +92,6 @@ class Daemon:
             self.queue,
             self.population,
             self.ledger,
-            cursor="0-0",
             on_evaluation=lambda evaluation, _: self.noted.append(evaluation),
         )
         self._tasks = [

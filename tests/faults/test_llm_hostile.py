@@ -66,7 +66,7 @@ async def asking(*kinds: Hostile, policy: ChatPolicy = POLICY, **endpoint: objec
 async def test_every_kind_of_reply_is_an_answer_or_a_failure(kind: Hostile) -> None:
     """To a question, and to the list of models; and nothing that is kept or told holds our key."""
     kept: list[object] = []
-    async with HostileServer(lambda _: kind) as server, loop_stays_free(1.0):
+    async with HostileServer(lambda _: kind) as server, loop_stays_free(0.5):
         endpoint = Endpoint("hostile", server.base_url, "model", api_key=SecretStr(KEY))
         with capture_logs() as logs:
             async with Chat([endpoint], POLICY, record=kept.append) as chat:
