@@ -7,14 +7,9 @@ level is its next one, and the other side takes as many parameters.
 
 import random
 from collections.abc import Sequence
-from contextlib import suppress
 from functools import partial
 
-from agents.asking import Call
 from agents.classical import draw_all
-from agents.offers import NothingLeft, Offers
-from agents.settings import SelectionStep
-from agents.trials import draw_siblings, ranked_in_steps
 from agents.view import Member, Proposal, Submit, View
 from protocol.plan import parameters_to_next_level, unit_bounds
 from protocol.rates import ROUNDING
@@ -28,28 +23,13 @@ MOST_DRAWS = 32
 
 
 class EvolutionMutator:
-    """The (1 + λ) search: offspring of the best candidate alone; where there are `steps`, chosen from more by them."""
-
-    def __init__(self, steps: Sequence[SelectionStep] = ()) -> None:
-        self._steps = tuple(steps)
+    """The (1 + λ) search: offspring of the best candidate alone."""
 
     async def propose(self, view: View, parents: Sequence[Member], count: int, submit: Submit) -> int:
         """Get `count` offspring of the first of `parents` accepted; returns how many were."""
         if not parents:
             return 0
-        draw = partial(switched, view=view, parent=parents[0])
-        if not self._steps:
-            return await draw_all("mutator", view, count, submit, draw)
-        call = Call("mutator", view, 0, count)
-        offers = Offers("mutator", call, submit)
-        if not offers.is_complete:
-            siblings = await draw_siblings(call, draw, self._steps[0].offspring)
-            with suppress(NothingLeft):
-                for proposal in await ranked_in_steps("mutator", call, siblings, self._steps):
-                    await offers.make(proposal, "classical")
-                    if offers.is_complete:
-                        break
-        return len(offers.made)
+        return await draw_all("mutator", view, count, submit, partial(switched, view=view, parent=parents[0]))
 
 
 def switched(rng: random.Random, view: View, parent: Member) -> Proposal:

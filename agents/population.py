@@ -21,7 +21,7 @@ class Population:
     """All outcomes of a search, and among the measured ones an order by fitness (lower is better).
 
     Baselines are kept (they are measured like any other) but are not members: they are what the search is compared
-    with. A failed candidate, and a trial, is remembered and never a member.
+    with. A failed candidate is remembered and never a member.
     """
 
     def __init__(self) -> None:
@@ -34,7 +34,7 @@ class Population:
 
     @property
     def outcomes(self) -> int:
-        """How many outcomes there are: members, baselines, trials, and candidates that failed or were stopped."""
+        """How many outcomes there are: members, baselines, and candidates that failed or were stopped."""
         return len(self._evaluations)
 
     def __contains__(self, candidate_id: str) -> bool:

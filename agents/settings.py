@@ -1,4 +1,4 @@
-"""How the agents ask, and how evolution chooses."""
+"""How the agents ask the LLM."""
 
 from typing import Literal
 
@@ -45,12 +45,3 @@ class AgentSettings(BaseModel):
         """How many proposals each call asks for."""
         size = self.proposals_per_call or (max(1, count) if self.reply == "lists" else 1)
         return [min(size, count - start) for start in range(0, count, size)]
-
-
-class SelectionStep(BaseModel):
-    """How many siblings are measured in a step of evolution's selection, and on how many windows."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    offspring: PositiveInt
-    windows: PositiveInt

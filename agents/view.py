@@ -38,11 +38,6 @@ def _unknown(_: str) -> None:
     """The fitness of a candidate of a search that has none."""
 
 
-def _never(_: str) -> bool:
-    """Whether a candidate of a search that has none was proposed."""
-    return False
-
-
 @dataclass(frozen=True)
 class View:
     """A search as an agent sees it at the beginning of a round: the population is best first."""
@@ -61,10 +56,6 @@ class View:
     """The rates of the best of the first population."""
     fitness_of: Callable[[str], float | None] = _unknown
     """By a candidate's id, of any round before, however long ago; None where it has none."""
-    was_proposed: Callable[[str], bool] = _never
-    """By a candidate's id, in any round before, whatever came of it."""
-    look: "Look | None" = None
-    """How siblings are tried; None where nobody measures."""
 
     @cached_property
     def units(self) -> tuple[Unit, ...]:
@@ -128,14 +119,6 @@ class Proposal:
 
     rates: tuple[float, ...]
     parents: tuple[str, ...] = ()
-
-
-Look = Callable[[Sequence[Proposal], Provenance, tuple[int, ...]], Awaitable[list[float | None]]]
-"""Measures siblings on some windows of the fitness text alone, by their place.
-
-Returns the fitness that each has there, None where there is none; parents are of the proposals, all else is of the
-provenance.
-"""
 
 
 @dataclass(frozen=True)

@@ -64,19 +64,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "random": {"proposer": "random", "mutations": OFFSPRING, "crossovers": 0},
     "evolution": {"proposer": "evolution", "mutations": OFFSPRING, "crossovers": 0},
     "evolution-multi": {"proposer": "evolution", "mutations": OFFSPRING, "crossovers": 0, "first_windows": 2},
-    "evolution-steps": {
-        "proposer": "evolution",
-        "mutations": 2,
-        "crossovers": 0,
-        "selection_steps": ({"offspring": 16, "windows": 1}, {"offspring": 4, "windows": 3}),
-    },
     "cma-es": {"proposer": "cma-es", "mutations": 16, "crossovers": 0},
     "best-of-n": {"proposer": "best-of-n", "mutations": OFFSPRING, "crossovers": 0, "reply": "edits"},
     "ranked": {"initializer": "random", "selector": "tournament", "mutator": "ranked", "crossover": "ranked"},
     "llm-edits": {"reply": "edits"},
     "llm": {"reply": "trades"},
     "llm-untold": {"reply": "trades", "tell": ()},
-    "llm-race": {"reply": "trades", "race_confidence": 0.9},
     "llm-steady": {"reply": "trades", "mode": "steady-state"},
     "no-initializer": {"reply": "trades", "initializer": "random"},
     "no-mutation": {"reply": "trades", "mutations": 0, "crossovers": OFFSPRING},
@@ -88,17 +81,15 @@ METHODS: dict[str, dict[str, Any]] = {
 tournaments; from `llm` on the search of configs/best.yaml, and what differs from it in one thing (the ablations).
 `tournament` and `joint` differ from `llm-edits`, for trades mostly begin at the best configuration, whoever selects.
 CMA-ES has the generations that it is made for."""
-RACING = ("evolution-multi", "evolution-steps", "llm-race")
-"""Whose candidates are not all measured whole."""
 MORE = 5
-"""How many times as many candidates these may make, on as many tokens as the others."""
+"""How many times as many candidates those of `first_windows` may make, on as many tokens as the others."""
 USUAL = ("random", "evolution", "cma-es", "best-of-n", "ranked", "llm")
 OF_LLM = ("reply", "tell")
 NOT_OF_THE_SEARCHES = ("out", "json", "beside")
 SHARED_OUT = ("rate", "seeds", "first_seed", "methods", "llm_url")
 """Arguments in which calls that are joined may differ."""
 WHICH_LLM = ("llm_url", "llm_model", "gguf")
-WITHOUT_LLM = ("random", "evolution", "evolution-multi", "evolution-steps", "cma-es", "ranked")
+WITHOUT_LLM = ("random", "evolution", "evolution-multi", "cma-es", "ranked")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -315,7 +306,8 @@ def settings_of(given: argparse.Namespace, method: str, rate: float, seed: int) 
     llm = {"tell": ("sensitivity", "weakest", "contrast", "lessons"), "endpoints": [endpoint] if given.llm_url else []}
     llm |= {name: chosen.pop(name) for name in OF_LLM if name in chosen}
     population = max(LEAST_POPULATION, min(12, given.budget // 4))
-    most = given.budget * (MORE if method in RACING else 1)
+    in_part = "first_windows" in chosen
+    most = given.budget * (MORE if in_part else 1)
     return Settings.model_validate(
         {
             "search": {
@@ -324,7 +316,7 @@ def settings_of(given: argparse.Namespace, method: str, rate: float, seed: int) 
                 "population": population,
                 "rounds": -(-(most - population) // OFFSPRING),
                 "max_evaluations": most,
-                "max_tokens": given.budget * given.windows * (given.seqlen - 1) if method in RACING else None,
+                "max_tokens": given.budget * given.windows * (given.seqlen - 1) if in_part else None,
                 "granularity": given.granularity,
                 "fitness": given.minimise,
                 "reconstruction": given.reconstruction,

@@ -154,11 +154,10 @@ class MeasuringWorker:
 
     async def _outcome(self, candidate: Candidate, session: Session, search: str) -> Outcome:
         """As it is kept, if it is; who races is measured anew, for what it races against is another each time."""
-        race = candidate.race and candidate.race.model_dump()
-        if race or candidate.id not in self._outcomes:
-            request = candidate.model_dump(include={"plan", "text", "race", "on_windows"})
+        if candidate.race or candidate.id not in self._outcomes:
+            request = candidate.model_dump(include={"plan", "text", "race"})
             outcome = await asyncio.to_thread(products_in_float32()(answer), session, request)
-            if race:
+            if candidate.race:
                 return outcome
             self._keep(candidate.id, outcome, search)
         return self._outcomes[candidate.id]
@@ -239,7 +238,7 @@ def result_of(
         seed=settings.search.seed,
         budget=-(-tokens // whole),
         tokens=tokens,
-        candidates=len({json.dumps(evaluation["plan"]) for evaluation in evaluations}),
+        candidates=len(evaluations),
         best_so_far=figures,
         report=best.report_perplexity,
         uniform=float("nan") if uniform is None else uniform,

@@ -6,7 +6,7 @@ from typing import Any
 
 from agents.population import Evaluation
 from daemon.status import Seen, Status, Tally, make_status
-from protocol.candidate import Measured, Sampled, Stopped
+from protocol.candidate import Measured, Stopped
 
 _STATES = {
     "redis": "redis_changed",
@@ -43,8 +43,7 @@ class Follower:
         before, self.status = self.status, make_status(seen, self.tally)
         if before is None:
             return []
-        told = ((e, best) for e, best in evaluations if not isinstance(e.outcome, Sampled))
-        return [*changes(before, self.status), *(evaluation_event(e, best=best) for e, best in told)]
+        return [*changes(before, self.status), *(evaluation_event(e, best=best) for e, best in evaluations)]
 
     def redis_is_away(self) -> list[Event]:
         """To be called instead of `look` when nothing could be read."""
@@ -73,7 +72,7 @@ def changes(before: Status, after: Status) -> Iterator[Event]:
 
 
 def evaluation_event(evaluation: Evaluation, *, best: bool) -> Event:
-    """That a candidate has its outcome; of trials, only those that failed are told."""
+    """That a candidate has its outcome."""
     candidate, outcome = evaluation.candidate, evaluation.outcome
     who = candidate.provenance.model_dump(include={"agent", "source", "round"})
     if isinstance(outcome, Measured):
@@ -82,6 +81,4 @@ def evaluation_event(evaluation: Evaluation, *, best: bool) -> Event:
     if isinstance(outcome, Stopped):
         figures = {"text": candidate.text, "windows": outcome.windows, "of_windows": outcome.of_windows}
         return Event("candidate_stopped", {"candidate": candidate.id, **figures, **who})
-    assert not isinstance(outcome, Sampled), "there are too many of them to tell of each"
-    part = {} if candidate.on_windows is None else {"on_windows": candidate.on_windows}
-    return Event("candidate_failed", {"candidate": candidate.id, "reason": outcome.reason, **part, **who})
+    return Event("candidate_failed", {"candidate": candidate.id, "reason": outcome.reason, **who})

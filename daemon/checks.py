@@ -7,7 +7,6 @@ import structlog
 from agents.lists import TOKENS_PER_RATE
 from agents.selector import SHOWN
 from daemon.settings import SearchSettings, Settings
-from protocol.candidate import LEAST_RACE
 from protocol.errors import DataError, SettingsError
 from protocol.paths import are_one_file
 from protocol.spec import NAMED_TEXTS
@@ -32,24 +31,10 @@ def is_searched_on(report: str, fitness: str) -> bool:
 
 def check_windows(search: SearchSettings, windows: int) -> None:
     """Raise DataError where candidates are to be measured in part first, on a text of no more `windows` than that."""
-    check_race(search.race_confidence, search.first_windows, windows)
-    most = search.most_windows_of_a_step
-    if most and windows <= most:
+    first = search.first_windows
+    if first is not None and windows <= first:
         raise DataError(
-            f"search.selection_steps: their windows ({most}) must be fewer than those of the fitness text, which has "
-            f"{windows}"
-        )
-
-
-def check_race(confidence: float | None, first_windows: int | None, windows: int) -> None:
-    """Raise DataError where candidates are to race, or to be looked at first, on a text of too few windows."""
-    if first_windows is not None and windows <= first_windows:
-        raise DataError(
-            f"search.first_windows ({first_windows}) must be fewer than those of the fitness text, which has {windows}"
-        )
-    if confidence is not None and windows <= LEAST_RACE:
-        raise DataError(
-            f"search.race_confidence needs at least {LEAST_RACE + 1} windows to race on: the fitness text has {windows}"
+            f"search.first_windows ({first}) must be fewer than those of the fitness text, which has {windows}"
         )
 
 

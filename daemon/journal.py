@@ -229,7 +229,6 @@ def candidate_record(candidate: Candidate) -> dict[str, Any]:
         **candidate.provenance.model_dump(mode="json"),
         "rates": candidate.rates,
         "plan": [[p.kv_heads, p.queries_per_kv, p.mlp_channels] for p in candidate.plan.layers],
-        **({} if candidate.on_windows is None else {"on_windows": candidate.on_windows}),
     }
 
 

@@ -75,8 +75,8 @@ class Metrics(Collector):
             "Candidates with an outcome, by who made their rates.",
             labels=["source", "outcome"],
         )
-        for source in (*get_args(Source), "baseline", "trial"):
-            for kind in ("measured", "failed", "stopped", "sampled"):
+        for source in (*get_args(Source), "baseline"):
+            for kind in ("measured", "failed", "stopped"):
                 outcomes.add_metric([source, kind], self._observer.outcomes.get((source, kind), 0))
         yield outcomes
         yield CounterMetricFamily(

@@ -3,7 +3,7 @@
 import structlog
 
 from agents.population import Evaluation
-from protocol.candidate import Measured, Sampled, Stopped
+from protocol.candidate import Measured, Stopped
 
 WHO = {"agent", "source", "round"}
 """What of a candidate's provenance the log says."""
@@ -12,7 +12,7 @@ log = structlog.get_logger()
 
 
 def log_outcome(evaluation: Evaluation, *, is_best: bool) -> None:
-    """Say that an outcome was applied; that a trial was measured is for those who debug, for there are many."""
+    """Say that an outcome was applied."""
     candidate, outcome = evaluation.candidate, evaluation.outcome
     who = candidate.provenance.model_dump(include=WHO)
     if isinstance(outcome, Measured):
@@ -22,9 +22,5 @@ def log_outcome(evaluation: Evaluation, *, is_best: bool) -> None:
     elif isinstance(outcome, Stopped):
         figures = outcome.model_dump(include={"windows", "of_windows"})
         log.info("candidate_stopped", candidate=candidate.id, behind=round(outcome.behind, 4), **figures, **who)
-    elif isinstance(outcome, Sampled):
-        figures = {"on_windows": candidate.on_windows, "fitness": round(outcome.fitness, 4)}
-        log.debug("candidate_sampled", candidate=candidate.id, **figures, **who)
     else:
-        why = {"reason": outcome.reason, "detail": outcome.detail, "on_windows": candidate.on_windows}
-        log.warning("candidate_failed", candidate=candidate.id, **why, **who)
+        log.warning("candidate_failed", candidate=candidate.id, reason=outcome.reason, detail=outcome.detail, **who)

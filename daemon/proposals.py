@@ -10,7 +10,7 @@ Calls = dict[tuple[AgentName, int], frozenset[str]]
 
 
 class Proposals:
-    """Counts of the candidates in a ledger, baselines and trials left out."""
+    """Counts of the candidates in a ledger, baselines left out."""
 
     def __init__(self, ledger: Iterable[Candidate]) -> None:
         self.by_agent: Counter[str] = Counter()

@@ -80,7 +80,7 @@ def _breeder(search: SearchSettings) -> Breeds:
     if search.proposer == "random":
         return RandomMutator()
     if search.proposer == "evolution":
-        return EvolutionMutator(search.selection_steps)
+        return EvolutionMutator()
     check_proposer(search)
     from agents.cma_es import CmaEsMutator
 

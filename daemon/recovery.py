@@ -88,9 +88,8 @@ def _evaluation(record: dict[str, Any], spec: SearchSpec) -> tuple[Candidate, Ou
         provenance=Provenance.model_validate(provenance),
         text=record["text"],
         race=Race.model_validate(record["race"]) if "race" in record else None,
-        on_windows=record.get("on_windows"),
     )
-    if candidate.id != candidate_id(plan, spec.fingerprint, candidate.text, candidate.on_windows):
+    if candidate.id != candidate_id(plan, spec.fingerprint, candidate.text):
         raise ValueError("it is not of this search")
     return candidate, OUTCOME.validate_python(record["outcome"])
 

@@ -80,8 +80,7 @@ def _overview(status: Status, per_minute: float | None = None) -> RenderableType
     table.add_row("state", _state(status))
     table.add_row("round", f"{status.round}, parents chosen by {status.parents_source or '–'}")
     stopped = f", {status.stopped} stopped early" if status.stopped else ""
-    trials = f"; {status.trials:,} trials of siblings" if status.trials else ""
-    table.add_row("candidates", f"{status.measured} measured, {status.failed} failed{stopped}{pace}{trials}")
+    table.add_row("candidates", f"{status.measured} measured, {status.failed} failed{stopped}{pace}")
     made = [f"{SOURCES.get(name, name)} {count}" for name, count in status.by_source.items()]
     table.add_row("made by", ", ".join(made))
     table.add_row("queue", f"{status.queue.queued} queued, {status.queue.running} running")

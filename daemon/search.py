@@ -25,7 +25,6 @@ from agents.view import (
     KNOWN_ALREADY,
     Accepted,
     Member,
-    Proposal,
     Refused,
     Selection,
     Submit,
@@ -45,7 +44,6 @@ from protocol.candidate import (
     Measured,
     Provenance,
     Race,
-    Sampled,
     Source,
     Stopped,
     Text,
@@ -212,32 +210,6 @@ class Search:
         self._neighbours.add(plan)
         return await self._enqueue(candidate)
 
-    async def look(
-        self, siblings: Sequence[Proposal], who: Provenance, on_windows: tuple[int, ...]
-    ) -> list[float | None]:
-        """The fitness of each of `siblings` on these windows of the fitness text alone.
-
-        None where it fails, and where the budget is used up. What has been looked at before is not measured again.
-        """
-        ids = [await self._look_at(sibling, who, on_windows) for sibling in siblings]
-        issued = {id_ for id_ in ids if id_ is not None}
-        await self.keeper.until(lambda _: all(id_ in self.population for id_ in issued))
-        found = (None if id_ is None else self.population.get(id_) for id_ in ids)
-        return [e.outcome.fitness if e and isinstance(e.outcome, Sampled) else None for e in found]
-
-    async def _look_at(self, sibling: Proposal, who: Provenance, on_windows: tuple[int, ...]) -> str | None:
-        """The id of a trial, which is issued where it is new; None where there is no budget for it."""
-        feasible = self.spec.feasible(tuple(sibling.rates), self.card.shape)
-        plan = self.spec.plan(feasible, self.card.shape)
-        id_ = candidate_id(plan, self.spec.fingerprint, on_windows=on_windows)
-        if id_ in self.ledger:
-            return id_
-        if self.remaining_budget <= 0:
-            return None
-        who = who.model_copy(update={"parents": sibling.parents})
-        await self._enqueue(Candidate(id=id_, rates=feasible, plan=plan, provenance=who, on_windows=on_windows))
-        return id_
-
     def _sift(self, plan: Plan, provenance: Provenance) -> Refused | None:
         """Why a new plan is not worth measuring, where a setting says so; seeds always are."""
         if provenance.agent == "seed":
@@ -262,8 +234,7 @@ class Search:
         self.proposals.add(candidate)
         with bound_contextvars(candidate=candidate.id):
             await self._queue.enqueue(candidate)
-        if candidate.on_windows is None:
-            log.info("candidate_enqueued", candidate=candidate.id, **candidate.provenance.model_dump(include=WHO))
+        log.info("candidate_enqueued", candidate=candidate.id, **candidate.provenance.model_dump(include=WHO))
         return Accepted(candidate.id)
 
     def _race(self, round_: int) -> Race | None:
@@ -271,14 +242,14 @@ class Search:
 
         Of evolution the best, whose offspring they are: no other ever has any.
         """
-        confidence, first_windows = self.settings.race_confidence, self.settings.first_windows
-        if confidence is None and first_windows is None:
+        first_windows = self.settings.first_windows
+        if first_windows is None:
             return None
         rivals = 1 if self.settings.proposer == "evolution" else self.settings.population
         best = self.population.top(rivals, before=round_)
         last = best[-1].outcome if len(best) == rivals else None
         against = last.losses if isinstance(last, Measured) else ()
-        return Race(against=against, confidence=confidence, first_windows=first_windows)
+        return Race(against=against, first_windows=first_windows)
 
     def _note(self, evaluation: Evaluation, is_best: bool) -> None:
         self._tokens[evaluation.candidate.provenance.round] += _tokens(evaluation)
@@ -306,7 +277,7 @@ class Search:
         return len(self.proposals)
 
     def counts(self) -> dict[str, Counter[str]]:
-        """Candidates by agent and by source, baselines and trials left out."""
+        """Candidates by agent and by source, baselines left out."""
         return {"by_agent": self.proposals.by_agent.copy(), "by_source": self.proposals.by_source.copy()}
 
     @property
@@ -343,8 +314,6 @@ class Search:
             self._recent(round_),
             first[0].candidate.rates if first else None,
             partial(self._fitness_of, before=round_),
-            partial(self._was_proposed, before=round_),
-            self.look,
         )
 
     def _fitness_of(self, candidate_id: str, before: int) -> float | None:
@@ -352,10 +321,6 @@ class Search:
         if evaluation is None or evaluation.candidate.provenance.round >= before:
             return None
         return _tried(evaluation).fitness
-
-    def _was_proposed(self, candidate_id: str, before: int) -> bool:
-        candidate = self.ledger.get(candidate_id)
-        return candidate is not None and candidate.provenance.round < before
 
     def _recent(self, round_: int) -> tuple[Tried, ...]:
         """The last proposals of the rounds before that have an outcome."""

@@ -2,7 +2,7 @@
 
 import ipaddress
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -17,11 +17,9 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from agents.settings import SelectionStep
 from daemon.llm_settings import LlmSettings, LocalLlmSettings
 from daemon.section import Section
 from protocol.allocation import Method
-from protocol.candidate import LEAST_RACE
 from protocol.connection import check_url, with_password
 from protocol.errors import DataError, SettingsError
 from protocol.jobs import LEAST_LEASE_SECONDS, MOST_SECONDS
@@ -40,10 +38,6 @@ def _five_decimals(rate: float) -> float:
     if round(rate, DECIMALS) != rate:
         raise ValueError(f"give it at most {DECIMALS} decimals")
     return rate
-
-
-def _listed(numbers: Sequence[int]) -> str:
-    return ", ".join(map(str, numbers))
 
 
 class SearchSettings(Section):
@@ -68,8 +62,8 @@ class SearchSettings(Section):
     max_evaluations: PositiveInt | None = None
     """Stop proposing after so many candidates, whatever the rounds; none means no limit."""
     max_tokens: PositiveInt | None = None
-    """Stop, after a round, when candidates and trials were measured on so many tokens: racing saves some; none means no
-    limit. The first population must fit, and search.rounds must be enough for the rest."""
+    """Stop, after a round, when candidates were measured on so many tokens: search.first_windows saves some; none means
+    no limit. The first population must fit, and search.rounds must be enough for the rest."""
     budget_hours: PositiveFloat | None = None
     """Stop proposing when the daemon has run so long, restarts and pauses included; none means no limit."""
     seeds: tuple[Method, ...] = ()
@@ -89,17 +83,9 @@ class SearchSettings(Section):
     """A proposal that differs from every earlier one in a smaller share of the parameters is refused, unmeasured."""
     screening: bool = False
     """Refuse, unmeasured, what a surrogate fitted to all outcomes expects to be worse than the whole population."""
-    race_confidence: Annotated[float, Field(ge=0.5, lt=1)] | None = None
-    """A candidate that is worse than the K-th best (with `evolution`: the best) with this confidence is measured no
-    further; none: all are whole."""
     first_windows: PositiveInt | None = None
     """Multi-fidelity: a candidate that is worse than the K-th best (with `evolution`: the best) on so many windows is
-    measured no further."""
-    selection_steps: tuple[SelectionStep, ...] = ()
-    """With `evolution`, EvoPress's selection: each round, so many `offspring` are measured on so many `windows`, drawn
-    anew and the same for all; the best go on to the next step, and those of the last are measured whole, as many as
-    search.mutations and search.crossovers say. With 2 and 0 of these: `[{offspring: 64, windows: 1}, {offspring: 8,
-    windows: 8}]`."""
+    measured no further; none: all are measured whole."""
     fitness: Measure = "perplexity"
     """What the search minimises on data.fitness: `perplexity` (the paper), or `kl`, divergence from the dense model."""
     granularity: Granularity = "layer"
@@ -134,7 +120,6 @@ class SearchSettings(Section):
                 raise ValueError("the proposer `cma-es` learns from generations: search.mode cannot be `steady-state`")
             if self.mutations + self.crossovers == 0:
                 raise ValueError("search.mode `steady-state` needs search.mutations or search.crossovers")
-        self._check_selection_steps()
         for agent in ("initializer", "selector", "mutator", "crossover"):
             if self.proposer != "llm" and getattr(self, agent) != "llm":
                 raise ValueError(f"search.{agent} is for the proposer `llm`, not for {self.proposer!r}")
@@ -146,37 +131,6 @@ class SearchSettings(Section):
             raise ValueError(
                 f"search.max_tokens ({self.max_tokens:,}) is smaller than what the first population takes "
                 f"({self.population} x {tokens:,}): give more, or a smaller search.population"
-            )
-
-    @property
-    def most_windows_of_a_step(self) -> int:
-        """Of search.selection_steps; none where there are no steps."""
-        return max((step.windows for step in self.selection_steps), default=0)
-
-    def _check_selection_steps(self) -> None:
-        if not self.selection_steps:
-            return
-        if self.proposer != "evolution":
-            raise ValueError(f"search.selection_steps is for the proposer `evolution`, not for {self.proposer!r}")
-        if self.mode == "steady-state":
-            raise ValueError("search.selection_steps chooses among the offspring of a round: not with `steady-state`")
-        if self.least_difference or self.screening:
-            raise ValueError(
-                "search.selection_steps tries offspring before search.least_difference or search.screening could "
-                "refuse them: leave these out"
-            )
-        offspring = [*(step.offspring for step in self.selection_steps), self.mutations + self.crossovers]
-        windows = [step.windows for step in self.selection_steps]
-        if offspring != sorted(set(offspring), reverse=True):
-            whole = f"search.mutations ({self.mutations}) and search.crossovers ({self.crossovers})"
-            raise ValueError(
-                "search.selection_steps: each step must have fewer offspring than the one before it, and "
-                f"{whole} together fewer than the last: here {_listed(offspring)}"
-            )
-        if windows != sorted(set(windows)):
-            raise ValueError(
-                "search.selection_steps: each step must have more windows than the one before it: "
-                f"here {_listed(windows)}"
             )
 
     @property
@@ -325,22 +279,11 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Settings":
-        windows = self.data.fitness_windows
-        if self.search.race_confidence is not None and windows is not None and windows <= LEAST_RACE:
-            raise ValueError(
-                f"search.race_confidence needs at least {LEAST_RACE + 1} windows to race on: "
-                f"data.fitness_windows is {windows}"
-            )
-        first = self.search.first_windows
+        windows, first = self.data.fitness_windows, self.search.first_windows
         if windows is not None and first is not None and windows <= first:
             raise ValueError(f"search.first_windows ({first}) must be fewer than data.fitness_windows ({windows})")
         if windows is not None:
             self.search.check_first_population(windows * (self.data.seqlen - 1))
-        most = self.search.most_windows_of_a_step
-        if most and windows is not None and windows <= most:
-            raise ValueError(
-                f"search.selection_steps: their windows ({most}) must be fewer than data.fitness_windows ({windows})"
-            )
         return self
 
     def spec(self) -> SearchSpec:

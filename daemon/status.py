@@ -86,7 +86,7 @@ class Status(_Value):
     parents_source: Source | None
     round: int
     candidates: int
-    """Proposed so far; baselines and trials are not counted."""
+    """Proposed so far; baselines are not counted."""
     by_source: dict[str, int]
     """The candidates that the LLM made, and those of the classical operators that stand in for it."""
     measured: int
@@ -95,10 +95,8 @@ class Status(_Value):
     """Of the proposed ones."""
     stopped: int = 0
     """Of the proposed ones: measured in part, for they lost their race."""
-    trials: int = 0
-    """Measurements on a few windows, by which offspring were chosen from their siblings (search.selection_steps)."""
     waiting: int
-    """Issued, baselines and trials included, and still without an outcome."""
+    """Issued, baselines included, and still without an outcome."""
     dead: tuple[dict[str, str], ...] = ()
     """The last jobs that were given up, newest first: `id`, `reason`, `worker`, `detail`."""
     dense_perplexity: float | None
@@ -179,7 +177,7 @@ class Tally:
 
     by_source: Counter[str] = field(default_factory=Counter)
     outcomes: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """By source and kind; baselines and trials are counted under `baseline` and `trial`."""
+    """By source and kind; baselines are counted under `baseline`."""
     round: int = 0
     evaluation_seconds: float = 0.0
     _issued: int = 0
@@ -207,8 +205,6 @@ class Tally:
 
 
 def _source(candidate: Candidate) -> str:
-    if candidate.on_windows is not None:
-        return "trial"
     return candidate.provenance.source if candidate.is_proposal else "baseline"
 
 
@@ -216,7 +212,7 @@ def make_status(seen: Seen, tally: Tally) -> Status:
     """The status of a search; `tally` has taken what is seen."""
     best = seen.population.best()
     outcome = best.outcome if best and isinstance(best.outcome, Measured) else None
-    proposals = {source: count for source, count in tally.by_source.items() if source not in ("baseline", "trial")}
+    proposals = {source: count for source, count in tally.by_source.items() if source != "baseline"}
     return Status(
         search=seen.search,
         model=seen.spec.model,
@@ -233,7 +229,6 @@ def make_status(seen: Seen, tally: Tally) -> Status:
         measured=len(seen.population),
         failed=sum(tally.outcomes[source, "failed"] for source in proposals),
         stopped=sum(tally.outcomes[source, "stopped"] for source in proposals),
-        trials=tally.outcomes["trial", "sampled"],
         waiting=len(seen.ledger) - sum(tally.outcomes.values()),
         dead=seen.around.dead,
         dense_perplexity=seen.dense_perplexity,

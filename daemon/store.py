@@ -229,7 +229,7 @@ class SearchStore:
             candidate = read_candidate(self._keys, id_, text)
             if candidate is None:
                 continue
-            if id_ == candidate_id(candidate.plan, self._spec.fingerprint, candidate.text, candidate.on_windows):
+            if id_ == candidate_id(candidate.plan, self._spec.fingerprint, candidate.text):
                 break
             raise self._damaged_spec("the candidates there are of other settings")
         else:

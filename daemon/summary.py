@@ -12,7 +12,7 @@ from rich.table import Table
 from agents.population import Evaluation, Population
 from agents.shares import Record, records_of
 from protocol.allocation import uniform_label
-from protocol.candidate import Candidate, Measured, Sampled, candidate_id
+from protocol.candidate import Candidate, Measured, candidate_id
 from protocol.card import DensePerplexity, ModelCard
 from protocol.plan import Parameters, count_parameters, dense_plan
 from protocol.spec import Measure, Reconstruction, SearchSpec
@@ -68,8 +68,6 @@ class Summary(BaseModel):
     """Used by the LLM: `prompt` and `completion`."""
     screened: int = 0
     """Proposals that a surrogate refused, unmeasured."""
-    trials: int = 0
-    """Measurements on a few windows, by which offspring were chosen from their siblings (search.selection_steps)."""
     seconds: float
 
 
@@ -110,7 +108,6 @@ def summarise(
         endpoints=records_of(population),
         tokens={name: int(counters.get(f"{name}_tokens", 0)) for name in ("prompt", "completion")},
         screened=int(counters.get("screened", 0)),
-        trials=sum(isinstance(e.outcome, Sampled) for e in population),
         seconds=round(counters.get("seconds", 0.0), 1),
     )
 
@@ -219,7 +216,6 @@ def _lines(summary: Summary) -> list[str]:
     outcome = summary.candidates["by_outcome"]
     used = summary.tokens
     screened = [f"proposals refused unmeasured, by a surrogate: {summary.screened}"] if summary.screened else []
-    trials = [f"measured on a few windows, to choose among siblings: {summary.trials:,}"] if summary.trials else []
     stopped = f", stopped early {outcome['stopped']}" if outcome["stopped"] else ""
     following = [f"next: selfpruner export --search {summary.search} --out DIR"] if summary.best else []
     unfinished = ["stopped before its end: these figures are not final, and the same command goes on"]
@@ -235,7 +231,6 @@ def _lines(summary: Summary) -> list[str]:
         f"candidates by source: {listed(summary.candidates['by_source'])}",
         *shares,
         *screened,
-        *trials,
         f"measured {outcome['measured']}, failed {outcome['failed']}{stopped}; "
         f"LLM tokens: {used['prompt']:,} in, {used['completion']:,} out; {summary.seconds:,.0f} seconds",
         *(following if summary.finished else unfinished),

@@ -36,14 +36,13 @@ def preparing(model: str) -> Iterator[None]:
 
 
 def answer(session: Session, request: dict[str, Any]) -> Outcome:
-    """The outcome of a request `{"plan": …, "text": …, "race": …, "on_windows": …}`.
+    """The outcome of a request `{"plan": …, "text": …, "race": …}`.
 
     Raises DeviceLostError when the process has to end.
     """
     try:
         race = None if request.get("race") is None else Race.model_validate(request["race"])
-        plan, text, part = Plan.model_validate(request["plan"]), request["text"], request.get("on_windows")
-        return session.race(plan, race, text) if part is None else session.sample(plan, part, text)
+        return session.race(Plan.model_validate(request["plan"]), race, request["text"])
     except NotFiniteError as error:
         return Failed(reason="not-finite", detail=str(error))
     # ValueError is what pydantic raises for a plan that is none.

@@ -108,7 +108,7 @@ class EvaluationChild:
 
         Raises DeviceLost when the process can measure nothing more, ChildDied when it ends without an answer.
         """
-        self._send({"id": candidate.id, **candidate.model_dump(include={"plan", "text", "race", "on_windows"})})
+        self._send({"id": candidate.id, **candidate.model_dump(include={"plan", "text", "race"})})
         try:
             async with asyncio.timeout(limit_seconds):
                 reply = await self._receive()

@@ -3,7 +3,6 @@
 import math
 import statistics
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,12 +12,11 @@ from gpu_worker.divergence import DensePredictions, dense_predictions, divergenc
 from gpu_worker.families import Decoder
 from gpu_worker.perplexity import NotFiniteError, checked_perplexity, perplexity_of, window_loss
 from gpu_worker.progress import Progress, no_progress, steps
-from gpu_worker.racing import is_beaten
 from gpu_worker.sensitivity import measure_sensitivity
 from gpu_worker.target import Share, Target
 from protocol.allocation import OUTLIER_THRESHOLD
 from protocol.any_heads import AnyHeadsPlan
-from protocol.candidate import Measured, Race, Sampled, Stopped, Text
+from protocol.candidate import Measured, Race, Stopped, Text
 from protocol.card import DensePerplexity, ModelCard
 from protocol.errors import DataError, ModelError
 from protocol.plan import Plan, count_parameters
@@ -74,48 +72,27 @@ class Session:
         self, plan: Plan | AnyHeadsPlan, race: Race | None, text: Text = "fitness", progress: Progress = no_progress
     ) -> Measured | Stopped:
         """As `evaluate`, window by window; where the plan is beaten in its race, the rest is not measured."""
-        count = len(self._windows(text))
-        seen, figures = self._measure(plan, text, range(count), race, progress)
-        if seen.is_beaten:
-            return Stopped(behind=seen.behind, windows=len(seen.losses), of_windows=count, **figures)
-        return Measured(losses=tuple(seen.losses) if race else (), **figures)
-
-    def sample(
-        self, plan: Plan, windows: Sequence[int], text: Text = "fitness", progress: Progress = no_progress
-    ) -> Sampled:
-        """As `evaluate`, but on these windows alone, by their place. Raises DataError for one that is not there."""
-        count = len(self._windows(text))
-        if not windows or not all(0 <= window < count for window in windows):
-            raise DataError(f"there are no windows {list(windows)} in a text of {count}")
-        return Sampled(**self._measure(plan, text, windows, None, progress)[1])
-
-    def _measure(
-        self,
-        plan: Plan | AnyHeadsPlan,
-        text: Text,
-        places: Sequence[int],
-        race: Race | None,
-        progress: Progress,
-    ) -> tuple["_Seen", dict[str, Any]]:
-        """Prune to `plan` and measure the windows at these places until the race is lost; with the figures of all."""
         windows, decoder = self._windows(text), self.target.model.decoder
         dense = self._predictions.get(text)
         start = time.perf_counter()
         self.target.prune(plan)
         seen = _Seen(race)
-        for i in steps(progress, _measuring("pruned", text), places):
-            predicted = len(windows[i]) - 1
+        for i, window in enumerate(steps(progress, _measuring("pruned", text), windows)):
+            predicted = len(window) - 1
             kept = None if dense is None else dense.part(slice(i * predicted, (i + 1) * predicted))
-            seen.take(decoder, windows[i][None], kept)
+            seen.take(decoder, window[None], kept)
             if seen.is_beaten:
                 break
-        return seen, {
+        figures: dict[str, Any] = {
             "perplexity": perplexity_of(seen.loss, seen.tokens),
             "kl": seen.divergence,
             "parameters": count_parameters(plan, self.shape),
             "tokens": seen.tokens,
             "seconds": time.perf_counter() - start,
         }
+        if seen.is_beaten:
+            return Stopped(behind=seen.behind, windows=len(seen.losses), of_windows=len(windows), **figures)
+        return Measured(losses=tuple(seen.losses) if race else (), **figures)
 
     def _windows(self, text: Text) -> Tensor:
         texts = self.target.texts
@@ -192,8 +169,7 @@ class _Seen:
     @property
     def is_beaten(self) -> bool:
         """Whether the race is lost."""
-        race = self._race
-        return race is not None and is_beaten(self.losses, race)
+        return self._race is not None and self._race.is_lost(self.losses)
 
     @property
     def behind(self) -> float:

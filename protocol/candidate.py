@@ -50,21 +50,21 @@ class Provenance(_Value):
     prompt: str | None = None
 
 
-LEAST_RACE = 3
-"""Before so many windows nobody is stopped."""
-
-
 class Race(_Value):
-    """What a candidate has to keep up with: it is stopped where it is worse.
+    """What a candidate has to keep up with: it is stopped after `first_windows` of its windows if it is worse on them.
 
     `against` are another candidate's losses, window by window; without them nothing is stopped, but losses are kept.
     """
 
     against: tuple[float, ...]
-    confidence: float | None = Field(default=None, gt=0, lt=1)
-    """It is stopped after any window where it is worse with so much confidence."""
-    first_windows: PositiveInt | None = None
-    """It is stopped after so many windows where it is worse on them, by however little: the low fidelity of two."""
+    first_windows: PositiveInt
+
+    def is_lost(self, losses: Sequence[float]) -> bool:
+        """Whether the candidate with these `losses` of its windows so far is stopped now."""
+        seen = len(losses)
+        # A candidate that has no window left is whole, whatever its losses.
+        is_time = seen == self.first_windows < len(self.against)
+        return is_time and math.fsum(losses) > math.fsum(self.against[:seen])
 
 
 class Candidate(_Value):
@@ -76,14 +76,11 @@ class Candidate(_Value):
     provenance: Provenance
     text: Text = "fitness"
     race: Race | None = None
-    on_windows: tuple[NonNegativeInt, ...] | None = None
-    """Of a trial, the windows of its text that it is measured on, by their place: it is compared with its siblings on
-    them. Who is chosen is proposed as a candidate of its own. None: the whole text."""
 
     @property
     def is_proposal(self) -> bool:
-        """Whether it takes part in the search: no baseline, and no trial."""
-        return self.on_windows is None and self.provenance.agent != "baseline"
+        """Whether it takes part in the search: it is no baseline."""
+        return self.provenance.agent != "baseline"
 
 
 class _Figures(_Value):
@@ -100,8 +97,12 @@ class _Figures(_Value):
     seconds: NonNegativeFloat
 
 
-class _WithFitness(_Figures):
-    """Figures that can be compared with others of the same windows."""
+class Measured(_Figures):
+    """A candidate's measurement on the whole text."""
+
+    kind: Literal["measured"] = "measured"
+    losses: tuple[float, ...] = ()
+    """Of each window, where the candidate raced: mean negative log-likelihood, or divergence, in nats a token."""
 
     @property
     def fitness(self) -> float:
@@ -112,14 +113,6 @@ class _WithFitness(_Figures):
         """`perplexity`, and `kl` where it was measured, rounded for people."""
         figures = {"perplexity": self.perplexity, "kl": self.kl}
         return {name: round(figure, digits) for name, figure in figures.items() if figure is not None}
-
-
-class Measured(_WithFitness):
-    """A candidate's measurement on the whole text."""
-
-    kind: Literal["measured"] = "measured"
-    losses: tuple[float, ...] = ()
-    """Of each window, where the candidate raced: mean negative log-likelihood, or divergence, in nats a token."""
 
 
 class Stopped(_Figures):
@@ -141,12 +134,6 @@ class Stopped(_Figures):
         return math.exp(level) if self.kl is None else level
 
 
-class Sampled(_WithFitness):
-    """A trial's measurement on its windows alone. `perplexity` and `kl` compare with those of the same windows only."""
-
-    kind: Literal["sampled"] = "sampled"
-
-
 class Failed(_Value):
     """A candidate that could not be measured. It never enters the population and is not tried again."""
 
@@ -155,7 +142,7 @@ class Failed(_Value):
     detail: str = ""
 
 
-Outcome = Measured | Stopped | Sampled | Failed
+Outcome = Measured | Stopped | Failed
 OUTCOME: TypeAdapter[Outcome] = TypeAdapter(Annotated[Outcome, Field(discriminator="kind")])
 
 
@@ -168,8 +155,7 @@ class Result:
     outcome: Outcome
 
 
-def candidate_id(plan: Plan, fingerprint: str, text: Text = "fitness", on_windows: Sequence[int] | None = None) -> str:
+def candidate_id(plan: Plan, fingerprint: str, text: Text = "fitness") -> str:
     """Sixteen hex digits that name a plan and what it is measured on; equal plans are the same candidate."""
-    part = "" if on_windows is None else f"|{','.join(map(str, on_windows))}"
-    content = f"{fingerprint}|{text}{part}|{plan.model_dump_json()}"
+    content = f"{fingerprint}|{text}|{plan.model_dump_json()}"
     return hashlib.sha256(content.encode()).hexdigest()[:16]

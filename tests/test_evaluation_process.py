@@ -16,7 +16,7 @@ import torch
 from gpu_worker.child import ChildDied, EvaluationChild
 from gpu_worker.evaluation_process import EXIT_USAGE, Lines, Replies, serve
 from gpu_worker.progress import no_progress
-from protocol.candidate import Candidate, Failed, Measured, Provenance, Sampled, Text
+from protocol.candidate import Candidate, Failed, Measured, Provenance, Text
 from protocol.card import ModelCard
 from protocol.errors import UsageError
 from protocol.plan import Plan
@@ -71,18 +71,6 @@ async def test_its_threads_wait_passively_unless_the_environment_says_otherwise(
     child = EvaluationChild(spec, (sys.executable, "-c", says))
     with pytest.raises(UsageError, match=f"^{used}$"):
         await child.start(no_progress, sensitivity=False)
-
-
-async def test_of_a_trial_its_windows_alone_are_measured(spec: SearchSpec) -> None:
-    child, card = await started(spec)
-    whole = candidate_for(spec.uniform_plan(card.shape))
-    trial = whole.model_copy(update={"on_windows": (0,)})
-    outcomes = [await child.evaluate(candidate, limit_seconds=60) for candidate in (trial, whole)]
-    await child.kill()
-    sampled, measured = outcomes
-    assert isinstance(sampled, Sampled) and isinstance(measured, Measured)
-    assert sampled.tokens == spec.fitness.seqlen - 1 < measured.tokens
-    assert sampled.perplexity != measured.perplexity
 
 
 async def test_a_plan_of_another_model_has_failed_as_invalid_and_the_next_is_measured(spec: SearchSpec) -> None:

@@ -14,7 +14,7 @@ from protocol.candidate import Failed, Race, Stopped
 from protocol.errors import SearchExistsError, UsageError
 from tests.samples import CARD, SPEC, candidates, measured
 
-STOPPED = candidates(5)[4].model_copy(update={"race": Race(against=(2.0, 2.1, 2.2), confidence=0.9)})
+STOPPED = candidates(5)[4].model_copy(update={"race": Race(against=(2.0, 2.1, 2.2), first_windows=2)})
 MANY = [*candidates(4), STOPPED]
 FULL = History(
     ledger={c.id: c for c in MANY},

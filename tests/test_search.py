@@ -180,17 +180,20 @@ async def test_a_search_killed_anywhere_goes_on_and_measures_nothing_twice(
     assert [r["order"] for r in records] == list(range(total))
 
 
-@pytest.mark.parametrize("per_call", [None, 3])
+@pytest.mark.parametrize(("per_call", "max_tokens"), [(None, None), (3, None), (None, 5 * 62 + 1)])
 async def test_a_search_that_was_killed_anywhere_has_the_history_of_an_undisturbed_one(
-    redis: Redis, tmp_path: Path, per_call: int | None
+    redis: Redis, tmp_path: Path, per_call: int | None, max_tokens: int | None
 ) -> None:
-    calm = Conducted(redis, Keys("calm"), tmp_path, proposals_per_call=per_call)
+    """Also one whose tokens are used up in its first round, after whose first outcome it may be killed."""
+    chosen = SETTINGS.model_copy(update={"max_tokens": max_tokens})
+    calm = Conducted(redis, Keys("calm"), tmp_path, settings=chosen, proposals_per_call=per_call)
     async with evaluating(redis, calm.keys):
         undisturbed = await calm.run()
+    assert undisturbed.proposed == (10 if max_tokens else undisturbed.planned)
     selections = 0
     for life in range(1, 100):
         chat = SchemaChat()
-        conducted = Conducted(redis, Keys("killed"), tmp_path, chat=chat, proposals_per_call=per_call)
+        conducted = Conducted(redis, Keys("killed"), tmp_path, settings=chosen, chat=chat, proposals_per_call=per_call)
         search = await conducted.open()
         enough = len(search.ledger) + 1 + life % 3
         async with evaluating(redis, conducted.keys):

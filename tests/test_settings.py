@@ -70,6 +70,8 @@ def test_defaults_are_the_papers() -> None:
             "search={proposer: random, mutator: ranked}",
             "^search.mutator is for the proposer `llm`, not for 'random'$",
         ),
+        ("search.seeds=8", "^search.seeds cannot be '8': input should be a list$"),
+        ("llm.endpoints=[{base_ulr: 'http://h/v1', model: m}]", "^there is no setting 'llm.endpoints.0.base_ulr'"),
         ("search.mutations={a: 1}", r"^search.mutations cannot be \"\{'a': 1\}\""),
         ("search.name.first=3", "search.name"),
         ("nonsense", "--set takes key=value"),
@@ -83,6 +85,12 @@ def test_a_mistake_gets_one_sentence_that_names_it(config: Path, override: str, 
     with pytest.raises(SettingsError, match=sentence) as caught:
         load(config, [override])
     assert "\n" not in str(caught.value)
+
+
+def test_tokens_that_are_too_few_for_the_first_population_are_refused_before_anything_is_started(config: Path) -> None:
+    says = r"^search.max_tokens \(100\) is smaller than what the first population takes \(30 x 16,376\): give"
+    with pytest.raises(SettingsError, match=says):
+        load(config, ["search.max_tokens=100", "data.fitness_windows=8", "data.seqlen=2048"])
 
 
 SECRET = "very-secret-1234"
