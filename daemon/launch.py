@@ -195,7 +195,6 @@ class Launch:
             seconds=self._meter.seconds,
         )
         self._search = self._observer.search = search
-        self._meter.screened = lambda: search.screened
         if self._display:
             self._display.search = search
         return search

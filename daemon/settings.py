@@ -85,10 +85,6 @@ class SearchSettings(Section):
     """Who mutates; `ranked` draws from a surrogate's trades. search.mutations: 0 leaves mutation out."""
     crossover: Literal["llm", "classical", "ranked"] = "llm"
     """Who crosses; `ranked` draws from a surrogate's mixes. search.crossovers: 0 leaves crossover out."""
-    least_difference: float = Field(default=0.0, ge=0, le=0.1)
-    """A proposal that differs from every earlier one in a smaller share of the parameters is refused, unmeasured."""
-    screening: bool = False
-    """Refuse, unmeasured, what a surrogate fitted to all outcomes expects to be worse than the whole population."""
     race_confidence: Annotated[float, Field(ge=0.5, lt=1)] | None = None
     """A candidate that is worse than the K-th best (with `evolution`: the best) with this confidence is measured no
     further; none: all are whole."""
@@ -160,11 +156,6 @@ class SearchSettings(Section):
             raise ValueError(f"search.selection_steps is for the proposer `evolution`, not for {self.proposer!r}")
         if self.mode == "steady-state":
             raise ValueError("search.selection_steps chooses among the offspring of a round: not with `steady-state`")
-        if self.least_difference or self.screening:
-            raise ValueError(
-                "search.selection_steps tries offspring before search.least_difference or search.screening could "
-                "refuse them: leave these out"
-            )
         offspring = [*(step.offspring for step in self.selection_steps), self.mutations + self.crossovers]
         windows = [step.windows for step in self.selection_steps]
         if offspring != sorted(set(offspring), reverse=True):

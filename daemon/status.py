@@ -111,8 +111,6 @@ class Status(_Value):
     """Used by the LLM over all restarts: `prompt` and `completion`."""
     cost: float = 0.0
     """Of them, at the prices of the endpoints; over all restarts."""
-    screened: int = 0
-    """Proposals that a surrogate refused, unmeasured."""
     seconds: float
 
 
@@ -243,6 +241,5 @@ def make_status(seen: Seen, tally: Tally) -> Status:
         best_kl=outcome.kl if outcome else None,
         tokens={name: int(seen.counters.get(f"{name}_tokens", 0)) for name in ("prompt", "completion")},
         cost=round(seen.counters.get("cost", 0.0), 6),
-        screened=int(seen.counters.get("screened", 0)),
         seconds=round(seen.counters.get("seconds", 0.0), 1),
     )

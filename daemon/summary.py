@@ -66,8 +66,6 @@ class Summary(BaseModel):
     """What the offspring by each LLM endpoint came to: `tried`, and `improved`."""
     tokens: dict[str, int]
     """Used by the LLM: `prompt` and `completion`."""
-    screened: int = 0
-    """Proposals that a surrogate refused, unmeasured."""
     trials: int = 0
     """Measurements on a few windows, by which offspring were chosen from their siblings (search.selection_steps)."""
     seconds: float
@@ -109,7 +107,6 @@ def summarise(
         },
         endpoints=records_of(population),
         tokens={name: int(counters.get(f"{name}_tokens", 0)) for name in ("prompt", "completion")},
-        screened=int(counters.get("screened", 0)),
         trials=sum(isinstance(e.outcome, Sampled) for e in population),
         seconds=round(counters.get("seconds", 0.0), 1),
     )
@@ -218,7 +215,6 @@ def _lines(summary: Summary) -> list[str]:
 
     outcome = summary.candidates["by_outcome"]
     used = summary.tokens
-    screened = [f"proposals refused unmeasured, by a surrogate: {summary.screened}"] if summary.screened else []
     trials = [f"measured on a few windows, to choose among siblings: {summary.trials:,}"] if summary.trials else []
     stopped = f", stopped early {outcome['stopped']}" if outcome["stopped"] else ""
     following = [f"next: selfpruner export --search {summary.search} --out DIR"] if summary.best else []
@@ -234,7 +230,6 @@ def _lines(summary: Summary) -> list[str]:
         f"candidates by agent: {listed(summary.candidates['by_agent'])}",
         f"candidates by source: {listed(summary.candidates['by_source'])}",
         *shares,
-        *screened,
         *trials,
         f"measured {outcome['measured']}, failed {outcome['failed']}{stopped}; "
         f"LLM tokens: {used['prompt']:,} in, {used['completion']:,} out; {summary.seconds:,.0f} seconds",

@@ -285,8 +285,6 @@ REFUSED = {
     "selection_steps: [{offspring: 12, window: 1}]": r"there is no setting 'search\.selection_steps\.0\.window'",
     "max_tokens: 100": r"max_tokens \(100\) is smaller than what the first population takes \(30 x 16,376\)",
     "selection_steps: [{offspring: 12}]": r"selection_steps\.0\.windows",
-    "least_difference: 0.01": r"search\.least_difference or search\.screening could refuse them",
-    "screening: true": r"search\.least_difference or search\.screening could refuse them",
 }
 
 
