@@ -152,7 +152,7 @@ class Asker:
             schema=question.schema(missing),
             schema_name=question.name,
             seed=call.seed(attempt),
-            temperature=self._settings.temperature_in(call.view.round),
+            temperature=self._settings.temperature,
             max_tokens=min(needed, self._settings.max_tokens),
             label=f"{call.agent} round {call.view.round} call {call.index} attempt {attempt}",
             prefer=ranked_endpoints(call.view, self._settings.share, call.seed(-2 - attempt)),

@@ -93,8 +93,6 @@ class LlmSettings(Section):
     """How often a bad reply is answered with what was wrong before the classical operator stands in."""
     temperature: float = Field(default=1.0, ge=0, le=2)
     """Of the LLM's sampling."""
-    last_temperature: float | None = Field(default=None, ge=0, le=2)
-    """Of the last round; the temperature goes there in equal steps. None: it stays."""
     max_tokens: PositiveInt = 4096
     """At most so many tokens in one reply."""
     attempts: PositiveInt = 4

@@ -37,8 +37,6 @@ def make_agents(search: SearchSettings, llm: LlmSettings, chat: Asks, endpoints:
         share=tuple(endpoints) if llm.order == "share" else (),
         tell=frozenset(llm.tell),
         temperature=llm.temperature,
-        last_temperature=llm.last_temperature,
-        rounds=search.turns,
         max_tokens=llm.max_tokens,
     )
     prompts = Prompts()

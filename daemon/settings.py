@@ -171,11 +171,6 @@ class SearchSettings(Section):
             )
 
     @property
-    def turns(self) -> int:
-        """Rounds as provenance counts them: in a steady state each candidate after the first population is one."""
-        return self.rounds * (self.mutations + self.crossovers if self.mode == "steady-state" else 1)
-
-    @property
     def asks_llm(self) -> bool:
         """Whether any agent asks an LLM."""
         agents: list[str] = [self.initializer, self.selector]
