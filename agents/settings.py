@@ -24,8 +24,6 @@ class AgentSettings(BaseModel):
     """None: all at once for `lists`, as in the paper; one for the others."""
     reasks: NonNegativeInt = 2
     """How often a bad reply is answered with what was wrong before the classical operator stands in."""
-    share: tuple[str, ...] = ()
-    """Endpoints that share the questions, by what their proposals have improved; the others only take their place."""
     tell: frozenset[Told] = frozenset({"sensitivity", "lessons"})
     temperature: float = Field(default=1.0, ge=0, le=2)
     max_tokens: PositiveInt = 4096

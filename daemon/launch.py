@@ -142,7 +142,7 @@ class Launch:
             check_lists(self._settings, chat.contexts, units)
             duties.append(group.create_task(repair_for_ever(self._store, queue, lambda: self._memory(history).history)))
             asks = await asyncio.to_thread(self._asks, chat, history)
-            search = self._make_search(card, chat, asks, queue, history)
+            search = self._make_search(card, asks, queue, history)
             await self._wait_for_llm(search, chat, is_new=is_new)
             if is_new:
                 check_lists_somewhere(self._settings, chat.contexts, units)
@@ -179,15 +179,13 @@ class Launch:
             self._journal.begin_transcript()
         await self._store.repair(queue, history)
 
-    def _make_search(
-        self, card: ModelCard, chat: "Chat", asks: Asks, queue: CandidateQueue, history: History
-    ) -> Search:
+    def _make_search(self, card: ModelCard, asks: Asks, queue: CandidateQueue, history: History) -> Search:
         search = Search(
             self._settings.search.name,
             self._spec,
             self._settings.search,
             card=card,
-            agents=make_agents(self._settings.search, self._settings.llm, asks, list(chat.usage)),
+            agents=make_agents(self._settings.search, self._settings.llm, asks),
             queue=queue,
             journal=self._journal,
             history=history,

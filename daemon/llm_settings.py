@@ -81,8 +81,6 @@ class LlmSettings(Section):
 
     endpoints: Annotated[tuple[EndpointSettings, ...], AfterValidator(_named_apart)] = ()
     """Asked in this order, the next when one fails. Empty: `selfpruner run` serves a small model itself."""
-    order: Literal["failover", "share"] = "failover"
-    """`failover`: as given. `share`: each question goes to one endpoint, by what its proposals have improved."""
     reply: Literal["lists", "edits", "trades"] = "lists"
     """`lists`: whole configurations (the paper). `edits`: small changes. `trades`: choices of a ranked menu."""
     tell: tuple[Told, ...] = ("sensitivity", "lessons")

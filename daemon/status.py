@@ -40,10 +40,6 @@ class EndpointStatus(_Value):
     errors: int
     prompt_tokens: int
     completion_tokens: int
-    tried: int = 0
-    """Of its offspring, over all restarts."""
-    improved: int = 0
-    """Of these: better than the best of their parents."""
 
 
 class Condition(_Value):

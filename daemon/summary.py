@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.table import Table
 
 from agents.population import Evaluation, Population
-from agents.shares import Record, records_of
 from protocol.allocation import uniform_label
 from protocol.candidate import Candidate, Measured, Sampled, candidate_id
 from protocol.card import DensePerplexity, ModelCard
@@ -62,8 +61,6 @@ class Summary(BaseModel):
     """The best candidate's."""
     candidates: dict[str, dict[str, int]]
     """Counts `by_agent`, `by_source` and `by_outcome` (`measured`, `failed`, `stopped` in a race)."""
-    endpoints: dict[str, Record] = {}
-    """What the offspring by each LLM endpoint came to: `tried`, and `improved`."""
     tokens: dict[str, int]
     """Used by the LLM: `prompt` and `completion`."""
     trials: int = 0
@@ -105,7 +102,6 @@ def summarise(
             "by_source": {"llm": 0, "stand-in": 0, **Counter(c.provenance.source for c in proposals)},
             "by_outcome": {name: outcomes[name] for name in ("measured", "failed", "stopped")},
         },
-        endpoints=records_of(population),
         tokens={name: int(counters.get(f"{name}_tokens", 0)) for name in ("prompt", "completion")},
         trials=sum(isinstance(e.outcome, Sampled) for e in population),
         seconds=round(counters.get("seconds", 0.0), 1),
@@ -219,17 +215,12 @@ def _lines(summary: Summary) -> list[str]:
     stopped = f", stopped early {outcome['stopped']}" if outcome["stopped"] else ""
     following = [f"next: selfpruner export --search {summary.search} --out DIR"] if summary.best else []
     unfinished = ["stopped before its end: these figures are not final, and the same command goes on"]
-    shares = [
-        f"endpoint {name}: {record.improved} of {record.tried} offspring improved on their parents"
-        for name, record in summary.endpoints.items()
-    ]
     weak = [WEAK_BASELINE] if summary.reconstruction == "none" else []
     return [
         *_found_out(summary),
         *weak,
         f"candidates by agent: {listed(summary.candidates['by_agent'])}",
         f"candidates by source: {listed(summary.candidates['by_source'])}",
-        *shares,
         *trials,
         f"measured {outcome['measured']}, failed {outcome['failed']}{stopped}; "
         f"LLM tokens: {used['prompt']:,} in, {used['completion']:,} out; {summary.seconds:,.0f} seconds",

@@ -46,7 +46,6 @@ class ScriptedChat:
         temperature: float,
         max_tokens: int,
         label: str = "",
-        prefer: Sequence[str] = (),
     ) -> Answer:
         number = len(self.conversations)
         json.dumps([dict(m) for m in messages], ensure_ascii=False).encode()  # what cannot be sent fails here
