@@ -31,7 +31,7 @@ class TransformersRunner:
     """
 
     def __init__(self, model: LoadedModel, length: Length, *, clock: Clock = time.perf_counter) -> None:
-        self.model = model
+        self._model = model
         self._length = length
         self._clock = clock
         self._cached = 0
@@ -41,9 +41,9 @@ class TransformersRunner:
 
     def run(self, batch_size: int) -> Timing:
         """Process so many prompts and generate after each, the likeliest token every time."""
-        prompts = random_prompts(self.model.decoder.head.out_features, batch_size, self._length.prompt)
-        prompts = prompts.to(self.model.device)
-        cache = StaticCache(self.model.causal_lm.config, max_cache_len=self._length.total)
+        prompts = random_prompts(self._model.decoder.head.out_features, batch_size, self._length.prompt)
+        prompts = prompts.to(self._model.device)
+        cache = StaticCache(self._model.causal_lm.config, max_cache_len=self._length.total)
         with torch.inference_mode():
             start = self._now()
             newest = self._next(prompts, cache)
@@ -58,10 +58,10 @@ class TransformersRunner:
 
     def _next(self, tokens: Tensor, cache: Any) -> Tensor:
         """The likeliest tokens [batch, 1] after `tokens` [batch, new], whose keys and values `cache` takes."""
-        decoder = self.model.decoder
+        decoder = self._model.decoder
         hidden = decoder.body(input_ids=tokens, use_cache=True, **{self._argument: cache}).last_hidden_state
         logits: Tensor = decoder.head(hidden[:, -1:])
-        return logits.argmax(-1).to(self.model.device)
+        return logits.argmax(-1).to(self._model.device)
 
     def _now(self) -> float:
         for device in self._devices:
@@ -71,14 +71,14 @@ class TransformersRunner:
 
     def size(self) -> ModelSize:
         """Counted from the tensors of the model, and of the cache of the last run."""
-        shape, dtype = self.model.decoder.shape, self.model.causal_lm.dtype
+        shape, dtype = self._model.decoder.shape, self._model.causal_lm.dtype
         return ModelSize(
             decoder_parameters=shape.decoder_parameters,
             total_parameters=shape.total_parameters,
-            weight_bytes=sum(parameter.nbytes for parameter in self.model.causal_lm.parameters()),
+            weight_bytes=sum(parameter.nbytes for parameter in self._model.causal_lm.parameters()),
             kv_cache_bytes_per_token=kv_cache_bytes(shape, dtype.itemsize, 1),
             kv_cache_bytes=self._cached,
-            disk_bytes=_weight_files_bytes(self.model.causal_lm.config.name_or_path),
+            disk_bytes=_weight_files_bytes(self._model.causal_lm.config.name_or_path),
             weight_type=str(dtype).removeprefix("torch."),
         )
 
