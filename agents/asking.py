@@ -14,7 +14,6 @@ from agents.endpoint import Answer, Message
 from agents.prompt import Prompts
 from agents.replies import Parsed
 from agents.settings import AgentSettings
-from agents.shares import ranked_endpoints
 from agents.view import Member, View
 from agents.words import about_model
 from protocol.errors import EndpointError, InvalidReply
@@ -49,12 +48,8 @@ class Asks(Protocol):
         temperature: float,
         max_tokens: int,
         label: str = "",
-        prefer: Sequence[str] = (),
     ) -> Answer:
-        """The answer; raises EndpointError when no endpoint gives one.
-
-        The endpoints with the names in `prefer` are asked in this order, before the others.
-        """
+        """The answer; raises EndpointError when no endpoint gives one."""
         ...
 
 
@@ -152,10 +147,9 @@ class Asker:
             schema=question.schema(missing),
             schema_name=question.name,
             seed=call.seed(attempt),
-            temperature=self._settings.temperature_in(call.view.round),
+            temperature=self._settings.temperature,
             max_tokens=min(needed, self._settings.max_tokens),
             label=f"{call.agent} round {call.view.round} call {call.index} attempt {attempt}",
-            prefer=ranked_endpoints(call.view, self._settings.share, call.seed(-2 - attempt)),
         )
         if answer.truncated and needed < self._settings.max_tokens:
             # For good: a model that reasons before it answers will do so every time.

@@ -98,13 +98,12 @@ class Chat:
         temperature: float,
         max_tokens: int,
         label: str = "",
-        prefer: Sequence[str] = (),
     ) -> Answer:
-        """The first endpoint's answer that comes, those in `prefer` first; raises EndpointError when none does."""
+        """The answer of the first endpoint that gives one; raises EndpointError when none does."""
         question = Question(messages, schema, schema_name, seed, temperature, max_tokens)
         try:
             self._permit()
-            return await self._ask_in_order(question, label, self._ordered(prefer))
+            return await self._ask_in_order(question, label)
         except BudgetUsedUp as error:
             self._stand_ins("budget", str(error))
             self._keep(question, label, error=str(error))
@@ -122,15 +121,11 @@ class Chat:
             readiness = Readiness(self._connections, self._policy, gate=self._gate, permit=self._permit)
             await readiness.wait(waiting, at_most=at_most, refuse=refuse)
 
-    def _ordered(self, prefer: Sequence[str]) -> list[Connection]:
-        place = {name: number for number, name in enumerate(prefer)}
-        return sorted(self._connections, key=lambda connection: place.get(connection.endpoint.name, len(place)))
-
-    async def _ask_in_order(self, question: Question, label: str, connections: Sequence[Connection]) -> Answer:
+    async def _ask_in_order(self, question: Question, label: str) -> Answer:
         failures: list[str] = []
         alive = False
-        for number, connection in enumerate(connections):
-            others = any(other.is_free for other in connections[number + 1 :])
+        for number, connection in enumerate(self._connections):
+            others = any(other.is_free for other in self._connections[number + 1 :])
             name = connection.endpoint.name
             started = time.monotonic()
             try:

@@ -24,22 +24,10 @@ class AgentSettings(BaseModel):
     """None: all at once for `lists`, as in the paper; one for the others."""
     reasks: NonNegativeInt = 2
     """How often a bad reply is answered with what was wrong before the classical operator stands in."""
-    share: tuple[str, ...] = ()
-    """Endpoints that share the questions, by what their proposals have improved; the others only take their place."""
     tell: frozenset[Told] = frozenset({"sensitivity", "lessons"})
     temperature: float = Field(default=1.0, ge=0, le=2)
-    last_temperature: float | None = Field(default=None, ge=0, le=2)
-    """Of the last of `rounds`; the temperature goes there in equal steps. None: it stays."""
-    rounds: NonNegativeInt = 0
     max_tokens: PositiveInt = 4096
     """The most that one reply may take. Asking starts with what the reply needs and grows when one is cut off."""
-
-    def temperature_in(self, round_: int) -> float:
-        """The temperature of a round's questions."""
-        if self.last_temperature is None or self.rounds == 0:
-            return self.temperature
-        share = min(round_ / self.rounds, 1.0)
-        return self.temperature + share * (self.last_temperature - self.temperature)
 
     def split(self, count: int) -> list[int]:
         """How many proposals each call asks for."""

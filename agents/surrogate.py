@@ -86,8 +86,6 @@ class Surrogate:
         self._points = self._at(shares.reshape(len(every), len(self._sizes)))
         self._usual = float(np.median(rises)) if every else float(sum(rise for _, rise in self._alone))
         self._usual = max(self._usual, 1e-6)
-        self.errors: Array = np.zeros(0)
-        """How far the guess of each outcome, best first, would have been off had it not been seen."""
         self._weights: Array = np.zeros(0)
         self._inverse: Array = np.zeros((0, 0))
         if every:
@@ -96,7 +94,6 @@ class Surrogate:
             covariance = self._covariance(self._points, self._points) + np.diag(noise)
             self._inverse = np.linalg.inv(covariance)
             self._weights = self._inverse @ (rises - self._points.believed)
-            self.errors = (self._weights / self._inverse.diagonal())[: len(measured)]
 
     def guess(self, plan: Plan) -> float:
         """The rise over the dense model, in nats: of log-perplexity, or of the divergence."""

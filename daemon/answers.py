@@ -173,7 +173,7 @@ def zero_shot(result: ZeroShotResult) -> Iterator[RenderableType]:
 
 
 def speed(result: SpeedResult) -> Iterator[RenderableType]:
-    """Sizes and tokens per second in each engine, and of the sweep."""
+    """Sizes and tokens per second in each engine."""
     yield f"{result.folder} beside {result.baseline}: prompts of {result.prompt} tokens, {result.generate} generated"
     for found in result.engines:
         threads = f", {found.threads} thread{'s' * (found.threads != 1)}" if found.threads else ""
@@ -190,27 +190,19 @@ def speed(result: SpeedResult) -> Iterator[RenderableType]:
                 _number(size.disk_bytes and size.disk_bytes / 1e6, 1),
             )
         yield sizes
-        yield _rates("", [("", batch) for batch in found.batches])
-    if result.sweep:
-        yield "\nMLP widths rounded, in transformers"
-        rows = [
-            (f"{each.multiple_of} ({_millions(each.decoder_parameters)})", batch)
-            for each in result.sweep
-            for batch in each.batches
-        ]
-        yield _rates("multiple of", rows)
+        yield _rates(found.batches)
     yield f"medians and ranges of {result.repeats} repeats after {result.warm_up}, dense and pruned in turn"
     for reason in result.skipped.values():
         yield f"skipped: {reason}"
 
 
-def _rates(first: str, rows: Sequence[tuple[str, BatchSpeed]]) -> Table:
+def _rates(batches: Sequence[BatchSpeed]) -> Table:
     """Two rows for each batch: tokens per second of the prefill and of the decode."""
-    table = _table(first, "batch", "", "dense tokens/s", "pruned tokens/s", "speed-up")
-    for name, batch in rows:
+    table = _table("batch", "", "dense tokens/s", "pruned tokens/s", "speed-up")
+    for batch in batches:
         for phase, found in (("prefill", batch.prefill), ("decode", batch.decode)):
             cells = [_spread(found.dense, 1), _spread(found.pruned, 1), _spread(found.speed_up, 2)]
-            table.add_row(name, str(batch.batch_size), phase, *cells)
+            table.add_row(str(batch.batch_size), phase, *cells)
     return table
 
 

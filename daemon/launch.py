@@ -143,7 +143,7 @@ class Launch:
             duties.append(group.create_task(repair_for_ever(self._store, queue, lambda: self._memory(history).history)))
             asks = await asyncio.to_thread(self._asks, chat, history)
             # In a thread, for a long history takes a second. All that asks of the search meanwhile finds none yet.
-            search = await asyncio.to_thread(self._make_search, card, chat, asks, queue, history)
+            search = await asyncio.to_thread(self._make_search, card, asks, queue, history)
             await self._wait_for_llm(search, chat, is_new=is_new)
             if is_new:
                 check_lists_somewhere(self._settings, chat.contexts, units)
@@ -180,15 +180,13 @@ class Launch:
             self._journal.begin_transcript()
         await self._store.repair(queue, history)
 
-    def _make_search(
-        self, card: ModelCard, chat: "Chat", asks: Asks, queue: CandidateQueue, history: History
-    ) -> Search:
+    def _make_search(self, card: ModelCard, asks: Asks, queue: CandidateQueue, history: History) -> Search:
         search = Search(
             self._settings.search.name,
             self._spec,
             self._settings.search,
             card=card,
-            agents=make_agents(self._settings.search, self._settings.llm, asks, list(chat.usage)),
+            agents=make_agents(self._settings.search, self._settings.llm, asks),
             queue=queue,
             journal=self._journal,
             history=history,
@@ -196,7 +194,6 @@ class Launch:
             seconds=self._meter.seconds,
         )
         self._search = self._observer.search = search
-        self._meter.screened = lambda: search.screened
         if self._display:
             self._display.search = search
         return search

@@ -81,8 +81,6 @@ class LlmSettings(Section):
 
     endpoints: Annotated[tuple[EndpointSettings, ...], AfterValidator(_named_apart)] = ()
     """Asked in this order, the next when one fails. Empty: `selfpruner run` serves a small model itself."""
-    order: Literal["failover", "share"] = "failover"
-    """`failover`: as given. `share`: each question goes to one endpoint, by what its proposals have improved."""
     reply: Literal["lists", "edits", "trades"] = "lists"
     """`lists`: whole configurations (the paper). `edits`: small changes. `trades`: choices of a ranked menu."""
     tell: tuple[Told, ...] = ("sensitivity", "lessons")
@@ -93,8 +91,6 @@ class LlmSettings(Section):
     """How often a bad reply is answered with what was wrong before the classical operator stands in."""
     temperature: float = Field(default=1.0, ge=0, le=2)
     """Of the LLM's sampling."""
-    last_temperature: float | None = Field(default=None, ge=0, le=2)
-    """Of the last round; the temperature goes there in equal steps. None: it stays."""
     max_tokens: PositiveInt = 4096
     """At most so many tokens in one reply."""
     attempts: PositiveInt = 4

@@ -3,7 +3,6 @@
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from agents.budget import Spent
@@ -21,9 +20,7 @@ class Meter:
         self.counters: dict[str, float] = {}
         self._store = store
         self._asked = asyncio.Event()
-        self._seconds_before = self._screened_before = 0.0
-        self.screened: Callable[[], int] = lambda: 0
-        """Proposals of this process that a surrogate refused."""
+        self._seconds_before = 0.0
         self.chat: Chat | None = None
         """Whose requests are counted, once there is one; time is counted before, too."""
         self._since = time.monotonic()
@@ -32,7 +29,6 @@ class Meter:
         """Go on from what earlier processes have used."""
         self.counters = history.counters
         self._seconds_before = history.counters.get("seconds", 0.0)
-        self._screened_before = history.counters.get("screened", 0.0)
 
     @property
     def spent(self) -> Spent:
@@ -63,7 +59,7 @@ class Meter:
 
     async def count(self) -> None:
         """Make durable what is used by now."""
-        totals = {"seconds": self.seconds(), "screened": self._screened_before + self.screened()}
+        totals = {"seconds": self.seconds()}
         if self.chat is not None:
             spent = self.chat.spent
             totals |= {

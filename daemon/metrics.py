@@ -110,12 +110,6 @@ def _endpoints(status: Status) -> Iterable[Metric]:
     requests = CounterMetricFamily("selfpruner_llm_requests", "HTTP requests, retries included.", labels=["endpoint"])
     errors = CounterMetricFamily("selfpruner_llm_errors", "Questions that failed for good.", labels=["endpoint"])
     tokens = CounterMetricFamily("selfpruner_llm_tokens", "Tokens in and out.", labels=["endpoint", "kind"])
-    tried = CounterMetricFamily(
-        "selfpruner_llm_offspring", "Offspring that were tried, over all restarts.", labels=["endpoint"]
-    )
-    improved = CounterMetricFamily(
-        "selfpruner_llm_offspring_improved", "Those that improved on their parents.", labels=["endpoint"]
-    )
     asked = GaugeMetricFamily(
         "selfpruner_llm_endpoint_up", "0 while an endpoint is left alone after a failure.", labels=["endpoint"]
     )
@@ -124,10 +118,8 @@ def _endpoints(status: Status) -> Iterable[Metric]:
         errors.add_metric([name], endpoint.errors)
         tokens.add_metric([name, "prompt"], endpoint.prompt_tokens)
         tokens.add_metric([name, "completion"], endpoint.completion_tokens)
-        tried.add_metric([name], endpoint.tried)
-        improved.add_metric([name], endpoint.improved)
         asked.add_metric([name], endpoint.state == "asked")
-    yield from (requests, errors, tokens, tried, improved, asked)
+    yield from (requests, errors, tokens, asked)
     yield _gauge("degraded", "1 while classical operators stand in for the LLM.", status.degraded)
 
 

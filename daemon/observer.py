@@ -16,7 +16,6 @@ from redis.exceptions import RedisError
 from agents.endpoint import Usage
 from agents.health import EndpointState, LlmState
 from agents.population import Population
-from agents.shares import Offspring, Record
 from daemon.changes import Follower
 from daemon.event_log import EventLog
 from daemon.heartbeat import Heartbeat
@@ -68,7 +67,6 @@ class Observer:
         self._published: tuple[Condition | None, Status | None] = (None, None)
         self._told = self._begun = False
         self._history = History()
-        self._offspring = Offspring()
         self._early = Population()
         self.events = EventLog()
         self.heartbeat = Heartbeat()
@@ -155,21 +153,11 @@ class Observer:
     def _condition(self) -> Condition:
         chat = self.chat
         state = chat.state if chat else LlmState()
-        if state.endpoints:
-            self._offspring.take(self.population)
-        offspring = self._offspring.records
         return Condition(
             degraded=state.degraded is not None if chat else None,
             degraded_by=state.degraded,
             parents_source=self.search.parents_source if self.search else None,
-            endpoints={
-                endpoint.name: _endpoint(
-                    chat.usage[endpoint.name], endpoint, offspring.get(endpoint.name, Record(0, 0))
-                )
-                for endpoint in state.endpoints
-            }
-            if chat
-            else {},
+            endpoints={e.name: _endpoint(chat.usage[e.name], e) for e in state.endpoints} if chat else {},
             finished=self.finished,
         )
 
@@ -193,7 +181,7 @@ class Observer:
         self._published = known, written
 
 
-def _endpoint(usage: Usage, endpoint: EndpointState, offspring: Record) -> EndpointStatus:
+def _endpoint(usage: Usage, endpoint: EndpointState) -> EndpointStatus:
     return EndpointStatus(
         state="asked" if endpoint.state == "closed" else "left alone",
         reason=endpoint.reason,
@@ -201,6 +189,4 @@ def _endpoint(usage: Usage, endpoint: EndpointState, offspring: Record) -> Endpo
         errors=usage.errors,
         prompt_tokens=usage.prompt_tokens,
         completion_tokens=usage.completion_tokens,
-        tried=offspring.tried,
-        improved=offspring.improved,
     )

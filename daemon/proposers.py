@@ -1,7 +1,5 @@
 """Who proposes in a search, from its settings: the LLM's agents, or the methods that they are compared with."""
 
-from collections.abc import Sequence
-
 from agents.asking import Asks
 from agents.classical import (
     ClassicalCrossover,
@@ -25,8 +23,8 @@ from daemon.settings import SearchSettings
 from daemon.terminal import need
 
 
-def make_agents(search: SearchSettings, llm: LlmSettings, chat: Asks, endpoints: Sequence[str] = ()) -> Agents:
-    """The agents of this search; those that ask an LLM ask `chat`, whose endpoints have these names.
+def make_agents(search: SearchSettings, llm: LlmSettings, chat: Asks) -> Agents:
+    """The agents of this search; those that ask an LLM ask `chat`.
 
     Raises SettingsError where a package is missing.
     """
@@ -34,11 +32,8 @@ def make_agents(search: SearchSettings, llm: LlmSettings, chat: Asks, endpoints:
         reply=llm.reply,
         proposals_per_call=llm.proposals_per_call,
         reasks=llm.reasks,
-        share=tuple(endpoints) if llm.order == "share" else (),
         tell=frozenset(llm.tell),
         temperature=llm.temperature,
-        last_temperature=llm.last_temperature,
-        rounds=search.turns,
         max_tokens=llm.max_tokens,
     )
     prompts = Prompts()

@@ -104,5 +104,5 @@ def counters(folder: Path, history: History) -> dict[str, float]:
     found = {"requests": float(transcript.read_bytes().count(b"\n")) if transcript.is_file() else 0.0}
     if status is not None:
         found |= {f"{name}_tokens": float(tokens) for name, tokens in status.tokens.items()}
-        found |= {"cost": status.cost, "seconds": status.seconds, "screened": float(status.screened)}
+        found |= {"cost": status.cost, "seconds": status.seconds}
     return history.counters | {name: max(used, history.counters.get(name, 0.0)) for name, used in found.items()}

@@ -136,12 +136,11 @@ def _workers(status: Status) -> RenderableType:
 
 def _endpoints(status: Status) -> RenderableType:
     table = Table(title="LLM endpoints", box=None, title_justify="left")
-    for column in ("endpoint", "state", "requests", "errors", "offspring", "better"):
+    for column in ("endpoint", "state", "requests", "errors"):
         table.add_column(column, justify="left" if column in ("endpoint", "state") else "right")
     for name, endpoint in status.endpoints.items():
         state = _plain(endpoint.state + (f": {endpoint.reason}" if endpoint.reason else ""))
-        counts = (endpoint.requests, endpoint.errors, endpoint.tried, endpoint.improved)
-        table.add_row(_plain(name), state, *(f"{count:,}" for count in counts))
+        table.add_row(_plain(name), state, f"{endpoint.requests:,}", f"{endpoint.errors:,}")
     return table
 
 

@@ -79,10 +79,6 @@ class SearchSettings(Section):
     """Who mutates; `ranked` draws from a surrogate's trades. search.mutations: 0 leaves mutation out."""
     crossover: Literal["llm", "classical", "ranked"] = "llm"
     """Who crosses; `ranked` draws from a surrogate's mixes. search.crossovers: 0 leaves crossover out."""
-    least_difference: float = Field(default=0.0, ge=0, le=0.1)
-    """A proposal that differs from every earlier one in a smaller share of the parameters is refused, unmeasured."""
-    screening: bool = False
-    """Refuse, unmeasured, what a surrogate fitted to all outcomes expects to be worse than the whole population."""
     first_windows: PositiveInt | None = None
     """Multi-fidelity: a candidate that is worse than the K-th best (with `evolution`: the best) on so many windows is
     measured no further; none: all are measured whole."""
@@ -132,11 +128,6 @@ class SearchSettings(Section):
                 f"search.max_tokens ({self.max_tokens:,}) is smaller than what the first population takes "
                 f"({self.population} x {tokens:,}): give more, or a smaller search.population"
             )
-
-    @property
-    def turns(self) -> int:
-        """Rounds as provenance counts them: in a steady state each candidate after the first population is one."""
-        return self.rounds * (self.mutations + self.crossovers if self.mode == "steady-state" else 1)
 
     @property
     def asks_llm(self) -> bool:

@@ -25,10 +25,6 @@ def speed(
     generate: Annotated[int, typer.Option(min=2, help="Tokens generated after it.")] = 64,
     repeats: Annotated[int, typer.Option(min=1, help="Of the dense and the pruned model, in turn.")] = 5,
     warm_up: Annotated[int, typer.Option(min=0, help="Repeats before those that count.")] = 1,
-    sweep_multiple_of: Annotated[
-        list[str] | None,
-        typer.Option(help="transformers: measure with MLP widths rounded to these too, such as '1 8 16 32 64 128'."),
-    ] = None,
     gguf_type: Annotated[
         GgufType | None, typer.Option(help="Of the GGUF files for llama.cpp. Left out: of the one there, else f16.")
     ] = None,
@@ -38,7 +34,7 @@ def speed(
     """Say how many tokens per second a pruned folder and its dense model process and generate, side by side."""
     need("torch", "worker")
     from gpu_worker.export.folder import formats_in
-    from gpu_worker.speed.engines import SpeedRequest, choose_engines, engines_named, multiples_of
+    from gpu_worker.speed.engines import SpeedRequest, choose_engines, engines_named
     from gpu_worker.speed.measuring import Length
 
     request = SpeedRequest(
@@ -51,7 +47,6 @@ def speed(
         engines=engines_named(engine or []),
         dtype=dtype,
         gguf_type=gguf_type,
-        multiples=multiples_of(sweep_multiple_of or []),
     )
     if not baseline.strip():
         raise SettingsError("--baseline is empty: name the dense model")

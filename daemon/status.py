@@ -39,10 +39,6 @@ class EndpointStatus(_Value):
     errors: int
     prompt_tokens: int
     completion_tokens: int
-    tried: int = 0
-    """Of its offspring, over all restarts."""
-    improved: int = 0
-    """Of these: better than the best of their parents."""
 
 
 class Condition(_Value):
@@ -108,8 +104,6 @@ class Status(_Value):
     """Used by the LLM over all restarts: `prompt` and `completion`."""
     cost: float = 0.0
     """Of them, at the prices of the endpoints; over all restarts."""
-    screened: int = 0
-    """Proposals that a surrogate refused, unmeasured."""
     seconds: float
 
 
@@ -237,6 +231,5 @@ def make_status(seen: Seen, tally: Tally) -> Status:
         best_kl=outcome.kl if outcome else None,
         tokens={name: int(seen.counters.get(f"{name}_tokens", 0)) for name in ("prompt", "completion")},
         cost=round(seen.counters.get("cost", 0.0), 6),
-        screened=int(seen.counters.get("screened", 0)),
         seconds=round(seen.counters.get("seconds", 0.0), 1),
     )

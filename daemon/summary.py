@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.table import Table
 
 from agents.population import Evaluation, Population
-from agents.shares import Record, records_of
 from protocol.allocation import uniform_label
 from protocol.candidate import Candidate, Measured, candidate_id
 from protocol.card import DensePerplexity, ModelCard
@@ -62,12 +61,8 @@ class Summary(BaseModel):
     """The best candidate's."""
     candidates: dict[str, dict[str, int]]
     """Counts `by_agent`, `by_source` and `by_outcome` (`measured`, `failed`, `stopped` in a race)."""
-    endpoints: dict[str, Record] = {}
-    """What the offspring by each LLM endpoint came to: `tried`, and `improved`."""
     tokens: dict[str, int]
     """Used by the LLM: `prompt` and `completion`."""
-    screened: int = 0
-    """Proposals that a surrogate refused, unmeasured."""
     seconds: float
 
 
@@ -105,9 +100,7 @@ def summarise(
             "by_source": {"llm": 0, "stand-in": 0, **Counter(c.provenance.source for c in proposals)},
             "by_outcome": {name: outcomes[name] for name in ("measured", "failed", "stopped")},
         },
-        endpoints=records_of(population),
         tokens={name: int(counters.get(f"{name}_tokens", 0)) for name in ("prompt", "completion")},
-        screened=int(counters.get("screened", 0)),
         seconds=round(counters.get("seconds", 0.0), 1),
     )
 
@@ -215,22 +208,15 @@ def _lines(summary: Summary) -> list[str]:
 
     outcome = summary.candidates["by_outcome"]
     used = summary.tokens
-    screened = [f"proposals refused unmeasured, by a surrogate: {summary.screened}"] if summary.screened else []
     stopped = f", stopped early {outcome['stopped']}" if outcome["stopped"] else ""
     following = [f"next: selfpruner export --search {summary.search} --out DIR"] if summary.best else []
     unfinished = ["stopped before its end: these figures are not final, and the same command goes on"]
-    shares = [
-        f"endpoint {name}: {record.improved} of {record.tried} offspring improved on their parents"
-        for name, record in summary.endpoints.items()
-    ]
     weak = [WEAK_BASELINE] if summary.reconstruction == "none" else []
     return [
         *_found_out(summary),
         *weak,
         f"candidates by agent: {listed(summary.candidates['by_agent'])}",
         f"candidates by source: {listed(summary.candidates['by_source'])}",
-        *shares,
-        *screened,
         f"measured {outcome['measured']}, failed {outcome['failed']}{stopped}; "
         f"LLM tokens: {used['prompt']:,} in, {used['completion']:,} out; {summary.seconds:,.0f} seconds",
         *(following if summary.finished else unfinished),

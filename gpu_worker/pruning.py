@@ -120,13 +120,13 @@ class _OrderedLayer:
         """Make the layer keep what `plan` says."""
         kv, each, channels = plan.kv_heads, plan.queries_per_kv, plan.mlp_channels
         layer = self._layer
-        set_linear(layer.query, *self._query.first(kv, each))
-        set_linear(layer.key, *self._key.first(kv))
-        set_linear(layer.value, *self._value.first(kv))
-        set_linear(layer.output, self._output.first(kv, each), layer.output.bias)
-        set_linear(layer.gate, *self._gate.first(channels))
-        set_linear(layer.up, *self._up.first(channels))
-        set_linear(layer.down, self._down.first(channels), layer.down.bias)
+        _set_linear(layer.query, *self._query.first(kv, each))
+        _set_linear(layer.key, *self._key.first(kv))
+        _set_linear(layer.value, *self._value.first(kv))
+        _set_linear(layer.output, self._output.first(kv, each), layer.output.bias)
+        _set_linear(layer.gate, *self._gate.first(channels))
+        _set_linear(layer.up, *self._up.first(channels))
+        _set_linear(layer.down, self._down.first(channels), layer.down.bias)
         layer.tell_heads(kv, each)
 
     def mask(self, kept: Tensor, channels: int) -> None:
@@ -140,7 +140,7 @@ class _OrderedLayer:
         columns = kept[..., None].expand(self._output.stored.shape[:-1])
         weight = torch.zeros_like(output.weight)
         weight[:, columns.flatten().to(weight.device)] = self._output.at(columns)
-        set_linear(output, weight, output.bias)
+        _set_linear(output, weight, output.bias)
 
     def check(self, plan: LayerPlan) -> None:
         """Raise PlanMismatchError where the layer has fewer pieces than `plan` keeps."""
@@ -287,7 +287,7 @@ def _query_rows(linear: nn.Linear, groups: int, each: int, kv: Tensor, queries: 
     return _Rows(weight, bias)
 
 
-def set_linear(linear: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
+def _set_linear(linear: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
     """Give `linear` these parameters and the sizes that go with them."""
     linear.weight = nn.Parameter(weight, requires_grad=False)
     linear.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)  # type: ignore[assignment]

@@ -74,16 +74,6 @@ class EngineSpeed(BaseModel):
     batches: tuple[BatchSpeed, ...]
 
 
-class SweptWidths(BaseModel):
-    """The folder's plan with MLP widths rounded to a multiple, against the dense model."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    multiple_of: int
-    decoder_parameters: int
-    batches: tuple[BatchSpeed, ...]
-
-
 class SpeedResult(BaseModel):
     """Tokens per second of an exported folder and its dense model."""
 
@@ -101,4 +91,3 @@ class SpeedResult(BaseModel):
     engines: tuple[EngineSpeed, ...]
     skipped: dict[Engine, str] = {}
     """Engines that did not measure, and why."""
-    sweep: tuple[SweptWidths, ...] = ()

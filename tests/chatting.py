@@ -12,9 +12,7 @@ SCHEMA: dict[str, object] = {"type": "object"}
 OK = says("fine")
 
 
-async def ask(
-    chat: Chat, schema: dict[str, object] | None = SCHEMA, label: str = "test", prefer: Sequence[str] = ()
-) -> Answer:
+async def ask(chat: Chat, schema: dict[str, object] | None = SCHEMA, label: str = "test") -> Answer:
     return await chat.ask(
         [{"role": "user", "content": "Which rates?"}],
         schema=schema,
@@ -23,7 +21,6 @@ async def ask(
         temperature=0.5,
         max_tokens=100,
         label=label,
-        prefer=prefer,
     )
 
 

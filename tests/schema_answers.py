@@ -47,7 +47,6 @@ class SchemaChat:
         temperature: float,
         max_tokens: int,
         label: str = "",
-        prefer: Sequence[str] = (),
     ) -> Answer:
         self.labels.append(label)
         assert schema is not None

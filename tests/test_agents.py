@@ -33,6 +33,7 @@ class ScriptedChat:
         self.conversations: list[list[Message]] = []
         self.seeds: list[int] = []
         self.limits: list[int] = []
+        self.temperatures: list[float] = []
         self.finish_reason = "stop"
 
     async def ask(
@@ -45,13 +46,13 @@ class ScriptedChat:
         temperature: float,
         max_tokens: int,
         label: str = "",
-        prefer: Sequence[str] = (),
     ) -> Answer:
         number = len(self.conversations)
         json.dumps([dict(m) for m in messages], ensure_ascii=False).encode()  # what cannot be sent fails here
         self.conversations.append(list(messages))
         self.seeds.append(seed)
         self.limits.append(max_tokens)
+        self.temperatures.append(temperature)
         reply = self.script(number)
         if isinstance(reply, Exception):
             raise reply
@@ -102,6 +103,12 @@ async def test_a_good_reply_becomes_a_candidate_of_the_llm() -> None:
     provenance = next(iter(desk.accepted.values()))
     assert (provenance.agent, provenance.round, provenance.endpoint) == ("initializer", 1, "scripted")
     assert provenance.prompt and provenance.prompt.startswith("initializer_edits:")
+
+
+async def test_every_question_has_the_temperature_of_the_settings() -> None:
+    chat = ScriptedChat(lambda n: "As you wish." if n == 0 else profile(n))
+    await initialise(chat, Desk(), 2, AgentSettings(reply="edits", temperature=0.7))
+    assert chat.temperatures == [0.7] * 3
 
 
 async def test_nothing_is_asked_for_no_candidates() -> None:

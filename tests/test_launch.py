@@ -112,10 +112,7 @@ async def test_a_search_is_paused_followed_and_finished_over_http(
     status = json.loads((launched.settings.folder / "status.json").read_text())
     assert status["finished"] and status["measured"] == 4 + 2 * 3
     assert status["best_perplexity"] == summary.best.perplexity if summary.best else False
-    of_endpoint = status["endpoints"]["scripted"]
-    assert of_endpoint["requests"] == len(llm.asked)
-    record = summary.endpoints["scripted"]
-    assert (of_endpoint["tried"], of_endpoint["improved"]) == (record.tried, record.improved) and record.tried > 0
+    assert status["endpoints"]["scripted"]["requests"] == len(llm.asked)
 
 
 async def test_its_time_is_shown_before_a_worker_has_made_its_model_ready(
@@ -165,7 +162,6 @@ async def test_what_the_llm_used_is_shown_while_the_search_goes_on_and_failed_qu
     assert f"selfpruner_llm_cost {status['cost']}" in metrics
     assert 'selfpruner_llm_answer_seconds_count{endpoint="scripted"} 3.0' in metrics
     assert 'selfpruner_llm_errors_total{endpoint="scripted"} 3.0' in metrics
-    assert 'selfpruner_llm_offspring_improved_total{endpoint="scripted"} 0.0' in metrics
     saved = json.loads((launched.settings.folder / "status.json").read_text())
     assert (saved["tokens"], saved["cost"]) == (status["tokens"], status["cost"])
 

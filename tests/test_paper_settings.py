@@ -135,7 +135,6 @@ def test_what_an_engine_loads_again_takes_time_again() -> None:
         ({"models": ["m"], "tables": [7], "speed": {"flags": ["--engine", "vlm"]}}, "there is no engine 'vlm'"),
         ({"models": ["m"], "tables": [7], "speed": {"flags": ["--nonsense", "1"]}}, "no such option: --nonsense"),
         ({"models": ["m"], "tables": [7], "speed": {"flags": ["--repeats", "many"]}}, "'--repeats'"),
-        ({"models": ["m"], "tables": [7], "speed": {"flags": ["--sweep-multiple-of", "x"]}}, "whole numbers"),
         ({"models": ["m"], "tables": [7], "speed": {"flags": ["--baseline", "n"]}}, "--baseline is each of the models"),
         ({"models": ["m"], "tables": [4], "llms": [{"name": "a", "set": {"target.rate": 0.5}}]}, "is not for llms"),
         ({"models": ["m"], "tables": [4], "llms": [{"name": "a", "set": {"search.name": "b"}}]}, "is not for llms"),

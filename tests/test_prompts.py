@@ -146,12 +146,6 @@ def told_view() -> View:
     return View(view.spec, view.card, 3, measured[:4], {}, measured, recent)
 
 
-def test_the_temperature_goes_to_the_last_one_in_equal_steps() -> None:
-    settings = AgentSettings(temperature=1.2, last_temperature=0.2, rounds=10)
-    assert [settings.temperature_in(r) for r in (0, 5, 10, 30)] == pytest.approx([1.2, 0.7, 0.2, 0.2])
-    assert AgentSettings(temperature=0.7).temperature_in(5) == 0.7
-
-
 def test_the_reask_says_what_was_wrong_and_how_many_are_missing() -> None:
     text = Prompts().fill("reask", problems=["Configuration 2 has 3 numbers instead of 4."], missing=2)
     assert text.splitlines()[0] == "Configuration 2 has 3 numbers instead of 4."

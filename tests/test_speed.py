@@ -15,11 +15,9 @@ from gpu_worker.speed.engines import (
     EngineFacts,
     choose_engines,
     engines_named,
-    multiples_of,
 )
 from gpu_worker.speed.measuring import Length, Pair, Timing, alternate, compare
 from gpu_worker.speed.related import Sizes, check_related, check_room
-from gpu_worker.speed.sweep import nearest, rounded
 from protocol.errors import ModelError, SettingsError, UsageError
 from protocol.formats import Engine
 from protocol.shape import LayerShape
@@ -81,40 +79,6 @@ def test_a_batch_counts_the_tokens_of_all_its_texts() -> None:
 def test_what_takes_no_time_is_no_rate() -> None:
     with pytest.raises(UsageError, match="give a larger --prompt"):
         compare(1, [(Timing(1, 1.0, 1, 1.0), Timing(1, 0.0, 1, 1.0))])
-
-
-@pytest.mark.parametrize(
-    ("width", "multiple", "most", "expected"),
-    [
-        (100, 1, 128, 100),
-        (100, 8, 128, 104),
-        (99, 8, 128, 96),
-        (100, 64, 128, 128),
-        (3, 64, 128, 64),
-        (127, 50, 128, 100),
-    ],
-)
-def test_a_width_becomes_the_nearest_multiple_that_the_layer_has(
-    width: int, multiple: int, most: int, expected: int
-) -> None:
-    assert nearest(width, multiple, most) == expected
-
-
-def test_rounded_plans_keep_their_heads() -> None:
-    kept = tiny_llama().decoder.shape
-    kept = kept.model_copy(
-        update={"layers": (LayerShape(query_heads=2, kv_heads=1, mlp_channels=13), *kept.layers[1:])}
-    )
-    assert rounded(kept, tiny_llama().decoder.shape, 16).layers == keep((1, 2, 16), (3, 2, 48), (3, 2, 48)).layers
-    with pytest.raises(SettingsError, match="multiples of 64: a dense MLP has 48 channels"):
-        rounded(kept, tiny_llama().decoder.shape, 64)
-
-
-def test_multiples_come_apart_or_together() -> None:
-    assert multiples_of(["1 8", "32,8"]) == (1, 8, 32)
-    for given in ("x", "0", "-8", "1.5"):
-        with pytest.raises(SettingsError, match="whole numbers above nought"):
-            multiples_of([given])
 
 
 def installed(*names: Engine) -> dict[Engine, EngineFacts]:
@@ -239,8 +203,6 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "--gguf-type q8_0 is not read here",
         ),
         (["--baseline", "dense", "--engine", "onnx"], "there is no engine 'onnx'"),
-        (["--baseline", "dense", "--sweep-multiple-of", "64"], "multiples of 64: a dense MLP has 48 channels"),
-        (["--baseline", "dense", "--sweep-multiple-of", "a"], "whole numbers above nought"),
         (["--baseline", "dense", "--batch-size", "1000000000"], "too large for this machine"),
         (["--baseline", "dense", "--batch-size", "0"], "--batch-size"),
     ],
@@ -278,16 +240,10 @@ def test_a_folder_that_has_lost_its_weights_is_one_sentence_whatever_else_could_
     assert sentence in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_a_sweep_needs_widths_that_can_be_changed(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    export(pruned(with_tokenizer(tiny_llama())), "padded", exported / "padded")
-    assert main(["speed", str(exported / "padded"), "--baseline", "x", "--sweep-multiple-of", "8"]) == 2
-    assert "needs an hf folder and the engine transformers" in capsys.readouterr().err
-
-
 def test_the_command_prints_one_object(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["speed", str(exported / "pruned"), "--baseline", str(exported / "dense"), "--dtype", "float32"]
     sizes = ["--prompt", "9", "--generate", "3", "--repeats", "2", "--batch-size", "1", "--batch-size", "2"]
-    assert main([*command, *sizes, "--engine", "transformers", "--sweep-multiple-of", "1 8", "--json"]) == 0
+    assert main([*command, *sizes, "--engine", "transformers", "--json"]) == 0
     answer = json.loads(capsys.readouterr().out)
     (found,) = answer["engines"]
     assert [batch["prefill"]["tokens"] for batch in found["batches"]] == [9, 18]
@@ -295,13 +251,11 @@ def test_the_command_prints_one_object(exported: Path, capsys: pytest.CaptureFix
     assert found["dense"]["decoder_parameters"] > found["pruned"]["decoder_parameters"]
     files = (exported / "pruned").glob("*.safetensors")
     assert found["pruned"]["disk_bytes"] == sum(file.stat().st_size for file in files)
-    assert [each["multiple_of"] for each in answer["sweep"]] == [1, 8]
-    assert answer["sweep"][0]["decoder_parameters"] == found["pruned"]["decoder_parameters"]
 
 
 def test_a_person_gets_tables(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["speed", str(exported / "pruned"), "--baseline", str(exported / "dense"), "--engine", "transformers"]
-    assert main([*command, "--prompt", "9", "--generate", "3", "--repeats", "1", "--sweep-multiple-of", "16"]) == 0
+    assert main([*command, "--prompt", "9", "--generate", "3", "--repeats", "1"]) == 0
     said = capsys.readouterr().out
     for words in (
         "transformers on cpu",
@@ -309,7 +263,6 @@ def test_a_person_gets_tables(exported: Path, capsys: pytest.CaptureFixture[str]
         "KV bytes/token",
         "prefill",
         "decode",
-        "16 (",
         "1 repeats after 1",
     ):
         assert words in said

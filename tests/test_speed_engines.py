@@ -19,9 +19,8 @@ from gpu_worker.models import LoadedModel, bare_model, load_side_by_side
 from gpu_worker.progress import no_progress
 from gpu_worker.speed import comparing, transformers_engine
 from gpu_worker.speed.comparing import measure_speed
-from gpu_worker.speed.sweep import widen
 from gpu_worker.speed.transformers_engine import TransformersRunner, devices_of, open_pair
-from protocol.errors import ModelError, SettingsError
+from protocol.errors import ModelError
 from protocol.formats import Format
 from tests.exports import export, pruned, with_tokenizer
 from tests.pruned_models import keep
@@ -174,37 +173,6 @@ def test_an_engine_that_nobody_named_and_that_cannot_run_the_family_is_skipped(t
     assert "gguf cannot carry a pruned model of the family 'qwen3'" in result.skipped["llama.cpp"]
     with pytest.raises(ModelError, match="gguf cannot carry"):
         measure_speed(request(tmp_path, engines=("llama.cpp", "transformers")))
-
-
-def test_a_sweep_changes_widths_and_leaves_heads(folders: Path) -> None:
-    asked = request(folders, engines=("transformers",), multiples=(1, 16))
-    result = measure_speed(asked)
-    whole = tiny_llama().decoder.shape
-    expected = [PLAN, keep((2, 1, 16), (3, 1, 48), (1, 2, 16))]
-    assert [each.decoder_parameters for each in result.sweep] == [plan.decoder_parameters(whole) for plan in expected]
-    with pytest.raises(SettingsError, match="needs an hf folder and the engine transformers"):
-        measure_speed(request(folders, engines=("llama.cpp",), multiples=(8,)))
-
-
-def test_a_sweep_computes_with_the_dense_models_channels(folders: Path) -> None:
-    with open_pair(request(folders)) as pair:
-        dense, kept = (runner.model.decoder.layers[0] for runner in (pair.dense, pair.pruned))  # type: ignore[attr-defined]
-        widen(kept, dense, 48)
-        hidden = torch.randn(1, 3, 36)
-        assert torch.equal(kept.module.mlp(hidden), dense.module.mlp(hidden))
-        widen(kept, dense, 5)
-        assert [linear.weight.shape for linear in (kept.gate, kept.up, kept.down)] == [(5, 36), (5, 36), (36, 5)]
-        assert all(linear.weight.is_contiguous() for linear in (kept.gate, kept.up, kept.down))
-        assert kept.module.mlp(hidden).shape == hidden.shape
-
-
-def test_widened_layers_stay_on_their_own_device() -> None:
-    dense, kept = (tiny_model("llama", bias=True).decoder.layers[0] for _ in range(2))
-    kept.module.to("meta")
-    widen(kept, dense, 20)
-    for linear in (kept.gate, kept.up, kept.down):
-        assert linear.bias is not None
-        assert (linear.weight.device.type, linear.bias.device.type) == ("meta", "meta")
 
 
 def test_a_gguf_folder_runs_in_llama_cpp_with_a_dense_file_of_its_type(folders: Path) -> None:

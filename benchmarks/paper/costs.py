@@ -33,7 +33,7 @@ from benchmarks.paper.cells import Cell, Measured, Outcome, figures_of
 from benchmarks.paper.commands import parsed
 from benchmarks.paper.settings import Model, PaperSettings, Texts
 from daemon.settings import DataSettings, Settings
-from gpu_worker.speed.engines import engines_named, multiples_of
+from gpu_worker.speed.engines import engines_named
 from protocol.errors import SettingsError
 from protocol.paths import expanded
 from protocol.spec import Role, TextSpec
@@ -168,7 +168,6 @@ def _speed_options(flags: Sequence[str]) -> dict[str, Any]:
     try:
         given = parsed(["speed", "FOLDER", "--baseline", "MODEL", *flags])
         engines_named(given["engine"])
-        multiples_of(given["sweep_multiple_of"])
         if given["baseline"] != "MODEL":
             raise SettingsError("--baseline is each of the models itself")
     except SettingsError as error:

@@ -8,17 +8,13 @@ from gpu_worker.export.folder import check_weights, formats_in
 from gpu_worker.progress import Progress, no_progress
 from gpu_worker.speed.engines import SpeedRequest, choose_engines
 from gpu_worker.speed.measuring import Pair, measured_batches, prefixed
-from gpu_worker.speed.sweep import plans_of, sweep
-from protocol.errors import ModelError, SettingsError, UsageError
+from protocol.errors import ModelError, UsageError
 from protocol.formats import Engine, Formats
-from protocol.speeds import EngineSpeed, SpeedResult, SweptWidths
-
-SWEPT: Engine = "transformers"
-"""The engine whose MLP widths can be changed in memory."""
+from protocol.speeds import EngineSpeed, SpeedResult
 
 
 def measure_speed(request: SpeedRequest, progress: Progress = no_progress) -> SpeedResult:
-    """Measure both models in each engine, and the sweep where one is asked for.
+    """Measure both models in each engine.
 
     What an engine measured is kept where a later one fails. Raises UsageError for a folder that is no export, a
     baseline that it cannot come of, an engine that is not there or cannot run it, and too little memory.
@@ -26,22 +22,17 @@ def measure_speed(request: SpeedRequest, progress: Progress = no_progress) -> Sp
     formats = formats_in(request.folder)
     check_weights(request.folder, formats)
     engines, skipped = choose_engines(request.engines, formats)
-    check_sweep(request, engines, formats)
     check_gguf_type(request, engines, formats)
     found: list[EngineSpeed] = []
-    swept: tuple[SweptWidths, ...] = ()
     for engine in engines:
         try:
             with preparing(request.baseline):
-                measured, of_sweep = _measure_in(engine, formats, request, progress)
+                found.append(_measure_in(engine, formats, request, progress))
         except UsageError as error:
             # An engine that nobody named may be one for other families, shorter texts, or for a GPU.
             if request.engines and not found:
                 raise
             skipped[engine] = str(error)
-        else:
-            found.append(measured)
-            swept += of_sweep
     if not found:
         raise ModelError(f"no engine here could measure: {'; '.join(skipped.values())}")
     return SpeedResult(
@@ -53,14 +44,7 @@ def measure_speed(request: SpeedRequest, progress: Progress = no_progress) -> Sp
         warm_up=request.warm_up,
         engines=tuple(found),
         skipped=skipped,
-        sweep=swept,
     )
-
-
-def check_sweep(request: SpeedRequest, engines: tuple[Engine, ...], formats: Formats) -> None:
-    """Raise SettingsError where a sweep is asked for that no engine can do."""
-    if request.multiples and (SWEPT not in engines or "hf" not in formats):
-        raise SettingsError(f"--sweep-multiple-of needs an hf folder and the engine {SWEPT}")
 
 
 def check_gguf_type(request: SpeedRequest, engines: tuple[Engine, ...], formats: Formats) -> None:
@@ -71,28 +55,19 @@ def check_gguf_type(request: SpeedRequest, engines: tuple[Engine, ...], formats:
         files_there(request, formats)
 
 
-def _measure_in(
-    engine: Engine, formats: Formats, request: SpeedRequest, progress: Progress
-) -> tuple[EngineSpeed, tuple[SweptWidths, ...]]:
+def _measure_in(engine: Engine, formats: Formats, request: SpeedRequest, progress: Progress) -> EngineSpeed:
     """One engine, whose models are gone from memory when the next one loads its own."""
     with _opened(engine, formats, request, progress) as pair:
-        # Multiples that cannot be are told before anything is measured.
-        plans = plans_of(pair, request.multiples if engine == SWEPT else ())
-        measured = _measured(engine, pair, request, progress)
-        return measured, tuple(sweep(pair, plans, request, progress))
-
-
-def _measured(engine: Engine, pair: Pair, request: SpeedRequest, progress: Progress) -> EngineSpeed:
-    told = prefixed(progress, engine)
-    batches = measured_batches(pair, request.batch_sizes, request.repeats, request.warm_up, told)
-    return EngineSpeed(
-        engine=engine,
-        device=pair.device,
-        threads=pair.threads,
-        dense=pair.dense.size(),
-        pruned=pair.pruned.size(),
-        batches=batches,
-    )
+        told = prefixed(progress, engine)
+        batches = measured_batches(pair, request.batch_sizes, request.repeats, request.warm_up, told)
+        return EngineSpeed(
+            engine=engine,
+            device=pair.device,
+            threads=pair.threads,
+            dense=pair.dense.size(),
+            pruned=pair.pruned.size(),
+            batches=batches,
+        )
 
 
 @contextmanager

@@ -48,8 +48,6 @@ class SpeedRequest:
     dtype: Dtype = "bfloat16"
     gguf_type: GgufType | None = None
     """Of the GGUF files; None: that of the file that is there, else f16."""
-    multiples: tuple[int, ...] = ()
-    """What MLP widths are rounded to, one after the other, beside the measurement of the folder."""
 
 
 def engines_named(names: Sequence[str]) -> tuple[Engine, ...]:
@@ -89,11 +87,3 @@ def _why_not(engine: Engine, facts: EngineFacts, formats: Formats) -> str | None
     if not facts.is_installed:
         return f"the engine {engine} is not installed: {facts.pip}"
     return None
-
-
-def multiples_of(given: Sequence[str]) -> tuple[int, ...]:
-    """The numbers in texts such as `1 8 16` or `1,8,16`. Raises SettingsError for anything else."""
-    words = [word for text in given for word in text.replace(",", " ").split()]
-    if not all(word.isdecimal() and int(word) > 0 for word in words):
-        raise SettingsError(f"--sweep-multiple-of takes whole numbers above nought, such as '1 8 16 32', not {given}")
-    return tuple(dict.fromkeys(int(word) for word in words))
