@@ -1,1 +1,1 @@
-"""Who proposes candidates, and who remembers them."""
+"""The agents of a search, one class a file: Initializer, Selector, Mutator, Crossover. Start with mutator.py."""

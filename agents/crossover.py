@@ -3,18 +3,18 @@
 from collections.abc import Sequence
 from functools import partial
 
-from agents.asking import Asks, Call, Question
-from agents.draws import RANKED_MIXES, drawn_mix, drawn_ranked_mix
-from agents.edits import Mix, MixChoice, apply_mix, chosen_of, mix_bounds, mix_schema, mixes_schema
 from agents.lists import lists_question
-from agents.mixes import mix_menu
-from agents.offers import Draw
-from agents.prompt import Prompts
-from agents.proposing import Proposer
-from agents.replies import parse_objects
-from agents.settings import AgentSettings
-from agents.view import Member, Proposal, Submit, View
-from agents.words import about_model, mixes_in_words, numbered_lists, numbered_profiles
+from agents.operators.edits import Mix, MixChoice, apply_mix, chosen_of, mix_bounds, mix_schema, mixes_schema
+from agents.operators.mixes import mix_menu
+from agents.operators.sampling import RANKED_MIXES, drawn_mix, drawn_ranked_mix
+from agents.population.submission import Draw
+from agents.population.view import Member, Proposal, Submit, View
+from agents.prompting.conversation import Asks, Call, Question
+from agents.prompting.descriptions import about_model, mixes_in_words, numbered_lists, numbered_profiles
+from agents.prompting.prompts import Prompts
+from agents.prompting.replies import parse_objects
+from agents.prompting.settings import AgentSettings
+from agents.proposer import Proposer
 
 EDIT_TOKENS = 60
 MIX_TOKENS = 20

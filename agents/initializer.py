@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 from functools import partial
 
-from agents.asking import Asks, Call, Question
-from agents.draws import drawn_profile
-from agents.edits import (
+from agents.lists import lists_question
+from agents.operators.edits import (
     MOST_KEPT,
     Profile,
     anchors,
@@ -13,13 +12,14 @@ from agents.edits import (
     profile_bounds,
     profile_schema,
 )
-from agents.lists import lists_question
-from agents.prompt import Prompts
-from agents.proposing import Proposer
-from agents.replies import parse_objects
-from agents.settings import AgentSettings
-from agents.view import Member, Proposal, Submit, View
-from agents.words import about_model
+from agents.operators.sampling import drawn_profile
+from agents.population.view import Member, Proposal, Submit, View
+from agents.prompting.conversation import Asks, Call, Question
+from agents.prompting.descriptions import about_model
+from agents.prompting.prompts import Prompts
+from agents.prompting.replies import parse_objects
+from agents.prompting.settings import AgentSettings
+from agents.proposer import Proposer
 
 EDIT_TOKENS = 90
 

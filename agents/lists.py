@@ -2,9 +2,9 @@
 
 from collections.abc import Sequence
 
-from agents.asking import Question
-from agents.replies import Parsed, parse_lists
-from agents.view import Member, Proposal, View
+from agents.population.view import Member, Proposal, View
+from agents.prompting.conversation import Question
+from agents.prompting.replies import Parsed, parse_lists
 
 TOKENS_PER_RATE = 9
 

@@ -3,9 +3,8 @@
 from collections.abc import Sequence
 from functools import partial
 
-from agents.asking import Asks, Call, Question
-from agents.draws import MOST_TRADES, RANKED_TRADES, RankedTrades, drawn_mutation, good_one
-from agents.edits import (
+from agents.lists import lists_question
+from agents.operators.edits import (
     MOST_CHANGES,
     STEPS,
     Mutation,
@@ -15,16 +14,23 @@ from agents.edits import (
     mutation_schema,
     trades_schema,
 )
-from agents.lists import lists_question
-from agents.offers import Draw
-from agents.prompt import Prompts
-from agents.proposing import Proposer
-from agents.replies import parse_objects
-from agents.settings import AgentSettings
-from agents.telling import Telling, telling
-from agents.trades import menu, traded
-from agents.view import Member, Proposal, Submit, View
-from agents.words import about_model, fitness_in_words, numbered_lists, numbered_profiles, trades_in_words
+from agents.operators.sampling import MOST_TRADES, RANKED_TRADES, RankedTrades, drawn_mutation, good_one
+from agents.operators.trades import menu, traded
+from agents.population.submission import Draw
+from agents.population.view import Member, Proposal, Submit, View
+from agents.prompting.conversation import Asks, Call, Question
+from agents.prompting.descriptions import (
+    about_model,
+    fitness_in_words,
+    numbered_lists,
+    numbered_profiles,
+    trades_in_words,
+)
+from agents.prompting.feedback import Telling, telling
+from agents.prompting.prompts import Prompts
+from agents.prompting.replies import parse_objects
+from agents.prompting.settings import AgentSettings
+from agents.proposer import Proposer
 
 EDIT_TOKENS = 90
 TRADE_TOKENS = 30

@@ -2,15 +2,15 @@
 
 from structlog.contextvars import bound_contextvars
 
-from agents.asking import Asker, Asks, Call, Question
-from agents.edits import Choice, apply_choice, choice_schema
-from agents.endpoint import Answer
-from agents.operators import tournament
-from agents.prompt import Prompts
-from agents.replies import Parsed, parse_objects
-from agents.settings import AgentSettings
-from agents.view import Member, Selection, View
-from agents.words import about_model, numbered_sections
+from agents.llm.endpoint import Answer
+from agents.operators.edits import Choice, apply_choice, choice_schema
+from agents.operators.genetic import tournament
+from agents.population.view import Member, Selection, View
+from agents.prompting.conversation import Asker, Asks, Call, Question
+from agents.prompting.descriptions import about_model, numbered_sections
+from agents.prompting.prompts import Prompts
+from agents.prompting.replies import Parsed, parse_objects
+from agents.prompting.settings import AgentSettings
 
 TOKENS_PER_PARENT = 5
 SHOWN = 40

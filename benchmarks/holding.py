@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from daemon.held_folder import only_one
+from daemon.local.held_folder import only_one
 from protocol.errors import SearchExistsError, SettingsError, UsageError
 
 

@@ -17,36 +17,34 @@ import typer
 from rich.console import Console
 from rich.live import Live
 
-from daemon import (
-    answers,
-    finetune_command,
-    flags,
-    prune_command,
-    pruning_commands,
-    speed_command,
-    zero_shot_command,
-)
-from daemon.changes import Event
-from daemon.flag_errors import FLAG_ERROR, flag_sentence
-from daemon.http_token import Access
-from daemon.launch import Launch
-from daemon.proposers import check_proposer
-from daemon.remote import NotRunning, RemoteSearch, ask, open_remote, saved_status
-from daemon.run_here import announce, configure_logs, run_here
-from daemon.screen import Screen, standing
-from daemon.setting_sources import load
-from daemon.settings import Settings
-from daemon.signals import Interrupted, run_until_signal
-from daemon.status import Status
-from daemon.staying import stay_after_end, stay_to_be_mended
-from daemon.summary import Summary, show
-from daemon.terminal import answer, need, print_json, stdout_console
-from daemon.watch import json_lines, on_screen
-from daemon.watch import watch as follow
-from protocol import logs
-from protocol.connection import password_of
-from protocol.control import Command
+from daemon.commands import finetune as finetune_command
+from daemon.commands import flags
+from daemon.commands import prune as prune_command
+from daemon.commands import pruning as pruning_commands
+from daemon.commands import speed as speed_command
+from daemon.commands import tables as answers
+from daemon.commands import zero_shot as zero_shot_command
+from daemon.commands.flag_errors import FLAG_ERROR, flag_sentence
+from daemon.commands.output import answer, need, print_json, stdout_console
+from daemon.http_api.after_end import stay_after_end, stay_to_be_mended
+from daemon.http_api.token import Access
+from daemon.launch.launch import Launch
+from daemon.launch.run_here import announce, configure_logs, run_here
+from daemon.monitor.events import Event
+from daemon.monitor.remote import NotRunning, RemoteSearch, ask, open_remote, saved_status
+from daemon.monitor.status import Status
+from daemon.monitor.summary import Summary, show
+from daemon.monitor.watch import json_lines, on_screen
+from daemon.monitor.watch import watch as follow
+from daemon.monitor.watch_screen import Screen, standing
+from daemon.search.make_agents import check_proposer
+from daemon.settings.settings import Settings
+from daemon.settings.sources import load
 from protocol.errors import SelfPrunerError, SettingsError, UsageError
+from protocol.queue.connection import password_of
+from protocol.queue.control import Command
+from protocol.runtime import logs
+from protocol.runtime.daemon_signals import Interrupted, run_until_signal
 
 log = structlog.get_logger()
 app = typer.Typer(
@@ -228,8 +226,8 @@ _GIVEN = ("COMMANDLINE", "ENVIRONMENT")
 
 
 def _work(values: dict[str, Any]) -> None:
-    from gpu_worker.options import worker_options
-    from gpu_worker.worker import run_worker
+    from gpu_worker.worker.options import worker_options
+    from gpu_worker.worker.worker import run_worker
 
     options = worker_options(**values)
     logs.configure(stream=logs.service_stream(), secrets=password_of(options.redis_url), search=options.search)

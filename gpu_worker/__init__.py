@@ -1,1 +1,1 @@
-"""The process that prunes and measures; the only place with torch."""
+"""The workers, and everything that loads a model: the only package with torch. Start with worker/worker.py."""

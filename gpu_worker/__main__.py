@@ -6,11 +6,11 @@ import os
 import sys
 from pathlib import Path
 
-from gpu_worker.options import worker_options
-from gpu_worker.worker import WorkerOptions, run_worker
-from protocol import logs
-from protocol.connection import password_of
+from gpu_worker.worker.options import worker_options
+from gpu_worker.worker.worker import WorkerOptions, run_worker
 from protocol.errors import SelfPrunerError, SettingsError, UsageError
+from protocol.queue.connection import password_of
+from protocol.runtime import logs
 
 
 def main() -> int:

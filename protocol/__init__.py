@@ -1,1 +1,1 @@
-"""What the processes of a search say to each other."""
+"""What the daemon, the agents and the workers agree on: values, keys, files. No torch, no openai, no HTTP."""

@@ -11,9 +11,9 @@ import pytest
 import structlog
 from redis.asyncio import Redis
 
-from protocol.connection import connect
-from protocol.keys import Keys
-from tests.servers import Server, server_binary
+from protocol.queue.connection import connect
+from protocol.queue.keys import Keys
+from tests.support.servers import Server, server_binary
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -22,7 +22,7 @@ def _computing_as_the_commands_do() -> Iterator[None]:
     if find_spec("torch") is None:
         yield
         return
-    from gpu_worker.arithmetic import products_in_float32
+    from gpu_worker.measuring.half_precision import products_in_float32
 
     with products_in_float32():
         yield

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+from tests.support.root import ROOT
 
 
 def modules_after_importing(module: str) -> set[str]:
@@ -18,23 +18,25 @@ def modules_after_importing(module: str) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "module", ["daemon.search", "daemon.launch", "daemon.cli", "agents.mutator", "protocol.streams"]
+    "module", ["daemon.search.search", "daemon.launch.launch", "daemon.cli", "agents.mutator", "protocol.queue.streams"]
 )
 def test_the_daemons_side_never_loads_torch(module: str) -> None:
     assert not {"torch", "transformers", "datasets", "gpu_worker"} & modules_after_importing(module)
 
 
 def test_the_agents_never_load_redis() -> None:
-    names = modules_after_importing("agents.mutator, agents.selector, agents.population_keeper, agents.chat")
+    names = modules_after_importing("agents.mutator, agents.selector, agents.population.keeper, agents.llm.chat")
     assert not {"redis", "daemon", "gpu_worker"} & names
 
 
 def test_the_worker_parent_loads_neither_torch_nor_openai_nor_the_daemon() -> None:
-    assert not {"torch", "openai", "daemon", "agents"} & modules_after_importing("gpu_worker.worker")
+    assert not {"torch", "openai", "daemon", "agents"} & modules_after_importing("gpu_worker.worker.worker")
 
 
 def test_protocol_loads_nothing_of_the_floors_above() -> None:
-    names = modules_after_importing("protocol.streams, protocol.spec, protocol.logs, protocol.control")
+    names = modules_after_importing(
+        "protocol.queue.streams, protocol.plans.spec, protocol.runtime.logs, protocol.queue.control"
+    )
     assert not {"torch", "openai", "aiohttp", "agents", "daemon", "gpu_worker"} & names
 
 
@@ -56,7 +58,7 @@ def test_a_wheel_carries_prompts_configs_and_scripts(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {"configs/quickstart.yaml", "protocol/lua/enqueue.lua", "daemon/cli.py"} <= names
-    assert {"gpu_worker/export/modeling_pruned.py.j2", "gpu_worker/export/card.md.j2"} <= names
+    assert {"gpu_worker/models/modeling_pruned.py.j2", "gpu_worker/export/card.md.j2"} <= names
     assert any(re.fullmatch(r"prompts/.+\.j2", name) for name in names)
 
 

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from benchmarks.holding import writing
 from benchmarks.paper.answers import Figures, UnreadableAnswer, What, read
-from protocol.files import replace
+from protocol.runtime.files import replace
 
 
 class Cell(BaseModel):

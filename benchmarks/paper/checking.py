@@ -8,14 +8,14 @@ from benchmarks.paper.answers import What
 from benchmarks.paper.cells import Cell
 from benchmarks.paper.commands import command, parsed
 from benchmarks.paper.making import settings_of
-from daemon.finetune_command import found_data
-from daemon.llm import secrets_of
-from daemon.run_here import check_here, needs_local_llm
-from daemon.settings import check_text
-from daemon.terminal import need
+from daemon.commands.finetune import found_data
+from daemon.commands.output import need
+from daemon.launch.llm import secrets_of
+from daemon.launch.run_here import check_here, needs_local_llm
+from daemon.settings.settings import check_text
 from gpu_worker.speed.engines import choose_engines, engines_named
 from protocol.errors import DataError, SettingsError, UsageError
-from protocol.paths import expanded
+from protocol.runtime.paths import expanded
 
 Given = Mapping[str, Any]
 """What a command is given, by the names of its parameters."""

@@ -10,9 +10,9 @@ import typer
 from benchmarks.paper.cells import Cell
 from benchmarks.paper.settings import ROOT
 from daemon.cli import app
-from daemon.flag_errors import FLAG_ERROR, flag_sentence
+from daemon.commands.flag_errors import FLAG_ERROR, flag_sentence
 from protocol.errors import SettingsError
-from protocol.formats import FACTS
+from protocol.results.formats import FACTS
 
 
 def searches_folder(out: Path) -> Path:

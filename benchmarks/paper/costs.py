@@ -32,11 +32,11 @@ from benchmarks.paper.answers import Figures
 from benchmarks.paper.cells import Cell, Measured, Outcome, figures_of
 from benchmarks.paper.commands import parsed
 from benchmarks.paper.settings import Model, PaperSettings, Texts
-from daemon.settings import DataSettings, Settings
+from daemon.settings.settings import DataSettings, Settings
 from gpu_worker.speed.engines import engines_named
 from protocol.errors import SettingsError
-from protocol.paths import expanded
-from protocol.spec import Role, TextSpec
+from protocol.plans.spec import Role, TextSpec
+from protocol.runtime.paths import expanded
 
 UTILISATION = 0.4
 """Of the peak in bf16 that a forward pass over long windows comes to."""

@@ -21,9 +21,9 @@ from benchmarks.paper.settings import (
     Values,
     settings_of_search,
 )
-from daemon.settings import Settings
+from daemon.settings.settings import Settings
 from protocol.errors import SettingsError
-from protocol.spec import Reconstruction
+from protocol.plans.spec import Reconstruction
 
 ALLOCATIONS: dict[Method, tuple[str, str, str]] = {
     "llm-pruner": ("llm-pruner", "taylor", "dense"),

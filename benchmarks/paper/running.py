@@ -16,7 +16,7 @@ from benchmarks.paper.answers import UnreadableAnswer, read
 from benchmarks.paper.cells import Cell, CellStore, Failed, Measured, Outcome, figures_of, with_needs
 from benchmarks.paper.commands import command, made_file
 from benchmarks.paper.costs import CostModel
-from protocol.signals import held_back
+from protocol.runtime.signals import held_back
 
 TOLD_BY = "selfpruner: "
 """How the command line begins its one sentence."""
@@ -44,7 +44,7 @@ class SubprocessRunner:
 
     def run(self, arguments: Sequence[str], log: Path) -> dict[str, Any] | Failure:
         """See Runner."""
-        leash = [sys.executable, "-m", "daemon.leash", str(os.getpid())]
+        leash = [sys.executable, "-m", "daemon.local.leash", str(os.getpid())]
         with writing(log):
             log.parent.mkdir(parents=True, exist_ok=True)
             log.touch()

@@ -1,4 +1,4 @@
-"""What benchmarks/paper_tables.py runs: a YAML file of its own form, which `selfpruner run` does not read."""
+"""What benchmarks/paper/__main__.py runs: a YAML file of its own form, which `selfpruner run` does not read."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,12 +8,12 @@ import yaml
 from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from benchmarks.paper.numbers import ABLATION_RATE, paper_model
-from daemon.section import Section
-from daemon.setting_errors import file_sentence, validation_sentence
-from daemon.setting_sources import load
-from daemon.settings import Settings, setting_names
+from daemon.settings.errors import file_sentence, validation_sentence
+from daemon.settings.section import Section
+from daemon.settings.settings import Settings, setting_names
+from daemon.settings.sources import load
 from protocol.errors import SettingsError
-from protocol.spec import NAMED_TEXTS, Dtype, Reconstruction
+from protocol.plans.spec import NAMED_TEXTS, Dtype, Reconstruction
 
 ROOT = Path(__file__).parents[2]
 """The project's folder, which paths of searches' settings files are relative to."""

@@ -1,1 +1,1 @@
-"""A pruned model as files that other programs load."""
+"""Writes a pruned model as a folder that other programs load. Start with export.py."""

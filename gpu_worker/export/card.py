@@ -8,12 +8,12 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 
 from gpu_worker.export.facts import ExportFacts, TextPerplexity, version_of_selfpruner
-from gpu_worker.export.modeling import module_name
-from gpu_worker.gradients import SAMPLES, TOKENS
-from protocol.allocation import uniform_label
-from protocol.finetuning import Finetuning, Perplexities
-from protocol.formats import Formats
-from protocol.spec import NAMED_TEXTS, SearchSpec, TextSpec
+from gpu_worker.models.exported import module_name
+from gpu_worker.pruning.gradients import SAMPLES, TOKENS
+from protocol.plans.allocation import uniform_label
+from protocol.plans.spec import NAMED_TEXTS, SearchSpec, TextSpec
+from protocol.results.finetuning import Finetuning, Perplexities
+from protocol.results.formats import Formats
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,11 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
-from protocol.finetuning import Finetuning
-from protocol.plan import Parameters, Plan, count_parameters
-from protocol.results import GgufPerplexity, Searched
-from protocol.shape import ModelShape
-from protocol.spec import Role, SearchSpec, TextSpec, numbered
+from protocol.plans.plan import Parameters, Plan, count_parameters
+from protocol.plans.shape import ModelShape
+from protocol.plans.spec import Role, SearchSpec, TextSpec, numbered
+from protocol.results.commands import GgufPerplexity, Searched
+from protocol.results.finetuning import Finetuning
 
 SMOLLM2_ON_THE_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """What `smollm2` is called there."""

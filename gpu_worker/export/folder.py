@@ -12,8 +12,8 @@ from typing import get_args
 from safetensors import SafetensorError
 
 from protocol.errors import ModelError, UsageError
-from protocol.formats import FACTS, Format, Formats
-from protocol.locks import hold
+from protocol.results.formats import FACTS, Format, Formats
+from protocol.runtime.locks import hold
 
 UNFINISHED, OLDER = "unfinished", "older"
 """What lies beside a folder while it is written: its new content, and what was there before."""

@@ -9,13 +9,13 @@ from typing import Any
 
 from torch import Tensor
 
-from gpu_worker.export.checkpoint import plain_config, write_companions, write_json
-from gpu_worker.export.modeling import class_names, module_name, plain_type, render_modeling
+from gpu_worker.export.companions import plain_config, write_companions, write_json
 from gpu_worker.export.weights import Weight, as_it_is, checkpoint_weights, save_weights
-from gpu_worker.families import PRUNED
-from gpu_worker.models import LoadedModel
+from gpu_worker.models.exported import class_names, module_name, plain_type, render_modeling
+from gpu_worker.models.families import PRUNED
+from gpu_worker.models.loading import LoadedModel
 from gpu_worker.progress import Progress, no_progress
-from protocol.plan import LayerPlan, Plan
+from protocol.plans.plan import LayerPlan, Plan
 
 
 def write_hf(model: LoadedModel, plan: Plan, folder: Path, progress: Progress = no_progress) -> None:

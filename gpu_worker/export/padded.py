@@ -8,13 +8,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from gpu_worker.export.checkpoint import plain_config, write_companions, write_json
-from gpu_worker.export.modeling import modeling_of, plain_type
+from gpu_worker.export.companions import plain_config, write_companions, write_json
 from gpu_worker.export.weights import Weight, checkpoint_weights, save_weights
-from gpu_worker.models import LoadedModel
+from gpu_worker.models.exported import modeling_of, plain_type
+from gpu_worker.models.loading import LoadedModel
 from gpu_worker.progress import Progress, no_progress
-from protocol.plan import LayerPlan, Plan
-from protocol.shape import LayerShape
+from protocol.plans.plan import LayerPlan, Plan
+from protocol.plans.shape import LayerShape
 
 _COLUMNS = ("output", "down")
 """Projections that lose columns; the others lose rows, and the biases that go with them."""

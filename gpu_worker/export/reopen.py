@@ -9,13 +9,13 @@ from pydantic import ValidationError
 
 from gpu_worker.export.facts import ExportFacts
 from gpu_worker.export.folder import formats_in
-from gpu_worker.importance import LayerImportance
-from gpu_worker.models import LoadedModel
-from gpu_worker.pruning import OrderedModel
+from gpu_worker.models.loading import LoadedModel
+from gpu_worker.pruning.importance import LayerImportance
+from gpu_worker.pruning.ordered_model import OrderedModel
 from protocol.errors import ModelError
-from protocol.formats import FACTS, KEPT_TEXT, Format, Formats
-from protocol.plan import Plan
-from protocol.shape import LayerShape
+from protocol.plans.plan import Plan
+from protocol.plans.shape import LayerShape
+from protocol.results.formats import FACTS, KEPT_TEXT, Format, Formats
 
 NOT_FACTS = ("selfpruner", "format", "formats", "parameters")
 """What selfpruner.json says beside the facts."""

@@ -14,8 +14,8 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from gpu_worker.families import Family, family_of
-from gpu_worker.models import LoadedModel
+from gpu_worker.models.families import Family, family_of
+from gpu_worker.models.loading import LoadedModel
 from gpu_worker.progress import Progress, no_progress
 
 SHARD_SIZE = 5 * 10**9

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from gpu_worker.export.folder import ExportError
 from protocol.errors import SettingsError
-from protocol.finetuning import LossPoint
-from protocol.locks import hold
-from protocol.signals import held_back
+from protocol.results.finetuning import LossPoint
+from protocol.runtime.locks import hold
+from protocol.runtime.signals import held_back
 
 FILE = "checkpoint.pt"
 LOCK = "lock"

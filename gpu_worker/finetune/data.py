@@ -11,11 +11,11 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor
 
-from gpu_worker.corpora import HubData, load_roles
-from gpu_worker.models import LoadedModel
+from gpu_worker.measuring.corpora import HubData, load_roles
+from gpu_worker.models.loading import LoadedModel
 from protocol.errors import DataError
-from protocol.finetuning import ALPACA_GPT4, HUB_EXAMPLES, Form, Recipe, form_of
-from protocol.spec import TextSpec
+from protocol.plans.spec import TextSpec
+from protocol.results.finetuning import ALPACA_GPT4, HUB_EXAMPLES, Form, Recipe, form_of
 
 ALPACA_ON_THE_HUB = "vicgalle/alpaca-gpt4"
 WITH_INPUT = (

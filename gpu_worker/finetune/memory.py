@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpu_worker.export.room import check_disk, export_bytes
+from gpu_worker.export.disk_space import check_disk, export_bytes
 from protocol.errors import ModelError
-from protocol.finetuning import Recipe
-from protocol.formats import Formats, GgufType
-from protocol.shape import ModelShape
-from protocol.spec import Dtype
+from protocol.plans.shape import ModelShape
+from protocol.plans.spec import Dtype
+from protocol.results.finetuning import Recipe
+from protocol.results.formats import Formats, GgufType
 
 FP32 = 4
 PER_TRAINED = 4 * FP32

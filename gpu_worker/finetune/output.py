@@ -7,16 +7,16 @@ from pathlib import Path
 
 from torch import Tensor
 
-from gpu_worker.export.checkpoint import write_json
-from gpu_worker.export.exporting import fill
+from gpu_worker.export.companions import write_json
 from gpu_worker.export.facts import ExportFacts
 from gpu_worker.export.folder import write_folder
+from gpu_worker.export.writer import fill
 from gpu_worker.finetune.checkpoint import State
-from gpu_worker.models import LoadedModel
+from gpu_worker.models.loading import LoadedModel
 from gpu_worker.progress import Progress
-from protocol.finetuning import LossPoint
-from protocol.formats import Formats, GgufType
-from protocol.results import GgufPerplexity
+from protocol.results.commands import GgufPerplexity
+from protocol.results.finetuning import LossPoint
+from protocol.results.formats import Formats, GgufType
 
 LOSSES = "finetune.json"
 CURVE = "loss.png"

@@ -17,12 +17,12 @@ from torch import nn
 from gpu_worker.finetune.checkpoint import Checkpoint, State
 from gpu_worker.finetune.data import Example, TrainingData
 from gpu_worker.finetune.loss import summed_loss
-from gpu_worker.finetune.trained import Trained
-from gpu_worker.models import LoadedModel
-from gpu_worker.perplexity import NotFiniteError
+from gpu_worker.finetune.trainable import Trained
+from gpu_worker.measuring.perplexity import NotFiniteError
+from gpu_worker.models.loading import LoadedModel
 from gpu_worker.progress import LOGGED_EVERY, Progress
-from protocol.finetuning import LossPoint, Recipe
-from protocol.signals import held_back
+from protocol.results.finetuning import LossPoint, Recipe
+from protocol.runtime.signals import held_back
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""How fast a pruned model is beside its dense one, in the engines that can run it."""
+"""Tokens per second of a pruned model beside its dense model. Start with speed.py."""

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from gpu_worker.speed.measuring import WARM_UP, Length
+from gpu_worker.speed.timing import WARM_UP, Length
 from protocol.errors import SettingsError
-from protocol.formats import Engine, Format, Formats, GgufType
-from protocol.spec import Dtype
+from protocol.plans.spec import Dtype
+from protocol.results.formats import Engine, Format, Formats, GgufType
 
 
 @dataclass(frozen=True)

@@ -7,22 +7,22 @@ from typing import Any
 
 from gguf import GGUFReader, LlamaFileType, ReaderTensor
 
-from gpu_worker.checkpoints import reading, reason
-from gpu_worker.export.gguf import write_gguf
-from gpu_worker.export.gguf_types import FILE_TYPES
-from gpu_worker.export.room import check_disk, export_bytes
-from gpu_worker.gguf_layout import open_gguf
-from gpu_worker.memory import Workload
-from gpu_worker.models import bare_model, load_model
+from gpu_worker.export.disk_space import check_disk, export_bytes
+from gpu_worker.llama_cpp.tensor_types import FILE_TYPES
+from gpu_worker.llama_cpp.writer import write_gguf
+from gpu_worker.models.checkpoints import reading, reason
+from gpu_worker.models.gguf_layout import open_gguf
+from gpu_worker.models.loading import bare_model, load_model
+from gpu_worker.models.memory import Workload
+from gpu_worker.models.sizes import LARGEST_SIZES
 from gpu_worker.progress import Progress
-from gpu_worker.sizes import LARGEST_SIZES
 from gpu_worker.speed.engines import SpeedRequest
-from gpu_worker.speed.related import Sizes
+from gpu_worker.speed.same_model import Sizes
 from protocol.errors import ModelError, SettingsError
-from protocol.formats import Formats, GgufType
-from protocol.paths import expanded
-from protocol.plan import dense_plan
-from protocol.shape import LayerShape
+from protocol.plans.plan import dense_plan
+from protocol.plans.shape import LayerShape
+from protocol.results.formats import Formats, GgufType
+from protocol.runtime.paths import expanded
 
 ADVICE = "set TMPDIR to a folder with room, or leave the engine out (--engine transformers)"
 F16_BYTES = 2

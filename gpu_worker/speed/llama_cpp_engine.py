@@ -9,17 +9,17 @@ from typing import Any
 import torch
 import xllamacpp
 
-from gpu_worker.llama_cpp import ask, running
-from gpu_worker.llama_server import ServerOptions
+from gpu_worker.llama_cpp.client import ask, running
+from gpu_worker.llama_cpp.server import ServerOptions
 from gpu_worker.progress import Progress
 from gpu_worker.speed.engines import SpeedRequest
 from gpu_worker.speed.gguf_pair import GgufModel, gguf_files
-from gpu_worker.speed.measuring import Length, Pair, Timing
-from gpu_worker.speed.related import check_related, check_room
+from gpu_worker.speed.same_model import check_related, check_room
+from gpu_worker.speed.timing import Length, Pair, Timing
 from gpu_worker.speed.transformers_engine import random_prompts
 from protocol.errors import DataError, ModelError
-from protocol.formats import Formats
-from protocol.speeds import ModelSize
+from protocol.results.formats import Formats
+from protocol.results.speeds import ModelSize
 
 SPARE = 8
 """Positions of each slot beyond the measured text."""

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import StaticCache
 
-from gpu_worker.arithmetic import warn_if_slow
-from gpu_worker.memory import Workload, kv_cache_bytes
-from gpu_worker.models import LoadedModel, load_side_by_side
-from gpu_worker.session import device_name
+from gpu_worker.evaluation.session import device_name
+from gpu_worker.evaluation.target import check_length
+from gpu_worker.measuring.half_precision import warn_if_slow
+from gpu_worker.models.loading import LoadedModel, load_side_by_side
+from gpu_worker.models.memory import Workload, kv_cache_bytes
 from gpu_worker.speed.engines import SpeedRequest
-from gpu_worker.speed.measuring import Length, Pair, Timing
-from gpu_worker.speed.related import Sizes, check_related
-from gpu_worker.target import check_length
-from protocol.speeds import ModelSize
+from gpu_worker.speed.same_model import Sizes, check_related
+from gpu_worker.speed.timing import Length, Pair, Timing
+from protocol.results.speeds import ModelSize
 
 Clock = Callable[[], float]
 

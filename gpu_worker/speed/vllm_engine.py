@@ -15,18 +15,18 @@ from typing import Any
 
 import torch
 
-from gpu_worker.checkpoints import reason
-from gpu_worker.export.modeling import class_names, module_name, render_modeling
-from gpu_worker.families import PRUNED
-from gpu_worker.session import device_name
+from gpu_worker.evaluation.session import device_name
+from gpu_worker.models.checkpoints import reason
+from gpu_worker.models.exported import class_names, module_name, render_modeling
+from gpu_worker.models.families import PRUNED
 from gpu_worker.speed.engines import SpeedRequest
-from gpu_worker.speed.measuring import Length, Pair, Timing
+from gpu_worker.speed.stdout import stdout_to_stderr
+from gpu_worker.speed.timing import Length, Pair, Timing
 from gpu_worker.speed.transformers_engine import TransformersRunner, random_prompts
 from gpu_worker.speed.transformers_engine import open_pair as open_transformers_pair
-from gpu_worker.stdout import stdout_to_stderr
-from protocol.amounts import gigabytes
 from protocol.errors import ModelError
-from protocol.speeds import ModelSize
+from protocol.results.speeds import ModelSize
+from protocol.runtime.amounts import gigabytes
 
 MEMORY_SHARE = 0.84
 """Of what is free on the GPU, for both models with their KV caches. Beside it vLLM takes memory for CUDA's graphs."""

@@ -14,7 +14,8 @@ from typing import Any, Self
 
 import pytest
 
-from tests.compose import ROOT, free_port
+from tests.support.compose import free_port
+from tests.support.root import ROOT
 
 COPIED = (
     "docker-compose.yml", "Dockerfile", ".dockerignore", "pyproject.toml", "README.md", "LICENSE", "configs", "deploy",

@@ -10,17 +10,29 @@ from pathlib import Path
 
 import pytest
 
-from daemon import store as store_module
+from daemon.state import store as store_module
 from tests.faults.kit import PASSWORD, Kit, fault_kit
-from tests.servers import Server, server_binary
+from tests.support.servers import Server, server_binary
 
 NOT_TESTED: dict[str, tuple[str, str]] = {
-    "12": ("Ctrl-C to the whole group, embedded server", "tests/test_run.py does it: a run starts all its processes"),
-    "28": ("a server that a killed run left behind", "tests/test_run.py: a killed run is gone with all it started"),
-    "32": ("an export that is killed or has no disk", "tests/test_export_folder.py: whole or not at all"),
+    "12": (
+        "Ctrl-C to the whole group, embedded server",
+        "tests/end_to_end/test_run.py does it: a run starts all its processes",
+    ),
+    "28": (
+        "a server that a killed run left behind",
+        "tests/end_to_end/test_run.py: a killed run is gone with all it started",
+    ),
+    "32": ("an export that is killed or has no disk", "tests/gpu_worker/export/test_folder.py: whole or not at all"),
     "39": ("the HTTP API's faults", "with the HTTP API's own tests"),
-    "40": ("secrets in logs", "the server's password is looked for in every log here; tests/test_logs.py for the rest"),
-    "62": ("settings and secrets that are none", "tests/test_setting_files.py: one sentence at once, no secret shown"),
+    "40": (
+        "secrets in logs",
+        "the server's password is looked for in every log here; tests/protocol/runtime/test_logs.py for the rest",
+    ),
+    "62": (
+        "settings and secrets that are none",
+        "tests/daemon/settings/test_file.py: one sentence at once, no secret shown",
+    ),
     "": ("loss of power", "not simulated: it loses the server's last second at most"),
 }
 """Row -> (fault, where it is held instead, or why it is not)."""

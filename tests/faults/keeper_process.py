@@ -10,10 +10,10 @@ import sys
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from daemon import store as store_module
-from protocol.connection import connect
-from protocol.keys import Keys
-from protocol.streams import CandidateQueue
+from daemon.state import store as store_module
+from protocol.queue.connection import connect
+from protocol.queue.keys import Keys
+from protocol.queue.streams import CandidateQueue
 from tests.faults.kit import Daemon, candidates
 
 IN_FLIGHT = 3

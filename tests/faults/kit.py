@@ -21,21 +21,21 @@ from typing import Any
 import psutil
 from redis.asyncio import Redis
 
-from agents.population import Evaluation, Population
-from agents.population_keeper import PopulationKeeper
-from daemon.history import History, Memory
-from daemon.store import SearchStore
-from protocol.candidate import Candidate, Outcome
-from protocol.card import ModelCard
-from protocol.connection import connect
-from protocol.keys import GROUP, Keys
-from protocol.plan import count_parameters
-from tests.samples import CARD, SHAPE, SPEC, candidate, candidates
-from tests.servers import Server, eventually
+from agents.population.keeper import PopulationKeeper
+from agents.population.population import Evaluation, Population
+from daemon.state.history import History, Memory
+from daemon.state.store import SearchStore
+from protocol.plans.candidate import Candidate, Outcome
+from protocol.plans.card import ModelCard
+from protocol.plans.plan import count_parameters
+from protocol.queue.connection import connect
+from protocol.queue.keys import GROUP, Keys
+from tests.support.root import ROOT
+from tests.support.samples import CARD, SHAPE, SPEC, candidate, candidates
+from tests.support.servers import Server, eventually
 
 LEASE = 1.5
 EVALUATOR = Path(__file__).parent / "fake_evaluator.py"
-ROOT = Path(__file__).parent.parent.parent
 PASSWORD = "open-sesame-5309"
 
 

@@ -10,11 +10,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from daemon.setting_sources import load
-from protocol.keys import Keys
-from tests.faults.kit import PASSWORD, ROOT, Kit, strict_json
-from tests.samples import card_for
-from tests.schema_answers import value_of
+from daemon.settings.sources import load
+from protocol.queue.keys import Keys
+from tests.faults.kit import PASSWORD, Kit, strict_json
+from tests.support.root import ROOT
+from tests.support.samples import card_for
+from tests.support.schema_answers import value_of
 
 
 def answer(body: dict[str, Any]) -> str:

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from gpu_worker.child import EVALUATION_PROCESS
-from protocol.spec import SearchSpec
-from tests.broken_models import with_array, with_config, with_index, with_pipe
+from gpu_worker.worker.evaluator import EVALUATION_PROCESS
+from protocol.plans.spec import SearchSpec
 from tests.faults.kit import Kit
-from tests.tiny_models import save_tiny_folder
-from tests.tiny_specs import tiny_spec
+from tests.support.broken_models import with_array, with_config, with_index, with_pipe
+from tests.support.tiny_models import save_tiny_folder
+from tests.support.tiny_specs import tiny_spec
 
 BROKEN: dict[str, tuple[Callable[[Path], Path], str]] = {
     "layers": (lambda folder: with_config(folder, num_hidden_layers=10**9), "num_hidden_layers 1000000000"),

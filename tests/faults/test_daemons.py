@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from protocol.control import Control
-from tests.faults.kit import ROOT, Kit, eventually
+from protocol.queue.control import Control
+from tests.faults.kit import Kit, eventually
 from tests.faults.searching import Search, answer
-from tests.scripted_llm import ScriptedLlm
+from tests.support.root import ROOT
+from tests.support.scripted_llm import ScriptedLlm
 
 LIVES = 200
 CANDIDATES = 500
@@ -150,7 +151,7 @@ async def test_a_pause_outlives_a_kill_of_all(kit: Kit, llm: ScriptedLlm, tmp_pa
 async def test_a_file_that_is_being_written_when_its_writer_is_killed_is_whole(tmp_path: Path) -> None:
     path = tmp_path / "best.json"
     code = (
-        "import sys, pathlib\nfrom daemon.journal import write_json\n"
+        "import sys, pathlib\nfrom daemon.state.journal import write_json\n"
         "for n in range(10**9): write_json(pathlib.Path(sys.argv[1]), {'n': n, 'filler': 'x' * 200_000})"
     )
     draw = random.Random(32)

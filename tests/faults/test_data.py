@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import structlog
 
-from daemon import embedded
-from protocol.candidate import Candidate, Failed, Measured
-from protocol.connection import connect
+from daemon.local import valkey as embedded
 from protocol.errors import SelfPrunerError
-from protocol.keys import GROUP
+from protocol.plans.candidate import Candidate, Failed, Measured
+from protocol.queue.connection import connect
+from protocol.queue.keys import GROUP
 from tests.faults.kit import Daemon, Kit, candidates, eventually
 
 

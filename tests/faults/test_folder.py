@@ -11,18 +11,18 @@ from typing import Any
 
 import pytest
 
-from daemon.embedded import embedded_url
-from protocol.connection import connect
-from protocol.control import Control
-from protocol.keys import Keys
+from daemon.local.valkey import embedded_url
+from protocol.queue.connection import connect
+from protocol.queue.control import Control
+from protocol.queue.keys import Keys
+from tests.end_to_end.test_run import CANDIDATES, Run
+from tests.end_to_end.test_run import llm as a_scripted_llm  # noqa: F401  (a fixture)
+from tests.end_to_end.test_run import target as a_target  # noqa: F401  (a fixture)
 from tests.faults.kit import Kit
 from tests.faults.searching import Search, answer
-from tests.malformed_http import CORPUS, mutated
-from tests.scripted_llm import ScriptedLlm
-from tests.servers import eventually
-from tests.test_run import CANDIDATES, Run
-from tests.test_run import llm as a_scripted_llm  # noqa: F401  (a fixture)
-from tests.test_run import target as a_target  # noqa: F401  (a fixture)
+from tests.support.malformed_http import CORPUS, mutated
+from tests.support.scripted_llm import ScriptedLlm
+from tests.support.servers import eventually
 
 TOTAL = 1 + 6 + 3 * (4 + 3)
 FILES = ("spec.json", "card.json", "best.json", "evaluations.jsonl", "transcript.jsonl", "status.json", "http-token")

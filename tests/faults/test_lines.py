@@ -4,10 +4,10 @@ import asyncio
 
 import pytest
 
-from protocol.candidate import Failed
-from protocol.connection import connect
-from protocol.jobs import JobQueue
-from protocol.keys import GROUP
+from protocol.plans.candidate import Failed
+from protocol.queue.connection import connect
+from protocol.queue.jobs import JobQueue
+from protocol.queue.keys import GROUP
 from tests.faults.kit import LEASE, PASSWORD, Kit, candidates, eventually
 from tests.faults.proxy import Proxy
 

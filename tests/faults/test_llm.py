@@ -12,11 +12,11 @@ import pytest
 from aiohttp import web
 from structlog.testing import capture_logs
 
-from agents.chat import Chat
-from agents.endpoint import ChatPolicy
+from agents.llm.chat import Chat
+from agents.llm.endpoint import ChatPolicy
 from protocol.errors import EndpointError
-from tests.chatting import OK, QUICK, ask, attempts
-from tests.scripted_llm import (
+from tests.support.chatting import OK, QUICK, ask, attempts
+from tests.support.scripted_llm import (
     Handler,
     Reply,
     ScriptedLlm,

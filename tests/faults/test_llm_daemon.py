@@ -12,8 +12,8 @@ import pytest
 
 from tests.faults.kit import Kit, strict_json
 from tests.faults.searching import Search, answer
-from tests.hostile_replies import KINDS, Hostile, as_json, completion, http
-from tests.hostile_server import HostileServer
+from tests.support.hostile_replies import KINDS, Hostile, as_json, completion, http
+from tests.support.hostile_server import HostileServer
 
 QUESTIONS_A_ROUND = 8
 MB = 1024 * 1024

@@ -14,12 +14,12 @@ import pytest
 from pydantic import SecretStr
 from structlog.testing import capture_logs
 
-from agents.chat import Chat
-from agents.endpoint import ChatPolicy, Endpoint
+from agents.llm.chat import Chat
+from agents.llm.endpoint import ChatPolicy, Endpoint
 from protocol.errors import EndpointError, SettingsError
-from tests.chatting import ask
-from tests.hostile_replies import BY_NAME, KINDS, Hostile, completion, http
-from tests.hostile_server import HostileServer
+from tests.support.chatting import ask
+from tests.support.hostile_replies import BY_NAME, KINDS, Hostile, completion, http
+from tests.support.hostile_server import HostileServer
 
 KEY = "sk-very/secret+1234"
 POLICY = ChatPolicy(attempts=1, failures_to_open=10_000, deadline=0.5, connect_timeout=0.5)

@@ -12,24 +12,24 @@ import pytest
 from redis.asyncio import Redis
 from structlog.testing import capture_logs
 
-from daemon.history import History, load_history
-from daemon.launch import Launch
-from daemon.llm_settings import EndpointSettings
-from daemon.remote import RemoteSearch
-from daemon.setting_sources import load
-from daemon.settings import Settings
-from daemon.status import Condition
-from daemon.summary import Summary
-from protocol.candidate import Measured
-from protocol.card import ModelCard
+from daemon.launch.launch import Launch
+from daemon.monitor.remote import RemoteSearch
+from daemon.monitor.status import Condition
+from daemon.monitor.summary import Summary
+from daemon.settings.llm import EndpointSettings
+from daemon.settings.settings import Settings
+from daemon.settings.sources import load
+from daemon.state.history import History, load_history
 from protocol.errors import SettingsError
-from protocol.jobs import JobQueue
-from protocol.keys import Keys
-from tests.samples import card_for
-from tests.schema_answers import value_of
-from tests.scripted_llm import Handler, Reply, ScriptedLlm, hangs, lists_models, refuses
-from tests.servers import Server
-from tests.test_search import unevenness
+from protocol.plans.candidate import Measured
+from protocol.plans.card import ModelCard
+from protocol.queue.jobs import JobQueue
+from protocol.queue.keys import Keys
+from tests.daemon.search.test_search import unevenness
+from tests.support.samples import card_for
+from tests.support.schema_answers import value_of
+from tests.support.scripted_llm import Handler, Reply, ScriptedLlm, hangs, lists_models, refuses
+from tests.support.servers import Server
 
 CANDIDATES = 4 + 2 * (3 + 2)
 NOWHERE = EndpointSettings(base_url="http://127.0.0.1:9/v1", model="model", name="nowhere")

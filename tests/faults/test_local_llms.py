@@ -14,12 +14,12 @@ import psutil
 import pytest
 from structlog.testing import capture_logs
 
-from daemon.embedded import local_llm
-from daemon.llm_settings import EndpointSettings
-from daemon.settings import Settings
-from tests.real_model import need_smollm2
-from tests.servers import eventually
-from tests.test_local_llm import say_hi
+from daemon.local.valkey import local_llm
+from daemon.settings.llm import EndpointSettings
+from daemon.settings.settings import Settings
+from tests.daemon.local.test_llm_server import say_hi
+from tests.support.real_model import need_smollm2
+from tests.support.servers import eventually
 
 pytest.importorskip("xllamacpp")
 need_smollm2()

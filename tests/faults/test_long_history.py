@@ -10,13 +10,14 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from daemon.history import History, Memory
-from daemon.store import SearchStore
-from protocol.candidate import Candidate, Outcome
-from protocol.plan import Plan
-from protocol.streams import PART
-from tests.faults.kit import ROOT, Kit
-from tests.samples import CARD, SPEC, candidate, measured
+from daemon.state.history import History, Memory
+from daemon.state.store import SearchStore
+from protocol.plans.candidate import Candidate, Outcome
+from protocol.plans.plan import Plan
+from protocol.queue.streams import PART
+from tests.faults.kit import Kit
+from tests.support.root import ROOT
+from tests.support.samples import CARD, SPEC, candidate, measured
 
 COUNT = 100_000
 LONGEST_REQUEST_MS, LONGEST_STEP_SECONDS = 1_000, 2.0
@@ -88,13 +89,13 @@ async def test_a_long_history_is_restored_and_read_in_short_requests(kit: Kit) -
 
 RESTORE = """
 import asyncio, os, signal, sys
-from daemon import store as store_module
-from daemon.history import Memory
-from daemon.restoring import Restorer
-from protocol.connection import connect
-from protocol.keys import Keys
+from daemon.state import store as store_module
+from daemon.state.history import Memory
+from daemon.state.restoring import Restorer
+from protocol.queue.connection import connect
+from protocol.queue.keys import Keys
 from tests.faults.test_long_history import long_history
-from tests.samples import CARD, SPEC
+from tests.support.samples import CARD, SPEC
 
 class Mortal(Restorer):
     left = int(sys.argv[2])

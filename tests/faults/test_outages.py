@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from protocol.connection import Patience, connect
+from protocol.queue.connection import Patience, connect
 from tests.faults.kit import Kit, eventually
 from tests.faults.searching import Search, answer
-from tests.scripted_llm import ScriptedLlm
-from tests.servers import Server
+from tests.support.scripted_llm import ScriptedLlm
+from tests.support.servers import Server
 
 TOLD = ("redis_unreachable", "redis_back")
 

@@ -6,11 +6,11 @@ from typing import Any
 import psutil
 import pytest
 
-from protocol.candidate import Measured
-from protocol.card_board import CardBoard
-from protocol.spec import SearchSpec
+from protocol.plans.candidate import Measured
+from protocol.plans.spec import SearchSpec
+from protocol.queue.card_board import CardBoard
 from tests.faults.kit import LEASE, Kit, WorkerProcess, candidates, eventually
-from tests.samples import SPEC, card_for
+from tests.support.samples import SPEC, card_for
 
 SECOND, THIRD = (SPEC.model_copy(update={"model": name}) for name in ("second", "third"))
 

@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from protocol.candidate import Measured
-from protocol.connection import Patience, connect
-from protocol.control import Control
 from protocol.errors import SelfPrunerError, SettingsError, StoreError
-from protocol.keys import GROUP
+from protocol.plans.candidate import Measured
+from protocol.queue.connection import Patience, connect
+from protocol.queue.control import Control
+from protocol.queue.keys import GROUP
 from tests.faults.kit import LEASE, PASSWORD, Daemon, Kit, candidates, eventually, fault_kit
 from tests.faults.proxy import Proxy
 from tests.faults.searching import Search, answer
-from tests.scripted_llm import ScriptedLlm
-from tests.servers import Server, server_binary
+from tests.support.scripted_llm import ScriptedLlm
+from tests.support.servers import Server, server_binary
 
 PASSING = [
     "-BUSY Redis is busy running a script. You can only call SCRIPT KILL or SHUTDOWN NOSAVE.",

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from redis.asyncio import Redis
 
-from protocol.connection import connect
-from tests.disks import SmallDisk, mounted
+from protocol.queue.connection import connect
 from tests.faults.kit import LEASE, PASSWORD, Kit, candidates, eventually
-from tests.servers import Server, server_binary
+from tests.support.disks import SmallDisk, mounted
+from tests.support.servers import Server, server_binary
 
 
 @pytest.mark.faults
@@ -144,9 +144,9 @@ async def test_a_full_disk_is_waited_for(kind: str, small_disk: SmallDisk, tmp_p
 
 @pytest.mark.fault("28", "a second daemon", "take charge of a running search", "refused; the first goes on")
 async def test_a_second_daemon_is_refused(kit: Kit) -> None:
-    from daemon.store import SearchStore
+    from daemon.state.store import SearchStore
     from protocol.errors import SearchExistsError
-    from tests.samples import SPEC
+    from tests.support.samples import SPEC
 
     daemon = await kit.daemon()
     other: Redis = connect(kit.server.url)

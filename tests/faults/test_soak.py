@@ -7,10 +7,10 @@ from typing import Any
 import psutil
 import pytest
 
-from benchmarks.queue_overhead import instant_workers
-from protocol.keys import GROUP
+from benchmarks.micro.queue_overhead import instant_workers
+from protocol.queue.keys import GROUP
 from tests.faults.kit import Kit
-from tests.samples import candidate
+from tests.support.samples import candidate
 
 SEARCHES, EACH = 10, 20_000
 IN_FLIGHT = 60

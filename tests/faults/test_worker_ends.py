@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 
-from gpu_worker.child import EXIT_STUCK
-from protocol.candidate import Failed, Measured
-from protocol.card_board import CardBoard
+from gpu_worker.worker.evaluator import EXIT_STUCK
+from protocol.plans.candidate import Failed, Measured
+from protocol.queue.card_board import CardBoard
 from tests.faults.kit import Kit, candidates, eventually
-from tests.samples import CARD, SPEC, card_for
+from tests.support.samples import CARD, SPEC, card_for
 
 
 @pytest.mark.fault("18", "the data is gone while no daemon runs", "FLUSHALL, workers idle", "the card is back")

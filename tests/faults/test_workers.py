@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from protocol.candidate import Failed, Measured
+from protocol.plans.candidate import Failed, Measured
 from tests.faults.kit import LEASE, Kit, candidates, eventually
 
 

@@ -13,14 +13,14 @@ import signal
 import sys
 from typing import Any
 
-from gpu_worker import child as child_module
-from gpu_worker import worker as worker_module
-from gpu_worker.child import EvaluationChild
-from gpu_worker.worker import WorkerOptions, run_worker
-from protocol import logs
-from protocol.candidate import Outcome
+from gpu_worker.worker import evaluator as child_module
+from gpu_worker.worker import worker as worker_module
+from gpu_worker.worker.evaluator import EvaluationChild
+from gpu_worker.worker.worker import WorkerOptions, run_worker
 from protocol.errors import SelfPrunerError, UsageError
-from protocol.jobs import Job, JobQueue
+from protocol.plans.candidate import Outcome
+from protocol.queue.jobs import Job, JobQueue
+from protocol.runtime import logs
 
 
 async def _never(_child: EvaluationChild, _process: asyncio.subprocess.Process) -> None:

@@ -1,0 +1,57 @@
+"""Seeds: allocations without search that take part in the first population, so that the search begins with the best."""
+
+from collections.abc import Sequence
+
+import structlog
+
+from agents.population.view import Refused, Submit, View
+from protocol.errors import BudgetError
+from protocol.plans.allocation import Allocation, Findings, Method, allocated
+from protocol.plans.candidate import Provenance
+from protocol.plans.plan import MLP_FIRST_LIMIT
+from protocol.plans.shape import ModelShape, Unit
+from protocol.plans.single_unit import removed_alone
+
+log = structlog.get_logger()
+
+
+async def plant_seeds(methods: Sequence[Method], view: View, submit: Submit) -> None:
+    """Submit the rates of each method; one that cannot reach the pruning rate, or gives a known plan, is left out."""
+    for index, method in enumerate(methods):
+        provenance = Provenance(agent="seed", source="allocation", round=0, call=index)
+        try:
+            result = await submit(seed_rates(method, view), provenance)
+        except BudgetError as error:
+            result = Refused(str(error))
+        if isinstance(result, Refused):
+            log.info("seed_left_out", method=method, reason=result.reason)
+
+
+def seed_rates(method: Method, view: View) -> tuple[float, ...]:
+    """The rates of a method, by what the model card says.
+
+    A method that gives a layer one rate says nothing of how its attention and MLP share it: with blocks the MLP takes
+    all that it can, for to lose heads in every layer is worst. Raises BudgetError where the method cannot reach the
+    pruning rate, or the card (of an older version) says too little.
+    """
+    spec, card = view.spec, view.card
+    if (method == "owl" and not card.outliers) or (method == "sensitivity" and not card.sensitivity):
+        raise BudgetError(f"the model card does not have what {method} needs")
+    findings = Findings(
+        outliers=card.outliers,
+        sensitivity=card.sensitivity,
+        removed=[removed_alone(unit, spec, card.shape) for unit in view.units],
+    )
+    if method == "sensitivity" or spec.granularity == "layer":
+        return allocated(Allocation(method=method), findings, card.shape, spec.rate, spec.granularity)
+    by_layer = allocated(Allocation(method=method), findings, card.shape, spec.rate, "layer")
+    return tuple(_of_block(unit, by_layer[unit.layer], card.shape) for unit in view.units)
+
+
+def _of_block(unit: Unit, rate: float, shape: ModelShape) -> float:
+    """What a block loses where its layer loses `rate`, from the MLP as far as that goes."""
+    layer = shape.layer_parameters(unit.layer)
+    whole = shape.layers[unit.layer]
+    mlp = shape.mlp_parameters(whole.mlp_channels)
+    from_mlp = min(rate * layer, MLP_FIRST_LIMIT * mlp)
+    return from_mlp / mlp if unit.kind == "mlp" else (rate * layer - from_mlp) / unit.parameters

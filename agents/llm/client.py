@@ -1,0 +1,198 @@
+"""HTTP requests to one endpoint by the OpenAI SDK, and what their failures mean. The only file with openai.
+
+Whatever the endpoint sends, a request ends in bytes or in RequestFailed: `Client._edge` is the one place that turns
+every exception of the HTTP stack into it. There are too many to name: aiohttp's own, UnicodeError, RecursionError.
+
+The SDK's own retries are off, so that the attempts of our policy are the attempts that the endpoint sees. The SDK's
+`timeout` is per read, so the deadline is the caller's; its reading is unbounded, so the cap sits in the transport,
+where it also covers the bodies of errors.
+"""
+
+import asyncio
+import json
+import re
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
+from datetime import UTC, datetime
+from functools import partial
+from typing import Any, Literal, Self, TypeVar, cast
+from urllib.parse import urlsplit
+
+import httpx2
+import openai
+
+from agents.llm.backoff import retry_after
+from agents.llm.completion import Completion, check_content_type, read_completion
+from agents.llm.endpoint import ChatPolicy, Endpoint, Message
+from agents.llm.masking import Masking
+from agents.llm.model_list import read_models
+from agents.llm.transport import capped_at, only_own_headers, without_cookies
+from protocol.errors import EndpointError
+
+Kind = Literal["unreachable", "limited", "question", "refused"]
+"""What a failure is about.
+
+`unreachable`: the connection, the server, or a reply that is no completion; worth another try, and counted against the
+endpoint. `limited`: it asks to be left alone for a while. `question`: it cannot take this one. `refused`: it takes
+none of ours as things are (a wrong key, an unknown model, a quota used up).
+"""
+
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
+_NO_KEY = "none"
+"""What an endpoint without a key of its own is sent: the SDK would otherwise take OPENAI_API_KEY to any address."""
+_LARGE = 20_000
+"""Bytes of a body that is read in a thread."""
+_LONGEST_LOOK = 1_000
+"""Characters of an error's body that are searched for what it means."""
+_LONGEST_CODE = 100
+"""Characters of an error's code that are looked at."""
+_QUOTA_CODES = ("insufficient_quota", "billing_hard_limit_reached", "billing_not_active")
+_UNKNOWN_MODEL = re.compile(
+    r"model_not_found|(unknown|invalid|no such) model\b|not a valid model"
+    r"|\bmodel\b[^{}]{0,150}?(\bnot found\b|\bnot be found\b|does not exist|doesn't exist)",
+    re.IGNORECASE,
+)
+
+T = TypeVar("T")
+
+
+class RequestFailed(EndpointError):  # noqa: N818  (an EndpointError, told apart)
+    """One HTTP request failed. `wait` is how long the endpoint asks to be left alone; None where it does not say."""
+
+    def __init__(
+        self, reason: str, kind: Kind, *, retryable: bool = False, status: int | None = None, wait: float | None = None
+    ) -> None:
+        super().__init__(reason, retryable=retryable)
+        self.kind = kind
+        self.status = status
+        self.wait = wait
+        self.unknown_model = False
+
+
+class Client:
+    """Sends requests to one endpoint; an async context manager."""
+
+    def __init__(self, endpoint: Endpoint, policy: ChatPolicy) -> None:
+        self._model = endpoint.model
+        key = endpoint.api_key.get_secret_value() if endpoint.api_key else ""
+        self.masking = Masking([key] if key else [])
+        self._sdk = _make_sdk(endpoint.base_url, key or _NO_KEY, policy)
+
+    async def __aenter__(self) -> Self:
+        await self._sdk.__aenter__()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._sdk.close()
+
+    async def complete(self, messages: Sequence[Message], body: dict[str, object], max_tokens: int) -> Completion:
+        """Return one completion by one HTTP request, whose `body` sets the limit `max_tokens`; raises RequestFailed."""
+        asked = sum(len(message["content"]) for message in messages)
+        read = partial(read_completion, asked=asked, max_tokens=max_tokens)
+        came = await self._read(read, await self._edge(self._post(messages, body)))
+        if isinstance(came, RequestFailed):
+            raise came
+        return came
+
+    async def models(self) -> dict[str, int | None]:
+        """Return the models that the endpoint lists, with the tokens of their contexts where it says them.
+
+        Raises RequestFailed, and not every server has a list.
+        """
+        came = await self._read(read_models, await self._edge(self._get_models()))
+        if isinstance(came, RequestFailed):
+            raise came
+        return came
+
+    async def _post(self, messages: Sequence[Message], body: dict[str, object]) -> bytes:
+        create = self._sdk.chat.completions.with_streaming_response.create
+        async with create(model=self._model, messages=cast(Any, messages), extra_body=body) as response:
+            check_content_type(response.headers.get("content-type", ""))
+            return await response.read()
+
+    async def _get_models(self) -> bytes:
+        response = await self._sdk.models.with_raw_response.list()
+        return response.content
+
+    async def _edge(self, request: Awaitable[bytes]) -> bytes | RequestFailed:
+        """Return the bytes of a reply, or what went wrong, whatever it was.
+
+        Returned and not raised: an error that is raised while another is handled keeps that one, with its frames and
+        the megabytes in them, until the garbage collector comes.
+        """
+        try:
+            return await request
+        except Exception as error:  # noqa: BLE001  (the edge: an endpoint must not choose what ends a search)
+            return self._failure(error)
+
+    async def _read(self, read: Callable[[bytes], T], body: bytes | RequestFailed) -> T | RequestFailed:
+        """Return what `read` makes of `body`, a large one in a thread; RequestFailed where it raises EndpointError."""
+        if isinstance(body, RequestFailed):
+            return body
+        try:
+            return read(body) if len(body) < _LARGE else await asyncio.to_thread(read, body)
+        except EndpointError as error:
+            return self._failure(error)
+
+    def _failure(self, error: Exception) -> RequestFailed:
+        if isinstance(error, openai.APIStatusError):
+            return self._refusal(error)
+        cause = error.__cause__
+        if isinstance(error, EndpointError | httpx2.TransportError):
+            reason = str(error) or type(error).__name__
+        elif isinstance(error, openai.APIConnectionError) and cause:
+            reason = str(cause) if isinstance(cause, EndpointError) else f"{error} ({cause or type(cause).__name__})"
+        else:
+            reason = f"the request to the endpoint failed ({type(error).__name__}: {error})"
+        return RequestFailed(self.masking.shown(reason), "unreachable", retryable=True)
+
+    def _refusal(self, error: openai.APIStatusError) -> RequestFailed:
+        status = error.status_code
+        text, body = _body_of(error.response)
+        code = str(error.code)[:_LONGEST_CODE]
+        unknown = status in (400, 404, 422) and _UNKNOWN_MODEL.search(f"{code} {text[:_LONGEST_LOOK]}") is not None
+        quota = status == 402 or (status == 429 and code in _QUOTA_CODES)
+        kind: Kind = "unreachable"
+        if unknown or quota or status in (401, 403):
+            kind = "refused"
+        elif status == 429:
+            kind = "limited"
+        elif status in (400, 413, 422):
+            kind = "question"
+        # A proxy says 404 or 307 while what is behind it starts: no matter for this question, nor for ever.
+        retryable = kind == "limited" or (kind == "unreachable" and (status >= 500 or status in (408, 409)))
+        wait = retry_after(error.response.headers, datetime.now(UTC), body)
+        reason = error.message if " - " in error.message else f"{error.message}: {text}".rstrip(": ")
+        failed = RequestFailed(self.masking.shown(reason), kind, retryable=retryable, status=status, wait=wait)
+        failed.unknown_model = unknown
+        return failed
+
+
+def _body_of(response: httpx2.Response) -> tuple[str, object]:
+    """Return an error's body as text, and what it holds where it is JSON."""
+    text, body = "", None
+    with suppress(httpx2.ResponseNotRead, httpx2.StreamError, ValueError, RecursionError):
+        text = response.text
+        body = json.loads(text)
+    return text, body
+
+
+class _HttpClient(openai.DefaultAioHttpClient):
+    """The SDK's client over aiohttp, whose sessions keep no cookie."""
+
+    def _init_transport(self, *given: Any, **options: Any) -> Any:
+        return without_cookies(super()._init_transport(*given, **options))
+
+    def _init_proxy_transport(self, *given: Any, **options: Any) -> Any:
+        return without_cookies(super()._init_proxy_transport(*given, **options))
+
+
+def _make_sdk(base_url: str, key: str, policy: ChatPolicy) -> openai.AsyncOpenAI:
+    """The SDK over aiohttp: no redirects, no proxy for loopback, no header beside the endpoint's own."""
+    http = _HttpClient(
+        trust_env=urlsplit(base_url).hostname not in _LOOPBACK,
+        follow_redirects=False,
+        timeout=httpx2.Timeout(policy.deadline, connect=policy.connect_timeout, pool=None),
+        event_hooks={"request": [only_own_headers(key)], "response": [capped_at(policy.byte_cap)]},
+    )
+    return openai.AsyncOpenAI(base_url=base_url, api_key=key, max_retries=0, http_client=http)

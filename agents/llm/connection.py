@@ -1,0 +1,256 @@
+"""One endpoint: its slots, its cool-down, its circuit breaker, and the one retry policy."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+
+import structlog
+import tenacity
+
+from agents.llm.backoff import Cooldown
+from agents.llm.breaker import Breaker
+from agents.llm.client import Client, RequestFailed
+from agents.llm.completion import LONGEST_REPLY, Completion
+from agents.llm.dialect import Dialect
+from agents.llm.endpoint import Answer, ChatPolicy, Endpoint, Question, Usage
+from agents.llm.health import EndpointState
+from protocol.errors import EndpointError
+
+Gate = Callable[[], Awaitable[None]]
+Permit = Callable[[], None]
+
+VERDICT_POLL_SECONDS = 0.25
+"""How often who waits for a probe's verdict looks whether the gate has closed."""
+
+log = structlog.get_logger()
+
+
+class LeftAlone(EndpointError):  # noqa: N818  (nobody was asked)
+    """The endpoint was not asked: it rests, or it asked to be left alone."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(f"left alone: {why}", retryable=False)
+
+
+class Connection:
+    """Asks one endpoint; an async context manager.
+
+    `gate` is awaited before a question is let in and before each HTTP request; `permit` is called right before each
+    request and may raise EndpointError.
+    """
+
+    def __init__(self, endpoint: Endpoint, policy: ChatPolicy, *, gate: Gate, permit: Permit) -> None:
+        self.endpoint = endpoint
+        self.context = endpoint.context
+        self.usage = Usage()
+        self.client = Client(endpoint, policy)
+        self._policy = policy
+        self._gate = gate
+        self._permit = permit
+        self._dialect = Dialect(rung="grammar" if endpoint.grammar else "json_schema")
+        self._slots = asyncio.Semaphore(policy.concurrency)
+        self._cooldown = Cooldown()
+        self._breaker = Breaker(failures=policy.failures_to_open, rest=policy.rest, longest_rest=policy.longest_rest)
+        self._verdict = asyncio.Event()
+        """Set while no probe is under way."""
+        self._verdict.set()
+        self._last_failure: str | None = None
+
+    @property
+    def state(self) -> EndpointState:
+        """How it is, for people."""
+        reason = None if self._breaker.state == "closed" else self._last_failure
+        return EndpointState(name=self.endpoint.name, state=self._breaker.state, reason=reason)
+
+    @property
+    def is_free(self) -> bool:
+        """Whether a question would be asked at once, slots aside."""
+        return self._breaker.admits and not self._cooldown.left
+
+    def rest(self, why: str, *, at_once: bool = True) -> None:
+        """Count a failure, which begins a rest after too many in a row, or `at_once`; says so once."""
+        self._last_failure = why
+        was_closed = self._breaker.state == "closed"
+        if self._breaker.failed(at_once=at_once) and was_closed:
+            rests = round(self._breaker.rests, 1)
+            log.warning("endpoint_down", endpoint=self.endpoint.name, reason=why, rests_s=rests)
+
+    async def answer(self, question: Question, *, patience: float) -> Answer:
+        """One answer, after as many attempts as the policy allows; raises EndpointError.
+
+        `patience` is how long, in seconds, the endpoint may ask to be left alone, or a probe may take.
+        """
+        async with self._slots:
+            with await self._enter(patience) as probe:
+                started = time.monotonic()
+                completion = await self._within_deadline(question, patience, attempts=1 if probe else None)
+        return self._answer(completion, time.monotonic() - started)
+
+    async def _enter(self, patience: float) -> "_Entrance":
+        """Pass gate and breaker; raises LeftAlone. While one question probes, the others wait for its verdict."""
+        await self._gate()
+        if not self._verdict.is_set() and not await self._judged_within(min(patience, self._policy.longest_wait)):
+            raise LeftAlone("one question is trying it")
+        self._check_open()
+        return _Entrance(self._breaker, self._verdict)
+
+    async def _judged_within(self, seconds: float) -> bool:
+        """Wait for the probe's verdict; False without one. Time at a closed gate, which holds up the probe, is free."""
+        verdict = asyncio.ensure_future(self._verdict.wait())
+        try:
+            while seconds > 0 and not verdict.done():
+                await self._gate()
+                await asyncio.wait({verdict}, timeout=min(seconds, VERDICT_POLL_SECONDS))
+                seconds -= VERDICT_POLL_SECONDS
+            return verdict.done()
+        finally:
+            verdict.cancel()
+
+    def _check_open(self) -> None:
+        if not self._breaker.admits:
+            raise LeftAlone(f"it rests for {self._breaker.rests:.0f} s after: {self._last_failure}")
+
+    async def _within_deadline(self, question: Question, patience: float, attempts: int | None) -> Completion:
+        try:
+            async with asyncio.timeout(self._policy.deadline) as clock:
+                retrying = self._retrying(clock, patience, attempts or self._policy.attempts)
+                completion: Completion = await retrying(self._attempt, question, clock, patience)
+                return completion
+        except TimeoutError:
+            why = f"no whole answer within {self._policy.deadline:g} s"
+            self._failed(RequestFailed(why, "unreachable"))
+            raise RequestFailed(why, "unreachable") from None
+
+    def _retrying(self, clock: asyncio.Timeout, patience: float, attempts: int) -> tenacity.AsyncRetrying:
+        """The one retry policy; its last wait is not begun where it would end after the deadline."""
+        backoff = tenacity.wait_random_exponential(multiplier=self._policy.first_wait, max=self._policy.longest_wait)
+
+        def wait(state: tenacity.RetryCallState) -> float:
+            error = state.outcome.exception() if state.outcome else None
+            seconds = backoff(state)
+            if isinstance(error, RequestFailed) and error.kind == "limited" and error.wait is None:
+                self._cool_down(seconds, error)
+            return 0.0 if self._cooldown.left else seconds  # a shared wait is waited in `_wait_turn`
+
+        def stop(state: tenacity.RetryCallState) -> bool:
+            waits = max(state.upcoming_sleep, self._cooldown.left)
+            late = _time_left(clock) <= waits or self._cooldown.left > patience
+            return state.attempt_number >= attempts or late or self._breaker.state != "closed"
+
+        return tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception(lambda error: isinstance(error, RequestFailed) and error.retryable),
+            wait=wait,
+            stop=stop,
+            reraise=True,
+        )
+
+    async def _attempt(self, question: Question, clock: asyncio.Timeout, patience: float) -> Completion:
+        """One attempt; a refused parameter is left out and asked again at once, which is no failure.
+
+        So is a grammar that no text came of.
+        """
+        while True:
+            await self._wait_turn(clock, patience)
+            body = self._dialect.body(
+                question.schema, question.schema_name, question.seed, question.temperature, question.max_tokens
+            )
+            self._permit()
+            self.usage.requests += 1
+            try:
+                completion = await self.client.complete(question.messages, body, question.max_tokens)
+            except RequestFailed as error:
+                if error.status is None or not self._dialect.learn(error.status, str(error), body):
+                    self._failed(error)
+                    raise
+                log.info("endpoint_dialect", endpoint=self.endpoint.name, rung=self._dialect.rung)
+            else:
+                self._succeeded()
+                if completion.text or not self._dialect.learn_silence(body):
+                    return completion
+                self._count(completion)
+                log.info("endpoint_dialect", endpoint=self.endpoint.name, rung=self._dialect.rung)
+
+    async def _wait_turn(self, clock: asyncio.Timeout, patience: float) -> None:
+        """Wait as long as the endpoint asked for, then at the gate, so that nothing stands between it and the request.
+
+        A wait beyond the deadline, or beyond `patience`, is not begun.
+        """
+        while wait := self._cooldown.wait():
+            if self._cooldown.left > patience or wait >= _time_left(clock):
+                raise LeftAlone(f"it asks to be, for {self._cooldown.left:.0f} s")
+            await asyncio.sleep(wait)
+        await self._pass_gate(clock)
+        if self._breaker.state == "open":  # since this question was let in
+            raise LeftAlone(f"it rests after: {self._last_failure}")
+
+    async def _pass_gate(self, clock: asyncio.Timeout) -> None:
+        """Wait at the gate with the deadline's clock stopped."""
+        left = _time_left(clock)
+        clock.reschedule(None)
+        await self._gate()
+        clock.reschedule(asyncio.get_running_loop().time() + left)
+
+    def _succeeded(self) -> None:
+        if self._breaker.succeeded():
+            log.info("endpoint_up", endpoint=self.endpoint.name)
+
+    def _failed(self, error: RequestFailed) -> None:
+        """Take a failed request into account. One that the endpoint understood shows that it lives.
+
+        One refusal of key, model or quota is enough for a rest; but a gateway may say so by mistake, and a bill may be
+        paid, so the endpoint is tried again.
+        """
+        self._last_failure = str(error)
+        if error.wait is not None:
+            self._cool_down(error.wait, error)
+        if error.kind not in ("unreachable", "refused"):
+            self._succeeded()
+        else:
+            self.rest(str(error), at_once=error.kind == "refused")
+
+    def _cool_down(self, seconds: float, error: RequestFailed) -> None:
+        if self._cooldown.extend(seconds):
+            log.info("endpoint_cools_down", endpoint=self.endpoint.name, seconds=round(seconds, 1), reason=str(error))
+
+    def _count(self, completion: Completion) -> None:
+        """Count the tokens of the question and of what came back as used."""
+        self.usage.prompt_tokens += completion.prompt_tokens
+        self.usage.completion_tokens += completion.completion_tokens
+
+    def _answer(self, completion: Completion, seconds: float) -> Answer:
+        self._count(completion)
+        self.usage.answers += 1
+        return Answer(
+            # Masked first: a key that is cut in two would not be found. One more is kept, to show that it is longer.
+            text=self.client.masking.masked(completion.text)[: LONGEST_REPLY + 1],
+            endpoint=self.endpoint.name,
+            prompt_tokens=completion.prompt_tokens,
+            completion_tokens=completion.completion_tokens,
+            seconds=seconds,
+            finish_reason=completion.finish_reason,
+        )
+
+
+class _Entrance:
+    """Being let in by the breaker; without a verdict at the end, the probe was given up."""
+
+    def __init__(self, breaker: Breaker, verdict: asyncio.Event) -> None:
+        self._breaker = breaker
+        self._verdict = verdict
+        self._is_probe = False
+
+    def __enter__(self) -> bool:
+        self._is_probe = self._breaker.enter()
+        if self._is_probe:
+            self._verdict.clear()
+        return self._is_probe
+
+    def __exit__(self, *_: object) -> None:
+        if self._is_probe:
+            self._breaker.abandoned()
+            self._verdict.set()
+
+
+def _time_left(clock: asyncio.Timeout) -> float:
+    loop = asyncio.get_running_loop()
+    return (clock.when() or loop.time()) - loop.time()

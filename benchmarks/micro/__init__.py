@@ -1,0 +1,1 @@
+"""Small benchmarks of single parts, and long runs under faults."""

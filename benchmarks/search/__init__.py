@@ -1,0 +1,1 @@
+"""Compares proposers at the same budget. Start with compare_search.py."""

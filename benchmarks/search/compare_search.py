@@ -1,0 +1,362 @@
+"""Does the LLM find better pruning rates than evolution, CMA-ES or luck, for the same number of evaluations?
+
+    python benchmarks/search/compare_search.py --rate 0.3 --budget 60 --seeds 1 --json OUT
+    python benchmarks/search/compare_search.py --rate 0.3 0.5 --fitness VALID.txt --report TEST.txt --out DIR
+
+Every method is a whole search of the daemon, through a real queue; one process measures for all of them, and what two
+methods propose alike it measures once. They minimise the divergence from the dense model, as configs/best.yaml does,
+and report perplexity. Prints a table; DIR has the searches, the figures and the plots. Broken off and called again it
+goes on. Without texts the model is pruned on what it writes itself.
+
+A long comparison may be shared between machines, each with some of the methods, rates or seeds (`--first-seed`); the
+figures that each leaves are joined by
+
+    python -m benchmarks.search.compare_search --methods --beside ONE/comparison.json OTHER/comparison.json --out DIR
+
+Exit code 1: measuring failed. 2: what was given cannot be. 130, 143: interrupted.
+"""
+
+import argparse
+import asyncio
+import hashlib
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from itertools import product
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import ValidationError
+from rich.console import Console
+
+from benchmarks.holding import the_only_one
+from benchmarks.search.searches import (
+    Comparison,
+    MeasuringWorker,
+    SearchResult,
+    keep_result,
+    plain_uniform,
+    result_before,
+    result_of,
+)
+from benchmarks.search.table import show
+from daemon.launch.launch import Launch
+from daemon.local import valkey as embedded
+from daemon.local.llm_server import find_gguf
+from daemon.search.checks import is_searched_on
+from daemon.search.make_agents import check_proposer
+from daemon.settings.errors import validation_sentence
+from daemon.settings.llm import EndpointSettings
+from daemon.settings.settings import Settings, check_text, text_spec
+from protocol.errors import SelfPrunerError, SettingsError, UsageError
+from protocol.plans.allocation import Method
+from protocol.plans.spec import Measure, Reconstruction
+from protocol.runtime import logs
+from protocol.runtime.daemon_signals import run_until_signal
+from protocol.runtime.files import replace
+
+SEEDS: tuple[Method, ...] = ("first-layer", "llm-pruner", "owl", "uniform")
+LEAST_POPULATION = 4
+OFFSPRING = 4
+"""Candidates of a round."""
+METHODS: dict[str, dict[str, Any]] = {
+    "random": {"proposer": "random", "mutations": OFFSPRING, "crossovers": 0},
+    "evolution": {"proposer": "evolution", "mutations": OFFSPRING, "crossovers": 0},
+    "evolution-multi": {"proposer": "evolution", "mutations": OFFSPRING, "crossovers": 0, "first_windows": 2},
+    "cma-es": {"proposer": "cma-es", "mutations": 16, "crossovers": 0},
+    "best-of-n": {"proposer": "best-of-n", "mutations": OFFSPRING, "crossovers": 0, "reply": "edits"},
+    "ranked": {"initializer": "random", "selector": "tournament", "mutator": "ranked", "crossover": "ranked"},
+    "llm-edits": {"reply": "edits"},
+    "llm": {"reply": "trades"},
+    "llm-untold": {"reply": "trades", "tell": ()},
+    "llm-steady": {"reply": "trades", "mode": "steady-state"},
+    "no-initializer": {"reply": "trades", "initializer": "random"},
+    "no-mutation": {"reply": "trades", "mutations": 0, "crossovers": OFFSPRING},
+    "no-crossover": {"reply": "trades", "mutations": OFFSPRING, "crossovers": 0},
+    "tournament": {"reply": "edits", "selector": "tournament"},
+    "joint": {"reply": "edits", "selector": "none"},
+}
+"""Settings of search.* and llm.*. `ranked` draws by dice from the menus that `llm` chooses from, and its parents by
+tournaments; from `llm` on the search of configs/best.yaml, and what differs from it in one thing (the ablations).
+`tournament` and `joint` differ from `llm-edits`, for trades mostly begin at the best configuration, whoever selects.
+CMA-ES has the generations that it is made for."""
+MORE = 5
+"""How many times as many candidates those of `first_windows` may make, on as many tokens as the others."""
+USUAL = ("random", "evolution", "cma-es", "best-of-n", "ranked", "llm")
+OF_LLM = ("reply", "tell")
+NOT_OF_THE_SEARCHES = ("out", "json", "beside")
+SHARED_OUT = ("rate", "seeds", "first_seed", "methods", "llm_url")
+"""Arguments in which calls that are joined may differ."""
+WHICH_LLM = ("llm_url", "llm_model", "gguf")
+WITHOUT_LLM = ("random", "evolution", "evolution-multi", "cma-es", "ranked")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rate", type=float, nargs="+", default=[0.3])
+    parser.add_argument("--budget", type=int, default=200, help="evaluations of each search")
+    parser.add_argument("--seeds", type=int, default=3, help="searches of each method, each with windows of its own")
+    parser.add_argument("--first-seed", type=int, default=0, help="where another call has those below")
+    parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(USUAL))
+    parser.add_argument("--beside", type=Path, nargs="+", default=[], help="figures of other calls, shown with these")
+    parser.add_argument("--granularity", choices=("layer", "block"), default="block")
+    parser.add_argument("--reconstruction", choices=get_args(Reconstruction), default="least-squares")
+    parser.add_argument("--minimise", choices=get_args(Measure), default="kl", help="the fitness")
+    parser.add_argument("--no-seeds", action="store_true", help="begin without the allocations")
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--fitness", default="self", help="the text to score on and to search on")
+    parser.add_argument("--report", default="self", help="the text to report on")
+    parser.add_argument("--windows", type=int, default=4)
+    parser.add_argument("--seqlen", type=int, default=256)
+    parser.add_argument("--report-windows", type=int, default=6)
+    parser.add_argument("--calibration-windows", type=int, default=64)
+    parser.add_argument("--llm-url", help="an OpenAI-compatible endpoint; a local SmolLM2 answers where left out")
+    parser.add_argument("--llm-model", default="default")
+    parser.add_argument("--gguf", default="smollm2", help="what the local LLM is")
+    parser.add_argument("--out", type=Path, default=Path("runs/compare"))
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what is missing; print the table, write figures and plots. Returns the exit code."""
+    given = _parser().parse_args(arguments)
+    logs.configure(level="WARNING")
+    try:
+        return _make(given)
+    except ValidationError as error:
+        _tell(validation_sentence(error))
+        return 2
+    except SelfPrunerError as error:
+        _tell(str(error))
+        return 2 if isinstance(error, UsageError) else 1
+    finally:
+        sys.excepthook = sys.__excepthook__  # that of the logs tells the file of the last search alone
+
+
+def _make(given: argparse.Namespace) -> int:
+    if not given.methods and not given.beside:
+        raise SettingsError("there is nothing to do: name methods, or figures to join with --beside")
+    _check(given)
+    others = {file: _read(file) for file in given.beside}
+    arguments = {k: v for k, v in vars(given).items() if k not in NOT_OF_THE_SEARCHES}
+    if not given.methods:
+        arguments = others[given.beside[0]].arguments
+    for file, other in others.items():
+        if differing := sorted(
+            name for name in {*other.arguments, *arguments} if _differs(name, other.arguments, arguments)
+        ):
+            raise SettingsError(f"{file} is of other searches: they differ in {', '.join(differing)}")
+    with the_only_one(given.out, f"the comparison in {given.out} is being made by another process"):
+        own: list[SearchResult] = []
+        if given.methods:
+            found, number = run_until_signal(compare(given))
+            if found is None:
+                _tell("interrupted; the same command goes on" if number else "a search was stopped")
+                return 128 + number if number else 1
+            own = found
+        _show_all([*(result for other in others.values() for result in other.results), *own], arguments, given)
+    return 0
+
+
+def _check(given: argparse.Namespace) -> None:
+    """Raise UsageError or ValidationError for what cannot be, before anything is loaded."""
+    if given.budget < LEAST_POPULATION:
+        raise SettingsError(f"--budget cannot be {given.budget}: the first population takes {LEAST_POPULATION}")
+    if given.seeds < 1:
+        raise SettingsError(f"--seeds cannot be {given.seeds}: give 1 or more")
+    if given.json and not given.json.parent.is_dir():
+        raise SettingsError(f"--json {given.json} cannot be written: there is no folder {str(given.json.parent)!r}")
+    if not given.methods:
+        return
+    for text in (given.fitness, given.report):
+        check_text(text)
+    if is_searched_on(given.report, given.fitness):
+        _tell(f"--report {given.report} is the text that is searched on: it does not tell what carries over")
+    seeds = (given.first_seed, given.first_seed + given.seeds - 1)
+    for method, rate, seed in product(given.methods, given.rate, seeds):
+        settings = settings_of(given, method, rate, seed)
+        settings.spec()
+        check_proposer(settings.search)
+        if settings.search.asks_llm and not given.llm_url:
+            find_gguf(given.gguf)
+
+
+def _read(file: Path) -> Comparison:
+    """The figures of another call. Raises SettingsError."""
+    try:
+        found = Comparison.model_validate_json(file.read_bytes())
+    except OSError as error:
+        raise SettingsError(f"--beside {file} cannot be read: {error.strerror}") from error
+    except ValidationError as error:
+        what = error.errors()[0]
+        where = ".".join(map(str, what["loc"]))
+        raise SettingsError(
+            f"--beside {file} holds no figures of a comparison: {where and where + ': '}{what['msg']}"
+        ) from error
+    if found.arguments.get("minimise") not in get_args(Measure):
+        raise SettingsError(f"--beside {file} does not say what was minimised")
+    if found.arguments.get("reconstruction") not in get_args(Reconstruction):
+        raise SettingsError(f"--beside {file} does not say what was reconstructed")
+    return found
+
+
+def _show_all(found: list[SearchResult], arguments: dict[str, Any], given: argparse.Namespace) -> None:
+    """Print the tables and write the figures and the plots; of a search that is there twice, the last counts."""
+    joined = {_which(result): result for result in found}
+    results = [joined[which].model_dump() for which in sorted(joined, key=_in_order)]
+    figures = {"arguments": arguments, "results": results}
+    for file in filter(None, (given.out / "comparison.json", given.json)):
+        replace(file, json.dumps(figures, indent=1) + "\n")
+    for rate in dict.fromkeys(r["rate"] for r in results):
+        show(
+            [r for r in results if r["rate"] == rate],
+            rate,
+            arguments["minimise"],
+            arguments["reconstruction"],
+        )
+    plot(results, given.out)
+
+
+def _differs(name: str, theirs: dict[str, Any], ours: dict[str, Any]) -> bool:
+    """Whether searches with these arguments are not to be compared, by the one called `name`; folders do not matter."""
+    if name in SHARED_OUT:
+        return False
+    if name in ("fitness", "report"):
+        return Path(str(theirs.get(name))).name != Path(str(ours.get(name))).name
+    return bool(theirs.get(name) != ours.get(name))
+
+
+def _which(result: SearchResult) -> tuple[str, float, int]:
+    return result.method, result.rate, result.seed
+
+
+def _in_order(which: tuple[str, float, int]) -> tuple[float, int, int]:
+    method, rate, seed = which
+    names = [*METHODS, method]  # figures beside may be of a method that was here once
+    return rate, names.index(method), seed
+
+
+async def compare(given: argparse.Namespace) -> list[SearchResult]:
+    """All searches, those that are there already included; cancelled and called again, it goes on."""
+    results: list[SearchResult] = []
+    async with AsyncExitStack() as stack:
+        endpoints: tuple[EndpointSettings, ...] = ()
+        if any(method not in WITHOUT_LLM for method in given.methods):
+            endpoints = await _endpoints(given, stack)
+        url = await stack.enter_async_context(embedded.embedded_server(given.out / "server"))
+        console = Console(stderr=True)
+        for seed in range(given.first_seed, given.first_seed + given.seeds):
+            worker = MeasuringWorker(url, given.out / f"measured-{seed}.jsonl")
+            specs = [settings_of(given, "random", rate, seed).spec() for rate in given.rate]
+            plain = await asyncio.to_thread(plain_uniform, specs, given.out / f"plain-{seed}.json")
+            for (rate, uniform), method in product(zip(given.rate, plain, strict=True), given.methods):
+                settings = settings_of(given, method, rate, seed)
+                if (before := result_before(settings.folder)) is not None:
+                    results.append(before)
+                    continue
+                console.print(f"{settings.search.name} …")
+                settings.folder.mkdir(parents=True, exist_ok=True)
+                logs.configure(file=settings.folder / "log.jsonl", console=False, search=settings.search.name)
+                async with worker.serving(settings):
+                    launch = Launch(settings, url, endpoints, embedded=False)
+                    summary = await launch.run()
+                if summary is None or not summary.finished:
+                    raise asyncio.CancelledError  # the search has taken it for itself, and saved what there is
+                results.append(result_of(settings, method, summary, uniform, worker.measured_by))
+                keep_result(results[-1], settings.folder, _decisive(given, method))
+                console.print(
+                    f"  best {results[-1].best_so_far.fitness[-1]:.4g}, reported {results[-1].report:.2f}, "
+                    f"{summary.seconds:.0f} s"
+                )
+    return results
+
+
+def _decisive(given: argparse.Namespace, method: str) -> dict[str, Any]:
+    """All that decides what a search of `method` finds, but for its rate and its seed."""
+    beside = (*NOT_OF_THE_SEARCHES, *SHARED_OUT, *WHICH_LLM)
+    told = {name: value for name, value in vars(given).items() if name not in beside}
+    told |= {name: text_spec(told[name], None, given.seqlen).source for name in ("fitness", "report")}
+    if method not in WITHOUT_LLM:
+        told["llm"] = {"url": given.llm_url, "model": given.llm_model} if given.llm_url else {"gguf": given.gguf}
+    return told | {"method": METHODS[method]}
+
+
+def _name(given: argparse.Namespace, method: str, rate: float, seed: int) -> str:
+    """Of a search, and of its folder: with other arguments it is another search, for the server has those before."""
+    told = json.dumps(_decisive(given, method), sort_keys=True)
+    digest = hashlib.sha256(told.encode()).hexdigest()[:8]
+    return f"{method}-{given.granularity}-{rate:g}-{seed}-{digest}"
+
+
+async def _endpoints(given: argparse.Namespace, stack: AsyncExitStack) -> tuple[EndpointSettings, ...]:
+    asking = next(method for method in given.methods if method not in WITHOUT_LLM)
+    settings = settings_of(given, asking, given.rate[0], given.first_seed)
+    if settings.llm.endpoints:
+        return settings.llm.endpoints
+    settings.folder.mkdir(parents=True, exist_ok=True)  # for the log of the local LLM
+    return (await stack.enter_async_context(embedded.local_llm(settings)),)
+
+
+def settings_of(given: argparse.Namespace, method: str, rate: float, seed: int) -> Settings:
+    """The settings of one search; all but who proposes is the same for every method."""
+    chosen = {"mutations": OFFSPRING - 1, "crossovers": 1, **METHODS[method]}
+    endpoint = {"base_url": given.llm_url, "model": given.llm_model, "name": "llm"}
+    llm = {"tell": ("sensitivity", "weakest", "contrast", "lessons"), "endpoints": [endpoint] if given.llm_url else []}
+    llm |= {name: chosen.pop(name) for name in OF_LLM if name in chosen}
+    population = max(LEAST_POPULATION, min(12, given.budget // 4))
+    in_part = "first_windows" in chosen
+    most = given.budget * (MORE if in_part else 1)
+    return Settings.model_validate(
+        {
+            "search": {
+                "name": _name(given, method, rate, seed),
+                "seed": seed,
+                "population": population,
+                "rounds": -(-(most - population) // OFFSPRING),
+                "max_evaluations": most,
+                "max_tokens": given.budget * given.windows * (given.seqlen - 1) if in_part else None,
+                "granularity": given.granularity,
+                "fitness": given.minimise,
+                "reconstruction": given.reconstruction,
+                "seeds": () if given.no_seeds else SEEDS,
+                **chosen,
+            },
+            "target": {"model": given.model, "rate": rate},
+            "data": {
+                "calibration": given.fitness,
+                "calibration_windows": given.calibration_windows,
+                "fitness": given.fitness,
+                "fitness_windows": given.windows,
+                "report": given.report,
+                "report_windows": given.report_windows,
+                "seqlen": given.seqlen,
+            },
+            "llm": {"max_tokens": 300, "concurrency": 2, **llm},
+            "local_llm": {"gguf": given.gguf},
+            "http": {"enabled": False},
+            "run": {"folder": str(given.out)},
+        }
+    )
+
+
+def plot(results: list[dict[str, Any]], folder: Path) -> None:
+    """The plots, where matplotlib is there."""
+    try:
+        from benchmarks.search.plots import plot_convergence, plot_rates
+    except ImportError:
+        Console(stderr=True).print("no plots: pip install matplotlib")
+        return
+    for rate in dict.fromkeys(r["rate"] for r in results):
+        of_rate = [r for r in results if r["rate"] == rate]
+        plot_convergence(of_rate, folder / f"convergence-{rate:g}.png")
+        plot_rates(of_rate, folder / f"rates-{rate:g}.png")
+
+
+def _tell(sentence: str) -> None:
+    print(f"compare_search: {sentence}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

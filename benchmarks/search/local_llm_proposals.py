@@ -1,0 +1,185 @@
+"""How well a local LLM runs the agents: share of proposals that are its own, distinct plans, tokens and seconds.
+
+    python benchmarks/search/local_llm_proposals.py [--gguf FILE] [--reply edits] [--granularity block] [--rounds 2]
+
+No candidate is measured: a made-up fitness (fragile units pay most) ranks them, so that only the asking is timed.
+Prints a table and, as its last line, the same as JSON.
+"""
+
+import argparse
+import asyncio
+import json
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import structlog
+
+from agents.crossover import Crossover
+from agents.initializer import Initializer
+from agents.llm.chat import Chat, ChatPolicy, Endpoint
+from agents.mutator import Mutator
+from agents.population.view import Accepted, Member, Refused, View
+from agents.prompting.prompts import Prompts
+from agents.prompting.settings import AgentSettings
+from agents.selector import Selector
+from protocol.errors import BudgetError
+from protocol.plans.candidate import Candidate, Provenance, candidate_id
+from protocol.plans.card import DensePerplexity, ModelCard
+from protocol.plans.shape import LayerShape, ModelShape
+from protocol.plans.spec import SearchSpec, TextSpec
+
+SHAPE = ModelShape(
+    family="llama",
+    hidden_size=576,
+    head_dim=64,
+    layers=(LayerShape(query_heads=9, kv_heads=3, mlp_channels=1536),) * 30,
+    query_head_parameters=73_728,
+    kv_head_parameters=73_728,
+    channel_parameters=1_728,
+    attention_fixed=576,
+    mlp_fixed=576,
+    other_parameters=28_312_128,
+)
+
+
+class Ledger:
+    """Takes proposals as the search does, and gives each a made-up fitness."""
+
+    def __init__(self, spec: SearchSpec, card: ModelCard) -> None:
+        self.spec, self.card = spec, card
+        self.members: dict[str, Member] = {}
+        self.refused: Counter[str] = Counter()
+
+    async def submit(self, rates: Sequence[float], provenance: Provenance) -> Accepted | Refused:
+        """Accept a new plan, refuse a known one."""
+        try:
+            feasible = self.spec.feasible(tuple(rates), self.card.shape)
+            plan = self.spec.plan(feasible, self.card.shape)
+        except BudgetError as error:
+            self.refused[f"{provenance.source}: budget"] += 1
+            return Refused(str(error))
+        id_ = candidate_id(plan, self.spec.fingerprint)
+        if id_ in self.members:
+            self.refused[f"{provenance.source}: duplicate"] += 1
+            return Refused("it prunes the model exactly as an earlier configuration does")
+        damage = sum(s * (r**2) for s, r in zip(self.card.sensitivity, feasible, strict=True))
+        candidate = Candidate(id=id_, rates=feasible, plan=plan, provenance=provenance)
+        self.members[id_] = Member(candidate, 20 + 20 * damage)
+        return Accepted(id_)
+
+    def view(self, round_: int) -> View:
+        """What the agents see of it."""
+        best = sorted(self.members.values(), key=lambda member: member.fitness)
+        return View(self.spec, self.card, round_, tuple(best[:30]))
+
+
+def make_ledger(granularity: Literal["layer", "block"], rate: float) -> Ledger:
+    """An empty ledger for SmolLM2's shape, whose first blocks are fragile, as measured."""
+    text = TextSpec(source="wikitext2", windows=4, seqlen=1024)
+    spec = SearchSpec(model="smollm2", rate=rate, granularity=granularity, calibration=text, fitness=text)
+    units = SHAPE.units(granularity)
+    sensitivity = [2.6 if unit.layer == 1 and unit.kind == "attention" else 0.02 for unit in units]
+    sensitivity = [
+        s + (0.5 if unit.layer == 0 else 0.002 * unit.layer) for s, unit in zip(sensitivity, units, strict=True)
+    ]
+    dense = DensePerplexity(perplexity=17.8, tokens=4096, seconds=1.0)
+    card = ModelCard(
+        fingerprint=spec.fingerprint,
+        model="SmolLM2-135M-Instruct",
+        shape=SHAPE,
+        dense=dense,
+        dense_report=None,
+        sensitivity=tuple(sensitivity),
+        texts="",
+        device="cpu",
+    )
+    return Ledger(spec, card)
+
+
+async def run(options: argparse.Namespace, endpoint: Endpoint) -> list[dict[str, Any]]:
+    """One first population and some rounds; a row of figures for each agent."""
+    ledger = make_ledger(options.granularity, options.rate)
+    settings = AgentSettings(reply=options.reply, temperature=options.temperature, reasks=options.reasks)
+    rows: list[dict[str, Any]] = []
+
+    def record(entry: dict[str, object]) -> None:
+        if options.show:
+            print(
+                entry["label"], entry["completion_tokens"], entry["finish_reason"], repr(entry["text"]), entry["error"]
+            )
+
+    async with Chat([endpoint], ChatPolicy(concurrency=options.slots), record=record) as chat:
+        await chat.wait_ready()
+
+        async def timed(agent: str, wanted: int, work: Any) -> Any:
+            before, usage = time.monotonic(), chat.usage[endpoint.name]
+            start = (usage.requests, usage.prompt_tokens, usage.completion_tokens, len(ledger.members))
+            ledger.refused.clear()
+            result = await work
+            new = [m.candidate.provenance.source for m in ledger.members.values()][start[3] :]
+            seconds = time.monotonic() - before
+            rows.append(
+                {
+                    "agent": agent,
+                    "wanted": wanted,
+                    "llm": new.count("llm") if agent != "selector" else int(result.source == "llm"),
+                    "stand_in": new.count("stand-in") if agent != "selector" else int(result.source != "llm"),
+                    "requests": usage.requests - start[0],
+                    "prompt_tokens": (usage.prompt_tokens - start[1]) / wanted,
+                    "completion_tokens": (usage.completion_tokens - start[2]) / wanted,
+                    "seconds": seconds / wanted,
+                    "refused": dict(ledger.refused),
+                }
+            )
+            return result
+
+        prompts = Prompts()
+        initializer, selector = Initializer(chat, prompts, settings), Selector(chat, prompts, settings)
+        mutator, crossover = Mutator(chat, prompts, settings), Crossover(chat, prompts, settings)
+        await timed("initializer", options.count, initializer.propose(ledger.view(0), options.count, ledger.submit))
+        for round_ in range(1, options.rounds + 1):
+            view = ledger.view(round_)
+            parents = (await timed("selector", 1, selector.select(view, options.count))).parents
+            await timed("mutator", options.count, mutator.propose(view, parents, options.count, ledger.submit))
+            await timed("crossover", options.count, crossover.propose(view, parents, options.count, ledger.submit))
+            print(f"round {round_}: best {ledger.view(0).population[0].fitness:.2f}, parents", len(parents))
+    return rows
+
+
+def main() -> None:
+    """Serve the model, run, print."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--gguf", default="smollm2")
+    parser.add_argument("--reply", default="edits", choices=["edits", "lists"])
+    parser.add_argument("--granularity", default="layer", choices=["layer", "block"])
+    parser.add_argument("--rate", type=float, default=0.3)
+    parser.add_argument("--count", type=int, default=10, help="candidates by each agent in each round")
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--reasks", type=int, default=2)
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--slots", type=int, default=2)
+    parser.add_argument("--no-grammar", dest="grammar", action="store_false", help="send schemas, no grammar")
+    parser.add_argument("--show", action="store_true", help="print every answer")
+    options = parser.parse_args()
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(40))
+    command = [sys.executable, "-m", "daemon.local.llm_server", "--gguf", options.gguf, "--slots", str(options.slots)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        told = json.loads(server.stdout.readline())
+        rows = asyncio.run(run(options, Endpoint("local", told["base_url"], told["model"], grammar=options.grammar)))
+        server.terminate()
+    for row in rows:
+        figures = "  ".join(f"{name} {row[name]:7.1f}" for name in ("prompt_tokens", "completion_tokens", "seconds"))
+        print(
+            f"{row['agent']:12} wanted {row['wanted']:3}  llm {row['llm']:3}  stand-in {row['stand_in']:3}  "
+            f"requests {row['requests']:3}  {figures}  {row['refused']}"
+        )
+    print(json.dumps({"options": vars(options), "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()

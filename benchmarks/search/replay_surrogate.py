@@ -1,0 +1,141 @@
+"""How well would the surrogate have ranked the mutations of searches that are over?
+
+    python -m benchmarks.search.replay_surrogate runs/ONE runs/OTHER
+
+Each round's mutations are guessed from what was measured before that round; the guessed change from the parent is
+compared with the measured one.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ValidationError
+from rich.console import Console
+from rich.table import Table
+from scipy.stats import spearmanr
+
+from agents.population.view import Member, View
+from daemon.monitor.remote import saved
+from daemon.state.history import History
+from daemon.state.journal import CARD, SPEC
+from daemon.state.recovery import recovered
+from protocol.errors import UsageError
+from protocol.plans.candidate import Measured
+from protocol.plans.card import ModelCard
+from protocol.plans.spec import SearchSpec
+from protocol.runtime.files import replace
+
+M = TypeVar("M", bound=BaseModel)
+Column = NDArray[np.float64]
+
+LEAST = 12
+"""Outcomes before a round is guessed."""
+LATE = 10
+"""The round from which on the second figure looks."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """A row for each search. Returns the exit code: 2 for a folder that holds no search."""
+    given = _parser().parse_args(arguments)
+    try:
+        _replay(given.folders, given.json)
+    except UsageError as error:
+        print(f"replay_surrogate: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "folders", type=Path, nargs="+", help="folders of searches: spec.json, card.json and evaluations.jsonl"
+    )
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    return parser
+
+
+def _replay(folders: Sequence[Path], file: Path | None) -> None:
+    if file and not file.parent.is_dir():
+        raise UsageError(f"--json {file} cannot be written: there is no folder {str(file.parent)!r}")
+    table = Table(
+        "search", "mutations", "rank correlation", f"from round {LATE} on", title="guessed and measured change"
+    )
+    figures = {}
+    for folder in folders:
+        rounds, guessed, measured = replayed(folder)
+        late = rounds >= LATE
+        found = (rank_correlation(guessed, measured), rank_correlation(guessed[late], measured[late]))
+        figures[str(folder)] = {"mutations": len(rounds), "correlation": found[0], "late": found[1]}
+        table.add_row(folder.name, str(len(rounds)), *(f"{value:.2f}" for value in found))
+    Console(width=120).print(table)
+    if file:
+        replace(file, json.dumps(figures, indent=1) + "\n")
+
+
+def replayed(folder: Path) -> tuple[Column, Column, Column]:
+    """Of each mutation its round, and the guessed and the measured change from its parent, in nats.
+
+    Raises UsageError where the folder is not that of a search.
+    """
+    record = _read(folder, SPEC)
+    spec = _valid(SearchSpec, {name: record[name] for name in SearchSpec.model_fields if name in record}, folder, SPEC)
+    card = _valid(ModelCard, _read(folder, CARD), folder, CARD)
+    members = {member.candidate.id: member for member in _members(folder, spec)}
+    rows = []
+    for round_ in sorted({member.candidate.provenance.round for member in members.values()}):
+        before = sorted(
+            (m for m in members.values() if m.candidate.provenance.round < round_), key=lambda member: member.fitness
+        )
+        if len(before) < LEAST:
+            continue
+        surrogate = View(spec, card, round_, (), {}, tuple(before)).surrogate
+        for child in members.values():
+            who = child.candidate.provenance
+            parent = members.get(who.parents[0]) if who.agent == "mutator" and who.parents else None
+            if who.round == round_ and parent is not None:
+                guess = surrogate.guess(child.candidate.plan) - surrogate.guess(parent.candidate.plan)
+                rows.append((round_, guess, surrogate.rise(child) - surrogate.rise(parent)))
+    rounds, guessed, measured = np.array(rows, dtype=float).reshape(-1, 3).T
+    return rounds, guessed, measured
+
+
+def _read(folder: Path, name: str) -> dict[str, Any]:
+    record = saved(folder, name)
+    if record is None:
+        raise UsageError(f"{folder} is not the folder of a search: it has no {name}")
+    return record
+
+
+def _valid(model: type[M], record: dict[str, Any], folder: Path, name: str) -> M:
+    try:
+        return model.model_validate(record)
+    except ValidationError as error:
+        raise UsageError(f"{folder / name} was written by another version, or is damaged") from error
+
+
+def _members(folder: Path, spec: SearchSpec) -> list[Member]:
+    """What was measured, but for the baselines."""
+    history = recovered(folder, spec, History()) or History()
+    members = []
+    for candidate in history.ledger.values():
+        outcome = history.outcomes[candidate.id]
+        if candidate.is_proposal and isinstance(outcome, Measured):
+            members.append(Member(candidate, outcome.fitness))
+    return members
+
+
+def rank_correlation(first: Column, second: Column) -> float:
+    """Spearman's; no number of fewer than three."""
+    if len(first) < 3:
+        return float("nan")
+    return float(spearmanr(first, second).statistic)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,109 @@
+"""What an exported folder says of itself, so that `selfpruner evaluate DIR` can measure the same tokens again."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, PositiveFloat, ValidationError
+
+from daemon.commands.flags import TextFlags
+from daemon.settings.settings import check_text, text_spec
+from protocol.errors import DataError, ModelError, SettingsError
+from protocol.plans.spec import NAMED_TEXTS, Dtype, Role, SearchSpec, TextSpec, numbered
+from protocol.results.formats import FACTS, KEPT_TEXT, only_for_llama_cpp
+from protocol.runtime.paths import expanded
+
+
+class _Perplexity(BaseModel):
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
+
+    perplexity: PositiveFloat
+
+
+class _Facts(BaseModel):
+    model_config = ConfigDict(extra="ignore")
+
+    spec: SearchSpec
+    text_numbers: dict[Role, int] | None = None
+    pruned: _Perplexity | None
+    fitness_digest: str | None
+    formats: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class CardClaim:
+    """On which texts a folder was measured, and to what."""
+
+    texts: dict[Role, TextSpec]
+    seed: int
+    dtype: Dtype
+    perplexity: float | None = None
+    fitness_digest: str | None = None
+    kept_text: Path | None = None
+    """The file with the tokens, where the dense model wrote them."""
+
+    def changed(self, dtype: Dtype | None, seed: int | None) -> "CardClaim":
+        """As it is measured with these, where they are given; nothing is claimed of another dtype.
+
+        Raises SettingsError for a seed where the folder has the tokens.
+        """
+        if seed is not None and self.kept_text is not None:
+            raise SettingsError("--seed is not read here: the folder has the tokens that it was measured on")
+        same = dtype in (None, self.dtype)
+        return replace(
+            self,
+            dtype=dtype or self.dtype,
+            seed=self.seed if seed is None else seed,
+            perplexity=self.perplexity if same else None,
+        )
+
+    def about(self, digest: str) -> float | None:
+        """The perplexity that is claimed of tokens with this digest; None where the claim is of others."""
+        return self.perplexity if digest == self.fitness_digest else None
+
+
+def card_claim(folder: str, flags: TextFlags) -> CardClaim | None:
+    """The claim of an exported folder where `flags` name no more than the file of its text; None for other models.
+
+    The folder knows files by their names only: `flags.data` says where the file is, else it is looked for by its name.
+    Raises ModelError for a folder that holds no more than a GGUF file, and DataError where the text is one that nobody
+    else has.
+    """
+    path = Path(folder) / FACTS
+    facts = _facts(path)
+    if facts is not None and facts.formats == ("gguf",):
+        raise ModelError(only_for_llama_cpp(folder))
+    if flags != TextFlags(data=flags.data) or not path.is_file():
+        return None
+    if facts is None:
+        if flags.data is not None:
+            return None
+        raise DataError(f"{path} does not say what {folder!r} was measured on: give --data")
+    spec = facts.spec
+    claimed = None if facts.pruned is None else facts.pruned.perplexity
+    if flags.data is None and spec.fitness.source == "self":
+        kept = Path(folder) / KEPT_TEXT
+        if not kept.is_file():
+            raise DataError(f"{folder!r} was measured on text that the dense model wrote: give --data, a text file")
+        return CardClaim({"fitness": spec.fitness}, spec.seed, spec.dtype, claimed, facts.fitness_digest, kept)
+    # Another text takes no windows of the one that is measured. Older folders do not say which of one name are one.
+    numbers = facts.text_numbers or numbered({role: text.source for role, text in spec.texts.items()})
+    roles = {role: text for role, text in spec.texts.items() if numbers.get(role) == numbers.get("fitness")}
+    name = spec.fitness.source
+    if flags.data is None and name not in NAMED_TEXTS and not expanded(name).is_file():
+        raise DataError(f"{folder!r} was measured on a file {name!r}, which is not here: say with --data where it is")
+    texts = {role: _found(text, flags.data) for role, text in roles.items()}
+    return CardClaim(texts, spec.seed, spec.dtype, claimed, facts.fitness_digest)
+
+
+def _facts(path: Path) -> _Facts | None:
+    try:
+        return _Facts.model_validate_json(path.read_bytes())
+    except (OSError, ValidationError):
+        return None
+
+
+def _found(text: TextSpec, file: str | None) -> TextSpec:
+    source = file or text.source
+    if source not in NAMED_TEXTS:
+        check_text(source)
+    return text_spec(source, text.windows, text.seqlen)

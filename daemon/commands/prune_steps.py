@@ -1,0 +1,359 @@
+"""What `selfpruner prune` does after its search: export, fine-tune, load again; and what of it is done already."""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from daemon.commands.finetune import RecipeFlags, finetuned, recipe_of
+from daemon.commands.pruning import at_work
+from daemon.commands.request import PruningRequest
+from daemon.settings.settings import Settings
+from protocol.errors import ModelError, SelfPrunerError
+from protocol.plans.shape import ModelShape
+from protocol.plans.spec import TextSpec
+from protocol.results.commands import ExportResult, FinetuneResult, PruneResult, Searched
+from protocol.results.finetuning import Recipe
+from protocol.results.formats import FACTS, KEPT_TEXT, Formats, GgufType
+from protocol.runtime.files import replace
+
+if TYPE_CHECKING:
+    from gpu_worker.models.loading import LoadedModel
+
+BEGUN, WRITTEN = "begun.json", "written.json"
+"""In the search's folder: the flags of the call that last began to write, and what it had written."""
+REPORT = "prune.json"
+"""In the folder: what --json prints."""
+FURTHEST_OFF = 0.02
+"""How far, as a share, a folder's perplexity may be from what was measured in memory; widths of kernels change sums."""
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What is to be there at the end."""
+
+    out: Path
+    formats: Formats
+    gguf_type: GgufType = "f16"
+    force: bool = False
+    data: str | None = None
+    """What it is fine-tuned on, if it is."""
+    minutes: float | None = None
+    micro_batch: int | None = None
+    """None, here and below: as `finetune` takes it."""
+    batch: int | None = None
+    learning_rate: float | None = None
+
+
+class Written(BaseModel):
+    """What stands in the goal's folder, kept in the search's: a command that was killed in its checks goes on there."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    flags: dict[str, str]
+    """Of the call that wrote it."""
+    facts: str
+    """SHA-256 of what the folder says of itself: another search may have taken its place since."""
+    exported: ExportResult
+    finetuned: FinetuneResult | None
+    is_checked: bool = False
+    """The last checks have ended, well or not: from then on --force begins anew."""
+
+    @property
+    def perplexity(self) -> float | None:
+        """What the model measured before it was written last."""
+        if self.finetuned is None:
+            return self.exported.perplexity
+        measured = self.finetuned.finetuning.perplexity
+        return None if measured is None else measured.after
+
+
+def recipe(goal: Goal, settings: Settings) -> Recipe:
+    """How the model is fine-tuned on the goal's data."""
+    assert goal.data is not None
+    micro_batch = RecipeFlags.micro_batch if goal.micro_batch is None else goal.micro_batch
+    flags = RecipeFlags(batch=goal.batch, micro_batch=micro_batch, learning_rate=goal.learning_rate)
+    return recipe_of(goal.data, flags, full=False, seed=settings.search.seed)
+
+
+def written_before(goal: Goal, settings: Settings) -> Written | None:
+    """What an earlier call with the same flags has written; None where there is nothing, or it is to be replaced.
+
+    With --force that is what has been checked too: a command that was killed before goes on, and trains nothing twice.
+    """
+    found = _recorded(goal, settings)
+    if found is None or (goal.force and found.is_checked):
+        return None
+    return found if _are_flags_of(goal, found.flags) else None
+
+
+def holds(folder: Path, request: PruningRequest) -> bool:
+    """Whether an exported folder is pruned by the rates of `request`."""
+    try:
+        return bool(json.loads((folder / FACTS).read_bytes())["rates"] == list(request.choice))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def was_written_unrecorded(goal: Goal, settings: Settings) -> bool:
+    """Whether a call with the same flags wrote the goal's folder, and was killed before it could record that it had."""
+    try:
+        flags = json.loads((settings.folder / BEGUN).read_bytes())
+        facts = json.loads((goal.out / FACTS).read_bytes())
+        best = json.loads((settings.folder / "best.json").read_bytes())
+        tunings = [(each["recipe"], each["data"]) for each in facts["finetunings"]]
+        found = (facts["method"], facts["rates"], facts["formats"], tunings)
+        of_search = (f"search {settings.search.name}", best["rates"], list(goal.formats), _tunings(goal, settings))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return _are_flags_of(goal, flags) and found == of_search and _recorded(goal, settings) is None
+
+
+def _tunings(goal: Goal, settings: Settings) -> list[object]:
+    return [] if goal.data is None else [(recipe(goal, settings).model_dump(mode="json"), Path(goal.data).name)]
+
+
+def _recorded(goal: Goal, settings: Settings) -> Written | None:
+    """What was recorded of what stands in the goal's folder; None where nothing was, or of something else."""
+    try:
+        found = Written.model_validate_json((settings.folder / WRITTEN).read_bytes())
+        return found if found.facts == _facts(goal) else None
+    except (OSError, ValidationError):
+        return None
+
+
+def check_disk(goal: Goal, settings: Settings, shape: ModelShape) -> None:
+    """Raise ModelError where there is too little room for what will be written at the end."""
+    from gpu_worker.export import disk_space as room
+
+    dtype, rate = settings.target.dtype, settings.target.rate
+    if goal.data is None:
+        room.check_export_disk(goal.out, rate, shape, goal.formats, dtype, goal.gguf_type)
+        return
+    from gpu_worker.finetune.checkpoint import folder_beside
+    from gpu_worker.finetune.memory import check_finetuning_disk
+
+    kept = room.kept_by(rate, shape)
+    # What is fine-tuned lies in the search's folder all the while, which may be on another disk.
+    beside = 0
+    if not (_pruned(settings) / FACTS).is_file():
+        pruned = room.export_bytes(shape, kept, _trained(goal), dtype)
+        room.check_disk(settings.folder, pruned, "the pruned model, before it is fine-tuned,")
+        beside = pruned if room.device_of(settings.folder) == room.device_of(goal.out) else 0
+    checkpoint = folder_beside(goal.out)
+    tuning = recipe(goal, settings)
+    check_finetuning_disk(shape, kept, tuning, goal.formats, dtype, checkpoint, goal.gguf_type, beside)
+
+
+def check_memory(goal: Goal, settings: Settings, bare: "LoadedModel") -> None:
+    """Raise ModelError where the memory is too small to fine-tune the pruned model; `bare` is the dense one."""
+    from gpu_worker.finetune import finetune as finetuning
+
+    spec, tuning = settings.spec(), recipe(goal, settings)
+    # A padded model is loaded with its noughts.
+    plan = None if "padded" in goal.formats else spec.uniform_plan(bare.decoder.shape)
+    longest = max(text.seqlen for text in spec.texts.values())
+    try:
+        finetuning.check_memory(bare, plan, tuning, spec.dtype, longest)
+    except ModelError as error:
+        raise ModelError(f"fine-tuning with --finetune-micro-batch {tuning.micro_batch}: {error}") from error
+
+
+def write(request: PruningRequest, goal: Goal, settings: Settings, searched: Searched) -> Written:
+    """Prune, fine-tune where that is asked for, and write the folder. Raises SelfPrunerError."""
+    _keep(settings.folder / BEGUN, json.dumps(_flags_of(goal)))
+    if goal.data is None:
+        exported, tuned = _export(request, goal, searched), None
+    else:
+        exported, tuned = _finetuned(request, goal, settings, searched)
+    written = Written(flags=_flags_of(goal), facts=_facts(goal), exported=exported, finetuned=tuned)
+    _record(written, settings)
+    return written
+
+
+def _record(written: Written, settings: Settings) -> None:
+    _keep(settings.folder / WRITTEN, written.model_dump_json())
+
+
+def _keep(file: Path, text: str) -> None:
+    """Write a file for the next call. Raises SelfPrunerError."""
+    try:
+        replace(file, text + "\n")
+    except OSError as error:
+        raise SelfPrunerError(
+            f"{file} cannot be written ({error.strerror}); mend that, and the same command goes on"
+        ) from error
+
+
+def check_written(
+    written: Written, goal: Goal, request: PruningRequest, settings: Settings
+) -> tuple[float | None, bool | None]:
+    """What the folder measures, and whether its GGUF file runs: see `reloaded` and `runs_in_llama_cpp`."""
+    checked = written.model_copy(update={"is_checked": True})
+    try:
+        found = reloaded(goal, request, written.perplexity), runs_in_llama_cpp(goal)
+    except SelfPrunerError:
+        with suppress(SelfPrunerError):  # the folder's own trouble is to be told
+            _record(checked, settings)
+        raise
+    _record(checked, settings)
+    return found
+
+
+def report(result: PruneResult, goal: Goal) -> None:
+    """Write all that is known into the folder, where it is not there yet. Raises SelfPrunerError.
+
+    Models and folders are called by their names: where they lie is nobody's business.
+    """
+    file = goal.out / REPORT
+    if file.exists():  # of the same folder, from an earlier call; who fine-tunes it may be reading it
+        return
+    told = result.model_dump(mode="json")
+    base = json.loads((goal.out / FACTS).read_bytes())["base_model"]
+    for part in (told["exported"], told["finetuned"]):
+        if part is not None:
+            part |= {"folder": Path(part["folder"]).name, "model": base}
+    _keep(file, json.dumps(told, indent=2, ensure_ascii=False))
+
+
+def _trained(goal: Goal) -> Formats:
+    """The formats in which a model can be fine-tuned."""
+    return tuple(fmt for fmt in goal.formats if fmt != "gguf")
+
+
+def _facts(goal: Goal) -> str:
+    return hashlib.sha256((goal.out / FACTS).read_bytes()).hexdigest()
+
+
+def _flags_of(goal: Goal) -> dict[str, str]:
+    """What decides the folder beside the search; not --force, nor what is left out."""
+    told = asdict(goal) | {"out": goal.out.absolute()}
+    del told["force"]
+    return {name: str(value) for name, value in told.items() if value is not None}
+
+
+def _are_flags_of(goal: Goal, recorded: Mapping[str, str]) -> bool:
+    # Versions before this one recorded what was left out too, of the flags that they had.
+    return {name: value for name, value in recorded.items() if value != "None"} == _flags_of(goal)
+
+
+def _export(request: PruningRequest, goal: Goal, searched: Searched) -> ExportResult:
+    with at_work(request.spec.model) as progress:
+        from gpu_worker.export.export import Destination, export_once
+
+        return export_once(
+            request.spec,
+            request.choice,
+            Destination(goal.out, goal.formats, goal.gguf_type, goal.force),
+            shape=request.shape,
+            method=request.method,
+            searched=searched,
+            progress=progress,
+        )
+
+
+def _finetuned(
+    request: PruningRequest, goal: Goal, settings: Settings, searched: Searched
+) -> tuple[ExportResult, FinetuneResult]:
+    """Export into the search's folder, where a second start finds it, and from there fine-tune into the goal."""
+    assert goal.data is not None
+    pruned = _pruned(settings)
+    exported = _exported_before(request, pruned)
+    if exported is None:
+        _forget_training(goal, pruned)
+        exported = _export(request, Goal(pruned, _trained(goal), force=True), searched)
+        _keep(_kept(pruned), exported.model_dump_json())
+    from gpu_worker.finetune.eval_texts import EvalText
+    from gpu_worker.finetune.finetune import FinetuneRequest
+    from gpu_worker.finetune.training import Limits
+
+    def measured(text: TextSpec | None) -> EvalText | None:
+        # A pruned model cannot write again what the dense one wrote.
+        return None if text is None or text.source == "self" else EvalText(text.source, text.windows, text.seqlen)
+
+    tuning = FinetuneRequest(
+        folder=pruned,
+        data=goal.data,
+        recipe=recipe(goal, settings),
+        out=goal.out,
+        formats=goal.formats,
+        gguf_type=goal.gguf_type if "gguf" in goal.formats else None,
+        force=goal.force,
+        eval_text=measured(request.spec.fitness),
+        report_text=measured(request.spec.report),
+        limits=Limits(None if goal.minutes is None else 60 * goal.minutes),
+    )
+    return exported, finetuned(tuning)
+
+
+def _forget_training(goal: Goal, pruned: Path) -> None:
+    """Remove the checkpoint of another model: one that this command has begun to fine-tune, and no longer wants."""
+    from gpu_worker.finetune.checkpoint import Checkpoint, folder_beside, held
+
+    if _kept(pruned).exists():
+        folder = folder_beside(goal.out.resolve())
+        with held(folder):
+            Checkpoint(folder, {}).remove()
+        _kept(pruned).unlink()
+
+
+def _pruned(settings: Settings) -> Path:
+    """Where the model is before it is fine-tuned."""
+    return settings.folder / "pruned"
+
+
+def _kept(pruned: Path) -> Path:
+    return pruned.with_suffix(".json")
+
+
+def _exported_before(request: PruningRequest, pruned: Path) -> ExportResult | None:
+    """What was exported of these rates already; the search may have found better ones since."""
+    try:
+        exported = ExportResult.model_validate_json(_kept(pruned).read_bytes())
+    except (OSError, ValueError):  # pydantic's ValidationError is one
+        return None
+    return exported if holds(pruned, request) else None
+
+
+def runs_in_llama_cpp(goal: Goal) -> bool | None:
+    """Whether llama.cpp writes with the GGUF file; None without either. Raises ModelError where it cannot."""
+    if "gguf" not in goal.formats or find_spec("xllamacpp") is None:
+        return None
+    with at_work(str(goal.out)):
+        from gpu_worker.speed.llama_cpp_engine import check_gguf_runs
+
+        check_gguf_runs(next(goal.out.glob("*.gguf")))
+    return True
+
+
+def reloaded(goal: Goal, request: PruningRequest, wanted: float | None) -> float | None:
+    """What the folder measures when it is loaded again; None of a GGUF alone, or where nothing was measured before.
+
+    Raises SelfPrunerError where that is not what it measured in memory.
+    """
+    if goal.formats == ("gguf",) or wanted is None:
+        return None
+    spec, numbers = request.spec, request.spec.text_numbers
+    kept_text = goal.out / KEPT_TEXT if spec.fitness.source == "self" else None
+    # Another text takes no windows of the one that is measured.
+    texts = {role: text for role, text in spec.texts.items() if numbers[role] == numbers["fitness"]}
+    with at_work(str(goal.out)) as progress:
+        from gpu_worker.evaluation.without_search import evaluate_as_it_is
+
+        found = evaluate_as_it_is(
+            str(goal.out),
+            texts if kept_text is None else {"fitness": spec.fitness},
+            dtype=spec.dtype,
+            seed=spec.seed,
+            kept_text=kept_text,
+            progress=progress,
+        ).perplexity
+    if abs(found / wanted - 1) > FURTHEST_OFF:
+        raise SelfPrunerError(f"{goal.out} measures {found:.4g} where {wanted:.4g} was measured before it was written")
+    return found

@@ -1,0 +1,215 @@
+"""The commands that prune: from their flags, or a file of rates, to what is pruned and how."""
+
+import json
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from daemon.commands.flags import CalibrationFlags, ChoiceFlags, ExportTexts, MethodFlags, PruningFlags, TextFlags
+from daemon.settings.errors import validation_sentence
+from daemon.settings.settings import check_text, text_spec
+from protocol.errors import DataError, SettingsError
+from protocol.plans.allocation import Allocation, Method
+from protocol.plans.any_heads import Heads
+from protocol.plans.plan import Split
+from protocol.plans.shape import Granularity, ModelShape
+from protocol.plans.spec import Dtype, Importance, Measure, Reconstruction, Role, Scoring, SearchSpec, TextSpec
+
+NO_RATES = "no JSON object with a list of numbers called `rates`"
+
+
+@dataclass(frozen=True)
+class PruningRequest:
+    """What to prune by which rates: given ones, for a model of this `shape`, or those of an allocation."""
+
+    spec: SearchSpec
+    choice: tuple[float, ...] | Allocation
+    shape: ModelShape | None
+    method: str
+    """As a person would call it: a method of allocation, or where the rates come from."""
+
+
+class _HowStored(BaseModel):
+    """What a file of rates says of how they are meant."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    rate: float | None = None
+    granularity: Granularity = "layer"
+    split: Split = "equal"
+    multiple_of: int = 1
+    importance: Importance = "wanda-sp"
+    scoring: Scoring = "dense"
+    reconstruction: Reconstruction = "none"
+
+
+class RatesFile(BaseModel):
+    """A JSON file with `rates`, such as a search's best.json or what `selfpruner allocate --json` prints."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    rates: tuple[Annotated[float, Field(strict=True, ge=0, lt=1, allow_inf_nan=False)], ...]
+    shape: ModelShape | None = None
+    spec: _HowStored = Field(default_factory=_HowStored)
+    search: str | None = None
+    method: str | None = None
+
+
+def pruning_request(
+    model: str,
+    texts: TextFlags | CalibrationFlags,
+    choice: ChoiceFlags,
+    how: PruningFlags,
+    options: MethodFlags,
+    *,
+    measure: Measure = "perplexity",
+    dtype: Dtype,
+    seed: int,
+) -> PruningRequest:
+    """Check the flags together. Raises UsageError with one sentence."""
+    if (choice.rates is None) == (choice.allocate is None):
+        raise SettingsError("give either --rates FILE or --allocate METHOD with --rate")
+    if choice.allocate is not None and choice.rate is None:
+        raise SettingsError("--allocate needs --rate, the share of decoder parameters to remove")
+    refuse_unread(choice, options)
+    file = RatesFile(rates=()) if choice.rates is None else read_rates(choice.rates)
+    given = {"rate": choice.rate, **asdict(how)}
+    pruning = file.spec.model_dump() | {name: value for name, value in given.items() if value is not None}
+    if pruning["rate"] is None:
+        raise SettingsError(f"{choice.rates} does not say its pruning rate: give --rate")
+    spec = _spec(model=model, **pruning, **_texts(texts), measure=measure, dtype=dtype, seed=seed)
+    if choice.allocate is not None:
+        return PruningRequest(spec, allocation_of(choice.allocate, options), None, choice.allocate)
+    return PruningRequest(spec, file.rates, file.shape, _origin(file, choice.rates))
+
+
+def request_of_search(record: dict[str, Any], origin: str) -> PruningRequest:
+    """The best of a search, by what its best.json holds: the same model, texts and seed, and so the same weights.
+
+    `origin` is where the rates come from, in words. Raises DataError for a record of a version that knew less.
+    """
+    try:
+        spec = SearchSpec.model_validate(record["spec"])
+        file = RatesFile.model_validate(record)
+    except (KeyError, ValidationError) as error:
+        raise DataError("the search's best rates were kept by another version of Self-Pruner: search anew") from error
+    return PruningRequest(spec, file.rates, file.shape, origin)
+
+
+def allocation_spec(
+    model: str, rate: float, texts: CalibrationFlags, how: PruningFlags, *, dtype: Dtype, seed: int
+) -> SearchSpec:
+    """The spec of an allocation, which is scored on one text and measures nothing."""
+    pruning = {name: value for name, value in asdict(how).items() if value is not None}
+    return _spec(model=model, rate=rate, **pruning, **_texts(texts), dtype=dtype, seed=seed)
+
+
+_READ_BY = {
+    "first_layers": "llm-pruner",
+    "last_layers": "llm-pruner",
+    "outlier_threshold": "owl",
+    "outlier_range": "owl",
+}
+
+
+def refuse_unread(choice: ChoiceFlags, options: MethodFlags) -> None:
+    """Raise SettingsError for a setting of a method that is not the chosen one."""
+    for name, method in _READ_BY.items():
+        if getattr(options, name) != getattr(MethodFlags(), name) and choice.allocate != method:
+            raise SettingsError(f"--{name.replace('_', '-')} is for --allocate {method}")
+
+
+NEEDED_BY_ANY_HEADS = {"granularity": "layer", "split": "equal", "scoring": "dense"}
+"""What Wanda-sp does: one rate a layer, the same for heads and MLP, from scores that no plan changes."""
+
+
+def check_heads(heads: Heads | None, spec: SearchSpec) -> None:
+    """Raise SettingsError where any query heads cannot be removed as the spec says."""
+    for name, value in NEEDED_BY_ANY_HEADS.items():
+        if heads == "any" and (given := getattr(spec, name)) != value:
+            raise SettingsError(f"--heads any needs --{name} {value}, not {given!r}: it removes heads as Wanda-sp does")
+
+
+def refuse_given(why: str, *groups: object) -> None:
+    """Raise SettingsError where a group of flags says anything: nobody would read it."""
+    for group in groups:
+        for field in fields(group):  # type: ignore[arg-type]
+            if getattr(group, field.name) != field.default:
+                raise SettingsError(f"--{field.name.replace('_', '-')} is not read here: {why}")
+
+
+def allocation_of(method: Method, options: MethodFlags) -> Allocation:
+    """The allocation that the flags describe. Raises SettingsError for a setting out of range."""
+    try:
+        return Allocation(method=method, **asdict(options))
+    except ValidationError as error:
+        raise SettingsError(validation_sentence(error)) from error
+
+
+def read_rates(path: Path) -> RatesFile:
+    """Read a file of rates. Raises DataError where it is none."""
+    try:
+        return RatesFile.model_validate(json.loads(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise DataError(f"the rates file {str(path)!r} cannot be read: {error.strerror}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise DataError(f"{path} is {NO_RATES} ({place}: {first['msg']})") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path} is {NO_RATES} ({error})") from error
+
+
+def measured_texts(texts: TextFlags) -> dict[Role, TextSpec]:
+    """The texts of a model that is measured as it is; those of --calibration-data are only kept out of the others."""
+    if texts.data is None:
+        raise SettingsError("give --data, the text to measure on")
+    calibration = texts.calibration_data
+    found: dict[Role, TextSpec] = {"fitness": _text(texts.data, texts.windows, texts.seqlen)}
+    if calibration is not None:
+        found["calibration"] = _text(calibration, texts.calibration_windows, texts.seqlen)
+    if texts.report_data is not None:
+        found["report"] = _text(texts.report_data, texts.report_windows, texts.seqlen)
+    return found
+
+
+def self_if_none(texts: ExportTexts) -> ExportTexts:
+    """The same texts; where none is named, the one that the model writes itself."""
+    return texts if texts.data or texts.calibration_data else replace(texts, calibration_data="self")
+
+
+def _texts(texts: TextFlags | CalibrationFlags) -> dict[str, TextSpec | None]:
+    if isinstance(texts, CalibrationFlags):
+        text = _text(texts.calibration_data, texts.calibration_windows, texts.seqlen)
+        # Nothing is measured, and so no fitness text is read; but a spec has one.
+        return {"calibration": text, "fitness": text, "report": None}
+    calibration = texts.calibration_data or texts.data
+    data = texts.data or texts.calibration_data
+    if calibration is None or data is None:
+        raise SettingsError("give --data, the text to measure on")
+    report = texts.report_data and _text(texts.report_data, texts.report_windows, texts.seqlen)
+    return {
+        "calibration": _text(calibration, texts.calibration_windows, texts.seqlen),
+        "fitness": _text(data, texts.windows, texts.seqlen),
+        "report": report or None,
+    }
+
+
+def _spec(**fields: Any) -> SearchSpec:
+    try:
+        return SearchSpec(**fields)
+    except ValidationError as error:
+        raise SettingsError(validation_sentence(error)) from error
+
+
+def _origin(file: RatesFile, path: Path | None) -> str:
+    if file.search is not None:
+        return f"search {file.search}"
+    return file.method or f"rates of {path.name if path else 'a file'}"
+
+
+def _text(source: str, windows: int | None, seqlen: int) -> TextSpec:
+    check_text(source)
+    return text_spec(source, windows, seqlen)

@@ -1,0 +1,1 @@
+"""The HTTP API of a search, its token and its metrics. Start with api.py."""

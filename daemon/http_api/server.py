@@ -1,0 +1,182 @@
+"""Listens for the HTTP API: a bounded number of connections, none of which may stay silent, and a prompt end."""
+
+import asyncio
+import errno
+import time
+from typing import Any
+
+import structlog
+from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.web_protocol import RequestHandler
+
+from daemon.http_api.guard import Handler, add_headers
+from protocol.errors import UsageError
+
+MAX_CONNECTIONS = 256
+"""Far below the usual 1024 open files of a process: the search needs the others."""
+SILENT_SECONDS = 15.0
+"""A connection that has not sent a whole request head by then is closed."""
+UNREAD_SECONDS = 30.0
+"""A client that reads none of its answer for so long is disconnected. What the kernel has taken over counts as read."""
+SHUTDOWN_SECONDS = 0.3
+TELL_SECONDS = 20.0
+"""The log gets at most one line about malformed requests in this time."""
+
+log = structlog.get_logger()
+
+
+class _Malformed:
+    """Counts the requests that are not valid HTTP, and logs the count at most every TELL_SECONDS.
+
+    A line shows nothing that the client sent: that may be long, and may hold the token.
+    """
+
+    def __init__(self) -> None:
+        self._untold = 0
+        self._told: float | None = None
+
+    def count(self, address: str | None, error: BaseException) -> None:
+        """Count one request from `address`, which failed with `error`."""
+        self._untold += 1
+        now = time.monotonic()
+        if self._told is None or now - self._told >= TELL_SECONDS:
+            log.warning("http_request_malformed", address=address, reason=type(error).__name__, requests=self._untold)
+            self._untold, self._told = 0, now
+
+
+class _Connection(RequestHandler):
+    """One connection of a client, who may send anything and read nothing."""
+
+    def __init__(self, server: web.Server, malformed: _Malformed) -> None:
+        loop = asyncio.get_running_loop()
+        super().__init__(server, loop=loop, access_log=None, keepalive_timeout=30, lingering_time=1)  # type: ignore[arg-type]
+        self._malformed = malformed
+        self._unread: asyncio.TimerHandle | None = None
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """Answer a request that the parser refuses, as the guard answers others; aiohttp would log a traceback."""
+        if not isinstance(exc, HttpProcessingError):
+            return super().handle_error(request, status, exc, message)
+        self._malformed.count(request.remote, exc)
+        if request.writer.output_size > 0:
+            raise ConnectionError("a part of the answer is sent already")
+        response = web.json_response({"error": "this is not a valid HTTP request"}, status=400)
+        add_headers(response)
+        response.force_close()
+        return response
+
+    def log_exception(self, *args: Any, **kw: Any) -> None:
+        """Log an error of ours with its traceback; a body that cannot be decoded is the client's error."""
+        error = kw.get("exc_info")
+        if isinstance(error, web.RequestPayloadError | HttpProcessingError):
+            self._malformed.count(None, error)
+        else:
+            super().log_exception(*args, **kw)
+
+    def pause_writing(self) -> None:
+        """Begin to watch whether the client reads its answer, which is kept in memory until then."""
+        super().pause_writing()
+        self._watch()
+
+    def resume_writing(self) -> None:
+        """Stop watching: the client has read most of its answer."""
+        super().resume_writing()
+        self._forget_unread()
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        """The client has gone."""
+        self._forget_unread()
+        super().connection_lost(exc)
+
+    def _watch(self) -> None:
+        if isinstance(self.transport, asyncio.WriteTransport):
+            unread = self.transport.get_write_buffer_size()
+            self._unread = asyncio.get_running_loop().call_later(UNREAD_SECONDS, self._check_unread, unread)
+
+    def _check_unread(self, before: int) -> None:
+        """Disconnect a client that has read nothing since `before` bytes were unread; watch one that reads slowly."""
+        assert isinstance(self.transport, asyncio.WriteTransport), "connection_lost cancels this call"
+        if self.transport.get_write_buffer_size() < before:
+            self._watch()
+        else:
+            self.transport.abort()
+
+    def _forget_unread(self) -> None:
+        if self._unread is not None:
+            self._unread.cancel()
+            self._unread = None
+
+
+class _Refusal(asyncio.Protocol):
+    """One connection too many."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        transport.close()
+
+
+class HttpServer:
+    """Serves `application` from `start` to `stop`."""
+
+    def __init__(self, application: web.Application) -> None:
+        application.middlewares.insert(0, self._hear)
+        self._runner = web.AppRunner(application, handler_cancellation=True, shutdown_timeout=SHUTDOWN_SECONDS)
+        self._malformed = _Malformed()
+        self._silent: set[RequestHandler] = set()
+        self._server: asyncio.Server | None = None
+
+    async def start(self, host: str, port: int) -> int:
+        """Listen; returns the port. Raises UsageError, naming the port, where that cannot be."""
+        await self._runner.setup()
+        try:
+            self._server = await asyncio.get_running_loop().create_server(
+                self._connection, host, port, backlog=MAX_CONNECTIONS
+            )
+        except OSError as error:
+            await self._runner.cleanup()
+            raise CannotListen(host, port, error) from error
+        return int(self._server.sockets[0].getsockname()[1])
+
+    async def stop(self) -> None:
+        """Close every connection; takes no longer than half a second."""
+        if self._server:
+            self._server.close()
+        await self._runner.cleanup()
+
+    @web.middleware
+    async def _hear(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        self._silent.discard(request.protocol)
+        return await handler(request)
+
+    def _connection(self) -> asyncio.Protocol:
+        server = self._runner.server
+        assert server is not None, "start() comes first"
+        if len(server.connections) >= MAX_CONNECTIONS:
+            return _Refusal()
+        handler = _Connection(server, self._malformed)
+        self._silent.add(handler)
+        asyncio.get_running_loop().call_later(SILENT_SECONDS, self._close_if_silent, handler)
+        return handler
+
+    def _close_if_silent(self, handler: RequestHandler) -> None:
+        if handler in self._silent and handler.transport is not None:
+            handler.transport.close()
+        self._silent.discard(handler)
+
+
+class CannotListen(UsageError):  # noqa: N818
+    """The address cannot be listened on."""
+
+    def __init__(self, host: str, port: int, error: OSError) -> None:
+        self.taken = error.errno == errno.EADDRINUSE
+        why = "another program listens there" if self.taken else str(error.strerror or error).lower()
+        super().__init__(
+            f"the HTTP API cannot listen on port {port} of {host} ({why}): "
+            "set http.port to a free one, or http.enabled to false"
+        )

@@ -1,0 +1,59 @@
+"""What a daemon does beside the search, as long as it runs."""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import structlog
+
+from daemon.state.history import History
+from daemon.state.store import SearchStore
+from protocol.errors import UsageError
+from protocol.plans.card import ModelCard
+from protocol.queue.streams import CandidateQueue
+
+REPAIR_SECONDS = 60.0
+
+log = structlog.get_logger()
+
+
+async def wait_for_card(store: SearchStore) -> ModelCard:
+    """The model card; logs once that it waits."""
+    waiting = False
+    while (card := await store.card()) is None:
+        if not waiting:
+            log.info("waiting_for_worker", needs="the model card")
+        waiting = True
+        await asyncio.sleep(0.5)
+    log.info("model_card", dense_perplexity=round(card.dense.perplexity, 3), units=len(card.sensitivity))
+    return card
+
+
+async def watch_workers(store: SearchStore, ours_have_ended: Callable[[], bool]) -> None:
+    """Tell of workers that cannot work; where our own have ended so and there is no other, the search ends too."""
+    complained: dict[str, None] = {}  # in order
+    while True:
+        workers = await store.workers()
+        unusable = [worker for worker in workers if worker.stage == "unusable"]
+        for worker in unusable:
+            if worker.detail not in complained:
+                log.error("worker_unusable", worker=worker.consumer, detail=worker.detail)
+            complained[worker.detail] = None
+        if len(unusable) == len(workers) and ours_have_ended():
+            raise UsageError(next(iter(complained), "no worker can work; the log says why"))
+        await asyncio.sleep(0.5)
+
+
+async def repair_for_ever(store: SearchStore, queue: CandidateQueue, history: Callable[[], History]) -> None:
+    """Put candidates of `history` back whose jobs were lost: a trimmed stream, a server's last second."""
+    while True:
+        await asyncio.sleep(REPAIR_SECONDS)
+        await store.repair(queue, history())
+
+
+async def survived(event: str, work: Coroutine[Any, Any, None]) -> None:
+    """Do `work`; if it dies, say so once, and no more."""
+    try:
+        await work
+    except Exception:
+        log.exception(event)

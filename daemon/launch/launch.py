@@ -1,0 +1,301 @@
+"""Puts a search together from its settings and runs it: in charge, card, endpoint, agents, search, summary."""
+
+import asyncio
+import contextlib
+import importlib
+from collections.abc import Callable, Coroutine, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import structlog
+
+from agents.llm.replay import Remembering
+from agents.prompting.conversation import Asks
+from daemon.http_api.api import HttpApi
+from daemon.http_api.server import CannotListen
+from daemon.http_api.token import TOKEN_MODE, Access, kept_text
+from daemon.launch.background import repair_for_ever, survived, wait_for_card, watch_workers
+from daemon.launch.llm import make_chat, read_replay, read_transcript
+from daemon.launch.usage import Meter
+from daemon.monitor.observer import Observer
+from daemon.monitor.run_screen import Display
+from daemon.monitor.summary import Summary, summarise
+from daemon.search.checks import check_budget, check_lists, check_lists_somewhere, check_windows, warn_of_texts
+from daemon.search.control import Pausing, StopRequested
+from daemon.search.make_agents import make_agents
+from daemon.search.search import Search
+from daemon.settings.llm import EndpointSettings
+from daemon.settings.settings import Settings
+from daemon.state.history import History, Memory
+from daemon.state.journal import EVALUATIONS, Journal
+from daemon.state.recovery import commanded, counters, recovered
+from daemon.state.store import SearchStore
+from protocol.errors import first_error
+from protocol.plans.card import ModelCard
+from protocol.queue.connection import connect
+from protocol.queue.control import Control
+from protocol.queue.keys import Keys
+from protocol.queue.streams import CandidateQueue
+
+if TYPE_CHECKING:
+    from agents.llm.chat import Chat
+
+log = structlog.get_logger()
+
+
+class Launch:
+    """One process's work on a search. `embedded`: it also started the workers, and the server where none is set.
+
+    `workers_are_unusable` says whether all workers that it started have ended because they cannot work.
+    With `access` it serves the HTTP API, whose URL `announce` is told. `more_duties` are done beside the search.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        redis_url: str,
+        endpoints: Sequence[EndpointSettings],
+        *,
+        embedded: bool,
+        workers_are_unusable: Callable[[], bool] = lambda: False,
+        access: Access | None = None,
+        announce: Callable[[str], None] = lambda _: None,
+        display: Display | None = None,
+        more_duties: Sequence[Callable[[], Coroutine[Any, Any, None]]] = (),
+    ) -> None:
+        self._settings = settings
+        self._spec = settings.spec()
+        self._endpoints = endpoints
+        self._own_server = embedded and settings.redis.url is None
+        self._workers_are_unusable = workers_are_unusable
+        self._display = display
+        keys = Keys(settings.search.name)
+        self._redis = connect(redis_url)
+        self._store = SearchStore(self._redis, keys, self._spec)
+        self._meter = Meter(self._store)
+        self._pausing = Pausing(Control(self._redis, keys))
+        self._replay = read_replay(settings)
+        self._journal = Journal(settings.folder)
+        if access and access.token and access.kept_in:
+            self._journal.keep(access.kept_in.name, kept_text(access.token), mode=TOKEN_MODE)
+        self._observer = Observer(self._redis, keys, self._spec, settings.folder, self._journal.trouble)
+        self._api = HttpApi(settings.http, access, self._observer, free_port=embedded) if access else None
+        self._announce = announce
+        self._more_duties = more_duties
+        self._search: Search | None = None
+
+    async def run(self) -> Summary | None:
+        """Run the search to its end, or until it is stopped or cancelled: the summary then says so.
+
+        None when it ended before the model card was there.
+        """
+        finished = False
+        try:
+            try:
+                finished = await self._in_group()
+            except asyncio.CancelledError:
+                log.info("search_interrupted")
+            summary = self._summary(finished=finished)
+            if summary:
+                await asyncio.to_thread(self._journal.write, "summary.json", summary.model_dump())
+            return summary
+        finally:
+            await self._close()
+
+    async def _in_group(self) -> bool:
+        finished = False
+        try:
+            async with asyncio.TaskGroup() as group:
+                finished = await self._work(group)
+        except BaseExceptionGroup as group:
+            error = first_error(group)
+            if error is None:
+                raise
+            if not isinstance(error, StopRequested):
+                raise error from None
+            log.info("search_stopped")
+        return finished
+
+    async def _work(self, group: asyncio.TaskGroup) -> bool:
+        async with AsyncExitStack() as stack:
+            await self._serve(stack)
+            # Here, for a cold disk may take longer than a daemon in charge may be silent.
+            await asyncio.to_thread(importlib.import_module, "agents.llm.chat")
+            queue = await self._take_charge(stack)
+            alive = group.create_task(
+                self._store.show_life()
+            )  # a long history takes longer than a daemon may be silent
+            history = await self._recovered(queue, await self._store.history())
+            alive.cancel()
+            duties = [group.create_task(duty) for duty in self._duties(queue, history)]
+            await self._go_on_from(history, queue)
+            duties.append(group.create_task(self._meter.count_for_ever()))
+            card = await wait_for_card(self._store)
+            windows = card.dense.windows(self._spec.fitness.seqlen)
+            check_windows(self._settings.search, windows)
+            is_new = not history.ledger
+            if is_new:
+                check_budget(self._settings.search, card.dense.tokens)
+            self._meter.chat = self._observer.chat = chat = await stack.enter_async_context(self._chat())
+            units = len(card.shape.units(self._spec.granularity))
+            check_lists(self._settings, chat.contexts, units)
+            duties.append(group.create_task(repair_for_ever(self._store, queue, lambda: self._memory(history).history)))
+            asks = await asyncio.to_thread(self._asks, chat, history)
+            # In a thread, for a long history takes a second. All that asks of the search meanwhile finds none yet.
+            search = await asyncio.to_thread(self._make_search, card, asks, queue, history)
+            await self._wait_for_llm(search, chat, is_new=is_new)
+            if is_new:
+                check_lists_somewhere(self._settings, chat.contexts, units)
+            await self._search_to_its_end(search)
+            for duty in duties:
+                duty.cancel()
+        return True
+
+    async def _take_charge(self, stack: AsyncExitStack) -> CandidateQueue:
+        # With a server of our own (and its folder locked) no other daemon can be alive.
+        queue = await self._store.take_charge(previous_is_dead=self._own_server)
+        if self._display:
+            await stack.enter_async_context(self._display.following(self._store))
+        await self._pausing.begin()
+        return queue
+
+    def _duties(self, queue: CandidateQueue, history: History) -> list[Coroutine[Any, Any, None]]:
+        """What is done beside the search from the first moment in charge."""
+        return [
+            self._store.stay_in_charge(queue, lambda: self._memory(history)),
+            self._pausing.watch(),
+            watch_workers(self._store, self._workers_are_unusable),
+            self._journal.keep_for_ever(),
+            survived("observer_died", self._observer.run()),
+            self._observer.heartbeat.run(),
+            *(duty() for duty in self._more_duties),
+        ]
+
+    async def _go_on_from(self, history: History, queue: CandidateQueue) -> None:
+        warn_of_texts(self._settings)
+        self._meter.begin(history)
+        await asyncio.to_thread(self._observer.begin, history)
+        if not history.ledger:
+            self._journal.begin_transcript()
+        await self._store.repair(queue, history)
+
+    def _make_search(self, card: ModelCard, asks: Asks, queue: CandidateQueue, history: History) -> Search:
+        search = Search(
+            self._settings.search.name,
+            self._spec,
+            self._settings.search,
+            card=card,
+            agents=make_agents(self._settings.search, self._settings.llm, asks),
+            queue=queue,
+            journal=self._journal,
+            history=history,
+            pausing=self._pausing,
+            seconds=self._meter.seconds,
+        )
+        self._search = self._observer.search = search
+        if self._display:
+            self._display.search = search
+        return search
+
+    async def _wait_for_llm(self, search: Search, chat: "Chat", *, is_new: bool) -> None:
+        if search.remaining_budget > 0 and self._settings.search.asks_llm:
+            most = self._settings.llm.start_wait_seconds
+            advice = "start its server, or name another endpoint; after this time the search begins without an LLM"
+            await chat.wait_ready(
+                lambda name: log.warning("endpoint_not_ready", endpoint=name, waits_s=most, advice=advice),
+                at_most=most,
+                refuse=is_new,
+            )
+
+    async def _search_to_its_end(self, search: Search) -> None:
+        """Whatever ends it, what it used and how far it came is told."""
+        try:
+            await search.run()
+            self._observer.finished = True
+        finally:
+            with contextlib.suppress(TimeoutError):  # the end must not wait for a server that is away
+                async with asyncio.timeout(2):
+                    await self._meter.count()
+                    await self._observer.look()
+
+    async def _serve(self, stack: AsyncExitStack) -> None:
+        """Serve the HTTP API until the stack is closed; UsageError where it cannot listen."""
+        if self._api is None:
+            return
+        try:
+            self._announce(await stack.enter_async_context(self._api.serving()))
+        except CannotListen:
+            # Where it is this very search's daemon that listens there, that is what must be said.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(5):
+                    await self._store.wait_for_silence()
+            raise
+
+    async def _recovered(self, queue: CandidateQueue, history: History) -> History:
+        """The search's history; what the server has lost of it comes back from the folder's copy."""
+        folder = self._settings.folder
+        known = await asyncio.to_thread(recovered, folder, self._spec, history)
+        if known is None and not history.damaged:
+            return history
+        if known is None:
+            whole = replace(history, counters=await asyncio.to_thread(counters, folder, history))
+            memory, from_ = Memory(whole, None), "what is whole of it"
+        else:
+            memory, from_ = Memory(known, None, commanded(folder)), EVALUATIONS
+        await self._store.count_anew(memory.history.counters)
+        await self._store.restore(queue, lambda: memory, from_=from_)
+        await self._pausing.begin()  # for the command may have come back too
+        return await self._store.history()
+
+    def _memory(self, history: History) -> Memory:
+        """What this process knows of the search; `history` is what it found at its start."""
+        if self._search is None:
+            return Memory(history, None, self._pausing.command)
+        outcomes = {e.candidate.id: e.outcome for e in self._search.population}
+        now = History(ledger=self._search.ledger, outcomes=outcomes, selections=self._search.selections)
+        return Memory(now, self._search.card, self._pausing.command)
+
+    def _chat(self) -> "Chat":
+        gate, spent = self._pausing.gate, self._meter.spent
+        return make_chat(self._settings.llm, self._endpoints, gate=gate, record=self._record, spent=spent)
+
+    def _asks(self, chat: "Chat", history: History) -> Asks:
+        """What the agents ask: a transcript to be replayed; else `chat`, about what no killed process asked already.
+
+        Reads the transcript, which may be long: in a thread.
+        """
+        if self._replay:
+            return self._replay
+        return Remembering(chat, read_transcript(self._journal.transcript_path)) if history.ledger else chat
+
+    def _record(self, record: dict[str, object]) -> None:
+        self._journal.transcript(record)
+        self._meter.asked()
+        if self._api:
+            self._api.metrics.observe(record)
+
+    def _summary(self, *, finished: bool) -> Summary | None:
+        search = self._search
+        if search is None:
+            return None
+        return summarise(
+            search.name,
+            self._spec,
+            search.card,
+            search.ledger,
+            search.population,
+            self._meter.counters,
+            finished=finished,
+        )
+
+    async def _close(self) -> None:
+        try:
+            await asyncio.to_thread(self._journal.close)
+        finally:
+            try:
+                async with asyncio.timeout(2):
+                    await self._store.step_down()
+            except Exception as error:  # noqa: BLE001  (a boundary: the end must not fail for a server that is gone)
+                log.debug("not_stepped_down", error=str(error))
+            await self._redis.aclose()

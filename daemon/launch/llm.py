@@ -1,0 +1,139 @@
+"""The LLM of a search, from its settings: endpoints with their keys, policy, budget, transcripts."""
+
+import json
+from collections.abc import Sequence
+from errno import ENOENT
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
+
+import structlog
+from pydantic import SecretStr
+
+from agents.llm.budget import Budget, Spent
+from agents.llm.endpoint import ChatPolicy, Endpoint
+from agents.llm.replay import Replay, Transcript
+from daemon.settings.llm import EndpointSettings, LlmSettings, check_key
+from daemon.settings.settings import Settings
+from daemon.state.journal import TRANSCRIPT
+from protocol.errors import SettingsError
+from protocol.queue.connection import password_of
+from protocol.runtime.paths import expanded
+from protocol.runtime.secret_files import read_secret
+
+if TYPE_CHECKING:
+    from agents.llm.chat import Chat, Record
+    from agents.llm.connection import Gate
+
+LONGEST_LINE = 16_000_000
+"""Characters of a line of a transcript; a longer one is none of ours, and is read in pieces that are passed over."""
+
+log = structlog.get_logger()
+
+
+def make_chat(
+    llm: LlmSettings, endpoints: Sequence[EndpointSettings], *, gate: "Gate", record: "Record", spent: Spent
+) -> "Chat":
+    """What asks these endpoints; none where the answers are a transcript's. `spent` is what has been spent so far."""
+    from agents.llm.chat import Chat  # with the openai package, which takes longer to load than all else of a command
+
+    policy = ChatPolicy(
+        attempts=llm.attempts,
+        deadline=llm.deadline_seconds,
+        byte_cap=llm.max_reply_bytes,
+        concurrency=llm.concurrency,
+        failures_to_open=llm.failures_to_open,
+        rest=llm.rest_seconds,
+    )
+    budget = Budget(requests=llm.budget_requests, tokens=llm.budget_tokens, cost=llm.budget_cost)
+    asked = [] if llm.replay else make_endpoints(endpoints)
+    return Chat(asked, policy, gate=gate, record=record, budget=budget, spent=spent)
+
+
+def make_endpoints(settings: Sequence[EndpointSettings]) -> list[Endpoint]:
+    """The endpoints with their keys, read from files where they have them, each with a name of its own."""
+    return [
+        Endpoint(
+            name=name,
+            base_url=endpoint.base_url,
+            model=endpoint.model,
+            api_key=_key(endpoint),
+            price_in=endpoint.price_in,
+            price_out=endpoint.price_out,
+            context=endpoint.context,
+            grammar=endpoint.grammar,
+        )
+        for name, endpoint in zip(_names(settings), settings, strict=True)
+    ]
+
+
+def _names(settings: Sequence[EndpointSettings]) -> list[str]:
+    """The given names; else the host, with the model where hosts are the same, and a number where that is too.
+
+    Totals, logs and metrics go by name.
+    """
+    hosts = [endpoint.name or _host(endpoint.base_url) for endpoint in settings]
+    names: list[str] = [endpoint.name or "" for endpoint in settings]
+    for i, endpoint in enumerate(settings):
+        if not names[i]:
+            host = hosts[i] if hosts.count(hosts[i]) == 1 else f"{hosts[i]}/{endpoint.model}"
+            free = (name for n in count(1) if (name := host if n == 1 else f"{host}#{n}") not in names)
+            names[i] = next(free)
+    return names
+
+
+def _host(url: str) -> str:
+    parts = urlsplit(url)
+    return f"{parts.hostname}:{parts.port}" if parts.port else str(parts.hostname)
+
+
+def _key(settings: EndpointSettings) -> SecretStr | None:
+    if settings.api_key_file is None:
+        return settings.api_key
+    # A deployment mounts the file in any case; an empty one is for an endpoint that wants no key.
+    return SecretStr(text) if (text := _read_key(settings.api_key_file)) else None
+
+
+def secrets_of(settings: Settings) -> list[str]:
+    """Every secret value in the settings, for the log's redaction."""
+    keys = [_key(endpoint) for endpoint in settings.llm.endpoints]
+    url = settings.redis.full_url
+    return [key.get_secret_value() for key in keys if key] + (password_of(url) if url else [])
+
+
+def read_replay(settings: Settings) -> Replay | None:
+    """What answers in place of endpoints, where llm.replay is set; raises SettingsError."""
+    llm = settings.llm
+    if llm.replay is None:
+        return None
+    if expanded(llm.replay).resolve() == (settings.folder / TRANSCRIPT).resolve():
+        raise SettingsError("llm.replay is this search's own transcript: give this one another search.name")
+    return Replay(read_transcript(llm.replay), strict=llm.replay_strict)
+
+
+def read_transcript(path: Path) -> Transcript:
+    """The transcript in a file; lines that a kill has torn are passed over. Raises SettingsError without a file."""
+    transcript, torn = Transcript(), 0
+    try:
+        if not expanded(path).is_file():  # a device or a pipe may have no end
+            raise FileNotFoundError(ENOENT, "it is not a file")
+        with expanded(path).open(encoding="utf-8", errors="replace") as file:
+            while line := file.readline(LONGEST_LINE):
+                try:
+                    transcript.add(json.loads(line))
+                except (ValueError, RecursionError):
+                    torn += 1
+    except OSError as error:
+        raise SettingsError(f"the transcript {str(path)!r} cannot be read: {error.strerror}") from error
+    if torn:
+        log.info("transcript_lines_torn", file=str(path), lines=torn)
+    return transcript
+
+
+def _read_key(path: Path) -> str:
+    try:
+        return check_key(read_secret(path))
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else error
+        raise SettingsError(f"llm.endpoints: the key file {str(path)!r} cannot be read: {why}") from None

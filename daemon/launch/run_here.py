@@ -1,0 +1,100 @@
+"""The whole of `selfpruner run`: a search with everything on this machine."""
+
+import signal
+import sys
+from contextlib import AsyncExitStack
+from functools import partial
+
+from rich.console import Console
+
+from daemon.http_api.token import Access, open_access
+from daemon.launch.launch import Launch
+from daemon.launch.llm import secrets_of
+from daemon.local import valkey as embedded
+from daemon.local.held_folder import HeldFolder, only_one
+from daemon.local.llm_server import find_gguf
+from daemon.monitor.run_screen import Display
+from daemon.monitor.summary import Summary
+from daemon.search.make_agents import check_proposer
+from daemon.settings.settings import Settings, check_text
+from protocol.errors import SettingsError
+from protocol.runtime import logs
+from protocol.runtime.daemon_signals import run_until_signal
+
+
+def run_here(settings: Settings) -> tuple[Summary | None, signal.Signals | None]:
+    """Search to the end, or until a signal; the summary where there is one yet, and the signal where one came.
+
+    Raises UsageError for settings that cannot be, before anything is started.
+    """
+    check_here(settings)
+    with only_one(settings.folder) as held:
+        access = configure_logs(settings, "stderr")
+        display = Display(Console(stderr=True)) if sys.stderr.isatty() else None
+        return run_until_signal(_run_embedded(settings, access, display, held))
+
+
+def check_here(settings: Settings) -> None:
+    """Raise UsageError where a text, the proposer's package or the local LLM's file is not on this machine."""
+    _check_texts(settings)
+    check_proposer(settings.search)
+    if needs_local_llm(settings):
+        find_gguf(settings.local_llm.gguf)
+
+
+def needs_local_llm(settings: Settings) -> bool:
+    """Whether the search asks an LLM that has to be started for it."""
+    return settings.search.asks_llm and not settings.llm.endpoints and not settings.llm.replay
+
+
+def configure_logs(settings: Settings, stream: logs.Stream) -> Access | None:
+    """Set up the log of a search; returns the access to its HTTP API, whose token must not be logged, if it has one."""
+    file = settings.folder / "log.jsonl"
+    try:
+        settings.folder.mkdir(parents=True, exist_ok=True)
+        access = open_access(settings.http, settings.folder) if settings.http.enabled else None
+        secrets = [*secrets_of(settings), *(access.secrets if access else [])]
+        logs.configure(file=file, stream=stream, secrets=secrets, search=settings.search.name)
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        raise SettingsError(f"run.folder: {file} cannot be written: {error}") from error
+    return access
+
+
+def announce(access: Access | None, url: str) -> None:
+    """Tell a person where the HTTP API is, and the token that was made for it; never a log."""
+    if sys.stderr.isatty():
+        kept = access.kept_in if access else None
+        token = f", token {access.token.get_secret_value()} (in {kept})" if access and access.token and kept else ""
+        sys.stderr.write(f"HTTP API: {url}{token}\n")
+
+
+async def _run_embedded(
+    settings: Settings, access: Access | None, display: Display | None, held: HeldFolder
+) -> Summary | None:
+    """The whole of `selfpruner run`: what is started first ends last."""
+    async with AsyncExitStack() as stack:
+        url = settings.redis.full_url
+        if url is None:
+            url = await stack.enter_async_context(embedded.embedded_server(settings.folder))
+        endpoints = settings.llm.endpoints
+        if needs_local_llm(settings):
+            endpoints = (await stack.enter_async_context(embedded.local_llm(settings)),)
+        unusable = await stack.enter_async_context(embedded.workers(settings, url, console=display is None))
+        launch = Launch(
+            settings,
+            url,
+            endpoints,
+            embedded=True,
+            workers_are_unusable=unusable,
+            access=access,
+            announce=partial(announce, access),
+            display=display,
+            more_duties=(held.keep_for_ever,),
+        )
+        return await launch.run()
+
+
+def _check_texts(settings: Settings) -> None:
+    """Texts are read by the worker; here, on its machine, a missing file need not wait for it."""
+    for source in {settings.data.calibration, settings.data.fitness, settings.data.report or "self"}:
+        check_text(source)

@@ -1,0 +1,139 @@
+"""A child process of the daemon: started again when it dies, ended in order, and none left behind.
+
+Each has a session of its own, so that Ctrl-C reaches only the daemon, which saves first and then ends them; and each is
+on a leash, so that it ends when the daemon is killed.
+"""
+
+import asyncio
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import structlog
+
+from protocol.runtime.environment import for_child
+
+LONGEST_WAIT_SECONDS = 30.0
+"""Between two starts of a child that does not live."""
+
+log = structlog.get_logger()
+
+
+class Child:
+    """A child process that is started again when it dies, unless it ends with the exit code `final`.
+
+    It gets no secrets of our environment (the hub's token if it `loads_models`), and `environment` beside the rest.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        *,
+        quiet: Path | None = None,
+        final: int | None = None,
+        loads_models: bool = False,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self.name = name
+        self._command = command
+        self._quiet = quiet
+        self._final = final
+        self._environment = {**for_child(loads_models=loads_models), **(environment or {})}
+        self._process: asyncio.subprocess.Process | None = None
+        self._watch: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Start it, and keep it running until `end`."""
+        await self._spawn()
+        self._watch = asyncio.create_task(self._restart_for_ever())
+
+    @property
+    def running(self) -> bool:
+        """Whether the process runs now."""
+        return self._process is not None and self._process.returncode is None
+
+    @property
+    def has_given_up(self) -> bool:
+        """Whether it ended with the exit code `final`."""
+        return self._process is not None and self._final is not None and self._process.returncode == self._final
+
+    async def end(self, grace_seconds: float = 5.0) -> None:
+        """SIGTERM, then SIGKILL to all of its session after the grace time."""
+        if self._watch:
+            self._watch.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._watch
+        if self._process is None:
+            return
+        await self._end_process(self._process, grace_seconds)
+
+    async def restart(self, grace_seconds: float = 5.0) -> None:
+        """End the process that runs now; another one is started, as after any death."""
+        if self._process is not None and self.running:
+            await self._end_process(self._process, grace_seconds)
+
+    async def _end_process(self, process: asyncio.subprocess.Process, grace_seconds: float) -> None:
+        if process.returncode is None:
+            process.terminate()
+            try:
+                await asyncio.wait_for(process.wait(), grace_seconds)
+            except TimeoutError:
+                log.warning("child_killed", child=self.name)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # whatever it may have left in its session
+        await process.wait()
+
+    async def _spawn(self) -> None:
+        output = self._quiet.open("ab") if self._quiet else None
+        try:
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "daemon.local.leash",
+                str(os.getpid()),
+                *self._command,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=output or sys.stderr.fileno(),
+                stderr=output,
+                start_new_session=True,
+                env=self._environment,
+            )
+        finally:
+            if output:
+                output.close()
+
+    async def _restart_for_ever(self) -> None:
+        wait = 0.5
+        while True:
+            assert self._process is not None
+            started = asyncio.get_running_loop().time()
+            code = await self._process.wait()
+            if code == self._final:
+                return
+            if asyncio.get_running_loop().time() - started > 60:
+                wait = 0.5
+            log.warning("child_restarted", child=self.name, status=code, after_seconds=wait)
+            await asyncio.sleep(wait)
+            wait = min(wait * 2, LONGEST_WAIT_SECONDS)
+            await self._spawn_at_last()
+
+    async def _spawn_at_last(self) -> None:
+        """Start it as soon as that can be done: memory for a process, or the folder of its log, may be missing."""
+        wait, fails = 0.5, False
+        while True:
+            try:
+                await self._spawn()
+                break
+            except (OSError, subprocess.SubprocessError) as error:
+                if not fails:
+                    log.error("child_not_started", child=self.name, error=str(error))
+                fails = True
+            await asyncio.sleep(wait)
+            wait = min(wait * 2, LONGEST_WAIT_SECONDS)
+        if fails:
+            log.info("child_started", child=self.name)

@@ -1,0 +1,84 @@
+"""The folder of a search on this machine, which only one `selfpruner run` may use at a time."""
+
+import asyncio
+import contextlib
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from protocol.errors import SearchExistsError, UsageError
+from protocol.runtime.locks import hold
+
+LOCK = "lock"
+LOOK_SECONDS = 2.0
+"""Between two looks at whether others have removed the lock."""
+
+
+class HeldFolder:
+    """The folder of a search, which no second `selfpruner run` may use."""
+
+    def __init__(self, folder: Path, handle: int) -> None:
+        self._folder, self._handle = folder, handle
+
+    async def keep_for_ever(self) -> None:
+        """Take the lock again whenever others have removed it, with the folder or alone.
+
+        Raises SearchExistsError where another run was faster.
+        """
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            if not self._is_there():
+                with contextlib.suppress(OSError):  # a full disk; it is tried again
+                    self._take_again()
+
+    def close(self) -> None:
+        """Let go of it."""
+        os.close(self._handle)
+
+    def _is_there(self) -> bool:
+        try:
+            return os.path.samestat(os.fstat(self._handle), (self._folder / LOCK).lstat())
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+        except OSError:  # the file system fails for a moment, and a second lock of ours would find the first
+            return True
+
+    def _take_again(self) -> None:
+        handle = hold(self._folder / LOCK)
+        if handle is None:
+            raise SearchExistsError(f"the folder {self._folder} was removed, and another run of the search uses it now")
+        os.close(self._handle)
+        self._handle = handle
+
+
+@contextmanager
+def only_one(folder: Path) -> Iterator[HeldFolder]:
+    """Hold the folder of a search: a second `selfpruner run` of the same search is refused."""
+    try:
+        handle = hold(folder / LOCK)
+    except OSError as error:
+        raise UsageError(f"run.folder cannot be written: {error}") from error
+    if handle is None:
+        raise SearchExistsError(f"the search {folder.name!r} is already running in {folder}")
+    held = HeldFolder(folder, handle)
+    try:
+        yield held
+    finally:
+        held.close()
+
+
+def is_running(folder: Path) -> bool:
+    """Whether a `selfpruner run` of the search in `folder` is alive; False where the file system knows no locks."""
+    try:
+        handle = os.open(folder / LOCK, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:
+        return isinstance(error, BlockingIOError)
+    finally:
+        os.close(handle)
+    return False

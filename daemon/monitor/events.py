@@ -1,0 +1,84 @@
+"""Events: what changed between two looks at a search. Pure; the HTTP API and `selfpruner watch` both tell these."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from agents.population.population import Evaluation
+from daemon.monitor.status import Seen, Status, Tally, make_status
+from protocol.plans.candidate import Measured, Stopped
+
+_STATES = {
+    "redis": "redis_changed",
+    "control": "control_changed",
+    "daemon": "daemon_changed",
+    "degraded": "degraded_changed",
+    "finished": "finished_changed",
+}
+"""A field of the status, and the event that says its new value."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened to a search; `fields` is what JSON can hold."""
+
+    name: str
+    fields: dict[str, Any]
+
+    def record(self) -> dict[str, Any]:
+        """One flat JSON object."""
+        return {"event": self.name, **self.fields}
+
+
+class Follower:
+    """Looks at one search again and again. What was there at the first look is no event."""
+
+    def __init__(self) -> None:
+        self.tally = Tally()
+        self.status: Status | None = None
+
+    def look(self, seen: Seen) -> list[Event]:
+        """Bring `status` up to date; returns what happened since the last look."""
+        evaluations = self.tally.take(seen.ledger, seen.population)
+        before, self.status = self.status, make_status(seen, self.tally)
+        if before is None:
+            return []
+        return [*changes(before, self.status), *(evaluation_event(e, best=best) for e, best in evaluations)]
+
+    def redis_is_away(self) -> list[Event]:
+        """To be called instead of `look` when nothing could be read."""
+        if self.status is None:
+            return []
+        before, self.status = self.status, self.status.model_copy(update={"redis": "away"})
+        return list(changes(before, self.status))
+
+
+def changes(before: Status, after: Status) -> Iterator[Event]:
+    """What is different, candidates aside."""
+    for name, event in _STATES.items():
+        if getattr(before, name) != getattr(after, name):
+            yield Event(event, {name: getattr(after, name)})
+    if after.round > before.round:
+        yield Event("round_started", {"round": after.round})
+    old = {worker.consumer: worker for worker in before.workers}
+    new = {worker.consumer: worker for worker in after.workers}
+    for consumer in old.keys() - new.keys():
+        yield Event("worker_left", {"worker": consumer})
+    for consumer, worker in new.items():
+        if consumer not in old:
+            yield Event("worker_joined", {"worker": consumer, "stage": worker.stage})
+        elif worker.stage == "unusable" != old[consumer].stage:
+            yield Event("worker_unusable", {"worker": consumer, "detail": worker.detail})
+
+
+def evaluation_event(evaluation: Evaluation, *, best: bool) -> Event:
+    """That a candidate has its outcome."""
+    candidate, outcome = evaluation.candidate, evaluation.outcome
+    who = candidate.provenance.model_dump(include={"agent", "source", "round"})
+    if isinstance(outcome, Measured):
+        figures = {"text": candidate.text, **outcome.figures(6), "best": best}
+        return Event("candidate_measured", {"candidate": candidate.id, **figures, **who})
+    if isinstance(outcome, Stopped):
+        figures = {"text": candidate.text, "windows": outcome.windows, "of_windows": outcome.of_windows}
+        return Event("candidate_stopped", {"candidate": candidate.id, **figures, **who})
+    return Event("candidate_failed", {"candidate": candidate.id, "reason": outcome.reason, **who})

@@ -1,0 +1,88 @@
+"""The live display of `selfpruner run` on a terminal. Elsewhere the log lines say the same."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
+
+from daemon.search.search import Search
+from daemon.state.store import SearchStore
+from protocol.plans.candidate import Measured
+
+REFRESH_SECONDS = 0.5
+
+
+class Display:
+    """Follows a search and its workers: one line for the search, one for each worker."""
+
+    def __init__(self, console: Console) -> None:
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=console,
+            transient=True,
+        )
+        self._line = self._progress.add_task("search: waiting for the model", total=None)
+        self._workers: dict[str, TaskID] = {}
+        self._busy: set[str] = set()
+        """Workers whose task counts the steps of a stage, and not candidates."""
+        self.search: Search | None = None
+
+    @asynccontextmanager
+    async def following(self, store: SearchStore) -> AsyncIterator[None]:
+        """Show the display while the block runs."""
+        with self._progress:
+            task = asyncio.create_task(self._follow(store))
+            try:
+                yield
+            finally:
+                task.cancel()
+
+    async def _follow(self, store: SearchStore) -> None:
+        while True:
+            await self._show_workers(store)
+            if self.search is not None:
+                self._show_search(self.search)
+            await asyncio.sleep(REFRESH_SECONDS)
+
+    def _show_search(self, search: Search) -> None:
+        best = search.population.best()
+        found = _figures(best.outcome) if best and best.outcome.kind == "measured" else "–"
+        state = "paused" if search.pausing.command == "pause" else f"round {search.round}"
+        self._progress.update(
+            self._line,
+            description=f"search: {state}, best {found}, dense {search.card.dense.perplexity:.2f}",
+            completed=len(search.population),
+            total=search.proposed + search.remaining_budget,
+        )
+
+    async def _show_workers(self, store: SearchStore) -> None:
+        statuses = {status.consumer: status for status in await store.workers()}
+        self._busy &= statuses.keys()
+        for consumer in self._workers.keys() - statuses.keys():
+            self._progress.remove_task(self._workers.pop(consumer))
+        for consumer, status in statuses.items():
+            if consumer not in self._workers:
+                self._workers[consumer] = self._progress.add_task("", total=None)
+            busy = status.stage not in ("idle", "evaluating") and status.total > 0
+            if busy != (consumer in self._busy):
+                # A task cannot lose its total, and its clock stands still once it was full: another takes its place.
+                self._progress.remove_task(self._workers[consumer])
+                self._workers[consumer] = self._progress.add_task("", total=None)
+                self._busy ^= {consumer}
+            self._progress.update(
+                self._workers[consumer],
+                description=f"worker: {status.stage}",
+                completed=status.done if busy else status.measured,
+                total=status.total if busy else None,
+            )
+
+
+def _figures(best: Measured) -> str:
+    """The perplexity, after the divergence where that is what the search minimises."""
+    return f"{best.perplexity:.2f}" if best.kl is None else f"kl {best.kl:.4f}, perplexity {best.perplexity:.2f}"

@@ -1,0 +1,238 @@
+"""What a search found, as one JSON object and as a table."""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+from rich.console import Console
+from rich.table import Table
+
+from agents.population.population import Evaluation, Population
+from protocol.plans.allocation import uniform_label
+from protocol.plans.candidate import Candidate, Measured, candidate_id
+from protocol.plans.card import DensePerplexity, ModelCard
+from protocol.plans.plan import Parameters, count_parameters, dense_plan
+from protocol.plans.spec import Measure, Reconstruction, SearchSpec
+
+WEAK_BASELINE = (
+    "this uniform is a weak baseline: it is not fitted, and takes as many query heads from each KV head; `selfpruner "
+    "evaluate --allocate uniform` measures stronger ones with --reconstruction least-squares or --heads any"
+)
+
+
+class Row(BaseModel):
+    """One model, such as the dense one or the best. A figure is None where it was not measured."""
+
+    model_config = ConfigDict(frozen=True)
+
+    perplexity: float | None
+    report_perplexity: float | None = None
+    kl: float | None = None
+    """Divergence from the dense model in nats, where the search minimises it."""
+    report_kl: float | None = None
+    parameters: Parameters
+    seqlen: int
+    tokens: int | None
+    report_tokens: int | None = None
+
+
+class Summary(BaseModel):
+    """The result of a search. `finished` is False when it was interrupted or stopped."""
+
+    model_config = ConfigDict(frozen=True)
+
+    search: str
+    model: str
+    rate: float
+    granularity: str
+    fitness: Measure
+    """What the search minimised."""
+    reconstruction: Reconstruction
+    """Whether what stays was fitted, of the uniform model as of all candidates."""
+    finished: bool
+    dense: Row
+    uniform: Row
+    best_allocation: Row | None
+    """The best of the allocations that the search began with (search.seeds), which no search has changed."""
+    best: Row | None
+    rates: tuple[float, ...]
+    """The best candidate's."""
+    candidates: dict[str, dict[str, int]]
+    """Counts `by_agent`, `by_source` and `by_outcome` (`measured`, `failed`, `stopped` in a race)."""
+    tokens: dict[str, int]
+    """Used by the LLM: `prompt` and `completion`."""
+    seconds: float
+
+
+def summarise(
+    search: str,
+    spec: SearchSpec,
+    card: ModelCard,
+    ledger: dict[str, Candidate],
+    population: Population,
+    counters: dict[str, float],
+    *,
+    finished: bool,
+) -> Summary:
+    """Gather what a search found."""
+    best, best_allocation = population.best(), _best_allocation(population)
+    uniform = spec.uniform_plan(card.shape)
+    uniform_evaluation = population.get(candidate_id(uniform, spec.fingerprint))
+    proposals = [c for c in ledger.values() if c.is_proposal]
+    outcomes = Counter(e.outcome.kind for e in population if e.candidate.is_proposal)
+    return Summary(
+        search=search,
+        model=spec.model,
+        rate=spec.rate,
+        granularity=spec.granularity,
+        fitness=spec.measure,
+        reconstruction=spec.reconstruction,
+        finished=finished,
+        dense=_dense_row(spec, card),
+        uniform=_row(spec, count_parameters(uniform, card.shape), uniform_evaluation, population),
+        best_allocation=_measured_row(spec, best_allocation, population),
+        best=_measured_row(spec, best, population),
+        rates=best.candidate.rates if best else (),
+        candidates={
+            "by_agent": dict(Counter(c.provenance.agent for c in proposals)),
+            "by_source": {"llm": 0, "stand-in": 0, **Counter(c.provenance.source for c in proposals)},
+            "by_outcome": {name: outcomes[name] for name in ("measured", "failed", "stopped")},
+        },
+        tokens={name: int(counters.get(f"{name}_tokens", 0)) for name in ("prompt", "completion")},
+        seconds=round(counters.get("seconds", 0.0), 1),
+    )
+
+
+def _dense_row(spec: SearchSpec, card: ModelCard) -> Row:
+    report: DensePerplexity | None = card.dense_report
+    kl = 0.0 if spec.measure == "kl" else None
+    return Row(
+        perplexity=card.dense.perplexity,
+        report_perplexity=report.perplexity if report else None,
+        kl=kl,
+        report_kl=kl if report else None,
+        parameters=count_parameters(dense_plan(card.shape), card.shape),
+        seqlen=spec.fitness.seqlen,
+        tokens=card.dense.tokens,
+        report_tokens=report.tokens if report else None,
+    )
+
+
+def _best_allocation(population: Population) -> Evaluation | None:
+    """The best of the allocations that the search began with, if it began with any."""
+    return next((e for e in population.top(None) if e.candidate.provenance.source == "allocation"), None)
+
+
+def _measured_row(spec: SearchSpec, evaluation: Evaluation | None, population: Population) -> Row | None:
+    if evaluation is None or not isinstance(evaluation.outcome, Measured):
+        return None
+    return _row(spec, evaluation.outcome.parameters, evaluation, population)
+
+
+def _row(spec: SearchSpec, parameters: Parameters, evaluation: Evaluation | None, population: Population) -> Row:
+    measured = evaluation.outcome if evaluation and isinstance(evaluation.outcome, Measured) else None
+    report = population.get(candidate_id(evaluation.candidate.plan, spec.fingerprint, "report")) if evaluation else None
+    reported = report.outcome if report and isinstance(report.outcome, Measured) else None
+    return Row(
+        perplexity=measured.perplexity if measured else None,
+        report_perplexity=reported.perplexity if reported else None,
+        kl=measured.kl if measured else None,
+        report_kl=reported.kl if reported else None,
+        parameters=parameters,
+        seqlen=spec.fitness.seqlen,
+        tokens=measured.tokens if measured else None,
+        report_tokens=reported.tokens if reported else None,
+    )
+
+
+def show(summary: Summary, console: Console) -> None:
+    """Print the table, and under it who made the candidates, what it took, and whether that was all."""
+    console.print(f"{summary.search}: {summary.model}, {summary.rate:.0%} of the decoder's parameters removed")
+    console.print(_table(summary))
+    for line in _lines(summary):
+        console.print(line, soft_wrap=True)
+
+
+def _table(summary: Summary) -> Table:
+    columns, uniform = _columns(summary), uniform_label(summary.reconstruction)
+    table = Table()
+    table.add_column("")
+    table.add_column(f"ratio to {uniform}", justify="right")
+    for column in columns:
+        table.add_column(column.title, justify="right")
+    table.add_column("parameters", justify="right")
+    rows = {
+        "dense": summary.dense,
+        uniform: summary.uniform,
+        "best allocation without a search": summary.best_allocation,
+        "best": summary.best,
+    }
+    for name, row in rows.items():
+        if row is None:
+            continue
+        cells = [_number(column.of(row), column.digits) for column in columns]
+        ratio = None if name == "dense" else _ratio(columns[0].of(row), columns[0].of(summary.uniform))
+        table.add_row(name, _number(ratio, 3), *cells, f"{row.parameters.total_after / 1e6:,.1f} M")
+    return table
+
+
+@dataclass(frozen=True)
+class _Column:
+    """A figure of each row."""
+
+    title: str
+    of: Callable[[Row], float | None]
+    digits: int
+
+
+def _columns(summary: Summary) -> list[_Column]:
+    """What was minimised comes first; it is what the ratio is of."""
+    kl = [_Column("kl", lambda row: row.kl, 4), _Column("kl on the report text", lambda row: row.report_kl, 4)]
+    perplexity = [
+        _Column("perplexity", lambda row: row.perplexity, 2),
+        _Column("on the report text", lambda row: row.report_perplexity, 2),
+    ]
+    shown = 1 if summary.dense.report_perplexity is None else 2
+    return (kl[:shown] if summary.fitness == "kl" else []) + perplexity[:shown]
+
+
+def _ratio(value: float | None, uniform: float | None) -> float | None:
+    return None if value is None or not uniform else value / uniform
+
+
+def _lines(summary: Summary) -> list[str]:
+    def listed(counts: dict[str, Any]) -> str:
+        return ", ".join(f"{name} {count}" for name, count in counts.items())
+
+    outcome = summary.candidates["by_outcome"]
+    used = summary.tokens
+    stopped = f", stopped early {outcome['stopped']}" if outcome["stopped"] else ""
+    following = [f"next: selfpruner export --search {summary.search} --out DIR"] if summary.best else []
+    unfinished = ["stopped before its end: these figures are not final, and the same command goes on"]
+    weak = [WEAK_BASELINE] if summary.reconstruction == "none" else []
+    return [
+        *_found_out(summary),
+        *weak,
+        f"candidates by agent: {listed(summary.candidates['by_agent'])}",
+        f"candidates by source: {listed(summary.candidates['by_source'])}",
+        f"measured {outcome['measured']}, failed {outcome['failed']}{stopped}; "
+        f"LLM tokens: {used['prompt']:,} in, {used['completion']:,} out; {summary.seconds:,.0f} seconds",
+        *(following if summary.finished else unfinished),
+    ]
+
+
+def _found_out(summary: Summary) -> list[str]:
+    """What a person must know where the search has learned its text by heart."""
+    best, uniform = summary.best and summary.best.report_perplexity, summary.uniform.report_perplexity
+    if not best or not uniform or best <= uniform:
+        return []
+    return [
+        f"on the report text the best is worse than uniform ({best:,.2f} and {uniform:,.2f}): what it gained "
+        "holds for the text that was searched on alone; give more of that (data.fitness_windows)"
+    ]
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return "–" if value is None else f"{value:,.{digits}f}"

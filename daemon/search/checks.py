@@ -1,0 +1,98 @@
+"""What of a search's settings can only be checked once the model is known; and what is allowed, but should be known."""
+
+from collections.abc import Mapping
+
+import structlog
+
+from agents.lists import TOKENS_PER_RATE
+from agents.selector import SHOWN
+from daemon.settings.settings import SearchSettings, Settings
+from protocol.errors import DataError, SettingsError
+from protocol.plans.spec import NAMED_TEXTS
+from protocol.runtime.paths import are_one_file
+
+TOKENS_BESIDE_LISTS = 600
+"""What the words of a question for lists take."""
+
+log = structlog.get_logger()
+
+
+def warn_of_texts(settings: Settings) -> None:
+    """Say once where a search reports on the text that it searches on."""
+    data = settings.data
+    if data.report is not None and is_searched_on(data.report, data.fitness):
+        log.warning("report_is_searched_on", text=data.report)
+
+
+def is_searched_on(report: str, fitness: str) -> bool:
+    """Whether the report text is the one that is searched on; a named one has parts of its own to report on."""
+    return not {report, fitness} & {*NAMED_TEXTS} and are_one_file(report, fitness)
+
+
+def check_windows(search: SearchSettings, windows: int) -> None:
+    """Raise DataError where candidates are to be measured in part first, on a text of no more `windows` than that."""
+    first = search.first_windows
+    if first is not None and windows <= first:
+        raise DataError(
+            f"search.first_windows ({first}) must be fewer than those of the fitness text, which has {windows}"
+        )
+
+
+def check_budget(search: SearchSettings, tokens: int) -> None:
+    """Raise SettingsError where the first population alone takes more than search.max_tokens; `tokens` of each."""
+    try:
+        search.check_first_population(tokens)
+    except ValueError as error:
+        raise SettingsError(str(error)) from None
+
+
+def check_lists(settings: Settings, contexts: Mapping[str, int | None], units: int) -> None:
+    """Raise SettingsError where the longest question for `lists`, with its answer, cannot fit into an endpoint.
+
+    `contexts` are tokens by the endpoints' names, None where nobody knows.
+    """
+    lists = _most_lists(settings)
+    needed = TOKENS_BESIDE_LISTS + lists * units * TOKENS_PER_RATE
+    for name, context in contexts.items():
+        if lists and context is not None and needed > context:
+            raise SettingsError(
+                f"llm.reply `lists` takes about {needed:,} tokens for {lists} lists of {units} rates, and {name} has "
+                f"{context:,}: use `edits` or `trades`, a smaller search.population, or say its `context` in "
+                "llm.endpoints if it is larger"
+            )
+
+
+def check_lists_somewhere(settings: Settings, contexts: Mapping[str, int | None], units: int) -> None:
+    """Raise SettingsError as `check_lists`, but only where all contexts are known, and the largest is too small.
+
+    For contexts that endpoints say of themselves: an endpoint that is away at the start says nothing, and one that is
+    too small beside a larger one only costs the questions that are tried there.
+    """
+    known = [(context, name) for name, context in contexts.items() if context is not None]
+    if known and len(known) == len(contexts):
+        context, name = max(known)
+        check_lists(settings, {name: context}, units)
+
+
+def _most_lists(settings: Settings) -> int:
+    """Lists that any one question shows and asks for; none where no agent asks for lists."""
+    search, llm = settings.search, settings.llm
+    if llm.reply != "lists" or search.proposer not in ("llm", "best-of-n"):
+        return 0
+
+    def asked(count: int) -> int:
+        return min(count, llm.proposals_per_call or count)
+
+    def bred(count: int) -> int:
+        return 1 if search.mode == "steady-state" else asked(count)  # each turn asks for one
+
+    first = search.population - len(search.seeds)
+    offspring = search.mutations + search.crossovers
+    if search.proposer == "best-of-n":
+        return max(asked(first), bred(offspring))
+    chosen = min(search.population, SHOWN) // 2 if search.selector == "llm" else search.population // 2
+    parents = search.population if search.selector == "none" else min(offspring, max(2, chosen))
+    lists = [asked(first)] if search.initializer == "llm" else []
+    breeders = ((search.mutator, search.mutations), (search.crossover, search.crossovers))
+    lists += [parents + bred(count) for agent, count in breeders if agent == "llm" and count and search.rounds]
+    return max(lists, default=0)

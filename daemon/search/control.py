@@ -1,0 +1,53 @@
+"""Obeys the control key: a gate that closes while paused, and an end when stopped."""
+
+import asyncio
+
+import structlog
+
+from protocol.errors import SelfPrunerError
+from protocol.queue.control import Command, Control
+
+POLL_SECONDS = 0.5
+"""A pause takes effect within two seconds; a quarter of that leaves room for a slow server."""
+
+log = structlog.get_logger()
+
+
+class StopRequested(SelfPrunerError):  # noqa: N818
+    """Somebody commanded `stop`."""
+
+
+class Pausing:
+    """Follows the control key of a search."""
+
+    def __init__(self, control: Control) -> None:
+        self._control = control
+        self._open = asyncio.Event()
+        self.command: Command = "run"
+
+    async def begin(self) -> None:
+        """Read the first command. Starting a search overrules an earlier stop, but not a pause."""
+        if await self._control.read() == "stop":
+            await self._control.write("run")
+        self._obey(await self._control.read())
+
+    async def watch(self) -> None:
+        """Follow the key until cancelled; raises StopRequested."""
+        while True:
+            self._obey(await self._control.read())
+            if self.command == "stop":
+                raise StopRequested("the search was told to stop")
+            await asyncio.sleep(POLL_SECONDS)
+
+    async def gate(self) -> None:
+        """Wait while paused."""
+        await self._open.wait()
+
+    def _obey(self, command: Command) -> None:
+        if command != self.command or (command == "pause" and self._open.is_set()):
+            log.info("control_changed", command=command)
+        self.command = command
+        if command == "run":
+            self._open.set()
+        else:
+            self._open.clear()

@@ -1,0 +1,82 @@
+"""Who proposes in a search, from its settings: the LLM's agents, or the methods that they are compared with."""
+
+from agents.baselines.classical import (
+    ClassicalCrossover,
+    ClassicalMutator,
+    RandomInitializer,
+    RandomMutator,
+    RankedCrossover,
+    RankedMutator,
+    TournamentSelector,
+)
+from agents.baselines.evolution import EvolutionMutator
+from agents.crossover import Crossover
+from agents.initializer import BestOfN, Initializer
+from agents.mutator import Mutator
+from agents.prompting.conversation import Asks
+from agents.prompting.prompts import Prompts
+from agents.prompting.settings import AgentSettings
+from agents.selector import Selector
+from daemon.commands.output import need
+from daemon.search.search import Agents, Breeds, Selects
+from daemon.settings.llm import LlmSettings
+from daemon.settings.settings import SearchSettings
+
+
+def make_agents(search: SearchSettings, llm: LlmSettings, chat: Asks) -> Agents:
+    """The agents of this search; those that ask an LLM ask `chat`.
+
+    Raises SettingsError where a package is missing.
+    """
+    settings = AgentSettings(
+        reply=llm.reply,
+        proposals_per_call=llm.proposals_per_call,
+        reasks=llm.reasks,
+        tell=frozenset(llm.tell),
+        temperature=llm.temperature,
+        max_tokens=llm.max_tokens,
+    )
+    prompts = Prompts()
+    initializer = Initializer(chat, prompts, settings)
+    if search.proposer == "best-of-n":
+        return Agents(initializer, None, BestOfN(initializer), None)
+    if search.proposer != "llm":
+        return Agents(RandomInitializer(), None, _breeder(search), None)
+    selectors: dict[str, Selects | None] = {
+        "llm": Selector(chat, prompts, settings),
+        "tournament": TournamentSelector(),
+        "none": None,
+    }
+    mutators: dict[str, Breeds] = {
+        "llm": Mutator(chat, prompts, settings),
+        "classical": ClassicalMutator(),
+        "ranked": RankedMutator(),
+    }
+    crossovers: dict[str, Breeds] = {
+        "llm": Crossover(chat, prompts, settings),
+        "classical": ClassicalCrossover(),
+        "ranked": RankedCrossover(),
+    }
+    return Agents(
+        initializer=initializer if search.initializer == "llm" else RandomInitializer(),
+        selector=selectors[search.selector],
+        mutator=mutators[search.mutator],
+        crossover=crossovers[search.crossover],
+    )
+
+
+def check_proposer(search: SearchSettings) -> None:
+    """Raise SettingsError where the package of the proposer is missing: before anything is started."""
+    if search.proposer == "cma-es":
+        need("cmaes", "baselines")
+
+
+def _breeder(search: SearchSettings) -> Breeds:
+    if search.proposer == "random":
+        return RandomMutator()
+    if search.proposer == "evolution":
+        return EvolutionMutator()
+    check_proposer(search)
+    from agents.baselines.cma_es import CmaEsMutator
+
+    return CmaEsMutator(search.mutations + search.crossovers)

@@ -1,0 +1,142 @@
+"""The two modes of a search: generation after generation (Algorithm 1 of the paper), or a steady state."""
+
+import asyncio
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Self
+
+import structlog
+
+from agents.population.view import Accepted, Member, Refused, Submit, View
+from protocol.plans.candidate import Provenance
+
+if TYPE_CHECKING:  # a mode is handed its search, which runs it
+    from daemon.search.search import Search
+
+FRUITLESS_TURNS = 50
+"""Turns in a row without a new plan, after which there is believed to be none."""
+
+log = structlog.get_logger()
+
+
+async def generations(search: "Search") -> None:
+    """A round waits for all its outcomes, and its offspring are made from what was measured in the rounds before."""
+    await search.begin()
+    for round_ in range(1, search.settings.rounds + 1):
+        await search.keeper.settled()
+        if search.remaining_budget <= 0 or search.tokens_are_used_up(before=round_):
+            break
+        await _generation(search, round_)
+
+
+async def _generation(search: "Search", round_: int) -> None:
+    """The Selector's parents, then mutation and crossover at the same time."""
+    left = search.planned - search.proposals.before(round_)
+    agents, wanted = search.agents, (search.settings.mutations, search.settings.crossovers)
+    mutations = max(0, min(wanted[0] if agents.crossover else sum(wanted), left))
+    crossovers = max(0, min(wanted[1], left - mutations)) if agents.crossover else 0
+    missing = mutations + crossovers - search.proposals.in_round(round_)
+    if missing <= 0 or len(search.population) < 2:
+        return
+    view = search.view(round_)
+    search.round = round_
+    log.info("round_started", round=round_, missing=missing, best=view.population[0].fitness)
+    parents = await search.select(view)
+    async with asyncio.TaskGroup() as group:
+        mutating = group.create_task(agents.mutator.propose(view, parents, mutations, search.submit))
+        if agents.crossover:
+            submit = _after(mutating, search.submit)
+            group.create_task(agents.crossover.propose(view, parents, crossovers, submit))
+
+
+def _after(earlier: asyncio.Task[int], submit: Submit) -> Submit:
+    """`submit` once the `earlier` proposals are all in: what is known must not depend on who is faster."""
+
+    async def later(rates: Sequence[float], provenance: Provenance) -> Accepted | Refused:
+        await asyncio.wait({earlier})
+        return await submit(rates, provenance)
+
+    return later
+
+
+async def steady_state(search: "Search") -> None:
+    """Each outcome is followed by the next question, asked with the newest population.
+
+    No more than `search.max_in_flight` candidates are asked for, queued or measured at a time. Parents are chosen anew
+    once in so many turns, so a population that offspring are made from lacks at most the outcomes of two times as many.
+    A turn is a round with one candidate. What comes first decides what is asked next, so two runs with the same answers
+    need not have the same history.
+    """
+    await search.begin()
+    await search.keeper.until(lambda waiting: waiting == 0 or len(search.population) >= 2)
+    if len(search.population) < 2:
+        return  # nothing to breed from
+    async with _Turns(search) as turns:
+        # A question may come to nothing, so the last ones are waited for before the budget counts as used.
+        while turns.asking or turns.may_begin():
+            under_way = search.keeper.waiting + len(turns.asking)
+            if turns.may_begin() and under_way < search.settings.max_in_flight:
+                turns.begin()
+            else:
+                await turns.next_change()
+
+
+class _Turns:
+    """The questions that are under way; those that still are at the end of the block are given up."""
+
+    def __init__(self, search: "Search") -> None:
+        self._search = search
+        self._parents: dict[int, Sequence[Member]] = {}
+        self._choosing = asyncio.Lock()
+        self.asking: set[asyncio.Task[None]] = set()
+        self.fruitless = 0
+
+    def may_begin(self) -> bool:
+        """Whether there is anything left to ask for."""
+        search = self._search
+        is_left = search.remaining_budget > len(self.asking) and not search.tokens_are_used_up()
+        return is_left and self.fruitless < FRUITLESS_TURNS
+
+    def begin(self) -> None:
+        """Ask for one more candidate."""
+        self._search.round += 1
+        self.asking.add(asyncio.create_task(self._turn(self._search.round)))
+
+    async def next_change(self) -> None:
+        """Wait for an outcome, or the end of a question."""
+        before = self._search.keeper.waiting
+        outcome = asyncio.create_task(self._search.keeper.until(lambda waiting: waiting < before))
+        try:
+            done, _ = await asyncio.wait({outcome, *self.asking}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            outcome.cancel()
+        for task in done & self.asking:
+            self.asking.discard(task)
+            task.result()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        for task in self.asking:
+            task.cancel()
+        await asyncio.gather(*self.asking, return_exceptions=True)
+
+    async def _turn(self, turn: int) -> None:
+        settings, agents = self._search.settings, self._search.agents
+        view = self._search.view(turn)
+        log.info("round_started", round=turn, missing=1, best=view.population[0].fitness)
+        parents = await self._chosen(view)
+        crosses = turn % (settings.mutations + settings.crossovers) >= settings.mutations
+        agent = agents.crossover if crosses and agents.crossover else agents.mutator
+        made = await agent.propose(view, parents, 1, self._search.submit)
+        self.fruitless = 0 if made else self.fruitless + 1
+
+    async def _chosen(self, view: View) -> Sequence[Member]:
+        """The parents, chosen anew once for every so many turns as may be in flight."""
+        if self._search.agents.selector is None:
+            return view.population
+        period = view.round // self._search.settings.max_in_flight
+        async with self._choosing:
+            if period not in self._parents:
+                self._parents = {period: await self._search.select(view)}
+            return self._parents[period]

@@ -1,0 +1,265 @@
+"""The folder of a search: spec, card, best, every evaluation, the LLM's transcript and the log, for people and tools.
+
+Redis is the truth; the folder is a copy that outlives it, from which a start brings back what the server has lost
+(daemon/state/recovery.py). `evaluations.jsonl` is written anew from the history at every start, so a kill between two
+steps leaves neither a gap nor a double. What others remove or change in the folder is noticed within RETRY_SECONDS,
+logged, and written anew.
+"""
+
+import asyncio
+import json
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from agents.population.population import Evaluation, Population
+from daemon.state.folder_errors import Trouble
+from daemon.state.transcript import TranscriptFile
+from protocol.errors import UsageError
+from protocol.plans.candidate import Candidate, Measured, Stopped
+from protocol.plans.card import ModelCard
+from protocol.plans.shape import ModelShape
+from protocol.plans.spec import SearchSpec
+from protocol.runtime.files import Document, Lines, replace
+
+TRANSCRIPT = "transcript.jsonl"
+EVALUATIONS = "evaluations.jsonl"
+SPEC = "spec.json"
+CARD = "card.json"
+BEST = "best.json"
+RETRY_SECONDS = 2.0
+
+log = structlog.get_logger()
+
+
+class Journal:
+    """Writes the files of one search in `folder`. A disk that is full is told of, and what it lacks is written later.
+
+    What waits for the disk is done in a thread, in order; but the transcript is written before an answer is used, so
+    that a daemon that goes on asks nothing twice.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.trouble = Trouble(folder)
+        self._disk = ThreadPoolExecutor(1, "journal")
+        self._written: Future[None] | None = None
+        self._kept: dict[str, Document] = {}
+        self._copy: _Copy | None = None
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._transcript = TranscriptFile(self.transcript_path, self.trouble)
+        except OSError as error:
+            raise UsageError(f"run.folder cannot be written: {error}") from error
+
+    def begin(self, search: str, spec: SearchSpec, card: ModelCard, evaluations: Population) -> None:
+        """Write the spec, the model card, all evaluations so far, and their best."""
+        self._copy = _Copy(self.folder, self.trouble, search, spec, card)
+        self._copy.evaluations += evaluations
+        self._copy.best = evaluations.best()
+        self._write_copy()
+
+    def evaluation(self, evaluation: Evaluation, *, is_best: bool) -> None:
+        """Append one evaluation, and replace best.json by the best."""
+        assert self._copy is not None, "begin() comes first"
+        self._copy.evaluations.append(evaluation)
+        if is_best:
+            self._copy.best = evaluation
+        self._write_copy()
+
+    def transcript(self, record: Mapping[str, object]) -> None:
+        """Append one question to the LLM with its answer."""
+        self._transcript.add(_line(record))
+
+    def write(self, name: str, record: Mapping[str, Any]) -> None:
+        """Replace the file `name` by `record`."""
+        with self.trouble.writing(name):
+            write_json(self.folder / name, record)
+
+    def keep(self, name: str, text: str, *, mode: int) -> None:
+        """Write the file `name` again, with these permissions, whenever others have removed or changed it."""
+        self._kept[name] = document = Document(self.folder / name, durable=False, mode=mode)
+        self.trouble.watch(name, lambda: document.is_gone)
+        with self.trouble.writing(name):
+            document.write(text)
+
+    async def keep_for_ever(self) -> None:
+        """Write, now and then, what could not be written, and what others have removed or changed."""
+        while True:
+            await asyncio.sleep(RETRY_SECONDS)
+            self._transcript.write()
+            if self._written is None or self._written.done():  # else the disk stands still
+                self._write_copy()
+                self._disk.submit(copy_context().run, _told, self._write_kept)
+
+    @property
+    def transcript_path(self) -> Path:
+        """The file of every question to the LLM with its answer."""
+        return self.folder / TRANSCRIPT
+
+    def begin_transcript(self) -> None:
+        """Put an earlier search's transcript aside, as `transcript.1.jsonl` and so on."""
+        self._transcript.write()  # others may have removed it
+        if self._transcript.is_empty:
+            return
+        self._transcript.close()
+        number = 1
+        while (aside := self.folder / f"transcript.{number}.jsonl").exists():
+            number += 1
+        try:
+            self.transcript_path.rename(aside)
+            self._transcript = TranscriptFile(self.transcript_path, self.trouble)
+        except OSError as error:
+            raise UsageError(f"run.folder cannot be written: {error}") from error
+
+    def close(self) -> None:
+        """Write what is left, or say what could not be written, and close the files."""
+        self._write_copy()
+        self._disk.shutdown()
+        self._transcript.close()
+        if self._copy:
+            self._copy.close()
+        if files := self.trouble.files:
+            log.error("folder_incomplete", folder=str(self.folder), files=files)
+
+    def _write_copy(self) -> None:
+        if self._copy:
+            self._written = self._disk.submit(copy_context().run, _told, self._copy.write)
+
+    def _write_kept(self) -> None:
+        for name, document in self._kept.items():
+            if document.is_changed:
+                self.trouble.changed([name])
+                with self.trouble.writing(name):
+                    document.write_again()
+
+
+def _told(write: Callable[[], None]) -> None:
+    """Do `write`, in a thread from which no error of ours would be heard."""
+    try:
+        write()
+    except Exception:
+        log.exception("journal_failed")
+
+
+class _Copy:
+    """The evaluations, their best, spec and card; `write` brings the files up to them."""
+
+    def __init__(self, folder: Path, trouble: Trouble, search: str, spec: SearchSpec, card: ModelCard) -> None:
+        self.evaluations: list[Evaluation] = []
+        self.best: Evaluation | None = None
+        self._folder, self._trouble = folder, trouble
+        self._search, self._spec, self._shape = search, spec, card.shape
+        self._unwritten: dict[str, dict[str, Any]] = {
+            SPEC: {"search": search, "fingerprint": spec.fingerprint, **spec.model_dump()},
+            CARD: card.model_dump(mode="json"),
+        }
+        self._documents = {name: Document(folder / name) for name in (SPEC, CARD, BEST)}
+        self._lines: Lines | None = None
+        self._written = 0
+        self._known_best: Evaluation | None = None
+        for name, document in self._documents.items():
+            trouble.watch(name, lambda document=document: document.is_gone)  # type: ignore[misc]
+        trouble.watch(EVALUATIONS, lambda: self._lines is not None and self._lines.is_gone)
+
+    def write(self) -> None:
+        """Write what is new, and anew what others have changed. In a thread; the evaluations grow meanwhile."""
+        changed = self._changed()
+        if changed:
+            self._trouble.changed(changed)
+        best = self.best
+        if best is not None and best is not self._known_best:
+            self._unwritten[BEST] = best_record(self._search, self._spec, self._shape, best)
+            self._known_best = best
+        for name, document in self._documents.items():
+            with self._trouble.writing(name):
+                if record := self._unwritten.get(name):
+                    document.write(json_text(record))
+                    del self._unwritten[name]
+                elif name in changed:
+                    document.write_again()
+        with self._trouble.writing(EVALUATIONS):
+            self._write_evaluations()
+
+    def close(self) -> None:
+        """Close the file of the evaluations."""
+        if self._lines:
+            self._lines.close()
+
+    def _changed(self) -> list[str]:
+        """The files that others have removed or changed."""
+        changed = [name for name, document in self._documents.items() if document.is_changed]
+        if self._lines and self._lines.is_changed:
+            changed.append(EVALUATIONS)
+            self._lines.close()
+            self._lines = None
+        return changed
+
+    def _write_evaluations(self) -> None:
+        if self._lines is None:
+            known = list(self.evaluations)
+            replace(self._folder / EVALUATIONS, "".join(_line(evaluation_record(e)) for e in known))
+            self._lines, self._written = Lines(self._folder / EVALUATIONS), len(known)
+        for evaluation in self.evaluations[self._written :]:
+            self._lines.append(_line(evaluation_record(evaluation)))
+            self._written += 1
+
+
+def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:
+    """An evaluation as one flat JSON object; of what was stopped, its race too, which its fitness is guessed from."""
+    candidate, outcome = evaluation.candidate, evaluation.outcome
+    race = candidate.race if isinstance(outcome, Stopped) else None
+    return {
+        "order": evaluation.order,
+        **candidate_record(candidate),
+        "outcome": outcome.model_dump(mode="json"),
+        **({} if race is None else {"race": race.model_dump(mode="json")}),
+    }
+
+
+def candidate_record(candidate: Candidate) -> dict[str, Any]:
+    """A candidate, be it measured or not, as one flat JSON object."""
+    return {
+        "id": candidate.id,
+        "text": candidate.text,
+        **candidate.provenance.model_dump(mode="json"),
+        "rates": candidate.rates,
+        "plan": [[p.kv_heads, p.queries_per_kv, p.mlp_channels] for p in candidate.plan.layers],
+    }
+
+
+def best_record(search: str, spec: SearchSpec, shape: ModelShape, best: Evaluation) -> dict[str, Any]:
+    """What best.json holds: all that is needed to prune the model again."""
+    assert isinstance(best.outcome, Measured)
+    return {
+        "search": search,
+        "perplexity": best.outcome.perplexity,
+        "kl": best.outcome.kl,
+        "parameters": best.outcome.parameters.model_dump(),
+        "tokens": best.outcome.tokens,
+        "seqlen": spec.fitness.seqlen,
+        "id": best.candidate.id,
+        "provenance": best.candidate.provenance.model_dump(mode="json"),
+        "rates": best.candidate.rates,
+        "plan": best.candidate.plan.model_dump()["layers"],
+        "shape": shape.model_dump(),
+        "spec": spec.model_dump(),
+    }
+
+
+def write_json(path: Path, record: Mapping[str, Any], *, durable: bool = True) -> None:
+    """Replace `path` by `record`, whole or not at all; `durable`: see protocol.runtime.files.replace."""
+    replace(path, json_text(record), durable=durable)
+
+
+def json_text(record: Mapping[str, Any]) -> str:
+    """The text of a JSON file that people may read."""
+    return json.dumps(record, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    return json.dumps(record, allow_nan=False, ensure_ascii=False, default=str) + "\n"

@@ -1,0 +1,108 @@
+"""What the folder of a search holds that its server has lost while no daemon ran: `evaluations.jsonl` is the copy.
+
+What was issued and has no outcome yet is not in it. A restart asks for that again, and finds the answers in the
+transcript; so it does with the selection of a round that is not complete.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from daemon.monitor.remote import saved, saved_status
+from daemon.state.history import History
+from daemon.state.journal import EVALUATIONS, SPEC, TRANSCRIPT
+from daemon.state.store import difference
+from protocol.errors import SearchExistsError, UsageError
+from protocol.plans.candidate import OUTCOME, Candidate, Outcome, Provenance, Race, candidate_id
+from protocol.plans.plan import LayerPlan, Plan
+from protocol.plans.spec import SearchSpec
+from protocol.queue.control import Command
+
+
+def recovered(folder: Path, spec: SearchSpec, history: History) -> History | None:
+    """`history`, which the server has, and what the copy in `folder` has beyond it; None where that is nothing.
+
+    Raises SearchExistsError for the copy of a search with another spec and UsageError for one that cannot be read: a
+    daemon that went on would overwrite them.
+    """
+    path = folder / EVALUATIONS
+    lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
+    if not lines:
+        return None
+    _check_spec(folder, spec, len(lines))
+    ledger, outcomes = dict(history.ledger), dict(history.outcomes)
+    for number, line in enumerate(lines, 1):
+        if not line.endswith(b"\n"):
+            continue  # a kill has torn the last one
+        try:
+            record = json.loads(line)
+            if record["id"] not in history.outcomes:
+                candidate, outcome = _evaluation(record, spec)
+                ledger[candidate.id], outcomes[candidate.id] = candidate, outcome
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            if len(history.outcomes) >= len(lines):
+                continue  # the server lacks nothing of it
+            raise UsageError(
+                f"Redis has lost evaluations of this search, and line {number} of their copy {path} cannot be read: "
+                "mend that line or take it out, or move the folder away to begin anew"
+            ) from error
+    if len(outcomes) == len(history.outcomes):
+        return None
+    return History(ledger, outcomes, counters(folder, history), history.selections)
+
+
+def commanded(folder: Path) -> Command | None:
+    """The pause that was commanded when the daemon looked last; None where there was none."""
+    try:
+        status = saved_status(folder)
+    except UsageError:
+        return None
+    return "pause" if status is not None and status.control == "pause" else None
+
+
+def _check_spec(folder: Path, spec: SearchSpec, evaluations: int) -> None:
+    """Refuse the copy of a search with another spec; one that says of no spec is judged by its candidates' ids."""
+    try:
+        record = saved(folder, SPEC) or {}
+        theirs = SearchSpec.model_validate({name: record[name] for name in SearchSpec.model_fields if name in record})
+    except (UsageError, ValidationError):
+        return
+    if theirs.fingerprint != spec.fingerprint:
+        raise SearchExistsError(
+            f"{folder} holds {evaluations} evaluations of a search with other settings ({difference(theirs, spec)}), "
+            "which would be overwritten: give this one another search.name, or move that folder away"
+        )
+
+
+def _evaluation(record: dict[str, Any], spec: SearchSpec) -> tuple[Candidate, Outcome]:
+    """What evaluation_record wrote; ValueError where its id is not that of its plan under this spec."""
+    provenance = {name: record[name] for name in Provenance.model_fields}
+    layers = (dict(zip(LayerPlan.model_fields, layer, strict=True)) for layer in record["plan"])
+    plan = Plan(layers=tuple(LayerPlan.model_validate(layer) for layer in layers))
+    candidate = Candidate(
+        id=record["id"],
+        rates=tuple(record["rates"]),
+        plan=plan,
+        provenance=Provenance.model_validate(provenance),
+        text=record["text"],
+        race=Race.model_validate(record["race"]) if "race" in record else None,
+    )
+    if candidate.id != candidate_id(plan, spec.fingerprint, candidate.text):
+        raise ValueError("it is not of this search")
+    return candidate, OUTCOME.validate_python(record["outcome"])
+
+
+def counters(folder: Path, history: History) -> dict[str, float]:
+    """What the search has used up, at least: a loss must not make a budget larger."""
+    try:
+        status = saved_status(folder)
+    except (UsageError, ValidationError):
+        status = None
+    transcript = folder / TRANSCRIPT
+    found = {"requests": float(transcript.read_bytes().count(b"\n")) if transcript.is_file() else 0.0}
+    if status is not None:
+        found |= {f"{name}_tokens": float(tokens) for name, tokens in status.tokens.items()}
+        found |= {"cost": status.cost, "seconds": status.seconds}
+    return history.counters | {name: max(used, history.counters.get(name, 0.0)) for name, used in found.items()}

@@ -1,0 +1,113 @@
+"""Brings back what the server has lost of a search, in parts that each take it some milliseconds.
+
+Everything is written to keys beside the real ones, and the last step moves them all into place at once. A daemon that
+is killed in between leaves the real keys as they were, and the next one begins anew.
+
+The first step deletes the daemon's own epoch, which may be there still. Until the last step, no queue of this or an
+earlier daemon can write, and what the daemon remembers after the first step is therefore complete. If the epoch comes
+back meanwhile (a server that was restarted may have lost the deletion), the last step refuses and all begins anew.
+"""
+
+import json
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import structlog
+from pydantic import BaseModel
+from redis.asyncio import Redis
+
+from daemon.state.history import Memory
+from protocol.queue.connection import Patience
+from protocol.queue.keys import Keys
+from protocol.queue.streams import PART, TAKEN_OVER, TakenOver, load_scripts
+
+INCOMPLETE = -3
+"""What the last step answers when the server has lost some of the parts too, or let the queue write meanwhile."""
+
+log = structlog.get_logger()
+
+
+class Restorer:
+    """Restores the search with these keys for its daemon."""
+
+    def __init__(self, redis: Redis, keys: Keys) -> None:
+        self._redis: Any = redis  # its annotations cannot say that replies are str
+        self._keys = keys
+        self._patiently = Patience(redis, keys.state)
+        self._scripts = load_scripts(redis)
+
+    async def clear(self) -> None:
+        """Delete what a daemon that was killed while it restored has left."""
+        await self._patiently(lambda: self._redis.unlink(*self._written))
+
+    async def restore(self, epoch: int, spec: str, remembered: Callable[[], Memory]) -> tuple[int, int, int]:
+        """Make the server's history the one that is `remembered`; `spec` is the search's as JSON.
+
+        Returns how many candidates and outcomes came back, and how many it has of each now. Raises TakenOver when
+        another daemon is in charge.
+        """
+        while True:
+            await self._begin(epoch)
+            there = await self._count()
+            memory = remembered()
+            history = memory.history
+            ledger = list(history.ledger.items())  # a copy, for the search adds what it is about to enqueue
+            outcomes = [(id_, outcome) for id_, outcome in history.outcomes.items() if id_ in history.ledger]
+            selections = [(str(round_), json.dumps(parents)) for round_, parents in history.selections.items()]
+            await self._write(epoch, self._keys.candidates, self._keys.issued, _texts(ledger))
+            await self._write(epoch, self._keys.outcomes, self._keys.applied, _texts(outcomes))
+            await self._write(epoch, self._keys.selections, "", selections)
+            counts = len(ledger), len(outcomes), len(selections)
+            if await self._move(epoch, spec, memory, counts) != INCOMPLETE:
+                return max(0, len(ledger) + len(outcomes) - there), len(ledger), len(outcomes)
+
+    @property
+    def _history_keys(self) -> list[str]:
+        keys = self._keys
+        return [keys.candidates, keys.issued, keys.outcomes, keys.applied, keys.selections]
+
+    @property
+    def _written(self) -> list[str]:
+        return [self._keys.restoring(key) for key in self._history_keys]
+
+    async def _begin(self, epoch: int) -> None:
+        keys = [self._keys.epoch, *self._written]
+        await self._fenced(lambda: self._scripts["begin_restoring"](keys, [epoch]))
+
+    async def _count(self) -> int:
+        issued = await self._patiently(lambda: self._redis.llen(self._keys.issued))
+        return int(issued) + int(await self._patiently(lambda: self._redis.llen(self._keys.applied)))
+
+    async def _write(self, epoch: int, hash_: str, order: str, pairs: Iterable[tuple[str, str]]) -> None:
+        """Write the pairs beside the hash, and their ids beside the list `order`, where there is one."""
+        keys = [self._keys.epoch, *(self._keys.restoring(key) for key in (hash_, order) if key)]
+        for part in _parts(pairs):
+            args = [epoch, *(text for pair in part for text in pair)]
+            await self._fenced(partial(self._scripts["restore_part"], keys, args))
+
+    async def _move(self, epoch: int, spec: str, memory: Memory, counts: tuple[int, int, int]) -> int:
+        keys = [self._keys.epoch, self._keys.spec, self._keys.card, self._keys.control, self._keys.understood]
+        keys += [name for key in self._history_keys for name in (self._keys.restoring(key), key)]
+        card = memory.card.model_dump_json() if memory.card else ""
+        ledger, outcomes, selections = counts
+        args = [epoch, spec, card, memory.command or ""]
+        args += [ledger, ledger, outcomes, outcomes, selections]
+        return int(await self._fenced(lambda: self._scripts["restore"](keys, args)))
+
+    async def _fenced(self, script: Callable[[], Awaitable[Any]]) -> Any:
+        answer = await self._patiently(script)
+        if answer == TAKEN_OVER:
+            raise TakenOver(f"another daemon has taken over the search {self._keys.search!r}")
+        return answer
+
+
+def _texts(values: Iterable[tuple[str, BaseModel]]) -> Iterator[tuple[str, str]]:
+    return ((id_, value.model_dump_json()) for id_, value in values)
+
+
+def _parts(pairs: Iterable[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+    left = iter(pairs)
+    while part := list(islice(left, PART)):
+        yield part

@@ -1,0 +1,72 @@
+"""The file of every question to the LLM with its answer, and the lines of it that wait for room on the disk."""
+
+from collections import deque
+from pathlib import Path
+
+import structlog
+
+from daemon.state.folder_errors import Trouble
+from protocol.runtime.files import Lines
+
+KEPT = 64_000_000
+"""Characters that are kept in memory while they cannot be written."""
+
+log = structlog.get_logger()
+
+
+class TranscriptFile:
+    """Appends to the transcript; lines that find no room wait in memory, the newest of them."""
+
+    def __init__(self, path: Path, trouble: Trouble) -> None:
+        self._trouble, self._name = trouble, path.name
+        self._lines = Lines(path)
+        trouble.watch(self._name, lambda: self._lines.is_gone)
+        self._waiting: deque[str] = deque()
+        self._size = 0
+        self._dropped = 0
+
+    def add(self, line: str) -> None:
+        """Write `line` behind those that wait; it waits too where it cannot be written."""
+        self._waiting.append(line)
+        self._size += len(line)
+        self.write()
+        while self._size > KEPT:
+            self._take()
+            self._dropped += 1
+
+    def write(self) -> None:
+        """Write what waits, as far as there is room; say what is missing for good once there is.
+
+        A file that others have removed is there again, with what it held if that is not long; what they have cut off is
+        lost.
+        """
+        with self._trouble.writing(self._name):
+            if self._lines.is_changed:
+                self._trouble.changed([self._name])
+                if self._lines.restore() and self._lines.lost:
+                    log.warning("transcript_begun_anew", file=self._name)
+            while self._waiting:
+                self._lines.append(self._waiting[0])
+                self._take()
+        if self._dropped and not self._waiting:
+            self._tell_of_missing()
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether the file holds no line."""
+        return self._lines.is_empty
+
+    def close(self) -> None:
+        """Write what waits, or say how much is missing, and close the file."""
+        self.write()
+        self._dropped += len(self._waiting)
+        if self._dropped:
+            self._tell_of_missing()
+        self._lines.close()
+
+    def _take(self) -> None:
+        self._size -= len(self._waiting.popleft())
+
+    def _tell_of_missing(self) -> None:
+        log.error("transcript_lines_missing", lines=self._dropped)
+        self._dropped = 0

@@ -1,0 +1,162 @@
+"""The evaluation process: the model of one spec, loaded once; then plan in, outcome out.
+
+`python -m gpu_worker.evaluation.process` is started by gpu_worker/worker/evaluator.py and speaks JSON lines with it::
+
+    in   {"spec": SearchSpec, "sensitivity": bool, "self_text": JSON}   once; the text may be null
+    out  {"progress": {"stage", "done", "total"}}                       while it gets ready
+    out  {"log": {"level", "event", ...}}                               at any time: for the parent's log
+    out  {"self_text": JSON}                                            it wrote text that nobody had published
+    in   {"self_text": JSON}                                            the text that counts
+    out  {"usage_error": sentence}                                      and it ends with code 2
+    out  {"card": ModelCard}                                            it is ready
+    in   {"id", "plan", "text"}                                         one candidate at a time
+    out  {"id", "outcome"}
+
+The lines go out on a private copy of stdout; whatever a library prints lands on stderr. When stdin ends, so does the
+process, even in mid-evaluation: it never outlives its parent.
+"""
+
+import json
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+import traceback
+import warnings
+from collections.abc import MutableMapping
+from functools import partial
+from typing import Any, NoReturn
+
+import structlog
+
+PROGRESS_EVERY = 0.5
+"""Seconds between two reports of the same stage."""
+EXIT_USAGE = 2
+EXIT_DEVICE_LOST = 3
+
+Lines = queue.SimpleQueue[bytes]
+
+
+class Replies:
+    """Writes messages to the parent."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._file = os.fdopen(descriptor, "w", encoding="utf-8")
+        self._stage = ""
+        self._reported = 0.0
+
+    def send(self, message: dict[str, Any]) -> None:
+        """Send one message, at once."""
+        try:
+            self._file.write(json.dumps(message, default=str) + "\n")
+            self._file.flush()
+        except BrokenPipeError:  # the parent is gone
+            os._exit(0)
+
+    def progress(self, stage: str, done: int, total: int) -> None:
+        """Report the progress of a stage: its first and last step, and not every one between."""
+        now = time.monotonic()
+        if stage == self._stage and done < total and now - self._reported < PROGRESS_EVERY:
+            return
+        self._stage, self._reported = stage, now
+        self.send({"progress": {"stage": stage, "done": done, "total": total}})
+
+    def log(self, _logger: Any, level: str, event: MutableMapping[str, Any]) -> NoReturn:
+        """A structlog processor that hands events over to the parent, which knows where its log goes."""
+        self.send({"log": {"level": level, **event}})
+        raise structlog.DropEvent
+
+
+def take_stdout() -> Replies:
+    """Keep stdout for the messages alone; descriptor 1 becomes stderr for everybody else."""
+    private = os.dup(1)
+    os.dup2(2, 1)
+    return Replies(private)
+
+
+def read_requests(descriptor: int, lines: Lines) -> None:
+    """Put each line into `lines`; end the process, and what it started, when the parent is gone.
+
+    Reads the descriptor itself: a thread that waits in `sys.stdin` holds a lock that the interpreter's exit needs.
+    """
+    rest = b""
+    while block := os.read(descriptor, 1 << 16):
+        *whole, rest = (rest + block).split(b"\n")
+        for line in whole:
+            lines.put(line)
+    if os.getpgrp() == os.getpid():  # the parent made the group for this process alone
+        os.killpg(0, signal.SIGKILL)
+    os._exit(0)
+
+
+def keep_libraries_quiet() -> None:
+    """No progress bars and no advice: the parent's log is what people read."""
+    for name, value in (
+        ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
+        ("TRANSFORMERS_VERBOSITY", "error"),
+        ("TQDM_DISABLE", "1"),
+        ("TOKENIZERS_PARALLELISM", "false"),
+    ):
+        os.environ.setdefault(name, value)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
+
+
+def offer_text(lines: Lines, replies: Replies, text: str) -> str:
+    """Offer text that the model wrote to the search; the one that counts, which may be another worker's."""
+    replies.send({"self_text": text})
+    counts: str = json.loads(lines.get())["self_text"]
+    return counts
+
+
+def serve(lines: Lines, replies: Replies) -> int:
+    """Get ready, then answer for ever; returns the exit code where that cannot be."""
+    # Imported here and not above: this is where torch comes in, seconds of it, with stdout already put away.
+    from gpu_worker.evaluation.outcomes import DeviceLostError, answer, preparing
+    from gpu_worker.evaluation.session import Session
+    from gpu_worker.measuring.half_precision import products_in_float32
+    from gpu_worker.measuring.shared_text import SharedText
+    from protocol.errors import StoreError, UsageError
+    from protocol.plans.spec import SearchSpec
+
+    order = json.loads(lines.get())
+    spec = SearchSpec.model_validate(order["spec"])
+    share = SharedText(order.get("self_text"), partial(offer_text, lines, replies))
+    with products_in_float32():
+        try:
+            with preparing(spec.model):
+                session = Session(spec, replies.progress, sensitivity=order["sensitivity"], share=share)
+        except (UsageError, StoreError) as error:
+            replies.send({"usage_error": str(error)})
+            return EXIT_USAGE
+        replies.send({"card": session.card.model_dump(mode="json")})
+        while True:
+            request = json.loads(lines.get())
+            try:
+                outcome = answer(session, request)
+            except DeviceLostError as error:
+                replies.send(
+                    {"id": request["id"], "outcome": {"kind": "failed", "reason": "crashed", "detail": str(error)}}
+                )
+                return EXIT_DEVICE_LOST
+            replies.send({"id": request["id"], "outcome": outcome.model_dump(mode="json")})
+
+
+def main() -> int:
+    """Run the process; the exit code is 2 for what the user must mend, 3 for a lost device."""
+    replies = take_stdout()
+    lines: Lines = queue.SimpleQueue()
+    threading.Thread(target=read_requests, args=(0, lines), daemon=True).start()
+    keep_libraries_quiet()
+    structlog.configure(processors=[replies.log])
+    try:
+        return serve(lines, replies)
+    except Exception as error:  # noqa: BLE001  (a process boundary: what nobody expected belongs in the parent's log)
+        structlog.get_logger().error("evaluation_process_failed", error=repr(error), traceback=traceback.format_exc())
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,184 @@
+"""One model made ready for one search: loaded, calibrated, ordered, measured dense; then any plan is measured on it."""
+
+import math
+import statistics
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpu_worker.evaluation.sensitivity import measure_sensitivity
+from gpu_worker.evaluation.target import Share, Target
+from gpu_worker.measuring.divergence import DensePredictions, dense_predictions, divergence
+from gpu_worker.measuring.perplexity import NotFiniteError, checked_perplexity, perplexity_of, window_loss
+from gpu_worker.models.families import Decoder
+from gpu_worker.progress import Progress, no_progress, steps
+from protocol.errors import DataError, ModelError
+from protocol.plans.allocation import OUTLIER_THRESHOLD
+from protocol.plans.any_heads import AnyHeadsPlan
+from protocol.plans.candidate import Measured, Race, Stopped, Text
+from protocol.plans.card import DensePerplexity, ModelCard
+from protocol.plans.plan import Plan, count_parameters
+from protocol.plans.shape import ModelShape
+from protocol.plans.spec import SearchSpec
+
+DECIMALS = 6
+"""Of the losses that a candidate is raced by: they are kept with every outcome."""
+
+
+class Session:
+    """Measures plans of one spec. Making one takes as long as its stages; `progress` hears of each.
+
+    `target` is given where the model is ready already; `share` is for several workers (see Target). Raises UsageError
+    for a model or a text that cannot be had and for a model that does not compute even when dense.
+    """
+
+    def __init__(
+        self,
+        spec: SearchSpec,
+        progress: Progress = no_progress,
+        *,
+        sensitivity: bool = True,
+        target: Target | None = None,
+        share: Share | None = None,
+    ) -> None:
+        self.spec = spec
+        self.target = (
+            Target(spec, progress, outlier_threshold=OUTLIER_THRESHOLD, share=share) if target is None else target
+        )
+        self._predictions: dict[Text, DensePredictions] = {}
+        try:
+            self.card = self._describe(progress, sensitivity)
+        except NotFiniteError as error:
+            raise ModelError(f"the dense model {spec.model!r} is broken: {error}") from error
+
+    @property
+    def shape(self) -> ModelShape:
+        """Shape of the dense model."""
+        return self.target.shape
+
+    def evaluate(self, plan: Plan | AnyHeadsPlan, text: Text = "fitness", progress: Progress = no_progress) -> Measured:
+        """Prune to `plan` and measure `text`: its perplexity, and `kl` where that is the spec's; seconds are wall time.
+
+        Raises PlanMismatchError for a plan of another model, DataError where the spec has no such text,
+        NotFiniteError where the pruned model does not compute.
+        """
+        outcome = self.race(plan, None, text, progress)
+        assert isinstance(outcome, Measured), "without a race nobody is stopped"
+        return outcome
+
+    def race(
+        self, plan: Plan | AnyHeadsPlan, race: Race | None, text: Text = "fitness", progress: Progress = no_progress
+    ) -> Measured | Stopped:
+        """As `evaluate`, window by window; where the plan is beaten in its race, the rest is not measured."""
+        windows, decoder = self._windows(text), self.target.model.decoder
+        dense = self._predictions.get(text)
+        start = time.perf_counter()
+        self.target.prune(plan)
+        seen = _Seen(race)
+        for i, window in enumerate(steps(progress, _measuring("pruned", text), windows)):
+            predicted = len(window) - 1
+            kept = None if dense is None else dense.part(slice(i * predicted, (i + 1) * predicted))
+            seen.take(decoder, window[None], kept)
+            if seen.is_beaten:
+                break
+        figures: dict[str, Any] = {
+            "perplexity": perplexity_of(seen.loss, seen.tokens),
+            "kl": seen.divergence,
+            "parameters": count_parameters(plan, self.shape),
+            "tokens": seen.tokens,
+            "seconds": time.perf_counter() - start,
+        }
+        if seen.is_beaten:
+            return Stopped(behind=seen.behind, windows=len(seen.losses), of_windows=len(windows), **figures)
+        return Measured(losses=tuple(seen.losses) if race else (), **figures)
+
+    def _windows(self, text: Text) -> Tensor:
+        texts = self.target.texts
+        windows = texts.fitness if text == "fitness" else texts.report
+        if windows is None:
+            raise DataError("there is no text to report on: set data.report")
+        return windows
+
+    def _describe(self, progress: Progress, sensitivity: bool) -> ModelCard:
+        texts = self.target.texts
+        dense = self._dense("fitness", texts.fitness, progress)
+        report = None if texts.report is None else self._dense("report", texts.report, progress)
+        rises = measure_sensitivity(self.target.ordered, self.spec, texts.calibration, progress) if sensitivity else ()
+        return ModelCard(
+            fingerprint=self.spec.fingerprint,
+            model=self.spec.model,
+            shape=self.shape,
+            dense=dense,
+            dense_report=report,
+            sensitivity=rises,
+            outliers=self.target.outliers,
+            texts=texts.digest,
+            device=device_name(self.target.model.device),
+        )
+
+    def _dense(self, text: Text, windows: Tensor, progress: Progress) -> DensePerplexity:
+        """Perplexity of the dense model, whose predictions are kept where divergence from them will be measured."""
+        self.target.ordered.restore()
+        decoder, stage = self.target.model.decoder, _measuring("dense", text)
+        start = time.perf_counter()
+        if self.spec.measure == "kl":
+            self._predictions[text], value, tokens = dense_predictions(decoder, windows, progress, stage)
+        else:
+            value, tokens = checked_perplexity(decoder, windows, progress, stage)
+        return DensePerplexity(perplexity=value, tokens=tokens, seconds=time.perf_counter() - start)
+
+
+def _measuring(what: str, text: Text) -> str:
+    """The stage that measures the `dense` or the `pruned` model on one of its texts."""
+    return f"measuring {what}" if text == "fitness" else f"measuring {what} on the {text} text"
+
+
+class _Seen:
+    """What was measured of a plan so far."""
+
+    def __init__(self, race: Race | None) -> None:
+        self._race = race
+        self.loss = self._kl = 0.0
+        self.tokens = 0
+        self.losses: list[float] = []
+        """Of each window, what is minimised, in nats a token."""
+        self.has_kl = False
+
+    def take(self, decoder: Decoder, window: Tensor, dense: DensePredictions | None) -> None:
+        """Measure a window [1, seqlen]; its divergence too where the `dense` predictions of it are given."""
+        tokens = window.shape[1] - 1
+        if dense is None:
+            with torch.inference_mode():
+                loss = fitness = window_loss(decoder, window)
+        else:
+            found = divergence(decoder, window, dense)
+            loss, fitness = math.log(found.perplexity) * tokens, found.kl * tokens
+            self._kl += fitness
+            self.has_kl = True
+        self.loss += loss
+        self.tokens += tokens
+        self.losses.append(round(fitness / tokens, DECIMALS))
+
+    @property
+    def divergence(self) -> float | None:
+        """Mean over the tokens so far."""
+        return self._kl / self.tokens if self.has_kl else None
+
+    @property
+    def is_beaten(self) -> bool:
+        """Whether the race is lost."""
+        return self._race is not None and self._race.is_lost(self.losses)
+
+    @property
+    def behind(self) -> float:
+        """How much worse than the other, in nats a token."""
+        assert self._race is not None
+        pairs = zip(self.losses, self._race.against, strict=False)
+        return statistics.fmean(loss - other for loss, other in pairs)
+
+
+def device_name(device: torch.device) -> str:
+    """`cpu`, or `cuda` with what the GPU calls itself."""
+    return f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type

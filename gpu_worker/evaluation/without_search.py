@@ -1,0 +1,184 @@
+"""Evaluations and allocations without a search."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from gpu_worker.evaluation.allocation import Choice, allocate, choose_rates, prepare
+from gpu_worker.evaluation.session import Session
+from gpu_worker.evaluation.target import Target, check_length
+from gpu_worker.measuring.corpora import SELF, load_roles, windows_digest
+from gpu_worker.measuring.kept_text import read_kept_text
+from gpu_worker.measuring.perplexity import NotFiniteError, checked_perplexity
+from gpu_worker.measuring.self_text import self_text
+from gpu_worker.models.loading import LoadedModel, load_model
+from gpu_worker.models.memory import Workload
+from gpu_worker.progress import Progress, no_progress
+from gpu_worker.pruning.any_heads import any_heads_plan
+from protocol.plans.allocation import Allocation
+from protocol.plans.any_heads import AnyHeadsPlan, Heads
+from protocol.plans.candidate import Measured
+from protocol.plans.plan import Parameters, Plan, count_parameters, dense_plan
+from protocol.plans.shape import ModelShape
+from protocol.plans.spec import Dtype, Role, SearchSpec, TextSpec
+from protocol.results.commands import AllocationResult, EvaluationResult
+
+
+@dataclass(frozen=True)
+class Pruned:
+    """A target that is pruned and measured."""
+
+    session: Session
+    rates: tuple[float, ...]
+    plan: Plan
+    fitness: Measured
+    report: Measured | None
+
+
+def evaluate_once(
+    spec: SearchSpec,
+    choice: Choice,
+    *,
+    shape: ModelShape | None = None,
+    method: str = "rates",
+    heads: Heads = "rectangular",
+    progress: Progress = no_progress,
+) -> EvaluationResult:
+    """Prune by rates, exactly as given, or by those of an allocation, and measure.
+
+    `shape` is the model that given rates are for, where that is known. With `any` heads the spec has layer granularity,
+    equal split and dense scoring. Raises UsageError for a model or a text that cannot be had and for rates of the wrong
+    number, range or model.
+    """
+    target = prepare(spec, choice, progress, shape=shape)
+    rates = choose_rates(target, choice, progress)
+    plan: Plan | AnyHeadsPlan = spec.plan(list(rates), target.shape)
+    if heads == "any":
+        plan = any_heads_plan(rates, target.importance, target.shape, multiple_of=spec.multiple_of)
+    session, measured, report = _measured(target, plan, progress)
+    card = session.card
+    return EvaluationResult(
+        model=spec.model,
+        method=method,
+        heads=heads,
+        reconstruction=spec.reconstruction,
+        rate=removed_share(measured.parameters),
+        perplexity=measured.perplexity,
+        dense_perplexity=card.dense.perplexity,
+        kl=measured.kl,
+        report_perplexity=report and report.perplexity,
+        dense_report_perplexity=card.dense_report and card.dense_report.perplexity,
+        parameters=measured.parameters,
+        seqlen=spec.fitness.seqlen,
+        tokens=measured.tokens,
+        seconds=measured.seconds,
+        calibration=spec.calibration.source,
+        data=spec.fitness.source,
+        fitness_digest=windows_digest(target.texts.fitness),
+        rates=rates,
+    )
+
+
+def prune_and_measure(target: Target, choice: Choice, progress: Progress = no_progress) -> Pruned:
+    """Prune `target`, which comes from `prepare`, and measure it on all its texts; it stays pruned.
+
+    Raises NotFiniteError where the pruned model does not compute.
+    """
+    rates = choose_rates(target, choice, progress)
+    plan = target.spec.plan(list(rates), target.shape)
+    session, fitness, report = _measured(target, plan, progress)
+    return Pruned(session, rates, plan, fitness, report)
+
+
+def _measured(
+    target: Target, plan: Plan | AnyHeadsPlan, progress: Progress
+) -> tuple[Session, Measured, Measured | None]:
+    """Measure the dense target and then the pruned one, which stays pruned, on the fitness text and on the report."""
+    session = Session(target.spec, progress, sensitivity=False, target=target)
+    try:
+        fitness = session.evaluate(plan, progress=progress)
+        report = None if target.spec.report is None else session.evaluate(plan, "report", progress)
+    except NotFiniteError as error:
+        raise NotFiniteError(f"pruned so, {target.spec.model} does not compute: {error}") from error
+    return session, fitness, report
+
+
+def evaluate_as_it_is(
+    name: str,
+    texts: Mapping[Role, TextSpec],
+    *,
+    dtype: Dtype,
+    seed: int,
+    kept_text: Path | None = None,
+    progress: Progress = no_progress,
+) -> EvaluationResult:
+    """Measure a model, such as an exported one, without pruning it.
+
+    `texts` has what to measure on; windows that a calibration text takes are left out of the others, as they are where
+    a model is pruned. `kept_text` is the file in which an export keeps what it was measured on, if it does.
+    """
+    longest = max(text.seqlen for text in texts.values())
+    progress("loading model", 0, 1)
+    writes_text = kept_text is None and any(text.source == SELF for text in texts.values())
+    model = load_model(name, dtype, Workload(longest, writes_text=writes_text))
+    progress("loading model", 1, 1)
+    check_length(model, longest)
+    if kept_text is None:
+        windows = _windows_of(model, texts, seed=seed, progress=progress)
+    else:
+        windows = {"fitness": read_kept_text(kept_text, texts["fitness"], model.decoder.head.out_features)}
+    start = time.perf_counter()
+    value, tokens = checked_perplexity(model.decoder, windows["fitness"], progress, "measuring")
+    seconds = time.perf_counter() - start
+    report = None
+    if "report" in texts:
+        report, _ = checked_perplexity(model.decoder, windows["report"], progress, "measuring on the report text")
+    shape = model.decoder.shape
+    return EvaluationResult(
+        model=name,
+        perplexity=value,
+        report_perplexity=report,
+        parameters=count_parameters(dense_plan(shape), shape),
+        seqlen=texts["fitness"].seqlen,
+        tokens=tokens,
+        seconds=seconds,
+        data=texts["fitness"].source,
+        fitness_digest=windows_digest(windows["fitness"]),
+    )
+
+
+def _windows_of(
+    model: LoadedModel, texts: Mapping[Role, TextSpec], *, seed: int, progress: Progress
+) -> dict[Role, Tensor]:
+    return load_roles(
+        texts,
+        seed,
+        model.tokenizer,
+        lambda windows, length: self_text(model, windows, length, seed, progress),
+        model.window_start,
+        texts.keys() - {"calibration"},
+    )
+
+
+def allocate_once(spec: SearchSpec, allocation: Allocation, progress: Progress = no_progress) -> AllocationResult:
+    """The rates of an allocation; nothing is pruned."""
+    target = prepare(spec, allocation, progress, measured=False)
+    rates = allocate(target, allocation, progress)
+    plan = spec.plan(list(rates), target.shape)
+    return AllocationResult(
+        model=spec.model,
+        method=allocation.method,
+        rates=rates,
+        parameters=count_parameters(plan, target.shape),
+        plan=plan.layers,
+        shape=target.shape,
+        spec=spec,
+    )
+
+
+def removed_share(parameters: Parameters) -> float:
+    """The share of the decoder's parameters that is gone."""
+    return round(1 - parameters.decoder_after / parameters.decoder_before, 5)

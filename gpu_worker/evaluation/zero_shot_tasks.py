@@ -1,0 +1,218 @@
+"""The tasks of `selfpruner zero-shot`: the paper's, as lm-eval ships them, or those of a folder of such files.
+
+They are read before any model is loaded: what is wrong with them is known in seconds, and takes no GPU to find out.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import datasets
+import lm_eval.tasks
+import yaml
+
+from gpu_worker.models.checkpoints import reading, reason
+from gpu_worker.models.hub import datasets_go_offline, hub_reachable
+from gpu_worker.progress import Progress, no_progress, steps
+from protocol.errors import DataError, SettingsError
+from protocol.results.zero_shot import PAPER_TASKS, Metric, chosen_tasks, counted_metric, paper_task, unknown_task
+
+SHIPPED = ("arc", "hellaswag", "openbookqa", "piqa", "super_glue/boolq", "winogrande")
+"""Where lm-eval keeps the seven. Looking through all that it ships takes ten seconds."""
+FILE_KINDS = ("json", "csv", "parquet", "text", "arrow")
+"""Kinds of data that are read from files, without a hub."""
+ANSWERED_BY_LIKELIHOOD = ("multiple_choice", "loglikelihood")
+
+
+@dataclass(frozen=True)
+class LoadedTask:
+    """A task with its items."""
+
+    name: str
+    title: str
+    metric: Metric
+    """Which of its accuracies counts."""
+    task: Any
+    """lm-eval's, to be answered without examples."""
+
+    @property
+    def harness_name(self) -> str:
+        """As lm-eval calls it."""
+        return str(self.task.config.task)
+
+
+def load_tasks(
+    names: Sequence[str], folder: Path | None, limit: int | None, progress: Progress = no_progress
+) -> list[LoadedTask]:
+    """The tasks called so, of `folder` first where there is one; all of the folder, or the seven, where none is named.
+
+    Raises SettingsError for an unknown name, DataError for a task or data that cannot be read.
+    """
+    datasets.disable_progress_bars()
+    sources = find_sources(names, None if folder is None else _Folder(folder))
+    return [_load(source, limit) for source in steps(progress, "reading tasks", sources)]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """While it lasts, what lm-eval and the code of tasks print is dropped, and so is the log.
+
+    Stdout is for the answer alone, and bars on stderr would write over our own line.
+    """
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+        yield
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Where a task is found."""
+
+    harness_name: str
+    manager: Any
+    """lm-eval's, which knows the task."""
+    local: bool
+    beside: tuple[str, ...] = ()
+    """The tasks of the folder that was given, where this one is not among them."""
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """What the task's file says; functions are not looked up."""
+        return dict(self.manager.task_index[self.harness_name].cfg)
+
+    @property
+    def file(self) -> Path:
+        return Path(self.manager.task_index[self.harness_name].yaml_path)
+
+
+class _Folder:
+    """A folder with task files. Raises DataError for a file that lm-eval would silently leave out, and for none."""
+
+    def __init__(self, folder: Path) -> None:
+        if not folder.is_dir():
+            raise DataError(f"there is no folder {str(folder)!r} with tasks")
+        self.manager = _manager(folder)
+        self.names: tuple[str, ...] = tuple(self.manager.all_subtasks)
+        said: dict[str, Path] = {}
+        for file in sorted(folder.rglob("*.yaml")):
+            name = _task_of(file)
+            if name is None:
+                continue
+            if name in said:
+                raise DataError(f"the task {name!r} is in two files: {said[name]} and {file}")
+            if name not in self.names:
+                raise DataError(
+                    f"the task {name!r} of {file} cannot be read; does it include a file that is not there?"
+                )
+            said[name] = file
+        if not self.names:
+            raise DataError(f"there is no task in {str(folder)!r}: lm-eval's files end in .yaml and say `task:`")
+
+
+def _task_of(file: Path) -> str | None:
+    """The name of the one task that a file says it describes; None for templates, groups and the like."""
+    try:
+        root = yaml.compose(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise DataError(f"{file} cannot be read as YAML ({reason(error)})") from error
+    pairs = root.value if isinstance(root, yaml.MappingNode) else []
+    said = {key.value: value.value for key, value in pairs if isinstance(value, yaml.ScalarNode)}
+    return None if "group" in said else said.get("task")
+
+
+def _manager(*folders: Path) -> Any:
+    return lm_eval.tasks.TaskManager(include_defaults=False, include_path=list(folders))
+
+
+def find_sources(names: Sequence[str], local: _Folder | None) -> list[_Source]:
+    """Where the tasks that `load_tasks` is asked for are. Raises SettingsError for an unknown name."""
+    root = Path(lm_eval.tasks.__file__).parent
+    shipped = _manager(*(root / name for name in SHIPPED))
+    if local is None:
+        return [_Source(task.harness_name, shipped, local=False) for task in chosen_tasks(names)]
+    found: dict[str, _Source] = {}
+    for name in names or local.names:
+        paper = paper_task(name)
+        harness_name = name if paper is None or name in local.names else paper.harness_name
+        if harness_name in local.names:
+            found[harness_name] = _Source(harness_name, local.manager, local=True)
+        elif paper is not None:
+            found[harness_name] = _Source(harness_name, shipped, local=False, beside=local.names)
+        else:
+            seven = (task.name for task in PAPER_TASKS)
+            raise SettingsError(unknown_task(name, dict.fromkeys((*local.names, *seven))))
+    return list(found.values())
+
+
+def _load(source: _Source, limit: int | None) -> LoadedTask:
+    config = source.config
+    offline = config.get("dataset_path") not in FILE_KINDS and not hub_reachable()
+    if offline:
+        datasets_go_offline()
+    with quiet(), reading(partial(_cannot_load, source, offline), DataError):
+        task = _built(source, config)
+        task.set_config(key="num_fewshot", value=0)
+        if source.local:
+            _check(source, task, limit)
+    name = source.harness_name
+    paper = paper_task(name)
+    metric = counted_metric(name) if counted_metric(name) in task.aggregation() else "acc"
+    return LoadedTask(paper.name if paper else name, paper.title if paper else name, metric, task)
+
+
+def _built(source: _Source, config: dict[str, Any]) -> Any:
+    """lm-eval's task with its data. Names of data files are looked for beside the task's own file first."""
+    kwargs = config.get("dataset_kwargs") or {}
+    beside = {key: _beside(value, source.file.parent) for key, value in kwargs.items() if key.startswith("data_")}
+    spec: Any = source.harness_name
+    if beside:
+        # A group is lm-eval's way of changing what a task's file says.
+        changed = {"task": source.harness_name, "dataset_kwargs": {**kwargs, **beside}}
+        spec = {"group": "changed", "task": [changed]}
+    (task,) = source.manager.load([spec])["tasks"].values()
+    return task
+
+
+def _beside(value: Any, folder: Path) -> Any:
+    """A file name, or names however nested, with those that are there put into `folder`."""
+    if isinstance(value, dict):
+        return {key: _beside(each, folder) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_beside(each, folder) for each in value]
+    return str(folder / value) if isinstance(value, str) and (folder / value).exists() else value
+
+
+def _check(source: _Source, task: Any, limit: int | None) -> None:
+    """Raise DataError for a task that is not answered by likelihoods, or an item that has no right answer."""
+    name = source.harness_name
+    if task.OUTPUT_TYPE not in ANSWERED_BY_LIKELIHOOD or "acc" not in task.aggregation():
+        raise DataError(
+            f"the task {name!r} has no accuracy by likelihood: its output_type must be "
+            f"{' or '.join(ANSWERED_BY_LIKELIHOOD)}, and `acc` among its metrics"
+        )
+    task.build_all_requests(limit=limit)
+    if task.OUTPUT_TYPE != "multiple_choice":
+        return
+    for i, item in task.doc_iterator(limit=limit):
+        right = task.doc_to_text(item) if task.multiple_input else task.doc_to_target(item)
+        choices = task.doc_to_choice(item)
+        known = choices if isinstance(right, str) else range(len(choices))
+        if not isinstance(right, list) and right not in known:
+            raise DataError(f"the task {name!r} says that item {i} is answered by {right!r}, of {len(choices)} choices")
+
+
+def _cannot_load(source: _Source, offline: bool, error: Exception) -> str:
+    if source.local:
+        return f"the task {source.harness_name!r} of {source.file} cannot be loaded ({reason(error)})"
+    if offline:
+        advice = "give --tasks-dir, a folder with tasks of local files (docs/usage.md)"
+        if source.beside:
+            advice = f"the folder of --tasks-dir has no such task, but {', '.join(source.beside)}"
+        return (
+            f"the data of the task {source.harness_name!r} are not on this machine and the hub cannot be reached; "
+            f"{advice}"
+        )
+    return f"the task {source.harness_name!r} cannot be loaded ({reason(error)})"

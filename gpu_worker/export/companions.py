@@ -1,0 +1,41 @@
+"""What every checkpoint of transformers has beside its weights: config, generation settings, tokenizer."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from gpu_worker.models.exported import modeling_of, plain_type
+from gpu_worker.models.loading import LoadedModel
+
+
+def plain_config(model: LoadedModel) -> dict[str, Any]:
+    """config.json of the model before pruning, as transformers would save it, with the type of the weights in memory.
+
+    An exported model that was loaded again has the sizes and the architecture of the dense model it comes from. An
+    `auto_map` is left out: it points at code that was not used to load the model.
+    """
+    source = model.causal_lm.config
+    config: dict[str, Any] = json.loads(source.to_json_string(use_diff=True))
+    config.pop("auto_map", None)
+    config.pop("per_layer_config", None)
+    model_type = plain_type(source)
+    return config | {
+        "architectures": [f"{modeling_of(model_type).classes}ForCausalLM"],
+        "model_type": model_type,
+        "dtype": str(model.decoder.head.weight.dtype).removeprefix("torch."),
+    }
+
+
+def write_companions(model: LoadedModel, folder: Path) -> None:
+    """Write generation settings and tokenizer into `folder`, where the model has them."""
+    generation = getattr(model.causal_lm, "generation_config", None)
+    if generation is not None:
+        # Not `save_pretrained`: it refuses settings that older checkpoints are published with.
+        (folder / "generation_config.json").write_text(generation.to_json_string(), encoding="utf-8")
+    if model.tokenizer is not None:
+        model.tokenizer.save_pretrained(folder)
+
+
+def write_json(file: Path, content: dict[str, Any]) -> None:
+    """Write `content` to `file`, readable by people."""
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -1,0 +1,68 @@
+"""How much disk an export takes, known before anything that takes time is done."""
+
+import shutil
+from pathlib import Path
+
+import gguf
+
+from gpu_worker.llama_cpp.tensor_types import MAIN
+from protocol.errors import ModelError
+from protocol.plans.shape import ModelShape
+from protocol.plans.spec import Dtype
+from protocol.results.formats import Format, Formats, GgufType
+from protocol.runtime.amounts import gigabytes
+
+SIZES: dict[Dtype, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
+"""Bytes of a weight."""
+
+
+def export_bytes(shape: ModelShape, kept: int, formats: Formats, dtype: Dtype, gguf_type: GgufType = "f16") -> int:
+    """Bytes of all `formats` of a model of this dense `shape` that keeps `kept` parameters of its decoder, roughly.
+
+    In a GGUF file a third of the decoder counts as halves, down_proj's share, for rows of an odd width are stored so;
+    the rest as the file's main type.
+    """
+    parameters = kept + shape.other_parameters
+    values, stored = gguf.GGML_QUANT_SIZES[MAIN[gguf_type]]
+    odd = kept // 3
+    sizes: dict[Format, int] = {
+        "hf": parameters * SIZES[dtype],
+        "padded": shape.total_parameters * SIZES[dtype],
+        "gguf": odd * SIZES["float16"] + (parameters - odd) * stored // values,
+    }
+    return sum(sizes[fmt] for fmt in formats)
+
+
+def kept_by(rate: float, shape: ModelShape) -> int:
+    """How many parameters of the decoder of this shape stay at this pruning rate."""
+    return round((1 - rate) * shape.decoder_parameters)
+
+
+def check_export_disk(
+    folder: Path, rate: float, shape: ModelShape, formats: Formats, dtype: Dtype, gguf_type: GgufType = "f16"
+) -> None:
+    """Raise ModelError where the disk of `folder` has too little room for a model of this shape, pruned by `rate`."""
+    needed = export_bytes(shape, kept_by(rate, shape), formats, dtype, gguf_type)
+    check_disk(folder, needed, f"the export into {', '.join(formats)}")
+
+
+def check_disk(folder: Path, needed: int, what: str, freed: int = 0) -> None:
+    """Raise ModelError where the disk that `folder` is (or will be) on has less than `needed` bytes free.
+
+    `what` needs them, in words; `freed` are bytes that are there now and will not be needed beside.
+    """
+    nearest = _nearest(folder)
+    free = shutil.disk_usage(nearest).free + freed
+    if needed > free:
+        raise ModelError(f"{what} needs about {gigabytes(needed)} of disk where {nearest} has {gigabytes(free)} free")
+
+
+def device_of(folder: Path) -> int:
+    """The disk that `folder` is, or will be, on."""
+    return _nearest(folder).stat().st_dev
+
+
+def _nearest(folder: Path) -> Path:
+    """The folder itself, or the nearest above it that is there."""
+    folder = folder.expanduser().resolve()
+    return next(parent for parent in (folder, *folder.parents) if parent.exists())

@@ -1,0 +1,125 @@
+"""`selfpruner export`: prune, measure, write the model with a card that says both."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from gpu_worker.evaluation.allocation import Choice, prepare
+from gpu_worker.evaluation.without_search import Pruned, prune_and_measure, removed_share
+from gpu_worker.export.disk_space import check_export_disk
+from gpu_worker.export.facts import ExportFacts, TextPerplexity
+from gpu_worker.export.folder import check_target
+from gpu_worker.export.writer import check_formats, export_model
+from gpu_worker.measuring.corpora import SELF, windows_digest
+from gpu_worker.models.loading import LoadedModel
+from gpu_worker.progress import Progress, no_progress
+from protocol.plans.candidate import Measured
+from protocol.plans.card import DensePerplexity
+from protocol.plans.shape import ModelShape
+from protocol.plans.spec import SearchSpec
+from protocol.results.commands import ExportResult, Searched
+from protocol.results.formats import Formats, GgufType
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where an export goes, and as what. `gguf_type` is for the GGUF file alone."""
+
+    folder: Path
+    formats: Formats
+    gguf_type: GgufType = "f16"
+    force: bool = False
+
+
+def export_once(
+    spec: SearchSpec,
+    choice: Choice,
+    destination: Destination,
+    *,
+    shape: ModelShape | None = None,
+    method: str = "rates",
+    searched: Searched | None = None,
+    progress: Progress = no_progress,
+) -> ExportResult:
+    """Prune by rates, or by those of an allocation, measure, and write the folder: whole, or not at all.
+
+    Raises UsageError for a model or a text that cannot be had, for rates of the wrong number, range or model, for a
+    family that the format does not support, and for a folder that is taken or cannot be written.
+    """
+    check_target(destination.folder, force=destination.force)
+    target = prepare(
+        spec,
+        choice,
+        progress,
+        shape=shape,
+        check=lambda model: _check(model, spec, destination),
+    )
+    pruned = prune_and_measure(target, choice, progress)
+    start = time.perf_counter()
+    gguf = export_model(
+        target.model,
+        pruned.plan,
+        facts_of(pruned, method, searched),
+        destination.formats,
+        destination.folder,
+        force=destination.force,
+        gguf_type=destination.gguf_type,
+        kept_text=pruned.session.target.texts.fitness if spec.fitness.source == SELF else None,
+        windows=pruned.session.target.texts.fitness,
+        progress=progress,
+    )
+    seconds = time.perf_counter() - start
+    return ExportResult(
+        folder=destination.folder,
+        formats=destination.formats,
+        files={file.name: file.stat().st_size for file in sorted(destination.folder.iterdir())},
+        model=spec.model,
+        method=method,
+        rate=removed_share(pruned.fitness.parameters),
+        perplexity=pruned.fitness.perplexity,
+        dense_perplexity=pruned.session.card.dense.perplexity,
+        kl=pruned.fitness.kl,
+        report_perplexity=pruned.report and pruned.report.perplexity,
+        parameters=pruned.fitness.parameters,
+        seqlen=spec.fitness.seqlen,
+        tokens=pruned.fitness.tokens,
+        seconds=seconds,
+        gguf=gguf,
+    )
+
+
+def _check(model: LoadedModel, spec: SearchSpec, destination: Destination) -> None:
+    """Raise ModelError where a format cannot carry the model, or the disk what is about to be written."""
+    formats, gguf_type = destination.formats, destination.gguf_type
+    check_formats(model, formats, gguf_type)
+    check_export_disk(destination.folder, spec.rate, model.decoder.shape, formats, spec.dtype, gguf_type)
+
+
+def facts_of(pruned: Pruned, method: str, searched: Searched | None = None) -> ExportFacts:
+    """What the card says of a pruned target."""
+    session = pruned.session
+    card, texts = session.card, session.target.texts
+    return ExportFacts(
+        base_model=session.spec.model,
+        method=method,
+        rates=pruned.rates,
+        spec=session.spec,
+        text_numbers=session.spec.text_numbers,
+        shape=session.shape,
+        plan=pruned.plan,
+        dense=_figure(card.dense),
+        pruned=_figure(pruned.fitness),
+        dense_report=_figure(card.dense_report),
+        pruned_report=_figure(pruned.report),
+        fitness_digest=windows_digest(texts.fitness),
+        report_digest=None if texts.report is None else windows_digest(texts.report),
+        searched=searched,
+        begins_with_bos=session.target.model.window_start is not None,
+    )
+
+
+def _figure(measured: Measured | DensePerplexity | None) -> TextPerplexity | None:
+    if measured is None:
+        return None
+    kl = measured.kl if isinstance(measured, Measured) else None
+    return TextPerplexity(perplexity=measured.perplexity, tokens=measured.tokens, kl=kl)

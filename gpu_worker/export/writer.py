@@ -1,0 +1,137 @@
+"""A pruned model as a folder in one format, or with a GGUF file beside another, with its card and its facts."""
+
+from pathlib import Path
+
+from torch import Tensor
+
+from gpu_worker.export.card import render_card
+from gpu_worker.export.companions import write_json
+from gpu_worker.export.facts import ExportFacts, version_of_selfpruner, without_places
+from gpu_worker.export.folder import write_folder
+from gpu_worker.export.hf import write_hf
+from gpu_worker.export.padded import write_padded
+from gpu_worker.export.weights import SHARD_SIZE
+from gpu_worker.llama_cpp.check import measured_gguf
+from gpu_worker.llama_cpp.writer import check_gguf, write_gguf
+from gpu_worker.measuring.kept_text import keep_text
+from gpu_worker.models.exported import modeling_of, plain_type
+from gpu_worker.models.loading import LoadedModel
+from gpu_worker.models.memory import main_memory
+from gpu_worker.progress import Progress, no_progress
+from protocol.errors import ModelError
+from protocol.plans.plan import Plan
+from protocol.results.commands import GgufPerplexity
+from protocol.results.formats import FACTS, Format, Formats, GgufType
+from protocol.runtime.amounts import gigabytes
+
+
+def export_model(
+    model: LoadedModel,
+    plan: Plan,
+    facts: ExportFacts,
+    formats: Formats,
+    out: Path,
+    *,
+    force: bool,
+    gguf_type: GgufType = "f16",
+    kept_text: Tensor | None = None,
+    windows: Tensor | None = None,
+    progress: Progress = no_progress,
+) -> GgufPerplexity | None:
+    """Write `model`, which is pruned to `plan`, as the folder `out`: whole, or not at all.
+
+    `kept_text` has the tokens that were measured, for a text that nobody else has. On the first of `windows` (long,
+    [n, seqlen]) a GGUF file is measured in llama.cpp, and what it came to is returned.
+    Raises ModelError for a family that the format does not support and for a GGUF file that llama.cpp reads otherwise,
+    and ExportError where `out` exists (an older export is replaced with `force`) or cannot be written.
+    """
+    name, found = out.expanduser().resolve().name, None
+
+    def write(folder: Path) -> None:
+        nonlocal found
+        content = (model, plan, facts, formats)
+        found = fill(
+            folder, *content, name=name, gguf_type=gguf_type, kept_text=kept_text, windows=windows, progress=progress
+        )
+
+    write_folder(out, write, force=force)
+    return found
+
+
+def fill(
+    folder: Path,
+    model: LoadedModel,
+    plan: Plan,
+    facts: ExportFacts,
+    formats: Formats,
+    *,
+    name: str,
+    gguf_type: GgufType = "f16",
+    kept_text: Tensor | None = None,
+    windows: Tensor | None = None,
+    progress: Progress = no_progress,
+) -> GgufPerplexity | None:
+    """Write all files of an export called `name` into the empty `folder`; see `export_model`."""
+    written = [_write_weights(model, plan, fmt, folder, name, gguf_type, progress) for fmt in formats]
+    gguf = next(filter(None, written), None)
+    found = None
+    if gguf is not None and windows is not None:
+        found = measured_gguf(folder / gguf, model, windows, gguf_type, progress)
+    facts = facts.model_copy(update={"gguf": found})
+    if kept_text is not None and formats != ("gguf",):
+        keep_text(kept_text, folder)
+    (folder / "README.md").write_text(render_card(facts, formats, name=name, gguf=gguf), encoding="utf-8")
+    write_json(folder / FACTS, _marked(facts, formats))
+    return found
+
+
+def check_formats(model: LoadedModel, formats: Formats, gguf_type: GgufType = "f16") -> None:
+    """Raise ModelError where one of `formats` cannot carry this model, before anything that takes time is done.
+
+    Or where there is no room to write it, or nothing that makes `gguf_type`.
+    """
+    for fmt in formats:
+        if fmt == "gguf":
+            check_gguf(model, gguf_type)
+        else:
+            modeling_of(plain_type(model.causal_lm.config), fmt)
+            _check_room(model, fmt)
+
+
+def _check_room(model: LoadedModel, fmt: Format) -> None:
+    """Raise ModelError where main memory has no room for a shard of a model that is on GPUs.
+
+    A shard is put together in main memory. Of a model that is there already most tensors are written where they lie.
+    """
+    needed = min(SHARD_SIZE, sum(p.nbytes for p in model.causal_lm.parameters()))
+    there = main_memory()
+    if model.device.type != "cpu" and needed > there:
+        raise ModelError(
+            f"writing the format {fmt} needs about {gigabytes(needed)} of main memory where {gigabytes(there)} are "
+            "available; use a machine with more, or the format gguf"
+        )
+
+
+def _write_weights(
+    model: LoadedModel, plan: Plan, fmt: Format, folder: Path, name: str, gguf_type: GgufType, progress: Progress
+) -> str | None:
+    """Write the model in its format; returns the name of the GGUF file where there is one."""
+    if fmt == "hf":
+        write_hf(model, plan, folder, progress)
+    elif fmt == "padded":
+        write_padded(model, plan, folder, progress)
+    else:
+        return write_gguf(model, plan, folder, file_type=gguf_type, name=name, progress=progress).name
+    return None
+
+
+def _marked(facts: ExportFacts, formats: Formats) -> dict[str, object]:
+    """The facts for programs."""
+    spec = without_places(facts.spec).model_copy(update={"model": facts.base_name})
+    return {
+        "selfpruner": version_of_selfpruner(),
+        "format": formats[0],
+        "formats": formats,
+        "parameters": facts.parameters.model_dump(),
+        **facts.model_copy(update={"base_model": facts.base_name, "spec": spec}).model_dump(mode="json"),
+    }

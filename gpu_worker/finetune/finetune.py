@@ -1,0 +1,222 @@
+"""`selfpruner finetune`: load an exported folder, train, merge, measure, write it again."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from gpu_worker.evaluation.target import check_length
+from gpu_worker.export.facts import ExportFacts, TextPerplexity, without_places
+from gpu_worker.export.folder import check_target
+from gpu_worker.export.reopen import Exported, as_it_was_pruned, read_exported, sizes_of
+from gpu_worker.export.writer import check_formats
+from gpu_worker.finetune.checkpoint import Checkpoint, State, folder_beside, held
+from gpu_worker.finetune.data import TrainingData, prepare_data, read_instructions
+from gpu_worker.finetune.eval_texts import EvalText, Judged, compared, measure, numbers_of, texts_asked, texts_to_judge
+from gpu_worker.finetune.memory import Training, check_finetuning_disk
+from gpu_worker.finetune.output import Output, write_output
+from gpu_worker.finetune.trainable import trained
+from gpu_worker.finetune.training import Limits, mean_losses, steps_of, train
+from gpu_worker.measuring.corpora import windows_digest
+from gpu_worker.measuring.half_precision import warn_if_slow
+from gpu_worker.models.identity import folder_identity
+from gpu_worker.models.loading import LoadedModel, load_model
+from gpu_worker.models.memory import Workload, estimate_memory, this_machine
+from gpu_worker.models.placement import place
+from gpu_worker.progress import Progress, no_progress
+from protocol.errors import SettingsError
+from protocol.plans.plan import Plan
+from protocol.plans.spec import Dtype, Role
+from protocol.results.commands import FinetuneResult, Searched
+from protocol.results.finetuning import Finetuning, Perplexities, Recipe, form_of
+from protocol.results.formats import Formats, GgufType, gguf_type_of
+
+
+@dataclass(frozen=True)
+class FinetuneRequest:
+    """What `selfpruner finetune` is asked for."""
+
+    folder: Path
+    data: str
+    recipe: Recipe
+    out: Path
+    formats: Formats = ()
+    """Empty: the one of `folder`."""
+    gguf_type: GgufType | None = None
+    """Of the GGUF file, where one is written; None: f16."""
+    force: bool = False
+    eval_text: EvalText | None = None
+    """None: the text that the folder keeps, where it keeps one."""
+    report_text: EvalText | None = None
+    """A second text to measure."""
+    dtype: Dtype | None = None
+    """None: that of the folder's card."""
+    limits: Limits = field(default_factory=Limits)
+
+    @property
+    def asked(self) -> dict[Role, EvalText]:
+        """The texts that it is asked to measure."""
+        given: dict[Role, EvalText | None] = {"fitness": self.eval_text, "report": self.report_text}
+        return {role: text for role, text in given.items() if text is not None}
+
+
+def finetune_once(request: FinetuneRequest, progress: Progress = no_progress) -> FinetuneResult:
+    """Fine-tune an exported folder and write it anew: whole, or not at all. Goes on from a checkpoint beside `out`.
+
+    Raises UsageError for a folder, data or text that cannot be had, an output that cannot be written, too little memory
+    or disk, a checkpoint of something else or that another process is at; NotFiniteError where the loss is no number.
+    """
+    out = request.out.expanduser().resolve()
+    check_target(out, force=request.force)
+    exported = read_exported(request.folder)
+    recipe, formats = request.recipe, request.formats or exported.formats
+    dtype, gguf_type = _dtype(request, exported), gguf_type_of(formats, request.gguf_type)
+    instructions = read_instructions(request.data, recipe) if form_of(request.data) == "alpaca" else None
+    stays = exported.facts.parameters.decoder_after
+    check_finetuning_disk(exported.facts.shape, stays, recipe, formats, dtype, folder_beside(out), gguf_type)
+    with held(folder_beside(out)):
+        model = _load(request, exported, dtype, progress)
+        check_formats(model, formats, gguf_type)
+        data = prepare_data(request.data, instructions, model, recipe)
+        judged = texts_to_judge(exported, model, request.asked)
+        checkpoint = Checkpoint(folder_beside(out), _decisive(request, recipe, data, dtype))
+        start = checkpoint.read() or State([], {})
+        before = measure(model, judged, progress, "measuring before")
+        with trained(model, recipe) as parameters:
+            state = train(model, parameters, data, recipe, request.limits, checkpoint, start, progress)
+            count = parameters.count
+        after = measure(model, judged, progress, "measuring after")
+        tuned = _told(recipe, data, state, count, compared(judged, before, after))
+        facts = _facts(exported.facts, tuned, judged, dtype)
+        kept = next((text.windows for text in judged.values() if text.kept), None)
+        shown = next((text.windows for text in judged.values()), None)
+        output = Output(out, formats, gguf_type, request.force, kept, shown)
+        files, gguf = write_output(model, facts, output, state, progress)
+        checkpoint.remove()
+    return FinetuneResult(
+        folder=out,
+        formats=formats,
+        files=files,
+        model=facts.base_name,
+        parameters=facts.parameters,
+        finetuning=tuned,
+        resumed_from=len(start.losses),
+        ended_by="steps" if len(state.losses) >= steps_of(recipe, len(data.examples)) else "time",
+        seconds=state.seconds,
+        gguf=gguf,
+    )
+
+
+def check_memory(bare: LoadedModel, plan: Plan | None, recipe: Recipe, dtype: Dtype, longest: int) -> None:
+    """Raise ModelError where this machine has too little memory to fine-tune `bare`, pruned to `plan` if it is.
+
+    `bare` has no weights yet; `longest` is the tokens of the longest window that will be measured.
+    """
+    shape = bare.decoder.shape
+    pruned = shape if plan is None else shape.model_copy(update={"layers": sizes_of(plan)})
+    workload = Workload(max(recipe.seqlen, longest), training=Training(recipe))
+    machine = this_machine()
+    decoder = replace(bare.decoder, shape=pruned)
+    place(estimate_memory(decoder, getattr(torch, dtype), workload, machine.device), machine)
+
+
+def _dtype(request: FinetuneRequest, exported: Exported) -> Dtype:
+    dtype = request.dtype or exported.facts.spec.dtype
+    if dtype == "float16":
+        raise SettingsError("gradients overflow in float16: give --dtype bfloat16 or float32")
+    return dtype
+
+
+def _load(request: FinetuneRequest, exported: Exported, dtype: Dtype, progress: Progress) -> LoadedModel:
+    progress("loading model", 0, 1)
+    measured = texts_asked(exported.facts.spec, request.asked).values()
+    longest = max([request.recipe.seqlen, *(text.seqlen for text in measured)])
+    model = load_model(str(request.folder), dtype, Workload(longest, training=Training(request.recipe)))
+    check_length(model, longest)
+    as_it_was_pruned(model, exported)
+    warn_if_slow(dtype, model.device, "training is nearly twice as fast")
+    progress("loading model", 1, 1)
+    return model
+
+
+def _decisive(request: FinetuneRequest, recipe: Recipe, data: TrainingData, dtype: Dtype) -> dict[str, object]:
+    """What a checkpoint has to agree with, by its name for people."""
+    return {
+        "model": folder_identity(request.folder)[:16],
+        "data": data.digest[:16],
+        "dtype": dtype,
+        **recipe.model_dump(mode="json"),
+    }
+
+
+def _told(
+    recipe: Recipe,
+    data: TrainingData,
+    state: State,
+    trained_parameters: int,
+    perplexities: Mapping[Role, Perplexities],
+) -> Finetuning:
+    first, last = mean_losses(state.losses)
+    return Finetuning(
+        recipe=recipe,
+        data=data.name,
+        form=data.form,
+        examples=len(data.examples),
+        steps=len(state.losses),
+        tokens=sum(point.tokens for point in state.losses),
+        trained_parameters=trained_parameters,
+        first_loss=first,
+        last_loss=last,
+        perplexity=perplexities.get("fitness"),
+        report_perplexity=perplexities.get("report"),
+    )
+
+
+def _facts(facts: ExportFacts, tuned: Finetuning, judged: Mapping[Role, Judged], dtype: Dtype) -> ExportFacts:
+    """What the new folder says: what was measured before is no longer true, but of the dense model on equal tokens."""
+    changes: dict[str, object] = {
+        "finetunings": (*facts.finetunings, tuned),
+        "pruned": None,
+        "pruned_report": None,
+    }
+    spec = facts.spec.model_copy(update={"dtype": dtype}) if judged else facts.spec
+    if "fitness" in judged and tuned.perplexity is not None:
+        digest = windows_digest(judged["fitness"].windows)
+        spec = spec.model_copy(update={"fitness": judged["fitness"].text, "report": None})
+        changes |= {
+            "pruned": _figure(tuned.perplexity),
+            "dense": facts.dense if digest == facts.fitness_digest else None,
+            "dense_report": None,
+            "fitness_digest": digest,
+            "report_digest": None,
+        }
+    if "report" in judged and tuned.report_perplexity is not None:
+        digest = windows_digest(judged["report"].windows)
+        spec = spec.model_copy(update={"report": judged["report"].text})
+        changes |= {
+            "pruned_report": _figure(tuned.report_perplexity),
+            "dense_report": facts.dense_report if digest == facts.report_digest else None,
+            "report_digest": digest,
+        }
+    if judged:
+        changes |= {"text_numbers": numbers_of(facts, judged)}
+        spec = without_places(spec)
+    new = facts.model_copy(update=changes | {"spec": spec})
+    return new.model_copy(update={"searched": _still_said(facts, new)})
+
+
+def _still_said(facts: ExportFacts, new: ExportFacts) -> Searched | None:
+    """What is said of uniform pruning, as long as it is of the tokens that the new folder tells of."""
+    if facts.searched is None:
+        return None
+    changes: dict[str, None] = {}
+    if new.fitness_digest != facts.fitness_digest:
+        changes["uniform_perplexity"] = None
+    if new.report_digest != facts.report_digest:
+        changes["uniform_report_perplexity"] = None
+    return facts.searched.model_copy(update=changes)
+
+
+def _figure(perplexity: Perplexities) -> TextPerplexity:
+    return TextPerplexity(perplexity=perplexity.after, tokens=perplexity.tokens)

@@ -1,0 +1,1 @@
+"""GGUF files for llama.cpp: written, quantised and measured. Start with writer.py."""

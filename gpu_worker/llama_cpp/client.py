@@ -1,0 +1,112 @@
+"""What a GGUF file computes in llama.cpp: its perplexity, by xllamacpp's server in a process of its own."""
+
+import json
+import secrets
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from http.client import HTTPConnection, HTTPException
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import gguf
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from gpu_worker.llama_cpp.server import KEY_VARIABLE, ServerOptions
+from gpu_worker.measuring.perplexity import LOGITS_BYTES, perplexity_of
+from gpu_worker.progress import Progress, no_progress, steps
+from protocol.errors import ModelError
+from protocol.runtime.environment import for_child
+
+LEAST_CONTEXT = 512
+_KEY = secrets.token_urlsafe(32)
+"""The key of all servers that this process starts: any user of the machine and any web page can reach their ports."""
+ANSWER_WITHIN = 3600.0
+"""Seconds that one request may take. A long window of a large model on a slow CPU takes minutes; a server that is
+stopped, or stuck, never answers."""
+
+
+@contextmanager
+def running(options: ServerOptions) -> Iterator[str]:
+    """The address of a server with these options. Raises ModelError where llama.cpp cannot load the file."""
+    command = [sys.executable, "-m", "gpu_worker.llama_cpp.server", options.to_json()]
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**for_child(), KEY_VARIABLE: _KEY},
+        start_new_session=True,  # a terminal's Ctrl-C is for us alone
+    ) as server:
+        try:
+            told = server.stdout.readline() if server.stdout else b""
+            if not told:
+                raise ModelError(f"llama.cpp cannot load {options.path!r}: the file is broken or memory is short")
+            yield json.loads(told)["address"]
+        finally:
+            server.kill()
+
+
+@contextmanager
+def serving(path: Path, *, context: int = LEAST_CONTEXT, hidden_states: bool = False) -> Iterator[str]:
+    """The address of a server of that file, for one text of up to `context` tokens at a time.
+
+    The KV cache is in F32, so that only the weights are rounded. Raises ModelError where llama.cpp cannot load it.
+    """
+    threads, context = torch.get_num_threads(), max(LEAST_CONTEXT, context)
+    options = ServerOptions(str(path), threads, context, hidden_states=hidden_states, exact_cache=True)
+    with running(options) as address:
+        yield address
+
+
+def ask(address: str, path: str, body: Mapping[str, Any]) -> Any:
+    """The server's JSON answer. Raises ModelError where there is none, or an error."""
+    server = urlsplit(address)
+    connection = HTTPConnection(server.hostname or "", server.port, timeout=ANSWER_WITHIN)  # urllib would ask a proxy
+    try:
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {_KEY}"}
+        connection.request("POST", path, json.dumps(body), headers)
+        answer = json.loads(connection.getresponse().read())
+    except (OSError, HTTPException, ValueError) as error:
+        raise ModelError(f"llama.cpp gave no answer ({error})") from error
+    finally:
+        connection.close()
+    if isinstance(answer, dict) and "error" in answer:
+        raise ModelError(f"llama.cpp answered with an error: {answer['error']}")
+    return answer
+
+
+def hidden_states(address: str, tokens: Tensor) -> Tensor:
+    """Normed final hidden states [tokens, hidden size] of one text, by a server that was started for them."""
+    (answer,) = ask(address, "/embeddings", {"content": tokens.tolist(), "embd_normalize": -1})
+    return torch.tensor(answer["embedding"])
+
+
+def read_head(path: Path) -> Tensor:
+    """The file's head, or the embedding that is one: float32 [vocabulary, hidden size]."""
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    head = tensors.get("output.weight") or tensors["token_embd.weight"]
+    return torch.from_numpy(gguf.dequantize(head.data, head.tensor_type))
+
+
+def gguf_perplexity(path: Path, windows: Tensor, progress: Progress = no_progress) -> float:
+    """Perplexity of `windows` (long, [n, seqlen]) by llama.cpp, as gpu_worker.measuring.perplexity defines it.
+
+    Only the multiplication with the file's own head is done here, in float32. Raises ModelError where llama.cpp cannot
+    load the file, and NotFiniteError where the result is no finite number.
+    """
+    head, total = read_head(path), 0.0
+    with serving(path, context=windows.shape[1], hidden_states=True) as address:
+        for window in steps(progress, "measuring in llama.cpp", windows):
+            total += _loss(hidden_states(address, window), head, window)
+    return perplexity_of(total, windows.shape[0] * (windows.shape[1] - 1))
+
+
+def _loss(hidden: Tensor, head: Tensor, window: Tensor) -> float:
+    """The summed loss of `window` [seqlen], in nats; logits are made some rows at a time."""
+    rows = max(1, LOGITS_BYTES["cpu"] // (4 * head.shape[0]))
+    parts = zip(torch.split(hidden[:-1], rows), torch.split(window[1:].cpu(), rows), strict=True)
+    return sum(F.cross_entropy(part @ head.t(), target, reduction="sum").item() for part, target in parts)

@@ -1,0 +1,1 @@
+"""The texts that models are measured on, perplexity, and divergence. Start with perplexity.py."""

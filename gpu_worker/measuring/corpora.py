@@ -1,0 +1,219 @@
+"""Texts as fixed windows of tokens: what heads are scored on, what a search minimises, what is reported."""
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpu_worker.models.checkpoints import reading, reason
+from gpu_worker.models.hub import datasets_go_offline, hub_reachable
+from protocol.errors import DataError
+from protocol.plans.spec import Role, SearchSpec, TextSpec
+
+WIKITEXT2 = "wikitext2"
+C4 = "c4"
+SELF = "self"
+SPLITS: dict[str, dict[Role, str]] = {
+    # Scored on the train split: 128 windows of 4,096 tokens are more than the validation split. FLAP's code calibrates
+    # Wanda-sp on C4, and where it reads this split joins its rows by spaces.
+    WIKITEXT2: {"calibration": "train", "fitness": "validation", "report": "test"},
+    # SparseGPT reports on the first 1,100 documents of its validation file.
+    C4: {"calibration": "train[:4000]", "fitness": "validation[1100:2200]", "report": "validation[:1100]"},
+}
+"""What each role reads of a text of the hub."""
+C4_FILES = {"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"}
+"""One file of each split of C4, which has 300 GB."""
+
+Source = tuple[str, str]
+"""A text, and its split where it has several: roles with the same source share its windows."""
+GenerateText = Callable[[int, int], Tensor]
+"""Windows and their length -> tokens [windows, length] that the dense model writes itself."""
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Windows of tokens (long, [windows, seqlen], on the CPU), disjoint where roles share a source."""
+
+    calibration: Tensor
+    fitness: Tensor
+    report: Tensor | None
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of all windows: equal on two workers that measure on the same tokens."""
+        return windows_digest(*(w for w in (self.calibration, self.fitness, self.report) if w is not None))
+
+
+def windows_digest(*texts: Tensor) -> str:
+    """SHA-256 of tokens [windows, seqlen]: equal where the tokens are."""
+    digest = hashlib.sha256()
+    for windows in texts:
+        digest.update(f"{tuple(windows.shape)}".encode())
+        digest.update(windows.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def load_texts(spec: SearchSpec, tokenizer: Any, generate: GenerateText, start: int | None = None) -> Texts:
+    """The windows of all roles of `spec`. `generate` is called where a source is `self`.
+
+    A source is cut into chunks of the longest window that its roles ask for. The roles (calibration, fitness, report,
+    in this order) take chunks from one seeded shuffle and cut them to their own length; a role that asks for all
+    windows gets, in order of the text, those that the others left. Raises DataError for a source that cannot be had
+    or is too short.
+    """
+    windows = load_roles(spec.texts, spec.seed, tokenizer, generate, start)
+    return Texts(windows["calibration"], windows["fitness"], windows.get("report"))
+
+
+def load_roles(
+    texts: Mapping[Role, TextSpec],
+    seed: int,
+    tokenizer: Any,
+    generate: GenerateText,
+    start: int | None = None,
+    only: Collection[Role] | None = None,
+) -> dict[Role, Tensor]:
+    """The windows of each role of `texts`; see `load_texts`.
+
+    With `only`, the other roles are there to keep their windows out of these: a source of theirs alone is not read.
+    `start` takes the place of every window's first token, which is context only and never predicted: some models are
+    lost without the token that every text began with when they were trained.
+    """
+    by_source: dict[Source, dict[Role, TextSpec]] = defaultdict(dict)
+    for role, text in texts.items():
+        by_source[source_of(role, text)][role] = text
+    windows: dict[Role, Tensor] = {}
+    for source, roles in by_source.items():
+        if only is not None and roles.keys().isdisjoint(only):
+            continue
+        length = max(text.seqlen for text in roles.values())
+        tokens = _self_tokens(roles, length, generate) if source[0] == SELF else _tokens(source, tokenizer)
+        windows |= share(tokens, roles, length, seed, source[0])
+    if start is not None:
+        for tokens in windows.values():
+            tokens[:, 0] = start
+    return windows
+
+
+def share(tokens: Tensor, roles: dict[Role, TextSpec], length: int, seed: int, name: str) -> dict[Role, Tensor]:
+    """Deal the chunks of `length` tokens of one text [tokens] out to its roles; see `load_texts`."""
+    chunks = tokens[: len(tokens) // length * length].view(-1, length)
+    shuffled = torch.randperm(len(chunks), generator=torch.Generator().manual_seed(seed))
+    windows: dict[Role, Tensor] = {}
+    taken = 0
+    for role, text in roles.items():
+        if text.windows is not None:
+            count = chunks_needed(text, length)
+            if taken + count > len(chunks):
+                raise DataError(_too_short(name, len(tokens), roles))
+            windows[role] = cut(chunks[shuffled[taken : taken + count]], text.seqlen)[: text.windows]
+            taken += count
+    for role, text in roles.items():
+        if text.windows is None:
+            if taken == len(chunks):
+                raise DataError(_too_short(name, len(tokens), roles))
+            windows[role] = cut(chunks[shuffled[taken:].sort().values], text.seqlen)
+            taken = len(chunks)
+    return windows
+
+
+def cut(chunks: Tensor, seqlen: int) -> Tensor:
+    """Chunks [n, length] as windows [n × (length // seqlen), seqlen]."""
+    per_chunk = chunks.shape[1] // seqlen
+    return chunks[:, : per_chunk * seqlen].reshape(-1, seqlen)
+
+
+def chunks_needed(text: TextSpec, length: int) -> int:
+    """How many chunks of `length` hold the windows of `text`."""
+    assert text.windows is not None
+    return -(-text.windows // (length // text.seqlen))
+
+
+def source_of(role: Role, text: TextSpec) -> Source:
+    """Where the windows of a role come from."""
+    return text.place, SPLITS[text.source][role] if text.source in SPLITS else ""
+
+
+def _tokens(source: Source, tokenizer: Any) -> Tensor:
+    text = _of_the_hub(*source) if source[0] in SPLITS else _file(source[0])
+    # In word-level WikiText rare words read `<unk>`, which some tokenizers take for a special token. `unk` is a word.
+    ids = tokenizer(text.replace("<unk>", "unk"), verbose=False)["input_ids"]
+    return torch.tensor(ids, dtype=torch.long)
+
+
+def _self_tokens(roles: dict[Role, TextSpec], length: int, generate: GenerateText) -> Tensor:
+    if any(text.windows is None for text in roles.values()):
+        raise DataError(f"the source `{SELF}` has no end: say how many windows of it to use")
+    return generate(sum(chunks_needed(text, length) for text in roles.values()), length).flatten()
+
+
+def _file(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise DataError(
+            f"the text {path!r} cannot be read ({error.strerror}); pass a text file, `{WIKITEXT2}`, `{C4}` or `{SELF}`"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"the text {path!r} is not UTF-8 text ({error.reason} at byte {error.start})") from error
+
+
+@dataclass(frozen=True)
+class HubData:
+    """A data set of the hub."""
+
+    repository: str
+    config: str | None
+    called: str
+    """What people call it."""
+    otherwise: str
+    """What they may do where it cannot be had."""
+
+    def split(self, split: str, data_files: Mapping[str, str] | None = None) -> Any:
+        """A split of it, or of those of its files that `data_files` names by split.
+
+        Raises DataError where it cannot be had.
+        """
+        import datasets  # half a second that no other source needs
+
+        datasets.disable_progress_bars()
+        offline = not hub_reachable()
+        if offline:
+            datasets_go_offline()
+        with reading(partial(self._cannot_load, offline), DataError):
+            return datasets.load_dataset(self.repository, self.config, split=split, data_files=data_files)
+
+    def _cannot_load(self, offline: bool, error: Exception) -> str:
+        # A DatasetGenerationError says no more than that there was another error.
+        cause = error.__cause__ if type(error).__name__ == "DatasetGenerationError" else None
+        true = cause if isinstance(cause, Exception) else error
+        if offline and isinstance(true, ConnectionError | FileNotFoundError | ValueError):
+            return f"{self.called} is not on this machine and the hub cannot be reached; {self.otherwise}"
+        return f"{self.called} cannot be loaded ({reason(true)}); {self.otherwise}"
+
+
+def _of_the_hub(name: str, split: str) -> str:
+    otherwise = f"pass a text file, or `{SELF}`"
+    if name == C4:
+        kind = split.partition("[")[0]
+        # Without a config's name: with one, `datasets` misses the config's other files.
+        documents = HubData("allenai/c4", None, name, otherwise).split(split, {kind: C4_FILES[kind]})
+        return " ".join(documents["text"])  # as SparseGPT joins them
+    wikitext = HubData("Salesforce/wikitext", "wikitext-2-raw-v1", name, otherwise)
+    return "\n\n".join(wikitext.split(split)["text"])
+
+
+def _too_short(name: str, tokens: int, roles: dict[Role, TextSpec]) -> str:
+    asked = ", ".join(
+        f"{'all the other' if text.windows is None else text.windows} windows of {text.seqlen} for {role}"
+        for role, text in roles.items()
+    )
+    longest = max(text.seqlen for text in roles.values())
+    has = f"its {tokens:,} tokens make {tokens // longest} windows of {longest}"
+    return f"{name} is too short: {has}, asked for are {asked}"

@@ -1,0 +1,133 @@
+"""Text that the dense model writes itself: calibration and fitness data where no corpus can be had."""
+
+import hashlib
+from collections.abc import Callable
+from functools import partial
+from inspect import signature
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from gpu_worker.cache import cached
+from gpu_worker.models.loading import LoadedModel
+from gpu_worker.models.memory import texts_at_once
+from gpu_worker.progress import Progress
+
+TEMPERATURE = 1.0
+TOP_K = 50
+"""Without a limit a small model's tail of unlikely tokens soon derails the text."""
+OPENINGS = (
+    "The history of", "In the early", "A new study", "She was born in", "The first", "During the war", "According to",
+    "The city of", "Scientists have", "It was", "The film", "In mathematics", "The river", "He began his career",
+    "The company", "Most people", "The song", "When the", "Many species of", "The government", "An important",
+    "The team", "On the morning of", "The main character",
+)  # fmt: skip
+"""What the windows begin with, in turn: left to a bare start token an instruction-tuned model writes chat markup."""
+
+
+def self_text(model: LoadedModel, windows: int, length: int, seed: int, progress: Progress) -> Tensor:
+    """Tokens (long, [windows, length]) sampled from the dense model once and kept in the cache."""
+    key = (
+        f"{model.identity}|{model.causal_lm.dtype}|{model.device.type}|{seed}|{windows}|{length}|{TEMPERATURE}|{TOP_K}"
+    )
+    name = f"self-text-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+
+    def write(folder: Path) -> None:
+        save_file({"tokens": sample(model, windows, length, seed, progress)}, folder / "tokens.safetensors")
+
+    return load_file(cached(name, write) / "tokens.safetensors")["tokens"]
+
+
+def sample(model: LoadedModel, windows: int, length: int, seed: int, progress: Progress) -> Tensor:
+    """Sample `windows` texts of `length` tokens at temperature 1 from the 50 likeliest tokens, without special ones."""
+    prompts = _prompts(model.tokenizer, length)
+    generator = torch.Generator(device=model.device).manual_seed(seed)
+    batches = []
+    progress("writing text", 0, windows * length)
+    together = texts_at_once(model.decoder.shape, model.causal_lm.dtype.itemsize, length)
+    for start in range(0, windows, together):
+        rows = torch.arange(start, min(start + together, windows)) % len(prompts)
+        report = partial(_report, progress, start * length, len(rows), windows * length)
+        batches.append(_continue(model, prompts[rows].to(model.device), length, generator, report))
+    return torch.cat(batches).cpu()
+
+
+def _report(progress: Progress, before: int, texts: int, total: int, length: int) -> None:
+    """Tell of `texts` being written together that are `length` tokens long, after `before` tokens of others."""
+    progress("writing text", before + texts * length, total)
+
+
+def _prompts(tokenizer: Any, length: int) -> Tensor:
+    """The openings as tokens, cut to the shortest of them: without padding all rows stay aligned."""
+    ids = [tokenizer(text)["input_ids"] for text in OPENINGS]
+    shortest = min(length - 1, *(len(row) for row in ids))
+    return torch.tensor([row[:shortest] for row in ids], dtype=torch.long)
+
+
+def _continue(
+    model: LoadedModel, prompts: Tensor, length: int, generator: torch.Generator, report: Callable[[int], None]
+) -> Tensor:
+    """Continue `prompts` [batch, prompt] to [batch, length]; `report` is told the length so far.
+
+    transformers' `generate` takes twice as long: it draws from the whole vocabulary, and its cache is copied for each
+    token.
+    """
+    decoder = model.decoder
+    special = torch.tensor(sorted(model.tokenizer.all_special_ids), dtype=torch.long, device=prompts.device)
+    cache = DynamicCache()
+    cache.layers = [_ReservedLayer(length) for _ in decoder.layers]
+    argument = "cache" if "cache" in signature(type(decoder.body).forward).parameters else "past_key_values"
+    tokens = prompts
+    newest = prompts
+    with torch.inference_mode():
+        for position in range(prompts.shape[1], length):
+            hidden = decoder.body(input_ids=newest, use_cache=True, **{argument: cache}).last_hidden_state
+            logits = decoder.head(hidden[:, -1]).float()
+            newest = _draw(logits.to(prompts.device), special, generator)  # the head may lie on another GPU
+            tokens = torch.cat([tokens, newest], dim=1)
+            report(position + 1)
+    return tokens
+
+
+def _draw(logits: Tensor, special: Tensor, generator: torch.Generator) -> Tensor:
+    """One token [batch, 1] for each row of `logits` [batch, vocabulary]; never a special one.
+
+    A special token would end the text, or make the rest of the window another document's.
+    """
+    logits[:, special] = -torch.inf
+    likeliest, ids = logits.topk(min(TOP_K, logits.shape[1] - len(special)))
+    chosen = torch.multinomial(torch.softmax(likeliest / TEMPERATURE, dim=-1), 1, generator=generator)
+    return ids.gather(1, chosen)
+
+
+class _ReservedLayer(DynamicLayer):  # type: ignore[misc]
+    """Keys and values of one layer in memory reserved for all tokens; the base class copies all for every token."""
+
+    # Makes transformers pass an attention mask, with which it packs the query heads that share a KV head. Without one
+    # it leaves the sharing to torch, whose CPU kernel is then five times as slow for a single token.
+    is_compileable = True
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__()
+        self._capacity = capacity
+        self._filled = 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+        """Append the new states [batch, KV heads, tokens, head dim] and return all of them."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self._keys, self._values = (self._reserve(states) for states in (key_states, value_states))
+        end = self._filled + key_states.shape[-2]
+        self._keys[:, :, self._filled : end] = key_states
+        self._values[:, :, self._filled : end] = value_states
+        self._filled = end
+        self.keys, self.values = self._keys[:, :, :end], self._values[:, :, :end]
+        return self.keys, self.values
+
+    def _reserve(self, states: Tensor) -> Tensor:
+        batch, heads, _, width = states.shape
+        return states.new_empty(batch, heads, self._capacity, width)

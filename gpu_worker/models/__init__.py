@@ -1,0 +1,1 @@
+"""Loads models of every supported family and computes their memory. Start with loading.py and families.py."""

@@ -1,0 +1,156 @@
+"""Checks the files of a checkpoint before any of them is read: their kind, their size, and what they point to.
+
+A folder may come from anybody. Without these checks a pipe in it is waited for until it is written to, an index leads
+out of the folder, and a config that asks for far more weights than there are fills the memory with random numbers.
+"""
+
+import json
+import stat
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from safetensors import safe_open
+
+from gpu_worker.models.shown import shown
+from protocol.errors import ModelError
+from protocol.runtime.amounts import gigabytes
+
+INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+"""Files that say which file each weight is in."""
+WEIGHTS = ("model.safetensors", "pytorch_model.bin", *INDEXES)
+"""A folder with a model of its own has one of these files."""
+ADAPTER = "adapter_config.json"
+WEIGHTS_READ = ("*.safetensors", "pytorch_model*.bin")
+TEXTS_READ = (
+    *("config.json", "config.*.json", "generation_config.json", "*.index.json"),
+    *("tokenizer*.json", "tokenizer.model*", "*.model", "*.spm", "tekken.json", "vocab*.json", "vocab*.txt"),
+    *("merges*.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*"),
+)
+"""The names that transformers opens for a model and its tokenizer. A folder may hold any other file besides, such as
+a log or a link to a checkpoint that is gone."""
+LARGEST_BYTES = {"config.json": 2**20, "tokenizer.json": 2**27}
+"""Limits for single files, several times the largest that are known: Gemma's tokenizer.json has 33 MB."""
+LARGEST_TEXT_BYTES = 2**25
+"""Limit for any other file that holds no weights."""
+LONGEST_HEADER_BYTES = 2**25
+"""Limit for the header of a safetensors file; with a thousand tensors it has 100 kB."""
+MOST_UNSTORED = 2
+"""A model may ask for so many times the weights that its files hold. An error after loading names the missing weights;
+this limit keeps the loader from filling the memory before that."""
+
+
+def check_files(name: str, folder: Path) -> None:
+    """Raise ModelError for a file of the checkpoint `name` in `folder` that must not be read.
+
+    Only files that transformers opens are checked. A link to an ordinary file is followed wherever it leads: the hub's
+    own cache consists of such links.
+    """
+    files = [path for path in sorted(folder.iterdir()) if not path.is_dir()]
+    texts = [path for path in files if _is_one_of(path, TEXTS_READ)]
+    for path in (*texts, *folder.glob("additional_chat_templates/*.jinja")):
+        size, largest = _ordinary_size(name, path), LARGEST_BYTES.get(path.name, LARGEST_TEXT_BYTES)
+        if size > largest:
+            raise ModelError(
+                f"the file {path.name!r} of {name!r} has {size:,} bytes, where at most {largest:,} can be meant"
+            )
+    for path in files:
+        if _is_one_of(path, WEIGHTS_READ):
+            _check_weights(name, path)
+    if (folder / ADAPTER).exists() and not any((folder / file).exists() for file in WEIGHTS):
+        raise ModelError(adapter_sentence(name))
+    for path in texts:
+        if path.match("*.index.json"):
+            check_index(name, path)
+
+
+def _is_one_of(path: Path, patterns: tuple[str, ...]) -> bool:
+    return any(path.match(pattern) for pattern in patterns)
+
+
+def adapter_sentence(name: str) -> str:
+    """Explain why an adapter alone is refused: its config may name any model of any place as the one to load."""
+    return f"{name!r} holds an adapter ({ADAPTER}) and no model of its own; merge it into its base model"
+
+
+def check_index(name: str, index: Path) -> None:
+    """Raise ModelError unless the index leads to files of its own folder alone."""
+    written = _read_json(name, index)
+    where = written.get("weight_map") if isinstance(written, Mapping) else None
+    if not isinstance(where, Mapping) or not all(isinstance(file, str) for file in where.values()):
+        raise ModelError(f"the file {index.name!r} of {name!r} does not say which file each weight is in")
+    for file in sorted(set(where.values())):
+        if not is_inside(file):
+            raise ModelError(f"the file {index.name!r} of {name!r} names {shown(file)}, which is outside the folder")
+        if (index.parent / file).exists():
+            _check_weights(name, index.parent / file)
+
+
+def is_inside(file: str) -> bool:
+    """Whether a file name cannot lead out of the folder that it is joined to."""
+    path = PurePosixPath(file)
+    return bool(file) and file.isprintable() and "\\" not in file and not path.is_absolute() and ".." not in path.parts
+
+
+def check_stored(name: str, folder: Path, asked: int) -> None:
+    """Raise ModelError where the config asks for far more parameters than the safetensors files in `folder` hold.
+
+    `asked` is the number of parameters of the model that the config describes.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    stored = sum(count for file in files for count in _sizes(name, file))
+    if files and asked > MOST_UNSTORED * stored:
+        raise ModelError(
+            f"the config of {name!r} asks for {asked:,} parameters where its files hold {stored:,}; "
+            "pass a model with the config that belongs to its weights"
+        )
+
+
+def _sizes(name: str, file: Path) -> Iterator[int]:
+    """The number of elements of each tensor in a safetensors file; the library checks its header against the file."""
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+    if length > LONGEST_HEADER_BYTES:
+        raise ModelError(f"the file {file.name!r} of {name!r} claims a header of {length:,} bytes")
+    with safe_open(file, framework="numpy") as weights:
+        for key in weights.keys():  # noqa: SIM118  (it is no dictionary)
+            count = 1
+            for size in weights.get_slice(key).get_shape():
+                count *= size
+            yield count
+
+
+def _ordinary_size(name: str, path: Path) -> int:
+    """The size of a file in bytes. Raises ModelError for a pipe, a device, a folder, or a link that leads nowhere."""
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise ModelError(f"the file {path.name!r} of {name!r} cannot be read ({error.strerror})") from error
+    if not stat.S_ISREG(status.st_mode):
+        raise ModelError(f"{path.name!r} of {name!r} is not an ordinary file")
+    return status.st_size
+
+
+def _check_weights(name: str, path: Path) -> None:
+    """Raise ModelError for weights that are no ordinary file, or that would unpack to more than the file's size.
+
+    The files of torch.save are zip archives, which torch never compresses.
+    """
+    size = _ordinary_size(name, path)
+    if path.suffix == ".safetensors" or not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as records:
+            unpacked = sum(record.file_size for record in records.infolist())
+    except (zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        raise ModelError(f"the file {path.name!r} of {name!r} is damaged ({error})") from error
+    if unpacked > size:
+        raise ModelError(f"the file {path.name!r} of {name!r} would unpack to {gigabytes(unpacked)}")
+
+
+def _read_json(name: str, path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"the file {path.name!r} of {name!r} is no JSON") from error

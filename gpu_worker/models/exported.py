@@ -1,0 +1,112 @@
+"""The modeling file of an exported model: what transformers runs to build it, one per family.
+
+transformers keeps sizes per layer in a config (`per_layer_config`) but builds every layer from the global ones. The
+file adds the missing step and nothing else, so that a user can read it before trusting it. It is rendered without
+version or date: two exports of one family carry the same bytes.
+"""
+
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+
+from gpu_worker.models.families import FAMILIES, PRUNED
+from protocol.errors import ModelError
+
+
+@dataclass(frozen=True)
+class Modeling:
+    """How transformers names the classes of one family, and where their construction differs."""
+
+    package: str
+    """Below `transformers.models`."""
+    title: str
+    classes: str
+    """Prefix of the family's classes."""
+    text: str = ""
+    """What stands between the prefix and `Model` and `Config` where the family has models of other kinds too."""
+    scaled_embedding: bool = False
+    """The embedding multiplies by √hidden size."""
+    sliding_flag: bool = False
+    """The model notes at construction whether any layer has a sliding window."""
+
+
+MODELINGS = {
+    "llama": Modeling(package="llama", title="A Llama", classes="Llama"),
+    "mistral": Modeling(package="mistral", title="A Mistral", classes="Mistral"),
+    "qwen2": Modeling(package="qwen2", title="A Qwen2", classes="Qwen2", sliding_flag=True),
+    "qwen3": Modeling(package="qwen3", title="A Qwen3", classes="Qwen3", sliding_flag=True),
+    "gemma3_text": Modeling(package="gemma3", title="A Gemma 3", classes="Gemma3", text="Text", scaled_embedding=True),
+    "phi3": Modeling(package="phi3", title="A Phi-3", classes="Phi3"),
+}
+"""By the dense model's `model_type`."""
+
+
+def modeling_of(model_type: str, fmt: str = "hf") -> Modeling:
+    """The entry for a dense model's `model_type`. Raises ModelError that names format and families."""
+    if model_type not in MODELINGS:
+        raise ModelError(
+            f"models of type {model_type!r} cannot be exported as {fmt}; supported model types: "
+            f"{', '.join(sorted(MODELINGS))}"
+        )
+    return MODELINGS[model_type]
+
+
+def plain_type(config: Any) -> str:
+    """The `model_type` of a config before pruning: that of the dense model also where an exported one was loaded."""
+    return str(config.model_type).removeprefix(PRUNED)
+
+
+def module_name(model_type: str) -> str:
+    """Name of the modeling file for a dense model of `model_type`, without `.py`."""
+    return f"modeling_{PRUNED}{model_type}"
+
+
+def class_names(model_type: str) -> dict[str, str]:
+    """The modeling file's classes by the auto class of transformers that loads them."""
+    family = modeling_of(model_type)
+    pruned = f"Pruned{family.classes}{family.text}"
+    return {
+        "AutoConfig": f"{pruned}Config",
+        # vLLM's Transformers backend starts from this one.
+        "AutoModel": f"{pruned}Model",
+        "AutoModelForCausalLM": f"{pruned}ForCausalLM",
+    }
+
+
+def render_modeling(model_type: str) -> str:
+    """Text of the modeling file for a dense model of `model_type`. Raises ModelError for an unsupported one."""
+    family = modeling_of(model_type)
+    prefix = family.classes
+    names = {
+        "model": f"{prefix}{family.text}Model",
+        "causal_lm": f"{prefix}ForCausalLM",
+        "base": f"{prefix}PreTrainedModel",
+        "decoder_layer": f"{prefix}DecoderLayer",
+        "norm": f"{prefix}RMSNorm",
+        "rotary": f"{prefix}RotaryEmbedding",
+    }
+    if family.scaled_embedding:
+        names["scaled_embedding"] = f"{prefix}{family.text}ScaledWordEmbedding"
+    template = _environment().from_string(
+        resources.files("gpu_worker.models").joinpath("modeling_pruned.py.j2").read_text(encoding="utf-8")
+    )
+    return template.render(
+        {"scaled_embedding": None} | names,
+        imports=sorted(names.values()),
+        package=family.package,
+        title=family.title,
+        config=f"{prefix}{family.text}Config",
+        pruned=f"Pruned{prefix}{family.text}",
+        model_type=PRUNED + model_type,
+        sliding_flag=family.sliding_flag,
+        # Such attention cuts its one projection apart by the config's number of heads.
+        fused=FAMILIES[model_type].fused_attention is not None,
+    )
+
+
+def _environment() -> Environment:
+    return Environment(
+        undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=False
+    )

@@ -1,0 +1,158 @@
+"""GGUF files as target models: unpacked once into an ordinary checkpoint, which is kept in the cache."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from gguf import GGUFReader
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from gpu_worker.cache import cached
+from gpu_worker.models.checkpoints import load_weights, reading, reason
+from gpu_worker.models.families import family_of
+from gpu_worker.models.gguf_layout import open_gguf
+from gpu_worker.models.identity import file_identity
+from gpu_worker.models.memory import main_memory
+from gpu_worker.models.sizes import check_sizes
+from protocol.errors import ModelError
+from protocol.runtime.amounts import gigabytes
+
+SIZES = {
+    "block_count": "num_hidden_layers",
+    "embedding_length": "hidden_size",
+    "feed_forward_length": "intermediate_size",
+    "attention.head_count": "num_attention_heads",
+    "attention.head_count_kv": "num_key_value_heads",
+    "attention.key_length": "head_dim",
+    "vocab_size": "vocab_size",
+}
+"""Fields that become sizes of the config, below the architecture's name."""
+EXPORTED = "deci"
+"""The architecture of our own exports, whose layers differ."""
+LLAMA3_ROPE = {
+    "rope_type": "llama3",
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
+"""What Llama 3.1, 3.2 and 3.3 share; their factors differ."""
+
+
+@dataclass(frozen=True)
+class GgufHeader:
+    """What a GGUF file says of itself beside its weights."""
+
+    architecture: str
+    sizes: Mapping[str, Any]
+    """Under the names that a config has for them."""
+    parameters: int
+    rope_scaling: str
+    """How positions are scaled; empty where they are not."""
+    rope_factors: tuple[float, ...]
+    """What each rotary frequency is divided by, as Llama 3.1 does; empty where they are not."""
+
+    @classmethod
+    def of(cls, file: Path) -> "GgufHeader":
+        """Read it. Raises ValueError where the file is no GGUF file."""
+        reader = open_gguf(file)
+        architecture = _text(reader, "general.architecture")
+        scaling = _text(reader, f"{architecture}.rope.scaling.type")
+        tensors = {tensor.name: tensor for tensor in reader.tensors}
+        if "rope_factors_long.weight" in tensors:
+            scaling = "longrope"
+        factors = tensors.get("rope_freqs.weight")
+        return cls(
+            architecture=architecture,
+            sizes={key: _value(reader, f"{architecture}.{field}") for field, key in SIZES.items()},
+            parameters=sum(int(tensor.n_elements) for tensor in reader.tensors),
+            rope_scaling="" if scaling == "none" else scaling,
+            rope_factors=() if factors is None else tuple(float(x) for x in factors.data),
+        )
+
+
+def unpacked(file: Path, dtype: str) -> Path:
+    """The folder with the model of a GGUF file as an ordinary checkpoint in `dtype`, written at the first call.
+
+    A file that was written again is unpacked again, whatever a look at a part of its weights tells. Raises ModelError
+    for a file that transformers cannot read, or would read as another model than it is.
+    """
+    return cached(f"gguf-{file_identity(file)}-{dtype}", lambda folder: _unpack(file, folder, getattr(torch, dtype)))
+
+
+def _unpack(file: Path, folder: Path, dtype: torch.dtype) -> None:
+    def sentence(error: Exception) -> str:
+        return f"the GGUF file {str(file)!r} cannot be unpacked ({reason(error)}); pass the model's folder"
+
+    with reading(sentence):
+        header = GgufHeader.of(file)
+        _check(file, header, dtype)
+        place = {"pretrained_model_name_or_path": str(file.parent), "gguf_file": file.name}
+        config = transformers.AutoConfig.from_pretrained(**place)
+        family_of(config)
+        _restore_rope(file, header, config)
+        _plain_model(file, config, dtype).save_pretrained(folder)
+        transformers.AutoTokenizer.from_pretrained(**place).save_pretrained(folder)
+
+
+def _check(file: Path, header: GgufHeader, dtype: torch.dtype) -> None:
+    if header.architecture == EXPORTED:
+        raise ModelError(
+            f"{str(file)!r} is a pruned export for llama.cpp, which transformers cannot load; "
+            "pass the hf or the padded export of the same model"
+        )
+    check_sizes(str(file), header.sizes)
+    if header.rope_scaling:
+        raise ModelError(
+            f"{str(file)!r} scales its positions ({header.rope_scaling}), which transformers leaves out of what it "
+            "reads from GGUF files; pass the model's folder"
+        )
+    needed, there = header.parameters * dtype.itemsize, main_memory()
+    if needed > there:
+        raise ModelError(
+            f"unpacking {str(file)!r} needs about {gigabytes(needed)} of main memory where {gigabytes(there)} are "
+            "available; pass the model's folder, or use a machine with more"
+        )
+
+
+def _restore_rope(file: Path, header: GgufHeader, config: Any) -> None:
+    """Write into `config` how Llama 3.1 scales its rotary frequencies: transformers drops the file's factors.
+
+    Raises ModelError where the factors are not those that follow from what all its releases share.
+    """
+    if not header.rope_factors:
+        return
+    rope = {**config.rope_parameters, **LLAMA3_ROPE, "factor": max(header.rope_factors)}
+    config.rope_parameters = rope
+    scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, device="cpu")
+    steps = torch.arange(len(scaled)) / len(scaled)
+    if not torch.allclose(rope["rope_theta"] ** -steps / scaled, torch.tensor(header.rope_factors), rtol=1e-3):
+        raise ModelError(f"{str(file)!r} scales its positions in a way of its own; pass the model's folder")
+
+
+def _plain_model(file: Path, config: Any, dtype: torch.dtype) -> Any:
+    """The model of the file with its weights dequantised, and no mark of having been quantised."""
+    options: dict[str, Any] = {}
+    if hasattr(transformers, "GgufConfig"):
+        # Without `dequantize` the loader warns that its packed kernels are missing. Older ones always dequantise.
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    loaded = load_weights(file.name, str(file.parent), dtype, gguf_file=file.name, config=config, **options)
+    marked = loaded.config.to_dict()
+    marked.pop("quantization_config", None)
+    with torch.device("meta"):
+        plain = type(loaded)(type(config).from_dict(marked)).to(dtype)
+    plain.load_state_dict(loaded.state_dict(), assign=True)
+    plain.tie_weights()
+    return plain
+
+
+def _text(reader: GGUFReader, name: str) -> str:
+    value = _value(reader, name)
+    return "" if value is None else str(value)
+
+
+def _value(reader: GGUFReader, name: str) -> Any:
+    field = reader.get_field(name)
+    return None if field is None else field.contents()

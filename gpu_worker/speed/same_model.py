@@ -1,0 +1,54 @@
+"""Whether one model can have been pruned from another, and whether both fit."""
+
+from dataclasses import dataclass, replace
+
+from gpu_worker.models.memory import this_machine
+from protocol.errors import ModelError
+from protocol.plans.shape import LayerShape
+from protocol.runtime.amounts import gigabytes
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What of a model stays as it is when it is pruned, and the layers, which do not."""
+
+    family: str | None
+    """None where a file does not say it."""
+    hidden_size: int
+    vocabulary: int
+    head_dim: int
+    layers: tuple[LayerShape, ...]
+
+
+def check_related(dense: Sizes, pruned: Sizes, baseline: str) -> None:
+    """Raise ModelError unless `pruned` may come of `dense`: the same architecture and vocabulary, no layer larger."""
+    for name, of_dense, of_pruned in (
+        ("model type", dense.family, pruned.family),
+        ("vocabulary", dense.vocabulary, pruned.vocabulary),
+        ("hidden size", dense.hidden_size, pruned.hidden_size),
+        ("head width", dense.head_dim, pruned.head_dim),
+        ("number of layers", len(dense.layers), len(pruned.layers)),
+    ):
+        if of_dense != of_pruned and None not in (of_dense, of_pruned):
+            raise ModelError(
+                f"the baseline {baseline!r} is another model than the pruned one: its {name} is {of_dense} and "
+                f"not {of_pruned}; pass the dense model that was pruned"
+            )
+    for i, (whole, kept) in enumerate(zip(dense.layers, pruned.layers, strict=True)):
+        if kept.query_heads > whole.query_heads or kept.mlp_channels > whole.mlp_channels:
+            raise ModelError(
+                f"the baseline {baseline!r} is smaller than the pruned model in layer {i}; "
+                "pass the dense model that was pruned"
+            )
+
+
+def check_room(needed: int, *, on_gpu: bool) -> None:
+    """Raise ModelError where what is still to be loaded, in bytes, does not fit: on the GPUs, or in main memory."""
+    machine = this_machine()
+    on_gpu = on_gpu and bool(machine.gpus)
+    if needed > (sum(machine.gpus) if on_gpu else machine.main):
+        machine = machine if on_gpu else replace(machine, gpus=())
+        raise ModelError(
+            f"both models together need about {gigabytes(needed)} more where {machine.sentence}; "
+            "use smaller batches (--batch-size), a shorter --prompt or --generate, or a machine with more memory"
+        )

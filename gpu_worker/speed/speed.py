@@ -1,0 +1,91 @@
+"""`selfpruner speed`: an exported folder beside its dense model, in one engine after the other."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from gpu_worker.evaluation.outcomes import preparing
+from gpu_worker.export.folder import check_weights, formats_in
+from gpu_worker.progress import Progress, no_progress
+from gpu_worker.speed.engines import SpeedRequest, choose_engines
+from gpu_worker.speed.timing import Pair, measured_batches, prefixed
+from protocol.errors import ModelError, UsageError
+from protocol.results.formats import Engine, Formats
+from protocol.results.speeds import EngineSpeed, SpeedResult
+
+
+def measure_speed(request: SpeedRequest, progress: Progress = no_progress) -> SpeedResult:
+    """Measure both models in each engine.
+
+    What an engine measured is kept where a later one fails. Raises UsageError for a folder that is no export, a
+    baseline that it cannot come of, an engine that is not there or cannot run it, and too little memory.
+    """
+    formats = formats_in(request.folder)
+    check_weights(request.folder, formats)
+    engines, skipped = choose_engines(request.engines, formats)
+    check_gguf_type(request, engines, formats)
+    found: list[EngineSpeed] = []
+    for engine in engines:
+        try:
+            with preparing(request.baseline):
+                found.append(_measure_in(engine, formats, request, progress))
+        except UsageError as error:
+            # An engine that nobody named may be one for other families, shorter texts, or for a GPU.
+            if request.engines and not found:
+                raise
+            skipped[engine] = str(error)
+    if not found:
+        raise ModelError(f"no engine here could measure: {'; '.join(skipped.values())}")
+    return SpeedResult(
+        folder=request.folder,
+        baseline=request.baseline,
+        prompt=request.length.prompt,
+        generate=request.length.generate,
+        repeats=request.repeats,
+        warm_up=request.warm_up,
+        engines=tuple(found),
+        skipped=skipped,
+    )
+
+
+def check_gguf_type(request: SpeedRequest, engines: tuple[Engine, ...], formats: Formats) -> None:
+    """Raise SettingsError where a GGUF file has another type than the one asked for, and none can be made."""
+    if request.gguf_type is not None and "llama.cpp" in engines:
+        from gpu_worker.speed.gguf_pair import files_there
+
+        files_there(request, formats)
+
+
+def _measure_in(engine: Engine, formats: Formats, request: SpeedRequest, progress: Progress) -> EngineSpeed:
+    """One engine, whose models are gone from memory when the next one loads its own."""
+    with _opened(engine, formats, request, progress) as pair:
+        told = prefixed(progress, engine)
+        batches = measured_batches(pair, request.batch_sizes, request.repeats, request.warm_up, told)
+        return EngineSpeed(
+            engine=engine,
+            device=pair.device,
+            threads=pair.threads,
+            dense=pair.dense.size(),
+            pruned=pair.pruned.size(),
+            batches=batches,
+        )
+
+
+@contextmanager
+def _opened(engine: Engine, formats: Formats, request: SpeedRequest, progress: Progress) -> Iterator[Pair]:
+    """Both models in `engine`, whose module is imported only now: its package may be missing elsewhere."""
+    progress(f"{engine}: loading", 0, 1)
+    if engine == "transformers":
+        from gpu_worker.speed.transformers_engine import open_pair as in_transformers
+
+        opened = in_transformers(request)
+    elif engine == "llama.cpp":
+        from gpu_worker.speed.llama_cpp_engine import open_pair as in_llama_cpp
+
+        opened = in_llama_cpp(request, formats, progress)
+    else:
+        from gpu_worker.speed.vllm_engine import open_pair as in_vllm
+
+        opened = in_vllm(request)
+    with opened as pair:
+        progress(f"{engine}: loading", 1, 1)
+        yield pair

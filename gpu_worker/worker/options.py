@@ -1,0 +1,40 @@
+"""A worker's options, from the flags of `selfpruner worker` and `python -m gpu_worker`: one check for both."""
+
+from pathlib import Path
+
+from gpu_worker.worker.worker import WorkerOptions
+from protocol.errors import SettingsError
+from protocol.queue.connection import check_url, with_password
+from protocol.queue.jobs import LEAST_LEASE_SECONDS, MOST_SECONDS
+from protocol.queue.keys import check_search_name
+
+
+def worker_options(
+    *,
+    search: str,
+    redis_url: str,
+    redis_password_file: Path | None,
+    lease_seconds: float,
+    max_evaluation_seconds: float,
+    max_preparation_seconds: float,
+    grace_seconds: float,
+    own_gpu: bool,
+    spec: str | None = None,
+) -> WorkerOptions:
+    """The options that these flags mean. Raises SettingsError, which names the flag, for what cannot be."""
+    return WorkerOptions(
+        redis_url=with_password(check_url(redis_url), redis_password_file),
+        search=check_search_name(search),
+        lease_seconds=_seconds("--lease-seconds", lease_seconds, least=LEAST_LEASE_SECONDS),
+        max_evaluation_seconds=_seconds("--max-evaluation-seconds", max_evaluation_seconds, least=1e-3),
+        max_preparation_seconds=_seconds("--max-preparation-seconds", max_preparation_seconds, least=1e-3),
+        grace_seconds=_seconds("--grace-seconds", grace_seconds, least=0.0),
+        own_gpu=own_gpu,
+        spec=spec,
+    )
+
+
+def _seconds(flag: str, value: float, *, least: float) -> float:
+    if not least <= value <= MOST_SECONDS:  # which NaN is not
+        raise SettingsError(f"{flag} cannot be {value:g}: give {least:g} to {MOST_SECONDS:g} seconds")
+    return value

@@ -1,0 +1,95 @@
+"""Whether a search still wants the spec that a worker prepares: preparing may take hours, and searches move on."""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
+
+from redis.exceptions import RedisError
+
+from protocol.errors import SelfPrunerError, StoreError
+from protocol.plans.spec import SearchSpec
+from protocol.queue.control import Command
+
+LOOK_EVERY_SECONDS = 1.0
+LAST_LOOK_SECONDS = 2.0
+"""Time limit of the look after a preparation has failed: it must not hang because the server is away."""
+T = TypeVar("T")
+
+
+class NoLongerWanted(SelfPrunerError):  # noqa: N818  (the search has moved on; nothing broke)
+    """The search does not wait for this spec any more; the text says why."""
+
+
+class Demand:
+    """The demand of a search for one spec.
+
+    `read_spec` and `read_command` ask the server. A spec that is missing for less than `patience_seconds` is still
+    wanted, because a daemon restores a server that has lost its data.
+    """
+
+    def __init__(
+        self,
+        fingerprint: str,
+        read_spec: Callable[[], Awaitable[SearchSpec | None]],
+        read_command: Callable[[], Awaitable[Command]],
+        *,
+        patience_seconds: float,
+    ) -> None:
+        self._fingerprint = fingerprint
+        self._read_spec = read_spec
+        self._read_command = read_command
+        self._patience = patience_seconds
+        self._missing_since: float | None = None
+
+    async def during(self, preparation: Coroutine[Any, Any, T]) -> T:
+        """Return the result of `preparation`, which is cancelled when the search does not want it any more.
+
+        Raises NoLongerWanted then, and also where the preparation fails and is not wanted: a model that no search
+        asks for must not end the worker.
+        """
+        preparing = asyncio.ensure_future(preparation)
+        lapse = asyncio.create_task(self._lapse())
+        try:
+            await asyncio.wait({preparing, lapse}, return_when=asyncio.FIRST_COMPLETED)
+            if not preparing.done():
+                raise NoLongerWanted(lapse.result())
+            if preparing.exception() and (reason := await self._last_look()):
+                raise NoLongerWanted(reason) from preparing.exception()
+            return preparing.result()
+        finally:
+            preparing.cancel()
+            lapse.cancel()
+            await asyncio.gather(preparing, lapse, return_exceptions=True)
+
+    async def _lapse(self) -> str:
+        """Wait until the spec is not wanted; returns why."""
+        while True:
+            await asyncio.sleep(LOOK_EVERY_SECONDS)
+            if reason := await self._look():
+                return reason
+
+    async def _last_look(self) -> str:
+        try:
+            return await asyncio.wait_for(self._look(), LAST_LOOK_SECONDS)
+        except TimeoutError:
+            return ""
+
+    async def _look(self) -> str:
+        """Return why the spec is not wanted; empty where it is, or where the server's answer cannot be read."""
+        try:
+            spec, command = await self._read_spec(), await self._read_command()
+        except (StoreError, RedisError):
+            return ""
+        if spec is None:
+            return self._missing()
+        self._missing_since = None
+        if spec.fingerprint != self._fingerprint:
+            return f"the search has another spec ({spec.fingerprint})"
+        return "the search is stopped" if command == "stop" else ""
+
+    def _missing(self) -> str:
+        now = time.monotonic()
+        self._missing_since = now if self._missing_since is None else self._missing_since
+        gone = now - self._missing_since >= self._patience
+        return f"the search has been gone for {self._patience:g} seconds" if gone else ""

@@ -1,0 +1,1 @@
+"""Logs, files, locks, paths, signals and secrets of a process. Start with logs.py."""

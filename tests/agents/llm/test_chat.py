@@ -1,0 +1,231 @@
+"""Chat against a scripted endpoint: what is sent, what counts as the answer, pausing, and what is kept."""
+
+import asyncio
+import json
+from dataclasses import replace
+
+import pytest
+
+from agents.llm.chat import Chat
+from protocol.errors import EndpointError
+from tests.support.chatting import OK, QUICK, SCHEMA, ask
+from tests.support.scripted_llm import Reply, ScriptedLlm, hangs, refuses, says
+
+
+async def test_the_request_holds_what_was_asked_and_the_answer_what_came() -> None:
+    async with ScriptedLlm([says("fine", prompt_tokens=11, completion_tokens=3)]) as llm, Chat([llm.endpoint]) as chat:
+        answer = await ask(chat)
+        assert llm.bodies == [
+            {
+                "model": "model",
+                "messages": [{"role": "user", "content": "Which rates?"}],
+                "seed": 7,
+                "temperature": 0.5,
+                "max_tokens": 100,
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "rates", "strict": True, "schema": SCHEMA},
+                },
+            }
+        ]
+        assert (answer.text, answer.endpoint, answer.prompt_tokens, answer.completion_tokens) == ("fine", "fake", 11, 3)
+        assert not answer.truncated
+
+
+async def test_a_function_of_the_request_can_answer() -> None:
+    async with ScriptedLlm(lambda body: f"seed {body['seed']}") as llm, Chat([llm.endpoint]) as chat:
+        assert (await ask(chat)).text == "seed 7"
+
+
+@pytest.mark.parametrize(
+    ("reply", "text", "truncated"),
+    [
+        (says(None), "", False),
+        (says(None, reasoning_content="0.3, 0.4", refusal="no"), "", False),
+        (says("<think>0.1</think>\n[0.2]"), "[0.2]", False),
+        (says("0.1</think>[0.2]"), "[0.2]", False),
+        (says("<think>0.1, 0.2"), "", True),
+        (says("[0.1, 0.", finish_reason="length"), "[0.1, 0.", True),
+    ],
+)
+async def test_only_the_answer_counts_not_the_reasoning(reply: Reply, text: str, truncated: bool) -> None:
+    async with ScriptedLlm([reply]) as llm, Chat([llm.endpoint], QUICK) as chat:
+        answer = await ask(chat)
+        assert (answer.text, answer.truncated) == (text, truncated)
+
+
+# The ladder of structured output
+
+
+async def test_a_refused_form_of_answer_is_one_step_down_and_remembered() -> None:
+    script = [
+        refuses(400, "response_format json_schema is not supported"),
+        refuses(400, "'response_format.type' must be 'text'"),
+        OK,
+    ]
+    async with ScriptedLlm(script) as llm, Chat([llm.endpoint], replace(QUICK, attempts=1)) as chat:
+        await ask(chat)
+        await ask(chat)
+        formats = [body.get("response_format", {"type": "text"})["type"] for body in llm.bodies]
+        assert formats == ["json_schema", "json_object", "text", "text"]
+        assert chat.usage["fake"].errors == 0
+
+
+async def test_a_refused_grammar_is_one_step_down_too() -> None:
+    schema: dict[str, object] = {"enum": [1, 2]}
+    script = [refuses(400, "Unknown parameter: 'grammar'."), refuses(400, "json_schema is not supported"), OK]
+    async with ScriptedLlm(script) as llm:
+        async with Chat([replace(llm.endpoint, grammar=True)], replace(QUICK, attempts=1)) as chat:
+            await ask(chat, schema)
+            await ask(chat, schema)
+        assert llm.bodies[0]["grammar"].startswith("root ::=")
+        assert "response_format" not in llm.bodies[0]
+        formats = [body["response_format"]["type"] for body in llm.bodies[1:]]
+        assert formats == ["json_schema", "json_object", "json_object"]
+        assert not any("grammar" in body for body in llm.bodies[1:])
+
+
+async def test_a_grammar_that_no_text_comes_of_is_given_up() -> None:
+    """A template that begins the reasoning itself makes all that the grammar lets through reasoning."""
+    schema: dict[str, object] = {"enum": [1, 2]}
+    silent = says("", reasoning_content="1", prompt_tokens=10, completion_tokens=5)
+    async with ScriptedLlm([silent, OK]) as llm, Chat([replace(llm.endpoint, grammar=True)], QUICK) as chat:
+        assert (await ask(chat, schema)).text == (await ask(chat, schema)).text == "fine"
+        assert ["grammar" in body for body in llm.bodies] == [True, False, False]
+        usage = chat.usage["fake"]
+        assert (usage.requests, usage.answers, usage.prompt_tokens, usage.completion_tokens) == (3, 2, 30, 15)
+
+
+async def test_an_answer_without_text_is_an_answer_where_no_grammar_was_sent() -> None:
+    async with ScriptedLlm([says("")]) as llm, Chat([replace(llm.endpoint, grammar=True)], QUICK) as chat:
+        assert (await ask(chat, None)).text == ""
+        assert len(llm.bodies) == 1
+
+
+async def test_what_no_grammar_can_say_goes_as_a_schema_and_its_refusal_counts_for_all() -> None:
+    async with ScriptedLlm([refuses(400, "json_schema is not supported"), OK]) as llm:
+        async with Chat([replace(llm.endpoint, grammar=True)], QUICK) as chat:
+            await ask(chat, {"type": "string"})
+            await ask(chat, {"enum": [1, 2]})
+        formats = [body["response_format"]["type"] for body in llm.bodies]
+        assert formats == ["json_schema", "json_object", "json_object"]
+
+
+async def test_no_schema_no_form() -> None:
+    async with ScriptedLlm([OK]) as llm, Chat([llm.endpoint]) as chat:
+        await ask(chat, schema=None)
+        assert "response_format" not in llm.bodies[0]
+
+
+async def test_what_else_a_model_refuses_is_left_out() -> None:
+    script = [
+        refuses(400, "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."),
+        refuses(400, "'temperature' does not support 0.5"),
+        OK,
+    ]
+    async with ScriptedLlm(script) as llm, Chat([llm.endpoint], QUICK) as chat:
+        await ask(chat)
+        assert {"temperature", "max_tokens"}.isdisjoint(llm.bodies[2])
+        assert llm.bodies[2]["max_completion_tokens"] == 100
+
+
+# Pausing and ending
+
+
+async def test_nothing_is_asked_while_the_gate_is_closed_and_the_deadline_waits() -> None:
+    gate = asyncio.Event()
+
+    async def wait_at_gate() -> None:
+        await gate.wait()
+
+    policy = replace(QUICK, deadline=0.5)
+    async with ScriptedLlm([OK]) as llm, Chat([llm.endpoint], policy, gate=wait_at_gate) as chat:
+        asking = asyncio.create_task(ask(chat))
+        await asyncio.sleep(1.0)
+        assert llm.asked == [] and not asking.done()
+        gate.set()
+        assert (await asking).text == "fine"
+
+
+async def test_the_gate_stands_before_every_attempt() -> None:
+    passed = 0
+
+    async def count() -> None:
+        nonlocal passed
+        passed += 1
+
+    async with ScriptedLlm([refuses(500, "hm"), refuses(400, "no json_schema"), OK]) as llm:
+        async with Chat([llm.endpoint], QUICK, gate=count) as chat:
+            await ask(chat)
+        assert passed == 1 + len(llm.asked) == 4  # to be let in at all, and before each request
+
+
+async def test_what_the_gate_raises_passes_and_frees_the_slot() -> None:
+    class Stopped(Exception):  # noqa: N818
+        pass
+
+    stopping = True
+
+    async def gate() -> None:
+        if stopping:
+            raise Stopped
+
+    async with ScriptedLlm([OK]) as llm, Chat([llm.endpoint], replace(QUICK, concurrency=1), gate=gate) as chat:
+        with pytest.raises(Stopped):
+            await ask(chat)
+        stopping = False
+        assert (await ask(chat)).text == "fine"
+
+
+async def test_a_cancelled_question_frees_its_slot_and_is_no_failure() -> None:
+    async with ScriptedLlm([hangs, OK]) as llm, Chat([llm.endpoint], replace(QUICK, concurrency=1)) as chat:
+        asking = asyncio.create_task(ask(chat))
+        while not llm.asked:
+            await asyncio.sleep(0.01)
+        asking.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        assert (await ask(chat)).text == "fine"
+        assert chat.usage["fake"].errors == 0
+
+
+async def test_a_fault_of_our_own_in_reading_is_not_taken_for_the_endpoints(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("agents.llm.client.read_completion", broken)
+    async with ScriptedLlm([OK]) as llm, Chat([llm.endpoint], QUICK) as chat:
+        with pytest.raises(ZeroDivisionError):
+            await ask(chat)
+
+
+# What is kept
+
+
+async def test_the_transcript_holds_answers_and_failures() -> None:
+    records: list[dict[str, object]] = []
+    async with (
+        ScriptedLlm([refuses(404, "no such model")], name="a") as first,
+        ScriptedLlm([says("fine", prompt_tokens=11, completion_tokens=3)], name="b") as second,
+        Chat([first.endpoint, second.endpoint], QUICK, record=records.append) as chat,
+    ):
+        await ask(chat)
+    failed, answered = records
+    assert (failed["endpoint"], failed["text"]) == ("a", None)
+    assert "no such model" in str(failed["error"])
+    assert (answered["endpoint"], answered["text"], answered["error"], answered["label"]) == ("b", "fine", None, "test")
+    assert (answered["prompt_tokens"], answered["completion_tokens"]) == (11, 3)
+    assert answered["messages"] == [{"role": "user", "content": "Which rates?"}]
+    json.dumps(records, allow_nan=False)
+
+
+async def test_usage_counts_requests_answers_errors_and_tokens() -> None:
+    script = [refuses(500, "hm"), OK, OK, refuses(404, "gone")]
+    async with ScriptedLlm(script) as llm, Chat([llm.endpoint], QUICK) as chat:
+        await ask(chat)
+        await ask(chat)
+        with pytest.raises(EndpointError):
+            await ask(chat)
+        usage = chat.usage["fake"]
+        assert (usage.requests, usage.answers, usage.errors) == (4, 2, 1)
+        assert (usage.prompt_tokens, usage.completion_tokens) == (20, 10)

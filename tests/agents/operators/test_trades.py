@@ -1,0 +1,322 @@
+"""What a surrogate makes of outcomes, and what it offers: trades, mixes, and the lessons of earlier ones."""
+
+import math
+import random
+import statistics
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+
+from agents.operators.genetic import random_rates
+from agents.operators.mixes import mix_menu, on_budget
+from agents.operators.sampling import RANKED_TRADES, RankedTrades, drawn_ranked_mix, good_one
+from agents.operators.surrogate import Surrogate
+from agents.operators.trades import OFFERED, Trade, menu, traded
+from agents.operators.trades import WIDE as WIDE_MENU
+from agents.population.view import Member, Tried, View
+from agents.prompting.descriptions import trades_in_words
+from agents.prompting.lessons import lessons
+from protocol.plans.candidate import Candidate, Provenance, candidate_id
+from protocol.plans.plan import Plan, attention_levels, removed_shares
+from protocol.plans.shape import Granularity, LayerShape, ModelShape
+from protocol.plans.single_unit import removed_alone
+from protocol.plans.spec import SearchSpec
+from tests.support.samples import CARD, SHAPE, SPEC
+
+LAYERS = 12
+WIDE = SHAPE.model_copy(update={"layers": (LayerShape(query_heads=4, kv_heads=2, mlp_channels=64),) * LAYERS})
+
+
+def spec_of(granularity: Granularity) -> SearchSpec:
+    return SPEC.model_copy(update={"granularity": granularity})
+
+
+def truth(plan: Plan, shape: ModelShape, granularity: Granularity) -> float:
+    """A rise in which units differ, damage grows faster than the share, and all of it more the more there is."""
+    shares = removed_shares(plan, shape, granularity)
+    damage = sum((0.3 + (7 * i) % 5) * share**2 for i, share in enumerate(shares)) / len(shares)
+    return damage + 0.3 * damage**2
+
+
+def card_sensitivity(granularity: Granularity) -> tuple[float, ...]:
+    """As a worker measures it: each unit alone, and not quite what it costs among others."""
+    count = len(WIDE.units(granularity))
+    return tuple((0.3 + (7 * i) % 5) * 0.3**2 / count * (0.6 + 0.8 * ((3 * i) % 4) / 3) for i in range(count))
+
+
+def member(view: View, rates: Sequence[float], *, round_: int = 0, parents: tuple[str, ...] = ()) -> Member:
+    spec, shape = view.spec, view.card.shape
+    feasible = spec.feasible(tuple(rates), shape)
+    plan = spec.plan(feasible, shape)
+    who = Provenance(agent="mutator", source="llm", round=round_, parents=parents)
+    made = Candidate(id=candidate_id(plan, spec.fingerprint), rates=feasible, plan=plan, provenance=who)
+    return Member(made, 10 * math.exp(truth(plan, shape, spec.granularity)))
+
+
+def view_of(granularity: Granularity, measured: int) -> View:
+    spec = spec_of(granularity)
+    card = CARD.model_copy(update={"shape": WIDE, "sensitivity": card_sensitivity(granularity)})
+    empty = View(spec, card, 1, ())
+    rng = random.Random(1)
+    members = {
+        m.candidate.id: m for m in (member(empty, random_rates(rng, len(empty.units), 0.3)) for _ in range(measured))
+    }
+    ranked = tuple(sorted(members.values(), key=lambda m: m.fitness))
+    return View(spec, card, 1, ranked[:10], {}, ranked)
+
+
+def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
+    def ranks(values: Sequence[float]) -> list[int]:
+        order = sorted(range(len(values)), key=lambda i: values[i])
+        return [order.index(i) for i in range(len(values))]
+
+    n = len(first)
+    return 1 - 6 * sum((a - b) ** 2 for a, b in zip(ranks(first), ranks(second), strict=True)) / (n * (n * n - 1))
+
+
+def error_of(view: View, seed: int = 99) -> tuple[float, float]:
+    """Rank correlation with the truth, and mean error in nats, over new random candidates."""
+    surrogate, rng = Surrogate(view), random.Random(seed)
+    new = [member(view, random_rates(rng, len(view.units), 0.3)) for _ in range(60)]
+    guessed = [surrogate.guess(m.candidate.plan) for m in new]
+    true = [math.log(m.fitness / 10) for m in new]
+    off = sum(abs(g - t) for g, t in zip(guessed, true, strict=True)) / len(new)
+    return rank_correlation(guessed, true), off
+
+
+@pytest.mark.parametrize("granularity", ["layer", "block"])
+def test_the_surrogate_knows_the_sensitivity_before_anything_is_measured_and_learns_from_outcomes(
+    granularity: Granularity,
+) -> None:
+    before, far = error_of(view_of(granularity, 0))
+    after, near = error_of(view_of(granularity, 80))
+    assert before > 0.3
+    assert after > max(before, 0.85) and near < far / 3
+
+
+def test_before_anything_is_measured_units_add_up_as_the_card_says() -> None:
+    view = view_of("layer", 0)
+    plan = member(view, random_rates(random.Random(5), len(view.units), 0.3)).candidate.plan
+    alone = [removed_alone(unit, view.spec, WIDE) for unit in view.units]
+    ratios = [share / whole for share, whole in zip(removed_shares(plan, WIDE, "layer"), alone, strict=True)]
+    harms = [s * (r if r <= 1 else r**2) for r, s in zip(ratios, view.card.sensitivity, strict=True)]
+    assert Surrogate(view).guess(plan) == pytest.approx(sum(harms))
+    means, _ = Surrogate(view).changes((0.0,) * LAYERS, [{0: alone[0]}, {0: alone[0], 3: alone[3] / 2}])
+    first, both = view.card.sensitivity[0], view.card.sensitivity[0] + view.card.sensitivity[3] / 2
+    assert means.tolist() == pytest.approx([first, both])
+
+
+def test_without_sensitivity_all_units_are_alike() -> None:
+    view = view_of("layer", 0)
+    base, moves = (0.0,) * LAYERS, [{3: 0.5}, {5: 0.5}]
+    unlike = Surrogate(view).changes(base, moves)[0]
+    assert unlike[0] > unlike[1]
+    alike = View(view.spec, view.card.model_copy(update={"sensitivity": ()}), 1, ())
+    assert len({round(float(change), 9) for change in Surrogate(alike).changes(base, moves)[0]}) == 1
+
+
+@pytest.mark.parametrize("granularity", ["layer", "block"])
+def test_changes_are_those_between_guesses_and_surer_near_what_was_measured(granularity: Granularity) -> None:
+    view = view_of(granularity, 40)
+    surrogate, base = Surrogate(view), view.measured[0].candidate.plan
+    shares = removed_shares(base, WIDE, granularity)
+    others = [removed_shares(m.candidate.plan, WIDE, granularity) for m in view.measured[1:6]]
+    moves = [{i: rate for i, rate in enumerate(other) if rate != shares[i]} for other in others]
+    means, doubts = surrogate.changes(shares, moves)
+    guesses = [surrogate.guess(m.candidate.plan) - surrogate.guess(base) for m in view.measured[1:6]]
+    assert means.tolist() == pytest.approx(guesses, abs=1e-9)
+    alone = Surrogate(View(view.spec, view.card, 1, (), {}, view.measured[:1]))
+    assert (doubts < alone.changes(shares, moves)[1] / 2).all()
+    assert surrogate.changes(shares, [{0: shares[0]}])[1][0] == pytest.approx(0, abs=1e-6)
+    small, large = surrogate.changes(shares, [{0: shares[0] + 0.01}, {0: shares[0] + 0.3}])[1]
+    assert 0 < small < large
+
+
+@pytest.mark.parametrize("granularity", ["layer", "block"])
+def test_trades_keep_the_budget_and_mostly_help(granularity: Granularity) -> None:
+    view = view_of(granularity, 60)
+    parent = view.measured[30]
+    weights = [unit.parameters for unit in view.units]
+    helped = 0
+    for seed in range(10):
+        trades = menu(view, parent, random.Random(seed), RANKED_TRADES)
+        assert len(trades) == RANKED_TRADES and trades[0].promise < 0
+        assert [t.promise for t in trades] == sorted(t.promise for t in trades)
+        for trade in trades:
+            rates = traded(parent, [trade]).rates
+            moved = sum((a - b) * w for a, b, w in zip(rates, parent.candidate.rates, weights, strict=True))
+            assert abs(moved) <= 1e-4 * sum(weights)
+            assert all(0 <= rate <= 1 for rate in rates)
+            helped += member(view, rates).fitness < parent.fitness
+    assert helped >= 0.7 * 10 * RANKED_TRADES
+
+
+def test_attention_trades_by_whole_levels() -> None:
+    view = view_of("block", 60)
+    rng, seen = random.Random(0), 0
+    for parent in view.measured[:20]:
+        for trade in menu(view, parent, rng, 10):
+            for unit, rate in ((trade.more, trade.more_rate), (trade.less, trade.less_rate)):
+                if view.units[unit].kind == "attention":
+                    levels = [share for share, _ in attention_levels(WIDE, view.units[unit].layer)]
+                    assert min(abs(rate - level) for level in levels) < 1e-3
+                    seen += 1
+    assert seen > 5
+
+
+def test_menus_differ_between_calls_and_no_unit_fills_one() -> None:
+    view = view_of("block", 60)
+    menus = [menu(view, view.measured[0], random.Random(seed), 10) for seed in range(5)]
+    assert len({tuple((t.more, t.less) for t in trades) for trades in menus}) == 5
+    for trades in menus:
+        for unit in range(len(view.units)):
+            assert sum(unit in (t.more, t.less) for t in trades) <= 2
+
+
+def test_a_model_that_cannot_be_pruned_otherwise_has_no_trades() -> None:
+    view = view_of("layer", 0)
+    spec = view.spec.model_copy(update={"lowest_rate": 0.3, "highest_rate": 0.3})
+    narrow = View(spec, view.card, 1, ())
+    parent = member(narrow, (0.3,) * LAYERS)
+    assert menu(narrow, parent, random.Random(0), 10) == ()
+
+
+@pytest.mark.parametrize("granularity", ["layer", "block"])
+def test_mixes_are_ranked_and_near_the_budget(granularity: Granularity) -> None:
+    view = view_of(granularity, 60)
+    mixes = mix_menu(view, view.measured[:10], random.Random(0), 100)
+    assert len(mixes) > 20
+    assert [m.expected for m in mixes] == sorted(m.expected for m in mixes)
+    true = [member(view, m.proposal.rates).fitness for m in mixes]
+    assert sum(true[:8]) / 8 < sum(true[8:]) / len(true[8:])
+    weights = [unit.parameters for unit in view.units]
+    for mix in mixes:
+        rates = on_budget(view, mix.proposal.rates)
+        assert sum(r * w for r, w in zip(rates, weights, strict=True)) / sum(weights) == pytest.approx(0.3, abs=0.02)
+
+
+def test_a_menu_has_no_mix_that_was_measured() -> None:
+    view = view_of("block", 60)
+    parents = view.measured[:10]
+    before = mix_menu(view, parents, random.Random(0), 100)
+    known = {view.candidate_id(mix.proposal.rates): 10.0 for mix in before[::2]}
+    informed = replace(view, fitness_of=known.get)
+    assert mix_menu(informed, parents, random.Random(0), 100) == tuple(
+        mix for mix in before if view.candidate_id(mix.proposal.rates) not in known
+    )
+    assert mix_menu(informed, parents, random.Random(0), 3) == mix_menu(informed, parents, random.Random(0), 100)[:3]
+
+
+def test_a_trade_is_promised_in_percent_of_what_is_minimised() -> None:
+    view = view_of("layer", 60)
+    parent = view.measured[5]
+    (trade, *_) = menu(view, parent, random.Random(0), 10)
+    assert trades_in_words(view, parent, [trade])[0].endswith(
+        f": {100 * math.expm1(trade.promise):+.1f} % (+-{100 * trade.doubt:.1f})"
+    )
+    divergent = View(view.spec.model_copy(update={"measure": "kl"}), view.card, 1, ())
+    little = Member(parent.candidate, 0.1)
+    assert trades_in_words(divergent, little, [trade])[0].endswith(
+        f": {100 * trade.promise / 0.1:+.1f} % (+-{100 * trade.doubt / 0.1:.1f})"
+    )
+
+
+def test_parents_that_are_all_alike_have_no_mixes_and_dice_take_over() -> None:
+    view = view_of("layer", 10)
+    same = [view.measured[0], view.measured[0]]
+    assert mix_menu(view, same, random.Random(0), 8) == ()
+    assert len(drawn_ranked_mix(random.Random(0), view, same).rates) == LAYERS
+    assert len(RankedTrades(view, same)(random.Random(0)).rates) == LAYERS
+
+
+def test_lessons_tell_what_changed_and_what_came_of_it_the_latest_first() -> None:
+    view = view_of("layer", 1)
+    parent = view.measured[0]
+    base = list(parent.candidate.rates)
+    older = member(view, [*base[:3], base[3] + 0.2, base[4] - 0.2, *base[5:]], round_=1, parents=(parent.candidate.id,))
+    newer = member(
+        view, [*base[:8], base[8] - 0.1, base[9] + 0.1, *base[10:]], round_=2, parents=(parent.candidate.id,)
+    )
+    ranked = tuple(sorted((parent, older, newer), key=lambda m: m.fitness))
+    recent = tuple(Tried(m.candidate, m.fitness) for m in (parent, older, newer))
+    told = lessons(View(view.spec, view.card, 3, ranked, {}, ranked, recent), 5)
+    assert [line.partition(":")[0] for line in told] == ["layer 8 -10, layer 9 +10", "layer 3 +20, layer 4 -20"]
+    for line, child in zip(told, (newer, older), strict=True):
+        assert ("helped" in line) == (child.fitness < parent.fitness)
+        assert f"{100 * (child.fitness / parent.fitness - 1):+.1f} %" in line
+    assert len(lessons(View(view.spec, view.card, 3, ranked, {}, ranked, recent), 1)) == 1
+
+
+def test_a_lesson_of_a_list_is_what_differs_from_the_nearest_of_those_that_it_was_made_from() -> None:
+    view = view_of("layer", 3)
+    first, second, third = view.measured
+    rates = list(second.candidate.rates)
+    made = [*rates[:3], rates[3] + 0.1, rates[4] - 0.1, *rates[5:]]
+    child = member(view, made, round_=1, parents=tuple(m.candidate.id for m in (first, second, third)))
+    recent = (Tried(child.candidate, child.fitness),)
+    (told,) = lessons(View(view.spec, view.card, 2, view.measured, {}, view.measured, recent), 5)
+    assert told.startswith("layer 3 +10, layer 4 -10: ")
+    assert f"{100 * (child.fitness / second.fitness - 1):+.1f} %" in told
+
+
+def test_who_was_stopped_in_a_race_teaches_too() -> None:
+    view = view_of("layer", 30)
+    parent = view.measured[0]
+    rates = list(parent.candidate.rates)
+    worse = member(view, [*rates[:3], rates[3] + 0.2, rates[4] - 0.2, *rates[5:]], parents=(parent.candidate.id,))
+    stopped = (Tried(worse.candidate, 1.2 * parent.fitness, stopped=True),)
+    raced = View(view.spec, view.card, 3, view.population, {}, view.measured, stopped)
+    plan = worse.candidate.plan
+    assert raced.surrogate.guess(plan) > view.surrogate.guess(plan) + 0.01
+    assert lessons(raced, 5) == ["layer 3 +20, layer 4 -20: hurt, +20.0 %, and was stopped early"]
+
+
+def test_a_stopped_race_is_believed_less_than_a_whole_measurement() -> None:
+    view = view_of("layer", 30)
+    parent = view.measured[0]
+    rates = list(parent.candidate.rates)
+    made = member(view, [*rates[:3], rates[3] + 0.2, rates[4] - 0.2, *rates[5:]])
+    worse = Member(made.candidate, 1.05 * parent.fitness)
+    ranked = tuple(sorted((*view.measured, worse), key=lambda m: m.fitness))
+    whole = View(view.spec, view.card, 3, view.population, {}, ranked)
+    stopped = (Tried(worse.candidate, worse.fitness, stopped=True),)
+    raced = View(view.spec, view.card, 3, view.population, {}, view.measured, stopped)
+    off = [each.surrogate.rise(worse) - each.surrogate.guess(worse.candidate.plan) for each in (whole, raced, view)]
+    assert 0 < 2 * off[0] < off[1] < off[2]
+
+
+@pytest.mark.parametrize("granularity", ["layer", "block"])
+def test_a_menu_prefers_what_is_less_known_where_it_promises_as_much(
+    granularity: Granularity, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    view = view_of(granularity, 60)
+    menus = [menu(view, view.population[0], random.Random(seed), 10) for seed in range(10)]
+    monkeypatch.setattr("agents.operators.trades.EAGERNESS", 0.0)
+    greedy = [menu(view, view.population[0], random.Random(seed), 10) for seed in range(10)]
+
+    def mean(of: Sequence[Sequence[Trade]], what: str) -> float:
+        return statistics.fmean(getattr(trade, what) for each in of for trade in each)
+
+    assert mean(menus, "doubt") > 1.02 * mean(greedy, "doubt")
+    assert mean(greedy, "promise") < mean(menus, "promise") < 0
+
+
+def test_a_menu_is_of_part_of_the_units_and_menus_together_of_most() -> None:
+    view = view_of("block", 60)
+    parent = view.population[0]
+    menus = [menu(view, parent, random.Random(seed), 10) for seed in range(12)]
+    used = [{unit for trade in trades for unit in (trade.more, trade.less)} for trades in menus]
+    units = len(view.units)
+    assert all(len(each) <= max(WIDE_MENU, round(OFFERED * units)) for each in used)
+    assert len(set().union(*used)) > max(len(each) for each in used)
+
+
+def test_trades_mostly_begin_at_the_best_whoever_selected_the_parents() -> None:
+    view = view_of("layer", 30)
+    best, others = view.population[0], view.population[4:8]
+    rng = random.Random(0)
+    begun = [good_one(rng, view, others) for _ in range(1000)]
+    assert 600 < sum(member is best for member in begun) < 730
+    assert {member.candidate.id for member in begun} == {member.candidate.id for member in (best, *others)}
+    assert good_one(rng, View(view.spec, view.card, 1, ()), others) in others

@@ -1,0 +1,167 @@
+"""What the LLM is told, word for word: every prompt as it is filled for a small model, kept in tests/golden/.
+
+After a wanted change, renew them with `RENEW_GOLDEN=1 pytest tests/agents/prompting` and read the difference.
+"""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from agents.crossover import Crossover
+from agents.initializer import Initializer
+from agents.llm.endpoint import Answer, Message
+from agents.mutator import Mutator
+from agents.population.view import Accepted, Member, Tried, View
+from agents.prompting.prompts import Prompts
+from agents.prompting.settings import AgentSettings, ReplyFormat, Told
+from agents.selector import Selector
+from protocol.errors import EndpointError
+from protocol.plans.candidate import Provenance
+from protocol.plans.shape import Granularity
+from protocol.plans.spec import Measure
+from tests.support.samples import CARD, SPEC, candidate
+
+GOLDEN = Path(__file__).parent / "golden"
+AGENTS = ("initializer", "mutator", "crossover", "selector")
+
+
+class Listener:
+    """Keeps what it is asked, and answers nothing."""
+
+    def __init__(self) -> None:
+        self.prompts: list[str] = []
+
+    async def ask(self, messages: Sequence[Message], **_: object) -> Answer:
+        self.prompts.append("\n\n".join(f"<{m['role']}>\n{m['content']}" for m in messages) + "\n")
+        raise EndpointError("down", retryable=True)
+
+
+async def accept(rates: Sequence[float], provenance: Provenance) -> Accepted:
+    return Accepted("0" * 16)
+
+
+def view_of(granularity: Granularity, *, sensitivity: bool = True, measure: Measure = "perplexity") -> View:
+    spec = SPEC.model_copy(update={"granularity": granularity, "measure": measure})
+    units = len(CARD.shape.units(granularity))
+    card = CARD.model_copy(update={"sensitivity": tuple(0.4 / (1 + i) for i in range(units)) if sensitivity else ()})
+    members = tuple(
+        Member(
+            candidate(tuple(0.3 + shift * (2 * i / (units - 1) - 1) for i in range(units)), spec=spec),
+            20.0 + rank if measure == "perplexity" else 0.4 + rank / 300,
+        )
+        for rank, shift in enumerate((0.2, 0.1, 0.05, -0.1))
+    )
+    return View(spec, card, 1, members, {}, members)
+
+
+TOLD: dict[Told, str] = {
+    "weakest": "would gain most from less pruning",
+    "contrast": "Good configurations differ",
+    "lessons": "What earlier changes did",
+}
+
+
+async def prompt_of(
+    agent: str, reply: ReplyFormat, view: View, tell: frozenset[Told] = frozenset({"sensitivity", "lessons"})
+) -> str:
+    chat, prompts = Listener(), Prompts()
+    settings = AgentSettings(reply=reply, proposals_per_call=2, tell=tell)
+    match agent:
+        case "initializer":
+            await Initializer(chat, prompts, settings).propose(view, 2, accept)
+        case "selector":
+            await Selector(chat, prompts, settings).select(view, 2)
+        case "mutator":
+            await Mutator(chat, prompts, settings).propose(view, view.population, 2, accept)
+        case _:
+            await Crossover(chat, prompts, settings).propose(view, view.population, 2, accept)
+    return chat.prompts[0]
+
+
+def check_golden(name: str, text: str) -> None:
+    golden = GOLDEN / f"{name}.txt"
+    if os.environ.get("RENEW_GOLDEN"):
+        golden.write_text(text, encoding="utf-8")
+    assert text == golden.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("granularity", ["layer", "block"])
+@pytest.mark.parametrize("reply", ["lists", "edits", "trades"])
+@pytest.mark.parametrize("agent", AGENTS)
+async def test_every_prompt_reads_as_its_golden_text(agent: str, reply: ReplyFormat, granularity: Granularity) -> None:
+    check_golden(f"{agent}_{reply}_{granularity}", await prompt_of(agent, reply, view_of(granularity)))
+
+
+@pytest.mark.parametrize("granularity", ["layer", "block"])
+@pytest.mark.parametrize("reply", ["lists", "edits", "trades"])
+@pytest.mark.parametrize("agent", AGENTS)
+async def test_prompts_of_a_search_that_minimises_divergence_speak_of_it_and_not_of_perplexity(
+    agent: str, reply: ReplyFormat, granularity: Granularity
+) -> None:
+    text = await prompt_of(agent, reply, view_of(granularity, measure="kl"))
+    assert "KL divergence" in text and "perplexity" not in text.lower()
+    check_golden(f"{agent}_{reply}_{granularity}_kl", text)
+
+
+@pytest.mark.parametrize("reply", ["lists", "edits", "trades"])
+@pytest.mark.parametrize("agent", AGENTS)
+async def test_nothing_is_said_of_fragile_units_where_none_are_known(agent: str, reply: ReplyFormat) -> None:
+    text = await prompt_of(agent, reply, view_of("layer", sensitivity=False))
+    assert "ragile" not in text and "hurt" not in text
+
+
+@pytest.mark.parametrize("reply", ["lists", "edits", "trades"])
+async def test_what_else_is_told_is_a_switch_for_each_part(reply: ReplyFormat) -> None:
+    view = told_view()
+    everything = await prompt_of("mutator", reply, view, frozenset({"sensitivity", "weakest", "contrast", "lessons"}))
+    check_golden(f"mutator_{reply}_told", everything)
+    nothing = await prompt_of("mutator", reply, view, frozenset())
+    for part, words in TOLD.items():
+        assert words in everything and words not in nothing
+        alone = await prompt_of("mutator", reply, view, frozenset({part}))
+        assert [other for other in TOLD if TOLD[other] in alone] == [part]
+
+
+def test_what_was_wrong_reads_as_its_golden_text() -> None:
+    problems = ["Configuration 1 has 3 numbers instead of 4.", "Configuration 2: it is known."]
+    check_golden("reask", Prompts().fill("reask", problems=problems, missing=2) + "\n")
+
+
+def told_view() -> View:
+    """A view with a history: eight configurations, of which some were made from others."""
+    view = view_of("block")
+    units = len(view.units)
+    first = view.population[0]
+    children = []
+    for i in range(4):
+        shift = 0.04 * (i + 1)
+        rates = [r + shift * (j == i) - shift * (j == 7 - i) for j, r in enumerate(first.candidate.rates)]
+        child = candidate(tuple(rates[:units]), spec=view.spec)
+        who = child.provenance.model_copy(update={"parents": (first.candidate.id,), "round": 1 + i % 2})
+        children.append(Member(child.model_copy(update={"provenance": who}), 19.0 + 2 * i))
+    measured = tuple(sorted((*view.population, *children), key=lambda m: m.fitness))
+    recent = tuple(Tried(m.candidate, m.fitness) for m in measured)
+    return View(view.spec, view.card, 3, measured[:4], {}, measured, recent)
+
+
+def test_the_reask_says_what_was_wrong_and_how_many_are_missing() -> None:
+    text = Prompts().fill("reask", problems=["Configuration 2 has 3 numbers instead of 4."], missing=2)
+    assert text.splitlines()[0] == "Configuration 2 has 3 numbers instead of 4."
+    assert "2 new ones" in text
+
+
+def test_a_missing_variable_is_an_error() -> None:
+    with pytest.raises(TypeError, match="missing"):
+        Prompts().fill("reask", problems=[])
+
+
+def test_an_unused_variable_is_an_error() -> None:
+    with pytest.raises(TypeError, match="mood"):
+        Prompts().fill("reask", problems=[], missing=1, mood="good")
+
+
+def test_a_variable_of_an_included_part_is_as_needed_as_any() -> None:
+    with pytest.raises(TypeError, match="about"):
+        Prompts().fill("mutator_lists", count=1, members=[])

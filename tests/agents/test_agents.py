@@ -1,0 +1,272 @@
+"""The agents with a scripted LLM: what they take, what they ask again, and when the classical operator stands in."""
+
+import asyncio
+import json
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from agents.crossover import Crossover
+from agents.initializer import Initializer
+from agents.llm.endpoint import Answer, Message
+from agents.mutator import Mutator
+from agents.population.view import BUDGET_USED_UP, Accepted, Member, Refused, View
+from agents.prompting.prompts import Prompts
+from agents.prompting.settings import AgentSettings
+from agents.selector import Selector
+from protocol.errors import EndpointError
+from protocol.plans.candidate import Provenance, candidate_id
+from tests.support.samples import CARD, SHAPE, SPEC, candidates
+
+MEMBERS = tuple(Member(c, 20.0 + i) for i, c in enumerate(candidates(6)))
+VIEW = View(SPEC, CARD, 1, MEMBERS)
+EDITS = AgentSettings(reply="edits")
+LISTS = AgentSettings(reply="lists")
+Script = Callable[[int], str | Exception]
+
+
+class ScriptedChat:
+    """Answers the n-th question, counted from 0, with `script(n)`; keeps every question."""
+
+    def __init__(self, script: Script) -> None:
+        self.script = script
+        self.conversations: list[list[Message]] = []
+        self.seeds: list[int] = []
+        self.limits: list[int] = []
+        self.temperatures: list[float] = []
+        self.finish_reason = "stop"
+
+    async def ask(
+        self,
+        messages: Sequence[Message],
+        *,
+        schema: dict[str, object] | None,
+        schema_name: str,
+        seed: int,
+        temperature: float,
+        max_tokens: int,
+        label: str = "",
+    ) -> Answer:
+        number = len(self.conversations)
+        json.dumps([dict(m) for m in messages], ensure_ascii=False).encode()  # what cannot be sent fails here
+        self.conversations.append(list(messages))
+        self.seeds.append(seed)
+        self.limits.append(max_tokens)
+        self.temperatures.append(temperature)
+        reply = self.script(number)
+        if isinstance(reply, Exception):
+            raise reply
+        return Answer(reply, "scripted", 100, 20, 0.1, self.finish_reason)
+
+
+class Desk:
+    """Plans what is submitted and refuses what is known, as the search does."""
+
+    def __init__(self, room: int = 1000) -> None:
+        self.room = room
+        self.accepted: dict[str, Provenance] = {}
+        self.refused = 0
+
+    async def submit(self, rates: Sequence[float], provenance: Provenance) -> Accepted | Refused:
+        assert len(rates) == len(SHAPE.units(SPEC.granularity))
+        if len(self.accepted) >= self.room:
+            self.refused += 1
+            return BUDGET_USED_UP
+        id_ = candidate_id(SPEC.plan(SPEC.feasible(tuple(rates), SHAPE), SHAPE), SPEC.fingerprint)
+        if id_ in self.accepted:
+            self.refused += 1
+            return Refused("it prunes the model exactly as an earlier configuration does")
+        self.accepted[id_] = provenance
+        return Accepted(id_)
+
+    def sources(self) -> list[str]:
+        return [provenance.source for provenance in self.accepted.values()]
+
+
+def profile(n: int) -> str:
+    """A different profile for each n."""
+    return json.dumps({"proposals": [{"keep": [], "profile": [10 + n, 20, 40, 50 - n]}]})
+
+
+def down(n: int) -> Exception:
+    return EndpointError("no LLM endpoint answered", retryable=True)
+
+
+async def initialise(chat: ScriptedChat, desk: Desk, count: int, settings: AgentSettings = EDITS) -> int:
+    return await Initializer(chat, Prompts(), settings).propose(VIEW, count, desk.submit)
+
+
+async def test_a_good_reply_becomes_a_candidate_of_the_llm() -> None:
+    chat, desk = ScriptedChat(profile), Desk()
+    assert await initialise(chat, desk, 3) == 3
+    assert desk.sources() == ["llm"] * 3
+    provenance = next(iter(desk.accepted.values()))
+    assert (provenance.agent, provenance.round, provenance.endpoint) == ("initializer", 1, "scripted")
+    assert provenance.prompt and provenance.prompt.startswith("initializer_edits:")
+
+
+async def test_every_question_has_the_temperature_of_the_settings() -> None:
+    chat = ScriptedChat(lambda n: "As you wish." if n == 0 else profile(n))
+    await initialise(chat, Desk(), 2, AgentSettings(reply="edits", temperature=0.7))
+    assert chat.temperatures == [0.7] * 3
+
+
+async def test_nothing_is_asked_for_no_candidates() -> None:
+    chat, desk = ScriptedChat(profile), Desk()
+    assert await initialise(chat, desk, 0) == 0
+    assert await initialise(chat, desk, 0, LISTS) == 0
+    assert chat.conversations == []
+
+
+async def test_a_bad_reply_is_answered_in_the_same_conversation() -> None:
+    chat, desk = ScriptedChat(lambda n: "As you wish." if n == 0 else profile(n)), Desk()
+    assert await initialise(chat, desk, 1) == 1
+    assert desk.sources() == ["llm"]
+    again = chat.conversations[1]
+    assert [m["role"] for m in again] == ["system", "user", "assistant", "user"]
+    assert again[2]["content"] == "As you wish." and "no JSON" in again[3]["content"]
+
+
+async def test_the_operator_stands_in_after_two_reasks() -> None:
+    chat, desk = ScriptedChat(lambda n: "no"), Desk()
+    assert await initialise(chat, desk, 1) == 1
+    assert len(chat.conversations) == 3
+    assert desk.sources() == ["stand-in"]
+
+
+async def test_the_operator_stands_in_at_once_when_no_endpoint_answers() -> None:
+    for agent in (Mutator, Crossover):
+        chat, desk = ScriptedChat(down), Desk()
+        assert await agent(chat, Prompts(), EDITS).propose(VIEW, MEMBERS, 4, desk.submit) == 4
+        assert len(chat.conversations) == 4
+        assert desk.sources() == ["stand-in"] * 4
+        assert all(p.parents and p.endpoint is None for p in desk.accepted.values())
+
+
+async def test_a_duplicate_is_told_and_asked_again() -> None:
+    chat, desk = ScriptedChat(lambda n: profile(min(n, 1))), Desk()
+    await initialise(chat, desk, 1)
+    chat = ScriptedChat(lambda n: profile(n))  # its first profile is the one known
+    assert await initialise(chat, desk, 1) == 1
+    assert "exactly as an earlier configuration" in chat.conversations[1][-1]["content"]
+    assert desk.sources() == ["llm", "llm"]
+
+
+async def test_the_good_part_of_a_reply_is_kept_and_the_rest_asked_for() -> None:
+    first = json.dumps([[0.1, 0.2, 0.4, 0.5], [0.1, 0.2, 0.9]])
+    chat, desk = ScriptedChat(lambda n: first if n == 0 else "[0.2, 0.2, 0.3, 0.5]"), Desk()
+    assert await initialise(chat, desk, 2, LISTS) == 2
+    assert desk.sources() == ["llm", "llm"] and desk.refused == 0
+    assert "has 3 numbers instead of 4" in chat.conversations[1][-1]["content"]
+    assert "1 new one " in chat.conversations[1][-1]["content"]
+
+
+async def test_calls_run_at_the_same_time_each_with_its_own_seed() -> None:
+    everyone_asked = asyncio.Barrier(5)
+
+    class Meeting(ScriptedChat):
+        async def ask(self, messages: Sequence[Message], **rest: object) -> Answer:
+            answer = await super().ask(messages, **rest)  # type: ignore[arg-type]
+            await everyone_asked.wait()  # no call goes on before all have been asked
+            return answer
+
+    chat, desk = Meeting(profile), Desk()
+    assert await initialise(chat, desk, 5) == 5
+    assert len(set(chat.seeds)) == 5
+
+
+async def test_the_same_search_asks_with_the_same_seeds() -> None:
+    seeds = []
+    for _ in range(2):
+        chat = ScriptedChat(profile)
+        await initialise(chat, Desk(), 4)
+        seeds.append(chat.seeds)
+    assert seeds[0] == seeds[1]
+
+
+async def test_agents_stop_quietly_when_the_budget_is_used_up() -> None:
+    chat, desk = ScriptedChat(profile), Desk(room=2)
+    assert await initialise(chat, desk, 5) == 2
+    assert len(chat.conversations) == 5 and desk.refused == 3
+
+
+async def test_the_stand_in_gives_up_where_nothing_new_is_left() -> None:
+    class Full(Desk):
+        async def submit(self, rates: Sequence[float], provenance: Provenance) -> Accepted | Refused:
+            self.refused += 1
+            return Refused("it prunes the model exactly as an earlier configuration does")
+
+    chat, desk = ScriptedChat(down), Full()
+    assert await initialise(chat, desk, 2) == 0
+    assert 0 < desk.refused < 1000
+
+
+async def test_what_is_refused_is_told_by_its_place_in_the_reply() -> None:
+    """Also where what stood before it could not be read."""
+    both = json.dumps({"configurations": [[0.1], [0.3] * 4]})
+    chat, desk = ScriptedChat(lambda n: both), Desk()
+    desk.accepted[candidate_id(SPEC.uniform_plan(SHAPE), SPEC.fingerprint)] = Provenance(
+        agent="baseline", source="allocation", round=0
+    )
+    settings = AgentSettings(reply="lists", reasks=1)
+    await Initializer(chat, Prompts(), settings).propose(View(SPEC, CARD, 0, ()), 1, desk.submit)
+    again = chat.conversations[1][-1]["content"]
+    assert "Configuration 1 has 1 numbers instead of 4." in again
+    assert "Configuration 2: it prunes the model exactly" in again
+
+
+async def test_what_cannot_be_sent_is_not_sent_back() -> None:
+    chat, desk = ScriptedChat(lambda n: "\ud800 no" if n == 0 else profile(n)), Desk()
+    await initialise(chat, desk, 1)
+    assert desk.sources() == ["llm"]
+
+
+async def test_of_a_reply_that_was_cut_off_only_the_beginning_is_shown_again() -> None:
+    chat, desk = ScriptedChat(lambda n: "[0.1, " + "0.1, " * 1000), Desk()
+    chat.finish_reason = "length"
+    await initialise(chat, desk, 1)
+    assert 0 < len(chat.conversations[1][2]["content"]) < 1000
+
+
+async def test_a_reply_that_is_cut_off_is_given_more_room() -> None:
+    chat, desk = ScriptedChat(lambda n: "Let me think"), Desk()
+    chat.finish_reason = "length"
+    await initialise(chat, desk, 1)
+    assert chat.limits[0] < chat.limits[1] < chat.limits[2] <= EDITS.max_tokens
+
+
+async def test_mutator_and_crossover_name_the_parents_of_their_offspring() -> None:
+    mutation = '{"parent": 1, "changes": [{"first": 0, "last": 1, "points": 10}]}'
+    mix = '{"parents": "1+2", "first": 0, "layers": 2}'
+    ids = {member.candidate.id for member in MEMBERS}
+    for agent, reply, parents in ((Mutator, mutation, 1), (Crossover, mix, 2)):
+        chat, desk = ScriptedChat([reply].__getitem__), Desk()
+        assert await agent(chat, Prompts(), EDITS).propose(VIEW, MEMBERS, 1, desk.submit) == 1
+        (provenance,) = desk.accepted.values()
+        assert len(provenance.parents) == parents and ids.issuperset(provenance.parents)
+
+
+async def test_one_parent_has_no_crossover_and_no_parents_no_mutation() -> None:
+    chat, desk = ScriptedChat(profile), Desk()
+    assert await Crossover(chat, Prompts(), EDITS).propose(VIEW, MEMBERS[:1], 3, desk.submit) == 0
+    assert await Mutator(chat, Prompts(), EDITS).propose(VIEW, (), 3, desk.submit) == 0
+    assert chat.conversations == []
+
+
+async def test_the_selector_takes_the_members_that_the_llm_names() -> None:
+    selection = await Selector(ScriptedChat(lambda n: '{"parents": [4, 2]}'), Prompts(), EDITS).select(VIEW, 2)
+    assert selection.parents == (MEMBERS[1], MEMBERS[3]) and selection.source == "llm"
+
+
+@pytest.mark.parametrize("script", [down, lambda n: '{"parents": [1, 1]}', lambda n: '{"parents": [9, 12]}'])
+async def test_a_tournament_stands_in_for_the_selector(script: Script) -> None:
+    selection = await Selector(ScriptedChat(script), Prompts(), EDITS).select(VIEW, 3)
+    assert selection.source == "stand-in"
+    assert len({m.candidate.id for m in selection.parents}) == len(selection.parents) >= 2
+
+
+async def test_a_selection_has_two_parents_where_the_population_has() -> None:
+    for size, expected in ((1, 1), (2, 2), (3, 2)):
+        view = View(SPEC, CARD, 1, MEMBERS[:size])
+        selection = await Selector(ScriptedChat(down), Prompts(), EDITS).select(view, 8)
+        assert len(selection.parents) == expected

@@ -1,0 +1,225 @@
+"""`selfpruner watch`: follows a search in Redis without the daemon's HTTP API, on a terminal or as JSON."""
+
+import asyncio
+import io
+import json
+from pathlib import Path
+
+import pytest
+from redis.asyncio import Redis
+from rich.console import Console
+from rich.live import Live
+
+from agents.population.population import Evaluation
+from daemon.local.held_folder import is_running, only_one
+from daemon.monitor import watch as watch_module
+from daemon.monitor.events import Event
+from daemon.monitor.remote import RemoteSearch, open_remote
+from daemon.monitor.status import QueueDepth, Status
+from daemon.monitor.watch import json_lines, on_screen, watch
+from daemon.monitor.watch_screen import RATE_SECONDS, Screen
+from protocol.errors import UsageError
+from protocol.queue.connection import connect
+from protocol.queue.keys import Keys
+from protocol.queue.worker_status import WorkerStatus
+from tests.daemon.search.test_search import evaluating
+from tests.support.observed import every_third_fails, observed
+from tests.support.samples import SPEC, candidates, measured
+from tests.support.servers import Server
+
+STATUS = Status(
+    search="s",
+    model="tiny",
+    rate=0.3,
+    fitness="perplexity",
+    control="run",
+    daemon="host:1:a",
+    workers=(WorkerStatus(consumer="host:2:b", stage="evaluating", measured=4),),
+    queue=QueueDepth(queued=3, running=1),
+    finished=False,
+    degraded=False,
+    endpoints={},
+    parents_source="stand-in",
+    round=2,
+    candidates=9,
+    by_source={"llm": 7, "stand-in": 2, "allocation": 3},
+    stopped=4,
+    measured=5,
+    failed=1,
+    waiting=3,
+    dense_perplexity=10.0,
+    best="abc",
+    best_perplexity=12.345,
+    best_kl=None,
+    tokens={"prompt": 1234, "completion": 56},
+    seconds=78.0,
+)
+
+
+@pytest.fixture(autouse=True)
+def _quick_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch_module, "LOOK_SECONDS", 0.05)
+
+
+def shown(screen: Screen, status: Status, members: list[Evaluation] | None = None) -> str:
+    """The screen as a person sees it."""
+    console = Console(width=160, file=io.StringIO())
+    console.print(screen.render(status, members or []))
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+def screen_after(status: Status, *events: Event) -> Screen:
+    screen = Screen()
+    screen.take(status, events)
+    return screen
+
+
+async def test_a_search_is_followed_from_another_process_to_its_end(redis: Redis, keys: Keys, tmp_path: Path) -> None:
+    out = io.StringIO()
+    await redis.set(keys.spec, SPEC.model_dump_json())
+    async with observed(redis, keys, tmp_path) as it:
+        watching = asyncio.create_task(watch(RemoteSearch(redis, keys, SPEC), None, json_lines(out)))
+        await asyncio.sleep(0.2)
+        async with evaluating(redis, keys, every_third_fails):
+            await it.run()
+        await redis.delete(keys.daemon)
+        await asyncio.wait_for(watching, 10)
+    events = [json.loads(line) for line in out.getvalue().splitlines()]
+    Status.model_validate(events[0])
+    outcomes = {e["candidate"]: e for e in events if e["event"] in ("candidate_measured", "candidate_failed")}
+    assert set(outcomes) == set(it.search.ledger)
+    best = it.search.population.top(1)[0].candidate.id
+    assert [e["candidate"] for e in events if e.get("best")][-1] == best
+    assert {"event": "finished_changed", "finished": True} in events
+    assert events[-1] == {"event": "search_ended", "finished": True}
+
+
+async def test_the_terminal_shows_the_search_and_keeps_showing_it_while_redis_is_away(
+    server: Server, keys: Keys, tmp_path: Path
+) -> None:
+    redis = connect(server.url)
+    screen = io.StringIO()
+    console = Console(width=160, file=screen, force_terminal=True)
+
+    async def shown(words: str) -> None:
+        async with asyncio.timeout(10):
+            while words not in screen.getvalue():
+                await asyncio.sleep(0.05)
+
+    async with observed(redis, keys, tmp_path) as it, evaluating(redis, keys):
+        await it.run()
+        with Live(console=console, auto_refresh=False) as live:
+            tell = on_screen(live, Screen())
+            watching = asyncio.create_task(watch(RemoteSearch(redis, keys, SPEC), None, tell))
+            await shown(it.search.population.top(1)[0].candidate.id)
+            server.kill()
+            await shown("Redis does not answer")
+            server.start()
+            await redis.delete(keys.daemon)
+            await asyncio.wait_for(watching, 10)
+    await redis.aclose()
+    text = screen.getvalue()
+    assert it.search.population.top(1)[0].candidate.id in text
+    assert "Redis does not answer" in text and "search ended" in text
+
+
+async def test_a_search_that_is_emptied_in_redis_is_followed_anew(redis: Redis, keys: Keys, tmp_path: Path) -> None:
+    remote = RemoteSearch(redis, keys, SPEC)
+    async with observed(redis, keys, tmp_path) as it, evaluating(redis, keys):
+        await it.run()
+        assert (await remote.status()).measured == 15
+    await redis.flushall()
+    assert (await remote.status()).measured == 0
+    assert remote.top(3) == []
+
+
+async def test_a_server_that_goes_away_while_it_is_asked_gets_one_sentence(server: Server, keys: Keys) -> None:
+    redis = connect(server.url)
+    await redis.set(keys.spec, SPEC.model_dump_json())
+    await redis.aclose()
+    with pytest.raises(UsageError, match="went away"):
+        async with open_remote("test", server.url, Path()) as remote:
+            server.kill()
+            try:
+                await remote.status()
+            finally:
+                server.start()
+
+
+def test_the_screen_says_where_the_search_is(tmp_path: Path) -> None:
+    first = candidates(1)[0]
+    text = shown(screen_after(STATUS), STATUS, [Evaluation(first, measured(12.345, first), 0)])
+    for part in (
+        "30% removed",
+        "running",
+        "1 failed, 4 stopped early",
+        "LLM 7, stand-in 2, seeds 3",
+        "3 queued, 1 running",
+        "12.35, dense 10.00",
+        first.id,
+        "host:2:b",
+    ):
+        assert part in text
+    assert "host:2:b" in text
+
+
+def test_the_screen_fits_a_small_terminal_and_shows_more_events_on_a_large_one() -> None:
+    events = [Event("round_started", {"round": number}) for number in range(30)]
+    screen = screen_after(STATUS, *events)
+    members = [Evaluation(made, measured(12.0 + i, made), i) for i, made in enumerate(candidates(5))]
+    for height, shown_events in ((24, 4), (60, 20)):
+        console = Console(width=100, height=height)
+        lines = console.render_lines(screen.render(STATUS, members, height))
+        text = ["".join(segment.text for segment in line).strip() for line in lines]
+        assert len(text) < height
+        assert len([line for line in text if "round started" in line]) == shown_events
+        assert "round=29" in text[-1]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"redis": "away"}, "Redis does not answer"),
+        ({"daemon": None}, "no daemon runs it"),
+        ({"daemon": None, "finished": True}, "finished"),
+        ({"control": "pause"}, "paused"),
+        ({"control": "stop"}, "stopping"),
+        ({"degraded": True, "degraded_by": "endpoints"}, "degraded: no LLM endpoint answers"),
+        ({"degraded": True, "degraded_by": "budget"}, "degraded: the LLM's budget is used up"),
+        ({"workers": ()}, "waiting for a worker"),
+    ],
+)
+def test_the_screen_says_what_is_not_as_it_should_be(change: dict[str, object], says: str) -> None:
+    status = STATUS.model_copy(update=change)
+    assert says in shown(screen_after(status), status)
+
+
+def test_what_stands_in_redis_is_shown_as_text_and_commands_nothing() -> None:
+    worker = WorkerStatus(consumer="[/bold]\x1b[2J", stage="unusable", detail="[red]x\nnext")
+    status = STATUS.model_copy(update={"workers": (worker,)})
+    text = shown(screen_after(status, Event("worker_unusable", {"detail": "[link=x]\x1b]0;title\x07"})), status)
+    assert "[/bold]?[2J" in text and "[red]x?next" in text and "[link=x]?]0;title?" in text
+    assert "\x1b" not in text
+
+
+def test_the_rate_is_that_of_the_last_two_minutes() -> None:
+    now = 0.0
+    screen = Screen(lambda: now)
+    screen.take(STATUS, ())
+    assert screen.per_minute is None
+    for _ in range(300):
+        now += 1.0
+        measured_so_far = int(now) * 2 if now <= 150 else 300 + (int(now) - 150) // 2
+        screen.take(STATUS.model_copy(update={"measured": measured_so_far, "failed": 0}), ())
+        if now == 100:
+            assert screen.per_minute == pytest.approx(120, rel=0.1)
+    assert len(screen._counts) <= RATE_SECONDS + 1
+    assert screen.per_minute == pytest.approx(30)
+
+
+def test_whether_a_run_of_this_machine_is_alive_is_told_by_its_lock(tmp_path: Path) -> None:
+    assert not is_running(tmp_path)
+    with only_one(tmp_path):
+        assert is_running(tmp_path)
+    assert not is_running(tmp_path)

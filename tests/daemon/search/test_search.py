@@ -1,0 +1,424 @@
+"""A whole search with a real server, a scripted LLM and an instant evaluator: Algorithm 1, killed and resumed."""
+
+import asyncio
+import io
+import json
+import re
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from redis.asyncio import Redis
+from rich.console import Console
+
+from agents.prompting.conversation import Asks
+from daemon.monitor.remote import BestSoFar, RemoteSearch
+from daemon.monitor.summary import Summary, show, summarise
+from daemon.search.control import Pausing
+from daemon.search.make_agents import make_agents
+from daemon.search.search import Search
+from daemon.settings.llm import LlmSettings
+from daemon.settings.settings import SearchSettings
+from daemon.state.journal import Journal
+from daemon.state.store import SearchStore
+from protocol.plans.candidate import Candidate, Failed, Measured, Outcome
+from protocol.plans.spec import SearchSpec, TextSpec
+from protocol.queue.control import Control
+from protocol.queue.jobs import JobQueue
+from protocol.queue.keys import Keys
+from tests.support.samples import CARD, SHAPE, SPEC, measured
+from tests.support.schema_answers import SchemaChat
+
+SETTINGS = SearchSettings(name="test", population=5, mutations=3, crossovers=2, rounds=2)
+Evaluator = Callable[[Candidate], Outcome]
+
+
+def unevenness(candidate: Candidate) -> Measured | Failed:
+    """A perplexity that likes the first layers whole."""
+    kept = [layer.mlp_channels for layer in candidate.plan.layers]
+    return measured(10 + sum((i + 1) * channels for i, channels in enumerate(kept)) / 64, candidate)
+
+
+@asynccontextmanager
+async def evaluating(redis: Redis, keys: Keys, evaluator: Evaluator = unevenness) -> AsyncIterator[Counter[str]]:
+    """An instant worker; counts what it evaluated."""
+    evaluated: Counter[str] = Counter()
+    jobs = JobQueue(redis, keys, "instant", lease_seconds=30)
+
+    async def work() -> None:
+        while True:
+            if job := await jobs.claim():
+                evaluated[job.candidate.id] += 1
+                await jobs.commit(job, evaluator(job.candidate))
+
+    task = asyncio.create_task(work())
+    try:
+        yield evaluated
+    finally:
+        task.cancel()
+        await asyncio.wait({task})
+
+
+class Conducted:
+    """A search as one process runs it; a second one on the same server goes on from the first."""
+
+    def __init__(
+        self,
+        redis: Redis,
+        keys: Keys,
+        folder: Path,
+        *,
+        spec: SearchSpec = SPEC,
+        settings: SearchSettings = SETTINGS,
+        chat: Asks | None = None,
+        proposals_per_call: int | None = None,
+    ) -> None:
+        self.proposals_per_call = proposals_per_call
+        self.redis, self.keys, self.folder, self.spec, self.settings = redis, keys, folder, spec, settings
+        self.chat = chat or SchemaChat()
+
+    async def open(self) -> Search:
+        store = SearchStore(self.redis, self.keys, self.spec)
+        queue = await store.take_charge(previous_is_dead=True)
+        history = await store.history()
+        await store.repair(queue, history)
+        llm = LlmSettings(reply="edits", max_tokens=500, proposals_per_call=self.proposals_per_call)
+        agents = make_agents(self.settings, llm, self.chat)
+        self.journal = Journal(self.folder)
+        return Search(
+            "test",
+            self.spec,
+            self.settings,
+            card=CARD.model_copy(update={"dense_report": CARD.dense if self.spec.report else None}),
+            agents=agents,
+            queue=queue,
+            journal=self.journal,
+            history=history,
+            pausing=Pausing(Control(self.redis, self.keys)),
+        )
+
+    async def run(self, seconds: float = 60) -> Search:
+        search = await self.open()
+        try:
+            async with asyncio.timeout(seconds):
+                await search.run()
+        finally:
+            self.journal.close()
+        return search
+
+
+async def killed_with(search: Search, enough: int, *, look_after: float = 0) -> bool:
+    """Run until the ledger has `enough` candidates, then end it there; whether it was still running."""
+    running = asyncio.create_task(search.run())
+    async with asyncio.timeout(60):
+        while not running.done() and len(search.ledger) < enough:
+            await asyncio.sleep(look_after)
+    killed = not running.done()
+    running.cancel()
+    await asyncio.wait({running})
+    return killed
+
+
+def evaluations(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
+
+
+async def test_a_search_makes_the_papers_number_of_candidates_and_measures_each_once(
+    redis: Redis, keys: Keys, tmp_path: Path
+) -> None:
+    async with evaluating(redis, keys) as evaluated:
+        search = await Conducted(redis, keys, tmp_path).run()
+    by_agent = search.counts()["by_agent"]
+    assert by_agent == {"initializer": 5, "mutator": 6, "crossover": 4}
+    assert set(evaluated.values()) == {1}
+    assert set(evaluated) == set(search.ledger)
+    assert len(search.population) == 15
+    assert search.counts()["by_source"]["llm"] > 10
+
+
+async def test_every_candidate_is_on_budget_and_the_best_is_written_with_its_rates(
+    redis: Redis, keys: Keys, tmp_path: Path
+) -> None:
+    async with evaluating(redis, keys):
+        search = await Conducted(redis, keys, tmp_path).run()
+    for candidate in search.ledger.values():
+        left = candidate.plan.decoder_parameters(SHAPE)
+        assert abs(left - 0.7 * SHAPE.decoder_parameters) <= SHAPE.channel_parameters
+    best = json.loads((tmp_path / "best.json").read_text())
+    record = min(
+        (e for e in evaluations(tmp_path) if e["agent"] != "baseline"), key=lambda e: e["outcome"]["perplexity"]
+    )
+    assert (best["id"], best["perplexity"]) == (record["id"], record["outcome"]["perplexity"])
+    assert tuple(best["rates"]) == search.population.top(1)[0].candidate.rates
+
+
+async def test_a_search_killed_anywhere_goes_on_and_measures_nothing_twice(
+    redis: Redis, keys: Keys, tmp_path: Path
+) -> None:
+    counted: Counter[str] = Counter()
+    total = 1 + 5 + 2 * 5
+    kills = 0
+    while True:
+        conducted = Conducted(redis, keys, tmp_path)
+        search = await conducted.open()
+        enough = len(search.ledger) + 3
+        async with evaluating(redis, keys) as evaluated:
+            killed = await killed_with(search, enough, look_after=0.002)
+        conducted.journal.close()
+        counted += evaluated
+        if not killed:
+            break
+        kills += 1
+    assert kills >= 3
+    assert len(search.ledger) == total
+    assert set(counted.values()) == {1}
+    records = evaluations(tmp_path)
+    assert sorted(r["id"] for r in records) == sorted(search.ledger)
+    assert [r["order"] for r in records] == list(range(total))
+
+
+@pytest.mark.parametrize(("per_call", "max_tokens"), [(None, None), (3, None), (None, 5 * 62 + 1)])
+async def test_a_search_that_was_killed_anywhere_has_the_history_of_an_undisturbed_one(
+    redis: Redis, tmp_path: Path, per_call: int | None, max_tokens: int | None
+) -> None:
+    """Also one whose tokens are used up in its first round, after whose first outcome it may be killed."""
+    chosen = SETTINGS.model_copy(update={"max_tokens": max_tokens})
+    calm = Conducted(redis, Keys("calm"), tmp_path, settings=chosen, proposals_per_call=per_call)
+    async with evaluating(redis, calm.keys):
+        undisturbed = await calm.run()
+    assert undisturbed.proposed == (10 if max_tokens else undisturbed.planned)
+    selections = 0
+    for life in range(1, 100):
+        chat = SchemaChat()
+        conducted = Conducted(redis, Keys("killed"), tmp_path, settings=chosen, chat=chat, proposals_per_call=per_call)
+        search = await conducted.open()
+        enough = len(search.ledger) + 1 + life % 3
+        async with evaluating(redis, conducted.keys):
+            killed = await killed_with(search, enough)
+        conducted.journal.close()
+        selections += sum(re.match("selector .* attempt 0", label) is not None for label in chat.labels)
+        if not killed:
+            break
+    assert life >= 3
+    assert {c.id: c for c in search.ledger.values()} == {c.id: c for c in undisturbed.ledger.values()}
+    assert selections <= SETTINGS.rounds + 1  # once more where it was killed before the answer was kept
+
+
+async def test_a_finished_search_that_is_started_again_asks_and_measures_nothing(
+    redis: Redis, keys: Keys, tmp_path: Path
+) -> None:
+    async with evaluating(redis, keys):
+        await Conducted(redis, keys, tmp_path).run()
+    chat = SchemaChat()
+    async with evaluating(redis, keys) as evaluated:
+        search = await Conducted(redis, keys, tmp_path, chat=chat).run()
+    assert not evaluated and not chat.asked
+    assert len(evaluations(tmp_path)) == len(search.ledger)
+
+
+async def test_more_rounds_go_on_from_a_finished_search(redis: Redis, keys: Keys, tmp_path: Path) -> None:
+    async with evaluating(redis, keys):
+        await Conducted(redis, keys, tmp_path).run()
+        longer = SETTINGS.model_copy(update={"rounds": 3})
+        search = await Conducted(redis, keys, tmp_path, settings=longer).run()
+    assert search.counts()["by_agent"] == {"initializer": 5, "mutator": 9, "crossover": 6}
+
+
+async def test_a_budget_of_evaluations_is_kept_exactly(redis: Redis, keys: Keys, tmp_path: Path) -> None:
+    settings = SETTINGS.model_copy(update={"max_evaluations": 8})
+    async with evaluating(redis, keys):
+        search = await Conducted(redis, keys, tmp_path, settings=settings).run()
+    assert search.proposed == 8
+    assert len(search.population) == 8
+
+
+async def test_failed_candidates_stay_out_of_the_population_and_the_search_ends(
+    redis: Redis, keys: Keys, tmp_path: Path
+) -> None:
+    def every_other_fails(candidate: Candidate) -> Measured | Failed:
+        return Failed(reason="timeout") if int(candidate.id, 16) % 2 else unevenness(candidate)
+
+    async with evaluating(redis, keys, every_other_fails):
+        search = await Conducted(redis, keys, tmp_path).run()
+    failed = [e for e in evaluations(tmp_path) if e["outcome"]["kind"] == "failed" and e["agent"] != "baseline"]
+    assert failed
+    assert len(search.population) == search.proposed - len(failed)
+
+
+async def test_block_granularity_gives_one_rate_to_each_block(redis: Redis, keys: Keys, tmp_path: Path) -> None:
+    spec = SPEC.model_copy(update={"granularity": "block"})
+    blocks = CARD.model_copy(update={"sensitivity": (0.1,) * 8})
+    conducted = Conducted(redis, keys, tmp_path, spec=spec)
+    search = await conducted.open()
+    search.card = blocks
+    async with evaluating(redis, keys), asyncio.timeout(60):
+        await search.run()
+    conducted.journal.close()
+    assert {len(c.rates) for c in search.ledger.values()} == {8}
+    assert search.counts()["by_source"]["llm"] > 10
+
+
+async def test_the_report_text_is_measured_for_uniform_and_for_the_best(
+    redis: Redis, keys: Keys, tmp_path: Path
+) -> None:
+    spec = SPEC.model_copy(update={"report": TextSpec(source="self", windows=2, seqlen=32)})
+
+    def report_is_worse(candidate: Candidate) -> Measured | Failed:
+        outcome = unevenness(candidate)
+        assert isinstance(outcome, Measured)
+        return (
+            outcome.model_copy(update={"perplexity": outcome.perplexity + 1}) if candidate.text == "report" else outcome
+        )
+
+    conducted = Conducted(redis, keys, tmp_path, spec=spec)
+    async with evaluating(redis, keys, report_is_worse):
+        search = await conducted.run()
+    summary = summarise("test", spec, search.card, search.ledger, search.population, {}, finished=True)
+    assert summary.best is not None
+    for row in (summary.uniform, summary.best):
+        assert row.report_perplexity is not None and row.perplexity is not None
+        assert row.report_perplexity == pytest.approx(row.perplexity + 1)
+
+
+async def test_a_search_that_minimises_divergence_ranks_by_it_and_shows_both(
+    redis: Redis, keys: Keys, tmp_path: Path
+) -> None:
+    def the_less_perplexed_the_more_divergent(candidate: Candidate) -> Measured | Failed:
+        outcome = unevenness(candidate)
+        assert isinstance(outcome, Measured)
+        return outcome.model_copy(update={"kl": 10 / outcome.perplexity})
+
+    spec = SPEC.model_copy(update={"measure": "kl", "report": SPEC.fitness})
+    async with evaluating(redis, keys, the_less_perplexed_the_more_divergent):
+        search = await Conducted(redis, keys, tmp_path, spec=spec).run()
+    outcomes = [e.outcome for e in search.population.top(15) if isinstance(e.outcome, Measured)]
+    assert [o.perplexity for o in outcomes] == sorted((o.perplexity for o in outcomes), reverse=True)
+    best = json.loads((tmp_path / "best.json").read_text())
+    assert (best["kl"], best["perplexity"]) == (outcomes[0].kl, outcomes[0].perplexity)
+
+    summary = summarise("test", spec, search.card, search.ledger, search.population, {}, finished=True)
+    assert summary.best is not None and summary.best.kl == summary.best.report_kl == outcomes[0].kl
+    assert summary.uniform.kl is not None and summary.dense.kl == 0
+    text = shown(summary)
+    ratio = summary.best.kl / summary.uniform.kl  # type: ignore[operator]
+    assert f"{summary.best.kl:.4f}" in text and f"{summary.best.perplexity:.2f}" in text and f"{ratio:.3f}" in text
+
+    status = await RemoteSearch(redis, keys, spec).status()
+    assert (status.fitness, status.best_kl, status.best_perplexity) == ("kl", best["kl"], best["perplexity"])
+
+
+async def test_the_table_of_a_search_that_minimises_perplexity_does_not_speak_of_divergence(
+    redis: Redis, keys: Keys, tmp_path: Path
+) -> None:
+    async with evaluating(redis, keys):
+        search = await Conducted(redis, keys, tmp_path).run()
+    text = shown(summarise("test", SPEC, CARD, search.ledger, search.population, {}, finished=True))
+    assert "perplexity" in text and "kl" not in text.split()
+    assert (await RemoteSearch(redis, keys, SPEC).status()).best_kl is None
+    (dense,) = [line for line in text.splitlines() if "dense" in line]
+    assert dense.split("│")[2].strip() == "–", "the dense model is no ratio to a pruned one"
+    assert "not final" not in text
+    stopped = shown(summarise("test", SPEC, CARD, search.ledger, search.population, {}, finished=False))
+    assert stopped.splitlines()[-1].endswith("these figures are not final, and the same command goes on")
+
+
+async def test_the_best_so_far_says_whether_its_search_was_finished(redis: Redis, keys: Keys, tmp_path: Path) -> None:
+    """Here no daemon has said that it is."""
+    async with evaluating(redis, keys):
+        search = await Conducted(redis, keys, tmp_path).run()
+    known = search.population.outcomes - 1  # without the baseline
+    await redis.set(keys.card, CARD.model_copy(update={"fingerprint": SPEC.fingerprint}).model_dump_json())
+    best = await RemoteSearch(redis, keys, SPEC).best_so_far()
+    assert best.origin == f"search {keys.search}, which was not finished: after {known} candidates"
+    assert best.status is not None
+    finished = best.status.model_copy(update={"finished": True})
+    await redis.set(keys.condition, "of another version")
+    again = await RemoteSearch(redis, keys, SPEC).best_so_far()
+    assert again.record == best.record and again.status == best.status, "it takes nothing from the rates"
+    await redis.delete(keys.condition)
+    assert BestSoFar(best.record, finished).origin == f"search {keys.search}"
+
+
+def shown(summary: Summary) -> str:
+    """The summary as a person sees it."""
+    console = Console(width=200, file=io.StringIO())
+    show(summary, console)
+    assert isinstance(console.file, io.StringIO)
+    return console.file.getvalue()
+
+
+async def test_the_summary_says_where_the_best_is_only_best_on_what_was_searched_on(
+    redis: Redis, keys: Keys, tmp_path: Path
+) -> None:
+    async with evaluating(redis, keys):
+        search = await Conducted(redis, keys, tmp_path).run()
+    summary = summarise("test", SPEC, CARD, search.ledger, search.population, {}, finished=True)
+    assert summary.best is not None
+    for best, uniform, said in ((57.0, 44.5, True), (44.0, 44.5, False), (None, 44.5, False), (57.0, None, False)):
+        changed = summary.model_copy(
+            update={
+                "best": summary.best.model_copy(update={"report_perplexity": best}),
+                "uniform": summary.uniform.model_copy(update={"report_perplexity": uniform}),
+            }
+        )
+        assert ("on the report text the best is worse than uniform (57.00 and 44.50)" in shown(changed)) == said
+
+
+async def test_the_summary_says_which_uniform_the_ratio_is_to(redis: Redis, keys: Keys, tmp_path: Path) -> None:
+    async with evaluating(redis, keys):
+        search = await Conducted(redis, keys, tmp_path).run()
+    plain, fitted = (
+        summarise(
+            "test",
+            SPEC.model_copy(update={"reconstruction": how}),
+            CARD,
+            search.ledger,
+            search.population,
+            {},
+            finished=True,
+        )
+        for how in ("none", "least-squares")
+    )
+    assert "ratio to uniform, rectangular" in shown(plain) and "ratio to uniform, fitted" in shown(fitted)
+    weak = "this uniform is a weak baseline"
+    assert weak in shown(plain) and weak not in shown(fitted)
+    assert plain.model_dump()["uniform"].keys() == plain.model_dump()["best"].keys()
+
+
+async def test_the_summary_has_the_best_allocation_without_a_search(redis: Redis, keys: Keys, tmp_path: Path) -> None:
+    async with evaluating(redis, keys):
+        conducted = Conducted(
+            redis, keys, tmp_path, settings=SETTINGS.model_copy(update={"seeds": ("owl", "first-layer")})
+        )
+        search = await conducted.run()
+    summary = summarise("test", SPEC, CARD, search.ledger, search.population, {}, finished=True)
+    seeds = [
+        e.outcome.perplexity
+        for e in search.population
+        if e.candidate.provenance.source == "allocation" and isinstance(e.outcome, Measured)
+    ]
+    assert len(seeds) == 2 and summary.best_allocation is not None
+    assert summary.best_allocation.perplexity == min(seeds)
+    (row,) = [line for line in shown(summary).splitlines() if "best allocation" in line]
+    assert f"{min(seeds):,.2f}" in row
+    others = Keys("without")
+    async with evaluating(redis, others):
+        without = await Conducted(redis, others, tmp_path / "without").run()
+    summary = summarise("test", SPEC, CARD, without.ledger, without.population, {}, finished=True)
+    assert summary.best_allocation is None and "best allocation" not in shown(summary)
+
+
+async def test_the_summary_counts_who_made_what(redis: Redis, keys: Keys, tmp_path: Path) -> None:
+    async with evaluating(redis, keys):
+        search = await Conducted(redis, keys, tmp_path).run()
+    counters = {"prompt_tokens": 700.0, "completion_tokens": 70.0, "seconds": 12.34}
+    summary = summarise("test", SPEC, CARD, search.ledger, search.population, counters, finished=True)
+    assert summary.candidates["by_agent"] == {"initializer": 5, "mutator": 6, "crossover": 4}
+    assert sum(summary.candidates["by_source"].values()) == 15
+    assert summary.candidates["by_outcome"] == {"measured": 15, "failed": 0, "stopped": 0}
+    assert summary.tokens == {"prompt": 700, "completion": 70}
+    assert summary.uniform.parameters.decoder_after < summary.dense.parameters.decoder_after
+    assert json.loads(summary.model_dump_json())["rates"] == list(summary.rates)

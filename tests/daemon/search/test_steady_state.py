@@ -1,0 +1,142 @@
+"""The steady state: a question for each outcome, never more under way than allowed, and nothing lost on the way."""
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+from redis.asyncio import Redis
+
+from agents.llm.endpoint import Answer
+from daemon.search.search import Search
+from protocol.plans.candidate import Measured
+from protocol.queue.jobs import JobQueue
+from protocol.queue.keys import Keys
+from tests.daemon.search.test_make_agents import settings
+from tests.daemon.search.test_search import Conducted, evaluating, killed_with, unevenness
+from tests.support.schema_answers import SchemaChat
+
+STEADY = {"mode": "steady-state", "population": 4, "max_in_flight": 3, "max_evaluations": 24, "rounds": 10}
+
+
+@asynccontextmanager
+async def slow_workers(redis: Redis, keys: Keys, count: int) -> AsyncIterator[None]:
+    """Workers that give way now and then, so that outcomes come in any order."""
+
+    async def work(number: int) -> None:
+        jobs = JobQueue(redis, keys, f"w{number}", lease_seconds=30)
+        while True:
+            if job := await jobs.claim():
+                await asyncio.sleep(0.002 * (int(job.candidate.id, 16) % 5))
+                await jobs.commit(job, unevenness(job.candidate))
+
+    tasks = [asyncio.create_task(work(i)) for i in range(count)]
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)
+
+
+async def watched(search: Search, most: list[int]) -> None:
+    """Note how many candidates of a turn are ever under way."""
+    while True:
+        if search.round > 0:
+            most.append(search.keeper.waiting)
+        await asyncio.sleep(0)
+
+
+async def test_each_outcome_brings_the_next_question_and_the_budget_is_kept(
+    redis: Redis, keys: Keys, tmp_path: Path
+) -> None:
+    conducted = Conducted(redis, keys, tmp_path, settings=settings(**STEADY))
+    search, most = await conducted.open(), [0]
+    async with slow_workers(redis, keys, 2), asyncio.timeout(60):
+        watching = asyncio.create_task(watched(search, most))
+        await search.run()
+        watching.cancel()
+    conducted.journal.close()
+    assert search.proposed == len(search.population) == 24
+    assert 1 < max(most) <= 4  # the first population may still be measured when the turns begin
+    turns = Counter(c.provenance.round for c in search.ledger.values() if c.provenance.round)
+    assert set(turns.values()) == {1} and len(turns) == 20
+    assert set(search.counts()["by_agent"]) == {"initializer", "mutator", "crossover"}
+
+
+async def test_parents_are_of_the_newest_population(redis: Redis, keys: Keys, tmp_path: Path) -> None:
+    """Also those that were measured in the last turns, which a generation would not have known."""
+    conducted = Conducted(redis, keys, tmp_path, settings=settings(**STEADY, selector="none"))
+    async with evaluating(redis, keys):
+        search = await conducted.run()
+    late = [candidate for candidate in search.ledger.values() if candidate.provenance.round > 10]
+    newest = [
+        max(search.ledger[parent].provenance.round for parent in candidate.provenance.parents)
+        for candidate in late
+        if candidate.provenance.parents
+    ]
+    assert median(newest) > 0 and max(newest) > 5
+
+
+async def test_a_steady_search_killed_anywhere_goes_on_and_measures_nothing_twice(
+    redis: Redis, keys: Keys, tmp_path: Path
+) -> None:
+    counted: Counter[str] = Counter()
+    kills = 0
+    for _ in range(60):
+        conducted = Conducted(redis, keys, tmp_path, settings=settings(**STEADY))
+        search = await conducted.open()
+        enough = len(search.ledger) + 3
+        async with evaluating(redis, keys) as evaluated:
+            killed = await killed_with(search, enough)
+        conducted.journal.close()
+        counted += evaluated
+        kills += killed
+        if not killed:
+            break
+    assert kills >= 2
+    assert search.proposed == 24 and set(counted.values()) == {1}
+
+
+async def test_a_search_that_finds_nothing_new_ends(redis: Redis, keys: Keys, tmp_path: Path) -> None:
+    """Two layers that may hardly differ have few plans."""
+    narrow = Conducted(redis, keys, tmp_path, settings=settings(**STEADY, seeds=["uniform"]))
+    narrow.spec = narrow.spec.model_copy(update={"lowest_rate": 0.29, "highest_rate": 0.31})
+    async with evaluating(redis, keys):
+        search = await narrow.run()
+    assert search.proposed < 24
+    assert all(isinstance(e.outcome, Measured) for e in search.population)
+
+
+class Dying(SchemaChat):
+    async def ask(self, *arguments: Any, label: str = "", **options: Any) -> Answer:
+        if label.startswith("mutator"):
+            raise RuntimeError("nobody expected this")
+        return await super().ask(*arguments, label=label, **options)
+
+
+async def test_an_error_in_a_turn_ends_the_search_and_leaves_no_task(redis: Redis, keys: Keys, tmp_path: Path) -> None:
+    conducted = Conducted(redis, keys, tmp_path, settings=settings(**STEADY), chat=Dying())
+    async with evaluating(redis, keys):
+        before = asyncio.all_tasks()
+        with pytest.raises(ExceptionGroup):
+            await conducted.run()
+        assert asyncio.all_tasks() == before
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"proposer": "cma-es"}, "`cma-es` learns from generations"),
+        ({"mutations": 0, "crossovers": 0}, "needs search.mutations or search.crossovers"),
+    ],
+)
+def test_what_cannot_be_steady_is_refused(wrong: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValidationError) as error:
+        settings(**(STEADY | wrong))
+    assert says in str(error.value)

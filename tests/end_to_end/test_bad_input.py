@@ -1,0 +1,207 @@
+"""What users give wrong, and what others have left in Redis: one sentence and an exit code, never a traceback."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from redis import Redis
+
+from daemon.cli import main
+from tests.support.root import ROOT
+from tests.support.samples import SPEC, write_daemon_settings
+from tests.support.servers import Server
+
+pytestmark = pytest.mark.usefixtures("restored_logs")
+REMOTE = ("status", "best", "pause", "resume", "stop", "watch")
+PASSWORD = "open-sesame-5309"
+
+
+@pytest.fixture
+def by_hand(server: Server) -> Iterator[Redis]:
+    """A client for what nobody of ours writes."""
+    with Redis.from_url(server.url, decode_responses=True) as client:
+        yield client
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    return write_daemon_settings(tmp_path, http={"enabled": False})
+
+
+def sentence(capsys: pytest.CaptureFixture[str]) -> str:
+    """What a person is told, all in one line."""
+    out, err = capsys.readouterr()
+    assert out == "" and "Traceback" not in err
+    last = str(err.splitlines()[-1])
+    assert last.startswith("selfpruner: ")
+    return last
+
+
+OF_ANOTHER_VERSION = '{"models": ["m"]}'
+"""A spec that cannot be read and is not damaged; workers wait for a damaged one to be replaced."""
+
+
+def worker(url: str, *flags: str) -> "subprocess.CompletedProcess[str]":
+    """`python -m gpu_worker`, to its end."""
+    command = [sys.executable, "-m", "gpu_worker", *flags]
+    environment = {**os.environ, "SELFPRUNER_REDIS__URL": url}
+    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+@pytest.mark.parametrize("command", REMOTE)
+def test_a_spec_that_cannot_be_read_is_told_of(
+    by_hand: Any, server: Server, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    by_hand.set("selfpruner:test:spec", "garbage")
+    assert main([command, "--search", "test", "--redis-url", server.url]) == 1
+    assert "what stands under selfpruner:test:spec in Redis cannot be read" in sentence(capsys)
+    by_hand.delete("selfpruner:test:spec")
+    by_hand.lpush("selfpruner:test:spec", "a list")
+    assert main([command, "--search", "test", "--redis-url", server.url]) == 1
+    assert "WRONGTYPE" in sentence(capsys)
+
+
+@pytest.mark.parametrize("key", ["card", "condition"])
+def test_what_else_a_status_reads_may_be_of_another_version(
+    by_hand: Any, server: Server, capsys: pytest.CaptureFixture[str], key: str
+) -> None:
+    by_hand.set("selfpruner:test:spec", SPEC.model_dump_json())
+    by_hand.set(f"selfpruner:test:{key}", '{"degraded": 7}')
+    assert main(["status", "--search", "test", "--redis-url", server.url]) == 1
+    assert f"selfpruner:test:{key} in Redis cannot be read" in sentence(capsys)
+
+
+def test_a_worker_of_another_version_hides_nothing_of_the_status(
+    by_hand: Any, server: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    by_hand.set("selfpruner:test:spec", SPEC.model_dump_json())
+    by_hand.set("selfpruner:test:worker:w", "garbage")
+    by_hand.set("selfpruner:test:worker:x", '{"stage": "idle"}')
+    assert main(["status", "--search", "test", "--redis-url", server.url, "--json"]) == 0
+    (shown,) = json.loads(capsys.readouterr().out)["workers"]
+    assert (shown["consumer"], shown["stage"]) == ("x", "idle")
+
+
+def test_the_daemon_and_a_worker_end_with_a_sentence_at_a_spec_that_cannot_be_read(
+    by_hand: Any, server: Server, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for write in (by_hand.set, by_hand.lpush):
+        by_hand.flushall()
+        write("selfpruner:test:spec", OF_ANOTHER_VERSION)
+        assert main(["daemon", str(config), "--set", f"redis.url={server.url}"]) == 1
+        _, err = capsys.readouterr()
+        assert "Traceback" not in err and "selfpruner: " in err.splitlines()[-1]
+        done = worker(server.url, "--search", "test")
+        assert done.returncode == 1 and "Traceback" not in done.stderr
+        assert done.stderr.splitlines()[-1].startswith("selfpruner: ")
+
+
+@pytest.mark.parametrize("command", REMOTE)
+def test_a_user_who_may_not_is_told_so(
+    by_hand: Any, server: Server, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    by_hand.execute_command("ACL", "SETUSER", "joe", "on", f">{PASSWORD}", "~other:*", "+@all")
+    path = server.url.removeprefix("unix://")
+    assert main([command, "--redis-url", f"unix://joe:{PASSWORD}@{path}"]) == 2
+    assert "the server refuses its user a command" in sentence(capsys)
+    assert main([command, "--redis-url", f"unix://joe:wrong-{PASSWORD}@{path}"]) == 2
+    said = sentence(capsys)
+    assert "the server refuses the user or the password" in said and PASSWORD not in said
+    by_hand.execute_command("ACL", "DELUSER", "joe")
+
+
+def test_the_daemon_and_a_worker_do_not_wait_for_a_server_that_refuses_their_password(
+    by_hand: Any, server: Server, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = server.url.replace("unix://", f"unix://joe:{PASSWORD}@")
+    assert main(["daemon", str(config), "--set", f"redis.url={url}"]) == 2
+    assert "the server refuses the user or the password" in capsys.readouterr().err
+    done = worker(url, "--search", "test")
+    assert done.returncode == 2 and "the server refuses the user or the password" in done.stderr
+
+
+@pytest.mark.parametrize("command", REMOTE)
+@pytest.mark.parametrize("url", ["redis://[::1", "redis://h:port", "h:6379"])
+def test_a_redis_url_that_is_none_is_refused(capsys: pytest.CaptureFixture[str], command: str, url: str) -> None:
+    assert main([command, "--redis-url", url]) == 2
+    assert "redis.url is not a Redis URL" in sentence(capsys)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--lease-seconds", "0"], "--lease-seconds cannot be 0"),
+        (["--lease-seconds", "-1"], "--lease-seconds cannot be -1"),
+        (["--lease-seconds", "0.0001"], "--lease-seconds cannot be 0.0001"),
+        (["--lease-seconds", "nan"], "--lease-seconds cannot be nan"),
+        (["--lease-seconds", "1e300"], "--lease-seconds cannot be 1e+300"),
+        (["--grace-seconds", "-1"], "--grace-seconds cannot be -1"),
+        (["--grace-seconds", "nan"], "--grace-seconds cannot be nan"),
+        (["--max-evaluation-seconds", "0"], "--max-evaluation-seconds cannot be 0"),
+        (["--max-preparation-seconds", "inf"], "--max-preparation-seconds cannot be inf"),
+        (["--search", "bad name"], "search.name 'bad name' is not allowed"),
+        (["--search", ""], "search.name '' is not allowed"),
+        (["--redis-url", "redis://[::1"], "redis.url is not a Redis URL"),
+        (["--redis-password-file", "nowhere"], "redis.password_file 'nowhere' cannot be read"),
+    ],
+)
+def test_a_workers_flags_are_checked_by_whichever_way_it_is_started(
+    flags: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["worker", *flags]) == 2
+    assert said in sentence(capsys)
+    done = worker("redis://127.0.0.1:1", *flags)
+    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_worker_that_is_started_as_a_module_takes_the_password_from_a_file(
+    by_hand: Any, server: Server, tmp_path: Path
+) -> None:
+    by_hand.execute_command("ACL", "SETUSER", "joe", "on", f">{PASSWORD}", "~*", "+@all")
+    by_hand.set("selfpruner:test:spec", OF_ANOTHER_VERSION)  # which only a client that was let in can find
+    (tmp_path / "password").write_text(PASSWORD)
+    flags = ["--search", "test", "--redis-password-file", str(tmp_path / "password")]
+    done = worker(server.url.replace("://", "://joe@"), *flags)
+    by_hand.execute_command("ACL", "DELUSER", "joe")
+    assert "what stands under selfpruner:test:spec in Redis cannot be read" in done.stderr
+
+
+def test_files_that_cannot_be_written_are_named(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    assert main(["daemon", str(config), "--set", "redis.url=redis://h", "--set", f"run.folder={tmp_path}/file"]) == 2
+    assert "run.folder: " in sentence(capsys)
+    (tmp_path / "runs" / "test" / "log.jsonl").mkdir(parents=True)
+    assert main(["daemon", str(config), "--set", "redis.url=redis://h"]) == 2
+    assert "log.jsonl cannot be written" in sentence(capsys)
+    done = worker("redis://127.0.0.1:1", "--log-file", str(tmp_path / "runs"))
+    assert done.returncode == 2 and "--log-file" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"search": 3}', "{"])
+def test_a_status_file_that_is_damaged_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: str
+) -> None:
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "status.json").write_text(content)
+    assert main(["status", "--search", "test", "--folder", str(tmp_path)]) == 2
+    assert "test" in sentence(capsys)
+
+
+@pytest.mark.parametrize("command", ["status", "watch"])
+def test_nothing_but_the_answer_is_on_stdout(
+    by_hand: Any, server: Server, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    by_hand.set("selfpruner:test:spec", SPEC.model_dump_json())
+    by_hand.set("selfpruner:test:control", "fly")
+    by_hand.set("selfpruner:test:condition", '{"finished": true}')
+    assert main([command, "--search", "test", "--redis-url", server.url, "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert [json.loads(line).get("control", "run") for line in out.splitlines()] == ["run"] * len(out.splitlines())
+    assert "control_not_understood" in err and "control_not_understood" not in out

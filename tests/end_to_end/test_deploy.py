@@ -1,0 +1,135 @@
+"""What a deployment is made of: the user that Redis has for us, and the Dockerfile."""
+
+import hashlib
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from protocol.runtime.secret_files import read_secret
+from tests.support.root import ROOT
+
+OURS = ("protocol", "daemon", "gpu_worker")
+COMMANDS = {
+    "delete": "del",
+    "incr": "incrby",
+    "scan_iter": "scan",
+    "xpending_range": "xpending",
+    "xgroup_create": "xgroup|create",
+}
+"""Methods of the client whose command has another name."""
+WITH_PARTS = ("XGROUP", "XINFO")
+NOT_COMMANDS = {"register_script", "pipeline", "aclose", "execute", "reset", "watch"}
+SETTINGS = {"url", "password_file"}
+"""Settings of the section `redis`, which look like methods of a client."""
+OF_THE_EMBEDDED_SERVER = {"shutdown"}
+
+
+def allowed_commands() -> set[str]:
+    lists = re.findall(r"^\w+='(.*)'$", (ROOT / "deploy" / "redis.sh").read_text(), re.MULTILINE)
+    return {word.removeprefix("+") for words in lists for word in words.split()}
+
+
+def used_commands() -> set[str]:
+    """What our scripts and our code call by name."""
+    scripts = [path.read_text() for path in (ROOT / "protocol" / "lua").glob("*.lua")]
+    calls = [call for text in scripts for call in re.findall(r"redis\.p?call\(\s*'(\w+)'(?:,\s*'(\w+)')?", text)]
+    used = {f"{name}|{sub}".lower() if name in WITH_PARTS else name.lower() for name, sub in calls}
+    sources = [path.read_text() for folder in OURS for path in (ROOT / folder).glob("*.py")]
+    for text in sources:
+        methods = re.findall(r"\b(?:redis|_redis|client|pipe)\s*\.(\w+)\(", text)
+        methods += re.findall(r"\bpartial\((?:self\.)?(?:_redis|redis|client)\.(\w+),", text)
+        chained = re.findall(r"\)\.([a-z]+)\(", "".join(re.findall(r"^\s*pipe\..*$", text, re.MULTILINE)))
+        used |= {COMMANDS.get(name, name) for name in (*methods, *chained)}
+    return used - NOT_COMMANDS - SETTINGS - OF_THE_EMBEDDED_SERVER
+
+
+def test_the_redis_user_may_use_every_command_that_the_code_names() -> None:
+    assert {"xadd", "hsetnx", "xreadgroup", "hgetall", "info"} <= used_commands()
+    assert used_commands() <= allowed_commands()
+
+
+def test_the_redis_user_may_use_no_command_that_nobody_needs() -> None:
+    of_clients = {"auth", "hello", "select", "client|setinfo", "client|setname", "multi", "exec", "discard"}
+    of_scripts = {"evalsha", "script|load", "script|exists"}
+    by_hand = {"get", "set"}
+    assert allowed_commands() - used_commands() <= of_clients | of_scripts | by_hand
+
+
+def start_redis(folder: Path, *, path: str = "/usr/bin:/bin") -> subprocess.CompletedProcess[str]:
+    """`deploy/redis.sh` with the password file and the users' file of a folder."""
+    environment = {"REDIS_PASSWORD_FILE": str(folder / "password"), "REDIS_USERS_FILE": str(folder / "users")}
+    script = str(ROOT / "deploy" / "redis.sh")
+    return subprocess.run(["sh", script], env=environment | {"PATH": path}, capture_output=True, text=True)
+
+
+UNUSABLE = {
+    b"": "is empty",
+    b"\n\n": "is empty",
+    b"with-crlf\r\n": "carriage returns (Windows line ends)",
+    b"\xef\xbb\xbfwith-bom\n": "one line of ASCII",
+    b"with blank\n": "one line of ASCII",
+    b" before": "one line of ASCII",
+    b"two\nlines\n": "one line of ASCII",
+    "nicht-übertragbar\n".encode(): "one line of ASCII",
+    b"x" * 2000: "longer than 1,024",
+}
+
+
+@pytest.mark.parametrize(("content", "said"), UNUSABLE.items(), ids=range(len(UNUSABLE)))
+def test_redis_refuses_a_password_file_that_others_would_read_differently(
+    tmp_path: Path, content: bytes, said: str
+) -> None:
+    (tmp_path / "password").write_bytes(content)
+    done = start_redis(tmp_path)
+    assert done.returncode == 2 and said in done.stderr and len(done.stderr.splitlines()) == 1
+    assert "with-" not in done.stderr and not (tmp_path / "users").exists()
+
+
+def test_redis_says_that_the_password_file_is_missing(tmp_path: Path) -> None:
+    done = start_redis(tmp_path)
+    assert done.returncode == 2 and "is missing" in done.stderr
+    (tmp_path / "password").mkdir()  # what an engine mounts in place of a file that is not there
+    assert start_redis(tmp_path).returncode == 2
+
+
+@pytest.mark.parametrize("password", ["a/b+c==", "#hash", "'quotes\"$(id)`", "back\\slash", "*?[x]", "-n", "%s"])
+def test_every_reader_finds_the_same_password_in_the_file(tmp_path: Path, password: str) -> None:
+    (tmp_path / "password").write_text(f"{password}\n")
+    (tmp_path / "bin").mkdir()
+    fake = tmp_path / "bin" / "redis-server"
+    fake.write_text("#!/bin/sh\n")
+    fake.chmod(0o755)
+    done = start_redis(tmp_path, path=f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    assert done.returncode == 0, done.stderr
+    by_health_check = subprocess.run(["sh", "-c", f'printf %s "$(cat {tmp_path / "password"})"'], capture_output=True)
+    by_python = read_secret(tmp_path / "password")
+    digests = {hashlib.sha256(found).hexdigest() for found in (by_health_check.stdout, by_python.encode())}
+    assert digests == set(re.findall(r"#([0-9a-f]{64})", (tmp_path / "users").read_text()))
+
+
+def test_the_dockerfile_passes_its_linter() -> None:
+    hadolint = shutil.which("hadolint", path=f"{Path(sys.executable).parent}") or shutil.which("hadolint")
+    if hadolint is None:
+        pytest.skip("no hadolint on this machine (it comes with the extra `dev`)")
+    done = subprocess.run([hadolint, "--no-color", str(ROOT / "Dockerfile")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("target", ["daemon", "worker"])
+def test_an_image_runs_as_a_user_without_rights_and_gets_its_signals(target: str) -> None:
+    stages = re.split(r"^FROM ", (ROOT / "Dockerfile").read_text(), flags=re.MULTILINE)
+    (stage,) = [text for text in stages if text.partition("\n")[0].endswith(f" AS {target}")]
+    assert re.search(r"^USER 10001:10001$", stage, re.MULTILINE)
+    assert re.search(r'^ENTRYPOINT \["selfpruner"\]$', stage, re.MULTILINE)
+    assert re.search(rf'^CMD \["{target}"', stage, re.MULTILINE)
+
+
+def test_nothing_gets_into_an_image_but_what_is_named() -> None:
+    lines = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and line[0] != "#"]
+    assert lines[0] == "*"
+    allowed = {line.removeprefix("!") for line in lines if line.startswith("!")}
+    assert allowed == {"pyproject.toml", "README.md", "LICENSE", "prompts", "configs", "agents", *OURS}

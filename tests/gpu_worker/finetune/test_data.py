@@ -1,0 +1,143 @@
+"""What fine-tuning learns from: Alpaca's form, or text; and what of it is predicted."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from gpu_worker.finetune.data import Instruction, TrainingData, prepare_data, read_instructions
+from gpu_worker.finetune.loss import summed_loss
+from gpu_worker.measuring import corpora
+from protocol.errors import DataError
+from protocol.results.finetuning import Recipe, form_of
+from tests.support.tiny_models import byte_tokenizer, tiny_llama, tiny_model
+
+ROWS = [{"instruction": "Add.", "input": "1 1", "output": "2"}, {"instruction": "Sing.", "output": "La", "text": "x"}]
+RECIPE = Recipe(seqlen=400)
+
+
+def written(folder: Path, name: str, content: str) -> str:
+    (folder / name).write_text(content)
+    return str(folder / name)
+
+
+def prepared(source: str, recipe: Recipe = RECIPE, family: str = "llama") -> TrainingData:
+    model = replace(tiny_model(family), tokenizer=byte_tokenizer())
+    instructions = read_instructions(source, recipe) if form_of(source) == "alpaca" else None
+    return prepare_data(source, instructions, model, recipe)
+
+
+def test_the_suffix_says_what_a_file_is() -> None:
+    assert [form_of(name) for name in ("a.json", "a.JSONL", "alpaca-gpt4")] == ["alpaca"] * 3
+    assert [form_of(name) for name in ("a.txt", "json", "wikitext2")] == ["text"] * 3
+
+
+@pytest.mark.parametrize("name", ["rows.json", "rows.jsonl"])
+def test_only_the_answer_is_predicted_and_the_end_of_the_text(tmp_path: Path, name: str) -> None:
+    lines = json.dumps(ROWS) if name.endswith("json") else "\n".join(json.dumps(row) for row in ROWS) + "\n\n"
+    data = prepared(written(tmp_path, name, lines))
+    tokenizer = byte_tokenizer()
+    first = data.examples[0].first
+    asked, told = data.examples[0].tokens[:first], data.examples[0].tokens[first:]
+    assert tokenizer.decode(told) == "2<last>"
+    assert tokenizer.decode(asked).endswith("### Instruction:\nAdd.\n\n### Input:\n1 1\n\n### Response:\n")
+    assert "### Input" not in tokenizer.decode(data.examples[1].tokens)
+    assert (data.name, data.form) == (name, "alpaca")
+
+
+def test_long_examples_are_cut_and_those_without_an_answer_left_are_dropped(tmp_path: Path) -> None:
+    first = len(Instruction.model_validate(ROWS[1]).prompt)
+    source = written(tmp_path, "rows.json", json.dumps([ROWS[1], {**ROWS[1], "instruction": "Sing " * 99}]))
+    data = prepared(source, Recipe(seqlen=first + 1))
+    assert [example.predicted for example in data.examples] == [1]
+    with pytest.raises(DataError, match="nothing"):
+        prepared(source, Recipe(seqlen=16))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_a_text_is_cut_into_windows_of_which_all_but_the_first_token_is_predicted(tmp_path: Path, family: str) -> None:
+    data = prepared(written(tmp_path, "a.txt", "abcdefgh" * 20), Recipe(seqlen=16), family)
+    assert len(data.examples) == 10 and {(len(e.tokens), e.first) for e in data.examples} == {(16, 1)}
+    begins = byte_tokenizer().decode(data.examples[0].tokens)
+    assert begins == ("<first>" + "bcdefgh" + "abcdefgh" if family == "gemma3_text" else "abcdefgh" * 2)
+
+
+def test_of_a_text_of_the_hub_what_is_learned_is_not_what_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load_dataset(_name: str, _config: str, *, split: str, data_files: object) -> dict[str, list[str]]:
+        assert data_files is None
+        return {"text": [split * 20]}
+
+    monkeypatch.setattr(corpora, "hub_reachable", lambda: True)
+    monkeypatch.setattr("datasets.load_dataset", load_dataset)
+    data = prepared("wikitext2", Recipe(seqlen=16))
+    assert byte_tokenizer().decode(data.examples[0].tokens) == "traintraintraint"
+
+
+def test_a_model_that_needs_a_first_token_gets_it_before_instructions_too(tmp_path: Path) -> None:
+    data = prepared(written(tmp_path, "rows.json", json.dumps(ROWS)), family="gemma3_text")
+    assert byte_tokenizer().decode(data.examples[0].tokens).startswith("<first>Below is")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        (
+            "a.jsonl",
+            '{"instruction": "a", "output": "b"}\n{"instruction": "a"}',
+            "line 2 of .* has no 'output': it must",
+        ),
+        ("a.jsonl", '\n{"instruction": "a", "output": 3}', "line 2 of .* has an 'output' that is no text"),
+        ("a.jsonl", '{"instruction": "a", "output": "b"}\n\n{oh', "line 3 of .*no JSON"),
+        ("a.jsonl", "[1]", "line 1 of .*no object"),
+        ("a.json", '[{"instruction": "a", "output": "b"}, 7]', "entry 2 of .*no object"),
+        ("a.json", '[\n{"instruction": "a", "output": null}]', "entry 1 of .*output"),
+        ("a.json", '[\n{"instruction": }]', "line 2 of .*no JSON"),
+        ("a.json", '{"instruction": "a", "output": "b"}', "no JSON list"),
+        ("a.json", "[]", "no instructions"),
+        ("a.jsonl", "", "no instructions"),
+        ("a.json", "[" * 100_000, "line 1 of .*no JSON"),
+    ],
+)
+def test_the_first_bad_line_is_named(tmp_path: Path, name: str, content: str, sentence: str) -> None:
+    with pytest.raises(DataError, match=sentence):
+        read_instructions(written(tmp_path, name, content), RECIPE)
+
+
+def test_so_many_examples_are_picked_by_the_seed(tmp_path: Path) -> None:
+    rows = [{"instruction": str(i), "output": "b"} for i in range(50)]
+    source = written(tmp_path, "rows.json", json.dumps(rows))
+    some, same, others = (
+        [row.instruction for row in read_instructions(source, Recipe(examples=5, seed=seed))] for seed in (1, 1, 2)
+    )
+    assert len(some) == 5 and some == same and some != others
+    assert len(prepared(written(tmp_path, "a.txt", "abcdefgh" * 20), Recipe(seqlen=16, examples=3)).examples) == 3
+
+
+def test_without_a_hub_it_is_said_what_to_pass(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(corpora, "hub_reachable", lambda: False)
+    # Named here so that they are put back: the process goes offline for good.
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+    with pytest.raises(DataError, match="pass a file with --data"):
+        read_instructions("alpaca-gpt4", RECIPE)
+
+
+def test_the_loss_of_a_batch_is_that_of_its_examples_one_by_one_with_the_gradient_of_torch(tmp_path: Path) -> None:
+    data = prepared(written(tmp_path, "rows.json", json.dumps(ROWS)), Recipe(seqlen=250))
+    model = tiny_llama()
+    weight = model.decoder.layers[0].gate.weight.requires_grad_(True)
+    summed_loss(model.decoder, data.examples).backward()  # type: ignore[no-untyped-call]
+    assert weight.grad is not None
+    ours = weight.grad.clone()
+    weight.grad.zero_()
+    total = 0.0
+    for example in data.examples:
+        labels = example.tokens.clone()
+        labels[: example.first] = -100
+        mean = model.causal_lm(input_ids=example.tokens[None], labels=labels[None]).loss
+        (mean * example.predicted).backward()
+        total += mean.item() * example.predicted
+    assert summed_loss(model.decoder, data.examples).item() == pytest.approx(total, rel=1e-5)
+    assert ours.allclose(weight.grad, rtol=1e-3, atol=1e-4)

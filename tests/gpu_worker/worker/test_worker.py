@@ -1,0 +1,230 @@
+"""Real workers: processes that prune and measure a tiny model, and are killed at it."""
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from redis.asyncio import Redis
+
+from protocol.plans.candidate import Candidate, Measured, Provenance, Result, candidate_id
+from protocol.plans.card import ModelCard
+from protocol.plans.spec import SearchSpec
+from protocol.queue.control import Control
+from protocol.queue.keys import Keys
+from protocol.queue.streams import CandidateQueue
+from tests.support.servers import Server, eventually
+from tests.support.tiny_specs import tiny_spec
+
+LEASE = "1.5"
+
+
+@pytest.fixture(scope="module")
+def spec(tmp_path_factory: pytest.TempPathFactory) -> SearchSpec:
+    return tiny_spec(tmp_path_factory.mktemp("worker"))
+
+
+@asynccontextmanager
+async def worker_process(server: Server, *options: str) -> AsyncIterator[asyncio.subprocess.Process]:
+    """`python -m gpu_worker` in a session of its own; whatever is left of it is killed at the end."""
+    command = [sys.executable, "-m", "gpu_worker", "--search", "test", "--lease-seconds", LEASE, *options]
+    environment = {**os.environ, "SELFPRUNER_REDIS__URL": server.url}
+    process = await asyncio.create_subprocess_exec(
+        *command, env=environment, start_new_session=True, stderr=asyncio.subprocess.PIPE
+    )
+    drain = asyncio.create_task(_read_all(process))
+    try:
+        yield process
+    finally:
+        for child in children_of(process):
+            child.kill()
+        if process.returncode is None:
+            process.kill()
+        await process.wait()
+        process.log = (await drain).decode()  # type: ignore[attr-defined]
+
+
+async def _read_all(process: asyncio.subprocess.Process) -> bytes:
+    assert process.stderr is not None
+    return await process.stderr.read()
+
+
+def children_of(process: asyncio.subprocess.Process) -> list[psutil.Process]:
+    try:
+        return list(psutil.Process(process.pid).children(recursive=True))
+    except psutil.NoSuchProcess:
+        return []
+
+
+class Daemon:
+    """The daemon's side of the streams, by hand."""
+
+    def __init__(self, redis: Redis, keys: Keys, spec: SearchSpec) -> None:
+        self.redis: Any = redis
+        self.keys = keys
+        self.spec = spec
+        self.queue = CandidateQueue(redis, keys, epoch=1, fingerprint=spec.fingerprint)
+        self.results: list[Result] = []
+
+    async def begin(self) -> ModelCard:
+        await self.redis.set(self.keys.epoch, 1)
+        await self.redis.set(self.keys.spec, self.spec.model_dump_json())
+
+        async def published() -> bool:
+            return bool(await self.redis.exists(self.keys.card))
+
+        await eventually(published, 120)
+        return ModelCard.model_validate_json(await self.redis.get(self.keys.card))
+
+    async def issue(self, card: ModelCard, count: int) -> list[Candidate]:
+        issued = []
+        for i in range(count):
+            rates = self.spec.feasible([0.05 + 0.02 * i, *[0.3] * (len(card.shape.layers) - 1)], card.shape)
+            plan = self.spec.plan(rates, card.shape)
+            provenance = Provenance(agent="initializer", source="llm", round=0)
+            candidate = Candidate(
+                id=candidate_id(plan, self.spec.fingerprint), rates=rates, plan=plan, provenance=provenance
+            )
+            if await self.queue.enqueue(candidate):
+                issued.append(candidate)
+        return issued
+
+    async def collected(self, count: int) -> bool:
+        cursor = self.results[-1].cursor if self.results else "0-0"
+        self.results += await self.queue.results(cursor)
+        return len(self.results) >= count
+
+
+@pytest.fixture
+async def daemon(redis: Redis, keys: Keys, spec: SearchSpec) -> Daemon:
+    return Daemon(redis, keys, spec)
+
+
+async def test_a_worker_publishes_the_card_and_measures_every_candidate_once(server: Server, daemon: Daemon) -> None:
+    async with worker_process(server) as process:
+        card = await daemon.begin()
+        issued = await daemon.issue(card, 6)
+        await eventually(lambda: daemon.collected(len(issued)), 60)
+        process.send_signal(signal.SIGTERM)
+        assert await asyncio.wait_for(process.wait(), 30) == 0
+        assert not children_of(process)
+    assert card.dense.perplexity > 1 and len(card.sensitivity) == len(card.shape.layers)
+    assert sorted(r.id for r in daemon.results) == sorted(c.id for c in issued)
+    assert all(isinstance(r.outcome, Measured) for r in daemon.results)
+    assert await daemon.redis.xlen(daemon.keys.jobs) == 0
+
+
+async def test_when_its_child_is_killed_the_worker_makes_a_new_one_and_nothing_is_lost(
+    server: Server, daemon: Daemon
+) -> None:
+    async with worker_process(server) as process:
+        card = await daemon.begin()
+        issued = await daemon.issue(card, 8)
+        await eventually(lambda: daemon.collected(2), 60)
+        (child,) = children_of(process)
+        child.kill()
+        await eventually(lambda: daemon.collected(len(issued)), 90)
+        assert process.returncode is None
+    assert sorted(r.id for r in daemon.results) == sorted(c.id for c in issued)
+    assert all(isinstance(r.outcome, Measured) for r in daemon.results)
+
+
+async def test_when_a_worker_is_killed_another_takes_its_job_over_and_its_child_dies_with_it(
+    server: Server, daemon: Daemon
+) -> None:
+    async with worker_process(server) as first:
+        card = await daemon.begin()
+        issued = await daemon.issue(card, 8)
+        await eventually(lambda: daemon.collected(1), 60)
+        orphans = children_of(first)
+        first.kill()
+        await first.wait()
+        gone, alive = await asyncio.to_thread(psutil.wait_procs, orphans, timeout=20)
+        assert orphans and len(gone) == len(orphans) and not alive
+    async with worker_process(server):
+        await eventually(lambda: daemon.collected(len(issued)), 90)
+    assert sorted(r.id for r in daemon.results) == sorted(c.id for c in issued)
+
+
+async def test_a_paused_worker_claims_nothing_until_it_may(
+    server: Server, daemon: Daemon, redis: Redis, keys: Keys
+) -> None:
+    control = Control(redis, keys)
+    async with worker_process(server):
+        card = await daemon.begin()
+        await control.write("pause")
+        await asyncio.sleep(2)
+        issued = await daemon.issue(card, 3)
+        await asyncio.sleep(2)
+        assert not await daemon.collected(1)
+        await control.write("run")
+        await eventually(lambda: daemon.collected(len(issued)), 60)
+
+
+async def test_a_server_that_is_killed_and_comes_back_costs_no_candidate(server: Server, daemon: Daemon) -> None:
+    async with worker_process(server):
+        card = await daemon.begin()
+        issued = await daemon.issue(card, 6)
+        await eventually(lambda: daemon.collected(1), 60)
+        server.kill()
+        await asyncio.sleep(1)
+        server.start()
+        await eventually(lambda: daemon.collected(len(issued)), 90)
+    assert sorted(r.id for r in daemon.results) == sorted(c.id for c in issued)
+
+
+async def test_what_the_user_must_mend_ends_the_worker_with_one_sentence_and_code_2(
+    server: Server, daemon: Daemon, tmp_path: Path
+) -> None:
+    (tmp_path / "short.txt").write_text("too short")
+    fitness = daemon.spec.fitness.model_copy(update={"source": str(tmp_path / "short.txt")})
+    broken = daemon.spec.model_copy(update={"fitness": fitness})
+    await daemon.redis.set(daemon.keys.spec, broken.model_dump_json())
+    async with worker_process(server, "--quiet") as process:
+        assert await asyncio.wait_for(process.wait(), 60) == 2
+    log: str = process.log  # type: ignore[attr-defined]
+    (sentence,) = log.strip().splitlines()
+    assert sentence.startswith("selfpruner: ") and "short.txt" in sentence
+
+
+async def test_a_worker_that_finds_a_damaged_spec_waits_for_its_daemon(server: Server, daemon: Daemon) -> None:
+    await daemon.redis.set(daemon.keys.spec, b"\xff not UTF-8")
+    await daemon.redis.config_resetstat()
+
+    async def was_read() -> bool:
+        return "cmdstat_get" in await daemon.redis.info("commandstats")
+
+    async with worker_process(server) as process:
+        await eventually(was_read, 60)
+        await daemon.begin()
+        assert process.returncode is None
+
+
+async def test_a_worker_with_other_texts_than_the_first_is_refused(
+    server: Server, daemon: Daemon, tmp_path: Path
+) -> None:
+    async with worker_process(server):
+        card = await daemon.begin()
+    await daemon.redis.set(daemon.keys.card, card.model_copy(update={"texts": "f" * 16}).model_dump_json())
+    async with worker_process(server, "--quiet") as process:
+        assert await asyncio.wait_for(process.wait(), 60) == 2
+    assert "texts are not the ones" in process.log  # type: ignore[attr-defined]
+
+
+async def test_a_worker_whose_server_is_away_still_ends_when_told_to(server: Server, daemon: Daemon) -> None:
+    async with worker_process(server) as process:
+        await daemon.begin()
+        server.kill()
+        try:
+            await asyncio.sleep(1)
+            process.send_signal(signal.SIGTERM)
+            assert await asyncio.wait_for(process.wait(), 30) == 0
+            assert not children_of(process)
+        finally:
+            server.start()

@@ -1,0 +1,36 @@
+"""How the tests of Chat ask."""
+
+from collections.abc import Sequence
+
+from agents.llm.chat import Chat
+from agents.llm.endpoint import Answer, ChatPolicy
+from protocol.errors import EndpointError
+from tests.support.scripted_llm import Handler, ScriptedLlm, says
+
+QUICK = ChatPolicy(attempts=5, failures_to_open=5, first_wait=0.001, longest_wait=0.002, deadline=30.0)
+SCHEMA: dict[str, object] = {"type": "object"}
+OK = says("fine")
+
+
+async def ask(chat: Chat, schema: dict[str, object] | None = SCHEMA, label: str = "test") -> Answer:
+    return await chat.ask(
+        [{"role": "user", "content": "Which rates?"}],
+        schema=schema,
+        schema_name="rates",
+        seed=7,
+        temperature=0.5,
+        max_tokens=100,
+        label=label,
+    )
+
+
+async def attempts(script: Sequence[Handler], policy: ChatPolicy = QUICK) -> tuple[int, str | EndpointError]:
+    """Requests that the endpoint saw, and the text or the error in the end."""
+    async with ScriptedLlm(script) as llm, Chat([llm.endpoint], policy) as chat:
+        result: str | EndpointError
+        try:
+            result = (await ask(chat)).text
+        except EndpointError as error:
+            result = error
+        assert chat.usage["fake"].requests == len(llm.asked)
+        return len(llm.asked), result

@@ -1,0 +1,71 @@
+"""A search that can be run, with its observer and its HTTP API, for the tests of both."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from redis.asyncio import Redis
+
+from agents.llm.endpoint import Usage
+from agents.llm.health import Degraded, EndpointState, LlmState
+from daemon.monitor.observer import Observer
+from daemon.search.search import Search
+from daemon.state.history import History
+from protocol.plans.candidate import Candidate, Failed, Measured
+from protocol.queue.jobs import JobQueue
+from protocol.queue.keys import Keys
+from tests.daemon.search.test_search import Conducted, unevenness
+from tests.support.http_client import Asked, served
+from tests.support.samples import CARD, SPEC
+
+
+class QuietChat:
+    """What an observer sees of a Chat."""
+
+    def __init__(self) -> None:
+        self.degraded: Degraded | None = None
+        self.usage = {"local": Usage(requests=7, answers=5, errors=1, prompt_tokens=900, completion_tokens=80)}
+
+    @property
+    def state(self) -> LlmState:
+        return LlmState(degraded=self.degraded, endpoints=(EndpointState(name="local", state="closed"),))
+
+
+class Observed:
+    """A search that can be run, its observer, and its API."""
+
+    def __init__(self, conducted: Conducted, search: Search, observer: Observer, ask: Asked) -> None:
+        self.conducted, self.search, self.observer, self.ask = conducted, search, observer, ask
+
+    async def run(self) -> None:
+        async with asyncio.timeout(60):
+            await self.search.run()
+        self.observer.finished = True
+        await self.observer.look()
+
+
+@asynccontextmanager
+async def observed(redis: Redis, keys: Keys, folder: Path) -> AsyncIterator[Observed]:
+    """A search that has not begun yet, as Launch shows it; a worker shows signs of life."""
+    conducted = Conducted(redis, keys, folder)
+    search = await conducted.open()
+    await redis.set(keys.card, CARD.model_dump_json())
+    await JobQueue(redis, keys, "w1", lease_seconds=60).beat(None, json.dumps({"stage": "idle"}))
+    observer = Observer(redis, keys, SPEC, folder)
+    observer.begin(History())
+    observer.search, observer.chat = search, QuietChat()
+    observer.counters = {"seconds": 3.0, "prompt_tokens": 900.0, "completion_tokens": 80.0}
+    await observer.look()
+    looking = asyncio.create_task(observer.run())
+    async with served(observer) as ask:
+        try:
+            yield Observed(conducted, search, observer, ask)
+        finally:
+            looking.cancel()
+            conducted.journal.close()
+
+
+def every_third_fails(candidate: Candidate) -> Measured | Failed:
+    return Failed(reason="timeout") if int(candidate.id, 16) % 3 == 0 else unevenness(candidate)

@@ -1,0 +1,105 @@
+"""Small values that many tests need: a shape, a spec, a card, candidates."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from protocol.plans.candidate import Candidate, Measured, Provenance, candidate_id
+from protocol.plans.card import DensePerplexity, ModelCard
+from protocol.plans.plan import count_parameters
+from protocol.plans.shape import LayerShape, ModelShape
+from protocol.plans.spec import SearchSpec, TextSpec
+
+HIDDEN, HEAD_DIM = 32, 8
+SHAPE = ModelShape(
+    family="llama",
+    hidden_size=HIDDEN,
+    head_dim=HEAD_DIM,
+    layers=(LayerShape(query_heads=4, kv_heads=2, mlp_channels=64),) * 4,
+    query_head_parameters=2 * HEAD_DIM * HIDDEN,
+    kv_head_parameters=2 * HEAD_DIM * HIDDEN,
+    channel_parameters=3 * HIDDEN,
+    attention_fixed=HIDDEN,
+    mlp_fixed=HIDDEN,
+    other_parameters=100 * HIDDEN,
+)
+SPEC = SearchSpec(
+    model="tiny",
+    rate=0.3,
+    calibration=TextSpec(source="self", windows=2, seqlen=32),
+    fitness=TextSpec(source="self", windows=2, seqlen=32),
+)
+CARD = ModelCard(
+    fingerprint=SPEC.fingerprint,
+    model="tiny",
+    shape=SHAPE,
+    dense=DensePerplexity(perplexity=10.0, tokens=62, seconds=0.1),
+    dense_report=None,
+    sensitivity=(0.4, 0.1, 0.1, 0.2),
+    texts="0" * 16,
+    device="cpu",
+)
+
+
+def card_for(spec: SearchSpec) -> ModelCard:
+    """The card as a worker of this spec publishes it."""
+    return CARD.model_copy(update={"fingerprint": spec.fingerprint})
+
+
+def candidate(
+    rates: tuple[float, ...], *, agent: str = "mutator", round_: int = 1, spec: SearchSpec = SPEC
+) -> Candidate:
+    """The candidate that these rates become."""
+    feasible = spec.feasible(rates, SHAPE)
+    plan = spec.plan(feasible, SHAPE)
+    provenance = Provenance.model_validate({"agent": agent, "source": "llm", "round": round_})
+    return Candidate(id=candidate_id(plan, spec.fingerprint), rates=feasible, plan=plan, provenance=provenance)
+
+
+def candidates(count: int) -> list[Candidate]:
+    """So many different candidates."""
+    found: dict[str, Candidate] = {}
+    for i in range(1000):
+        made = candidate((0.3 + 0.007 * (i % 41), 0.3 - 0.009 * (i % 31), 0.3 + 0.003 * (i % 13), 0.3))
+        found.setdefault(made.id, made)
+        if len(found) == count:
+            return list(found.values())
+    raise AssertionError(f"only {len(found)} different candidates")
+
+
+def measured(perplexity: float, of: Candidate | None = None, *, kl: float | None = None) -> Measured:
+    """A measurement of this perplexity, and of this divergence where there is one."""
+    plan = (of or candidate((0.3,) * 4)).plan
+    return Measured(perplexity=perplexity, kl=kl, parameters=count_parameters(plan, SHAPE), tokens=62, seconds=0.1)
+
+
+def write_daemon_settings(folder: Path, *, http: dict[str, object]) -> Path:
+    """Settings of a search called `test` whose endpoint is not there, as `selfpruner daemon` takes them."""
+    settings = {
+        "search": {"name": "test"},
+        "target": {"model": "m", "rate": 0.3},
+        "llm": {"endpoints": [{"base_url": "http://127.0.0.1:9/v1", "model": "m"}]},
+        "http": http,
+        "run": {"folder": str(folder / "runs")},
+    }
+    path = folder / "search.yaml"
+    path.write_text(json.dumps(settings))  # JSON is YAML
+    return path
+
+
+def put_status(folder: Path, *, finished: bool = True) -> None:
+    """The status that a search leaves in its folder."""
+    counts = {"round": 1, "candidates": 7, "by_source": {}, "measured": 7, "failed": 0, "waiting": 0}
+    figures = {"dense_perplexity": 9.5, "best": None, "best_perplexity": None, "best_kl": None, "seconds": 1.5}
+    around: dict[str, Any] = {
+        "control": "run",
+        "daemon": "me",
+        "workers": [],
+        "queue": {},
+        "parents_source": None,
+        "degraded": None,
+        "endpoints": {},
+    }
+    search = {"search": "test", "model": "m", "rate": 0.3, "fitness": "perplexity", "finished": finished}
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "status.json").write_text(json.dumps({**counts, **figures, **around, **search, "tokens": {}}))

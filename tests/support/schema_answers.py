@@ -1,0 +1,54 @@
+"""A scripted LLM that answers any question with a random value of the question's own JSON schema."""
+
+import json
+import random
+from collections.abc import Sequence
+from typing import Any
+
+from agents.llm.endpoint import Answer, Message
+
+
+def value_of(schema: dict[str, Any], rng: random.Random) -> Any:
+    """A random value that the schema allows."""
+    if "enum" in schema:
+        return rng.choice(schema["enum"])
+    match schema["type"]:
+        case "object":
+            return {name: value_of(part, rng) for name, part in schema["properties"].items()}
+        case "array":
+            length = rng.randint(schema.get("minItems", 1), schema.get("maxItems", 3))
+            return [value_of(schema["items"], rng) for _ in range(length)]
+        case "integer":
+            return rng.randint(schema["minimum"], schema["maximum"])
+        case "number":
+            return round(rng.uniform(schema.get("minimum", 0.0), schema.get("maximum", 1.0)), 5)
+        case other:
+            raise AssertionError(f"no value for type {other!r}")
+
+
+class SchemaChat:
+    """Answers at once, the same for the same seed; counts what it is asked."""
+
+    def __init__(self) -> None:
+        self.labels: list[str] = []
+        """Of each question, in order: who asks, in which round, which call and attempt."""
+
+    @property
+    def asked(self) -> int:
+        return len(self.labels)
+
+    async def ask(
+        self,
+        messages: Sequence[Message],
+        *,
+        schema: dict[str, object] | None,
+        schema_name: str,
+        seed: int,
+        temperature: float,
+        max_tokens: int,
+        label: str = "",
+    ) -> Answer:
+        self.labels.append(label)
+        assert schema is not None
+        text = json.dumps(value_of(schema, random.Random(seed)))
+        return Answer(text, "scripted", 100, 20, 0.0, "stop")

@@ -1,0 +1,27 @@
+"""A search over a tiny model and a short text, for tests of what ties the worker's parts together."""
+
+import random
+from pathlib import Path
+
+from protocol.plans.spec import SearchSpec, TextSpec
+from tests.support.tiny_models import save_tiny_folder
+
+
+def write_text(path: Path, words: int = 800, seed: int = 0) -> str:
+    """Write that many made-up words to `path` and return it as a source."""
+    dice = random.Random(seed)
+    path.write_text(" ".join("".join(dice.choices("abcdefgh", k=4)) for _ in range(words)))
+    return str(path)
+
+
+def tiny_spec(folder: Path) -> SearchSpec:
+    """A spec with a model and a text written to `folder`: four windows to score on, two to search on, two to report."""
+    text = write_text(folder / "text.txt")
+    return SearchSpec(
+        model=str(save_tiny_folder(folder / "model", hidden_size=48)),
+        rate=0.4,
+        calibration=TextSpec(source=text, windows=4, seqlen=32),
+        fitness=TextSpec(source=text, windows=2, seqlen=64),
+        report=TextSpec(source=text, windows=2, seqlen=32),
+        dtype="float32",
+    )
