@@ -3,18 +3,20 @@
 from collections.abc import Sequence
 from functools import partial
 
-from agents.lists import lists_question
-from agents.operators.edits import Mix, MixChoice, apply_mix, chosen_of, mix_bounds, mix_schema, mixes_schema
+from agents.llm.endpoint import Asks
+from agents.operators.edits import Mix, apply_mix, mix_bounds
 from agents.operators.mixes import mix_menu
 from agents.operators.sampling import RANKED_MIXES, drawn_mix, drawn_ranked_mix
+from agents.population.call import Call
 from agents.population.submission import Draw
 from agents.population.view import Member, Proposal, Submit, View
-from agents.prompting.conversation import Asks, Call, Question
+from agents.prompting.conversation import Question
 from agents.prompting.descriptions import about_model, mixes_in_words, numbered_lists, numbered_profiles
 from agents.prompting.prompts import Prompts
 from agents.prompting.replies import parse_objects
+from agents.prompting.schemas import MixChoice, chosen_of, mix_schema, mixes_schema
 from agents.prompting.settings import AgentSettings
-from agents.proposer import Proposer
+from agents.proposer import Proposer, lists_question
 
 EDIT_TOKENS = 60
 MIX_TOKENS = 20

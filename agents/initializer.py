@@ -3,23 +3,18 @@
 from collections.abc import Sequence
 from functools import partial
 
-from agents.lists import lists_question
-from agents.operators.edits import (
-    MOST_KEPT,
-    Profile,
-    anchors,
-    apply_profile,
-    profile_bounds,
-    profile_schema,
-)
+from agents.llm.endpoint import Asks
+from agents.operators.edits import MOST_KEPT, Profile, anchors, apply_profile, profile_bounds
 from agents.operators.sampling import drawn_profile
+from agents.population.call import Call
 from agents.population.view import Member, Proposal, Submit, View
-from agents.prompting.conversation import Asks, Call, Question
+from agents.prompting.conversation import Question
 from agents.prompting.descriptions import about_model
 from agents.prompting.prompts import Prompts
 from agents.prompting.replies import parse_objects
+from agents.prompting.schemas import profile_schema
 from agents.prompting.settings import AgentSettings
-from agents.proposer import Proposer
+from agents.proposer import Proposer, lists_question
 
 EDIT_TOKENS = 90
 

@@ -3,22 +3,14 @@
 from collections.abc import Sequence
 from functools import partial
 
-from agents.lists import lists_question
-from agents.operators.edits import (
-    MOST_CHANGES,
-    STEPS,
-    Mutation,
-    TradeChoice,
-    apply_mutation,
-    chosen_of,
-    mutation_schema,
-    trades_schema,
-)
+from agents.llm.endpoint import Asks
+from agents.operators.edits import MOST_CHANGES, STEPS, Mutation, apply_mutation
 from agents.operators.sampling import MOST_TRADES, RANKED_TRADES, RankedTrades, drawn_mutation, good_one
 from agents.operators.trades import menu, traded
+from agents.population.call import Call
 from agents.population.submission import Draw
 from agents.population.view import Member, Proposal, Submit, View
-from agents.prompting.conversation import Asks, Call, Question
+from agents.prompting.conversation import Question
 from agents.prompting.descriptions import (
     about_model,
     fitness_in_words,
@@ -29,8 +21,9 @@ from agents.prompting.descriptions import (
 from agents.prompting.feedback import Telling, telling
 from agents.prompting.prompts import Prompts
 from agents.prompting.replies import parse_objects
+from agents.prompting.schemas import TradeChoice, chosen_of, mutation_schema, trades_schema
 from agents.prompting.settings import AgentSettings
-from agents.proposer import Proposer
+from agents.proposer import Proposer, lists_question
 
 EDIT_TOKENS = 90
 TRADE_TOKENS = 30

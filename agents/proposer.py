@@ -2,19 +2,72 @@
 
 import asyncio
 import hashlib
-from collections.abc import Callable
+import math
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
 
 import structlog
 from structlog.contextvars import bound_contextvars
 
-from agents.llm.endpoint import Answer
+from agents.llm.endpoint import Answer, Asks
+from agents.population.call import Call
 from agents.population.submission import Draw, NothingLeft, Offers
-from agents.population.view import Proposal, Submit, View
-from agents.prompting.conversation import Asker, Asks, Call, Question
+from agents.population.view import Member, Proposal, Submit, View
+from agents.prompting.conversation import Asker, Question
 from agents.prompting.prompts import Prompts
+from agents.prompting.replies import Parsed, parse_lists
 from agents.prompting.settings import AgentSettings
-from agents.turns import Turns
 from protocol.plans.candidate import AgentName
+
+
+class Turns:
+    """Members take turns by step, then by number: everybody's first turn, in order, then everybody's second.
+
+    Which candidates a round gets depends on the order in which proposals are compared with what is known. With turns it
+    depends on the answers alone and not on how long each took, so a search can be replayed, and resumed amid a round.
+    """
+
+    def __init__(self, members: Iterable[int]) -> None:
+        self._steps: dict[int, float] = dict.fromkeys(members, 0)
+        self._calls = {member: asyncio.Event() for member in self._steps}
+
+    @asynccontextmanager
+    async def part(self, member: int) -> AsyncIterator[None]:
+        """All of what a member does; nobody waits for it afterwards."""
+        try:
+            yield
+        finally:
+            del self._steps[member]
+            self._call_next()
+
+    @asynccontextmanager
+    async def turn(self, member: int) -> AsyncIterator[None]:
+        """Waits until it is this member's turn; the next one's begins at the end."""
+        while self._next() != member:
+            await self._calls[member].wait()
+            self._calls[member].clear()
+        yield
+        self._steps[member] += 1
+        self._call_next()
+
+    @asynccontextmanager
+    async def last_turn(self, member: int) -> AsyncIterator[None]:
+        """Wait until every other member is done, or waits for its own last turn and has a higher number.
+
+        How many turns a member had before its last one makes no difference to the order of the last turns.
+        """
+        self._steps[member] = math.inf
+        self._call_next()
+        async with self.turn(member):
+            yield
+
+    def _next(self) -> int:
+        return min(self._steps, key=lambda member: (self._steps[member], member))
+
+    def _call_next(self) -> None:
+        if self._steps:
+            self._calls[self._next()].set()
+
 
 log = structlog.get_logger()
 
@@ -76,3 +129,31 @@ class Proposer:
     async def _stand_in(self, call: Call, missing: int, offers: Offers, stand_in: Draw) -> None:
         taken = await offers.draw(call.rng, missing, stand_in, "stand-in")
         log.info("stand_in", agent=self._agent, round=call.view.round, accepted=taken, missing=missing - taken)
+
+
+TOKENS_PER_RATE = 9
+
+
+def lists_question(name: str, prompt: str, view: View, shown: Sequence[Member]) -> Question[Proposal]:
+    """A question whose answer is lists of rates, made from all the members `shown`."""
+    units = view.units
+    parents = tuple(member.candidate.id for member in shown)
+
+    def parse(text: str, count: int) -> Parsed[Proposal]:
+        parsed = parse_lists(text, units, view.spec.rate, count)
+        return Parsed(tuple(Proposal(rates, parents) for rates in parsed.good), parsed.names, parsed.problems)
+
+    return Question(name, prompt, lambda count: lists_schema(len(units), count), parse, TOKENS_PER_RATE * len(units))
+
+
+def lists_schema(units: int, count: int) -> dict[str, object]:
+    """For `count` configurations of so many units' rates."""
+    rate = {"type": "number", "minimum": 0, "maximum": 1}
+    rates = {"type": "array", "items": rate, "minItems": units, "maxItems": units}
+    lists = {"type": "array", "items": rates, "minItems": count, "maxItems": count}
+    return {
+        "type": "object",
+        "properties": {"configurations": lists},
+        "required": ["configurations"],
+        "additionalProperties": False,
+    }

@@ -2,14 +2,15 @@
 
 from structlog.contextvars import bound_contextvars
 
-from agents.llm.endpoint import Answer
-from agents.operators.edits import Choice, apply_choice, choice_schema
+from agents.llm.endpoint import Answer, Asks
 from agents.operators.genetic import tournament
+from agents.population.call import Call
 from agents.population.view import Member, Selection, View
-from agents.prompting.conversation import Asker, Asks, Call, Question
+from agents.prompting.conversation import Asker, Question
 from agents.prompting.descriptions import about_model, numbered_sections
 from agents.prompting.prompts import Prompts
 from agents.prompting.replies import Parsed, parse_objects
+from agents.prompting.schemas import Choice, apply_choice, choice_schema
 from agents.prompting.settings import AgentSettings
 
 TOKENS_PER_PARENT = 5

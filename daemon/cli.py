@@ -24,8 +24,8 @@ from daemon.commands import pruning as pruning_commands
 from daemon.commands import speed as speed_command
 from daemon.commands import tables as answers
 from daemon.commands import zero_shot as zero_shot_command
-from daemon.commands.flag_errors import FLAG_ERROR, flag_sentence
-from daemon.commands.output import answer, need, print_json, stdout_console
+from daemon.commands.flags import FLAG_ERROR, flag_sentence
+from daemon.commands.output import answer, print_json, stdout_console
 from daemon.http_api.after_end import stay_after_end, stay_to_be_mended
 from daemon.http_api.token import Access
 from daemon.launch.launch import Launch
@@ -38,13 +38,14 @@ from daemon.monitor.watch import json_lines, on_screen
 from daemon.monitor.watch import watch as follow
 from daemon.monitor.watch_screen import Screen, standing
 from daemon.search.make_agents import check_proposer
+from daemon.settings.packages import need
 from daemon.settings.settings import Settings
 from daemon.settings.sources import load
 from protocol.errors import SelfPrunerError, SettingsError, UsageError
 from protocol.queue.connection import password_of
 from protocol.queue.control import Command
 from protocol.runtime import logs
-from protocol.runtime.daemon_signals import Interrupted, run_until_signal
+from protocol.runtime.signals import Interrupted, run_until_signal
 
 log = structlog.get_logger()
 app = typer.Typer(

@@ -11,9 +11,9 @@ from functools import partial
 
 from agents.operators.genetic import tournament
 from agents.operators.sampling import RankedTrades, drawn_mix, drawn_mutation, drawn_profile, drawn_ranked_mix
+from agents.population.call import Call
 from agents.population.submission import Draw, NothingLeft, Offers
 from agents.population.view import Member, Selection, Submit, View
-from agents.prompting.conversation import Call
 from protocol.plans.candidate import AgentName
 
 

@@ -11,8 +11,7 @@ import structlog
 from agents.llm.budget import Budget, BudgetUsedUp, Spent
 from agents.llm.client import RequestFailed
 from agents.llm.connection import Connection, Gate
-from agents.llm.endpoint import Answer, ChatPolicy, Endpoint, Message, Question, Usage
-from agents.llm.health import Degraded, LlmState
+from agents.llm.endpoint import Answer, ChatPolicy, Degraded, Endpoint, LlmState, Message, Question, Usage
 from agents.llm.readiness import Readiness
 from protocol.errors import EndpointError
 

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 import httpx2
 import openai
 
-from agents.llm.backoff import retry_after
+from agents.llm.breaker import retry_after
 from agents.llm.completion import Completion, check_content_type, read_completion
 from agents.llm.endpoint import ChatPolicy, Endpoint, Message
 from agents.llm.masking import Masking

@@ -7,13 +7,11 @@ from collections.abc import Awaitable, Callable
 import structlog
 import tenacity
 
-from agents.llm.backoff import Cooldown
-from agents.llm.breaker import Breaker
+from agents.llm.breaker import Breaker, Cooldown
 from agents.llm.client import Client, RequestFailed
 from agents.llm.completion import LONGEST_REPLY, Completion
 from agents.llm.dialect import Dialect
-from agents.llm.endpoint import Answer, ChatPolicy, Endpoint, Question, Usage
-from agents.llm.health import EndpointState
+from agents.llm.endpoint import Answer, ChatPolicy, Endpoint, EndpointState, Question, Usage
 from protocol.errors import EndpointError
 
 Gate = Callable[[], Awaitable[None]]

@@ -2,8 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal, Protocol
 
-from pydantic import SecretStr
+from pydantic import BaseModel, ConfigDict, SecretStr
 
 from agents.llm.budget import Spent
 
@@ -94,3 +95,47 @@ class Question:
     seed: int
     temperature: float
     max_tokens: int
+
+
+class Asks(Protocol):
+    """What the agents need of Chat."""
+
+    async def ask(
+        self,
+        messages: Sequence[Message],
+        *,
+        schema: dict[str, object] | None,
+        schema_name: str,
+        seed: int,
+        temperature: float,
+        max_tokens: int,
+        label: str = "",
+    ) -> Answer:
+        """The answer; raises EndpointError when no endpoint gives one."""
+        ...
+
+
+Degraded = Literal["endpoints", "budget"]
+"""Why the classical operators stand in: no endpoint answers, or the budget is used up."""
+
+
+class _Value(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class EndpointState(_Value):
+    """One endpoint: asked as usual (`closed`), left alone (`open`), or being tried (`half-open`)."""
+
+    name: str
+    state: Literal["closed", "open", "half-open"]
+    reason: str | None = None
+    """Why it is not `closed`: what it did last."""
+
+
+class LlmState(_Value):
+    """All endpoints in their order."""
+
+    degraded: Degraded | None = None
+    reason: str | None = None
+    """In words, where degraded."""
+    endpoints: tuple[EndpointState, ...] = ()

@@ -8,8 +8,7 @@ from typing import Any
 
 import structlog
 
-from agents.llm.endpoint import Answer, Message
-from agents.prompting.conversation import Asks
+from agents.llm.endpoint import Answer, Asks, Message
 from protocol.errors import EndpointError, SettingsError
 
 log = structlog.get_logger()

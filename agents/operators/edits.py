@@ -15,7 +15,6 @@ from agents.population.view import Member, Proposal, View
 from protocol.errors import InvalidReply
 from protocol.plans.shape import BlockKind
 
-Schema = dict[str, object]
 T = TypeVar("T")
 Percent = Annotated[int, Field(ge=0, le=100)]
 Curve = Annotated[list[Percent], Field(min_length=2, max_length=12)]
@@ -65,24 +64,6 @@ class Mix(BaseModel):
     layers: Annotated[int, Field(ge=1)]
 
 
-class TradeChoice(BaseModel):
-    """A Mutator's choice: numbers of trades."""
-
-    trades: Annotated[list[int], Field(min_length=1, max_length=20)]
-
-
-class MixChoice(BaseModel):
-    """A Crossover's choice: the number of a mix."""
-
-    mix: int
-
-
-class Choice(BaseModel):
-    """A Selector's proposal: numbers of parents."""
-
-    parents: Annotated[list[int], Field(min_length=1, max_length=1000)]
-
-
 def profile_bounds(view: View) -> tuple[int, int]:
     """The lowest and highest percent that a profile's schema allows: from a third to twice the pruning rate."""
     spec = view.spec
@@ -107,57 +88,6 @@ def mix_bounds(view: View) -> tuple[int, int]:
     """The fewest and the most layers that a mix's schema lets come from the second parent: a sixth to two thirds."""
     layers = len(view.card.shape.layers)
     return max(1, layers // 6), max(1, 2 * layers // 3)
-
-
-def profile_schema(view: View, count: int) -> Schema:
-    """For `count` profiles: one curve over the layers, or one each for attention and MLP."""
-    low, high = profile_bounds(view)
-    curve = {"type": "array", "items": _integer(low, high), "minItems": points(view), "maxItems": points(view)}
-    curves = {"profile": curve} if view.spec.granularity == "layer" else {"attention": curve, "mlp": curve}
-    return _proposals({**_kept(view), **curves}, count)
-
-
-def mutation_schema(view: View, shown: int, count: int) -> Schema:
-    """For `count` mutations of one of `shown` parents."""
-    change = {**_range(view), "points": {"type": "integer", "enum": list(STEPS)}}
-    if view.spec.granularity == "block":
-        change = {"block": {"enum": ["attention", "mlp"]}, **change}
-    changes = {"type": "array", "items": _object(change), "minItems": 1, "maxItems": MOST_CHANGES}
-    return _proposals({"parent": _integer(1, shown), "changes": changes}, count)
-
-
-def mix_schema(view: View, shown: int, count: int) -> Schema:
-    """For `count` mixes of two different ones of `shown` parents."""
-    pairs = [f"{a}+{b}" for a in range(1, shown + 1) for b in range(1, shown + 1) if a != b]
-    fewest, most = mix_bounds(view)
-    start = _integer(0, len(view.card.shape.layers) - fewest)
-    block: Schema = {"block": {"enum": ["both", "attention", "mlp"]}} if view.spec.granularity == "block" else {}
-    return _proposals({"parents": {"enum": pairs}, **block, "first": start, "layers": _integer(fewest, most)}, count)
-
-
-def trades_schema(shown: int, most: int, count: int) -> Schema:
-    """For `count` choices of up to `most` of `shown` trades."""
-    trades = {"type": "array", "items": _integer(1, shown), "minItems": 1, "maxItems": min(most, shown)}
-    return _proposals({"trades": trades}, count)
-
-
-def mixes_schema(shown: int, count: int) -> Schema:
-    """For the numbers of `count` of `shown` mixes."""
-    return _proposals({"mix": _integer(1, shown)}, count)
-
-
-def chosen_of(items: Sequence[T], numbers: Sequence[int], most: int, what: str) -> tuple[T, ...]:
-    """The items with these numbers (from 1), each once and at most `most`; raises InvalidReply for one out of range."""
-    for number in numbers:
-        if not 1 <= number <= len(items):
-            raise InvalidReply(f"names a {what} outside 1 to {len(items)}")
-    return tuple(items[number - 1] for number in dict.fromkeys(numbers))[:most]
-
-
-def choice_schema(shown: int, wanted: int) -> Schema:
-    """For the numbers of `wanted` of `shown` parents."""
-    numbers = {"type": "array", "items": _integer(1, shown), "minItems": min(2, wanted), "maxItems": wanted}
-    return _object({"parents": numbers})
 
 
 def apply_profile(view: View, reply: Profile) -> Proposal:
@@ -205,20 +135,6 @@ def apply_mix(view: View, parents: Sequence[Member], reply: Mix) -> Proposal:
     return Proposal(rates, (base.candidate.id, donor.candidate.id))
 
 
-def apply_choice(population: Sequence[Member], wanted: int, reply: Choice) -> tuple[Member, ...]:
-    """`wanted` members, best first: those chosen, and the best of the others in the places left.
-
-    Small models like to repeat a number, which counts once. Raises InvalidReply for fewer than two different ones.
-    """
-    chosen = {_member(population, number).candidate.id for number in reply.parents[: 2 * wanted]}
-    if len(chosen) < min(2, wanted):
-        raise InvalidReply("names fewer than two different configurations")
-    others = [member for member in population if member.candidate.id not in chosen]
-    taken = [member for member in population if member.candidate.id in chosen][:wanted]
-    filled = {member.candidate.id for member in taken + others[: wanted - len(taken)]}
-    return tuple(member for member in population if member.candidate.id in filled)
-
-
 def _meant(kind: BlockKind, reply: Change | Mix) -> bool:
     return kind == "layer" or reply.block in (None, "both", kind)
 
@@ -236,33 +152,3 @@ def _member(members: Sequence[Member], number: int) -> Member:
     if not 1 <= number <= len(members):
         raise InvalidReply(f"names a configuration outside 1 to {len(members)}")
     return members[number - 1]
-
-
-def _kept(view: View) -> Schema:
-    """Up to a few of the most fragile units; nothing where none is known to be fragile."""
-    choices = [unit.name for unit in view.by_fragility[:KEPT_CHOICES]]
-    kept: Schema = {"type": "array", "items": {"enum": choices}, "minItems": 0, "maxItems": MOST_KEPT}
-    return {"keep": kept} if choices else {}
-
-
-def _proposals(properties: Schema, count: int) -> Schema:
-    items = {"type": "array", "items": _object(properties), "minItems": count, "maxItems": count}
-    return _object({"proposals": items})
-
-
-def _object(properties: Schema) -> Schema:
-    return {
-        "type": "object",
-        "properties": properties,
-        "required": list(properties),
-        "additionalProperties": False,
-    }
-
-
-def _integer(low: int, high: int) -> Schema:
-    return {"type": "integer", "minimum": low, "maximum": high}
-
-
-def _range(view: View) -> Schema:
-    last = len(view.card.shape.layers) - 1
-    return {"first": _integer(0, last), "last": _integer(0, last)}

@@ -4,8 +4,8 @@ import asyncio
 import random
 from collections.abc import Callable
 
+from agents.population.call import Call
 from agents.population.view import BUDGET_USED_UP, KNOWN_ALREADY, Proposal, Refused, Submit
-from agents.prompting.conversation import Call
 from protocol.plans.candidate import AgentName, Provenance, Source
 
 TRIES = 25

@@ -1,17 +1,15 @@
 """The conversation that every agent has with the LLM: ask, parse, take what is good, answer what was wrong."""
 
 import asyncio
-import hashlib
-import random
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, TypeVar
 
 import structlog
 
-from agents.llm.endpoint import Answer, Message
-from agents.population.view import Member, View
+from agents.llm.endpoint import Answer, Asks, Message
+from agents.population.call import Call
 from agents.prompting.descriptions import about_model
 from agents.prompting.prompts import Prompts
 from agents.prompting.replies import Parsed
@@ -35,24 +33,6 @@ Turn = Callable[[], AbstractAsyncContextManager[None]]
 log = structlog.get_logger()
 
 
-class Asks(Protocol):
-    """What the agents need of Chat."""
-
-    async def ask(
-        self,
-        messages: Sequence[Message],
-        *,
-        schema: dict[str, object] | None,
-        schema_name: str,
-        seed: int,
-        temperature: float,
-        max_tokens: int,
-        label: str = "",
-    ) -> Answer:
-        """The answer; raises EndpointError when no endpoint gives one."""
-        ...
-
-
 @dataclass(frozen=True)
 class Question(Generic[T]):
     """One question: the prompt, the form of the answer for so many missing items, and how it is read."""
@@ -64,33 +44,6 @@ class Question(Generic[T]):
     parse: Callable[[str, int], Parsed[T]]
     tokens: int
     """What one item of the answer takes, about."""
-
-
-@dataclass(frozen=True)
-class Call:
-    """Which call of which agent in which round: what seeds are made from."""
-
-    agent: str
-    view: View
-    index: int
-    count: int
-
-    def seed(self, attempt: int) -> int:
-        """31 bits that differ between all questions of a search."""
-        key = f"{self.view.spec.seed}|{self.view.round}|{self.agent}|{self.index}|{self.count}|{attempt}"
-        return int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") >> 1
-
-    def some_of(self, members: Sequence[Member], most: int) -> tuple[Member, ...]:
-        """At most `most` of `members`, in their order: the calls of a round each see different ones."""
-        first = [members[self.index % len(members)]]
-        others = [member for member in members if member is not first[0]]
-        drawn = first + self.rng.sample(others, min(most - 1, len(others)))
-        return tuple(member for member in members if member in drawn)
-
-    @property
-    def rng(self) -> random.Random:
-        """For the stand-in."""
-        return random.Random(self.seed(-1))
 
 
 class Asker:

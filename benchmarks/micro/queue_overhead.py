@@ -57,9 +57,7 @@ async def work(url: str, name: str, search: str) -> None:
 def instant_workers(url: str, count: int, search: str = KEYS.search) -> Iterator[None]:
     """So many instant workers as processes."""
     command = [sys.executable, "-m", "benchmarks.micro.queue_overhead", "--worker", url, "--search", search]
-    processes = [
-        subprocess.Popen([*command, "--name", f"w{i}"], cwd=Path(__file__).parents[2]) for i in range(count)
-    ]
+    processes = [subprocess.Popen([*command, "--name", f"w{i}"], cwd=Path(__file__).parents[2]) for i in range(count)]
     try:
         yield
     finally:

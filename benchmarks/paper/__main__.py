@@ -30,8 +30,8 @@ from benchmarks.paper.settings import read_settings
 from benchmarks.paper.tables import WantedTable
 from benchmarks.paper.wanted import wanted_tables
 from protocol.errors import SelfPrunerError, SettingsError, UsageError
-from protocol.runtime.daemon_signals import Interrupted, interruptible
 from protocol.runtime.files import replace
+from protocol.runtime.signals import Interrupted, interruptible
 
 
 def main(arguments: Sequence[str] | None = None, runner: Runner | None = None) -> int:

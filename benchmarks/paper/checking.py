@@ -9,10 +9,10 @@ from benchmarks.paper.cells import Cell
 from benchmarks.paper.commands import command, parsed
 from benchmarks.paper.making import settings_of
 from daemon.commands.finetune import found_data
-from daemon.commands.output import need
 from daemon.launch.llm import secrets_of
 from daemon.launch.run_here import check_here, needs_local_llm
-from daemon.settings.settings import check_text
+from daemon.settings.packages import need
+from daemon.settings.target import check_text
 from gpu_worker.speed.engines import choose_engines, engines_named
 from protocol.errors import DataError, SettingsError, UsageError
 from protocol.runtime.paths import expanded

@@ -10,7 +10,7 @@ import typer
 from benchmarks.paper.cells import Cell
 from benchmarks.paper.settings import ROOT
 from daemon.cli import app
-from daemon.commands.flag_errors import FLAG_ERROR, flag_sentence
+from daemon.commands.flags import FLAG_ERROR, flag_sentence
 from protocol.errors import SettingsError
 from protocol.results.formats import FACTS
 

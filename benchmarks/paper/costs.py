@@ -32,7 +32,8 @@ from benchmarks.paper.answers import Figures
 from benchmarks.paper.cells import Cell, Measured, Outcome, figures_of
 from benchmarks.paper.commands import parsed
 from benchmarks.paper.settings import Model, PaperSettings, Texts
-from daemon.settings.settings import DataSettings, Settings
+from daemon.settings.settings import Settings
+from daemon.settings.target import DataSettings
 from gpu_worker.speed.engines import engines_named
 from protocol.errors import SettingsError
 from protocol.plans.spec import Role, TextSpec

@@ -42,19 +42,21 @@ from benchmarks.search.searches import (
 )
 from benchmarks.search.table import show
 from daemon.launch.launch import Launch
-from daemon.local import valkey as embedded
 from daemon.local.llm_server import find_gguf
+from daemon.local.services import local_llm
+from daemon.local.valkey import embedded_server
 from daemon.search.checks import is_searched_on
 from daemon.search.make_agents import check_proposer
 from daemon.settings.errors import validation_sentence
 from daemon.settings.llm import EndpointSettings
-from daemon.settings.settings import Settings, check_text, text_spec
+from daemon.settings.settings import Settings
+from daemon.settings.target import check_text, text_spec
 from protocol.errors import SelfPrunerError, SettingsError, UsageError
 from protocol.plans.allocation import Method
 from protocol.plans.spec import Measure, Reconstruction
 from protocol.runtime import logs
-from protocol.runtime.daemon_signals import run_until_signal
 from protocol.runtime.files import replace
+from protocol.runtime.signals import run_until_signal
 
 SEEDS: tuple[Method, ...] = ("first-layer", "llm-pruner", "owl", "uniform")
 LEAST_POPULATION = 4
@@ -245,7 +247,7 @@ async def compare(given: argparse.Namespace) -> list[SearchResult]:
         endpoints: tuple[EndpointSettings, ...] = ()
         if any(method not in WITHOUT_LLM for method in given.methods):
             endpoints = await _endpoints(given, stack)
-        url = await stack.enter_async_context(embedded.embedded_server(given.out / "server"))
+        url = await stack.enter_async_context(embedded_server(given.out / "server"))
         console = Console(stderr=True)
         for seed in range(given.first_seed, given.first_seed + given.seeds):
             worker = MeasuringWorker(url, given.out / f"measured-{seed}.jsonl")
@@ -296,7 +298,7 @@ async def _endpoints(given: argparse.Namespace, stack: AsyncExitStack) -> tuple[
     if settings.llm.endpoints:
         return settings.llm.endpoints
     settings.folder.mkdir(parents=True, exist_ok=True)  # for the log of the local LLM
-    return (await stack.enter_async_context(embedded.local_llm(settings)),)
+    return (await stack.enter_async_context(local_llm(settings)),)
 
 
 def settings_of(given: argparse.Namespace, method: str, rate: float, seed: int) -> Settings:

@@ -21,9 +21,8 @@ from rich.table import Table
 from scipy.stats import spearmanr
 
 from agents.population.view import Member, View
-from daemon.monitor.remote import saved
 from daemon.state.history import History
-from daemon.state.journal import CARD, SPEC
+from daemon.state.journal import CARD, SPEC, saved
 from daemon.state.recovery import recovered
 from protocol.errors import UsageError
 from protocol.plans.candidate import Measured

@@ -6,7 +6,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, PositiveFloat, ValidationError
 
 from daemon.commands.flags import TextFlags
-from daemon.settings.settings import check_text, text_spec
+from daemon.settings.target import check_text, text_spec
 from protocol.errors import DataError, ModelError, SettingsError
 from protocol.plans.spec import NAMED_TEXTS, Dtype, Role, SearchSpec, TextSpec, numbered
 from protocol.results.formats import FACTS, KEPT_TEXT, only_for_llama_cpp

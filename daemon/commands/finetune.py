@@ -10,16 +10,16 @@ from pydantic import ValidationError
 
 from daemon.commands import flags
 from daemon.commands import tables as answers
-from daemon.commands.output import answer, need
-from daemon.commands.pruning import at_work
+from daemon.commands.output import answer, at_work
 from daemon.settings.errors import validation_sentence
+from daemon.settings.packages import need
 from protocol.errors import DataError, SettingsError
 from protocol.plans.spec import NAMED_TEXTS, Dtype
 from protocol.results.commands import FinetuneResult
 from protocol.results.finetuning import ALPACA_GPT4, Form, Recipe, Schedule, form_of
 from protocol.results.formats import formats_of
-from protocol.runtime.daemon_signals import Interrupted
 from protocol.runtime.paths import are_one_file, expanded
+from protocol.runtime.signals import Interrupted
 
 if TYPE_CHECKING:
     from gpu_worker.finetune.finetune import FinetuneRequest

@@ -13,19 +13,21 @@ import typer
 from daemon.commands import flags, prune_steps
 from daemon.commands import tables as answers
 from daemon.commands.finetune import GOES_ON, check_apart, check_minutes, found_data
-from daemon.commands.output import answer, need
+from daemon.commands.output import answer
 from daemon.commands.prune_steps import Goal
 from daemon.commands.request import PruningRequest, request_of_search
 from daemon.launch.run_here import run_here
 from daemon.monitor.summary import Summary
-from daemon.settings.settings import SearchSettings, Settings
+from daemon.settings.packages import need
+from daemon.settings.search import SearchSettings
+from daemon.settings.settings import Settings
 from daemon.settings.sources import load
 from protocol.errors import SelfPrunerError, SettingsError
 from protocol.results.commands import PruneResult, Searched
 from protocol.results.finetuning import ALPACA_GPT4, form_of
 from protocol.results.formats import formats_of, gguf_type_of
-from protocol.runtime.daemon_signals import Interrupted
 from protocol.runtime.paths import expanded
+from protocol.runtime.signals import Interrupted
 
 LONGEST_NAME = 48
 """Letters of the folder's name in the search's."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from daemon.commands.finetune import RecipeFlags, finetuned, recipe_of
-from daemon.commands.pruning import at_work
+from daemon.commands.output import at_work
 from daemon.commands.request import PruningRequest
 from daemon.settings.settings import Settings
 from protocol.errors import ModelError, SelfPrunerError
@@ -136,8 +136,7 @@ def check_disk(goal: Goal, settings: Settings, shape: ModelShape) -> None:
     if goal.data is None:
         room.check_export_disk(goal.out, rate, shape, goal.formats, dtype, goal.gguf_type)
         return
-    from gpu_worker.finetune.checkpoint import folder_beside
-    from gpu_worker.finetune.memory import check_finetuning_disk
+    from gpu_worker.finetune.checkpoint import check_finetuning_disk, folder_beside
 
     kept = room.kept_by(rate, shape)
     # What is fine-tuned lies in the search's folder all the while, which may be on another disk.

@@ -1,20 +1,16 @@
 """`selfpruner allocate | evaluate | export`: pruning without a search, or after one."""
 
 import asyncio
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import structlog
 import typer
-from rich.console import Console
 
 from daemon.commands import flags
 from daemon.commands import tables as answers
 from daemon.commands.card_claim import CardClaim, card_claim
-from daemon.commands.output import answer, need
+from daemon.commands.output import answer, at_work
 from daemon.commands.request import (
     allocation_of,
     allocation_spec,
@@ -26,13 +22,12 @@ from daemon.commands.request import (
     self_if_none,
 )
 from daemon.monitor.remote import best_so_far
+from daemon.settings.packages import need
 from protocol.errors import SettingsError
 from protocol.plans.allocation import Method
 from protocol.plans.any_heads import Heads
 from protocol.plans.spec import Dtype, Measure
 from protocol.results.formats import FACTS, formats_of, gguf_type_of
-from protocol.runtime import logs
-from protocol.runtime.daemon_signals import interruptible
 from protocol.runtime.paths import expanded
 
 log = structlog.get_logger()
@@ -191,35 +186,3 @@ def export(
             progress=progress,
         )
     answer(result.model_dump(mode="json"), json_, lambda: answers.exported(result, request.spec.fitness))
-
-
-@contextmanager
-def at_work(model: str, *, as_elsewhere: bool = False) -> Iterator[Callable[[str, int, int], None]]:
-    """Say what is under way: on one line of a terminal, elsewhere in the log; a signal raises Interrupted.
-
-    Flags are checked before it, for it imports torch, which takes seconds. `as_elsewhere`: torch computes as it does
-    without us, for whoever wants to know how fast that is.
-    """
-    need("torch", "worker")
-    logs.configure()
-    with ExitStack() as stack:
-        stack.enter_context(interruptible())
-        on_terminal = sys.stderr.isatty()
-        line = stack.enter_context(Console(stderr=True).status("loading torch")) if on_terminal else None
-        from gpu_worker.evaluation.outcomes import preparing
-        from gpu_worker.measuring.half_precision import products_in_float32
-        from gpu_worker.progress import Sparsely
-
-        stack.enter_context(preparing(model))
-        if not as_elsewhere:
-            stack.enter_context(products_in_float32())
-        logged = Sparsely()
-
-        def tell(stage: str, done: int, total: int) -> None:
-            if line is not None:
-                line.update(f"{stage} {done}/{total}")
-            elif logged.picks(stage, done, total):
-                left = logged.seconds_left(done, total)
-                log.info("progress", stage=stage, done=done, total=total, seconds_left=left)
-
-        yield tell

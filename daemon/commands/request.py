@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from daemon.commands.flags import CalibrationFlags, ChoiceFlags, ExportTexts, MethodFlags, PruningFlags, TextFlags
 from daemon.settings.errors import validation_sentence
-from daemon.settings.settings import check_text, text_spec
+from daemon.settings.target import check_text, text_spec
 from protocol.errors import DataError, SettingsError
 from protocol.plans.allocation import Allocation, Method
 from protocol.plans.any_heads import Heads

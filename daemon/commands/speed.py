@@ -7,8 +7,8 @@ import typer
 
 from daemon.commands import flags
 from daemon.commands import tables as answers
-from daemon.commands.output import answer, need
-from daemon.commands.pruning import at_work
+from daemon.commands.output import answer, at_work
+from daemon.settings.packages import need
 from protocol.errors import ModelError, SettingsError
 from protocol.results.formats import GgufType
 from protocol.runtime.paths import expanded

@@ -7,9 +7,9 @@ import typer
 
 from daemon.commands import flags
 from daemon.commands import tables as answers
-from daemon.commands.output import answer, need
-from daemon.commands.pruning import at_work
+from daemon.commands.output import answer, at_work
 from daemon.commands.request import pruning_request, refuse_given
+from daemon.settings.packages import need
 from protocol.errors import SettingsError
 from protocol.results.zero_shot import PAPER_TASKS, chosen_tasks, names_in
 from protocol.runtime.paths import expanded

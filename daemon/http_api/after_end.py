@@ -17,7 +17,7 @@ from daemon.http_api.token import Access
 from daemon.monitor.remote import saved_status
 from daemon.settings.settings import Settings
 from protocol.errors import SelfPrunerError
-from protocol.runtime.daemon_signals import run_until_signal, until_cancelled
+from protocol.runtime.signals import run_until_signal, until_cancelled
 
 log = structlog.get_logger()
 

@@ -24,7 +24,7 @@ from daemon.monitor.event_log import Reader
 from daemon.monitor.events import Event
 from daemon.monitor.observer import Observer
 from daemon.monitor.status import Status
-from daemon.settings.settings import HttpSettings
+from daemon.settings.service import HttpSettings
 from daemon.state.journal import candidate_record, evaluation_record
 from protocol.queue.control import Command, Control
 

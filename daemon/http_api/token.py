@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pydantic import SecretStr
 
-from daemon.settings.settings import HttpSettings, check_token
+from daemon.settings.service import HttpSettings, check_token
 from protocol.errors import SettingsError, UsageError
 from protocol.runtime.files import replace
 from protocol.runtime.secret_files import read_secret

@@ -1,8 +1,7 @@
 """What a daemon does beside the search, as long as it runs."""
 
 import asyncio
-from collections.abc import Callable, Coroutine
-from typing import Any
+from collections.abc import Callable
 
 import structlog
 
@@ -49,11 +48,3 @@ async def repair_for_ever(store: SearchStore, queue: CandidateQueue, history: Ca
     while True:
         await asyncio.sleep(REPAIR_SECONDS)
         await store.repair(queue, history())
-
-
-async def survived(event: str, work: Coroutine[Any, Any, None]) -> None:
-    """Do `work`; if it dies, say so once, and no more."""
-    try:
-        await work
-    except Exception:
-        log.exception(event)

@@ -10,14 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
+from agents.llm.endpoint import Asks
 from agents.llm.replay import Remembering
-from agents.prompting.conversation import Asks
 from daemon.http_api.api import HttpApi
 from daemon.http_api.server import CannotListen
 from daemon.http_api.token import TOKEN_MODE, Access, kept_text
-from daemon.launch.background import repair_for_ever, survived, wait_for_card, watch_workers
+from daemon.launch.background import repair_for_ever, wait_for_card, watch_workers
 from daemon.launch.llm import make_chat, read_replay, read_transcript
 from daemon.launch.usage import Meter
+from daemon.local.children import survived
 from daemon.monitor.observer import Observer
 from daemon.monitor.run_screen import Display
 from daemon.monitor.summary import Summary, summarise

@@ -10,16 +10,18 @@ from rich.console import Console
 from daemon.http_api.token import Access, open_access
 from daemon.launch.launch import Launch
 from daemon.launch.llm import secrets_of
-from daemon.local import valkey as embedded
 from daemon.local.held_folder import HeldFolder, only_one
 from daemon.local.llm_server import find_gguf
+from daemon.local.services import local_llm, workers
+from daemon.local.valkey import embedded_server
 from daemon.monitor.run_screen import Display
 from daemon.monitor.summary import Summary
 from daemon.search.make_agents import check_proposer
-from daemon.settings.settings import Settings, check_text
+from daemon.settings.settings import Settings
+from daemon.settings.target import check_text
 from protocol.errors import SettingsError
 from protocol.runtime import logs
-from protocol.runtime.daemon_signals import run_until_signal
+from protocol.runtime.signals import run_until_signal
 
 
 def run_here(settings: Settings) -> tuple[Summary | None, signal.Signals | None]:
@@ -75,11 +77,11 @@ async def _run_embedded(
     async with AsyncExitStack() as stack:
         url = settings.redis.full_url
         if url is None:
-            url = await stack.enter_async_context(embedded.embedded_server(settings.folder))
+            url = await stack.enter_async_context(embedded_server(settings.folder))
         endpoints = settings.llm.endpoints
         if needs_local_llm(settings):
-            endpoints = (await stack.enter_async_context(embedded.local_llm(settings)),)
-        unusable = await stack.enter_async_context(embedded.workers(settings, url, console=display is None))
+            endpoints = (await stack.enter_async_context(local_llm(settings)),)
+        unusable = await stack.enter_async_context(workers(settings, url, console=display is None))
         launch = Launch(
             settings,
             url,

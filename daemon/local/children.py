@@ -10,8 +10,9 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import structlog
 
@@ -137,3 +138,11 @@ class Child:
             wait = min(wait * 2, LONGEST_WAIT_SECONDS)
         if fails:
             log.info("child_started", child=self.name)
+
+
+async def survived(event: str, work: Coroutine[Any, Any, None]) -> None:
+    """Do `work`; if it dies, say so once, and no more."""
+    try:
+        await work
+    except Exception:
+        log.exception(event)

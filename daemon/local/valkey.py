@@ -8,30 +8,20 @@ import contextlib
 import hashlib
 import os
 import re
-import secrets
-import socket
-import sys
 import tempfile
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import structlog
-from pydantic import SecretStr
 
-from daemon.launch.background import survived
-from daemon.local.children import Child
-from daemon.local.llm_server import KEY_VARIABLE
-from daemon.settings.llm import EndpointSettings
-from daemon.settings.settings import Settings
-from protocol.errors import SelfPrunerError, SettingsError, UsageError
+from daemon.local.children import Child, survived
+from daemon.local.services import _missing
+from protocol.errors import SelfPrunerError, UsageError
 from protocol.queue.connection import AWAY, connect
 
 SOCKET_PATH_LIMIT = 100
 """Bytes. A unix socket's path may have 107; a server given a longer one dies at start."""
-USAGE_EXIT = 2
 LOOK_SECONDS = 2.0
 """Between two looks at whether others have removed the server's files."""
 
@@ -134,71 +124,6 @@ class _ServerFiles:
         return is_same and self._socket.exists() and (self._data / "appendonlydir").exists()
 
 
-@asynccontextmanager
-async def local_llm(settings: Settings) -> AsyncIterator[EndpointSettings]:
-    """Start the local LLM as a child; yields its endpoint, whose key only the two know. It may still be loading."""
-    if find_spec("xllamacpp") is None:
-        raise _missing("xllamacpp", "a local LLM", "or give llm.endpoints")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    chosen = settings.local_llm
-    command = [sys.executable, "-m", "daemon.local.llm_server", "--gguf", chosen.gguf, "--port", str(port)]
-    command += ["--context", str(chosen.context), "--slots", str(chosen.slots)]
-    if chosen.threads:
-        command += ["--threads", str(chosen.threads)]
-    key = secrets.token_urlsafe(32)
-    child = Child("local-llm", command, quiet=settings.folder / "local-llm.log", environment={KEY_VARIABLE: key})
-    await child.start()
-    try:
-        yield EndpointSettings(
-            base_url=f"http://127.0.0.1:{port}/v1",
-            model=Path(chosen.gguf).stem,
-            api_key=SecretStr(key),
-            name="local",
-            context=chosen.context // chosen.slots,
-            grammar=True,
-        )
-    finally:
-        await child.end(grace_seconds=2)
-
-
-@asynccontextmanager
-async def workers(settings: Settings, redis_url: str, *, console: bool) -> AsyncIterator[Callable[[], bool]]:
-    """The search's workers as children; yields what says whether all of them are unusable, and have ended for good.
-
-    Their log goes to the search's log file, and to the console if wanted.
-    """
-    if find_spec("torch") is None:
-        raise _missing("torch", "a worker", "or run workers elsewhere with `selfpruner daemon` here", extra="worker")
-    command = [sys.executable, "-m", "gpu_worker", "--search", settings.search.name]
-    # They start before the daemon is in charge, and the server may still have the spec of a try that was refused.
-    command += ["--spec", settings.spec().fingerprint]
-    command += ["--lease-seconds", str(settings.worker.lease_seconds), "--grace-seconds", "1"]
-    command += ["--max-evaluation-seconds", str(settings.worker.max_evaluation_seconds)]
-    command += ["--max-preparation-seconds", str(settings.worker.max_preparation_seconds)]
-    command += ["--log-file", str(settings.folder / "log.jsonl")]
-    if not console:
-        command.append("--quiet")
-    options: dict[str, Any] = {
-        "quiet": None if console else settings.folder / "worker.log",
-        "final": USAGE_EXIT,
-        "loads_models": True,
-        # The URL has the password already, which may come from a file that the environment names.
-        "environment": {
-            "SELFPRUNER_REDIS__URL": redis_url,
-            "SELFPRUNER_REDIS__PASSWORD_FILE": "",
-        },
-    }
-    children = [Child(f"worker-{i}", command, **options) for i in range(settings.worker.count)]
-    try:
-        for child in children:
-            await child.start()
-        yield lambda: all(child.has_given_up for child in children)
-    finally:
-        await asyncio.gather(*(child.end(grace_seconds=5) for child in children))
-
-
 def _server_command(binary: str, data: Path, path: Path) -> list[str]:
     options = {
         "port": "0",
@@ -262,7 +187,3 @@ def _private_folder(folder: Path) -> None:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if folder.stat().st_uid != os.getuid():
         raise UsageError(f"{folder} belongs to another user; set TMPDIR to a folder of your own")
-
-
-def _missing(package: str, what: str, otherwise: str, extra: str = "local") -> SettingsError:
-    return SettingsError(f"{what} needs the package {package}: pip install 'self-pruner[{extra}]', {otherwise}")

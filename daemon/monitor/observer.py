@@ -13,8 +13,7 @@ import structlog
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from agents.llm.endpoint import Usage
-from agents.llm.health import EndpointState, LlmState
+from agents.llm.endpoint import EndpointState, LlmState, Usage
 from agents.population.population import Population
 from daemon.monitor.event_log import EventLog
 from daemon.monitor.events import Follower
@@ -23,7 +22,7 @@ from daemon.monitor.status import AroundReader, Condition, EndpointStatus, Seen,
 from daemon.search.search import Search
 from daemon.state.folder_errors import Trouble
 from daemon.state.history import History
-from daemon.state.journal import json_text
+from daemon.state.journal import STATUS_FILE, json_text
 from protocol.plans.candidate import Candidate
 from protocol.plans.spec import SearchSpec
 from protocol.queue.connection import is_away
@@ -31,7 +30,6 @@ from protocol.queue.keys import Keys
 from protocol.runtime.files import Document
 
 LOOK_SECONDS = 1.0
-STATUS_FILE = "status.json"
 
 log = structlog.get_logger()
 

@@ -1,6 +1,5 @@
 """Looking at a search from another process, and steering it: status, best, pause, resume, stop."""
 
-import json
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -14,17 +13,15 @@ from redis.exceptions import RedisError
 from agents.population.population import Evaluation
 from daemon.local.valkey import embedded_url
 from daemon.monitor.events import Event, Follower
-from daemon.monitor.observer import STATUS_FILE
 from daemon.monitor.status import AroundReader, Condition, QueueDepth, Seen, Status
-from daemon.state.journal import BEST, best_record
-from daemon.state.remote_history import RemoteHistory
+from daemon.state.history import RemoteHistory
+from daemon.state.journal import BEST, STATUS_FILE, best_record, saved
 from protocol.errors import StoreError, UsageError
 from protocol.plans.spec import SearchSpec
 from protocol.queue.card_board import CardBoard
 from protocol.queue.connection import connect, is_away, refusal_of
 from protocol.queue.control import Command, Control
-from protocol.queue.keys import Keys, check_search_name
-from protocol.queue.stored import read_entry, read_stored
+from protocol.queue.keys import Keys, check_search_name, read_entry, read_stored
 
 
 @dataclass(frozen=True)
@@ -168,16 +165,6 @@ def _not_running(folder: Path, search: str) -> str:
         f"the search {search!r} in {folder}/ is not running now: `selfpruner run` with its settings goes on; "
         "if its server is elsewhere, give --redis-url"
     )
-
-
-def saved(folder: Path, file: str) -> dict[str, Any] | None:
-    """What the search in `folder` wrote to `file` when it ran, if it did."""
-    path = folder / file
-    try:
-        record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UsageError(f"{path} cannot be read, or is damaged: {error}") from error
-    return record if isinstance(record, dict) else None
 
 
 def saved_status(folder: Path) -> Status | None:

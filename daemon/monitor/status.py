@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
-from agents.llm.health import Degraded
+from agents.llm.endpoint import Degraded
 from agents.population.population import Evaluation, Population
 from protocol.plans.candidate import Candidate, Failed, Measured, Source
 from protocol.plans.spec import Measure, SearchSpec

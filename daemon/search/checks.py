@@ -4,9 +4,10 @@ from collections.abc import Mapping
 
 import structlog
 
-from agents.lists import TOKENS_PER_RATE
+from agents.proposer import TOKENS_PER_RATE
 from agents.selector import SHOWN
-from daemon.settings.settings import SearchSettings, Settings
+from daemon.settings.search import SearchSettings
+from daemon.settings.settings import Settings
 from protocol.errors import DataError, SettingsError
 from protocol.plans.spec import NAMED_TEXTS
 from protocol.runtime.paths import are_one_file

@@ -12,15 +12,15 @@ from agents.baselines.classical import (
 from agents.baselines.evolution import EvolutionMutator
 from agents.crossover import Crossover
 from agents.initializer import BestOfN, Initializer
+from agents.llm.endpoint import Asks
 from agents.mutator import Mutator
-from agents.prompting.conversation import Asks
 from agents.prompting.prompts import Prompts
 from agents.prompting.settings import AgentSettings
 from agents.selector import Selector
-from daemon.commands.output import need
-from daemon.search.search import Agents, Breeds, Selects
+from daemon.search.roles import Agents, Breeds, Selects
 from daemon.settings.llm import LlmSettings
-from daemon.settings.settings import SearchSettings
+from daemon.settings.packages import need
+from daemon.settings.search import SearchSettings
 
 
 def make_agents(search: SearchSettings, llm: LlmSettings, chat: Asks) -> Agents:

@@ -8,10 +8,8 @@ the earlier ones and on the LLM's answers, never on what was faster, so a search
 import asyncio
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Protocol
 
 import structlog
 from structlog.contextvars import bound_contextvars
@@ -25,8 +23,6 @@ from agents.population.view import (
     Accepted,
     Member,
     Refused,
-    Selection,
-    Submit,
     Tried,
     View,
 )
@@ -34,7 +30,8 @@ from daemon.search.budget import Proposals
 from daemon.search.control import Pausing
 from daemon.search.modes import generations, steady_state
 from daemon.search.outcome_log import WHO, log_outcome
-from daemon.settings.settings import SearchSettings
+from daemon.search.roles import Agents
+from daemon.settings.search import SearchSettings
 from daemon.state.history import History
 from daemon.state.journal import Journal
 from protocol.errors import BudgetError
@@ -59,40 +56,6 @@ SHOWN_RECENT = 200
 """Candidates that a view holds beside the population: what is reckoned from them must not grow with the search."""
 
 log = structlog.get_logger()
-
-
-class Initializes(Protocol):
-    """Who makes the first population."""
-
-    async def propose(self, view: View, count: int, submit: Submit, /) -> int:
-        """Get `count` candidates accepted; returns how many were."""
-        ...
-
-
-class Selects(Protocol):
-    """Who chooses parents."""
-
-    async def select(self, view: View, count: int, /) -> Selection:
-        """About `count` parents, best first."""
-        ...
-
-
-class Breeds(Protocol):
-    """Who makes offspring: a Mutator, a Crossover."""
-
-    async def propose(self, view: View, parents: Sequence[Member], count: int, submit: Submit, /) -> int:
-        """Get `count` offspring of `parents` accepted; returns how many were."""
-        ...
-
-
-@dataclass(frozen=True)
-class Agents:
-    """The agents that propose. Without a Selector everybody is a parent; without a Crossover the Mutator makes all."""
-
-    initializer: Initializes
-    selector: Selects | None
-    mutator: Breeds
-    crossover: Breeds | None
 
 
 class Search:

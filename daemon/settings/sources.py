@@ -16,7 +16,8 @@ from pydantic_settings import BaseSettings, InitSettingsSource, PydanticBaseSett
 
 from daemon.settings import file as setting_file
 from daemon.settings.errors import unknown, validation_sentence
-from daemon.settings.settings import ENV_PREFIX, HttpSettings, Settings, setting_names
+from daemon.settings.service import HttpSettings
+from daemon.settings.settings import ENV_PREFIX, Settings, setting_names
 from protocol.errors import SettingsError
 
 

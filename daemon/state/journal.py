@@ -263,3 +263,16 @@ def json_text(record: Mapping[str, Any]) -> str:
 
 def _line(record: Mapping[str, Any]) -> str:
     return json.dumps(record, allow_nan=False, ensure_ascii=False, default=str) + "\n"
+
+
+STATUS_FILE = "status.json"
+
+
+def saved(folder: Path, file: str) -> dict[str, Any] | None:
+    """What the search in `folder` wrote to `file` when it ran, if it did."""
+    path = folder / file
+    try:
+        record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"{path} cannot be read, or is damaged: {error}") from error
+    return record if isinstance(record, dict) else None

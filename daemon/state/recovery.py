@@ -10,9 +10,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from daemon.monitor.remote import saved, saved_status
+from daemon.monitor.remote import saved_status
 from daemon.state.history import History
-from daemon.state.journal import EVALUATIONS, SPEC, TRANSCRIPT
+from daemon.state.journal import EVALUATIONS, SPEC, TRANSCRIPT, saved
 from daemon.state.store import difference
 from protocol.errors import SearchExistsError, UsageError
 from protocol.plans.candidate import OUTCOME, Candidate, Outcome, Provenance, Race, candidate_id

@@ -19,8 +19,7 @@ from protocol.plans.card import ModelCard
 from protocol.plans.spec import SearchSpec
 from protocol.queue.card_board import CardBoard
 from protocol.queue.connection import Patience, check_server
-from protocol.queue.keys import Keys
-from protocol.queue.stored import read_entry
+from protocol.queue.keys import Keys, read_entry
 from protocol.queue.streams import CandidateQueue, TakenOver, load_scripts
 from protocol.queue.worker_status import WorkerStatus, read_workers
 

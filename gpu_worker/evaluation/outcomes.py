@@ -8,8 +8,7 @@ from typing import Any
 import torch
 
 from gpu_worker.evaluation.session import Session
-from gpu_worker.measuring.perplexity import NotFiniteError
-from gpu_worker.models.errors import is_device_lost, is_out_of_memory
+from gpu_worker.models.errors import NotFiniteError, is_device_lost, is_out_of_memory
 from gpu_worker.models.placement import ADVICE
 from gpu_worker.pruning.ordered_model import PlanMismatchError
 from protocol.errors import DataError, UsageError

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from gpu_worker.measuring.divergence import DensePredictions, divergence_from, predictions_from
 from gpu_worker.models.families import Decoder
+from gpu_worker.models.limits import SENSITIVITY_TOKENS, SENSITIVITY_WINDOWS
 from gpu_worker.progress import Progress, no_progress, steps
 from gpu_worker.pruning.layerwise import LayerCall, record_calls
 from gpu_worker.pruning.ordered_model import OrderedModel
@@ -21,25 +22,23 @@ from protocol.plans.shape import Unit
 from protocol.plans.single_unit import pruned_alone
 from protocol.plans.spec import SearchSpec
 
-WINDOWS = 4
-TOKENS = 1024
-"""Windows, and tokens in all of them, that are looked at: the figures rank units, nobody reports them."""
-
 
 def measure_sensitivity(
     ordered: OrderedModel, spec: SearchSpec, text: Tensor, progress: Progress = no_progress
 ) -> tuple[float, ...]:
     """Per unit of the spec's granularity, KL(dense ‖ pruned) in nats a token when it alone loses the spec's rate.
 
-    Measured on the beginnings of the first `WINDOWS` windows of `text` (long, [n, seqlen]). Layers below the pruned
-    one compute what they do in the dense model, so their output is kept and only the rest is run. The model is dense
-    before and after. Raises NotFiniteError where the dense model is broken; a unit that breaks the model when pruned
+    Measured on the beginnings of the first `SENSITIVITY_WINDOWS` windows of `text` (long, [n, seqlen]). Layers below
+    the pruned one compute what they do in the dense model, so their output is kept and only the rest is run. The model
+    is dense before and after. Raises NotFiniteError where the dense model is broken; a unit whose pruning breaks it
     gets the most that a uniform guess can be away from it, the logarithm of the size of the vocabulary.
     """
     ordered.restore()
     shape = ordered.decoder.shape
     with torch.inference_mode():
-        run = _DenseRun.of(ordered.decoder, text[:WINDOWS, : max(2, TOKENS // WINDOWS)])
+        run = _DenseRun.of(
+            ordered.decoder, text[:SENSITIVITY_WINDOWS, : max(2, SENSITIVITY_TOKENS // SENSITIVITY_WINDOWS)]
+        )
         units = steps(progress, "measuring sensitivity", shape.units(spec.granularity))
         return tuple(_harm(ordered, run, unit, pruned_alone(unit, spec, shape)) for unit in units)
 

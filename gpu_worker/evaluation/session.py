@@ -11,7 +11,8 @@ from torch import Tensor
 from gpu_worker.evaluation.sensitivity import measure_sensitivity
 from gpu_worker.evaluation.target import Share, Target
 from gpu_worker.measuring.divergence import DensePredictions, dense_predictions, divergence
-from gpu_worker.measuring.perplexity import NotFiniteError, checked_perplexity, perplexity_of, window_loss
+from gpu_worker.measuring.perplexity import checked_perplexity, perplexity_of, window_loss
+from gpu_worker.models.errors import NotFiniteError
 from gpu_worker.models.families import Decoder
 from gpu_worker.progress import Progress, no_progress, steps
 from protocol.errors import DataError, ModelError

@@ -7,18 +7,23 @@ from typing import Any
 from torch import Tensor
 
 from gpu_worker.measuring.corpora import GenerateText, Texts, load_roles, load_texts
-from gpu_worker.measuring.perplexity import NotFiniteError
 from gpu_worker.measuring.self_text import self_text
+from gpu_worker.models.errors import NotFiniteError
 from gpu_worker.models.families import Decoder, Layer
 from gpu_worker.models.loading import LoadedModel, load_model
 from gpu_worker.models.memory import Workload
 from gpu_worker.progress import Progress, no_progress, steps
 from gpu_worker.pruning.calibration import LayerActivations, LayerProducts, calibrate, calibrate_products
 from gpu_worker.pruning.elimination import optimal_brain_surgeon
-from gpu_worker.pruning.gradients import gradient_salience
-from gpu_worker.pruning.importance import LayerImportance, grouped, magnitude, wanda_sp
+from gpu_worker.pruning.importance import (
+    LayerImportance,
+    gradient_salience,
+    grouped,
+    magnitude,
+    outlier_share,
+    wanda_sp,
+)
 from gpu_worker.pruning.ordered_model import OrderedModel
-from gpu_worker.pruning.outliers import outlier_share
 from gpu_worker.pruning.sequential import prune_sequentially
 from protocol.errors import DataError, ModelError
 from protocol.plans.any_heads import AnyHeadsPlan

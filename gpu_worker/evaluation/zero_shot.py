@@ -20,8 +20,7 @@ from gpu_worker.evaluation.allocation import Choice, choose_rates, prepare
 from gpu_worker.evaluation.outcomes import first_line
 from gpu_worker.evaluation.without_search import removed_share
 from gpu_worker.evaluation.zero_shot_tasks import LoadedTask, load_tasks, quiet
-from gpu_worker.measuring.perplexity import NotFiniteError
-from gpu_worker.models.errors import is_out_of_memory
+from gpu_worker.models.errors import NotFiniteError, is_out_of_memory
 from gpu_worker.models.loading import LoadedModel, load_model
 from gpu_worker.models.memory import FP32, main_memory
 from gpu_worker.progress import Progress, no_progress

@@ -9,7 +9,7 @@ from jinja2 import Environment, StrictUndefined
 
 from gpu_worker.export.facts import ExportFacts, TextPerplexity, version_of_selfpruner
 from gpu_worker.models.exported import module_name
-from gpu_worker.pruning.gradients import SAMPLES, TOKENS
+from gpu_worker.models.limits import GRADIENT_SAMPLES, GRADIENT_TOKENS
 from protocol.plans.allocation import uniform_label
 from protocol.plans.spec import NAMED_TEXTS, SearchSpec, TextSpec
 from protocol.results.finetuning import Finetuning, Perplexities
@@ -168,7 +168,8 @@ def _scored_on(spec: SearchSpec) -> str:
     if spec.importance == "magnitude":
         return ""
     if spec.importance == "taylor":
-        return f", gradients of the first {TOKENS} tokens of up to {SAMPLES} windows of {_source(spec.calibration)}"
+        of_what = f"the first {GRADIENT_TOKENS} tokens of up to {GRADIENT_SAMPLES} windows"
+        return f", gradients of {of_what} of {_source(spec.calibration)}"
     return f", scored on {_text(spec.calibration)} (scoring: {spec.scoring})"
 
 

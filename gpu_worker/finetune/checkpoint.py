@@ -15,9 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gpu_worker.export.disk_space import check_disk, export_bytes
 from gpu_worker.export.folder import ExportError
-from protocol.errors import SettingsError
-from protocol.results.finetuning import LossPoint
+from gpu_worker.models.memory import FP32, Training
+from protocol.errors import ModelError, SettingsError
+from protocol.plans.shape import ModelShape
+from protocol.plans.spec import Dtype
+from protocol.results.finetuning import LossPoint, Recipe
+from protocol.results.formats import Formats, GgufType
 from protocol.runtime.locks import hold
 from protocol.runtime.signals import held_back
 
@@ -124,3 +129,31 @@ class Checkpoint:
         """Remove what was kept: the output is there."""
         for name in (FILE, f".{FILE}"):
             (self.folder / name).unlink(missing_ok=True)
+
+
+IN_CHECKPOINT = 3 * FP32
+"""Of these, what a checkpoint keeps."""
+
+
+def check_finetuning_disk(
+    shape: ModelShape,
+    kept: int,
+    recipe: Recipe,
+    formats: Formats,
+    dtype: Dtype,
+    checkpoint: Path,
+    gguf_type: GgufType = "f16",
+    beside: int = 0,
+) -> None:
+    """Raise ModelError where the disk of `checkpoint`, which the output is beside, has too little room.
+
+    For a model in all `formats`, and for two checkpoints: one is there until the next is whole. `shape` is the dense
+    model's, of which `kept` parameters of the decoder stay. `beside` are bytes that the pruned model will take there.
+    """
+    if checkpoint.exists() and not checkpoint.is_dir():
+        raise ModelError(f"{checkpoint}, the folder of checkpoints, is a file; move it, or pass another --out")
+    checkpoints = 2 * Training(recipe).parameters(shape) * IN_CHECKPOINT
+    needed = export_bytes(shape, kept, formats, dtype, gguf_type) + checkpoints + beside
+    there = sum(file.stat().st_size for file in checkpoint.iterdir()) if checkpoint.exists() else 0
+    what = f"fine-tuning into {', '.join(formats)}, with its checkpoints{' and what it begins from' if beside else ''},"
+    check_disk(checkpoint, needed, what, freed=there)

@@ -11,10 +11,9 @@ from gpu_worker.export.facts import ExportFacts, TextPerplexity, without_places
 from gpu_worker.export.folder import check_target
 from gpu_worker.export.reopen import Exported, as_it_was_pruned, read_exported, sizes_of
 from gpu_worker.export.writer import check_formats
-from gpu_worker.finetune.checkpoint import Checkpoint, State, folder_beside, held
+from gpu_worker.finetune.checkpoint import Checkpoint, State, check_finetuning_disk, folder_beside, held
 from gpu_worker.finetune.data import TrainingData, prepare_data, read_instructions
 from gpu_worker.finetune.eval_texts import EvalText, Judged, compared, measure, numbers_of, texts_asked, texts_to_judge
-from gpu_worker.finetune.memory import Training, check_finetuning_disk
 from gpu_worker.finetune.output import Output, write_output
 from gpu_worker.finetune.trainable import trained
 from gpu_worker.finetune.training import Limits, mean_losses, steps_of, train
@@ -22,7 +21,7 @@ from gpu_worker.measuring.corpora import windows_digest
 from gpu_worker.measuring.half_precision import warn_if_slow
 from gpu_worker.models.identity import folder_identity
 from gpu_worker.models.loading import LoadedModel, load_model
-from gpu_worker.models.memory import Workload, estimate_memory, this_machine
+from gpu_worker.models.memory import Training, Workload, estimate_memory, this_machine
 from gpu_worker.models.placement import place
 from gpu_worker.progress import Progress, no_progress
 from protocol.errors import SettingsError

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gpu_worker.finetune.data import Example
-from gpu_worker.measuring.perplexity import LOGITS_BYTES
 from gpu_worker.models.families import Decoder
+from gpu_worker.models.limits import LOGITS_BYTES
 
 
 def summed_loss(decoder: Decoder, examples: Sequence[Example]) -> Tensor:

@@ -18,7 +18,7 @@ from gpu_worker.finetune.checkpoint import Checkpoint, State
 from gpu_worker.finetune.data import Example, TrainingData
 from gpu_worker.finetune.loss import summed_loss
 from gpu_worker.finetune.trainable import Trained
-from gpu_worker.measuring.perplexity import NotFiniteError
+from gpu_worker.models.errors import NotFiniteError
 from gpu_worker.models.loading import LoadedModel
 from gpu_worker.progress import LOGGED_EVERY, Progress
 from protocol.results.finetuning import LossPoint, Recipe

@@ -6,7 +6,8 @@ from pathlib import Path
 import structlog
 from torch import Tensor
 
-from gpu_worker.measuring.perplexity import NotFiniteError, perplexity
+from gpu_worker.measuring.perplexity import perplexity
+from gpu_worker.models.errors import NotFiniteError
 from gpu_worker.models.loading import LoadedModel
 from gpu_worker.models.memory import main_memory
 from gpu_worker.progress import Progress

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gpu_worker.llama_cpp.server import KEY_VARIABLE, ServerOptions
-from gpu_worker.measuring.perplexity import LOGITS_BYTES, perplexity_of
+from gpu_worker.measuring.perplexity import perplexity_of
+from gpu_worker.models.limits import LOGITS_BYTES
 from gpu_worker.progress import Progress, no_progress, steps
 from protocol.errors import ModelError
 from protocol.runtime.environment import for_child

@@ -1,8 +1,8 @@
 """KL divergence of a pruned model from the dense one, and its perplexity, in one pass over a text.
 
-The dense model's predictions are kept once per text: for each predicted token the `TOP` most probable tokens with their
+The dense model's predictions are kept once per text: for each predicted token the `KL_TOP` likeliest tokens with their
 logits, and the mass of all others in one bucket. Merging tokens into a bucket can only lower a KL divergence, so what
-is measured is a lower bound of that over the whole vocabulary, and exact where the vocabulary is no larger than `TOP`.
+is measured is a lower bound of that over the whole vocabulary, and exact where the vocabulary is not larger.
 """
 
 import math
@@ -12,12 +12,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gpu_worker.measuring.perplexity import NotFiniteError, final_hidden, logit_chunks, perplexity_of
+from gpu_worker.measuring.perplexity import final_hidden, logit_chunks, perplexity_of
+from gpu_worker.models.errors import NotFiniteError
 from gpu_worker.models.families import Decoder
+from gpu_worker.models.limits import KL_TOP
 from gpu_worker.progress import Progress, no_progress, steps
-
-TOP = 512
-"""Tokens kept for each prediction; EvoPress found no use in more. In bfloat16 they take 3 KB a predicted token."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +83,7 @@ def dense_predictions(
     progress: Progress = no_progress,
     stage: str = "measuring",
     *,
-    top: int = TOP,
+    top: int = KL_TOP,
 ) -> tuple[DensePredictions, float, int]:
     """What the dense model predicts for `windows` (long, [n, seqlen]), its perplexity, and the tokens averaged over.
 
@@ -129,7 +128,7 @@ def predictions_from(decoder: Decoder, hidden: Tensor, windows: Tensor) -> Dense
     Raises NotFiniteError where that is no number.
     """
     head = decoder.head
-    kept = DensePredictions.room_for(windows[:, 1:].numel(), min(TOP, head.out_features), head.weight.dtype)
+    kept = DensePredictions.room_for(windows[:, 1:].numel(), min(KL_TOP, head.out_features), head.weight.dtype)
     for chunk in _chunks_of(decoder, hidden, windows):
         kept.keep(chunk)
     if not bool(kept.log_total.isfinite().all()):

@@ -7,16 +7,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from gpu_worker.models.errors import NotFiniteError
 from gpu_worker.models.families import Decoder
+from gpu_worker.models.limits import LOGITS_BYTES
 from gpu_worker.progress import Progress, no_progress, steps
-from protocol.errors import SelfPrunerError
-
-LOGITS_BYTES = {"cpu": 24 * 2**20, "cuda": 2**30}
-"""Size of one chunk of fp32 logits. On a CPU larger chunks fall out of its caches, smaller ones starve the matmul."""
-
-
-class NotFiniteError(SelfPrunerError):
-    """The loss is infinite or not a number: this model, pruned so, does not compute."""
 
 
 def perplexity(

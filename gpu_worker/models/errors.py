@@ -2,6 +2,8 @@
 
 import torch
 
+from protocol.errors import SelfPrunerError
+
 _NO_MEMORY = ("DefaultCPUAllocator", "CUDA error: out of memory", "_ALLOC_FAILED")
 """Of the CPU; of the driver, whose context survives; of cuBLAS and cuDNN for their workspaces."""
 
@@ -16,3 +18,7 @@ def is_device_lost(error: BaseException) -> bool:
     """Whether the CUDA context is broken: after a device-side assert every call fails."""
     text = str(error)
     return "device-side assert" in text or "CUDA error" in text
+
+
+class NotFiniteError(SelfPrunerError):
+    """The loss is infinite or not a number: this model, pruned so, does not compute."""

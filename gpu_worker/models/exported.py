@@ -5,10 +5,14 @@ file adds the missing step and nothing else, so that a user can read it before t
 version or date: two exports of one family carry the same bytes.
 """
 
+import sys
 from dataclasses import dataclass
+from functools import cache
 from importlib import resources
+from types import ModuleType
 from typing import Any
 
+import transformers
 from jinja2 import Environment, StrictUndefined
 
 from gpu_worker.models.families import FAMILIES, PRUNED
@@ -110,3 +114,25 @@ def _environment() -> Environment:
     return Environment(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=False
     )
+
+
+@cache
+def register_pruned_classes() -> None:
+    """Teach the auto classes of transformers the model types of exported folders, with this version's own code."""
+    for model_type in MODELINGS:
+        module = _built(model_type)
+        names = class_names(model_type)
+        config = getattr(module, names["AutoConfig"])
+        transformers.AutoConfig.register(PRUNED + model_type, config)
+        for auto in ("AutoModel", "AutoModelForCausalLM"):
+            getattr(transformers, auto).register(config, getattr(module, names[auto]))
+
+
+def _built(model_type: str) -> ModuleType:
+    """The module that the rendered modeling file is."""
+    name = f"{__package__}.{module_name(model_type)}"
+    module = ModuleType(name)
+    # The decorators of its classes look their module up.
+    sys.modules[name] = module
+    exec(compile(render_modeling(model_type), f"<{name}>", "exec"), module.__dict__)
+    return module

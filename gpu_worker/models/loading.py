@@ -20,12 +20,11 @@ from gpu_worker.models.checkpoint_files import (
     check_index,
     check_stored,
 )
-from gpu_worker.models.checkpoints import check_config, load_weights, longest_positions, reading, reason
+from gpu_worker.models.checkpoints import check_config, load_weights, longest_positions, reading, reason, unmap
 from gpu_worker.models.families import FAMILIES, Decoder, take_apart
 from gpu_worker.models.gguf_files import unpacked
 from gpu_worker.models.hub import hub_reachable
 from gpu_worker.models.identity import folder_identity
-from gpu_worker.models.mapped import unmap
 from gpu_worker.models.memory import Machine, MemoryEstimate, Workload, estimate_memory, this_machine, together
 from gpu_worker.models.placement import Placement, device_map, part_of, place, skeleton
 from protocol.errors import ModelError

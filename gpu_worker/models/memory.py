@@ -8,22 +8,71 @@ from typing import Literal
 
 import torch
 
-from gpu_worker.evaluation.sensitivity import TOKENS as SENSITIVITY_TOKENS
-from gpu_worker.finetune.memory import Training
-from gpu_worker.measuring.divergence import TOP
-from gpu_worker.measuring.perplexity import LOGITS_BYTES
 from gpu_worker.models.families import Decoder
-from gpu_worker.pruning.gradients import SAMPLES, TOKENS
-from gpu_worker.pruning.importance import ROWS_AT_ONCE
+from gpu_worker.models.limits import (
+    GRADIENT_SAMPLES,
+    GRADIENT_TOKENS,
+    KL_TOP,
+    LOGITS_BYTES,
+    ROWS_AT_ONCE,
+    SENSITIVITY_TOKENS,
+)
 from protocol.plans.shape import LayerShape, ModelShape
 from protocol.plans.spec import SearchSpec, TextSpec
+from protocol.results.finetuning import Recipe
 from protocol.runtime.amounts import gigabytes
+
+FP32 = INT32 = 4
+PER_TRAINED = 4 * FP32
+"""The copy that steps are made on, its gradient, and the two averages of AdamW."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """What is trained, and on how many tokens at once."""
+
+    recipe: Recipe
+
+    @property
+    def tokens(self) -> int:
+        """Most that go through the model at once."""
+        return self.recipe.micro_batch * self.recipe.seqlen
+
+    def parameters(self, shape: ModelShape) -> int:
+        """How many numbers are trained in a model of this shape, roughly: biases and norms are counted along."""
+        if self.recipe.method == "full":
+            return shape.decoder_parameters
+        return self.recipe.rank * sum(inputs + outputs for inputs, outputs in _projections(shape))
+
+    def kept(self, shape: ModelShape, size: int) -> int:
+        """Bytes that stay while it trains, beside the weights; in a type of `size` bytes."""
+        return self.parameters(shape) * (PER_TRAINED + (size if self.recipe.method == "lora" else 0))
+
+    def running(self, shape: ModelShape, size: int) -> int:
+        """Bytes that a forward pass keeps for the backward one, of all layers; logits aside."""
+        attention = 3 * shape.head_dim * sum(layer.query_heads + 2 * layer.kv_heads for layer in shape.layers)
+        mlp = 4 * sum(layer.mlp_channels for layer in shape.layers)
+        stream = len(shape.layers) * shape.hidden_size * (6 * size + 2 * FP32)
+        # LoRA: each projection's input after dropout, and which of it was dropped.
+        dropped = (size + 1) * sum(inputs for inputs, _ in _projections(shape)) if self.recipe.method == "lora" else 0
+        return self.tokens * ((attention + mlp) * size + stream + dropped)
+
+
+def _projections(shape: ModelShape) -> list[tuple[int, int]]:
+    """Inputs and outputs of each projection."""
+    found = []
+    for layer in shape.layers:
+        query, kv = layer.query_heads * shape.head_dim, layer.kv_heads * shape.head_dim
+        hidden, mlp = shape.hidden_size, layer.mlp_channels
+        found += [(hidden, query), (hidden, kv), (hidden, kv), (query, hidden)]
+        found += [(hidden, mlp), (hidden, mlp), (mlp, hidden)]
+    return found
+
 
 KV_CACHE_BYTES = 2**32
 """Most that the keys and values of texts being written together may take; one text may always be written."""
 TEXTS_AT_ONCE = 64
 """Most texts written together."""
-FP32 = INT32 = 4
 FP64 = 8
 
 
@@ -156,7 +205,7 @@ def estimate_memory(decoder: Decoder, dtype: torch.dtype, workload: Workload, de
         fitting=_fitting(shape, workload) * FP32,
         trained=0 if workload.training is None else workload.training.kept(shape, size),
         running=max(running),
-        main=workload.waiting_tokens * shape.hidden_size * size + workload.predicted_tokens * TOP * (INT32 + size),
+        main=workload.waiting_tokens * shape.hidden_size * size + workload.predicted_tokens * KL_TOP * (INT32 + size),
     )
 
 
@@ -211,7 +260,7 @@ def _gradients(shape: ModelShape, vocabulary: int, size: int) -> int:
     stream = len(shape.layers) * shape.hidden_size * (6 * size + 2 * FP32)
     logits = vocabulary * (size + 3 * FP32)
     largest = shape.hidden_size * max(layer.mlp_channels for layer in shape.layers)
-    return SAMPLES * TOKENS * (mlp + attention + stream + logits) + largest * (size + 3 * FP32)
+    return GRADIENT_SAMPLES * GRADIENT_TOKENS * (mlp + attention + stream + logits) + largest * (size + 3 * FP32)
 
 
 def _scoring(shape: ModelShape, layer: LayerShape) -> int:

@@ -14,19 +14,22 @@ a channel's rows of gate and up and its column of down. Where query heads share 
 for the KV head alone. Biases are left out, as LLM-Pruner does.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from gpu_worker.models.families import Layer
+from gpu_worker.models.families import Decoder, Layer
+from gpu_worker.models.limits import GRADIENT_SAMPLES, GRADIENT_TOKENS, ROWS_AT_ONCE
+from gpu_worker.progress import Progress, no_progress
 from gpu_worker.pruning.calibration import LayerActivations
 from protocol.plans.shape import LayerShape
 
 Projection = Literal["query", "key", "value", "output", "gate", "up", "down"]
-ROWS_AT_ONCE = 1024
-"""Rows of a weight that are in fp32 or fp64 at a time: whole, a large model's would be gigabytes."""
 ROWS: tuple[Projection, ...] = ("query", "key", "value", "gate", "up")
 """Projections of which pruning takes rows (outputs)."""
 COLUMNS: tuple[Projection, ...] = ("output", "down")
@@ -98,3 +101,66 @@ def _sum_of_sizes(projection: Projection, weight: Tensor) -> Tensor:
     """The salience |w| of a weight [outputs, inputs], some rows at a time."""
     parts = [sum_salience(projection, rows.float().abs()) for rows in torch.split(weight, ROWS_AT_ONCE)]
     return torch.cat(parts) if projection in ROWS else torch.stack(parts).sum(dim=0)
+
+
+def gradient_salience(decoder: Decoder, windows: Tensor, progress: Progress = no_progress) -> tuple[Salience, ...]:
+    """Per layer, |w · ∂L/∂w| summed over rows or columns, L being the mean loss of samples.
+
+    `windows` is long, [n, seqlen]. One backward pass over all samples: a weight's gradient is summed over them before
+    its size is taken. Each gradient is reduced and dropped as soon as it is there.
+    """
+    tokens = windows[:GRADIENT_SAMPLES, :GRADIENT_TOKENS].to(decoder.device)
+    progress("taking gradients", 0, 1)
+    with torch.enable_grad(), _reduced_gradients(decoder) as salience:
+        hidden = decoder.body(input_ids=tokens, use_cache=False).last_hidden_state
+        logits = decoder.head(hidden[:, :-1]).float()
+        F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten().to(logits.device)).backward()  # type: ignore[no-untyped-call]
+    progress("taking gradients", 1, 1)
+    return tuple(salience)
+
+
+@contextmanager
+def _reduced_gradients(decoder: Decoder) -> Iterator[list[Salience]]:
+    """While it lasts, a backward pass fills the list instead of the weights' gradients."""
+    found: list[Salience] = [{} for _ in decoder.layers]
+    handles = []
+    for layer, salience in zip(decoder.layers, found, strict=True):
+        for projection in ROWS + COLUMNS:
+
+            def reduce(weight: Tensor, projection: Projection = projection, salience: Salience = salience) -> None:
+                assert weight.grad is not None
+                salience[projection] = sum_salience(projection, (weight.detach().float() * weight.grad.float()).abs())
+                weight.grad = None
+
+            weight = getattr(layer, projection).weight.requires_grad_(True)
+            handles.append(weight.register_post_accumulate_grad_hook(reduce))
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+        for layer in decoder.layers:
+            for linear in layer.linears:
+                linear.weight.requires_grad_(False).grad = None
+
+
+def outlier_share(layer: Layer, seen: LayerActivations, threshold: float) -> float:
+    """Percent of the entries of |W| · √E[x²] over all projections of a layer that exceed `threshold` × their mean.
+
+    As Yin et al. (2024) define D for M = `threshold`; some rows at a time.
+    """
+    inputs = [seen.attention_input] * 3 + [seen.attention_output] + [seen.mlp_input] * 2 + [seen.mlp_output]
+    pairs = [
+        (rows, squares)
+        for linear, squares in zip(layer.linears, inputs, strict=True)
+        for rows in torch.split(linear.weight, ROWS_AT_ONCE)
+    ]
+    entries = sum(rows.numel() for rows, _ in pairs)
+    mean = sum(_scores(*pair).sum(dtype=torch.float64).item() for pair in pairs) / entries
+    outliers = sum(int((_scores(*pair) > threshold * mean).sum()) for pair in pairs)
+    return 100 * outliers / entries
+
+
+def _scores(weight: Tensor, mean_squares: Tensor) -> Tensor:
+    """|W| · √E[x²], fp32, [outputs, inputs]."""
+    return weight.float().abs() * mean_squares.sqrt().float()

@@ -20,7 +20,7 @@ is one triangular solve a block, whatever the plan.
 import torch
 from torch import Tensor
 
-from gpu_worker.measuring.perplexity import NotFiniteError
+from gpu_worker.models.errors import NotFiniteError
 
 DAMPING = 0.01
 """λ as a share of the mean of E[x_j²]. A tenth or ten times as much changes SmolLM2's perplexity by a few percent."""

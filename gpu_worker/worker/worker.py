@@ -31,9 +31,8 @@ from protocol.queue.card_board import CardBoard
 from protocol.queue.connection import AWAY, Patience, check_server, connect
 from protocol.queue.control import Control
 from protocol.queue.jobs import MOST_DEATHS, Job, JobQueue
-from protocol.queue.keys import Keys
+from protocol.queue.keys import Keys, read_entry, read_stored
 from protocol.queue.self_text import SelfTextBoard
-from protocol.queue.stored import read_entry, read_stored
 
 MOST_FAILED_STARTS = 3
 """After so many deaths of the child while it gets ready, the worker gives up."""

@@ -11,8 +11,7 @@ from redis.asyncio import Redis
 from protocol.plans.card import ModelCard
 from protocol.plans.spec import SearchSpec
 from protocol.queue.connection import Patience
-from protocol.queue.keys import Keys
-from protocol.queue.stored import read_entry, read_stored
+from protocol.queue.keys import Keys, read_entry, read_stored
 from protocol.queue.streams import load_scripts
 
 

@@ -13,8 +13,7 @@ from redis.asyncio import Redis
 
 from protocol.errors import StoreError
 from protocol.queue.connection import Patience
-from protocol.queue.keys import Keys
-from protocol.queue.stored import is_damaged
+from protocol.queue.keys import Keys, is_damaged
 
 TOKEN_BYTES = 4
 LARGEST_BYTES = 32 * 1024 * 1024

@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 
-from agents.turns import Turns
+from agents.proposer import Turns
 
 
 async def order_of(delays: list[list[float]]) -> list[tuple[int, int]]:

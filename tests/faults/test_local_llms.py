@@ -14,7 +14,7 @@ import psutil
 import pytest
 from structlog.testing import capture_logs
 
-from daemon.local.valkey import local_llm
+from daemon.local.services import local_llm
 from daemon.settings.llm import EndpointSettings
 from daemon.settings.settings import Settings
 from tests.daemon.local.test_llm_server import say_hi

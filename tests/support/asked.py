@@ -2,8 +2,8 @@
 
 from collections.abc import Callable
 
-from agents.lists import lists_schema
-from agents.operators.edits import (
+from agents.population.view import View
+from agents.prompting.schemas import (
     choice_schema,
     mix_schema,
     mixes_schema,
@@ -11,7 +11,7 @@ from agents.operators.edits import (
     profile_schema,
     trades_schema,
 )
-from agents.population.view import View
+from agents.proposer import lists_schema
 
 ASKED: dict[str, Callable[[View], dict[str, object]]] = {
     "profiles": lambda view: profile_schema(view, 2),

@@ -50,7 +50,9 @@ def layout() -> str:
     lines: list[str] = []
     for package in (*PACKAGES, "benchmarks"):
         folder = ""
-        for path in sorted(modules(package), key=lambda path: (path.parent.parts, path.name != "__init__.py", path.name)):
+        for path in sorted(
+            modules(package), key=lambda path: (path.parent.parts, path.name != "__init__.py", path.name)
+        ):
             if str(path.parent) != folder:
                 folder = str(path.parent)
                 lines += ["", f"### {folder}/", ""]

@@ -12,7 +12,7 @@ from redis.asyncio import Redis
 from daemon.http_api.api import HttpApi
 from daemon.http_api.token import Access
 from daemon.monitor.observer import Observer
-from daemon.settings.settings import HttpSettings
+from daemon.settings.service import HttpSettings
 from protocol.queue.keys import Keys
 from tests.support.samples import SPEC
 

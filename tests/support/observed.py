@@ -8,8 +8,7 @@ from pathlib import Path
 
 from redis.asyncio import Redis
 
-from agents.llm.endpoint import Usage
-from agents.llm.health import Degraded, EndpointState, LlmState
+from agents.llm.endpoint import Degraded, EndpointState, LlmState, Usage
 from daemon.monitor.observer import Observer
 from daemon.search.search import Search
 from daemon.state.history import History

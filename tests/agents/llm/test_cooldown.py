@@ -9,7 +9,7 @@ from email.utils import format_datetime
 import pytest
 from structlog.testing import capture_logs
 
-from agents.llm.backoff import LONGEST, SPREAD, Cooldown, retry_after
+from agents.llm.breaker import LONGEST, SPREAD, Cooldown, retry_after
 from agents.llm.chat import Chat
 from protocol.errors import EndpointError
 from tests.support.chatting import OK, QUICK, ask

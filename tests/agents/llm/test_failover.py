@@ -8,8 +8,7 @@ from aiohttp import web
 from structlog.testing import capture_logs
 
 from agents.llm.chat import Chat
-from agents.llm.endpoint import Answer, Endpoint
-from agents.llm.health import EndpointState, LlmState
+from agents.llm.endpoint import Answer, Endpoint, EndpointState, LlmState
 from protocol.errors import EndpointError
 from tests.support.chatting import OK, QUICK, ask
 from tests.support.scripted_llm import Handler, Reply, ScriptedLlm, hangs, refuses

@@ -19,7 +19,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from agents.llm.backoff import LONGEST, retry_after
+from agents.llm.breaker import LONGEST, retry_after
 from agents.llm.client import Client
 from agents.llm.completion import LONGEST_REPLY, read_completion, strip_reasoning
 from agents.llm.dialect import Dialect
@@ -27,21 +27,10 @@ from agents.llm.endpoint import ChatPolicy, Endpoint
 from agents.llm.masking import Masking
 from agents.llm.model_list import LARGEST_CONTEXT, LONGEST_NAME, read_models
 from agents.llm.replay import Transcript
-from agents.operators.edits import (
-    Choice,
-    Mix,
-    MixChoice,
-    Mutation,
-    Profile,
-    TradeChoice,
-    apply_choice,
-    apply_mix,
-    apply_mutation,
-    apply_profile,
-    chosen_of,
-)
+from agents.operators.edits import Mix, Mutation, Profile, apply_mix, apply_mutation, apply_profile
 from agents.population.view import Member, View
 from agents.prompting.replies import json_blocks, parse_lists, parse_objects
+from agents.prompting.schemas import Choice, MixChoice, TradeChoice, apply_choice, chosen_of
 from daemon.launch.llm import read_transcript
 from protocol.errors import EndpointError, InvalidReply, SettingsError
 from tests.support.hostile_replies import KINDS, WAITS, completion, odd_date

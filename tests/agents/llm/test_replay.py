@@ -15,9 +15,8 @@ from redis.asyncio import Redis
 from structlog.testing import capture_logs
 
 from agents.llm.chat import Chat
-from agents.llm.endpoint import Answer, Message
+from agents.llm.endpoint import Answer, Asks, Message
 from agents.llm.replay import Remembering, Replay, Transcript, Unanswered
-from agents.prompting.conversation import Asks
 from daemon.launch.llm import read_replay, read_transcript
 from daemon.search.search import Search
 from daemon.settings.sources import load

@@ -16,7 +16,7 @@ from agents.operators.trades import OFFERED, Trade, menu, traded
 from agents.operators.trades import WIDE as WIDE_MENU
 from agents.population.view import Member, Tried, View
 from agents.prompting.descriptions import trades_in_words
-from agents.prompting.lessons import lessons
+from agents.prompting.feedback import lessons
 from protocol.plans.candidate import Candidate, Provenance, candidate_id
 from protocol.plans.plan import Plan, attention_levels, removed_shares
 from protocol.plans.shape import Granularity, LayerShape, ModelShape

@@ -9,18 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agents.llm.completion import LONGEST_REPLY
-from agents.operators.edits import (
-    Choice,
-    Mix,
-    Mutation,
-    Profile,
-    apply_choice,
-    apply_mix,
-    apply_mutation,
-    apply_profile,
-)
+from agents.operators.edits import Mix, Mutation, Profile, apply_mix, apply_mutation, apply_profile
 from agents.population.view import Member, View
 from agents.prompting.replies import DEEPEST_NESTING, MEAN_TOLERANCE, Parsed, parse_lists, parse_objects
+from agents.prompting.schemas import Choice, apply_choice
 from protocol.errors import InvalidReply
 from protocol.plans.rates import weighted_mean
 from tests.support.samples import CARD, SHAPE, SPEC, candidates

@@ -17,7 +17,7 @@ from daemon.commands.prune import _best, prune_settings
 from daemon.commands.prune_steps import Goal, _flags_of, check_disk, recipe, was_written_unrecorded
 from gpu_worker.models.memory import Machine
 from protocol.errors import SelfPrunerError
-from protocol.runtime.daemon_signals import Interrupted
+from protocol.runtime.signals import Interrupted
 from tests.support.root import ROOT
 from tests.support.samples import SHAPE
 from tests.support.tiny_models import change_config, save_tiny_folder

@@ -15,7 +15,7 @@ from daemon.http_api.server import CannotListen
 from daemon.http_api.token import Access
 from daemon.monitor.events import Event
 from daemon.monitor.remote import RemoteSearch, saved_status
-from daemon.settings.settings import HttpSettings
+from daemon.settings.service import HttpSettings
 from protocol.queue.connection import connect
 from protocol.queue.control import Control
 from protocol.queue.keys import Keys

@@ -18,7 +18,7 @@ from daemon.http_api import server as http_server
 from daemon.http_api.guard import ADDRESSES_REMEMBERED, FAILURES_PER_MINUTE, Failures
 from daemon.http_api.token import Access, open_access
 from daemon.monitor.observer import Observer
-from daemon.settings.settings import HttpSettings
+from daemon.settings.service import HttpSettings
 from daemon.settings.sources import load
 from protocol.errors import SettingsError
 from tests.support.http_client import TOKEN, Asked, nothing_yet, served

@@ -16,10 +16,10 @@ import openai
 import psutil
 import pytest
 
-from agents.lists import lists_schema
 from agents.llm.chat import Chat
 from agents.llm.endpoint import Endpoint
-from daemon.local.valkey import local_llm
+from agents.proposer import lists_schema
+from daemon.local.services import local_llm
 from daemon.settings.llm import EndpointSettings
 from daemon.settings.settings import Settings
 from tests.agents.prompting.test_prompts import view_of

@@ -15,7 +15,7 @@ from agents.baselines.cma_es import CmaEsMutator
 from agents.baselines.seeds import seed_rates
 from agents.population.view import Accepted, Refused, View
 from daemon.search.search import Search
-from daemon.settings.settings import SearchSettings
+from daemon.settings.search import SearchSettings
 from protocol.errors import BudgetError
 from protocol.plans.allocation import Method
 from protocol.plans.candidate import Provenance, candidate_id

@@ -14,14 +14,14 @@ import pytest
 from redis.asyncio import Redis
 from rich.console import Console
 
-from agents.prompting.conversation import Asks
+from agents.llm.endpoint import Asks
 from daemon.monitor.remote import BestSoFar, RemoteSearch
 from daemon.monitor.summary import Summary, show, summarise
 from daemon.search.control import Pausing
 from daemon.search.make_agents import make_agents
 from daemon.search.search import Search
 from daemon.settings.llm import LlmSettings
-from daemon.settings.settings import SearchSettings
+from daemon.settings.search import SearchSettings
 from daemon.state.journal import Journal
 from daemon.state.store import SearchStore
 from protocol.plans.candidate import Candidate, Failed, Measured, Outcome

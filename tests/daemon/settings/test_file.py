@@ -11,7 +11,7 @@ from daemon.cli import main
 from daemon.http_api.token import open_access
 from daemon.settings import file as setting_file
 from daemon.settings.errors import Refused
-from daemon.settings.settings import HttpSettings
+from daemon.settings.service import HttpSettings
 from daemon.settings.sources import load
 from protocol.errors import SettingsError
 from protocol.runtime import secret_files

@@ -7,8 +7,7 @@ import pytest
 from redis.asyncio import Redis
 
 from daemon.state import store as store_module
-from daemon.state.history import History, Memory
-from daemon.state.remote_history import RemoteHistory
+from daemon.state.history import History, Memory, RemoteHistory
 from daemon.state.store import SearchStore
 from protocol.errors import SearchExistsError, StoreError
 from protocol.queue.connection import check_server

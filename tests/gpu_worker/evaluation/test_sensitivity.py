@@ -5,7 +5,8 @@ import torch
 
 from gpu_worker.evaluation.sensitivity import measure_sensitivity
 from gpu_worker.measuring.divergence import dense_predictions, divergence
-from gpu_worker.measuring.perplexity import NotFiniteError, perplexity
+from gpu_worker.measuring.perplexity import perplexity
+from gpu_worker.models.errors import NotFiniteError
 from gpu_worker.pruning.ordered_model import OrderedModel
 from protocol.plans.plan import LayerPlan, dense_plan
 from protocol.plans.shape import Granularity

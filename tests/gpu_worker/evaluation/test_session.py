@@ -11,8 +11,7 @@ from gpu_worker.evaluation.session import Session
 from gpu_worker.evaluation.target import Target
 from gpu_worker.evaluation.without_search import evaluate_as_it_is, evaluate_once
 from gpu_worker.measuring.corpora import windows_digest
-from gpu_worker.measuring.perplexity import NotFiniteError
-from gpu_worker.models.errors import is_out_of_memory
+from gpu_worker.models.errors import NotFiniteError, is_out_of_memory
 from gpu_worker.pruning.ordered_model import OrderedModel
 from gpu_worker.pruning.sequential import prune_sequentially
 from protocol.errors import BudgetError, DataError, ModelError

@@ -12,7 +12,7 @@ import transformers
 from daemon.cli import main
 from gpu_worker.evaluation.zero_shot import Questions, answer_tasks
 from gpu_worker.evaluation.zero_shot_tasks import find_sources, load_tasks
-from gpu_worker.measuring.perplexity import NotFiniteError
+from gpu_worker.models.errors import NotFiniteError
 from gpu_worker.models.loading import LoadedModel
 from protocol.results.zero_shot import PAPER_TASKS, paper_task
 from tests.support.exports import pruned

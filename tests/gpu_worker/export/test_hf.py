@@ -16,10 +16,9 @@ import gpu_worker.export.weights as weights_module
 import gpu_worker.export.writer as exporting_module
 from gpu_worker.export.hf import write_hf
 from gpu_worker.export.writer import check_formats
-from gpu_worker.models.exported import MODELINGS, render_modeling
+from gpu_worker.models.exported import MODELINGS, register_pruned_classes, render_modeling
 from gpu_worker.models.families import FAMILIES, take_apart
 from gpu_worker.models.loading import LoadedModel, load_model
-from gpu_worker.models.trusted import register_pruned_classes
 from protocol.errors import ModelError
 from protocol.plans.plan import Plan, count_parameters, dense_plan, make_plan
 from tests.support.exports import UNEVEN, export, laid_out_as_in_a_file, loaded_elsewhere, pruned

@@ -9,14 +9,14 @@ from structlog.testing import capture_logs
 
 from gpu_worker.export.padded import write_padded
 from gpu_worker.export.reopen import as_it_was_pruned, read_exported
+from gpu_worker.finetune.checkpoint import check_finetuning_disk
 from gpu_worker.finetune.eval_texts import EvalText
-from gpu_worker.finetune.memory import Training, check_finetuning_disk
 from gpu_worker.finetune.trainable import trained
 from gpu_worker.finetune.training import batch_of, learning_rate, steps_of
-from gpu_worker.measuring.perplexity import NotFiniteError
+from gpu_worker.models.errors import NotFiniteError
 from gpu_worker.models.families import FAMILIES
 from gpu_worker.models.loading import load_model
-from gpu_worker.models.memory import Machine, Workload, estimate_memory
+from gpu_worker.models.memory import Machine, Training, Workload, estimate_memory
 from gpu_worker.models.placement import place
 from protocol.errors import DataError, ModelError, SettingsError, UsageError
 from protocol.plans.spec import Dtype

@@ -15,8 +15,7 @@ from gpu_worker.finetune.checkpoint import Checkpoint, State
 from gpu_worker.finetune.trainable import Trained
 from gpu_worker.finetune.training import Limits
 from protocol.results.finetuning import LossPoint
-from protocol.runtime.daemon_signals import Interrupted, interruptible
-from protocol.runtime.signals import held_back
+from protocol.runtime.signals import Interrupted, held_back, interruptible
 from tests.support.finetunes import QUICK, exported, finetuned
 from tests.support.root import ROOT
 

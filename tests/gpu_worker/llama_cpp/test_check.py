@@ -11,7 +11,8 @@ from gpu_worker.export.writer import export_model
 from gpu_worker.llama_cpp import check as measuring
 from gpu_worker.llama_cpp import writer
 from gpu_worker.llama_cpp.tensors import GgufTensor, tensors_of
-from gpu_worker.measuring.perplexity import LOGITS_BYTES, perplexity
+from gpu_worker.measuring.perplexity import perplexity
+from gpu_worker.models.limits import LOGITS_BYTES
 from protocol.errors import ModelError
 from protocol.results.commands import GgufPerplexity
 from protocol.results.formats import GgufType

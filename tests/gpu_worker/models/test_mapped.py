@@ -7,8 +7,8 @@ import torch
 import transformers
 from torch import nn
 
+from gpu_worker.models.checkpoints import unmap
 from gpu_worker.models.loading import load_model
-from gpu_worker.models.mapped import unmap
 from tests.support.tiny_models import save_tiny_folder
 
 

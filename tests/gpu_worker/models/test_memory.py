@@ -5,6 +5,7 @@ import torch
 import transformers
 
 from gpu_worker.models.families import FAMILIES, take_apart
+from gpu_worker.models.limits import ROWS_AT_ONCE
 from gpu_worker.models.loading import load_model
 from gpu_worker.models.memory import (
     FP32,
@@ -19,7 +20,6 @@ from gpu_worker.models.memory import (
     this_machine,
 )
 from gpu_worker.models.placement import skeleton
-from gpu_worker.pruning.importance import ROWS_AT_ONCE
 from protocol.plans.spec import SearchSpec, TextSpec
 from tests.support.real_model import need_smollm2
 from tests.support.tiny_models import tiny_model

@@ -12,7 +12,7 @@ from gpu_worker.measuring.self_text import sample
 from gpu_worker.models.families import FAMILIES
 from gpu_worker.models.loading import LoadedModel, load_model
 from gpu_worker.progress import no_progress
-from gpu_worker.pruning.gradients import gradient_salience
+from gpu_worker.pruning.importance import gradient_salience
 from gpu_worker.pruning.ordered_model import OrderedModel
 from gpu_worker.pruning.sequential import prune_sequentially
 from protocol.plans.plan import Plan

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gpu_worker.measuring.perplexity import NotFiniteError
+from gpu_worker.models.errors import NotFiniteError
 from gpu_worker.pruning.calibration import LayerProducts, calibrate_products
 from gpu_worker.pruning.elimination import STEPS, optimal_brain_surgeon
 from gpu_worker.pruning.reconstruction import damped

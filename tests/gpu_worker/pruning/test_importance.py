@@ -4,10 +4,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from gpu_worker.models.limits import GRADIENT_SAMPLES, GRADIENT_TOKENS
 from gpu_worker.models.loading import LoadedModel, load_model
 from gpu_worker.pruning.calibration import LayerActivations, calibrate
-from gpu_worker.pruning.gradients import SAMPLES, TOKENS, gradient_salience
-from gpu_worker.pruning.importance import LayerImportance, by_head, column_scores, grouped, magnitude, wanda_sp
+from gpu_worker.pruning.importance import (
+    LayerImportance,
+    by_head,
+    column_scores,
+    gradient_salience,
+    grouped,
+    magnitude,
+    wanda_sp,
+)
 from protocol.plans.shape import LayerShape
 from tests.support.real_model import need_smollm2
 from tests.support.tiny_models import tiny_llama, tiny_model, tiny_windows
@@ -112,9 +120,9 @@ def test_taylor_is_what_the_slow_way_computes(options: dict[str, int]) -> None:
 
 
 def test_taylor_reads_ten_samples_of_sixty_four_tokens() -> None:
-    model, windows = tiny_llama(), tiny_windows(SAMPLES + 2, TOKENS + 16)
+    model, windows = tiny_llama(), tiny_windows(GRADIENT_SAMPLES + 2, GRADIENT_TOKENS + 16)
     all_of_it = gradient_salience(model.decoder, windows)
-    what_counts = gradient_salience(model.decoder, windows[:SAMPLES, :TOKENS])
+    what_counts = gradient_salience(model.decoder, windows[:GRADIENT_SAMPLES, :GRADIENT_TOKENS])
     assert all(torch.equal(a["query"], b["query"]) for a, b in zip(all_of_it, what_counts, strict=True))
 
 
