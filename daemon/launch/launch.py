@@ -25,7 +25,9 @@ from daemon.monitor.summary import Summary, summarise
 from daemon.search.checks import check_budget, check_lists, check_lists_somewhere, check_windows, warn_of_texts
 from daemon.search.control import Pausing, StopRequested
 from daemon.search.make_agents import make_agents
+from daemon.search.modes import rounds_of
 from daemon.search.search import Search
+from daemon.search.state import SearchState
 from daemon.settings.llm import EndpointSettings
 from daemon.settings.settings import Settings
 from daemon.state.history import History, Memory
@@ -183,24 +185,20 @@ class Launch:
 
     def _make_search(self, card: ModelCard, asks: Asks, queue: CandidateQueue, history: History) -> Search:
         search = Search(
-            self._settings.search.name,
-            self._spec,
             self._settings.search,
-            card=card,
-            agents=make_agents(self._settings.search, self._settings.llm, asks),
-            queue=queue,
-            journal=self._journal,
-            history=history,
-            pausing=self._pausing,
+            SearchState.of(self._spec, card, history),
+            make_agents(self._settings.search, self._settings.llm, asks),
+            queue,
+            self._journal,
             seconds=self._meter.seconds,
         )
         self._search = self._observer.search = search
         if self._display:
-            self._display.search = search
+            self._display.follow(search, self._pausing)
         return search
 
     async def _wait_for_llm(self, search: Search, chat: "Chat", *, is_new: bool) -> None:
-        if search.remaining_budget > 0 and self._settings.search.asks_llm:
+        if search.budget.remaining > 0 and self._settings.search.asks_llm:
             most = self._settings.llm.start_wait_seconds
             advice = "start its server, or name another endpoint; after this time the search begins without an LLM"
             await chat.wait_ready(
@@ -212,7 +210,7 @@ class Launch:
     async def _search_to_its_end(self, search: Search) -> None:
         """Whatever ends it, what it used and how far it came is told."""
         try:
-            await search.run()
+            await search.run(rounds_of(self._settings.search))
             self._observer.finished = True
         finally:
             with contextlib.suppress(TimeoutError):  # the end must not wait for a server that is away
@@ -253,9 +251,9 @@ class Launch:
         """What this process knows of the search; `history` is what it found at its start."""
         if self._search is None:
             return Memory(history, None, self._pausing.command)
-        outcomes = {e.candidate.id: e.outcome for e in self._search.population}
-        now = History(ledger=self._search.ledger, outcomes=outcomes, selections=self._search.selections)
-        return Memory(now, self._search.card, self._pausing.command)
+        outcomes = {e.candidate.id: e.outcome for e in self._search.state.population}
+        now = History(ledger=self._search.state.ledger, outcomes=outcomes, selections=self._search.state.selections)
+        return Memory(now, self._search.state.card, self._pausing.command)
 
     def _chat(self) -> "Chat":
         gate, spent = self._pausing.gate, self._meter.spent
@@ -280,15 +278,7 @@ class Launch:
         search = self._search
         if search is None:
             return None
-        return summarise(
-            search.name,
-            self._spec,
-            search.card,
-            search.ledger,
-            search.population,
-            self._meter.counters,
-            finished=finished,
-        )
+        return summarise(search.settings.name, search.state, self._meter.counters, finished=finished)
 
     async def _close(self) -> None:
         try:

@@ -91,12 +91,12 @@ class Observer:
     @property
     def ledger(self) -> dict[str, Candidate]:
         """Every candidate issued."""
-        return self.search.ledger if self.search else self._history.ledger
+        return self.search.state.ledger if self.search else self._history.ledger
 
     @property
     def population(self) -> Population:
         """Every outcome."""
-        return self.search.population if self.search else self._early
+        return self.search.state.population if self.search else self._early
 
     def begin(self, history: History) -> None:
         """Show what earlier processes did, until there is a search. To be called once this process is in charge.
@@ -135,7 +135,7 @@ class Observer:
                 ledger=self.ledger,
                 population=self.population,
                 counters=self.counters,
-                dense_perplexity=self.search.card.dense.perplexity if self.search else None,
+                dense_perplexity=self.search.state.card.dense.perplexity if self.search else None,
                 around=around,
                 condition=condition,
             )

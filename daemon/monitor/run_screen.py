@@ -7,6 +7,7 @@ from contextlib import asynccontextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
+from daemon.search.control import Pausing
 from daemon.search.search import Search
 from daemon.state.store import SearchStore
 from protocol.plans.candidate import Measured
@@ -31,7 +32,11 @@ class Display:
         self._workers: dict[str, TaskID] = {}
         self._busy: set[str] = set()
         """Workers whose task counts the steps of a stage, and not candidates."""
-        self.search: Search | None = None
+        self._search: tuple[Search, Pausing] | None = None
+
+    def follow(self, search: Search, pausing: Pausing) -> None:
+        """Show this search from now on."""
+        self._search = search, pausing
 
     @asynccontextmanager
     async def following(self, store: SearchStore) -> AsyncIterator[None]:
@@ -46,19 +51,19 @@ class Display:
     async def _follow(self, store: SearchStore) -> None:
         while True:
             await self._show_workers(store)
-            if self.search is not None:
-                self._show_search(self.search)
+            if self._search is not None:
+                self._show_search(*self._search)
             await asyncio.sleep(REFRESH_SECONDS)
 
-    def _show_search(self, search: Search) -> None:
-        best = search.population.best()
+    def _show_search(self, search: Search, pausing: Pausing) -> None:
+        best = search.state.population.best()
         found = _figures(best.outcome) if best and best.outcome.kind == "measured" else "–"
-        state = "paused" if search.pausing.command == "pause" else f"round {search.round}"
+        state = "paused" if pausing.command == "pause" else f"round {search.round}"
         self._progress.update(
             self._line,
-            description=f"search: {state}, best {found}, dense {search.card.dense.perplexity:.2f}",
-            completed=len(search.population),
-            total=search.proposed + search.remaining_budget,
+            description=f"search: {state}, best {found}, dense {search.state.card.dense.perplexity:.2f}",
+            completed=len(search.state.population),
+            total=search.budget.proposed + search.budget.remaining,
         )
 
     async def _show_workers(self, store: SearchStore) -> None:

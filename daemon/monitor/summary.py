@@ -10,8 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 from agents.population.population import Evaluation, Population
+from daemon.search.state import SearchState
 from protocol.plans.allocation import uniform_label
-from protocol.plans.candidate import Candidate, Measured, candidate_id
+from protocol.plans.candidate import Measured, candidate_id
 from protocol.plans.card import DensePerplexity, ModelCard
 from protocol.plans.plan import Parameters, count_parameters, dense_plan
 from protocol.plans.spec import Measure, Reconstruction, SearchSpec
@@ -66,21 +67,12 @@ class Summary(BaseModel):
     seconds: float
 
 
-def summarise(
-    search: str,
-    spec: SearchSpec,
-    card: ModelCard,
-    ledger: dict[str, Candidate],
-    population: Population,
-    counters: dict[str, float],
-    *,
-    finished: bool,
-) -> Summary:
-    """Gather what a search found."""
+def summarise(search: str, state: SearchState, counters: dict[str, float], *, finished: bool) -> Summary:
+    """Gather what a search found; `counters` has the seconds and the tokens that it used."""
+    spec, card, population = state.spec, state.card, state.population
     best, best_allocation = population.best(), _best_allocation(population)
     uniform = spec.uniform_plan(card.shape)
     uniform_evaluation = population.get(candidate_id(uniform, spec.fingerprint))
-    proposals = [c for c in ledger.values() if c.is_proposal]
     outcomes = Counter(e.outcome.kind for e in population if e.candidate.is_proposal)
     return Summary(
         search=search,
@@ -96,8 +88,8 @@ def summarise(
         best=_measured_row(spec, best, population),
         rates=best.candidate.rates if best else (),
         candidates={
-            "by_agent": dict(Counter(c.provenance.agent for c in proposals)),
-            "by_source": {"llm": 0, "stand-in": 0, **Counter(c.provenance.source for c in proposals)},
+            "by_agent": dict(state.proposals.by_agent),
+            "by_source": {"llm": 0, "stand-in": 0, **state.proposals.by_source},
             "by_outcome": {name: outcomes[name] for name in ("measured", "failed", "stopped")},
         },
         tokens={name: int(counters.get(f"{name}_tokens", 0)) for name in ("prompt", "completion")},

@@ -1,50 +1,68 @@
-"""What the agents of a search have proposed, counted as it comes: asking costs the same however long the search is."""
+"""How many candidates a search may still propose: by its rounds, evaluations, tokens and hours."""
 
-from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Callable
 
-from protocol.plans.candidate import AgentName, Candidate
+import structlog
 
-Calls = dict[tuple[AgentName, int], frozenset[str]]
-"""The ids that each call of each agent has made."""
+from agents.population.population import Evaluation
+from daemon.search.proposals import Proposals
+from daemon.search.state import SearchState
+from daemon.settings.search import SearchSettings
+from protocol.plans.candidate import Failed
+
+log = structlog.get_logger()
 
 
-class Proposals:
-    """Counts of the candidates in a ledger, baselines left out."""
+class Budget:
+    """The budget of one search; `seconds` returns how long it has run, over all its processes."""
 
-    def __init__(self, ledger: Iterable[Candidate]) -> None:
-        self.by_agent: Counter[str] = Counter()
-        self.by_source: Counter[str] = Counter()
-        self._rounds: defaultdict[int, dict[tuple[AgentName, int], set[str]]] = defaultdict(dict)
-        self._made: Counter[tuple[AgentName, int]] = Counter()
-        for candidate in ledger:
-            self.add(candidate)
+    def __init__(self, settings: SearchSettings, state: SearchState, seconds: Callable[[], float]) -> None:
+        self._settings, self._seconds = settings, seconds
+        self._proposals: Proposals = state.proposals
+        self._time_is_up = False
+        self._tokens: Counter[int] = Counter()
+        """Measured tokens by the round of their candidates."""
+        for evaluation in state.population:
+            self.count(evaluation)
 
-    def __len__(self) -> int:
-        return self.by_agent.total()
+    def count(self, evaluation: Evaluation) -> None:
+        """Count the tokens that a candidate of the agents was measured on."""
+        candidate, outcome = evaluation.candidate, evaluation.outcome
+        if candidate.provenance.agent != "baseline" and not isinstance(outcome, Failed):
+            self._tokens[candidate.provenance.round] += outcome.tokens
 
-    def add(self, candidate: Candidate) -> None:
-        """Count a candidate that is new in the ledger."""
-        who = candidate.provenance
-        if not candidate.is_proposal:
-            return
-        self.by_agent[who.agent] += 1
-        self.by_source[who.source] += 1
-        self._made[who.agent, who.round] += 1
-        self._rounds[who.round].setdefault((who.agent, who.call), set()).add(candidate.id)
+    @property
+    def remaining(self) -> int:
+        """How many more candidates may be proposed; none once search.budget_hours are over."""
+        return 0 if self._hours_are_over() else self.planned - self.proposed
 
-    def made(self, agent: AgentName, round_: int) -> int:
-        """How many candidates an agent has made in a round."""
-        return self._made[agent, round_]
+    @property
+    def proposed(self) -> int:
+        """How many candidates the agents have made so far."""
+        return len(self._proposals)
 
-    def in_round(self, round_: int) -> int:
-        """How many candidates were made in a round."""
-        return sum(count for (_, made_in), count in self._made.items() if made_in == round_)
+    @property
+    def planned(self) -> int:
+        """How many candidates the agents make in all, if no other limit comes first."""
+        settings = self._settings
+        planned = settings.population + settings.rounds * (settings.mutations + settings.crossovers)
+        return min(settings.max_evaluations or planned, planned)
 
-    def before(self, round_: int) -> int:
-        """How many candidates were made in earlier rounds."""
-        return sum(count for (_, made_in), count in self._made.items() if made_in < round_)
+    def tokens_are_used_up(self, *, before: int | None = None) -> bool:
+        """Whether search.max_tokens are measured, in the rounds `before` one where it is given.
 
-    def calls(self, round_: int) -> Calls:
-        """What each call of a round has made."""
-        return {call: frozenset(ids) for call, ids in self._rounds.get(round_, {}).items()}
+        With `before`, whether a round begins does not depend on what was measured of it, by a process that was killed
+        or by this one.
+        """
+        most = self._settings.max_tokens
+        if most is None:
+            return False
+        return sum(tokens for round_, tokens in self._tokens.items() if before is None or round_ < before) >= most
+
+    def _hours_are_over(self) -> bool:
+        hours = self._settings.budget_hours
+        if hours is not None and not self._time_is_up and self._seconds() >= 3600 * hours:
+            self._time_is_up = True
+            log.info("search_hours_used_up", hours=hours, candidates=self.proposed)
+        return self._time_is_up

@@ -1,12 +1,13 @@
 """The two modes of a search: generation after generation (Algorithm 1 of the paper), or a steady state."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Self
 
 import structlog
 
 from agents.population.view import Accepted, Member, Refused, Submit, View
+from daemon.settings.search import SearchSettings
 from protocol.plans.candidate import Provenance
 
 if TYPE_CHECKING:  # a mode is handed its search, which runs it
@@ -15,36 +16,43 @@ if TYPE_CHECKING:  # a mode is handed its search, which runs it
 FRUITLESS_TURNS = 50
 """Turns in a row without a new plan, after which there is believed to be none."""
 
+Rounds = Callable[["Search"], Awaitable[None]]
+"""What a search does after its first population."""
+
 log = structlog.get_logger()
+
+
+def rounds_of(settings: SearchSettings) -> Rounds:
+    """Return the rounds that search.mode asks for."""
+    return generations if settings.mode == "generational" else steady_state
 
 
 async def generations(search: "Search") -> None:
     """A round waits for all its outcomes, and its offspring are made from what was measured in the rounds before."""
-    await search.begin()
     for round_ in range(1, search.settings.rounds + 1):
         await search.keeper.settled()
-        if search.remaining_budget <= 0 or search.tokens_are_used_up(before=round_):
+        if search.budget.remaining <= 0 or search.budget.tokens_are_used_up(before=round_):
             break
         await _generation(search, round_)
 
 
 async def _generation(search: "Search", round_: int) -> None:
     """The Selector's parents, then mutation and crossover at the same time."""
-    left = search.planned - search.proposals.before(round_)
+    left = search.budget.planned - search.state.proposals.before(round_)
     agents, wanted = search.agents, (search.settings.mutations, search.settings.crossovers)
     mutations = max(0, min(wanted[0] if agents.crossover else sum(wanted), left))
     crossovers = max(0, min(wanted[1], left - mutations)) if agents.crossover else 0
-    missing = mutations + crossovers - search.proposals.in_round(round_)
-    if missing <= 0 or len(search.population) < 2:
+    missing = mutations + crossovers - search.state.proposals.in_round(round_)
+    if missing <= 0 or len(search.state.population) < 2:
         return
     view = search.view(round_)
     search.round = round_
     log.info("round_started", round=round_, missing=missing, best=view.population[0].fitness)
     parents = await search.select(view)
     async with asyncio.TaskGroup() as group:
-        mutating = group.create_task(agents.mutator.propose(view, parents, mutations, search.submit))
+        mutating = group.create_task(agents.mutator.propose(view, parents, mutations, search.admission.submit))
         if agents.crossover:
-            submit = _after(mutating, search.submit)
+            submit = _after(mutating, search.admission.submit)
             group.create_task(agents.crossover.propose(view, parents, crossovers, submit))
 
 
@@ -66,9 +74,8 @@ async def steady_state(search: "Search") -> None:
     A turn is a round with one candidate. What comes first decides what is asked next, so two runs with the same answers
     need not have the same history.
     """
-    await search.begin()
-    await search.keeper.until(lambda waiting: waiting == 0 or len(search.population) >= 2)
-    if len(search.population) < 2:
+    await search.keeper.until(lambda waiting: waiting == 0 or len(search.state.population) >= 2)
+    if len(search.state.population) < 2:
         return  # nothing to breed from
     async with _Turns(search) as turns:
         # A question may come to nothing, so the last ones are waited for before the budget counts as used.
@@ -93,7 +100,7 @@ class _Turns:
     def may_begin(self) -> bool:
         """Whether there is anything left to ask for."""
         search = self._search
-        is_left = search.remaining_budget > len(self.asking) and not search.tokens_are_used_up()
+        is_left = search.budget.remaining > len(self.asking) and not search.budget.tokens_are_used_up()
         return is_left and self.fruitless < FRUITLESS_TURNS
 
     def begin(self) -> None:
@@ -128,7 +135,7 @@ class _Turns:
         parents = await self._chosen(view)
         crosses = turn % (settings.mutations + settings.crossovers) >= settings.mutations
         agent = agents.crossover if crosses and agents.crossover else agents.mutator
-        made = await agent.propose(view, parents, 1, self._search.submit)
+        made = await agent.propose(view, parents, 1, self._search.admission.submit)
         self.fruitless = 0 if made else self.fruitless + 1
 
     async def _chosen(self, view: View) -> Sequence[Member]:

@@ -10,6 +10,7 @@ from redis.asyncio import Redis
 
 from agents.llm.endpoint import Degraded, EndpointState, LlmState, Usage
 from daemon.monitor.observer import Observer
+from daemon.search.modes import rounds_of
 from daemon.search.search import Search
 from daemon.state.history import History
 from protocol.plans.candidate import Candidate, Failed, Measured
@@ -40,7 +41,7 @@ class Observed:
 
     async def run(self) -> None:
         async with asyncio.timeout(60):
-            await self.search.run()
+            await self.search.run(rounds_of(self.search.settings))
         self.observer.finished = True
         await self.observer.look()
 

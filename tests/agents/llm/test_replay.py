@@ -18,6 +18,7 @@ from agents.llm.chat import Chat
 from agents.llm.endpoint import Answer, Asks, Message
 from agents.llm.replay import Remembering, Replay, Transcript, Unanswered
 from daemon.launch.llm import read_replay, read_transcript
+from daemon.search.modes import rounds_of
 from daemon.search.search import Search
 from daemon.settings.sources import load
 from protocol.errors import EndpointError, SettingsError, first_error
@@ -171,8 +172,8 @@ async def unsteady_workers(redis: Redis, keys: Keys, rng: random.Random) -> Asyn
 def history(search: Search) -> list[tuple[Any, ...]]:
     """Every candidate in the order of its making, who made it, and what was measured."""
     made = []
-    for candidate in search.ledger.values():
-        evaluation = search.population.get(candidate.id)
+    for candidate in search.state.ledger.values():
+        evaluation = search.state.population.get(candidate.id)
         assert evaluation is not None
         made.append((candidate.id, candidate.rates, candidate.provenance, evaluation.outcome))
     return made
@@ -212,11 +213,11 @@ async def killed_now_and_then(
     while True:
         conducted = Conducted(redis, keys, folder, settings=LONGER, chat=Delayed(asks(), rng))
         search = await conducted.open()
-        enough = len(search.ledger) + rng.randint(1, 5)
+        enough = len(search.state.ledger) + rng.randint(1, 5)
         async with unsteady_workers(redis, keys, rng):
-            running = asyncio.create_task(search.run())
+            running = asyncio.create_task(search.run(rounds_of(search.settings)))
             async with asyncio.timeout(60):
-                while not running.done() and len(search.ledger) < enough:
+                while not running.done() and len(search.state.ledger) < enough:
                     await asyncio.sleep(0.001)
             killed = not running.done()
             running.cancel()
@@ -233,7 +234,7 @@ async def test_a_replayed_search_has_the_same_history_whatever_is_faster(
 ) -> None:
     for seed in range(20, 40):  # who asks first gets the next whim, so no seed alone brings a stand-in every time
         original, records = await recorded(redis, keys, tmp_path, seed)
-        sources = original.counts()["by_source"]
+        sources = original.state.proposals.by_source
         if sources["stand-in"]:
             break
     assert sources["llm"] and sources["stand-in"] and any(" attempt 1" in r["label"] for r in records)
@@ -278,7 +279,7 @@ async def test_a_search_whose_transcript_is_lost_still_makes_the_right_number_of
     async with ScriptedLlm(whimsical(random.Random(9))) as llm, Chat([llm.endpoint], QUICK) as chat:
         search, kills = await killed_now_and_then(redis, keys, tmp_path, lambda: chat, seed=10)
     assert kills >= 3
-    assert search.counts()["by_agent"] == {"initializer": 6, "mutator": 12, "crossover": 9}
+    assert search.state.proposals.by_agent == {"initializer": 6, "mutator": 12, "crossover": 9}
 
 
 async def test_a_search_whose_endpoint_fails_now_and_then_is_replayed_with_its_stand_ins(
@@ -294,7 +295,7 @@ async def test_a_search_whose_endpoint_fails_now_and_then_is_replayed_with_its_s
     with recording(records) as record_:
         async with ScriptedLlm(fails_often) as llm, Chat([llm.endpoint], policy, record=record_) as chat:
             original = await searched(redis, keys, tmp_path, chat, seed=12)
-    assert original.counts()["by_source"]["stand-in"] > 3
+    assert original.state.proposals.by_source["stand-in"] > 3
     assert any(r["endpoint"] is None for r in records)
     replayed = await searched(redis, keys, tmp_path, Replay(Transcript(records), strict=True), seed=13)
     assert history(replayed) == history(original)

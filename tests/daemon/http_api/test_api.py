@@ -66,7 +66,7 @@ async def test_the_population_is_shown_best_first_and_page_by_page(redis: Redis,
     assert [member["rank"] for member in members] == list(range(1, 16))
     perplexities = [member["outcome"]["perplexity"] for member in members]
     assert perplexities == sorted(perplexities)
-    assert members[0]["rates"] == list(it.search.population.top(1)[0].candidate.rates)
+    assert members[0]["rates"] == list(it.search.state.population.top(1)[0].candidate.rates)
 
 
 async def test_a_candidate_is_shown_before_and_after_it_is_measured(redis: Redis, keys: Keys, tmp_path: Path) -> None:
@@ -74,10 +74,10 @@ async def test_a_candidate_is_shown_before_and_after_it_is_measured(redis: Redis
         running = asyncio.create_task(it.run())
 
         async def issued() -> bool:
-            return len(it.search.ledger) >= 3
+            return len(it.search.state.ledger) >= 3
 
         await eventually(issued)
-        id_ = list(it.search.ledger)[2]
+        id_ = list(it.search.state.ledger)[2]
         _, waiting = await it.ask(f"/api/candidates/{id_}")
         assert (waiting["id"], waiting["outcome"], waiting["order"]) == (id_, None, None)
         async with evaluating(redis, keys):
@@ -114,7 +114,7 @@ async def test_the_metrics_are_those_of_the_search_and_prometheus_can_read_them(
         for source in ("llm", "stand-in", "classical", "allocation", "baseline")
         for kind in ("measured", "failed")
     }
-    assert sum(outcomes.values()) == len(it.search.ledger)
+    assert sum(outcomes.values()) == len(it.search.state.ledger)
     assert outcomes["llm", "failed"] + outcomes["stand-in", "failed"] == status.failed > 0
     assert value("best_perplexity") == value("best_fitness") == status.best_perplexity
     assert value("dense_perplexity") == CARD.dense.perplexity

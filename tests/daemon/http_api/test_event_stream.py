@@ -55,14 +55,14 @@ async def test_events_tell_every_outcome_every_round_and_every_change_of_state(
         await asyncio.sleep(0.1)
     await following
     outcomes = {e["candidate"]: e for e in found if e.get("event") in ("candidate_measured", "candidate_failed")}
-    assert set(outcomes) == set(it.search.ledger)
+    assert set(outcomes) == set(it.search.state.ledger)
     for id_, event in outcomes.items():
-        evaluation = it.search.population.get(id_)
+        evaluation = it.search.state.population.get(id_)
         assert evaluation is not None
         assert event["event"] == f"candidate_{evaluation.outcome.kind}"
         assert event["agent"] == evaluation.candidate.provenance.agent
     bests = [e["perplexity"] for e in found if e.get("best") is True]
-    best = it.search.population.top(1)[0].outcome
+    best = it.search.state.population.top(1)[0].outcome
     assert bests == sorted(bests, reverse=True) and isinstance(best, Measured)
     assert bests[-1] == pytest.approx(best.perplexity, abs=1e-6)
     Status.model_validate(found[0])
@@ -129,7 +129,7 @@ async def test_two_hundred_clients_that_only_listen_are_bounded_and_the_search_d
         assert (await it.ask("/api/status"))[0] == 200
         async with evaluating(redis, keys) as evaluated:
             await it.run()
-        assert len(it.search.population) == 15 and set(evaluated.values()) == {1}
+        assert len(it.search.state.population) == 15 and set(evaluated.values()) == {1}
         for client in clients:
             client.close()
 

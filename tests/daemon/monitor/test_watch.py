@@ -88,8 +88,8 @@ async def test_a_search_is_followed_from_another_process_to_its_end(redis: Redis
     events = [json.loads(line) for line in out.getvalue().splitlines()]
     Status.model_validate(events[0])
     outcomes = {e["candidate"]: e for e in events if e["event"] in ("candidate_measured", "candidate_failed")}
-    assert set(outcomes) == set(it.search.ledger)
-    best = it.search.population.top(1)[0].candidate.id
+    assert set(outcomes) == set(it.search.state.ledger)
+    best = it.search.state.population.top(1)[0].candidate.id
     assert [e["candidate"] for e in events if e.get("best")][-1] == best
     assert {"event": "finished_changed", "finished": True} in events
     assert events[-1] == {"event": "search_ended", "finished": True}
@@ -112,7 +112,7 @@ async def test_the_terminal_shows_the_search_and_keeps_showing_it_while_redis_is
         with Live(console=console, auto_refresh=False) as live:
             tell = on_screen(live, Screen())
             watching = asyncio.create_task(watch(RemoteSearch(redis, keys, SPEC), None, tell))
-            await shown(it.search.population.top(1)[0].candidate.id)
+            await shown(it.search.state.population.top(1)[0].candidate.id)
             server.kill()
             await shown("Redis does not answer")
             server.start()
@@ -120,7 +120,7 @@ async def test_the_terminal_shows_the_search_and_keeps_showing_it_while_redis_is
             await asyncio.wait_for(watching, 10)
     await redis.aclose()
     text = screen.getvalue()
-    assert it.search.population.top(1)[0].candidate.id in text
+    assert it.search.state.population.top(1)[0].candidate.id in text
     assert "Redis does not answer" in text and "search ended" in text
 
 

@@ -1,6 +1,5 @@
 """Who proposes: the methods that the LLM's search is compared with, its agents replaced one by one, and seeds."""
 
-import asyncio
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -42,16 +41,10 @@ async def searched(
     redis: Redis, name: str, folder: Path, chosen: SearchSettings, spec: SearchSpec = SPEC
 ) -> tuple[Search, SchemaChat]:
     chat = SchemaChat()
-    conducted = Conducted(redis, Keys(name), folder / name, settings=chosen, chat=chat, spec=spec)
+    card = BLOCK_CARD.model_copy(update={"sensitivity": BLOCK_CARD.sensitivity[: len(SHAPE.units(spec.granularity))]})
+    conducted = Conducted(redis, Keys(name), folder / name, settings=chosen, chat=chat, spec=spec, card=card)
     async with evaluating(redis, conducted.keys):
-        search = await conducted.open()
-        search.card = BLOCK_CARD.model_copy(
-            update={"sensitivity": BLOCK_CARD.sensitivity[: len(SHAPE.units(spec.granularity))]}
-        )
-        async with asyncio.timeout(60):
-            await search.run()
-    conducted.journal.close()
-    return search, chat
+        return await conducted.run(), chat
 
 
 @pytest.mark.parametrize("spec", [SPEC, BLOCKS], ids=["layer", "block"])
@@ -61,9 +54,9 @@ async def test_a_classical_method_goes_through_the_same_pipeline_and_asks_no_llm
 ) -> None:
     search, chat = await searched(redis, "one", tmp_path, settings(proposer=proposer), spec)
     assert chat.asked == 0
-    assert search.counts()["by_source"] == {"classical": TOTAL}
-    assert len(search.population) == TOTAL
-    for candidate in search.ledger.values():
+    assert search.state.proposals.by_source == {"classical": TOTAL}
+    assert len(search.state.population) == TOTAL
+    for candidate in search.state.ledger.values():
         left = candidate.plan.decoder_parameters(SHAPE)
         assert abs(left - 0.7 * SHAPE.decoder_parameters) <= SHAPE.channel_parameters
 
@@ -78,32 +71,32 @@ async def test_what_is_proposed_after_a_kill_is_what_would_have_been(
             redis, Keys("killed"), tmp_path / "killed", settings=settings(proposer=proposer), spec=BLOCKS
         )
         search = await conducted.open()
-        search.card = BLOCK_CARD
-        enough = len(search.ledger) + 1 + life % 3
+        search.state.card = BLOCK_CARD
+        enough = len(search.state.ledger) + 1 + life % 3
         async with evaluating(redis, conducted.keys):
             killed = await killed_with(search, enough)
         conducted.journal.close()
         if not killed:
             break
     assert life >= 3
-    assert {c.id: c for c in search.ledger.values()} == {c.id: c for c in calm.ledger.values()}
+    assert {c.id: c for c in search.state.ledger.values()} == {c.id: c for c in calm.state.ledger.values()}
 
 
 async def test_evolution_breeds_from_the_best_alone(redis: Redis, tmp_path: Path) -> None:
     search, _ = await searched(redis, "one", tmp_path, settings(proposer="evolution"), BLOCKS)
     for round_ in (1, 2):
-        (best,) = search.population.top(1, before=round_)
-        offspring = [c for c in search.ledger.values() if c.provenance.round == round_]
+        (best,) = search.state.population.top(1, before=round_)
+        offspring = [c for c in search.state.ledger.values() if c.provenance.round == round_]
         assert {c.provenance.parents for c in offspring} == {(best.candidate.id,)}
 
 
 async def test_evolution_also_switches_whole_heads(redis: Redis, tmp_path: Path) -> None:
     chosen = settings(proposer="evolution", rounds=6)
     search, _ = await searched(redis, "one", tmp_path, chosen, BLOCKS)
-    parents = {c.id: c for c in search.ledger.values()}
+    parents = {c.id: c for c in search.state.ledger.values()}
     switched = Counter(
         child.plan.layers[i].query_heads != parents[child.provenance.parents[0]].plan.layers[i].query_heads
-        for child in search.ledger.values()
+        for child in search.state.ledger.values()
         if child.provenance.parents
         for i in range(len(SHAPE.layers))
     )
@@ -117,7 +110,7 @@ async def test_cma_es_learns_from_what_was_measured(redis: Redis, tmp_path: Path
     by_round = {
         round_: sorted(
             e.outcome.fitness  # type: ignore[union-attr]
-            for e in search.population
+            for e in search.state.population
             if e.candidate.provenance.round == round_ and e.candidate.provenance.agent != "baseline"
         )
         for round_ in range(13)
@@ -191,8 +184,8 @@ async def _accepted(drawn: list[tuple[float, ...]], rates: Sequence[float], _: P
 async def test_best_of_n_asks_the_llm_the_same_in_every_round(redis: Redis, tmp_path: Path) -> None:
     search, chat = await searched(redis, "one", tmp_path, settings(proposer="best-of-n"))
     assert {label.split()[0] for label in chat.labels} == {"initializer"}
-    assert search.proposed == TOTAL and set(search.counts()["by_agent"]) == {"initializer"}
-    assert all(not c.provenance.parents for c in search.ledger.values())
+    assert search.budget.proposed == TOTAL and set(search.state.proposals.by_agent) == {"initializer"}
+    assert all(not c.provenance.parents for c in search.state.ledger.values())
 
 
 @pytest.mark.parametrize(
@@ -214,21 +207,21 @@ async def test_each_agent_of_the_llm_can_be_replaced_or_left_out(
     search, chat = await searched(redis, "one", tmp_path, settings(**switch))
     asked = {label.split()[0] for label in chat.labels}
     assert asked == {"initializer", "selector", "mutator", "crossover"} - {silent}
-    assert search.proposed == TOTAL
+    assert search.budget.proposed == TOTAL
 
 
 @pytest.mark.parametrize("spec", [SPEC, BLOCKS], ids=["layer", "block"])
 async def test_seeds_are_members_of_the_first_population(redis: Redis, tmp_path: Path, spec: SearchSpec) -> None:
     methods = ("sensitivity", "owl", "uniform")
     search, _ = await searched(redis, "one", tmp_path, settings(seeds=methods), spec)
-    assert search.counts()["by_agent"] == {"seed": 3, "initializer": 2, "mutator": 6, "crossover": 4}
-    view = View(spec, search.card, 0, ())
+    assert search.state.proposals.by_agent == {"seed": 3, "initializer": 2, "mutator": 6, "crossover": 4}
+    view = View(spec, search.state.card, 0, ())
     for method in methods:
         id_ = candidate_id(spec.plan(seed_rates(method, view), SHAPE), spec.fingerprint)  # type: ignore[arg-type]
-        assert search.ledger[id_].provenance.agent == "seed"
-        assert search.ledger[id_].provenance.source == "allocation"
+        assert search.state.ledger[id_].provenance.agent == "seed"
+        assert search.state.ledger[id_].provenance.source == "allocation"
     # Uniform is measured in any case, to compare with.
-    assert candidate_id(spec.uniform_plan(SHAPE), spec.fingerprint) in search.ledger
+    assert candidate_id(spec.uniform_plan(SHAPE), spec.fingerprint) in search.state.ledger
 
 
 @pytest.mark.parametrize("method", ["owl", "uniform", "first-layer", "llm-pruner"])

@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +18,17 @@ from rich.console import Console
 from agents.llm.endpoint import Asks
 from daemon.monitor.remote import BestSoFar, RemoteSearch
 from daemon.monitor.summary import Summary, show, summarise
-from daemon.search.control import Pausing
 from daemon.search.make_agents import make_agents
+from daemon.search.modes import rounds_of
 from daemon.search.search import Search
+from daemon.search.state import SearchState
 from daemon.settings.llm import LlmSettings
 from daemon.settings.search import SearchSettings
 from daemon.state.journal import Journal
 from daemon.state.store import SearchStore
 from protocol.plans.candidate import Candidate, Failed, Measured, Outcome
+from protocol.plans.card import ModelCard
 from protocol.plans.spec import SearchSpec, TextSpec
-from protocol.queue.control import Control
 from protocol.queue.jobs import JobQueue
 from protocol.queue.keys import Keys
 from tests.support.samples import CARD, SHAPE, SPEC, measured
@@ -73,10 +75,12 @@ class Conducted:
         *,
         spec: SearchSpec = SPEC,
         settings: SearchSettings = SETTINGS,
+        card: ModelCard = CARD,
         chat: Asks | None = None,
         proposals_per_call: int | None = None,
     ) -> None:
         self.proposals_per_call = proposals_per_call
+        self.card = card.model_copy(update={"dense_report": card.dense if spec.report else None})
         self.redis, self.keys, self.folder, self.spec, self.settings = redis, keys, folder, spec, settings
         self.chat = chat or SchemaChat()
 
@@ -88,23 +92,13 @@ class Conducted:
         llm = LlmSettings(reply="edits", max_tokens=500, proposals_per_call=self.proposals_per_call)
         agents = make_agents(self.settings, llm, self.chat)
         self.journal = Journal(self.folder)
-        return Search(
-            "test",
-            self.spec,
-            self.settings,
-            card=CARD.model_copy(update={"dense_report": CARD.dense if self.spec.report else None}),
-            agents=agents,
-            queue=queue,
-            journal=self.journal,
-            history=history,
-            pausing=Pausing(Control(self.redis, self.keys)),
-        )
+        return Search(self.settings, SearchState.of(self.spec, self.card, history), agents, queue, self.journal)
 
     async def run(self, seconds: float = 60) -> Search:
         search = await self.open()
         try:
             async with asyncio.timeout(seconds):
-                await search.run()
+                await search.run(rounds_of(search.settings))
         finally:
             self.journal.close()
         return search
@@ -112,9 +106,9 @@ class Conducted:
 
 async def killed_with(search: Search, enough: int, *, look_after: float = 0) -> bool:
     """Run until the ledger has `enough` candidates, then end it there; whether it was still running."""
-    running = asyncio.create_task(search.run())
+    running = asyncio.create_task(search.run(rounds_of(search.settings)))
     async with asyncio.timeout(60):
-        while not running.done() and len(search.ledger) < enough:
+        while not running.done() and len(search.state.ledger) < enough:
             await asyncio.sleep(look_after)
     killed = not running.done()
     running.cancel()
@@ -131,12 +125,12 @@ async def test_a_search_makes_the_papers_number_of_candidates_and_measures_each_
 ) -> None:
     async with evaluating(redis, keys) as evaluated:
         search = await Conducted(redis, keys, tmp_path).run()
-    by_agent = search.counts()["by_agent"]
+    by_agent = search.state.proposals.by_agent
     assert by_agent == {"initializer": 5, "mutator": 6, "crossover": 4}
     assert set(evaluated.values()) == {1}
-    assert set(evaluated) == set(search.ledger)
-    assert len(search.population) == 15
-    assert search.counts()["by_source"]["llm"] > 10
+    assert set(evaluated) == set(search.state.ledger)
+    assert len(search.state.population) == 15
+    assert search.state.proposals.by_source["llm"] > 10
 
 
 async def test_every_candidate_is_on_budget_and_the_best_is_written_with_its_rates(
@@ -144,7 +138,7 @@ async def test_every_candidate_is_on_budget_and_the_best_is_written_with_its_rat
 ) -> None:
     async with evaluating(redis, keys):
         search = await Conducted(redis, keys, tmp_path).run()
-    for candidate in search.ledger.values():
+    for candidate in search.state.ledger.values():
         left = candidate.plan.decoder_parameters(SHAPE)
         assert abs(left - 0.7 * SHAPE.decoder_parameters) <= SHAPE.channel_parameters
     best = json.loads((tmp_path / "best.json").read_text())
@@ -152,7 +146,7 @@ async def test_every_candidate_is_on_budget_and_the_best_is_written_with_its_rat
         (e for e in evaluations(tmp_path) if e["agent"] != "baseline"), key=lambda e: e["outcome"]["perplexity"]
     )
     assert (best["id"], best["perplexity"]) == (record["id"], record["outcome"]["perplexity"])
-    assert tuple(best["rates"]) == search.population.top(1)[0].candidate.rates
+    assert tuple(best["rates"]) == search.state.population.top(1)[0].candidate.rates
 
 
 async def test_a_search_killed_anywhere_goes_on_and_measures_nothing_twice(
@@ -164,7 +158,7 @@ async def test_a_search_killed_anywhere_goes_on_and_measures_nothing_twice(
     while True:
         conducted = Conducted(redis, keys, tmp_path)
         search = await conducted.open()
-        enough = len(search.ledger) + 3
+        enough = len(search.state.ledger) + 3
         async with evaluating(redis, keys) as evaluated:
             killed = await killed_with(search, enough, look_after=0.002)
         conducted.journal.close()
@@ -173,10 +167,10 @@ async def test_a_search_killed_anywhere_goes_on_and_measures_nothing_twice(
             break
         kills += 1
     assert kills >= 3
-    assert len(search.ledger) == total
+    assert len(search.state.ledger) == total
     assert set(counted.values()) == {1}
     records = evaluations(tmp_path)
-    assert sorted(r["id"] for r in records) == sorted(search.ledger)
+    assert sorted(r["id"] for r in records) == sorted(search.state.ledger)
     assert [r["order"] for r in records] == list(range(total))
 
 
@@ -189,13 +183,13 @@ async def test_a_search_that_was_killed_anywhere_has_the_history_of_an_undisturb
     calm = Conducted(redis, Keys("calm"), tmp_path, settings=chosen, proposals_per_call=per_call)
     async with evaluating(redis, calm.keys):
         undisturbed = await calm.run()
-    assert undisturbed.proposed == (10 if max_tokens else undisturbed.planned)
+    assert undisturbed.budget.proposed == (10 if max_tokens else undisturbed.budget.planned)
     selections = 0
     for life in range(1, 100):
         chat = SchemaChat()
         conducted = Conducted(redis, Keys("killed"), tmp_path, settings=chosen, chat=chat, proposals_per_call=per_call)
         search = await conducted.open()
-        enough = len(search.ledger) + 1 + life % 3
+        enough = len(search.state.ledger) + 1 + life % 3
         async with evaluating(redis, conducted.keys):
             killed = await killed_with(search, enough)
         conducted.journal.close()
@@ -203,7 +197,7 @@ async def test_a_search_that_was_killed_anywhere_has_the_history_of_an_undisturb
         if not killed:
             break
     assert life >= 3
-    assert {c.id: c for c in search.ledger.values()} == {c.id: c for c in undisturbed.ledger.values()}
+    assert {c.id: c for c in search.state.ledger.values()} == {c.id: c for c in undisturbed.state.ledger.values()}
     assert selections <= SETTINGS.rounds + 1  # once more where it was killed before the answer was kept
 
 
@@ -216,7 +210,7 @@ async def test_a_finished_search_that_is_started_again_asks_and_measures_nothing
     async with evaluating(redis, keys) as evaluated:
         search = await Conducted(redis, keys, tmp_path, chat=chat).run()
     assert not evaluated and not chat.asked
-    assert len(evaluations(tmp_path)) == len(search.ledger)
+    assert len(evaluations(tmp_path)) == len(search.state.ledger)
 
 
 async def test_more_rounds_go_on_from_a_finished_search(redis: Redis, keys: Keys, tmp_path: Path) -> None:
@@ -224,15 +218,15 @@ async def test_more_rounds_go_on_from_a_finished_search(redis: Redis, keys: Keys
         await Conducted(redis, keys, tmp_path).run()
         longer = SETTINGS.model_copy(update={"rounds": 3})
         search = await Conducted(redis, keys, tmp_path, settings=longer).run()
-    assert search.counts()["by_agent"] == {"initializer": 5, "mutator": 9, "crossover": 6}
+    assert search.state.proposals.by_agent == {"initializer": 5, "mutator": 9, "crossover": 6}
 
 
 async def test_a_budget_of_evaluations_is_kept_exactly(redis: Redis, keys: Keys, tmp_path: Path) -> None:
     settings = SETTINGS.model_copy(update={"max_evaluations": 8})
     async with evaluating(redis, keys):
         search = await Conducted(redis, keys, tmp_path, settings=settings).run()
-    assert search.proposed == 8
-    assert len(search.population) == 8
+    assert search.budget.proposed == 8
+    assert len(search.state.population) == 8
 
 
 async def test_failed_candidates_stay_out_of_the_population_and_the_search_ends(
@@ -245,20 +239,16 @@ async def test_failed_candidates_stay_out_of_the_population_and_the_search_ends(
         search = await Conducted(redis, keys, tmp_path).run()
     failed = [e for e in evaluations(tmp_path) if e["outcome"]["kind"] == "failed" and e["agent"] != "baseline"]
     assert failed
-    assert len(search.population) == search.proposed - len(failed)
+    assert len(search.state.population) == search.budget.proposed - len(failed)
 
 
 async def test_block_granularity_gives_one_rate_to_each_block(redis: Redis, keys: Keys, tmp_path: Path) -> None:
     spec = SPEC.model_copy(update={"granularity": "block"})
     blocks = CARD.model_copy(update={"sensitivity": (0.1,) * 8})
-    conducted = Conducted(redis, keys, tmp_path, spec=spec)
-    search = await conducted.open()
-    search.card = blocks
-    async with evaluating(redis, keys), asyncio.timeout(60):
-        await search.run()
-    conducted.journal.close()
-    assert {len(c.rates) for c in search.ledger.values()} == {8}
-    assert search.counts()["by_source"]["llm"] > 10
+    async with evaluating(redis, keys):
+        search = await Conducted(redis, keys, tmp_path, spec=spec, card=blocks).run()
+    assert {len(c.rates) for c in search.state.ledger.values()} == {8}
+    assert search.state.proposals.by_source["llm"] > 10
 
 
 async def test_the_report_text_is_measured_for_uniform_and_for_the_best(
@@ -276,7 +266,7 @@ async def test_the_report_text_is_measured_for_uniform_and_for_the_best(
     conducted = Conducted(redis, keys, tmp_path, spec=spec)
     async with evaluating(redis, keys, report_is_worse):
         search = await conducted.run()
-    summary = summarise("test", spec, search.card, search.ledger, search.population, {}, finished=True)
+    summary = summarise("test", search.state, {}, finished=True)
     assert summary.best is not None
     for row in (summary.uniform, summary.best):
         assert row.report_perplexity is not None and row.perplexity is not None
@@ -294,12 +284,12 @@ async def test_a_search_that_minimises_divergence_ranks_by_it_and_shows_both(
     spec = SPEC.model_copy(update={"measure": "kl", "report": SPEC.fitness})
     async with evaluating(redis, keys, the_less_perplexed_the_more_divergent):
         search = await Conducted(redis, keys, tmp_path, spec=spec).run()
-    outcomes = [e.outcome for e in search.population.top(15) if isinstance(e.outcome, Measured)]
+    outcomes = [e.outcome for e in search.state.population.top(15) if isinstance(e.outcome, Measured)]
     assert [o.perplexity for o in outcomes] == sorted((o.perplexity for o in outcomes), reverse=True)
     best = json.loads((tmp_path / "best.json").read_text())
     assert (best["kl"], best["perplexity"]) == (outcomes[0].kl, outcomes[0].perplexity)
 
-    summary = summarise("test", spec, search.card, search.ledger, search.population, {}, finished=True)
+    summary = summarise("test", search.state, {}, finished=True)
     assert summary.best is not None and summary.best.kl == summary.best.report_kl == outcomes[0].kl
     assert summary.uniform.kl is not None and summary.dense.kl == 0
     text = shown(summary)
@@ -315,13 +305,13 @@ async def test_the_table_of_a_search_that_minimises_perplexity_does_not_speak_of
 ) -> None:
     async with evaluating(redis, keys):
         search = await Conducted(redis, keys, tmp_path).run()
-    text = shown(summarise("test", SPEC, CARD, search.ledger, search.population, {}, finished=True))
+    text = shown(summarise("test", search.state, {}, finished=True))
     assert "perplexity" in text and "kl" not in text.split()
     assert (await RemoteSearch(redis, keys, SPEC).status()).best_kl is None
     (dense,) = [line for line in text.splitlines() if "dense" in line]
     assert dense.split("│")[2].strip() == "–", "the dense model is no ratio to a pruned one"
     assert "not final" not in text
-    stopped = shown(summarise("test", SPEC, CARD, search.ledger, search.population, {}, finished=False))
+    stopped = shown(summarise("test", search.state, {}, finished=False))
     assert stopped.splitlines()[-1].endswith("these figures are not final, and the same command goes on")
 
 
@@ -329,7 +319,7 @@ async def test_the_best_so_far_says_whether_its_search_was_finished(redis: Redis
     """Here no daemon has said that it is."""
     async with evaluating(redis, keys):
         search = await Conducted(redis, keys, tmp_path).run()
-    known = search.population.outcomes - 1  # without the baseline
+    known = search.state.population.outcomes - 1  # without the baseline
     await redis.set(keys.card, CARD.model_copy(update={"fingerprint": SPEC.fingerprint}).model_dump_json())
     best = await RemoteSearch(redis, keys, SPEC).best_so_far()
     assert best.origin == f"search {keys.search}, which was not finished: after {known} candidates"
@@ -355,7 +345,7 @@ async def test_the_summary_says_where_the_best_is_only_best_on_what_was_searched
 ) -> None:
     async with evaluating(redis, keys):
         search = await Conducted(redis, keys, tmp_path).run()
-    summary = summarise("test", SPEC, CARD, search.ledger, search.population, {}, finished=True)
+    summary = summarise("test", search.state, {}, finished=True)
     assert summary.best is not None
     for best, uniform, said in ((57.0, 44.5, True), (44.0, 44.5, False), (None, 44.5, False), (57.0, None, False)):
         changed = summary.model_copy(
@@ -371,16 +361,8 @@ async def test_the_summary_says_which_uniform_the_ratio_is_to(redis: Redis, keys
     async with evaluating(redis, keys):
         search = await Conducted(redis, keys, tmp_path).run()
     plain, fitted = (
-        summarise(
-            "test",
-            SPEC.model_copy(update={"reconstruction": how}),
-            CARD,
-            search.ledger,
-            search.population,
-            {},
-            finished=True,
-        )
-        for how in ("none", "least-squares")
+        summarise("test", replace(search.state, spec=spec), {}, finished=True)
+        for spec in (SPEC, SPEC.model_copy(update={"reconstruction": "least-squares"}))
     )
     assert "ratio to uniform, rectangular" in shown(plain) and "ratio to uniform, fitted" in shown(fitted)
     weak = "this uniform is a weak baseline"
@@ -394,10 +376,10 @@ async def test_the_summary_has_the_best_allocation_without_a_search(redis: Redis
             redis, keys, tmp_path, settings=SETTINGS.model_copy(update={"seeds": ("owl", "first-layer")})
         )
         search = await conducted.run()
-    summary = summarise("test", SPEC, CARD, search.ledger, search.population, {}, finished=True)
+    summary = summarise("test", search.state, {}, finished=True)
     seeds = [
         e.outcome.perplexity
-        for e in search.population
+        for e in search.state.population
         if e.candidate.provenance.source == "allocation" and isinstance(e.outcome, Measured)
     ]
     assert len(seeds) == 2 and summary.best_allocation is not None
@@ -407,7 +389,7 @@ async def test_the_summary_has_the_best_allocation_without_a_search(redis: Redis
     others = Keys("without")
     async with evaluating(redis, others):
         without = await Conducted(redis, others, tmp_path / "without").run()
-    summary = summarise("test", SPEC, CARD, without.ledger, without.population, {}, finished=True)
+    summary = summarise("test", without.state, {}, finished=True)
     assert summary.best_allocation is None and "best allocation" not in shown(summary)
 
 
@@ -415,7 +397,7 @@ async def test_the_summary_counts_who_made_what(redis: Redis, keys: Keys, tmp_pa
     async with evaluating(redis, keys):
         search = await Conducted(redis, keys, tmp_path).run()
     counters = {"prompt_tokens": 700.0, "completion_tokens": 70.0, "seconds": 12.34}
-    summary = summarise("test", SPEC, CARD, search.ledger, search.population, counters, finished=True)
+    summary = summarise("test", search.state, counters, finished=True)
     assert summary.candidates["by_agent"] == {"initializer": 5, "mutator": 6, "crossover": 4}
     assert sum(summary.candidates["by_source"].values()) == 15
     assert summary.candidates["by_outcome"] == {"measured": 15, "failed": 0, "stopped": 0}

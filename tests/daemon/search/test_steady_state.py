@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from redis.asyncio import Redis
 
 from agents.llm.endpoint import Answer
+from daemon.search.modes import rounds_of
 from daemon.search.search import Search
 from protocol.plans.candidate import Measured
 from protocol.queue.jobs import JobQueue
@@ -59,14 +60,14 @@ async def test_each_outcome_brings_the_next_question_and_the_budget_is_kept(
     search, most = await conducted.open(), [0]
     async with slow_workers(redis, keys, 2), asyncio.timeout(60):
         watching = asyncio.create_task(watched(search, most))
-        await search.run()
+        await search.run(rounds_of(search.settings))
         watching.cancel()
     conducted.journal.close()
-    assert search.proposed == len(search.population) == 24
+    assert search.budget.proposed == len(search.state.population) == 24
     assert 1 < max(most) <= 4  # the first population may still be measured when the turns begin
-    turns = Counter(c.provenance.round for c in search.ledger.values() if c.provenance.round)
+    turns = Counter(c.provenance.round for c in search.state.ledger.values() if c.provenance.round)
     assert set(turns.values()) == {1} and len(turns) == 20
-    assert set(search.counts()["by_agent"]) == {"initializer", "mutator", "crossover"}
+    assert set(search.state.proposals.by_agent) == {"initializer", "mutator", "crossover"}
 
 
 async def test_parents_are_of_the_newest_population(redis: Redis, keys: Keys, tmp_path: Path) -> None:
@@ -74,9 +75,9 @@ async def test_parents_are_of_the_newest_population(redis: Redis, keys: Keys, tm
     conducted = Conducted(redis, keys, tmp_path, settings=settings(**STEADY, selector="none"))
     async with evaluating(redis, keys):
         search = await conducted.run()
-    late = [candidate for candidate in search.ledger.values() if candidate.provenance.round > 10]
+    late = [candidate for candidate in search.state.ledger.values() if candidate.provenance.round > 10]
     newest = [
-        max(search.ledger[parent].provenance.round for parent in candidate.provenance.parents)
+        max(search.state.ledger[parent].provenance.round for parent in candidate.provenance.parents)
         for candidate in late
         if candidate.provenance.parents
     ]
@@ -91,7 +92,7 @@ async def test_a_steady_search_killed_anywhere_goes_on_and_measures_nothing_twic
     for _ in range(60):
         conducted = Conducted(redis, keys, tmp_path, settings=settings(**STEADY))
         search = await conducted.open()
-        enough = len(search.ledger) + 3
+        enough = len(search.state.ledger) + 3
         async with evaluating(redis, keys) as evaluated:
             killed = await killed_with(search, enough)
         conducted.journal.close()
@@ -100,7 +101,7 @@ async def test_a_steady_search_killed_anywhere_goes_on_and_measures_nothing_twic
         if not killed:
             break
     assert kills >= 2
-    assert search.proposed == 24 and set(counted.values()) == {1}
+    assert search.budget.proposed == 24 and set(counted.values()) == {1}
 
 
 async def test_a_search_that_finds_nothing_new_ends(redis: Redis, keys: Keys, tmp_path: Path) -> None:
@@ -109,8 +110,8 @@ async def test_a_search_that_finds_nothing_new_ends(redis: Redis, keys: Keys, tm
     narrow.spec = narrow.spec.model_copy(update={"lowest_rate": 0.29, "highest_rate": 0.31})
     async with evaluating(redis, keys):
         search = await narrow.run()
-    assert search.proposed < 24
-    assert all(isinstance(e.outcome, Measured) for e in search.population)
+    assert search.budget.proposed < 24
+    assert all(isinstance(e.outcome, Measured) for e in search.state.population)
 
 
 class Dying(SchemaChat):

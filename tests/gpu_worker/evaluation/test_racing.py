@@ -17,7 +17,7 @@ from protocol.plans.spec import SearchSpec
 from protocol.queue.keys import Keys
 from tests.daemon.search.test_make_agents import settings
 from tests.daemon.search.test_search import Conducted, evaluating, evaluations
-from tests.support.samples import CARD, SPEC, measured
+from tests.support.samples import measured
 from tests.support.tiny_specs import tiny_spec
 
 
@@ -78,20 +78,20 @@ async def test_who_was_stopped_is_counted_and_is_no_member(redis: Redis, keys: K
     conducted = Conducted(redis, keys, tmp_path, settings=chosen)
     async with evaluating(redis, keys, racer):
         search = await conducted.run()
-    stopped = [e for e in search.population if isinstance(e.outcome, Stopped)]
-    assert stopped and len(search.population) == search.proposed - len(stopped)
-    best = search.population.best()
+    stopped = [e for e in search.state.population if isinstance(e.outcome, Stopped)]
+    assert stopped and len(search.state.population) == search.budget.proposed - len(stopped)
+    best = search.state.population.best()
     assert best is not None and isinstance(best.outcome, Measured) and best.outcome.perplexity >= 10
     assert {e.candidate.provenance.round for e in stopped} <= {1, 2}
-    for evaluation in search.population:
+    for evaluation in search.state.population:
         candidate = evaluation.candidate
         if candidate.provenance.agent == "baseline":
             continue
         assert candidate.race is not None
-        ranked = search.population.top(chosen.population, before=candidate.provenance.round)
+        ranked = search.state.population.top(chosen.population, before=candidate.provenance.round)
         last = ranked[-1].outcome if len(ranked) == chosen.population else None
         assert candidate.race.against == (last.losses if isinstance(last, Measured) else ())
-    summary = summarise("test", SPEC, CARD, search.ledger, search.population, {}, finished=True)
+    summary = summarise("test", search.state, {}, finished=True)
     assert summary.candidates["by_outcome"]["stopped"] == len(stopped)
     assert sum(e["outcome"]["kind"] == "stopped" for e in evaluations(tmp_path)) == len(stopped)
 
@@ -101,9 +101,9 @@ async def test_evolution_races_against_the_parent_of_all(redis: Redis, keys: Key
     async with evaluating(redis, keys, racer):
         search = await conducted.run()
     for round_ in (1, 2):
-        (best,) = search.population.top(1, before=round_)
+        (best,) = search.state.population.top(1, before=round_)
         assert isinstance(best.outcome, Measured)
-        raced = [c.race.against for c in search.ledger.values() if c.provenance.round == round_ and c.race]
+        raced = [c.race.against for c in search.state.ledger.values() if c.provenance.round == round_ and c.race]
         assert raced and set(raced) == {best.outcome.losses}
 
 
@@ -126,17 +126,17 @@ async def test_a_search_may_be_of_so_many_tokens(redis: Redis, keys: Keys, tmp_p
     conducted = Conducted(redis, keys, tmp_path, settings=chosen)
     async with evaluating(redis, keys):
         search = await conducted.run()
-    assert search.proposed == {"generational": 10, "steady-state": 7}[mode] < search.planned
+    assert search.budget.proposed == {"generational": 10, "steady-state": 7}[mode] < search.budget.planned
     again = Conducted(redis, keys, tmp_path, settings=chosen)
     async with evaluating(redis, keys):
-        assert (await again.run()).proposed == search.proposed
+        assert (await again.run()).budget.proposed == search.budget.proposed
 
 
 async def test_without_first_windows_no_candidate_races(redis: Redis, keys: Keys, tmp_path: Path) -> None:
     async with evaluating(redis, keys, racer):
         search = await Conducted(redis, keys, tmp_path).run()
-    assert all(c.race is None for c in search.ledger.values())
-    assert len(search.population) == search.proposed
+    assert all(c.race is None for c in search.state.ledger.values())
+    assert len(search.state.population) == search.budget.proposed
 
 
 def test_a_text_with_no_more_windows_than_are_looked_at_first_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,80 @@
+"""How a proposal becomes a candidate: made feasible, planned, compared with what is known, and enqueued."""
+
+from collections.abc import Sequence
+
+import structlog
+from structlog.contextvars import bound_contextvars
+
+from agents.population.population import Population
+from agents.population.view import BUDGET_USED_UP, KNOWN_ALREADY, Accepted, Refused
+from daemon.search.budget import Budget
+from daemon.search.outcome_log import WHO
+from daemon.search.state import SearchState
+from daemon.settings.search import SearchSettings
+from protocol.errors import BudgetError
+from protocol.plans.candidate import Candidate, Measured, Provenance, Race, Text, candidate_id
+from protocol.plans.plan import Plan
+from protocol.queue.streams import CandidateQueue
+
+log = structlog.get_logger()
+
+
+class Admission:
+    """Takes proposals within the budget, and puts the new ones into the ledger and onto the queue."""
+
+    def __init__(self, settings: SearchSettings, state: SearchState, budget: Budget, queue: CandidateQueue) -> None:
+        self._settings, self._state, self._budget, self._queue = settings, state, budget, queue
+
+    async def submit(self, rates: Sequence[float], provenance: Provenance) -> Accepted | Refused:
+        """Make proposed rates feasible, refuse what is known already, enqueue the rest."""
+        spec, shape = self._state.spec, self._state.card.shape
+        try:
+            feasible = spec.feasible(tuple(rates), shape)
+            plan = spec.plan(feasible, shape)
+        except BudgetError as error:
+            return Refused(str(error))
+        id_ = candidate_id(plan, spec.fingerprint)
+        if known := self._state.ledger.get(id_):
+            return Accepted(id_) if _maker(known.provenance) == _maker(provenance) else KNOWN_ALREADY
+        if self._budget.remaining <= 0:
+            return BUDGET_USED_UP
+        race = race_of_round(self._settings, self._state.population, provenance.round)
+        await self._enqueue(Candidate(id=id_, rates=feasible, plan=plan, provenance=provenance, race=race))
+        return Accepted(id_)
+
+    async def measure_uniform(self, *, text: Text = "fitness") -> None:
+        """Enqueue uniform pruning, which everything is compared with."""
+        spec, shape = self._state.spec, self._state.card.shape
+        await self.measure(spec.uniform_plan(shape), spec.uniform_rates(shape), text=text)
+
+    async def measure(self, plan: Plan, rates: Sequence[float], *, text: Text) -> None:
+        """Enqueue a plan outside the budget, unless it is known on this text."""
+        provenance = Provenance(agent="baseline", source="allocation", round=0)
+        id_ = candidate_id(plan, self._state.spec.fingerprint, text)
+        if id_ not in self._state.ledger:
+            await self._enqueue(Candidate(id=id_, rates=tuple(rates), plan=plan, provenance=provenance, text=text))
+
+    async def _enqueue(self, candidate: Candidate) -> None:
+        # Into the ledger first: an agent running at the same time must not propose it again meanwhile.
+        self._state.ledger[candidate.id] = candidate
+        self._state.proposals.add(candidate)
+        with bound_contextvars(candidate=candidate.id):
+            await self._queue.enqueue(candidate)
+        log.info("candidate_enqueued", candidate=candidate.id, **candidate.provenance.model_dump(include=WHO))
+
+
+def race_of_round(settings: SearchSettings, population: Population, round_: int) -> Race | None:
+    """Return what candidates of a round race against, once there is one: the K-th best of the rounds before.
+
+    With evolution it is the best, because all offspring are the best's.
+    """
+    if settings.first_windows is None:
+        return None
+    rivals = 1 if settings.proposer == "evolution" else settings.population
+    best = population.top(rivals, before=round_)
+    last = best[-1].outcome if len(best) == rivals else None
+    return Race(against=last.losses if isinstance(last, Measured) else (), first_windows=settings.first_windows)
+
+
+def _maker(provenance: Provenance) -> tuple[str, int, int]:
+    return provenance.agent, provenance.round, provenance.call
