@@ -1,13 +1,16 @@
-"""The house rules: who may import whom, what a wheel carries, and that the README's tree is true."""
+"""The house rules: who may import whom, what a wheel carries, and that the page of the layout is true."""
 
+import os
 import re
 import subprocess
 import sys
 import zipfile
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
+from tests.support.house import PACKAGES, arrows, file_imports, first_sentence, layout, modules
 from tests.support.root import ROOT
 
 
@@ -62,31 +65,39 @@ def test_a_wheel_carries_prompts_configs_and_scripts(tmp_path: Path) -> None:
     assert any(re.fullmatch(r"prompts/.+\.j2", name) for name in names)
 
 
-def test_every_file_and_folder_of_the_readmes_tree_exists() -> None:
-    block = re.search(r"```text\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert block is not None
-    named: set[str] = set()
-    folder = ""
-    for line in block.group(1).splitlines():
-        words = re.split(r"\s{2,}", line.strip())[0]
-        if line and not line.startswith(" "):
-            folder = words.split()[0] if words.split()[0].endswith("/") else ""
-            named |= {word for word in words.split() if "." in word or word.endswith("/") or word == "Makefile"}
-        else:
-            named |= {folder + word for word in words.split() if "." in word or word.endswith("/")}
-    assert len(named) > 40
-    assert not [name for name in named if not (ROOT / name).exists()]
-    modules = {
-        str(p.relative_to(ROOT))
-        for d in (
-            "protocol",
-            "agents",
-            "daemon",
-            "gpu_worker",
-            "gpu_worker/export",
-            "gpu_worker/finetune",
-            "gpu_worker/speed",
-        )
-        for p in (ROOT / d).glob("*.py")
+def table_of_wings() -> dict[str, set[str]]:
+    """The table of docs/architecture.md: wing -> wings that it imports."""
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    rows = re.findall(r"^\| `([a-z_/]+)` \| [^|]+ \| ([^|]+) \|$", text.partition("## Wings")[2], re.MULTILINE)
+    return {wing: set(re.findall(r"`([a-z_/]+)`", imports)) for wing, imports in rows}
+
+
+def test_each_wing_imports_what_its_row_of_the_table_says() -> None:
+    drawn = {
+        wing: {other for other in others if wing.startswith("protocol") or not other.startswith("protocol")}
+        for wing, others in arrows().items()
     }
-    assert not {m for m in modules if not m.endswith("__init__.py")} - named
+    table = table_of_wings()
+    for wing in table | drawn:
+        assert drawn.get(wing, set()) - {"protocol"} == table.get(wing), wing
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    """Not of each wing either, but for the command line, whose worker's side is loaded in function bodies."""
+    wings = {wing: others - {"daemon", "gpu_worker"} for wing, others in table_of_wings().items()}
+    list(TopologicalSorter(wings).static_order())
+    list(TopologicalSorter(file_imports()).static_order())
+
+
+def test_the_page_of_the_layout_is_what_the_files_say() -> None:
+    """After a change, renew it with `RENEW_GOLDEN=1 pytest tests/test_house.py`."""
+    page = ROOT / "docs" / "layout.md"
+    if os.environ.get("RENEW_GOLDEN"):
+        page.write_text(layout())
+    assert page.read_text() == layout()
+
+
+def test_each_wing_says_what_it_is_for() -> None:
+    for package in PACKAGES:
+        for path in modules(package):
+            assert first_sentence(path), path

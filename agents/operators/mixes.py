@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from agents.operators.edits import Mix, apply_mix, mix_bounds
+from agents.operators.surrogate import surrogate_of
 from agents.population.view import Member, Proposal, View
 from protocol.errors import InvalidReply
 
@@ -27,6 +28,7 @@ def mix_menu(view: View, parents: Sequence[Member], rng: random.Random, count: i
 
     What was measured ranks high, and an LLM that is asked to choose would choose what is then refused.
     """
+    surrogate = surrogate_of(view)
     found: dict[tuple[float, ...], RankedMix] = {}
     for _ in range(DRAWN):
         mix = _draw(view, parents, rng)
@@ -36,7 +38,8 @@ def mix_menu(view: View, parents: Sequence[Member], rng: random.Random, count: i
             continue
         rates = on_budget(view, proposal.rates)
         found.setdefault(
-            tuple(round(rate, 2) for rate in rates), RankedMix(mix, proposal, view.surrogate.fitness_of_rates(rates))
+            tuple(round(rate, 2) for rate in rates),
+            RankedMix(mix, proposal, surrogate.fitness_of_rates(rates)),
         )
     ranked = sorted(found.values(), key=lambda ranked: ranked.expected)
     return tuple(islice((each for each in ranked if _is_new(view, each.proposal.rates)), count))

@@ -10,6 +10,7 @@ more than alone, and some much more; so what is believed may be off
 - and in a way that depends on all units together, so that plans near a measured one measure as much as it did.
 """
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -178,6 +179,12 @@ class Surrogate:
         found += 2 * (rough.own * usual) ** 2 * (1 - np.exp(square / (-2 * rough.own_length**2))).sum(axis=1)
         found += 2 * (rough.joint * usual) ** 2 * (1 - np.exp(square.sum(axis=1) / (-2 * rough.joint_length**2)))
         return found
+
+
+@functools.lru_cache(maxsize=2)
+def surrogate_of(view: View) -> Surrogate:
+    """Return the surrogate of a view, made once for all that ask in a round."""
+    return Surrogate(view)
 
 
 class _Points:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from agents.operators.surrogate import surrogate_of
 from agents.population.view import Member, Proposal, View
 from protocol.plans.plan import parameters_to_next_level, unit_bounds
 from protocol.plans.rates import ROUNDING
@@ -68,7 +69,7 @@ class _Market:
     """All trades from one parent's rates."""
 
     def __init__(self, view: View, rates: Sequence[float], rng: random.Random) -> None:
-        self._view, self._surrogate, self._rates = view, view.surrogate, rates
+        self._view, self._surrogate, self._rates = view, surrogate_of(view), rates
         spec = view.spec
         self._bounds = unit_bounds(view.card.shape, spec.granularity, spec.lowest_rate, spec.highest_rate)
         self._offered = sorted(rng.sample(range(len(rates)), max(min(WIDE, len(rates)), round(OFFERED * len(rates)))))

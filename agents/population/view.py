@@ -3,16 +3,12 @@
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 from protocol.errors import BudgetError
 from protocol.plans.candidate import AgentName, Candidate, Provenance, Source, candidate_id
 from protocol.plans.card import ModelCard
 from protocol.plans.shape import Unit
 from protocol.plans.spec import SearchSpec
-
-if TYPE_CHECKING:
-    from agents.operators.surrogate import Surrogate
 
 
 @dataclass(frozen=True)
@@ -38,7 +34,7 @@ def _unknown(_: str) -> None:
     """The fitness of a candidate of a search that has none."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class View:
     """A search as an agent sees it at the beginning of a round: the population is best first."""
 
@@ -61,13 +57,6 @@ class View:
     def units(self) -> tuple[Unit, ...]:
         """What the pruning rates apply to, in their order."""
         return self.card.shape.units(self.spec.granularity)
-
-    @cached_property
-    def surrogate(self) -> "Surrogate":
-        """What guesses the fitness of plans from all that the view shows; made when it is first asked for."""
-        from agents.operators.surrogate import Surrogate  # it is made of a view
-
-        return Surrogate(self)
 
     def candidate_id(self, rates: Sequence[float]) -> str | None:
         """The id of the candidate that these raw rates become; None where there is no plan for them."""

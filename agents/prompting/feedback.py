@@ -5,6 +5,7 @@ import statistics
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
+from agents.operators.surrogate import surrogate_of
 from agents.population.view import Member, View
 from agents.prompting.settings import Told
 from protocol.plans.plan import unit_bounds
@@ -98,7 +99,7 @@ def telling(view: View, told: Collection[Told]) -> Telling:
 
 def _ends(view: View) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The weakest and the strongest units of the best configuration, by what a surrogate expects for each parameter."""
-    surrogate, rates = view.surrogate, view.population[0].candidate.rates
+    surrogate, rates = surrogate_of(view), view.population[0].candidate.rates
     spec = view.spec
     bounds = unit_bounds(view.card.shape, spec.granularity, spec.lowest_rate, spec.highest_rate)
     able = [

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import spearmanr
 
+from agents.operators.surrogate import Surrogate
 from agents.population.view import Member, View
 from daemon.state.history import History
 from daemon.state.journal import CARD, SPEC, saved
@@ -93,7 +94,7 @@ def replayed(folder: Path) -> tuple[Column, Column, Column]:
         )
         if len(before) < LEAST:
             continue
-        surrogate = View(spec, card, round_, (), {}, tuple(before)).surrogate
+        surrogate = Surrogate(View(spec, card, round_, (), {}, tuple(before)))
         for child in members.values():
             who = child.candidate.provenance
             parent = members.get(who.parents[0]) if who.agent == "mutator" and who.parents else None

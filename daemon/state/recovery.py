@@ -8,17 +8,35 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
-from daemon.monitor.remote import saved_status
 from daemon.state.history import History
-from daemon.state.journal import EVALUATIONS, SPEC, TRANSCRIPT, saved
+from daemon.state.journal import EVALUATIONS, SPEC, STATUS_FILE, TRANSCRIPT, saved
 from daemon.state.store import difference
 from protocol.errors import SearchExistsError, UsageError
 from protocol.plans.candidate import OUTCOME, Candidate, Outcome, Provenance, Race, candidate_id
 from protocol.plans.plan import LayerPlan, Plan
 from protocol.plans.spec import SearchSpec
 from protocol.queue.control import Command
+
+
+class _LastStatus(BaseModel):
+    """What recovery needs of status.json."""
+
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
+
+    control: str = "run"
+    tokens: dict[str, int] = {}
+    cost: float = 0.0
+    seconds: float = 0.0
+
+
+def _last_status(folder: Path) -> _LastStatus:
+    """What the daemon wrote last; nothing where it wrote none, or none that can be read."""
+    try:
+        return _LastStatus.model_validate(saved(folder, STATUS_FILE) or {})
+    except (UsageError, ValidationError):
+        return _LastStatus()
 
 
 def recovered(folder: Path, spec: SearchSpec, history: History) -> History | None:
@@ -55,11 +73,7 @@ def recovered(folder: Path, spec: SearchSpec, history: History) -> History | Non
 
 def commanded(folder: Path) -> Command | None:
     """The pause that was commanded when the daemon looked last; None where there was none."""
-    try:
-        status = saved_status(folder)
-    except UsageError:
-        return None
-    return "pause" if status is not None and status.control == "pause" else None
+    return "pause" if _last_status(folder).control == "pause" else None
 
 
 def _check_spec(folder: Path, spec: SearchSpec, evaluations: int) -> None:
@@ -96,13 +110,9 @@ def _evaluation(record: dict[str, Any], spec: SearchSpec) -> tuple[Candidate, Ou
 
 def counters(folder: Path, history: History) -> dict[str, float]:
     """What the search has used up, at least: a loss must not make a budget larger."""
-    try:
-        status = saved_status(folder)
-    except (UsageError, ValidationError):
-        status = None
+    status = _last_status(folder)
     transcript = folder / TRANSCRIPT
     found = {"requests": float(transcript.read_bytes().count(b"\n")) if transcript.is_file() else 0.0}
-    if status is not None:
-        found |= {f"{name}_tokens": float(tokens) for name, tokens in status.tokens.items()}
-        found |= {"cost": status.cost, "seconds": status.seconds}
+    found |= {f"{name}_tokens": float(tokens) for name, tokens in status.tokens.items()}
+    found |= {"cost": status.cost, "seconds": status.seconds}
     return history.counters | {name: max(used, history.counters.get(name, 0.0)) for name, used in found.items()}

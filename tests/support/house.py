@@ -45,9 +45,24 @@ def arrows() -> dict[str, dict[str, set[Path]]]:
     return found
 
 
+def file_imports() -> dict[str, set[str]]:
+    """For each module the modules of ours that it imports."""
+    files = {".".join(path.with_suffix("").parts): path for package in PACKAGES for path in modules(package)}
+    found = {}
+    for module, path in files.items():
+        names = {name if name in files else name.rpartition(".")[0] for name in imports(path)}
+        found[module] = (names & files.keys()) - {module}
+    return found
+
+
 def layout() -> str:
     """Each wing and each of its files, with the first sentence of its docstring."""
-    lines: list[str] = []
+    lines: list[str] = [
+        "# Layout",
+        "",
+        "Every wing and file with the sentence that it begins with. This page is generated: see tests/test_house.py.",
+        "[Architecture](architecture.md) says which wing imports which.",
+    ]
     for package in (*PACKAGES, "benchmarks"):
         folder = ""
         for path in sorted(
@@ -55,7 +70,7 @@ def layout() -> str:
         ):
             if str(path.parent) != folder:
                 folder = str(path.parent)
-                lines += ["", f"### {folder}/", ""]
+                lines += ["", f"## {folder}/", ""]
                 if path.name == "__init__.py":
                     lines += [first_paragraph(path), ""]
                 lines += ["| file | what it holds |", "| --- | --- |"]

@@ -11,7 +11,7 @@ import pytest
 from agents.operators.genetic import random_rates
 from agents.operators.mixes import mix_menu, on_budget
 from agents.operators.sampling import RANKED_TRADES, RankedTrades, drawn_ranked_mix, good_one
-from agents.operators.surrogate import Surrogate
+from agents.operators.surrogate import Surrogate, surrogate_of
 from agents.operators.trades import OFFERED, Trade, menu, traded
 from agents.operators.trades import WIDE as WIDE_MENU
 from agents.population.view import Member, Tried, View
@@ -268,7 +268,7 @@ def test_who_was_stopped_in_a_race_teaches_too() -> None:
     stopped = (Tried(worse.candidate, 1.2 * parent.fitness, stopped=True),)
     raced = View(view.spec, view.card, 3, view.population, {}, view.measured, stopped)
     plan = worse.candidate.plan
-    assert raced.surrogate.guess(plan) > view.surrogate.guess(plan) + 0.01
+    assert surrogate_of(raced).guess(plan) > surrogate_of(view).guess(plan) + 0.01
     assert lessons(raced, 5) == ["layer 3 +20, layer 4 -20: hurt, +20.0 %, and was stopped early"]
 
 
@@ -282,7 +282,9 @@ def test_a_stopped_race_is_believed_less_than_a_whole_measurement() -> None:
     whole = View(view.spec, view.card, 3, view.population, {}, ranked)
     stopped = (Tried(worse.candidate, worse.fitness, stopped=True),)
     raced = View(view.spec, view.card, 3, view.population, {}, view.measured, stopped)
-    off = [each.surrogate.rise(worse) - each.surrogate.guess(worse.candidate.plan) for each in (whole, raced, view)]
+    off = [
+        surrogate_of(each).rise(worse) - surrogate_of(each).guess(worse.candidate.plan) for each in (whole, raced, view)
+    ]
     assert 0 < 2 * off[0] < off[1] < off[2]
 
 
