@@ -39,11 +39,11 @@ class Crossover:
 
         if self._settings.reply == "trades":
             question = partial(self._mixes, parents=parents)
-            stand_in: Draw = partial(drawn_ranked_mix, view=view, parents=parents)
+            fallback: Draw = partial(drawn_ranked_mix, view=view, parents=parents)
         else:
             question = partial(self._lists if self._settings.reply == "lists" else self._edits, parents=parents)
-            stand_in = partial(drawn_mix, parents=parents)
-        return await self._proposer.propose(view, count, submit, question, stand_in)
+            fallback = partial(drawn_mix, parents=parents)
+        return await self._proposer.propose(view, count, submit, question, fallback)
 
     def _lists(self, call: Call, parents: Sequence[Member]) -> Question[Proposal]:
         prompt = self._prompts.fill(

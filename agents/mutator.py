@@ -47,13 +47,13 @@ class Mutator:
         told = telling(view, self._settings.tell)
         if self._settings.reply == "trades":
             question = partial(self._trades, parents=parents, told=told)
-            stand_in: Draw = RankedTrades(view, parents)
+            fallback: Draw = RankedTrades(view, parents)
         else:
             question = partial(
                 self._lists if self._settings.reply == "lists" else self._edits, parents=parents, told=told
             )
-            stand_in = partial(drawn_mutation, parents=parents)
-        return await self._proposer.propose(view, count, submit, question, stand_in)
+            fallback = partial(drawn_mutation, parents=parents)
+        return await self._proposer.propose(view, count, submit, question, fallback)
 
     def _lists(self, call: Call, parents: Sequence[Member], told: Telling) -> Question[Proposal]:
         prompt = self._prompts.fill(

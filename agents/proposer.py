@@ -1,4 +1,4 @@
-"""How an agent gets its candidates: several calls to the LLM at a time, and the stand-in for what they leave out."""
+"""How an agent gets its candidates: several calls to the LLM at a time, and the fallback for what they leave out."""
 
 import asyncio
 import hashlib
@@ -73,7 +73,7 @@ log = structlog.get_logger()
 
 
 class Proposer:
-    """Makes an agent's proposals: several calls at a time, and the stand-in for what the LLM leaves out."""
+    """Makes an agent's proposals: several calls at a time, and the fallback for what the LLM leaves out."""
 
     def __init__(self, agent: AgentName, chat: Asks, prompts: Prompts, settings: AgentSettings) -> None:
         self._agent = agent
@@ -86,7 +86,7 @@ class Proposer:
         count: int,
         submit: Submit,
         question: Callable[[Call], Question[Proposal]],
-        stand_in: Draw,
+        fallback: Draw,
     ) -> int:
         """Get `count` candidates accepted; returns how many are, which is fewer only where no new plan was found.
 
@@ -99,7 +99,7 @@ class Proposer:
         turns = Turns(offer.call.index for offer in begun)
         async with asyncio.TaskGroup() as group:
             for offer in begun:
-                group.create_task(self._fill(offer, turns, question(offer.call), stand_in))
+                group.create_task(self._fill(offer, turns, question(offer.call), fallback))
         return sum(len(offer.made) for offer in offers)
 
     async def _fill(
@@ -107,7 +107,7 @@ class Proposer:
         offers: Offers,
         turns: Turns,
         question: Question[Proposal],
-        stand_in: Draw,
+        fallback: Draw,
     ) -> None:
         call = offers.call
         prompt = f"{question.name}:{hashlib.sha256(question.prompt.encode()).hexdigest()[:8]}"
@@ -122,13 +122,13 @@ class Proposer:
                     if taken < call.count:
                         # The last turn, so that these proposals do not depend on how often the LLM failed, or how.
                         async with turns.last_turn(call.index):
-                            await self._stand_in(call, call.count - taken, offers, stand_in)
+                            await self._fallback(call, call.count - taken, offers, fallback)
             except NothingLeft:
                 log.debug("nothing_left_to_propose", agent=self._agent, round=call.view.round, call=call.index)
 
-    async def _stand_in(self, call: Call, missing: int, offers: Offers, stand_in: Draw) -> None:
-        taken = await offers.draw(call.rng, missing, stand_in, "stand-in")
-        log.info("stand_in", agent=self._agent, round=call.view.round, accepted=taken, missing=missing - taken)
+    async def _fallback(self, call: Call, missing: int, offers: Offers, fallback: Draw) -> None:
+        taken = await offers.draw(call.rng, missing, fallback, "fallback")
+        log.info("fallback", agent=self._agent, round=call.view.round, accepted=taken, missing=missing - taken)
 
 
 TOKENS_PER_RATE = 9

@@ -42,7 +42,7 @@ class Selector:
                 await self._asker.ask(call, self._question(view, population, wanted), 1, take)
         if chosen:
             return Selection(chosen[0], "llm")
-        return Selection(tournament(call.rng, population, wanted), "stand-in")
+        return Selection(tournament(call.rng, population, wanted), "fallback")
 
     def _question(self, view: View, population: tuple[Member, ...], wanted: int) -> Question[tuple[Member, ...]]:
 

@@ -63,7 +63,7 @@ class CmaEsMutator:
 
     def _first(self, view: View) -> SepCMA:
         spec = view.spec
-        bounds = np.array(unit_bounds(view.card.shape, spec.granularity, spec.lowest_rate, spec.highest_rate))
+        bounds = np.array(unit_bounds(view.profile.shape, spec.granularity, spec.lowest_rate, spec.highest_rate))
         return SepCMA(
             mean=np.clip(_start(view), bounds[:, 0], bounds[:, 1]),  # of which rounding may have made a little more
             sigma=SIGMA,
@@ -84,4 +84,4 @@ class CmaEsMutator:
 
 def _start(view: View) -> tuple[float, ...]:
     """The best of the first population: where the search begins."""
-    return view.start or view.spec.uniform_rates(view.card.shape)
+    return view.start or view.spec.uniform_rates(view.profile.shape)

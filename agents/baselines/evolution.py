@@ -36,7 +36,7 @@ def switched(rng: random.Random, view: View, parent: Member) -> Proposal:
     """The parent with one to three level switches, mostly one (the smaller of two draws)."""
     rates = list(parent.candidate.rates)
     spec = view.spec
-    bounds = unit_bounds(view.card.shape, spec.granularity, spec.lowest_rate, spec.highest_rate)
+    bounds = unit_bounds(view.profile.shape, spec.granularity, spec.lowest_rate, spec.highest_rate)
     for _ in range(min(rng.randint(1, MOST_SWITCHES), rng.randint(1, MOST_SWITCHES))):
         draws = (_switch(rng, view, rates, bounds) for _ in range(MOST_DRAWS))
         for i, rate in next(filter(None, draws), {}).items():
@@ -51,7 +51,7 @@ def _switch(
 
     Half a switch is none: all other units would have to make up for it.
     """
-    shape, units = view.card.shape, view.units
+    shape, units = view.profile.shape, view.units
     loser, taker = rng.sample(range(len(rates)), 2)
     signs = {loser: 1, taker: -1}
     layer = shape.layer_parameters(units[loser].layer)

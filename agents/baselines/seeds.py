@@ -28,24 +28,24 @@ async def plant_seeds(methods: Sequence[Method], view: View, submit: Submit) -> 
 
 
 def seed_rates(method: Method, view: View) -> tuple[float, ...]:
-    """The rates of a method, by what the model card says.
+    """The rates of a method, by what the model profile says.
 
     A method that gives a layer one rate says nothing of how its attention and MLP share it: with blocks the MLP takes
     all that it can, for to lose heads in every layer is worst. Raises BudgetError where the method cannot reach the
-    pruning rate, or the card (of an older version) says too little.
+    pruning rate, or the profile (of an older version) says too little.
     """
-    spec, card = view.spec, view.card
-    if (method == "owl" and not card.outliers) or (method == "sensitivity" and not card.sensitivity):
-        raise BudgetError(f"the model card does not have what {method} needs")
+    spec, profile = view.spec, view.profile
+    if (method == "owl" and not profile.outliers) or (method == "sensitivity" and not profile.sensitivity):
+        raise BudgetError(f"the model profile does not have what {method} needs")
     findings = Findings(
-        outliers=card.outliers,
-        sensitivity=card.sensitivity,
-        removed=[removed_alone(unit, spec, card.shape) for unit in view.units],
+        outliers=profile.outliers,
+        sensitivity=profile.sensitivity,
+        removed=[removed_alone(unit, spec, profile.shape) for unit in view.units],
     )
     if method == "sensitivity" or spec.granularity == "layer":
-        return allocated(Allocation(method=method), findings, card.shape, spec.rate, spec.granularity)
-    by_layer = allocated(Allocation(method=method), findings, card.shape, spec.rate, "layer")
-    return tuple(_of_block(unit, by_layer[unit.layer], card.shape) for unit in view.units)
+        return allocated(Allocation(method=method), findings, profile.shape, spec.rate, spec.granularity)
+    by_layer = allocated(Allocation(method=method), findings, profile.shape, spec.rate, "layer")
+    return tuple(_of_block(unit, by_layer[unit.layer], profile.shape) for unit in view.units)
 
 
 def _of_block(unit: Unit, rate: float, shape: ModelShape) -> float:

@@ -104,7 +104,7 @@ class Chat:
             self._permit()
             return await self._ask_in_order(question, label)
         except BudgetUsedUp as error:
-            self._stand_ins("budget", str(error))
+            self._fallbacks("budget", str(error))
             self._keep(question, label, error=str(error))
             raise
 
@@ -146,7 +146,7 @@ class Chat:
             return answer
         why = "no LLM endpoint answered: " + ("; ".join(failures) or "none is configured")
         if not alive:
-            self._stand_ins("endpoints", why)
+            self._fallbacks("endpoints", why)
         self._keep(question, label, error=why)
         raise EndpointError(why, retryable=True)
 
@@ -155,7 +155,7 @@ class Chat:
         if what := self._budget.used_up(self.spent):
             raise BudgetUsedUp(what)
 
-    def _stand_ins(self, degraded: Degraded, reason: str) -> None:
+    def _fallbacks(self, degraded: Degraded, reason: str) -> None:
         if self._degraded != degraded:
             log.warning("llm_degraded", degraded=degraded, reason=reason)
             self._reason = reason

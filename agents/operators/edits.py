@@ -74,19 +74,19 @@ def profile_bounds(view: View) -> tuple[int, int]:
 
 def anchors(view: View) -> list[int]:
     """The layers at a curve's control points, or those nearest to them."""
-    last, steps = len(view.card.shape.layers) - 1, points(view) - 1
+    last, steps = len(view.profile.shape.layers) - 1, points(view) - 1
     return [round(i * last / steps) for i in range(steps + 1)]
 
 
 def points(view: View) -> int:
     """Control points of a curve; never more than there are layers."""
     wanted = LAYER_POINTS if view.spec.granularity == "layer" else BLOCK_POINTS
-    return max(2, min(wanted, len(view.card.shape.layers)))
+    return max(2, min(wanted, len(view.profile.shape.layers)))
 
 
 def mix_bounds(view: View) -> tuple[int, int]:
     """The fewest and the most layers that a mix's schema lets come from the second parent: a sixth to two thirds."""
-    layers = len(view.card.shape.layers)
+    layers = len(view.profile.shape.layers)
     return max(1, layers // 6), max(1, 2 * layers // 3)
 
 
@@ -94,7 +94,7 @@ def apply_profile(view: View, reply: Profile) -> Proposal:
     """The rates that a profile means; raises InvalidReply with the end of a sentence."""
     curves: dict[BlockKind, list[int] | None]
     curves = {"layer": reply.profile, "attention": reply.attention, "mlp": reply.mlp}
-    last = max(1, len(view.card.shape.layers) - 1)
+    last = max(1, len(view.profile.shape.layers) - 1)
     rates = []
     for unit in view.units:
         curve = curves[unit.kind]
@@ -125,7 +125,7 @@ def apply_mix(view: View, parents: Sequence[Member], reply: Mix) -> Proposal:
     if len(numbers) != 2 or not all(n.isascii() and n.isdigit() for n in numbers) or int(numbers[0]) == int(numbers[1]):
         raise InvalidReply('needs two different numbers in "parents", such as "1+2"')
     base, donor = (_member(parents, int(n)) for n in numbers)
-    first, last = _checked_range(view, reply.first, min(reply.first + reply.layers, len(view.card.shape.layers)) - 1)
+    first, last = _checked_range(view, reply.first, min(reply.first + reply.layers, len(view.profile.shape.layers)) - 1)
     rates = tuple(
         theirs if first <= unit.layer <= last and _meant(unit.kind, reply) else ours
         for unit, ours, theirs in zip(view.units, base.candidate.rates, donor.candidate.rates, strict=True)
@@ -142,7 +142,7 @@ def _meant(kind: BlockKind, reply: Change | Mix) -> bool:
 def _checked_range(view: View, first: int, last: int) -> tuple[int, int]:
     """The range, turned round where it was given backwards."""
     first, last = min(first, last), max(first, last)
-    highest = len(view.card.shape.layers) - 1
+    highest = len(view.profile.shape.layers) - 1
     if first < 0 or last > highest:
         raise InvalidReply(f"names layers outside 0 to {highest}")
     return first, last

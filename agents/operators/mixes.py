@@ -66,6 +66,6 @@ def _draw(view: View, parents: Sequence[Member], rng: random.Random) -> Mix:
     first, second = rng.sample(range(1, len(parents) + 1), 2)
     fewest, most = mix_bounds(view)
     layers = rng.randint(fewest, most)
-    start = rng.randint(0, len(view.card.shape.layers) - layers)
+    start = rng.randint(0, len(view.profile.shape.layers) - layers)
     block = rng.choice(("both", "attention", "mlp")) if view.spec.granularity == "block" else None
     return Mix.model_validate({"parents": f"{first}+{second}", "block": block, "first": start, "layers": layers})

@@ -1,4 +1,4 @@
-"""Proposals by classical operators: the LLM's stand-in, and the agents that ask no LLM. Pure, seeded."""
+"""Proposals by classical operators: the LLM's fallback, and the agents that ask no LLM. Pure, seeded."""
 
 import random
 from collections.abc import Sequence

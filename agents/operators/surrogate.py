@@ -2,7 +2,7 @@
 
 The rise of log-perplexity over the dense model (the divergence itself, where the search minimises that) is a Gaussian
 process over the shares that the units lose. What is believed beforehand is the sum of what each unit costs alone: the
-model card's sensitivity, below the pruning rate in proportion, above it with the square. Pruned together, units cost
+model profile's sensitivity, below the pruning rate in proportion, above it with the square. Pruned together, units cost
 more than alone, and some much more; so what is believed may be off
 
 - by a factor, one for all units and one for each, and by a slope for each;
@@ -68,17 +68,17 @@ MOST = 500
 
 
 class Surrogate:
-    """Guesses the fitness of plans of one search, from its model card and all that was measured before this round."""
+    """Guesses the fitness of plans of one search, from its model profile and the outcomes of earlier rounds."""
 
     def __init__(self, view: View) -> None:
         self._view = view
         self._alone = _alone(view)
-        shape = view.card.shape
+        shape = view.profile.shape
         layer = shape.decoder_parameters / len(shape.layers)
         self._sizes: Array = np.array([unit.parameters / layer for unit in view.units])
         self._is_kl = view.spec.measure == "kl"
         self._rough = ROUGHNESS[view.spec.measure]
-        self._dense = 0.0 if self._is_kl else math.log(view.card.dense.perplexity)
+        self._dense = 0.0 if self._is_kl else math.log(view.profile.dense.perplexity)
         measured = view.measured[:MOST]
         stopped = [Member(tried.candidate, tried.fitness) for tried in view.recent if tried.stopped and tried.fitness]
         every = (*measured, *stopped)
@@ -124,7 +124,7 @@ class Surrogate:
         return member.fitness if self._is_kl else math.log(member.fitness) - self._dense
 
     def _shares(self, plan: Plan) -> tuple[float, ...]:
-        return removed_shares(plan, self._view.card.shape, self._view.spec.granularity)
+        return removed_shares(plan, self._view.profile.shape, self._view.spec.granularity)
 
     def _at(self, shares: Array) -> "_Points":
         return _Points(shares, self._alone, self._sizes)
@@ -205,7 +205,7 @@ def _alone(view: View) -> list[tuple[float, float]]:
 
     Noise that would reward pruning is left out: nothing is free.
     """
-    card = view.card
-    shares = [removed_alone(unit, view.spec, card.shape) for unit in view.units]
-    rises = card.sensitivity or [unit.parameters / card.shape.decoder_parameters for unit in view.units]
+    profile = view.profile
+    shares = [removed_alone(unit, view.spec, profile.shape) for unit in view.units]
+    rises = profile.sensitivity or [unit.parameters / profile.shape.decoder_parameters for unit in view.units]
     return [(share, max(rise, 1e-4 * share)) for share, rise in zip(shares, rises, strict=True)]

@@ -71,12 +71,12 @@ class _Market:
     def __init__(self, view: View, rates: Sequence[float], rng: random.Random) -> None:
         self._view, self._surrogate, self._rates = view, surrogate_of(view), rates
         spec = view.spec
-        self._bounds = unit_bounds(view.card.shape, spec.granularity, spec.lowest_rate, spec.highest_rate)
+        self._bounds = unit_bounds(view.profile.shape, spec.granularity, spec.lowest_rate, spec.highest_rate)
         self._offered = sorted(rng.sample(range(len(rates)), max(min(WIDE, len(rates)), round(OFFERED * len(rates)))))
 
     def ranked(self) -> list[Trade]:
         """Best first."""
-        layer = self._view.card.shape.layer_parameters(0)
+        layer = self._view.profile.shape.layer_parameters(0)
         # Where attention takes part its level is the size, every time.
         moves = dict.fromkeys(pair for size in SIZES for pair in self._pairs(round(size * layer)))
         if not moves:
@@ -128,4 +128,4 @@ class _Market:
         return self._rates[unit] + parameters / self._view.units[unit].parameters
 
     def _to_next_level(self, unit: int, sign: int) -> int:
-        return parameters_to_next_level(self._view.card.shape, self._view.units[unit], self._rates[unit], sign)
+        return parameters_to_next_level(self._view.profile.shape, self._view.units[unit], self._rates[unit], sign)

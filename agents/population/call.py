@@ -31,5 +31,5 @@ class Call:
 
     @property
     def rng(self) -> random.Random:
-        """For the stand-in."""
+        """For the fallback."""
         return random.Random(self.seed(-1))

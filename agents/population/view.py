@@ -6,7 +6,7 @@ from functools import cached_property
 
 from protocol.errors import BudgetError
 from protocol.plans.candidate import AgentName, Candidate, Provenance, Source, candidate_id
-from protocol.plans.card import ModelCard
+from protocol.plans.profile import ModelProfile
 from protocol.plans.shape import Unit
 from protocol.plans.spec import SearchSpec
 
@@ -39,7 +39,7 @@ class View:
     """A search as an agent sees it at the beginning of a round: the population is best first."""
 
     spec: SearchSpec
-    card: ModelCard
+    profile: ModelProfile
     round: int
     population: tuple[Member, ...]
     made: Mapping[tuple[AgentName, int], frozenset[str]] = field(default_factory=dict)
@@ -56,11 +56,11 @@ class View:
     @cached_property
     def units(self) -> tuple[Unit, ...]:
         """What the pruning rates apply to, in their order."""
-        return self.card.shape.units(self.spec.granularity)
+        return self.profile.shape.units(self.spec.granularity)
 
     def candidate_id(self, rates: Sequence[float]) -> str | None:
         """The id of the candidate that these raw rates become; None where there is no plan for them."""
-        shape = self.card.shape
+        shape = self.profile.shape
         try:
             plan = self.spec.plan(self.spec.feasible(tuple(rates), shape), shape)
         except BudgetError:
@@ -70,9 +70,9 @@ class View:
     @property
     def by_fragility(self) -> tuple[Unit, ...]:
         """The units, those first whose pruning alone changes most; none where that was not measured."""
-        if not self.card.sensitivity:
+        if not self.profile.sensitivity:
             return ()
-        ranked = sorted(zip(self.card.sensitivity, self.units, strict=True), key=lambda pair: -pair[0])
+        ranked = sorted(zip(self.profile.sensitivity, self.units, strict=True), key=lambda pair: -pair[0])
         return tuple(unit for _, unit in ranked)
 
 

@@ -50,11 +50,11 @@ class AboutModel:
 
 def about_model(view: View, told: Collection[Told]) -> AboutModel:
     """What the prompts say of this search's model; the widths are those of its first layer."""
-    spec, shape = view.spec, view.card.shape
+    spec, shape = view.spec, view.profile.shape
     ranked = tuple(unit.name for unit in view.by_fragility) if "sensitivity" in told else ()
     attention, mlp = shape.units("block")[:2]
     return AboutModel(
-        model=view.card.model,
+        model=view.profile.model,
         granularity=spec.granularity,
         layers=len(shape.layers),
         units=len(view.units),

@@ -101,7 +101,7 @@ def _ends(view: View) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The weakest and the strongest units of the best configuration, by what a surrogate expects for each parameter."""
     surrogate, rates = surrogate_of(view), view.population[0].candidate.rates
     spec = view.spec
-    bounds = unit_bounds(view.card.shape, spec.granularity, spec.lowest_rate, spec.highest_rate)
+    bounds = unit_bounds(view.profile.shape, spec.granularity, spec.lowest_rate, spec.highest_rate)
     able = [
         {sign: sign * STEP for sign in (-1, 1) if low <= rate + sign * STEP <= high}
         for rate, (low, high) in zip(rates, bounds, strict=True)

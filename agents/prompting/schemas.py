@@ -61,7 +61,7 @@ def mix_schema(view: View, shown: int, count: int) -> Schema:
     """For `count` mixes of two different ones of `shown` parents."""
     pairs = [f"{a}+{b}" for a in range(1, shown + 1) for b in range(1, shown + 1) if a != b]
     fewest, most = mix_bounds(view)
-    start = _integer(0, len(view.card.shape.layers) - fewest)
+    start = _integer(0, len(view.profile.shape.layers) - fewest)
     block: Schema = {"block": {"enum": ["both", "attention", "mlp"]}} if view.spec.granularity == "block" else {}
     return _proposals({"parents": {"enum": pairs}, **block, "first": start, "layers": _integer(fewest, most)}, count)
 
@@ -131,5 +131,5 @@ def _integer(low: int, high: int) -> Schema:
 
 
 def _range(view: View) -> Schema:
-    last = len(view.card.shape.layers) - 1
+    last = len(view.profile.shape.layers) - 1
     return {"first": _integer(0, last), "last": _integer(0, last)}

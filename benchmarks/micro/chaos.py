@@ -76,7 +76,7 @@ async def chaos(arguments: argparse.Namespace, server: Server, folder: Path) -> 
             rounds = max(2, round(ROUNDS_PER_MINUTE * arguments.minutes))
             search = Search(kit, [llm.settings], folder, name, rounds=rounds)
             kit.keys = search.keys
-            kit.write_script({"*": ["sleep:0.3"]})  # with the card of this search
+            kit.write_script({"*": ["sleep:0.3"]})  # with the profile of this search
             one = Chaos(kit, search, arguments.seed)
             began = time.monotonic()
             await one.run(seconds)

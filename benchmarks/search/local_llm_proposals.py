@@ -28,7 +28,7 @@ from agents.prompting.settings import AgentSettings
 from agents.selector import Selector
 from protocol.errors import BudgetError
 from protocol.plans.candidate import Candidate, Provenance, candidate_id
-from protocol.plans.card import DensePerplexity, ModelCard
+from protocol.plans.profile import DensePerplexity, ModelProfile
 from protocol.plans.shape import LayerShape, ModelShape
 from protocol.plans.spec import SearchSpec, TextSpec
 
@@ -49,16 +49,16 @@ SHAPE = ModelShape(
 class Ledger:
     """Takes proposals as the search does, and gives each a made-up fitness."""
 
-    def __init__(self, spec: SearchSpec, card: ModelCard) -> None:
-        self.spec, self.card = spec, card
+    def __init__(self, spec: SearchSpec, profile: ModelProfile) -> None:
+        self.spec, self.profile = spec, profile
         self.members: dict[str, Member] = {}
         self.refused: Counter[str] = Counter()
 
     async def submit(self, rates: Sequence[float], provenance: Provenance) -> Accepted | Refused:
         """Accept a new plan, refuse a known one."""
         try:
-            feasible = self.spec.feasible(tuple(rates), self.card.shape)
-            plan = self.spec.plan(feasible, self.card.shape)
+            feasible = self.spec.feasible(tuple(rates), self.profile.shape)
+            plan = self.spec.plan(feasible, self.profile.shape)
         except BudgetError as error:
             self.refused[f"{provenance.source}: budget"] += 1
             return Refused(str(error))
@@ -66,7 +66,7 @@ class Ledger:
         if id_ in self.members:
             self.refused[f"{provenance.source}: duplicate"] += 1
             return Refused("it prunes the model exactly as an earlier configuration does")
-        damage = sum(s * (r**2) for s, r in zip(self.card.sensitivity, feasible, strict=True))
+        damage = sum(s * (r**2) for s, r in zip(self.profile.sensitivity, feasible, strict=True))
         candidate = Candidate(id=id_, rates=feasible, plan=plan, provenance=provenance)
         self.members[id_] = Member(candidate, 20 + 20 * damage)
         return Accepted(id_)
@@ -74,7 +74,7 @@ class Ledger:
     def view(self, round_: int) -> View:
         """What the agents see of it."""
         best = sorted(self.members.values(), key=lambda member: member.fitness)
-        return View(self.spec, self.card, round_, tuple(best[:30]))
+        return View(self.spec, self.profile, round_, tuple(best[:30]))
 
 
 def make_ledger(granularity: Literal["layer", "block"], rate: float) -> Ledger:
@@ -87,7 +87,7 @@ def make_ledger(granularity: Literal["layer", "block"], rate: float) -> Ledger:
         s + (0.5 if unit.layer == 0 else 0.002 * unit.layer) for s, unit in zip(sensitivity, units, strict=True)
     ]
     dense = DensePerplexity(perplexity=17.8, tokens=4096, seconds=1.0)
-    card = ModelCard(
+    profile = ModelProfile(
         fingerprint=spec.fingerprint,
         model="SmolLM2-135M-Instruct",
         shape=SHAPE,
@@ -97,7 +97,7 @@ def make_ledger(granularity: Literal["layer", "block"], rate: float) -> Ledger:
         texts="",
         device="cpu",
     )
-    return Ledger(spec, card)
+    return Ledger(spec, profile)
 
 
 async def run(options: argparse.Namespace, endpoint: Endpoint) -> list[dict[str, Any]]:
@@ -127,7 +127,7 @@ async def run(options: argparse.Namespace, endpoint: Endpoint) -> list[dict[str,
                     "agent": agent,
                     "wanted": wanted,
                     "llm": new.count("llm") if agent != "selector" else int(result.source == "llm"),
-                    "stand_in": new.count("stand-in") if agent != "selector" else int(result.source != "llm"),
+                    "fallback": new.count("fallback") if agent != "selector" else int(result.source != "llm"),
                     "requests": usage.requests - start[0],
                     "prompt_tokens": (usage.prompt_tokens - start[1]) / wanted,
                     "completion_tokens": (usage.completion_tokens - start[2]) / wanted,
@@ -175,7 +175,7 @@ def main() -> None:
     for row in rows:
         figures = "  ".join(f"{name} {row[name]:7.1f}" for name in ("prompt_tokens", "completion_tokens", "seconds"))
         print(
-            f"{row['agent']:12} wanted {row['wanted']:3}  llm {row['llm']:3}  stand-in {row['stand_in']:3}  "
+            f"{row['agent']:12} wanted {row['wanted']:3}  llm {row['llm']:3}  fallback {row['fallback']:3}  "
             f"requests {row['requests']:3}  {figures}  {row['refused']}"
         )
     print(json.dumps({"options": vars(options), "rows": rows}))

@@ -23,11 +23,11 @@ from scipy.stats import spearmanr
 from agents.operators.surrogate import Surrogate
 from agents.population.view import Member, View
 from daemon.state.history import History
-from daemon.state.journal import CARD, SPEC, saved
+from daemon.state.journal import PROFILE, SPEC, saved
 from daemon.state.recovery import recovered
 from protocol.errors import UsageError
 from protocol.plans.candidate import Measured
-from protocol.plans.card import ModelCard
+from protocol.plans.profile import ModelProfile
 from protocol.plans.spec import SearchSpec
 from protocol.runtime.files import replace
 
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "folders", type=Path, nargs="+", help="folders of searches: spec.json, card.json and evaluations.jsonl"
+        "folders", type=Path, nargs="+", help="folders of searches: spec.json, profile.json and evaluations.jsonl"
     )
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     return parser
@@ -85,7 +85,7 @@ def replayed(folder: Path) -> tuple[Column, Column, Column]:
     """
     record = _read(folder, SPEC)
     spec = _valid(SearchSpec, {name: record[name] for name in SearchSpec.model_fields if name in record}, folder, SPEC)
-    card = _valid(ModelCard, _read(folder, CARD), folder, CARD)
+    profile = _valid(ModelProfile, _read(folder, PROFILE), folder, PROFILE)
     members = {member.candidate.id: member for member in _members(folder, spec)}
     rows = []
     for round_ in sorted({member.candidate.provenance.round for member in members.values()}):
@@ -94,7 +94,7 @@ def replayed(folder: Path) -> tuple[Column, Column, Column]:
         )
         if len(before) < LEAST:
             continue
-        surrogate = Surrogate(View(spec, card, round_, (), {}, tuple(before)))
+        surrogate = Surrogate(View(spec, profile, round_, (), {}, tuple(before)))
         for child in members.values():
             who = child.candidate.provenance
             parent = members.get(who.parents[0]) if who.agent == "mutator" and who.parents else None

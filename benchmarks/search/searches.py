@@ -23,10 +23,10 @@ from gpu_worker.pruning.any_heads import any_heads_plan
 from protocol.errors import SelfPrunerError, first_error
 from protocol.plans.candidate import OUTCOME, Candidate, Outcome
 from protocol.plans.spec import SearchSpec
-from protocol.queue.card_board import CardBoard
 from protocol.queue.connection import AWAY, connect
 from protocol.queue.jobs import JobQueue
 from protocol.queue.keys import Keys
+from protocol.queue.profile_board import ProfileBoard
 from protocol.runtime.files import Lines, replace
 
 LEASE_SECONDS = 600.0
@@ -140,8 +140,8 @@ class MeasuringWorker:
     async def _serve(self, search: str, session: Session) -> None:
         redis, keys = connect(self._url), Keys(search)
         try:
-            cards = CardBoard(redis, keys)
-            while await cards.publish(session.card) is None:  # noqa: ASYNC110  (the search has not said what it is of)
+            profiles = ProfileBoard(redis, keys)
+            while await profiles.publish(session.profile) is None:  # noqa: ASYNC110  (the search has not said what it is of)
                 await asyncio.sleep(0.1)
             jobs = JobQueue(redis, keys, "benchmark", lease_seconds=LEASE_SECONDS)
             while True:

@@ -8,7 +8,7 @@ import structlog
 from daemon.state.history import History
 from daemon.state.store import SearchStore
 from protocol.errors import UsageError
-from protocol.plans.card import ModelCard
+from protocol.plans.profile import ModelProfile
 from protocol.queue.streams import CandidateQueue
 
 REPAIR_SECONDS = 60.0
@@ -16,16 +16,16 @@ REPAIR_SECONDS = 60.0
 log = structlog.get_logger()
 
 
-async def wait_for_card(store: SearchStore) -> ModelCard:
-    """The model card; logs once that it waits."""
+async def wait_for_profile(store: SearchStore) -> ModelProfile:
+    """The model profile; logs once that it waits."""
     waiting = False
-    while (card := await store.card()) is None:
+    while (profile := await store.profile()) is None:
         if not waiting:
-            log.info("waiting_for_worker", needs="the model card")
+            log.info("waiting_for_worker", needs="the model profile")
         waiting = True
         await asyncio.sleep(0.5)
-    log.info("model_card", dense_perplexity=round(card.dense.perplexity, 3), units=len(card.sensitivity))
-    return card
+    log.info("model_profile", dense_perplexity=round(profile.dense.perplexity, 3), units=len(profile.sensitivity))
+    return profile
 
 
 async def watch_workers(store: SearchStore, ours_have_ended: Callable[[], bool]) -> None:

@@ -1,4 +1,4 @@
-"""Puts a search together from its settings and runs it: in charge, card, endpoint, agents, search, summary."""
+"""Puts a search together from its settings and runs it: in charge, profile, endpoint, agents, search, summary."""
 
 import asyncio
 import contextlib
@@ -15,7 +15,7 @@ from agents.llm.replay import Remembering
 from daemon.http_api.api import HttpApi
 from daemon.http_api.server import CannotListen
 from daemon.http_api.token import TOKEN_MODE, Access, kept_text
-from daemon.launch.background import repair_for_ever, wait_for_card, watch_workers
+from daemon.launch.background import repair_for_ever, wait_for_profile, watch_workers
 from daemon.launch.llm import make_chat, read_replay, read_transcript
 from daemon.launch.usage import Meter
 from daemon.local.children import survived
@@ -35,7 +35,7 @@ from daemon.state.journal import EVALUATIONS, Journal
 from daemon.state.recovery import commanded, counters, recovered
 from daemon.state.store import SearchStore
 from protocol.errors import first_error
-from protocol.plans.card import ModelCard
+from protocol.plans.profile import ModelProfile
 from protocol.queue.connection import connect
 from protocol.queue.control import Control
 from protocol.queue.keys import Keys
@@ -91,7 +91,7 @@ class Launch:
     async def run(self) -> Summary | None:
         """Run the search to its end, or until it is stopped or cancelled: the summary then says so.
 
-        None when it ended before the model card was there.
+        None when it ended before the model profile was there.
         """
         finished = False
         try:
@@ -134,19 +134,19 @@ class Launch:
             duties = [group.create_task(duty) for duty in self._duties(queue, history)]
             await self._go_on_from(history, queue)
             duties.append(group.create_task(self._meter.count_for_ever()))
-            card = await wait_for_card(self._store)
-            windows = card.dense.windows(self._spec.fitness.seqlen)
+            profile = await wait_for_profile(self._store)
+            windows = profile.dense.windows(self._spec.fitness.seqlen)
             check_windows(self._settings.search, windows)
             is_new = not history.ledger
             if is_new:
-                check_budget(self._settings.search, card.dense.tokens)
+                check_budget(self._settings.search, profile.dense.tokens)
             self._meter.chat = self._observer.chat = chat = await stack.enter_async_context(self._chat())
-            units = len(card.shape.units(self._spec.granularity))
+            units = len(profile.shape.units(self._spec.granularity))
             check_lists(self._settings, chat.contexts, units)
             duties.append(group.create_task(repair_for_ever(self._store, queue, lambda: self._memory(history).history)))
             asks = await asyncio.to_thread(self._asks, chat, history)
             # In a thread, for a long history takes a second. All that asks of the search meanwhile finds none yet.
-            search = await asyncio.to_thread(self._make_search, card, asks, queue, history)
+            search = await asyncio.to_thread(self._make_search, profile, asks, queue, history)
             await self._wait_for_llm(search, chat, is_new=is_new)
             if is_new:
                 check_lists_somewhere(self._settings, chat.contexts, units)
@@ -183,10 +183,10 @@ class Launch:
             self._journal.begin_transcript()
         await self._store.repair(queue, history)
 
-    def _make_search(self, card: ModelCard, asks: Asks, queue: CandidateQueue, history: History) -> Search:
+    def _make_search(self, profile: ModelProfile, asks: Asks, queue: CandidateQueue, history: History) -> Search:
         search = Search(
             self._settings.search,
-            SearchState.of(self._spec, card, history),
+            SearchState.of(self._spec, profile, history),
             make_agents(self._settings.search, self._settings.llm, asks),
             queue,
             self._journal,
@@ -253,7 +253,7 @@ class Launch:
             return Memory(history, None, self._pausing.command)
         outcomes = {e.candidate.id: e.outcome for e in self._search.state.population}
         now = History(ledger=self._search.state.ledger, outcomes=outcomes, selections=self._search.state.selections)
-        return Memory(now, self._search.state.card, self._pausing.command)
+        return Memory(now, self._search.state.profile, self._pausing.command)
 
     def _chat(self) -> "Chat":
         gate, spent = self._pausing.gate, self._meter.spent

@@ -135,7 +135,7 @@ class Observer:
                 ledger=self.ledger,
                 population=self.population,
                 counters=self.counters,
-                dense_perplexity=self.search.state.card.dense.perplexity if self.search else None,
+                dense_perplexity=self.search.state.profile.dense.perplexity if self.search else None,
                 around=around,
                 condition=condition,
             )

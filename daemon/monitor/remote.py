@@ -18,10 +18,10 @@ from daemon.state.history import RemoteHistory
 from daemon.state.journal import BEST, STATUS_FILE, best_record, saved
 from protocol.errors import StoreError, UsageError
 from protocol.plans.spec import SearchSpec
-from protocol.queue.card_board import CardBoard
 from protocol.queue.connection import connect, is_away, refusal_of
 from protocol.queue.control import Command, Control
 from protocol.queue.keys import Keys, check_search_name, read_entry, read_stored
+from protocol.queue.profile_board import ProfileBoard
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class BestSoFar:
 
     @property
     def origin(self) -> str:
-        """Where the rates come from, in words that a model card can have."""
+        """Where the rates come from, in words for a model card."""
         name, status = f"search {self.record.get('search')}", self.status
         if status is None or status.finished:
             return name
@@ -49,7 +49,7 @@ class RemoteSearch:
         self._keys = keys
         self._spec = spec
         self._history = RemoteHistory(redis, keys)
-        self._cards = CardBoard(redis, keys)
+        self._profiles = ProfileBoard(redis, keys)
         self._around = AroundReader(redis, keys)
         self._follower = Follower()
 
@@ -68,7 +68,7 @@ class RemoteSearch:
         """What happened since the last look; nothing at the first one."""
         if not await self._history.read():
             self._follower = Follower()
-        card = await self._cards.read(self._spec.fingerprint)
+        profile = await self._profiles.read(self._spec.fingerprint)
         condition = await self._redis.get(self._keys.condition)
         seen = Seen(
             search=self._keys.search,
@@ -76,7 +76,7 @@ class RemoteSearch:
             ledger=self._history.ledger,
             population=self._history.population,
             counters=self._history.counters,
-            dense_perplexity=card.dense.perplexity if card else None,
+            dense_perplexity=profile.dense.perplexity if profile else None,
             around=await self._around.read(),
             condition=(condition and read_entry(Condition, condition, self._keys.condition)) or Condition(),
         )
@@ -97,10 +97,10 @@ class RemoteSearch:
     async def best(self) -> dict[str, Any]:
         """The best candidate so far, as best.json has it."""
         await self._history.read()
-        best, card = self._history.population.best(), await self._cards.read(self._spec.fingerprint)
-        if best is None or card is None:
+        best, profile = self._history.population.best(), await self._profiles.read(self._spec.fingerprint)
+        if best is None or profile is None:
             raise UsageError(f"the search {self._keys.search!r} has measured no candidate yet")
-        return best_record(self._keys.search, self._spec, card.shape, best)
+        return best_record(self._keys.search, self._spec, profile.shape, best)
 
     def top(self, count: int) -> list[Evaluation]:
         """The best members at the last look, best first."""

@@ -61,7 +61,7 @@ class Display:
         state = "paused" if pausing.command == "pause" else f"round {search.round}"
         self._progress.update(
             self._line,
-            description=f"search: {state}, best {found}, dense {search.state.card.dense.perplexity:.2f}",
+            description=f"search: {state}, best {found}, dense {search.state.profile.dense.perplexity:.2f}",
             completed=len(search.state.population),
             total=search.budget.proposed + search.budget.remaining,
         )

@@ -49,7 +49,7 @@ class Condition(_Value):
     degraded_by: Degraded | None = None
     """Why: no LLM endpoint answers (`endpoints`), or the LLM's budget is used up (`budget`)."""
     parents_source: Source | None = None
-    """Who chose the parents of the last round: the LLM, or the stand-in."""
+    """Who chose the parents of the last round: the LLM, or the fallback."""
     endpoints: dict[str, EndpointStatus] = {}
     finished: bool = False
     """Whether the rounds or the budget are used up."""
@@ -219,7 +219,7 @@ def make_status(seen: Seen, tally: Tally) -> Status:
         **dict(seen.condition),
         round=tally.round,
         candidates=sum(proposals.values()),
-        by_source={"llm": 0, "stand-in": 0, **proposals},
+        by_source={"llm": 0, "fallback": 0, **proposals},
         measured=len(seen.population),
         failed=sum(tally.outcomes[source, "failed"] for source in proposals),
         stopped=sum(tally.outcomes[source, "stopped"] for source in proposals),

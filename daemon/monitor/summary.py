@@ -13,8 +13,8 @@ from agents.population.population import Evaluation, Population
 from daemon.search.state import SearchState
 from protocol.plans.allocation import uniform_label
 from protocol.plans.candidate import Measured, candidate_id
-from protocol.plans.card import DensePerplexity, ModelCard
 from protocol.plans.plan import Parameters, count_parameters, dense_plan
+from protocol.plans.profile import DensePerplexity, ModelProfile
 from protocol.plans.spec import Measure, Reconstruction, SearchSpec
 
 WEAK_BASELINE = (
@@ -69,9 +69,9 @@ class Summary(BaseModel):
 
 def summarise(search: str, state: SearchState, counters: dict[str, float], *, finished: bool) -> Summary:
     """Gather what a search found; `counters` has the seconds and the tokens that it used."""
-    spec, card, population = state.spec, state.card, state.population
+    spec, profile, population = state.spec, state.profile, state.population
     best, best_allocation = population.best(), _best_allocation(population)
-    uniform = spec.uniform_plan(card.shape)
+    uniform = spec.uniform_plan(profile.shape)
     uniform_evaluation = population.get(candidate_id(uniform, spec.fingerprint))
     outcomes = Counter(e.outcome.kind for e in population if e.candidate.is_proposal)
     return Summary(
@@ -82,14 +82,14 @@ def summarise(search: str, state: SearchState, counters: dict[str, float], *, fi
         fitness=spec.measure,
         reconstruction=spec.reconstruction,
         finished=finished,
-        dense=_dense_row(spec, card),
-        uniform=_row(spec, count_parameters(uniform, card.shape), uniform_evaluation, population),
+        dense=_dense_row(spec, profile),
+        uniform=_row(spec, count_parameters(uniform, profile.shape), uniform_evaluation, population),
         best_allocation=_measured_row(spec, best_allocation, population),
         best=_measured_row(spec, best, population),
         rates=best.candidate.rates if best else (),
         candidates={
             "by_agent": dict(state.proposals.by_agent),
-            "by_source": {"llm": 0, "stand-in": 0, **state.proposals.by_source},
+            "by_source": {"llm": 0, "fallback": 0, **state.proposals.by_source},
             "by_outcome": {name: outcomes[name] for name in ("measured", "failed", "stopped")},
         },
         tokens={name: int(counters.get(f"{name}_tokens", 0)) for name in ("prompt", "completion")},
@@ -97,17 +97,17 @@ def summarise(search: str, state: SearchState, counters: dict[str, float], *, fi
     )
 
 
-def _dense_row(spec: SearchSpec, card: ModelCard) -> Row:
-    report: DensePerplexity | None = card.dense_report
+def _dense_row(spec: SearchSpec, profile: ModelProfile) -> Row:
+    report: DensePerplexity | None = profile.dense_report
     kl = 0.0 if spec.measure == "kl" else None
     return Row(
-        perplexity=card.dense.perplexity,
+        perplexity=profile.dense.perplexity,
         report_perplexity=report.perplexity if report else None,
         kl=kl,
         report_kl=kl if report else None,
-        parameters=count_parameters(dense_plan(card.shape), card.shape),
+        parameters=count_parameters(dense_plan(profile.shape), profile.shape),
         seqlen=spec.fitness.seqlen,
-        tokens=card.dense.tokens,
+        tokens=profile.dense.tokens,
         report_tokens=report.tokens if report else None,
     )
 

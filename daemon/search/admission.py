@@ -27,7 +27,7 @@ class Admission:
 
     async def submit(self, rates: Sequence[float], provenance: Provenance) -> Accepted | Refused:
         """Make proposed rates feasible, refuse what is known already, enqueue the rest."""
-        spec, shape = self._state.spec, self._state.card.shape
+        spec, shape = self._state.spec, self._state.profile.shape
         try:
             feasible = spec.feasible(tuple(rates), shape)
             plan = spec.plan(feasible, shape)
@@ -44,7 +44,7 @@ class Admission:
 
     async def measure_uniform(self, *, text: Text = "fitness") -> None:
         """Enqueue uniform pruning, which everything is compared with."""
-        spec, shape = self._state.spec, self._state.card.shape
+        spec, shape = self._state.spec, self._state.profile.shape
         await self.measure(spec.uniform_plan(shape), spec.uniform_rates(shape), text=text)
 
     async def measure(self, plan: Plan, rates: Sequence[float], *, text: Text) -> None:

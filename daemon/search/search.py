@@ -51,7 +51,7 @@ class Search:
 
     async def run(self, rounds: Callable[["Search"], Awaitable[None]]) -> None:
         """Populate, search `rounds` until the budget is used up, and report; then everything issued has an outcome."""
-        self._journal.begin(self.settings.name, self.state.spec, self.state.card, self.state.population)
+        self._journal.begin(self.settings.name, self.state.spec, self.state.profile, self.state.population)
         async with asyncio.TaskGroup() as group:
             keeping = group.create_task(self.keeper.run())
             await self._populate()

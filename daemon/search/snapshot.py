@@ -23,7 +23,7 @@ def view_of_round(state: SearchState, size: int, round_: int) -> View:
     first = state.population.top(1, before=1)
     return View(
         spec=state.spec,
-        card=state.card,
+        profile=state.profile,
         round=round_,
         population=measured[:size],
         made=state.proposals.calls(round_),

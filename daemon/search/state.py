@@ -7,7 +7,7 @@ from agents.population.population import Population
 from daemon.search.proposals import Proposals
 from daemon.state.history import History
 from protocol.plans.candidate import Candidate
-from protocol.plans.card import ModelCard
+from protocol.plans.profile import ModelProfile
 from protocol.plans.spec import SearchSpec
 
 
@@ -16,7 +16,7 @@ class SearchState:
     """The state of one search. The PopulationKeeper alone writes the population; Admission writes the rest."""
 
     spec: SearchSpec
-    card: ModelCard
+    profile: ModelProfile
     ledger: dict[str, Candidate] = field(default_factory=dict)
     """Every candidate that was issued, by its id, in the order of issue."""
     population: Population = field(default_factory=Population)
@@ -29,9 +29,9 @@ class SearchState:
         self.proposals = Proposals(self.ledger.values())
 
     @classmethod
-    def of(cls, spec: SearchSpec, card: ModelCard, history: History) -> Self:
+    def of(cls, spec: SearchSpec, profile: ModelProfile, history: History) -> Self:
         """Return the state that earlier processes have left."""
         population = Population()
         for id_, outcome in history.outcomes.items():
             population.insert(history.ledger[id_], outcome)
-        return cls(spec, card, dict(history.ledger), population, dict(history.selections))
+        return cls(spec, profile, dict(history.ledger), population, dict(history.selections))

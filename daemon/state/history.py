@@ -16,7 +16,7 @@ from redis.asyncio import Redis
 
 from agents.population.population import Population
 from protocol.plans.candidate import OUTCOME, Candidate, Outcome
-from protocol.plans.card import ModelCard
+from protocol.plans.profile import ModelProfile
 from protocol.queue.control import Command
 from protocol.queue.keys import Keys, read_entry
 from protocol.queue.streams import PART, read_parents
@@ -51,7 +51,7 @@ class Memory:
     """What a running daemon knows of its search; with its spec it is all that a server that lost its data needs."""
 
     history: History
-    card: ModelCard | None
+    profile: ModelProfile | None
     command: Command | None = None
     """The last command that the daemon understood."""
 

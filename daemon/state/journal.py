@@ -1,4 +1,4 @@
-"""The folder of a search: spec, card, best, every evaluation, the LLM's transcript and the log, for people and tools.
+"""The folder of a search: spec, profile, best, every evaluation, the LLM's transcript and the log.
 
 Redis is the truth; the folder is a copy that outlives it, from which a start brings back what the server has lost
 (daemon/state/recovery.py). `evaluations.jsonl` is written anew from the history at every start, so a kill between two
@@ -21,7 +21,7 @@ from daemon.state.folder_errors import Trouble
 from daemon.state.transcript import TranscriptFile
 from protocol.errors import UsageError
 from protocol.plans.candidate import Candidate, Measured, Stopped
-from protocol.plans.card import ModelCard
+from protocol.plans.profile import ModelProfile
 from protocol.plans.shape import ModelShape
 from protocol.plans.spec import SearchSpec
 from protocol.runtime.files import Document, Lines, replace
@@ -29,7 +29,7 @@ from protocol.runtime.files import Document, Lines, replace
 TRANSCRIPT = "transcript.jsonl"
 EVALUATIONS = "evaluations.jsonl"
 SPEC = "spec.json"
-CARD = "card.json"
+PROFILE = "profile.json"
 BEST = "best.json"
 RETRY_SECONDS = 2.0
 
@@ -56,9 +56,9 @@ class Journal:
         except OSError as error:
             raise UsageError(f"run.folder cannot be written: {error}") from error
 
-    def begin(self, search: str, spec: SearchSpec, card: ModelCard, evaluations: Population) -> None:
-        """Write the spec, the model card, all evaluations so far, and their best."""
-        self._copy = _Copy(self.folder, self.trouble, search, spec, card)
+    def begin(self, search: str, spec: SearchSpec, profile: ModelProfile, evaluations: Population) -> None:
+        """Write the spec, the model profile, all evaluations so far, and their best."""
+        self._copy = _Copy(self.folder, self.trouble, search, spec, profile)
         self._copy.evaluations += evaluations
         self._copy.best = evaluations.best()
         self._write_copy()
@@ -147,18 +147,18 @@ def _told(write: Callable[[], None]) -> None:
 
 
 class _Copy:
-    """The evaluations, their best, spec and card; `write` brings the files up to them."""
+    """The evaluations, their best, spec and profile; `write` brings the files up to them."""
 
-    def __init__(self, folder: Path, trouble: Trouble, search: str, spec: SearchSpec, card: ModelCard) -> None:
+    def __init__(self, folder: Path, trouble: Trouble, search: str, spec: SearchSpec, profile: ModelProfile) -> None:
         self.evaluations: list[Evaluation] = []
         self.best: Evaluation | None = None
         self._folder, self._trouble = folder, trouble
-        self._search, self._spec, self._shape = search, spec, card.shape
+        self._search, self._spec, self._shape = search, spec, profile.shape
         self._unwritten: dict[str, dict[str, Any]] = {
             SPEC: {"search": search, "fingerprint": spec.fingerprint, **spec.model_dump()},
-            CARD: card.model_dump(mode="json"),
+            PROFILE: profile.model_dump(mode="json"),
         }
-        self._documents = {name: Document(folder / name) for name in (SPEC, CARD, BEST)}
+        self._documents = {name: Document(folder / name) for name in (SPEC, PROFILE, BEST)}
         self._lines: Lines | None = None
         self._written = 0
         self._known_best: Evaluation | None = None

@@ -88,11 +88,11 @@ class Restorer:
             await self._fenced(partial(self._scripts["restore_part"], keys, args))
 
     async def _move(self, epoch: int, spec: str, memory: Memory, counts: tuple[int, int, int]) -> int:
-        keys = [self._keys.epoch, self._keys.spec, self._keys.card, self._keys.control, self._keys.understood]
+        keys = [self._keys.epoch, self._keys.spec, self._keys.profile, self._keys.control, self._keys.understood]
         keys += [name for key in self._history_keys for name in (self._keys.restoring(key), key)]
-        card = memory.card.model_dump_json() if memory.card else ""
+        profile = memory.profile.model_dump_json() if memory.profile else ""
         ledger, outcomes, selections = counts
-        args = [epoch, spec, card, memory.command or ""]
+        args = [epoch, spec, profile, memory.command or ""]
         args += [ledger, ledger, outcomes, outcomes, selections]
         return int(await self._fenced(lambda: self._scripts["restore"](keys, args)))
 

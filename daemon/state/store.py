@@ -15,11 +15,11 @@ from daemon.state.history import History, Memory, entries, load_history, read_ca
 from daemon.state.restoring import Restorer
 from protocol.errors import SearchExistsError
 from protocol.plans.candidate import candidate_id
-from protocol.plans.card import ModelCard
+from protocol.plans.profile import ModelProfile
 from protocol.plans.spec import SearchSpec
-from protocol.queue.card_board import CardBoard
 from protocol.queue.connection import Patience, check_server
 from protocol.queue.keys import Keys, read_entry
+from protocol.queue.profile_board import ProfileBoard
 from protocol.queue.streams import CandidateQueue, TakenOver, load_scripts
 from protocol.queue.worker_status import WorkerStatus, read_workers
 
@@ -39,7 +39,7 @@ class SearchStore:
         self._me = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
         self._patiently = Patience(redis, keys.state)
         self._scripts = load_scripts(redis)
-        self._cards = CardBoard(redis, keys)
+        self._profiles = ProfileBoard(redis, keys)
         self._spec_text = spec.model_dump_json()
         self._restorer = Restorer(redis, keys)
         self._epoch = 0
@@ -76,9 +76,9 @@ class SearchStore:
             log.warning("candidates_requeued", count=requeued)
         return requeued
 
-    async def card(self) -> ModelCard | None:
-        """The model card, once a worker has published the one of this spec."""
-        return await self._cards.read(self._spec.fingerprint)
+    async def profile(self) -> ModelProfile | None:
+        """The model profile, once a worker has published the one of this spec."""
+        return await self._profiles.read(self._spec.fingerprint)
 
     async def workers(self) -> list[WorkerStatus]:
         """The workers that show a sign of life; of one that cannot be read, it is told once."""

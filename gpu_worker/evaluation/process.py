@@ -8,7 +8,7 @@
     out  {"self_text": JSON}                                            it wrote text that nobody had published
     in   {"self_text": JSON}                                            the text that counts
     out  {"usage_error": sentence}                                      and it ends with code 2
-    out  {"card": ModelCard}                                            it is ready
+    out  {"profile": ModelProfile}                                            it is ready
     in   {"id", "plan", "text"}                                         one candidate at a time
     out  {"id", "outcome"}
 
@@ -131,7 +131,7 @@ def serve(lines: Lines, replies: Replies) -> int:
         except (UsageError, StoreError) as error:
             replies.send({"usage_error": str(error)})
             return EXIT_USAGE
-        replies.send({"card": session.card.model_dump(mode="json")})
+        replies.send({"profile": session.profile.model_dump(mode="json")})
         while True:
             request = json.loads(lines.get())
             try:

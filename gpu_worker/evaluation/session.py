@@ -19,8 +19,8 @@ from protocol.errors import DataError, ModelError
 from protocol.plans.allocation import OUTLIER_THRESHOLD
 from protocol.plans.any_heads import AnyHeadsPlan
 from protocol.plans.candidate import Measured, Race, Stopped, Text
-from protocol.plans.card import DensePerplexity, ModelCard
 from protocol.plans.plan import Plan, count_parameters
+from protocol.plans.profile import DensePerplexity, ModelProfile
 from protocol.plans.shape import ModelShape
 from protocol.plans.spec import SearchSpec
 
@@ -50,7 +50,7 @@ class Session:
         )
         self._predictions: dict[Text, DensePredictions] = {}
         try:
-            self.card = self._describe(progress, sensitivity)
+            self.profile = self._describe(progress, sensitivity)
         except NotFiniteError as error:
             raise ModelError(f"the dense model {spec.model!r} is broken: {error}") from error
 
@@ -102,12 +102,12 @@ class Session:
             raise DataError("there is no text to report on: set data.report")
         return windows
 
-    def _describe(self, progress: Progress, sensitivity: bool) -> ModelCard:
+    def _describe(self, progress: Progress, sensitivity: bool) -> ModelProfile:
         texts = self.target.texts
         dense = self._dense("fitness", texts.fitness, progress)
         report = None if texts.report is None else self._dense("report", texts.report, progress)
         rises = measure_sensitivity(self.target.ordered, self.spec, texts.calibration, progress) if sensitivity else ()
-        return ModelCard(
+        return ModelProfile(
             fingerprint=self.spec.fingerprint,
             model=self.spec.model,
             shape=self.shape,

@@ -60,7 +60,7 @@ def evaluate_once(
     if heads == "any":
         plan = any_heads_plan(rates, target.importance, target.shape, multiple_of=spec.multiple_of)
     session, measured, report = _measured(target, plan, progress)
-    card = session.card
+    profile = session.profile
     return EvaluationResult(
         model=spec.model,
         method=method,
@@ -68,10 +68,10 @@ def evaluate_once(
         reconstruction=spec.reconstruction,
         rate=removed_share(measured.parameters),
         perplexity=measured.perplexity,
-        dense_perplexity=card.dense.perplexity,
+        dense_perplexity=profile.dense.perplexity,
         kl=measured.kl,
         report_perplexity=report and report.perplexity,
-        dense_report_perplexity=card.dense_report and card.dense_report.perplexity,
+        dense_report_perplexity=profile.dense_report and profile.dense_report.perplexity,
         parameters=measured.parameters,
         seqlen=spec.fitness.seqlen,
         tokens=measured.tokens,

@@ -14,7 +14,7 @@ from gpu_worker.measuring.corpora import SELF, windows_digest
 from gpu_worker.models.loading import LoadedModel
 from gpu_worker.progress import Progress, no_progress
 from protocol.plans.candidate import Measured
-from protocol.plans.card import DensePerplexity
+from protocol.plans.profile import DensePerplexity
 from protocol.plans.shape import ModelShape
 from protocol.plans.spec import SearchSpec
 from protocol.results.commands import ExportResult, Searched
@@ -77,7 +77,7 @@ def export_once(
         method=method,
         rate=removed_share(pruned.fitness.parameters),
         perplexity=pruned.fitness.perplexity,
-        dense_perplexity=pruned.session.card.dense.perplexity,
+        dense_perplexity=pruned.session.profile.dense.perplexity,
         kl=pruned.fitness.kl,
         report_perplexity=pruned.report and pruned.report.perplexity,
         parameters=pruned.fitness.parameters,
@@ -98,7 +98,7 @@ def _check(model: LoadedModel, spec: SearchSpec, destination: Destination) -> No
 def facts_of(pruned: Pruned, method: str, searched: Searched | None = None) -> ExportFacts:
     """What the card says of a pruned target."""
     session = pruned.session
-    card, texts = session.card, session.target.texts
+    card, texts = session.profile, session.target.texts
     return ExportFacts(
         base_model=session.spec.model,
         method=method,

@@ -1,10 +1,10 @@
-"""Whether two workers of a search measure the same: their model cards tell."""
+"""Whether two workers of a search measure the same: their model profiles tell."""
 
 from protocol.errors import UsageError
-from protocol.plans.card import ModelCard
+from protocol.plans.profile import ModelProfile
 
 
-def check_agreement(published: ModelCard, mine: ModelCard) -> None:
+def check_agreement(published: ModelProfile, mine: ModelProfile) -> None:
     """Raise UsageError unless this worker measures the same model on the same texts as the first one did."""
     if published.shape != mine.shape:
         raise UsageError(f"this worker's {mine.model} has another shape than the one the search began with")

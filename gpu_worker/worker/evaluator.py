@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from protocol.errors import SelfPrunerError, UsageError
 from protocol.plans.candidate import OUTCOME, Candidate, Failed, Outcome
-from protocol.plans.card import ModelCard
+from protocol.plans.profile import ModelProfile
 from protocol.plans.spec import SearchSpec
 from protocol.queue.self_text import SelfTextBoard
 from protocol.runtime.environment import for_child
@@ -65,10 +65,10 @@ class EvaluationChild:
         """Whether the process runs."""
         return self._process is not None and self._process.returncode is None
 
-    async def start(self, progress: Progress, *, sensitivity: bool, limit_seconds: float | None = None) -> ModelCard:
-        """Start the process and wait for its model card, `limit_seconds` at most.
+    async def start(self, progress: Progress, *, sensitivity: bool, limit_seconds: float | None = None) -> ModelProfile:
+        """Start the process and wait for its model profile, `limit_seconds` at most.
 
-        `sensitivity` False saves the measurement of every unit when a card is already known. Raises UsageError for
+        `sensitivity` False saves the measurement of every unit when a profile is already known. Raises UsageError for
         what the user must mend (model, data), ChildDied when the process ends or takes too long.
         """
         try:
@@ -78,7 +78,7 @@ class EvaluationChild:
             await self.kill()
             raise ChildDied(f"the model was not ready within {limit_seconds:g} seconds") from None
 
-    async def _get_ready(self, progress: Progress, *, sensitivity: bool) -> ModelCard:
+    async def _get_ready(self, progress: Progress, *, sensitivity: bool) -> ModelProfile:
         text = await self._board.read() if self._board else None
         self._process = await asyncio.create_subprocess_exec(
             *self._command,
@@ -100,8 +100,8 @@ class EvaluationChild:
             elif "usage_error" in reply:
                 await self.kill()
                 raise UsageError(reply["usage_error"])
-            elif "card" in reply:
-                return ModelCard.model_validate(reply["card"])
+            elif "profile" in reply:
+                return ModelProfile.model_validate(reply["profile"])
 
     async def evaluate(self, candidate: Candidate, *, limit_seconds: float) -> Outcome:
         """Measure `candidate`. Over the time limit the process is killed and the outcome is Failed(timeout).

@@ -25,13 +25,13 @@ from gpu_worker.worker.gpu_lock import take_gpu
 from gpu_worker.worker.wanted import Demand, NoLongerWanted
 from protocol.errors import StoreError, UsageError, first_error
 from protocol.plans.candidate import Failed, Outcome
-from protocol.plans.card import ModelCard
+from protocol.plans.profile import ModelProfile
 from protocol.plans.spec import SearchSpec
-from protocol.queue.card_board import CardBoard
 from protocol.queue.connection import AWAY, Patience, check_server, connect
 from protocol.queue.control import Control
 from protocol.queue.jobs import MOST_DEATHS, Job, JobQueue
 from protocol.queue.keys import Keys, read_entry, read_stored
+from protocol.queue.profile_board import ProfileBoard
 from protocol.queue.self_text import SelfTextBoard
 
 MOST_FAILED_STARTS = 3
@@ -87,7 +87,7 @@ class Worker:
         self._consumer = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
         self._queue = JobQueue(redis, self._keys, self._consumer, lease_seconds=options.lease_seconds)
         self._control = Control(redis, self._keys)
-        self._cards = CardBoard(redis, self._keys)
+        self._profiles = ProfileBoard(redis, self._keys)
         self._patiently = Patience(redis, self._keys.jobs)
         self._status = Status()
         self._logged = Sparsely()
@@ -206,13 +206,13 @@ class Worker:
         board = SelfTextBoard(self._redis, self._keys, spec.fingerprint)
         child = EvaluationChild(spec, self._options.evaluation_process, board=board)
         try:
-            card = await self._prepare(child, spec)
+            profile = await self._prepare(child, spec)
             while not self._stopping.is_set():
                 self._status.stage = "idle"
                 paused = await self._control.read() != "run"
                 self._job = None if paused else await self._queue.claim()
                 if self._job is None:
-                    if not await self._is_still_wanted(spec, card):
+                    if not await self._is_still_wanted(spec, profile):
                         return
                     await asyncio.sleep(0.5 if paused else 0)
                     continue
@@ -223,12 +223,12 @@ class Worker:
         finally:
             await child.kill()
 
-    async def _is_still_wanted(self, spec: SearchSpec, card: ModelCard) -> bool:
-        """Whether the search has this spec; publishes `card` again where it is lost, for a new daemon waits for it.
+    async def _is_still_wanted(self, spec: SearchSpec, profile: ModelProfile) -> bool:
+        """Whether the search has this spec; publishes `profile` again where it is lost, for a new daemon waits for it.
 
         A search that is gone altogether may come back, so a model that is ready is kept for it.
         """
-        if await self._cards.publish(card) is not None:
+        if await self._profiles.publish(profile) is not None:
             return True
         try:
             current = await self._spec()
@@ -249,8 +249,8 @@ class Worker:
         self._job = None
         return True
 
-    async def _prepare(self, child: EvaluationChild, spec: SearchSpec) -> ModelCard:
-        """Make the model ready; returns the card that the search has, or shall have, of it.
+    async def _prepare(self, child: EvaluationChild, spec: SearchSpec) -> ModelProfile:
+        """Make the model ready; returns the profile that the search has, or shall have, of it.
 
         Raises NoLongerWanted, with the preparation ended, when the search has moved on.
         """
@@ -258,15 +258,20 @@ class Worker:
         demand = Demand(spec.fingerprint, self._readable_spec, self._control.read, patience_seconds=patience)
         return await demand.during(self._made_ready(child, spec))
 
-    async def _made_ready(self, child: EvaluationChild, spec: SearchSpec) -> ModelCard:
-        known = await self._cards.read(spec.fingerprint)
-        card = await self._started(child, sensitivity=known is None)
-        counts = await self._cards.publish(known or card) or known or card
-        check_agreement(counts, card)
-        log.info("model_ready", model=card.model, dense_perplexity=round(card.dense.perplexity, 3), device=card.device)
+    async def _made_ready(self, child: EvaluationChild, spec: SearchSpec) -> ModelProfile:
+        known = await self._profiles.read(spec.fingerprint)
+        profile = await self._started(child, sensitivity=known is None)
+        counts = await self._profiles.publish(known or profile) or known or profile
+        check_agreement(counts, profile)
+        log.info(
+            "model_ready",
+            model=profile.model,
+            dense_perplexity=round(profile.dense.perplexity, 3),
+            device=profile.device,
+        )
         return counts
 
-    async def _started(self, child: EvaluationChild, *, sensitivity: bool) -> ModelCard:
+    async def _started(self, child: EvaluationChild, *, sensitivity: bool) -> ModelProfile:
         limit = self._options.max_preparation_seconds
         for death in range(1, MOST_FAILED_STARTS + 1):
             try:

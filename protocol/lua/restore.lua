@@ -1,7 +1,7 @@
--- Put what restore_part.lua has written in the place of what the server has, with the spec, the card and the command, and
+-- Put what restore_part.lua has written in the place of what the server has, with the spec, the profile and the command, and
 -- put the daemon in charge: all in one step. What the daemon remembers is all there is to know, so it replaces the rest.
 -- A command that was given after the server was emptied is newer than the daemon's; one of an older copy is not.
--- KEYS epoch spec card control understood [written key]…    ARGV epoch spec card command [length]…
+-- KEYS epoch spec profile control understood [written key]…    ARGV epoch spec profile command [length]…
 -- Returns 0, -1 when another daemon has taken over, or -3 where what was written may not be complete: a part of it is
 -- lost, or the daemon's epoch is there, so that its queue could write meanwhile.
 local refused = refusal(KEYS[1], ARGV[1])

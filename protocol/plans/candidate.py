@@ -23,7 +23,7 @@ from protocol.plans.plan import Parameters, Plan
 AgentName = Literal["seed", "initializer", "mutator", "crossover", "baseline"]
 """Who proposed. A seed is an allocation without search that takes part in the first population; a baseline is measured
 to compare with, and takes no part."""
-Source = Literal["llm", "stand-in", "classical", "allocation"]
+Source = Literal["llm", "fallback", "classical", "allocation"]
 """Who made the rates: the LLM, the classical operator that stands in for it, one that was chosen in its place, or an
 allocation without search."""
 Text = Literal["fitness", "report"]

@@ -39,9 +39,9 @@ class Keys:
         return self["spec"]
 
     @property
-    def card(self) -> str:
-        """String: the ModelCard as JSON, published by the first worker (protocol/queue/card_board.py)."""
-        return self["card"]
+    def profile(self) -> str:
+        """String: the ModelProfile as JSON, published by the first worker (protocol/queue/profile_board.py)."""
+        return self["profile"]
 
     def self_text(self, fingerprint: str) -> str:
         """String: the text that the model of this spec wrote itself (self_text.py), by the first worker."""

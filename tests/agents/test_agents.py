@@ -16,10 +16,10 @@ from agents.prompting.settings import AgentSettings
 from agents.selector import Selector
 from protocol.errors import EndpointError
 from protocol.plans.candidate import Provenance, candidate_id
-from tests.support.samples import CARD, SHAPE, SPEC, candidates
+from tests.support.samples import PROFILE, SHAPE, SPEC, candidates
 
 MEMBERS = tuple(Member(c, 20.0 + i) for i, c in enumerate(candidates(6)))
-VIEW = View(SPEC, CARD, 1, MEMBERS)
+VIEW = View(SPEC, PROFILE, 1, MEMBERS)
 EDITS = AgentSettings(reply="edits")
 LISTS = AgentSettings(reply="lists")
 Script = Callable[[int], str | Exception]
@@ -131,7 +131,7 @@ async def test_the_operator_stands_in_after_two_reasks() -> None:
     chat, desk = ScriptedChat(lambda n: "no"), Desk()
     assert await initialise(chat, desk, 1) == 1
     assert len(chat.conversations) == 3
-    assert desk.sources() == ["stand-in"]
+    assert desk.sources() == ["fallback"]
 
 
 async def test_the_operator_stands_in_at_once_when_no_endpoint_answers() -> None:
@@ -139,7 +139,7 @@ async def test_the_operator_stands_in_at_once_when_no_endpoint_answers() -> None
         chat, desk = ScriptedChat(down), Desk()
         assert await agent(chat, Prompts(), EDITS).propose(VIEW, MEMBERS, 4, desk.submit) == 4
         assert len(chat.conversations) == 4
-        assert desk.sources() == ["stand-in"] * 4
+        assert desk.sources() == ["fallback"] * 4
         assert all(p.parents and p.endpoint is None for p in desk.accepted.values())
 
 
@@ -190,7 +190,7 @@ async def test_agents_stop_quietly_when_the_budget_is_used_up() -> None:
     assert len(chat.conversations) == 5 and desk.refused == 3
 
 
-async def test_the_stand_in_gives_up_where_nothing_new_is_left() -> None:
+async def test_the_fallback_gives_up_where_nothing_new_is_left() -> None:
     class Full(Desk):
         async def submit(self, rates: Sequence[float], provenance: Provenance) -> Accepted | Refused:
             self.refused += 1
@@ -209,7 +209,7 @@ async def test_what_is_refused_is_told_by_its_place_in_the_reply() -> None:
         agent="baseline", source="allocation", round=0
     )
     settings = AgentSettings(reply="lists", reasks=1)
-    await Initializer(chat, Prompts(), settings).propose(View(SPEC, CARD, 0, ()), 1, desk.submit)
+    await Initializer(chat, Prompts(), settings).propose(View(SPEC, PROFILE, 0, ()), 1, desk.submit)
     again = chat.conversations[1][-1]["content"]
     assert "Configuration 1 has 1 numbers instead of 4." in again
     assert "Configuration 2: it prunes the model exactly" in again
@@ -261,12 +261,12 @@ async def test_the_selector_takes_the_members_that_the_llm_names() -> None:
 @pytest.mark.parametrize("script", [down, lambda n: '{"parents": [1, 1]}', lambda n: '{"parents": [9, 12]}'])
 async def test_a_tournament_stands_in_for_the_selector(script: Script) -> None:
     selection = await Selector(ScriptedChat(script), Prompts(), EDITS).select(VIEW, 3)
-    assert selection.source == "stand-in"
+    assert selection.source == "fallback"
     assert len({m.candidate.id for m in selection.parents}) == len(selection.parents) >= 2
 
 
 async def test_a_selection_has_two_parents_where_the_population_has() -> None:
     for size, expected in ((1, 1), (2, 2), (3, 2)):
-        view = View(SPEC, CARD, 1, MEMBERS[:size])
+        view = View(SPEC, PROFILE, 1, MEMBERS[:size])
         selection = await Selector(ScriptedChat(down), Prompts(), EDITS).select(view, 8)
         assert len(selection.parents) == expected

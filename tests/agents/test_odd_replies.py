@@ -90,7 +90,7 @@ async def ask_everybody(view: View, reply: ReplyFormat, text: str) -> list[tuple
 @settings(max_examples=60, deadline=None)
 def test_no_reply_becomes_rates_off_budget(reply: ReplyFormat, granularity: Granularity, text: str) -> None:
     view = view_of(granularity)
-    spec, shape = view.spec, view.card.shape
+    spec, shape = view.spec, view.profile.shape
     submitted = asyncio.run(ask_everybody(view, reply, text))
     assert len(submitted) >= 6  # the classical operator stands in for what was no proposal
     for rates in submitted:

@@ -265,7 +265,7 @@ async def test_a_running_search_is_watched_paused_resumed_and_stopped_from_anoth
     status = json.loads(out)
     assert (code, status["control"]) == (0, "pause")
     assert status["workers"][0]["stage"] in ("idle", "evaluating")
-    assert status["daemon"] and status["parents_source"] in (None, "llm", "stand-in") and status["degraded"] is False
+    assert status["daemon"] and status["parents_source"] in (None, "llm", "fallback") and status["degraded"] is False
 
     assert (await run.answer("resume", "--search", "s"))[0] == 0
     await eventually(lambda: run.measured(measured + 3), 60)

@@ -1,6 +1,6 @@
 """A process that speaks as the evaluation process does, and misbehaves as its script says.
 
-`python fake_evaluator.py SCRIPT`, where SCRIPT is a JSON file: {"card", "parameters", "log", "prepare", "behaviours"}.
+`python fake_evaluator.py SCRIPT`, SCRIPT a JSON file: {"profile", "parameters", "log", "prepare", "behaviours"}.
 `behaviours` maps a candidate's id, or `*`, to what its first, second, … evaluation does; the last one goes on. Each
 evaluation is noted in `log` as it begins, so that a test can count them.
 """
@@ -97,7 +97,7 @@ def main() -> None:
     requests = iter(lambda: sys.stdin.readline(), "")
     next(requests)
     misbehave(SCRIPT.get("prepare", ""))
-    say({"card": SCRIPT["card"]})
+    say({"profile": SCRIPT["profile"]})
     for line in requests:
         evaluate(json.loads(line))
     os.killpg(0, signal.SIGKILL)  # as the evaluation process does when its parent is gone

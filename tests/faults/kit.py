@@ -26,12 +26,12 @@ from agents.population.population import Evaluation, Population
 from daemon.state.history import History, Memory
 from daemon.state.store import SearchStore
 from protocol.plans.candidate import Candidate, Outcome
-from protocol.plans.card import ModelCard
 from protocol.plans.plan import count_parameters
+from protocol.plans.profile import ModelProfile
 from protocol.queue.connection import connect
 from protocol.queue.keys import GROUP, Keys
 from tests.support.root import ROOT
-from tests.support.samples import CARD, SHAPE, SPEC, candidate, candidates
+from tests.support.samples import PROFILE, SHAPE, SPEC, candidate, candidates
 from tests.support.servers import Server, eventually
 
 LEASE = 1.5
@@ -101,7 +101,7 @@ class Daemon:
 
     def _memory(self) -> Memory:
         outcomes = {e.candidate.id: e.outcome for e in self.population}
-        return Memory(History(ledger=self.ledger, outcomes=outcomes), CARD)
+        return Memory(History(ledger=self.ledger, outcomes=outcomes), PROFILE)
 
     async def issue(self, many: Sequence[Candidate]) -> None:
         for each in many:
@@ -146,7 +146,7 @@ class Kit:
     folder: Path
     workers: list[WorkerProcess] = field(default_factory=list)
     daemons: list[Daemon] = field(default_factory=list)
-    card: ModelCard = CARD
+    profile: ModelProfile = PROFILE
     """What workers publish: of the spec of the search that is run."""
     disturbed: Counter[str] = field(default_factory=Counter)
     """By id, or under `*` for every id: how many evaluations more than one are explained."""
@@ -161,7 +161,7 @@ class Kit:
     def write_script(self, behaviours: Mapping[str, Sequence[str]], prepare: str = "") -> Path:
         path = self.folder / "script.json"
         script = {
-            "card": self.card.model_dump(mode="json"),
+            "profile": self.profile.model_dump(mode="json"),
             "parameters": count_parameters(candidate((0.3,) * 4).plan, SHAPE).model_dump(),
             "log": str(self.folder / "evaluated.log"),
             "prepare": prepare,

@@ -14,7 +14,7 @@ from daemon.settings.sources import load
 from protocol.queue.keys import Keys
 from tests.faults.kit import PASSWORD, Kit, strict_json
 from tests.support.root import ROOT
-from tests.support.samples import card_for
+from tests.support.samples import profile_for
 from tests.support.schema_answers import value_of
 
 
@@ -43,7 +43,7 @@ class Search:
         self.config = folder / "search.yaml"
         self._llm = llm or {"reply": "edits"}
         self.write_config(rounds=rounds, endpoints=endpoints)
-        kit.card = card_for(load(self.config, []).spec())
+        kit.profile = profile_for(load(self.config, []).spec())
         self.logs: list[Path] = []
 
     def write_config(self, *, rounds: int, endpoints: Sequence[Mapping[str, str]]) -> None:

@@ -25,7 +25,7 @@ from tests.support.scripted_llm import ScriptedLlm
 from tests.support.servers import eventually
 
 TOTAL = 1 + 6 + 3 * (4 + 3)
-FILES = ("spec.json", "card.json", "best.json", "evaluations.jsonl", "transcript.jsonl", "status.json", "http-token")
+FILES = ("spec.json", "profile.json", "best.json", "evaluations.jsonl", "transcript.jsonl", "status.json", "http-token")
 
 
 @pytest.fixture

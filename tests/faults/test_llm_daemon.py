@@ -125,4 +125,4 @@ async def test_a_search_outlives_anything(kit: Kit, tmp_path: Path, seed: int) -
         assert sum(server.served.values()) > 60
     assert search.largest < 500 * MB
     sources = [line.get("source") for line in lines if line["event"] == "candidate_enqueued"]
-    assert {"llm", "stand-in"} <= set(sources)
+    assert {"llm", "fallback"} <= set(sources)

@@ -22,11 +22,11 @@ from daemon.settings.sources import load
 from daemon.state.history import History, load_history
 from protocol.errors import SettingsError
 from protocol.plans.candidate import Measured
-from protocol.plans.card import ModelCard
+from protocol.plans.profile import ModelProfile
 from protocol.queue.jobs import JobQueue
 from protocol.queue.keys import Keys
 from tests.daemon.search.test_search import unevenness
-from tests.support.samples import card_for
+from tests.support.samples import profile_for
 from tests.support.schema_answers import value_of
 from tests.support.scripted_llm import Handler, Reply, ScriptedLlm, hangs, lists_models, refuses
 from tests.support.servers import Server
@@ -57,8 +57,8 @@ class Daemon:
     async def run(self, endpoints: Sequence[EndpointSettings], *overrides: str, name: str = "s") -> Summary:
         settings = self.settings(*overrides, name=name)
         launch = Launch(settings, self.server.url, endpoints, embedded=False)
-        card = card_for(settings.spec())
-        async with instant_worker(self.redis, Keys(name), card), asyncio.timeout(100):
+        profile = profile_for(settings.spec())
+        async with instant_worker(self.redis, Keys(name), profile), asyncio.timeout(100):
             summary = await launch.run()
         assert summary is not None
         return summary
@@ -76,10 +76,10 @@ class Daemon:
 
 
 @asynccontextmanager
-async def instant_worker(redis: Redis, keys: Keys, card: ModelCard) -> AsyncIterator[None]:
-    """Publishes the card and measures at once."""
+async def instant_worker(redis: Redis, keys: Keys, profile: ModelProfile) -> AsyncIterator[None]:
+    """Publishes the profile and measures at once."""
     client: Any = redis
-    await client.set(keys.card, card.model_dump_json(), nx=True)
+    await client.set(keys.profile, profile.model_dump_json(), nx=True)
     jobs = JobQueue(redis, keys, "instant", lease_seconds=30)
 
     async def work() -> None:
@@ -107,11 +107,11 @@ def settings_of(llm: ScriptedLlm, **more: Any) -> EndpointSettings:
 # Away
 
 
-@pytest.mark.fault("38", "the LLM is away for the whole search", "a closed port", "stand-ins go on, degraded")
+@pytest.mark.fault("38", "the LLM is away for the whole search", "a closed port", "fallbacks go on, degraded")
 async def test_with_the_llm_away_for_the_whole_search_it_goes_on_and_says_so(daemon: Daemon) -> None:
     with capture_logs() as logs:
         summary = await daemon.run([NOWHERE])
-    assert summary.finished and summary.candidates["by_source"] == {"llm": 0, "stand-in": CANDIDATES}
+    assert summary.finished and summary.candidates["by_source"] == {"llm": 0, "fallback": CANDIDATES}
     condition = await daemon.condition()
     assert condition.degraded and condition.degraded_by == "endpoints"
     assert condition.endpoints["nowhere"].state == "left alone"
@@ -139,7 +139,7 @@ async def test_an_endpoint_that_comes_back_is_used_again_and_the_state_says_so(d
 
     async with ScriptedLlm(comes_back) as llm:
         summary = await daemon.run([settings_of(llm)], "llm.rest_seconds=0.001", "llm.concurrency=1")
-    assert summary.candidates["by_source"]["stand-in"] and summary.candidates["by_source"]["llm"]
+    assert summary.candidates["by_source"]["fallback"] and summary.candidates["by_source"]["llm"]
     condition = await daemon.condition()
     assert not condition.degraded and condition.endpoints["fake"].state == "asked"
 
@@ -156,13 +156,13 @@ async def test_a_search_waits_at_its_start_for_an_endpoint_that_is_not_there_yet
     assert summary.candidates["by_source"]["llm"] > CANDIDATES / 2
 
 
-@pytest.mark.fault("34", "the LLM asks to be left alone", "Retry-After 300", "one request, stand-ins go on")
+@pytest.mark.fault("34", "the LLM asks to be left alone", "Retry-After 300", "one request, fallbacks go on")
 async def test_a_long_wait_that_an_endpoint_asks_for_does_not_hold_up_the_search(daemon: Daemon) -> None:
     limited = refuses(429, "slow down", headers={"retry-after": "300"})
     async with ScriptedLlm([limited]) as llm:
         summary = await daemon.run([settings_of(llm)], "llm.concurrency=1")
         assert len(llm.asked) == 1
-    assert summary.finished and summary.candidates["by_source"]["stand-in"] == CANDIDATES
+    assert summary.finished and summary.candidates["by_source"]["fallback"] == CANDIDATES
     assert (await daemon.condition()).degraded_by == "endpoints"
 
 
@@ -187,7 +187,7 @@ async def test_an_endpoint_that_will_never_answer_is_refused_before_the_search_b
 
 
 @pytest.mark.fault(
-    "34", "the LLM's quota is used up", "insufficient_quota amid the search", "it rests, stand-ins go on"
+    "34", "the LLM's quota is used up", "insufficient_quota amid the search", "it rests, fallbacks go on"
 )
 async def test_a_quota_that_is_used_up_amid_the_search_ends_the_asking_and_not_the_search(daemon: Daemon) -> None:
     quota = refuses(429, "You exceeded your current quota", code="insufficient_quota")
@@ -198,7 +198,7 @@ async def test_a_quota_that_is_used_up_amid_the_search_ends_the_asking_and_not_t
     async with ScriptedLlm(answers_five) as llm:
         summary = await daemon.run([settings_of(llm)], "llm.concurrency=1")
         assert len(llm.asked) == 6
-    assert summary.finished and summary.candidates["by_source"]["stand-in"]
+    assert summary.finished and summary.candidates["by_source"]["fallback"]
     condition = await daemon.condition()
     assert condition.degraded_by == "endpoints" and condition.endpoints["fake"].state == "left alone"
     assert "quota" in str(condition.endpoints["fake"].reason)

@@ -17,7 +17,7 @@ from protocol.plans.plan import Plan
 from protocol.queue.streams import PART
 from tests.faults.kit import Kit
 from tests.support.root import ROOT
-from tests.support.samples import CARD, SPEC, candidate, measured
+from tests.support.samples import PROFILE, SPEC, candidate, measured
 
 COUNT = 100_000
 LONGEST_REQUEST_MS, LONGEST_STEP_SECONDS = 1_000, 2.0
@@ -69,7 +69,7 @@ async def test_a_long_history_is_restored_and_read_in_short_requests(kit: Kit) -
     queue.issued = len(history.ledger)
     await redis.config_set("slowlog-log-slower-than", LONGEST_REQUEST_MS * 1000)
     async with longest_step() as gaps:
-        living = asyncio.create_task(store.stay_in_charge(queue, lambda: Memory(history, CARD)))
+        living = asyncio.create_task(store.stay_in_charge(queue, lambda: Memory(history, PROFILE)))
         await redis.flushall()
         seen: set[str | None] = set()
         while queue.applied < len(history.outcomes) or await redis.xlen(kit.keys.jobs) < 100:
@@ -95,7 +95,7 @@ from daemon.state.restoring import Restorer
 from protocol.queue.connection import connect
 from protocol.queue.keys import Keys
 from tests.faults.test_long_history import long_history
-from tests.support.samples import CARD, SPEC
+from tests.support.samples import PROFILE, SPEC
 
 class Mortal(Restorer):
     left = int(sys.argv[2])
@@ -111,7 +111,7 @@ async def main():
     store_module.Restorer = Mortal
     store = store_module.SearchStore(connect(os.environ["SELFPRUNER_REDIS__URL"]), Keys("faults"), SPEC)
     queue = await store.take_charge(previous_is_dead=True)
-    memory = Memory(long_history(int(sys.argv[1])), CARD, "pause")
+    memory = Memory(long_history(int(sys.argv[1])), PROFILE, "pause")
     await store.restore(queue, lambda: memory, from_="the test")
 
 asyncio.run(main())
@@ -138,7 +138,7 @@ async def test_a_daemon_that_is_killed_while_it_restores_leaves_it_to_the_next_o
         store = SearchStore(kit.redis, kit.keys, SPEC)
         queue = await store.take_charge(previous_is_dead=True)
         assert await store.history() == History()
-        await store.restore(queue, lambda: Memory(history, CARD, "pause"), from_="the test")
+        await store.restore(queue, lambda: Memory(history, PROFILE, "pause"), from_="the test")
         assert await store.history() == history
         assert await kit.redis.get(kit.keys.control) == "pause"
     await kit.redis.flushall()

@@ -8,9 +8,9 @@ import pytest
 
 from protocol.plans.candidate import Measured
 from protocol.plans.spec import SearchSpec
-from protocol.queue.card_board import CardBoard
+from protocol.queue.profile_board import ProfileBoard
 from tests.faults.kit import LEASE, Kit, WorkerProcess, candidates, eventually
-from tests.support.samples import SPEC, card_for
+from tests.support.samples import SPEC, profile_for
 
 SECOND, THIRD = (SPEC.model_copy(update={"model": name}) for name in ("second", "third"))
 
@@ -36,10 +36,10 @@ def alive(process: psutil.Process) -> bool:
 
 
 async def publishes(kit: Kit, spec: SearchSpec) -> None:
-    async def has_card() -> bool:
-        return await CardBoard(kit.redis, kit.keys).read(spec.fingerprint) is not None
+    async def has_profile() -> bool:
+        return await ProfileBoard(kit.redis, kit.keys).read(spec.fingerprint) is not None
 
-    await eventually(has_card, 15)
+    await eventually(has_profile, 15)
 
 
 async def has_given_up(worker: WorkerProcess, reason: str) -> None:
@@ -53,7 +53,7 @@ async def has_given_up(worker: WorkerProcess, reason: str) -> None:
 async def test_a_worker_gives_the_preparation_of_a_replaced_spec_up(kit: Kit) -> None:
     worker = await preparing(kit)
     old = worker.children()
-    kit.card = card_for(SECOND)
+    kit.profile = profile_for(SECOND)
     kit.write_script({})
     await kit.redis.set(kit.keys.spec, SECOND.model_dump_json())
     await publishes(kit, SECOND)
@@ -66,7 +66,7 @@ async def test_a_worker_gives_the_preparation_of_a_replaced_spec_up(kit: Kit) ->
 @pytest.mark.fault("63", "a spec replaced twice", "SET spec, SET spec", "only the last one is prepared")
 async def test_of_specs_that_are_replaced_quickly_the_last_is_prepared(kit: Kit) -> None:
     worker = await preparing(kit)
-    kit.card = card_for(THIRD)
+    kit.profile = profile_for(THIRD)
     kit.write_script({})
     for spec in (SECOND, THIRD):
         await kit.redis.set(kit.keys.spec, spec.model_dump_json())
@@ -127,7 +127,7 @@ async def test_a_spec_that_cannot_be_read_ends_no_preparation(kit: Kit, garbage:
     await asyncio.sleep(2 * LEASE)
     assert {child.pid for child in worker.children()} == old
     await kit.redis.set(kit.keys.spec, SECOND.model_dump_json())
-    kit.card = card_for(SECOND)
+    kit.profile = profile_for(SECOND)
     kit.write_script({})
     await publishes(kit, SECOND)
 
@@ -143,7 +143,7 @@ async def test_a_worker_does_not_end_for_the_model_of_a_spec_that_was_replaced(k
         return bool(worker.children())
 
     await eventually(started)
-    kit.card = card_for(SECOND)
+    kit.profile = profile_for(SECOND)
     await kit.redis.set(kit.keys.spec, SECOND.model_dump_json())
     kit.write_script({})
     await publishes(kit, SECOND)

@@ -167,7 +167,7 @@ async def test_another_clients_long_script_is_waited_for(kit: Kit) -> None:
 BYTES = b"\xff\xfe not UTF-8 \x80"
 
 
-@pytest.mark.fault("48", "bytes that are not UTF-8", "in jobs, results, control, worker, card", "discarded or dead")
+@pytest.mark.fault("48", "bytes that are not UTF-8", "in jobs, results, control, worker, profile", "discarded or dead")
 async def test_bytes_that_are_no_text_end_neither_daemon_nor_worker(kit: Kit) -> None:
     first, second = candidates(2)
     daemon = await kit.daemon()
@@ -177,7 +177,7 @@ async def test_bytes_that_are_no_text_end_neither_daemon_nor_worker(kit: Kit) ->
     redis, keys = kit.redis, kit.keys
     await redis.set(keys.control, BYTES)
     await redis.set(keys.worker("other"), BYTES)
-    await redis.set(keys.card, BYTES)
+    await redis.set(keys.profile, BYTES)
     await redis.xadd(keys.results, {"id": BYTES, "outcome": BYTES})
     await redis.xadd(keys.results, {BYTES: BYTES})
     await redis.xadd(keys.jobs, {"id": BYTES, "candidate": BYTES, "fingerprint": "x"})

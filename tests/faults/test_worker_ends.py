@@ -6,20 +6,20 @@ import pytest
 
 from gpu_worker.worker.evaluator import EXIT_STUCK
 from protocol.plans.candidate import Failed, Measured
-from protocol.queue.card_board import CardBoard
+from protocol.queue.profile_board import ProfileBoard
 from tests.faults.kit import Kit, candidates, eventually
-from tests.support.samples import CARD, SPEC, card_for
+from tests.support.samples import PROFILE, SPEC, profile_for
 
 
-@pytest.mark.fault("18", "the data is gone while no daemon runs", "FLUSHALL, workers idle", "the card is back")
-async def test_an_idle_worker_publishes_its_card_again_for_a_new_daemon(kit: Kit) -> None:
+@pytest.mark.fault("18", "the data is gone while no daemon runs", "FLUSHALL, workers idle", "the profile is back")
+async def test_an_idle_worker_publishes_its_profile_again_for_a_new_daemon(kit: Kit) -> None:
     daemon = await kit.daemon()
     await kit.worker()
-    await eventually(lambda: _has_card(kit))
+    await eventually(lambda: _has_profile(kit))
     await daemon.end()
     await kit.redis.flushall()
     daemon = await kit.daemon()
-    await eventually(lambda: _has_card(kit))
+    await eventually(lambda: _has_profile(kit))
     await daemon.issue(candidates(2))
     await daemon.settled()
 
@@ -29,17 +29,17 @@ async def test_an_idle_worker_loads_the_model_of_a_spec_that_has_changed(kit: Ki
     other = SPEC.model_copy(update={"model": "another"})
     await kit.redis.set(kit.keys.spec, SPEC.model_dump_json())
     worker = await kit.worker()
-    await eventually(lambda: _has_card(kit))
-    kit.card = card_for(other)
+    await eventually(lambda: _has_profile(kit))
+    kit.profile = profile_for(other)
     kit.write_script({})
     await kit.redis.set(kit.keys.spec, other.model_dump_json())
-    await eventually(lambda: _has_card(kit, other.fingerprint))
+    await eventually(lambda: _has_profile(kit, other.fingerprint))
     (changed,) = worker.events("spec_changed")
     assert (changed["current"], changed["loaded"]) == (other.fingerprint, SPEC.fingerprint)
 
 
-async def _has_card(kit: Kit, fingerprint: str = CARD.fingerprint) -> bool:
-    return await CardBoard(kit.redis, kit.keys).read(fingerprint) is not None
+async def _has_profile(kit: Kit, fingerprint: str = PROFILE.fingerprint) -> bool:
+    return await ProfileBoard(kit.redis, kit.keys).read(fingerprint) is not None
 
 
 @pytest.mark.fault("9", "a GPU is lost for good", "child killed, the next cannot get ready", "exit 2, job handed back")

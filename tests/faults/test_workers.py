@@ -164,7 +164,9 @@ async def test_a_hanging_evaluation_is_killed_with_its_grandchild(kit: Kit) -> N
 
 
 @pytest.mark.faults
-@pytest.mark.fault("8", "a hang while getting ready", "sleeps for ever before its card", "killed 3 times, one sentence")
+@pytest.mark.fault(
+    "8", "a hang while getting ready", "sleeps for ever before its profile", "killed 3 times, one sentence"
+)
 async def test_a_preparation_that_hangs_is_killed_with_its_grandchild(kit: Kit) -> None:
     kit.write_script({}, prepare="hang")
     await kit.daemon()
@@ -240,7 +242,7 @@ async def test_a_worker_told_to_end_commits_a_short_job_and_hands_a_long_one_bac
 
 
 async def _ready(kit: Kit) -> bool:
-    return bool(await kit.redis.exists(kit.keys.card))
+    return bool(await kit.redis.exists(kit.keys.profile))
 
 
 @pytest.mark.faults

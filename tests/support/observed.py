@@ -18,7 +18,7 @@ from protocol.queue.jobs import JobQueue
 from protocol.queue.keys import Keys
 from tests.daemon.search.test_search import Conducted, unevenness
 from tests.support.http_client import Asked, served
-from tests.support.samples import CARD, SPEC
+from tests.support.samples import PROFILE, SPEC
 
 
 class QuietChat:
@@ -51,7 +51,7 @@ async def observed(redis: Redis, keys: Keys, folder: Path) -> AsyncIterator[Obse
     """A search that has not begun yet, as Launch shows it; a worker shows signs of life."""
     conducted = Conducted(redis, keys, folder)
     search = await conducted.open()
-    await redis.set(keys.card, CARD.model_dump_json())
+    await redis.set(keys.profile, PROFILE.model_dump_json())
     await JobQueue(redis, keys, "w1", lease_seconds=60).beat(None, json.dumps({"stage": "idle"}))
     observer = Observer(redis, keys, SPEC, folder)
     observer.begin(History())

@@ -1,12 +1,12 @@
-"""Small values that many tests need: a shape, a spec, a card, candidates."""
+"""Small values that many tests need: a shape, a spec, a profile, candidates."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 from protocol.plans.candidate import Candidate, Measured, Provenance, candidate_id
-from protocol.plans.card import DensePerplexity, ModelCard
 from protocol.plans.plan import count_parameters
+from protocol.plans.profile import DensePerplexity, ModelProfile
 from protocol.plans.shape import LayerShape, ModelShape
 from protocol.plans.spec import SearchSpec, TextSpec
 
@@ -29,7 +29,7 @@ SPEC = SearchSpec(
     calibration=TextSpec(source="self", windows=2, seqlen=32),
     fitness=TextSpec(source="self", windows=2, seqlen=32),
 )
-CARD = ModelCard(
+PROFILE = ModelProfile(
     fingerprint=SPEC.fingerprint,
     model="tiny",
     shape=SHAPE,
@@ -41,9 +41,9 @@ CARD = ModelCard(
 )
 
 
-def card_for(spec: SearchSpec) -> ModelCard:
-    """The card as a worker of this spec publishes it."""
-    return CARD.model_copy(update={"fingerprint": spec.fingerprint})
+def profile_for(spec: SearchSpec) -> ModelProfile:
+    """The profile as a worker of this spec publishes it."""
+    return PROFILE.model_copy(update={"fingerprint": spec.fingerprint})
 
 
 def candidate(

@@ -10,9 +10,9 @@ from agents.population.view import Member, View
 from protocol.plans.candidate import Candidate, Provenance, candidate_id
 from protocol.plans.plan import attention_levels, unit_bounds
 from tests.agents.operators.test_trades import WIDE
-from tests.support.samples import CARD, SPEC
+from tests.support.samples import PROFILE, SPEC
 
-CARD_OF_WIDE = CARD.model_copy(update={"shape": WIDE, "sensitivity": (0.1,) * len(WIDE.units("block"))})
+CARD_OF_WIDE = PROFILE.model_copy(update={"shape": WIDE, "sensitivity": (0.1,) * len(WIDE.units("block"))})
 
 
 def offspring(rates: list[float], **spec: Any) -> tuple[View, Member, list[tuple[float, ...]]]:

@@ -29,7 +29,7 @@ def test_retry_after_is_seconds_milliseconds_or_a_date() -> None:
     assert retry_after({}, now) is None
 
 
-def test_retry_after_may_stand_in_the_body_and_the_headers_go_before_it() -> None:
+def test_retry_after_may_fallback_the_body_and_the_headers_go_before_it() -> None:
     now = datetime(2026, 1, 1, tzinfo=UTC)
     assert retry_after({}, now, {"retry_after": 7}) == 7
     assert retry_after({}, now, {"error": {"message": "slow down", "retry_after": "2.5"}}) == 2.5

@@ -34,13 +34,13 @@ from agents.prompting.schemas import Choice, MixChoice, TradeChoice, apply_choic
 from daemon.launch.llm import read_transcript
 from protocol.errors import EndpointError, InvalidReply, SettingsError
 from tests.support.hostile_replies import KINDS, WAITS, completion, odd_date
-from tests.support.samples import CARD, SHAPE, SPEC, candidates
+from tests.support.samples import PROFILE, SHAPE, SPEC, candidates
 
 MOST_SECONDS = 1.0
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 UNITS = SHAPE.units("layer")
 MEMBERS = tuple(Member(c, 20.0 + i) for i, c in enumerate(candidates(3)))
-VIEW = View(SPEC, CARD, 1, MEMBERS)
+VIEW = View(SPEC, PROFILE, 1, MEMBERS)
 KEY = "sk-very/secret+1234"
 MB = 1024 * 1024
 

@@ -232,12 +232,12 @@ async def killed_now_and_then(
 async def test_a_replayed_search_has_the_same_history_whatever_is_faster(
     redis: Redis, keys: Keys, tmp_path: Path
 ) -> None:
-    for seed in range(20, 40):  # who asks first gets the next whim, so no seed alone brings a stand-in every time
+    for seed in range(20, 40):  # who asks first gets the next whim, so no seed alone brings a fallback every time
         original, records = await recorded(redis, keys, tmp_path, seed)
         sources = original.state.proposals.by_source
-        if sources["stand-in"]:
+        if sources["fallback"]:
             break
-    assert sources["llm"] and sources["stand-in"] and any(" attempt 1" in r["label"] for r in records)
+    assert sources["llm"] and sources["fallback"] and any(" attempt 1" in r["label"] for r in records)
     for seed in (2, 3):
         replay = Replay(Transcript(records), strict=True)
         replayed = await searched(redis, keys, tmp_path, replay, seed)
@@ -282,7 +282,7 @@ async def test_a_search_whose_transcript_is_lost_still_makes_the_right_number_of
     assert search.state.proposals.by_agent == {"initializer": 6, "mutator": 12, "crossover": 9}
 
 
-async def test_a_search_whose_endpoint_fails_now_and_then_is_replayed_with_its_stand_ins(
+async def test_a_search_whose_endpoint_fails_now_and_then_is_replayed_with_its_fallbacks(
     redis: Redis, keys: Keys, tmp_path: Path
 ) -> None:
     rng, records = random.Random(11), list[Record]()
@@ -295,7 +295,7 @@ async def test_a_search_whose_endpoint_fails_now_and_then_is_replayed_with_its_s
     with recording(records) as record_:
         async with ScriptedLlm(fails_often) as llm, Chat([llm.endpoint], policy, record=record_) as chat:
             original = await searched(redis, keys, tmp_path, chat, seed=12)
-    assert original.state.proposals.by_source["stand-in"] > 3
+    assert original.state.proposals.by_source["fallback"] > 3
     assert any(r["endpoint"] is None for r in records)
     replayed = await searched(redis, keys, tmp_path, Replay(Transcript(records), strict=True), seed=13)
     assert history(replayed) == history(original)

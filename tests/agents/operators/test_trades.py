@@ -22,7 +22,7 @@ from protocol.plans.plan import Plan, attention_levels, removed_shares
 from protocol.plans.shape import Granularity, LayerShape, ModelShape
 from protocol.plans.single_unit import removed_alone
 from protocol.plans.spec import SearchSpec
-from tests.support.samples import CARD, SHAPE, SPEC
+from tests.support.samples import PROFILE, SHAPE, SPEC
 
 LAYERS = 12
 WIDE = SHAPE.model_copy(update={"layers": (LayerShape(query_heads=4, kv_heads=2, mlp_channels=64),) * LAYERS})
@@ -39,14 +39,14 @@ def truth(plan: Plan, shape: ModelShape, granularity: Granularity) -> float:
     return damage + 0.3 * damage**2
 
 
-def card_sensitivity(granularity: Granularity) -> tuple[float, ...]:
+def profile_sensitivity(granularity: Granularity) -> tuple[float, ...]:
     """As a worker measures it: each unit alone, and not quite what it costs among others."""
     count = len(WIDE.units(granularity))
     return tuple((0.3 + (7 * i) % 5) * 0.3**2 / count * (0.6 + 0.8 * ((3 * i) % 4) / 3) for i in range(count))
 
 
 def member(view: View, rates: Sequence[float], *, round_: int = 0, parents: tuple[str, ...] = ()) -> Member:
-    spec, shape = view.spec, view.card.shape
+    spec, shape = view.spec, view.profile.shape
     feasible = spec.feasible(tuple(rates), shape)
     plan = spec.plan(feasible, shape)
     who = Provenance(agent="mutator", source="llm", round=round_, parents=parents)
@@ -56,14 +56,14 @@ def member(view: View, rates: Sequence[float], *, round_: int = 0, parents: tupl
 
 def view_of(granularity: Granularity, measured: int) -> View:
     spec = spec_of(granularity)
-    card = CARD.model_copy(update={"shape": WIDE, "sensitivity": card_sensitivity(granularity)})
-    empty = View(spec, card, 1, ())
+    profile = PROFILE.model_copy(update={"shape": WIDE, "sensitivity": profile_sensitivity(granularity)})
+    empty = View(spec, profile, 1, ())
     rng = random.Random(1)
     members = {
         m.candidate.id: m for m in (member(empty, random_rates(rng, len(empty.units), 0.3)) for _ in range(measured))
     }
     ranked = tuple(sorted(members.values(), key=lambda m: m.fitness))
-    return View(spec, card, 1, ranked[:10], {}, ranked)
+    return View(spec, profile, 1, ranked[:10], {}, ranked)
 
 
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
@@ -95,15 +95,15 @@ def test_the_surrogate_knows_the_sensitivity_before_anything_is_measured_and_lea
     assert after > max(before, 0.85) and near < far / 3
 
 
-def test_before_anything_is_measured_units_add_up_as_the_card_says() -> None:
+def test_before_anything_is_measured_units_add_up_as_the_profile_says() -> None:
     view = view_of("layer", 0)
     plan = member(view, random_rates(random.Random(5), len(view.units), 0.3)).candidate.plan
     alone = [removed_alone(unit, view.spec, WIDE) for unit in view.units]
     ratios = [share / whole for share, whole in zip(removed_shares(plan, WIDE, "layer"), alone, strict=True)]
-    harms = [s * (r if r <= 1 else r**2) for r, s in zip(ratios, view.card.sensitivity, strict=True)]
+    harms = [s * (r if r <= 1 else r**2) for r, s in zip(ratios, view.profile.sensitivity, strict=True)]
     assert Surrogate(view).guess(plan) == pytest.approx(sum(harms))
     means, _ = Surrogate(view).changes((0.0,) * LAYERS, [{0: alone[0]}, {0: alone[0], 3: alone[3] / 2}])
-    first, both = view.card.sensitivity[0], view.card.sensitivity[0] + view.card.sensitivity[3] / 2
+    first, both = view.profile.sensitivity[0], view.profile.sensitivity[0] + view.profile.sensitivity[3] / 2
     assert means.tolist() == pytest.approx([first, both])
 
 
@@ -112,7 +112,7 @@ def test_without_sensitivity_all_units_are_alike() -> None:
     base, moves = (0.0,) * LAYERS, [{3: 0.5}, {5: 0.5}]
     unlike = Surrogate(view).changes(base, moves)[0]
     assert unlike[0] > unlike[1]
-    alike = View(view.spec, view.card.model_copy(update={"sensitivity": ()}), 1, ())
+    alike = View(view.spec, view.profile.model_copy(update={"sensitivity": ()}), 1, ())
     assert len({round(float(change), 9) for change in Surrogate(alike).changes(base, moves)[0]}) == 1
 
 
@@ -126,7 +126,7 @@ def test_changes_are_those_between_guesses_and_surer_near_what_was_measured(gran
     means, doubts = surrogate.changes(shares, moves)
     guesses = [surrogate.guess(m.candidate.plan) - surrogate.guess(base) for m in view.measured[1:6]]
     assert means.tolist() == pytest.approx(guesses, abs=1e-9)
-    alone = Surrogate(View(view.spec, view.card, 1, (), {}, view.measured[:1]))
+    alone = Surrogate(View(view.spec, view.profile, 1, (), {}, view.measured[:1]))
     assert (doubts < alone.changes(shares, moves)[1] / 2).all()
     assert surrogate.changes(shares, [{0: shares[0]}])[1][0] == pytest.approx(0, abs=1e-6)
     small, large = surrogate.changes(shares, [{0: shares[0] + 0.01}, {0: shares[0] + 0.3}])[1]
@@ -177,7 +177,7 @@ def test_menus_differ_between_calls_and_no_unit_fills_one() -> None:
 def test_a_model_that_cannot_be_pruned_otherwise_has_no_trades() -> None:
     view = view_of("layer", 0)
     spec = view.spec.model_copy(update={"lowest_rate": 0.3, "highest_rate": 0.3})
-    narrow = View(spec, view.card, 1, ())
+    narrow = View(spec, view.profile, 1, ())
     parent = member(narrow, (0.3,) * LAYERS)
     assert menu(narrow, parent, random.Random(0), 10) == ()
 
@@ -215,7 +215,7 @@ def test_a_trade_is_promised_in_percent_of_what_is_minimised() -> None:
     assert trades_in_words(view, parent, [trade])[0].endswith(
         f": {100 * math.expm1(trade.promise):+.1f} % (+-{100 * trade.doubt:.1f})"
     )
-    divergent = View(view.spec.model_copy(update={"measure": "kl"}), view.card, 1, ())
+    divergent = View(view.spec.model_copy(update={"measure": "kl"}), view.profile, 1, ())
     little = Member(parent.candidate, 0.1)
     assert trades_in_words(divergent, little, [trade])[0].endswith(
         f": {100 * trade.promise / 0.1:+.1f} % (+-{100 * trade.doubt / 0.1:.1f})"
@@ -240,12 +240,12 @@ def test_lessons_tell_what_changed_and_what_came_of_it_the_latest_first() -> Non
     )
     ranked = tuple(sorted((parent, older, newer), key=lambda m: m.fitness))
     recent = tuple(Tried(m.candidate, m.fitness) for m in (parent, older, newer))
-    told = lessons(View(view.spec, view.card, 3, ranked, {}, ranked, recent), 5)
+    told = lessons(View(view.spec, view.profile, 3, ranked, {}, ranked, recent), 5)
     assert [line.partition(":")[0] for line in told] == ["layer 8 -10, layer 9 +10", "layer 3 +20, layer 4 -20"]
     for line, child in zip(told, (newer, older), strict=True):
         assert ("helped" in line) == (child.fitness < parent.fitness)
         assert f"{100 * (child.fitness / parent.fitness - 1):+.1f} %" in line
-    assert len(lessons(View(view.spec, view.card, 3, ranked, {}, ranked, recent), 1)) == 1
+    assert len(lessons(View(view.spec, view.profile, 3, ranked, {}, ranked, recent), 1)) == 1
 
 
 def test_a_lesson_of_a_list_is_what_differs_from_the_nearest_of_those_that_it_was_made_from() -> None:
@@ -255,7 +255,7 @@ def test_a_lesson_of_a_list_is_what_differs_from_the_nearest_of_those_that_it_wa
     made = [*rates[:3], rates[3] + 0.1, rates[4] - 0.1, *rates[5:]]
     child = member(view, made, round_=1, parents=tuple(m.candidate.id for m in (first, second, third)))
     recent = (Tried(child.candidate, child.fitness),)
-    (told,) = lessons(View(view.spec, view.card, 2, view.measured, {}, view.measured, recent), 5)
+    (told,) = lessons(View(view.spec, view.profile, 2, view.measured, {}, view.measured, recent), 5)
     assert told.startswith("layer 3 +10, layer 4 -10: ")
     assert f"{100 * (child.fitness / second.fitness - 1):+.1f} %" in told
 
@@ -266,7 +266,7 @@ def test_who_was_stopped_in_a_race_teaches_too() -> None:
     rates = list(parent.candidate.rates)
     worse = member(view, [*rates[:3], rates[3] + 0.2, rates[4] - 0.2, *rates[5:]], parents=(parent.candidate.id,))
     stopped = (Tried(worse.candidate, 1.2 * parent.fitness, stopped=True),)
-    raced = View(view.spec, view.card, 3, view.population, {}, view.measured, stopped)
+    raced = View(view.spec, view.profile, 3, view.population, {}, view.measured, stopped)
     plan = worse.candidate.plan
     assert surrogate_of(raced).guess(plan) > surrogate_of(view).guess(plan) + 0.01
     assert lessons(raced, 5) == ["layer 3 +20, layer 4 -20: hurt, +20.0 %, and was stopped early"]
@@ -279,9 +279,9 @@ def test_a_stopped_race_is_believed_less_than_a_whole_measurement() -> None:
     made = member(view, [*rates[:3], rates[3] + 0.2, rates[4] - 0.2, *rates[5:]])
     worse = Member(made.candidate, 1.05 * parent.fitness)
     ranked = tuple(sorted((*view.measured, worse), key=lambda m: m.fitness))
-    whole = View(view.spec, view.card, 3, view.population, {}, ranked)
+    whole = View(view.spec, view.profile, 3, view.population, {}, ranked)
     stopped = (Tried(worse.candidate, worse.fitness, stopped=True),)
-    raced = View(view.spec, view.card, 3, view.population, {}, view.measured, stopped)
+    raced = View(view.spec, view.profile, 3, view.population, {}, view.measured, stopped)
     off = [
         surrogate_of(each).rise(worse) - surrogate_of(each).guess(worse.candidate.plan) for each in (whole, raced, view)
     ]
@@ -321,4 +321,4 @@ def test_trades_mostly_begin_at_the_best_whoever_selected_the_parents() -> None:
     begun = [good_one(rng, view, others) for _ in range(1000)]
     assert 600 < sum(member is best for member in begun) < 730
     assert {member.candidate.id for member in begun} == {member.candidate.id for member in (best, *others)}
-    assert good_one(rng, View(view.spec, view.card, 1, ()), others) in others
+    assert good_one(rng, View(view.spec, view.profile, 1, ()), others) in others

@@ -21,7 +21,7 @@ from protocol.errors import EndpointError
 from protocol.plans.candidate import Provenance
 from protocol.plans.shape import Granularity
 from protocol.plans.spec import Measure
-from tests.support.samples import CARD, SPEC, candidate
+from tests.support.samples import PROFILE, SPEC, candidate
 
 GOLDEN = Path(__file__).parent / "golden"
 AGENTS = ("initializer", "mutator", "crossover", "selector")
@@ -44,8 +44,10 @@ async def accept(rates: Sequence[float], provenance: Provenance) -> Accepted:
 
 def view_of(granularity: Granularity, *, sensitivity: bool = True, measure: Measure = "perplexity") -> View:
     spec = SPEC.model_copy(update={"granularity": granularity, "measure": measure})
-    units = len(CARD.shape.units(granularity))
-    card = CARD.model_copy(update={"sensitivity": tuple(0.4 / (1 + i) for i in range(units)) if sensitivity else ()})
+    units = len(PROFILE.shape.units(granularity))
+    profile = PROFILE.model_copy(
+        update={"sensitivity": tuple(0.4 / (1 + i) for i in range(units)) if sensitivity else ()}
+    )
     members = tuple(
         Member(
             candidate(tuple(0.3 + shift * (2 * i / (units - 1) - 1) for i in range(units)), spec=spec),
@@ -53,7 +55,7 @@ def view_of(granularity: Granularity, *, sensitivity: bool = True, measure: Meas
         )
         for rank, shift in enumerate((0.2, 0.1, 0.05, -0.1))
     )
-    return View(spec, card, 1, members, {}, members)
+    return View(spec, profile, 1, members, {}, members)
 
 
 TOLD: dict[Told, str] = {
@@ -143,7 +145,7 @@ def told_view() -> View:
         children.append(Member(child.model_copy(update={"provenance": who}), 19.0 + 2 * i))
     measured = tuple(sorted((*view.population, *children), key=lambda m: m.fitness))
     recent = tuple(Tried(m.candidate, m.fitness) for m in measured)
-    return View(view.spec, view.card, 3, measured[:4], {}, measured, recent)
+    return View(view.spec, view.profile, 3, measured[:4], {}, measured, recent)
 
 
 def test_the_reask_says_what_was_wrong_and_how_many_are_missing() -> None:

@@ -15,14 +15,14 @@ from agents.prompting.replies import DEEPEST_NESTING, MEAN_TOLERANCE, Parsed, pa
 from agents.prompting.schemas import Choice, apply_choice
 from protocol.errors import InvalidReply
 from protocol.plans.rates import weighted_mean
-from tests.support.samples import CARD, SHAPE, SPEC, candidates
+from tests.support.samples import PROFILE, SHAPE, SPEC, candidates
 
 UNITS, BLOCKS = SHAPE.units("layer"), SHAPE.units("block")
 NAMES, BLOCK_NAMES = ([unit.name for unit in units] for units in (UNITS, BLOCKS))
 GOOD = (0.1, 0.2, 0.4, 0.5)
 OTHER = (0.2, 0.3, 0.3, 0.4)
 MEMBERS = tuple(Member(c, 20.0 + i) for i, c in enumerate(candidates(3)))
-VIEW = View(SPEC, CARD, 1, MEMBERS)
+VIEW = View(SPEC, PROFILE, 1, MEMBERS)
 
 
 def lists(text: str, count: int = 1) -> tuple[tuple[float, ...], ...]:

@@ -35,7 +35,7 @@ def _searched(folder: Path) -> None:
     for each in made:
         population.insert(each.candidate, measured(each.fitness))
     journal = Journal(folder)
-    journal.begin("test", view.spec, view.card, population)
+    journal.begin("test", view.spec, view.profile, population)
     journal.close()
 
 
@@ -60,8 +60,8 @@ def test_mutations_are_guessed_from_what_came_before_their_round(
         ({}, "is not the folder of a search: it has no spec.json"),
         ({"spec.json": "{}"}, "spec.json was written by another version, or is damaged"),
         ({"spec.json": "{"}, "spec.json cannot be read, or is damaged"),
-        ({"spec.json": None}, "is not the folder of a search: it has no card.json"),
-        ({"spec.json": None, "card.json": "{}"}, "card.json was written by another version, or is damaged"),
+        ({"spec.json": None}, "is not the folder of a search: it has no profile.json"),
+        ({"spec.json": None, "profile.json": "{}"}, "profile.json was written by another version, or is damaged"),
     ],
 )
 def test_what_is_no_folder_of_a_search_is_said_in_a_sentence(

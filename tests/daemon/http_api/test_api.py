@@ -22,7 +22,7 @@ from protocol.queue.keys import Keys
 from tests.daemon.search.test_search import evaluating
 from tests.support.http_client import nothing_yet
 from tests.support.observed import every_third_fails, observed
-from tests.support.samples import CARD, SPEC
+from tests.support.samples import PROFILE, SPEC
 from tests.support.servers import Server, eventually
 
 
@@ -38,7 +38,7 @@ async def test_the_status_is_the_same_over_http_and_for_the_command_line(
     assert over_http == by_command.model_dump(mode="json")
     assert over_http["measured"] + over_http["failed"] == over_http["candidates"] == 15
     assert over_http["failed"] > 0 and over_http["waiting"] == 0 and over_http["finished"]
-    assert over_http["parents_source"] in ("llm", "stand-in") and over_http["degraded"] is False
+    assert over_http["parents_source"] in ("llm", "fallback") and over_http["degraded"] is False
     assert over_http["queue"] == {"queued": 0, "running": 0}
     assert over_http["tokens"] == {"prompt": 900, "completion": 80}
     assert over_http["workers"][0]["consumer"] == "w1"
@@ -111,13 +111,13 @@ async def test_the_metrics_are_those_of_the_search_and_prometheus_can_read_them(
     assert status is not None
     outcomes = {
         (source, kind): value("candidates_total", source=source, outcome=kind)
-        for source in ("llm", "stand-in", "classical", "allocation", "baseline")
+        for source in ("llm", "fallback", "classical", "allocation", "baseline")
         for kind in ("measured", "failed")
     }
     assert sum(outcomes.values()) == len(it.search.state.ledger)
-    assert outcomes["llm", "failed"] + outcomes["stand-in", "failed"] == status.failed > 0
+    assert outcomes["llm", "failed"] + outcomes["fallback", "failed"] == status.failed > 0
     assert value("best_perplexity") == value("best_fitness") == status.best_perplexity
-    assert value("dense_perplexity") == CARD.dense.perplexity
+    assert value("dense_perplexity") == PROFILE.dense.perplexity
     assert value("round") == 2 and value("finished") == 1 and value("paused") == 0 and value("redis_up") == 1
     assert value("queue_depth", state="queued") == value("queue_depth", state="running") == 0
     assert value("workers", stage="idle") == 1 and value("worker_utilisation") == 0

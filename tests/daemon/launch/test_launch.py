@@ -31,7 +31,7 @@ from protocol.queue.control import Control
 from protocol.queue.keys import Keys
 from protocol.runtime import logs
 from tests.daemon.search.test_search import evaluating
-from tests.support.samples import card_for
+from tests.support.samples import profile_for
 from tests.support.schema_answers import value_of
 from tests.support.scripted_llm import Handler, Reply, ScriptedLlm, as_json, hangs, refuses
 from tests.support.servers import Server, eventually
@@ -76,8 +76,8 @@ class Launched:
 
 @asynccontextmanager
 async def worker_there(redis: Redis, keys: Keys) -> AsyncIterator[Counter[str]]:
-    """A worker that has published its card and measures at once."""
-    await redis.set(keys.card, card_for(load(None, [*SMALL, *TARGET]).spec()).model_dump_json())
+    """A worker that has published its profile and measures at once."""
+    await redis.set(keys.profile, profile_for(load(None, [*SMALL, *TARGET]).spec()).model_dump_json())
     async with evaluating(redis, keys) as evaluated:
         yield evaluated
 
@@ -310,7 +310,7 @@ async def test_what_does_not_go_with_model_and_text_is_refused_and_the_name_stay
     other = ["http.port=0", "target.rate=0.4", "search.budget_hours=1"]
     async with ScriptedLlm(answer, models=[listed]) as llm:
         mended = settings_for(tmp_path, llm, *other)
-        await redis.set(keys.card, card_for(mended.spec()).model_dump_json())
+        await redis.set(keys.profile, profile_for(mended.spec()).model_dump_json())
         async with evaluating(redis, keys):
             summary = await asyncio.wait_for(Launched(mended, server).launch.run(), 60)
     assert summary and summary.finished and summary.seconds < 1000, "what was counted for another spec is forgotten"

@@ -23,11 +23,11 @@ from protocol.plans.shape import LayerShape, ModelShape
 from protocol.plans.spec import SearchSpec
 from protocol.queue.keys import Keys
 from tests.daemon.search.test_search import SETTINGS, Conducted, evaluating, killed_with
-from tests.support.samples import CARD, SHAPE, SPEC
+from tests.support.samples import PROFILE, SHAPE, SPEC
 from tests.support.schema_answers import SchemaChat
 
 BLOCKS = SPEC.model_copy(update={"granularity": "block"})
-BLOCK_CARD = CARD.model_copy(
+BLOCK_PROFILE = PROFILE.model_copy(
     update={"sensitivity": (0.4, 0.1, 0.4, 0.2, 0.4, 0.1, 0.4, 0.3), "outliers": (3.0, 1.0, 1.0, 2.0)}
 )
 TOTAL = 15
@@ -41,8 +41,10 @@ async def searched(
     redis: Redis, name: str, folder: Path, chosen: SearchSettings, spec: SearchSpec = SPEC
 ) -> tuple[Search, SchemaChat]:
     chat = SchemaChat()
-    card = BLOCK_CARD.model_copy(update={"sensitivity": BLOCK_CARD.sensitivity[: len(SHAPE.units(spec.granularity))]})
-    conducted = Conducted(redis, Keys(name), folder / name, settings=chosen, chat=chat, spec=spec, card=card)
+    profile = BLOCK_PROFILE.model_copy(
+        update={"sensitivity": BLOCK_PROFILE.sensitivity[: len(SHAPE.units(spec.granularity))]}
+    )
+    conducted = Conducted(redis, Keys(name), folder / name, settings=chosen, chat=chat, spec=spec, profile=profile)
     async with evaluating(redis, conducted.keys):
         return await conducted.run(), chat
 
@@ -71,7 +73,7 @@ async def test_what_is_proposed_after_a_kill_is_what_would_have_been(
             redis, Keys("killed"), tmp_path / "killed", settings=settings(proposer=proposer), spec=BLOCKS
         )
         search = await conducted.open()
-        search.state.card = BLOCK_CARD
+        search.state.profile = BLOCK_PROFILE
         enough = len(search.state.ledger) + 1 + life % 3
         async with evaluating(redis, conducted.keys):
             killed = await killed_with(search, enough)
@@ -138,7 +140,7 @@ async def test_cma_es_goes_on_from_what_was_long_beaten_too(redis: Redis, tmp_pa
 async def test_cma_es_draws_between_the_lowest_and_the_highest_rate() -> None:
     spec = BLOCKS.model_copy(update={"lowest_rate": 0.2, "highest_rate": 0.4})
     drawn: list[tuple[float, ...]] = []
-    view = View(spec, BLOCK_CARD, 1, ())
+    view = View(spec, BLOCK_PROFILE, 1, ())
     await CmaEsMutator(16).propose(view, (), 16, lambda *_: _accepted(drawn, *_))
     assert len(drawn) == 16 and all(0.2 <= rate <= 0.4 for rates in drawn for rate in rates)
     assert min(map(min, drawn)) < 0.25 and max(map(max, drawn)) > 0.35
@@ -160,7 +162,7 @@ async def test_what_cma_es_draws_without_a_plan_is_no_good_and_no_end() -> None:
         other_parameters=49152 * 576,
     )
     spec = SPEC.model_copy(update={"rate": 0.8, "multiple_of": 256})
-    view = View(spec, CARD.model_copy(update={"shape": shape, "sensitivity": (0.1,) * 30}), 1, ())
+    view = View(spec, PROFILE.model_copy(update={"shape": shape, "sensitivity": (0.1,) * 30}), 1, ())
     planless = 0
 
     async def submit(rates: Sequence[float], _: Provenance) -> Accepted | Refused:
@@ -215,7 +217,7 @@ async def test_seeds_are_members_of_the_first_population(redis: Redis, tmp_path:
     methods = ("sensitivity", "owl", "uniform")
     search, _ = await searched(redis, "one", tmp_path, settings(seeds=methods), spec)
     assert search.state.proposals.by_agent == {"seed": 3, "initializer": 2, "mutator": 6, "crossover": 4}
-    view = View(spec, search.state.card, 0, ())
+    view = View(spec, search.state.profile, 0, ())
     for method in methods:
         id_ = candidate_id(spec.plan(seed_rates(method, view), SHAPE), spec.fingerprint)  # type: ignore[arg-type]
         assert search.state.ledger[id_].provenance.agent == "seed"
@@ -226,17 +228,17 @@ async def test_seeds_are_members_of_the_first_population(redis: Redis, tmp_path:
 
 @pytest.mark.parametrize("method", ["owl", "uniform", "first-layer", "llm-pruner"])
 def test_with_blocks_a_layers_rate_is_taken_from_its_mlp(method: Method) -> None:
-    view = View(BLOCKS, BLOCK_CARD, 0, ())
+    view = View(BLOCKS, BLOCK_PROFILE, 0, ())
     plan = BLOCKS.plan(BLOCKS.feasible(seed_rates(method, view), SHAPE), SHAPE)
     assert [layer.query_heads for layer in plan.layers] == [whole.query_heads for whole in SHAPE.layers]
-    steep = View(BLOCKS.model_copy(update={"rate": 0.8}), BLOCK_CARD, 0, ())
+    steep = View(BLOCKS.model_copy(update={"rate": 0.8}), BLOCK_PROFILE, 0, ())
     plan = steep.spec.plan(steep.spec.feasible(seed_rates("uniform", steep), SHAPE), SHAPE)
     assert all(layer.query_heads < whole.query_heads for layer, whole in zip(plan.layers, SHAPE.layers, strict=True))
 
 
 @pytest.mark.parametrize("method", ["owl", "sensitivity"])
-def test_a_card_that_says_too_little_has_no_such_seed(method: Method) -> None:
-    bare = CARD.model_copy(update={"sensitivity": (), "outliers": ()})
+def test_a_profile_that_says_too_little_has_no_such_seed(method: Method) -> None:
+    bare = PROFILE.model_copy(update={"sensitivity": (), "outliers": ()})
     with pytest.raises(BudgetError, match=f"does not have what {method} needs"):
         seed_rates(method, View(SPEC, bare, 0, ()))
 

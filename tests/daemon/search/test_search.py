@@ -27,11 +27,11 @@ from daemon.settings.search import SearchSettings
 from daemon.state.journal import Journal
 from daemon.state.store import SearchStore
 from protocol.plans.candidate import Candidate, Failed, Measured, Outcome
-from protocol.plans.card import ModelCard
+from protocol.plans.profile import ModelProfile
 from protocol.plans.spec import SearchSpec, TextSpec
 from protocol.queue.jobs import JobQueue
 from protocol.queue.keys import Keys
-from tests.support.samples import CARD, SHAPE, SPEC, measured
+from tests.support.samples import PROFILE, SHAPE, SPEC, measured
 from tests.support.schema_answers import SchemaChat
 
 SETTINGS = SearchSettings(name="test", population=5, mutations=3, crossovers=2, rounds=2)
@@ -75,12 +75,12 @@ class Conducted:
         *,
         spec: SearchSpec = SPEC,
         settings: SearchSettings = SETTINGS,
-        card: ModelCard = CARD,
+        profile: ModelProfile = PROFILE,
         chat: Asks | None = None,
         proposals_per_call: int | None = None,
     ) -> None:
         self.proposals_per_call = proposals_per_call
-        self.card = card.model_copy(update={"dense_report": card.dense if spec.report else None})
+        self.profile = profile.model_copy(update={"dense_report": profile.dense if spec.report else None})
         self.redis, self.keys, self.folder, self.spec, self.settings = redis, keys, folder, spec, settings
         self.chat = chat or SchemaChat()
 
@@ -92,7 +92,7 @@ class Conducted:
         llm = LlmSettings(reply="edits", max_tokens=500, proposals_per_call=self.proposals_per_call)
         agents = make_agents(self.settings, llm, self.chat)
         self.journal = Journal(self.folder)
-        return Search(self.settings, SearchState.of(self.spec, self.card, history), agents, queue, self.journal)
+        return Search(self.settings, SearchState.of(self.spec, self.profile, history), agents, queue, self.journal)
 
     async def run(self, seconds: float = 60) -> Search:
         search = await self.open()
@@ -244,9 +244,9 @@ async def test_failed_candidates_stay_out_of_the_population_and_the_search_ends(
 
 async def test_block_granularity_gives_one_rate_to_each_block(redis: Redis, keys: Keys, tmp_path: Path) -> None:
     spec = SPEC.model_copy(update={"granularity": "block"})
-    blocks = CARD.model_copy(update={"sensitivity": (0.1,) * 8})
+    blocks = PROFILE.model_copy(update={"sensitivity": (0.1,) * 8})
     async with evaluating(redis, keys):
-        search = await Conducted(redis, keys, tmp_path, spec=spec, card=blocks).run()
+        search = await Conducted(redis, keys, tmp_path, spec=spec, profile=blocks).run()
     assert {len(c.rates) for c in search.state.ledger.values()} == {8}
     assert search.state.proposals.by_source["llm"] > 10
 
@@ -320,7 +320,7 @@ async def test_the_best_so_far_says_whether_its_search_was_finished(redis: Redis
     async with evaluating(redis, keys):
         search = await Conducted(redis, keys, tmp_path).run()
     known = search.state.population.outcomes - 1  # without the baseline
-    await redis.set(keys.card, CARD.model_copy(update={"fingerprint": SPEC.fingerprint}).model_dump_json())
+    await redis.set(keys.profile, PROFILE.model_copy(update={"fingerprint": SPEC.fingerprint}).model_dump_json())
     best = await RemoteSearch(redis, keys, SPEC).best_so_far()
     assert best.origin == f"search {keys.search}, which was not finished: after {known} candidates"
     assert best.status is not None

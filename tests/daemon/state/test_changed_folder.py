@@ -28,7 +28,7 @@ from tests.support.disks import LimitedFiles
 from tests.support.scripted_llm import ScriptedLlm
 from tests.support.servers import Server
 
-FILES = ["spec.json", "card.json", "best.json", "evaluations.jsonl", "transcript.jsonl", "http-token", "status.json"]
+FILES = ["spec.json", "profile.json", "best.json", "evaluations.jsonl", "transcript.jsonl", "http-token", "status.json"]
 
 
 def removes_the_folder(folder: Path) -> None:
@@ -121,7 +121,7 @@ async def test_what_others_remove_or_change_is_noticed_and_written_anew(
     evaluations = lines_of(folder / "evaluations.jsonl")
     assert [record["order"] for record in evaluations] == list(range(len(evaluations)))
     assert len(evaluations) == await redis.llen(keys.applied)
-    for name in ("spec.json", "card.json", "best.json", "status.json"):
+    for name in ("spec.json", "profile.json", "best.json", "status.json"):
         assert json.loads((folder / name).read_text())
     assert (folder / "http-token").stat().st_mode & 0o777 == 0o600
     if attack is not writes_garbage:

@@ -19,7 +19,7 @@ from protocol.queue.keys import Keys
 from protocol.queue.streams import CandidateQueue, TakenOver
 from protocol.queue.worker_status import read_workers
 from tests.protocol.queue.test_streams import claimed, queued
-from tests.support.samples import CARD, SPEC, candidates, measured
+from tests.support.samples import PROFILE, SPEC, candidates, measured
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +39,7 @@ async def begun(store: SearchStore, count: int) -> tuple[CandidateQueue, Callabl
     for each in candidates(count):
         await queue.enqueue(each)
     history = await store.history()
-    return queue, lambda: Memory(history, CARD)
+    return queue, lambda: Memory(history, PROFILE)
 
 
 async def test_a_candidate_whose_committed_outcome_is_lost_is_measured_again(
@@ -102,7 +102,7 @@ async def test_what_the_search_does_while_its_daemon_restores_is_not_lost(
 
     monkeypatch.setattr(Restorer, "_write", write_while_the_search_goes_on)
     await redis.delete(keys[damage])
-    await store._check(queue, lambda: Memory(known, CARD))
+    await store._check(queue, lambda: Memory(known, PROFILE))
     async with asyncio.timeout(20):
         assert await asyncio.gather(*busy) == [True, True]
     found = await store.history()
@@ -131,7 +131,7 @@ async def test_what_a_server_did_after_it_came_back_with_this_daemons_epoch_is_n
 
     monkeypatch.setattr(Restorer, "_write", write_while_the_server_restarts)
     await redis.delete(keys.spec)
-    await store._check(queue, lambda: Memory(known, CARD))
+    await store._check(queue, lambda: Memory(known, PROFILE))
     assert done == [True]
     assert list((await store.history()).ledger) == [c.id for c in candidates(3)]
 
@@ -177,7 +177,7 @@ async def test_a_command_that_was_given_after_the_loss_is_kept_and_one_of_an_old
     redis: Redis, keys: Keys, store: SearchStore
 ) -> None:
     queue, memory = await begun(store, 1)
-    paused = Memory(memory().history, CARD, "pause")
+    paused = Memory(memory().history, PROFILE, "pause")
     client: Any = redis
     mine = int(await client.get(keys.epoch))
     for epoch, given, stays in ((None, None, "pause"), (None, "run", "run"), (mine - 1, "run", "pause")):
@@ -252,7 +252,7 @@ async def test_an_outcome_that_an_older_copy_took_again_costs_one_restoring_and_
     assert await queue.apply(results[1])
     with capture_logs() as events:
         for _ in range(3):
-            await store._check(queue, lambda: Memory(history, CARD))
+            await store._check(queue, lambda: Memory(history, PROFILE))
     assert [event["event"] for event in events] == ["redis_lost_data"]
     assert await client.lrange(keys.applied, 0, -1) == [result.id for result in results]
 

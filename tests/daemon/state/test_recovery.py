@@ -12,7 +12,7 @@ from daemon.state.journal import SPEC as SPEC_FILE
 from daemon.state.recovery import recovered
 from protocol.errors import SearchExistsError, UsageError
 from protocol.plans.candidate import Failed, Race, Stopped
-from tests.support.samples import CARD, SPEC, candidates, measured
+from tests.support.samples import PROFILE, SPEC, candidates, measured
 
 STOPPED = candidates(5)[4].model_copy(update={"race": Race(against=(2.0, 2.1, 2.2), first_windows=2)})
 MANY = [*candidates(4), STOPPED]
@@ -41,7 +41,7 @@ def folder(tmp_path: Path) -> Path:
     for id_, outcome in FULL.outcomes.items():
         population.insert(FULL.ledger[id_], outcome)
     journal = Journal(tmp_path)
-    journal.begin("test", SPEC, CARD, population)
+    journal.begin("test", SPEC, PROFILE, population)
     journal.transcript({"label": "one question"})
     journal.close()
     return tmp_path

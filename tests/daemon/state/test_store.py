@@ -15,7 +15,7 @@ from protocol.queue.jobs import JobQueue
 from protocol.queue.keys import Keys
 from protocol.queue.streams import TakenOver, load_scripts
 from tests.protocol.queue.test_streams import claimed, queued
-from tests.support.samples import CARD, SPEC, candidates, card_for, measured
+from tests.support.samples import PROFILE, SPEC, candidates, measured, profile_for
 from tests.support.servers import eventually
 
 
@@ -87,7 +87,7 @@ async def test_a_server_that_was_flushed_gets_everything_back_and_the_lost_jobs_
         await queue.apply(result)
     await queue.remember_selection(1, [many[1].id, many[0].id])
     before = await store.history()
-    living = asyncio.create_task(store.stay_in_charge(queue, lambda: Memory(before, CARD)))
+    living = asyncio.create_task(store.stay_in_charge(queue, lambda: Memory(before, PROFILE)))
     await redis.flushall()
     late = candidates(6)[-1]
     async with asyncio.timeout(10):
@@ -95,7 +95,7 @@ async def test_a_server_that_was_flushed_gets_everything_back_and_the_lost_jobs_
     after = await store.history()
     assert list(after.ledger) == [*before.ledger, late.id] and after.outcomes == before.outcomes
     assert after.selections == before.selections == {1: (many[1].id, many[0].id)}
-    assert await store.card() == CARD
+    assert await store.profile() == PROFILE
     assert await queued(redis, keys) == {c.id for c in many[2:]} | {late.id}
     living.cancel()
 
@@ -107,7 +107,7 @@ async def test_jobs_that_are_lost_while_the_daemon_runs_are_back_within_a_tick(r
     for each in many:
         await queue.enqueue(each)
     known = await store.history()
-    living = asyncio.create_task(store.stay_in_charge(queue, lambda: Memory(known, CARD)))
+    living = asyncio.create_task(store.stay_in_charge(queue, lambda: Memory(known, PROFILE)))
     await redis.delete(keys.jobs)
 
     async def back() -> bool:
@@ -211,15 +211,15 @@ async def test_a_spec_that_nothing_was_measured_under_may_be_mended(redis: Redis
 
 
 async def test_a_search_that_was_refused_once_its_model_was_known_gives_its_name_up(redis: Redis, keys: Keys) -> None:
-    """Its card is there, and no candidate: a text was too short for its settings, say."""
+    """Its profile is there, and no candidate: a text was too short for its settings, say."""
     client: Any = redis
     other = SPEC.model_copy(update={"rate": 0.5})
     await SearchStore(redis, keys, SPEC).take_charge()
-    await client.set(keys.card, card_for(SPEC).model_dump_json())
+    await client.set(keys.profile, profile_for(SPEC).model_dump_json())
     mended = SearchStore(redis, keys, other)
     await mended.take_charge(previous_is_dead=True)
     assert await client.get(keys.spec) == other.model_dump_json()
-    assert await mended.card() is None
+    assert await mended.profile() is None
     keyed = [keys.spec, keys.state, keys.issued, keys.epoch]
     asked_again = load_scripts(client)["replace_spec"]
     assert await asked_again(keyed, [SPEC.model_dump_json(), other.model_dump_json()]) == 1, "the answer was lost"

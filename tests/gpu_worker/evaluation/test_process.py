@@ -18,8 +18,8 @@ from gpu_worker.progress import no_progress
 from gpu_worker.worker.evaluator import ChildDied, EvaluationChild
 from protocol.errors import UsageError
 from protocol.plans.candidate import Candidate, Failed, Measured, Provenance, Text
-from protocol.plans.card import ModelCard
 from protocol.plans.plan import Plan
+from protocol.plans.profile import ModelProfile
 from protocol.plans.spec import SearchSpec
 from tests.support.tiny_specs import tiny_spec
 
@@ -34,7 +34,7 @@ def candidate_for(plan: Plan, text: Text = "fitness") -> Candidate:
     return Candidate(id="0123456789abcdef", rates=(), plan=plan, provenance=provenance, text=text)
 
 
-async def started(spec: SearchSpec) -> tuple[EvaluationChild, ModelCard]:
+async def started(spec: SearchSpec) -> tuple[EvaluationChild, ModelProfile]:
     child = EvaluationChild(spec)
     return child, await child.start(no_progress, sensitivity=False)
 
@@ -44,20 +44,20 @@ def process_of(child: EvaluationChild) -> asyncio.subprocess.Process:
     return child._process
 
 
-async def test_the_card_comes_after_the_stages_and_candidates_are_measured(spec: SearchSpec) -> None:
+async def test_the_profile_comes_after_the_stages_and_candidates_are_measured(spec: SearchSpec) -> None:
     stages: list[str] = []
     child = EvaluationChild(spec)
-    card = await child.start(lambda stage, done, total: stages.append(stage), sensitivity=False)
-    plan = spec.uniform_plan(card.shape)
+    profile = await child.start(lambda stage, done, total: stages.append(stage), sensitivity=False)
+    plan = spec.uniform_plan(profile.shape)
     outcomes = [await child.evaluate(candidate_for(plan, text), limit_seconds=60) for text in ("fitness", "report")]
     await child.kill()
     dense = ["measuring dense", "measuring dense on the report text"]
     assert list(dict.fromkeys(stages)) == ["loading model", "reading texts", "calibrating", "scoring", *dense]
-    assert card.fingerprint == spec.fingerprint
+    assert profile.fingerprint == spec.fingerprint
     fitness, report = outcomes
     assert isinstance(fitness, Measured) and isinstance(report, Measured)
     assert fitness.perplexity != report.perplexity
-    assert fitness.tokens == card.dense.tokens
+    assert fitness.tokens == profile.dense.tokens
 
 
 @pytest.mark.parametrize(("given", "used"), [(None, "PASSIVE"), ("ACTIVE", "ACTIVE")])
@@ -74,8 +74,8 @@ async def test_its_threads_wait_passively_unless_the_environment_says_otherwise(
 
 
 async def test_a_plan_of_another_model_has_failed_as_invalid_and_the_next_is_measured(spec: SearchSpec) -> None:
-    child, card = await started(spec)
-    plan = spec.uniform_plan(card.shape)
+    child, profile = await started(spec)
+    plan = spec.uniform_plan(profile.shape)
     short = await child.evaluate(candidate_for(Plan(layers=plan.layers[1:])), limit_seconds=60)
     good = await child.evaluate(candidate_for(plan), limit_seconds=60)
     await child.kill()
@@ -84,17 +84,17 @@ async def test_a_plan_of_another_model_has_failed_as_invalid_and_the_next_is_mea
 
 
 async def test_a_killed_process_is_reported_as_dead(spec: SearchSpec) -> None:
-    child, card = await started(spec)
+    child, profile = await started(spec)
     os.kill(process_of(child).pid, signal.SIGKILL)
     with pytest.raises(ChildDied):
-        await child.evaluate(candidate_for(spec.uniform_plan(card.shape)), limit_seconds=60)
+        await child.evaluate(candidate_for(spec.uniform_plan(profile.shape)), limit_seconds=60)
     assert not child.alive
 
 
 async def test_an_evaluation_over_its_time_limit_has_failed_and_the_process_is_gone(spec: SearchSpec) -> None:
-    child, card = await started(spec)
+    child, profile = await started(spec)
     process_of(child).send_signal(signal.SIGSTOP)  # a hang
-    outcome = await child.evaluate(candidate_for(spec.uniform_plan(card.shape)), limit_seconds=0.1)
+    outcome = await child.evaluate(candidate_for(spec.uniform_plan(profile.shape)), limit_seconds=0.1)
     assert isinstance(outcome, Failed) and outcome.reason == "timeout"
     assert not child.alive
 
@@ -121,10 +121,10 @@ async def test_what_the_process_logs_is_in_the_parents_log(spec: SearchSpec) -> 
 
 
 async def test_a_process_that_is_killed_says_why_that_may_be(spec: SearchSpec) -> None:
-    child, card = await started(spec)
+    child, profile = await started(spec)
     os.kill(process_of(child).pid, signal.SIGKILL)
     with pytest.raises(ChildDied, match="status -9: killed, as the system does when main memory runs out"):
-        await child.evaluate(candidate_for(spec.uniform_plan(card.shape)), limit_seconds=60)
+        await child.evaluate(candidate_for(spec.uniform_plan(profile.shape)), limit_seconds=60)
 
 
 async def test_the_process_ends_when_its_parent_closes_stdin(spec: SearchSpec) -> None:
@@ -189,10 +189,10 @@ def served(spec: SearchSpec, monkeypatch: pytest.MonkeyPatch, error: Exception) 
 def test_what_libraries_print_does_not_reach_the_parent() -> None:
     script = (
         "from gpu_worker.evaluation.process import take_stdout\n"
-        "replies = take_stdout()\nprint('a library speaks', flush=True)\nreplies.send({'card': 1})"
+        "replies = take_stdout()\nprint('a library speaks', flush=True)\nreplies.send({'profile': 1})"
     )
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert ended.stdout == '{"card": 1}\n'
+    assert ended.stdout == '{"profile": 1}\n'
     assert "a library speaks" in ended.stderr
 
 

@@ -51,12 +51,12 @@ def answer_to(error: Exception, session: Session) -> Outcome:
     return answer(Raising(error), request)  # type: ignore[arg-type]
 
 
-def test_the_dense_plan_measures_what_the_card_says_of_the_dense_model(session: Session) -> None:
+def test_the_dense_plan_measures_what_the_profile_says_of_the_dense_model(session: Session) -> None:
     dense = dense_plan(session.shape)
-    assert session.evaluate(dense).perplexity == pytest.approx(session.card.dense.perplexity, rel=1e-5)
-    assert session.card.dense_report is not None
+    assert session.evaluate(dense).perplexity == pytest.approx(session.profile.dense.perplexity, rel=1e-5)
+    assert session.profile.dense_report is not None
     report = session.evaluate(dense, "report")
-    assert report.perplexity == pytest.approx(session.card.dense_report.perplexity, rel=1e-5)
+    assert report.perplexity == pytest.approx(session.profile.dense_report.perplexity, rel=1e-5)
 
 
 def test_an_evaluation_does_not_depend_on_the_one_before(session: Session, spec: SearchSpec) -> None:
@@ -76,15 +76,15 @@ def test_a_measurement_counts_what_the_plan_leaves(session: Session, spec: Searc
 def test_sensitivity_has_a_figure_for_each_unit_and_none_where_it_is_not_wanted(
     session: Session, spec: SearchSpec
 ) -> None:
-    assert len(session.card.sensitivity) == len(session.shape.units(spec.granularity))
-    assert Session(spec, sensitivity=False).card.sensitivity == ()
+    assert len(session.profile.sensitivity) == len(session.shape.units(spec.granularity))
+    assert Session(spec, sensitivity=False).profile.sensitivity == ()
 
 
 def test_two_sessions_of_one_spec_agree_and_other_windows_show(session: Session, spec: SearchSpec) -> None:
-    again = Session(spec, sensitivity=False).card
-    other = Session(spec.model_copy(update={"seed": 1}), sensitivity=False).card
-    assert (again.texts, again.dense.perplexity) == (session.card.texts, session.card.dense.perplexity)
-    assert other.texts != session.card.texts
+    again = Session(spec, sensitivity=False).profile
+    other = Session(spec.model_copy(update={"seed": 1}), sensitivity=False).profile
+    assert (again.texts, again.dense.perplexity) == (session.profile.texts, session.profile.dense.perplexity)
+    assert other.texts != session.profile.texts
 
 
 def test_every_stage_ends_with_all_of_its_steps(spec: SearchSpec) -> None:
@@ -111,7 +111,7 @@ def test_where_the_spec_asks_for_divergence_it_is_measured_beside_the_same_perpl
         assert both.kl is not None and both.kl > 0.01 and both.fitness == both.kl
         assert both.perplexity == pytest.approx(plain.perplexity, rel=1e-5)
         assert both.tokens == plain.tokens
-    assert kl_session.card.dense.perplexity == pytest.approx(session.card.dense.perplexity, rel=1e-5)
+    assert kl_session.profile.dense.perplexity == pytest.approx(session.profile.dense.perplexity, rel=1e-5)
 
 
 def test_the_dense_plan_does_not_diverge_even_after_another_was_measured(kl_session: Session, spec: SearchSpec) -> None:
@@ -122,7 +122,7 @@ def test_the_dense_plan_does_not_diverge_even_after_another_was_measured(kl_sess
 
 def test_a_text_that_the_spec_does_not_have_is_refused(spec: SearchSpec) -> None:
     session = Session(spec.model_copy(update={"report": None}), sensitivity=False)
-    assert session.card.dense_report is None
+    assert session.profile.dense_report is None
     with pytest.raises(DataError, match=r"data\.report"):
         session.evaluate(dense_plan(session.shape), "report")
 

@@ -20,7 +20,7 @@ WINDOWS = tiny_windows(3, 20)
 
 
 def damaged(model: LoadedModel, share: float = 0.5) -> LoadedModel:
-    """The model with one MLP weakened, in place: a stand-in for a pruned one."""
+    """The model with one MLP weakened, in place: a fallback for a pruned one."""
     with torch.no_grad():
         model.decoder.layers[1].down.weight.mul_(share)
     return model

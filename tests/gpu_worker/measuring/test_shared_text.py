@@ -117,14 +117,14 @@ async def test_two_workers_whose_models_write_different_texts_measure_on_the_sam
     async with worker_process(server) as first:
         monkeypatch.setenv("XDG_CACHE_HOME", str(caches[1]))
         async with worker_process(server) as second:
-            card = await daemon.begin()
+            profile = await daemon.begin()
 
             async def both_idle() -> bool:
                 names = [name async for name in daemon.redis.scan_iter(match=keys.worker_prefix + "*")]
                 return sum('"idle"' in (text or "") for text in await daemon.redis.mget(names)) == 2 if names else False
 
             await eventually(both_idle, 120)
-            issued = await daemon.issue(card, 6)
+            issued = await daemon.issue(profile, 6)
             await eventually(lambda: daemon.collected(len(issued)), 60)
             for process in (first, second):
                 process.send_signal(signal.SIGTERM)

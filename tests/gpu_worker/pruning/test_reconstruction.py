@@ -178,6 +178,6 @@ def test_a_search_measures_reconstructed_models(scoring: Any, tmp_path_factory: 
     spec = SearchSpec.model_validate(plain.model_dump() | {"reconstruction": "least-squares"})
     assert spec.fingerprint != plain.fingerprint
     sessions = [Session(each, sensitivity=False) for each in (plain, spec)]
-    assert sessions[0].card.dense.perplexity == pytest.approx(sessions[1].card.dense.perplexity, rel=1e-6)
+    assert sessions[0].profile.dense.perplexity == pytest.approx(sessions[1].profile.dense.perplexity, rel=1e-6)
     first, second = (each.evaluate(each.spec.uniform_plan(each.shape)).perplexity for each in sessions)
     assert first != pytest.approx(second, rel=1e-6)

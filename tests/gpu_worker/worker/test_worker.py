@@ -14,7 +14,7 @@ import pytest
 from redis.asyncio import Redis
 
 from protocol.plans.candidate import Candidate, Measured, Provenance, Result, candidate_id
-from protocol.plans.card import ModelCard
+from protocol.plans.profile import ModelProfile
 from protocol.plans.spec import SearchSpec
 from protocol.queue.control import Control
 from protocol.queue.keys import Keys
@@ -72,21 +72,21 @@ class Daemon:
         self.queue = CandidateQueue(redis, keys, epoch=1, fingerprint=spec.fingerprint)
         self.results: list[Result] = []
 
-    async def begin(self) -> ModelCard:
+    async def begin(self) -> ModelProfile:
         await self.redis.set(self.keys.epoch, 1)
         await self.redis.set(self.keys.spec, self.spec.model_dump_json())
 
         async def published() -> bool:
-            return bool(await self.redis.exists(self.keys.card))
+            return bool(await self.redis.exists(self.keys.profile))
 
         await eventually(published, 120)
-        return ModelCard.model_validate_json(await self.redis.get(self.keys.card))
+        return ModelProfile.model_validate_json(await self.redis.get(self.keys.profile))
 
-    async def issue(self, card: ModelCard, count: int) -> list[Candidate]:
+    async def issue(self, profile: ModelProfile, count: int) -> list[Candidate]:
         issued = []
         for i in range(count):
-            rates = self.spec.feasible([0.05 + 0.02 * i, *[0.3] * (len(card.shape.layers) - 1)], card.shape)
-            plan = self.spec.plan(rates, card.shape)
+            rates = self.spec.feasible([0.05 + 0.02 * i, *[0.3] * (len(profile.shape.layers) - 1)], profile.shape)
+            plan = self.spec.plan(rates, profile.shape)
             provenance = Provenance(agent="initializer", source="llm", round=0)
             candidate = Candidate(
                 id=candidate_id(plan, self.spec.fingerprint), rates=rates, plan=plan, provenance=provenance
@@ -106,15 +106,15 @@ async def daemon(redis: Redis, keys: Keys, spec: SearchSpec) -> Daemon:
     return Daemon(redis, keys, spec)
 
 
-async def test_a_worker_publishes_the_card_and_measures_every_candidate_once(server: Server, daemon: Daemon) -> None:
+async def test_a_worker_publishes_the_profile_and_measures_every_candidate_once(server: Server, daemon: Daemon) -> None:
     async with worker_process(server) as process:
-        card = await daemon.begin()
-        issued = await daemon.issue(card, 6)
+        profile = await daemon.begin()
+        issued = await daemon.issue(profile, 6)
         await eventually(lambda: daemon.collected(len(issued)), 60)
         process.send_signal(signal.SIGTERM)
         assert await asyncio.wait_for(process.wait(), 30) == 0
         assert not children_of(process)
-    assert card.dense.perplexity > 1 and len(card.sensitivity) == len(card.shape.layers)
+    assert profile.dense.perplexity > 1 and len(profile.sensitivity) == len(profile.shape.layers)
     assert sorted(r.id for r in daemon.results) == sorted(c.id for c in issued)
     assert all(isinstance(r.outcome, Measured) for r in daemon.results)
     assert await daemon.redis.xlen(daemon.keys.jobs) == 0
@@ -124,8 +124,8 @@ async def test_when_its_child_is_killed_the_worker_makes_a_new_one_and_nothing_i
     server: Server, daemon: Daemon
 ) -> None:
     async with worker_process(server) as process:
-        card = await daemon.begin()
-        issued = await daemon.issue(card, 8)
+        profile = await daemon.begin()
+        issued = await daemon.issue(profile, 8)
         await eventually(lambda: daemon.collected(2), 60)
         (child,) = children_of(process)
         child.kill()
@@ -139,8 +139,8 @@ async def test_when_a_worker_is_killed_another_takes_its_job_over_and_its_child_
     server: Server, daemon: Daemon
 ) -> None:
     async with worker_process(server) as first:
-        card = await daemon.begin()
-        issued = await daemon.issue(card, 8)
+        profile = await daemon.begin()
+        issued = await daemon.issue(profile, 8)
         await eventually(lambda: daemon.collected(1), 60)
         orphans = children_of(first)
         first.kill()
@@ -157,10 +157,10 @@ async def test_a_paused_worker_claims_nothing_until_it_may(
 ) -> None:
     control = Control(redis, keys)
     async with worker_process(server):
-        card = await daemon.begin()
+        profile = await daemon.begin()
         await control.write("pause")
         await asyncio.sleep(2)
-        issued = await daemon.issue(card, 3)
+        issued = await daemon.issue(profile, 3)
         await asyncio.sleep(2)
         assert not await daemon.collected(1)
         await control.write("run")
@@ -169,8 +169,8 @@ async def test_a_paused_worker_claims_nothing_until_it_may(
 
 async def test_a_server_that_is_killed_and_comes_back_costs_no_candidate(server: Server, daemon: Daemon) -> None:
     async with worker_process(server):
-        card = await daemon.begin()
-        issued = await daemon.issue(card, 6)
+        profile = await daemon.begin()
+        issued = await daemon.issue(profile, 6)
         await eventually(lambda: daemon.collected(1), 60)
         server.kill()
         await asyncio.sleep(1)
@@ -210,8 +210,8 @@ async def test_a_worker_with_other_texts_than_the_first_is_refused(
     server: Server, daemon: Daemon, tmp_path: Path
 ) -> None:
     async with worker_process(server):
-        card = await daemon.begin()
-    await daemon.redis.set(daemon.keys.card, card.model_copy(update={"texts": "f" * 16}).model_dump_json())
+        profile = await daemon.begin()
+    await daemon.redis.set(daemon.keys.profile, profile.model_copy(update={"texts": "f" * 16}).model_dump_json())
     async with worker_process(server, "--quiet") as process:
         assert await asyncio.wait_for(process.wait(), 60) == 2
     assert "texts are not the ones" in process.log  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""ModelCard: what the worker tells the search about the target model before the first question is asked."""
+"""ModelProfile: what the worker tells the search about the target model before the first question is asked."""
 
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat
 
@@ -19,7 +19,7 @@ class DensePerplexity(BaseModel):
         return self.tokens // (seqlen - 1)
 
 
-class ModelCard(BaseModel):
+class ModelProfile(BaseModel):
     """The target model as measured by a worker. All workers of a search have to agree on it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
