@@ -61,7 +61,7 @@ def test_a_wheel_carries_prompts_configs_and_scripts(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {"configs/quickstart.yaml", "protocol/lua/enqueue.lua", "daemon/cli.py"} <= names
-    assert {"gpu_worker/models/modeling_pruned.py.j2", "gpu_worker/export/profile.md.j2"} <= names
+    assert {"gpu_worker/models/modeling_pruned.py.j2", "gpu_worker/export/card.md.j2"} <= names
     assert any(re.fullmatch(r"prompts/.+\.j2", name) for name in names)
 
 
