@@ -3,70 +3,70 @@
 from collections.abc import Sequence
 from functools import partial
 
-from agents.llm.endpoint import Asks
-from agents.operators.edits import MOST_KEPT, Profile, anchors, apply_profile, profile_bounds
-from agents.operators.sampling import drawn_profile
+from agents.llm.endpoint import ChatClient
+from agents.operators.edits import MAX_KEPT, Profile, anchor_layers, apply_profile, profile_bounds
+from agents.operators.sampling import sample_profile
 from agents.population.call import Call
 from agents.population.view import Member, Proposal, Submit, View
-from agents.prompting.conversation import Question
+from agents.prompting.conversation import Prompt
 from agents.prompting.descriptions import about_model
-from agents.prompting.prompts import Prompts
+from agents.prompting.prompts import PromptTemplates
 from agents.prompting.replies import parse_objects
 from agents.prompting.schemas import profile_schema
 from agents.prompting.settings import AgentSettings
-from agents.proposer import Proposer, lists_question
+from agents.proposer import Proposer, lists_prompt
 
 EDIT_TOKENS = 90
 
 
 class Initializer:
-    """Proposes the first population; random profiles stand in."""
+    """Proposes the first population. The fallback samples random profiles."""
 
-    def __init__(self, chat: Asks, prompts: Prompts, settings: AgentSettings) -> None:
-        self._prompts = prompts
+    def __init__(self, chat: ChatClient, templates: PromptTemplates, settings: AgentSettings) -> None:
+        self._templates = templates
         self._settings = settings
-        self._proposer = Proposer("initializer", chat, prompts, settings)
+        self._proposer = Proposer("initializer", chat, templates, settings)
 
     async def propose(self, view: View, count: int, submit: Submit) -> int:
-        """Get `count` candidates accepted; returns how many were."""
-        return await self._proposer.propose(view, count, submit, self._question, partial(drawn_profile, view=view))
+        """Get `count` candidates accepted; return how many were."""
+        return await self._proposer.propose(view, count, submit, self._prompt, partial(sample_profile, view=view))
 
-    def _question(self, call: Call) -> Question[Proposal]:
+    def _prompt(self, call: Call) -> Prompt[Proposal]:
         if self._settings.reply == "lists":
-            prompt = self._prompts.fill(
+            text = self._templates.fill(
                 "initializer_lists", count=call.count, about=about_model(call.view, self._settings.tell)
             )
-            return lists_question("initializer_lists", prompt, call.view, ())
-        return self._edits_question(call)
+            return lists_prompt("initializer_lists", text, call.view, ())
+        return self._edits(call)
 
-    def _edits_question(self, call: Call) -> Question[Proposal]:
+    def _edits(self, call: Call) -> Prompt[Proposal]:
         view = call.view
         low, high = profile_bounds(view)
-        prompt = self._prompts.fill(
+        text = self._templates.fill(
             "initializer_edits",
             count=call.count,
             variant=call.index + view.round,
-            anchors=anchors(view),
+            anchors=anchor_layers(view),
             low=low,
             high=high,
-            most_kept=MOST_KEPT,
+            max_kept=MAX_KEPT,
             about=about_model(view, self._settings.tell),
         )
-        return Question(
+        return Prompt(
             name="initializer_edits",
-            prompt=prompt,
+            text=text,
             schema=lambda count: profile_schema(view, count),
             parse=lambda text, count: parse_objects(text, Profile, lambda reply: apply_profile(view, reply), count),
-            tokens=EDIT_TOKENS,
+            tokens_per_item=EDIT_TOKENS,
         )
 
 
 class BestOfN:
-    """The Initializer asked in every round, without feedback: what the LLM knows before anything is measured."""
+    """Asks the Initializer in every round, without feedback: what the LLM knows before anything is measured."""
 
     def __init__(self, initializer: Initializer) -> None:
         self._initializer = initializer
 
     async def propose(self, view: View, _parents: Sequence[Member], count: int, submit: Submit) -> int:
-        """Get `count` candidates accepted; returns how many were."""
+        """Get `count` candidates accepted; return how many were."""
         return await self._initializer.propose(view, count, submit)

@@ -3,14 +3,20 @@
 from collections.abc import Sequence
 from functools import partial
 
-from agents.llm.endpoint import Asks
-from agents.operators.edits import MOST_CHANGES, STEPS, Mutation, apply_mutation
-from agents.operators.sampling import MOST_TRADES, RANKED_TRADES, RankedTrades, drawn_mutation, good_one
-from agents.operators.trades import menu, traded
+from agents.llm.endpoint import ChatClient
+from agents.operators.edits import MAX_CHANGES, STEPS, Mutation, apply_mutation
+from agents.operators.sampling import (
+    MAX_TRADES,
+    RANKED_TRADES,
+    sample_mutation,
+    sample_ranked_trades,
+    sample_trade_parent,
+)
+from agents.operators.trades import apply_trades, trade_menu
 from agents.population.call import Call
-from agents.population.submission import Draw
+from agents.population.submission import Sampler
 from agents.population.view import Member, Proposal, Submit, View
-from agents.prompting.conversation import Question
+from agents.prompting.conversation import Prompt
 from agents.prompting.descriptions import (
     about_model,
     fitness_in_words,
@@ -18,100 +24,100 @@ from agents.prompting.descriptions import (
     numbered_profiles,
     trades_in_words,
 )
-from agents.prompting.feedback import Telling, telling
-from agents.prompting.prompts import Prompts
+from agents.prompting.feedback import Feedback, feedback_on
+from agents.prompting.prompts import PromptTemplates
 from agents.prompting.replies import parse_objects
-from agents.prompting.schemas import TradeChoice, chosen_of, mutation_schema, trades_schema
+from agents.prompting.schemas import TradeChoice, mutation_schema, pick, trades_schema
 from agents.prompting.settings import AgentSettings
-from agents.proposer import Proposer, lists_question
+from agents.proposer import Proposer, lists_prompt
 
 EDIT_TOKENS = 90
 TRADE_TOKENS = 30
 SHOWN = 3
-"""Parents that one call for edits is shown: more only lengthen the prompt."""
+"""Parents that one call for edits shows; more would only lengthen the prompt."""
 
 
 class Mutator:
-    """Proposes mutations of the parents; shifts of rate between units stand in."""
+    """Proposes mutations of the parents. The fallback shifts rate between units."""
 
-    def __init__(self, chat: Asks, prompts: Prompts, settings: AgentSettings) -> None:
-        self._prompts = prompts
+    def __init__(self, chat: ChatClient, templates: PromptTemplates, settings: AgentSettings) -> None:
+        self._templates = templates
         self._settings = settings
-        self._proposer = Proposer("mutator", chat, prompts, settings)
+        self._proposer = Proposer("mutator", chat, templates, settings)
 
     async def propose(self, view: View, parents: Sequence[Member], count: int, submit: Submit) -> int:
-        """Get `count` mutations of `parents` accepted; returns how many were."""
+        """Get `count` mutations of `parents` accepted; return how many were."""
         if not parents:
             return 0
 
-        told = telling(view, self._settings.tell)
+        feedback = feedback_on(view, self._settings.tell)
         if self._settings.reply == "trades":
-            question = partial(self._trades, parents=parents, told=told)
-            fallback: Draw = RankedTrades(view, parents)
+            make_prompt = partial(self._trades, parents=parents, feedback=feedback)
+            fallback: Sampler = partial(sample_ranked_trades, view=view, parents=parents)
         else:
-            question = partial(
-                self._lists if self._settings.reply == "lists" else self._edits, parents=parents, told=told
+            make_prompt = partial(
+                self._lists if self._settings.reply == "lists" else self._edits, parents=parents, feedback=feedback
             )
-            fallback = partial(drawn_mutation, parents=parents)
-        return await self._proposer.propose(view, count, submit, question, fallback)
+            fallback = partial(sample_mutation, parents=parents)
+        return await self._proposer.propose(view, count, submit, make_prompt, fallback)
 
-    def _lists(self, call: Call, parents: Sequence[Member], told: Telling) -> Question[Proposal]:
-        prompt = self._prompts.fill(
+    def _lists(self, call: Call, parents: Sequence[Member], feedback: Feedback) -> Prompt[Proposal]:
+        text = self._templates.fill(
             "mutator_lists",
             count=call.count,
             members=numbered_lists(call.view, parents),
-            told=told,
+            feedback=feedback,
             about=about_model(call.view, self._settings.tell),
         )
-        return lists_question("mutator_lists", prompt, call.view, parents)
+        return lists_prompt("mutator_lists", text, call.view, parents)
 
-    def _trades(self, call: Call, parents: Sequence[Member], told: Telling) -> Question[Proposal]:
+    def _trades(self, call: Call, parents: Sequence[Member], feedback: Feedback) -> Prompt[Proposal]:
         view, rng = call.view, call.rng
-        parent = good_one(rng, view, parents)
-        trades = menu(view, parent, rng, RANKED_TRADES)
+        parent = sample_trade_parent(rng, view, parents)
+        trades = trade_menu(view, parent, rng, RANKED_TRADES)
         if not trades:  # every unit is at a bound
-            return self._edits(call, parents, told)
-        prompt = self._prompts.fill(
+            return self._edits(call, parents, feedback)
+        text = self._templates.fill(
             "mutator_trades",
             count=call.count,
             variant=call.index + view.round,
             fitness=fitness_in_words(view, parent),
-            told=told,
+            feedback=feedback,
             trades=trades_in_words(view, parent, trades),
-            most=min(MOST_TRADES, len(trades)),
+            max_trades=min(MAX_TRADES, len(trades)),
             about=about_model(view, self._settings.tell),
         )
 
         def apply(reply: TradeChoice) -> Proposal:
-            return traded(parent, chosen_of(trades, reply.trades, MOST_TRADES, "trade"))
+            return apply_trades(parent, pick(trades, reply.trades, MAX_TRADES, "trade"))
 
-        return Question(
+        return Prompt(
             name="mutator_trades",
-            prompt=prompt,
-            schema=lambda count: trades_schema(len(trades), MOST_TRADES, count),
+            text=text,
+            schema=lambda count: trades_schema(len(trades), MAX_TRADES, count),
             parse=lambda text, count: parse_objects(text, TradeChoice, apply, count),
-            tokens=TRADE_TOKENS,
+            tokens_per_item=TRADE_TOKENS,
         )
 
-    def _edits(self, call: Call, parents: Sequence[Member], told: Telling) -> Question[Proposal]:
+    def _edits(self, call: Call, parents: Sequence[Member], feedback: Feedback) -> Prompt[Proposal]:
         view = call.view
-        shown = call.some_of(parents, SHOWN)
-        prompt = self._prompts.fill(
+        shown = call.sample_members(parents, SHOWN)
+        text = self._templates.fill(
             "mutator_edits",
             count=call.count,
             variant=call.index + view.round,
             members=numbered_profiles(view, shown),
-            told=told,
-            most_changes=MOST_CHANGES,
+            feedback=feedback,
+            max_changes=MAX_CHANGES,
             steps=STEPS,
             about=about_model(view, self._settings.tell),
         )
-        return Question(
+        return Prompt(
             name="mutator_edits",
-            prompt=prompt,
+            text=text,
             schema=lambda count: mutation_schema(view, len(shown), count),
             parse=lambda text, count: parse_objects(
                 text, Mutation, lambda reply: apply_mutation(view, shown, reply), count
             ),
-            tokens=EDIT_TOKENS,
+            tokens_per_item=EDIT_TOKENS,
         )

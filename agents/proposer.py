@@ -1,4 +1,4 @@
-"""How an agent gets its candidates: several calls to the LLM at a time, and the fallback for what they leave out."""
+"""How an agent gets its candidates: concurrent calls to the LLM, and the fallback for what they leave missing."""
 
 import asyncio
 import hashlib
@@ -9,22 +9,23 @@ from contextlib import asynccontextmanager
 import structlog
 from structlog.contextvars import bound_contextvars
 
-from agents.llm.endpoint import Answer, Asks
+from agents.llm.endpoint import Answer, ChatClient
 from agents.population.call import Call
-from agents.population.submission import Draw, NothingLeft, Offers
+from agents.population.submission import NothingLeft, Sampler, Submitter
 from agents.population.view import Member, Proposal, Submit, View
-from agents.prompting.conversation import Asker, Question
-from agents.prompting.prompts import Prompts
+from agents.prompting.conversation import Asker, Prompt
+from agents.prompting.prompts import PromptTemplates
 from agents.prompting.replies import Parsed, parse_lists
 from agents.prompting.settings import AgentSettings
 from protocol.plans.candidate import AgentName
 
 
-class Turns:
-    """Members take turns by step, then by number: everybody's first turn, in order, then everybody's second.
+class RoundRobin:
+    """Gives members turns in a fixed order: the first turn of every member by number, then the second, and so on.
 
-    Which candidates a round gets depends on the order in which proposals are compared with what is known. With turns it
-    depends on the answers alone and not on how long each took, so a search can be replayed, and resumed amid a round.
+    Which candidates a round gets depends on the order in which proposals are compared with the known plans. With turns,
+    that order depends on the answers alone and not on how long each took, so a search can be replayed or resumed in the
+    middle of a round.
     """
 
     def __init__(self, members: Iterable[int]) -> None:
@@ -32,8 +33,8 @@ class Turns:
         self._calls = {member: asyncio.Event() for member in self._steps}
 
     @asynccontextmanager
-    async def part(self, member: int) -> AsyncIterator[None]:
-        """All of what a member does; nobody waits for it afterwards."""
+    async def membership(self, member: int) -> AsyncIterator[None]:
+        """Span all turns of a member; afterwards the others no longer wait for it."""
         try:
             yield
         finally:
@@ -42,7 +43,7 @@ class Turns:
 
     @asynccontextmanager
     async def turn(self, member: int) -> AsyncIterator[None]:
-        """Waits until it is this member's turn; the next one's begins at the end."""
+        """Wait for this member's turn; the next member's turn begins when the context ends."""
         while self._next() != member:
             await self._calls[member].wait()
             self._calls[member].clear()
@@ -54,7 +55,7 @@ class Turns:
     async def last_turn(self, member: int) -> AsyncIterator[None]:
         """Wait until every other member is done, or waits for its own last turn and has a higher number.
 
-        How many turns a member had before its last one makes no difference to the order of the last turns.
+        The order of the last turns does not depend on how many turns a member had before.
         """
         self._steps[member] = math.inf
         self._call_next()
@@ -73,11 +74,11 @@ log = structlog.get_logger()
 
 
 class Proposer:
-    """Makes an agent's proposals: several calls at a time, and the fallback for what the LLM leaves out."""
+    """Makes an agent's proposals by several concurrent calls; the fallback makes what the LLM leaves missing."""
 
-    def __init__(self, agent: AgentName, chat: Asks, prompts: Prompts, settings: AgentSettings) -> None:
+    def __init__(self, agent: AgentName, chat: ChatClient, templates: PromptTemplates, settings: AgentSettings) -> None:
         self._agent = agent
-        self._asker = Asker(chat, prompts, settings)
+        self._asker = Asker(chat, templates, settings)
         self._settings = settings
 
     async def propose(
@@ -85,57 +86,58 @@ class Proposer:
         view: View,
         count: int,
         submit: Submit,
-        question: Callable[[Call], Question[Proposal]],
-        fallback: Draw,
+        make_prompt: Callable[[Call], Prompt[Proposal]],
+        fallback: Sampler,
     ) -> int:
-        """Get `count` candidates accepted; returns how many are, which is fewer only where no new plan was found.
+        """Get `count` candidates accepted. Return how many were: fewer only if no new plan was found.
 
-        Calls that a process before this one has begun are repeated, and those it has finished are not: the questions
-        are the same, so with the same answers the candidates are.
+        Calls that an earlier process began are repeated, and calls that it finished are not. The questions are the
+        same, so the same answers lead to the same candidates.
         """
         calls = [Call(self._agent, view, i, size) for i, size in enumerate(self._settings.split(count))]
-        offers = [Offers(self._agent, call, submit) for call in calls]
-        begun = [offer for offer in offers if not offer.is_complete]
-        turns = Turns(offer.call.index for offer in begun)
+        submitters = [Submitter(self._agent, call, submit) for call in calls]
+        unfinished = [submitter for submitter in submitters if not submitter.is_complete]
+        turns = RoundRobin(submitter.call.index for submitter in unfinished)
         async with asyncio.TaskGroup() as group:
-            for offer in begun:
-                group.create_task(self._fill(offer, turns, question(offer.call), fallback))
-        return sum(len(offer.made) for offer in offers)
+            for submitter in unfinished:
+                group.create_task(self._fill(submitter, turns, make_prompt(submitter.call), fallback))
+        return sum(len(submitter.accepted) for submitter in submitters)
 
     async def _fill(
         self,
-        offers: Offers,
-        turns: Turns,
-        question: Question[Proposal],
-        fallback: Draw,
+        submitter: Submitter,
+        turns: RoundRobin,
+        prompt: Prompt[Proposal],
+        fallback: Sampler,
     ) -> None:
-        call = offers.call
-        prompt = f"{question.name}:{hashlib.sha256(question.prompt.encode()).hexdigest()[:8]}"
+        call = submitter.call
+        prompt_id = f"{prompt.name}:{hashlib.sha256(prompt.text.encode()).hexdigest()[:8]}"
 
         async def take(proposal: Proposal, answer: Answer) -> str | None:
-            return await offers.make(proposal, "llm", endpoint=answer.endpoint, prompt=prompt)
+            return await submitter.submit(proposal, "llm", endpoint=answer.endpoint, prompt=prompt_id)
 
         with bound_contextvars(agent=self._agent, round=call.view.round):
             try:
-                async with turns.part(call.index):
-                    taken = await self._asker.ask(call, question, call.count, take, lambda: turns.turn(call.index))
+                async with turns.membership(call.index):
+                    taken = await self._asker.ask(call, prompt, call.count, take, lambda: turns.turn(call.index))
                     if taken < call.count:
                         # The last turn, so that these proposals do not depend on how often the LLM failed, or how.
                         async with turns.last_turn(call.index):
-                            await self._fallback(call, call.count - taken, offers, fallback)
+                            await self._fall_back(call.count - taken, submitter, fallback)
             except NothingLeft:
                 log.debug("nothing_left_to_propose", agent=self._agent, round=call.view.round, call=call.index)
 
-    async def _fallback(self, call: Call, missing: int, offers: Offers, fallback: Draw) -> None:
-        taken = await offers.draw(call.rng, missing, fallback, "fallback")
+    async def _fall_back(self, missing: int, submitter: Submitter, fallback: Sampler) -> None:
+        call = submitter.call
+        taken = await submitter.sample(call.rng, missing, fallback, "fallback")
         log.info("fallback", agent=self._agent, round=call.view.round, accepted=taken, missing=missing - taken)
 
 
 TOKENS_PER_RATE = 9
 
 
-def lists_question(name: str, prompt: str, view: View, shown: Sequence[Member]) -> Question[Proposal]:
-    """A question whose answer is lists of rates, made from all the members `shown`."""
+def lists_prompt(name: str, text: str, view: View, shown: Sequence[Member]) -> Prompt[Proposal]:
+    """Return a prompt that is answered with lists of rates, made from all the members `shown`."""
     units = view.units
     parents = tuple(member.candidate.id for member in shown)
 
@@ -143,11 +145,11 @@ def lists_question(name: str, prompt: str, view: View, shown: Sequence[Member]) 
         parsed = parse_lists(text, units, view.spec.rate, count)
         return Parsed(tuple(Proposal(rates, parents) for rates in parsed.good), parsed.names, parsed.problems)
 
-    return Question(name, prompt, lambda count: lists_schema(len(units), count), parse, TOKENS_PER_RATE * len(units))
+    return Prompt(name, text, lambda count: lists_schema(len(units), count), parse, TOKENS_PER_RATE * len(units))
 
 
 def lists_schema(units: int, count: int) -> dict[str, object]:
-    """For `count` configurations of so many units' rates."""
+    """Return the schema of `count` configurations with a rate for each of `units`."""
     rate = {"type": "number", "minimum": 0, "maximum": 1}
     rates = {"type": "array", "items": rate, "minItems": units, "maxItems": units}
     lists = {"type": "array", "items": rates, "minItems": count, "maxItems": count}

@@ -2,32 +2,35 @@
 
 from structlog.contextvars import bound_contextvars
 
-from agents.llm.endpoint import Answer, Asks
+from agents.llm.endpoint import Answer, ChatClient
 from agents.operators.genetic import tournament
 from agents.population.call import Call
 from agents.population.view import Member, Selection, View
-from agents.prompting.conversation import Asker, Question
+from agents.prompting.conversation import Asker, Prompt
 from agents.prompting.descriptions import about_model, numbered_sections
-from agents.prompting.prompts import Prompts
+from agents.prompting.prompts import PromptTemplates
 from agents.prompting.replies import Parsed, parse_objects
 from agents.prompting.schemas import Choice, apply_choice, choice_schema
 from agents.prompting.settings import AgentSettings
 
 TOKENS_PER_PARENT = 5
 SHOWN = 40
-"""The most members that are shown; the rest of a larger population is not chosen from."""
+"""The most members that the LLM is shown; worse members of a larger population cannot be chosen."""
 
 
 class Selector:
-    """Chooses parents by their numbers, whatever the reply format of the others; a tournament stands in."""
+    """Asks the LLM for the numbers of the parents, whatever `reply` is. The fallback is a tournament."""
 
-    def __init__(self, chat: Asks, prompts: Prompts, settings: AgentSettings) -> None:
-        self._prompts = prompts
+    def __init__(self, chat: ChatClient, templates: PromptTemplates, settings: AgentSettings) -> None:
+        self._templates = templates
         self._settings = settings
-        self._asker = Asker(chat, prompts, settings)
+        self._asker = Asker(chat, templates, settings)
 
     async def select(self, view: View, count: int) -> Selection:
-        """Up to `count` parents, best first, at most half of the population (but two): to take all is no selection."""
+        """Return up to `count` parents, best first.
+
+        At most half of the population (but two) is selected: taking everyone would be no selection.
+        """
         population = view.population[:SHOWN]
         wanted = min(count, max(2, len(population) // 2), len(population))
         call = Call("selector", view, 0, wanted)
@@ -39,19 +42,19 @@ class Selector:
 
         if wanted >= 2:
             with bound_contextvars(agent=call.agent, round=view.round):
-                await self._asker.ask(call, self._question(view, population, wanted), 1, take)
+                await self._asker.ask(call, self._prompt(view, population, wanted), 1, take)
         if chosen:
             return Selection(chosen[0], "llm")
         return Selection(tournament(call.rng, population, wanted), "fallback")
 
-    def _question(self, view: View, population: tuple[Member, ...], wanted: int) -> Question[tuple[Member, ...]]:
+    def _prompt(self, view: View, population: tuple[Member, ...], wanted: int) -> Prompt[tuple[Member, ...]]:
 
         def parse(text: str, _: int) -> Parsed[tuple[Member, ...]]:
             return parse_objects(text, Choice, lambda reply: apply_choice(population, wanted, reply), 1)
 
-        return Question(
+        return Prompt(
             name="selector",
-            prompt=self._prompts.fill(
+            text=self._templates.fill(
                 "selector",
                 wanted=wanted,
                 about=about_model(view, self._settings.tell),
@@ -59,5 +62,5 @@ class Selector:
             ),
             schema=lambda _: choice_schema(len(population), wanted),
             parse=parse,
-            tokens=TOKENS_PER_PARENT * wanted,
+            tokens_per_item=TOKENS_PER_PARENT * wanted,
         )

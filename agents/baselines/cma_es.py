@@ -1,7 +1,7 @@
-"""CMA-ES over the pruning rates, by the package `cmaes`: a round is a generation.
+"""CMA-ES over the pruning rates, with the package `cmaes`: each round is a generation.
 
-The separable variant (Ros & Hansen, 2008), which learns one variance a unit: a few hundred evaluations are too few to
-learn how sixty units depend on each other.
+The separable variant (Ros & Hansen, 2008) learns one variance per unit: a few hundred evaluations are too few to learn
+the covariances of sixty units.
 """
 
 import asyncio
@@ -12,76 +12,76 @@ from typing import Any
 import numpy as np
 from cmaes import SepCMA
 
-from agents.baselines.classical import draw_all
+from agents.baselines.classical import submit_samples
 from agents.population.submission import NothingLeft
 from agents.population.view import Member, Proposal, Submit, View
 from protocol.plans.plan import unit_bounds
 
 SIGMA = 0.1
-"""The standard deviation of the first generation, in rates."""
-LEAST = 2
-"""Members of a generation that the method needs."""
+"""Standard deviation of the first generation, in rates."""
+MIN_SIZE = 2
+"""The smallest generation that the method can use."""
 
 
 class CmaEsMutator:
-    """Draws each round from the distribution that the earlier rounds have taught; `size` is a generation's.
+    """Samples each round from the distribution learned from the earlier rounds; `size` is that of a generation.
 
-    Nothing is kept beside the history. A process that begins amid a search draws the earlier rounds again, from the
-    seed, and tells them with what they measured.
+    No state is stored. A process that starts in the middle of a search samples the earlier rounds again, from the seed,
+    and learns from their outcomes.
     """
 
     def __init__(self, size: int) -> None:
-        self._size = max(LEAST, size)
+        self._size = max(MIN_SIZE, size)
         self._optimizer: SepCMA | None = None
-        self._drawn: list[Any] = []
+        self._samples: list[Any] = []
         self._round = 0
-        """Whose draws `_drawn` are."""
+        """The round of `_samples`."""
 
     async def propose(self, view: View, _parents: Sequence[Member], count: int, submit: Submit) -> int:
-        """Get `count` candidates accepted; returns how many were, fewer where what is drawn is known already."""
-        # Each proposal that is compared with the history takes milliseconds: others go on meanwhile.
-        await asyncio.to_thread(self._go_to, view)
-        generation = iter(self._drawn)
+        """Get `count` candidates accepted; return how many were: fewer if some samples are known plans."""
+        # Planning a sample takes milliseconds, so a generation is processed in a thread.
+        await asyncio.to_thread(self._advance, view)
+        generation = iter(self._samples)
 
-        def draw(_: random.Random) -> Proposal:
+        def sampler(_: random.Random) -> Proposal:
             rates = next(generation, None)
             if rates is None:
                 raise NothingLeft
             return Proposal(tuple(rates.tolist()))
 
-        return await draw_all("mutator", view, count, submit, draw)
+        return await submit_samples("mutator", view, count, submit, sampler)
 
-    def _go_to(self, view: View) -> None:
-        """Draw this round, after telling the earlier ones."""
+    def _advance(self, view: View) -> None:
+        """Learn from the earlier rounds and sample this one."""
         if self._optimizer is None or self._round > view.round:
             self._optimizer, self._round = self._first(view), 0
         while self._round < view.round:
             if self._round:
-                self._tell(view)
-            self._drawn = [self._optimizer.ask() for _ in range(self._size)]
+                self._learn(view)
+            self._samples = [self._optimizer.ask() for _ in range(self._size)]
             self._round += 1
 
     def _first(self, view: View) -> SepCMA:
         spec = view.spec
         bounds = np.array(unit_bounds(view.profile.shape, spec.granularity, spec.lowest_rate, spec.highest_rate))
         return SepCMA(
-            mean=np.clip(_start(view), bounds[:, 0], bounds[:, 1]),  # of which rounding may have made a little more
+            mean=np.clip(_start(view), bounds[:, 0], bounds[:, 1]),  # rounding may have moved it out of bounds
             sigma=SIGMA,
             bounds=bounds,
             seed=spec.seed % 2**32,
             population_size=self._size,
         )
 
-    def _tell(self, view: View) -> None:
+    def _learn(self, view: View) -> None:
         assert self._optimizer is not None
-        ids = [view.candidate_id(x.tolist()) for x in self._drawn]
+        ids = [view.candidate_id(x.tolist()) for x in self._samples]
         fitness = [None if id_ is None else view.fitness_of(id_) for id_ in ids]
-        # What was not measured (it failed, it has no plan, or the budget was used up) was no good.
+        # Samples without fitness (they failed, have no plan, or the budget was used up) count as the worst.
         worst = max((each for each in fitness if each is not None), default=0.0)
-        told = [worst if each is None else each for each in fitness]
-        self._optimizer.tell(list(zip(self._drawn, told, strict=True)))
+        filled = [worst if each is None else each for each in fitness]
+        self._optimizer.tell(list(zip(self._samples, filled, strict=True)))
 
 
 def _start(view: View) -> tuple[float, ...]:
-    """The best of the first population: where the search begins."""
+    """Return the best rates of the first population, where the search begins."""
     return view.start or view.spec.uniform_rates(view.profile.shape)

@@ -1,45 +1,47 @@
 """EvoPress (Sieberling et al., 2024) on our units: one parent, the best so far, and offspring by level switches.
 
-A switch takes a level from one unit and gives it to another, so the budget stays. A level is a share of a decoder
-layer's parameters. Attention has few levels, one for each number of heads that can stay: where a switch meets it, the
-level is its next one, and the other side takes as many parameters.
+A switch takes a level from one unit and gives it to another, which keeps the budget. A level is a share of a decoder
+layer's parameters. Attention has few levels, one for each number of heads that can be kept. If a switch involves
+attention, attention moves by its next level and the other unit takes the same number of parameters.
 """
 
 import random
 from collections.abc import Sequence
 from functools import partial
 
-from agents.baselines.classical import draw_all
+from agents.baselines.classical import submit_samples
 from agents.population.view import Member, Proposal, Submit, View
 from protocol.plans.plan import parameters_to_next_level, unit_bounds
 from protocol.plans.rates import ROUNDING
 
 LEVELS = (0.025, 0.05, 0.1)
-"""Sizes of a level, as shares of a decoder layer. EvoPress has one size; with a few hundred evaluations for the whole
-search the small one alone is too slow, and the large one alone too coarse."""
-MOST_SWITCHES = 3
-MOST_DRAWS = 32
-"""Pairs of units that are drawn for a switch, until there is one that can be made."""
+"""Sizes of a level, as shares of a decoder layer. EvoPress has one size. With a few hundred evaluations for the whole
+search, the small size alone is too slow, and the large one alone too coarse."""
+MAX_SWITCHES = 3
+MAX_TRIES = 32
+"""Random pairs of units that are tried for a switch until one is possible."""
 
 
 class EvolutionMutator:
-    """The (1 + λ) search: offspring of the best candidate alone."""
+    """Runs the (1 + λ) search: offspring of the best candidate alone."""
 
     async def propose(self, view: View, parents: Sequence[Member], count: int, submit: Submit) -> int:
-        """Get `count` offspring of the first of `parents` accepted; returns how many were."""
+        """Get `count` offspring of the first of `parents` accepted; return how many were."""
         if not parents:
             return 0
-        return await draw_all("mutator", view, count, submit, partial(switched, view=view, parent=parents[0]))
+        return await submit_samples(
+            "mutator", view, count, submit, partial(sample_switches, view=view, parent=parents[0])
+        )
 
 
-def switched(rng: random.Random, view: View, parent: Member) -> Proposal:
-    """The parent with one to three level switches, mostly one (the smaller of two draws)."""
+def sample_switches(rng: random.Random, view: View, parent: Member) -> Proposal:
+    """Return the parent after one to three level switches (the smaller of two random numbers, so mostly one)."""
     rates = list(parent.candidate.rates)
     spec = view.spec
     bounds = unit_bounds(view.profile.shape, spec.granularity, spec.lowest_rate, spec.highest_rate)
-    for _ in range(min(rng.randint(1, MOST_SWITCHES), rng.randint(1, MOST_SWITCHES))):
-        draws = (_switch(rng, view, rates, bounds) for _ in range(MOST_DRAWS))
-        for i, rate in next(filter(None, draws), {}).items():
+    for _ in range(min(rng.randint(1, MAX_SWITCHES), rng.randint(1, MAX_SWITCHES))):
+        switches = (_switch(rng, view, rates, bounds) for _ in range(MAX_TRIES))
+        for i, rate in next(filter(None, switches), {}).items():
             rates[i] = rate
     return Proposal(tuple(rates), (parent.candidate.id,))
 
@@ -47,9 +49,9 @@ def switched(rng: random.Random, view: View, parent: Member) -> Proposal:
 def _switch(
     rng: random.Random, view: View, rates: Sequence[float], bounds: Sequence[tuple[float, float]]
 ) -> dict[int, float]:
-    """Two units' rates after a level has gone from one to the other; empty where one has none to lose or to take.
+    """Return the rates of two random units after a level moves from one to the other; empty if that is impossible.
 
-    Half a switch is none: all other units would have to make up for it.
+    A half switch is not made: projection would spread the rest over all other units.
     """
     shape, units = view.profile.shape, view.units
     loser, taker = rng.sample(range(len(rates)), 2)

@@ -1,4 +1,4 @@
-"""Seeds: allocations without search that take part in the first population, so that the search begins with the best."""
+"""Seeds: allocations without search that join the first population, so that the search begins with the best of them."""
 
 from collections.abc import Sequence
 
@@ -15,8 +15,8 @@ from protocol.plans.single_unit import removed_alone
 log = structlog.get_logger()
 
 
-async def plant_seeds(methods: Sequence[Method], view: View, submit: Submit) -> None:
-    """Submit the rates of each method; one that cannot reach the pruning rate, or gives a known plan, is left out."""
+async def submit_seeds(methods: Sequence[Method], view: View, submit: Submit) -> None:
+    """Submit the rates of each method; skip methods that cannot reach the pruning rate or give a known plan."""
     for index, method in enumerate(methods):
         provenance = Provenance(agent="seed", source="allocation", round=0, call=index)
         try:
@@ -28,11 +28,11 @@ async def plant_seeds(methods: Sequence[Method], view: View, submit: Submit) -> 
 
 
 def seed_rates(method: Method, view: View) -> tuple[float, ...]:
-    """The rates of a method, by what the model profile says.
+    """Return the rates of a method, computed from the model profile.
 
-    A method that gives a layer one rate says nothing of how its attention and MLP share it: with blocks the MLP takes
-    all that it can, for to lose heads in every layer is worst. Raises BudgetError where the method cannot reach the
-    pruning rate, or the profile (of an older version) says too little.
+    Methods that give one rate per layer do not split it between attention and MLP. With blocks the MLP then takes as
+    much of it as possible, because removing heads in every layer is worst. Raise BudgetError if the method cannot reach
+    the pruning rate, or if the profile (of an older version) lacks what the method needs.
     """
     spec, profile = view.spec, view.profile
     if (method == "owl" and not profile.outliers) or (method == "sensitivity" and not profile.sensitivity):
@@ -45,11 +45,11 @@ def seed_rates(method: Method, view: View) -> tuple[float, ...]:
     if method == "sensitivity" or spec.granularity == "layer":
         return allocated(Allocation(method=method), findings, profile.shape, spec.rate, spec.granularity)
     by_layer = allocated(Allocation(method=method), findings, profile.shape, spec.rate, "layer")
-    return tuple(_of_block(unit, by_layer[unit.layer], profile.shape) for unit in view.units)
+    return tuple(_block_rate(unit, by_layer[unit.layer], profile.shape) for unit in view.units)
 
 
-def _of_block(unit: Unit, rate: float, shape: ModelShape) -> float:
-    """What a block loses where its layer loses `rate`, from the MLP as far as that goes."""
+def _block_rate(unit: Unit, rate: float, shape: ModelShape) -> float:
+    """Return the rate of a block whose layer loses `rate`, taken from the MLP as far as possible."""
     layer = shape.layer_parameters(unit.layer)
     whole = shape.layers[unit.layer]
     mlp = shape.mlp_parameters(whole.mlp_channels)

@@ -1,10 +1,10 @@
-"""A circuit breaker: whom nobody could reach is left alone for a while, then tried by one question. Pure.
+"""A circuit breaker: an unreachable endpoint rests for a while, then one question probes it. Also cooldowns. Pure.
 
 ::
 
-    closed ── too many failures in a row ─▶ open ── its rest is over, one question goes ──▶ half-open
-       ▲                                      ▲                                                 │
-       └────────────── any answer ────────────┴─────── no answer: a rest twice as long ─────────┘
+    closed ── too many failures in a row ─▶ open ── the rest is over, one question probes ─▶ half-open
+       ▲                                      ▲                                                  │
+       └────────────── any answer ────────────┴─────── no answer: a rest twice as long ──────────┘
 """
 
 import math
@@ -16,12 +16,12 @@ from email.utils import parsedate_to_datetime
 from typing import Literal
 
 Clock = Callable[[], float]
-"""Seconds that only ever grow."""
+"""Returns monotonic seconds."""
 BreakerState = Literal["closed", "open", "half-open"]
 
 
 class Breaker:
-    """Counts failures in a row, and says who may ask. Times in seconds on `clock`."""
+    """Counts failures in a row, and decides whether a question may be asked. Times in seconds on `clock`."""
 
     def __init__(self, *, failures: int, rest: float, longest_rest: float, clock: Clock = time.monotonic) -> None:
         self._failures = failures
@@ -34,24 +34,24 @@ class Breaker:
         self.state: BreakerState = "closed"
 
     @property
-    def rests(self) -> float:
-        """How much longer it is left alone."""
+    def rest_left(self) -> float:
+        """Seconds of rest that are left."""
         return max(0.0, self._until - self._clock()) if self.state == "open" else 0.0
 
     @property
     def admits(self) -> bool:
         """Whether a question may be asked now: when closed, and as the probe when the rest is over."""
-        return self.state == "closed" or (self.state == "open" and not self.rests)
+        return self.state == "closed" or (self.state == "open" and not self.rest_left)
 
     def enter(self) -> bool:
-        """Ask now, which `admits` must allow; True for the probe, while which nobody else may ask."""
+        """Begin a question, which `admits` must allow; return True if it is the probe, which excludes others."""
         if self.state == "closed":
             return False
         self.state = "half-open"
         return True
 
     def succeeded(self) -> bool:
-        """It answered, be it with a refusal; True when that closes the breaker."""
+        """Note an answer, even a refusal; return True if that closes the breaker."""
         closes = self.state != "closed"
         self.state = "closed"
         self._in_a_row = 0
@@ -59,8 +59,8 @@ class Breaker:
         return closes
 
     def failed(self, *, at_once: bool = False) -> bool:
-        """It could not be reached, or answered nothing of use; True when that opens the breaker, or `at_once`."""
-        if self.state == "open":  # a question from before
+        """Note that there was no useful answer; return True if that, or `at_once`, opens the breaker."""
+        if self.state == "open":  # a question that was asked before it opened
             return False
         if self.state == "half-open":
             self._rest = min(2 * self._rest, self._longest_rest)
@@ -72,22 +72,18 @@ class Breaker:
         return True
 
     def abandoned(self) -> None:
-        """The probe was given up without a verdict: the next question is one."""
+        """Note that the probe ended without a verdict: the next question is a probe."""
         if self.state == "half-open":
             self.state = "open"
             self._until = self._clock()
 
 
 LONGEST = 3600.0
-"""Seconds; whoever asks for more is asked again after an hour all the same."""
-
-
+"""Longest wait in seconds, even if an endpoint asks for more."""
 LONGEST_WORDS = 100
-"""Characters of a wait in words; none that means anything is longer."""
-
-
+"""Longest text that is parsed as a wait, in characters."""
 SPREAD = 0.25
-"""Of a wait: so much later than its end, at random, a question goes, so that not all go at once."""
+"""Random delay after a wait, as a share of the wait, so that not all questions go at once."""
 
 
 class Cooldown:
@@ -101,11 +97,11 @@ class Cooldown:
 
     @property
     def left(self) -> float:
-        """How much longer nobody asks."""
+        """Seconds of the wait that are left."""
         return max(0.0, self._until - self._clock())
 
     def extend(self, seconds: float) -> bool:
-        """Nobody asks for `seconds` from now; True when that begins a wait and does not only prolong one."""
+        """Wait at least `seconds` from now; return True if that begins a wait, False if it prolongs one."""
         begins = not self.left
         if seconds > self.left:
             self._until = self._clock() + seconds
@@ -113,35 +109,36 @@ class Cooldown:
         return begins and seconds > 0
 
     def wait(self) -> float:
-        """How long one question waits: what is left, and a part of its own of the spread. Nought when nothing is."""
+        """Return the wait of one question: the seconds left plus a random part of the spread; 0 if none are left."""
         left = self.left
         return left + self._rng.uniform(0, self._spread) if left else 0.0
 
 
 def retry_after(headers: Mapping[str, str], now: datetime, body: object = None) -> float | None:
-    """Seconds that an endpoint asks to be left alone; None where it does not say.
+    """Return the seconds that an endpoint asks us to wait; None if it does not say.
 
-    `retry-after-ms`, else `retry-after` (seconds or an HTTP date), else `retry_after` in the body or in its `error`.
+    Read from `retry-after-ms`, else `retry-after` (seconds or an HTTP date), else `retry_after` in the body or in its
+    `error`.
     """
-    told = _told(headers, now)
-    if told is None:
-        told = _told_in(body)
-    return None if told is None else min(told, LONGEST)
+    seconds = _from_headers(headers, now)
+    if seconds is None:
+        seconds = _from_body(body)
+    return None if seconds is None else min(seconds, LONGEST)
 
 
-def _told(headers: Mapping[str, str], now: datetime) -> float | None:
+def _from_headers(headers: Mapping[str, str], now: datetime) -> float | None:
     milliseconds = _number(headers.get("retry-after-ms"))
     if milliseconds is not None:
         return milliseconds / 1000
-    told = headers.get("retry-after")
-    seconds = _number(told)
-    if seconds is not None or told is None or len(told) > LONGEST_WORDS:
+    text = headers.get("retry-after")
+    seconds = _number(text)
+    if seconds is not None or text is None or len(text) > LONGEST_WORDS:
         return seconds
-    return _seconds_until(told, now)
+    return _seconds_until(text, now)
 
 
 def _seconds_until(date: str, now: datetime) -> float | None:
-    """Seconds from `now` to an HTTP date; None where it is none, or beyond what a datetime holds."""
+    """Return the seconds from `now` to an HTTP date; None if it is no date, or out of a datetime's range."""
     try:
         moment = parsedate_to_datetime(date)
         if moment.tzinfo is None:
@@ -151,7 +148,7 @@ def _seconds_until(date: str, now: datetime) -> float | None:
         return None
 
 
-def _told_in(body: object) -> float | None:
+def _from_body(body: object) -> float | None:
     if not isinstance(body, Mapping):
         return None
     error = body.get("error")
@@ -159,13 +156,13 @@ def _told_in(body: object) -> float | None:
     return _number(body.get("retry_after", within))
 
 
-def _number(told: object) -> float | None:
-    if not isinstance(told, str | int | float) or isinstance(told, bool):
+def _number(found: object) -> float | None:
+    if not isinstance(found, str | int | float) or isinstance(found, bool):
         return None
-    if isinstance(told, str) and len(told) > LONGEST_WORDS:
+    if isinstance(found, str) and len(found) > LONGEST_WORDS:
         return None
     try:
-        value = float(told)
+        value = float(found)
     except (ValueError, OverflowError):
         return None
     return value if math.isfinite(value) and value >= 0 else None

@@ -1,4 +1,4 @@
-"""What the LLM may cost, and whether it has. Pure."""
+"""The budget of the LLM: requests, tokens and cost. Pure."""
 
 from dataclasses import dataclass
 
@@ -6,15 +6,15 @@ from protocol.errors import EndpointError
 
 
 class BudgetUsedUp(EndpointError):  # noqa: N818  (nothing broke)
-    """The LLM is asked no more, by any endpoint."""
+    """A limit of the budget is reached: no endpoint is asked any more."""
 
-    def __init__(self, what: str) -> None:
-        super().__init__(f"the LLM's budget is used up: {what}", retryable=False)
+    def __init__(self, limit: str) -> None:
+        super().__init__(f"the LLM's budget is used up: {limit}", retryable=False)
 
 
 @dataclass(frozen=True)
 class Spent:
-    """What the LLM has cost so far; `cost` in the unit of the endpoints' prices."""
+    """Totals so far; `cost` is in the currency of the endpoints' prices."""
 
     requests: int = 0
     prompt_tokens: int = 0
@@ -32,16 +32,16 @@ class Spent:
 
 @dataclass(frozen=True)
 class Budget:
-    """What the LLM may cost; None is no limit."""
+    """Limits of a search; None is no limit."""
 
     requests: int | None = None
-    """HTTP requests, those that are tried again included."""
+    """HTTP requests, including retries."""
     tokens: int | None = None
-    """Of prompts and answers together."""
+    """Tokens of prompts and answers together."""
     cost: float | None = None
 
     def used_up(self, spent: Spent) -> str | None:
-        """Which limit is reached, in words; None while there is room."""
+        """Return the limit that is reached, in words; None if none is."""
         tokens = spent.prompt_tokens + spent.completion_tokens
         if self.requests is not None and spent.requests >= self.requests:
             return f"{spent.requests} of {self.requests} requests (llm.budget_requests)"

@@ -1,4 +1,4 @@
-"""Asks the LLM: endpoints in order, within the budget; and says what state they are in."""
+"""Chat: asks the endpoints in order, within the budget, and reports their state."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -11,11 +11,11 @@ import structlog
 from agents.llm.budget import Budget, BudgetUsedUp, Spent
 from agents.llm.client import RequestFailed
 from agents.llm.connection import Connection, Gate
-from agents.llm.endpoint import Answer, ChatPolicy, Degraded, Endpoint, LlmState, Message, Question, Usage
+from agents.llm.endpoint import Answer, ChatPolicy, Degraded, Endpoint, LlmState, Question, Usage
 from agents.llm.readiness import Readiness
 from protocol.errors import EndpointError
 
-__all__ = ["Answer", "Chat", "ChatPolicy", "Endpoint", "Usage"]
+__all__ = ["Answer", "Chat", "ChatPolicy", "Endpoint", "Question", "Usage"]
 
 Record = Callable[[dict[str, object]], None]
 
@@ -33,8 +33,8 @@ def _no_record(_: dict[str, object]) -> None:
 class Chat:
     """Asks endpoints in order; an async context manager.
 
-    `gate` is awaited before every HTTP request, so that a pause holds; `record` gets every question with its answer.
-    `spent` is what earlier processes of this search have spent of the `budget`.
+    `gate` is awaited before every HTTP request, so that a pause takes effect. `record` gets every question with its
+    answer. `spent` is the part of the `budget` that earlier processes of this search have used.
     """
 
     def __init__(
@@ -72,55 +72,44 @@ class Chat:
 
     @property
     def contexts(self) -> dict[str, int | None]:
-        """Tokens of each endpoint's context by its name: as was given, else as it says itself once it is ready."""
+        """Context size in tokens by endpoint name: the configured one, else the one it reports once it is ready."""
         return {connection.endpoint.name: connection.context for connection in self._connections}
 
     @property
     def spent(self) -> Spent:
-        """What the search has spent, over all its processes."""
+        """Totals and cost of the search, over all its processes."""
         return sum((c.usage.spent(c.endpoint) for c in self._connections), self._spent_before)
 
     @property
     def state(self) -> LlmState:
-        """Whether the classical operators stand in, and how each endpoint is."""
+        """Whether the fallback proposes, and the state of each endpoint."""
         return LlmState(
             degraded=self._degraded, reason=self._reason, endpoints=tuple(c.state for c in self._connections)
         )
 
-    async def ask(
-        self,
-        messages: Sequence[Message],
-        *,
-        schema: dict[str, object] | None,
-        schema_name: str,
-        seed: int,
-        temperature: float,
-        max_tokens: int,
-        label: str = "",
-    ) -> Answer:
-        """The answer of the first endpoint that gives one; raises EndpointError when none does."""
-        question = Question(messages, schema, schema_name, seed, temperature, max_tokens)
+    async def ask(self, question: Question) -> Answer:
+        """Return the answer of the first endpoint that gives one; raise EndpointError if none does."""
         try:
             self._permit()
-            return await self._ask_in_order(question, label)
+            return await self._ask_in_order(question)
         except BudgetUsedUp as error:
-            self._fallbacks("budget", str(error))
-            self._keep(question, label, error=str(error))
+            self._degrade("budget", str(error))
+            self._record_result(question, error=str(error))
             raise
 
     async def wait_ready(
         self, waiting: Callable[[str], None] = lambda _: None, *, at_most: float | None = None, refuse: bool = True
     ) -> None:
-        """Return when any endpoint answers, or after `at_most` seconds.
+        """Wait until any endpoint answers, at most `at_most` seconds.
 
-        `waiting` gets their names, once, if none answers at first. An endpoint that refuses our key or does not know
-        our model raises SettingsError; with `refuse` False it rests, as one that refuses later does.
+        `waiting` is called once with their names if none answers at first. Raise SettingsError for an endpoint that
+        refuses our key or does not know our model; with `refuse` False it rests instead, as after a later refusal.
         """
         if self._budget.used_up(self.spent) is None:
             readiness = Readiness(self._connections, self._policy, gate=self._gate, permit=self._permit)
             await readiness.wait(waiting, at_most=at_most, refuse=refuse)
 
-    async def _ask_in_order(self, question: Question, label: str) -> Answer:
+    async def _ask_in_order(self, question: Question) -> Answer:
         failures: list[str] = []
         alive = False
         for number, connection in enumerate(self._connections):
@@ -139,48 +128,47 @@ class Chat:
                     alive = alive or error.kind == "question"
                     connection.usage.errors += 1
                     log.info("endpoint_failed", endpoint=name, reason=str(error))
-                    self._keep(question, label, endpoint=name, error=str(error), seconds=time.monotonic() - started)
+                    self._record_result(question, endpoint=name, error=str(error), seconds=time.monotonic() - started)
                 continue
-            self._keep(question, label, endpoint=name, answer=answer, seconds=answer.seconds)
-            self._llm_answers()
+            self._record_result(question, endpoint=name, answer=answer, seconds=answer.seconds)
+            self._recover()
             return answer
         why = "no LLM endpoint answered: " + ("; ".join(failures) or "none is configured")
         if not alive:
-            self._fallbacks("endpoints", why)
-        self._keep(question, label, error=why)
+            self._degrade("endpoints", why)
+        self._record_result(question, error=why)
         raise EndpointError(why, retryable=True)
 
     def _permit(self) -> None:
-        """Raise BudgetUsedUp where nothing more may be asked."""
-        if what := self._budget.used_up(self.spent):
-            raise BudgetUsedUp(what)
+        """Raise BudgetUsedUp if no more questions may be asked."""
+        if limit := self._budget.used_up(self.spent):
+            raise BudgetUsedUp(limit)
 
-    def _fallbacks(self, degraded: Degraded, reason: str) -> None:
+    def _degrade(self, degraded: Degraded, reason: str) -> None:
         if self._degraded != degraded:
             log.warning("llm_degraded", degraded=degraded, reason=reason)
             self._reason = reason
         self._degraded = degraded
 
-    def _llm_answers(self) -> None:
+    def _recover(self) -> None:
         if self._degraded:
             log.info("llm_recovered", degraded=self._degraded)
         self._degraded = self._reason = None
 
-    def _keep(
+    def _record_result(
         self,
         question: Question,
-        label: str,
         *,
         endpoint: str | None = None,
         answer: Answer | None = None,
         error: str | None = None,
         seconds: float | None = None,
     ) -> None:
-        """Record what came of a question: from one endpoint, or (`endpoint` None) that none answered."""
+        """Record the result of a question at one endpoint, or (`endpoint` None) that no endpoint answered."""
         self._record(
             {
                 "time": datetime.now(UTC).isoformat(),
-                "label": label,
+                "label": question.label,
                 "endpoint": endpoint,
                 "messages": [dict(message) for message in question.messages],
                 "schema_name": question.schema_name,

@@ -1,11 +1,12 @@
-"""HTTP requests to one endpoint by the OpenAI SDK, and what their failures mean. The only file with openai.
+"""HTTP requests to one endpoint through the OpenAI SDK, and the classification of failures. The only file with openai.
 
-Whatever the endpoint sends, a request ends in bytes or in RequestFailed: `Client._edge` is the one place that turns
-every exception of the HTTP stack into it. There are too many to name: aiohttp's own, UnicodeError, RecursionError.
+Every request ends in bytes or in RequestFailed, whatever the endpoint sends. `Client._edge` is the one place that turns
+every exception of the HTTP stack into RequestFailed. There are too many to list: aiohttp's own, UnicodeError,
+RecursionError.
 
-The SDK's own retries are off, so that the attempts of our policy are the attempts that the endpoint sees. The SDK's
-`timeout` is per read, so the deadline is the caller's; its reading is unbounded, so the cap sits in the transport,
-where it also covers the bodies of errors.
+The SDK's own retries are off, so the endpoint sees exactly the attempts of our policy. The SDK's `timeout` applies to
+each read, so the caller sets the deadline. The SDK reads bodies of any size, so the transport caps them, error bodies
+included.
 """
 
 import asyncio
@@ -22,30 +23,29 @@ import httpx2
 import openai
 
 from agents.llm.breaker import retry_after
-from agents.llm.completion import Completion, check_content_type, read_completion
 from agents.llm.endpoint import ChatPolicy, Endpoint, Message
 from agents.llm.masking import Masking
-from agents.llm.model_list import read_models
+from agents.llm.responses import Completion, check_content_type, read_completion, read_models
 from agents.llm.transport import capped_at, only_own_headers, without_cookies
 from protocol.errors import EndpointError
 
 Kind = Literal["unreachable", "limited", "question", "refused"]
-"""What a failure is about.
+"""The cause of a failure.
 
-`unreachable`: the connection, the server, or a reply that is no completion; worth another try, and counted against the
-endpoint. `limited`: it asks to be left alone for a while. `question`: it cannot take this one. `refused`: it takes
-none of ours as things are (a wrong key, an unknown model, a quota used up).
+`unreachable`: the connection, the server, or a reply that is no completion; worth a retry, and counted against the
+endpoint. `limited`: the endpoint asks for a wait. `question`: it cannot answer this question. `refused`: it answers
+none of our questions at present (a wrong key, an unknown model, an exhausted quota).
 """
 
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _NO_KEY = "none"
-"""What an endpoint without a key of its own is sent: the SDK would otherwise take OPENAI_API_KEY to any address."""
+"""Sent to endpoints without a key: otherwise the SDK would send OPENAI_API_KEY to any address."""
 _LARGE = 20_000
-"""Bytes of a body that is read in a thread."""
+"""Bytes of a body from which on it is parsed in a thread."""
 _LONGEST_LOOK = 1_000
-"""Characters of an error's body that are searched for what it means."""
+"""Characters of an error's body that are searched for its cause."""
 _LONGEST_CODE = 100
-"""Characters of an error's code that are looked at."""
+"""Characters of an error's code that are used."""
 _QUOTA_CODES = ("insufficient_quota", "billing_hard_limit_reached", "billing_not_active")
 _UNKNOWN_MODEL = re.compile(
     r"model_not_found|(unknown|invalid|no such) model\b|not a valid model"
@@ -56,8 +56,8 @@ _UNKNOWN_MODEL = re.compile(
 T = TypeVar("T")
 
 
-class RequestFailed(EndpointError):  # noqa: N818  (an EndpointError, told apart)
-    """One HTTP request failed. `wait` is how long the endpoint asks to be left alone; None where it does not say."""
+class RequestFailed(EndpointError):  # noqa: N818  (an EndpointError of its own kind)
+    """One HTTP request failed. `wait` is how many seconds the endpoint asks us to wait; None if it does not say."""
 
     def __init__(
         self, reason: str, kind: Kind, *, retryable: bool = False, status: int | None = None, wait: float | None = None
@@ -86,23 +86,23 @@ class Client:
         await self._sdk.close()
 
     async def complete(self, messages: Sequence[Message], body: dict[str, object], max_tokens: int) -> Completion:
-        """Return one completion by one HTTP request, whose `body` sets the limit `max_tokens`; raises RequestFailed."""
+        """Return one completion by one HTTP request, whose `body` sets the limit `max_tokens`; raise RequestFailed."""
         asked = sum(len(message["content"]) for message in messages)
         read = partial(read_completion, asked=asked, max_tokens=max_tokens)
-        came = await self._read(read, await self._edge(self._post(messages, body)))
-        if isinstance(came, RequestFailed):
-            raise came
-        return came
+        completion = await self._read(read, await self._edge(self._post(messages, body)))
+        if isinstance(completion, RequestFailed):
+            raise completion
+        return completion
 
     async def models(self) -> dict[str, int | None]:
-        """Return the models that the endpoint lists, with the tokens of their contexts where it says them.
+        """Return the models that the endpoint lists, with their context sizes if given.
 
-        Raises RequestFailed, and not every server has a list.
+        Raise RequestFailed, for example if the server has no list.
         """
-        came = await self._read(read_models, await self._edge(self._get_models()))
-        if isinstance(came, RequestFailed):
-            raise came
-        return came
+        models = await self._read(read_models, await self._edge(self._get_models()))
+        if isinstance(models, RequestFailed):
+            raise models
+        return models
 
     async def _post(self, messages: Sequence[Message], body: dict[str, object]) -> bytes:
         create = self._sdk.chat.completions.with_streaming_response.create
@@ -115,10 +115,10 @@ class Client:
         return response.content
 
     async def _edge(self, request: Awaitable[bytes]) -> bytes | RequestFailed:
-        """Return the bytes of a reply, or what went wrong, whatever it was.
+        """Return the bytes of a reply, or the failure, for any exception.
 
-        Returned and not raised: an error that is raised while another is handled keeps that one, with its frames and
-        the megabytes in them, until the garbage collector comes.
+        The failure is returned instead of raised: an error raised while another is handled keeps that one alive, with
+        its frames and the megabytes in them, until the next garbage collection.
         """
         try:
             return await request
@@ -126,7 +126,7 @@ class Client:
             return self._failure(error)
 
     async def _read(self, read: Callable[[bytes], T], body: bytes | RequestFailed) -> T | RequestFailed:
-        """Return what `read` makes of `body`, a large one in a thread; RequestFailed where it raises EndpointError."""
+        """Return `read(body)`, for a large body from a thread; return RequestFailed if it raises EndpointError."""
         if isinstance(body, RequestFailed):
             return body
         try:
@@ -159,7 +159,7 @@ class Client:
             kind = "limited"
         elif status in (400, 413, 422):
             kind = "question"
-        # A proxy says 404 or 307 while what is behind it starts: no matter for this question, nor for ever.
+        # A proxy answers 404 or 307 while its server starts: not retried for this question, but not permanent either.
         retryable = kind == "limited" or (kind == "unreachable" and (status >= 500 or status in (408, 409)))
         wait = retry_after(error.response.headers, datetime.now(UTC), body)
         reason = error.message if " - " in error.message else f"{error.message}: {text}".rstrip(": ")
@@ -169,7 +169,7 @@ class Client:
 
 
 def _body_of(response: httpx2.Response) -> tuple[str, object]:
-    """Return an error's body as text, and what it holds where it is JSON."""
+    """Return an error's body as text, and as a value if it is JSON."""
     text, body = "", None
     with suppress(httpx2.ResponseNotRead, httpx2.StreamError, ValueError, RecursionError):
         text = response.text
@@ -188,7 +188,7 @@ class _HttpClient(openai.DefaultAioHttpClient):
 
 
 def _make_sdk(base_url: str, key: str, policy: ChatPolicy) -> openai.AsyncOpenAI:
-    """The SDK over aiohttp: no redirects, no proxy for loopback, no header beside the endpoint's own."""
+    """Return the SDK over aiohttp: no redirects, no proxy for loopback, no headers for other endpoints."""
     http = _HttpClient(
         trust_env=urlsplit(base_url).hostname not in _LOOPBACK,
         follow_redirects=False,

@@ -1,4 +1,4 @@
-"""One endpoint: its slots, its cool-down, its circuit breaker, and the one retry policy."""
+"""One endpoint: its slots, its cooldown, its circuit breaker, and the one retry policy."""
 
 import asyncio
 import time
@@ -9,22 +9,22 @@ import tenacity
 
 from agents.llm.breaker import Breaker, Cooldown
 from agents.llm.client import Client, RequestFailed
-from agents.llm.completion import LONGEST_REPLY, Completion
 from agents.llm.dialect import Dialect
 from agents.llm.endpoint import Answer, ChatPolicy, Endpoint, EndpointState, Question, Usage
+from agents.llm.responses import LONGEST_REPLY, Completion
 from protocol.errors import EndpointError
 
 Gate = Callable[[], Awaitable[None]]
 Permit = Callable[[], None]
 
 VERDICT_POLL_SECONDS = 0.25
-"""How often who waits for a probe's verdict looks whether the gate has closed."""
+"""Interval at which questions that wait for a probe check whether the gate has closed."""
 
 log = structlog.get_logger()
 
 
-class LeftAlone(EndpointError):  # noqa: N818  (nobody was asked)
-    """The endpoint was not asked: it rests, or it asked to be left alone."""
+class LeftAlone(EndpointError):  # noqa: N818  (no request failed)
+    """The endpoint was not asked: it rests, or it asked for a wait."""
 
     def __init__(self, why: str) -> None:
         super().__init__(f"left alone: {why}", retryable=False)
@@ -33,7 +33,7 @@ class LeftAlone(EndpointError):  # noqa: N818  (nobody was asked)
 class Connection:
     """Asks one endpoint; an async context manager.
 
-    `gate` is awaited before a question is let in and before each HTTP request; `permit` is called right before each
+    `gate` is awaited before a question is admitted and before each HTTP request. `permit` is called right before each
     request and may raise EndpointError.
     """
 
@@ -50,33 +50,33 @@ class Connection:
         self._cooldown = Cooldown()
         self._breaker = Breaker(failures=policy.failures_to_open, rest=policy.rest, longest_rest=policy.longest_rest)
         self._verdict = asyncio.Event()
-        """Set while no probe is under way."""
+        """Set while no probe is in progress."""
         self._verdict.set()
         self._last_failure: str | None = None
 
     @property
     def state(self) -> EndpointState:
-        """How it is, for people."""
+        """The state of its breaker, for users."""
         reason = None if self._breaker.state == "closed" else self._last_failure
         return EndpointState(name=self.endpoint.name, state=self._breaker.state, reason=reason)
 
     @property
     def is_free(self) -> bool:
-        """Whether a question would be asked at once, slots aside."""
+        """Whether a question would be asked at once if a slot is free."""
         return self._breaker.admits and not self._cooldown.left
 
     def rest(self, why: str, *, at_once: bool = True) -> None:
-        """Count a failure, which begins a rest after too many in a row, or `at_once`; says so once."""
+        """Count a failure; too many in a row, or `at_once`, begin a rest, which is logged once."""
         self._last_failure = why
         was_closed = self._breaker.state == "closed"
         if self._breaker.failed(at_once=at_once) and was_closed:
-            rests = round(self._breaker.rests, 1)
+            rests = round(self._breaker.rest_left, 1)
             log.warning("endpoint_down", endpoint=self.endpoint.name, reason=why, rests_s=rests)
 
     async def answer(self, question: Question, *, patience: float) -> Answer:
-        """One answer, after as many attempts as the policy allows; raises EndpointError.
+        """Return one answer, after as many attempts as the policy allows; raise EndpointError.
 
-        `patience` is how long, in seconds, the endpoint may ask to be left alone, or a probe may take.
+        `patience` is the longest wait, in seconds, that the endpoint may ask for, or that a probe may take.
         """
         async with self._slots:
             with await self._enter(patience) as probe:
@@ -84,16 +84,16 @@ class Connection:
                 completion = await self._within_deadline(question, patience, attempts=1 if probe else None)
         return self._answer(completion, time.monotonic() - started)
 
-    async def _enter(self, patience: float) -> "_Entrance":
-        """Pass gate and breaker; raises LeftAlone. While one question probes, the others wait for its verdict."""
+    async def _enter(self, patience: float) -> "_Admission":
+        """Pass gate and breaker; raise LeftAlone. While one question probes, the others wait for its verdict."""
         await self._gate()
         if not self._verdict.is_set() and not await self._judged_within(min(patience, self._policy.longest_wait)):
             raise LeftAlone("one question is trying it")
         self._check_open()
-        return _Entrance(self._breaker, self._verdict)
+        return _Admission(self._breaker, self._verdict)
 
     async def _judged_within(self, seconds: float) -> bool:
-        """Wait for the probe's verdict; False without one. Time at a closed gate, which holds up the probe, is free."""
+        """Return whether the probe ends in time. Time at a closed gate, which delays the probe, is not counted."""
         verdict = asyncio.ensure_future(self._verdict.wait())
         try:
             while seconds > 0 and not verdict.done():
@@ -106,7 +106,7 @@ class Connection:
 
     def _check_open(self) -> None:
         if not self._breaker.admits:
-            raise LeftAlone(f"it rests for {self._breaker.rests:.0f} s after: {self._last_failure}")
+            raise LeftAlone(f"it rests for {self._breaker.rest_left:.0f} s after: {self._last_failure}")
 
     async def _within_deadline(self, question: Question, patience: float, attempts: int | None) -> Completion:
         try:
@@ -120,7 +120,7 @@ class Connection:
             raise RequestFailed(why, "unreachable") from None
 
     def _retrying(self, clock: asyncio.Timeout, patience: float, attempts: int) -> tenacity.AsyncRetrying:
-        """The one retry policy; its last wait is not begun where it would end after the deadline."""
+        """Return the one retry policy; it does not begin a wait that would end after the deadline."""
         backoff = tenacity.wait_random_exponential(multiplier=self._policy.first_wait, max=self._policy.longest_wait)
 
         def wait(state: tenacity.RetryCallState) -> float:
@@ -128,7 +128,7 @@ class Connection:
             seconds = backoff(state)
             if isinstance(error, RequestFailed) and error.kind == "limited" and error.wait is None:
                 self._cool_down(seconds, error)
-            return 0.0 if self._cooldown.left else seconds  # a shared wait is waited in `_wait_turn`
+            return 0.0 if self._cooldown.left else seconds  # `_wait_turn` waits for the shared cooldown
 
         def stop(state: tenacity.RetryCallState) -> bool:
             waits = max(state.upcoming_sleep, self._cooldown.left)
@@ -143,15 +143,14 @@ class Connection:
         )
 
     async def _attempt(self, question: Question, clock: asyncio.Timeout, patience: float) -> Completion:
-        """One attempt; a refused parameter is left out and asked again at once, which is no failure.
+        """Make one attempt.
 
-        So is a grammar that no text came of.
+        A refused parameter is left out and the question asked again at once, which does not count as a failure. The
+        same goes for a grammar that leads to an empty answer.
         """
         while True:
             await self._wait_turn(clock, patience)
-            body = self._dialect.body(
-                question.schema, question.schema_name, question.seed, question.temperature, question.max_tokens
-            )
+            body = self._dialect.body(question)
             self._permit()
             self.usage.requests += 1
             try:
@@ -169,20 +168,20 @@ class Connection:
                 log.info("endpoint_dialect", endpoint=self.endpoint.name, rung=self._dialect.rung)
 
     async def _wait_turn(self, clock: asyncio.Timeout, patience: float) -> None:
-        """Wait as long as the endpoint asked for, then at the gate, so that nothing stands between it and the request.
+        """Wait as long as the endpoint asked for, then at the gate, directly before the request.
 
-        A wait beyond the deadline, or beyond `patience`, is not begun.
+        Raise LeftAlone for a wait beyond the deadline, or beyond `patience`.
         """
         while wait := self._cooldown.wait():
             if self._cooldown.left > patience or wait >= _time_left(clock):
                 raise LeftAlone(f"it asks to be, for {self._cooldown.left:.0f} s")
             await asyncio.sleep(wait)
         await self._pass_gate(clock)
-        if self._breaker.state == "open":  # since this question was let in
+        if self._breaker.state == "open":  # since this question was admitted
             raise LeftAlone(f"it rests after: {self._last_failure}")
 
     async def _pass_gate(self, clock: asyncio.Timeout) -> None:
-        """Wait at the gate with the deadline's clock stopped."""
+        """Wait at the gate while the deadline's clock is stopped."""
         left = _time_left(clock)
         clock.reschedule(None)
         await self._gate()
@@ -193,10 +192,10 @@ class Connection:
             log.info("endpoint_up", endpoint=self.endpoint.name)
 
     def _failed(self, error: RequestFailed) -> None:
-        """Take a failed request into account. One that the endpoint understood shows that it lives.
+        """Update breaker and cooldown after a failed request. If the endpoint understood the request, it is up.
 
-        One refusal of key, model or quota is enough for a rest; but a gateway may say so by mistake, and a bill may be
-        paid, so the endpoint is tried again.
+        One refusal of key, model or quota begins a rest. The endpoint is probed again later: a gateway may refuse by
+        mistake, and a bill may get paid.
         """
         self._last_failure = str(error)
         if error.wait is not None:
@@ -211,7 +210,7 @@ class Connection:
             log.info("endpoint_cools_down", endpoint=self.endpoint.name, seconds=round(seconds, 1), reason=str(error))
 
     def _count(self, completion: Completion) -> None:
-        """Count the tokens of the question and of what came back as used."""
+        """Add the tokens of the question and of its completion to the usage."""
         self.usage.prompt_tokens += completion.prompt_tokens
         self.usage.completion_tokens += completion.completion_tokens
 
@@ -219,7 +218,7 @@ class Connection:
         self._count(completion)
         self.usage.answers += 1
         return Answer(
-            # Masked first: a key that is cut in two would not be found. One more is kept, to show that it is longer.
+            # Masked first: a key that is cut in two would not be found. One more character marks a longer text.
             text=self.client.masking.masked(completion.text)[: LONGEST_REPLY + 1],
             endpoint=self.endpoint.name,
             prompt_tokens=completion.prompt_tokens,
@@ -229,8 +228,8 @@ class Connection:
         )
 
 
-class _Entrance:
-    """Being let in by the breaker; without a verdict at the end, the probe was given up."""
+class _Admission:
+    """Admission by the breaker; a probe that ends without a verdict was abandoned."""
 
     def __init__(self, breaker: Breaker, verdict: asyncio.Event) -> None:
         self._breaker = breaker

@@ -1,4 +1,4 @@
-"""An LLM endpoint, how it is asked, and what it answered: values."""
+"""Endpoints, questions and answers: values, and the protocol ChatClient."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,48 +13,49 @@ Message = Mapping[str, str]
 
 @dataclass(frozen=True)
 class Endpoint:
-    """An OpenAI-compatible endpoint: `base_url` ends in `/v1`, and `api_key` goes to it and nowhere else."""
+    """An OpenAI-compatible endpoint. `base_url` ends in `/v1`; `api_key` is sent to it and nowhere else."""
 
     name: str
     base_url: str
     model: str
     api_key: SecretStr | None = None
     price_in: float = 0.0
-    """Of a million tokens of prompts, in any currency, the same for all endpoints."""
+    """Price of a million prompt tokens, in any currency that is the same for all endpoints."""
     price_out: float = 0.0
-    """Of a million tokens of answers."""
+    """Price of a million tokens of answers."""
     context: int | None = None
-    """Tokens of a question with its answer, where it is known."""
+    """Context size in tokens (question and answer together), if known."""
     grammar: bool = False
-    """Whether it takes llama.cpp's grammars."""
+    """Whether it accepts llama.cpp's grammars."""
 
 
 @dataclass(frozen=True)
 class ChatPolicy:
-    """How long and how often an endpoint is tried. Times in seconds."""
+    """Retries, limits and rests of the endpoints. Times in seconds."""
 
     attempts: int = 4
-    """HTTP requests for one question, as long as they fail in a way that may pass."""
+    """HTTP requests for one question while they fail for reasons that may pass."""
     deadline: float = 120.0
-    """For one question to one endpoint, all its attempts together; waiting at the gate is not counted."""
+    """For one question to one endpoint, over all attempts; time at the gate is not counted."""
     connect_timeout: float = 10.0
     byte_cap: int = 2 * 1024 * 1024
     concurrency: int = 4
-    """Questions that one endpoint answers at a time."""
+    """Concurrent questions to one endpoint."""
     first_wait: float = 0.5
-    """Before the second attempt, at most; it doubles with each."""
+    """Longest wait before the second attempt; it doubles with each further attempt."""
     longest_wait: float = 20.0
-    """Between attempts. For a longer one that an endpoint asks for, the next endpoint is asked instead."""
+    """Longest wait between attempts. If an endpoint asks for more, the next endpoint is asked instead."""
     failures_to_open: int = 4
-    """So many requests in a row without an answer, and the endpoint is left alone."""
+    """Failed requests in a row after which the endpoint rests."""
     rest: float = 30.0
-    """For how long, at first; it doubles with each probe that fails."""
+    """First rest of an endpoint; each failed probe doubles it."""
     longest_rest: float = 600.0
+    """Longest rest of an endpoint."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What an endpoint answered."""
+    """The answer of an endpoint."""
 
     text: str
     endpoint: str
@@ -65,7 +66,7 @@ class Answer:
 
     @property
     def truncated(self) -> bool:
-        """Whether the token limit cut it off, be it inside its reasoning."""
+        """Whether the token limit cut it off, in its text or in its reasoning."""
         return self.finish_reason == "length"
 
 
@@ -80,43 +81,36 @@ class Usage:
     completion_tokens: int = 0
 
     def spent(self, endpoint: Endpoint) -> Spent:
-        """What that is at the endpoint's prices."""
+        """Return the totals with their cost at the endpoint's prices."""
         cost = (self.prompt_tokens * endpoint.price_in + self.completion_tokens * endpoint.price_out) / 1e6
         return Spent(self.requests, self.prompt_tokens, self.completion_tokens, cost)
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked: the conversation so far, the form of the answer, and how it is sampled."""
+    """A question to the LLM: the conversation so far, the schema of the answer, and the sampling parameters."""
 
     messages: Sequence[Message]
     schema: dict[str, object] | None
+    """JSON schema of the answer; None for free text."""
     schema_name: str
     seed: int
     temperature: float
     max_tokens: int
+    label: str = ""
+    """Agent, round, call and attempt: identifies the question in the transcript."""
 
 
-class Asks(Protocol):
-    """What the agents need of Chat."""
+class ChatClient(Protocol):
+    """Answers the questions of agents: Chat, or a replay of a transcript."""
 
-    async def ask(
-        self,
-        messages: Sequence[Message],
-        *,
-        schema: dict[str, object] | None,
-        schema_name: str,
-        seed: int,
-        temperature: float,
-        max_tokens: int,
-        label: str = "",
-    ) -> Answer:
-        """The answer; raises EndpointError when no endpoint gives one."""
+    async def ask(self, question: Question) -> Answer:
+        """Return the answer; raise EndpointError if there is none."""
         ...
 
 
 Degraded = Literal["endpoints", "budget"]
-"""Why the classical operators stand in: no endpoint answers, or the budget is used up."""
+"""Why the fallback proposes: no endpoint answers, or the budget is used up."""
 
 
 class _Value(BaseModel):
@@ -124,18 +118,18 @@ class _Value(BaseModel):
 
 
 class EndpointState(_Value):
-    """One endpoint: asked as usual (`closed`), left alone (`open`), or being tried (`half-open`)."""
+    """The circuit breaker of one endpoint: asked as usual (`closed`), resting (`open`) or probed (`half-open`)."""
 
     name: str
     state: Literal["closed", "open", "half-open"]
     reason: str | None = None
-    """Why it is not `closed`: what it did last."""
+    """Why it is not `closed`: the last failure."""
 
 
 class LlmState(_Value):
-    """All endpoints in their order."""
+    """The states of all endpoints, in their order, and whether the fallback proposes."""
 
     degraded: Degraded | None = None
     reason: str | None = None
-    """In words, where degraded."""
+    """Why it is degraded, as a sentence."""
     endpoints: tuple[EndpointState, ...] = ()

@@ -1,7 +1,7 @@
-"""JSON schemas as grammars for llama.cpp (GBNF) that leave no room for blanks and hold decimals to their range. Pure.
+"""JSON schemas -> grammars for llama.cpp (GBNF) that allow no whitespace and enforce the range of decimals. Pure.
 
-llama.cpp makes a grammar of a schema by itself. That one lets a model write as many blanks as it likes, which is half
-of what small models write; and it keeps integers to their ranges, but not decimals.
+llama.cpp can convert a schema into a grammar itself. Its grammar allows any amount of whitespace, which is half of what
+small models write, and enforces the ranges of integers but not of decimals.
 """
 
 import json
@@ -9,20 +9,20 @@ import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-MOST_WORDS = 20_000
-"""Numbers that a range may have."""
+MAX_WORDS = 20_000
+"""Numbers in a range; larger ranges are not converted."""
 DECIMALS = 3
-"""Of numbers that need not be whole."""
+"""Decimal places of a `number`."""
 _COMMA = '","'
 _END = ""
-"""In a tree of words: one ends here."""
+"""Marks the end of a word in a tree of words."""
 
 
 def compact_grammar(schema: dict[str, object]) -> str | None:
-    """GBNF for the texts that fit the schema and have no blanks; None where the schema is of a kind not known here.
+    """Return GBNF for the texts without whitespace that match the schema; None if the schema is not supported.
 
-    Known is what the agents ask for: objects with all properties required, arrays of so many to so many items, enums of
-    strings and numbers, and numbers with both bounds: whole ones of either sign, and decimals from nought on.
+    Supported are the schemas of the agents: objects with all properties required, arrays with both bounds on their
+    length, enums of strings and numbers, integers with both bounds, and non-negative decimals with both bounds.
     """
     rules = _Rules()
     try:
@@ -33,11 +33,11 @@ def compact_grammar(schema: dict[str, object]) -> str | None:
 
 
 class _Rules:
-    """Expressions of schemas; what may be used in several places gets a rule of its own."""
+    """Converts schemas into expressions; parts that may be used several times get rules of their own."""
 
     def __init__(self) -> None:
         self.names: dict[str, str] = {}
-        """By their bodies."""
+        """Names of the rules by body."""
 
     def expression(self, schema: dict[str, Any]) -> str:
         if "enum" in schema:
@@ -61,14 +61,14 @@ class _Rules:
         return f'"[" {several} "]"' if fewest > 0 else f'"[" ({several})? "]"' if several else '"[" "]"'
 
     def _named(self, body: str) -> str:
-        """The name of the rule with that body, which may be a rule's name already."""
+        """Return the name of the rule with that body; a body that is the name of a rule is returned unchanged."""
         return body if body in self.names.values() else self.names.setdefault(body, f"part{len(self.names)}")
 
 
 def _numbers(kind: str, low: float, high: float) -> Iterator[str]:
-    """All numbers from low to high as JSON writes them."""
+    """Yield all numbers from `low` to `high` as JSON writes them."""
     places = {"integer": 0, "number": DECIMALS}.get(kind)
-    if places is None or (places and low < 0) or (high - low) * 10**places > MOST_WORDS:
+    if places is None or (places and low < 0) or (high - low) * 10**places > MAX_WORDS:
         raise ValueError("not a range of numbers")
     for after in range(places + 1):
         for number in range(math.ceil(low * 10**after), math.floor(high * 10**after) + 1):
@@ -76,7 +76,7 @@ def _numbers(kind: str, low: float, high: float) -> Iterator[str]:
 
 
 def _any_of(words: Iterable[str]) -> str:
-    """An expression for one of these words, which branches at characters: the fewer ways are open, the faster it is."""
+    """Return an expression for any of these words, as a tree of characters: with fewer alternatives it is faster."""
     tree: dict[str, Any] = {}
     for word in words:
         node = tree
@@ -89,20 +89,20 @@ def _any_of(words: Iterable[str]) -> str:
 
 
 def _branches(node: dict[str, Any]) -> str:
-    """An expression for what may follow at a node of the tree of words."""
-    alike: dict[str, list[str]] = {}
+    """Return an expression for the rest of the words at a node of the tree."""
+    by_rest: dict[str, list[str]] = {}
     for character, child in node.items():
         if character != _END:
-            alike.setdefault(_branches(child), []).append(character)
-    ways = [f"{_one_of(characters)} {rest}".rstrip() for rest, characters in alike.items()]
-    if not ways:
+            by_rest.setdefault(_branches(child), []).append(character)
+    branches = [f"{_one_of(characters)} {rest}".rstrip() for rest, characters in by_rest.items()]
+    if not branches:
         return ""
-    joined = ways[0] if len(ways) == 1 and _END not in node else f"({' | '.join(ways)})"
+    joined = branches[0] if len(branches) == 1 and _END not in node else f"({' | '.join(branches)})"
     return f"{joined}?" if _END in node else joined
 
 
 def _one_of(characters: list[str]) -> str:
-    """A class of characters; those that mean something in it are written by their numbers."""
+    """Return a character class; characters with a special meaning in it are escaped."""
     if len(characters) == 1:
         return _literal(characters[0])
     return "[" + "".join(c if c.isalnum() else f"\\x{ord(c):02X}" for c in characters) + "]"

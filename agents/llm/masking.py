@@ -1,4 +1,4 @@
-"""Text from an endpoint, made fit for logs, files and people: without our secrets, printable, and short. Pure."""
+"""Masking: text from an endpoint for logs and files, without our secrets, printable and short. Pure."""
 
 import base64
 import json
@@ -7,16 +7,16 @@ from urllib.parse import quote
 
 HIDDEN = "***"
 SHORTEST_SECRET = 8
-"""Characters. A shorter key is a placeholder of a local server (`none`, `0`): to hide it would change the numbers of an
-answer."""
+"""Characters. A shorter key is a placeholder for a local server (`none`, `0`); hiding it would change the numbers of
+an answer."""
 LONGEST_SHOWN = 300
-"""Characters of a reason."""
+"""Characters of a reason that are shown."""
 LONGEST_LOOK = 10 * LONGEST_SHOWN
-"""Characters that are looked through for the printable ones of a reason."""
+"""Characters of a reason that are searched for printable ones."""
 
 
 class Masking:
-    """Hides the secrets of one endpoint, which it may have echoed, in the forms in which servers write them."""
+    """Hides the secrets of one endpoint, which it may echo, in all encodings that servers use."""
 
     def __init__(self, secrets: Iterable[str]) -> None:
         forms = {form for secret in secrets if len(secret) >= SHORTEST_SECRET for form in _forms(secret)}
@@ -29,16 +29,16 @@ class Masking:
         return text
 
     def shown(self, text: str) -> str:
-        """Return one short line of printable characters: no secret, no terminal's escapes.
+        """Return one short line of printable characters, without secrets and without escape sequences of terminals.
 
-        The secrets go before the text is cut, so that no half of one is left.
+        Secrets are hidden before the text is cut, so that no part of one is left.
         """
         line = " ".join(self.masked(text)[:LONGEST_LOOK].split())
         return "".join(character for character in line if character.isprintable())[:LONGEST_SHOWN]
 
 
 def _forms(secret: str) -> Iterator[str]:
-    """Yield the secret as it is, in JSON, in a URL, and in base64."""
+    """Yield the secret unchanged, in JSON, in a URL, and in base64."""
     yield secret
     yield json.dumps(secret)[1:-1]
     yield quote(secret, safe="")

@@ -1,8 +1,8 @@
-"""Whether endpoints can be asked before a search begins: do they answer, take our key and know our model?
+"""Readiness checks before a search begins: does an endpoint answer, accept our key and know our model?
 
-Many servers list the models they have, under `GET /v1/models`; but some list none, some list their only model under
-another name and take any. So the list alone decides nothing: where our model is not on it, one question of one token
-does, and only a refusal that says so counts.
+Many servers list their models under `GET /v1/models`. But some list none, and some list their only model under another
+name and accept any name. If our model is not listed, one question with a limit of one token decides, and only an
+explicit refusal counts.
 """
 
 import asyncio
@@ -14,14 +14,14 @@ from agents.llm.endpoint import ChatPolicy
 from protocol.errors import EndpointError, SettingsError
 
 NAMED = 8
-"""The most models that a refusal names."""
+"""Models that an error names at most."""
 LONGEST_SHOWN_NAME = 100
-"""Characters of each."""
+"""Characters of each name."""
 _LOADING = (429, 502, 503, 504)
 
 
 class Readiness:
-    """Checks endpoints until one can be asked."""
+    """Checks endpoints repeatedly until one answers."""
 
     def __init__(self, connections: Sequence[Connection], policy: ChatPolicy, *, gate: Gate, permit: Permit) -> None:
         self._connections = connections
@@ -30,22 +30,22 @@ class Readiness:
         self._permit = permit
 
     async def wait(self, waiting: Callable[[str], None], *, at_most: float | None, refuse: bool) -> None:
-        """Return when any endpoint answers, or after `at_most` seconds; raises SettingsError (see Chat.wait_ready)."""
-        pause, told = self._policy.first_wait, False
+        """Wait until any endpoint answers, at most `at_most` seconds; raise SettingsError (see Chat.wait_ready)."""
+        pause, announced = self._policy.first_wait, False
         loop = asyncio.get_running_loop()
         end = None if at_most is None else loop.time() + at_most
         left = self._connections
         while left := await self._without_answer(left, refuse=refuse):
             if end is not None and loop.time() >= end:
                 return
-            if not told:
+            if not announced:
                 waiting(", ".join(connection.endpoint.name for connection in left))
-                told = True
+                announced = True
             await asyncio.sleep(pause if end is None else min(pause, max(0.0, end - loop.time())))
             pause = min(2 * pause, self._policy.longest_wait)
 
     async def _without_answer(self, left: Sequence[Connection], *, refuse: bool) -> Sequence[Connection]:
-        """Return those that may still answer; none where one has, or where all have refused and rest."""
+        """Return those that may still answer: none if one has answered, or if all have refused and rest."""
         checks = await asyncio.gather(*(self._check(connection) for connection in left))
         for connection, check in zip(left, checks, strict=True):
             if isinstance(check, str):
@@ -57,7 +57,7 @@ class Readiness:
         return [connection for connection, check in zip(left, checks, strict=True) if check is False]
 
     async def _check(self, connection: Connection) -> bool | str:
-        """Whether it answers; in words, why it will take none of our questions."""
+        """Return whether it answers; or the reason, as a sentence, if it refuses all our questions."""
         try:
             async with asyncio.timeout(self._policy.connect_timeout):
                 models = await connection.client.models()
@@ -71,12 +71,12 @@ class Readiness:
             return False
         is_listed = connection.endpoint.model in models
         if connection.context is None:
-            only = next(iter(models.values())) if len(models) == 1 else None  # it may be listed under another name
+            only = next(iter(models.values())) if len(models) == 1 else None  # it may be ours under another name
             connection.context = models.get(connection.endpoint.model, only)
         return is_listed or await self._try(connection, list(models)) or True
 
     async def _try(self, connection: Connection, names: Sequence[str]) -> str | None:
-        """Ask for one token; why the endpoint would take no question, where that is what it says."""
+        """Ask for one token; return the reason if the endpoint refuses all our questions, else None."""
         await self._gate()
         try:
             self._permit()
@@ -100,7 +100,7 @@ class Readiness:
                     "base_url in llm.endpoints must end in /v1, or wherever its chat/completions is"
                 )
         except (TimeoutError, EndpointError):
-            pass  # a model that is loaded when it is first asked takes its time
+            pass  # a model that is loaded at the first question takes time
         return None
 
     def _refusal_of_key(self, connection: Connection, error: RequestFailed) -> str:

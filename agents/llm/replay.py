@@ -1,4 +1,4 @@
-"""Answers from a transcript: a whole search without an endpoint, or what a killed process had been answered already."""
+"""Answers from a transcript: a whole search without an endpoint, or the answers that a killed process already got."""
 
 import hashlib
 import json
@@ -8,7 +8,7 @@ from typing import Any
 
 import structlog
 
-from agents.llm.endpoint import Answer, Asks, Message
+from agents.llm.endpoint import Answer, ChatClient, Message, Question
 from protocol.errors import EndpointError, SettingsError
 
 log = structlog.get_logger()
@@ -22,78 +22,78 @@ class Unanswered:
 
 
 class Transcript:
-    """What came of each question, found by its label (agent, round, call, attempt) and its messages.
+    """The results of questions, found by label (agent, round, call, attempt) and messages.
 
-    Of a question that was asked again after a restart, what came last counts.
+    If a question was asked again after a restart, the last result counts.
     """
 
     def __init__(self, records: Iterable[Mapping[str, Any]] = ()) -> None:
-        self._found: dict[str, Answer | Unanswered] = {}
+        self._results: dict[str, Answer | Unanswered] = {}
         for record in records:
             self.add(record)
 
     def __len__(self) -> int:
-        return len(self._found)
+        return len(self._results)
 
     def add(self, record: Mapping[str, Any]) -> None:
-        """Take one record of a transcript; one that is none is passed over."""
+        """Add one record of a transcript; skip it if it is malformed."""
         try:
             key = _key(record["label"], record["messages"])
-            came = _came(record)
+            result = _result(record)
         except (KeyError, TypeError, ValueError, OverflowError, RecursionError):
             return
-        if isinstance(came, Answer) or record["endpoint"] is None:
-            self._found[key] = came
-        else:  # one endpoint failed; what all of them did comes behind
-            self._found.setdefault(key, came)
+        if isinstance(result, Answer) or record["endpoint"] is None:
+            self._results[key] = result
+        else:  # one endpoint failed; the result of the question follows in a later record
+            self._results.setdefault(key, result)
 
-    def find(self, label: str, messages: Sequence[Message]) -> Answer | Unanswered | None:
-        """What came of the question; None where it was never asked."""
-        return self._found.get(_key(label, messages))
+    def find(self, question: Question) -> Answer | Unanswered | None:
+        """Return the result of a question; None if it was never asked."""
+        return self._results.get(_key(question.label, question.messages))
 
 
 class Replay:
-    """Asks nobody: every answer is the transcript's. `strict`: a question that is not in it ends the search."""
+    """Answers every question from the transcript. With `strict` a question that it lacks ends the search."""
 
     def __init__(self, transcript: Transcript, *, strict: bool) -> None:
         self._transcript = transcript
         self._strict = strict
 
-    async def ask(self, messages: Sequence[Message], *, label: str = "", **_: object) -> Answer:
-        """The recorded answer; raises EndpointError where none came, or none is recorded."""
-        found = self._transcript.find(label, messages)
+    async def ask(self, question: Question) -> Answer:
+        """Return the recorded answer; raise EndpointError if none was given or recorded."""
+        found = self._transcript.find(question)
         if isinstance(found, Answer):
             return found
         if isinstance(found, Unanswered):
             raise EndpointError(found.reason, retryable=False)
         if self._strict:
-            raise SettingsError(f"the transcript of llm.replay does not hold the question {label!r}")
-        log.warning("replay_misses", question=label)
+            raise SettingsError(f"the transcript of llm.replay does not hold the question {question.label!r}")
+        log.warning("replay_misses", question=question.label)
         raise EndpointError("the transcript does not hold this question", retryable=False)
 
 
-class Remembering:
-    """Asks `chat` only what the transcript has no answer to, so that no answer is paid for twice."""
+class CachedChat:
+    """Asks `chat` only the questions that the transcript does not answer, so that no answer is paid for twice."""
 
-    def __init__(self, chat: Asks, transcript: Transcript) -> None:
+    def __init__(self, chat: ChatClient, transcript: Transcript) -> None:
         self._chat = chat
         self._transcript = transcript
 
-    async def ask(self, messages: Sequence[Message], *, label: str = "", **how: Any) -> Answer:
-        """The recorded answer, else the one that comes; raises EndpointError."""
-        found = self._transcript.find(label, messages)
+    async def ask(self, question: Question) -> Answer:
+        """Return the recorded answer if there is one, else ask; raise EndpointError if there is no answer."""
+        found = self._transcript.find(question)
         if isinstance(found, Answer):
-            log.debug("answer_remembered", question=label)
+            log.debug("answer_remembered", question=question.label)
             return found
-        return await self._chat.ask(messages, label=label, **how)
+        return await self._chat.ask(question)
 
 
-def _key(label: str, messages: Sequence[Mapping[str, str]]) -> str:
-    asked = [[message["role"], message["content"]] for message in messages]
-    return hashlib.sha256(json.dumps([label, asked]).encode()).hexdigest()
+def _key(label: str, messages: Sequence[Message]) -> str:
+    said = [[message["role"], message["content"]] for message in messages]
+    return hashlib.sha256(json.dumps([label, said]).encode()).hexdigest()
 
 
-def _came(record: Mapping[str, Any]) -> Answer | Unanswered:
+def _result(record: Mapping[str, Any]) -> Answer | Unanswered:
     if record["text"] is None:
         return Unanswered(str(record["error"]))
     return Answer(

@@ -1,4 +1,4 @@
-"""What goes over the wire to an endpoint and what may come back: hooks for the HTTP client."""
+"""Hooks for the HTTP client: headers that are sent, and limits on the replies."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, cast
@@ -9,8 +9,8 @@ import httpx2
 from protocol.errors import EndpointError
 
 LONGEST_ERROR = 65_536
-"""Bytes that are read of the body of an error; what follows cannot change what it means."""
-# The last is how the SDK tells itself, from the reply's request, that the caller wants the bytes.
+"""Bytes of an error's body that are read; more cannot change its meaning."""
+# The SDK reads the last one from the reply's request: it marks that the caller wants the bytes.
 _SENT_HEADERS = {
     "host",
     "accept",
@@ -23,7 +23,7 @@ _SENT_HEADERS = {
 
 
 def only_own_headers(key: str) -> Callable[[httpx2.Request], Awaitable[None]]:
-    """A hook that sends this endpoint's key, and nothing that the SDK found in the environment."""
+    """Return a hook that sends this endpoint's key, and nothing that the SDK found in the environment."""
 
     async def hook(request: httpx2.Request) -> None:
         for name in [name for name in request.headers if name not in _SENT_HEADERS]:
@@ -35,15 +35,15 @@ def only_own_headers(key: str) -> Callable[[httpx2.Request], Awaitable[None]]:
 
 
 def capped_at(byte_cap: int) -> Callable[[httpx2.Response], Awaitable[None]]:
-    """A hook that ends a body in EndpointError once it is longer than `byte_cap`, and cuts an error's body short.
+    """Return a hook that raises EndpointError for a body longer than `byte_cap`, and truncates an error's body.
 
-    A compressed body is refused: it was not asked for, answers are small, and a few kilobytes can grow to gigabytes.
+    A compressed body is refused: we did not ask for compression, and a few kilobytes can unpack to gigabytes.
     """
 
     async def hook(response: httpx2.Response) -> None:
         if response.headers.get("content-encoding", "identity") != "identity":
             raise EndpointError("the endpoint's reply is compressed, which was not asked for", retryable=True)
-        # A response names any codec of Python as its charset, also those that unpack, or take quadratic time.
+        # A response may name any codec of Python as its charset, even one that unpacks or takes quadratic time.
         response.encoding = "utf-8"
         stream = cast(httpx2.AsyncByteStream, response.stream)
         response.stream = _CappedStream(stream, byte_cap) if response.is_success else _CutStream(stream, LONGEST_ERROR)
@@ -52,9 +52,9 @@ def capped_at(byte_cap: int) -> Callable[[httpx2.Response], Awaitable[None]]:
 
 
 def without_cookies(transport: Any) -> Any:
-    """Return the SDK's `transport` with sessions of aiohttp that keep no cookie.
+    """Return the SDK's `transport` with aiohttp sessions that store no cookies.
 
-    An endpoint that sets new cookies with each reply would fill the memory, and each request would carry all of them.
+    An endpoint that sets new cookies in each reply would fill the memory, and each request would send all of them.
     """
     make = transport.get_client
 
@@ -68,33 +68,33 @@ def without_cookies(transport: Any) -> Any:
 
 
 class _Stream(httpx2.AsyncByteStream):
-    """A reply's body of which no more than so many bytes are read."""
+    """A reply's body with a limit on the bytes that are read."""
 
-    def __init__(self, stream: httpx2.AsyncByteStream, most: int) -> None:
+    def __init__(self, stream: httpx2.AsyncByteStream, limit: int) -> None:
         self._stream = stream
-        self._most = most
+        self._limit = limit
 
     async def aclose(self) -> None:
         await self._stream.aclose()
 
 
 class _CappedStream(_Stream):
-    """Ends in EndpointError after so many bytes."""
+    """Raises EndpointError beyond the limit."""
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         seen = 0
         async for chunk in self._stream:
             seen += len(chunk)
-            if seen > self._most:
-                raise EndpointError(f"the endpoint's reply is larger than {self._most} bytes", retryable=True)
+            if seen > self._limit:
+                raise EndpointError(f"the endpoint's reply is larger than {self._limit} bytes", retryable=True)
             yield chunk
 
 
 class _CutStream(_Stream):
-    """Just ends after so many bytes."""
+    """Ends at the limit."""
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
-        left = self._most
+        left = self._limit
         async for chunk in self._stream:
             yield chunk[:left]
             left -= len(chunk)

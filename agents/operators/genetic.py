@@ -1,6 +1,6 @@
-"""Classical operators: what stands in for the LLM when no endpoint answers, and what it is compared with. Pure, seeded.
+"""Classical operators: the LLM's fallback when no endpoint answers, and its baselines. Pure, seeded.
 
-They return raw rates, one per unit; the mean is restored by projection where the rates are made feasible.
+They return raw rates, one per unit. Projection restores the mean when the rates are made feasible.
 """
 
 import random
@@ -15,9 +15,9 @@ CONTROL_POINTS = 5
 
 
 def random_rates(rng: random.Random, units: int, mean: float, kinds: int = 1) -> tuple[float, ...]:
-    """A random profile over depth, smooth, with some noise on it; rates mostly between 0 and 2 × `mean`.
+    """Return a random smooth profile over depth with some noise; rates are mostly between 0 and 2 × `mean`.
 
-    Where `kinds` of units take turns (attention, MLP, …), each has a profile of its own, about a mean of its own.
+    If `kinds` of units alternate (attention, MLP, …), each kind has its own profile with its own mean.
     """
     profiles = []
     for _ in range(kinds):
@@ -31,7 +31,7 @@ def random_rates(rng: random.Random, units: int, mean: float, kinds: int = 1) ->
 
 
 def mutate(rng: random.Random, rates: Sequence[float]) -> tuple[float, ...]:
-    """`rates` with a little moved between units: one to three times, after EvoPress, from one unit to another."""
+    """Return `rates` after one to three small shifts from one unit to another, as in EvoPress."""
     changed = list(rates)
     if len(changed) < 2:
         return tuple(changed)
@@ -44,7 +44,7 @@ def mutate(rng: random.Random, rates: Sequence[float]) -> tuple[float, ...]:
 
 
 def cross(rng: random.Random, first: Sequence[float], second: Sequence[float]) -> tuple[float, ...]:
-    """`first` with one range of units taken from `second`; never all of them."""
+    """Return `first` with one range of units taken from `second`; never all units."""
     units = len(first)
     length = rng.randint(1, max(1, units - 1))
     start = rng.randint(0, units - length)
@@ -52,7 +52,7 @@ def cross(rng: random.Random, first: Sequence[float], second: Sequence[float]) -
 
 
 def tournament(rng: random.Random, ranked: Sequence[T], count: int, size: int = 3) -> tuple[T, ...]:
-    """`count` different items of `ranked` (best first), each the best of `size` drawn; still best first."""
+    """Return `count` different items of `ranked` (best first), each the best of `size` random ones; best first."""
     left = list(range(len(ranked)))
     chosen: list[int] = []
     while left and len(chosen) < count:
@@ -63,9 +63,9 @@ def tournament(rng: random.Random, ranked: Sequence[T], count: int, size: int = 
 
 
 def interpolate(points: Sequence[float], position: float) -> float:
-    """The piecewise linear curve through evenly spaced `points`, at `position` between 0 and 1."""
+    """Return the piecewise linear curve through evenly spaced `points`, at `position` between 0 and 1."""
     if len(points) == 1:
         return points[0]
-    place = position * (len(points) - 1)
-    left = min(int(place), len(points) - 2)
-    return points[left] + (points[left + 1] - points[left]) * (place - left)
+    index = position * (len(points) - 1)
+    left = min(int(index), len(points) - 2)
+    return points[left] + (points[left + 1] - points[left]) * (index - left)

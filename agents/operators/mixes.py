@@ -1,4 +1,4 @@
-"""Mixes: a range of layers of one parent in another, ranked by a surrogate for the LLM to choose from. Pure."""
+"""Mixes: a range of layers of one parent in another. The surrogate ranks them and the LLM chooses. Pure."""
 
 import random
 from collections.abc import Sequence
@@ -10,38 +10,38 @@ from agents.operators.surrogate import surrogate_of
 from agents.population.view import Member, Proposal, View
 from protocol.errors import InvalidReply
 
-DRAWN = 60
-"""Mixes that are drawn for one menu."""
+SAMPLED = 60
+"""Mixes that are sampled for one menu."""
 
 
 @dataclass(frozen=True)
 class RankedMix:
-    """A mix with what it becomes and what the surrogate expects of it, as a fitness."""
+    """A mix with the proposal that it makes and the fitness that the surrogate predicts."""
 
     mix: Mix
     proposal: Proposal
-    expected: float
+    predicted: float
 
 
 def mix_menu(view: View, parents: Sequence[Member], rng: random.Random, count: int) -> tuple[RankedMix, ...]:
-    """The `count` best of some mixes drawn at random, best first; no two of them nearly the same, and none measured.
+    """Return the `count` best of some random mixes, best first. No two are nearly the same, and none was measured.
 
-    What was measured ranks high, and an LLM that is asked to choose would choose what is then refused.
+    Measured mixes would rank high, the LLM would choose them, and they would be refused.
     """
     surrogate = surrogate_of(view)
     found: dict[tuple[float, ...], RankedMix] = {}
-    for _ in range(DRAWN):
-        mix = _draw(view, parents, rng)
+    for _ in range(SAMPLED):
+        mix = _sample(view, parents, rng)
         try:
             proposal = apply_mix(view, parents, mix)
-        except InvalidReply:  # nothing is mixed: the parents are alike there
+        except InvalidReply:  # the parents do not differ in that range
             continue
         rates = on_budget(view, proposal.rates)
         found.setdefault(
             tuple(round(rate, 2) for rate in rates),
-            RankedMix(mix, proposal, surrogate.fitness_of_rates(rates)),
+            RankedMix(mix, proposal, surrogate.predict_fitness(rates)),
         )
-    ranked = sorted(found.values(), key=lambda ranked: ranked.expected)
+    ranked = sorted(found.values(), key=lambda ranked: ranked.predicted)
     return tuple(islice((each for each in ranked if _is_new(view, each.proposal.rates)), count))
 
 
@@ -51,7 +51,10 @@ def _is_new(view: View, rates: Sequence[float]) -> bool:
 
 
 def on_budget(view: View, rates: Sequence[float]) -> tuple[float, ...]:
-    """About what projection makes of `rates`: each MLP (or layer) loses so much more. For guesses, not for plans."""
+    """Return `rates` roughly as projection would: every MLP (or layer) is pruned more or less by the same rate.
+
+    Good enough for predictions, not for plans.
+    """
     units = view.units
     movable = sum(unit.parameters for unit in units if unit.kind != "attention")
     total = sum(unit.parameters for unit in units)
@@ -62,7 +65,7 @@ def on_budget(view: View, rates: Sequence[float]) -> tuple[float, ...]:
     )
 
 
-def _draw(view: View, parents: Sequence[Member], rng: random.Random) -> Mix:
+def _sample(view: View, parents: Sequence[Member], rng: random.Random) -> Mix:
     first, second = rng.sample(range(1, len(parents) + 1), 2)
     fewest, most = mix_bounds(view)
     layers = rng.randint(fewest, most)

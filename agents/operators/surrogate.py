@@ -1,13 +1,13 @@
-"""A surrogate: what a plan will measure, guessed from what was measured, and how sure that is. Pure.
+"""The surrogate: a Gaussian process that predicts the fitness of a plan from measured candidates. Pure.
 
-The rise of log-perplexity over the dense model (the divergence itself, where the search minimises that) is a Gaussian
-process over the shares that the units lose. What is believed beforehand is the sum of what each unit costs alone: the
-model profile's sensitivity, below the pruning rate in proportion, above it with the square. Pruned together, units cost
-more than alone, and some much more; so what is believed may be off
+It predicts the rise: log-perplexity minus that of the dense model, or the divergence itself where the search minimises
+divergence. Its inputs are the shares of parameters that each unit loses. The prior mean adds up what each unit costs
+when pruned alone (the model profile's sensitivity): in proportion to the share up to the measured one, with the square
+of the share above it. Units that are pruned together cost more than alone, and some much more, so the kernel adds
 
-- by a factor, one for all units and one for each, and by a slope for each;
-- in each unit's own way from one share to the next: which channels go makes some difference;
-- and in a way that depends on all units together, so that plans near a measured one measure as much as it did.
+- one factor for all units, one factor for each unit, and a slope for each unit;
+- a smooth function of the share of each unit, because it matters which channels go;
+- a smooth function of all shares together, so that plans near a measured plan get a similar prediction.
 """
 
 import functools
@@ -26,184 +26,199 @@ from protocol.plans.spec import Measure
 
 Array = NDArray[np.floating[Any]]
 
-COMMON, FACTOR, LEVEL = 1.0, 0.3, 1.2
-"""How far the factors, of all units and of each, are believed to be from 1, and what all plans may differ by from what
-is believed, as a share of the usual rise: standard deviations."""
+COMMON_FACTOR_STD, UNIT_FACTOR_STD = 1.0, 0.3
+"""Standard deviations of the factors on the prior mean: one for all units, and one for each."""
+OFFSET_STD = 1.2
+"""Standard deviation of a constant added to all plans, in units of the scale (see Kernel)."""
 
 
 @dataclass(frozen=True)
-class Roughness:
-    """How rough what is minimised is over the plans: standard deviations as shares of the usual rise, and lengths.
+class Kernel:
+    """Hyperparameters of the kernel.
 
-    As they make the recorded outcomes of SmolLM2's searches likeliest (docs/results.md).
+    Standard deviations are in units of the scale: the median rise of the measured candidates. Length scales are in
+    removed parameters, as multiples of one decoder layer's. All maximise the likelihood of the recorded outcomes of
+    SmolLM2's searches (docs/results.md).
     """
 
-    slope: float
-    """Of a unit, for each decoder layer's worth of parameters."""
-    own: float
-    """What is a unit's own."""
-    joint: float
-    """What depends on all units."""
-    noise: float
-    """What no share of anything tells."""
-    own_length: float
-    """How far apart two shares of a unit have little to do with one another, in a layer's worth of parameters."""
-    joint_length: float
-    """How far apart two plans have, in the same unit."""
+    slope_std: float
+    """Slope of a unit, for each decoder layer's worth of parameters."""
+    unit_std: float
+    """Smooth function of one unit's share."""
+    joint_std: float
+    """Smooth function of all shares together."""
+    noise_std: float
+    """Noise of a measurement."""
+    unit_length_scale: float
+    joint_length_scale: float
 
 
-ROUGHNESS: dict[Measure, Roughness] = {
-    "perplexity": Roughness(slope=0.16, own=0.012, joint=0.06, noise=0.012, own_length=0.04, joint_length=0.4),
-    "kl": Roughness(slope=0.043, own=0.015, joint=0.019, noise=0.0033, own_length=0.1, joint_length=0.52),
+KERNELS: dict[Measure, Kernel] = {
+    "perplexity": Kernel(
+        slope_std=0.16, unit_std=0.012, joint_std=0.06, noise_std=0.012, unit_length_scale=0.04, joint_length_scale=0.4
+    ),
+    "kl": Kernel(
+        slope_std=0.043,
+        unit_std=0.015,
+        joint_std=0.019,
+        noise_std=0.0033,
+        unit_length_scale=0.1,
+        joint_length_scale=0.52,
+    ),
 }
-"""The divergence, to which every token's whole distribution speaks, is far smoother than perplexity on a short text."""
+"""Divergence compares whole distributions at every token, so it is far smoother than perplexity on a short text."""
 
-DISTANCE = 0.1
-"""The noise of an outcome grows by this share of its distance from the best: a guess has to be right where the search
-is."""
-STOPPED = 0.05
-"""How far off the fitness of a candidate may be that was stopped in its race, beside: some windows are easier."""
-MOST = 500
-"""Outcomes that are looked at, the best ones: in a search of thousands a guess shall not take seconds."""
+NOISE_PER_RISE = 0.1
+"""The noise of an outcome grows by this share of its rise above the best: predictions must be right near the best."""
+STOPPED_STD = 0.05
+"""Additional noise of a candidate that was stopped in its race, in units of the scale: some windows are easier."""
+MAX_OUTCOMES = 500
+"""The best outcomes that are used, so that a prediction does not take seconds in a search of thousands."""
 
 
 class Surrogate:
-    """Guesses the fitness of plans of one search, from its model profile and the outcomes of earlier rounds."""
+    """Predicts the fitness of plans of one search, from its model profile and the outcomes of earlier rounds."""
 
     def __init__(self, view: View) -> None:
         self._view = view
-        self._alone = _alone(view)
+        self._pruned_alone = _pruned_alone(view)
         shape = view.profile.shape
         layer = shape.decoder_parameters / len(shape.layers)
         self._sizes: Array = np.array([unit.parameters / layer for unit in view.units])
         self._is_kl = view.spec.measure == "kl"
-        self._rough = ROUGHNESS[view.spec.measure]
+        self._kernel = KERNELS[view.spec.measure]
         self._dense = 0.0 if self._is_kl else math.log(view.profile.dense.perplexity)
-        measured = view.measured[:MOST]
+        measured = view.measured[:MAX_OUTCOMES]
         stopped = [Member(tried.candidate, tried.fitness) for tried in view.recent if tried.stopped and tried.fitness]
-        every = (*measured, *stopped)
-        shares = np.array([self._shares(member.candidate.plan) for member in every])
-        rises = np.array([self.rise(member) for member in every])
-        self._points = self._at(shares.reshape(len(every), len(self._sizes)))
-        self._usual = float(np.median(rises)) if every else float(sum(rise for _, rise in self._alone))
-        self._usual = max(self._usual, 1e-6)
+        members = (*measured, *stopped)
+        shares = np.array([self._shares(member.candidate.plan) for member in members])
+        rises = np.array([self.rise(member) for member in members])
+        self._observed = self._inputs(shares.reshape(len(members), len(self._sizes)))
+        scale = float(np.median(rises)) if members else float(sum(rise for _, rise in self._pruned_alone))
+        self._scale = max(scale, 1e-6)
         self._weights: Array = np.zeros(0)
         self._inverse: Array = np.zeros((0, 0))
-        if every:
-            noise = (self._rough.noise * self._usual) ** 2 + (DISTANCE * (rises - rises.min())) ** 2
-            noise[len(measured) :] += (STOPPED * self._usual) ** 2
-            covariance = self._covariance(self._points, self._points) + np.diag(noise)
+        if members:
+            noise = (self._kernel.noise_std * self._scale) ** 2 + (NOISE_PER_RISE * (rises - rises.min())) ** 2
+            noise[len(measured) :] += (STOPPED_STD * self._scale) ** 2
+            covariance = self._covariance(self._observed, self._observed) + np.diag(noise)
             self._inverse = np.linalg.inv(covariance)
-            self._weights = self._inverse @ (rises - self._points.believed)
+            self._weights = self._inverse @ (rises - self._observed.prior)
 
-    def guess(self, plan: Plan) -> float:
-        """The rise over the dense model, in nats: of log-perplexity, or of the divergence."""
-        return float(self._guess(np.array([self._shares(plan)]))[0])
+    def predict(self, plan: Plan) -> float:
+        """Return the mean of the predicted rise, in nats."""
+        return float(self._mean(np.array([self._shares(plan)]))[0])
 
-    def changes(self, rates: Sequence[float], moves: Sequence[Mapping[int, float]]) -> tuple[Array, Array]:
-        """How the rise changes from `rates` if some units, by their numbers, get other rates; how far that may be off.
+    def predict_changes(self, rates: Sequence[float], moves: Sequence[Mapping[int, float]]) -> tuple[Array, Array]:
+        """Predict how the rise changes from `rates` when some units, given by number, get other rates.
 
-        Both have one entry for each of the `moves`, in nats; the second is a standard deviation.
+        Return the mean and the standard deviation for each of the `moves`, in nats.
         """
         shares = np.repeat(np.array([rates]), len(moves), axis=0)
         for row, move in zip(shares, moves, strict=True):
             row[list(move)] = list(move.values())
-        from_, to = self._at(np.array([rates])), self._at(shares)
-        rows = self._change_of_covariance(from_, to)
-        means = to.believed - from_.believed + rows @ self._weights
-        variances = self._variance_between(to, from_) - (rows @ self._inverse * rows).sum(axis=1)
-        return means, np.sqrt(np.maximum(variances, 0.0))
+        base, moved = self._inputs(np.array([rates])), self._inputs(shares)
+        covariance = self._covariance_of_change(base, moved)
+        mean = moved.prior - base.prior + covariance @ self._weights
+        variance = self._prior_variance_of_change(moved, base) - (covariance @ self._inverse * covariance).sum(axis=1)
+        return mean, np.sqrt(np.maximum(variance, 0.0))
 
-    def fitness_of_rates(self, rates: Sequence[float]) -> float:
-        """The fitness, a perplexity or a divergence, of rates that are about on budget."""
-        guess = float(self._guess(np.array([rates]))[0])
-        return max(guess, 0.0) if self._is_kl else math.exp(min(guess + self._dense, 50.0))
+    def predict_fitness(self, rates: Sequence[float]) -> float:
+        """Return the predicted fitness (a perplexity or a divergence) of rates that are roughly on budget."""
+        rise = float(self._mean(np.array([rates]))[0])
+        return max(rise, 0.0) if self._is_kl else math.exp(min(rise + self._dense, 50.0))
 
     def rise(self, member: Member) -> float:
-        """What a member's measured fitness is in the guess's unit."""
+        """Return the measured rise of a member, in nats."""
         return member.fitness if self._is_kl else math.log(member.fitness) - self._dense
 
     def _shares(self, plan: Plan) -> tuple[float, ...]:
         return removed_shares(plan, self._view.profile.shape, self._view.spec.granularity)
 
-    def _at(self, shares: Array) -> "_Points":
-        return _Points(shares, self._alone, self._sizes)
+    def _inputs(self, shares: Array) -> "_Inputs":
+        return _Inputs(shares, self._pruned_alone, self._sizes)
 
-    def _guess(self, shares: Array) -> Array:
-        points = self._at(shares)
-        return points.believed + self._covariance(points, self._points) @ self._weights
+    def _mean(self, shares: Array) -> Array:
+        inputs = self._inputs(shares)
+        return inputs.prior + self._covariance(inputs, self._observed) @ self._weights
 
-    def _covariance(self, first: "_Points", second: "_Points") -> Array:
-        """[points of the first, points of the second]."""
-        usual, rough = self._usual, self._rough
-        found = (LEVEL * usual) ** 2 + COMMON**2 * np.outer(first.believed, second.believed)
-        found += (
-            FACTOR**2 * first.damages @ second.damages.T + (rough.slope * usual) ** 2 * first.places @ second.places.T
+    def _covariance(self, first: "_Inputs", second: "_Inputs") -> Array:
+        """Return the prior covariance [points of `first`, points of `second`]."""
+        scale, kernel = self._scale, self._kernel
+        covariance = (OFFSET_STD * scale) ** 2 + COMMON_FACTOR_STD**2 * np.outer(first.prior, second.prior)
+        covariance += (
+            UNIT_FACTOR_STD**2 * first.unit_priors @ second.unit_priors.T
+            + (kernel.slope_std * scale) ** 2 * first.removed @ second.removed.T
         )
-        apart = np.zeros_like(found)
-        for mine, theirs in zip(first.places.T, second.places.T, strict=True):
+        distance = np.zeros_like(covariance)  # squared
+        for mine, theirs in zip(first.removed.T, second.removed.T, strict=True):
             square = np.subtract.outer(mine, theirs) ** 2
-            apart += square
-            found += (rough.own * usual) ** 2 * np.exp(square / (-2 * rough.own_length**2))
-        found += (rough.joint * usual) ** 2 * np.exp(apart / (-2 * rough.joint_length**2))
-        return found
+            distance += square
+            covariance += (kernel.unit_std * scale) ** 2 * np.exp(square / (-2 * kernel.unit_length_scale**2))
+        covariance += (kernel.joint_std * scale) ** 2 * np.exp(distance / (-2 * kernel.joint_length_scale**2))
+        return covariance
 
-    def _change_of_covariance(self, from_: "_Points", to: "_Points") -> Array:
-        """Of what was measured with `to` instead of the one point `from_`: [points of `to`, outcomes].
+    def _covariance_of_change(self, base: "_Inputs", moved: "_Inputs") -> Array:
+        """Return the prior covariance of the changes from `base` (one point) to `moved` with the observed rises.
 
-        Most units have not changed, and theirs need not be computed.
+        [points of `moved`, outcomes]. Most units do not change, and theirs need not be computed.
         """
-        usual, rough, known = self._usual, self._rough, self._points
-        found = COMMON**2 * np.outer(to.believed - from_.believed, known.believed)
-        found += FACTOR**2 * (to.damages - from_.damages) @ known.damages.T
-        found += (rough.slope * usual) ** 2 * (to.places - from_.places) @ known.places.T
-        before = (from_.places - known.places) ** 2
-        apart = np.repeat(before.sum(axis=1)[None], len(to.places), axis=0)
-        joint = np.exp(apart[0] / (-2 * rough.joint_length**2)) if len(apart) else 0.0
-        for unit, old in enumerate(from_.places[0]):
-            changed = np.flatnonzero(to.places[:, unit] != old)
-            square = np.subtract.outer(to.places[changed, unit], known.places[:, unit]) ** 2
-            apart[changed] += square - before[:, unit]
-            own = np.exp(square / (-2 * rough.own_length**2)) - np.exp(before[:, unit] / (-2 * rough.own_length**2))
-            found[changed] += (rough.own * usual) ** 2 * own
-        found += (rough.joint * usual) ** 2 * (np.exp(apart / (-2 * rough.joint_length**2)) - joint)
-        return found
+        scale, kernel, observed = self._scale, self._kernel, self._observed
+        covariance = COMMON_FACTOR_STD**2 * np.outer(moved.prior - base.prior, observed.prior)
+        covariance += UNIT_FACTOR_STD**2 * (moved.unit_priors - base.unit_priors) @ observed.unit_priors.T
+        covariance += (kernel.slope_std * scale) ** 2 * (moved.removed - base.removed) @ observed.removed.T
+        before = (base.removed - observed.removed) ** 2
+        distance = np.repeat(before.sum(axis=1)[None], len(moved.removed), axis=0)  # squared
+        joint = np.exp(distance[0] / (-2 * kernel.joint_length_scale**2)) if len(distance) else 0.0
+        width = -2 * kernel.unit_length_scale**2
+        for unit, old in enumerate(base.removed[0]):
+            changed = np.flatnonzero(moved.removed[:, unit] != old)
+            square = np.subtract.outer(moved.removed[changed, unit], observed.removed[:, unit]) ** 2
+            distance[changed] += square - before[:, unit]
+            covariance[changed] += (kernel.unit_std * scale) ** 2 * (
+                np.exp(square / width) - np.exp(before[:, unit] / width)
+            )
+        covariance += (kernel.joint_std * scale) ** 2 * (np.exp(distance / (-2 * kernel.joint_length_scale**2)) - joint)
+        return covariance
 
-    def _variance_between(self, points: "_Points", other: "_Points") -> Array:
-        """Of the difference of each of `points` to the one `other`, before anything is measured."""
-        usual, rough = self._usual, self._rough
-        square = (points.places - other.places) ** 2
-        found: Array = COMMON**2 * (points.believed - other.believed) ** 2
-        found += FACTOR**2 * ((points.damages - other.damages) ** 2).sum(axis=1)
-        found += (rough.slope * usual) ** 2 * square.sum(axis=1)
-        found += 2 * (rough.own * usual) ** 2 * (1 - np.exp(square / (-2 * rough.own_length**2))).sum(axis=1)
-        found += 2 * (rough.joint * usual) ** 2 * (1 - np.exp(square.sum(axis=1) / (-2 * rough.joint_length**2)))
-        return found
+    def _prior_variance_of_change(self, moved: "_Inputs", base: "_Inputs") -> Array:
+        """Return the prior variance of the change from `base` (one point) to each point of `moved`."""
+        scale, kernel = self._scale, self._kernel
+        square = (moved.removed - base.removed) ** 2
+        variance: Array = COMMON_FACTOR_STD**2 * (moved.prior - base.prior) ** 2
+        variance += UNIT_FACTOR_STD**2 * ((moved.unit_priors - base.unit_priors) ** 2).sum(axis=1)
+        variance += (kernel.slope_std * scale) ** 2 * square.sum(axis=1)
+        unit = 1 - np.exp(square / (-2 * kernel.unit_length_scale**2))
+        variance += 2 * (kernel.unit_std * scale) ** 2 * unit.sum(axis=1)
+        joint = 1 - np.exp(square.sum(axis=1) / (-2 * kernel.joint_length_scale**2))
+        variance += 2 * (kernel.joint_std * scale) ** 2 * joint
+        return variance
 
 
 @functools.lru_cache(maxsize=2)
 def surrogate_of(view: View) -> Surrogate:
-    """Return the surrogate of a view, made once for all that ask in a round."""
+    """Return the surrogate of a view, which is fitted once for all calls of a round."""
     return Surrogate(view)
 
 
-class _Points:
-    """Shares that plans take from each unit [points, units], and what is made of them."""
+class _Inputs:
+    """Shares removed from each unit [points, units], and values computed from them."""
 
-    def __init__(self, shares: Array, alone: Sequence[tuple[float, float]], sizes: Array) -> None:
-        self.places: Array = shares * sizes
-        """In a decoder layer's worth of parameters."""
-        measured, rises = np.array(alone).T
+    def __init__(self, shares: Array, pruned_alone: Sequence[tuple[float, float]], sizes: Array) -> None:
+        self.removed: Array = shares * sizes
+        """Removed parameters of each unit, as multiples of one decoder layer's [points, units]."""
+        measured, rises = np.array(pruned_alone).T
         ratios = np.divide(shares, measured, out=np.zeros_like(shares), where=measured > 0)
-        self.damages: Array = rises * np.where(ratios <= 1, ratios, ratios**2)
-        """What each unit costs: in proportion up to where it was measured, then with the square."""
-        self.believed: Array = self.damages.sum(axis=1)
+        self.unit_priors: Array = rises * np.where(ratios <= 1, ratios, ratios**2)
+        """Rise that each unit costs: in proportion up to the measured share, then with the square [points, units]."""
+        self.prior: Array = self.unit_priors.sum(axis=1)
+        """Prior mean of the rise [points]."""
 
 
-def _alone(view: View) -> list[tuple[float, float]]:
-    """For each unit that is pruned alone, the share that it loses and the rise; without sensitivity one for all.
+def _pruned_alone(view: View) -> list[tuple[float, float]]:
+    """Return for each unit the share that it loses when pruned alone, and the rise; without sensitivity one for all.
 
-    Noise that would reward pruning is left out: nothing is free.
+    A rise below zero is noise, and would reward pruning: it is raised to a little above zero.
     """
     profile = view.profile
     shares = [removed_alone(unit, view.spec, profile.shape) for unit in view.units]

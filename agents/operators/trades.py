@@ -1,7 +1,7 @@
-"""Trades: one unit is pruned more, another less, by the same number of parameters. Ranked by a surrogate. Pure.
+"""Trades: one unit is pruned more, another less, by the same number of parameters. The surrogate ranks them. Pure.
 
-What an LLM is good at is to choose and to combine; what it is bad at is to reckon with sixty numbers. So the surrogate
-lists the trades that promise most, and the LLM decides which of them to make together.
+An LLM is good at choosing and combining, and bad at arithmetic with sixty numbers. So the surrogate lists the most
+promising trades, and the LLM decides which of them to combine.
 """
 
 import random
@@ -17,46 +17,46 @@ from protocol.plans.plan import parameters_to_next_level, unit_bounds
 from protocol.plans.rates import ROUNDING
 
 SIZES = (0.04, 0.08, 0.16)
-"""Parameters that change sides, as shares of a decoder layer's."""
-WIDE = 12
-"""Units that are looked at on each side of a trade: those that promise most there."""
-MOST_USES = 2
-"""Trades of a menu that one unit may take part in: a menu of one unit is no choice."""
+"""Parameters that a trade moves, as shares of a decoder layer's."""
+UNITS_PER_SIDE = 12
+"""Units considered for each side of a trade: the best ones by the acquisition."""
+MAX_USES = 2
+"""Trades of a menu in which one unit may take part; otherwise a single unit could fill the menu."""
 OFFERED = 0.5
-"""Share of the units that a menu is made of (`WIDE` at least), drawn anew for each: offspring of one round that all try
-the same unit teach one thing many times over, and if it hurts, it hurts all of them."""
-EAGERNESS = 1.0
-"""Standard deviations of what a trade promises that speak for it: of what nobody has tried more is to be learned."""
+"""Share of the units that a menu is made of (at least `UNITS_PER_SIDE` units), sampled anew for each menu. If all
+offspring of a round tried the same unit, they would teach little, and a harmful unit would hurt all of them."""
+KAPPA = 1.0
+"""Exploration weight of the acquisition, `mean - KAPPA * std` (a lower confidence bound; lower is better)."""
 
 
 @dataclass(frozen=True)
 class Trade:
-    """The unit `more` is pruned more, the unit `less` is pruned less, by their numbers; and the rates that both get."""
+    """A trade of two units, given by number: `more` is pruned more, `less` is pruned less; and the rates of both."""
 
     more: int
     less: int
     more_rate: float
     less_rate: float
-    promise: float
-    """The change that the surrogate expects, in nats of log-perplexity, or of divergence; negative is better."""
-    doubt: float
-    """How far that may be off: a standard deviation."""
+    mean: float
+    """Predicted change of the rise, in nats of log-perplexity, or of divergence; negative is better."""
+    std: float
+    """Standard deviation of the prediction."""
 
 
-def menu(view: View, parent: Member, rng: random.Random, count: int) -> tuple[Trade, ...]:
-    """The `count` trades from `parent` that promise most or are least known, by promise; fewer where there are none."""
-    ranked = _Market(view, parent.candidate.rates, rng).ranked()
+def trade_menu(view: View, parent: Member, rng: random.Random, count: int) -> tuple[Trade, ...]:
+    """Return the `count` best trades from `parent` by the acquisition, sorted by mean; fewer if fewer are possible."""
+    ranked = _Trades(view, parent.candidate.rates, rng).ranked()
     chosen: list[Trade] = []
     uses: Counter[int] = Counter()
     for trade in ranked:
-        if max(uses[trade.more], uses[trade.less]) < MOST_USES and len(chosen) < count:
+        if max(uses[trade.more], uses[trade.less]) < MAX_USES and len(chosen) < count:
             chosen.append(trade)
             uses.update((trade.more, trade.less))
-    return tuple(sorted(chosen, key=lambda trade: trade.promise))
+    return tuple(sorted(chosen, key=lambda trade: trade.mean))
 
 
-def traded(parent: Member, trades: Sequence[Trade]) -> Proposal:
-    """The parent after these trades; a unit that takes part in several moves by each."""
+def apply_trades(parent: Member, trades: Sequence[Trade]) -> Proposal:
+    """Return the parent after these trades; a unit that takes part in several moves by each."""
     before = parent.candidate.rates
     rates = list(before)
     for trade in trades:
@@ -65,33 +65,32 @@ def traded(parent: Member, trades: Sequence[Trade]) -> Proposal:
     return Proposal(tuple(rates), (parent.candidate.id,))
 
 
-class _Market:
-    """All trades from one parent's rates."""
+class _Trades:
+    """The trades that are possible from one parent's rates."""
 
     def __init__(self, view: View, rates: Sequence[float], rng: random.Random) -> None:
         self._view, self._surrogate, self._rates = view, surrogate_of(view), rates
         spec = view.spec
         self._bounds = unit_bounds(view.profile.shape, spec.granularity, spec.lowest_rate, spec.highest_rate)
-        self._offered = sorted(rng.sample(range(len(rates)), max(min(WIDE, len(rates)), round(OFFERED * len(rates)))))
+        units = len(rates)
+        self._offered = sorted(rng.sample(range(units), max(min(UNITS_PER_SIDE, units), round(OFFERED * units))))
 
     def ranked(self) -> list[Trade]:
-        """Best first."""
+        """Return the trades by the acquisition, best first."""
         layer = self._view.profile.shape.layer_parameters(0)
-        # Where attention takes part its level is the size, every time.
+        # With attention, the next level decides the size, so all SIZES give the same trade.
         moves = dict.fromkeys(pair for size in SIZES for pair in self._pairs(round(size * layer)))
         if not moves:
             return []
-        promises, doubts = self._surrogate.changes(self._rates, [{a: x, b: y} for a, x, b, y in moves])
+        means, stds = self._surrogate.predict_changes(self._rates, [{a: x, b: y} for a, x, b, y in moves])
         trades = [
-            (promise - EAGERNESS * doubt, Trade(more, less, more_rate, less_rate, promise, doubt))
-            for (more, more_rate, less, less_rate), promise, doubt in zip(
-                moves, promises.tolist(), doubts.tolist(), strict=True
-            )
+            (mean - KAPPA * std, Trade(more, less, more_rate, less_rate, mean, std))
+            for (more, more_rate, less, less_rate), mean, std in zip(moves, means.tolist(), stds.tolist(), strict=True)
         ]
         return [trade for _, trade in sorted(trades, key=lambda each: each[0])]
 
     def _pairs(self, parameters: int) -> Iterator[tuple[int, float, int, float]]:
-        """Two units and their rates after a trade of `parameters`, or of attention's next level where it takes part."""
+        """Yield two units and their rates after a trade of `parameters`; with attention, of its next level instead."""
         takers, givers = (self._sides(sign, parameters) for sign in (1, -1))
         for more, amount in takers:
             for less, other in givers:
@@ -99,7 +98,7 @@ class _Market:
                     yield more, self._after(more, moved), less, self._after(less, -moved)
 
     def _sides(self, sign: int, parameters: int) -> list[tuple[int, int]]:
-        """The units that promise most when pruned more (`sign` 1) or less (−1), and by how many parameters they are."""
+        """Return the best units to prune more (`sign` 1) or less (−1), each with its number of parameters."""
         amounts = {
             i: self._to_next_level(i, sign) if self._view.units[i].kind == "attention" else parameters
             for i in self._offered
@@ -107,12 +106,15 @@ class _Market:
         able = [(i, amount) for i, amount in amounts.items() if self._is_able(i, sign * amount)]
         if not able:
             return []
-        promises, doubts = self._surrogate.changes(self._rates, [{i: self._after(i, sign * a)} for i, a in able])
-        worth = (promises - EAGERNESS * doubts) / np.array([amount for _, amount in able])
-        return [able[k] for k in np.argsort(worth, kind="stable")[:WIDE]]
+        means, stds = self._surrogate.predict_changes(self._rates, [{i: self._after(i, sign * a)} for i, a in able])
+        acquisition = (means - KAPPA * stds) / np.array([amount for _, amount in able])
+        return [able[k] for k in np.argsort(acquisition, kind="stable")[:UNITS_PER_SIDE]]
 
     def _moved_by_both(self, more: int, amount: int, less: int, other: int, parameters: int) -> int:
-        """Parameters of a trade: the side that can choose takes as many as the other has to; 0 where none can be."""
+        """Return the parameters that both units can move, 0 if none.
+
+        An attention block moves by whole levels; the other unit takes the same number of parameters.
+        """
         fixed = [a for i, a in ((more, amount), (less, other)) if self._view.units[i].kind == "attention"]
         if len(fixed) == 2 and fixed[0] != fixed[1]:
             return 0
@@ -124,7 +126,7 @@ class _Market:
         return parameters != 0 and low - ROUNDING <= self._after(unit, parameters) <= high + ROUNDING
 
     def _after(self, unit: int, parameters: int) -> float:
-        """The rate of a unit that loses so many parameters more."""
+        """Return the rate of a unit after it loses `parameters` more."""
         return self._rates[unit] + parameters / self._view.units[unit].parameters
 
     def _to_next_level(self, unit: int, sign: int) -> int:

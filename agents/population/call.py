@@ -1,4 +1,4 @@
-"""One call of one agent: its label and its seeds."""
+"""One call of one agent, and its random seeds."""
 
 import hashlib
 import random
@@ -10,7 +10,7 @@ from agents.population.view import Member, View
 
 @dataclass(frozen=True)
 class Call:
-    """Which call of which agent in which round: what seeds are made from."""
+    """One call of an agent in a round: `index` tells the calls apart, `count` is how many proposals it should make."""
 
     agent: str
     view: View
@@ -18,18 +18,18 @@ class Call:
     count: int
 
     def seed(self, attempt: int) -> int:
-        """31 bits that differ between all questions of a search."""
+        """Return a seed of 31 bits, different for every question of a search."""
         key = f"{self.view.spec.seed}|{self.view.round}|{self.agent}|{self.index}|{self.count}|{attempt}"
         return int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") >> 1
 
-    def some_of(self, members: Sequence[Member], most: int) -> tuple[Member, ...]:
-        """At most `most` of `members`, in their order: the calls of a round each see different ones."""
+    def sample_members(self, members: Sequence[Member], count: int) -> tuple[Member, ...]:
+        """Return at most `count` of `members`, in their order. Each call of a round sees different members."""
         first = [members[self.index % len(members)]]
         others = [member for member in members if member is not first[0]]
-        drawn = first + self.rng.sample(others, min(most - 1, len(others)))
-        return tuple(member for member in members if member in drawn)
+        sampled = first + self.rng.sample(others, min(count - 1, len(others)))
+        return tuple(member for member in members if member in sampled)
 
     @property
     def rng(self) -> random.Random:
-        """For the fallback."""
+        """A new generator for the fallback and for the menus, seeded the same every time."""
         return random.Random(self.seed(-1))

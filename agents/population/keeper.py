@@ -14,23 +14,23 @@ log = structlog.get_logger()
 
 
 class Outcomes(Protocol):
-    """Where outcomes come from, and where applying one is made durable."""
+    """The source of outcomes, which also makes applied outcomes durable."""
 
     async def results(self, cursor: str) -> list[Result]:
-        """Outcomes behind `cursor`; waits a moment for the first."""
+        """Return the outcomes after `cursor`; wait a moment for the first one."""
 
     async def apply(self, result: Result) -> bool:
-        """Make `result` durable; False when its id has an outcome already."""
+        """Make `result` durable; return False if its id already has an outcome."""
 
     async def drop(self, result: Result) -> None:
         """Forget a result that belongs to no candidate."""
 
 
 class PopulationKeeper:
-    """Applies each outcome once, in order, and tells whoever waits for it.
+    """Applies each outcome once, in order, and wakes the tasks that wait for it.
 
-    `ledger` is what has been issued, `on_evaluation` is called after an outcome was made durable, with whether it is
-    the new best.
+    `ledger` holds the issued candidates. `on_evaluation` is called after an outcome was made durable, with the
+    evaluation and whether it is the new best.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class PopulationKeeper:
         await self.until(lambda waiting: waiting == 0)
 
     async def until(self, enough: Callable[[int], bool]) -> None:
-        """Wait until `enough` says so of the number of candidates that wait; it is asked after every outcome."""
+        """Wait until `enough(waiting)` is true; it is checked after every outcome."""
         async with self._changed:
             await self._changed.wait_for(lambda: enough(self.waiting))
 
@@ -82,8 +82,8 @@ class PopulationKeeper:
 
     async def _apply(self, candidate: Candidate, result: Result) -> None:
         await self._outcomes.apply(result)
-        # Not its answer decides: one that got lost is asked for again, and then says that the outcome is there already;
-        # and a server that lost its data finds an old outcome new.
+        # The result of `apply` does not decide. If it got lost, the repeated call returns False for a new outcome; and
+        # with a server that lost its data, it is True for an old one.
         if candidate.id not in self._population:
             is_best = self._population.insert(candidate, result.outcome)
             evaluation = self._population.get(candidate.id)

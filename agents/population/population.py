@@ -1,4 +1,4 @@
-"""The population: measured candidates, best first. Pure; nothing here waits."""
+"""The population: measured candidates, best first. Pure."""
 
 from bisect import insort
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ from protocol.plans.candidate import Candidate, Measured, Outcome
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A candidate with its outcome. `order` is its place in the sequence of outcomes."""
+    """A candidate with its outcome. `order` is the position in the sequence of outcomes."""
 
     candidate: Candidate
     outcome: Outcome
@@ -18,15 +18,15 @@ class Evaluation:
 
 
 class Population:
-    """All outcomes of a search, and among the measured ones an order by fitness (lower is better).
+    """All outcomes of a search, and its members ranked by fitness (lower is better).
 
-    Baselines are kept (they are measured like any other) but are not members: they are what the search is compared
-    with. A failed candidate is remembered and never a member.
+    Members are the measured proposals. Baselines are kept, too, but are not members: the search is compared with them.
+    Failed and stopped candidates are kept and are never members.
     """
 
     def __init__(self) -> None:
         self._evaluations: dict[str, Evaluation] = {}
-        # Equals by round and id, so that the rank does not depend on which worker was faster.
+        # Ties are broken by round and id, so that the rank does not depend on which worker was faster.
         self._ranked: list[tuple[float, int, str]] = []
 
     def __len__(self) -> int:
@@ -34,7 +34,7 @@ class Population:
 
     @property
     def outcomes(self) -> int:
-        """How many outcomes there are: members, baselines, and candidates that failed or were stopped."""
+        """The number of outcomes: members, baselines, and candidates that failed or were stopped."""
         return len(self._evaluations)
 
     def __contains__(self, candidate_id: str) -> bool:
@@ -45,11 +45,11 @@ class Population:
         return iter(self._evaluations.values())
 
     def newest(self, count: int) -> list[Evaluation]:
-        """The last `count` evaluations in the order of their outcomes; costs as much as these alone."""
+        """Return the last `count` evaluations in the order of their outcomes, in O(count)."""
         return list(islice(reversed(self._evaluations.values()), count))[::-1]
 
     def insert(self, candidate: Candidate, outcome: Outcome) -> bool:
-        """Remember an outcome; True when its candidate is the new best. A second outcome for an id is ignored."""
+        """Add an outcome; return True if its candidate is the new best. A second outcome for an id is ignored."""
         if candidate.id in self._evaluations:
             return False
         evaluation = Evaluation(candidate, outcome, len(self._evaluations))
@@ -60,14 +60,14 @@ class Population:
         return self._ranked[0][2] == candidate.id
 
     def get(self, candidate_id: str) -> Evaluation | None:
-        """The evaluation of a candidate, if there is one."""
+        """Return the evaluation of a candidate, or None."""
         return self._evaluations.get(candidate_id)
 
     def top(self, count: int | None, *, before: int | None = None) -> list[Evaluation]:
-        """The best `count` members (all for None), best first; of rounds earlier than `before` where it is given."""
+        """Return the best `count` members (None: all), best first; with `before` only those of earlier rounds."""
         ranked = (id_ for _, round_, id_ in self._ranked if before is None or round_ < before)
         return [self._evaluations[id_] for id_ in islice(ranked, count)]
 
     def best(self) -> Evaluation | None:
-        """The best member, or None while nothing is measured."""
+        """Return the best member, or None while nothing is measured."""
         return self.top(1)[0] if self._ranked else None

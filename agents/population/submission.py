@@ -1,4 +1,4 @@
-"""Handing in what is proposed: the candidates of one call, and proposals drawn without an LLM."""
+"""Submission of proposals: the candidates of one call, and proposals sampled without an LLM."""
 
 import asyncio
 import random
@@ -9,35 +9,36 @@ from agents.population.view import BUDGET_USED_UP, KNOWN_ALREADY, Proposal, Refu
 from protocol.plans.candidate import AgentName, Provenance, Source
 
 TRIES = 25
-"""Proposals that may be drawn for one that is still missing, before it is believed that there is none."""
+"""Samples for each missing proposal before sampling gives up: by then probably no new plan is left."""
 
-Draw = Callable[[random.Random], Proposal]
-"""A classical operator: makes one proposal after another."""
+Sampler = Callable[[random.Random], Proposal]
+"""A classical operator: returns another proposal at each call."""
 
 
 class NothingLeft(Exception):  # noqa: N818  (no error: the call is at its end)
-    """The call has all its candidates, or the budget is used up: whatever is proposed now is refused."""
+    """The call has all its candidates, or the budget is used up: every further proposal would be refused."""
 
 
-class Offers:
-    """Hands in the proposals of one call. `made` are its candidates, those of an earlier process included."""
+class Submitter:
+    """Submits the proposals of one call. `accepted` holds the ids of its candidates, also from an earlier process."""
 
     def __init__(self, agent: AgentName, call: Call, submit: Submit) -> None:
         self._agent: AgentName = agent
         self.call = call
-        self.made = set(call.view.made.get((agent, call.index), ()))
+        self.accepted = set(call.view.made.get((agent, call.index), ()))
         self._submit = submit
-        self._taken: set[str] = set()
+        self._own: set[str] = set()
+        """Ids accepted in this process."""
 
     @property
     def is_complete(self) -> bool:
-        """Whether the call has all the candidates that it is to make."""
-        return len(self.made) >= self.call.count
+        """Whether the call has as many candidates as it should make."""
+        return len(self.accepted) >= self.call.count
 
-    async def make(
+    async def submit(
         self, proposal: Proposal, source: Source, *, endpoint: str | None = None, prompt: str | None = None
     ) -> str | None:
-        """None when the proposal is accepted, else why not; raises NothingLeft when no more will be."""
+        """Return None if the proposal is accepted, else the reason; raise NothingLeft when no more can be."""
         provenance = Provenance(
             agent=self._agent,
             source=source,
@@ -52,21 +53,21 @@ class Offers:
             raise NothingLeft
         if isinstance(result, Refused):
             return result.reason
-        if result.id in self._taken:
+        if result.id in self._own:
             return KNOWN_ALREADY.reason
-        self._taken.add(result.id)
-        self.made.add(result.id)
-        if self.is_complete and len(self._taken) < self.call.count:
-            # An earlier process was answered otherwise: its candidates and ours together are enough.
+        self._own.add(result.id)
+        self.accepted.add(result.id)
+        if self.is_complete and len(self._own) < self.call.count:
+            # An earlier process got other answers: its candidates and ours together are enough.
             raise NothingLeft
         return None
 
-    async def draw(self, rng: random.Random, missing: int, draw: Draw, source: Source) -> int:
-        """Hand in what `draw` makes until `missing` are accepted, or no new plan is found; returns how many were."""
+    async def sample(self, rng: random.Random, missing: int, sampler: Sampler, source: Source) -> int:
+        """Submit samples until `missing` are accepted or no new plan is found; return how many were accepted."""
         taken = 0
         for _ in range(TRIES * missing):
-            taken += await self.make(draw(rng), source) is None
+            taken += await self.submit(sampler(rng), source) is None
             if taken == missing:
                 break
-            await asyncio.sleep(0)  # what is refused waits for nobody, and others have to get on
+            await asyncio.sleep(0)  # a refusal awaits nothing, so without this other tasks would starve
         return taken

@@ -1,4 +1,4 @@
-"""What the agents see of a search, and how they hand in what they propose."""
+"""The view that agents get of a search, and the interface by which they submit proposals."""
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,49 +17,49 @@ class Member:
 
     candidate: Candidate
     fitness: float
-    """Perplexity or KL divergence, as the spec's measure says; lower is better."""
+    """Perplexity or KL divergence, depending on the spec's measure; lower is better."""
 
 
 @dataclass(frozen=True)
 class Tried:
-    """A candidate with what came of it: None where it failed."""
+    """A candidate with its fitness: None if it failed."""
 
     candidate: Candidate
     fitness: float | None
     stopped: bool = False
-    """In its race: the fitness is guessed from that of its rival and the windows that were measured."""
+    """Whether it lost its race. Its fitness is then estimated from its rival's and from the measured windows."""
 
 
 def _unknown(_: str) -> None:
-    """The fitness of a candidate of a search that has none."""
+    """Return None, the fitness of every candidate before anything is measured."""
 
 
 @dataclass(frozen=True, eq=False)
 class View:
-    """A search as an agent sees it at the beginning of a round: the population is best first."""
+    """A search as agents see it at the beginning of a round; `population` is best first."""
 
     spec: SearchSpec
     profile: ModelProfile
     round: int
     population: tuple[Member, ...]
     made: Mapping[tuple[AgentName, int], frozenset[str]] = field(default_factory=dict)
-    """Ids of this round's candidates by agent and call, where a process that was killed had begun it."""
+    """Ids of this round's candidates by agent and call, if an earlier process began the round and was killed."""
     measured: tuple[Member, ...] = ()
-    """The best of all that was measured in the rounds before, best first; `population` is the beginning of it."""
+    """The best members of all earlier rounds, best first; `population` is the beginning of it."""
     recent: tuple[Tried, ...] = ()
-    """The last candidates of the rounds before, whatever came of them, in the order in which they were issued."""
+    """The last candidates of the earlier rounds, with any outcome, in the order in which they were issued."""
     start: tuple[float, ...] | None = None
-    """The rates of the best of the first population."""
+    """The rates of the best member of the first population."""
     fitness_of: Callable[[str], float | None] = _unknown
-    """By a candidate's id, of any round before, however long ago; None where it has none."""
+    """Returns the fitness for a candidate id of any earlier round; None if it has no fitness."""
 
     @cached_property
     def units(self) -> tuple[Unit, ...]:
-        """What the pruning rates apply to, in their order."""
+        """The units, in the order of the rates."""
         return self.profile.shape.units(self.spec.granularity)
 
     def candidate_id(self, rates: Sequence[float]) -> str | None:
-        """The id of the candidate that these raw rates become; None where there is no plan for them."""
+        """Return the id of the candidate that these raw rates become; None if no plan fits them."""
         shape = self.profile.shape
         try:
             plan = self.spec.plan(self.spec.feasible(tuple(rates), shape), shape)
@@ -69,7 +69,7 @@ class View:
 
     @property
     def by_fragility(self) -> tuple[Unit, ...]:
-        """The units, those first whose pruning alone changes most; none where that was not measured."""
+        """The units, most sensitive first; empty if sensitivity was not measured."""
         if not self.profile.sensitivity:
             return ()
         ranked = sorted(zip(self.profile.sensitivity, self.units, strict=True), key=lambda pair: -pair[0])
@@ -85,26 +85,26 @@ class Accepted:
 
 @dataclass(frozen=True)
 class Refused:
-    """The proposal is not worth measuring; `reason` completes "configuration 2: …" for the LLM."""
+    """The proposal will not be measured; `reason` completes "configuration 2: …" for the LLM."""
 
     reason: str
 
 
 BUDGET_USED_UP = Refused("the budget of evaluations is used up")
-"""What every proposal is refused with from then on: the agents stop quietly."""
+"""Refuses every proposal once the budget is used up: the agents then stop without an error."""
 KNOWN_ALREADY = Refused("it prunes the model exactly as an earlier configuration does")
-"""What a proposal is refused with whose plan another call, or this one before, has proposed."""
+"""Refuses a proposal whose plan this call or another one has proposed before."""
 
 Submit = Callable[[Sequence[float], Provenance], Awaitable[Accepted | Refused]]
-"""Takes raw rates, one per unit. They are made feasible, planned, compared with what is known, and enqueued.
+"""Takes raw rates, one per unit. They are made feasible, planned, compared with the known plans, and enqueued.
 
-What the same call has proposed before is accepted again: that call is repeated because its process was killed.
+A plan that the same call proposed before is accepted again: the call is repeated because its process was killed.
 """
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """Raw rates, one per unit, and the ids of the candidates that they were made from."""
+    """Raw rates, one per unit, and the ids of the parents."""
 
     rates: tuple[float, ...]
     parents: tuple[str, ...] = ()
@@ -112,7 +112,7 @@ class Proposal:
 
 @dataclass(frozen=True)
 class Selection:
-    """Parents for the next offspring, best first, and who chose them."""
+    """Parents for the next offspring, best first, and the source of the choice."""
 
     parents: tuple[Member, ...]
     source: Source

@@ -1,4 +1,4 @@
-"""The conversation that every agent has with the LLM: ask, parse, take what is good, answer what was wrong."""
+"""The conversation of an agent with the LLM: ask, parse, take the valid items, ask again with what was wrong."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -8,70 +8,72 @@ from typing import Generic, TypeVar
 
 import structlog
 
-from agents.llm.endpoint import Answer, Asks, Message
+from agents.llm.endpoint import Answer, ChatClient, Message, Question
 from agents.population.call import Call
 from agents.prompting.descriptions import about_model
-from agents.prompting.prompts import Prompts
+from agents.prompting.prompts import PromptTemplates
 from agents.prompting.replies import Parsed
 from agents.prompting.settings import AgentSettings
 from protocol.errors import EndpointError, InvalidReply
 
 TOKENS_BESIDE = 100
+"""Tokens of a reply in addition to its items."""
 LONGEST_QUOTE = 8_000
 """Characters of its own reply that the LLM is shown when it is asked again."""
 LONGEST_QUOTE_OF_A_CUT_REPLY = 400
-"""Of one that ran into its token limit, for it is often one number over and over, and would fill the context."""
+"""The same for a reply that hit its token limit: often it repeats one number and would fill the context."""
 LARGE = 20_000
-"""Characters of an answer that is read in a thread."""
+"""Characters of an answer from which on it is parsed in a thread."""
 
 T = TypeVar("T")
 
 Take = Callable[[T, Answer], Awaitable[str | None]]
-"""Uses one item of an answer; returns None, or why it was refused."""
+"""Uses one item of an answer. Returns None, or the reason why the item was refused."""
 Turn = Callable[[], AbstractAsyncContextManager[None]]
-"""What an answer is taken within."""
+"""Makes the context in which the items of an answer are taken."""
 log = structlog.get_logger()
 
 
 @dataclass(frozen=True)
-class Question(Generic[T]):
-    """One question: the prompt, the form of the answer for so many missing items, and how it is read."""
+class Prompt(Generic[T]):
+    """A filled prompt with the schema and the parser of its reply."""
 
     name: str
-    """Of the prompt's file, which also names the schema."""
-    prompt: str
+    """Name of the template; it also names the schema."""
+    text: str
     schema: Callable[[int], dict[str, object]]
+    """Returns the schema of a reply with so many items."""
     parse: Callable[[str, int], Parsed[T]]
-    tokens: int
-    """What one item of the answer takes, about."""
+    """Parses a reply of at most so many items."""
+    tokens_per_item: int
+    """Approximate tokens of one item."""
 
 
 class Asker:
-    """Asks questions for the agents, and asks again with what was wrong."""
+    """Asks the LLM for an agent, and asks again with what was wrong."""
 
-    def __init__(self, chat: Asks, prompts: Prompts, settings: AgentSettings) -> None:
+    def __init__(self, chat: ChatClient, templates: PromptTemplates, settings: AgentSettings) -> None:
         self._chat = chat
-        self._prompts = prompts
+        self._templates = templates
         self._settings = settings
-        self._room = 1
+        self._token_factor = 1
+        """Multiplies the token limit; grows when a reply is cut off."""
 
-    async def ask(
-        self, call: Call, question: Question[T], missing: int, take: Take[T], turn: Turn = nullcontext
-    ) -> int:
-        """Ask until `missing` items are taken or the re-asks are used up; returns how many were taken."""
+    async def ask(self, call: Call, prompt: Prompt[T], missing: int, take: Take[T], turn: Turn = nullcontext) -> int:
+        """Ask until `missing` items are taken or the re-asks are used up; return how many were taken."""
         messages: list[Message] = [
-            {"role": "system", "content": self._prompts.fill("system", about=about_model(call.view, ()))},
-            {"role": "user", "content": question.prompt},
+            {"role": "system", "content": self._templates.fill("system", about=about_model(call.view, ()))},
+            {"role": "user", "content": prompt.text},
         ]
         taken = 0
         for attempt in range(1 + self._settings.reasks):
             try:
-                answer = await self._answer(call, question, messages, missing - taken, attempt)
+                answer = await self._answer(call, prompt, messages, missing - taken, attempt)
             except EndpointError as error:
                 log.debug("llm_unavailable", agent=call.agent, round=call.view.round, reason=str(error))
                 break
             async with turn():
-                good, problems = await self._take_all(question, answer, missing - taken, take)
+                good, problems = await self._take_all(prompt, answer, missing - taken, take)
             taken += good
             log.info(
                 "llm_reply",
@@ -84,7 +86,7 @@ class Asker:
             )
             if taken >= missing:
                 break
-            again = self._prompts.fill("reask", problems=problems[:5], missing=missing - taken)
+            again = self._templates.fill("reask", problems=problems[:5], missing=missing - taken)
             messages += [
                 {"role": "assistant", "content": _quote(answer)},
                 {"role": "user", "content": again},
@@ -92,32 +94,31 @@ class Asker:
         return taken
 
     async def _answer(
-        self, call: Call, question: Question[T], messages: list[Message], missing: int, attempt: int
+        self, call: Call, prompt: Prompt[T], messages: list[Message], missing: int, attempt: int
     ) -> Answer:
-        needed = self._room * (TOKENS_BESIDE + missing * question.tokens)
-        answer = await self._chat.ask(
-            messages,
-            schema=question.schema(missing),
-            schema_name=question.name,
+        needed = self._token_factor * (TOKENS_BESIDE + missing * prompt.tokens_per_item)
+        question = Question(
+            messages=tuple(messages),
+            schema=prompt.schema(missing),
+            schema_name=prompt.name,
             seed=call.seed(attempt),
             temperature=self._settings.temperature,
             max_tokens=min(needed, self._settings.max_tokens),
             label=f"{call.agent} round {call.view.round} call {call.index} attempt {attempt}",
         )
+        answer = await self._chat.ask(question)
         if answer.truncated and needed < self._settings.max_tokens:
-            # For good: a model that reasons before it answers will do so every time.
-            self._room *= 4
+            # Permanently: a model that reasons before it answers does so every time.
+            self._token_factor *= 4
         return answer
 
-    async def _take_all(
-        self, question: Question[T], answer: Answer, missing: int, take: Take[T]
-    ) -> tuple[int, list[str]]:
-        """How many items of the answer were taken, and a sentence for each that was not."""
+    async def _take_all(self, prompt: Prompt[T], answer: Answer, missing: int, take: Take[T]) -> tuple[int, list[str]]:
+        """Return how many items of the answer were taken, and a sentence for each one that was not."""
         try:
             if len(answer.text) < LARGE:
-                parsed = question.parse(answer.text, missing)
+                parsed = prompt.parse(answer.text, missing)
             else:
-                parsed = await asyncio.to_thread(question.parse, answer.text, missing)
+                parsed = await asyncio.to_thread(prompt.parse, answer.text, missing)
         except InvalidReply as error:
             return 0, ["Your reply was cut off: keep it short." if answer.truncated else str(error)]
         taken, problems = 0, list(parsed.problems)
@@ -131,6 +132,6 @@ class Asker:
 
 
 def _quote(answer: Answer) -> str:
-    """The LLM's own words as it is shown them again: not too many, and no lone surrogate, which no request can hold."""
+    """Return the LLM's own words, cut to a limit and without lone surrogates, which no request can encode."""
     longest = LONGEST_QUOTE_OF_A_CUT_REPLY if answer.truncated else LONGEST_QUOTE
     return answer.text[:longest].encode(errors="replace").decode()

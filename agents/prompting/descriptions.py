@@ -1,4 +1,4 @@
-"""What prompts say about the target model and the population, in words and short numbers. Pure."""
+"""The target model and the population in the words and short numbers of prompts. Pure."""
 
 import math
 from collections.abc import Collection, Sequence
@@ -9,7 +9,7 @@ from agents.operators.edits import KEPT_CHOICES
 from agents.operators.mixes import RankedMix
 from agents.operators.trades import Trade
 from agents.population.view import Member, View
-from agents.prompting.settings import Told
+from agents.prompting.settings import FeedbackPart
 from protocol.plans.shape import Granularity
 
 SECTIONS = 5
@@ -19,14 +19,14 @@ FITNESS_IN_FULL = {
     "perplexity": "perplexity of the pruned model",
     "kl": "KL divergence of the pruned model from the unpruned one",
 }
-"""What the search minimises, in the words of its prompts."""
+"""The fitness, in the words of the prompts."""
 
 TEXTS = {"wikitext2": "the WikiText-2 dataset", "c4": "the C4 dataset", "self": "text of its own"}
 
 
 @dataclass(frozen=True)
 class AboutModel:
-    """The target model and what is wanted of it, as prompts say it."""
+    """The target model and the goal of the search, as prompts state them."""
 
     model: str
     granularity: Granularity
@@ -36,22 +36,22 @@ class AboutModel:
     kv_heads: int
     channels: int
     mlp_weight: str
-    """How many times as many parameters an MLP block has as an attention block."""
+    """Parameters of an MLP block divided by those of an attention block."""
     rate: str
     percent: str
     text: str
     fitness: str
-    """What is minimised: perplexity, or KL divergence."""
+    """Perplexity or KL divergence."""
     fitness_in_full: str
     fragile: tuple[str, ...]
-    """Names of the units whose pruning alone hurts most, worst first."""
+    """Names of the units that hurt most when pruned alone, worst first."""
     robust: tuple[str, ...]
 
 
-def about_model(view: View, told: Collection[Told]) -> AboutModel:
-    """What the prompts say of this search's model; the widths are those of its first layer."""
+def about_model(view: View, parts: Collection[FeedbackPart]) -> AboutModel:
+    """Return the description of this search's model; the widths are those of its first layer."""
     spec, shape = view.spec, view.profile.shape
-    ranked = tuple(unit.name for unit in view.by_fragility) if "sensitivity" in told else ()
+    ranked = tuple(unit.name for unit in view.by_fragility) if "sensitivity" in parts else ()
     attention, mlp = shape.units("block")[:2]
     return AboutModel(
         model=view.profile.model,
@@ -73,7 +73,7 @@ def about_model(view: View, told: Collection[Told]) -> AboutModel:
 
 
 def percents(view: View, rates: Sequence[float]) -> dict[str, list[int]]:
-    """Rates in whole percent by layer, under the kind of block that they belong to."""
+    """Return the rates in whole percent by layer, for each kind of block."""
     kinds: dict[str, list[int]] = {}
     for unit, rate in zip(view.units, rates, strict=True):
         kinds.setdefault(unit.kind, []).append(round(100 * rate))
@@ -81,7 +81,7 @@ def percents(view: View, rates: Sequence[float]) -> dict[str, list[int]]:
 
 
 def sections(view: View, rates: Sequence[float]) -> dict[str, list[int]]:
-    """Rates in whole percent by section of depth, for prompts that show many configurations."""
+    """Return the rates in whole percent by section of depth, for prompts that show many configurations."""
     return {kind: _averages(by_layer) for kind, by_layer in percents(view, rates).items()}
 
 
@@ -92,24 +92,25 @@ def _averages(values: Sequence[int]) -> list[int]:
 
 
 def decimals(rates: Sequence[float]) -> str:
-    """Rates as the paper writes them."""
+    """Return the rates as the paper writes them."""
     return "[" + ", ".join(f"{rate:.5f}" for rate in rates) + "]"
 
 
 def numbered_lists(view: View, members: Sequence[Member]) -> list[dict[str, str]]:
-    """Members with all their decimals, for the `lists` prompts."""
+    """Return the members with all decimals of their rates, for the `lists` prompts."""
     return [{"rates": decimals(m.candidate.rates), "fitness": fitness_in_words(view, m, more=1)} for m in members]
 
 
 def numbered_profiles(view: View, members: Sequence[Member]) -> list[dict[str, object]]:
-    """Members in whole percent, for the `edits` prompts."""
+    """Return the members in whole percent, for the `edits` prompts."""
     return [{"percents": percents(view, m.candidate.rates), "fitness": fitness_in_words(view, m)} for m in members]
 
 
 def trades_in_words(view: View, parent: Member, trades: Sequence[Trade]) -> list[str]:
-    """Trades as the `trades` prompts list them: `mlp 3 +4, mlp 17 -4: -0.8 % (+-0.5)`, in percent points of pruning.
+    """Return trades as the `trades` prompts list them: `mlp 3 +4, mlp 17 -4: -0.8 % (+-0.5)`.
 
-    What is expected is a change in percent: of a perplexity by its logarithm, of a divergence by the parent's.
+    Units move by percent points of pruning. The predicted change is in percent: of the perplexity, computed from its
+    logarithm, or of the parent's divergence.
     """
     is_kl = view.spec.measure == "kl" and parent.fitness > 0
     unit = parent.fitness if is_kl else 1.0
@@ -117,8 +118,8 @@ def trades_in_words(view: View, parent: Member, trades: Sequence[Trade]) -> list
     for trade in trades:
         sides = ((trade.more, trade.more_rate), (trade.less, trade.less_rate))
         moved = ", ".join(_side(view, number, rate, parent.candidate.rates) for number, rate in sides)
-        change = trade.promise / unit if is_kl else math.expm1(trade.promise)
-        words.append(f"{moved}: {100 * change:+.1f} % (+-{100 * trade.doubt / unit:.1f})")
+        change = trade.mean / unit if is_kl else math.expm1(trade.mean)
+        words.append(f"{moved}: {100 * change:+.1f} % (+-{100 * trade.std / unit:.1f})")
     return words
 
 
@@ -127,7 +128,7 @@ def _side(view: View, unit: int, rate: float, rates: Sequence[float]) -> str:
 
 
 def mixes_in_words(view: View, parents: Sequence[Member], mixes: Sequence[RankedMix]) -> list[str]:
-    """Mixes as the `trades` prompts list them."""
+    """Return mixes as the `trades` prompts list them."""
     words = []
     for ranked in mixes:
         mix = ranked.mix
@@ -135,20 +136,20 @@ def mixes_in_words(view: View, parents: Sequence[Member], mixes: Sequence[Ranked
         blocks = "layers" if mix.block in (None, "both") else f"{mix.block} of layers"
         words.append(
             f"{blocks} {mix.first} to {mix.first + mix.layers - 1} of {fitness_in_words(view, donor)} "
-            f"in {fitness_in_words(view, base)}: about {ranked.expected:.{_FITNESS_DIGITS[view.spec.measure]}f}"
+            f"in {fitness_in_words(view, base)}: about {ranked.predicted:.{_FITNESS_DIGITS[view.spec.measure]}f}"
         )
     return words
 
 
 def numbered_sections(view: View, members: Sequence[Member]) -> list[dict[str, object]]:
-    """Members in whole percent by section, for the Selector."""
+    """Return the members in whole percent by section, for the Selector."""
     return [{"percents": sections(view, m.candidate.rates), "fitness": fitness_in_words(view, m)} for m in members]
 
 
 _FITNESS_DIGITS = {"perplexity": 2, "kl": 4}
-"""Decimals that tell members apart: perplexities are tens, divergences are below one or little above."""
+"""Decimals that distinguish members: perplexities are in the tens, divergences are rarely above one."""
 
 
 def fitness_in_words(view: View, member: Member, more: int = 0) -> str:
-    """A member's fitness with as many decimals as tell members apart, or `more`."""
+    """Return a member's fitness with as many decimals as distinguish members, plus `more`."""
     return f"{member.fitness:.{_FITNESS_DIGITS[view.spec.measure] + more}f}"

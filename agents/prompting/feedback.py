@@ -1,4 +1,4 @@
-"""What the LLM is told of a search beside the configurations themselves; each part is a switch. Pure."""
+"""Feedback from the search for prompts, beside the configurations themselves; each part is optional. Pure."""
 
 import math
 import statistics
@@ -7,20 +7,49 @@ from dataclasses import dataclass
 
 from agents.operators.surrogate import surrogate_of
 from agents.population.view import Member, View
-from agents.prompting.settings import Told
+from agents.prompting.settings import FeedbackPart
 from protocol.plans.plan import unit_bounds
 
 SHOWN_CHANGES = 4
+MIN_POINTS = 1
+"""Smaller changes, in percent points, are left out: projection moves every unit a little."""
+SHOWN_LESSONS = 6
+SHOWN_UNITS = 3
+STEP = 0.05
+"""Change of a unit's rate for which the gain or loss is predicted."""
+MIN_MEMBERS = 8
+"""Configurations needed for a comparison of good and bad ones."""
 
 
-LEAST_POINTS = 1
-"""Changes of fewer percent points are left out: projection moves every unit a little."""
+@dataclass(frozen=True)
+class Feedback:
+    """The parts as prompts state them; a part that is unknown or switched off is empty."""
+
+    weakest: tuple[str, ...] = ()
+    """Units of the best configuration that would gain most from less pruning."""
+    strongest: tuple[str, ...] = ()
+    """Units of it that would lose least from more pruning."""
+    contrast: str = ""
+    """How the best configurations differ from the worst, in percent points."""
+    lessons: tuple[str, ...] = ()
+    """The effects of earlier changes."""
 
 
-def lessons(view: View, most: int) -> list[str]:
-    """The `most` clearest mutations of the last rounds: what changed, and what came of it; the latest first.
+def feedback_on(view: View, parts: Collection[FeedbackPart]) -> Feedback:
+    """Return the feedback of these parts, as far as it is known."""
+    weakest, strongest = _weakest_and_strongest(view) if "weakest" in parts and view.population else ((), ())
+    return Feedback(
+        weakest=weakest,
+        strongest=strongest,
+        contrast=_contrast(view) if "contrast" in parts else "",
+        lessons=tuple(lessons(view, SHOWN_LESSONS)) if "lessons" in parts else (),
+    )
 
-    Told as the change of the fitness in percent.
+
+def lessons(view: View, count: int) -> list[str]:
+    """Return the `count` mutations of the last rounds with the clearest effects, latest round first.
+
+    Each states what was changed, and the change of the fitness in percent.
     """
     by_id = {member.candidate.id: member.fitness for member in view.measured}
     by_id |= {tried.candidate.id: tried.fitness for tried in view.recent if tried.fitness is not None}
@@ -28,32 +57,32 @@ def lessons(view: View, most: int) -> list[str]:
     rates |= {tried.candidate.id: tried.candidate.rates for tried in view.recent}
     found = []
     for child in view.recent:
-        who = child.candidate.provenance
-        known = [parent for parent in who.parents if parent in by_id]
-        if child.fitness is None or who.agent != "mutator" or not known:
+        provenance = child.candidate.provenance
+        known = [parent for parent in provenance.parents if parent in by_id]
+        if child.fitness is None or provenance.agent != "mutator" or not known:
             continue
-        # Of lists, which are made from all that the LLM is shown, the one that was changed least.
+        # A reply of `lists` has all shown members as parents; it is compared with the nearest one.
         parent = min(known, key=lambda id_: math.dist(rates[id_], child.candidate.rates))
-        found.append((who.round, _gain(by_id[parent], child.fitness), child, parent))
-    told = []
+        found.append((provenance.round, _gain(by_id[parent], child.fitness), child, parent))
+    sentences: list[str] = []
     in_order = sorted(found, key=lambda lesson: (-lesson[0], -abs(lesson[1]), lesson[2].candidate.id))
     for _, gain, child, parent in in_order:
         if words := changes(view, rates[parent], child.candidate.rates):
-            told.append(f"{words}: {_verdict(gain)}{', and was stopped early' if child.stopped else ''}")
-        if len(told) == most:
+            sentences.append(f"{words}: {_verdict(gain)}{', and was stopped early' if child.stopped else ''}")
+        if len(sentences) == count:
             break
-    return told
+    return sentences
 
 
 def changes(view: View, before: Sequence[float], after: Sequence[float]) -> str:
-    """The units whose rates changed most, in percent points: `mlp 3 +8, attention 5 -25`; empty where none did."""
+    """Return the units whose rates changed most, in percent points: `mlp 3 +8, attention 5 -25`; empty if none did."""
     points = [round(100 * (new - old)) for old, new in zip(before, after, strict=True)]
     ranked = sorted(range(len(points)), key=lambda i: -abs(points[i]))[:SHOWN_CHANGES]
-    return ", ".join(f"{view.units[i].name} {points[i]:+d}" for i in ranked if abs(points[i]) > LEAST_POINTS)
+    return ", ".join(f"{view.units[i].name} {points[i]:+d}" for i in ranked if abs(points[i]) > MIN_POINTS)
 
 
 def _gain(parent: float, child: float) -> float:
-    """How much lower the child's fitness is, as a logarithm of the ratio."""
+    """Return how much lower the child's fitness is, as the logarithm of the ratio."""
     return math.log(parent / child) if min(parent, child) > 0 else 0.0
 
 
@@ -64,41 +93,8 @@ def _verdict(gain: float) -> str:
     return f"{'helped' if percent < 0 else 'hurt'}, {percent:+.1f} %"
 
 
-SHOWN_LESSONS = 6
-SHOWN_UNITS = 3
-STEP = 0.05
-"""How far a unit's rate is moved to see what it would gain or lose."""
-LEAST_MEMBERS = 8
-"""Fewer configurations have no best and worst that say anything."""
-
-
-@dataclass(frozen=True)
-class Telling:
-    """The parts, as prompts say them; what is not told is empty."""
-
-    weakest: tuple[str, ...] = ()
-    """Units of the best configuration that would gain most if they were pruned less."""
-    strongest: tuple[str, ...] = ()
-    """Units of it that would lose least if they were pruned more."""
-    contrast: str = ""
-    """How the best configurations differ from the worst, in percent points."""
-    lessons: tuple[str, ...] = ()
-    """What earlier changes did."""
-
-
-def telling(view: View, told: Collection[Told]) -> Telling:
-    """What `told` says, as far as it is known by now."""
-    weakest, strongest = _ends(view) if "weakest" in told and view.population else ((), ())
-    return Telling(
-        weakest=weakest,
-        strongest=strongest,
-        contrast=_contrast(view) if "contrast" in told else "",
-        lessons=tuple(lessons(view, SHOWN_LESSONS)) if "lessons" in told else (),
-    )
-
-
-def _ends(view: View) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The weakest and the strongest units of the best configuration, by what a surrogate expects for each parameter."""
+def _weakest_and_strongest(view: View) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the best configuration's units with the largest predicted gain and the smallest loss per parameter."""
     surrogate, rates = surrogate_of(view), view.population[0].candidate.rates
     spec = view.spec
     bounds = unit_bounds(view.profile.shape, spec.granularity, spec.lowest_rate, spec.highest_rate)
@@ -109,20 +105,18 @@ def _ends(view: View) -> tuple[tuple[str, ...], tuple[str, ...]]:
     ends = []
     for sign in (-1, 1):
         units = [i for i, steps in enumerate(able) if sign in steps]
-        changes_, _ = surrogate.changes(rates, [{i: rates[i] + sign * STEP} for i in units])
-        ranked = sorted(
-            (change / view.units[i].parameters, i) for change, i in zip(changes_.tolist(), units, strict=True)
-        )
+        means, _ = surrogate.predict_changes(rates, [{i: rates[i] + sign * STEP} for i in units])
+        ranked = sorted((mean / view.units[i].parameters, i) for mean, i in zip(means.tolist(), units, strict=True))
         ends.append(tuple(view.units[i].name for _, i in ranked[:SHOWN_UNITS]))
     return ends[0], ends[1]
 
 
 def _contrast(view: View) -> str:
-    """The units whose mean rates differ most between the best quarter of what is shown and the worst."""
+    """Return the units whose mean rates differ most between the best quarter of the known members and the worst."""
     recent = [Member(t.candidate, t.fitness) for t in view.recent if t.fitness is not None]
     by_id = {member.candidate.id: member for member in (*view.measured, *recent)}
     members = tuple(sorted(by_id.values(), key=lambda member: member.fitness))
-    if len(members) < LEAST_MEMBERS:
+    if len(members) < MIN_MEMBERS:
         return ""
     quarter = len(members) // 4
     return changes(view, _means(members[-quarter:]), _means(members[:quarter]))

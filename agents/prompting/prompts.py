@@ -1,12 +1,12 @@
-"""Fills the prompts in `prompts/`; a missing or an unused variable is an error. Pure, once the files are read."""
+"""The prompt templates in `prompts/`, filled with exactly the variables that they use."""
 
 from importlib import resources
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined, meta
 
 
-class Prompts:
-    """The project's prompts by name: `initializer_edits`, `mutator_lists`, …"""
+class PromptTemplates:
+    """The prompt templates by name: `initializer_edits`, `mutator_lists`, …"""
 
     def __init__(self) -> None:
         self._environment = Environment(
@@ -18,7 +18,7 @@ class Prompts:
         )
 
     def fill(self, name: str, **variables: object) -> str:
-        """The prompt `name` with exactly these variables; raises TypeError where they are not the ones it uses."""
+        """Return the prompt `name`; raise TypeError if `variables` are not exactly those that its template uses."""
         used = self._variables(name)
         if used != set(variables):
             wrong = ", ".join(sorted(used ^ set(variables)))
@@ -26,7 +26,7 @@ class Prompts:
         return self._environment.get_template(name).render(**variables).strip()
 
     def _variables(self, name: str) -> set[str]:
-        """Those that the prompt uses, or a part that it includes."""
+        """Return the variables of the template and of the parts that it includes."""
         tree = self._environment.parse(_read(name))
         parts = [part for part in meta.find_referenced_templates(tree) if part]
         return meta.find_undeclared_variables(tree).union(*(self._variables(part) for part in parts))

@@ -1,11 +1,11 @@
 """Reply text -> pruning rates or choices, or InvalidReply with the sentence that the LLM gets back. Pure.
 
-What is tolerated, and nothing else: prose and code fences around the JSON, a list wrapped in an object, a list given
-as an object with one entry per unit, more configurations than asked for (the first count), and a mean that is off by
-up to MEAN_TOLERANCE (projection repairs it; local models are always off). Numbers are never guessed.
+Tolerated are: prose and code fences around the JSON, a list wrapped in an object, a list given as an object with one
+entry per unit, more configurations than asked for (the first ones count), and a mean that is off by up to
+MEAN_TOLERANCE (projection corrects it; local models are always off). Nothing else is: numbers are never guessed.
 
-Sentences carry numbers and our own words only: nothing that a model wrote is quoted back to it. The time that any text
-takes is linear in its length, which is bounded.
+Sentences contain numbers and our own words only; a model's words are never quoted back to it. Parsing takes time linear
+in the length of the text, which is bounded.
 """
 
 import json
@@ -17,19 +17,19 @@ from typing import Annotated, Generic, TypeVar
 
 from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
-from agents.llm.completion import LONGEST_REPLY
+from agents.llm.responses import LONGEST_REPLY
 from protocol.errors import InvalidReply
 from protocol.plans.rates import weighted_mean
 from protocol.plans.shape import Unit
 
 MEAN_TOLERANCE = 0.2
-"""How far the mean of a list may be from the pruning rate asked for, in rate."""
+"""Largest difference between the mean of a list and the pruning rate."""
 DEEPEST_NESTING = 20
-MOST_BLOCKS = 2_000
-"""Brackets that may begin a block of JSON, and lists or proposals that are looked at, in one reply."""
-MOST_READINGS = 20
-"""Times that the text may be read on account of blocks that turn out to be broken: each is read anew from its next
-bracket, so that a hostile text of blocks without end could keep us busy for hours."""
+MAX_BLOCKS = 2_000
+"""Brackets that are tried as the beginning of JSON, and lists or proposals that are checked, in one reply."""
+MAX_READINGS = 20
+"""How often the text may be read again because of broken blocks. After a broken block reading restarts at its next
+bracket, so without a limit a hostile text of unclosed blocks could take hours."""
 
 T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
@@ -43,18 +43,18 @@ _TOO_DEEP = "Your reply is nested too deep."
 
 @dataclass(frozen=True)
 class Parsed(Generic[T]):
-    """What a reply holds that can be used, and a sentence for each part that cannot."""
+    """The valid items of a reply, and a sentence for each invalid part."""
 
     good: tuple[T, ...]
     names: tuple[str, ...]
-    """What the LLM is told that each of the good ones is: `Configuration 2`."""
+    """The name of each valid item in sentences to the LLM: `Configuration 2`."""
     problems: tuple[str, ...] = ()
 
 
 def json_blocks(text: str) -> list[object]:
-    """The outermost JSON arrays and objects in `text`, in order; of a broken one, the whole ones inside it.
+    """Return the outermost JSON arrays and objects in `text`, in order; for a broken one, the whole ones inside it.
 
-    Raises InvalidReply for text that is too long, nested too deep, too broken, or holds none.
+    Raise InvalidReply for text that is too long, nested too deep, too broken, or has none.
     """
     if len(text) > LONGEST_REPLY:
         raise InvalidReply(f"Your reply is longer than {LONGEST_REPLY} characters.")
@@ -64,7 +64,7 @@ def json_blocks(text: str) -> list[object]:
     position = tried = wasted = 0
     while match := _OPENING.search(text, position):
         tried += 1
-        if tried > MOST_BLOCKS or wasted > MOST_READINGS * len(text):
+        if tried > MAX_BLOCKS or wasted > MAX_READINGS * len(text):
             raise InvalidReply("Your reply holds too many brackets that are no JSON: give the JSON and nothing else.")
         try:
             value, position = _DECODER.raw_decode(text, match.start())
@@ -83,7 +83,7 @@ def json_blocks(text: str) -> list[object]:
 
 
 def _read_until(error: ValueError, text: str) -> int:
-    """How far the decoder has read the text; to its end where it does not say (a string without end, a huge number)."""
+    """Return how far the decoder read; the end of the text if unknown (an unclosed string, a huge number)."""
     if isinstance(error, json.JSONDecodeError) and not error.msg.startswith("Unterminated"):
         return error.pos
     return len(text)
@@ -97,11 +97,11 @@ def _is_deeper(value: object, levels: int) -> bool:
 
 
 def parse_lists(text: str, units: Sequence[Unit], mean: float, count: int) -> Parsed[tuple[float, ...]]:
-    """Up to `count` lists of one rate per unit. Raises InvalidReply where not one can be used."""
+    """Return up to `count` lists of one rate per unit. Raise InvalidReply if none is valid."""
     good: dict[tuple[float, ...], str] = {}
     problems: list[str] = []
     lists = _lists_in(json_blocks(text), [_plain(unit.name) for unit in units])
-    for number, found in enumerate(islice(lists, MOST_BLOCKS), start=1):
+    for number, found in enumerate(islice(lists, MAX_BLOCKS), start=1):
         if len(good) == count:
             break
         try:
@@ -119,9 +119,9 @@ def parse_lists(text: str, units: Sequence[Unit], mean: float, count: int) -> Pa
 
 
 def check_rates(found: object, units: Sequence[Unit], mean: float) -> tuple[float, ...]:
-    """`found` as rates; raises InvalidReply with the end of a sentence that begins "Configuration 2".
+    """Return `found` as rates. Raise InvalidReply with the end of a sentence that begins "Configuration 2".
 
-    The `mean` is that of the parameters: units count by their size.
+    `mean` is weighted by the parameters of the units.
     """
     if isinstance(found, list) and len(found) != len(units):
         raise InvalidReply(f"has {len(found)} numbers instead of {len(units)}")
@@ -138,7 +138,7 @@ def check_rates(found: object, units: Sequence[Unit], mean: float) -> tuple[floa
 
 
 def _lists_in(values: Iterable[object], names: Sequence[str]) -> Iterator[object]:
-    """Every configuration in `values`: a list with a number in it, or an object with one entry per plain unit name."""
+    """Yield every configuration in `values`: a list with a number in it, or an object with one entry per unit."""
     for value in values:
         if isinstance(value, dict):
             named = _by_unit(value, names)
@@ -153,7 +153,7 @@ def _lists_in(values: Iterable[object], names: Sequence[str]) -> Iterator[object
 
 
 def _by_unit(found: dict[str, object], names: Sequence[str]) -> list[object] | None:
-    """The rates of an object in the order of the units' names; None where its keys are others."""
+    """Return the rates of an object in the order of the units; None if its keys are not the units' names."""
     if len(found) != len(names):
         return None
     named = {_plain(key): rate for key, rate in found.items()}
@@ -168,10 +168,10 @@ def _plain(name: str) -> str:
 
 
 def parse_objects(text: str, model: type[M], use: Callable[[M], T], count: int) -> Parsed[T]:
-    """Up to `count` proposals in the one JSON block of `text` that holds any, each validated as `model` and then used.
+    """Return up to `count` proposals of the only JSON block in `text` that has any, each validated as `model`.
 
-    `use` turns one into what is wanted, or raises InvalidReply. Two different blocks with proposals are two answers,
-    and neither is taken.
+    `use` converts a validated proposal, or raises InvalidReply. Two different blocks with proposals are two answers,
+    and neither is accepted.
     """
     answer: Parsed[T] | None = None
     complaint = "Your reply holds no JSON of the form asked for."

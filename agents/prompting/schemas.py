@@ -1,25 +1,25 @@
-"""JSON schemas of the answers that agents ask for, and what is read of an answer."""
+"""JSON schemas of the replies that agents ask for, and the choices that replies make."""
 
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 from pydantic import BaseModel, Field
 
 from agents.operators.edits import (
     KEPT_CHOICES,
-    MOST_CHANGES,
-    MOST_KEPT,
+    MAX_CHANGES,
+    MAX_KEPT,
     STEPS,
-    T,
-    _member,
+    control_points,
+    member_at,
     mix_bounds,
-    points,
     profile_bounds,
 )
 from agents.population.view import Member, View
 from protocol.errors import InvalidReply
 
 Schema = dict[str, object]
+T = TypeVar("T")
 
 
 class TradeChoice(BaseModel):
@@ -35,30 +35,31 @@ class MixChoice(BaseModel):
 
 
 class Choice(BaseModel):
-    """A Selector's proposal: numbers of parents."""
+    """A Selector's choice: numbers of parents."""
 
     parents: Annotated[list[int], Field(min_length=1, max_length=1000)]
 
 
 def profile_schema(view: View, count: int) -> Schema:
-    """For `count` profiles: one curve over the layers, or one each for attention and MLP."""
+    """Return the schema of `count` profiles: one curve over the layers, or one each for attention and MLP."""
     low, high = profile_bounds(view)
-    curve = {"type": "array", "items": _integer(low, high), "minItems": points(view), "maxItems": points(view)}
+    points = control_points(view)
+    curve = {"type": "array", "items": _integer(low, high), "minItems": points, "maxItems": points}
     curves = {"profile": curve} if view.spec.granularity == "layer" else {"attention": curve, "mlp": curve}
     return _proposals({**_kept(view), **curves}, count)
 
 
 def mutation_schema(view: View, shown: int, count: int) -> Schema:
-    """For `count` mutations of one of `shown` parents."""
+    """Return the schema of `count` mutations, each of one of `shown` parents."""
     change = {**_range(view), "points": {"type": "integer", "enum": list(STEPS)}}
     if view.spec.granularity == "block":
         change = {"block": {"enum": ["attention", "mlp"]}, **change}
-    changes = {"type": "array", "items": _object(change), "minItems": 1, "maxItems": MOST_CHANGES}
+    changes = {"type": "array", "items": _object(change), "minItems": 1, "maxItems": MAX_CHANGES}
     return _proposals({"parent": _integer(1, shown), "changes": changes}, count)
 
 
 def mix_schema(view: View, shown: int, count: int) -> Schema:
-    """For `count` mixes of two different ones of `shown` parents."""
+    """Return the schema of `count` mixes, each of two different ones of `shown` parents."""
     pairs = [f"{a}+{b}" for a in range(1, shown + 1) for b in range(1, shown + 1) if a != b]
     fewest, most = mix_bounds(view)
     start = _integer(0, len(view.profile.shape.layers) - fewest)
@@ -66,37 +67,40 @@ def mix_schema(view: View, shown: int, count: int) -> Schema:
     return _proposals({"parents": {"enum": pairs}, **block, "first": start, "layers": _integer(fewest, most)}, count)
 
 
-def trades_schema(shown: int, most: int, count: int) -> Schema:
-    """For `count` choices of up to `most` of `shown` trades."""
-    trades = {"type": "array", "items": _integer(1, shown), "minItems": 1, "maxItems": min(most, shown)}
+def trades_schema(shown: int, max_trades: int, count: int) -> Schema:
+    """Return the schema of `count` choices, each of up to `max_trades` of `shown` trades."""
+    trades = {"type": "array", "items": _integer(1, shown), "minItems": 1, "maxItems": min(max_trades, shown)}
     return _proposals({"trades": trades}, count)
 
 
 def mixes_schema(shown: int, count: int) -> Schema:
-    """For the numbers of `count` of `shown` mixes."""
+    """Return the schema of the numbers of `count` of `shown` mixes."""
     return _proposals({"mix": _integer(1, shown)}, count)
 
 
-def chosen_of(items: Sequence[T], numbers: Sequence[int], most: int, what: str) -> tuple[T, ...]:
-    """The items with these numbers (from 1), each once and at most `most`; raises InvalidReply for one out of range."""
+def pick(items: Sequence[T], numbers: Sequence[int], max_items: int, name: str) -> tuple[T, ...]:
+    """Return the items with these numbers (from 1), each once and at most `max_items`.
+
+    Raise InvalidReply for a number out of range; `name` is the word for an item.
+    """
     for number in numbers:
         if not 1 <= number <= len(items):
-            raise InvalidReply(f"names a {what} outside 1 to {len(items)}")
-    return tuple(items[number - 1] for number in dict.fromkeys(numbers))[:most]
+            raise InvalidReply(f"names a {name} outside 1 to {len(items)}")
+    return tuple(items[number - 1] for number in dict.fromkeys(numbers))[:max_items]
 
 
 def choice_schema(shown: int, wanted: int) -> Schema:
-    """For the numbers of `wanted` of `shown` parents."""
+    """Return the schema of the numbers of `wanted` of `shown` parents."""
     numbers = {"type": "array", "items": _integer(1, shown), "minItems": min(2, wanted), "maxItems": wanted}
     return _object({"parents": numbers})
 
 
 def apply_choice(population: Sequence[Member], wanted: int, reply: Choice) -> tuple[Member, ...]:
-    """`wanted` members, best first: those chosen, and the best of the others in the places left.
+    """Return `wanted` members, best first: the chosen ones, filled up with the best of the others.
 
-    Small models like to repeat a number, which counts once. Raises InvalidReply for fewer than two different ones.
+    Small models often repeat a number; it counts once. Raise InvalidReply for fewer than two different numbers.
     """
-    chosen = {_member(population, number).candidate.id for number in reply.parents[: 2 * wanted]}
+    chosen = {member_at(population, number).candidate.id for number in reply.parents[: 2 * wanted]}
     if len(chosen) < min(2, wanted):
         raise InvalidReply("names fewer than two different configurations")
     others = [member for member in population if member.candidate.id not in chosen]
@@ -106,9 +110,9 @@ def apply_choice(population: Sequence[Member], wanted: int, reply: Choice) -> tu
 
 
 def _kept(view: View) -> Schema:
-    """Up to a few of the most fragile units; nothing where none is known to be fragile."""
+    """Return the property `keep`, a few of the most fragile units; empty if no sensitivity is known."""
     choices = [unit.name for unit in view.by_fragility[:KEPT_CHOICES]]
-    kept: Schema = {"type": "array", "items": {"enum": choices}, "minItems": 0, "maxItems": MOST_KEPT}
+    kept: Schema = {"type": "array", "items": {"enum": choices}, "minItems": 0, "maxItems": MAX_KEPT}
     return {"keep": kept} if choices else {}
 
 

@@ -5,13 +5,13 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
 
 ReplyFormat = Literal["lists", "edits", "trades"]
-"""`lists`: whole configurations (the paper). `edits`: a profile, a few changes, a mix; a tenth of the tokens. `trades`:
-a profile, then choices from what a surrogate ranks: a hundredth."""
+"""`lists`: whole configurations, as in the paper. `edits`: profiles, then small changes and mixes; takes a tenth of the
+tokens. `trades`: profiles, then choices from ranked trades and mixes; takes a hundredth of the tokens."""
 
-Told = Literal["sensitivity", "weakest", "contrast", "lessons"]
-"""What the LLM may be told: the units that hurt most and least when pruned alone; those of the best configuration that
-would gain most from less pruning, and lose least from more; how good configurations differ from bad ones; what earlier
-changes did."""
+FeedbackPart = Literal["sensitivity", "weakest", "contrast", "lessons"]
+"""Facts that prompts may state. `sensitivity`: the units that hurt most and least when pruned alone. `weakest`: the
+units of the best configuration that would gain most from less pruning, and those that would lose least from more.
+`contrast`: how good configurations differ from bad ones. `lessons`: the effects of earlier changes."""
 
 
 class AgentSettings(BaseModel):
@@ -21,15 +21,15 @@ class AgentSettings(BaseModel):
 
     reply: ReplyFormat = "lists"
     proposals_per_call: PositiveInt | None = None
-    """None: all at once for `lists`, as in the paper; one for the others."""
+    """None: all in one call for `lists`, as in the paper; one for `edits` and `trades`."""
     reasks: NonNegativeInt = 2
-    """How often a bad reply is answered with what was wrong before the classical operator stands in."""
-    tell: frozenset[Told] = frozenset({"sensitivity", "lessons"})
+    """How often the LLM is asked again, with what was wrong, before the fallback makes the rest."""
+    tell: frozenset[FeedbackPart] = frozenset({"sensitivity", "lessons"})
     temperature: float = Field(default=1.0, ge=0, le=2)
     max_tokens: PositiveInt = 4096
-    """The most that one reply may take. Asking starts with what the reply needs and grows when one is cut off."""
+    """Token limit of one reply. A lower limit is tried first; it grows when a reply is cut off."""
 
     def split(self, count: int) -> list[int]:
-        """How many proposals each call asks for."""
+        """Return the number of proposals that each call asks for, `count` in total."""
         size = self.proposals_per_call or (max(1, count) if self.reply == "lists" else 1)
         return [min(size, count - start) for start in range(0, count, size)]

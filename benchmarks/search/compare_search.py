@@ -59,7 +59,7 @@ from protocol.runtime.files import replace
 from protocol.runtime.signals import run_until_signal
 
 SEEDS: tuple[Method, ...] = ("first-layer", "llm-pruner", "owl", "uniform")
-LEAST_POPULATION = 4
+MIN_POPULATION = 4
 OFFSPRING = 4
 """Candidates of a round."""
 METHODS: dict[str, dict[str, Any]] = {
@@ -164,8 +164,8 @@ def _make(given: argparse.Namespace) -> int:
 
 def _check(given: argparse.Namespace) -> None:
     """Raise UsageError or ValidationError for what cannot be, before anything is loaded."""
-    if given.budget < LEAST_POPULATION:
-        raise SettingsError(f"--budget cannot be {given.budget}: the first population takes {LEAST_POPULATION}")
+    if given.budget < MIN_POPULATION:
+        raise SettingsError(f"--budget cannot be {given.budget}: the first population takes {MIN_POPULATION}")
     if given.seeds < 1:
         raise SettingsError(f"--seeds cannot be {given.seeds}: give 1 or more")
     if given.json and not given.json.parent.is_dir():
@@ -307,7 +307,7 @@ def settings_of(given: argparse.Namespace, method: str, rate: float, seed: int) 
     endpoint = {"base_url": given.llm_url, "model": given.llm_model, "name": "llm"}
     llm = {"tell": ("sensitivity", "weakest", "contrast", "lessons"), "endpoints": [endpoint] if given.llm_url else []}
     llm |= {name: chosen.pop(name) for name in OF_LLM if name in chosen}
-    population = max(LEAST_POPULATION, min(12, given.budget // 4))
+    population = max(MIN_POPULATION, min(12, given.budget // 4))
     in_part = "first_windows" in chosen
     most = given.budget * (MORE if in_part else 1)
     return Settings.model_validate(

@@ -23,7 +23,7 @@ from agents.initializer import Initializer
 from agents.llm.chat import Chat, ChatPolicy, Endpoint
 from agents.mutator import Mutator
 from agents.population.view import Accepted, Member, Refused, View
-from agents.prompting.prompts import Prompts
+from agents.prompting.prompts import PromptTemplates
 from agents.prompting.settings import AgentSettings
 from agents.selector import Selector
 from protocol.errors import BudgetError
@@ -137,7 +137,7 @@ async def run(options: argparse.Namespace, endpoint: Endpoint) -> list[dict[str,
             )
             return result
 
-        prompts = Prompts()
+        prompts = PromptTemplates()
         initializer, selector = Initializer(chat, prompts, settings), Selector(chat, prompts, settings)
         mutator, crossover = Mutator(chat, prompts, settings), Crossover(chat, prompts, settings)
         await timed("initializer", options.count, initializer.propose(ledger.view(0), options.count, ledger.submit))

@@ -99,7 +99,7 @@ def replayed(folder: Path) -> tuple[Column, Column, Column]:
             who = child.candidate.provenance
             parent = members.get(who.parents[0]) if who.agent == "mutator" and who.parents else None
             if who.round == round_ and parent is not None:
-                guess = surrogate.guess(child.candidate.plan) - surrogate.guess(parent.candidate.plan)
+                guess = surrogate.predict(child.candidate.plan) - surrogate.predict(parent.candidate.plan)
                 rows.append((round_, guess, surrogate.rise(child) - surrogate.rise(parent)))
     rounds, guessed, measured = np.array(rows, dtype=float).reshape(-1, 3).T
     return rounds, guessed, measured

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import structlog
 
-from agents.llm.endpoint import Asks
-from agents.llm.replay import Remembering
+from agents.llm.endpoint import ChatClient
+from agents.llm.replay import CachedChat
 from daemon.http_api.api import HttpApi
 from daemon.http_api.server import CannotListen
 from daemon.http_api.token import TOKEN_MODE, Access, kept_text
@@ -144,9 +144,9 @@ class Launch:
             units = len(profile.shape.units(self._spec.granularity))
             check_lists(self._settings, chat.contexts, units)
             duties.append(group.create_task(repair_for_ever(self._store, queue, lambda: self._memory(history).history)))
-            asks = await asyncio.to_thread(self._asks, chat, history)
+            client = await asyncio.to_thread(self._chat_client, chat, history)
             # In a thread, for a long history takes a second. All that asks of the search meanwhile finds none yet.
-            search = await asyncio.to_thread(self._make_search, profile, asks, queue, history)
+            search = await asyncio.to_thread(self._make_search, profile, client, queue, history)
             await self._wait_for_llm(search, chat, is_new=is_new)
             if is_new:
                 check_lists_somewhere(self._settings, chat.contexts, units)
@@ -183,11 +183,11 @@ class Launch:
             self._journal.begin_transcript()
         await self._store.repair(queue, history)
 
-    def _make_search(self, profile: ModelProfile, asks: Asks, queue: CandidateQueue, history: History) -> Search:
+    def _make_search(self, profile: ModelProfile, chat: ChatClient, queue: CandidateQueue, history: History) -> Search:
         search = Search(
             self._settings.search,
             SearchState.of(self._spec, profile, history),
-            make_agents(self._settings.search, self._settings.llm, asks),
+            make_agents(self._settings.search, self._settings.llm, chat),
             queue,
             self._journal,
             seconds=self._meter.seconds,
@@ -259,14 +259,14 @@ class Launch:
         gate, spent = self._pausing.gate, self._meter.spent
         return make_chat(self._settings.llm, self._endpoints, gate=gate, record=self._record, spent=spent)
 
-    def _asks(self, chat: "Chat", history: History) -> Asks:
-        """What the agents ask: a transcript to be replayed; else `chat`, about what no killed process asked already.
+    def _chat_client(self, chat: "Chat", history: History) -> ChatClient:
+        """Return the client of the agents: a replay if set, else `chat`, with the answers that killed processes got.
 
-        Reads the transcript, which may be long: in a thread.
+        Reads the transcript, which may be long, so call it in a thread.
         """
         if self._replay:
             return self._replay
-        return Remembering(chat, read_transcript(self._journal.transcript_path)) if history.ledger else chat
+        return CachedChat(chat, read_transcript(self._journal.transcript_path)) if history.ledger else chat
 
     def _record(self, record: dict[str, object]) -> None:
         self._journal.transcript(record)

@@ -12,18 +12,18 @@ from agents.baselines.classical import (
 from agents.baselines.evolution import EvolutionMutator
 from agents.crossover import Crossover
 from agents.initializer import BestOfN, Initializer
-from agents.llm.endpoint import Asks
+from agents.llm.endpoint import ChatClient
 from agents.mutator import Mutator
-from agents.prompting.prompts import Prompts
+from agents.prompting.prompts import PromptTemplates
 from agents.prompting.settings import AgentSettings
 from agents.selector import Selector
-from daemon.search.roles import Agents, Breeds, Selects
+from daemon.search.roles import Agents, OffspringRole, SelectorRole
 from daemon.settings.llm import LlmSettings
 from daemon.settings.packages import need
 from daemon.settings.search import SearchSettings
 
 
-def make_agents(search: SearchSettings, llm: LlmSettings, chat: Asks) -> Agents:
+def make_agents(search: SearchSettings, llm: LlmSettings, chat: ChatClient) -> Agents:
     """The agents of this search; those that ask an LLM ask `chat`.
 
     Raises SettingsError where a package is missing.
@@ -36,23 +36,23 @@ def make_agents(search: SearchSettings, llm: LlmSettings, chat: Asks) -> Agents:
         temperature=llm.temperature,
         max_tokens=llm.max_tokens,
     )
-    prompts = Prompts()
+    prompts = PromptTemplates()
     initializer = Initializer(chat, prompts, settings)
     if search.proposer == "best-of-n":
         return Agents(initializer, None, BestOfN(initializer), None)
     if search.proposer != "llm":
-        return Agents(RandomInitializer(), None, _breeder(search), None)
-    selectors: dict[str, Selects | None] = {
+        return Agents(RandomInitializer(), None, _offspring_agent(search), None)
+    selectors: dict[str, SelectorRole | None] = {
         "llm": Selector(chat, prompts, settings),
         "tournament": TournamentSelector(),
         "none": None,
     }
-    mutators: dict[str, Breeds] = {
+    mutators: dict[str, OffspringRole] = {
         "llm": Mutator(chat, prompts, settings),
         "classical": ClassicalMutator(),
         "ranked": RankedMutator(),
     }
-    crossovers: dict[str, Breeds] = {
+    crossovers: dict[str, OffspringRole] = {
         "llm": Crossover(chat, prompts, settings),
         "classical": ClassicalCrossover(),
         "ranked": RankedCrossover(),
@@ -71,7 +71,7 @@ def check_proposer(search: SearchSettings) -> None:
         need("cmaes", "baselines")
 
 
-def _breeder(search: SearchSettings) -> Breeds:
+def _offspring_agent(search: SearchSettings) -> OffspringRole:
     if search.proposer == "random":
         return RandomMutator()
     if search.proposer == "evolution":

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Sequence
 
 import structlog
 
-from agents.baselines.seeds import plant_seeds
+from agents.baselines.seeds import submit_seeds
 from agents.population.keeper import PopulationKeeper
 from agents.population.population import Evaluation
 from agents.population.view import Member, View
@@ -62,7 +62,7 @@ class Search:
 
     async def _populate(self) -> None:
         """Round 0: the seeds, uniform to compare with, and the Initializer's first population."""
-        await plant_seeds(self.settings.seeds, self.view(0), self.admission.submit)
+        await submit_seeds(self.settings.seeds, self.view(0), self.admission.submit)
         await self.admission.measure_uniform()
         proposals = self.state.proposals
         count = min(self.settings.population, self.budget.planned) - proposals.made("seed", 0)

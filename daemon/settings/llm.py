@@ -6,7 +6,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, SecretStr, model_validator
 
-from agents.prompting.settings import Told
+from agents.prompting.settings import FeedbackPart
 from daemon.settings.section import Section
 
 
@@ -83,7 +83,7 @@ class LlmSettings(Section):
     """Asked in this order, the next when one fails. Empty: `selfpruner run` serves a small model itself."""
     reply: Literal["lists", "edits", "trades"] = "lists"
     """`lists`: whole configurations (the paper). `edits`: small changes. `trades`: choices of a ranked menu."""
-    tell: tuple[Told, ...] = ("sensitivity", "lessons")
+    tell: tuple[FeedbackPart, ...] = ("sensitivity", "lessons")
     """What prompts say beside the configurations: of `sensitivity`, `weakest`, `contrast` and `lessons`."""
     proposals_per_call: PositiveInt | None = None
     """Candidates asked for in one call; none means all at once for `lists`, else one."""

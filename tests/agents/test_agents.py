@@ -8,10 +8,10 @@ import pytest
 
 from agents.crossover import Crossover
 from agents.initializer import Initializer
-from agents.llm.endpoint import Answer, Message
+from agents.llm.endpoint import Answer, Message, Question
 from agents.mutator import Mutator
 from agents.population.view import BUDGET_USED_UP, Accepted, Member, Refused, View
-from agents.prompting.prompts import Prompts
+from agents.prompting.prompts import PromptTemplates
 from agents.prompting.settings import AgentSettings
 from agents.selector import Selector
 from protocol.errors import EndpointError
@@ -36,23 +36,14 @@ class ScriptedChat:
         self.temperatures: list[float] = []
         self.finish_reason = "stop"
 
-    async def ask(
-        self,
-        messages: Sequence[Message],
-        *,
-        schema: dict[str, object] | None,
-        schema_name: str,
-        seed: int,
-        temperature: float,
-        max_tokens: int,
-        label: str = "",
-    ) -> Answer:
+    async def ask(self, question: Question) -> Answer:
         number = len(self.conversations)
-        json.dumps([dict(m) for m in messages], ensure_ascii=False).encode()  # what cannot be sent fails here
-        self.conversations.append(list(messages))
-        self.seeds.append(seed)
-        self.limits.append(max_tokens)
-        self.temperatures.append(temperature)
+        # A message that cannot be encoded fails here.
+        json.dumps([dict(m) for m in question.messages], ensure_ascii=False).encode()
+        self.conversations.append(list(question.messages))
+        self.seeds.append(question.seed)
+        self.limits.append(question.max_tokens)
+        self.temperatures.append(question.temperature)
         reply = self.script(number)
         if isinstance(reply, Exception):
             raise reply
@@ -93,7 +84,7 @@ def down(n: int) -> Exception:
 
 
 async def initialise(chat: ScriptedChat, desk: Desk, count: int, settings: AgentSettings = EDITS) -> int:
-    return await Initializer(chat, Prompts(), settings).propose(VIEW, count, desk.submit)
+    return await Initializer(chat, PromptTemplates(), settings).propose(VIEW, count, desk.submit)
 
 
 async def test_a_good_reply_becomes_a_candidate_of_the_llm() -> None:
@@ -137,7 +128,7 @@ async def test_the_operator_stands_in_after_two_reasks() -> None:
 async def test_the_operator_stands_in_at_once_when_no_endpoint_answers() -> None:
     for agent in (Mutator, Crossover):
         chat, desk = ScriptedChat(down), Desk()
-        assert await agent(chat, Prompts(), EDITS).propose(VIEW, MEMBERS, 4, desk.submit) == 4
+        assert await agent(chat, PromptTemplates(), EDITS).propose(VIEW, MEMBERS, 4, desk.submit) == 4
         assert len(chat.conversations) == 4
         assert desk.sources() == ["fallback"] * 4
         assert all(p.parents and p.endpoint is None for p in desk.accepted.values())
@@ -165,8 +156,8 @@ async def test_calls_run_at_the_same_time_each_with_its_own_seed() -> None:
     everyone_asked = asyncio.Barrier(5)
 
     class Meeting(ScriptedChat):
-        async def ask(self, messages: Sequence[Message], **rest: object) -> Answer:
-            answer = await super().ask(messages, **rest)  # type: ignore[arg-type]
+        async def ask(self, question: Question) -> Answer:
+            answer = await super().ask(question)
             await everyone_asked.wait()  # no call goes on before all have been asked
             return answer
 
@@ -209,7 +200,7 @@ async def test_what_is_refused_is_told_by_its_place_in_the_reply() -> None:
         agent="baseline", source="allocation", round=0
     )
     settings = AgentSettings(reply="lists", reasks=1)
-    await Initializer(chat, Prompts(), settings).propose(View(SPEC, PROFILE, 0, ()), 1, desk.submit)
+    await Initializer(chat, PromptTemplates(), settings).propose(View(SPEC, PROFILE, 0, ()), 1, desk.submit)
     again = chat.conversations[1][-1]["content"]
     assert "Configuration 1 has 1 numbers instead of 4." in again
     assert "Configuration 2: it prunes the model exactly" in again
@@ -241,26 +232,26 @@ async def test_mutator_and_crossover_name_the_parents_of_their_offspring() -> No
     ids = {member.candidate.id for member in MEMBERS}
     for agent, reply, parents in ((Mutator, mutation, 1), (Crossover, mix, 2)):
         chat, desk = ScriptedChat([reply].__getitem__), Desk()
-        assert await agent(chat, Prompts(), EDITS).propose(VIEW, MEMBERS, 1, desk.submit) == 1
+        assert await agent(chat, PromptTemplates(), EDITS).propose(VIEW, MEMBERS, 1, desk.submit) == 1
         (provenance,) = desk.accepted.values()
         assert len(provenance.parents) == parents and ids.issuperset(provenance.parents)
 
 
 async def test_one_parent_has_no_crossover_and_no_parents_no_mutation() -> None:
     chat, desk = ScriptedChat(profile), Desk()
-    assert await Crossover(chat, Prompts(), EDITS).propose(VIEW, MEMBERS[:1], 3, desk.submit) == 0
-    assert await Mutator(chat, Prompts(), EDITS).propose(VIEW, (), 3, desk.submit) == 0
+    assert await Crossover(chat, PromptTemplates(), EDITS).propose(VIEW, MEMBERS[:1], 3, desk.submit) == 0
+    assert await Mutator(chat, PromptTemplates(), EDITS).propose(VIEW, (), 3, desk.submit) == 0
     assert chat.conversations == []
 
 
 async def test_the_selector_takes_the_members_that_the_llm_names() -> None:
-    selection = await Selector(ScriptedChat(lambda n: '{"parents": [4, 2]}'), Prompts(), EDITS).select(VIEW, 2)
+    selection = await Selector(ScriptedChat(lambda n: '{"parents": [4, 2]}'), PromptTemplates(), EDITS).select(VIEW, 2)
     assert selection.parents == (MEMBERS[1], MEMBERS[3]) and selection.source == "llm"
 
 
 @pytest.mark.parametrize("script", [down, lambda n: '{"parents": [1, 1]}', lambda n: '{"parents": [9, 12]}'])
 async def test_a_tournament_stands_in_for_the_selector(script: Script) -> None:
-    selection = await Selector(ScriptedChat(script), Prompts(), EDITS).select(VIEW, 3)
+    selection = await Selector(ScriptedChat(script), PromptTemplates(), EDITS).select(VIEW, 3)
     assert selection.source == "fallback"
     assert len({m.candidate.id for m in selection.parents}) == len(selection.parents) >= 2
 
@@ -268,5 +259,5 @@ async def test_a_tournament_stands_in_for_the_selector(script: Script) -> None:
 async def test_a_selection_has_two_parents_where_the_population_has() -> None:
     for size, expected in ((1, 1), (2, 2), (3, 2)):
         view = View(SPEC, PROFILE, 1, MEMBERS[:size])
-        selection = await Selector(ScriptedChat(down), Prompts(), EDITS).select(view, 8)
+        selection = await Selector(ScriptedChat(down), PromptTemplates(), EDITS).select(view, 8)
         assert len(selection.parents) == expected

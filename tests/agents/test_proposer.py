@@ -1,19 +1,19 @@
-"""Turns: one order, whoever is ready first."""
+"""The order of the turns does not depend on who is ready first."""
 
 import asyncio
 import itertools
 
 import pytest
 
-from agents.proposer import Turns
+from agents.proposer import RoundRobin
 
 
 async def order_of(delays: list[list[float]]) -> list[tuple[int, int]]:
     """(member, step) in the order of the turns, where member i waits `delays[i][step]` before each of its turns."""
-    turns, taken = Turns(range(len(delays))), []
+    turns, taken = RoundRobin(range(len(delays))), []
 
     async def member(number: int) -> None:
-        async with turns.part(number):
+        async with turns.membership(number):
             for step, delay in enumerate(delays[number]):
                 await asyncio.sleep(delay)
                 async with turns.turn(number):
@@ -33,18 +33,18 @@ async def test_turns_go_by_step_and_then_by_member_whoever_is_first(delays: tupl
 
 
 async def test_nobody_waits_for_a_member_that_failed_or_was_cancelled() -> None:
-    turns, taken = Turns(range(3)), []
+    turns, taken = RoundRobin(range(3)), []
 
     async def fails() -> None:
-        async with turns.part(0), turns.turn(0):
+        async with turns.membership(0), turns.turn(0):
             raise ValueError
 
     async def hangs() -> None:
-        async with turns.part(1):
+        async with turns.membership(1):
             await asyncio.Event().wait()
 
     async def takes() -> None:
-        async with turns.part(2), turns.turn(2):
+        async with turns.membership(2), turns.turn(2):
             taken.append(2)
 
     tasks = [asyncio.create_task(member()) for member in (takes, fails, hangs)]
@@ -57,11 +57,11 @@ async def test_nobody_waits_for_a_member_that_failed_or_was_cancelled() -> None:
 
 
 async def test_only_one_member_at_a_time_has_its_turn() -> None:
-    turns, inside, most = Turns(range(5)), 0, 0
+    turns, inside, most = RoundRobin(range(5)), 0, 0
 
     async def member(number: int) -> None:
         nonlocal inside, most
-        async with turns.part(number):
+        async with turns.membership(number):
             for _ in range(3):
                 async with turns.turn(number):
                     inside += 1
@@ -76,10 +76,10 @@ async def test_only_one_member_at_a_time_has_its_turn() -> None:
 
 @pytest.mark.parametrize("turns_before", [[0, 0, 0], [3, 1, 0], [0, 1, 2]])
 async def test_last_turns_come_after_all_others_in_the_order_of_the_members(turns_before: list[int]) -> None:
-    turns, taken = Turns(range(3)), []
+    turns, taken = RoundRobin(range(3)), []
 
     async def member(number: int) -> None:
-        async with turns.part(number):
+        async with turns.membership(number):
             for _ in range(turns_before[number]):
                 async with turns.turn(number):
                     taken.append("turn")

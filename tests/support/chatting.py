@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from agents.llm.chat import Chat
-from agents.llm.endpoint import Answer, ChatPolicy
+from agents.llm.endpoint import Answer, ChatPolicy, Question
 from protocol.errors import EndpointError
 from tests.support.scripted_llm import Handler, ScriptedLlm, says
 
@@ -14,13 +14,15 @@ OK = says("fine")
 
 async def ask(chat: Chat, schema: dict[str, object] | None = SCHEMA, label: str = "test") -> Answer:
     return await chat.ask(
-        [{"role": "user", "content": "Which rates?"}],
-        schema=schema,
-        schema_name="rates",
-        seed=7,
-        temperature=0.5,
-        max_tokens=100,
-        label=label,
+        Question(
+            [{"role": "user", "content": "Which rates?"}],
+            schema,
+            schema_name="rates",
+            seed=7,
+            temperature=0.5,
+            max_tokens=100,
+            label=label,
+        )
     )
 
 

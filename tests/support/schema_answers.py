@@ -2,10 +2,9 @@
 
 import json
 import random
-from collections.abc import Sequence
 from typing import Any
 
-from agents.llm.endpoint import Answer, Message
+from agents.llm.endpoint import Answer, Question
 
 
 def value_of(schema: dict[str, Any], rng: random.Random) -> Any:
@@ -37,18 +36,8 @@ class SchemaChat:
     def asked(self) -> int:
         return len(self.labels)
 
-    async def ask(
-        self,
-        messages: Sequence[Message],
-        *,
-        schema: dict[str, object] | None,
-        schema_name: str,
-        seed: int,
-        temperature: float,
-        max_tokens: int,
-        label: str = "",
-    ) -> Answer:
-        self.labels.append(label)
-        assert schema is not None
-        text = json.dumps(value_of(schema, random.Random(seed)))
+    async def ask(self, question: Question) -> Answer:
+        self.labels.append(question.label)
+        assert question.schema is not None
+        text = json.dumps(value_of(question.schema, random.Random(question.seed)))
         return Answer(text, "scripted", 100, 20, 0.0, "stop")

@@ -27,14 +27,14 @@ def test_so_many_failures_in_a_row_open_it_and_an_answer_starts_the_count_anew()
         assert not (it.failed() if failed else it.succeeded())
     assert it.state == "closed" and it.admits
     assert it.failed()
-    assert not it.admits and it.rests == 30
+    assert not it.admits and it.rest_left == 30
 
 
 def test_it_rests_and_then_admits_one_probe() -> None:
     clock = Clock()
     it = opened(clock)
     clock.now += 29
-    assert it.rests == 1 and not it.admits
+    assert it.rest_left == 1 and not it.admits
     clock.now += 1
     assert it.admits and it.enter()
     assert it.state == "half-open" and not it.admits
@@ -44,15 +44,15 @@ def test_a_probe_that_succeeds_closes_it_and_the_next_rest_is_short_again() -> N
     clock = Clock()
     it = opened(clock)
     for _ in range(2):
-        clock.now += it.rests
+        clock.now += it.rest_left
         it.enter()
         it.failed()
-    clock.now += it.rests
+    clock.now += it.rest_left
     it.enter()
     assert it.succeeded() and it.admits and not it.enter()
     for _ in range(3):
         it.failed()
-    assert it.rests == 30
+    assert it.rest_left == 30
 
 
 def test_each_probe_that_fails_doubles_the_rest_up_to_the_longest() -> None:
@@ -60,8 +60,8 @@ def test_each_probe_that_fails_doubles_the_rest_up_to_the_longest() -> None:
     it = opened(clock)
     rests = []
     for _ in range(4):
-        rests.append(it.rests)
-        clock.now += it.rests
+        rests.append(it.rest_left)
+        clock.now += it.rest_left
         it.enter()
         assert it.failed()
     assert rests == [30, 60, 100, 100]
@@ -72,7 +72,7 @@ def test_a_question_from_before_neither_prolongs_the_rest_nor_keeps_an_answer_fr
     it = opened(clock)
     clock.now += 10
     assert not it.failed()
-    assert it.rests == 20
+    assert it.rest_left == 20
     assert it.succeeded()
     assert it.state == "closed"
 

@@ -21,22 +21,28 @@ from hypothesis import strategies as st
 
 from agents.llm.breaker import LONGEST, retry_after
 from agents.llm.client import Client
-from agents.llm.completion import LONGEST_REPLY, read_completion, strip_reasoning
 from agents.llm.dialect import Dialect
 from agents.llm.endpoint import ChatPolicy, Endpoint
 from agents.llm.masking import Masking
-from agents.llm.model_list import LARGEST_CONTEXT, LONGEST_NAME, read_models
 from agents.llm.replay import Transcript
+from agents.llm.responses import (
+    LARGEST_CONTEXT,
+    LONGEST_NAME,
+    LONGEST_REPLY,
+    read_completion,
+    read_models,
+    strip_reasoning,
+)
 from agents.operators.edits import Mix, Mutation, Profile, apply_mix, apply_mutation, apply_profile
 from agents.population.view import Member, View
 from agents.prompting.replies import json_blocks, parse_lists, parse_objects
-from agents.prompting.schemas import Choice, MixChoice, TradeChoice, apply_choice, chosen_of
+from agents.prompting.schemas import Choice, MixChoice, TradeChoice, apply_choice, pick
 from daemon.launch.llm import read_transcript
 from protocol.errors import EndpointError, InvalidReply, SettingsError
 from tests.support.hostile_replies import KINDS, WAITS, completion, odd_date
 from tests.support.samples import PROFILE, SHAPE, SPEC, candidates
 
-MOST_SECONDS = 1.0
+MAX_SECONDS = 1.0
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 UNITS = SHAPE.units("layer")
 MEMBERS = tuple(Member(c, 20.0 + i) for i, c in enumerate(candidates(3)))
@@ -53,7 +59,7 @@ def in_time(read: Callable[[], object], *allowed: type[Exception]) -> None:
     except allowed as error:
         assert len(str(error)) < 20_000
         str(error).encode("utf-8", "surrogatepass")
-    assert time.thread_time() - before < MOST_SECONDS
+    assert time.thread_time() - before < MAX_SECONDS
 
 
 def read_reply(text: str) -> None:
@@ -64,8 +70,8 @@ def read_reply(text: str) -> None:
         lambda: parse_objects(text, Profile, lambda reply: apply_profile(VIEW, reply), 30),
         lambda: parse_objects(text, Mutation, lambda reply: apply_mutation(VIEW, MEMBERS, reply), 30),
         lambda: parse_objects(text, Mix, lambda reply: apply_mix(VIEW, MEMBERS, reply), 30),
-        lambda: parse_objects(text, TradeChoice, lambda reply: chosen_of("abc", reply.trades, 3, "trade"), 30),
-        lambda: parse_objects(text, MixChoice, lambda reply: chosen_of("abc", [reply.mix], 1, "mix"), 30),
+        lambda: parse_objects(text, TradeChoice, lambda reply: pick("abc", reply.trades, 3, "trade"), 30),
+        lambda: parse_objects(text, MixChoice, lambda reply: pick("abc", [reply.mix], 1, "mix"), 30),
         lambda: parse_objects(text, Choice, lambda reply: apply_choice(MEMBERS, 2, reply), 1),
     ]
     for read in readings:

@@ -4,7 +4,7 @@ import asyncio
 import json
 import random
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +15,8 @@ from redis.asyncio import Redis
 from structlog.testing import capture_logs
 
 from agents.llm.chat import Chat
-from agents.llm.endpoint import Answer, Asks, Message
-from agents.llm.replay import Remembering, Replay, Transcript, Unanswered
+from agents.llm.endpoint import Answer, ChatClient, Question
+from agents.llm.replay import CachedChat, Replay, Transcript, Unanswered
 from daemon.launch.llm import read_replay, read_transcript
 from daemon.search.modes import rounds_of
 from daemon.search.search import Search
@@ -49,8 +49,9 @@ def record(text: str | None, *, content: str = "Which?", label: str = "first", *
     }
 
 
-def question(content: str) -> list[Message]:
-    return [{"role": "user", "content": content}]
+def question(content: str, label: str = "first") -> Question:
+    messages = [{"role": "user", "content": content}]
+    return Question(messages, None, "", seed=0, temperature=1.0, max_tokens=10, label=label)
 
 
 # The transcript
@@ -58,10 +59,10 @@ def question(content: str) -> list[Message]:
 
 def test_an_answer_is_found_by_its_label_and_its_messages() -> None:
     transcript = Transcript([record("one"), record("two", label="second"), record("three", content="What?")])
-    found = transcript.find("first", question("Which?"))
+    found = transcript.find(question("Which?"))
     assert found == Answer("one", "fake", 10, 5, 0.1, "stop")
-    assert isinstance(two := transcript.find("second", question("Which?")), Answer) and two.text == "two"
-    assert transcript.find("second", question("What?")) is None
+    assert isinstance(two := transcript.find(question("Which?", "second")), Answer) and two.text == "two"
+    assert transcript.find(question("What?", "second")) is None
 
 
 def test_of_several_endpoints_the_one_that_answered_counts_and_else_that_none_did() -> None:
@@ -74,7 +75,7 @@ def test_of_several_endpoints_the_one_that_answered_counts_and_else_that_none_di
         ([none, record("fine")], Answer("fine", "fake", 10, 5, 0.1, "stop")),
         ([record("fine"), failed], Answer("fine", "fake", 10, 5, 0.1, "stop")),
     ):
-        assert Transcript(records).find("first", question("Which?")) == expected
+        assert Transcript(records).find(question("Which?")) == expected
 
 
 @pytest.mark.parametrize(
@@ -98,15 +99,15 @@ def test_lines_that_a_kill_has_torn_are_passed_over(tmp_path: Path) -> None:
 async def test_a_question_that_is_not_recorded_is_an_error_and_ends_the_search_where_strict() -> None:
     transcript = Transcript([record("one"), record(None, label="second", endpoint=None, error="all down")])
     lenient, strict = Replay(transcript, strict=False), Replay(transcript, strict=True)
-    assert (await strict.ask(question("Which?"), label="first")).text == "one"
+    assert (await strict.ask(question("Which?"))).text == "one"
     for replay in (lenient, strict):
         with pytest.raises(EndpointError, match="all down"):
-            await replay.ask(question("Which?"), label="second")
+            await replay.ask(question("Which?", "second"))
     with capture_logs() as logs, pytest.raises(EndpointError, match="does not hold"):
-        await lenient.ask(question("Which?"), label="third")
+        await lenient.ask(question("Which?", "third"))
     assert logs == [{"event": "replay_misses", "question": "third", "log_level": "warning"}]
     with pytest.raises(SettingsError, match="'third'"):
-        await strict.ask(question("Which?"), label="third")
+        await strict.ask(question("Which?", "third"))
 
 
 def test_a_search_does_not_replay_itself(tmp_path: Path) -> None:
@@ -135,14 +136,14 @@ def whimsical(rng: random.Random) -> Callable[[Record], str]:
 
 
 class Delayed:
-    """Asks with a delay of its own for each question."""
+    """Asks with random delays."""
 
-    def __init__(self, asks: Asks, rng: random.Random) -> None:
-        self._asks, self._rng = asks, rng
+    def __init__(self, chat: ChatClient, rng: random.Random) -> None:
+        self._chat, self._rng = chat, rng
 
-    async def ask(self, messages: Sequence[Message], *, label: str = "", **how: Any) -> Answer:
+    async def ask(self, question: Question) -> Answer:
         await asyncio.sleep(self._rng.choice((0, 0.001, 0.01)))
-        answer = await self._asks.ask(messages, label=label, **how)
+        answer = await self._chat.ask(question)
         await asyncio.sleep(self._rng.choice((0, 0.001, 0.01)))
         return answer
 
@@ -179,12 +180,12 @@ def history(search: Search) -> list[tuple[Any, ...]]:
     return made
 
 
-async def searched(redis: Redis, keys: Keys, folder: Path, asks: Asks, seed: int) -> Search:
+async def searched(redis: Redis, keys: Keys, folder: Path, chat: ChatClient, seed: int) -> Search:
     """A search to its end, with delays of that seed; in an empty server."""
     await redis.flushall()
     rng = random.Random(seed)
     async with unsteady_workers(redis, keys, rng):
-        return await Conducted(redis, keys, folder, settings=LONGER, chat=Delayed(asks, rng)).run()
+        return await Conducted(redis, keys, folder, settings=LONGER, chat=Delayed(chat, rng)).run()
 
 
 @contextmanager
@@ -204,14 +205,14 @@ async def recorded(redis: Redis, keys: Keys, folder: Path, seed: int) -> tuple[S
 
 
 async def killed_now_and_then(
-    redis: Redis, keys: Keys, folder: Path, asks: Callable[[], Asks], seed: int
+    redis: Redis, keys: Keys, folder: Path, make_chat: Callable[[], ChatClient], seed: int
 ) -> tuple[Search, int]:
     """A search that is killed every few candidates; and how often it was."""
     await redis.flushall()
     rng = random.Random(seed)
     kills = 0
     while True:
-        conducted = Conducted(redis, keys, folder, settings=LONGER, chat=Delayed(asks(), rng))
+        conducted = Conducted(redis, keys, folder, settings=LONGER, chat=Delayed(make_chat(), rng))
         search = await conducted.open()
         enough = len(search.state.ledger) + rng.randint(1, 5)
         async with unsteady_workers(redis, keys, rng):
@@ -264,7 +265,7 @@ async def test_a_search_killed_again_and_again_pays_for_no_answer_twice_and_can_
             Chat([llm.endpoint], QUICK, record=record_) as chat,
         ):
             search, kills = await killed_now_and_then(
-                redis, keys, tmp_path, lambda: Remembering(chat, Transcript(records)), seed=7
+                redis, keys, tmp_path, lambda: CachedChat(chat, Transcript(records)), seed=7
             )
     assert kills >= 3
     answered = [(r["label"], json.dumps(r["messages"])) for r in records if r["text"] is not None]

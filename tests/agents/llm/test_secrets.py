@@ -8,7 +8,7 @@ from pydantic import SecretStr
 from structlog.testing import capture_logs
 
 from agents.llm.chat import Chat
-from agents.llm.completion import LONGEST_REPLY
+from agents.llm.responses import LONGEST_REPLY
 from protocol.errors import EndpointError, SettingsError
 from tests.support.chatting import OK, QUICK, ask
 from tests.support.scripted_llm import Reply, ScriptedLlm, as_json, lists_models, refuses, says

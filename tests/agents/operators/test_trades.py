@@ -1,4 +1,4 @@
-"""What a surrogate makes of outcomes, and what it offers: trades, mixes, and the lessons of earlier ones."""
+"""The surrogate's predictions, the menus that it ranks (trades, mixes), and lessons from earlier mutations."""
 
 import math
 import random
@@ -10,10 +10,9 @@ import pytest
 
 from agents.operators.genetic import random_rates
 from agents.operators.mixes import mix_menu, on_budget
-from agents.operators.sampling import RANKED_TRADES, RankedTrades, drawn_ranked_mix, good_one
+from agents.operators.sampling import RANKED_TRADES, sample_ranked_mix, sample_ranked_trades, sample_trade_parent
 from agents.operators.surrogate import Surrogate, surrogate_of
-from agents.operators.trades import OFFERED, Trade, menu, traded
-from agents.operators.trades import WIDE as WIDE_MENU
+from agents.operators.trades import OFFERED, UNITS_PER_SIDE, Trade, apply_trades, trade_menu
 from agents.population.view import Member, Tried, View
 from agents.prompting.descriptions import trades_in_words
 from agents.prompting.feedback import lessons
@@ -33,7 +32,7 @@ def spec_of(granularity: Granularity) -> SearchSpec:
 
 
 def truth(plan: Plan, shape: ModelShape, granularity: Granularity) -> float:
-    """A rise in which units differ, damage grows faster than the share, and all of it more the more there is."""
+    """A rise that differs between units and grows faster than their shares and than the sum over units."""
     shares = removed_shares(plan, shape, granularity)
     damage = sum((0.3 + (7 * i) % 5) * share**2 for i, share in enumerate(shares)) / len(shares)
     return damage + 0.3 * damage**2
@@ -79,10 +78,10 @@ def error_of(view: View, seed: int = 99) -> tuple[float, float]:
     """Rank correlation with the truth, and mean error in nats, over new random candidates."""
     surrogate, rng = Surrogate(view), random.Random(seed)
     new = [member(view, random_rates(rng, len(view.units), 0.3)) for _ in range(60)]
-    guessed = [surrogate.guess(m.candidate.plan) for m in new]
+    predicted = [surrogate.predict(m.candidate.plan) for m in new]
     true = [math.log(m.fitness / 10) for m in new]
-    off = sum(abs(g - t) for g, t in zip(guessed, true, strict=True)) / len(new)
-    return rank_correlation(guessed, true), off
+    off = sum(abs(g - t) for g, t in zip(predicted, true, strict=True)) / len(new)
+    return rank_correlation(predicted, true), off
 
 
 @pytest.mark.parametrize("granularity", ["layer", "block"])
@@ -101,8 +100,8 @@ def test_before_anything_is_measured_units_add_up_as_the_profile_says() -> None:
     alone = [removed_alone(unit, view.spec, WIDE) for unit in view.units]
     ratios = [share / whole for share, whole in zip(removed_shares(plan, WIDE, "layer"), alone, strict=True)]
     harms = [s * (r if r <= 1 else r**2) for r, s in zip(ratios, view.profile.sensitivity, strict=True)]
-    assert Surrogate(view).guess(plan) == pytest.approx(sum(harms))
-    means, _ = Surrogate(view).changes((0.0,) * LAYERS, [{0: alone[0]}, {0: alone[0], 3: alone[3] / 2}])
+    assert Surrogate(view).predict(plan) == pytest.approx(sum(harms))
+    means, _ = Surrogate(view).predict_changes((0.0,) * LAYERS, [{0: alone[0]}, {0: alone[0], 3: alone[3] / 2}])
     first, both = view.profile.sensitivity[0], view.profile.sensitivity[0] + view.profile.sensitivity[3] / 2
     assert means.tolist() == pytest.approx([first, both])
 
@@ -110,26 +109,26 @@ def test_before_anything_is_measured_units_add_up_as_the_profile_says() -> None:
 def test_without_sensitivity_all_units_are_alike() -> None:
     view = view_of("layer", 0)
     base, moves = (0.0,) * LAYERS, [{3: 0.5}, {5: 0.5}]
-    unlike = Surrogate(view).changes(base, moves)[0]
+    unlike = Surrogate(view).predict_changes(base, moves)[0]
     assert unlike[0] > unlike[1]
     alike = View(view.spec, view.profile.model_copy(update={"sensitivity": ()}), 1, ())
-    assert len({round(float(change), 9) for change in Surrogate(alike).changes(base, moves)[0]}) == 1
+    assert len({round(float(change), 9) for change in Surrogate(alike).predict_changes(base, moves)[0]}) == 1
 
 
 @pytest.mark.parametrize("granularity", ["layer", "block"])
-def test_changes_are_those_between_guesses_and_surer_near_what_was_measured(granularity: Granularity) -> None:
+def test_changes_are_those_between_predictions_and_surer_near_what_was_measured(granularity: Granularity) -> None:
     view = view_of(granularity, 40)
     surrogate, base = Surrogate(view), view.measured[0].candidate.plan
     shares = removed_shares(base, WIDE, granularity)
     others = [removed_shares(m.candidate.plan, WIDE, granularity) for m in view.measured[1:6]]
     moves = [{i: rate for i, rate in enumerate(other) if rate != shares[i]} for other in others]
-    means, doubts = surrogate.changes(shares, moves)
-    guesses = [surrogate.guess(m.candidate.plan) - surrogate.guess(base) for m in view.measured[1:6]]
-    assert means.tolist() == pytest.approx(guesses, abs=1e-9)
+    means, stds = surrogate.predict_changes(shares, moves)
+    differences = [surrogate.predict(m.candidate.plan) - surrogate.predict(base) for m in view.measured[1:6]]
+    assert means.tolist() == pytest.approx(differences, abs=1e-9)
     alone = Surrogate(View(view.spec, view.profile, 1, (), {}, view.measured[:1]))
-    assert (doubts < alone.changes(shares, moves)[1] / 2).all()
-    assert surrogate.changes(shares, [{0: shares[0]}])[1][0] == pytest.approx(0, abs=1e-6)
-    small, large = surrogate.changes(shares, [{0: shares[0] + 0.01}, {0: shares[0] + 0.3}])[1]
+    assert (stds < alone.predict_changes(shares, moves)[1] / 2).all()
+    assert surrogate.predict_changes(shares, [{0: shares[0]}])[1][0] == pytest.approx(0, abs=1e-6)
+    small, large = surrogate.predict_changes(shares, [{0: shares[0] + 0.01}, {0: shares[0] + 0.3}])[1]
     assert 0 < small < large
 
 
@@ -140,11 +139,11 @@ def test_trades_keep_the_budget_and_mostly_help(granularity: Granularity) -> Non
     weights = [unit.parameters for unit in view.units]
     helped = 0
     for seed in range(10):
-        trades = menu(view, parent, random.Random(seed), RANKED_TRADES)
-        assert len(trades) == RANKED_TRADES and trades[0].promise < 0
-        assert [t.promise for t in trades] == sorted(t.promise for t in trades)
+        trades = trade_menu(view, parent, random.Random(seed), RANKED_TRADES)
+        assert len(trades) == RANKED_TRADES and trades[0].mean < 0
+        assert [t.mean for t in trades] == sorted(t.mean for t in trades)
         for trade in trades:
-            rates = traded(parent, [trade]).rates
+            rates = apply_trades(parent, [trade]).rates
             moved = sum((a - b) * w for a, b, w in zip(rates, parent.candidate.rates, weights, strict=True))
             assert abs(moved) <= 1e-4 * sum(weights)
             assert all(0 <= rate <= 1 for rate in rates)
@@ -156,7 +155,7 @@ def test_attention_trades_by_whole_levels() -> None:
     view = view_of("block", 60)
     rng, seen = random.Random(0), 0
     for parent in view.measured[:20]:
-        for trade in menu(view, parent, rng, 10):
+        for trade in trade_menu(view, parent, rng, 10):
             for unit, rate in ((trade.more, trade.more_rate), (trade.less, trade.less_rate)):
                 if view.units[unit].kind == "attention":
                     levels = [share for share, _ in attention_levels(WIDE, view.units[unit].layer)]
@@ -167,7 +166,7 @@ def test_attention_trades_by_whole_levels() -> None:
 
 def test_menus_differ_between_calls_and_no_unit_fills_one() -> None:
     view = view_of("block", 60)
-    menus = [menu(view, view.measured[0], random.Random(seed), 10) for seed in range(5)]
+    menus = [trade_menu(view, view.measured[0], random.Random(seed), 10) for seed in range(5)]
     assert len({tuple((t.more, t.less) for t in trades) for trades in menus}) == 5
     for trades in menus:
         for unit in range(len(view.units)):
@@ -179,7 +178,7 @@ def test_a_model_that_cannot_be_pruned_otherwise_has_no_trades() -> None:
     spec = view.spec.model_copy(update={"lowest_rate": 0.3, "highest_rate": 0.3})
     narrow = View(spec, view.profile, 1, ())
     parent = member(narrow, (0.3,) * LAYERS)
-    assert menu(narrow, parent, random.Random(0), 10) == ()
+    assert trade_menu(narrow, parent, random.Random(0), 10) == ()
 
 
 @pytest.mark.parametrize("granularity", ["layer", "block"])
@@ -187,7 +186,7 @@ def test_mixes_are_ranked_and_near_the_budget(granularity: Granularity) -> None:
     view = view_of(granularity, 60)
     mixes = mix_menu(view, view.measured[:10], random.Random(0), 100)
     assert len(mixes) > 20
-    assert [m.expected for m in mixes] == sorted(m.expected for m in mixes)
+    assert [m.predicted for m in mixes] == sorted(m.predicted for m in mixes)
     true = [member(view, m.proposal.rates).fitness for m in mixes]
     assert sum(true[:8]) / 8 < sum(true[8:]) / len(true[8:])
     weights = [unit.parameters for unit in view.units]
@@ -208,26 +207,26 @@ def test_a_menu_has_no_mix_that_was_measured() -> None:
     assert mix_menu(informed, parents, random.Random(0), 3) == mix_menu(informed, parents, random.Random(0), 100)[:3]
 
 
-def test_a_trade_is_promised_in_percent_of_what_is_minimised() -> None:
+def test_the_mean_of_a_trade_is_shown_in_percent_of_the_fitness() -> None:
     view = view_of("layer", 60)
     parent = view.measured[5]
-    (trade, *_) = menu(view, parent, random.Random(0), 10)
+    (trade, *_) = trade_menu(view, parent, random.Random(0), 10)
     assert trades_in_words(view, parent, [trade])[0].endswith(
-        f": {100 * math.expm1(trade.promise):+.1f} % (+-{100 * trade.doubt:.1f})"
+        f": {100 * math.expm1(trade.mean):+.1f} % (+-{100 * trade.std:.1f})"
     )
     divergent = View(view.spec.model_copy(update={"measure": "kl"}), view.profile, 1, ())
     little = Member(parent.candidate, 0.1)
     assert trades_in_words(divergent, little, [trade])[0].endswith(
-        f": {100 * trade.promise / 0.1:+.1f} % (+-{100 * trade.doubt / 0.1:.1f})"
+        f": {100 * trade.mean / 0.1:+.1f} % (+-{100 * trade.std / 0.1:.1f})"
     )
 
 
-def test_parents_that_are_all_alike_have_no_mixes_and_dice_take_over() -> None:
+def test_parents_that_are_all_alike_have_no_mixes_and_the_fallback_is_random() -> None:
     view = view_of("layer", 10)
     same = [view.measured[0], view.measured[0]]
     assert mix_menu(view, same, random.Random(0), 8) == ()
-    assert len(drawn_ranked_mix(random.Random(0), view, same).rates) == LAYERS
-    assert len(RankedTrades(view, same)(random.Random(0)).rates) == LAYERS
+    assert len(sample_ranked_mix(random.Random(0), view, same).rates) == LAYERS
+    assert len(sample_ranked_trades(random.Random(0), view, same).rates) == LAYERS
 
 
 def test_lessons_tell_what_changed_and_what_came_of_it_the_latest_first() -> None:
@@ -240,9 +239,9 @@ def test_lessons_tell_what_changed_and_what_came_of_it_the_latest_first() -> Non
     )
     ranked = tuple(sorted((parent, older, newer), key=lambda m: m.fitness))
     recent = tuple(Tried(m.candidate, m.fitness) for m in (parent, older, newer))
-    told = lessons(View(view.spec, view.profile, 3, ranked, {}, ranked, recent), 5)
-    assert [line.partition(":")[0] for line in told] == ["layer 8 -10, layer 9 +10", "layer 3 +20, layer 4 -20"]
-    for line, child in zip(told, (newer, older), strict=True):
+    found = lessons(View(view.spec, view.profile, 3, ranked, {}, ranked, recent), 5)
+    assert [line.partition(":")[0] for line in found] == ["layer 8 -10, layer 9 +10", "layer 3 +20, layer 4 -20"]
+    for line, child in zip(found, (newer, older), strict=True):
         assert ("helped" in line) == (child.fitness < parent.fitness)
         assert f"{100 * (child.fitness / parent.fitness - 1):+.1f} %" in line
     assert len(lessons(View(view.spec, view.profile, 3, ranked, {}, ranked, recent), 1)) == 1
@@ -255,12 +254,12 @@ def test_a_lesson_of_a_list_is_what_differs_from_the_nearest_of_those_that_it_wa
     made = [*rates[:3], rates[3] + 0.1, rates[4] - 0.1, *rates[5:]]
     child = member(view, made, round_=1, parents=tuple(m.candidate.id for m in (first, second, third)))
     recent = (Tried(child.candidate, child.fitness),)
-    (told,) = lessons(View(view.spec, view.profile, 2, view.measured, {}, view.measured, recent), 5)
-    assert told.startswith("layer 3 +10, layer 4 -10: ")
-    assert f"{100 * (child.fitness / second.fitness - 1):+.1f} %" in told
+    (lesson,) = lessons(View(view.spec, view.profile, 2, view.measured, {}, view.measured, recent), 5)
+    assert lesson.startswith("layer 3 +10, layer 4 -10: ")
+    assert f"{100 * (child.fitness / second.fitness - 1):+.1f} %" in lesson
 
 
-def test_who_was_stopped_in_a_race_teaches_too() -> None:
+def test_a_candidate_stopped_in_a_race_teaches_too() -> None:
     view = view_of("layer", 30)
     parent = view.measured[0]
     rates = list(parent.candidate.rates)
@@ -268,11 +267,11 @@ def test_who_was_stopped_in_a_race_teaches_too() -> None:
     stopped = (Tried(worse.candidate, 1.2 * parent.fitness, stopped=True),)
     raced = View(view.spec, view.profile, 3, view.population, {}, view.measured, stopped)
     plan = worse.candidate.plan
-    assert surrogate_of(raced).guess(plan) > surrogate_of(view).guess(plan) + 0.01
+    assert surrogate_of(raced).predict(plan) > surrogate_of(view).predict(plan) + 0.01
     assert lessons(raced, 5) == ["layer 3 +20, layer 4 -20: hurt, +20.0 %, and was stopped early"]
 
 
-def test_a_stopped_race_is_believed_less_than_a_whole_measurement() -> None:
+def test_a_stopped_race_has_more_noise_than_a_whole_measurement() -> None:
     view = view_of("layer", 30)
     parent = view.measured[0]
     rates = list(parent.candidate.rates)
@@ -283,34 +282,35 @@ def test_a_stopped_race_is_believed_less_than_a_whole_measurement() -> None:
     stopped = (Tried(worse.candidate, worse.fitness, stopped=True),)
     raced = View(view.spec, view.profile, 3, view.population, {}, view.measured, stopped)
     off = [
-        surrogate_of(each).rise(worse) - surrogate_of(each).guess(worse.candidate.plan) for each in (whole, raced, view)
+        surrogate_of(each).rise(worse) - surrogate_of(each).predict(worse.candidate.plan)
+        for each in (whole, raced, view)
     ]
     assert 0 < 2 * off[0] < off[1] < off[2]
 
 
 @pytest.mark.parametrize("granularity", ["layer", "block"])
-def test_a_menu_prefers_what_is_less_known_where_it_promises_as_much(
+def test_a_menu_prefers_the_less_known_of_trades_with_the_same_mean(
     granularity: Granularity, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     view = view_of(granularity, 60)
-    menus = [menu(view, view.population[0], random.Random(seed), 10) for seed in range(10)]
-    monkeypatch.setattr("agents.operators.trades.EAGERNESS", 0.0)
-    greedy = [menu(view, view.population[0], random.Random(seed), 10) for seed in range(10)]
+    menus = [trade_menu(view, view.population[0], random.Random(seed), 10) for seed in range(10)]
+    monkeypatch.setattr("agents.operators.trades.KAPPA", 0.0)
+    greedy = [trade_menu(view, view.population[0], random.Random(seed), 10) for seed in range(10)]
 
-    def mean(of: Sequence[Sequence[Trade]], what: str) -> float:
-        return statistics.fmean(getattr(trade, what) for each in of for trade in each)
+    def average(menus: Sequence[Sequence[Trade]], name: str) -> float:
+        return statistics.fmean(getattr(trade, name) for trades in menus for trade in trades)
 
-    assert mean(menus, "doubt") > 1.02 * mean(greedy, "doubt")
-    assert mean(greedy, "promise") < mean(menus, "promise") < 0
+    assert average(menus, "std") > 1.02 * average(greedy, "std")
+    assert average(greedy, "mean") < average(menus, "mean") < 0
 
 
 def test_a_menu_is_of_part_of_the_units_and_menus_together_of_most() -> None:
     view = view_of("block", 60)
     parent = view.population[0]
-    menus = [menu(view, parent, random.Random(seed), 10) for seed in range(12)]
+    menus = [trade_menu(view, parent, random.Random(seed), 10) for seed in range(12)]
     used = [{unit for trade in trades for unit in (trade.more, trade.less)} for trades in menus]
     units = len(view.units)
-    assert all(len(each) <= max(WIDE_MENU, round(OFFERED * units)) for each in used)
+    assert all(len(each) <= max(UNITS_PER_SIDE, round(OFFERED * units)) for each in used)
     assert len(set().union(*used)) > max(len(each) for each in used)
 
 
@@ -318,7 +318,7 @@ def test_trades_mostly_begin_at_the_best_whoever_selected_the_parents() -> None:
     view = view_of("layer", 30)
     best, others = view.population[0], view.population[4:8]
     rng = random.Random(0)
-    begun = [good_one(rng, view, others) for _ in range(1000)]
+    begun = [sample_trade_parent(rng, view, others) for _ in range(1000)]
     assert 600 < sum(member is best for member in begun) < 730
     assert {member.candidate.id for member in begun} == {member.candidate.id for member in (best, *others)}
-    assert good_one(rng, View(view.spec, view.profile, 1, ()), others) in others
+    assert sample_trade_parent(rng, View(view.spec, view.profile, 1, ()), others) in others

@@ -1,6 +1,6 @@
-"""What the LLM is told, word for word: every prompt as it is filled for a small model, kept in tests/golden/.
+"""The exact text of every prompt, filled for a small model and compared with golden/.
 
-After a wanted change, renew them with `RENEW_GOLDEN=1 pytest tests/agents/prompting` and read the difference.
+After an intended change, renew the texts with `RENEW_GOLDEN=1 pytest tests/agents/prompting` and read the difference.
 """
 
 import os
@@ -11,11 +11,11 @@ import pytest
 
 from agents.crossover import Crossover
 from agents.initializer import Initializer
-from agents.llm.endpoint import Answer, Message
+from agents.llm.endpoint import Answer, Question
 from agents.mutator import Mutator
 from agents.population.view import Accepted, Member, Tried, View
-from agents.prompting.prompts import Prompts
-from agents.prompting.settings import AgentSettings, ReplyFormat, Told
+from agents.prompting.prompts import PromptTemplates
+from agents.prompting.settings import AgentSettings, FeedbackPart, ReplyFormat
 from agents.selector import Selector
 from protocol.errors import EndpointError
 from protocol.plans.candidate import Provenance
@@ -28,13 +28,13 @@ AGENTS = ("initializer", "mutator", "crossover", "selector")
 
 
 class Listener:
-    """Keeps what it is asked, and answers nothing."""
+    """Records the prompts and answers none."""
 
     def __init__(self) -> None:
         self.prompts: list[str] = []
 
-    async def ask(self, messages: Sequence[Message], **_: object) -> Answer:
-        self.prompts.append("\n\n".join(f"<{m['role']}>\n{m['content']}" for m in messages) + "\n")
+    async def ask(self, question: Question) -> Answer:
+        self.prompts.append("\n\n".join(f"<{m['role']}>\n{m['content']}" for m in question.messages) + "\n")
         raise EndpointError("down", retryable=True)
 
 
@@ -58,7 +58,7 @@ def view_of(granularity: Granularity, *, sensitivity: bool = True, measure: Meas
     return View(spec, profile, 1, members, {}, members)
 
 
-TOLD: dict[Told, str] = {
+PARTS: dict[FeedbackPart, str] = {
     "weakest": "would gain most from less pruning",
     "contrast": "Good configurations differ",
     "lessons": "What earlier changes did",
@@ -66,9 +66,9 @@ TOLD: dict[Told, str] = {
 
 
 async def prompt_of(
-    agent: str, reply: ReplyFormat, view: View, tell: frozenset[Told] = frozenset({"sensitivity", "lessons"})
+    agent: str, reply: ReplyFormat, view: View, tell: frozenset[FeedbackPart] = frozenset({"sensitivity", "lessons"})
 ) -> str:
-    chat, prompts = Listener(), Prompts()
+    chat, prompts = Listener(), PromptTemplates()
     settings = AgentSettings(reply=reply, proposals_per_call=2, tell=tell)
     match agent:
         case "initializer":
@@ -115,24 +115,24 @@ async def test_nothing_is_said_of_fragile_units_where_none_are_known(agent: str,
 
 
 @pytest.mark.parametrize("reply", ["lists", "edits", "trades"])
-async def test_what_else_is_told_is_a_switch_for_each_part(reply: ReplyFormat) -> None:
-    view = told_view()
+async def test_each_part_of_the_feedback_has_a_switch(reply: ReplyFormat) -> None:
+    view = view_with_history()
     everything = await prompt_of("mutator", reply, view, frozenset({"sensitivity", "weakest", "contrast", "lessons"}))
-    check_golden(f"mutator_{reply}_told", everything)
+    check_golden(f"mutator_{reply}_feedback", everything)
     nothing = await prompt_of("mutator", reply, view, frozenset())
-    for part, words in TOLD.items():
+    for part, words in PARTS.items():
         assert words in everything and words not in nothing
         alone = await prompt_of("mutator", reply, view, frozenset({part}))
-        assert [other for other in TOLD if TOLD[other] in alone] == [part]
+        assert [other for other in PARTS if PARTS[other] in alone] == [part]
 
 
 def test_what_was_wrong_reads_as_its_golden_text() -> None:
     problems = ["Configuration 1 has 3 numbers instead of 4.", "Configuration 2: it is known."]
-    check_golden("reask", Prompts().fill("reask", problems=problems, missing=2) + "\n")
+    check_golden("reask", PromptTemplates().fill("reask", problems=problems, missing=2) + "\n")
 
 
-def told_view() -> View:
-    """A view with a history: eight configurations, of which some were made from others."""
+def view_with_history() -> View:
+    """A view of eight members, some of which are offspring of others."""
     view = view_of("block")
     units = len(view.units)
     first = view.population[0]
@@ -149,21 +149,21 @@ def told_view() -> View:
 
 
 def test_the_reask_says_what_was_wrong_and_how_many_are_missing() -> None:
-    text = Prompts().fill("reask", problems=["Configuration 2 has 3 numbers instead of 4."], missing=2)
+    text = PromptTemplates().fill("reask", problems=["Configuration 2 has 3 numbers instead of 4."], missing=2)
     assert text.splitlines()[0] == "Configuration 2 has 3 numbers instead of 4."
     assert "2 new ones" in text
 
 
 def test_a_missing_variable_is_an_error() -> None:
     with pytest.raises(TypeError, match="missing"):
-        Prompts().fill("reask", problems=[])
+        PromptTemplates().fill("reask", problems=[])
 
 
 def test_an_unused_variable_is_an_error() -> None:
     with pytest.raises(TypeError, match="mood"):
-        Prompts().fill("reask", problems=[], missing=1, mood="good")
+        PromptTemplates().fill("reask", problems=[], missing=1, mood="good")
 
 
 def test_a_variable_of_an_included_part_is_as_needed_as_any() -> None:
     with pytest.raises(TypeError, match="about"):
-        Prompts().fill("mutator_lists", count=1, members=[])
+        PromptTemplates().fill("mutator_lists", count=1, members=[])

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agents.llm.completion import LONGEST_REPLY
+from agents.llm.responses import LONGEST_REPLY
 from agents.operators.edits import Mix, Mutation, Profile, apply_mix, apply_mutation, apply_profile
 from agents.population.view import Member, View
 from agents.prompting.replies import DEEPEST_NESTING, MEAN_TOLERANCE, Parsed, parse_lists, parse_objects

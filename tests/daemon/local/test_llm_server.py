@@ -17,7 +17,7 @@ import psutil
 import pytest
 
 from agents.llm.chat import Chat
-from agents.llm.endpoint import Endpoint
+from agents.llm.endpoint import Endpoint, Question
 from agents.proposer import lists_schema
 from daemon.local.services import local_llm
 from daemon.settings.llm import EndpointSettings
@@ -71,12 +71,14 @@ async def test_answers_keep_to_the_schema_and_its_integer_limits(endpoint: Endpo
     async with Chat([endpoint]) as chat:
         for seed in range(3):
             answer = await chat.ask(
-                [{"role": "user", "content": "Write the numbers 1000, -500 and 3.5 as JSON."}],
-                schema=SCHEMA,
-                schema_name="numbers",
-                seed=seed,
-                temperature=1.5,
-                max_tokens=200,
+                Question(
+                    [{"role": "user", "content": "Write the numbers 1000, -500 and 3.5 as JSON."}],
+                    schema=SCHEMA,
+                    schema_name="numbers",
+                    seed=seed,
+                    temperature=1.5,
+                    max_tokens=200,
+                )
             )
             numbers = json.loads(answer.text)["numbers"]
             assert len(numbers) == 3
@@ -90,12 +92,14 @@ async def test_a_grammar_leaves_no_room_for_blanks_and_holds_decimals_to_their_r
     async with Chat([replace(endpoint, grammar=True)]) as chat:
         for seed in range(3):
             answer = await chat.ask(
-                [{"role": "user", "content": "Write the numbers 1000, -500 and 3.5 as JSON, one a line."}],
-                schema=lists_schema(4, 2),
-                schema_name="lists",
-                seed=seed,
-                temperature=1.5,
-                max_tokens=200,
+                Question(
+                    [{"role": "user", "content": "Write the numbers 1000, -500 and 3.5 as JSON, one a line."}],
+                    schema=lists_schema(4, 2),
+                    schema_name="lists",
+                    seed=seed,
+                    temperature=1.5,
+                    max_tokens=200,
+                )
             )
             configurations = json.loads(answer.text)["configurations"]
             assert [len(rates) for rates in configurations] == [4, 4]
@@ -112,12 +116,14 @@ async def test_llama_cpp_takes_the_grammars_of_all_that_agents_ask_for(endpoint:
     async with Chat([replace(endpoint, grammar=True)]) as chat:
         for number, schema in enumerate(schemas, start=1):
             await chat.ask(
-                [{"role": "user", "content": "Choose."}],
-                schema=schema,
-                schema_name="asked",
-                seed=1,
-                temperature=1.0,
-                max_tokens=2,
+                Question(
+                    [{"role": "user", "content": "Choose."}],
+                    schema=schema,
+                    schema_name="asked",
+                    seed=1,
+                    temperature=1.0,
+                    max_tokens=2,
+                )
             )
             assert chat.usage["local"].requests == number
 
@@ -132,12 +138,14 @@ async def test_the_model_is_listed_under_its_name(endpoint: Endpoint) -> None:
 async def test_the_seed_decides_the_answer(endpoint: Endpoint) -> None:
     async def ask(seed: int) -> str:
         answer = await chat.ask(
-            [{"role": "user", "content": "Tell a story."}],
-            schema=None,
-            schema_name="",
-            seed=seed,
-            temperature=1.0,
-            max_tokens=12,
+            Question(
+                [{"role": "user", "content": "Tell a story."}],
+                schema=None,
+                schema_name="",
+                seed=seed,
+                temperature=1.0,
+                max_tokens=12,
+            )
         )
         return answer.text
 
@@ -247,7 +255,9 @@ async def test_clients_that_go_away_amid_their_answers_leave_it_alive(endpoint: 
     await asyncio.gather(*(leave() for _ in range(50)))
     async with Chat([endpoint]) as chat:
         answer = await chat.ask(
-            [{"role": "user", "content": "Hi"}], schema=None, schema_name="", seed=1, temperature=1.0, max_tokens=2
+            Question(
+                [{"role": "user", "content": "Hi"}], schema=None, schema_name="", seed=1, temperature=1.0, max_tokens=2
+            )
         )
         assert answer.completion_tokens > 0
 

@@ -15,7 +15,7 @@ import pytest
 from redis.asyncio import Redis
 from rich.console import Console
 
-from agents.llm.endpoint import Asks
+from agents.llm.endpoint import ChatClient
 from daemon.monitor.remote import BestSoFar, RemoteSearch
 from daemon.monitor.summary import Summary, show, summarise
 from daemon.search.make_agents import make_agents
@@ -76,7 +76,7 @@ class Conducted:
         spec: SearchSpec = SPEC,
         settings: SearchSettings = SETTINGS,
         profile: ModelProfile = PROFILE,
-        chat: Asks | None = None,
+        chat: ChatClient | None = None,
         proposals_per_call: int | None = None,
     ) -> None:
         self.proposals_per_call = proposals_per_call

@@ -12,7 +12,7 @@ import pytest
 from pydantic import ValidationError
 from redis.asyncio import Redis
 
-from agents.llm.endpoint import Answer
+from agents.llm.endpoint import Answer, Question
 from daemon.search.modes import rounds_of
 from daemon.search.search import Search
 from protocol.plans.candidate import Measured
@@ -115,10 +115,10 @@ async def test_a_search_that_finds_nothing_new_ends(redis: Redis, keys: Keys, tm
 
 
 class Dying(SchemaChat):
-    async def ask(self, *arguments: Any, label: str = "", **options: Any) -> Answer:
-        if label.startswith("mutator"):
+    async def ask(self, question: Question) -> Answer:
+        if question.label.startswith("mutator"):
             raise RuntimeError("nobody expected this")
-        return await super().ask(*arguments, label=label, **options)
+        return await super().ask(question)
 
 
 async def test_an_error_in_a_turn_ends_the_search_and_leaves_no_task(redis: Redis, keys: Keys, tmp_path: Path) -> None:
