@@ -1,19 +1,19 @@
-"""Does the LLM find better pruning rates than evolution, CMA-ES or luck, for the same number of evaluations?
+"""Does the LLM find better pruning rates than evolution, CMA-ES or random search with as many evaluations?
 
     python benchmarks/search/compare_search.py --rate 0.3 --budget 60 --seeds 1 --json OUT
     python benchmarks/search/compare_search.py --rate 0.3 0.5 --fitness VALID.txt --report TEST.txt --out DIR
 
-Every method is a whole search of the daemon, through a real queue; one process measures for all of them, and what two
-methods propose alike it measures once. They minimise the divergence from the dense model, as configs/best.yaml does,
-and report perplexity. Prints a table; DIR has the searches, the figures and the plots. Broken off and called again it
-goes on. Without texts the model is pruned on what it writes itself.
+Every method is a whole search of the daemon, through a real queue. One process measures for all of them, and measures
+a plan that two methods propose only once. Searches minimise the divergence from the dense model, as in
+configs/best.yaml, and report perplexity. Prints a table; DIR gets the searches, the figures and the plots. After an
+interruption the same command resumes. Without texts, the model is scored and searched on text that it generates.
 
-A long comparison may be shared between machines, each with some of the methods, rates or seeds (`--first-seed`); the
-figures that each leaves are joined by
+A long comparison can be split between machines, each with some of the methods, rates or seeds (`--first-seed`). Join
+their figures with
 
     python -m benchmarks.search.compare_search --methods --beside ONE/comparison.json OTHER/comparison.json --out DIR
 
-Exit code 1: measuring failed. 2: what was given cannot be. 130, 143: interrupted.
+Exit code 1: measuring failed. 2: invalid input. 130, 143: interrupted.
 """
 
 import argparse
@@ -61,7 +61,7 @@ from protocol.runtime.signals import run_until_signal
 SEEDS: tuple[Method, ...] = ("first-layer", "llm-pruner", "owl", "uniform")
 MIN_POPULATION = 4
 OFFSPRING = 4
-"""Candidates of a round."""
+"""Candidates per round."""
 METHODS: dict[str, dict[str, Any]] = {
     "random": {"proposer": "random", "mutations": OFFSPRING, "crossovers": 0},
     "evolution": {"proposer": "evolution", "mutations": OFFSPRING, "crossovers": 0},
@@ -79,17 +79,17 @@ METHODS: dict[str, dict[str, Any]] = {
     "tournament": {"reply": "edits", "selector": "tournament"},
     "joint": {"reply": "edits", "selector": "none"},
 }
-"""Settings of search.* and llm.*. `ranked` draws by dice from the menus that `llm` chooses from, and its parents by
-tournaments; from `llm` on the search of configs/best.yaml, and what differs from it in one thing (the ablations).
-`tournament` and `joint` differ from `llm-edits`, for trades mostly begin at the best configuration, whoever selects.
-CMA-ES has the generations that it is made for."""
-MORE = 5
-"""How many times as many candidates those of `first_windows` may make, on as many tokens as the others."""
-USUAL = ("random", "evolution", "cma-es", "best-of-n", "ranked", "llm")
+"""Settings of search.* and llm.*. `ranked` chooses at random from the menus that `llm` chooses from, and selects
+parents by tournaments. `llm` is the search of configs/best.yaml; the methods after it are ablations that change one
+thing. `tournament` and `joint` are ablations of `llm-edits`, because trades mostly begin at the best configuration,
+whatever the selection. CMA-ES has larger generations, which it is made for."""
+RACING_FACTOR = 5
+"""Methods with `first_windows` may make so many times as many candidates, on as many tokens as the others."""
+DEFAULT_METHODS = ("random", "evolution", "cma-es", "best-of-n", "ranked", "llm")
 OF_LLM = ("reply", "tell")
 NOT_OF_THE_SEARCHES = ("out", "json", "beside")
 SHARED_OUT = ("rate", "seeds", "first_seed", "methods", "llm_url")
-"""Arguments in which calls that are joined may differ."""
+"""Arguments in which joined calls may differ."""
 WHICH_LLM = ("llm_url", "llm_model", "gguf")
 WITHOUT_LLM = ("random", "evolution", "evolution-multi", "cma-es", "ranked")
 
@@ -98,14 +98,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rate", type=float, nargs="+", default=[0.3])
     parser.add_argument("--budget", type=int, default=200, help="evaluations of each search")
-    parser.add_argument("--seeds", type=int, default=3, help="searches of each method, each with windows of its own")
-    parser.add_argument("--first-seed", type=int, default=0, help="where another call has those below")
-    parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(USUAL))
-    parser.add_argument("--beside", type=Path, nargs="+", default=[], help="figures of other calls, shown with these")
+    parser.add_argument("--seeds", type=int, default=3, help="searches of each method, each with its own windows")
+    parser.add_argument("--first-seed", type=int, default=0, help="the first seed; another call has the lower ones")
+    parser.add_argument("--methods", nargs="*", choices=METHODS, default=list(DEFAULT_METHODS))
+    parser.add_argument("--beside", type=Path, nargs="+", default=[], help="comparison.json of other calls, to join")
     parser.add_argument("--granularity", choices=("layer", "block"), default="block")
     parser.add_argument("--reconstruction", choices=get_args(Reconstruction), default="least-squares")
     parser.add_argument("--minimise", choices=get_args(Measure), default="kl", help="the fitness")
-    parser.add_argument("--no-seeds", action="store_true", help="begin without the allocations")
+    parser.add_argument("--no-seeds", action="store_true", help="no allocations in the first population")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--fitness", default="self", help="the text to score on and to search on")
     parser.add_argument("--report", default="self", help="the text to report on")
@@ -113,28 +113,28 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seqlen", type=int, default=256)
     parser.add_argument("--report-windows", type=int, default=6)
     parser.add_argument("--calibration-windows", type=int, default=64)
-    parser.add_argument("--llm-url", help="an OpenAI-compatible endpoint; a local SmolLM2 answers where left out")
+    parser.add_argument("--llm-url", help="an OpenAI-compatible endpoint (default: a local LLM)")
     parser.add_argument("--llm-model", default="default")
-    parser.add_argument("--gguf", default="smollm2", help="what the local LLM is")
+    parser.add_argument("--gguf", default="smollm2", help="the local LLM")
     parser.add_argument("--out", type=Path, default=Path("runs/compare"))
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     return parser
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run what is missing; print the table, write figures and plots. Returns the exit code."""
+    """Run the missing searches, print the table, write figures and plots. Return the exit code."""
     given = _parser().parse_args(arguments)
     logs.configure(level="WARNING")
     try:
         return _make(given)
     except ValidationError as error:
-        _tell(validation_sentence(error))
+        _print_error(validation_sentence(error))
         return 2
     except SelfPrunerError as error:
-        _tell(str(error))
+        _print_error(str(error))
         return 2 if isinstance(error, UsageError) else 1
     finally:
-        sys.excepthook = sys.__excepthook__  # that of the logs tells the file of the last search alone
+        sys.excepthook = sys.__excepthook__  # the hook of the logs would write to the log of the last search
 
 
 def _make(given: argparse.Namespace) -> int:
@@ -155,7 +155,7 @@ def _make(given: argparse.Namespace) -> int:
         if given.methods:
             found, number = run_until_signal(compare(given))
             if found is None:
-                _tell("interrupted; the same command goes on" if number else "a search was stopped")
+                _print_error("interrupted; run the same command again to resume" if number else "a search was stopped")
                 return 128 + number if number else 1
             own = found
         _show_all([*(result for other in others.values() for result in other.results), *own], arguments, given)
@@ -163,7 +163,7 @@ def _make(given: argparse.Namespace) -> int:
 
 
 def _check(given: argparse.Namespace) -> None:
-    """Raise UsageError or ValidationError for what cannot be, before anything is loaded."""
+    """Raise UsageError or ValidationError for invalid input, before anything is loaded."""
     if given.budget < MIN_POPULATION:
         raise SettingsError(f"--budget cannot be {given.budget}: the first population takes {MIN_POPULATION}")
     if given.seeds < 1:
@@ -175,7 +175,7 @@ def _check(given: argparse.Namespace) -> None:
     for text in (given.fitness, given.report):
         check_text(text)
     if is_searched_on(given.report, given.fitness):
-        _tell(f"--report {given.report} is the text that is searched on: it does not tell what carries over")
+        _print_error(f"--report {given.report} is the text that is searched on: it cannot show overfitting")
     seeds = (given.first_seed, given.first_seed + given.seeds - 1)
     for method, rate, seed in product(given.methods, given.rate, seeds):
         settings = settings_of(given, method, rate, seed)
@@ -186,16 +186,16 @@ def _check(given: argparse.Namespace) -> None:
 
 
 def _read(file: Path) -> Comparison:
-    """The figures of another call. Raises SettingsError."""
+    """Read the figures of another call. Raise SettingsError."""
     try:
         found = Comparison.model_validate_json(file.read_bytes())
     except OSError as error:
         raise SettingsError(f"--beside {file} cannot be read: {error.strerror}") from error
     except ValidationError as error:
-        what = error.errors()[0]
-        where = ".".join(map(str, what["loc"]))
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"]))
         raise SettingsError(
-            f"--beside {file} holds no figures of a comparison: {where and where + ': '}{what['msg']}"
+            f"--beside {file} holds no figures of a comparison: {where and where + ': '}{problem['msg']}"
         ) from error
     if found.arguments.get("minimise") not in get_args(Measure):
         raise SettingsError(f"--beside {file} does not say what was minimised")
@@ -205,7 +205,7 @@ def _read(file: Path) -> Comparison:
 
 
 def _show_all(found: list[SearchResult], arguments: dict[str, Any], given: argparse.Namespace) -> None:
-    """Print the tables and write the figures and the plots; of a search that is there twice, the last counts."""
+    """Print the tables, write the figures and the plots. If a search occurs twice, the last one counts."""
     joined = {_which(result): result for result in found}
     results = [joined[which].model_dump() for which in sorted(joined, key=_in_order)]
     figures = {"arguments": arguments, "results": results}
@@ -222,7 +222,7 @@ def _show_all(found: list[SearchResult], arguments: dict[str, Any], given: argpa
 
 
 def _differs(name: str, theirs: dict[str, Any], ours: dict[str, Any]) -> bool:
-    """Whether searches with these arguments are not to be compared, by the one called `name`; folders do not matter."""
+    """Whether the argument `name` makes the searches incomparable; the folders of texts do not matter."""
     if name in SHARED_OUT:
         return False
     if name in ("fitness", "report"):
@@ -236,12 +236,12 @@ def _which(result: SearchResult) -> tuple[str, float, int]:
 
 def _in_order(which: tuple[str, float, int]) -> tuple[float, int, int]:
     method, rate, seed = which
-    names = [*METHODS, method]  # figures beside may be of a method that was here once
+    names = [*METHODS, method]  # joined figures may have a method that no longer exists
     return rate, names.index(method), seed
 
 
 async def compare(given: argparse.Namespace) -> list[SearchResult]:
-    """All searches, those that are there already included; cancelled and called again, it goes on."""
+    """Return all searches, including finished ones; if cancelled, the next call resumes."""
     results: list[SearchResult] = []
     async with AsyncExitStack() as stack:
         endpoints: tuple[EndpointSettings, ...] = ()
@@ -265,7 +265,7 @@ async def compare(given: argparse.Namespace) -> list[SearchResult]:
                     launch = Launch(settings, url, endpoints, embedded=False)
                     summary = await launch.run()
                 if summary is None or not summary.finished:
-                    raise asyncio.CancelledError  # the search has taken it for itself, and saved what there is
+                    raise asyncio.CancelledError  # the search caught the cancellation and saved its state
                 results.append(result_of(settings, method, summary, uniform, worker.measured_by))
                 keep_result(results[-1], settings.folder, _decisive(given, method))
                 console.print(
@@ -276,19 +276,19 @@ async def compare(given: argparse.Namespace) -> list[SearchResult]:
 
 
 def _decisive(given: argparse.Namespace, method: str) -> dict[str, Any]:
-    """All that decides what a search of `method` finds, but for its rate and its seed."""
+    """Return everything that determines the result of a search of `method`, except rate and seed."""
     beside = (*NOT_OF_THE_SEARCHES, *SHARED_OUT, *WHICH_LLM)
-    told = {name: value for name, value in vars(given).items() if name not in beside}
-    told |= {name: text_spec(told[name], None, given.seqlen).source for name in ("fitness", "report")}
+    decisive = {name: value for name, value in vars(given).items() if name not in beside}
+    decisive |= {name: text_spec(decisive[name], None, given.seqlen).source for name in ("fitness", "report")}
     if method not in WITHOUT_LLM:
-        told["llm"] = {"url": given.llm_url, "model": given.llm_model} if given.llm_url else {"gguf": given.gguf}
-    return told | {"method": METHODS[method]}
+        decisive["llm"] = {"url": given.llm_url, "model": given.llm_model} if given.llm_url else {"gguf": given.gguf}
+    return decisive | {"method": METHODS[method]}
 
 
 def _name(given: argparse.Namespace, method: str, rate: float, seed: int) -> str:
-    """Of a search, and of its folder: with other arguments it is another search, for the server has those before."""
-    told = json.dumps(_decisive(given, method), sort_keys=True)
-    digest = hashlib.sha256(told.encode()).hexdigest()[:8]
+    """Return the name of a search and its folder. Other arguments give another name, so no old search is resumed."""
+    arguments = json.dumps(_decisive(given, method), sort_keys=True)
+    digest = hashlib.sha256(arguments.encode()).hexdigest()[:8]
     return f"{method}-{given.granularity}-{rate:g}-{seed}-{digest}"
 
 
@@ -302,14 +302,14 @@ async def _endpoints(given: argparse.Namespace, stack: AsyncExitStack) -> tuple[
 
 
 def settings_of(given: argparse.Namespace, method: str, rate: float, seed: int) -> Settings:
-    """The settings of one search; all but who proposes is the same for every method."""
+    """Return the settings of one search; methods differ in their proposer only."""
     chosen = {"mutations": OFFSPRING - 1, "crossovers": 1, **METHODS[method]}
     endpoint = {"base_url": given.llm_url, "model": given.llm_model, "name": "llm"}
     llm = {"tell": ("sensitivity", "weakest", "contrast", "lessons"), "endpoints": [endpoint] if given.llm_url else []}
     llm |= {name: chosen.pop(name) for name in OF_LLM if name in chosen}
     population = max(MIN_POPULATION, min(12, given.budget // 4))
     in_part = "first_windows" in chosen
-    most = given.budget * (MORE if in_part else 1)
+    most = given.budget * (RACING_FACTOR if in_part else 1)
     return Settings.model_validate(
         {
             "search": {
@@ -344,7 +344,7 @@ def settings_of(given: argparse.Namespace, method: str, rate: float, seed: int) 
 
 
 def plot(results: list[dict[str, Any]], folder: Path) -> None:
-    """The plots, where matplotlib is there."""
+    """Write the plots if matplotlib is installed."""
     try:
         from benchmarks.search.plots import plot_convergence, plot_rates
     except ImportError:
@@ -356,7 +356,7 @@ def plot(results: list[dict[str, Any]], folder: Path) -> None:
         plot_rates(of_rate, folder / f"rates-{rate:g}.png")
 
 
-def _tell(sentence: str) -> None:
+def _print_error(sentence: str) -> None:
     print(f"compare_search: {sentence}", file=sys.stderr)
 
 

@@ -1,9 +1,9 @@
-"""How well a local LLM runs the agents: share of proposals that are its own, distinct plans, tokens and seconds.
+"""How well a local LLM serves the agents: share of usable proposals, distinct plans, tokens and seconds.
 
     python benchmarks/search/local_llm_proposals.py [--gguf FILE] [--reply edits] [--granularity block] [--rounds 2]
 
-No candidate is measured: a made-up fitness (fragile units pay most) ranks them, so that only the asking is timed.
-Prints a table and, as its last line, the same as JSON.
+No candidate is measured: an invented fitness, with a few fragile units, ranks them, so only the requests are timed.
+Prints a table, and the same as JSON in the last line.
 """
 
 import argparse
@@ -47,7 +47,7 @@ SHAPE = ModelShape(
 
 
 class Ledger:
-    """Takes proposals as the search does, and gives each a made-up fitness."""
+    """Accepts proposals as the search does, and gives each an invented fitness."""
 
     def __init__(self, spec: SearchSpec, profile: ModelProfile) -> None:
         self.spec, self.profile = spec, profile
@@ -72,13 +72,13 @@ class Ledger:
         return Accepted(id_)
 
     def view(self, round_: int) -> View:
-        """What the agents see of it."""
+        """Return the view of the agents."""
         best = sorted(self.members.values(), key=lambda member: member.fitness)
         return View(self.spec, self.profile, round_, tuple(best[:30]))
 
 
 def make_ledger(granularity: Literal["layer", "block"], rate: float) -> Ledger:
-    """An empty ledger for SmolLM2's shape, whose first blocks are fragile, as measured."""
+    """Return an empty ledger for SmolLM2's shape, with fragile first blocks, as measured."""
     text = TextSpec(source="wikitext2", windows=4, seqlen=1024)
     spec = SearchSpec(model="smollm2", rate=rate, granularity=granularity, calibration=text, fitness=text)
     units = SHAPE.units(granularity)
@@ -101,7 +101,7 @@ def make_ledger(granularity: Literal["layer", "block"], rate: float) -> Ledger:
 
 
 async def run(options: argparse.Namespace, endpoint: Endpoint) -> list[dict[str, Any]]:
-    """One first population and some rounds; a row of figures for each agent."""
+    """Ask for a first population and some rounds; return a row of figures for each agent."""
     ledger = make_ledger(options.granularity, options.rate)
     settings = AgentSettings(reply=options.reply, temperature=options.temperature, reasks=options.reasks)
     rows: list[dict[str, Any]] = []
@@ -137,9 +137,9 @@ async def run(options: argparse.Namespace, endpoint: Endpoint) -> list[dict[str,
             )
             return result
 
-        prompts = PromptTemplates()
-        initializer, selector = Initializer(chat, prompts, settings), Selector(chat, prompts, settings)
-        mutator, crossover = Mutator(chat, prompts, settings), Crossover(chat, prompts, settings)
+        templates = PromptTemplates()
+        initializer, selector = Initializer(chat, templates, settings), Selector(chat, templates, settings)
+        mutator, crossover = Mutator(chat, templates, settings), Crossover(chat, templates, settings)
         await timed("initializer", options.count, initializer.propose(ledger.view(0), options.count, ledger.submit))
         for round_ in range(1, options.rounds + 1):
             view = ledger.view(round_)
@@ -151,7 +151,7 @@ async def run(options: argparse.Namespace, endpoint: Endpoint) -> list[dict[str,
 
 
 def main() -> None:
-    """Serve the model, run, print."""
+    """Serve the model, run the agents, print the figures."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--gguf", default="smollm2")
     parser.add_argument("--reply", default="edits", choices=["edits", "lists"])
@@ -169,8 +169,9 @@ def main() -> None:
     command = [sys.executable, "-m", "daemon.local.llm_server", "--gguf", options.gguf, "--slots", str(options.slots)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as server:
         assert server.stdout is not None
-        told = json.loads(server.stdout.readline())
-        rows = asyncio.run(run(options, Endpoint("local", told["base_url"], told["model"], grammar=options.grammar)))
+        served = json.loads(server.stdout.readline())
+        endpoint = Endpoint("local", served["base_url"], served["model"], grammar=options.grammar)
+        rows = asyncio.run(run(options, endpoint))
         server.terminate()
     for row in rows:
         figures = "  ".join(f"{name} {row[name]:7.1f}" for name in ("prompt_tokens", "completion_tokens", "seconds"))

@@ -14,10 +14,9 @@ from matplotlib.ticker import PercentFormatter
 
 
 def plot_convergence(results: Sequence[dict[str, Any]], file: Path) -> None:
-    """Best so far against evaluations and against tokens: the median over seeds, and the range behind it.
+    """Plot the best so far against evaluations and against tokens: median and range over seeds.
 
-    Every seed has a text of its own, so fitness is shown as a share of what uniform rates have on it, fitted where the
-    searches fit.
+    Every seed has its own windows, so fitness is divided by that of uniform rates with the same reconstruction.
     """
     figure, axes = plt.subplots(1, 2, figsize=(13, 5), sharey=True)
     methods = list(dict.fromkeys(r["method"] for r in results))
@@ -43,23 +42,23 @@ def plot_convergence(results: Sequence[dict[str, Any]], file: Path) -> None:
 def _band(ax: Axes, rows: Sequence[dict[str, Any]], by: str, label: str, colour: str) -> None:
     last = max(r["budget"] if by == "evaluations" else r["tokens"] for r in rows)
     first = max(r["best_so_far"][by][0] for r in rows)
-    places = [first + (last - first) * i / 200 for i in range(201)]
-    curves = [[_at(r["best_so_far"], by, place) / r["uniform"] for place in places] for r in rows]
+    positions = [first + (last - first) * i / 200 for i in range(201)]
+    curves = [[_at(r["best_so_far"], by, position) / r["uniform"] for position in positions] for r in rows]
     columns = list(zip(*curves, strict=True))
-    ax.step(places, [statistics.median(c) for c in columns], where="post", color=colour, label=label)
+    ax.step(positions, [statistics.median(c) for c in columns], where="post", color=colour, label=label)
     if len(rows) > 1:
         ax.fill_between(
-            places, [min(c) for c in columns], [max(c) for c in columns], step="post", color=colour, alpha=0.15
+            positions, [min(c) for c in columns], [max(c) for c in columns], step="post", color=colour, alpha=0.15
         )
 
 
-def _at(so_far: dict[str, Any], by: str, place: float) -> float:
-    found: list[float] = [p for at, p in zip(so_far[by], so_far["fitness"], strict=True) if at <= place]
+def _at(so_far: dict[str, Any], by: str, position: float) -> float:
+    found: list[float] = [p for at, p in zip(so_far[by], so_far["fitness"], strict=True) if at <= position]
     return found[-1]
 
 
 def plot_rates(results: Sequence[dict[str, Any]], file: Path) -> None:
-    """A heat map of the rates of each method's best search, one row a method, one column a unit."""
+    """Plot the rates of each method's best search as a heat map: one row per method, one column per unit."""
     best: dict[str, dict[str, Any]] = {}
     for r in results:
         if r["method"] not in best or r["report"] < best[r["method"]]["report"]:

@@ -1,8 +1,8 @@
-"""How well would the surrogate have ranked the mutations of searches that are over?
+"""How well would the surrogate have ranked the mutations of finished searches?
 
     python -m benchmarks.search.replay_surrogate runs/ONE runs/OTHER
 
-Each round's mutations are guessed from what was measured before that round; the guessed change from the parent is
+The mutations of each round are predicted from the outcomes of earlier rounds. The predicted change from the parent is
 compared with the measured one.
 """
 
@@ -34,14 +34,14 @@ from protocol.runtime.files import replace
 M = TypeVar("M", bound=BaseModel)
 Column = NDArray[np.float64]
 
-LEAST = 12
-"""Outcomes before a round is guessed."""
+MIN_OUTCOMES = 12
+"""Earlier outcomes that a round needs to be predicted."""
 LATE = 10
-"""The round from which on the second figure looks."""
+"""First round of the second correlation."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """A row for each search. Returns the exit code: 2 for a folder that holds no search."""
+    """Print a row for each search. Return the exit code: 2 for a folder without a search."""
     given = _parser().parse_args(arguments)
     try:
         _replay(given.folders, given.json)
@@ -64,13 +64,13 @@ def _replay(folders: Sequence[Path], file: Path | None) -> None:
     if file and not file.parent.is_dir():
         raise UsageError(f"--json {file} cannot be written: there is no folder {str(file.parent)!r}")
     table = Table(
-        "search", "mutations", "rank correlation", f"from round {LATE} on", title="guessed and measured change"
+        "search", "mutations", "rank correlation", f"from round {LATE} on", title="predicted and measured change"
     )
     figures = {}
     for folder in folders:
-        rounds, guessed, measured = replayed(folder)
+        rounds, predicted, measured = replayed(folder)
         late = rounds >= LATE
-        found = (rank_correlation(guessed, measured), rank_correlation(guessed[late], measured[late]))
+        found = (rank_correlation(predicted, measured), rank_correlation(predicted[late], measured[late]))
         figures[str(folder)] = {"mutations": len(rounds), "correlation": found[0], "late": found[1]}
         table.add_row(folder.name, str(len(rounds)), *(f"{value:.2f}" for value in found))
     Console(width=120).print(table)
@@ -79,9 +79,9 @@ def _replay(folders: Sequence[Path], file: Path | None) -> None:
 
 
 def replayed(folder: Path) -> tuple[Column, Column, Column]:
-    """Of each mutation its round, and the guessed and the measured change from its parent, in nats.
+    """Return for each mutation its round, and the predicted and the measured change from its parent, in nats.
 
-    Raises UsageError where the folder is not that of a search.
+    Raise UsageError if the folder is not that of a search.
     """
     record = _read(folder, SPEC)
     spec = _valid(SearchSpec, {name: record[name] for name in SearchSpec.model_fields if name in record}, folder, SPEC)
@@ -92,17 +92,19 @@ def replayed(folder: Path) -> tuple[Column, Column, Column]:
         before = sorted(
             (m for m in members.values() if m.candidate.provenance.round < round_), key=lambda member: member.fitness
         )
-        if len(before) < LEAST:
+        if len(before) < MIN_OUTCOMES:
             continue
         surrogate = Surrogate(View(spec, profile, round_, (), {}, tuple(before)))
         for child in members.values():
-            who = child.candidate.provenance
-            parent = members.get(who.parents[0]) if who.agent == "mutator" and who.parents else None
-            if who.round == round_ and parent is not None:
-                guess = surrogate.predict(child.candidate.plan) - surrogate.predict(parent.candidate.plan)
-                rows.append((round_, guess, surrogate.rise(child) - surrogate.rise(parent)))
-    rounds, guessed, measured = np.array(rows, dtype=float).reshape(-1, 3).T
-    return rounds, guessed, measured
+            provenance = child.candidate.provenance
+            parent = (
+                members.get(provenance.parents[0]) if provenance.agent == "mutator" and provenance.parents else None
+            )
+            if provenance.round == round_ and parent is not None:
+                change = surrogate.predict(child.candidate.plan) - surrogate.predict(parent.candidate.plan)
+                rows.append((round_, change, surrogate.rise(child) - surrogate.rise(parent)))
+    rounds, predicted, measured = np.array(rows, dtype=float).reshape(-1, 3).T
+    return rounds, predicted, measured
 
 
 def _read(folder: Path, name: str) -> dict[str, Any]:
@@ -120,7 +122,7 @@ def _valid(model: type[M], record: dict[str, Any], folder: Path, name: str) -> M
 
 
 def _members(folder: Path, spec: SearchSpec) -> list[Member]:
-    """What was measured, but for the baselines."""
+    """Return the measured candidates, without the baselines."""
     history = recovered(folder, spec, History()) or History()
     members = []
     for candidate in history.ledger.values():
@@ -131,7 +133,7 @@ def _members(folder: Path, spec: SearchSpec) -> list[Member]:
 
 
 def rank_correlation(first: Column, second: Column) -> float:
-    """Spearman's; no number of fewer than three."""
+    """Return Spearman's rank correlation; NaN for fewer than three pairs."""
     if len(first) < 3:
         return float("nan")
     return float(spearmanr(first, second).statistic)

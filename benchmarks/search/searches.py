@@ -1,4 +1,4 @@
-"""What benchmarks/search/compare_search.py measures with, and what it keeps of a search."""
+"""The worker of compare_search.py, and the results that it keeps of each search."""
 
 import asyncio
 import json
@@ -31,22 +31,22 @@ from protocol.runtime.files import Lines, replace
 
 LEASE_SECONDS = 600.0
 RESULT = "result.json"
-"""In the folder of a search that has ended: what is kept of it, and the arguments that it was made by."""
+"""File in the folder of a finished search: its result and its arguments."""
 REFUSED = re.compile(r"(Proposal|Configuration) \d+: ")
-"""How the log's reason begins where an item of a reply was read, and then refused."""
+"""How a reason in the log begins if an item of a reply was parsed and then refused."""
 FIGURES = TypeAdapter(dict[str, float])
 
 
 class BestSoFar(BaseModel):
-    """The best fitness after so many evaluations, and tokens that were measured for them; where it fell."""
+    """The evaluations and measured tokens at which the best fitness fell, and its value after each."""
 
     evaluations: list[int] = []
     tokens: list[int] = []
     fitness: list[float] = []
-    """Perplexity, or the divergence where that was minimised."""
+    """Perplexity, or divergence if that was minimised."""
 
     def take(self, fitness: float, evaluations: int, tokens: int) -> None:
-        """One more evaluation; `evaluations` are what `tokens` are worth, for racing does not measure all of each."""
+        """Add an outcome. `evaluations` are computed from `tokens`, because races measure candidates in part."""
         if not self.fitness or fitness < self.fitness[-1]:
             self.fitness.append(fitness)
             self.evaluations.append(evaluations)
@@ -54,72 +54,72 @@ class BestSoFar(BaseModel):
 
 
 class SearchResult(BaseModel):
-    """One search."""
+    """The result of one search."""
 
     method: str
     granularity: str
     rate: float
     seed: int
     budget: int
-    """Whole evaluations that the tokens of all candidates are worth."""
+    """Tokens of all candidates, in whole evaluations."""
     tokens: int
-    """Of all candidates together."""
+    """Measured tokens of all candidates together."""
     candidates: int
-    """Different plans that were measured, whole or in part."""
+    """Distinct plans that were measured, whole or in part."""
     best_so_far: BestSoFar
     report: float
-    """The best one's perplexity on the report text."""
+    """Perplexity of the best candidate on the report text."""
     uniform: float
     """The fitness of uniform rates."""
     uniform_report: float
     plain_report: float
-    """The same of uniform rates with rectangular heads and nothing reconstructed."""
+    """Uniform rates with rectangular heads and without reconstruction."""
     any_heads_report: float
-    """The same where any query heads may go (masked)."""
+    """The same with any query heads removed (masked)."""
     dense_report: float
     rates: list[float]
-    """The best one's."""
+    """Rates of the best candidate."""
     by_llm: int
     """Candidates that the LLM made."""
     asked: int
     """Replies of the LLM."""
     readable: int
-    """Of these, replies of which a proposal (or a choice of parents) could be read, be it accepted or refused, mostly
-    because its plan was known already."""
+    """Replies with at least one proposal (or choice of parents) that could be parsed. Some are refused, mostly because
+    their plan was known."""
     accepted: int
-    """Of these, replies of which a proposal entered the queue, or whose choice of parents was taken."""
+    """Replies with at least one proposal that entered the queue, or whose choice of parents was used."""
     prompt_tokens: int
     completion_tokens: int
     seconds: float
     busy: float
-    """The share of them in which the worker measured."""
+    """Share of the seconds in which the worker measured."""
 
 
 class Comparison(BaseModel):
-    """What a call leaves in comparison.json."""
+    """The contents of comparison.json."""
 
     arguments: dict[str, Any]
     results: list[SearchResult]
 
 
 class MeasuringWorker:
-    """A worker in this process. It keeps its model from search to search, and every outcome, by the candidate's id."""
+    """A worker in this process. It keeps its model between searches, and every outcome by candidate id."""
 
     def __init__(self, redis_url: str, kept: Path) -> None:
         self._url, self._kept = redis_url, kept
         self._session: Session | None = None
         self._outcomes: dict[str, Outcome] = {}
         self.measured_by: dict[str, str] = {}
-        """The search that each of them was measured for."""
+        """The search that each candidate was measured for."""
         for record in _lines(kept):
             self._outcomes[record["id"]] = OUTCOME.validate_python(record["outcome"])
             self.measured_by[record["id"]] = record["search"]
 
     @asynccontextmanager
     async def serving(self, settings: Settings) -> AsyncIterator[None]:
-        """Measure for one search, which is about to begin; where that fails, the search is cancelled.
+        """Measure for the search that runs within this context, which is cancelled if measuring fails.
 
-        Raises SelfPrunerError for what a disk, a server or a device does.
+        Raise SelfPrunerError for errors of the disk, the server or the device.
         """
         session = await asyncio.to_thread(self._session_for, settings.spec())
         try:
@@ -132,7 +132,7 @@ class MeasuringWorker:
 
     @products_in_float32()
     def _session_for(self, spec: SearchSpec) -> Session:
-        """The session of a spec; searches of one rate and seed share it."""
+        """Return the session of a spec; searches of one rate and seed share it."""
         if self._session is None or self._session.spec != spec:
             self._session = Session(spec)
         return self._session
@@ -141,19 +141,21 @@ class MeasuringWorker:
         redis, keys = connect(self._url), Keys(search)
         try:
             profiles = ProfileBoard(redis, keys)
-            while await profiles.publish(session.profile) is None:  # noqa: ASYNC110  (the search has not said what it is of)
+            while await profiles.publish(session.profile) is None:  # noqa: ASYNC110  (the search has not published its spec)
                 await asyncio.sleep(0.1)
             jobs = JobQueue(redis, keys, "benchmark", lease_seconds=LEASE_SECONDS)
             while True:
                 if job := await jobs.claim():
                     await jobs.commit(job, await self._outcome(job.candidate, session, search))
         except (OSError, RuntimeError, *AWAY) as error:
-            raise SelfPrunerError(f"measuring for {search} failed: {error}; the same command goes on") from error
+            raise SelfPrunerError(
+                f"measuring for {search} failed: {error}; run the same command again to resume"
+            ) from error
         finally:
             await redis.aclose()
 
     async def _outcome(self, candidate: Candidate, session: Session, search: str) -> Outcome:
-        """As it is kept, if it is; who races is measured anew, for what it races against is another each time."""
+        """Return the stored outcome if there is one. Races are always measured, because their rivals differ."""
         if candidate.race or candidate.id not in self._outcomes:
             request = candidate.model_dump(include={"plan", "text", "race"})
             outcome = await asyncio.to_thread(products_in_float32()(answer), session, request)
@@ -171,18 +173,18 @@ class MeasuringWorker:
 
 @dataclass(frozen=True)
 class PlainUniform:
-    """Perplexities on the report text of uniform rates with nothing reconstructed."""
+    """Perplexities on the report text of uniform rates without reconstruction."""
 
     rectangular: float
     any_heads: float
-    """Where any query heads may go (masked), at as many parameters: on models with few KV heads the fairer figure."""
+    """With any query heads removed (masked) and as many parameters: fairer for models with few KV heads."""
 
 
 @products_in_float32()
 def plain_uniform(specs: Sequence[SearchSpec], kept: Path) -> list[PlainUniform]:
-    """What uniform rates have for each spec with nothing reconstructed, kept in a file.
+    """Return the perplexities of uniform rates without reconstruction for each spec, stored in the file `kept`.
 
-    The specs differ in their pruning rate alone.
+    The specs must differ in their pruning rate only.
     """
     plain = [spec.model_copy(update={"reconstruction": "none"}) for spec in specs]
     found = _figures(kept)
@@ -201,12 +203,12 @@ def plain_uniform(specs: Sequence[SearchSpec], kept: Path) -> list[PlainUniform]
 
 
 def _any_heads(spec: SearchSpec) -> str:
-    """Under which name the figure of any heads is kept."""
+    """Return the key of the figure with any heads."""
     return f"{spec.fingerprint}, any heads"
 
 
 def _figures(kept: Path) -> dict[str, float]:
-    """Perplexities by the fingerprint of their spec; of a file that is not there or cannot be read, none."""
+    """Read perplexities by the fingerprint of their spec; none if the file is missing or damaged."""
     try:
         return FIGURES.validate_json(kept.read_bytes())
     except (FileNotFoundError, ValueError):
@@ -216,7 +218,7 @@ def _figures(kept: Path) -> dict[str, float]:
 def result_of(
     settings: Settings, method: str, summary: Summary, plain: PlainUniform, measured_by: Mapping[str, str]
 ) -> SearchResult:
-    """What is kept of a search that has ended, from its folder; `measured_by` is the worker's."""
+    """Return the result of a finished search, read from its folder; `measured_by` is the worker's."""
     best, figures, measure = summary.best, BestSoFar(), settings.search.fitness
     assert best is not None and best.report_perplexity is not None
     uniform = summary.uniform.kl if measure == "kl" else summary.uniform.perplexity
@@ -259,13 +261,13 @@ def result_of(
 
 
 def keep_result(result: SearchResult, folder: Path, arguments: Mapping[str, Any]) -> None:
-    """Keep what a search came to in its folder."""
-    told = {"arguments": arguments, "result": result.model_dump()}
-    replace(folder / RESULT, json.dumps(told, indent=1) + "\n")
+    """Write the result of a search to its folder."""
+    record = {"arguments": arguments, "result": result.model_dump()}
+    replace(folder / RESULT, json.dumps(record, indent=1) + "\n")
 
 
 def result_before(folder: Path) -> SearchResult | None:
-    """What an earlier call has kept of the search in `folder`; None where that is nothing, or cannot be read."""
+    """Return the result that an earlier call wrote to `folder`; None if there is none or it is damaged."""
     try:
         return SearchResult.model_validate(json.loads((folder / RESULT).read_bytes())["result"])
     except (FileNotFoundError, KeyError, TypeError, ValueError):
@@ -273,7 +275,7 @@ def result_before(folder: Path) -> SearchResult | None:
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:
-    """The records of a file of lines; those that a kill has torn are passed over."""
+    """Read the records of a JSONL file; skip lines that a kill left incomplete."""
     found = []
     for line in file.read_bytes().splitlines() if file.exists() else ():
         with suppress(ValueError):

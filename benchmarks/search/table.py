@@ -11,13 +11,13 @@ from protocol.plans.allocation import uniform_label
 from protocol.plans.spec import Measure, Reconstruction
 
 LABELS = {"ranked": "ranked (choosing from the LLM's menus at random)"}
-"""Methods whose name does not say what they are."""
+"""Longer names of methods."""
 
 
 def show(results: list[dict[str, Any]], rate: float, measure: Measure, reconstruction: Reconstruction) -> None:
-    """One row per method: medians over seeds, and ratios to uniform rates with the same reconstruction.
+    """Print one row per method: medians over seeds, and ratios to uniform rates with the same reconstruction.
 
-    Below them the uniform baselines with as many parameters, and the model as it is.
+    The last rows are the uniform baselines with as many parameters, and the dense model.
     """
     digits, uniform = 4 if measure == "kl" else 2, uniform_label(reconstruction)
     seeds = len({r["seed"] for r in results})
@@ -71,20 +71,20 @@ def _median(values: Iterator[float], digits: int = 2) -> str:
     if not found:
         return "–"
 
-    def said(value: float) -> str:
+    def shown(value: float) -> str:
         return "never" if value == float("inf") else f"{value:,.{digits}f}"
 
-    middle = said(statistics.median_high(found))
-    return middle if len(found) == 1 else f"{middle}\n({said(found[0])}–{said(found[-1])})"
+    middle = shown(statistics.median_high(found))
+    return middle if len(found) == 1 else f"{middle}\n({shown(found[0])}–{shown(found[-1])})"
 
 
 def _reached(result: dict[str, Any], goal: float) -> float:
-    """After how many evaluations the best was at least as good as `goal`; infinity where it never was."""
+    """Return the number of evaluations until the best reached `goal`; infinity if it never did."""
     so_far = result["best_so_far"]
     steps = zip(so_far["evaluations"], so_far["fitness"], strict=True)
     return next((n for n, fitness in steps if fitness <= goal), float("inf"))
 
 
 def _share(rows: list[dict[str, Any]], part: str, whole: str, digits: int = 2) -> str:
-    all_of_it = sum(r[whole] for r in rows)
-    return f"{sum(r[part] for r in rows) / all_of_it:.{digits}f}" if all_of_it else ""
+    total = sum(r[whole] for r in rows)
+    return f"{sum(r[part] for r in rows) / total:.{digits}f}" if total else ""

@@ -11,12 +11,12 @@ from agents.operators.genetic import random_rates
 from agents.population.population import Population
 from agents.population.view import Member
 from benchmarks.search import replay_surrogate
-from benchmarks.search.replay_surrogate import LEAST
+from benchmarks.search.replay_surrogate import MIN_OUTCOMES
 from daemon.state.journal import Journal
 from tests.agents.operators.test_trades import member, view_of
 from tests.support.samples import measured
 
-FIRST, ROUNDS, EACH = LEAST, 3, 4
+FIRST, ROUNDS, EACH = MIN_OUTCOMES, 3, 4
 
 
 def _searched(folder: Path) -> None:

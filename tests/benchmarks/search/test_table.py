@@ -108,7 +108,7 @@ def test_where_measuring_fails_the_comparison_ends_with_a_sentence_and_goes_on_w
     assert compare_search.main(_arguments(spec, tmp_path / "out")) == 1
     said = capsys.readouterr().err
     assert "compare_search: measuring for random-block-0.3-0-" in said
-    assert said.endswith("failed: no space left; the same command goes on\n")
+    assert said.endswith("failed: no space left; run the same command again to resume\n")
     assert compare_search.main(_arguments(spec, tmp_path / "out")) == 0
     assert len(asked) == 1 + len((tmp_path / "out" / "measured-0.jsonl").read_text().splitlines())
 
@@ -130,7 +130,7 @@ def test_a_comparison_that_is_interrupted_says_so_and_goes_on_when_called_again(
     asked = _counted(monkeypatch, interrupt)
     assert compare_search.main(_arguments(spec, tmp_path / "out")) == 128 + number
     said = capsys.readouterr()
-    assert said.err.endswith("compare_search: interrupted; the same command goes on\n") and not said.out
+    assert said.err.endswith("compare_search: interrupted; run the same command again to resume\n") and not said.out
     assert not (tmp_path / "out" / "comparison.json").exists() and len(asked) <= 8
     assert compare_search.main(_arguments(spec, tmp_path / "out")) == 0
 
