@@ -1,1 +1,1 @@
-"""The measured candidates, and how a proposal is handed in. Start with population.py and view.py."""
+"""The measured candidates, and the submission of proposals. Start with population.py and view.py."""

@@ -1,1 +1,1 @@
-"""What the LLM is told and how its replies are read. Start with conversation.py."""
+"""Prompts, the feedback in them, and the parsing of replies. Start with conversation.py."""

@@ -1,4 +1,4 @@
-"""Feedback from the search for prompts, beside the configurations themselves; each part is optional. Pure."""
+"""Feedback from the search for prompts, in addition to the configurations; each part is optional. Pure."""
 
 import math
 import statistics

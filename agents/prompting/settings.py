@@ -1,4 +1,4 @@
-"""How the agents ask the LLM."""
+"""Settings of the questions to the LLM: reply format, feedback, re-asks, sampling."""
 
 from typing import Literal
 
@@ -15,7 +15,7 @@ units of the best configuration that would gain most from less pruning, and thos
 
 
 class AgentSettings(BaseModel):
-    """How the agents ask the LLM."""
+    """Settings of the questions to the LLM."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 

@@ -1,4 +1,4 @@
-"""The agents with a scripted LLM: what they take, what they ask again, and when the classical operator stands in."""
+"""The agents with a scripted LLM: accepted replies, re-asks, and the fallback."""
 
 import asyncio
 import json
@@ -26,7 +26,7 @@ Script = Callable[[int], str | Exception]
 
 
 class ScriptedChat:
-    """Answers the n-th question, counted from 0, with `script(n)`; keeps every question."""
+    """Answers the n-th question, counted from 0, with `script(n)`; records every question."""
 
     def __init__(self, script: Script) -> None:
         self.script = script
@@ -51,7 +51,7 @@ class ScriptedChat:
 
 
 class Desk:
-    """Plans what is submitted and refuses what is known, as the search does."""
+    """Plans submitted rates and refuses known plans, as the search does."""
 
     def __init__(self, room: int = 1000) -> None:
         self.room = room
@@ -118,14 +118,14 @@ async def test_a_bad_reply_is_answered_in_the_same_conversation() -> None:
     assert again[2]["content"] == "As you wish." and "no JSON" in again[3]["content"]
 
 
-async def test_the_operator_stands_in_after_two_reasks() -> None:
+async def test_the_fallback_proposes_after_two_reasks() -> None:
     chat, desk = ScriptedChat(lambda n: "no"), Desk()
     assert await initialise(chat, desk, 1) == 1
     assert len(chat.conversations) == 3
     assert desk.sources() == ["fallback"]
 
 
-async def test_the_operator_stands_in_at_once_when_no_endpoint_answers() -> None:
+async def test_the_fallback_proposes_at_once_when_no_endpoint_answers() -> None:
     for agent in (Mutator, Crossover):
         chat, desk = ScriptedChat(down), Desk()
         assert await agent(chat, PromptTemplates(), EDITS).propose(VIEW, MEMBERS, 4, desk.submit) == 4
@@ -134,7 +134,7 @@ async def test_the_operator_stands_in_at_once_when_no_endpoint_answers() -> None
         assert all(p.parents and p.endpoint is None for p in desk.accepted.values())
 
 
-async def test_a_duplicate_is_told_and_asked_again() -> None:
+async def test_a_duplicate_is_reported_and_asked_again() -> None:
     chat, desk = ScriptedChat(lambda n: profile(min(n, 1))), Desk()
     await initialise(chat, desk, 1)
     chat = ScriptedChat(lambda n: profile(n))  # its first profile is the one known
@@ -192,8 +192,8 @@ async def test_the_fallback_gives_up_where_nothing_new_is_left() -> None:
     assert 0 < desk.refused < 1000
 
 
-async def test_what_is_refused_is_told_by_its_place_in_the_reply() -> None:
-    """Also where what stood before it could not be read."""
+async def test_a_refused_item_is_named_by_its_number_in_the_reply() -> None:
+    """Even if the items before it could not be parsed."""
     both = json.dumps({"configurations": [[0.1], [0.3] * 4]})
     chat, desk = ScriptedChat(lambda n: both), Desk()
     desk.accepted[candidate_id(SPEC.uniform_plan(SHAPE), SPEC.fingerprint)] = Provenance(
@@ -206,7 +206,7 @@ async def test_what_is_refused_is_told_by_its_place_in_the_reply() -> None:
     assert "Configuration 2: it prunes the model exactly" in again
 
 
-async def test_what_cannot_be_sent_is_not_sent_back() -> None:
+async def test_text_that_cannot_be_encoded_is_not_sent_back() -> None:
     chat, desk = ScriptedChat(lambda n: "\ud800 no" if n == 0 else profile(n)), Desk()
     await initialise(chat, desk, 1)
     assert desk.sources() == ["llm"]
@@ -250,7 +250,7 @@ async def test_the_selector_takes_the_members_that_the_llm_names() -> None:
 
 
 @pytest.mark.parametrize("script", [down, lambda n: '{"parents": [1, 1]}', lambda n: '{"parents": [9, 12]}'])
-async def test_a_tournament_stands_in_for_the_selector(script: Script) -> None:
+async def test_the_fallback_of_the_selector_is_a_tournament(script: Script) -> None:
     selection = await Selector(ScriptedChat(script), PromptTemplates(), EDITS).select(VIEW, 3)
     assert selection.source == "fallback"
     assert len({m.candidate.id for m in selection.parents}) == len(selection.parents) >= 2

@@ -1,4 +1,4 @@
-"""No reply of an LLM, however odd, becomes a candidate that is off budget, or ends an agent."""
+"""No reply of an LLM becomes a candidate that is off budget, or ends an agent."""
 
 import asyncio
 import json
@@ -68,7 +68,7 @@ REPLIES = st.one_of(
 
 
 async def ask_everybody(view: View, reply: ReplyFormat, text: str) -> list[tuple[float, ...]]:
-    """All rates that the four agents submit where the LLM always answers `text`."""
+    """Return all rates that the four agents submit if the LLM always answers `text`."""
     submitted: list[tuple[float, ...]] = []
 
     async def submit(rates: Sequence[float], _: Provenance) -> Accepted | Refused:
@@ -92,11 +92,11 @@ def test_no_reply_becomes_rates_off_budget(reply: ReplyFormat, granularity: Gran
     view = view_of(granularity)
     spec, shape = view.spec, view.profile.shape
     submitted = asyncio.run(ask_everybody(view, reply, text))
-    assert len(submitted) >= 6  # the classical operator stands in for what was no proposal
+    assert len(submitted) >= 6  # the fallback makes the rest
     for rates in submitted:
         try:
             plan = spec.plan(spec.feasible(rates, shape), shape)
         except BudgetError:
-            continue  # said to the LLM, and no candidate
+            continue  # reported to the LLM, and no candidate
         left = plan.decoder_parameters(shape)
         assert abs(left - (1 - spec.rate) * shape.decoder_parameters) <= shape.channel_parameters

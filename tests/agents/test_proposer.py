@@ -27,12 +27,12 @@ async def order_of(delays: list[list[float]]) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("delays", list(itertools.permutations([0.0, 0.01, 0.03])))
-async def test_turns_go_by_step_and_then_by_member_whoever_is_first(delays: tuple[float, ...]) -> None:
+async def test_turns_go_by_step_and_then_by_member_in_any_order_of_arrival(delays: tuple[float, ...]) -> None:
     steps = [[delays[0]], [delays[1], delays[2], 0.0], [delays[2], delays[0]]]
     assert await order_of(steps) == [(0, 0), (1, 0), (2, 0), (1, 1), (2, 1), (1, 2)]
 
 
-async def test_nobody_waits_for_a_member_that_failed_or_was_cancelled() -> None:
+async def test_no_member_waits_for_one_that_failed_or_was_cancelled() -> None:
     turns, taken = RoundRobin(range(3)), []
 
     async def fails() -> None:

@@ -1,4 +1,4 @@
-"""Level switches: what one unit loses another gets, within the bounds of both."""
+"""Level switches: another unit gets exactly the parameters that one loses, within the bounds of both."""
 
 import random
 from typing import Any
@@ -16,7 +16,7 @@ CARD_OF_WIDE = PROFILE.model_copy(update={"shape": WIDE, "sensitivity": (0.1,) *
 
 
 def offspring(rates: list[float], **spec: Any) -> tuple[View, Member, list[tuple[float, ...]]]:
-    """Of a parent with about these rates."""
+    """Return a view, a parent with about these rates, and the rates of its offspring."""
     view = View(SPEC.model_copy(update={"granularity": "block", **spec}), CARD_OF_WIDE, 1, ())
     feasible = view.spec.feasible(tuple(rates), WIDE)
     plan = view.spec.plan(feasible, WIDE)

@@ -1,4 +1,4 @@
-"""The circuit breaker, on a clock of our own."""
+"""The circuit breaker, on a scripted clock."""
 
 from agents.llm.breaker import Breaker
 

@@ -1,4 +1,4 @@
-"""What the LLM may cost: nothing is asked beyond it, over all restarts, and the state says why."""
+"""The budget of the LLM: no question exceeds it, over all restarts, and the state gives the reason."""
 
 import asyncio
 from dataclasses import replace
@@ -22,7 +22,7 @@ def test_a_budget_is_used_up_by_whichever_limit_is_reached_first() -> None:
     assert Budget().used_up(Spent(10**9, 10**12, 10**12, 1e9)) is None
 
 
-async def test_a_budget_of_requests_counts_those_tried_again_and_is_kept_exactly() -> None:
+async def test_a_budget_of_requests_counts_retries_and_is_never_exceeded() -> None:
     async with (
         ScriptedLlm([refuses(500, "hm"), OK, refuses(500, "hm")]) as llm,
         Chat([llm.endpoint], replace(QUICK, concurrency=8), budget=Budget(requests=5)) as chat,
@@ -34,7 +34,7 @@ async def test_a_budget_of_requests_counts_those_tried_again_and_is_kept_exactly
         assert chat.state.degraded == "budget" and "5 of 5 requests" in str(chat.state.reason)
 
 
-async def test_what_earlier_processes_spent_counts() -> None:
+async def test_spending_of_earlier_processes_counts() -> None:
     async with (
         ScriptedLlm([says("fine", prompt_tokens=60, completion_tokens=30)]) as llm,
         Chat([llm.endpoint], QUICK, budget=Budget(tokens=200), spent=Spent(7, 80, 40)) as chat,
@@ -84,7 +84,7 @@ async def test_an_endpoint_that_counts_no_tokens_does_not_blind_the_budget() -> 
             await ask(chat)
 
 
-async def test_a_budget_that_is_used_up_is_told_once_and_asks_nobody_for_readiness() -> None:
+async def test_a_budget_that_is_used_up_is_logged_once_and_no_endpoint_is_asked_for_readiness() -> None:
     async with (
         ScriptedLlm([OK], models=[refuses(503, "loading")]) as llm,
         Chat([llm.endpoint], QUICK, budget=Budget(requests=1), spent=Spent(1)) as chat,

@@ -1,4 +1,4 @@
-"""Chat against a scripted endpoint: what is sent, what counts as the answer, pausing, and what is kept."""
+"""Chat against a scripted endpoint: requests, answers, pausing, and the transcript."""
 
 import asyncio
 import json
@@ -12,7 +12,7 @@ from tests.support.chatting import OK, QUICK, SCHEMA, ask
 from tests.support.scripted_llm import Reply, ScriptedLlm, hangs, refuses, says
 
 
-async def test_the_request_holds_what_was_asked_and_the_answer_what_came() -> None:
+async def test_the_request_has_the_question_and_the_answer_has_the_reply() -> None:
     async with ScriptedLlm([says("fine", prompt_tokens=11, completion_tokens=3)]) as llm, Chat([llm.endpoint]) as chat:
         answer = await ask(chat)
         assert llm.bodies == [
@@ -57,7 +57,7 @@ async def test_only_the_answer_counts_not_the_reasoning(reply: Reply, text: str,
 # The ladder of structured output
 
 
-async def test_a_refused_form_of_answer_is_one_step_down_and_remembered() -> None:
+async def test_a_refused_response_format_takes_one_step_down_and_is_remembered() -> None:
     script = [
         refuses(400, "response_format json_schema is not supported"),
         refuses(400, "'response_format.type' must be 'text'"),
@@ -71,7 +71,7 @@ async def test_a_refused_form_of_answer_is_one_step_down_and_remembered() -> Non
         assert chat.usage["fake"].errors == 0
 
 
-async def test_a_refused_grammar_is_one_step_down_too() -> None:
+async def test_a_refused_grammar_takes_one_step_down_too() -> None:
     schema: dict[str, object] = {"enum": [1, 2]}
     script = [refuses(400, "Unknown parameter: 'grammar'."), refuses(400, "json_schema is not supported"), OK]
     async with ScriptedLlm(script) as llm:
@@ -85,8 +85,8 @@ async def test_a_refused_grammar_is_one_step_down_too() -> None:
         assert not any("grammar" in body for body in llm.bodies[1:])
 
 
-async def test_a_grammar_that_no_text_comes_of_is_given_up() -> None:
-    """A template that begins the reasoning itself makes all that the grammar lets through reasoning."""
+async def test_a_grammar_that_leads_to_empty_answers_is_given_up() -> None:
+    """If the chat template opens the reasoning, everything that the grammar allows is reasoning."""
     schema: dict[str, object] = {"enum": [1, 2]}
     silent = says("", reasoning_content="1", prompt_tokens=10, completion_tokens=5)
     async with ScriptedLlm([silent, OK]) as llm, Chat([replace(llm.endpoint, grammar=True)], QUICK) as chat:
@@ -102,7 +102,7 @@ async def test_an_answer_without_text_is_an_answer_where_no_grammar_was_sent() -
         assert len(llm.bodies) == 1
 
 
-async def test_what_no_grammar_can_say_goes_as_a_schema_and_its_refusal_counts_for_all() -> None:
+async def test_a_schema_without_a_grammar_is_sent_as_it_is_and_its_refusal_counts_for_all() -> None:
     async with ScriptedLlm([refuses(400, "json_schema is not supported"), OK]) as llm:
         async with Chat([replace(llm.endpoint, grammar=True)], QUICK) as chat:
             await ask(chat, {"type": "string"})
@@ -111,13 +111,13 @@ async def test_what_no_grammar_can_say_goes_as_a_schema_and_its_refusal_counts_f
         assert formats == ["json_schema", "json_object", "json_object"]
 
 
-async def test_no_schema_no_form() -> None:
+async def test_without_a_schema_no_response_format_is_sent() -> None:
     async with ScriptedLlm([OK]) as llm, Chat([llm.endpoint]) as chat:
         await ask(chat, schema=None)
         assert "response_format" not in llm.bodies[0]
 
 
-async def test_what_else_a_model_refuses_is_left_out() -> None:
+async def test_other_parameters_that_a_model_refuses_are_left_out() -> None:
     script = [
         refuses(400, "Unsupported parameter: 'max_tokens'. Use 'max_completion_tokens' instead."),
         refuses(400, "'temperature' does not support 0.5"),
@@ -147,7 +147,7 @@ async def test_nothing_is_asked_while_the_gate_is_closed_and_the_deadline_waits(
         assert (await asking).text == "fine"
 
 
-async def test_the_gate_stands_before_every_attempt() -> None:
+async def test_every_attempt_passes_the_gate() -> None:
     passed = 0
 
     async def count() -> None:
@@ -157,10 +157,10 @@ async def test_the_gate_stands_before_every_attempt() -> None:
     async with ScriptedLlm([refuses(500, "hm"), refuses(400, "no json_schema"), OK]) as llm:
         async with Chat([llm.endpoint], QUICK, gate=count) as chat:
             await ask(chat)
-        assert passed == 1 + len(llm.asked) == 4  # to be let in at all, and before each request
+        assert passed == 1 + len(llm.asked) == 4  # once for admission, and before each request
 
 
-async def test_what_the_gate_raises_passes_and_frees_the_slot() -> None:
+async def test_an_error_raised_by_the_gate_frees_the_slot() -> None:
     class Stopped(Exception):  # noqa: N818
         pass
 
@@ -189,7 +189,7 @@ async def test_a_cancelled_question_frees_its_slot_and_is_no_failure() -> None:
         assert chat.usage["fake"].errors == 0
 
 
-async def test_a_fault_of_our_own_in_reading_is_not_taken_for_the_endpoints(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_bug_in_our_reader_is_not_blamed_on_the_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object, **__: object) -> None:
         raise ZeroDivisionError
 

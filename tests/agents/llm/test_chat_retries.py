@@ -1,4 +1,4 @@
-"""What is tried again, how often, and that no reply can do harm."""
+"""Retries: which failures, how often; and no reply does harm."""
 
 import gzip
 from dataclasses import replace
@@ -52,7 +52,7 @@ async def test_a_quota_that_is_used_up_is_not_tried_again() -> None:
 
 
 @pytest.mark.parametrize("message", ["the request exceeds the available context size (2048 tokens): response_format"])
-async def test_a_prompt_that_is_too_long_is_a_clear_error_and_no_matter_of_dialect(message: str) -> None:
+async def test_a_prompt_that_is_too_long_is_a_clear_error_and_does_not_change_the_dialect(message: str) -> None:
     async with ScriptedLlm([refuses(400, message), OK]) as llm, Chat([llm.endpoint], QUICK) as chat:
         with pytest.raises(EndpointError, match="context size"):
             await ask(chat)
@@ -86,7 +86,7 @@ async def test_a_reply_that_is_no_completion_is_tried_again(bad: Handler) -> Non
     assert await attempts([bad, bad, OK]) == (3, "fine")
 
 
-async def test_an_endpoint_that_sends_only_rubbish_is_an_error_that_says_what() -> None:
+async def test_an_endpoint_that_sends_only_rubbish_is_an_error_that_describes_it() -> None:
     _, error = await attempts([Reply(b"<html>Please log in</html>", content_type="text/html")])
     assert "text/html" in str(error)
     _, error = await attempts([as_json({"error": {"message": "overloaded"}})])

@@ -1,4 +1,4 @@
-"""What endpoints ask for: to be left alone for a while, by everybody."""
+"""Waits that endpoints ask for; all questions share them."""
 
 import asyncio
 import random
@@ -29,7 +29,7 @@ def test_retry_after_is_seconds_milliseconds_or_a_date() -> None:
     assert retry_after({}, now) is None
 
 
-def test_retry_after_may_fallback_the_body_and_the_headers_go_before_it() -> None:
+def test_retry_after_may_be_in_the_body_and_headers_take_precedence() -> None:
     now = datetime(2026, 1, 1, tzinfo=UTC)
     assert retry_after({}, now, {"retry_after": 7}) == 7
     assert retry_after({}, now, {"error": {"message": "slow down", "retry_after": "2.5"}}) == 2.5
@@ -71,7 +71,7 @@ async def test_after_a_cooldown_not_all_questions_go_at_once() -> None:
         assert moments[-1] - moments[0] > 0.02
 
 
-async def test_where_another_endpoint_is_free_it_is_asked_in_place_of_a_long_wait() -> None:
+async def test_a_free_endpoint_is_asked_instead_of_a_long_wait() -> None:
     limited = refuses(429, "slow down", headers={"retry-after": "20"})
     async with (
         ScriptedLlm([limited], name="a") as first,
@@ -81,10 +81,10 @@ async def test_where_another_endpoint_is_free_it_is_asked_in_place_of_a_long_wai
         async with asyncio.timeout(10):
             assert [(await ask(chat)).endpoint for _ in range(3)] == ["b"] * 3
         assert len(first.asked) == 1
-        assert chat.state.endpoints[0].state == "closed"  # it lives: it only wants to be left alone
+        assert chat.state.endpoints[0].state == "closed"  # it is up: it only asks for a wait
 
 
-async def test_a_cooldown_is_told_once() -> None:
+async def test_a_cooldown_is_logged_once() -> None:
     limited = refuses(429, "slow down", headers={"retry-after-ms": "200"})
     async with ScriptedLlm([limited] * 4 + [OK]) as llm, Chat([llm.endpoint], QUICK) as chat:
         with capture_logs() as logs:

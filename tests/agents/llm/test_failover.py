@@ -1,4 +1,4 @@
-"""Several endpoints: which is asked, which is left alone, and what state they are in."""
+"""Several endpoints: which one is asked, which ones rest, and their state."""
 
 import asyncio
 from dataclasses import replace
@@ -71,7 +71,7 @@ async def test_no_endpoint_or_none_that_is_there_is_an_error() -> None:
         assert chat.usage["nowhere"].requests == QUICK.attempts
 
 
-async def test_so_many_questions_at_a_time_and_no_more() -> None:
+async def test_concurrent_questions_are_limited() -> None:
     at_once, most = 0, 0
 
     async def counts(request: object) -> object:
@@ -92,7 +92,7 @@ async def test_so_many_questions_at_a_time_and_no_more() -> None:
 
 
 class Door:
-    """A handler that answers when it is told to."""
+    """A handler that answers when released."""
 
     def __init__(self) -> None:
         self.answer: asyncio.Future[Handler] = asyncio.get_running_loop().create_future()
@@ -105,7 +105,7 @@ async def test_questions_that_fail_at_the_same_time_open_the_breaker_together() 
     policy = replace(QUICK, attempts=5, failures_to_open=4, concurrency=8)
     async with ScriptedLlm([refuses(500, "broken")]) as llm, Chat([llm.endpoint], policy) as chat:
         await asyncio.gather(*(ask(chat) for _ in range(8)), return_exceptions=True)
-        assert len(llm.asked) < 8 + policy.failures_to_open  # those under way when it opened, and not 8 x 5
+        assert len(llm.asked) < 8 + policy.failures_to_open  # those in progress when it opened, not 8 x 5
         assert chat.state.endpoints[0].state == "open"
 
 

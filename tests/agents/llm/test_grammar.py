@@ -1,4 +1,4 @@
-"""Grammars made from schemas: they let through what fits the schema, without blanks, and nothing else."""
+"""Grammars made from schemas: they match exactly the texts without blanks that match the schema."""
 
 import json
 import random
@@ -74,7 +74,7 @@ def compact(value: object) -> str:
 
 
 @given(schemas, st.integers(0, 1000))
-def test_what_fits_the_schema_fits_the_grammar_but_for_blanks(schema: dict[str, Any], seed: int) -> None:
+def test_texts_without_blanks_match_the_grammar_if_they_match_the_schema(schema: dict[str, Any], seed: int) -> None:
     value = value_of(schema, random.Random(seed))
     text = compact(value)
     assert matcher(schema).fullmatch(text)
@@ -102,7 +102,7 @@ def test_bounds_of_integers_need_not_be_whole() -> None:
     assert [n for n in range(5) if fits(str(n))] == [1, 2]
 
 
-def test_decimals_keep_to_their_range_which_llama_cpps_own_grammar_does_not_see_to() -> None:
+def test_decimals_keep_to_their_range_unlike_in_llama_cpps_own_grammar() -> None:
     fits = matcher({"type": "number", "minimum": 0, "maximum": 1}).fullmatch
     assert all(fits(text) for text in ("0", "0.5", "0.25", "0.125", "1", "1.0", "1.000"))
     assert not any(fits(text) for text in ("-1", "-0.1", "1.1", "1000", "2", ".5", "0.1250", "0.", "1e3"))
@@ -161,7 +161,7 @@ def test_an_object_is_whole() -> None:
         {"type": "array", "items": True, "minItems": 1, "maxItems": 1},
     ],
 )
-def test_what_no_grammar_is_known_for_has_none(unknown: dict[str, Any]) -> None:
+def test_unsupported_schemas_have_no_grammar(unknown: dict[str, Any]) -> None:
     assert compact_grammar(unknown) is None
 
 

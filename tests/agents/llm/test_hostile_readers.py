@@ -52,7 +52,7 @@ MB = 1024 * 1024
 
 
 def in_time(read: Callable[[], object], *allowed: type[Exception]) -> None:
-    """Call `read`, which may raise what is `allowed`, and fail where it takes too long."""
+    """Call `read`, which may raise `allowed`, and fail if it takes too long."""
     before = time.thread_time()
     try:
         read()
@@ -63,7 +63,7 @@ def in_time(read: Callable[[], object], *allowed: type[Exception]) -> None:
 
 
 def read_reply(text: str) -> None:
-    """All that may be made of the text of an answer."""
+    """Everything that reads the text of an answer."""
     readings: list[Callable[[], Any]] = [
         lambda: json_blocks(text),
         lambda: parse_lists(text, UNITS, SPEC.rate, 30),
@@ -79,7 +79,7 @@ def read_reply(text: str) -> None:
 
 
 def read_body(body: bytes, client: Client) -> None:
-    """All that may be made of the body of a response."""
+    """Everything that reads the body of a response."""
     in_time(lambda: read_completion(body, asked=100, max_tokens=100), EndpointError)
     in_time(lambda: read_models(body))
     in_time(lambda: client.masking.shown(body.decode("latin-1")))
@@ -88,7 +88,7 @@ def read_body(body: bytes, client: Client) -> None:
 
 
 def failure(client: Client, status: int, body: bytes) -> None:
-    """What the client makes of an error with this body, as the SDK hands it on."""
+    """Return the client's failure for an error with this body, as the SDK passes it."""
     response = httpx2.Response(status, content=body, request=httpx2.Request("POST", "http://x/"))
     error = client._sdk._make_status_error_from_response(response)
     assert isinstance(error, openai.APIStatusError)
@@ -221,13 +221,13 @@ def test_no_wait_in_a_body_is_anything_but_a_number_of_seconds(told: object) -> 
 
 
 @pytest.mark.parametrize("context", [10**400, 10**30, -5, 0, 1, True, 1.5, float("inf"), "many", None, [], {}])
-def test_a_context_that_cannot_be_is_none(context: object) -> None:
+def test_an_implausible_context_is_ignored(context: object) -> None:
     body = json.dumps({"data": [{"id": "m", "max_model_len": context, "meta": {"n_ctx": context}}]}).encode()
     assert read_models(body) == {"m": None}
     assert read_models(b'{"data": [{"id": "m", "n_ctx": %d}]}' % LARGEST_CONTEXT) == {"m": LARGEST_CONTEXT}
 
 
-def test_a_model_whose_name_is_too_long_or_no_text_is_passed_over() -> None:
+def test_a_model_whose_name_is_too_long_or_no_text_is_skipped() -> None:
     names: list[object] = ["m" * (LONGEST_NAME + 1), 7, None, ["m"], {"m": 1}, True, "good"]
     assert read_models(json.dumps({"data": [{"id": name} for name in names]}).encode()) == {"good": None}
 
@@ -238,7 +238,7 @@ def test_a_model_whose_name_is_too_long_or_no_text_is_passed_over() -> None:
 @given(
     st.text(alphabet=st.characters(min_codepoint=33, max_codepoint=126), min_size=8, max_size=60), st.integers(0, 3100)
 )
-def test_no_half_of_a_key_is_left_where_a_text_is_cut(key: str, before: int) -> None:
+def test_no_part_of_a_key_is_left_where_a_text_is_cut(key: str, before: int) -> None:
     """Wherever in the text it stands, also where blanks are put together."""
     shown = Masking([key]).shown("\u2588" + " " * before + key)
     assert key[:6] not in shown or key[:6] in "***"

@@ -13,7 +13,7 @@ from tests.support.chatting import OK, QUICK, ask
 from tests.support.scripted_llm import Reply, ScriptedLlm, as_json, lists_models, refuses
 
 
-async def test_waiting_for_an_endpoint_is_said_once() -> None:
+async def test_waiting_for_an_endpoint_is_announced_once() -> None:
     loading = refuses(503, "Loading model")
     ready = lists_models("model")
     said: list[str] = []
@@ -47,7 +47,7 @@ async def test_any_endpoint_that_answers_is_enough_and_a_refusal_is_an_answer() 
         await chat.wait_ready(said.append)
 
 
-async def test_the_start_waits_so_long_and_no_longer() -> None:
+async def test_the_start_waits_at_most_so_long() -> None:
     nowhere = Endpoint("nowhere", "http://127.0.0.1:9/v1", "model")
     async with Chat([nowhere], QUICK) as chat, asyncio.timeout(20):
         await chat.wait_ready(at_most=0.3)
@@ -106,7 +106,7 @@ async def test_the_context_is_what_was_given_or_else_what_the_endpoint_says(
         assert chat.contexts == {"fake": context}
 
 
-async def test_of_several_models_only_the_own_one_tells_the_context() -> None:
+async def test_of_several_models_only_ours_gives_the_context() -> None:
     entries = [{"id": "a", "max_model_len": 10}, {"id": "b", "max_model_len": 20}]
     models = [as_json({"object": "list", "data": entries})]
     async with ScriptedLlm([OK], models=models) as llm:
@@ -117,7 +117,9 @@ async def test_of_several_models_only_the_own_one_tells_the_context() -> None:
 
 
 @pytest.mark.parametrize("models", [lists_models("/models/qwen3.gguf"), lists_models(), refuses(404, "no list here")])
-async def test_a_server_that_lists_its_model_under_another_name_or_none_is_taken_at_its_answer(models: Reply) -> None:
+async def test_a_server_that_lists_its_model_under_another_name_or_none_is_accepted_if_it_answers(
+    models: Reply,
+) -> None:
     async with ScriptedLlm([OK], models=[models]) as llm, Chat([llm.endpoint], QUICK) as chat:
         await chat.wait_ready()
         assert len(llm.asked) == 1 and chat.usage["fake"].requests == 1
@@ -152,7 +154,7 @@ async def test_a_key_that_is_refused_and_a_wrong_address_are_refused_at_the_star
             await chat.wait_ready()
 
 
-async def test_a_search_that_has_begun_goes_on_with_the_endpoints_that_are_left() -> None:
+async def test_a_search_that_has_begun_continues_with_the_remaining_endpoints() -> None:
     refusing = [refuses(401, "no")]
     async with (
         ScriptedLlm([OK], name="a", models=refusing) as first,
@@ -164,8 +166,8 @@ async def test_a_search_that_has_begun_goes_on_with_the_endpoints_that_are_left(
         assert (await ask(chat)).endpoint == "b" and first.asked == []
 
 
-async def test_a_search_that_has_begun_goes_on_without_an_answer_where_all_endpoints_refuse() -> None:
-    """They may do so by mistake; they rest, and are tried again."""
+async def test_a_search_that_has_begun_continues_if_all_endpoints_refuse() -> None:
+    """They may refuse by mistake, so they rest and are probed later."""
     policy = replace(QUICK, rest=0.0, longest_rest=0.0)
     async with ScriptedLlm([OK], models=[refuses(401, "no")]) as llm, Chat([llm.endpoint], policy) as chat:
         await chat.wait_ready(refuse=False)

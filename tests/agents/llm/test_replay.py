@@ -1,4 +1,4 @@
-"""A search replayed from its transcript: the same history, whatever was faster, and wherever it was killed."""
+"""A search replayed from its transcript has the same history, with any delays and after any kill."""
 
 import asyncio
 import json
@@ -65,7 +65,7 @@ def test_an_answer_is_found_by_its_label_and_its_messages() -> None:
     assert transcript.find(question("What?", "second")) is None
 
 
-def test_of_several_endpoints_the_one_that_answered_counts_and_else_that_none_did() -> None:
+def test_the_endpoint_that_answered_counts_else_that_none_did() -> None:
     failed = record(None, error="broken")
     none = record(None, endpoint=None, error="no LLM endpoint answered")
     for records, expected in (
@@ -81,11 +81,11 @@ def test_of_several_endpoints_the_one_that_answered_counts_and_else_that_none_di
 @pytest.mark.parametrize(
     "bad", [{}, {"label": "first"}, record("x", messages=None), record("x", messages=[1]), record("x", seconds="soon")]
 )
-def test_what_is_no_record_is_passed_over(bad: Record) -> None:
+def test_malformed_records_are_skipped(bad: Record) -> None:
     assert len(Transcript([bad])) == 0
 
 
-def test_lines_that_a_kill_has_torn_are_passed_over(tmp_path: Path) -> None:
+def test_lines_that_a_kill_left_incomplete_are_skipped(tmp_path: Path) -> None:
     file = tmp_path / "transcript.jsonl"
     whole = json.dumps(record("one"))
     file.write_text(whole[:50] + "\n" + whole + "\n[]\n" + whole[:30])
@@ -96,7 +96,7 @@ def test_lines_that_a_kill_has_torn_are_passed_over(tmp_path: Path) -> None:
         read_transcript(tmp_path / "nowhere")
 
 
-async def test_a_question_that_is_not_recorded_is_an_error_and_ends_the_search_where_strict() -> None:
+async def test_an_unrecorded_question_is_an_error_and_ends_a_strict_replay() -> None:
     transcript = Transcript([record("one"), record(None, label="second", endpoint=None, error="all down")])
     lenient, strict = Replay(transcript, strict=False), Replay(transcript, strict=True)
     assert (await strict.ask(question("Which?"))).text == "one"
@@ -230,9 +230,7 @@ async def killed_now_and_then(
         kills += 1
 
 
-async def test_a_replayed_search_has_the_same_history_whatever_is_faster(
-    redis: Redis, keys: Keys, tmp_path: Path
-) -> None:
+async def test_a_replayed_search_has_the_same_history_with_any_delays(redis: Redis, keys: Keys, tmp_path: Path) -> None:
     for seed in range(20, 40):  # who asks first gets the next whim, so no seed alone brings a fallback every time
         original, records = await recorded(redis, keys, tmp_path, seed)
         sources = original.state.proposals.by_source

@@ -23,7 +23,7 @@ def test_random_rates_scatter_around_the_mean_asked_for() -> None:
     assert abs(sum(means) / len(means) - 0.3) < 0.02
 
 
-def test_of_two_kinds_of_units_each_has_a_profile_and_a_height_of_its_own() -> None:
+def test_each_kind_of_unit_has_its_own_profile_and_mean() -> None:
     apart = []
     for seed in range(200):
         rates = random_rates(random.Random(seed), 60, 0.3, kinds=2)

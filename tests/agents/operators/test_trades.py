@@ -39,7 +39,7 @@ def truth(plan: Plan, shape: ModelShape, granularity: Granularity) -> float:
 
 
 def profile_sensitivity(granularity: Granularity) -> tuple[float, ...]:
-    """As a worker measures it: each unit alone, and not quite what it costs among others."""
+    """Return a sensitivity as a worker measures it: the rise of each unit alone, unlike that among other units."""
     count = len(WIDE.units(granularity))
     return tuple((0.3 + (7 * i) % 5) * 0.3**2 / count * (0.6 + 0.8 * ((3 * i) % 4) / 3) for i in range(count))
 
@@ -229,7 +229,7 @@ def test_parents_that_are_all_alike_have_no_mixes_and_the_fallback_is_random() -
     assert len(sample_ranked_trades(random.Random(0), view, same).rates) == LAYERS
 
 
-def test_lessons_tell_what_changed_and_what_came_of_it_the_latest_first() -> None:
+def test_lessons_state_the_changes_and_their_effects_latest_first() -> None:
     view = view_of("layer", 1)
     parent = view.measured[0]
     base = list(parent.candidate.rates)
@@ -247,7 +247,7 @@ def test_lessons_tell_what_changed_and_what_came_of_it_the_latest_first() -> Non
     assert len(lessons(View(view.spec, view.profile, 3, ranked, {}, ranked, recent), 1)) == 1
 
 
-def test_a_lesson_of_a_list_is_what_differs_from_the_nearest_of_those_that_it_was_made_from() -> None:
+def test_a_list_is_compared_with_its_nearest_parent() -> None:
     view = view_of("layer", 3)
     first, second, third = view.measured
     rates = list(second.candidate.rates)
@@ -304,7 +304,7 @@ def test_a_menu_prefers_the_less_known_of_trades_with_the_same_mean(
     assert average(greedy, "mean") < average(menus, "mean") < 0
 
 
-def test_a_menu_is_of_part_of_the_units_and_menus_together_of_most() -> None:
+def test_one_menu_covers_some_units_and_several_menus_cover_most() -> None:
     view = view_of("block", 60)
     parent = view.population[0]
     menus = [trade_menu(view, parent, random.Random(seed), 10) for seed in range(12)]
@@ -314,7 +314,7 @@ def test_a_menu_is_of_part_of_the_units_and_menus_together_of_most() -> None:
     assert len(set().union(*used)) > max(len(each) for each in used)
 
 
-def test_trades_mostly_begin_at_the_best_whoever_selected_the_parents() -> None:
+def test_trades_mostly_begin_at_the_best_member() -> None:
     view = view_of("layer", 30)
     best, others = view.population[0], view.population[4:8]
     rng = random.Random(0)

@@ -13,7 +13,7 @@ def of_round(round_: int, made: Candidate) -> Candidate:
     return made.model_copy(update={"provenance": made.provenance.model_copy(update={"round": round_})})
 
 
-def test_members_are_ranked_by_perplexity_and_of_equals_the_one_of_the_earlier_round_comes_first() -> None:
+def test_members_are_ranked_by_perplexity_and_ties_by_round() -> None:
     population = Population()
     many = candidates(4)
     many[2] = of_round(2, many[2])
@@ -100,7 +100,7 @@ class Scripted:
         self.dropped.append(result.id)
 
 
-async def test_the_keeper_applies_each_outcome_once_in_order_and_tells_who_waits() -> None:
+async def test_the_keeper_applies_each_outcome_once_in_order_and_wakes_those_who_wait() -> None:
     one, two = candidates(2)
     ledger: dict[str, Candidate] = {one.id: one, two.id: two}
     source = Scripted(
@@ -124,7 +124,7 @@ async def test_the_keeper_applies_each_outcome_once_in_order_and_tells_who_waits
     assert source.dropped == ["unknown"]
 
 
-async def test_an_outcome_whose_applying_was_answered_with_a_lost_reply_counts_all_the_same() -> None:
+async def test_an_outcome_counts_even_if_the_reply_to_applying_it_got_lost() -> None:
     (one,) = candidates(1)
     source = Scripted([Result("1-0", one.id, measured(5.0, one))])
     source.applied.append(one.id)  # done, but the daemon did not hear of it and asks again

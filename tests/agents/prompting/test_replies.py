@@ -1,4 +1,4 @@
-"""What replies may hold, and what they may not; no text does any harm."""
+"""Accepted and refused replies; no text does harm."""
 
 import json
 from collections.abc import Callable
@@ -30,7 +30,7 @@ def lists(text: str, count: int = 1) -> tuple[tuple[float, ...], ...]:
 
 
 def test_the_mean_of_blocks_counts_them_by_their_size() -> None:
-    """What takes nearly all from the MLPs is on budget, though the plain average of its numbers is not."""
+    """Rates that prune almost only the MLPs are on budget, although their plain average is not."""
     sizes = {"attention": 1, "mlp": 9}
     uneven = [unit.model_copy(update={"parameters": sizes[unit.kind]}) for unit in BLOCKS]
     mostly_mlp = (0.0, 0.55) * len(SHAPE.layers)
@@ -40,7 +40,7 @@ def test_the_mean_of_blocks_counts_them_by_their_size() -> None:
         parse_lists(json.dumps([mostly_mlp]), even, 0.5, 1)
 
 
-def test_what_is_good_is_known_by_its_place_in_the_reply() -> None:
+def test_a_valid_item_is_named_by_its_number_in_the_reply() -> None:
     parsed = parse_lists(json.dumps([[0.1], GOOD, OTHER]), UNITS, SPEC.rate, 2)
     assert parsed.names == ("Configuration 2", "Configuration 3")
 
@@ -101,7 +101,7 @@ def test_what_is_not_a_configuration_is_refused(text: str) -> None:
         lists(text)
 
 
-def test_a_wrong_number_of_rates_is_told_with_both_numbers() -> None:
+def test_a_wrong_number_of_rates_is_reported_with_both_numbers() -> None:
     with pytest.raises(InvalidReply, match="has 3 numbers instead of 4"):
         lists("[0.1, 0.2, 0.4]")
 
@@ -113,7 +113,7 @@ def test_a_mean_that_is_off_is_left_to_the_projection_within_the_tolerance() -> 
         lists(json.dumps([SPEC.rate + MEAN_TOLERANCE + 0.01] * 4))
 
 
-def test_a_configuration_given_twice_counts_once_and_is_told() -> None:
+def test_a_configuration_given_twice_counts_once_and_is_reported() -> None:
     parsed = parse_lists(json.dumps([GOOD, GOOD, OTHER]), UNITS, SPEC.rate, 3)
     assert parsed.good == (GOOD, OTHER)
     assert len(parsed.problems) == 1 and "distinct" in parsed.problems[0]
@@ -138,7 +138,7 @@ def test_blocks_may_be_given_by_name() -> None:
     assert parse_lists(json.dumps(named), BLOCKS, SPEC.rate, 1).good == (tuple(named.values()),)
 
 
-def test_two_different_answers_are_none() -> None:
+def test_two_different_answers_are_refused() -> None:
     two = '{"parents": [1, 2]} or {"parents": [2, 3]}'
     with pytest.raises(InvalidReply, match="more than one answer"):
         parse_objects(two, Choice, lambda reply: apply_choice(MEMBERS, 2, reply), 1)
