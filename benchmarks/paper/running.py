@@ -16,7 +16,7 @@ from benchmarks.paper.answers import UnreadableAnswer, read
 from benchmarks.paper.cells import Cell, CellStore, Failed, Measured, Outcome, figures_of, with_needs
 from benchmarks.paper.commands import command, made_file
 from benchmarks.paper.costs import CostModel
-from protocol.runtime.signals import held_back
+from protocol.runtime.signals import defer_signals
 
 TOLD_BY = "selfpruner: "
 """How the command line begins its one sentence."""
@@ -135,7 +135,7 @@ def run_missing(
         outcome = newest[cell.id] = _run(cell, newest, runner, out)
         # A cell that was to make its files again stays measured, even if that fails.
         if isinstance(outcome, Measured) or not _is_measured(cell, outcomes):
-            with held_back():
+            with defer_signals():
                 outcomes[cell.id] = outcome
                 store.keep(cell, outcome)
         if isinstance(outcome, Measured):

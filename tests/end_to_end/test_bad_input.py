@@ -59,7 +59,7 @@ def test_a_spec_that_cannot_be_read_is_told_of(
 ) -> None:
     by_hand.set("selfpruner:test:spec", "garbage")
     assert main([command, "--search", "test", "--redis-url", server.url]) == 1
-    assert "what stands under selfpruner:test:spec in Redis cannot be read" in sentence(capsys)
+    assert "the Redis key selfpruner:test:spec cannot be read" in sentence(capsys)
     by_hand.delete("selfpruner:test:spec")
     by_hand.lpush("selfpruner:test:spec", "a list")
     assert main([command, "--search", "test", "--redis-url", server.url]) == 1
@@ -168,7 +168,7 @@ def test_a_worker_that_is_started_as_a_module_takes_the_password_from_a_file(
     flags = ["--search", "test", "--redis-password-file", str(tmp_path / "password")]
     done = worker(server.url.replace("://", "://joe@"), *flags)
     by_hand.execute_command("ACL", "DELUSER", "joe")
-    assert "what stands under selfpruner:test:spec in Redis cannot be read" in done.stderr
+    assert "the Redis key selfpruner:test:spec cannot be read" in done.stderr
 
 
 def test_files_that_cannot_be_written_are_named(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from protocol.queue.connection import Patience, connect
+from protocol.queue.connection import RedisRetry, connect
 from tests.faults.kit import Kit, eventually
 from tests.faults.searching import Search, answer
 from tests.support.scripted_llm import ScriptedLlm
@@ -27,13 +27,13 @@ class Callers:
 
     def __init__(self, server: Server, count: int) -> None:
         self.redis: Any = connect(server.url)
-        self.patience = [Patience(self.redis, f"key-{i}", longest_wait=0.2) for i in range(count)]
+        self.patience = [RedisRetry(self.redis, f"key-{i}", longest_wait=0.2) for i in range(count)]
 
     def write(self) -> "list[asyncio.Task[Any]]":
-        return [asyncio.ensure_future(patiently(lambda: self.redis.set("a", "1"))) for patiently in self.patience]
+        return [asyncio.ensure_future(retry(lambda: self.redis.set("a", "1"))) for retry in self.patience]
 
     async def all_wait(self) -> bool:
-        return all(patiently.outages for patiently in self.patience)
+        return all(retry.outages for retry in self.patience)
 
 
 async def test_an_outage_is_told_once_by_all_who_use_one_client(own_server: Server) -> None:
@@ -47,8 +47,8 @@ async def test_an_outage_is_told_once_by_all_who_use_one_client(own_server: Serv
             assert told(logs) == [*TOLD * (outage - 1), TOLD[0]]
             own_server.start()
             await asyncio.gather(*writing)
-            for patiently in callers.patience:
-                patiently.outages = 0
+            for retry in callers.patience:
+                retry.outages = 0
     assert told(logs) == [*TOLD, *TOLD]
     await callers.redis.aclose()
 
@@ -59,8 +59,8 @@ async def test_whoever_can_read_does_not_tell_of_the_return_to_writing(own_serve
     with capture_logs() as logs:
         writing = callers.write()
         await eventually(callers.all_wait)
-        for patiently in callers.patience:
-            await patiently(lambda: callers.redis.get("a"))
+        for retry in callers.patience:
+            await retry(lambda: callers.redis.get("a"))
         assert told(logs) == ["redis_unreachable"]
         await callers.redis.config_set("maxmemory", "0")
         await asyncio.gather(*writing)

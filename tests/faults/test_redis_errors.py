@@ -13,7 +13,7 @@ from structlog.testing import capture_logs
 
 from protocol.errors import SelfPrunerError, SettingsError, StoreError
 from protocol.plans.candidate import Measured
-from protocol.queue.connection import Patience, connect
+from protocol.queue.connection import RedisRetry, connect
 from protocol.queue.control import Control
 from protocol.queue.keys import GROUP
 from tests.faults.kit import LEASE, PASSWORD, Daemon, Kit, candidates, eventually, fault_kit
@@ -46,9 +46,9 @@ LATER: list[str | bytes] = [
 """What is waited for where the server has answered before, and is a sentence where it has not."""
 LASTING = [
     ("-NOPERM User x has no permissions to run the 'get' command", SettingsError, "refuses its user a command"),
-    ("-MOVED 3999 127.0.0.1:6381", SettingsError, "node of a cluster"),
-    ("-ASK 3999 127.0.0.1:6381", SettingsError, "node of a cluster"),
-    ("-CROSSSLOT Keys in request don't hash to the same slot", SettingsError, "node of a cluster"),
+    ("-MOVED 3999 127.0.0.1:6381", SettingsError, "cluster node"),
+    ("-ASK 3999 127.0.0.1:6381", SettingsError, "cluster node"),
+    ("-CROSSSLOT Keys in request don't hash to the same slot", SettingsError, "cluster node"),
     ("-WRONGTYPE Operation against a key holding the wrong kind of value", StoreError, "changed by another program"),
     ("-ERR unknown command 'GET'", StoreError, "answers with an error: unknown command"),
 ]
@@ -58,13 +58,13 @@ LASTING = [
 async def test_an_error_that_passes_is_waited_for(own_server: Server, error: str | bytes) -> None:
     async with Proxy(own_server.socket) as proxy:
         redis: Any = connect(proxy.url(PASSWORD))
-        patiently = Patience(redis, "a", longest_wait=0.1)
-        await patiently(lambda: redis.set("a", "1"))
+        retry = RedisRetry(redis, "a", longest_wait=0.1)
+        await retry(lambda: redis.set("a", "1"))
         proxy.refuse(error)
         with capture_logs() as logs:
             asking = [
-                asyncio.create_task(patiently(lambda: redis.get("a"))),
-                asyncio.create_task(patiently(lambda: redis.pipeline(transaction=True).get("a").get("a").execute())),
+                asyncio.create_task(retry(lambda: redis.get("a"))),
+                asyncio.create_task(retry(lambda: redis.pipeline(transaction=True).get("a").get("a").execute())),
             ]
 
             async def refused() -> bool:
@@ -74,7 +74,7 @@ async def test_an_error_that_passes_is_waited_for(own_server: Server, error: str
             proxy.refusals.clear()
             assert await asyncio.gather(*asking) == ["1", ["1", "1"]]
         assert [line["event"] for line in logs] == ["redis_unreachable", "redis_back"]
-        assert patiently.outages == 2
+        assert retry.outages == 2
         await redis.aclose()
 
 
@@ -84,11 +84,11 @@ async def test_an_error_that_no_waiting_changes_is_a_sentence(
 ) -> None:
     async with Proxy(own_server.socket) as proxy:
         redis: Any = connect(proxy.url(PASSWORD))
-        patiently = Patience(redis, "a")
-        await patiently(redis.ping)
+        retry = RedisRetry(redis, "a")
+        await retry(redis.ping)
         proxy.refuse(error)
         with pytest.raises(kind, match=sentence):
-            await patiently(lambda: redis.get("a"))
+            await retry(lambda: redis.get("a"))
         await redis.aclose()
 
 
@@ -100,7 +100,7 @@ async def test_what_does_not_fit_the_url_is_a_sentence_at_the_first_contact(
         redis: Any = connect(proxy.url(PASSWORD))
         proxy.refuse(error)
         with pytest.raises(SettingsError, match=r"redis\.url: the server"):
-            await Patience(redis, "a")(lambda: redis.get("a"))
+            await RedisRetry(redis, "a")(lambda: redis.get("a"))
         await redis.aclose()
 
 
@@ -211,7 +211,7 @@ async def test_a_pause_outlives_a_flushed_server(kit: Kit, tmp_path: Path) -> No
             await kit.redis.flushall()
             await asyncio.sleep(4)
         assert (len(llm.asked), daemon.returncode) == (asked, None)
-        assert await kit.redis.get(search.keys.control) == await kit.redis.get(search.keys.understood) == "pause"
+        assert await kit.redis.get(search.keys.control) == await kit.redis.get(search.keys.last_command) == "pause"
         await Control(kit.redis, search.keys).write("run")
         kit.disturbed["*"] = 3
         assert await asyncio.wait_for(daemon.wait(), 120) == 0
