@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from benchmarks.paper.__main__ import main
-from benchmarks.paper.running import Runner
+from benchmarks.paper.runner import Runner
 
 LLAMA = "meta-llama/Llama-2-7b-hf"
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.paper.running import Failure
+from benchmarks.paper.runner import Failure
 
 Say = Callable[[Sequence[str]], dict[str, Any] | Failure | None]
 

@@ -112,7 +112,7 @@ def test_figures_of_other_searches_are_not_joined(tmp_path: Path, capsys: pytest
         (("--methods", "llm", "--llm-url", "ftp://x:secret@y"), "it is no URL such as http://"),
         (("--methods", "llm", "--gguf", "/nosuch.gguf"), "there is no GGUF file '/nosuch.gguf'"),
         (("--json", "no/such/folder/figures.json"), "there is no folder 'no/such/folder'"),
-        (("--methods", "random", "--out", "list.json"), "--out list.json cannot be made"),
+        (("--methods", "random", "--out", "list.json"), "--out list.json cannot be created"),
     ],
 )
 def test_what_cannot_be_is_said_in_a_sentence_before_anything_is_loaded(
