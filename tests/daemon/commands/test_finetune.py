@@ -262,7 +262,7 @@ def test_without_peft_the_pip_line_is_said(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     find = importlib.util.find_spec
-    monkeypatch.setattr("daemon.commands.output.find_spec", lambda name: None if name == "peft" else find(name))
+    monkeypatch.setattr("daemon.settings.packages.find_spec", lambda name: None if name == "peft" else find(name))
     assert main(arguments(folder, tmp_path / "out")) == 2
     assert "pip install 'self-pruner[finetune]'" in capsys.readouterr().err
     assert main(arguments(folder, tmp_path / "out", "--full")) == 0
