@@ -73,7 +73,7 @@ class WorkerProcess:
 
 
 class Daemon:
-    """The daemon without its agents: takes charge, issues what it is told to, applies outcomes, mends what is lost."""
+    """A daemon without agents: takes charge, enqueues given candidates, applies outcomes, restores lost data."""
 
     def __init__(self, redis: Redis, keys: Keys) -> None:
         self.store = SearchStore(redis, keys, SPEC)

@@ -32,7 +32,7 @@ def keep(*layers: tuple[int, int, int]) -> Plan:
 
 
 def mask(layer: Layer, kept: LayerPlan, scores: LayerImportance, head_dim: int) -> None:
-    """Put nought in the columns of o and down that belong to what is removed."""
+    """Zero the columns of o and down that belong to removed heads and channels."""
     heads = torch.zeros(scores.query_heads.shape)
     for kv in scores.kv_heads.argsort(descending=True)[: kept.kv_heads]:
         heads[kv, scores.query_heads[kv].argsort(descending=True)[: kept.queries_per_kv]] = 1

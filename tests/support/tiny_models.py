@@ -113,7 +113,7 @@ def byte_tokenizer() -> Any:
 
 
 def _randomise(model: torch.nn.Module, seed: int, *, norm: float) -> None:
-    """Weights, norms and biases far enough from nought that every one of them shows in the logits."""
+    """Weights, norms and biases far enough from zero that each of them affects the logits."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -47,9 +47,9 @@ def test_a_failed_cell_stops_no_other_and_is_tried_again(tmp_path: Path) -> None
     assert len(failing.asked) == 5
     assert "| 30% | OWL | failed (1) |" in markdown(tmp_path) and "1. out of luck" in markdown(tmp_path)
     assert "| 30% | Self-Pruner | 11.00 |" in markdown(tmp_path)
-    mended = ScriptedRunner()
-    assert make(tmp_path, settings, mended) == 0
-    assert [value_of(arguments, "--allocate") for arguments in mended.asked] == ["owl"]
+    working = ScriptedRunner()
+    assert make(tmp_path, settings, working) == 0
+    assert [value_of(arguments, "--allocate") for arguments in working.asked] == ["owl"]
     assert "| 30% | OWL | 12.00 |" in markdown(tmp_path)
 
 
