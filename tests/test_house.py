@@ -1,4 +1,4 @@
-"""The house rules: who may import whom, what a wheel carries, and that the page of the layout is true."""
+"""Rules of the repository: allowed imports, the content of a wheel, and an up-to-date page of the layout."""
 
 import os
 import re
@@ -83,7 +83,7 @@ def test_each_wing_imports_what_its_row_of_the_table_says() -> None:
 
 
 def test_no_files_import_each_other_in_a_circle() -> None:
-    """Not of each wing either, but for the command line, whose worker's side is loaded in function bodies."""
+    """Neither do wings, except for the command line, which loads the worker's side in function bodies."""
     wings = {wing: others - {"daemon", "gpu_worker"} for wing, others in table_of_wings().items()}
     list(TopologicalSorter(wings).static_order())
     list(TopologicalSorter(file_imports()).static_order())

@@ -55,8 +55,8 @@ def test_the_redis_user_may_use_every_command_that_the_code_names() -> None:
 def test_the_redis_user_may_use_no_command_that_nobody_needs() -> None:
     of_clients = {"auth", "hello", "select", "client|setinfo", "client|setname", "multi", "exec", "discard"}
     of_scripts = {"evalsha", "script|load", "script|exists"}
-    by_hand = {"get", "set"}
-    assert allowed_commands() - used_commands() <= of_clients | of_scripts | by_hand
+    by_users = {"get", "set"}
+    assert allowed_commands() - used_commands() <= of_clients | of_scripts | by_users
 
 
 def start_redis(folder: Path, *, path: str = "/usr/bin:/bin") -> subprocess.CompletedProcess[str]:

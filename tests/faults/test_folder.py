@@ -1,4 +1,4 @@
-"""A real daemon or a real run while others remove or tear its folder, or send it what is no HTTP."""
+"""A real daemon or run while its folder is deleted or damaged, or while it receives invalid HTTP."""
 
 import asyncio
 import contextlib
@@ -122,7 +122,7 @@ async def test_malformed_requests_do_not_reach_the_search(kit: Kit, llm: Scripte
 
 
 async def sent(port: int, request: bytes) -> None:
-    """Send the bytes, and take what comes at once."""
+    """Send the bytes and return the immediate answer."""
     with contextlib.suppress(ConnectionError):
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(request)

@@ -1,4 +1,4 @@
-"""A launched search with a real server and an instant worker: its LLM away, wrong, spent, replayed."""
+"""A launched search with a real server and an instant worker, whose LLM is down, wrong, over budget or replayed."""
 
 import asyncio
 import json
@@ -36,7 +36,7 @@ NOWHERE = EndpointSettings(base_url="http://127.0.0.1:9/v1", model="model", name
 
 
 def answers(body: dict[str, Any]) -> str:
-    """A random answer of the form asked for."""
+    """Return a random answer in the requested form."""
     if "response_format" not in body:
         return "yes"
     return json.dumps(value_of(body["response_format"]["json_schema"]["schema"], random.Random(body["seed"])))
@@ -67,7 +67,7 @@ class Daemon:
         return await load_history(self.redis, Keys(name))
 
     async def condition(self, name: str = "s") -> Condition:
-        """What other processes are told."""
+        """Return the condition that other processes read."""
         client: Any = self.redis
         return Condition.model_validate_json(await client.get(Keys(name).condition))
 
@@ -256,7 +256,7 @@ async def test_a_search_ends_cleanly_when_its_hours_are_used_up(daemon: Daemon) 
 
 
 def made(history: History) -> list[tuple[Any, ...]]:
-    """The candidates in their order, who made them, and what was measured."""
+    """Return the candidates in order, with their source and measurement."""
     perplexities = {id_: o.perplexity for id_, o in history.outcomes.items() if isinstance(o, Measured)}
     return [(c.id, c.rates, c.provenance, perplexities[c.id]) for c in history.ledger.values()]
 

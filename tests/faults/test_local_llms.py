@@ -1,4 +1,4 @@
-"""Faults of the local LLM of a run: it dies, stops, or finds its port taken, and the run goes on."""
+"""Faults of a run's local LLM: it dies, freezes, or its port is taken, and the run continues."""
 
 import asyncio
 import contextlib

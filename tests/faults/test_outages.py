@@ -1,4 +1,4 @@
-"""A server that is away, as it is told: one line when it goes and one when it is back, however many wait for it."""
+"""Logging of outages: one line at the beginning and one at the end, however many operations wait."""
 
 import asyncio
 import json
@@ -23,7 +23,7 @@ def told(logs: list[Any]) -> list[str]:
 
 
 class Callers:
-    """Several who wait for one server, each with a patience of its own."""
+    """Several callers that wait for one server, each with its own RedisRetry."""
 
     def __init__(self, server: Server, count: int) -> None:
         self.redis: Any = connect(server.url)

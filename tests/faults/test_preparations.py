@@ -1,4 +1,4 @@
-"""Faults of a search whose workers are still getting its model ready."""
+"""Faults of a search whose workers are still preparing its model."""
 
 import asyncio
 from typing import Any
@@ -16,7 +16,7 @@ SECOND, THIRD = (SPEC.model_copy(update={"model": name}) for name in ("second", 
 
 
 async def preparing(kit: Kit, spec: SearchSpec = SPEC, **options: Any) -> WorkerProcess:
-    """A worker whose evaluation process gets `spec` ready for ever."""
+    """Start a worker whose evaluation process never finishes preparing `spec`."""
     kit.write_script({}, prepare="hang")
     await kit.redis.set(kit.keys.spec, spec.model_dump_json())
     worker = await kit.worker(**options)

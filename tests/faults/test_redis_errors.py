@@ -1,4 +1,4 @@
-"""Errors that a Redis server gives: those that pass are waited for, the others are one sentence."""
+"""Errors of a Redis server: transient ones are retried, all others are one sentence."""
 
 import asyncio
 import json
@@ -43,7 +43,7 @@ LATER: list[str | bytes] = [
     "-DENIED Redis is running in protected mode",
     b"\x00garbage\r\n",
 ]
-"""What is waited for where the server has answered before, and is a sentence where it has not."""
+"""Errors that are retried once the server has answered, and are permanent at the first contact."""
 LASTING = [
     ("-NOPERM User x has no permissions to run the 'get' command", SettingsError, "refuses its user a command"),
     ("-MOVED 3999 127.0.0.1:6381", SettingsError, "cluster node"),
@@ -129,7 +129,7 @@ async def test_daemon_and_workers_outlast_a_storm_of_errors(kit: Kit) -> None:
 @pytest.mark.faults
 @pytest.mark.fault("47", "failover and back under a worker", "REPLICAOF, later NO ONE", "waited for")
 async def test_a_failover_is_waited_for(kit: Kit) -> None:
-    """Readers that block are answered UNBLOCKED, and writers READONLY."""
+    """Blocked readers get UNBLOCKED, and writers READONLY."""
     daemon = await kit.daemon()
     worker = await kit.worker()
     first, second = candidates(2)

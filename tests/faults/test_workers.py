@@ -1,4 +1,4 @@
-"""Faults of workers and of what they evaluate."""
+"""Faults of workers and of their evaluations."""
 
 import asyncio
 import signal

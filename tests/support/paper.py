@@ -1,4 +1,4 @@
-"""Calls of benchmarks/paper/__main__.py, mostly with a scripted `selfpruner`, and what they write."""
+"""Calls of benchmarks.paper, mostly with a scripted `selfpruner`, and their output."""
 
 import json
 from pathlib import Path

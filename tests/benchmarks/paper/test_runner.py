@@ -1,4 +1,4 @@
-"""The paper's tables with a scripted `selfpruner`: which cells it runs, and what a failure or a kill leaves."""
+"""benchmarks.paper with a scripted `selfpruner`: which cells run, and the state after a failure or a kill."""
 
 import json
 import os

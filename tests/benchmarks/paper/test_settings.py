@@ -1,4 +1,4 @@
-"""The settings of benchmarks/paper/__main__.py, and the hours that they are estimated to take."""
+"""The settings of benchmarks.paper, and its estimates of time."""
 
 import re
 from collections import Counter
@@ -279,7 +279,7 @@ def test_the_texts_of_every_shipped_file_have_as_many_windows_as_it_asks_for(fil
 
 @pytest.mark.parametrize(("name", "tflops"), [("smollm2", 0.4), ("llama-2-7b", TFLOPS), ("llama-2-70b", TFLOPS)])
 def test_the_files_beside_the_harness_say_what_they_take(name: str, tflops: float) -> None:
-    """Where this fails, --estimate has the figures for the head of the file."""
+    """If this fails, update the head of the file with the figures of --estimate."""
     file = ROOT / "benchmarks" / "paper" / f"{name}.yaml"
     head = file.read_text().partition("models:")[0]
     settings = read_settings(file)

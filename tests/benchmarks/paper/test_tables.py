@@ -1,4 +1,4 @@
-"""benchmarks/paper/__main__.py with a scripted `selfpruner`: the tables that come of its cells."""
+"""benchmarks.paper with a scripted `selfpruner`: the tables made of its cells."""
 
 import json
 from collections.abc import Sequence

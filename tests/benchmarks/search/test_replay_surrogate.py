@@ -20,7 +20,7 @@ FIRST, ROUNDS, EACH = LEAST, 3, 4
 
 
 def _searched(folder: Path) -> None:
-    """A search by dice: `FIRST` candidates, then rounds of mutations that exchange some rates of the best."""
+    """Write a random search: `FIRST` candidates, then rounds of mutations that exchange some rates of the best."""
     view, rng = view_of("layer", 0), random.Random(1)
     made: list[Member] = [member(view, random_rates(rng, len(view.units), 0.3)) for _ in range(FIRST)]
     for round_ in range(1, ROUNDS + 1):

@@ -114,7 +114,7 @@ def test_block_plans_take_more_heads_where_the_mlps_have_too_little_to_give(rate
 
 
 def test_plans_share_their_equal_layers_also_when_they_are_read() -> None:
-    """A search of days holds a hundred thousand of them."""
+    """A search of days holds a hundred thousand plans."""
     plan = SPEC.plan(SPEC.feasible((0.1, 0.3, 0.3, 0.5), SHAPE), SHAPE)
     again = Plan.model_validate_json(plan.model_dump_json())
     assert again == plan and all(one is other for one, other in zip(plan.layers, again.layers, strict=True))

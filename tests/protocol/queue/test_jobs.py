@@ -1,4 +1,4 @@
-"""The workers' end of the streams on real servers: deaths, hand-overs, and nothing left behind."""
+"""The workers' end of the streams on real servers: deaths, hand-overs and clean-up."""
 
 from typing import Any
 

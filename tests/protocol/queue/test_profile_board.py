@@ -1,4 +1,4 @@
-"""The model profile: published for one spec, and as good as none for every other."""
+"""The model profile: published for one spec, and ignored for every other."""
 
 import asyncio
 from typing import Any

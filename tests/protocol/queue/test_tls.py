@@ -1,4 +1,4 @@
-"""TLS to the server: a connection that can never be is one sentence, and no outage to wait for."""
+"""TLS to the server: an impossible connection is one sentence, not an outage to wait for."""
 
 import asyncio
 import re
@@ -19,7 +19,7 @@ from tests.support.servers import Server, server_binary
 
 @pytest.fixture(scope="module")
 def authority(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A certificate for 127.0.0.1 that has signed itself, with its key beside it."""
+    """Create a self-signed certificate for 127.0.0.1, with its key beside it."""
     if shutil.which("openssl") is None:
         pytest.skip("no openssl on this machine")
     folder = tmp_path_factory.mktemp("tls")
@@ -48,7 +48,7 @@ def tls_server(authority: Path) -> Iterator[int]:
 
 
 async def said(url: str) -> str:
-    """The sentence that a connection to `url` ends with."""
+    """Return the error message of a connection to `url`."""
     with pytest.raises(SettingsError) as refused:
         redis: Any = connect(url)
         try:

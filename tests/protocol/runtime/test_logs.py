@@ -37,7 +37,7 @@ def refuse(constant: str) -> Any:
 
 
 class Lines:
-    """What the file and the readable console got."""
+    """The lines of the file and of the readable console."""
 
     def __init__(self, file: Path, console: io.StringIO) -> None:
         self._file = file
