@@ -66,14 +66,14 @@ def test_a_spec_that_cannot_be_read_is_told_of(
     assert "WRONGTYPE" in sentence(capsys)
 
 
-@pytest.mark.parametrize("key", ["card", "condition"])
+@pytest.mark.parametrize("key", ["profile", "condition"])
 def test_what_else_a_status_reads_may_be_of_another_version(
     raw_redis: Any, server: Server, capsys: pytest.CaptureFixture[str], key: str
 ) -> None:
     raw_redis.set("selfpruner:test:spec", SPEC.model_dump_json())
     raw_redis.set(f"selfpruner:test:{key}", '{"degraded": 7}')
     assert main(["status", "--search", "test", "--redis-url", server.url]) == 1
-    assert f"selfpruner:test:{key} in Redis cannot be read" in sentence(capsys)
+    assert f"selfpruner:test:{key} cannot be read" in sentence(capsys)
 
 
 def test_a_worker_of_another_version_hides_nothing_of_the_status(

@@ -105,7 +105,7 @@ def test_first_layer_spares_that_alone() -> None:
 def test_llm_pruner_says_so_where_the_middle_cannot_give_that_much() -> None:
     with pytest.raises(BudgetError, match=r"0\.6 cannot be reached"):
         llm_pruner_rates(1, 1, SHAPE, 0.6, "layer")
-    with pytest.raises(BudgetError, match="nothing is pruned"):
+    with pytest.raises(BudgetError, match="no layer is left to prune"):
         llm_pruner_rates(2, 2, SHAPE, 0.3, "layer")
 
 
