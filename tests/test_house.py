@@ -36,7 +36,7 @@ def test_the_worker_parent_loads_neither_torch_nor_openai_nor_the_daemon() -> No
     assert not {"torch", "openai", "daemon", "agents"} & modules_after_importing("gpu_worker.worker.worker")
 
 
-def test_protocol_loads_nothing_of_the_floors_above() -> None:
+def test_protocol_loads_no_other_package_of_ours() -> None:
     names = modules_after_importing(
         "protocol.queue.streams, protocol.plans.spec, protocol.runtime.logs, protocol.queue.control"
     )
@@ -89,7 +89,7 @@ def test_no_files_import_each_other_in_a_circle() -> None:
     list(TopologicalSorter(file_imports()).static_order())
 
 
-def test_the_page_of_the_layout_is_what_the_files_say() -> None:
+def test_the_page_of_the_layout_is_up_to_date() -> None:
     """After a change, renew it with `RENEW_GOLDEN=1 pytest tests/test_house.py`."""
     page = ROOT / "docs" / "layout.md"
     if os.environ.get("RENEW_GOLDEN"):

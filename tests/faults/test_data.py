@@ -195,7 +195,7 @@ async def _write_invalid_results(redis: Any, stream: str, known: Candidate) -> N
 @pytest.mark.fault(
     "30", "results and jobs by another hand", "duplicate, unknown, wrong schema, garbage", "once, or dead"
 )
-async def test_garbage_in_the_streams_is_dropped_and_the_daemon_and_worker_go_on(kit: Kit) -> None:
+async def test_garbage_in_the_streams_is_dropped_and_the_daemon_and_worker_continue(kit: Kit) -> None:
     first, second = candidates(2)
     daemon = await kit.daemon()
     await kit.worker()

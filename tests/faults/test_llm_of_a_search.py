@@ -108,7 +108,7 @@ def settings_of(llm: ScriptedLlm, **more: Any) -> EndpointSettings:
 
 
 @pytest.mark.fault("38", "the LLM is away for the whole search", "a closed port", "fallbacks go on, degraded")
-async def test_with_the_llm_away_for_the_whole_search_it_goes_on_and_says_so(daemon: Daemon) -> None:
+async def test_a_search_without_any_llm_uses_the_fallback_and_says_so(daemon: Daemon) -> None:
     with capture_logs() as logs:
         summary = await daemon.run([NOWHERE])
     assert summary.finished and summary.candidates["by_source"] == {"llm": 0, "fallback": CANDIDATES}
@@ -189,7 +189,7 @@ async def test_an_endpoint_that_will_never_answer_is_refused_before_the_search_b
 @pytest.mark.fault(
     "34", "the LLM's quota is used up", "insufficient_quota amid the search", "it rests, fallbacks go on"
 )
-async def test_a_quota_that_is_used_up_amid_the_search_ends_the_asking_and_not_the_search(daemon: Daemon) -> None:
+async def test_a_quota_used_up_within_a_search_ends_the_requests_and_not_the_search(daemon: Daemon) -> None:
     quota = refuses(429, "You exceeded your current quota", code="insufficient_quota")
 
     def answers_five(body: dict[str, Any]) -> str | Handler:
@@ -270,7 +270,7 @@ async def test_a_search_is_replayed_from_its_transcript_without_an_endpoint(daem
     assert summary.tokens == {"prompt": 0, "completion": 0}
 
 
-async def test_a_daemon_that_is_killed_amid_a_round_asks_nothing_twice(daemon: Daemon) -> None:
+async def test_a_daemon_killed_within_a_round_asks_nothing_twice(daemon: Daemon) -> None:
     killed = False
 
     def hangs_until_killed(body: dict[str, Any]) -> str | Handler:

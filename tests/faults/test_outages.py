@@ -36,7 +36,7 @@ class Callers:
         return all(retry.outages for retry in self.patience)
 
 
-async def test_an_outage_is_told_once_by_all_who_use_one_client(own_server: Server) -> None:
+async def test_an_outage_is_logged_once_however_many_wait_on_one_client(own_server: Server) -> None:
     callers = Callers(own_server, 5)
     with capture_logs() as logs:
         for outage in (1, 2):
@@ -53,7 +53,7 @@ async def test_an_outage_is_told_once_by_all_who_use_one_client(own_server: Serv
     await callers.redis.aclose()
 
 
-async def test_whoever_can_read_does_not_tell_of_the_return_to_writing(own_server: Server) -> None:
+async def test_a_successful_read_does_not_end_an_outage_of_writing(own_server: Server) -> None:
     callers = Callers(own_server, 3)
     await callers.redis.config_set("maxmemory", "1")
     with capture_logs() as logs:
@@ -84,7 +84,7 @@ async def test_an_outage_in_which_all_gave_up_waiting_is_over_when_anything_succ
 
 
 @pytest.mark.fault("15", "the server is killed under a daemon", "SIGKILL, then started", "told once, back told once")
-async def test_a_daemon_tells_once_of_an_outage_and_once_of_its_end(kit: Kit, tmp_path: Path) -> None:
+async def test_a_daemon_logs_an_outage_once_and_its_end_once(kit: Kit, tmp_path: Path) -> None:
     async with ScriptedLlm(answer) as llm:
         search = Search(kit, [llm.settings], tmp_path)
         kit.write_script({"*": ["sleep:0.1"]})

@@ -55,7 +55,7 @@ LASTING = [
 
 
 @pytest.mark.parametrize("error", [*PASSING, *LATER], ids=lambda error: repr(error)[:20])
-async def test_an_error_that_passes_is_waited_for(own_server: Server, error: str | bytes) -> None:
+async def test_a_transient_error_is_retried(own_server: Server, error: str | bytes) -> None:
     async with Proxy(own_server.socket) as proxy:
         redis: Any = connect(proxy.url(PASSWORD))
         retry = RedisRetry(redis, "a", longest_wait=0.1)
@@ -79,7 +79,7 @@ async def test_an_error_that_passes_is_waited_for(own_server: Server, error: str
 
 
 @pytest.mark.parametrize(("error", "kind", "sentence"), LASTING, ids=lambda value: repr(value)[:20])
-async def test_an_error_that_no_waiting_changes_is_a_sentence(
+async def test_a_permanent_error_is_a_sentence(
     own_server: Server, error: str, kind: type[SelfPrunerError], sentence: str
 ) -> None:
     async with Proxy(own_server.socket) as proxy:
@@ -93,9 +93,7 @@ async def test_an_error_that_no_waiting_changes_is_a_sentence(
 
 
 @pytest.mark.parametrize("error", LATER, ids=lambda error: repr(error)[:20])
-async def test_what_does_not_fit_the_url_is_a_sentence_at_the_first_contact(
-    own_server: Server, error: str | bytes
-) -> None:
+async def test_a_wrong_url_is_a_sentence_at_the_first_contact(own_server: Server, error: str | bytes) -> None:
     async with Proxy(own_server.socket) as proxy:
         redis: Any = connect(proxy.url(PASSWORD))
         proxy.refuse(error)

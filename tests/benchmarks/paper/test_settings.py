@@ -44,7 +44,7 @@ def test_an_estimate_says_hours_and_runs_nothing(tmp_path: Path, capsys: pytest.
     assert "without 3 cells of models of unknown size: set `billions`" in capsys.readouterr().out
 
 
-def test_before_any_cell_the_estimate_is_the_peaks() -> None:
+def test_before_the_first_cell_estimates_are_based_on_the_peak() -> None:
     settings = PaperSettings.model_validate({"models": [{"name": "m", "billions": 1}], "texts": ONE_TEXT})
     cell = CellMaker(settings).perplexity(settings.models[0], "dense", 0.0, "none")
     assert cell.tokens == 2 * 64 + 2 * 64
@@ -73,7 +73,7 @@ def test_finished_cells_calibrate_the_estimate_of_other_models() -> None:
     assert (cost.basis(same), cost.basis(searched)) == ("1 of its kind", "1 of other kinds")
 
 
-def test_of_a_whole_file_a_role_has_what_the_others_leave(tmp_path: Path) -> None:
+def test_a_role_with_a_whole_file_gets_what_the_others_leave(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("word" * 1000)
     a, b = str(tmp_path / "a.txt"), str(tmp_path / "b.txt")
     texts = Texts(calibration=a, calibration_windows=4, fitness=a, report=b, report_windows=3, seqlen=64)
@@ -243,7 +243,7 @@ def test_a_peak_that_cannot_be_is_told(tmp_path: Path, capsys: pytest.CaptureFix
     assert "--tflops cannot be" in capsys.readouterr().err
 
 
-def test_a_cells_words_say_its_rate_as_tables_do() -> None:
+def test_a_cells_description_shows_its_rate_as_tables_do() -> None:
     settings = PaperSettings.model_validate({"models": ["m"]})
     cell = CellMaker(settings).perplexity(settings.models[0], "owl", 0.125, "none")
     assert cell.description == "evaluate m, owl at 12.5%"

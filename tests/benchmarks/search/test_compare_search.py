@@ -115,7 +115,7 @@ def test_figures_of_other_searches_are_not_joined(tmp_path: Path, capsys: pytest
         (("--methods", "random", "--out", "list.json"), "--out list.json cannot be created"),
     ],
 )
-def test_what_cannot_be_is_said_in_a_sentence_before_anything_is_loaded(
+def test_bad_input_is_a_sentence_before_anything_is_loaded(
     arguments: tuple[str, ...],
     says: str,
     tmp_path: Path,

@@ -64,7 +64,7 @@ def test_mutations_are_guessed_from_what_came_before_their_round(
         ({"spec.json": None, "profile.json": "{}"}, "profile.json was written by another version, or is damaged"),
     ],
 )
-def test_what_is_no_folder_of_a_search_is_said_in_a_sentence(
+def test_a_folder_without_a_search_is_a_sentence(
     tmp_path: Path, files: dict[str, str | None], says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, text in files.items():

@@ -58,7 +58,7 @@ def test_a_roomy_shape_always_gets_a_plan(data: st.DataObject, granularity: Gran
 
 @given(model_shapes(), st.sampled_from(["layer", "block"]))
 @settings(max_examples=50, deadline=None)
-def test_rates_of_nought_leave_the_dense_model(shape: ModelShape, granularity: Granularity) -> None:
+def test_rates_of_zero_leave_the_dense_model(shape: ModelShape, granularity: Granularity) -> None:
     rates = [0.0] * len(shape.units(granularity))
     for multiple_of in (1, 7):
         assert make_plan(rates, shape, granularity=granularity, multiple_of=multiple_of) == dense_plan(shape)
