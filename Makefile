@@ -13,6 +13,7 @@ test: lint types tests  ## all checks
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
 
 types: $(VENV)/installed
 	$(BIN)/mypy

@@ -1,1 +1,1 @@
-"""What the daemon, the agents and the workers agree on: values, keys, files. No torch, no openai, no HTTP."""
+"""Values, Redis keys and files shared by the daemon, the agents and the workers. No torch, no openai, no HTTP."""

@@ -1,26 +1,26 @@
-"""The errors that cross a boundary between files. Those of one file alone are defined there.
+"""The errors that one file raises and another handles. Errors used in one file only are defined there.
 
 ::
 
     SelfPrunerError
     ├── UsageError              the user's input is wrong: one sentence, exit code 2
-    │   ├── SettingsError       an unknown or impossible setting
+    │   ├── SettingsError       an unknown setting or an invalid value
     │   ├── BudgetError         the pruning rate cannot be reached under the bounds
     │   ├── ModelError          the target model is unknown or of an unsupported family
     │   ├── DataError           a text is missing, unreachable or too short
-    │   └── SearchExistsError   the name is taken by a search with other settings, or is running
-    ├── InvalidReply            what the LLM answered cannot be used; carries the sentence it gets back
-    ├── EndpointError           an LLM endpoint failed; says whether trying again can help
+    │   └── SearchExistsError   a search of this name is running, or has other settings
+    ├── InvalidReply            a reply of the LLM cannot be used; the message is sent back to it
+    ├── EndpointError           an LLM endpoint failed; says whether a retry can help
     └── StoreError              Redis holds something that this version cannot read
 """
 
 
 class SelfPrunerError(Exception):
-    """Base of all of them; `str(error)` is one sentence for a person."""
+    """Base class; `str(error)` is one sentence for a user."""
 
 
 def first_error(group: BaseExceptionGroup[BaseException]) -> "SelfPrunerError | None":
-    """The first of our errors in a group, however deep: task groups wrap, and wrap again."""
+    """Return the first of our errors in a group, at any depth, for task groups nest; None if there is none."""
     for error in group.exceptions:
         found = first_error(error) if isinstance(error, BaseExceptionGroup) else error
         if isinstance(found, SelfPrunerError):
@@ -33,11 +33,11 @@ class UsageError(SelfPrunerError):
 
 
 class SettingsError(UsageError):
-    """An unknown setting, or a value that cannot be."""
+    """An unknown setting, or an invalid value."""
 
 
 class BudgetError(UsageError):
-    """No pruning rates within the bounds have the mean that was asked for."""
+    """No pruning rates within the bounds have the requested mean."""
 
 
 class ModelError(UsageError):
@@ -45,7 +45,7 @@ class ModelError(UsageError):
 
 
 class DataError(UsageError):
-    """A text cannot be had or is too short for the windows asked for."""
+    """A text cannot be read, or is too short for the requested windows."""
 
 
 class SearchExistsError(UsageError):
@@ -53,11 +53,11 @@ class SearchExistsError(UsageError):
 
 
 class InvalidReply(SelfPrunerError):  # noqa: N818  (a reply is invalid; nothing broke)
-    """An LLM reply that cannot be used; the text says what was wrong, as the LLM is told."""
+    """An LLM reply that cannot be used. The message says what was wrong, in the words that the LLM gets back."""
 
 
 class EndpointError(SelfPrunerError):
-    """An LLM endpoint failed. `retryable` says whether asking it again can help."""
+    """An LLM endpoint failed. `retryable` says whether a retry can help."""
 
     def __init__(self, message: str, *, retryable: bool) -> None:
         super().__init__(message)
@@ -65,4 +65,4 @@ class EndpointError(SelfPrunerError):
 
 
 class StoreError(SelfPrunerError):
-    """Redis holds something unreadable under one of our keys, or is not the server we need."""
+    """Redis holds something unreadable under one of our keys, or the server is not suitable."""

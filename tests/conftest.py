@@ -18,7 +18,7 @@ from tests.support.servers import Server, server_binary
 
 @pytest.fixture(scope="session", autouse=True)
 def _computing_as_the_commands_do() -> Iterator[None]:
-    """On a CPU without instructions for bfloat16 a real model takes ten times as long otherwise."""
+    """Without this, a real model takes ten times as long on CPUs without bfloat16 instructions."""
     if find_spec("torch") is None:
         yield
         return
@@ -43,7 +43,7 @@ def running_server(request: pytest.FixtureRequest) -> Iterator[Server]:
 
 @pytest.fixture
 def server(running_server: Server) -> Server:
-    """A real server without data; alive, whatever the test before has done to it."""
+    """A real, running server without data, whatever the previous test did to it."""
     if running_server.process.poll() is not None:
         running_server.start()
     running_server.flush()
@@ -64,7 +64,7 @@ def keys() -> Keys:
 
 @pytest.fixture
 def restored_logs() -> Iterator[None]:
-    """Undoes what a test sets up of logging."""
+    """Restore the logging configuration after a test."""
     root = logging.getLogger()
     before, level = list(root.handlers), root.level
     yield

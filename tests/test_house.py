@@ -1,4 +1,4 @@
-"""The house rules: who may import whom, what a wheel carries, and that the page of the layout is true."""
+"""Rules of the repository: allowed imports, the content of a wheel, and an up-to-date page of the layout."""
 
 import os
 import re
@@ -36,7 +36,7 @@ def test_the_worker_parent_loads_neither_torch_nor_openai_nor_the_daemon() -> No
     assert not {"torch", "openai", "daemon", "agents"} & modules_after_importing("gpu_worker.worker.worker")
 
 
-def test_protocol_loads_nothing_of_the_floors_above() -> None:
+def test_protocol_loads_no_other_package_of_ours() -> None:
     names = modules_after_importing(
         "protocol.queue.streams, protocol.plans.spec, protocol.runtime.logs, protocol.queue.control"
     )
@@ -83,13 +83,13 @@ def test_each_wing_imports_what_its_row_of_the_table_says() -> None:
 
 
 def test_no_files_import_each_other_in_a_circle() -> None:
-    """Not of each wing either, but for the command line, whose worker's side is loaded in function bodies."""
+    """Neither do wings, except for the command line, which loads the worker's side in function bodies."""
     wings = {wing: others - {"daemon", "gpu_worker"} for wing, others in table_of_wings().items()}
     list(TopologicalSorter(wings).static_order())
     list(TopologicalSorter(file_imports()).static_order())
 
 
-def test_the_page_of_the_layout_is_what_the_files_say() -> None:
+def test_the_page_of_the_layout_is_up_to_date() -> None:
     """After a change, renew it with `RENEW_GOLDEN=1 pytest tests/test_house.py`."""
     page = ROOT / "docs" / "layout.md"
     if os.environ.get("RENEW_GOLDEN"):

@@ -6,11 +6,11 @@ import structlog
 
 from agents.population.view import Refused, Submit, View
 from protocol.errors import BudgetError
-from protocol.plans.allocation import Allocation, Findings, Method, allocated
+from protocol.plans.allocation import Allocation, DenseMeasurements, Method, allocation_rates
 from protocol.plans.candidate import Provenance
 from protocol.plans.plan import MLP_FIRST_LIMIT
 from protocol.plans.shape import ModelShape, Unit
-from protocol.plans.single_unit import removed_alone
+from protocol.plans.single_unit_pruning import single_unit_removed_share
 
 log = structlog.get_logger()
 
@@ -37,14 +37,14 @@ def seed_rates(method: Method, view: View) -> tuple[float, ...]:
     spec, profile = view.spec, view.profile
     if (method == "owl" and not profile.outliers) or (method == "sensitivity" and not profile.sensitivity):
         raise BudgetError(f"the model profile does not have what {method} needs")
-    findings = Findings(
+    findings = DenseMeasurements(
         outliers=profile.outliers,
         sensitivity=profile.sensitivity,
-        removed=[removed_alone(unit, spec, profile.shape) for unit in view.units],
+        removed=[single_unit_removed_share(unit, spec, profile.shape) for unit in view.units],
     )
     if method == "sensitivity" or spec.granularity == "layer":
-        return allocated(Allocation(method=method), findings, profile.shape, spec.rate, spec.granularity)
-    by_layer = allocated(Allocation(method=method), findings, profile.shape, spec.rate, "layer")
+        return allocation_rates(Allocation(method=method), findings, profile.shape, spec.rate, spec.granularity)
+    by_layer = allocation_rates(Allocation(method=method), findings, profile.shape, spec.rate, "layer")
     return tuple(_block_rate(unit, by_layer[unit.layer], profile.shape) for unit in view.units)
 
 

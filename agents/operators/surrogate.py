@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from agents.population.view import Member, View
 from protocol.plans.plan import Plan, removed_shares
-from protocol.plans.single_unit import removed_alone
+from protocol.plans.single_unit_pruning import single_unit_removed_share
 from protocol.plans.spec import Measure
 
 Array = NDArray[np.floating[Any]]
@@ -221,6 +221,6 @@ def _pruned_alone(view: View) -> list[tuple[float, float]]:
     A rise below zero is noise, and would reward pruning: it is raised to a little above zero.
     """
     profile = view.profile
-    shares = [removed_alone(unit, view.spec, profile.shape) for unit in view.units]
+    shares = [single_unit_removed_share(unit, view.spec, profile.shape) for unit in view.units]
     rises = profile.sensitivity or [unit.parameters / profile.shape.decoder_parameters for unit in view.units]
     return [(share, max(rise, 1e-4 * share)) for share, rise in zip(shares, rises, strict=True)]

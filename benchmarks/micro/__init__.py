@@ -1,1 +1,1 @@
-"""Small benchmarks of single parts, and long runs under faults."""
+"""Measures one part at a time: its speed, memory or accuracy; and long runs under faults."""

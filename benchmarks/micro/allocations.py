@@ -3,8 +3,8 @@
     python -m benchmarks.micro.allocations --calibration VALIDATION.txt --report TEST.txt --out FILE.json
         [--rates 0.2 0.3] [--scorings dense] [--reconstruction least-squares], with a FILE.json of its own
 
-Scored on 32 windows of 1,024 tokens of the first text, `fit` is 4 other windows of it, `test` 6 windows of 2,048 of the
-second. Every row is written when it is there; started again, the benchmark goes on with those that are missing.
+Weights are scored on 32 windows of 1,024 tokens of the first text. `fit` is measured on 4 other windows of it, `test`
+on 6 windows of 2,048 tokens of the second text. Each row is saved when finished; a restarted benchmark resumes.
 """
 
 import argparse
@@ -32,10 +32,10 @@ SCORINGS: tuple[Scoring, ...] = ("dense", "sequential")
 
 @products_in_float32()
 def main() -> None:
-    """Measure what is missing and print the table."""
+    """Measure the missing rows and print the table."""
     arguments = argparse.ArgumentParser(description="Allocations without a search.")
-    arguments.add_argument("--calibration", type=Path, required=True, help="scored on, and `fit`")
-    arguments.add_argument("--report", type=Path, required=True, help="`test`")
+    arguments.add_argument("--calibration", type=Path, required=True, help="text for scoring, and for `fit`")
+    arguments.add_argument("--report", type=Path, required=True, help="text for `test`")
     arguments.add_argument("--out", type=Path, required=True, help="JSON, one entry per row")
     arguments.add_argument("--rates", type=float, nargs="+", default=[0.2, 0.3, 0.4, 0.5])
     arguments.add_argument("--scorings", choices=SCORINGS, nargs="+", default=list(SCORINGS))
@@ -60,12 +60,12 @@ def main() -> None:
 
 
 def name(rate: float, split: Split, method: Method, scoring: Scoring) -> str:
-    """Of a row."""
+    """Return the key of a row."""
     return f"{rate} {split} {method} {scoring}"
 
 
 def spec_of(given: argparse.Namespace, rate: float, split: Split, scoring: Scoring) -> SearchSpec:
-    """The spec of a row; all of them have the same texts and dense scores."""
+    """Return the spec of a row; all rows have the same texts and dense scores."""
     fit = TextSpec(source=str(given.calibration.absolute()), windows=4, seqlen=1024)
     return SearchSpec(
         model="smollm2",
@@ -80,12 +80,12 @@ def spec_of(given: argparse.Namespace, rate: float, split: Split, scoring: Scori
 
 
 def ready(spec: SearchSpec) -> Session:
-    """The model, dense scores and outliers: what all rows share."""
+    """Load the model and compute the dense scores and outliers, which all rows share."""
     return Session(spec, sensitivity=False, target=Target(spec, outlier_threshold=5.0))
 
 
 def measure(session: Session, spec: SearchSpec, method: Method, known: list[float] | None) -> dict[str, Any]:
-    """One row, by the rates of the method where they are not known yet."""
+    """Measure one row, with the rates of its method unless they are already known."""
     target = session.target
     target.spec = spec
     rates = tuple(known) if known else allocate(target, Allocation(method=method))

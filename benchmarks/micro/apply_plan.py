@@ -1,8 +1,8 @@
-"""What pruning costs beside measuring: applying a plan, and calibrating, against the forward passes they belong to.
+"""The cost of pruning relative to measuring: applying a plan, and calibrating, against the forward passes.
 
     python -m benchmarks.micro.apply_plan [--json FILE]
 
-Made-up tokens of SmolLM2-135M-Instruct; medians of a few runs, in seconds.
+SmolLM2-135M-Instruct on random tokens; medians of a few runs, in seconds.
 """
 
 import argparse
@@ -28,7 +28,7 @@ WINDOWS, SEQLEN = 4, 512
 
 
 def seconds(work: Callable[[], object], runs: int = 5) -> float:
-    """Median wall time of `work`, after one run to warm up."""
+    """Return the median wall time of `work`, after one warm-up run."""
     work()
     times = []
     for _ in range(runs):
@@ -39,7 +39,7 @@ def seconds(work: Callable[[], object], runs: int = 5) -> float:
 
 
 def forward(decoder: Decoder, windows: Tensor) -> None:
-    """The plain pass that calibration is compared with: window by window, no logits."""
+    """Run the plain forward pass that calibration is compared with: window by window, no logits."""
     with torch.inference_mode():
         for window in windows:
             decoder.body(input_ids=window[None].to(decoder.head.weight.device), use_cache=False)
@@ -74,7 +74,7 @@ def main() -> None:
 
 
 def gathering(plan: Plan) -> Plan:
-    """`plan` with two query heads per KV head everywhere, for which query rows have to be gathered."""
+    """Return `plan` with two query heads per KV head in every layer, for which query rows must be gathered."""
     return Plan(layers=tuple(layer.model_copy(update={"queries_per_kv": 2}) for layer in plan.layers))
 
 

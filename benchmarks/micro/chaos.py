@@ -2,9 +2,9 @@
 
     python -m benchmarks.micro.chaos [--minutes 5] [--seed 0]
 
-`selfpruner daemon`, three workers with a fake evaluator, a scripted LLM that answers the same to the same question, a
-real server. First undisturbed, then with `kill -9` every few seconds until the time is over. Exit code 1 where the two
-histories (every candidate with its provenance and perplexity) differ, or where the search was over before the time was.
+Runs `selfpruner daemon`, three workers with a fake evaluator, a deterministic scripted LLM and a real server: first
+undisturbed, then with `kill -9` every few seconds until the time is over. Exit code 1 if the two histories (every
+candidate with its provenance and perplexity) differ, or if the search ended too early.
 """
 
 import argparse
@@ -26,11 +26,11 @@ from tests.support.servers import Server, server_binary
 WORKERS = 3
 SECONDS_BETWEEN_KILLS = (2.0, 8.0)
 ROUNDS_PER_MINUTE = 40
-"""More than a search that is disturbed so often gets through in a minute."""
+"""More rounds than a search that is killed so often completes in a minute."""
 
 
 class Chaos:
-    """One search with its daemon and its workers, which are started again when they are gone."""
+    """One search with its daemon and its workers, which are restarted when they are gone."""
 
     def __init__(self, kit: Kit, search: Search, seed: int) -> None:
         self.kit, self.search = kit, search
@@ -41,7 +41,7 @@ class Chaos:
         """Whether the search ended before the time was over."""
 
     async def run(self, seconds: float) -> None:
-        """Run the search to its end, killing for so many seconds."""
+        """Run the search to its end, killing processes during the first `seconds`."""
         self.daemon = await self.search.start()
         self.workers = [await self.kit.worker(lease_seconds=3) for _ in range(WORKERS)]
         until = time.monotonic() + seconds
@@ -67,7 +67,7 @@ class Chaos:
 
 
 async def chaos(arguments: argparse.Namespace, server: Server, folder: Path) -> dict[str, Any]:
-    """The figures: candidates, kills, evaluations, and how many entries of the two histories differ."""
+    """Return candidates, kills, evaluations, and how many entries of the two histories differ."""
     async with ScriptedLlm(answer) as llm, fault_kit(server, folder) as kit:
         kit.unsettled = True  # its own daemon's end is not looked at: this one's is a process
         kit.disturbed["*"] = 1000
@@ -97,7 +97,7 @@ async def chaos(arguments: argparse.Namespace, server: Server, folder: Path) -> 
 
 
 def main() -> None:
-    """Run it, print the verdict."""
+    """Run both searches and print the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=5)
     parser.add_argument("--seed", type=int, default=0)

@@ -1,9 +1,9 @@
-"""What each type of GGUF costs in perplexity and saves in bytes, of SmolLM2-135M-Instruct pruned uniformly.
+"""Perplexity and size of each GGUF type, for SmolLM2-135M-Instruct pruned uniformly.
 
     python -m benchmarks.micro.gguf_types TEXT --calibration TEXT [--rate 0.3] [--multiple-of 32 256] [--json FILE]
 
-Perplexity is llama.cpp's: the final hidden states of each window come from its server, with the KV cache in F32, and
-are multiplied here with the file's own head. The first row of each table is transformers' with the weights in float32.
+Perplexity is measured in llama.cpp: its server returns the final hidden states of each window, with the KV cache in
+F32, and the benchmark multiplies them with the file's own head. The first row of each table is transformers in float32.
 """
 
 import argparse
@@ -28,7 +28,7 @@ WINDOWS, SEQLEN, CALIBRATION_WINDOWS = 4, 512, 16
 
 
 def pruned(text: str, calibration: str, rate: float, multiple_of: int) -> tuple[Target, Any]:
-    """The model, pruned, and its plan."""
+    """Return the pruned model and its plan."""
     spec = SearchSpec(
         model="smollm2",
         rate=rate,
@@ -45,7 +45,7 @@ def pruned(text: str, calibration: str, rate: float, multiple_of: int) -> tuple[
 
 
 def measure(target: Target, plan: Any, types: Sequence[GgufType]) -> list[dict[str, Any]]:
-    """A row for each type: megabytes, perplexity, and how many tensors are of which kind."""
+    """Return a row for each type: megabytes, perplexity, and the number of tensors of each kind."""
     windows = target.texts.fitness
     rows: list[dict[str, Any]] = [{"type": "float32", "perplexity": perplexity(target.model.decoder, windows)[0]}]
     for file_type in types:
@@ -71,7 +71,7 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Print a table for each multiple."""
+    """Print a table for each value of --multiple-of."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text")
     parser.add_argument("--calibration", required=True)

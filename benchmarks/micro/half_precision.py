@@ -1,9 +1,9 @@
-"""What half precision costs this CPU: a window's loss, and its gradients, as torch computes them and as we do.
+"""Time of a window's loss and gradients in half precision on this CPU, computed by torch and by us.
 
     python -m benchmarks.micro.half_precision [--model smollm2] [--seqlen 512] [--json FILE]
 
-CPUs without bfloat16 instructions get its products from measuring/half_precision.py; on others both columns are one.
-The three ways take turns, and the least time of each counts, so that other work on the machine shows little.
+On CPUs without bfloat16 instructions, measuring/half_precision.py computes the products; on others both columns are the
+same. The three variants run in turn, and the minimum time of each counts, to reduce the effect of other processes.
 """
 
 import argparse
@@ -23,20 +23,20 @@ from gpu_worker.models.loading import LoadedModel, load_model
 
 
 def loss(model: LoadedModel, window: Tensor) -> None:
-    """The loss of `window` [1, seqlen], for its perplexity."""
+    """Compute the loss of `window` [1, seqlen], as for perplexity."""
     with torch.inference_mode():
         window_loss(model.decoder, window)
 
 
 def gradients(model: LoadedModel, window: Tensor) -> None:
-    """The gradients of all weights of the mean loss of `window` [1, seqlen]."""
+    """Compute the gradients of all weights for the mean loss of `window` [1, seqlen]."""
     model.causal_lm.requires_grad_(True)
     model.causal_lm(input_ids=window, labels=window, use_cache=False).loss.backward()
     model.causal_lm.requires_grad_(False).zero_grad()
 
 
 def seconds(work: Callable[[LoadedModel, Tensor], None], model: LoadedModel, window: Tensor) -> float:
-    """Wall time of one call."""
+    """Return the wall time of one call."""
     start = time.perf_counter()
     work(model, window)
     return time.perf_counter() - start

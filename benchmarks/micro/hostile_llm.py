@@ -1,17 +1,15 @@
-"""A search whose LLM endpoints lie and whose Redis fails at random ends with the population of an undisturbed one.
+"""A search with hostile LLM endpoints and random Redis errors ends with the population of an undisturbed one.
 
     python -m benchmarks.micro.hostile_llm [--minutes 5] [--seed 0]
 
-`selfpruner daemon`, two workers with a fake evaluator, a real server. For so many minutes every reply of the LLM
-endpoints is one of tests/support/hostile_replies.py, drawn at random: no HTTP, endless headers, impossible numbers,
-megabytes of tags. Meanwhile a proxy answers some commands to Redis with an error, and unreadable entries are written
-to the streams and to the control key. The daemon is restarted now and then, because endpoints also ask to be left alone
-for hours. Then the disturbances stop, the last round is completed, and the search is compared with one that ran
-undisturbed and without an LLM.
+Runs `selfpruner daemon`, two workers with a fake evaluator and a real server. For the given minutes every reply of the
+LLM endpoints is a random one of tests/support/hostile_replies.py: invalid HTTP, endless headers, impossible numbers,
+megabytes of tags. Meanwhile a proxy answers some Redis commands with errors, and unreadable entries are written to the
+streams and the control key. The daemon is restarted now and then, for some endpoints ask it to wait for hours. Then the
+disturbances stop, the last round is completed, and the search is compared with one that ran undisturbed without an LLM.
 
-Exit code 1 where the two differ in a candidate, its provenance or its perplexity; where the daemon or a worker ended by
-itself; where the daemon's heartbeat measured an event loop that was blocked for more than half a second; or where a
-file holds a secret.
+Exit code 1 if a candidate, its provenance or its perplexity differs; if the daemon or a worker ended by itself; if the
+daemon's event loop was blocked for more than half a second; or if a file contains a secret.
 """
 
 import argparse
@@ -46,14 +44,14 @@ ENDPOINTS = 4
 WORKERS = 2
 SHIFT_SECONDS = 45.0
 """How long one daemon runs before it is restarted."""
-LAST_WORDS = 0.8
-"""After this share of a shift endpoints may also ask to be left alone for hours."""
+LONG_WAITS_AFTER = 0.8
+"""The share of a daemon's run after which endpoints may also ask it to wait for hours."""
 LONGEST_BLOCK = 0.5
-"""Seconds that the event loop may be blocked."""
+"""Most seconds that the event loop may be blocked."""
 TROUBLE_SECONDS = (0.5, 3.0)
 UNDECODABLE = b"\xff\xfe\x00"
 ANSWERS = ("text: 20,000 profiles", "text: the same key 20,000 times")
-"""The kinds that hold a usable proposal: it is accepted, as it should be, and makes another population."""
+"""Kinds with a usable proposal. They are left out, for it would be accepted and change the population."""
 REDIS_ERRORS: tuple[tuple[str | bytes, tuple[str, ...]], ...] = (
     ("-BUSY Redis is busy running a script. You can only call SCRIPT KILL or SHUTDOWN NOSAVE.", ()),
     ("-LOADING Redis is loading the dataset in memory", ()),
@@ -86,19 +84,19 @@ class Figures:
 
 
 class Replies:
-    """Chooses what an endpoint answers: every kind once, in random order, before any comes again."""
+    """Chooses the replies of endpoints: every kind once, in random order, before any kind is repeated."""
 
     def __init__(self, rng: random.Random) -> None:
         self.served: Counter[str] = Counter()
         self.has_begun = False
-        """Whether the search has; before, an endpoint that refuses the key ends the daemon's start."""
-        self.may_ask_for_hours = False
-        """Whether endpoints may ask to be left alone for so long."""
+        """Whether the search has begun. Before, an endpoint that rejects the key ends the daemon's start."""
+        self.may_ask_for_long_waits = False
+        """Whether endpoints may ask the daemon to wait for hours."""
         self._random = rng
         self._any = [kind for kind in KINDS if kind.name not in ANSWERS]
 
     def __call__(self, _request: bytes) -> Hostile:
-        """The next kind."""
+        """Return the next kind."""
         kinds = [kind for kind in self._any if self._may_serve(kind)]
         fewest = min(self.served[kind.name] for kind in kinds)
         kind = self._random.choice([kind for kind in kinds if self.served[kind.name] == fewest])
@@ -107,7 +105,7 @@ class Replies:
 
     def _may_serve(self, kind: Hostile) -> bool:
         if kind.name.startswith("retry"):
-            return self.may_ask_for_hours
+            return self.may_ask_for_long_waits
         return self.has_begun or not kind.refuses
 
 
@@ -120,7 +118,7 @@ class Disturbed:
         self.workers: list[WorkerProcess] = []
 
     async def run(self, seconds: float) -> None:
-        """Disturb the search for so long."""
+        """Disturb the search for `seconds`."""
         self.workers = [await self.kit.worker(url=self.proxy.url(PASSWORD), lease_seconds=5) for _ in range(WORKERS)]
         until = time.monotonic() + seconds
         troubles = asyncio.create_task(self._troubles())
@@ -138,14 +136,14 @@ class Disturbed:
                 self.figures.problems.append(f"a worker ended with {worker.process.returncode}: {worker.log}")
 
     async def _shift(self, seconds: float) -> None:
-        """One daemon from its start to its end."""
+        """Run one daemon from its start to its end."""
         daemon = await self.search.start(self.proxy.url(PASSWORD))
         self.figures.daemons += 1
-        self.replies.may_ask_for_hours = False
+        self.replies.may_ask_for_long_waits = False
         began = time.monotonic()
         while time.monotonic() - began < seconds and daemon.returncode is None:
             await asyncio.sleep(1)
-            self.replies.may_ask_for_hours = time.monotonic() - began > LAST_WORDS * seconds
+            self.replies.may_ask_for_long_waits = time.monotonic() - began > LONG_WAITS_AFTER * seconds
             self.replies.has_begun = self.replies.has_begun or await self.search.applied() > 0
             await self._read_heartbeat()
         if daemon.returncode is not None:
@@ -160,7 +158,7 @@ class Disturbed:
             await daemon.wait()
 
     async def _read_heartbeat(self) -> None:
-        url = listening(self.search.logs[-1])
+        url = api_url(self.search.logs[-1])
         if url is None:
             return
         token = (self.search.folder / "runs" / self.search.keys.search / TOKEN_FILE).read_text().strip()
@@ -176,7 +174,7 @@ class Disturbed:
         self.figures.longest_busy_block = max(self.figures.longest_busy_block, values[f"{prefix}_busy_block_seconds"])
 
     async def _troubles(self) -> None:
-        """Alternate between errors of Redis and none, and write entries that cannot be read."""
+        """Alternate between Redis errors and none, and write unreadable entries."""
         redis, keys = self.kit.redis, self.search.keys
         while True:
             error, commands = self.random.choice(REDIS_ERRORS)
@@ -190,21 +188,21 @@ class Disturbed:
             await asyncio.sleep(self.random.uniform(*TROUBLE_SECONDS))
 
 
-def listening(log: Path) -> str | None:
-    """Where the API of the daemon with this log listens; None before it does."""
+def api_url(log: Path) -> str | None:
+    """Return the URL of the API of the daemon with this log; None before it listens."""
     for line in log.read_text().splitlines():
         if '"http_api_listening"' in line:
             return str(json.loads(line)["url"])
     return None
 
 
-def lying(base_url: str) -> list[dict[str, str]]:
-    """Several endpoints at one URL."""
+def hostile_endpoints(base_url: str) -> list[dict[str, str]]:
+    """Return several endpoints with the same URL."""
     return [{"base_url": base_url, "model": "model", "api_key": KEY, "name": f"llm-{i}"} for i in range(ENDPOINTS)]
 
 
 def make_search(kit: Kit, folder: Path, name: str, endpoints: list[dict[str, str]]) -> Search:
-    """A search whose replies are menus' choices and profiles, so that most readers of replies are reached."""
+    """Return a search with the reply form `trades`, which reaches most parsers of replies."""
     llm = {"reply": "trades", "deadline_seconds": 2, "start_wait_seconds": 1, "rest_seconds": 0.05, "reasks": 1}
     return Search(kit, endpoints, folder, name, rounds=1_000_000, llm=llm)
 
@@ -218,14 +216,14 @@ async def hostile(minutes: float, seed: int, server: Server, folder: Path) -> Fi
         rng = random.Random(seed)
         replies = Replies(rng)
         async with HostileServer(replies, rng) as llm:
-            search = make_search(kit, folder, "hostile", lying(llm.base_url))
+            search = make_search(kit, folder, "hostile", hostile_endpoints(llm.base_url))
             kit.keys = search.keys
             kit.write_script({"*": ["sleep:0.05"]})
             disturbed = Disturbed(search, proxy, replies, figures, rng)
             await disturbed.run(60 * minutes)
         await kit.redis.delete(search.keys.control)
         rounds = await last_round(kit, search)
-        figures.problems += await completed(search, rounds)
+        figures.problems += await complete(search, rounds)
         history = await search.history()
         for worker in disturbed.workers:
             await worker.kill()
@@ -233,7 +231,7 @@ async def hostile(minutes: float, seed: int, server: Server, folder: Path) -> Fi
         kit.keys = calm.keys
         kit.write_script({"*": ["instant"]})
         kit.workers += [await kit.worker()]
-        figures.problems += await completed(calm, rounds)
+        figures.problems += await complete(calm, rounds)
         figures.problems += differences(history, await calm.history())
         await kit.workers[-1].kill()
     figures.problems += secrets_in(folder)
@@ -243,17 +241,17 @@ async def hostile(minutes: float, seed: int, server: Server, folder: Path) -> Fi
 
 
 async def last_round(kit: Kit, search: Search) -> int:
-    """The round that the search has reached."""
+    """Return the round that the search has reached."""
     ledger = await kit.redis.hvals(search.keys.candidates)
     return max((json.loads(candidate)["provenance"]["round"] for candidate in ledger), default=0)
 
 
-async def completed(search: Search, rounds: int) -> list[str]:
-    """Let the search end after so many rounds, undisturbed and without an LLM; returns what is wrong with its end."""
+async def complete(search: Search, rounds: int) -> list[str]:
+    """Complete the search after `rounds`, undisturbed and without an LLM. Returns the problems found at its end."""
     search.write_config(rounds=max(1, rounds), endpoints=[NOWHERE])
     daemon = await search.start()
     status = await asyncio.wait_for(daemon.wait(), 600)
-    await forget_unreadable(search)
+    await delete_unreadable(search)
     try:
         await search.check_end()
     except AssertionError as error:
@@ -261,8 +259,8 @@ async def completed(search: Search, rounds: int) -> list[str]:
     return [f"{search.keys.search} ended with {status}: {search.logs[-1]}"] if status else []
 
 
-async def forget_unreadable(search: Search) -> None:
-    """Take off the streams what we wrote there ourselves and nothing has read since: the search was at its end."""
+async def delete_unreadable(search: Search) -> None:
+    """Delete our unreadable entries from the streams; those written at the search's end were never read."""
     for stream in (search.keys.jobs, search.keys.results):
         for id_, fields in await search.kit.redis.xrange(stream):
             if UNDECODABLE.decode(errors="replace") in fields:
@@ -270,14 +268,14 @@ async def forget_unreadable(search: Search) -> None:
 
 
 def differences(hostile: dict[str, tuple[Any, ...]], calm: dict[str, tuple[Any, ...]]) -> list[str]:
-    """A sentence where the histories are not the same."""
+    """Compare the two histories. Returns a sentence if they differ."""
     differing = sum(hostile.get(id_) != calm.get(id_) for id_ in {*hostile, *calm})
     print(f"{len(hostile)} candidates, {len(calm)} in the undisturbed search, {differing} differ")
     return [f"{differing} of {len(calm)} candidates differ"] if differing or not calm else []
 
 
 def secrets_in(folder: Path) -> list[str]:
-    """A sentence for each file with a secret in any form."""
+    """Return a sentence for each file that contains a secret in any form."""
     forms = {form for secret in (KEY, PASSWORD) for form in (secret, quote(secret, safe=""), encoded(secret))}
     return [
         f"{path.name} holds a secret"
@@ -287,12 +285,12 @@ def secrets_in(folder: Path) -> list[str]:
 
 
 def encoded(secret: str) -> str:
-    """In base64, without its end, which depends on what follows."""
+    """Return the secret in base64, without its end, which depends on what follows."""
     return base64.b64encode(secret.encode()).decode().rstrip("=")[:-1]
 
 
 def main() -> None:
-    """Run it, print the verdict."""
+    """Run both searches and print the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=5)
     parser.add_argument("--seed", type=int, default=0)

@@ -1,4 +1,4 @@
-"""How close the divergence over the top k tokens comes to that over the whole vocabulary, and whether it ranks alike.
+"""Compares the divergence over the top k tokens with that over the whole vocabulary, in value and in rank.
 
     python -m benchmarks.micro.kl_top TEXT [--plans 12] [--json FILE]
 
@@ -36,13 +36,13 @@ Figure = tuple[float, float]
 
 
 def random_plan(rng: random.Random, shape: ModelShape) -> Plan:
-    """A plan whose rates are anything from nought to twice the rate."""
+    """Return a plan with random rates between zero and twice the rate."""
     rates = [rng.uniform(0, 2 * RATE) for _ in shape.layers]
     return make_plan(feasible_rates(rates, shape, RATE, granularity="layer"), shape)
 
 
 def figures_of(ordered: OrderedModel, windows: Tensor, kept: dict[str, DensePredictions]) -> dict[str, Figure]:
-    """Perplexity, and the divergence for each number of kept tokens, of the model as it is pruned now."""
+    """Return the perplexity of the pruned model, and its divergence for each k."""
     start = time.perf_counter()
     figures = {"perplexity": (perplexity(ordered.decoder, windows)[0], time.perf_counter() - start)}
     for name, dense in kept.items():
@@ -52,13 +52,13 @@ def figures_of(ordered: OrderedModel, windows: Tensor, kept: dict[str, DensePred
 
 
 def ranks(values: Sequence[float]) -> list[int]:
-    """The place of each value among all."""
+    """Return the rank of each value."""
     order = sorted(values)
     return [order.index(value) for value in values]
 
 
 def ready(text: str) -> tuple[OrderedModel, Tensor]:
-    """The model, scored on the beginning of `text`, and the windows after it, to measure on."""
+    """Return the model, scored on the beginning of `text`, and the following windows to measure on."""
     model = load_model("smollm2", "bfloat16")
     decoder = model.decoder
     tokens = torch.tensor(model.tokenizer(text, verbose=False)["input_ids"])
@@ -69,7 +69,7 @@ def ready(text: str) -> tuple[OrderedModel, Tensor]:
 
 
 def compared(rows: Sequence[dict[str, Figure]]) -> dict[str, dict[str, float]]:
-    """Each figure of the plans (one row for each) against the divergence over the whole vocabulary."""
+    """Compare each figure of the plans (one row per plan) with the divergence over the whole vocabulary."""
     whole = [row[WHOLE][0] for row in rows]
     table = {}
     for name in rows[0]:

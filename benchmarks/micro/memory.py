@@ -1,9 +1,9 @@
-"""Peak memory of a pruned evaluation beside the dense model's, each in a process of its own; and the time of exports.
+"""Peak memory of a pruned and a dense evaluation, each in its own process, and the time of exports.
 
     python -m benchmarks.micro.memory [--json FILE]
 
-SmolLM2-135M-Instruct in bfloat16, made-up tokens. The peak is the resident set's, less what torch and transformers
-take before a model is loaded.
+SmolLM2-135M-Instruct in bfloat16 on random tokens. The peak is that of the resident set, minus the memory of torch and
+transformers before a model is loaded.
 """
 
 import argparse
@@ -37,12 +37,12 @@ FORMATS: tuple[Format, ...] = ("hf", "padded", "gguf")
 
 
 def peak() -> int:
-    """The largest resident set of this process so far, in bytes."""
+    """Return the peak resident set of this process so far, in bytes."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def tokens() -> Tensor:
-    """Made-up windows."""
+    """Return windows of random tokens."""
     return torch.randint(1000, 40_000, (4, 1024), generator=torch.Generator().manual_seed(0))
 
 
@@ -54,7 +54,7 @@ def evaluate_dense() -> dict[str, float]:
 
 
 def evaluate_pruned() -> dict[str, float]:
-    """Load, calibrate, order, prune two ways, one of which gathers query heads, and measure."""
+    """Load, calibrate, order, prune in two ways, one of which gathers query heads, and measure."""
     before = peak()
     model, plan = pruned()
     perplexity(model.decoder, tokens())
@@ -62,7 +62,7 @@ def evaluate_pruned() -> dict[str, float]:
 
 
 def export_all() -> dict[str, float]:
-    """Seconds that writing each format takes."""
+    """Return the seconds of writing each format."""
     model, plan = pruned()
     facts = ExportFacts(
         base_model="smollm2", method="uniform", rates=(0.3,) * 30, spec=SPEC, shape=model.decoder.shape, plan=plan
@@ -80,7 +80,7 @@ def export_all() -> dict[str, float]:
 
 
 def pruned() -> tuple[LoadedModel, Plan]:
-    """SmolLM2 without 30 %, scored on the made-up tokens."""
+    """Return SmolLM2 pruned by 30 %, scored on random tokens."""
     model = load_model("smollm2", "bfloat16")
     decoder = model.decoder
     seen = calibrate(decoder, tokens())

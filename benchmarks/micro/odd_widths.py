@@ -1,8 +1,8 @@
-"""What an odd MLP width costs one multiplication: a linear layer in torch, and llama.cpp's product of two F16 rows.
+"""Time of one multiplication at odd MLP widths: a linear layer in torch, and llama.cpp's product of two F16 rows.
 
     python -m benchmarks.micro.odd_widths [--widths 896 921 928 1536] [--json FILE]
 
-The least of many times, so that other work on the machine shows little; everything is in the CPU's cache.
+Reports the minimum of many repeats, to reduce the effect of other processes. All data fits the CPU's cache.
 """
 
 import argparse
@@ -23,7 +23,7 @@ WIDTHS = (896, 897, 904, 912, 920, 921, 922, 928, 960, 1024, 1536)
 
 
 def least_nanoseconds(call: Callable[[], object], calls: int, repeats: int) -> float:
-    """Of one call: the least of the means of `calls`."""
+    """Return the time of one call: the minimum over repeats of the mean of `calls`."""
     call()
     found = []
     for _ in range(repeats):
@@ -35,7 +35,7 @@ def least_nanoseconds(call: Callable[[], object], calls: int, repeats: int) -> f
 
 
 def row_product() -> Callable[[int], float]:
-    """Nanoseconds of llama.cpp's dot product of two F16 rows of so many values, without those of the call itself."""
+    """Return the timer of llama.cpp's dot product of two F16 rows: from width to nanoseconds, without the call."""
     library = ctypes.CDLL(sys.modules["xllamacpp.xllamacpp"].__file__)
     library.ggml_cpu_init()
     dot = library.ggml_vec_dot_f16
@@ -54,7 +54,7 @@ def row_product() -> Callable[[int], float]:
 
 
 def linear(width: int, rows: int, dtype: torch.dtype, *, down: bool) -> float:
-    """Microseconds of the MLP's up or down projection of so many channels, for a text of `rows` tokens."""
+    """Return the microseconds of the MLP's up or down projection of this width, for a text of `rows` tokens."""
     inputs, outputs = (width, HIDDEN) if down else (HIDDEN, width)
     weight, hidden = torch.randn(outputs, inputs).to(dtype), torch.randn(1, rows, inputs).to(dtype)
     with torch.inference_mode():
@@ -62,7 +62,7 @@ def linear(width: int, rows: int, dtype: torch.dtype, *, down: bool) -> float:
 
 
 def figures_of(width: int, product: Callable[[int], float]) -> dict[str, Any]:
-    """One line of the table."""
+    """Return one line of the table."""
     found: dict[str, Any] = {"width": width, "llama.cpp F16 row": product(width)}
     for dtype in (torch.float32, torch.bfloat16):
         for rows in ROWS:

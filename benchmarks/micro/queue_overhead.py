@@ -1,9 +1,9 @@
-"""What the queue costs: from enqueue to applied outcome with an instant evaluator, and how much many workers sustain.
+"""Overhead of the queue: latency from enqueue to applied outcome, and throughput of many workers.
 
     python -m benchmarks.micro.queue_overhead [--workers 64] [--candidates 20000]
 
-Everything is real but the evaluation: the server (append-only file, unix socket), the daemon's queue and keeper, and
-workers as processes. Prints a table, and writes JSON with --json FILE.
+Only the evaluation is fake, and instant. The server (append-only file, unix socket), the daemon's queue and keeper, and
+the worker processes are real. Prints a table, and writes JSON with --json FILE.
 """
 
 import argparse
@@ -34,7 +34,7 @@ KEYS = Keys("benchmark")
 
 
 async def work(url: str, name: str, search: str) -> None:
-    """An instant worker."""
+    """Run an instant worker."""
     redis = connect(url)
     jobs = JobQueue(redis, Keys(search), name, lease_seconds=30)
     outcome = measured(10.0)
@@ -55,7 +55,7 @@ async def work(url: str, name: str, search: str) -> None:
 
 @contextmanager
 def instant_workers(url: str, count: int, search: str = KEYS.search) -> Iterator[None]:
-    """So many instant workers as processes."""
+    """Start `count` instant workers as processes."""
     command = [sys.executable, "-m", "benchmarks.micro.queue_overhead", "--worker", url, "--search", search]
     processes = [subprocess.Popen([*command, "--name", f"w{i}"], cwd=Path(__file__).parents[2]) for i in range(count)]
     try:
@@ -78,13 +78,13 @@ class Side:
         self.keeper = PopulationKeeper(self.queue, self.population, self.ledger, on_evaluation=lambda *_: None)
 
     async def send(self, number: int) -> None:
-        """Enqueue one more candidate; all have the same plan, and ids of their own."""
+        """Enqueue one more candidate; all have the same plan and different ids."""
         one = candidate((0.3,) * 4).model_copy(update={"id": f"{number:016x}"})
         self.ledger[one.id] = one
         await self.queue.enqueue(one)
 
     async def latencies(self, count: int) -> list[float]:
-        """Milliseconds from enqueue to applied outcome, one candidate at a time."""
+        """Return the milliseconds from enqueue to applied outcome, one candidate at a time."""
         times = []
         for _ in range(count):
             began = time.perf_counter()
@@ -94,13 +94,13 @@ class Side:
         return times
 
     async def fill(self, count: int) -> None:
-        """Enqueue so many candidates, twenty at a time."""
+        """Enqueue `count` candidates, twenty at a time."""
         for start in range(len(self.ledger), len(self.ledger) + count, 20):
             await asyncio.gather(*(self.send(number) for number in range(start, start + 20)))
 
 
 async def measure(url: str, function: Callable[[Side], Awaitable[dict[str, float]]]) -> dict[str, float]:
-    """Run `function` beside a running keeper on an empty server."""
+    """Run `function` while a keeper runs, on an empty server."""
     side = Side(url)
     await side.redis.flushall()
     await side.redis.set(KEYS.epoch, 1)
@@ -114,7 +114,7 @@ async def measure(url: str, function: Callable[[Side], Awaitable[dict[str, float
 
 
 def latency(url: str, count: int) -> dict[str, float]:
-    """One instant worker, one candidate at a time."""
+    """Measure the latency with one instant worker, one candidate at a time."""
 
     async def run(side: Side) -> dict[str, float]:
         with instant_workers(url, 1):
@@ -126,7 +126,7 @@ def latency(url: str, count: int) -> dict[str, float]:
 
 
 def throughput(url: str, workers: int, count: int) -> dict[str, float]:
-    """Outcomes a second of many instant workers, which all begin at once with a full queue."""
+    """Measure the outcomes per second of many instant workers that all start at once with a full queue."""
 
     async def run(side: Side) -> dict[str, float]:
         control = Control(side.redis, KEYS)
@@ -144,12 +144,12 @@ def throughput(url: str, workers: int, count: int) -> dict[str, float]:
 
 
 async def alive(side: Side) -> int:
-    """Workers that show a sign of life."""
+    """Return the number of workers with a sign of life."""
     return len([name async for name in side.redis.scan_iter(match=KEYS.worker_prefix + "*", count=1000)])
 
 
 def main() -> None:
-    """Measure on each server that this machine has."""
+    """Measure on each server installed on this machine."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=64)
     parser.add_argument("--candidates", type=int, default=20_000)

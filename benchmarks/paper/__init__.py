@@ -1,1 +1,1 @@
-"""The paper's tables, cell by cell and resumable. Start with __main__.py."""
+"""Reproduces the tables of the paper, cell by cell and resumable. Start with __main__.py."""

@@ -1,17 +1,17 @@
-"""What is read of the JSON that `selfpruner … --json` prints: every key that the tables need is named here alone."""
+"""Parses the JSON that `selfpruner … --json` prints; the only file that knows its keys."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-What = Literal["evaluate", "run", "export", "zero-shot", "finetune", "speed"]
+CellCommand = Literal["evaluate", "run", "export", "zero-shot", "finetune", "speed"]
 """The command of a cell."""
 ENGINES = ("vllm", "transformers", "llama.cpp")
-"""The engine whose speed is shown is the first of these that measured: the paper's, then the others."""
+"""Table 7 shows the first of these engines that has a measurement; the paper's engine comes first."""
 GIB = 2**30
 
 
 class UnreadableAnswer(Exception):  # noqa: N818  (an answer is unreadable; nothing broke)
-    """An answer that lacks what the tables need; the text is one sentence."""
+    """An answer without the values that the tables need; the message is one sentence."""
 
 
 @dataclass(frozen=True)
@@ -21,32 +21,32 @@ class Speed:
     parameters: float
     """In billions."""
     memory: float
-    """Of the weights, in GiB, as in the paper."""
+    """Memory of the weights, in GiB, as in the paper."""
     tokens_per_second: float
-    """Generated."""
+    """Generated tokens per second."""
     speed_up: float
     how: str
-    """Engine, device and type of the weights."""
+    """Engine, device and weight type."""
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What a finished cell says; None for what its command does not measure."""
+    """The figures of a finished cell; None for those that its command does not measure."""
 
     perplexity: float | None = None
     """On the report text where there is one, else on the fitness text."""
     accuracy: float | None = None
     """Mean over the tasks, in percent."""
     tasks: dict[str, float] = field(default_factory=dict)
-    """By task, in percent."""
+    """Accuracy by task, in percent."""
     total_parameters: int | None = None
-    """Of the dense model."""
+    """Parameters of the dense model."""
     speed: Speed | None = None
     dense_speed: Speed | None = None
 
 
-def read(what: What, answer: dict[str, Any]) -> Figures:
-    """The figures of an answer. Raises UnreadableAnswer."""
+def read(what: CellCommand, answer: dict[str, Any]) -> Figures:
+    """Return the figures of an answer. Raises UnreadableAnswer."""
     try:
         return _READ_BY[what](answer)
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:

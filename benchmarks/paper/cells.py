@@ -1,4 +1,4 @@
-"""A cell is one run of `selfpruner`. Tables that ask for the same run share it, for its id says what is run."""
+"""Cells: single runs of `selfpruner`. Tables that need the same run share its cell, for its id is a hash of the run."""
 
 import hashlib
 import json
@@ -9,40 +9,40 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from benchmarks.holding import writing
-from benchmarks.paper.answers import Figures, UnreadableAnswer, What, read
+from benchmarks.output_folder import reporting_write_errors
+from benchmarks.paper.answers import CellCommand, Figures, UnreadableAnswer, read
 from protocol.runtime.files import replace
 
 
 class Cell(BaseModel):
-    """One run, and those that come before it."""
+    """One run of `selfpruner`, and the runs that it depends on."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    what: What
+    what: CellCommand
     model: str
-    """As `selfpruner` is told it."""
+    """The model as given to `selfpruner`."""
     method: str
     rate: float
-    """Nought for a model as it is."""
+    """The pruning rate; 0 for the dense model."""
     flags: tuple[str, ...] = ()
-    """All that decides the result, but for where files are."""
+    """All flags that affect the result; paths of files are not among them."""
     config: Path | None = None
     """The settings file of a search."""
     config_digest: str = ""
-    """Of what stands in it."""
+    """Digest of the settings file's content."""
     needs: tuple["Cell", ...] = ()
     """Runs whose files this one reads."""
     note: str = ""
-    """What people are told of it besides; of a cell that tables share, what the first of them says."""
+    """Further information for the reader; if tables share a cell, that of the first table."""
     tokens: float = 0.0
-    """Tokens through the dense model that it takes as long as; see costs.py."""
+    """Cost, as the number of tokens that the dense model reads in the same time; see costs.py."""
     loads: float = 1.0
-    """How often as much as the dense model is loaded."""
+    """How often the dense model's amount of weights is loaded."""
 
     @property
     def id(self) -> str:
-        """Names its result, its search and its folder: equal where the same is run, and also a search's name."""
+        """The name of its result, search and folder; equal for equal runs, and valid as a search's name."""
         decides = self.model_dump(mode="json", exclude={"config", "note", "tokens", "loads", "needs"})
         decides["needs"] = [need.id for need in self.needs]
         digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:10]
@@ -50,15 +50,15 @@ class Cell(BaseModel):
         return f"{self.what}-{model}-{self.method}-{self.rate:g}-{digest}"
 
     @property
-    def words(self) -> str:
-        """For people."""
+    def description(self) -> str:
+        """A short description for messages and tables."""
         rate = f" at {100 * self.rate:g}%" if self.rate else ""
         note = f", {self.note}" if self.note else ""
         return f"{self.what} {self.model}, {self.method}{rate}{note}"
 
 
 def with_needs(cells: Iterable[Cell]) -> list[Cell]:
-    """The cells and those that they need, each once, in an order in which they can run."""
+    """Return the cells and those that they need, each once, in an order in which they can run."""
     found: dict[str, Cell] = {}
     for cell in cells:
         found |= {need.id: need for need in with_needs(cell.needs) if need.id not in found}
@@ -67,19 +67,19 @@ def with_needs(cells: Iterable[Cell]) -> list[Cell]:
 
 
 class Measured(BaseModel):
-    """A run that ended well."""
+    """A successful run."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["measured"] = "measured"
     answer: dict[str, Any]
-    """All that it printed."""
+    """The JSON that it printed."""
     seconds: float
-    """Wall time, starting and loading included; of a search over all its restarts."""
+    """Wall time, including start and loading; for a search, over all its restarts."""
 
 
 class Failed(BaseModel):
-    """A run that did not; it is tried again at the next call."""
+    """A failed run, which is retried at the next call."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -92,13 +92,13 @@ _OUTCOME: TypeAdapter[Outcome] = TypeAdapter(Annotated[Outcome, Field(discrimina
 
 
 class CellStore:
-    """The results in OUT/cells, one file each, whole or not there."""
+    """The results in OUT/cells, one file each, written atomically."""
 
     def __init__(self, out: Path) -> None:
         self._folder = out / "cells"
 
     def load(self, cell: Cell) -> Outcome | None:
-        """Its outcome; None for a cell that never ended, or whose file is not one of ours."""
+        """Return the cell's outcome; None if it never finished, or its file is not readable."""
         try:
             kept = json.loads(self._file(cell).read_text(encoding="utf-8"))
             return _OUTCOME.validate_python(kept["outcome"])
@@ -106,9 +106,9 @@ class CellStore:
             return None
 
     def keep(self, cell: Cell, outcome: Outcome) -> None:
-        """Write it down, with what was run. Raises UsageError where there is no room for it."""
+        """Write the outcome and its cell to a file. Raises UsageError if that fails."""
         record = {"cell": cell.model_dump(mode="json"), "outcome": outcome.model_dump(mode="json")}
-        with writing(self._file(cell)):
+        with reporting_write_errors(self._file(cell)):
             self._folder.mkdir(parents=True, exist_ok=True)
             replace(self._file(cell), json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
@@ -117,7 +117,7 @@ class CellStore:
 
 
 def figures_of(cell: Cell, outcome: Outcome | None) -> Figures | str | None:
-    """Its figures, or the sentence why there are none; None for a cell that has not been run."""
+    """Return the cell's figures, or the sentence why it has none; None if it was not run."""
     if outcome is None:
         return None
     if isinstance(outcome, Failed):

@@ -1,4 +1,4 @@
-"""The command line of a cell, how the command line reads it, and where its files are."""
+"""The command line of a cell, how `selfpruner` parses it, and the paths of its files."""
 
 from collections.abc import Sequence
 from functools import cache
@@ -16,40 +16,40 @@ from protocol.results.formats import FACTS
 
 
 def searches_folder(out: Path) -> Path:
-    """Holds a folder for each search."""
+    """Return the folder with one subfolder for each search."""
     return out / "searches"
 
 
 def model_folder(out: Path, cell: Cell) -> Path:
-    """What a cell that writes a model writes."""
+    """Return the folder of a cell that writes a model."""
     return out / "models" / cell.id
 
 
 def made_file(out: Path, cell: Cell) -> Path:
-    """A file that is there as long as cells that need this one find what it made: a search's best, an export's card."""
+    """Return a file that exists while the cell's output does: a search's best.json, an export's selfpruner.json."""
     if cell.what == "run":
         return best_file(out, cell)
     return model_folder(out, cell) / FACTS
 
 
 def best_file(out: Path, search: Cell) -> Path:
-    """The best rates of a search."""
+    """Return the file with the best rates of a search."""
     return searches_folder(out) / search.id / "best.json"
 
 
 def command(cell: Cell, out: Path) -> list[str]:
-    """What `selfpruner` is told: its command and flags. What the cell needs has been run."""
+    """Return the arguments of `selfpruner` for a cell whose dependencies have been run."""
     return [cell.what, *_where(cell, out), *cell.flags, "--json"]
 
 
 def parsed(arguments: Sequence[str]) -> dict[str, Any]:
-    """What `selfpruner` reads in `arguments`, a command and its flags, by names of parameters; nothing is run.
+    """Parse `arguments`, a command and its flags, like `selfpruner`, without running it. Returns parameters by name.
 
-    Raises SettingsError for flags that it would refuse.
+    Raises SettingsError for flags that `selfpruner` would reject.
     """
     name, *flags = arguments
     try:
-        # Without --help, which would print it and end.
+        # Without --help, which would print the help and exit.
         context = _commands()[name].make_context(f"selfpruner {name}", flags, help_option_names=[])
     except FLAG_ERROR as error:
         raise SettingsError(flag_sentence(error)) from error
@@ -70,7 +70,7 @@ def _where(cell: Cell, out: Path) -> list[str]:
     need = cell.needs[0] if cell.needs else None
     if need is None:
         return [cell.model] if cell.what == "zero-shot" else []
-    # A kill may have come between the folder's end and its cell's: --force.
+    # --force, because a kill may have come after the folder was complete and before its cell was.
     written = ["--out", str(model_folder(out, cell)), "--force"]
     if cell.what == "export":
         return ["--search", need.id, "--folder", str(searches_folder(out)), "--format", "hf", *written]

@@ -1,4 +1,4 @@
-"""Perplexity and accuracy against the rate, a plot for each column of Tables 1 and 2."""
+"""Plots of perplexity and accuracy against the pruning rate, one for each column of Tables 1 and 2."""
 
 import os
 import re
@@ -11,18 +11,18 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt
 
 from benchmarks.paper.cells import Outcome
-from benchmarks.paper.tables import Row, WantedTable, filled
+from benchmarks.paper.tables import Row, TableLayout, fill_table
 
 NAMES = {1: "perplexity", 2: "accuracy"}
 Curve = list[tuple[float, float]]
-"""Rates in percent, and figures."""
+"""Points: rate in percent, and figure."""
 
 
-def plot(tables: Sequence[WantedTable], outcomes: Mapping[str, Outcome], folder: Path) -> list[Path]:
-    """Write the plots of those columns that have a figure; ours are whole lines, the paper's are dashed."""
+def plot(tables: Sequence[TableLayout], outcomes: Mapping[str, Outcome], folder: Path) -> list[Path]:
+    """Plot each column that has a figure: ours as solid lines, the paper's dashed. Returns the written files."""
     written = []
     for table in tables:
-        rows = filled(table, outcomes) if table.number in NAMES else []
+        rows = fill_table(table, outcomes) if table.number in NAMES else []
         for number, column in enumerate(table.columns):
             curves = curves_of(rows, number)
             if any(ours for ours, _ in curves.values()):
@@ -33,7 +33,7 @@ def plot(tables: Sequence[WantedTable], outcomes: Mapping[str, Outcome], folder:
 
 
 def curves_of(rows: Sequence[Row], column: int) -> dict[str, tuple[Curve, Curve]]:
-    """By method: our curve and the paper's. Dense, which has one figure, is the beginning of all of them."""
+    """Return our curve and the paper's for each method. All of them start at the figure of the dense model."""
     curves: dict[str, tuple[Curve, Curve]] = {}
     for row in rows:
         rate, method = row.labels
@@ -65,7 +65,7 @@ def _draw(curves: Mapping[str, tuple[Curve, Curve]], title: str, file: Path, *, 
     ax.grid(alpha=0.3, which="both")
     ax.legend(fontsize=8)
     figure.tight_layout()
-    beside = file.with_name(f".{os.getpid()}-{file.name}")  # another call may write it too
-    figure.savefig(beside, dpi=110)
-    beside.replace(file)
+    temporary = file.with_name(f".{os.getpid()}-{file.name}")  # another process may write the file too
+    figure.savefig(temporary, dpi=110)
+    temporary.replace(file)
     plt.close(figure)

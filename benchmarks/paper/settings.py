@@ -1,4 +1,4 @@
-"""What benchmarks/paper/__main__.py runs: a YAML file of its own form, which `selfpruner run` does not read."""
+"""The settings file of benchmarks.paper: a YAML file with its own format, different from that of `selfpruner run`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
-from benchmarks.paper.numbers import ABLATION_RATE, paper_model
+from benchmarks.paper.paper_figures import ABLATION_RATE, paper_model
 from daemon.settings.errors import file_sentence, validation_sentence
 from daemon.settings.section import Section
 from daemon.settings.settings import Settings, setting_names
@@ -16,7 +16,7 @@ from protocol.errors import SettingsError
 from protocol.plans.spec import NAMED_TEXTS, Dtype, Reconstruction
 
 ROOT = Path(__file__).parents[2]
-"""The project's folder, which paths of searches' settings files are relative to."""
+"""The project's folder, to which the paths of searches' settings files are relative."""
 Method = Literal[
     "dense",
     "llm-pruner",
@@ -36,7 +36,7 @@ SELF, WIKITEXT2 = "self", "wikitext2"
 def _rate(rate: float) -> float:
     rounded = round(rate, 5)
     if not 0 < rounded <= 0.9:
-        raise ValueError("a pruning rate is above 0 and at most 0.9")
+        raise ValueError("a pruning rate must be above 0 and at most 0.9")
     return rounded
 
 
@@ -44,30 +44,30 @@ Rate = Annotated[float, AfterValidator(_rate)]
 
 
 class Model(Section):
-    """One model; in the file its name alone will do."""
+    """One model. In the file, its name alone is enough."""
 
     name: str = Field(min_length=1)
     """A hub name, a folder, or `smollm2`."""
     hub_name: str | None = None
-    """Of a folder: the hub name of what is in it, where the paper's figures shall stand beside ours."""
+    """For a folder: the hub name of its model, to show the paper's figures beside ours."""
     billions: PositiveFloat | None = None
-    """Its parameters, for --estimate; where left out they come from finished runs, or from the name."""
+    """Billions of parameters, for --estimate. By default they come from finished runs, or from the name."""
     seqlen: int | None = Field(default=None, ge=16)
-    """Tokens of a window for this model; none: as texts.seqlen."""
+    """Tokens per window for this model; default: texts.seqlen."""
 
     @property
     def in_paper(self) -> str | None:
-        """The paper's name of it."""
+        """The model's name in the paper; None if the paper does not have it."""
         return paper_model(self.hub_name or self.name)
 
     @property
     def title(self) -> str:
-        """As tables call it."""
+        """The model's name in tables."""
         return self.in_paper or Path(self.hub_name or self.name).name
 
 
 class Texts(Section):
-    """What is scored on, searched on and reported on: `wikitext2`, `c4`, `self`, or a text file."""
+    """The texts for scoring weights, for the search and for the tables: `wikitext2`, `c4`, `self`, or a text file."""
 
     calibration: str = "wikitext2"
     calibration_windows: PositiveInt = 128
@@ -75,7 +75,7 @@ class Texts(Section):
     fitness_windows: PositiveInt | None = None
     """None means the whole text."""
     report: str | None = "wikitext2"
-    """What the tables hold; none: the fitness text, as in the paper."""
+    """The text of the perplexities in the tables; none means the fitness text, as in the paper."""
     report_windows: PositiveInt | None = None
     seqlen: int = Field(default=2048, ge=16)
 
@@ -84,12 +84,12 @@ class Texts(Section):
         whole = {"fitness": self.fitness_windows, "report": self.report_windows}
         for name, windows in whole.items():
             if getattr(self, name) == SELF and windows is None:
-                raise ValueError(f"texts.{name} is `self`, which has no end: give texts.{name}_windows")
+                raise ValueError(f"texts.{name} is `self`, which is unlimited: set texts.{name}_windows")
         return self
 
 
 class Search(Section):
-    """A search: a settings file of `selfpruner run`, and what is different from it."""
+    """A search: a settings file of `selfpruner run`, and settings that override it."""
 
     config: Path
     set: Values = Field(default_factory=dict)
@@ -101,21 +101,21 @@ class Llm(Section):
     name: str
     """`gpt-3.5`, `gpt-4` and `gpt-4o` have the paper's figures beside them."""
     set: Values = Field(default_factory=dict)
-    """Settings of the search; those of searches.self-pruner where left out, and then it is the same search."""
+    """Settings of the search. By default the row shows the search of searches.self-pruner itself."""
 
 
 class ZeroShot(Section):
-    """How `selfpruner zero-shot` asks."""
+    """Options of `selfpruner zero-shot`."""
 
     limit: PositiveInt | None = None
-    """Items of each task; none: all."""
+    """Maximum items of each task; none means all."""
     batch_size: PositiveInt = 8
     tasks_dir: Path | None = None
-    """A folder of lm-eval task files in place of the paper's seven."""
+    """A folder of lm-eval task files to use instead of the paper's seven tasks."""
 
 
 class Finetune(Section):
-    """How `selfpruner finetune` trains: LoRA with r = 8."""
+    """Options of `selfpruner finetune`, which trains LoRA with r = 8."""
 
     data: str = "alpaca-gpt4"
     examples: PositiveInt | None = 10_000
@@ -123,37 +123,38 @@ class Finetune(Section):
     max_steps: PositiveInt | None = None
     batch: PositiveInt | None = None
     micro_batch: PositiveInt | None = None
-    """Examples at once; fewer take less memory."""
+    """Examples per forward pass; fewer need less memory."""
     seqlen: int = Field(default=256, ge=16)
 
 
 class Speed(Section):
-    """How `selfpruner speed` measures."""
+    """Options of `selfpruner speed`."""
 
     flags: tuple[str, ...] = ()
-    """Further flags, such as `--engine` and `vllm`."""
+    """Additional flags, such as `--engine` and `vllm`."""
 
 
 class PaperSettings(Section):
-    """Which tables, of which models, by which methods, at which rates."""
+    """The tables to make, with their models, methods, rates and texts."""
 
     models: tuple[Model, ...] = Field(min_length=1)
     tables: tuple[Annotated[int, Field(ge=1, le=7)], ...] = (1,)
     rates: tuple[Rate, ...] = (0.2, 0.3, 0.4, 0.5)
     methods: tuple[Method, ...] = ("dense", "llm-pruner", "wanda-sp", "owl", "self-pruner")
-    """Of Tables 1 and 2."""
+    """The methods of Tables 1 and 2."""
     reconstruction: tuple[Reconstruction, ...] = Field(default=("none",), min_length=1)
-    """Tables 1 and 2 have columns for each; the others are of the first."""
+    """Tables 1 and 2 have columns for each of these; the other tables use the first."""
     texts: Texts = Texts()
     searches: dict[SearchMethod, Search] = Field(default_factory=dict)
-    """By method; configs/paper.yaml and configs/best.yaml where left out, with this file's texts and reconstruction."""
+    """Search of each method. The defaults are configs/paper.yaml and configs/best.yaml. Texts and reconstruction always
+    come from this file."""
     ablation_rate: Rate = ABLATION_RATE
-    """Of Tables 3 and 4."""
+    """The rate of Tables 3 and 4."""
     compared_rates: tuple[Rate, ...] = (0.3, 0.5)
-    """Of Tables 5 and 6."""
+    """The rates of Tables 5 and 6."""
     llms: tuple[Llm, ...] = (Llm(name="gpt-4o"),)
     zero_shot: ZeroShot | None = None
-    """Without it no table has accuracies."""
+    """Without this section no table has accuracies."""
     finetune: Finetune = Finetune()
     speed: Speed = Speed()
     dtype: Dtype = "bfloat16"
@@ -170,38 +171,40 @@ class PaperSettings(Section):
     @model_validator(mode="after")
     def _fits_together(self) -> "PaperSettings":
         if 2 in self.tables and self.zero_shot is None:
-            raise ValueError("Table 2 is of zero-shot accuracies: give the section zero_shot")
+            raise ValueError("Table 2 has zero-shot accuracies: add the section zero_shot")
         if 6 in self.tables and self.dtype == "float16":
             raise ValueError("Table 6 fine-tunes, and gradients overflow in float16: set dtype to bfloat16 or float32")
         if self.zero_shot is not None and self.texts.calibration == SELF:
-            # Alone it is written in other windows than beside what a search is measured on.
+            # Its windows depend on the other texts for which the model generates in the same run.
             raise ValueError(
-                "zero_shot scores models anew, on other text of their own: give no calibration text `self`"
+                "zero_shot would score models on a different generated text: do not use the calibration text `self`"
             )
         texts = {self.texts.calibration, self.texts.fitness, self.texts.report}
         if 6 in self.tables and SELF in texts:
-            # The fine-tuned folder would write another text than the dense model did.
-            raise ValueError("Table 6 measures fine-tuned folders, which write texts of their own: give no text `self`")
+            # The fine-tuned model would generate another text than the dense model did.
+            raise ValueError(
+                "Table 6 measures fine-tuned models, which generate different texts: do not use the text `self`"
+            )
         return self
 
     @property
     def reported(self) -> str:
-        """The text that the tables' perplexities are of."""
+        """The text of the tables' perplexities."""
         return self.texts.report or self.texts.fitness
 
     @property
     def is_papers_text(self) -> bool:
-        """Whether the paper's perplexities, of WikiText-2, say anything beside ours. A file may be of it."""
+        """Whether our perplexities are comparable with the paper's, on WikiText-2. A file may contain WikiText-2."""
         return self.reported not in set(NAMED_TEXTS) - {WIKITEXT2}
 
     @property
     def are_papers_tasks(self) -> bool:
-        """Whether the paper's accuracies say anything beside ours."""
+        """Whether our accuracies are comparable with the paper's."""
         return self.zero_shot is not None and self.zero_shot.tasks_dir is None
 
     @property
-    def words(self) -> str:
-        """What the perplexities are of, in a sentence."""
+    def description(self) -> str:
+        """A sentence about the texts and windows of the perplexities."""
         texts, own = self.texts, [model for model in self.models if model.seqlen]
         shown, windows = (
             (texts.report, texts.report_windows) if texts.report else (texts.fitness, texts.fitness_windows)
@@ -218,20 +221,20 @@ class PaperSettings(Section):
         )
 
     def search_of(self, method: SearchMethod) -> Search:
-        """The search of a method."""
+        """Return the search of a method."""
         usual = {"self-pruner": "configs/paper.yaml", "self-pruner-best": "configs/best.yaml"}
         return self.searches.get(method) or Search(config=Path(usual[method]))
 
 
 def _name(text: str) -> str:
-    """A file without its folders, which say nothing to others; a text of the hub as it is."""
+    """Return the name of a text; for a file, without its folders."""
     return Path(text).name if Path(text).is_file() else text
 
 
 def read_settings(file: Path, overrides: Sequence[str] = ()) -> PaperSettings:
-    """The settings of `file`, changed by `overrides` of the form `texts.fitness=VALUE`.
+    """Return the settings of `file`, changed by `overrides` of the form `texts.fitness=VALUE`.
 
-    Raises SettingsError, with one sentence, for whatever is wrong.
+    Raises SettingsError, with one sentence, if they are invalid.
     """
     try:
         given = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -251,19 +254,19 @@ def _change(given: dict[str, Any], override: str) -> None:
     name, equals, text = override.partition("=")
     *path, last = name.split(".")
     if not (equals and last):
-        raise SettingsError(f"--set takes key=value, such as --set texts.seqlen=512, and not {override!r}")
+        raise SettingsError(f"--set takes key=value, such as --set texts.seqlen=512, not {override!r}")
     for part in path:
         if given.get(part) is None:
             given[part] = {}
         given = given[part]
         if not isinstance(given, dict):
-            raise SettingsError(f"--set {name}: {part} has no parts with names")
+            raise SettingsError(f"--set {name}: {part} is not a section")
     try:
         given[last] = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date or a number that cannot be
-        raise SettingsError(f"--set {name}: what is given is no YAML") from None
+    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: an impossible date or number
+        raise SettingsError(f"--set {name}: the value is not valid YAML") from None
 
 
 def settings_of_search(config: Path, overrides: Sequence[str]) -> Settings:
-    """The settings that `selfpruner run` would have. Raises SettingsError where it would refuse them."""
+    """Return the settings that `selfpruner run` would use. Raises SettingsError if it would reject them."""
     return load(ROOT / config, overrides)

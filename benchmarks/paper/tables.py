@@ -1,4 +1,4 @@
-"""Tables, and what they become of cells' outcomes. Pure."""
+"""Layouts of tables, and finished tables filled with the outcomes of their cells. Pure."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -6,49 +6,49 @@ from dataclasses import dataclass
 from benchmarks.paper.answers import Figures
 from benchmarks.paper.cells import Cell, Outcome, figures_of
 
-Pick = Callable[[Figures], float | None]
+FigureGetter = Callable[[Figures], float | None]
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """A place of a table: the cell whose figure goes there, and the paper's. No cell: nothing is asked."""
+class EntryLayout:
+    """An entry of a table: the cell that provides our figure, if any, and the paper's figure."""
 
     cell: Cell | None
-    pick: Pick
+    get_figure: FigureGetter
     paper: float | None = None
-    else_of: tuple[Cell, ...] = ()
-    """Cells that know the same figure, in order, for where the first has none."""
+    alternatives: tuple[Cell, ...] = ()
+    """Further cells with the same figure, tried in order if the first has none."""
 
     def source(self, outcomes: Mapping[str, Outcome]) -> Cell | None:
-        """The first of its cells that has figures; the first of all where none has."""
-        cells = [cell for cell in (self.cell, *self.else_of) if cell is not None]
+        """Return the first of its cells that has figures, or its first cell if none has."""
+        cells = [cell for cell in (self.cell, *self.alternatives) if cell is not None]
         return next((cell for cell in cells if isinstance(_figures(cell, outcomes), Figures)), self.cell)
 
 
-WantedRow = tuple[tuple[str, ...], tuple[Wanted, ...]]
-"""The labels of a row, and its places."""
+RowLayout = tuple[tuple[str, ...], tuple[EntryLayout, ...]]
+"""The labels of a row, and its entries."""
 
 
 @dataclass(frozen=True)
-class WantedTable:
-    """A table before its cells are run. `digits` are those of each column."""
+class TableLayout:
+    """A table before its cells are run. `digits` are the decimals of each column."""
 
     number: int
     title: str
     heads: tuple[str, ...]
     columns: tuple[str, ...]
     digits: tuple[int, ...]
-    rows: tuple[WantedRow, ...]
+    rows: tuple[RowLayout, ...]
 
     @property
     def cells(self) -> list[Cell]:
-        """All cells that it asks for."""
-        return [wanted.cell for _, row in self.rows for wanted in row if wanted.cell is not None]
+        """The cells of all entries."""
+        return [entry.cell for _, row in self.rows for entry in row if entry.cell is not None]
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A place of a finished table. Neither a figure nor a failure: it was not run, or is not asked for."""
+    """An entry of a finished table. With neither a figure nor a failure it was not run, or has no cell."""
 
     ours: float | None = None
     paper: float | None = None
@@ -64,19 +64,19 @@ class Row:
     entries: tuple[Entry, ...]
 
 
-def filled(table: WantedTable, outcomes: Mapping[str, Outcome]) -> list[Row]:
-    """The rows of a table, from the outcomes of cells by their ids."""
-    return [Row(labels, tuple(_entry(wanted, outcomes) for wanted in row)) for labels, row in table.rows]
+def fill_table(table: TableLayout, outcomes: Mapping[str, Outcome]) -> list[Row]:
+    """Return the rows of a table, filled with the outcomes of cells by id."""
+    return [Row(labels, tuple(_fill_entry(entry, outcomes) for entry in row)) for labels, row in table.rows]
 
 
-def _entry(wanted: Wanted, outcomes: Mapping[str, Outcome]) -> Entry:
-    cell = wanted.source(outcomes)
+def _fill_entry(entry: EntryLayout, outcomes: Mapping[str, Outcome]) -> Entry:
+    cell = entry.source(outcomes)
     if cell is None:
-        return Entry(paper=wanted.paper)
+        return Entry(paper=entry.paper)
     found = _figures(cell, outcomes)
     if isinstance(found, Figures):
-        return Entry(wanted.pick(found), wanted.paper)
-    return Entry(paper=wanted.paper, failed=found)
+        return Entry(entry.get_figure(found), entry.paper)
+    return Entry(paper=entry.paper, failed=found)
 
 
 def _figures(cell: Cell, outcomes: Mapping[str, Outcome]) -> Figures | str | None:

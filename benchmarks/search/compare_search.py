@@ -30,7 +30,7 @@ from typing import Any, get_args
 from pydantic import ValidationError
 from rich.console import Console
 
-from benchmarks.holding import the_only_one
+from benchmarks.output_folder import lock_folder
 from benchmarks.search.searches import (
     Comparison,
     MeasuringWorker,
@@ -150,7 +150,7 @@ def _make(given: argparse.Namespace) -> int:
             name for name in {*other.arguments, *arguments} if _differs(name, other.arguments, arguments)
         ):
             raise SettingsError(f"{file} is of other searches: they differ in {', '.join(differing)}")
-    with the_only_one(given.out, f"the comparison in {given.out} is being made by another process"):
+    with lock_folder(given.out, f"the comparison in {given.out} is being made by another process"):
         own: list[SearchResult] = []
         if given.methods:
             found, number = run_until_signal(compare(given))

@@ -23,7 +23,7 @@ from gpu_worker.pruning.any_heads import any_heads_plan
 from protocol.errors import SelfPrunerError, first_error
 from protocol.plans.candidate import OUTCOME, Candidate, Outcome
 from protocol.plans.spec import SearchSpec
-from protocol.queue.connection import AWAY, connect
+from protocol.queue.connection import UNREACHABLE_ERRORS, connect
 from protocol.queue.jobs import JobQueue
 from protocol.queue.keys import Keys
 from protocol.queue.profile_board import ProfileBoard
@@ -147,7 +147,7 @@ class MeasuringWorker:
             while True:
                 if job := await jobs.claim():
                     await jobs.commit(job, await self._outcome(job.candidate, session, search))
-        except (OSError, RuntimeError, *AWAY) as error:
+        except (OSError, RuntimeError, *UNREACHABLE_ERRORS) as error:
             raise SelfPrunerError(
                 f"measuring for {search} failed: {error}; run the same command again to resume"
             ) from error

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ConfigDict, PositiveFloat, ValidationError
 from daemon.commands.flags import TextFlags
 from daemon.settings.target import check_text, text_spec
 from protocol.errors import DataError, ModelError, SettingsError
-from protocol.plans.spec import NAMED_TEXTS, Dtype, Role, SearchSpec, TextSpec, numbered
+from protocol.plans.spec import NAMED_TEXTS, Dtype, Role, SearchSpec, TextSpec, number_texts
 from protocol.results.formats import FACTS, KEPT_TEXT, only_for_llama_cpp
 from protocol.runtime.paths import expanded
 
@@ -86,7 +86,7 @@ def card_claim(folder: str, flags: TextFlags) -> CardClaim | None:
             raise DataError(f"{folder!r} was measured on text that the dense model wrote: give --data, a text file")
         return CardClaim({"fitness": spec.fitness}, spec.seed, spec.dtype, claimed, facts.fitness_digest, kept)
     # Another text takes no windows of the one that is measured. Older folders do not say which of one name are one.
-    numbers = facts.text_numbers or numbered({role: text.source for role, text in spec.texts.items()})
+    numbers = facts.text_numbers or number_texts({role: text.source for role, text in spec.texts.items()})
     roles = {role: text for role, text in spec.texts.items() if numbers.get(role) == numbers.get("fitness")}
     name = spec.fitness.source
     if flags.data is None and name not in NAMED_TEXTS and not expanded(name).is_file():

@@ -18,7 +18,7 @@ from protocol.plans.spec import NAMED_TEXTS, Dtype
 from protocol.results.commands import FinetuneResult
 from protocol.results.finetuning import ALPACA_GPT4, Form, Recipe, Schedule, form_of
 from protocol.results.formats import formats_of
-from protocol.runtime.paths import are_one_file, expanded
+from protocol.runtime.paths import expanded, is_same_file
 from protocol.runtime.signals import Interrupted
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def finetune(
     check_minutes("--max-minutes", max_minutes)
     if eval_data is None and (eval_windows, eval_seqlen) != (None, None):
         raise SettingsError("--eval-windows and --eval-seqlen are of --eval-data, which is missing")
-    if are_one_file(str(folder), str(out)):
+    if is_same_file(str(folder), str(out)):
         raise SettingsError(f"--out {out} is the folder that is trained from: give another one, which is made")
     data, eval_data = found_data(data), eval_data and found_data(eval_data, only_text=True)
     check_apart("--data", data, "--eval-data", eval_data)
@@ -177,7 +177,7 @@ def check_apart(data_flag: str, data: str, measured_flag: str, measured: str | N
     """Raise SettingsError where one file is learned from and measured on; of a named text each has a split."""
     if measured is None or {data, measured} & {ALPACA_GPT4, *NAMED_TEXTS}:
         return
-    if are_one_file(data, measured):
+    if is_same_file(data, measured):
         raise SettingsError(
             f"{data_flag} and {measured_flag} are one file, {measured!r}: what has been learned says nothing when it "
             "is measured, so give another one"

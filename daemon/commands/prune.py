@@ -23,7 +23,7 @@ from daemon.settings.search import SearchSettings
 from daemon.settings.settings import Settings
 from daemon.settings.sources import load
 from protocol.errors import SelfPrunerError, SettingsError
-from protocol.results.commands import PruneResult, Searched
+from protocol.results.commands import PruneResult, SearchSummary
 from protocol.results.finetuning import ALPACA_GPT4, form_of
 from protocol.results.formats import formats_of, gguf_type_of
 from protocol.runtime.paths import expanded
@@ -91,7 +91,7 @@ def prune(
         if before is not None and not prune_steps.holds(goal.out, request):
             # The search was longer this time and found better rates: what this same command wrote is replaced.
             before, goal = None, replace(goal, force=True)
-        searched = Searched(
+        searched = SearchSummary(
             evaluations=sum(summary.candidates["by_outcome"].values()),
             seconds=summary.seconds,
             uniform_perplexity=summary.uniform.perplexity,

@@ -18,7 +18,7 @@ from daemon.settings.settings import Settings
 from protocol.errors import ModelError, SelfPrunerError
 from protocol.plans.shape import ModelShape
 from protocol.plans.spec import TextSpec
-from protocol.results.commands import ExportResult, FinetuneResult, PruneResult, Searched
+from protocol.results.commands import ExportResult, FinetuneResult, PruneResult, SearchSummary
 from protocol.results.finetuning import Recipe
 from protocol.results.formats import FACTS, KEPT_TEXT, Formats, GgufType
 from protocol.runtime.files import replace
@@ -164,7 +164,7 @@ def check_memory(goal: Goal, settings: Settings, bare: "LoadedModel") -> None:
         raise ModelError(f"fine-tuning with --finetune-micro-batch {tuning.micro_batch}: {error}") from error
 
 
-def write(request: PruningRequest, goal: Goal, settings: Settings, searched: Searched) -> Written:
+def write(request: PruningRequest, goal: Goal, settings: Settings, searched: SearchSummary) -> Written:
     """Prune, fine-tune where that is asked for, and write the folder. Raises SelfPrunerError."""
     _keep(settings.folder / BEGUN, json.dumps(_flags_of(goal)))
     if goal.data is None:
@@ -242,7 +242,7 @@ def _are_flags_of(goal: Goal, recorded: Mapping[str, str]) -> bool:
     return {name: value for name, value in recorded.items() if value != "None"} == _flags_of(goal)
 
 
-def _export(request: PruningRequest, goal: Goal, searched: Searched) -> ExportResult:
+def _export(request: PruningRequest, goal: Goal, searched: SearchSummary) -> ExportResult:
     with at_work(request.spec.model) as progress:
         from gpu_worker.export.export import Destination, export_once
 
@@ -258,7 +258,7 @@ def _export(request: PruningRequest, goal: Goal, searched: Searched) -> ExportRe
 
 
 def _finetuned(
-    request: PruningRequest, goal: Goal, settings: Settings, searched: Searched
+    request: PruningRequest, goal: Goal, settings: Settings, searched: SearchSummary
 ) -> tuple[ExportResult, FinetuneResult]:
     """Export into the search's folder, where a second start finds it, and from there fine-tune into the goal."""
     assert goal.data is not None

@@ -11,7 +11,7 @@ from daemon.commands.output import answer, at_work
 from daemon.commands.request import pruning_request, refuse_given
 from daemon.settings.packages import need
 from protocol.errors import SettingsError
-from protocol.results.zero_shot import PAPER_TASKS, chosen_tasks, names_in
+from protocol.results.zero_shot import PAPER_TASKS, select_tasks, split_task_names
 from protocol.runtime.paths import expanded
 
 
@@ -40,11 +40,11 @@ def zero_shot(
 
     The model is asked as it is, or pruned by --allocate or --rates.
     """
-    names = names_in(tasks or [])
+    names = split_task_names(tasks or [])
     if tasks is not None and not names:
         raise SettingsError("--tasks names no task")
     if tasks_dir is None:
-        chosen_tasks(names)
+        select_tasks(names)
     pruned = choice != flags.ChoiceFlags()
     if pruned:
         request = pruning_request(model, texts, choice, how, options, dtype=dtype, seed=seed)

@@ -16,7 +16,7 @@ from typing import Any
 
 import structlog
 
-from protocol.runtime.environment import for_child
+from protocol.runtime.environment import child_environment
 
 LONGEST_WAIT_SECONDS = 30.0
 """Between two starts of a child that does not live."""
@@ -44,7 +44,7 @@ class Child:
         self._command = command
         self._quiet = quiet
         self._final = final
-        self._environment = {**for_child(loads_models=loads_models), **(environment or {})}
+        self._environment = {**child_environment(loads_models=loads_models), **(environment or {})}
         self._process: asyncio.subprocess.Process | None = None
         self._watch: asyncio.Task[None] | None = None
 

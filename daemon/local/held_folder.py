@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from protocol.errors import SearchExistsError, UsageError
-from protocol.runtime.locks import hold
+from protocol.runtime.locks import try_lock
 
 LOCK = "lock"
 LOOK_SECONDS = 2.0
@@ -46,7 +46,7 @@ class HeldFolder:
             return True
 
     def _take_again(self) -> None:
-        handle = hold(self._folder / LOCK)
+        handle = try_lock(self._folder / LOCK)
         if handle is None:
             raise SearchExistsError(f"the folder {self._folder} was removed, and another run of the search uses it now")
         os.close(self._handle)
@@ -57,7 +57,7 @@ class HeldFolder:
 def only_one(folder: Path) -> Iterator[HeldFolder]:
     """Hold the folder of a search: a second `selfpruner run` of the same search is refused."""
     try:
-        handle = hold(folder / LOCK)
+        handle = try_lock(folder / LOCK)
     except OSError as error:
         raise UsageError(f"run.folder cannot be written: {error}") from error
     if handle is None:

@@ -18,7 +18,7 @@ import structlog
 from daemon.local.children import Child, survived
 from daemon.local.services import _missing
 from protocol.errors import SelfPrunerError, UsageError
-from protocol.queue.connection import AWAY, connect
+from protocol.queue.connection import UNREACHABLE_ERRORS, connect
 
 SOCKET_PATH_LIMIT = 100
 """Bytes. A unix socket's path may have 107; a server given a longer one dies at start."""
@@ -147,7 +147,7 @@ async def _wait_until_it_answers(server: Child, url: str, data: Path) -> None:
             try:
                 await redis.ping()
                 return
-            except AWAY:
+            except UNREACHABLE_ERRORS:
                 await asyncio.sleep(0.1)
     finally:
         await redis.aclose()
@@ -171,7 +171,7 @@ async def _end_left_behind(url: str) -> None:
         await redis.ping()
         log.warning("left_behind_server_ended", url=url)
         await redis.shutdown()
-    except AWAY:
+    except UNREACHABLE_ERRORS:
         pass
     finally:
         await redis.aclose()

@@ -25,7 +25,7 @@ from daemon.state.history import History
 from daemon.state.journal import STATUS_FILE, json_text
 from protocol.plans.candidate import Candidate
 from protocol.plans.spec import SearchSpec
-from protocol.queue.connection import is_away
+from protocol.queue.connection import is_transient
 from protocol.queue.keys import Keys
 from protocol.runtime.files import Document
 
@@ -114,7 +114,7 @@ class Observer:
         while True:
             await self.look()
             if (task := asyncio.current_task()) and task.cancelling():
-                return  # the Redis client may lose a cancellation (see Patience)
+                return  # the Redis client may lose a cancellation (see RedisRetry)
             await asyncio.sleep(LOOK_SECONDS)
 
     async def look(self) -> None:
@@ -144,7 +144,7 @@ class Observer:
 
     def _tell_once(self, error: Exception) -> None:
         """Log what no waiting mends, such as a user who may not read; an outage is logged by those who need Redis."""
-        if not is_away(error) and not self._told:
+        if not is_transient(error) and not self._told:
             log.warning("status_not_read", error=str(error))
             self._told = True
 

@@ -18,9 +18,9 @@ from daemon.state.history import RemoteHistory
 from daemon.state.journal import BEST, STATUS_FILE, best_record, saved
 from protocol.errors import StoreError, UsageError
 from protocol.plans.spec import SearchSpec
-from protocol.queue.connection import connect, is_away, refusal_of
+from protocol.queue.connection import connect, is_transient, permanent_error
 from protocol.queue.control import Command, Control
-from protocol.queue.keys import Keys, check_search_name, read_entry, read_stored
+from protocol.queue.keys import Keys, check_search_name, parse_stored, parse_unless_damaged
 from protocol.queue.profile_board import ProfileBoard
 
 
@@ -78,7 +78,7 @@ class RemoteSearch:
             counters=self._history.counters,
             dense_perplexity=profile.dense.perplexity if profile else None,
             around=await self._around.read(),
-            condition=(condition and read_entry(Condition, condition, self._keys.condition)) or Condition(),
+            condition=(condition and parse_unless_damaged(Condition, condition, self._keys.condition)) or Condition(),
         )
         return self._follower.look(seen)
 
@@ -128,14 +128,14 @@ async def open_remote(search: str, redis_url: str | None, folder: Path) -> Async
         text = await client.get(keys.spec)
         if text is None:
             raise UsageError(f"there is no search {search!r} in this Redis")
-        found = RemoteSearch(redis, keys, read_stored(SearchSpec, text, keys.spec))
+        found = RemoteSearch(redis, keys, parse_stored(SearchSpec, text, keys.spec))
         yield found
     except BrokenPipeError:  # of whoever reads our answers
         raise
     except (RedisError, OSError) as error:
-        if refusal := refusal_of(error):
+        if refusal := permanent_error(error):
             raise refusal from None
-        if not is_away(error):
+        if not is_transient(error):
             raise StoreError(f"the server of the search {search!r} answers with an error: {error}") from error
         if found is not None:
             raise NotRunning(f"the server of the search {search!r} went away: {error}") from error

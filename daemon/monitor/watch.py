@@ -15,7 +15,7 @@ from daemon.monitor.events import Event
 from daemon.monitor.remote import RemoteSearch, saved_status
 from daemon.monitor.status import Status
 from daemon.monitor.watch_screen import SHOWN_MEMBERS, Screen
-from protocol.queue.connection import is_away
+from protocol.queue.connection import is_transient
 
 LOOK_SECONDS = 1.0
 
@@ -34,7 +34,7 @@ async def watch(remote: RemoteSearch, folder: Path | None, tell: Tell) -> None:
         try:
             events = await remote.changes()
         except (RedisError, OSError, TimeoutError) as error:
-            if isinstance(error, ResponseError) and not is_away(error):
+            if isinstance(error, ResponseError) and not is_transient(error):
                 raise  # no waiting mends that
             events = remote.redis_is_away()
             if folder is not None and not is_running(folder):

@@ -10,7 +10,7 @@ from daemon.settings.search import SearchSettings
 from daemon.settings.settings import Settings
 from protocol.errors import DataError, SettingsError
 from protocol.plans.spec import NAMED_TEXTS
-from protocol.runtime.paths import are_one_file
+from protocol.runtime.paths import is_same_file
 
 TOKENS_BESIDE_LISTS = 600
 """What the words of a question for lists take."""
@@ -27,7 +27,7 @@ def warn_of_texts(settings: Settings) -> None:
 
 def is_searched_on(report: str, fitness: str) -> bool:
     """Whether the report text is the one that is searched on; a named one has parts of its own to report on."""
-    return not {report, fitness} & {*NAMED_TEXTS} and are_one_file(report, fitness)
+    return not {report, fitness} & {*NAMED_TEXTS} and is_same_file(report, fitness)
 
 
 def check_windows(search: SearchSettings, windows: int) -> None:

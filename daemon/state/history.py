@@ -18,7 +18,7 @@ from agents.population.population import Population
 from protocol.plans.candidate import OUTCOME, Candidate, Outcome
 from protocol.plans.profile import ModelProfile
 from protocol.queue.control import Command
-from protocol.queue.keys import Keys, read_entry
+from protocol.queue.keys import Keys, parse_unless_damaged
 from protocol.queue.streams import PART, read_parents
 
 T = TypeVar("T")
@@ -26,7 +26,7 @@ log = structlog.get_logger()
 
 
 class Ask(Protocol):
-    """Sends a request to the server: a Patience, or `at_once`."""
+    """Sends a request to the server: a RedisRetry, or `at_once`."""
 
     async def __call__(self, operation: Callable[[], Awaitable[T]], /) -> T:
         """The answer."""
@@ -57,7 +57,7 @@ class Memory:
 
 
 async def at_once(operation: Callable[[], Awaitable[T]], /) -> T:
-    """Ask the server once, where a Patience asks until it answers."""
+    """Ask the server once, where a RedisRetry asks until it answers."""
     return await operation()
 
 
@@ -98,13 +98,13 @@ async def load_history(redis: Redis, keys: Keys, ask: Ask = at_once) -> History:
 
 def read_candidate(keys: Keys, id_: str, text: str) -> Candidate | None:
     """The candidate that the ledger has under `id_`; None where it is damaged, StoreError for another version's."""
-    candidate = read_entry(Candidate, text, f"{keys.candidates} {id_}")
+    candidate = parse_unless_damaged(Candidate, text, f"{keys.candidates} {id_}")
     return candidate if candidate and candidate.id == id_ else None
 
 
 def read_outcome(keys: Keys, id_: str, text: str) -> Outcome | None:
     """The outcome that was applied for `id_`; None where it is damaged, StoreError for another version's."""
-    return read_entry(OUTCOME, text, f"{keys.outcomes} {id_}")
+    return parse_unless_damaged(OUTCOME, text, f"{keys.outcomes} {id_}")
 
 
 async def entries(

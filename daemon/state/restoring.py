@@ -19,7 +19,7 @@ from pydantic import BaseModel
 from redis.asyncio import Redis
 
 from daemon.state.history import Memory
-from protocol.queue.connection import Patience
+from protocol.queue.connection import RedisRetry
 from protocol.queue.keys import Keys
 from protocol.queue.streams import PART, TAKEN_OVER, TakenOver, load_scripts
 
@@ -35,12 +35,12 @@ class Restorer:
     def __init__(self, redis: Redis, keys: Keys) -> None:
         self._redis: Any = redis  # its annotations cannot say that replies are str
         self._keys = keys
-        self._patiently = Patience(redis, keys.state)
+        self._retry = RedisRetry(redis, keys.state)
         self._scripts = load_scripts(redis)
 
     async def clear(self) -> None:
         """Delete what a daemon that was killed while it restored has left."""
-        await self._patiently(lambda: self._redis.unlink(*self._written))
+        await self._retry(lambda: self._redis.unlink(*self._written))
 
     async def restore(self, epoch: int, spec: str, remembered: Callable[[], Memory]) -> tuple[int, int, int]:
         """Make the server's history the one that is `remembered`; `spec` is the search's as JSON.
@@ -77,8 +77,8 @@ class Restorer:
         await self._fenced(lambda: self._scripts["begin_restoring"](keys, [epoch]))
 
     async def _count(self) -> int:
-        issued = await self._patiently(lambda: self._redis.llen(self._keys.issued))
-        return int(issued) + int(await self._patiently(lambda: self._redis.llen(self._keys.applied)))
+        issued = await self._retry(lambda: self._redis.llen(self._keys.issued))
+        return int(issued) + int(await self._retry(lambda: self._redis.llen(self._keys.applied)))
 
     async def _write(self, epoch: int, hash_: str, order: str, pairs: Iterable[tuple[str, str]]) -> None:
         """Write the pairs beside the hash, and their ids beside the list `order`, where there is one."""
@@ -88,7 +88,7 @@ class Restorer:
             await self._fenced(partial(self._scripts["restore_part"], keys, args))
 
     async def _move(self, epoch: int, spec: str, memory: Memory, counts: tuple[int, int, int]) -> int:
-        keys = [self._keys.epoch, self._keys.spec, self._keys.profile, self._keys.control, self._keys.understood]
+        keys = [self._keys.epoch, self._keys.spec, self._keys.profile, self._keys.control, self._keys.last_command]
         keys += [name for key in self._history_keys for name in (self._keys.restoring(key), key)]
         profile = memory.profile.model_dump_json() if memory.profile else ""
         ledger, outcomes, selections = counts
@@ -97,7 +97,7 @@ class Restorer:
         return int(await self._fenced(lambda: self._scripts["restore"](keys, args)))
 
     async def _fenced(self, script: Callable[[], Awaitable[Any]]) -> Any:
-        answer = await self._patiently(script)
+        answer = await self._retry(script)
         if answer == TAKEN_OVER:
             raise TakenOver(f"another daemon has taken over the search {self._keys.search!r}")
         return answer

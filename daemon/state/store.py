@@ -17,8 +17,8 @@ from protocol.errors import SearchExistsError
 from protocol.plans.candidate import candidate_id
 from protocol.plans.profile import ModelProfile
 from protocol.plans.spec import SearchSpec
-from protocol.queue.connection import Patience, check_server
-from protocol.queue.keys import Keys, read_entry
+from protocol.queue.connection import RedisRetry, check_server
+from protocol.queue.keys import Keys, parse_unless_damaged
 from protocol.queue.profile_board import ProfileBoard
 from protocol.queue.streams import CandidateQueue, TakenOver, load_scripts
 from protocol.queue.worker_status import WorkerStatus, read_workers
@@ -37,7 +37,7 @@ class SearchStore:
         self._keys = keys
         self._spec = spec
         self._me = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
-        self._patiently = Patience(redis, keys.state)
+        self._retry = RedisRetry(redis, keys.state)
         self._scripts = load_scripts(redis)
         self._profiles = ProfileBoard(redis, keys)
         self._spec_text = spec.model_dump_json()
@@ -50,23 +50,23 @@ class SearchStore:
 
         A sign of life left behind by a killed daemon is waited out (some seconds), unless `previous_is_dead`.
         """
-        await self._patiently(lambda: check_server(self._redis))
+        await self._retry(lambda: check_server(self._redis))
         if previous_is_dead:
-            await self._patiently(self._forget_workers)
+            await self._retry(self._forget_workers)
         else:
             await self.wait_for_silence()
         await self._adopt_spec()
-        self._epoch = int(await self._patiently(lambda: self._scripts["begin_epoch"]([self._keys.epoch])))
+        self._epoch = int(await self._retry(lambda: self._scripts["begin_epoch"]([self._keys.epoch])))
         await self._show_life()
         await self._restorer.clear()
         queue = CandidateQueue(self._redis, self._keys, epoch=self._epoch, fingerprint=self._spec.fingerprint)
-        queue.issued = int(await self._patiently(lambda: self._redis.llen(self._keys.issued)))
-        queue.applied = int(await self._patiently(lambda: self._redis.llen(self._keys.applied)))
+        queue.issued = int(await self._retry(lambda: self._redis.llen(self._keys.issued)))
+        queue.applied = int(await self._retry(lambda: self._redis.llen(self._keys.applied)))
         return queue
 
     async def history(self) -> History:
         """What the search has done so far."""
-        return await load_history(self._redis, self._keys, self._patiently)
+        return await load_history(self._redis, self._keys, self._retry)
 
     async def repair(self, queue: CandidateQueue, history: History) -> int:
         """Put those candidates of `history` back that have no outcome and whose job or result is lost."""
@@ -82,7 +82,7 @@ class SearchStore:
 
     async def workers(self) -> list[WorkerStatus]:
         """The workers that show a sign of life; of one that cannot be read, it is told once."""
-        found = await self._patiently(lambda: read_workers(self._redis, self._keys))
+        found = await self._retry(lambda: read_workers(self._redis, self._keys))
         for consumer in found.unreadable - self._unreadable:
             log.warning("worker_unreadable", worker=consumer)
         self._unreadable |= found.unreadable
@@ -90,7 +90,7 @@ class SearchStore:
 
     async def count(self, totals: dict[str, float]) -> None:
         """Keep the search's counters (tokens, seconds, …) over restarts. Totals, so that writing twice does no harm."""
-        await self._patiently(lambda: self._redis.hset(self._keys.state, mapping=totals))
+        await self._retry(lambda: self._redis.hset(self._keys.state, mapping=totals))
 
     async def count_anew(self, totals: dict[str, float]) -> None:
         """Replace all of the search's counters, damaged ones too, by `totals`."""
@@ -102,7 +102,7 @@ class SearchStore:
                 pipe.hset(self._keys.state, mapping=totals)
             await pipe.execute()
 
-        await self._patiently(replace_all)
+        await self._retry(replace_all)
 
     async def show_life(self) -> None:
         """Show a sign of life until cancelled. Raises TakenOver when another daemon has taken over."""
@@ -128,7 +128,7 @@ class SearchStore:
     async def _check(self, queue: CandidateQueue, remembered: Callable[[], Memory]) -> None:
         """Bring back what the server has lost: data (it was flushed, or runs on an older copy), jobs and results."""
         confirmed = queue.issued, queue.applied  # before asking: what is confirmed later may not be in the answer
-        epoch, spec, issued, applied, jobs, results = await self._patiently(self._lengths)
+        epoch, spec, issued, applied, jobs, results = await self._retry(self._lengths)
         is_ours = _epoch(epoch) >= self._epoch and spec == self._spec_text
         if not is_ours or issued < confirmed[0] or applied < confirmed[1]:
             await self.restore(queue, remembered, from_="the daemon's memory")
@@ -165,11 +165,11 @@ class SearchStore:
             await self._redis.delete(self._keys.daemon)
 
     async def _show_life(self) -> None:
-        epoch = await self._patiently(lambda: self._redis.get(self._keys.epoch))
+        epoch = await self._retry(lambda: self._redis.get(self._keys.epoch))
         if _epoch(epoch) > self._epoch:  # none, or a lower one: lost, and brought back by the next check
             raise TakenOver(f"another daemon has taken over the search {self._keys.search!r}")
         milliseconds = int(SIGN_OF_LIFE_SECONDS * 1000)
-        await self._patiently(lambda: self._redis.set(self._keys.daemon, self._me, px=milliseconds))
+        await self._retry(lambda: self._redis.set(self._keys.daemon, self._me, px=milliseconds))
 
     async def wait_for_silence(self) -> None:
         """Wait until the sign of life of an earlier daemon ends. Raises SearchExistsError when a daemon renews it.
@@ -194,16 +194,16 @@ class SearchStore:
             await self._redis.delete(name)
 
     async def _owner(self) -> tuple[str | None, int]:
-        owner = await self._patiently(lambda: self._redis.get(self._keys.daemon))
-        left = await self._patiently(lambda: self._redis.pttl(self._keys.daemon))
+        owner = await self._retry(lambda: self._redis.get(self._keys.daemon))
+        left = await self._retry(lambda: self._redis.pttl(self._keys.daemon))
         return owner, int(left)
 
     async def _adopt_spec(self) -> None:
         mine = self._spec_text
-        if await self._patiently(lambda: self._redis.set(self._keys.spec, mine, nx=True)):
+        if await self._retry(lambda: self._redis.set(self._keys.spec, mine, nx=True)):
             return
-        stored = await self._patiently(lambda: self._redis.get(self._keys.spec))
-        theirs = read_entry(SearchSpec, stored, self._keys.spec)
+        stored = await self._retry(lambda: self._redis.get(self._keys.spec))
+        theirs = parse_unless_damaged(SearchSpec, stored, self._keys.spec)
         if theirs is None:
             await self._replace_damaged_spec()
             return
@@ -213,7 +213,7 @@ class SearchStore:
         # Where no candidate was proposed under it, it was a first try with a model or a text that could not be had, or
         # that were found not to go with the settings.
         keys = [self._keys.spec, self._keys.state, self._keys.issued, self._keys.epoch]
-        if not await self._patiently(lambda: self._scripts["replace_spec"](keys, [stored, mine])):
+        if not await self._retry(lambda: self._scripts["replace_spec"](keys, [stored, mine])):
             raise SearchExistsError(
                 f"there is a search {self._keys.search!r} with other settings ({difference(theirs, self._spec)}); "
                 "give this one another search.name"
@@ -224,7 +224,7 @@ class SearchStore:
 
         Their ids say so, for they depend on the spec. SearchExistsError where they say otherwise or cannot be read.
         """
-        async for id_, text in entries(self._redis, self._keys.issued, self._keys.candidates, ask=self._patiently):
+        async for id_, text in entries(self._redis, self._keys.issued, self._keys.candidates, ask=self._retry):
             candidate = read_candidate(self._keys, id_, text)
             if candidate is None:
                 continue
@@ -232,10 +232,10 @@ class SearchStore:
                 break
             raise self._damaged_spec("the candidates there are of other settings")
         else:
-            if await self._patiently(lambda: self._redis.exists(self._keys.issued)):
+            if await self._retry(lambda: self._redis.exists(self._keys.issued)):
                 raise self._damaged_spec("no candidate there can be read that would tell its settings")
         log.error("spec_damaged", key=self._keys.spec)
-        await self._patiently(lambda: self._redis.set(self._keys.spec, self._spec_text))
+        await self._retry(lambda: self._redis.set(self._keys.spec, self._spec_text))
 
     def _damaged_spec(self, why: str) -> SearchExistsError:
         return SearchExistsError(

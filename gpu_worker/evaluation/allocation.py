@@ -7,10 +7,10 @@ from gpu_worker.evaluation.target import Target
 from gpu_worker.models.loading import LoadedModel
 from gpu_worker.progress import Progress, no_progress
 from protocol.errors import BudgetError
-from protocol.plans.allocation import Allocation, Findings, allocated, llm_pruner_rates, uniform_rates
+from protocol.plans.allocation import Allocation, DenseMeasurements, allocation_rates, llm_pruner_rates, uniform_rates
 from protocol.plans.plan import check_rates
 from protocol.plans.shape import ModelShape
-from protocol.plans.single_unit import removed_alone
+from protocol.plans.single_unit_pruning import single_unit_removed_share
 from protocol.plans.spec import SearchSpec
 
 Choice = tuple[float, ...] | Allocation
@@ -68,9 +68,9 @@ def allocate(target: Target, allocation: Allocation, progress: Progress = no_pro
     `target` comes from `prepare`. Raises BudgetError where the method cannot reach the rate.
     """
     spec, shape = target.spec, target.shape
-    findings = Findings(outliers=target.outliers)
+    findings = DenseMeasurements(outliers=target.outliers)
     if allocation.method == "sensitivity":
         rises = measure_sensitivity(target.ordered, spec, target.calibration, progress)
-        removed = [removed_alone(unit, spec, shape) for unit in shape.units(spec.granularity)]
-        findings = Findings(sensitivity=rises, removed=removed)
-    return allocated(allocation, findings, shape, spec.rate, spec.granularity)
+        removed = [single_unit_removed_share(unit, spec, shape) for unit in shape.units(spec.granularity)]
+        findings = DenseMeasurements(sensitivity=rises, removed=removed)
+    return allocation_rates(allocation, findings, shape, spec.rate, spec.granularity)

@@ -19,7 +19,7 @@ from gpu_worker.pruning.layerwise import LayerCall, record_calls
 from gpu_worker.pruning.ordered_model import OrderedModel
 from protocol.plans.plan import LayerPlan, dense_plan
 from protocol.plans.shape import Unit
-from protocol.plans.single_unit import pruned_alone
+from protocol.plans.single_unit_pruning import single_unit_plan
 from protocol.plans.spec import SearchSpec
 
 
@@ -40,7 +40,7 @@ def measure_sensitivity(
             ordered.decoder, text[:SENSITIVITY_WINDOWS, : max(2, SENSITIVITY_TOKENS // SENSITIVITY_WINDOWS)]
         )
         units = steps(progress, "measuring sensitivity", shape.units(spec.granularity))
-        return tuple(_harm(ordered, run, unit, pruned_alone(unit, spec, shape)) for unit in units)
+        return tuple(_harm(ordered, run, unit, single_unit_plan(unit, spec, shape)) for unit in units)
 
 
 def _harm(ordered: OrderedModel, run: "_DenseRun", unit: Unit, plan: LayerPlan) -> float:

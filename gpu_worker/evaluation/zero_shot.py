@@ -29,7 +29,7 @@ from protocol.plans.plan import Parameters, count_parameters, dense_plan
 from protocol.plans.shape import ModelShape
 from protocol.plans.spec import Dtype, SearchSpec
 from protocol.results.commands import TaskAccuracy, ZeroShotResult
-from protocol.runtime.amounts import gigabytes
+from protocol.runtime.byte_sizes import gigabytes
 
 log = structlog.get_logger()
 

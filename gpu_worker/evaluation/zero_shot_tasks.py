@@ -19,7 +19,7 @@ from gpu_worker.models.checkpoints import reading, reason
 from gpu_worker.models.hub import datasets_go_offline, hub_reachable
 from gpu_worker.progress import Progress, no_progress, steps
 from protocol.errors import DataError, SettingsError
-from protocol.results.zero_shot import PAPER_TASKS, Metric, chosen_tasks, counted_metric, paper_task, unknown_task
+from protocol.results.zero_shot import PAPER_TASKS, Metric, counted_metric, paper_task, select_tasks, unknown_task
 
 SHIPPED = ("arc", "hellaswag", "openbookqa", "piqa", "super_glue/boolq", "winogrande")
 """Where lm-eval keeps the seven. Looking through all that it ships takes ten seconds."""
@@ -132,7 +132,7 @@ def find_sources(names: Sequence[str], local: _Folder | None) -> list[_Source]:
     root = Path(lm_eval.tasks.__file__).parent
     shipped = _manager(*(root / name for name in SHIPPED))
     if local is None:
-        return [_Source(task.harness_name, shipped, local=False) for task in chosen_tasks(names)]
+        return [_Source(task.harness_name, shipped, local=False) for task in select_tasks(names)]
     found: dict[str, _Source] = {}
     for name in names or local.names:
         paper = paper_task(name)

@@ -10,7 +10,7 @@ from protocol.errors import ModelError
 from protocol.plans.shape import ModelShape
 from protocol.plans.spec import Dtype
 from protocol.results.formats import Format, Formats, GgufType
-from protocol.runtime.amounts import gigabytes
+from protocol.runtime.byte_sizes import gigabytes
 
 SIZES: dict[Dtype, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
 """Bytes of a weight."""

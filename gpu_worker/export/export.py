@@ -17,7 +17,7 @@ from protocol.plans.candidate import Measured
 from protocol.plans.profile import DensePerplexity
 from protocol.plans.shape import ModelShape
 from protocol.plans.spec import SearchSpec
-from protocol.results.commands import ExportResult, Searched
+from protocol.results.commands import ExportResult, SearchSummary
 from protocol.results.formats import Formats, GgufType
 
 
@@ -38,7 +38,7 @@ def export_once(
     *,
     shape: ModelShape | None = None,
     method: str = "rates",
-    searched: Searched | None = None,
+    searched: SearchSummary | None = None,
     progress: Progress = no_progress,
 ) -> ExportResult:
     """Prune by rates, or by those of an allocation, measure, and write the folder: whole, or not at all.
@@ -95,7 +95,7 @@ def _check(model: LoadedModel, spec: SearchSpec, destination: Destination) -> No
     check_export_disk(destination.folder, spec.rate, model.decoder.shape, formats, spec.dtype, gguf_type)
 
 
-def facts_of(pruned: Pruned, method: str, searched: Searched | None = None) -> ExportFacts:
+def facts_of(pruned: Pruned, method: str, searched: SearchSummary | None = None) -> ExportFacts:
     """What the card says of a pruned target."""
     session = pruned.session
     card, texts = session.profile, session.target.texts

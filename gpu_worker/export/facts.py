@@ -7,8 +7,8 @@ from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveFloat, Pos
 
 from protocol.plans.plan import Parameters, Plan, count_parameters
 from protocol.plans.shape import ModelShape
-from protocol.plans.spec import Role, SearchSpec, TextSpec, numbered
-from protocol.results.commands import GgufPerplexity, Searched
+from protocol.plans.spec import Role, SearchSpec, TextSpec, number_texts
+from protocol.results.commands import GgufPerplexity, SearchSummary
 from protocol.results.finetuning import Finetuning
 
 SMOLLM2_ON_THE_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -57,7 +57,7 @@ class ExportFacts(BaseModel):
     """Whether every window's first token was replaced by bos."""
     gguf: GgufPerplexity | None = None
     """Of the GGUF file, in llama.cpp."""
-    searched: Searched | None = None
+    searched: SearchSummary | None = None
     """Of rates that were searched for by the command that wrote the folder."""
     finetunings: tuple[Finetuning, ...] = ()
     """What was done after pruning, in order; then `pruned` is what the model measures after all of it."""
@@ -73,7 +73,7 @@ class ExportFacts(BaseModel):
 
     def is_one_text(self, one: Role, other: Role) -> bool:
         """Whether both roles took their windows from one text."""
-        numbers = self.text_numbers or numbered({role: text.source for role, text in self.spec.texts.items()})
+        numbers = self.text_numbers or number_texts({role: text.source for role, text in self.spec.texts.items()})
         return one in numbers and numbers.get(one) == numbers.get(other)
 
     @property

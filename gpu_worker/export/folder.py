@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 
 from protocol.errors import ModelError, UsageError
 from protocol.results.formats import FACTS, Format, Formats
-from protocol.runtime.locks import hold
+from protocol.runtime.locks import try_lock
 
 UNFINISHED, OLDER = "unfinished", "older"
 """What lies beside a folder while it is written: its new content, and what was there before."""
@@ -137,7 +137,7 @@ def _held(target: Path) -> Iterator[Path]:
     """
     unfinished = _beside(target, UNFINISHED)
     lock = unfinished / LOCK
-    handle = hold(lock)  # a file, for NFS locks no folders
+    handle = try_lock(lock)  # a file, for NFS locks no folders
     if handle is None:
         raise ExportError(f"the folder {target} is being written by another process")
     try:

@@ -22,7 +22,7 @@ from protocol.errors import ModelError
 from protocol.plans.plan import Plan
 from protocol.results.commands import GgufPerplexity
 from protocol.results.formats import FACTS, Format, Formats, GgufType
-from protocol.runtime.amounts import gigabytes
+from protocol.runtime.byte_sizes import gigabytes
 
 
 def export_model(

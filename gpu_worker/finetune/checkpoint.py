@@ -23,8 +23,8 @@ from protocol.plans.shape import ModelShape
 from protocol.plans.spec import Dtype
 from protocol.results.finetuning import LossPoint, Recipe
 from protocol.results.formats import Formats, GgufType
-from protocol.runtime.locks import hold
-from protocol.runtime.signals import held_back
+from protocol.runtime.locks import try_lock
+from protocol.runtime.signals import defer_signals
 
 FILE = "checkpoint.pt"
 LOCK = "lock"
@@ -55,7 +55,7 @@ def held(folder: Path) -> Iterator[None]:
     Raises ExportError where another process holds it, or where it cannot be made.
     """
     try:
-        handle = hold(folder / LOCK)
+        handle = try_lock(folder / LOCK)
     except OSError as error:
         raise ExportError(f"the checkpoint in {folder} cannot be written ({error.strerror})") from error
     if handle is None:
@@ -112,7 +112,7 @@ class Checkpoint:
         beside = self.folder / f".{FILE}"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with held_back():
+            with defer_signals():
                 with beside.open("wb") as file:
                     torch.save({"settings": self._settings, "state": content}, file)
                     file.flush()

@@ -14,7 +14,7 @@ from gpu_worker.measuring.perplexity import checked_perplexity
 from gpu_worker.models.loading import LoadedModel
 from gpu_worker.progress import Progress
 from protocol.errors import SettingsError
-from protocol.plans.spec import Role, SearchSpec, TextSpec, numbered
+from protocol.plans.spec import Role, SearchSpec, TextSpec, number_texts
 from protocol.results.finetuning import Perplexities
 
 
@@ -86,7 +86,7 @@ def numbers_of(facts: ExportFacts, judged: Mapping[Role, Judged]) -> dict[Role, 
     """Which roles took their windows from one text when they were judged."""
     places: dict[Role, Hashable] = {role: each.text.place for role, each in judged.items()}
     scored = scored_on(facts, {role: each.text for role, each in judged.items()})
-    return numbered({"calibration": None if scored is None else places[scored], **places})
+    return number_texts({"calibration": None if scored is None else places[scored], **places})
 
 
 def _not_written(_windows: int, _length: int) -> Tensor:

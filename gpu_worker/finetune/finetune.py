@@ -27,7 +27,7 @@ from gpu_worker.progress import Progress, no_progress
 from protocol.errors import SettingsError
 from protocol.plans.plan import Plan
 from protocol.plans.spec import Dtype, Role
-from protocol.results.commands import FinetuneResult, Searched
+from protocol.results.commands import FinetuneResult, SearchSummary
 from protocol.results.finetuning import Finetuning, Perplexities, Recipe, form_of
 from protocol.results.formats import Formats, GgufType, gguf_type_of
 
@@ -205,7 +205,7 @@ def _facts(facts: ExportFacts, tuned: Finetuning, judged: Mapping[Role, Judged],
     return new.model_copy(update={"searched": _still_said(facts, new)})
 
 
-def _still_said(facts: ExportFacts, new: ExportFacts) -> Searched | None:
+def _still_said(facts: ExportFacts, new: ExportFacts) -> SearchSummary | None:
     """What is said of uniform pruning, as long as it is of the tokens that the new folder tells of."""
     if facts.searched is None:
         return None

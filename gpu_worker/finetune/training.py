@@ -22,7 +22,7 @@ from gpu_worker.models.errors import NotFiniteError
 from gpu_worker.models.loading import LoadedModel
 from gpu_worker.progress import LOGGED_EVERY, Progress
 from protocol.results.finetuning import LossPoint, Recipe
-from protocol.runtime.signals import held_back
+from protocol.runtime.signals import defer_signals
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ class _Run:
         rate = learning_rate(self._recipe, self._share_done(number))
         for group in self._optimizer.param_groups:
             group["lr"] = rate
-        with held_back():
+        with defer_signals():
             self.is_whole = False
             self._optimizer.step()
             self._trained.write_back()

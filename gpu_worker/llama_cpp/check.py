@@ -14,7 +14,7 @@ from gpu_worker.progress import Progress
 from protocol.errors import ModelError
 from protocol.results.commands import GgufPerplexity
 from protocol.results.formats import GgufType
-from protocol.runtime.amounts import gigabytes
+from protocol.runtime.byte_sizes import gigabytes
 
 log = structlog.get_logger()
 

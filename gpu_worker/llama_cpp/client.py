@@ -21,7 +21,7 @@ from gpu_worker.measuring.perplexity import perplexity_of
 from gpu_worker.models.limits import LOGITS_BYTES
 from gpu_worker.progress import Progress, no_progress, steps
 from protocol.errors import ModelError
-from protocol.runtime.environment import for_child
+from protocol.runtime.environment import child_environment
 
 LEAST_CONTEXT = 512
 _KEY = secrets.token_urlsafe(32)
@@ -39,7 +39,7 @@ def running(options: ServerOptions) -> Iterator[str]:
         command,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        env={**for_child(), KEY_VARIABLE: _KEY},
+        env={**child_environment(), KEY_VARIABLE: _KEY},
         start_new_session=True,  # a terminal's Ctrl-C is for us alone
     ) as server:
         try:

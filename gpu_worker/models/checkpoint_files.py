@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 from gpu_worker.models.shown import shown
 from protocol.errors import ModelError
-from protocol.runtime.amounts import gigabytes
+from protocol.runtime.byte_sizes import gigabytes
 
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 """Files that say which file each weight is in."""

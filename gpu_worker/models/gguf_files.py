@@ -18,7 +18,7 @@ from gpu_worker.models.identity import file_identity
 from gpu_worker.models.memory import main_memory
 from gpu_worker.models.sizes import check_sizes
 from protocol.errors import ModelError
-from protocol.runtime.amounts import gigabytes
+from protocol.runtime.byte_sizes import gigabytes
 
 SIZES = {
     "block_count": "num_hidden_layers",

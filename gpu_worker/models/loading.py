@@ -29,7 +29,7 @@ from gpu_worker.models.memory import Machine, MemoryEstimate, Workload, estimate
 from gpu_worker.models.placement import Placement, device_map, part_of, place, skeleton
 from protocol.errors import ModelError
 from protocol.results.formats import FACTS, only_for_llama_cpp
-from protocol.runtime.amounts import GB
+from protocol.runtime.byte_sizes import GB
 
 SMOLLM2 = "smollm2"
 WHAT_TO_PASS = f"pass a model's folder, a GGUF file, a hub name, or `{SMOLLM2}`"

@@ -20,7 +20,7 @@ from gpu_worker.models.limits import (
 from protocol.plans.shape import LayerShape, ModelShape
 from protocol.plans.spec import SearchSpec, TextSpec
 from protocol.results.finetuning import Recipe
-from protocol.runtime.amounts import gigabytes
+from protocol.runtime.byte_sizes import gigabytes
 
 FP32 = INT32 = 4
 PER_TRAINED = 4 * FP32

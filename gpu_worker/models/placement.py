@@ -15,7 +15,7 @@ import transformers
 
 from gpu_worker.models.memory import Machine, MemoryEstimate
 from protocol.errors import ModelError
-from protocol.runtime.amounts import gigabytes
+from protocol.runtime.byte_sizes import gigabytes
 
 ADVICE = "use shorter windows (seqlen), a smaller dtype, more or larger GPUs, or a smaller model"
 

@@ -26,7 +26,7 @@ from gpu_worker.speed.transformers_engine import TransformersRunner, random_prom
 from gpu_worker.speed.transformers_engine import open_pair as open_transformers_pair
 from protocol.errors import ModelError
 from protocol.results.speeds import ModelSize
-from protocol.runtime.amounts import gigabytes
+from protocol.runtime.byte_sizes import gigabytes
 
 MEMORY_SHARE = 0.84
 """Of what is free on the GPU, for both models with their KV caches. Beside it vLLM takes memory for CUDA's graphs."""

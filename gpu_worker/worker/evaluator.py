@@ -18,7 +18,7 @@ from protocol.plans.candidate import OUTCOME, Candidate, Failed, Outcome
 from protocol.plans.profile import ModelProfile
 from protocol.plans.spec import SearchSpec
 from protocol.queue.self_text import SelfTextBoard
-from protocol.runtime.environment import for_child
+from protocol.runtime.environment import child_environment
 
 EVALUATION_PROCESS = (sys.executable, "-m", "gpu_worker.evaluation.process")
 LINE_LIMIT = 32_000_000
@@ -86,7 +86,7 @@ class EvaluationChild:
             stdout=asyncio.subprocess.PIPE,
             limit=LINE_LIMIT,
             start_new_session=True,
-            env=THREADS | for_child(loads_models=True),
+            env=THREADS | child_environment(loads_models=True),
         )
         self._send({"spec": self.spec.model_dump(mode="json"), "sensitivity": sensitivity, "self_text": text})
         while True:

@@ -6,12 +6,11 @@ beating, makes a new child, and the candidate is measured again or committed as 
 
 import asyncio
 import contextlib
-import json
 import os
 import signal
 import socket
 import uuid
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import structlog
@@ -27,12 +26,13 @@ from protocol.errors import StoreError, UsageError, first_error
 from protocol.plans.candidate import Failed, Outcome
 from protocol.plans.profile import ModelProfile
 from protocol.plans.spec import SearchSpec
-from protocol.queue.connection import AWAY, Patience, check_server, connect
+from protocol.queue.connection import UNREACHABLE_ERRORS, RedisRetry, check_server, connect
 from protocol.queue.control import Control
 from protocol.queue.jobs import MOST_DEATHS, Job, JobQueue
-from protocol.queue.keys import Keys, read_entry, read_stored
+from protocol.queue.keys import Keys, parse_stored, parse_unless_damaged
 from protocol.queue.profile_board import ProfileBoard
 from protocol.queue.self_text import SelfTextBoard
+from protocol.queue.worker_status import WorkerStatus
 
 MOST_FAILED_STARTS = 3
 """After so many deaths of the child while it gets ready, the worker gives up."""
@@ -62,21 +62,6 @@ class WorkerOptions:
     """The command that starts the child."""
 
 
-@dataclass
-class Status:
-    """What the worker says of itself with each beat (protocol.queue.worker_status.WorkerStatus reads it)."""
-
-    stage: str = "loading"
-    done: int = 0
-    total: int = 0
-    measured: int = 0
-    detail: str = ""
-
-    def to_json(self) -> str:
-        """The status as JSON."""
-        return json.dumps(asdict(self))
-
-
 class Worker:
     """One worker of one search."""
 
@@ -88,8 +73,8 @@ class Worker:
         self._queue = JobQueue(redis, self._keys, self._consumer, lease_seconds=options.lease_seconds)
         self._control = Control(redis, self._keys)
         self._profiles = ProfileBoard(redis, self._keys)
-        self._patiently = Patience(redis, self._keys.jobs)
-        self._status = Status()
+        self._retry = RedisRetry(redis, self._keys.jobs)
+        self._status = WorkerStatus(stage="loading")
         self._logged = Sparsely()
         self._job: Job | None = None
         self._stopping = asyncio.Event()
@@ -100,7 +85,7 @@ class Worker:
         structlog.contextvars.bind_contextvars(search=self._options.search, worker=self._consumer)
         if self._options.own_gpu:
             log.info("gpu_taken", gpu=await take_gpu())
-        await self._patiently(lambda: check_server(self._redis))
+        await self._retry(lambda: check_server(self._redis))
         try:
             await self._at_work()
         except UsageError as error:
@@ -120,12 +105,13 @@ class Worker:
                 raise
             raise error from None
         finally:
-            with contextlib.suppress(*AWAY, RedisError):  # it must not hide what ended the worker
+            with contextlib.suppress(*UNREACHABLE_ERRORS, RedisError):  # it must not hide what ended the worker
                 await self._queue.release()
 
     async def _tell_unusable(self, error: UsageError) -> None:
         """Leave word for a lease of what the user must mend; the end waits for no server."""
-        status = Status(stage="unusable", detail=str(error))
+        detail = str(error).encode("utf-8", "backslashreplace").decode()  # a path in it may not be UTF-8
+        status = WorkerStatus(stage="unusable", detail=detail)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(IDLE_GRACE_SECONDS):
                 await self._queue.beat(None, status.to_json())
@@ -153,7 +139,7 @@ class Worker:
         log.warning("preparation_given_up", spec=spec.fingerprint, reason=str(reason))
         if self._job is not None:
             self._job = None
-            with contextlib.suppress(*AWAY, RedisError):  # the lease runs out where the server does not answer
+            with contextlib.suppress(*UNREACHABLE_ERRORS, RedisError):  # otherwise the lease runs out
                 await self._queue.release()
 
     async def _until_stopped(self, work: asyncio.Task[None]) -> None:
@@ -190,15 +176,15 @@ class Worker:
     async def _spec(self) -> SearchSpec | None:
         """The search's spec; None where there is none, or a damaged one, which its daemon replaces."""
         text = await self._spec_text()
-        return read_entry(SearchSpec, text, self._keys.spec) if text else None
+        return parse_unless_damaged(SearchSpec, text, self._keys.spec) if text else None
 
     async def _readable_spec(self) -> SearchSpec | None:
         """The search's spec, None where there is none; raises StoreError for a damaged one."""
         text = await self._spec_text()
-        return read_stored(SearchSpec, text, self._keys.spec) if text else None
+        return parse_stored(SearchSpec, text, self._keys.spec) if text else None
 
     async def _spec_text(self) -> str | None:
-        text: str | None = await self._patiently(lambda: self._redis.get(self._keys.spec))
+        text: str | None = await self._retry(lambda: self._redis.get(self._keys.spec))
         return text
 
     async def _work_on(self, spec: SearchSpec) -> None:
@@ -208,7 +194,7 @@ class Worker:
         try:
             profile = await self._prepare(child, spec)
             while not self._stopping.is_set():
-                self._status.stage = "idle"
+                self._set_status(stage="idle")
                 paused = await self._control.read() != "run"
                 self._job = None if paused else await self._queue.claim()
                 if self._job is None:
@@ -283,7 +269,7 @@ class Worker:
         raise UsageError(f"the target model cannot be made ready: {last}, {MOST_FAILED_STARTS} times; see the log")
 
     async def _measure(self, child: EvaluationChild, job: Job) -> None:
-        self._status.stage = "evaluating"
+        self._set_status(stage="evaluating")
         with structlog.contextvars.bound_contextvars(candidate=job.candidate.id):
             outcome = await self._outcome(child, job)
             if outcome is not None:
@@ -291,7 +277,7 @@ class Worker:
                 figures = outcome.model_dump(exclude={"parameters"}, exclude_none=True)
                 log.info("outcome_committed", counts=first, **figures)
             self._job = None
-            self._status.measured += 1
+            self._set_status(measured=self._status.measured + 1)
 
     async def _outcome(self, child: EvaluationChild, job: Job) -> Outcome | None:
         """The outcome of `job`; None when it was given up because evaluation processes die on it.
@@ -324,14 +310,17 @@ class Worker:
     async def _evaluated(self, child: EvaluationChild, job: Job) -> Outcome:
         if not child.alive:
             await self._prepare(child, child.spec)
-            self._status.stage = "evaluating"
+            self._set_status(stage="evaluating")
         return await child.evaluate(job.candidate, limit_seconds=self._options.max_evaluation_seconds)
+
+    def _set_status(self, **changes: str | int) -> None:
+        self._status = self._status.model_copy(update=changes)
 
     def _show_progress(self, stage: str, done: int, total: int) -> None:
         if self._logged.picks(stage, done, total):
             left = self._logged.seconds_left(done, total)
             log.info("preparing", stage=stage, done=done, total=total, seconds_left=left)
-        self._status.stage, self._status.done, self._status.total = stage, done, total
+        self._set_status(stage=stage, done=done, total=total)
         beat = asyncio.create_task(self._queue.beat(self._job, self._status.to_json()))
         self._beats.add(beat)
         beat.add_done_callback(self._beats.discard)

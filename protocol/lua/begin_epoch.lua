@@ -1,5 +1,5 @@
--- Put a daemon in charge. Its epoch is higher than any before, and no other daemon's, not even of a server that has lost
--- its data since: the server's clock in microseconds is higher than what a daemon drew earlier.
+-- Put a daemon in charge. Its epoch is unique and higher than any before, even if the server has lost its data since:
+-- the server's clock in microseconds exceeds every earlier epoch.
 -- KEYS epoch
 -- Returns the epoch.
 local now = redis.call('TIME')

@@ -1,4 +1,4 @@
--- Take a job that names no candidate off the stream, and list it among the dead.
+-- Move a job without a candidate id from the job stream to the dead-letter stream.
 -- KEYS jobs dead    ARGV group consumer message detail most
 if redis.call('XACK', KEYS[1], ARGV[1], ARGV[3]) == 0 then return 0 end
 redis.call('XDEL', KEYS[1], ARGV[3])

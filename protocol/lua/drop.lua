@@ -1,6 +1,6 @@
--- Take a result off its stream that belongs to no candidate of this search, and forget that it was the first.
+-- Delete a result that belongs to no candidate of this search, and its entry in `done`.
 -- KEYS epoch results done    ARGV epoch cursor id
--- Returns 1, or what fence.lua says.
+-- Returns 1, or the refusal of fence.lua.
 local refused = refusal(KEYS[1], ARGV[1])
 if refused then return refused end
 redis.call('XDEL', KEYS[2], ARGV[2])

@@ -1,7 +1,7 @@
--- Read what is commanded: the control key and the command that was understood last, as far as a command is long, and the
--- epoch. A key of another type than a string is text that means nothing.
--- KEYS control understood epoch
--- Returns {control or false, understood or false, epoch or 0}.
+-- Read the control key and the last valid command, cut at 40 characters, and the epoch. A key that is not a string is
+-- returned as invalid text.
+-- KEYS control last_command epoch
+-- Returns {control or false, last_command or false, epoch or 0}.
 local function text(key)
   local kind = redis.call('TYPE', key)['ok']
   if kind == 'none' then return false end

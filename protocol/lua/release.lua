@@ -1,5 +1,5 @@
--- Sign off: hand back at once whatever is pending with a worker, withdraw its sign of life, and forget it. What is
--- handed back belongs to the consumer `released`, of whom everybody may take, and counts as nobody's death.
+-- Sign a worker off: hand back its pending jobs, and delete its sign of life and its consumer. Jobs handed back belong to
+-- the consumer `released`, from which any worker may take them, and no death is counted.
 -- KEYS jobs worker    ARGV group consumer released released_idle_ms
 redis.call('DEL', KEYS[2])
 for _, row in ipairs(redis.call('XPENDING', KEYS[1], ARGV[1], '-', '+', 10000, ARGV[2])) do

@@ -1,6 +1,6 @@
--- Keep the parents that were chosen for a round, unless some are kept already.
+-- Store the parents selected for a round, unless some are stored already.
 -- KEYS epoch selections    ARGV epoch round parents
--- Returns the parents that are kept, or what fence.lua says.
+-- Returns the stored parents, or the refusal of fence.lua.
 local refused = refusal(KEYS[1], ARGV[1])
 if refused then return refused end
 redis.call('HSETNX', KEYS[2], ARGV[2], ARGV[3])

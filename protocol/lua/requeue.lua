@@ -1,8 +1,7 @@
--- Put candidates of the ledger back on the job stream whose job is lost, or whose outcome was committed and is lost. The
--- caller has read both streams up to an entry and names candidates that it did not find there; what has come behind those
--- entries since is looked at here.
+-- Enqueue again candidates whose job is lost, or whose committed outcome is lost. The caller has read both streams up to
+-- an entry each and passes the candidates that it did not find. Entries added since then are checked here.
 -- KEYS epoch candidates done outcomes jobs results    ARGV epoch fingerprint last_job last_result id…
--- Returns how many were put back, or what fence.lua says.
+-- Returns how many were enqueued, or the refusal of fence.lua.
 local refused = refusal(KEYS[1], ARGV[1])
 if refused then return refused end
 local there, requeued = {}, 0

@@ -1,9 +1,9 @@
--- Put what restore_part.lua has written in the place of what the server has, with the spec, the profile and the command, and
--- put the daemon in charge: all in one step. What the daemon remembers is all there is to know, so it replaces the rest.
--- A command that was given after the server was emptied is newer than the daemon's; one of an older copy is not.
--- KEYS epoch spec profile control understood [written key]…    ARGV epoch spec profile command [length]…
--- Returns 0, -1 when another daemon has taken over, or -3 where what was written may not be complete: a part of it is
--- lost, or the daemon's epoch is there, so that its queue could write meanwhile.
+-- Replace the server's data by what restore_part.lua has written, with the spec, the profile and the command, and put the
+-- daemon in charge, all in one step. The daemon's copy is complete, so it replaces everything. A command given after the
+-- server was emptied is newer than the daemon's and stays; one of an older copy does not.
+-- KEYS epoch spec profile control last_command [written key]…    ARGV epoch spec profile command [length]…
+-- Returns 0; -1 if another daemon has taken over; -3 if the written data may be incomplete: a part of it is lost, or the
+-- daemon's epoch exists, so that its queue could have written meanwhile.
 local refused = refusal(KEYS[1], ARGV[1])
 if refused == -1 then return refused end
 if not refused then return -3 end

@@ -1,7 +1,7 @@
--- Forget the workers that are gone: no sign of life, idle for a lease, and nothing pending (deleting a consumer drops
--- what is pending with it without a word).
+-- Delete the consumers of workers that are gone: no sign of life, idle for a lease, and nothing pending (deleting a
+-- consumer silently drops its pending jobs).
 -- KEYS jobs    ARGV group worker_prefix lease_ms
--- Returns how many were forgotten.
+-- Returns how many were deleted.
 local forgotten = 0
 for _, flat in ipairs(redis.call('XINFO', 'CONSUMERS', KEYS[1], ARGV[1])) do
   local consumer = {}

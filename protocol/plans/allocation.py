@@ -1,6 +1,6 @@
-"""Pruning rates without a search: what every search is compared with. Pure.
+"""Allocations: pruning rates without a search, the baselines of every search. Pure.
 
-Each method gives one raw rate per unit; `feasible` then moves them to five decimals with a mean of exactly β.
+Each method computes one raw rate per unit. `feasible` then moves them to five decimals with a mean of exactly β.
 """
 
 import statistics
@@ -20,14 +20,15 @@ from protocol.plans.spec import Reconstruction
 Method = Literal["uniform", "first-layer", "owl", "llm-pruner", "sensitivity"]
 
 OUTLIER_THRESHOLD = 5.0
-"""OWL's M, as its authors set it."""
+"""OWL's M, the authors' default."""
 SENSITIVITY_FLOOR = 1.0
-"""Times the median that is added to every sensitivity. Most units matter about as little, and what tells them apart is
-noise: without it the luckiest unit would be pruned away. A unit that matters ten times as much is still spared."""
+"""This multiple of the median is added to every sensitivity. Most units have about the same low sensitivity, and the
+differences are noise: without the floor the unit with the lowest value would be pruned away. A unit that is ten times
+as sensitive is still spared."""
 
 
 def uniform_label(reconstruction: Reconstruction, heads: Heads = "rectangular") -> str:
-    """Return the name of uniform pruning in tables, which shows how strong a baseline it is."""
+    """Return the name of this uniform baseline in tables."""
     fitted = reconstruction == "least-squares"
     if heads == "any":
         return "uniform, any heads, fitted" if fitted else "uniform, any heads"
@@ -35,38 +36,39 @@ def uniform_label(reconstruction: Reconstruction, heads: Heads = "rectangular") 
 
 
 class Allocation(BaseModel):
-    """A method and its settings; those of other methods are not read."""
+    """An allocation method and its settings. Settings of other methods are ignored."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     method: Method
     outlier_threshold: PositiveFloat = OUTLIER_THRESHOLD
-    """OWL's M: an entry of |W|·‖x‖ is an outlier when it exceeds M times the layer's mean."""
+    """OWL's M: an entry of |W|·‖x‖ is an outlier if it exceeds M times the layer's mean."""
     outlier_range: float = Field(default=0.08, gt=0, lt=1)
-    """OWL's λ: rates lie within β ± λ, more or less."""
+    """OWL's λ: rates lie within about β ± λ."""
     first_layers: NonNegativeInt | None = None
-    """LLM-Pruner: how many layers at the bottom are kept whole; an eighth of them if None, as 4 of 32."""
+    """LLM-Pruner: number of first layers that are not pruned; None means an eighth (4 of 32)."""
     last_layers: NonNegativeInt | None = None
-    """LLM-Pruner: how many at the top; a sixteenth of them if None, as 2 of 32."""
+    """LLM-Pruner: number of last layers that are not pruned; None means a sixteenth (2 of 32)."""
 
 
 @dataclass(frozen=True)
-class Findings:
-    """What was measured of the dense model, for the methods that need it."""
+class DenseMeasurements:
+    """Measurements of the dense model, for the methods that need them."""
 
     outliers: Sequence[float] = ()
-    """OWL: each layer's share of outliers, in percent."""
+    """OWL: share of outliers per layer, in percent."""
     sensitivity: Sequence[float] = ()
-    """Each unit's divergence from the dense model when it alone loses the share `removed`."""
+    """Per unit: KL divergence from the dense model when only this unit is pruned."""
     removed: Sequence[float] = ()
+    """Per unit: the share of its parameters that was removed to measure `sensitivity`."""
 
 
-def allocated(
-    allocation: Allocation, findings: Findings, shape: ModelShape, rate: float, granularity: Granularity
+def allocation_rates(
+    allocation: Allocation, findings: DenseMeasurements, shape: ModelShape, rate: float, granularity: Granularity
 ) -> tuple[float, ...]:
-    """The method's pruning rates, one per unit, with a mean of exactly `rate`.
+    """Return the method's pruning rates, one per unit, with a mean of exactly `rate`.
 
-    Raises BudgetError where the method cannot reach it.
+    Raises BudgetError if the method cannot reach that mean.
     """
     if allocation.method == "uniform":
         return uniform_rates(shape, rate, granularity)
@@ -80,17 +82,17 @@ def allocated(
 
 
 def uniform_rates(shape: ModelShape, rate: float, granularity: Granularity) -> tuple[float, ...]:
-    """The same rate for every unit."""
+    """Return the same rate for every unit."""
     return _on_budget([rate] * len(shape.units(granularity)), shape, rate, granularity)
 
 
 def owl_rates(
     outliers: Sequence[float], spread: float, shape: ModelShape, rate: float, granularity: Granularity
 ) -> tuple[float, ...]:
-    """OWL (Yin et al., 2024): layers with more outliers lose less.
+    """Return OWL's rates (Yin et al., 2024): layers with more outliers are pruned less.
 
-    `outliers` is each layer's share of outliers, in percent. Scaled to [0, 2λ] and shifted so that their mean is 1 − β,
-    they are what a layer keeps; `spread` is λ. A layer's rate goes to each of its units.
+    `outliers` is the share of outliers per layer, in percent, and `spread` is λ. Scaled to [0, 2λ] and shifted to a
+    mean of 1 − β, the outlier shares become the share that each layer keeps. All units of a layer get its rate.
     """
     least, most = min(outliers), max(outliers)
     scaled = [2 * spread * (d - least) / (most - least) if most > least else 0.0 for d in outliers]
@@ -102,14 +104,16 @@ def owl_rates(
 def llm_pruner_rates(
     first: int | None, last: int | None, shape: ModelShape, rate: float, granularity: Granularity
 ) -> tuple[float, ...]:
-    """LLM-Pruner (Ma et al., 2023): the same rate in a middle range of layers, the first and the last kept whole.
+    """Return LLM-Pruner's rates (Ma et al., 2023): equal in the middle layers, zero in the first and last ones.
 
-    Raises BudgetError where the middle cannot give that much.
+    Raises BudgetError if the middle layers are too small for the budget.
     """
     count = len(shape.layers)
     whole = (round(count / 8) if first is None else first, round(count / 16) if last is None else last)
     if sum(whole) >= count:
-        raise BudgetError(f"{whole[0]} first and {whole[1]} last layers are all that the model has: nothing is pruned")
+        raise BudgetError(
+            f"{whole[0]} first and {whole[1]} last layers are all of the model: no layer is left to prune"
+        )
     spared = [not whole[0] <= unit.layer < count - whole[1] for unit in shape.units(granularity)]
     units = shape.units(granularity)
     middle = (
@@ -120,17 +124,17 @@ def llm_pruner_rates(
     try:
         return _on_budget([0.0 if keep else middle for keep in spared], shape, rate, granularity, spared=spared)
     except BudgetError as error:
-        raise BudgetError(f"{error}, for {whole[0]} first and {whole[1]} last layers stay whole") from error
+        raise BudgetError(f"{error}, because {whole[0]} first and {whole[1]} last layers are not pruned") from error
 
 
 def sensitivity_rates(
     sensitivity: Sequence[float], removed: Sequence[float], shape: ModelShape, rate: float, granularity: Granularity
 ) -> tuple[float, ...]:
-    """The rates with the least damage, if each unit's damage grows with the square of its rate.
+    """Return the rates with the least damage, assuming that damage grows with the square of a unit's rate.
 
-    `sensitivity` is each unit's divergence from the dense model when it alone loses the share `removed`. Minimises
-    Σ s_i · (p_i / removed_i)² for the given budget: p_i ∝ w_i · removed_i² / s_i, w being parameters, up to the bounds.
-    To each s_i `SENSITIVITY_FLOOR` medians are added; what measured below nought counts as nought.
+    `sensitivity` is each unit's divergence from the dense model when only this unit loses the share `removed`.
+    Minimises Σ s_i · (p_i / removed_i)² for the given budget: p_i ∝ w_i · removed_i² / s_i, with w the parameters,
+    clipped at the bounds. `SENSITIVITY_FLOOR` medians are added to each s_i, and negative s_i count as zero.
     """
     units = shape.units(granularity)
     floor = SENSITIVITY_FLOOR * max(statistics.median(sensitivity), 1e-6)
@@ -144,14 +148,14 @@ def sensitivity_rates(
 def _fill(
     pull: Sequence[float], units: Sequence[Unit], shape: ModelShape, rate: float, granularity: Granularity
 ) -> list[float]:
-    """Rates proportional to `pull`, cut at the units' bounds, that use up the budget."""
+    """Return rates proportional to `pull`, clipped at the units' bounds, that use up the budget."""
     bounds = unit_bounds(shape, granularity)
     budget = rate * sum(unit.parameters for unit in units)
 
     def at(level: float) -> list[float]:
         return [min(level * p, high) for p, (_, high) in zip(pull, bounds, strict=True)]
 
-    # What cannot lose anything pulls at nothing, and stays whole.
+    # A unit that cannot be pruned has a pull of zero.
     low, high = 0.0, 1 / min((p for p in pull if p > 0), default=1.0)
     for _ in range(200):
         middle = (low + high) / 2
@@ -168,7 +172,7 @@ def _on_budget(
     *,
     spared: Sequence[bool] = (),
 ) -> tuple[float, ...]:
-    """The nearest feasible rates; `spared` units keep a rate of nought."""
+    """Return the nearest feasible rates; `spared` units keep a rate of zero."""
     bounds = list(unit_bounds(shape, granularity))
     for i, keep in enumerate(spared):
         if keep:

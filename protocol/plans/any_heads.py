@@ -1,16 +1,16 @@
 """Plans that may remove any query heads of a layer: a baseline that is measured with masks and never exported. Pure.
 
-A plan (plan.py) keeps a rectangle of heads, `kv × q`, so that other programs can load the pruned layer. On a
-model with grouped-query attention that is harder than what Wanda-sp asks for, which removes the `int(rate × heads)`
-query heads with the lowest scores, wherever they are. To compare a search with a rectangular baseline alone would
-flatter the search, so this one stands beside it, with the same budget of parameters:
+A plan (plan.py) keeps a rectangle of heads, `kv × q`, so that other programs can load the pruned layer. On a model with
+grouped-query attention this is more restrictive than Wanda-sp, which removes the `int(rate × heads)` query heads with
+the lowest scores, wherever they are. Comparing a search with a rectangular baseline alone would flatter the search.
+This baseline has the same parameter budget:
 
-- a removed query head takes its rows of q_proj and its columns of o_proj;
-- a KV head counts as removed only when all its query heads are, for until then its keys and values are needed;
-- MLP channels fill what the heads leave of the budget, as in every plan.
+- a removed query head frees its rows of q_proj and its columns of o_proj;
+- a KV head counts as removed only when all its query heads are removed, for until then its keys and values are needed;
+- MLP channels use up the rest of the budget, as in every plan.
 
 At high rates an MLP may have too few channels for that. A rectangular plan then removes more heads of the layer. This
-plan does not: channels of other layers go instead, and where those are too few there is a BudgetError.
+plan removes channels of other layers instead, and raises BudgetError if those are too few.
 """
 
 from collections.abc import Sequence
@@ -23,38 +23,38 @@ from protocol.plans.plan import fill_channels
 from protocol.plans.shape import ModelShape
 
 Heads = Literal["rectangular", "any"]
-"""Which query heads may be removed: as many of each KV head that stays, or any."""
+"""Which query heads may be removed: the same number from each remaining KV head, or any."""
 
 
 class AnyHeadsLayer(BaseModel):
-    """What one layer keeps."""
+    """Heads and channels that one layer keeps."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     kept: tuple[tuple[bool, ...], ...]
-    """Whether each query head stays: [KV heads, query heads per KV head], in the order of the dense layer."""
+    """Whether each query head is kept: [KV heads, query heads per KV head], in the dense layer's order."""
     mlp_channels: PositiveInt
 
     @property
     def query_heads(self) -> int:
-        """Query heads kept."""
+        """Number of query heads kept."""
         return sum(map(sum, self.kept))
 
     @property
     def kv_heads(self) -> int:
-        """KV heads that a query head still reads."""
+        """Number of KV heads that at least one query head still uses."""
         return sum(map(any, self.kept))
 
 
 class AnyHeadsPlan(BaseModel):
-    """What each layer of a model keeps."""
+    """Heads and channels that each layer keeps."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     layers: tuple[AnyHeadsLayer, ...]
 
     def decoder_parameters(self, shape: ModelShape) -> int:
-        """Decoder parameters that would be left if the masked pieces were removed."""
+        """Return the decoder parameters that would be left if the masked pieces were removed."""
         return sum(
             shape.attention_parameters(layer.query_heads, layer.kv_heads) + shape.mlp_parameters(layer.mlp_channels)
             for layer in self.layers
@@ -64,10 +64,10 @@ class AnyHeadsPlan(BaseModel):
 def make_any_heads_plan(
     rates: Sequence[float], scores: Sequence[Sequence[Sequence[float]]], shape: ModelShape, *, multiple_of: int = 1
 ) -> AnyHeadsPlan:
-    """The plan that removes `rates`, one per layer, shared equally by heads and MLP.
+    """Return the plan that removes `rates`, one per layer, split equally between heads and MLP.
 
-    `scores` are those of the query heads, [layers, KV heads, query heads per KV head]; of equal ones the first stays.
-    Every layer keeps a head. Raises BudgetError where the MLPs cannot fill the budget.
+    `scores` are the importance scores of the query heads, [layers, KV heads, query heads per KV head]. Of equal scores,
+    the first head is kept. Every layer keeps a head. Raises BudgetError if the MLPs are too small for the budget.
     """
     if not len(rates) == len(scores) == len(shape.layers):
         raise BudgetError(f"{len(rates)} pruning rates were given for {len(shape.layers)} layers")
@@ -85,7 +85,7 @@ def make_any_heads_plan(
 
 
 def _strongest(scores: Sequence[Sequence[float]], rate: float) -> tuple[tuple[bool, ...], ...]:
-    """Which query heads stay at `rate`: all but the `int(rate × heads)` with the lowest scores."""
+    """Return which query heads are kept at `rate`: all but the `int(rate × heads)` with the lowest scores."""
     ranked = sorted(
         ((kv, q) for kv, group in enumerate(scores) for q in range(len(group))),
         key=lambda head: scores[head[0]][head[1]],

@@ -21,13 +21,13 @@ from pydantic import (
 from protocol.plans.plan import Parameters, Plan
 
 AgentName = Literal["seed", "initializer", "mutator", "crossover", "baseline"]
-"""Who proposed. A seed is an allocation without search that takes part in the first population; a baseline is measured
-to compare with, and takes no part."""
+"""The agent that proposed a candidate. A `seed` is an allocation in the first population. A `baseline` is measured for
+comparison only and never enters the population."""
 Source = Literal["llm", "fallback", "classical", "allocation"]
-"""Who made the rates: the LLM, the classical operator that stands in for it, one that was chosen in its place, or an
-allocation without search."""
+"""What produced the rates: the LLM, the fallback when no endpoint answers usefully, a classical operator chosen in the
+settings, or an allocation."""
 Text = Literal["fitness", "report"]
-"""Which text a candidate is measured on: the one searched on, or the one reported on."""
+"""The text that a candidate is measured on: `fitness` guides the search, `report` is for the final figures."""
 FailureReason = Literal["timeout", "crashed", "out-of-memory", "not-finite", "invalid"]
 
 
@@ -36,9 +36,9 @@ class _Value(BaseModel):
 
 
 class Provenance(_Value):
-    """Where a candidate comes from. Round 0 is the first population; `endpoint` and `prompt` only if an LLM made it.
+    """Where a candidate comes from. Round 0 is the first population.
 
-    `call` tells the questions that one agent asks in one round apart.
+    `call` numbers the questions of one agent in one round. `endpoint` and `prompt` are set only if an LLM proposed it.
     """
 
     agent: AgentName
@@ -51,24 +51,25 @@ class Provenance(_Value):
 
 
 class Race(_Value):
-    """What a candidate has to keep up with: it is stopped after `first_windows` of its windows if it is worse on them.
+    """A race against another candidate: this one is stopped after `first_windows` windows if it is worse on them.
 
-    `against` are another candidate's losses, window by window; without them nothing is stopped, but losses are kept.
+    `against` are the other candidate's losses per window. If empty, the candidate is not stopped and its losses are
+    kept.
     """
 
     against: tuple[float, ...]
     first_windows: PositiveInt
 
     def is_lost(self, losses: Sequence[float]) -> bool:
-        """Whether the candidate with these `losses` of its windows so far is stopped now."""
+        """Whether a candidate with these `losses`, one per window so far, is to be stopped now."""
         seen = len(losses)
-        # A candidate that has no window left is whole, whatever its losses.
+        # A candidate without windows left is fully measured, whatever its losses.
         is_time = seen == self.first_windows < len(self.against)
         return is_time and math.fsum(losses) > math.fsum(self.against[:seen])
 
 
 class Candidate(_Value):
-    """Pruning rates, the plan they become, and where they come from."""
+    """Pruning rates, their plan, and their provenance."""
 
     id: str
     rates: tuple[float, ...]
@@ -79,15 +80,15 @@ class Candidate(_Value):
 
     @property
     def is_proposal(self) -> bool:
-        """Whether it takes part in the search: it is no baseline."""
+        """Whether the candidate takes part in the search, which baselines do not."""
         return self.provenance.agent != "baseline"
 
 
 class _Figures(_Value):
-    """What is measured of a pruned model, on a whole text or a part of it.
+    """Measurements of a pruned model, on a whole text or a part of it.
 
-    `tokens` are those whose loss was averaged; `seconds` the evaluation's wall time. `kl`, the mean divergence from the
-    dense model in nats, is there where the spec's measure is `kl`.
+    `tokens` is the number of tokens whose loss was averaged, `seconds` the evaluation's wall time, and `kl` the mean KL
+    divergence from the dense model in nats per token, set if the spec's measure is `kl`.
     """
 
     perplexity: PositiveFloat
@@ -102,40 +103,40 @@ class Measured(_Figures):
 
     kind: Literal["measured"] = "measured"
     losses: tuple[float, ...] = ()
-    """Of each window, where the candidate raced: mean negative log-likelihood, or divergence, in nats a token."""
+    """Per window, if the candidate raced: mean negative log-likelihood, or divergence, in nats per token."""
 
     @property
     def fitness(self) -> float:
-        """What the search minimises."""
+        """The number that the search minimises: divergence if measured, else perplexity."""
         return self.perplexity if self.kl is None else self.kl
 
     def figures(self, digits: int) -> dict[str, float]:
-        """`perplexity`, and `kl` where it was measured, rounded for people."""
+        """Return `perplexity`, and `kl` if measured, rounded for display."""
         figures = {"perplexity": self.perplexity, "kl": self.kl}
         return {name: round(figure, digits) for name, figure in figures.items() if figure is not None}
 
 
 class Stopped(_Figures):
-    """A candidate that was stopped after some windows, for it was worse than what it raced against.
+    """A candidate that lost its race and was stopped after some windows.
 
-    It never enters the population. `perplexity` and `kl` are those of the windows that were measured, and must not be
-    compared with whole ones.
+    It never enters the population. `perplexity` and `kl` cover only the measured windows: do not compare them with
+    figures of the whole text.
     """
 
     kind: Literal["stopped"] = "stopped"
     behind: float
-    """By how much it was worse than what it raced against, in nats a token, on the same windows."""
+    """How much worse it was than the other candidate on the same windows, in nats per token."""
     windows: NonNegativeInt
     of_windows: NonNegativeInt
 
     def guess(self, race: Race) -> float:
-        """The fitness that it would have if it stayed as far behind on all windows of its race."""
+        """Estimate the fitness, assuming that it stays as far behind on all windows of the race."""
         level = statistics.fmean(race.against) + self.behind
         return math.exp(level) if self.kl is None else level
 
 
 class Failed(_Value):
-    """A candidate that could not be measured. It never enters the population and is not tried again."""
+    """A candidate that could not be measured. It never enters the population and is not retried."""
 
     kind: Literal["failed"] = "failed"
     reason: FailureReason
@@ -148,7 +149,7 @@ OUTCOME: TypeAdapter[Outcome] = TypeAdapter(Annotated[Outcome, Field(discriminat
 
 @dataclass(frozen=True)
 class Result:
-    """An outcome as read from the result stream at `cursor`."""
+    """An outcome read from the result stream at `cursor`."""
 
     cursor: str
     id: str
@@ -156,6 +157,6 @@ class Result:
 
 
 def candidate_id(plan: Plan, fingerprint: str, text: Text = "fitness") -> str:
-    """Sixteen hex digits that name a plan and what it is measured on; equal plans are the same candidate."""
+    """Return sixteen hex digits that identify a plan and its measurement; equal plans are the same candidate."""
     content = f"{fingerprint}|{text}|{plan.model_dump_json()}"
     return hashlib.sha256(content.encode()).hexdigest()[:16]

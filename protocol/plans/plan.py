@@ -1,8 +1,8 @@
 """Pruning rates + model shape -> plan: how many heads and MLP channels each layer keeps. Pure.
 
-What attention keeps is rectangular, `kv × q`: so many KV heads, and so many query heads in each, so that every pruned
-layer is a valid grouped-query layer. Whole heads are coarse; MLP channels fill what they leave of the budget, and the
-whole model ends within one channel (or one `multiple_of` of channels) of (1 − β) of its decoder parameters.
+Attention keeps a rectangle of heads, `kv × q`: kv KV heads with q query heads each, so that every pruned layer is a
+valid grouped-query layer. Whole heads are coarse, so MLP channels use up the rest of the budget. The whole model ends
+within one channel (or one `multiple_of` of channels) of (1 − β) of its decoder parameters.
 """
 
 import math
@@ -16,14 +16,15 @@ from protocol.plans.rates import DECIMALS, SCALE, feasible, project, weighted_me
 from protocol.plans.shape import Granularity, LayerShape, ModelShape, Unit
 
 Split = Literal["equal", "mlp-first"]
-"""How a layer's rate is shared: the same rate for heads and MLP (the paper), or heads only when the MLP is used up."""
+"""How a layer's rate is split: `equal` prunes heads and MLP at the same rate (the paper); `mlp-first` prunes heads only
+once the MLP has reached MLP_FIRST_LIMIT."""
 
 MLP_FIRST_LIMIT = 0.9
-"""With `mlp-first`, the MLP rate from which on heads are removed too."""
+"""With `mlp-first`, the MLP rate above which heads are removed too."""
 
 
 class LayerPlan(BaseModel):
-    """What one layer keeps."""
+    """Heads and channels that one layer keeps."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -33,7 +34,7 @@ class LayerPlan(BaseModel):
 
     @property
     def query_heads(self) -> int:
-        """Query heads kept."""
+        """Number of query heads kept."""
         return self.kv_heads * self.queries_per_kv
 
 
@@ -42,7 +43,7 @@ _KNOWN_LAYERS: dict[tuple[int, int, int], LayerPlan] = {}
 
 
 class Plan(BaseModel):
-    """What each layer of a model keeps."""
+    """Heads and channels that each layer keeps."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -51,7 +52,7 @@ class Plan(BaseModel):
     @field_validator("layers", mode="after")
     @classmethod
     def _share(cls, layers: tuple[LayerPlan, ...]) -> tuple[LayerPlan, ...]:
-        """A search holds thousands of plans of the same few layers; equal ones are one object."""
+        """Reuse equal layer plans: a search holds thousands of plans made of the same few layer plans."""
         if len(_KNOWN_LAYERS) > MOST_KNOWN_LAYERS:
             _KNOWN_LAYERS.clear()
         return tuple(
@@ -60,7 +61,7 @@ class Plan(BaseModel):
         )
 
     def decoder_parameters(self, shape: ModelShape) -> int:
-        """Decoder parameters left when the plan is applied to `shape`."""
+        """Return the decoder parameters left when the plan is applied to `shape`."""
         return sum(
             shape.attention_parameters(layer.query_heads, layer.kv_heads) + shape.mlp_parameters(layer.mlp_channels)
             for layer in self.layers
@@ -78,16 +79,16 @@ class Parameters(BaseModel):
     total_after: int
 
 
-class Counted(Protocol):
-    """What says how many parameters it leaves, such as a plan."""
+class AnyPlan(Protocol):
+    """A Plan or an AnyHeadsPlan."""
 
     def decoder_parameters(self, shape: ModelShape) -> int:
-        """Decoder parameters left of a model of this `shape`."""
+        """Return the decoder parameters left of a model of this `shape`."""
         ...
 
 
-def count_parameters(plan: Counted, shape: ModelShape) -> Parameters:
-    """What `plan` leaves of a model of this `shape`."""
+def count_parameters(plan: AnyPlan, shape: ModelShape) -> Parameters:
+    """Count the parameters of a model of this `shape` before and after `plan`."""
     after = plan.decoder_parameters(shape)
     return Parameters(
         decoder_before=shape.decoder_parameters,
@@ -98,7 +99,7 @@ def count_parameters(plan: Counted, shape: ModelShape) -> Parameters:
 
 
 def removed_shares(plan: Plan, shape: ModelShape, granularity: Granularity) -> tuple[float, ...]:
-    """What `plan` really removes of each unit, as shares of its parameters."""
+    """Return the share of each unit's parameters that `plan` actually removes, after rounding to heads and channels."""
     shares: list[float] = []
     for kept, whole in zip(plan.layers, shape.layers, strict=True):
         before = (
@@ -117,7 +118,7 @@ def removed_shares(plan: Plan, shape: ModelShape, granularity: Granularity) -> t
 
 
 def dense_plan(shape: ModelShape) -> Plan:
-    """The plan that removes nothing."""
+    """Return the plan that removes nothing."""
     return Plan(
         layers=tuple(
             LayerPlan(kv_heads=s.kv_heads, queries_per_kv=s.queries_per_kv, mlp_channels=s.mlp_channels)
@@ -129,7 +130,7 @@ def dense_plan(shape: ModelShape) -> Plan:
 def unit_bounds(
     shape: ModelShape, granularity: Granularity, low: float = 0.0, high: float = 1.0
 ) -> tuple[tuple[float, float], ...]:
-    """Per unit, the lowest and highest pruning rate: `low` and `high`, and no more than leaves a working unit."""
+    """Return the lowest and highest pruning rate per unit: `low` and `high`, capped so that the unit still works."""
     bounds = []
     for unit in shape.units(granularity):
         highest = math.floor(unit.highest_rate * SCALE) / SCALE
@@ -146,7 +147,7 @@ def feasible_rates(
     low: float = 0.0,
     high: float = 1.0,
 ) -> tuple[float, ...]:
-    """The feasible pruning rates nearest to `rates`: one per unit, five decimals, weighted mean exactly `mean`."""
+    """Return the feasible pruning rates nearest to `rates`: one per unit, five decimals, weighted mean `mean`."""
     weights = [unit.parameters for unit in shape.units(granularity)]
     return feasible(rates, weights, mean, unit_bounds(shape, granularity, low, high))
 
@@ -173,13 +174,12 @@ def make_plan(
     split: Split = "equal",
     multiple_of: int = 1,
 ) -> Plan:
-    """The plan that removes `rates` (one per unit of `granularity`) from a model of this `shape`.
+    """Return the plan that removes `rates` (one per unit of `granularity`) from a model of this `shape`.
 
-    At layer granularity `split` shares a layer's rate between heads and MLP and each layer keeps to its own budget.
-    At block granularity attention takes the number of heads whose share is nearest to its rate, and what that leaves
-    of the whole budget is spread evenly over the MLPs, so that no single MLP pays for its neighbour's rounding. MLP
-    widths are multiples of `multiple_of` (where the layer has that many channels). Raises BudgetError where the budget
-    cannot be met.
+    At layer granularity, `split` divides a layer's rate between heads and MLP, and each layer meets its own budget. At
+    block granularity, attention keeps the heads whose share is nearest to its rate. The rest of the whole budget is
+    spread evenly over the MLPs, so that no single MLP pays for its neighbour's rounding. MLP widths are multiples of
+    `multiple_of`, plus the dense width's remainder. Raises BudgetError if the budget cannot be met.
     """
     units = shape.units(granularity)
     if len(rates) != len(units):
@@ -208,7 +208,7 @@ def make_plan(
 
 
 def head_options(layer: LayerShape) -> list[tuple[int, int]]:
-    """All rectangular choices (KV heads kept, query heads kept in each) of a layer."""
+    """Return all rectangular choices (KV heads kept, query heads kept in each) of a layer."""
     return [(kv, q) for kv in range(1, layer.kv_heads + 1) for q in range(1, layer.queries_per_kv + 1)]
 
 
@@ -219,10 +219,11 @@ def _heads_removed(shape: ModelShape, layer: int, heads: tuple[int, int]) -> int
 
 
 def heads_within(layer: LayerShape, rate: float) -> tuple[int, int]:
-    """What attention keeps at `rate`: the option that removes most query heads, but no more than Wanda-sp does.
+    """Return the heads kept at `rate`: the option that removes most query heads, but no more than Wanda-sp does.
 
-    Wanda-sp removes `int(rate × heads)`, rounded down. Of options that remove as many, the one with more KV heads: a
-    lost KV head takes the keys and values of all its query heads along. With multi-head attention this is Wanda-sp.
+    Wanda-sp removes `int(rate × heads)`. Among options that remove the same number, the one with more KV heads is
+    taken, for a removed KV head costs all its query heads their keys and values. With multi-head attention the result
+    equals Wanda-sp.
     """
     fewest = layer.query_heads - int(rate * layer.query_heads + 1e-9)
     within = [(kv, q) for kv, q in head_options(layer) if kv * q >= fewest]
@@ -230,14 +231,14 @@ def heads_within(layer: LayerShape, rate: float) -> tuple[int, int]:
 
 
 def attention_levels(shape: ModelShape, layer: int) -> tuple[tuple[float, tuple[int, int]], ...]:
-    """What an attention block can lose, the least first: shares of its parameters, and the heads that then stay.
+    """Return the shares of its parameters that an attention block can lose, ascending, each with the heads kept.
 
-    Shares are rounded up to five decimals. Of options with as many query heads, or of the same share, the one with more
-    KV heads, as in `heads_within`: to lose a KV head is worst.
+    Shares are rounded up to five decimals. Among options with the same number of query heads or the same share, the one
+    with more KV heads is taken, as in `heads_within`.
     """
     whole = shape.layers[layer]
     parameters = shape.attention_parameters(whole.query_heads, whole.kv_heads)
-    most_kv = {kv * q: (kv, q) for kv, q in head_options(whole)}  # in order of KV heads: the last one stays
+    most_kv = {kv * q: (kv, q) for kv, q in head_options(whole)}  # ordered by KV heads, so the last one is kept
     levels: dict[float, tuple[int, int]] = {}
     for heads in sorted(most_kv.values(), reverse=True):
         share = math.ceil(_heads_removed(shape, layer, heads) / parameters * SCALE - 1e-6) / SCALE
@@ -246,16 +247,16 @@ def attention_levels(shape: ModelShape, layer: int) -> tuple[tuple[float, tuple[
 
 
 def parameters_to_next_level(shape: ModelShape, unit: Unit, share: float, sign: int) -> int:
-    """Parameters from where an attention block is to its next level, up (`sign` 1) or down (−1); 0 at either end."""
+    """Return the parameters between `share` and the block's next level, up (`sign` 1) or down (−1); 0 at either end."""
     shares = [level for level, _ in attention_levels(shape, unit.layer)]
     following = min(range(len(shares)), key=lambda k: abs(shares[k] - share)) + sign
     return round(abs(shares[following] - share) * unit.parameters) if 0 <= following < len(shares) else 0
 
 
 def heads_nearest(shape: ModelShape, layer: int, rate: float) -> tuple[int, int]:
-    """What attention keeps at `rate` where its rate is its own: the option whose share is nearest; of two, the larger.
+    """Return the heads kept at an attention block's own `rate`: the option whose share is nearest; of two, the larger.
 
-    A rate of nought is the whole block, and each level's own share is that level.
+    A rate of zero keeps the whole block.
     """
     return min(attention_levels(shape, layer), key=lambda level: abs(level[0] - rate))[1]
 
@@ -268,7 +269,7 @@ def _layer_heads(shape: ModelShape, layer: int, rate: float, split: Split, multi
         mlp = shape.mlp_parameters(whole.mlp_channels)
         attention_rate = max(0.0, rate * (attention + mlp) - MLP_FIRST_LIMIT * mlp) / attention
     heads = heads_within(whole, min(attention_rate, 1.0))
-    # The MLP has to be able to take what the heads leave; where it cannot, more heads go.
+    # If the MLP is too small for the rest of the budget, more heads are removed.
     most = _most_channels(whole, multiple_of) * shape.channel_parameters
     target = rate * shape.layer_parameters(layer)
     if target - _heads_removed(shape, layer, heads) > most:
@@ -278,15 +279,15 @@ def _layer_heads(shape: ModelShape, layer: int, rate: float, split: Split, multi
 
 
 def _most_channels(layer: LayerShape, multiple_of: int) -> int:
-    """How many channels an MLP can lose."""
+    """Return how many channels an MLP can lose."""
     return layer.mlp_channels - _channel_choices(layer.mlp_channels, multiple_of)[0]
 
 
 def _block_heads(shape: ModelShape, rates: Sequence[float], budget: float, multiple_of: int) -> list[tuple[int, int]]:
-    """Heads kept at block granularity: those nearest to the rates, and fewer where the MLPs cannot give the rest.
+    """Return the heads kept at block granularity: those nearest to the rates, or fewer if the MLPs are too small.
 
-    `budget` is what has to go in all, in parameters. Then the layer loses its next piece whose heads are furthest from
-    its rate.
+    `budget` is the number of parameters to remove in all. If the MLPs cannot give the rest of it, the layer whose heads
+    are furthest above its rate goes to its next smaller option, and so on.
     """
     heads = [heads_nearest(shape, i, rate) for i, rate in enumerate(rates)]
     most = sum(_most_channels(layer, multiple_of) for layer in shape.layers) * shape.channel_parameters
@@ -300,14 +301,14 @@ def _block_heads(shape: ModelShape, rates: Sequence[float], budget: float, multi
 
 
 def _next_smaller(shape: ModelShape, layer: int, heads: tuple[int, int]) -> tuple[int, int] | None:
-    """The head option that loses least more than `heads` do; None where nothing is left to lose."""
+    """Return the largest head option smaller than `heads`; None if there is none."""
     lost = _heads_removed(shape, layer, heads)
     more = [h for h in head_options(shape.layers[layer]) if _heads_removed(shape, layer, h) > lost]
     return min(more, key=lambda h: (_heads_removed(shape, layer, h), -h[0]), default=None)
 
 
 def _even_out(shape: ModelShape, heads: Sequence[tuple[int, int]], removed: Sequence[float]) -> list[float]:
-    """Block granularity: MLP parameters to remove per layer, the heads' rounding spread evenly over all MLPs."""
+    """Return the MLP parameters to remove per layer, with the heads' rounding spread evenly over all MLPs."""
     total = sum(removed) - sum(_heads_removed(shape, i, h) for i, h in enumerate(heads))
     sizes = [s.mlp_channels * shape.channel_parameters for s in shape.layers]
     rates = [removed[2 * i + 1] / size for i, size in enumerate(sizes)]
@@ -317,9 +318,9 @@ def _even_out(shape: ModelShape, heads: Sequence[tuple[int, int]], removed: Sequ
 
 
 def fill_channels(shape: ModelShape, wanted: Sequence[float], multiple_of: int) -> list[int]:
-    """Channels kept per layer when `wanted` MLP parameters go, each layer passing its rounding on to the next.
+    """Return the channels kept per layer when `wanted` MLP parameters are removed; rounding carries over to the next.
 
-    What a layer cannot give (or take) is carried along, and settled at the end by any layer that has room.
+    What remains at the end is given to any layer with room. Raises BudgetError if there is none.
     """
     quantum = multiple_of * shape.channel_parameters
     kept, carry = [], 0.0
@@ -345,6 +346,6 @@ def fill_channels(shape: ModelShape, wanted: Sequence[float], multiple_of: int) 
 
 
 def _channel_choices(channels: int, multiple_of: int) -> range:
-    """Widths an MLP may keep. One that is no multiple itself keeps the rest, so that dense stays dense."""
+    """Return the allowed widths of an MLP. One that is no multiple keeps its remainder, so that dense is allowed."""
     rest = channels % multiple_of
     return range(rest or multiple_of, channels + 1, multiple_of)

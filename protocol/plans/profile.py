@@ -1,4 +1,4 @@
-"""ModelProfile: what the worker tells the search about the target model before the first question is asked."""
+"""ModelProfile: what a worker publishes about the target model before the first question to the LLM."""
 
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat
 
@@ -6,7 +6,7 @@ from protocol.plans.shape import ModelShape
 
 
 class DensePerplexity(BaseModel):
-    """Perplexity of the unpruned model on one text, with what it was averaged over."""
+    """Perplexity of the dense model on one text, and the number of tokens averaged."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -15,25 +15,25 @@ class DensePerplexity(BaseModel):
     seconds: float
 
     def windows(self, seqlen: int) -> int:
-        """How many windows of so many tokens the text has; the first token of each is not predicted."""
+        """Return how many windows of `seqlen` tokens were measured; the first token of each is not predicted."""
         return self.tokens // (seqlen - 1)
 
 
 class ModelProfile(BaseModel):
-    """The target model as measured by a worker. All workers of a search have to agree on it."""
+    """The target model as measured by a worker. All workers of a search must agree on it."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     fingerprint: str
-    """Of the spec that the model was loaded for."""
+    """Fingerprint of the spec that the model was loaded for."""
     model: str
     shape: ModelShape
     dense: DensePerplexity
     dense_report: DensePerplexity | None
     sensitivity: tuple[float, ...]
-    """Per unit of the search: KL(dense ‖ pruned), in nats a token, when it alone is pruned by the search's rate."""
+    """Per unit: KL(dense ‖ pruned) in nats per token when only this unit is pruned, at the search's rate."""
     outliers: tuple[float, ...] = ()
-    """Per layer: OWL's share of outliers, in percent (M = 5). None where importance is not `wanda-sp`."""
+    """Per layer: OWL's share of outliers, in percent (M = 5). Empty unless importance is `wanda-sp`."""
     texts: str
-    """Digest of the token windows of all texts: two workers with different files do not agree."""
+    """Digest of the token windows of all texts, by which workers with different files are detected."""
     device: str

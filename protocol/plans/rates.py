@@ -1,8 +1,8 @@
 """Pruning rates that meet the budget exactly: projection and rounding. Pure arithmetic.
 
 A vector of pruning rates is feasible when every rate lies within its unit's bounds and the parameter-weighted
-mean is β. Whatever an LLM or an operator proposes is moved to the nearest feasible vector, then rounded to five
-decimals without losing the mean.
+mean is β. Every proposal of an LLM or an operator is projected onto the nearest feasible vector, then rounded to five
+decimals with the mean unchanged.
 """
 
 import math
@@ -14,14 +14,14 @@ from protocol.errors import BudgetError
 DECIMALS = 5
 SCALE = 10**DECIMALS
 ROUNDING = 1 / SCALE
-"""How far out of its bounds a rate may be that is made feasible later."""
+"""How far outside its bounds a rate may be, for it is made feasible later."""
 MEAN_TOLERANCE = 1e-9
 
 Bounds = Sequence[tuple[float, float]]
 
 
 def weighted_mean(rates: Sequence[float], weights: Sequence[int]) -> float:
-    """The share of all parameters that `rates` removes; `weights` are the units' parameter counts."""
+    """Return the share of all parameters that `rates` remove; `weights` are the units' parameter counts."""
     return math.fsum(r * w for r, w in zip(rates, weights, strict=True)) / sum(weights)
 
 
@@ -31,18 +31,18 @@ def check_reachable(weights: Sequence[int], mean: float, bounds: Bounds) -> None
     highest = weighted_mean([high for _, high in bounds], weights)
     if not lowest - MEAN_TOLERANCE <= mean <= highest + MEAN_TOLERANCE:
         raise BudgetError(
-            f"a pruning rate of {mean:g} cannot be reached: the bounds allow {lowest:.5f} to {highest:.5f} on the whole"
+            f"a pruning rate of {mean:g} cannot be reached: the bounds allow a mean of {lowest:.5f} to {highest:.5f}"
         )
 
 
 def project(rates: Sequence[float], weights: Sequence[int], mean: float, bounds: Bounds) -> tuple[float, ...]:
-    """The feasible vector nearest to `rates` (Euclidean), with weighted mean `mean`.
+    """Return the feasible vector nearest to `rates` (Euclidean), with weighted mean `mean`.
 
-    The solution is clip(r_i − λ·w_i, bounds_i) for one λ; the mean falls monotonically and piecewise linearly in λ,
-    so λ is found exactly between two breakpoints. Raises BudgetError where no feasible vector exists or a rate is NaN.
+    The solution is clip(r_i − λ·w_i, bounds_i) for one λ. The mean falls monotonically and piecewise linearly in λ, so
+    λ is found exactly between two breakpoints. Raises BudgetError if no feasible vector exists or a rate is NaN.
     """
     if not all(map(math.isfinite, rates)):
-        raise BudgetError(f"pruning rates are finite numbers, not {list(rates)}")
+        raise BudgetError(f"pruning rates must be finite numbers, not {list(rates)}")
     check_reachable(weights, mean, bounds)
     total = sum(weights)
     share = [w / total for w in weights]
@@ -62,11 +62,11 @@ def project(rates: Sequence[float], weights: Sequence[int], mean: float, bounds:
 
 
 def round_rates(rates: Sequence[float], weights: Sequence[int], mean: float, bounds: Bounds) -> tuple[float, ...]:
-    """`rates` at five decimals, within `bounds`, with the weighted mean kept to 1e-9.
+    """Round `rates` to five decimals within `bounds`, with the weighted mean kept to 1e-9.
 
-    Works in whole hundred-thousandths: rounds to the nearest, then spreads the missing (or surplus) steps over the
-    units whose rounding was furthest off. Units of different size are combined so that even a remainder smaller than
-    one step of the smallest unit is met. Raises BudgetError where that is impossible (bounds narrower than a step).
+    Works in steps of 1e-5: rounds to the nearest, then spreads the missing (or surplus) steps over the units with the
+    largest rounding errors. Units of different sizes are combined to meet even a remainder smaller than one step of the
+    smallest unit. Raises BudgetError if that is impossible (bounds narrower than a step).
     """
     low = [math.ceil(lo * SCALE - 1e-6) for lo, _ in bounds]
     high = [math.floor(hi * SCALE + 1e-6) for _, hi in bounds]
@@ -77,7 +77,7 @@ def round_rates(rates: Sequence[float], weights: Sequence[int], mean: float, bou
     missing = target - sum(s * w for s, w in zip(steps, weights, strict=True))
     for weight in sorted(set(weights), reverse=True):
         if abs(missing) <= tolerance:
-            break  # what is feasible already stays as it is
+            break  # feasible rates are not changed
         count = round(missing / weight)
         missing -= weight * _spread(steps, count, [w == weight for w in weights], rates, low, high)
     if abs(missing) > tolerance:
@@ -91,7 +91,7 @@ def round_rates(rates: Sequence[float], weights: Sequence[int], mean: float, bou
 
 
 def feasible(rates: Sequence[float], weights: Sequence[int], mean: float, bounds: Bounds) -> tuple[float, ...]:
-    """The five-decimal feasible vector nearest to `rates`: `project`, then `round_rates`."""
+    """Return the five-decimal feasible vector nearest to `rates`: `project`, then `round_rates`."""
     return round_rates(project(rates, weights, mean, bounds), weights, mean, bounds)
 
 
@@ -103,7 +103,7 @@ def _spread(
     low: Sequence[int],
     high: Sequence[int],
 ) -> int:
-    """Add `count` single steps (negative: subtract) to eligible units, in place; returns how many found room."""
+    """Add `count` steps (negative: subtract) to eligible units, in place. Returns how many steps had room."""
     sign = 1 if count > 0 else -1
     left = abs(count)
     while left:
@@ -128,7 +128,7 @@ def _combine(
     low: Sequence[int],
     high: Sequence[int],
 ) -> float:
-    """Meet a remainder below one step: so many steps up in units of one size, so many down in another's."""
+    """Meet a remainder below one step, by steps up in units of one size and steps down in units of another."""
     sizes = sorted(set(weights))
     for small in sizes:
         for large in reversed(sizes):

@@ -1,4 +1,4 @@
-"""The shape of a target model: what can be pruned and what each piece costs in parameters. Pure data, no torch."""
+"""The shape of a target model: its prunable units and the parameters of each piece. Pure data, no torch."""
 
 from collections.abc import Iterator
 from typing import Literal
@@ -34,11 +34,11 @@ class Unit(BaseModel):
     parameters: int
     """Parameters of the unit before pruning, norms and biases included."""
     fewest: int
-    """Parameters that even the strongest pruning leaves: one KV head with one query head, one channel, the norms."""
+    """Parameters left by the strongest pruning: one KV head with one query head, one channel, the norms."""
 
     @property
     def name(self) -> str:
-        """As prompts and logs call it: `layer 3`, `attention 3`, `mlp 3`."""
+        """The name in prompts and logs: `layer 3`, `attention 3`, `mlp 3`."""
         return f"{self.kind} {self.layer}"
 
     @property
@@ -48,11 +48,11 @@ class Unit(BaseModel):
 
 
 class ModelShape(BaseModel):
-    """Sizes of a decoder LLM and the parameter cost of each piece that pruning can remove.
+    """Sizes of a decoder LLM and the parameters of each piece that pruning can remove.
 
-    The costs are per removable piece, in parameters: a query head (its rows of q_proj, its columns of o_proj, biases),
-    a KV head (its rows of k_proj and v_proj), an MLP channel (a row of gate_proj and up_proj, a column of down_proj).
-    What a block holds besides (norms, output biases) is fixed.
+    Pieces are query heads (rows of q_proj, columns of o_proj, biases), KV heads (rows of k_proj and v_proj) and MLP
+    channels (a row of gate_proj and up_proj, a column of down_proj). The rest of a block (norms, output biases) is
+    fixed.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -67,11 +67,11 @@ class ModelShape(BaseModel):
     attention_fixed: int
     mlp_fixed: int
     other_parameters: int
-    """Parameters outside the decoder layers: embeddings, final norm, output head (once, where tied)."""
+    """Parameters outside the decoder layers: embeddings, final norm, output head (tied ones counted once)."""
 
     @property
     def words(self) -> str:
-        """The shape of the decoder in a few words, by the first layer where all are alike."""
+        """The decoder's shape in a few words, by its first layer."""
         first = self.layers[0]
         like = "each" if len(set(self.layers)) == 1 else "the first"
         sizes = f"{first.query_heads} query heads and {first.kv_heads} KV heads of {self.head_dim}"
@@ -85,21 +85,21 @@ class ModelShape(BaseModel):
         return self.model_copy(update={"other_parameters": other.other_parameters}) == other
 
     def attention_parameters(self, query_heads: int, kv_heads: int) -> int:
-        """Parameters of an attention block with so many heads, its norm included."""
+        """Return the parameters of an attention block with these numbers of heads, its norm included."""
         return query_heads * self.query_head_parameters + kv_heads * self.kv_head_parameters + self.attention_fixed
 
     def mlp_parameters(self, channels: int) -> int:
-        """Parameters of an MLP block with so many channels, its norm included."""
+        """Return the parameters of an MLP block with this number of channels, its norm included."""
         return channels * self.channel_parameters + self.mlp_fixed
 
     def layer_parameters(self, layer: int) -> int:
-        """Parameters of decoder layer `layer` before pruning."""
+        """Return the parameters of decoder layer `layer` before pruning."""
         shape = self.layers[layer]
         return self.attention_parameters(shape.query_heads, shape.kv_heads) + self.mlp_parameters(shape.mlp_channels)
 
     @property
     def decoder_parameters(self) -> int:
-        """Parameters of all decoder layers: what β is a share of."""
+        """Parameters of all decoder layers. β is a share of these."""
         return sum(self.layer_parameters(i) for i in range(len(self.layers)))
 
     @property
@@ -108,7 +108,7 @@ class ModelShape(BaseModel):
         return self.decoder_parameters + self.other_parameters
 
     def units(self, granularity: Granularity) -> tuple[Unit, ...]:
-        """The units that rates apply to: layers, or attention and MLP of each layer in turn."""
+        """Return the units that rates apply to: layers, or attention and MLP of each layer in turn."""
         if granularity == "layer":
             return tuple(
                 Unit(

@@ -1,1 +1,1 @@
-"""Candidates and outcomes on their way through Redis. Start with keys.py, then streams.py and jobs.py."""
+"""Candidates and outcomes in Redis. Start with keys.py, then streams.py and jobs.py."""

@@ -1,4 +1,4 @@
-"""Connecting to Redis (or Valkey), and waiting patiently while it is away."""
+"""Connections to Redis (or Valkey), and the one retry policy for their commands."""
 
 import asyncio
 import ssl
@@ -36,40 +36,41 @@ from protocol.errors import SelfPrunerError, SettingsError, StoreError
 from protocol.runtime.secret_files import read_secret
 
 T = TypeVar("T")
-AWAY = (RedisConnectionError, RedisTimeoutError, OSError)
-"""What a Redis client raises while the server is down, restarting, loading or out of reach."""
+UNREACHABLE_ERRORS = (RedisConnectionError, RedisTimeoutError, OSError)
+"""Raised by a Redis client while the server is down, restarting, loading or out of reach."""
 
-PASSING_ERRORS = (
+TRANSIENT_ERRORS = (
     ClusterDownError,  # MASTERDOWN too
     ExecAbortError,
-    NoScriptError,  # the client has loaded the script again, and somebody flushes scripts all the time
+    NoScriptError,  # the client has reloaded the script; it is raised only where scripts are flushed repeatedly
     OutOfMemoryError,
     ReadOnlyError,
     TryAgainError,
 )
-PASSING_WORDS = frozenset({"BUSY", "DENIED", "LOADING", "MISCONF", "NOREPLICAS", "UNBLOCKED"})
-"""Error answers that end by themselves or by an operator: as the client's classes, else by the word that begins them.
+TRANSIENT_CODES = frozenset({"BUSY", "DENIED", "LOADING", "MISCONF", "NOREPLICAS", "UNBLOCKED"})
+"""Errors that pass by themselves or after an operator's action. Those without a client class are known by their code.
 
-The server has not executed a command that it answers so. A failover unblocks readers (UNBLOCKED), another client's long
-script keeps the server BUSY.
+The server has not executed a command that it answers with one of these. A failover unblocks readers (UNBLOCKED), and
+another client's long script keeps the server BUSY.
 """
-HANDLED_WORDS = ("BUSYGROUP", "NOGROUP")
-"""Error answers that the caller of a command expects and handles."""
+HANDLED_CODES = ("BUSYGROUP", "NOGROUP")
+"""Codes of errors that the caller of a command expects and handles."""
 
 BLOCK_MILLISECONDS = 1_000
-"""How long a read of a stream blocks. Well below the socket's time limit, and below a pause's two seconds."""
+"""How long a read of a stream blocks: well below the socket's timeout, and below the two seconds in which a pause
+takes effect."""
 
 log = structlog.get_logger()
 
 
 def connect(url: str) -> Redis:
-    """A client for `url` that does not retry by itself: `patiently` is the one retry layer.
+    """Return a client for `url` that does not retry by itself: RedisRetry is the one retry layer.
 
-    The library's own default repeats a command ten times; a command that timed out may have been executed, so only
-    commands that are safe to repeat may be repeated, and that is decided here, not in the client.
+    By default the library repeats a command ten times. A command that timed out may have been executed, so only
+    idempotent commands may be repeated, and their callers decide that.
 
-    Bytes that are not UTF-8 are read as U+FFFD: the reader of a value finds text that is wrong and handles it as such,
-    where a strict client would fail in the middle of a reply.
+    Bytes that are not UTF-8 are read as U+FFFD. The reader of such a value then reports invalid text, where a strict
+    client would fail in the middle of a reply.
     """
     check_url(url)
     return Redis.from_url(
@@ -83,18 +84,18 @@ def connect(url: str) -> Redis:
 
 
 def check_url(url: str) -> str:
-    """Return `url` if a client can be made of it, else raise SettingsError, which does not show it."""
+    """Return `url` if a client accepts it, else raise SettingsError, which does not show the URL."""
     try:
         parts = urlsplit(url)
         if (parts.scheme == "unix" and not parts.path) or parts.port == 0 or not url.isprintable():
             raise ValueError
-        (parts.hostname or "").encode("idna")  # as connecting does, which takes a failure for an outage
+        (parts.hostname or "").encode("idna")  # connecting does the same, and would report a failure as an outage
         pool: Any = Redis.from_url(url).connection_pool
-        connection = pool.make_connection()  # which tells unknown options; nothing is connected
+        connection = pool.make_connection()  # rejects unknown options; opens no connection
         if isinstance(connection, SSLConnection):
-            connection.ssl_context.get()  # reads the files that the options name
+            connection.ssl_context.get()  # reads the files named in the options
     except OSError as error:
-        raise SettingsError(f"redis.url: the files for TLS that it names cannot be used ({error})") from None
+        raise SettingsError(f"redis.url: its TLS files cannot be used ({error})") from None
     except (AttributeError, RedisError, TypeError, ValueError):
         raise SettingsError(
             "redis.url is not a Redis URL: use redis://host:port/0, rediss://… or unix:///path"
@@ -103,9 +104,9 @@ def check_url(url: str) -> str:
 
 
 def with_password(url: str, password_file: Path | None) -> str:
-    """`url` with the password that `password_file` holds, where there is one; a trailing newline does not count.
+    """Return `url` with the password from `password_file`, if there is one. A trailing newline is ignored.
 
-    Raises SettingsError for a file that cannot be read or is empty, and for a URL that has a password already.
+    Raises SettingsError if the file cannot be read or is empty, or if the URL already has a password.
     """
     if password_file is None:
         return url
@@ -118,121 +119,123 @@ def with_password(url: str, password_file: Path | None) -> str:
         raise SettingsError(f"redis.password_file {str(password_file)!r} is empty")
     parts = urlsplit(check_url(url))
     if parts.password is not None:
-        raise SettingsError("redis.url has a password already: leave it out of the URL, or leave out the password file")
+        raise SettingsError("redis.url has a password already: remove it from the URL, or do not set a password file")
     user, _, host = parts.netloc.rpartition("@")
     return parts._replace(netloc=f"{user}:{quote(password, safe='')}@{host}").geturl()
 
 
 def password_of(url: str) -> list[str]:
-    """The password in `url`, for a log to blank: as it is, and as the URL writes it; empty where there is none."""
+    """Return the password in `url`, for a log to hide, both plain and URL-encoded; empty without a password."""
     password = urlsplit(check_url(url)).password
     return sorted({password, unquote(password)}) if password else []
 
 
-class _Outage:
-    """Whether a client's server is away: told once when the first who uses it notices, and once when one is back."""
+class _Availability:
+    """Whether a client's server answers. Each outage is logged once, and so is its end."""
 
     def __init__(self) -> None:
         self.waiting = 0
-        """Operations that have failed and are tried again."""
-        self.has_answered = False
-        """Whether an operation has ever succeeded: the URL, the user and the password were right."""
-        self._is_away = False
-        self._back_since = 0.0
+        """Number of operations that have failed and are being retried."""
+        self.has_ever_answered = False
+        """Whether an operation has ever succeeded, which shows that URL, user and password were right."""
+        self._is_down = False
+        self._up_since = 0.0
 
-    def begins(self, what: str, error: BaseException, asked: float) -> None:
-        """An operation that was tried at `asked` has failed; one from before the server's return is no news."""
-        if not self._is_away and asked >= self._back_since:
-            self._is_away = True
+    def mark_down(self, what: str, error: BaseException, started: float) -> None:
+        """Log an outage when an attempt fails. One that started before the server's return is not a new outage."""
+        if not self._is_down and started >= self._up_since:
+            self._is_down = True
             log.warning("redis_unreachable", redis=what, error=str(error) or type(error).__name__)
 
-    def ends(self, what: str) -> None:
-        """What failed in it has succeeded, or nobody waits any more and something else has."""
-        if self._is_away:
-            self._is_away = False
-            self._back_since = time.monotonic()
+    def mark_up(self, what: str) -> None:
+        """Log the end of the outage."""
+        if self._is_down:
+            self._is_down = False
+            self._up_since = time.monotonic()
             log.info("redis_back", redis=what)
 
 
-class _Tries:
-    """One operation and its part in an outage, until the end of the block."""
+class _Attempts:
+    """The attempts of one operation, counted among the waiting ones until the end of the block."""
 
-    def __init__(self, outage: _Outage, what: str) -> None:
-        self._outage, self._what = outage, what
-        self._waits = False
+    def __init__(self, availability: _Availability, what: str) -> None:
+        self._availability, self._what = availability, what
+        self._is_waiting = False
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._outage.waiting -= self._waits
+        self._availability.waiting -= self._is_waiting
 
-    def failed(self, error: BaseException, asked: float) -> bool:
-        """The try that began at `asked` found the server away; True for the first one."""
-        first = not self._waits
-        self._outage.waiting += first
-        self._waits = True
-        self._outage.begins(self._what, error, asked)
+    def failed(self, error: BaseException, started: float) -> bool:
+        """Record that the attempt begun at `started` found the server down. Returns True for the first such attempt."""
+        first = not self._is_waiting
+        self._availability.waiting += first
+        self._is_waiting = True
+        self._availability.mark_down(self._what, error, started)
         return first
 
     def succeeded(self) -> None:
-        """It has; which says nothing of those that wait if this one never did: a full server reads and writes not."""
-        self._outage.has_answered = True
-        if self._waits or not self._outage.waiting:
-            self._outage.ends(self._what)
+        """Record success. It ends the outage only if this operation had failed or none is waiting: a full server still
+        reads while it refuses writes.
+        """
+        self._availability.has_ever_answered = True
+        if self._is_waiting or not self._availability.waiting:
+            self._availability.mark_up(self._what)
 
 
-_outages: WeakKeyDictionary[Redis, _Outage] = WeakKeyDictionary()
+_availabilities: WeakKeyDictionary[Redis, _Availability] = WeakKeyDictionary()
 
 
-class Patience:
-    """Repeats an operation that is safe to repeat until the server answers.
+class RedisRetry:
+    """Repeats an idempotent operation until the server answers.
 
-    An outage is logged once and the return once, however many wait on the client `redis`. `outages` counts how often
-    the server was away: whoever judges by time that another process is dead must not do so right after one.
+    Each outage is logged once and its end once, however many operations wait on the client `redis`. `outages` counts
+    the outages: code that declares another process dead by a timeout must not do so right after one.
     """
 
     def __init__(self, redis: Redis, what: str, *, longest_wait: float = 5.0) -> None:
-        self._outage = _outages.setdefault(redis, _Outage())
+        self._availability = _availabilities.setdefault(redis, _Availability())
         self._what = what
         self._longest_wait = longest_wait
         self.outages = 0
 
     async def __call__(self, operation: Callable[[], Awaitable[T]]) -> T:
-        """The result of `operation`, however long the server stays away."""
+        """Return the result of `operation`, however long the server stays down."""
         task = asyncio.current_task()
         cancelled_before = task.cancelling() if task else 0
         retrying = AsyncRetrying(
-            retry=retry_if_exception(is_away),
+            retry=retry_if_exception(is_transient),
             wait=wait_random_exponential(multiplier=0.1, max=self._longest_wait),
             reraise=True,
         )
-        with _Tries(self._outage, self._what) as tries:
+        with _Attempts(self._availability, self._what) as attempts:
             async for attempt in retrying:
                 with attempt:
-                    result = await self._tried(operation, tries)
+                    result = await self._attempt(operation, attempts)
                     # The client sends through asyncio.wait_for, which on Python 3.11 loses a cancellation that arrives
-                    # as the sending completes (cpython #86296). A loop around us would then go on for ever.
+                    # as the sending completes (cpython #86296). A caller's loop would then never end.
                     if task and task.cancelling() > cancelled_before:
                         raise asyncio.CancelledError
         return result
 
-    async def _tried(self, operation: Callable[[], Awaitable[T]], tries: _Tries) -> T:
-        asked = time.monotonic()
+    async def _attempt(self, operation: Callable[[], Awaitable[T]], attempts: _Attempts) -> T:
+        started = time.monotonic()
         try:
             result = await operation()
         except (RedisError, OSError) as error:
-            if refusal := refusal_of(error, first_contact=not self._outage.has_answered):
+            if refusal := permanent_error(error, first_contact=not self._availability.has_ever_answered):
                 raise refusal from None
-            if is_away(error):
-                self.outages += tries.failed(error, asked)
+            if is_transient(error):
+                self.outages += attempts.failed(error, started)
             raise
-        tries.succeeded()
+        attempts.succeeded()
         return result
 
 
 async def check_server(redis: Redis) -> None:
-    """Raise StoreError unless the server is one whose data may be trusted: version 7 or later, never evicting."""
+    """Raise StoreError unless the server is a primary of version 7 or later, without eviction and not in a cluster."""
     info = await redis.info()
     version = str(info.get("redis_version", "0"))
     major = version.partition(".")[0]
@@ -246,44 +249,44 @@ async def check_server(redis: Redis) -> None:
     if info.get("role") == "slave":
         raise StoreError("the server is a read-only replica; give the primary's URL")
     if info.get("cluster_enabled"):
-        raise StoreError("the server is a node of a cluster; a search needs a server that is not")
+        raise StoreError("the server is a cluster node; use a standalone server")
 
 
-def is_away(error: BaseException) -> bool:
-    """Whether waiting helps: the server is out of reach, or refuses commands for now (a failover, a full memory)."""
+def is_transient(error: BaseException) -> bool:
+    """Whether waiting helps: the server is out of reach, or refuses commands for now (failover, full memory)."""
     if isinstance(error, ResponseError):
-        passes = isinstance(error, PASSING_ERRORS) or _word(error) in PASSING_WORDS
+        passes = isinstance(error, TRANSIENT_ERRORS) or _error_code(error) in TRANSIENT_CODES
         return passes or "Script killed by user" in str(error)
-    return isinstance(error, (*AWAY, InvalidResponse))
+    return isinstance(error, (*UNREACHABLE_ERRORS, InvalidResponse))
 
 
-def refusal_of(error: Exception, *, first_contact: bool = True) -> SelfPrunerError | None:
-    """Our error for what no waiting changes; None for an error that passes, or that callers handle.
+def permanent_error(error: Exception, *, first_contact: bool = True) -> SelfPrunerError | None:
+    """Return our error for a failure that waiting does not fix; None for a transient one and one that callers handle.
 
-    What a wrong URL or password causes counts at the `first_contact` alone: where the server has answered before, its
-    operator is changing something, and a search that runs waits for the end of that.
+    Failures that a wrong URL or password explains are permanent only at the `first_contact`. Once the server has
+    answered, its operator must be changing something, and a running search waits until that is done.
     """
-    if first_contact and (refusal := _refused_contact(error)):
+    if first_contact and (refusal := _connection_error(error)):
         return refusal
-    if is_away(error):
+    if is_transient(error):
         return None
     if isinstance(error, NoPermissionError) or "ACL failure in script" in str(error):
         return SettingsError(f"redis.url: the server refuses its user a command ({error})")
     if isinstance(error, AskError | ClusterCrossSlotError):  # MOVED too
-        return SettingsError(f"redis.url: the server is a node of a cluster; a search needs one that is not ({error})")
-    if not isinstance(error, ResponseError) or _word(error) in HANDLED_WORDS:
+        return SettingsError(f"redis.url: the server is a cluster node; use a standalone server ({error})")
+    if not isinstance(error, ResponseError) or _error_code(error) in HANDLED_CODES:
         return None
-    if _word(error) == "WRONGTYPE" or "not an integer" in str(error):
+    if _error_code(error) == "WRONGTYPE" or "not an integer" in str(error):
         return StoreError(f"a key of the search in Redis was changed by another program ({error})")
     return StoreError(f"the Redis server answers with an error: {error}")
 
 
-def _refused_contact(error: Exception) -> SettingsError | None:
-    """Our error where redis.url does not fit the server that answers there."""
+def _connection_error(error: Exception) -> SettingsError | None:
+    """Return our error if redis.url does not fit the server that answers there."""
     causes = [error, *_causes(error)]
     if any(isinstance(each, AuthenticationError) for each in causes):  # some versions say so in the cause alone
         return SettingsError(f"redis.url: the server refuses the user or the password ({error})")
-    if isinstance(error, ResponseError) and _word(error) == "DENIED":
+    if isinstance(error, ResponseError) and _error_code(error) == "DENIED":
         return SettingsError(f"redis.url: the server accepts no connection from this machine ({error})")
     if any(isinstance(each, ssl.SSLCertVerificationError) for each in causes):
         return SettingsError(
@@ -303,14 +306,14 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         error = cause
 
 
-def _word(error: ResponseError) -> str:
-    """The word that begins an error answer; the client keeps it where it has no class for it.
+def _error_code(error: ResponseError) -> str:
+    """Return the code that an error answer begins with. The client keeps it in the text of errors without a class.
 
-    In a pipeline the client puts before the answer which command caused it, and writes the answer as a tuple.
+    In a pipeline the client prefixes the answer with the command that caused it, and formats the answer as a tuple.
     """
     return str(error).rpartition("caused error: ")[2].lstrip("('\"").partition(" ")[0]
 
 
 def is_missing_group(error: ResponseError) -> bool:
-    """Whether the server says that a stream or its consumer group is gone."""
-    return _word(error) == "NOGROUP"
+    """Whether the error says that a stream or its consumer group does not exist."""
+    return _error_code(error) == "NOGROUP"

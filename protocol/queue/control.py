@@ -1,4 +1,5 @@
-"""Run, pause or stop: one key, set by hand (`SET selfpruner:<search>:control pause`) or by the command line."""
+"""The control key of a search: run, pause or stop, set by the command line or by
+`SET selfpruner:<search>:control pause`."""
 
 import contextlib
 from time import monotonic
@@ -8,7 +9,7 @@ import structlog
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from protocol.queue.connection import Patience
+from protocol.queue.connection import RedisRetry
 from protocol.queue.keys import Keys
 from protocol.queue.streams import load_scripts
 
@@ -16,65 +17,65 @@ Command = Literal["run", "pause", "stop"]
 COMMANDS: tuple[Command, ...] = ("run", "pause", "stop")
 
 SETTLED_SECONDS = 60.0
-"""A lower epoch that stays this long is that of a new daemon: a running one restores its epoch with its data sooner."""
+"""An epoch that stays lower for this long belongs to a new daemon. A running one restores its epoch sooner."""
 
 log = structlog.get_logger()
 
 
 class Control:
-    """Reads and writes the control key. An absent key means run; a value that is none of the three changes nothing.
+    """Reads and writes the control key. An absent key means run; an invalid value changes nothing.
 
-    The last command that was understood is kept beside it, so that a search that is paused stays so where its key is
-    misspelt and its processes are started again. While the server's data is lost, nothing changes either: the daemon
-    brings the command back with the rest. The epoch shows such a loss: it is absent, or lower than before. A lower one
-    that stays is no loss, though, but that of a new daemon, drawn on a server whose clock is behind.
+    The last valid command is stored in a second key, so that a paused search stays paused if its control key is
+    misspelt and its processes restart. While the server's data is lost, nothing changes either, until the daemon
+    restores the command with the rest. An absent or lower epoch shows such a loss. A lower epoch that stays is not a
+    loss: a new daemon drew it on a server whose clock is behind.
     """
 
     def __init__(self, redis: Redis, keys: Keys) -> None:
         self._redis: Any = redis  # its annotations cannot say that replies are str
-        self._key, self._understood = keys.control, keys.understood
-        self._keys = [keys.control, keys.understood, keys.epoch]
+        self._key, self._last_command_key = keys.control, keys.last_command
+        self._keys = [keys.control, keys.last_command, keys.epoch]
         self._read = load_scripts(redis)["read_control"]
-        self._patiently = Patience(redis, self._key)
-        self._last: Command | None = None
+        self._retry = RedisRetry(redis, self._key)
+        self._command: Command | None = None
         self._epoch = 0
-        self._seen, self._seen_since = 0, monotonic()
-        self._complained: str | None = None
+        self._observed_epoch, self._epoch_since = 0, monotonic()
+        self._reported: str | None = None
 
     async def read(self) -> Command:
-        """What is commanded now; asks the server each time."""
-        value, understood, epoch = await self._patiently(lambda: self._read(self._keys))
-        if self._last is not None and self._is_of_lost_data(int(epoch)):
-            return self._last
+        """Return the current command, read from the server."""
+        value, last_command, epoch = await self._retry(lambda: self._read(self._keys))
+        if self._command is not None and self._has_lost_data(int(epoch)):
+            return self._command
         self._epoch = int(epoch)
-        command = _command("run" if value is None else value)
+        command = _parse_command("run" if value is None else value)
         if command is not None:
-            if command != self._last:
-                # A server that is full, or away again, must not keep anybody from hearing the command.
+            if command != self._command:
+                # The command counts even if the server is full, or down again.
                 with contextlib.suppress(RedisError, OSError):
-                    await self._redis.set(self._understood, command)
-            self._last, self._complained = command, None
+                    await self._redis.set(self._last_command_key, command)
+            self._command, self._reported = command, None
             return command
-        # Another process may have understood a later one.
-        stays = self._last = _command(understood or "run") or "run"
-        if value != self._complained:
-            self._complained = value
+        # Another process may have read a later command.
+        stays = self._command = _parse_command(last_command or "run") or "run"
+        if value != self._reported:
+            self._reported = value
             log.warning("control_not_understood", value=value.strip(), expected="run, pause or stop", stays=stays)
         return stays
 
-    def _is_of_lost_data(self, epoch: int) -> bool:
-        """Whether a daemon is yet to restore the data of a server with this epoch."""
-        if epoch != self._seen:
-            self._seen, self._seen_since = epoch, monotonic()
-        has_settled = epoch > 0 and monotonic() - self._seen_since >= SETTLED_SECONDS
+    def _has_lost_data(self, epoch: int) -> bool:
+        """Whether the server with this epoch has lost data that a daemon has yet to restore."""
+        if epoch != self._observed_epoch:
+            self._observed_epoch, self._epoch_since = epoch, monotonic()
+        has_settled = epoch > 0 and monotonic() - self._epoch_since >= SETTLED_SECONDS
         return epoch < self._epoch and not has_settled
 
     async def write(self, command: Command) -> None:
-        """Command it; what is being evaluated is finished in any case."""
-        await self._patiently(lambda: self._redis.set(self._key, command))
+        """Set the command. Evaluations in progress are completed in any case."""
+        await self._retry(lambda: self._redis.set(self._key, command))
 
 
-def _command(value: str) -> Command | None:
-    """The command that a value means; None where it means nothing."""
+def _parse_command(value: str) -> Command | None:
+    """Return the command that `value` spells, or None."""
     word = value.strip().lower()
     return next((command for command in COMMANDS if command == word), None)

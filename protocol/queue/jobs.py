@@ -1,10 +1,10 @@
-"""The workers' end of the streams: claim a job, beat, commit its outcome, or hand it back.
+"""The workers' end of the streams: claim a job, renew its lease, commit its outcome, or hand it back.
 
-A job belongs to the worker that claimed it while that worker beats. It is taken over only when two clocks agree that a
-lease has passed: by the server's, the lease has run out and the owner's sign of life too; by its own, the claimer has
-watched the job for a lease and has seen neither a renewal nor an outage. The server's clock alone would rob the living:
-it may step, and it counts while the server is down. A job that its workers or their evaluation processes have died on
-MOST_DEATHS times is given up: it has failed, and is listed among the dead.
+A job belongs to the worker that claimed it for as long as that worker sends heartbeats. It is taken over only when two
+clocks agree that a lease has passed. By the server's clock, the lease and the owner's sign of life have expired. By its
+own clock, the claimer has observed the job for a lease without a renewal and without an outage. The server's clock
+alone is not enough: it may step, and it keeps running while the server is down. Once MOST_DEATHS workers or evaluation
+processes have died on a job, it is given up: it counts as failed and is listed in the dead-letter stream.
 """
 
 import time
@@ -19,22 +19,22 @@ from redis.exceptions import ResponseError
 
 from protocol.errors import StoreError
 from protocol.plans.candidate import Candidate, Failed, Outcome
-from protocol.queue.connection import BLOCK_MILLISECONDS, Patience, is_missing_group
+from protocol.queue.connection import BLOCK_MILLISECONDS, RedisRetry, is_missing_group
 from protocol.queue.keys import GROUP, Keys
 from protocol.queue.streams import entries_of, load_scripts
 
 LEAST_LEASE_SECONDS = 0.5
 MOST_SECONDS = 1e8
-"""Of any limit or lease: three years. A longer time is a slip, and far longer ones no timer takes."""
+"""The longest limit or lease: three years. A longer one is a typing error, and timers overflow far above it."""
 MOST_DEATHS = 3
-"""Unexplained deaths on a job, of workers or of evaluation processes, after which it is given up."""
+"""Unexplained deaths of workers or evaluation processes on a job after which it is given up."""
 MOST_DEAD = 1000
-"""Entries of the dead-letter stream that are kept."""
+"""Most entries of the dead-letter stream."""
 RELEASED = "released"
-"""The consumer that jobs belong to which were handed back: never alive, so that everybody may take them at once."""
+"""The consumer that owns jobs handed back. It is never alive, so any worker may take them at once."""
 RELEASED_IDLE_MS = 7 * 24 * 3600 * 1000
-"""How long such a job says it has been idle: longer than any lease."""
-PAGE = 100
+"""The idle time given to such a job: longer than any lease."""
+PAGE_SIZE = 100
 
 Entry = tuple[str, dict[str, str]]
 T = TypeVar("T")
@@ -43,7 +43,7 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True)
 class Job:
-    """A claimed candidate: `message` is its entry in the job stream, `fingerprint` the spec it was issued under."""
+    """A claimed candidate. `message` is its entry in the job stream, `fingerprint` that of its spec."""
 
     message: str
     candidate: Candidate
@@ -51,8 +51,8 @@ class Job:
 
 
 @dataclass(frozen=True)
-class _Watched:
-    """A job of another worker: how long it had been idle when this worker saw it first, at `since` on its own clock."""
+class _ObservedJob:
+    """A job of another worker, with its idle time when this worker first saw it, at `since` on its own clock."""
 
     owner: str
     idle_ms: int
@@ -68,23 +68,23 @@ class JobQueue:
         self._consumer = consumer
         self._lease_ms = int(lease_seconds * 1000)
         self._scripts = load_scripts(redis)
-        self._patiently = Patience(redis, keys.jobs)
+        self._retry = RedisRetry(redis, keys.jobs)
         self._last_beat = self._last_sweep = _now()
-        self._watched: dict[str, _Watched] = {}
-        """The jobs that are pending with others, by message, since they were claimed or renewed last."""
+        self._observed: dict[str, _ObservedJob] = {}
+        """The jobs pending with other workers, by message, since their last claim or renewal."""
         self._outages_seen = 0
         self._server = ""
         self._may_own_more = True
-        self._claimed_in_calm = False
+        self._claim_was_undisturbed = False
         self._has_had_group = False
 
     async def claim(self) -> Job | None:
-        """The next job, or None after about a second without one.
+        """Return the next job, or None after about a second without one.
 
-        First whatever is already ours but not running (a read whose reply was lost), then a new one, then one that was
-        handed back or whose owner is dead.
+        Jobs are tried in this order: one that is already ours but not running (the reply of a read was lost), a new
+        one, one that was handed back or whose owner is dead.
         """
-        outages = self._patiently.outages
+        outages = self._retry.outages
         try:
             own = await self._read("0", block=None) if self._may_own_more else None
             self._may_own_more = True
@@ -95,21 +95,21 @@ class JobQueue:
             await self._create_group()
             return None
         self._has_had_group = True
-        self._claimed_in_calm = own is None and outages == self._patiently.outages
+        self._claim_was_undisturbed = own is None and outages == self._retry.outages
         if entry is None:
-            self._may_own_more = not self._claimed_in_calm
+            self._may_own_more = not self._claim_was_undisturbed
         return await self._decode(*entry) if entry else None
 
     async def beat(self, job: Job | None, status: str) -> bool:
-        """Show a sign of life with `status`, and renew the lease on `job`; False when the lease is lost."""
+        """Send a heartbeat with `status`, and renew the lease on `job`. Returns False if the lease is lost."""
         now = _now()
         if (now - self._last_beat) * 1000 > self._lease_ms:
-            self._watched.clear()
+            self._observed.clear()
         self._last_beat = now
         keys = [self._keys.jobs, self._keys.worker(self._consumer)]
         args = [GROUP, self._consumer, job.message if job else "", self._lease_ms, status, RELEASED, RELEASED_IDLE_MS]
         try:
-            held = await self._timed(lambda: self._scripts["beat"](keys, args))
+            held = await self._timed_retry(lambda: self._scripts["beat"](keys, args))
         except ResponseError as error:
             if not is_missing_group(error):
                 raise
@@ -117,28 +117,28 @@ class JobQueue:
         return bool(held == 1)
 
     async def commit(self, job: Job, outcome: Outcome) -> bool:
-        """Commit the outcome of `job`; False when another worker's was first. Waits for the server if it is away."""
+        """Commit the outcome of `job`. Returns False if another worker's was first. Waits while the server is down."""
         return await self._commit(job.message, job.candidate.id, outcome)
 
     async def count_death(self, job: Job, death: str) -> int:
-        """Count the death of an evaluation process on `job`; returns the deaths so far. `death` names this one."""
+        """Count the death of an evaluation process on `job`. Returns the deaths so far. `death` identifies this one."""
         keys = [self._keys.jobs, self._keys.deaths]
         args = [GROUP, self._consumer, job.message, job.candidate.id, death]
         try:
-            return int(await self._patiently(lambda: self._scripts["count_death"](keys, args)))
+            return int(await self._retry(lambda: self._scripts["count_death"](keys, args)))
         except ResponseError as error:
             if not is_missing_group(error):
                 raise
             return 0
 
     async def give_up(self, job: Job, detail: str) -> bool:
-        """Commit `job` as failed because it kills, and list it among the dead."""
+        """Commit `job` as failed because processes die on it, and list it in the dead-letter stream."""
         log.error("job_given_up", candidate=job.candidate.id, detail=detail)
         outcome = Failed(reason="crashed", detail=detail)
         return await self._commit(job.message, job.candidate.id, outcome, "poison", self._consumer, detail)
 
     async def release(self) -> None:
-        """Hand back at once whatever is ours, and sign off. Not patient: the end waits for no server."""
+        """Hand back all our jobs and delete our status. Does not retry, so that the end waits for no server."""
         keys = [self._keys.jobs, self._keys.worker(self._consumer)]
         try:
             await self._scripts["release"](keys, [GROUP, self._consumer, RELEASED, RELEASED_IDLE_MS])
@@ -151,8 +151,8 @@ class JobQueue:
         keys += [self._keys.deaths, self._keys.dead]
         args = [GROUP, self._consumer, message, candidate_id, outcome.model_dump_json()]
         args += [*dead, str(MOST_DEAD)] if dead else []
-        first = await self._patiently(lambda: self._scripts["commit"](keys, args))
-        self._may_own_more = not self._claimed_in_calm  # a reply that was lost may have brought another
+        first = await self._retry(lambda: self._scripts["commit"](keys, args))
+        self._may_own_more = not self._claim_was_undisturbed  # a lost reply may have delivered another job
         return bool(first == 1)
 
     async def _create_group(self) -> None:
@@ -161,51 +161,52 @@ class JobQueue:
         else:
             log.info("group_created", stream=self._keys.jobs)
         try:
-            await self._patiently(lambda: self._redis.xgroup_create(self._keys.jobs, GROUP, id="0", mkstream=True))
+            await self._retry(lambda: self._redis.xgroup_create(self._keys.jobs, GROUP, id="0", mkstream=True))
         except ResponseError as error:
             if not str(error).startswith("BUSYGROUP"):
                 raise StoreError(f"the key {self._keys.jobs} is not a stream of jobs: {error}") from error
 
     async def _read(self, position: str, *, block: int | None) -> Entry | None:
         streams = {self._keys.jobs: position}
-        reply = await self._timed(
+        reply = await self._timed_retry(
             lambda: self._redis.xreadgroup(GROUP, self._consumer, streams, count=1, block=block), block or 0
         )
         entries = entries_of(reply)
         return entries[0] if entries else None
 
     async def _take_over(self) -> Entry | None:
-        server_ms = await self._notice_outage()
+        server_ms = await self._check_for_outage()
         await self._sweep()
         for message in await self._abandoned():
-            if entry := await self._take(message, server_ms):
+            if entry := await self._take_over_one(message, server_ms):
                 return entry
         return None
 
     async def _abandoned(self) -> list[str]:
-        """The messages that were handed back, or were not renewed for a lease of this worker's own time."""
+        """Return the messages that were handed back, or were not renewed for a lease by this worker's own clock."""
         asked = _now()
         rows = await self._pending()
         answered = _now()
-        if self._patiently.outages != self._outages_seen:
-            self._watched.clear()
-        watched, abandoned = {}, []
+        if self._retry.outages != self._outages_seen:
+            self._observed.clear()
+        observed, abandoned = {}, []
         for row in rows:
             message, owner, idle_ms = row["message_id"], row["consumer"], row["time_since_delivered"]
-            seen = self._watched.get(message)
-            if seen is None or seen.owner != owner or not self._is_as_it_was(seen, idle_ms, asked):
-                seen = _Watched(owner, idle_ms, answered)
-            watched[message] = seen
+            seen = self._observed.get(message)
+            if seen is None or seen.owner != owner or not self._is_unchanged(seen, idle_ms, asked):
+                seen = _ObservedJob(owner, idle_ms, answered)
+            observed[message] = seen
             if owner == RELEASED or (asked - seen.since) * 1000 >= self._lease_ms:
                 abandoned.append(message)
-        self._watched = watched
+        self._observed = observed
         return abandoned
 
-    def _is_as_it_was(self, seen: _Watched, idle_ms: int, now: float) -> bool:
-        """Whether a job's idle time is what it must be if the job was not renewed since it was first seen.
+    def _is_unchanged(self, seen: _ObservedJob, idle_ms: int, now: float) -> bool:
+        """Whether a job's idle time shows that it was not renewed since it was first seen.
 
-        Less is a renewal, and far more a step of the server's clock, which may hide one. Clocks and networks are not
-        exact: a sixth of a lease less, or a third more, says nothing. Living workers renew three times a lease.
+        A shorter idle time is a renewal. A much longer one is a step of the server's clock, which may hide a renewal.
+        Clocks and networks are inexact, so a difference from −1/6 to +1/3 of a lease is tolerated. A living worker
+        renews three times a lease.
         """
         expected = seen.idle_ms + (now - seen.since) * 1000
         return expected - self._lease_ms / 6 <= idle_ms <= expected + self._lease_ms / 3
@@ -214,16 +215,18 @@ class JobQueue:
         rows: list[Any] = []
         start = "-"
         while True:
-            page = await self._timed(partial(self._redis.xpending_range, self._keys.jobs, GROUP, start, "+", PAGE))
+            page = await self._timed_retry(
+                partial(self._redis.xpending_range, self._keys.jobs, GROUP, start, "+", PAGE_SIZE)
+            )
             rows += page
-            if len(page) < PAGE:
+            if len(page) < PAGE_SIZE:
                 return rows
             start = f"({page[-1]['message_id']}"
 
-    async def _take(self, message: str, server_ms: int) -> Entry | None:
+    async def _take_over_one(self, message: str, server_ms: int) -> Entry | None:
         keys = [self._keys.jobs, self._keys.deaths]
         args = [GROUP, self._consumer, message, self._lease_ms, RELEASED, server_ms, self._keys.worker_prefix]
-        taken = await self._patiently(lambda: self._scripts["take_over"](keys, args))
+        taken = await self._retry(lambda: self._scripts["take_over"](keys, args))
         if not taken:
             return None
         (message, flat), deaths, owner = taken
@@ -237,30 +240,30 @@ class JobQueue:
         return None
 
     async def _sweep(self) -> None:
-        """Forget workers that are gone, once a lease."""
+        """Delete the consumers of workers that are gone, once a lease."""
         if (_now() - self._last_sweep) * 1000 >= self._lease_ms:
             self._last_sweep = _now()
             args = [GROUP, self._keys.worker_prefix, self._lease_ms]
-            await self._patiently(lambda: self._scripts["sweep"]([self._keys.jobs], args))
+            await self._retry(lambda: self._scripts["sweep"]([self._keys.jobs], args))
 
-    async def _notice_outage(self) -> int:
-        """Begin to watch anew after a connection loss, and after a restart that happened between two calls.
+    async def _check_for_outage(self) -> int:
+        """Forget what was observed before a connection loss, or before a restart of the server between two calls.
 
-        Returns the server's clock in milliseconds.
+        Returns the server's time in milliseconds.
         """
-        info = await self._timed(lambda: self._redis.info("server"))
+        info = await self._timed_retry(lambda: self._redis.info("server"))
         server = str(info.get("run_id"))
-        if self._patiently.outages != self._outages_seen or server != self._server:
-            self._watched.clear()
-        self._outages_seen, self._server = self._patiently.outages, server
+        if self._retry.outages != self._outages_seen or server != self._server:
+            self._observed.clear()
+        self._outages_seen, self._server = self._retry.outages, server
         return int(info["server_time_usec"]) // 1000
 
-    async def _timed(self, operation: Callable[[], Awaitable[T]], waits_ms: float = 0.0) -> T:
-        """The reply; one that took half a lease longer than it should is an outage too: the server stood still."""
+    async def _timed_retry(self, operation: Callable[[], Awaitable[T]], waits_ms: float = 0.0) -> T:
+        """Return the reply. One that took half a lease longer than expected is an outage too: the server was frozen."""
         began = _now()
-        reply = await self._patiently(operation)
+        reply = await self._retry(operation)
         if (_now() - began) * 1000 > waits_ms + self._lease_ms / 2:
-            self._watched.clear()
+            self._observed.clear()
         return reply
 
     async def _decode(self, message: str, fields: dict[str, str]) -> Job | None:
@@ -271,17 +274,17 @@ class JobQueue:
             detail = " ".join(str(error).split())[:200]
         log.error("job_unreadable", message=message, error=detail)
         if "id" in fields:  # its search waits for an outcome
-            failed = Failed(reason="invalid", detail="the worker cannot read it: it is of another version")
+            failed = Failed(reason="invalid", detail="the worker cannot read it: another version wrote it")
             await self._commit(message, fields["id"], failed, "unreadable", self._consumer, detail)
         elif fields:
             args = [GROUP, self._consumer, message, detail, MOST_DEAD]
-            await self._patiently(lambda: self._scripts["discard"]([self._keys.jobs, self._keys.dead], args))
-        else:  # its body is gone: deleted or trimmed; the daemon's ledger brings the candidate back
-            await self._patiently(lambda: self._redis.xack(self._keys.jobs, GROUP, message))
+            await self._retry(lambda: self._scripts["discard"]([self._keys.jobs, self._keys.dead], args))
+        else:  # its body was deleted or trimmed; the daemon enqueues the candidate again
+            await self._retry(lambda: self._redis.xack(self._keys.jobs, GROUP, message))
         return None
 
 
 def _now() -> float:
-    """Seconds of a clock that also counts the time for which the machine was suspended, where there is one."""
+    """Return the seconds of a clock that also counts while the machine is suspended, where there is one."""
     clock = getattr(time, "CLOCK_BOOTTIME", None)
     return time.monotonic() if clock is None else time.clock_gettime(clock)

@@ -1,4 +1,4 @@
-"""Every Redis key and stream of a search, in one place."""
+"""The Redis keys and streams of a search, and how the values under them are parsed."""
 
 import json
 import re
@@ -44,27 +44,27 @@ class Keys:
         return self["profile"]
 
     def self_text(self, fingerprint: str) -> str:
-        """String: the text that the model of this spec wrote itself (self_text.py), by the first worker."""
+        """String: the text that this spec's model generated, published by the first worker (self_text.py)."""
         return self["self-text:"] + fingerprint
 
     @property
     def control(self) -> str:
-        """String: `run`, `pause` or `stop`; absent means run. People set it by hand."""
+        """String: `run`, `pause` or `stop`; absent means run. Users may set it directly."""
         return self["control"]
 
     @property
-    def understood(self) -> str:
-        """String: the last command that was understood, for who finds one that is not."""
+    def last_command(self) -> str:
+        """String: the last valid command, which stays in force while `control` holds an invalid one."""
         return self["understood"]
 
     @property
     def candidates(self) -> str:
-        """Hash id -> Candidate JSON: the ledger of everything ever enqueued, and what makes enqueueing idempotent."""
+        """Hash id -> Candidate JSON: every candidate ever enqueued. It makes enqueueing idempotent."""
         return self["candidates"]
 
     @property
     def issued(self) -> str:
-        """List of ids in the order of enqueueing."""
+        """List of candidate ids in the order in which they were enqueued."""
         return self["issued"]
 
     @property
@@ -74,22 +74,22 @@ class Keys:
 
     @property
     def results(self) -> str:
-        """Stream of outcomes, deleted as the population keeper applies them."""
+        """Stream of outcomes. The population keeper deletes each one as it applies it."""
         return self["results"]
 
     @property
     def done(self) -> str:
-        """Hash id -> consumer whose outcome was first, and therefore counts; kept until the outcome is applied."""
+        """Hash id -> consumer that committed the first outcome, the one that counts; kept until it is applied."""
         return self["done"]
 
     @property
     def deaths(self) -> str:
-        """Hash id -> how often a worker or its evaluation process died on it; kept until its outcome is committed."""
+        """Hash id -> how many workers or evaluation processes died on it; kept until its outcome is committed."""
         return self["deaths"]
 
     @property
     def dead(self) -> str:
-        """Stream of the jobs that were given up (id, reason, worker, detail), the newest thousand: for people."""
+        """Stream of the newest thousand dead-letter jobs (id, reason, worker, detail), for inspection."""
         return self["dead"]
 
     @property
@@ -113,27 +113,27 @@ class Keys:
         return self["state"]
 
     def restoring(self, key: str) -> str:
-        """Where a daemon writes what belongs under `key` of a server that lost its data (daemon/state/restoring.py)."""
+        """Temporary key for the value of `key` while a daemon restores lost data (daemon/state/restoring.py)."""
         return key + ":restoring"
 
     @property
     def epoch(self) -> str:
-        """Number that grows: which daemon may write (lua/fence.lua). A daemon with a lower one is refused."""
+        """Fencing token: a growing number. A daemon with a lower one may not write (lua/fence.lua)."""
         return self["epoch"]
 
     @property
     def daemon(self) -> str:
-        """String with expiry: who the running daemon is."""
+        """String with expiry: the identity of the running daemon."""
         return self["daemon"]
 
     @property
     def condition(self) -> str:
-        """String: the daemon's Condition as JSON (daemon/monitor/status.py): what only it knows; stays when it ends."""
+        """String: the daemon's Condition as JSON (daemon/monitor/status.py). It stays after the daemon's end."""
         return self["condition"]
 
     @property
     def worker_prefix(self) -> str:
-        """Keys `…:worker:<consumer>` with expiry: a worker's status, and the proof that it lives."""
+        """Prefix of the keys `…:worker:<consumer>`, each with expiry: a worker's status and sign of life."""
         return self["worker:"]
 
     def worker(self, consumer: str) -> str:
@@ -148,27 +148,27 @@ M = TypeVar("M", bound=BaseModel)
 
 
 @overload
-def read_stored(model: type[M], text: str, key: str) -> M: ...
+def parse_stored(model: type[M], text: str, key: str) -> M: ...
 
 
 @overload
-def read_stored(model: TypeAdapter[T], text: str, key: str) -> T: ...
+def parse_stored(model: TypeAdapter[T], text: str, key: str) -> T: ...
 
 
-def read_stored(model: type[BaseModel] | TypeAdapter[Any], text: str, key: str) -> Any:
-    """The value that `text`, found under `key`, stands for; StoreError where it is none that this version knows."""
+def parse_stored(model: type[BaseModel] | TypeAdapter[Any], text: str, key: str) -> Any:
+    """Parse `text`, the value of `key`. Raises StoreError if it does not fit this version's model."""
     try:
         return model.validate_json(text) if isinstance(model, TypeAdapter) else model.model_validate_json(text)
     except ValidationError:
         raise StoreError(
-            f"what stands under {key} in Redis cannot be read: another version, or somebody by hand, has written it"
+            f"the Redis key {key} cannot be read: its value was written by another version, or by hand"
         ) from None
 
 
-def read_entry(model: type[M] | TypeAdapter[T], text: str, key: str) -> M | T | None:
-    """As `read_stored`, but None for what no version of ours has written: no JSON object, or no UTF-8."""
+def parse_unless_damaged(model: type[M] | TypeAdapter[T], text: str, key: str) -> M | T | None:
+    """Parse `text` like `parse_stored`, but return None if it is damaged: not a JSON object, or not UTF-8."""
     try:
-        return read_stored(model, text, key)
+        return parse_stored(model, text, key)
     except StoreError:
         if is_damaged(text):
             return None
@@ -176,7 +176,7 @@ def read_entry(model: type[M] | TypeAdapter[T], text: str, key: str) -> M | T | 
 
 
 def is_damaged(text: str) -> bool:
-    """Whether a value that cannot be read is damaged, where it could be another version's."""
+    """Whether an unreadable value is damaged. Otherwise another version wrote it."""
     try:
         return "\ufffd" in text or not isinstance(json.loads(text), dict)
     except (ValueError, RecursionError):

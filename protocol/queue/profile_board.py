@@ -1,7 +1,7 @@
-"""Where the workers of a search publish its model profile, and where the daemon finds it.
+"""The model profile of a search in Redis: workers publish it, the daemon reads it.
 
-A profile counts for one spec. A worker that prepared a spec which the search no longer has publishes nothing,
-and the profile of another spec is as good as none.
+A profile belongs to one spec. A worker whose spec is no longer the search's publishes nothing, and a reader ignores
+the profile of another spec.
 """
 
 from typing import Any
@@ -10,39 +10,40 @@ from redis.asyncio import Redis
 
 from protocol.plans.profile import ModelProfile
 from protocol.plans.spec import SearchSpec
-from protocol.queue.connection import Patience
-from protocol.queue.keys import Keys, read_entry, read_stored
+from protocol.queue.connection import RedisRetry
+from protocol.queue.keys import Keys, parse_stored, parse_unless_damaged
 from protocol.queue.streams import load_scripts
 
 
 class ProfileBoard:
-    """The profile of the search with these keys."""
+    """Publishes and reads the profile of the search with these keys."""
 
     def __init__(self, redis: Redis, keys: Keys) -> None:
         self._redis: Any = redis  # its annotations cannot say that replies are str
         self._keys = keys
-        self._patiently = Patience(redis, keys.profile)
+        self._retry = RedisRetry(redis, keys.profile)
         self._publish = load_scripts(redis)["publish_profile"]
 
     async def read(self, fingerprint: str) -> ModelProfile | None:
-        """The profile of the spec with this fingerprint, once it is published; StoreError for another version's.
+        """Return the published profile of the spec with this fingerprint, else None.
 
-        One that is damaged is as good as none: a worker publishes it again.
+        A damaged profile counts as none, for a worker publishes it again. Raises StoreError for one that another
+        version wrote.
         """
-        text = await self._patiently(lambda: self._redis.get(self._keys.profile))
-        profile = read_entry(ModelProfile, text, self._keys.profile) if text else None
+        text = await self._retry(lambda: self._redis.get(self._keys.profile))
+        profile = parse_unless_damaged(ModelProfile, text, self._keys.profile) if text else None
         return profile if profile and profile.fingerprint == fingerprint else None
 
     async def publish(self, profile: ModelProfile) -> ModelProfile | None:
-        """Publish `profile` unless another one of its spec is there; returns the one that counts.
+        """Publish `profile` unless its spec already has one. Returns the profile that is then in Redis.
 
-        None where the search has another spec by now, or none: then nothing is published.
+        Publishes nothing and returns None if the search now has another spec, or none.
         """
-        text = await self._patiently(lambda: self._redis.get(self._keys.spec))
-        # The script compares the text, for it cannot tell a fingerprint: the spec may change between the two steps.
-        spec = read_entry(SearchSpec, text, self._keys.spec) if text else None
+        text = await self._retry(lambda: self._redis.get(self._keys.spec))
+        # The spec may change before the script runs. Lua cannot compute a fingerprint, so the script compares the text.
+        spec = parse_unless_damaged(SearchSpec, text, self._keys.spec) if text else None
         if spec is None or spec.fingerprint != profile.fingerprint:
             return None
         args = [text, profile.fingerprint, profile.model_dump_json()]
-        counts = await self._patiently(lambda: self._publish([self._keys.spec, self._keys.profile], args))
-        return read_stored(ModelProfile, counts, self._keys.profile) if counts else None
+        published = await self._retry(lambda: self._publish([self._keys.spec, self._keys.profile], args))
+        return parse_stored(ModelProfile, published, self._keys.profile) if published else None

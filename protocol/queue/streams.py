@@ -1,11 +1,11 @@
 """The daemon's end of the streams: enqueue candidates, read and apply outcomes. jobs.py is the workers' end.
 
-Only these two files and the scripts beside them (protocol/lua) touch a stream. Delivery is at least once and effects
-are once: every step that changes something is one script that may be repeated without harm.
+Only these two files and the scripts in protocol/lua touch a stream. Delivery is at least once, and each effect happens
+once: every change is one idempotent script.
 
-What grows with a search is its ledger and its outcomes alone (`candidates`, `issued`, `outcomes`, `applied`: one entry
-for each candidate), and `selections` by one entry a round. Jobs and results are deleted when they have served, `done`
-when the outcome is applied, `deaths` when it is committed, workers when they are gone; `dead` keeps the newest 1000.
+Memory grows with the candidates of a search (`candidates`, `issued`, `outcomes`, `applied`: one entry each) and with
+its rounds (`selections`: one entry each). Everything else is deleted after use: jobs and results once processed, `done`
+when the outcome is applied, `deaths` when it is committed, workers when they are gone. `dead` keeps the newest 1000.
 """
 
 import asyncio
@@ -21,27 +21,27 @@ from redis.asyncio import Redis
 
 from protocol.errors import SelfPrunerError
 from protocol.plans.candidate import OUTCOME, Candidate, Failed, Outcome, Result
-from protocol.queue.connection import BLOCK_MILLISECONDS, Patience
+from protocol.queue.connection import BLOCK_MILLISECONDS, RedisRetry
 from protocol.queue.keys import Keys
 
 TAKEN_OVER, DATA_LOST = -1, -2
-"""What a fenced script answers when another daemon is in charge, and when nobody is: the server lost its data."""
+"""Answers of a fenced script when another daemon is in charge, and when none is because the server lost its data."""
 FENCE = "fence"
-"""The script that stands before each one that asks who is in charge, with one of its functions."""
+"""The script that is prepended to each one that calls one of its functions."""
 FENCE_FUNCTIONS = ("refusal(", "epoch_of(")
 PART = 500
-"""Entries of a stream, ids or candidates in one request: more would keep the server from other clients."""
+"""Most entries of a stream, ids or candidates in one request; more would block other clients of the server."""
 PARENTS: TypeAdapter[tuple[str, ...]] = TypeAdapter(tuple[str, ...])
 
 log = structlog.get_logger()
 
 
 class TakenOver(SelfPrunerError):  # noqa: N818
-    """Another daemon is in charge of this search now; this one must not write any more."""
+    """Another daemon is now in charge of this search; this one must not write any more."""
 
 
 def load_scripts(redis: Redis) -> dict[str, Any]:
-    """The Lua scripts by name, registered on `redis` (loaded again where the server has forgotten them)."""
+    """Register the Lua scripts on `redis` and return them by name. The client reloads them if the server lost them."""
     folder = files("protocol") / "lua"
     texts = {
         script.name.removesuffix(".lua"): script.read_text()
@@ -56,9 +56,8 @@ def load_scripts(redis: Redis) -> dict[str, Any]:
 class CandidateQueue:
     """Puts candidates on the job stream and applies outcomes, fenced by its epoch.
 
-    `issued` and `applied` count what the server has confirmed of this search, earlier processes included: a server
-    that holds less has lost something. While its data is lost every call but `requeue` waits for SearchStore to restore
-    it.
+    `issued` and `applied` count what the server has confirmed for this search, earlier processes included. A server
+    that holds less has lost data. Every call except `requeue` then waits for SearchStore to restore it.
     """
 
     def __init__(self, redis: Redis, keys: Keys, *, epoch: int, fingerprint: str) -> None:
@@ -67,13 +66,13 @@ class CandidateQueue:
         self._epoch = epoch
         self._fingerprint = fingerprint
         self._scripts = load_scripts(redis)
-        self._patiently = Patience(redis, keys.jobs)
-        self._from_the_start = False
+        self._retry = RedisRetry(redis, keys.jobs)
+        self._read_from_start = False
         self.issued = 0
         self.applied = 0
 
     async def enqueue(self, candidate: Candidate) -> bool:
-        """Put `candidate` on the stream; False when its id is there (or was measured) already."""
+        """Put `candidate` on the stream. Returns False if its id was enqueued before."""
         keys = [self._keys.epoch, self._keys.candidates, self._keys.issued, self._keys.jobs]
         payload = candidate.model_dump_json()
         args = [self._epoch, candidate.id, payload, self._fingerprint]
@@ -82,11 +81,11 @@ class CandidateQueue:
         return new == 1
 
     async def requeue(self, ids: Sequence[str]) -> int:
-        """Put those candidates back whose job was lost, or whose outcome was before it was applied; returns how many.
+        """Enqueue again those candidates whose job was lost, or whose outcome was lost before it was applied.
 
-        Of a server that has lost its data it returns 0 at once, for whoever restores calls this too.
+        Returns their number. If the server has lost its data it returns 0 at once, for restoring calls this too.
         """
-        jobs, last_job = await self._ids_on(self._keys.jobs)  # first: a job that is done meanwhile is on the other then
+        jobs, last_job = await self._ids_on(self._keys.jobs)  # first, so that a job done meanwhile is among the results
         results, last_result = await self._ids_on(self._keys.results)
         lost = [id_ for id_ in ids if id_ not in jobs and id_ not in results]
         names = [self._keys.epoch, self._keys.candidates, self._keys.done, self._keys.outcomes, self._keys.jobs]
@@ -94,7 +93,7 @@ class CandidateQueue:
         requeued = 0
         for first in range(0, len(lost), PART):
             args = [self._epoch, self._fingerprint, last_job, last_result, *lost[first : first + PART]]
-            answer = self._checked(await self._patiently(partial(self._scripts["requeue"], names, args)))
+            answer = self._check_answer(await self._retry(partial(self._scripts["requeue"], names, args)))
             if answer == DATA_LOST:
                 break
             requeued += answer
@@ -103,11 +102,11 @@ class CandidateQueue:
         return requeued
 
     async def _ids_on(self, stream: str) -> tuple[set[str], str]:
-        """The candidates on a stream, and its last entry, read in parts."""
+        """Return the candidate ids on a stream, and its last entry."""
         ids: set[str] = set()
         last = "0-0"
         while True:
-            page = await self._patiently(partial(self._redis.xrange, stream, f"({last}", "+", PART))
+            page = await self._retry(partial(self._redis.xrange, stream, f"({last}", "+", PART))
             ids |= {fields["id"] for _, fields in page if "id" in fields}
             if page:
                 last = page[-1][0]
@@ -115,23 +114,23 @@ class CandidateQueue:
                 return ids, last
 
     async def results(self, cursor: str) -> list[Result]:
-        """Outcomes behind `cursor`, waiting about a second for the first; an unreadable one has failed."""
-        from_the_start = self._from_the_start
-        streams = {self._keys.results: "0-0" if from_the_start else cursor}
-        reply = await self._patiently(lambda: self._redis.xread(streams, count=100, block=BLOCK_MILLISECONDS))
-        if reply and from_the_start:
-            self._from_the_start = False
+        """Return the outcomes after `cursor`, waiting about a second for the first. An unreadable one is a failure."""
+        from_start = self._read_from_start
+        streams = {self._keys.results: "0-0" if from_start else cursor}
+        reply = await self._retry(lambda: self._redis.xread(streams, count=100, block=BLOCK_MILLISECONDS))
+        if reply and from_start:
+            self._read_from_start = False
         results = []
         for message, fields in entries_of(reply):
             if "id" in fields:
                 results.append(Result(message, fields["id"], _outcome(fields.get("outcome", ""))))
             else:
                 log.error("result_unreadable", entry=message)
-                await self._patiently(partial(self._redis.xdel, self._keys.results, message))
+                await self._retry(partial(self._redis.xdel, self._keys.results, message))
         return results
 
     async def apply(self, result: Result) -> bool:
-        """Make `result` part of the search's state; False when its id has an outcome already."""
+        """Make `result` part of the search's state. Returns False if its id already has an outcome."""
         keys = [self._keys.epoch, self._keys.outcomes, self._keys.applied, self._keys.results, self._keys.done]
         args = [self._epoch, result.id, result.outcome.model_dump_json(), result.cursor]
         new: int = await self._fenced(lambda: self._scripts["apply"](keys, args))
@@ -139,36 +138,36 @@ class CandidateQueue:
         return new == 1
 
     async def remember_selection(self, round_: int, parents: Sequence[str]) -> tuple[str, ...]:
-        """Keep the parents chosen for a round, so that a restart in its middle goes on with the same ones.
+        """Store the parents selected for a round, so that a daemon restarted within the round uses the same ones.
 
-        Returns those that are kept: the first that were chosen.
+        Returns the stored parents: the first that were selected for this round.
         """
         keys, args = [self._keys.epoch, self._keys.selections], [self._epoch, round_, json.dumps(parents)]
         kept = read_parents(await self._fenced(lambda: self._scripts["remember_selection"](keys, args)))
         return tuple(parents) if kept is None else kept
 
     async def drop(self, result: Result) -> None:
-        """Take a result off its stream that belongs to no candidate of this search."""
+        """Delete a result that belongs to no candidate of this search."""
         keys = [self._keys.epoch, self._keys.results, self._keys.done]
         await self._fenced(lambda: self._scripts["drop"](keys, [self._epoch, result.cursor, result.id]))
 
     def rewind(self) -> None:
-        """Read results from the first on, for the stream may have begun anew; those applied are not on it any more."""
-        self._from_the_start = True
+        """Read results from the start of the stream next time, for it may be a new one. Applied ones are not on it."""
+        self._read_from_start = True
 
     async def _fenced(self, script: Callable[[], Awaitable[Any]]) -> Any:
-        while (answer := await self._patiently(script)) == DATA_LOST:  # noqa: ASYNC110  (it changes on the server)
+        while (answer := await self._retry(script)) == DATA_LOST:  # noqa: ASYNC110  (it changes on the server)
             await asyncio.sleep(0.5)
-        return self._checked(answer)
+        return self._check_answer(answer)
 
-    def _checked(self, answer: Any) -> Any:
+    def _check_answer(self, answer: Any) -> Any:
         if answer == TAKEN_OVER:
             raise TakenOver(f"another daemon has taken over the search {self._keys.search!r}")
         return answer
 
 
 def read_parents(text: str) -> tuple[str, ...] | None:
-    """The parents of a round as they are stored; None where they cannot be read."""
+    """Return the stored parents of a round; None if they cannot be read."""
     try:
         return PARENTS.validate_json(text)
     except ValidationError:
@@ -176,16 +175,16 @@ def read_parents(text: str) -> tuple[str, ...] | None:
 
 
 def _outcome(text: str) -> Outcome:
-    """An outcome as committed; one that cannot be read has failed, for the search waits for it."""
+    """Parse a committed outcome. An unreadable one becomes a failure, for the search waits for it."""
     try:
         return OUTCOME.validate_json(text)
     except ValueError as error:
         log.error("outcome_unreadable", error=str(error)[:200])
-        return Failed(reason="invalid", detail="its outcome cannot be read: the worker is of another version")
+        return Failed(reason="invalid", detail="its outcome cannot be read: the worker runs another version")
 
 
 def entries_of(reply: Any) -> Sequence[tuple[str, dict[str, str]]]:
-    """The entries of the one stream in a reply to XREAD or XREADGROUP (RESP2 lists, RESP3 dicts)."""
+    """Return the entries of the one stream in a reply to XREAD or XREADGROUP (RESP2 lists, RESP3 dicts)."""
     if not reply:
         return []
     if isinstance(reply, dict):

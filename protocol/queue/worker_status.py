@@ -1,4 +1,4 @@
-"""What stands in Redis of the workers of a search: what they say of themselves, and the jobs that were given up."""
+"""The status of each worker of a search in Redis, and the dead-letter jobs."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +10,7 @@ from protocol.queue.keys import Keys
 
 
 class WorkerStatus(BaseModel):
-    """What a worker says of itself with each beat."""
+    """The status that a worker sends with each heartbeat. `consumer` is part of the key, not of the value."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -22,17 +22,21 @@ class WorkerStatus(BaseModel):
     measured: int = 0
     detail: str = ""
 
+    def to_json(self) -> str:
+        """Return the value of the worker's key."""
+        return self.model_dump_json(exclude={"consumer"})
+
 
 @dataclass(frozen=True)
 class Workers:
-    """The workers that show a sign of life, and the names of those whose status cannot be read."""
+    """The workers with a sign of life, and the names of those whose status cannot be read."""
 
     workers: list[WorkerStatus]
     unreadable: frozenset[str]
 
 
 async def read_workers(redis: Redis, keys: Keys) -> Workers:
-    """The workers that show a sign of life; one of another version stops nobody from seeing the others."""
+    """Read the status of all workers with a sign of life. One of another version does not hide the others."""
     client: Any = redis  # its annotations cannot say that replies are str
     names = [name async for name in client.scan_iter(match=keys.worker_prefix + "*", count=1000)]
     texts = await client.mget(names) if names else []
@@ -49,6 +53,6 @@ async def read_workers(redis: Redis, keys: Keys) -> Workers:
 
 
 async def read_dead(redis: Redis, keys: Keys) -> list[dict[str, str]]:
-    """The jobs that were given up, the last hundred, newest first: `id`, `reason`, `worker`, `detail`."""
+    """Return the newest hundred dead-letter jobs, newest first: `id`, `reason`, `worker`, `detail`."""
     client: Any = redis
     return [fields for _, fields in await client.xrevrange(keys.dead, count=100)]

@@ -1,1 +1,1 @@
-"""What the commands that measure return, as JSON and for tables. Start with commands.py."""
+"""Results of the commands that prune and measure, as JSON. Start with commands.py."""

@@ -1,4 +1,4 @@
-"""What the commands that prune and measure find: as JSON what a program reads of them."""
+"""Results of the commands that prune and measure, with the JSON of `--json`."""
 
 from pathlib import Path
 from typing import Literal
@@ -15,43 +15,43 @@ from protocol.results.zero_shot import Metric
 
 
 class EvaluationResult(BaseModel):
-    """What one model measures, and where it was pruned, what the dense model does on the same tokens."""
+    """The perplexity of one model, and if it was pruned, of the dense model on the same tokens."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str
     method: str | None = None
-    """The allocation, or where the rates come from; None for a model as it is."""
+    """The allocation, or the source of the rates; None for an unpruned model."""
     heads: Heads | None = None
-    """Which query heads could be removed; None for a model as it is."""
+    """Which query heads could be removed; None for an unpruned model."""
     reconstruction: Reconstruction | None = None
-    """Whether what stays was fitted; None for a model as it is."""
+    """How the remaining weights were reconstructed; None for an unpruned model."""
     rate: float | None = None
-    """Share of the decoder's parameters that was removed; None for a model as it is."""
+    """Share of the decoder's parameters that was removed; None for an unpruned model."""
     perplexity: float
     """On the fitness text."""
     dense_perplexity: float | None = None
     kl: float | None = None
-    """Divergence from the dense model in nats, where it was asked for."""
+    """KL divergence from the dense model in nats per token, if requested."""
     report_perplexity: float | None = None
     dense_report_perplexity: float | None = None
     parameters: Parameters
     seqlen: int
     tokens: int
     seconds: float
-    """Wall time of pruning to the plan and measuring on the fitness text, and of nothing else."""
+    """Wall time of applying the plan and measuring on the fitness text only."""
     calibration: str | None = None
     data: str
     """The fitness text."""
     fitness_digest: str
-    """Of the tokens measured on: equal where two results are of the same ones."""
+    """Digest of the measured tokens: equal for results on the same tokens."""
     card_perplexity: float | None = None
-    """What an exported folder's own card says of the same tokens."""
+    """The perplexity on the same tokens that the exported folder's model card states."""
     rates: tuple[float, ...] = ()
 
 
 class AllocationResult(BaseModel):
-    """Rates without a search, with all that is needed to prune by them: a file of rates."""
+    """The rates of an allocation, with all that is needed to prune by them: the content of a rates file."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -65,21 +65,21 @@ class AllocationResult(BaseModel):
 
 
 class GgufPerplexity(BaseModel):
-    """What an exported GGUF file computes in llama.cpp, beside the model in memory that it was written from."""
+    """Perplexity of an exported GGUF file in llama.cpp, and of the model in memory that it was written from."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     file_type: GgufType
     perplexity: PositiveFloat
-    """In llama.cpp, of the first windows of the text that the export was measured on."""
+    """In llama.cpp, on the first windows of the text that the export was measured on."""
     in_memory: PositiveFloat
-    """Of the same windows."""
+    """Of the model in memory, on the same windows."""
     tokens: PositiveInt
-    """Predicted ones."""
+    """Number of predicted tokens."""
 
 
-class Searched(BaseModel):
-    """What a search took, and what it is compared with, on the texts of what it found."""
+class SearchSummary(BaseModel):
+    """The cost of a search, and the uniform baseline on the same texts."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -90,20 +90,20 @@ class Searched(BaseModel):
 
 
 class ExportResult(BaseModel):
-    """What was written."""
+    """The files that an export wrote, and the measurements of the exported model."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     folder: Path
     formats: Formats
     files: dict[str, int]
-    """Names and sizes in bytes."""
+    """File names, with sizes in bytes."""
     model: str
     method: str
     rate: float
-    """Share of the decoder's parameters that is removed."""
+    """Share of the decoder's parameters that was removed."""
     perplexity: float
-    """On the fitness text, of the model in memory."""
+    """Of the model in memory, on the fitness text."""
     dense_perplexity: float
     kl: float | None
     report_perplexity: float | None
@@ -113,100 +113,99 @@ class ExportResult(BaseModel):
     seconds: float
     """Wall time of writing the folder."""
     gguf: GgufPerplexity | None = None
-    """None without a GGUF file, and where llama.cpp is not installed or has no room."""
+    """None without a GGUF file, and if llama.cpp is not installed or has too little memory."""
 
 
 class TaskAccuracy(BaseModel):
-    """What a model answers in one zero-shot task; accuracies are shares of its items."""
+    """Accuracy of a model in one zero-shot task, as a share of its items."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     task: str
-    """As on the command line; of a local task the name in its file."""
+    """The name on the command line; for a local task, the name in its file."""
     title: str
     items: PositiveInt
     acc: float
     acc_norm: float | None
-    """None where the task has no such accuracy."""
+    """None if the task has no such accuracy."""
     metric: Metric
-    """Which of the two counts (protocol/results/zero_shot.py)."""
+    """Which of the two is reported as `accuracy` (protocol/results/zero_shot.py)."""
     accuracy: float
-    """That one."""
     standard_error: float | None
-    """Of `accuracy`, from the number of items; None for a single item."""
+    """Standard error of `accuracy`; None for a single item."""
 
 
 class ZeroShotResult(BaseModel):
-    """What a model answers without examples, and where it was pruned, how."""
+    """Zero-shot accuracies of a model, and how it was pruned."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str
     method: str | None = None
-    """The allocation, or where the rates come from; None for a model as it is."""
+    """The allocation, or the source of the rates; None for an unpruned model."""
     rate: float | None = None
-    """Share of the decoder's parameters that was removed; None for a model as it is."""
+    """Share of the decoder's parameters that was removed; None for an unpruned model."""
     tasks: tuple[TaskAccuracy, ...]
     mean: float
-    """Of the tasks' `accuracy`, each task counting the same, as in the paper."""
+    """Unweighted mean of the tasks' `accuracy`, as in the paper."""
     limit: int | None
-    """At most so many items of each task, the first ones; None for all."""
+    """Only the first `limit` items of each task were used; None means all."""
     tasks_dir: Path | None
     parameters: Parameters
     dtype: str
     batch_size: int
     harness: str
-    """lm-eval's version."""
+    """The version of lm-eval."""
     seconds: float
-    """Wall time of answering, and of nothing else."""
+    """Wall time of answering only."""
     calibration: str | None = None
     rates: tuple[float, ...] = ()
 
 
 class FinetuneResult(BaseModel):
-    """What was trained, what it measures, and what was written."""
+    """The training, its perplexities, and the files that were written."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     folder: Path
     formats: Formats
     files: dict[str, int]
-    """Names below the folder, and sizes in bytes."""
+    """Paths below the folder, with sizes in bytes."""
     model: str
     """The model that was pruned."""
     parameters: Parameters
     finetuning: Finetuning
     resumed_from: int
-    """Steps that an earlier process had made."""
+    """Steps made by earlier processes."""
     ended_by: Literal["steps", "time"]
     seconds: float
     """Wall time of the steps, over all restarts."""
     gguf: GgufPerplexity | None = None
-    """As of an export; None where no text was measured, too."""
+    """As in ExportResult; also None if no text was measured."""
 
 
 class PruneResult(BaseModel):
-    """From model to smaller model: what search, export and check came to. Perplexities are of the fitness text."""
+    """Results of `selfpruner prune`: search, export and check. Perplexities are on the fitness text."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     search: str
     evaluations: int
     proposed_by_llm: int
-    """Of them."""
+    """How many of the evaluated candidates the LLM proposed."""
     search_seconds: float
     uniform_perplexity: float | None
     uniform_report_perplexity: float | None
     uniform_kl: float | None
-    """Where the search minimised the divergence from the dense model."""
+    """Set if the search minimised the divergence from the dense model."""
     uniform_parameters: Parameters
     reconstruction: Reconstruction
-    """Applies to uniform pruning and to the best allocation."""
+    """How both uniform pruning and the best candidate were reconstructed."""
     dense_report_perplexity: float | None
     exported: ExportResult
-    """Before fine-tuning, in the search's folder, where there was any."""
+    """The export before fine-tuning; with fine-tuning it is in the search's folder."""
     finetuned: FinetuneResult | None
     reloaded: float | None
-    """Of the folder when it was loaded again; None where it holds no more than a GGUF file."""
+    """Perplexity of the folder when loaded again; None if it holds only a GGUF file."""
     runs_in_llama_cpp: bool | None
-    """The GGUF file was loaded and wrote tokens; None where there is none, or no llama.cpp here."""
+    """Whether llama.cpp loaded the GGUF file and generated tokens; None without a GGUF file or llama.cpp."""

@@ -1,4 +1,4 @@
-"""How a pruned model is fine-tuned, and what its folder says of that afterwards."""
+"""The fine-tuning recipe of a pruned model, and the record of it in the exported folder."""
 
 from pathlib import Path
 from typing import Literal
@@ -8,24 +8,24 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFlo
 from protocol.plans.spec import TextSpec
 
 ALPACA_GPT4 = "alpaca-gpt4"
-"""The name of the instructions that the paper fine-tunes on; they come from the hub."""
+"""Name of the paper's instruction data, which is downloaded from the hub."""
 HUB_EXAMPLES = 10_000
-"""So many of them, as in the paper."""
+"""Default number of its examples, as in the paper."""
 Method = Literal["lora", "full"]
-"""Low-rank additions to the seven projections of each decoder layer, or all of these projections' own weights."""
+"""LoRA on the seven projections of each decoder layer, or full training of these projections."""
 Form = Literal["alpaca", "text"]
-"""Instructions with answers, of which the answers are predicted; or plain text, all of which is."""
+"""Instructions with answers, where only answers are predicted; or plain text, where all tokens are."""
 Schedule = Literal["cosine", "linear", "constant"]
 
 
 def form_of(source: str) -> Form:
-    """What data is taken for: ALPACA_GPT4 and files that end in .json or .jsonl are instructions, all else is text."""
+    """Return the form of the data: ALPACA_GPT4, .json and .jsonl files are instructions, everything else is text."""
     is_alpaca = source == ALPACA_GPT4 or Path(source).suffix.lower() in (".json", ".jsonl")
     return "alpaca" if is_alpaca else "text"
 
 
 class Recipe(BaseModel):
-    """All that decides what fine-tuning makes of a model and its data."""
+    """All settings that determine the result of fine-tuning."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -33,50 +33,50 @@ class Recipe(BaseModel):
     rank: PositiveInt = 8
     """LoRA's r."""
     alpha: PositiveFloat = 16.0
-    """What LoRA adds is scaled by alpha / rank."""
+    """LoRA's update is scaled by alpha / rank."""
     dropout: float = Field(default=0.05, ge=0, lt=1)
-    """Of what goes into LoRA's additions."""
+    """Dropout on LoRA's inputs."""
     learning_rate: PositiveFloat = 3e-4
-    """The highest."""
+    """Peak learning rate."""
     schedule: Schedule = "cosine"
-    """How the learning rate falls to nought after the warm-up."""
+    """How the learning rate falls to zero after the warm-up."""
     warmup: float = Field(default=0.05, ge=0, lt=1)
-    """The share of all steps in which it rises."""
+    """Share of the steps in which the learning rate rises."""
     epochs: PositiveInt = 2
     max_steps: PositiveInt | None = None
-    """Fewer steps than the epochs have; the schedule is that of the steps that are made."""
+    """Maximum number of steps. If it ends training earlier than `epochs`, the schedule is shortened to it."""
     batch: PositiveInt = 64
-    """Examples, or windows of a text, in one step."""
+    """Examples, or windows of a text, per step."""
     micro_batch: PositiveInt = 4
-    """How many of them go through the model at once."""
+    """Examples per forward pass."""
     seqlen: int = Field(default=256, ge=16)
-    """Tokens of the longest example; longer ones are cut. Tokens of a text's windows."""
+    """Maximum tokens of an example, longer ones are cut; or tokens of a text's window."""
     examples: PositiveInt | None = None
-    """So many, by a seeded shuffle; None: all of a file, and HUB_EXAMPLES of the hub's."""
+    """Number of examples, chosen by a seeded shuffle; None means all of a file, or HUB_EXAMPLES from the hub."""
     weight_decay: NonNegativeFloat = 0.0
     clip: PositiveFloat = 1.0
-    """The largest norm of a step's gradient."""
+    """Maximum gradient norm."""
     seed: int = Field(default=0, ge=0, lt=2**63)
 
 
 class LossPoint(BaseModel):
-    """One step."""
+    """The loss of one training step."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     step: int
-    """From 1."""
+    """Number of the step, from 1."""
     loss: float
-    """Mean over the step's predicted tokens, in nats, before the step."""
+    """Mean over the step's predicted tokens, in nats, before the update."""
     learning_rate: float
     tokens: int
-    """That were predicted in this step."""
+    """Tokens predicted in this step."""
     seconds: float
-    """Of fine-tuning until its end, over all restarts."""
+    """Training time up to the end of this step, over all restarts."""
 
 
 class Perplexities(BaseModel):
-    """One text, measured before fine-tuning and after."""
+    """Perplexity on one text, before and after fine-tuning."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -87,23 +87,23 @@ class Perplexities(BaseModel):
 
 
 class Finetuning(BaseModel):
-    """What was done, as the card of the folder tells it."""
+    """The record of a fine-tuning in the exported folder."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     recipe: Recipe
     data: str
-    """The name of the data; of a file the last part of its path."""
+    """The name of the data; for a file, the last part of its path."""
     form: Form
     examples: PositiveInt
-    """That there were to learn from."""
+    """Number of training examples."""
     steps: PositiveInt
     tokens: PositiveInt
-    """That were predicted, over all steps."""
+    """Tokens predicted, over all steps."""
     trained_parameters: PositiveInt
     first_loss: float
     last_loss: float
-    """Means of the first and of the last tenth of the steps."""
+    """Mean loss over the first and the last 10 % of the steps."""
     perplexity: Perplexities | None = None
     report_perplexity: Perplexities | None = None
-    """Of a second text, which nothing was chosen by."""
+    """On a second text, which did not influence any choice."""

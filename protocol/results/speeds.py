@@ -1,4 +1,4 @@
-"""What `selfpruner speed` finds: as JSON what a program reads of it."""
+"""Results of `selfpruner speed`, with the JSON of `--json`."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from protocol.results.formats import Engine
 
 
 class Spread(BaseModel):
-    """A figure that was measured several times."""
+    """The median and range of repeated measurements."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -18,21 +18,21 @@ class Spread(BaseModel):
 
 
 class PhaseSpeed(BaseModel):
-    """The prefill or the decode of one batch size, dense and pruned in turn."""
+    """Prefill or decode speed at one batch size, measured alternately on the dense and the pruned model."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     tokens: int
-    """Processed in one repeat, over all texts of the batch."""
+    """Tokens processed in one repeat, over the whole batch."""
     dense: Spread
     """Tokens per second."""
     pruned: Spread
     speed_up: Spread
-    """Of the ratios pruned / dense, one for each repeat: 2 is twice as fast."""
+    """Spread of the ratios pruned / dense, one for each repeat; 2 is twice as fast."""
 
 
 class BatchSpeed(BaseModel):
-    """What was measured with so many texts at a time."""
+    """Speed at one batch size."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -42,33 +42,33 @@ class BatchSpeed(BaseModel):
 
 
 class ModelSize(BaseModel):
-    """How large a model is in an engine."""
+    """Size of a model in an engine."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     decoder_parameters: int
     total_parameters: int
     weight_bytes: int
-    """Of the tensors in memory, tied ones once."""
+    """Size of the tensors in memory, tied ones counted once."""
     kv_cache_bytes_per_token: int
-    """What one more token adds, over all layers."""
+    """KV cache for one more token, over all layers."""
     kv_cache_bytes: int
-    """Of one text of the measured length, prompt and generated tokens."""
+    """KV cache for one text of the measured length, prompt and generated tokens."""
     disk_bytes: int | None
-    """Of the files that hold the weights; None where the hub keeps them."""
+    """Size of the weight files; None for a model from the hub."""
     weight_type: str
-    """How weights are stored, such as `bfloat16` or `q8_0`."""
+    """Type of the stored weights, such as `bfloat16` or `q8_0`."""
 
 
 class EngineSpeed(BaseModel):
-    """What one engine measured."""
+    """Speed and sizes in one engine."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     engine: Engine
     device: str
     threads: int | None
-    """Of the CPU; None on a GPU."""
+    """Number of CPU threads; None on a GPU."""
     dense: ModelSize
     pruned: ModelSize
     batches: tuple[BatchSpeed, ...]
@@ -84,10 +84,10 @@ class SpeedResult(BaseModel):
     prompt: int
     """Tokens of each prompt."""
     generate: int
-    """Tokens generated after it."""
+    """Tokens generated after each prompt."""
     repeats: int
     warm_up: int
-    """Repeats before those that count."""
+    """Repeats before the measured ones."""
     engines: tuple[EngineSpeed, ...]
     skipped: dict[Engine, str] = {}
-    """Engines that did not measure, and why."""
+    """Engines that were skipped, and the reason."""

@@ -1,8 +1,8 @@
-"""The paper's seven zero-shot tasks, and which accuracy of each its tables hold. Pure.
+"""The paper's seven zero-shot tasks, and the accuracy metric that its tables use for each. Pure.
 
-lm-eval knows two accuracies of a task with several answers: `acc` takes the answer of the highest log-likelihood,
-`acc_norm` divides each by the answer's length in characters first. The paper (Tables 8 to 11) does not say which it
-shows. Its dense rows do, beside runs of lm-eval that others have published, in percent:
+lm-eval computes two accuracies for a multiple-choice task: `acc` takes the answer with the highest log-likelihood,
+`acc_norm` first divides by the answer's length in characters. The paper (Tables 8 to 11) does not say which one it
+reports. Comparing its dense rows with published runs of lm-eval (in percent) shows it:
 
 ==============  ============  =================  ============  =================
 task            LLaMA-7B      lm-eval            LLaMA-2-7B    lm-eval
@@ -17,8 +17,8 @@ ARC-e           75.25         **75.3** / 72.9    76.35         **76.3** / 74.7
 ARC-c           44.71         41.8 / **44.7**    46.33         43.5 / **46.2**
 ==============  ============  =================  ============  =================
 
-So HellaSwag, OpenBookQA and ARC-c are `acc_norm`, PIQA and ARC-e `acc`; WinoGrande and BoolQ have no other. The paper's
-mean is the plain one over the seven: that of LLaMA-7B's row above is its 66.30.
+So HellaSwag, OpenBookQA and ARC-c use `acc_norm`, PIQA and ARC-e use `acc`, and WinoGrande and BoolQ only have `acc`.
+The paper's mean is unweighted: the LLaMA-7B values above have the paper's mean of 66.30.
 """
 
 import re
@@ -34,16 +34,16 @@ Metric = Literal["acc", "acc_norm"]
 
 @dataclass(frozen=True)
 class ZeroShotTask:
-    """One of the seven."""
+    """One of the paper's tasks."""
 
     name: str
-    """As on the command line."""
+    """The name on the command line."""
     title: str
-    """As in the paper."""
+    """The name in the paper."""
     harness_name: str
-    """As lm-eval calls it."""
+    """The name in lm-eval."""
     metric: Metric
-    """What the paper's tables hold."""
+    """The accuracy in the paper's tables."""
 
 
 PAPER_TASKS: tuple[ZeroShotTask, ...] = (
@@ -61,20 +61,20 @@ _ALIASES = {"obqa": "openbookqa", "arceasy": "arce", "arcchallenge": "arcc"}
 
 
 def paper_task(name: str) -> ZeroShotTask | None:
-    """The one of the seven that is called so, by us, by the paper or by lm-eval; None for any other task."""
+    """Return the paper's task with this name, in our, the paper's or lm-eval's spelling; None for any other task."""
     plain = re.sub(r"[-_ ]", "", name.lower())
     plain = _ALIASES.get(plain, plain)
     return next((task for task in PAPER_TASKS if task.name.replace("-", "") == plain), None)
 
 
-def names_in(given: Iterable[str]) -> tuple[str, ...]:
-    """The names of tasks that were given, apart or with commas between them; each once, in order of appearance."""
+def split_task_names(given: Iterable[str]) -> tuple[str, ...]:
+    """Split comma-separated task names; each name is returned once, in order of appearance."""
     names = [name.strip() for each in given for name in each.split(",")]
     return tuple(dict.fromkeys(name for name in names if name))
 
 
-def chosen_tasks(names: Iterable[str]) -> tuple[ZeroShotTask, ...]:
-    """Those of the seven that are named; all where none is. Raises SettingsError for a name that is none of them."""
+def select_tasks(names: Iterable[str]) -> tuple[ZeroShotTask, ...]:
+    """Return the named tasks of the paper, or all without names. Raises SettingsError for an unknown name."""
     chosen: dict[str, ZeroShotTask] = {}
     for name in names:
         task = paper_task(name)
@@ -85,11 +85,11 @@ def chosen_tasks(names: Iterable[str]) -> tuple[ZeroShotTask, ...]:
 
 
 def unknown_task(name: str, known: Iterable[str]) -> str:
-    """The sentence about a task that nobody knows."""
+    """Return the error message for an unknown task."""
     return f"there is no task {name!r}; the tasks are {', '.join(known)}"
 
 
 def counted_metric(harness_name: str) -> Metric:
-    """Which accuracy of a task counts: the paper's where it is one of the seven, else `acc`, which all have."""
+    """Return the reported accuracy of a task: the paper's for its seven tasks, else `acc`, which every task has."""
     task = paper_task(harness_name)
     return "acc" if task is None else task.metric

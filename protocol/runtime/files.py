@@ -1,7 +1,8 @@
-"""Files that outlive a kill, a full disk, and others who remove or change them.
+"""Files that survive a kill, a full disk, and deletion or changes by other programs.
 
-A line is whole or not there, and a file is replaced whole or not at all. Nothing is written through a symbolic link,
-into a FIFO or into a device, so that somebody who may write in a folder cannot direct our text into another file.
+A line is written whole or not at all, and a file is replaced atomically. Nothing is written through a symbolic link,
+into a FIFO or into a device, so that another user with write access to a folder cannot redirect our text to another
+file.
 """
 
 import errno
@@ -12,16 +13,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 LARGEST_COPY_BYTES = 64_000_000
-"""A longer file that was removed is begun anew: to copy it would hold everything up, and fill the disk again."""
+"""A longer file that was deleted is started anew: copying it would take long and could fill the disk again."""
 _CHUNK_BYTES = 1 << 20
 _Identity = tuple[int, int]
 
 
 class Lines:
-    """A file that lines are appended to, each by one write; by other processes too if it is `shared`.
+    """A file to which lines are appended, each by one write; by several processes if it is `shared`.
 
-    Where there is no room for a line, `append` raises OSError and none of it stays; or, if others write at that moment,
-    a piece of it. After a torn line the next one begins on a line of its own, also where another process tore it.
+    If there is no room for a line, `append` raises OSError and leaves nothing of it (or a part, if another process
+    writes at that moment). After a partial line, also one of another process, the next line starts with a newline.
     """
 
     def __init__(self, path: Path, *, shared: bool = False) -> None:
@@ -31,40 +32,40 @@ class Lines:
         self._end = self._size
         self._copy_failed = False
         self.lost = False
-        """Whether the last `restore` has left out what the file held."""
+        """Whether the last `restore` lost the file's earlier content."""
 
     @property
     def is_gone(self) -> bool:
-        """Whether the path no longer leads to the file, which was removed, moved or replaced. For any thread."""
+        """Whether the file was deleted, moved or replaced, so that the path no longer leads to it. Thread-safe."""
         try:
             return _identity(self._path.lstat()) != self._identity
         except (FileNotFoundError, NotADirectoryError):
             return True
         except OSError:
-            return False  # such as a folder that may not be entered; the open file can still be written
+            return False  # such as a folder without permission; the open file can still be written
 
     @property
     def is_changed(self) -> bool:
-        """Whether others have removed, moved, replaced, cut or continued the file since the last line."""
+        """Whether another program has deleted, moved, replaced, truncated or extended the file since the last line."""
         try:
             return self.is_gone or self._size != self._end
-        except OSError:  # a file server has forgotten the open file
+        except OSError:  # a file server has lost the open file
             return True
 
     @property
     def is_moved(self) -> bool:
-        """Whether the file is gone and has another name now."""
+        """Whether the file now has another name."""
         return self.is_gone and os.fstat(self._handle).st_nlink > 0
 
     @property
     def is_empty(self) -> bool:
-        """Whether the file holds nothing."""
+        """Whether the file is empty."""
         return not self._size
 
     def append(self, line: str) -> None:
-        """Append `line`, which ends with a newline."""
+        """Append `line`, which must end with a newline."""
         data = line.encode("utf-8", "backslashreplace")
-        if self._ends_amid_a_line():
+        if self._ends_with_partial_line():
             data = b"\n" + data
         size = self._size
         written = os.write(self._handle, data)
@@ -75,11 +76,11 @@ class Lines:
         self._end = size + written
 
     def restore(self) -> bool:
-        """Bring the file back to its path, with what it held, if it is gone, and append there from now on.
+        """Restore a missing file with its content, and append to it from now on.
 
-        What it held is left out, and `lost` says so, if it is long or could not be copied the last time. Returns
-        whether this process did so. What is at the path now is replaced; but if the file is shared, another process may
-        have been first, and its file is used. Raises OSError.
+        The content is lost, and `lost` is set, if it is long or could not be copied the last time. Another file at the
+        path is replaced; but if the file is shared, a file that another process restored is used. Returns whether this
+        process restored it. Raises OSError.
         """
         self.lost = False
         if not self.is_gone:
@@ -89,22 +90,22 @@ class Lines:
         if self._shared and os.path.lexists(self._path):
             self.reopen()
             return False
-        beside = _beside(self._path)
+        temporary = _temporary_path(self._path)
         try:
-            handle = _create(beside, 0o666)
+            handle = _create(temporary, 0o666)
             if self._is_short and not self._copy_failed:
                 self._copy_to(handle)
             else:
                 os.close(handle)
                 self.lost = True
-            is_ours = _appear(beside, self._path, replacing=not self._shared)
+            was_created = _rename(temporary, self._path, replacing=not self._shared)
         finally:
-            beside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
         self.reopen()
-        return is_ours
+        return was_created
 
     def reopen(self) -> None:
-        """Append to the file that is at the path now; it is made where there is none. Raises OSError."""
+        """Append to the file now at the path from now on; create it if missing. Raises OSError."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         handle = _open(self._path)
         os.close(self._handle)
@@ -125,7 +126,7 @@ class Lines:
     def _is_short(self) -> bool:
         try:
             return self._size <= LARGEST_COPY_BYTES
-        except OSError:  # a file server has forgotten the open file
+        except OSError:  # a file server has lost the open file
             return False
 
     def _copy_to(self, handle: int) -> None:
@@ -136,7 +137,7 @@ class Lines:
         self._copy_failed = False
 
     def _content(self) -> Iterator[bytes]:
-        """What the open file holds, as far as it can be read: a file server may have forgotten a removed file."""
+        """Yield the content of the open file as far as it is readable: a file server may have lost a deleted file."""
         offset = 0
         while True:
             try:
@@ -148,61 +149,61 @@ class Lines:
             yield chunk
             offset += len(chunk)
 
-    def _ends_amid_a_line(self) -> bool:
-        if self._ends_whole():
+    def _ends_with_partial_line(self) -> bool:
+        if self._ends_with_newline():
             return False
         time.sleep(0.001)  # another process may be in the middle of its write
-        return not self._ends_whole()
+        return not self._ends_with_newline()
 
-    def _ends_whole(self) -> bool:
+    def _ends_with_newline(self) -> bool:
         size = self._size
         return not size or os.pread(self._handle, 1, size - 1) == b"\n"
 
 
 class Document:
-    """A file of one text that is only ever replaced; it can say whether others have removed or changed it."""
+    """A text file that is only replaced as a whole, and detects deletion and changes by other programs."""
 
     def __init__(self, path: Path, *, durable: bool = True, mode: int = 0o666) -> None:
         self._path, self._durable, self._mode = path, durable, mode
         self._text: str | None = None
-        self._seen: tuple[int, ...] | None = None
+        self._expected: tuple[int, ...] | None = None
 
     @property
     def is_gone(self) -> bool:
-        """Whether the file, which was written once, is not there. For any thread."""
-        return self._seen is not None and self._look() is None
+        """Whether the file was written before and is missing now. Thread-safe."""
+        return self._expected is not None and self._fingerprint() is None
 
     @property
     def is_changed(self) -> bool:
-        """Whether the file is no longer what was written last."""
+        """Whether the file differs from the text written last."""
         if self._text is None:
             return False
-        found = self._look()
-        if found == self._seen:
+        found = self._fingerprint()
+        if found == self._expected:
             return False
         if found is not None and self._holds(self._text):
-            self._seen = found  # the same text in another file, such as a copy that was put back
+            self._expected = found  # the same text in another file, such as a restored copy
             return False
         return True
 
     def write(self, text: str) -> None:
         """Replace the file by `text`. Raises OSError."""
         replace(self._path, text, durable=self._durable, mode=self._mode)
-        self._text, self._seen = text, self._look()
+        self._text, self._expected = text, self._fingerprint()
 
     def write_again(self) -> None:
-        """Replace the file by what was written last. Raises OSError."""
+        """Replace the file by the text written last. Raises OSError."""
         if self._text is not None:
             self.write(self._text)
 
-    def _look(self) -> tuple[int, ...] | None:
-        """What identifies the file and its state; None where there is none."""
+    def _fingerprint(self) -> tuple[int, ...] | None:
+        """Return what identifies the file and its state; None if there is no file."""
         try:
             found = self._path.lstat()
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError:
-            return self._seen  # such as a folder that may not be entered
+            return self._expected  # such as a folder without permission
         return found.st_mode, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
     def _holds(self, text: str) -> bool:
@@ -217,22 +218,22 @@ class Document:
 
 
 def replace(path: Path, text: str, *, durable: bool = True, mode: int = 0o666) -> None:
-    """Replace `path` by `text`, whole or not at all; its folder is made where there is none.
+    """Replace the content of `path` by `text` atomically; create its folder if missing.
 
-    `durable`: should the power fail too, which waits for the disk. Raises OSError where it cannot be written; what was
-    there before then stays.
+    `durable` waits for the disk, so that the text survives a power failure. Raises OSError if it cannot be written; the
+    old file then stays.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = _beside(path)
+    temporary = _temporary_path(path)
     try:
-        with os.fdopen(_create(beside, mode), "wb") as file:
+        with os.fdopen(_create(temporary, mode), "wb") as file:
             file.write(_encoded(text))
             file.flush()
             if durable:
                 os.fsync(file.fileno())
-        beside.replace(path)
+        temporary.replace(path)
     except OSError:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -244,18 +245,18 @@ def _identity(found: os.stat_result) -> _Identity:
     return found.st_dev, found.st_ino
 
 
-def _beside(path: Path) -> Path:
+def _temporary_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}")
 
 
 def _create(path: Path, mode: int) -> int:
-    """The handle of a new file; one that a killed process of our number has left is removed."""
+    """Create a file and return its handle. A leftover of a killed process with the same id is deleted."""
     path.unlink(missing_ok=True)
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
 
 
 def _open(path: Path) -> int:
-    """The handle of a regular file, to append to and read from; it is made where there is none."""
+    """Open a regular file for appending and reading and return its handle; create it if missing."""
     try:
         handle = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
     except OSError as error:
@@ -268,15 +269,15 @@ def _open(path: Path) -> int:
     return handle
 
 
-def _appear(beside: Path, path: Path, *, replacing: bool) -> bool:
-    """Give the file `beside` the name `path`, unless that is taken and we are not `replacing`: whether it was given."""
+def _rename(temporary: Path, path: Path, *, replacing: bool) -> bool:
+    """Rename `temporary` to `path`. Unless `replacing`, an existing file is kept. Returns whether it was renamed."""
     if replacing:
-        beside.replace(path)
+        temporary.replace(path)
         return True
     try:
-        os.link(beside, path)
+        os.link(temporary, path)
     except FileExistsError:
         return False
-    except OSError:  # a file system without links
-        beside.rename(path)
+    except OSError:  # a file system without hard links
+        temporary.rename(path)
     return True

@@ -1,4 +1,4 @@
-"""Files that one process holds at a time; its end, however it comes, lets go of them."""
+"""File locks that are released when their process ends, however it ends."""
 
 import errno
 import fcntl
@@ -8,23 +8,23 @@ from pathlib import Path
 
 import structlog
 
-WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
-"""What file systems say that know no locks."""
+UNSUPPORTED = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
+"""Error numbers of file systems without locks."""
 
 log = structlog.get_logger()
 
 
-def hold(lock: Path) -> int | None:
-    """The handle of the file `lock`, ours until it is closed; None where another process holds it.
+def try_lock(lock: Path) -> int | None:
+    """Lock the file `lock`. Returns its handle, or None if another process holds it. Closing the handle unlocks it.
 
-    It is made with its folder, and whoever holds it may remove both. On a file system without locks nobody is kept out,
-    which the log says. Raises OSError.
+    The file and its folder are created if missing, and the holder may delete both. On a file system without locks, a
+    warning is logged and no process is kept out. Raises OSError.
     """
     while True:
         lock.parent.mkdir(parents=True, exist_ok=True)
         try:
             handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o600)
-        except FileNotFoundError:  # its owner ended just now
+        except FileNotFoundError:  # its holder has just deleted the folder
             continue
         try:
             if not _locked(handle, lock):
@@ -36,7 +36,7 @@ def hold(lock: Path) -> int | None:
         except OSError:
             os.close(handle)
             raise
-        os.close(handle)  # of a lock that its owner has removed
+        os.close(handle)  # its holder has deleted the file in between
 
 
 def _locked(handle: int, lock: Path) -> bool:
@@ -45,7 +45,7 @@ def _locked(handle: int, lock: Path) -> bool:
     except BlockingIOError:
         return False
     except OSError as error:
-        if error.errno not in WITHOUT_LOCKS:
+        if error.errno not in UNSUPPORTED:
             raise
         log.warning("file_system_without_locks", folder=str(lock.parent), reason=error.strerror)
     return True

@@ -1,4 +1,4 @@
-"""structlog for every process: readable lines on a terminal, one JSON object a line elsewhere, no secret in either."""
+"""Logging with structlog: readable lines on a terminal, JSON lines elsewhere, secrets hidden in both."""
 
 import logging
 import math
@@ -16,39 +16,39 @@ from protocol.runtime.files import Lines
 
 HIDDEN = "***"
 CHATTY = ("httpx", "httpx2", "httpcore", "openai", "asyncio", "urllib3", "filelock", "aiohttp.access")
-"""Libraries whose lines below a warning are left out."""
+"""Libraries of which only warnings and errors are logged."""
 _SHARED: list[Processor] = [
     structlog.contextvars.merge_contextvars,
     structlog.processors.add_log_level,
     structlog.processors.TimeStamper(fmt="iso", utc=True),
     structlog.processors.StackInfoRenderer(),
 ]
-"""For our own lines and for those of libraries."""
+"""Processors of our own lines and of libraries' lines."""
 _SECRET_NAME = re.compile(r"(api_?key|authorization|token$|password|secret)", re.IGNORECASE)
 _URL_PASSWORD = re.compile(r"(\w+://[^\s/:@]*):[^\s/]+@")
 
 
 _DEEPEST = 20
-"""Levels of nesting that a log line shows; what refers to itself ends there."""
+"""Most levels of nesting in a log line, which also ends self-references."""
 
 
 class Redaction:
-    """A processor that leaves only what JSON holds, and no secret in it.
+    """A processor that makes an event valid JSON and hides its secrets.
 
-    Secrets are blanked by the name of a field, by configured value, and as passwords in URLs. Numbers that JSON does
-    not know (NaN) and objects become text first, so that neither breaks a line nor carries a secret past.
+    Secrets are recognised by field name, by configured value, and as passwords in URLs. Objects and numbers that JSON
+    cannot represent (NaN) are converted to text first, so that they neither break a line nor reveal a secret.
     """
 
     def __init__(self, secrets: Iterable[str]) -> None:
         self._secrets = sorted({s for s in secrets if len(s) >= 4}, key=len, reverse=True)
 
     def __call__(self, _logger: Any, _method: str, event: MutableMapping[str, Any]) -> Mapping[str, Any]:
-        """The event without its secrets."""
-        # The console prints a traceback from the exception itself; it is blanked in the line that comes out.
+        """Return the event without its secrets."""
+        # The console renders a traceback from the exception itself. Its secrets are hidden in the rendered line.
         return {key: value if key == "exc_info" else self._field(key, value, _DEEPEST) for key, value in event.items()}
 
     def text(self, text: str) -> str:
-        """`text` without its secrets, and fit to be written."""
+        """Return `text` without its secrets, encodable as UTF-8."""
         for secret in self._secrets:
             text = text.replace(secret, HIDDEN)
         return _URL_PASSWORD.sub(rf"\1:{HIDDEN}@", text).encode("utf-8", "backslashreplace").decode()
@@ -71,10 +71,10 @@ class Redaction:
 
 
 class _LogFile(logging.Handler):
-    """A file that the processes of a search share. The console reports a full disk, and later the lost lines.
+    """A log file shared by the processes of a search. The console reports a full disk, and later the lost lines.
 
-    A file that was removed is there again with the next line, and with the lines that it had, if it was not long; where
-    it was moved, as logrotate does, a new one is begun.
+    A file that was deleted is restored with the next line, its earlier lines included unless it was large. If it was
+    moved, as logrotate does, a new file is started.
     """
 
     def __init__(self, path: Path) -> None:
@@ -85,7 +85,7 @@ class _LogFile(logging.Handler):
         self._was_removed = False
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Append the record, or count it as missing."""
+        """Append the record. If that fails, count the line as lost."""
         try:
             if self._lines.is_moved:
                 self._lines.reopen()
@@ -94,9 +94,9 @@ class _LogFile(logging.Handler):
             self._lines.append(self.format(record) + "\n")
         except OSError as error:
             self._missing += 1
-            if self._missing == 1:  # and our own line, which comes back here, is the second
+            if self._missing == 1:  # the line logged here comes back to this handler as the second
                 structlog.get_logger().error("log_not_written", file=str(self._path), error=str(error))
-        except Exception:  # noqa: BLE001  (as every handler of the standard library)
+        except Exception:  # noqa: BLE001  (like every handler of the standard library)
             self.handleError(record)
         else:
             if missing := self._missing:
@@ -117,7 +117,7 @@ Stream = Literal["stdout", "stderr"]
 
 
 class _CurrentStream(logging.StreamHandler[TextIO]):
-    """Writes to whatever sys.stderr (or stdout) is at the moment, so that a live display may redirect it."""
+    """Writes to the current sys.stderr (or stdout), so that a live display may redirect it."""
 
     def __init__(self, name: Stream) -> None:
         logging.Handler.__init__(self)
@@ -130,7 +130,7 @@ class _CurrentStream(logging.StreamHandler[TextIO]):
 
 
 def service_stream() -> Stream:
-    """Where a service (daemon, worker) logs: stdout, where nothing else is said, or a terminal's stderr."""
+    """Return where a service (daemon, worker) logs: stderr on a terminal, else stdout."""
     return "stderr" if sys.stderr.isatty() else "stdout"
 
 
@@ -144,11 +144,11 @@ def configure(
     secrets: Iterable[str] = (),
     **bound: str,
 ) -> None:
-    """Set up logging for this process, for structlog and for libraries that use the standard module.
+    """Configure logging of this process, for structlog and for libraries that use the standard `logging` module.
 
-    `json_lines` None means: readable on a terminal, JSON elsewhere. `file` gets JSON lines appended, whatever the
-    console shows. A process with neither is silent. The console is `stream`: stderr where stdout belongs to a command's
-    answer, `service_stream()` for a process whose log is all it has to say. `bound` fields are in every line.
+    `json_lines` None means readable lines on a terminal, JSON elsewhere. JSON lines are appended to `file`, if given. A
+    process with neither file nor console logs nothing. The console is `stream`: stderr for a command, whose result goes
+    to stdout, and `service_stream()` for a service. `bound` fields are added to every line.
     """
     redact = Redaction(secrets)
     if json_lines is None:
@@ -188,7 +188,7 @@ def _as_text(redact: Redaction) -> list[Processor]:
 
 
 def _log_crash(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Python's own report of an uncaught error is no JSON, and does not know what to blank."""
+    """Log an uncaught error, for Python's own report is not JSON and would show secrets."""
     if issubclass(kind, KeyboardInterrupt) or not logging.getLogger().handlers:
         sys.__excepthook__(kind, error, trace)
     else:

@@ -1,4 +1,4 @@
-"""Paths as people write them."""
+"""Paths as users write them, with `~`."""
 
 from pathlib import Path
 
@@ -6,13 +6,13 @@ from protocol.errors import SettingsError
 
 
 def expanded(path: Path | str) -> Path:
-    """`path` with a leading ~ or ~user as the folder that it stands for.
+    """Return `path` with a leading ~ or ~user expanded.
 
-    Raises SettingsError for a path that cannot be: with a NUL, of no user's, too long, or in a folder that may not be
-    entered. Whether something is there can be asked without an error then.
+    Raises SettingsError for an unusable path: with a NUL, of an unknown user, too long, or in a folder that may not be
+    entered. `exists` does not fail on the result.
     """
     if "\0" in str(path):
-        raise SettingsError(f"{str(path)!r} is no path")
+        raise SettingsError(f"{str(path)!r} is not a path")
     try:
         found = Path(path).expanduser()
         found.exists()
@@ -20,11 +20,11 @@ def expanded(path: Path | str) -> Path:
     except OSError as error:
         raise SettingsError(f"the path {str(path)[:100]!r} cannot be used: {error.strerror}") from None
     except RuntimeError:
-        raise SettingsError(f"{str(path)!r} begins with ~, and that user has no home folder here") from None
+        raise SettingsError(f"{str(path)!r} begins with ~, but that user has no home folder here") from None
 
 
-def are_one_file(one: str, other: str) -> bool:
-    """Whether two paths, `~` and links followed, lead to one file; where there is none, whether they are one path."""
+def is_same_file(one: str, other: str) -> bool:
+    """Whether two paths lead to the same file, with `~` and links resolved. Without a file, compares the paths."""
     paths = expanded(one), expanded(other)
     try:
         return paths[0].samefile(paths[1])

@@ -1,4 +1,4 @@
-"""A secret out of a file: a key, a password or a token, and never the gigabytes of a file that was named by mistake."""
+"""Reads a secret (a key, a password, a token) from a file, and refuses large or binary files named by mistake."""
 
 import errno
 import os
@@ -10,25 +10,25 @@ from pathlib import Path
 from protocol.runtime.paths import expanded
 
 MOST_BYTES = 64 * 1024
-"""Longer than any key, password or token."""
+"""Larger than any key, password or token."""
 
 
 WAIT_SECONDS = 5.0
-"""For what comes out of a pipe, such as that of a password manager."""
+"""How long to wait for a pipe, such as that of a password manager."""
 
 
 def read_secret(path: Path) -> str:
-    """The text of a file without the whitespace around it, such as its last newline.
+    """Return the text of a file without surrounding whitespace, such as a trailing newline.
 
-    Raises OSError where it cannot be read, and ValueError, which shows nothing of it, where it holds no secret.
+    Raises OSError if it cannot be read, and ValueError, which does not show its content, if it cannot be a secret.
     """
-    handle = os.open(expanded(path), os.O_RDONLY | os.O_NONBLOCK)  # a pipe without a writer would block for ever
+    handle = os.open(expanded(path), os.O_RDONLY | os.O_NONBLOCK)  # a pipe without a writer would block forever
     try:
         content = _read(handle)
     finally:
         os.close(handle)
     if len(content) > MOST_BYTES:
-        raise ValueError(f"it has more than {MOST_BYTES // 1024} KiB, so it is no secret's file")
+        raise ValueError(f"it is larger than {MOST_BYTES // 1024} KiB, so it cannot be a secret")
     try:
         text = content.decode("utf-8-sig").strip()
     except UnicodeDecodeError:
@@ -39,7 +39,7 @@ def read_secret(path: Path) -> str:
 
 
 def _read(handle: int) -> bytes:
-    """At most MOST_BYTES + 1 bytes."""
+    """Read at most MOST_BYTES + 1 bytes."""
     content, deadline = b"", time.monotonic() + WAIT_SECONDS
     while len(content) <= MOST_BYTES:
         try:
@@ -47,7 +47,7 @@ def _read(handle: int) -> bytes:
         except BlockingIOError:
             left = deadline - time.monotonic()
             if left <= 0 or not select.select([handle], [], [], left)[0]:
-                raise OSError(errno.ETIMEDOUT, f"nothing came out of it for {WAIT_SECONDS:g} seconds") from None
+                raise OSError(errno.ETIMEDOUT, f"no data from it for {WAIT_SECONDS:g} seconds") from None
             continue
         if not piece:
             break

@@ -1,4 +1,4 @@
-"""Answering the first SIGINT or SIGTERM; a second one ends the process at once."""
+"""Handling of SIGINT and SIGTERM: the first one is handled, a second one ends the process at once."""
 
 import asyncio
 import os
@@ -11,19 +11,19 @@ from typing import Any, TypeVar
 
 import structlog
 
-ENDING = (signal.SIGINT, signal.SIGTERM)
+END_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextmanager
-def at_first_signal(act: Callable[[int], None]) -> Iterator[None]:
-    """While it lasts, a first signal calls `act` with its number, in the main thread, which this has to be."""
+def on_first_signal(act: Callable[[int], None]) -> Iterator[None]:
+    """Within the block, the first signal calls `act` with its number. Only for the main thread."""
 
     def on_signal(number: int, _frame: FrameType | None) -> None:
-        for each in ENDING:
+        for each in END_SIGNALS:
             signal.signal(each, signal.SIG_DFL)
         act(number)
 
-    before = {number: signal.signal(number, on_signal) for number in ENDING}
+    before = {number: signal.signal(number, on_signal) for number in END_SIGNALS}
     try:
         yield
     finally:
@@ -32,19 +32,19 @@ def at_first_signal(act: Callable[[int], None]) -> Iterator[None]:
 
 
 @contextmanager
-def held_back() -> Iterator[None]:
-    """A first signal waits until the end of the block.
+def defer_signals() -> Iterator[None]:
+    """Defer the first signal until the end of the block.
 
-    For calls into native code that calls Python back, such as torch.save to an open file: what a handler raises in
-    there passes through destructors that abort. And for what has to be done whole, such as a step of an optimizer. In
-    other threads than the main one there is nothing to hold back.
+    Use it for native code that calls Python back, such as torch.save to an open file: an exception raised by a handler
+    in there passes through destructors, which abort the process. Also use it for work that must not be interrupted,
+    such as an optimizer step. Does nothing outside the main thread, which alone receives signals.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     received: list[int] = []
     try:
-        with at_first_signal(received.append):
+        with on_first_signal(received.append):
             yield
     finally:
         if received:
@@ -58,33 +58,33 @@ log = structlog.get_logger()
 
 
 def run_until_signal(work: Coroutine[Any, Any, T]) -> tuple[T | None, signal.Signals | None]:
-    """Run `work`; a first signal cancels it, and is returned beside whatever the work still answered."""
+    """Run `work`, which the first signal cancels. Returns its result, if any, and that signal, if any."""
     return asyncio.run(_run(work))
 
 
 class Interrupted(BaseException):
-    """A signal ended work that has no event loop to cancel. No Exception: nobody on the way may take it for one."""
+    """A signal ended work without an event loop. Not an Exception, so that no `except Exception` swallows it."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
         self.exit_code = 128 + number
         self.left = "nothing was written"
-        """What it leaves behind, for the one sentence."""
+        """What the interrupted work has left behind, for the message to the user."""
 
 
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """While it lasts, a first signal raises Interrupted in the main thread; a second one ends the process at once."""
+    """Within the block, the first signal raises Interrupted in the main thread; a second one ends the process."""
 
     def interrupt(number: int) -> None:
         raise Interrupted(number)
 
-    with at_first_signal(interrupt):
+    with on_first_signal(interrupt):
         yield
 
 
 async def until_cancelled() -> None:
-    """Wait for ever."""
+    """Wait until cancelled."""
     await asyncio.Event().wait()
 
 
@@ -94,12 +94,12 @@ async def _run(work: Coroutine[Any, Any, T]) -> tuple[T | None, signal.Signals |
 
     def on_signal(number: signal.Signals) -> None:
         if received:
-            os._exit(128 + number)  # children are on a leash (daemon.local.leash) and end by themselves
+            os._exit(128 + number)  # children end with this process (daemon.local.leash)
         received.append(number)
         log.info("ending", signal=number.name)
         task.cancel()
 
-    for number in ENDING:
+    for number in END_SIGNALS:
         asyncio.get_running_loop().add_signal_handler(number, on_signal, number)
     try:
         return await task, received[0] if received else None

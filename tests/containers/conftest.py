@@ -9,14 +9,14 @@ from tests.containers.project import Project, check_engine, steps_taken
 
 @pytest.fixture(scope="session")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
-    """A copy of the repository in which `docker compose` is run, and nothing of it left at the end."""
+    """A copy of the repository in which `docker compose` is run; everything is removed at the end."""
     check_engine()
     with Project(tmp_path_factory.mktemp("deployment")) as project:
         yield project
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print the table: step, how, what held, and the seconds that it took."""
+    """Print the table: step, how, what held, and its seconds."""
     if not steps_taken:
         return
     terminalreporter.section("Docker Compose")

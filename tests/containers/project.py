@@ -1,4 +1,4 @@
-"""`docker compose` as docs/usage.md tells people to use it: its section's lines, run in a copy of the repository."""
+"""`docker compose` as documented in docs/usage.md: the lines of its section, run in a copy of the repository."""
 
 import json
 import os
@@ -35,7 +35,7 @@ def documented_lines() -> list[str]:
 
 
 def check_engine() -> None:
-    """Skip, with the reason, where `docker compose` cannot run here or a base image cannot be had."""
+    """Skip, with the reason, if `docker compose` cannot run here or a base image is not available."""
     if shutil.which("docker") is None:
         pytest.skip("no docker on this machine")
     answers = ["docker", "version", "--format", "{{.Server.Version}}"]
@@ -67,7 +67,7 @@ steps_taken: list[Step] = []
 
 @contextmanager
 def step(name: str, how: str, holds: str) -> Iterator[None]:
-    """Put what happens in the block into the table."""
+    """Record the block's result in the table."""
     steps_taken.append(Step(name, how, holds))
     begin = time.monotonic()
     try:
@@ -78,7 +78,7 @@ def step(name: str, how: str, holds: str) -> Iterator[None]:
 
 
 class Project:
-    """A folder with what a user has, its `docker compose`, and which documented lines were run in it."""
+    """A user's folder, its `docker compose`, and the documented lines that were run in it."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -134,7 +134,7 @@ class Project:
         return self.run(line.replace(old, new) if old else line).stdout
 
     def status(self) -> dict[str, Any]:
-        """What the documentation's `status` prints, as JSON."""
+        """Return the output of the documentation's `status` as JSON."""
         found: dict[str, Any] = json.loads(
             self.documented("selfpruner status", instead=("--search", "--json --search"))
         )
@@ -147,18 +147,18 @@ class Project:
         return found
 
     def logs(self, service: str) -> str:
-        """All that the containers of a service wrote."""
+        """Return all output of a service's containers."""
         written = self.run(f"docker compose logs --no-color --no-log-prefix {service}").stdout
         return re.sub(r"\x1b\[\d*[A-Z]", "", written)  # Compose clears each line, on no terminal too
 
     def kill(self, service: str) -> None:
-        """SIGKILL for every process in a container; as Docker did not do it, Docker starts the container again."""
+        """Send SIGKILL to every process in a container. Docker restarts it, for it did not stop it itself."""
         before = self.inspect(service)[0]["RestartCount"]
         self.run(f"docker compose exec -T {service} sh -c 'kill -KILL -1'", check=False)
         self.until(lambda: self.inspect(service)[0]["RestartCount"] > before, 60)
 
     def until(self, holds: Callable[[], Any], seconds: float) -> None:
-        """Wait until `holds`; an error, with what the services said last, where it does not in so many seconds."""
+        """Wait until `holds` returns true. Fails after `seconds`, with the services' last output."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:
             if holds():

@@ -1,4 +1,4 @@
-"""A whole search under Docker Compose: started, steered, killed, stopped, scaled and copied out as docs/usage.md says.
+"""A whole search under Docker Compose: started, controlled, killed, stopped, scaled and copied as in docs/usage.md.
 
 The tests build on each other and run in this order; the first failure leaves the others nothing to check.
 """
@@ -24,12 +24,12 @@ REFUSED = (
     "EVAL x 0", "SCRIPT FLUSH", "SCRIPT KILL", "FUNCTION LIST", "SHUTDOWN NOSAVE", "MONITOR", "MODULE LIST",
     "REPLICAOF 127.0.0.1 1", "CLIENT KILL TYPE normal",
 )  # fmt: skip
-"""What the user of the search must not do, by a command of its own."""
+"""Commands that the search's Redis user must not be able to run."""
 SCRIPTS_REFUSED = ("redis.call('SET','other:x',1)", "redis.call('FLUSHALL')", "redis.call('CONFIG','GET','dir')")
 
 
 def redis_cli(project: Project, command: str) -> str:
-    """The documented line with another command: what the server answers."""
+    """Run the documented line with another command; returns the server's answer."""
     return project.documented("redis-cli", "pause", instead=("SET selfpruner:docker:control pause", command)).strip()
 
 
@@ -39,12 +39,12 @@ def applied(project: Project) -> list[str]:
 
 
 def measured_more(project: Project, than: int) -> None:
-    """Wait until the search counts more candidates than so many, or has ended."""
+    """Wait until the search has counted more than this many candidates, or has ended."""
     project.until(lambda: len(applied(project)) > than or bool(status_after_kill(project).get("finished")), 900)
 
 
 def small_search(project: Project) -> None:
-    """Make the search of docker.yaml one of a few minutes; everything else in the file stays."""
+    """Shorten the search of docker.yaml to a few minutes, without other changes."""
     file = project.folder / "configs" / "docker.yaml"
     settings = yaml.safe_load(file.read_text())
     settings["search"] |= SEARCH
@@ -127,7 +127,7 @@ def test_a_pause_survives_a_kill_and_resume_ends_it(project: Project) -> None:
 
 
 def status_after_kill(project: Project) -> dict[str, Any]:
-    """The status, empty while what it needs starts again."""
+    """Return the status; empty while its services restart."""
     done = project.run("docker compose exec -T daemon selfpruner status --json --search docker", check=False)
     return json.loads(done.stdout) if done.returncode == 0 else {}
 
@@ -216,7 +216,7 @@ def test_the_result_is_copied_out_and_exported(project: Project) -> None:
 
 
 def check_export(folder: Path) -> None:
-    """Load the folder far from our packages, with torch and transformers alone, and check that it is smaller."""
+    """Load the folder with torch and transformers only, and check that the model is smaller."""
     code = f"""
 from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained({str(folder)!r}, trust_remote_code=True)

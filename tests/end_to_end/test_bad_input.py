@@ -22,8 +22,8 @@ PASSWORD = "open-sesame-5309"
 
 
 @pytest.fixture
-def by_hand(server: Server) -> Iterator[Redis]:
-    """A client for what nobody of ours writes."""
+def raw_redis(server: Server) -> Iterator[Redis]:
+    """A client that writes what Self-Pruner never would."""
     with Redis.from_url(server.url, decode_responses=True) as client:
         yield client
 
@@ -55,43 +55,43 @@ def worker(url: str, *flags: str) -> "subprocess.CompletedProcess[str]":
 
 @pytest.mark.parametrize("command", REMOTE)
 def test_a_spec_that_cannot_be_read_is_told_of(
-    by_hand: Any, server: Server, capsys: pytest.CaptureFixture[str], command: str
+    raw_redis: Any, server: Server, capsys: pytest.CaptureFixture[str], command: str
 ) -> None:
-    by_hand.set("selfpruner:test:spec", "garbage")
+    raw_redis.set("selfpruner:test:spec", "garbage")
     assert main([command, "--search", "test", "--redis-url", server.url]) == 1
-    assert "what stands under selfpruner:test:spec in Redis cannot be read" in sentence(capsys)
-    by_hand.delete("selfpruner:test:spec")
-    by_hand.lpush("selfpruner:test:spec", "a list")
+    assert "the Redis key selfpruner:test:spec cannot be read" in sentence(capsys)
+    raw_redis.delete("selfpruner:test:spec")
+    raw_redis.lpush("selfpruner:test:spec", "a list")
     assert main([command, "--search", "test", "--redis-url", server.url]) == 1
     assert "WRONGTYPE" in sentence(capsys)
 
 
-@pytest.mark.parametrize("key", ["card", "condition"])
+@pytest.mark.parametrize("key", ["profile", "condition"])
 def test_what_else_a_status_reads_may_be_of_another_version(
-    by_hand: Any, server: Server, capsys: pytest.CaptureFixture[str], key: str
+    raw_redis: Any, server: Server, capsys: pytest.CaptureFixture[str], key: str
 ) -> None:
-    by_hand.set("selfpruner:test:spec", SPEC.model_dump_json())
-    by_hand.set(f"selfpruner:test:{key}", '{"degraded": 7}')
+    raw_redis.set("selfpruner:test:spec", SPEC.model_dump_json())
+    raw_redis.set(f"selfpruner:test:{key}", '{"degraded": 7}')
     assert main(["status", "--search", "test", "--redis-url", server.url]) == 1
-    assert f"selfpruner:test:{key} in Redis cannot be read" in sentence(capsys)
+    assert f"selfpruner:test:{key} cannot be read" in sentence(capsys)
 
 
 def test_a_worker_of_another_version_hides_nothing_of_the_status(
-    by_hand: Any, server: Server, capsys: pytest.CaptureFixture[str]
+    raw_redis: Any, server: Server, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    by_hand.set("selfpruner:test:spec", SPEC.model_dump_json())
-    by_hand.set("selfpruner:test:worker:w", "garbage")
-    by_hand.set("selfpruner:test:worker:x", '{"stage": "idle"}')
+    raw_redis.set("selfpruner:test:spec", SPEC.model_dump_json())
+    raw_redis.set("selfpruner:test:worker:w", "garbage")
+    raw_redis.set("selfpruner:test:worker:x", '{"stage": "idle"}')
     assert main(["status", "--search", "test", "--redis-url", server.url, "--json"]) == 0
     (shown,) = json.loads(capsys.readouterr().out)["workers"]
     assert (shown["consumer"], shown["stage"]) == ("x", "idle")
 
 
 def test_the_daemon_and_a_worker_end_with_a_sentence_at_a_spec_that_cannot_be_read(
-    by_hand: Any, server: Server, config: Path, capsys: pytest.CaptureFixture[str]
+    raw_redis: Any, server: Server, config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    for write in (by_hand.set, by_hand.lpush):
-        by_hand.flushall()
+    for write in (raw_redis.set, raw_redis.lpush):
+        raw_redis.flushall()
         write("selfpruner:test:spec", OF_ANOTHER_VERSION)
         assert main(["daemon", str(config), "--set", f"redis.url={server.url}"]) == 1
         _, err = capsys.readouterr()
@@ -103,20 +103,20 @@ def test_the_daemon_and_a_worker_end_with_a_sentence_at_a_spec_that_cannot_be_re
 
 @pytest.mark.parametrize("command", REMOTE)
 def test_a_user_who_may_not_is_told_so(
-    by_hand: Any, server: Server, capsys: pytest.CaptureFixture[str], command: str
+    raw_redis: Any, server: Server, capsys: pytest.CaptureFixture[str], command: str
 ) -> None:
-    by_hand.execute_command("ACL", "SETUSER", "joe", "on", f">{PASSWORD}", "~other:*", "+@all")
+    raw_redis.execute_command("ACL", "SETUSER", "joe", "on", f">{PASSWORD}", "~other:*", "+@all")
     path = server.url.removeprefix("unix://")
     assert main([command, "--redis-url", f"unix://joe:{PASSWORD}@{path}"]) == 2
     assert "the server refuses its user a command" in sentence(capsys)
     assert main([command, "--redis-url", f"unix://joe:wrong-{PASSWORD}@{path}"]) == 2
     said = sentence(capsys)
     assert "the server refuses the user or the password" in said and PASSWORD not in said
-    by_hand.execute_command("ACL", "DELUSER", "joe")
+    raw_redis.execute_command("ACL", "DELUSER", "joe")
 
 
 def test_the_daemon_and_a_worker_do_not_wait_for_a_server_that_refuses_their_password(
-    by_hand: Any, server: Server, config: Path, capsys: pytest.CaptureFixture[str]
+    raw_redis: Any, server: Server, config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     url = server.url.replace("unix://", f"unix://joe:{PASSWORD}@")
     assert main(["daemon", str(config), "--set", f"redis.url={url}"]) == 2
@@ -160,15 +160,15 @@ def test_a_workers_flags_are_checked_by_whichever_way_it_is_started(
 
 
 def test_a_worker_that_is_started_as_a_module_takes_the_password_from_a_file(
-    by_hand: Any, server: Server, tmp_path: Path
+    raw_redis: Any, server: Server, tmp_path: Path
 ) -> None:
-    by_hand.execute_command("ACL", "SETUSER", "joe", "on", f">{PASSWORD}", "~*", "+@all")
-    by_hand.set("selfpruner:test:spec", OF_ANOTHER_VERSION)  # which only a client that was let in can find
+    raw_redis.execute_command("ACL", "SETUSER", "joe", "on", f">{PASSWORD}", "~*", "+@all")
+    raw_redis.set("selfpruner:test:spec", OF_ANOTHER_VERSION)  # which only a client that was let in can find
     (tmp_path / "password").write_text(PASSWORD)
     flags = ["--search", "test", "--redis-password-file", str(tmp_path / "password")]
     done = worker(server.url.replace("://", "://joe@"), *flags)
-    by_hand.execute_command("ACL", "DELUSER", "joe")
-    assert "what stands under selfpruner:test:spec in Redis cannot be read" in done.stderr
+    raw_redis.execute_command("ACL", "DELUSER", "joe")
+    assert "the Redis key selfpruner:test:spec cannot be read" in done.stderr
 
 
 def test_files_that_cannot_be_written_are_named(
@@ -196,11 +196,11 @@ def test_a_status_file_that_is_damaged_is_named(
 
 @pytest.mark.parametrize("command", ["status", "watch"])
 def test_nothing_but_the_answer_is_on_stdout(
-    by_hand: Any, server: Server, capsys: pytest.CaptureFixture[str], command: str
+    raw_redis: Any, server: Server, capsys: pytest.CaptureFixture[str], command: str
 ) -> None:
-    by_hand.set("selfpruner:test:spec", SPEC.model_dump_json())
-    by_hand.set("selfpruner:test:control", "fly")
-    by_hand.set("selfpruner:test:condition", '{"finished": true}')
+    raw_redis.set("selfpruner:test:spec", SPEC.model_dump_json())
+    raw_redis.set("selfpruner:test:control", "fly")
+    raw_redis.set("selfpruner:test:condition", '{"finished": true}')
     assert main([command, "--search", "test", "--redis-url", server.url, "--json"]) == 0
     out, err = capsys.readouterr()
     assert [json.loads(line).get("control", "run") for line in out.splitlines()] == ["run"] * len(out.splitlines())

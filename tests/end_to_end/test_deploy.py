@@ -38,7 +38,7 @@ def used_commands() -> set[str]:
     scripts = [path.read_text() for path in (ROOT / "protocol" / "lua").glob("*.lua")]
     calls = [call for text in scripts for call in re.findall(r"redis\.p?call\(\s*'(\w+)'(?:,\s*'(\w+)')?", text)]
     used = {f"{name}|{sub}".lower() if name in WITH_PARTS else name.lower() for name, sub in calls}
-    sources = [path.read_text() for folder in OURS for path in (ROOT / folder).glob("*.py")]
+    sources = [path.read_text() for folder in OURS for path in (ROOT / folder).rglob("*.py")]
     for text in sources:
         methods = re.findall(r"\b(?:redis|_redis|client|pipe)\s*\.(\w+)\(", text)
         methods += re.findall(r"\bpartial\((?:self\.)?(?:_redis|redis|client)\.(\w+),", text)
@@ -55,8 +55,8 @@ def test_the_redis_user_may_use_every_command_that_the_code_names() -> None:
 def test_the_redis_user_may_use_no_command_that_nobody_needs() -> None:
     of_clients = {"auth", "hello", "select", "client|setinfo", "client|setname", "multi", "exec", "discard"}
     of_scripts = {"evalsha", "script|load", "script|exists"}
-    by_hand = {"get", "set"}
-    assert allowed_commands() - used_commands() <= of_clients | of_scripts | by_hand
+    by_users = {"get", "set"}
+    assert allowed_commands() - used_commands() <= of_clients | of_scripts | by_users
 
 
 def start_redis(folder: Path, *, path: str = "/usr/bin:/bin") -> subprocess.CompletedProcess[str]:

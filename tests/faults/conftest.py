@@ -35,14 +35,14 @@ NOT_TESTED: dict[str, tuple[str, str]] = {
     ),
     "": ("loss of power", "not simulated: it loses the server's last second at most"),
 }
-"""Row -> (fault, where it is held instead, or why it is not)."""
+"""Row -> (fault, where it is tested instead, or why it is not tested)."""
 
 _rows: dict[tuple[str, ...], dict[str, str]] = {}
 
 
 @pytest.fixture(params=["valkey", "redis"])
 def own_server(request: pytest.FixtureRequest) -> Iterator[Server]:
-    """A server of this test's own, with a password, an append-only file and a folder; it may be killed and started."""
+    """A server for one test, with a password, an append-only file and a folder; the test may kill and restart it."""
     binary = server_binary(request.param)
     if binary is None:
         pytest.skip("no redis-server on this machine (Debian: redis-server)")
@@ -68,7 +68,7 @@ async def kit(own_server: Server, tmp_path: Path) -> AsyncIterator[Kit]:
 
 @pytest.hookimpl(hookwrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
-    """Note each phase of a test that is in the table; the invariants are checked in its teardown."""
+    """Record each phase of a test with a table row; the invariants are checked in its teardown."""
     outcome = yield
     marker = item.get_closest_marker("fault")
     if marker is None:

@@ -1,4 +1,4 @@
-"""A process that speaks as the evaluation process does, and misbehaves as its script says.
+"""A fake evaluation process that misbehaves according to its script.
 
 `python fake_evaluator.py SCRIPT`, SCRIPT a JSON file: {"profile", "parameters", "log", "prepare", "behaviours"}.
 `behaviours` maps a candidate's id, or `*`, to what its first, second, … evaluation does; the last one goes on. Each
@@ -36,7 +36,7 @@ def say(message: dict[str, Any]) -> None:
 
 
 def measured(plan: dict[str, Any]) -> dict[str, Any]:
-    """A perplexity that likes the first layers whole, and the same for the same plan."""
+    """Return a perplexity that is better if the first layers are kept; equal for equal plans."""
     kept = sum((i + 1) * layer["mlp_channels"] for i, layer in enumerate(plan["layers"]))
     return {
         "kind": "measured",
@@ -48,7 +48,7 @@ def measured(plan: dict[str, Any]) -> dict[str, Any]:
 
 
 def misbehave(behaviour: str) -> dict[str, Any] | None:
-    """Do what is asked; the failed outcome where the behaviour is one."""
+    """Perform the behaviour; returns the failed outcome if it is one."""
     word, _, figure = behaviour.partition(":")
     match word:
         case "sleep":
@@ -104,7 +104,7 @@ def main() -> None:
 
 
 def end_with_parent() -> None:
-    """End in mid-evaluation too: the parent's pipe is watched from a thread, as the evaluation process does."""
+    """Watch the parent's pipe from a thread, to end within an evaluation too, like the evaluation process."""
     parent = os.getppid()
 
     def watch() -> None:

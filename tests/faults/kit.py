@@ -1,4 +1,4 @@
-"""What the fault tests are made of: a server of their own, real workers with a fake evaluator, the daemon's own parts.
+"""The kit of the fault tests: a server, real workers with a fake evaluator, and parts of the daemon.
 
 `Kit.check` holds the invariants after every test: I1 every issued candidate has come to exactly one end, I2 the
 outcomes applied are the population, I3 nothing was evaluated more often than it was disturbed, I4 nothing pending has
@@ -40,7 +40,7 @@ PASSWORD = "open-sesame-5309"
 
 
 class WorkerProcess:
-    """A worker in a process and session of its own; its log lines are in `log`."""
+    """A worker in its own process and session; its log lines are in `log`."""
 
     def __init__(self, process: asyncio.subprocess.Process, log: Path) -> None:
         self.process = process
@@ -60,7 +60,7 @@ class WorkerProcess:
         self.process.send_signal(number)
 
     async def kill(self) -> None:
-        """SIGKILL to the worker alone: its evaluation process has to end by itself."""
+        """Send SIGKILL to the worker only; its evaluation process must end by itself."""
         self.process.kill()
         await self.process.wait()
 
@@ -73,7 +73,7 @@ class WorkerProcess:
 
 
 class Daemon:
-    """The daemon without its agents: takes charge, issues what it is told to, applies outcomes, mends what is lost."""
+    """A daemon without agents: takes charge, enqueues given candidates, applies outcomes, restores lost data."""
 
     def __init__(self, redis: Redis, keys: Keys) -> None:
         self.store = SearchStore(redis, keys, SPEC)
@@ -138,7 +138,7 @@ class Daemon:
 
 @dataclass
 class Kit:
-    """One server, its search, and all that a test started."""
+    """A server, its search, and everything that a test started."""
 
     server: Server
     redis: Any
@@ -147,11 +147,11 @@ class Kit:
     workers: list[WorkerProcess] = field(default_factory=list)
     daemons: list[Daemon] = field(default_factory=list)
     profile: ModelProfile = PROFILE
-    """What workers publish: of the spec of the search that is run."""
+    """The profile that workers publish, for the spec of the running search."""
     disturbed: Counter[str] = field(default_factory=Counter)
-    """By id, or under `*` for every id: how many evaluations more than one are explained."""
+    """Allowed extra evaluations by id, or under `*` for every id."""
     unsettled: bool = False
-    """Whether the test ends on purpose before everything has its outcome."""
+    """Whether the test intentionally ends before every candidate has its outcome."""
 
     @property
     def evaluations(self) -> Counter[str]:
@@ -205,7 +205,7 @@ class Kit:
         return worker
 
     async def evaluating(self, id_: str, times: int = 1, seconds: float = 30) -> None:
-        """Wait until the evaluation of `id_` has begun so many times."""
+        """Wait until the evaluation of `id_` has begun `times` times."""
 
         async def begun() -> bool:
             return self.evaluations[id_] >= times
@@ -213,7 +213,7 @@ class Kit:
         await eventually(begun, seconds)
 
     async def owner(self, worker: WorkerProcess) -> str:
-        """The consumer name of a worker."""
+        """Return the consumer name of a worker."""
         names = [name async for name in self.redis.scan_iter(match=self.keys.worker_prefix + f"*:{worker.pid}:*")]
         return str(names[0].removeprefix(self.keys.worker_prefix))
 
@@ -226,7 +226,7 @@ class Kit:
         return [fields for _, fields in await self.redis.xrange(self.keys.dead)]
 
     async def end(self) -> None:
-        """End whatever runs, workers by SIGTERM; before, the daemon may notice what the server has lost."""
+        """End everything, workers by SIGTERM; first let the daemon restore what the server has lost."""
         if self.daemons and not self.unsettled:
             await eventually(self._complete, 10)
         for daemon in self.daemons:
@@ -248,7 +248,7 @@ class Kit:
         return not left and await self.redis.llen(self.keys.applied) == self.daemons[-1].population.outcomes
 
     async def check(self) -> None:
-        """The invariants."""
+        """Check the invariants."""
         await self._check_ends()
         await self._check_evaluations()
         await self._check_streams()
@@ -308,7 +308,7 @@ class Kit:
         await eventually(alone, 10)
 
     def processes(self) -> list[str]:
-        """Living processes that name this test's folder."""
+        """Return the living processes whose command line names this test's folder."""
         found = []
         for process in psutil.process_iter(["cmdline", "status"]):
             words = process.info["cmdline"] or []
@@ -318,7 +318,7 @@ class Kit:
 
 
 def strict_json(line: str) -> dict[str, Any]:
-    """The object in a line; fails for NaN and the like, which are no JSON."""
+    """Parse the JSON object of a line; fails for NaN and the like."""
 
     def refuse(word: str) -> None:
         raise AssertionError(f"I7: {word} is no JSON: {line}")
@@ -330,7 +330,7 @@ def strict_json(line: str) -> dict[str, Any]:
 
 @asynccontextmanager
 async def fault_kit(server: Server, folder: Path) -> AsyncIterator[Kit]:
-    """A kit whose invariants are checked when the block ends well."""
+    """A kit whose invariants are checked when the block succeeds."""
     redis = connect(server.url)
     kit = Kit(server, redis, Keys("faults"), folder)
     try:

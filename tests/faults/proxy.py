@@ -43,7 +43,7 @@ class Refusal:
 
 
 class Proxy:
-    """Forwards to a unix socket. All of `latency`, `cut_share` (of commands and answers) and `blackhole` may change."""
+    """Forwards to a unix socket. `latency`, `cut_share` (of commands and answers) and `blackhole` may be changed."""
 
     def __init__(self, target: Path, seed: int = 0) -> None:
         self.latency = 0.0
@@ -101,7 +101,7 @@ class Proxy:
         there_reader: asyncio.StreamReader,
         there_writer: asyncio.StreamWriter,
     ) -> bool:
-        """Pass on one command and its answer; False where the connection was cut."""
+        """Forward one command and its answer; returns False if the connection was cut."""
         command = await read_value(reader)
         if not await self._delayed(writer):
             return False
@@ -124,7 +124,7 @@ class Proxy:
         return True
 
     async def _delayed(self, client: asyncio.StreamWriter) -> bool:
-        """Wait as long as a block of bytes takes on this line; False where it cuts the connection."""
+        """Wait for the latency of one block of bytes; returns False if the connection is cut."""
         await asyncio.sleep(self.latency)
         while self.blackhole:
             await asyncio.sleep(0.05)

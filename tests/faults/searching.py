@@ -1,4 +1,4 @@
-"""A whole search of processes that may be killed, and a scripted LLM that answers the same to the same question."""
+"""A whole search of processes that may be killed, with a deterministic scripted LLM."""
 
 import asyncio
 import json
@@ -19,7 +19,7 @@ from tests.support.schema_answers import value_of
 
 
 def answer(body: dict[str, Any]) -> str:
-    """The same for the same question and seed, after a while."""
+    """Answer after a short delay, deterministically by question and seed."""
     time.sleep(0.02)
     schema = body["response_format"]["json_schema"]["schema"]
     return json.dumps(value_of(schema, random.Random(f"{body['seed']}{body['messages']}")))
@@ -59,7 +59,7 @@ class Search:
         self.config.write_text(json.dumps(settings))  # JSON is YAML
 
     async def start(self, url: str = "") -> asyncio.subprocess.Process:
-        """Start the daemon; `url` is the server's where it is not the kit's own."""
+        """Start the daemon; `url` overrides the server of the kit."""
         log = self.folder / f"{self.keys.search}-{len(self.logs)}.log"
         self.logs.append(log)
         with log.open("wb") as file:
@@ -80,7 +80,7 @@ class Search:
         return int(await self.kit.redis.llen(self.keys.applied))
 
     async def history(self) -> dict[str, tuple[Any, ...]]:
-        """What the search did, whatever the order in which its workers were done."""
+        """Return the candidates of the search, independent of the order in which workers finished."""
         candidates = await self.kit.redis.hgetall(self.keys.candidates)
         outcomes = await self.kit.redis.hgetall(self.keys.outcomes)
         return {
@@ -89,7 +89,7 @@ class Search:
         }
 
     async def check_end(self) -> None:
-        """The invariants of a search that is over, on the server and in its folder."""
+        """Check the invariants of a finished search, on the server and in its folder."""
         redis, keys = self.kit.redis, self.keys
         issued = await redis.lrange(keys.issued, 0, -1)
         applied = await redis.lrange(keys.applied, 0, -1)

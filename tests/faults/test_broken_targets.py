@@ -1,4 +1,4 @@
-"""Target models that are broken or hostile, as a real worker finds them."""
+"""Broken or hostile target models, and a real worker."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +19,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Path], str]] = {
     "pipe": (lambda folder: with_pipe("model.safetensors").on(folder), "is not an ordinary file"),
     "array": (lambda folder: with_array(folder / "a.gguf", 2**40), "claims 1,099,511,627,776 elements"),
 }
-"""How a folder is broken, and what the sentence says."""
+"""How a folder is broken, and a part of the error message."""
 
 
 @pytest.mark.faults

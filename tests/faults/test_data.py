@@ -1,4 +1,4 @@
-"""Faults of what the server holds: data that is gone, damaged, older than it was, or by another hand."""
+"""Faults of the server's data: lost, damaged, outdated, or changed by another program."""
 
 import asyncio
 import shutil
@@ -184,7 +184,7 @@ async def test_a_server_on_an_older_copy_of_its_data_is_reconciled(kit: Kit) -> 
     assert [event["event"] for event in events].count("redis_lost_data") == 1
 
 
-async def _results_by_hand(redis: Any, stream: str, known: Candidate) -> None:
+async def _write_invalid_results(redis: Any, stream: str, known: Candidate) -> None:
     await redis.xadd(stream, {"id": known.id, "outcome": Failed(reason="timeout").model_dump_json()})
     await redis.xadd(stream, {"id": "0123456789abcdef", "outcome": Failed(reason="timeout").model_dump_json()})
     await redis.xadd(stream, {"id": known.id, "outcome": '{"kind": "measured", "version": 9}'})
@@ -195,13 +195,13 @@ async def _results_by_hand(redis: Any, stream: str, known: Candidate) -> None:
 @pytest.mark.fault(
     "30", "results and jobs by another hand", "duplicate, unknown, wrong schema, garbage", "once, or dead"
 )
-async def test_garbage_in_the_streams_is_dropped_and_the_daemon_and_worker_go_on(kit: Kit) -> None:
+async def test_garbage_in_the_streams_is_dropped_and_the_daemon_and_worker_continue(kit: Kit) -> None:
     first, second = candidates(2)
     daemon = await kit.daemon()
     await kit.worker()
     await daemon.issue([first])
     await daemon.measured(1)
-    await _results_by_hand(kit.redis, kit.keys.results, first)
+    await _write_invalid_results(kit.redis, kit.keys.results, first)
     await kit.redis.xadd(kit.keys.jobs, {"id": "fedcba9876543210", "candidate": "{", "fingerprint": "x"})
     await kit.redis.xadd(kit.keys.jobs, {"nothing": "of ours"})
     await daemon.issue([second])

@@ -1,4 +1,4 @@
-"""A real daemon or a real run while others remove or tear its folder, or send it what is no HTTP."""
+"""A real daemon or run while its folder is deleted or damaged, or while it receives invalid HTTP."""
 
 import asyncio
 import contextlib
@@ -122,7 +122,7 @@ async def test_malformed_requests_do_not_reach_the_search(kit: Kit, llm: Scripte
 
 
 async def sent(port: int, request: bytes) -> None:
-    """Send the bytes, and take what comes at once."""
+    """Send the bytes and return the immediate answer."""
     with contextlib.suppress(ConnectionError):
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(request)
@@ -167,7 +167,7 @@ async def test_a_run_whose_folder_is_removed_with_its_servers_files_goes_on(run:
 @pytest.mark.fault(
     "60", "a removed folder is taken by a second run", "rm -rf, then run at once", "one goes on, the other says why"
 )
-async def test_of_two_runs_in_one_folder_that_was_removed_one_ends_with_a_sentence(run: Run) -> None:
+async def test_one_of_two_runs_in_a_removed_folder_ends_with_a_sentence(run: Run) -> None:
     folder = run.folder / "runs" / "s"
     first = await run.start()
     await eventually(lambda: run.measured(2), 120)

@@ -1,4 +1,4 @@
-"""Faults on the way to the server, and of the time that it tells."""
+"""Faults of the connection to the server, and of its clock."""
 
 import asyncio
 

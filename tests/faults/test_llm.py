@@ -96,7 +96,7 @@ ODD_ANSWERS: dict[str, Handler] = {
     "37", "an LLM endpoint answers anything else", "every kind of reply, 50 in all", "counted, next call clean"
 )
 @pytest.mark.parametrize("fault", [*REFUSALS, *REPLIES, *ODD_ANSWERS])
-async def test_whatever_comes_no_other_error_escapes_it_is_counted_and_the_next_answer_is_clean(fault: str) -> None:
+async def test_every_reply_is_counted_raises_no_other_error_and_leaves_the_next_answer_clean(fault: str) -> None:
     handler = (REFUSALS | REPLIES | ODD_ANSWERS)[fault]
     policy = replace(QUICK, attempts=1, failures_to_open=2)
     async with ScriptedLlm([handler, OK]) as llm, Chat([llm.endpoint], policy) as chat:
@@ -123,7 +123,7 @@ async def test_three_rate_limits_and_then_an_answer_are_four_requests() -> None:
 @pytest.mark.fault(
     "34", "an LLM endpoint is broken", "a storm of 500", "requests as the policy says, then a probe each rest"
 )
-async def test_a_storm_of_500_is_asked_as_often_as_the_policy_says_and_then_once_a_rest() -> None:
+async def test_status_500_is_retried_as_often_as_the_policy_says_and_then_probed_once_per_rest() -> None:
     policy = replace(QUICK, attempts=4, failures_to_open=4, rest=0.3, longest_rest=0.3)
     async with ScriptedLlm([refuses(500, "broken")]) as llm, Chat([llm.endpoint], policy) as chat:
         started = time.monotonic()

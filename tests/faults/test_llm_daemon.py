@@ -20,7 +20,7 @@ MB = 1024 * 1024
 
 
 def answers_well(request: bytes) -> bytes:
-    """A list of models, or a good answer to a question."""
+    """Return a list of models, or a valid answer to a question."""
     if request.startswith(b"GET"):
         return http(as_json({"data": [{"id": "scripted"}]}))
     body = json.loads(request.split(b"\r\n\r\n", 1)[1])
@@ -28,13 +28,13 @@ def answers_well(request: bytes) -> bytes:
 
 
 def each_once(kinds: Sequence[Hostile]) -> Callable[[bytes], Hostile | bytes]:
-    """Answer one question with each of the kinds, and those that follow well."""
+    """Answer one question with each of the kinds, and all later ones with valid answers."""
     left = list(kinds)
     return lambda request: left.pop() if left and request.startswith(b"POST") else answers_well(request)
 
 
 class HostileSearch(Search):
-    """A search whose endpoint is asked again at once, whatever it did."""
+    """A search that asks its endpoint again at once after any failure."""
 
     def __init__(self, kit: Kit, server: HostileServer, folder: Path, *, rounds: int, **llm: Any) -> None:
         asked = {"reply": "edits", "attempts": 1, "deadline_seconds": 1, "failures_to_open": 100_000, **llm}
@@ -61,7 +61,7 @@ class HostileSearch(Search):
 
 
 def named(*beginnings: str) -> list[Hostile]:
-    """The kinds whose names begin so, and that do not refuse our questions for good."""
+    """Return the kinds whose names begin with one of `beginnings`, without those that reject all questions."""
     return [kind for kind in KINDS if kind.name.startswith(beginnings) and not kind.refuses]
 
 

@@ -1,4 +1,4 @@
-"""Whatever an endpoint sends, the outcome is an answer or EndpointError, soon, in little memory, without our key."""
+"""Any reply of an endpoint leads to an answer or EndpointError, soon, in little memory, without showing our key."""
 
 import asyncio
 import json
@@ -35,7 +35,7 @@ def _loaded() -> None:
 
 @asynccontextmanager
 async def loop_stays_free(seconds: float) -> AsyncIterator[None]:
-    """Fail where the event loop works for longer than `seconds` at a time; what other processes take is not counted."""
+    """Fail if the event loop is busy for longer than `seconds` at a time; time of other processes is not counted."""
     longest = 0.0
 
     async def watch() -> None:
@@ -53,7 +53,7 @@ async def loop_stays_free(seconds: float) -> AsyncIterator[None]:
 
 @asynccontextmanager
 async def asking(*kinds: Hostile, policy: ChatPolicy = POLICY, **endpoint: object) -> AsyncIterator[Chat]:
-    """A Chat whose endpoint answers one request with each of the kinds, and those that follow well."""
+    """Return a Chat whose endpoint answers one request with each of the kinds, and later ones with valid answers."""
     left = list(kinds)
     async with HostileServer(lambda _: left.pop(0) if left else WELL) as server:
         one = Endpoint("hostile", server.base_url, "model", **endpoint)  # type: ignore[arg-type]
@@ -64,7 +64,7 @@ async def asking(*kinds: Hostile, policy: ChatPolicy = POLICY, **endpoint: objec
 @pytest.mark.fault("45", "an LLM endpoint sends anything", "every kind, one at a time", "an answer or a failure")
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 async def test_every_kind_of_reply_is_an_answer_or_a_failure(kind: Hostile) -> None:
-    """To a question, and to the list of models; and nothing that is kept or told holds our key."""
+    """Send each kind in reply to a question and to the list of models; our key must not be stored or shown."""
     kept: list[object] = []
     async with HostileServer(lambda _: kind) as server, loop_stays_free(0.5):
         endpoint = Endpoint("hostile", server.base_url, "model", api_key=SecretStr(KEY))
@@ -88,7 +88,7 @@ async def test_every_kind_of_reply_is_an_answer_or_a_failure(kind: Hostile) -> N
 @pytest.mark.faults
 @pytest.mark.fault("45", "an LLM endpoint sends anything", "every kind, then a good answer", "the good answer counts")
 async def test_after_every_kind_the_next_answer_is_clean() -> None:
-    """On the same connection pool; kinds that ask to be left alone, or say that they take no question, aside."""
+    """On the same connection pool, without kinds that ask for a wait or reject all questions."""
     policy = replace(POLICY, deadline=0.3)
     for kind in KINDS:
         if not kind.refuses and "retry" not in kind.name:
@@ -146,7 +146,7 @@ GROWING = """a header that goes on for ever; header lines without end; 100 Conti
 @pytest.mark.fault("36", "an LLM endpoint sends too much, again and again", "endless and huge replies", "memory stays")
 @pytest.mark.parametrize("name", [name.strip() for name in GROWING.split(";")])
 async def test_no_kind_takes_much_memory(name: str) -> None:
-    """Many times in a row, so that what is kept of each would show."""
+    """Repeat each kind many times, so that leaked memory would show."""
     process = psutil.Process()
     async with asking(*[BY_NAME[name]] * 10, policy=replace(POLICY, deadline=0.3)) as chat:
         sizes = []

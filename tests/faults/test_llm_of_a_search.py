@@ -1,4 +1,4 @@
-"""A launched search with a real server and an instant worker: its LLM away, wrong, spent, replayed."""
+"""A launched search with a real server and an instant worker, whose LLM is down, wrong, over budget or replayed."""
 
 import asyncio
 import json
@@ -36,7 +36,7 @@ NOWHERE = EndpointSettings(base_url="http://127.0.0.1:9/v1", model="model", name
 
 
 def answers(body: dict[str, Any]) -> str:
-    """A random answer of the form asked for."""
+    """Return a random answer in the requested form."""
     if "response_format" not in body:
         return "yes"
     return json.dumps(value_of(body["response_format"]["json_schema"]["schema"], random.Random(body["seed"])))
@@ -67,7 +67,7 @@ class Daemon:
         return await load_history(self.redis, Keys(name))
 
     async def condition(self, name: str = "s") -> Condition:
-        """What other processes are told."""
+        """Return the condition that other processes read."""
         client: Any = self.redis
         return Condition.model_validate_json(await client.get(Keys(name).condition))
 
@@ -108,7 +108,7 @@ def settings_of(llm: ScriptedLlm, **more: Any) -> EndpointSettings:
 
 
 @pytest.mark.fault("38", "the LLM is away for the whole search", "a closed port", "fallbacks go on, degraded")
-async def test_with_the_llm_away_for_the_whole_search_it_goes_on_and_says_so(daemon: Daemon) -> None:
+async def test_a_search_without_any_llm_uses_the_fallback_and_says_so(daemon: Daemon) -> None:
     with capture_logs() as logs:
         summary = await daemon.run([NOWHERE])
     assert summary.finished and summary.candidates["by_source"] == {"llm": 0, "fallback": CANDIDATES}
@@ -189,7 +189,7 @@ async def test_an_endpoint_that_will_never_answer_is_refused_before_the_search_b
 @pytest.mark.fault(
     "34", "the LLM's quota is used up", "insufficient_quota amid the search", "it rests, fallbacks go on"
 )
-async def test_a_quota_that_is_used_up_amid_the_search_ends_the_asking_and_not_the_search(daemon: Daemon) -> None:
+async def test_a_quota_used_up_within_a_search_ends_the_requests_and_not_the_search(daemon: Daemon) -> None:
     quota = refuses(429, "You exceeded your current quota", code="insufficient_quota")
 
     def answers_five(body: dict[str, Any]) -> str | Handler:
@@ -256,7 +256,7 @@ async def test_a_search_ends_cleanly_when_its_hours_are_used_up(daemon: Daemon) 
 
 
 def made(history: History) -> list[tuple[Any, ...]]:
-    """The candidates in their order, who made them, and what was measured."""
+    """Return the candidates in order, with their source and measurement."""
     perplexities = {id_: o.perplexity for id_, o in history.outcomes.items() if isinstance(o, Measured)}
     return [(c.id, c.rates, c.provenance, perplexities[c.id]) for c in history.ledger.values()]
 
@@ -270,7 +270,7 @@ async def test_a_search_is_replayed_from_its_transcript_without_an_endpoint(daem
     assert summary.tokens == {"prompt": 0, "completion": 0}
 
 
-async def test_a_daemon_that_is_killed_amid_a_round_asks_nothing_twice(daemon: Daemon) -> None:
+async def test_a_daemon_killed_within_a_round_asks_nothing_twice(daemon: Daemon) -> None:
     killed = False
 
     def hangs_until_killed(body: dict[str, Any]) -> str | Handler:

@@ -1,4 +1,4 @@
-"""Faults of the local LLM of a run: it dies, stops, or finds its port taken, and the run goes on."""
+"""Faults of a run's local LLM: it dies, freezes, or its port is taken, and the run continues."""
 
 import asyncio
 import contextlib
@@ -66,7 +66,7 @@ async def served(folder: Path) -> AsyncIterator[Served]:
 
 @pytest.mark.faults
 @pytest.mark.fault("65", "the local LLM dies while it is asked", "SIGKILL, 4 questions open", "one line, started again")
-async def test_a_local_llm_that_is_killed_amid_its_answers_is_started_again(tmp_path: Path) -> None:
+async def test_a_local_llm_killed_while_answering_is_restarted(tmp_path: Path) -> None:
     async with served(tmp_path) as llm:
         asking = [asyncio.create_task(llm.say_hi()) for _ in range(4)]
         await asyncio.sleep(0)
@@ -102,7 +102,7 @@ async def test_a_local_llm_whose_port_is_taken_starts_when_it_is_free(tmp_path: 
 
 @pytest.mark.faults
 @pytest.mark.fault("67", "the local LLM stands still", "SIGSTOP, SIGCONT; ended while stopped", "answers; none is left")
-async def test_a_local_llm_that_stands_still_is_ended_all_the_same(tmp_path: Path) -> None:
+async def test_a_frozen_local_llm_is_ended_too(tmp_path: Path) -> None:
     async with served(tmp_path) as llm:
         server = llm.process
         server.send_signal(signal.SIGSTOP)

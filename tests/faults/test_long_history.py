@@ -25,7 +25,7 @@ LONGEST_REQUEST_MS, LONGEST_STEP_SECONDS = 1_000, 2.0
 
 
 def long_history(count: int) -> History:
-    """So many candidates of 32 layers; the last hundred of them have no outcome."""
+    """Return `count` candidates of 32 layers; the last hundred have no outcome."""
     small = candidate((0.3,) * 4)
     model = small.model_copy(update={"rates": small.rates * 8, "plan": Plan(layers=small.plan.layers * 8)})
     outcome: Outcome = measured(5.0, small)
@@ -38,7 +38,7 @@ def long_history(count: int) -> History:
 
 @asynccontextmanager
 async def longest_step() -> AsyncIterator[list[float]]:
-    """Measures how long the event loop computes at most before others run; the list has it at the end.
+    """Measures the longest time that the event loop is busy; the list holds it at the end.
 
     It is the thread's own time, which does not count what other processes of a busy machine take.
     """

@@ -1,4 +1,4 @@
-"""A server that is away, as it is told: one line when it goes and one when it is back, however many wait for it."""
+"""Logging of outages: one line at the beginning and one at the end, however many operations wait."""
 
 import asyncio
 import json
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
-from protocol.queue.connection import Patience, connect
+from protocol.queue.connection import RedisRetry, connect
 from tests.faults.kit import Kit, eventually
 from tests.faults.searching import Search, answer
 from tests.support.scripted_llm import ScriptedLlm
@@ -23,20 +23,20 @@ def told(logs: list[Any]) -> list[str]:
 
 
 class Callers:
-    """Several who wait for one server, each with a patience of its own."""
+    """Several callers that wait for one server, each with its own RedisRetry."""
 
     def __init__(self, server: Server, count: int) -> None:
         self.redis: Any = connect(server.url)
-        self.patience = [Patience(self.redis, f"key-{i}", longest_wait=0.2) for i in range(count)]
+        self.patience = [RedisRetry(self.redis, f"key-{i}", longest_wait=0.2) for i in range(count)]
 
     def write(self) -> "list[asyncio.Task[Any]]":
-        return [asyncio.ensure_future(patiently(lambda: self.redis.set("a", "1"))) for patiently in self.patience]
+        return [asyncio.ensure_future(retry(lambda: self.redis.set("a", "1"))) for retry in self.patience]
 
     async def all_wait(self) -> bool:
-        return all(patiently.outages for patiently in self.patience)
+        return all(retry.outages for retry in self.patience)
 
 
-async def test_an_outage_is_told_once_by_all_who_use_one_client(own_server: Server) -> None:
+async def test_an_outage_is_logged_once_however_many_wait_on_one_client(own_server: Server) -> None:
     callers = Callers(own_server, 5)
     with capture_logs() as logs:
         for outage in (1, 2):
@@ -47,20 +47,20 @@ async def test_an_outage_is_told_once_by_all_who_use_one_client(own_server: Serv
             assert told(logs) == [*TOLD * (outage - 1), TOLD[0]]
             own_server.start()
             await asyncio.gather(*writing)
-            for patiently in callers.patience:
-                patiently.outages = 0
+            for retry in callers.patience:
+                retry.outages = 0
     assert told(logs) == [*TOLD, *TOLD]
     await callers.redis.aclose()
 
 
-async def test_whoever_can_read_does_not_tell_of_the_return_to_writing(own_server: Server) -> None:
+async def test_a_successful_read_does_not_end_an_outage_of_writing(own_server: Server) -> None:
     callers = Callers(own_server, 3)
     await callers.redis.config_set("maxmemory", "1")
     with capture_logs() as logs:
         writing = callers.write()
         await eventually(callers.all_wait)
-        for patiently in callers.patience:
-            await patiently(lambda: callers.redis.get("a"))
+        for retry in callers.patience:
+            await retry(lambda: callers.redis.get("a"))
         assert told(logs) == ["redis_unreachable"]
         await callers.redis.config_set("maxmemory", "0")
         await asyncio.gather(*writing)
@@ -84,7 +84,7 @@ async def test_an_outage_in_which_all_gave_up_waiting_is_over_when_anything_succ
 
 
 @pytest.mark.fault("15", "the server is killed under a daemon", "SIGKILL, then started", "told once, back told once")
-async def test_a_daemon_tells_once_of_an_outage_and_once_of_its_end(kit: Kit, tmp_path: Path) -> None:
+async def test_a_daemon_logs_an_outage_once_and_its_end_once(kit: Kit, tmp_path: Path) -> None:
     async with ScriptedLlm(answer) as llm:
         search = Search(kit, [llm.settings], tmp_path)
         kit.write_script({"*": ["sleep:0.1"]})

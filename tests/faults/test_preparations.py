@@ -1,4 +1,4 @@
-"""Faults of a search whose workers are still getting its model ready."""
+"""Faults of a search whose workers are still preparing its model."""
 
 import asyncio
 from typing import Any
@@ -16,7 +16,7 @@ SECOND, THIRD = (SPEC.model_copy(update={"model": name}) for name in ("second", 
 
 
 async def preparing(kit: Kit, spec: SearchSpec = SPEC, **options: Any) -> WorkerProcess:
-    """A worker whose evaluation process gets `spec` ready for ever."""
+    """Start a worker whose evaluation process never finishes preparing `spec`."""
     kit.write_script({}, prepare="hang")
     await kit.redis.set(kit.keys.spec, spec.model_dump_json())
     worker = await kit.worker(**options)
@@ -50,7 +50,7 @@ async def has_given_up(worker: WorkerProcess, reason: str) -> None:
 
 
 @pytest.mark.fault("63", "a spec replaced while a worker prepares it", "SET spec", "given up, the new one is prepared")
-async def test_a_worker_gives_the_preparation_of_a_replaced_spec_up(kit: Kit) -> None:
+async def test_a_worker_stops_preparing_a_replaced_spec(kit: Kit) -> None:
     worker = await preparing(kit)
     old = worker.children()
     kit.profile = profile_for(SECOND)
@@ -64,7 +64,7 @@ async def test_a_worker_gives_the_preparation_of_a_replaced_spec_up(kit: Kit) ->
 
 @pytest.mark.faults
 @pytest.mark.fault("63", "a spec replaced twice", "SET spec, SET spec", "only the last one is prepared")
-async def test_of_specs_that_are_replaced_quickly_the_last_is_prepared(kit: Kit) -> None:
+async def test_the_last_of_several_quickly_replaced_specs_is_prepared(kit: Kit) -> None:
     worker = await preparing(kit)
     kit.profile = profile_for(THIRD)
     kit.write_script({})
@@ -76,7 +76,7 @@ async def test_of_specs_that_are_replaced_quickly_the_last_is_prepared(kit: Kit)
 
 @pytest.mark.faults
 @pytest.mark.fault("63", "a search that is gone while a worker prepares", "DEL spec", "given up after a lease")
-async def test_a_worker_gives_up_preparing_for_a_search_that_is_gone(kit: Kit) -> None:
+async def test_a_worker_stops_preparing_for_a_search_that_is_gone(kit: Kit) -> None:
     worker = await preparing(kit)
     await kit.redis.delete(kit.keys.spec)
     await has_given_up(worker, f"the search has been gone for {LEASE:g} seconds")
@@ -92,7 +92,7 @@ async def _childless(worker: WorkerProcess) -> bool:
 
 @pytest.mark.faults
 @pytest.mark.fault("63", "data that is lost and restored at once", "FLUSHALL, SET spec", "the preparation goes on")
-async def test_a_worker_prepares_on_where_the_search_is_restored(kit: Kit) -> None:
+async def test_a_worker_keeps_preparing_if_the_search_is_restored(kit: Kit) -> None:
     worker = await preparing(kit, lease_seconds=30)
     old = {child.pid for child in worker.children()}
     await kit.redis.flushall()

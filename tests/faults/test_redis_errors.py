@@ -1,4 +1,4 @@
-"""Errors that a Redis server gives: those that pass are waited for, the others are one sentence."""
+"""Errors of a Redis server: transient ones are retried, all others are one sentence."""
 
 import asyncio
 import json
@@ -13,7 +13,7 @@ from structlog.testing import capture_logs
 
 from protocol.errors import SelfPrunerError, SettingsError, StoreError
 from protocol.plans.candidate import Measured
-from protocol.queue.connection import Patience, connect
+from protocol.queue.connection import RedisRetry, connect
 from protocol.queue.control import Control
 from protocol.queue.keys import GROUP
 from tests.faults.kit import LEASE, PASSWORD, Daemon, Kit, candidates, eventually, fault_kit
@@ -43,28 +43,28 @@ LATER: list[str | bytes] = [
     "-DENIED Redis is running in protected mode",
     b"\x00garbage\r\n",
 ]
-"""What is waited for where the server has answered before, and is a sentence where it has not."""
+"""Errors that are retried once the server has answered, and are permanent at the first contact."""
 LASTING = [
     ("-NOPERM User x has no permissions to run the 'get' command", SettingsError, "refuses its user a command"),
-    ("-MOVED 3999 127.0.0.1:6381", SettingsError, "node of a cluster"),
-    ("-ASK 3999 127.0.0.1:6381", SettingsError, "node of a cluster"),
-    ("-CROSSSLOT Keys in request don't hash to the same slot", SettingsError, "node of a cluster"),
+    ("-MOVED 3999 127.0.0.1:6381", SettingsError, "cluster node"),
+    ("-ASK 3999 127.0.0.1:6381", SettingsError, "cluster node"),
+    ("-CROSSSLOT Keys in request don't hash to the same slot", SettingsError, "cluster node"),
     ("-WRONGTYPE Operation against a key holding the wrong kind of value", StoreError, "changed by another program"),
     ("-ERR unknown command 'GET'", StoreError, "answers with an error: unknown command"),
 ]
 
 
 @pytest.mark.parametrize("error", [*PASSING, *LATER], ids=lambda error: repr(error)[:20])
-async def test_an_error_that_passes_is_waited_for(own_server: Server, error: str | bytes) -> None:
+async def test_a_transient_error_is_retried(own_server: Server, error: str | bytes) -> None:
     async with Proxy(own_server.socket) as proxy:
         redis: Any = connect(proxy.url(PASSWORD))
-        patiently = Patience(redis, "a", longest_wait=0.1)
-        await patiently(lambda: redis.set("a", "1"))
+        retry = RedisRetry(redis, "a", longest_wait=0.1)
+        await retry(lambda: redis.set("a", "1"))
         proxy.refuse(error)
         with capture_logs() as logs:
             asking = [
-                asyncio.create_task(patiently(lambda: redis.get("a"))),
-                asyncio.create_task(patiently(lambda: redis.pipeline(transaction=True).get("a").get("a").execute())),
+                asyncio.create_task(retry(lambda: redis.get("a"))),
+                asyncio.create_task(retry(lambda: redis.pipeline(transaction=True).get("a").get("a").execute())),
             ]
 
             async def refused() -> bool:
@@ -74,33 +74,31 @@ async def test_an_error_that_passes_is_waited_for(own_server: Server, error: str
             proxy.refusals.clear()
             assert await asyncio.gather(*asking) == ["1", ["1", "1"]]
         assert [line["event"] for line in logs] == ["redis_unreachable", "redis_back"]
-        assert patiently.outages == 2
+        assert retry.outages == 2
         await redis.aclose()
 
 
 @pytest.mark.parametrize(("error", "kind", "sentence"), LASTING, ids=lambda value: repr(value)[:20])
-async def test_an_error_that_no_waiting_changes_is_a_sentence(
+async def test_a_permanent_error_is_a_sentence(
     own_server: Server, error: str, kind: type[SelfPrunerError], sentence: str
 ) -> None:
     async with Proxy(own_server.socket) as proxy:
         redis: Any = connect(proxy.url(PASSWORD))
-        patiently = Patience(redis, "a")
-        await patiently(redis.ping)
+        retry = RedisRetry(redis, "a")
+        await retry(redis.ping)
         proxy.refuse(error)
         with pytest.raises(kind, match=sentence):
-            await patiently(lambda: redis.get("a"))
+            await retry(lambda: redis.get("a"))
         await redis.aclose()
 
 
 @pytest.mark.parametrize("error", LATER, ids=lambda error: repr(error)[:20])
-async def test_what_does_not_fit_the_url_is_a_sentence_at_the_first_contact(
-    own_server: Server, error: str | bytes
-) -> None:
+async def test_a_wrong_url_is_a_sentence_at_the_first_contact(own_server: Server, error: str | bytes) -> None:
     async with Proxy(own_server.socket) as proxy:
         redis: Any = connect(proxy.url(PASSWORD))
         proxy.refuse(error)
         with pytest.raises(SettingsError, match=r"redis\.url: the server"):
-            await Patience(redis, "a")(lambda: redis.get("a"))
+            await RedisRetry(redis, "a")(lambda: redis.get("a"))
         await redis.aclose()
 
 
@@ -129,7 +127,7 @@ async def test_daemon_and_workers_outlast_a_storm_of_errors(kit: Kit) -> None:
 @pytest.mark.faults
 @pytest.mark.fault("47", "failover and back under a worker", "REPLICAOF, later NO ONE", "waited for")
 async def test_a_failover_is_waited_for(kit: Kit) -> None:
-    """Readers that block are answered UNBLOCKED, and writers READONLY."""
+    """Blocked readers get UNBLOCKED, and writers READONLY."""
     daemon = await kit.daemon()
     worker = await kit.worker()
     first, second = candidates(2)
@@ -211,7 +209,7 @@ async def test_a_pause_outlives_a_flushed_server(kit: Kit, tmp_path: Path) -> No
             await kit.redis.flushall()
             await asyncio.sleep(4)
         assert (len(llm.asked), daemon.returncode) == (asked, None)
-        assert await kit.redis.get(search.keys.control) == await kit.redis.get(search.keys.understood) == "pause"
+        assert await kit.redis.get(search.keys.control) == await kit.redis.get(search.keys.last_command) == "pause"
         await Control(kit.redis, search.keys).write("run")
         kit.disturbed["*"] = 3
         assert await asyncio.wait_for(daemon.wait(), 120) == 0

@@ -1,4 +1,4 @@
-"""Faults of the server itself: away, standing still, full, or another daemon's."""
+"""Faults of the server itself: down, frozen, full, or used by another daemon."""
 
 import asyncio
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Faults of idle workers, and of workers that end because they can work no more."""
+"""Faults of idle workers, and of workers that end because they can no longer work."""
 
 from typing import Any
 

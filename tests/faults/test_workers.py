@@ -1,4 +1,4 @@
-"""Faults of workers and of what they evaluate."""
+"""Faults of workers and of their evaluations."""
 
 import asyncio
 import signal
@@ -135,7 +135,7 @@ TROUBLES = ("nan", "inf", "negative", "string", "missing", "empty")
 
 
 @pytest.mark.fault("7", "a score that is none", "NaN, inf, -1, a word, none, nothing", "failed, not tried again")
-async def test_a_score_that_is_none_has_failed_and_is_no_member(kit: Kit) -> None:
+async def test_an_invalid_score_is_a_failure_and_enters_no_population(kit: Kit) -> None:
     bad = candidates(len(TROUBLES) + 1)
     good = bad.pop()
     kit.write_script({each.id: [trouble] for each, trouble in zip(bad, TROUBLES, strict=True)})

@@ -1,4 +1,4 @@
-"""The schemas of all that agents ask for."""
+"""The JSON schemas of all replies that agents ask for."""
 
 from collections.abc import Callable
 

@@ -16,7 +16,7 @@ SENSELESS: tuple[object, ...] = (
     *(1.5, 1e308, float("nan"), float("inf")),
     *("", "x", True, [], [1] * 1000, {}, {"a": 1}),
 )
-"""Values of a config that have some other type or size than they should."""
+"""Values of a config with a wrong type or size."""
 COUNTS = (0, 1, 2**31, 2**32, 2**40, 2**60, 2**63, 2**64 - 1)
 """Values for eight bytes of a binary header."""
 
@@ -29,7 +29,7 @@ class Break:
     write: Callable[[Path], object]
 
     def on(self, folder: Path) -> Path:
-        """Break the checkpoint in `folder`, and return that."""
+        """Break the checkpoint in `folder`, and return the folder."""
         self.write(folder)
         return folder
 
@@ -54,7 +54,7 @@ def with_tensors(*tensors: tuple[str, list[int], list[int]]) -> Break:
 
 
 def with_index(weight_map: object) -> Break:
-    """Write an index that leads to these files, in place of the weights."""
+    """Replace the weights by an index that leads to these files."""
     index = json.dumps({"metadata": {}, "weight_map": weight_map})
 
     def write(folder: Path) -> None:
@@ -69,7 +69,7 @@ def with_text(name: str, text: str) -> Break:
 
 
 def with_holes(name: str, size: int) -> Break:
-    """A file of this size that takes no room on the disk."""
+    """Write a sparse file of this size."""
 
     def write(folder: Path) -> None:
         (folder / name).touch()
@@ -95,7 +95,7 @@ def with_link(name: str, to: str) -> Break:
 
 
 def with_packed_records(name: str = "pytorch_model.bin") -> Break:
-    """A file of torch's weights of a few kB that unpacks to 64 MB; an index leads to it."""
+    """Write a torch weights file of a few kB that unpacks to 64 MB, and an index that leads to it."""
 
     def write(folder: Path) -> None:
         _weights(folder).unlink()
@@ -112,7 +112,7 @@ def _weights(folder: Path) -> Path:
 
 
 def with_config(folder: Path, **changes: object) -> Path:
-    """Change the config in `folder`, and return that."""
+    """Change the config in `folder`, and return the folder."""
     change_config(folder, **changes)
     return folder
 
@@ -125,12 +125,12 @@ def with_array(file: Path, count: int) -> Path:
 
 
 def cuts(data: bytes, every: int) -> Iterator[bytes]:
-    """All beginnings of `data` whose length is a multiple of `every`."""
+    """Return all prefixes of `data` whose length is a multiple of `every`."""
     return (data[:size] for size in range(0, len(data), every))
 
 
 def changes(data: bytes, count: int, seed: int) -> Iterator[bytes]:
-    """`data` with one byte, or eight bytes by one of COUNTS, replaced: the same `count` variants for the same seed."""
+    """Yield `count` variants of `data` with one byte replaced, or eight by one of COUNTS; determined by the seed."""
     chance = random.Random(seed)
     for _ in range(count):
         changed, place = bytearray(data), chance.randrange(len(data) - 8)

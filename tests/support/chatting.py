@@ -1,4 +1,4 @@
-"""How the tests of Chat ask."""
+"""Helpers for the tests of Chat."""
 
 from collections.abc import Sequence
 
@@ -27,7 +27,7 @@ async def ask(chat: Chat, schema: dict[str, object] | None = SCHEMA, label: str 
 
 
 async def attempts(script: Sequence[Handler], policy: ChatPolicy = QUICK) -> tuple[int, str | EndpointError]:
-    """Requests that the endpoint saw, and the text or the error in the end."""
+    """Return the number of requests that the endpoint received, and the final text or error."""
     async with ScriptedLlm(script) as llm, Chat([llm.endpoint], policy) as chat:
         result: str | EndpointError
         try:

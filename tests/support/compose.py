@@ -63,7 +63,7 @@ def free_port() -> int:
 
 @dataclass
 class Container:
-    """A service's process, with what it wrote."""
+    """A service's process and its output."""
 
     service: str
     process: subprocess.Popen[bytes]
@@ -79,7 +79,7 @@ class Container:
         return (self.folder / "stderr").read_text()
 
     def stop(self) -> int:
-        """SIGTERM, as `docker stop`; an error where the grace period is not enough."""
+        """Send SIGTERM, like `docker stop`. Fails if the grace period is not enough."""
         self.process.send_signal(signal.SIGTERM)
         return self.process.wait(self.grace_seconds)
 
@@ -134,7 +134,7 @@ class Deployment:
         return self.containers[-1]
 
     def execute(self, service: str, *command: str) -> str:
-        """`docker compose exec` or `run --rm`: stdout of a command in a container of a service."""
+        """Run a command like `docker compose exec` or `run --rm`; returns its stdout."""
         definition = self._file["services"][service]
         environment = {name: self._local(service, str(value)) for name, value in definition["environment"].items()}
         local = [self._local(service, part) for part in command]
@@ -145,7 +145,7 @@ class Deployment:
         return done.stdout
 
     def wait_until_healthy(self, service: str, seconds: float = 30) -> None:
-        """Until the service's own health check passes."""
+        """Wait until the service's own health check passes."""
         kind, check = self._file["services"][service]["healthcheck"]["test"]
         assert kind == "CMD-SHELL"
         end = time.monotonic() + seconds
@@ -156,7 +156,7 @@ class Deployment:
         raise AssertionError(f"{service} is not healthy: {[c.stderr for c in self.containers]}")
 
     def stop(self) -> dict[str, list[int]]:
-        """`docker compose stop`: who depends on others first; the exit codes by service."""
+        """Stop dependent services first, like `docker compose stop`; returns exit codes by service."""
         running = [c for c in self.containers if c.process.poll() is None]
         codes: dict[str, list[int]] = {}
         for container in sorted(running, key=lambda c: c.service == "redis"):
@@ -164,12 +164,12 @@ class Deployment:
         return codes
 
     def left_behind(self) -> list[psutil.Process]:
-        """Processes of any container that still run."""
+        """Return the processes of any container that are still running."""
         processes = psutil.process_iter(["cwd"])
         return [p for p in processes if (p.info["cwd"] or "").startswith(str(self.folder))]
 
     def everything_written(self) -> str:
-        """All that containers said, and every file in their volumes."""
+        """Return all output of containers, and every file in their volumes."""
         files = [f for where in ("containers", "volumes") for f in (self.folder / where).rglob("*") if f.is_file()]
         return "\n".join(f.read_bytes().decode("utf-8", "replace") for f in files)
 
@@ -180,7 +180,7 @@ class Deployment:
         return kept | {"PATH": path, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HOME": "/nonexistent"}
 
     def _local(self, service: str, text: str) -> str:
-        """`text` with what only a container has replaced by what stands for it here."""
+        """Replace in `text` the paths and names of containers by their local counterparts."""
         paths = self._paths(service)
         names = "|".join(re.escape(path) for path in sorted(paths, key=len, reverse=True))
         text = re.sub(rf"(?<![\w.-])({names})(?=[/\"')\s]|$)", lambda match: str(paths[match[1]]), text)

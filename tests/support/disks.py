@@ -1,4 +1,4 @@
-"""Disks that are full when a test wants it."""
+"""Disks that tests can fill."""
 
 import resource
 import subprocess
@@ -10,7 +10,7 @@ FILLER = "filler"
 
 
 class SmallDisk:
-    """A real file system of two megabytes in `folder`, which only root may make."""
+    """A real file system of two megabytes in `folder`; needs root."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -21,7 +21,7 @@ class SmallDisk:
         return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
     def fill(self) -> None:
-        """To the last byte."""
+        """Fill the disk to the last byte."""
         with (self.folder / FILLER).open("wb", buffering=0) as file:
             for size in (4096, 1):
                 try:
@@ -38,7 +38,7 @@ class SmallDisk:
 
 
 class LimitedFiles:
-    """No file of this process may grow beyond so many bytes, which looks much like a full disk and needs no rights."""
+    """A limit on the size of this process's files, which looks like a full disk and needs no rights."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -63,7 +63,7 @@ Disk = SmallDisk | LimitedFiles
 
 @contextmanager
 def mounted(disk: Disk) -> Iterator[Disk | None]:
-    """The disk, or None where it may not be made."""
+    """Return the disk; None if we may not create it."""
     if not disk.mount():
         yield None
         return

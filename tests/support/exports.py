@@ -1,4 +1,4 @@
-"""Exports of tiny models, loaded again in a process that has torch and transformers and nothing of ours."""
+"""Exports of tiny models, loaded again in a process with torch and transformers but without our packages."""
 
 import dataclasses
 import os
@@ -28,13 +28,13 @@ LOADER = Path(__file__).with_name("load_export.py")
 
 
 def pruned(model: LoadedModel, plan: Plan = UNEVEN) -> LoadedModel:
-    """The same model, pruned to `plan` in place."""
+    """Prune the model to `plan` in place and return it."""
     OrderedModel(model.decoder, scores_of(model)).apply(plan)
     return model
 
 
 def with_tokenizer(model: LoadedModel) -> LoadedModel:
-    """The same model with a tokenizer of one token a byte."""
+    """Give the model a tokenizer with one token per byte and return it."""
     return dataclasses.replace(model, tokenizer=byte_tokenizer())
 
 
@@ -45,7 +45,7 @@ def laid_out_as_in_a_file(model: LoadedModel) -> None:
 
 
 def facts_of(model: LoadedModel, plan: Plan = UNEVEN, **changes: Any) -> ExportFacts:
-    """Facts of a uniform export of `model`, with whatever `changes` say."""
+    """Return the facts of a uniform export of `model`, with `changes`."""
     spec = SearchSpec(
         model="someone/some-model",
         rate=0.3,
@@ -73,7 +73,7 @@ def export(model: LoadedModel, fmt: Format, out: Path, plan: Plan = UNEVEN, *, f
 
 
 def loaded_elsewhere(folders: Sequence[Path], tokens: Tensor, scratch: Path) -> dict[Path, dict[str, Any]]:
-    """What `load_export.py` says of each folder. It runs far from our packages, with modules cached in `scratch`."""
+    """Run `load_export.py` on the folders without our packages, modules cached in `scratch`; return its results."""
     torch.save(tokens, scratch / "tokens.pt")
     command = [sys.executable, str(LOADER), str(scratch / "tokens.pt"), str(scratch / "results.pt"), *map(str, folders)]
     environment = os.environ | {"HF_HOME": str(scratch / "hub"), "HF_HUB_OFFLINE": "1"}

@@ -48,7 +48,7 @@ def request_of(folder: Path, out: Path, recipe: Recipe = QUICK, **changes: Any) 
 
 
 def finetuned(folder: Path, out: Path, recipe: Recipe = QUICK, **changes: Any) -> FinetuneResult:
-    """What fine-tuning `folder` finds; see `request_of`."""
+    """Fine-tune `folder` and return the result; see `request_of`."""
     return finetune_once(request_of(folder, out, recipe, **changes))
 
 
@@ -57,7 +57,7 @@ def weights_in(folder: Path) -> dict[str, Tensor]:
 
 
 def logits_in(folder: Path) -> Tensor:
-    """What the model of a folder computes of two texts."""
+    """Return the logits of a folder's model on two texts."""
     with torch.no_grad():
         logits: Tensor = load_model(str(folder), "float32").causal_lm(input_ids=tiny_windows(2, 24)).logits
     return logits

@@ -1,4 +1,4 @@
-"""Hostile replies in good HTTP: their JSON, their texts, their numbers, their errors."""
+"""Hostile replies in valid HTTP: hostile JSON, texts, numbers and errors."""
 
 import base64
 import json
@@ -219,7 +219,7 @@ def add_waits() -> None:
 
 
 def odd_date(rng: random.Random) -> str:
-    """Something like an HTTP date whose numbers may be anything."""
+    """Return an HTTP date with arbitrary numbers."""
 
     def number(*usual: int) -> int:
         return rng.choice((*usual, 0, -1, 99, 2**31, 2**63, 10**11, 10**25))
@@ -286,7 +286,7 @@ def add_echoes() -> None:
 
 
 def add_bodies() -> None:
-    """Put all of them into the list."""
+    """Add all of them to the list."""
     add_json()
     add_contents()
     add_usage()

@@ -1,4 +1,4 @@
-"""What hostile replies are made of, and the list that they are put into."""
+"""Building blocks of hostile replies, and the list that collects them."""
 
 import json
 import random
@@ -22,7 +22,7 @@ class Hostile:
     make: Make
     how: How = "close"
     refuses: bool = False
-    """Whether the reply says that the endpoint takes none of our questions (a wrong key, an unknown model, a quota)."""
+    """Whether the reply says that the endpoint rejects all our questions (wrong key, unknown model, quota)."""
 
     def __str__(self) -> str:
         return self.name
@@ -50,19 +50,19 @@ def completion(content: object, usage: object = None, finish_reason: object = "s
 
 
 def raw_usage(count: str) -> bytes:
-    """A completion whose token counts are this JSON text."""
+    """Return a completion with this JSON text as its token counts."""
     return completion("x", "COUNTS").replace(
         b'"COUNTS"', f'{{"prompt_tokens": {count}, "completion_tokens": {count}}}'.encode()
     )
 
 
 def error(message: object, status: str = "500 Internal Server Error", headers: str = "", **more: object) -> bytes:
-    """An error as OpenAI words it."""
+    """Return an error in OpenAI's format."""
     return http(as_json({"error": {"message": message, **more}}), status, headers=headers)
 
 
 def key_in(request: bytes) -> bytes:
-    """The key that the request carries."""
+    """Return the API key in the request."""
     for line in request.split(b"\r\n\r\n", 1)[0].split(b"\r\n"):
         if line.lower().startswith(b"authorization:"):
             return line.split(b" ", 2)[-1]
@@ -79,7 +79,7 @@ BY_NAME: dict[str, Hostile] = {}
 
 
 def add(name: str, reply: bytes | Make, how: How = "close", *, refuses: bool = False) -> None:
-    """Put one kind into the list; bytes are sent as they are."""
+    """Add one kind to the list; bytes are sent unchanged."""
     assert name not in BY_NAME, name
     make: Make = (lambda _rng, _request: reply) if isinstance(reply, bytes) else reply
     BY_NAME[name] = kind = Hostile(name, make, how, refuses)

@@ -16,7 +16,7 @@ from tests.support.hostile_replies import Hostile, How
 
 DRIP_SECONDS = 0.005
 LONGEST_TALK_SECONDS = 60.0
-"""The longest that the server talks to a client that does not hang up."""
+"""How long the server sends to a client that does not hang up."""
 
 
 class HostileServer:
@@ -47,7 +47,7 @@ class HostileServer:
 
     @property
     def base_url(self) -> str:
-        """What an endpoint's settings take."""
+        """The URL for an endpoint's settings."""
         return f"http://127.0.0.1:{self.port}/v1"
 
     async def _talk(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -92,7 +92,7 @@ class HostileServer:
 
 
 async def _whole_request(reader: asyncio.StreamReader) -> bytes:
-    """The request with its body, so that the client does not fail while it still sends."""
+    """Read the whole request, so that the client does not fail while sending."""
     head = await reader.readuntil(b"\r\n\r\n")
     length = 0
     for line in head.split(b"\r\n"):

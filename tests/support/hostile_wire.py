@@ -1,4 +1,4 @@
-"""Hostile replies that break the rules of HTTP, or bend them."""
+"""Hostile replies that violate HTTP, or use it in unusual ways."""
 
 import gzip
 import random
@@ -187,7 +187,7 @@ def add_types() -> None:
 
 
 def add_wire() -> None:
-    """Put all of them into the list."""
+    """Add all of them to the list."""
     add_no_http()
     add_heads()
     add_framing()

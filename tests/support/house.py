@@ -1,4 +1,4 @@
-"""The wings of the house as the code has them: which module imports which, and the repository's layout in words."""
+"""The imports between the wings of the code, and the page of the repository's layout."""
 
 import ast
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""The HTTP API of a search as tests meet it: served on a free loopback port, asked with its token or without."""
+"""The HTTP API of a search for tests, on a free loopback port, and a client with or without its token."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -20,7 +20,7 @@ TOKEN = "a-token-that-tests-bear"
 
 
 class Asked:
-    """Asks one API with `token`."""
+    """A client of one API, with `token`."""
 
     def __init__(self, api: HttpApi, url: str, session: aiohttp.ClientSession, token: str | None = TOKEN) -> None:
         self.api, self.url, self.session, self.token = api, url, session, token
@@ -41,7 +41,7 @@ class Asked:
         headers: dict[str, str] | None = None,
         **more: Any,
     ) -> Any:
-        """A request; `token` None bears none."""
+        """Send a request, without a token if `token` is None."""
         bears = self.token if token == "" else token
         own = {"Authorization": f"Bearer {bears}"} if bears else {}
         return self.session.request(method, self.url + path, headers={**own, **(headers or {})}, **more)

@@ -1,4 +1,4 @@
-"""llama.cpp, by xllamacpp: a second opinion on what an exported GGUF computes."""
+"""llama.cpp (xllamacpp) as an independent check of exported GGUF files."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,14 +20,14 @@ class LlamaCpp:
         self._address = address
 
     def tokenize(self, text: str, *, special: bool = True) -> list[int]:
-        """Token ids of `text`; special tokens are put around it and read in it where asked for."""
+        """Return the token ids of `text`, with special tokens added and parsed if requested."""
         return list(self.post("/tokenize", {"content": text, "add_special": special, "parse_special": True})["tokens"])
 
     def detokenize(self, tokens: Sequence[int]) -> str:
         return str(self.post("/detokenize", {"tokens": list(tokens)})["content"])
 
     def greedy(self, prompt: Sequence[int], count: int) -> list[int]:
-        """The likeliest next token, `count` times or until a token that ends a text."""
+        """Generate greedily: `count` tokens, or up to the end token."""
         body = {"prompt": list(prompt), "n_predict": count, "temperature": 0.0, "return_tokens": True}
         return list(self.post("/completion", body)["tokens"])
 

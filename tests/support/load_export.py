@@ -1,4 +1,4 @@
-"""Loads exported folders as a stranger would, with torch and transformers alone, and saves what they compute.
+"""Loads exported folders with torch and transformers only, as a user would, and saves their results.
 
     python load_export.py TOKENS RESULTS FOLDER...
 
@@ -23,7 +23,7 @@ def load(auto: Any, folder: str) -> Any:
 
 
 def greedy(model: Any, tokens: torch.Tensor, cache: str | None = None) -> torch.Tensor:
-    """The likeliest continuation of the first window, with the default or another kind of cache."""
+    """Generate greedily after the first window, with the default or another kind of cache."""
     options = {} if cache is None else {"cache_implementation": cache}
     length = {"min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS}
     mask = torch.ones_like(tokens[:1])
@@ -32,7 +32,7 @@ def greedy(model: Any, tokens: torch.Tensor, cache: str | None = None) -> torch.
 
 
 def results_of(folder: str, tokens: torch.Tensor) -> dict[str, Any]:
-    """All that the tests ask about one folder."""
+    """Return everything that the tests check for one folder."""
     model = load(AutoModelForCausalLM, folder)
     results = {
         "class": type(model).__name__,
@@ -56,7 +56,7 @@ def results_of(folder: str, tokens: torch.Tensor) -> dict[str, Any]:
 
 
 def is_refused_without_trust(folder: str) -> bool:
-    """Whether transformers asks for leave to run the folder's code."""
+    """Whether transformers requires trust_remote_code for the folder."""
     try:
         AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except ValueError as error:

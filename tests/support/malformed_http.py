@@ -1,4 +1,4 @@
-"""Requests as no client should send them, byte by byte, and a seeded random source of more."""
+"""Malformed HTTP requests as bytes, and a seeded random source of more."""
 
 import gzip
 import random
@@ -17,7 +17,7 @@ def post(headers: bytes, body: bytes) -> bytes:
 
 
 def posts() -> dict[str, bytes]:
-    """Bodies that are not what their headers say."""
+    """Return requests whose bodies do not match their headers."""
     chunked, nine = b"Transfer-Encoding: chunked\r\n", b"Content-Length: 9\r\n"
     torn = gzip.compress(b'{"command":"pause"}' * 9)[:20]
     return {
@@ -54,7 +54,7 @@ def posts() -> dict[str, bytes]:
 
 
 def gets() -> dict[str, bytes]:
-    """Request heads that are malformed or ask for something forbidden."""
+    """Return request heads that are malformed or forbidden."""
     return {
         "two hosts": get(b"/livez", HOST),
         "no host": get(b"/livez", host=b""),
@@ -108,7 +108,7 @@ def gets() -> dict[str, bytes]:
 
 
 def other_protocols() -> dict[str, bytes]:
-    """Clients that came to the wrong port."""
+    """Return requests of other protocols."""
     return {
         "HTTP/2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(20),
         "TLS": bytes.fromhex("16030100a5010000a10303") + bytes(160),
@@ -120,16 +120,16 @@ def other_protocols() -> dict[str, bytes]:
 
 
 CORPUS = {**gets(), **posts(), **other_protocols()}
-"""Each is answered with 4xx, with the token too."""
+"""Requests that get a 4xx answer even with the token."""
 
 
 def with_token(request: bytes, token: str) -> bytes:
-    """The same request, which bears the token where it has a Host header."""
+    """Return the request with the token added, if it has a Host header."""
     return request.replace(HOST, HOST + f"Authorization: Bearer {token}\r\n".encode(), 1)
 
 
 def mutated(seed: int, count: int) -> Iterator[bytes]:
-    """Requests of the corpus with bytes changed, cut, doubled, and joined to others."""
+    """Yield requests of the corpus with bytes changed, removed, doubled, or joined to others."""
     draw = random.Random(seed)
     pieces = (b"\r\n", b"\0", b":", b" ", b"%", b"\xff", b"HTTP/1.1", b"9" * 30)
     known = [request[:3000] for request in CORPUS.values()]

@@ -1,4 +1,4 @@
-"""A search that can be run, with its observer and its HTTP API, for the tests of both."""
+"""A search that can be run, with its observer and its HTTP API."""
 
 import asyncio
 import json
@@ -22,7 +22,7 @@ from tests.support.samples import PROFILE, SPEC
 
 
 class QuietChat:
-    """What an observer sees of a Chat."""
+    """The part of a Chat that an observer uses."""
 
     def __init__(self) -> None:
         self.degraded: Degraded | None = None
@@ -48,7 +48,7 @@ class Observed:
 
 @asynccontextmanager
 async def observed(redis: Redis, keys: Keys, folder: Path) -> AsyncIterator[Observed]:
-    """A search that has not begun yet, as Launch shows it; a worker shows signs of life."""
+    """Return a search that has not begun, as Launch would build it, with a living worker."""
     conducted = Conducted(redis, keys, folder)
     search = await conducted.open()
     await redis.set(keys.profile, PROFILE.model_dump_json())

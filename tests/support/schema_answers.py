@@ -8,7 +8,7 @@ from agents.llm.endpoint import Answer, Question
 
 
 def value_of(schema: dict[str, Any], rng: random.Random) -> Any:
-    """A random value that the schema allows."""
+    """Return a random value that the schema allows."""
     if "enum" in schema:
         return rng.choice(schema["enum"])
     match schema["type"]:
@@ -26,11 +26,11 @@ def value_of(schema: dict[str, Any], rng: random.Random) -> Any:
 
 
 class SchemaChat:
-    """Answers at once, the same for the same seed; counts what it is asked."""
+    """Answers at once, deterministically by seed, and counts its requests."""
 
     def __init__(self) -> None:
         self.labels: list[str] = []
-        """Of each question, in order: who asks, in which round, which call and attempt."""
+        """For each question, in order: agent, round, call and attempt."""
 
     @property
     def asked(self) -> int:

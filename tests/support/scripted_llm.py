@@ -17,12 +17,12 @@ from agents.llm.endpoint import Endpoint
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 Says = Callable[[dict[str, Any]], str | Handler]
-"""From the body of a request to the text that the model answers, or to what happens instead."""
+"""Maps the body of a request to the text of the model's answer, or to another behaviour."""
 
 
 @dataclass(frozen=True)
 class Reply:
-    """What one call gets, byte for byte."""
+    """The raw response to one call."""
 
     body: bytes
     status: int = 200
@@ -38,7 +38,7 @@ class Reply:
 def says(
     text: str | None, *, finish_reason: str = "stop", prompt_tokens: int = 10, completion_tokens: int = 5, **more: Any
 ) -> Reply:
-    """A whole completion; `more` goes into its message."""
+    """Return a complete completion; `more` is added to its message."""
     choice = {"index": 0, "finish_reason": finish_reason, "message": {"role": "assistant", "content": text, **more}}
     usage = {"prompt_tokens": prompt_tokens, "completion_tokens": completion_tokens}
     return as_json({"id": "1", "object": "chat.completion", "choices": [choice], "usage": usage})
@@ -50,7 +50,7 @@ def as_json(value: object, status: int = 200) -> Reply:
 
 
 def refuses(status: int, message: str, code: str | None = None, headers: Mapping[str, str] | None = None) -> Reply:
-    """An error as OpenAI words it."""
+    """Return an error in OpenAI's format."""
     body = {"error": {"message": message, "type": "error", "code": code}}
     return Reply(json.dumps(body).encode(), status, headers or {})
 
@@ -61,7 +61,7 @@ def lists_models(*names: str) -> Reply:
 
 
 async def drips(request: web.Request) -> web.StreamResponse:
-    """Headers at once, then a blank every 20 ms without end: no read ever times out."""
+    """Send headers at once, then a blank every 20 ms forever, so that no read times out."""
     response = await _begin(request)
     while True:
         await response.write(b" ")
@@ -69,14 +69,14 @@ async def drips(request: web.Request) -> web.StreamResponse:
 
 
 async def never_ends(request: web.Request) -> web.StreamResponse:
-    """A body as fast as the wire takes it."""
+    """Send a body as fast as possible."""
     response = await _begin(request)
     while True:
         await response.write(b" " * 65536)
 
 
 async def breaks_off(request: web.Request) -> web.StreamResponse:
-    """Half a body, and the connection is gone."""
+    """Send half a body and close the connection."""
     response = await _begin(request, content_length=1000)
     await response.write(b'{"choices": [')
     assert request.transport is not None
@@ -85,7 +85,7 @@ async def breaks_off(request: web.Request) -> web.StreamResponse:
 
 
 async def hangs(_request: web.Request) -> web.StreamResponse:
-    """No answer at all."""
+    """Do not answer."""
     await asyncio.Event().wait()
     raise AssertionError
 
@@ -100,12 +100,12 @@ async def _begin(request: web.Request, content_length: int | None = None) -> web
 
 @dataclass(frozen=True)
 class Asked:
-    """One request for a completion, as it came."""
+    """One received request for a completion."""
 
     headers: Mapping[str, str]
     body: dict[str, Any]
     moment: float
-    """On the monotonic clock."""
+    """Time of arrival on the monotonic clock."""
 
 
 class ScriptedLlm:
@@ -147,12 +147,12 @@ class ScriptedLlm:
 
     @property
     def endpoint(self) -> Endpoint:
-        """Without a key."""
+        """This endpoint, without a key."""
         return Endpoint(self.name, self.base_url, "model")
 
     @property
     def settings(self) -> dict[str, str]:
-        """What a settings file says of it."""
+        """The settings of this endpoint."""
         return {"base_url": self.base_url, "model": "scripted"}
 
     @property

@@ -1,21 +1,21 @@
-"""A runner for benchmarks/paper that answers from figures, and remembers what it was asked."""
+"""A runner for benchmarks/paper that answers with given figures and records its calls."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.paper.running import Failure
+from benchmarks.paper.runner import Failure
 
 Say = Callable[[Sequence[str]], dict[str, Any] | Failure | None]
 
 
 def value_of(arguments: Sequence[str], flag: str) -> str | None:
-    """What follows `flag`, if it is there."""
+    """Return the value after `flag`; None without the flag."""
     return arguments[arguments.index(flag) + 1] if flag in arguments else None
 
 
 def setting_of(arguments: Sequence[str], name: str) -> str | None:
-    """What `--set name=…` says last."""
+    """Return the value of the last `--set name=…`."""
     found = [each.partition("=")[2] for each in arguments if each.startswith(f"{name}=")]
     return found[-1] if found else None
 
@@ -52,7 +52,7 @@ def speed(tokens_per_second: float, *engines: str) -> dict[str, Any]:
 
 
 def usual(arguments: Sequence[str]) -> dict[str, Any]:
-    """An answer of each command: dense measures 10, each method another figure."""
+    """Return an answer of each command: dense measures 10, each method another figure."""
     command = arguments[0]
     if command == "evaluate":
         by_method = {None: 10.0, "llm-pruner": 14.0, "uniform": 13.0, "owl": 12.0}
@@ -68,7 +68,7 @@ def usual(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def write_made(arguments: Sequence[str]) -> None:
-    """Make the file by which later commands know what this one made."""
+    """Create the file by which later commands find this one's output."""
     if arguments[0] == "run":
         folder, name = (setting_of(arguments, setting) or "" for setting in ("run.folder", "search.name"))
         file = Path(folder) / name / "best.json"
@@ -81,7 +81,7 @@ def write_made(arguments: Sequence[str]) -> None:
 
 
 class ScriptedRunner:
-    """Answers as `say` does, and as usual where that says None; what does not fail has made its files."""
+    """Answers with `say`, or with the default answer if that returns None. Successful commands create their files."""
 
     def __init__(self, say: Say = lambda arguments: None) -> None:
         self.asked: list[list[str]] = []

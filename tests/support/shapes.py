@@ -15,7 +15,7 @@ def layer_shapes(draw: st.DrawFn) -> LayerShape:
 
 @st.composite
 def model_shapes(draw: st.DrawFn, *, most_sizes: int = 2) -> ModelShape:
-    """A shape whose layers have at most so many different sizes."""
+    """Draw a shape whose layers have at most this many different sizes."""
     sizes = draw(st.lists(layer_shapes(), min_size=1, max_size=most_sizes))
     hidden, head_dim = draw(st.sampled_from([8, 24, 64])), draw(st.sampled_from([4, 8, 16]))
     return ModelShape(
@@ -33,5 +33,5 @@ def model_shapes(draw: st.DrawFn, *, most_sizes: int = 2) -> ModelShape:
 
 
 def some_rates(count: int) -> st.SearchStrategy[list[float]]:
-    """So many rates as somebody may propose them, inside and outside the bounds."""
+    """Draw proposed rates, inside and outside the bounds."""
     return st.lists(st.floats(-2, 3), min_size=count, max_size=count)

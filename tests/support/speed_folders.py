@@ -1,4 +1,4 @@
-"""Two tiny models on disk, a dense one and its pruned relative, and what asks how fast they are."""
+"""Two tiny models on disk, a dense and a pruned one, and requests to measure their speed."""
 
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ LENGTH = Length(prompt=9, generate=4)
 
 
 def clock(*times: float) -> Any:
-    """Tells these times, one after the other."""
+    """A clock that returns these times, one after the other."""
     return iter(times).__next__
 
 

@@ -71,7 +71,7 @@ def _tensors(model: LoadedModel) -> dict[str, Tensor]:
 
 
 def _interleaved(weight: Tensor, heads: int) -> Tensor:
-    """The rows of q or k as llama.cpp rotates them: pairs side by side, not half a head apart."""
+    """Permute the rows of q or k for llama.cpp, which rotates adjacent pairs."""
     rows, inputs = weight.shape
     return weight.view(heads, 2, rows // heads // 2, inputs).transpose(1, 2).reshape(rows, inputs)
 

@@ -60,7 +60,7 @@ def tiny_causal_lm(
     seed: int = 0,
     **config_options: Any,
 ) -> Any:
-    """A random causal language model as transformers makes it, with nothing taken apart.
+    """A random causal language model of transformers.
 
     By default grouped-query, and its heads are wider than the hidden size. `bias` is for families that can have it;
     `config_options` are those of the family's config.
@@ -106,14 +106,14 @@ def change_config(folder: Path, **changes: object) -> None:
 
 
 def byte_tokenizer() -> Any:
-    """A tokenizer of one token a byte, and after those one for the first and one for the last token of a text."""
+    """Return a tokenizer with one token per byte, then one bos and one eos token."""
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=_byte_tokenizer(), bos_token="<first>", eos_token="<last>"
     )
 
 
 def _randomise(model: torch.nn.Module, seed: int, *, norm: float) -> None:
-    """Weights, norms and biases far enough from nought that every one of them shows in the logits."""
+    """Set weights, norms and biases far enough from zero that each of them affects the logits."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -122,12 +122,12 @@ def _randomise(model: torch.nn.Module, seed: int, *, norm: float) -> None:
 
 
 def byte_letters() -> list[str]:
-    """The letter that stands for each of the 256 bytes, in the order of their tokens."""
+    """Return the letter that represents each of the 256 bytes, in the order of their tokens."""
     return sorted(pre_tokenizers.ByteLevel.alphabet())
 
 
 def _byte_tokenizer() -> Tokenizer:
-    """One token a byte: every text has an encoding, and no training is needed."""
+    """Return a tokenizer with one token per byte, which encodes every text without training."""
     tokenizer = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(byte_letters())}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

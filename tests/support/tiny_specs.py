@@ -1,4 +1,4 @@
-"""A search over a tiny model and a short text, for tests of what ties the worker's parts together."""
+"""Specs of a tiny model and a short text, for tests of the worker's parts together."""
 
 import random
 from pathlib import Path
@@ -8,7 +8,7 @@ from tests.support.tiny_models import save_tiny_folder
 
 
 def write_text(path: Path, words: int = 800, seed: int = 0) -> str:
-    """Write that many made-up words to `path` and return it as a source."""
+    """Write this many invented words to `path` and return it as a source."""
     dice = random.Random(seed)
     path.write_text(" ".join("".join(dice.choices("abcdefgh", k=4)) for _ in range(words)))
     return str(path)

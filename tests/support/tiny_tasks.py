@@ -1,6 +1,6 @@
-"""Small zero-shot tasks in a folder, in each form that the paper's seven have, and their accuracies worked out by hand.
+"""Small zero-shot tasks in a folder, one in each form of the paper's seven, and their expected accuracies.
 
-Nothing here asks lm-eval: the texts are put together and their likelihoods summed anew.
+lm-eval is not used here: the texts and their likelihoods are computed independently.
 """
 
 import json
@@ -17,20 +17,20 @@ from tests.support.tiny_models import byte_tokenizer
 ITEMS = 24
 Item = dict[str, Any]
 Texts = list[tuple[str, str]]
-"""A context and what follows it, for each answer."""
+"""A context and its continuation, for each answer."""
 WORDS = ("ox", "river", "stone", "a", "lantern", "blue", "of", "machine", "it", "whistle", "no", "under")
 
 
 @dataclass(frozen=True)
 class Form:
-    """A form of tasks: its file for lm-eval, an item of it, and what a model is asked about an item."""
+    """A form of tasks: its file for lm-eval, an item of it, and the requests to the model for an item."""
 
     yaml: str
     item: Callable[[random.Random], Item]
     texts: Callable[[Item], Texts]
     right: Callable[[Item], int]
     answers: Callable[[Item], Sequence[str]]
-    """Whose lengths `acc_norm` divides by."""
+    """The texts by whose lengths `acc_norm` divides."""
 
 
 def _phrase(draw: random.Random, most: int) -> str:
@@ -98,17 +98,17 @@ metric_list: [{metric: acc}]
         answers=lambda _: ("no", "yes"),
     ),
 }
-"""By the name of the task that has it here."""
+"""The forms by task name."""
 
 
 def items_of(task: str) -> list[Item]:
-    """The items of a task, always the same."""
+    """Return the fixed items of a task."""
     draw = random.Random(task)
     return [FORMS[task].item(draw) for _ in range(ITEMS)]
 
 
 def write_task(folder: Path, name: str, form: str, items: Sequence[Item], output_type: str = "multiple_choice") -> None:
-    """Write a task's file and, beside it, its items: data files are named from where the task's file is."""
+    """Write a task's file and its items beside it, for the file's paths are relative to it."""
     folder.mkdir(exist_ok=True)
     (folder / f"{name}.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
     head = f"task: {name}\ndataset_path: json\ndataset_kwargs: {{data_files: {{validation: {name}.jsonl}}}}\n"
@@ -123,8 +123,8 @@ def write_tasks(folder: Path) -> Path:
     return folder
 
 
-def accuracies_by_hand(causal_lm: Any, task: str, limit: int = ITEMS) -> tuple[float, float]:
-    """`acc` and `acc_norm` of a model that reads bytes."""
+def expected_accuracies(causal_lm: Any, task: str, limit: int = ITEMS) -> tuple[float, float]:
+    """Return the expected `acc` and `acc_norm` of a model with one token per byte, computed without lm-eval."""
     form, items = FORMS[task], items_of(task)[:limit]
     right = norm_right = 0
     for item in items:

@@ -19,7 +19,7 @@ from agents.prompting.feedback import lessons
 from protocol.plans.candidate import Candidate, Provenance, candidate_id
 from protocol.plans.plan import Plan, attention_levels, removed_shares
 from protocol.plans.shape import Granularity, LayerShape, ModelShape
-from protocol.plans.single_unit import removed_alone
+from protocol.plans.single_unit_pruning import single_unit_removed_share
 from protocol.plans.spec import SearchSpec
 from tests.support.samples import PROFILE, SHAPE, SPEC
 
@@ -97,7 +97,7 @@ def test_the_surrogate_knows_the_sensitivity_before_anything_is_measured_and_lea
 def test_before_anything_is_measured_units_add_up_as_the_profile_says() -> None:
     view = view_of("layer", 0)
     plan = member(view, random_rates(random.Random(5), len(view.units), 0.3)).candidate.plan
-    alone = [removed_alone(unit, view.spec, WIDE) for unit in view.units]
+    alone = [single_unit_removed_share(unit, view.spec, WIDE) for unit in view.units]
     ratios = [share / whole for share, whole in zip(removed_shares(plan, WIDE, "layer"), alone, strict=True)]
     harms = [s * (r if r <= 1 else r**2) for r, s in zip(ratios, view.profile.sensitivity, strict=True)]
     assert Surrogate(view).predict(plan) == pytest.approx(sum(harms))

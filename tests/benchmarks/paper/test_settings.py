@@ -1,4 +1,4 @@
-"""The settings of benchmarks/paper/__main__.py, and the hours that they are estimated to take."""
+"""The settings of benchmarks.paper, and its estimates of time."""
 
 import re
 from collections import Counter
@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from benchmarks.paper.__main__ import main
+from benchmarks.paper.cell_maker import CellMaker, settings_of
 from benchmarks.paper.cells import Measured, with_needs
 from benchmarks.paper.commands import command, parsed
 from benchmarks.paper.costs import (
@@ -24,9 +25,8 @@ from benchmarks.paper.costs import (
     speed_tokens,
     text_tokens,
 )
-from benchmarks.paper.making import CellMaker, settings_of
 from benchmarks.paper.settings import PaperSettings, Texts, read_settings, settings_of_search
-from benchmarks.paper.wanted import wanted_tables
+from benchmarks.paper.table_layouts import table_layouts
 from gpu_worker.measuring.corpora import Source, source_of
 from protocol.plans.spec import Role, TextSpec
 from tests.support.paper import ALL, ONE_TEXT, SMALL, make
@@ -41,10 +41,10 @@ def test_an_estimate_says_hours_and_runs_nothing(tmp_path: Path, capsys: pytest.
     assert not runner.asked and not (tmp_path / "out").exists()
     assert "speed meta-llama/Llama-2-7b-hf, self-pruner at 50%" in said and "assumed" in said
     assert make(tmp_path, SMALL, runner, "--estimate") == 0
-    assert "3 of models of unknown size: give `billions` of these" in capsys.readouterr().out
+    assert "without 3 cells of models of unknown size: set `billions`" in capsys.readouterr().out
 
 
-def test_before_any_cell_the_estimate_is_the_peaks() -> None:
+def test_before_the_first_cell_estimates_are_based_on_the_peak() -> None:
     settings = PaperSettings.model_validate({"models": [{"name": "m", "billions": 1}], "texts": ONE_TEXT})
     cell = CellMaker(settings).perplexity(settings.models[0], "dense", 0.0, "none")
     assert cell.tokens == 2 * 64 + 2 * 64
@@ -73,7 +73,7 @@ def test_finished_cells_calibrate_the_estimate_of_other_models() -> None:
     assert (cost.basis(same), cost.basis(searched)) == ("1 of its kind", "1 of other kinds")
 
 
-def test_of_a_whole_file_a_role_has_what_the_others_leave(tmp_path: Path) -> None:
+def test_a_role_with_a_whole_file_gets_what_the_others_leave(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("word" * 1000)
     a, b = str(tmp_path / "a.txt"), str(tmp_path / "b.txt")
     texts = Texts(calibration=a, calibration_windows=4, fitness=a, report=b, report_windows=3, seqlen=64)
@@ -119,15 +119,18 @@ def test_what_an_engine_loads_again_takes_time_again() -> None:
         ({"models": []}, "models cannot be '[]'"),
         ({"models": ["m"], "rate": [0.3]}, "there is no setting 'rate'; did you mean 'rates'?"),
         ({"models": ["m"], "texts": {"seqlength": 64}}, "did you mean 'texts.seqlen'?"),
-        ({"models": ["m"], "rates": [1.5]}, "a pruning rate is above 0 and at most 0.9"),
-        ({"models": ["m"], "rates": [0.000001]}, "a pruning rate is above 0 and at most 0.9"),
+        ({"models": ["m"], "rates": [1.5]}, "a pruning rate must be above 0 and at most 0.9"),
+        ({"models": ["m"], "rates": [0.000001]}, "a pruning rate must be above 0 and at most 0.9"),
         ({"models": ["m"], "methods": ["luck"]}, "methods.0 cannot be 'luck'"),
         ({"models": ["m"], "tables": [8]}, "tables.0 cannot be '8'"),
-        ({"models": ["m"], "tables": [2]}, "give the section zero_shot"),
-        ({"models": ["m"], "texts": {"fitness": "self"}}, "give texts.fitness_windows"),
-        ({"models": ["m"], "tables": [6], "texts": {**ONE_TEXT, "report": "self"}}, "give no text `self`"),
+        ({"models": ["m"], "tables": [2]}, "add the section zero_shot"),
+        ({"models": ["m"], "texts": {"fitness": "self"}}, "set texts.fitness_windows"),
+        ({"models": ["m"], "tables": [6], "texts": {**ONE_TEXT, "report": "self"}}, "do not use the text `self`"),
         ({"models": ["m"], "tables": [6], "dtype": "float16"}, "gradients overflow in float16"),
-        ({"models": ["m"], "zero_shot": {}, "texts": {"calibration": "self"}}, "give no calibration text `self`"),
+        (
+            {"models": ["m"], "zero_shot": {}, "texts": {"calibration": "self"}},
+            "do not use the calibration text `self`",
+        ),
         ({"models": ["m"], "searches": {"self-pruner": {"config": "configs/none.yaml"}}}, "there is no settings file"),
         (
             {"models": ["m"], "searches": {"self-pruner": {"config": "configs/paper.yaml", "set": {"search.pop": 3}}}},
@@ -136,9 +139,9 @@ def test_what_an_engine_loads_again_takes_time_again() -> None:
         ({"models": ["m"], "tables": [7], "speed": {"flags": ["--engine", "vlm"]}}, "there is no engine 'vlm'"),
         ({"models": ["m"], "tables": [7], "speed": {"flags": ["--nonsense", "1"]}}, "no such option: --nonsense"),
         ({"models": ["m"], "tables": [7], "speed": {"flags": ["--repeats", "many"]}}, "'--repeats'"),
-        ({"models": ["m"], "tables": [7], "speed": {"flags": ["--baseline", "n"]}}, "--baseline is each of the models"),
-        ({"models": ["m"], "tables": [4], "llms": [{"name": "a", "set": {"target.rate": 0.5}}]}, "is not for llms"),
-        ({"models": ["m"], "tables": [4], "llms": [{"name": "a", "set": {"search.name": "b"}}]}, "is not for llms"),
+        ({"models": ["m"], "tables": [7], "speed": {"flags": ["--baseline", "n"]}}, "do not give --baseline"),
+        ({"models": ["m"], "tables": [4], "llms": [{"name": "a", "set": {"target.rate": 0.5}}]}, "llms cannot set"),
+        ({"models": ["m"], "tables": [4], "llms": [{"name": "a", "set": {"search.name": "b"}}]}, "llms cannot set"),
         ({"models": ["m"], "tables": [4], "llms": [{"name": "a", "set": {"search": {"name": "b"}}}]}, "dotted names"),
         ({"models": ["m"], "tables": [7], "speed": {"flags": ["--help"]}}, "no such option: --help"),
         (
@@ -203,7 +206,7 @@ def test_what_a_cell_lacks_is_told_before_the_first_cell(
     package: str | None,
     sentence: str,
 ) -> None:
-    for module in ("daemon.commands.output", "gpu_worker.speed.engines"):
+    for module in ("daemon.settings.packages", "gpu_worker.speed.engines"):
         monkeypatch.setattr(f"{module}.find_spec", lambda name: None if name == package else name)
     runner = ScriptedRunner()
     assert make(tmp_path, EVERY_KIND | settings, runner) == 2
@@ -214,7 +217,7 @@ def test_what_a_cell_lacks_is_told_before_the_first_cell(
 
 def test_what_a_measured_cell_would_lack_is_not_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert make(tmp_path, EVERY_KIND, ScriptedRunner()) == 0
-    monkeypatch.setattr("daemon.commands.output.find_spec", lambda name: None)
+    monkeypatch.setattr("daemon.settings.packages.find_spec", lambda name: None)
     runner = ScriptedRunner()
     assert make(tmp_path, EVERY_KIND, runner) == 0 and not runner.asked
 
@@ -240,16 +243,16 @@ def test_a_peak_that_cannot_be_is_told(tmp_path: Path, capsys: pytest.CaptureFix
     assert "--tflops cannot be" in capsys.readouterr().err
 
 
-def test_a_cells_words_say_its_rate_as_tables_do() -> None:
+def test_a_cells_description_shows_its_rate_as_tables_do() -> None:
     settings = PaperSettings.model_validate({"models": ["m"]})
     cell = CellMaker(settings).perplexity(settings.models[0], "owl", 0.125, "none")
-    assert cell.words == "evaluate m, owl at 12.5%"
+    assert cell.description == "evaluate m, owl at 12.5%"
 
 
 @pytest.mark.parametrize("name", ["smollm2", "llama-2-7b", "llama-2-70b"])
 def test_the_files_beside_the_harness_can_be_run(name: str) -> None:
     settings = read_settings(ROOT / "benchmarks" / "paper" / f"{name}.yaml")
-    tables = wanted_tables(settings)
+    tables = table_layouts(settings)
     assert [found.number for found in tables] == list(settings.tables)
     for cell in with_needs(each for found in tables for each in found.cells):
         given = parsed(command(cell, Path("out")))
@@ -276,11 +279,11 @@ def test_the_texts_of_every_shipped_file_have_as_many_windows_as_it_asks_for(fil
 
 @pytest.mark.parametrize(("name", "tflops"), [("smollm2", 0.4), ("llama-2-7b", TFLOPS), ("llama-2-70b", TFLOPS)])
 def test_the_files_beside_the_harness_say_what_they_take(name: str, tflops: float) -> None:
-    """Where this fails, --estimate has the figures for the head of the file."""
+    """If this fails, update the head of the file with the figures of --estimate."""
     file = ROOT / "benchmarks" / "paper" / f"{name}.yaml"
     head = file.read_text().partition("models:")[0]
     settings = read_settings(file)
-    cells = with_needs(each for found in wanted_tables(settings) for each in found.cells)
+    cells = with_needs(each for found in table_layouts(settings) for each in found.cells)
     cost = CostModel(settings.models, cells, {}, tflops)
     hours = sum(cost.seconds(cell) or 0 for cell in cells) / 3600
     said = re.search(r"([\d.]+) hours", head)
@@ -317,6 +320,6 @@ def test_a_key_file_that_is_not_there_is_told_before_the_first_cell(
 def test_all_searches_of_a_file_ask_with_the_same_key() -> None:
     for name in ("llama-2-7b", "llama-2-70b"):
         settings = read_settings(ROOT / "benchmarks" / "paper" / f"{name}.yaml")
-        cells = with_needs(each for found in wanted_tables(settings) for each in found.cells)
+        cells = with_needs(each for found in table_layouts(settings) for each in found.cells)
         searches = [settings_of(cell).llm.endpoints for cell in cells if cell.what == "run"]
         assert {endpoint.api_key_file for each in searches for endpoint in each} == {Path("~/.secrets/openai")}

@@ -1,4 +1,4 @@
-"""benchmarks/paper/__main__.py with a scripted `selfpruner`: the tables that come of its cells."""
+"""benchmarks.paper with a scripted `selfpruner`: the tables made of its cells."""
 
 import json
 from collections.abc import Sequence
@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from benchmarks.paper import numbers
+from benchmarks.paper import paper_figures
 from benchmarks.paper.cells import CellStore
-from benchmarks.paper.running import Failure, load_outcomes
+from benchmarks.paper.runner import Failure, load_outcomes
 from benchmarks.paper.settings import read_settings
-from benchmarks.paper.tables import filled
-from benchmarks.paper.wanted import wanted_tables
+from benchmarks.paper.table_layouts import table_layouts
+from benchmarks.paper.tables import fill_table
 from tests.support.paper import ALL, LLAMA, ONE_TEXT, SMALL, make, markdown, table
 from tests.support.scripted_runner import ScriptedRunner, search, setting_of, speed, value_of
 
@@ -197,8 +197,8 @@ def test_plots_have_our_curve_and_the_papers_from_dense_on(tmp_path: Path) -> No
     plots = pytest.importorskip("benchmarks.paper.plots")
     assert (tmp_path / "out" / "perplexity-LLaMA-2-7B.png").stat().st_size > 10_000
     read = read_settings(tmp_path / "tables.yaml")
-    (wanted,) = wanted_tables(read)
-    curves = plots.curves_of(filled(wanted, load_outcomes(wanted.cells, CellStore(tmp_path / "out"))), 0)
+    (wanted,) = table_layouts(read)
+    curves = plots.curves_of(fill_table(wanted, load_outcomes(wanted.cells, CellStore(tmp_path / "out"))), 0)
     assert curves == {
         "Wanda-sp": ([(0, 10.0), (20, 13.0), (30, 13.0)], [(0, 5.12), (20, 12.01), (30, 24.53)]),
         "OWL": ([(0, 10.0), (20, 12.0), (30, 12.0)], []),
@@ -236,7 +236,7 @@ def test_searches_are_those_of_their_settings_files(tmp_path: Path, method: str)
 
 
 def test_the_papers_numbers_are_copied_right() -> None:
-    grids = {"PERPLEXITY": numbers.PERPLEXITY, "ACCURACY": numbers.ACCURACY}
+    grids = {"PERPLEXITY": paper_figures.PERPLEXITY, "ACCURACY": paper_figures.ACCURACY}
     for model, method, rate, perplexity, accuracy in (
         ("LLaMA-1-7B", "Dense", 0.0, 5.68, 66.30),
         ("LLaMA-2-70B", "Dense", 0.0, 3.12, 73.81),
@@ -249,16 +249,18 @@ def test_the_papers_numbers_are_copied_right() -> None:
         ("Vicuna-13B", "Self-Pruner", 0.5, 46.47, 54.64),
         ("LLaMA-2-70B", "LLM-Pruner", 0.3, None, None),
     ):
-        assert numbers.of_grid(numbers.PERPLEXITY, model, method, rate) == perplexity
-        assert numbers.of_grid(numbers.ACCURACY, model, method, rate) == accuracy
+        assert paper_figures.figure_in(paper_figures.PERPLEXITY, model, method, rate) == perplexity
+        assert paper_figures.figure_in(paper_figures.ACCURACY, model, method, rate) == accuracy
     for grid in grids.values():
         assert sorted(grid) == [0, 0.2, 0.3, 0.4, 0.5]
-        assert all(len(row) == len(numbers.MODELS) for rows in grid.values() for row in rows.values())
-    assert numbers.paper_model("lmsys/vicuna-13b-v1.5") == "Vicuna-13B" and numbers.paper_model("gpt2") is None
+        assert all(len(row) == len(paper_figures.MODELS) for rows in grid.values() for row in rows.values())
+    assert (
+        paper_figures.paper_model("lmsys/vicuna-13b-v1.5") == "Vicuna-13B" and paper_figures.paper_model("gpt2") is None
+    )
 
 
 def test_the_papers_speed_ups_are_ratios_but_for_one() -> None:
-    for model, rows in numbers.SPEED.items():
+    for model, rows in paper_figures.SPEED.items():
         wrong = [rate for rate, (_, _, speed, up) in rows.items() if abs(speed / rows[0.0][2] - up) > 0.006]
         assert wrong == ([0.2] if model == "LLaMA-2-7B" else [])
         assert all(parameters * 2e9 / 2**30 == pytest.approx(gib, rel=0.02) for parameters, gib, _, _ in rows.values())

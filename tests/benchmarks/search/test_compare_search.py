@@ -1,4 +1,4 @@
-"""What benchmarks/search/compare_search.py does with the figures of searches that have run."""
+"""benchmarks/search/compare_search.py: its tables of finished searches."""
 
 import argparse
 import json
@@ -112,10 +112,10 @@ def test_figures_of_other_searches_are_not_joined(tmp_path: Path, capsys: pytest
         (("--methods", "llm", "--llm-url", "ftp://x:secret@y"), "it is no URL such as http://"),
         (("--methods", "llm", "--gguf", "/nosuch.gguf"), "there is no GGUF file '/nosuch.gguf'"),
         (("--json", "no/such/folder/figures.json"), "there is no folder 'no/such/folder'"),
-        (("--methods", "random", "--out", "list.json"), "--out list.json cannot be made"),
+        (("--methods", "random", "--out", "list.json"), "--out list.json cannot be created"),
     ],
 )
-def test_what_cannot_be_is_said_in_a_sentence_before_anything_is_loaded(
+def test_bad_input_is_a_sentence_before_anything_is_loaded(
     arguments: tuple[str, ...],
     says: str,
     tmp_path: Path,
@@ -183,7 +183,7 @@ def test_a_search_that_has_ended_is_not_searched_again(tmp_path: Path) -> None:
 def test_with_other_arguments_it_is_another_search_of_another_name(
     tmp_path: Path, other: tuple[str, ...], of_all: bool
 ) -> None:
-    """The server has the search of that name: under new arguments it would end at once, with its old result."""
+    """The server still has a search of that name, which with new arguments would end at once with its old result."""
 
     def name(method: str, *arguments: str) -> str:
         return compare_search.settings_of(_given(tmp_path, *arguments), method, 0.3, 0).search.name

@@ -20,7 +20,7 @@ FIRST, ROUNDS, EACH = MIN_OUTCOMES, 3, 4
 
 
 def _searched(folder: Path) -> None:
-    """A search by dice: `FIRST` candidates, then rounds of mutations that exchange some rates of the best."""
+    """Write a random search: `FIRST` candidates, then rounds of mutations that exchange some rates of the best."""
     view, rng = view_of("layer", 0), random.Random(1)
     made: list[Member] = [member(view, random_rates(rng, len(view.units), 0.3)) for _ in range(FIRST)]
     for round_ in range(1, ROUNDS + 1):
@@ -64,7 +64,7 @@ def test_mutations_are_guessed_from_what_came_before_their_round(
         ({"spec.json": None, "profile.json": "{}"}, "profile.json was written by another version, or is damaged"),
     ],
 )
-def test_what_is_no_folder_of_a_search_is_said_in_a_sentence(
+def test_a_folder_without_a_search_is_a_sentence(
     tmp_path: Path, files: dict[str, str | None], says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, text in files.items():

@@ -1,4 +1,4 @@
-"""What benchmarks/search/compare_search.py measures, and keeps of it from call to call."""
+"""benchmarks/search/compare_search.py: its measurements, and what it keeps between calls."""
 
 import argparse
 import json
@@ -41,7 +41,7 @@ def _candidates(session: Session) -> list[Candidate]:
 
 
 def _arguments(spec: SearchSpec, out: Path, *more: str) -> list[str]:
-    """A comparison of seconds: two searches of eight candidates."""
+    """Settings of a comparison that takes seconds: two searches of eight candidates."""
     text = spec.fitness.source
     given = ["--model", spec.model, "--fitness", text, "--report", text, "--out", str(out), "--seeds", "1"]
     given += ["--windows", "4", "--seqlen", "32", "--report-windows", "4", "--calibration-windows", "4"]
@@ -49,7 +49,7 @@ def _arguments(spec: SearchSpec, out: Path, *more: str) -> list[str]:
 
 
 def _counted(monkeypatch: pytest.MonkeyPatch, happens: Callable[[int], None] = lambda _: None) -> list[int]:
-    """Counts what is measured; `happens` is told how many before each, in the thread that measures."""
+    """Counts measurements. Before each, `happens` is called with the count, in the measuring thread."""
     asked: list[int] = []
 
     def answer(session: Session, request: dict[str, Any]) -> Outcome:
@@ -136,7 +136,7 @@ def test_a_comparison_that_is_interrupted_says_so_and_goes_on_when_called_again(
 
 
 async def test_replies_are_counted_as_readable_and_as_accepted(tmp_path: Path, spec: SearchSpec) -> None:
-    """Every third reply is no JSON, and of the others all say the same: read, and refused but once in each place."""
+    """Every third reply is not JSON. All others are equal: readable, but accepted only the first time in each place."""
     replies: list[str] = []
 
     def answer(body: dict[str, Any]) -> str:

@@ -337,7 +337,7 @@ def test_a_name_that_is_too_long_is_one_sentence(
 @pytest.mark.parametrize(
     ("formats", "sentence"),
     [
-        (["--format", "onnx"], "--format cannot be 'onnx': there are hf, padded, gguf"),
+        (["--format", "onnx"], "--format cannot be 'onnx': use one of hf, padded, gguf"),
         (["--format", "hf", "--format", "padded"], "would write the same files"),
         (["--gguf-type", "q8_0"], "--gguf-type q8_0 is not read here: hf has no GGUF file"),
     ],

@@ -12,7 +12,7 @@ import pytest
 
 from daemon.cli import main
 from gpu_worker.finetune import checkpoint as checkpoint_module
-from protocol.runtime.locks import hold
+from protocol.runtime.locks import try_lock
 from tests.support.finetunes import exported, text_in
 from tests.support.root import ROOT
 
@@ -236,7 +236,7 @@ def test_it_is_held_from_its_reading_to_its_removal(
         whole = getattr(checkpoint_module.Checkpoint, name)
 
         def look(checkpoint: checkpoint_module.Checkpoint, *given: object) -> object:
-            assert hold(lock) is None
+            assert try_lock(lock) is None
             seen.append(name)
             return whole(checkpoint, *given)
 
@@ -262,7 +262,7 @@ def test_without_peft_the_pip_line_is_said(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     find = importlib.util.find_spec
-    monkeypatch.setattr("daemon.commands.output.find_spec", lambda name: None if name == "peft" else find(name))
+    monkeypatch.setattr("daemon.settings.packages.find_spec", lambda name: None if name == "peft" else find(name))
     assert main(arguments(folder, tmp_path / "out")) == 2
     assert "pip install 'self-pruner[finetune]'" in capsys.readouterr().err
     assert main(arguments(folder, tmp_path / "out", "--full")) == 0

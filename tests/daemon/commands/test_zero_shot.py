@@ -90,7 +90,7 @@ def test_a_package_that_is_missing_comes_with_the_line_that_installs_it(
     tasks: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, package: str, extra: str
 ) -> None:
     find: Any = importlib.util.find_spec
-    monkeypatch.setattr("daemon.commands.output.find_spec", lambda name: None if name == package else find(name))
+    monkeypatch.setattr("daemon.settings.packages.find_spec", lambda name: None if name == package else find(name))
     told = sentence(capsys, "--tasks-dir", str(tasks))
     assert f"this needs the package {package}: pip install 'self-pruner[{extra}]'" in told
 

@@ -12,7 +12,7 @@ from daemon.local.held_folder import is_running, only_one
 from gpu_worker.export.folder import ExportError, write_folder
 from protocol.errors import UsageError
 from protocol.results.formats import FACTS
-from protocol.runtime.locks import hold
+from protocol.runtime.locks import try_lock
 
 
 def failing(code: int) -> Callable[..., None]:
@@ -28,10 +28,10 @@ def write_one(folder: Path) -> None:
 
 def test_a_lock_is_one_process_s_until_it_is_closed(tmp_path: Path) -> None:
     lock = tmp_path / "a" / "b" / "lock"
-    handle = hold(lock)
-    assert handle is not None and hold(lock) is None
+    handle = try_lock(lock)
+    assert handle is not None and try_lock(lock) is None
     os.close(handle)
-    again = hold(lock)
+    again = try_lock(lock)
     assert again is not None
     os.close(again)
 
@@ -46,7 +46,7 @@ def test_a_lock_that_its_owner_removes_is_made_anew(tmp_path: Path, monkeypatch:
         return handle
 
     monkeypatch.setattr(os, "open", removed)
-    handle = hold(lock)
+    handle = try_lock(lock)
     assert handle is not None and os.path.samestat(os.fstat(handle), lock.stat())
     os.close(handle)
 

@@ -191,7 +191,7 @@ def test_a_home_folder_that_is_nobodys_is_named(config: Path) -> None:
     for override in (f"data.fitness={nobodys}", f"data.report={nobodys}"):
         with pytest.raises(SettingsError, match="begins with ~"):
             load(config, [override])
-    with pytest.raises(SettingsError, match="is no path"):
+    with pytest.raises(SettingsError, match="is not a path"):
         load(config, ['data.fitness="\\0"'])
     with pytest.raises(SettingsError, match="begins with ~"):
         _ = load(config, ["redis.url=redis://h", f"redis.password_file={nobodys}"]).redis.full_url
@@ -302,7 +302,7 @@ def test_the_password_of_redis_is_read_from_its_file_and_is_known_to_the_redacti
         ("redis://user@host", None, "cannot be read: No such file"),
         ("redis://user@host", b"\n", "is empty"),
         ("redis://user@host", b"\xff\xfe", "it is not UTF-8 text"),
-        ("redis://user@host", b"other" * 20_000, "it has more than 64 KiB"),
+        ("redis://user@host", b"other" * 20_000, "it is larger than 64 KiB"),
         ("redis://user:hunter22@host", b"other", "redis.url has a password already"),
         ("", b"other", "redis.password_file is set, but redis.url is missing"),
     ],

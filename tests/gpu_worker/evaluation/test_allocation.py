@@ -12,9 +12,9 @@ from gpu_worker.pruning.importance import outlier_share
 from protocol.errors import BudgetError
 from protocol.plans.allocation import (
     Allocation,
-    Findings,
+    DenseMeasurements,
     Method,
-    allocated,
+    allocation_rates,
     llm_pruner_rates,
     owl_rates,
     sensitivity_rates,
@@ -98,14 +98,14 @@ def test_llm_pruner_keeps_the_layers_that_it_is_told_to() -> None:
 
 
 def test_first_layer_spares_that_alone() -> None:
-    rates = allocated(Allocation(method="first-layer"), Findings(), SHAPE, 0.3, "block")
+    rates = allocation_rates(Allocation(method="first-layer"), DenseMeasurements(), SHAPE, 0.3, "block")
     assert rates[:2] == (0, 0) and rates[2:] == pytest.approx([0.4] * 6, abs=2e-5)
 
 
 def test_llm_pruner_says_so_where_the_middle_cannot_give_that_much() -> None:
     with pytest.raises(BudgetError, match=r"0\.6 cannot be reached"):
         llm_pruner_rates(1, 1, SHAPE, 0.6, "layer")
-    with pytest.raises(BudgetError, match="nothing is pruned"):
+    with pytest.raises(BudgetError, match="no layer is left to prune"):
         llm_pruner_rates(2, 2, SHAPE, 0.3, "layer")
 
 

@@ -10,7 +10,7 @@ from gpu_worker.models.errors import NotFiniteError
 from gpu_worker.pruning.ordered_model import OrderedModel
 from protocol.plans.plan import LayerPlan, dense_plan
 from protocol.plans.shape import Granularity
-from protocol.plans.single_unit import pruned_alone
+from protocol.plans.single_unit_pruning import single_unit_plan
 from protocol.plans.spec import SearchSpec, TextSpec
 from tests.support.pruned_models import scores_of
 from tests.support.tiny_models import tiny_llama, tiny_windows
@@ -30,7 +30,7 @@ def test_each_figure_is_the_divergence_when_that_unit_alone_is_pruned(granularit
     dense = dense_predictions(model.decoder, windows)[0]
     expected = []
     for unit in shape.units(granularity):
-        ordered.apply_layer(unit.layer, pruned_alone(unit, spec, shape))
+        ordered.apply_layer(unit.layer, single_unit_plan(unit, spec, shape))
         expected.append(divergence(model.decoder, windows, dense).kl)
         ordered.restore()
     assert measure_sensitivity(ordered, spec, windows) == pytest.approx(expected, rel=1e-3, abs=1e-7)
@@ -42,7 +42,7 @@ def test_a_block_is_pruned_alone_and_never_spared(rate: float) -> None:
     shape = tiny_llama().decoder.shape
     whole = dense_plan(shape).layers[0]
     for unit in shape.units("block"):
-        kept = pruned_alone(unit, spec_of(rate, "block"), shape)
+        kept = single_unit_plan(unit, spec_of(rate, "block"), shape)
         if unit.kind == "mlp":
             assert (kept.kv_heads, kept.queries_per_kv) == (whole.kv_heads, whole.queries_per_kv)
             assert kept.mlp_channels == pytest.approx((1 - rate) * whole.mlp_channels, abs=1)

@@ -18,7 +18,7 @@ from protocol.results.zero_shot import PAPER_TASKS, paper_task
 from tests.support.exports import pruned
 from tests.support.tiny_models import byte_tokenizer, save_tiny_folder, tiny_model
 from tests.support.tiny_specs import write_text
-from tests.support.tiny_tasks import FORMS, ITEMS, accuracies_by_hand, write_task, write_tasks
+from tests.support.tiny_tasks import FORMS, ITEMS, expected_accuracies, write_task, write_tasks
 
 pytestmark = pytest.mark.usefixtures("restored_logs")
 COUNTED = {"piqa": "acc", "arc-c": "acc_norm", "winogrande": "acc", "boolq": "acc"}
@@ -50,9 +50,9 @@ def asked(capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     return answer
 
 
-def by_hand(folder: Path, limit: int = ITEMS) -> dict[str, tuple[float, float]]:
+def expected_by_task(folder: Path, limit: int = ITEMS) -> dict[str, tuple[float, float]]:
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    return {name: accuracies_by_hand(model, HARNESS_NAMES.get(name, name), limit) for name in COUNTED}
+    return {name: expected_accuracies(model, HARNESS_NAMES.get(name, name), limit) for name in COUNTED}
 
 
 def check(answer: dict[str, Any], expected: dict[str, tuple[float, float]], items: int = ITEMS) -> None:
@@ -80,7 +80,7 @@ def test_no_more_text_is_needed_than_is_scored_on(target: Path, capsys: pytest.C
 def test_accuracies_are_those_worked_out_by_hand_in_every_form_of_answer(
     target: Path, capsys: pytest.CaptureFixture[str], batch_size: str
 ) -> None:
-    expected = by_hand(target / "model")
+    expected = expected_by_task(target / "model")
     assert expected["arc-c"][0] != expected["arc-c"][1], "else nobody sees which of them is which"
     assert len({acc for acc, _ in expected.values()}) > 1
     assert ask(target, "--batch-size", batch_size) == 0
@@ -104,7 +104,7 @@ def test_batches_that_main_memory_cannot_hold_are_refused_before_they_are_run(
 def test_a_limit_takes_the_first_items(target: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert ask(target, "--limit", "7") == 0
     answer = asked(capsys)
-    check(answer, by_hand(target / "model", limit=7), items=7)
+    check(answer, expected_by_task(target / "model", limit=7), items=7)
     assert answer["limit"] == 7
 
 
@@ -130,8 +130,8 @@ def test_pruned_in_memory_answers_as_its_exported_folder(
     assert in_memory["parameters"] == exported["parameters"] and in_memory["rate"] == exported["rate"]
     assert (in_memory["method"], loaded["method"]) == ("owl", None)
     if format_ == "padded":  # which plain transformers loads
-        expected = by_hand(tmp_path / "out")
-        assert expected != by_hand(target / "model")
+        expected = expected_by_task(tmp_path / "out")
+        assert expected != expected_by_task(target / "model")
         check(loaded, expected)
 
 
@@ -150,7 +150,7 @@ def test_models_with_other_heads_in_every_layer_answer(target: Path, family: str
     told = LoadedModel(model.causal_lm, byte_tokenizer(), model.decoder, model.identity)
     questions = Questions(("piqa",), target / "tasks")
     (answer,) = answer_tasks(told, load_tasks(questions.names, questions.folder, None), questions)
-    assert (answer.acc, answer.acc_norm) == pytest.approx(accuracies_by_hand(model.causal_lm, "piqa"))
+    assert (answer.acc, answer.acc_norm) == pytest.approx(expected_accuracies(model.causal_lm, "piqa"))
 
 
 def test_a_model_that_does_not_compute_has_no_accuracy(target: Path) -> None:

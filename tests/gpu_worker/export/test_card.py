@@ -8,7 +8,7 @@ from pydantic import ValidationError
 
 from gpu_worker.export.card import render_card
 from gpu_worker.export.facts import ExportFacts, TextPerplexity, version_of_selfpruner, without_places
-from protocol.results.commands import GgufPerplexity, Searched
+from protocol.results.commands import GgufPerplexity, SearchSummary
 from protocol.results.finetuning import Finetuning, Recipe
 from protocol.results.formats import Format, Formats
 from tests.support.exports import UNEVEN, export, facts_of, pruned
@@ -133,7 +133,7 @@ def test_what_was_not_measured_is_said() -> None:
 
 def test_a_search_is_told_with_what_it_is_compared_with() -> None:
     text = card(
-        searched=Searched(evaluations=1200, seconds=60.4, uniform_perplexity=30.5, uniform_report_perplexity=None)
+        searched=SearchSummary(evaluations=1200, seconds=60.4, uniform_perplexity=30.5, uniform_report_perplexity=None)
     )
     assert "| dense | uniform, rectangular | pruned |" in text and "| 12.35 | 30.5 | 23.46 |" in text
     assert "1,200 evaluations in 60 s, one search with seed 0\n- Granularity" in text
@@ -141,7 +141,7 @@ def test_a_search_is_told_with_what_it_is_compared_with() -> None:
 
 
 def test_the_card_says_whether_uniform_pruning_was_fitted_and_that_nobody_fine_tuned_it() -> None:
-    searched = Searched(evaluations=12, seconds=6, uniform_perplexity=30.5, uniform_report_perplexity=None)
+    searched = SearchSummary(evaluations=12, seconds=6, uniform_perplexity=30.5, uniform_report_perplexity=None)
     spec = facts_of(MODEL).spec.model_copy(update={"reconstruction": "least-squares"})
     text = card(spec=spec, searched=searched)
     assert "| dense | uniform, fitted | pruned |" in text

@@ -20,7 +20,7 @@ from gpu_worker.models.memory import Machine, Training, Workload, estimate_memor
 from gpu_worker.models.placement import place
 from protocol.errors import DataError, ModelError, SettingsError, UsageError
 from protocol.plans.spec import Dtype
-from protocol.results.commands import Searched
+from protocol.results.commands import SearchSummary
 from protocol.results.finetuning import Recipe
 from protocol.results.formats import Format
 from tests.support.exports import UNEVEN, export, loaded_elsewhere, pruned
@@ -164,7 +164,7 @@ def test_a_report_text_is_measured_too_and_the_dense_figure_stays_on_equal_token
     facts = read_exported(tmp_path / "out").facts
     assert facts.pruned_report is not None and facts.pruned_report.perplexity == told.after
     assert facts.spec.report == told.text and facts.dense_report is None and facts.report_digest is not None
-    searched = Searched(evaluations=9, seconds=1.0, uniform_perplexity=8.5, uniform_report_perplexity=9.5)
+    searched = SearchSummary(evaluations=9, seconds=1.0, uniform_perplexity=8.5, uniform_report_perplexity=9.5)
     more = {"dense_report": {"perplexity": 7.5, "tokens": 93}, "searched": searched.model_dump()}
     mark.write_text(json.dumps(json.loads(mark.read_text()) | more))
     finetuned(tmp_path / "out", tmp_path / "again", report_text=report)

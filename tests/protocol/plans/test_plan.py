@@ -58,7 +58,7 @@ def test_a_roomy_shape_always_gets_a_plan(data: st.DataObject, granularity: Gran
 
 @given(model_shapes(), st.sampled_from(["layer", "block"]))
 @settings(max_examples=50, deadline=None)
-def test_rates_of_nought_leave_the_dense_model(shape: ModelShape, granularity: Granularity) -> None:
+def test_rates_of_zero_leave_the_dense_model(shape: ModelShape, granularity: Granularity) -> None:
     rates = [0.0] * len(shape.units(granularity))
     for multiple_of in (1, 7):
         assert make_plan(rates, shape, granularity=granularity, multiple_of=multiple_of) == dense_plan(shape)
@@ -114,7 +114,7 @@ def test_block_plans_take_more_heads_where_the_mlps_have_too_little_to_give(rate
 
 
 def test_plans_share_their_equal_layers_also_when_they_are_read() -> None:
-    """A search of days holds a hundred thousand of them."""
+    """A search of days holds a hundred thousand plans."""
     plan = SPEC.plan(SPEC.feasible((0.1, 0.3, 0.3, 0.5), SHAPE), SHAPE)
     again = Plan.model_validate_json(plan.model_dump_json())
     assert again == plan and all(one is other for one, other in zip(plan.layers, again.layers, strict=True))

@@ -43,7 +43,7 @@ def test_a_projection_is_feasible_and_its_own_projection(problem: Problem) -> No
 @settings(max_examples=150, deadline=None)
 @given(problems())
 def test_a_projection_is_the_nearest_feasible_vector(problem: Problem) -> None:
-    """No exchange between two units, which keeps the mean, comes nearer: enough, for the problem is convex."""
+    """No exchange between two units that keeps the mean is nearer. That is sufficient, for the problem is convex."""
     rates, weights, mean, bounds = problem
     projected = project(rates, weights, mean, bounds)
     pull = [(p - r) / w for p, r, w in zip(projected, rates, weights, strict=True)]  # minus the multiplier, if inside

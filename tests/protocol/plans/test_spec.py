@@ -1,4 +1,4 @@
-"""The spec, candidates and outcomes: fingerprints, JSON, and what is refused."""
+"""The spec, candidates and outcomes: fingerprints, JSON, and invalid values."""
 
 import math
 from typing import Any

@@ -1,4 +1,4 @@
-"""The workers' end of the streams on real servers: deaths, hand-overs, and nothing left behind."""
+"""The workers' end of the streams on real servers: deaths, hand-overs and clean-up."""
 
 from typing import Any
 
@@ -76,7 +76,7 @@ async def test_handing_back_is_no_death(redis: Redis, keys: Keys, queue: Candida
     assert await consumers(redis, keys) == {RELEASED}
 
 
-async def test_what_is_pending_with_a_busy_worker_beside_its_job_goes_to_another(
+async def test_a_second_pending_job_of_a_busy_worker_goes_to_another(
     redis: Redis, keys: Keys, queue: CandidateQueue
 ) -> None:
     running, stranded = candidates(2)
@@ -92,7 +92,7 @@ async def test_what_is_pending_with_a_busy_worker_beside_its_job_goes_to_another
     assert await jobs.commit(job, measured(5.0, running))
 
 
-async def test_workers_that_are_gone_are_forgotten_once_nothing_is_pending_with_them(
+async def test_dead_consumers_are_deleted_once_nothing_is_pending_with_them(
     redis: Redis, keys: Keys, queue: CandidateQueue
 ) -> None:
     (one,) = candidates(1)
@@ -142,7 +142,7 @@ async def test_an_outcome_that_was_applied_long_ago_is_still_the_only_one(
     assert await queue.results("0-0") == []
 
 
-async def test_a_new_group_is_no_fault_and_one_that_is_gone_is_told_of(redis: Redis, keys: Keys) -> None:
+async def test_a_new_group_is_logged_as_info_and_a_lost_one_as_warning(redis: Redis, keys: Keys) -> None:
     claimer = worker(redis, keys, "a")
     with capture_logs() as events:
         for _ in range(2):

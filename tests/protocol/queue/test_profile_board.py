@@ -1,4 +1,4 @@
-"""The model profile: published for one spec, and as good as none for every other."""
+"""The model profile: published for one spec, and ignored for every other."""
 
 import asyncio
 from typing import Any
@@ -28,16 +28,16 @@ async def test_the_first_profile_of_a_spec_counts(board: ProfileBoard) -> None:
     assert await board.read(SPEC.fingerprint) == PROFILE
 
 
-async def test_a_worker_of_a_spec_that_the_search_has_no_more_publishes_nothing(
-    board: ProfileBoard, redis: Redis, keys: Keys
-) -> None:
+async def test_a_worker_of_a_replaced_spec_publishes_nothing(board: ProfileBoard, redis: Redis, keys: Keys) -> None:
     assert await board.publish(profile_for(OTHER)) is None
     assert not await redis.exists(keys.profile)
     await redis.delete(keys.spec)
     assert await board.publish(PROFILE) is None
 
 
-async def test_the_profile_of_another_spec_is_none_and_gives_way(board: ProfileBoard, redis: Redis, keys: Keys) -> None:
+async def test_the_profile_of_another_spec_is_ignored_and_replaced(
+    board: ProfileBoard, redis: Redis, keys: Keys
+) -> None:
     await redis.set(keys.profile, profile_for(OTHER).model_dump_json())
     assert await board.read(SPEC.fingerprint) is None
     assert await SearchStore(redis, keys, SPEC).profile() is None
@@ -45,7 +45,7 @@ async def test_the_profile_of_another_spec_is_none_and_gives_way(board: ProfileB
     assert await SearchStore(redis, keys, SPEC).profile() == PROFILE
 
 
-async def test_a_spec_that_changes_between_the_look_and_the_publishing_is_noticed(
+async def test_a_spec_that_changes_while_a_profile_is_published_is_noticed(
     board: ProfileBoard, redis: Redis, keys: Keys
 ) -> None:
     publish, client = board._publish, redis

@@ -175,9 +175,7 @@ async def test_jobs_of_an_owner_whose_name_is_not_text_are_taken_over(
     assert (await claimed(worker(redis, keys, "w1"))).candidate == one
 
 
-async def test_a_count_of_deaths_by_another_hand_counts_as_none(
-    redis: Redis, keys: Keys, queue: CandidateQueue
-) -> None:
+async def test_an_invalid_count_of_deaths_is_ignored(redis: Redis, keys: Keys, queue: CandidateQueue) -> None:
     (one,) = candidates(1)
     await queue.enqueue(one)
     client: Any = redis

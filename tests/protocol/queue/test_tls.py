@@ -1,4 +1,4 @@
-"""TLS to the server: a connection that can never be is one sentence, and no outage to wait for."""
+"""TLS to the server: an impossible connection is one sentence, not an outage to wait for."""
 
 import asyncio
 import re
@@ -12,14 +12,14 @@ from typing import Any
 import pytest
 
 from protocol.errors import SettingsError
-from protocol.queue.connection import Patience, connect
+from protocol.queue.connection import RedisRetry, connect
 from tests.support.compose import free_port
 from tests.support.servers import Server, server_binary
 
 
 @pytest.fixture(scope="module")
 def authority(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A certificate for 127.0.0.1 that has signed itself, with its key beside it."""
+    """Create a self-signed certificate for 127.0.0.1, with its key beside it."""
     if shutil.which("openssl") is None:
         pytest.skip("no openssl on this machine")
     folder = tmp_path_factory.mktemp("tls")
@@ -48,11 +48,11 @@ def tls_server(authority: Path) -> Iterator[int]:
 
 
 async def said(url: str) -> str:
-    """The sentence that a connection to `url` ends with."""
+    """Return the error message of a connection to `url`."""
     with pytest.raises(SettingsError) as refused:
         redis: Any = connect(url)
         try:
-            await Patience(redis, "a")(redis.ping)
+            await RedisRetry(redis, "a")(redis.ping)
         finally:
             await redis.aclose()
     return str(refused.value)
@@ -60,7 +60,7 @@ async def said(url: str) -> str:
 
 async def test_a_server_whose_certificate_is_trusted_is_used(tls_server: int, authority: Path) -> None:
     redis: Any = connect(f"rediss://127.0.0.1:{tls_server}/0?ssl_ca_certs={authority}")
-    assert await Patience(redis, "a")(redis.ping)
+    assert await RedisRetry(redis, "a")(redis.ping)
     await redis.aclose()
 
 
@@ -88,4 +88,4 @@ async def test_a_file_of_authorities_that_cannot_be_used_is_a_sentence(tmp_path:
     if content is not None:
         (tmp_path / "ca.pem").write_text(content)
     sentence = await said(f"rediss://:secret@127.0.0.1:1/0?ssl_ca_certs={tmp_path / 'ca.pem'}")
-    assert "files for TLS" in sentence and "secret" not in sentence
+    assert "TLS files" in sentence and "secret" not in sentence

@@ -37,7 +37,7 @@ def refuse(constant: str) -> Any:
 
 
 class Lines:
-    """What the file and the readable console got."""
+    """The lines of the file and of the readable console."""
 
     def __init__(self, file: Path, console: io.StringIO) -> None:
         self._file = file
@@ -114,7 +114,7 @@ def test_an_error_that_nobody_catches_is_one_line_without_secrets(lines: Lines) 
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_a_service_logs_on_stdout_unless_somebody_watches_it_on_a_terminal(
+def test_a_service_logs_on_stderr_of_a_terminal_else_on_stdout(
     terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
@@ -150,7 +150,7 @@ def test_context_that_is_bound_is_in_every_line(lines: Lines) -> None:
     assert all({"event", "level", "timestamp"} <= line.keys() for line in lines.parsed)
 
 
-def test_a_log_file_without_room_is_told_of_on_the_console_and_what_it_lacks_in_the_file(
+def test_a_full_disk_is_reported_on_the_console_and_the_lost_lines_in_the_file(
     lines: Lines, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     console = io.StringIO()

@@ -1,4 +1,4 @@
-"""The paper's tables with a scripted `selfpruner`: which cells it runs, and what a failure or a kill leaves."""
+"""benchmarks.paper with a scripted `selfpruner`: which cells run, and the state after a failure or a kill."""
 
 import json
 import os
@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
+from benchmarks.paper.cell_maker import CellMaker
 from benchmarks.paper.cells import Cell, CellStore, Failed
-from benchmarks.paper.making import CellMaker
-from benchmarks.paper.running import Failure, SubprocessRunner, load_outcomes
+from benchmarks.paper.runner import Failure, SubprocessRunner, load_outcomes
 from benchmarks.paper.settings import PaperSettings, read_settings
-from benchmarks.paper.wanted import wanted_tables
+from benchmarks.paper.table_layouts import table_layouts
 from tests.support.disks import LimitedFiles, mounted
 from tests.support.paper import ONE_TEXT, SMALL, make, markdown, table
 from tests.support.scripted_runner import ScriptedRunner, search, value_of
@@ -47,9 +47,9 @@ def test_a_failed_cell_stops_no_other_and_is_tried_again(tmp_path: Path) -> None
     assert len(failing.asked) == 5
     assert "| 30% | OWL | failed (1) |" in markdown(tmp_path) and "1. out of luck" in markdown(tmp_path)
     assert "| 30% | Self-Pruner | 11.00 |" in markdown(tmp_path)
-    mended = ScriptedRunner()
-    assert make(tmp_path, settings, mended) == 0
-    assert [value_of(arguments, "--allocate") for arguments in mended.asked] == ["owl"]
+    working = ScriptedRunner()
+    assert make(tmp_path, settings, working) == 0
+    assert [value_of(arguments, "--allocate") for arguments in working.asked] == ["owl"]
     assert "| 30% | OWL | 12.00 |" in markdown(tmp_path)
 
 
@@ -137,7 +137,7 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path, capsys: pytest.Cap
     (tmp_path / "out").write_text("a file")
     for flags in ([], ["--render"]):
         assert make(tmp_path, SMALL, ScriptedRunner(), *flags) == 2
-        assert "cannot be made: File exists" in capsys.readouterr().err
+        assert "cannot be created: File exists" in capsys.readouterr().err
 
 
 def test_a_full_disk_is_one_sentence_and_leaves_what_was_there(
@@ -163,8 +163,8 @@ def test_progress_says_which_cell_and_how_many(tmp_path: Path, capsys: pytest.Ca
     settings = SMALL | {"models": [{"name": "tiny", "billions": 1}], "reconstruction": ["none", "least-squares"]}
     assert make(tmp_path, settings, ScriptedRunner()) == 0
     said = capsys.readouterr().err.splitlines()
-    assert said[0].startswith("paper_tables: 1 of 5: evaluate tiny, dense; about 12 s, with all that is left ")
-    assert said[4].startswith("paper_tables: 5 of 5: run tiny, self-pruner at 30%, least-squares; about ")
+    assert said[0].startswith("benchmarks.paper: 1 of 5: evaluate tiny, dense; about 12 s, all remaining cells ")
+    assert said[4].startswith("benchmarks.paper: 5 of 5: run tiny, self-pruner at 30%, least-squares; about ")
 
 
 def test_render_runs_nothing(tmp_path: Path) -> None:
@@ -188,13 +188,13 @@ def test_two_at_once_in_one_folder_are_refused(tmp_path: Path, capsys: pytest.Ca
         assert make(tmp_path, SMALL, ScriptedRunner()) == 2
 
     assert make(tmp_path, SMALL, ScriptedRunner(say)) == 0
-    assert "are being made by another process" in capsys.readouterr().err
+    assert "another process is making the tables in" in capsys.readouterr().err
 
 
 def test_the_outcomes_are_kept_with_what_was_run(tmp_path: Path) -> None:
     assert make(tmp_path, SMALL, ScriptedRunner()) == 0
     settings = read_settings(tmp_path / "tables.yaml")
-    cells = [cell for table in wanted_tables(settings) for cell in table.cells]
+    cells = [cell for table in table_layouts(settings) for cell in table.cells]
     store = CellStore(tmp_path / "out")
     outcomes = load_outcomes(cells, store)
     assert {outcome.kind for outcome in outcomes.values()} == {"measured"}

@@ -1,4 +1,4 @@
-"""Finished tables as Markdown, as JSON, and as the list of what --estimate expects."""
+"""Finished tables as Markdown and JSON, and the list of missing cells for --estimate."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,22 +7,22 @@ from typing import Any
 from benchmarks.paper.answers import Figures
 from benchmarks.paper.cells import Cell, Measured, Outcome, figures_of
 from benchmarks.paper.costs import CostModel
-from benchmarks.paper.running import in_words, missing
-from benchmarks.paper.tables import Entry, Row, WantedTable, filled
+from benchmarks.paper.runner import duration_text, missing
+from benchmarks.paper.tables import Entry, Row, TableLayout, fill_table
 
 INTRODUCTION = (
-    "Ours, and in square brackets the paper's of the same model. –: not measured. Figures of a search are of one "
-    "search with one seed; compare them with Wanda-sp that is fitted (least-squares). Where query heads share KV "
-    "heads, Wanda-sp keeps as many of each, a weak baseline, and Wanda-sp with any heads is masked, for no format can "
-    "hold it."
+    "Our figures, with the paper's figures for the same model in square brackets; – means not measured. Figures of "
+    "Self-Pruner come from one search with one seed; compare them with Wanda-sp with least-squares reconstruction. On "
+    "models with grouped-query attention, Wanda-sp keeps the same number of query heads per KV head, a weak baseline. "
+    "Wanda-sp (any heads) is measured with masks, for no model format can store it."
 )
 
 
-def markdown(tables: Sequence[WantedTable], outcomes: Mapping[str, Outcome], about: str) -> str:
-    """All tables, after a sentence `about` them; under each, why cells have failed."""
+def tables_markdown(tables: Sequence[TableLayout], outcomes: Mapping[str, Outcome], about: str) -> str:
+    """Return all tables as Markdown, after the sentence `about`; below each table, why cells have failed."""
     parts = ["# The paper's tables", f"{INTRODUCTION} {about}"]
     for table in tables:
-        parts += [f"## Table {table.number}: {table.title}", _table(table, filled(table, outcomes))]
+        parts += [f"## Table {table.number}: {table.title}", _table(table, fill_table(table, outcomes))]
         if how := _measured_by(table, outcomes):
             parts.append(f"Measured by {'; '.join(how)}.")
         if by_task := _tasks(table, outcomes):
@@ -30,28 +30,28 @@ def markdown(tables: Sequence[WantedTable], outcomes: Mapping[str, Outcome], abo
     return "\n\n".join(parts) + "\n"
 
 
-def as_json(tables: Sequence[WantedTable], outcomes: Mapping[str, Outcome], about: str) -> dict[str, Any]:
-    """The same; each place with `ours`, `paper`, `failed` and the `cell` that it comes from."""
+def tables_json(tables: Sequence[TableLayout], outcomes: Mapping[str, Outcome], about: str) -> dict[str, Any]:
+    """Return all tables as JSON; each entry has `ours`, `paper`, `failed` and the id of its `cell`."""
     return {"about": about, "tables": [_table_json(table, outcomes) for table in tables]}
 
 
-def expected(
-    tables: Sequence[WantedTable], outcomes: Mapping[str, Outcome], out: Path, cost: CostModel
+def estimate_rows(
+    tables: Sequence[TableLayout], outcomes: Mapping[str, Outcome], out: Path, cost: CostModel
 ) -> tuple[list[list[str]], str]:
-    """Of all cells that are missing: id, what it is, hours and what these rest on; and the sum in a sentence."""
+    """Return id, description, hours and basis of each missing cell, and a sentence with the total."""
     cells = missing([cell for table in tables for cell in table.cells], outcomes, out)
     seconds = [cost.seconds(cell) for cell in cells]
     rows = [
-        [cell.id, cell.words, "unknown" if each is None else f"{each / 3600:,.2f}", cost.basis(cell)]
+        [cell.id, cell.description, "unknown" if each is None else f"{each / 3600:,.2f}", cost.basis(cell)]
         for cell, each in zip(cells, seconds, strict=True)
     ]
     known = [each for each in seconds if each is not None]
     unknown = len(seconds) - len(known)
-    rest = f", and {unknown} of models of unknown size: give `billions` of these" if unknown else ""
-    return rows, f"{len(cells)} cells are missing: {in_words(sum(known))}{rest}"
+    rest = f", without {unknown} cells of models of unknown size: set `billions` for these models" if unknown else ""
+    return rows, f"{len(cells)} cells are missing: {duration_text(sum(known))}{rest}"
 
 
-def _table(table: WantedTable, rows: Sequence[Row]) -> str:
+def _table(table: TableLayout, rows: Sequence[Row]) -> str:
     sentences: dict[str, int] = {}
     lines = [
         _line([*table.heads, *table.columns]),
@@ -74,8 +74,8 @@ def _said(entry: Entry, digits: int, sentences: dict[str, int]) -> str:
     return ours if entry.paper is None else f"{ours} [{entry.paper:,.{digits}f}]"
 
 
-def _measured_by(table: WantedTable, outcomes: Mapping[str, Outcome]) -> list[str]:
-    """Engine, device and type of the weights of Table 7's figures: usually one for all."""
+def _measured_by(table: TableLayout, outcomes: Mapping[str, Outcome]) -> list[str]:
+    """Return engine, device and weight type of Table 7's figures, usually one for all."""
     found = (figures_of(cell, outcomes.get(cell.id)) for cell in table.cells if cell.what == "speed")
     return list(dict.fromkeys(each.speed.how for each in found if isinstance(each, Figures) and each.speed))
 
@@ -84,8 +84,8 @@ def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
 
 
-def _tasks(table: WantedTable, outcomes: Mapping[str, Outcome]) -> str | None:
-    """The accuracies of Table 2 task by task, as the paper's Tables 8 to 11."""
+def _tasks(table: TableLayout, outcomes: Mapping[str, Outcome]) -> str | None:
+    """Return the accuracies of Table 2 by task, like the paper's Tables 8 to 11; None without any."""
     if table.number != 2:
         return None
     found: list[tuple[list[str], Mapping[str, float]]] = []
@@ -104,9 +104,9 @@ def _tasks(table: WantedTable, outcomes: Mapping[str, Outcome]) -> str | None:
     return "\n".join(lines)
 
 
-def _table_json(table: WantedTable, outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
+def _table_json(table: TableLayout, outcomes: Mapping[str, Outcome]) -> dict[str, Any]:
     rows = []
-    for row, (_, wanted) in zip(filled(table, outcomes), table.rows, strict=True):
+    for row, (_, wanted) in zip(fill_table(table, outcomes), table.rows, strict=True):
         entries = [
             _entry_json(entry, place.source(outcomes), outcomes)
             for entry, place in zip(row.entries, wanted, strict=True)

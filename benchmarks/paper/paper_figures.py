@@ -1,16 +1,16 @@
 """The paper's own figures, Tables 1 to 7 of "Towards Efficient Automatic Self-Pruning of Large Language Models".
 
-Rates are shares, accuracies percent. None stands where the paper has none (LLM-Pruner of LLaMA-2-70B). Table 2's means
-agree with Tables 8 to 11, task by task, and those with themselves. Elsewhere the paper contradicts itself:
+Rates are shares, accuracies are percentages. None means that the paper has no figure (LLM-Pruner on LLaMA-2-70B). The
+means of Table 2 agree with Tables 8 to 11. In other places the paper contradicts itself:
 
-- Table 7, LLaMA-2-7B at 20 %: 115.39 tokens/s are 1.38 times 83.77, and the speed-up beside them is 1.23. All other
+- Table 7, LLaMA-2-7B at 20 %: 115.39 tokens/s are 1.38 times 83.77, but the speed-up is given as 1.23. All other
   speed-ups are the ratios of their tokens/s.
-- §4.3 says that Self-Pruner beats LLM-Pruner by 14.59 points on LLaMA-2-7B at 50 %. By Table 2 these are its points
-  over Wanda-sp; over LLM-Pruner they are 10.90.
-- §4.4 speaks of four LLMs, names three, and refers to Table 5 for what Table 4 shows.
-- Table 7's memory is that of the weights alone, two bytes a parameter, in GiB: 6.74 B are its 12.55 "GB".
+- §4.3 says that Self-Pruner beats LLM-Pruner by 14.59 points on LLaMA-2-7B at 50 %. In Table 2 this is the difference
+  to Wanda-sp; the difference to LLM-Pruner is 10.90.
+- §4.4 mentions four LLMs but names three, and refers to Table 5 instead of Table 4.
+- The memory in Table 7 is that of the weights alone, two bytes per parameter, in GiB: 6.74 B parameters are 12.55 "GB".
 
-It says neither the window length of its perplexities nor which Vicuna it pruned; v1.5 is taken for it here.
+The paper states neither the window length of its perplexities nor which version of Vicuna it pruned; we assume v1.5.
 """
 
 MODELS = (
@@ -23,7 +23,7 @@ MODELS = (
     "LLaMA-3.1-8B",
     "Vicuna-13B",
 )
-"""In the order of the columns."""
+"""The models in the order of the columns."""
 HUB_NAMES = {
     "huggyllama/llama-7b": "LLaMA-1-7B",
     "huggyllama/llama-13b": "LLaMA-1-13B",
@@ -35,7 +35,7 @@ HUB_NAMES = {
     "meta-llama/Meta-Llama-3.1-8B": "LLaMA-3.1-8B",
     "lmsys/vicuna-13b-v1.5": "Vicuna-13B",
 }
-"""What the paper's models are on the hub."""
+"""Hub names of the paper's models."""
 Grid = dict[float, dict[str, tuple[float | None, ...]]]
 PERPLEXITY: Grid = {
     0: {
@@ -101,9 +101,9 @@ ABLATION = {
 LLMS: dict[str, tuple[float, float]] = {"gpt-3.5": (17.44, 58.94), "gpt-4": (17.13, 59.87), "gpt-4o": (16.25, 60.79)}
 """Table 4, at ABLATION_RATE."""
 OWL = {0.3: (21.40, 59.08), 0.5: (81.56, 39.06)}
-"""Table 5; its other rows are in Tables 1 and 2."""
+"""Table 5, OWL's rows. Its other rows are in Tables 1 and 2."""
 LORA = {0.3: (11.87, 63.01), 0.5: (25.32, 59.78)}
-"""Table 6 after LoRA; its other rows are in Tables 1 and 2."""
+"""Table 6, rows after LoRA. Its other rows are in Tables 1 and 2."""
 SPEED = {
     "LLaMA-2-7B": {
         0.0: (6.74, 12.55, 83.77, 1.00),
@@ -120,15 +120,15 @@ SPEED = {
         0.5: (34.75, 64.64, 31.31, 1.70),
     },
 }
-"""Table 7, by vLLM on an A100: parameters in billions, memory in GiB, tokens per second, speed-up."""
+"""Table 7, with vLLM on an A100: parameters in billions, memory in GiB, tokens per second, speed-up."""
 
 
 def paper_model(name: str) -> str | None:
-    """The paper's name of a model of the hub; None for one that it did not prune."""
+    """Return the paper's name of a hub model; None if the paper did not prune it."""
     return {hub.lower(): ours for hub, ours in HUB_NAMES.items()}.get(name.lower())
 
 
-def of_grid(grid: Grid, model: str | None, method: str | None, rate: float) -> float | None:
-    """A figure of PERPLEXITY or ACCURACY; None for a model, method or rate that is not in it."""
+def figure_in(grid: Grid, model: str | None, method: str | None, rate: float) -> float | None:
+    """Return a figure of PERPLEXITY or ACCURACY; None for a model, method or rate without one."""
     row = grid.get(rate, {}).get(method or "")
     return row[MODELS.index(model)] if row and model in MODELS else None

@@ -1,4 +1,4 @@
-"""Runs cells, one after the other, each as a process of its own, and keeps what they say."""
+"""Runs cells one after the other, each in its own process, and stores their outcomes."""
 
 import json
 import os
@@ -11,46 +11,47 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from benchmarks.holding import writing
+from benchmarks.output_folder import reporting_write_errors
 from benchmarks.paper.answers import UnreadableAnswer, read
 from benchmarks.paper.cells import Cell, CellStore, Failed, Measured, Outcome, figures_of, with_needs
 from benchmarks.paper.commands import command, made_file
 from benchmarks.paper.costs import CostModel
-from protocol.runtime.signals import held_back
+from protocol.runtime.signals import defer_signals
 
-TOLD_BY = "selfpruner: "
-"""How the command line begins its one sentence."""
+ERROR_PREFIX = "selfpruner: "
+"""The beginning of an error message of the command line."""
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a command has no answer, in one sentence."""
+    """The reason why a command has no answer, in one sentence."""
 
     sentence: str
 
 
 class Runner(Protocol):
-    """Whatever runs `selfpruner`."""
+    """Runs `selfpruner` commands."""
 
     def run(self, arguments: Sequence[str], log: Path) -> dict[str, Any] | Failure:
-        """Run `selfpruner` with `arguments`, stderr appended to `log`; what it printed as JSON, or why it failed."""
+        """Run `selfpruner` with `arguments` and append stderr to `log`. Returns its JSON, or why it failed."""
 
 
 class SubprocessRunner:
-    """Runs each command as a process: a crash, or memory that runs out, takes nothing else along.
+    """Runs each command in its own process, so that a crash or a lack of memory affects nothing else.
 
-    When this process is interrupted, or dies, the command gets SIGTERM; interrupted, its end is waited for.
+    If this process is interrupted or dies, the command gets SIGTERM. An interrupted process waits for the command's
+    end.
     """
 
     def run(self, arguments: Sequence[str], log: Path) -> dict[str, Any] | Failure:
         """See Runner."""
         leash = [sys.executable, "-m", "daemon.local.leash", str(os.getpid())]
-        with writing(log):
+        with reporting_write_errors(log):
             log.parent.mkdir(parents=True, exist_ok=True)
             log.touch()
         with log.open("ab") as errors:
             start = errors.tell()
-            # A group of its own: Ctrl-C is for this process, which then says it once to the command.
+            # In its own process group, so that Ctrl-C reaches only this process, which then sends SIGTERM once.
             child = subprocess.Popen(
                 [*leash, sys.executable, "-m", "daemon", *arguments],
                 stdin=subprocess.DEVNULL,
@@ -80,8 +81,8 @@ def _why(code: int, log: Path, start: int) -> str:
         file.seek(start)
         lines = [line.strip() for line in file.read().decode("utf-8", "replace").splitlines() if line.strip()]
     for line in reversed(lines):
-        if line.startswith(TOLD_BY):
-            return line.removeprefix(TOLD_BY)
+        if line.startswith(ERROR_PREFIX):
+            return line.removeprefix(ERROR_PREFIX)
     if code < 0:
         name = signal.Signals(-code).name
         return f"ended by {name}" + (": memory may have run out" if name == "SIGKILL" else "")
@@ -89,9 +90,9 @@ def _why(code: int, log: Path, start: int) -> str:
 
 
 def missing(cells: Iterable[Cell], outcomes: Mapping[str, Outcome], out: Path) -> list[Cell]:
-    """The cells, and those that they need, that are to be run, in an order in which they can.
+    """Return the cells to run, including those that they need, in an order in which they can run.
 
-    Not measured yet; or measured, but needed by such a one, and what they made in `out` is there no more.
+    A cell is missing if it is not measured, or if a missing cell needs its files in `out` and they no longer exist.
     """
     found: list[Cell] = []
     needed: set[str] = set()
@@ -105,12 +106,12 @@ def missing(cells: Iterable[Cell], outcomes: Mapping[str, Outcome], out: Path) -
 
 def _is_measured(cell: Cell, outcomes: Mapping[str, Outcome]) -> bool:
     outcome = outcomes.get(cell.id)
-    # What was kept and cannot be read is measured again.
+    # A stored outcome that cannot be read is measured again.
     return isinstance(outcome, Measured) and not isinstance(figures_of(cell, outcome), str)
 
 
 def load_outcomes(cells: Iterable[Cell], store: CellStore) -> dict[str, Outcome]:
-    """What is known of the cells and of those that they need, by id."""
+    """Return the stored outcomes of the cells and of those that they need, by id."""
     found = {cell.id: store.load(cell) for cell in with_needs(cells)}
     return {id_: outcome for id_, outcome in found.items() if outcome is not None}
 
@@ -124,18 +125,18 @@ def run_missing(
     cost: CostModel,
     tell: Callable[[str], None],
 ) -> Iterator[Cell]:
-    """Run what is missing and put it into `outcomes` and `store`; a cell that fails does not stop the others.
+    """Run the missing cells and add their outcomes to `outcomes` and `store`. A failed cell does not stop the others.
 
-    Yields each cell when it has ended. Raises UsageError where `out` cannot be written.
+    Yields each cell when it is finished. Raises UsageError if `out` cannot be written.
     """
     todo = missing(cells, outcomes, out)
     newest = dict(outcomes)
     for number, cell in enumerate(todo):
-        tell(f"{number + 1} of {len(todo)}: {cell.words}; {_expected(todo[number:], cost)}")
+        tell(f"{number + 1} of {len(todo)}: {cell.description}; {_expected(todo[number:], cost)}")
         outcome = newest[cell.id] = _run(cell, newest, runner, out)
-        # A cell that was to make its files again stays measured, even if that fails.
+        # A cell that ran only to write its files again stays measured, even if that fails.
         if isinstance(outcome, Measured) or not _is_measured(cell, outcomes):
-            with held_back():
+            with defer_signals():
                 outcomes[cell.id] = outcome
                 store.keep(cell, outcome)
         if isinstance(outcome, Measured):
@@ -150,7 +151,7 @@ def _run(cell: Cell, outcomes: Mapping[str, Outcome], runner: Runner, out: Path)
         outcome = outcomes.get(need.id)
         if not isinstance(outcome, Measured):
             why = outcome.sentence if isinstance(outcome, Failed) else "it was not run"
-            return Failed(sentence=f"{need.words} failed before it: {why}")
+            return Failed(sentence=f"{need.description} failed before it: {why}")
     begun = time.perf_counter()
     answer = runner.run(command(cell, out), out / "logs" / f"{cell.id}.log")
     seconds = time.perf_counter() - begun
@@ -168,14 +169,14 @@ def _run(cell: Cell, outcomes: Mapping[str, Outcome], runner: Runner, out: Path)
 def _expected(cells: Sequence[Cell], cost: CostModel) -> str:
     each = [cost.seconds(cell) for cell in cells]
     if each[0] is None:
-        return "nothing says how long it takes"
+        return "duration unknown"
     known = [seconds for seconds in each if seconds is not None]
-    rest = "" if len(known) == len(each) else ", without those of which nothing says it"
-    return f"about {in_words(each[0])}, with all that is left {in_words(sum(known))}{rest}"
+    rest = "" if len(known) == len(each) else ", without cells of unknown duration"
+    return f"about {duration_text(each[0])}, all remaining cells {duration_text(sum(known))}{rest}"
 
 
-def in_words(seconds: float) -> str:
-    """A time for people."""
+def duration_text(seconds: float) -> str:
+    """Return a duration as text."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:,.1f} h"

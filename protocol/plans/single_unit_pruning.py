@@ -1,16 +1,16 @@
-"""A unit that is pruned alone: what its layer keeps, and the share that goes. How sensitivity is measured. Pure."""
+"""Pruning of a single unit, by which sensitivity is measured: its plan, and the share that it removes. Pure."""
 
 from protocol.plans.plan import LayerPlan, Plan, attention_levels, dense_plan, heads_nearest, make_plan
 from protocol.plans.shape import ModelShape, Unit
 from protocol.plans.spec import SearchSpec
 
 
-def pruned_alone(unit: Unit, spec: SearchSpec, shape: ModelShape) -> LayerPlan:
-    """What the unit's layer keeps when this unit alone loses the spec's rate, or as much as leaves it working.
+def single_unit_plan(unit: Unit, spec: SearchSpec, shape: ModelShape) -> LayerPlan:
+    """Return the plan of the unit's layer when only this unit is pruned, by the spec's rate or as far as it can be.
 
-    A layer is pruned with the spec's split; an MLP loses the rate's share of its channels; attention takes the
-    rectangular shape that the rate allows, and loses at least its smallest removable piece: at a low rate that shape
-    would be the whole block, and a sensitivity of zero would say that it may be pruned for nothing.
+    A layer is pruned with the spec's split, and an MLP loses the rate's share of its channels. Attention takes the
+    rectangle of heads nearest to the rate, and loses at least its smallest removable piece. Otherwise a low rate would
+    leave the block whole, with a sensitivity of zero, as if it could be pruned without harm.
     """
     rate = min(spec.rate, unit.highest_rate)
     whole = dense_plan(shape).layers[unit.layer]
@@ -27,19 +27,19 @@ def pruned_alone(unit: Unit, spec: SearchSpec, shape: ModelShape) -> LayerPlan:
 
 
 def _fewer_channels(whole: LayerPlan, count: int) -> LayerPlan:
-    """The layer without `count` channels, or with the one that has to stay."""
+    """Return the layer without `count` channels; at least one channel is kept."""
     return whole.model_copy(update={"mlp_channels": max(1, whole.mlp_channels - count)})
 
 
-def removed_alone(unit: Unit, spec: SearchSpec, shape: ModelShape) -> float:
-    """The share of the unit's parameters that `pruned_alone` removes."""
-    whole, kept = dense_plan(shape), pruned_alone(unit, spec, shape)
+def single_unit_removed_share(unit: Unit, spec: SearchSpec, shape: ModelShape) -> float:
+    """Return the share of the unit's parameters that `single_unit_plan` removes."""
+    whole, kept = dense_plan(shape), single_unit_plan(unit, spec, shape)
     layers = [kept if i == unit.layer else layer for i, layer in enumerate(whole.layers)]
     left = Plan(layers=tuple(layers)).decoder_parameters(shape)
     return (shape.decoder_parameters - left) / unit.parameters
 
 
 def _smallest_removal(shape: ModelShape, unit: Unit) -> tuple[int, int]:
-    """The attention shape that loses least; the whole one where there is but one head."""
+    """Return the heads kept by the smallest possible removal; all of them if there is only one head."""
     levels = attention_levels(shape, unit.layer)
     return levels[min(1, len(levels) - 1)][1]

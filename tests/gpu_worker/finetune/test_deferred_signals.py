@@ -15,7 +15,7 @@ from gpu_worker.finetune.checkpoint import Checkpoint, State
 from gpu_worker.finetune.trainable import Trained
 from gpu_worker.finetune.training import Limits
 from protocol.results.finetuning import LossPoint
-from protocol.runtime.signals import Interrupted, held_back, interruptible
+from protocol.runtime.signals import Interrupted, defer_signals, interruptible
 from tests.support.finetunes import QUICK, exported, finetuned
 from tests.support.root import ROOT
 
@@ -101,7 +101,7 @@ def test_what_a_signal_comes_to_is_not_written_twice(tmp_path: Path, monkeypatch
 
 def test_the_handlers_are_those_from_before() -> None:
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    with held_back():
+    with defer_signals():
         assert signal.getsignal(signal.SIGTERM) is not before[0]
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
 
@@ -109,8 +109,8 @@ def test_the_handlers_are_those_from_before() -> None:
 def test_a_second_signal_ends_the_process_at_once() -> None:
     code = """
 import signal
-from protocol.runtime.signals import held_back
-with held_back():
+from protocol.runtime.signals import defer_signals
+with defer_signals():
     signal.raise_signal(signal.SIGTERM)
     print("still here", flush=True)
     signal.raise_signal(signal.SIGTERM)
@@ -124,7 +124,7 @@ def test_other_threads_have_nothing_to_hold_back() -> None:
     entered: list[bool] = []
 
     def work() -> None:
-        with held_back():
+        with defer_signals():
             entered.append(True)
 
     thread = threading.Thread(target=work)

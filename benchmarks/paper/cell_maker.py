@@ -1,4 +1,4 @@
-"""The cells that tables ask for."""
+"""CellMaker: makes the cells that the tables need from the settings."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from benchmarks.paper import costs
-from benchmarks.paper.answers import What
+from benchmarks.paper.answers import CellCommand
 from benchmarks.paper.cells import Cell
 from benchmarks.paper.settings import (
     ROOT,
@@ -32,9 +32,9 @@ ALLOCATIONS: dict[Method, tuple[str, str, str]] = {
     "wanda-sp-sequential": ("uniform", "wanda-sp", "sequential"),
     "owl": ("owl", "wanda-sp", "dense"),
 }
-"""Methods without a search: rates, importance, scoring. All of them share a layer's rate equally, as in the paper."""
+"""Rates, importance and scoring of each method without a search. All use the split `equal`, as in the paper."""
 MASKED: tuple[Method, ...] = ("wanda-sp-any-heads",)
-"""Methods that remove any query heads. Only `evaluate` can do so; their accuracies are not measured."""
+"""Methods that may remove any query heads. Only `evaluate` supports them, so they have no accuracies."""
 SEARCHES: tuple[SearchMethod, ...] = ("self-pruner", "self-pruner-best")
 ABLATIONS: dict[str, Values] = {
     "w/o initialization": {"search.initializer": "random"},
@@ -42,17 +42,17 @@ ABLATIONS: dict[str, Values] = {
     "w/o crossover": {"search.crossovers": 0},
     "Self-Pruner": {},
 }
-"""Rows of Table 3."""
+"""Rows of Table 3, with the settings that they change."""
 
 
 class CellMaker:
-    """Makes the cells of one settings file. Raises SettingsError for a search whose settings cannot be."""
+    """Makes the cells of one settings file. Raises SettingsError for a search with invalid settings."""
 
     def __init__(self, settings: PaperSettings) -> None:
         self.settings = settings
 
     def perplexity(self, model: Model, method: Method, rate: float, reconstruction: Reconstruction) -> Cell:
-        """The cell that measures the perplexity of a model; `dense` is at rate 0."""
+        """Return the cell that measures the perplexity of a model; `dense` has rate 0."""
         if method in SEARCHES:
             return self.search(model, method, rate, reconstruction)
         how, importance, sequential = [], "wanda-sp", False
@@ -85,7 +85,7 @@ class CellMaker:
         changes: Values | None = None,
         note: str = "",
     ) -> Cell:
-        """A search; `changes` are settings that differ from the method's, and `note` says what they are."""
+        """Return the cell of a search. `changes` override the method's settings, and `note` describes them."""
         chosen = self.settings.search_of(method)
         same = {**self._data(model, rate), "search.reconstruction": reconstruction}
         _refuse_others(f"searches.{method}", chosen.set, same)
@@ -93,7 +93,7 @@ class CellMaker:
         values = {**chosen.set, **same, **(changes or {})}
         if "api_key" in _names_in(values):
             raise SettingsError(
-                "give keys of LLM endpoints as api_key_file: what is run is written down with its settings"
+                "give keys of LLM endpoints as api_key_file: the settings of each run are written to files"
             )
         flags = [flag for name in sorted(values) for flag in ("--set", f"{name}={json.dumps(values[name])}")]
         settings, digest = _checked(chosen.config, tuple(flags[1::2]))
@@ -110,7 +110,7 @@ class CellMaker:
         )
 
     def accuracy(self, model: Model, method: Method, rate: float, reconstruction: Reconstruction) -> Cell | None:
-        """The cell of a model's zero-shot tasks, pruned in memory; None where none can be asked."""
+        """Return the zero-shot cell of a model pruned in memory; None if it has none."""
         if method in MASKED:
             return None
         if method in SEARCHES:
@@ -122,21 +122,21 @@ class CellMaker:
         return self._asked(model, method, rate, flags, (), _noted(reconstruction) if method != "dense" else "")
 
     def accuracy_of(self, model: Model, made_by: Cell) -> Cell | None:
-        """The same of what another cell has made: a search's best, or a fine-tuned folder."""
+        """Return the zero-shot cell of another cell's result: a search's best, or a fine-tuned folder."""
         flags = list(self._questions())
         if made_by.what == "run":
             flags += [*self._calibration(model), "--seed", str(self.settings.seed)]
         return self._asked(model, made_by.method, made_by.rate, flags, (made_by,), made_by.note)
 
     def exported(self, model: Model, rate: float) -> Cell:
-        """The best of Self-Pruner's search, written to a folder."""
+        """Return the cell that exports the best candidate of Self-Pruner's search."""
         search = self.search(model, "self-pruner", rate, self.settings.reconstruction[0])
         fitted = self.settings.reconstruction[0] == "least-squares"
         tokens = costs.evaluation_tokens(self.settings.texts, self._seqlen(model), rate, fitted=fitted)
         return self._of(search, "export", (), tokens)
 
     def finetuned(self, model: Model, rate: float) -> Cell:
-        """That folder after LoRA."""
+        """Return the cell that fine-tunes that export with LoRA."""
         chosen = self.settings.finetune
         given = {
             "--data": chosen.data,
@@ -153,19 +153,19 @@ class CellMaker:
         return self._of(self.exported(model, rate), "finetune", flags, tokens, "after LoRA")
 
     def measured_folder(self, model: Model, folder: Cell) -> Cell:
-        """The perplexity of a folder, on the same tokens as all others."""
+        """Return the cell that measures the perplexity of a folder, on the same tokens as all other cells."""
         tokens = costs.evaluation_tokens(self.settings.texts, self._seqlen(model), 0.0, fitted=False)
         return self._of(folder, "evaluate", (*self._texts(model), *self._numeric()), tokens * (1 - folder.rate))
 
     def speed(self, model: Model, rate: float) -> Cell:
-        """Tokens per second of that folder and of the dense model."""
+        """Return the cell that measures the tokens per second of that export and of the dense model."""
         own = self.settings.speed.flags
         is_said = any(flag.partition("=")[0] == "--dtype" for flag in own)
         flags = ("--baseline", model.name, *(() if is_said else ("--dtype", self.settings.dtype)), *own)
         cell = self._of(self.exported(model, rate), "speed", flags, costs.speed_tokens(rate, own))
         return cell.model_copy(update={"loads": costs.speed_loads(rate, own)})
 
-    def _of(self, made_by: Cell, what: What, flags: Iterable[str], tokens: float, note: str = "") -> Cell:
+    def _of(self, made_by: Cell, what: CellCommand, flags: Iterable[str], tokens: float, note: str = "") -> Cell:
         return Cell(
             what=what,
             model=made_by.model,
@@ -233,7 +233,7 @@ class CellMaker:
 
 
 def settings_of(cell: Cell) -> Settings:
-    """Of a search."""
+    """Return the settings of a search's cell."""
     assert cell.config is not None
     return _checked(cell.config, cell.flags[1::2])[0]
 
@@ -243,21 +243,21 @@ def _noted(reconstruction: Reconstruction) -> str:
 
 
 def _refuse_others(where: str, given: Values, same: Mapping[str, Any]) -> None:
-    """Raise SettingsError where `given` has what every search has of its own, or, unlike there, what is in `same`."""
+    """Raise SettingsError if `given` sets a search's name or folder, or a different value for a name in `same`."""
     for name, value in given.items():
         if "." not in name:
-            raise SettingsError(f"{where}: give {name!r} by dotted names, such as search.rounds")
+            raise SettingsError(f"{where}: give {name!r} as dotted names, such as search.rounds")
         if name in ("search.name", "run.folder"):
-            raise SettingsError(f"{name} is not for {where}: every search has a name and folder of its own")
+            raise SettingsError(f"{where} cannot set {name}: every search has its own name and folder")
         if name in same and same[name] != value:
             raise SettingsError(
-                f"{name} is not for {where}: models, rates, texts, reconstruction, dtype and seed are the same for "
-                "every method, and have settings of their own"
+                f"{where} cannot set {name}: models, rates, texts, reconstruction, dtype and seed are the same for "
+                "every method and have their own settings"
             )
 
 
 def _names_in(values: object) -> set[str]:
-    """All keys, however deep; of dotted names the last part."""
+    """Return all keys at any depth; of dotted names, the last part."""
     if isinstance(values, dict):
         return {str(name).rpartition(".")[2] for name in values}.union(*map(_names_in, values.values()))
     return set().union(*map(_names_in, values)) if isinstance(values, list) else set()
@@ -265,7 +265,7 @@ def _names_in(values: object) -> set[str]:
 
 @cache
 def _checked(config: Path, overrides: tuple[str, ...]) -> tuple[Settings, str]:
-    """The settings of a search, and a digest of what its file says, comments left out. Raises SettingsError."""
+    """Return the settings of a search, and a digest of its file without comments. Raises SettingsError."""
     settings = settings_of_search(config, overrides)
     said = json.dumps(yaml.safe_load((ROOT / config).read_text(encoding="utf-8")), sort_keys=True, default=str)
     return settings, hashlib.sha256(said.encode()).hexdigest()[:16]

@@ -1,13 +1,13 @@
-"""What of cells that are still to run is known to go wrong: told before the first, for hours may come between."""
+"""Checks that all missing cells can run, before the first one starts: it may take hours to reach a faulty one."""
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.paper.answers import What
+from benchmarks.paper.answers import CellCommand
+from benchmarks.paper.cell_maker import settings_of
 from benchmarks.paper.cells import Cell
 from benchmarks.paper.commands import command, parsed
-from benchmarks.paper.making import settings_of
 from daemon.commands.finetune import found_data
 from daemon.launch.llm import secrets_of
 from daemon.launch.run_here import check_here, needs_local_llm
@@ -18,18 +18,18 @@ from protocol.errors import DataError, SettingsError, UsageError
 from protocol.runtime.paths import expanded
 
 Given = Mapping[str, Any]
-"""What a command is given, by the names of its parameters."""
+"""The parameters of a command by name."""
 
 
-def check(cells: Iterable[Cell], out: Path) -> None:
-    """Raise SettingsError for a cell that would be refused, or lacks a package, a file or its LLM's key."""
+def check_cells(cells: Iterable[Cell], out: Path) -> None:
+    """Raise SettingsError for a cell with invalid flags, or without a package, a file or the LLM key that it needs."""
     for cell in cells:
         try:
             given = parsed(command(cell, out))
             need("torch", "worker")
             _CHECKED_BY[cell.what](cell, given)
         except UsageError as error:
-            raise SettingsError(f"{cell.words}: {error}") from error
+            raise SettingsError(f"{cell.description}: {error}") from error
 
 
 def _texts(_cell: Cell, given: Given) -> None:
@@ -49,7 +49,7 @@ def _search(cell: Cell, _given: Given) -> None:
 
 
 def _export(_cell: Cell, _given: Given) -> None:
-    """The search says all that it reads."""
+    """Nothing to check: all inputs come from the search."""
 
 
 def _zero_shot(_cell: Cell, given: Given) -> None:
@@ -71,7 +71,7 @@ def _speed(_cell: Cell, given: Given) -> None:
         raise SettingsError(f"--gguf-type {given['gguf_type']} is for the engine llama.cpp")
 
 
-_CHECKED_BY: dict[What, Callable[[Cell, Given], None]] = {
+_CHECKED_BY: dict[CellCommand, Callable[[Cell, Given], None]] = {
     "evaluate": _texts,
     "run": _search,
     "export": _export,

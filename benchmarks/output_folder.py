@@ -1,4 +1,4 @@
-"""Folders of results: one call at a time, and one sentence where they cannot be written."""
+"""Output folders of benchmarks: locked by one process at a time, with one-sentence errors if they cannot be written."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -9,16 +9,16 @@ from protocol.errors import SearchExistsError, SettingsError, UsageError
 
 
 def make_folder(out: Path) -> None:
-    """Make the folder `out`, unless it is there. Raises SettingsError where it cannot be."""
+    """Create the folder `out` if missing. Raises SettingsError if that fails."""
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise SettingsError(f"--out {out} cannot be made: {error.strerror}") from error
+        raise SettingsError(f"--out {out} cannot be created: {error.strerror}") from error
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Write the file `path`, or files in it, in the block. Raises UsageError where the disk is full, or the like."""
+def reporting_write_errors(path: Path) -> Iterator[None]:
+    """Turn an OSError of the block, which writes to `path`, into a UsageError."""
     try:
         yield
     except OSError as error:
@@ -26,10 +26,10 @@ def writing(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def the_only_one(out: Path, refusal: str) -> Iterator[None]:
-    """Hold `out`, which is made; the end of the process frees it.
+def lock_folder(out: Path, refusal: str) -> Iterator[None]:
+    """Create and lock the folder `out` for the block; the end of the process unlocks it.
 
-    Raises UsageError: with `refusal` where another process holds it, else where it cannot be made or written.
+    Raises UsageError: with `refusal` if another process holds the lock, or if `out` cannot be created or written.
     """
     make_folder(out)
     with ExitStack() as stack:
