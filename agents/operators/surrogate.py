@@ -35,7 +35,7 @@ is believed, as a share of the usual rise: standard deviations."""
 class Roughness:
     """How rough what is minimised is over the plans: standard deviations as shares of the usual rise, and lengths.
 
-    As they make the recorded outcomes of SmolLM2's searches likeliest (docs/results.md).
+    As they make the recorded outcomes of SmolLM2's searches likeliest (docs/lab-notes/surrogate.md).
     """
 
     slope: float
