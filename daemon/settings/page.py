@@ -1,4 +1,4 @@
-"""`python -m daemon.settings.page > docs/reference/configuration.md`: the reference of all settings, from the settings."""
+"""`python -m daemon.settings.page > docs/reference/configuration.md`: the reference of settings."""
 
 import sys
 from pathlib import Path
@@ -13,7 +13,7 @@ from daemon.settings.settings import Settings
 
 HEAD = """# Configuration
 
-<!-- Made by `python -m daemon.settings.page > docs/reference/configuration.md`; change daemon/settings/settings.py instead. -->
+<!-- Made by `python -m daemon.settings.page > docs/reference/configuration.md`; change daemon/settings/ instead. -->
 
 Every setting has one dotted name. It can be given in a YAML file (`selfpruner run FILE`), in the environment (upper
 case, `SELFPRUNER_SEARCH__NAME=first`) and on the command line (`--set search.name=first`); the later one wins. Lists

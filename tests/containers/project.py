@@ -1,4 +1,4 @@
-"""`docker compose` as docs/guides/many-machines.md tells people to use it: its section's lines, run in a copy of the repository."""
+"""The lines of the section "Docker Compose" of docs/guides/many-machines.md, run in a copy of the repository."""
 
 import json
 import os
