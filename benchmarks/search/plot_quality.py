@@ -1,4 +1,4 @@
-"""`python -m benchmarks.search.plot_quality`: draw docs/images/quality.svg from the table of docs/results/quality.md."""
+"""`python -m benchmarks.search.plot_quality`: draw docs/images/quality.svg from docs/results/quality.md."""
 
 from pathlib import Path
 
