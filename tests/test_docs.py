@@ -15,8 +15,8 @@ import yaml
 
 from daemon import cli_page
 from daemon.cli import app
-from daemon.settings.settings import Settings
-from daemon.settings.sources import load, setting_names
+from daemon.settings.settings import Settings, setting_names
+from daemon.settings.sources import load
 from protocol.queue.keys import Keys
 from tests.support.root import ROOT
 
