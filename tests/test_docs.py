@@ -13,6 +13,7 @@ import pytest
 import typer
 import yaml
 
+from benchmarks.search.plot_quality import DRAWN, read_table
 from daemon import cli_page
 from daemon.cli import app
 from daemon.settings.settings import Settings, setting_names
@@ -136,3 +137,13 @@ def test_the_page_of_redis_keys_names_every_key() -> None:
 
 def test_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 120
+
+
+def test_readme_has_the_figures_of_the_results() -> None:
+    results = read_table((DOCS / "results" / "quality.md").read_text())
+    assert set(DRAWN) <= set(results)
+    readme = re.sub(r"[*]", "", (ROOT / "README.md").read_text())
+    for name in DRAWN:
+        cells, *_ = re.findall(rf"^\| {name}[^|]*\| ([\d.| ]+) \|$", readme, re.MULTILINE)
+        shown = [float(cell) for cell in cells.split("|")]
+        assert shown == [float(f"{value:.3g}") for value in results[name]], name
