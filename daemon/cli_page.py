@@ -22,7 +22,7 @@ def page() -> str:
     """Return the whole page as Markdown."""
     callbacks = {command.callback.__name__: command.callback for command in app.registered_commands if command.callback}
     commands: dict[str, Any] = vars(typer.main.get_command(app))["commands"]
-    return "\n".join([HEAD, *(_section(name, commands[name], callbacks) for name in sorted(commands))])
+    return "\n".join([HEAD, *(_section(name, commands[name], callbacks) for name in commands)])
 
 
 def _section(name: str, command: Any, callbacks: dict[str, Callable[..., Any]]) -> str:

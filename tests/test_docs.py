@@ -116,6 +116,14 @@ def test_files_of_the_pages_exist() -> None:
             assert (ROOT / name).exists(), (page, name)
 
 
+def test_pages_that_files_refer_to_exist() -> None:
+    folders = ("agents", "benchmarks", "configs", "daemon", "docs", "gpu_worker", "prompts", "protocol", "tests")
+    for file in [*ROOT.glob("*.*"), *(path for folder in folders for path in (ROOT / folder).rglob("*.*"))]:
+        if file.suffix in (".py", ".yaml", ".yml", ".toml", ".md") and not file.is_relative_to(NOTES):
+            for name in re.findall(r"\bdocs/[\w./-]+\.md\b", file.read_text()):
+                assert (ROOT / name).is_file(), (file, name)
+
+
 def test_lines_of_prose_have_at_most_120_characters() -> None:
     for page in [ROOT / "README.md", *DOCS.rglob("*.md")]:
         text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
