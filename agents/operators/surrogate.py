@@ -38,7 +38,7 @@ class Kernel:
 
     Standard deviations are in units of the scale: the median rise of the measured candidates. Length scales are in
     removed parameters, as multiples of one decoder layer's. All maximise the likelihood of the recorded outcomes of
-    SmolLM2's searches (docs/results.md).
+    SmolLM2's searches (docs/lab-notes/surrogate.md).
     """
 
     slope_std: float

@@ -41,7 +41,7 @@ RedisUrl = Annotated[
     typer.Option(
         "--redis-url",
         envvar="SELFPRUNER_REDIS__URL",
-        help="Left out: the embedded server of the search. Its password may be in a file (docs/usage.md).",
+        help="Left out: the search's embedded server. Its password may be in a file (docs/guides/many-machines.md).",
         callback=_with_password,
     ),
 ]

@@ -1,4 +1,4 @@
-"""`python -m daemon.settings.page > docs/configuration.md`: the reference of all settings, from the settings."""
+"""`python -m daemon.settings.page > docs/reference/configuration.md`: the reference of settings."""
 
 import sys
 from pathlib import Path
@@ -13,13 +13,13 @@ from daemon.settings.settings import Settings
 
 HEAD = """# Configuration
 
-<!-- Made by `python -m daemon.settings.page > docs/configuration.md`; change daemon/settings/settings.py instead. -->
+<!-- Made by `python -m daemon.settings.page > docs/reference/configuration.md`; change daemon/settings/ instead. -->
 
 Every setting has one dotted name. It can be given in a YAML file (`selfpruner run FILE`), in the environment (upper
 case, `SELFPRUNER_SEARCH__NAME=first`) and on the command line (`--set search.name=first`); the later one wins. Lists
 are JSON in the environment and YAML after `--set`. An unknown name is an error that names the nearest right one.
 
-[`configs/`](../configs) has files to start from: `quickstart.yaml` (what `selfpruner run` does without a file),
+The folder `configs/` has files to start from: `quickstart.yaml` (what `selfpruner run` does without a file),
 `paper.yaml` (the paper's search), `best.yaml` (the best that we know), `local-llm.yaml` (an LLM server of your own) and
 `docker.yaml` (Docker Compose).
 """

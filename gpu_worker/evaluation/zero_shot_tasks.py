@@ -208,7 +208,7 @@ def _cannot_load(source: _Source, offline: bool, error: Exception) -> str:
     if source.local:
         return f"the task {source.harness_name!r} of {source.file} cannot be loaded ({reason(error)})"
     if offline:
-        advice = "give --tasks-dir, a folder with tasks of local files (docs/usage.md)"
+        advice = "give --tasks-dir, a folder with tasks of local files (docs/guides/evaluate.md)"
         if source.beside:
             advice = f"the folder of --tasks-dir has no such task, but {', '.join(source.beside)}"
         return (

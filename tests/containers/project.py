@@ -1,4 +1,4 @@
-"""`docker compose` as documented in docs/usage.md: the lines of its section, run in a copy of the repository."""
+"""The lines of the section "Docker Compose" of docs/guides/many-machines.md, run in a copy of the repository."""
 
 import json
 import os
@@ -28,8 +28,8 @@ BASE_IMAGES = re.findall(r"^FROM (\S+:\S+) AS", (ROOT / "Dockerfile").read_text(
 
 def documented_lines() -> list[str]:
     """The lines of all code blocks of the section, without comments."""
-    usage = (ROOT / "docs" / "usage.md").read_text()
-    (section,) = re.findall(r"^## Docker Compose$(.*?)^## ", usage, re.MULTILINE | re.DOTALL)
+    usage = (ROOT / "docs" / "guides" / "many-machines.md").read_text()
+    (section,) = re.findall(r"^## Docker Compose$(.*?)(?:^## |\Z)", usage, re.MULTILINE | re.DOTALL)
     blocks = re.findall(r"^```sh\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
     return [re.sub(r"\s+# .*$", "", line) for block in blocks for line in block.splitlines()]
 

@@ -1,4 +1,4 @@
-"""A whole search under Docker Compose: started, controlled, killed, stopped, scaled and copied as in docs/usage.md.
+"""A whole search under Docker Compose: started, steered, killed, stopped, scaled and copied out as documented.
 
 The tests build on each other and run in this order; the first failure leaves the others nothing to check.
 """

@@ -127,7 +127,7 @@ def test_docker_compose_fills_in_variables_as_these_tests_do(environment: dict[s
 def test_the_lines_that_make_the_secrets_leave_files_that_containers_read_and_their_owner_writes(
     tmp_path: Path,
 ) -> None:
-    usage = (ROOT / "docs" / "usage.md").read_text()
+    usage = (ROOT / "docs" / "guides" / "many-machines.md").read_text()
     (lines,) = re.findall(r"```sh\n(install -d -m 700 secrets.*?)```", usage, re.DOTALL)
     head = re.findall(r"^#   (.*)$", (ROOT / "docker-compose.yml").read_text(), re.MULTILINE)
     assert lines.splitlines() == head
@@ -240,7 +240,7 @@ def up(deployment: Deployment, workers: int) -> None:
 
 def redis_cli(deployment: Deployment, command: str) -> str:
     """The line that the documentation gives, with another command."""
-    usage = (ROOT / "docs" / "usage.md").read_text()
+    usage = (ROOT / "docs" / "guides" / "many-machines.md").read_text()
     (line,) = re.findall(r"docker compose exec redis sh -c '(.*) SET selfpruner:docker:control pause'", usage)
     return deployment.execute("redis", "sh", "-c", f"{line} -p {deployment.ports['redis:6379']} {command}")
 
@@ -300,7 +300,7 @@ async def test_the_services_run_a_search_scale_to_three_workers_stop_in_order_an
 
 async def over_http(deployment: Deployment, token: str) -> int:
     """The answer's status where the documentation's line asks."""
-    usage = (ROOT / "docs" / "usage.md").read_text()
+    usage = (ROOT / "docs" / "guides" / "many-machines.md").read_text()
     (path,) = set(re.findall(r"^curl -H .* http://127.0.0.1:8090(/\S+)$", usage, re.MULTILINE))
     url = f"http://127.0.0.1:{deployment.ports['daemon:8090']}{path}"
     async with (
@@ -316,7 +316,7 @@ def check_the_daemon_stays(deployment: Deployment) -> None:
     daemon = next(c for c in reversed(deployment.containers) if c.service == "daemon")
     assert daemon.process.poll() is None
     assert json.loads(daemon.stdout.splitlines()[-1])["event"] == "stays"
-    usage = (ROOT / "docs" / "usage.md").read_text()
+    usage = (ROOT / "docs" / "guides" / "many-machines.md").read_text()
     (line,) = re.findall(r"^docker compose run --rm daemon (best .*?)\s+#", usage, re.MULTILINE)
     flags = line.replace("docker", "tiny").split()
     best = json.loads(deployment.execute("daemon", "selfpruner", *flags, "--json"))

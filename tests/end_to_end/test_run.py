@@ -289,10 +289,10 @@ async def test_a_running_search_is_watched_paused_resumed_and_stopped_from_anoth
 
 
 def the_line_that_pauses_by_hand(search: str) -> list[str]:
-    """As the README has it for the quickstart."""
-    readme = (ROOT / "README.md").read_text()
-    (line,) = re.findall(r"^(redis-cli -s .*? pause)\s+#", readme, re.MULTILINE)
-    return str(line).replace("quickstart", search).split()
+    """As the guide to long searches has it."""
+    guide = (ROOT / "docs" / "guides" / "long-searches.md").read_text()
+    (line,) = re.findall(r"^(redis-cli -s .*? pause)\s+#", guide, re.MULTILINE)
+    return str(line).replace("NAME", search).split()
 
 
 @pytest.mark.parametrize("depth", [0, 120])

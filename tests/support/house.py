@@ -61,7 +61,7 @@ def layout() -> str:
         "# Layout",
         "",
         "Every wing and file with the sentence that it begins with. This page is generated: see tests/test_house.py.",
-        "[Architecture](architecture.md) says which wing imports which.",
+        "[Architecture](../how-it-works/architecture.md) says which wing imports which.",
     ]
     for package in (*PACKAGES, "benchmarks"):
         folder = ""

@@ -1,4 +1,4 @@
-"""docs/events.md names every event that the code logs, with its fields and its level, and no other."""
+"""docs/reference/events.md names every event that the code logs, with its fields and its level, and no other."""
 
 import ast
 import re
@@ -51,7 +51,9 @@ def _event(call: ast.Call) -> Event | None:
 @cache
 def described() -> dict[str, Event]:
     """The rows of the table."""
-    rows = re.findall(r"^\| `(\w+)` \| (\w+) \| .* \| (.*)\|$", (ROOT / "docs" / "events.md").read_text(), re.MULTILINE)
+    rows = re.findall(
+        r"^\| `(\w+)` \| (\w+) \| .* \| (.*)\|$", (ROOT / "docs" / "reference" / "events.md").read_text(), re.MULTILINE
+    )
     return {name: Event(name, level, frozenset(re.findall(r"`(\w+)`", fields))) for name, level, fields in rows}
 
 

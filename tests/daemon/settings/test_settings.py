@@ -253,7 +253,7 @@ def test_every_shipped_config_loads() -> None:
 
 
 def test_the_page_of_all_settings_is_up_to_date() -> None:
-    described = Path("docs/configuration.md").read_text()
+    described = Path("docs/reference/configuration.md").read_text()
     assert described == page()
     missing = [name for name in setting_names() if f"`{name}`" not in described]
     assert not missing
