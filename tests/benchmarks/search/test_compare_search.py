@@ -109,7 +109,7 @@ def test_figures_of_other_searches_are_not_joined(tmp_path: Path, capsys: pytest
         (("--fitness", "/nosuch.txt"), "there is no text file '/nosuch.txt'"),
         (("--report", "/nosuch.txt"), "there is no text file '/nosuch.txt'"),
         (("--methods", "random", "evolution-multi", "--windows", "2"), "search.first_windows (2) must be fewer"),
-        (("--methods", "llm", "--llm-url", "ftp://x:secret@y"), "it is no URL such as http://"),
+        (("--methods", "llm", "--llm-url", "ftp://x:secret@y"), "it is not a URL such as http://"),
         (("--methods", "llm", "--gguf", "/nosuch.gguf"), "there is no GGUF file '/nosuch.gguf'"),
         (("--json", "no/such/folder/figures.json"), "there is no folder 'no/such/folder'"),
         (("--methods", "random", "--out", "list.json"), "--out list.json cannot be made"),
