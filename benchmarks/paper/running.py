@@ -44,7 +44,7 @@ class SubprocessRunner:
 
     def run(self, arguments: Sequence[str], log: Path) -> dict[str, Any] | Failure:
         """See Runner."""
-        leash = [sys.executable, "-m", "daemon.local.leash", str(os.getpid())]
+        prefix = [sys.executable, "-m", "daemon.local.end_with_parent", str(os.getpid())]
         with writing(log):
             log.parent.mkdir(parents=True, exist_ok=True)
             log.touch()
@@ -52,7 +52,7 @@ class SubprocessRunner:
             start = errors.tell()
             # A group of its own: Ctrl-C is for this process, which then says it once to the command.
             child = subprocess.Popen(
-                [*leash, sys.executable, "-m", "daemon", *arguments],
+                [*prefix, sys.executable, "-m", "daemon", *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=errors,

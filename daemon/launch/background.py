@@ -43,7 +43,7 @@ async def watch_workers(store: SearchStore, ours_have_ended: Callable[[], bool])
         await asyncio.sleep(0.5)
 
 
-async def repair_for_ever(store: SearchStore, queue: CandidateQueue, history: Callable[[], History]) -> None:
+async def repair_forever(store: SearchStore, queue: CandidateQueue, history: Callable[[], History]) -> None:
     """Put candidates of `history` back whose jobs were lost: a trimmed stream, a server's last second."""
     while True:
         await asyncio.sleep(REPAIR_SECONDS)

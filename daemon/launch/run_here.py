@@ -10,7 +10,7 @@ from rich.console import Console
 from daemon.http_api.token import Access, open_access
 from daemon.launch.launch import Launch
 from daemon.launch.llm import secrets_of
-from daemon.local.held_folder import HeldFolder, only_one
+from daemon.local.folder_lock import FolderLock, lock_folder
 from daemon.local.llm_server import find_gguf
 from daemon.local.services import local_llm, workers
 from daemon.local.valkey import embedded_server
@@ -30,7 +30,7 @@ def run_here(settings: Settings) -> tuple[Summary | None, signal.Signals | None]
     Raises UsageError for settings that cannot be, before anything is started.
     """
     check_here(settings)
-    with only_one(settings.folder) as held:
+    with lock_folder(settings.folder) as held:
         access = configure_logs(settings, "stderr")
         display = Display(Console(stderr=True)) if sys.stderr.isatty() else None
         return run_until_signal(_run_embedded(settings, access, display, held))
@@ -71,7 +71,7 @@ def announce(access: Access | None, url: str) -> None:
 
 
 async def _run_embedded(
-    settings: Settings, access: Access | None, display: Display | None, held: HeldFolder
+    settings: Settings, access: Access | None, display: Display | None, held: FolderLock
 ) -> Summary | None:
     """The whole of `selfpruner run`: what is started first ends last."""
     async with AsyncExitStack() as stack:
@@ -91,7 +91,7 @@ async def _run_embedded(
             access=access,
             announce=partial(announce, access),
             display=display,
-            more_duties=(held.keep_for_ever,),
+            more_duties=(held.keep_forever,),
         )
         return await launch.run()
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from agents.llm.chat import Chat
 
 
-class Meter:
+class UsageTracker:
     """Counts, and makes durable what it counts; the `counters` may be shown meanwhile."""
 
     def __init__(self, store: SearchStore) -> None:
@@ -45,10 +45,10 @@ class Meter:
         return self._seconds_before + time.monotonic() - self._since
 
     def asked(self) -> None:
-        """The LLM was asked, and `count_for_ever` counts at once."""
+        """The LLM was asked, and `save_forever` counts at once."""
         self._asked.set()
 
-    async def count_for_ever(self) -> None:
+    async def save_forever(self) -> None:
         """Make durable what is spent, at once when the LLM was asked: a crash must not make a budget larger."""
         while True:
             with contextlib.suppress(TimeoutError):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import structlog
 
-from daemon.local.children import Child, survived
+from daemon.local.children import Child, log_if_it_dies
 from daemon.local.services import _missing
 from protocol.errors import SelfPrunerError, UsageError
 from protocol.queue.connection import AWAY, connect
@@ -81,7 +81,7 @@ async def embedded_server(folder: Path) -> AsyncIterator[str]:
     try:
         _link_for_people(folder, path)
         await _wait_until_it_answers(server, url, data)
-        watch = asyncio.create_task(survived("server_watch_died", _ServerFiles(folder).keep_for_ever(server)))
+        watch = asyncio.create_task(log_if_it_dies("server_watch_died", _ServerFiles(folder).keep_forever(server)))
         yield url
     finally:
         if watch:
@@ -99,7 +99,7 @@ class _ServerFiles:
         self._socket, self._data = socket_path(folder), _data_folder(folder)
         self._inode = self._data.stat().st_ino
 
-    async def keep_for_ever(self, server: Child) -> None:
+    async def keep_forever(self, server: Child) -> None:
         """Start the server again whenever others have removed one of them, so that it makes them anew."""
         gone = 0
         while True:

@@ -17,7 +17,7 @@ class StopRequested(SelfPrunerError):  # noqa: N818
     """Somebody commanded `stop`."""
 
 
-class Pausing:
+class ControlWatcher:
     """Follows the control key of a search."""
 
     def __init__(self, control: Control) -> None:

@@ -1,4 +1,4 @@
-"""Trouble with a folder: it cannot be written (its disk is full), or others have changed what is in it."""
+"""FolderErrors with a folder: it cannot be written (its disk is full), or others have changed what is in it."""
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -10,7 +10,7 @@ import structlog
 log = structlog.get_logger()
 
 
-class Trouble:
+class FolderErrors:
     """Which files of a folder are not as they should be. It is logged once when that begins, and when it ends.
 
     For all threads.

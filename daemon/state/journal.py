@@ -17,7 +17,7 @@ from typing import Any
 import structlog
 
 from agents.population.population import Evaluation, Population
-from daemon.state.folder_errors import Trouble
+from daemon.state.folder_errors import FolderErrors
 from daemon.state.transcript import TranscriptFile
 from protocol.errors import UsageError
 from protocol.plans.candidate import Candidate, Measured, Stopped
@@ -45,20 +45,20 @@ class Journal:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.trouble = Trouble(folder)
+        self.folder_errors = FolderErrors(folder)
         self._disk = ThreadPoolExecutor(1, "journal")
         self._written: Future[None] | None = None
         self._kept: dict[str, Document] = {}
         self._copy: _Copy | None = None
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._transcript = TranscriptFile(self.transcript_path, self.trouble)
+            self._transcript = TranscriptFile(self.transcript_path, self.folder_errors)
         except OSError as error:
             raise UsageError(f"run.folder cannot be written: {error}") from error
 
     def begin(self, search: str, spec: SearchSpec, profile: ModelProfile, evaluations: Population) -> None:
         """Write the spec, the model profile, all evaluations so far, and their best."""
-        self._copy = _Copy(self.folder, self.trouble, search, spec, profile)
+        self._copy = _Copy(self.folder, self.folder_errors, search, spec, profile)
         self._copy.evaluations += evaluations
         self._copy.best = evaluations.best()
         self._write_copy()
@@ -77,17 +77,17 @@ class Journal:
 
     def write(self, name: str, record: Mapping[str, Any]) -> None:
         """Replace the file `name` by `record`."""
-        with self.trouble.writing(name):
+        with self.folder_errors.writing(name):
             write_json(self.folder / name, record)
 
     def keep(self, name: str, text: str, *, mode: int) -> None:
         """Write the file `name` again, with these permissions, whenever others have removed or changed it."""
         self._kept[name] = document = Document(self.folder / name, durable=False, mode=mode)
-        self.trouble.watch(name, lambda: document.is_gone)
-        with self.trouble.writing(name):
+        self.folder_errors.watch(name, lambda: document.is_gone)
+        with self.folder_errors.writing(name):
             document.write(text)
 
-    async def keep_for_ever(self) -> None:
+    async def keep_forever(self) -> None:
         """Write, now and then, what could not be written, and what others have removed or changed."""
         while True:
             await asyncio.sleep(RETRY_SECONDS)
@@ -112,7 +112,7 @@ class Journal:
             number += 1
         try:
             self.transcript_path.rename(aside)
-            self._transcript = TranscriptFile(self.transcript_path, self.trouble)
+            self._transcript = TranscriptFile(self.transcript_path, self.folder_errors)
         except OSError as error:
             raise UsageError(f"run.folder cannot be written: {error}") from error
 
@@ -123,7 +123,7 @@ class Journal:
         self._transcript.close()
         if self._copy:
             self._copy.close()
-        if files := self.trouble.files:
+        if files := self.folder_errors.files:
             log.error("folder_incomplete", folder=str(self.folder), files=files)
 
     def _write_copy(self) -> None:
@@ -133,8 +133,8 @@ class Journal:
     def _write_kept(self) -> None:
         for name, document in self._kept.items():
             if document.is_changed:
-                self.trouble.changed([name])
-                with self.trouble.writing(name):
+                self.folder_errors.changed([name])
+                with self.folder_errors.writing(name):
                     document.write_again()
 
 
@@ -149,10 +149,12 @@ def _told(write: Callable[[], None]) -> None:
 class _Copy:
     """The evaluations, their best, spec and profile; `write` brings the files up to them."""
 
-    def __init__(self, folder: Path, trouble: Trouble, search: str, spec: SearchSpec, profile: ModelProfile) -> None:
+    def __init__(
+        self, folder: Path, folder_errors: FolderErrors, search: str, spec: SearchSpec, profile: ModelProfile
+    ) -> None:
         self.evaluations: list[Evaluation] = []
         self.best: Evaluation | None = None
-        self._folder, self._trouble = folder, trouble
+        self._folder, self._folder_errors = folder, folder_errors
         self._search, self._spec, self._shape = search, spec, profile.shape
         self._unwritten: dict[str, dict[str, Any]] = {
             SPEC: {"search": search, "fingerprint": spec.fingerprint, **spec.model_dump()},
@@ -163,26 +165,26 @@ class _Copy:
         self._written = 0
         self._known_best: Evaluation | None = None
         for name, document in self._documents.items():
-            trouble.watch(name, lambda document=document: document.is_gone)  # type: ignore[misc]
-        trouble.watch(EVALUATIONS, lambda: self._lines is not None and self._lines.is_gone)
+            folder_errors.watch(name, lambda document=document: document.is_gone)  # type: ignore[misc]
+        folder_errors.watch(EVALUATIONS, lambda: self._lines is not None and self._lines.is_gone)
 
     def write(self) -> None:
         """Write what is new, and anew what others have changed. In a thread; the evaluations grow meanwhile."""
         changed = self._changed()
         if changed:
-            self._trouble.changed(changed)
+            self._folder_errors.changed(changed)
         best = self.best
         if best is not None and best is not self._known_best:
             self._unwritten[BEST] = best_record(self._search, self._spec, self._shape, best)
             self._known_best = best
         for name, document in self._documents.items():
-            with self._trouble.writing(name):
+            with self._folder_errors.writing(name):
                 if record := self._unwritten.get(name):
                     document.write(json_text(record))
                     del self._unwritten[name]
                 elif name in changed:
                     document.write_again()
-        with self._trouble.writing(EVALUATIONS):
+        with self._folder_errors.writing(EVALUATIONS):
             self._write_evaluations()
 
     def close(self) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import structlog
 
-from daemon.state.folder_errors import Trouble
+from daemon.state.folder_errors import FolderErrors
 from protocol.runtime.files import Lines
 
 KEPT = 64_000_000
@@ -17,10 +17,10 @@ log = structlog.get_logger()
 class TranscriptFile:
     """Appends to the transcript; lines that find no room wait in memory, the newest of them."""
 
-    def __init__(self, path: Path, trouble: Trouble) -> None:
-        self._trouble, self._name = trouble, path.name
+    def __init__(self, path: Path, folder_errors: FolderErrors) -> None:
+        self._folder_errors, self._name = folder_errors, path.name
         self._lines = Lines(path)
-        trouble.watch(self._name, lambda: self._lines.is_gone)
+        folder_errors.watch(self._name, lambda: self._lines.is_gone)
         self._waiting: deque[str] = deque()
         self._size = 0
         self._dropped = 0
@@ -40,9 +40,9 @@ class TranscriptFile:
         A file that others have removed is there again, with what it held if that is not long; what they have cut off is
         lost.
         """
-        with self._trouble.writing(self._name):
+        with self._folder_errors.writing(self._name):
             if self._lines.is_changed:
-                self._trouble.changed([self._name])
+                self._folder_errors.changed([self._name])
                 if self._lines.restore() and self._lines.lost:
                     log.warning("transcript_begun_anew", file=self._name)
             while self._waiting:

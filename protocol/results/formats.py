@@ -34,7 +34,7 @@ def gguf_type_of(formats: Formats, given: GgufType | None) -> GgufType:
     """How a GGUF file among `formats` is stored. Raises SettingsError where a type is given and no such file made."""
     if given is not None and "gguf" not in formats:
         raise SettingsError(
-            f"--gguf-type {given} is not read here: {' and '.join(formats)} has no GGUF file; add --format gguf"
+            f"--gguf-type {given} has no effect here: {' and '.join(formats)} has no GGUF file; add --format gguf"
         )
     return given or "f16"
 

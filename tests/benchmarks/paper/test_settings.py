@@ -203,7 +203,7 @@ def test_what_a_cell_lacks_is_told_before_the_first_cell(
     package: str | None,
     sentence: str,
 ) -> None:
-    for module in ("daemon.commands.output", "gpu_worker.speed.engines"):
+    for module in ("daemon.settings.packages", "gpu_worker.speed.engines"):
         monkeypatch.setattr(f"{module}.find_spec", lambda name: None if name == package else name)
     runner = ScriptedRunner()
     assert make(tmp_path, EVERY_KIND | settings, runner) == 2
@@ -214,7 +214,7 @@ def test_what_a_cell_lacks_is_told_before_the_first_cell(
 
 def test_what_a_measured_cell_would_lack_is_not_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert make(tmp_path, EVERY_KIND, ScriptedRunner()) == 0
-    monkeypatch.setattr("daemon.commands.output.find_spec", lambda name: None)
+    monkeypatch.setattr("daemon.settings.packages.find_spec", lambda name: None)
     runner = ScriptedRunner()
     assert make(tmp_path, EVERY_KIND, runner) == 0 and not runner.asked
 

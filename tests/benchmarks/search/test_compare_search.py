@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.search import compare_search
 from benchmarks.search.searches import RESULT, BestSoFar, SearchResult, keep_result, result_before
-from daemon.local.held_folder import only_one
+from daemon.local.folder_lock import lock_folder
 from protocol.errors import SearchExistsError
 
 pytest.importorskip("matplotlib")
@@ -135,7 +135,7 @@ def test_what_cannot_be_is_said_in_a_sentence_before_anything_is_loaded(
 
 
 def test_two_calls_in_one_folder_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with only_one(tmp_path):
+    with lock_folder(tmp_path):
         assert compare_search.main(["--methods", "random", "--out", str(tmp_path)]) == 2
     assert f"the comparison in {tmp_path} is being made by another process" in capsys.readouterr().err
     assert not (tmp_path / "server").exists()

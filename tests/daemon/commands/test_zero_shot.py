@@ -52,9 +52,9 @@ def tasks(tmp_path: Path) -> Path:
         (["--batch-size", "0"], "--batch-size"),
         (["--rate", "0.3"], "either --rates FILE or --allocate"),
         (["--allocate", "owl"], "--allocate needs --rate"),
-        (["--calibration-data", "self", "--seqlen", "64"], "--seqlen is not read here: the model is asked as it is"),
-        (["--importance", "taylor"], "--importance is not read here"),
-        (["--seed", "3"], "--seed is not read here"),
+        (["--calibration-data", "self", "--seqlen", "64"], "--seqlen has no effect here: the model is evaluated as is"),
+        (["--importance", "taylor"], "--importance has no effect here"),
+        (["--seed", "3"], "--seed has no effect here"),
         (["--rates", "nowhere.json"], "the rates file 'nowhere.json' cannot be read"),
         (["--tasks-dir", "/nowhere/tasks"], "there is no folder '/nowhere/tasks' with tasks"),
     ],
@@ -90,7 +90,7 @@ def test_a_package_that_is_missing_comes_with_the_line_that_installs_it(
     tasks: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, package: str, extra: str
 ) -> None:
     find: Any = importlib.util.find_spec
-    monkeypatch.setattr("daemon.commands.output.find_spec", lambda name: None if name == package else find(name))
+    monkeypatch.setattr("daemon.settings.packages.find_spec", lambda name: None if name == package else find(name))
     told = sentence(capsys, "--tasks-dir", str(tasks))
     assert f"this needs the package {package}: pip install 'self-pruner[{extra}]'" in told
 

@@ -27,7 +27,7 @@ def stay_after_end(settings: Settings, access: Access | None) -> None:
     run_until_signal(_answer(settings, access))
 
 
-def stay_to_be_mended(error: SelfPrunerError, *, at_most: float | None = None) -> None:
+def stay_after_error(error: SelfPrunerError, *, at_most: float | None = None) -> None:
     """Do nothing until a signal, or for `at_most` seconds where the cause may pass by itself.
 
     Nothing is served: a health check fails, and so shows that somebody must look.
