@@ -1,4 +1,4 @@
-"""What Prometheus is told: the figures of the last look at the search, and how long the LLM took."""
+"""Prometheus metrics: figures of the last observation, and the LLM's latency."""
 
 from collections.abc import Iterable, Mapping
 from typing import get_args
@@ -16,7 +16,7 @@ _SECONDS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250)
 
 
 class Metrics(Collector):
-    """The metrics of one search. Counters of candidates go on over restarts; those of endpoints begin anew."""
+    """The metrics of one search. Candidate counters survive restarts; endpoint counters start at zero."""
 
     def __init__(self, observer: Observer) -> None:
         self._observer = observer
@@ -33,21 +33,21 @@ class Metrics(Collector):
         self.event_streams = 0
 
     def observe(self, record: Mapping[str, object]) -> None:
-        """Take one line of the LLM's transcript; how long a question took that was not answered is no answer's time."""
+        """Record the latency in one line of the transcript, unless the question got no answer."""
         seconds, endpoint = record.get("seconds"), record.get("endpoint")
         if record.get("text") is not None and isinstance(seconds, int | float) and isinstance(endpoint, str):
             self._latency.labels(endpoint).observe(seconds)
 
     def page(self) -> bytes:
-        """The text that Prometheus reads."""
+        """Return the text that Prometheus reads."""
         return generate_latest(self._registry)
 
     def describe(self) -> Iterable[Metric]:
-        """Nothing: the registry need not ask for names before there is a search."""
+        """Return nothing, so that the registry does not collect at registration."""
         return ()
 
     def collect(self) -> Iterable[Metric]:
-        """The families of the last look."""
+        """Yield the metrics of the last observation."""
         yield _gauge("event_streams", "Clients that follow /api/events.", self.event_streams)
         heartbeat = self._observer.heartbeat
         yield _gauge(
@@ -136,7 +136,7 @@ def _figures(status: Status) -> Iterable[Metric]:
 
 
 def _gauge(name: str, says: str, value: float | None) -> Metric:
-    """A gauge without labels; it has no sample where there is no value."""
+    """Return a gauge without labels; without a value it has no sample."""
     family = GaugeMetricFamily(f"selfpruner_{name}", says)
     if value is not None:
         family.add_metric([], float(value))

@@ -1,4 +1,4 @@
-"""Puts a search together from its settings and runs it: in charge, profile, endpoint, agents, search, summary."""
+"""Assembles a search from its settings and runs it: take charge, profile, endpoint, agents, search, summary."""
 
 import asyncio
 import contextlib
@@ -48,10 +48,11 @@ log = structlog.get_logger()
 
 
 class Launch:
-    """One process's work on a search. `embedded`: it also started the workers, and the server where none is set.
+    """One process's work on a search.
 
-    `workers_are_unusable` says whether all workers that it started have ended because they cannot work.
-    With `access` it serves the HTTP API, whose URL `announce` is told. `more_duties` are done beside the search.
+    `embedded`: this process also started the workers, and the server if redis.url is not set. `workers_are_unusable`
+    says whether all of these workers have exited because they cannot work. With `access`, the HTTP API is served, and
+    `announce` gets its URL. `more_duties` run beside the search.
     """
 
     def __init__(
@@ -89,9 +90,9 @@ class Launch:
         self._search: Search | None = None
 
     async def run(self) -> Summary | None:
-        """Run the search to its end, or until it is stopped or cancelled: the summary then says so.
+        """Run the search until it ends, is stopped or cancelled. Return its summary, which says whether it finished.
 
-        None when it ended before the model profile was there.
+        Return None if it ended before there was a model profile.
         """
         finished = False
         try:
@@ -123,7 +124,7 @@ class Launch:
     async def _work(self, group: asyncio.TaskGroup) -> bool:
         async with AsyncExitStack() as stack:
             await self._serve(stack)
-            # Here, for a cold disk may take longer than a daemon in charge may be silent.
+            # Imported here: with a cold disk it may take longer than a daemon in charge may be silent.
             await asyncio.to_thread(importlib.import_module, "agents.llm.chat")
             queue = await self._take_charge(stack)
             alive = group.create_task(
@@ -145,7 +146,7 @@ class Launch:
             check_lists(self._settings, chat.contexts, units)
             duties.append(group.create_task(repair_forever(self._store, queue, lambda: self._memory(history).history)))
             asks = await asyncio.to_thread(self._asks, chat, history)
-            # In a thread, for a long history takes a second. All that asks of the search meanwhile finds none yet.
+            # In a thread, because a long history takes a second. Until then self._search is None.
             search = await asyncio.to_thread(self._make_search, profile, asks, queue, history)
             await self._wait_for_llm(search, chat, is_new=is_new)
             if is_new:
@@ -156,7 +157,7 @@ class Launch:
         return True
 
     async def _take_charge(self, stack: AsyncExitStack) -> CandidateQueue:
-        # With a server of our own (and its folder locked) no other daemon can be alive.
+        # With an embedded server (and its folder locked) no other daemon can be alive.
         queue = await self._store.take_charge(previous_is_dead=self._own_server)
         if self._display:
             await stack.enter_async_context(self._display.following(self._store))
@@ -164,7 +165,7 @@ class Launch:
         return queue
 
     def _duties(self, queue: CandidateQueue, history: History) -> list[Coroutine[Any, Any, None]]:
-        """What is done beside the search from the first moment in charge."""
+        """Return the tasks that run beside the search from the moment it is in charge."""
         return [
             self._store.stay_in_charge(queue, lambda: self._memory(history)),
             self._control.watch(),
@@ -208,31 +209,31 @@ class Launch:
             )
 
     async def _search_to_its_end(self, search: Search) -> None:
-        """Whatever ends it, what it used and how far it came is told."""
+        """Run the search; save its usage and publish its status however it ends."""
         try:
             await search.run(rounds_of(self._settings.search))
             self._observer.finished = True
         finally:
-            with contextlib.suppress(TimeoutError):  # the end must not wait for a server that is away
+            with contextlib.suppress(TimeoutError):  # do not wait for a server that is away
                 async with asyncio.timeout(2):
-                    await self._usage.count()
+                    await self._usage.save()
                     await self._observer.look()
 
     async def _serve(self, stack: AsyncExitStack) -> None:
-        """Serve the HTTP API until the stack is closed; UsageError where it cannot listen."""
+        """Serve the HTTP API until the stack is closed. Raises UsageError if it cannot listen."""
         if self._api is None:
             return
         try:
             self._announce(await stack.enter_async_context(self._api.serving()))
         except CannotListen:
-            # Where it is this very search's daemon that listens there, that is what must be said.
+            # If the same search's daemon listens there, report that instead.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(5):
                     await self._store.wait_for_silence()
             raise
 
     async def _recovered(self, queue: CandidateQueue, history: History) -> History:
-        """The search's history; what the server has lost of it comes back from the folder's copy."""
+        """Return the search's history, after restoring from the folder's copy what the server has lost."""
         folder = self._settings.folder
         known = await asyncio.to_thread(recovered, folder, self._spec, history)
         if known is None and not history.damaged:
@@ -244,11 +245,11 @@ class Launch:
             memory, from_ = Memory(known, None, commanded(folder)), EVALUATIONS
         await self._store.count_anew(memory.history.counters)
         await self._store.restore(queue, lambda: memory, from_=from_)
-        await self._control.begin()  # for the command may have come back too
+        await self._control.begin()  # the command may have been restored too
         return await self._store.history()
 
     def _memory(self, history: History) -> Memory:
-        """What this process knows of the search; `history` is what it found at its start."""
+        """Return all that this process knows about the search; `history` is from its start."""
         if self._search is None:
             return Memory(history, None, self._control.command)
         outcomes = {e.candidate.id: e.outcome for e in self._search.state.population}
@@ -260,9 +261,9 @@ class Launch:
         return make_chat(self._settings.llm, self._endpoints, gate=gate, record=self._record, spent=spent)
 
     def _asks(self, chat: "Chat", history: History) -> Asks:
-        """What the agents ask: a transcript to be replayed; else `chat`, about what no killed process asked already.
+        """Return what the agents ask: the replayed transcript, or `chat`, with earlier answers from the transcript.
 
-        Reads the transcript, which may be long: in a thread.
+        Call it in a thread, because the transcript may be long.
         """
         if self._replay:
             return self._replay
@@ -270,7 +271,7 @@ class Launch:
 
     def _record(self, record: dict[str, object]) -> None:
         self._journal.transcript(record)
-        self._usage.asked()
+        self._usage.request_made()
         if self._api:
             self._api.metrics.observe(record)
 

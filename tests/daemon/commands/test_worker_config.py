@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-import gpu_worker.worker.worker
 from daemon.cli import main
 from gpu_worker.worker.worker import WorkerOptions
 from protocol.errors import UsageError
