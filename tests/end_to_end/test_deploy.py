@@ -38,7 +38,7 @@ def used_commands() -> set[str]:
     scripts = [path.read_text() for path in (ROOT / "protocol" / "lua").glob("*.lua")]
     calls = [call for text in scripts for call in re.findall(r"redis\.p?call\(\s*'(\w+)'(?:,\s*'(\w+)')?", text)]
     used = {f"{name}|{sub}".lower() if name in WITH_PARTS else name.lower() for name, sub in calls}
-    sources = [path.read_text() for folder in OURS for path in (ROOT / folder).glob("*.py")]
+    sources = [path.read_text() for folder in OURS for path in (ROOT / folder).rglob("*.py")]
     for text in sources:
         methods = re.findall(r"\b(?:redis|_redis|client|pipe)\s*\.(\w+)\(", text)
         methods += re.findall(r"\bpartial\((?:self\.)?(?:_redis|redis|client)\.(\w+),", text)

@@ -88,7 +88,7 @@ def test_a_mistake_gets_one_sentence_that_names_it(config: Path, override: str, 
 
 
 def test_tokens_that_are_too_few_for_the_first_population_are_refused_before_anything_is_started(config: Path) -> None:
-    says = r"^search.max_tokens \(100\) is smaller than what the first population takes \(30 x 16,376\): give"
+    says = r"^search.max_tokens \(100\) is smaller than what the first population takes \(30 x 16,376\): raise it"
     with pytest.raises(SettingsError, match=says):
         load(config, ["search.max_tokens=100", "data.fitness_windows=8", "data.seqlen=2048"])
 
