@@ -23,7 +23,7 @@ class Metrics(Collector):
         self._registry = CollectorRegistry()
         self._latency = Histogram(
             "selfpruner_llm_answer_seconds",
-            "Time that an endpoint took for an answer, its retries included.",
+            "Time that an endpoint took for an answer, including retries.",
             ["endpoint"],
             buckets=_SECONDS,
             registry=self._registry,
@@ -52,12 +52,12 @@ class Metrics(Collector):
         heartbeat = self._observer.heartbeat
         yield _gauge(
             "event_loop_longest_block_seconds",
-            "The longest time that the event loop did not run.",
+            "The longest time that the event loop was blocked.",
             heartbeat.longest_block,
         )
         yield _gauge(
             "event_loop_longest_busy_block_seconds",
-            "The most processor time that the daemon used in one block of its event loop.",
+            "The most processor time that the daemon used while its event loop was blocked.",
             heartbeat.longest_busy_block,
         )
         status = self._observer.status
@@ -72,7 +72,7 @@ class Metrics(Collector):
     def _candidates(self, status: Status) -> Iterable[Metric]:
         outcomes = CounterMetricFamily(
             "selfpruner_candidates",
-            "Candidates with an outcome, by who made their rates.",
+            "Candidates with an outcome, by source.",
             labels=["source", "outcome"],
         )
         for source in (*get_args(Source), "baseline"):
@@ -96,22 +96,22 @@ def _workers(status: Status) -> Iterable[Metric]:
     for worker in status.workers:
         counts[worker.stage if worker.stage in counts else "preparing"] += 1
     workers = GaugeMetricFamily(
-        "selfpruner_workers", "Workers alive, by what they did at their last beat.", labels=["stage"]
+        "selfpruner_workers", "Workers alive, by stage at their last heartbeat.", labels=["stage"]
     )
     for stage, count in counts.items():
         workers.add_metric([stage], count)
     yield workers
     usable = len(status.workers) - counts["unusable"]
     share = min(1.0, status.queue.running / usable) if usable else 0.0
-    yield _gauge("worker_utilisation", "The share of usable workers that hold a candidate at this moment.", share)
+    yield _gauge("worker_utilisation", "The share of usable workers that hold a candidate now.", share)
 
 
 def _endpoints(status: Status) -> Iterable[Metric]:
-    requests = CounterMetricFamily("selfpruner_llm_requests", "HTTP requests, retries included.", labels=["endpoint"])
+    requests = CounterMetricFamily("selfpruner_llm_requests", "HTTP requests, including retries.", labels=["endpoint"])
     errors = CounterMetricFamily("selfpruner_llm_errors", "Questions that failed for good.", labels=["endpoint"])
     tokens = CounterMetricFamily("selfpruner_llm_tokens", "Tokens in and out.", labels=["endpoint", "kind"])
     asked = GaugeMetricFamily(
-        "selfpruner_llm_endpoint_up", "0 while an endpoint is left alone after a failure.", labels=["endpoint"]
+        "selfpruner_llm_endpoint_up", "0 while an endpoint rests after failures.", labels=["endpoint"]
     )
     for name, endpoint in status.endpoints.items():
         requests.add_metric([name], endpoint.requests)
@@ -120,17 +120,17 @@ def _endpoints(status: Status) -> Iterable[Metric]:
         tokens.add_metric([name, "completion"], endpoint.completion_tokens)
         asked.add_metric([name], endpoint.state == "asked")
     yield from (requests, errors, tokens, asked)
-    yield _gauge("degraded", "1 while classical operators stand in for the LLM.", status.degraded)
+    yield _gauge("degraded", "1 while classical operators replace the LLM.", status.degraded)
 
 
 def _figures(status: Status) -> Iterable[Metric]:
     fitness = status.best_perplexity if status.fitness == "perplexity" else status.best_kl
     yield _gauge("redis_up", "Whether Redis answers.", status.redis == "answers")
     yield _gauge("paused", "1 while the command is pause.", status.control == "pause")
-    yield _gauge("finished", "1 when the rounds or the budget are used up.", status.finished)
-    yield _gauge("llm_cost", "What the LLM has cost over all restarts, at the prices of the endpoints.", status.cost)
+    yield _gauge("finished", "1 when all rounds are done or the budget is used up.", status.finished)
+    yield _gauge("llm_cost", "Cost of the LLM at the endpoints' prices, summed over restarts.", status.cost)
     yield _gauge("round", "The round of the newest candidate; 0 is the first population.", status.round)
-    yield _gauge("best_fitness", "What the search minimises, of the best candidate.", fitness)
+    yield _gauge("best_fitness", "Fitness of the best candidate.", fitness)
     yield _gauge("best_perplexity", "Perplexity of the best candidate.", status.best_perplexity)
     yield _gauge("dense_perplexity", "Perplexity of the unpruned model.", status.dense_perplexity)
 

@@ -243,7 +243,7 @@ class Launch:
             memory, from_ = Memory(whole, None), "what is whole of it"
         else:
             memory, from_ = Memory(known, None, commanded(folder)), EVALUATIONS
-        await self._store.count_anew(memory.history.counters)
+        await self._store.replace_counters(memory.history.counters)
         await self._store.restore(queue, lambda: memory, from_=from_)
         await self._control.begin()  # the command may have been restored too
         return await self._store.history()

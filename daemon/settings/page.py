@@ -52,7 +52,7 @@ MOST_CHANGED = {
     "search.max_evaluations": "200",
     "run.folder": "/data/runs",
 }
-"""What most people change, each with an example value as it stands in a YAML file."""
+"""The settings that most people change, with example values in YAML."""
 
 
 def page() -> str:

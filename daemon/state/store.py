@@ -92,7 +92,7 @@ class SearchStore:
         """Save the search's counters (tokens, seconds, …) as totals, so that writing twice does no harm."""
         await self._patiently(lambda: self._redis.hset(self._keys.state, mapping=totals))
 
-    async def count_anew(self, totals: dict[str, float]) -> None:
+    async def replace_counters(self, totals: dict[str, float]) -> None:
         """Replace all counters, including damaged ones, by `totals`."""
 
         async def replace_all() -> None:
