@@ -94,7 +94,7 @@ def finetune(
     ] = None,
     *,
     how: RecipeFlags,
-    dtype: Annotated[Dtype | None, flags.chosen(Dtype, "Data type; by default as on the model card")] = None,
+    dtype: Annotated[Dtype | None, flags.chosen(Dtype, "Data type (by default as on the model card)")] = None,
     seed: Annotated[
         int, typer.Option(min=0, callback=flags.seed_of_torch, help="Seed of the data's order and of dropout.")
     ] = 0,

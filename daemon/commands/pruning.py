@@ -73,7 +73,7 @@ def evaluate(
         "perplexity"
     ),
     dtype: Annotated[
-        Dtype | None, flags.chosen(Dtype, "Data type; by default as on the model card, else bfloat16")
+        Dtype | None, flags.chosen(Dtype, "Data type (by default as on the model card, else bfloat16)")
     ] = None,
     seed: Annotated[
         int | None,
