@@ -297,7 +297,7 @@ def test_an_existing_folder_is_kept_unless_forced(
     ("options", "sentence"),
     [
         ([], "give --search, or --model"),
-        (["--search", "x", "--model", "y"], "leave --model"),
+        (["--search", "x", "--model", "y"], "leave out --model"),
         (["--search", "../x"], "search"),
         (["--model", "smollm2"], "either --rates FILE or --allocate"),
         (["--model", "smollm2", "--allocate", "owl", "--rate", "0.3", "--format", "onnx"], "onnx"),

@@ -348,7 +348,7 @@ def test_the_name_of_the_search_follows_from_the_folder_and_from_what_decides_a_
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (["--format", "gguf", "--finetune"], "give --format hf beside gguf"),
+        (["--format", "gguf", "--finetune"], "add --format hf"),
         (["--finetune-data", "x.json"], "--finetune-data needs --finetune"),
         (["--finetune-learning-rate", "1e-3"], "--finetune-learning-rate needs --finetune"),
         (["--finetune", "--finetune-data", "report.txt", "--finetune-learning-rate", "0"], "learning_rate cannot be"),
@@ -356,10 +356,10 @@ def test_the_name_of_the_search_follows_from_the_folder_and_from_what_decides_a_
         (["--finetune", "--finetune-minutes", "nan"], "is not a positive time"),
         (["--finetune", "--finetune-data", "self"], "there is no file 'self'"),
         (["--finetune"], "cannot be reached"),
-        (["--finetune", "--finetune-data", "TEXT"], "--finetune-data and data.fitness (--data) are one file"),
+        (["--finetune", "--finetune-data", "TEXT"], "--finetune-data and data.fitness (--data) are the same file"),
         (
             ["--finetune", "--finetune-data", "TEXT", "--set", "data.fitness=self"],
-            "--finetune-data and data.report (--report-data) are one file",
+            "--finetune-data and data.report (--report-data) are the same file",
         ),
         (["--finetune", "--set", "target.dtype=float16"], "gradients overflow in float16"),
         (["--finetune", "--finetune-data", "nowhere.json"], "nowhere.json"),
