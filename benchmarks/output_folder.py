@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from daemon.local.held_folder import only_one
+from daemon.local import folder_lock
 from protocol.errors import SearchExistsError, SettingsError, UsageError
 
 
@@ -34,7 +34,7 @@ def lock_folder(out: Path, refusal: str) -> Iterator[None]:
     make_folder(out)
     with ExitStack() as stack:
         try:
-            stack.enter_context(only_one(out))
+            stack.enter_context(folder_lock.lock_folder(out))
         except SearchExistsError as error:
             raise SearchExistsError(refusal) from error
         except UsageError as error:

@@ -45,7 +45,7 @@ class SubprocessRunner:
 
     def run(self, arguments: Sequence[str], log: Path) -> dict[str, Any] | Failure:
         """See Runner."""
-        leash = [sys.executable, "-m", "daemon.local.leash", str(os.getpid())]
+        prefix = [sys.executable, "-m", "daemon.local.end_with_parent", str(os.getpid())]
         with reporting_write_errors(log):
             log.parent.mkdir(parents=True, exist_ok=True)
             log.touch()
@@ -53,7 +53,7 @@ class SubprocessRunner:
             start = errors.tell()
             # In its own process group, so that Ctrl-C reaches only this process, which then sends SIGTERM once.
             child = subprocess.Popen(
-                [*leash, sys.executable, "-m", "daemon", *arguments],
+                [*prefix, sys.executable, "-m", "daemon", *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=errors,

@@ -1,1 +1,1 @@
-"""Flags, words and tables of the commands; what they run is in gpu_worker. Start with pruning.py."""
+"""The commands of `selfpruner`, their flags and tables. Start with run.py, or pruning.py for those without a search."""

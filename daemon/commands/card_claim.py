@@ -1,4 +1,4 @@
-"""What an exported folder says of itself, so that `selfpruner evaluate DIR` can measure the same tokens again."""
+"""The perplexity on an exported folder's model card, so that `selfpruner evaluate DIR` can re-measure it."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,7 +31,7 @@ class _Facts(BaseModel):
 
 @dataclass(frozen=True)
 class CardClaim:
-    """On which texts a folder was measured, and to what."""
+    """The perplexity that a model card states, and the texts that it was measured on."""
 
     texts: dict[Role, TextSpec]
     seed: int
@@ -39,15 +39,15 @@ class CardClaim:
     perplexity: float | None = None
     fitness_digest: str | None = None
     kept_text: Path | None = None
-    """The file with the tokens, where the dense model wrote them."""
+    """The file with the tokens, if the dense model generated them."""
 
     def changed(self, dtype: Dtype | None, seed: int | None) -> "CardClaim":
-        """As it is measured with these, where they are given; nothing is claimed of another dtype.
+        """Return the claim with another dtype or seed, if given. Another dtype drops the perplexity.
 
-        Raises SettingsError for a seed where the folder has the tokens.
+        Raises SettingsError for a seed if the folder contains the tokens.
         """
         if seed is not None and self.kept_text is not None:
-            raise SettingsError("--seed is not read here: the folder has the tokens that it was measured on")
+            raise SettingsError("--seed has no effect here: the folder contains the tokens that it was measured on")
         same = dtype in (None, self.dtype)
         return replace(
             self,
@@ -57,16 +57,15 @@ class CardClaim:
         )
 
     def about(self, digest: str) -> float | None:
-        """The perplexity that is claimed of tokens with this digest; None where the claim is of others."""
+        """Return the stated perplexity if it was measured on tokens with this digest, else None."""
         return self.perplexity if digest == self.fitness_digest else None
 
 
 def card_claim(folder: str, flags: TextFlags) -> CardClaim | None:
-    """The claim of an exported folder where `flags` name no more than the file of its text; None for other models.
+    """Return the claim of an exported folder; None for other models, or if `flags` choose texts beyond `data`.
 
-    The folder knows files by their names only: `flags.data` says where the file is, else it is looked for by its name.
-    Raises ModelError for a folder that holds no more than a GGUF file, and DataError where the text is one that nobody
-    else has.
+    The folder stores only file names: `flags.data` is the path of the text, which is otherwise looked up by its name.
+    Raises ModelError for a folder with nothing but a GGUF file, and DataError if the text is not available.
     """
     path = Path(folder) / FACTS
     facts = _facts(path)
@@ -77,20 +76,20 @@ def card_claim(folder: str, flags: TextFlags) -> CardClaim | None:
     if facts is None:
         if flags.data is not None:
             return None
-        raise DataError(f"{path} does not say what {folder!r} was measured on: give --data")
+        raise DataError(f"{path} does not say what {folder!r} was measured on: pass a text with --data")
     spec = facts.spec
     claimed = None if facts.pruned is None else facts.pruned.perplexity
     if flags.data is None and spec.fitness.source == "self":
         kept = Path(folder) / KEPT_TEXT
         if not kept.is_file():
-            raise DataError(f"{folder!r} was measured on text that the dense model wrote: give --data, a text file")
+            raise DataError(f"{folder!r} was measured on text that the dense model generated: give --data, a text file")
         return CardClaim({"fitness": spec.fitness}, spec.seed, spec.dtype, claimed, facts.fitness_digest, kept)
-    # Another text takes no windows of the one that is measured. Older folders do not say which of one name are one.
+    # A text of its own takes no windows from the measured one. Older folders do not tell files of one name apart.
     numbers = facts.text_numbers or number_texts({role: text.source for role, text in spec.texts.items()})
     roles = {role: text for role, text in spec.texts.items() if numbers.get(role) == numbers.get("fitness")}
     name = spec.fitness.source
     if flags.data is None and name not in NAMED_TEXTS and not expanded(name).is_file():
-        raise DataError(f"{folder!r} was measured on a file {name!r}, which is not here: say with --data where it is")
+        raise DataError(f"{folder!r} was measured on a file {name!r}, which was not found; pass its path with --data")
     texts = {role: _found(text, flags.data) for role, text in roles.items()}
     return CardClaim(texts, spec.seed, spec.dtype, claimed, facts.fitness_digest)
 

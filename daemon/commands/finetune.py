@@ -1,4 +1,4 @@
-"""`selfpruner finetune`: recovers a pruned, exported folder by training, and writes it again."""
+"""`selfpruner finetune`: recover a pruned model's quality by training."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from pydantic import ValidationError
 
-from daemon.commands import flags
-from daemon.commands import tables as answers
-from daemon.commands.output import answer, at_work
+from daemon.commands import flags, tables
+from daemon.commands.output import print_result, show_progress
 from daemon.settings.errors import validation_sentence
 from daemon.settings.packages import need
 from protocol.errors import DataError, SettingsError
@@ -25,86 +24,92 @@ if TYPE_CHECKING:
     from gpu_worker.finetune.finetune import FinetuneRequest
 
 SIZES: dict[Form, dict[str, int]] = {"alpaca": {"batch": 64, "seqlen": 256}, "text": {"batch": 8, "seqlen": 512}}
-"""What a step takes where no flag says it: LLM-Pruner's for instructions."""
+"""Default batch and sequence length; LLM-Pruner's for instructions."""
 HUB_TEXTS = tuple(name for name in NAMED_TEXTS if name != "self")
-"""Texts that need no model to write them."""
-GOES_ON = "the same command goes on where it was"
+"""Named texts that no model has to generate."""
+RESUME_HINT = "run the same command again to resume"
 LEARNING_RATES = {False: 3e-4, True: 1e-4}
-"""Of LoRA, and of all weights."""
+"""Default learning rates of LoRA (False) and of full fine-tuning (True)."""
 
 
 @dataclass(frozen=True)
 class RecipeFlags:
-    """How it is trained; None: what fits the data."""
+    """Training hyperparameters; None takes the default for the data."""
 
-    rank: Annotated[int | None, typer.Option(help="LoRA's r; 8 if left out.")] = None
-    alpha: Annotated[float | None, typer.Option(help="What LoRA adds is scaled by alpha / r; 16 if left out.")] = None
-    dropout: Annotated[float | None, typer.Option(help="Of LoRA's inputs; 0.05 if left out.")] = None
-    learning_rate: Annotated[float | None, typer.Option(help="The highest; 3e-4, with --full 1e-4, if left out.")] = (
-        None
-    )
-    schedule: Annotated[Schedule, typer.Option(help="How the learning rate falls after the warm-up.")] = "cosine"
-    warmup: Annotated[float, typer.Option(help="The share of the steps in which it rises.")] = 0.05
-    epochs: Annotated[int, typer.Option(help="How often the data is gone through.")] = 2
-    max_steps: Annotated[int | None, typer.Option(help="At most so many steps.")] = None
+    rank: Annotated[int | None, typer.Option(help="LoRA rank r; 8 by default.")] = None
+    alpha: Annotated[float | None, typer.Option(help="LoRA scale alpha; 16 by default.")] = None
+    dropout: Annotated[float | None, typer.Option(help="LoRA dropout; 0.05 by default.")] = None
+    learning_rate: Annotated[
+        float | None, typer.Option(help="Peak learning rate; 3e-4 by default, 1e-4 with --full.")
+    ] = None
+    schedule: Annotated[Schedule, typer.Option(help="Learning rate schedule after the warm-up.")] = "cosine"
+    warmup: Annotated[float, typer.Option(help="Warm-up, as a share of the steps.")] = 0.05
+    epochs: Annotated[int, typer.Option(help="Passes over the data.")] = 2
+    max_steps: Annotated[int | None, typer.Option(help="Maximum number of steps.")] = None
     batch: Annotated[
         int | None,
-        typer.Option("--batch", "--batch-size", help="Examples or windows of a step; 64 and 8 if left out."),
+        typer.Option("--batch", "--batch-size", help="Examples (default 64) or windows of text (default 8) per step."),
     ] = None
-    micro_batch: Annotated[int, typer.Option(help="How many of them at once; less takes less memory.")] = 4
+    micro_batch: Annotated[int, typer.Option(help="Examples per forward pass; lower it to save memory.")] = 4
     seqlen: Annotated[
-        int | None, typer.Option(help="Tokens of an example at most, of a window exactly; 256 and 512 if left out.")
+        int | None,
+        typer.Option(help="Maximum tokens of an example (default 256), or tokens of a window (default 512)."),
     ] = None
     examples: Annotated[
-        int | None, typer.Option(help="So many, by a seeded shuffle; all, or 10,000 of the hub's, if left out.")
+        int | None, typer.Option(help="Number of examples, chosen at random; by default all, or 10,000 from the hub.")
     ] = None
-    weight_decay: Annotated[float, typer.Option(help="AdamW's.")] = 0.0
-    clip: Annotated[float, typer.Option(help="The largest norm of a step's gradient.")] = 1.0
+    weight_decay: Annotated[float, typer.Option(help="AdamW weight decay.")] = 0.0
+    clip: Annotated[float, typer.Option(help="Maximum gradient norm.")] = 1.0
 
 
 @flags.grouped
 def finetune(
-    folder: Annotated[Path, typer.Argument(help="What `selfpruner export` wrote, as hf or padded.")],
-    out: Annotated[Path, typer.Option(help="The folder to make.")],
+    folder: Annotated[Path, typer.Argument(help="A folder written by `selfpruner export`, as hf or padded.")],
+    out: Annotated[Path, typer.Option(help="The folder to create.")],
     data: Annotated[
         str,
         typer.Option(
-            help=f"`{ALPACA_GPT4}`, a .json or .jsonl file in Alpaca's form, a text file, `wikitext2` or `c4`."
+            help=f"`{ALPACA_GPT4}`, a .json or .jsonl file in Alpaca format, a text file, `wikitext2` or `c4`."
         ),
     ] = ALPACA_GPT4,
     format_: flags.FormatNames = None,
     gguf_type: flags.GgufTypeFlag = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace an older export.")] = False,
-    full: Annotated[bool, typer.Option("--full", help="Train the projections' own weights, and not LoRA.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing export.")] = False,
+    full: Annotated[bool, typer.Option("--full", help="Train all weights of the projections instead of LoRA.")] = False,
     max_minutes: Annotated[
-        float | None, typer.Option(help="Of training, over all restarts; the learning rate falls with the time.")
+        float | None,
+        typer.Option(
+            help="Maximum training time, summed over restarts. The learning rate then follows time instead of steps."
+        ),
     ] = None,
-    checkpoint_minutes: Annotated[float, typer.Option(min=0, help="Between two checkpoints.")] = 2.0,
+    checkpoint_minutes: Annotated[float, typer.Option(min=0, help="Time between checkpoints.")] = 2.0,
     eval_data: Annotated[
-        str | None, typer.Option(help="A text to measure before and after: `wikitext2`, `c4` or a file.")
+        str | None, typer.Option(help="Text to measure before and after training: `wikitext2`, `c4` or a file.")
     ] = None,
-    eval_windows: Annotated[int | None, typer.Option(min=1, help="Windows of it; as on the folder's card.")] = None,
-    eval_seqlen: Annotated[int | None, typer.Option(min=16, help="Tokens of each; as on the folder's card.")] = None,
+    eval_windows: Annotated[
+        int | None, typer.Option(min=1, help="Windows of --eval-data; by default as on the model card.")
+    ] = None,
+    eval_seqlen: Annotated[
+        int | None, typer.Option(min=16, help="Tokens per window; by default as on the model card.")
+    ] = None,
     *,
     how: RecipeFlags,
-    dtype: Annotated[
-        Dtype | None, flags.chosen(Dtype, "Of weights and activations; as on the folder's card if left out")
-    ] = None,
+    dtype: Annotated[Dtype | None, flags.chosen(Dtype, "Data type (by default as on the model card)")] = None,
     seed: Annotated[
-        int, typer.Option(min=0, callback=flags.seed_of_torch, help="Of the data's order, and of dropout.")
+        int, typer.Option(min=0, callback=flags.seed_of_torch, help="Seed of the data's order and of dropout.")
     ] = 0,
     json_: flags.Json = False,
 ) -> None:
-    """Recover a pruned folder: train LoRA on it, merge that into the weights and write it again.
+    """Fine-tune a pruned model: train LoRA, merge it into the weights and export the result.
 
-    Killed or interrupted, the same command goes on from its checkpoint, which is beside --out.
+    After an interruption, the same command resumes from its checkpoint, which is beside --out.
     """
     recipe, formats = recipe_of(data, how, full=full, seed=seed), formats_of(format_ or [])
     check_minutes("--max-minutes", max_minutes)
     if eval_data is None and (eval_windows, eval_seqlen) != (None, None):
-        raise SettingsError("--eval-windows and --eval-seqlen are of --eval-data, which is missing")
+        raise SettingsError("--eval-windows and --eval-seqlen need --eval-data")
     if is_same_file(str(folder), str(out)):
-        raise SettingsError(f"--out {out} is the folder that is trained from: give another one, which is made")
+        raise SettingsError(f"--out {out} is the folder to train from: give another folder, which will be created")
     data, eval_data = found_data(data), eval_data and found_data(eval_data, only_text=True)
     check_apart("--data", data, "--eval-data", eval_data)
     need("torch", "worker")
@@ -128,28 +133,28 @@ def finetune(
             limits=Limits(None if max_minutes is None else 60 * max_minutes, 60 * checkpoint_minutes),
         )
     )
-    answer(result.model_dump(mode="json"), json_, lambda: answers.finetuned(result))
+    print_result(result.model_dump(mode="json"), json_, lambda: tables.finetuned(result))
 
 
 def finetuned(request: "FinetuneRequest") -> FinetuneResult:
-    """Fine-tune with progress; a signal keeps the steps."""
+    """Fine-tune, showing progress; a signal keeps the steps taken."""
     try:
-        with at_work(str(request.folder)) as progress:
+        with show_progress(str(request.folder)) as progress:
             from gpu_worker.finetune.finetune import finetune_once
 
             return finetune_once(request, progress)
     except Interrupted as end:
-        end.left = GOES_ON
+        end.left = RESUME_HINT
         raise
 
 
 def recipe_of(data: str, how: RecipeFlags, *, full: bool, seed: int) -> Recipe:
-    """The recipe that the flags describe. Raises SettingsError for what cannot be, and for what nobody would read."""
+    """Return the recipe from the flags. Raises SettingsError for invalid flags and for those that have no effect."""
     given: dict[str, Any] = {name: value for name, value in asdict(how).items() if value is not None}
     if full:
         for name in ("rank", "alpha", "dropout"):
             if name in given:
-                raise SettingsError(f"--{name} is not read here: --full trains without LoRA")
+                raise SettingsError(f"--{name} has no effect here: --full trains without LoRA")
     defaults = SIZES[form_of(data)] | {"learning_rate": LEARNING_RATES[full]}
     try:
         return Recipe(**defaults | given, method="full" if full else "lora", seed=seed)
@@ -158,13 +163,13 @@ def recipe_of(data: str, how: RecipeFlags, *, full: bool, seed: int) -> Recipe:
 
 
 def check_minutes(flag: str, minutes: float | None) -> None:
-    """Raise SettingsError for minutes that are no time to train in."""
+    """Raise SettingsError unless the minutes are a positive, finite number."""
     if minutes is not None and not 0 < minutes < math.inf:
-        raise SettingsError(f"{flag} {minutes} is no time to train in")
+        raise SettingsError(f"{flag} {minutes} is not a positive time")
 
 
 def found_data(source: str, *, only_text: bool = False) -> str:
-    """A named text, or where a file is. Raises DataError for one that is not there, before torch is imported."""
+    """Return a named text, or a file's absolute path. Raises DataError for a missing file."""
     names = HUB_TEXTS if only_text else (ALPACA_GPT4, *HUB_TEXTS)
     if source in names:
         return source
@@ -174,11 +179,10 @@ def found_data(source: str, *, only_text: bool = False) -> str:
 
 
 def check_apart(data_flag: str, data: str, measured_flag: str, measured: str | None) -> None:
-    """Raise SettingsError where one file is learned from and measured on; of a named text each has a split."""
+    """Raise SettingsError if one file is both trained and measured on. Named texts have a split for each."""
     if measured is None or {data, measured} & {ALPACA_GPT4, *NAMED_TEXTS}:
         return
     if is_same_file(data, measured):
         raise SettingsError(
-            f"{data_flag} and {measured_flag} are one file, {measured!r}: what has been learned says nothing when it "
-            "is measured, so give another one"
+            f"{data_flag} and {measured_flag} are the same file, {measured!r}: measure on text that was not trained on"
         )

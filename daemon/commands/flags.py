@@ -1,4 +1,4 @@
-"""Flags that several commands share: single ones, and groups that a command takes as one value."""
+"""Flags shared by several commands: single flags, and groups that a command receives as one value."""
 
 import os
 from collections.abc import Callable
@@ -19,19 +19,21 @@ from protocol.results.formats import GgufType
 
 
 def chosen(choice: Any, what: str, when_left_out: str = "") -> Any:
-    """An option whose many choices stand in its help: beside its name they would take the names' room."""
-    values = ", ".join(f"{one} (if left out)" if one == when_left_out else one for one in get_args(choice))
+    """Return an option that lists its choices in its help text; there are too many for the column of types."""
+    values = ", ".join(f"{one} (default)" if one == when_left_out else one for one in get_args(choice))
     return typer.Option(metavar="<choice>", help=f"{what}: {values}.")
 
 
-Set = Annotated[list[str] | None, typer.Option("--set", help="One setting, such as target.rate=0.3; repeatable.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", help="Override a setting, such as target.rate=0.3; repeatable.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
-SearchName = Annotated[str, typer.Option("--search", help="The search's name.")]
+SearchName = Annotated[str, typer.Option("--search", help="Name of the search.")]
 PASSWORD_FILE = "SELFPRUNER_REDIS__PASSWORD_FILE"
 
 
 def _with_password(url: str | None) -> str | None:
-    """Commands beside a running deployment find its password where its daemon does, without another flag."""
+    """Return the URL with the password from the file that the daemon uses, so that no other flag is needed."""
     file = os.environ.get(PASSWORD_FILE)
     return with_password(url, Path(file)) if url and file else url
 
@@ -41,55 +43,58 @@ RedisUrl = Annotated[
     typer.Option(
         "--redis-url",
         envvar="SELFPRUNER_REDIS__URL",
-        help="Left out: the search's embedded server. Its password may be in a file (docs/guides/many-machines.md).",
+        help="Redis server; the search's embedded server by default. For a password file see docs/guides.",
         callback=_with_password,
     ),
 ]
 RedisPasswordFile = Annotated[
-    Path | None, typer.Option("--redis-password-file", envvar=PASSWORD_FILE, help="Holds the password of --redis-url.")
+    Path | None,
+    typer.Option("--redis-password-file", envvar=PASSWORD_FILE, help="File with the password of --redis-url."),
 ]
 Folder = Annotated[
     Path,
     typer.Option(
         "--folder",
         envvar="SELFPRUNER_RUN__FOLDER",
-        show_envvar=False,  # of eighty columns its name leaves too little
-        help="Where `selfpruner run` keeps searches (run.folder).",
+        show_envvar=False,  # its name is too long for eighty columns
+        help="Folder of the searches (run.folder).",
     ),
 ]
 
-Model = Annotated[str | None, typer.Option(help="A hub name, a folder, or `smollm2`.")]
+Model = Annotated[str | None, typer.Option(help="A Hugging Face name, a folder, or `smollm2`.")]
 
 
 def seed_of_torch(value: int | None) -> int | None:
-    """A seed that torch takes: as a range the limit would fill the column of the types with its digits."""
+    """Return a seed that torch accepts. Typer would print the limit of a range in the column of types."""
     if value is not None and value >= 2**63:
         raise typer.BadParameter(f"{value} is not in the range 0<=x<2**63.")
     return value
 
 
-Seed = Annotated[int, typer.Option(min=0, callback=seed_of_torch, help="Chooses the windows.")]
-DtypeFlag = Annotated[Dtype, chosen(Dtype, "Of weights and activations")]
+Seed = Annotated[int, typer.Option(min=0, callback=seed_of_torch, help="Seed of the text windows.")]
+DtypeFlag = Annotated[Dtype, chosen(Dtype, "Data type of weights and activations")]
 
 
 @dataclass(frozen=True)
 class TextFlags:
     """The texts."""
 
-    data: Annotated[
-        str | None, typer.Option(help="The text to measure on: `wikitext2`, `c4`, `self`, or a text file.")
-    ] = None
-    calibration_data: Annotated[str | None, typer.Option(help="The text to score on; as --data if left out.")] = None
-    report_data: Annotated[str | None, typer.Option(help="A second text to measure on.")] = None
-    windows: Annotated[int | None, typer.Option(min=1, help="Windows of --data; all if left out.")] = None
+    data: Annotated[str | None, typer.Option(help="Text to measure on: `wikitext2`, `c4`, `self`, or a text file.")] = (
+        None
+    )
+    calibration_data: Annotated[str | None, typer.Option(help="Text to score on; --data by default.")] = None
+    report_data: Annotated[str | None, typer.Option(help="Second text to measure on.")] = None
+    windows: Annotated[int | None, typer.Option(min=1, help="Windows of --data; all by default.")] = None
     calibration_windows: Annotated[int, typer.Option(min=1, help="Windows of --calibration-data.")] = 32
-    report_windows: Annotated[int | None, typer.Option(min=1, help="Windows of --report-data; all if left out.")] = None
-    seqlen: Annotated[int, typer.Option(min=16, help="Tokens of a window; of a folder as on its card.")] = 2048
+    report_windows: Annotated[int | None, typer.Option(min=1, help="Windows of --report-data; all by default.")] = None
+    seqlen: Annotated[
+        int, typer.Option(min=16, help="Tokens per window; for a folder by default as on its model card.")
+    ] = 2048
 
 
 @dataclass(frozen=True)
 class ExportTexts(TextFlags):
-    """The texts of an export, which scores and measures even where none is named."""
+    """The texts of an export, which scores and measures even if none is named."""
 
     windows: Annotated[int | None, typer.Option(min=1, help="Windows of --data.")] = 8
     seqlen: Annotated[int, typer.Option(min=16, help="Tokens of a window.")] = 512
@@ -97,61 +102,67 @@ class ExportTexts(TextFlags):
 
 @dataclass(frozen=True)
 class CalibrationFlags:
-    """The text to score on, alone."""
+    """The text to score on."""
 
     calibration_data: Annotated[
-        str, typer.Option(help="The text to score on: `wikitext2`, `c4`, `self`, or a text file.")
+        str, typer.Option(help="Text to score on: `wikitext2`, `c4`, `self`, or a text file.")
     ] = "self"
-    calibration_windows: Annotated[int, typer.Option(min=1, help="Windows of it.")] = 32
+    calibration_windows: Annotated[int, typer.Option(min=1, help="Windows of --calibration-data.")] = 32
     seqlen: Annotated[int, typer.Option(min=16, help="Tokens of a window.")] = 512
 
 
 FormatNames = Annotated[
     list[str] | None,
-    typer.Option("--format", help="What will load it: hf, padded or gguf. Given twice: gguf beside one of the others."),
+    typer.Option("--format", help="hf, padded or gguf; repeat it for gguf beside one of the others."),
 ]
-GgufTypeFlag = Annotated[GgufType | None, chosen(GgufType, "gguf: how weights are stored", "f16")]
+GgufTypeFlag = Annotated[GgufType | None, chosen(GgufType, "Weight type of a GGUF file", "f16")]
 
 
 @dataclass(frozen=True)
 class ChoiceFlags:
-    """Which rates; `rate` None means: as the file of rates has it."""
+    """Where the rates come from; `rate` None takes the rate in the file of rates."""
 
-    rate: Annotated[float | None, typer.Option(help="The pruning rate β.")] = None
-    allocate: Annotated[Method | None, chosen(Method, "An allocation without search")] = None
-    rates: Annotated[Path | None, typer.Option(help="A search's best.json, or any JSON file with `rates`.")] = None
+    rate: Annotated[float | None, typer.Option(help="Pruning rate β: the share of decoder parameters to remove.")] = (
+        None
+    )
+    allocate: Annotated[Method | None, chosen(Method, "Allocation method, without a search")] = None
+    rates: Annotated[
+        Path | None, typer.Option(help="File of rates: a search's best.json, or any JSON file with `rates`.")
+    ] = None
 
 
 @dataclass(frozen=True)
 class PruningFlags:
-    """How rates become a plan; None means: as the file of rates has it, else the default."""
+    """How rates become a plan; None takes the value in the file of rates, else the default."""
 
     granularity: Annotated[Granularity | None, typer.Option(help="What a rate applies to.")] = None
-    split: Annotated[Split | None, typer.Option(help="How heads and MLP share a layer's rate.")] = None
-    multiple_of: Annotated[int | None, typer.Option(min=1, help="MLP widths are multiples of so many channels.")] = None
+    split: Annotated[Split | None, typer.Option(help="How attention and MLP share a layer's rate.")] = None
+    multiple_of: Annotated[int | None, typer.Option(min=1, help="Round MLP widths to multiples of this.")] = None
     importance: Annotated[Importance | None, chosen(Importance, "How heads and channels are scored")] = None
     scoring: Annotated[
-        Scoring | None, typer.Option(help="Once on the dense model, or layer by layer on the pruned one.")
+        Scoring | None, typer.Option(help="Score once on the dense model, or layer by layer on the pruned one.")
     ] = None
     reconstruction: Annotated[
-        Reconstruction | None, typer.Option(help="Whether what stays is fitted to make up for what is removed.")
+        Reconstruction | None, typer.Option(help="Fit the remaining weights to the dense blocks' outputs.")
     ] = None
 
 
 @dataclass(frozen=True)
 class MethodFlags:
-    """Settings of the allocations."""
+    """Options of the allocation methods."""
 
-    first_layers: Annotated[int | None, typer.Option(min=0, help="llm-pruner: so many at the bottom stay whole.")] = (
-        None
-    )
-    last_layers: Annotated[int | None, typer.Option(min=0, help="llm-pruner: so many at the top stay whole.")] = None
-    outlier_threshold: Annotated[float, typer.Option(help="owl: M, how many times the mean an outlier exceeds.")] = 5.0
-    outlier_range: Annotated[float, typer.Option(help="owl: λ, how far a layer's rate may be from β.")] = 0.08
+    first_layers: Annotated[
+        int | None, typer.Option(min=0, help="llm-pruner: number of first layers to leave unpruned.")
+    ] = None
+    last_layers: Annotated[
+        int | None, typer.Option(min=0, help="llm-pruner: number of last layers to leave unpruned.")
+    ] = None
+    outlier_threshold: Annotated[float, typer.Option(help="owl: M, an outlier exceeds M times the mean.")] = 5.0
+    outlier_range: Annotated[float, typer.Option(help="owl: λ, the largest distance of a layer's rate from β.")] = 0.08
 
 
 def grouped(command: Callable[..., None]) -> Callable[..., None]:
-    """A command for Typer whose parameters that are dataclasses of this module become one flag per field."""
+    """Return a command for Typer in which each parameter that is a dataclass becomes one flag per field."""
     hints = get_type_hints(command, include_extras=True)
     groups: dict[str, Any] = {name: hint for name, hint in hints.items() if is_dataclass(hint)}
 
@@ -174,19 +185,19 @@ def _flag(group: Any, field: Field[Any]) -> Parameter:
 
 
 FLAG_ERROR: Any = typer.BadParameter.__mro__[1]
-"""Click's UsageError. Typer came with Click beside it and has it within since, so it has no name that both know."""
+"""Click's UsageError. Old versions of Typer depend on Click and new ones contain it, so no import works for both."""
 
 
 ELSEWHERE = {
     "--heads": (
-        "--heads is for `selfpruner evaluate` alone: any heads are masked, and cannot be exported or searched over"
+        "--heads is for `selfpruner evaluate` only: such heads are masked, and cannot be exported or searched over"
     )
 }
-"""Options that a person may look for in the wrong command, and why it does not have them."""
+"""Flags that are often given to the wrong command, and why it does not have them."""
 
 
 def flag_sentence(error: Any) -> str:
-    """The error, and where the help is."""
+    """Return an error of the command line as a sentence that names the help."""
     if hasattr(error, "possibilities") and error.option_name in ELSEWHERE:  # Click's NoSuchOption
         return ELSEWHERE[error.option_name]
     message = error.format_message().replace("Value error, ", "").rstrip(".")

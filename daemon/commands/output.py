@@ -1,4 +1,4 @@
-"""How commands answer: one JSON object, or lines for a person; and what they say when a package is missing."""
+"""Output of commands: results as JSON or as tables, and progress."""
 
 import json
 import sys
@@ -16,36 +16,36 @@ from protocol.runtime.signals import interruptible
 log = structlog.get_logger()
 
 UNWRAPPED = 1000
-"""Columns of an output that is no terminal: a table in a file is not cut to the width of a screen that is not there."""
+"""Columns if stdout is not a terminal, so that a table in a file is not cut to the width of a screen."""
 
 
-def answer(answer: dict[str, Any], json_: bool, in_words: Callable[[], Iterable[RenderableType]]) -> None:
-    """Print an answer: one JSON object, or what `in_words` makes of it for a person."""
+def print_result(result: dict[str, Any], json_: bool, tables: Callable[[], Iterable[RenderableType]]) -> None:
+    """Print a result as one JSON object, or as the `tables` and lines made from it."""
     if json_:
-        print_json(answer)
+        print_json(result)
         return
     console = stdout_console()
-    for part in in_words():
+    for part in tables():
         console.print(part, soft_wrap=isinstance(part, str))
 
 
-def print_json(answer: dict[str, Any]) -> None:
+def print_json(result: dict[str, Any]) -> None:
     """Print one JSON object on stdout."""
-    sys.stdout.write(json.dumps(answer, allow_nan=False, ensure_ascii=False) + "\n")
+    sys.stdout.write(json.dumps(result, allow_nan=False, ensure_ascii=False) + "\n")
 
 
 def stdout_console() -> Console:
-    """Stdout for tables and lines; names of models and texts are no markup."""
+    """Return a console on stdout; names of models and texts are not interpreted as markup."""
     width = None if sys.stdout.isatty() else UNWRAPPED
     return Console(width=width, markup=False, highlight=False, emoji=False)
 
 
 @contextmanager
-def at_work(model: str, *, as_elsewhere: bool = False) -> Iterator[Callable[[str, int, int], None]]:
-    """Say what is under way: on one line of a terminal, elsewhere in the log; a signal raises Interrupted.
+def show_progress(model: str, *, stock_torch: bool = False) -> Iterator[Callable[[str, int, int], None]]:
+    """Show the progress of the block: on one line of a terminal, elsewhere in the log. A signal raises Interrupted.
 
-    Flags are checked before it, for it imports torch, which takes seconds. `as_elsewhere`: torch computes as it does
-    without us, for whoever wants to know how fast that is.
+    Check flags before entering: it imports torch, which takes seconds. `stock_torch` leaves torch's settings alone, to
+    measure how fast models run without Self-Pruner.
     """
     need("torch", "worker")
     logs.configure()
@@ -58,15 +58,15 @@ def at_work(model: str, *, as_elsewhere: bool = False) -> Iterator[Callable[[str
         from gpu_worker.progress import Sparsely
 
         stack.enter_context(preparing(model))
-        if not as_elsewhere:
+        if not stock_torch:
             stack.enter_context(products_in_float32())
         logged = Sparsely()
 
-        def tell(stage: str, done: int, total: int) -> None:
+        def show(stage: str, done: int, total: int) -> None:
             if line is not None:
                 line.update(f"{stage} {done}/{total}")
             elif logged.picks(stage, done, total):
                 left = logged.seconds_left(done, total)
                 log.info("progress", stage=stage, done=done, total=total, seconds_left=left)
 
-        yield tell
+        yield show

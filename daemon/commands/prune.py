@@ -1,4 +1,4 @@
-"""`selfpruner prune`: from model to smaller model in one command: search, export, fine-tune, load again and check."""
+"""`selfpruner prune`: search, export, fine-tune, reload and check in one command."""
 
 import json
 import math
@@ -10,10 +10,9 @@ from typing import Annotated, Any
 
 import typer
 
-from daemon.commands import flags, prune_steps
-from daemon.commands import tables as answers
-from daemon.commands.finetune import GOES_ON, check_apart, check_minutes, found_data
-from daemon.commands.output import answer
+from daemon.commands import flags, prune_steps, tables
+from daemon.commands.finetune import RESUME_HINT, check_apart, check_minutes, found_data
+from daemon.commands.output import print_result
 from daemon.commands.prune_steps import Goal
 from daemon.commands.request import PruningRequest, request_of_search
 from daemon.launch.run_here import run_here
@@ -30,42 +29,42 @@ from protocol.runtime.paths import expanded
 from protocol.runtime.signals import Interrupted
 
 LONGEST_NAME = 48
-"""Letters of the folder's name in the search's."""
+"""Maximum number of letters taken from the folder's name for the search's name."""
 
 
 def prune(
-    model: Annotated[str, typer.Argument(help="A hub name, a folder, or `smollm2`.")],
-    rate: Annotated[float, typer.Option(help="The pruning rate β: the share of decoder parameters to remove.")],
-    out: Annotated[Path, typer.Option(help="The folder to make.")],
+    model: Annotated[str, typer.Argument(help="A Hugging Face name, a folder, or `smollm2`.")],
+    rate: Annotated[float, typer.Option(help="Pruning rate β: the share of decoder parameters to remove.")],
+    out: Annotated[Path, typer.Option(help="The folder to create.")],
     budget: Annotated[
-        int | None, typer.Option(help="Evaluations, no fewer than the first population; left out: the config's.")
+        int | None, typer.Option(help="Number of evaluations, at least the first population; by default the config's.")
     ] = None,
     data: Annotated[
-        str | None, typer.Option(help="The text to score and to search on: `wikitext2`, `c4`, `self`, or a text file.")
+        str | None, typer.Option(help="Text to score and search on: `wikitext2`, `c4`, `self`, or a text file.")
     ] = None,
-    report_data: Annotated[str | None, typer.Option(help="The text to report on; --data if left out.")] = None,
-    config: Annotated[Path | None, typer.Option(help="A YAML file of settings; best.yaml if left out.")] = None,
+    report_data: Annotated[str | None, typer.Option(help="Text to report on; --data by default.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML file of settings; best.yaml by default.")] = None,
     set_: flags.Set = None,
     format_: flags.FormatNames = None,
     gguf_type: flags.GgufTypeFlag = None,
-    finetune: Annotated[bool, typer.Option("--finetune", help="Recover by LoRA before the end.")] = False,
+    finetune: Annotated[bool, typer.Option("--finetune", help="Fine-tune with LoRA after pruning.")] = False,
     finetune_data: Annotated[
-        str | None, typer.Option(help=f"As `finetune --data`; `{ALPACA_GPT4}` if left out.")
+        str | None, typer.Option(help=f"As `finetune --data`; `{ALPACA_GPT4}` by default.")
     ] = None,
-    finetune_minutes: Annotated[float | None, typer.Option(help="Of training, at most.")] = None,
+    finetune_minutes: Annotated[float | None, typer.Option(help="Maximum training time in minutes.")] = None,
     finetune_micro_batch: Annotated[
-        int | None, typer.Option(help="As `finetune --micro-batch`; less takes less memory.")
+        int | None, typer.Option(help="As `finetune --micro-batch`; lower it to save memory.")
     ] = None,
     finetune_batch: Annotated[int | None, typer.Option(help="As `finetune --batch`.")] = None,
     finetune_learning_rate: Annotated[
-        float | None, typer.Option(help="As `finetune --learning-rate`; small models take a higher one.")
+        float | None, typer.Option(help="As `finetune --learning-rate`; small models need a higher one.")
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace an older export.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing export.")] = False,
     json_: flags.Json = False,
 ) -> None:
-    """Make a model smaller: search for the best pruning rates, prune by them, write the model and check it.
+    """Make a model smaller: search for the best pruning rates, export the pruned model and check it.
 
-    Killed or interrupted, the same command goes on where it was.
+    After an interruption, the same command resumes where it left off.
     """
     tuning: dict[str, Any] = {
         "minutes": finetune_minutes,
@@ -75,7 +74,7 @@ def prune(
     }
     given = [name for name, value in ({"data": finetune_data} | tuning).items() if value is not None]
     if given and not finetune:
-        raise SettingsError(f"--finetune-{given[0].replace('_', '-')} is of --finetune, which is missing")
+        raise SettingsError(f"--finetune-{given[0].replace('_', '-')} needs --finetune")
     tuned_on = (finetune_data or ALPACA_GPT4) if finetune else None
     formats = formats_of(format_ or ["hf"])
     stored = gguf_type_of(formats, gguf_type)
@@ -89,7 +88,7 @@ def prune(
     try:
         request, summary = _searched(settings)
         if before is not None and not prune_steps.holds(goal.out, request):
-            # The search was longer this time and found better rates: what this same command wrote is replaced.
+            # The search ran longer this time and found better rates: replace what this same command wrote before.
             before, goal = None, replace(goal, force=True)
         searched = SearchSummary(
             evaluations=sum(summary.candidates["by_outcome"].values()),
@@ -117,9 +116,9 @@ def prune(
         )
         prune_steps.report(result, goal)
     except Interrupted as end:
-        end.left = GOES_ON
+        end.left = RESUME_HINT
         raise
-    answer(result.model_dump(mode="json"), json_, lambda: answers.pruned(result, request.spec.fitness))
+    print_result(result.model_dump(mode="json"), json_, lambda: tables.pruned(result, request.spec.fitness))
 
 
 def prune_settings(
@@ -132,7 +131,7 @@ def prune_settings(
     config: Path | None,
     overrides: list[str],
 ) -> Settings:
-    """The settings of the search, whose name, where none is given, follows from folder and spec."""
+    """Return the settings of the search. Its default name is made from the folder and the spec."""
     chosen: dict[str, Any] = {"target.model": model, "target.rate": rate}
     if data is not None:
         chosen |= {"data.calibration": data, "data.fitness": data, "data.report": report_data or data}
@@ -145,8 +144,8 @@ def prune_settings(
             search = load(config or best, without + overrides).search
             if budget < search.population:
                 raise SettingsError(
-                    f"--budget ({budget}) is smaller than the first population ({search.population}): give more, or a "
-                    "smaller --set search.population"
+                    f"--budget ({budget}) is smaller than the first population ({search.population}): raise it, "
+                    "or lower --set search.population"
                 )
             chosen |= {"search.max_evaluations": budget, "search.rounds": _rounds_for(budget, search)}
         given = _given(chosen) + overrides
@@ -160,21 +159,21 @@ def prune_settings(
 
 
 def _given(chosen: dict[str, Any]) -> list[str]:
-    """Settings as --set takes them."""
+    """Return settings in the form of --set."""
     return [f"{name}={json.dumps(value)}" for name, value in chosen.items()]
 
 
 def _rounds_for(budget: int, search: SearchSettings) -> int:
-    """As many rounds as `budget` evaluations need, and no fewer than there are."""
+    """Return the rounds that `budget` evaluations need, at least those in the settings."""
     offspring = search.mutations + search.crossovers
     return max(search.rounds, math.ceil((budget - search.population) / offspring)) if offspring else search.rounds
 
 
 def _checked(goal: Goal, settings: Settings) -> prune_steps.Written | None:
-    """What an earlier call has written already. Raises UsageError for what cannot be, before a search of hours."""
+    """Return what an earlier call has written. Raises UsageError for invalid input before a search of hours."""
     if goal.data is not None:
         if goal.formats == ("gguf",):
-            raise SettingsError("--finetune needs a format that can be trained: give --format hf beside gguf")
+            raise SettingsError("--finetune needs a format that can be trained: add --format hf")
         if settings.target.dtype == "float16":
             raise SettingsError("--finetune needs target.dtype bfloat16 or float32: gradients overflow in float16")
         check_minutes("--finetune-minutes", goal.minutes)
@@ -209,27 +208,27 @@ def _checked(goal: Goal, settings: Settings) -> prune_steps.Written | None:
 
 
 def _searched(settings: Settings) -> tuple[PruningRequest, Summary]:
-    """The best of the search, which goes on from what is there of it."""
+    """Run or resume the search; return its best candidate as a request, and its summary."""
     summary, interrupted = run_here(settings)
     if interrupted is not None:
         raise Interrupted(interrupted)
     if summary is None or not summary.finished:
-        raise SelfPrunerError(f"the search was stopped before its end; {GOES_ON}")
+        raise SelfPrunerError(f"the search was stopped before its end; {RESUME_HINT}")
     if summary.best is None:
         raise SelfPrunerError(f"no candidate could be measured; {settings.folder}/evaluations.jsonl says why")
     return request_of_search(_best(settings, summary.rates), f"search {settings.search.name}"), summary
 
 
 def _best(settings: Settings, rates: tuple[float, ...]) -> dict[str, Any]:
-    """What best.json holds. Raises SelfPrunerError where it is not of the best `rates`, as on a full disk."""
+    """Return best.json. Raises SelfPrunerError if it does not hold the best `rates`, as after a full disk."""
     file = settings.folder / "best.json"
     try:
         record = json.loads(file.read_bytes())
         if record["rates"] == list(rates):
             return dict(record)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SelfPrunerError(f"{file} cannot be read ({error}); the same command writes it anew") from error
+        raise SelfPrunerError(f"{file} cannot be read ({error}); run the same command again to write it") from error
     raise SelfPrunerError(
-        f"{file} does not hold the search's best: it could not be written; make room on the disk, and the same command "
-        "goes on"
+        f"{file} does not hold the search's best, because it could not be written; make room on the disk, then "
+        "run the same command again"
     )

@@ -1,4 +1,4 @@
-"""What `selfpruner prune` does after its search: export, fine-tune, load again; and what of it is done already."""
+"""The steps of `selfpruner prune` after its search: export, fine-tune, reload. A finished step is not repeated."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from daemon.commands.finetune import RecipeFlags, finetuned, recipe_of
-from daemon.commands.output import at_work
+from daemon.commands.output import show_progress
 from daemon.commands.request import PruningRequest
 from daemon.settings.settings import Settings
 from protocol.errors import ModelError, SelfPrunerError
@@ -27,47 +27,47 @@ if TYPE_CHECKING:
     from gpu_worker.models.loading import LoadedModel
 
 BEGUN, WRITTEN = "begun.json", "written.json"
-"""In the search's folder: the flags of the call that last began to write, and what it had written."""
+"""Files in the search's folder: the flags of the last call that began to write, and what it wrote."""
 REPORT = "prune.json"
-"""In the folder: what --json prints."""
+"""File in the exported folder: what --json prints."""
 FURTHEST_OFF = 0.02
-"""How far, as a share, a folder's perplexity may be from what was measured in memory; widths of kernels change sums."""
+"""Largest relative difference of a folder's perplexity from that in memory; kernels round differently."""
 
 
 @dataclass(frozen=True)
 class Goal:
-    """What is to be there at the end."""
+    """What the command has to produce."""
 
     out: Path
     formats: Formats
     gguf_type: GgufType = "f16"
     force: bool = False
     data: str | None = None
-    """What it is fine-tuned on, if it is."""
+    """Data for fine-tuning; None for no fine-tuning."""
     minutes: float | None = None
     micro_batch: int | None = None
-    """None, here and below: as `finetune` takes it."""
+    """None, here and below, takes the default of `finetune`."""
     batch: int | None = None
     learning_rate: float | None = None
 
 
 class Written(BaseModel):
-    """What stands in the goal's folder, kept in the search's: a command that was killed in its checks goes on there."""
+    """What was written to the goal's folder, recorded so that a command killed during its checks resumes there."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     flags: dict[str, str]
-    """Of the call that wrote it."""
+    """The flags of the call that wrote it."""
     facts: str
-    """SHA-256 of what the folder says of itself: another search may have taken its place since."""
+    """SHA-256 of the folder's selfpruner.json, which tells whether another search has replaced it."""
     exported: ExportResult
     finetuned: FinetuneResult | None
     is_checked: bool = False
-    """The last checks have ended, well or not: from then on --force begins anew."""
+    """Whether the final checks have ended, passed or not; after that --force starts over."""
 
     @property
     def perplexity(self) -> float | None:
-        """What the model measured before it was written last."""
+        """The perplexity in memory before the model was written."""
         if self.finetuned is None:
             return self.exported.perplexity
         measured = self.finetuned.finetuning.perplexity
@@ -75,7 +75,7 @@ class Written(BaseModel):
 
 
 def recipe(goal: Goal, settings: Settings) -> Recipe:
-    """How the model is fine-tuned on the goal's data."""
+    """Return the recipe for fine-tuning on the goal's data."""
     assert goal.data is not None
     micro_batch = RecipeFlags.micro_batch if goal.micro_batch is None else goal.micro_batch
     flags = RecipeFlags(batch=goal.batch, micro_batch=micro_batch, learning_rate=goal.learning_rate)
@@ -83,9 +83,9 @@ def recipe(goal: Goal, settings: Settings) -> Recipe:
 
 
 def written_before(goal: Goal, settings: Settings) -> Written | None:
-    """What an earlier call with the same flags has written; None where there is nothing, or it is to be replaced.
+    """Return what an earlier call with the same flags has written; None if there is nothing to reuse.
 
-    With --force that is what has been checked too: a command that was killed before goes on, and trains nothing twice.
+    --force replaces a folder that was checked. A command killed before that resumes, so that nothing is trained twice.
     """
     found = _recorded(goal, settings)
     if found is None or (goal.force and found.is_checked):
@@ -94,7 +94,7 @@ def written_before(goal: Goal, settings: Settings) -> Written | None:
 
 
 def holds(folder: Path, request: PruningRequest) -> bool:
-    """Whether an exported folder is pruned by the rates of `request`."""
+    """Whether an exported folder was pruned with the rates of `request`."""
     try:
         return bool(json.loads((folder / FACTS).read_bytes())["rates"] == list(request.choice))
     except (OSError, ValueError, KeyError, TypeError):
@@ -102,7 +102,7 @@ def holds(folder: Path, request: PruningRequest) -> bool:
 
 
 def was_written_unrecorded(goal: Goal, settings: Settings) -> bool:
-    """Whether a call with the same flags wrote the goal's folder, and was killed before it could record that it had."""
+    """Whether a call with the same flags wrote the goal's folder and was killed before it recorded that."""
     try:
         flags = json.loads((settings.folder / BEGUN).read_bytes())
         facts = json.loads((goal.out / FACTS).read_bytes())
@@ -120,7 +120,7 @@ def _tunings(goal: Goal, settings: Settings) -> list[object]:
 
 
 def _recorded(goal: Goal, settings: Settings) -> Written | None:
-    """What was recorded of what stands in the goal's folder; None where nothing was, or of something else."""
+    """Return the record of the goal's folder; None if there is none, or the folder has been replaced."""
     try:
         found = Written.model_validate_json((settings.folder / WRITTEN).read_bytes())
         return found if found.facts == _facts(goal) else None
@@ -129,7 +129,7 @@ def _recorded(goal: Goal, settings: Settings) -> Written | None:
 
 
 def check_disk(goal: Goal, settings: Settings, shape: ModelShape) -> None:
-    """Raise ModelError where there is too little room for what will be written at the end."""
+    """Raise ModelError if the disk is too small for the final export."""
     from gpu_worker.export import disk_space as room
 
     dtype, rate = settings.target.dtype, settings.target.rate
@@ -139,7 +139,7 @@ def check_disk(goal: Goal, settings: Settings, shape: ModelShape) -> None:
     from gpu_worker.finetune.checkpoint import check_finetuning_disk, folder_beside
 
     kept = room.kept_by(rate, shape)
-    # What is fine-tuned lies in the search's folder all the while, which may be on another disk.
+    # The model to fine-tune stays in the search's folder meanwhile, which may be on another disk.
     beside = 0
     if not (_pruned(settings) / FACTS).is_file():
         pruned = room.export_bytes(shape, kept, _trained(goal), dtype)
@@ -151,11 +151,11 @@ def check_disk(goal: Goal, settings: Settings, shape: ModelShape) -> None:
 
 
 def check_memory(goal: Goal, settings: Settings, bare: "LoadedModel") -> None:
-    """Raise ModelError where the memory is too small to fine-tune the pruned model; `bare` is the dense one."""
+    """Raise ModelError if memory is too small to fine-tune the pruned model; `bare` is the dense one."""
     from gpu_worker.finetune import finetune as finetuning
 
     spec, tuning = settings.spec(), recipe(goal, settings)
-    # A padded model is loaded with its noughts.
+    # A padded model is loaded at full width.
     plan = None if "padded" in goal.formats else spec.uniform_plan(bare.decoder.shape)
     longest = max(text.seqlen for text in spec.texts.values())
     try:
@@ -165,7 +165,7 @@ def check_memory(goal: Goal, settings: Settings, bare: "LoadedModel") -> None:
 
 
 def write(request: PruningRequest, goal: Goal, settings: Settings, searched: SearchSummary) -> Written:
-    """Prune, fine-tune where that is asked for, and write the folder. Raises SelfPrunerError."""
+    """Prune, fine-tune if requested, and write the folder. Raises SelfPrunerError."""
     _keep(settings.folder / BEGUN, json.dumps(_flags_of(goal)))
     if goal.data is None:
         exported, tuned = _export(request, goal, searched), None
@@ -181,24 +181,24 @@ def _record(written: Written, settings: Settings) -> None:
 
 
 def _keep(file: Path, text: str) -> None:
-    """Write a file for the next call. Raises SelfPrunerError."""
+    """Write a file for the next call to read. Raises SelfPrunerError."""
     try:
         replace(file, text + "\n")
     except OSError as error:
         raise SelfPrunerError(
-            f"{file} cannot be written ({error.strerror}); mend that, and the same command goes on"
+            f"{file} cannot be written ({error.strerror}); fix that and run the same command again"
         ) from error
 
 
 def check_written(
     written: Written, goal: Goal, request: PruningRequest, settings: Settings
 ) -> tuple[float | None, bool | None]:
-    """What the folder measures, and whether its GGUF file runs: see `reloaded` and `runs_in_llama_cpp`."""
+    """Return the results of `reloaded` and of `runs_in_llama_cpp`."""
     checked = written.model_copy(update={"is_checked": True})
     try:
         found = reloaded(goal, request, written.perplexity), runs_in_llama_cpp(goal)
     except SelfPrunerError:
-        with suppress(SelfPrunerError):  # the folder's own trouble is to be told
+        with suppress(SelfPrunerError):  # the original error matters more
             _record(checked, settings)
         raise
     _record(checked, settings)
@@ -206,19 +206,19 @@ def check_written(
 
 
 def report(result: PruneResult, goal: Goal) -> None:
-    """Write all that is known into the folder, where it is not there yet. Raises SelfPrunerError.
+    """Write the whole result into the folder, unless it is there. Raises SelfPrunerError.
 
-    Models and folders are called by their names: where they lie is nobody's business.
+    Models and folders appear by name only, so that no private path is published.
     """
     file = goal.out / REPORT
-    if file.exists():  # of the same folder, from an earlier call; who fine-tunes it may be reading it
+    if file.exists():  # from an earlier call; another process may be reading it
         return
-    told = result.model_dump(mode="json")
+    record = result.model_dump(mode="json")
     base = json.loads((goal.out / FACTS).read_bytes())["base_model"]
-    for part in (told["exported"], told["finetuned"]):
+    for part in (record["exported"], record["finetuned"]):
         if part is not None:
             part |= {"folder": Path(part["folder"]).name, "model": base}
-    _keep(file, json.dumps(told, indent=2, ensure_ascii=False))
+    _keep(file, json.dumps(record, indent=2, ensure_ascii=False))
 
 
 def _trained(goal: Goal) -> Formats:
@@ -231,19 +231,19 @@ def _facts(goal: Goal) -> str:
 
 
 def _flags_of(goal: Goal) -> dict[str, str]:
-    """What decides the folder beside the search; not --force, nor what is left out."""
-    told = asdict(goal) | {"out": goal.out.absolute()}
-    del told["force"]
-    return {name: str(value) for name, value in told.items() if value is not None}
+    """Return the flags that determine the folder, without --force and those not given."""
+    flags = asdict(goal) | {"out": goal.out.absolute()}
+    del flags["force"]
+    return {name: str(value) for name, value in flags.items() if value is not None}
 
 
 def _are_flags_of(goal: Goal, recorded: Mapping[str, str]) -> bool:
-    # Versions before this one recorded what was left out too, of the flags that they had.
+    # Older versions also recorded flags that were not given.
     return {name: value for name, value in recorded.items() if value != "None"} == _flags_of(goal)
 
 
 def _export(request: PruningRequest, goal: Goal, searched: SearchSummary) -> ExportResult:
-    with at_work(request.spec.model) as progress:
+    with show_progress(request.spec.model) as progress:
         from gpu_worker.export.export import Destination, export_once
 
         return export_once(
@@ -260,7 +260,7 @@ def _export(request: PruningRequest, goal: Goal, searched: SearchSummary) -> Exp
 def _finetuned(
     request: PruningRequest, goal: Goal, settings: Settings, searched: SearchSummary
 ) -> tuple[ExportResult, FinetuneResult]:
-    """Export into the search's folder, where a second start finds it, and from there fine-tune into the goal."""
+    """Export into the search's folder, where a second start finds it, and fine-tune from there into the goal."""
     assert goal.data is not None
     pruned = _pruned(settings)
     exported = _exported_before(request, pruned)
@@ -273,7 +273,7 @@ def _finetuned(
     from gpu_worker.finetune.training import Limits
 
     def measured(text: TextSpec | None) -> EvalText | None:
-        # A pruned model cannot write again what the dense one wrote.
+        # A pruned model cannot regenerate the dense model's text.
         return None if text is None or text.source == "self" else EvalText(text.source, text.windows, text.seqlen)
 
     tuning = FinetuneRequest(
@@ -292,7 +292,7 @@ def _finetuned(
 
 
 def _forget_training(goal: Goal, pruned: Path) -> None:
-    """Remove the checkpoint of another model: one that this command has begun to fine-tune, and no longer wants."""
+    """Remove the checkpoint of a model that this command no longer fine-tunes."""
     from gpu_worker.finetune.checkpoint import Checkpoint, folder_beside, held
 
     if _kept(pruned).exists():
@@ -303,7 +303,7 @@ def _forget_training(goal: Goal, pruned: Path) -> None:
 
 
 def _pruned(settings: Settings) -> Path:
-    """Where the model is before it is fine-tuned."""
+    """Return the folder of the model before fine-tuning."""
     return settings.folder / "pruned"
 
 
@@ -312,7 +312,7 @@ def _kept(pruned: Path) -> Path:
 
 
 def _exported_before(request: PruningRequest, pruned: Path) -> ExportResult | None:
-    """What was exported of these rates already; the search may have found better ones since."""
+    """Return an earlier export of these rates, if any; the search may have found better ones since."""
     try:
         exported = ExportResult.model_validate_json(_kept(pruned).read_bytes())
     except (OSError, ValueError):  # pydantic's ValidationError is one
@@ -321,10 +321,10 @@ def _exported_before(request: PruningRequest, pruned: Path) -> ExportResult | No
 
 
 def runs_in_llama_cpp(goal: Goal) -> bool | None:
-    """Whether llama.cpp writes with the GGUF file; None without either. Raises ModelError where it cannot."""
+    """Whether llama.cpp generates with the GGUF file; None without either. Raises ModelError if it fails."""
     if "gguf" not in goal.formats or find_spec("xllamacpp") is None:
         return None
-    with at_work(str(goal.out)):
+    with show_progress(str(goal.out)):
         from gpu_worker.speed.llama_cpp_engine import check_gguf_runs
 
         check_gguf_runs(next(goal.out.glob("*.gguf")))
@@ -332,17 +332,17 @@ def runs_in_llama_cpp(goal: Goal) -> bool | None:
 
 
 def reloaded(goal: Goal, request: PruningRequest, wanted: float | None) -> float | None:
-    """What the folder measures when it is loaded again; None of a GGUF alone, or where nothing was measured before.
+    """Return the perplexity of the reloaded folder; None for a GGUF alone, or if none was measured in memory.
 
-    Raises SelfPrunerError where that is not what it measured in memory.
+    Raises SelfPrunerError if it differs from the perplexity in memory.
     """
     if goal.formats == ("gguf",) or wanted is None:
         return None
     spec, numbers = request.spec, request.spec.text_numbers
     kept_text = goal.out / KEPT_TEXT if spec.fitness.source == "self" else None
-    # Another text takes no windows of the one that is measured.
+    # A text of its own takes no windows from the measured one.
     texts = {role: text for role, text in spec.texts.items() if numbers[role] == numbers["fitness"]}
-    with at_work(str(goal.out)) as progress:
+    with show_progress(str(goal.out)) as progress:
         from gpu_worker.evaluation.without_search import evaluate_as_it_is
 
         found = evaluate_as_it_is(

@@ -7,10 +7,9 @@ from typing import Annotated
 import structlog
 import typer
 
-from daemon.commands import flags
-from daemon.commands import tables as answers
+from daemon.commands import flags, tables
 from daemon.commands.card_claim import CardClaim, card_claim
-from daemon.commands.output import answer, at_work
+from daemon.commands.output import print_result, show_progress
 from daemon.commands.request import (
     allocation_of,
     allocation_spec,
@@ -35,9 +34,9 @@ log = structlog.get_logger()
 
 @flags.grouped
 def allocate(
-    method: Annotated[Method, typer.Argument(help="An allocation without search.")],
-    model: Annotated[str, typer.Option(help="A hub name, a folder, or `smollm2`.")],
-    rate: Annotated[float, typer.Option(help="The pruning rate β.")],
+    method: Annotated[Method, typer.Argument(help="Allocation method.")],
+    model: Annotated[str, typer.Option(help="A Hugging Face name, a folder, or `smollm2`.")],
+    rate: Annotated[float, typer.Option(help="Pruning rate β: the share of decoder parameters to remove.")],
     *,
     texts: flags.CalibrationFlags,
     how: flags.PruningFlags,
@@ -46,18 +45,18 @@ def allocate(
     seed: flags.Seed = 0,
     json_: flags.Json = False,
 ) -> None:
-    """Say the pruning rates of an allocation; with --json a file that `evaluate` and `export` take as --rates."""
+    """Compute pruning rates without a search; with --json, a file for `--rates` of other commands."""
     spec, allocation = allocation_spec(model, rate, texts, how, dtype=dtype, seed=seed), allocation_of(method, options)
-    with at_work(model) as progress:
+    with show_progress(model) as progress:
         from gpu_worker.evaluation.without_search import allocate_once
 
         result = allocate_once(spec, allocation, progress)
-    answer(result.model_dump(mode="json"), json_, lambda: answers.allocation(result))
+    print_result(result.model_dump(mode="json"), json_, lambda: tables.allocation(result))
 
 
 @flags.grouped
 def evaluate(
-    folder: Annotated[Path | None, typer.Argument(help="An exported model, measured as it is.")] = None,
+    folder: Annotated[Path | None, typer.Argument(help="An exported model, measured as is.")] = None,
     model: flags.Model = None,
     *,
     texts: flags.TextFlags,
@@ -66,37 +65,43 @@ def evaluate(
     options: flags.MethodFlags,
     heads: Annotated[
         Heads | None,
-        typer.Option(help="`any`: any query heads may go. Masked, to compare with; never exported."),
+        typer.Option(
+            help="`any`: remove any query heads. They are masked, for comparison only, and cannot be exported."
+        ),
     ] = None,
-    fitness: Annotated[Measure, typer.Option(help="`kl`: measure the divergence from the dense model too.")] = (
+    fitness: Annotated[Measure, typer.Option(help="`kl`: also measure the divergence from the dense model.")] = (
         "perplexity"
     ),
     dtype: Annotated[
-        Dtype | None, flags.chosen(Dtype, "Of weights and activations; as on a folder's card, else bfloat16")
+        Dtype | None, flags.chosen(Dtype, "Data type (by default as on the model card, else bfloat16)")
     ] = None,
     seed: Annotated[
         int | None,
-        typer.Option(min=0, callback=flags.seed_of_torch, help="Chooses the windows; as on a folder's card, else 0."),
+        typer.Option(
+            min=0,
+            callback=flags.seed_of_torch,
+            help="Seed of the text windows; by default as on the model card, else 0.",
+        ),
     ] = None,
     json_: flags.Json = False,
 ) -> None:
-    """Measure a model's perplexity: as it is, or pruned by --allocate or --rates, without a search."""
+    """Measure a model's perplexity, as is or pruned with --allocate or --rates."""
     if (folder is None) == (model is None):
-        raise SettingsError("name one model: a folder, or --model")
+        raise SettingsError("give one model: a folder, or --model")
     if folder is not None:
         _check_holds_model(expanded(str(folder)))
     name = str(folder) if model is None else model
     if choice == flags.ChoiceFlags():
-        refuse_given("the model is measured as it is", how, options)
+        refuse_given("the model is measured as is", how, options)
         if heads is not None:
-            raise SettingsError("--heads is not read here: the model is measured as it is")
+            raise SettingsError("--heads has no effect here: the model is measured as is")
         if fitness != "perplexity":
-            raise SettingsError("--fitness kl compares with the dense model: give --allocate or --rates too")
+            raise SettingsError("--fitness kl compares with the dense model: give --allocate or --rates as well")
         claim = card_claim(name, texts)
         if claim is None:
             claim = CardClaim(measured_texts(texts), seed or 0, dtype or "bfloat16")
         claim = claim.changed(dtype, seed)
-        with at_work(name) as progress:
+        with show_progress(name) as progress:
             from gpu_worker.evaluation.without_search import evaluate_as_it_is
 
             result = evaluate_as_it_is(
@@ -113,7 +118,7 @@ def evaluate(
             name, texts, choice, how, options, measure=fitness, dtype=dtype or "bfloat16", seed=seed or 0
         )
         check_heads(heads, request.spec)
-        with at_work(name) as progress:
+        with show_progress(name) as progress:
             from gpu_worker.evaluation.without_search import evaluate_once
 
             result = evaluate_once(
@@ -124,11 +129,11 @@ def evaluate(
                 heads=heads or "rectangular",
                 progress=progress,
             )
-    answer(result.model_dump(mode="json"), json_, lambda: answers.evaluation(result))
+    print_result(result.model_dump(mode="json"), json_, lambda: tables.evaluation(result))
 
 
 def _check_holds_model(folder: Path) -> None:
-    """Raise SettingsError for what `evaluate` cannot measure as it is, before it asks for a text."""
+    """Raise SettingsError for a folder without a model, before a text is asked for."""
     if not folder.exists():
         raise SettingsError(f"there is no folder {str(folder)!r}; a model is named with --model, as is `smollm2`")
     if folder.is_dir() and not any((folder / name).exists() for name in (FACTS, "config.json")):
@@ -137,11 +142,11 @@ def _check_holds_model(folder: Path) -> None:
 
 @flags.grouped
 def export(
-    out: Annotated[Path, typer.Option(help="The folder to make.")],
+    out: Annotated[Path, typer.Option(help="The folder to create.")],
     format_: flags.FormatNames = None,
     gguf_type: flags.GgufTypeFlag = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace an older export.")] = False,
-    search: Annotated[str | None, typer.Option("--search", help="Export the best of this search.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing export.")] = False,
+    search: Annotated[str | None, typer.Option("--search", help="Export the best candidate of this search.")] = None,
     redis_url: flags.RedisUrl = None,
     folder: flags.Folder = Path("runs"),
     model: flags.Model = None,
@@ -154,16 +159,18 @@ def export(
     seed: flags.Seed = 0,
     json_: flags.Json = False,
 ) -> None:
-    """Write a pruned model that loads elsewhere: the best of a search, or by --allocate or --rates.
+    """Export a pruned model: the best of a search, or one pruned with --allocate or --rates.
 
-    Without --data and --calibration-data the model is scored and measured on text that it writes itself.
+    Without --data and --calibration-data, the model is scored and measured on text that it generates.
     """
     formats = formats_of(format_ or ["hf"])
     stored = gguf_type_of(formats, gguf_type)
     if search is not None:
         if model is not None or choice != flags.ChoiceFlags():
-            raise SettingsError("--search names the model and its rates: leave --model, --allocate and --rates out")
-        refuse_given("--search prunes as the search did", texts, how, options)
+            raise SettingsError(
+                "--search determines the model and its rates: leave out --model, --allocate and --rates"
+            )
+        refuse_given("--search prunes with the search's settings", texts, how, options)
         best = asyncio.run(best_so_far(search, redis_url, folder))
         request = request_of_search(best.record, best.origin)
     elif model is not None:
@@ -174,7 +181,7 @@ def export(
     from gpu_worker.export.folder import check_target
 
     check_target(expanded(out), force=force)
-    with at_work(request.spec.model) as progress:
+    with show_progress(request.spec.model) as progress:
         from gpu_worker.export.export import Destination, export_once
 
         result = export_once(
@@ -185,4 +192,4 @@ def export(
             method=request.method,
             progress=progress,
         )
-    answer(result.model_dump(mode="json"), json_, lambda: answers.exported(result, request.spec.fitness))
+    print_result(result.model_dump(mode="json"), json_, lambda: tables.exported(result, request.spec.fitness))

@@ -1,4 +1,4 @@
-"""The commands that prune: from their flags, or a file of rates, to what is pruned and how."""
+"""Pruning requests: from the flags of a command, or a file of rates, to a spec and rates."""
 
 import json
 from dataclasses import asdict, dataclass, fields, replace
@@ -17,22 +17,22 @@ from protocol.plans.plan import Split
 from protocol.plans.shape import Granularity, ModelShape
 from protocol.plans.spec import Dtype, Importance, Measure, Reconstruction, Role, Scoring, SearchSpec, TextSpec
 
-NO_RATES = "no JSON object with a list of numbers called `rates`"
+NO_RATES = "not a JSON object with a list of numbers called `rates`"
 
 
 @dataclass(frozen=True)
 class PruningRequest:
-    """What to prune by which rates: given ones, for a model of this `shape`, or those of an allocation."""
+    """What to prune, and the rates: given ones for a model of this `shape`, or an allocation."""
 
     spec: SearchSpec
     choice: tuple[float, ...] | Allocation
     shape: ModelShape | None
     method: str
-    """As a person would call it: a method of allocation, or where the rates come from."""
+    """The allocation method, or where the rates come from, for people."""
 
 
 class _HowStored(BaseModel):
-    """What a file of rates says of how they are meant."""
+    """The pruning settings stored in a file of rates."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -68,7 +68,7 @@ def pruning_request(
     dtype: Dtype,
     seed: int,
 ) -> PruningRequest:
-    """Check the flags together. Raises UsageError with one sentence."""
+    """Return a request from the flags. Raises UsageError with one sentence if they contradict each other."""
     if (choice.rates is None) == (choice.allocate is None):
         raise SettingsError("give either --rates FILE or --allocate METHOD with --rate")
     if choice.allocate is not None and choice.rate is None:
@@ -78,7 +78,7 @@ def pruning_request(
     given = {"rate": choice.rate, **asdict(how)}
     pruning = file.spec.model_dump() | {name: value for name, value in given.items() if value is not None}
     if pruning["rate"] is None:
-        raise SettingsError(f"{choice.rates} does not say its pruning rate: give --rate")
+        raise SettingsError(f"{choice.rates} does not contain its pruning rate: give --rate")
     spec = _spec(model=model, **pruning, **_texts(texts), measure=measure, dtype=dtype, seed=seed)
     if choice.allocate is not None:
         return PruningRequest(spec, allocation_of(choice.allocate, options), None, choice.allocate)
@@ -86,22 +86,24 @@ def pruning_request(
 
 
 def request_of_search(record: dict[str, Any], origin: str) -> PruningRequest:
-    """The best of a search, by what its best.json holds: the same model, texts and seed, and so the same weights.
+    """Return the request for a search's best.json: the same model, texts and seed, and therefore the same weights.
 
-    `origin` is where the rates come from, in words. Raises DataError for a record of a version that knew less.
+    `origin` describes where the rates come from. Raises DataError for a record of an older version.
     """
     try:
         spec = SearchSpec.model_validate(record["spec"])
         file = RatesFile.model_validate(record)
     except (KeyError, ValidationError) as error:
-        raise DataError("the search's best rates were kept by another version of Self-Pruner: search anew") from error
+        raise DataError(
+            "the search's best rates were saved by another version of Self-Pruner: run a new search"
+        ) from error
     return PruningRequest(spec, file.rates, file.shape, origin)
 
 
 def allocation_spec(
     model: str, rate: float, texts: CalibrationFlags, how: PruningFlags, *, dtype: Dtype, seed: int
 ) -> SearchSpec:
-    """The spec of an allocation, which is scored on one text and measures nothing."""
+    """Return the spec of an allocation, which is scored on one text and measures nothing."""
     pruning = {name: value for name, value in asdict(how).items() if value is not None}
     return _spec(model=model, rate=rate, **pruning, **_texts(texts), dtype=dtype, seed=seed)
 
@@ -115,33 +117,33 @@ _READ_BY = {
 
 
 def refuse_unread(choice: ChoiceFlags, options: MethodFlags) -> None:
-    """Raise SettingsError for a setting of a method that is not the chosen one."""
+    """Raise SettingsError for an option of a method other than the chosen one."""
     for name, method in _READ_BY.items():
         if getattr(options, name) != getattr(MethodFlags(), name) and choice.allocate != method:
             raise SettingsError(f"--{name.replace('_', '-')} is for --allocate {method}")
 
 
 NEEDED_BY_ANY_HEADS = {"granularity": "layer", "split": "equal", "scoring": "dense"}
-"""What Wanda-sp does: one rate a layer, the same for heads and MLP, from scores that no plan changes."""
+"""The settings of Wanda-sp: one rate per layer, the same for heads and MLP, and scores of the dense model."""
 
 
 def check_heads(heads: Heads | None, spec: SearchSpec) -> None:
-    """Raise SettingsError where any query heads cannot be removed as the spec says."""
+    """Raise SettingsError if the spec does not allow removing any query heads."""
     for name, value in NEEDED_BY_ANY_HEADS.items():
         if heads == "any" and (given := getattr(spec, name)) != value:
             raise SettingsError(f"--heads any needs --{name} {value}, not {given!r}: it removes heads as Wanda-sp does")
 
 
 def refuse_given(why: str, *groups: object) -> None:
-    """Raise SettingsError where a group of flags says anything: nobody would read it."""
+    """Raise SettingsError if any flag of these groups is set, because it would have no effect."""
     for group in groups:
         for field in fields(group):  # type: ignore[arg-type]
             if getattr(group, field.name) != field.default:
-                raise SettingsError(f"--{field.name.replace('_', '-')} is not read here: {why}")
+                raise SettingsError(f"--{field.name.replace('_', '-')} has no effect here: {why}")
 
 
 def allocation_of(method: Method, options: MethodFlags) -> Allocation:
-    """The allocation that the flags describe. Raises SettingsError for a setting out of range."""
+    """Return the allocation from the flags. Raises SettingsError for an option out of range."""
     try:
         return Allocation(method=method, **asdict(options))
     except ValidationError as error:
@@ -149,7 +151,7 @@ def allocation_of(method: Method, options: MethodFlags) -> Allocation:
 
 
 def read_rates(path: Path) -> RatesFile:
-    """Read a file of rates. Raises DataError where it is none."""
+    """Read a file of rates. Raises DataError if it is not one."""
     try:
         return RatesFile.model_validate(json.loads(path.read_text(encoding="utf-8")))
     except OSError as error:
@@ -163,7 +165,7 @@ def read_rates(path: Path) -> RatesFile:
 
 
 def measured_texts(texts: TextFlags) -> dict[Role, TextSpec]:
-    """The texts of a model that is measured as it is; those of --calibration-data are only kept out of the others."""
+    """Return the texts for measuring a model as is; windows of --calibration-data are only kept out of the others."""
     if texts.data is None:
         raise SettingsError("give --data, the text to measure on")
     calibration = texts.calibration_data
@@ -176,14 +178,14 @@ def measured_texts(texts: TextFlags) -> dict[Role, TextSpec]:
 
 
 def self_if_none(texts: ExportTexts) -> ExportTexts:
-    """The same texts; where none is named, the one that the model writes itself."""
+    """Return the same texts, with the model's own text if none is named."""
     return texts if texts.data or texts.calibration_data else replace(texts, calibration_data="self")
 
 
 def _texts(texts: TextFlags | CalibrationFlags) -> dict[str, TextSpec | None]:
     if isinstance(texts, CalibrationFlags):
         text = _text(texts.calibration_data, texts.calibration_windows, texts.seqlen)
-        # Nothing is measured, and so no fitness text is read; but a spec has one.
+        # No fitness text is read, because nothing is measured, but a spec needs one.
         return {"calibration": text, "fitness": text, "report": None}
     calibration = texts.calibration_data or texts.data
     data = texts.data or texts.calibration_data

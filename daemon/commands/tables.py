@@ -1,4 +1,4 @@
-"""What commands that end answer to a person: a table, and lines under it."""
+"""Results of commands as tables and lines for people."""
 
 import shlex
 from collections.abc import Iterator, Sequence
@@ -27,17 +27,17 @@ from protocol.results.commands import (
 from protocol.results.finetuning import Perplexities
 from protocol.results.speeds import BatchSpeed, SpeedResult, Spread
 
-KL_IN_WORDS = "kl is the divergence from the dense model, in nats a token"
-MASKED = "masked, to compare with: no format can hold a model that loses any of its query heads"
+KL_IN_WORDS = "kl is the divergence from the dense model, in nats per token"
+MASKED = "query heads are masked, for comparison only: no export format supports such a model"
 
 
 def evaluation(result: EvaluationResult) -> Iterator[RenderableType]:
-    """Perplexities of the model, and of the dense one where it was pruned, and on what they were measured."""
+    """Show the perplexities of the model, of the dense one if it was pruned, and the texts."""
     yield f"{result.model}, {_removed(result.rate, _with_heads(result))}"
     table = _figures(report=result.report_perplexity is not None, kl=result.kl is not None)
     of = result.parameters
     if result.rate is None:
-        _add(table, "as it is", result.perplexity, result.report_perplexity, None, of.total_after)
+        _add(table, "as is", result.perplexity, result.report_perplexity, None, of.total_after)
     else:
         _add(table, "dense", result.dense_perplexity, result.dense_report_perplexity, 0.0, of.total_before)
         _add(table, "pruned", result.perplexity, result.report_perplexity, result.kl, of.total_after)
@@ -50,12 +50,12 @@ def evaluation(result: EvaluationResult) -> Iterator[RenderableType]:
     if result.kl is not None:
         yield KL_IN_WORDS
     if result.card_perplexity is not None:
-        yield f"the folder's card says {result.card_perplexity:,.2f} of the same tokens"
+        yield f"the model card states {result.card_perplexity:,.2f} on the same tokens"
     yield f"{'measuring' if result.rate is None else 'pruning and measuring'} took {result.seconds:,.1f} s"
 
 
 def exported(result: ExportResult, text: TextSpec) -> Iterator[RenderableType]:
-    """What was written and what it measures; `text` is what it was measured on."""
+    """Show what was written and its perplexity on `text`."""
     yield f"{result.folder}: {result.model}, {_removed(result.rate, result.method)}, as {' and '.join(result.formats)}"
     table = _figures(report=False, kl=result.kl is not None)
     _add(table, "dense", result.dense_perplexity, None, 0.0, result.parameters.total_before)
@@ -63,7 +63,7 @@ def exported(result: ExportResult, text: TextSpec) -> Iterator[RenderableType]:
     yield table
     yield _measured_on(text.source, result.tokens, result.seqlen)
     if result.report_perplexity is not None:
-        yield f"pruned, on the report text: {result.report_perplexity:,.2f}; README.md has the dense model's beside it"
+        yield f"pruned, on the report text: {result.report_perplexity:,.2f}; see README.md for the dense model's"
     files = _table("file", "MB")
     for name, size in result.files.items():
         files.add_row(name, f"{size / 1e6:,.2f}" if size >= 1e4 else "<0.01")
@@ -74,7 +74,7 @@ def exported(result: ExportResult, text: TextSpec) -> Iterator[RenderableType]:
 
 
 def pruned(result: PruneResult, text: TextSpec) -> Iterator[RenderableType]:
-    """What the search came to, what was written, and that it was loaded again."""
+    """Show the result of the search, what was written, and the check after reloading."""
     last = result.finetuned or result.exported
     yield f"{last.folder}: {result.exported.model}, {_removed(result.exported.rate, result.exported.method)}"
     best, of = result.exported, result.exported.parameters
@@ -93,7 +93,7 @@ def pruned(result: PruneResult, text: TextSpec) -> Iterator[RenderableType]:
         reported = best.report_perplexity, result.uniform_report_perplexity
         on_report = f" ({reported[0] / reported[1]:.3f} on the report text)" if reported[0] and reported[1] else ""
         ratio = f"{best.perplexity / result.uniform_perplexity:.3f}{on_report}"
-        yield f"perplexity is {ratio} of that of {label} (one search, one seed)"
+        yield f"perplexity is {ratio} times that of {label} (one search, one seed)"
     yield _measured_on(text.source, best.tokens, best.seqlen)
     if best.kl is not None:
         yield KL_IN_WORDS
@@ -101,7 +101,7 @@ def pruned(result: PruneResult, text: TextSpec) -> Iterator[RenderableType]:
     by_llm = f"{result.proposed_by_llm:,}" if result.proposed_by_llm else "none"
     yield f"searched with {result.evaluations:,} evaluations {took}, {by_llm} of them proposed by the LLM"
     if result.reloaded is not None:
-        yield f"loaded again, it measures {result.reloaded:,.2f}"
+        yield f"perplexity after reloading: {result.reloaded:,.2f}"
     yield from _in_llama_cpp(last.gguf)
     if result.runs_in_llama_cpp:
         yield "the GGUF file runs in llama.cpp"
@@ -122,12 +122,12 @@ def _after(measured: Perplexities | None) -> float | None:
 
 
 def finetuned(result: FinetuneResult) -> Iterator[RenderableType]:
-    """What was trained on what, what it measures before and after, and where it is."""
+    """Show the training data, the figures before and after, and where the model is."""
     tuned = result.finetuning
     how = "all weights of the projections" if tuned.recipe.method == "full" else f"LoRA, r {tuned.recipe.rank}"
     yield f"{result.folder}: {result.model}, pruned, fine-tuned on {tuned.data} ({how}), as {', '.join(result.formats)}"
     table = _table("", "before", "after")
-    table.add_row("loss, by tenths of the steps", f"{tuned.first_loss:.3f}", f"{tuned.last_loss:.3f}")
+    table.add_row("mean loss, first 10 % and last 10 % of steps", f"{tuned.first_loss:.3f}", f"{tuned.last_loss:.3f}")
     if tuned.perplexity is not None:
         table.add_row("perplexity", _number(tuned.perplexity.before, 2), _number(tuned.perplexity.after, 2))
     if tuned.report_perplexity is not None:
@@ -137,26 +137,26 @@ def finetuned(result: FinetuneResult) -> Iterator[RenderableType]:
     yield from _in_llama_cpp(result.gguf)
     if tuned.perplexity is not None:
         yield _measured_on(tuned.perplexity.text.source, tuned.perplexity.tokens, tuned.perplexity.text.seqlen)
-    went_on = f", the first {result.resumed_from:,} of them before" if result.resumed_from else ""
+    resumed = f", resumed after {result.resumed_from:,}" if result.resumed_from else ""
     yield (
-        f"{tuned.steps:,} steps{went_on}, {tuned.tokens:,} tokens predicted in {result.seconds:,.1f} s; "
+        f"{tuned.steps:,} steps{resumed}, {tuned.tokens:,} tokens predicted in {result.seconds:,.1f} s; "
         f"{_millions(tuned.trained_parameters)} of {_millions(result.parameters.total_after)} parameters were trained"
     )
     if result.ended_by == "time":
-        yield "the time was used up before the steps"
-    yield "finetune.json has the loss of every step"
+        yield "training ended at the time limit, before its last step"
+    yield "finetune.json lists the loss of every step"
 
 
 def allocation(result: AllocationResult) -> Iterator[RenderableType]:
-    """Rates, and what each layer keeps by them."""
+    """Show the rates, and what each layer keeps."""
     yield f"{result.model}, {result.spec.rate:.1%} of the decoder's parameters to be removed by {result.method}"
     yield _layers(result.rates, result.plan, result.shape)
     yield _parameters(result.parameters)
-    yield "--json prints this as a file that evaluate and export take as --rates"
+    yield "--json prints a file for --rates of evaluate and export"
 
 
 def zero_shot(result: ZeroShotResult) -> Iterator[RenderableType]:
-    """Both accuracies of every task, which of them counts, and their mean."""
+    """Show both accuracies of every task, which of them counts, and their mean."""
     yield f"{result.model}, {_removed(result.rate, result.method)}"
     table = _table("task", "items", "acc", "acc_norm", "counts", "±")
     for task in result.tasks:
@@ -168,13 +168,13 @@ def zero_shot(result: ZeroShotResult) -> Iterator[RenderableType]:
     if result.calibration is not None:
         yield f"scored on {_text_name(result.calibration)}"
     if result.limit is not None:
-        yield f"at most {result.limit:,} items of each task, the first ones"
-    yield f"answering took {result.seconds:,.1f} s"
+        yield f"the first {result.limit:,} items of each task"
+    yield f"evaluation took {result.seconds:,.1f} s"
 
 
 def speed(result: SpeedResult) -> Iterator[RenderableType]:
-    """Sizes and tokens per second in each engine."""
-    yield f"{result.folder} beside {result.baseline}: prompts of {result.prompt} tokens, {result.generate} generated"
+    """Show sizes and tokens per second in each engine."""
+    yield f"{result.folder} and {result.baseline}: prompts of {result.prompt} tokens, {result.generate} generated"
     for found in result.engines:
         threads = f", {found.threads} thread{'s' * (found.threads != 1)}" if found.threads else ""
         yield f"\n{found.engine} on {found.device}{threads}, {found.pruned.weight_type}"
@@ -191,13 +191,13 @@ def speed(result: SpeedResult) -> Iterator[RenderableType]:
             )
         yield sizes
         yield _rates(found.batches)
-    yield f"medians and ranges of {result.repeats} repeats after {result.warm_up}, dense and pruned in turn"
+    yield f"medians and ranges of {result.repeats} repeats after {result.warm_up} for warm-up, dense and pruned in turn"
     for reason in result.skipped.values():
         yield f"skipped: {reason}"
 
 
 def _rates(batches: Sequence[BatchSpeed]) -> Table:
-    """Two rows for each batch: tokens per second of the prefill and of the decode."""
+    """Return a table with two rows per batch size: tokens per second of prefill and decode."""
     table = _table("batch", "", "dense tokens/s", "pruned tokens/s", "speed-up")
     for batch in batches:
         for phase, found in (("prefill", batch.prefill), ("decode", batch.decode)):
@@ -211,7 +211,7 @@ def _spread(found: Spread, digits: int) -> str:
 
 
 class _Best(BaseModel):
-    """What best.json holds."""
+    """The contents of best.json."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -230,11 +230,11 @@ class _Best(BaseModel):
 
 
 def best(record: dict[str, Any]) -> Iterator[RenderableType]:
-    """The best candidate of a search. Raises DataError for a record of another version."""
+    """Show the best candidate of a search. Raises DataError for a record of another version."""
     try:
         found = _Best.model_validate(record)
     except ValidationError as error:
-        raise DataError("the best rates were kept by another version of Self-Pruner; --json shows them") from error
+        raise DataError("the best rates were saved by another version of Self-Pruner; --json shows them") from error
     spec = found.spec
     yield f"{found.search}: the best of {spec.model} with {spec.rate:.1%} of the decoder's parameters removed"
     kl = "" if found.kl is None else f", kl {found.kl:.4f}"
@@ -247,14 +247,14 @@ def best(record: dict[str, Any]) -> Iterator[RenderableType]:
 
 
 def _with_heads(result: EvaluationResult) -> str | None:
-    """The method, and which baseline it is where that has to be told apart."""
+    """Return the method, with the kind of uniform baseline if there are several."""
     if result.method == "uniform" and result.reconstruction is not None and result.heads is not None:
         return uniform_label(result.reconstruction, result.heads)
     return f"{result.method}, any heads" if result.heads == "any" else result.method
 
 
 def _removed(rate: float | None, method: str | None) -> str:
-    return "as it is" if rate is None else f"{rate:.1%} of the decoder's parameters removed by {method}"
+    return "as is" if rate is None else f"{rate:.1%} of the decoder's parameters removed by {method}"
 
 
 def _table(first: str, *others: str) -> Table:
@@ -272,7 +272,7 @@ def _figures(*, report: bool, kl: bool) -> Table:
 def _add(
     table: Table, name: str, perplexity: float | None, report: float | None, kl: float | None, parameters: int
 ) -> None:
-    """Add a row with a figure for each column that the table has."""
+    """Add a row with a figure for each column of the table."""
     cells = {
         "perplexity": _number(perplexity, 2),
         "on the report text": _number(report, 2),
@@ -283,7 +283,7 @@ def _add(
 
 
 def _layers(rates: Sequence[float], plan: Sequence[LayerPlan], shape: ModelShape) -> Table:
-    """A row for each layer: its rate, or those of its two blocks, and what it keeps of heads and MLP channels."""
+    """Return a table with a row per layer: its rate or rates, and the heads and MLP channels that it keeps."""
     each = len(rates) // len(plan)
     titles = ["rate"] if each == 1 else ["attention rate", "MLP rate"]
     table = _table("layer", *titles, "query heads", "KV heads", "MLP width")
@@ -314,7 +314,7 @@ def _measured_on(source: str, tokens: int, seqlen: int) -> str:
 
 
 def _text_name(source: str) -> str:
-    return "text that the dense model wrote" if source == "self" else Path(source).name
+    return "text that the dense model generated" if source == "self" else Path(source).name
 
 
 def _next_command(result: ExportResult, text: TextSpec) -> str:

@@ -1,13 +1,12 @@
-"""`selfpruner zero-shot`: what a model answers without examples, as it is, pruned in memory, or exported."""
+"""`selfpruner zero-shot`: zero-shot accuracy of a model as is, pruned in memory, or exported."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from daemon.commands import flags
-from daemon.commands import tables as answers
-from daemon.commands.output import answer, at_work
+from daemon.commands import flags, tables
+from daemon.commands.output import print_result, show_progress
 from daemon.commands.request import pruning_request, refuse_given
 from daemon.settings.packages import need
 from protocol.errors import SettingsError
@@ -17,17 +16,17 @@ from protocol.runtime.paths import expanded
 
 @flags.grouped
 def zero_shot(
-    model: Annotated[str, typer.Argument(help="A hub name, a folder (an exported one too), or `smollm2`.")],
+    model: Annotated[str, typer.Argument(help="A Hugging Face name, a folder (also an exported one), or `smollm2`.")],
     *,
     tasks: Annotated[
         list[str] | None,
-        typer.Option(help=f"Some of {', '.join(task.name for task in PAPER_TASKS)}; all if left out. Repeatable."),
+        typer.Option(help=f"{', '.join(task.name for task in PAPER_TASKS)}; all by default. Repeatable."),
     ] = None,
     tasks_dir: Annotated[
-        Path | None, typer.Option(help="A folder of lm-eval task files: its tasks, all unless --tasks names some.")
+        Path | None, typer.Option(help="Folder of lm-eval task files; all its tasks unless --tasks selects some.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Items of each task; all if left out.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Texts that run through the model together.")] = 8,
+    limit: Annotated[int | None, typer.Option(min=1, help="Items per task; all by default.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts per forward pass.")] = 8,
     choice: flags.ChoiceFlags,
     texts: flags.CalibrationFlags,
     how: flags.PruningFlags,
@@ -36,9 +35,9 @@ def zero_shot(
     seed: flags.Seed = 0,
     json_: flags.Json = False,
 ) -> None:
-    """Measure the accuracy in the paper's seven zero-shot tasks, by lm-eval.
+    """Measure accuracy on the paper's seven zero-shot tasks, with lm-eval.
 
-    The model is asked as it is, or pruned by --allocate or --rates.
+    The model is evaluated as is, or pruned with --allocate or --rates.
     """
     names = split_task_names(tasks or [])
     if tasks is not None and not names:
@@ -49,12 +48,12 @@ def zero_shot(
     if pruned:
         request = pruning_request(model, texts, choice, how, options, dtype=dtype, seed=seed)
     else:
-        refuse_given("the model is asked as it is", texts, how, options)
+        refuse_given("the model is evaluated as is", texts, how, options)
         if seed:
-            raise SettingsError("--seed is not read here: the model is asked as it is, and no item is drawn")
+            raise SettingsError("--seed has no effect here: the model is evaluated as is, and no item is sampled")
     need("torch", "worker")
     need("lm_eval", "eval")
-    with at_work(model) as progress:
+    with show_progress(model) as progress:
         from gpu_worker.evaluation.zero_shot import Questions, zero_shot_as_it_is, zero_shot_pruned
 
         questions = Questions(names, None if tasks_dir is None else expanded(tasks_dir), limit, batch_size)
@@ -69,4 +68,4 @@ def zero_shot(
             )
         else:
             result = zero_shot_as_it_is(model, questions, dtype=dtype, progress=progress)
-    answer(result.model_dump(mode="json"), json_, lambda: answers.zero_shot(result))
+    print_result(result.model_dump(mode="json"), json_, lambda: tables.zero_shot(result))

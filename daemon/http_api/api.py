@@ -1,7 +1,7 @@
 """The HTTP API: status, population, events, control and metrics of the search of this process.
 
-It shows what the Observer last saw, so that no number of requests costs the search a question to Redis. Whatever
-happens to it, the search goes on.
+It shows the Observer's last observation, so that requests cost the search no Redis traffic. An error in the API does
+not affect the search.
 """
 
 import asyncio
@@ -30,7 +30,7 @@ from protocol.queue.control import Command, Control
 
 DEFAULT_PORT = 8090
 MAX_MEMBERS = 500
-"""Of the population in one reply."""
+"""Maximum members of the population in one reply."""
 MAX_EVENT_STREAMS = 32
 CONTROL_SECONDS = 3.0
 PING_SECONDS = 15.0
@@ -47,7 +47,7 @@ class ControlRequest(BaseModel):
 
 
 class HttpApi:
-    """Serves one search. `free_port`: where no port is set and the usual one is taken, any other will do."""
+    """Serves one search. `free_port`: use any free port if none is set and the default one is in use."""
 
     def __init__(self, settings: HttpSettings, access: Access, observer: Observer, *, free_port: bool) -> None:
         self._settings = settings
@@ -60,10 +60,10 @@ class HttpApi:
 
     @asynccontextmanager
     async def serving(self) -> AsyncIterator[str]:
-        """Serve while the block runs; yields the URL. Raises UsageError where the port cannot be had.
+        """Serve while the block runs; yields the URL. Raises UsageError if it cannot listen on the port.
 
-        At the end every event stream is told so, and ended at once. The requests run beside the search in its event
-        loop, and what goes wrong in one is answered there (daemon/http_api/guard.py): none of it reaches the search.
+        At the end every event stream gets `search_ended` and is closed. Requests run in the search's event loop, but
+        their errors are answered there (daemon/http_api/guard.py) and never reach the search.
         """
         host = self._settings.host
         bound = await self._listen(host)
@@ -102,7 +102,7 @@ class HttpApi:
         return _json({"alive": True})
 
     async def _readyz(self, _request: web.Request) -> web.Response:
-        """Whether candidates are being measured. Without an LLM they still are: `degraded` says so."""
+        """Whether candidates are being measured, which `degraded` (no LLM) does not prevent."""
         status = self._observer.status
         redis = status is not None and status.redis == "answers"
         workers = sum(worker.stage != "unusable" for worker in status.workers) if status and redis else 0
@@ -119,7 +119,7 @@ class HttpApi:
         return web.Response(body=self.metrics.page(), headers={"Content-Type": CONTENT_TYPE})
 
     async def _status(self, _request: web.Request) -> web.Response:
-        return _json(self._seen().model_dump(mode="json"))
+        return _json(self._known_status().model_dump(mode="json"))
 
     async def _population(self, request: web.Request) -> web.Response:
         limit = _number(request, "limit", default=50, least=1, most=MAX_MEMBERS)
@@ -133,14 +133,14 @@ class HttpApi:
         id_ = request.match_info["id"]
         candidate = self._observer.ledger.get(id_)
         if candidate is None:
-            raise web.HTTPNotFound(text="this search has no candidate of this id")
+            raise web.HTTPNotFound(text="this search has no candidate with this id")
         evaluation = self._observer.population.get(id_)
         if evaluation is None:
             return _json({"order": None, **candidate_record(candidate), "outcome": None})
         return _json(evaluation_record(evaluation))
 
     async def _read_control(self, _request: web.Request) -> web.Response:
-        return _json({"search": self._observer.keys.search, "control": self._seen().control})
+        return _json({"search": self._observer.keys.search, "control": self._known_status().control})
 
     async def _write_control(self, request: web.Request) -> web.Response:
         try:
@@ -153,7 +153,7 @@ class HttpApi:
             async with asyncio.timeout(CONTROL_SECONDS):
                 await self._control.write(command)
         except TimeoutError:
-            raise web.HTTPServiceUnavailable(text="Redis does not answer, so nothing can be commanded now") from None
+            raise web.HTTPServiceUnavailable(text="Redis does not answer, so commands cannot be sent now") from None
         log.info("http_control", command=command, address=request.remote)
         await self._observer.look()
         return _json({"search": self._observer.keys.search, "control": command})
@@ -161,7 +161,7 @@ class HttpApi:
     async def _events(self, request: web.Request) -> web.StreamResponse:
         if self.metrics.event_streams >= MAX_EVENT_STREAMS:
             raise web.HTTPServiceUnavailable(
-                text=f"{MAX_EVENT_STREAMS} clients follow the events already", headers={"Retry-After": "30"}
+                text=f"there are already {MAX_EVENT_STREAMS} clients of /api/events", headers={"Retry-After": "30"}
             )
         self.metrics.event_streams += 1
         try:
@@ -170,7 +170,7 @@ class HttpApi:
             self.metrics.event_streams -= 1
 
     async def _stream(self, request: web.Request) -> web.StreamResponse:
-        """Server-sent events: the status first, then what happens; `Last-Event-ID` goes on where a client was."""
+        """Send server-sent events: the status, then changes; `Last-Event-ID` resumes a client's stream."""
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
         await response.prepare(request)
         reader = self._observer.events.reader(request.headers.get("Last-Event-ID"))
@@ -183,15 +183,15 @@ class HttpApi:
             log.debug("event_stream_lost", address=request.remote)  # the client has gone, or reads nothing
         return response
 
-    def _seen(self) -> Status:
+    def _known_status(self) -> Status:
         status = self._observer.status
         if status is None:
-            raise web.HTTPServiceUnavailable(text="nothing is known of the search yet: Redis has not answered")
+            raise web.HTTPServiceUnavailable(text="the search's status is not known yet: Redis has not answered")
         return status
 
 
 async def _next(reader: Reader) -> str | None:
-    """The next event as it is sent, or a sign of life after a while without one; None at the end."""
+    """Return the next event as text, or a comment as keep-alive; None at the end."""
     try:
         async with asyncio.timeout(PING_SECONDS):
             event = await reader.next()
@@ -207,7 +207,7 @@ async def _send(response: web.StreamResponse, text: str) -> None:
 
 
 def _number(request: web.Request, name: str, *, default: int, least: int, most: int) -> int:
-    """A whole number of the query, in plain digits; 400 for anything else."""
+    """Return a whole number of the query. Raises 400 for anything else."""
     text = request.query.get(name)
     if text is None:
         return default
@@ -226,7 +226,7 @@ def _text(value: Any) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """`value` with null in place of numbers that JSON does not know."""
+    """Return `value` with null for numbers that JSON does not have."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):

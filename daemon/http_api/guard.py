@@ -1,8 +1,8 @@
-"""What stands between the network and the HTTP API: middlewares, outermost first.
+"""Checks of every request to the HTTP API, as middlewares, outermost first.
 
-Every error is one JSON object with one sentence, never a traceback. A request must call the server by a name of its own
-(a page that rebinds its DNS name to this address cannot), must not come from another site's page, and must bear the
-token. Writes are JSON and small. There is no CORS and no cookie, so a browser has nothing to send along by itself.
+Every error is one JSON object with one sentence, never a traceback. A request must use a known host name (against DNS
+rebinding), must not come from another site's page, and must carry the token. Writes are small JSON bodies. There is no
+CORS and no cookie, so a browser sends no credentials by itself.
 """
 
 import asyncio
@@ -47,7 +47,7 @@ log = structlog.get_logger()
 
 
 class Guard:
-    """The checks of one server; `host` is the address it listens on, `allowed_hosts` are further names of it."""
+    """The checks of one server; `host` is the address it listens on, `allowed_hosts` are its other names."""
 
     def __init__(self, access: Access, host: str, allowed_hosts: Iterable[str] = ()) -> None:
         self._token = access.token.get_secret_value().encode() if access.token else None
@@ -55,7 +55,7 @@ class Guard:
         self._failures = Failures()
 
     def application(self) -> web.Application:
-        """An application without routes whose requests are checked, and whose answers carry the headers."""
+        """Return an application without routes that checks requests and adds the security headers."""
         checks = (self._check_host, self._check_origin, self._check_token, check_body)
         middlewares = [errors_as_json, *(as_middleware(check) for check in checks)]
         application = web.Application(middlewares=middlewares, client_max_size=MAX_BODY_BYTES)
@@ -67,10 +67,10 @@ class Guard:
         hosts = request.headers.getall("Host", [])
         named = len(hosts) == 1 and host_name(hosts[0]) in self._hosts
         if not named or (_is_absolute(request.raw_path) and host_name(_place(request.raw_path)) not in self._hosts):
-            raise web.HTTPForbidden(text="this server is not called so; http.allowed_hosts lists further names of it")
+            raise web.HTTPForbidden(text="unknown host name; add it to http.allowed_hosts")
 
     async def _check_origin(self, request: web.Request) -> None:
-        """403 for what another site's page sends. To follow a link to here is allowed: no script sees the answer."""
+        """403 for requests from another site's page. Following a link is allowed, because no script sees the reply."""
         origin = request.headers.get("Origin")
         if origin is not None and _place(origin) != request.headers["Host"].lower():
             raise web.HTTPForbidden(text="requests from pages of another origin are refused")
@@ -79,10 +79,10 @@ class Guard:
             raise web.HTTPForbidden(text="requests from pages of another site are refused")
 
     async def _check_token(self, request: web.Request) -> None:
-        """401 without the token; 429 to an address that keeps on. The right token always passes.
+        """401 without the token; 429 for an address with many failures. The right token always passes.
 
-        Otherwise whoever shares an address with the owner (everybody behind loopback or a proxy) could lock them out;
-        and with a token of 16 characters or more, guessing is hopeless at any rate.
+        Otherwise anyone who shares the owner's address, as behind a proxy, could lock them out. A token of 16
+        characters cannot be guessed in any case.
         """
         if self._token is None or request.path in OPEN_TO_ALL:
             return
@@ -101,36 +101,36 @@ class Guard:
 
 @dataclass
 class _Recent:
-    """The requests of one address without the right token."""
+    """Requests of one address without the right token."""
 
     moments: deque[float] = field(default_factory=deque)
-    """Of those that got a 401, in the last minute."""
+    """Times of the 401 replies in the last minute."""
     last: float = 0.0
-    told: bool = False
-    """Whether the log has it that this address keeps on; until it has been quiet for a minute."""
+    logged: bool = False
+    """Whether this address was logged; reset after a quiet minute."""
 
 
 class Failures:
-    """Requests without the right token, by address; remembers the last minute of a bounded number of addresses."""
+    """Counts requests without the right token in the last minute, for a bounded number of addresses."""
 
     def __init__(self) -> None:
         self._recent: OrderedDict[str, _Recent] = OrderedDict()
 
     def count(self, address: str, now: float) -> float:
-        """Count one; returns how many seconds this address is over the limit for, 0 while it is not."""
+        """Count one; returns for how many seconds this address is over the limit, or 0."""
         recent = self._recent.setdefault(address, _Recent())
         self._recent.move_to_end(address)
         if len(self._recent) > ADDRESSES_REMEMBERED:
             self._recent.popitem(last=False)
-        recent.told = recent.told and now - recent.last < 60
+        recent.logged = recent.logged and now - recent.last < 60
         recent.last = now
         while recent.moments and now - recent.moments[0] >= 60:
             recent.moments.popleft()
         if len(recent.moments) == FAILURES_PER_MINUTE:
             return 60 - (now - recent.moments[0])
         recent.moments.append(now)
-        if len(recent.moments) == FAILURES_PER_MINUTE and not recent.told:
-            recent.told = True
+        if len(recent.moments) == FAILURES_PER_MINUTE and not recent.logged:
+            recent.logged = True
             log.warning("http_token_failures", address=address, count=FAILURES_PER_MINUTE)
         return 0
 
@@ -155,7 +155,7 @@ async def check_body(request: web.Request) -> None:
 
 
 def as_middleware(check: Check) -> Any:
-    """A check that raises an HTTP error, as a middleware."""
+    """Return a check that raises an HTTP error as a middleware."""
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -167,14 +167,14 @@ def as_middleware(check: Check) -> Any:
 
 @web.middleware
 async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Every error as {"error": sentence}; what nobody expected is logged, and not told."""
+    """Reply to every error with {"error": sentence}. Unexpected errors are logged, and their text is not sent."""
     try:
         return await handler(request)
     except web.HTTPException as error:
         kept = {name: error.headers[name] for name in _KEPT_HEADERS if name in error.headers}
         return web.json_response({"error": _sentence(error)}, status=error.status, headers=kept)
     except (ConnectionResetError, asyncio.CancelledError):
-        raise  # the client has gone, or the server goes
+        raise  # the client has disconnected, or the server stops
     except Exception:
         log.exception("http_request_failed", path=request.path)
         return web.json_response({"error": "the server failed to answer this; its log says why"}, status=500)
@@ -190,18 +190,18 @@ def add_headers(response: web.StreamResponse) -> None:
 
 
 def host_name(host: str) -> str:
-    """The name in a Host header, without its port; empty where the header is not a name with an optional port."""
+    """Return the name in a Host header without its port; empty if the header is malformed."""
     found = _HOST.fullmatch(host.strip().lower())
     return (found["address"] or found["name"].rstrip(".")) if found else ""
 
 
 def _is_absolute(target: str) -> bool:
-    """Whether a request's target names a server besides the path."""
+    """Whether a request's target contains a host."""
     return not target.startswith("/") and target != "*"
 
 
 def _place(origin: str) -> str:
-    """The host and port of an origin or a URL; empty where there is none."""
+    """Return the host and port of an origin or a URL, or an empty string."""
     try:
         return urlsplit(origin).netloc.lower()
     except ValueError:
@@ -210,9 +210,9 @@ def _place(origin: str) -> str:
 
 def _sentence(error: web.HTTPException) -> str:
     if error.status == 404 and error.text == "404: Not Found":
-        return "there is nothing under this path"
+        return "not found"
     if error.status == 405:
-        return "this path does not take this method"
+        return "this method is not allowed here"
     return str(error.text)
 
 

@@ -1,4 +1,4 @@
-"""Listens for the HTTP API: a bounded number of connections, none of which may stay silent, and a prompt end."""
+"""The HTTP server of the API: bounded connections, timeouts for silent clients, and a quick stop."""
 
 import asyncio
 import errno
@@ -14,39 +14,39 @@ from daemon.http_api.guard import Handler, add_headers
 from protocol.errors import UsageError
 
 MAX_CONNECTIONS = 256
-"""Far below the usual 1024 open files of a process: the search needs the others."""
+"""Well below the usual limit of 1024 open files; the search needs the others."""
 SILENT_SECONDS = 15.0
-"""A connection that has not sent a whole request head by then is closed."""
+"""A connection that has not sent a complete request head by then is closed."""
 UNREAD_SECONDS = 30.0
-"""A client that reads none of its answer for so long is disconnected. What the kernel has taken over counts as read."""
+"""A client that reads nothing of its reply for this long is disconnected. Data in kernel buffers counts as read."""
 SHUTDOWN_SECONDS = 0.3
-TELL_SECONDS = 20.0
+LOG_SECONDS = 20.0
 """The log gets at most one line about malformed requests in this time."""
 
 log = structlog.get_logger()
 
 
 class _Malformed:
-    """Counts the requests that are not valid HTTP, and logs the count at most every TELL_SECONDS.
+    """Counts requests that are not valid HTTP, and logs the count at most every LOG_SECONDS.
 
     A line shows nothing that the client sent: that may be long, and may hold the token.
     """
 
     def __init__(self) -> None:
-        self._untold = 0
-        self._told: float | None = None
+        self._unlogged = 0
+        self._logged_at: float | None = None
 
     def count(self, address: str | None, error: BaseException) -> None:
         """Count one request from `address`, which failed with `error`."""
-        self._untold += 1
+        self._unlogged += 1
         now = time.monotonic()
-        if self._told is None or now - self._told >= TELL_SECONDS:
-            log.warning("http_request_malformed", address=address, reason=type(error).__name__, requests=self._untold)
-            self._untold, self._told = 0, now
+        if self._logged_at is None or now - self._logged_at >= LOG_SECONDS:
+            log.warning("http_request_malformed", address=address, reason=type(error).__name__, requests=self._unlogged)
+            self._unlogged, self._logged_at = 0, now
 
 
 class _Connection(RequestHandler):
-    """One connection of a client, who may send anything and read nothing."""
+    """A connection whose client may send anything and read nothing."""
 
     def __init__(self, server: web.Server, malformed: _Malformed) -> None:
         loop = asyncio.get_running_loop()
@@ -91,7 +91,7 @@ class _Connection(RequestHandler):
         self._forget_unread()
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        """The client has gone."""
+        """Stop watching a client that has disconnected."""
         self._forget_unread()
         super().connection_lost(exc)
 
@@ -115,7 +115,7 @@ class _Connection(RequestHandler):
 
 
 class _Refusal(asyncio.Protocol):
-    """One connection too many."""
+    """Closes a connection over the limit at once."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         transport.close()
@@ -132,7 +132,7 @@ class HttpServer:
         self._server: asyncio.Server | None = None
 
     async def start(self, host: str, port: int) -> int:
-        """Listen; returns the port. Raises UsageError, naming the port, where that cannot be."""
+        """Listen; returns the port. Raises UsageError, naming the port, if it cannot."""
         await self._runner.setup()
         try:
             self._server = await asyncio.get_running_loop().create_server(
@@ -171,11 +171,11 @@ class HttpServer:
 
 
 class CannotListen(UsageError):  # noqa: N818
-    """The address cannot be listened on."""
+    """The server cannot listen on the address."""
 
     def __init__(self, host: str, port: int, error: OSError) -> None:
         self.taken = error.errno == errno.EADDRINUSE
-        why = "another program listens there" if self.taken else str(error.strerror or error).lower()
+        why = "it is in use" if self.taken else str(error.strerror or error).lower()
         super().__init__(
             f"the HTTP API cannot listen on port {port} of {host} ({why}): "
             "set http.port to a free one, or http.enabled to false"

@@ -1,4 +1,4 @@
-"""The token of the HTTP API: given in the settings, or made at random and kept in the search's folder."""
+"""The token of the HTTP API: from the settings, or random and kept in the search's folder."""
 
 import contextlib
 import os
@@ -20,21 +20,21 @@ TOKEN_MODE = 0o600
 
 @dataclass(frozen=True)
 class Access:
-    """What a request must bear; `kept_in` names the file of a token that was made here."""
+    """The token that requests need; `kept_in` is the file of a generated token."""
 
     token: SecretStr | None
     kept_in: Path | None = None
 
     @property
     def secrets(self) -> list[str]:
-        """For the log's redaction."""
+        """Values to redact in the log."""
         return [self.token.get_secret_value()] if self.token else []
 
 
 def open_access(settings: HttpSettings, folder: Path) -> Access:
-    """The token that `settings` mean; one that is made is the same at every start of the search in `folder`.
+    """Return the access from `settings`. A generated token is the same at every start of the search in `folder`.
 
-    Raises SettingsError for a file that cannot be read, UsageError for a folder that cannot be written.
+    Raises SettingsError for a file that cannot be read, and UsageError for a folder that cannot be written.
     """
     if settings.token_file is not None:
         return Access(_read_given(settings.token_file))
@@ -59,7 +59,7 @@ def _read_given(path: Path) -> SecretStr:
 
 
 def _read_kept(file: Path) -> SecretStr | None:
-    """The token of an earlier start; None where there is none, or one that nobody could have written here."""
+    """Return the token of an earlier start; None if there is no valid one."""
     try:
         handle = os.open(file, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:
@@ -81,5 +81,5 @@ def _make(file: Path) -> SecretStr:
 
 
 def kept_text(token: SecretStr) -> str:
-    """What the file of a token that was made here holds."""
+    """Return the contents of a generated token's file."""
     return token.get_secret_value() + "\n"

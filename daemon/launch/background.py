@@ -1,4 +1,4 @@
-"""What a daemon does beside the search, as long as it runs."""
+"""Background tasks of a daemon: wait for the model profile, watch workers, requeue lost candidates."""
 
 import asyncio
 from collections.abc import Callable
@@ -17,7 +17,7 @@ log = structlog.get_logger()
 
 
 async def wait_for_profile(store: SearchStore) -> ModelProfile:
-    """The model profile; logs once that it waits."""
+    """Wait for the model profile and return it; log once that the daemon waits."""
     waiting = False
     while (profile := await store.profile()) is None:
         if not waiting:
@@ -29,22 +29,22 @@ async def wait_for_profile(store: SearchStore) -> ModelProfile:
 
 
 async def watch_workers(store: SearchStore, ours_have_ended: Callable[[], bool]) -> None:
-    """Tell of workers that cannot work; where our own have ended so and there is no other, the search ends too."""
-    complained: dict[str, None] = {}  # in order
+    """Log workers that cannot work. Raises UsageError if our own have exited that way and there are no others."""
+    logged: dict[str, None] = {}  # in order
     while True:
         workers = await store.workers()
         unusable = [worker for worker in workers if worker.stage == "unusable"]
         for worker in unusable:
-            if worker.detail not in complained:
+            if worker.detail not in logged:
                 log.error("worker_unusable", worker=worker.consumer, detail=worker.detail)
-            complained[worker.detail] = None
+            logged[worker.detail] = None
         if len(unusable) == len(workers) and ours_have_ended():
-            raise UsageError(next(iter(complained), "no worker can work; the log says why"))
+            raise UsageError(next(iter(logged), "no worker can work; the log says why"))
         await asyncio.sleep(0.5)
 
 
-async def repair_for_ever(store: SearchStore, queue: CandidateQueue, history: Callable[[], History]) -> None:
-    """Put candidates of `history` back whose jobs were lost: a trimmed stream, a server's last second."""
+async def repair_forever(store: SearchStore, queue: CandidateQueue, history: Callable[[], History]) -> None:
+    """Requeue candidates of `history` whose jobs were lost, as by a trimmed stream or a power failure."""
     while True:
         await asyncio.sleep(REPAIR_SECONDS)
         await store.repair(queue, history())

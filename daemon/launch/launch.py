@@ -1,4 +1,4 @@
-"""Puts a search together from its settings and runs it: in charge, profile, endpoint, agents, search, summary."""
+"""Assembles a search from its settings and runs it: take charge, profile, endpoint, agents, search, summary."""
 
 import asyncio
 import contextlib
@@ -15,15 +15,15 @@ from agents.llm.replay import CachedChat
 from daemon.http_api.api import HttpApi
 from daemon.http_api.server import CannotListen
 from daemon.http_api.token import TOKEN_MODE, Access, kept_text
-from daemon.launch.background import repair_for_ever, wait_for_profile, watch_workers
+from daemon.launch.background import repair_forever, wait_for_profile, watch_workers
 from daemon.launch.llm import make_chat, read_replay, read_transcript
-from daemon.launch.usage import Meter
-from daemon.local.children import survived
+from daemon.launch.usage import UsageTracker
+from daemon.local.children import log_if_it_dies
 from daemon.monitor.observer import Observer
 from daemon.monitor.run_screen import Display
 from daemon.monitor.summary import Summary, summarise
 from daemon.search.checks import check_budget, check_lists, check_lists_somewhere, check_windows, warn_of_texts
-from daemon.search.control import Pausing, StopRequested
+from daemon.search.control import ControlWatcher, StopRequested
 from daemon.search.make_agents import make_agents
 from daemon.search.modes import rounds_of
 from daemon.search.search import Search
@@ -48,10 +48,11 @@ log = structlog.get_logger()
 
 
 class Launch:
-    """One process's work on a search. `embedded`: it also started the workers, and the server where none is set.
+    """One process's work on a search.
 
-    `workers_are_unusable` says whether all workers that it started have ended because they cannot work.
-    With `access` it serves the HTTP API, whose URL `announce` is told. `more_duties` are done beside the search.
+    `embedded`: this process also started the workers, and the server if redis.url is not set. `workers_are_unusable`
+    says whether all of these workers have exited because they cannot work. With `access`, the HTTP API is served, and
+    `announce` gets its URL. `more_duties` run beside the search.
     """
 
     def __init__(
@@ -76,22 +77,22 @@ class Launch:
         keys = Keys(settings.search.name)
         self._redis = connect(redis_url)
         self._store = SearchStore(self._redis, keys, self._spec)
-        self._meter = Meter(self._store)
-        self._pausing = Pausing(Control(self._redis, keys))
+        self._usage = UsageTracker(self._store)
+        self._control = ControlWatcher(Control(self._redis, keys))
         self._replay = read_replay(settings)
         self._journal = Journal(settings.folder)
         if access and access.token and access.kept_in:
             self._journal.keep(access.kept_in.name, kept_text(access.token), mode=TOKEN_MODE)
-        self._observer = Observer(self._redis, keys, self._spec, settings.folder, self._journal.trouble)
+        self._observer = Observer(self._redis, keys, self._spec, settings.folder, self._journal.folder_errors)
         self._api = HttpApi(settings.http, access, self._observer, free_port=embedded) if access else None
         self._announce = announce
         self._more_duties = more_duties
         self._search: Search | None = None
 
     async def run(self) -> Summary | None:
-        """Run the search to its end, or until it is stopped or cancelled: the summary then says so.
+        """Run the search until it ends, is stopped or cancelled. Return its summary, which says whether it finished.
 
-        None when it ended before the model profile was there.
+        Return None if it ended before there was a model profile.
         """
         finished = False
         try:
@@ -123,7 +124,7 @@ class Launch:
     async def _work(self, group: asyncio.TaskGroup) -> bool:
         async with AsyncExitStack() as stack:
             await self._serve(stack)
-            # Here, for a cold disk may take longer than a daemon in charge may be silent.
+            # Imported here: with a cold disk it may take longer than a daemon in charge may be silent.
             await asyncio.to_thread(importlib.import_module, "agents.llm.chat")
             queue = await self._take_charge(stack)
             alive = group.create_task(
@@ -133,20 +134,20 @@ class Launch:
             alive.cancel()
             duties = [group.create_task(duty) for duty in self._duties(queue, history)]
             await self._go_on_from(history, queue)
-            duties.append(group.create_task(self._meter.count_for_ever()))
+            duties.append(group.create_task(self._usage.save_forever()))
             profile = await wait_for_profile(self._store)
             windows = profile.dense.windows(self._spec.fitness.seqlen)
             check_windows(self._settings.search, windows)
             is_new = not history.ledger
             if is_new:
                 check_budget(self._settings.search, profile.dense.tokens)
-            self._meter.chat = self._observer.chat = chat = await stack.enter_async_context(self._chat())
+            self._usage.chat = self._observer.chat = chat = await stack.enter_async_context(self._chat())
             units = len(profile.shape.units(self._spec.granularity))
             check_lists(self._settings, chat.contexts, units)
-            duties.append(group.create_task(repair_for_ever(self._store, queue, lambda: self._memory(history).history)))
-            client = await asyncio.to_thread(self._chat_client, chat, history)
-            # In a thread, for a long history takes a second. All that asks of the search meanwhile finds none yet.
-            search = await asyncio.to_thread(self._make_search, profile, client, queue, history)
+            duties.append(group.create_task(repair_forever(self._store, queue, lambda: self._memory(history).history)))
+            asks = await asyncio.to_thread(self._asks, chat, history)
+            # In a thread, because a long history takes a second. Until then self._search is None.
+            search = await asyncio.to_thread(self._make_search, profile, asks, queue, history)
             await self._wait_for_llm(search, chat, is_new=is_new)
             if is_new:
                 check_lists_somewhere(self._settings, chat.contexts, units)
@@ -156,28 +157,28 @@ class Launch:
         return True
 
     async def _take_charge(self, stack: AsyncExitStack) -> CandidateQueue:
-        # With a server of our own (and its folder locked) no other daemon can be alive.
+        # With an embedded server (and its folder locked) no other daemon can be alive.
         queue = await self._store.take_charge(previous_is_dead=self._own_server)
         if self._display:
             await stack.enter_async_context(self._display.following(self._store))
-        await self._pausing.begin()
+        await self._control.begin()
         return queue
 
     def _duties(self, queue: CandidateQueue, history: History) -> list[Coroutine[Any, Any, None]]:
-        """What is done beside the search from the first moment in charge."""
+        """Return the tasks that run beside the search from the moment it is in charge."""
         return [
             self._store.stay_in_charge(queue, lambda: self._memory(history)),
-            self._pausing.watch(),
+            self._control.watch(),
             watch_workers(self._store, self._workers_are_unusable),
-            self._journal.keep_for_ever(),
-            survived("observer_died", self._observer.run()),
+            self._journal.keep_forever(),
+            log_if_it_dies("observer_died", self._observer.run()),
             self._observer.heartbeat.run(),
             *(duty() for duty in self._more_duties),
         ]
 
     async def _go_on_from(self, history: History, queue: CandidateQueue) -> None:
         warn_of_texts(self._settings)
-        self._meter.begin(history)
+        self._usage.begin(history)
         await asyncio.to_thread(self._observer.begin, history)
         if not history.ledger:
             self._journal.begin_transcript()
@@ -190,11 +191,11 @@ class Launch:
             make_agents(self._settings.search, self._settings.llm, chat),
             queue,
             self._journal,
-            seconds=self._meter.seconds,
+            seconds=self._usage.seconds,
         )
         self._search = self._observer.search = search
         if self._display:
-            self._display.follow(search, self._pausing)
+            self._display.follow(search, self._control)
         return search
 
     async def _wait_for_llm(self, search: Search, chat: "Chat", *, is_new: bool) -> None:
@@ -208,31 +209,31 @@ class Launch:
             )
 
     async def _search_to_its_end(self, search: Search) -> None:
-        """Whatever ends it, what it used and how far it came is told."""
+        """Run the search; save its usage and publish its status however it ends."""
         try:
             await search.run(rounds_of(self._settings.search))
             self._observer.finished = True
         finally:
-            with contextlib.suppress(TimeoutError):  # the end must not wait for a server that is away
+            with contextlib.suppress(TimeoutError):  # do not wait for a server that is away
                 async with asyncio.timeout(2):
-                    await self._meter.count()
+                    await self._usage.save()
                     await self._observer.look()
 
     async def _serve(self, stack: AsyncExitStack) -> None:
-        """Serve the HTTP API until the stack is closed; UsageError where it cannot listen."""
+        """Serve the HTTP API until the stack is closed. Raises UsageError if it cannot listen."""
         if self._api is None:
             return
         try:
             self._announce(await stack.enter_async_context(self._api.serving()))
         except CannotListen:
-            # Where it is this very search's daemon that listens there, that is what must be said.
+            # If the same search's daemon listens there, report that instead.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(5):
                     await self._store.wait_for_silence()
             raise
 
     async def _recovered(self, queue: CandidateQueue, history: History) -> History:
-        """The search's history; what the server has lost of it comes back from the folder's copy."""
+        """Return the search's history, after restoring from the folder's copy what the server has lost."""
         folder = self._settings.folder
         known = await asyncio.to_thread(recovered, folder, self._spec, history)
         if known is None and not history.damaged:
@@ -242,27 +243,27 @@ class Launch:
             memory, from_ = Memory(whole, None), "what is whole of it"
         else:
             memory, from_ = Memory(known, None, commanded(folder)), EVALUATIONS
-        await self._store.count_anew(memory.history.counters)
+        await self._store.replace_counters(memory.history.counters)
         await self._store.restore(queue, lambda: memory, from_=from_)
-        await self._pausing.begin()  # for the command may have come back too
+        await self._control.begin()  # the command may have been restored too
         return await self._store.history()
 
     def _memory(self, history: History) -> Memory:
-        """What this process knows of the search; `history` is what it found at its start."""
+        """Return all that this process knows about the search; `history` is from its start."""
         if self._search is None:
-            return Memory(history, None, self._pausing.command)
+            return Memory(history, None, self._control.command)
         outcomes = {e.candidate.id: e.outcome for e in self._search.state.population}
         now = History(ledger=self._search.state.ledger, outcomes=outcomes, selections=self._search.state.selections)
-        return Memory(now, self._search.state.profile, self._pausing.command)
+        return Memory(now, self._search.state.profile, self._control.command)
 
     def _chat(self) -> "Chat":
-        gate, spent = self._pausing.gate, self._meter.spent
+        gate, spent = self._control.gate, self._usage.spent
         return make_chat(self._settings.llm, self._endpoints, gate=gate, record=self._record, spent=spent)
 
-    def _chat_client(self, chat: "Chat", history: History) -> ChatClient:
-        """Return the client of the agents: a replay if set, else `chat`, with the answers that killed processes got.
+    def _asks(self, chat: "Chat", history: History) -> ChatClient:
+        """Return what the agents ask: the replayed transcript, or `chat`, with earlier answers from the transcript.
 
-        Reads the transcript, which may be long, so call it in a thread.
+        Call it in a thread, because the transcript may be long.
         """
         if self._replay:
             return self._replay
@@ -270,7 +271,7 @@ class Launch:
 
     def _record(self, record: dict[str, object]) -> None:
         self._journal.transcript(record)
-        self._meter.asked()
+        self._usage.request_made()
         if self._api:
             self._api.metrics.observe(record)
 
@@ -278,7 +279,7 @@ class Launch:
         search = self._search
         if search is None:
             return None
-        return summarise(search.settings.name, search.state, self._meter.counters, finished=finished)
+        return summarise(search.settings.name, search.state, self._usage.counters, finished=finished)
 
     async def _close(self) -> None:
         try:

@@ -1,4 +1,4 @@
-"""The LLM of a search, from its settings: endpoints with their keys, policy, budget, transcripts."""
+"""The LLM of a search from its settings: endpoints with their keys, policy, budget, transcripts."""
 
 import json
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from agents.llm.connection import Gate
 
 LONGEST_LINE = 16_000_000
-"""Characters of a line of a transcript; a longer one is none of ours, and is read in pieces that are passed over."""
+"""Maximum characters of a transcript's line; longer ones are not ours, and are ignored in pieces."""
 
 log = structlog.get_logger()
 
@@ -35,8 +35,8 @@ log = structlog.get_logger()
 def make_chat(
     llm: LlmSettings, endpoints: Sequence[EndpointSettings], *, gate: "Gate", record: "Record", spent: Spent
 ) -> "Chat":
-    """What asks these endpoints; none where the answers are a transcript's. `spent` is what has been spent so far."""
-    from agents.llm.chat import Chat  # with the openai package, which takes longer to load than all else of a command
+    """Return the chat for these endpoints (none with llm.replay); `spent` is what was spent so far."""
+    from agents.llm.chat import Chat  # imports openai, which takes longer to load than the rest of a command
 
     policy = ChatPolicy(
         attempts=llm.attempts,
@@ -52,7 +52,7 @@ def make_chat(
 
 
 def make_endpoints(settings: Sequence[EndpointSettings]) -> list[Endpoint]:
-    """The endpoints with their keys, read from files where they have them, each with a name of its own."""
+    """Return the endpoints with unique names and with their keys, read from files if necessary."""
     return [
         Endpoint(
             name=name,
@@ -69,9 +69,9 @@ def make_endpoints(settings: Sequence[EndpointSettings]) -> list[Endpoint]:
 
 
 def _names(settings: Sequence[EndpointSettings]) -> list[str]:
-    """The given names; else the host, with the model where hosts are the same, and a number where that is too.
+    """Return unique names: the given one, else the host, with the model and a number if needed.
 
-    Totals, logs and metrics go by name.
+    Totals, logs and metrics are kept by name.
     """
     hosts = [endpoint.name or _host(endpoint.base_url) for endpoint in settings]
     names: list[str] = [endpoint.name or "" for endpoint in settings]
@@ -91,19 +91,19 @@ def _host(url: str) -> str:
 def _key(settings: EndpointSettings) -> SecretStr | None:
     if settings.api_key_file is None:
         return settings.api_key
-    # A deployment mounts the file in any case; an empty one is for an endpoint that wants no key.
+    # A deployment always mounts the file; it is empty for an endpoint without a key.
     return SecretStr(text) if (text := _read_key(settings.api_key_file)) else None
 
 
 def secrets_of(settings: Settings) -> list[str]:
-    """Every secret value in the settings, for the log's redaction."""
+    """Return all secret values of the settings, for redaction in the log."""
     keys = [_key(endpoint) for endpoint in settings.llm.endpoints]
     url = settings.redis.full_url
     return [key.get_secret_value() for key in keys if key] + (password_of(url) if url else [])
 
 
 def read_replay(settings: Settings) -> Replay | None:
-    """What answers in place of endpoints, where llm.replay is set; raises SettingsError."""
+    """Return the transcript that replaces endpoints, if llm.replay is set. Raises SettingsError."""
     llm = settings.llm
     if llm.replay is None:
         return None
@@ -113,7 +113,7 @@ def read_replay(settings: Settings) -> Replay | None:
 
 
 def read_transcript(path: Path) -> Transcript:
-    """The transcript in a file; lines that a kill has torn are passed over. Raises SettingsError without a file."""
+    """Read a transcript, ignoring lines cut off by a kill. Raises SettingsError if it cannot be read."""
     transcript, torn = Transcript(), 0
     try:
         if not expanded(path).is_file():  # a device or a pipe may have no end

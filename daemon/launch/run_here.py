@@ -10,7 +10,7 @@ from rich.console import Console
 from daemon.http_api.token import Access, open_access
 from daemon.launch.launch import Launch
 from daemon.launch.llm import secrets_of
-from daemon.local.held_folder import HeldFolder, only_one
+from daemon.local.folder_lock import FolderLock, lock_folder
 from daemon.local.llm_server import find_gguf
 from daemon.local.services import local_llm, workers
 from daemon.local.valkey import embedded_server
@@ -25,19 +25,19 @@ from protocol.runtime.signals import run_until_signal
 
 
 def run_here(settings: Settings) -> tuple[Summary | None, signal.Signals | None]:
-    """Search to the end, or until a signal; the summary where there is one yet, and the signal where one came.
+    """Search to the end, or until a signal. Returns the summary, if there is one, and the signal, if one came.
 
-    Raises UsageError for settings that cannot be, before anything is started.
+    Raises UsageError for invalid settings before anything is started.
     """
     check_here(settings)
-    with only_one(settings.folder) as held:
+    with lock_folder(settings.folder) as lock:
         access = configure_logs(settings, "stderr")
         display = Display(Console(stderr=True)) if sys.stderr.isatty() else None
-        return run_until_signal(_run_embedded(settings, access, display, held))
+        return run_until_signal(_run_embedded(settings, access, display, lock))
 
 
 def check_here(settings: Settings) -> None:
-    """Raise UsageError where a text, the proposer's package or the local LLM's file is not on this machine."""
+    """Raise UsageError if a text, the proposer's package or the local LLM's file is missing."""
     _check_texts(settings)
     check_proposer(settings.search)
     if needs_local_llm(settings):
@@ -45,25 +45,25 @@ def check_here(settings: Settings) -> None:
 
 
 def needs_local_llm(settings: Settings) -> bool:
-    """Whether the search asks an LLM that has to be started for it."""
+    """Whether the search needs a local LLM to be started."""
     return settings.search.asks_llm and not settings.llm.endpoints and not settings.llm.replay
 
 
 def configure_logs(settings: Settings, stream: logs.Stream) -> Access | None:
-    """Set up the log of a search; returns the access to its HTTP API, whose token must not be logged, if it has one."""
+    """Configure the log of a search. Returns the access to its HTTP API, if enabled; its token is redacted."""
     file = settings.folder / "log.jsonl"
     try:
         settings.folder.mkdir(parents=True, exist_ok=True)
         access = open_access(settings.http, settings.folder) if settings.http.enabled else None
         secrets = [*secrets_of(settings), *(access.secrets if access else [])]
         logs.configure(file=file, stream=stream, secrets=secrets, search=settings.search.name)
-    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+    except (OSError, ValueError) as error:  # ValueError: an invalid file name
         raise SettingsError(f"run.folder: {file} cannot be written: {error}") from error
     return access
 
 
 def announce(access: Access | None, url: str) -> None:
-    """Tell a person where the HTTP API is, and the token that was made for it; never a log."""
+    """Show a person the URL of the HTTP API and its generated token; never write them to a log."""
     if sys.stderr.isatty():
         kept = access.kept_in if access else None
         token = f", token {access.token.get_secret_value()} (in {kept})" if access and access.token and kept else ""
@@ -71,9 +71,9 @@ def announce(access: Access | None, url: str) -> None:
 
 
 async def _run_embedded(
-    settings: Settings, access: Access | None, display: Display | None, held: HeldFolder
+    settings: Settings, access: Access | None, display: Display | None, lock: FolderLock
 ) -> Summary | None:
-    """The whole of `selfpruner run`: what is started first ends last."""
+    """Start the server, the local LLM and the workers, then search; end them in reverse order."""
     async with AsyncExitStack() as stack:
         url = settings.redis.full_url
         if url is None:
@@ -81,22 +81,22 @@ async def _run_embedded(
         endpoints = settings.llm.endpoints
         if needs_local_llm(settings):
             endpoints = (await stack.enter_async_context(local_llm(settings)),)
-        unusable = await stack.enter_async_context(workers(settings, url, console=display is None))
+        workers_are_unusable = await stack.enter_async_context(workers(settings, url, console=display is None))
         launch = Launch(
             settings,
             url,
             endpoints,
             embedded=True,
-            workers_are_unusable=unusable,
+            workers_are_unusable=workers_are_unusable,
             access=access,
             announce=partial(announce, access),
             display=display,
-            more_duties=(held.keep_for_ever,),
+            more_duties=(lock.keep_forever,),
         )
         return await launch.run()
 
 
 def _check_texts(settings: Settings) -> None:
-    """Texts are read by the worker; here, on its machine, a missing file need not wait for it."""
+    """Raise DataError for a missing text now, rather than when the worker reads it."""
     for source in {settings.data.calibration, settings.data.fitness, settings.data.report or "self"}:
         check_text(source)

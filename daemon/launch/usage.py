@@ -1,4 +1,4 @@
-"""What a search has used, over all its processes: the LLM's requests, tokens and money, and time."""
+"""Resources used by a search, summed over restarts: LLM requests, tokens, cost and time."""
 
 import asyncio
 import contextlib
@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from agents.llm.chat import Chat
 
 
-class Meter:
-    """Counts, and makes durable what it counts; the `counters` may be shown meanwhile."""
+class UsageTracker:
+    """Counts what a search uses, and saves the `counters` in Redis."""
 
     def __init__(self, store: SearchStore) -> None:
         self.counters: dict[str, float] = {}
@@ -22,17 +22,17 @@ class Meter:
         self._asked = asyncio.Event()
         self._seconds_before = 0.0
         self.chat: Chat | None = None
-        """Whose requests are counted, once there is one; time is counted before, too."""
+        """The chat whose requests are counted, once there is one. Time is counted from the start."""
         self._since = time.monotonic()
 
     def begin(self, history: History) -> None:
-        """Go on from what earlier processes have used."""
+        """Continue from the usage of earlier processes."""
         self.counters = history.counters
         self._seconds_before = history.counters.get("seconds", 0.0)
 
     @property
     def spent(self) -> Spent:
-        """What was spent on the LLM when it was last counted."""
+        """What the LLM had cost when it was last saved."""
         return Spent(
             requests=int(self.counters.get("requests", 0)),
             prompt_tokens=int(self.counters.get("prompt_tokens", 0)),
@@ -41,24 +41,24 @@ class Meter:
         )
 
     def seconds(self) -> float:
-        """How long the search has run."""
+        """Return how long the search has run."""
         return self._seconds_before + time.monotonic() - self._since
 
-    def asked(self) -> None:
-        """The LLM was asked, and `count_for_ever` counts at once."""
+    def request_made(self) -> None:
+        """Have `save_forever` save at once, because the LLM was asked."""
         self._asked.set()
 
-    async def count_for_ever(self) -> None:
-        """Make durable what is spent, at once when the LLM was asked: a crash must not make a budget larger."""
+    async def save_forever(self) -> None:
+        """Save now and then, and at once after a request: a crash must not make a budget larger."""
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(TICK_SECONDS):
                     await self._asked.wait()
             self._asked.clear()
-            await self.count()
+            await self.save()
 
-    async def count(self) -> None:
-        """Make durable what is used by now."""
+    async def save(self) -> None:
+        """Save the current usage in Redis."""
         totals = {"seconds": self.seconds()}
         if self.chat is not None:
             spent = self.chat.spent

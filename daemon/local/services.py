@@ -1,4 +1,4 @@
-"""What one machine needs for a whole search: a local LLM and workers, as child processes."""
+"""The local LLM and the workers of `selfpruner run`, as child processes."""
 
 import asyncio
 import secrets
@@ -27,7 +27,7 @@ USAGE_EXIT = 2
 
 @asynccontextmanager
 async def local_llm(settings: Settings) -> AsyncIterator[EndpointSettings]:
-    """Start the local LLM as a child; yields its endpoint, whose key only the two know. It may still be loading."""
+    """Run the local LLM as a child process; yields its endpoint, with a random key. It may still be loading."""
     if find_spec("xllamacpp") is None:
         raise _missing("xllamacpp", "a local LLM", "or give llm.endpoints")
     with socket.socket() as probe:
@@ -56,14 +56,14 @@ async def local_llm(settings: Settings) -> AsyncIterator[EndpointSettings]:
 
 @asynccontextmanager
 async def workers(settings: Settings, redis_url: str, *, console: bool) -> AsyncIterator[Callable[[], bool]]:
-    """The search's workers as children; yields what says whether all of them are unusable, and have ended for good.
+    """Run the workers as child processes; yields a function that says whether all of them have exited for good.
 
-    Their log goes to the search's log file, and to the console if wanted.
+    They log to the search's log file, and to the console if `console`.
     """
     if find_spec("torch") is None:
         raise _missing("torch", "a worker", "or run workers elsewhere with `selfpruner daemon` here", extra="worker")
     command = [sys.executable, "-m", "gpu_worker", "--search", settings.search.name]
-    # They start before the daemon is in charge, and the server may still have the spec of a try that was refused.
+    # They start before the daemon is in charge, when the server may still have the spec of an earlier try.
     command += ["--spec", settings.spec().fingerprint]
     command += ["--lease-seconds", str(settings.worker.lease_seconds), "--grace-seconds", "1"]
     command += ["--max-evaluation-seconds", str(settings.worker.max_evaluation_seconds)]
@@ -75,7 +75,7 @@ async def workers(settings: Settings, redis_url: str, *, console: bool) -> Async
         "quiet": None if console else settings.folder / "worker.log",
         "final": USAGE_EXIT,
         "loads_models": True,
-        # The URL has the password already, which may come from a file that the environment names.
+        # The URL contains the password already, which may have come from a file in this variable.
         "environment": {
             "SELFPRUNER_REDIS__URL": redis_url,
             "SELFPRUNER_REDIS__PASSWORD_FILE": "",

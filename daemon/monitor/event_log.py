@@ -1,4 +1,4 @@
-"""The last events of a search, and a place to wait for the next one. Bounded, however slow whoever reads it is."""
+"""The last events of a search, for readers that wait for the next one. Memory is bounded, however slow a reader is."""
 
 import asyncio
 import secrets
@@ -12,15 +12,15 @@ KEPT = 1000
 
 
 @dataclass(frozen=True)
-class Numbered:
-    """An event's record with its number; an `id` of another process (or another log) is not understood."""
+class NumberedEvent:
+    """An event's record with its id, which is valid only for this log and process."""
 
     id: str
     record: dict[str, Any]
 
 
 class EventLog:
-    """Keeps the last events. A reader that falls behind is told how many it missed; it costs no memory."""
+    """Keeps the last events. A reader that falls behind gets the number of events that it missed."""
 
     def __init__(self, kept: int = KEPT) -> None:
         self._prefix = secrets.token_hex(4)
@@ -30,26 +30,26 @@ class EventLog:
         self._closed = False
 
     def add(self, events: list[Event]) -> None:
-        """Append, and wake whoever waits."""
+        """Append events and wake the waiting readers."""
         self._events.extend(event.record() for event in events)
         self._count += len(events)
         if events:
             self._wake()
 
     def close(self) -> None:
-        """End every reader, once it has read what is there."""
+        """End every reader after the events that are already there."""
         self._closed = True
         self._wake()
 
     def reader(self, last_id: str | None = None) -> "Reader":
-        """A reader of the events behind `last_id`; without an id only of those to come.
+        """Return a reader of the events after `last_id`, or of future events only.
 
-        An id that is not of this log means that the reader knows an earlier process: it gets all that is kept.
+        An unknown id comes from an earlier process; such a reader gets all events that are kept.
         """
         return Reader(self, self._position(last_id))
 
-    async def next(self, position: int) -> tuple[int, Numbered] | None:
-        """The event at `position`, with the position behind it; waits for it. None behind the last of a closed log."""
+    async def next(self, position: int) -> tuple[int, NumberedEvent] | None:
+        """Wait for the event at `position`; return the next position and it, or None at the end of a closed log."""
         while not self._closed and position >= self._count:
             await self._news.wait()
         if position >= self._count:
@@ -57,11 +57,11 @@ class EventLog:
         first_kept = self._count - len(self._events)
         if position < first_kept:
             missed = {"event": "events_missed", "count": first_kept - position}
-            return first_kept, Numbered(self._id(first_kept), missed)
-        return position + 1, Numbered(self._id(position + 1), self._events[position - first_kept])
+            return first_kept, NumberedEvent(self._id(first_kept), missed)
+        return position + 1, NumberedEvent(self._id(position + 1), self._events[position - first_kept])
 
     def _wake(self) -> None:
-        # Wakes those who wait now; those who come later wait for the next news.
+        # Wakes the current readers; later ones wait for the next event.
         self._news.set()
         self._news = asyncio.Event()
 
@@ -78,14 +78,14 @@ class EventLog:
 
 
 class Reader:
-    """Where one client is in the log."""
+    """One client's position in the log."""
 
     def __init__(self, log: EventLog, position: int) -> None:
         self._log = log
         self._position = position
 
-    async def next(self) -> Numbered | None:
-        """The next event, waiting for it; None behind the last one of a closed log."""
+    async def next(self) -> NumberedEvent | None:
+        """Wait for the next event and return it; None at the end of a closed log."""
         found = await self._log.next(self._position)
         if found is None:
             return None

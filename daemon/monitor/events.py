@@ -1,11 +1,11 @@
-"""Events: what changed between two looks at a search. Pure; the HTTP API and `selfpruner watch` both tell these."""
+"""Events: changes between two observations of a search, for the HTTP API and `selfpruner watch`. Pure."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from agents.population.population import Evaluation
-from daemon.monitor.status import Seen, Status, Tally, make_status
+from daemon.monitor.status import Observation, Status, Tally, make_status
 from protocol.plans.candidate import Measured, Stopped
 
 _STATES = {
@@ -15,38 +15,38 @@ _STATES = {
     "degraded": "degraded_changed",
     "finished": "finished_changed",
 }
-"""A field of the status, and the event that says its new value."""
+"""Fields of the status, and the events that report a new value."""
 
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happened to a search; `fields` is what JSON can hold."""
+    """A change of a search; `fields` can be written as JSON."""
 
     name: str
     fields: dict[str, Any]
 
     def record(self) -> dict[str, Any]:
-        """One flat JSON object."""
+        """Return the event as one flat JSON object."""
         return {"event": self.name, **self.fields}
 
 
-class Follower:
-    """Looks at one search again and again. What was there at the first look is no event."""
+class StatusTracker:
+    """Keeps the status of a search and derives events. The first observation gives no events."""
 
     def __init__(self) -> None:
         self.tally = Tally()
         self.status: Status | None = None
 
-    def look(self, seen: Seen) -> list[Event]:
-        """Bring `status` up to date; returns what happened since the last look."""
-        evaluations = self.tally.take(seen.ledger, seen.population)
-        before, self.status = self.status, make_status(seen, self.tally)
+    def update(self, observation: Observation) -> list[Event]:
+        """Update `status`. Returns the events since the last observation."""
+        evaluations = self.tally.take(observation.ledger, observation.population)
+        before, self.status = self.status, make_status(observation, self.tally)
         if before is None:
             return []
         return [*changes(before, self.status), *(evaluation_event(e, best=best) for e, best in evaluations)]
 
     def redis_is_away(self) -> list[Event]:
-        """To be called instead of `look` when nothing could be read."""
+        """Call this instead of `update` while Redis cannot be read."""
         if self.status is None:
             return []
         before, self.status = self.status, self.status.model_copy(update={"redis": "away"})
@@ -54,7 +54,7 @@ class Follower:
 
 
 def changes(before: Status, after: Status) -> Iterator[Event]:
-    """What is different, candidates aside."""
+    """Yield the differences between two statuses, except for candidates."""
     for name, event in _STATES.items():
         if getattr(before, name) != getattr(after, name):
             yield Event(event, {name: getattr(after, name)})
@@ -72,7 +72,7 @@ def changes(before: Status, after: Status) -> Iterator[Event]:
 
 
 def evaluation_event(evaluation: Evaluation, *, best: bool) -> Event:
-    """That a candidate has its outcome."""
+    """Return the event of a candidate's outcome."""
     candidate, outcome = evaluation.candidate, evaluation.outcome
     who = candidate.provenance.model_dump(include={"agent", "source", "round"})
     if isinstance(outcome, Measured):

@@ -1,7 +1,7 @@
-"""Heartbeat: measures how long the event loop is kept from running.
+"""Heartbeat: measures how long the event loop is blocked.
 
-Everything of a daemon runs in one event loop: its sign of life in Redis, its answers to a pause, its HTTP API. Whatever
-computes for long without giving the loop back delays all of them, so it is measured and reported.
+The whole daemon runs in one event loop: its heartbeat in Redis, the reaction to a pause, the HTTP API. A long
+computation delays all of them, so blocks are measured and reported.
 """
 
 import asyncio
@@ -11,23 +11,23 @@ import structlog
 
 BEAT_SECONDS = 0.05
 LONG_SECONDS = 0.5
-"""A longer block is reported in the log."""
+"""Longer blocks are logged."""
 
 log = structlog.get_logger()
 
 
 class Heartbeat:
-    """Beats in the event loop and notes how late each beat comes. Times in seconds."""
+    """Measures how late the event loop wakes it. Times in seconds."""
 
     def __init__(self) -> None:
         self.longest_block = 0.0
-        """The longest time that the loop did not run, since the start."""
+        """The longest block since the start."""
         self.longest_busy_block = 0.0
-        """The longest processor time that this thread used in one such block: what our own code did to the loop, even
-        on a machine whose processors are shared with others."""
+        """The most processor time of this thread in one block: the part caused by our own code, even on a busy
+        machine."""
 
     async def run(self) -> None:
-        """Beat until cancelled. Log a block of more than LONG_SECONDS if it is the longest so far."""
+        """Run until cancelled. Log a block longer than LONG_SECONDS if it is the longest so far."""
         beat, busy = time.monotonic(), time.thread_time()
         while True:
             await asyncio.sleep(BEAT_SECONDS)

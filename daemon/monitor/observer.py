@@ -1,7 +1,7 @@
-"""Observer: looks at the search of this process once a second, and shows it to others.
+"""Observer: observes the search of this process once a second, and publishes its status.
 
-It keeps the status and the events for the HTTP API, and writes what only this process knows where others find it: the
-condition in Redis, for `selfpruner status` and `watch`; status.json in the folder, for when Redis has gone.
+It keeps the status and the events for the HTTP API. It also publishes what only this process knows: the condition in
+Redis, for `selfpruner status` and `watch`, and status.json in the folder, for when Redis has gone.
 """
 
 import asyncio
@@ -16,11 +16,11 @@ from redis.exceptions import RedisError
 from agents.llm.endpoint import EndpointState, LlmState, Usage
 from agents.population.population import Population
 from daemon.monitor.event_log import EventLog
-from daemon.monitor.events import Follower
+from daemon.monitor.events import StatusTracker
 from daemon.monitor.heartbeat import Heartbeat
-from daemon.monitor.status import AroundReader, Condition, EndpointStatus, Seen, Status
+from daemon.monitor.status import Condition, EndpointStatus, Observation, RuntimeStateReader, Status
 from daemon.search.search import Search
-from daemon.state.folder_errors import Trouble
+from daemon.state.folder_errors import FolderErrors
 from daemon.state.history import History
 from daemon.state.journal import STATUS_FILE, json_text
 from protocol.plans.candidate import Candidate
@@ -34,8 +34,8 @@ LOOK_SECONDS = 1.0
 log = structlog.get_logger()
 
 
-class Talks(Protocol):
-    """What is seen of Chat."""
+class ObservedChat(Protocol):
+    """The part of Chat that is observed."""
 
     @property
     def usage(self) -> Mapping[str, Usage]:
@@ -44,49 +44,49 @@ class Talks(Protocol):
 
     @property
     def state(self) -> LlmState:
-        """Whether the classical operators stand in, and how each endpoint is."""
+        """Whether the classical operators replace the LLM, and the state of each endpoint."""
         ...
 
 
 class Observer:
-    """What can be seen of a search from within. `search`, `chat` and `counters` are filled in as it starts."""
+    """Observes a search from its own process. `search`, `chat` and `counters` are set as it starts."""
 
     def __init__(
-        self, redis: Redis, keys: Keys, spec: SearchSpec, folder: Path, trouble: Trouble | None = None
+        self, redis: Redis, keys: Keys, spec: SearchSpec, folder: Path, folder_errors: FolderErrors | None = None
     ) -> None:
         self.redis, self.keys, self.spec = redis, keys, spec
-        self._trouble = trouble or Trouble(folder)
-        # Not durable: the loop, which shows the sign of life, must not wait for a disk; it is written anew in a moment.
+        self._folder_errors = folder_errors or FolderErrors(folder)
+        # Not durable: the event loop, which renews the heartbeat, must not wait for a disk, and rewrites the file soon.
         self._file = Document(folder / STATUS_FILE, durable=False)
-        self._trouble.watch(STATUS_FILE, lambda: self._file.is_gone)
-        self._around = AroundReader(redis, keys)
-        self._follower = Follower()
+        self._folder_errors.watch(STATUS_FILE, lambda: self._file.is_gone)
+        self._runtime_state = RuntimeStateReader(redis, keys)
+        self._tracker = StatusTracker()
         self._looking = asyncio.Lock()
         self._published: tuple[Condition | None, Status | None] = (None, None)
-        self._told = self._begun = False
+        self._error_logged = self._begun = False
         self._history = History()
         self._early = Population()
         self.events = EventLog()
         self.heartbeat = Heartbeat()
         self.search: Search | None = None
-        self.chat: Talks | None = None
+        self.chat: ObservedChat | None = None
         self.counters: Mapping[str, float] = {}
         self.finished = False
 
     @property
     def status(self) -> Status | None:
-        """As it was at the last look; None before the first one, for which Redis must answer."""
-        return self._follower.status
+        """The last status; None until Redis has answered once."""
+        return self._tracker.status
 
     @property
     def outcomes(self) -> Mapping[tuple[str, str], int]:
-        """How many outcomes there are, by source and kind."""
-        return self._follower.tally.outcomes
+        """Number of outcomes by source and kind."""
+        return self._tracker.tally.outcomes
 
     @property
     def evaluation_seconds(self) -> float:
-        """What the workers spent on candidates that were measured."""
-        return self._follower.tally.evaluation_seconds
+        """Total time that workers spent on measured candidates."""
+        return self._tracker.tally.evaluation_seconds
 
     @property
     def ledger(self) -> dict[str, Candidate]:
@@ -99,9 +99,9 @@ class Observer:
         return self.search.state.population if self.search else self._early
 
     def begin(self, history: History) -> None:
-        """Show what earlier processes did, until there is a search. To be called once this process is in charge.
+        """Publish what earlier processes did, until there is a search. Call it once this process is in charge.
 
-        May run in a thread, for a long history takes a second.
+        It may run in a thread, because a long history takes a second.
         """
         early = Population()
         for id_, outcome in history.outcomes.items():
@@ -110,7 +110,7 @@ class Observer:
         self._begun = True
 
     async def run(self) -> None:
-        """Look once a second until cancelled."""
+        """Observe once a second until cancelled."""
         while True:
             await self.look()
             if (task := asyncio.current_task()) and task.cancelling():
@@ -118,35 +118,35 @@ class Observer:
             await asyncio.sleep(LOOK_SECONDS)
 
     async def look(self) -> None:
-        """Bring status and events up to date, and publish what is new; a server that is away is no error."""
+        """Update status and events, and publish what is new. A server that is away is not an error."""
         if not self._begun:
             return
         async with self._looking:
             try:
-                around = await self._around.read()
+                runtime = await self._runtime_state.read()
             except (RedisError, OSError, TimeoutError) as error:
-                self._tell_once(error)
-                self.events.add(self._follower.redis_is_away())
+                self._log_once(error)
+                self.events.add(self._tracker.redis_is_away())
                 return
             condition = self._condition()
-            seen = Seen(
+            observation = Observation(
                 search=self.keys.search,
                 spec=self.spec,
                 ledger=self.ledger,
                 population=self.population,
                 counters=self.counters,
                 dense_perplexity=self.search.state.profile.dense.perplexity if self.search else None,
-                around=around,
+                runtime=runtime,
                 condition=condition,
             )
-            self.events.add(self._follower.look(seen))
+            self.events.add(self._tracker.update(observation))
             await self._publish(condition)
 
-    def _tell_once(self, error: Exception) -> None:
-        """Log what no waiting mends, such as a user who may not read; an outage is logged by those who need Redis."""
-        if not is_transient(error) and not self._told:
+    def _log_once(self, error: Exception) -> None:
+        """Log an error that does not pass, such as missing permissions. Others log outages."""
+        if not is_transient(error) and not self._error_logged:
             log.warning("status_not_read", error=str(error))
-            self._told = True
+            self._error_logged = True
 
     def _condition(self) -> Condition:
         chat = self.chat
@@ -167,13 +167,13 @@ class Observer:
                     await self.redis.set(self.keys.condition, condition.model_dump_json())
                 known = condition
             except (RedisError, OSError, TimeoutError):
-                pass  # it is tried again at the next look
+                pass  # the next observation tries again
         is_changed = self._file.is_changed
         if is_changed:
-            self._trouble.changed([STATUS_FILE])
+            self._folder_errors.changed([STATUS_FILE])
         if is_changed or self.status != written:
             record = self.status.model_dump(mode="json") if self.status else {}
-            with self._trouble.writing(STATUS_FILE):
+            with self._folder_errors.writing(STATUS_FILE):
                 self._file.write(json_text(record))
             written = self.status
         self._published = known, written

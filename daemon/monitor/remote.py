@@ -1,4 +1,4 @@
-"""Looking at a search from another process, and steering it: status, best, pause, resume, stop."""
+"""Access to a search from another process: status, best, pause, resume, stop."""
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -12,8 +12,8 @@ from redis.exceptions import RedisError
 
 from agents.population.population import Evaluation
 from daemon.local.valkey import embedded_url
-from daemon.monitor.events import Event, Follower
-from daemon.monitor.status import AroundReader, Condition, QueueDepth, Seen, Status
+from daemon.monitor.events import Event, StatusTracker
+from daemon.monitor.status import Condition, Observation, QueueDepth, RuntimeStateReader, Status
 from daemon.state.history import RemoteHistory
 from daemon.state.journal import BEST, STATUS_FILE, best_record, saved
 from protocol.errors import StoreError, UsageError
@@ -26,19 +26,19 @@ from protocol.queue.profile_board import ProfileBoard
 
 @dataclass(frozen=True)
 class BestSoFar:
-    """The best of a search as best.json has it, and the search's status, where one is known."""
+    """The best candidate in the form of best.json, with the search's status if it is known."""
 
     record: dict[str, Any]
     status: Status | None
 
     @property
     def origin(self) -> str:
-        """Where the rates come from, in words for a model card."""
+        """Where the rates come from, for a model card."""
         name, status = f"search {self.record.get('search')}", self.status
         if status is None or status.finished:
             return name
         known = status.measured + status.failed + status.stopped
-        return f"{name}, which was not finished: after {known:,} candidate{'s' if known != 1 else ''}"
+        return f"{name}, unfinished, after {known:,} candidate{'s' if known != 1 else ''}"
 
 
 class RemoteSearch:
@@ -50,52 +50,52 @@ class RemoteSearch:
         self._spec = spec
         self._history = RemoteHistory(redis, keys)
         self._profiles = ProfileBoard(redis, keys)
-        self._around = AroundReader(redis, keys)
-        self._follower = Follower()
+        self._runtime_state = RuntimeStateReader(redis, keys)
+        self._tracker = StatusTracker()
 
     async def status(self) -> Status:
-        """How far it is."""
+        """Return the current status."""
         await self.changes()
-        return self.seen
+        return self.last_status
 
     @property
-    def seen(self) -> Status:
-        """The status at the last look."""
-        assert self._follower.status is not None, "changes() or status() comes first"
-        return self._follower.status
+    def last_status(self) -> Status:
+        """The status at the last observation."""
+        assert self._tracker.status is not None, "changes() or status() comes first"
+        return self._tracker.status
 
     async def changes(self) -> list[Event]:
-        """What happened since the last look; nothing at the first one."""
+        """Return the events since the last observation; none at the first one."""
         if not await self._history.read():
-            self._follower = Follower()
+            self._tracker = StatusTracker()
         profile = await self._profiles.read(self._spec.fingerprint)
         condition = await self._redis.get(self._keys.condition)
-        seen = Seen(
+        observation = Observation(
             search=self._keys.search,
             spec=self._spec,
             ledger=self._history.ledger,
             population=self._history.population,
             counters=self._history.counters,
             dense_perplexity=profile.dense.perplexity if profile else None,
-            around=await self._around.read(),
+            runtime=await self._runtime_state.read(),
             condition=(condition and parse_unless_damaged(Condition, condition, self._keys.condition)) or Condition(),
         )
-        return self._follower.look(seen)
+        return self._tracker.update(observation)
 
     def redis_is_away(self) -> list[Event]:
-        """To be called where `changes` raised that."""
-        return self._follower.redis_is_away()
+        """Call this when `changes` raised that Redis is away."""
+        return self._tracker.redis_is_away()
 
     async def best_so_far(self) -> BestSoFar:
-        """The best candidate so far, and how far the search was when it was."""
+        """Return the best candidate so far, with the status of the search."""
         record = await self.best()
         try:
             return BestSoFar(record, await self.status())
-        except (StoreError, RedisError, OSError):  # what cannot be read of the status takes nothing from the rates
+        except (StoreError, RedisError, OSError):  # the rates are complete without the status
             return BestSoFar(record, None)
 
     async def best(self) -> dict[str, Any]:
-        """The best candidate so far, as best.json has it."""
+        """Return the best candidate so far in the form of best.json."""
         await self._history.read()
         best, profile = self._history.population.best(), await self._profiles.read(self._spec.fingerprint)
         if best is None or profile is None:
@@ -103,20 +103,21 @@ class RemoteSearch:
         return best_record(self._keys.search, self._spec, profile.shape, best)
 
     def top(self, count: int) -> list[Evaluation]:
-        """The best members at the last look, best first."""
+        """Return the best members at the last observation, best first."""
         return self._history.population.top(count)
 
     async def command(self, command: Command) -> dict[str, Any]:
-        """Command run, pause or stop."""
+        """Send the command run, pause or stop."""
         await Control(self._redis, self._keys).write(command)
         return {"search": self._keys.search, "control": command}
 
 
 @asynccontextmanager
 async def open_remote(search: str, redis_url: str | None, folder: Path) -> AsyncIterator[RemoteSearch]:
-    """The search called `search` under `redis_url`, or in its embedded server; UsageError if there is none.
+    """Open the search called `search` under `redis_url`, or in its embedded server.
 
-    What the server refuses, there or in the block, is SettingsError; what cannot be read of it, StoreError.
+    Raises UsageError if there is none, SettingsError for what the server refuses, also in the block, and StoreError for
+    what cannot be read.
     """
     keys = Keys(check_search_name(search))
     if redis_url is None:
@@ -130,7 +131,7 @@ async def open_remote(search: str, redis_url: str | None, folder: Path) -> Async
             raise UsageError(f"there is no search {search!r} in this Redis")
         found = RemoteSearch(redis, keys, parse_stored(SearchSpec, text, keys.spec))
         yield found
-    except BrokenPipeError:  # of whoever reads our answers
+    except BrokenPipeError:  # from stdout, not from Redis
         raise
     except (RedisError, OSError) as error:
         if refusal := permanent_error(error):
@@ -151,24 +152,24 @@ class NotRunning(UsageError):  # noqa: N818
 
 
 def _check_folder(folder: Path, search: str) -> None:
-    """Raise UsageError where `folder` has no folder of the search; it names those that it has."""
+    """Raise UsageError, naming the searches in `folder`, if `search` is not among them."""
     if (folder / search).is_dir():
         return
     found = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
     if found:
         raise UsageError(f"there is no search {search!r} in {folder}/; choose with --search: {', '.join(found)}")
-    raise UsageError(f"there is no search {search!r} in {folder}/, and no other (--folder or --redis-url says where)")
+    raise UsageError(f"there is no search {search!r} in {folder}/, and no other; set --folder or --redis-url")
 
 
 def _not_running(folder: Path, search: str) -> str:
     return (
-        f"the search {search!r} in {folder}/ is not running now: `selfpruner run` with its settings goes on; "
+        f"the search {search!r} in {folder}/ is not running now: `selfpruner run` with its settings resumes it; "
         "if its server is elsewhere, give --redis-url"
     )
 
 
 def saved_status(folder: Path) -> Status | None:
-    """How far the search in `folder` came, without the processes that it then had; None if it never began."""
+    """Return the last status of the search in `folder`, without its processes; None if it never began."""
     record = saved(folder, STATUS_FILE)
     if record is None:
         return None
@@ -181,7 +182,7 @@ def saved_status(folder: Path) -> Status | None:
 
 
 async def best_so_far(search: str, redis_url: str | None, folder: Path) -> BestSoFar:
-    """Of the search that runs; of one that ran here and has ended, what it left in its folder."""
+    """Return the best of a running search, or of the folder of a search that ran here and has ended."""
     try:
         async with open_remote(search, redis_url, folder) as remote:
             return await remote.best_so_far()
@@ -191,7 +192,7 @@ async def best_so_far(search: str, redis_url: str | None, folder: Path) -> BestS
             raise
     try:
         return BestSoFar(record, saved_status(folder / search))
-    except UsageError:  # a damaged status takes nothing from the rates
+    except UsageError:  # the rates are complete without the status
         return BestSoFar(record, None)
 
 
@@ -203,7 +204,7 @@ async def ask(
     *,
     otherwise: str,
 ) -> dict[str, Any]:
-    """The running search's answer; of one that ran here and has ended, what it left in the file `otherwise`."""
+    """Return a running search's answer, or the file `otherwise` of a search that ran here and has ended."""
     try:
         async with open_remote(search, redis_url, folder) as remote:
             return await question(remote)

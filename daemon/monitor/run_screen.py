@@ -1,4 +1,4 @@
-"""The live display of `selfpruner run` on a terminal. Elsewhere the log lines say the same."""
+"""The live display of `selfpruner run` on a terminal. Without a terminal, the log has the same information."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
-from daemon.search.control import Pausing
+from daemon.search.control import ControlWatcher
 from daemon.search.search import Search
 from daemon.state.store import SearchStore
 from protocol.plans.candidate import Measured
@@ -16,7 +16,7 @@ REFRESH_SECONDS = 0.5
 
 
 class Display:
-    """Follows a search and its workers: one line for the search, one for each worker."""
+    """Shows a search and its workers: one line for the search and one per worker."""
 
     def __init__(self, console: Console) -> None:
         self._progress = Progress(
@@ -31,12 +31,12 @@ class Display:
         self._line = self._progress.add_task("search: waiting for the model", total=None)
         self._workers: dict[str, TaskID] = {}
         self._busy: set[str] = set()
-        """Workers whose task counts the steps of a stage, and not candidates."""
-        self._search: tuple[Search, Pausing] | None = None
+        """Workers whose task counts the steps of a stage instead of candidates."""
+        self._search: tuple[Search, ControlWatcher] | None = None
 
-    def follow(self, search: Search, pausing: Pausing) -> None:
+    def follow(self, search: Search, control_watcher: ControlWatcher) -> None:
         """Show this search from now on."""
-        self._search = search, pausing
+        self._search = search, control_watcher
 
     @asynccontextmanager
     async def following(self, store: SearchStore) -> AsyncIterator[None]:
@@ -55,10 +55,10 @@ class Display:
                 self._show_search(*self._search)
             await asyncio.sleep(REFRESH_SECONDS)
 
-    def _show_search(self, search: Search, pausing: Pausing) -> None:
+    def _show_search(self, search: Search, control_watcher: ControlWatcher) -> None:
         best = search.state.population.best()
         found = _figures(best.outcome) if best and best.outcome.kind == "measured" else "–"
-        state = "paused" if pausing.command == "pause" else f"round {search.round}"
+        state = "paused" if control_watcher.command == "pause" else f"round {search.round}"
         self._progress.update(
             self._line,
             description=f"search: {state}, best {found}, dense {search.state.profile.dense.perplexity:.2f}",
@@ -76,7 +76,7 @@ class Display:
                 self._workers[consumer] = self._progress.add_task("", total=None)
             busy = status.stage not in ("idle", "evaluating") and status.total > 0
             if busy != (consumer in self._busy):
-                # A task cannot lose its total, and its clock stands still once it was full: another takes its place.
+                # A task cannot lose its total, and its clock stops when it is full, so replace it.
                 self._progress.remove_task(self._workers[consumer])
                 self._workers[consumer] = self._progress.add_task("", total=None)
                 self._busy ^= {consumer}
@@ -89,5 +89,5 @@ class Display:
 
 
 def _figures(best: Measured) -> str:
-    """The perplexity, after the divergence where that is what the search minimises."""
+    """Return the perplexity, after the divergence if the search minimises that."""
     return f"{best.perplexity:.2f}" if best.kl is None else f"kl {best.kl:.4f}, perplexity {best.perplexity:.2f}"

@@ -1,7 +1,7 @@
-"""Status: how far a search is, in one form for the command line, the HTTP API and the folder of a search that ended.
+"""The status of a search, in one form for the command line, the HTTP API and the folder of a search that ended.
 
-What is seen of a search comes from two sides: its history (the ledger and the outcomes, which only grow), and what is
-around it in Redis (the command, the daemon, the workers, the queue).
+It is made from two sources: the history (the ledger and the outcomes, which only grow), and the runtime state in Redis
+(the command, the daemon, the workers, the queue).
 """
 
 import asyncio
@@ -30,11 +30,11 @@ class _Value(BaseModel):
 
 
 class EndpointStatus(_Value):
-    """An LLM endpoint as the daemon has met it since it started; `requests` counts HTTP requests, retries included."""
+    """An LLM endpoint since the daemon started; `requests` counts HTTP requests, including retries."""
 
     state: Literal["asked", "left alone"]
     reason: str | None = None
-    """Why it is not asked."""
+    """Why it is not being asked."""
     requests: int
     errors: int
     prompt_tokens: int
@@ -42,35 +42,35 @@ class EndpointStatus(_Value):
 
 
 class Condition(_Value):
-    """What only the daemon knows. None: no daemon has said it yet."""
+    """What only the daemon knows; None before a daemon has published it."""
 
     degraded: bool | None = None
-    """Whether classical operators stand in for the LLM."""
+    """Whether classical operators replace the LLM."""
     degraded_by: Degraded | None = None
-    """Why: no LLM endpoint answers (`endpoints`), or the LLM's budget is used up (`budget`)."""
+    """Why: no LLM endpoint answers (`endpoints`), or the LLM budget is used up (`budget`)."""
     parents_source: Source | None = None
-    """Who chose the parents of the last round: the LLM, or the fallback."""
+    """What chose the parents of the last round: the LLM or the fallback."""
     endpoints: dict[str, EndpointStatus] = {}
     finished: bool = False
-    """Whether the rounds or the budget are used up."""
+    """Whether all rounds are done or the budget is used up."""
 
 
 class QueueDepth(_Value):
-    """Candidates on the job stream: `queued` ones wait for a worker, `running` ones have been claimed."""
+    """Candidates on the job stream: `queued` ones wait for a worker, `running` ones are claimed."""
 
     queued: int = 0
     running: int = 0
 
 
 class Status(_Value):
-    """How far a search is. Figures are None while nothing was measured."""
+    """The progress of a search. Figures are None until something was measured."""
 
     search: str
     model: str
     rate: float
     fitness: Measure
     redis: Literal["answers", "away"] = "answers"
-    """Away: what stands here is from before."""
+    """If `away`, the status is the last one known."""
     control: Command
     daemon: str | None
     workers: tuple[WorkerStatus, ...]
@@ -82,34 +82,34 @@ class Status(_Value):
     parents_source: Source | None
     round: int
     candidates: int
-    """Proposed so far; baselines are not counted."""
+    """Number of proposed candidates, without baselines."""
     by_source: dict[str, int]
-    """The candidates that the LLM made, and those of the classical operators that stand in for it."""
+    """Candidates from the LLM, and from the classical operators that replace it."""
     measured: int
-    """Of the proposed ones."""
+    """Proposed candidates that were measured."""
     failed: int
-    """Of the proposed ones."""
+    """Proposed candidates that failed."""
     stopped: int = 0
-    """Of the proposed ones: measured in part, for they lost their race."""
+    """Proposed candidates that were measured in part, because they lost their race."""
     waiting: int
-    """Issued, baselines included, and still without an outcome."""
+    """Issued candidates without an outcome, including baselines."""
     dead: tuple[dict[str, str], ...] = ()
-    """The last jobs that were given up, newest first: `id`, `reason`, `worker`, `detail`."""
+    """The last failed jobs on the dead-letter stream, newest first: `id`, `reason`, `worker`, `detail`."""
     dense_perplexity: float | None
     best: str | None
     """The best candidate's id."""
     best_perplexity: float | None
     best_kl: float | None
     tokens: dict[str, int]
-    """Used by the LLM over all restarts: `prompt` and `completion`."""
+    """LLM tokens, summed over restarts: `prompt` and `completion`."""
     cost: float = 0.0
-    """Of them, at the prices of the endpoints; over all restarts."""
+    """Cost of the tokens at the endpoints' prices, summed over restarts."""
     seconds: float
 
 
 @dataclass(frozen=True)
-class Around:
-    """What stands in Redis beside the history."""
+class RuntimeState:
+    """The state in Redis besides the history."""
 
     control: Command
     daemon: str | None
@@ -118,21 +118,21 @@ class Around:
     dead: tuple[dict[str, str], ...] = ()
 
 
-class AroundReader:
-    """Reads what is around a search; raises what the Redis client raises while the server is away."""
+class RuntimeStateReader:
+    """Reads the runtime state of a search; raises the Redis client's errors while the server is away."""
 
     def __init__(self, redis: Redis, keys: Keys) -> None:
         self._redis: Any = redis  # its annotations cannot say that replies are str
         self._keys = keys
         self._control = Control(redis, keys)
 
-    async def read(self, seconds: float = 2.0) -> Around:
-        """What is there now; TimeoutError when it cannot be had in so many seconds."""
+    async def read(self, seconds: float = 2.0) -> RuntimeState:
+        """Return the current state. Raises TimeoutError after so many seconds."""
         async with asyncio.timeout(seconds):
-            # Asked first, for Control waits for a server that is away, and logs that it does.
+            # First, because Control waits for a server that is away, and logs it.
             daemon = await self._redis.get(self._keys.daemon)
             found = await read_workers(self._redis, self._keys)
-            return Around(
+            return RuntimeState(
                 control=await self._control.read(),
                 daemon=daemon,
                 workers=tuple(sorted(found.workers, key=lambda worker: worker.consumer)),
@@ -147,13 +147,13 @@ class AroundReader:
         except ResponseError as error:
             if not is_missing_group(error):
                 raise
-            claimed = 0  # no worker has come yet
+            claimed = 0  # no worker has started yet
         return QueueDepth(queued=max(0, on_stream - claimed), running=claimed)
 
 
 @dataclass(frozen=True)
-class Seen:
-    """A search as it is at one moment."""
+class Observation:
+    """Everything known about a search at one moment."""
 
     search: str
     spec: SearchSpec
@@ -161,17 +161,17 @@ class Seen:
     population: Population
     counters: Mapping[str, float]
     dense_perplexity: float | None
-    around: Around
+    runtime: RuntimeState
     condition: Condition
 
 
 @dataclass
 class Tally:
-    """Counts over a history, which only grows: each look costs as much as what is new."""
+    """Counts over a history. Each update costs as much as what is new, because a history only grows."""
 
     by_source: Counter[str] = field(default_factory=Counter)
     outcomes: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """By source and kind; baselines are counted under `baseline`."""
+    """Outcomes by source and kind, with the source `baseline` for baselines."""
     round: int = 0
     evaluation_seconds: float = 0.0
     _issued: int = 0
@@ -179,7 +179,7 @@ class Tally:
     _best: float = float("inf")
 
     def take(self, ledger: dict[str, Candidate], population: Population) -> list[tuple[Evaluation, bool]]:
-        """Count what is new; returns the new evaluations, each with whether it was the best so far."""
+        """Count what is new. Returns the new evaluations, each with whether it was the best so far."""
         for candidate in islice(reversed(ledger.values()), len(ledger) - self._issued):
             self.round = max(self.round, candidate.provenance.round)
             self.by_source[_source(candidate)] += 1
@@ -202,34 +202,34 @@ def _source(candidate: Candidate) -> str:
     return candidate.provenance.source if candidate.is_proposal else "baseline"
 
 
-def make_status(seen: Seen, tally: Tally) -> Status:
-    """The status of a search; `tally` has taken what is seen."""
-    best = seen.population.best()
+def make_status(observation: Observation, tally: Tally) -> Status:
+    """Return the status of a search; `tally` has counted the observation."""
+    best = observation.population.best()
     outcome = best.outcome if best and isinstance(best.outcome, Measured) else None
     proposals = {source: count for source, count in tally.by_source.items() if source != "baseline"}
     return Status(
-        search=seen.search,
-        model=seen.spec.model,
-        rate=seen.spec.rate,
-        fitness=seen.spec.measure,
-        control=seen.around.control,
-        daemon=seen.around.daemon,
-        workers=seen.around.workers,
-        queue=seen.around.queue,
-        **dict(seen.condition),
+        search=observation.search,
+        model=observation.spec.model,
+        rate=observation.spec.rate,
+        fitness=observation.spec.measure,
+        control=observation.runtime.control,
+        daemon=observation.runtime.daemon,
+        workers=observation.runtime.workers,
+        queue=observation.runtime.queue,
+        **dict(observation.condition),
         round=tally.round,
         candidates=sum(proposals.values()),
         by_source={"llm": 0, "fallback": 0, **proposals},
-        measured=len(seen.population),
+        measured=len(observation.population),
         failed=sum(tally.outcomes[source, "failed"] for source in proposals),
         stopped=sum(tally.outcomes[source, "stopped"] for source in proposals),
-        waiting=len(seen.ledger) - sum(tally.outcomes.values()),
-        dead=seen.around.dead,
-        dense_perplexity=seen.dense_perplexity,
+        waiting=len(observation.ledger) - sum(tally.outcomes.values()),
+        dead=observation.runtime.dead,
+        dense_perplexity=observation.dense_perplexity,
         best=best.candidate.id if best else None,
         best_perplexity=outcome.perplexity if outcome else None,
         best_kl=outcome.kl if outcome else None,
-        tokens={name: int(seen.counters.get(f"{name}_tokens", 0)) for name in ("prompt", "completion")},
-        cost=round(seen.counters.get("cost", 0.0), 6),
-        seconds=round(seen.counters.get("seconds", 0.0), 1),
+        tokens={name: int(observation.counters.get(f"{name}_tokens", 0)) for name in ("prompt", "completion")},
+        cost=round(observation.counters.get("cost", 0.0), 6),
+        seconds=round(observation.counters.get("seconds", 0.0), 1),
     )

@@ -1,4 +1,4 @@
-"""What a search found, as one JSON object and as a table."""
+"""The result of a search, as a JSON object and as a table."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -18,20 +18,20 @@ from protocol.plans.profile import DensePerplexity, ModelProfile
 from protocol.plans.spec import Measure, Reconstruction, SearchSpec
 
 WEAK_BASELINE = (
-    "this uniform is a weak baseline: it is not fitted, and takes as many query heads from each KV head; `selfpruner "
-    "evaluate --allocate uniform` measures stronger ones with --reconstruction least-squares or --heads any"
+    "uniform is a weak baseline here: without reconstruction, and with equally many query heads per KV head; "
+    "`selfpruner evaluate --allocate uniform` measures stronger ones with --reconstruction least-squares or --heads any"
 )
 
 
 class Row(BaseModel):
-    """One model, such as the dense one or the best. A figure is None where it was not measured."""
+    """One model, such as the dense one or the best. Figures are None if they were not measured."""
 
     model_config = ConfigDict(frozen=True)
 
     perplexity: float | None
     report_perplexity: float | None = None
     kl: float | None = None
-    """Divergence from the dense model in nats, where the search minimises it."""
+    """Divergence from the dense model in nats per token, if the search minimises it."""
     report_kl: float | None = None
     parameters: Parameters
     seqlen: int
@@ -51,24 +51,24 @@ class Summary(BaseModel):
     fitness: Measure
     """What the search minimised."""
     reconstruction: Reconstruction
-    """Whether what stays was fitted, of the uniform model as of all candidates."""
+    """The reconstruction of all candidates and of the uniform model."""
     finished: bool
     dense: Row
     uniform: Row
     best_allocation: Row | None
-    """The best of the allocations that the search began with (search.seeds), which no search has changed."""
+    """The best of the allocations in the first population (search.seeds)."""
     best: Row | None
     rates: tuple[float, ...]
-    """The best candidate's."""
+    """The rates of the best candidate."""
     candidates: dict[str, dict[str, int]]
     """Counts `by_agent`, `by_source` and `by_outcome` (`measured`, `failed`, `stopped` in a race)."""
     tokens: dict[str, int]
-    """Used by the LLM: `prompt` and `completion`."""
+    """LLM tokens: `prompt` and `completion`."""
     seconds: float
 
 
 def summarise(search: str, state: SearchState, counters: dict[str, float], *, finished: bool) -> Summary:
-    """Gather what a search found; `counters` has the seconds and the tokens that it used."""
+    """Return the result of a search; `counters` has the seconds and the tokens used."""
     spec, profile, population = state.spec, state.profile, state.population
     best, best_allocation = population.best(), _best_allocation(population)
     uniform = spec.uniform_plan(profile.shape)
@@ -113,7 +113,7 @@ def _dense_row(spec: SearchSpec, profile: ModelProfile) -> Row:
 
 
 def _best_allocation(population: Population) -> Evaluation | None:
-    """The best of the allocations that the search began with, if it began with any."""
+    """Return the best of the allocations in the first population, if there are any."""
     return next((e for e in population.top(None) if e.candidate.provenance.source == "allocation"), None)
 
 
@@ -140,7 +140,7 @@ def _row(spec: SearchSpec, parameters: Parameters, evaluation: Evaluation | None
 
 
 def show(summary: Summary, console: Console) -> None:
-    """Print the table, and under it who made the candidates, what it took, and whether that was all."""
+    """Print the table, and under it the sources of the candidates, the cost and the next step."""
     console.print(f"{summary.search}: {summary.model}, {summary.rate:.0%} of the decoder's parameters removed")
     console.print(_table(summary))
     for line in _lines(summary):
@@ -172,7 +172,7 @@ def _table(summary: Summary) -> Table:
 
 @dataclass(frozen=True)
 class _Column:
-    """A figure of each row."""
+    """A column of the table: a figure of each row."""
 
     title: str
     of: Callable[[Row], float | None]
@@ -180,7 +180,7 @@ class _Column:
 
 
 def _columns(summary: Summary) -> list[_Column]:
-    """What was minimised comes first; it is what the ratio is of."""
+    """Return the columns. The minimised figure comes first, and the ratio is taken of it."""
     kl = [_Column("kl", lambda row: row.kl, 4), _Column("kl on the report text", lambda row: row.report_kl, 4)]
     perplexity = [
         _Column("perplexity", lambda row: row.perplexity, 2),
@@ -202,10 +202,10 @@ def _lines(summary: Summary) -> list[str]:
     used = summary.tokens
     stopped = f", stopped early {outcome['stopped']}" if outcome["stopped"] else ""
     following = [f"next: selfpruner export --search {summary.search} --out DIR"] if summary.best else []
-    unfinished = ["stopped before its end: these figures are not final, and the same command goes on"]
+    unfinished = ["stopped before its end: these figures are not final; run the same command again to resume"]
     weak = [WEAK_BASELINE] if summary.reconstruction == "none" else []
     return [
-        *_found_out(summary),
+        *_overfitting(summary),
         *weak,
         f"candidates by agent: {listed(summary.candidates['by_agent'])}",
         f"candidates by source: {listed(summary.candidates['by_source'])}",
@@ -215,14 +215,14 @@ def _lines(summary: Summary) -> list[str]:
     ]
 
 
-def _found_out(summary: Summary) -> list[str]:
-    """What a person must know where the search has learned its text by heart."""
+def _overfitting(summary: Summary) -> list[str]:
+    """Return a warning if the search has overfitted its text."""
     best, uniform = summary.best and summary.best.report_perplexity, summary.uniform.report_perplexity
     if not best or not uniform or best <= uniform:
         return []
     return [
-        f"on the report text the best is worse than uniform ({best:,.2f} and {uniform:,.2f}): what it gained "
-        "holds for the text that was searched on alone; give more of that (data.fitness_windows)"
+        f"on the report text the best is worse than uniform ({best:,.2f} and {uniform:,.2f}): the search has "
+        "overfitted its fitness text; raise data.fitness_windows"
     ]
 
 

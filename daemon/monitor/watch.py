@@ -1,4 +1,4 @@
-"""`selfpruner watch`: follows a search in the terminal, or as one JSON object per change. Needs Redis, not HTTP."""
+"""`selfpruner watch`: follow a search on a terminal, or as one JSON object per change. Needs Redis, not HTTP."""
 
 import asyncio
 import json
@@ -10,7 +10,7 @@ from redis.exceptions import RedisError, ResponseError
 from rich.live import Live
 
 from agents.population.population import Evaluation
-from daemon.local.held_folder import is_running
+from daemon.local.folder_lock import is_running
 from daemon.monitor.events import Event
 from daemon.monitor.remote import RemoteSearch, saved_status
 from daemon.monitor.status import Status
@@ -19,37 +19,37 @@ from protocol.queue.connection import is_transient
 
 LOOK_SECONDS = 1.0
 
-Tell = Callable[[Status, Sequence[Evaluation], Sequence[Event]], None]
-"""Shows the status, the best members of the population and what is new, after each look."""
+Show = Callable[[Status, Sequence[Evaluation], Sequence[Event]], None]
+"""Shows the status, the best members of the population and the new events."""
 
 
-async def watch(remote: RemoteSearch, folder: Path | None, tell: Tell) -> None:
-    """Look at a search once a second until it is finished, or has ended.
+async def follow(remote: RemoteSearch, folder: Path | None, show: Show) -> None:
+    """Read a search's state once a second, and show it, until the search ends.
 
-    `folder` is that of a search whose own server ends with it; None where the server stays, and is waited for.
+    `folder` belongs to a search whose embedded server ends with it. Without it, wait for a server that is away.
     """
-    tell(await remote.status(), remote.top(SHOWN_MEMBERS), ())
-    while not (remote.seen.finished and remote.seen.daemon is None):
+    show(await remote.status(), remote.top(SHOWN_MEMBERS), ())
+    while not (remote.last_status.finished and remote.last_status.daemon is None):
         await asyncio.sleep(LOOK_SECONDS)
         try:
             events = await remote.changes()
         except (RedisError, OSError, TimeoutError) as error:
             if isinstance(error, ResponseError) and not is_transient(error):
-                raise  # no waiting mends that
+                raise  # waiting does not help
             events = remote.redis_is_away()
             if folder is not None and not is_running(folder):
                 break
-        tell(remote.seen, remote.top(SHOWN_MEMBERS), events)
+        show(remote.last_status, remote.top(SHOWN_MEMBERS), events)
     last = saved_status(folder) if folder else None
-    status = last or remote.seen
-    tell(status, remote.top(SHOWN_MEMBERS), [Event("search_ended", {"finished": status.finished})])
+    status = last or remote.last_status
+    show(status, remote.top(SHOWN_MEMBERS), [Event("search_ended", {"finished": status.finished})])
 
 
-def json_lines(to: TextIO) -> Tell:
-    """Writes the first status and then each event, one JSON object a line."""
+def json_lines(to: TextIO) -> Show:
+    """Return what writes the first status and then each event, one JSON object per line."""
     begun = False
 
-    def tell(status: Status, _members: Sequence[Evaluation], events: Sequence[Event]) -> None:
+    def show(status: Status, _members: Sequence[Evaluation], events: Sequence[Event]) -> None:
         nonlocal begun
         records = [event.record() for event in events]
         if not begun:
@@ -59,14 +59,14 @@ def json_lines(to: TextIO) -> Tell:
             to.write(json.dumps(record, allow_nan=False, ensure_ascii=False) + "\n")
         to.flush()
 
-    return tell
+    return show
 
 
-def on_screen(live: Live, screen: Screen) -> Tell:
-    """Keeps `live` up to date with `screen`."""
+def on_screen(live: Live, screen: Screen) -> Show:
+    """Return what keeps `live` up to date with `screen`."""
 
-    def tell(status: Status, members: Sequence[Evaluation], events: Sequence[Event]) -> None:
+    def show(status: Status, members: Sequence[Evaluation], events: Sequence[Event]) -> None:
         screen.take(status, events)
         live.update(screen.render(status, members, live.console.height), refresh=True)
 
-    return tell
+    return show

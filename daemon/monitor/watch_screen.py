@@ -1,4 +1,4 @@
-"""What `selfpruner watch` shows on a terminal: where the search is, its best, its workers, its last events."""
+"""The screen of `selfpruner watch`: state of the search, best candidates, workers and last events."""
 
 import time
 from collections import deque
@@ -23,7 +23,7 @@ RATE_SECONDS = 120.0
 
 
 class Screen:
-    """Remembers what a status does not say: the last events, and how fast candidates are measured."""
+    """Keeps what a status does not contain: the last events, and the rate of measurements."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -31,7 +31,7 @@ class Screen:
         self._counts: deque[tuple[float, int]] = deque()
 
     def take(self, status: Status, events: Sequence[Event]) -> None:
-        """Note what is new."""
+        """Record a new status and new events."""
         moment = datetime.now().strftime("%H:%M:%S")
         self._events.extend(f"{moment}  {in_words(event)}" for event in events)
         now = self._clock()
@@ -41,12 +41,12 @@ class Screen:
 
     @property
     def per_minute(self) -> float | None:
-        """Candidates measured a minute over the last two; None before there is anything to tell it from."""
+        """Candidates measured per minute over the last two minutes; None for the first seconds."""
         (first, before), (last, now) = self._counts[0], self._counts[-1]
         return 60 * (now - before) / (last - first) if last - first >= 5 else None
 
     def render(self, status: Status, members: Sequence[Evaluation], height: int = 50) -> RenderableType:
-        """The whole screen; as many events as there is room for in `height` lines."""
+        """Return the whole screen, with as many events as fit in `height` lines."""
         taken = OVERVIEW_LINES + 2 + len(members) + 2 + len(status.workers)
         events = list(self._events)[-max(FEWEST_EVENTS, height - taken - 1) :]
         return Group(
@@ -58,11 +58,11 @@ class Screen:
 
 
 SOURCES = {"llm": "LLM", "allocation": "seeds"}
-"""What sources of candidates are called on a screen, where that is not their name."""
+"""Names of candidate sources on a screen, if they differ."""
 
 
-def standing(status: Status) -> Iterator[RenderableType]:
-    """One look at a search: where it is, and its workers, endpoints and given up jobs where there are any."""
+def status_tables(status: Status) -> Iterator[RenderableType]:
+    """Yield the tables of a status: overview, workers, endpoints and failed jobs."""
     yield _overview(status)
     if status.workers:
         yield _workers(status)
@@ -76,7 +76,7 @@ def _overview(status: Status, per_minute: float | None = None) -> RenderableType
     table = Table(show_header=False, box=None)
     table.add_column(style="bold")
     table.add_column()
-    pace = "" if per_minute is None else f"; {per_minute:.1f} a minute"
+    pace = "" if per_minute is None else f"; {per_minute:.1f} per minute"
     table.add_row("state", _state(status))
     table.add_row("round", f"{status.round}, parents chosen by {status.parents_source or '–'}")
     stopped = f", {status.stopped} stopped early" if status.stopped else ""
@@ -93,21 +93,21 @@ def _overview(status: Status, per_minute: float | None = None) -> RenderableType
 
 
 def in_words(event: Event) -> str:
-    """An event on one line."""
+    """Return an event as one line."""
     fields = " ".join(f"{name}={_short(value)}" for name, value in event.fields.items() if value is not None)
     return f"{event.name.replace('_', ' ')}  {fields}"
 
 
 def _state(status: Status) -> Text:
     if status.redis == "away":
-        return Text("Redis does not answer; what stands here is from before", "red")
+        return Text("Redis does not answer; this is the last known status", "red")
     if status.daemon is None:
-        return Text("finished" if status.finished else "no daemon runs it", "green" if status.finished else "yellow")
+        return Text("finished" if status.finished else "stopped", "green" if status.finished else "yellow")
     if status.control != "run":
         return Text({"pause": "paused", "stop": "stopping"}[status.control], "yellow")
     if status.degraded:
-        why = "the LLM's budget is used up" if status.degraded_by == "budget" else "no LLM endpoint answers"
-        return Text(f"degraded: {why}, classical operators stand in", "yellow")
+        why = "the LLM budget is used up" if status.degraded_by == "budget" else "no LLM endpoint answers"
+        return Text(f"degraded: {why}; classical operators propose", "yellow")
     return Text("running" if status.workers else "waiting for a worker", "green" if status.workers else "yellow")
 
 
@@ -145,7 +145,7 @@ def _endpoints(status: Status) -> RenderableType:
 
 
 def _dead(status: Status) -> RenderableType:
-    table = Table(title=f"given up: {len(status.dead)}, the last ones", box=None, title_justify="left")
+    table = Table(title=f"failed jobs (last {len(status.dead)})", box=None, title_justify="left")
     for column in ("id", "worker", "why"):
         table.add_column(column)
     for job in status.dead[:SHOWN_MEMBERS]:
@@ -163,7 +163,7 @@ def _kl(kl: float | None) -> str:
 
 
 def _plain(text: str, style: str = "") -> Text:
-    """Text from Redis as it stands: no markup, and nothing that would command the terminal."""
+    """Return text from Redis without markup and without control characters."""
     return Text("".join(c if c.isprintable() else "?" for c in text), style)
 
 

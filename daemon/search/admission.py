@@ -1,4 +1,4 @@
-"""How a proposal becomes a candidate: made feasible, planned, compared with what is known, and enqueued."""
+"""Admission of proposals: make them feasible, plan them, refuse duplicates, and enqueue the rest."""
 
 from collections.abc import Sequence
 
@@ -20,13 +20,13 @@ log = structlog.get_logger()
 
 
 class Admission:
-    """Takes proposals within the budget, and puts the new ones into the ledger and onto the queue."""
+    """Accepts proposals within the budget, and adds new ones to the ledger and the queue."""
 
     def __init__(self, settings: SearchSettings, state: SearchState, budget: Budget, queue: CandidateQueue) -> None:
         self._settings, self._state, self._budget, self._queue = settings, state, budget, queue
 
     async def submit(self, rates: Sequence[float], provenance: Provenance) -> Accepted | Refused:
-        """Make proposed rates feasible, refuse what is known already, enqueue the rest."""
+        """Make proposed rates feasible, refuse a known plan, and enqueue a new one."""
         spec, shape = self._state.spec, self._state.profile.shape
         try:
             feasible = spec.feasible(tuple(rates), shape)
@@ -43,7 +43,7 @@ class Admission:
         return Accepted(id_)
 
     async def measure_uniform(self, *, text: Text = "fitness") -> None:
-        """Enqueue uniform pruning, which everything is compared with."""
+        """Enqueue uniform pruning, the baseline."""
         spec, shape = self._state.spec, self._state.profile.shape
         await self.measure(spec.uniform_plan(shape), spec.uniform_rates(shape), text=text)
 
@@ -55,7 +55,7 @@ class Admission:
             await self._enqueue(Candidate(id=id_, rates=tuple(rates), plan=plan, provenance=provenance, text=text))
 
     async def _enqueue(self, candidate: Candidate) -> None:
-        # Into the ledger first: an agent running at the same time must not propose it again meanwhile.
+        # Into the ledger first, so that a concurrent agent cannot propose it again.
         self._state.ledger[candidate.id] = candidate
         self._state.proposals.add(candidate)
         with bound_contextvars(candidate=candidate.id):
@@ -64,9 +64,9 @@ class Admission:
 
 
 def race_of_round(settings: SearchSettings, population: Population, round_: int) -> Race | None:
-    """Return what candidates of a round race against, once there is one: the K-th best of the rounds before.
+    """Return what candidates of a round race against: the K-th best of earlier rounds, if there is one.
 
-    With evolution it is the best, because all offspring are the best's.
+    With evolution it is the best, because all offspring have the best as their parent.
     """
     if settings.first_windows is None:
         return None

@@ -1,4 +1,4 @@
-"""How many candidates a search may still propose: by its rounds, evaluations, tokens and hours."""
+"""The budget of a search in rounds, evaluations, tokens and hours."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -15,14 +15,14 @@ log = structlog.get_logger()
 
 
 class Budget:
-    """The budget of one search; `seconds` returns how long it has run, over all its processes."""
+    """The budget of one search; `seconds` returns its running time, summed over restarts."""
 
     def __init__(self, settings: SearchSettings, state: SearchState, seconds: Callable[[], float]) -> None:
         self._settings, self._seconds = settings, seconds
         self._proposals: Proposals = state.proposals
         self._time_is_up = False
         self._tokens: Counter[int] = Counter()
-        """Measured tokens by the round of their candidates."""
+        """Measured tokens by the candidates' round."""
         for evaluation in state.population:
             self.count(evaluation)
 
@@ -34,26 +34,25 @@ class Budget:
 
     @property
     def remaining(self) -> int:
-        """How many more candidates may be proposed; none once search.budget_hours are over."""
+        """Number of candidates that may still be proposed; 0 after search.budget_hours."""
         return 0 if self._hours_are_over() else self.planned - self.proposed
 
     @property
     def proposed(self) -> int:
-        """How many candidates the agents have made so far."""
+        """Number of candidates proposed so far."""
         return len(self._proposals)
 
     @property
     def planned(self) -> int:
-        """How many candidates the agents make in all, if no other limit comes first."""
+        """Number of candidates to propose in all, if no other limit is reached first."""
         settings = self._settings
         planned = settings.population + settings.rounds * (settings.mutations + settings.crossovers)
         return min(settings.max_evaluations or planned, planned)
 
     def tokens_are_used_up(self, *, before: int | None = None) -> bool:
-        """Whether search.max_tokens are measured, in the rounds `before` one where it is given.
+        """Whether search.max_tokens are used up, counting only rounds `before` the given one.
 
-        With `before`, whether a round begins does not depend on what was measured of it, by a process that was killed
-        or by this one.
+        With `before`, the decision to begin a round does not depend on what was already measured of that round.
         """
         most = self._settings.max_tokens
         if most is None:

@@ -1,4 +1,4 @@
-"""What of a search's settings can only be checked once the model is known; and what is allowed, but should be known."""
+"""Checks of settings that need the model's shape, and warnings about questionable settings."""
 
 from collections.abc import Mapping
 
@@ -13,34 +13,34 @@ from protocol.plans.spec import NAMED_TEXTS
 from protocol.runtime.paths import is_same_file
 
 TOKENS_BESIDE_LISTS = 600
-"""What the words of a question for lists take."""
+"""Tokens of a prompt for lists, besides the lists."""
 
 log = structlog.get_logger()
 
 
 def warn_of_texts(settings: Settings) -> None:
-    """Say once where a search reports on the text that it searches on."""
+    """Warn if a search reports on the text that it searches on."""
     data = settings.data
     if data.report is not None and is_searched_on(data.report, data.fitness):
         log.warning("report_is_searched_on", text=data.report)
 
 
 def is_searched_on(report: str, fitness: str) -> bool:
-    """Whether the report text is the one that is searched on; a named one has parts of its own to report on."""
+    """Whether both texts are the same file; named texts have a separate part for reports."""
     return not {report, fitness} & {*NAMED_TEXTS} and is_same_file(report, fitness)
 
 
 def check_windows(search: SearchSettings, windows: int) -> None:
-    """Raise DataError where candidates are to be measured in part first, on a text of no more `windows` than that."""
+    """Raise DataError unless search.first_windows is smaller than the fitness text's number of `windows`."""
     first = search.first_windows
     if first is not None and windows <= first:
         raise DataError(
-            f"search.first_windows ({first}) must be fewer than those of the fitness text, which has {windows}"
+            f"search.first_windows ({first}) must be smaller than the number of windows of the fitness text ({windows})"
         )
 
 
 def check_budget(search: SearchSettings, tokens: int) -> None:
-    """Raise SettingsError where the first population alone takes more than search.max_tokens; `tokens` of each."""
+    """Raise SettingsError if search.max_tokens does not cover the first population, at `tokens` per candidate."""
     try:
         search.check_first_population(tokens)
     except ValueError as error:
@@ -48,9 +48,9 @@ def check_budget(search: SearchSettings, tokens: int) -> None:
 
 
 def check_lists(settings: Settings, contexts: Mapping[str, int | None], units: int) -> None:
-    """Raise SettingsError where the longest question for `lists`, with its answer, cannot fit into an endpoint.
+    """Raise SettingsError if the longest prompt for `lists` and its reply do not fit an endpoint's context.
 
-    `contexts` are tokens by the endpoints' names, None where nobody knows.
+    `contexts` are context lengths in tokens by endpoint name, or None if unknown.
     """
     lists = _most_lists(settings)
     needed = TOKENS_BESIDE_LISTS + lists * units * TOKENS_PER_RATE
@@ -58,16 +58,16 @@ def check_lists(settings: Settings, contexts: Mapping[str, int | None], units: i
         if lists and context is not None and needed > context:
             raise SettingsError(
                 f"llm.reply `lists` takes about {needed:,} tokens for {lists} lists of {units} rates, and {name} has "
-                f"{context:,}: use `edits` or `trades`, a smaller search.population, or say its `context` in "
+                f"{context:,}: use `edits` or `trades`, lower search.population, or set its `context` in "
                 "llm.endpoints if it is larger"
             )
 
 
 def check_lists_somewhere(settings: Settings, contexts: Mapping[str, int | None], units: int) -> None:
-    """Raise SettingsError as `check_lists`, but only where all contexts are known, and the largest is too small.
+    """Raise SettingsError as `check_lists`, but only if all contexts are known and the largest is too small.
 
-    For contexts that endpoints say of themselves: an endpoint that is away at the start says nothing, and one that is
-    too small beside a larger one only costs the questions that are tried there.
+    For contexts that endpoints report: one that is away at the start reports nothing, and a small context beside a
+    larger one only costs the questions that are tried there.
     """
     known = [(context, name) for name, context in contexts.items() if context is not None]
     if known and len(known) == len(contexts):
@@ -76,7 +76,7 @@ def check_lists_somewhere(settings: Settings, contexts: Mapping[str, int | None]
 
 
 def _most_lists(settings: Settings) -> int:
-    """Lists that any one question shows and asks for; none where no agent asks for lists."""
+    """Return the most lists that a question shows and asks for; 0 if no agent asks for lists."""
     search, llm = settings.search, settings.llm
     if llm.reply != "lists" or search.proposer not in ("llm", "best-of-n"):
         return 0

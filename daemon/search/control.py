@@ -1,4 +1,4 @@
-"""Obeys the control key: a gate that closes while paused, and an end when stopped."""
+"""Follows the control key of a search: a gate that closes while paused, and an error when stopped."""
 
 import asyncio
 
@@ -8,16 +8,16 @@ from protocol.errors import SelfPrunerError
 from protocol.queue.control import Command, Control
 
 POLL_SECONDS = 0.5
-"""A pause takes effect within two seconds; a quarter of that leaves room for a slow server."""
+"""A pause must take effect within two seconds, even with a slow server."""
 
 log = structlog.get_logger()
 
 
 class StopRequested(SelfPrunerError):  # noqa: N818
-    """Somebody commanded `stop`."""
+    """The command `stop` was given."""
 
 
-class Pausing:
+class ControlWatcher:
     """Follows the control key of a search."""
 
     def __init__(self, control: Control) -> None:
@@ -26,7 +26,7 @@ class Pausing:
         self.command: Command = "run"
 
     async def begin(self) -> None:
-        """Read the first command. Starting a search overrules an earlier stop, but not a pause."""
+        """Read the first command. Starting a search overrides an earlier stop, but not a pause."""
         if await self._control.read() == "stop":
             await self._control.write("run")
         self._obey(await self._control.read())
@@ -36,7 +36,7 @@ class Pausing:
         while True:
             self._obey(await self._control.read())
             if self.command == "stop":
-                raise StopRequested("the search was told to stop")
+                raise StopRequested("the search was stopped by command")
             await asyncio.sleep(POLL_SECONDS)
 
     async def gate(self) -> None:

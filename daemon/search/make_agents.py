@@ -1,4 +1,4 @@
-"""Who proposes in a search, from its settings: the LLM's agents, or the methods that they are compared with."""
+"""Build the agents that a search's settings ask for: the LLM's, or a method to compare them with."""
 
 from agents.baselines.classical import (
     ClassicalCrossover,
@@ -24,9 +24,9 @@ from daemon.settings.search import SearchSettings
 
 
 def make_agents(search: SearchSettings, llm: LlmSettings, chat: ChatClient) -> Agents:
-    """The agents of this search; those that ask an LLM ask `chat`.
+    """Return the agents of a search; those that ask an LLM ask `chat`.
 
-    Raises SettingsError where a package is missing.
+    Raises SettingsError if a package is missing.
     """
     settings = AgentSettings(
         reply=llm.reply,
@@ -66,7 +66,7 @@ def make_agents(search: SearchSettings, llm: LlmSettings, chat: ChatClient) -> A
 
 
 def check_proposer(search: SearchSettings) -> None:
-    """Raise SettingsError where the package of the proposer is missing: before anything is started."""
+    """Raise SettingsError if the proposer's package is missing."""
     if search.proposer == "cma-es":
         need("cmaes", "baselines")
 

@@ -1,4 +1,4 @@
-"""The two modes of a search: generation after generation (Algorithm 1 of the paper), or a steady state."""
+"""The two modes of a search: generational (Algorithm 1 of the paper) and steady-state."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
@@ -14,7 +14,7 @@ if TYPE_CHECKING:  # a mode is handed its search, which runs it
     from daemon.search.search import Search
 
 FRUITLESS_TURNS = 50
-"""Turns in a row without a new plan, after which there is believed to be none."""
+"""Consecutive turns without a new plan after which the search gives up."""
 
 Rounds = Callable[["Search"], Awaitable[None]]
 """What a search does after its first population."""
@@ -28,7 +28,7 @@ def rounds_of(settings: SearchSettings) -> Rounds:
 
 
 async def generations(search: "Search") -> None:
-    """A round waits for all its outcomes, and its offspring are made from what was measured in the rounds before."""
+    """Run rounds in which offspring are made from earlier rounds; each waits for all outcomes."""
     for round_ in range(1, search.settings.rounds + 1):
         await search.keeper.settled()
         if search.budget.remaining <= 0 or search.budget.tokens_are_used_up(before=round_):
@@ -37,7 +37,7 @@ async def generations(search: "Search") -> None:
 
 
 async def _generation(search: "Search", round_: int) -> None:
-    """The Selector's parents, then mutation and crossover at the same time."""
+    """Select parents, then mutate and cross over concurrently."""
     left = search.budget.planned - search.state.proposals.before(round_)
     agents, wanted = search.agents, (search.settings.mutations, search.settings.crossovers)
     mutations = max(0, min(wanted[0] if agents.crossover else sum(wanted), left))
@@ -57,7 +57,7 @@ async def _generation(search: "Search", round_: int) -> None:
 
 
 def _after(earlier: asyncio.Task[int], submit: Submit) -> Submit:
-    """`submit` once the `earlier` proposals are all in: what is known must not depend on who is faster."""
+    """Return a `submit` that waits for the `earlier` proposals, so that duplicates do not depend on timing."""
 
     async def later(rates: Sequence[float], provenance: Provenance) -> Accepted | Refused:
         await asyncio.wait({earlier})
@@ -67,18 +67,17 @@ def _after(earlier: asyncio.Task[int], submit: Submit) -> Submit:
 
 
 async def steady_state(search: "Search") -> None:
-    """Each outcome is followed by the next question, asked with the newest population.
+    """After each outcome, ask the next question with the newest population.
 
-    No more than `search.max_in_flight` candidates are asked for, queued or measured at a time. Parents are chosen anew
-    once in so many turns, so a population that offspring are made from lacks at most the outcomes of two times as many.
-    A turn is a round with one candidate. What comes first decides what is asked next, so two runs with the same answers
-    need not have the same history.
+    At most `search.max_in_flight` candidates are asked for, queued or being measured. Parents are selected once per
+    that many turns, so they are at most twice that many outcomes out of date. A turn is a round with one candidate. The
+    order of outcomes decides what is asked next, so two runs with the same answers can differ.
     """
     await search.keeper.until(lambda waiting: waiting == 0 or len(search.state.population) >= 2)
     if len(search.state.population) < 2:
         return  # nothing to breed from
     async with _Turns(search) as turns:
-        # A question may come to nothing, so the last ones are waited for before the budget counts as used.
+        # A question may yield no candidate, so wait for the last ones before the budget counts as used.
         while turns.asking or turns.may_begin():
             under_way = search.keeper.waiting + len(turns.asking)
             if turns.may_begin() and under_way < search.settings.max_in_flight:
@@ -88,7 +87,7 @@ async def steady_state(search: "Search") -> None:
 
 
 class _Turns:
-    """The questions that are under way; those that still are at the end of the block are given up."""
+    """The open questions, which are cancelled at the end of the block."""
 
     def __init__(self, search: "Search") -> None:
         self._search = search
@@ -98,7 +97,7 @@ class _Turns:
         self.fruitless = 0
 
     def may_begin(self) -> bool:
-        """Whether there is anything left to ask for."""
+        """Whether the budget allows another question."""
         search = self._search
         is_left = search.budget.remaining > len(self.asking) and not search.budget.tokens_are_used_up()
         return is_left and self.fruitless < FRUITLESS_TURNS
@@ -109,7 +108,7 @@ class _Turns:
         self.asking.add(asyncio.create_task(self._turn(self._search.round)))
 
     async def next_change(self) -> None:
-        """Wait for an outcome, or the end of a question."""
+        """Wait for an outcome or for a question to end."""
         before = self._search.keeper.waiting
         outcome = asyncio.create_task(self._search.keeper.until(lambda waiting: waiting < before))
         try:
@@ -139,7 +138,7 @@ class _Turns:
         self.fruitless = 0 if made else self.fruitless + 1
 
     async def _chosen(self, view: View) -> Sequence[Member]:
-        """The parents, chosen anew once for every so many turns as may be in flight."""
+        """Return the parents, selected once per max_in_flight turns."""
         if self._search.agents.selector is None:
             return view.population
         period = view.round // self._search.settings.max_in_flight

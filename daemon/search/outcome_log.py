@@ -1,4 +1,4 @@
-"""What the log says of a candidate's outcome."""
+"""Log events of candidates' outcomes."""
 
 import structlog
 
@@ -6,13 +6,13 @@ from agents.population.population import Evaluation
 from protocol.plans.candidate import Measured, Stopped
 
 WHO = {"agent", "source", "round"}
-"""What of a candidate's provenance the log says."""
+"""The fields of a candidate's provenance in the log."""
 
 log = structlog.get_logger()
 
 
 def log_outcome(evaluation: Evaluation, *, is_best: bool) -> None:
-    """Say that an outcome was applied."""
+    """Log that an outcome was applied."""
     candidate, outcome = evaluation.candidate, evaluation.outcome
     who = candidate.provenance.model_dump(include=WHO)
     if isinstance(outcome, Measured):

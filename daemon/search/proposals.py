@@ -1,4 +1,4 @@
-"""What the agents of a search have proposed, counted as it comes: asking costs the same however long the search is."""
+"""Counts of the agents' proposals, kept as they come, so that reading them is cheap in a long search."""
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -6,11 +6,11 @@ from collections.abc import Iterable
 from protocol.plans.candidate import AgentName, Candidate
 
 Calls = dict[tuple[AgentName, int], frozenset[str]]
-"""The ids that each call of each agent has made."""
+"""The ids of the candidates made by each call of each agent."""
 
 
 class Proposals:
-    """Counts of the candidates in a ledger, baselines left out."""
+    """Counts of the candidates in a ledger, without baselines."""
 
     def __init__(self, ledger: Iterable[Candidate]) -> None:
         self.by_agent: Counter[str] = Counter()
@@ -24,7 +24,7 @@ class Proposals:
         return self.by_agent.total()
 
     def add(self, candidate: Candidate) -> None:
-        """Count a candidate that is new in the ledger."""
+        """Count a new candidate of the ledger."""
         who = candidate.provenance
         if not candidate.is_proposal:
             return
@@ -34,17 +34,17 @@ class Proposals:
         self._rounds[who.round].setdefault((who.agent, who.call), set()).add(candidate.id)
 
     def made(self, agent: AgentName, round_: int) -> int:
-        """How many candidates an agent has made in a round."""
+        """Return the number of candidates that an agent has made in a round."""
         return self._made[agent, round_]
 
     def in_round(self, round_: int) -> int:
-        """How many candidates were made in a round."""
+        """Return the number of candidates made in a round."""
         return sum(count for (_, made_in), count in self._made.items() if made_in == round_)
 
     def before(self, round_: int) -> int:
-        """How many candidates were made in earlier rounds."""
+        """Return the number of candidates made in earlier rounds."""
         return sum(count for (_, made_in), count in self._made.items() if made_in < round_)
 
     def calls(self, round_: int) -> Calls:
-        """What each call of a round has made."""
+        """Return the ids that each call of a round has made."""
         return {call: frozenset(ids) for call, ids in self._rounds.get(round_, {}).items()}

@@ -1,8 +1,8 @@
 """Algorithm 1 of the paper: a first population, then rounds of select, mutate and cross over; modes.py has the rounds.
 
-All that was done is read from the ledger: which candidates each call of each agent has made in each round. A search
-that was killed anywhere repeats the calls that are not complete. What a generation proposes depends on earlier
-generations and on the LLM's answers, never on which worker was faster, so a search can be replayed from its transcript.
+The ledger records which candidates each call of each agent has made in each round, so a killed search repeats only the
+incomplete calls. A generation's proposals depend on earlier generations and on the LLM's answers, never on the workers'
+speed, so a search can be replayed from its transcript.
 """
 
 import asyncio
@@ -46,11 +46,11 @@ class Search:
         self.admission = Admission(settings, state, self.budget, queue)
         self.keeper = PopulationKeeper(queue, state.population, state.ledger, on_evaluation=self._note)
         self.parents_source: Source | None = None
-        """Who chose the parents of the last round."""
+        """What chose the parents of the last round: the LLM or the fallback."""
         self.round = max((c.provenance.round for c in state.ledger.values()), default=0)
 
     async def run(self, rounds: Callable[["Search"], Awaitable[None]]) -> None:
-        """Populate, search `rounds` until the budget is used up, and report; then everything issued has an outcome."""
+        """Populate, run `rounds` until the budget is used up, and report. At the end every candidate has an outcome."""
         self._journal.begin(self.settings.name, self.state.spec, self.state.profile, self.state.population)
         async with asyncio.TaskGroup() as group:
             keeping = group.create_task(self.keeper.run())
@@ -61,7 +61,7 @@ class Search:
             keeping.cancel()
 
     async def _populate(self) -> None:
-        """Round 0: the seeds, uniform to compare with, and the Initializer's first population."""
+        """Run round 0: seeds, the uniform baseline, and the Initializer's first population."""
         await submit_seeds(self.settings.seeds, self.view(0), self.admission.submit)
         await self.admission.measure_uniform()
         proposals = self.state.proposals
@@ -72,7 +72,7 @@ class Search:
             await self.agents.initializer.propose(self.view(0), count, self.admission.submit)
 
     async def select(self, view: View) -> Sequence[Member]:
-        """Return the Selector's parents for this view's round: as an earlier process got them, if one asked."""
+        """Return the parents for this view's round, from an earlier process if it has selected them."""
         selector = self.agents.selector
         if selector is None:
             return view.population
@@ -94,7 +94,7 @@ class Search:
             await self.keeper.settled()
 
     def view(self, round_: int) -> View:
-        """What the agents see in a round."""
+        """Return what the agents see in a round."""
         return view_of_round(self.state, self.settings.population, round_)
 
     def _note(self, evaluation: Evaluation, is_best: bool) -> None:

@@ -1,4 +1,4 @@
-"""The View that agents are given in a round: the same whenever in that round they ask."""
+"""The view of a round for the agents: the same at any moment of the round."""
 
 from functools import partial
 from itertools import islice
@@ -10,7 +10,7 @@ from protocol.plans.candidate import Measured, Stopped
 
 SHOWN_BEST = 500
 SHOWN_RECENT = 200
-"""Candidates that a view holds beside the population: what is computed from them must not grow with the search."""
+"""Limits on the candidates in a view, so that its cost does not grow with the search."""
 
 
 def view_of_round(state: SearchState, size: int, round_: int) -> View:
@@ -42,7 +42,7 @@ def _fitness_of(population: Population, candidate_id: str, before: int) -> float
 
 
 def _recent(state: SearchState, round_: int) -> tuple[Tried, ...]:
-    """The last proposals of the rounds before that have an outcome."""
+    """Return the last proposals of earlier rounds that have an outcome."""
     issued = (c for c in reversed(state.ledger.values()) if c.is_proposal and c.provenance.round < round_)
     known = (evaluation for c in issued if (evaluation := state.population.get(c.id)))
     return tuple(reversed([_tried(evaluation) for evaluation in islice(known, SHOWN_RECENT)]))

@@ -1,4 +1,4 @@
-"""What a search has issued and measured so far: the ledger, the population, and the parents chosen in each round."""
+"""The state of a search: the ledger, the population, and the parents selected in each round."""
 
 from dataclasses import dataclass, field
 from typing import Self

@@ -1,4 +1,4 @@
-"""What is wrong with settings, in one sentence that shows no secret."""
+"""Error messages for invalid settings: one sentence, which shows no secret."""
 
 import difflib
 from collections.abc import Iterable, Mapping
@@ -8,17 +8,17 @@ from pydantic import ValidationError
 
 
 class Refused(yaml.YAMLError):
-    """YAML that settings do not use; its sentence shows nothing of the text."""
+    """Raised for YAML that settings do not use; its message shows nothing of the text."""
 
 
 _MAY_HOLD_SECRETS = ("llm", "redis", "http")
-"""Sections of which no value is shown: a key or a password may be anywhere in what was given for them."""
+"""Sections whose values are never shown, because any of them may hold a key or a password."""
 
 
 def validation_sentence(error: ValidationError, names: Iterable[str] = ()) -> str:
-    """The first thing that is wrong; `names` are all right ones, for an unknown one.
+    """Return a sentence about the first error; `names` are all valid names, to suggest one for an unknown name.
 
-    What is unknown comes before what is missing: a name that was misspelt is both.
+    Unknown names come before missing ones, because a misspelt name is both.
     """
     errors = error.errors()
     first = next((each for each in errors if each["type"] == "extra_forbidden"), errors[0])
@@ -32,14 +32,14 @@ def validation_sentence(error: ValidationError, names: Iterable[str] = ()) -> st
     if not name:  # two settings that do not go together
         return message
     if name.partition(".")[0] in _MAY_HOLD_SECRETS:
-        return f"{name} cannot be what was given: {message}"
-    if first["type"] == "value_error" and isinstance(first["input"], Mapping):  # the same, of one section
+        return f"{name} has an invalid value: {message}"
+    if first["type"] == "value_error" and isinstance(first["input"], Mapping):  # two settings of one section
         return message
     return f"{name} cannot be {_one_line(first['input'])!r}: {message}"
 
 
 def unknown(name: str, names: Iterable[str]) -> str:
-    """That there is no setting `name`, and which one may have been meant."""
+    """Return a sentence that there is no setting `name`, with the nearest valid name."""
     known = list(names)
     if "." not in name:
         known += dict.fromkeys(each.partition(".")[0] for each in known)
@@ -50,16 +50,16 @@ def unknown(name: str, names: Iterable[str]) -> str:
 
 
 def file_sentence(file: object, error: Exception) -> str:
-    """Why a settings file cannot be read: where it stops being YAML, for its text may hold a key."""
+    """Return why a settings file cannot be read; of invalid YAML only the position, because its text may hold a key."""
     if isinstance(error, OSError):
         return f"the settings file {str(file)!r} cannot be read: {error.strerror}"
     if isinstance(error, UnicodeDecodeError):
-        return f"{file} is no YAML mapping of settings: it is not UTF-8 text"
+        return f"{file} is not a YAML mapping of settings: it is not UTF-8 text"
     if isinstance(error, Refused):
         return f"the settings file {str(file)!r} is refused: {error}"
     mark = getattr(error, "problem_mark", None)
-    where = f": it stops being YAML at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-    return f"{file} is no YAML mapping of settings{where}"
+    where = f": invalid YAML at line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+    return f"{file} is not a YAML mapping of settings{where}"
 
 
 def _one_line(value: object) -> str:

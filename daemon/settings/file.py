@@ -1,7 +1,7 @@
-"""The text of settings as YAML, read with bounds: such a file is small, and what is not is no settings file.
+"""Reading settings from YAML, with limits on size, nesting and number of values.
 
-A few lines of YAML can stand for more values than a memory holds (aliases of aliases), and a value that is given twice
-is a mistake of which YAML says nothing.
+A few lines of YAML can expand to more values than fit in memory (aliases of aliases), and YAML accepts a key that is
+given twice, which is always a mistake here.
 """
 
 from pathlib import Path
@@ -15,9 +15,9 @@ from protocol.runtime.paths import expanded
 
 MOST_BYTES = 64 * 1024
 MOST_NODES = 20_000
-"""Keys and values, aliases counted as often as they are used."""
+"""Maximum number of keys and values; an alias counts each time it is used."""
 DEEPEST = 20
-"""Levels of nesting."""
+"""Maximum nesting."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -29,7 +29,7 @@ class _Loader(yaml.SafeLoader):
         self._sizes: dict[yaml.Node, int] = {}
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        """Compose a node; an alias counts as all that it stands for."""
+        """Compose a node; an alias counts as everything that it expands to."""
         if self._depth == DEEPEST:
             raise Refused(f"it has more than {DEEPEST} levels")
         is_alias, before = self.check_event(yaml.AliasEvent), self._nodes
@@ -39,7 +39,7 @@ class _Loader(yaml.SafeLoader):
         if node is None:
             return None
         if is_alias and node not in self._sizes:
-            raise Refused("it has a value that holds itself")
+            raise Refused("it has a value that contains itself")
         self._nodes += self._sizes[node] if is_alias else 1
         if self._nodes > MOST_NODES:
             raise Refused(f"it has more than {MOST_NODES:,} values")
@@ -55,24 +55,24 @@ def _check_keys(node: yaml.Node) -> None:
     for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
         name = (key.tag, key.value) if isinstance(key, yaml.ScalarNode) else key
         if name in known:
-            raise Refused(f"line {key.start_mark.line + 1} gives a value again that was given before")
+            raise Refused(f"line {key.start_mark.line + 1} repeats a key")
         known.add(name)
 
 
 def parsed(text: str) -> Any:
-    """Return the value of YAML text. Raises yaml.YAMLError, of which Refused shows nothing of the text."""
+    """Return the value of YAML text. Raises yaml.YAMLError; a Refused shows nothing of the text."""
     loader = _Loader(text)
     try:
         return loader.get_single_data()
     # PyYAML converts the text of a number, a date or a boolean without checking it, and leaves any error as it is.
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
-        raise Refused("a value in it is not of the type that its form or its tag says") from None
+        raise Refused("it has a value that does not match its YAML type") from None
     finally:
         loader.dispose()
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The settings in a file, by section. Raises SettingsError with one sentence."""
+    """Return the settings in a file, by section. Raises SettingsError with one sentence."""
     file = expanded(path)
     if not file.is_file():
         is_there = file.exists()

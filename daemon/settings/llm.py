@@ -1,4 +1,4 @@
-"""The settings of the LLM: its endpoints, how it is asked, and the small one that `selfpruner run` serves itself."""
+"""Settings of the LLM: its endpoints, how it is asked, and the small one that `selfpruner run` serves itself."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -11,7 +11,7 @@ from daemon.settings.section import Section
 
 
 def _http_url(url: str) -> str:
-    """Return `url` if it may be an endpoint's; the error does not show it."""
+    """Return `url` if it can be an endpoint's; the error does not show it."""
     try:
         parts = urlsplit(url)
         host = (parts.hostname or "").encode("idna")
@@ -19,7 +19,7 @@ def _http_url(url: str) -> str:
     except ValueError:
         whole = False
     if not whole:
-        raise ValueError("it is no URL such as http://127.0.0.1:8000/v1")
+        raise ValueError("it is not a URL such as http://127.0.0.1:8000/v1")
     if "@" in parts.netloc:
         raise ValueError("give the key as api_key_file or api_key, not in the URL")
     return url
@@ -40,26 +40,27 @@ class EndpointSettings(Section):
     """An OpenAI-compatible endpoint."""
 
     base_url: Annotated[str, AfterValidator(_http_url)]
-    """Up to and including /v1."""
+    """The endpoint's URL up to and including /v1, such as `http://127.0.0.1:8000/v1`."""
     model: str
-    """The model's name at this endpoint."""
+    """The model's name at this endpoint, such as `Qwen/Qwen3-8B`."""
     api_key: Annotated[SecretStr, AfterValidator(_secret_key)] | None = None
-    """Its key; sent to this endpoint only. Better given as `api_key_file`."""
+    """API key, sent to this endpoint only. Prefer `api_key_file`."""
     api_key_file: Path | None = None
-    """A file with the key (a Docker or Kubernetes secret)."""
+    """A file that holds the API key, such as a Docker or Kubernetes secret."""
     name: str | None = None
-    """As logs and `status` call it, each another; the URL's host where left out, with the model where two share it."""
+    """A unique name for logs and `status`; by default the URL's host, with the model's name if two endpoints share
+    it."""
     context: PositiveInt | None = None
-    """Tokens of its context, question and answer together; as it says itself where left out, which not every server
-    does. `lists` too long for it are refused."""
+    """Context length in tokens, prompt and reply together; by default what the endpoint reports, which not every server
+    does. A search whose `lists` cannot fit is refused at the start."""
     grammar: bool = False
-    """It is llama.cpp's server: the form of answers is sent as a grammar, which leaves no room for blanks (half of a
-    small model's tokens) nor for thinking beforehand, and holds decimals to their range. Other servers ignore it
-    without a word, and are then asked for no form at all."""
+    """Set it for llama.cpp's server only: replies are constrained by a grammar, which saves about half of a small
+    model's tokens but leaves no room for reasoning. Other servers ignore the grammar silently, and their replies are
+    then not constrained at all."""
     price_in: float = Field(default=0.0, ge=0)
-    """Of a million tokens asked, in any currency, the same for all endpoints; for llm.budget_cost."""
+    """Price of a million prompt tokens, for llm.budget_cost; use one currency for all endpoints."""
     price_out: float = Field(default=0.0, ge=0)
-    """Of a million tokens answered."""
+    """Price of a million completion tokens."""
 
     @model_validator(mode="after")
     def _has_one_key(self) -> "EndpointSettings":
@@ -77,56 +78,65 @@ def _named_apart(endpoints: tuple[EndpointSettings, ...]) -> tuple[EndpointSetti
 
 
 class LlmSettings(Section):
-    """The LLM that runs the search, and how it is asked."""
+    """The LLM that proposes candidates, and how it is asked."""
 
     endpoints: Annotated[tuple[EndpointSettings, ...], AfterValidator(_named_apart)] = ()
-    """Asked in this order, the next when one fails. Empty: `selfpruner run` serves a small model itself."""
+    """LLM endpoints in order of preference; the next is asked if one fails. If empty, `selfpruner run` serves a small
+    model itself."""
     reply: Literal["lists", "edits", "trades"] = "lists"
-    """`lists`: whole configurations (the paper). `edits`: small changes. `trades`: choices of a ranked menu."""
+    """What the LLM replies with: `lists` of all rates (the paper; needs a large model), `edits` (small changes), or
+    `trades` (choices from a ranked menu of moves; fewest tokens)."""
     tell: tuple[FeedbackPart, ...] = ("sensitivity", "lessons")
-    """What prompts say beside the configurations: of `sensitivity`, `weakest`, `contrast` and `lessons`."""
+    """What prompts contain besides the configurations: any of `sensitivity`, `weakest`, `contrast` and `lessons`. `[]`
+    is the paper's."""
     proposals_per_call: PositiveInt | None = None
-    """Candidates asked for in one call; none means all at once for `lists`, else one."""
+    """Candidates requested per call; none means all of a round at once for `lists`, and one for the other reply
+    formats."""
     reasks: int = Field(default=2, ge=0, le=10)
-    """How often a bad reply is answered with what was wrong before the classical operator stands in."""
+    """Times that an invalid reply is returned to the LLM with an explanation before the classical operator proposes in
+    its place."""
     temperature: float = Field(default=1.0, ge=0, le=2)
-    """Of the LLM's sampling."""
+    """Sampling temperature."""
     max_tokens: PositiveInt = 4096
-    """At most so many tokens in one reply."""
+    """Maximum tokens of one reply."""
     attempts: PositiveInt = 4
-    """HTTP attempts of one question at one endpoint."""
+    """Maximum HTTP attempts per question and endpoint."""
     deadline_seconds: PositiveFloat = 300.0
-    """For one question, retries included."""
+    """Time limit in seconds for one question, including retries."""
     max_reply_bytes: PositiveInt = 1_000_000
-    """A longer HTTP reply is cut off and refused."""
+    """Maximum size of an HTTP reply in bytes; a longer one is refused."""
     concurrency: PositiveInt = 4
-    """Questions under way at once."""
+    """Maximum number of concurrent questions."""
     failures_to_open: PositiveInt = 4
-    """After so many requests in a row without an answer an endpoint is left alone."""
+    """Consecutive failed requests after which an endpoint is marked down."""
     rest_seconds: PositiveFloat = 30.0
-    """For how long; then one question tries it, and each such trial that fails doubles the rest, up to ten minutes."""
+    """Seconds that an endpoint rests after it is marked down. One probe follows, and each failed probe doubles the
+    rest, up to ten minutes."""
     start_wait_seconds: float = Field(default=600.0, ge=0)
-    """How long the start waits for an endpoint that answers; then the search begins, with the classical operators."""
+    """Seconds to wait at the start for an endpoint that answers; after that the search begins with the classical
+    operators."""
     budget_requests: PositiveInt | None = None
-    """HTTP requests that the search may make, over all restarts; then the classical operators take over."""
+    """Maximum number of HTTP requests, summed over restarts; after that the classical operators take over. None means
+    no limit."""
     budget_tokens: PositiveInt | None = None
-    """Tokens, of questions and answers together, that the search may use."""
+    """Maximum number of tokens, prompts and replies together, summed over restarts. None means no limit."""
     budget_cost: PositiveFloat | None = None
-    """What it may cost, in the currency of the endpoints' price_in and price_out."""
+    """Maximum cost, in the currency of the endpoints' price_in and price_out, summed over restarts. None means no
+    limit."""
     replay: Path | None = None
-    """A transcript.jsonl: answers are taken from it, and no endpoint is asked."""
+    """A transcript.jsonl of an earlier search: replies are read from it, and no endpoint is asked."""
     replay_strict: bool = False
-    """End the search at a question that the transcript does not hold; else the classical operator stands in."""
+    """End the search at a question that is not in the transcript, instead of using the classical operator."""
 
 
 class LocalLlmSettings(Section):
-    """The small LLM that `selfpruner run` serves where llm.endpoints is empty."""
+    """The small LLM that `selfpruner run` serves if llm.endpoints is empty."""
 
     gguf: str = "smollm2"
     """A GGUF file, or `smollm2`."""
     context: PositiveInt = 8192
-    """Tokens of context, shared by the parallel slots."""
+    """Context length in tokens, shared by all slots."""
     slots: PositiveInt = 2
-    """Questions answered at once."""
+    """Number of questions answered in parallel."""
     threads: PositiveInt | None = None
-    """CPU threads; none means half of the cores, for the worker needs the others."""
+    """Number of CPU threads; none means half of the cores, because the worker needs the others."""

@@ -15,71 +15,83 @@ ProposerName = Literal["llm", "best-of-n", "random", "evolution", "cma-es"]
 
 
 class SearchSettings(Section):
-    """How the search goes: Algorithm 1's K, M, S and N, and what its rates apply to."""
+    """The search: Algorithm 1's K, M, S and N, who proposes candidates, and how a rate becomes a pruned model."""
 
     name: Annotated[str, AfterValidator(check_search_name)] = "default"
-    """Names the search in Redis and its folder under run.folder."""
+    """Name of the search: its keys in Redis and its folder under run.folder. Give each search its own."""
     seed: int = Field(default=0, ge=0, lt=2**63)
-    """Seeds windows, prompts' sampling and the classical operators."""
+    """Seed of the text windows, of the members that prompts show, and of the classical operators."""
     population: PositiveInt = 30
-    """K: candidates of the first population, and parents kept each round."""
+    """K: the size of the first population, and the number of parents kept each round."""
     mutations: int = Field(default=10, ge=0)
-    """M: offspring by mutation each round."""
+    """M: the number of offspring made by mutation each round; 0 leaves mutation out."""
     crossovers: int = Field(default=10, ge=0)
-    """S: offspring by crossover each round."""
+    """S: the number of offspring made by crossover each round; 0 leaves crossover out."""
     rounds: int = Field(default=20, ge=0)
-    """N: rounds after the first population."""
+    """N: the number of rounds after the first population."""
     mode: Literal["generational", "steady-state"] = "generational"
-    """`generational` (the paper): rounds wait for their outcomes. `steady-state`: each outcome brings a question."""
+    """`generational` (the paper): each round waits for all its outcomes. `steady-state` (experimental): each outcome is
+    followed by a new question at once, which keeps workers busy, but two runs with the same seed differ."""
     max_in_flight: PositiveInt = 4
-    """steady-state: candidates asked for, queued and measured at a time; about two for each worker."""
+    """In `steady-state`, the most candidates that are asked for, queued or being measured at once. Two per worker is a
+    good value."""
     max_evaluations: PositiveInt | None = None
-    """Stop proposing after so many candidates, whatever the rounds; none means no limit."""
+    """Maximum number of candidates, such as 200; the search ends there if `rounds` do not end it first. None means no
+    limit."""
     max_tokens: PositiveInt | None = None
-    """Stop, after a round, when candidates were measured on so many tokens: search.first_windows saves some; none means
-    no limit. The first population must fit, and search.rounds must be enough for the rest."""
+    """End the search after the round in which this many tokens have been measured, summed over candidates; none means
+    no limit. It must cover the first population. Use it in place of max_evaluations with search.first_windows."""
     budget_hours: PositiveFloat | None = None
-    """Stop proposing when the daemon has run so long, restarts and pauses included; none means no limit."""
+    """Maximum running time in hours, including pauses and summed over restarts; none means no limit. Candidates already
+    issued are still measured."""
     seeds: tuple[Method, ...] = ()
-    """Allocations that take part in the first population: of `uniform`, `first-layer`, `owl`, `llm-pruner`,
-    `sensitivity`."""
+    """Allocations added to the first population, any of `uniform`, `first-layer`, `owl`, `llm-pruner` and
+    `sensitivity`, such as `[owl, uniform]`."""
     proposer: ProposerName = "llm"
-    """`llm` (the paper), `best-of-n` (the LLM without feedback), `random`, `evolution` (EvoPress) or `cma-es`."""
+    """What proposes candidates: `llm` (the paper), or a method to compare it with: `best-of-n` (the LLM without
+    feedback), `random`, `evolution` (EvoPress) or `cma-es`."""
     initializer: Literal["llm", "random"] = "llm"
-    """With the proposer `llm`: who makes the first population."""
+    """What makes the first population, for the proposer `llm`."""
     selector: Literal["llm", "tournament", "none"] = "llm"
-    """Who chooses parents; `none`: Mutator and Crossover choose themselves, from the whole population (the paper)."""
+    """What chooses the parents. `none` shows Mutator and Crossover the whole population, as in the paper's combined
+    prompts."""
     mutator: Literal["llm", "classical", "ranked"] = "llm"
-    """Who mutates; `ranked` draws from a surrogate's trades. search.mutations: 0 leaves mutation out."""
+    """What mutates: the LLM, a `classical` operator, or `ranked`, a random choice among the moves that the surrogate
+    ranks highest."""
     crossover: Literal["llm", "classical", "ranked"] = "llm"
-    """Who crosses; `ranked` draws from a surrogate's mixes. search.crossovers: 0 leaves crossover out."""
+    """What crosses over: the LLM, a `classical` operator, or `ranked`, a random choice among the mixes that the
+    surrogate ranks highest."""
     first_windows: PositiveInt | None = None
-    """Multi-fidelity: a candidate that is worse than the K-th best (with `evolution`: the best) on so many windows is
-    measured no further; none: all are measured whole."""
+    """Experimental: measure each candidate on this many windows first, and stop if it is worse there than the K-th best
+    (with `evolution`, than the best). None measures every candidate on the whole text."""
     fitness: Measure = "perplexity"
-    """What the search minimises on data.fitness: `perplexity` (the paper), or `kl`, divergence from the dense model."""
+    """What the search minimises on data.fitness: `perplexity` (the paper), or `kl`, the divergence from the dense
+    model, which is less noisy on short texts."""
     granularity: Granularity = "layer"
-    """What a rate applies to: `layer` (the paper) or `block` (attention and MLP apart)."""
+    """What a rate applies to: `layer` (the paper), or `block`, with separate rates for attention and MLP."""
     split: Split = "equal"
-    """At layer granularity, how heads and MLP share a rate: `equal` (the paper) or `mlp-first`."""
+    """At `layer` granularity, how attention and MLP share a layer's rate: `equal` (the paper), or `mlp-first`, which
+    removes MLP channels before heads."""
     importance: Importance = "wanda-sp"
-    """How heads and channels are scored: `wanda-sp`, `taylor` (LLM-Pruner), `magnitude` or `obs` (what the rest can
-    make up for goes first)."""
+    """How heads and channels are scored: `wanda-sp`, `taylor` (LLM-Pruner), `magnitude`, or `obs` (experimental:
+    optimal brain surgeon, for `reconstruction: least-squares`)."""
     scoring: Scoring = "dense"
-    """`dense`: once. `sequential`: for each candidate anew, each layer on the pruned ones below (only wanda-sp)."""
+    """`dense` scores once, on the dense model. `sequential` scores each layer on the already pruned layers below it,
+    for every candidate; slower, and only for `wanda-sp`."""
     reconstruction: Reconstruction = "none"
-    """`none` (the paper), or `least-squares`: what stays of o and down is fitted to make up for what is removed."""
+    """`none` (the paper), or `least-squares`: fit the remaining columns of the o and down projections so that each
+    block computes nearly what it did before. Lowers the perplexity at a small cost."""
     lowest_rate: float = Field(default=0.0, ge=0, lt=1)
-    """No unit is pruned less than this share."""
+    """Lowest pruning rate of any unit."""
     highest_rate: float = Field(default=0.95, gt=0, lt=1)
-    """No unit is pruned more than this share."""
+    """Highest pruning rate of any unit."""
 
     @model_validator(mode="after")
     def _fits_together(self) -> "SearchSettings":
         if self.max_evaluations is not None and self.max_evaluations < self.population:
             raise ValueError(
                 f"search.max_evaluations ({self.max_evaluations}) is smaller than the first population "
-                f"({self.population}): give more, or a smaller search.population"
+                f"({self.population}): raise it, or lower search.population"
             )
         if len(self.seeds) > self.population:
             raise ValueError(
@@ -96,11 +108,11 @@ class SearchSettings(Section):
         return self
 
     def check_first_population(self, tokens: int) -> None:
-        """Raise ValueError where the first population alone takes more than max_tokens; `tokens` are of each."""
+        """Raise ValueError if max_tokens does not cover the first population, at `tokens` per candidate."""
         if self.max_tokens is not None and self.max_tokens < self.population * tokens:
             raise ValueError(
                 f"search.max_tokens ({self.max_tokens:,}) is smaller than what the first population takes "
-                f"({self.population} x {tokens:,}): give more, or a smaller search.population"
+                f"({self.population} x {tokens:,}): raise it, or lower search.population"
             )
 
     @property

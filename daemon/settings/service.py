@@ -14,41 +14,42 @@ from protocol.queue.jobs import LEAST_LEASE_SECONDS, MOST_SECONDS
 
 
 class RedisSettings(Section):
-    """Where the search keeps its state."""
+    """The Redis or Valkey server that holds the search's state."""
 
     url: Annotated[str, AfterValidator(check_url)] | None = None
-    """`redis://…`, `rediss://…` or `unix:///…`. None: `selfpruner run` starts an embedded Valkey."""
+    """A `redis://…`, `rediss://…` or `unix:///…` URL. If none, `selfpruner run` starts an embedded Valkey; `selfpruner
+    daemon` needs one."""
     password_file: Path | None = None
-    """A file with the password (a Docker or Kubernetes secret), for a URL without one."""
+    """A file that holds the password, such as a Docker or Kubernetes secret, for a URL without one."""
 
     @property
     def full_url(self) -> str | None:
-        """The URL with the password of its file. Raises SettingsError where that cannot be had."""
+        """The URL with the password from its file. Raises SettingsError if the file cannot be read."""
         if self.url is None and self.password_file is not None:
             raise SettingsError("redis.password_file is set, but redis.url is missing")
         return self.url and with_password(self.url, self.password_file)
 
 
 class WorkerSettings(Section):
-    """How workers hold their jobs."""
+    """Workers and their time limits."""
 
     count: PositiveInt = 1
-    """Workers that `selfpruner run` starts."""
+    """Number of workers that `selfpruner run` starts."""
     lease_seconds: float = Field(default=30.0, ge=LEAST_LEASE_SECONDS, le=MOST_SECONDS)
-    """A job whose worker shows no sign of life for so long is given to another."""
+    """Seconds without a heartbeat after which a worker's job is given to another worker."""
     max_evaluation_seconds: float = Field(default=1800.0, gt=0, le=MOST_SECONDS)
-    """An evaluation that takes longer is killed and counts as failed."""
+    """Time limit in seconds for one evaluation; a longer one is killed and counts as failed."""
     max_preparation_seconds: float = Field(default=14_400.0, gt=0, le=MOST_SECONDS)
-    """A model that takes longer to load and calibrate is killed and tried again, three times in all."""
+    """Time limit in seconds for loading and calibrating the model. A worker tries three times."""
 
 
 _TOKEN = re.compile(r"[A-Za-z0-9._~+/=-]{16,256}")
 
 
 def check_token(token: SecretStr) -> SecretStr:
-    """Return `token` if it may guard the HTTP API; the error does not show it."""
+    """Return `token` if it can protect the HTTP API; the error does not show it."""
     if token.get_secret_value() and not _TOKEN.fullmatch(token.get_secret_value()):
-        raise ValueError("a token has 16 to 256 letters, digits and . _ ~ + / = -, or is empty to ask for none")
+        raise ValueError("a token has 16 to 256 letters, digits and . _ ~ + / = -, or is empty (no authentication)")
     return token
 
 
@@ -58,7 +59,7 @@ def _host_name(host: str) -> str:
     except ValueError:
         whole = False
     if not whole:
-        raise ValueError("it is no address and no name of a host")
+        raise ValueError("it is neither an address nor a host name")
     return host
 
 
@@ -66,21 +67,22 @@ class HttpSettings(Section):
     """The HTTP API of the daemon: status, events, control and metrics."""
 
     enabled: bool = True
-    """Serve it."""
+    """Serve the HTTP API."""
     host: Annotated[str, AfterValidator(_host_name)] = "127.0.0.1"
-    """The address to listen on. Beyond loopback (`0.0.0.0` is every interface) a token is compulsory."""
+    """The address to listen on, such as `0.0.0.0` for all interfaces. Any address but loopback requires a token."""
     port: int | None = Field(default=None, ge=0, le=65535)
-    """None means 8090, or any free port for `selfpruner run` where that is taken; 0 means any free port."""
+    """The port. None means 8090; if that is in use, `selfpruner run` takes any free one. 0 means any free port."""
     token: Annotated[SecretStr, AfterValidator(check_token)] | None = None
-    """What requests must bear. None: made at random and kept in `http-token` of the search's folder. Empty: none."""
+    """The bearer token of requests. If none, a random one is made and kept in the file `http-token` of the search's
+    folder. An empty string turns authentication off."""
     token_file: Path | None = None
-    """A file with the token (a Docker or Kubernetes secret)."""
+    """A file that holds the token, such as a Docker or Kubernetes secret."""
     allowed_hosts: tuple[Annotated[str, Field(pattern=r"^[A-Za-z0-9.:-]+$")], ...] = ()
-    """Names that the server may be called by, beside `localhost`, loopback addresses and http.host."""
+    """Host names that requests may use besides `localhost`, loopback addresses and http.host."""
 
     @property
     def on_loopback(self) -> bool:
-        """Whether only this machine reaches it."""
+        """Whether only this machine can connect."""
         try:
             return self.host == "localhost" or ipaddress.ip_address(self.host).is_loopback
         except ValueError:
@@ -88,7 +90,7 @@ class HttpSettings(Section):
 
 
 class RunSettings(Section):
-    """Files."""
+    """Where searches are kept."""
 
     folder: Path = Path("runs")
-    """Holds a folder for each search."""
+    """The folder that holds a subfolder for each search: its log, its best rates and its evaluations."""

@@ -1,4 +1,4 @@
-"""Every setting with its meaning, its unit and its default; daemon/settings/sources.py reads them."""
+"""All settings, with their meanings, units and defaults; daemon/settings/sources.py reads them."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +19,7 @@ ENV_PREFIX = "SELFPRUNER_"
 
 
 class Settings(BaseSettings):
-    """Everything that can be set."""
+    """All settings by section."""
 
     model_config = SettingsConfigDict(
         extra="forbid", frozen=True, env_prefix=ENV_PREFIX, env_nested_delimiter="__", validate_default=True
@@ -45,7 +45,7 @@ class Settings(BaseSettings):
         return self
 
     def spec(self) -> SearchSpec:
-        """What decides a result, out of all settings."""
+        """Return the settings that determine a candidate's result."""
         return SearchSpec(
             model=self.target.model,
             rate=self.target.rate,
@@ -75,7 +75,7 @@ class Settings(BaseSettings):
 
 
 def setting_names(model: type[BaseModel] = Settings, prefix: str = "") -> Iterator[str]:
-    """The dotted names of all settings; items of a list are not named."""
+    """Yield the dotted names of all settings; items of a list have none."""
     for name, field in model.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield from setting_names(field.annotation, f"{prefix}{name}.")

@@ -22,9 +22,9 @@ from protocol.errors import SettingsError
 
 
 def load(config: Path | None, overrides: Sequence[str] = ()) -> Settings:
-    """Settings from the YAML file `config`, the environment, and `overrides` of the form `search.name=value`.
+    """Load settings from the YAML file `config`, the environment, and `overrides` of the form `search.name=value`.
 
-    Raises SettingsError, with one sentence, for whatever is wrong.
+    Raises SettingsError with one sentence.
     """
     from_file = {} if config is None else setting_file.read(config)
     _check_environment(os.environ)
@@ -44,14 +44,14 @@ def load(config: Path | None, overrides: Sequence[str] = ()) -> Settings:
     try:
         settings = Sources(**_overrides_tree(overrides))
     except ValidationError as error:
-        raise SettingsError(validation_sentence(error, setting_names())) from None  # it holds what was given
+        raise SettingsError(validation_sentence(error, setting_names())) from None  # it shows the values
     _check_text(settings.model_dump(), "")
     _check_together(settings)
     return settings
 
 
 def _check_text(value: Any, name: str) -> None:
-    """Raise SettingsError for text that can be neither sent nor stored, such as half of a surrogate pair."""
+    """Raise SettingsError for text that cannot be encoded as UTF-8, such as half of a surrogate pair."""
     if isinstance(value, dict):
         for key, item in value.items():
             _check_text(item, f"{name}.{key}" if name else str(key))
@@ -66,7 +66,7 @@ def _check_text(value: Any, name: str) -> None:
 
 
 def _check_together(settings: Settings) -> None:
-    """Raise SettingsError where settings of several sections do not go together."""
+    """Raise SettingsError for settings of different sections that contradict each other."""
     if settings.search.lowest_rate > settings.target.rate or settings.search.highest_rate < settings.target.rate:
         raise SettingsError(
             f"target.rate {settings.target.rate} cannot be reached with every unit between search.lowest_rate "
@@ -74,7 +74,7 @@ def _check_together(settings: Settings) -> None:
         )
     priced = [endpoint for endpoint in settings.llm.endpoints if endpoint.price_in or endpoint.price_out]
     if settings.llm.budget_cost is not None and not priced:
-        raise SettingsError("llm.budget_cost needs price_in and price_out at the endpoints that cost something")
+        raise SettingsError("llm.budget_cost needs price_in and price_out at the endpoints that are not free")
     _check_http(settings.http)
     try:
         settings.spec()
@@ -86,13 +86,11 @@ def _check_http(http: HttpSettings) -> None:
     if http.token is not None and http.token_file is not None:
         raise SettingsError("give http.token or http.token_file, not both")
     if http.enabled and http.token is not None and not http.token.get_secret_value() and not http.on_loopback:
-        raise SettingsError(
-            f"http.host {http.host!r} is reached from other machines: http.token must not be empty there"
-        )
+        raise SettingsError(f"http.host {http.host!r} can be reached from other machines: http.token must not be empty")
 
 
 def _overrides_tree(overrides: Iterable[str]) -> dict[str, Any]:
-    """The values of --set by section. Raises SettingsError, which shows no value: it may be a key."""
+    """Return the values of --set by section. Raises SettingsError, which shows no value, because it may be a key."""
     tree: dict[str, Any] = {}
     for override in overrides:
         name, equals, text = override.partition("=")
@@ -101,7 +99,7 @@ def _overrides_tree(overrides: Iterable[str]) -> dict[str, Any]:
         try:
             value = setting_file.parsed(text) if text else None
         except yaml.YAMLError:
-            raise SettingsError(f"the value of {name} is no YAML") from None
+            raise SettingsError(f"the value of {name} is not valid YAML") from None
         *path, last = name.strip().split(".")
         branch = tree
         for part in path:
@@ -113,7 +111,7 @@ def _overrides_tree(overrides: Iterable[str]) -> dict[str, Any]:
 
 
 def _check_environment(environ: Mapping[str, str]) -> None:
-    """Raise SettingsError, which names it, for a variable that starts like ours and would be ignored, or is no JSON."""
+    """Raise SettingsError for a variable with our prefix that names no setting, or whose value is not JSON."""
     for variable, value in environ.items():
         if not variable.upper().startswith(ENV_PREFIX):
             continue
@@ -131,7 +129,7 @@ def _check_environment(environ: Mapping[str, str]) -> None:
 
 
 def _is_json(dotted: str) -> bool:
-    """Whether the environment gives this setting as JSON: a section, or a list."""
+    """Whether this setting is JSON in the environment: a section or a list."""
     found: Any = Settings
     for part in dotted.split("."):
         field = found.model_fields.get(part) if _is_section(found) else None

@@ -18,44 +18,48 @@ def _five_decimals(rate: float) -> float:
 
 
 class TargetSettings(Section):
-    """The model to prune, and how far."""
+    """The model to prune, and how much of it."""
 
     model: str = Field(min_length=1)
-    """A hub name, a folder, or `smollm2`."""
+    """A Hugging Face model name such as `meta-llama/Llama-2-7b-hf`, a folder, or `smollm2` (135M parameters,
+    to try things out)."""
     rate: Annotated[float, AfterValidator(_five_decimals)] = Field(gt=0, le=0.9)
-    """β: the share of decoder-layer parameters to remove, above 0 and up to 0.9."""
+    """β: the share of the decoder layers' parameters to remove, above 0 and up to 0.9, such as 0.3."""
     multiple_of: PositiveInt = 1
-    """MLP widths are multiples of this many channels (64 or 128 suits tensor cores)."""
+    """MLP widths are rounded to multiples of this many channels. 32, 64 or 128 makes the pruned model faster."""
     dtype: Dtype = "bfloat16"
-    """Of weights and activations."""
+    """Data type of weights and activations."""
 
 
 class DataSettings(Section):
-    """The texts: scored on, searched on, reported on. Each is `wikitext2`, `c4`, `self`, or a text file."""
+    """The texts for scoring, for the search and for the report. Each is `wikitext2`, `c4`, a text file, or `self`: text
+    that the dense model generates."""
 
     calibration: str = "wikitext2"
-    """The text that importance is scored on."""
+    """The text on which heads and channels are scored."""
     calibration_windows: PositiveInt = 128
-    """Windows of it."""
+    """Number of windows of data.calibration. More gives a better reconstruction and takes longer once."""
     fitness: str = "wikitext2"
-    """The text that candidates are measured on."""
+    """The text on which candidates are measured: what the pruned model should be good at, such as
+    `texts/domain.txt`."""
     fitness_windows: PositiveInt | None = None
-    """Windows of it; none means the whole text."""
+    """Number of windows of data.fitness; none means the whole text. Evaluation time grows with it; with few windows the
+    search overfits them."""
     report: str | None = None
-    """A third text, which dense, uniform and best are measured on at the end."""
+    """A held-out text on which the dense model, uniform pruning and the best candidate are measured at the end."""
     report_windows: PositiveInt | None = None
-    """Windows of it; none means the whole text."""
+    """Number of windows of data.report; none means the whole text."""
     seqlen: int = Field(default=2048, ge=16)
-    """Tokens of a window."""
+    """Tokens per window, in all texts."""
 
 
 def text_spec(source: str, windows: int | None, seqlen: int) -> TextSpec:
-    """A named text, or a file by its absolute path: a worker may run in another folder."""
+    """Return the spec of a named text, or of a file by its absolute path: a worker may run in another folder."""
     path = source if source in NAMED_TEXTS else str(expanded(source).absolute())
     return TextSpec(source=path, windows=windows, seqlen=seqlen)
 
 
 def check_text(source: str) -> None:
-    """Raise DataError where a text is a file that is not on this machine."""
+    """Raise DataError for a text file that is not on this machine."""
     if source not in NAMED_TEXTS and not expanded(source).is_file():
         raise DataError(f"there is no text file {source!r}; give a file, or one of {', '.join(NAMED_TEXTS)}")

@@ -1,1 +1,1 @@
-"""What of a search survives a restart: Redis and the search's folder. Start with store.py."""
+"""The durable state of a search: Redis and the search's folder. Start with store.py."""

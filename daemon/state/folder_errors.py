@@ -1,4 +1,4 @@
-"""Trouble with a folder: it cannot be written (its disk is full), or others have changed what is in it."""
+"""FolderErrors with a folder: it cannot be written (its disk is full), or others have changed what is in it."""
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -10,10 +10,10 @@ import structlog
 log = structlog.get_logger()
 
 
-class Trouble:
-    """Which files of a folder are not as they should be. It is logged once when that begins, and when it ends.
+class FolderErrors:
+    """Tracks the files of a folder that fail or were changed. Logs once when that begins and once when it ends.
 
-    For all threads.
+    Thread-safe.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -25,19 +25,19 @@ class Trouble:
 
     @property
     def files(self) -> list[str]:
-        """The names of the files that could not be written the last time that was tried."""
+        """The names of the files whose last write failed."""
         with self._lock:
             return sorted(self._failing)
 
     def watch(self, name: str, is_gone: Callable[[], bool]) -> None:
-        """Have `is_gone` say, in any thread, whether the file `name` was removed."""
+        """Watch the file `name`; `is_gone` says, in any thread, whether it was removed."""
         with self._lock:
             self._watched[name] = is_gone
 
     def changed(self, names: Iterable[str]) -> None:
-        """Log that others have changed the files `names`, and in the same line which other files they have removed.
+        """Log that the files `names` were changed, together with all watched files that were removed.
 
-        Each is logged once until it is written again.
+        Each file is logged once until it is written again.
         """
         with self._lock:
             found = {*names, *(name for name, is_gone in self._watched.items() if is_gone())} - self._changed
@@ -47,7 +47,7 @@ class Trouble:
 
     @contextmanager
     def writing(self, name: str) -> Iterator[None]:
-        """Write the file `name` in the block; an OSError of it is logged, if it is the first, and goes no further."""
+        """Write the file `name` in the block. An OSError is suppressed, and logged if it is the first."""
         try:
             yield
         except OSError as error:

@@ -1,7 +1,7 @@
-"""The history of a search as Redis has it: every candidate issued and every outcome applied, read in small parts.
+"""The history of a search in Redis: every candidate issued and every outcome applied, read in small parts.
 
-A long search has 100,000 candidates. Read in one reply they would keep the server, and parsed at once the event loop,
-from everything else for seconds, and a daemon that shows no sign of life for that long is taken for dead.
+A long search has 100,000 candidates. Reading them at once would block the server, and parsing them the event loop, for
+seconds. A daemon without a heartbeat for that long is considered dead.
 """
 
 import contextlib
@@ -29,13 +29,13 @@ class Ask(Protocol):
     """Sends a request to the server: a RedisRetry, or `at_once`."""
 
     async def __call__(self, operation: Callable[[], Awaitable[T]], /) -> T:
-        """The answer."""
+        """Return the answer."""
         ...
 
 
 @dataclass
 class History:
-    """What a search has done so far: every candidate issued, and the outcomes applied, both in order."""
+    """The candidates issued and the outcomes applied, both in order."""
 
     ledger: dict[str, Candidate] = field(default_factory=dict)
     outcomes: dict[str, Outcome] = field(default_factory=dict)
@@ -43,33 +43,32 @@ class History:
     selections: dict[int, tuple[str, ...]] = field(default_factory=dict)
     """The parents chosen for each round."""
     damaged: int = 0
-    """Entries of the server that are missing or no text of ours, and are left out here."""
+    """Number of entries that are missing or damaged, and were left out."""
 
 
 @dataclass(frozen=True)
 class Memory:
-    """What a running daemon knows of its search; with its spec it is all that a server that lost its data needs."""
+    """What a running daemon knows; with the spec, enough to restore a server that has lost its data."""
 
     history: History
     profile: ModelProfile | None
     command: Command | None = None
-    """The last command that the daemon understood."""
+    """The last valid command."""
 
 
 async def at_once(operation: Callable[[], Awaitable[T]], /) -> T:
-    """Ask the server once, where a RedisRetry asks until it answers."""
+    """Ask the server once, without the retries of a RedisRetry."""
     return await operation()
 
 
 async def load_history(redis: Redis, keys: Keys, ask: Ask = at_once) -> History:
-    """Read the history of a search; StoreError where another version wrote it.
+    """Read the history of a search, sending each request with `ask`. Raises StoreError if another version wrote it.
 
-    Entries that are damaged are left out and counted: a bit that flipped, or a value set by hand, ends no search. `ask`
-    sends each request.
+    Damaged entries are left out and counted: a flipped bit, or a value set by hand, must not end a search.
     """
     client: Any = redis  # its annotations cannot say that replies are str
     history = History()
-    # Outcomes first: those of candidates that are issued meanwhile are not asked for.
+    # The number of outcomes first: outcomes of candidates that are issued meanwhile are not read.
     applied = int(await ask(lambda: client.llen(keys.applied)))
     async for id_, text in entries(redis, keys.issued, keys.candidates, ask=ask):
         if candidate := read_candidate(keys, id_, text):
@@ -97,22 +96,22 @@ async def load_history(redis: Redis, keys: Keys, ask: Ask = at_once) -> History:
 
 
 def read_candidate(keys: Keys, id_: str, text: str) -> Candidate | None:
-    """The candidate that the ledger has under `id_`; None where it is damaged, StoreError for another version's."""
+    """Return the ledger's candidate `id_`; None if it is damaged. Raises StoreError for another version's."""
     candidate = parse_unless_damaged(Candidate, text, f"{keys.candidates} {id_}")
     return candidate if candidate and candidate.id == id_ else None
 
 
 def read_outcome(keys: Keys, id_: str, text: str) -> Outcome | None:
-    """The outcome that was applied for `id_`; None where it is damaged, StoreError for another version's."""
+    """Return the outcome applied for `id_`; None if it is damaged. Raises StoreError for another version's."""
     return parse_unless_damaged(OUTCOME, text, f"{keys.outcomes} {id_}")
 
 
 async def entries(
     redis: Redis, order: str, hash_: str, *, start: int = 0, stop: int | None = None, ask: Ask = at_once
 ) -> AsyncIterator[tuple[str, str]]:
-    """The ids of the list `order`, from `start` to before `stop`, each with its text in the hash; "" where it has none.
+    """Yield the ids of the list `order` from `start` to before `stop`, each with its text in the hash, or "".
 
-    Reads PART of them at a time, and lets others run in between.
+    Reads PART of them at a time, so that other tasks can run.
     """
     client: Any = redis
     while stop is None or start < stop:
@@ -126,7 +125,7 @@ async def entries(
 
 
 def read_counters(state: Mapping[str, str]) -> dict[str, float]:
-    """The counters in the hash, without those that are damaged: each is finite and not negative."""
+    """Return the counters in the hash that are finite and not negative; others are damaged."""
     counters = {}
     for name, text in state.items():
         with contextlib.suppress(ValueError):
@@ -135,7 +134,7 @@ def read_counters(state: Mapping[str, str]) -> dict[str, float]:
 
 
 class RemoteHistory:
-    """`ledger`, `population` and `counters` as they were at the last `read`."""
+    """Keeps `ledger`, `population` and `counters` as of the last `read`, for another process."""
 
     def __init__(self, redis: Redis, keys: Keys) -> None:
         self._redis: Any = redis  # its annotations cannot say that replies are str
@@ -143,11 +142,11 @@ class RemoteHistory:
         self._begin()
 
     async def read(self) -> bool:
-        """Catch up; False when the search in Redis is another one than the last time, or was emptied.
+        """Read what is new. Returns False if the search in Redis was replaced or emptied since.
 
-        Damaged entries are left out, as the daemon does at its next start.
+        Damaged entries are left out, as at the next start of the daemon.
         """
-        pipe = self._redis.pipeline(transaction=True)  # one moment, while the search goes on
+        pipe = self._redis.pipeline(transaction=True)  # a consistent state, while the search continues
         pipe.llen(self._keys.issued).llen(self._keys.applied).hgetall(self._keys.state)
         issued, applied, state = await pipe.execute()
         if issued < self._issued or applied < self._applied:

@@ -1,9 +1,8 @@
 """The folder of a search: spec, profile, best, every evaluation, the LLM's transcript and the log.
 
-Redis is the truth; the folder is a copy that outlives it, from which a start brings back what the server has lost
-(daemon/state/recovery.py). `evaluations.jsonl` is written anew from the history at every start, so a kill between two
-steps leaves neither a gap nor a double. What others remove or change in the folder is noticed within RETRY_SECONDS,
-logged, and written anew.
+Redis has the authoritative state. The folder is a copy that outlives it, from which a start restores what the server
+has lost (daemon/state/recovery.py). `evaluations.jsonl` is rewritten from the history at every start, so a kill leaves
+neither gaps nor duplicates. Files that another process removes or changes are rewritten within RETRY_SECONDS.
 """
 
 import asyncio
@@ -17,7 +16,7 @@ from typing import Any
 import structlog
 
 from agents.population.population import Evaluation, Population
-from daemon.state.folder_errors import Trouble
+from daemon.state.folder_errors import FolderErrors
 from daemon.state.transcript import TranscriptFile
 from protocol.errors import UsageError
 from protocol.plans.candidate import Candidate, Measured, Stopped
@@ -37,28 +36,28 @@ log = structlog.get_logger()
 
 
 class Journal:
-    """Writes the files of one search in `folder`. A disk that is full is told of, and what it lacks is written later.
+    """Writes the files of one search in `folder`. If the disk is full, it logs that and writes later.
 
-    What waits for the disk is done in a thread, in order; but the transcript is written before an answer is used, so
-    that a daemon that goes on asks nothing twice.
+    Writes happen in a thread, in order. The transcript is written before an answer is used, so that a restarted daemon
+    asks nothing twice.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.trouble = Trouble(folder)
+        self.folder_errors = FolderErrors(folder)
         self._disk = ThreadPoolExecutor(1, "journal")
         self._written: Future[None] | None = None
         self._kept: dict[str, Document] = {}
         self._copy: _Copy | None = None
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._transcript = TranscriptFile(self.transcript_path, self.trouble)
+            self._transcript = TranscriptFile(self.transcript_path, self.folder_errors)
         except OSError as error:
             raise UsageError(f"run.folder cannot be written: {error}") from error
 
     def begin(self, search: str, spec: SearchSpec, profile: ModelProfile, evaluations: Population) -> None:
         """Write the spec, the model profile, all evaluations so far, and their best."""
-        self._copy = _Copy(self.folder, self.trouble, search, spec, profile)
+        self._copy = _Copy(self.folder, self.folder_errors, search, spec, profile)
         self._copy.evaluations += evaluations
         self._copy.best = evaluations.best()
         self._write_copy()
@@ -77,24 +76,24 @@ class Journal:
 
     def write(self, name: str, record: Mapping[str, Any]) -> None:
         """Replace the file `name` by `record`."""
-        with self.trouble.writing(name):
+        with self.folder_errors.writing(name):
             write_json(self.folder / name, record)
 
     def keep(self, name: str, text: str, *, mode: int) -> None:
-        """Write the file `name` again, with these permissions, whenever others have removed or changed it."""
+        """Write the file `name` with these permissions, and again whenever it was removed or changed."""
         self._kept[name] = document = Document(self.folder / name, durable=False, mode=mode)
-        self.trouble.watch(name, lambda: document.is_gone)
-        with self.trouble.writing(name):
+        self.folder_errors.watch(name, lambda: document.is_gone)
+        with self.folder_errors.writing(name):
             document.write(text)
 
-    async def keep_for_ever(self) -> None:
-        """Write, now and then, what could not be written, and what others have removed or changed."""
+    async def keep_forever(self) -> None:
+        """Retry failed writes, and rewrite files that were removed or changed, until cancelled."""
         while True:
             await asyncio.sleep(RETRY_SECONDS)
             self._transcript.write()
-            if self._written is None or self._written.done():  # else the disk stands still
+            if self._written is None or self._written.done():  # else the disk is stuck
                 self._write_copy()
-                self._disk.submit(copy_context().run, _told, self._write_kept)
+                self._disk.submit(copy_context().run, _logging_errors, self._write_kept)
 
     @property
     def transcript_path(self) -> Path:
@@ -102,8 +101,8 @@ class Journal:
         return self.folder / TRANSCRIPT
 
     def begin_transcript(self) -> None:
-        """Put an earlier search's transcript aside, as `transcript.1.jsonl` and so on."""
-        self._transcript.write()  # others may have removed it
+        """Rename an earlier search's transcript to `transcript.1.jsonl` and so on."""
+        self._transcript.write()  # it may have been removed
         if self._transcript.is_empty:
             return
         self._transcript.close()
@@ -112,34 +111,34 @@ class Journal:
             number += 1
         try:
             self.transcript_path.rename(aside)
-            self._transcript = TranscriptFile(self.transcript_path, self.trouble)
+            self._transcript = TranscriptFile(self.transcript_path, self.folder_errors)
         except OSError as error:
             raise UsageError(f"run.folder cannot be written: {error}") from error
 
     def close(self) -> None:
-        """Write what is left, or say what could not be written, and close the files."""
+        """Write what is left, log what could not be written, and close the files."""
         self._write_copy()
         self._disk.shutdown()
         self._transcript.close()
         if self._copy:
             self._copy.close()
-        if files := self.trouble.files:
+        if files := self.folder_errors.files:
             log.error("folder_incomplete", folder=str(self.folder), files=files)
 
     def _write_copy(self) -> None:
         if self._copy:
-            self._written = self._disk.submit(copy_context().run, _told, self._copy.write)
+            self._written = self._disk.submit(copy_context().run, _logging_errors, self._copy.write)
 
     def _write_kept(self) -> None:
         for name, document in self._kept.items():
             if document.is_changed:
-                self.trouble.changed([name])
-                with self.trouble.writing(name):
+                self.folder_errors.changed([name])
+                with self.folder_errors.writing(name):
                     document.write_again()
 
 
-def _told(write: Callable[[], None]) -> None:
-    """Do `write`, in a thread from which no error of ours would be heard."""
+def _logging_errors(write: Callable[[], None]) -> None:
+    """Do `write` in a thread, and log errors that would otherwise be lost."""
     try:
         write()
     except Exception:
@@ -147,12 +146,14 @@ def _told(write: Callable[[], None]) -> None:
 
 
 class _Copy:
-    """The evaluations, their best, spec and profile; `write` brings the files up to them."""
+    """The evaluations, the best, the spec and the profile; `write` brings the files up to date."""
 
-    def __init__(self, folder: Path, trouble: Trouble, search: str, spec: SearchSpec, profile: ModelProfile) -> None:
+    def __init__(
+        self, folder: Path, folder_errors: FolderErrors, search: str, spec: SearchSpec, profile: ModelProfile
+    ) -> None:
         self.evaluations: list[Evaluation] = []
         self.best: Evaluation | None = None
-        self._folder, self._trouble = folder, trouble
+        self._folder, self._folder_errors = folder, folder_errors
         self._search, self._spec, self._shape = search, spec, profile.shape
         self._unwritten: dict[str, dict[str, Any]] = {
             SPEC: {"search": search, "fingerprint": spec.fingerprint, **spec.model_dump()},
@@ -163,26 +164,26 @@ class _Copy:
         self._written = 0
         self._known_best: Evaluation | None = None
         for name, document in self._documents.items():
-            trouble.watch(name, lambda document=document: document.is_gone)  # type: ignore[misc]
-        trouble.watch(EVALUATIONS, lambda: self._lines is not None and self._lines.is_gone)
+            folder_errors.watch(name, lambda document=document: document.is_gone)  # type: ignore[misc]
+        folder_errors.watch(EVALUATIONS, lambda: self._lines is not None and self._lines.is_gone)
 
     def write(self) -> None:
-        """Write what is new, and anew what others have changed. In a thread; the evaluations grow meanwhile."""
+        """Write what is new, and rewrite what was changed. Runs in a thread while the evaluations grow."""
         changed = self._changed()
         if changed:
-            self._trouble.changed(changed)
+            self._folder_errors.changed(changed)
         best = self.best
         if best is not None and best is not self._known_best:
             self._unwritten[BEST] = best_record(self._search, self._spec, self._shape, best)
             self._known_best = best
         for name, document in self._documents.items():
-            with self._trouble.writing(name):
+            with self._folder_errors.writing(name):
                 if record := self._unwritten.get(name):
                     document.write(json_text(record))
                     del self._unwritten[name]
                 elif name in changed:
                     document.write_again()
-        with self._trouble.writing(EVALUATIONS):
+        with self._folder_errors.writing(EVALUATIONS):
             self._write_evaluations()
 
     def close(self) -> None:
@@ -191,7 +192,7 @@ class _Copy:
             self._lines.close()
 
     def _changed(self) -> list[str]:
-        """The files that others have removed or changed."""
+        """Return the files that were removed or changed."""
         changed = [name for name, document in self._documents.items() if document.is_changed]
         if self._lines and self._lines.is_changed:
             changed.append(EVALUATIONS)
@@ -210,7 +211,7 @@ class _Copy:
 
 
 def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:
-    """An evaluation as one flat JSON object; of what was stopped, its race too, which its fitness is guessed from."""
+    """Return an evaluation as a flat JSON object; if it was stopped, with its race, for the estimated fitness."""
     candidate, outcome = evaluation.candidate, evaluation.outcome
     race = candidate.race if isinstance(outcome, Stopped) else None
     return {
@@ -222,7 +223,7 @@ def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def candidate_record(candidate: Candidate) -> dict[str, Any]:
-    """A candidate, be it measured or not, as one flat JSON object."""
+    """Return a candidate, measured or not, as a flat JSON object."""
     return {
         "id": candidate.id,
         "text": candidate.text,
@@ -233,7 +234,7 @@ def candidate_record(candidate: Candidate) -> dict[str, Any]:
 
 
 def best_record(search: str, spec: SearchSpec, shape: ModelShape, best: Evaluation) -> dict[str, Any]:
-    """What best.json holds: all that is needed to prune the model again."""
+    """Return the contents of best.json: all that is needed to prune the model again."""
     assert isinstance(best.outcome, Measured)
     return {
         "search": search,
@@ -252,12 +253,12 @@ def best_record(search: str, spec: SearchSpec, shape: ModelShape, best: Evaluati
 
 
 def write_json(path: Path, record: Mapping[str, Any], *, durable: bool = True) -> None:
-    """Replace `path` by `record`, whole or not at all; `durable`: see protocol.runtime.files.replace."""
+    """Replace `path` by `record` atomically; `durable`: see protocol.runtime.files.replace."""
     replace(path, json_text(record), durable=durable)
 
 
 def json_text(record: Mapping[str, Any]) -> str:
-    """The text of a JSON file that people may read."""
+    """Return the text of an indented JSON file."""
     return json.dumps(record, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
 
 
@@ -269,7 +270,7 @@ STATUS_FILE = "status.json"
 
 
 def saved(folder: Path, file: str) -> dict[str, Any] | None:
-    """What the search in `folder` wrote to `file` when it ran, if it did."""
+    """Return what the search in `folder` last wrote to `file`, or None."""
     path = folder / file
     try:
         record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None

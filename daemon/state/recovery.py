@@ -1,7 +1,7 @@
-"""What the folder of a search holds that its server has lost while no daemon ran: `evaluations.jsonl` is the copy.
+"""Recovery from the folder's copy `evaluations.jsonl` if the server lost data while no daemon ran.
 
-What was issued and has no outcome yet is not in it. A restart asks for that again, and finds the answers in the
-transcript; so it does with the selection of a round that is not complete.
+Candidates without an outcome, and the selection of an incomplete round, are not in it. A restart asks for them again
+and finds the answers in the transcript.
 """
 
 import json
@@ -32,7 +32,7 @@ class _LastStatus(BaseModel):
 
 
 def _last_status(folder: Path) -> _LastStatus:
-    """What the daemon wrote last; nothing where it wrote none, or none that can be read."""
+    """Return the last status file, or the defaults if there is none that can be read."""
     try:
         return _LastStatus.model_validate(saved(folder, STATUS_FILE) or {})
     except (UsageError, ValidationError):
@@ -40,10 +40,10 @@ def _last_status(folder: Path) -> _LastStatus:
 
 
 def recovered(folder: Path, spec: SearchSpec, history: History) -> History | None:
-    """`history`, which the server has, and what the copy in `folder` has beyond it; None where that is nothing.
+    """Return the server's `history` plus what only the copy in `folder` has; None if that is nothing.
 
-    Raises SearchExistsError for the copy of a search with another spec and UsageError for one that cannot be read: a
-    daemon that went on would overwrite them.
+    Raises SearchExistsError for the copy of a search with another spec, and UsageError for one that cannot be read. The
+    daemon would overwrite them otherwise.
     """
     path = folder / EVALUATIONS
     lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
@@ -53,7 +53,7 @@ def recovered(folder: Path, spec: SearchSpec, history: History) -> History | Non
     ledger, outcomes = dict(history.ledger), dict(history.outcomes)
     for number, line in enumerate(lines, 1):
         if not line.endswith(b"\n"):
-            continue  # a kill has torn the last one
+            continue  # the last line was cut off by a kill
         try:
             record = json.loads(line)
             if record["id"] not in history.outcomes:
@@ -61,10 +61,10 @@ def recovered(folder: Path, spec: SearchSpec, history: History) -> History | Non
                 ledger[candidate.id], outcomes[candidate.id] = candidate, outcome
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             if len(history.outcomes) >= len(lines):
-                continue  # the server lacks nothing of it
+                continue  # the server has everything in it
             raise UsageError(
                 f"Redis has lost evaluations of this search, and line {number} of their copy {path} cannot be read: "
-                "mend that line or take it out, or move the folder away to begin anew"
+                "repair or delete that line, or move the folder away to start over"
             ) from error
     if len(outcomes) == len(history.outcomes):
         return None
@@ -72,12 +72,12 @@ def recovered(folder: Path, spec: SearchSpec, history: History) -> History | Non
 
 
 def commanded(folder: Path) -> Command | None:
-    """The pause that was commanded when the daemon looked last; None where there was none."""
+    """Return `pause` if the search was paused when the last status was written."""
     return "pause" if _last_status(folder).control == "pause" else None
 
 
 def _check_spec(folder: Path, spec: SearchSpec, evaluations: int) -> None:
-    """Refuse the copy of a search with another spec; one that says of no spec is judged by its candidates' ids."""
+    """Raise SearchExistsError for a copy with another spec. A copy without a spec is checked by its candidates' ids."""
     try:
         record = saved(folder, SPEC) or {}
         theirs = SearchSpec.model_validate({name: record[name] for name in SearchSpec.model_fields if name in record})
@@ -91,7 +91,7 @@ def _check_spec(folder: Path, spec: SearchSpec, evaluations: int) -> None:
 
 
 def _evaluation(record: dict[str, Any], spec: SearchSpec) -> tuple[Candidate, Outcome]:
-    """What evaluation_record wrote; ValueError where its id is not that of its plan under this spec."""
+    """Parse what evaluation_record wrote. Raises ValueError if the id does not match the plan and this spec."""
     provenance = {name: record[name] for name in Provenance.model_fields}
     layers = (dict(zip(LayerPlan.model_fields, layer, strict=True)) for layer in record["plan"])
     plan = Plan(layers=tuple(LayerPlan.model_validate(layer) for layer in layers))
@@ -104,12 +104,12 @@ def _evaluation(record: dict[str, Any], spec: SearchSpec) -> tuple[Candidate, Ou
         race=Race.model_validate(record["race"]) if "race" in record else None,
     )
     if candidate.id != candidate_id(plan, spec.fingerprint, candidate.text):
-        raise ValueError("it is not of this search")
+        raise ValueError("it belongs to another search")
     return candidate, OUTCOME.validate_python(record["outcome"])
 
 
 def counters(folder: Path, history: History) -> dict[str, float]:
-    """What the search has used up, at least: a loss must not make a budget larger."""
+    """Return lower bounds of what the search has used: lost data must not make a budget larger."""
     status = _last_status(folder)
     transcript = folder / TRANSCRIPT
     found = {"requests": float(transcript.read_bytes().count(b"\n")) if transcript.is_file() else 0.0}

@@ -1,11 +1,11 @@
-"""Brings back what the server has lost of a search, in parts that each take it some milliseconds.
+"""Restores what the server has lost of a search, in parts that take a few milliseconds each.
 
-Everything is written to keys beside the real ones, and the last step moves them all into place at once. A daemon that
-is killed in between leaves the real keys as they were, and the next one begins anew.
+Everything is written to keys beside the real ones, and the last step moves them into place at once. If the daemon is
+killed in between, the real keys are unchanged, and the next daemon starts over.
 
-The first step deletes the daemon's own epoch, which may be there still. Until the last step, no queue of this or an
-earlier daemon can write, and what the daemon remembers after the first step is therefore complete. If the epoch comes
-back meanwhile (a server that was restarted may have lost the deletion), the last step refuses and all begins anew.
+The first step deletes the daemon's own epoch, which may still exist. Until the last step, no queue of this or an
+earlier daemon can write, so what the daemon remembers after the first step is complete. If the epoch reappears
+meanwhile (a restarted server may have lost the deletion), the last step refuses, and restoring starts over.
 """
 
 import json
@@ -24,7 +24,7 @@ from protocol.queue.keys import Keys
 from protocol.queue.streams import PART, TAKEN_OVER, TakenOver, load_scripts
 
 INCOMPLETE = -3
-"""What the last step answers when the server has lost some of the parts too, or let the queue write meanwhile."""
+"""Answer of the last step if parts are missing, or the queue has written meanwhile."""
 
 log = structlog.get_logger()
 
@@ -39,13 +39,13 @@ class Restorer:
         self._scripts = load_scripts(redis)
 
     async def clear(self) -> None:
-        """Delete what a daemon that was killed while it restored has left."""
+        """Delete what a daemon left that was killed while restoring."""
         await self._retry(lambda: self._redis.unlink(*self._written))
 
     async def restore(self, epoch: int, spec: str, remembered: Callable[[], Memory]) -> tuple[int, int, int]:
-        """Make the server's history the one that is `remembered`; `spec` is the search's as JSON.
+        """Replace the server's history by the `remembered` one; `spec` is the search's as JSON.
 
-        Returns how many candidates and outcomes came back, and how many it has of each now. Raises TakenOver when
+        Returns how many candidates and outcomes were restored, and how many of each there are now. Raises TakenOver if
         another daemon is in charge.
         """
         while True:
@@ -53,7 +53,7 @@ class Restorer:
             there = await self._count()
             memory = remembered()
             history = memory.history
-            ledger = list(history.ledger.items())  # a copy, for the search adds what it is about to enqueue
+            ledger = list(history.ledger.items())  # a copy, because the search adds candidates meanwhile
             outcomes = [(id_, outcome) for id_, outcome in history.outcomes.items() if id_ in history.ledger]
             selections = [(str(round_), json.dumps(parents)) for round_, parents in history.selections.items()]
             await self._write(epoch, self._keys.candidates, self._keys.issued, _texts(ledger))
@@ -81,7 +81,7 @@ class Restorer:
         return int(issued) + int(await self._retry(lambda: self._redis.llen(self._keys.applied)))
 
     async def _write(self, epoch: int, hash_: str, order: str, pairs: Iterable[tuple[str, str]]) -> None:
-        """Write the pairs beside the hash, and their ids beside the list `order`, where there is one."""
+        """Write the pairs beside the hash, and their ids beside the list `order`, if there is one."""
         keys = [self._keys.epoch, *(self._keys.restoring(key) for key in (hash_, order) if key)]
         for part in _parts(pairs):
             args = [epoch, *(text for pair in part for text in pair)]

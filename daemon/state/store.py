@@ -1,4 +1,4 @@
-"""The search's durable state in Redis: its spec, ledger, outcomes and who is in charge. A restart goes on from it."""
+"""The durable state of a search in Redis: spec, ledger, outcomes, and which daemon is in charge."""
 
 import asyncio
 import os
@@ -46,9 +46,9 @@ class SearchStore:
         self._unreadable: set[str] = set()
 
     async def take_charge(self, *, previous_is_dead: bool = False) -> CandidateQueue:
-        """Become the daemon of this search. Raises SearchExistsError when another runs it or its spec differs.
+        """Become the daemon of this search. Raises SearchExistsError if another runs it or its spec differs.
 
-        A sign of life left behind by a killed daemon is waited out (some seconds), unless `previous_is_dead`.
+        Waits some seconds for a killed daemon's heartbeat to expire, unless `previous_is_dead`.
         """
         await self._retry(lambda: check_server(self._redis))
         if previous_is_dead:
@@ -65,11 +65,11 @@ class SearchStore:
         return queue
 
     async def history(self) -> History:
-        """What the search has done so far."""
+        """Return the history of the search."""
         return await load_history(self._redis, self._keys, self._retry)
 
     async def repair(self, queue: CandidateQueue, history: History) -> int:
-        """Put those candidates of `history` back that have no outcome and whose job or result is lost."""
+        """Requeue candidates of `history` without an outcome whose job or result is lost; returns how many."""
         waiting = [id_ for id_ in history.ledger if id_ not in history.outcomes]
         requeued = await queue.requeue(waiting) if waiting else 0
         if requeued:
@@ -77,11 +77,11 @@ class SearchStore:
         return requeued
 
     async def profile(self) -> ModelProfile | None:
-        """The model profile, once a worker has published the one of this spec."""
+        """Return the model profile, once a worker has published it for this spec."""
         return await self._profiles.read(self._spec.fingerprint)
 
     async def workers(self) -> list[WorkerStatus]:
-        """The workers that show a sign of life; of one that cannot be read, it is told once."""
+        """Return the workers with a heartbeat. Log once each worker whose status cannot be read."""
         found = await self._retry(lambda: read_workers(self._redis, self._keys))
         for consumer in found.unreadable - self._unreadable:
             log.warning("worker_unreadable", worker=consumer)
@@ -89,11 +89,11 @@ class SearchStore:
         return found.workers
 
     async def count(self, totals: dict[str, float]) -> None:
-        """Keep the search's counters (tokens, seconds, …) over restarts. Totals, so that writing twice does no harm."""
+        """Save the search's counters (tokens, seconds, …) as totals, so that writing twice does no harm."""
         await self._retry(lambda: self._redis.hset(self._keys.state, mapping=totals))
 
-    async def count_anew(self, totals: dict[str, float]) -> None:
-        """Replace all of the search's counters, damaged ones too, by `totals`."""
+    async def replace_counters(self, totals: dict[str, float]) -> None:
+        """Replace all counters, including damaged ones, by `totals`."""
 
         async def replace_all() -> None:
             pipe = self._redis.pipeline(transaction=True)
@@ -105,15 +105,15 @@ class SearchStore:
         await self._retry(replace_all)
 
     async def show_life(self) -> None:
-        """Show a sign of life until cancelled. Raises TakenOver when another daemon has taken over."""
+        """Renew the heartbeat until cancelled. Raises TakenOver if another daemon has taken over."""
         while True:
             await self._show_life()
             await asyncio.sleep(TICK_SECONDS)
 
     async def stay_in_charge(self, queue: CandidateQueue, remembered: Callable[[], Memory]) -> None:
-        """Show a sign of life until cancelled, and bring back what the server has lost, which may take long.
+        """Renew the heartbeat until cancelled, and restore what the server has lost, which may take long.
 
-        Raises TakenOver when another daemon has taken over.
+        Raises TakenOver if another daemon has taken over.
         """
         life = asyncio.ensure_future(self.show_life())
         try:
@@ -126,8 +126,8 @@ class SearchStore:
             life.cancel()
 
     async def _check(self, queue: CandidateQueue, remembered: Callable[[], Memory]) -> None:
-        """Bring back what the server has lost: data (it was flushed, or runs on an older copy), jobs and results."""
-        confirmed = queue.issued, queue.applied  # before asking: what is confirmed later may not be in the answer
+        """Restore what the server has lost: data (it was flushed, or has an older copy), jobs or results."""
+        confirmed = queue.issued, queue.applied  # before asking: later confirmations may be missing in the answer
         epoch, spec, issued, applied, jobs, results = await self._retry(self._lengths)
         is_ours = _epoch(epoch) >= self._epoch and spec == self._spec_text
         if not is_ours or issued < confirmed[0] or applied < confirmed[1]:
@@ -137,12 +137,12 @@ class SearchStore:
 
     async def _lengths(self) -> Any:
         keys = self._keys
-        pipe = self._redis.pipeline(transaction=True)  # made anew at each try, for it forgets its commands
+        pipe = self._redis.pipeline(transaction=True)  # new at each try, because it forgets its commands
         pipe.get(keys.epoch).get(keys.spec).llen(keys.issued).llen(keys.applied).xlen(keys.jobs).xlen(keys.results)
         return await pipe.execute()
 
     async def restore(self, queue: CandidateQueue, remembered: Callable[[], Memory], *, from_: str) -> None:
-        """Make the server's history the one that is `remembered`, and say where it comes from."""
+        """Replace the server's history by the `remembered` one, and log that it comes `from_`."""
         confirmed = queue.issued, queue.applied
 
         def now() -> Memory:
@@ -151,8 +151,8 @@ class SearchStore:
             return remembered()
 
         restored, issued, applied = await self._restorer.restore(self._epoch, self._spec_text, now)
-        # What was confirmed since counts on top. If the server did it before the restoring began, and only its answer
-        # was late, then the next check finds that the server has less than that, and restores it too.
+        # Add what was confirmed since. If the server did that before restoring began and only its answer was late, the
+        # next check finds that the server has less, and restores again.
         queue.issued += issued - confirmed[0]
         queue.applied += applied - confirmed[1]
         log.error("redis_lost_data", restored=restored, from_=from_)
@@ -160,21 +160,21 @@ class SearchStore:
         await self.repair(queue, remembered().history)
 
     async def step_down(self) -> None:
-        """Withdraw the sign of life, so that a successor need not wait."""
+        """Remove the heartbeat, so that a successor need not wait."""
         if await self._redis.get(self._keys.daemon) == self._me:
             await self._redis.delete(self._keys.daemon)
 
     async def _show_life(self) -> None:
         epoch = await self._retry(lambda: self._redis.get(self._keys.epoch))
-        if _epoch(epoch) > self._epoch:  # none, or a lower one: lost, and brought back by the next check
+        if _epoch(epoch) > self._epoch:  # none or a lower one was lost, and the next check restores it
             raise TakenOver(f"another daemon has taken over the search {self._keys.search!r}")
         milliseconds = int(SIGN_OF_LIFE_SECONDS * 1000)
         await self._retry(lambda: self._redis.set(self._keys.daemon, self._me, px=milliseconds))
 
     async def wait_for_silence(self) -> None:
-        """Wait until the sign of life of an earlier daemon ends. Raises SearchExistsError when a daemon renews it.
+        """Wait until the heartbeat of an earlier daemon expires. Raises SearchExistsError if a daemon renews it.
 
-        A sign that was not renewed for SIGN_OF_LIFE_SECONDS is ignored, even if its key expires later or never.
+        A heartbeat that was not renewed for SIGN_OF_LIFE_SECONDS is ignored, even if its key expires later or never.
         """
         owner, left = await self._owner()
         if not owner:
@@ -189,7 +189,7 @@ class SearchStore:
             owner, left = now_owner, now_left
 
     async def _forget_workers(self) -> None:
-        """Withdraw the signs of life of workers that died with the previous process: their jobs are free sooner."""
+        """Remove the heartbeats of workers that died with the previous process, so that their jobs are free sooner."""
         async for name in self._redis.scan_iter(match=self._keys.worker_prefix + "*"):
             await self._redis.delete(name)
 
@@ -208,10 +208,9 @@ class SearchStore:
             await self._replace_damaged_spec()
             return
         if theirs == self._spec:
-            self._spec_text = stored  # another version may write the same otherwise
+            self._spec_text = stored  # another version may format the same spec differently
             return
-        # Where no candidate was proposed under it, it was a first try with a model or a text that could not be had, or
-        # that were found not to go with the settings.
+        # Without candidates, the stored spec comes from a first try that failed, as with a missing model or text.
         keys = [self._keys.spec, self._keys.state, self._keys.issued, self._keys.epoch]
         if not await self._retry(lambda: self._scripts["replace_spec"](keys, [stored, mine])):
             raise SearchExistsError(
@@ -220,9 +219,9 @@ class SearchStore:
             )
 
     async def _replace_damaged_spec(self) -> None:
-        """Write our spec where a damaged one stands, if the candidates that were issued under that are of ours.
+        """Replace a damaged spec by ours, if the ids of the issued candidates, which depend on the spec, match it.
 
-        Their ids say so, for they depend on the spec. SearchExistsError where they say otherwise or cannot be read.
+        Raises SearchExistsError if they do not match or cannot be read.
         """
         async for id_, text in entries(self._redis, self._keys.issued, self._keys.candidates, ask=self._retry):
             candidate = read_candidate(self._keys, id_, text)
@@ -230,10 +229,10 @@ class SearchStore:
                 continue
             if id_ == candidate_id(candidate.plan, self._spec.fingerprint, candidate.text):
                 break
-            raise self._damaged_spec("the candidates there are of other settings")
+            raise self._damaged_spec("its candidates belong to other settings")
         else:
             if await self._retry(lambda: self._redis.exists(self._keys.issued)):
-                raise self._damaged_spec("no candidate there can be read that would tell its settings")
+                raise self._damaged_spec("none of its candidates can be read to check the settings")
         log.error("spec_damaged", key=self._keys.spec)
         await self._retry(lambda: self._redis.set(self._keys.spec, self._spec_text))
 
@@ -244,12 +243,12 @@ class SearchStore:
 
 
 def _epoch(text: str | None) -> int:
-    """The epoch that stands in Redis; 0 for none, and for what is none (as lua/fence.lua has it)."""
+    """Return the epoch in Redis; 0 for none or an invalid one (as in lua/fence.lua)."""
     return int(text) if text and len(text) <= 16 and text.isascii() and text.isdecimal() else 0
 
 
 def difference(old: SearchSpec, new: SearchSpec) -> str:
-    """The first setting in which two specs differ, for a sentence."""
+    """Return the first setting in which two specs differ, for a message."""
     changes = [
         f"{name}: {getattr(old, name)!s} there, {getattr(new, name)!s} here"
         for name in SearchSpec.model_fields

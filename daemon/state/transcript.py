@@ -1,32 +1,32 @@
-"""The file of every question to the LLM with its answer, and the lines of it that wait for room on the disk."""
+"""The transcript: the file of all questions to the LLM and their answers, and lines that wait for a full disk."""
 
 from collections import deque
 from pathlib import Path
 
 import structlog
 
-from daemon.state.folder_errors import Trouble
+from daemon.state.folder_errors import FolderErrors
 from protocol.runtime.files import Lines
 
 KEPT = 64_000_000
-"""Characters that are kept in memory while they cannot be written."""
+"""Maximum characters kept in memory while they cannot be written."""
 
 log = structlog.get_logger()
 
 
 class TranscriptFile:
-    """Appends to the transcript; lines that find no room wait in memory, the newest of them."""
+    """Appends to the transcript. The newest lines wait in memory while the disk is full."""
 
-    def __init__(self, path: Path, trouble: Trouble) -> None:
-        self._trouble, self._name = trouble, path.name
+    def __init__(self, path: Path, folder_errors: FolderErrors) -> None:
+        self._folder_errors, self._name = folder_errors, path.name
         self._lines = Lines(path)
-        trouble.watch(self._name, lambda: self._lines.is_gone)
+        folder_errors.watch(self._name, lambda: self._lines.is_gone)
         self._waiting: deque[str] = deque()
         self._size = 0
         self._dropped = 0
 
     def add(self, line: str) -> None:
-        """Write `line` behind those that wait; it waits too where it cannot be written."""
+        """Append `line` after the waiting ones; if it cannot be written, it waits too."""
         self._waiting.append(line)
         self._size += len(line)
         self.write()
@@ -35,21 +35,20 @@ class TranscriptFile:
             self._dropped += 1
 
     def write(self) -> None:
-        """Write what waits, as far as there is room; say what is missing for good once there is.
+        """Write the waiting lines as far as there is room; log how many were dropped once there is.
 
-        A file that others have removed is there again, with what it held if that is not long; what they have cut off is
-        lost.
+        A removed file is restored with its contents, unless it was too long. Lines that were cut off are lost.
         """
-        with self._trouble.writing(self._name):
+        with self._folder_errors.writing(self._name):
             if self._lines.is_changed:
-                self._trouble.changed([self._name])
+                self._folder_errors.changed([self._name])
                 if self._lines.restore() and self._lines.lost:
                     log.warning("transcript_begun_anew", file=self._name)
             while self._waiting:
                 self._lines.append(self._waiting[0])
                 self._take()
         if self._dropped and not self._waiting:
-            self._tell_of_missing()
+            self._log_missing()
 
     @property
     def is_empty(self) -> bool:
@@ -57,16 +56,16 @@ class TranscriptFile:
         return self._lines.is_empty
 
     def close(self) -> None:
-        """Write what waits, or say how much is missing, and close the file."""
+        """Write the waiting lines, or log how many are missing, and close the file."""
         self.write()
         self._dropped += len(self._waiting)
         if self._dropped:
-            self._tell_of_missing()
+            self._log_missing()
         self._lines.close()
 
     def _take(self) -> None:
         self._size -= len(self._waiting.popleft())
 
-    def _tell_of_missing(self) -> None:
+    def _log_missing(self) -> None:
         log.error("transcript_lines_missing", lines=self._dropped)
         self._dropped = 0

@@ -34,7 +34,7 @@ def gguf_type_of(formats: Formats, given: GgufType | None) -> GgufType:
     """Return the type of a GGUF file among `formats`. Raises SettingsError if a type is given without that format."""
     if given is not None and "gguf" not in formats:
         raise SettingsError(
-            f"--gguf-type {given} is not read here: {' and '.join(formats)} has no GGUF file; add --format gguf"
+            f"--gguf-type {given} has no effect here: {' and '.join(formats)} has no GGUF file; add --format gguf"
         )
     return given or "f16"
 

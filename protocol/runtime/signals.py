@@ -94,7 +94,7 @@ async def _run(work: Coroutine[Any, Any, T]) -> tuple[T | None, signal.Signals |
 
     def on_signal(number: signal.Signals) -> None:
         if received:
-            os._exit(128 + number)  # children end with this process (daemon.local.leash)
+            os._exit(128 + number)  # children end with it (daemon.local.end_with_parent)
         received.append(number)
         log.info("ending", signal=number.name)
         task.cancel()

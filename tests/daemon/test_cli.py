@@ -107,7 +107,7 @@ def test_evaluate_scores_as_it_is_told(
         ("[-Infinity, Infinity, 0.3, 0.3]", "list of numbers"),
         ("[1e308, 0, 0, 0]", "less than 1"),
         ("[" * 100_000, "list of numbers"),
-        ("{", "no JSON object"),
+        ("{", "not a JSON object"),
     ],
 )
 def test_a_bad_rates_file_gets_one_sentence(
@@ -134,7 +134,7 @@ def test_a_bad_rates_file_gets_one_sentence(
         (["--allocate", "uniform", "--rate", "0.3", "--outlier-range", "0.1"], "--outlier-range is for --allocate owl"),
         (["--allocate", "uniform", "--rate", "0.3", "--seed", "9" * 30], "seed"),
         (["--allocate", "uniform", "--rate", "0.3", "--multiple-of", "1000"], "multiples of 1000: the narrowest MLP"),
-        (["--scoring", "sequential"], "--scoring is not read here: the model is measured as it is"),
+        (["--scoring", "sequential"], "--scoring has no effect here: the model is measured as is"),
         (["--fitness", "kl"], "give --allocate or --rates"),
         (["--allocate", "magic", "--rate", "0.3"], "magic"),
         (["--allocate", "uniform"], "--allocate needs --rate"),

@@ -354,7 +354,7 @@ async def test_a_search_that_was_refused_gives_its_name_to_the_next_and_its_work
     refused = ["data.fitness_windows=null", "search.first_windows=100000"]
     async with nothing_left_behind(run.folder):
         code, _, err = await run.answer("run", str(run.config), *(w for o in refused for w in ("--set", o)))
-        assert code == 2 and "must be fewer than those of the fitness text" in err.splitlines()[-1]
+        assert code == 2 and "must be smaller than the number of windows of the fitness text" in err.splitlines()[-1]
         for model in ("/nowhere/one", "/nowhere/two"):
             code, _, err = await run.answer("run", str(run.config), "--set", f"target.model={model}")
             assert code == 2 and f"there is no folder '{model}'" in err.splitlines()[-1]

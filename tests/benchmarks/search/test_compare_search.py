@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.search import compare_search
 from benchmarks.search.searches import RESULT, BestSoFar, SearchResult, keep_result, result_before
-from daemon.local.held_folder import only_one
+from daemon.local.folder_lock import lock_folder
 from protocol.errors import SearchExistsError
 
 pytest.importorskip("matplotlib")
@@ -109,7 +109,7 @@ def test_figures_of_other_searches_are_not_joined(tmp_path: Path, capsys: pytest
         (("--fitness", "/nosuch.txt"), "there is no text file '/nosuch.txt'"),
         (("--report", "/nosuch.txt"), "there is no text file '/nosuch.txt'"),
         (("--methods", "random", "evolution-multi", "--windows", "2"), "search.first_windows (2) must be fewer"),
-        (("--methods", "llm", "--llm-url", "ftp://x:secret@y"), "it is no URL such as http://"),
+        (("--methods", "llm", "--llm-url", "ftp://x:secret@y"), "it is not a URL such as http://"),
         (("--methods", "llm", "--gguf", "/nosuch.gguf"), "there is no GGUF file '/nosuch.gguf'"),
         (("--json", "no/such/folder/figures.json"), "there is no folder 'no/such/folder'"),
         (("--methods", "random", "--out", "list.json"), "--out list.json cannot be created"),
@@ -135,7 +135,7 @@ def test_bad_input_is_a_sentence_before_anything_is_loaded(
 
 
 def test_two_calls_in_one_folder_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with only_one(tmp_path):
+    with lock_folder(tmp_path):
         assert compare_search.main(["--methods", "random", "--out", str(tmp_path)]) == 2
     assert f"the comparison in {tmp_path} is being made by another process" in capsys.readouterr().err
     assert not (tmp_path / "server").exists()

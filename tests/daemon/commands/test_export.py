@@ -109,7 +109,7 @@ def test_the_text_of_a_card_is_looked_for_by_its_name(
     exported = json.loads(capsys.readouterr().out)
     assert main(["evaluate", str(tmp_path / "out")]) == 2
     told = capsys.readouterr().err
-    assert "was measured on a file 'data.txt', which is not here: say with --data where it is" in told
+    assert "was measured on a file 'data.txt', which was not found; pass its path with --data" in told
     monkeypatch.chdir(target)
     assert main(["evaluate", str(tmp_path / "out"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["card_perplexity"] == exported["perplexity"]
@@ -148,7 +148,7 @@ def test_tokens_that_are_kept_are_not_chosen_by_a_seed(
 ) -> None:
     assert export_of_self_text(target, tmp_path / "out") == 0
     assert main(["evaluate", str(tmp_path / "out"), "--seed", "1"]) == 2
-    assert "--seed is not read here" in capsys.readouterr().err.splitlines()[-1]
+    assert "--seed has no effect here" in capsys.readouterr().err.splitlines()[-1]
 
 
 def export_of_self_text(target: Path, out: Path, format_: str = "hf") -> int:
@@ -266,7 +266,7 @@ def test_the_best_of_a_search_is_exported_as_it_was_measured(
     assert asyncio.run(best_so_far("night", None, tmp_path / "runs")).origin == "search night"
     put_status(tmp_path / "runs" / "night", finished=False)
     assert main(["export", *search, "--out", str(tmp_path / "third")]) == 0
-    said = "search night, which was not finished: after 7 candidates"
+    said = "search night, unfinished, after 7 candidates"
     assert said in " ".join(capsys.readouterr().out.split())
     assert f"- Rates from: {said}\n" in (tmp_path / "third" / "README.md").read_text()
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("first", "second")]
@@ -279,7 +279,7 @@ def test_rates_of_another_version_are_one_sentence(tmp_path: Path, capsys: pytes
     search = ["--search", "night", "--folder", str(tmp_path)]
     assert main(["export", *search, "--out", str(tmp_path / "out")]) == 2
     told = capsys.readouterr().err
-    assert "were kept by another version of Self-Pruner" in told and told.count("\n") == 1
+    assert "were saved by another version of Self-Pruner" in told and told.count("\n") == 1
 
 
 def test_an_existing_folder_is_kept_unless_forced(
@@ -297,12 +297,12 @@ def test_an_existing_folder_is_kept_unless_forced(
     ("options", "sentence"),
     [
         ([], "give --search, or --model"),
-        (["--search", "x", "--model", "y"], "leave --model"),
+        (["--search", "x", "--model", "y"], "leave out --model"),
         (["--search", "../x"], "search"),
         (["--model", "smollm2"], "either --rates FILE or --allocate"),
         (["--model", "smollm2", "--allocate", "owl", "--rate", "0.3", "--format", "onnx"], "onnx"),
         (["--search", "never-ran"], "never-ran"),
-        (["--search", "x", "--seqlen", "64"], "--seqlen is not read here"),
+        (["--search", "x", "--seqlen", "64"], "--seqlen has no effect here"),
     ],
 )
 def test_what_cannot_be_exported_gets_one_sentence(
@@ -339,7 +339,7 @@ def test_a_name_that_is_too_long_is_one_sentence(
     [
         (["--format", "onnx"], "--format cannot be 'onnx': use one of hf, padded, gguf"),
         (["--format", "hf", "--format", "padded"], "would write the same files"),
-        (["--gguf-type", "q8_0"], "--gguf-type q8_0 is not read here: hf has no GGUF file"),
+        (["--gguf-type", "q8_0"], "--gguf-type q8_0 has no effect here: hf has no GGUF file"),
     ],
 )
 def test_formats_that_cannot_be_are_one_sentence(

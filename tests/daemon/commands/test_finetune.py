@@ -64,7 +64,7 @@ def test_what_was_killed_ends_with_the_same_weights(
     assert not (tmp_path / "killed").exists()
     if ending == signal.SIGTERM:
         told = first.stderr.splitlines()[-1]
-        assert first.returncode == 143 and "the same command goes on where it was" in told
+        assert first.returncode == 143 and "run the same command again to resume" in told
     else:
         assert first.returncode == -signal.SIGKILL, first.stderr
     again = ended(["-m", "daemon", *command])
@@ -164,7 +164,7 @@ def test_people_get_a_table(folder: Path, tmp_path: Path, capsys: pytest.Capture
     ("options", "sentence"),
     [
         (["--rank", "0"], "rank cannot be"),
-        (["--full", "--rank", "8"], "--rank is not read here"),
+        (["--full", "--rank", "8"], "--rank has no effect here"),
         (["--format", "onnx"], "onnx"),
         (["--max-minutes", "0"], "--max-minutes"),
         (["--eval-windows", "3"], "--eval-data"),
@@ -176,7 +176,7 @@ def test_people_get_a_table(folder: Path, tmp_path: Path, capsys: pytest.Capture
         (["--format", "gguf", "--gguf-type", "q9"], "q9"),
         (
             ["--gguf-type", "q8_0"],
-            "--gguf-type q8_0 is not read here: hf has no GGUF file; add --format gguf",
+            "--gguf-type q8_0 has no effect here: hf has no GGUF file; add --format gguf",
         ),
     ],
 )
@@ -195,7 +195,7 @@ def test_the_folder_that_is_trained_from_is_not_replaced(
     before = sorted((file.name, file.stat().st_mtime_ns) for file in folder.iterdir())
     for out in (folder, tmp_path / "link"):
         assert main(arguments(folder, out, "--force")) == 2
-        assert "is the folder that is trained from" in capsys.readouterr().err.splitlines()[-1]
+        assert "is the folder to train from" in capsys.readouterr().err.splitlines()[-1]
     assert sorted((file.name, file.stat().st_mtime_ns) for file in folder.iterdir()) == before
 
 

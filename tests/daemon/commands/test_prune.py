@@ -222,7 +222,7 @@ def test_a_disk_that_fills_beside_the_folder_is_one_sentence(
         patched.setattr("daemon.commands.prune_steps.replace", full)
         assert main(options) == 1
     told = capfd.readouterr().err.splitlines()[-1]
-    assert "cannot be written (No space left on device); mend that, and the same command goes on" in told
+    assert "cannot be written (No space left on device); fix that and run the same command again" in told
     assert main(options) == 0
 
 
@@ -348,18 +348,18 @@ def test_the_name_of_the_search_follows_from_the_folder_and_from_what_decides_a_
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (["--format", "gguf", "--finetune"], "give --format hf beside gguf"),
-        (["--finetune-data", "x.json"], "--finetune-data is of --finetune, which is missing"),
-        (["--finetune-learning-rate", "1e-3"], "--finetune-learning-rate is of --finetune, which is missing"),
+        (["--format", "gguf", "--finetune"], "add --format hf"),
+        (["--finetune-data", "x.json"], "--finetune-data needs --finetune"),
+        (["--finetune-learning-rate", "1e-3"], "--finetune-learning-rate needs --finetune"),
         (["--finetune", "--finetune-data", "report.txt", "--finetune-learning-rate", "0"], "learning_rate cannot be"),
-        (["--finetune", "--finetune-minutes", "0"], "--finetune-minutes 0.0 is no time to train in"),
-        (["--finetune", "--finetune-minutes", "nan"], "is no time to train in"),
+        (["--finetune", "--finetune-minutes", "0"], "--finetune-minutes 0.0 is not a positive time"),
+        (["--finetune", "--finetune-minutes", "nan"], "is not a positive time"),
         (["--finetune", "--finetune-data", "self"], "there is no file 'self'"),
         (["--finetune"], "cannot be reached"),
-        (["--finetune", "--finetune-data", "TEXT"], "--finetune-data and data.fitness (--data) are one file"),
+        (["--finetune", "--finetune-data", "TEXT"], "--finetune-data and data.fitness (--data) are the same file"),
         (
             ["--finetune", "--finetune-data", "TEXT", "--set", "data.fitness=self"],
-            "--finetune-data and data.report (--report-data) are one file",
+            "--finetune-data and data.report (--report-data) are the same file",
         ),
         (["--finetune", "--set", "target.dtype=float16"], "gradients overflow in float16"),
         (["--finetune", "--finetune-data", "nowhere.json"], "nowhere.json"),
@@ -369,7 +369,7 @@ def test_the_name_of_the_search_follows_from_the_folder_and_from_what_decides_a_
         (["--budget", "2"], "--budget (2) is smaller than the first population"),
         (["--set", "search.nonsense=1"], "nonsense"),
         (["--format", "hf", "--format", "padded"], "would write the same files"),
-        (["--gguf-type", "f16"], "--gguf-type f16 is not read here"),
+        (["--gguf-type", "f16"], "--gguf-type f16 has no effect here"),
     ],
 )
 def test_what_cannot_be_is_one_sentence_before_anything_is_begun(

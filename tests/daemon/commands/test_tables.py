@@ -9,9 +9,9 @@ import pytest
 from rich.console import Console, RenderableType
 
 from agents.population.population import Evaluation
-from daemon.commands import tables as answers
-from daemon.commands.output import answer
-from daemon.monitor.watch_screen import standing
+from daemon.commands import tables
+from daemon.commands.output import print_result
+from daemon.monitor.watch_screen import status_tables
 from daemon.state.journal import best_record
 from protocol.errors import DataError
 from protocol.plans.plan import count_parameters, dense_plan
@@ -92,7 +92,7 @@ def cells(line: str) -> list[str]:
 
 
 def test_an_evaluation_is_a_table_and_says_what_was_measured() -> None:
-    heading, titles, dense, pruned, *lines = printed(answers.evaluation(EVALUATED))
+    heading, titles, dense, pruned, *lines = printed(tables.evaluation(EVALUATED))
     assert heading == "tiny, 30.0% of the decoder's parameters removed by owl"
     assert cells(titles) == ["perplexity", "parameters"]
     assert cells(dense)[:2] == ["dense", "12.35"] and cells(pruned)[:2] == ["pruned", "1,234.57"]
@@ -105,11 +105,11 @@ def test_an_evaluation_is_a_table_and_says_what_was_measured() -> None:
 
 def test_an_evaluation_has_a_column_for_all_that_was_measured_and_no_other() -> None:
     more = {"kl": 0.5, "report_perplexity": 2000.0, "dense_report_perplexity": 20.0}
-    _, titles, dense, pruned, *lines = printed(answers.evaluation(EVALUATED.model_copy(update=more)))
+    _, titles, dense, pruned, *lines = printed(tables.evaluation(EVALUATED.model_copy(update=more)))
     assert titles.split("  ")[-1] == "parameters" and "on the report text" in titles
     assert cells(dense)[1:4] == ["12.35", "20.00", "0.0000"]
     assert cells(pruned)[1:4] == ["1,234.57", "2,000.00", "0.5000"]
-    assert "kl is the divergence from the dense model, in nats a token" in lines
+    assert "kl is the divergence from the dense model, in nats per token" in lines
 
 
 def test_a_model_as_it_is_has_one_row_and_the_claim_of_its_card() -> None:
@@ -124,11 +124,11 @@ def test_a_model_as_it_is_has_one_row_and_the_claim_of_its_card() -> None:
         fitness_digest="abc",
         card_perplexity=23.46,
     )
-    heading, _, row, *lines = printed(answers.evaluation(as_it_is))
-    assert heading == "pruned, as it is" and row.startswith("as it is")
+    heading, _, row, *lines = printed(tables.evaluation(as_it_is))
+    assert heading == "pruned, as is" and row.startswith("as is")
     assert lines == [
-        "measured on text that the dense model wrote: 1 window of 256 tokens, 255 of them predicted",
-        "the folder's card says 23.46 of the same tokens",
+        "measured on text that the dense model generated: 1 window of 256 tokens, 255 of them predicted",
+        "the model card states 23.46 on the same tokens",
         "measuring took 1.0 s",
     ]
 
@@ -142,9 +142,9 @@ def test_a_model_as_it_is_has_one_row_and_the_claim_of_its_card() -> None:
 )
 def test_an_export_says_what_was_written_and_what_to_type_next(source: str, command: str) -> None:
     reported = EXPORTED.model_copy(update={"report_perplexity": 34.5678})
-    lines = printed(answers.exported(reported, TextSpec(source=source, windows=2, seqlen=256)))
+    lines = printed(tables.exported(reported, TextSpec(source=source, windows=2, seqlen=256)))
     assert lines[0] == "my models/pruned: tiny, 30.0% of the decoder's parameters removed by search quickstart, as hf"
-    assert "pruned, on the report text: 34.57; README.md has the dense model's beside it" in lines
+    assert "pruned, on the report text: 34.57; see README.md for the dense model's" in lines
     assert ["model.safetensors", "269.00"] in [cells(line) for line in lines]
     assert lines[-2:] == ["writing took 3.2 s", command]
 
@@ -153,7 +153,7 @@ TEXT = TextSpec(source="self", windows=2, seqlen=256)
 
 
 def test_a_pruned_model_stands_beside_the_dense_one_and_uniform_pruning() -> None:
-    _, titles, dense, uniform, pruned, *lines = printed(answers.pruned(PRUNED, TEXT))
+    _, titles, dense, uniform, pruned, *lines = printed(tables.pruned(PRUNED, TEXT))
     assert cells(titles) == ["perplexity", "parameters"]
     assert [cells(row)[:2] for row in (dense, uniform, pruned)] == [
         ["dense", "12.35"],
@@ -161,7 +161,7 @@ def test_a_pruned_model_stands_beside_the_dense_one_and_uniform_pruning() -> Non
         ["pruned", "23.46"],
     ]
     assert cells(uniform)[2:] == ["34.57", "9.9", "M"] and cells(pruned)[2:] != ["9.9", "M"]
-    assert "perplexity is 0.679 of that of uniform, rectangular (one search, one seed)" in lines
+    assert "perplexity is 0.679 times that of uniform, rectangular (one search, one seed)" in lines
     assert "searched with 8 evaluations in 90 s (search night), 5 of them proposed by the LLM" in lines
 
 
@@ -192,39 +192,41 @@ def test_after_fine_tuning_both_texts_have_a_figure() -> None:
         seconds=1.0,
     )
     result = PRUNED.model_copy(update={"exported": reported, "finetuned": tuned})
-    assert ["fine-tuned", "20.50", "27.50"] in [cells(line)[:3] for line in printed(answers.pruned(result, TEXT))]
-    after = [cells(line) for line in printed(answers.finetuned(tuned))]
+    assert ["fine-tuned", "20.50", "27.50"] in [cells(line)[:3] for line in printed(tables.pruned(result, TEXT))]
+    after = [cells(line) for line in printed(tables.finetuned(tuned))]
     assert ["perplexity", "23.40", "20.50"] in after and ["on", "the", "report", "text", "30.00", "27.50"] in after
 
 
 def test_what_a_search_minimised_is_shown() -> None:
     divergent = EXPORTED.model_copy(update={"kl": 0.25})
     result = PRUNED.model_copy(update={"uniform_kl": 0.5, "exported": divergent})
-    lines = printed(answers.pruned(result, TEXT))
+    lines = printed(tables.pruned(result, TEXT))
     assert cells(lines[1]) == ["perplexity", "kl", "parameters"]
     assert [cells(row)[-3] for row in lines[2:5]] == ["0.0000", "0.5000", "0.2500"]
-    assert "kl is the divergence from the dense model, in nats a token" in lines
+    assert "kl is the divergence from the dense model, in nats per token" in lines
 
 
 def test_where_what_stays_was_fitted_the_baseline_is_fitted_uniform() -> None:
     result = PRUNED.model_copy(update={"reconstruction": "least-squares", "uniform_report_perplexity": 40.0})
     best = EXPORTED.model_copy(update={"report_perplexity": 30.0})
-    lines = printed(answers.pruned(result.model_copy(update={"exported": best}), TEXT))
+    lines = printed(tables.pruned(result.model_copy(update={"exported": best}), TEXT))
     assert lines[3].startswith("uniform, fitted")
-    assert "perplexity is 0.679 (0.750 on the report text) of that of uniform, fitted (one search, one seed)" in lines
+    assert (
+        "perplexity is 0.679 (0.750 on the report text) times that of uniform, fitted (one search, one seed)" in lines
+    )
 
 
 def test_a_gguf_is_told_beside_the_model_in_memory() -> None:
     measured = GgufPerplexity(file_type="q4_k_m", perplexity=51.239, in_memory=44.1, tokens=2044)
     gguf = EXPORTED.model_copy(update={"gguf": measured})
-    lines = printed(answers.exported(gguf, TextSpec(source="self", windows=2, seqlen=256)))
+    lines = printed(tables.exported(gguf, TextSpec(source="self", windows=2, seqlen=256)))
     told = "in llama.cpp the GGUF file (q4_k_m) measures 51.24 on 2,044 tokens, where the model in memory has 44.10"
     assert told in lines
 
 
 def test_a_gguf_is_tried_with_llama_cpp() -> None:
     gguf = EXPORTED.model_copy(update={"formats": ("gguf",), "files": {"README.md": 1, "pruned-F16.gguf": 2}})
-    *_, last = printed(answers.exported(gguf, TextSpec(source="self", windows=2, seqlen=256)))
+    *_, last = printed(tables.exported(gguf, TextSpec(source="self", windows=2, seqlen=256)))
     assert last == "next: llama-cli -m 'my models/pruned/pruned-F16.gguf' -p 'Once upon a time'"
 
 
@@ -242,7 +244,7 @@ def test_an_allocation_says_each_layers_rates_and_what_it_keeps(granularity: Any
         shape=SHAPE,
         spec=spec,
     )
-    _, titles, *rows = printed(answers.allocation(result))
+    _, titles, *rows = printed(tables.allocation(result))
     assert ("attention rate" in titles) == (granularity == "block")
     first, whole = plan.layers[0], SHAPE.layers[0]
     figures = ["0", *["0.300"] * (len(rates) // len(plan.layers))]
@@ -254,7 +256,7 @@ def test_an_allocation_says_each_layers_rates_and_what_it_keeps(granularity: Any
 def test_the_best_says_who_made_it_and_how_to_export_it() -> None:
     candidate = candidates(1)[0]
     record = best_record("night", SPEC, SHAPE, Evaluation(candidate, measured(23.4567), 0))
-    lines = printed(answers.best(record))
+    lines = printed(tables.best(record))
     assert "perplexity 23.46; measured on" in lines[1]
     assert f"candidate {candidate.id}, made by the {candidate.provenance.agent}" in lines[2]
     assert lines[-1] == "next: selfpruner export --search night --out DIR"
@@ -262,17 +264,17 @@ def test_the_best_says_who_made_it_and_how_to_export_it() -> None:
 
 def test_a_best_of_another_version_is_one_sentence() -> None:
     with pytest.raises(DataError, match="by another version of Self-Pruner; --json shows them"):
-        printed(answers.best({"search": "night", "rates": [0.3]}))
+        printed(tables.best({"search": "night", "rates": [0.3]}))
 
 
 def test_a_status_is_one_look_of_the_screen() -> None:
     dead = {"id": "abc", "reason": "crashed", "worker": "host:9", "detail": "it died 3 times"}
-    text = "\n".join(printed(standing(STATUS.model_copy(update={"dead": (dead,)}))))
+    text = "\n".join(printed(status_tables(STATUS.model_copy(update={"dead": (dead,)}))))
     assert "5 measured, 1 failed" in text and "evaluating" in text
     assert "it died 3 times" in text and "host:9" in text
 
 
 def test_what_is_printed_to_a_file_is_not_wrapped(capsys: pytest.CaptureFixture[str]) -> None:
     name = "[bold]" + "x" * 200
-    answer({}, json_=False, in_words=lambda: answers.evaluation(EVALUATED.model_copy(update={"model": name})))
+    print_result({}, json_=False, tables=lambda: tables.evaluation(EVALUATED.model_copy(update={"model": name})))
     assert capsys.readouterr().out.splitlines()[0].startswith(name)

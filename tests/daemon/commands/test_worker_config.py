@@ -6,8 +6,6 @@ from typing import Any
 
 import pytest
 
-import daemon.cli
-import gpu_worker.worker.worker
 from daemon.cli import main
 from gpu_worker.worker.worker import WorkerOptions
 from protocol.errors import UsageError
@@ -36,7 +34,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[WorkerOptions]:
     async def run_worker(given: WorkerOptions) -> None:
         options.append(given)
 
-    monkeypatch.setattr(gpu_worker.worker, "run_worker", run_worker)
+    monkeypatch.setattr("gpu_worker.worker.worker.run_worker", run_worker)
     monkeypatch.delenv("SELFPRUNER_REDIS__URL", raising=False)
     return options
 
@@ -85,8 +83,8 @@ def test_a_worker_that_stays_ends_after_a_while_where_the_cause_may_pass(
     async def run_worker(_: WorkerOptions) -> None:
         raise UsageError("no GPU is free")
 
-    monkeypatch.setattr(gpu_worker.worker, "run_worker", run_worker)
-    monkeypatch.setattr(daemon.cli, "REST_SECONDS", 0.1)
+    monkeypatch.setattr("gpu_worker.worker.worker.run_worker", run_worker)
+    monkeypatch.setattr("daemon.commands.worker.REST_SECONDS", 0.1)
     assert main(["worker", "--config", str(config), "--stay"]) == 2
     told = capsys.readouterr()
     assert "must_be_mended" in told.out + told.err and "no GPU is free" in told.err

@@ -108,7 +108,7 @@ async def test_many_malformed_requests_are_counted_in_few_lines(
     for _ in range(50):
         await reply(ask, get(b"/livez", b"nonsense\r\n"))
     check_log(log_file, 1)
-    monkeypatch.setattr(http_server, "TELL_SECONDS", 0.0)
+    monkeypatch.setattr(http_server, "LOG_SECONDS", 0.0)
     await reply(ask, get(b"/livez", b"nonsense\r\n"))
     lines = [json.loads(line) for line in told(log_file)]
     assert [line["requests"] for line in lines] == [1, 50]

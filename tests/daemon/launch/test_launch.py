@@ -293,7 +293,10 @@ def measured_in(folder: Path) -> list[dict[str, Any]]:
     [
         (["llm.reply=lists"], r"lists` takes about [\d,]+ tokens for 4 lists of \d+ rates, and scripted has 700"),
         (["search.max_tokens=10"], r"search.max_tokens \(10\) is smaller than what the first population takes"),
-        (["search.first_windows=50"], r"search.first_windows \(50\) must be fewer than those of the fitness text"),
+        (
+            ["search.first_windows=50"],
+            r"search.first_windows \(50\) must be smaller than the number of windows of the fitness text",
+        ),
     ],
 )
 async def test_what_does_not_go_with_model_and_text_is_refused_and_the_name_stays_free(

@@ -121,20 +121,22 @@ async def test_a_child_that_ends_with_its_last_word_is_not_started_again() -> No
     assert not logs
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the leash is Linux's")
-def test_a_command_whose_parent_died_before_its_leash_was_on_is_not_run(tmp_path: Path) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a child with its parent")
+def test_a_command_whose_parent_died_before_it_began_is_not_run(tmp_path: Path) -> None:
     """The process that starts it is another than the one that wanted it, as after the death of the latter."""
     gone = subprocess.Popen(["true"])
     gone.wait()
     ran = tmp_path / "ran"
     command = [sys.executable, "-c", f"open({str(ran)!r}, 'w')"]
     for parent, runs in ((gone.pid, False), (os.getpid(), True)):
-        done = subprocess.run([sys.executable, "-m", "daemon.local.leash", str(parent), *command], check=False)
+        done = subprocess.run(
+            [sys.executable, "-m", "daemon.local.end_with_parent", str(parent), *command], check=False
+        )
         assert (done.returncode == 0, ran.exists()) == (runs, runs)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="the leash is Linux's")
-async def test_a_child_on_the_leash_ends_when_its_parent_is_killed() -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends a child with its parent")
+async def test_a_child_ends_when_its_parent_is_killed() -> None:
     code = f"import asyncio, daemon.local.children as c\nchild = c.Child('c', {SLEEPS!r})\n"
     code += "async def main():\n await child.start()\n await asyncio.sleep(600)\nasyncio.run(main())"
     parent = await asyncio.create_subprocess_exec(sys.executable, "-c", code)

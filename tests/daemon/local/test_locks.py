@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from structlog.testing import capture_logs
 
-from daemon.local.held_folder import is_running, only_one
+from daemon.local.folder_lock import is_running, lock_folder
 from gpu_worker.export.folder import ExportError, write_folder
 from protocol.errors import UsageError
 from protocol.results.formats import FACTS
@@ -58,7 +58,7 @@ def test_a_file_system_without_locks_is_warned_of_in_a_line(
     monkeypatch.setattr("fcntl.flock", failing(code))
     with capture_logs() as logs:
         write_folder(tmp_path / "out", write_one, force=False)
-        with only_one(tmp_path / "search"):
+        with lock_folder(tmp_path / "search"):
             assert not is_running(tmp_path / "search")
     assert (tmp_path / "out" / FACTS).read_text() == "new"
     assert [line["event"] for line in logs] == ["file_system_without_locks"] * 2
@@ -66,7 +66,7 @@ def test_a_file_system_without_locks_is_warned_of_in_a_line(
 
 def test_another_error_of_a_lock_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fcntl.flock", failing(errno.EIO))
-    with pytest.raises(UsageError, match=r"run\.folder cannot be written: .*Input/output error"), only_one(tmp_path):
+    with pytest.raises(UsageError, match=r"run\.folder cannot be written: .*Input/output error"), lock_folder(tmp_path):
         pass
     with pytest.raises(ExportError, match=r"cannot be written \(Input/output error\)"):
         write_folder(tmp_path / "out", write_one, force=False)

@@ -11,12 +11,12 @@ from rich.console import Console
 from rich.live import Live
 
 from agents.population.population import Evaluation
-from daemon.local.held_folder import is_running, only_one
+from daemon.local.folder_lock import is_running, lock_folder
 from daemon.monitor import watch as watch_module
 from daemon.monitor.events import Event
 from daemon.monitor.remote import RemoteSearch, open_remote
 from daemon.monitor.status import QueueDepth, Status
-from daemon.monitor.watch import json_lines, on_screen, watch
+from daemon.monitor.watch import follow, json_lines, on_screen
 from daemon.monitor.watch_screen import RATE_SECONDS, Screen
 from protocol.errors import UsageError
 from protocol.queue.connection import connect
@@ -79,7 +79,7 @@ async def test_a_search_is_followed_from_another_process_to_its_end(redis: Redis
     out = io.StringIO()
     await redis.set(keys.spec, SPEC.model_dump_json())
     async with observed(redis, keys, tmp_path) as it:
-        watching = asyncio.create_task(watch(RemoteSearch(redis, keys, SPEC), None, json_lines(out)))
+        watching = asyncio.create_task(follow(RemoteSearch(redis, keys, SPEC), None, json_lines(out)))
         await asyncio.sleep(0.2)
         async with evaluating(redis, keys, every_third_fails):
             await it.run()
@@ -111,7 +111,7 @@ async def test_the_terminal_shows_the_search_and_keeps_showing_it_while_redis_is
         await it.run()
         with Live(console=console, auto_refresh=False) as live:
             tell = on_screen(live, Screen())
-            watching = asyncio.create_task(watch(RemoteSearch(redis, keys, SPEC), None, tell))
+            watching = asyncio.create_task(follow(RemoteSearch(redis, keys, SPEC), None, tell))
             await shown(it.search.state.population.top(1)[0].candidate.id)
             server.kill()
             await shown("Redis does not answer")
@@ -181,12 +181,12 @@ def test_the_screen_fits_a_small_terminal_and_shows_more_events_on_a_large_one()
     ("change", "says"),
     [
         ({"redis": "away"}, "Redis does not answer"),
-        ({"daemon": None}, "no daemon runs it"),
+        ({"daemon": None}, "stopped"),
         ({"daemon": None, "finished": True}, "finished"),
         ({"control": "pause"}, "paused"),
         ({"control": "stop"}, "stopping"),
         ({"degraded": True, "degraded_by": "endpoints"}, "degraded: no LLM endpoint answers"),
-        ({"degraded": True, "degraded_by": "budget"}, "degraded: the LLM's budget is used up"),
+        ({"degraded": True, "degraded_by": "budget"}, "degraded: the LLM budget is used up"),
         ({"workers": ()}, "waiting for a worker"),
     ],
 )
@@ -220,6 +220,6 @@ def test_the_rate_is_that_of_the_last_two_minutes() -> None:
 
 def test_whether_a_run_of_this_machine_is_alive_is_told_by_its_lock(tmp_path: Path) -> None:
     assert not is_running(tmp_path)
-    with only_one(tmp_path):
+    with lock_folder(tmp_path):
         assert is_running(tmp_path)
     assert not is_running(tmp_path)

@@ -7,7 +7,7 @@ import pytest
 from redis.asyncio import Redis
 from structlog.testing import capture_logs
 
-from daemon.search.control import Pausing, StopRequested
+from daemon.search.control import ControlWatcher, StopRequested
 from protocol.queue import control as control_module
 from protocol.queue.control import SETTLED_SECONDS, Control
 from protocol.queue.keys import Keys
@@ -130,15 +130,15 @@ async def test_without_an_epoch_the_command_stays_however_long(
 
 async def test_the_gate_closes_on_pause_and_opens_on_resume(redis: Redis, keys: Keys) -> None:
     control = Control(redis, keys)
-    pausing = Pausing(control)
-    await pausing.begin()
-    watching = asyncio.create_task(pausing.watch())
-    await pausing.gate()
+    control_watcher = ControlWatcher(control)
+    await control_watcher.begin()
+    watching = asyncio.create_task(control_watcher.watch())
+    await control_watcher.gate()
     await control.write("pause")
     async with asyncio.timeout(10):
-        while pausing.command != "pause":
+        while control_watcher.command != "pause":
             await asyncio.sleep(0.01)
-    waiting = asyncio.create_task(pausing.gate())
+    waiting = asyncio.create_task(control_watcher.gate())
     await asyncio.sleep(0.1)
     assert not waiting.done()
     await control.write("run")
@@ -149,12 +149,12 @@ async def test_the_gate_closes_on_pause_and_opens_on_resume(redis: Redis, keys: 
 
 async def test_stop_ends_the_watching(redis: Redis, keys: Keys) -> None:
     control = Control(redis, keys)
-    pausing = Pausing(control)
-    await pausing.begin()
+    control_watcher = ControlWatcher(control)
+    await control_watcher.begin()
     await control.write("stop")
     with pytest.raises(StopRequested):
         async with asyncio.timeout(10):
-            await pausing.watch()
+            await control_watcher.watch()
 
 
 async def test_a_person_who_starts_a_stopped_search_overrules_the_stop_but_not_a_pause(
@@ -163,6 +163,6 @@ async def test_a_person_who_starts_a_stopped_search_overrules_the_stop_but_not_a
     control = Control(redis, keys)
     for before, after in (("stop", "run"), ("pause", "pause")):
         await control.write(before)  # type: ignore[arg-type]
-        pausing = Pausing(control)
-        await pausing.begin()
-        assert pausing.command == after
+        control_watcher = ControlWatcher(control)
+        await control_watcher.begin()
+        assert control_watcher.command == after

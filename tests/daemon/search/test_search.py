@@ -312,7 +312,7 @@ async def test_the_table_of_a_search_that_minimises_perplexity_does_not_speak_of
     assert dense.split("│")[2].strip() == "–", "the dense model is no ratio to a pruned one"
     assert "not final" not in text
     stopped = shown(summarise("test", search.state, {}, finished=False))
-    assert stopped.splitlines()[-1].endswith("these figures are not final, and the same command goes on")
+    assert stopped.splitlines()[-1].endswith("these figures are not final; run the same command again to resume")
 
 
 async def test_the_best_so_far_says_whether_its_search_was_finished(redis: Redis, keys: Keys, tmp_path: Path) -> None:
@@ -322,7 +322,7 @@ async def test_the_best_so_far_says_whether_its_search_was_finished(redis: Redis
     known = search.state.population.outcomes - 1  # without the baseline
     await redis.set(keys.profile, PROFILE.model_copy(update={"fingerprint": SPEC.fingerprint}).model_dump_json())
     best = await RemoteSearch(redis, keys, SPEC).best_so_far()
-    assert best.origin == f"search {keys.search}, which was not finished: after {known} candidates"
+    assert best.origin == f"search {keys.search}, unfinished, after {known} candidates"
     assert best.status is not None
     finished = best.status.model_copy(update={"finished": True})
     await redis.set(keys.condition, "of another version")
@@ -365,7 +365,7 @@ async def test_the_summary_says_which_uniform_the_ratio_is_to(redis: Redis, keys
         for spec in (SPEC, SPEC.model_copy(update={"reconstruction": "least-squares"}))
     )
     assert "ratio to uniform, rectangular" in shown(plain) and "ratio to uniform, fitted" in shown(fitted)
-    weak = "this uniform is a weak baseline"
+    weak = "uniform is a weak baseline here"
     assert weak in shown(plain) and weak not in shown(fitted)
     assert plain.model_dump()["uniform"].keys() == plain.model_dump()["best"].keys()
 

@@ -102,7 +102,7 @@ def test_aliases_and_merges_are_counted_as_what_they_stand_for() -> None:
 
 
 def test_a_key_that_is_given_twice_is_not_shown() -> None:
-    with pytest.raises(Refused, match=r"^line 2 gives a value again that was given before$"):
+    with pytest.raises(Refused, match=r"^line 2 repeats a key$"):
         setting_file.parsed(f"{SECRET}: 1\n{SECRET}: 2\n")
 
 

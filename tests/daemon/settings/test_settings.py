@@ -64,7 +64,7 @@ def test_defaults_are_the_papers() -> None:
         ("search=3", "search cannot be '3'"),
         (
             "search.max_evaluations=5",
-            r"^search.max_evaluations \(5\) is smaller than the first population \(30\): give",
+            r"^search.max_evaluations \(5\) is smaller than the first population \(30\): raise it",
         ),
         (
             "search={proposer: random, mutator: ranked}",
@@ -75,10 +75,10 @@ def test_defaults_are_the_papers() -> None:
         ("search.mutations={a: 1}", r"^search.mutations cannot be \"\{'a': 1\}\""),
         ("search.name.first=3", "search.name"),
         ("nonsense", "--set takes key=value"),
-        ("target.rate={", "the value of target.rate is no YAML"),
-        ("search.name=2001-99-99", "the value of search.name is no YAML"),
-        ("search.seed=" + "9" * 5000, "the value of search.seed is no YAML"),
-        ("search.name=" + "[" * 20_000, "the value of search.name is no YAML"),
+        ("target.rate={", "the value of target.rate is not valid YAML"),
+        ("search.name=2001-99-99", "the value of search.name is not valid YAML"),
+        ("search.seed=" + "9" * 5000, "the value of search.seed is not valid YAML"),
+        ("search.name=" + "[" * 20_000, "the value of search.name is not valid YAML"),
     ],
 )
 def test_a_mistake_gets_one_sentence_that_names_it(config: Path, override: str, sentence: str) -> None:
@@ -88,7 +88,7 @@ def test_a_mistake_gets_one_sentence_that_names_it(config: Path, override: str, 
 
 
 def test_tokens_that_are_too_few_for_the_first_population_are_refused_before_anything_is_started(config: Path) -> None:
-    says = r"^search.max_tokens \(100\) is smaller than what the first population takes \(30 x 16,376\): give"
+    says = r"^search.max_tokens \(100\) is smaller than what the first population takes \(30 x 16,376\): raise it"
     with pytest.raises(SettingsError, match=says):
         load(config, ["search.max_tokens=100", "data.fitness_windows=8", "data.seqlen=2048"])
 
@@ -125,7 +125,7 @@ def test_no_mistake_shows_a_secret(config: Path, override: str) -> None:
 @pytest.mark.parametrize("text", ["llm: *{}", "llm: {{endpoints: [{{api_key: {}", "- {}", "{}", "a: !{} b"])
 def test_a_file_that_is_no_yaml_shows_no_secret(tmp_path: Path, text: str) -> None:
     (tmp_path / "bad.yaml").write_text(text.format(SECRET))
-    with pytest.raises(SettingsError, match=r"bad\.yaml is no YAML mapping of settings") as caught:
+    with pytest.raises(SettingsError, match=r"bad\.yaml is not a YAML mapping of settings") as caught:
         load(tmp_path / "bad.yaml")
     assert SECRET not in "".join(traceback.format_exception(caught.value))
 
@@ -134,7 +134,7 @@ def test_a_file_that_is_no_yaml_shows_no_secret(tmp_path: Path, text: str) -> No
     "url", ["http://host:abc/v1", "http://[::1/v1", "http://h:0/v1", "http:///v1", "http://a b/v1", "http://a..b/v1"]
 )
 def test_an_endpoint_that_is_no_url_is_refused(config: Path, url: str) -> None:
-    with pytest.raises(SettingsError, match=r"llm\.endpoints\.0\.base_url cannot be .* no URL"):
+    with pytest.raises(SettingsError, match=r"llm\.endpoints\.0\.base_url has an invalid value: .* not a URL"):
         load(config, [f"llm.endpoints=[{{base_url: '{url}', model: m}}]"])
 
 

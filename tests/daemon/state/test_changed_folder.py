@@ -17,7 +17,7 @@ from daemon.http_api.token import open_access
 from daemon.launch.launch import Launch
 from daemon.settings.settings import Settings
 from daemon.state import journal
-from daemon.state.folder_errors import Trouble
+from daemon.state.folder_errors import FolderErrors
 from daemon.state.transcript import TranscriptFile
 from protocol.queue.keys import Keys
 from protocol.runtime import files, logs
@@ -321,7 +321,7 @@ def test_a_log_file_that_is_begun_anew_says_so(tmp_path: Path, monkeypatch: pyte
 
 def test_a_transcript_that_is_begun_anew_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "transcript.jsonl"
-    transcript = TranscriptFile(path, Trouble(tmp_path))
+    transcript = TranscriptFile(path, FolderErrors(tmp_path))
     transcript.add("first\n")
     monkeypatch.setattr(files, "LARGEST_COPY_BYTES", 3)
     path.unlink()

@@ -16,7 +16,7 @@ from daemon.launch.launch import Launch
 from daemon.settings.settings import Settings
 from daemon.settings.sources import load
 from daemon.state import transcript
-from daemon.state.folder_errors import Trouble
+from daemon.state.folder_errors import FolderErrors
 from daemon.state.transcript import TranscriptFile
 from protocol.queue.keys import Keys
 from protocol.runtime.files import Lines, replace
@@ -68,7 +68,7 @@ async def test_a_search_goes_on_while_its_disk_is_full_and_its_files_are_complet
         if len(llm.asked) == 3:
             disk.fill()
         if len(llm.asked) == 12:
-            files = launch._journal.trouble.files
+            files = launch._journal.folder_errors.files
             in_trouble.append({"evaluations.jsonl", "transcript.jsonl"} <= set(files))
             if is_freed:
                 disk.free()
@@ -161,7 +161,7 @@ def test_of_a_transcript_too_long_to_keep_the_newest_lines_are_kept_and_the_othe
     limited: LimitedFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(transcript, "KEPT", 100)
-    file = TranscriptFile(limited.folder / "transcript.jsonl", Trouble(limited.folder))
+    file = TranscriptFile(limited.folder / "transcript.jsonl", FolderErrors(limited.folder))
     with capture_logs() as logs:
         file.add("before\n")
         limited.fill()

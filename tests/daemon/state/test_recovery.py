@@ -69,7 +69,7 @@ def test_what_was_spent_comes_back_too_and_never_gets_less(folder: Path) -> None
     before = first(2)
     before.counters = {"requests": 5.0, "seconds": 8.0}
     history = recovered(folder, SPEC, before)
-    assert history is not None and history.counters == {"requests": 5.0, "seconds": 8.0}
+    assert history is not None and history.counters == {"requests": 5.0, "seconds": 8.0, "cost": 0.0}
     history = recovered(folder, SPEC, History())
     assert history is not None and history.counters["requests"] == 1.0
 

@@ -143,7 +143,7 @@ async def test_a_damaged_counter_is_left_out_and_counted_as_damage(redis: Redis,
     remote = RemoteHistory(redis, keys)
     assert await remote.read()
     assert remote.counters == {"seconds": 2.0}
-    await store.count_anew({"seconds": 3.0})
+    await store.replace_counters({"seconds": 3.0})
     assert await client.hgetall(keys.state) == {"seconds": "3.0"}
 
 

@@ -299,7 +299,7 @@ def test_given_rates_are_checked_before_anything_is_scored(spec: SearchSpec, mon
 
 @pytest.mark.parametrize(("family", "begins"), [("gemma3_text", True), ("llama", False)])
 def test_every_window_of_a_family_that_needs_it_begins_with_bos(tmp_path: Path, family: str, begins: bool) -> None:
-    """Also of calibration, and the same ones as where the model is measured as it is."""
+    """Also of calibration, and the same ones as where the model is measured as is."""
     spec = tiny_spec(tmp_path)
     spec = spec.model_copy(update={"model": str(save_tiny_folder(tmp_path / family, family, hidden_size=48))})
     target = Target(spec)

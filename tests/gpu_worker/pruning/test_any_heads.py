@@ -205,14 +205,14 @@ def test_people_read_which_heads_went_and_that_the_model_is_masked(
     assert evaluate(target, *UNIFORM, "--heads", "any") == 0
     said = capsys.readouterr().out
     assert "removed by uniform, any heads\n" in said
-    assert "masked, to compare with: no format can hold a model that loses any of its query heads" in said
+    assert "query heads are masked, for comparison only: no export format supports such a model" in said
 
 
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
         ([*UNIFORM, "--heads", "some"], "'some' is not one of 'rectangular', 'any'"),
-        (["--heads", "any"], "--heads is not read here: the model is measured as it is"),
+        (["--heads", "any"], "--heads has no effect here: the model is measured as is"),
         ([*UNIFORM, "--heads", "any", "--split", "mlp-first"], "--heads any needs --split equal, not 'mlp-first'"),
         ([*UNIFORM, "--heads", "any", "--granularity", "block"], "--heads any needs --granularity layer, not 'block'"),
         ([*UNIFORM, "--heads", "any", "--scoring", "sequential"], "--heads any needs --scoring dense"),
@@ -238,6 +238,6 @@ def test_no_other_command_takes_any_heads(command: list[str], capsys: pytest.Cap
     assert main(command) == 2
     (said,) = capsys.readouterr().err.splitlines()
     assert (
-        "--heads is for `selfpruner evaluate` alone: any heads are masked, and cannot be exported or searched over"
+        "--heads is for `selfpruner evaluate` only: such heads are masked, and cannot be exported or searched over"
         in said
     )

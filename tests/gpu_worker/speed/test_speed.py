@@ -200,7 +200,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["--baseline", "dense", "--engine", "vllm"], "the engine vllm is not installed"),
         (
             ["--baseline", "dense", "--engine", "transformers", "--gguf-type", "q8_0"],
-            "--gguf-type q8_0 is not read here",
+            "--gguf-type q8_0 has no effect here",
         ),
         (["--baseline", "dense", "--engine", "onnx"], "there is no engine 'onnx'"),
         (["--baseline", "dense", "--batch-size", "1000000000"], "too large for this machine"),

@@ -1,6 +1,6 @@
-"""`selfpruner daemon --stay`: where whoever started it would start it again, it outlasts its search and its mistakes.
+"""`--stay`: keep the process alive after its search has ended or failed, where a supervisor would restart it.
 
-A search that has ended would be started for nothing, again and again; a wrong key would be tried every minute.
+Otherwise a search that has ended would be restarted again and again, and a wrong key would be retried every minute.
 """
 
 import asyncio
@@ -23,14 +23,14 @@ log = structlog.get_logger()
 
 
 def stay_after_end(settings: Settings, access: Access | None) -> None:
-    """Say that the process lives, and how far its search came, until a signal."""
+    """Serve the health check and the last status until a signal."""
     run_until_signal(_answer(settings, access))
 
 
-def stay_to_be_mended(error: SelfPrunerError, *, at_most: float | None = None) -> None:
-    """Do nothing until a signal, or for `at_most` seconds where the cause may pass by itself.
+def stay_after_error(error: SelfPrunerError, *, at_most: float | None = None) -> None:
+    """Do nothing until a signal, or for `at_most` seconds if the cause may pass by itself.
 
-    Nothing is served: a health check fails, and so shows that somebody must look.
+    Nothing is served, so the health check fails and shows the problem.
     """
     run_until_signal(_wait(str(error), at_most))
 
@@ -69,9 +69,7 @@ def _application(guard: Guard, folder: Path) -> web.Application:
         return web.json_response(text=found.model_dump_json())
 
     async def ended(_request: web.Request) -> web.Response:
-        raise web.HTTPServiceUnavailable(
-            text="the search has ended: /api/status says how far it came; start the daemon again to go on"
-        )
+        raise web.HTTPServiceUnavailable(text="the search has ended: see /api/status; restart the daemon to resume it")
 
     application.router.add_get("/livez", livez)
     application.router.add_get("/api/status", status)

@@ -1,4 +1,4 @@
-"""The folder of a search on this machine, which only one `selfpruner run` may use at a time."""
+"""The lock of a search's folder, which only one `selfpruner run` may use at a time."""
 
 import asyncio
 import contextlib
@@ -13,19 +13,19 @@ from protocol.runtime.locks import try_lock
 
 LOCK = "lock"
 LOOK_SECONDS = 2.0
-"""Between two looks at whether others have removed the lock."""
+"""Interval between checks whether the lock file was removed."""
 
 
-class HeldFolder:
-    """The folder of a search, which no second `selfpruner run` may use."""
+class FolderLock:
+    """The lock of one folder, held by this process."""
 
     def __init__(self, folder: Path, handle: int) -> None:
         self._folder, self._handle = folder, handle
 
-    async def keep_for_ever(self) -> None:
-        """Take the lock again whenever others have removed it, with the folder or alone.
+    async def keep_forever(self) -> None:
+        """Lock again whenever the lock file, or the whole folder, was removed.
 
-        Raises SearchExistsError where another run was faster.
+        Raises SearchExistsError if another run was faster.
         """
         while True:
             await asyncio.sleep(LOOK_SECONDS)
@@ -34,7 +34,7 @@ class HeldFolder:
                     self._take_again()
 
     def close(self) -> None:
-        """Let go of it."""
+        """Release the lock."""
         os.close(self._handle)
 
     def _is_there(self) -> bool:
@@ -42,7 +42,7 @@ class HeldFolder:
             return os.path.samestat(os.fstat(self._handle), (self._folder / LOCK).lstat())
         except (FileNotFoundError, NotADirectoryError):
             return False
-        except OSError:  # the file system fails for a moment, and a second lock of ours would find the first
+        except OSError:  # a passing error of the file system; a second lock would conflict with our own
             return True
 
     def _take_again(self) -> None:
@@ -54,15 +54,15 @@ class HeldFolder:
 
 
 @contextmanager
-def only_one(folder: Path) -> Iterator[HeldFolder]:
-    """Hold the folder of a search: a second `selfpruner run` of the same search is refused."""
+def lock_folder(folder: Path) -> Iterator[FolderLock]:
+    """Lock the folder of a search. Raises SearchExistsError if another `selfpruner run` uses it."""
     try:
         handle = try_lock(folder / LOCK)
     except OSError as error:
         raise UsageError(f"run.folder cannot be written: {error}") from error
     if handle is None:
         raise SearchExistsError(f"the search {folder.name!r} is already running in {folder}")
-    held = HeldFolder(folder, handle)
+    held = FolderLock(folder, handle)
     try:
         yield held
     finally:
@@ -70,7 +70,7 @@ def only_one(folder: Path) -> Iterator[HeldFolder]:
 
 
 def is_running(folder: Path) -> bool:
-    """Whether a `selfpruner run` of the search in `folder` is alive; False where the file system knows no locks."""
+    """Whether a `selfpruner run` of the search in `folder` is alive; False if the file system has no locks."""
     try:
         handle = os.open(folder / LOCK, os.O_RDONLY)
     except OSError:

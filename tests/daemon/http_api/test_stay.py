@@ -12,7 +12,7 @@ import aiohttp
 import pytest
 from pydantic import SecretStr
 
-from daemon.http_api.after_end import _answer
+from daemon.http_api.stay import _answer
 from daemon.http_api.token import Access
 from daemon.settings.sources import load
 from tests.support.http_client import TOKEN

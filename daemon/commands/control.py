@@ -1,0 +1,125 @@
+"""`selfpruner status | watch | best | pause | resume | stop`: look at a search from another process, and steer it."""
+
+import asyncio
+import os
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.live import Live
+
+from daemon.commands import flags, tables
+from daemon.commands.output import print_result
+from daemon.monitor.events import Event
+from daemon.monitor.remote import NotRunning, RemoteSearch, ask, open_remote, saved_status
+from daemon.monitor.status import Status
+from daemon.monitor.watch import follow, json_lines, on_screen
+from daemon.monitor.watch_screen import Screen, status_tables
+from protocol.queue.control import Command
+
+
+def status(
+    search: flags.SearchName = "default",
+    redis_url: flags.RedisUrl = None,
+    folder: flags.Folder = Path("runs"),
+    json_: flags.Json = False,
+) -> None:
+    """Show the progress of a search."""
+    found = asyncio.run(_status(search, redis_url, folder))
+    print_result(found.model_dump(mode="json"), json_, lambda: status_tables(found))
+
+
+def watch(
+    search: flags.SearchName = "default",
+    redis_url: flags.RedisUrl = None,
+    folder: flags.Folder = Path("runs"),
+    json_: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object per change, as when stdout is not a terminal.")
+    ] = False,
+) -> None:
+    """Follow a search live until it ends. Ctrl-C stops watching, not the search."""
+    try:
+        asyncio.run(_watch(search, redis_url, folder, json_=json_))
+    except BrokenPipeError:  # the reader has closed the pipe; discard what is still buffered
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def best(
+    search: flags.SearchName = "default",
+    redis_url: flags.RedisUrl = None,
+    folder: flags.Folder = Path("runs"),
+    json_: flags.Json = False,
+) -> None:
+    """Show the best pruning rates so far."""
+    record = asyncio.run(ask(search, redis_url, folder, RemoteSearch.best, otherwise="best.json"))
+    print_result(record, json_, lambda: tables.best(record))
+
+
+def pause(
+    search: flags.SearchName = "default", redis_url: flags.RedisUrl = None, folder: flags.Folder = Path("runs")
+) -> None:
+    """Pause a search. Evaluations in progress complete; a restart does not end the pause."""
+    _command("pause", search, redis_url, folder)
+
+
+def resume(
+    search: flags.SearchName = "default", redis_url: flags.RedisUrl = None, folder: flags.Folder = Path("runs")
+) -> None:
+    """Resume a paused search."""
+    _command("run", search, redis_url, folder)
+
+
+def stop(
+    search: flags.SearchName = "default", redis_url: flags.RedisUrl = None, folder: flags.Folder = Path("runs")
+) -> None:
+    """Stop a search's daemon. Outcomes are kept, and the search can be started again."""
+    _command("stop", search, redis_url, folder)
+
+
+async def _watch(search: str, redis_url: str | None, folder: Path, *, json_: bool) -> None:
+    own = None if redis_url else folder / search
+    with ExitStack() as stack:
+        if json_ or not sys.stdout.isatty():
+            show = json_lines(sys.stdout)
+        else:
+            live = stack.enter_context(Live(console=Console(), auto_refresh=False))
+            show = on_screen(live, Screen())
+        try:
+            async with open_remote(search, redis_url, folder) as remote:
+                await follow(remote, own, show)
+        except NotRunning:
+            status = saved_status(own) if own else None
+            if status is None:
+                raise
+            show(status, (), [Event("search_ended", {"finished": status.finished})])
+
+
+async def _status(search: str, redis_url: str | None, folder: Path) -> Status:
+    """Return the status of a running search, or the last one of a search that ran here and has ended."""
+    try:
+        async with open_remote(search, redis_url, folder) as remote:
+            return await remote.status()
+    except NotRunning:
+        status = saved_status(folder / search) if redis_url is None else None
+        if status is None:
+            raise
+        return status
+
+
+def _command(command: Command, search: str, redis_url: str | None, folder: Path) -> None:
+    async def write() -> None:
+        async with open_remote(search, redis_url, folder) as remote:
+            await remote.command(command)
+
+    asyncio.run(write())
+    Console().print(f"{search}: {_DONE[command]}", highlight=False)
+
+
+_DONE: dict[Command, str] = {
+    "pause": "pausing; evaluations in progress will complete",
+    "run": "resumed",
+    "stop": "stopping; outcomes are kept",
+}

@@ -1,0 +1,80 @@
+"""`selfpruner run | daemon`: a search with everything on this machine, or with workers elsewhere."""
+
+import signal
+from collections.abc import Callable
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Annotated
+
+import structlog
+import typer
+
+from daemon.commands import flags
+from daemon.commands.output import print_json, stdout_console
+from daemon.http_api.stay import stay_after_end, stay_after_error
+from daemon.launch.run_daemon import run_daemon
+from daemon.launch.run_here import run_here
+from daemon.monitor.summary import Summary, show
+from daemon.settings.sources import load
+from protocol.errors import SelfPrunerError
+from protocol.runtime import logs
+
+log = structlog.get_logger()
+
+
+def run(
+    config: Annotated[Path | None, typer.Argument(help="YAML file of settings; quickstart.yaml by default.")] = None,
+    set_: flags.Set = None,
+    json_: flags.Json = False,
+) -> None:
+    """Search on this machine: starts an embedded Valkey, a local LLM, a worker and the daemon."""
+    with as_file(files("configs") / "quickstart.yaml") as quickstart:
+        settings = load(config or quickstart, set_ or [])
+    summary, interrupted = run_here(settings)
+    raise typer.Exit(_finish(summary, interrupted, _print_json if json_ else _print_table))
+
+
+def daemon(
+    config: Annotated[Path, typer.Argument(help="YAML file of settings.")],
+    set_: flags.Set = None,
+    stay: Annotated[
+        bool, typer.Option("--stay", help="Keep running after the search has ended or failed, until a signal.")
+    ] = False,
+) -> None:
+    """Search with workers, Redis and LLM endpoints that run elsewhere."""
+    try:
+        settings = load(config, set_ or [])
+        stream = logs.service_stream()
+        summary, interrupted, access = run_daemon(settings, stream)
+        # A table on stdout would break the log's JSON lines.
+        code = _finish(summary, interrupted, _print_table if stream == "stderr" else _log_summary)
+    except SelfPrunerError as error:
+        if stay:
+            stay_after_error(error)
+        raise
+    if stay and code == 0:
+        stay_after_end(settings, access)
+    raise typer.Exit(code)
+
+
+def _print_json(summary: Summary) -> None:
+    print_json(summary.model_dump())
+
+
+def _print_table(summary: Summary) -> None:
+    show(summary, stdout_console())
+
+
+def _log_summary(summary: Summary) -> None:
+    log.info("search_ended", **summary.model_dump(include={"finished", "candidates", "tokens", "seconds"}))
+
+
+def _finish(summary: Summary | None, interrupted: signal.Signals | None, show_it: Callable[[Summary], None]) -> int:
+    """Show the summary, if there is one, and return the exit code."""
+    if summary is not None:
+        show_it(summary)
+    if interrupted is not None:
+        return 128 + interrupted
+    if summary is not None and summary.finished and summary.best is None:
+        raise SelfPrunerError("no candidate could be measured; evaluations.jsonl and the log say why")
+    return 0
