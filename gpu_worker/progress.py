@@ -7,7 +7,7 @@ from typing import TypeVar
 Progress = Callable[[str, int, int], None]
 """Called with the stage's name, the steps done and all steps of the stage."""
 T = TypeVar("T")
-LOGGED_EVERY = 10.0
+LOG_INTERVAL_SECONDS = 10.0
 """Seconds between two lines about one stage."""
 
 
@@ -23,8 +23,8 @@ def steps(progress: Progress, stage: str, items: Collection[T]) -> Iterator[T]:
         progress(stage, done, len(items))
 
 
-class Sparsely:
-    """Picks the steps for a log: a stage's first and last, and one every LOGGED_EVERY seconds between; none twice."""
+class LogThrottle:
+    """Picks the steps for a log: a stage's first and last, and one every LOG_INTERVAL_SECONDS seconds between; none twice."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -34,13 +34,13 @@ class Sparsely:
         """The stage, the steps that were done when it was first reported, and when that was."""
         self._done = 0
 
-    def picks(self, stage: str, done: int, total: int) -> bool:
+    def should_log(self, stage: str, done: int, total: int) -> bool:
         """Whether a log is told of this step."""
         step, now = (stage, done, total), self._clock()
         if stage != self._began[0] or done < self._done:  # fewer: it begins again, in a new process
             self._began = (stage, done, now)
         self._done = done
-        is_due = stage != self._told[0] or done == total or now - self._told_at >= LOGGED_EVERY
+        is_due = stage != self._told[0] or done == total or now - self._told_at >= LOG_INTERVAL_SECONDS
         if step == self._told or not is_due:
             return False
         self._told, self._told_at = step, now

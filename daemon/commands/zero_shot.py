@@ -55,7 +55,7 @@ def zero_shot(
     need("torch", "worker")
     need("lm_eval", "eval")
     with at_work(model) as progress:
-        from gpu_worker.evaluation.zero_shot import Questions, zero_shot_as_it_is, zero_shot_pruned
+        from gpu_worker.evaluation.zero_shot import Questions, zero_shot_model, zero_shot_pruned
 
         questions = Questions(names, None if tasks_dir is None else expanded(tasks_dir), limit, batch_size)
         if pruned:
@@ -68,5 +68,5 @@ def zero_shot(
                 progress=progress,
             )
         else:
-            result = zero_shot_as_it_is(model, questions, dtype=dtype, progress=progress)
+            result = zero_shot_model(model, questions, dtype=dtype, progress=progress)
     answer(result.model_dump(mode="json"), json_, lambda: answers.zero_shot(result))

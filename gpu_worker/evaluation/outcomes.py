@@ -21,7 +21,7 @@ class DeviceLostError(RuntimeError):
 
 
 @contextmanager
-def preparing(model: str) -> Iterator[None]:
+def out_of_memory_as_usage_error(model: str) -> Iterator[None]:
     """While it lasts, running out of memory is a UsageError.
 
     Trying again would end the same way, so it is the user's to mend.

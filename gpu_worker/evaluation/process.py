@@ -114,7 +114,7 @@ def offer_text(lines: Lines, replies: Replies, text: str) -> str:
 def serve(lines: Lines, replies: Replies) -> int:
     """Get ready, then answer for ever; returns the exit code where that cannot be."""
     # Imported here and not above: this is where torch comes in, seconds of it, with stdout already put away.
-    from gpu_worker.evaluation.outcomes import DeviceLostError, answer, preparing
+    from gpu_worker.evaluation.outcomes import DeviceLostError, answer, out_of_memory_as_usage_error
     from gpu_worker.evaluation.session import Session
     from gpu_worker.measuring.half_precision import products_in_float32
     from gpu_worker.measuring.shared_text import SharedText
@@ -123,11 +123,11 @@ def serve(lines: Lines, replies: Replies) -> int:
 
     order = json.loads(lines.get())
     spec = SearchSpec.model_validate(order["spec"])
-    share = SharedText(order.get("self_text"), partial(offer_text, lines, replies))
+    share_text = SharedText(order.get("self_text"), partial(offer_text, lines, replies))
     with products_in_float32():
         try:
-            with preparing(spec.model):
-                session = Session(spec, replies.progress, sensitivity=order["sensitivity"], share=share)
+            with out_of_memory_as_usage_error(spec.model):
+                session = Session(spec, replies.progress, sensitivity=order["sensitivity"], share_text=share_text)
         except (UsageError, StoreError) as error:
             replies.send({"usage_error": str(error)})
             return EXIT_USAGE

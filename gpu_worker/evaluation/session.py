@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gpu_worker.evaluation.sensitivity import measure_sensitivity
-from gpu_worker.evaluation.target import Share, Target
+from gpu_worker.evaluation.target import ShareText, Target
 from gpu_worker.measuring.divergence import DensePredictions, dense_predictions, divergence
 from gpu_worker.measuring.perplexity import checked_perplexity, perplexity_of, window_loss
 from gpu_worker.models.errors import NotFiniteError
@@ -31,7 +31,7 @@ DECIMALS = 6
 class Session:
     """Measures plans of one spec. Making one takes as long as its stages; `progress` hears of each.
 
-    `target` is given where the model is ready already; `share` is for several workers (see Target). Raises UsageError
+    `target` is given where the model is ready already; `share_text` is for several workers (see Target). Raises UsageError
     for a model or a text that cannot be had and for a model that does not compute even when dense.
     """
 
@@ -42,11 +42,13 @@ class Session:
         *,
         sensitivity: bool = True,
         target: Target | None = None,
-        share: Share | None = None,
+        share_text: ShareText | None = None,
     ) -> None:
         self.spec = spec
         self.target = (
-            Target(spec, progress, outlier_threshold=OUTLIER_THRESHOLD, share=share) if target is None else target
+            Target(spec, progress, outlier_threshold=OUTLIER_THRESHOLD, share_text=share_text)
+            if target is None
+            else target
         )
         self._predictions: dict[Text, DensePredictions] = {}
         try:
@@ -77,23 +79,23 @@ class Session:
         dense = self._predictions.get(text)
         start = time.perf_counter()
         self.target.prune(plan)
-        seen = _Seen(race)
+        totals = _RunningTotals(race)
         for i, window in enumerate(steps(progress, _measuring("pruned", text), windows)):
             predicted = len(window) - 1
             kept = None if dense is None else dense.part(slice(i * predicted, (i + 1) * predicted))
-            seen.take(decoder, window[None], kept)
-            if seen.is_beaten:
+            totals.take(decoder, window[None], kept)
+            if totals.is_beaten:
                 break
         figures: dict[str, Any] = {
-            "perplexity": perplexity_of(seen.loss, seen.tokens),
-            "kl": seen.divergence,
+            "perplexity": perplexity_of(totals.loss, totals.tokens),
+            "kl": totals.divergence,
             "parameters": count_parameters(plan, self.shape),
-            "tokens": seen.tokens,
+            "tokens": totals.tokens,
             "seconds": time.perf_counter() - start,
         }
-        if seen.is_beaten:
-            return Stopped(behind=seen.behind, windows=len(seen.losses), of_windows=len(windows), **figures)
-        return Measured(losses=tuple(seen.losses) if race else (), **figures)
+        if totals.is_beaten:
+            return Stopped(behind=totals.behind, windows=len(totals.losses), of_windows=len(windows), **figures)
+        return Measured(losses=tuple(totals.losses) if race else (), **figures)
 
     def _windows(self, text: Text) -> Tensor:
         texts = self.target.texts
@@ -136,7 +138,7 @@ def _measuring(what: str, text: Text) -> str:
     return f"measuring {what}" if text == "fitness" else f"measuring {what} on the {text} text"
 
 
-class _Seen:
+class _RunningTotals:
     """What was measured of a plan so far."""
 
     def __init__(self, race: Race | None) -> None:

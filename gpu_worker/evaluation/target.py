@@ -31,7 +31,7 @@ from protocol.plans.plan import Plan
 from protocol.plans.shape import LayerShape, ModelShape
 from protocol.plans.spec import SearchSpec
 
-Share = Callable[[int, int, Callable[[], Tensor]], Tensor]
+ShareText = Callable[[int, int, Callable[[], Tensor]], Tensor]
 """Windows, their length and what writes them -> the tokens that all workers use (measuring/shared_text.py)."""
 
 
@@ -39,7 +39,7 @@ class Target:
     """The model of a spec, with the spec's texts. Making one takes as long as its stages; `progress` hears of each.
 
     With `outlier_threshold` (OWL's M) the layers' `outliers` are counted too, which only the dense model shows. `check`
-    may refuse the loaded model. `share` makes text that the model writes the same for several workers. Where nothing is
+    may refuse the loaded model. `share_text` makes text that the model writes the same for several workers. Where nothing is
     `measured` on the spec's texts, that for calibration alone is read. Raises UsageError for a model or a text that
     cannot be had.
     """
@@ -51,7 +51,7 @@ class Target:
         *,
         outlier_threshold: float | None = None,
         check: Callable[[LoadedModel], None] | None = None,
-        share: Share | None = None,
+        share_text: ShareText | None = None,
         measured: bool = True,
     ) -> None:
         self.spec = spec
@@ -61,7 +61,7 @@ class Target:
         check_length(self.model, max(text.seqlen for text in spec.texts.values()))
         if check is not None:
             check(self.model)
-        self.calibration, self._texts = _read_texts(spec, self.model, progress, share, measured=measured)
+        self.calibration, self._texts = _read_texts(spec, self.model, progress, share_text, measured=measured)
         decoder, windows = self.model.decoder, self.calibration
         seen, products = _statistics(decoder, spec, windows, progress, outliers=outlier_threshold is not None)
         self.outliers: tuple[float, ...] = ()
@@ -182,13 +182,13 @@ def _load(spec: SearchSpec, progress: Progress) -> LoadedModel:
 
 
 def _read_texts(
-    spec: SearchSpec, model: LoadedModel, progress: Progress, share: Share | None, *, measured: bool
+    spec: SearchSpec, model: LoadedModel, progress: Progress, share_text: ShareText | None, *, measured: bool
 ) -> tuple[Tensor, Texts | None]:
     """The windows to score on, and where anything is measured those of all roles."""
 
     def written(windows: int, length: int) -> Tensor:
         write = partial(self_text, model, windows, length, spec.seed, progress)
-        return share(windows, length, write) if share else write()
+        return share_text(windows, length, write) if share_text else write()
 
     progress("reading texts", 0, 1)
     how: tuple[Any, GenerateText, int | None] = (model.tokenizer, written, model.window_start)

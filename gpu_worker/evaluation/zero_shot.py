@@ -17,8 +17,8 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
 from gpu_worker.evaluation.allocation import Choice, choose_rates, prepare
+from gpu_worker.evaluation.one_shot import removed_share
 from gpu_worker.evaluation.outcomes import first_line
-from gpu_worker.evaluation.without_search import removed_share
 from gpu_worker.evaluation.zero_shot_tasks import LoadedTask, load_tasks, quiet
 from gpu_worker.models.errors import NotFiniteError, is_out_of_memory
 from gpu_worker.models.loading import LoadedModel, load_model
@@ -33,7 +33,7 @@ from protocol.runtime.amounts import gigabytes
 
 log = structlog.get_logger()
 
-TOLD_ELSEWHERE = logging.getLogger("lm_eval")
+LM_EVAL_LOG = logging.getLogger("lm_eval")
 """It warns of every model that it did not load itself, and of each item that is too long: we say that once."""
 
 
@@ -48,7 +48,7 @@ class Questions:
     """Texts that run through the model together."""
 
 
-def zero_shot_as_it_is(
+def zero_shot_model(
     name: str, questions: Questions, *, dtype: Dtype, progress: Progress = no_progress
 ) -> ZeroShotResult:
     """Ask a model, such as an exported one, without pruning it. Raises as `zero_shot_pruned`."""
@@ -100,9 +100,9 @@ def answer_tasks(
 
     Raises NotFiniteError where it does not compute, UsageError where the batches do not fit into memory.
     """
-    TOLD_ELSEWHERE.setLevel(logging.ERROR)
+    LM_EVAL_LOG.setLevel(logging.ERROR)
     try:
-        answering = _Answering(model, questions.batch_size, progress)
+        answering = _LmEvalModel(model, questions.batch_size, progress)
         return tuple(answering.answer(task, questions.limit) for task in tasks)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
@@ -113,7 +113,7 @@ def answer_tasks(
         ) from error
 
 
-class _Answering(HFLM):  # type: ignore[misc]  # lm-eval has no types
+class _LmEvalModel(HFLM):  # type: ignore[misc]  # lm-eval has no types
     """A loaded model as lm-eval asks it.
 
     The likelihoods are fp32 whatever the model's type: bfloat16 tells few of two answers' apart, and the figures that
@@ -165,7 +165,7 @@ class _Answering(HFLM):  # type: ignore[misc]  # lm-eval has no types
         if cut:
             log.warning("texts_too_long", task=self._title, texts=cut, of=len(requests), positions=self.max_length)
         self._check_room(requests)
-        self.set_cache_hook(_Counting(self._progress, f"answering {self._title}", len(requests)))
+        self.set_cache_hook(_ProgressHook(self._progress, f"answering {self._title}", len(requests)))
         answers: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, disable_tqdm=True)
         for likelihood, _is_greedy in answers:
             if not math.isfinite(likelihood):
@@ -199,7 +199,7 @@ class _Answering(HFLM):  # type: ignore[misc]  # lm-eval has no types
         return logits
 
 
-class _Counting:
+class _ProgressHook:
     """Stands where lm-eval would keep answers, and is told of each."""
 
     def __init__(self, progress: Progress, stage: str, total: int) -> None:

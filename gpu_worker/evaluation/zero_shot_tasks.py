@@ -16,7 +16,7 @@ import lm_eval.tasks
 import yaml
 
 from gpu_worker.models.checkpoints import reading, reason
-from gpu_worker.models.hub import datasets_go_offline, hub_reachable
+from gpu_worker.models.hub import hub_reachable, set_datasets_offline
 from gpu_worker.progress import Progress, no_progress, steps
 from protocol.errors import DataError, SettingsError
 from protocol.results.zero_shot import PAPER_TASKS, Metric, chosen_tasks, counted_metric, paper_task, unknown_task
@@ -151,7 +151,7 @@ def _load(source: _Source, limit: int | None) -> LoadedTask:
     config = source.config
     offline = config.get("dataset_path") not in FILE_KINDS and not hub_reachable()
     if offline:
-        datasets_go_offline()
+        set_datasets_offline()
     with quiet(), reading(partial(_cannot_load, source, offline), DataError):
         task = _built(source, config)
         task.set_config(key="num_fewshot", value=0)

@@ -8,8 +8,8 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 
 from gpu_worker.export.facts import ExportFacts, TextPerplexity, version_of_selfpruner
-from gpu_worker.models.exported import module_name
 from gpu_worker.models.limits import GRADIENT_SAMPLES, GRADIENT_TOKENS
+from gpu_worker.models.modeling import module_name
 from protocol.plans.allocation import uniform_label
 from protocol.plans.spec import NAMED_TEXTS, SearchSpec, TextSpec
 from protocol.results.finetuning import Finetuning, Perplexities

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gpu_worker.evaluation.allocation import Choice, prepare
-from gpu_worker.evaluation.without_search import Pruned, prune_and_measure, removed_share
+from gpu_worker.evaluation.one_shot import Pruned, prune_and_measure, removed_share
 from gpu_worker.export.disk_space import check_export_disk
 from gpu_worker.export.facts import ExportFacts, TextPerplexity
 from gpu_worker.export.folder import check_target
@@ -64,7 +64,7 @@ def export_once(
         destination.folder,
         force=destination.force,
         gguf_type=destination.gguf_type,
-        kept_text=pruned.session.target.texts.fitness if spec.fitness.source == SELF else None,
+        saved_text=pruned.session.target.texts.fitness if spec.fitness.source == SELF else None,
         windows=pruned.session.target.texts.fitness,
         progress=progress,
     )

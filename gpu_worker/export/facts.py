@@ -96,7 +96,7 @@ class ExportFacts(BaseModel):
         return self.hub_name or Path(self.base_model).expanduser().resolve().name
 
 
-def without_places(spec: SearchSpec) -> SearchSpec:
+def without_folders(spec: SearchSpec) -> SearchSpec:
     """The spec with the last part of paths only: where files lie is nobody's business, and differs elsewhere."""
     names: dict[str, TextSpec] = {
         role: text.model_copy(update={"source": Path(text.source).name}) for role, text in spec.texts.items()

@@ -65,8 +65,8 @@ def check_target(target: Path, *, force: bool) -> None:
     """
     target = target.expanduser().resolve()
     with _writing(target):
-        if any(_beside(target, what).exists() for what in (UNFINISHED, OLDER)):
-            with _held(target):
+        if any(_sibling(target, what).exists() for what in (UNFINISHED, OLDER)):
+            with _locked(target):
                 pass
         _check_free(target, force=force)
 
@@ -82,13 +82,13 @@ def write_folder(target: Path, write: Callable[[Path], None], *, force: bool) ->
     check_target(target, force=force)
     with _writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _held(target) as unfinished:
+        with _locked(target) as unfinished:
             _check_free(target, force=force)
             content = unfinished / "content"
             content.mkdir()
             write(content)
-            _share(content)
-            _put(content, target)
+            _set_permissions(content)
+            _move_into_place(content, target)
 
 
 @contextmanager
@@ -123,26 +123,26 @@ def _check_parent(target: Path) -> None:
         raise ExportError(f"the folder {target} cannot be written ({os.strerror(code)})")
 
 
-def _beside(target: Path, what: str) -> Path:
+def _sibling(target: Path, what: str) -> Path:
     """On the same file system, so that renaming is one step; always the same, so that what a kill leaves is found."""
     return target.with_name(f".{target.name}.selfpruner-{what}")
 
 
 @contextmanager
-def _held(target: Path) -> Iterator[Path]:
+def _locked(target: Path) -> Iterator[Path]:
     """The hidden folder in which `target` is written: ours alone, empty but for its lock, and gone afterwards.
 
     The end of the process frees the lock. What a killed one left is cleared away. Raises ExportError where another
     process writes there.
     """
-    unfinished = _beside(target, UNFINISHED)
+    unfinished = _sibling(target, UNFINISHED)
     lock = unfinished / LOCK
     handle = hold(lock)  # a file, for NFS locks no folders
     if handle is None:
         raise ExportError(f"the folder {target} is being written by another process")
     try:
         _clear(unfinished)
-        _settle(target, unfinished)
+        _recover(target, unfinished)
         yield unfinished
     finally:
         # The lock goes last: whoever comes then finds nothing of ours.
@@ -160,9 +160,9 @@ def _clear(unfinished: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _settle(target: Path, unfinished: Path) -> None:
+def _recover(target: Path, unfinished: Path) -> None:
     """Put back an older export that was moved aside, or where the new one has taken its place, do away with it."""
-    older = _beside(target, OLDER)
+    older = _sibling(target, OLDER)
     if not older.exists():
         return
     if target.exists():
@@ -173,16 +173,16 @@ def _settle(target: Path, unfinished: Path) -> None:
         older.rename(target)
 
 
-def _share(folder: Path) -> None:
+def _set_permissions(folder: Path) -> None:
     """Give files the permissions that the folder was made with: safetensors writes for its owner alone."""
     for file in folder.rglob("*"):
         if file.is_file():
             file.chmod(folder.stat().st_mode & 0o666)
 
 
-def _put(content: Path, target: Path) -> None:
+def _move_into_place(content: Path, target: Path) -> None:
     """Rename `content` to `target`; an older folder there is moved aside first, and back where that fails."""
-    older = _beside(target, OLDER)
+    older = _sibling(target, OLDER)
     try:
         if target.exists():
             target.rename(older)
@@ -191,4 +191,4 @@ def _put(content: Path, target: Path) -> None:
         if older.exists() and not target.exists():
             older.rename(target)
         raise
-    _settle(target, content.parent)
+    _recover(target, content.parent)

@@ -9,28 +9,28 @@ from typing import Any
 
 from torch import Tensor
 
-from gpu_worker.export.companions import plain_config, write_companions, write_json
-from gpu_worker.export.weights import Weight, as_it_is, checkpoint_weights, save_weights
-from gpu_worker.models.exported import class_names, module_name, plain_type, render_modeling
+from gpu_worker.export.auxiliary_files import dense_config, write_auxiliary_files, write_json
+from gpu_worker.export.weights import Weight, checkpoint_weights, save_weights, stored_weight
 from gpu_worker.models.families import PRUNED
 from gpu_worker.models.loading import LoadedModel
+from gpu_worker.models.modeling import class_names, dense_type, module_name, render_modeling
 from gpu_worker.progress import Progress, no_progress
 from protocol.plans.plan import LayerPlan, Plan
 
 
 def write_hf(model: LoadedModel, plan: Plan, folder: Path, progress: Progress = no_progress) -> None:
     """Write `model`, pruned to `plan`, into the empty `folder`. Raises ModelError for an unsupported family."""
-    model_type = plain_type(model.causal_lm.config)
+    model_type = dense_type(model.causal_lm.config)
     code = render_modeling(model_type)
     (folder / f"{module_name(model_type)}.py").write_text(code, encoding="utf-8")
     write_json(folder / "config.json", _config(model, plan))
     save_weights(checkpoint_weights(model, lambda *place: _kept(model, *place)), folder, progress)
-    write_companions(model, folder)
+    write_auxiliary_files(model, folder)
 
 
 def _config(model: LoadedModel, plan: Plan) -> dict[str, Any]:
     """config.json of the pruned model: the dense sizes, and per layer what differs from them."""
-    plain = plain_config(model)
+    plain = dense_config(model)
     classes = class_names(plain["model_type"])
     module = module_name(plain["model_type"])
     return plain | {
@@ -61,4 +61,4 @@ def _sizes(layer: LayerPlan) -> dict[str, int]:
 def _kept(model: LoadedModel, layer: int, projection: str, kind: str) -> Weight:
     """A projection's parameter as it is in memory."""
     tensor: Tensor = getattr(getattr(model.decoder.layers[layer], projection), kind)
-    return as_it_is(tensor.detach())
+    return stored_weight(tensor.detach())

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from gpu_worker.export.companions import plain_config, write_companions, write_json
+from gpu_worker.export.auxiliary_files import dense_config, write_auxiliary_files, write_json
 from gpu_worker.export.weights import Weight, checkpoint_weights, save_weights
-from gpu_worker.models.exported import modeling_of, plain_type
 from gpu_worker.models.loading import LoadedModel
+from gpu_worker.models.modeling import dense_type, modeling_of
 from gpu_worker.progress import Progress, no_progress
 from protocol.plans.plan import LayerPlan, Plan
 from protocol.plans.shape import LayerShape
@@ -22,8 +22,8 @@ _COLUMNS = ("output", "down")
 
 def write_padded(model: LoadedModel, plan: Plan, folder: Path, progress: Progress = no_progress) -> None:
     """Write `model`, pruned to `plan`, into the empty `folder`. Raises ModelError for an unsupported family."""
-    modeling_of(plain_type(model.causal_lm.config), "padded")
-    config = plain_config(model)
+    modeling_of(dense_type(model.causal_lm.config), "padded")
+    config = dense_config(model)
     whole = LayerShape(
         query_heads=config["num_attention_heads"],
         kv_heads=config["num_key_value_heads"],
@@ -31,7 +31,7 @@ def write_padded(model: LoadedModel, plan: Plan, folder: Path, progress: Progres
     )
     write_json(folder / "config.json", config)
     save_weights(checkpoint_weights(model, lambda *place: _padded(model, plan, whole, *place)), folder, progress)
-    write_companions(model, folder)
+    write_auxiliary_files(model, folder)
 
 
 def _padded(model: LoadedModel, plan: Plan, shape: LayerShape, layer: int, projection: str, kind: str) -> Weight:

@@ -30,7 +30,7 @@ class Weight:
     make: Callable[[], Tensor]
 
 
-def as_it_is(tensor: Tensor) -> Weight:
+def stored_weight(tensor: Tensor) -> Weight:
     """The weight that is this tensor."""
     return Weight(like=tensor.to("meta"), make=lambda: tensor)
 
@@ -48,7 +48,7 @@ def checkpoint_weights(model: LoadedModel, projection: ProjectionWeight) -> dict
     pruned = {id(p) for layer in model.decoder.layers for linear in layer.linears for p in linear.parameters()}
     tied = f"{family.head}.weight" if model.causal_lm.config.tie_word_embeddings else None
     weights = {
-        name: as_it_is(tensor.detach())
+        name: stored_weight(tensor.detach())
         for name, tensor in model.causal_lm.state_dict(keep_vars=True).items()
         if id(tensor) not in pruned and name != tied
     }

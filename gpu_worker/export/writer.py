@@ -4,19 +4,19 @@ from pathlib import Path
 
 from torch import Tensor
 
+from gpu_worker.export.auxiliary_files import write_json
 from gpu_worker.export.card import render_card
-from gpu_worker.export.companions import write_json
-from gpu_worker.export.facts import ExportFacts, version_of_selfpruner, without_places
+from gpu_worker.export.facts import ExportFacts, version_of_selfpruner, without_folders
 from gpu_worker.export.folder import write_folder
 from gpu_worker.export.hf import write_hf
 from gpu_worker.export.padded import write_padded
 from gpu_worker.export.weights import SHARD_SIZE
-from gpu_worker.llama_cpp.check import measured_gguf
+from gpu_worker.llama_cpp.check import measure_gguf
 from gpu_worker.llama_cpp.writer import check_gguf, write_gguf
-from gpu_worker.measuring.kept_text import keep_text
-from gpu_worker.models.exported import modeling_of, plain_type
+from gpu_worker.measuring.saved_text import save_text
 from gpu_worker.models.loading import LoadedModel
 from gpu_worker.models.memory import main_memory
+from gpu_worker.models.modeling import dense_type, modeling_of
 from gpu_worker.progress import Progress, no_progress
 from protocol.errors import ModelError
 from protocol.plans.plan import Plan
@@ -34,13 +34,13 @@ def export_model(
     *,
     force: bool,
     gguf_type: GgufType = "f16",
-    kept_text: Tensor | None = None,
+    saved_text: Tensor | None = None,
     windows: Tensor | None = None,
     progress: Progress = no_progress,
 ) -> GgufPerplexity | None:
     """Write `model`, which is pruned to `plan`, as the folder `out`: whole, or not at all.
 
-    `kept_text` has the tokens that were measured, for a text that nobody else has. On the first of `windows` (long,
+    `saved_text` has the tokens that were measured, for a text that nobody else has. On the first of `windows` (long,
     [n, seqlen]) a GGUF file is measured in llama.cpp, and what it came to is returned.
     Raises ModelError for a family that the format does not support and for a GGUF file that llama.cpp reads otherwise,
     and ExportError where `out` exists (an older export is replaced with `force`) or cannot be written.
@@ -51,7 +51,7 @@ def export_model(
         nonlocal found
         content = (model, plan, facts, formats)
         found = fill(
-            folder, *content, name=name, gguf_type=gguf_type, kept_text=kept_text, windows=windows, progress=progress
+            folder, *content, name=name, gguf_type=gguf_type, saved_text=saved_text, windows=windows, progress=progress
         )
 
     write_folder(out, write, force=force)
@@ -67,7 +67,7 @@ def fill(
     *,
     name: str,
     gguf_type: GgufType = "f16",
-    kept_text: Tensor | None = None,
+    saved_text: Tensor | None = None,
     windows: Tensor | None = None,
     progress: Progress = no_progress,
 ) -> GgufPerplexity | None:
@@ -76,10 +76,10 @@ def fill(
     gguf = next(filter(None, written), None)
     found = None
     if gguf is not None and windows is not None:
-        found = measured_gguf(folder / gguf, model, windows, gguf_type, progress)
+        found = measure_gguf(folder / gguf, model, windows, gguf_type, progress)
     facts = facts.model_copy(update={"gguf": found})
-    if kept_text is not None and formats != ("gguf",):
-        keep_text(kept_text, folder)
+    if saved_text is not None and formats != ("gguf",):
+        save_text(saved_text, folder)
     (folder / "README.md").write_text(render_card(facts, formats, name=name, gguf=gguf), encoding="utf-8")
     write_json(folder / FACTS, _marked(facts, formats))
     return found
@@ -94,7 +94,7 @@ def check_formats(model: LoadedModel, formats: Formats, gguf_type: GgufType = "f
         if fmt == "gguf":
             check_gguf(model, gguf_type)
         else:
-            modeling_of(plain_type(model.causal_lm.config), fmt)
+            modeling_of(dense_type(model.causal_lm.config), fmt)
             _check_room(model, fmt)
 
 
@@ -127,7 +127,7 @@ def _write_weights(
 
 def _marked(facts: ExportFacts, formats: Formats) -> dict[str, object]:
     """The facts for programs."""
-    spec = without_places(facts.spec).model_copy(update={"model": facts.base_name})
+    spec = without_folders(facts.spec).model_copy(update={"model": facts.base_name})
     return {
         "selfpruner": version_of_selfpruner(),
         "format": formats[0],

@@ -49,7 +49,7 @@ def folder_beside(out: Path) -> Path:
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Hold a folder of checkpoints, which goes afterwards where nothing is in it.
 
     Raises ExportError where another process holds it, or where it cannot be made.

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from gpu_worker.finetune.data import Example
 from gpu_worker.models.families import Decoder
-from gpu_worker.models.limits import LOGITS_BYTES
+from gpu_worker.models.limits import LOGITS_CHUNK_BYTES
 
 
 def summed_loss(decoder: Decoder, examples: Sequence[Example]) -> Tensor:
@@ -41,7 +41,7 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(context: Any, states: Tensor, targets: Tensor, head: nn.Linear) -> Tensor:
-        rows = max(1, LOGITS_BYTES.get(states.device.type, LOGITS_BYTES["cuda"]) // (4 * head.out_features))
+        rows = max(1, LOGITS_CHUNK_BYTES.get(states.device.type, LOGITS_CHUNK_BYTES["cuda"]) // (4 * head.out_features))
         gradient = torch.empty_like(states)
         total = torch.zeros((), dtype=torch.float64, device=states.device)
         for start in range(0, len(states), rows):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from gpu_worker.export.companions import write_json
+from gpu_worker.export.auxiliary_files import write_json
 from gpu_worker.export.facts import ExportFacts
 from gpu_worker.export.folder import write_folder
 from gpu_worker.export.writer import fill
@@ -30,7 +30,7 @@ class Output:
     formats: Formats
     gguf_type: GgufType
     force: bool
-    kept_text: Tensor | None
+    saved_text: Tensor | None
     """Tokens that it was measured on, where nobody else has them."""
     windows: Tensor | None
     """Tokens on which a GGUF file is measured in llama.cpp: long, [n, seqlen]."""
@@ -55,7 +55,7 @@ def write_output(
             output.formats,
             name=output.folder.name,
             gguf_type=output.gguf_type,
-            kept_text=output.kept_text,
+            saved_text=output.saved_text,
             windows=output.windows,
             progress=progress,
         )

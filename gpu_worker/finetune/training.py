@@ -20,7 +20,7 @@ from gpu_worker.finetune.loss import summed_loss
 from gpu_worker.finetune.trainable import Trained
 from gpu_worker.models.errors import NotFiniteError
 from gpu_worker.models.loading import LoadedModel
-from gpu_worker.progress import LOGGED_EVERY, Progress
+from gpu_worker.progress import LOG_INTERVAL_SECONDS, Progress
 from protocol.results.finetuning import LossPoint, Recipe
 from protocol.runtime.signals import held_back
 
@@ -53,11 +53,11 @@ def train(
     )
     run = _Run(model, trained, data, recipe, limits, optimizer, start)
     kept_at = time.monotonic()
-    told = _Told(progress, steps_of(recipe, len(data.examples)))
+    reporter = _LossReporter(progress, steps_of(recipe, len(data.examples)))
     try:
         while not run.is_over:
             run.step()
-            told.step(run.losses)
+            reporter.step(run.losses)
             if time.monotonic() - kept_at >= limits.checkpoint_seconds:
                 checkpoint.write(run.state)
                 kept_at = time.monotonic()
@@ -191,21 +191,21 @@ def _micro_batches(batch: list[Example], size: int) -> Iterator[list[Example]]:
         yield by_length[start : start + size]
 
 
-class _Told:
+class _LossReporter:
     """Tells of steps, and of the mean loss since it last changed what it says: a log counts each name as a stage."""
 
     def __init__(self, progress: Progress, total: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._progress, self._total, self._clock = progress, total, clock
-        self._said, self._said_at = "fine-tuning", -math.inf
+        self._stage, self._changed_at = "fine-tuning", -math.inf
         self._losses: list[float] = []
 
     def step(self, losses: list[LossPoint]) -> None:
         """After a step, the last of `losses`."""
         self._losses.append(losses[-1].loss)
-        if self._clock() - self._said_at >= LOGGED_EVERY or len(losses) == self._total:
-            self._said = f"fine-tuning, loss {sum(self._losses) / len(self._losses):.3f}"
-            self._said_at, self._losses = self._clock(), []
-        self._progress(self._said, len(losses), self._total)
+        if self._clock() - self._changed_at >= LOG_INTERVAL_SECONDS or len(losses) == self._total:
+            self._stage = f"fine-tuning, loss {sum(self._losses) / len(self._losses):.3f}"
+            self._changed_at, self._losses = self._clock(), []
+        self._progress(self._stage, len(losses), self._total)
 
 
 def mean_losses(losses: tuple[LossPoint, ...]) -> tuple[float, float]:

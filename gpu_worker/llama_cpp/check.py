@@ -26,7 +26,7 @@ FEW_BITS = 4.0
 be used; a file with wrong tensors, or wrongly read, has hundreds of times as much."""
 
 
-def measured_gguf(
+def measure_gguf(
     path: Path, model: LoadedModel, windows: Tensor, file_type: GgufType, progress: Progress
 ) -> GgufPerplexity | None:
     """What the file computes on the first of `windows` (long, [n, seqlen]), and `model`, which it was written from.

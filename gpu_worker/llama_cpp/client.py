@@ -18,15 +18,15 @@ from torch.nn import functional as F
 
 from gpu_worker.llama_cpp.server import KEY_VARIABLE, ServerOptions
 from gpu_worker.measuring.perplexity import perplexity_of
-from gpu_worker.models.limits import LOGITS_BYTES
+from gpu_worker.models.limits import LOGITS_CHUNK_BYTES
 from gpu_worker.progress import Progress, no_progress, steps
 from protocol.errors import ModelError
 from protocol.runtime.environment import for_child
 
-LEAST_CONTEXT = 512
+MIN_CONTEXT = 512
 _KEY = secrets.token_urlsafe(32)
 """The key of all servers that this process starts: any user of the machine and any web page can reach their ports."""
-ANSWER_WITHIN = 3600.0
+TIMEOUT_SECONDS = 3600.0
 """Seconds that one request may take. A long window of a large model on a slow CPU takes minutes; a server that is
 stopped, or stuck, never answers."""
 
@@ -52,12 +52,12 @@ def running(options: ServerOptions) -> Iterator[str]:
 
 
 @contextmanager
-def serving(path: Path, *, context: int = LEAST_CONTEXT, hidden_states: bool = False) -> Iterator[str]:
+def serving(path: Path, *, context: int = MIN_CONTEXT, hidden_states: bool = False) -> Iterator[str]:
     """The address of a server of that file, for one text of up to `context` tokens at a time.
 
     The KV cache is in F32, so that only the weights are rounded. Raises ModelError where llama.cpp cannot load it.
     """
-    threads, context = torch.get_num_threads(), max(LEAST_CONTEXT, context)
+    threads, context = torch.get_num_threads(), max(MIN_CONTEXT, context)
     options = ServerOptions(str(path), threads, context, hidden_states=hidden_states, exact_cache=True)
     with running(options) as address:
         yield address
@@ -66,7 +66,7 @@ def serving(path: Path, *, context: int = LEAST_CONTEXT, hidden_states: bool = F
 def ask(address: str, path: str, body: Mapping[str, Any]) -> Any:
     """The server's JSON answer. Raises ModelError where there is none, or an error."""
     server = urlsplit(address)
-    connection = HTTPConnection(server.hostname or "", server.port, timeout=ANSWER_WITHIN)  # urllib would ask a proxy
+    connection = HTTPConnection(server.hostname or "", server.port, timeout=TIMEOUT_SECONDS)  # urllib would ask a proxy
     try:
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {_KEY}"}
         connection.request("POST", path, json.dumps(body), headers)
@@ -108,6 +108,6 @@ def gguf_perplexity(path: Path, windows: Tensor, progress: Progress = no_progres
 
 def _loss(hidden: Tensor, head: Tensor, window: Tensor) -> float:
     """The summed loss of `window` [seqlen], in nats; logits are made some rows at a time."""
-    rows = max(1, LOGITS_BYTES["cpu"] // (4 * head.shape[0]))
+    rows = max(1, LOGITS_CHUNK_BYTES["cpu"] // (4 * head.shape[0]))
     parts = zip(torch.split(hidden[:-1], rows), torch.split(window[1:].cpu(), rows), strict=True)
     return sum(F.cross_entropy(part @ head.t(), target, reduction="sum").item() for part, target in parts)

@@ -63,7 +63,7 @@ def write_gguf(
         _write(writer, tensors, progress)
     finally:
         writer.close()
-    _tell_what_is_stored_otherwise(tensors, file_type, path)
+    _log_fallback_types(tensors, file_type, path)
     return path
 
 
@@ -133,7 +133,7 @@ def _write(writer: Any, tensors: tuple[GgufTensor, ...], progress: Progress) -> 
         writer.write_tensor_data(tensor.data())
 
 
-def _tell_what_is_stored_otherwise(tensors: tuple[GgufTensor, ...], file_type: GgufType, path: Path) -> None:
+def _log_fallback_types(tensors: tuple[GgufTensor, ...], file_type: GgufType, path: Path) -> None:
     """Say what has more bits than the file's type asks for, and whether other MLP widths would help."""
     of = sum(tensor.type != Kind.F32 for tensor in tensors)
     said = {"of": of, "file": path.name, "file_type": file_type}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gpu_worker.models.checkpoints import reading, reason
-from gpu_worker.models.hub import datasets_go_offline, hub_reachable
+from gpu_worker.models.hub import hub_reachable, set_datasets_offline
 from protocol.errors import DataError
 from protocol.plans.spec import Role, SearchSpec, TextSpec
 
@@ -94,14 +94,14 @@ def load_roles(
             continue
         length = max(text.seqlen for text in roles.values())
         tokens = _self_tokens(roles, length, generate) if source[0] == SELF else _tokens(source, tokenizer)
-        windows |= share(tokens, roles, length, seed, source[0])
+        windows |= split_by_role(tokens, roles, length, seed, source[0])
     if start is not None:
         for tokens in windows.values():
             tokens[:, 0] = start
     return windows
 
 
-def share(tokens: Tensor, roles: dict[Role, TextSpec], length: int, seed: int, name: str) -> dict[Role, Tensor]:
+def split_by_role(tokens: Tensor, roles: dict[Role, TextSpec], length: int, seed: int, name: str) -> dict[Role, Tensor]:
     """Deal the chunks of `length` tokens of one text [tokens] out to its roles; see `load_texts`."""
     chunks = tokens[: len(tokens) // length * length].view(-1, length)
     shuffled = torch.randperm(len(chunks), generator=torch.Generator().manual_seed(seed))
@@ -185,7 +185,7 @@ class HubData:
         datasets.disable_progress_bars()
         offline = not hub_reachable()
         if offline:
-            datasets_go_offline()
+            set_datasets_offline()
         with reading(partial(self._cannot_load, offline), DataError):
             return datasets.load_dataset(self.repository, self.config, split=split, data_files=data_files)
 

@@ -1,6 +1,6 @@
 """KL divergence of a pruned model from the dense one, and its perplexity, in one pass over a text.
 
-The dense model's predictions are kept once per text: for each predicted token the `KL_TOP` likeliest tokens with their
+The dense model's predictions are kept once per text: for each predicted token the `KL_TOP_K` likeliest tokens with their
 logits, and the mass of all others in one bucket. Merging tokens into a bucket can only lower a KL divergence, so what
 is measured is a lower bound of that over the whole vocabulary, and exact where the vocabulary is not larger.
 """
@@ -15,7 +15,7 @@ from torch import Tensor
 from gpu_worker.measuring.perplexity import final_hidden, logit_chunks, perplexity_of
 from gpu_worker.models.errors import NotFiniteError
 from gpu_worker.models.families import Decoder
-from gpu_worker.models.limits import KL_TOP
+from gpu_worker.models.limits import KL_TOP_K
 from gpu_worker.progress import Progress, no_progress, steps
 
 
@@ -36,7 +36,7 @@ class DensePredictions:
     """Logarithm of the probability of all tokens that are not kept, fp32 [n]; -inf where all are."""
 
     @classmethod
-    def room_for(cls, count: int, top: int, dtype: torch.dtype) -> "DensePredictions":
+    def empty(cls, count: int, top: int, dtype: torch.dtype) -> "DensePredictions":
         """Room for `count` predictions with `top` tokens each."""
         return cls(
             torch.empty(count, top, dtype=torch.int32),
@@ -83,7 +83,7 @@ def dense_predictions(
     progress: Progress = no_progress,
     stage: str = "measuring",
     *,
-    top: int = KL_TOP,
+    top: int = KL_TOP_K,
 ) -> tuple[DensePredictions, float, int]:
     """What the dense model predicts for `windows` (long, [n, seqlen]), its perplexity, and the tokens averaged over.
 
@@ -91,7 +91,7 @@ def dense_predictions(
     """
     tokens = windows.shape[0] * (windows.shape[1] - 1)
     head = decoder.head
-    kept = DensePredictions.room_for(tokens, min(top, head.out_features), head.weight.dtype)
+    kept = DensePredictions.empty(tokens, min(top, head.out_features), head.weight.dtype)
     loss = 0.0
     with torch.inference_mode():
         for chunk in _chunks(decoder, windows, progress, stage):
@@ -128,7 +128,7 @@ def predictions_from(decoder: Decoder, hidden: Tensor, windows: Tensor) -> Dense
     Raises NotFiniteError where that is no number.
     """
     head = decoder.head
-    kept = DensePredictions.room_for(windows[:, 1:].numel(), min(KL_TOP, head.out_features), head.weight.dtype)
+    kept = DensePredictions.empty(windows[:, 1:].numel(), min(KL_TOP_K, head.out_features), head.weight.dtype)
     for chunk in _chunks_of(decoder, hidden, windows):
         kept.keep(chunk)
     if not bool(kept.log_total.isfinite().all()):

@@ -16,9 +16,9 @@ from torch.overrides import TorchFunctionMode
 
 log = structlog.get_logger()
 
-FEWEST_ROWS = 8
+MIN_ROWS = 8
 """With fewer, converting the weight takes longer than is gained."""
-CONVERTED = 2**22
+CHUNK_ELEMENTS = 2**22
 """Numbers of a weight that are converted at a time: what fits the caches needs no new memory."""
 
 
@@ -69,7 +69,7 @@ class _LinearInFloat32(TorchFunctionMode):
             and x.dtype == weight.dtype
             and x.dtype in self._dtypes
             and x.device.type == weight.device.type == "cpu"
-            and x.numel() >= FEWEST_ROWS * x.shape[-1]
+            and x.numel() >= MIN_ROWS * x.shape[-1]
         )
 
 
@@ -111,4 +111,4 @@ class _Linear(torch.autograd.Function):
 
 def _parts(weight: Tensor) -> tuple[Tensor, ...]:
     """Rows of `weight` [out, in] that are converted at a time."""
-    return torch.split(weight, max(1, CONVERTED // weight.shape[1]))
+    return torch.split(weight, max(1, CHUNK_ELEMENTS // weight.shape[1]))

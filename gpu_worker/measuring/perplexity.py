@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from gpu_worker.models.errors import NotFiniteError
 from gpu_worker.models.families import Decoder
-from gpu_worker.models.limits import LOGITS_BYTES
+from gpu_worker.models.limits import LOGITS_CHUNK_BYTES
 from gpu_worker.progress import Progress, no_progress, steps
 
 
@@ -85,6 +85,8 @@ def logit_chunks(decoder: Decoder, hidden: Tensor, window: Tensor) -> Iterator[t
     """
     states = hidden[:, :-1].flatten(0, 1).to(decoder.head.weight.device)
     targets = window[:, 1:].flatten().to(states.device)
-    rows = max(1, LOGITS_BYTES.get(states.device.type, LOGITS_BYTES["cuda"]) // (4 * decoder.head.out_features))
+    rows = max(
+        1, LOGITS_CHUNK_BYTES.get(states.device.type, LOGITS_CHUNK_BYTES["cuda"]) // (4 * decoder.head.out_features)
+    )
     for chunk, target in zip(torch.split(states, rows), torch.split(targets, rows), strict=True):
         yield decoder.head(chunk).float(), target

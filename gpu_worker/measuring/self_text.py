@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from gpu_worker.cache import cached
 from gpu_worker.models.loading import LoadedModel
-from gpu_worker.models.memory import texts_at_once
+from gpu_worker.models.memory import generation_batch_size
 from gpu_worker.progress import Progress
 
 TEMPERATURE = 1.0
@@ -48,7 +48,7 @@ def sample(model: LoadedModel, windows: int, length: int, seed: int, progress: P
     generator = torch.Generator(device=model.device).manual_seed(seed)
     batches = []
     progress("writing text", 0, windows * length)
-    together = texts_at_once(model.decoder.shape, model.causal_lm.dtype.itemsize, length)
+    together = generation_batch_size(model.decoder.shape, model.causal_lm.dtype.itemsize, length)
     for start in range(0, windows, together):
         rows = torch.arange(start, min(start + together, windows)) % len(prompts)
         report = partial(_report, progress, start * length, len(rows), windows * length)

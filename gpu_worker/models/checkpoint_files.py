@@ -13,7 +13,7 @@ from typing import Any
 
 from safetensors import safe_open
 
-from gpu_worker.models.shown import shown
+from gpu_worker.models.quoting import quoted
 from protocol.errors import ModelError
 from protocol.runtime.amounts import gigabytes
 
@@ -30,13 +30,13 @@ TEXTS_READ = (
 )
 """The names that transformers opens for a model and its tokenizer. A folder may hold any other file besides, such as
 a log or a link to a checkpoint that is gone."""
-LARGEST_BYTES = {"config.json": 2**20, "tokenizer.json": 2**27}
+MAX_FILE_BYTES = {"config.json": 2**20, "tokenizer.json": 2**27}
 """Limits for single files, several times the largest that are known: Gemma's tokenizer.json has 33 MB."""
-LARGEST_TEXT_BYTES = 2**25
+MAX_TEXT_BYTES = 2**25
 """Limit for any other file that holds no weights."""
-LONGEST_HEADER_BYTES = 2**25
+MAX_HEADER_BYTES = 2**25
 """Limit for the header of a safetensors file; with a thousand tensors it has 100 kB."""
-MOST_UNSTORED = 2
+MAX_PARAMETER_RATIO = 2
 """A model may ask for so many times the weights that its files hold. An error after loading names the missing weights;
 this limit keeps the loader from filling the memory before that."""
 
@@ -50,7 +50,7 @@ def check_files(name: str, folder: Path) -> None:
     files = [path for path in sorted(folder.iterdir()) if not path.is_dir()]
     texts = [path for path in files if _is_one_of(path, TEXTS_READ)]
     for path in (*texts, *folder.glob("additional_chat_templates/*.jinja")):
-        size, largest = _ordinary_size(name, path), LARGEST_BYTES.get(path.name, LARGEST_TEXT_BYTES)
+        size, largest = _ordinary_size(name, path), MAX_FILE_BYTES.get(path.name, MAX_TEXT_BYTES)
         if size > largest:
             raise ModelError(
                 f"the file {path.name!r} of {name!r} has {size:,} bytes, where at most {largest:,} can be meant"
@@ -82,7 +82,7 @@ def check_index(name: str, index: Path) -> None:
         raise ModelError(f"the file {index.name!r} of {name!r} does not say which file each weight is in")
     for file in sorted(set(where.values())):
         if not is_inside(file):
-            raise ModelError(f"the file {index.name!r} of {name!r} names {shown(file)}, which is outside the folder")
+            raise ModelError(f"the file {index.name!r} of {name!r} names {quoted(file)}, which is outside the folder")
         if (index.parent / file).exists():
             _check_weights(name, index.parent / file)
 
@@ -100,7 +100,7 @@ def check_stored(name: str, folder: Path, asked: int) -> None:
     """
     files = sorted(folder.glob("*.safetensors"))
     stored = sum(count for file in files for count in _sizes(name, file))
-    if files and asked > MOST_UNSTORED * stored:
+    if files and asked > MAX_PARAMETER_RATIO * stored:
         raise ModelError(
             f"the config of {name!r} asks for {asked:,} parameters where its files hold {stored:,}; "
             "pass a model with the config that belongs to its weights"
@@ -111,7 +111,7 @@ def _sizes(name: str, file: Path) -> Iterator[int]:
     """The number of elements of each tensor in a safetensors file; the library checks its header against the file."""
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
-    if length > LONGEST_HEADER_BYTES:
+    if length > MAX_HEADER_BYTES:
         raise ModelError(f"the file {file.name!r} of {name!r} claims a header of {length:,} bytes")
     with safe_open(file, framework="numpy") as weights:
         for key in weights.keys():  # noqa: SIM118  (it is no dictionary)

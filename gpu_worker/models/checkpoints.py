@@ -17,13 +17,13 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from gpu_worker.models.errors import is_device_lost, is_out_of_memory
-from gpu_worker.models.exported import register_pruned_classes
 from gpu_worker.models.families import PRUNED, family_of
-from gpu_worker.models.shown import shown
+from gpu_worker.models.modeling import register_pruned_classes
+from gpu_worker.models.quoting import quoted
 from gpu_worker.models.sizes import check_numbers, check_sizes
 from protocol.errors import ModelError, SelfPrunerError, UsageError
 
-LONGEST_REASON = 300
+MAX_REASON_CHARACTERS = 300
 """Characters of another library's error that a sentence repeats: some of them repeat the file."""
 STRETCHED = ("linear", "dynamic", "yarn")
 """Kinds of rotary positions of which a config states the length before they are stretched."""
@@ -56,7 +56,7 @@ def reason(error: Exception) -> str:
     line = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
     told = isinstance(error, OSError | ValueError | SafetensorError) and line
     whole = line if told else f"{type(error).__name__}: {line}"
-    return (whole if len(whole) <= LONGEST_REASON else f"{whole[:LONGEST_REASON]} …").rstrip(".,;: ")
+    return (whole if len(whole) <= MAX_REASON_CHARACTERS else f"{whole[:MAX_REASON_CHARACTERS]} …").rstrip(".,;: ")
 
 
 def check_config(name: str, config: Mapping[str, Any]) -> None:
@@ -89,7 +89,7 @@ def quantisation_method(packing: object) -> str:
         return "unknown method"
     named = packing.get("quant_method")
     if named:
-        return shown(named).strip("'")
+        return quoted(named).strip("'")
     return "bitsandbytes" if packing.get("load_in_8bit") or packing.get("load_in_4bit") else "unknown method"
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gpu_worker.models.shown import shown
+from gpu_worker.models.quoting import quoted
 from protocol.errors import ModelError
 from protocol.plans.shape import LayerShape, ModelShape
 
@@ -124,7 +124,7 @@ class Layer:
         """All seven projections."""
         return (self.query, self.key, self.value, self.output, self.gate, self.up, self.down)
 
-    def tell_heads(self, kv_heads: int, queries_per_kv: int) -> None:
+    def set_head_counts(self, kv_heads: int, queries_per_kv: int) -> None:
         """Write down how many heads the attention has, where its code does not read it off the projections' widths."""
         attention: Any = self.attention
         attention.num_key_value_groups = queries_per_kv
@@ -159,7 +159,7 @@ def family_of(config: Any) -> Family:
     family = FAMILIES.get(str(model_type).removeprefix(PRUNED))
     if family is None:
         raise ModelError(
-            f"models of type {shown(model_type)} cannot be pruned; supported model types: {', '.join(sorted(FAMILIES))}"
+            f"models of type {quoted(model_type)} cannot be pruned; supported model types: {', '.join(sorted(FAMILIES))}"
         )
     return family
 
@@ -169,7 +169,7 @@ def head_dim_of(config: Any) -> int:
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def take_apart(model: Any) -> Decoder:
+def extract_decoder(model: Any) -> Decoder:
     """The decoder of a causal language model as transformers loads it; fused projections of `model` are split in place.
 
     Raises ModelError for an unsupported family, and for a model whose parameters are not those its family should have

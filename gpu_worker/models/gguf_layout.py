@@ -16,12 +16,12 @@ from gguf import GGML_QUANT_SIZES, GGUFReader
 from gguf.constants import GGUF_DEFAULT_ALIGNMENT, GGUF_MAGIC, GGMLQuantizationType, GGUFValueType
 
 VERSIONS = (2, 3)
-MOST_FIELDS = MOST_TENSORS = 100_000
+MAX_FIELDS = MAX_TENSORS = 100_000
 """A model of 126 layers, such as Llama 3.1 405B, has about 1,100 tensors and 50 fields."""
-MOST_ELEMENTS = 2**22
+MAX_ELEMENTS = 2**22
 """Array elements of all fields together. Gemma 3 has 1.3 million: tokens, their scores and types, and merges."""
-LONGEST_NAME = 2**16
-MOST_DIMENSIONS = 4
+MAX_NAME_BYTES = 2**16
+MAX_DIMENSIONS = 4
 
 _WIDTHS = {
     GGUFValueType.UINT8: 1,
@@ -57,7 +57,7 @@ def check_layout(path: Path) -> None:
                 "the file is big-endian" if swapped else f"its version is {version}, not {VERSIONS[0]} or {VERSIONS[1]}"
             )
         tensors, fields = header.number("<Q"), header.number("<Q")
-        if tensors > MOST_TENSORS or fields > MOST_FIELDS:
+        if tensors > MAX_TENSORS or fields > MAX_FIELDS:
             raise ValueError(f"it claims {tensors:,} tensors and {fields:,} fields")
         alignment = _check_fields(header, fields)
         described = _read_tensors(header, tensors)
@@ -101,7 +101,7 @@ class _Cursor:
     def text(self) -> str:
         """A name: of a field or a tensor."""
         size = self.number("<Q")
-        if size > LONGEST_NAME:
+        if size > MAX_NAME_BYTES:
             raise ValueError(f"a name in its header has {size:,} bytes")
         start = self.place
         self.skip(size)
@@ -118,7 +118,7 @@ def _check_fields(header: _Cursor, count: int) -> int:
         names.add(name)
         kind = _kind(header.number("<I"))
         if kind == GGUFValueType.ARRAY:
-            elements += _skip_array(header, name, MOST_ELEMENTS - elements)
+            elements += _skip_array(header, name, MAX_ELEMENTS - elements)
         elif kind == GGUFValueType.STRING:
             header.skip_text()
         elif name == "general.alignment" and kind == GGUFValueType.UINT32:
@@ -165,7 +165,7 @@ def _read_tensors(header: _Cursor, count: int) -> list[_Tensor]:
         if name in names:
             raise ValueError(f"the tensor {name!r} appears twice")
         names.add(name)
-        if not 1 <= dimensions <= MOST_DIMENSIONS:
+        if not 1 <= dimensions <= MAX_DIMENSIONS:
             raise ValueError(f"the tensor {name!r} has {dimensions:,} dimensions")
         shape = [header.number("<Q") for _ in range(dimensions)]
         tensors.append(_Tensor(name, _bytes_of(name, shape, header.number("<I")), header.number("<Q")))

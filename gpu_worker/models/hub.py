@@ -6,7 +6,7 @@ from functools import cache
 
 from huggingface_hub import constants
 
-ANSWER_WITHIN = 5.0
+TIMEOUT_SECONDS = 5.0
 """Seconds that the hub has to answer."""
 
 
@@ -17,7 +17,7 @@ def hub_reachable() -> bool:
         return False
     request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
     try:
-        urllib.request.urlopen(request, timeout=ANSWER_WITHIN).close()
+        urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS).close()
     except urllib.error.HTTPError:
         return True  # it answered, if only to refuse
     except OSError:
@@ -25,7 +25,7 @@ def hub_reachable() -> bool:
     return True
 
 
-def datasets_go_offline() -> None:
+def set_datasets_offline() -> None:
     """From now on let `datasets` read only what is on this machine.
 
     Half a minute of retries otherwise: `local_files_only` does not reach the look-up of a repository's files.

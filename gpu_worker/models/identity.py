@@ -7,7 +7,7 @@ from pathlib import Path
 BLOCK = 4096
 BLOCKS = 1024
 """So many blocks of each weight file are looked at, evenly spread: 4 MiB, where a model of 140 GB has files of 5 GB."""
-LARGEST_JSON = 2**27
+MAX_JSON_BYTES = 2**27
 """A JSON file up to this size is read whole; a larger one belongs to no tokenizer, and is sampled like weights."""
 
 GGUF_HEADER = 2**25
@@ -24,7 +24,7 @@ def folder_identity(folder: Path) -> str:
     for pattern in ("*.json", "*.safetensors", "*.bin"):
         for path in sorted(filter(Path.is_file, folder.glob(pattern))):
             size = path.stat().st_size
-            if pattern == "*.json" and size <= LARGEST_JSON:
+            if pattern == "*.json" and size <= MAX_JSON_BYTES:
                 _add(digest, path.name, path.read_bytes())
             else:
                 _add(digest, f"{path.name}|{size}", b"".join(_samples(path, size)))

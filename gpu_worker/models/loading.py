@@ -21,12 +21,12 @@ from gpu_worker.models.checkpoint_files import (
     check_stored,
 )
 from gpu_worker.models.checkpoints import check_config, load_weights, longest_positions, reading, reason, unmap
-from gpu_worker.models.families import FAMILIES, Decoder, take_apart
+from gpu_worker.models.families import FAMILIES, Decoder, extract_decoder
 from gpu_worker.models.gguf_files import unpacked
 from gpu_worker.models.hub import hub_reachable
 from gpu_worker.models.identity import folder_identity
-from gpu_worker.models.memory import Machine, MemoryEstimate, Workload, estimate_memory, this_machine, together
-from gpu_worker.models.placement import Placement, device_map, part_of, place, skeleton
+from gpu_worker.models.memory import Machine, MemoryEstimate, Workload, combined, estimate_memory, this_machine
+from gpu_worker.models.placement import Placement, device_map, meta_model, place, share_of
 from protocol.errors import ModelError
 from protocol.results.formats import FACTS, only_for_llama_cpp
 from protocol.runtime.amounts import GB
@@ -71,7 +71,7 @@ def load_model(name: str, dtype: str, workload: Workload = Workload()) -> Loaded
     of an unsupported family, or where this machine has too little memory for it and `workload`; before loading weights.
     """
     found = _look_up(name, dtype)
-    estimate, machine = _reckoned(name, found, dtype, workload)
+    estimate, machine = _estimated(name, found, dtype, workload)
     return _loaded(name, found, dtype, place(estimate, machine))
 
 
@@ -81,16 +81,16 @@ def load_side_by_side(names: Sequence[str], dtype: str, workload: Workload) -> t
     Raises ModelError as `load_model` does; where memory is too little for all of them, before any weight is loaded.
     """
     looked_up = [_look_up(name, dtype) for name in names]
-    each = [_reckoned(name, found, dtype, workload)[0] for name, found in zip(names, looked_up, strict=True)]
-    whole = together(each)
+    each = [_estimated(name, found, dtype, workload)[0] for name, found in zip(names, looked_up, strict=True)]
+    whole = combined(each)
     placement = place(whole, this_machine())
     return tuple(
-        _loaded(name, found, dtype, part_of(placement, estimate.weights, whole.weights))
+        _loaded(name, found, dtype, share_of(placement, estimate.weights, whole.weights))
         for name, found, estimate in zip(names, looked_up, each, strict=True)
     )
 
 
-def bare_model(name: str, dtype: str) -> LoadedModel:
+def load_without_weights(name: str, dtype: str) -> LoadedModel:
     """The model called `name` without its weights, on the meta device: to see beforehand what can be done with it.
 
     Raises ModelError as `load_model` does, but for memory and weights.
@@ -127,8 +127,8 @@ def _look_up(name: str, dtype: str) -> _Found:
     with reading(partial(_cannot_load, name, "config", offline)):
         check_config(source, _written_config(source, options))
         config = transformers.AutoConfig.from_pretrained(source, **options)
-        bare = skeleton(config, getattr(torch, dtype))
-    decoder = take_apart(bare)
+        bare = meta_model(config, getattr(torch, dtype))
+    decoder = extract_decoder(bare)
     with reading(partial(_cannot_load, name, "weights", offline)):
         if Path(source).is_dir():
             check_stored(name, Path(source), decoder.shape.total_parameters)
@@ -163,15 +163,15 @@ def _written_config(source: str, options: dict[str, Any]) -> dict[str, Any]:
     return dict(written)
 
 
-def _reckoned(name: str, found: _Found, dtype: str, workload: Workload) -> tuple[MemoryEstimate, Machine]:
+def _estimated(name: str, found: _Found, dtype: str, workload: Workload) -> tuple[MemoryEstimate, Machine]:
     """What the model needs, and what there is; the log says both."""
     machine = this_machine()
     estimate = estimate_memory(found.decoder, getattr(torch, dtype), workload, machine.device)
     log.info(
         "memory_estimate",
         model=name,
-        needs=estimate.words,
-        has=machine.sentence,
+        needs=estimate.description,
+        has=machine.description,
         weights_gb=round(estimate.weights / GB, 3),
     )
     return estimate, machine
@@ -185,7 +185,7 @@ def _loaded(name: str, found: _Found, dtype: str, placement: Placement) -> Loade
         causal_lm = load_weights(name, found.source, getattr(torch, dtype), device_map=devices, **found.options)
     causal_lm.requires_grad_(False).eval()
     unmap(causal_lm)
-    return LoadedModel(causal_lm, tokenizer, take_apart(causal_lm), _identity(found.source))
+    return LoadedModel(causal_lm, tokenizer, extract_decoder(causal_lm), _identity(found.source))
 
 
 def _identity(source: str) -> str:

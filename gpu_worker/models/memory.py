@@ -12,9 +12,9 @@ from gpu_worker.models.families import Decoder
 from gpu_worker.models.limits import (
     GRADIENT_SAMPLES,
     GRADIENT_TOKENS,
-    KL_TOP,
-    LOGITS_BYTES,
-    ROWS_AT_ONCE,
+    KL_TOP_K,
+    LOGITS_CHUNK_BYTES,
+    ROWS_PER_CHUNK,
     SENSITIVITY_TOKENS,
 )
 from protocol.plans.shape import LayerShape, ModelShape
@@ -23,7 +23,7 @@ from protocol.results.finetuning import Recipe
 from protocol.runtime.amounts import gigabytes
 
 FP32 = INT32 = 4
-PER_TRAINED = 4 * FP32
+BYTES_PER_TRAINED_PARAMETER = 4 * FP32
 """The copy that steps are made on, its gradient, and the two averages of AdamW."""
 
 
@@ -44,11 +44,11 @@ class Training:
             return shape.decoder_parameters
         return self.recipe.rank * sum(inputs + outputs for inputs, outputs in _projections(shape))
 
-    def kept(self, shape: ModelShape, size: int) -> int:
+    def resident_bytes(self, shape: ModelShape, size: int) -> int:
         """Bytes that stay while it trains, beside the weights; in a type of `size` bytes."""
-        return self.parameters(shape) * (PER_TRAINED + (size if self.recipe.method == "lora" else 0))
+        return self.parameters(shape) * (BYTES_PER_TRAINED_PARAMETER + (size if self.recipe.method == "lora" else 0))
 
-    def running(self, shape: ModelShape, size: int) -> int:
+    def activation_bytes(self, shape: ModelShape, size: int) -> int:
         """Bytes that a forward pass keeps for the backward one, of all layers; logits aside."""
         attention = 3 * shape.head_dim * sum(layer.query_heads + 2 * layer.kv_heads for layer in shape.layers)
         mlp = 4 * sum(layer.mlp_channels for layer in shape.layers)
@@ -69,9 +69,9 @@ def _projections(shape: ModelShape) -> list[tuple[int, int]]:
     return found
 
 
-KV_CACHE_BYTES = 2**32
+MAX_KV_CACHE_BYTES = 2**32
 """Most that the keys and values of texts being written together may take; one text may always be written."""
-TEXTS_AT_ONCE = 64
+MAX_GENERATION_BATCH = 64
 """Most texts written together."""
 FP64 = 8
 
@@ -85,15 +85,15 @@ class Workload:
 
     seqlen: int = 2048
     """Tokens of the longest window."""
-    waiting_tokens: int = 0
+    hidden_state_tokens: int = 0
     """Tokens whose hidden states wait in main memory between two layers."""
     predicted_tokens: int = 0
     """Tokens for which the dense model's predictions are kept in main memory."""
-    writes_text: bool = False
+    generates_text: bool = False
     """Whether the model writes its own text first."""
-    keeps_keys: bool = False
+    keeps_kv_cache: bool = False
     """Whether keys and values of the whole window are kept while it runs."""
-    takes_gradients: bool = False
+    computes_gradients: bool = False
     measures_sensitivity: bool = False
     """Whether each layer's input is kept for a batch of tokens."""
     eliminates: bool = False
@@ -109,10 +109,10 @@ class Workload:
         texts = [spec.calibration, *measured]
         return cls(
             seqlen=max(text.seqlen for text in texts),
-            waiting_tokens=_tokens(spec.calibration) if spec.scoring == "sequential" else 0,
+            hidden_state_tokens=_tokens(spec.calibration) if spec.scoring == "sequential" else 0,
             predicted_tokens=sum(_tokens(text) for text in measured) if spec.measure == "kl" else 0,
-            writes_text=any(text.source == "self" for text in texts),
-            takes_gradients=spec.importance == "taylor",
+            generates_text=any(text.source == "self" for text in texts),
+            computes_gradients=spec.importance == "taylor",
             eliminates=spec.importance == "obs",
             # A search always does, an allocation where its method is that; the spec does not say which it is for.
             measures_sensitivity=True,
@@ -136,42 +136,42 @@ class MemoryEstimate:
 
     weights: int
     """All parameters, in the type they are loaded in; exact."""
-    gathered: int
+    pruned_copies: int
     """Copies at the worst plan: of q and o where query heads kept of every KV head do not lie next to each other, and
     with reconstruction of o and down."""
-    running: int
+    activations: int
     """On each device beside the weights: one window's activations, or one layer's copy while it is scored and ordered,
     or the keys and values of texts being written, or the gradients' pass, or the inputs of all layers that sensitivity
     is measured from, whichever is most. Of a model on several devices each is granted what all of them need together.
     """
-    main: int
+    main_memory: int
     """In main memory, whatever the device: hidden states that wait between two layers, for windows as long as the spec
     says and not as long as the model's positions reach; and predictions of the dense model."""
-    fitting: int = 0
+    reconstruction: int = 0
     """What reconstruction, or scoring by elimination, keeps beside each layer: products of its inputs, and what is
     fitted to them."""
-    trained: int = 0
+    training_state: int = 0
     """What fine-tuning keeps of each trained parameter: its fp32 copy, gradient and averages."""
     models: int = 1
     """How many are loaded together."""
 
     @property
-    def least(self) -> int:
+    def minimum(self) -> int:
         """What cannot be done without on the device."""
-        return self.weights + self.fitting + self.trained + self.running
+        return self.weights + self.reconstruction + self.training_state + self.activations
 
     @property
-    def words(self) -> str:
+    def description(self) -> str:
         """All of it: what the model needs."""
-        parts = [f"{gigabytes(self.weights)} for weights", f"{gigabytes(self.running)} to run them"]
-        if self.gathered:
-            parts.append(f"up to {gigabytes(self.gathered)} for pruned copies")
-        if self.fitting:
-            parts.append(f"{gigabytes(self.fitting)} for products of inputs")
-        if self.trained:
-            parts.append(f"{gigabytes(self.trained)} for what is trained")
-        if self.main:
-            parts.append(f"{gigabytes(self.main)} of main memory for texts")
+        parts = [f"{gigabytes(self.weights)} for weights", f"{gigabytes(self.activations)} to run them"]
+        if self.pruned_copies:
+            parts.append(f"up to {gigabytes(self.pruned_copies)} for pruned copies")
+        if self.reconstruction:
+            parts.append(f"{gigabytes(self.reconstruction)} for products of inputs")
+        if self.training_state:
+            parts.append(f"{gigabytes(self.training_state)} for what is trained")
+        if self.main_memory:
+            parts.append(f"{gigabytes(self.main_memory)} of main memory for texts")
         return f"about {', '.join(parts)}"
 
 
@@ -183,39 +183,41 @@ def estimate_memory(decoder: Decoder, dtype: torch.dtype, workload: Workload, de
     shape = decoder.shape
     size = dtype.itemsize
     vocabulary = decoder.head.out_features
-    keys = kv_cache_bytes(shape, size, workload.seqlen) if workload.keeps_keys else 0
-    running = [_window(shape, _logits(device, vocabulary, workload.seqlen), size, workload.seqlen) + keys]
+    keys = kv_cache_bytes(shape, size, workload.seqlen) if workload.keeps_kv_cache else 0
+    running = [_window_bytes(shape, _logits_chunk(device, vocabulary, workload.seqlen), size, workload.seqlen) + keys]
     running += [shape.layer_parameters(i) * size for i in range(len(shape.layers))]
-    running += [_scoring(shape, layer) for layer in shape.layers]
-    if workload.writes_text:
+    running += [_scoring_bytes(shape, layer) for layer in shape.layers]
+    if workload.generates_text:
         text = kv_cache_bytes(shape, size, workload.seqlen)
-        running.append(text * texts_at_once(shape, size, workload.seqlen))
-    if workload.takes_gradients:
-        running.append(_gradients(shape, vocabulary, size))
+        running.append(text * generation_batch_size(shape, size, workload.seqlen))
+    if workload.computes_gradients:
+        running.append(_gradient_bytes(shape, vocabulary, size))
     if workload.measures_sensitivity:
         inputs = len(shape.layers) * SENSITIVITY_TOKENS * shape.hidden_size * size
-        logits = _logits(device, vocabulary, SENSITIVITY_TOKENS)
-        running.append(inputs + _window(shape, logits, size, SENSITIVITY_TOKENS))
+        logits = _logits_chunk(device, vocabulary, SENSITIVITY_TOKENS)
+        running.append(inputs + _window_bytes(shape, logits, size, SENSITIVITY_TOKENS))
     if workload.training is not None:
-        chunk = _logits(device, vocabulary, workload.training.tokens)
-        running.append(workload.training.running(shape, size) + 3 * chunk)
+        chunk = _logits_chunk(device, vocabulary, workload.training.tokens)
+        running.append(workload.training.activation_bytes(shape, size) + 3 * chunk)
     return MemoryEstimate(
         weights=shape.total_parameters * size,
-        gathered=sum(_gathered(shape, layer, workload.reconstructs != "no") for layer in shape.layers) * size,
-        fitting=_fitting(shape, workload) * FP32,
-        trained=0 if workload.training is None else workload.training.kept(shape, size),
-        running=max(running),
-        main=workload.waiting_tokens * shape.hidden_size * size + workload.predicted_tokens * KL_TOP * (INT32 + size),
+        pruned_copies=sum(_copied_parameters(shape, layer, workload.reconstructs != "no") for layer in shape.layers)
+        * size,
+        reconstruction=_reconstruction_values(shape, workload) * FP32,
+        training_state=0 if workload.training is None else workload.training.resident_bytes(shape, size),
+        activations=max(running),
+        main_memory=workload.hidden_state_tokens * shape.hidden_size * size
+        + workload.predicted_tokens * KL_TOP_K * (INT32 + size),
     )
 
 
-def together(estimates: Sequence[MemoryEstimate]) -> MemoryEstimate:
+def combined(estimates: Sequence[MemoryEstimate]) -> MemoryEstimate:
     """What models take that lie side by side, run in turn and are not pruned, trained or given texts that wait."""
     return MemoryEstimate(
         weights=sum(estimate.weights for estimate in estimates),
-        gathered=0,
-        running=max(estimate.running for estimate in estimates),
-        main=0,
+        pruned_copies=0,
+        activations=max(estimate.activations for estimate in estimates),
+        main_memory=0,
         models=len(estimates),
     )
 
@@ -225,20 +227,20 @@ def kv_cache_bytes(shape: ModelShape, size: int, tokens: int) -> int:
     return 2 * size * tokens * shape.head_dim * sum(layer.kv_heads for layer in shape.layers)
 
 
-def texts_at_once(shape: ModelShape, size: int, tokens: int) -> int:
-    """How many texts of `tokens` are written together: as many as keep their keys and values within KV_CACHE_BYTES.
+def generation_batch_size(shape: ModelShape, size: int, tokens: int) -> int:
+    """How many texts of `tokens` are written together: as many as keep their keys and values within MAX_KV_CACHE_BYTES.
 
     It does not depend on the machine: a text follows from its model, sizes and seed.
     """
-    return max(1, min(TEXTS_AT_ONCE, KV_CACHE_BYTES // kv_cache_bytes(shape, size, tokens)))
+    return max(1, min(MAX_GENERATION_BATCH, MAX_KV_CACHE_BYTES // kv_cache_bytes(shape, size, tokens)))
 
 
-def _logits(device: str, vocabulary: int, tokens: int) -> int:
+def _logits_chunk(device: str, vocabulary: int, tokens: int) -> int:
     """Bytes of one chunk of fp32 logits."""
-    return min(LOGITS_BYTES[device], FP32 * tokens * vocabulary)
+    return min(LOGITS_CHUNK_BYTES[device], FP32 * tokens * vocabulary)
 
 
-def _window(shape: ModelShape, logits: int, size: int, seqlen: int) -> int:
+def _window_bytes(shape: ModelShape, logits: int, size: int, seqlen: int) -> int:
     """Most activations that are alive at once while a window runs: in its widest layer, or with a chunk of logits.
 
     `logits` are the bytes of such a chunk in fp32.
@@ -253,7 +255,7 @@ def _window(shape: ModelShape, logits: int, size: int, seqlen: int) -> int:
     return seqlen * stream + max(seqlen * mlp, seqlen * attention, 2 * logits + logits * size // FP32)
 
 
-def _gradients(shape: ModelShape, vocabulary: int, size: int) -> int:
+def _gradient_bytes(shape: ModelShape, vocabulary: int, size: int) -> int:
     """What a backward pass over LLM-Pruner's samples keeps of every layer, its logits, and one weight's gradient."""
     mlp = 4 * size * sum(layer.mlp_channels for layer in shape.layers)
     attention = 3 * size * shape.head_dim * sum(layer.query_heads + 2 * layer.kv_heads for layer in shape.layers)
@@ -263,17 +265,17 @@ def _gradients(shape: ModelShape, vocabulary: int, size: int) -> int:
     return GRADIENT_SAMPLES * GRADIENT_TOKENS * (mlp + attention + stream + logits) + largest * (size + 3 * FP32)
 
 
-def _scoring(shape: ModelShape, layer: LayerShape) -> int:
+def _scoring_bytes(shape: ModelShape, layer: LayerShape) -> int:
     """Some rows of the widest projection as fp64, and their absolute values.
 
     That is Wanda-sp's. OWL (a weight as fp32, its size, that times the activations', what stands out) and magnitude
     take less of as many rows, of all projections.
     """
     widest = max(shape.hidden_size, layer.mlp_channels, layer.query_heads * shape.head_dim)
-    return 2 * FP64 * min(ROWS_AT_ONCE, widest) * widest
+    return 2 * FP64 * min(ROWS_PER_CHUNK, widest) * widest
 
 
-def _gathered(shape: ModelShape, layer: LayerShape, reconstructs: bool) -> int:
+def _copied_parameters(shape: ModelShape, layer: LayerShape, reconstructs: bool) -> int:
     """Parameters of the query heads when every KV head loses one: those are copied; and what is fitted anew."""
     heads = layer.kv_heads * (layer.queries_per_kv - 1)
     if not reconstructs:
@@ -282,7 +284,7 @@ def _gathered(shape: ModelShape, layer: LayerShape, reconstructs: bool) -> int:
     return shape.query_head_parameters * heads + columns * shape.hidden_size
 
 
-def _fitting(shape: ModelShape, workload: Workload) -> int:
+def _reconstruction_values(shape: ModelShape, workload: Workload) -> int:
     """Values kept for reconstruction: a square for the inputs of o and down and their columns, and what is at work.
 
     Scoring by elimination keeps the squares of all layers too, but before anything is fitted.
@@ -306,7 +308,7 @@ class Machine:
 
     gpus: tuple[int, ...]
     """Free on each GPU."""
-    main: int
+    main_memory: int
     """Available main memory."""
 
     @property
@@ -315,10 +317,10 @@ class Machine:
         return "cuda" if self.gpus else "cpu"
 
     @property
-    def sentence(self) -> str:
+    def description(self) -> str:
         """All of it in words."""
         if not self.gpus:
-            return f"the main memory has {gigabytes(self.main)} available and there is no GPU"
+            return f"the main memory has {gigabytes(self.main_memory)} available and there is no GPU"
         if len(self.gpus) == 1:
             return f"the GPU has {gigabytes(self.gpus[0])} free"
         each = ", ".join(gigabytes(free) for free in self.gpus)

@@ -37,15 +37,15 @@ def place(estimate: MemoryEstimate, machine: Machine) -> Placement:
     Raises ModelError where it fits nowhere.
     """
     if not machine.gpus:
-        if estimate.least + estimate.main > machine.main:
+        if estimate.minimum + estimate.main_memory > machine.main_memory:
             raise too_large(estimate, machine)
         return Placement("cpu")
-    if estimate.main > machine.main:
+    if estimate.main_memory > machine.main_memory:
         raise ModelError(
-            f"the texts need about {gigabytes(estimate.main)} of main memory where {gigabytes(machine.main)} are "
+            f"the texts need about {gigabytes(estimate.main_memory)} of main memory where {gigabytes(machine.main_memory)} are "
             "available; use fewer or shorter windows (data)"
         )
-    for copies in (estimate.gathered, 0):
+    for copies in (estimate.pruned_copies, 0):
         placement = _on_gpus(estimate, machine, copies)
         if placement is not None:
             return placement
@@ -55,33 +55,33 @@ def place(estimate: MemoryEstimate, machine: Machine) -> Placement:
 def _on_gpus(estimate: MemoryEstimate, machine: Machine, copies: int) -> Placement | None:
     """On one GPU or on all, with room for `copies` bytes beside the weights; None where there is none."""
     largest = max(range(len(machine.gpus)), key=lambda i: machine.gpus[i])
-    if estimate.least + copies <= machine.gpus[largest]:
+    if estimate.minimum + copies <= machine.gpus[largest]:
         return Placement(f"cuda:{largest}")
     # What reconstruction and fine-tuning keep of a layer is on its device.
-    share = estimate.weights / (estimate.weights + estimate.fitting + estimate.trained + copies)
-    budget = {i: int((free - estimate.running) * share) for i, free in enumerate(machine.gpus)}
+    share = estimate.weights / (estimate.weights + estimate.reconstruction + estimate.training_state + copies)
+    budget = {i: int((free - estimate.activations) * share) for i, free in enumerate(machine.gpus)}
     useful = {i: weights for i, weights in budget.items() if weights > 0}
     return Placement(budget=useful) if len(useful) > 1 and sum(useful.values()) >= estimate.weights else None
 
 
 def too_large(estimate: MemoryEstimate, machine: Machine) -> ModelError:
     """What is said of a model that fits nowhere."""
-    advice = f"{ADVICE}, or no reconstruction" if estimate.fitting else ADVICE
-    if estimate.trained:
+    advice = f"{ADVICE}, or no reconstruction" if estimate.reconstruction else ADVICE
+    if estimate.training_state:
         advice += ", a smaller micro-batch, or LoRA if it is not"
     which = "the model is too large for this machine: it needs"
     if estimate.models > 1:
         which = f"the {estimate.models} models together are too large for this machine: they need"
-    return ModelError(f"{which} {estimate.words}; {machine.sentence}; {advice}")
+    return ModelError(f"{which} {estimate.description}; {machine.description}; {advice}")
 
 
-def part_of(placement: Placement, weights: int, all_weights: int) -> Placement:
+def share_of(placement: Placement, weights: int, all_weights: int) -> Placement:
     """Where one of several models goes that were placed together: its share of every GPU's budget."""
     budget = {gpu: room * weights // all_weights for gpu, room in placement.budget.items()}
     return Placement(placement.device, budget)
 
 
-def skeleton(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:
+def meta_model(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:
     """The model of a config without memory for its weights: on the meta device."""
     with torch.device("meta"):
         return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)

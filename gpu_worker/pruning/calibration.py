@@ -94,7 +94,7 @@ class _ProductSum(_InputSum):
         return upper + upper.triu(1).t()
 
 
-class _Watch:
+class _Hooks:
     """Watches what enters some projections of one layer."""
 
     def __init__(self, *sums: _InputSum) -> None:
@@ -109,7 +109,7 @@ class _Watch:
             seen.handle.remove()
 
 
-class LayerWatch(_Watch):
+class ActivationHooks(_Hooks):
     """Watches what enters each kind of projection of one layer."""
 
     def __init__(self, layer: Layer) -> None:
@@ -120,7 +120,7 @@ class LayerWatch(_Watch):
         return LayerActivations(*self._means())
 
 
-class ProductWatch(_Watch):
+class ProductHooks(_Hooks):
     """Watches what enters the projections of one layer that lose columns."""
 
     def __init__(self, layer: Layer) -> None:
@@ -131,11 +131,11 @@ class ProductWatch(_Watch):
         return LayerProducts(*self._means())
 
 
-W = TypeVar("W", bound=_Watch)
+W = TypeVar("W", bound=_Hooks)
 
 
 @contextmanager
-def watching(watch: Callable[[Layer], W], *layers: Layer) -> Iterator[tuple[W, ...]]:
+def hooked(watch: Callable[[Layer], W], *layers: Layer) -> Iterator[tuple[W, ...]]:
     """Watch `layers` while it lasts."""
     watches = tuple(watch(layer) for layer in layers)
     try:
@@ -147,7 +147,7 @@ def watching(watch: Callable[[Layer], W], *layers: Layer) -> Iterator[tuple[W, .
 
 def calibrate(decoder: Decoder, windows: Tensor, progress: Progress = no_progress) -> tuple[LayerActivations, ...]:
     """Run the dense model over `windows` (long, [n, seqlen]) and return the activations of each layer."""
-    with watching(LayerWatch, *decoder.layers) as watches:
+    with hooked(ActivationHooks, *decoder.layers) as watches:
         _run(decoder, windows, progress, "calibrating")
     return tuple(watch.activations() for watch in watches)
 
@@ -159,12 +159,12 @@ def calibrate_products(
 
     Each layer's sums are let go as the next one's are asked for: of a large model they are many gigabytes.
     """
-    with watching(LayerWatch, *decoder.layers) as watches, watching(ProductWatch, *decoder.layers) as products:
+    with hooked(ActivationHooks, *decoder.layers) as watches, hooked(ProductHooks, *decoder.layers) as products:
         _run(decoder, windows, progress, "calibrating")
     return tuple(watch.activations() for watch in watches), _handed_out(list(reversed(products)))
 
 
-def _handed_out(watches: list[ProductWatch]) -> Iterator[LayerProducts]:
+def _handed_out(watches: list[ProductHooks]) -> Iterator[LayerProducts]:
     """The last one first, which is forgotten then."""
     while watches:
         yield watches.pop().products()

@@ -14,7 +14,7 @@ a channel's rows of gate and up and its column of down. Where query heads share 
 for the KV head alone. Biases are left out, as LLM-Pruner does.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -24,10 +24,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from gpu_worker.models.families import Decoder, Layer
-from gpu_worker.models.limits import GRADIENT_SAMPLES, GRADIENT_TOKENS, ROWS_AT_ONCE
+from gpu_worker.models.limits import GRADIENT_SAMPLES, GRADIENT_TOKENS, ROWS_PER_CHUNK
 from gpu_worker.progress import Progress, no_progress
 from gpu_worker.pruning.calibration import LayerActivations
-from protocol.plans.shape import LayerShape
+from protocol.plans.any_heads import AnyHeadsPlan, make_any_heads_plan
+from protocol.plans.shape import LayerShape, ModelShape
 
 Projection = Literal["query", "key", "value", "output", "gate", "up", "down"]
 ROWS: tuple[Projection, ...] = ("query", "key", "value", "gate", "up")
@@ -50,7 +51,7 @@ class LayerImportance:
 
 def column_scores(weight: Tensor, mean_squares: Tensor) -> Tensor:
     """s_j = mean_i |W_ij| · √E[x_j²] for a weight [outputs, inputs] and mean squares [inputs]; fp64, [inputs]."""
-    sums = sum(rows.double().abs().sum(dim=0) for rows in torch.split(weight, ROWS_AT_ONCE))
+    sums = sum(rows.double().abs().sum(dim=0) for rows in torch.split(weight, ROWS_PER_CHUNK))
     return sums / weight.shape[0] * mean_squares.double().sqrt()
 
 
@@ -99,7 +100,7 @@ def magnitude(layer: Layer, shape: LayerShape) -> LayerImportance:
 
 def _sum_of_sizes(projection: Projection, weight: Tensor) -> Tensor:
     """The salience |w| of a weight [outputs, inputs], some rows at a time."""
-    parts = [sum_salience(projection, rows.float().abs()) for rows in torch.split(weight, ROWS_AT_ONCE)]
+    parts = [sum_salience(projection, rows.float().abs()) for rows in torch.split(weight, ROWS_PER_CHUNK)]
     return torch.cat(parts) if projection in ROWS else torch.stack(parts).sum(dim=0)
 
 
@@ -144,6 +145,17 @@ def _reduced_gradients(decoder: Decoder) -> Iterator[list[Salience]]:
                 linear.weight.requires_grad_(False).grad = None
 
 
+def any_heads_plan(
+    rates: Sequence[float], importance: Sequence[LayerImportance], shape: ModelShape, *, multiple_of: int = 1
+) -> AnyHeadsPlan:
+    """Return the plan that removes `rates`, one per layer, and may remove any query heads (protocol/plans/any_heads.py).
+
+    Raises BudgetError where the budget cannot be met.
+    """
+    scores = [layer.query_heads.tolist() for layer in importance]
+    return make_any_heads_plan(rates, scores, shape, multiple_of=multiple_of)
+
+
 def outlier_share(layer: Layer, seen: LayerActivations, threshold: float) -> float:
     """Percent of the entries of |W| · √E[x²] over all projections of a layer that exceed `threshold` × their mean.
 
@@ -153,7 +165,7 @@ def outlier_share(layer: Layer, seen: LayerActivations, threshold: float) -> flo
     pairs = [
         (rows, squares)
         for linear, squares in zip(layer.linears, inputs, strict=True)
-        for rows in torch.split(linear.weight, ROWS_AT_ONCE)
+        for rows in torch.split(linear.weight, ROWS_PER_CHUNK)
     ]
     entries = sum(rows.numel() for rows, _ in pairs)
     mean = sum(_scores(*pair).sum(dtype=torch.float64).item() for pair in pairs) / entries

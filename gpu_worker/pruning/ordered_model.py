@@ -112,7 +112,7 @@ class _OrderedLayer:
         self._output = FittedColumns(self._output.stored, products.attention_output)
         self._down = FittedColumns(self._down.stored, products.mlp_output)
 
-    def forget_fit(self) -> None:
+    def drop_fit(self) -> None:
         """From now on keep columns as they were; what is applied stays."""
         self._output, self._down = _Columns(self._output.stored), _Columns(self._down.stored)
 
@@ -127,7 +127,7 @@ class _OrderedLayer:
         _set_linear(layer.gate, *self._gate.first(channels))
         _set_linear(layer.up, *self._up.first(channels))
         _set_linear(layer.down, self._down.first(channels), layer.down.bias)
-        layer.tell_heads(kv, each)
+        layer.set_head_counts(kv, each)
 
     def mask(self, kept: Tensor, channels: int) -> None:
         """Keep so many MLP channels, and put zeros in the columns of o_proj that belong to removed query heads.
@@ -172,7 +172,7 @@ class OrderedModel:
 
     def reorder(self, layer: int, importance: LayerImportance) -> None:
         """Order a layer that is in its original order by `importance`."""
-        assert self._orders[layer] is None, "call `unorder` before scoring the layer anew"
+        assert self._orders[layer] is None, "call `restore_order` before scoring the layer anew"
         self.changes += 1
         order = _Order.of(importance)
         self._layers[layer] = self._ordered(layer, order)
@@ -191,11 +191,11 @@ class OrderedModel:
         order = self._orders[layer]
         return products if order is None else order.of_products(products)
 
-    def forget_fit(self, layer: int) -> None:
+    def drop_fit(self, layer: int) -> None:
         """Let go what `fit` keeps of decoder layer `layer`; what is pruned already stays fitted."""
-        self._layers[layer].forget_fit()
+        self._layers[layer].drop_fit()
 
-    def unorder(self, layer: int) -> None:
+    def restore_order(self, layer: int) -> None:
         """Make a layer dense and give it back its original order, bit by bit."""
         self.changes += 1
         order = self._orders[layer]

@@ -25,7 +25,7 @@ from gpu_worker.models.errors import NotFiniteError
 DAMPING = 0.01
 """λ as a share of the mean of E[x_j²]. A tenth or ten times as much changes SmolLM2's perplexity by a few percent."""
 
-LEAST_STRENGTH = 1e-12
+MIN_MEAN_SQUARE = 1e-12
 """Inputs that are always nought are damped as if their mean square were this."""
 
 
@@ -71,7 +71,7 @@ def damped(products: Tensor) -> Tensor:
     if not strength.isfinite():
         raise NotFiniteError("what enters a projection on the calibration text is no finite number")
     sums = products.float().clone()
-    sums.diagonal().add_(DAMPING * strength.clamp_min(LEAST_STRENGTH))
+    sums.diagonal().add_(DAMPING * strength.clamp_min(MIN_MEAN_SQUARE))
     return sums
 
 

@@ -7,7 +7,7 @@ where dense scoring needs one pass for all plans.
 from torch import Tensor
 
 from gpu_worker.progress import Progress, no_progress, steps
-from gpu_worker.pruning.calibration import LayerWatch, ProductWatch, watching
+from gpu_worker.pruning.calibration import ActivationHooks, ProductHooks, hooked
 from gpu_worker.pruning.importance import wanda_sp
 from gpu_worker.pruning.layerwise import LayerRun
 from gpu_worker.pruning.ordered_model import OrderedModel
@@ -25,20 +25,20 @@ def prune_sequentially(
     ordered.check(plan)
     decoder = ordered.decoder
     for i in range(len(decoder.layers)):
-        ordered.unorder(i)
+        ordered.restore_order(i)
     run = LayerRun(decoder, windows)
     whole = dense_plan(decoder.shape).layers
     for i, kept in enumerate(steps(progress, "scoring", plan.layers)):
         if kept != whole[i]:
             layer = decoder.layers[i]
-            with watching(LayerWatch, layer) as (watch,):
+            with hooked(ActivationHooks, layer) as (watch,):
                 run.visit(i)
             ordered.reorder(i, wanda_sp(layer, watch.activations(), decoder.shape.layers[i]))
             if reconstruct:
-                with watching(ProductWatch, layer) as (seen,):
+                with hooked(ProductHooks, layer) as (seen,):
                     run.visit(i)
                 ordered.fit(i, seen.products())
             ordered.apply_layer(i, kept)
-            ordered.forget_fit(i)  # of all layers together it is several times the model
+            ordered.drop_fit(i)  # of all layers together it is several times the model
         if i + 1 < len(decoder.layers):
             run.advance(i)

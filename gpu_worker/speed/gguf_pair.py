@@ -12,12 +12,12 @@ from gpu_worker.llama_cpp.tensor_types import FILE_TYPES
 from gpu_worker.llama_cpp.writer import write_gguf
 from gpu_worker.models.checkpoints import reading, reason
 from gpu_worker.models.gguf_layout import open_gguf
-from gpu_worker.models.loading import bare_model, load_model
+from gpu_worker.models.loading import load_model, load_without_weights
 from gpu_worker.models.memory import Workload
-from gpu_worker.models.sizes import LARGEST_SIZES
+from gpu_worker.models.sizes import MAX_SIZES
 from gpu_worker.progress import Progress
+from gpu_worker.speed.compatibility import Sizes
 from gpu_worker.speed.engines import SpeedRequest
-from gpu_worker.speed.same_model import Sizes
 from protocol.errors import ModelError, SettingsError
 from protocol.plans.plan import dense_plan
 from protocol.plans.shape import LayerShape
@@ -77,7 +77,7 @@ class GgufModel:
         return next((name for name, number in FILE_TYPES.items() if number == self.file_type), None)
 
 
-def files_there(request: SpeedRequest, formats: Formats) -> tuple[GgufModel | None, GgufModel | None]:
+def existing_gguf_files(request: SpeedRequest, formats: Formats) -> tuple[GgufModel | None, GgufModel | None]:
     """The dense and the pruned file that are measured as they are; None for one that has to be made.
 
     `formats` are the folder's. Raises SettingsError for a file of another type than the one asked for, unless it lies
@@ -104,9 +104,9 @@ def gguf_files(request: SpeedRequest, formats: Formats, made: Path, progress: Pr
     """The dense and the pruned file of a folder in these `formats`; what is made goes into the folder `made`.
 
     It gets the type asked for, else that of the file that is there, else f16. Raises SettingsError and ModelError as
-    `files_there`, and ModelError where one cannot be made.
+    `existing_gguf_files`, and ModelError where one cannot be made.
     """
-    dense, pruned = files_there(request, formats)
+    dense, pruned = existing_gguf_files(request, formats)
     if dense is not None and pruned is not None:
         return dense, pruned
     there = dense or pruned
@@ -122,7 +122,7 @@ def gguf_files(request: SpeedRequest, formats: Formats, made: Path, progress: Pr
 
 def _check_disk(names: Sequence[str], file_type: GgufType, made: Path, request: SpeedRequest) -> None:
     """Raise ModelError where the disk has no room for the GGUF files of all these models, before one is written."""
-    shapes = [bare_model(name, request.dtype).decoder.shape for name in names]
+    shapes = [load_without_weights(name, request.dtype).decoder.shape for name in names]
     needed = sum(export_bytes(s, s.decoder_parameters, ("gguf",), request.dtype, file_type) for s in shapes)
     try:
         check_disk(made, needed, f"making GGUF files for llama.cpp ({' and '.join(names)})")
@@ -156,7 +156,7 @@ def _make(name: str, file_type: GgufType, folder: Path, request: SpeedRequest, p
 
 def _sizes(reader: GGUFReader) -> Sizes:
     layers = int(_field(reader, "block_count"))
-    if not 1 <= layers <= LARGEST_SIZES["num_hidden_layers"]:
+    if not 1 <= layers <= MAX_SIZES["num_hidden_layers"]:
         raise ValueError(f"it claims {layers:,} layers")
     heads, hidden = _each(_field(reader, "attention.head_count"), layers), int(_field(reader, "embedding_length"))
     kv_heads = _each(_field(reader, "attention.head_count_kv", heads), layers)

@@ -12,9 +12,9 @@ import xllamacpp
 from gpu_worker.llama_cpp.client import ask, running
 from gpu_worker.llama_cpp.server import ServerOptions
 from gpu_worker.progress import Progress
+from gpu_worker.speed.compatibility import check_memory, check_pruned_from
 from gpu_worker.speed.engines import SpeedRequest
 from gpu_worker.speed.gguf_pair import GgufModel, gguf_files
-from gpu_worker.speed.same_model import check_related, check_room
 from gpu_worker.speed.timing import Length, Pair, Timing
 from gpu_worker.speed.transformers_engine import random_prompts
 from protocol.errors import DataError, ModelError
@@ -99,14 +99,14 @@ def open_pair(request: SpeedRequest, formats: Formats, progress: Progress) -> It
     with ExitStack() as stack:
         made = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="selfpruner-speed-")))
         dense, pruned = gguf_files(request, formats, made, progress)
-        check_related(dense.sizes, pruned.sizes, request.baseline)
+        check_pruned_from(dense.sizes, pruned.sizes, request.baseline)
         texts, length = max(request.batch_sizes), request.length
         for model in (dense, pruned):
             if length.total > model.longest:
                 raise DataError(f"texts of {length.total} tokens are longer than the {model.longest} of {model.path}")
         device = _device()
         needed = sum(m.weight_bytes + m.kv_cache_bytes_per_token * length.total * texts for m in (dense, pruned))
-        check_room(needed, on_gpu=device != "cpu")
+        check_memory(needed, on_gpu=device != "cpu")
         runners = [
             LlamaCppRunner(model, stack.enter_context(_serving(model, length, texts)), length)
             for model in (dense, pruned)

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from gpu_worker.evaluation.outcomes import preparing
+from gpu_worker.evaluation.outcomes import out_of_memory_as_usage_error
 from gpu_worker.export.folder import check_weights, formats_in
 from gpu_worker.progress import Progress, no_progress
 from gpu_worker.speed.engines import SpeedRequest, choose_engines
@@ -26,7 +26,7 @@ def measure_speed(request: SpeedRequest, progress: Progress = no_progress) -> Sp
     found: list[EngineSpeed] = []
     for engine in engines:
         try:
-            with preparing(request.baseline):
+            with out_of_memory_as_usage_error(request.baseline):
                 found.append(_measure_in(engine, formats, request, progress))
         except UsageError as error:
             # An engine that nobody named may be one for other families, shorter texts, or for a GPU.
@@ -50,9 +50,9 @@ def measure_speed(request: SpeedRequest, progress: Progress = no_progress) -> Sp
 def check_gguf_type(request: SpeedRequest, engines: tuple[Engine, ...], formats: Formats) -> None:
     """Raise SettingsError where a GGUF file has another type than the one asked for, and none can be made."""
     if request.gguf_type is not None and "llama.cpp" in engines:
-        from gpu_worker.speed.gguf_pair import files_there
+        from gpu_worker.speed.gguf_pair import existing_gguf_files
 
-        files_there(request, formats)
+        existing_gguf_files(request, formats)
 
 
 def _measure_in(engine: Engine, formats: Formats, request: SpeedRequest, progress: Progress) -> EngineSpeed:

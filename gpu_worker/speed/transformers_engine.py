@@ -16,8 +16,8 @@ from gpu_worker.evaluation.target import check_length
 from gpu_worker.measuring.half_precision import warn_if_slow
 from gpu_worker.models.loading import LoadedModel, load_side_by_side
 from gpu_worker.models.memory import Workload, kv_cache_bytes
+from gpu_worker.speed.compatibility import Sizes, check_pruned_from
 from gpu_worker.speed.engines import SpeedRequest
-from gpu_worker.speed.same_model import Sizes, check_related
 from gpu_worker.speed.timing import Length, Pair, Timing
 from protocol.results.speeds import ModelSize
 
@@ -99,11 +99,11 @@ def open_pair(request: SpeedRequest) -> Iterator[Pair]:
 
     Raises UsageError where one cannot be had or run so long, does not fit, or is no relative of the other.
     """
-    workload = Workload(request.length.total * max(request.batch_sizes), keeps_keys=True)
+    workload = Workload(request.length.total * max(request.batch_sizes), keeps_kv_cache=True)
     dense, pruned = load_side_by_side((request.baseline, str(request.folder)), request.dtype, workload)
     for model in (dense, pruned):
         check_length(model, request.length.total)
-    check_related(_sizes(dense), _sizes(pruned), request.baseline)
+    check_pruned_from(_sizes(dense), _sizes(pruned), request.baseline)
     warn_if_slow(request.dtype, dense.device, "torch is several times as fast")
     devices = dict.fromkeys([*devices_of(dense), *devices_of(pruned)])
     threads = torch.get_num_threads() if dense.device.type == "cpu" else None

@@ -17,8 +17,8 @@ import torch
 
 from gpu_worker.evaluation.session import device_name
 from gpu_worker.models.checkpoints import reason
-from gpu_worker.models.exported import class_names, module_name, render_modeling
 from gpu_worker.models.families import PRUNED
+from gpu_worker.models.modeling import class_names, module_name, render_modeling
 from gpu_worker.speed.engines import SpeedRequest
 from gpu_worker.speed.stdout import stdout_to_stderr
 from gpu_worker.speed.timing import Length, Pair, Timing
@@ -75,7 +75,7 @@ class VllmRunner:
         params = self._sampling(
             temperature=0.0, max_tokens=tokens, min_tokens=tokens, ignore_eos=True, detokenize=False
         )
-        with _told("generate"):
+        with _errors_of_vllm("generate"):
             start = self._clock()
             outputs = self._llm.generate(prompts, params, use_tqdm=False)
             seconds = self._clock() - start
@@ -98,8 +98,8 @@ def open_pair(request: SpeedRequest) -> Iterator[Pair]:
     """
     if not torch.cuda.is_available():
         raise ModelError("the engine vllm needs a GPU, and there is none")
-    has_our_code(request.folder)
-    sizes, vocabulary, baseline = _look_at(request)
+    needs_remote_code(request.folder)
+    sizes, vocabulary, baseline = _read_sizes(request)
     shares = memory_shares(sizes, request.length.total + 1, max(request.batch_sizes), *torch.cuda.mem_get_info(0))
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     with stdout_to_stderr():
@@ -135,12 +135,12 @@ def _load(
     shares: tuple[float, float],
     vocabulary: int,
 ) -> tuple[VllmRunner, VllmRunner]:
-    with _told("be imported"):
+    with _errors_of_vllm("be imported"):
         from vllm import LLM, SamplingParams
 
     def runner(name: str, size: ModelSize, share: float) -> VllmRunner:
-        trusted = Path(name).is_dir() and has_our_code(Path(name))
-        with _told(f"load {name!r}"):
+        trusted = Path(name).is_dir() and needs_remote_code(Path(name))
+        with _errors_of_vllm(f"load {name!r}"):
             llm = LLM(
                 model=name,
                 trust_remote_code=trusted,
@@ -160,7 +160,7 @@ def _load(
 
 
 @contextmanager
-def _told(doing: str) -> Iterator[None]:
+def _errors_of_vllm(doing: str) -> Iterator[None]:
     """While it lasts, an error is a ModelError: vLLM raises many kinds, and its processes lack memory on their own."""
     try:
         yield
@@ -168,7 +168,7 @@ def _told(doing: str) -> Iterator[None]:
         raise ModelError(f"vLLM cannot {doing} ({reason(error)})") from error
 
 
-def has_our_code(folder: Path) -> bool:
+def needs_remote_code(folder: Path) -> bool:
     """Whether vLLM has to run the modeling file of a `folder`: that of a pruned model, exported as hf.
 
     Raises ModelError where that folder holds or names other code than this version writes: of it nothing is run.
@@ -186,16 +186,16 @@ def has_our_code(folder: Path) -> bool:
     others = (path for path in folder.rglob("*") if path.suffix == ".py" or (path.is_symlink() and path.is_dir()))
     for path in others:
         if path != own or path.read_text(encoding="utf-8", errors="replace") != render_modeling(plain):
-            raise ModelError(_not_ours(path))
+            raise ModelError(_foreign_code(path))
     classes = {auto: f"{module}.{name}" for auto, name in class_names(plain).items()}
     for path in folder.rglob("*config.json"):
         # What this names may also be another repository's.
         if list(_auto_maps(_read(path))) != ([classes] if path == folder / "config.json" else []):
-            raise ModelError(_not_ours(path))
+            raise ModelError(_foreign_code(path))
     return True
 
 
-def _not_ours(path: Path) -> str:
+def _foreign_code(path: Path) -> str:
     return (
         f"{str(path)!r} is not what this version of Self-Pruner writes, and vLLM would run it, or what it names; "
         "export the model again"
@@ -225,15 +225,15 @@ def _auto_maps(value: object) -> Iterator[object]:
             yield from _auto_maps(each)
 
 
-def _look_at(request: SpeedRequest) -> tuple[tuple[ModelSize, ModelSize], int, str]:
+def _read_sizes(request: SpeedRequest) -> tuple[tuple[ModelSize, ModelSize], int, str]:
     """Sizes, vocabulary and the dense model's folder, from transformers, whose memory is free again afterwards."""
-    found = _looked_at(request)
+    found = _sizes_in_transformers(request)
     gc.collect()
     torch.cuda.empty_cache()
     return found
 
 
-def _looked_at(request: SpeedRequest) -> tuple[tuple[ModelSize, ModelSize], int, str]:
+def _sizes_in_transformers(request: SpeedRequest) -> tuple[tuple[ModelSize, ModelSize], int, str]:
     with open_transformers_pair(request) as pair:
         dense, pruned = pair.dense, pair.pruned
         assert isinstance(dense, TransformersRunner)

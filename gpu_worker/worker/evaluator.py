@@ -23,7 +23,7 @@ from protocol.runtime.environment import for_child
 EVALUATION_PROCESS = (sys.executable, "-m", "gpu_worker.evaluation.process")
 LINE_LIMIT = 32_000_000
 """Bytes. The longest line is a text that the model wrote (protocol/queue/self_text.py)."""
-LAST_WORDS_SECONDS = 1.0
+LAST_LINES_SECONDS = 1.0
 """For the last lines of a process that has ended: what it started may hold its stdout open for ever."""
 EXIT_STUCK = 3
 """How a worker ends whose evaluation process cannot be killed."""
@@ -165,7 +165,7 @@ class EvaluationChild:
         if not line.endswith(b"\n"):
             if self.alive:  # its own exit status says more than that of the kill
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._process.wait(), LAST_WORDS_SECONDS)
+                    await asyncio.wait_for(self._process.wait(), LAST_LINES_SECONDS)
             await self.kill()
             raise ChildDied(f"the evaluation process ended with status {self._process.returncode}{self._likely_reason}")
         try:
@@ -187,7 +187,7 @@ class EvaluationChild:
         try:
             while not reading.done():
                 ended = not self.alive
-                await asyncio.wait({reading}, timeout=LAST_WORDS_SECONDS)
+                await asyncio.wait({reading}, timeout=LAST_LINES_SECONDS)
                 if ended and not reading.done():
                     return b""
             return reading.result()

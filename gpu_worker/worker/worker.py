@@ -18,11 +18,11 @@ import structlog
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from gpu_worker.progress import Sparsely
-from gpu_worker.worker.agreement import check_agreement
+from gpu_worker.progress import LogThrottle
 from gpu_worker.worker.evaluator import EVALUATION_PROCESS, ChildDied, DeviceLost, EvaluationChild
 from gpu_worker.worker.gpu_lock import take_gpu
-from gpu_worker.worker.wanted import Demand, NoLongerWanted
+from gpu_worker.worker.profile_check import check_profile
+from gpu_worker.worker.spec_watch import SpecWatch, SpecWithdrawn
 from protocol.errors import StoreError, UsageError, first_error
 from protocol.plans.candidate import Failed, Outcome
 from protocol.plans.profile import ModelProfile
@@ -34,7 +34,7 @@ from protocol.queue.keys import Keys, read_entry, read_stored
 from protocol.queue.profile_board import ProfileBoard
 from protocol.queue.self_text import SelfTextBoard
 
-MOST_FAILED_STARTS = 3
+MAX_FAILED_STARTS = 3
 """After so many deaths of the child while it gets ready, the worker gives up."""
 IDLE_GRACE_SECONDS = 2.0
 """Beside the grace time of an evaluation: for a read that blocks. A server that is away is not waited for."""
@@ -90,7 +90,7 @@ class Worker:
         self._profiles = ProfileBoard(redis, self._keys)
         self._patiently = Patience(redis, self._keys.jobs)
         self._status = Status()
-        self._logged = Sparsely()
+        self._logged = LogThrottle()
         self._job: Job | None = None
         self._stopping = asyncio.Event()
         self._beats: set[asyncio.Task[bool]] = set()
@@ -102,12 +102,12 @@ class Worker:
             log.info("gpu_taken", gpu=await take_gpu())
         await self._patiently(lambda: check_server(self._redis))
         try:
-            await self._at_work()
+            await self._work_and_beat()
         except UsageError as error:
-            await self._tell_unusable(error)
+            await self._report_unusable(error)
             raise
 
-    async def _at_work(self) -> None:
+    async def _work_and_beat(self) -> None:
         """Work and beat until stopped; whatever ends it, what is ours is handed back, for it is no job's fault."""
         try:
             async with asyncio.TaskGroup() as group:
@@ -123,7 +123,7 @@ class Worker:
             with contextlib.suppress(*AWAY, RedisError):  # it must not hide what ended the worker
                 await self._queue.release()
 
-    async def _tell_unusable(self, error: UsageError) -> None:
+    async def _report_unusable(self, error: UsageError) -> None:
         """Leave word for a lease of what the user must mend; the end waits for no server."""
         status = Status(stage="unusable", detail=str(error))
         with contextlib.suppress(TimeoutError):
@@ -145,10 +145,10 @@ class Worker:
             if spec is not None:
                 try:
                     await self._work_on(spec)
-                except NoLongerWanted as reason:
-                    await self._stand_down(spec, reason)
+                except SpecWithdrawn as reason:
+                    await self._abandon(spec, reason)
 
-    async def _stand_down(self, spec: SearchSpec, reason: NoLongerWanted) -> None:
+    async def _abandon(self, spec: SearchSpec, reason: SpecWithdrawn) -> None:
         """Say why `spec` is not prepared, and hand back the job that the model was being loaded again for."""
         log.warning("preparation_given_up", spec=spec.fingerprint, reason=str(reason))
         if self._job is not None:
@@ -252,17 +252,17 @@ class Worker:
     async def _prepare(self, child: EvaluationChild, spec: SearchSpec) -> ModelProfile:
         """Make the model ready; returns the profile that the search has, or shall have, of it.
 
-        Raises NoLongerWanted, with the preparation ended, when the search has moved on.
+        Raises SpecWithdrawn, with the preparation ended, when the search has moved on.
         """
         patience = self._options.lease_seconds
-        demand = Demand(spec.fingerprint, self._readable_spec, self._control.read, patience_seconds=patience)
-        return await demand.during(self._made_ready(child, spec))
+        watch = SpecWatch(spec.fingerprint, self._readable_spec, self._control.read, patience_seconds=patience)
+        return await watch.run(self._start_and_check(child, spec))
 
-    async def _made_ready(self, child: EvaluationChild, spec: SearchSpec) -> ModelProfile:
+    async def _start_and_check(self, child: EvaluationChild, spec: SearchSpec) -> ModelProfile:
         known = await self._profiles.read(spec.fingerprint)
-        profile = await self._started(child, sensitivity=known is None)
+        profile = await self._start_child(child, sensitivity=known is None)
         counts = await self._profiles.publish(known or profile) or known or profile
-        check_agreement(counts, profile)
+        check_profile(counts, profile)
         log.info(
             "model_ready",
             model=profile.model,
@@ -271,16 +271,16 @@ class Worker:
         )
         return counts
 
-    async def _started(self, child: EvaluationChild, *, sensitivity: bool) -> ModelProfile:
+    async def _start_child(self, child: EvaluationChild, *, sensitivity: bool) -> ModelProfile:
         limit = self._options.max_preparation_seconds
-        for death in range(1, MOST_FAILED_STARTS + 1):
+        for death in range(1, MAX_FAILED_STARTS + 1):
             try:
                 return await child.start(self._show_progress, sensitivity=sensitivity, limit_seconds=limit)
             except ChildDied as error:
                 last = f"{error} at {self._status.stage!r}"
-                log.error("evaluation_process_died", error=last, death=death, of=MOST_FAILED_STARTS)
+                log.error("evaluation_process_died", error=last, death=death, of=MAX_FAILED_STARTS)
                 await asyncio.sleep(death)
-        raise UsageError(f"the target model cannot be made ready: {last}, {MOST_FAILED_STARTS} times; see the log")
+        raise UsageError(f"the target model cannot be made ready: {last}, {MAX_FAILED_STARTS} times; see the log")
 
     async def _measure(self, child: EvaluationChild, job: Job) -> None:
         self._status.stage = "evaluating"
@@ -328,7 +328,7 @@ class Worker:
         return await child.evaluate(job.candidate, limit_seconds=self._options.max_evaluation_seconds)
 
     def _show_progress(self, stage: str, done: int, total: int) -> None:
-        if self._logged.picks(stage, done, total):
+        if self._logged.should_log(stage, done, total):
             left = self._logged.seconds_left(done, total)
             log.info("preparing", stage=stage, done=done, total=total, seconds_left=left)
         self._status.stage, self._status.done, self._status.total = stage, done, total

@@ -11,7 +11,7 @@ Formats = tuple[Format, ...]
 """Of one folder; a GGUF file lies beside the files of another format, which come first."""
 FACTS = "selfpruner.json"
 """The file that every export folder has: what it says of itself, and what an older one is known by."""
-KEPT_TEXT = "measured-text.json"
+SAVED_TEXT = "measured-text.json"
 """The file of an export that holds the tokens it was measured on, where the dense model wrote them."""
 GgufType = Literal["f16", "q8_0", "q6_k", "q5_k_m", "q5_1", "q5_0", "q4_k_m", "q4_1", "q4_0"]
 """How the weights of a GGUF are stored, by llama.cpp's names for it."""

@@ -422,7 +422,7 @@ def test_memory_that_is_too_small_to_fine_tune_is_told_before_the_search(
     target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    machine = Machine(gpus=(), main=12 * 2**20)
+    machine = Machine(gpus=(), main_memory=12 * 2**20)
     monkeypatch.setattr("gpu_worker.finetune.finetune.this_machine", lambda: machine)
     tuning = ["--finetune", "--finetune-data", str(target / "alpaca.json"), "--finetune-micro-batch"]
     assert main(arguments(target, *tuning, "64")) == 2

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpu_worker.evaluation.allocation import allocate, prepare
-from gpu_worker.evaluation.without_search import allocate_once
+from gpu_worker.evaluation.one_shot import allocate_once
 from gpu_worker.pruning.calibration import calibrate
 from gpu_worker.pruning.importance import outlier_share
 from protocol.errors import BudgetError

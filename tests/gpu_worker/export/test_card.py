@@ -7,7 +7,7 @@ import yaml
 from pydantic import ValidationError
 
 from gpu_worker.export.card import render_card
-from gpu_worker.export.facts import ExportFacts, TextPerplexity, version_of_selfpruner, without_places
+from gpu_worker.export.facts import ExportFacts, TextPerplexity, version_of_selfpruner, without_folders
 from protocol.results.commands import GgufPerplexity, Searched
 from protocol.results.finetuning import Finetuning, Recipe
 from protocol.results.formats import Format, Formats
@@ -212,7 +212,7 @@ def test_a_program_reads_the_same_facts_from_the_folder(tmp_path: Path) -> None:
     assert written.pop("format") == "padded" and written.pop("formats") == ["padded"]
     assert written.pop("parameters")["decoder_after"] == UNEVEN.decoder_parameters(model.decoder.shape)
     facts = facts_of(model)
-    assert ExportFacts.model_validate(written) == facts.model_copy(update={"spec": without_places(facts.spec)})
+    assert ExportFacts.model_validate(written) == facts.model_copy(update={"spec": without_folders(facts.spec)})
     assert "/home/" not in (folder / "selfpruner.json").read_text()
     assert (folder / "README.md").read_text() == render_card(facts_of(model), ("padded",), name="out")
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from structlog.testing import capture_logs
 
+from gpu_worker.export.exported_folder import read_exported, restore_pruned_sizes
 from gpu_worker.export.padded import write_padded
-from gpu_worker.export.reopen import as_it_was_pruned, read_exported
 from gpu_worker.finetune.checkpoint import check_finetuning_disk
 from gpu_worker.finetune.eval_texts import EvalText
 from gpu_worker.finetune.trainable import trained
@@ -101,7 +101,7 @@ def test_a_cut_padded_model_is_padded_again_bit_by_bit(tmp_path: Path) -> None:
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (folder / file).write_bytes((tmp_path / "with-tokenizer" / file).read_bytes())
     model = load_model(str(folder), "float32")
-    as_it_was_pruned(model, read_exported(folder))
+    restore_pruned_sizes(model, read_exported(folder))
     assert model.decoder.layers[0].gate.out_features == UNEVEN.layers[0].mlp_channels
     (tmp_path / "again").mkdir()
     write_padded(model, UNEVEN, tmp_path / "again")
@@ -262,10 +262,10 @@ def test_memory_and_disk_are_reckoned_before_anything_is_loaded(tmp_path: Path) 
         )
         for method in ("lora", "full")
     }
-    assert 0 < of["lora"].trained < of["full"].trained == 16 * model.decoder.shape.decoder_parameters
-    assert "for what is trained" in of["full"].words
+    assert 0 < of["lora"].training_state < of["full"].training_state == 16 * model.decoder.shape.decoder_parameters
+    assert "for what is trained" in of["full"].description
     with pytest.raises(ModelError, match=r"for what is trained; .*; use .* a smaller micro-batch"):
-        place(of["full"], Machine(gpus=(), main=1000))
+        place(of["full"], Machine(gpus=(), main_memory=1000))
     huge = model.decoder.shape.model_copy(update={"other_parameters": 10**16})
     with pytest.raises(ModelError, match="of disk"):
         check_finetuning_disk(huge, 0, Recipe(), ("hf",), "bfloat16", tmp_path / "x.checkpoint")

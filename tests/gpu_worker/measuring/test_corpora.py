@@ -173,7 +173,7 @@ def test_of_a_text_of_the_hub_the_true_reason_is_told(
         raise error
 
     monkeypatch.setattr(corpora, "hub_reachable", lambda: reachable)
-    monkeypatch.setattr(corpora, "datasets_go_offline", lambda: None)
+    monkeypatch.setattr(corpora, "set_datasets_offline", lambda: None)
     monkeypatch.setattr("datasets.load_dataset", load_dataset)
     with pytest.raises(DataError) as refusal:
         load(part("c4", 1), part(text, 1))

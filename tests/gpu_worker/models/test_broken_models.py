@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from gpu_worker.models import loading as models
 from gpu_worker.models.checkpoint_files import is_inside
-from gpu_worker.models.gguf_layout import MOST_ELEMENTS, check_layout, open_gguf
+from gpu_worker.models.gguf_layout import MAX_ELEMENTS, check_layout, open_gguf
 from gpu_worker.models.loading import load_model
 from protocol.errors import ModelError
 from tests.support import broken_models
@@ -379,7 +379,7 @@ HEADERS = {
     "2**60 fields": _gguf(kv=2**60),
     "2**60 tensors": _gguf(tensors=2**60),
     "an array of 2**40": _gguf(kv=1, fields=_array(0, 2**40)),
-    "an array of one too many": _gguf(kv=1, fields=_array(0, MOST_ELEMENTS + 1)),
+    "an array of one too many": _gguf(kv=1, fields=_array(0, MAX_ELEMENTS + 1)),
     "an array of arrays": _gguf(kv=1, fields=_array(gguf.GGUFValueType.ARRAY, 1)),
     "an array of texts of 2**50": _gguf(kv=1, fields=_array(gguf.GGUFValueType.STRING, 4) + _text(b"", 2**50)),
     "a name of 2**50": _gguf(kv=1, fields=_text(b"a", 2**50)),

@@ -96,9 +96,9 @@ def test_models_to_be_compared_go_to_the_same_gpus(
         return load(*args, **options)
 
     names = [str(save_tiny_folder(tmp_path / name, layers=8)) for name in ("dense", "pruned")]
-    workload = Workload(seqlen=16, keeps_keys=True)
+    workload = Workload(seqlen=16, keeps_kv_cache=True)
     one = estimate_memory(tiny_llama(layers=8).decoder, torch.float32, workload, "cuda")
-    gpus = tuple(one.running + int(share * one.weights) for share in room)
+    gpus = tuple(one.activations + int(share * one.weights) for share in room)
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load_on_the_cpu)
     monkeypatch.setattr(module, "this_machine", lambda: Machine(gpus, 10**9))
     load_side_by_side(names, "float32", workload)
@@ -112,7 +112,7 @@ def test_models_that_do_not_fit_together_are_refused_before_one_is_loaded(
     name = str(save_tiny_folder(tmp_path))
     workload = Workload(seqlen=16)
     one = estimate_memory(tiny_llama().decoder, torch.float32, workload, "cpu")
-    monkeypatch.setattr(module, "this_machine", lambda: Machine((), one.running + 2 * one.weights - 1))
+    monkeypatch.setattr(module, "this_machine", lambda: Machine((), one.activations + 2 * one.weights - 1))
     monkeypatch.setattr(module, "load_weights", None)
     with pytest.raises(ModelError, match="the 2 models together are too large for this machine: they need about"):
         load_side_by_side([name, name], "float32", workload)

@@ -10,13 +10,13 @@ import pytest
 from daemon.cli import main
 from gpu_worker.export.folder import formats_in
 from gpu_worker.models.memory import Machine
+from gpu_worker.speed.compatibility import Sizes, check_memory, check_pruned_from
 from gpu_worker.speed.engines import (
     ENGINES,
     EngineFacts,
     choose_engines,
     engines_named,
 )
-from gpu_worker.speed.same_model import Sizes, check_related, check_room
 from gpu_worker.speed.timing import Length, Pair, Timing, alternate, compare
 from protocol.errors import ModelError, SettingsError, UsageError
 from protocol.plans.shape import LayerShape
@@ -136,23 +136,23 @@ SIZES = Sizes("llama", 64, 320, 16, (LAYER, LAYER))
     ],
 )
 def test_a_baseline_of_another_model_is_one_sentence(other: Sizes, what: str) -> None:
-    check_related(SIZES, SIZES, "dense")
+    check_pruned_from(SIZES, SIZES, "dense")
     with pytest.raises(ModelError, match=what):
-        check_related(other, SIZES, "dense")
+        check_pruned_from(other, SIZES, "dense")
 
 
 def test_models_that_do_not_fit_are_one_sentence() -> None:
-    check_room(1, on_gpu=True)
+    check_memory(1, on_gpu=True)
     with pytest.raises(ModelError, match=r"need about 1000000\.0 GB more where .*use smaller batches"):
-        check_room(10**15, on_gpu=False)
+        check_memory(10**15, on_gpu=False)
 
 
 def test_room_is_looked_for_where_the_engine_computes(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine = Machine(main=100 * 10**9, gpus=(10 * 10**9,))
-    monkeypatch.setattr("gpu_worker.speed.same_model.this_machine", lambda: machine)
-    check_room(50 * 10**9, on_gpu=False)
+    machine = Machine(main_memory=100 * 10**9, gpus=(10 * 10**9,))
+    monkeypatch.setattr("gpu_worker.speed.compatibility.this_machine", lambda: machine)
+    check_memory(50 * 10**9, on_gpu=False)
     with pytest.raises(ModelError, match=r"need about 50\.0 GB more"):
-        check_room(50 * 10**9, on_gpu=True)
+        check_memory(50 * 10**9, on_gpu=True)
 
 
 @pytest.mark.parametrize(

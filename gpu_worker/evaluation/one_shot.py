@@ -11,14 +11,14 @@ from gpu_worker.evaluation.allocation import Choice, allocate, choose_rates, pre
 from gpu_worker.evaluation.session import Session
 from gpu_worker.evaluation.target import Target, check_length
 from gpu_worker.measuring.corpora import SELF, load_roles, windows_digest
-from gpu_worker.measuring.kept_text import read_kept_text
 from gpu_worker.measuring.perplexity import checked_perplexity
+from gpu_worker.measuring.saved_text import load_saved_text
 from gpu_worker.measuring.self_text import self_text
 from gpu_worker.models.errors import NotFiniteError
 from gpu_worker.models.loading import LoadedModel, load_model
 from gpu_worker.models.memory import Workload
 from gpu_worker.progress import Progress, no_progress
-from gpu_worker.pruning.any_heads import any_heads_plan
+from gpu_worker.pruning.importance import any_heads_plan
 from protocol.plans.allocation import Allocation
 from protocol.plans.any_heads import AnyHeadsPlan, Heads
 from protocol.plans.candidate import Measured
@@ -107,30 +107,30 @@ def _measured(
     return session, fitness, report
 
 
-def evaluate_as_it_is(
+def evaluate_model(
     name: str,
     texts: Mapping[Role, TextSpec],
     *,
     dtype: Dtype,
     seed: int,
-    kept_text: Path | None = None,
+    saved_text: Path | None = None,
     progress: Progress = no_progress,
 ) -> EvaluationResult:
     """Measure a model, such as an exported one, without pruning it.
 
     `texts` has what to measure on; windows that a calibration text takes are left out of the others, as they are where
-    a model is pruned. `kept_text` is the file in which an export keeps what it was measured on, if it does.
+    a model is pruned. `saved_text` is the file in which an export keeps what it was measured on, if it does.
     """
     longest = max(text.seqlen for text in texts.values())
     progress("loading model", 0, 1)
-    writes_text = kept_text is None and any(text.source == SELF for text in texts.values())
-    model = load_model(name, dtype, Workload(longest, writes_text=writes_text))
+    generates_text = saved_text is None and any(text.source == SELF for text in texts.values())
+    model = load_model(name, dtype, Workload(longest, generates_text=generates_text))
     progress("loading model", 1, 1)
     check_length(model, longest)
-    if kept_text is None:
+    if saved_text is None:
         windows = _windows_of(model, texts, seed=seed, progress=progress)
     else:
-        windows = {"fitness": read_kept_text(kept_text, texts["fitness"], model.decoder.head.out_features)}
+        windows = {"fitness": load_saved_text(saved_text, texts["fitness"], model.decoder.head.out_features)}
     start = time.perf_counter()
     value, tokens = checked_perplexity(model.decoder, windows["fitness"], progress, "measuring")
     seconds = time.perf_counter() - start

@@ -11,17 +11,17 @@ from protocol.errors import SelfPrunerError, StoreError
 from protocol.plans.spec import SearchSpec
 from protocol.queue.control import Command
 
-LOOK_EVERY_SECONDS = 1.0
-LAST_LOOK_SECONDS = 2.0
+POLL_SECONDS = 1.0
+LAST_POLL_SECONDS = 2.0
 """Time limit of the look after a preparation has failed: it must not hang because the server is away."""
 T = TypeVar("T")
 
 
-class NoLongerWanted(SelfPrunerError):  # noqa: N818  (the search has moved on; nothing broke)
+class SpecWithdrawn(SelfPrunerError):  # noqa: N818  (the search has moved on; nothing broke)
     """The search does not wait for this spec any more; the text says why."""
 
 
-class Demand:
+class SpecWatch:
     """The demand of a search for one spec.
 
     `read_spec` and `read_command` ask the server. A spec that is missing for less than `patience_seconds` is still
@@ -42,40 +42,40 @@ class Demand:
         self._patience = patience_seconds
         self._missing_since: float | None = None
 
-    async def during(self, preparation: Coroutine[Any, Any, T]) -> T:
+    async def run(self, preparation: Coroutine[Any, Any, T]) -> T:
         """Return the result of `preparation`, which is cancelled when the search does not want it any more.
 
-        Raises NoLongerWanted then, and also where the preparation fails and is not wanted: a model that no search
+        Raises SpecWithdrawn then, and also where the preparation fails and is not wanted: a model that no search
         asks for must not end the worker.
         """
         preparing = asyncio.ensure_future(preparation)
-        lapse = asyncio.create_task(self._lapse())
+        withdrawal = asyncio.create_task(self._until_withdrawn())
         try:
-            await asyncio.wait({preparing, lapse}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({preparing, withdrawal}, return_when=asyncio.FIRST_COMPLETED)
             if not preparing.done():
-                raise NoLongerWanted(lapse.result())
-            if preparing.exception() and (reason := await self._last_look()):
-                raise NoLongerWanted(reason) from preparing.exception()
+                raise SpecWithdrawn(withdrawal.result())
+            if preparing.exception() and (reason := await self._last_poll()):
+                raise SpecWithdrawn(reason) from preparing.exception()
             return preparing.result()
         finally:
             preparing.cancel()
-            lapse.cancel()
-            await asyncio.gather(preparing, lapse, return_exceptions=True)
+            withdrawal.cancel()
+            await asyncio.gather(preparing, withdrawal, return_exceptions=True)
 
-    async def _lapse(self) -> str:
+    async def _until_withdrawn(self) -> str:
         """Wait until the spec is not wanted; returns why."""
         while True:
-            await asyncio.sleep(LOOK_EVERY_SECONDS)
-            if reason := await self._look():
+            await asyncio.sleep(POLL_SECONDS)
+            if reason := await self._poll():
                 return reason
 
-    async def _last_look(self) -> str:
+    async def _last_poll(self) -> str:
         try:
-            return await asyncio.wait_for(self._look(), LAST_LOOK_SECONDS)
+            return await asyncio.wait_for(self._poll(), LAST_POLL_SECONDS)
         except TimeoutError:
             return ""
 
-    async def _look(self) -> str:
+    async def _poll(self) -> str:
         """Return why the spec is not wanted; empty where it is, or where the server's answer cannot be read."""
         try:
             spec, command = await self._read_spec(), await self._read_command()

@@ -12,16 +12,16 @@ from torch import Tensor
 
 from protocol.errors import DataError
 from protocol.plans.spec import TextSpec
-from protocol.results.formats import KEPT_TEXT
+from protocol.results.formats import SAVED_TEXT
 
 
-def keep_text(windows: Tensor, folder: Path) -> None:
+def save_text(windows: Tensor, folder: Path) -> None:
     """Write the tokens (long, [n, seqlen]) into an export's folder."""
-    (folder / KEPT_TEXT).write_text(json.dumps({"tokens": windows.tolist()}, separators=(",", ":")), encoding="utf-8")
+    (folder / SAVED_TEXT).write_text(json.dumps({"tokens": windows.tolist()}, separators=(",", ":")), encoding="utf-8")
 
 
-def read_kept_text(file: Path, text: TextSpec, vocabulary: int) -> Tensor:
-    """The tokens (long, [n, seqlen]) that `keep_text` wrote of `text`, all below `vocabulary`; DataError otherwise."""
+def load_saved_text(file: Path, text: TextSpec, vocabulary: int) -> Tensor:
+    """The tokens (long, [n, seqlen]) that `save_text` wrote of `text`, all below `vocabulary`; DataError otherwise."""
     try:
         tokens = torch.tensor(json.loads(file.read_text(encoding="utf-8"))["tokens"])
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, RecursionError) as error:

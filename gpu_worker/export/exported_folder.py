@@ -15,14 +15,14 @@ from gpu_worker.pruning.ordered_model import OrderedModel
 from protocol.errors import ModelError
 from protocol.plans.plan import Plan
 from protocol.plans.shape import LayerShape
-from protocol.results.formats import FACTS, KEPT_TEXT, Format, Formats
+from protocol.results.formats import FACTS, SAVED_TEXT, Format, Formats
 
 NOT_FACTS = ("selfpruner", "format", "formats", "parameters")
 """What selfpruner.json says beside the facts."""
 
 
 @dataclass(frozen=True)
-class Exported:
+class ExportedFolder:
     """A folder that `selfpruner export` wrote."""
 
     folder: Path
@@ -33,13 +33,13 @@ class Exported:
     facts: ExportFacts
 
     @property
-    def kept_text(self) -> Path | None:
+    def saved_text(self) -> Path | None:
         """The file with the tokens that it was measured on, where the dense model wrote them."""
-        file = self.folder / KEPT_TEXT
+        file = self.folder / SAVED_TEXT
         return file if file.is_file() else None
 
 
-def read_exported(folder: Path) -> Exported:
+def read_exported(folder: Path) -> ExportedFolder:
     """What the folder says of itself. Raises ModelError where it is no export, or one that cannot be loaded again."""
     file = folder / FACTS
     formats = formats_in(folder)
@@ -56,23 +56,23 @@ def read_exported(folder: Path) -> Exported:
             f"the folder {str(folder)!r} is an export for llama.cpp, whose weights are no longer those of the model; "
             "pass the hf or the padded export of the same model"
         )
-    return Exported(folder, fmt, formats, facts)
+    return ExportedFolder(folder, fmt, formats, facts)
 
 
-def as_it_was_pruned(model: LoadedModel, exported: Exported) -> None:
+def restore_pruned_sizes(model: LoadedModel, exported: ExportedFolder) -> None:
     """Cut the noughts off a padded model, so that it has the sizes of its plan; check those of any other.
 
     The decoder's shape stays that of the model as it was loaded. Raises ModelError for the model of another plan.
     """
     plan = exported.facts.plan
-    wanted = exported.facts.shape.layers if exported.format == "padded" else sizes_of(plan)
+    wanted = exported.facts.shape.layers if exported.format == "padded" else pruned_sizes(plan)
     if model.decoder.shape.layers != wanted:
         raise ModelError(f"the weights in {exported.folder} have other sizes than its {FACTS} says")
     if exported.format == "padded":
         _cut(model, plan)
 
 
-def sizes_of(plan: Plan) -> tuple[LayerShape, ...]:
+def pruned_sizes(plan: Plan) -> tuple[LayerShape, ...]:
     """The sizes of a model that is pruned to `plan`, layer by layer."""
     return tuple(
         LayerShape(query_heads=kept.query_heads, kv_heads=kept.kv_heads, mlp_channels=kept.mlp_channels)

@@ -4,7 +4,7 @@ from protocol.errors import UsageError
 from protocol.plans.profile import ModelProfile
 
 
-def check_agreement(published: ModelProfile, mine: ModelProfile) -> None:
+def check_profile(published: ModelProfile, mine: ModelProfile) -> None:
     """Raise UsageError unless this worker measures the same model on the same texts as the first one did."""
     if published.shape != mine.shape:
         raise UsageError(f"this worker's {mine.model} has another shape than the one the search began with")

@@ -57,7 +57,7 @@ def modeling_of(model_type: str, fmt: str = "hf") -> Modeling:
     return MODELINGS[model_type]
 
 
-def plain_type(config: Any) -> str:
+def dense_type(config: Any) -> str:
     """The `model_type` of a config before pruning: that of the dense model also where an exported one was loaded."""
     return str(config.model_type).removeprefix(PRUNED)
 

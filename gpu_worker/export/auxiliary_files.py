@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from gpu_worker.models.exported import modeling_of, plain_type
 from gpu_worker.models.loading import LoadedModel
+from gpu_worker.models.modeling import dense_type, modeling_of
 
 
-def plain_config(model: LoadedModel) -> dict[str, Any]:
+def dense_config(model: LoadedModel) -> dict[str, Any]:
     """config.json of the model before pruning, as transformers would save it, with the type of the weights in memory.
 
     An exported model that was loaded again has the sizes and the architecture of the dense model it comes from. An
@@ -18,7 +18,7 @@ def plain_config(model: LoadedModel) -> dict[str, Any]:
     config: dict[str, Any] = json.loads(source.to_json_string(use_diff=True))
     config.pop("auto_map", None)
     config.pop("per_layer_config", None)
-    model_type = plain_type(source)
+    model_type = dense_type(source)
     return config | {
         "architectures": [f"{modeling_of(model_type).classes}ForCausalLM"],
         "model_type": model_type,
@@ -26,7 +26,7 @@ def plain_config(model: LoadedModel) -> dict[str, Any]:
     }
 
 
-def write_companions(model: LoadedModel, folder: Path) -> None:
+def write_auxiliary_files(model: LoadedModel, folder: Path) -> None:
     """Write generation settings and tokenizer into `folder`, where the model has them."""
     generation = getattr(model.causal_lm, "generation_config", None)
     if generation is not None:

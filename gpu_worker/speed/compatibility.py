@@ -20,7 +20,7 @@ class Sizes:
     layers: tuple[LayerShape, ...]
 
 
-def check_related(dense: Sizes, pruned: Sizes, baseline: str) -> None:
+def check_pruned_from(dense: Sizes, pruned: Sizes, baseline: str) -> None:
     """Raise ModelError unless `pruned` may come of `dense`: the same architecture and vocabulary, no layer larger."""
     for name, of_dense, of_pruned in (
         ("model type", dense.family, pruned.family),
@@ -42,13 +42,13 @@ def check_related(dense: Sizes, pruned: Sizes, baseline: str) -> None:
             )
 
 
-def check_room(needed: int, *, on_gpu: bool) -> None:
+def check_memory(needed: int, *, on_gpu: bool) -> None:
     """Raise ModelError where what is still to be loaded, in bytes, does not fit: on the GPUs, or in main memory."""
     machine = this_machine()
     on_gpu = on_gpu and bool(machine.gpus)
-    if needed > (sum(machine.gpus) if on_gpu else machine.main):
+    if needed > (sum(machine.gpus) if on_gpu else machine.main_memory):
         machine = machine if on_gpu else replace(machine, gpus=())
         raise ModelError(
-            f"both models together need about {gigabytes(needed)} more where {machine.sentence}; "
+            f"both models together need about {gigabytes(needed)} more where {machine.description}; "
             "use smaller batches (--batch-size), a shorter --prompt or --generate, or a machine with more memory"
         )
