@@ -31,8 +31,8 @@ DECIMALS = 6
 class Session:
     """Measures plans of one spec. Making one takes as long as its stages; `progress` hears of each.
 
-    `target` is given where the model is ready already; `share_text` is for several workers (see Target). Raises UsageError
-    for a model or a text that cannot be had and for a model that does not compute even when dense.
+    `target` is given where the model is ready already; `share_text` is for several workers (see Target). Raises
+    UsageError for a model or a text that cannot be had and for a model that does not compute even when dense.
     """
 
     def __init__(

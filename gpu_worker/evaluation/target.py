@@ -39,9 +39,9 @@ class Target:
     """The model of a spec, with the spec's texts. Making one takes as long as its stages; `progress` hears of each.
 
     With `outlier_threshold` (OWL's M) the layers' `outliers` are counted too, which only the dense model shows. `check`
-    may refuse the loaded model. `share_text` makes text that the model writes the same for several workers. Where nothing is
-    `measured` on the spec's texts, that for calibration alone is read. Raises UsageError for a model or a text that
-    cannot be had.
+    may refuse the loaded model. `share_text` makes text that the model writes the same for several workers. Where
+    nothing is `measured` on the spec's texts, that for calibration alone is read. Raises UsageError for a model or a
+    text that cannot be had.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
 """KL divergence of a pruned model from the dense one, and its perplexity, in one pass over a text.
 
-The dense model's predictions are kept once per text: for each predicted token the `KL_TOP_K` likeliest tokens with their
-logits, and the mass of all others in one bucket. Merging tokens into a bucket can only lower a KL divergence, so what
-is measured is a lower bound of that over the whole vocabulary, and exact where the vocabulary is not larger.
+The dense model's predictions are kept once per text: for each predicted token the `KL_TOP_K` likeliest tokens with
+their logits, and the mass of all others in one bucket. Merging tokens into a bucket can only lower a KL divergence, so
+what is measured is a lower bound of that over the whole vocabulary, and exact where the vocabulary is not larger.
 """
 
 import math

@@ -1,10 +1,10 @@
-"""Values from files, in sentences for people."""
+"""Quotes values from files in error messages."""
 
 MAX_CHARACTERS = 60
-"""Characters of a value that a sentence shows."""
+"""Longest part of a value that an error message quotes."""
 
 
 def quoted(value: object) -> str:
-    """A value as an error shows it: short and on one line, whatever the file holds."""
+    """Return a value for an error message: short and on one line, whatever the file contains."""
     text = repr(value)
     return text if len(text) <= MAX_CHARACTERS else f"{text[:MAX_CHARACTERS]} …"

@@ -148,7 +148,7 @@ def _reduced_gradients(decoder: Decoder) -> Iterator[list[Salience]]:
 def any_heads_plan(
     rates: Sequence[float], importance: Sequence[LayerImportance], shape: ModelShape, *, multiple_of: int = 1
 ) -> AnyHeadsPlan:
-    """Return the plan that removes `rates`, one per layer, and may remove any query heads (protocol/plans/any_heads.py).
+    """Return the plan that prunes layers by `rates` and may remove any query heads (protocol/plans/any_heads.py).
 
     Raises BudgetError where the budget cannot be met.
     """

@@ -1,4 +1,4 @@
-"""Whether a search still wants the spec that a worker prepares: preparing may take hours, and searches move on."""
+"""Cancels the preparation of a model when the search no longer needs its spec: preparing may take hours."""
 
 import asyncio
 import time
@@ -13,19 +13,19 @@ from protocol.queue.control import Command
 
 POLL_SECONDS = 1.0
 LAST_POLL_SECONDS = 2.0
-"""Time limit of the look after a preparation has failed: it must not hang because the server is away."""
+"""Time limit of the poll after a failed preparation: it must not hang because the server is down."""
 T = TypeVar("T")
 
 
-class SpecWithdrawn(SelfPrunerError):  # noqa: N818  (the search has moved on; nothing broke)
-    """The search does not wait for this spec any more; the text says why."""
+class SpecWithdrawn(SelfPrunerError):  # noqa: N818  (no error: the search has moved on)
+    """The search no longer needs this spec; the message says why."""
 
 
 class SpecWatch:
-    """The demand of a search for one spec.
+    """Watches whether a search still needs one spec.
 
-    `read_spec` and `read_command` ask the server. A spec that is missing for less than `patience_seconds` is still
-    wanted, because a daemon restores a server that has lost its data.
+    `read_spec` and `read_command` query the server. A spec counts as withdrawn only after it has been missing for
+    `patience_seconds`, because a daemon restores the spec after its server has lost data.
     """
 
     def __init__(
@@ -43,10 +43,10 @@ class SpecWatch:
         self._missing_since: float | None = None
 
     async def run(self, preparation: Coroutine[Any, Any, T]) -> T:
-        """Return the result of `preparation`, which is cancelled when the search does not want it any more.
+        """Return the result of `preparation`, and cancel it when the search withdraws the spec.
 
-        Raises SpecWithdrawn then, and also where the preparation fails and is not wanted: a model that no search
-        asks for must not end the worker.
+        Raises SpecWithdrawn then, and also when the preparation fails for a spec that was withdrawn: a model that no
+        search needs must not end the worker.
         """
         preparing = asyncio.ensure_future(preparation)
         withdrawal = asyncio.create_task(self._until_withdrawn())
@@ -63,7 +63,7 @@ class SpecWatch:
             await asyncio.gather(preparing, withdrawal, return_exceptions=True)
 
     async def _until_withdrawn(self) -> str:
-        """Wait until the spec is not wanted; returns why."""
+        """Wait until the spec is withdrawn; return the reason."""
         while True:
             await asyncio.sleep(POLL_SECONDS)
             if reason := await self._poll():
@@ -76,7 +76,7 @@ class SpecWatch:
             return ""
 
     async def _poll(self) -> str:
-        """Return why the spec is not wanted; empty where it is, or where the server's answer cannot be read."""
+        """Return why the spec is withdrawn; an empty string if it is not, or if the server cannot be read."""
         try:
             spec, command = await self._read_spec(), await self._read_command()
         except (StoreError, RedisError):

@@ -284,7 +284,7 @@ def test_the_disk_needs_room_for_both_models_where_they_share_it(
         asked.append(needed - freed)
 
     monkeypatch.setattr("gpu_worker.export.disk_space.check_disk", check)
-    monkeypatch.setattr("gpu_worker.finetune.memory.check_disk", check)
+    monkeypatch.setattr("gpu_worker.finetune.checkpoint.check_disk", check)
     settings = prune_settings("m", 0.3, Path("small"), 8, None, None, settings_file(target), [])
     goal = Goal(Path("small"), ("hf",), data="alpaca.json")
     check_disk(goal, settings, SHAPE)

@@ -89,7 +89,7 @@ def test_a_tied_head_may_be_in_the_checkpoint_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"num_hidden_layers": "abc"}, "has num_hidden_layers 'abc', which has to be a whole number from 1 to 1,000"),
+        ({"num_hidden_layers": "abc"}, "has num_hidden_layers 'abc', which must be an integer from 1 to 1,000"),
         ({"num_hidden_layers": 0}, "has num_hidden_layers 0,"),
         ({"num_hidden_layers": -1}, "has num_hidden_layers -1,"),
         ({"num_hidden_layers": True}, "has num_hidden_layers True,"),
@@ -166,7 +166,7 @@ def test_an_error_that_is_not_about_the_files_stays_what_it_is(error: BaseExcept
         (ValueError("Error for field 'x':\n    It is a list"), "Error for field 'x': It is a list"),
         (KeyError("x"), "KeyError: 'x'"),
         (EOFError(), "EOFError"),
-        (UnpicklingError("Run its code."), "the file of weights is damaged, or holds more than weights"),
+        (UnpicklingError("Run its code."), "the weight file is damaged, or contains more than weights"),
         (ValueError(), "ValueError"),
     ],
 )

@@ -130,7 +130,7 @@ def test_every_family_is_loaded_from_a_folder_as_what_was_saved(tmp_path: Path, 
 @pytest.mark.parametrize("name", ["", " "])
 def test_no_name_is_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.chdir(save_tiny_folder(tmp_path))
-    with pytest.raises(ModelError, match="the model has no name; pass a model's folder"):
+    with pytest.raises(ModelError, match="the model name is empty; pass a model's folder"):
         load_model(name, "float32")
 
 
@@ -177,7 +177,7 @@ def test_the_longest_text_is_what_the_config_says(tmp_path: Path) -> None:
     ("name", "sentence"),
     [
         ("nowhere.gguf", "there is no file 'nowhere.gguf'"),
-        ("text.txt", "is a file, and no GGUF file; pass a model's folder"),
+        ("text.txt", "is a file but not a GGUF file; pass a model's folder"),
         ("empty", "has no config.json, so it holds no model"),
         ("llama", r"holds a GGUF file and no config.json; pass the file, 'llama/model\.gguf'$"),
         ("exported", r"is a pruned export for llama\.cpp, .*; pass the hf or the padded export of the same model$"),

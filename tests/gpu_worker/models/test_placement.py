@@ -94,5 +94,5 @@ def test_budgets_that_add_up_but_hold_no_whole_layers_are_refused() -> None:
     decoder = extract_decoder(bare)
     half_a_layer = decoder.shape.layer_parameters(0) * 2
     budget = dict.fromkeys(range(24), half_a_layer)
-    with pytest.raises(ModelError, match="layers do not fit on the 24 GPUs one by one"):
+    with pytest.raises(ModelError, match="layers cannot be distributed over the 24 GPUs"):
         device_map(bare, type(decoder.layers[0].module), Placement(budget=budget))

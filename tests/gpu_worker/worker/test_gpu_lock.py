@@ -126,5 +126,5 @@ async def test_a_driver_that_hangs_is_not_waited_for_and_leaves_the_loop_alone(
 
 def test_locks_that_cannot_be_kept_are_told_of(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file where a folder should be")
-    with pytest.raises(UsageError, match=r"keeps its locks in .*cache"):
+    with pytest.raises(UsageError, match=r"cannot write its lock files to .*cache"):
         asyncio.run(take_gpu())
