@@ -204,6 +204,4 @@ def _checked(outcome: Any) -> Outcome:
     except ValidationError as error:
         problem = error.errors()[0]
         place = ".".join(str(part) for part in problem["loc"])
-        return Failed(
-            reason="invalid", detail=f"the evaluation process sent no valid outcome: {place}: {problem['msg']}"
-        )
+        return Failed(reason="invalid", detail=f"the evaluation process sent no outcome: {place}: {problem['msg']}")

@@ -305,7 +305,7 @@ def test_an_adapter_on_the_hub_is_treated_like_one_in_a_folder(tmp_path: Path, m
     assert loaded.keys() == weights.keys()
     assert all(torch.equal(loaded[name], weights[name]) for name in weights)
     (folder / "model.safetensors").unlink()
-    with pytest.raises(ModelError, match="no model of its own"):
+    with pytest.raises(ModelError, match="and no model; merge"):
         load_model("a/b", "float32")
 
 
