@@ -181,7 +181,7 @@ class _Chunk:
         return (self.log_total - self.logits.gather(-1, self.targets[:, None])[:, 0]).double().sum().item()
 
     def log_probabilities(self, tokens: Tensor) -> Tensor:
-        """Return log-probabilities of `tokens` [rows, k] and, last, of all others: [rows, k + 1]. Overwrites the logits."""
+        """Return log-probabilities of `tokens` [rows, k] and, last, of all others, and overwrite the logits."""
         kept = self.logits.gather(-1, tokens)
         others = _log_sum_of_others(self.logits, tokens)
         return torch.cat([kept, others[:, None]], dim=-1) - self.log_total[:, None]

@@ -30,7 +30,7 @@ def perplexity(
 
 
 def perplexity_of(loss: float, tokens: int) -> float:
-    """Return the perplexity for a summed loss of `loss` nats over `tokens`. Raises NotFiniteError if it is not finite."""
+    """Return the perplexity for a total `loss` in nats over `tokens`. Raises NotFiniteError if it is not finite."""
     mean = loss / tokens
     try:
         result = math.exp(mean)

@@ -108,7 +108,7 @@ def _draw(logits: Tensor, special: Tensor, generator: torch.Generator) -> Tensor
 class _ReservedLayer(DynamicLayer):  # type: ignore[misc]
     """One layer's KV cache, preallocated for all tokens; the base class copies the cache for each token."""
 
-    # Makes transformers pass an attention mask, with which it groups the query heads that share a KV head. Without a mask
+    # Makes transformers pass an attention mask, with which it groups the query heads that share a KV head. Without one
     # it leaves this to torch, whose CPU kernel is then five times slower for a single token.
     is_compileable = True
 
