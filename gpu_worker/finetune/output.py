@@ -10,7 +10,7 @@ from torch import Tensor
 from gpu_worker.export.auxiliary_files import write_json
 from gpu_worker.export.facts import ExportFacts
 from gpu_worker.export.folder import write_folder
-from gpu_worker.export.writer import fill
+from gpu_worker.export.writer import write_files
 from gpu_worker.finetune.checkpoint import State
 from gpu_worker.models.loading import LoadedModel
 from gpu_worker.progress import Progress
@@ -47,7 +47,7 @@ def write_output(
 
     def write(folder: Path) -> None:
         nonlocal gguf
-        gguf = fill(
+        gguf = write_files(
             folder,
             model,
             facts.plan,

@@ -228,7 +228,7 @@ class OrderedModel:
                 layer.apply(kept)
 
     def mask(self, plan: AnyHeadsPlan) -> None:
-        """Apply `plan` as a mask, replacing any plan applied before; removed heads stay in the model but have no effect.
+        """Apply `plan` as a mask, replacing any plan applied before; removed heads have no effect.
 
         Raises PlanMismatchError for a plan of another model.
         """

@@ -449,5 +449,5 @@ def test_an_output_that_is_taken_is_refused_before_the_search(
     (tmp_path / "small").mkdir()
     (tmp_path / "small" / "mine.txt").write_text("mine")
     assert main(arguments(target)) == 2
-    assert "is no export of Self-Pruner" in capsys.readouterr().err
+    assert "is not an export of Self-Pruner" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()

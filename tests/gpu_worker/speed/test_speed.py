@@ -222,8 +222,8 @@ def test_what_cannot_be_measured_is_one_sentence(
 @pytest.mark.parametrize(
     ("index", "sentence"),
     [
-        (None, "has lost weights: model.safetensors is not there"),
-        ('{"weight_map": {"a": "model-2.safetensors"}}', "has lost weights: model-2.safetensors is not there"),
+        (None, "lacks weights: model.safetensors is missing"),
+        ('{"weight_map": {"a": "model-2.safetensors"}}', "lacks weights: model-2.safetensors is missing"),
         ("[]", "does not say which files hold the weights"),
     ],
 )
