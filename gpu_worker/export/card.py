@@ -96,19 +96,19 @@ def _uniform(facts: ExportFacts) -> str:
 def _against_uniform(facts: ExportFacts) -> str | None:
     """Compare the search's rates with uniform pruning; None if the model was also fine-tuned."""
     of = facts.searched
-    text, pruned, uniform = "text that was searched on", facts.pruned, of and of.uniform_perplexity
+    text, pruned, uniform = "fitness text", facts.pruned, of and of.uniform_perplexity
     if of and of.uniform_report_perplexity and facts.pruned_report:
         text, pruned, uniform = "report text", facts.pruned_report, of.uniform_report_perplexity
     if pruned is None or not uniform or facts.finetunings:
         return None
     baseline = (
-        "with the same fit and as many parameters"
+        "with the same reconstruction and number of parameters"
         if facts.spec.reconstruction == "least-squares"
-        else "which is rectangular and not fitted: a weak baseline"
+        else "which is rectangular and without reconstruction: a weak baseline"
     )
     return (
-        f"On the {text} the perplexity is {pruned.perplexity / uniform:.3f} of that of uniform pruning, {baseline}.\n"
-        "This is one search with one seed; another seed finds other rates."
+        f"On the {text}, the perplexity is {pruned.perplexity / uniform:.3f} of that of uniform pruning, {baseline}.\n"
+        "This is one search with one seed; other seeds find other rates."
     )
 
 
@@ -118,14 +118,14 @@ def _finetuned(tuned: Finetuning) -> str:
     how = "all weights of the decoder layers' projections"
     if recipe.method == "lora":
         how = f"LoRA (r {recipe.rank}, α {recipe.alpha:g}, dropout {recipe.dropout:g}), merged into the weights"
-    pieces = "instructions, of which the answers were predicted" if tuned.form == "alpaca" else "windows of text"
+    pieces = "instructions (loss on the answers only)" if tuned.form == "alpaca" else "windows of text"
     done = (
-        f"{how}; {tuned.examples:,} {pieces}, of {tuned.data}; {tuned.steps:,} steps of {recipe.batch}, "
-        f"{tuned.tokens:,} tokens predicted; learning rate {recipe.learning_rate:g}, {recipe.schedule}; "
-        f"loss {tuned.first_loss:.3f} at the beginning, {tuned.last_loss:.3f} at the end"
+        f"{how}; {tuned.examples:,} {pieces} from {tuned.data}; {tuned.steps:,} steps with batch size {recipe.batch}, "
+        f"{tuned.tokens:,} predicted tokens; learning rate {recipe.learning_rate:g}, {recipe.schedule}; "
+        f"mean loss {tuned.first_loss:.3f} in the first 10 % of steps, {tuned.last_loss:.3f} in the last"
     )
-    told = [_before_and_after(each) for each in (tuned.perplexity, tuned.report_perplexity) if each is not None]
-    return "; ".join([done, *told])
+    perplexities = [_before_and_after(each) for each in (tuned.perplexity, tuned.report_perplexity) if each is not None]
+    return "; ".join([done, *perplexities])
 
 
 def _before_and_after(perplexity: Perplexities) -> str:

@@ -143,9 +143,12 @@ def test_card_and_curve_say_what_was_done(tmp_path: Path) -> None:
     perplexity = result.finetuning.perplexity
     assert perplexity is not None
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "LoRA (r 8, α 16, dropout 0.05)" in card and "windows of text, of words.txt; 12 steps of 4" in card
+    assert (
+        "LoRA (r 8, α 16, dropout 0.05)" in card
+        and "windows of text from words.txt; 12 steps with batch size 4" in card
+    )
     assert f"perplexity {perplexity.before:.4g} before and {perplexity.after:.4g} after, on words.txt" in card
-    assert "Nothing was retrained" not in card and "pruned and fine-tuned" in card and str(tmp_path) not in card
+    assert "not retrained" not in card and "pruned and fine-tuned" in card and str(tmp_path) not in card
     assert "\n\n\n" not in card
     curve = json.loads((tmp_path / "out" / "finetune.json").read_text())
     assert [point["step"] for point in curve["losses"]] == list(range(1, 13))
