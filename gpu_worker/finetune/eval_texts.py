@@ -1,4 +1,4 @@
-"""The texts by which fine-tuning is judged: dealt out as for an export, and measured before and after."""
+"""The texts that perplexity is measured on before and after fine-tuning, with the windows of the export."""
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
@@ -20,35 +20,35 @@ from protocol.results.finetuning import Perplexities
 
 @dataclass(frozen=True)
 class EvalText:
-    """A text that perplexities before and after are of; sizes that are None are those of the folder's card."""
+    """A requested evaluation text. Sizes that are None are taken from the folder's card."""
 
     source: str
     windows: int | None = None
     seqlen: int | None = None
 
     def spec(self, usual: TextSpec) -> TextSpec:
-        """With the sizes of the `usual` text where none were given."""
+        """Return the text with missing sizes taken from the `usual` text."""
         windows = usual.windows if self.windows is None else self.windows
         return TextSpec(source=self.source, windows=windows, seqlen=self.seqlen or usual.seqlen)
 
 
 @dataclass(frozen=True)
 class EvalTokens:
-    """A text, and its tokens."""
+    """An evaluation text with its tokens."""
 
     text: TextSpec
     windows: Tensor
     kept: bool = False
-    """Whether they come with the folder."""
+    """Whether the tokens come with the folder."""
 
     @property
     def predicted(self) -> int:
-        """How many tokens are predicted."""
+        """Return the number of predicted tokens."""
         return self.windows.shape[0] * (self.windows.shape[1] - 1)
 
 
 def requested_texts(spec: SearchSpec, asked: Mapping[Role, EvalText]) -> dict[Role, TextSpec]:
-    """The texts that were asked for, with the sizes of the folder's `spec` where none were given."""
+    """Return the requested texts, with missing sizes taken from the folder's `spec`."""
     usual: dict[Role, TextSpec] = {"fitness": spec.fitness, "report": spec.report or spec.fitness}
     return {role: asked[role].spec(text) for role, text in usual.items() if role in asked}
 
@@ -56,10 +56,10 @@ def requested_texts(spec: SearchSpec, asked: Mapping[Role, EvalText]) -> dict[Ro
 def load_eval_texts(
     exported: ExportedFolder, model: LoadedModel, asked: Mapping[Role, EvalText]
 ) -> dict[Role, EvalTokens]:
-    """The texts that were asked for; where no fitness text was, the one that the folder keeps, if it does.
+    """Load the requested texts; without a fitness text among them, the one saved in the folder, if any.
 
-    They are dealt out as for the export, so that windows it was pruned by stay out of them. `selfpruner evaluate` deals
-    them out the same way from what the card says.
+    Windows are distributed as for the export, so that the calibration windows are excluded. `selfpruner evaluate`
+    distributes them in the same way.
     """
     spec, found = exported.facts.spec, requested_texts(exported.facts.spec, asked)
     eval_tokens: dict[Role, EvalTokens] = {}
@@ -75,7 +75,7 @@ def load_eval_texts(
 
 
 def calibration_role(facts: ExportFacts, texts: Mapping[Role, TextSpec]) -> Role | None:
-    """Which of `texts` the folder was scored on, as far as can be told: it knows the last parts of paths only."""
+    """Return the role whose text the folder was calibrated on, as far as file names without folders tell."""
     for role, text in texts.items():
         name, usual = Path(text.source).name, facts.spec.texts.get(role)
         was_measured = usual is not None and usual.source == name
@@ -85,7 +85,7 @@ def calibration_role(facts: ExportFacts, texts: Mapping[Role, TextSpec]) -> Role
 
 
 def shared_text_numbers(facts: ExportFacts, eval_tokens: Mapping[Role, EvalTokens]) -> dict[Role, int]:
-    """Which roles took their windows from one text when they were measured."""
+    """Number the texts: roles with the same number took their windows from the same text."""
     places: dict[Role, Hashable] = {role: each.text.place for role, each in eval_tokens.items()}
     scored = calibration_role(facts, {role: each.text for role, each in eval_tokens.items()})
     return numbered({"calibration": None if scored is None else places[scored], **places})
@@ -93,14 +93,14 @@ def shared_text_numbers(facts: ExportFacts, eval_tokens: Mapping[Role, EvalToken
 
 def _not_written(_windows: int, _length: int) -> Tensor:
     raise SettingsError(
-        "a pruned model's own text is no measure of it: give --eval-data, a text file, `wikitext2` or `c4`"
+        "a pruned model cannot be measured on its own text: give --eval-data a text file, `wikitext2` or `c4`"
     )
 
 
 def measure(
     model: LoadedModel, eval_tokens: Mapping[Role, EvalTokens], progress: Progress, stage: str
 ) -> dict[Role, float]:
-    """The perplexity of each text."""
+    """Measure the perplexity of each text."""
     return {
         role: checked_perplexity(
             model.decoder, each.windows, progress, stage if role == "fitness" else f"{stage} on the report text"
@@ -112,7 +112,7 @@ def measure(
 def perplexity_changes(
     eval_tokens: Mapping[Role, EvalTokens], before: Mapping[Role, float], after: Mapping[Role, float]
 ) -> dict[Role, Perplexities]:
-    """What is told of each text; of a file the last part of its path."""
+    """Return perplexities before and after for each text; file names are given without folders."""
     return {
         role: Perplexities(
             text=each.text.model_copy(update={"source": Path(each.text.source).name}),

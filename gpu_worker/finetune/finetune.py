@@ -1,4 +1,4 @@
-"""`selfpruner finetune`: load an exported folder, train, merge, measure, write it again."""
+"""`selfpruner finetune`: loads an exported folder, trains, merges, measures, and writes a new folder."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -42,37 +42,37 @@ from protocol.results.formats import Formats, GgufType, gguf_type_of
 
 @dataclass(frozen=True)
 class FinetuneRequest:
-    """What `selfpruner finetune` is asked for."""
+    """The arguments of `selfpruner finetune`."""
 
     folder: Path
     data: str
     recipe: Recipe
     out: Path
     formats: Formats = ()
-    """Empty: the one of `folder`."""
+    """Empty: the formats of `folder`."""
     gguf_type: GgufType | None = None
-    """Of the GGUF file, where one is written; None: f16."""
+    """Type of the GGUF file, if one is written; None: f16."""
     force: bool = False
     eval_text: EvalText | None = None
-    """None: the text that the folder keeps, where it keeps one."""
+    """None: the text that is saved in the folder, if any."""
     report_text: EvalText | None = None
     """A second text to measure."""
     dtype: Dtype | None = None
-    """None: that of the folder's card."""
+    """None: the dtype in the folder's card."""
     limits: Limits = field(default_factory=Limits)
 
     @property
     def asked(self) -> dict[Role, EvalText]:
-        """The texts that it is asked to measure."""
+        """Return the requested evaluation texts."""
         given: dict[Role, EvalText | None] = {"fitness": self.eval_text, "report": self.report_text}
         return {role: text for role, text in given.items() if text is not None}
 
 
 def finetune_once(request: FinetuneRequest, progress: Progress = no_progress) -> FinetuneResult:
-    """Fine-tune an exported folder and write it anew: whole, or not at all. Goes on from a checkpoint beside `out`.
+    """Fine-tune an exported folder and write a new one atomically. Resumes from a checkpoint beside `out`.
 
-    Raises UsageError for a folder, data or text that cannot be had, an output that cannot be written, too little memory
-    or disk, a checkpoint of something else or that another process is at; NotFiniteError where the loss is no number.
+    Raises UsageError for a folder, data or text that is not available, an output that cannot be written, too little
+    memory or disk, and a checkpoint that does not match or is locked; NotFiniteError if the loss is not finite.
     """
     out = request.out.expanduser().resolve()
     check_target(out, force=request.force)
@@ -96,9 +96,9 @@ def finetune_once(request: FinetuneRequest, progress: Progress = no_progress) ->
         after = measure(model, eval_tokens, progress, "measuring after")
         tuned = _finetuning(recipe, data, state, count, perplexity_changes(eval_tokens, before, after))
         facts = _facts(exported.facts, tuned, eval_tokens, dtype)
-        kept = next((text.windows for text in eval_tokens.values() if text.kept), None)
-        shown = next((text.windows for text in eval_tokens.values()), None)
-        output = Output(out, formats, gguf_type, request.force, kept, shown)
+        saved = next((text.windows for text in eval_tokens.values() if text.kept), None)
+        gguf_windows = next((text.windows for text in eval_tokens.values()), None)
+        output = Output(out, formats, gguf_type, request.force, saved, gguf_windows)
         files, gguf = write_output(model, facts, output, state, progress)
         checkpoint.remove()
     return FinetuneResult(
@@ -116,9 +116,9 @@ def finetune_once(request: FinetuneRequest, progress: Progress = no_progress) ->
 
 
 def check_memory(bare: LoadedModel, plan: Plan | None, recipe: Recipe, dtype: Dtype, longest: int) -> None:
-    """Raise ModelError where this machine has too little memory to fine-tune `bare`, pruned to `plan` if it is.
+    """Raise ModelError if this machine has too little memory to fine-tune `bare`, pruned to `plan` if one is given.
 
-    `bare` has no weights yet; `longest` is the tokens of the longest window that will be measured.
+    `bare` has no weights yet; `longest` is the length in tokens of the longest window that will be measured.
     """
     shape = bare.decoder.shape
     pruned = shape if plan is None else shape.model_copy(update={"layers": pruned_sizes(plan)})
@@ -148,7 +148,7 @@ def _load(request: FinetuneRequest, exported: ExportedFolder, dtype: Dtype, prog
 
 
 def _decisive(request: FinetuneRequest, recipe: Recipe, data: TrainingData, dtype: Dtype) -> dict[str, object]:
-    """What a checkpoint has to agree with, by its name for people."""
+    """Return the settings that a checkpoint must match, by the names that messages use."""
     return {
         "model": folder_identity(request.folder)[:16],
         "data": data.digest[:16],
@@ -181,7 +181,7 @@ def _finetuning(
 
 
 def _facts(facts: ExportFacts, tuned: Finetuning, eval_tokens: Mapping[Role, EvalTokens], dtype: Dtype) -> ExportFacts:
-    """What the new folder says: what was measured before is no longer true, but of the dense model on equal tokens."""
+    """Return the new folder's facts. Old measurements are dropped, except for the dense model on the same tokens."""
     changes: dict[str, object] = {
         "finetunings": (*facts.finetunings, tuned),
         "pruned": None,
@@ -214,7 +214,7 @@ def _facts(facts: ExportFacts, tuned: Finetuning, eval_tokens: Mapping[Role, Eva
 
 
 def _still_valid(facts: ExportFacts, new: ExportFacts) -> Searched | None:
-    """What is said of uniform pruning, as long as it is of the tokens that the new folder tells of."""
+    """Return the search results; uniform pruning's perplexities are kept only if they are for the same tokens."""
     if facts.searched is None:
         return None
     changes: dict[str, None] = {}

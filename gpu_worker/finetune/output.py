@@ -1,4 +1,4 @@
-"""The folder that fine-tuning writes: the model in each format, with the losses beside it."""
+"""Writes the output folder of fine-tuning: the model in each format, and the losses."""
 
 import logging
 from dataclasses import dataclass
@@ -24,24 +24,24 @@ CURVE = "loss.png"
 
 @dataclass(frozen=True)
 class Output:
-    """Where the model goes, and as what."""
+    """Folder and formats of the output."""
 
     folder: Path
     formats: Formats
     gguf_type: GgufType
     force: bool
     saved_text: Tensor | None
-    """Tokens that it was measured on, where nobody else has them."""
+    """Measured tokens, if the dense model wrote them."""
     windows: Tensor | None
-    """Tokens on which a GGUF file is measured in llama.cpp: long, [n, seqlen]."""
+    """Tokens that a GGUF file is measured on in llama.cpp: long, [n, seqlen]."""
 
 
 def write_output(
     model: LoadedModel, facts: ExportFacts, output: Output, state: State, progress: Progress
 ) -> tuple[dict[str, int], GgufPerplexity | None]:
-    """Write the folder, whole or not at all. Raises ExportError.
+    """Write the folder atomically. Raises ExportError.
 
-    Returns its files, with their sizes in bytes, and what a GGUF file measures.
+    Returns the sizes of its files in bytes, and the perplexity of a GGUF file.
     """
     gguf = None
 
@@ -70,8 +70,8 @@ def write_output(
 
 
 def _draw(losses: tuple[LossPoint, ...], file: Path) -> None:
-    """The loss of each step."""
-    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it tells of each cache that it makes
+    """Plot the loss of each step."""
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it logs each cache that it creates
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 4), layout="constrained")

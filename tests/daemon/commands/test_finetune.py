@@ -213,7 +213,7 @@ def test_a_file_where_checkpoints_go_is_one_sentence(
 ) -> None:
     (tmp_path / "out.checkpoint").touch()
     assert main(arguments(folder, tmp_path / "out")) == 2
-    assert "the folder of checkpoints, is a file" in capsys.readouterr().err.splitlines()[-1]
+    assert "the checkpoint folder, is a file" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_second_process_that_fine_tunes_into_the_folder_is_refused(

@@ -397,7 +397,7 @@ def test_what_cannot_be_is_one_sentence_before_anything_is_begun(
         (
             350_000,
             ["--finetune", "--finetune-data", "alpaca.json"],
-            "with its checkpoints and what it begins from, needs about",
+            "with its checkpoints and the pruned model, needs about",
         ),
     ],
 )

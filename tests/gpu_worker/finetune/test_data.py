@@ -87,7 +87,7 @@ def test_a_model_that_needs_a_first_token_gets_it_before_instructions_too(tmp_pa
             '{"instruction": "a", "output": "b"}\n{"instruction": "a"}',
             "line 2 of .* has no 'output': it must",
         ),
-        ("a.jsonl", '\n{"instruction": "a", "output": 3}', "line 2 of .* has an 'output' that is no text"),
+        ("a.jsonl", '\n{"instruction": "a", "output": 3}', "line 2 of .* has an 'output' that is not a string"),
         ("a.jsonl", '{"instruction": "a", "output": "b"}\n\n{oh', "line 3 of .*no JSON"),
         ("a.jsonl", "[1]", "line 1 of .*no object"),
         ("a.json", '[{"instruction": "a", "output": "b"}, 7]', "entry 2 of .*no object"),
