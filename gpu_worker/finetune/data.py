@@ -178,7 +178,7 @@ def _entries(text: str, path: Path) -> Iterable[tuple[str, Any]]:
     except (ValueError, RecursionError) as error:
         line = getattr(error, "lineno", 1)
         raise DataError(
-            f"line {line} of {path} is not valid JSON ({_json_reason(error)}); name files with one object per line .jsonl"
+            f"line {line} of {path} is not valid JSON ({_json_reason(error)}); with one object per line, name it .jsonl"
         ) from error
     if not isinstance(content, list):
         raise DataError(f"{path} is not a JSON list in which each example is an {FORM}")

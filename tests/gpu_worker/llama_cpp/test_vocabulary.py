@@ -264,7 +264,7 @@ def too_long() -> Any:
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        (lambda: None, "needs the model's tokenizer"),
+        (lambda: None, "needs a tokenizer with a tokenizer.json"),
         (unigram, "supports BPE tokenizers, but this model's is Unigram"),
         (unknown_splits, "it supports those that llama.cpp calls gpt-2, smollm, llama-bpe"),
         (unknown_spaces, "does not treat spaces like it"),

@@ -223,7 +223,7 @@ def test_tensors_are_converted_and_written_one_at_a_time(tmp_path: Path, monkeyp
     ("family", "options", "sentence"),
     [
         ("qwen3", {}, "gguf does not support pruned models of the family 'qwen3'; it supports llama, mistral, qwen2"),
-        ("mistral", {}, r"the sliding window of this model \(9 tokens\)"),
+        ("mistral", {}, r"this model's sliding window \(9 tokens\)"),
         ("llama", {"hidden_act": "gelu"}, "only the activation silu, but this model has 'gelu'"),
         (
             "llama",

@@ -240,7 +240,7 @@ def test_a_type_that_cannot_be_made_is_one_sentence(folders: Path, tmp_path: Pat
     reader = gguf.GGUFReader(dense, "r+")
     reader.fields["general.file_type"].parts[-1][0] = gguf.LlamaFileType.MOSTLY_IQ2_XS
     reader.data.flush()
-    with pytest.raises(ModelError, match="cannot be made in the type iq2_xs"):
+    with pytest.raises(ModelError, match="cannot be converted to the type iq2_xs"):
         gguf_files(request(folders, baseline=str(dense)), ("hf",), tmp_path, no_progress)
 
 

@@ -194,7 +194,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (["--baseline", "other"], "is another model than the pruned one: its model type is qwen2 and not llama"),
+        (["--baseline", "other"], "is not the model that was pruned: its model type is qwen2, not llama"),
         (["--baseline", "nowhere"], "there is no folder"),
         (["--baseline", "dense", "--prompt", "255"], "windows of 257 tokens are longer than the 256"),
         (["--baseline", "dense", "--engine", "vllm"], "the engine vllm is not installed"),

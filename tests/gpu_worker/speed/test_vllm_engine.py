@@ -156,7 +156,7 @@ def test_vllm_is_given_no_code_that_is_not_ours(copied: Path, name: str) -> None
     file = copied / name
     file.parent.mkdir(exist_ok=True)
     file.write_text("import os\n")
-    with pytest.raises(ModelError, match=f"{name}' is not what this version of Self-Pruner writes"):
+    with pytest.raises(ModelError, match=f"{name}' differs from what this version of Self-Pruner writes"):
         needs_remote_code(copied)
 
 
@@ -165,7 +165,7 @@ def test_vllm_is_given_no_folder_that_names_other_code(copied: Path, name: str) 
     file = copied / name
     given = json.loads(file.read_text()) if file.exists() else {}
     file.write_text(json.dumps(given | {"auto_map": {"AutoModel": "some/repository--modeling.Model"}}))
-    with pytest.raises(ModelError, match=f"{name}' is not what this version of Self-Pruner writes"):
+    with pytest.raises(ModelError, match=f"{name}' differs from what this version of Self-Pruner writes"):
         needs_remote_code(copied)
 
 
