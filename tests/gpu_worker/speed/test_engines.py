@@ -268,7 +268,7 @@ def test_room_for_both_files_is_asked_for_before_the_first_is_written(
 
 def test_a_broken_gguf_file_is_one_sentence(folders: Path, tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(b"nothing")
-    with pytest.raises(ModelError, match="is no GGUF file"):
+    with pytest.raises(ModelError, match="is not a GGUF file"):
         GgufModel.of(tmp_path / "x.gguf")
 
 

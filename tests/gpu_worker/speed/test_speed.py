@@ -124,11 +124,11 @@ SIZES = Sizes("llama", 64, 320, 16, (LAYER, LAYER))
 @pytest.mark.parametrize(
     ("other", "what"),
     [
-        (Sizes("qwen2", 64, 320, 16, (LAYER, LAYER)), "model type is qwen2 and not llama"),
-        (Sizes("llama", 64, 321, 16, (LAYER, LAYER)), "vocabulary is 321 and not 320"),
-        (Sizes("llama", 32, 320, 16, (LAYER, LAYER)), "hidden size is 32 and not 64"),
-        (Sizes("llama", 64, 320, 8, (LAYER, LAYER)), "head width is 8 and not 16"),
-        (Sizes(None, 64, 320, 16, (LAYER,)), "number of layers is 1 and not 2"),
+        (Sizes("qwen2", 64, 320, 16, (LAYER, LAYER)), "model type is qwen2, not llama"),
+        (Sizes("llama", 64, 321, 16, (LAYER, LAYER)), "vocabulary is 321, not 320"),
+        (Sizes("llama", 32, 320, 16, (LAYER, LAYER)), "hidden size is 32, not 64"),
+        (Sizes("llama", 64, 320, 8, (LAYER, LAYER)), "head width is 8, not 16"),
+        (Sizes(None, 64, 320, 16, (LAYER,)), "number of layers is 1, not 2"),
         (
             Sizes("llama", 64, 320, 16, (LAYER, LAYER.model_copy(update={"mlp_channels": 63}))),
             "smaller than the pruned model in layer 1",
@@ -158,7 +158,7 @@ def test_room_is_looked_for_where_the_engine_computes(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize(
     ("mark", "sentence"),
     [
-        (None, "wrote: it has no selfpruner.json"),
+        (None, "was not written by `selfpruner export`: it has no selfpruner.json"),
         ("{", "does not say in which format"),
         ("[]", "does not say in which format"),
         ('{"format": "onnx"}', "names the unknown format 'onnx'; there are hf, padded, gguf"),

@@ -172,7 +172,7 @@ def test_vllm_is_given_no_folder_that_names_other_code(copied: Path, name: str) 
 def test_vllm_looks_into_no_folder_elsewhere(copied: Path, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (copied / "custom_generate").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(ModelError, match="custom_generate' is not what"):
+    with pytest.raises(ModelError, match="custom_generate' differs from what"):
         needs_remote_code(copied)
 
 

@@ -54,7 +54,7 @@ async def test_each_worker_takes_another_gpu_until_none_is_left_and_a_dead_one_g
     try:
         taken = [worker.stdout.readline().strip() for worker in workers if worker.stdout]
         assert sorted(taken) == ["GPU-a", "GPU-b", "GPU-c"]
-        with pytest.raises(UsageError, match="all 3 GPUs are taken"):
+        with pytest.raises(UsageError, match="other workers on this machine use all 3 GPUs"):
             await take_gpu()
         workers[1].kill()
         workers[1].wait()
