@@ -155,6 +155,6 @@ def check_finetuning_disk(
         raise ModelError(f"{checkpoint}, the checkpoint folder, is a file; move it, or pass another --out")
     checkpoints = 2 * Training(recipe).parameters(shape) * IN_CHECKPOINT
     needed = export_bytes(shape, kept, formats, dtype, gguf_type) + checkpoints + beside
-    there = sum(file.stat().st_size for file in checkpoint.iterdir()) if checkpoint.exists() else 0
+    freed = sum(file.stat().st_size for file in checkpoint.iterdir()) if checkpoint.exists() else 0
     what = f"fine-tuning into {', '.join(formats)}, with its checkpoints{' and the pruned model' if beside else ''},"
-    check_disk(checkpoint, needed, what, freed=there)
+    check_disk(checkpoint, needed, what, freed=freed)

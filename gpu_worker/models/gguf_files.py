@@ -109,10 +109,10 @@ def _check(file: Path, header: GgufHeader, dtype: torch.dtype) -> None:
             f"{str(file)!r} uses rope scaling ({header.rope_scaling}), which transformers does not read from GGUF "
             "files; pass the model's folder"
         )
-    needed, there = header.parameters * dtype.itemsize, main_memory()
-    if needed > there:
+    needed, available = header.parameters * dtype.itemsize, main_memory()
+    if needed > available:
         raise ModelError(
-            f"unpacking {str(file)!r} needs about {gigabytes(needed)} of main memory where {gigabytes(there)} are "
+            f"unpacking {str(file)!r} needs about {gigabytes(needed)} of main memory where {gigabytes(available)} are "
             "available; pass the model's folder, or use a machine with more"
         )
 

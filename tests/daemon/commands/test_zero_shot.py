@@ -109,7 +109,7 @@ def test_a_folder_without_tasks_is_told_of(tmp_path: Path, capsys: pytest.Captur
         ({"{{passage}}": "{{passage"}, "boolq.yaml cannot be loaded ("),
         (
             {"doc_to_target: label": "doc_to_target: nothing"},
-            "gives 'nothing' as the answer of item 0, which has 2 choices",
+            "gives 'nothing' as the answer of item 0,",
         ),
         ({'["no", "yes"]': '["no"]'}, "boolq.yaml cannot be loaded ("),
         ({"multiple_choice": "generate_until"}, "the task 'boolq' has no accuracy by likelihood"),

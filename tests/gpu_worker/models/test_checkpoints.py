@@ -62,9 +62,7 @@ def test_a_file_of_weights_that_is_cut_off_is_refused(tmp_path: Path) -> None:
 
 def test_layers_that_the_config_does_not_ask_for_are_refused(tmp_path: Path) -> None:
     change_config(save_tiny_folder(tmp_path), num_hidden_layers=2)
-    with pytest.raises(
-        ModelError, match=r"holds weights .* would be a different model without them: 9, such as 'model\.layers\.2\."
-    ):
+    with pytest.raises(ModelError, match=r"different model without them: 9, such as 'model\.layers\.2\."):
         load_model(str(tmp_path), "float32")
 
 
@@ -72,7 +70,7 @@ def test_biases_that_the_config_does_not_ask_for_are_refused(tmp_path: Path) -> 
     change_config(save_tiny_folder(tmp_path, bias=True), attention_bias=False)
     with pytest.raises(
         ModelError,
-        match=r"would be a different model without them: 12, such as 'model\.layers\.0\.self_attn\.k_proj\.bias'",
+        match=r"different model without them: 12, such as 'model\.layers\.0\.self_attn\.k_proj\.bias'",
     ):
         load_model(str(tmp_path), "float32")
 
