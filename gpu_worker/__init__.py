@@ -1,1 +1,1 @@
-"""The workers, and everything that loads a model: the only package with torch. Start with worker/worker.py."""
+"""The workers, and all code that loads a model: the only package that imports torch. Start with worker/worker.py."""

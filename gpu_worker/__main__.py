@@ -1,4 +1,4 @@
-"""`python -m gpu_worker`: one worker as a process. `selfpruner worker` is the same for people."""
+"""`python -m gpu_worker`: run one worker process. Users run the same worker with `selfpruner worker`."""
 
 import argparse
 import asyncio
@@ -14,7 +14,7 @@ from protocol.runtime import logs
 
 
 def main() -> int:
-    """Parse the arguments, work, and return the exit code: 2 for what the user must mend."""
+    """Parse the arguments, run the worker and return the exit code: 2 for invalid input, 1 for other errors."""
     flags = vars(_parser().parse_args())
     log_file, quiet = flags.pop("log_file"), flags.pop("quiet")
     try:
@@ -22,14 +22,14 @@ def main() -> int:
         _configure_logs(log_file, console=not quiet, secrets=password_of(options.redis_url))
         asyncio.run(run_worker(options))
     except SelfPrunerError as error:
-        print(f"selfpruner: {error}", file=sys.stderr)  # noqa: T201  (the one sentence for a person)
+        print(f"selfpruner: {error}", file=sys.stderr)  # noqa: T201  (the one sentence that the user reads)
         return 2 if isinstance(error, UsageError) else 1
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m gpu_worker", description=__doc__)
-    # A URL may hold a password, which others can read in the list of processes; the environment is better.
+    # A URL may contain a password, and other users can read command lines: the environment variable is safer.
     parser.add_argument("--redis-url", default=os.environ.get("SELFPRUNER_REDIS__URL", "redis://127.0.0.1:6379"))
     password_file = os.environ.get("SELFPRUNER_REDIS__PASSWORD_FILE")
     parser.add_argument("--redis-password-file", type=Path, default=Path(password_file) if password_file else None)
@@ -38,10 +38,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-evaluation-seconds", type=float, default=WorkerOptions.max_evaluation_seconds)
     parser.add_argument("--max-preparation-seconds", type=float, default=WorkerOptions.max_preparation_seconds)
     parser.add_argument("--grace-seconds", type=float, default=WorkerOptions.grace_seconds)
-    parser.add_argument("--own-gpu", action="store_true", help="use one GPU that no other worker here uses")
-    parser.add_argument("--spec", help="work on the spec with this fingerprint only, and wait for it")
+    parser.add_argument("--own-gpu", action="store_true", help="use one GPU that no other worker on this machine uses")
+    parser.add_argument("--spec", help="evaluate only the spec with this fingerprint, and wait until it is published")
     parser.add_argument("--log-file", type=Path)
-    parser.add_argument("--quiet", action="store_true", help="no log on the console")
+    parser.add_argument("--quiet", action="store_true", help="write no log to the console")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""The user's cache folder, and entries that appear in it whole or not at all."""
+"""The user's cache folder, whose entries are written atomically."""
 
 import os
 import shutil
@@ -8,16 +8,16 @@ from pathlib import Path
 
 
 def cache_dir() -> Path:
-    """`$XDG_CACHE_HOME/selfpruner`, or `~/.cache/selfpruner`."""
+    """Return `$XDG_CACHE_HOME/selfpruner`, or `~/.cache/selfpruner`."""
     base = os.environ.get("XDG_CACHE_HOME")
     return (Path(base) if base else Path.home() / ".cache") / "selfpruner"
 
 
 def cached(name: str, write: Callable[[Path], None]) -> Path:
-    """The folder `name` of the cache; where it is missing, `write` fills it first.
+    """Return the folder `name` of the cache, after `write` has filled it if it does not exist.
 
-    `write` gets an empty folder that is renamed into place when it returns. Two processes may write at once: the first
-    to finish is kept.
+    `write` gets an empty folder, which is renamed into place when it returns. When two processes write at once, the
+    first to finish wins.
     """
     target = cache_dir() / name
     if target.is_dir():

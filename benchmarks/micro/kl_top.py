@@ -20,7 +20,7 @@ from torch import Tensor
 from gpu_worker.measuring.divergence import DensePredictions, dense_predictions, divergence
 from gpu_worker.measuring.half_precision import products_in_float32
 from gpu_worker.measuring.perplexity import perplexity
-from gpu_worker.models.limits import KL_TOP
+from gpu_worker.models.limits import KL_TOP_K
 from gpu_worker.models.loading import load_model
 from gpu_worker.pruning.calibration import calibrate
 from gpu_worker.pruning.importance import wanda_sp
@@ -29,7 +29,7 @@ from protocol.plans.plan import Plan, feasible_rates, make_plan
 from protocol.plans.shape import ModelShape
 
 RATE, CALIBRATION_WINDOWS, WINDOWS, SEQLEN = 0.3, 2, 2, 512
-KEPT = (32, 128, KL_TOP, 2048)
+KEPT = (32, 128, KL_TOP_K, 2048)
 WHOLE = "whole vocabulary"
 Figure = tuple[float, float]
 """A value, and the seconds it took."""

@@ -19,7 +19,7 @@ from gpu_worker.evaluation.target import Target
 from gpu_worker.measuring.half_precision import products_in_float32
 from gpu_worker.measuring.perplexity import checked_perplexity
 from gpu_worker.progress import no_progress
-from gpu_worker.pruning.any_heads import any_heads_plan
+from gpu_worker.pruning.importance import any_heads_plan
 from protocol.errors import SelfPrunerError, first_error
 from protocol.plans.candidate import OUTCOME, Candidate, Outcome
 from protocol.plans.spec import SearchSpec

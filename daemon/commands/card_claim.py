@@ -9,7 +9,7 @@ from daemon.commands.flags import TextFlags
 from daemon.settings.target import check_text, text_spec
 from protocol.errors import DataError, ModelError, SettingsError
 from protocol.plans.spec import NAMED_TEXTS, Dtype, Role, SearchSpec, TextSpec, number_texts
-from protocol.results.formats import FACTS, KEPT_TEXT, only_for_llama_cpp
+from protocol.results.formats import FACTS, SAVED_TEXT, only_for_llama_cpp
 from protocol.runtime.paths import expanded
 
 
@@ -38,7 +38,7 @@ class CardClaim:
     dtype: Dtype
     perplexity: float | None = None
     fitness_digest: str | None = None
-    kept_text: Path | None = None
+    saved_text: Path | None = None
     """The file with the tokens, if the dense model generated them."""
 
     def changed(self, dtype: Dtype | None, seed: int | None) -> "CardClaim":
@@ -46,7 +46,7 @@ class CardClaim:
 
         Raises SettingsError for a seed if the folder contains the tokens.
         """
-        if seed is not None and self.kept_text is not None:
+        if seed is not None and self.saved_text is not None:
             raise SettingsError("--seed has no effect here: the folder contains the tokens that it was measured on")
         same = dtype in (None, self.dtype)
         return replace(
@@ -80,7 +80,7 @@ def card_claim(folder: str, flags: TextFlags) -> CardClaim | None:
     spec = facts.spec
     claimed = None if facts.pruned is None else facts.pruned.perplexity
     if flags.data is None and spec.fitness.source == "self":
-        kept = Path(folder) / KEPT_TEXT
+        kept = Path(folder) / SAVED_TEXT
         if not kept.is_file():
             raise DataError(f"{folder!r} was measured on text that the dense model generated: give --data, a text file")
         return CardClaim({"fitness": spec.fitness}, spec.seed, spec.dtype, claimed, facts.fitness_digest, kept)

@@ -53,19 +53,19 @@ def show_progress(model: str, *, stock_torch: bool = False) -> Iterator[Callable
         stack.enter_context(interruptible())
         on_terminal = sys.stderr.isatty()
         line = stack.enter_context(Console(stderr=True).status("loading torch")) if on_terminal else None
-        from gpu_worker.evaluation.outcomes import preparing
+        from gpu_worker.evaluation.outcomes import out_of_memory_as_usage_error
         from gpu_worker.measuring.half_precision import products_in_float32
-        from gpu_worker.progress import Sparsely
+        from gpu_worker.progress import LogThrottle
 
-        stack.enter_context(preparing(model))
+        stack.enter_context(out_of_memory_as_usage_error(model))
         if not stock_torch:
             stack.enter_context(products_in_float32())
-        logged = Sparsely()
+        logged = LogThrottle()
 
         def show(stage: str, done: int, total: int) -> None:
             if line is not None:
                 line.update(f"{stage} {done}/{total}")
-            elif logged.picks(stage, done, total):
+            elif logged.should_log(stage, done, total):
                 left = logged.seconds_left(done, total)
                 log.info("progress", stage=stage, done=done, total=total, seconds_left=left)
 

@@ -185,12 +185,12 @@ def _checked(goal: Goal, settings: Settings) -> prune_steps.Written | None:
         need("peft", "finetune")
     from gpu_worker.export.folder import check_target
     from gpu_worker.export.writer import check_formats
-    from gpu_worker.models.loading import bare_model
+    from gpu_worker.models.loading import load_without_weights
 
     before = prune_steps.written_before(goal, settings)
     if before is None:
         check_target(goal.out, force=goal.force)
-    model = bare_model(settings.target.model, settings.target.dtype)
+    model = load_without_weights(settings.target.model, settings.target.dtype)
     check_formats(model, goal.formats, goal.gguf_type)
     if before is None:
         prune_steps.check_disk(goal, settings, model.decoder.shape)

@@ -20,7 +20,7 @@ from protocol.plans.shape import ModelShape
 from protocol.plans.spec import TextSpec
 from protocol.results.commands import ExportResult, FinetuneResult, PruneResult, SearchSummary
 from protocol.results.finetuning import Recipe
-from protocol.results.formats import FACTS, KEPT_TEXT, Formats, GgufType
+from protocol.results.formats import FACTS, SAVED_TEXT, Formats, GgufType
 from protocol.runtime.files import replace
 
 if TYPE_CHECKING:
@@ -293,11 +293,11 @@ def _finetuned(
 
 def _forget_training(goal: Goal, pruned: Path) -> None:
     """Remove the checkpoint of a model that this command no longer fine-tunes."""
-    from gpu_worker.finetune.checkpoint import Checkpoint, folder_beside, held
+    from gpu_worker.finetune.checkpoint import Checkpoint, folder_beside, locked
 
     if _kept(pruned).exists():
         folder = folder_beside(goal.out.resolve())
-        with held(folder):
+        with locked(folder):
             Checkpoint(folder, {}).remove()
         _kept(pruned).unlink()
 
@@ -339,18 +339,18 @@ def reloaded(goal: Goal, request: PruningRequest, wanted: float | None) -> float
     if goal.formats == ("gguf",) or wanted is None:
         return None
     spec, numbers = request.spec, request.spec.text_numbers
-    kept_text = goal.out / KEPT_TEXT if spec.fitness.source == "self" else None
+    saved_text = goal.out / SAVED_TEXT if spec.fitness.source == "self" else None
     # A text of its own takes no windows from the measured one.
     texts = {role: text for role, text in spec.texts.items() if numbers[role] == numbers["fitness"]}
     with show_progress(str(goal.out)) as progress:
-        from gpu_worker.evaluation.without_search import evaluate_as_it_is
+        from gpu_worker.evaluation.one_shot import evaluate_model
 
-        found = evaluate_as_it_is(
+        found = evaluate_model(
             str(goal.out),
-            texts if kept_text is None else {"fitness": spec.fitness},
+            texts if saved_text is None else {"fitness": spec.fitness},
             dtype=spec.dtype,
             seed=spec.seed,
-            kept_text=kept_text,
+            saved_text=saved_text,
             progress=progress,
         ).perplexity
     if abs(found / wanted - 1) > FURTHEST_OFF:

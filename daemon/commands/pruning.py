@@ -48,7 +48,7 @@ def allocate(
     """Compute pruning rates without a search; with --json, a file for `--rates` of other commands."""
     spec, allocation = allocation_spec(model, rate, texts, how, dtype=dtype, seed=seed), allocation_of(method, options)
     with show_progress(model) as progress:
-        from gpu_worker.evaluation.without_search import allocate_once
+        from gpu_worker.evaluation.one_shot import allocate_once
 
         result = allocate_once(spec, allocation, progress)
     print_result(result.model_dump(mode="json"), json_, lambda: tables.allocation(result))
@@ -102,14 +102,14 @@ def evaluate(
             claim = CardClaim(measured_texts(texts), seed or 0, dtype or "bfloat16")
         claim = claim.changed(dtype, seed)
         with show_progress(name) as progress:
-            from gpu_worker.evaluation.without_search import evaluate_as_it_is
+            from gpu_worker.evaluation.one_shot import evaluate_model
 
-            result = evaluate_as_it_is(
+            result = evaluate_model(
                 name,
                 claim.texts,
                 dtype=claim.dtype,
                 seed=claim.seed,
-                kept_text=claim.kept_text,
+                saved_text=claim.saved_text,
                 progress=progress,
             )
         result = result.model_copy(update={"card_perplexity": claim.about(result.fitness_digest)})
@@ -119,7 +119,7 @@ def evaluate(
         )
         check_heads(heads, request.spec)
         with show_progress(name) as progress:
-            from gpu_worker.evaluation.without_search import evaluate_once
+            from gpu_worker.evaluation.one_shot import evaluate_once
 
             result = evaluate_once(
                 request.spec,

@@ -54,7 +54,7 @@ def zero_shot(
     need("torch", "worker")
     need("lm_eval", "eval")
     with show_progress(model) as progress:
-        from gpu_worker.evaluation.zero_shot import Questions, zero_shot_as_it_is, zero_shot_pruned
+        from gpu_worker.evaluation.zero_shot import Questions, zero_shot_model, zero_shot_pruned
 
         questions = Questions(names, None if tasks_dir is None else expanded(tasks_dir), limit, batch_size)
         if pruned:
@@ -67,5 +67,5 @@ def zero_shot(
                 progress=progress,
             )
         else:
-            result = zero_shot_as_it_is(model, questions, dtype=dtype, progress=progress)
+            result = zero_shot_model(model, questions, dtype=dtype, progress=progress)
     print_result(result.model_dump(mode="json"), json_, lambda: tables.zero_shot(result))

@@ -1,4 +1,4 @@
-"""Allocation without a search: what a method needs to know of the model is measured, then it says the rates."""
+"""Computes the pruning rates of an allocation method, after measuring what the method needs of the model."""
 
 from collections.abc import Callable
 
@@ -14,7 +14,7 @@ from protocol.plans.single_unit_pruning import single_unit_removed_share
 from protocol.plans.spec import SearchSpec
 
 Choice = tuple[float, ...] | Allocation
-"""Given rates, or those of an allocation."""
+"""Given rates, or an allocation that computes them."""
 
 
 def prepare(
@@ -26,12 +26,11 @@ def prepare(
     check: Callable[[LoadedModel], None] = lambda _: None,
     measured: bool = True,
 ) -> Target:
-    """The target of `spec`, with what `choice` needs to see of the dense model.
+    """Prepare the target of `spec`, with the statistics of the dense model that `choice` needs.
 
-    Given rates, for a model of this `shape` where that is known, are checked as soon as the model is loaded, and so is
-    the budget of an allocation that needs no measurement; `check` sees the model too. All of that comes before anything
-    that takes time. Where nothing will be `measured`, no text for that is read. Raises BudgetError for rates of another
-    model, number, range or budget.
+    As soon as the model is loaded, before the slow stages, given rates and budgets of allocations are checked and
+    `check` is called. `shape` is the model shape that given rates are for, if known. With `measured` False, evaluation
+    texts are not read. Raises BudgetError for rates of another model, number, range or budget.
     """
 
     def check_first(model: LoadedModel) -> None:
@@ -43,7 +42,7 @@ def prepare(
 
 
 def check_choice(spec: SearchSpec, choice: Choice, known: ModelShape | None, shape: ModelShape) -> None:
-    """Raise BudgetError where a model of `shape` cannot be pruned by `choice`, as far as that is known beforehand."""
+    """Raise BudgetError if a model of `shape` cannot be pruned by `choice`, as far as is known before measuring."""
     if isinstance(choice, Allocation):
         if choice.method == "llm-pruner":
             rates = llm_pruner_rates(choice.first_layers, choice.last_layers, shape, spec.rate, spec.granularity)
@@ -58,14 +57,14 @@ def check_choice(spec: SearchSpec, choice: Choice, known: ModelShape | None, sha
 
 
 def choose_rates(target: Target, choice: Choice, progress: Progress = no_progress) -> tuple[float, ...]:
-    """The rates to prune `target` by, which comes from `prepare`."""
+    """Return the rates to prune `target` by, which comes from `prepare`."""
     return allocate(target, choice, progress) if isinstance(choice, Allocation) else choice
 
 
 def allocate(target: Target, allocation: Allocation, progress: Progress = no_progress) -> tuple[float, ...]:
-    """The method's pruning rates, one per unit of the target's spec, with a mean of exactly its rate.
+    """Return the method's pruning rates, one per unit, whose mean is exactly the spec's rate.
 
-    `target` comes from `prepare`. Raises BudgetError where the method cannot reach the rate.
+    `target` comes from `prepare`. Raises BudgetError if the method cannot reach the rate.
     """
     spec, shape = target.spec, target.shape
     findings = DenseMeasurements(outliers=target.outliers)

@@ -1,4 +1,4 @@
-"""What the evaluation process answers: a request becomes an outcome, whatever the evaluation does."""
+"""Turns requests to the evaluation process into outcomes, also when the evaluation fails."""
 
 import traceback
 from collections.abc import Iterator
@@ -17,14 +17,14 @@ from protocol.plans.plan import Plan
 
 
 class DeviceLostError(RuntimeError):
-    """CUDA failed in a way that no later call in this process survives."""
+    """CUDA failed so that all later calls in this process fail too."""
 
 
 @contextmanager
-def preparing(model: str) -> Iterator[None]:
-    """While it lasts, running out of memory is a UsageError.
+def out_of_memory_as_usage_error(model: str) -> Iterator[None]:
+    """Convert out-of-memory errors into UsageError.
 
-    Trying again would end the same way, so it is the user's to mend.
+    A retry would fail the same way; the user must change the settings.
     """
     try:
         yield
@@ -35,16 +35,16 @@ def preparing(model: str) -> Iterator[None]:
 
 
 def answer(session: Session, request: dict[str, Any]) -> Outcome:
-    """The outcome of a request `{"plan": …, "text": …, "race": …}`.
+    """Return the outcome of a request `{"plan": …, "text": …, "race": …}`.
 
-    Raises DeviceLostError when the process has to end.
+    Raises DeviceLostError when the process must end.
     """
     try:
         race = None if request.get("race") is None else Race.model_validate(request["race"])
         return session.race(Plan.model_validate(request["plan"]), race, request["text"])
     except NotFiniteError as error:
         return Failed(reason="not-finite", detail=str(error))
-    # ValueError is what pydantic raises for a plan that is none.
+    # pydantic raises ValueError for an invalid plan.
     except (PlanMismatchError, DataError, ValueError) as error:
         return Failed(reason="invalid", detail=str(error))
     except (RuntimeError, MemoryError) as error:
@@ -57,12 +57,12 @@ def answer(session: Session, request: dict[str, Any]) -> Outcome:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text; CUDA's go on with advice to its developers."""
+    """Return the first line of an error's message; CUDA's continue with advice for developers."""
     return (str(error).strip() or type(error).__name__).partition("\n")[0]
 
 
 def _free_memory(error: BaseException) -> None:
-    """Give back what the failed evaluation held: its frames live as long as the error, and their tensors with them."""
+    """Free the memory of the failed evaluation: the error keeps its frames alive, and these keep their tensors."""
     traceback.clear_frames(error.__traceback__)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -1,19 +1,19 @@
-"""The evaluation process: the model of one spec, loaded once; then plan in, outcome out.
+"""The evaluation process: loads the model of one spec once, then receives plans and answers with outcomes.
 
-`python -m gpu_worker.evaluation.process` is started by gpu_worker/worker/evaluator.py and speaks JSON lines with it::
+gpu_worker/worker/evaluator.py starts `python -m gpu_worker.evaluation.process` and exchanges JSON lines with it::
 
     in   {"spec": SearchSpec, "sensitivity": bool, "self_text": JSON}   once; the text may be null
-    out  {"progress": {"stage", "done", "total"}}                       while it gets ready
-    out  {"log": {"level", "event", ...}}                               at any time: for the parent's log
-    out  {"self_text": JSON}                                            it wrote text that nobody had published
-    in   {"self_text": JSON}                                            the text that counts
-    out  {"usage_error": sentence}                                      and it ends with code 2
-    out  {"profile": ModelProfile}                                            it is ready
-    in   {"id", "plan", "text"}                                         one candidate at a time
+    out  {"progress": {"stage", "done", "total"}}                       during preparation
+    out  {"log": {"level", "event", ...}}                               at any time, for the parent's log
+    out  {"self_text": JSON}                                            text that the model wrote, if none is published
+    in   {"self_text": JSON}                                            the published text, to be used from now on
+    out  {"usage_error": sentence}                                      invalid input; the process ends with code 2
+    out  {"profile": ModelProfile}                                      the model is ready
+    in   {"id", "plan", "text", "race"}                                 one candidate at a time
     out  {"id", "outcome"}
 
-The lines go out on a private copy of stdout; whatever a library prints lands on stderr. When stdin ends, so does the
-process, even in mid-evaluation: it never outlives its parent.
+These lines are written to a private copy of stdout; output of libraries goes to stderr. The process ends when stdin
+closes, even during an evaluation, so that it never outlives its parent.
 """
 
 import json
@@ -32,7 +32,7 @@ from typing import Any, NoReturn
 import structlog
 
 PROGRESS_EVERY = 0.5
-"""Seconds between two reports of the same stage."""
+"""Seconds between two progress reports of the same stage."""
 EXIT_USAGE = 2
 EXIT_DEVICE_LOST = 3
 
@@ -48,15 +48,15 @@ class Replies:
         self._reported = 0.0
 
     def send(self, message: dict[str, Any]) -> None:
-        """Send one message, at once."""
+        """Send one message immediately."""
         try:
             self._file.write(json.dumps(message, default=str) + "\n")
             self._file.flush()
-        except BrokenPipeError:  # the parent is gone
+        except BrokenPipeError:  # the parent has ended
             os._exit(0)
 
     def progress(self, stage: str, done: int, total: int) -> None:
-        """Report the progress of a stage: its first and last step, and not every one between."""
+        """Report the progress of a stage: its first and last step, and some steps between them."""
         now = time.monotonic()
         if stage == self._stage and done < total and now - self._reported < PROGRESS_EVERY:
             return
@@ -64,35 +64,35 @@ class Replies:
         self.send({"progress": {"stage": stage, "done": done, "total": total}})
 
     def log(self, _logger: Any, level: str, event: MutableMapping[str, Any]) -> NoReturn:
-        """A structlog processor that hands events over to the parent, which knows where its log goes."""
+        """Send an event to the parent, which writes the log (a structlog processor)."""
         self.send({"log": {"level": level, **event}})
         raise structlog.DropEvent
 
 
 def take_stdout() -> Replies:
-    """Keep stdout for the messages alone; descriptor 1 becomes stderr for everybody else."""
+    """Reserve stdout for messages and redirect descriptor 1 to stderr."""
     private = os.dup(1)
     os.dup2(2, 1)
     return Replies(private)
 
 
 def read_requests(descriptor: int, lines: Lines) -> None:
-    """Put each line into `lines`; end the process, and what it started, when the parent is gone.
+    """Put each line into `lines`; end the process and its children when the parent has ended.
 
-    Reads the descriptor itself: a thread that waits in `sys.stdin` holds a lock that the interpreter's exit needs.
+    Reads the descriptor directly: a thread that waits in `sys.stdin` holds a lock that the interpreter needs to exit.
     """
     rest = b""
     while block := os.read(descriptor, 1 << 16):
         *whole, rest = (rest + block).split(b"\n")
         for line in whole:
             lines.put(line)
-    if os.getpgrp() == os.getpid():  # the parent made the group for this process alone
+    if os.getpgrp() == os.getpid():  # the parent created the group for this process
         os.killpg(0, signal.SIGKILL)
     os._exit(0)
 
 
 def keep_libraries_quiet() -> None:
-    """No progress bars and no advice: the parent's log is what people read."""
+    """Disable the progress bars and warnings of libraries: users read the parent's log."""
     for name, value in (
         ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
         ("TRANSFORMERS_VERBOSITY", "error"),
@@ -105,16 +105,16 @@ def keep_libraries_quiet() -> None:
 
 
 def offer_text(lines: Lines, replies: Replies, text: str) -> str:
-    """Offer text that the model wrote to the search; the one that counts, which may be another worker's."""
+    """Offer text that the model wrote to the search; return the published text, which may be another worker's."""
     replies.send({"self_text": text})
     counts: str = json.loads(lines.get())["self_text"]
     return counts
 
 
 def serve(lines: Lines, replies: Replies) -> int:
-    """Get ready, then answer for ever; returns the exit code where that cannot be."""
-    # Imported here and not above: this is where torch comes in, seconds of it, with stdout already put away.
-    from gpu_worker.evaluation.outcomes import DeviceLostError, answer, preparing
+    """Prepare the model, then answer requests; return an exit code after an error."""
+    # Imported here because torch takes seconds to import, and stdout must be redirected first.
+    from gpu_worker.evaluation.outcomes import DeviceLostError, answer, out_of_memory_as_usage_error
     from gpu_worker.evaluation.session import Session
     from gpu_worker.measuring.half_precision import products_in_float32
     from gpu_worker.measuring.shared_text import SharedText
@@ -123,11 +123,11 @@ def serve(lines: Lines, replies: Replies) -> int:
 
     order = json.loads(lines.get())
     spec = SearchSpec.model_validate(order["spec"])
-    share = SharedText(order.get("self_text"), partial(offer_text, lines, replies))
+    share_text = SharedText(order.get("self_text"), partial(offer_text, lines, replies))
     with products_in_float32():
         try:
-            with preparing(spec.model):
-                session = Session(spec, replies.progress, sensitivity=order["sensitivity"], share=share)
+            with out_of_memory_as_usage_error(spec.model):
+                session = Session(spec, replies.progress, sensitivity=order["sensitivity"], share_text=share_text)
         except (UsageError, StoreError) as error:
             replies.send({"usage_error": str(error)})
             return EXIT_USAGE
@@ -145,7 +145,7 @@ def serve(lines: Lines, replies: Replies) -> int:
 
 
 def main() -> int:
-    """Run the process; the exit code is 2 for what the user must mend, 3 for a lost device."""
+    """Run the process; the exit code is 2 for invalid input, 3 for a lost device."""
     replies = take_stdout()
     lines: Lines = queue.SimpleQueue()
     threading.Thread(target=read_requests, args=(0, lines), daemon=True).start()
@@ -153,7 +153,7 @@ def main() -> int:
     structlog.configure(processors=[replies.log])
     try:
         return serve(lines, replies)
-    except Exception as error:  # noqa: BLE001  (a process boundary: what nobody expected belongs in the parent's log)
+    except Exception as error:  # noqa: BLE001  (a process boundary: unexpected errors belong in the parent's log)
         structlog.get_logger().error("evaluation_process_failed", error=repr(error), traceback=traceback.format_exc())
         return 1
 

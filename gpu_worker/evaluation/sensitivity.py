@@ -1,8 +1,8 @@
-"""How much each unit matters: the divergence from the dense model when it alone is pruned.
+"""Sensitivity of each unit: the KL divergence from the dense model when only this unit is pruned.
 
-Not the rise of perplexity: pruned alone, most units change it by less than what a few hundred tokens swing by, up or
-down, and half of them come out as harmless. What the dense model predicts is a whole distribution for every token, and
-how far the pruned one is from it is told by the same few tokens to a few percent.
+Perplexity is too noisy for this. Most units, pruned alone, change it by less than its noise over a few hundred tokens,
+and half of them seem harmless. The divergence compares whole distributions, so the same tokens measure it to within a
+few percent.
 """
 
 import math
@@ -26,12 +26,12 @@ from protocol.plans.spec import SearchSpec
 def measure_sensitivity(
     ordered: OrderedModel, spec: SearchSpec, text: Tensor, progress: Progress = no_progress
 ) -> tuple[float, ...]:
-    """Per unit of the spec's granularity, KL(dense ‖ pruned) in nats a token when it alone loses the spec's rate.
+    """Return KL(dense ‖ pruned) in nats per token for each unit, pruned alone by the spec's rate.
 
-    Measured on the beginnings of the first `SENSITIVITY_WINDOWS` windows of `text` (long, [n, seqlen]). Layers below
-    the pruned one compute what they do in the dense model, so their output is kept and only the rest is run. The model
-    is dense before and after. Raises NotFiniteError where the dense model is broken; a unit whose pruning breaks it
-    gets the most that a uniform guess can be away from it, the logarithm of the size of the vocabulary.
+    Measured on the beginnings of the first `SENSITIVITY_WINDOWS` windows of `text` (long, [n, seqlen]). The dense
+    outputs of the layers below the pruned one are reused, and only the layers from there on are run. The model is dense
+    before and after. Raises NotFiniteError if the dense model is broken. A unit whose pruning breaks the model gets
+    log(vocabulary size), the largest divergence of a uniform prediction.
     """
     ordered.restore()
     shape = ordered.decoder.shape
@@ -52,7 +52,7 @@ def _harm(ordered: OrderedModel, run: "_DenseRun", unit: Unit, plan: LayerPlan) 
 
 @dataclass(frozen=True)
 class _DenseRun:
-    """One pass of the dense model over `windows` (long, [n, seqlen]), kept so that it can be taken up at any layer."""
+    """A pass of the dense model over `windows` (long, [n, seqlen]) that can be resumed at any layer."""
 
     decoder: Decoder
     windows: Tensor
@@ -61,12 +61,12 @@ class _DenseRun:
 
     @classmethod
     def of(cls, decoder: Decoder, windows: Tensor) -> "_DenseRun":
-        """Run the dense model. Raises NotFiniteError where it predicts no numbers."""
+        """Run the dense model. Raises NotFiniteError if its predictions are not finite."""
         calls, hidden = record_calls(decoder, windows)
         return cls(decoder, windows, calls, predictions_from(decoder, hidden, windows))
 
     def divergence_from(self, layer: int) -> float:
-        """From the dense model, in nats a token, when decoder layers `layer` and above, as they are, are run again."""
+        """Run decoder layers from `layer` on, and return the divergence from the dense model in nats per token."""
         hidden = self.calls[layer].hidden
         for above in range(layer, len(self.calls)):
             hidden = self.decoder.layers[above].module(hidden, **self.calls[above].options)

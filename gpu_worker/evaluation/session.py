@@ -1,4 +1,4 @@
-"""One model made ready for one search: loaded, calibrated, ordered, measured dense; then any plan is measured on it."""
+"""One prepared model for one search: loaded, calibrated, ordered and measured dense, then measured with any plan."""
 
 import math
 import statistics
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gpu_worker.evaluation.sensitivity import measure_sensitivity
-from gpu_worker.evaluation.target import Share, Target
+from gpu_worker.evaluation.target import ShareText, Target
 from gpu_worker.measuring.divergence import DensePredictions, dense_predictions, divergence
 from gpu_worker.measuring.perplexity import checked_perplexity, perplexity_of, window_loss
 from gpu_worker.models.errors import NotFiniteError
@@ -25,14 +25,14 @@ from protocol.plans.shape import ModelShape
 from protocol.plans.spec import SearchSpec
 
 DECIMALS = 6
-"""Of the losses that a candidate is raced by: they are kept with every outcome."""
+"""Decimals of the per-window losses that are stored with every outcome for races."""
 
 
 class Session:
-    """Measures plans of one spec. Making one takes as long as its stages; `progress` hears of each.
+    """Measures plans of one spec. The constructor runs all stages of preparation and reports them to `progress`.
 
-    `target` is given where the model is ready already; `share` is for several workers (see Target). Raises UsageError
-    for a model or a text that cannot be had and for a model that does not compute even when dense.
+    Pass `target` if the model is already prepared; `share_text` is for several workers (see Target). Raises UsageError
+    for a model or text that is not available, and for a dense model that does not compute finite numbers.
     """
 
     def __init__(
@@ -42,11 +42,13 @@ class Session:
         *,
         sensitivity: bool = True,
         target: Target | None = None,
-        share: Share | None = None,
+        share_text: ShareText | None = None,
     ) -> None:
         self.spec = spec
         self.target = (
-            Target(spec, progress, outlier_threshold=OUTLIER_THRESHOLD, share=share) if target is None else target
+            Target(spec, progress, outlier_threshold=OUTLIER_THRESHOLD, share_text=share_text)
+            if target is None
+            else target
         )
         self._predictions: dict[Text, DensePredictions] = {}
         try:
@@ -56,50 +58,50 @@ class Session:
 
     @property
     def shape(self) -> ModelShape:
-        """Shape of the dense model."""
+        """Return the shape of the dense model."""
         return self.target.shape
 
     def evaluate(self, plan: Plan | AnyHeadsPlan, text: Text = "fitness", progress: Progress = no_progress) -> Measured:
-        """Prune to `plan` and measure `text`: its perplexity, and `kl` where that is the spec's; seconds are wall time.
+        """Prune to `plan` and measure perplexity on `text`, and KL divergence if the spec measures it.
 
-        Raises PlanMismatchError for a plan of another model, DataError where the spec has no such text,
-        NotFiniteError where the pruned model does not compute.
+        Raises PlanMismatchError for a plan of another model, DataError if the spec has no such text, NotFiniteError if
+        the pruned model's loss is not finite.
         """
         outcome = self.race(plan, None, text, progress)
-        assert isinstance(outcome, Measured), "without a race nobody is stopped"
+        assert isinstance(outcome, Measured), "only a race can stop an evaluation"
         return outcome
 
     def race(
         self, plan: Plan | AnyHeadsPlan, race: Race | None, text: Text = "fitness", progress: Progress = no_progress
     ) -> Measured | Stopped:
-        """As `evaluate`, window by window; where the plan is beaten in its race, the rest is not measured."""
+        """Measure as `evaluate` does, but stop as soon as the plan has lost its race."""
         windows, decoder = self._windows(text), self.target.model.decoder
         dense = self._predictions.get(text)
         start = time.perf_counter()
         self.target.prune(plan)
-        seen = _Seen(race)
+        totals = _RunningTotals(race)
         for i, window in enumerate(steps(progress, _measuring("pruned", text), windows)):
             predicted = len(window) - 1
             kept = None if dense is None else dense.part(slice(i * predicted, (i + 1) * predicted))
-            seen.take(decoder, window[None], kept)
-            if seen.is_beaten:
+            totals.take(decoder, window[None], kept)
+            if totals.is_beaten:
                 break
         figures: dict[str, Any] = {
-            "perplexity": perplexity_of(seen.loss, seen.tokens),
-            "kl": seen.divergence,
+            "perplexity": perplexity_of(totals.loss, totals.tokens),
+            "kl": totals.divergence,
             "parameters": count_parameters(plan, self.shape),
-            "tokens": seen.tokens,
+            "tokens": totals.tokens,
             "seconds": time.perf_counter() - start,
         }
-        if seen.is_beaten:
-            return Stopped(behind=seen.behind, windows=len(seen.losses), of_windows=len(windows), **figures)
-        return Measured(losses=tuple(seen.losses) if race else (), **figures)
+        if totals.is_beaten:
+            return Stopped(behind=totals.behind, windows=len(totals.losses), of_windows=len(windows), **figures)
+        return Measured(losses=tuple(totals.losses) if race else (), **figures)
 
     def _windows(self, text: Text) -> Tensor:
         texts = self.target.texts
         windows = texts.fitness if text == "fitness" else texts.report
         if windows is None:
-            raise DataError("there is no text to report on: set data.report")
+            raise DataError("the spec has no report text: set data.report")
         return windows
 
     def _describe(self, progress: Progress, sensitivity: bool) -> ModelProfile:
@@ -120,7 +122,7 @@ class Session:
         )
 
     def _dense(self, text: Text, windows: Tensor, progress: Progress) -> DensePerplexity:
-        """Perplexity of the dense model, whose predictions are kept where divergence from them will be measured."""
+        """Measure the dense perplexity, and keep the predictions if the spec measures divergence from them."""
         self.target.ordered.restore()
         decoder, stage = self.target.model.decoder, _measuring("dense", text)
         start = time.perf_counter()
@@ -132,23 +134,23 @@ class Session:
 
 
 def _measuring(what: str, text: Text) -> str:
-    """The stage that measures the `dense` or the `pruned` model on one of its texts."""
+    """Return the name of the stage that measures the `dense` or `pruned` model on a text."""
     return f"measuring {what}" if text == "fitness" else f"measuring {what} on the {text} text"
 
 
-class _Seen:
-    """What was measured of a plan so far."""
+class _RunningTotals:
+    """Running totals of a plan's evaluation."""
 
     def __init__(self, race: Race | None) -> None:
         self._race = race
         self.loss = self._kl = 0.0
         self.tokens = 0
         self.losses: list[float] = []
-        """Of each window, what is minimised, in nats a token."""
+        """The fitness of each window in nats per token: its loss or divergence."""
         self.has_kl = False
 
     def take(self, decoder: Decoder, window: Tensor, dense: DensePredictions | None) -> None:
-        """Measure a window [1, seqlen]; its divergence too where the `dense` predictions of it are given."""
+        """Measure a window [1, seqlen], including its divergence if its `dense` predictions are given."""
         tokens = window.shape[1] - 1
         if dense is None:
             with torch.inference_mode():
@@ -164,22 +166,22 @@ class _Seen:
 
     @property
     def divergence(self) -> float | None:
-        """Mean over the tokens so far."""
+        """Return the mean divergence over the tokens so far; None if it is not measured."""
         return self._kl / self.tokens if self.has_kl else None
 
     @property
     def is_beaten(self) -> bool:
-        """Whether the race is lost."""
+        """Return whether the race is lost."""
         return self._race is not None and self._race.is_lost(self.losses)
 
     @property
     def behind(self) -> float:
-        """How much worse than the other, in nats a token."""
+        """Return how much worse the plan is than its opponent, in nats per token."""
         assert self._race is not None
         pairs = zip(self.losses, self._race.against, strict=False)
         return statistics.fmean(loss - other for loss, other in pairs)
 
 
 def device_name(device: torch.device) -> str:
-    """`cpu`, or `cuda` with what the GPU calls itself."""
+    """Return `cpu`, or `cuda` with the GPU's name."""
     return f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type

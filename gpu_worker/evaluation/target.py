@@ -1,4 +1,4 @@
-"""The target model made ready to be pruned: loaded, its texts read, its pieces scored, its weights ordered."""
+"""Prepares the target model for pruning: loads it, reads texts, scores heads and channels, orders weights."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -31,17 +31,17 @@ from protocol.plans.plan import Plan
 from protocol.plans.shape import LayerShape, ModelShape
 from protocol.plans.spec import SearchSpec
 
-Share = Callable[[int, int, Callable[[], Tensor]], Tensor]
-"""Windows, their length and what writes them -> the tokens that all workers use (measuring/shared_text.py)."""
+ShareText = Callable[[int, int, Callable[[], Tensor]], Tensor]
+"""(number of windows, their length, function that writes them) -> tokens that all workers use
+(measuring/shared_text.py)."""
 
 
 class Target:
-    """The model of a spec, with the spec's texts. Making one takes as long as its stages; `progress` hears of each.
+    """The model of a spec with its texts. The constructor runs all stages and reports them to `progress`.
 
-    With `outlier_threshold` (OWL's M) the layers' `outliers` are counted too, which only the dense model shows. `check`
-    may refuse the loaded model. `share` makes text that the model writes the same for several workers. Where nothing is
-    `measured` on the spec's texts, that for calibration alone is read. Raises UsageError for a model or a text that
-    cannot be had.
+    With `outlier_threshold` (OWL's M), each layer's `outliers` are counted on the dense model. `check` may refuse the
+    loaded model. `share_text` makes all workers use the same text where the model writes it. With `measured` False,
+    only the calibration text is read. Raises UsageError for a model or text that is not available.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Target:
         *,
         outlier_threshold: float | None = None,
         check: Callable[[LoadedModel], None] | None = None,
-        share: Share | None = None,
+        share_text: ShareText | None = None,
         measured: bool = True,
     ) -> None:
         self.spec = spec
@@ -61,7 +61,7 @@ class Target:
         check_length(self.model, max(text.seqlen for text in spec.texts.values()))
         if check is not None:
             check(self.model)
-        self.calibration, self._texts = _read_texts(spec, self.model, progress, share, measured=measured)
+        self.calibration, self._texts = _read_texts(spec, self.model, progress, share_text, measured=measured)
         decoder, windows = self.model.decoder, self.calibration
         seen, products = _statistics(decoder, spec, windows, progress, outliers=outlier_threshold is not None)
         self.outliers: tuple[float, ...] = ()
@@ -69,29 +69,29 @@ class Target:
             pairs = zip(decoder.layers, seen, strict=True)
             self.outliers = tuple(outlier_share(layer, each, outlier_threshold) for layer, each in pairs)
         self.importance = score(self.model, spec, seen, products, windows, progress)
-        """On the dense model, one entry per layer."""
+        """Scores of the dense model, one entry per layer."""
         self.ordered = OrderedModel(decoder, self.importance)
         if _is_fitted(spec):
             _reconstruct(self.ordered, products, progress)
 
     @property
     def texts(self) -> Texts:
-        """What is measured on, beside what is scored on."""
-        assert self._texts is not None, "on this target nothing is measured"
+        """Return the texts of all roles."""
+        assert self._texts is not None, "this target was prepared without evaluation texts"
         return self._texts
 
     @property
     def shape(self) -> ModelShape:
-        """Shape of the dense model."""
+        """Return the shape of the dense model."""
         return self.model.decoder.shape
 
     def prune(self, plan: Plan | AnyHeadsPlan) -> None:
-        """Prune to `plan`, whatever was applied before. Raises PlanMismatchError for a plan of another model.
+        """Prune to `plan`, replacing any plan applied before. Raises PlanMismatchError for a plan of another model.
 
-        A plan that removes any query heads is masked, and is for dense scoring alone.
+        An AnyHeadsPlan is applied as a mask, and needs dense scoring.
         """
         if isinstance(plan, AnyHeadsPlan):
-            assert self.spec.scoring == "dense", "sequential scores are of plans that slice"
+            assert self.spec.scoring == "dense", "sequential scoring works only with plans that slice"
             self.ordered.mask(plan)
         elif self.spec.scoring == "dense":
             self.ordered.apply(plan)
@@ -102,14 +102,14 @@ class Target:
 
 
 def _is_fitted(spec: SearchSpec) -> bool:
-    """Whether all layers are fitted beforehand, to what enters them in the dense model."""
+    """Return whether all layers are prepared for reconstruction from the dense model's activations."""
     return spec.reconstruction == "least-squares" and spec.scoring == "dense"
 
 
 def _statistics(
     decoder: Decoder, spec: SearchSpec, windows: Tensor, progress: Progress, *, outliers: bool
 ) -> tuple[tuple[LayerActivations, ...], list[LayerProducts]]:
-    """What of the dense model's inputs the spec needs, by one pass: activations, and products; else none."""
+    """Collect in one pass the activations and input products that the spec needs; empty if it needs none."""
     if _is_fitted(spec) or spec.importance == "obs":
         seen, products = calibrate_products(decoder, windows, progress)
         return seen, list(products)
@@ -117,9 +117,9 @@ def _statistics(
 
 
 def _reconstruct(ordered: OrderedModel, products: list[LayerProducts], progress: Progress) -> None:
-    """Fit every layer to what enters it in the dense model, and let go its `products`.
+    """Prepare the reconstruction of every layer from the dense model's `products`, and free these.
 
-    Raises ModelError where that is no number.
+    Raises ModelError if they are not finite.
     """
     products.reverse()
     try:
@@ -130,10 +130,10 @@ def _reconstruct(ordered: OrderedModel, products: list[LayerProducts], progress:
 
 
 def check_length(model: LoadedModel, seqlen: int) -> None:
-    """Raise DataError for windows longer than the model's positions reach: what it says there means nothing."""
+    """Raise DataError for windows longer than the model's context length, beyond which its predictions are useless."""
     longest = model.longest_positions
     if longest is not None and seqlen > longest:
-        raise DataError(f"windows of {seqlen} tokens are longer than the {longest} positions that the model knows")
+        raise DataError(f"windows of {seqlen} tokens are longer than the {longest} positions that the model supports")
 
 
 def score(
@@ -144,9 +144,9 @@ def score(
     windows: Tensor,
     progress: Progress = no_progress,
 ) -> list[LayerImportance]:
-    """The importance of each layer's pieces on the dense model, as `spec` says.
+    """Return the importance of each layer's heads and channels on the dense model, by the spec's method.
 
-    `seen` is for wanda-sp alone, and `products` are for obs.
+    `seen` is used by wanda-sp, `products` by obs.
     """
     decoder = model.decoder
     layers = list(zip(decoder.layers, decoder.shape.layers, strict=True))
@@ -164,7 +164,7 @@ def score(
 def _eliminated(
     layers: Sequence[tuple[Layer, LayerShape]], products: Sequence[LayerProducts], progress: Progress
 ) -> list[LayerImportance]:
-    """By backward elimination. Raises ModelError where what enters a projection is no number."""
+    """Score by backward elimination. Raises ModelError if a projection's inputs are not finite."""
     each_layer = steps(progress, "scoring", layers)
     try:
         return [
@@ -182,13 +182,13 @@ def _load(spec: SearchSpec, progress: Progress) -> LoadedModel:
 
 
 def _read_texts(
-    spec: SearchSpec, model: LoadedModel, progress: Progress, share: Share | None, *, measured: bool
+    spec: SearchSpec, model: LoadedModel, progress: Progress, share_text: ShareText | None, *, measured: bool
 ) -> tuple[Tensor, Texts | None]:
-    """The windows to score on, and where anything is measured those of all roles."""
+    """Return the calibration windows and, with `measured`, the windows of all roles."""
 
     def written(windows: int, length: int) -> Tensor:
         write = partial(self_text, model, windows, length, spec.seed, progress)
-        return share(windows, length, write) if share else write()
+        return share_text(windows, length, write) if share_text else write()
 
     progress("reading texts", 0, 1)
     how: tuple[Any, GenerateText, int | None] = (model.tokenizer, written, model.window_start)

@@ -1,4 +1,4 @@
-"""`selfpruner zero-shot`: how many items of a task a model answers rightly without examples, by lm-eval."""
+"""`selfpruner zero-shot`: measures zero-shot accuracy on tasks with lm-eval."""
 
 import logging
 import math
@@ -17,8 +17,8 @@ from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
 from gpu_worker.evaluation.allocation import Choice, choose_rates, prepare
+from gpu_worker.evaluation.one_shot import removed_share
 from gpu_worker.evaluation.outcomes import first_line
-from gpu_worker.evaluation.without_search import removed_share
 from gpu_worker.evaluation.zero_shot_tasks import LoadedTask, load_tasks, quiet
 from gpu_worker.models.errors import NotFiniteError, is_out_of_memory
 from gpu_worker.models.loading import LoadedModel, load_model
@@ -33,25 +33,25 @@ from protocol.runtime.byte_sizes import gigabytes
 
 log = structlog.get_logger()
 
-TOLD_ELSEWHERE = logging.getLogger("lm_eval")
-"""It warns of every model that it did not load itself, and of each item that is too long: we say that once."""
+LM_EVAL_LOG = logging.getLogger("lm_eval")
+"""Silenced, because it warns about each model that it did not load and about each long item; this file logs once."""
 
 
 @dataclass(frozen=True)
 class Questions:
-    """What is asked: the tasks called so (all if empty), of a folder where one is given, `limit` items of each."""
+    """The tasks to measure: their names (all if empty), their folder if one is given, and the first `limit` items."""
 
     names: tuple[str, ...] = ()
     folder: Path | None = None
     limit: int | None = None
     batch_size: int = 8
-    """Texts that run through the model together."""
+    """Texts per batch."""
 
 
-def zero_shot_as_it_is(
+def zero_shot_model(
     name: str, questions: Questions, *, dtype: Dtype, progress: Progress = no_progress
 ) -> ZeroShotResult:
-    """Ask a model, such as an exported one, without pruning it. Raises as `zero_shot_pruned`."""
+    """Measure a model, such as an exported one, without pruning it. Raises as `zero_shot_pruned`."""
     tasks = load_tasks(questions.names, questions.folder, questions.limit, progress)
     progress("loading model", 0, 1)
     model = load_model(name, dtype)
@@ -72,10 +72,10 @@ def zero_shot_pruned(
     method: str = "rates",
     progress: Progress = no_progress,
 ) -> ZeroShotResult:
-    """Prune by rates, or by those of an allocation, and ask. `shape` is the model that given rates are for, if known.
+    """Prune by given rates or an allocation, and measure. `shape` is the model that given rates are for, if known.
 
-    Raises UsageError for tasks, a model or a text that cannot be had and for rates of the wrong number, range or model;
-    NotFiniteError where the model does not compute.
+    Raises UsageError for tasks, a model or a text that is not available and for rates of the wrong number, range or
+    model; NotFiniteError if the model's predictions are not finite.
     """
     tasks = load_tasks(questions.names, questions.folder, questions.limit, progress)
     target = prepare(spec, choice, progress, shape=shape, measured=False)
@@ -96,14 +96,14 @@ def zero_shot_pruned(
 def answer_tasks(
     model: LoadedModel, tasks: Sequence[LoadedTask], questions: Questions, progress: Progress = no_progress
 ) -> tuple[TaskAccuracy, ...]:
-    """Let the model answer, one task after another.
+    """Measure the model on each task in turn.
 
-    Raises NotFiniteError where it does not compute, UsageError where the batches do not fit into memory.
+    Raises NotFiniteError if its predictions are not finite, UsageError if the batches do not fit into memory.
     """
-    TOLD_ELSEWHERE.setLevel(logging.ERROR)
+    LM_EVAL_LOG.setLevel(logging.ERROR)
     try:
-        answering = _Answering(model, questions.batch_size, progress)
-        return tuple(answering.answer(task, questions.limit) for task in tasks)
+        lm = _LmEvalModel(model, questions.batch_size, progress)
+        return tuple(lm.answer(task, questions.limit) for task in tasks)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -113,11 +113,11 @@ def answer_tasks(
         ) from error
 
 
-class _Answering(HFLM):  # type: ignore[misc]  # lm-eval has no types
-    """A loaded model as lm-eval asks it.
+class _LmEvalModel(HFLM):  # type: ignore[misc]  # lm-eval has no types
+    """A loaded model behind the interface that lm-eval calls.
 
-    The likelihoods are fp32 whatever the model's type: bfloat16 tells few of two answers' apart, and the figures that
-    people compare with come of models whose logits transformers made fp32.
+    Likelihoods are computed in fp32: bfloat16 cannot separate most pairs of answers, and published figures come from
+    models with fp32 logits.
     """
 
     def __init__(self, model: LoadedModel, batch_size: int, progress: Progress) -> None:
@@ -135,7 +135,7 @@ class _Answering(HFLM):  # type: ignore[misc]  # lm-eval has no types
         self._stderr = sys.stderr
 
     def answer(self, loaded: LoadedTask, limit: int | None) -> TaskAccuracy:
-        """The accuracies of a task's first `limit` items."""
+        """Return the accuracies on a task's first `limit` items."""
         self._title = loaded.title
         name = loaded.harness_name
         task = {"tasks": {name: loaded.task}}
@@ -156,32 +156,31 @@ class _Answering(HFLM):  # type: ignore[misc]  # lm-eval has no types
         )
 
     def _loglikelihood_tokens(self, requests: list[Any], **_: Any) -> list[tuple[float, bool]]:
-        """(log-likelihood, whether it is the greedy text) of each (texts, context tokens, continuation tokens)."""
-        with redirect_stderr(self._stderr):  # where the log and our progress are heard
+        """Return (log-likelihood, is greedy) for each (texts, context tokens, continuation tokens)."""
+        with redirect_stderr(self._stderr):  # where the log and the progress are shown
             return self._checked(requests)
 
     def _checked(self, requests: list[Any]) -> list[tuple[float, bool]]:
         cut = sum(len(context) + len(answer) > self.max_length + 1 for _, context, answer in requests)
         if cut:
             log.warning("texts_too_long", task=self._title, texts=cut, of=len(requests), positions=self.max_length)
-        self._check_room(requests)
-        self.set_cache_hook(_Counting(self._progress, f"answering {self._title}", len(requests)))
+        self._check_memory(requests)
+        self.set_cache_hook(_ProgressHook(self._progress, f"answering {self._title}", len(requests)))
         answers: list[tuple[float, bool]] = super()._loglikelihood_tokens(requests, disable_tqdm=True)
         for likelihood, _is_greedy in answers:
             if not math.isfinite(likelihood):
                 raise NotFiniteError(f"the log-likelihood of an answer in {self._title} is {likelihood}")
         return answers
 
-    def _check_room(self, requests: list[Any]) -> None:
-        """Raise UsageError for batches too large for main memory, where the kernel would end us without a word."""
+    def _check_memory(self, requests: list[Any]) -> None:
+        """Raise UsageError for batches too large for main memory; otherwise the kernel would kill the process."""
         if self.device.type != "cpu":
             return
-        # Answers of one token share a row: it is what comes before an answer's last token that is run.
+        # Answers of one token share a row, because the model runs only the tokens before an answer's last one.
         rows = {(*context, *answer[:-1]) for _, context, answer in requests}
         texts = min(int(self.batch_size), len(rows))
         tokens = min(max(map(len, rows)), self.max_length)
-        # Logits as the model has them, a copy in fp32 where they are not, and the logarithms of their softmax, of which
-        # those of the batch before are still there.
+        # The logits, their fp32 copy if they are not fp32, and their log-softmax, also that of the batch before.
         size = self._head.element_size()
         each = size + (FP32 if size != FP32 else 0) + FP32 * (2 if len(rows) > texts else 1)
         need = texts * tokens * self._head.shape[0] * each
@@ -193,14 +192,15 @@ class _Answering(HFLM):  # type: ignore[misc]  # lm-eval has no types
             )
 
     def _model_call(self, inps: Tensor, attn_mask: None = None, labels: None = None) -> Tensor:  # noqa: ARG002
-        """Logits [texts, tokens, vocabulary] of tokens [texts, tokens], whose noughts at the right nobody looks at."""
+        """Return logits [texts, tokens, vocabulary] of tokens [texts, tokens], which are padded with zeros on the
+        right."""
         with torch.inference_mode():
             logits: Tensor = self.model(input_ids=inps, use_cache=False).logits
         return logits
 
 
-class _Counting:
-    """Stands where lm-eval would keep answers, and is told of each."""
+class _ProgressHook:
+    """Takes the place of lm-eval's answer cache, to report progress."""
 
     def __init__(self, progress: Progress, stage: str, total: int) -> None:
         self._progress = progress
@@ -209,7 +209,7 @@ class _Counting:
         progress(stage, 0, total)
 
     def add_partial(self, attr: str, req: object, res: object) -> None:  # noqa: ARG002  (lm-eval's signature)
-        """Hear of one answer."""
+        """Count one answer."""
         self._done += 1
         self._progress(self._stage, self._done, self._total)
 

@@ -1,6 +1,6 @@
-"""The tasks of `selfpruner zero-shot`: the paper's, as lm-eval ships them, or those of a folder of such files.
+"""Loads the tasks of `selfpruner zero-shot`: the paper's from lm-eval, or those in a folder of task files.
 
-They are read before any model is loaded: what is wrong with them is known in seconds, and takes no GPU to find out.
+Tasks are read before any model is loaded, so that errors in them show within seconds and need no GPU.
 """
 
 import os
@@ -16,39 +16,39 @@ import lm_eval.tasks
 import yaml
 
 from gpu_worker.models.checkpoints import reading, reason
-from gpu_worker.models.hub import datasets_go_offline, hub_reachable
+from gpu_worker.models.hub import hub_reachable, set_datasets_offline
 from gpu_worker.progress import Progress, no_progress, steps
 from protocol.errors import DataError, SettingsError
 from protocol.results.zero_shot import PAPER_TASKS, Metric, counted_metric, paper_task, select_tasks, unknown_task
 
 SHIPPED = ("arc", "hellaswag", "openbookqa", "piqa", "super_glue/boolq", "winogrande")
-"""Where lm-eval keeps the seven. Looking through all that it ships takes ten seconds."""
+"""Folders of the paper's seven tasks in lm-eval. Scanning all of its tasks takes ten seconds."""
 FILE_KINDS = ("json", "csv", "parquet", "text", "arrow")
-"""Kinds of data that are read from files, without a hub."""
+"""Dataset types that are read from local files."""
 ANSWERED_BY_LIKELIHOOD = ("multiple_choice", "loglikelihood")
 
 
 @dataclass(frozen=True)
 class LoadedTask:
-    """A task with its items."""
+    """A task with its data."""
 
     name: str
     title: str
     metric: Metric
-    """Which of its accuracies counts."""
+    """The accuracy that is reported."""
     task: Any
-    """lm-eval's, to be answered without examples."""
+    """The zero-shot task object of lm-eval."""
 
     @property
     def harness_name(self) -> str:
-        """As lm-eval calls it."""
+        """Return the name of the task in lm-eval."""
         return str(self.task.config.task)
 
 
 def load_tasks(
     names: Sequence[str], folder: Path | None, limit: int | None, progress: Progress = no_progress
 ) -> list[LoadedTask]:
-    """The tasks called so, of `folder` first where there is one; all of the folder, or the seven, where none is named.
+    """Load the named tasks, from `folder` first if given; by default all of the folder, or the seven of the paper.
 
     Raises SettingsError for an unknown name, DataError for a task or data that cannot be read.
     """
@@ -59,9 +59,9 @@ def load_tasks(
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """While it lasts, what lm-eval and the code of tasks print is dropped, and so is the log.
+    """Discard everything that lm-eval and task code print to stdout and stderr, including the log.
 
-    Stdout is for the answer alone, and bars on stderr would write over our own line.
+    Stdout is reserved for the result, and progress bars on stderr would overwrite the progress line.
     """
     with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
         yield
@@ -69,18 +69,18 @@ def quiet() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Source:
-    """Where a task is found."""
+    """The location of a task."""
 
     harness_name: str
     manager: Any
-    """lm-eval's, which knows the task."""
+    """The TaskManager of lm-eval that has the task."""
     local: bool
     beside: tuple[str, ...] = ()
-    """The tasks of the folder that was given, where this one is not among them."""
+    """The tasks of the given folder, if it does not contain this one."""
 
     @property
     def config(self) -> dict[str, Any]:
-        """What the task's file says; functions are not looked up."""
+        """Return the content of the task's file, with functions unresolved."""
         return dict(self.manager.task_index[self.harness_name].cfg)
 
     @property
@@ -89,7 +89,7 @@ class _Source:
 
 
 class _Folder:
-    """A folder with task files. Raises DataError for a file that lm-eval would silently leave out, and for none."""
+    """A folder with task files. Raises DataError if it has no task, or one that lm-eval would silently skip."""
 
     def __init__(self, folder: Path) -> None:
         if not folder.is_dir():
@@ -113,7 +113,7 @@ class _Folder:
 
 
 def _task_of(file: Path) -> str | None:
-    """The name of the one task that a file says it describes; None for templates, groups and the like."""
+    """Return the name of the task that a file defines; None for templates and groups."""
     try:
         root = yaml.compose(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, yaml.YAMLError) as error:
@@ -128,7 +128,7 @@ def _manager(*folders: Path) -> Any:
 
 
 def find_sources(names: Sequence[str], local: _Folder | None) -> list[_Source]:
-    """Where the tasks that `load_tasks` is asked for are. Raises SettingsError for an unknown name."""
+    """Locate the tasks for `load_tasks`. Raises SettingsError for an unknown name."""
     root = Path(lm_eval.tasks.__file__).parent
     shipped = _manager(*(root / name for name in SHIPPED))
     if local is None:
@@ -151,7 +151,7 @@ def _load(source: _Source, limit: int | None) -> LoadedTask:
     config = source.config
     offline = config.get("dataset_path") not in FILE_KINDS and not hub_reachable()
     if offline:
-        datasets_go_offline()
+        set_datasets_offline()
     with quiet(), reading(partial(_cannot_load, source, offline), DataError):
         task = _built(source, config)
         task.set_config(key="num_fewshot", value=0)
@@ -164,12 +164,12 @@ def _load(source: _Source, limit: int | None) -> LoadedTask:
 
 
 def _built(source: _Source, config: dict[str, Any]) -> Any:
-    """lm-eval's task with its data. Names of data files are looked for beside the task's own file first."""
+    """Build lm-eval's task with its data. Data files are first looked up relative to the task's file."""
     kwargs = config.get("dataset_kwargs") or {}
     beside = {key: _beside(value, source.file.parent) for key, value in kwargs.items() if key.startswith("data_")}
     spec: Any = source.harness_name
     if beside:
-        # A group is lm-eval's way of changing what a task's file says.
+        # lm-eval overrides a task's file through a group.
         changed = {"task": source.harness_name, "dataset_kwargs": {**kwargs, **beside}}
         spec = {"group": "changed", "task": [changed]}
     (task,) = source.manager.load([spec])["tasks"].values()
@@ -177,7 +177,7 @@ def _built(source: _Source, config: dict[str, Any]) -> Any:
 
 
 def _beside(value: Any, folder: Path) -> Any:
-    """A file name, or names however nested, with those that are there put into `folder`."""
+    """Prefix file names, nested in lists or dicts, with `folder` if they exist there."""
     if isinstance(value, dict):
         return {key: _beside(each, folder) for key, each in value.items()}
     if isinstance(value, list):
@@ -186,7 +186,7 @@ def _beside(value: Any, folder: Path) -> Any:
 
 
 def _check(source: _Source, task: Any, limit: int | None) -> None:
-    """Raise DataError for a task that is not answered by likelihoods, or an item that has no right answer."""
+    """Raise DataError for a task that is not scored by likelihood, or an item whose correct answer is not a choice."""
     name = source.harness_name
     if task.OUTPUT_TYPE not in ANSWERED_BY_LIKELIHOOD or "acc" not in task.aggregation():
         raise DataError(
@@ -201,7 +201,9 @@ def _check(source: _Source, task: Any, limit: int | None) -> None:
         choices = task.doc_to_choice(item)
         known = choices if isinstance(right, str) else range(len(choices))
         if not isinstance(right, list) and right not in known:
-            raise DataError(f"the task {name!r} says that item {i} is answered by {right!r}, of {len(choices)} choices")
+            raise DataError(
+                f"the task {name!r} gives {right!r} as the answer of item {i}, which has {len(choices)} choices"
+            )
 
 
 def _cannot_load(source: _Source, offline: bool, error: Exception) -> str:

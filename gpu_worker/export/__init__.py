@@ -1,1 +1,1 @@
-"""Writes a pruned model as a folder that other programs load. Start with export.py."""
+"""Writes a pruned model as a folder that other programs can load. Start with export.py."""

@@ -1,4 +1,4 @@
-"""The model card: README.md of an exported folder."""
+"""Renders the model card: README.md of an exported folder."""
 
 import shlex
 from dataclasses import dataclass
@@ -8,8 +8,8 @@ from pathlib import Path
 from jinja2 import Environment, StrictUndefined
 
 from gpu_worker.export.facts import ExportFacts, TextPerplexity, version_of_selfpruner
-from gpu_worker.models.exported import module_name
 from gpu_worker.models.limits import GRADIENT_SAMPLES, GRADIENT_TOKENS
+from gpu_worker.models.modeling import module_name
 from protocol.plans.allocation import uniform_label
 from protocol.plans.spec import NAMED_TEXTS, SearchSpec, TextSpec
 from protocol.results.finetuning import Finetuning, Perplexities
@@ -30,7 +30,7 @@ class _Measured:
 
 @dataclass(frozen=True)
 class _Layer:
-    """A row of the table of layers: rates as numbers, counts as `kept of whole`."""
+    """A row of the table of layers: rates as numbers, counts as `kept of dense`."""
 
     index: int
     rates: tuple[float, ...]
@@ -40,7 +40,7 @@ class _Layer:
 
 
 def render_card(facts: ExportFacts, formats: Formats, *, name: str, gguf: str | None = None) -> str:
-    """The card of a folder called `name` in these formats; `gguf` is the name of its file where that is one of them."""
+    """Return the card of a folder called `name` in these formats; `gguf` is the name of the GGUF file, if any."""
     environment = Environment(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=False
     )
@@ -67,7 +67,7 @@ def render_card(facts: ExportFacts, formats: Formats, *, name: str, gguf: str | 
 
 
 def _measured(facts: ExportFacts) -> list[_Measured]:
-    """Perplexities by text: the one that rates were searched on, and the one that they were not."""
+    """Return the rows for the fitness text, which the search uses, and the report text, which it does not."""
     of = facts.searched
     uniform, uniform_report = (None, None) if of is None else (of.uniform_perplexity, of.uniform_report_perplexity)
     rows = [
@@ -89,43 +89,43 @@ def _measured(facts: ExportFacts) -> list[_Measured]:
 
 
 def _uniform(facts: ExportFacts) -> str:
-    """The name of the column of uniform pruning."""
+    """Return the heading of the column of uniform pruning."""
     return uniform_label(facts.spec.reconstruction) + (", not fine-tuned" if facts.finetunings else "")
 
 
 def _against_uniform(facts: ExportFacts) -> str | None:
-    """How much better than uniform pruning the search's rates are; None where fine-tuning made the difference too."""
+    """Compare the search's rates with uniform pruning; None if the model was also fine-tuned."""
     of = facts.searched
-    text, pruned, uniform = "text that was searched on", facts.pruned, of and of.uniform_perplexity
+    text, pruned, uniform = "fitness text", facts.pruned, of and of.uniform_perplexity
     if of and of.uniform_report_perplexity and facts.pruned_report:
         text, pruned, uniform = "report text", facts.pruned_report, of.uniform_report_perplexity
     if pruned is None or not uniform or facts.finetunings:
         return None
     baseline = (
-        "with the same fit and as many parameters"
+        "with the same reconstruction and number of parameters"
         if facts.spec.reconstruction == "least-squares"
-        else "which is rectangular and not fitted: a weak baseline"
+        else "which is rectangular and without reconstruction: a weak baseline"
     )
     return (
-        f"On the {text} the perplexity is {pruned.perplexity / uniform:.3f} of that of uniform pruning, {baseline}.\n"
-        "This is one search with one seed; another seed finds other rates."
+        f"On the {text}, the perplexity is {pruned.perplexity / uniform:.3f} of that of uniform pruning, {baseline}.\n"
+        "This is one search with one seed; other seeds find other rates."
     )
 
 
 def _finetuned(tuned: Finetuning) -> str:
-    """What was done, on what, and what came of it."""
+    """Describe one fine-tuning: method, data and results."""
     recipe = tuned.recipe
     how = "all weights of the decoder layers' projections"
     if recipe.method == "lora":
         how = f"LoRA (r {recipe.rank}, α {recipe.alpha:g}, dropout {recipe.dropout:g}), merged into the weights"
-    pieces = "instructions, of which the answers were predicted" if tuned.form == "alpaca" else "windows of text"
+    pieces = "instructions (loss on the answers only)" if tuned.form == "alpaca" else "windows of text"
     done = (
-        f"{how}; {tuned.examples:,} {pieces}, of {tuned.data}; {tuned.steps:,} steps of {recipe.batch}, "
-        f"{tuned.tokens:,} tokens predicted; learning rate {recipe.learning_rate:g}, {recipe.schedule}; "
-        f"loss {tuned.first_loss:.3f} at the beginning, {tuned.last_loss:.3f} at the end"
+        f"{how}; {tuned.examples:,} {pieces} from {tuned.data}; {tuned.steps:,} steps with batch size {recipe.batch}, "
+        f"{tuned.tokens:,} predicted tokens; learning rate {recipe.learning_rate:g}, {recipe.schedule}; "
+        f"mean loss {tuned.first_loss:.3f} in the first 10 % of steps, {tuned.last_loss:.3f} in the last"
     )
-    told = [_before_and_after(each) for each in (tuned.perplexity, tuned.report_perplexity) if each is not None]
-    return "; ".join([done, *told])
+    perplexities = [_before_and_after(each) for each in (tuned.perplexity, tuned.report_perplexity) if each is not None]
+    return "; ".join([done, *perplexities])
 
 
 def _before_and_after(perplexity: Perplexities) -> str:
@@ -136,7 +136,7 @@ def _before_and_after(perplexity: Perplexities) -> str:
 
 
 def _measured_again(text: TextSpec, name: str) -> str:
-    """The command for the same tokens; the file of a text has to be named, for only its own people know its place."""
+    """Return the command that measures the same tokens; a text file is given by its name without folders."""
     command = f"selfpruner evaluate {shlex.quote(name)}"
     return command if text.source in NAMED_TEXTS else f"{command} --data {shlex.quote(_source(text))}"
 
@@ -164,7 +164,7 @@ def _layers(facts: ExportFacts) -> list[_Layer]:
 
 
 def _scored_on(spec: SearchSpec) -> str:
-    """What was read for the scores."""
+    """Describe the text that importance was scored on."""
     if spec.importance == "magnitude":
         return ""
     if spec.importance == "taylor":
@@ -179,5 +179,5 @@ def _text(spec: TextSpec) -> str:
 
 
 def _source(spec: TextSpec) -> str:
-    """What a text is called; a file by its last part, whose place is nobody's business."""
+    """Return the name of a text; for a file without its folders, which are private."""
     return Path(spec.source).name

@@ -1,4 +1,4 @@
-"""How much disk an export takes, known before anything that takes time is done."""
+"""Estimates the disk space of an export, so that it is checked before the slow stages."""
 
 import shutil
 from pathlib import Path
@@ -17,10 +17,10 @@ SIZES: dict[Dtype, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
 
 
 def export_bytes(shape: ModelShape, kept: int, formats: Formats, dtype: Dtype, gguf_type: GgufType = "f16") -> int:
-    """Bytes of all `formats` of a model of this dense `shape` that keeps `kept` parameters of its decoder, roughly.
+    """Estimate the bytes of all `formats` of a model of this dense `shape` that keeps `kept` decoder parameters.
 
-    In a GGUF file a third of the decoder counts as halves, down_proj's share, for rows of an odd width are stored so;
-    the rest as the file's main type.
+    For GGUF, a third of the decoder (down_proj) is counted as F16, because rows of odd width are stored so, and the
+    rest as the file's main type.
     """
     parameters = kept + shape.other_parameters
     values, stored = gguf.GGML_QUANT_SIZES[MAIN[gguf_type]]
@@ -34,22 +34,22 @@ def export_bytes(shape: ModelShape, kept: int, formats: Formats, dtype: Dtype, g
 
 
 def kept_by(rate: float, shape: ModelShape) -> int:
-    """How many parameters of the decoder of this shape stay at this pruning rate."""
+    """Return the number of decoder parameters that remain at this pruning rate."""
     return round((1 - rate) * shape.decoder_parameters)
 
 
 def check_export_disk(
     folder: Path, rate: float, shape: ModelShape, formats: Formats, dtype: Dtype, gguf_type: GgufType = "f16"
 ) -> None:
-    """Raise ModelError where the disk of `folder` has too little room for a model of this shape, pruned by `rate`."""
+    """Raise ModelError if the disk of `folder` has too little space for a model of this shape, pruned by `rate`."""
     needed = export_bytes(shape, kept_by(rate, shape), formats, dtype, gguf_type)
     check_disk(folder, needed, f"the export into {', '.join(formats)}")
 
 
 def check_disk(folder: Path, needed: int, what: str, freed: int = 0) -> None:
-    """Raise ModelError where the disk that `folder` is (or will be) on has less than `needed` bytes free.
+    """Raise ModelError if the disk that `folder` is (or will be) on has less than `needed` bytes free.
 
-    `what` needs them, in words; `freed` are bytes that are there now and will not be needed beside.
+    `what` names the operation for the message; `freed` are bytes that the operation will free.
     """
     nearest = _nearest(folder)
     free = shutil.disk_usage(nearest).free + freed
@@ -58,11 +58,11 @@ def check_disk(folder: Path, needed: int, what: str, freed: int = 0) -> None:
 
 
 def device_of(folder: Path) -> int:
-    """The disk that `folder` is, or will be, on."""
+    """Return the device number of the disk that `folder` is, or will be, on."""
     return _nearest(folder).stat().st_dev
 
 
 def _nearest(folder: Path) -> Path:
-    """The folder itself, or the nearest above it that is there."""
+    """Return the folder itself, or its nearest parent that exists."""
     folder = folder.expanduser().resolve()
     return next(parent for parent in (folder, *folder.parents) if parent.exists())

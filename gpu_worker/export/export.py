@@ -1,11 +1,11 @@
-"""`selfpruner export`: prune, measure, write the model with a card that says both."""
+"""`selfpruner export`: prunes, measures, and writes the model with its card."""
 
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 from gpu_worker.evaluation.allocation import Choice, prepare
-from gpu_worker.evaluation.without_search import Pruned, prune_and_measure, removed_share
+from gpu_worker.evaluation.one_shot import Pruned, prune_and_measure, removed_share
 from gpu_worker.export.disk_space import check_export_disk
 from gpu_worker.export.facts import ExportFacts, TextPerplexity
 from gpu_worker.export.folder import check_target
@@ -23,7 +23,7 @@ from protocol.results.formats import Formats, GgufType
 
 @dataclass(frozen=True)
 class Destination:
-    """Where an export goes, and as what. `gguf_type` is for the GGUF file alone."""
+    """Folder and formats of an export. `gguf_type` is only used for the GGUF file."""
 
     folder: Path
     formats: Formats
@@ -41,10 +41,10 @@ def export_once(
     searched: SearchSummary | None = None,
     progress: Progress = no_progress,
 ) -> ExportResult:
-    """Prune by rates, or by those of an allocation, measure, and write the folder: whole, or not at all.
+    """Prune by given rates or an allocation, measure, and write the folder atomically.
 
-    Raises UsageError for a model or a text that cannot be had, for rates of the wrong number, range or model, for a
-    family that the format does not support, and for a folder that is taken or cannot be written.
+    Raises UsageError for a model or text that is not available, for rates of the wrong number, range or model, for a
+    family that the format does not support, and for a folder that exists or cannot be written.
     """
     check_target(destination.folder, force=destination.force)
     target = prepare(
@@ -64,7 +64,7 @@ def export_once(
         destination.folder,
         force=destination.force,
         gguf_type=destination.gguf_type,
-        kept_text=pruned.session.target.texts.fitness if spec.fitness.source == SELF else None,
+        saved_text=pruned.session.target.texts.fitness if spec.fitness.source == SELF else None,
         windows=pruned.session.target.texts.fitness,
         progress=progress,
     )
@@ -89,14 +89,14 @@ def export_once(
 
 
 def _check(model: LoadedModel, spec: SearchSpec, destination: Destination) -> None:
-    """Raise ModelError where a format cannot carry the model, or the disk what is about to be written."""
+    """Raise ModelError if a format does not support the model, or if the disk has too little space."""
     formats, gguf_type = destination.formats, destination.gguf_type
     check_formats(model, formats, gguf_type)
     check_export_disk(destination.folder, spec.rate, model.decoder.shape, formats, spec.dtype, gguf_type)
 
 
 def facts_of(pruned: Pruned, method: str, searched: SearchSummary | None = None) -> ExportFacts:
-    """What the card says of a pruned target."""
+    """Return the facts of a pruned target for its model card."""
     session = pruned.session
     card, texts = session.profile, session.target.texts
     return ExportFacts(

@@ -1,4 +1,4 @@
-"""What an exported folder says of itself: where it comes from, what was removed and how, and what was measured."""
+"""The facts that an exported folder records: its origin, how it was pruned, and what was measured."""
 
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -12,22 +12,22 @@ from protocol.results.commands import GgufPerplexity, SearchSummary
 from protocol.results.finetuning import Finetuning
 
 SMOLLM2_ON_THE_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
-"""What `smollm2` is called there."""
+"""Name of `smollm2` on the hub."""
 
 
 class TextPerplexity(BaseModel):
-    """Perplexity of one model on one text, and the number of predicted tokens that it was averaged over."""
+    """Perplexity of one model on one text, and the number of predicted tokens."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     perplexity: PositiveFloat
     tokens: PositiveInt
     kl: NonNegativeFloat | None = None
-    """Divergence from the dense model in nats, where it was measured."""
+    """KL divergence from the dense model in nats per token, if measured."""
 
 
 class ExportFacts(BaseModel):
-    """What the model card and `selfpruner.json` say. What was not measured is None."""
+    """The facts in the model card and in `selfpruner.json`. Figures that were not measured are None."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -39,28 +39,28 @@ class ExportFacts(BaseModel):
     """One per unit of the spec's granularity, in order."""
     spec: SearchSpec
     text_numbers: dict[Role, int] | None = None
-    """Roles with the same number took their windows from one text, which names without folders do not tell. None in
-    folders that do not say so: texts of one name count as one."""
+    """Roles with the same number took their windows from the same text; file names without folders cannot tell. None in
+    older folders, where texts of the same name count as the same."""
     shape: ModelShape
-    """Of the dense model."""
+    """Shape of the dense model."""
     plan: Plan
     dense: TextPerplexity | None = None
-    """On the fitness text."""
+    """Dense perplexity on the fitness text."""
     pruned: TextPerplexity | None = None
     dense_report: TextPerplexity | None = None
-    """On the text that rates were not searched on, where the spec has one."""
+    """Dense perplexity on the report text, which the search did not use, if the spec has one."""
     pruned_report: TextPerplexity | None = None
     fitness_digest: str | None = None
-    """Of the fitness text's tokens: who measures again can tell whether they are the same."""
+    """Digest of the fitness text's tokens, which shows whether a later measurement uses the same tokens."""
     report_digest: str | None = None
     begins_with_bos: bool = False
-    """Whether every window's first token was replaced by bos."""
+    """Whether the first token of every window was replaced by bos."""
     gguf: GgufPerplexity | None = None
-    """Of the GGUF file, in llama.cpp."""
+    """Perplexity of the GGUF file in llama.cpp."""
     searched: SearchSummary | None = None
-    """Of rates that were searched for by the command that wrote the folder."""
+    """Search results, if the command that wrote the folder also searched for the rates."""
     finetunings: tuple[Finetuning, ...] = ()
-    """What was done after pruning, in order; then `pruned` is what the model measures after all of it."""
+    """Fine-tunings after pruning, in order. `pruned` was then measured after the last one."""
 
     @model_validator(mode="after")
     def _belong_together(self) -> "ExportFacts":
@@ -72,18 +72,18 @@ class ExportFacts(BaseModel):
         return self
 
     def is_one_text(self, one: Role, other: Role) -> bool:
-        """Whether both roles took their windows from one text."""
+        """Return whether both roles took their windows from the same text."""
         numbers = self.text_numbers or number_texts({role: text.source for role, text in self.spec.texts.items()})
         return one in numbers and numbers.get(one) == numbers.get(other)
 
     @property
     def parameters(self) -> Parameters:
-        """Parameters before and after pruning."""
+        """Return the parameters before and after pruning."""
         return count_parameters(self.plan, self.shape)
 
     @property
     def hub_name(self) -> str | None:
-        """The base model's name on the Hugging Face hub; None for a folder."""
+        """Return the base model's name on the Hugging Face Hub; None for a folder."""
         if self.base_model == "smollm2":
             return SMOLLM2_ON_THE_HUB
         is_name = self.base_model.count("/") == 1 and not self.base_model.startswith((".", "/", "~"))
@@ -92,12 +92,12 @@ class ExportFacts(BaseModel):
 
     @property
     def base_name(self) -> str:
-        """The base model as the card calls it: a folder by its last part, whose place is nobody's business."""
+        """Return the base model's name for the card; for a folder without its parents, which are private."""
         return self.hub_name or Path(self.base_model).expanduser().resolve().name
 
 
-def without_places(spec: SearchSpec) -> SearchSpec:
-    """The spec with the last part of paths only: where files lie is nobody's business, and differs elsewhere."""
+def without_folders(spec: SearchSpec) -> SearchSpec:
+    """Return the spec with file names without folders: these are private and differ between machines."""
     names: dict[str, TextSpec] = {
         role: text.model_copy(update={"source": Path(text.source).name}) for role, text in spec.texts.items()
     }
@@ -105,7 +105,7 @@ def without_places(spec: SearchSpec) -> SearchSpec:
 
 
 def version_of_selfpruner() -> str:
-    """The installed version, or `unknown` where the code runs without being installed."""
+    """Return the installed version, or `unknown` if the package is not installed."""
     try:
         return version("self-pruner")
     except PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""An export folder that appears whole or not at all, and never takes the place of anything but an older export."""
+"""Writes an export folder atomically, and never replaces anything but an older export."""
 
 import errno
 import json
@@ -16,21 +16,21 @@ from protocol.results.formats import FACTS, Format, Formats
 from protocol.runtime.locks import try_lock
 
 UNFINISHED, OLDER = "unfinished", "older"
-"""What lies beside a folder while it is written: its new content, and what was there before."""
+"""Hidden folders beside the target while it is written: the new content, and the previous export."""
 LOCK = "lock"
 
 
 class ExportError(UsageError):
-    """The folder cannot be written where it was asked for."""
+    """The folder cannot be written at the requested path."""
 
 
 def formats_in(folder: Path) -> Formats:
-    """The formats of an exported folder, by what it says of itself. Raises ModelError where it is none."""
+    """Return the formats that an exported folder records. Raises ModelError if it is not an exported folder."""
     mark = folder / FACTS
     if not folder.is_dir():
         raise ModelError(f"there is no folder {str(folder)!r}; pass one that `selfpruner export` wrote")
     if not mark.is_file():
-        raise ModelError(f"{str(folder)!r} is no folder that `selfpruner export` wrote: it has no {FACTS}")
+        raise ModelError(f"{str(folder)!r} was not written by `selfpruner export`: it has no {FACTS}")
     try:
         written = json.loads(mark.read_bytes())
         found = tuple(written["formats"] if "formats" in written else [written["format"]])
@@ -44,7 +44,7 @@ def formats_in(folder: Path) -> Formats:
 
 
 def check_weights(folder: Path, formats: Formats) -> None:
-    """Raise ModelError where an exported folder has lost the files that transformers loads its weights from."""
+    """Raise ModelError if weight files of an exported folder are missing."""
     if not {"hf", "padded"} & set(formats):
         return
     index = folder / "model.safetensors.index.json"
@@ -55,45 +55,45 @@ def check_weights(folder: Path, formats: Formats) -> None:
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelError(f"{str(index)!r} does not say which files hold the weights") from error
     if missing := sorted(name for name in names if not (folder / name).is_file()):
-        raise ModelError(f"{str(folder)!r} has lost weights: {missing[0]} is not there")
+        raise ModelError(f"{str(folder)!r} lacks weights: {missing[0]} is missing")
 
 
 def check_target(target: Path, *, force: bool) -> None:
-    """Raise ExportError where an export to `target` would be refused, before anything that takes time is done.
+    """Raise ExportError if an export to `target` would be refused; call this before the slow stages.
 
-    What a killed process left beside it is cleared away, and an older export that it had moved aside is put back.
+    Removes files that a killed process left beside the target, and restores an older export that it had moved aside.
     """
     target = target.expanduser().resolve()
     with _writing(target):
-        if any(_beside(target, what).exists() for what in (UNFINISHED, OLDER)):
-            with _held(target):
+        if any(_sibling(target, what).exists() for what in (UNFINISHED, OLDER)):
+            with _locked(target):
                 pass
         _check_free(target, force=force)
 
 
 def write_folder(target: Path, write: Callable[[Path], None], *, force: bool) -> None:
-    """Make the folder `target`: `write` fills an empty one, hidden beside it, which is renamed when complete.
+    """Create the folder `target`: `write` fills a hidden empty folder beside it, which is renamed when complete.
 
-    Missing parent folders are made. With `force` an older export at `target` stays until the new one is complete.
-    Raises ExportError where `target` is taken, is being written by another process or cannot be written; then nothing
-    has changed.
+    Creates missing parent folders. With `force`, an older export at `target` stays until the new one is complete.
+    Raises ExportError, and changes nothing, if `target` exists, is being written by another process or cannot be
+    written.
     """
     target = target.expanduser().resolve()
     check_target(target, force=force)
     with _writing(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _held(target) as unfinished:
+        with _locked(target) as unfinished:
             _check_free(target, force=force)
             content = unfinished / "content"
             content.mkdir()
             write(content)
-            _share(content)
-            _put(content, target)
+            _set_permissions(content)
+            _move_into_place(content, target)
 
 
 @contextmanager
 def _writing(target: Path) -> Iterator[None]:
-    """Whatever the file system says meanwhile is an ExportError."""
+    """Convert errors of the file system into ExportError."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -108,44 +108,44 @@ def _check_free(target: Path, *, force: bool) -> None:
     if target.is_mount():
         raise ExportError(f"the folder {target} is a mount point, which cannot be replaced; pass a folder in it")
     if not target.is_dir():
-        raise ExportError(f"{target} is a file; pass a folder that is not there yet")
+        raise ExportError(f"{target} is a file; pass a folder that does not exist yet")
     if any(target.iterdir()) and not (target / FACTS).is_file():
-        raise ExportError(f"the folder {target} exists and is no export of Self-Pruner; pass another name")
+        raise ExportError(f"the folder {target} exists and is not an export of Self-Pruner; pass another name")
     if not force:
         raise ExportError(f"the folder {target} exists; pass another one, or --force to replace it")
 
 
 def _check_parent(target: Path) -> None:
-    """Raise ExportError unless `target`, and what is hidden beside it, can be made in the nearest folder there is."""
+    """Raise ExportError unless the nearest existing parent of `target` is a writable folder."""
     nearest = next(parent for parent in target.parents if parent.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         code = errno.EACCES if nearest.is_dir() else errno.ENOTDIR
         raise ExportError(f"the folder {target} cannot be written ({os.strerror(code)})")
 
 
-def _beside(target: Path, what: str) -> Path:
-    """On the same file system, so that renaming is one step; always the same, so that what a kill leaves is found."""
+def _sibling(target: Path, what: str) -> Path:
+    """Return a hidden path beside `target`, on the same file system so that renaming is atomic."""
     return target.with_name(f".{target.name}.selfpruner-{what}")
 
 
 @contextmanager
-def _held(target: Path) -> Iterator[Path]:
-    """The hidden folder in which `target` is written: ours alone, empty but for its lock, and gone afterwards.
+def _locked(target: Path) -> Iterator[Path]:
+    """Lock and yield the hidden folder in which `target` is written; it is empty except for its lock.
 
-    The end of the process frees the lock. What a killed one left is cleared away. Raises ExportError where another
-    process writes there.
+    The lock ends with the process. Removes what a killed process left, and removes the folder at the end. Raises
+    ExportError if another process is writing there.
     """
-    unfinished = _beside(target, UNFINISHED)
+    unfinished = _sibling(target, UNFINISHED)
     lock = unfinished / LOCK
-    handle = try_lock(lock)  # a file, for NFS locks no folders
+    handle = try_lock(lock)  # a file, because NFS cannot lock folders
     if handle is None:
         raise ExportError(f"the folder {target} is being written by another process")
     try:
         _clear(unfinished)
-        _settle(target, unfinished)
+        _recover(target, unfinished)
         yield unfinished
     finally:
-        # The lock goes last: whoever comes then finds nothing of ours.
+        # Remove the lock last: the next process then finds nothing of this one.
         _clear(unfinished)
         lock.unlink(missing_ok=True)
         os.close(handle)
@@ -154,35 +154,35 @@ def _held(target: Path) -> Iterator[Path]:
 
 
 def _clear(unfinished: Path) -> None:
-    """Remove all that is there but the lock."""
+    """Remove everything except the lock."""
     for path in unfinished.iterdir():
         if path.name != LOCK:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _settle(target: Path, unfinished: Path) -> None:
-    """Put back an older export that was moved aside, or where the new one has taken its place, do away with it."""
-    older = _beside(target, OLDER)
+def _recover(target: Path, unfinished: Path) -> None:
+    """Restore an older export that was moved aside, or remove it if the new one is in place."""
+    older = _sibling(target, OLDER)
     if not older.exists():
         return
     if target.exists():
-        # Renamed before anything of it is removed: what has that name is whole.
+        # Rename it before removing anything: a folder with that name is always complete.
         older.rename(unfinished / OLDER)
         shutil.rmtree(unfinished / OLDER, ignore_errors=True)
     else:
         older.rename(target)
 
 
-def _share(folder: Path) -> None:
-    """Give files the permissions that the folder was made with: safetensors writes for its owner alone."""
+def _set_permissions(folder: Path) -> None:
+    """Give files the folder's read and write permissions: safetensors writes them for the owner only."""
     for file in folder.rglob("*"):
         if file.is_file():
             file.chmod(folder.stat().st_mode & 0o666)
 
 
-def _put(content: Path, target: Path) -> None:
-    """Rename `content` to `target`; an older folder there is moved aside first, and back where that fails."""
-    older = _beside(target, OLDER)
+def _move_into_place(content: Path, target: Path) -> None:
+    """Rename `content` to `target`; an older folder is moved aside first, and restored if that fails."""
+    older = _sibling(target, OLDER)
     try:
         if target.exists():
             target.rename(older)
@@ -191,4 +191,4 @@ def _put(content: Path, target: Path) -> None:
         if older.exists() and not target.exists():
             older.rename(target)
         raise
-    _settle(target, content.parent)
+    _recover(target, content.parent)

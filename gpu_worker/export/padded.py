@@ -1,29 +1,29 @@
-"""The format `padded`: the plain architecture in its dense sizes, with nought in everything that is removed.
+"""Writes the format `padded`: the dense architecture and sizes, with zeros in place of removed weights.
 
-It loads wherever the dense model does, without code of ours, and computes what the pruned model computes. It saves
-nothing: it is there for programs that know neither per-layer sizes nor GGUF, and for comparisons.
+It loads wherever the dense model does, without custom code, and computes the same as the pruned model. It saves neither
+memory nor time: it is for programs that support neither sizes per layer nor GGUF, and for comparisons.
 """
 
 from pathlib import Path
 
 from torch import Tensor
 
-from gpu_worker.export.companions import plain_config, write_companions, write_json
+from gpu_worker.export.auxiliary_files import dense_config, write_auxiliary_files, write_json
 from gpu_worker.export.weights import Weight, checkpoint_weights, save_weights
-from gpu_worker.models.exported import modeling_of, plain_type
 from gpu_worker.models.loading import LoadedModel
+from gpu_worker.models.modeling import dense_type, modeling_of
 from gpu_worker.progress import Progress, no_progress
 from protocol.plans.plan import LayerPlan, Plan
 from protocol.plans.shape import LayerShape
 
 _COLUMNS = ("output", "down")
-"""Projections that lose columns; the others lose rows, and the biases that go with them."""
+"""Projections that lose columns; the others lose rows and the biases of these."""
 
 
 def write_padded(model: LoadedModel, plan: Plan, folder: Path, progress: Progress = no_progress) -> None:
     """Write `model`, pruned to `plan`, into the empty `folder`. Raises ModelError for an unsupported family."""
-    modeling_of(plain_type(model.causal_lm.config), "padded")
-    config = plain_config(model)
+    modeling_of(dense_type(model.causal_lm.config), "padded")
+    config = dense_config(model)
     whole = LayerShape(
         query_heads=config["num_attention_heads"],
         kv_heads=config["num_key_value_heads"],
@@ -31,11 +31,11 @@ def write_padded(model: LoadedModel, plan: Plan, folder: Path, progress: Progres
     )
     write_json(folder / "config.json", config)
     save_weights(checkpoint_weights(model, lambda *place: _padded(model, plan, whole, *place)), folder, progress)
-    write_companions(model, folder)
+    write_auxiliary_files(model, folder)
 
 
 def _padded(model: LoadedModel, plan: Plan, shape: LayerShape, layer: int, projection: str, kind: str) -> Weight:
-    """A projection's parameter in its dense size."""
+    """Return a projection's parameter, zero-padded to its dense size."""
     tensor: Tensor = getattr(getattr(model.decoder.layers[layer], projection), kind).detach()
     kept, whole = _pieces(projection, plan.layers[layer], shape)
 
@@ -48,7 +48,7 @@ def _padded(model: LoadedModel, plan: Plan, shape: LayerShape, layer: int, proje
 
 
 def _pieces(projection: str, plan: LayerPlan, shape: LayerShape) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """What pruning counts in a projection: pieces kept, and pieces of the dense model."""
+    """Return the numbers of heads or channels of a projection that are kept, and that the dense model has."""
     if projection in ("query", "output"):
         return (plan.kv_heads, plan.queries_per_kv), (shape.kv_heads, shape.queries_per_kv)
     if projection in ("key", "value"):
@@ -57,9 +57,10 @@ def _pieces(projection: str, plan: LayerPlan, shape: LayerShape) -> tuple[tuple[
 
 
 def _spread(rows: Tensor, kept: tuple[int, ...], whole: tuple[int, ...]) -> Tensor:
-    """Rows of the kept pieces, put in front within each dimension of `whole` pieces, with nought behind.
+    """Zero-pad the rows of the kept pieces at the end of each dimension of `whole`.
 
-    So a query head stays with its KV head: of two kept in each of three groups of three, the third of each is nought.
+    A query head thus stays with its KV head: if two of three query heads are kept in each group, each third one is
+    zero.
     """
     pieces = rows.reshape(*kept, -1, *rows.shape[1:])
     full = pieces.new_zeros(*whole, *pieces.shape[len(kept) :])

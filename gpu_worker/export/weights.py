@@ -1,7 +1,7 @@
-"""The weights of a checkpoint, by the names that transformers gives them, made when their shard is written.
+"""The weights of a checkpoint by their names in transformers, built when their shard is written.
 
-A pruned model's weights are views, some of them transposed, and a family may keep several projections in one tensor.
-Making each tensor only for its shard keeps the memory that an export needs below that of one shard.
+A pruned model's weights are views, some of them transposed, and some families fuse projections in one tensor. Building
+each tensor only for its shard limits an export's memory to that of one shard.
 """
 
 import json
@@ -23,32 +23,32 @@ SHARD_SIZE = 5 * 10**9
 
 @dataclass(frozen=True)
 class Weight:
-    """A tensor of the checkpoint: how large it is, and how to get it."""
+    """A tensor of the checkpoint: its shape and dtype, and a function that builds it."""
 
     like: Tensor
-    """On the meta device: shape and type without content."""
+    """Shape and dtype, as a tensor on the meta device."""
     make: Callable[[], Tensor]
 
 
-def as_it_is(tensor: Tensor) -> Weight:
-    """The weight that is this tensor."""
+def stored_weight(tensor: Tensor) -> Weight:
+    """Return the weight for a tensor that is stored unchanged."""
     return Weight(like=tensor.to("meta"), make=lambda: tensor)
 
 
 ProjectionWeight = Callable[[int, str, str], Weight]
-"""(layer index, projection such as `query`, `weight` or `bias`) -> what the checkpoint holds of it."""
+"""(layer index, projection such as `query`, `weight` or `bias`) -> its weight in the checkpoint."""
 
 
 def checkpoint_weights(model: LoadedModel, projection: ProjectionWeight) -> dict[str, Weight]:
-    """All weights of the checkpoint by name; those of the pruned projections are what `projection` says.
+    """Return all weights of the checkpoint by name; `projection` returns those of the pruned projections.
 
-    An output head that is tied to the embedding is left out, as transformers leaves it out.
+    As in transformers, an output head that is tied to the embedding is omitted.
     """
     family = family_of(model.causal_lm.config)
     pruned = {id(p) for layer in model.decoder.layers for linear in layer.linears for p in linear.parameters()}
     tied = f"{family.head}.weight" if model.causal_lm.config.tie_word_embeddings else None
     weights = {
-        name: as_it_is(tensor.detach())
+        name: stored_weight(tensor.detach())
         for name, tensor in model.causal_lm.state_dict(keep_vars=True).items()
         if id(tensor) not in pruned and name != tied
     }
@@ -61,7 +61,7 @@ def checkpoint_weights(model: LoadedModel, projection: ProjectionWeight) -> dict
 
 
 def save_weights(weights: dict[str, Weight], folder: Path, progress: Progress = no_progress) -> None:
-    """Write safetensors into `folder`: one file, or shards of at most 5 GB and an index."""
+    """Write safetensors into `folder`: one file, or shards of at most 5 GB with an index."""
     split = split_torch_state_dict_into_shards({n: w.like for n, w in weights.items()}, max_shard_size=SHARD_SIZE)
     done = 0
     for file, names in split.filename_to_tensors.items():
@@ -78,7 +78,7 @@ def save_weights(weights: dict[str, Weight], folder: Path, progress: Progress = 
 
 
 def _layout(family: Family) -> dict[str, tuple[str, ...]]:
-    """The projections of a decoder layer by the path of the linear layer that holds them in the dense model."""
+    """Return the projections of a decoder layer by the path of the dense linear layer that contains them."""
     layout: dict[str, tuple[str, ...]] = {family.output: ("output",), family.down: ("down",)}
     if family.fused_attention is None:
         layout |= {family.query: ("query",), family.key: ("key",), family.value: ("value",)}
@@ -96,7 +96,7 @@ def _kinds(linear: nn.Linear) -> tuple[str, ...]:
 
 
 def _joined(parts: Sequence[Weight]) -> Weight:
-    """Several projections as the one tensor that a family keeps them in: one below the other."""
+    """Concatenate the rows of projections that a family fuses in one tensor."""
     if len(parts) == 1:
         return parts[0]
     return Weight(

@@ -1,22 +1,22 @@
-"""A pruned model as a folder in one format, or with a GGUF file beside another, with its card and its facts."""
+"""Writes a pruned model as a folder in one format, or with a GGUF file beside it, with its card and facts."""
 
 from pathlib import Path
 
 from torch import Tensor
 
+from gpu_worker.export.auxiliary_files import write_json
 from gpu_worker.export.card import render_card
-from gpu_worker.export.companions import write_json
-from gpu_worker.export.facts import ExportFacts, version_of_selfpruner, without_places
+from gpu_worker.export.facts import ExportFacts, version_of_selfpruner, without_folders
 from gpu_worker.export.folder import write_folder
 from gpu_worker.export.hf import write_hf
 from gpu_worker.export.padded import write_padded
 from gpu_worker.export.weights import SHARD_SIZE
-from gpu_worker.llama_cpp.check import measured_gguf
+from gpu_worker.llama_cpp.check import measure_gguf
 from gpu_worker.llama_cpp.writer import check_gguf, write_gguf
-from gpu_worker.measuring.kept_text import keep_text
-from gpu_worker.models.exported import modeling_of, plain_type
+from gpu_worker.measuring.saved_text import save_text
 from gpu_worker.models.loading import LoadedModel
 from gpu_worker.models.memory import main_memory
+from gpu_worker.models.modeling import dense_type, modeling_of
 from gpu_worker.progress import Progress, no_progress
 from protocol.errors import ModelError
 from protocol.plans.plan import Plan
@@ -34,31 +34,31 @@ def export_model(
     *,
     force: bool,
     gguf_type: GgufType = "f16",
-    kept_text: Tensor | None = None,
+    saved_text: Tensor | None = None,
     windows: Tensor | None = None,
     progress: Progress = no_progress,
 ) -> GgufPerplexity | None:
-    """Write `model`, which is pruned to `plan`, as the folder `out`: whole, or not at all.
+    """Write `model`, which is pruned to `plan`, as the folder `out`, atomically.
 
-    `kept_text` has the tokens that were measured, for a text that nobody else has. On the first of `windows` (long,
-    [n, seqlen]) a GGUF file is measured in llama.cpp, and what it came to is returned.
-    Raises ModelError for a family that the format does not support and for a GGUF file that llama.cpp reads otherwise,
-    and ExportError where `out` exists (an older export is replaced with `force`) or cannot be written.
+    `saved_text` are the measured tokens if the dense model wrote them. A GGUF file is measured in llama.cpp on the
+    first of `windows` (long, [n, seqlen]); its perplexity is returned. Raises ModelError for a family that the format
+    does not support and for a GGUF file that llama.cpp computes differently, ExportError if `out` exists (`force`
+    replaces an older export) or cannot be written.
     """
     name, found = out.expanduser().resolve().name, None
 
     def write(folder: Path) -> None:
         nonlocal found
         content = (model, plan, facts, formats)
-        found = fill(
-            folder, *content, name=name, gguf_type=gguf_type, kept_text=kept_text, windows=windows, progress=progress
+        found = write_files(
+            folder, *content, name=name, gguf_type=gguf_type, saved_text=saved_text, windows=windows, progress=progress
         )
 
     write_folder(out, write, force=force)
     return found
 
 
-def fill(
+def write_files(
     folder: Path,
     model: LoadedModel,
     plan: Plan,
@@ -67,7 +67,7 @@ def fill(
     *,
     name: str,
     gguf_type: GgufType = "f16",
-    kept_text: Tensor | None = None,
+    saved_text: Tensor | None = None,
     windows: Tensor | None = None,
     progress: Progress = no_progress,
 ) -> GgufPerplexity | None:
@@ -76,38 +76,38 @@ def fill(
     gguf = next(filter(None, written), None)
     found = None
     if gguf is not None and windows is not None:
-        found = measured_gguf(folder / gguf, model, windows, gguf_type, progress)
+        found = measure_gguf(folder / gguf, model, windows, gguf_type, progress)
     facts = facts.model_copy(update={"gguf": found})
-    if kept_text is not None and formats != ("gguf",):
-        keep_text(kept_text, folder)
+    if saved_text is not None and formats != ("gguf",):
+        save_text(saved_text, folder)
     (folder / "README.md").write_text(render_card(facts, formats, name=name, gguf=gguf), encoding="utf-8")
-    write_json(folder / FACTS, _marked(facts, formats))
+    write_json(folder / FACTS, _facts_json(facts, formats))
     return found
 
 
 def check_formats(model: LoadedModel, formats: Formats, gguf_type: GgufType = "f16") -> None:
-    """Raise ModelError where one of `formats` cannot carry this model, before anything that takes time is done.
+    """Raise ModelError if one of `formats` does not support this model; call this before the slow stages.
 
-    Or where there is no room to write it, or nothing that makes `gguf_type`.
+    Also raises it if memory is too small to write the model, or if this machine cannot produce `gguf_type`.
     """
     for fmt in formats:
         if fmt == "gguf":
             check_gguf(model, gguf_type)
         else:
-            modeling_of(plain_type(model.causal_lm.config), fmt)
-            _check_room(model, fmt)
+            modeling_of(dense_type(model.causal_lm.config), fmt)
+            _check_memory(model, fmt)
 
 
-def _check_room(model: LoadedModel, fmt: Format) -> None:
-    """Raise ModelError where main memory has no room for a shard of a model that is on GPUs.
+def _check_memory(model: LoadedModel, fmt: Format) -> None:
+    """Raise ModelError if main memory is too small for a shard of a model that is on GPUs.
 
-    A shard is put together in main memory. Of a model that is there already most tensors are written where they lie.
+    Shards are built in main memory. Tensors that are already there are mostly written without a copy.
     """
     needed = min(SHARD_SIZE, sum(p.nbytes for p in model.causal_lm.parameters()))
-    there = main_memory()
-    if model.device.type != "cpu" and needed > there:
+    available = main_memory()
+    if model.device.type != "cpu" and needed > available:
         raise ModelError(
-            f"writing the format {fmt} needs about {gigabytes(needed)} of main memory where {gigabytes(there)} are "
+            f"writing the format {fmt} needs about {gigabytes(needed)} of main memory where {gigabytes(available)} are "
             "available; use a machine with more, or the format gguf"
         )
 
@@ -115,7 +115,7 @@ def _check_room(model: LoadedModel, fmt: Format) -> None:
 def _write_weights(
     model: LoadedModel, plan: Plan, fmt: Format, folder: Path, name: str, gguf_type: GgufType, progress: Progress
 ) -> str | None:
-    """Write the model in its format; returns the name of the GGUF file where there is one."""
+    """Write the model in one format; return the name of the GGUF file if it is that format."""
     if fmt == "hf":
         write_hf(model, plan, folder, progress)
     elif fmt == "padded":
@@ -125,9 +125,9 @@ def _write_weights(
     return None
 
 
-def _marked(facts: ExportFacts, formats: Formats) -> dict[str, object]:
-    """The facts for programs."""
-    spec = without_places(facts.spec).model_copy(update={"model": facts.base_name})
+def _facts_json(facts: ExportFacts, formats: Formats) -> dict[str, object]:
+    """Return the content of selfpruner.json."""
+    spec = without_folders(facts.spec).model_copy(update={"model": facts.base_name})
     return {
         "selfpruner": version_of_selfpruner(),
         "format": formats[0],

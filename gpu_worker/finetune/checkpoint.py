@@ -1,7 +1,7 @@
-"""Where fine-tuning has got to, in a folder beside the output, so that a kill costs minutes and not the whole.
+"""Checkpoints of fine-tuning, in a folder beside the output, so that a killed run loses only minutes.
 
-One file, replaced whole: masters, optimizer, losses. The order of the data and the noise of dropout follow from the
-seed and the step, so that they need not be kept.
+A checkpoint is one file, replaced atomically, with fp32 masters, optimizer state and losses. Data order and dropout
+follow from the seed and the step, so they are not stored.
 """
 
 import os
@@ -32,38 +32,38 @@ LOCK = "lock"
 
 @dataclass(frozen=True)
 class State:
-    """All that a later process needs to go on."""
+    """Everything that a later process needs to resume."""
 
     masters: list[Tensor]
     optimizer: dict[str, Any]
     losses: tuple[LossPoint, ...] = ()
     seconds: float = 0.0
-    """Of fine-tuning so far."""
+    """Training time so far."""
     finished: bool = False
-    """No step is left to be made."""
+    """Whether all steps are done."""
 
 
 def folder_beside(out: Path) -> Path:
-    """Where the checkpoint of an output is."""
+    """Return the folder for the checkpoint of an output."""
     return out.with_name(f"{out.name}.checkpoint")
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Hold a folder of checkpoints, which goes afterwards where nothing is in it.
+def locked(folder: Path) -> Iterator[None]:
+    """Lock a checkpoint folder, and remove it at the end if it is empty.
 
-    Raises ExportError where another process holds it, or where it cannot be made.
+    Raises ExportError if another process holds the lock or the folder cannot be created.
     """
     try:
         handle = try_lock(folder / LOCK)
     except OSError as error:
         raise ExportError(f"the checkpoint in {folder} cannot be written ({error.strerror})") from error
     if handle is None:
-        raise ExportError(f"{folder} is held by another process, which fine-tunes into the same --out")
+        raise ExportError(f"{folder} is locked by another process that fine-tunes into the same --out")
     try:
         yield
     finally:
-        # The lock goes last: whoever comes then finds nothing of ours that is half done.
+        # Remove the lock last: the next process then finds nothing half done.
         (folder / LOCK).unlink(missing_ok=True)
         os.close(handle)
         with suppress(OSError):
@@ -71,18 +71,18 @@ def held(folder: Path) -> Iterator[None]:
 
 
 class Checkpoint:
-    """The checkpoint of one output. `settings` are what it has to agree with: by name, in words."""
+    """The checkpoint of one output. `settings` are the values, by name, that a stored checkpoint must match."""
 
     def __init__(self, folder: Path, settings: dict[str, Any]) -> None:
         self.folder = folder
         self._settings = settings
         self.steps = 0
-        """Of the state that was read or written last."""
+        """Steps of the state that was last read or written."""
 
     def read(self) -> State | None:
-        """What was kept, on the CPU; None where nothing was.
+        """Return the stored state, on the CPU; None if there is none.
 
-        Raises SettingsError where it is of other settings, another model or other data, or cannot be read.
+        Raises SettingsError if it has other settings, another model or other data, or cannot be read.
         """
         file = self.folder / FILE
         if not file.exists():
@@ -93,20 +93,20 @@ class Checkpoint:
             losses = tuple(LossPoint.model_validate(point) for point in state.pop("losses"))
             found = State(**state, losses=losses)
         except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, UnpicklingError) as error:
-            raise SettingsError(f"the checkpoint {file} cannot be read; remove {self.folder} to begin anew") from error
+            raise SettingsError(f"the checkpoint {file} cannot be read; remove {self.folder} to start over") from error
         for name, value in self._settings.items():
             if settings.get(name) != value:
                 raise SettingsError(
-                    f"the checkpoint in {self.folder} has another {name} ({settings.get(name)!r}, and not {value!r}): "
-                    "give what it was made with, or remove it to begin anew"
+                    f"the checkpoint in {self.folder} has another {name} ({settings.get(name)!r}, not {value!r}): "
+                    "use the original value, or remove the folder to start over"
                 )
         self.steps = len(found.losses)
         return found
 
     def write(self, state: State) -> None:
-        """Keep `state` in place of what was kept before: whole, or not at all. Raises ExportError.
+        """Replace the stored state by `state`, atomically. Raises ExportError.
 
-        A signal waits until it is written.
+        Signals are deferred until it is written.
         """
         content = vars(state) | {"losses": [point.model_dump() for point in state.losses]}
         beside = self.folder / f".{FILE}"
@@ -119,20 +119,20 @@ class Checkpoint:
                     os.fsync(file.fileno())
                 beside.replace(self.folder / FILE)
                 self.steps = len(state.losses)
-        # torch's own writer says RuntimeError of a full disk.
+        # torch raises RuntimeError when the disk is full.
         except (OSError, RuntimeError) as error:
             beside.unlink(missing_ok=True)
             reason = getattr(error, "strerror", None) or str(error).partition("\n")[0]
             raise ExportError(f"the checkpoint in {self.folder} cannot be written ({reason})") from error
 
     def remove(self) -> None:
-        """Remove what was kept: the output is there."""
+        """Remove the stored state, after the output was written."""
         for name in (FILE, f".{FILE}"):
             (self.folder / name).unlink(missing_ok=True)
 
 
 IN_CHECKPOINT = 3 * FP32
-"""Of these, what a checkpoint keeps."""
+"""Bytes of a trained parameter in a checkpoint: master copy and AdamW's two moments."""
 
 
 def check_finetuning_disk(
@@ -145,15 +145,16 @@ def check_finetuning_disk(
     gguf_type: GgufType = "f16",
     beside: int = 0,
 ) -> None:
-    """Raise ModelError where the disk of `checkpoint`, which the output is beside, has too little room.
+    """Raise ModelError if the disk of `checkpoint`, which is beside the output, has too little space.
 
-    For a model in all `formats`, and for two checkpoints: one is there until the next is whole. `shape` is the dense
-    model's, of which `kept` parameters of the decoder stay. `beside` are bytes that the pruned model will take there.
+    The space is for a model in all `formats` and for two checkpoints, because the old one stays until the next is
+    complete. `shape` is the dense model's shape, `kept` the decoder parameters that remain, and `beside` the bytes that
+    the pruned model needs on the same disk.
     """
     if checkpoint.exists() and not checkpoint.is_dir():
-        raise ModelError(f"{checkpoint}, the folder of checkpoints, is a file; move it, or pass another --out")
+        raise ModelError(f"{checkpoint}, the checkpoint folder, is a file; move it, or pass another --out")
     checkpoints = 2 * Training(recipe).parameters(shape) * IN_CHECKPOINT
     needed = export_bytes(shape, kept, formats, dtype, gguf_type) + checkpoints + beside
-    there = sum(file.stat().st_size for file in checkpoint.iterdir()) if checkpoint.exists() else 0
-    what = f"fine-tuning into {', '.join(formats)}, with its checkpoints{' and what it begins from' if beside else ''},"
-    check_disk(checkpoint, needed, what, freed=there)
+    freed = sum(file.stat().st_size for file in checkpoint.iterdir()) if checkpoint.exists() else 0
+    what = f"fine-tuning into {', '.join(formats)}, with its checkpoints{' and the pruned model' if beside else ''},"
+    check_disk(checkpoint, needed, what, freed=freed)

@@ -1,4 +1,4 @@
-"""What a model learns from: instructions in Alpaca's form, or a plain text cut into windows."""
+"""Reads training data: instructions in Alpaca's format, or plain text cut into windows."""
 
 import hashlib
 import json
@@ -27,12 +27,12 @@ WITHOUT_INPUT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{instruction}\n\n### Response:\n"
 )
-"""Alpaca's own words, which LLM-Pruner uses too."""
-FORM = "object with the texts instruction and output, and if there is one, input"
+"""Alpaca's prompts, which LLM-Pruner uses too."""
+FORM = "object with the strings instruction and output and, optionally, input"
 
 
 class Instruction(BaseModel):
-    """One example in Alpaca's form; whatever else it has is left out."""
+    """One example in Alpaca's format; other fields are ignored."""
 
     model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
 
@@ -42,27 +42,27 @@ class Instruction(BaseModel):
 
     @property
     def prompt(self) -> str:
-        """What the model is given, and does not learn to predict."""
+        """Return the prompt, which the model does not learn to predict."""
         words = WITH_INPUT if self.input else WITHOUT_INPUT
         return words.format(instruction=self.instruction, input=self.input)
 
 
 @dataclass(frozen=True)
 class Example:
-    """Tokens (long, [length]), of which those from `first` on are predicted."""
+    """Tokens (long, [length]); those from index `first` on are predicted."""
 
     tokens: Tensor
     first: int
 
     @property
     def predicted(self) -> int:
-        """How many tokens are predicted."""
+        """Return the number of predicted tokens."""
         return len(self.tokens) - self.first
 
 
 @dataclass(frozen=True)
 class TrainingData:
-    """All examples, in the order of the data."""
+    """All examples in data order."""
 
     name: str
     form: Form
@@ -70,7 +70,7 @@ class TrainingData:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of all tokens and of what of them is predicted."""
+        """Return the SHA-256 of all tokens and of the index of the first predicted one."""
         digest = hashlib.sha256()
         for example in self.examples:
             digest.update(f"{len(example.tokens)}|{example.first}|".encode())
@@ -79,9 +79,9 @@ class TrainingData:
 
 
 def read_instructions(source: str, recipe: Recipe) -> tuple[Instruction, ...]:
-    """The instructions of the hub or of a file, as many as `recipe` says.
+    """Read instructions from the hub or a file, as many as `recipe` asks for.
 
-    Raises DataError where they cannot be had, and for the first line or entry that is none.
+    Raises DataError if they are not available, and for the first invalid line or entry.
     """
     found = _of_the_hub() if source == ALPACA_GPT4 else _of_a_file(Path(source).expanduser())
     wanted = recipe.examples or (HUB_EXAMPLES if source == ALPACA_GPT4 else None)
@@ -91,9 +91,9 @@ def read_instructions(source: str, recipe: Recipe) -> tuple[Instruction, ...]:
 def prepare_data(
     source: str, instructions: tuple[Instruction, ...] | None, model: LoadedModel, recipe: Recipe
 ) -> TrainingData:
-    """The examples as tokens of `model`: of `instructions`, or of the text `source` where there are none.
+    """Tokenize `instructions`, or the text `source` if there are none, for `model`.
 
-    Raises DataError for a text that cannot be had, and where nothing is left to predict.
+    Raises DataError for a text that is not available, and if no tokens remain to be predicted.
     """
     if instructions is None:
         windows = load_roles(
@@ -110,21 +110,23 @@ def prepare_data(
         cut = (_example(each, model, recipe.seqlen) for each in instructions)
         examples = tuple(example for example in cut if example.predicted > 0)
     if not examples:
-        raise DataError(f"nothing of {source!r} is left to learn: every answer begins after {recipe.seqlen} tokens")
+        raise DataError(
+            f"nothing of {source!r} is left to learn: every answer starts after {recipe.seqlen} tokens; increase seqlen"
+        )
     return TrainingData(source if source == ALPACA_GPT4 else Path(source).name, form_of(source), examples)
 
 
 def _no_text_of_its_own(_windows: int, _length: int) -> Tensor:
-    raise AssertionError("`self` has no end, which is refused before")
+    raise AssertionError("`self` is refused earlier")
 
 
 def _example(instruction: Instruction, model: LoadedModel, seqlen: int) -> Example:
-    """Prompt and answer apart, so that it is known where the answer begins; then the token that ends a text."""
+    """Tokenize prompt and answer separately, to know where the answer starts, and append the end-of-text token."""
     tokenizer = model.tokenizer
     prompt = tokenizer(instruction.prompt, verbose=False)["input_ids"]
     answer = tokenizer(instruction.output, verbose=False, add_special_tokens=False)["input_ids"]
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    # Some tokenizers end every text that they are given.
+    # Some tokenizers append an end-of-text token to every text.
     prompt = prompt[:-1] if end and prompt[-1:] == end else prompt
     start = model.window_start
     if start is not None and prompt[:1] != [start]:
@@ -133,14 +135,14 @@ def _example(instruction: Instruction, model: LoadedModel, seqlen: int) -> Examp
 
 
 def _picked(there: int, wanted: int, seed: int) -> list[int]:
-    """Which of so many are taken, in their order."""
+    """Return a sorted random choice of `wanted` of `there` indices."""
     order = torch.randperm(there, generator=torch.Generator().manual_seed(seed))
     picked: list[int] = order[:wanted].sort().values.tolist()
     return picked
 
 
 def _of_the_hub() -> tuple[Instruction, ...]:
-    otherwise = "pass a file with --data: JSON or JSONL in Alpaca's form, or a text"
+    otherwise = "pass a file with --data: JSON or JSONL in Alpaca's format, or a text"
     rows = HubData(ALPACA_ON_THE_HUB, None, ALPACA_GPT4, otherwise).split("train")
     return tuple(_instruction(row, f"row {i} of {ALPACA_ON_THE_HUB}") for i, row in enumerate(rows, start=1))
 
@@ -160,14 +162,14 @@ def _of_a_file(path: Path) -> tuple[Instruction, ...]:
 
 
 def _lines(text: str, path: Path) -> Iterator[tuple[str, Any]]:
-    # Not `splitlines`, which also cuts at characters that JSON leaves in its strings.
+    # Not `splitlines`, which also splits at characters that JSON strings may contain.
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             place = f"line {number} of {path}"
             try:
                 yield place, json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise DataError(f"{place} is no JSON ({_json_reason(error)})") from error
+                raise DataError(f"{place} is not valid JSON ({_json_reason(error)})") from error
 
 
 def _entries(text: str, path: Path) -> Iterable[tuple[str, Any]]:
@@ -176,10 +178,10 @@ def _entries(text: str, path: Path) -> Iterable[tuple[str, Any]]:
     except (ValueError, RecursionError) as error:
         line = getattr(error, "lineno", 1)
         raise DataError(
-            f"line {line} of {path} is no JSON ({_json_reason(error)}); one object on each line makes a .jsonl"
+            f"line {line} of {path} is not valid JSON ({_json_reason(error)}); with one object per line, name it .jsonl"
         ) from error
     if not isinstance(content, list):
-        raise DataError(f"{path} is no JSON list with, for each example, an {FORM}")
+        raise DataError(f"{path} is not a JSON list in which each example is an {FORM}")
     return ((f"entry {number} of {path}", entry) for number, entry in enumerate(content, start=1))
 
 
@@ -189,11 +191,11 @@ def _json_reason(error: Exception) -> str:
 
 def _instruction(entry: Any, place: str) -> Instruction:
     if not isinstance(entry, dict):
-        raise DataError(f"{place} is no {FORM}")
+        raise DataError(f"{place} is not an {FORM}")
     try:
         return Instruction.model_validate(entry)
     except ValidationError as error:
         first = error.errors()[0]
         field = first["loc"][0]
-        wrong = f"has no {field!r}" if first["type"] == "missing" else f"has an {field!r} that is no text"
+        wrong = f"has no {field!r}" if first["type"] == "missing" else f"has an {field!r} that is not a string"
         raise DataError(f"{place} {wrong}: it must be an {FORM}") from error

@@ -1,4 +1,4 @@
-"""The texts by which fine-tuning is judged: dealt out as for an export, and measured before and after."""
+"""The texts that perplexity is measured on before and after fine-tuning, with the windows of the export."""
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
@@ -6,11 +6,11 @@ from pathlib import Path
 
 from torch import Tensor
 
+from gpu_worker.export.exported_folder import ExportedFolder
 from gpu_worker.export.facts import ExportFacts
-from gpu_worker.export.reopen import Exported
 from gpu_worker.measuring.corpora import load_roles
-from gpu_worker.measuring.kept_text import read_kept_text
 from gpu_worker.measuring.perplexity import checked_perplexity
+from gpu_worker.measuring.saved_text import load_saved_text
 from gpu_worker.models.loading import LoadedModel
 from gpu_worker.progress import Progress
 from protocol.errors import SettingsError
@@ -20,60 +20,62 @@ from protocol.results.finetuning import Perplexities
 
 @dataclass(frozen=True)
 class EvalText:
-    """A text that perplexities before and after are of; sizes that are None are those of the folder's card."""
+    """A requested evaluation text. Sizes that are None are taken from the folder's card."""
 
     source: str
     windows: int | None = None
     seqlen: int | None = None
 
     def spec(self, usual: TextSpec) -> TextSpec:
-        """With the sizes of the `usual` text where none were given."""
+        """Return the text with missing sizes taken from the `usual` text."""
         windows = usual.windows if self.windows is None else self.windows
         return TextSpec(source=self.source, windows=windows, seqlen=self.seqlen or usual.seqlen)
 
 
 @dataclass(frozen=True)
-class Judged:
-    """A text, and its tokens."""
+class EvalTokens:
+    """An evaluation text with its tokens."""
 
     text: TextSpec
     windows: Tensor
     kept: bool = False
-    """Whether they come with the folder."""
+    """Whether the tokens come with the folder."""
 
     @property
     def predicted(self) -> int:
-        """How many tokens are predicted."""
+        """Return the number of predicted tokens."""
         return self.windows.shape[0] * (self.windows.shape[1] - 1)
 
 
-def texts_asked(spec: SearchSpec, asked: Mapping[Role, EvalText]) -> dict[Role, TextSpec]:
-    """The texts that were asked for, with the sizes of the folder's `spec` where none were given."""
+def requested_texts(spec: SearchSpec, asked: Mapping[Role, EvalText]) -> dict[Role, TextSpec]:
+    """Return the requested texts, with missing sizes taken from the folder's `spec`."""
     usual: dict[Role, TextSpec] = {"fitness": spec.fitness, "report": spec.report or spec.fitness}
     return {role: asked[role].spec(text) for role, text in usual.items() if role in asked}
 
 
-def texts_to_judge(exported: Exported, model: LoadedModel, asked: Mapping[Role, EvalText]) -> dict[Role, Judged]:
-    """The texts that were asked for; where no fitness text was, the one that the folder keeps, if it does.
+def load_eval_texts(
+    exported: ExportedFolder, model: LoadedModel, asked: Mapping[Role, EvalText]
+) -> dict[Role, EvalTokens]:
+    """Load the requested texts; without a fitness text among them, the one saved in the folder, if any.
 
-    They are dealt out as for the export, so that windows it was pruned by stay out of them. `selfpruner evaluate` deals
-    them out the same way from what the card says.
+    Windows are distributed as for the export, so that the calibration windows are excluded. `selfpruner evaluate`
+    distributes them in the same way.
     """
-    spec, found = exported.facts.spec, texts_asked(exported.facts.spec, asked)
-    judged: dict[Role, Judged] = {}
-    if "fitness" not in asked and exported.kept_text is not None:
-        windows = read_kept_text(exported.kept_text, spec.fitness, model.decoder.head.out_features)
-        judged["fitness"] = Judged(spec.fitness, windows, kept=True)
+    spec, found = exported.facts.spec, requested_texts(exported.facts.spec, asked)
+    eval_tokens: dict[Role, EvalTokens] = {}
+    if "fitness" not in asked and exported.saved_text is not None:
+        windows = load_saved_text(exported.saved_text, spec.fitness, model.decoder.head.out_features)
+        eval_tokens["fitness"] = EvalTokens(spec.fitness, windows, kept=True)
     texts: dict[Role, TextSpec] = {}
-    if (role := scored_on(exported.facts, found)) is not None:
+    if (role := calibration_role(exported.facts, found)) is not None:
         texts["calibration"] = spec.calibration.model_copy(update={"source": found[role].source})
     texts |= found
     loaded = load_roles(texts, spec.seed, model.tokenizer, _not_written, model.window_start, found.keys())
-    return judged | {role: Judged(text, loaded[role]) for role, text in found.items()}
+    return eval_tokens | {role: EvalTokens(text, loaded[role]) for role, text in found.items()}
 
 
-def scored_on(facts: ExportFacts, texts: Mapping[Role, TextSpec]) -> Role | None:
-    """Which of `texts` the folder was scored on, as far as can be told: it knows the last parts of paths only."""
+def calibration_role(facts: ExportFacts, texts: Mapping[Role, TextSpec]) -> Role | None:
+    """Return the role whose text the folder was calibrated on, as far as file names without folders tell."""
     for role, text in texts.items():
         name, usual = Path(text.source).name, facts.spec.texts.get(role)
         was_measured = usual is not None and usual.source == name
@@ -82,33 +84,35 @@ def scored_on(facts: ExportFacts, texts: Mapping[Role, TextSpec]) -> Role | None
     return None
 
 
-def numbers_of(facts: ExportFacts, judged: Mapping[Role, Judged]) -> dict[Role, int]:
-    """Which roles took their windows from one text when they were judged."""
-    places: dict[Role, Hashable] = {role: each.text.place for role, each in judged.items()}
-    scored = scored_on(facts, {role: each.text for role, each in judged.items()})
+def shared_text_numbers(facts: ExportFacts, eval_tokens: Mapping[Role, EvalTokens]) -> dict[Role, int]:
+    """Number the texts: roles with the same number took their windows from the same text."""
+    places: dict[Role, Hashable] = {role: each.text.place for role, each in eval_tokens.items()}
+    scored = calibration_role(facts, {role: each.text for role, each in eval_tokens.items()})
     return number_texts({"calibration": None if scored is None else places[scored], **places})
 
 
 def _not_written(_windows: int, _length: int) -> Tensor:
     raise SettingsError(
-        "a pruned model's own text is no measure of it: give --eval-data, a text file, `wikitext2` or `c4`"
+        "a pruned model cannot be measured on its own text: give --eval-data a text file, `wikitext2` or `c4`"
     )
 
 
-def measure(model: LoadedModel, judged: Mapping[Role, Judged], progress: Progress, stage: str) -> dict[Role, float]:
-    """The perplexity of each text."""
+def measure(
+    model: LoadedModel, eval_tokens: Mapping[Role, EvalTokens], progress: Progress, stage: str
+) -> dict[Role, float]:
+    """Measure the perplexity of each text."""
     return {
         role: checked_perplexity(
             model.decoder, each.windows, progress, stage if role == "fitness" else f"{stage} on the report text"
         )[0]
-        for role, each in judged.items()
+        for role, each in eval_tokens.items()
     }
 
 
-def compared(
-    judged: Mapping[Role, Judged], before: Mapping[Role, float], after: Mapping[Role, float]
+def perplexity_changes(
+    eval_tokens: Mapping[Role, EvalTokens], before: Mapping[Role, float], after: Mapping[Role, float]
 ) -> dict[Role, Perplexities]:
-    """What is told of each text; of a file the last part of its path."""
+    """Return perplexities before and after for each text; file names are given without folders."""
     return {
         role: Perplexities(
             text=each.text.model_copy(update={"source": Path(each.text.source).name}),
@@ -116,5 +120,5 @@ def compared(
             after=after[role],
             tokens=each.predicted,
         )
-        for role, each in judged.items()
+        for role, each in eval_tokens.items()
     }

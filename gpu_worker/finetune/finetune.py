@@ -1,4 +1,4 @@
-"""`selfpruner finetune`: load an exported folder, train, merge, measure, write it again."""
+"""`selfpruner finetune`: loads an exported folder, trains, merges, measures, and writes a new folder."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -7,13 +7,21 @@ from pathlib import Path
 import torch
 
 from gpu_worker.evaluation.target import check_length
-from gpu_worker.export.facts import ExportFacts, TextPerplexity, without_places
+from gpu_worker.export.exported_folder import ExportedFolder, pruned_sizes, read_exported, restore_pruned_sizes
+from gpu_worker.export.facts import ExportFacts, TextPerplexity, without_folders
 from gpu_worker.export.folder import check_target
-from gpu_worker.export.reopen import Exported, as_it_was_pruned, read_exported, sizes_of
 from gpu_worker.export.writer import check_formats
-from gpu_worker.finetune.checkpoint import Checkpoint, State, check_finetuning_disk, folder_beside, held
+from gpu_worker.finetune.checkpoint import Checkpoint, State, check_finetuning_disk, folder_beside, locked
 from gpu_worker.finetune.data import TrainingData, prepare_data, read_instructions
-from gpu_worker.finetune.eval_texts import EvalText, Judged, compared, measure, numbers_of, texts_asked, texts_to_judge
+from gpu_worker.finetune.eval_texts import (
+    EvalText,
+    EvalTokens,
+    load_eval_texts,
+    measure,
+    perplexity_changes,
+    requested_texts,
+    shared_text_numbers,
+)
 from gpu_worker.finetune.output import Output, write_output
 from gpu_worker.finetune.trainable import trained
 from gpu_worker.finetune.training import Limits, mean_losses, steps_of, train
@@ -34,37 +42,37 @@ from protocol.results.formats import Formats, GgufType, gguf_type_of
 
 @dataclass(frozen=True)
 class FinetuneRequest:
-    """What `selfpruner finetune` is asked for."""
+    """The arguments of `selfpruner finetune`."""
 
     folder: Path
     data: str
     recipe: Recipe
     out: Path
     formats: Formats = ()
-    """Empty: the one of `folder`."""
+    """Empty: the formats of `folder`."""
     gguf_type: GgufType | None = None
-    """Of the GGUF file, where one is written; None: f16."""
+    """Type of the GGUF file, if one is written; None: f16."""
     force: bool = False
     eval_text: EvalText | None = None
-    """None: the text that the folder keeps, where it keeps one."""
+    """None: the text that is saved in the folder, if any."""
     report_text: EvalText | None = None
     """A second text to measure."""
     dtype: Dtype | None = None
-    """None: that of the folder's card."""
+    """None: the dtype in the folder's card."""
     limits: Limits = field(default_factory=Limits)
 
     @property
     def asked(self) -> dict[Role, EvalText]:
-        """The texts that it is asked to measure."""
+        """Return the requested evaluation texts."""
         given: dict[Role, EvalText | None] = {"fitness": self.eval_text, "report": self.report_text}
         return {role: text for role, text in given.items() if text is not None}
 
 
 def finetune_once(request: FinetuneRequest, progress: Progress = no_progress) -> FinetuneResult:
-    """Fine-tune an exported folder and write it anew: whole, or not at all. Goes on from a checkpoint beside `out`.
+    """Fine-tune an exported folder and write a new one atomically. Resumes from a checkpoint beside `out`.
 
-    Raises UsageError for a folder, data or text that cannot be had, an output that cannot be written, too little memory
-    or disk, a checkpoint of something else or that another process is at; NotFiniteError where the loss is no number.
+    Raises UsageError for a folder, data or text that is not available, an output that cannot be written, too little
+    memory or disk, and a checkpoint that does not match or is locked; NotFiniteError if the loss is not finite.
     """
     out = request.out.expanduser().resolve()
     check_target(out, force=request.force)
@@ -74,23 +82,23 @@ def finetune_once(request: FinetuneRequest, progress: Progress = no_progress) ->
     instructions = read_instructions(request.data, recipe) if form_of(request.data) == "alpaca" else None
     stays = exported.facts.parameters.decoder_after
     check_finetuning_disk(exported.facts.shape, stays, recipe, formats, dtype, folder_beside(out), gguf_type)
-    with held(folder_beside(out)):
+    with locked(folder_beside(out)):
         model = _load(request, exported, dtype, progress)
         check_formats(model, formats, gguf_type)
         data = prepare_data(request.data, instructions, model, recipe)
-        judged = texts_to_judge(exported, model, request.asked)
+        eval_tokens = load_eval_texts(exported, model, request.asked)
         checkpoint = Checkpoint(folder_beside(out), _decisive(request, recipe, data, dtype))
         start = checkpoint.read() or State([], {})
-        before = measure(model, judged, progress, "measuring before")
+        before = measure(model, eval_tokens, progress, "measuring before")
         with trained(model, recipe) as parameters:
             state = train(model, parameters, data, recipe, request.limits, checkpoint, start, progress)
             count = parameters.count
-        after = measure(model, judged, progress, "measuring after")
-        tuned = _told(recipe, data, state, count, compared(judged, before, after))
-        facts = _facts(exported.facts, tuned, judged, dtype)
-        kept = next((text.windows for text in judged.values() if text.kept), None)
-        shown = next((text.windows for text in judged.values()), None)
-        output = Output(out, formats, gguf_type, request.force, kept, shown)
+        after = measure(model, eval_tokens, progress, "measuring after")
+        tuned = _finetuning(recipe, data, state, count, perplexity_changes(eval_tokens, before, after))
+        facts = _facts(exported.facts, tuned, eval_tokens, dtype)
+        saved = next((text.windows for text in eval_tokens.values() if text.kept), None)
+        gguf_windows = next((text.windows for text in eval_tokens.values()), None)
+        output = Output(out, formats, gguf_type, request.force, saved, gguf_windows)
         files, gguf = write_output(model, facts, output, state, progress)
         checkpoint.remove()
     return FinetuneResult(
@@ -108,39 +116,39 @@ def finetune_once(request: FinetuneRequest, progress: Progress = no_progress) ->
 
 
 def check_memory(bare: LoadedModel, plan: Plan | None, recipe: Recipe, dtype: Dtype, longest: int) -> None:
-    """Raise ModelError where this machine has too little memory to fine-tune `bare`, pruned to `plan` if it is.
+    """Raise ModelError if this machine has too little memory to fine-tune `bare`, pruned to `plan` if one is given.
 
-    `bare` has no weights yet; `longest` is the tokens of the longest window that will be measured.
+    `bare` has no weights yet; `longest` is the length in tokens of the longest window that will be measured.
     """
     shape = bare.decoder.shape
-    pruned = shape if plan is None else shape.model_copy(update={"layers": sizes_of(plan)})
+    pruned = shape if plan is None else shape.model_copy(update={"layers": pruned_sizes(plan)})
     workload = Workload(max(recipe.seqlen, longest), training=Training(recipe))
     machine = this_machine()
     decoder = replace(bare.decoder, shape=pruned)
     place(estimate_memory(decoder, getattr(torch, dtype), workload, machine.device), machine)
 
 
-def _dtype(request: FinetuneRequest, exported: Exported) -> Dtype:
+def _dtype(request: FinetuneRequest, exported: ExportedFolder) -> Dtype:
     dtype = request.dtype or exported.facts.spec.dtype
     if dtype == "float16":
         raise SettingsError("gradients overflow in float16: give --dtype bfloat16 or float32")
     return dtype
 
 
-def _load(request: FinetuneRequest, exported: Exported, dtype: Dtype, progress: Progress) -> LoadedModel:
+def _load(request: FinetuneRequest, exported: ExportedFolder, dtype: Dtype, progress: Progress) -> LoadedModel:
     progress("loading model", 0, 1)
-    measured = texts_asked(exported.facts.spec, request.asked).values()
+    measured = requested_texts(exported.facts.spec, request.asked).values()
     longest = max([request.recipe.seqlen, *(text.seqlen for text in measured)])
     model = load_model(str(request.folder), dtype, Workload(longest, training=Training(request.recipe)))
     check_length(model, longest)
-    as_it_was_pruned(model, exported)
+    restore_pruned_sizes(model, exported)
     warn_if_slow(dtype, model.device, "training is nearly twice as fast")
     progress("loading model", 1, 1)
     return model
 
 
 def _decisive(request: FinetuneRequest, recipe: Recipe, data: TrainingData, dtype: Dtype) -> dict[str, object]:
-    """What a checkpoint has to agree with, by its name for people."""
+    """Return the settings that a checkpoint must match, by the names that messages use."""
     return {
         "model": folder_identity(request.folder)[:16],
         "data": data.digest[:16],
@@ -149,7 +157,7 @@ def _decisive(request: FinetuneRequest, recipe: Recipe, data: TrainingData, dtyp
     }
 
 
-def _told(
+def _finetuning(
     recipe: Recipe,
     data: TrainingData,
     state: State,
@@ -172,17 +180,17 @@ def _told(
     )
 
 
-def _facts(facts: ExportFacts, tuned: Finetuning, judged: Mapping[Role, Judged], dtype: Dtype) -> ExportFacts:
-    """What the new folder says: what was measured before is no longer true, but of the dense model on equal tokens."""
+def _facts(facts: ExportFacts, tuned: Finetuning, eval_tokens: Mapping[Role, EvalTokens], dtype: Dtype) -> ExportFacts:
+    """Return the new folder's facts. Old measurements are dropped, except for the dense model on the same tokens."""
     changes: dict[str, object] = {
         "finetunings": (*facts.finetunings, tuned),
         "pruned": None,
         "pruned_report": None,
     }
-    spec = facts.spec.model_copy(update={"dtype": dtype}) if judged else facts.spec
-    if "fitness" in judged and tuned.perplexity is not None:
-        digest = windows_digest(judged["fitness"].windows)
-        spec = spec.model_copy(update={"fitness": judged["fitness"].text, "report": None})
+    spec = facts.spec.model_copy(update={"dtype": dtype}) if eval_tokens else facts.spec
+    if "fitness" in eval_tokens and tuned.perplexity is not None:
+        digest = windows_digest(eval_tokens["fitness"].windows)
+        spec = spec.model_copy(update={"fitness": eval_tokens["fitness"].text, "report": None})
         changes |= {
             "pruned": _figure(tuned.perplexity),
             "dense": facts.dense if digest == facts.fitness_digest else None,
@@ -190,23 +198,23 @@ def _facts(facts: ExportFacts, tuned: Finetuning, judged: Mapping[Role, Judged],
             "fitness_digest": digest,
             "report_digest": None,
         }
-    if "report" in judged and tuned.report_perplexity is not None:
-        digest = windows_digest(judged["report"].windows)
-        spec = spec.model_copy(update={"report": judged["report"].text})
+    if "report" in eval_tokens and tuned.report_perplexity is not None:
+        digest = windows_digest(eval_tokens["report"].windows)
+        spec = spec.model_copy(update={"report": eval_tokens["report"].text})
         changes |= {
             "pruned_report": _figure(tuned.report_perplexity),
             "dense_report": facts.dense_report if digest == facts.report_digest else None,
             "report_digest": digest,
         }
-    if judged:
-        changes |= {"text_numbers": numbers_of(facts, judged)}
-        spec = without_places(spec)
+    if eval_tokens:
+        changes |= {"text_numbers": shared_text_numbers(facts, eval_tokens)}
+        spec = without_folders(spec)
     new = facts.model_copy(update=changes | {"spec": spec})
-    return new.model_copy(update={"searched": _still_said(facts, new)})
+    return new.model_copy(update={"searched": _still_valid(facts, new)})
 
 
-def _still_said(facts: ExportFacts, new: ExportFacts) -> SearchSummary | None:
-    """What is said of uniform pruning, as long as it is of the tokens that the new folder tells of."""
+def _still_valid(facts: ExportFacts, new: ExportFacts) -> SearchSummary | None:
+    """Return the search results; uniform pruning's perplexities are kept only if they are for the same tokens."""
     if facts.searched is None:
         return None
     changes: dict[str, None] = {}

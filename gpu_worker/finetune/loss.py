@@ -1,7 +1,7 @@
-"""The loss of examples, without all their logits at once.
+"""Computes the loss of examples without holding all logits at once.
 
-The output head is never trained, so its part of the backward pass is known as soon as a chunk of logits is there: the
-gradient of the hidden states is made in the forward pass, and the logits are dropped.
+The output head is not trained, so the gradient of the hidden states can be computed in the forward pass, chunk by
+chunk, and the logits are freed.
 """
 
 from collections.abc import Sequence
@@ -13,13 +13,13 @@ from torch.nn import functional as F
 
 from gpu_worker.finetune.data import Example
 from gpu_worker.models.families import Decoder
-from gpu_worker.models.limits import LOGITS_BYTES
+from gpu_worker.models.limits import LOGITS_CHUNK_BYTES
 
 
 def summed_loss(decoder: Decoder, examples: Sequence[Example]) -> Tensor:
-    """Summed negative log-likelihood, in nats, of all predicted tokens of `examples`: a scalar with its gradient.
+    """Return the summed negative log-likelihood in nats of all predicted tokens of `examples`: a differentiable scalar.
 
-    Shorter examples are filled up at their end. Nothing is masked: a token sees those before it alone.
+    Shorter examples are padded at the end. No mask is needed, because attention is causal.
     """
     longest = max(len(example.tokens) for example in examples)
     tokens = torch.zeros(len(examples), longest, dtype=torch.long)
@@ -41,7 +41,7 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(context: Any, states: Tensor, targets: Tensor, head: nn.Linear) -> Tensor:
-        rows = max(1, LOGITS_BYTES.get(states.device.type, LOGITS_BYTES["cuda"]) // (4 * head.out_features))
+        rows = max(1, LOGITS_CHUNK_BYTES.get(states.device.type, LOGITS_CHUNK_BYTES["cuda"]) // (4 * head.out_features))
         gradient = torch.empty_like(states)
         total = torch.zeros((), dtype=torch.float64, device=states.device)
         for start in range(0, len(states), rows):
@@ -49,10 +49,10 @@ class _HeadLoss(torch.autograd.Function):
             log_shares = F.log_softmax(head(states[chunk]).float(), dim=-1)
             target = targets[chunk, None]
             total -= log_shares.gather(1, target).sum().double()
-            # The derivative of cross-entropy by the logits: what is predicted, less what was right.
+            # The derivative of cross-entropy with respect to the logits: probabilities minus one-hot targets.
             shares = log_shares.exp_()
             shares.scatter_add_(1, target, torch.full_like(target, -1, dtype=shares.dtype))
-            # Not as a product by @: where bfloat16 is slow, linear layers alone are computed otherwise.
+            # F.linear instead of @: where bfloat16 is slow, only linear layers are computed in float32.
             gradient[chunk] = F.linear(shares.to(states.dtype), head.weight.t())
         context.save_for_backward(gradient)
         return total

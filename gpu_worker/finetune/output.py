@@ -1,4 +1,4 @@
-"""The folder that fine-tuning writes: the model in each format, with the losses beside it."""
+"""Writes the output folder of fine-tuning: the model in each format, and the losses."""
 
 import logging
 from dataclasses import dataclass
@@ -7,10 +7,10 @@ from pathlib import Path
 
 from torch import Tensor
 
-from gpu_worker.export.companions import write_json
+from gpu_worker.export.auxiliary_files import write_json
 from gpu_worker.export.facts import ExportFacts
 from gpu_worker.export.folder import write_folder
-from gpu_worker.export.writer import fill
+from gpu_worker.export.writer import write_files
 from gpu_worker.finetune.checkpoint import State
 from gpu_worker.models.loading import LoadedModel
 from gpu_worker.progress import Progress
@@ -24,30 +24,30 @@ CURVE = "loss.png"
 
 @dataclass(frozen=True)
 class Output:
-    """Where the model goes, and as what."""
+    """Folder and formats of the output."""
 
     folder: Path
     formats: Formats
     gguf_type: GgufType
     force: bool
-    kept_text: Tensor | None
-    """Tokens that it was measured on, where nobody else has them."""
+    saved_text: Tensor | None
+    """Measured tokens, if the dense model wrote them."""
     windows: Tensor | None
-    """Tokens on which a GGUF file is measured in llama.cpp: long, [n, seqlen]."""
+    """Tokens that a GGUF file is measured on in llama.cpp: long, [n, seqlen]."""
 
 
 def write_output(
     model: LoadedModel, facts: ExportFacts, output: Output, state: State, progress: Progress
 ) -> tuple[dict[str, int], GgufPerplexity | None]:
-    """Write the folder, whole or not at all. Raises ExportError.
+    """Write the folder atomically. Raises ExportError.
 
-    Returns its files, with their sizes in bytes, and what a GGUF file measures.
+    Returns the sizes of its files in bytes, and the perplexity of a GGUF file.
     """
     gguf = None
 
     def write(folder: Path) -> None:
         nonlocal gguf
-        gguf = fill(
+        gguf = write_files(
             folder,
             model,
             facts.plan,
@@ -55,7 +55,7 @@ def write_output(
             output.formats,
             name=output.folder.name,
             gguf_type=output.gguf_type,
-            kept_text=output.kept_text,
+            saved_text=output.saved_text,
             windows=output.windows,
             progress=progress,
         )
@@ -70,8 +70,8 @@ def write_output(
 
 
 def _draw(losses: tuple[LossPoint, ...], file: Path) -> None:
-    """The loss of each step."""
-    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it tells of each cache that it makes
+    """Plot the loss of each step."""
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it logs each cache that it creates
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 4), layout="constrained")

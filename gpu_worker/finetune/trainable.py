@@ -1,7 +1,7 @@
-"""What of a model is trained: LoRA's additions by peft, or the weights of all projections.
+"""Selects the trained parameters: LoRA adapters (with peft), or the weights of all projections.
 
-The model computes in the type it was loaded in. Steps are made on copies in fp32, which are rounded into the model
-after each: in bfloat16 alone small steps would vanish.
+The model computes in the dtype it was loaded in. The optimizer updates fp32 master copies, which are rounded into the
+model after each step: in bfloat16, small updates would be lost.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,14 +18,14 @@ from protocol.results.finetuning import Recipe
 
 @dataclass(frozen=True)
 class Trained:
-    """Parameters in the model, and what steps are made on: fp32, in the same order."""
+    """Trained parameters of the model, and their fp32 masters in the same order."""
 
     in_model: tuple[nn.Parameter, ...]
     masters: tuple[nn.Parameter, ...]
 
     @property
     def count(self) -> int:
-        """How many numbers are trained."""
+        """Return the number of trained parameters."""
         return sum(master.numel() for master in self.masters)
 
     def write_back(self) -> None:
@@ -35,7 +35,7 @@ class Trained:
                 parameter.copy_(master)
 
     def load(self, values: Sequence[Tensor]) -> None:
-        """Take these values for the masters, and into the model. Raises ModelError where they are of other sizes."""
+        """Copy `values` into the masters and the model. Raises ModelError if their sizes differ."""
         if [value.shape for value in values] != [master.shape for master in self.masters]:
             raise ModelError("the checkpoint holds weights of other sizes")
         with torch.no_grad():
@@ -46,10 +46,10 @@ class Trained:
 
 @contextmanager
 def trained(model: LoadedModel, recipe: Recipe) -> Iterator[Trained]:
-    """While it lasts, the model learns and its trained parameters gather gradients in their masters.
+    """Set the model to training mode and yield its trained parameters, whose gradients collect in their masters.
 
-    At its end LoRA's additions are merged, from fp32: the model then has the modules that it had before, and nothing
-    needs a gradient. After an error the model is of no further use.
+    At the end, LoRA adapters are merged in fp32, so that the model has its original modules and no gradients. After an
+    error the model must not be used.
     """
     parameters, merge = _low_rank(model, recipe) if recipe.method == "lora" else _projections(model)
     masters = tuple(nn.Parameter(parameter.detach().float().clone()) for parameter in parameters)
@@ -69,7 +69,7 @@ def trained(model: LoadedModel, recipe: Recipe) -> Iterator[Trained]:
 
 
 def _into(master: nn.Parameter) -> Callable[[Tensor], None]:
-    """What moves a parameter's gradient on to its master, where micro-batches add up in fp32."""
+    """Return a hook that adds a parameter's gradient to its master's, so that micro-batches accumulate in fp32."""
 
     def gather(parameter: Tensor) -> None:
         assert parameter.grad is not None
@@ -83,7 +83,7 @@ def _into(master: nn.Parameter) -> Callable[[Tensor], None]:
 
 
 def _low_rank(model: LoadedModel, recipe: Recipe) -> tuple[tuple[nn.Parameter, ...], Callable[[], object]]:
-    """LoRA's additions to each of the seven projections of every decoder layer, in the type of the model."""
+    """Add LoRA adapters to the seven projections of every decoder layer, in the model's dtype."""
     import peft
 
     projections = {id(linear) for layer in model.decoder.layers for linear in layer.linears}
@@ -92,7 +92,7 @@ def _low_rank(model: LoadedModel, recipe: Recipe) -> tuple[tuple[nn.Parameter, .
         r=recipe.rank, lora_alpha=recipe.alpha, lora_dropout=recipe.dropout, target_modules=names, bias="none"
     )
     torch.manual_seed(recipe.seed)
-    # Not `get_peft_model`: what that wraps around the model is for other tasks, and asks its config for more.
+    # Not `get_peft_model`: its wrapper is for other tasks, and needs more of the config.
     adapted = peft.LoraModel(model.causal_lm, config, "default")
     dtype = model.decoder.head.weight.dtype
     parameters = [parameter for parameter in model.causal_lm.parameters() if parameter.requires_grad]
@@ -102,6 +102,6 @@ def _low_rank(model: LoadedModel, recipe: Recipe) -> tuple[tuple[nn.Parameter, .
 
 
 def _projections(model: LoadedModel) -> tuple[tuple[nn.Parameter, ...], Callable[[], object]]:
-    """All parameters of the decoder layers' projections."""
+    """Return all parameters of the decoder layers' projections."""
     found = [p for layer in model.decoder.layers for linear in layer.linears for p in linear.parameters()]
     return tuple(found), lambda: None

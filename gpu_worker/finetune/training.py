@@ -1,9 +1,9 @@
 """The training loop.
 
-A loop of our own, and not transformers' Trainer: the whole of it is shorter than what the Trainer would have to be
-told. Its checkpoints hold generators of random numbers and a sampler's place, and it skips the data that it has seen;
-here order and noise follow from seed and step, so that a run that was killed is the run that was not. It also wants the
-loss from the model's own forward, which keeps the logits of all tokens; ours are dropped chunk by chunk (loss.py).
+This is not transformers' Trainer because the loop is shorter than the Trainer's configuration would be. The Trainer's
+checkpoints store random states and the sampler's position, and it has to skip data when it resumes. Here, data order
+and dropout follow from the seed and the step, so a resumed run equals an uninterrupted one. The Trainer also takes the
+loss from the model's forward pass, which keeps the logits of all tokens; here they are freed chunk by chunk (loss.py).
 """
 
 import math
@@ -20,17 +20,17 @@ from gpu_worker.finetune.loss import summed_loss
 from gpu_worker.finetune.trainable import Trained
 from gpu_worker.models.errors import NotFiniteError
 from gpu_worker.models.loading import LoadedModel
-from gpu_worker.progress import LOGGED_EVERY, Progress
+from gpu_worker.progress import LOG_INTERVAL_SECONDS, Progress
 from protocol.results.finetuning import LossPoint, Recipe
 from protocol.runtime.signals import defer_signals
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What ends fine-tuning before its steps, and how often it is kept."""
+    """Time limit of fine-tuning, and the interval of checkpoints."""
 
     seconds: float | None = None
-    """Of fine-tuning, over all restarts. The learning rate then falls with the time, where that is further on."""
+    """Maximum training time over all restarts. The learning rate then follows time or steps, whichever is further."""
     checkpoint_seconds: float = 120.0
 
 
@@ -44,24 +44,24 @@ def train(
     start: State,
     progress: Progress,
 ) -> State:
-    """Fine-tune from `start` on until steps or time are used up; returns the last state, which is kept too.
+    """Fine-tune from `start` until the steps or the time are used up; return the last state, which is also stored.
 
-    Whatever ends it, the last whole step is kept. Raises NotFiniteError where a loss or a gradient is no number.
+    The last complete step is stored even after an error. Raises NotFiniteError if a loss or gradient is not finite.
     """
     optimizer = torch.optim.AdamW(
         trained.masters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
     )
     run = _Run(model, trained, data, recipe, limits, optimizer, start)
     kept_at = time.monotonic()
-    told = _Told(progress, steps_of(recipe, len(data.examples)))
+    reporter = _LossReporter(progress, steps_of(recipe, len(data.examples)))
     try:
         while not run.is_over:
             run.step()
-            told.step(run.losses)
+            reporter.step(run.losses)
             if time.monotonic() - kept_at >= limits.checkpoint_seconds:
                 checkpoint.write(run.state)
                 kept_at = time.monotonic()
-    except BaseException:  # a signal too: what was done so far is not lost
+    except BaseException:  # also for signals, so that no step is lost
         if run.is_whole and len(run.losses) > checkpoint.steps:
             checkpoint.write(run.state)
         raise
@@ -71,13 +71,13 @@ def train(
 
 
 def steps_of(recipe: Recipe, examples: int) -> int:
-    """How many steps there are; an epoch's last batch may be a smaller one."""
+    """Return the number of steps; an epoch's last batch may be smaller."""
     steps = recipe.epochs * math.ceil(examples / recipe.batch)
     return steps if recipe.max_steps is None else min(steps, recipe.max_steps)
 
 
 def batch_of(recipe: Recipe, examples: int, step: int) -> list[int]:
-    """Which examples a step (from 0) learns from: each epoch is a shuffle of its own."""
+    """Return the examples of a step (from 0): each epoch has its own shuffle."""
     per_epoch = math.ceil(examples / recipe.batch)
     epoch, place = divmod(step, per_epoch)
     order = torch.randperm(examples, generator=torch.Generator().manual_seed(_mixed(recipe.seed, epoch)))
@@ -86,7 +86,7 @@ def batch_of(recipe: Recipe, examples: int, step: int) -> list[int]:
 
 
 def learning_rate(recipe: Recipe, done: float) -> float:
-    """The learning rate when the share `done` of fine-tuning is over: up to the highest, then down to nought."""
+    """Return the learning rate at the fraction `done` of fine-tuning: linear warm-up, then the recipe's schedule."""
     if done < recipe.warmup:
         return recipe.learning_rate * done / recipe.warmup
     fallen = min((done - recipe.warmup) / (1 - recipe.warmup), 1.0)
@@ -95,12 +95,12 @@ def learning_rate(recipe: Recipe, done: float) -> float:
 
 
 def _mixed(seed: int, number: int) -> int:
-    """A seed for one of many generators."""
+    """Return a seed for one of many generators."""
     return (seed * 1_000_003 + number) % 2**63
 
 
 class _Run:
-    """A run between two steps, or in one."""
+    """The state of a training run."""
 
     def __init__(
         self,
@@ -122,22 +122,22 @@ class _Run:
         self._began = time.monotonic()
         self.losses = list(start.losses)
         self.is_whole = True
-        """False where an error came in the midst of a step: masters and optimizer do not belong together."""
+        """False after an error within a step: masters and optimizer are then inconsistent."""
 
     @property
     def seconds(self) -> float:
-        """Of fine-tuning, over all restarts."""
+        """Return the training time over all restarts."""
         return self._start.seconds + time.monotonic() - self._began
 
     @property
     def is_over(self) -> bool:
-        """Whether steps or time are used up; there is always one step."""
+        """Return whether the steps or the time are used up; at least one step is done."""
         out_of_time = self._limits.seconds is not None and self.seconds >= self._limits.seconds
         return self._start.finished or len(self.losses) >= self._steps or (out_of_time and bool(self.losses))
 
     @property
     def state(self) -> State:
-        """What is to be kept after the last step."""
+        """Return the state after the last step, for a checkpoint."""
         return State(
             masters=[master.detach() for master in self._trained.masters],
             optimizer=self._optimizer.state_dict(),
@@ -146,7 +146,7 @@ class _Run:
         )
 
     def step(self) -> None:
-        """One step of the optimizer, over one batch."""
+        """Run one optimizer step on one batch."""
         number = len(self.losses)
         torch.manual_seed(_mixed(self._recipe.seed, number))  # dropout
         self._optimizer.zero_grad(set_to_none=True)
@@ -177,7 +177,7 @@ class _Run:
             self.is_whole = True
 
     def _share_done(self, number: int) -> float:
-        """How far the step is on the schedule: its middle, so that neither the first nor the last is nought."""
+        """Return the step's position in the schedule, at its middle, so that no step has a learning rate of zero."""
         by_steps = (number + 0.5) / self._steps
         if self._limits.seconds is None:
             return by_steps
@@ -185,31 +185,31 @@ class _Run:
 
 
 def _micro_batches(batch: list[Example], size: int) -> Iterator[list[Example]]:
-    """A batch in parts, examples of like length together, so that little is filled up."""
+    """Split a batch by length, so that little padding is needed."""
     by_length = sorted(batch, key=lambda example: len(example.tokens))
     for start in range(0, len(by_length), size):
         yield by_length[start : start + size]
 
 
-class _Told:
-    """Tells of steps, and of the mean loss since it last changed what it says: a log counts each name as a stage."""
+class _LossReporter:
+    """Reports steps, with the recent mean loss in the stage name. It changes rarely, because each name is logged."""
 
     def __init__(self, progress: Progress, total: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._progress, self._total, self._clock = progress, total, clock
-        self._said, self._said_at = "fine-tuning", -math.inf
+        self._stage, self._changed_at = "fine-tuning", -math.inf
         self._losses: list[float] = []
 
     def step(self, losses: list[LossPoint]) -> None:
-        """After a step, the last of `losses`."""
+        """Report a step, the last of `losses`."""
         self._losses.append(losses[-1].loss)
-        if self._clock() - self._said_at >= LOGGED_EVERY or len(losses) == self._total:
-            self._said = f"fine-tuning, loss {sum(self._losses) / len(self._losses):.3f}"
-            self._said_at, self._losses = self._clock(), []
-        self._progress(self._said, len(losses), self._total)
+        if self._clock() - self._changed_at >= LOG_INTERVAL_SECONDS or len(losses) == self._total:
+            self._stage = f"fine-tuning, loss {sum(self._losses) / len(self._losses):.3f}"
+            self._changed_at, self._losses = self._clock(), []
+        self._progress(self._stage, len(losses), self._total)
 
 
 def mean_losses(losses: tuple[LossPoint, ...]) -> tuple[float, float]:
-    """The mean loss of the first tenth of the steps, and of the last."""
+    """Return the mean losses of the first and the last tenth of the steps."""
     count = max(1, len(losses) // 10)
     first, last = (math.fsum(point.loss for point in part) / count for part in (losses[:count], losses[-count:]))
     return first, last

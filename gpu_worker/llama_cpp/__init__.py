@@ -1,1 +1,1 @@
-"""GGUF files for llama.cpp: written, quantised and measured. Start with writer.py."""
+"""Writes, quantises and measures GGUF files for llama.cpp. Start with writer.py."""

@@ -1,4 +1,4 @@
-"""A GGUF file that was just written, measured in llama.cpp beside the model in memory: broken ones are not kept."""
+"""Measures a new GGUF file in llama.cpp, compares it with the model in memory, and refuses broken files."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,26 +19,26 @@ from protocol.runtime.byte_sizes import gigabytes
 log = structlog.get_logger()
 
 TOKENS = 2048
-"""How many are measured at the most, in whole windows, but for a first one that is longer."""
+"""Most tokens that are measured, in whole windows; at least one window is measured."""
 ROUNDED: dict[GgufType, float] = {"f16": 1.05, "q8_0": 1.2, "q6_k": 1.2}
 FEW_BITS = 4.0
-"""How many times the perplexity in memory a file's may be, by its type: more than rounding does to any model that can
-be used; a file with wrong tensors, or wrongly read, has hundreds of times as much."""
+"""Largest allowed ratio of the file's perplexity to that in memory, by file type. Quantisation of a usable model stays
+below it; a file with wrong tensors exceeds it hundreds of times."""
 
 
-def measured_gguf(
+def measure_gguf(
     path: Path, model: LoadedModel, windows: Tensor, file_type: GgufType, progress: Progress
 ) -> GgufPerplexity | None:
-    """What the file computes on the first of `windows` (long, [n, seqlen]), and `model`, which it was written from.
+    """Measure the perplexity of the file and of `model`, from which it was written, on the first `windows`.
 
-    None where llama.cpp is not installed, or main memory has no room for the file beside the model. Raises ModelError
-    where llama.cpp cannot load the file, or computes something else than the model does.
+    `windows` are long, [n, seqlen]. Returns None if llama.cpp is not installed, or if main memory is too small for the
+    file beside the model. Raises ModelError if llama.cpp cannot load the file, or if its perplexity is too high.
     """
     if find_spec("xllamacpp") is None:
         return None
-    needed, there = path.stat().st_size, main_memory()
-    if needed > there:
-        log.warning("gguf_not_measured", file=path.name, needed=gigabytes(needed), available=gigabytes(there))
+    needed, available = path.stat().st_size, main_memory()
+    if needed > available:
+        log.warning("gguf_not_measured", file=path.name, needed=gigabytes(needed), available=gigabytes(available))
         return None
     from gpu_worker.llama_cpp.client import gguf_perplexity
 

@@ -1,4 +1,4 @@
-"""What a GGUF file computes in llama.cpp: its perplexity, by xllamacpp's server in a process of its own."""
+"""Measures a GGUF file's perplexity in llama.cpp, through xllamacpp's server in a separate process."""
 
 import json
 import secrets
@@ -18,55 +18,55 @@ from torch.nn import functional as F
 
 from gpu_worker.llama_cpp.server import KEY_VARIABLE, ServerOptions
 from gpu_worker.measuring.perplexity import perplexity_of
-from gpu_worker.models.limits import LOGITS_BYTES
+from gpu_worker.models.limits import LOGITS_CHUNK_BYTES
 from gpu_worker.progress import Progress, no_progress, steps
 from protocol.errors import ModelError
 from protocol.runtime.environment import child_environment
 
-LEAST_CONTEXT = 512
+MIN_CONTEXT = 512
 _KEY = secrets.token_urlsafe(32)
-"""The key of all servers that this process starts: any user of the machine and any web page can reach their ports."""
-ANSWER_WITHIN = 3600.0
-"""Seconds that one request may take. A long window of a large model on a slow CPU takes minutes; a server that is
-stopped, or stuck, never answers."""
+"""API key of the servers that this process starts, because any local user or web page can reach their ports."""
+TIMEOUT_SECONDS = 3600.0
+"""Seconds that one request may take. A long window of a large model on a slow CPU takes minutes; a stopped or stuck
+server never answers."""
 
 
 @contextmanager
 def running(options: ServerOptions) -> Iterator[str]:
-    """The address of a server with these options. Raises ModelError where llama.cpp cannot load the file."""
+    """Start a server with these options and yield its address. Raises ModelError if llama.cpp cannot load the file."""
     command = [sys.executable, "-m", "gpu_worker.llama_cpp.server", options.to_json()]
     with subprocess.Popen(
         command,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         env={**child_environment(), KEY_VARIABLE: _KEY},
-        start_new_session=True,  # a terminal's Ctrl-C is for us alone
+        start_new_session=True,  # so that Ctrl-C in a terminal does not reach it
     ) as server:
         try:
-            told = server.stdout.readline() if server.stdout else b""
-            if not told:
+            line = server.stdout.readline() if server.stdout else b""
+            if not line:
                 raise ModelError(f"llama.cpp cannot load {options.path!r}: the file is broken or memory is short")
-            yield json.loads(told)["address"]
+            yield json.loads(line)["address"]
         finally:
             server.kill()
 
 
 @contextmanager
-def serving(path: Path, *, context: int = LEAST_CONTEXT, hidden_states: bool = False) -> Iterator[str]:
-    """The address of a server of that file, for one text of up to `context` tokens at a time.
+def serving(path: Path, *, context: int = MIN_CONTEXT, hidden_states: bool = False) -> Iterator[str]:
+    """Serve the file for one text of up to `context` tokens at a time, and yield the server's address.
 
-    The KV cache is in F32, so that only the weights are rounded. Raises ModelError where llama.cpp cannot load it.
+    The KV cache is F32, so that only the weights are rounded. Raises ModelError if llama.cpp cannot load the file.
     """
-    threads, context = torch.get_num_threads(), max(LEAST_CONTEXT, context)
+    threads, context = torch.get_num_threads(), max(MIN_CONTEXT, context)
     options = ServerOptions(str(path), threads, context, hidden_states=hidden_states, exact_cache=True)
     with running(options) as address:
         yield address
 
 
 def ask(address: str, path: str, body: Mapping[str, Any]) -> Any:
-    """The server's JSON answer. Raises ModelError where there is none, or an error."""
+    """Send a request and return the JSON answer. Raises ModelError if there is none, or if it is an error."""
     server = urlsplit(address)
-    connection = HTTPConnection(server.hostname or "", server.port, timeout=ANSWER_WITHIN)  # urllib would ask a proxy
+    connection = HTTPConnection(server.hostname or "", server.port, timeout=TIMEOUT_SECONDS)  # urllib would use a proxy
     try:
         headers = {"Content-Type": "application/json", "Authorization": f"Bearer {_KEY}"}
         connection.request("POST", path, json.dumps(body), headers)
@@ -81,23 +81,23 @@ def ask(address: str, path: str, body: Mapping[str, Any]) -> Any:
 
 
 def hidden_states(address: str, tokens: Tensor) -> Tensor:
-    """Normed final hidden states [tokens, hidden size] of one text, by a server that was started for them."""
+    """Return normed final hidden states [tokens, hidden size] of a text, from a server with `hidden_states`."""
     (answer,) = ask(address, "/embeddings", {"content": tokens.tolist(), "embd_normalize": -1})
     return torch.tensor(answer["embedding"])
 
 
 def read_head(path: Path) -> Tensor:
-    """The file's head, or the embedding that is one: float32 [vocabulary, hidden size]."""
+    """Return the file's output head or tied embedding: float32 [vocabulary, hidden size]."""
     tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     head = tensors.get("output.weight") or tensors["token_embd.weight"]
     return torch.from_numpy(gguf.dequantize(head.data, head.tensor_type))
 
 
 def gguf_perplexity(path: Path, windows: Tensor, progress: Progress = no_progress) -> float:
-    """Perplexity of `windows` (long, [n, seqlen]) by llama.cpp, as gpu_worker.measuring.perplexity defines it.
+    """Measure the perplexity of `windows` (long, [n, seqlen]) in llama.cpp, as gpu_worker.measuring.perplexity does.
 
-    Only the multiplication with the file's own head is done here, in float32. Raises ModelError where llama.cpp cannot
-    load the file, and NotFiniteError where the result is no finite number.
+    Only the product with the file's output head is computed here, in float32. Raises ModelError if llama.cpp cannot
+    load the file, and NotFiniteError if the result is not finite.
     """
     head, total = read_head(path), 0.0
     with serving(path, context=windows.shape[1], hidden_states=True) as address:
@@ -107,7 +107,7 @@ def gguf_perplexity(path: Path, windows: Tensor, progress: Progress = no_progres
 
 
 def _loss(hidden: Tensor, head: Tensor, window: Tensor) -> float:
-    """The summed loss of `window` [seqlen], in nats; logits are made some rows at a time."""
-    rows = max(1, LOGITS_BYTES["cpu"] // (4 * head.shape[0]))
+    """Return the summed loss of `window` [seqlen] in nats; logits are computed some rows at a time."""
+    rows = max(1, LOGITS_CHUNK_BYTES["cpu"] // (4 * head.shape[0]))
     parts = zip(torch.split(hidden[:-1], rows), torch.split(window[1:].cpu(), rows), strict=True)
     return sum(F.cross_entropy(part @ head.t(), target, reduction="sum").item() for part, target in parts)

@@ -1,8 +1,8 @@
-"""Which of llama.cpp's pre-tokenizers a tokenizer has: llama.cpp has names, a tokenizer.json has regular expressions.
+"""Finds llama.cpp's name for a tokenizer's pre-tokenizer, which a tokenizer.json gives as regular expressions.
 
-A name stands for the expressions and for whether a word that is a token is taken whole before any merge
-(`ignore_merges`). A wrong one would split some texts otherwise than in training and make the model quietly worse, so
-that a structure which is not in the table is an error.
+A name stands for the expressions and for `ignore_merges` (whether a word that is a token is taken before any merge). A
+wrong name would split some texts differently than in training and silently degrade the model, so a structure that is
+not in the table is an error.
 """
 
 from collections.abc import Iterator
@@ -33,23 +33,24 @@ NAMES: dict[tuple[tuple[str, ...], bool], str] = {
 }
 """llama.cpp's name by the splits, in order, and `ignore_merges`.
 
-llama.cpp has them all but for one detail: its `tekken` leaves combining marks (Devanagari vowels) out of words.
+llama.cpp implements all of them, with one difference: its `tekken` excludes combining marks (Devanagari vowels) from
+words.
 """
 
 
 def byte_level_name(parts: dict[str, Any]) -> str:
-    """llama.cpp's name for the pre-tokenizer of a byte-level tokenizer.json. Raises ModelError for an unknown one."""
+    """Return llama.cpp's name for a byte-level tokenizer.json's pre-tokenizer. Raises ModelError for an unknown one."""
     key = (tuple(_splits(parts["pre_tokenizer"])), bool(parts["model"].get("ignore_merges")))
     if key not in NAMES or _kind(parts["decoder"]) != "ByteLevel" or _kind(parts["normalizer"]) not in (None, "NFC"):
         raise ModelError(
-            f"the format gguf does not know this tokenizer (splits {key[0]}, ignore_merges {key[1]}); "
-            f"it knows those that llama.cpp calls {', '.join(NAMES.values())}"
+            f"the format gguf does not support this tokenizer (splits {key[0]}, ignore_merges {key[1]}); "
+            f"it supports those that llama.cpp calls {', '.join(NAMES.values())}"
         )
     return NAMES[key]
 
 
 def _splits(part: dict[str, Any] | None) -> Iterator[str]:
-    """The regular expressions that a text is split by, in order; for anything else what it is called."""
+    """Yield the regular expressions that split a text, in order; for other structures, their type."""
     match part:
         case {"type": "Sequence", "pretokenizers": steps}:
             for step in steps:
@@ -69,9 +70,9 @@ def _kind(part: dict[str, Any] | None) -> str | None:
 
 
 def prefixes_a_space(parts: dict[str, Any]) -> bool:
-    """Whether a SentencePiece-like tokenizer.json puts a space before a text. Raises ModelError for another structure.
+    """Return whether a SentencePiece-like tokenizer.json puts a space before a text. Raises ModelError if unsupported.
 
-    Where it does so only before the first words (`first`), llama.cpp does so after each special token too.
+    If it does so only before the first word (`first`), llama.cpp also does so after each special token.
     """
     steps = _steps(parts["normalizer"], "normalizers")
     match (steps, parts["pre_tokenizer"]):
@@ -82,8 +83,8 @@ def prefixes_a_space(parts: dict[str, Any]) -> bool:
         case ([], {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}):
             return bool(scheme != "never")
     raise ModelError(
-        "the format gguf does not know this tokenizer: it has byte fallback as SentencePiece tokenizers have, but not "
-        f"their treatment of spaces (normalizer {parts['normalizer']}, pre-tokenizer {parts['pre_tokenizer']})"
+        "the format gguf does not support this tokenizer: it has byte fallback like SentencePiece, but does not treat "
+        f"spaces like it (normalizer {parts['normalizer']}, pre-tokenizer {parts['pre_tokenizer']})"
     )
 
 

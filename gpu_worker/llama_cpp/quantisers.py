@@ -1,8 +1,7 @@
-"""llama.cpp's own quantisers, out of the library that xllamacpp carries.
+"""Calls llama.cpp's own quantisers in the library of xllamacpp.
 
-The package `gguf` can read K-quants and not make them. xllamacpp has no Python name for llama.cpp's quantiser, but its
-extension module is all of llama.cpp, and `ggml_quantize_chunk`, which `llama-quantize` calls too, is a function of its
-public C interface.
+The package `gguf` can read K-quants but not write them. xllamacpp has no Python function for quantisation, but its
+extension module contains llama.cpp, whose public C interface has `ggml_quantize_chunk` (as used by `llama-quantize`).
 """
 
 import ctypes
@@ -21,7 +20,7 @@ HOW_TO_GET_IT = "pip install 'self-pruner[local]'"
 
 @cache
 def ggml() -> Any:
-    """The C function `ggml_quantize_chunk`. Raises ModelError where there is no library that has it."""
+    """Return the C function `ggml_quantize_chunk`. Raises ModelError if no installed library has it."""
     try:
         import xllamacpp
     except ImportError as error:
@@ -32,8 +31,8 @@ def ggml() -> Any:
         quantize = ctypes.CDLL(sys.modules[f"{xllamacpp.__name__}.xllamacpp"].__file__).ggml_quantize_chunk
     except (AttributeError, OSError) as error:
         raise ModelError(
-            f"the xllamacpp {xllamacpp.__version__} on this machine does not show llama.cpp's quantisers; write the "
-            "type f16 and make K-quants of it with llama.cpp's program llama-quantize, or take q8_0"
+            f"the xllamacpp {xllamacpp.__version__} on this machine does not export llama.cpp's quantisers; write the "
+            "type f16 and convert it to K-quants with llama.cpp's program llama-quantize, or use q8_0"
         ) from error
     quantize.restype = ctypes.c_size_t
     # type, source, destination, first value, rows, values of a row, importance of the columns (none)
@@ -42,9 +41,9 @@ def ggml() -> Any:
 
 
 def quantize(values: NDArray[np.float32], kind: Any) -> NDArray[np.uint8]:
-    """The rows of `values` [rows, columns] (contiguous) as llama.cpp stores them: bytes [rows, bytes of a row].
+    """Quantise contiguous `values` [rows, columns] to llama.cpp's format: bytes [rows, bytes per row].
 
-    `columns` is a multiple of the kind's block. Raises ModelError where there is no library for it.
+    `columns` must be a multiple of the kind's block size. Raises ModelError if the library is missing.
     """
     rows, columns = values.shape
     stored = np.empty(gguf.quant_shape_to_byte_shape(values.shape, kind), dtype=np.uint8)

@@ -1,8 +1,8 @@
-"""`python -m gpu_worker.llama_cpp.server OPTIONS`: llama.cpp's server of one GGUF file, in a process of its own.
+"""`python -m gpu_worker.llama_cpp.server OPTIONS`: serves one GGUF file with llama.cpp in a separate process.
 
-OPTIONS is a ServerOptions as JSON. Prints one line of JSON, the address, when the model is loaded, and ends when its
-standard input closes. It is a process of its own because llama.cpp aborts on some errors, and because its
-server never ends when it is told to before it listens. The process that started this one kills it.
+OPTIONS is a ServerOptions as JSON. Prints its address as one line of JSON when the model is loaded, and ends when
+standard input closes. It runs in a separate process because llama.cpp aborts on some errors, and because its server
+does not stop if it is told to before it listens. The parent process kills it.
 """
 
 import json
@@ -13,12 +13,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 KEY_VARIABLE = "LLAMA_API_KEY"
-"""The environment variable with the key that requests need; none where it is not set."""
+"""Environment variable with the API key; requests need no key if it is not set."""
 
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """What a server is started with; `context` tokens are shared by `slots` texts at a time."""
+    """Options of a server; `slots` concurrent texts share `context` tokens."""
 
     path: str
     threads: int
@@ -27,20 +27,19 @@ class ServerOptions:
     batch: int | None = None
     """Tokens processed in one go; None leaves it to llama.cpp."""
     hidden_states: bool = False
-    """Answer /embeddings with the hidden states of every token, instead of text."""
+    """Serve the hidden states of every token at /embeddings, instead of generating text."""
     exact_cache: bool = False
-    """The KV cache in F32 instead of F16."""
+    """Use an F32 KV cache instead of F16."""
     in_memory: bool = False
-    """Weights in memory of the server's own, and not mapped: how fast a mapped file is read depends on how its pages
-    happen to lie in the system's cache."""
+    """Load weights into memory instead of mapping the file, whose speed depends on the state of the page cache."""
 
     def to_json(self) -> str:
-        """One line."""
+        """Return the options as one line of JSON."""
         return json.dumps(asdict(self))
 
 
 def parameters(options: ServerOptions) -> Any:
-    """xllamacpp's parameters: quiet, on a free port, and without unused features."""
+    """Return xllamacpp's parameters: quiet, on a free port, without unused features."""
     import xllamacpp
 
     params = xllamacpp.CommonParams()
@@ -49,7 +48,7 @@ def parameters(options: ServerOptions) -> Any:
     params.port = 0
     for cpu in (params.cpuparams, params.cpuparams_batch):
         cpu.n_threads = options.threads
-        cpu.poll = 0  # the server that waits does not compute
+        cpu.poll = 0  # do not spin while waiting
     params.ui = params.warmup = params.endpoint_slots = False
     if key := os.environ.get(KEY_VARIABLE):
         params.api_keys = [key]
@@ -73,11 +72,11 @@ def parameters(options: ServerOptions) -> Any:
 
 
 def main() -> int:
-    """Serve until standard input closes; returns 2 where llama.cpp cannot load the file."""
+    """Serve until standard input closes; return 2 if llama.cpp cannot load the file."""
     import xllamacpp
 
     address = os.dup(1)
-    os.dup2(2, 1)  # llama.cpp writes there what belongs into a log
+    os.dup2(2, 1)  # llama.cpp writes log lines to stdout
     threading.Thread(target=_end_with_input, daemon=True).start()
     try:
         server = xllamacpp.Server(parameters(ServerOptions(**json.loads(sys.argv[1]))))
@@ -87,11 +86,11 @@ def main() -> int:
         os.write(address, (json.dumps({"address": server.listening_address}) + "\n").encode())
         threading.Event().wait()
     finally:
-        os._exit(0)  # from here on nothing else ends it: see above
+        os._exit(0)  # nothing else ends the server from here on: see above
 
 
 def _end_with_input() -> None:
-    """End the process, even while it loads, when the process that started it is gone."""
+    """End the process, even while it is loading, when its parent has ended."""
     while os.read(0, 4096):
         pass
     os._exit(0)

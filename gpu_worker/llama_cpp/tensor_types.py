@@ -1,8 +1,8 @@
-"""How each tensor of a GGUF file is stored: the type that llama.cpp's own quantiser would choose, by the file's type.
+"""Chooses how each tensor of a GGUF file is stored, as llama.cpp's own quantiser would for the file type.
 
-A file type such as Q4_K_M is a mixture. Most matrices have its main type; the head (or the embedding that serves as
-head) and, in some layers, v and down have more bits. A type stores blocks of 32 or 256 values of a row: a row of
-another length takes a type with shorter blocks, and where not even 32 fit, F16.
+A file type such as Q4_K_M is a mixture: most matrices have its main type, while the output head (or tied embedding)
+and, in some layers, v and down have more bits. A type stores rows in blocks of 32 or 256 values. Rows whose length is
+no multiple of the block use a type with shorter blocks, or F16.
 """
 
 from collections.abc import Iterable
@@ -26,7 +26,7 @@ MAIN: dict[GgufType, Any] = {
     "q4_1": Kind.Q4_1,
     "q4_0": Kind.Q4_0,
 }
-"""What most matrices of a file are."""
+"""Type of most matrices, by file type."""
 FILE_TYPES: dict[GgufType, Any] = {
     "f16": gguf.LlamaFileType.MOSTLY_F16,
     "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
@@ -38,9 +38,9 @@ FILE_TYPES: dict[GgufType, Any] = {
     "q4_1": gguf.LlamaFileType.MOSTLY_Q4_1,
     "q4_0": gguf.LlamaFileType.MOSTLY_Q4_0,
 }
-"""What the file says of itself."""
+"""File type in the file's metadata."""
 K_KINDS = (Kind.Q4_K, Kind.Q5_K, Kind.Q6_K)
-"""Blocks of 256 values, which only llama.cpp's own library makes."""
+"""Types with blocks of 256 values, which only llama.cpp's own library can write."""
 
 _SHORTER = {Kind.Q4_K: Kind.Q5_0, Kind.Q5_K: Kind.Q5_1, Kind.Q6_K: Kind.Q8_0}
 _MIXED = ("q4_k_m", "q5_k_m")
@@ -48,14 +48,14 @@ _LAYERS_OF_70B = 80
 
 
 def block_size(kind: Any) -> int:
-    """Values of a block."""
+    """Return the number of values in a block."""
     return int(gguf.GGML_QUANT_SIZES[kind][0])
 
 
 def wanted_kind(file_type: GgufType, name: str, columns: int, layers: int, *, is_head: bool) -> Any:
-    """What the matrix `name` with rows of `columns` values is to be, whether or not its rows can be stored so.
+    """Return the type that the matrix `name` with rows of `columns` values should have, even if its rows do not fit.
 
-    `is_head` is of the matrix that makes logits, the embedding's where that is tied.
+    `is_head` marks the output head, or the embedding if it is tied.
     """
     main = MAIN[file_type]
     if is_head and main not in (Kind.F16, Kind.Q8_0):
@@ -70,7 +70,7 @@ def wanted_kind(file_type: GgufType, name: str, columns: int, layers: int, *, is
 
 
 def stored_kind(wanted: Any, columns: int) -> Any:
-    """`wanted`, or what rows of `columns` values take in its place."""
+    """Return `wanted`, or the type that replaces it for rows of `columns` values."""
     for kind in (wanted, _SHORTER.get(wanted)):
         if kind is not None and columns % block_size(kind) == 0:
             return kind
@@ -78,7 +78,7 @@ def stored_kind(wanted: Any, columns: int) -> Any:
 
 
 def kinds_of(file_type: GgufType, shape: ModelShape) -> set[Any]:
-    """What matrices of a dense model of this `shape` are stored as."""
+    """Return the types that matrices of a dense model of this `shape` are stored as."""
     hidden, layers = shape.hidden_size, len(shape.layers)
     rows = {(hidden, "attn_q")}
     rows |= {(layer.query_heads * shape.head_dim, "attn_output") for layer in shape.layers}
@@ -89,11 +89,11 @@ def kinds_of(file_type: GgufType, shape: ModelShape) -> set[Any]:
 
 
 def needs_ggml(kinds: Iterable[Any]) -> bool:
-    """Whether a file with these kinds of tensors takes llama.cpp's library to write."""
+    """Return whether writing these types needs llama.cpp's library."""
     return any(kind in K_KINDS for kind in kinds)
 
 
 def _has_more_bits(layer: int, layers: int) -> bool:
-    """The first and the last eighth of the layers, and each third one between."""
+    """Return whether the layer is in the first or last eighth, or is every third one between them."""
     eighth = layers // 8
     return layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2

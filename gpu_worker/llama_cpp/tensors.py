@@ -1,4 +1,4 @@
-"""The tensors of a pruned model as llama.cpp wants them: names, row order, types; converted when they are asked for."""
+"""The tensors of a pruned model in llama.cpp's names, row order and types; each is converted when it is written."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,40 +21,40 @@ from protocol.plans.plan import LayerPlan, Plan
 from protocol.results.formats import GgufType
 
 _CHUNK = 2**20
-"""Values converted at a time: the intermediate results are several times as large."""
+"""Values converted at a time; intermediate results are several times larger."""
 
 
 @dataclass(frozen=True)
 class GgufTensor:
-    """One tensor of the file. `read` gives the values [rows, columns] or [columns], in any type, on any device."""
+    """One tensor of the file. `read` returns the values [rows, columns] or [columns], in any dtype on any device."""
 
     name: str
     shape: tuple[int, ...]
     type: Any
-    """A GGMLQuantizationType: F32, F16, or one that stores blocks."""
+    """A GGMLQuantizationType: F32, F16, or a block type."""
     read: Callable[[], Tensor]
     wanted: Any = None
-    """The type that the file's type asks for, where the rows are too short or too odd for it."""
+    """The type that the file type asks for, if the length of the rows does not allow it."""
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
-        """The shape of `data`: for blocks that of their bytes."""
+        """Return the shape of `data`; for block types that of its bytes."""
         if self.type in (Kind.F32, Kind.F16):
             return self.shape
         return tuple(gguf.quant_shape_to_byte_shape(self.shape, self.type))
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Type of the elements of `data`."""
+        """Return the dtype of `data`."""
         return np.dtype({Kind.F32: np.float32, Kind.F16: np.float16}.get(self.type, np.uint8))
 
     @property
     def nbytes(self) -> int:
-        """Size in the file."""
+        """Return the size in the file in bytes."""
         return int(np.prod(self.stored_shape)) * self.dtype.itemsize
 
     def data(self) -> NDArray[Any]:
-        """The values as they are stored. Raises ModelError where F16 cannot hold one of them."""
+        """Return the values as they are stored. Raises ModelError if a value exceeds the range of F16."""
         values = self.read().detach()
         stored = np.empty(self.stored_shape, dtype=self.dtype)
         rows = max(1, _CHUNK * len(values) // values.numel())
@@ -77,10 +77,10 @@ class GgufTensor:
 
 
 def tensors_of(model: LoadedModel, plan: Plan, file_type: GgufType) -> tuple[GgufTensor, ...]:
-    """All tensors of the file, in its order; none is converted yet.
+    """Return all tensors of the file in order, not converted yet.
 
-    Raises PlanMismatchError where the model's layers are not as large as `plan` says, ModelError for a rope scaling
-    that GGUF cannot say.
+    Raises PlanMismatchError if the layers do not have the sizes of `plan`, ModelError for a rope scaling that GGUF does
+    not support.
     """
     decoder = model.decoder
     tied = decoder.head.weight is decoder.embedding.weight
@@ -88,7 +88,7 @@ def tensors_of(model: LoadedModel, plan: Plan, file_type: GgufType) -> tuple[Ggu
 
 
 class _Maker:
-    """Decides the type of each tensor."""
+    """Chooses the type of each tensor."""
 
     def __init__(self, file_type: GgufType, layers: int, *, tied: bool) -> None:
         self._file_type = file_type
@@ -96,7 +96,7 @@ class _Maker:
         self._head = "token_embd.weight" if tied else "output.weight"
 
     def vector(self, name: str, values: Tensor, read: Callable[[], Tensor] | None = None) -> GgufTensor:
-        """Norms, biases and rope factors: small, and llama.cpp computes with them in F32."""
+        """Return a norm, bias or rope factor in F32, in which llama.cpp computes with them."""
         return GgufTensor(name, tuple(values.shape), Kind.F32, read or (lambda: values))
 
     def matrix(self, name: str, values: Tensor, read: Callable[[], Tensor] | None = None) -> GgufTensor:
@@ -108,7 +108,7 @@ class _Maker:
         )
 
     def linear(self, name: str, linear: nn.Linear, heads: int | None = None) -> Iterator[GgufTensor]:
-        """Weight and, where there is one, bias; with `heads` their rows in llama.cpp's rope order."""
+        """Yield the weight and any bias; with `heads`, rows are in llama.cpp's rope order."""
 
         def rows(values: Tensor) -> Callable[[], Tensor]:
             return lambda: values if heads is None else interleaved(values, heads)
@@ -155,7 +155,7 @@ def _check(i: int, layer: Layer, kept: LayerPlan, head_dim: int) -> None:
 
 
 def interleaved(values: Tensor, heads: int) -> Tensor:
-    """Rows of q_proj or k_proj [heads × head dim, ...] as llama.cpp rotates them.
+    """Reorder the rows of q_proj or k_proj [heads × head dim, ...] for llama.cpp's rotary embedding.
 
     transformers rotates element i of a head with element i + head dim / 2, llama.cpp's llama models rotate adjacent
     elements: row i of the first half goes to place 2i, row i of the second half to 2i + 1.
@@ -165,18 +165,18 @@ def interleaved(values: Tensor, heads: int) -> Tensor:
 
 
 def rope_factors(config: Any, head_dim: int) -> Tensor | None:
-    """What llama.cpp divides each of the head dim / 2 rope frequencies by, or None where there is no rope scaling.
+    """Return the divisors of the head dim / 2 rope frequencies for llama.cpp, or None without rope scaling.
 
-    Raises ModelError for scalings that are no constant factors (`dynamic`, `yarn`, `longrope`).
+    Raises ModelError for scalings other than constant factors (`dynamic`, `yarn`, `longrope`).
     """
     rope = config.rope_parameters
     kind = rope.get("rope_type", "default")
     if rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ModelError("the format gguf cannot carry a pruned model that rotates only a part of each head")
+        raise ModelError("the format gguf does not support pruned models that rotate only a part of each head")
     if kind == "default":
         return None
     if kind not in ("linear", "llama3"):
-        raise ModelError(f"the format gguf supports the rope scalings linear and llama3, and this model has {kind!r}")
+        raise ModelError(f"the format gguf supports the rope scalings linear and llama3, but this model has {kind!r}")
     plain = rope["rope_theta"] ** -(torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
     scaled, _ = ROPE_INIT_FUNCTIONS[kind](config, device="cpu")
     return torch.as_tensor(plain / scaled)

@@ -1,8 +1,8 @@
-"""The vocabulary of a GGUF file, read from a transformers tokenizer.
+"""Converts a transformers tokenizer to the vocabulary of a GGUF file.
 
-Two kinds of tokenizer are known, both byte-pair encodings. Byte-level ones (Llama 3, SmolLM2) are written with their
-merges and the name by which llama.cpp calls their pre-tokenizer. SentencePiece ones (Llama 1 and 2, Vicuna, Mistral)
-are written with scores; the tokenizer has only merges any more, but their order is the order of the scores.
+Two kinds of byte-pair encoding are supported. Byte-level tokenizers (Llama 3, SmolLM2) are written with their merges
+and llama.cpp's name for their pre-tokenizer. SentencePiece ones (Llama 1 and 2, Vicuna, Mistral) are written with
+scores, which follow from the order of the tokenizer's merges.
 """
 
 import json
@@ -17,12 +17,12 @@ from protocol.errors import ModelError
 
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _NEVER = -1e6
-"""Score of tokens that no merge makes."""
+"""Score of tokens that no merge produces."""
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What a GGUF file says of its tokens; `tokens`, `types` and `scores` have one entry per row of the embedding."""
+    """The vocabulary of a GGUF file; `tokens`, `types` and `scores` have one entry per row of the embedding."""
 
     model: Literal["gpt2", "llama"]
     pre_tokenizer: str
@@ -31,15 +31,15 @@ class Vocabulary:
     merges: tuple[str, ...] = ()
     scores: tuple[float, ...] = ()
     special: tuple[tuple[str, int], ...] = ()
-    """Ids of `bos`, `eos`, `unk` and `pad`, of those that there are."""
+    """Ids of `bos`, `eos`, `unk` and `pad`, if they exist."""
     adds_bos: bool = False
     adds_eos: bool = False
     adds_space: bool = False
-    """Whether a space is put before the text."""
+    """Whether a space is added before the text."""
     chat_template: str | list[dict[str, str]] | None = None
 
     def add_to(self, writer: Any) -> None:
-        """Write it as metadata with this GGUFWriter."""
+        """Write the vocabulary as metadata with a GGUFWriter."""
         writer.add_tokenizer_model(self.model)
         writer.add_tokenizer_pre(self.pre_tokenizer)
         writer.add_token_list(self.tokens)
@@ -56,16 +56,16 @@ class Vocabulary:
 
 
 def read_vocabulary(tokenizer: Any, config: Any) -> Vocabulary:
-    """The vocabulary of a transformers tokenizer for a model with this config.
+    """Read the vocabulary of a transformers tokenizer for a model with this config.
 
-    Rows of the embedding without a token become unused tokens `[PAD<id>]`. Raises ModelError for a tokenizer that
-    llama.cpp would read differently, and where the tokenizer has more tokens than the embedding has rows.
+    Embedding rows without a token become unused tokens `[PAD<id>]`. Raises ModelError for a tokenizer that llama.cpp
+    would read differently, and for more tokens than embedding rows.
     """
     if getattr(tokenizer, "backend_tokenizer", None) is None:
-        raise ModelError("the format gguf needs the model's tokenizer, of the kind that has a tokenizer.json")
+        raise ModelError("the format gguf needs a tokenizer with a tokenizer.json, which this model does not have")
     parts = json.loads(tokenizer.backend_tokenizer.to_str())
     if parts["model"]["type"] != "BPE":
-        raise ModelError(f"the format gguf supports BPE tokenizers, and this model's is {parts['model']['type']}")
+        raise ModelError(f"the format gguf supports BPE tokenizers, but this model's is {parts['model']['type']}")
     tokens, types = _tokens(tokenizer, parts, config.vocab_size)
     common: dict[str, Any] = {"tokens": tokens, "types": types, "special": _special(tokenizer, config)}
     common |= dict(zip(("adds_bos", "adds_eos"), _added_around(tokenizer), strict=True))
@@ -74,13 +74,13 @@ def read_vocabulary(tokenizer: Any, config: Any) -> Vocabulary:
     if parts["model"].get("byte_fallback"):
         space = prefixes_a_space(parts)
         return Vocabulary("llama", "default", scores=_scores(tokens, merges), adds_space=space, **common)
-    # llama.cpp insists on merges and the writer leaves out an empty list: without any there is one of nothing.
+    # llama.cpp requires merges and the writer omits an empty list: without merges, write one empty merge.
     joined = tuple(" ".join(pair) for pair in merges) or ("",)
     return Vocabulary("gpt2", byte_level_name(parts), merges=joined, **common)
 
 
 def _tokens(tokenizer: Any, parts: dict[str, Any], rows: int) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Texts and types of tokens 0 … rows − 1."""
+    """Return texts and types of tokens 0 … rows − 1."""
     texts = {number: text for text, number in tokenizer.get_vocab().items()}
     if max(texts) >= rows:
         raise ModelError(f"the tokenizer has token {max(texts)} where the model's embedding has {rows} rows")
@@ -105,13 +105,13 @@ def _tokens(tokenizer: Any, parts: dict[str, Any], rows: int) -> tuple[tuple[str
 
 
 def _merges(parts: dict[str, Any]) -> list[tuple[str, str]]:
-    """Pairs in their order; older files hold each as one text with a space between."""
+    """Return the merges as pairs, in order; older files store each as one string with a space."""
     pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in parts["model"]["merges"])
     return [(left, right) for left, right in pairs]
 
 
 def _scores(tokens: tuple[str, ...], merges: list[tuple[str, str]]) -> tuple[float, ...]:
-    """Minus the place of the first merge that makes a token: llama.cpp joins the pair of the highest score first."""
+    """Return minus the rank of the first merge that produces each token: llama.cpp merges the highest score first."""
     places: dict[str, int] = {}
     for place, (left, right) in enumerate(merges):
         places.setdefault(left + right, place)
@@ -119,7 +119,7 @@ def _scores(tokens: tuple[str, ...], merges: list[tuple[str, str]]) -> tuple[flo
 
 
 def _special(tokenizer: Any, config: Any) -> tuple[tuple[str, int], ...]:
-    """Ids of the special tokens. Raises ModelError without an end: llama.cpp would take token 11 or 2 for it."""
+    """Return ids of special tokens. Raises ModelError without eos, for which llama.cpp would use token 11 or 2."""
     ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "unk", "pad")}
     if ids["eos"] is None:
         end = config.eos_token_id
@@ -130,18 +130,18 @@ def _special(tokenizer: Any, config: Any) -> tuple[tuple[str, int], ...]:
 
 
 def _added_around(tokenizer: Any) -> tuple[bool, bool]:
-    """Whether the tokenizer puts bos and eos around a text: found by trying, for files say it in several ways."""
+    """Return whether the tokenizer adds bos and eos, found by trying: files state it in several ways."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]
     for bos in (False, True):
         for eos in (False, True):
             if whole == [tokenizer.bos_token_id] * bos + plain + [tokenizer.eos_token_id] * eos:
                 return bos, eos
-    raise ModelError(f"the tokenizer puts other tokens around a text than bos and eos, which gguf cannot say: {whole}")
+    raise ModelError(f"the format gguf supports only bos and eos around a text, but this tokenizer gives {whole}")
 
 
 def _chat_template(template: str | dict[str, str] | None) -> str | list[dict[str, str]] | None:
-    """One template as it is; several, by name, as the writer wants them."""
+    """Return a single template unchanged, and several named ones in the writer's format."""
     if isinstance(template, dict):
         return [{"name": name, "template": text} for name, text in template.items()]
     return template

@@ -1,7 +1,7 @@
-"""A pruned model as one GGUF file that stock llama.cpp loads.
+"""Writes a pruned model as one GGUF file that unmodified llama.cpp can load.
 
-llama.cpp's own `llama` architecture has one number of heads for all layers. Its `deci` architecture, made for NVIDIA's
-Nemotron models, is the same computation with the numbers given layer by layer: exactly what a plan is.
+llama.cpp's `llama` architecture has the same number of heads in all layers. Its `deci` architecture, made for NVIDIA's
+Nemotron models, computes the same with sizes per layer, as plans need.
 """
 
 import logging
@@ -23,12 +23,12 @@ from protocol.plans.plan import Plan
 from protocol.results.formats import GgufType
 
 log = structlog.get_logger()
-# It tells the byte order of every file, and a path that is renamed when the file is complete.
+# It logs the byte order of every file, and a path that is renamed when the file is complete.
 logging.getLogger(gguf.gguf_writer.__name__).setLevel(logging.WARNING)
 
 ARCHITECTURE = gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.DECI]
 FAMILIES = ("llama", "mistral", "qwen2")
-"""Families whose decoder layers compute what llama.cpp's `deci` layers do."""
+"""Families whose decoder layers compute the same as llama.cpp's `deci` layers."""
 
 
 def write_gguf(
@@ -42,13 +42,13 @@ def write_gguf(
 ) -> Path:
     """Write `model`, already pruned to `plan`, into `folder` as `<name>-<FILE TYPE>.gguf`; returns that path.
 
-    `f16`: every matrix F16. Others: as llama.cpp's quantiser would (gguf_types.py), and the log says how many matrices
-    could not be stored as the type asks. Norms and biases are F32. Tensors are converted and written one at a time, so
-    the memory needed is that of the largest one.
+    With `f16`, all matrices are F16. Other types follow llama.cpp's quantiser (tensor_types.py), and the log counts the
+    matrices that need another type. Norms and biases are F32. Tensors are converted and written one at a time, so the
+    peak memory is that of the largest tensor.
 
-    Raises ModelError where GGUF cannot say what the model computes (another family, a sliding window, other rope
-    scaling than `linear` and `llama3`, an unknown tokenizer) and where K-quants are wanted and llama.cpp is not
-    installed. Raises PlanMismatchError for the plan of another model.
+    Raises ModelError if GGUF does not support the model (another family, a sliding window, rope scaling other than
+    `linear` and `llama3`, an unknown tokenizer), and if K-quants are requested and llama.cpp is not installed. Raises
+    PlanMismatchError for the plan of another model.
     """
     _check_layers(model)
     vocabulary = read_vocabulary(model.tokenizer, model.causal_lm.config)
@@ -63,14 +63,14 @@ def write_gguf(
         _write(writer, tensors, progress)
     finally:
         writer.close()
-    _tell_what_is_stored_otherwise(tensors, file_type, path)
+    _log_fallback_types(tensors, file_type, path)
     return path
 
 
 def check_gguf(model: LoadedModel, file_type: GgufType = "f16") -> None:
-    """Raise ModelError where a GGUF cannot say what `model` computes, or how its tokenizer splits texts.
+    """Raise ModelError if GGUF does not support `model` or its tokenizer.
 
-    Also where this machine cannot make `file_type`.
+    Also raises it if this machine cannot write `file_type`.
     """
     _check_layers(model)
     if needs_ggml(kinds_of(file_type, model.decoder.shape)):
@@ -84,20 +84,20 @@ def _check_layers(model: LoadedModel) -> None:
     family = model.decoder.shape.family
     if family not in FAMILIES:
         raise ModelError(
-            f"the format gguf cannot carry a pruned model of the family {family!r}; "
+            f"the format gguf does not support pruned models of the family {family!r}; "
             f"it supports {', '.join(FAMILIES)}; use the format hf or padded"
         )
     if getattr(config, "sliding_window", None) is not None:
         raise ModelError(
-            f"the format gguf cannot carry the sliding window of this model ({config.sliding_window} tokens): "
-            "llama.cpp knows none in layers of different sizes; use the format hf or padded"
+            f"the format gguf does not support this model's sliding window ({config.sliding_window} tokens) in layers "
+            "of different sizes; use the format hf or padded"
         )
     if config.hidden_act not in ("silu", "swish"):
-        raise ModelError(f"the format gguf supports the activation silu only, and this model has {config.hidden_act!r}")
+        raise ModelError(f"the format gguf supports only the activation silu, but this model has {config.hidden_act!r}")
 
 
 def _file_name(name: str) -> str:
-    """The name with every run of characters that are awkward in a file name as one hyphen."""
+    """Return the name with each run of characters that are unsafe in file names replaced by a hyphen."""
     return re.sub(r"[^\w.]+", "-", name).strip("-.") or "model"
 
 
@@ -112,7 +112,7 @@ def _add_metadata(writer: Any, model: LoadedModel, plan: Plan, file_type: GgufTy
     writer.add_head_count_kv([layer.kv_heads for layer in plan.layers])
     writer.add_feed_forward_length([layer.mlp_channels for layer in plan.layers])
     writer.add_embedding_length(shape.hidden_size)
-    # Left out, it would be taken for hidden size / heads of the first layer.
+    # Without it, llama.cpp assumes hidden size / heads of the first layer.
     writer.add_key_length(shape.head_dim)
     writer.add_value_length(shape.head_dim)
     writer.add_rope_dimension_count(shape.head_dim)
@@ -123,7 +123,7 @@ def _add_metadata(writer: Any, model: LoadedModel, plan: Plan, file_type: GgufTy
 
 
 def _write(writer: Any, tensors: tuple[GgufTensor, ...], progress: Progress) -> None:
-    """Header, metadata and the table of tensors first: their sizes are known before any of them is converted."""
+    """Write header, metadata and the table of tensors, then convert and write each tensor."""
     for tensor in tensors:
         writer.add_tensor_info(tensor.name, tensor.stored_shape, tensor.dtype, tensor.nbytes, raw_dtype=tensor.type)
     writer.write_header_to_file()
@@ -133,8 +133,8 @@ def _write(writer: Any, tensors: tuple[GgufTensor, ...], progress: Progress) -> 
         writer.write_tensor_data(tensor.data())
 
 
-def _tell_what_is_stored_otherwise(tensors: tuple[GgufTensor, ...], file_type: GgufType, path: Path) -> None:
-    """Say what has more bits than the file's type asks for, and whether other MLP widths would help."""
+def _log_fallback_types(tensors: tuple[GgufTensor, ...], file_type: GgufType, path: Path) -> None:
+    """Log the matrices that have more bits than the file type asks for, and whether other MLP widths would help."""
     of = sum(tensor.type != Kind.F32 for tensor in tensors)
     said = {"of": of, "file": path.name, "file_type": file_type}
     otherwise = [tensor for tensor in tensors if tensor.wanted is not None]
@@ -147,10 +147,10 @@ def _tell_what_is_stored_otherwise(tensors: tuple[GgufTensor, ...], file_type: G
 
 
 def _advice(tensors: list[GgufTensor], multiple: int) -> str:
-    """What to do about rows of an odd length: the MLP's width is the plan's choice, the hidden size is the model's."""
+    """Return advice about row lengths: the plan sets the MLP widths, but the hidden size is the model's."""
     helped = sum(".ffn_down." in tensor.name for tensor in tensors)
     avoids = f"multiple_of {multiple} avoids it"
     if helped == len(tensors):
-        return f"their rows are no multiple of {multiple} long; {avoids}"
-    why = f"their rows are no multiple of {multiple} long, which is the model's own size"
+        return f"their row length is no multiple of {multiple}; {avoids}"
+    why = f"their row length is no multiple of {multiple}, because of the model's hidden size"
     return f"{why}; {avoids} for {helped} of them" if helped else why

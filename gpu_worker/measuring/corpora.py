@@ -1,4 +1,4 @@
-"""Texts as fixed windows of tokens: what heads are scored on, what a search minimises, what is reported."""
+"""Reads texts as fixed-length windows of tokens for calibration, fitness and the report."""
 
 import hashlib
 from collections import defaultdict
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gpu_worker.models.checkpoints import reading, reason
-from gpu_worker.models.hub import datasets_go_offline, hub_reachable
+from gpu_worker.models.hub import hub_reachable, set_datasets_offline
 from protocol.errors import DataError
 from protocol.plans.spec import Role, SearchSpec, TextSpec
 
@@ -20,25 +20,25 @@ WIKITEXT2 = "wikitext2"
 C4 = "c4"
 SELF = "self"
 SPLITS: dict[str, dict[Role, str]] = {
-    # Scored on the train split: 128 windows of 4,096 tokens are more than the validation split. FLAP's code calibrates
-    # Wanda-sp on C4, and where it reads this split joins its rows by spaces.
+    # Calibrates on the train split, because 128 windows of 4,096 tokens exceed the validation split. FLAP's code
+    # calibrates Wanda-sp on C4, and where it reads this split it joins the rows by spaces.
     WIKITEXT2: {"calibration": "train", "fitness": "validation", "report": "test"},
     # SparseGPT reports on the first 1,100 documents of its validation file.
     C4: {"calibration": "train[:4000]", "fitness": "validation[1100:2200]", "report": "validation[:1100]"},
 }
-"""What each role reads of a text of the hub."""
+"""The split of a hub dataset that each role reads."""
 C4_FILES = {"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"}
-"""One file of each split of C4, which has 300 GB."""
+"""One file of each split of C4, which has 300 GB in total."""
 
 Source = tuple[str, str]
-"""A text, and its split where it has several: roles with the same source share its windows."""
+"""A text and its split, if it has several. Roles with the same source divide its windows among themselves."""
 GenerateText = Callable[[int, int], Tensor]
-"""Windows and their length -> tokens [windows, length] that the dense model writes itself."""
+"""(number of windows, length) -> tokens [windows, length] written by the dense model."""
 
 
 @dataclass(frozen=True)
 class Texts:
-    """Windows of tokens (long, [windows, seqlen], on the CPU), disjoint where roles share a source."""
+    """Windows of tokens (long, [windows, seqlen], on the CPU); disjoint when roles share a source."""
 
     calibration: Tensor
     fitness: Tensor
@@ -46,12 +46,12 @@ class Texts:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of all windows: equal on two workers that measure on the same tokens."""
+        """Return the SHA-256 of all windows: equal on workers that measure on the same tokens."""
         return windows_digest(*(w for w in (self.calibration, self.fitness, self.report) if w is not None))
 
 
 def windows_digest(*texts: Tensor) -> str:
-    """SHA-256 of tokens [windows, seqlen]: equal where the tokens are."""
+    """Return the SHA-256 of tokens [windows, seqlen]."""
     digest = hashlib.sha256()
     for windows in texts:
         digest.update(f"{tuple(windows.shape)}".encode())
@@ -60,12 +60,11 @@ def windows_digest(*texts: Tensor) -> str:
 
 
 def load_texts(spec: SearchSpec, tokenizer: Any, generate: GenerateText, start: int | None = None) -> Texts:
-    """The windows of all roles of `spec`. `generate` is called where a source is `self`.
+    """Return the windows of all roles of `spec`. `generate` is called for the source `self`.
 
-    A source is cut into chunks of the longest window that its roles ask for. The roles (calibration, fitness, report,
-    in this order) take chunks from one seeded shuffle and cut them to their own length; a role that asks for all
-    windows gets, in order of the text, those that the others left. Raises DataError for a source that cannot be had
-    or is too short.
+    A source is cut into chunks of the longest window that its roles need. The roles (calibration, fitness, report, in
+    this order) take chunks from one seeded shuffle and cut them to their own length. A role that needs all windows gets
+    those that the others left, in text order. Raises DataError for a source that is not available or too short.
     """
     windows = load_roles(spec.texts, spec.seed, tokenizer, generate, start)
     return Texts(windows["calibration"], windows["fitness"], windows.get("report"))
@@ -79,11 +78,11 @@ def load_roles(
     start: int | None = None,
     only: Collection[Role] | None = None,
 ) -> dict[Role, Tensor]:
-    """The windows of each role of `texts`; see `load_texts`.
+    """Return the windows of each role of `texts`; see `load_texts`.
 
-    With `only`, the other roles are there to keep their windows out of these: a source of theirs alone is not read.
-    `start` takes the place of every window's first token, which is context only and never predicted: some models are
-    lost without the token that every text began with when they were trained.
+    With `only`, the other roles just reserve their windows; a source that only they use is not read. `start` replaces
+    every window's first token, which is context and never predicted: some models predict badly without the token that
+    started every text in training.
     """
     by_source: dict[Source, dict[Role, TextSpec]] = defaultdict(dict)
     for role, text in texts.items():
@@ -94,15 +93,15 @@ def load_roles(
             continue
         length = max(text.seqlen for text in roles.values())
         tokens = _self_tokens(roles, length, generate) if source[0] == SELF else _tokens(source, tokenizer)
-        windows |= share(tokens, roles, length, seed, source[0])
+        windows |= split_by_role(tokens, roles, length, seed, source[0])
     if start is not None:
         for tokens in windows.values():
             tokens[:, 0] = start
     return windows
 
 
-def share(tokens: Tensor, roles: dict[Role, TextSpec], length: int, seed: int, name: str) -> dict[Role, Tensor]:
-    """Deal the chunks of `length` tokens of one text [tokens] out to its roles; see `load_texts`."""
+def split_by_role(tokens: Tensor, roles: dict[Role, TextSpec], length: int, seed: int, name: str) -> dict[Role, Tensor]:
+    """Distribute the chunks of `length` tokens of one text [tokens] among its roles; see `load_texts`."""
     chunks = tokens[: len(tokens) // length * length].view(-1, length)
     shuffled = torch.randperm(len(chunks), generator=torch.Generator().manual_seed(seed))
     windows: dict[Role, Tensor] = {}
@@ -124,32 +123,32 @@ def share(tokens: Tensor, roles: dict[Role, TextSpec], length: int, seed: int, n
 
 
 def cut(chunks: Tensor, seqlen: int) -> Tensor:
-    """Chunks [n, length] as windows [n × (length // seqlen), seqlen]."""
+    """Cut chunks [n, length] into windows [n × (length // seqlen), seqlen]."""
     per_chunk = chunks.shape[1] // seqlen
     return chunks[:, : per_chunk * seqlen].reshape(-1, seqlen)
 
 
 def chunks_needed(text: TextSpec, length: int) -> int:
-    """How many chunks of `length` hold the windows of `text`."""
+    """Return how many chunks of `length` hold the windows of `text`."""
     assert text.windows is not None
     return -(-text.windows // (length // text.seqlen))
 
 
 def source_of(role: Role, text: TextSpec) -> Source:
-    """Where the windows of a role come from."""
+    """Return the source of a role's windows."""
     return text.place, SPLITS[text.source][role] if text.source in SPLITS else ""
 
 
 def _tokens(source: Source, tokenizer: Any) -> Tensor:
     text = _of_the_hub(*source) if source[0] in SPLITS else _file(source[0])
-    # In word-level WikiText rare words read `<unk>`, which some tokenizers take for a special token. `unk` is a word.
+    # Word-level WikiText replaces rare words with `<unk>`, which some tokenizers read as a special token.
     ids = tokenizer(text.replace("<unk>", "unk"), verbose=False)["input_ids"]
     return torch.tensor(ids, dtype=torch.long)
 
 
 def _self_tokens(roles: dict[Role, TextSpec], length: int, generate: GenerateText) -> Tensor:
     if any(text.windows is None for text in roles.values()):
-        raise DataError(f"the source `{SELF}` has no end: say how many windows of it to use")
+        raise DataError(f"the source `{SELF}` is unlimited: set the number of windows")
     return generate(sum(chunks_needed(text, length) for text in roles.values()), length).flatten()
 
 
@@ -166,31 +165,31 @@ def _file(path: str) -> str:
 
 @dataclass(frozen=True)
 class HubData:
-    """A data set of the hub."""
+    """A dataset on the hub."""
 
     repository: str
     config: str | None
     called: str
-    """What people call it."""
+    """Its name in messages."""
     otherwise: str
-    """What they may do where it cannot be had."""
+    """What to do if it is not available, for messages."""
 
     def split(self, split: str, data_files: Mapping[str, str] | None = None) -> Any:
-        """A split of it, or of those of its files that `data_files` names by split.
+        """Load a split, or with `data_files` the files named for it.
 
-        Raises DataError where it cannot be had.
+        Raises DataError if it is not available.
         """
-        import datasets  # half a second that no other source needs
+        import datasets  # takes half a second, needed only for data from the hub
 
         datasets.disable_progress_bars()
         offline = not hub_reachable()
         if offline:
-            datasets_go_offline()
+            set_datasets_offline()
         with reading(partial(self._cannot_load, offline), DataError):
             return datasets.load_dataset(self.repository, self.config, split=split, data_files=data_files)
 
     def _cannot_load(self, offline: bool, error: Exception) -> str:
-        # A DatasetGenerationError says no more than that there was another error.
+        # A DatasetGenerationError only says that there was another error.
         cause = error.__cause__ if type(error).__name__ == "DatasetGenerationError" else None
         true = cause if isinstance(cause, Exception) else error
         if offline and isinstance(true, ConnectionError | FileNotFoundError | ValueError):
@@ -202,7 +201,7 @@ def _of_the_hub(name: str, split: str) -> str:
     otherwise = f"pass a text file, or `{SELF}`"
     if name == C4:
         kind = split.partition("[")[0]
-        # Without a config's name: with one, `datasets` misses the config's other files.
+        # No config name: with one, `datasets` reports the config's other files as missing.
         documents = HubData("allenai/c4", None, name, otherwise).split(split, {kind: C4_FILES[kind]})
         return " ".join(documents["text"])  # as SparseGPT joins them
     wikitext = HubData("Salesforce/wikitext", "wikitext-2-raw-v1", name, otherwise)
@@ -211,9 +210,9 @@ def _of_the_hub(name: str, split: str) -> str:
 
 def _too_short(name: str, tokens: int, roles: dict[Role, TextSpec]) -> str:
     asked = ", ".join(
-        f"{'all the other' if text.windows is None else text.windows} windows of {text.seqlen} for {role}"
+        f"{'all other' if text.windows is None else text.windows} windows of {text.seqlen} for {role}"
         for role, text in roles.items()
     )
     longest = max(text.seqlen for text in roles.values())
     has = f"its {tokens:,} tokens make {tokens // longest} windows of {longest}"
-    return f"{name} is too short: {has}, asked for are {asked}"
+    return f"{name} is too short: {has}, but the settings ask for {asked}"

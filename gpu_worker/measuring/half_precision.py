@@ -1,7 +1,8 @@
-"""Matrix products of half precision on CPUs that have no instructions for it.
+"""Half-precision matrix products on CPUs without instructions for them.
 
-There torch multiplies bfloat16 and float16 several times slower than float32. The same products are computed in
-float32 here and rounded once, at the end, as CPUs with instructions do. Weights and activations stay as they are.
+On such CPUs, torch multiplies bfloat16 and float16 several times slower than float32. Here the same products are
+computed in float32 and rounded once at the end, as CPUs with these instructions do. Weights and activations keep their
+dtype.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,14 +17,14 @@ from torch.overrides import TorchFunctionMode
 
 log = structlog.get_logger()
 
-FEWEST_ROWS = 8
-"""With fewer, converting the weight takes longer than is gained."""
-CONVERTED = 2**22
-"""Numbers of a weight that are converted at a time: what fits the caches needs no new memory."""
+MIN_ROWS = 8
+"""With fewer rows, converting the weight costs more time than it saves."""
+CHUNK_ELEMENTS = 2**22
+"""Elements of a weight converted at a time: few enough to fit the caches."""
 
 
 def is_slow(dtype: torch.dtype) -> bool:
-    """Whether this CPU has no instructions for products of `dtype`, as torch itself finds."""
+    """Return whether this CPU lacks instructions for products of `dtype`, according to torch."""
     if dtype not in (torch.bfloat16, torch.float16):
         return False
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
@@ -33,7 +34,7 @@ def is_slow(dtype: torch.dtype) -> bool:
 
 
 def warn_if_slow(dtype: str, device: torch.device, than: str) -> None:
-    """Say where this CPU is slow in `dtype`; `than` is how long it takes, in the words of who computes."""
+    """Log a warning if this CPU is slow in `dtype`; `than` tells how much faster float32 is."""
     if device.type == "cpu" and is_slow(getattr(torch, dtype)):
         advice = f"this CPU has no instructions for it, and {than} in float32"
         log.warning("half_precision_is_slow", dtype=dtype, advice=advice)
@@ -41,7 +42,7 @@ def warn_if_slow(dtype: str, device: torch.device, than: str) -> None:
 
 @contextmanager
 def products_in_float32() -> Iterator[None]:
-    """While it lasts, this thread's linear layers on the CPU are computed so, in those types that are slow there."""
+    """Compute this thread's linear layers on the CPU in float32 for those half-precision types that are slow."""
     slow = frozenset(dtype for dtype in (torch.bfloat16, torch.float16) if is_slow(dtype))
     if not slow or torch.cuda.is_available():
         yield
@@ -69,12 +70,12 @@ class _LinearInFloat32(TorchFunctionMode):
             and x.dtype == weight.dtype
             and x.dtype in self._dtypes
             and x.device.type == weight.device.type == "cpu"
-            and x.numel() >= FEWEST_ROWS * x.shape[-1]
+            and x.numel() >= MIN_ROWS * x.shape[-1]
         )
 
 
 class _Linear(torch.autograd.Function):
-    """F.linear; for its gradients the inputs are kept as they came, and those that are needed. No torch.func."""
+    """F.linear that saves only the needed inputs, unconverted, for the backward pass. Does not support torch.func."""
 
     @staticmethod
     def forward(context: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -110,5 +111,5 @@ class _Linear(torch.autograd.Function):
 
 
 def _parts(weight: Tensor) -> tuple[Tensor, ...]:
-    """Rows of `weight` [out, in] that are converted at a time."""
-    return torch.split(weight, max(1, CONVERTED // weight.shape[1]))
+    """Split `weight` [out, in] into the rows that are converted at a time."""
+    return torch.split(weight, max(1, CHUNK_ELEMENTS // weight.shape[1]))

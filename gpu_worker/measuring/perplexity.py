@@ -1,4 +1,4 @@
-"""Perplexity: token-weighted negative log-likelihood over windows of tokens."""
+"""Measures perplexity: the exponential of the mean negative log-likelihood per token over windows."""
 
 import math
 from collections.abc import Iterator
@@ -9,17 +9,17 @@ from torch.nn import functional as F
 
 from gpu_worker.models.errors import NotFiniteError
 from gpu_worker.models.families import Decoder
-from gpu_worker.models.limits import LOGITS_BYTES
+from gpu_worker.models.limits import LOGITS_CHUNK_BYTES
 from gpu_worker.progress import Progress, no_progress, steps
 
 
 def perplexity(
     decoder: Decoder, windows: Tensor, progress: Progress = no_progress, stage: str = "measuring"
 ) -> tuple[float, int]:
-    """Perplexity of `windows` (long, [n, seqlen]) and the number of tokens it is averaged over, n × (seqlen − 1).
+    """Return the perplexity of `windows` (long, [n, seqlen]) and its number of predicted tokens, n × (seqlen − 1).
 
-    The mean is over tokens, as in transformers' own `labels=` loss; a window's first token is never predicted.
-    Raises NotFiniteError where the result is no finite number.
+    The mean is over tokens, as in transformers' `labels=` loss; a window's first token is never predicted.
+    Raises NotFiniteError if the result is not finite.
     """
     total = 0.0
     with torch.inference_mode():
@@ -30,7 +30,7 @@ def perplexity(
 
 
 def perplexity_of(loss: float, tokens: int) -> float:
-    """Perplexity where the loss of so many tokens sums to `loss` nats. Raises NotFiniteError where it is no number."""
+    """Return the perplexity for a total `loss` in nats over `tokens`. Raises NotFiniteError if it is not finite."""
     mean = loss / tokens
     try:
         result = math.exp(mean)
@@ -42,7 +42,7 @@ def perplexity_of(loss: float, tokens: int) -> float:
 
 
 def checked_perplexity(decoder: Decoder, windows: Tensor, progress: Progress, stage: str) -> tuple[float, int]:
-    """As `perplexity`; what is broken shows after the first window: the mean loss is the mean of the windows' means."""
+    """Measure as `perplexity` does, but check each window, so that a broken model is reported after the first one."""
     losses = []
     tokens = 0
     for window in steps(progress, stage, windows):
@@ -53,23 +53,23 @@ def checked_perplexity(decoder: Decoder, windows: Tensor, progress: Progress, st
 
 
 def window_loss(decoder: Decoder, window: Tensor) -> float:
-    """Summed negative log-likelihood, in nats, of all but the first token of each window in `window` [batch, seqlen].
+    """Return the summed negative log-likelihood in nats of all but the first tokens of `window` [batch, seqlen].
 
-    One window at a time is as fast as several: a thousand tokens fill the matmuls, and the attention is smaller.
+    One window at a time is as fast as several: a thousand tokens saturate the matmuls.
     """
     return hidden_loss(decoder, final_hidden(decoder, window), window)
 
 
 def final_hidden(decoder: Decoder, window: Tensor) -> Tensor:
-    """The body's final hidden states [batch, seqlen, hidden size] of `window` [batch, seqlen]."""
+    """Return the body's final hidden states [batch, seqlen, hidden size] of `window` [batch, seqlen]."""
     hidden: Tensor = decoder.body(input_ids=window.to(decoder.device), use_cache=False).last_hidden_state
     return hidden
 
 
 def hidden_loss(decoder: Decoder, hidden: Tensor, window: Tensor) -> float:
-    """The loss of `window` [batch, seqlen] given the body's final hidden states [batch, seqlen, hidden size].
+    """Return the loss of `window` [batch, seqlen] given the body's final hidden states [batch, seqlen, hidden size].
 
-    Summed in fp32 (fp64 between chunks).
+    Sums in fp32, and in fp64 between chunks.
     """
     total = torch.zeros((), dtype=torch.float64, device=decoder.head.weight.device)
     for logits, targets in logit_chunks(decoder, hidden, window):
@@ -78,13 +78,15 @@ def hidden_loss(decoder: Decoder, hidden: Tensor, window: Tensor) -> float:
 
 
 def logit_chunks(decoder: Decoder, hidden: Tensor, window: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """For the predicted tokens of `window` in order, some rows at a time: logits [rows, vocabulary] and tokens [rows].
+    """Yield logits [rows, vocabulary] and actual tokens [rows] of chunks of the predictions for `window`, in order.
 
-    Logits of all tokens at once would be gigabytes. They are made in the model's type and handed out in fp32, all on
-    the head's device: of a model spread over several GPUs it need not be that of the last layer.
+    Logits of all tokens at once would take gigabytes. They are computed in the model's dtype and yielded in fp32 on the
+    head's device, which may differ from the last layer's if the model is spread over several GPUs.
     """
     states = hidden[:, :-1].flatten(0, 1).to(decoder.head.weight.device)
     targets = window[:, 1:].flatten().to(states.device)
-    rows = max(1, LOGITS_BYTES.get(states.device.type, LOGITS_BYTES["cuda"]) // (4 * decoder.head.out_features))
+    rows = max(
+        1, LOGITS_CHUNK_BYTES.get(states.device.type, LOGITS_CHUNK_BYTES["cuda"]) // (4 * decoder.head.out_features)
+    )
     for chunk, target in zip(torch.split(states, rows), torch.split(targets, rows), strict=True):
         yield decoder.head(chunk).float(), target

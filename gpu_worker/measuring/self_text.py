@@ -1,4 +1,4 @@
-"""Text that the dense model writes itself: calibration and fitness data where no corpus can be had."""
+"""Samples text from the dense model, for calibration and fitness where no corpus is available."""
 
 import hashlib
 from collections.abc import Callable
@@ -14,23 +14,24 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from gpu_worker.cache import cached
 from gpu_worker.models.loading import LoadedModel
-from gpu_worker.models.memory import texts_at_once
+from gpu_worker.models.memory import generation_batch_size
 from gpu_worker.progress import Progress
 
 TEMPERATURE = 1.0
 TOP_K = 50
-"""Without a limit a small model's tail of unlikely tokens soon derails the text."""
+"""Most probable tokens to sample from. Without a limit, a small model soon derails on unlikely tokens."""
 OPENINGS = (
     "The history of", "In the early", "A new study", "She was born in", "The first", "During the war", "According to",
     "The city of", "Scientists have", "It was", "The film", "In mathematics", "The river", "He began his career",
     "The company", "Most people", "The song", "When the", "Many species of", "The government", "An important",
     "The team", "On the morning of", "The main character",
 )  # fmt: skip
-"""What the windows begin with, in turn: left to a bare start token an instruction-tuned model writes chat markup."""
+"""Prompts that the windows begin with, in turn: from a bare start token, an instruction-tuned model writes chat
+markup."""
 
 
 def self_text(model: LoadedModel, windows: int, length: int, seed: int, progress: Progress) -> Tensor:
-    """Tokens (long, [windows, length]) sampled from the dense model once and kept in the cache."""
+    """Return tokens (long, [windows, length]) sampled from the dense model, from the cache if they are there."""
     key = (
         f"{model.identity}|{model.causal_lm.dtype}|{model.device.type}|{seed}|{windows}|{length}|{TEMPERATURE}|{TOP_K}"
     )
@@ -43,12 +44,12 @@ def self_text(model: LoadedModel, windows: int, length: int, seed: int, progress
 
 
 def sample(model: LoadedModel, windows: int, length: int, seed: int, progress: Progress) -> Tensor:
-    """Sample `windows` texts of `length` tokens at temperature 1 from the 50 likeliest tokens, without special ones."""
+    """Sample `windows` texts of `length` tokens at temperature 1 from the top 50 tokens, without special ones."""
     prompts = _prompts(model.tokenizer, length)
     generator = torch.Generator(device=model.device).manual_seed(seed)
     batches = []
     progress("writing text", 0, windows * length)
-    together = texts_at_once(model.decoder.shape, model.causal_lm.dtype.itemsize, length)
+    together = generation_batch_size(model.decoder.shape, model.causal_lm.dtype.itemsize, length)
     for start in range(0, windows, together):
         rows = torch.arange(start, min(start + together, windows)) % len(prompts)
         report = partial(_report, progress, start * length, len(rows), windows * length)
@@ -57,12 +58,12 @@ def sample(model: LoadedModel, windows: int, length: int, seed: int, progress: P
 
 
 def _report(progress: Progress, before: int, texts: int, total: int, length: int) -> None:
-    """Tell of `texts` being written together that are `length` tokens long, after `before` tokens of others."""
+    """Report progress: `texts` have reached `length` tokens each, after `before` tokens of earlier batches."""
     progress("writing text", before + texts * length, total)
 
 
 def _prompts(tokenizer: Any, length: int) -> Tensor:
-    """The openings as tokens, cut to the shortest of them: without padding all rows stay aligned."""
+    """Return the openings as tokens, all cut to the shortest one so that no padding is needed."""
     ids = [tokenizer(text)["input_ids"] for text in OPENINGS]
     shortest = min(length - 1, *(len(row) for row in ids))
     return torch.tensor([row[:shortest] for row in ids], dtype=torch.long)
@@ -71,9 +72,9 @@ def _prompts(tokenizer: Any, length: int) -> Tensor:
 def _continue(
     model: LoadedModel, prompts: Tensor, length: int, generator: torch.Generator, report: Callable[[int], None]
 ) -> Tensor:
-    """Continue `prompts` [batch, prompt] to [batch, length]; `report` is told the length so far.
+    """Continue `prompts` [batch, prompt] to [batch, length]; call `report` with the length so far.
 
-    transformers' `generate` takes twice as long: it draws from the whole vocabulary, and its cache is copied for each
+    transformers' `generate` takes twice as long: it samples from the whole vocabulary and copies its cache for each
     token.
     """
     decoder = model.decoder
@@ -87,16 +88,16 @@ def _continue(
         for position in range(prompts.shape[1], length):
             hidden = decoder.body(input_ids=newest, use_cache=True, **{argument: cache}).last_hidden_state
             logits = decoder.head(hidden[:, -1]).float()
-            newest = _draw(logits.to(prompts.device), special, generator)  # the head may lie on another GPU
+            newest = _draw(logits.to(prompts.device), special, generator)  # the head may be on another GPU
             tokens = torch.cat([tokens, newest], dim=1)
             report(position + 1)
     return tokens
 
 
 def _draw(logits: Tensor, special: Tensor, generator: torch.Generator) -> Tensor:
-    """One token [batch, 1] for each row of `logits` [batch, vocabulary]; never a special one.
+    """Sample a token [batch, 1] for each row of `logits` [batch, vocabulary], excluding special tokens.
 
-    A special token would end the text, or make the rest of the window another document's.
+    A special token would end the text or start a new document in the window.
     """
     logits[:, special] = -torch.inf
     likeliest, ids = logits.topk(min(TOP_K, logits.shape[1] - len(special)))
@@ -105,10 +106,10 @@ def _draw(logits: Tensor, special: Tensor, generator: torch.Generator) -> Tensor
 
 
 class _ReservedLayer(DynamicLayer):  # type: ignore[misc]
-    """Keys and values of one layer in memory reserved for all tokens; the base class copies all for every token."""
+    """One layer's KV cache, preallocated for all tokens; the base class copies the cache for each token."""
 
-    # Makes transformers pass an attention mask, with which it packs the query heads that share a KV head. Without one
-    # it leaves the sharing to torch, whose CPU kernel is then five times as slow for a single token.
+    # Makes transformers pass an attention mask, with which it groups the query heads that share a KV head. Without one
+    # it leaves this to torch, whose CPU kernel is then five times slower for a single token.
     is_compileable = True
 
     def __init__(self, capacity: int) -> None:

@@ -1,4 +1,4 @@
-"""The model's own text, the same for all workers of a search: taken from the first who wrote it, or offered to them."""
+"""Makes all workers of a search use the same model-written text: that of the first worker to publish it."""
 
 from collections.abc import Callable
 
@@ -14,20 +14,23 @@ from protocol.queue.self_text import SelfText
 log = structlog.get_logger()
 
 Offer = Callable[[str], str]
-"""The JSON of the text that this worker wrote -> that of the one that counts."""
+"""JSON of the text that this worker wrote -> JSON of the published text."""
 
 
 class SharedText:
-    """`published` is the JSON of what the first worker wrote, None where nobody has yet; then `offer` is called."""
+    """Returns the published text, or offers a new one.
+
+    `published` is the JSON of the first worker's text, None if no worker has published one; then `offer` is called.
+    """
 
     def __init__(self, published: str | None, offer: Offer) -> None:
         self._published = published
         self._offer = offer
 
     def __call__(self, windows: int, length: int, write: Callable[[], Tensor]) -> Tensor:
-        """The tokens (long, [windows, length]) that count; `write` makes them where they are not there yet.
+        """Return the published tokens (long, [windows, length]); call `write` if none are published.
 
-        Raises StoreError where what is published is no such text.
+        Raises StoreError if the published text has another version or size.
         """
         if self._published is not None:
             return _tokens(self._published, windows, length)

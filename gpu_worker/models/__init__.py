@@ -1,1 +1,1 @@
-"""Loads models of every supported family and computes their memory. Start with loading.py and families.py."""
+"""Loads models of the supported families and estimates their memory. Start with loading.py and families.py."""

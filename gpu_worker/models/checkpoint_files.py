@@ -1,7 +1,7 @@
-"""Checks the files of a checkpoint before any of them is read: their kind, their size, and what they point to.
+"""Checks a checkpoint's files before any of them is read: file type, size, and paths that they refer to.
 
-A folder may come from anybody. Without these checks a pipe in it is waited for until it is written to, an index leads
-out of the folder, and a config that asks for far more weights than there are fills the memory with random numbers.
+A folder may come from an untrusted source. Without these checks, reading could block on a pipe, an index could lead out
+of the folder, and a config that declares far more weights than are stored would fill memory with random numbers.
 """
 
 import json
@@ -13,14 +13,14 @@ from typing import Any
 
 from safetensors import safe_open
 
-from gpu_worker.models.shown import shown
+from gpu_worker.models.quoting import quoted
 from protocol.errors import ModelError
 from protocol.runtime.byte_sizes import gigabytes
 
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-"""Files that say which file each weight is in."""
+"""Files that map each weight to its file."""
 WEIGHTS = ("model.safetensors", "pytorch_model.bin", *INDEXES)
-"""A folder with a model of its own has one of these files."""
+"""A folder that contains a complete model has one of these files."""
 ADAPTER = "adapter_config.json"
 WEIGHTS_READ = ("*.safetensors", "pytorch_model*.bin")
 TEXTS_READ = (
@@ -28,33 +28,31 @@ TEXTS_READ = (
     *("tokenizer*.json", "tokenizer.model*", "*.model", "*.spm", "tekken.json", "vocab*.json", "vocab*.txt"),
     *("merges*.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*"),
 )
-"""The names that transformers opens for a model and its tokenizer. A folder may hold any other file besides, such as
-a log or a link to a checkpoint that is gone."""
-LARGEST_BYTES = {"config.json": 2**20, "tokenizer.json": 2**27}
-"""Limits for single files, several times the largest that are known: Gemma's tokenizer.json has 33 MB."""
-LARGEST_TEXT_BYTES = 2**25
-"""Limit for any other file that holds no weights."""
-LONGEST_HEADER_BYTES = 2**25
-"""Limit for the header of a safetensors file; with a thousand tensors it has 100 kB."""
-MOST_UNSTORED = 2
-"""A model may ask for so many times the weights that its files hold. An error after loading names the missing weights;
-this limit keeps the loader from filling the memory before that."""
+"""File names that transformers opens for a model and its tokenizer. Other files in the folder, such as logs or dangling
+links, are ignored."""
+MAX_FILE_BYTES = {"config.json": 2**20, "tokenizer.json": 2**27}
+"""Limits for single files, several times the largest known ones: Gemma's tokenizer.json has 33 MB."""
+MAX_TEXT_BYTES = 2**25
+"""Limit for all other files without weights."""
+MAX_HEADER_BYTES = 2**25
+"""Limit for the header of a safetensors file. The header of a thousand tensors has 100 kB."""
+MAX_PARAMETER_RATIO = 2
+"""Largest allowed ratio of declared to stored parameters. Missing weights are reported after loading; this limit keeps
+the loader from filling memory before that."""
 
 
 def check_files(name: str, folder: Path) -> None:
-    """Raise ModelError for a file of the checkpoint `name` in `folder` that must not be read.
+    """Raise ModelError if a file of the checkpoint `name` in `folder` is not safe to read.
 
-    Only files that transformers opens are checked. A link to an ordinary file is followed wherever it leads: the hub's
-    own cache consists of such links.
+    Checks only files that transformers opens. Links to regular files are followed, because the hub's cache consists of
+    such links.
     """
     files = [path for path in sorted(folder.iterdir()) if not path.is_dir()]
     texts = [path for path in files if _is_one_of(path, TEXTS_READ)]
     for path in (*texts, *folder.glob("additional_chat_templates/*.jinja")):
-        size, largest = _ordinary_size(name, path), LARGEST_BYTES.get(path.name, LARGEST_TEXT_BYTES)
+        size, largest = _ordinary_size(name, path), MAX_FILE_BYTES.get(path.name, MAX_TEXT_BYTES)
         if size > largest:
-            raise ModelError(
-                f"the file {path.name!r} of {name!r} has {size:,} bytes, where at most {largest:,} can be meant"
-            )
+            raise ModelError(f"the file {path.name!r} of {name!r} has {size:,} bytes; at most {largest:,} are allowed")
     for path in files:
         if _is_one_of(path, WEIGHTS_READ):
             _check_weights(name, path)
@@ -70,51 +68,51 @@ def _is_one_of(path: Path, patterns: tuple[str, ...]) -> bool:
 
 
 def adapter_sentence(name: str) -> str:
-    """Explain why an adapter alone is refused: its config may name any model of any place as the one to load."""
-    return f"{name!r} holds an adapter ({ADAPTER}) and no model of its own; merge it into its base model"
+    """Return the error message for an adapter without a model: its config could name any model, from anywhere."""
+    return f"{name!r} holds only an adapter ({ADAPTER}) and no model; merge it into its base model"
 
 
 def check_index(name: str, index: Path) -> None:
-    """Raise ModelError unless the index leads to files of its own folder alone."""
+    """Raise ModelError unless the index refers only to files in its own folder."""
     written = _read_json(name, index)
     where = written.get("weight_map") if isinstance(written, Mapping) else None
     if not isinstance(where, Mapping) or not all(isinstance(file, str) for file in where.values()):
         raise ModelError(f"the file {index.name!r} of {name!r} does not say which file each weight is in")
     for file in sorted(set(where.values())):
         if not is_inside(file):
-            raise ModelError(f"the file {index.name!r} of {name!r} names {shown(file)}, which is outside the folder")
+            raise ModelError(f"the file {index.name!r} of {name!r} names {quoted(file)}, which is outside the folder")
         if (index.parent / file).exists():
             _check_weights(name, index.parent / file)
 
 
 def is_inside(file: str) -> bool:
-    """Whether a file name cannot lead out of the folder that it is joined to."""
+    """Return whether a relative file name stays inside the folder that it is joined to."""
     path = PurePosixPath(file)
     return bool(file) and file.isprintable() and "\\" not in file and not path.is_absolute() and ".." not in path.parts
 
 
 def check_stored(name: str, folder: Path, asked: int) -> None:
-    """Raise ModelError where the config asks for far more parameters than the safetensors files in `folder` hold.
+    """Raise ModelError if the config declares far more parameters than the safetensors files in `folder` hold.
 
-    `asked` is the number of parameters of the model that the config describes.
+    `asked` is the number of parameters that the config declares.
     """
     files = sorted(folder.glob("*.safetensors"))
     stored = sum(count for file in files for count in _sizes(name, file))
-    if files and asked > MOST_UNSTORED * stored:
+    if files and asked > MAX_PARAMETER_RATIO * stored:
         raise ModelError(
             f"the config of {name!r} asks for {asked:,} parameters where its files hold {stored:,}; "
-            "pass a model with the config that belongs to its weights"
+            "pass a model whose config matches its weights"
         )
 
 
 def _sizes(name: str, file: Path) -> Iterator[int]:
-    """The number of elements of each tensor in a safetensors file; the library checks its header against the file."""
+    """Yield the number of elements of each tensor in a safetensors file. The library checks the header itself."""
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
-    if length > LONGEST_HEADER_BYTES:
+    if length > MAX_HEADER_BYTES:
         raise ModelError(f"the file {file.name!r} of {name!r} claims a header of {length:,} bytes")
     with safe_open(file, framework="numpy") as weights:
-        for key in weights.keys():  # noqa: SIM118  (it is no dictionary)
+        for key in weights.keys():  # noqa: SIM118  (not a dict)
             count = 1
             for size in weights.get_slice(key).get_shape():
                 count *= size
@@ -122,7 +120,7 @@ def _sizes(name: str, file: Path) -> Iterator[int]:
 
 
 def _ordinary_size(name: str, path: Path) -> int:
-    """The size of a file in bytes. Raises ModelError for a pipe, a device, a folder, or a link that leads nowhere."""
+    """Return the size of a file in bytes. Raises ModelError for a pipe, a device, a folder or a dangling link."""
     try:
         status = path.stat()
     except OSError as error:
@@ -133,9 +131,9 @@ def _ordinary_size(name: str, path: Path) -> int:
 
 
 def _check_weights(name: str, path: Path) -> None:
-    """Raise ModelError for weights that are no ordinary file, or that would unpack to more than the file's size.
+    """Raise ModelError for weights that are not a regular file, or that unpack to more than the file's size.
 
-    The files of torch.save are zip archives, which torch never compresses.
+    torch.save writes zip archives without compression, so a compressed archive is not from torch.
     """
     size = _ordinary_size(name, path)
     if path.suffix == ".safetensors" or not zipfile.is_zipfile(path):

@@ -1,4 +1,4 @@
-"""What is checked of a checkpoint, its config before the weights are loaded and they after; and how reading fails."""
+"""Loads a checkpoint's weights, and checks its config before and its weights after loading."""
 
 import ctypes
 import mmap
@@ -17,31 +17,31 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from gpu_worker.models.errors import is_device_lost, is_out_of_memory
-from gpu_worker.models.exported import register_pruned_classes
 from gpu_worker.models.families import PRUNED, family_of
-from gpu_worker.models.shown import shown
+from gpu_worker.models.modeling import register_pruned_classes
+from gpu_worker.models.quoting import quoted
 from gpu_worker.models.sizes import check_numbers, check_sizes
 from protocol.errors import ModelError, SelfPrunerError, UsageError
 
-LONGEST_REASON = 300
-"""Characters of another library's error that a sentence repeats: some of them repeat the file."""
+MAX_REASON_CHARACTERS = 300
+"""Longest part of another library's error that a message quotes: some errors contain the whole file."""
 STRETCHED = ("linear", "dynamic", "yarn")
-"""Kinds of rotary positions of which a config states the length before they are stretched."""
+"""Rope types whose config states the context length before scaling."""
 LEFT_OVER = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
-"""What a checkpoint may hold and the model does not: tables that old Llamas saved and that follow from the config."""
+"""Tensors that a checkpoint may have in excess: tables that old Llamas saved, which follow from the config."""
 
 
 @contextmanager
 def reading(sentence: Callable[[Exception], str], kind: type[UsageError] = ModelError) -> Iterator[None]:
-    """While it lasts, an error is of this `kind`, with a `sentence` about it: other libraries are reading files.
+    """Convert errors of libraries that read files into errors of this `kind`, with `sentence(error)` as message.
 
-    Our own errors stay what they are, and so do those that tell of the memory or the device and not of the files.
+    This project's own errors pass through, and so do errors about memory or the device.
     """
     try:
         yield
     except SelfPrunerError:
         raise
-    # A broken file is answered by whatever it runs into: KeyError, TypeError, ZeroDivisionError, UnpicklingError, ...
+    # A broken file can cause any error: KeyError, TypeError, ZeroDivisionError, UnpicklingError, ...
     except Exception as error:
         if is_out_of_memory(error) or is_device_lost(error):
             raise
@@ -49,21 +49,21 @@ def reading(sentence: Callable[[Exception], str], kind: type[UsageError] = Model
 
 
 def reason(error: Exception) -> str:
-    """What an error of another library says, in one line."""
-    if isinstance(error, UnpicklingError):  # torch's text advises to run whatever code the file holds
-        return "the file of weights is damaged, or holds more than weights"
+    """Return the message of another library's error in one line."""
+    if isinstance(error, UnpicklingError):  # torch's message advises running the code in the file
+        return "the weight file is damaged, or contains more than weights"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
     line = " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
-    told = isinstance(error, OSError | ValueError | SafetensorError) and line
-    whole = line if told else f"{type(error).__name__}: {line}"
-    return (whole if len(whole) <= LONGEST_REASON else f"{whole[:LONGEST_REASON]} …").rstrip(".,;: ")
+    is_readable = isinstance(error, OSError | ValueError | SafetensorError) and line
+    whole = line if is_readable else f"{type(error).__name__}: {line}"
+    return (whole if len(whole) <= MAX_REASON_CHARACTERS else f"{whole[:MAX_REASON_CHARACTERS]} …").rstrip(".,;: ")
 
 
 def check_config(name: str, config: Mapping[str, Any]) -> None:
-    """Raise ModelError for a model that is known to be of no use here from what its config.json says (`config`).
+    """Raise ModelError for a model that cannot be used, judging by its config.json (`config`).
 
-    Transformers has the supported families itself, and a folder that Self-Pruner exported is loaded with this version's
-    own classes, so that no code from beside the weights is ever run.
+    transformers contains the supported families, and a folder that Self-Pruner exported is loaded with this version's
+    own classes. So no code from the model's folder is ever run.
     """
     family_of(SimpleNamespace(model_type=config.get("model_type")))
     if str(config.get("model_type")).startswith(PRUNED):
@@ -74,7 +74,7 @@ def check_config(name: str, config: Mapping[str, Any]) -> None:
 
 
 def check_plain(name: str, config: Mapping[str, Any]) -> None:
-    """Raise ModelError where the weights are quantised: packed numbers cannot be scored, ordered or sliced."""
+    """Raise ModelError for quantised weights: packed values cannot be scored, ordered or sliced."""
     packing = config.get("quantization_config")
     if packing:
         raise ModelError(
@@ -84,20 +84,20 @@ def check_plain(name: str, config: Mapping[str, Any]) -> None:
 
 
 def quantisation_method(packing: object) -> str:
-    """What a `quantization_config` calls its method; the oldest of bitsandbytes say only how many bits."""
+    """Return the method that a `quantization_config` names. Old ones of bitsandbytes state only the number of bits."""
     if not isinstance(packing, Mapping):
         return "unknown method"
     named = packing.get("quant_method")
     if named:
-        return shown(named).strip("'")
+        return quoted(named).strip("'")
     return "bitsandbytes" if packing.get("load_in_8bit") or packing.get("load_in_4bit") else "unknown method"
 
 
 def longest_positions(config: Any) -> int | None:
-    """Tokens of the longest text that a model of this config was made for; None where the config does not say.
+    """Return the context length in tokens that a model of this config supports; None if the config does not say.
 
-    Llamas whose positions are stretched by a factor state the length before that. Others state the length after it:
-    Llama 3.1, Phi-3 and Gemma 3, whose stretching differs by layer.
+    With the rope types in `STRETCHED`, a config states the length before scaling. Others (Llama 3.1, Phi-3, Gemma 3)
+    state the length after it.
     """
     stated = getattr(config, "max_position_embeddings", None)
     rope = getattr(config, "rope_parameters", None) or {}
@@ -108,19 +108,19 @@ def longest_positions(config: Any) -> int | None:
 
 
 def load_weights(name: str, source: str, dtype: torch.dtype, **options: Any) -> Any:
-    """The causal language model of a folder or hub name, by transformers' loader with these `options`.
+    """Return the causal language model of a folder or hub name, loaded by transformers with these `options`.
 
-    Raises ModelError where it would have made weights up, or left some out: it goes on with random numbers in the gaps,
-    and without what the config does not ask for.
+    Raises ModelError for missing or unexpected weights: transformers would continue with random values for missing ones
+    and without unexpected ones.
     """
-    # Weights of another size are told apart below, with a sentence.
+    # Weights of another size are reported below, in one sentence.
     loaded, report = transformers.AutoModelForCausalLM.from_pretrained(
         source,
         dtype=dtype,
         output_loading_info=True,
         ignore_mismatched_sizes=True,
-        # Where peft is installed, transformers adds an adapter that lies beside the weights, or loads the model that
-        # the adapter names. It looks in a folder that does not exist, whose name cannot be guessed.
+        # If peft is installed, transformers would add an adapter that lies beside the weights, or load the model that
+        # the adapter names. This makes it look in a folder that does not exist and whose name cannot be guessed.
         adapter_kwargs={"subfolder": uuid4().hex, "local_files_only": options.get("local_files_only", False)},
         **options,
     )
@@ -134,8 +134,8 @@ def load_weights(name: str, source: str, dtype: torch.dtype, **options: Any) -> 
     unasked = sorted(str(key) for key in report["unexpected_keys"] if not str(key).endswith(LEFT_OVER))
     if unasked:
         raise ModelError(
-            f"{name!r} holds weights that its config does not ask for, so that without them it is another model: "
-            f"{len(unasked)}, such as {unasked[0]!r}; pass a model with the config that belongs to its weights"
+            f"{name!r} holds weights that its config does not ask for, and would be a different model without them: "
+            f"{len(unasked)}, such as {unasked[0]!r}; pass a model whose config matches its weights"
         )
     return loaded
 
@@ -145,15 +145,15 @@ _DONTNEED = 4
 
 
 Ranges = list[tuple[int, int]]
-"""First address and the one after the last, in ascending order."""
+"""Start and end address (exclusive) of each range, in ascending order."""
 
 
 def unmap(model: nn.Module) -> None:
-    """Copy every parameter that is on the CPU, and give the pages of the original back at once.
+    """Copy every parameter on the CPU, and release the mapped pages of the original at once.
 
-    The mapping of a safetensors file lives as long as any tensor of it does, so that ordering the layers' weights would
-    leave the originals resident beside the copies: nearly twice the model. On other systems than Linux pages go back
-    when the file is closed.
+    A safetensors file stays mapped as long as any of its tensors lives. Ordering the weights would therefore keep both
+    originals and copies in memory: nearly twice the model. On systems other than Linux, pages are released when the
+    file is closed.
     """
     files = _mapped_files()
     with torch.no_grad():
@@ -161,25 +161,25 @@ def unmap(model: nn.Module) -> None:
             if parameter.device.type == "cpu":
                 original = parameter.data
                 parameter.data = original.clone()
-                _give_back(original, files)
+                _release_pages(original, files)
 
 
 def _mapped_files() -> Ranges:
-    """Where files are mapped into this process; nowhere on systems that do not tell."""
+    """Return the address ranges of mapped files in this process; empty on systems without /proc."""
     maps = Path("/proc/self/maps")
     if not maps.is_file():
         return []
-    # 7f1c0a000000-7f1c0b000000 r--p 00000000 08:01 1234567 /path, and inode 0 where there is no file.
+    # 7f1c0a000000-7f1c0b000000 r--p 00000000 08:01 1234567 /path; the inode is 0 if there is no file.
     lines = [line.split(maxsplit=5) for line in maps.read_text().splitlines()]
     first_and_end = (line[0].split("-") for line in lines if line[4] != "0")
     return [(int(first, 16), int(end, 16)) for first, end in first_and_end]
 
 
-def _give_back(tensor: Tensor, files: Ranges) -> None:
-    """Drop the pages that lie wholly in `tensor`, whose content nobody may read again.
+def _release_pages(tensor: Tensor, files: Ranges) -> None:
+    """Release the pages that lie entirely in `tensor`, whose content must not be read again.
 
-    Only those of a file, which read the same afterwards: of a weight whose type was converted they are the process's
-    own memory, and what else might share it would turn to nought.
+    Only pages of a mapped file are released: they can be read again from the file. Pages of a converted weight are
+    anonymous memory, and releasing them would zero any other data on them.
     """
     page = mmap.PAGESIZE
     start = -(-tensor.data_ptr() // page) * page
@@ -189,6 +189,6 @@ def _give_back(tensor: Tensor, files: Ranges) -> None:
 
 
 def _within(ranges: Ranges, start: int, end: int) -> bool:
-    """Whether one of `ranges` holds all from `start` to `end`."""
+    """Return whether one of `ranges` contains all addresses from `start` to `end`."""
     at = bisect_right(ranges, start, key=lambda each: each[0]) - 1
     return at >= 0 and end <= ranges[at][1]

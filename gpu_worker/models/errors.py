@@ -1,24 +1,24 @@
-"""What an error says of the memory and of the device: torch and its libraries tell some of it in their text alone."""
+"""Recognises errors about memory and the device, some of which torch and its libraries only name in the message."""
 
 import torch
 
 from protocol.errors import SelfPrunerError
 
 _NO_MEMORY = ("DefaultCPUAllocator", "CUDA error: out of memory", "_ALLOC_FAILED")
-"""Of the CPU; of the driver, whose context survives; of cuBLAS and cuDNN for their workspaces."""
+"""Messages of the CPU allocator, of the CUDA driver (the context survives), and of cuBLAS and cuDNN for workspaces."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the GPU or the CPU had no memory left. Allocators other than torch's own say so only in their text."""
+    """Return whether the GPU or the CPU ran out of memory. Allocators other than torch's only say so in the message."""
     text = str(error)
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(sign in text for sign in _NO_MEMORY)
 
 
 def is_device_lost(error: BaseException) -> bool:
-    """Whether the CUDA context is broken: after a device-side assert every call fails."""
+    """Return whether the CUDA context is broken: after a device-side assert every call fails."""
     text = str(error)
     return "device-side assert" in text or "CUDA error" in text
 
 
 class NotFiniteError(SelfPrunerError):
-    """The loss is infinite or not a number: this model, pruned so, does not compute."""
+    """The loss is infinite or NaN: the model is broken, dense or with this plan."""

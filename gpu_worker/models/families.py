@@ -1,7 +1,7 @@
-"""Where a model family keeps its decoder layers, projections and norms, and the shape that follows from them.
+"""Where each model family keeps its decoder layers, projections and norms, and the model shape that follows.
 
-The rest of the package never names a module of transformers: it asks for the `Decoder` of a loaded model. A new family
-is one more entry of `FAMILIES`; projections that it fuses into one matrix are split when it is taken apart.
+The rest of the package does not use module names of transformers: it uses the `Decoder` of a loaded model. To add a
+family, add an entry to `FAMILIES`. Fused projections are split when the decoder is extracted.
 """
 
 from collections.abc import Iterable
@@ -11,17 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gpu_worker.models.shown import shown
+from gpu_worker.models.quoting import quoted
 from protocol.errors import ModelError
 from protocol.plans.shape import LayerShape, ModelShape
 
 PRUNED = "pruned_"
-"""What the model type of an exported model begins with; the rest names the family."""
+"""Prefix of the model type of an exported model; the rest names the family."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """Module paths of one family: the first five from the model, the others from a decoder layer."""
+    """Module paths of one family: `body` to `head` relative to the model, the others relative to a decoder layer."""
 
     name: str
     body: str = "model"
@@ -38,19 +38,19 @@ class Family:
     up: str = "mlp.up_proj"
     down: str = "mlp.down_proj"
     attention_extras: tuple[str, ...] = ("input_layernorm",)
-    """What belongs to the attention block and is never pruned: norms outside it and inside it."""
+    """Modules of the attention block that are never pruned: its norms."""
     mlp_extras: tuple[str, ...] = ("post_attention_layernorm",)
-    """The same for the MLP block."""
+    """Modules of the MLP block that are never pruned."""
     starts_with_bos: bool = False
-    """Whether every window has to begin with the tokenizer's bos token. Others are measured without, as papers do."""
+    """Whether every window must begin with the bos token. Other families are measured without it, as papers do."""
     fused_attention: str | None = None
-    """Where query, key and value are rows of one matrix, its path; their own paths lead into what replaces it."""
+    """Path of the matrix that fuses query, key and value; their own paths lead into the module that replaces it."""
     fused_mlp: str | None = None
-    """The same for gate and up."""
+    """Path of the matrix that fuses gate and up."""
 
 
 _HEAD_NORMS = ("self_attn.q_norm", "self_attn.k_norm")
-"""One vector as wide as a head, shared by all heads, so that pruning heads leaves it alone."""
+"""Norms over one head's width that all heads share, so pruning heads does not change them."""
 
 FAMILIES: dict[str, Family] = {
     family.name: family
@@ -66,7 +66,7 @@ FAMILIES: dict[str, Family] = {
             name="gemma3_text",
             attention_extras=("input_layernorm", "post_attention_layernorm", *_HEAD_NORMS),
             mlp_extras=("pre_feedforward_layernorm", "post_feedforward_layernorm"),
-            # Perplexity of the 270 M model on WikiText: 32 without, 18 with it.
+            # WikiText perplexity of the 270M model: 32 without bos, 18 with it.
             starts_with_bos=True,
         ),
         Family(
@@ -85,7 +85,7 @@ FAMILIES: dict[str, Family] = {
 
 
 class SideBySide(nn.ModuleDict):
-    """Linear layers of one input whose outputs are joined: what a fused projection computes, with its parts apart."""
+    """Several linear layers with one input and concatenated outputs: replaces a fused projection."""
 
     def forward(self, hidden: Tensor) -> Tensor:
         """[..., inputs] to [..., outputs of all parts, in order]."""
@@ -93,14 +93,14 @@ class SideBySide(nn.ModuleDict):
 
 
 class _OwnHeads:
-    """The model's config as one attention module sees it: query heads of its own, the rest as it is (and becomes)."""
+    """A view of the model's config for one attention module, with that module's own number of query heads."""
 
     def __init__(self, config: Any, num_attention_heads: int) -> None:
         self._config = config
         self.num_attention_heads = num_attention_heads
 
     def __getattr__(self, name: str) -> Any:
-        if name == "_config":  # not there yet while the object is being copied
+        if name == "_config":  # not set yet while the object is being copied
             raise AttributeError(name)
         return getattr(self._config, name)
 
@@ -121,11 +121,11 @@ class Layer:
 
     @property
     def linears(self) -> tuple[nn.Linear, ...]:
-        """All seven projections."""
+        """Return all seven projections."""
         return (self.query, self.key, self.value, self.output, self.gate, self.up, self.down)
 
-    def tell_heads(self, kv_heads: int, queries_per_kv: int) -> None:
-        """Write down how many heads the attention has, where its code does not read it off the projections' widths."""
+    def set_head_counts(self, kv_heads: int, queries_per_kv: int) -> None:
+        """Set the attention's numbers of heads where transformers does not derive them from the projections' widths."""
         attention: Any = self.attention
         attention.num_key_value_groups = queries_per_kv
         if isinstance(attention.config, _OwnHeads):
@@ -135,9 +135,9 @@ class Layer:
 
 @dataclass(frozen=True)
 class Decoder:
-    """A loaded model, taken apart: `body` maps token ids to final hidden states, `head` those to logits.
+    """The parts of a loaded model: `body` maps token ids to final hidden states, `head` maps these to logits.
 
-    `embedding` is the body's first step and `norm` its last, before and after the decoder layers.
+    `embedding` and `norm` are the first and last step of the body, around the decoder layers.
     """
 
     body: nn.Module
@@ -149,31 +149,32 @@ class Decoder:
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go: the first device of a model that is spread over several."""
+        """Return the device for token ids: the first one if the model is spread over several."""
         return next(self.embedding.parameters()).device
 
 
 def family_of(config: Any) -> Family:
-    """The family of a config, an exported model's included. Raises ModelError that lists the supported ones."""
+    """Return the family of a dense or exported model's config. Raises ModelError for an unsupported model type."""
     model_type = getattr(config, "model_type", None)
     family = FAMILIES.get(str(model_type).removeprefix(PRUNED))
     if family is None:
         raise ModelError(
-            f"models of type {shown(model_type)} cannot be pruned; supported model types: {', '.join(sorted(FAMILIES))}"
+            f"models of type {quoted(model_type)} cannot be pruned; "
+            f"supported model types: {', '.join(sorted(FAMILIES))}"
         )
     return family
 
 
 def head_dim_of(config: Any) -> int:
-    """Width of one attention head. Configs without `head_dim` mean hidden size / query heads."""
+    """Return the width of one attention head; hidden size / query heads for configs without `head_dim`."""
     return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
-def take_apart(model: Any) -> Decoder:
-    """The decoder of a causal language model as transformers loads it; fused projections of `model` are split in place.
+def extract_decoder(model: Any) -> Decoder:
+    """Return the decoder of a causal language model, and split its fused projections in place.
 
-    Raises ModelError for an unsupported family, and for a model whose parameters are not those its family should have
-    (adapters, quantised weights): pruning it would silently miss some of them.
+    Raises ModelError for an unsupported family, and for a model with other parameters than its family has (adapters,
+    quantised weights): pruning it would silently miss some of them.
     """
     family = family_of(model.config)
     if getattr(model.config, "final_logit_softcapping", None) is not None:
@@ -207,7 +208,7 @@ def _linear_at(module: nn.Module, path: str) -> nn.Linear:
 
 
 def _split(module: nn.Module, path: str, rows: dict[str, int]) -> None:
-    """Replace the fused linear layer at `path` by its parts, `rows` outputs each, as views of its weight."""
+    """Replace the fused linear layer at `path` by its parts, with `rows` outputs each, as views of its weight."""
     fused = _linear_at(module, path)
     if sum(rows.values()) != fused.out_features:
         raise ModelError(f"{path} has {fused.out_features} outputs where its parts add up to {sum(rows.values())}")
@@ -245,7 +246,7 @@ def _shape(family: Family, model: Any, layers: tuple[Layer, ...], head_dim: int)
 
 
 def _check_counts(shape: ModelShape, layers: tuple[Layer, ...]) -> None:
-    """Raise ModelError unless the shape accounts for every parameter of every layer."""
+    """Raise ModelError unless the model shape accounts for every parameter of every layer."""
     for i, layer in enumerate(layers):
         real = sum(p.numel() for p in layer.module.parameters())
         if real != shape.layer_parameters(i):
@@ -264,7 +265,7 @@ def _layer_shape(layer: Layer, head_dim: int) -> LayerShape:
 
 
 def _row(linear: nn.Linear) -> int:
-    """Parameters of one output of a linear layer, its bias included."""
+    """Return the number of parameters of one output of a linear layer, including its bias."""
     return linear.in_features + (0 if linear.bias is None else 1)
 
 

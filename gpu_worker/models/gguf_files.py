@@ -1,4 +1,4 @@
-"""GGUF files as target models: unpacked once into an ordinary checkpoint, which is kept in the cache."""
+"""Loads GGUF files as target models: converts each once to a normal checkpoint in the cache."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -29,34 +29,34 @@ SIZES = {
     "attention.key_length": "head_dim",
     "vocab_size": "vocab_size",
 }
-"""Fields that become sizes of the config, below the architecture's name."""
+"""Config sizes by the GGUF fields that hold them (prefixed with the architecture in the file)."""
 EXPORTED = "deci"
-"""The architecture of our own exports, whose layers differ."""
+"""The architecture of this project's exports, which has different sizes per layer."""
 LLAMA3_ROPE = {
     "rope_type": "llama3",
     "low_freq_factor": 1.0,
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
-"""What Llama 3.1, 3.2 and 3.3 share; their factors differ."""
+"""Rope settings that Llama 3.1, 3.2 and 3.3 share; their factors differ."""
 
 
 @dataclass(frozen=True)
 class GgufHeader:
-    """What a GGUF file says of itself beside its weights."""
+    """Metadata of a GGUF file."""
 
     architecture: str
     sizes: Mapping[str, Any]
-    """Under the names that a config has for them."""
+    """Sizes by their names in a config."""
     parameters: int
     rope_scaling: str
-    """How positions are scaled; empty where they are not."""
+    """Type of rope scaling; empty if there is none."""
     rope_factors: tuple[float, ...]
-    """What each rotary frequency is divided by, as Llama 3.1 does; empty where they are not."""
+    """Divisors of the rotary frequencies, as in Llama 3.1; empty if there are none."""
 
     @classmethod
     def of(cls, file: Path) -> "GgufHeader":
-        """Read it. Raises ValueError where the file is no GGUF file."""
+        """Read the header of `file`. Raises ValueError if it is not a GGUF file."""
         reader = open_gguf(file)
         architecture = _text(reader, "general.architecture")
         scaling = _text(reader, f"{architecture}.rope.scaling.type")
@@ -74,10 +74,10 @@ class GgufHeader:
 
 
 def unpacked(file: Path, dtype: str) -> Path:
-    """The folder with the model of a GGUF file as an ordinary checkpoint in `dtype`, written at the first call.
+    """Return the folder with a GGUF file's model as a checkpoint in `dtype`; the first call writes it.
 
-    A file that was written again is unpacked again, whatever a look at a part of its weights tells. Raises ModelError
-    for a file that transformers cannot read, or would read as another model than it is.
+    A file with a new modification time is unpacked again. Raises ModelError for a file that transformers cannot read,
+    or would read as a different model.
     """
     return cached(f"gguf-{file_identity(file)}-{dtype}", lambda folder: _unpack(file, folder, getattr(torch, dtype)))
 
@@ -106,21 +106,21 @@ def _check(file: Path, header: GgufHeader, dtype: torch.dtype) -> None:
     check_sizes(str(file), header.sizes)
     if header.rope_scaling:
         raise ModelError(
-            f"{str(file)!r} scales its positions ({header.rope_scaling}), which transformers leaves out of what it "
-            "reads from GGUF files; pass the model's folder"
+            f"{str(file)!r} uses rope scaling ({header.rope_scaling}), which transformers does not read from GGUF "
+            "files; pass the model's folder"
         )
-    needed, there = header.parameters * dtype.itemsize, main_memory()
-    if needed > there:
+    needed, available = header.parameters * dtype.itemsize, main_memory()
+    if needed > available:
         raise ModelError(
-            f"unpacking {str(file)!r} needs about {gigabytes(needed)} of main memory where {gigabytes(there)} are "
+            f"unpacking {str(file)!r} needs about {gigabytes(needed)} of main memory where {gigabytes(available)} are "
             "available; pass the model's folder, or use a machine with more"
         )
 
 
 def _restore_rope(file: Path, header: GgufHeader, config: Any) -> None:
-    """Write into `config` how Llama 3.1 scales its rotary frequencies: transformers drops the file's factors.
+    """Set Llama 3.1's rope scaling in `config`, because transformers drops the file's factors.
 
-    Raises ModelError where the factors are not those that follow from what all its releases share.
+    Raises ModelError if the file's factors differ from those of Llama 3.1, 3.2 and 3.3.
     """
     if not header.rope_factors:
         return
@@ -129,14 +129,14 @@ def _restore_rope(file: Path, header: GgufHeader, config: Any) -> None:
     scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, device="cpu")
     steps = torch.arange(len(scaled)) / len(scaled)
     if not torch.allclose(rope["rope_theta"] ** -steps / scaled, torch.tensor(header.rope_factors), rtol=1e-3):
-        raise ModelError(f"{str(file)!r} scales its positions in a way of its own; pass the model's folder")
+        raise ModelError(f"{str(file)!r} has unknown rope scaling factors; pass the model's folder")
 
 
 def _plain_model(file: Path, config: Any, dtype: torch.dtype) -> Any:
-    """The model of the file with its weights dequantised, and no mark of having been quantised."""
+    """Return the model with dequantised weights and without a quantisation config."""
     options: dict[str, Any] = {}
     if hasattr(transformers, "GgufConfig"):
-        # Without `dequantize` the loader warns that its packed kernels are missing. Older ones always dequantise.
+        # Without `dequantize` the loader warns about missing kernels. Older versions always dequantise.
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     loaded = load_weights(file.name, str(file.parent), dtype, gguf_file=file.name, config=config, **options)
     marked = loaded.config.to_dict()

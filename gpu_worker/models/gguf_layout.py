@@ -1,7 +1,7 @@
-"""Checks the header of a GGUF file against the file itself before a library reads it.
+"""Checks the header of a GGUF file against the file's size before the gguf library reads it.
 
-The library of the format makes Python objects of every array element and believes every count it reads, so a broken
-count costs minutes and all memory. This file reads only counts, types and sizes, and refuses what cannot be.
+The library trusts every count and makes a Python object of every array element, so a broken count costs minutes and all
+memory. This module reads only counts, types and sizes, and rejects impossible ones.
 """
 
 import math
@@ -16,12 +16,12 @@ from gguf import GGML_QUANT_SIZES, GGUFReader
 from gguf.constants import GGUF_DEFAULT_ALIGNMENT, GGUF_MAGIC, GGMLQuantizationType, GGUFValueType
 
 VERSIONS = (2, 3)
-MOST_FIELDS = MOST_TENSORS = 100_000
-"""A model of 126 layers, such as Llama 3.1 405B, has about 1,100 tensors and 50 fields."""
-MOST_ELEMENTS = 2**22
-"""Array elements of all fields together. Gemma 3 has 1.3 million: tokens, their scores and types, and merges."""
-LONGEST_NAME = 2**16
-MOST_DIMENSIONS = 4
+MAX_FIELDS = MAX_TENSORS = 100_000
+"""Limits. Llama 3.1 405B, with 126 layers, has about 1,100 tensors and 50 fields."""
+MAX_ELEMENTS = 2**22
+"""Limit for the array elements of all fields. Gemma 3 has 1.3 million: tokens, scores, types and merges."""
+MAX_NAME_BYTES = 2**16
+MAX_DIMENSIONS = 4
 
 _WIDTHS = {
     GGUFValueType.UINT8: 1,
@@ -39,7 +39,7 @@ _WIDTHS = {
 
 
 def open_gguf(path: Path) -> GGUFReader:
-    """Return the library's reader of a GGUF file whose header has been checked. Raises ValueError, OSError."""
+    """Check the header of a GGUF file and open it with the gguf library. Raises ValueError, OSError."""
     check_layout(path)
     return GGUFReader(path)
 
@@ -57,7 +57,7 @@ def check_layout(path: Path) -> None:
                 "the file is big-endian" if swapped else f"its version is {version}, not {VERSIONS[0]} or {VERSIONS[1]}"
             )
         tensors, fields = header.number("<Q"), header.number("<Q")
-        if tensors > MOST_TENSORS or fields > MOST_FIELDS:
+        if tensors > MAX_TENSORS or fields > MAX_FIELDS:
             raise ValueError(f"it claims {tensors:,} tensors and {fields:,} fields")
         alignment = _check_fields(header, fields)
         described = _read_tensors(header, tensors)
@@ -68,7 +68,7 @@ def check_layout(path: Path) -> None:
 @contextmanager
 def _mapped(path: Path) -> Iterator[mmap.mmap]:
     if not path.is_file():
-        raise ValueError("it is no ordinary file")
+        raise ValueError("it is not a regular file")
     with path.open("rb") as opened:
         if path.stat().st_size < 24:
             raise ValueError("the file is too short to hold a header")
@@ -77,14 +77,14 @@ def _mapped(path: Path) -> Iterator[mmap.mmap]:
 
 
 class _Cursor:
-    """A place in a file, moved past what is read. Raises ValueError at the end of the file."""
+    """A read position in a file. Raises ValueError at the end of the file."""
 
     def __init__(self, data: mmap.mmap) -> None:
         self._data = data
         self.place = 0
 
     def number(self, form: str) -> int:
-        """The integer of this `struct` format."""
+        """Read an integer in this `struct` format."""
         start = self.place
         self.skip(struct.calcsize(form))
         (value,) = struct.unpack_from(form, self._data, start)
@@ -99,9 +99,9 @@ class _Cursor:
         self.skip(self.number("<Q"))
 
     def text(self) -> str:
-        """A name: of a field or a tensor."""
+        """Read the name of a field or tensor."""
         size = self.number("<Q")
-        if size > LONGEST_NAME:
+        if size > MAX_NAME_BYTES:
             raise ValueError(f"a name in its header has {size:,} bytes")
         start = self.place
         self.skip(size)
@@ -109,7 +109,7 @@ class _Cursor:
 
 
 def _check_fields(header: _Cursor, count: int) -> int:
-    """Move past the fields; returns the alignment of the tensors' data."""
+    """Read past the fields and return the alignment of the tensor data."""
     alignment, names, elements = int(GGUF_DEFAULT_ALIGNMENT), set(), 0
     for _ in range(count):
         name = header.text()
@@ -118,7 +118,7 @@ def _check_fields(header: _Cursor, count: int) -> int:
         names.add(name)
         kind = _kind(header.number("<I"))
         if kind == GGUFValueType.ARRAY:
-            elements += _skip_array(header, name, MOST_ELEMENTS - elements)
+            elements += _skip_array(header, name, MAX_ELEMENTS - elements)
         elif kind == GGUFValueType.STRING:
             header.skip_text()
         elif name == "general.alignment" and kind == GGUFValueType.UINT32:
@@ -126,7 +126,7 @@ def _check_fields(header: _Cursor, count: int) -> int:
         else:
             header.skip(_WIDTHS[kind])
     if alignment not in (2**i for i in range(3, 17)):
-        raise ValueError(f"its alignment is {alignment}, which has to be a power of two from 8 to 65,536")
+        raise ValueError(f"its alignment is {alignment}, which must be a power of two from 8 to 65,536")
     return alignment
 
 
@@ -165,7 +165,7 @@ def _read_tensors(header: _Cursor, count: int) -> list[_Tensor]:
         if name in names:
             raise ValueError(f"the tensor {name!r} appears twice")
         names.add(name)
-        if not 1 <= dimensions <= MOST_DIMENSIONS:
+        if not 1 <= dimensions <= MAX_DIMENSIONS:
             raise ValueError(f"the tensor {name!r} has {dimensions:,} dimensions")
         shape = [header.number("<Q") for _ in range(dimensions)]
         tensors.append(_Tensor(name, _bytes_of(name, shape, header.number("<I")), header.number("<Q")))
@@ -173,7 +173,7 @@ def _read_tensors(header: _Cursor, count: int) -> list[_Tensor]:
 
 
 def _bytes_of(name: str, shape: list[int], kind: int) -> int:
-    """Bytes of a tensor. Python's integers do not overflow, where a product of 64-bit numbers does."""
+    """Return the bytes of a tensor. Python integers do not overflow, unlike the 64-bit products of the library."""
     try:
         block, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
     except (KeyError, ValueError):

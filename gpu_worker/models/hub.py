@@ -1,4 +1,4 @@
-"""Whether the Hugging Face hub can be reached, asked once and briefly: its own clients retry for half a minute."""
+"""Checks once, briefly, whether the Hugging Face Hub is reachable: its own clients retry for half a minute."""
 
 import urllib.error
 import urllib.request
@@ -6,30 +6,30 @@ from functools import cache
 
 from huggingface_hub import constants
 
-ANSWER_WITHIN = 5.0
-"""Seconds that the hub has to answer."""
+TIMEOUT_SECONDS = 5.0
+"""Seconds to wait for the hub's answer."""
 
 
 @cache
 def hub_reachable() -> bool:
-    """Whether the hub answers, through the proxy where one is set. False in offline mode (`HF_HUB_OFFLINE=1`)."""
+    """Return whether the hub answers (through a proxy if one is set). False in offline mode (`HF_HUB_OFFLINE=1`)."""
     if constants.HF_HUB_OFFLINE:
         return False
     request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
     try:
-        urllib.request.urlopen(request, timeout=ANSWER_WITHIN).close()
+        urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS).close()
     except urllib.error.HTTPError:
-        return True  # it answered, if only to refuse
+        return True  # it answered, even if it refused
     except OSError:
         return False
     return True
 
 
-def datasets_go_offline() -> None:
-    """From now on let `datasets` read only what is on this machine.
+def set_datasets_offline() -> None:
+    """Make `datasets` use only local data from now on.
 
-    Half a minute of retries otherwise: `local_files_only` does not reach the look-up of a repository's files.
+    Otherwise it retries for half a minute: `local_files_only` has no effect on the look-up of a repository's files.
     """
-    import datasets  # half a second that only those pay who read data from the hub
+    import datasets  # takes half a second, needed only for data from the hub
 
     datasets.config.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE = True

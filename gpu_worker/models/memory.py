@@ -1,4 +1,4 @@
-"""How much memory a model needs, from its config alone, and how much there is: known before any weight is loaded."""
+"""Estimates the memory that a model needs, from its config alone, and reads how much is available."""
 
 import os
 from collections.abc import Iterator, Sequence
@@ -12,9 +12,9 @@ from gpu_worker.models.families import Decoder
 from gpu_worker.models.limits import (
     GRADIENT_SAMPLES,
     GRADIENT_TOKENS,
-    KL_TOP,
-    LOGITS_BYTES,
-    ROWS_AT_ONCE,
+    KL_TOP_K,
+    LOGITS_CHUNK_BYTES,
+    ROWS_PER_CHUNK,
     SENSITIVITY_TOKENS,
 )
 from protocol.plans.shape import LayerShape, ModelShape
@@ -23,43 +23,43 @@ from protocol.results.finetuning import Recipe
 from protocol.runtime.byte_sizes import gigabytes
 
 FP32 = INT32 = 4
-PER_TRAINED = 4 * FP32
-"""The copy that steps are made on, its gradient, and the two averages of AdamW."""
+BYTES_PER_TRAINED_PARAMETER = 4 * FP32
+"""The fp32 master copy, its gradient, and AdamW's two moments."""
 
 
 @dataclass(frozen=True)
 class Training:
-    """What is trained, and on how many tokens at once."""
+    """Memory that fine-tuning with a recipe needs."""
 
     recipe: Recipe
 
     @property
     def tokens(self) -> int:
-        """Most that go through the model at once."""
+        """Return the number of tokens in a micro-batch."""
         return self.recipe.micro_batch * self.recipe.seqlen
 
     def parameters(self, shape: ModelShape) -> int:
-        """How many numbers are trained in a model of this shape, roughly: biases and norms are counted along."""
+        """Return the approximate number of trained parameters in a model of this shape, biases and norms included."""
         if self.recipe.method == "full":
             return shape.decoder_parameters
         return self.recipe.rank * sum(inputs + outputs for inputs, outputs in _projections(shape))
 
-    def kept(self, shape: ModelShape, size: int) -> int:
-        """Bytes that stay while it trains, beside the weights; in a type of `size` bytes."""
-        return self.parameters(shape) * (PER_TRAINED + (size if self.recipe.method == "lora" else 0))
+    def resident_bytes(self, shape: ModelShape, size: int) -> int:
+        """Return the bytes kept during training in addition to the weights, for a dtype of `size` bytes."""
+        return self.parameters(shape) * (BYTES_PER_TRAINED_PARAMETER + (size if self.recipe.method == "lora" else 0))
 
-    def running(self, shape: ModelShape, size: int) -> int:
-        """Bytes that a forward pass keeps for the backward one, of all layers; logits aside."""
+    def activation_bytes(self, shape: ModelShape, size: int) -> int:
+        """Return the bytes of activations that all layers keep for the backward pass, without logits."""
         attention = 3 * shape.head_dim * sum(layer.query_heads + 2 * layer.kv_heads for layer in shape.layers)
         mlp = 4 * sum(layer.mlp_channels for layer in shape.layers)
         stream = len(shape.layers) * shape.hidden_size * (6 * size + 2 * FP32)
-        # LoRA: each projection's input after dropout, and which of it was dropped.
+        # LoRA keeps each projection's input after dropout, and the dropout mask.
         dropped = (size + 1) * sum(inputs for inputs, _ in _projections(shape)) if self.recipe.method == "lora" else 0
         return self.tokens * ((attention + mlp) * size + stream + dropped)
 
 
 def _projections(shape: ModelShape) -> list[tuple[int, int]]:
-    """Inputs and outputs of each projection."""
+    """Return the numbers of inputs and outputs of each projection."""
     found = []
     for layer in shape.layers:
         query, kv = layer.query_heads * shape.head_dim, layer.kv_heads * shape.head_dim
@@ -69,52 +69,53 @@ def _projections(shape: ModelShape) -> list[tuple[int, int]]:
     return found
 
 
-KV_CACHE_BYTES = 2**32
-"""Most that the keys and values of texts being written together may take; one text may always be written."""
-TEXTS_AT_ONCE = 64
-"""Most texts written together."""
+MAX_KV_CACHE_BYTES = 2**32
+"""Limit for the KV cache of texts that are generated together. One text is always allowed."""
+MAX_GENERATION_BATCH = 64
+"""Most texts that are generated together."""
 FP64 = 8
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What is going to be run through a model, as far as its memory goes.
+    """The operations that a model is loaded for, as far as they need memory.
 
-    Tokens are counted as 0 where their number follows from a text not yet read.
+    A token count is 0 if it depends on a text that has not been read yet.
     """
 
     seqlen: int = 2048
-    """Tokens of the longest window."""
-    waiting_tokens: int = 0
-    """Tokens whose hidden states wait in main memory between two layers."""
+    """Length of the longest window in tokens."""
+    hidden_state_tokens: int = 0
+    """Tokens whose hidden states are kept in main memory between layers."""
     predicted_tokens: int = 0
-    """Tokens for which the dense model's predictions are kept in main memory."""
-    writes_text: bool = False
-    """Whether the model writes its own text first."""
-    keeps_keys: bool = False
-    """Whether keys and values of the whole window are kept while it runs."""
-    takes_gradients: bool = False
+    """Tokens whose dense predictions are kept in main memory."""
+    generates_text: bool = False
+    """Whether the model generates its own text first."""
+    keeps_kv_cache: bool = False
+    """Whether the KV cache of the whole window is kept."""
+    computes_gradients: bool = False
     measures_sensitivity: bool = False
-    """Whether each layer's input is kept for a batch of tokens."""
+    """Whether sensitivity is measured, which keeps each layer's input for a batch of tokens."""
     eliminates: bool = False
-    """Whether pieces are scored by backward elimination."""
+    """Whether heads and channels are scored by backward elimination."""
     reconstructs: Literal["no", "layer by layer", "all layers"] = "no"
-    """What stays of o and down is fitted, and of how many layers at a time the products of inputs are kept."""
+    """Whether the kept columns of o and down are reconstructed, and for how many layers at a time input products are
+    kept."""
     training: Training | None = None
 
     @classmethod
     def of(cls, spec: SearchSpec) -> "Workload":
-        """What preparing and measuring `spec` runs."""
+        """Return the workload of preparing and measuring `spec`."""
         measured = [text for text in (spec.fitness, spec.report) if text is not None]
         texts = [spec.calibration, *measured]
         return cls(
             seqlen=max(text.seqlen for text in texts),
-            waiting_tokens=_tokens(spec.calibration) if spec.scoring == "sequential" else 0,
+            hidden_state_tokens=_tokens(spec.calibration) if spec.scoring == "sequential" else 0,
             predicted_tokens=sum(_tokens(text) for text in measured) if spec.measure == "kl" else 0,
-            writes_text=any(text.source == "self" for text in texts),
-            takes_gradients=spec.importance == "taylor",
+            generates_text=any(text.source == "self" for text in texts),
+            computes_gradients=spec.importance == "taylor",
             eliminates=spec.importance == "obs",
-            # A search always does, an allocation where its method is that; the spec does not say which it is for.
+            # A search always measures it, an allocation only with that method; the spec does not say which it is for.
             measures_sensitivity=True,
             reconstructs=_reconstructs(spec),
         )
@@ -132,129 +133,129 @@ def _tokens(text: TextSpec) -> int:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes that a model takes, rounded up where it is not known exactly."""
+    """Estimated bytes that a model takes; upper bounds where the exact number is not known."""
 
     weights: int
-    """All parameters, in the type they are loaded in; exact."""
-    gathered: int
-    """Copies at the worst plan: of q and o where query heads kept of every KV head do not lie next to each other, and
-    with reconstruction of o and down."""
-    running: int
-    """On each device beside the weights: one window's activations, or one layer's copy while it is scored and ordered,
-    or the keys and values of texts being written, or the gradients' pass, or the inputs of all layers that sensitivity
-    is measured from, whichever is most. Of a model on several devices each is granted what all of them need together.
-    """
-    main: int
-    """In main memory, whatever the device: hidden states that wait between two layers, for windows as long as the spec
-    says and not as long as the model's positions reach; and predictions of the dense model."""
-    fitting: int = 0
-    """What reconstruction, or scoring by elimination, keeps beside each layer: products of its inputs, and what is
-    fitted to them."""
-    trained: int = 0
-    """What fine-tuning keeps of each trained parameter: its fp32 copy, gradient and averages."""
+    """All parameters in the dtype they are loaded in; exact."""
+    pruned_copies: int
+    """Copies for the most expensive plan: of q and o when the kept query heads of each KV head are not adjacent, and,
+    with reconstruction, of o and down."""
+    activations: int
+    """On each device in addition to the weights: the maximum of one window's activations, a copy of one layer while it
+    is scored and ordered, the KV cache of generated texts, a gradient pass, and the layer inputs that sensitivity
+    keeps. With several devices, each one is assumed to need the total of all of them."""
+    main_memory: int
+    """In main memory on any device: hidden states kept between layers (for the spec's window length, not for the
+    model's context length), and predictions of the dense model."""
+    reconstruction: int = 0
+    """Data that reconstruction, or scoring by elimination, keeps for each layer: input products and their factors."""
+    training_state: int = 0
+    """Data that fine-tuning keeps for trained parameters: fp32 copies, gradients and AdamW's moments."""
     models: int = 1
-    """How many are loaded together."""
+    """Number of models loaded together."""
 
     @property
-    def least(self) -> int:
-        """What cannot be done without on the device."""
-        return self.weights + self.fitting + self.trained + self.running
+    def minimum(self) -> int:
+        """Return the bytes on the device that are needed in any case."""
+        return self.weights + self.reconstruction + self.training_state + self.activations
 
     @property
-    def words(self) -> str:
-        """All of it: what the model needs."""
-        parts = [f"{gigabytes(self.weights)} for weights", f"{gigabytes(self.running)} to run them"]
-        if self.gathered:
-            parts.append(f"up to {gigabytes(self.gathered)} for pruned copies")
-        if self.fitting:
-            parts.append(f"{gigabytes(self.fitting)} for products of inputs")
-        if self.trained:
-            parts.append(f"{gigabytes(self.trained)} for what is trained")
-        if self.main:
-            parts.append(f"{gigabytes(self.main)} of main memory for texts")
+    def description(self) -> str:
+        """Return the estimate in words."""
+        parts = [f"{gigabytes(self.weights)} for weights", f"{gigabytes(self.activations)} to run them"]
+        if self.pruned_copies:
+            parts.append(f"up to {gigabytes(self.pruned_copies)} for pruned copies")
+        if self.reconstruction:
+            parts.append(f"{gigabytes(self.reconstruction)} for products of inputs")
+        if self.training_state:
+            parts.append(f"{gigabytes(self.training_state)} for what is trained")
+        if self.main_memory:
+            parts.append(f"{gigabytes(self.main_memory)} of main memory for texts")
         return f"about {', '.join(parts)}"
 
 
 def estimate_memory(decoder: Decoder, dtype: torch.dtype, workload: Workload, device: str) -> MemoryEstimate:
-    """The memory that the model of `decoder` takes in `dtype` on a `device` of this type (`cuda`, `cpu`).
+    """Estimate the memory of the model of `decoder` in `dtype` on a `device` of this type (`cuda`, `cpu`).
 
-    The decoder's own parameters may be on the meta device.
+    The decoder itself may be on the meta device.
     """
     shape = decoder.shape
     size = dtype.itemsize
     vocabulary = decoder.head.out_features
-    keys = kv_cache_bytes(shape, size, workload.seqlen) if workload.keeps_keys else 0
-    running = [_window(shape, _logits(device, vocabulary, workload.seqlen), size, workload.seqlen) + keys]
+    keys = kv_cache_bytes(shape, size, workload.seqlen) if workload.keeps_kv_cache else 0
+    running = [_window_bytes(shape, _logits_chunk(device, vocabulary, workload.seqlen), size, workload.seqlen) + keys]
     running += [shape.layer_parameters(i) * size for i in range(len(shape.layers))]
-    running += [_scoring(shape, layer) for layer in shape.layers]
-    if workload.writes_text:
+    running += [_scoring_bytes(shape, layer) for layer in shape.layers]
+    if workload.generates_text:
         text = kv_cache_bytes(shape, size, workload.seqlen)
-        running.append(text * texts_at_once(shape, size, workload.seqlen))
-    if workload.takes_gradients:
-        running.append(_gradients(shape, vocabulary, size))
+        running.append(text * generation_batch_size(shape, size, workload.seqlen))
+    if workload.computes_gradients:
+        running.append(_gradient_bytes(shape, vocabulary, size))
     if workload.measures_sensitivity:
         inputs = len(shape.layers) * SENSITIVITY_TOKENS * shape.hidden_size * size
-        logits = _logits(device, vocabulary, SENSITIVITY_TOKENS)
-        running.append(inputs + _window(shape, logits, size, SENSITIVITY_TOKENS))
+        logits = _logits_chunk(device, vocabulary, SENSITIVITY_TOKENS)
+        running.append(inputs + _window_bytes(shape, logits, size, SENSITIVITY_TOKENS))
     if workload.training is not None:
-        chunk = _logits(device, vocabulary, workload.training.tokens)
-        running.append(workload.training.running(shape, size) + 3 * chunk)
+        chunk = _logits_chunk(device, vocabulary, workload.training.tokens)
+        running.append(workload.training.activation_bytes(shape, size) + 3 * chunk)
     return MemoryEstimate(
         weights=shape.total_parameters * size,
-        gathered=sum(_gathered(shape, layer, workload.reconstructs != "no") for layer in shape.layers) * size,
-        fitting=_fitting(shape, workload) * FP32,
-        trained=0 if workload.training is None else workload.training.kept(shape, size),
-        running=max(running),
-        main=workload.waiting_tokens * shape.hidden_size * size + workload.predicted_tokens * KL_TOP * (INT32 + size),
+        pruned_copies=sum(_copied_parameters(shape, layer, workload.reconstructs != "no") for layer in shape.layers)
+        * size,
+        reconstruction=_reconstruction_values(shape, workload) * FP32,
+        training_state=0 if workload.training is None else workload.training.resident_bytes(shape, size),
+        activations=max(running),
+        main_memory=workload.hidden_state_tokens * shape.hidden_size * size
+        + workload.predicted_tokens * KL_TOP_K * (INT32 + size),
     )
 
 
-def together(estimates: Sequence[MemoryEstimate]) -> MemoryEstimate:
-    """What models take that lie side by side, run in turn and are not pruned, trained or given texts that wait."""
+def combined(estimates: Sequence[MemoryEstimate]) -> MemoryEstimate:
+    """Combine the estimates of models that are loaded together, run in turn, and are not pruned or trained."""
     return MemoryEstimate(
         weights=sum(estimate.weights for estimate in estimates),
-        gathered=0,
-        running=max(estimate.running for estimate in estimates),
-        main=0,
+        pruned_copies=0,
+        activations=max(estimate.activations for estimate in estimates),
+        main_memory=0,
         models=len(estimates),
     )
 
 
 def kv_cache_bytes(shape: ModelShape, size: int, tokens: int) -> int:
-    """Keys and values of a text of `tokens`, in a type of `size` bytes."""
+    """Return the bytes of the KV cache of a text of `tokens`, in a dtype of `size` bytes."""
     return 2 * size * tokens * shape.head_dim * sum(layer.kv_heads for layer in shape.layers)
 
 
-def texts_at_once(shape: ModelShape, size: int, tokens: int) -> int:
-    """How many texts of `tokens` are written together: as many as keep their keys and values within KV_CACHE_BYTES.
+def generation_batch_size(shape: ModelShape, size: int, tokens: int) -> int:
+    """Return how many texts of `tokens` are generated together: as many as fit MAX_KV_CACHE_BYTES.
 
-    It does not depend on the machine: a text follows from its model, sizes and seed.
+    The result does not depend on the machine, because the generated text depends on it.
     """
-    return max(1, min(TEXTS_AT_ONCE, KV_CACHE_BYTES // kv_cache_bytes(shape, size, tokens)))
+    return max(1, min(MAX_GENERATION_BATCH, MAX_KV_CACHE_BYTES // kv_cache_bytes(shape, size, tokens)))
 
 
-def _logits(device: str, vocabulary: int, tokens: int) -> int:
-    """Bytes of one chunk of fp32 logits."""
-    return min(LOGITS_BYTES[device], FP32 * tokens * vocabulary)
+def _logits_chunk(device: str, vocabulary: int, tokens: int) -> int:
+    """Return the bytes of one chunk of fp32 logits."""
+    return min(LOGITS_CHUNK_BYTES[device], FP32 * tokens * vocabulary)
 
 
-def _window(shape: ModelShape, logits: int, size: int, seqlen: int) -> int:
-    """Most activations that are alive at once while a window runs: in its widest layer, or with a chunk of logits.
+def _window_bytes(shape: ModelShape, logits: int, size: int, seqlen: int) -> int:
+    """Return the peak of activations while a window runs: in the widest layer, or with a chunk of logits.
 
-    `logits` are the bytes of such a chunk in fp32.
+    `logits` is the size of that chunk in fp32, in bytes.
     """
-    # The residual stream, a block's input and output, and what a norm makes of them in fp32.
+    # The residual stream, a block's input and output, and a norm's fp32 copies.
     stream = shape.hidden_size * (3 * size + 2 * FP32)
-    # Gate, up and their product, and the product's square while calibrating.
+    # Gate, up and their product, and the product's square during calibration.
     mlp = max(layer.mlp_channels for layer in shape.layers) * (3 * size + 2 * FP32)
-    # Projected, rotated and laid out for the kernel, which never makes the matrix of all pairs of tokens.
+    # Projected, rotated and laid out for the kernel, which never builds the full attention matrix.
     attention = 3 * size * shape.head_dim * max(layer.query_heads + 2 * layer.kv_heads for layer in shape.layers)
-    # The chunk in fp32, its softmax, and what it is in the model's type.
+    # The chunk in fp32, its softmax, and the chunk in the model's dtype.
     return seqlen * stream + max(seqlen * mlp, seqlen * attention, 2 * logits + logits * size // FP32)
 
 
-def _gradients(shape: ModelShape, vocabulary: int, size: int) -> int:
-    """What a backward pass over LLM-Pruner's samples keeps of every layer, its logits, and one weight's gradient."""
+def _gradient_bytes(shape: ModelShape, vocabulary: int, size: int) -> int:
+    """Return the bytes of a backward pass over LLM-Pruner's samples: activations, logits and one weight's gradient."""
     mlp = 4 * size * sum(layer.mlp_channels for layer in shape.layers)
     attention = 3 * size * shape.head_dim * sum(layer.query_heads + 2 * layer.kv_heads for layer in shape.layers)
     stream = len(shape.layers) * shape.hidden_size * (6 * size + 2 * FP32)
@@ -263,18 +264,17 @@ def _gradients(shape: ModelShape, vocabulary: int, size: int) -> int:
     return GRADIENT_SAMPLES * GRADIENT_TOKENS * (mlp + attention + stream + logits) + largest * (size + 3 * FP32)
 
 
-def _scoring(shape: ModelShape, layer: LayerShape) -> int:
-    """Some rows of the widest projection as fp64, and their absolute values.
+def _scoring_bytes(shape: ModelShape, layer: LayerShape) -> int:
+    """Return the bytes of a chunk of the widest projection in fp64, and of its absolute values.
 
-    That is Wanda-sp's. OWL (a weight as fp32, its size, that times the activations', what stands out) and magnitude
-    take less of as many rows, of all projections.
+    That is for Wanda-sp. OWL and magnitude need less for the same number of rows.
     """
     widest = max(shape.hidden_size, layer.mlp_channels, layer.query_heads * shape.head_dim)
-    return 2 * FP64 * min(ROWS_AT_ONCE, widest) * widest
+    return 2 * FP64 * min(ROWS_PER_CHUNK, widest) * widest
 
 
-def _gathered(shape: ModelShape, layer: LayerShape, reconstructs: bool) -> int:
-    """Parameters of the query heads when every KV head loses one: those are copied; and what is fitted anew."""
+def _copied_parameters(shape: ModelShape, layer: LayerShape, reconstructs: bool) -> int:
+    """Return the number of copied parameters: query heads when every KV head loses one, and reconstructed columns."""
     heads = layer.kv_heads * (layer.queries_per_kv - 1)
     if not reconstructs:
         return shape.query_head_parameters * heads
@@ -282,43 +282,43 @@ def _gathered(shape: ModelShape, layer: LayerShape, reconstructs: bool) -> int:
     return shape.query_head_parameters * heads + columns * shape.hidden_size
 
 
-def _fitting(shape: ModelShape, workload: Workload) -> int:
-    """Values kept for reconstruction: a square for the inputs of o and down and their columns, and what is at work.
+def _reconstruction_values(shape: ModelShape, workload: Workload) -> int:
+    """Return the number of values kept for reconstruction: input products of o and down, their targets, and work space.
 
-    Scoring by elimination keeps the squares of all layers too, but before anything is fitted.
+    Scoring by elimination also keeps the products of all layers, but before reconstruction starts.
     """
     sizes = [(layer.query_heads * shape.head_dim, layer.mlp_channels) for layer in shape.layers]
     widest = max(n for each in sizes for n in each)
     squares = sum(n * n for each in sizes for n in each)
-    # Of one projection: damped products, those that are left, their factor and inverse, and two weights in fp32.
+    # For one projection: damped products, the remaining ones, their factor and inverse, and two fp32 weights.
     eliminating = squares + widest * (4 * widest + 2 * shape.hidden_size) if workload.eliminates else 0
     if workload.reconstructs == "no":
         return eliminating
     kept = [sum(n * (n + shape.hidden_size) for n in each) for each in sizes]
-    # One layer's damped products, their factor, and a weight in fp32.
+    # For one layer: damped products, their factor, and an fp32 weight.
     at_work = widest * (2 * widest + shape.hidden_size)
     return max(eliminating, at_work + (sum(kept) if workload.reconstructs == "all layers" else max(kept)))
 
 
 @dataclass(frozen=True)
 class Machine:
-    """The memory there is, in bytes."""
+    """Available memory in bytes."""
 
     gpus: tuple[int, ...]
-    """Free on each GPU."""
-    main: int
+    """Free memory of each GPU."""
+    main_memory: int
     """Available main memory."""
 
     @property
     def device(self) -> str:
-        """The type of device that models go to."""
+        """Return the type of device that models are placed on."""
         return "cuda" if self.gpus else "cpu"
 
     @property
-    def sentence(self) -> str:
-        """All of it in words."""
+    def description(self) -> str:
+        """Return the available memory in words."""
         if not self.gpus:
-            return f"the main memory has {gigabytes(self.main)} available and there is no GPU"
+            return f"the main memory has {gigabytes(self.main_memory)} available and there is no GPU"
         if len(self.gpus) == 1:
             return f"the GPU has {gigabytes(self.gpus[0])} free"
         each = ", ".join(gigabytes(free) for free in self.gpus)
@@ -326,13 +326,13 @@ class Machine:
 
 
 def this_machine() -> Machine:
-    """What this machine has now; GPUs are those that CUDA_VISIBLE_DEVICES leaves."""
+    """Return the memory that this machine has available now; only GPUs in CUDA_VISIBLE_DEVICES count."""
     gpus = tuple(torch.cuda.mem_get_info(i)[0] for i in range(torch.cuda.device_count()))
     return Machine(gpus, main_memory())
 
 
 def main_memory(root: Path = Path("/")) -> int:
-    """Bytes of main memory that are available: what the kernel says, or less in a container with a limit."""
+    """Return the available main memory in bytes: the kernel's figure, or a container's limit if it is smaller."""
     limits = (root / "sys/fs/cgroup/memory.max", root / "sys/fs/cgroup/memory/memory.limit_in_bytes")
     return min(_available(root / "proc/meminfo"), *(_limit(path) for path in limits))
 
@@ -341,7 +341,7 @@ def _available(meminfo: Path) -> int:
     try:
         lines = dict(_fields(meminfo.read_text()))
         return int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):  # not Linux: all there is, whoever uses it
+    except (OSError, KeyError):  # not Linux: the total memory
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 

@@ -1,8 +1,8 @@
-"""Where a model goes: one GPU, several, or the CPU; refused in one sentence before loading where it fits nowhere.
+"""Decides where a model goes: one GPU, several GPUs or the CPU. A model that fits nowhere is refused before loading.
 
-Neither the CPU nor the disk ever holds what the GPUs have no room for: pruning reads and reorders every weight, and a
-weight that is fetched for each use has no place of its own to be reordered in. A search needs the model hundreds of
-times; fetched each time, it would not end.
+Weights are never offloaded to CPU or disk. Pruning reads and reorders every weight, and an offloaded weight has no
+permanent place on the device to be reordered in. A search runs the model hundreds of times, and offloading would make
+each run far too slow.
 """
 
 from collections.abc import Mapping
@@ -22,30 +22,30 @@ ADVICE = "use shorter windows (seqlen), a smaller dtype, more or larger GPUs, or
 
 @dataclass(frozen=True)
 class Placement:
-    """One device for the whole model, or how many bytes of weights each GPU may hold."""
+    """One device for the whole model, or the bytes of weights that each GPU may hold."""
 
     device: str | None = None
-    """`cpu` or `cuda:N`; None where the model is spread."""
+    """`cpu` or `cuda:N`; None if the model is spread over several GPUs."""
     budget: Mapping[int, int] = field(default_factory=dict)
 
 
 def place(estimate: MemoryEstimate, machine: Machine) -> Placement:
-    """Where a model of this size goes on this machine.
+    """Return where a model with this estimate goes on this machine.
 
-    The GPU with most free memory if the model fits there; all GPUs together if not; the CPU where there is no GPU.
-    First with room for every plan, then without: plans that need more have failed as out of memory.
-    Raises ModelError where it fits nowhere.
+    The order is: the GPU with the most free memory, all GPUs together, and the CPU if there is no GPU. GPUs are first
+    tried with memory for the copies of any plan, then without; plans that need more then fail as out of memory.
+    Raises ModelError if the model fits nowhere.
     """
     if not machine.gpus:
-        if estimate.least + estimate.main > machine.main:
+        if estimate.minimum + estimate.main_memory > machine.main_memory:
             raise too_large(estimate, machine)
         return Placement("cpu")
-    if estimate.main > machine.main:
+    if estimate.main_memory > machine.main_memory:
         raise ModelError(
-            f"the texts need about {gigabytes(estimate.main)} of main memory where {gigabytes(machine.main)} are "
-            "available; use fewer or shorter windows (data)"
+            f"the texts need about {gigabytes(estimate.main_memory)} of main memory where "
+            f"{gigabytes(machine.main_memory)} are available; use fewer or shorter windows (data)"
         )
-    for copies in (estimate.gathered, 0):
+    for copies in (estimate.pruned_copies, 0):
         placement = _on_gpus(estimate, machine, copies)
         if placement is not None:
             return placement
@@ -53,45 +53,45 @@ def place(estimate: MemoryEstimate, machine: Machine) -> Placement:
 
 
 def _on_gpus(estimate: MemoryEstimate, machine: Machine, copies: int) -> Placement | None:
-    """On one GPU or on all, with room for `copies` bytes beside the weights; None where there is none."""
+    """Place the model on one GPU or on all, with `copies` bytes beside the weights; None if it does not fit."""
     largest = max(range(len(machine.gpus)), key=lambda i: machine.gpus[i])
-    if estimate.least + copies <= machine.gpus[largest]:
+    if estimate.minimum + copies <= machine.gpus[largest]:
         return Placement(f"cuda:{largest}")
-    # What reconstruction and fine-tuning keep of a layer is on its device.
-    share = estimate.weights / (estimate.weights + estimate.fitting + estimate.trained + copies)
-    budget = {i: int((free - estimate.running) * share) for i, free in enumerate(machine.gpus)}
+    # Reconstruction and fine-tuning keep their data on the device of each layer.
+    share = estimate.weights / (estimate.weights + estimate.reconstruction + estimate.training_state + copies)
+    budget = {i: int((free - estimate.activations) * share) for i, free in enumerate(machine.gpus)}
     useful = {i: weights for i, weights in budget.items() if weights > 0}
     return Placement(budget=useful) if len(useful) > 1 and sum(useful.values()) >= estimate.weights else None
 
 
 def too_large(estimate: MemoryEstimate, machine: Machine) -> ModelError:
-    """What is said of a model that fits nowhere."""
-    advice = f"{ADVICE}, or no reconstruction" if estimate.fitting else ADVICE
-    if estimate.trained:
+    """Return the error for a model that fits nowhere."""
+    advice = f"{ADVICE}, or no reconstruction" if estimate.reconstruction else ADVICE
+    if estimate.training_state:
         advice += ", a smaller micro-batch, or LoRA if it is not"
     which = "the model is too large for this machine: it needs"
     if estimate.models > 1:
         which = f"the {estimate.models} models together are too large for this machine: they need"
-    return ModelError(f"{which} {estimate.words}; {machine.sentence}; {advice}")
+    return ModelError(f"{which} {estimate.description}; {machine.description}; {advice}")
 
 
-def part_of(placement: Placement, weights: int, all_weights: int) -> Placement:
-    """Where one of several models goes that were placed together: its share of every GPU's budget."""
+def share_of(placement: Placement, weights: int, all_weights: int) -> Placement:
+    """Return the placement of one of several models placed together: its share of each GPU's budget."""
     budget = {gpu: room * weights // all_weights for gpu, room in placement.budget.items()}
     return Placement(placement.device, budget)
 
 
-def skeleton(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:
-    """The model of a config without memory for its weights: on the meta device."""
+def meta_model(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:
+    """Build the model of a config on the meta device, without memory for its weights."""
     with torch.device("meta"):
         return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
 
 
 def device_map(model: Any, layer: type, placement: Placement) -> dict[str, str | int] | None:
-    """Which device gets which module of `model` (on the meta device); None for the CPU alone.
+    """Return the device of each module of `model` (on the meta device); None for the CPU.
 
-    Modules of the class `layer`, the decoder layers, are never split. Raises ModelError where the GPUs' budgets add up
-    to the model, but not to whole layers.
+    Decoder layers (class `layer`) are never split. Raises ModelError if the model fits the GPUs' total memory, but its
+    whole layers do not fit each GPU's.
     """
     if placement.device is not None:
         return None if placement.device == "cpu" else {"": placement.device}
@@ -99,5 +99,5 @@ def device_map(model: Any, layer: type, placement: Placement) -> dict[str, str |
         model, max_memory=dict(placement.budget), no_split_module_classes=[layer.__name__]
     )
     if not set(found.values()) <= set(placement.budget):
-        raise ModelError(f"the model's layers do not fit on the {len(placement.budget)} GPUs one by one; {ADVICE}")
+        raise ModelError(f"the model's layers cannot be distributed over the {len(placement.budget)} GPUs; {ADVICE}")
     return found

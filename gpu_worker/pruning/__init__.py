@@ -1,1 +1,1 @@
-"""Calibration, importance scores, slices and reconstruction. Start with ordered_model.py."""
+"""Calibration, importance scores, slicing and reconstruction. Start with ordered_model.py."""

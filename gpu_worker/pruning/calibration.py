@@ -1,6 +1,6 @@
-"""Activation statistics by hooks: what Wanda-sp, OWL and reconstruction need to know about the calibration text.
+"""Collects activation statistics of the calibration text with hooks, for Wanda-sp, OWL and reconstruction.
 
-Memory is bounded by one window's activations: only sums are kept of the others.
+Memory is bounded by one window's activations, because only sums are kept.
 """
 
 from abc import ABC, abstractmethod
@@ -16,35 +16,35 @@ from gpu_worker.models.families import Decoder, Layer
 from gpu_worker.progress import Progress, no_progress, steps
 
 STRIP = 256
-"""Inputs whose products are added up at once."""
+"""Number of inputs whose products are computed at once."""
 
 
 @dataclass(frozen=True)
 class LayerActivations:
-    """Mean of x_j² over all calibration tokens, per input column j of the projections; fp64, on the layer's device."""
+    """Mean of x_j² over all calibration tokens per input column j of the projections; fp64, on the layer's device."""
 
     attention_input: Tensor
-    """Of q, k and v_proj, [hidden size]."""
+    """Input of q, k and v_proj, [hidden size]."""
     attention_output: Tensor
-    """Of o_proj, [query heads × head dim]."""
+    """Input of o_proj, [query heads × head dim]."""
     mlp_input: Tensor
-    """Of gate and up_proj, [hidden size]."""
+    """Input of gate and up_proj, [hidden size]."""
     mlp_output: Tensor
-    """Of down_proj, [MLP channels]."""
+    """Input of down_proj, [MLP channels]."""
 
 
 @dataclass(frozen=True)
 class LayerProducts:
-    """E[x·xᵀ] over all calibration tokens of what enters the projections that lose columns; fp32, on their device."""
+    """E[x·xᵀ] over all calibration tokens, for the inputs x of projections that lose columns; fp32, on their device."""
 
     attention_output: Tensor
-    """Of o_proj, [query heads × head dim] twice."""
+    """Input of o_proj, [query heads × head dim] squared."""
     mlp_output: Tensor
-    """Of down_proj, [MLP channels] twice."""
+    """Input of down_proj, [MLP channels] squared."""
 
 
 class _InputSum(ABC):
-    """A forward pre-hook that adds up something of a linear layer's input, token by token."""
+    """A forward pre-hook that sums a statistic of a linear layer's input over tokens."""
 
     def __init__(self, linear: nn.Linear, total: Tensor) -> None:
         self.handle = linear.register_forward_pre_hook(self)
@@ -54,7 +54,7 @@ class _InputSum(ABC):
     def __call__(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         states = inputs[0].flatten(0, -2)
         self._tokens += len(states)
-        # Not to be changed in place: of an fp32 model `float()` returns what the layer is about to read.
+        # Must not be changed in place: for an fp32 model, `float()` returns the layer's own input.
         self._add(states.float())
 
     @abstractmethod
@@ -62,23 +62,23 @@ class _InputSum(ABC):
         """Add `states` [tokens, inputs], fp32, to the total."""
 
     def mean(self) -> Tensor:
-        """The mean over all tokens so far."""
+        """Return the mean over all tokens so far."""
         return self._total / self._tokens
 
 
 class _SquareSum(_InputSum):
-    """Adds up x_j²."""
+    """Sums x_j²."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear, torch.zeros(linear.in_features, dtype=torch.float64))
 
     def _add(self, states: Tensor) -> None:
-        # Squared and summed in fp32 within a window: on a CPU ten times as fast as vector_norm.
+        # Square and sum in fp32 within a window: ten times faster than vector_norm on a CPU.
         self._total += states.square().sum(dim=0)
 
 
 class _ProductSum(_InputSum):
-    """Adds up x·xᵀ: of a symmetric sum, in strips, little more than the upper half."""
+    """Sums x·xᵀ. Since the sum is symmetric, only strips of its upper half are computed."""
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__(linear, torch.zeros(linear.in_features, linear.in_features))
@@ -89,13 +89,13 @@ class _ProductSum(_InputSum):
             self._total[strip, start:].addmm_(states[:, strip].t(), states[:, start:])
 
     def mean(self) -> Tensor:
-        """Of the whole: the lower half is the upper one's mirror image."""
+        """Return the full symmetric mean, mirrored from the upper half."""
         upper = super().mean().triu()
         return upper + upper.triu(1).t()
 
 
-class _Watch:
-    """Watches what enters some projections of one layer."""
+class _Hooks:
+    """Hooks on the inputs of some projections of one layer."""
 
     def __init__(self, *sums: _InputSum) -> None:
         self._sums = sums
@@ -104,74 +104,74 @@ class _Watch:
         return (seen.mean() for seen in self._sums)
 
     def close(self) -> None:
-        """Stop watching."""
+        """Remove the hooks."""
         for seen in self._sums:
             seen.handle.remove()
 
 
-class LayerWatch(_Watch):
-    """Watches what enters each kind of projection of one layer."""
+class ActivationHooks(_Hooks):
+    """Hooks that collect the mean squares of one layer's projection inputs."""
 
     def __init__(self, layer: Layer) -> None:
         super().__init__(*(_SquareSum(linear) for linear in (layer.query, layer.output, layer.gate, layer.down)))
 
     def activations(self) -> LayerActivations:
-        """What was seen so far."""
+        """Return the statistics so far."""
         return LayerActivations(*self._means())
 
 
-class ProductWatch(_Watch):
-    """Watches what enters the projections of one layer that lose columns."""
+class ProductHooks(_Hooks):
+    """Hooks that collect the input products of one layer's o_proj and down_proj."""
 
     def __init__(self, layer: Layer) -> None:
         super().__init__(*(_ProductSum(linear) for linear in (layer.output, layer.down)))
 
     def products(self) -> LayerProducts:
-        """What was seen so far."""
+        """Return the statistics so far."""
         return LayerProducts(*self._means())
 
 
-W = TypeVar("W", bound=_Watch)
+W = TypeVar("W", bound=_Hooks)
 
 
 @contextmanager
-def watching(watch: Callable[[Layer], W], *layers: Layer) -> Iterator[tuple[W, ...]]:
-    """Watch `layers` while it lasts."""
-    watches = tuple(watch(layer) for layer in layers)
+def hooked(make_hooks: Callable[[Layer], W], *layers: Layer) -> Iterator[tuple[W, ...]]:
+    """Attach hooks to `layers`, and remove them at the end."""
+    hooks = tuple(make_hooks(layer) for layer in layers)
     try:
-        yield watches
+        yield hooks
     finally:
-        for each in watches:
+        for each in hooks:
             each.close()
 
 
 def calibrate(decoder: Decoder, windows: Tensor, progress: Progress = no_progress) -> tuple[LayerActivations, ...]:
     """Run the dense model over `windows` (long, [n, seqlen]) and return the activations of each layer."""
-    with watching(LayerWatch, *decoder.layers) as watches:
+    with hooked(ActivationHooks, *decoder.layers) as hooks:
         _run(decoder, windows, progress, "calibrating")
-    return tuple(watch.activations() for watch in watches)
+    return tuple(each.activations() for each in hooks)
 
 
 def calibrate_products(
     decoder: Decoder, windows: Tensor, progress: Progress = no_progress
 ) -> tuple[tuple[LayerActivations, ...], Iterator[LayerProducts]]:
-    """As `calibrate`, and in the same pass the products of what enters each layer's projections, layer by layer.
+    """Calibrate as `calibrate` does, and in the same pass collect the input products, returned layer by layer.
 
-    Each layer's sums are let go as the next one's are asked for: of a large model they are many gigabytes.
+    Each layer's sums are freed when the next layer is requested: for a large model they take many gigabytes.
     """
-    with watching(LayerWatch, *decoder.layers) as watches, watching(ProductWatch, *decoder.layers) as products:
+    with hooked(ActivationHooks, *decoder.layers) as hooks, hooked(ProductHooks, *decoder.layers) as products:
         _run(decoder, windows, progress, "calibrating")
-    return tuple(watch.activations() for watch in watches), _handed_out(list(reversed(products)))
+    return tuple(each.activations() for each in hooks), _drained(list(reversed(products)))
 
 
-def _handed_out(watches: list[ProductWatch]) -> Iterator[LayerProducts]:
-    """The last one first, which is forgotten then."""
-    while watches:
-        yield watches.pop().products()
+def _drained(hooks: list[ProductHooks]) -> Iterator[LayerProducts]:
+    """Yield the products from the end of the list, and drop each hook."""
+    while hooks:
+        yield hooks.pop().products()
 
 
 def _run(decoder: Decoder, windows: Tensor, progress: Progress, stage: str) -> None:
-    """No logits are computed."""
+    """Run the body without computing logits."""
     with torch.inference_mode():
         for window in steps(progress, stage, windows):
             decoder.body(input_ids=window[None].to(decoder.device), use_cache=False)

@@ -1,14 +1,14 @@
-"""Importance by backward elimination (optimal brain surgeon): what the rest can make up for goes first.
+"""Importance by backward elimination (optimal brain surgeon): pieces that the others can replace are removed first.
 
-Where what stays is fitted to what is removed (gpu_worker/pruning/reconstruction.py), an important piece is not one that
-contributes much but one that the others cannot replace. Removing the inputs i of a projection W, and fitting what stays
-to what the whole computed, costs
+A piece is a head or an MLP channel. With reconstruction (gpu_worker/pruning/reconstruction.py), a piece is important if
+the others cannot replace it, not if it contributes much. Removing the inputs i of a projection W and fitting the
+remaining ones by least squares increases the mean squared error by
 
     ε_i = tr(W_i · ((G⁻¹)_ii)⁻¹ · W_iᵀ),   G = E[x·xᵀ] + λ·I
 
-of its mean squared output (Hassibi and Stork, 1993; for whole structures ZipLM, Kurtic et al., 2023). The cheapest are
-taken out, W and G⁻¹ become those of what is left, and so on: a piece's score is the step in which it goes. So the score
-knows which pieces replace each other, which sums over columns (Wanda-sp) do not.
+(Hassibi and Stork, 1993; for whole structures ZipLM, Kurtic et al., 2023). The cheapest pieces are removed, W and G⁻¹
+are computed again for the remaining ones, and so on. The score of a piece is the step in which it is removed. Unlike
+sums over columns (Wanda-sp), these scores account for pieces that replace each other.
 """
 
 import torch
@@ -21,14 +21,14 @@ from gpu_worker.pruning.reconstruction import damped, factored
 from protocol.plans.shape import LayerShape
 
 STEPS = 24
-"""In which the pieces of a projection go, as many in each: one by one, as for heads, would take a thousand factors."""
+"""Number of steps that remove a projection's channels. Removing them one by one would need thousands of factors."""
 
 
 def optimal_brain_surgeon(layer: Layer, products: LayerProducts, shape: LayerShape) -> LayerImportance:
-    """The scores of one layer, from the `products` of what enters o_proj and down_proj: whole numbers, as fp64.
+    """Return the scores of one layer from the input `products` of o_proj and down_proj: elimination steps, as fp64.
 
-    Heads go one by one, whole KV heads and, for the order of query heads within theirs, query heads. Raises
-    NotFiniteError where the products are no numbers.
+    Heads are removed one by one: KV heads, and separately query heads, for their order within a KV head. Raises
+    NotFiniteError if the products are not finite.
     """
     kv, each = shape.kv_heads, shape.queries_per_kv
     heads = _Projection(layer.output.weight, products.attention_output)
@@ -51,7 +51,7 @@ class _Projection:
         """G·Wᵀ, [inputs, outputs]."""
 
     def elimination_steps(self, pieces: int, *, at_once: int) -> Tensor:
-        """For each of `pieces` groups of adjacent inputs, all of one width, when it goes: the last one has the most."""
+        """Return, for each of `pieces` equal groups of adjacent inputs, the step in which it is removed."""
         width = len(self._products) // pieces
         inputs = torch.arange(len(self._products), device=self._products.device).view(pieces, width)
         left = torch.arange(pieces, device=self._products.device)
@@ -68,7 +68,7 @@ class _Projection:
         return gone
 
     def _costs(self, inputs: Tensor) -> Tensor:
-        """What each piece costs when it goes next, where `inputs` [pieces, width] are left."""
+        """Return the cost of removing each piece next, when `inputs` [pieces, width] remain."""
         pieces, width = inputs.shape
         rows = inputs.flatten()
         factor = factored(self._products[rows][:, rows])

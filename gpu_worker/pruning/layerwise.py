@@ -1,4 +1,4 @@
-"""The decoder one layer at a time: for scores that depend on what lies below, and for runs taken up in the middle."""
+"""Runs the decoder one layer at a time, for sequential scoring and for passes that resume at a layer."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -11,20 +11,20 @@ from gpu_worker.models.families import Decoder
 
 @dataclass(frozen=True)
 class LayerCall:
-    """What a decoder layer was called with."""
+    """The arguments of a decoder layer's call."""
 
     hidden: Tensor
     """[batch, seqlen, hidden size]."""
     options: dict[str, Any]
-    """Positions and masks; they are the same for every text of this length."""
+    """Positions and masks, which are the same for all texts of this length."""
 
 
 def record_calls(
     decoder: Decoder, windows: Tensor, *, keep_hidden: bool = True
 ) -> tuple[tuple[LayerCall, ...], Tensor]:
-    """Run the body over `windows` (long, [batch, seqlen]): each layer's call, and the final hidden states.
+    """Run the body over `windows` (long, [batch, seqlen]); return each layer's call and the final hidden states.
 
-    Without `keep_hidden` the calls have no hidden states, which are as many as the model has layers.
+    Without `keep_hidden`, the calls hold no hidden states, to save memory.
     """
     calls: list[LayerCall] = []
 
@@ -41,15 +41,15 @@ def record_calls(
 
 
 def _options(decoder: Decoder, windows: Tensor) -> list[dict[str, Any]]:
-    """What each layer is called with beside the hidden states, which are not kept."""
+    """Return the arguments of each layer's call other than the hidden states."""
     calls, _ = record_calls(decoder, windows, keep_hidden=False)
     return [call.options for call in calls]
 
 
 class LayerRun:
-    """Windows on their way through the decoder. Between layers their hidden states wait on the CPU.
+    """Passes windows through the decoder layer by layer, keeping the hidden states on the CPU between layers.
 
-    That is windows × seqlen × hidden size values of the model's type, whatever the model's longest position is.
+    These are windows × seqlen × hidden size values in the model's dtype.
     """
 
     def __init__(self, decoder: Decoder, windows: Tensor) -> None:
@@ -60,12 +60,12 @@ class LayerRun:
             self.states = [decoder.embedding(window[None].to(decoder.device)).cpu() for window in windows]
 
     def visit(self, layer: int) -> None:
-        """Run decoder layer `layer` over all windows and forget what it computes: for whoever watches its inputs."""
+        """Run decoder layer `layer` over all windows and discard its outputs, for hooks on its inputs."""
         for states in self.states:
             self._run(layer, states)
 
     def advance(self, layer: int) -> None:
-        """Run decoder layer `layer` over all windows and take its outputs on to the next."""
+        """Run decoder layer `layer` over all windows and keep its outputs for the next layer."""
         self.states = [self._run(layer, states).cpu() for states in self.states]
 
     def _run(self, layer: int, states: Tensor) -> Tensor:

@@ -1,11 +1,11 @@
-"""Score once, slice for ever: weights ordered by importance, so that any plan is a prefix of them.
+"""Orders a model's weights by importance once, so that every plan is a prefix of them and pruning is slicing.
 
-The rows of q/k/v and gate/up, and the columns of o and down, are permuted once: KV heads by importance, query heads
-within their KV head by importance, channels by importance. The permuted model computes what the original does. Applying
-a plan then only sets views: k, v, gate and up keep their first rows; o and down are stored transposed, so that their
-first columns are first rows of the storage. Where a plan keeps fewer query heads per KV head, the query rows that stay
-are not adjacent and are gathered: a copy of one layer's kept q and o, dropped when the next plan is applied. With
-reconstruction the o and down of every pruned block are such copies, fitted to what stays.
+The rows of q/k/v and gate/up, and the columns of o and down, are permuted: KV heads by importance, query heads within
+their KV head by importance, and channels by importance. The permuted model computes the same function. Applying a plan
+only sets views: k, v, gate and up keep their first rows; o and down are stored transposed, so that their first columns
+are the first rows of the storage. If a plan keeps fewer query heads per KV head, the kept rows of q (and columns of o)
+are not adjacent and are copied; the copy is freed when the next plan is applied. With reconstruction, o and down of
+every pruned block are such copies, fitted by least squares.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ from protocol.plans.shape import LayerShape
 
 
 class PlanMismatchError(ValueError):
-    """The plan keeps what the model does not have, or is for another number of layers."""
+    """The plan does not fit the model: it keeps more than the model has, or has another number of layers."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class _Rows:
     bias: Tensor | None
 
     def first(self, *counts: int) -> tuple[Tensor, Tensor | None]:
-        """The first `counts` along the leading dimensions, flattened to rows: a view where one is possible."""
+        """Return the first `counts` along the leading dimensions, flattened to rows; a view if possible."""
         pick = tuple(slice(count) for count in counts)
         weight = self.weight[pick].reshape(-1, self.weight.shape[-1])
         return weight, None if self.bias is None else self.bias[pick].reshape(-1)
@@ -48,18 +48,18 @@ class _Columns:
     stored: Tensor
 
     def first(self, *counts: int) -> Tensor:
-        """The weight [outputs, kept inputs] of the first `counts` along the leading dimensions."""
+        """Return the weight [outputs, kept inputs] of the first `counts` along the leading dimensions."""
         pick = tuple(slice(count) for count in counts)
         return self.stored[pick].reshape(-1, self.stored.shape[-1]).t()
 
     def at(self, kept: Tensor) -> Tensor:
-        """The weight [outputs, kept inputs] of the columns that `kept` [pieces, ...] marks."""
+        """Return the weight [outputs, kept inputs] of the columns that `kept` [pieces, ...] marks."""
         return self.stored[kept.to(self.stored.device)].t()
 
 
 @dataclass(frozen=True)
 class _Order:
-    """Where each piece of an ordered layer lay before."""
+    """The original index of each piece of an ordered layer."""
 
     kv: Tensor
     """[KV heads]."""
@@ -70,12 +70,12 @@ class _Order:
 
     @classmethod
     def of(cls, importance: LayerImportance) -> "_Order":
-        """The most important pieces first."""
+        """Return the order by falling importance."""
         kv = _descending(importance.kv_heads)
         return cls(kv, _descending(importance.query_heads)[kv], _descending(importance.channels))
 
     def of_products(self, products: LayerProducts) -> LayerProducts:
-        """Products of a layer's inputs as they lay before, in this order."""
+        """Return a layer's input products, given in the original order, in this order."""
         each = self.queries.shape[1]
         heads = (self.kv[:, None] * each + self.queries).flatten()
         width = len(products.attention_output) // len(heads)
@@ -85,13 +85,13 @@ class _Order:
         )
 
     def inverse(self) -> "_Order":
-        """The order that undoes this one."""
+        """Return the order that undoes this one."""
         kv = self.kv.argsort()
         return _Order(kv, self.queries.argsort(dim=1)[kv], self.channels.argsort())
 
 
 class _OrderedLayer:
-    """One decoder layer whose weights were brought into another order."""
+    """One decoder layer with permuted weights."""
 
     def __init__(self, layer: Layer, shape: LayerShape, order: _Order) -> None:
         self._layer = layer
@@ -108,16 +108,16 @@ class _OrderedLayer:
         self._down: _Columns | FittedColumns = _Columns(layer.down.weight.t()[channels].contiguous())
 
     def fit(self, products: LayerProducts) -> None:
-        """From now on fit the columns that stay to the `products` of what enters them, in the layer's order."""
+        """From now on reconstruct kept columns, using input `products` in the layer's order."""
         self._output = FittedColumns(self._output.stored, products.attention_output)
         self._down = FittedColumns(self._down.stored, products.mlp_output)
 
-    def forget_fit(self) -> None:
-        """From now on keep columns as they were; what is applied stays."""
+    def drop_fit(self) -> None:
+        """Stop reconstructing; the plan that is applied stays."""
         self._output, self._down = _Columns(self._output.stored), _Columns(self._down.stored)
 
     def apply(self, plan: LayerPlan) -> None:
-        """Make the layer keep what `plan` says."""
+        """Prune the layer to `plan`."""
         kv, each, channels = plan.kv_heads, plan.queries_per_kv, plan.mlp_channels
         layer = self._layer
         _set_linear(layer.query, *self._query.first(kv, each))
@@ -127,10 +127,10 @@ class _OrderedLayer:
         _set_linear(layer.gate, *self._gate.first(channels))
         _set_linear(layer.up, *self._up.first(channels))
         _set_linear(layer.down, self._down.first(channels), layer.down.bias)
-        layer.tell_heads(kv, each)
+        layer.set_head_counts(kv, each)
 
     def mask(self, kept: Tensor, channels: int) -> None:
-        """Keep so many MLP channels, and put zeros in the columns of o_proj that belong to removed query heads.
+        """Keep `channels` MLP channels, and zero the columns of o_proj that belong to removed query heads.
 
         `kept` is [KV heads, query heads per KV head], in the layer's order.
         """
@@ -143,7 +143,7 @@ class _OrderedLayer:
         _set_linear(output, weight, output.bias)
 
     def check(self, plan: LayerPlan) -> None:
-        """Raise PlanMismatchError where the layer has fewer pieces than `plan` keeps."""
+        """Raise PlanMismatchError if `plan` keeps more than the layer has."""
         has = self._shape
         if (
             plan.kv_heads > has.kv_heads
@@ -154,15 +154,16 @@ class _OrderedLayer:
 
 
 class OrderedModel:
-    """A model whose weights are ordered by importance; takes the place of the original weights in the decoder.
+    """A model whose weights are ordered by importance, so that any plan is applied by slicing.
 
-    `importance` has one entry per layer. The model computes the same function until a plan is applied.
+    The ordered weights replace the original ones in the decoder. `importance` has one entry per layer. The model
+    computes the same function until a plan is applied.
     """
 
     def __init__(self, decoder: Decoder, importance: Sequence[LayerImportance]) -> None:
         self.decoder = decoder
         self.changes = 0
-        """Counts what is done to the weights: who pruned last can tell whether they are as it left them."""
+        """Counts changes of the weights, so that a caller can tell whether they have changed since it pruned."""
         self._dense = dense_plan(decoder.shape).layers
         self._orders: list[_Order | None] = [None] * len(decoder.layers)
         self._layers: list[_OrderedLayer] = []
@@ -171,32 +172,32 @@ class OrderedModel:
             self._orders[i] = _Order.of(scores)
 
     def reorder(self, layer: int, importance: LayerImportance) -> None:
-        """Order a layer that is in its original order by `importance`."""
-        assert self._orders[layer] is None, "call `unorder` before scoring the layer anew"
+        """Order a layer, which must be in its original order, by `importance`."""
+        assert self._orders[layer] is None, "call `restore_order` before scoring the layer again"
         self.changes += 1
         order = _Order.of(importance)
         self._layers[layer] = self._ordered(layer, order)
         self._orders[layer] = order
 
     def fit(self, layer: int, products: LayerProducts) -> None:
-        """Whatever is pruned from decoder layer `layer` later, fit what stays (gpu_worker/pruning/reconstruction.py).
+        """From now on reconstruct decoder layer `layer` when it is pruned (gpu_worker/pruning/reconstruction.py).
 
-        `products` are of the layer in the order that it has, and are forgotten when it gets another.
+        `products` are the layer's input products in its current order; a new order drops them.
         """
         with torch.no_grad():
             self._layers[layer].fit(products)
 
     def in_order(self, layer: int, products: LayerProducts) -> LayerProducts:
-        """The `products` of the layer's inputs before it was ordered, in the order that it has."""
+        """Return the layer's input `products`, given in the original order, in its current order."""
         order = self._orders[layer]
         return products if order is None else order.of_products(products)
 
-    def forget_fit(self, layer: int) -> None:
-        """Let go what `fit` keeps of decoder layer `layer`; what is pruned already stays fitted."""
-        self._layers[layer].forget_fit()
+    def drop_fit(self, layer: int) -> None:
+        """Free what `fit` keeps of decoder layer `layer`; the plan that is applied stays reconstructed."""
+        self._layers[layer].drop_fit()
 
-    def unorder(self, layer: int) -> None:
-        """Make a layer dense and give it back its original order, bit by bit."""
+    def restore_order(self, layer: int) -> None:
+        """Make a layer dense and restore its original order exactly."""
         self.changes += 1
         order = self._orders[layer]
         self._layers[layer].apply(self._dense[layer])
@@ -207,7 +208,7 @@ class OrderedModel:
     def _ordered(self, layer: int, order: _Order) -> _OrderedLayer:
         with torch.no_grad():
             ordered = _OrderedLayer(self.decoder.layers[layer], self.decoder.shape.layers[layer], order)
-            # Applied at once, so that the former weights of one layer are freed before the next is copied.
+            # Applied at once, so that a layer's former weights are freed before the next layer is copied.
             ordered.apply(self._dense[layer])
         return ordered
 
@@ -219,7 +220,7 @@ class OrderedModel:
             layer.check(kept)
 
     def apply(self, plan: Plan) -> None:
-        """Prune to `plan`, whatever was applied before. Raises PlanMismatchError for a plan of another model."""
+        """Prune to `plan`, replacing any plan applied before. Raises PlanMismatchError for a plan of another model."""
         self.check(plan)
         self.changes += 1
         with torch.no_grad():
@@ -227,7 +228,7 @@ class OrderedModel:
                 layer.apply(kept)
 
     def mask(self, plan: AnyHeadsPlan) -> None:
-        """Keep what `plan` says, whatever was applied before; heads that it removes stay in the model, unread.
+        """Apply `plan` as a mask, replacing any plan applied before; removed heads have no effect.
 
         Raises PlanMismatchError for a plan of another model.
         """
@@ -250,7 +251,7 @@ class OrderedModel:
             raise PlanMismatchError("the plan that removes any query heads is for another model")
 
     def apply_layer(self, layer: int, plan: LayerPlan) -> None:
-        """Prune decoder layer `layer` to `plan` and leave the others as they are."""
+        """Prune decoder layer `layer` to `plan` without changing the others."""
         self._layers[layer].check(plan)
         self.changes += 1
         with torch.no_grad():
@@ -262,25 +263,25 @@ class OrderedModel:
 
 
 def _both_ways(products: Tensor, order: Tensor) -> Tensor:
-    """Rows and columns in this order."""
+    """Return `products` with rows and columns in this order."""
     order = order.to(products.device)
     return products[order][:, order]
 
 
 def _descending(scores: Tensor) -> Tensor:
-    """Indices by falling score along the last dimension; stable, so that ties keep the original order."""
+    """Return indices by falling score along the last dimension; ties keep the original order."""
     return torch.argsort(scores, dim=-1, descending=True, stable=True)
 
 
 def _order_rows(linear: nn.Linear, pieces: tuple[int, ...], order: Tensor) -> _Rows:
-    """The rows of `linear`, seen as `pieces`, in `order` of the first dimension."""
+    """Return the rows of `linear`, grouped into `pieces`, in `order` of the first dimension."""
     weight = linear.weight.view(*pieces, linear.in_features) if len(pieces) > 1 else linear.weight
     bias = None if linear.bias is None else linear.bias.view(*pieces)[order].contiguous()
     return _Rows(weight[order].contiguous(), bias)
 
 
 def _query_rows(linear: nn.Linear, groups: int, each: int, kv: Tensor, queries: Tensor) -> _Rows:
-    """The rows of q_proj as [KV heads, query heads, head dim], both in order of importance."""
+    """Return the rows of q_proj as [KV heads, query heads, head dim], in order of importance."""
     pick = (kv[:, None], queries)
     weight = linear.weight.view(groups, each, -1, linear.in_features)[pick].contiguous()
     bias = None if linear.bias is None else linear.bias.view(groups, each, -1)[pick].contiguous()
@@ -288,7 +289,7 @@ def _query_rows(linear: nn.Linear, groups: int, each: int, kv: Tensor, queries: 
 
 
 def _set_linear(linear: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
-    """Give `linear` these parameters and the sizes that go with them."""
+    """Set the parameters of `linear` and its sizes."""
     linear.weight = nn.Parameter(weight, requires_grad=False)
     linear.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)  # type: ignore[assignment]
     linear.out_features, linear.in_features = weight.shape

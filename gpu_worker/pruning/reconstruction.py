@@ -1,20 +1,20 @@
-"""Least-squares reconstruction: what stays of a block's inputs makes up for what is removed.
+"""Least-squares reconstruction: fits the kept columns of a projection to the output of the whole projection.
 
-Pruning takes columns from o_proj and down_proj. The columns that stay are then given the weights that come nearest to
-what the whole projection computed on the calibration text, as in SparseGPT (Frantar and Alistarh, 2023) and SlimGPT
-(Ling et al., 2024), but for whole columns and in closed form:
+Pruning removes columns from o_proj and down_proj. The kept columns get the weights that best reproduce the output of
+the whole projection on the calibration text, as in SparseGPT (Frantar and Alistarh, 2023) and SlimGPT (Ling et al.,
+2024), but for whole columns and in closed form:
 
     W'_k = argmin_V  E‖V·x_k − W·x‖² + λ·‖V − W_k‖²  =  W·G_:k·(G_kk)⁻¹,   G = E[x·xᵀ] + λ·I
 
-with x the projection's input, k the columns that stay, and λ a share (`DAMPING`) of the mean of E[x_j²]. No data is
-seen but the calibration text's, nothing is trained, and no parameter is added.
+where x is the projection's input, k the kept columns, and λ the fraction `DAMPING` of the mean of E[x_j²]. It uses only
+the calibration text, trains nothing and adds no parameters.
 
-Columns are ordered by importance, so what stays of an MLP is a prefix of them; and the Cholesky factor of a leading
-part of G is that part of the factor of G. With G = L·Lᵀ and Z = Lᵀ·Wᵀ, both taken once,
+Columns are ordered by importance, so the kept ones are a prefix, and the Cholesky factor of a leading block of G is the
+leading block of G's factor. With G = L·Lᵀ and Z = Lᵀ·Wᵀ, both computed once,
 
     W'_kᵀ = L_kk⁻ᵀ · Z_k
 
-is one triangular solve a block, whatever the plan.
+is one triangular solve per projection, for any plan.
 """
 
 import torch
@@ -23,34 +23,34 @@ from torch import Tensor
 from gpu_worker.models.errors import NotFiniteError
 
 DAMPING = 0.01
-"""λ as a share of the mean of E[x_j²]. A tenth or ten times as much changes SmolLM2's perplexity by a few percent."""
+"""λ as a fraction of the mean of E[x_j²]. Ten times more or less changes SmolLM2's perplexity by a few percent."""
 
-LEAST_STRENGTH = 1e-12
-"""Inputs that are always nought are damped as if their mean square were this."""
+MIN_MEAN_SQUARE = 1e-12
+"""Lower bound of the mean square that the damping is computed from, for inputs that are always zero."""
 
 
 class FittedColumns:
-    """Columns of a linear layer in order of importance, stored as rows, that are fitted to what is kept of them."""
+    """Columns of a linear layer in order of importance, stored as rows; kept ones are reconstructed."""
 
     def __init__(self, stored: Tensor, products: Tensor) -> None:
-        """`stored` is the weight's columns [pieces, ..., outputs]; `products` E[x·xᵀ] of its inputs in that order.
+        """Prepare the fit. `stored` holds the columns [pieces, ..., outputs]; `products` is E[x·xᵀ] in the same order.
 
-        Raises NotFiniteError where the products are no numbers.
+        Raises NotFiniteError if the products are not finite.
         """
         self.stored = stored
         self._factor = factored(damped(products))
         self._target = self._factor.t() @ stored.flatten(0, -2).float()
 
     def first(self, *counts: int) -> Tensor:
-        """The weight [outputs, kept inputs] of the first `counts` along the leading dimensions."""
+        """Return the weight [outputs, kept inputs] of the first `counts` along the leading dimensions."""
         kept = torch.zeros(self.stored.shape[:-1], dtype=torch.bool)
         kept[tuple(slice(count) for count in counts)] = True
         return self.at(kept)
 
     def at(self, kept: Tensor) -> Tensor:
-        """The weight [outputs, kept inputs] of the columns that `kept` [pieces, ...] marks, with one piece or more.
+        """Return the weight [outputs, kept inputs] of the columns that `kept` [pieces, ...] marks (at least one).
 
-        A view of the weight as it was where all are kept, and a fitted copy where not.
+        Returns a view of the original weight if all are kept, otherwise a fitted copy.
         """
         where = kept.flatten().nonzero()[:, 0]
         if len(where) == kept.numel():
@@ -66,21 +66,21 @@ class FittedColumns:
 
 
 def damped(products: Tensor) -> Tensor:
-    """G = E[x·xᵀ] + λ·I, in fp32. Raises NotFiniteError where the products are no numbers."""
+    """Return G = E[x·xᵀ] + λ·I in fp32. Raises NotFiniteError if the products are not finite."""
     strength = products.diagonal().mean()
     if not strength.isfinite():
-        raise NotFiniteError("what enters a projection on the calibration text is no finite number")
+        raise NotFiniteError("the inputs of a projection are not finite on the calibration text")
     sums = products.float().clone()
-    sums.diagonal().add_(DAMPING * strength.clamp_min(LEAST_STRENGTH))
+    sums.diagonal().add_(DAMPING * strength.clamp_min(MIN_MEAN_SQUARE))
     return sums
 
 
 def factored(products: Tensor) -> Tensor:
-    """The lower Cholesky factor, in the products' type. Raises NotFiniteError where rounding has left none to find."""
+    """Return the lower Cholesky factor in the products' dtype. Raises NotFiniteError if rounding leaves none."""
     factor, failed = torch.linalg.cholesky_ex(products)
-    if bool(failed):  # fp32 is not enough for these
+    if bool(failed):  # fp32 is not precise enough here
         factor, failed = torch.linalg.cholesky_ex(products.double())
     if bool(failed):
-        raise NotFiniteError("what enters a projection cannot be told apart: there is no least-squares fit")
+        raise NotFiniteError("the inputs of a projection are linearly dependent: there is no least-squares fit")
     found: Tensor = factor.to(products.dtype)
     return found

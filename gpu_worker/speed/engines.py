@@ -1,4 +1,4 @@
-"""Which engines there are, what of an exported folder each can run, and what is asked of them. No torch."""
+"""The inference engines, the export formats that each runs, and the request to measure them. Imports no torch."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from protocol.results.formats import Engine, Format, Formats, GgufType
 
 @dataclass(frozen=True)
 class EngineFacts:
-    """One engine: the package that it is, how to get it, and the formats that it runs."""
+    """One engine: its package, how to install it, and the formats that it runs."""
 
     package: str
     pip: str
@@ -21,13 +21,13 @@ class EngineFacts:
 
     @property
     def is_installed(self) -> bool:
-        """Whether its package is here; it is not imported."""
+        """Return whether its package is installed, without importing it."""
         return find_spec(self.package) is not None
 
 
 ENGINES: Mapping[Engine, EngineFacts] = {
     "transformers": EngineFacts("transformers", "pip install 'self-pruner[worker]'", ("hf", "padded")),
-    # Of an hf folder a GGUF is made.
+    # An hf folder is converted to GGUF.
     "llama.cpp": EngineFacts("xllamacpp", "pip install 'self-pruner[local]'", ("hf", "gguf")),
     "vllm": EngineFacts("vllm", "pip install 'vllm>=0.28'", ("hf", "padded")),
 }
@@ -35,7 +35,7 @@ ENGINES: Mapping[Engine, EngineFacts] = {
 
 @dataclass(frozen=True)
 class SpeedRequest:
-    """What to measure."""
+    """A request to measure speed."""
 
     folder: Path
     baseline: str
@@ -47,11 +47,11 @@ class SpeedRequest:
     """Empty: all that are installed and can run the folder."""
     dtype: Dtype = "bfloat16"
     gguf_type: GgufType | None = None
-    """Of the GGUF files; None: that of the file that is there, else f16."""
+    """Type of the GGUF files; None: that of an existing file, otherwise f16."""
 
 
 def engines_named(names: Sequence[str]) -> tuple[Engine, ...]:
-    """The engines of these names. Raises SettingsError for another name."""
+    """Return the engines with these names. Raises SettingsError for an unknown name."""
     for name in names:
         if name not in ENGINES:
             raise SettingsError(f"there is no engine {name!r}; there are {', '.join(ENGINES)}")
@@ -61,9 +61,9 @@ def engines_named(names: Sequence[str]) -> tuple[Engine, ...]:
 def choose_engines(
     asked: tuple[Engine, ...], formats: Formats, facts: Mapping[Engine, EngineFacts] = ENGINES
 ) -> tuple[tuple[Engine, ...], dict[Engine, str]]:
-    """The engines that measure, and why the others do not.
+    """Return the engines that can measure the folder, and the reasons why others cannot.
 
-    Raises SettingsError where one that was asked for cannot, and where none is left.
+    Raises SettingsError if a requested engine cannot, or if no engine can.
     """
     chosen: list[Engine] = []
     skipped: dict[Engine, str] = {}

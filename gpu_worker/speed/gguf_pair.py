@@ -1,4 +1,4 @@
-"""The two GGUF files that llama.cpp is measured with: those that are there, the others made."""
+"""Provides the dense and the pruned GGUF file for llama.cpp: existing files, or converted ones."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ from gpu_worker.llama_cpp.tensor_types import FILE_TYPES
 from gpu_worker.llama_cpp.writer import write_gguf
 from gpu_worker.models.checkpoints import reading, reason
 from gpu_worker.models.gguf_layout import open_gguf
-from gpu_worker.models.loading import bare_model, load_model
+from gpu_worker.models.loading import load_model, load_without_weights
 from gpu_worker.models.memory import Workload
-from gpu_worker.models.sizes import LARGEST_SIZES
+from gpu_worker.models.sizes import MAX_SIZES
 from gpu_worker.progress import Progress
+from gpu_worker.speed.compatibility import Sizes
 from gpu_worker.speed.engines import SpeedRequest
-from gpu_worker.speed.same_model import Sizes
 from protocol.errors import ModelError, SettingsError
 from protocol.plans.plan import dense_plan
 from protocol.plans.shape import LayerShape
@@ -26,12 +26,12 @@ from protocol.runtime.paths import expanded
 
 ADVICE = "set TMPDIR to a folder with room, or leave the engine out (--engine transformers)"
 F16_BYTES = 2
-"""Of an element of llama.cpp's KV cache, as it is unless told otherwise."""
+"""Bytes of an element of llama.cpp's KV cache, which is F16 by default."""
 
 
 @dataclass(frozen=True)
 class GgufModel:
-    """What a GGUF file says of its model."""
+    """A GGUF file and the metadata of its model."""
 
     path: Path
     file_type: int
@@ -41,14 +41,14 @@ class GgufModel:
     weight_bytes: int
     kv_cache_bytes_per_token: int
     longest: int
-    """Tokens of the longest text that the model was made for."""
+    """Context length in tokens."""
 
     @classmethod
     def of(cls, path: Path) -> "GgufModel":
-        """Read it. Raises ModelError where the file is no GGUF file of a decoder."""
+        """Read the file. Raises ModelError if it is not a GGUF file of a decoder."""
 
         def sentence(error: Exception) -> str:
-            return f"{str(path)!r} is no GGUF file of a model that can be measured ({reason(error)})"
+            return f"{str(path)!r} is not a GGUF file of a model that can be measured ({reason(error)})"
 
         with reading(sentence):
             reader = open_gguf(path)
@@ -68,26 +68,26 @@ class GgufModel:
 
     @property
     def weight_type(self) -> str:
-        """The file's type, such as `q8_0`."""
+        """Return the file type, such as `q8_0`."""
         return str(LlamaFileType(self.file_type).name).removeprefix("MOSTLY_").lower()
 
     @property
     def exported_type(self) -> GgufType | None:
-        """The file's type where `selfpruner export` can write it."""
+        """Return the file type if `selfpruner export` can write it, otherwise None."""
         return next((name for name, number in FILE_TYPES.items() if number == self.file_type), None)
 
 
-def files_there(request: SpeedRequest, formats: Formats) -> tuple[GgufModel | None, GgufModel | None]:
-    """The dense and the pruned file that are measured as they are; None for one that has to be made.
+def existing_gguf_files(request: SpeedRequest, formats: Formats) -> tuple[GgufModel | None, GgufModel | None]:
+    """Return the existing dense and pruned files; None for one that must be converted.
 
-    `formats` are the folder's. Raises SettingsError for a file of another type than the one asked for, unless it lies
-    beside an hf export, of which that type is made; ModelError where a file is lost or broken.
+    `formats` are the folder's. Raises SettingsError if a file has another type than requested, unless an hf export can
+    be converted to that type; ModelError if a file is missing or broken.
     """
     given = expanded(request.baseline)
     dense = GgufModel.of(given) if given.suffix == ".gguf" and given.is_file() else None
     found = sorted(request.folder.glob("*.gguf"))
     if "gguf" in formats and not found:
-        raise ModelError(f"the folder {str(request.folder)!r} has lost its GGUF file")
+        raise ModelError(f"the folder {str(request.folder)!r} lacks its GGUF file")
     pruned = GgufModel.of(found[0]) if found else None
     if pruned is not None and "hf" in formats and request.gguf_type not in (None, pruned.exported_type):
         pruned = None
@@ -101,28 +101,28 @@ def files_there(request: SpeedRequest, formats: Formats) -> tuple[GgufModel | No
 
 
 def gguf_files(request: SpeedRequest, formats: Formats, made: Path, progress: Progress) -> tuple[GgufModel, GgufModel]:
-    """The dense and the pruned file of a folder in these `formats`; what is made goes into the folder `made`.
+    """Return the dense and the pruned file of a folder in these `formats`; converted files go into the folder `made`.
 
-    It gets the type asked for, else that of the file that is there, else f16. Raises SettingsError and ModelError as
-    `files_there`, and ModelError where one cannot be made.
+    They get the requested type, otherwise that of an existing file, otherwise f16. Raises SettingsError and ModelError
+    as `existing_gguf_files`, and ModelError if a file cannot be converted.
     """
-    dense, pruned = files_there(request, formats)
+    dense, pruned = existing_gguf_files(request, formats)
     if dense is not None and pruned is not None:
         return dense, pruned
-    there = dense or pruned
-    file_type = request.gguf_type or "f16" if there is None else _same_type(there)
+    existing = dense or pruned
+    file_type = request.gguf_type or "f16" if existing is None else _same_type(existing)
     missing = [name for name, model in ((request.baseline, dense), (str(request.folder), pruned)) if model is None]
     _check_disk(missing, file_type, made, request)
     if pruned is None:
-        pruned = _make(str(request.folder), file_type, made / "pruned", request, progress)
+        pruned = _convert(str(request.folder), file_type, made / "pruned", request, progress)
     if dense is None:
-        dense = _make(request.baseline, file_type, made / "dense", request, progress)
+        dense = _convert(request.baseline, file_type, made / "dense", request, progress)
     return dense, pruned
 
 
 def _check_disk(names: Sequence[str], file_type: GgufType, made: Path, request: SpeedRequest) -> None:
-    """Raise ModelError where the disk has no room for the GGUF files of all these models, before one is written."""
-    shapes = [bare_model(name, request.dtype).decoder.shape for name in names]
+    """Raise ModelError if the disk has too little space for the GGUF files of all these models."""
+    shapes = [load_without_weights(name, request.dtype).decoder.shape for name in names]
     needed = sum(export_bytes(s, s.decoder_parameters, ("gguf",), request.dtype, file_type) for s in shapes)
     try:
         check_disk(made, needed, f"making GGUF files for llama.cpp ({' and '.join(names)})")
@@ -133,14 +133,14 @@ def _check_disk(names: Sequence[str], file_type: GgufType, made: Path, request: 
 def _same_type(model: GgufModel) -> GgufType:
     if model.exported_type is None:
         raise ModelError(
-            f"the other GGUF cannot be made in the type {model.weight_type} of {str(model.path)!r}; "
+            f"the other model cannot be converted to the type {model.weight_type} of {str(model.path)!r}; "
             f"export both in one of {', '.join(FILE_TYPES)}"
         )
     return model.exported_type
 
 
-def _make(name: str, file_type: GgufType, folder: Path, request: SpeedRequest, progress: Progress) -> GgufModel:
-    """The model `name` as it is, with nothing removed, as a GGUF file. Raises ModelError where there is no room."""
+def _convert(name: str, file_type: GgufType, folder: Path, request: SpeedRequest, progress: Progress) -> GgufModel:
+    """Convert the model `name`, without pruning, to a GGUF file. Raises ModelError if it cannot be written."""
     model = load_model(name, request.dtype, Workload(seqlen=1))
     plan = dense_plan(model.decoder.shape)
     try:
@@ -156,11 +156,11 @@ def _make(name: str, file_type: GgufType, folder: Path, request: SpeedRequest, p
 
 def _sizes(reader: GGUFReader) -> Sizes:
     layers = int(_field(reader, "block_count"))
-    if not 1 <= layers <= LARGEST_SIZES["num_hidden_layers"]:
+    if not 1 <= layers <= MAX_SIZES["num_hidden_layers"]:
         raise ValueError(f"it claims {layers:,} layers")
-    heads, hidden = _each(_field(reader, "attention.head_count"), layers), int(_field(reader, "embedding_length"))
-    kv_heads = _each(_field(reader, "attention.head_count_kv", heads), layers)
-    widths = _each(_field(reader, "feed_forward_length"), layers)
+    heads, hidden = _per_layer(_field(reader, "attention.head_count"), layers), int(_field(reader, "embedding_length"))
+    kv_heads = _per_layer(_field(reader, "attention.head_count_kv", heads), layers)
+    widths = _per_layer(_field(reader, "feed_forward_length"), layers)
     embedding = next(tensor for tensor in reader.tensors if tensor.name == "token_embd.weight")
     return Sizes(
         family=None,
@@ -174,17 +174,17 @@ def _sizes(reader: GGUFReader) -> Sizes:
     )
 
 
-def _field(reader: GGUFReader, name: str, otherwise: Any = None) -> Any:
-    """An entry of the metadata of the file's architecture. Raises KeyError where it has none and needs one."""
+def _field(reader: GGUFReader, name: str, default: Any = None) -> Any:
+    """Return an entry of the architecture's metadata. Raises KeyError if it is missing and has no default."""
     architecture = reader.fields["general.architecture"].contents()
     found = reader.get_field(f"{architecture}.{name}")
-    if found is None and otherwise is None:
+    if found is None and default is None:
         raise KeyError(f"{architecture}.{name}")
-    return otherwise if found is None else found.contents()
+    return default if found is None else found.contents()
 
 
-def _each(value: Any, layers: int) -> list[int]:
-    """One number for all layers, or one for each."""
+def _per_layer(value: Any, layers: int) -> list[int]:
+    """Return one number per layer, from a single number or a list."""
     return [int(each) for each in value] if isinstance(value, list) else [int(value)] * layers
 
 

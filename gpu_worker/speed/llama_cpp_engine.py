@@ -1,4 +1,4 @@
-"""Speed in llama.cpp, by xllamacpp: what its server says that it took."""
+"""Measures speed in llama.cpp (xllamacpp), from the timings that its server reports."""
 
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,9 +12,9 @@ import xllamacpp
 from gpu_worker.llama_cpp.client import ask, running
 from gpu_worker.llama_cpp.server import ServerOptions
 from gpu_worker.progress import Progress
+from gpu_worker.speed.compatibility import check_memory, check_pruned_from
 from gpu_worker.speed.engines import SpeedRequest
 from gpu_worker.speed.gguf_pair import GgufModel, gguf_files
-from gpu_worker.speed.same_model import check_related, check_room
 from gpu_worker.speed.timing import Length, Pair, Timing
 from gpu_worker.speed.transformers_engine import random_prompts
 from protocol.errors import DataError, ModelError
@@ -22,11 +22,11 @@ from protocol.results.formats import Formats
 from protocol.results.speeds import ModelSize
 
 SPARE = 8
-"""Positions of each slot beyond the measured text."""
+"""Extra positions of each slot beyond the measured text."""
 
 
 class LlamaCppRunner:
-    """A GGUF file served by llama.cpp, with one slot for each text of the largest batch."""
+    """A GGUF file served by llama.cpp, with one slot per text of the largest batch."""
 
     def __init__(self, model: GgufModel, address: str, length: Length) -> None:
         self.model = model
@@ -34,7 +34,7 @@ class LlamaCppRunner:
         self._address = address
 
     def run(self, batch_size: int) -> Timing:
-        """Process so many prompts and generate after each. Raises ModelError where the server does not answer so."""
+        """Process a batch of prompts and generate. Raises ModelError if the answer does not match."""
         vocabulary = self.model.sizes.vocabulary
         body = {
             "prompt": random_prompts(vocabulary, batch_size, self._length.prompt).tolist(),
@@ -46,12 +46,12 @@ class LlamaCppRunner:
         return timing_of(self.post("/completion", body), self._length)
 
     def post(self, path: str, body: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-        """The server's answers, one for each prompt. Raises ModelError where there is none."""
+        """Return the server's answers, one per prompt. Raises ModelError if there is none."""
         answer = ask(self._address, path, body)
         return answer if isinstance(answer, list) else [answer]
 
     def size(self) -> ModelSize:
-        """From the file's tensors and metadata; the KV cache is F16."""
+        """Return the sizes from the file's tensors and metadata; the KV cache is F16."""
         model = self.model
         return ModelSize(
             decoder_parameters=model.decoder_parameters,
@@ -65,11 +65,11 @@ class LlamaCppRunner:
 
 
 def timing_of(answers: Sequence[Mapping[str, Any]], length: Length) -> Timing:
-    """What the server's `timings`, one for each text of a batch, say together.
+    """Combine the server's `timings` of the texts in a batch.
 
-    The texts are processed side by side, so the slowest one's time is the batch's. The first token comes of the
-    prefill, and the server's clock of the decode starts when it is there: it is not counted. Raises ModelError where a
-    text was cut short, or a prompt was not processed anew.
+    The texts run in parallel, so the slowest one gives the batch's time. The first token comes from the prefill and is
+    not counted, because the server starts timing the decode after it. Raises ModelError if a text was cut short or a
+    prompt came from a cache.
     """
     for answer in answers:
         if "timings" not in answer:
@@ -91,22 +91,22 @@ def timing_of(answers: Sequence[Mapping[str, Any]], length: Length) -> Timing:
 
 @contextmanager
 def open_pair(request: SpeedRequest, formats: Formats, progress: Progress) -> Iterator[Pair]:
-    """Both models, served at the same time; GGUF files that have to be made are gone afterwards.
+    """Serve both models at the same time; converted GGUF files are deleted at the end.
 
-    `formats` are the folder's. Raises UsageError where one cannot be had, made or served, does not fit, or is no
-    relative of the other.
+    `formats` are the folder's. Raises UsageError if a model is not available or cannot be converted or served, if
+    memory is too small, or if the folder was not pruned from the baseline.
     """
     with ExitStack() as stack:
         made = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="selfpruner-speed-")))
         dense, pruned = gguf_files(request, formats, made, progress)
-        check_related(dense.sizes, pruned.sizes, request.baseline)
+        check_pruned_from(dense.sizes, pruned.sizes, request.baseline)
         texts, length = max(request.batch_sizes), request.length
         for model in (dense, pruned):
             if length.total > model.longest:
                 raise DataError(f"texts of {length.total} tokens are longer than the {model.longest} of {model.path}")
         device = _device()
         needed = sum(m.weight_bytes + m.kv_cache_bytes_per_token * length.total * texts for m in (dense, pruned))
-        check_room(needed, on_gpu=device != "cpu")
+        check_memory(needed, on_gpu=device != "cpu")
         runners = [
             LlamaCppRunner(model, stack.enter_context(_serving(model, length, texts)), length)
             for model in (dense, pruned)
@@ -116,7 +116,7 @@ def open_pair(request: SpeedRequest, formats: Formats, progress: Progress) -> It
 
 
 def check_gguf_runs(path: Path) -> None:
-    """Load the file in llama.cpp and let it write a few tokens. Raises ModelError where it does not."""
+    """Load the file in llama.cpp and generate a few tokens. Raises ModelError if that fails."""
     model, length = GgufModel.of(path), Length(prompt=8, generate=4)
     with _serving(model, length, texts=1) as address:
         LlamaCppRunner(model, address, length).run(1)
@@ -124,13 +124,13 @@ def check_gguf_runs(path: Path) -> None:
 
 @contextmanager
 def _serving(model: GgufModel, length: Length, texts: int) -> Iterator[str]:
-    """The address of a server with a slot for each text of a batch."""
+    """Start a server with a slot for each text of a batch, and yield its address."""
     options = ServerOptions(
         str(model.path),
         torch.get_num_threads(),
         context=texts * (length.total + SPARE),
         slots=texts,
-        batch=texts * length.prompt,  # all prompts of a batch in one go
+        batch=texts * length.prompt,  # all prompts of a batch at once
         in_memory=True,
     )
     with running(options) as address:
@@ -138,7 +138,7 @@ def _serving(model: GgufModel, length: Length, texts: int) -> Iterator[str]:
 
 
 def _device() -> str:
-    """`cpu`, or what the first GPU that llama.cpp sees calls itself."""
+    """Return `cpu`, or the name of the first GPU that llama.cpp sees."""
     kinds = xllamacpp.ggml_backend_dev_type
     gpus = [each for each in xllamacpp.get_device_info() if each["type"] == kinds.GGML_BACKEND_DEVICE_TYPE_GPU]
     return str(gpus[0]["description"]) if gpus else "cpu"

@@ -1,9 +1,9 @@
-"""`selfpruner speed`: an exported folder beside its dense model, in one engine after the other."""
+"""`selfpruner speed`: measures an exported folder and its dense model in each engine."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from gpu_worker.evaluation.outcomes import preparing
+from gpu_worker.evaluation.outcomes import out_of_memory_as_usage_error
 from gpu_worker.export.folder import check_weights, formats_in
 from gpu_worker.progress import Progress, no_progress
 from gpu_worker.speed.engines import SpeedRequest, choose_engines
@@ -16,8 +16,8 @@ from protocol.results.speeds import EngineSpeed, SpeedResult
 def measure_speed(request: SpeedRequest, progress: Progress = no_progress) -> SpeedResult:
     """Measure both models in each engine.
 
-    What an engine measured is kept where a later one fails. Raises UsageError for a folder that is no export, a
-    baseline that it cannot come of, an engine that is not there or cannot run it, and too little memory.
+    Results of earlier engines are kept if a later one fails. Raises UsageError for a folder that is not an export, a
+    baseline that it was not pruned from, an engine that is missing or cannot run it, and too little memory.
     """
     formats = formats_in(request.folder)
     check_weights(request.folder, formats)
@@ -26,10 +26,10 @@ def measure_speed(request: SpeedRequest, progress: Progress = no_progress) -> Sp
     found: list[EngineSpeed] = []
     for engine in engines:
         try:
-            with preparing(request.baseline):
+            with out_of_memory_as_usage_error(request.baseline):
                 found.append(_measure_in(engine, formats, request, progress))
         except UsageError as error:
-            # An engine that nobody named may be one for other families, shorter texts, or for a GPU.
+            # An engine that was not requested may not support this family, these lengths or this device.
             if request.engines and not found:
                 raise
             skipped[engine] = str(error)
@@ -48,18 +48,18 @@ def measure_speed(request: SpeedRequest, progress: Progress = no_progress) -> Sp
 
 
 def check_gguf_type(request: SpeedRequest, engines: tuple[Engine, ...], formats: Formats) -> None:
-    """Raise SettingsError where a GGUF file has another type than the one asked for, and none can be made."""
+    """Raise SettingsError if a GGUF file has another type than requested, and cannot be converted."""
     if request.gguf_type is not None and "llama.cpp" in engines:
-        from gpu_worker.speed.gguf_pair import files_there
+        from gpu_worker.speed.gguf_pair import existing_gguf_files
 
-        files_there(request, formats)
+        existing_gguf_files(request, formats)
 
 
 def _measure_in(engine: Engine, formats: Formats, request: SpeedRequest, progress: Progress) -> EngineSpeed:
-    """One engine, whose models are gone from memory when the next one loads its own."""
+    """Measure in one engine, and free its models before the next engine starts."""
     with _opened(engine, formats, request, progress) as pair:
-        told = prefixed(progress, engine)
-        batches = measured_batches(pair, request.batch_sizes, request.repeats, request.warm_up, told)
+        engine_progress = prefixed(progress, engine)
+        batches = measured_batches(pair, request.batch_sizes, request.repeats, request.warm_up, engine_progress)
         return EngineSpeed(
             engine=engine,
             device=pair.device,
@@ -72,7 +72,7 @@ def _measure_in(engine: Engine, formats: Formats, request: SpeedRequest, progres
 
 @contextmanager
 def _opened(engine: Engine, formats: Formats, request: SpeedRequest, progress: Progress) -> Iterator[Pair]:
-    """Both models in `engine`, whose module is imported only now: its package may be missing elsewhere."""
+    """Load both models in `engine`, whose module is imported here because its package may be missing."""
     progress(f"{engine}: loading", 0, 1)
     if engine == "transformers":
         from gpu_worker.speed.transformers_engine import open_pair as in_transformers

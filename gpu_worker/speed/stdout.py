@@ -1,4 +1,4 @@
-"""Keeps stdout for the answer: libraries write to it what belongs into a log."""
+"""Reserves stdout for the result, because libraries write log lines to it."""
 
 import os
 import sys
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def stdout_to_stderr() -> Iterator[None]:
-    """While it lasts, what goes to file descriptor 1 goes to stderr; so it stays for processes started meanwhile."""
+    """Redirect file descriptor 1 to stderr; processes started meanwhile keep the redirection."""
     sys.stdout.flush()
     kept = os.dup(1)
     os.dup2(2, 1)

@@ -1,7 +1,7 @@
-"""Dense and pruned in turn, repeat by repeat, and what the figures of it are. Pure: it knows no engine.
+"""Runs the dense and the pruned model in turn and computes speeds. Independent of the engine.
 
-A machine that slows down slows both, so that the ratio of two runs next to each other says more than the ratio of two
-medians. The speed-up is the median of those ratios.
+A slowdown of the machine affects both models, so the ratio of two adjacent runs is more reliable than the ratio of two
+medians. The speed-up is the median of these ratios.
 """
 
 import statistics
@@ -14,25 +14,25 @@ from protocol.errors import UsageError
 from protocol.results.speeds import BatchSpeed, ModelSize, PhaseSpeed, Spread
 
 WARM_UP = 1
-"""Repeats before those that count: memory is touched for the first time, kernels are chosen."""
+"""Uncounted first repeats, in which memory is first touched and kernels are selected."""
 
 
 @dataclass(frozen=True)
 class Length:
-    """How long each text of a batch is."""
+    """Lengths of each text of a batch in tokens."""
 
     prompt: int
     generate: int
 
     @property
     def total(self) -> int:
-        """Tokens of a text at its end."""
+        """Return the tokens of a complete text."""
         return self.prompt + self.generate
 
 
 @dataclass(frozen=True)
 class Timing:
-    """One run: tokens over all texts of the batch, and the seconds they took."""
+    """One run: tokens of all texts of the batch, and seconds."""
 
     prefill_tokens: int
     prefill_seconds: float
@@ -44,21 +44,21 @@ class Runner(Protocol):
     """One model, loaded in one engine."""
 
     def run(self, batch_size: int) -> Timing:
-        """Process so many prompts and generate after them."""
+        """Process a batch of prompts and generate after them."""
 
     def size(self) -> ModelSize:
-        """How large the model is; asked after a run."""
+        """Return the sizes of the model; called after a run."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """A dense model and what was pruned of it, ready to run in one engine."""
+    """A dense model and its pruned version, ready to run in one engine."""
 
     dense: Runner
     pruned: Runner
     device: str = "cpu"
     threads: int | None = None
-    """Of the CPU, where that is the device."""
+    """CPU threads, if the device is the CPU."""
 
 
 def alternate(
@@ -77,7 +77,7 @@ def alternate(
 def measured_batches(
     pair: Pair, batch_sizes: Sequence[int], repeats: int, warm_up: int, progress: Progress
 ) -> tuple[BatchSpeed, ...]:
-    """The figures of each batch size."""
+    """Measure each batch size."""
     found = []
     for batch_size in batch_sizes:
         timings = alternate(pair, batch_size, repeats, warm_up=warm_up, progress=progress)
@@ -86,12 +86,12 @@ def measured_batches(
 
 
 def prefixed(progress: Progress, prefix: str) -> Progress:
-    """The same, told of stages with `prefix` before their names."""
+    """Return a Progress that adds `prefix` to the names of stages."""
     return lambda stage, done, total: progress(f"{prefix}: {stage}", done, total)
 
 
 def compare(batch_size: int, timings: Sequence[tuple[Timing, Timing]]) -> BatchSpeed:
-    """The figures of pairs (dense, pruned) of timings. Raises UsageError where something took no time at all."""
+    """Compute the speeds of (dense, pruned) timings. Raises UsageError if a time is too short to measure."""
     return BatchSpeed(
         batch_size=batch_size,
         prefill=_phase(timings, lambda timing: (timing.prefill_tokens, timing.prefill_seconds)),
@@ -100,7 +100,7 @@ def compare(batch_size: int, timings: Sequence[tuple[Timing, Timing]]) -> BatchS
 
 
 def spread(values: Sequence[float]) -> Spread:
-    """Median and range."""
+    """Return median and range."""
     return Spread(median=statistics.median(values), lowest=min(values), highest=max(values))
 
 
@@ -116,5 +116,5 @@ def _phase(timings: Sequence[tuple[Timing, Timing]], part: Callable[[Timing], tu
 
 def _rate(tokens: int, seconds: float) -> float:
     if seconds <= 0:
-        raise UsageError(f"{tokens} tokens took no time that the clock can tell: give a larger --prompt or --generate")
+        raise UsageError(f"{tokens} tokens took too little time to measure: give a larger --prompt or --generate")
     return tokens / seconds

@@ -1,4 +1,4 @@
-"""Speed in transformers: one forward of the prompts, then one token at a time with the cache."""
+"""Measures speed in transformers: one forward pass over the prompts, then one token at a time with the KV cache."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -16,8 +16,8 @@ from gpu_worker.evaluation.target import check_length
 from gpu_worker.measuring.half_precision import warn_if_slow
 from gpu_worker.models.loading import LoadedModel, load_side_by_side
 from gpu_worker.models.memory import Workload, kv_cache_bytes
+from gpu_worker.speed.compatibility import Sizes, check_pruned_from
 from gpu_worker.speed.engines import SpeedRequest
-from gpu_worker.speed.same_model import Sizes, check_related
 from gpu_worker.speed.timing import Length, Pair, Timing
 from protocol.results.speeds import ModelSize
 
@@ -25,9 +25,9 @@ Clock = Callable[[], float]
 
 
 class TransformersRunner:
-    """A model in transformers. Its cache is a static one: reserved at once, and not copied for each token.
+    """A model in transformers with a static KV cache, which is preallocated and not copied for each token.
 
-    Prompts are random tokens, the same for each model and repeat: what they say makes no difference to the speed.
+    Prompts are random tokens, the same for each model and repeat: their content does not affect the speed.
     """
 
     def __init__(self, model: LoadedModel, length: Length, *, clock: Clock = time.perf_counter) -> None:
@@ -40,7 +40,7 @@ class TransformersRunner:
         self._argument = "cache" if "cache" in signature(type(body).forward).parameters else "past_key_values"
 
     def run(self, batch_size: int) -> Timing:
-        """Process so many prompts and generate after each, the likeliest token every time."""
+        """Process a batch of prompts and generate greedily after each."""
         prompts = random_prompts(self.model.decoder.head.out_features, batch_size, self._length.prompt)
         prompts = prompts.to(self.model.device)
         cache = StaticCache(self.model.causal_lm.config, max_cache_len=self._length.total)
@@ -57,7 +57,7 @@ class TransformersRunner:
         )
 
     def _next(self, tokens: Tensor, cache: Any) -> Tensor:
-        """The likeliest tokens [batch, 1] after `tokens` [batch, new], whose keys and values `cache` takes."""
+        """Return the most probable tokens [batch, 1] after `tokens` [batch, new], which are added to `cache`."""
         decoder = self.model.decoder
         hidden = decoder.body(input_ids=tokens, use_cache=True, **{self._argument: cache}).last_hidden_state
         logits: Tensor = decoder.head(hidden[:, -1:])
@@ -70,7 +70,7 @@ class TransformersRunner:
         return self._clock()
 
     def size(self) -> ModelSize:
-        """Counted from the tensors of the model, and of the cache of the last run."""
+        """Return the sizes of the model's tensors and of the last run's KV cache."""
         shape, dtype = self.model.decoder.shape, self.model.causal_lm.dtype
         return ModelSize(
             decoder_parameters=shape.decoder_parameters,
@@ -84,26 +84,27 @@ class TransformersRunner:
 
 
 def devices_of(model: LoadedModel) -> tuple[torch.device, ...]:
-    """All devices that hold a part of the model, the first of them that with its embedding."""
+    """Return all devices that hold a part of the model, the embedding's first."""
     return tuple(dict.fromkeys([model.device, *(weight.device for weight in model.causal_lm.parameters())]))
 
 
 def random_prompts(vocabulary: int, texts: int, tokens: int) -> Tensor:
-    """The same token ids [texts, tokens] at each call."""
+    """Return token ids [texts, tokens], the same at each call."""
     return torch.randint(vocabulary, (texts, tokens), generator=torch.Generator().manual_seed(0))
 
 
 @contextmanager
 def open_pair(request: SpeedRequest) -> Iterator[Pair]:
-    """Both models, loaded as `selfpruner evaluate` does, on the same GPU or GPUs.
+    """Load both models as `selfpruner evaluate` does, on the same GPUs.
 
-    Raises UsageError where one cannot be had or run so long, does not fit, or is no relative of the other.
+    Raises UsageError if a model is not available, if the texts are too long, if memory is too small, or if the folder
+    was not pruned from the baseline.
     """
-    workload = Workload(request.length.total * max(request.batch_sizes), keeps_keys=True)
+    workload = Workload(request.length.total * max(request.batch_sizes), keeps_kv_cache=True)
     dense, pruned = load_side_by_side((request.baseline, str(request.folder)), request.dtype, workload)
     for model in (dense, pruned):
         check_length(model, request.length.total)
-    check_related(_sizes(dense), _sizes(pruned), request.baseline)
+    check_pruned_from(_sizes(dense), _sizes(pruned), request.baseline)
     warn_if_slow(request.dtype, dense.device, "torch is several times as fast")
     devices = dict.fromkeys([*devices_of(dense), *devices_of(pruned)])
     threads = torch.get_num_threads() if dense.device.type == "cpu" else None
@@ -117,6 +118,6 @@ def _sizes(model: LoadedModel) -> Sizes:
 
 
 def _weight_files_bytes(source: str) -> int | None:
-    """Bytes of the files of weights of a folder; None for a name on the hub, which keeps them elsewhere."""
+    """Return the bytes of a folder's weight files; None for a name on the hub."""
     files = [file for suffix in ("safetensors", "bin") for file in Path(source).glob(f"*.{suffix}")]
     return sum(file.stat().st_size for file in files) if files else None

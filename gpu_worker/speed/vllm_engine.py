@@ -1,7 +1,7 @@
-"""Speed in vLLM, through its Transformers backend. Written from vLLM's documentation, and not yet run on a GPU.
+"""Measures speed in vLLM, through its Transformers backend. Follows vLLM's documentation; not yet run on a GPU.
 
-vLLM has to run the modeling file of a folder that was exported as hf, and of no other model. All code that the folder
-holds or names is compared first with what this version writes: what somebody changed is not run.
+vLLM must run the modeling file of a folder exported as hf, but code of no other model. Before that, all code in the
+folder, and all code that it refers to, is compared with what this version writes: modified code is never run.
 """
 
 import gc
@@ -17,8 +17,8 @@ import torch
 
 from gpu_worker.evaluation.session import device_name
 from gpu_worker.models.checkpoints import reason
-from gpu_worker.models.exported import class_names, module_name, render_modeling
 from gpu_worker.models.families import PRUNED
+from gpu_worker.models.modeling import class_names, module_name, render_modeling
 from gpu_worker.speed.engines import SpeedRequest
 from gpu_worker.speed.stdout import stdout_to_stderr
 from gpu_worker.speed.timing import Length, Pair, Timing
@@ -29,13 +29,13 @@ from protocol.results.speeds import ModelSize
 from protocol.runtime.byte_sizes import gigabytes
 
 MEMORY_SHARE = 0.84
-"""Of what is free on the GPU, for both models with their KV caches. Beside it vLLM takes memory for CUDA's graphs."""
+"""Fraction of the free GPU memory for both models and KV caches. vLLM needs the rest for CUDA graphs."""
 BLOCK = 16
-"""Tokens for which vLLM takes KV cache at a time."""
+"""Tokens of a block of vLLM's KV cache."""
 
 
 class VllmRunner:
-    """A model in vLLM's `LLM`. `llm` and `sampling` are vLLM's class, loaded, and its SamplingParams."""
+    """A model in vLLM. `llm` is an instance of vLLM's `LLM`, `sampling` its class `SamplingParams`."""
 
     def __init__(
         self,
@@ -55,9 +55,9 @@ class VllmRunner:
         self._clock = clock
 
     def run(self, batch_size: int) -> Timing:
-        """Twice the same prompts, without a prefix cache: with one token to generate, and with all.
+        """Run the same prompts twice without a prefix cache: generating one token, and generating all.
 
-        The first is the prefill, what the second takes longer is the decode.
+        The first time is the prefill, the difference is the decode.
         """
         prefill = self._seconds(batch_size, 1)
         whole = self._seconds(batch_size, 1 + self._length.generate)
@@ -71,11 +71,11 @@ class VllmRunner:
     def _seconds(self, batch_size: int, tokens: int) -> float:
         ids = random_prompts(self._vocabulary, batch_size, self._length.prompt).tolist()
         prompts = [{"prompt_token_ids": each} for each in ids]
-        # No end of text stops it, and nothing is made into text.
+        # Ignore end-of-text tokens, and do not detokenize.
         params = self._sampling(
             temperature=0.0, max_tokens=tokens, min_tokens=tokens, ignore_eos=True, detokenize=False
         )
-        with _told("generate"):
+        with _errors_of_vllm("generate"):
             start = self._clock()
             outputs = self._llm.generate(prompts, params, use_tqdm=False)
             seconds = self._clock() - start
@@ -85,21 +85,21 @@ class VllmRunner:
         return seconds
 
     def size(self) -> ModelSize:
-        """As in transformers, whose tensors vLLM loads."""
+        """Return the sizes as measured in transformers, whose tensors vLLM loads."""
         return self._size
 
 
 @contextmanager
 def open_pair(request: SpeedRequest) -> Iterator[Pair]:
-    """Both models in vLLM on one GPU, which they share.
+    """Load both models in vLLM on one GPU.
 
-    Raises ModelError without a GPU, where it has too little memory, where a folder's code is not this version's, and
-    for whatever vLLM raises.
+    Raises ModelError without a GPU, for too little memory, for code that this version did not write, and for errors of
+    vLLM.
     """
     if not torch.cuda.is_available():
         raise ModelError("the engine vllm needs a GPU, and there is none")
-    has_our_code(request.folder)
-    sizes, vocabulary, baseline = _look_at(request)
+    needs_remote_code(request.folder)
+    sizes, vocabulary, baseline = _read_sizes(request)
     shares = memory_shares(sizes, request.length.total + 1, max(request.batch_sizes), *torch.cuda.mem_get_info(0))
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     with stdout_to_stderr():
@@ -110,10 +110,10 @@ def open_pair(request: SpeedRequest) -> Iterator[Pair]:
 def memory_shares(
     sizes: tuple[ModelSize, ModelSize], tokens: int, texts: int, free: int, whole: int
 ) -> tuple[float, float]:
-    """The share of all memory of the GPU, `whole` bytes, that each model is given: what it needs and half of the rest.
+    """Return each model's fraction of the GPU's `whole` bytes: what it needs, and half of the rest.
 
-    It needs its weights and the KV cache of so many texts of so many tokens. Raises ModelError where MEMORY_SHARE of
-    the `free` bytes is too little for both.
+    A model needs its weights and the KV cache of `texts` texts of `tokens` tokens. Raises ModelError if MEMORY_SHARE of
+    the `free` bytes is too little for both models.
     """
     cached = texts * -(-tokens // BLOCK) * BLOCK
     dense, pruned = (size.weight_bytes + cached * size.kv_cache_bytes_per_token for size in sizes)
@@ -135,12 +135,12 @@ def _load(
     shares: tuple[float, float],
     vocabulary: int,
 ) -> tuple[VllmRunner, VllmRunner]:
-    with _told("be imported"):
+    with _errors_of_vllm("be imported"):
         from vllm import LLM, SamplingParams
 
     def runner(name: str, size: ModelSize, share: float) -> VllmRunner:
-        trusted = Path(name).is_dir() and has_our_code(Path(name))
-        with _told(f"load {name!r}"):
+        trusted = Path(name).is_dir() and needs_remote_code(Path(name))
+        with _errors_of_vllm(f"load {name!r}"):
             llm = LLM(
                 model=name,
                 trust_remote_code=trusted,
@@ -148,7 +148,7 @@ def _load(
                 dtype=request.dtype,
                 max_model_len=request.length.total + 1,
                 max_num_seqs=max(request.batch_sizes),
-                # A prompt is processed in one go, and at each repeat.
+                # Prompts are processed in one step, and again at each repeat.
                 max_num_batched_tokens=max(request.batch_sizes) * (request.length.total + 1),
                 enable_prefix_caching=False,
                 gpu_memory_utilization=share,
@@ -160,18 +160,18 @@ def _load(
 
 
 @contextmanager
-def _told(doing: str) -> Iterator[None]:
-    """While it lasts, an error is a ModelError: vLLM raises many kinds, and its processes lack memory on their own."""
+def _errors_of_vllm(doing: str) -> Iterator[None]:
+    """Convert errors into ModelError: vLLM raises many kinds, also from its own processes."""
     try:
         yield
     except Exception as error:
         raise ModelError(f"vLLM cannot {doing} ({reason(error)})") from error
 
 
-def has_our_code(folder: Path) -> bool:
-    """Whether vLLM has to run the modeling file of a `folder`: that of a pruned model, exported as hf.
+def needs_remote_code(folder: Path) -> bool:
+    """Return whether vLLM must run the modeling file of `folder`: only for a pruned model exported as hf.
 
-    Raises ModelError where that folder holds or names other code than this version writes: of it nothing is run.
+    Raises ModelError if that folder contains or refers to code that this version does not write.
     """
     config = _read(folder / "config.json")
     model_type = config.get("model_type")
@@ -182,22 +182,22 @@ def has_our_code(folder: Path) -> bool:
     plain = model_type.removeprefix(PRUNED)
     module = module_name(plain)
     own = folder / f"{module}.py"
-    # A folder that is somewhere else is not looked into.
+    # Linked folders are refused without looking into them.
     others = (path for path in folder.rglob("*") if path.suffix == ".py" or (path.is_symlink() and path.is_dir()))
     for path in others:
         if path != own or path.read_text(encoding="utf-8", errors="replace") != render_modeling(plain):
-            raise ModelError(_not_ours(path))
+            raise ModelError(_foreign_code(path))
     classes = {auto: f"{module}.{name}" for auto, name in class_names(plain).items()}
     for path in folder.rglob("*config.json"):
-        # What this names may also be another repository's.
+        # An auto_map may refer to another repository.
         if list(_auto_maps(_read(path))) != ([classes] if path == folder / "config.json" else []):
-            raise ModelError(_not_ours(path))
+            raise ModelError(_foreign_code(path))
     return True
 
 
-def _not_ours(path: Path) -> str:
+def _foreign_code(path: Path) -> str:
     return (
-        f"{str(path)!r} is not what this version of Self-Pruner writes, and vLLM would run it, or what it names; "
+        f"{str(path)!r} differs from what this version of Self-Pruner writes, and vLLM would run its code; "
         "export the model again"
     )
 
@@ -206,14 +206,14 @@ def _read(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(content, dict):
-            raise TypeError("no JSON object")
+            raise TypeError("not a JSON object")
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ModelError(f"{str(file)!r} cannot be read ({error})") from error
     return content
 
 
 def _auto_maps(value: object) -> Iterator[object]:
-    """Whatever stands under `auto_map`, however deep."""
+    """Yield all values of `auto_map`, at any depth."""
     if isinstance(value, dict):
         for name, each in value.items():
             if name == "auto_map":
@@ -225,15 +225,15 @@ def _auto_maps(value: object) -> Iterator[object]:
             yield from _auto_maps(each)
 
 
-def _look_at(request: SpeedRequest) -> tuple[tuple[ModelSize, ModelSize], int, str]:
-    """Sizes, vocabulary and the dense model's folder, from transformers, whose memory is free again afterwards."""
-    found = _looked_at(request)
+def _read_sizes(request: SpeedRequest) -> tuple[tuple[ModelSize, ModelSize], int, str]:
+    """Return sizes, vocabulary and the dense model's folder, read in transformers, and free its memory."""
+    found = _sizes_in_transformers(request)
     gc.collect()
     torch.cuda.empty_cache()
     return found
 
 
-def _looked_at(request: SpeedRequest) -> tuple[tuple[ModelSize, ModelSize], int, str]:
+def _sizes_in_transformers(request: SpeedRequest) -> tuple[tuple[ModelSize, ModelSize], int, str]:
     with open_transformers_pair(request) as pair:
         dense, pruned = pair.dense, pair.pruned
         assert isinstance(dense, TransformersRunner)

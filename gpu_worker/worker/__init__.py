@@ -1,1 +1,1 @@
-"""The parent of a worker: claims candidates, renews leases, commits outcomes. Start with worker.py."""
+"""The parent process of a worker: claims candidates, renews leases, commits outcomes. Start with worker.py."""

@@ -1,4 +1,4 @@
-"""The parent's handle on the evaluation process: start it, ask it, kill it with all that it started."""
+"""The parent's handle on the evaluation process: starts it, sends it candidates, kills its process group."""
 
 import asyncio
 import contextlib
@@ -22,34 +22,34 @@ from protocol.runtime.environment import child_environment
 
 EVALUATION_PROCESS = (sys.executable, "-m", "gpu_worker.evaluation.process")
 LINE_LIMIT = 32_000_000
-"""Bytes. The longest line is a text that the model wrote (protocol/queue/self_text.py)."""
-LAST_WORDS_SECONDS = 1.0
-"""For the last lines of a process that has ended: what it started may hold its stdout open for ever."""
+"""Bytes of a line, at most. The longest line holds text that the model wrote (protocol/queue/self_text.py)."""
+LAST_LINES_SECONDS = 1.0
+"""Seconds to wait for the last lines of a process that has ended: its children may keep its stdout open."""
 EXIT_STUCK = 3
-"""How a worker ends whose evaluation process cannot be killed."""
+"""Exit code of a worker whose evaluation process cannot be killed."""
 KILL_SECONDS = 60.0
-"""For a killed process to be gone: one that holds much memory takes a while, one that is stuck in a driver for ever."""
+"""Seconds to wait for a killed process: freeing much memory takes a while, and a stuck driver blocks it for ever."""
 THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
-"""Threads that wait for each other by spinning lose most of their time where anything else uses the cores, such as a
-local LLM. A variable that is set already is kept."""
+"""Spinning OpenMP threads lose most of their time when another program, such as a local LLM, uses the cores. A variable
+that is already set is kept."""
 Progress = Callable[[str, int, int], None]
 
 log = structlog.get_logger()
 
 
 class ChildDied(SelfPrunerError):  # noqa: N818
-    """The evaluation process is gone; the text says how it ended."""
+    """The evaluation process has ended; the message says how."""
 
 
 class DeviceLost(ChildDied):
-    """The evaluation process has to end because its device (a CUDA context) is broken."""
+    """The evaluation process must end because its device (the CUDA context) is broken."""
 
 
 class EvaluationChild:
     """One evaluation process with the model of one spec, in a process group of its own.
 
-    `command` starts a process that speaks as gpu_worker/evaluation/process.py does. With a `board`, text that the model
-    writes itself is the same for all workers of the search.
+    `command` starts a process that uses the messages of gpu_worker/evaluation/process.py. With a `board`, all workers
+    of the search use the same text where the model writes it itself.
     """
 
     def __init__(
@@ -62,14 +62,14 @@ class EvaluationChild:
 
     @property
     def alive(self) -> bool:
-        """Whether the process runs."""
+        """Whether the process is running."""
         return self._process is not None and self._process.returncode is None
 
     async def start(self, progress: Progress, *, sensitivity: bool, limit_seconds: float | None = None) -> ModelProfile:
-        """Start the process and wait for its model profile, `limit_seconds` at most.
+        """Start the process and wait up to `limit_seconds` for its model profile.
 
-        `sensitivity` False saves the measurement of every unit when a profile is already known. Raises UsageError for
-        what the user must mend (model, data), ChildDied when the process ends or takes too long.
+        Pass `sensitivity=False` when a profile is already known: the units are then not measured again. Raises
+        UsageError for an invalid model or data, ChildDied when the process ends or takes too long.
         """
         try:
             async with asyncio.timeout(limit_seconds):
@@ -104,9 +104,9 @@ class EvaluationChild:
                 return ModelProfile.model_validate(reply["profile"])
 
     async def evaluate(self, candidate: Candidate, *, limit_seconds: float) -> Outcome:
-        """Measure `candidate`. Over the time limit the process is killed and the outcome is Failed(timeout).
+        """Measure `candidate`. After the time limit, kill the process and return Failed(timeout).
 
-        Raises DeviceLost when the process can measure nothing more, ChildDied when it ends without an answer.
+        Raises DeviceLost when the device is broken, ChildDied when the process ends without an answer.
         """
         self._send({"id": candidate.id, **candidate.model_dump(include={"plan", "text", "race"})})
         try:
@@ -117,7 +117,7 @@ class EvaluationChild:
             return Failed(reason="timeout", detail=f"not measured within {limit_seconds:g} seconds")
         if reply.get("id") != candidate.id:
             await self.kill()
-            raise ChildDied("the evaluation process answered for another candidate")
+            raise ChildDied("the evaluation process answered for a different candidate")
         outcome = _checked(reply.get("outcome"))
         if isinstance(outcome, Failed) and outcome.reason == "crashed":
             await self.kill()
@@ -125,10 +125,10 @@ class EvaluationChild:
         return outcome
 
     async def kill(self) -> None:
-        """End the process and everything in its group, at once.
+        """Kill the process and everything in its process group.
 
-        Where it outlives that (stuck in the GPU's driver, it sees no signal), this process ends too: the lease of its
-        job then runs out, while a worker that waited would beat for ever.
+        A process that is stuck in the GPU driver ignores signals. Then this process exits too, so that the lease of its
+        job expires; a worker that waited would renew it for ever.
         """
         if self._process is None:
             return
@@ -153,7 +153,7 @@ class EvaluationChild:
         self._process.stdin.write(json.dumps(message).encode() + b"\n")
 
     async def _receive(self) -> dict[str, Any]:
-        """The next message that is no event of the process's log."""
+        """Return the next message that is not a log event; write log events to this process's log."""
         while "log" in (message := await self._next_message()):
             event = message["log"]
             log.log(logging.getLevelNamesMapping()[event.pop("level").upper()], event.pop("event"), **event)
@@ -163,9 +163,9 @@ class EvaluationChild:
         assert self._process is not None
         line = await self._next_line()
         if not line.endswith(b"\n"):
-            if self.alive:  # its own exit status says more than that of the kill
+            if self.alive:  # its own exit status says more than SIGKILL
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._process.wait(), LAST_WORDS_SECONDS)
+                    await asyncio.wait_for(self._process.wait(), LAST_LINES_SECONDS)
             await self.kill()
             raise ChildDied(f"the evaluation process ended with status {self._process.returncode}{self._likely_reason}")
         try:
@@ -174,20 +174,20 @@ class EvaluationChild:
             message = None
         if not isinstance(message, dict):
             await self.kill()
-            raise ChildDied(f"the evaluation process said what is no JSON object: {line[:100]!r}")
+            raise ChildDied(f"the evaluation process sent a line that is not a JSON object: {line[:100]!r}")
         return message
 
     async def _next_line(self) -> bytes:
-        """The next line; not a whole one when the process has ended or its line is too long.
+        """Return the next line; an incomplete one when the process has ended or the line is too long.
 
-        The end is looked for too: what the process started may hold its stdout open when it is gone.
+        Also checks whether the process has ended, because its children may keep its stdout open.
         """
         assert self._process is not None and self._process.stdout is not None
         reading = asyncio.ensure_future(self._process.stdout.readline())
         try:
             while not reading.done():
                 ended = not self.alive
-                await asyncio.wait({reading}, timeout=LAST_WORDS_SECONDS)
+                await asyncio.wait({reading}, timeout=LAST_LINES_SECONDS)
                 if ended and not reading.done():
                     return b""
             return reading.result()
@@ -198,10 +198,10 @@ class EvaluationChild:
 
 
 def _checked(outcome: Any) -> Outcome:
-    """The outcome as the process told it; one that is none (NaN, a negative, a word) has failed."""
+    """Return the outcome that the process sent; an invalid one (NaN, negative, not a number) becomes Failed."""
     try:
         return OUTCOME.validate_python(outcome)
     except ValidationError as error:
         problem = error.errors()[0]
         place = ".".join(str(part) for part in problem["loc"])
-        return Failed(reason="invalid", detail=f"the evaluation process told no outcome: {place}: {problem['msg']}")
+        return Failed(reason="invalid", detail=f"the evaluation process sent no outcome: {place}: {problem['msg']}")

@@ -1,7 +1,7 @@
-"""One GPU for each worker of a machine: several workers that see all GPUs each take another one.
+"""Gives each worker of a machine a different GPU, where all workers see all GPUs.
 
-For deployments that cannot give every replica a GPU of its own, as Docker Compose cannot. The lock is a file in the
-cache, which replicas share; it ends with the process, however that ends.
+This is for deployments that cannot assign a GPU to each replica, such as Docker Compose. The lock is a file in the
+cache that the replicas share. The operating system releases it when the process ends.
 """
 
 import asyncio
@@ -15,17 +15,17 @@ from gpu_worker.cache import cache_dir
 from protocol.errors import UsageError
 
 QUERY_SECONDS = 60.0
-"""How long nvidia-smi may take. Where no process holds the driver it loads it first, which takes many seconds."""
+"""Time limit for nvidia-smi. If no process uses the driver, it first loads the driver, which takes many seconds."""
 _QUERY = ("--query-gpu=uuid,memory.free", "--format=csv,noheader,nounits")
 _NO_DEVICES = 6
-"""The exit code of nvidia-smi where the driver answers and has no GPU. All others are of a driver that is broken."""
+"""Exit code of nvidia-smi when the driver works but finds no GPU. All other codes mean a broken driver."""
 
 
 async def take_gpu() -> str | None:
-    """Make the free GPU with most free memory the only one that this process and its children see; returns its UUID.
+    """Reserve the unused GPU with the most free memory, hide the others from this process, and return its UUID.
 
-    None where the machine has no GPU. Raises UsageError where other workers have taken all of them, where the driver
-    does not answer (to go on without GPUs would take days and say nothing), and where no lock can be kept.
+    Returns None on a machine without a GPU. Raises UsageError when other workers have all GPUs, when the lock cannot be
+    kept, and when the driver does not answer: continuing on the CPU would silently take days.
     """
     gpus = await visible_gpus()
     return await asyncio.to_thread(_lock_first, gpus) if gpus else None
@@ -40,26 +40,26 @@ def _lock_first(gpus: list[str]) -> str:
                 os.environ["CUDA_VISIBLE_DEVICES"] = gpu
                 return gpu
     except OSError as error:
-        raise UsageError(f"--own-gpu keeps its locks in {folder}, which cannot be used: {error}") from error
-    raise UsageError(f"all {len(gpus)} GPUs are taken by other workers of this machine; start no more than that")
+        raise UsageError(f"--own-gpu cannot write its lock files to {folder}: {error}") from error
+    raise UsageError(f"other workers on this machine use all {len(gpus)} GPUs; start at most one worker per GPU")
 
 
 def _locked(path: Path) -> bool:
-    """Lock the file until this process ends, unless another process has it."""
+    """Lock the file until this process ends. Return False if another process holds the lock."""
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(handle)
         return False
-    return True  # the handle stays open, and with it the lock
+    return True  # the lock lasts while the handle is open
 
 
 async def visible_gpus() -> list[str]:
-    """The UUIDs of the machine's GPUs, the one with most free memory first; those of CUDA_VISIBLE_DEVICES if it is set.
+    """Return the UUIDs of the GPUs (of CUDA_VISIBLE_DEVICES if set), the one with the most free memory first.
 
-    Asks nvidia-smi: torch would take memory on every GPU in this process, which is to hold no model. Raises UsageError
-    where there is that program and it fails.
+    Asks nvidia-smi, because torch would allocate memory on every GPU in this process. Raises UsageError if nvidia-smi
+    is installed and fails.
     """
     program = shutil.which("nvidia-smi")
     if program is None:
@@ -77,27 +77,27 @@ async def _asked(program: str) -> str:
             program, *_QUERY, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
         )
     except OSError as error:
-        raise UsageError(f"--own-gpu: {program} cannot be run: {error.strerror}") from error
+        raise UsageError(f"--own-gpu: cannot run {program}: {error.strerror}") from error
     try:
         async with asyncio.timeout(QUERY_SECONDS):
             out, err = await process.communicate()
     except TimeoutError:
-        raise UsageError(f"--own-gpu: {program} has not answered in {QUERY_SECONDS:g} seconds") from None
+        raise UsageError(f"--own-gpu: {program} did not answer within {QUERY_SECONDS:g} seconds") from None
     finally:
         if process.returncode is None:
             process.kill()
-            with suppress(TimeoutError):  # a driver that hangs does not let it end
+            with suppress(TimeoutError):  # a hanging driver does not let it end
                 async with asyncio.timeout(1):
                     await process.wait()
     text = out.decode(errors="replace")
     if process.returncode in (0, _NO_DEVICES):
         return text if process.returncode == 0 else ""
     said = " ".join((text + err.decode(errors="replace")).split())[:300] or f"exit code {process.returncode}"
-    raise UsageError(f"--own-gpu: nvidia-smi fails ({said}): mend the driver, or leave the flag out")
+    raise UsageError(f"--own-gpu: nvidia-smi fails ({said}); repair the driver, or omit --own-gpu")
 
 
 def _megabytes(text: str) -> float:
-    """Free memory; 0 where nvidia-smi does not know it (`[N/A]`: memory that the CPU shares, some virtual GPUs)."""
+    """Return the free memory; 0 if nvidia-smi cannot tell (`[N/A]`: memory shared with the CPU, some virtual GPUs)."""
     try:
         return float(text)
     except ValueError:

@@ -1,4 +1,4 @@
-"""A worker's options, from the flags of `selfpruner worker` and `python -m gpu_worker`: one check for both."""
+"""Builds a worker's options from the flags of `selfpruner worker` and `python -m gpu_worker`, and checks them."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ def worker_options(
     own_gpu: bool,
     spec: str | None = None,
 ) -> WorkerOptions:
-    """The options that these flags mean. Raises SettingsError, which names the flag, for what cannot be."""
+    """Return the options for these flags. Raises SettingsError that names the invalid flag."""
     return WorkerOptions(
         redis_url=with_password(check_url(redis_url), redis_password_file),
         search=check_search_name(search),
@@ -35,6 +35,6 @@ def worker_options(
 
 
 def _seconds(flag: str, value: float, *, least: float) -> float:
-    if not least <= value <= MOST_SECONDS:  # which NaN is not
+    if not least <= value <= MOST_SECONDS:  # NaN fails this too
         raise SettingsError(f"{flag} cannot be {value:g}: give {least:g} to {MOST_SECONDS:g} seconds")
     return value

@@ -1,7 +1,7 @@
-"""The worker: claims candidates, has them measured by a child process, and commits the outcomes.
+"""The worker: claims candidates, lets a child process measure them, and commits the outcomes.
 
-This parent holds no model: whatever happens to the child (a crash of CUDA, the OOM killer, a hang), the parent goes on
-beating, makes a new child, and the candidate is measured again or committed as failed.
+This parent process holds no model. If the child crashes, hangs or runs out of memory, the parent keeps its lease,
+starts a new child, and measures the candidate again or commits it as failed.
 """
 
 import asyncio
@@ -17,11 +17,11 @@ import structlog
 from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
-from gpu_worker.progress import Sparsely
-from gpu_worker.worker.agreement import check_agreement
+from gpu_worker.progress import LogThrottle
 from gpu_worker.worker.evaluator import EVALUATION_PROCESS, ChildDied, DeviceLost, EvaluationChild
 from gpu_worker.worker.gpu_lock import take_gpu
-from gpu_worker.worker.wanted import Demand, NoLongerWanted
+from gpu_worker.worker.profile_check import check_profile
+from gpu_worker.worker.spec_watch import SpecWatch, SpecWithdrawn
 from protocol.errors import StoreError, UsageError, first_error
 from protocol.plans.candidate import Failed, Outcome
 from protocol.plans.profile import ModelProfile
@@ -34,30 +34,31 @@ from protocol.queue.profile_board import ProfileBoard
 from protocol.queue.self_text import SelfTextBoard
 from protocol.queue.worker_status import WorkerStatus
 
-MOST_FAILED_STARTS = 3
-"""After so many deaths of the child while it gets ready, the worker gives up."""
+MAX_FAILED_STARTS = 3
+"""The worker gives up after the child has died this many times while it prepares the model."""
 IDLE_GRACE_SECONDS = 2.0
-"""Beside the grace time of an evaluation: for a read that blocks. A server that is away is not waited for."""
+"""Added to the grace time of an evaluation, for a read that blocks. The worker does not wait longer for a server that
+is down."""
 
 log = structlog.get_logger()
 
 
 @dataclass(frozen=True)
 class WorkerOptions:
-    """How a worker works. Times in seconds."""
+    """Options of a worker. Times are in seconds."""
 
     redis_url: str
     search: str
     lease_seconds: float = 30.0
     max_evaluation_seconds: float = 1800.0
     max_preparation_seconds: float = 14_400.0
-    """For loading and calibrating the model; a large one over a slow network takes hours."""
+    """Time limit for loading and calibrating the model. A large model over a slow network takes hours."""
     grace_seconds: float = 20.0
-    """After SIGTERM, how long the running evaluation may still take before the job is handed back."""
+    """Time that the running evaluation gets after SIGTERM before its job is handed back."""
     own_gpu: bool = False
-    """Take a GPU that no other worker of this machine has."""
+    """Reserve a GPU that no other worker on this machine uses."""
     spec: str | None = None
-    """The fingerprint of the only spec to work on; None: of whichever the search has."""
+    """Fingerprint of the only spec to evaluate; None: whichever spec the search has."""
     evaluation_process: tuple[str, ...] = EVALUATION_PROCESS
     """The command that starts the child."""
 
@@ -66,7 +67,7 @@ class Worker:
     """One worker of one search."""
 
     def __init__(self, redis: Redis, options: WorkerOptions) -> None:
-        self._redis: Any = redis  # its annotations cannot say that replies are str
+        self._redis: Any = redis  # its type hints cannot express that replies are str
         self._options = options
         self._keys = Keys(options.search)
         self._consumer = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
@@ -75,25 +76,25 @@ class Worker:
         self._profiles = ProfileBoard(redis, self._keys)
         self._retry = RedisRetry(redis, self._keys.jobs)
         self._status = WorkerStatus(stage="loading")
-        self._logged = Sparsely()
+        self._logged = LogThrottle()
         self._job: Job | None = None
         self._stopping = asyncio.Event()
         self._beats: set[asyncio.Task[bool]] = set()
 
     async def run(self) -> None:
-        """Work until `stop` is called. Raises UsageError for what the user must mend."""
+        """Work until `stop` is called. Raises UsageError for invalid input."""
         structlog.contextvars.bind_contextvars(search=self._options.search, worker=self._consumer)
         if self._options.own_gpu:
             log.info("gpu_taken", gpu=await take_gpu())
         await self._retry(lambda: check_server(self._redis))
         try:
-            await self._at_work()
+            await self._work_and_beat()
         except UsageError as error:
-            await self._tell_unusable(error)
+            await self._report_unusable(error)
             raise
 
-    async def _at_work(self) -> None:
-        """Work and beat until stopped; whatever ends it, what is ours is handed back, for it is no job's fault."""
+    async def _work_and_beat(self) -> None:
+        """Work and send heartbeats until stopped. At the end, hand the current job back: it did not cause the end."""
         try:
             async with asyncio.TaskGroup() as group:
                 beats = group.create_task(self._beat_for_ever())
@@ -105,24 +106,23 @@ class Worker:
                 raise
             raise error from None
         finally:
-            with contextlib.suppress(*UNREACHABLE_ERRORS, RedisError):  # it must not hide what ended the worker
+            with contextlib.suppress(*UNREACHABLE_ERRORS, RedisError):  # must not mask the original error
                 await self._queue.release()
 
-    async def _tell_unusable(self, error: UsageError) -> None:
-        """Leave word for a lease of what the user must mend; the end waits for no server."""
-        detail = str(error).encode("utf-8", "backslashreplace").decode()  # a path in it may not be UTF-8
-        status = WorkerStatus(stage="unusable", detail=detail)
+    async def _report_unusable(self, error: UsageError) -> None:
+        """Publish the error as status for one lease; do not wait for a server that is down."""
+        status = WorkerStatus(stage="unusable", detail=str(error).encode("utf-8", "backslashreplace").decode())
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(IDLE_GRACE_SECONDS):
                 await self._queue.beat(None, status.to_json())
 
     @property
     def stopping(self) -> bool:
-        """Whether `stop` was called."""
+        """Whether `stop` has been called."""
         return self._stopping.is_set()
 
     def stop(self) -> None:
-        """Take nothing new; finish what is running if that takes no longer than the grace time."""
+        """Claim no more candidates, and finish the running evaluation if it ends within the grace time."""
         self._stopping.set()
 
     async def _work(self) -> None:
@@ -131,19 +131,19 @@ class Worker:
             if spec is not None:
                 try:
                     await self._work_on(spec)
-                except NoLongerWanted as reason:
-                    await self._stand_down(spec, reason)
+                except SpecWithdrawn as reason:
+                    await self._abandon(spec, reason)
 
-    async def _stand_down(self, spec: SearchSpec, reason: NoLongerWanted) -> None:
-        """Say why `spec` is not prepared, and hand back the job that the model was being loaded again for."""
+    async def _abandon(self, spec: SearchSpec, reason: SpecWithdrawn) -> None:
+        """Log why the preparation of `spec` was cancelled, and hand back the job that it was for, if any."""
         log.warning("preparation_given_up", spec=spec.fingerprint, reason=str(reason))
         if self._job is not None:
             self._job = None
-            with contextlib.suppress(*UNREACHABLE_ERRORS, RedisError):  # otherwise the lease runs out
+            with contextlib.suppress(*UNREACHABLE_ERRORS, RedisError):  # the lease expires if the server is silent
                 await self._queue.release()
 
     async def _until_stopped(self, work: asyncio.Task[None]) -> None:
-        """Return when `work` has ended; after a stop, at the latest when the grace time is over."""
+        """Return when `work` has ended or, after a stop, when the grace time is over."""
         stop = asyncio.create_task(self._stopping.wait())
         await asyncio.wait({work, stop}, return_when=asyncio.FIRST_COMPLETED)
         stop.cancel()
@@ -156,7 +156,7 @@ class Worker:
         while True:
             job = self._job
             held = await self._queue.beat(job, self._status.to_json())
-            if job and not held and job is self._job and job is not lost:  # and not committed meanwhile
+            if job and not held and job is self._job and job is not lost:  # and not committed in the meantime
                 lost = job
                 log.warning("lease_lost", candidate=job.candidate.id)
             await asyncio.sleep(self._options.lease_seconds / 3)
@@ -174,12 +174,12 @@ class Worker:
         return None
 
     async def _spec(self) -> SearchSpec | None:
-        """The search's spec; None where there is none, or a damaged one, which its daemon replaces."""
+        """Return the search's spec; None if there is none, or a damaged one, which the daemon will replace."""
         text = await self._spec_text()
         return parse_unless_damaged(SearchSpec, text, self._keys.spec) if text else None
 
     async def _readable_spec(self) -> SearchSpec | None:
-        """The search's spec, None where there is none; raises StoreError for a damaged one."""
+        """Return the search's spec; None if there is none. Raises StoreError for a damaged one."""
         text = await self._spec_text()
         return parse_stored(SearchSpec, text, self._keys.spec) if text else None
 
@@ -188,7 +188,7 @@ class Worker:
         return text
 
     async def _work_on(self, spec: SearchSpec) -> None:
-        """Measure candidates of this spec until told to stop, or until the search has another spec."""
+        """Measure candidates of this spec until stopped, or until the search has another spec."""
         board = SelfTextBoard(self._redis, self._keys, spec.fingerprint)
         child = EvaluationChild(spec, self._options.evaluation_process, board=board)
         try:
@@ -203,22 +203,22 @@ class Worker:
                     await asyncio.sleep(0.5 if paused else 0)
                     continue
                 if self._job.fingerprint != spec.fingerprint and not await self._is_stale(self._job, spec):
-                    return  # the job stays ours, and is found again when the new spec is loaded
+                    return  # keep the job: it is claimed again once the new spec is loaded
                 if self._job is not None:
                     await self._measure(child, self._job)
         finally:
             await child.kill()
 
     async def _is_still_wanted(self, spec: SearchSpec, profile: ModelProfile) -> bool:
-        """Whether the search has this spec; publishes `profile` again where it is lost, for a new daemon waits for it.
+        """Return whether the search still has this spec; publish `profile` again if the server has lost it.
 
-        A search that is gone altogether may come back, so a model that is ready is kept for it.
+        A loaded model is kept when the search is missing, because the search may come back.
         """
         if await self._profiles.publish(profile) is not None:
             return True
         try:
             current = await self._spec()
-        except StoreError:  # whatever was written there, the daemon that is in charge writes its own again
+        except StoreError:  # a damaged spec: the daemon in charge will write it again
             return True
         if current is None or current.fingerprint == spec.fingerprint:
             return True
@@ -226,29 +226,29 @@ class Worker:
         return False
 
     async def _is_stale(self, job: Job, spec: SearchSpec) -> bool:
-        """Whether a job of another spec is the one that is out of date (it then fails), and not this worker."""
+        """Return whether a job of another spec is outdated (it then fails), rather than this worker's spec."""
         current = await self._wait_for_spec()
         if current is None or current.fingerprint != spec.fingerprint:
             log.warning("spec_changed", current=current and current.fingerprint, loaded=spec.fingerprint)
             return False
-        await self._queue.commit(job, Failed(reason="invalid", detail="it was issued under another spec"))
+        await self._queue.commit(job, Failed(reason="invalid", detail="the candidate was issued under another spec"))
         self._job = None
         return True
 
     async def _prepare(self, child: EvaluationChild, spec: SearchSpec) -> ModelProfile:
-        """Make the model ready; returns the profile that the search has, or shall have, of it.
+        """Prepare the model and return the published profile.
 
-        Raises NoLongerWanted, with the preparation ended, when the search has moved on.
+        Raises SpecWithdrawn, after cancelling the preparation, when the search no longer needs the spec.
         """
         patience = self._options.lease_seconds
-        demand = Demand(spec.fingerprint, self._readable_spec, self._control.read, patience_seconds=patience)
-        return await demand.during(self._made_ready(child, spec))
+        watch = SpecWatch(spec.fingerprint, self._readable_spec, self._control.read, patience_seconds=patience)
+        return await watch.run(self._start_and_check(child, spec))
 
-    async def _made_ready(self, child: EvaluationChild, spec: SearchSpec) -> ModelProfile:
+    async def _start_and_check(self, child: EvaluationChild, spec: SearchSpec) -> ModelProfile:
         known = await self._profiles.read(spec.fingerprint)
-        profile = await self._started(child, sensitivity=known is None)
+        profile = await self._start_child(child, sensitivity=known is None)
         counts = await self._profiles.publish(known or profile) or known or profile
-        check_agreement(counts, profile)
+        check_profile(counts, profile)
         log.info(
             "model_ready",
             model=profile.model,
@@ -257,16 +257,16 @@ class Worker:
         )
         return counts
 
-    async def _started(self, child: EvaluationChild, *, sensitivity: bool) -> ModelProfile:
+    async def _start_child(self, child: EvaluationChild, *, sensitivity: bool) -> ModelProfile:
         limit = self._options.max_preparation_seconds
-        for death in range(1, MOST_FAILED_STARTS + 1):
+        for death in range(1, MAX_FAILED_STARTS + 1):
             try:
                 return await child.start(self._show_progress, sensitivity=sensitivity, limit_seconds=limit)
             except ChildDied as error:
                 last = f"{error} at {self._status.stage!r}"
-                log.error("evaluation_process_died", error=last, death=death, of=MOST_FAILED_STARTS)
+                log.error("evaluation_process_died", error=last, death=death, of=MAX_FAILED_STARTS)
                 await asyncio.sleep(death)
-        raise UsageError(f"the target model cannot be made ready: {last}, {MOST_FAILED_STARTS} times; see the log")
+        raise UsageError(f"the target model cannot be prepared: {last}, {MAX_FAILED_STARTS} times; see the log")
 
     async def _measure(self, child: EvaluationChild, job: Job) -> None:
         self._set_status(stage="evaluating")
@@ -280,10 +280,10 @@ class Worker:
             self._set_status(measured=self._status.measured + 1)
 
     async def _outcome(self, child: EvaluationChild, job: Job) -> Outcome | None:
-        """The outcome of `job`; None when it was given up because evaluation processes die on it.
+        """Return the outcome of `job`; None if it was given up because too many processes died on it.
 
-        What may be the machine's fault is tried once more: a lost device with a new process, and a lack of memory, for
-        the process has freed what it could.
+        Failures that may be the machine's fault are retried once: a lost device in a new process, and out of memory
+        after the process has freed what it could.
         """
         may_be_retried, died = True, 0
         while True:
@@ -292,7 +292,7 @@ class Worker:
             except DeviceLost as error:
                 outcome = Failed(reason="crashed", detail=str(error))
             except ChildDied as error:
-                died += 1  # counted here too: the job may have become another worker's
+                died += 1  # counted here too: the job may belong to another worker by now
                 deaths = max(died, await self._queue.count_death(job, uuid.uuid4().hex))
                 log.error("evaluation_process_died", error=str(error), death=deaths, of=MOST_DEATHS)
                 if deaths >= MOST_DEATHS:
@@ -317,7 +317,7 @@ class Worker:
         self._status = self._status.model_copy(update=changes)
 
     def _show_progress(self, stage: str, done: int, total: int) -> None:
-        if self._logged.picks(stage, done, total):
+        if self._logged.should_log(stage, done, total):
             left = self._logged.seconds_left(done, total)
             log.info("preparing", stage=stage, done=done, total=total, seconds_left=left)
         self._set_status(stage=stage, done=done, total=total)
@@ -334,7 +334,7 @@ async def run_worker(options: WorkerOptions) -> None:
 
         def on_signal(number: signal.Signals) -> None:
             if worker.stopping:
-                os._exit(128 + number)  # the evaluation process ends with its parent, and the lease runs out
+                os._exit(128 + number)  # the evaluation process ends with its parent, and the lease expires
             worker.stop()
 
         loop = asyncio.get_running_loop()

@@ -11,7 +11,7 @@ Formats = tuple[Format, ...]
 """The formats of one folder. A GGUF file may accompany the files of another format, which is then listed first."""
 FACTS = "selfpruner.json"
 """The file in every export folder that describes it. An older export is recognised by it."""
-KEPT_TEXT = "measured-text.json"
+SAVED_TEXT = "measured-text.json"
 """The file of an export with the tokens it was measured on, if the dense model generated them."""
 GgufType = Literal["f16", "q8_0", "q6_k", "q5_k_m", "q5_1", "q5_0", "q4_k_m", "q4_1", "q4_0"]
 """llama.cpp's name of the type in which the weights of a GGUF file are stored."""

@@ -1,4 +1,4 @@
-"""The command line, called in this process: answers on stdout, one sentence and code 2 for what must be mended."""
+"""The command line, called in this process: answers on stdout, one sentence and code 2 for what must be fixed."""
 
 import json
 import os

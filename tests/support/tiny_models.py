@@ -8,7 +8,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from gpu_worker.models.families import take_apart
+from gpu_worker.models.families import extract_decoder
 from gpu_worker.models.loading import LoadedModel
 
 VOCABULARY = 320
@@ -42,7 +42,7 @@ def tiny_llama(**options: Any) -> LoadedModel:
 def tiny_model(family: str, *, seed: int = 0, **options: Any) -> LoadedModel:
     """A random model of a family's real classes, without a tokenizer; `options` as for `tiny_causal_lm`."""
     model = tiny_causal_lm(family, seed=seed, **options)
-    return LoadedModel(model, None, take_apart(model), identity=f"tiny-{family}-{seed}")
+    return LoadedModel(model, None, extract_decoder(model), identity=f"tiny-{family}-{seed}")
 
 
 def tiny_causal_lm(

@@ -17,7 +17,7 @@ from benchmarks.search import searches as comparing
 from benchmarks.search.searches import MeasuringWorker, plain_uniform
 from gpu_worker.evaluation import outcomes as answering
 from gpu_worker.evaluation.session import Session
-from gpu_worker.pruning.any_heads import any_heads_plan
+from gpu_worker.pruning.importance import any_heads_plan
 from protocol.plans.candidate import Candidate, Measured, Outcome, Provenance, candidate_id
 from protocol.plans.spec import SearchSpec
 from tests.support.schema_answers import value_of

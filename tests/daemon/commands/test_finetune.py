@@ -213,15 +213,15 @@ def test_a_file_where_checkpoints_go_is_one_sentence(
 ) -> None:
     (tmp_path / "out.checkpoint").touch()
     assert main(arguments(folder, tmp_path / "out")) == 2
-    assert "the folder of checkpoints, is a file" in capsys.readouterr().err.splitlines()[-1]
+    assert "the checkpoint folder, is a file" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_second_process_that_fine_tunes_into_the_folder_is_refused(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with checkpoint_module.held(tmp_path / "out.checkpoint"):
+    with checkpoint_module.locked(tmp_path / "out.checkpoint"):
         assert main(arguments(folder, tmp_path / "out")) == 2
-        assert "which fine-tunes into the same --out" in capsys.readouterr().err.splitlines()[-1]
+        assert "that fine-tunes into the same --out" in capsys.readouterr().err.splitlines()[-1]
         assert [file.name for file in (tmp_path / "out.checkpoint").iterdir()] == [checkpoint_module.LOCK]
     assert list(tmp_path.iterdir()) == []
 

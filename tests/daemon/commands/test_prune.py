@@ -284,7 +284,7 @@ def test_the_disk_needs_room_for_both_models_where_they_share_it(
         asked.append(needed - freed)
 
     monkeypatch.setattr("gpu_worker.export.disk_space.check_disk", check)
-    monkeypatch.setattr("gpu_worker.finetune.memory.check_disk", check)
+    monkeypatch.setattr("gpu_worker.finetune.checkpoint.check_disk", check)
     settings = prune_settings("m", 0.3, Path("small"), 8, None, None, settings_file(target), [])
     goal = Goal(Path("small"), ("hf",), data="alpaca.json")
     check_disk(goal, settings, SHAPE)
@@ -397,7 +397,7 @@ def test_what_cannot_be_is_one_sentence_before_anything_is_begun(
         (
             350_000,
             ["--finetune", "--finetune-data", "alpaca.json"],
-            "with its checkpoints and what it begins from, needs about",
+            "with its checkpoints and the pruned model, needs about",
         ),
     ],
 )
@@ -422,7 +422,7 @@ def test_memory_that_is_too_small_to_fine_tune_is_told_before_the_search(
     target: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    machine = Machine(gpus=(), main=12 * 2**20)
+    machine = Machine(gpus=(), main_memory=12 * 2**20)
     monkeypatch.setattr("gpu_worker.finetune.finetune.this_machine", lambda: machine)
     tuning = ["--finetune", "--finetune-data", str(target / "alpaca.json"), "--finetune-micro-batch"]
     assert main(arguments(target, *tuning, "64")) == 2
@@ -449,5 +449,5 @@ def test_an_output_that_is_taken_is_refused_before_the_search(
     (tmp_path / "small").mkdir()
     (tmp_path / "small" / "mine.txt").write_text("mine")
     assert main(arguments(target)) == 2
-    assert "is no export of Self-Pruner" in capsys.readouterr().err
+    assert "is not an export of Self-Pruner" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()

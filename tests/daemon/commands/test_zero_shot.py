@@ -11,7 +11,7 @@ from tests.support.tiny_tasks import items_of, write_task
 
 pytestmark = pytest.mark.usefixtures("restored_logs")
 NO_MODEL = "/nowhere/at/all"
-"""Whoever gets as far as the model says so."""
+"""A user who gets as far as the model says so."""
 
 
 @pytest.fixture(autouse=True)
@@ -107,7 +107,10 @@ def test_a_folder_without_tasks_is_told_of(tmp_path: Path, capsys: pytest.Captur
         ({"task: boolq": "task: boolq\ninclude: nowhere.yaml"}, "does it include a file that is not there?"),
         ({"boolq.jsonl": "other.jsonl"}, "boolq.yaml cannot be loaded ("),
         ({"{{passage}}": "{{passage"}, "boolq.yaml cannot be loaded ("),
-        ({"doc_to_target: label": "doc_to_target: nothing"}, "item 0 is answered by 'nothing', of 2 choices"),
+        (
+            {"doc_to_target: label": "doc_to_target: nothing"},
+            "gives 'nothing' as the answer of item 0,",
+        ),
         ({'["no", "yes"]': '["no"]'}, "boolq.yaml cannot be loaded ("),
         ({"multiple_choice": "generate_until"}, "the task 'boolq' has no accuracy by likelihood"),
         ({"metric: acc": "metric: f1"}, "and `acc` among its metrics"),
@@ -137,5 +140,5 @@ def test_an_item_without_a_right_answer_is_named(tasks: Path, capsys: pytest.Cap
     items = items_of("boolq")
     items[3]["label"] = label
     write_task(tasks, "boolq", "boolq", items)
-    assert f"item 3 is answered by {label}, of 2 choices" in sentence(capsys, "--tasks-dir", str(tasks))
+    assert f"gives {label} as the answer of item 3, which has 2 choices" in sentence(capsys, "--tasks-dir", str(tasks))
     assert f"there is no folder '{NO_MODEL}'" in sentence(capsys, "--tasks-dir", str(tasks), "--limit", "3")

@@ -312,10 +312,10 @@ async def test_what_does_not_go_with_model_and_text_is_refused_and_the_name_stay
         await redis.hset(keys.state, mapping={"seconds": 5000.0})
     other = ["http.port=0", "target.rate=0.4", "search.budget_hours=1"]
     async with ScriptedLlm(answer, models=[listed]) as llm:
-        mended = settings_for(tmp_path, llm, *other)
-        await redis.set(keys.profile, profile_for(mended.spec()).model_dump_json())
+        fixed = settings_for(tmp_path, llm, *other)
+        await redis.set(keys.profile, profile_for(fixed.spec()).model_dump_json())
         async with evaluating(redis, keys):
-            summary = await asyncio.wait_for(Launched(mended, server).launch.run(), 60)
+            summary = await asyncio.wait_for(Launched(fixed, server).launch.run(), 60)
     assert summary and summary.finished and summary.seconds < 1000, "what was counted for another spec is forgotten"
     assert summary.candidates["by_outcome"]["measured"] == 4 + 2 * 3
 

@@ -106,7 +106,7 @@ async def test_a_search_goes_on_while_its_disk_is_full_and_its_files_are_complet
 async def test_nothing_waits_for_the_disk_but_a_thread(
     redis: Redis, keys: Keys, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A disk that stands still can hold up fsync for minutes, and with it whoever calls it."""
+    """A disk that stands still can hold up fsync for minutes, and with it the one that calls it."""
     threads: list[threading.Thread] = []
     fsync = os.fsync
 

@@ -203,7 +203,7 @@ async def test_another_spec_under_the_same_name_is_refused_and_the_difference_na
         await SearchStore(redis, keys, other).take_charge(previous_is_dead=True)
 
 
-async def test_a_spec_that_nothing_was_measured_under_may_be_mended(redis: Redis, keys: Keys) -> None:
+async def test_a_spec_that_nothing_was_measured_under_may_be_fixed(redis: Redis, keys: Keys) -> None:
     await SearchStore(redis, keys, SPEC.model_copy(update={"model": "no/such-model"})).take_charge()
     await SearchStore(redis, keys, SPEC).take_charge(previous_is_dead=True)
     client: Any = redis
@@ -216,10 +216,10 @@ async def test_a_search_that_was_refused_once_its_model_was_known_gives_its_name
     other = SPEC.model_copy(update={"rate": 0.5})
     await SearchStore(redis, keys, SPEC).take_charge()
     await client.set(keys.profile, profile_for(SPEC).model_dump_json())
-    mended = SearchStore(redis, keys, other)
-    await mended.take_charge(previous_is_dead=True)
+    fixed = SearchStore(redis, keys, other)
+    await fixed.take_charge(previous_is_dead=True)
     assert await client.get(keys.spec) == other.model_dump_json()
-    assert await mended.profile() is None
+    assert await fixed.profile() is None
     keyed = [keys.spec, keys.state, keys.issued, keys.epoch]
     asked_again = load_scripts(client)["replace_spec"]
     assert await asked_again(keyed, [SPEC.model_dump_json(), other.model_dump_json()]) == 1, "the answer was lost"

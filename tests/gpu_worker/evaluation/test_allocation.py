@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpu_worker.evaluation.allocation import allocate, prepare
-from gpu_worker.evaluation.without_search import allocate_once
+from gpu_worker.evaluation.one_shot import allocate_once
 from gpu_worker.pruning.calibration import calibrate
 from gpu_worker.pruning.importance import outlier_share
 from protocol.errors import BudgetError
@@ -118,7 +118,7 @@ def test_sensitivity_takes_most_from_what_matters_least() -> None:
 
 def test_a_unit_that_measured_as_harmless_is_not_removed_for_that() -> None:
     rates = sensitivity_rates([0.2, 0.2, 0.2, -0.1], [0.1] * 4, SHAPE, 0.1, "layer")
-    # It counts as nought, to which the median is added: twice the others' rate.
+    # It counts as zero, to which the median is added: twice the others' rate.
     assert rates == pytest.approx([0.08] * 3 + [0.16], abs=1e-5)
 
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from gpu_worker.evaluation.one_shot import evaluate_model, evaluate_once
 from gpu_worker.evaluation.outcomes import DeviceLostError, answer
 from gpu_worker.evaluation.session import Session
 from gpu_worker.evaluation.target import Target
-from gpu_worker.evaluation.without_search import evaluate_as_it_is, evaluate_once
 from gpu_worker.measuring.corpora import windows_digest
 from gpu_worker.models.errors import NotFiniteError, is_out_of_memory
 from gpu_worker.pruning.ordered_model import OrderedModel
@@ -307,5 +307,5 @@ def test_every_window_of_a_family_that_needs_it_begins_with_bos(tmp_path: Path, 
     for windows in (target.texts.calibration, target.texts.fitness, target.texts.report):
         assert windows is not None
         assert bool((windows[:, 0] == bos).all()) == begins
-    as_it_is = evaluate_as_it_is(spec.model, spec.texts, dtype=spec.dtype, seed=spec.seed)
+    as_it_is = evaluate_model(spec.model, spec.texts, dtype=spec.dtype, seed=spec.seed)
     assert as_it_is.fitness_digest == windows_digest(target.texts.fitness)

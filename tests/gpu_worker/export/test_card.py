@@ -7,7 +7,7 @@ import yaml
 from pydantic import ValidationError
 
 from gpu_worker.export.card import render_card
-from gpu_worker.export.facts import ExportFacts, TextPerplexity, version_of_selfpruner, without_places
+from gpu_worker.export.facts import ExportFacts, TextPerplexity, version_of_selfpruner, without_folders
 from protocol.results.commands import GgufPerplexity, SearchSummary
 from protocol.results.finetuning import Finetuning, Recipe
 from protocol.results.formats import Format, Formats
@@ -74,19 +74,14 @@ def test_the_place_of_a_text_is_not_told() -> None:
 def test_parameters_are_told_before_and_after() -> None:
     shape = MODEL.decoder.shape
     before, after = shape.decoder_parameters, UNEVEN.decoder_parameters(shape)
-    assert f"| parameters of the decoder | {before:,} | {after:,} |" in card()
+    assert f"| decoder parameters | {before:,} | {after:,} |" in card()
     total = shape.total_parameters
-    assert f"| parameters in all | {total:,} | {total - before + after:,} |" in card()
+    assert f"| total parameters | {total:,} | {total - before + after:,} |" in card()
 
 
 def test_every_layer_is_told() -> None:
-    why, empty, *table = section(card(), "What each layer keeps").splitlines()
-    assert (
-        why.startswith(
-            "Heads are removed whole, so the share that is gone of a layer's heads can differ from its rate;"
-        )
-        and not empty
-    )
+    why, more, empty, *table = section(card(), "Layers").splitlines()
+    assert "Heads are removed as a whole" in why and "can differ from its rate" in more and not empty
     assert table == [
         "| layer | rate | query heads | KV heads | MLP width |",
         "| ---: | ---: | ---: | ---: | ---: |",
@@ -98,15 +93,15 @@ def test_every_layer_is_told() -> None:
 
 def test_rates_of_blocks_are_told_apart() -> None:
     spec = facts_of(MODEL).spec.model_copy(update={"granularity": "block"})
-    lines = section(card(spec=spec, rates=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6)), "What each layer keeps").splitlines()[2:]
+    lines = section(card(spec=spec, rates=(0.1, 0.2, 0.3, 0.4, 0.5, 0.6)), "Layers").splitlines()[3:]
     assert lines[0] == "| layer | attention rate | MLP rate | query heads | KV heads | MLP width |"
     assert lines[3] == "| 1 | 0.3 | 0.4 | 3 of 6 | 3 of 3 | 48 of 48 |"
 
 
 def test_perplexities_are_told_with_text_tokens_and_window() -> None:
     report = TextPerplexity(perplexity=101.26, tokens=999)
-    lines = section(card(pruned_report=report), "Perplexity").splitlines()
-    assert lines[2:4] == [
+    lines = section(card(pruned_report=report), "Evaluation").splitlines()
+    assert lines[4:6] == [
         "| wikitext2 (fitness) | 4,088 | 512 | 12.35 | 23.46 |",
         "| self (report) | 999 | 1024 | not measured | 101.3 |",
     ]
@@ -128,7 +123,7 @@ def test_the_command_that_measures_again_is_told(source: str, command: str) -> N
 
 
 def test_what_was_not_measured_is_said() -> None:
-    assert section(card(dense=None, pruned=None), "Perplexity") == "The perplexity was not measured."
+    assert section(card(dense=None, pruned=None), "Evaluation") == "The perplexity was not measured."
 
 
 def test_a_search_is_told_with_what_it_is_compared_with() -> None:
@@ -145,19 +140,24 @@ def test_the_card_says_whether_uniform_pruning_was_fitted_and_that_nobody_fine_t
     spec = facts_of(MODEL).spec.model_copy(update={"reconstruction": "least-squares"})
     text = card(spec=spec, searched=searched)
     assert "| dense | uniform, fitted | pruned |" in text
-    assert "0.769 of that of uniform pruning, with the same fit and as many parameters" in text.replace("\n", " ")
+    assert "0.769 of that of uniform pruning, with the same reconstruction and number of parameters" in text.replace(
+        "\n", " "
+    )
     rectangular = card(searched=searched).replace("\n", " ")
-    assert "0.769 of that of uniform pruning, which is rectangular and not fitted: a weak baseline" in rectangular
+    assert (
+        "0.769 of that of uniform pruning, which is rectangular and without reconstruction: a weak baseline"
+        in rectangular
+    )
     tuned = card(spec=spec, searched=searched, finetunings=(FINETUNED,))
     assert "| uniform, fitted, not fine-tuned | pruned and fine-tuned |" in tuned and "0.769" not in tuned
 
 
 def test_how_it_was_pruned_is_told() -> None:
-    text = section(card(method="search quickstart"), "How it was pruned")
+    text = section(card(method="search quickstart"), "Pruning")
     assert "- Pruning rate β: 0.3 " in text
     assert "- Rates from: search quickstart" in text
     assert "- Importance: wanda-sp" in text
-    assert f"- Written by: Self-Pruner {version_of_selfpruner()}" in text
+    assert f"- Made with: Self-Pruner {version_of_selfpruner()}" in text
 
 
 def test_a_fit_to_the_text_is_told() -> None:
@@ -212,7 +212,7 @@ def test_a_program_reads_the_same_facts_from_the_folder(tmp_path: Path) -> None:
     assert written.pop("format") == "padded" and written.pop("formats") == ["padded"]
     assert written.pop("parameters")["decoder_after"] == UNEVEN.decoder_parameters(model.decoder.shape)
     facts = facts_of(model)
-    assert ExportFacts.model_validate(written) == facts.model_copy(update={"spec": without_places(facts.spec)})
+    assert ExportFacts.model_validate(written) == facts.model_copy(update={"spec": without_folders(facts.spec)})
     assert "/home/" not in (folder / "selfpruner.json").read_text()
     assert (folder / "README.md").read_text() == render_card(facts_of(model), ("padded",), name="out")
 
@@ -220,7 +220,7 @@ def test_a_program_reads_the_same_facts_from_the_folder(tmp_path: Path) -> None:
 def test_the_divergence_is_told_where_it_was_measured() -> None:
     pruned_with_kl = {"perplexity": 23.4567, "tokens": 4088, "kl": 1.25}
     assert "KL divergence" not in card()
-    told = "\nOn the fitness text the KL divergence from the dense model is 1.25 nats a token"
+    told = "\nOn the fitness text, the KL divergence from the dense model is 1.25 nats per token"
     assert told in card(pruned=pruned_with_kl)
 
 

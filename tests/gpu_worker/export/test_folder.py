@@ -97,7 +97,7 @@ def test_force_keeps_the_older_export_until_the_new_one_is_complete(tmp_path: Pa
 def test_what_is_no_export_is_never_replaced_nor_is_that_advised(tmp_path: Path, force: bool) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").write_text("years of work")
-    with pytest.raises(ExportError, match=r"thesis exists and is no export of Self-Pruner; pass another name$"):
+    with pytest.raises(ExportError, match=r"thesis exists and is not an export of Self-Pruner; pass another name$"):
         write_folder(tmp_path / "thesis", write_one, force=force)
     assert contents(tmp_path / "thesis") == {"chapter.tex": "years of work"}
 

@@ -16,9 +16,9 @@ import gpu_worker.export.weights as weights_module
 import gpu_worker.export.writer as exporting_module
 from gpu_worker.export.hf import write_hf
 from gpu_worker.export.writer import check_formats
-from gpu_worker.models.exported import MODELINGS, register_pruned_classes, render_modeling
-from gpu_worker.models.families import FAMILIES, take_apart
+from gpu_worker.models.families import FAMILIES, extract_decoder
 from gpu_worker.models.loading import LoadedModel, load_model
+from gpu_worker.models.modeling import MODELINGS, register_pruned_classes, render_modeling
 from protocol.errors import ModelError
 from protocol.plans.plan import Plan, count_parameters, dense_plan, make_plan
 from tests.support.exports import UNEVEN, export, laid_out_as_in_a_file, loaded_elsewhere, pruned
@@ -193,7 +193,7 @@ def test_a_model_on_a_gpu_is_refused_where_main_memory_has_no_room_for_a_shard(m
     size = sum(p.nbytes for p in model.causal_lm.parameters())
     monkeypatch.setattr(exporting_module, "main_memory", lambda: size - 1)
     check_formats(model, ("hf",))
-    elsewhere = LoadedModel(model.causal_lm, byte_tokenizer(), take_apart(model.causal_lm.to("meta")), "")
+    elsewhere = LoadedModel(model.causal_lm, byte_tokenizer(), extract_decoder(model.causal_lm.to("meta")), "")
     with pytest.raises(ModelError, match=r"writing the format padded needs about 0\.2 MB of main memory where"):
         check_formats(elsewhere, ("padded",))
     check_formats(elsewhere, ("gguf",))
@@ -275,7 +275,7 @@ def test_an_export_can_be_pruned_and_exported_again(exports: dict[str, Exported]
     causal_lm = transformers.AutoModelForCausalLM.from_pretrained(exports[family].folder)
     causal_lm.requires_grad_(False)
     plan = keep((1, 1, 10), (2, 1, 30), (1, 1, 5))
-    model = pruned(LoadedModel(causal_lm, None, take_apart(causal_lm), "again"), plan)
+    model = pruned(LoadedModel(causal_lm, None, extract_decoder(causal_lm), "again"), plan)
     folders = [export(model, "hf", tmp_path / "hf", plan), export(model, "padded", tmp_path / "padded", plan)]
     for results in loaded_elsewhere(folders, TOKENS, tmp_path).values():
         assert torch.allclose(results["logits"], causal_lm(input_ids=TOKENS).logits, atol=1e-4)

@@ -7,8 +7,8 @@ import pytest
 import torch
 from structlog.testing import capture_logs
 
+from gpu_worker.export.exported_folder import read_exported, restore_pruned_sizes
 from gpu_worker.export.padded import write_padded
-from gpu_worker.export.reopen import as_it_was_pruned, read_exported
 from gpu_worker.finetune.checkpoint import check_finetuning_disk
 from gpu_worker.finetune.eval_texts import EvalText
 from gpu_worker.finetune.trainable import trained
@@ -84,8 +84,8 @@ def test_what_was_pruned_stays_nought_in_a_padded_folder(tmp_path: Path, family:
     finetuned(padded, tmp_path / "out")
     before, after = weights_in(padded), weights_in(tmp_path / "out")
     gone = {name: weight == 0 for name, weight in before.items() if "proj" in name}
-    assert all(torch.equal(after[name] == 0, noughts) for name, noughts in gone.items())
-    assert sum(int(noughts.sum()) for noughts in gone.values()) > 0
+    assert all(torch.equal(after[name] == 0, zeros) for name, zeros in gone.items())
+    assert sum(int(zeros.sum()) for zeros in gone.values()) > 0
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "phi3"])
@@ -101,7 +101,7 @@ def test_a_cut_padded_model_is_padded_again_bit_by_bit(tmp_path: Path) -> None:
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (folder / file).write_bytes((tmp_path / "with-tokenizer" / file).read_bytes())
     model = load_model(str(folder), "float32")
-    as_it_was_pruned(model, read_exported(folder))
+    restore_pruned_sizes(model, read_exported(folder))
     assert model.decoder.layers[0].gate.out_features == UNEVEN.layers[0].mlp_channels
     (tmp_path / "again").mkdir()
     write_padded(model, UNEVEN, tmp_path / "again")
@@ -143,9 +143,12 @@ def test_card_and_curve_say_what_was_done(tmp_path: Path) -> None:
     perplexity = result.finetuning.perplexity
     assert perplexity is not None
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "LoRA (r 8, α 16, dropout 0.05)" in card and "windows of text, of words.txt; 12 steps of 4" in card
+    assert (
+        "LoRA (r 8, α 16, dropout 0.05)" in card
+        and "windows of text from words.txt; 12 steps with batch size 4" in card
+    )
     assert f"perplexity {perplexity.before:.4g} before and {perplexity.after:.4g} after, on words.txt" in card
-    assert "Nothing was retrained" not in card and "pruned and fine-tuned" in card and str(tmp_path) not in card
+    assert "not retrained" not in card and "pruned and fine-tuned" in card and str(tmp_path) not in card
     assert "\n\n\n" not in card
     curve = json.loads((tmp_path / "out" / "finetune.json").read_text())
     assert [point["step"] for point in curve["losses"]] == list(range(1, 13))
@@ -246,7 +249,7 @@ def test_every_example_is_seen_once_in_an_epoch_and_each_epoch_has_its_own_order
     assert epochs[0] != epochs[1]
 
 
-def test_the_learning_rate_rises_then_falls_to_nought() -> None:
+def test_the_learning_rate_rises_then_falls_to_zero() -> None:
     recipe = Recipe(learning_rate=1.0, warmup=0.1, schedule="linear")
     assert learning_rate(recipe, 0.05) == pytest.approx(0.5)
     assert learning_rate(recipe, 0.1) == pytest.approx(1.0)
@@ -262,10 +265,10 @@ def test_memory_and_disk_are_reckoned_before_anything_is_loaded(tmp_path: Path) 
         )
         for method in ("lora", "full")
     }
-    assert 0 < of["lora"].trained < of["full"].trained == 16 * model.decoder.shape.decoder_parameters
-    assert "for what is trained" in of["full"].words
+    assert 0 < of["lora"].training_state < of["full"].training_state == 16 * model.decoder.shape.decoder_parameters
+    assert "for what is trained" in of["full"].description
     with pytest.raises(ModelError, match=r"for what is trained; .*; use .* a smaller micro-batch"):
-        place(of["full"], Machine(gpus=(), main=1000))
+        place(of["full"], Machine(gpus=(), main_memory=1000))
     huge = model.decoder.shape.model_copy(update={"other_parameters": 10**16})
     with pytest.raises(ModelError, match="of disk"):
         check_finetuning_disk(huge, 0, Recipe(), ("hf",), "bfloat16", tmp_path / "x.checkpoint")

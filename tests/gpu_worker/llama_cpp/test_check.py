@@ -12,7 +12,7 @@ from gpu_worker.llama_cpp import check as measuring
 from gpu_worker.llama_cpp import writer
 from gpu_worker.llama_cpp.tensors import GgufTensor, tensors_of
 from gpu_worker.measuring.perplexity import perplexity
-from gpu_worker.models.limits import LOGITS_BYTES
+from gpu_worker.models.limits import LOGITS_CHUNK_BYTES
 from protocol.errors import ModelError
 from protocol.results.commands import GgufPerplexity
 from protocol.results.formats import GgufType
@@ -80,5 +80,5 @@ def test_logits_made_some_rows_at_a_time_are_the_same(tmp_path: Path, monkeypatc
     hidden, head = torch.randn(20, 8), torch.randn(50, 8)
     window = torch.randint(50, (20,))
     whole = llama_cpp._loss(hidden, head, window)
-    monkeypatch.setitem(LOGITS_BYTES, "cpu", 3 * 4 * 50)
+    monkeypatch.setitem(LOGITS_CHUNK_BYTES, "cpu", 3 * 4 * 50)
     assert llama_cpp._loss(hidden, head, window) == pytest.approx(whole)

@@ -76,7 +76,7 @@ def test_it_answers_only_to_the_process_that_started_it(gguf: Path, monkeypatch:
 
 
 def test_a_server_that_is_stopped_is_not_waited_for_without_end(gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(llama_cpp, "ANSWER_WITHIN", 1.0)
+    monkeypatch.setattr(llama_cpp, "TIMEOUT_SECONDS", 1.0)
     with serving(gguf) as address:
         (server,) = servers_of(gguf)
         os.kill(server, signal.SIGSTOP)

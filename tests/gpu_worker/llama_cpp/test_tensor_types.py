@@ -149,7 +149,7 @@ def test_the_models_own_sizes_are_not_blamed_on_the_plan(tmp_path: Path) -> None
         write(model, tmp_path, "q4_k_m")
     (said,) = logs
     assert said["event"] == "tensors_fall_back" and said["tensors"] == 2 * 6
-    assert said["advice"].endswith("the model's own size")
+    assert said["advice"].endswith("the model's hidden size")
 
 
 @pytest.mark.parametrize("file_type", QUANTISED)

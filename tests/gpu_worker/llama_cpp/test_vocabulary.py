@@ -264,11 +264,11 @@ def too_long() -> Any:
 @pytest.mark.parametrize(
     ("make", "sentence"),
     [
-        (lambda: None, "needs the model's tokenizer"),
-        (unigram, "supports BPE tokenizers, and this model's is Unigram"),
-        (unknown_splits, "it knows those that llama.cpp calls gpt-2, smollm, llama-bpe"),
-        (unknown_spaces, "not their treatment of spaces"),
-        (unknown_frame, "puts other tokens around a text than bos and eos"),
+        (lambda: None, "needs a tokenizer with a tokenizer.json"),
+        (unigram, "supports BPE tokenizers, but this model's is Unigram"),
+        (unknown_splits, "it supports those that llama.cpp calls gpt-2, smollm, llama-bpe"),
+        (unknown_spaces, "does not treat spaces like it"),
+        (unknown_frame, "supports only bos and eos around a text"),
         (endless, "needs a tokenizer with an end-of-text token"),
         (too_long, f"the tokenizer has token 1057 where the model's embedding has {ROWS} rows"),
     ],

@@ -222,13 +222,13 @@ def test_tensors_are_converted_and_written_one_at_a_time(tmp_path: Path, monkeyp
 @pytest.mark.parametrize(
     ("family", "options", "sentence"),
     [
-        ("qwen3", {}, "gguf cannot carry a pruned model of the family 'qwen3'; it supports llama, mistral, qwen2"),
-        ("mistral", {}, r"the sliding window of this model \(9 tokens\)"),
-        ("llama", {"hidden_act": "gelu"}, "the activation silu only, and this model has 'gelu'"),
+        ("qwen3", {}, "gguf does not support pruned models of the family 'qwen3'; it supports llama, mistral, qwen2"),
+        ("mistral", {}, r"this model's sliding window \(9 tokens\)"),
+        ("llama", {"hidden_act": "gelu"}, "only the activation silu, but this model has 'gelu'"),
         (
             "llama",
             {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
-            "rope scalings linear and llama3, and this model has 'dynamic'",
+            "rope scalings linear and llama3, but this model has 'dynamic'",
         ),
     ],
 )

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from gpu_worker.measuring.divergence import DensePredictions, dense_predictions, divergence, kl_divergence
 from gpu_worker.measuring.perplexity import perplexity
 from gpu_worker.models.errors import NotFiniteError
-from gpu_worker.models.limits import KL_TOP, LOGITS_BYTES
+from gpu_worker.models.limits import KL_TOP_K, LOGITS_CHUNK_BYTES
 from gpu_worker.models.loading import LoadedModel
 from tests.support.real_model import need_smollm2
 from tests.support.tiny_models import VOCABULARY, tiny_llama, tiny_windows
@@ -49,7 +49,7 @@ def bucketed(dense: Tensor, pruned: Tensor, top: int) -> tuple[Tensor, Tensor]:
     return torch.stack(merged[0]), torch.stack(merged[1])
 
 
-def predictions(model: LoadedModel, top: int = KL_TOP) -> DensePredictions:
+def predictions(model: LoadedModel, top: int = KL_TOP_K) -> DensePredictions:
     return dense_predictions(model.decoder, WINDOWS, top=top)[0]
 
 
@@ -81,7 +81,7 @@ def test_it_is_a_lower_bound_that_rises_with_the_tokens_kept_and_comes_close() -
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("top", [5, KL_TOP])
+@pytest.mark.parametrize("top", [5, KL_TOP_K])
 def test_the_dense_model_does_not_diverge_from_itself(dtype: torch.dtype, top: int) -> None:
     model = tiny_llama(dtype=dtype)
     kept = predictions(model, top)
@@ -119,7 +119,7 @@ def test_the_size_of_a_chunk_does_not_change_the_divergence(monkeypatch: pytest.
     model = tiny_llama()
     kept = predictions(model, 50)
     whole = divergence(damaged(model).decoder, WINDOWS, kept).kl
-    monkeypatch.setitem(LOGITS_BYTES, "cpu", 7 * 4 * VOCABULARY)
+    monkeypatch.setitem(LOGITS_CHUNK_BYTES, "cpu", 7 * 4 * VOCABULARY)
     assert divergence(model.decoder, WINDOWS, kept).kl == pytest.approx(whole, rel=1e-6)
 
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gpu_worker.measuring import half_precision as arithmetic
-from gpu_worker.measuring.half_precision import FEWEST_ROWS, products_in_float32
+from gpu_worker.measuring.half_precision import MIN_ROWS, products_in_float32
 from gpu_worker.measuring.perplexity import perplexity
 from tests.support.tiny_models import tiny_model, tiny_windows
 
@@ -33,9 +33,9 @@ def samples(dtype: torch.dtype, *leading: int) -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.mark.usefixtures("slow")
 @pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("converted", [arithmetic.CONVERTED, 24 * 7], ids=["whole", "in parts"])
+@pytest.mark.parametrize("converted", [arithmetic.CHUNK_ELEMENTS, 24 * 7], ids=["whole", "in parts"])
 def test_a_product_is_rounded_once(dtype: torch.dtype, converted: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arithmetic, "CONVERTED", converted)
+    monkeypatch.setattr(arithmetic, "CHUNK_ELEMENTS", converted)
     x, weight, bias = samples(dtype, 3, 5)
     for added in (None, bias):
         exact = F.linear(x.double(), weight.double(), added if added is None else added.double())
@@ -46,11 +46,11 @@ def test_a_product_is_rounded_once(dtype: torch.dtype, converted: int, monkeypat
 
 @pytest.mark.usefixtures("slow")
 @pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("converted", [arithmetic.CONVERTED, 24 * 7], ids=["whole", "in parts"])
+@pytest.mark.parametrize("converted", [arithmetic.CHUNK_ELEMENTS, 24 * 7], ids=["whole", "in parts"])
 def test_gradients_are_those_of_float32_rounded(
     dtype: torch.dtype, converted: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(arithmetic, "CONVERTED", converted)
+    monkeypatch.setattr(arithmetic, "CHUNK_ELEMENTS", converted)
 
     def gradients(inputs: tuple[Tensor, ...], weights: Tensor) -> list[Tensor]:
         leaves = [each.clone().requires_grad_() for each in inputs]
@@ -80,7 +80,7 @@ def test_of_a_frozen_weight_no_inputs_are_kept() -> None:
 
 @pytest.mark.parametrize(
     ("dtype", "rows", "ours"),
-    [(torch.bfloat16, FEWEST_ROWS, True), (torch.bfloat16, FEWEST_ROWS - 1, False), (torch.float32, 64, False)],
+    [(torch.bfloat16, MIN_ROWS, True), (torch.bfloat16, MIN_ROWS - 1, False), (torch.float32, 64, False)],
     ids=["many rows", "few rows", "float32"],
 )
 @pytest.mark.usefixtures("slow")

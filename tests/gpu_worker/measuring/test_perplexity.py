@@ -10,7 +10,7 @@ from gpu_worker.measuring.corpora import load_texts
 from gpu_worker.measuring.divergence import dense_predictions, divergence
 from gpu_worker.measuring.perplexity import perplexity
 from gpu_worker.models.errors import NotFiniteError
-from gpu_worker.models.limits import LOGITS_BYTES
+from gpu_worker.models.limits import LOGITS_CHUNK_BYTES
 from gpu_worker.models.loading import load_model
 from protocol.plans.spec import SearchSpec, TextSpec
 from tests.support.real_model import need_smollm2
@@ -30,7 +30,7 @@ def test_perplexity_is_that_of_transformers_own_loss(tied: bool) -> None:
 def test_the_size_of_a_chunk_does_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
     model, windows = tiny_llama(), tiny_windows(2, 33)
     whole, _ = perplexity(model.decoder, windows)
-    monkeypatch.setitem(LOGITS_BYTES, "cpu", 7 * 4 * 320)
+    monkeypatch.setitem(LOGITS_CHUNK_BYTES, "cpu", 7 * 4 * 320)
     assert perplexity(model.decoder, windows)[0] == pytest.approx(whole, rel=1e-6)
 
 

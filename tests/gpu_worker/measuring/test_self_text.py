@@ -41,7 +41,7 @@ def test_windows_differ_even_where_their_openings_are_the_same(model: LoadedMode
 
 
 def test_many_windows_are_written_in_batches(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gpu_worker.models.memory.TEXTS_AT_ONCE", 2)
+    monkeypatch.setattr("gpu_worker.models.memory.MAX_GENERATION_BATCH", 2)
     assert sample(model, 5, 16, 0, no_progress).shape == (5, 16)
 
 

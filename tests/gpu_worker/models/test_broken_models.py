@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from gpu_worker.models import loading as models
 from gpu_worker.models.checkpoint_files import is_inside
-from gpu_worker.models.gguf_layout import MOST_ELEMENTS, check_layout, open_gguf
+from gpu_worker.models.gguf_layout import MAX_ELEMENTS, check_layout, open_gguf
 from gpu_worker.models.loading import load_model
 from protocol.errors import ModelError
 from tests.support import broken_models
@@ -276,7 +276,7 @@ def test_an_adapter_without_a_model_of_its_own_does_not_lead_to_the_model_that_i
 ) -> None:
     _add_adapter(folder, save_tiny_folder(tmp_path / "other", seed=1))
     (folder / "model.safetensors").unlink()
-    assert "holds an adapter (adapter_config.json) and no model of its own" in refusal(folder)
+    assert "holds only an adapter (adapter_config.json) and no model" in refusal(folder)
 
 
 def test_a_merged_model_loads_as_it_is_although_its_adapter_is_still_there(folder: Path, tmp_path: Path) -> None:
@@ -305,7 +305,7 @@ def test_an_adapter_on_the_hub_is_treated_like_one_in_a_folder(tmp_path: Path, m
     assert loaded.keys() == weights.keys()
     assert all(torch.equal(loaded[name], weights[name]) for name in weights)
     (folder / "model.safetensors").unlink()
-    with pytest.raises(ModelError, match="no model of its own"):
+    with pytest.raises(ModelError, match="and no model; merge"):
         load_model("a/b", "float32")
 
 
@@ -379,7 +379,7 @@ HEADERS = {
     "2**60 fields": _gguf(kv=2**60),
     "2**60 tensors": _gguf(tensors=2**60),
     "an array of 2**40": _gguf(kv=1, fields=_array(0, 2**40)),
-    "an array of one too many": _gguf(kv=1, fields=_array(0, MOST_ELEMENTS + 1)),
+    "an array of one too many": _gguf(kv=1, fields=_array(0, MAX_ELEMENTS + 1)),
     "an array of arrays": _gguf(kv=1, fields=_array(gguf.GGUFValueType.ARRAY, 1)),
     "an array of texts of 2**50": _gguf(kv=1, fields=_array(gguf.GGUFValueType.STRING, 4) + _text(b"", 2**50)),
     "a name of 2**50": _gguf(kv=1, fields=_text(b"a", 2**50)),
@@ -415,4 +415,4 @@ def test_sizes_in_a_gguf_file_are_bounded_like_those_of_a_config(tmp_path: Path,
         field = f"llama.{name}".encode()
         place = whole.index(field + struct.pack("<I", 4)) + len(field) + 4
         file.write_bytes(whole[:place] + struct.pack("<I", 2**32 - 1) + whole[place + 4 :])
-        assert "4294967295, which has to be a whole number" in refusal(file)
+        assert "4294967295, which must be an integer" in refusal(file)

@@ -62,13 +62,16 @@ def test_a_file_of_weights_that_is_cut_off_is_refused(tmp_path: Path) -> None:
 
 def test_layers_that_the_config_does_not_ask_for_are_refused(tmp_path: Path) -> None:
     change_config(save_tiny_folder(tmp_path), num_hidden_layers=2)
-    with pytest.raises(ModelError, match=r"holds weights .* is another model: 9, such as 'model\.layers\.2\."):
+    with pytest.raises(ModelError, match=r"different model without them: 9, such as 'model\.layers\.2\."):
         load_model(str(tmp_path), "float32")
 
 
 def test_biases_that_the_config_does_not_ask_for_are_refused(tmp_path: Path) -> None:
     change_config(save_tiny_folder(tmp_path, bias=True), attention_bias=False)
-    with pytest.raises(ModelError, match=r"is another model: 12, such as 'model\.layers\.0\.self_attn\.k_proj\.bias'"):
+    with pytest.raises(
+        ModelError,
+        match=r"different model without them: 12, such as 'model\.layers\.0\.self_attn\.k_proj\.bias'",
+    ):
         load_model(str(tmp_path), "float32")
 
 
@@ -89,7 +92,7 @@ def test_a_tied_head_may_be_in_the_checkpoint_too(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"num_hidden_layers": "abc"}, "has num_hidden_layers 'abc', which has to be a whole number from 1 to 1,000"),
+        ({"num_hidden_layers": "abc"}, "has num_hidden_layers 'abc', which must be an integer from 1 to 1,000"),
         ({"num_hidden_layers": 0}, "has num_hidden_layers 0,"),
         ({"num_hidden_layers": -1}, "has num_hidden_layers -1,"),
         ({"num_hidden_layers": True}, "has num_hidden_layers True,"),
@@ -166,7 +169,7 @@ def test_an_error_that_is_not_about_the_files_stays_what_it_is(error: BaseExcept
         (ValueError("Error for field 'x':\n    It is a list"), "Error for field 'x': It is a list"),
         (KeyError("x"), "KeyError: 'x'"),
         (EOFError(), "EOFError"),
-        (UnpicklingError("Run its code."), "the file of weights is damaged, or holds more than weights"),
+        (UnpicklingError("Run its code."), "the weight file is damaged, or contains more than weights"),
         (ValueError(), "ValueError"),
     ],
 )

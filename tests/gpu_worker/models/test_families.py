@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from gpu_worker.models.families import FAMILIES, family_of, head_dim_of, take_apart
+from gpu_worker.models.families import FAMILIES, extract_decoder, family_of, head_dim_of
 from gpu_worker.pruning.ordered_model import OrderedModel
 from protocol.errors import ModelError
 from protocol.plans.plan import Plan, count_parameters, dense_plan, make_plan
@@ -90,28 +90,28 @@ def test_splitting_fused_projections_changes_nothing() -> None:
     tokens = torch.arange(20)[None]
     with torch.inference_mode():
         before = model(input_ids=tokens).logits
-        take_apart(model)
+        extract_decoder(model)
         assert torch.allclose(model(input_ids=tokens).logits, before, atol=1e-5)
 
 
 def test_an_unsupported_family_is_refused_with_the_supported_ones() -> None:
     config = transformers.GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=16)
     with pytest.raises(ModelError, match=r"'gpt2'.*gemma3_text, llama, mistral, phi3, qwen2, qwen3"):
-        take_apart(transformers.GPT2LMHeadModel(config))
+        extract_decoder(transformers.GPT2LMHeadModel(config))
 
 
 def test_a_model_with_an_adapter_is_refused() -> None:
     model = tiny_llama().causal_lm
     model.model.layers[0].self_attn.register_parameter("adapter", torch.nn.Parameter(torch.zeros(3)))
     with pytest.raises(ModelError, match="without adapters"):
-        take_apart(model)
+        extract_decoder(model)
 
 
 def test_capped_logits_are_refused_rather_than_left_uncapped() -> None:
     model = tiny_model("gemma3_text").causal_lm
     model.config.final_logit_softcapping = 30.0
     with pytest.raises(ModelError, match="final_logit_softcapping"):
-        take_apart(model)
+        extract_decoder(model)
 
 
 def test_a_config_without_head_dim_means_hidden_size_by_heads() -> None:

@@ -86,13 +86,13 @@ def test_the_rotary_factors_of_llama_3_1_are_kept(tmp_path: Path, factor: float)
 
 def test_rotary_factors_that_no_llama_has_are_refused(tmp_path: Path) -> None:
     file = write_tiny_gguf(tmp_path / "tiny.gguf", tiny(), rope_factors=[1.0, 2.0, 3.0, 8.0])
-    with pytest.raises(ModelError, match="scales its positions in a way of its own; pass the model's folder"):
+    with pytest.raises(ModelError, match="has unknown rope scaling factors; pass the model's folder"):
         load_model(str(file), "float32")
 
 
 def test_scaled_positions_are_refused_because_transformers_would_drop_them(tmp_path: Path) -> None:
     file = write_tiny_gguf(tmp_path / "tiny.gguf", tiny(), rope_scaling="yarn")
-    with pytest.raises(ModelError, match=r"scales its positions \(yarn\), which transformers leaves out"):
+    with pytest.raises(ModelError, match=r"uses rope scaling \(yarn\), which transformers does not read"):
         load_model(str(file), "float32")
 
 

@@ -96,9 +96,9 @@ def test_models_to_be_compared_go_to_the_same_gpus(
         return load(*args, **options)
 
     names = [str(save_tiny_folder(tmp_path / name, layers=8)) for name in ("dense", "pruned")]
-    workload = Workload(seqlen=16, keeps_keys=True)
+    workload = Workload(seqlen=16, keeps_kv_cache=True)
     one = estimate_memory(tiny_llama(layers=8).decoder, torch.float32, workload, "cuda")
-    gpus = tuple(one.running + int(share * one.weights) for share in room)
+    gpus = tuple(one.activations + int(share * one.weights) for share in room)
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load_on_the_cpu)
     monkeypatch.setattr(module, "this_machine", lambda: Machine(gpus, 10**9))
     load_side_by_side(names, "float32", workload)
@@ -112,7 +112,7 @@ def test_models_that_do_not_fit_together_are_refused_before_one_is_loaded(
     name = str(save_tiny_folder(tmp_path))
     workload = Workload(seqlen=16)
     one = estimate_memory(tiny_llama().decoder, torch.float32, workload, "cpu")
-    monkeypatch.setattr(module, "this_machine", lambda: Machine((), one.running + 2 * one.weights - 1))
+    monkeypatch.setattr(module, "this_machine", lambda: Machine((), one.activations + 2 * one.weights - 1))
     monkeypatch.setattr(module, "load_weights", None)
     with pytest.raises(ModelError, match="the 2 models together are too large for this machine: they need about"):
         load_side_by_side([name, name], "float32", workload)
@@ -130,7 +130,7 @@ def test_every_family_is_loaded_from_a_folder_as_what_was_saved(tmp_path: Path, 
 @pytest.mark.parametrize("name", ["", " "])
 def test_no_name_is_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.chdir(save_tiny_folder(tmp_path))
-    with pytest.raises(ModelError, match="the model has no name; pass a model's folder"):
+    with pytest.raises(ModelError, match="the model name is empty; pass a model's folder"):
         load_model(name, "float32")
 
 
@@ -177,7 +177,7 @@ def test_the_longest_text_is_what_the_config_says(tmp_path: Path) -> None:
     ("name", "sentence"),
     [
         ("nowhere.gguf", "there is no file 'nowhere.gguf'"),
-        ("text.txt", "is a file, and no GGUF file; pass a model's folder"),
+        ("text.txt", "is a file but not a GGUF file; pass a model's folder"),
         ("empty", "has no config.json, so it holds no model"),
         ("llama", r"holds a GGUF file and no config.json; pass the file, 'llama/model\.gguf'$"),
         ("exported", r"is a pruned export for llama\.cpp, .*; pass the hf or the padded export of the same model$"),

@@ -1,18 +1,18 @@
 import pytest
 import torch
 
-from gpu_worker.models.families import take_apart
+from gpu_worker.models.families import extract_decoder
 from gpu_worker.models.memory import Machine, MemoryEstimate
-from gpu_worker.models.placement import Placement, device_map, place, skeleton
+from gpu_worker.models.placement import Placement, device_map, meta_model, place
 from protocol.errors import ModelError
 from tests.support.tiny_models import tiny_llama
 
 GB = 10**9
-SEVEN_BILLION = MemoryEstimate(weights=14 * GB, gathered=2 * GB, running=GB, main=GB)
+SEVEN_BILLION = MemoryEstimate(weights=14 * GB, pruned_copies=2 * GB, activations=GB, main_memory=GB)
 
 
-def machine(*gpus: int, main: int = 64) -> Machine:
-    return Machine(tuple(free * GB for free in gpus), main * GB)
+def machine(*gpus: int, main_memory: int = 64) -> Machine:
+    return Machine(tuple(free * GB for free in gpus), main_memory * GB)
 
 
 def test_without_a_gpu_the_model_goes_to_the_cpu() -> None:
@@ -30,8 +30,8 @@ def test_a_model_too_large_for_one_gpu_is_spread_and_each_keeps_room_to_run_and_
     assert placement.device is None
     assert placement.budget == {0: 9_625_000_000, 1: 9_625_000_000}
     for weights in placement.budget.values():
-        copies = weights * SEVEN_BILLION.gathered // SEVEN_BILLION.weights
-        assert weights + copies + SEVEN_BILLION.running <= 12 * GB
+        copies = weights * SEVEN_BILLION.pruned_copies // SEVEN_BILLION.weights
+        assert weights + copies + SEVEN_BILLION.activations <= 12 * GB
 
 
 def test_a_gpu_without_room_is_left_alone() -> None:
@@ -55,30 +55,30 @@ def test_a_model_that_fits_on_no_gpus_is_refused_with_what_it_needs_what_there_i
 
 def test_the_main_memory_never_holds_what_a_gpu_has_no_room_for() -> None:
     with pytest.raises(ModelError, match=r"too large for this machine.* the GPU has 8\.0 GB free"):
-        place(SEVEN_BILLION, machine(8, main=1000))
+        place(SEVEN_BILLION, machine(8, main_memory=1000))
 
 
 def test_a_cpu_with_too_little_memory_is_refused() -> None:
     with pytest.raises(ModelError, match=r"the main memory has 15\.0 GB available and there is no GPU"):
-        place(SEVEN_BILLION, machine(main=15))
-    assert place(SEVEN_BILLION, machine(main=16)) == Placement("cpu")
+        place(SEVEN_BILLION, machine(main_memory=15))
+    assert place(SEVEN_BILLION, machine(main_memory=16)) == Placement("cpu")
 
 
 def test_texts_that_do_not_fit_into_main_memory_are_refused_on_a_gpu_too() -> None:
-    much = MemoryEstimate(weights=GB, gathered=0, running=GB, main=65 * GB)
+    much = MemoryEstimate(weights=GB, pruned_copies=0, activations=GB, main_memory=65 * GB)
     with pytest.raises(ModelError, match=r"need about 65\.0 GB of main memory where 64\.0 GB are available"):
         place(much, machine(80))
 
 
 def test_one_device_needs_no_map_of_modules() -> None:
-    bare = skeleton(tiny_llama().causal_lm.config, torch.float32)
+    bare = meta_model(tiny_llama().causal_lm.config, torch.float32)
     assert device_map(bare, torch.nn.Module, Placement("cpu")) is None
     assert device_map(bare, torch.nn.Module, Placement("cuda:1")) == {"": "cuda:1"}
 
 
 def test_a_spread_model_keeps_its_decoder_layers_whole_and_its_tied_head_at_the_embedding() -> None:
-    bare = skeleton(tiny_llama(layers=6).causal_lm.config, torch.float32)
-    decoder = take_apart(bare)
+    bare = meta_model(tiny_llama(layers=6).causal_lm.config, torch.float32)
+    decoder = extract_decoder(bare)
     layer = decoder.shape.layer_parameters(0) * 4
     room = decoder.shape.other_parameters * 4 + 4 * layer
     found = device_map(bare, type(decoder.layers[0].module), Placement(budget={0: room, 1: room}))
@@ -90,9 +90,9 @@ def test_a_spread_model_keeps_its_decoder_layers_whole_and_its_tied_head_at_the_
 
 
 def test_budgets_that_add_up_but_hold_no_whole_layers_are_refused() -> None:
-    bare = skeleton(tiny_llama(layers=6).causal_lm.config, torch.float32)
-    decoder = take_apart(bare)
+    bare = meta_model(tiny_llama(layers=6).causal_lm.config, torch.float32)
+    decoder = extract_decoder(bare)
     half_a_layer = decoder.shape.layer_parameters(0) * 2
     budget = dict.fromkeys(range(24), half_a_layer)
-    with pytest.raises(ModelError, match="layers do not fit on the 24 GPUs one by one"):
+    with pytest.raises(ModelError, match="layers cannot be distributed over the 24 GPUs"):
         device_map(bare, type(decoder.layers[0].module), Placement(budget=budget))

@@ -11,8 +11,7 @@ from torch import Tensor
 from daemon.cli import main
 from gpu_worker.evaluation.session import Session
 from gpu_worker.models.loading import LoadedModel
-from gpu_worker.pruning.any_heads import any_heads_plan
-from gpu_worker.pruning.importance import LayerImportance
+from gpu_worker.pruning.importance import LayerImportance, any_heads_plan
 from gpu_worker.pruning.ordered_model import OrderedModel, PlanMismatchError
 from protocol.errors import BudgetError
 from protocol.plans.any_heads import AnyHeadsPlan, make_any_heads_plan

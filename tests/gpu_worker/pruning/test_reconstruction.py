@@ -41,7 +41,7 @@ def test_products_of_the_model_as_it_was_are_those_of_the_ordered_one(heads: tup
         for name in ("attention_output", "mlp_output"):
             assert torch.allclose(getattr(found, name), getattr(expected, name), rtol=1e-4, atol=1e-6)
             moved += not torch.allclose(getattr(dense, name), getattr(expected, name), rtol=1e-2)
-        ordered.unorder(i)
+        ordered.restore_order(i)
         assert ordered.in_order(i, dense) is dense
     assert moved > len(before)  # else there was nothing to order
 

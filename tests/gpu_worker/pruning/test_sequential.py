@@ -49,7 +49,7 @@ def test_the_original_order_comes_back_bit_by_bit() -> None:
     ordered = OrderedModel(model.decoder, scores_of(model))
     prune_sequentially(ordered, PLAN, TEXT)
     for i in range(3):
-        ordered.unorder(i)
+        ordered.restore_order(i)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.causal_lm.state_dict().items())
 
 

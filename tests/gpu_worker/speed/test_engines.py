@@ -13,8 +13,8 @@ from structlog.testing import capture_logs
 
 from daemon.cli import main
 from gpu_worker.llama_cpp.writer import write_gguf
-from gpu_worker.models.families import take_apart
-from gpu_worker.models.loading import LoadedModel, bare_model, load_side_by_side
+from gpu_worker.models.families import extract_decoder
+from gpu_worker.models.loading import LoadedModel, load_side_by_side, load_without_weights
 from gpu_worker.models.memory import Workload
 from gpu_worker.progress import no_progress
 from gpu_worker.speed import speed as comparing
@@ -89,7 +89,7 @@ def test_both_models_are_loaded_onto_one_placement_and_all_its_devices_are_named
 
     def load(names: tuple[str, ...], dtype: str, workload: Workload) -> Any:
         asked.append(names)
-        assert workload.keeps_keys and workload.seqlen == LENGTH.total * 2
+        assert workload.keeps_kv_cache and workload.seqlen == LENGTH.total * 2
         return load_side_by_side(names, dtype, workload)
 
     monkeypatch.setattr(transformers_engine, "load_side_by_side", load)
@@ -139,7 +139,7 @@ def test_bytes_are_those_of_the_real_tensors(dtype: torch.dtype) -> None:
 
 def tiny_with(model: LoadedModel) -> LoadedModel:
     """The model taken apart again, as a folder is when it is loaded: its shape is that of what stayed."""
-    return LoadedModel(model.causal_lm, model.tokenizer, take_apart(model.causal_lm), model.identity)
+    return LoadedModel(model.causal_lm, model.tokenizer, extract_decoder(model.causal_lm), model.identity)
 
 
 def test_a_window_holds_fewer_tokens_than_the_text() -> None:
@@ -171,8 +171,8 @@ def test_an_engine_that_nobody_named_and_that_cannot_run_the_family_is_skipped(t
     export(pruned(with_tokenizer(tiny_model("qwen3")), PLAN), "hf", tmp_path / "hf", PLAN)
     result = measure_speed(request(tmp_path))
     assert [found.engine for found in result.engines] == ["transformers"]
-    assert "gguf cannot carry a pruned model of the family 'qwen3'" in result.skipped["llama.cpp"]
-    with pytest.raises(ModelError, match="gguf cannot carry"):
+    assert "gguf does not support pruned models of the family 'qwen3'" in result.skipped["llama.cpp"]
+    with pytest.raises(ModelError, match="gguf does not support"):
         measure_speed(request(tmp_path, engines=("llama.cpp", "transformers")))
 
 
@@ -240,7 +240,7 @@ def test_a_type_that_cannot_be_made_is_one_sentence(folders: Path, tmp_path: Pat
     reader = gguf.GGUFReader(dense, "r+")
     reader.fields["general.file_type"].parts[-1][0] = gguf.LlamaFileType.MOSTLY_IQ2_XS
     reader.data.flush()
-    with pytest.raises(ModelError, match="cannot be made in the type iq2_xs"):
+    with pytest.raises(ModelError, match="cannot be converted to the type iq2_xs"):
         gguf_files(request(folders, baseline=str(dense)), ("hf",), tmp_path, no_progress)
 
 
@@ -255,7 +255,7 @@ def test_room_for_both_files_is_asked_for_before_the_first_is_written(
     monkeypatch.setattr(gguf_pair, "load_model", None)
     both: dict[Format, tuple[str, ...]] = {"hf": ("dense", "hf"), "gguf": ("dense",)}
     for name, parts in both.items():
-        shapes = [bare_model(str(folders / part), "float32").decoder.shape for part in parts]
+        shapes = [load_without_weights(str(folders / part), "float32").decoder.shape for part in parts]
         needed = sum(shape.total_parameters for shape in shapes) * 2
         disk = SimpleNamespace(free=needed - 1)
         monkeypatch.setattr("shutil.disk_usage", lambda _, disk=disk: disk)
@@ -268,7 +268,7 @@ def test_room_for_both_files_is_asked_for_before_the_first_is_written(
 
 def test_a_broken_gguf_file_is_one_sentence(folders: Path, tmp_path: Path) -> None:
     (tmp_path / "x.gguf").write_bytes(b"nothing")
-    with pytest.raises(ModelError, match="is no GGUF file"):
+    with pytest.raises(ModelError, match="is not a GGUF file"):
         GgufModel.of(tmp_path / "x.gguf")
 
 

@@ -10,13 +10,13 @@ import pytest
 from daemon.cli import main
 from gpu_worker.export.folder import formats_in
 from gpu_worker.models.memory import Machine
+from gpu_worker.speed.compatibility import Sizes, check_memory, check_pruned_from
 from gpu_worker.speed.engines import (
     ENGINES,
     EngineFacts,
     choose_engines,
     engines_named,
 )
-from gpu_worker.speed.same_model import Sizes, check_related, check_room
 from gpu_worker.speed.timing import Length, Pair, Timing, alternate, compare
 from protocol.errors import ModelError, SettingsError, UsageError
 from protocol.plans.shape import LayerShape
@@ -124,11 +124,11 @@ SIZES = Sizes("llama", 64, 320, 16, (LAYER, LAYER))
 @pytest.mark.parametrize(
     ("other", "what"),
     [
-        (Sizes("qwen2", 64, 320, 16, (LAYER, LAYER)), "model type is qwen2 and not llama"),
-        (Sizes("llama", 64, 321, 16, (LAYER, LAYER)), "vocabulary is 321 and not 320"),
-        (Sizes("llama", 32, 320, 16, (LAYER, LAYER)), "hidden size is 32 and not 64"),
-        (Sizes("llama", 64, 320, 8, (LAYER, LAYER)), "head width is 8 and not 16"),
-        (Sizes(None, 64, 320, 16, (LAYER,)), "number of layers is 1 and not 2"),
+        (Sizes("qwen2", 64, 320, 16, (LAYER, LAYER)), "model type is qwen2, not llama"),
+        (Sizes("llama", 64, 321, 16, (LAYER, LAYER)), "vocabulary is 321, not 320"),
+        (Sizes("llama", 32, 320, 16, (LAYER, LAYER)), "hidden size is 32, not 64"),
+        (Sizes("llama", 64, 320, 8, (LAYER, LAYER)), "head width is 8, not 16"),
+        (Sizes(None, 64, 320, 16, (LAYER,)), "number of layers is 1, not 2"),
         (
             Sizes("llama", 64, 320, 16, (LAYER, LAYER.model_copy(update={"mlp_channels": 63}))),
             "smaller than the pruned model in layer 1",
@@ -136,29 +136,29 @@ SIZES = Sizes("llama", 64, 320, 16, (LAYER, LAYER))
     ],
 )
 def test_a_baseline_of_another_model_is_one_sentence(other: Sizes, what: str) -> None:
-    check_related(SIZES, SIZES, "dense")
+    check_pruned_from(SIZES, SIZES, "dense")
     with pytest.raises(ModelError, match=what):
-        check_related(other, SIZES, "dense")
+        check_pruned_from(other, SIZES, "dense")
 
 
 def test_models_that_do_not_fit_are_one_sentence() -> None:
-    check_room(1, on_gpu=True)
+    check_memory(1, on_gpu=True)
     with pytest.raises(ModelError, match=r"need about 1000000\.0 GB more where .*use smaller batches"):
-        check_room(10**15, on_gpu=False)
+        check_memory(10**15, on_gpu=False)
 
 
 def test_room_is_looked_for_where_the_engine_computes(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine = Machine(main=100 * 10**9, gpus=(10 * 10**9,))
-    monkeypatch.setattr("gpu_worker.speed.same_model.this_machine", lambda: machine)
-    check_room(50 * 10**9, on_gpu=False)
+    machine = Machine(main_memory=100 * 10**9, gpus=(10 * 10**9,))
+    monkeypatch.setattr("gpu_worker.speed.compatibility.this_machine", lambda: machine)
+    check_memory(50 * 10**9, on_gpu=False)
     with pytest.raises(ModelError, match=r"need about 50\.0 GB more"):
-        check_room(50 * 10**9, on_gpu=True)
+        check_memory(50 * 10**9, on_gpu=True)
 
 
 @pytest.mark.parametrize(
     ("mark", "sentence"),
     [
-        (None, "wrote: it has no selfpruner.json"),
+        (None, "was not written by `selfpruner export`: it has no selfpruner.json"),
         ("{", "does not say in which format"),
         ("[]", "does not say in which format"),
         ('{"format": "onnx"}', "names the unknown format 'onnx'; there are hf, padded, gguf"),
@@ -194,7 +194,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (["--baseline", "other"], "is another model than the pruned one: its model type is qwen2 and not llama"),
+        (["--baseline", "other"], "is not the model that was pruned: its model type is qwen2, not llama"),
         (["--baseline", "nowhere"], "there is no folder"),
         (["--baseline", "dense", "--prompt", "255"], "windows of 257 tokens are longer than the 256"),
         (["--baseline", "dense", "--engine", "vllm"], "the engine vllm is not installed"),
@@ -222,8 +222,8 @@ def test_what_cannot_be_measured_is_one_sentence(
 @pytest.mark.parametrize(
     ("index", "sentence"),
     [
-        (None, "has lost weights: model.safetensors is not there"),
-        ('{"weight_map": {"a": "model-2.safetensors"}}', "has lost weights: model-2.safetensors is not there"),
+        (None, "lacks weights: model.safetensors is missing"),
+        ('{"weight_map": {"a": "model-2.safetensors"}}', "lacks weights: model-2.safetensors is missing"),
         ("[]", "does not say which files hold the weights"),
     ],
 )

@@ -19,7 +19,7 @@ from daemon.cli import main
 from gpu_worker.speed import vllm_engine
 from gpu_worker.speed.speed import measure_speed
 from gpu_worker.speed.transformers_engine import TransformersRunner
-from gpu_worker.speed.vllm_engine import MEMORY_SHARE, VllmRunner, has_our_code, memory_shares
+from gpu_worker.speed.vllm_engine import MEMORY_SHARE, VllmRunner, memory_shares, needs_remote_code
 from protocol.errors import ModelError
 from tests.support.speed_folders import LENGTH, clock, request, save_folders
 from tests.support.tiny_models import tiny_llama
@@ -60,7 +60,7 @@ def vllm(folders: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.delenv("VLLM_LOGGING_STREAM")
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda _: (10**9, 2 * 10**9))
-    monkeypatch.setattr(vllm_engine, "_look_at", lambda _: ((size, size), 320, str(folders / "dense")))
+    monkeypatch.setattr(vllm_engine, "_read_sizes", lambda _: ((size, size), 320, str(folders / "dense")))
     monkeypatch.setattr(vllm_engine, "device_name", lambda _: "a GPU")
     return module
 
@@ -89,7 +89,7 @@ def test_an_engine_that_runs_out_of_memory_takes_nothing_along(
     def full(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(vllm_engine, "_look_at", full)
+    monkeypatch.setattr(vllm_engine, "_read_sizes", full)
     result = measure_speed(request(folders, engines=("transformers", "vllm")))
     assert "does not fit into memory (CUDA out of memory)" in result.skipped["vllm"]
 
@@ -147,8 +147,8 @@ def copied(folders: Path, tmp_path: Path) -> Path:
 
 
 def test_vllm_runs_our_code_of_our_folders_and_no_other(folders: Path) -> None:
-    assert has_our_code(folders / "hf")
-    assert not has_our_code(folders / "dense")
+    assert needs_remote_code(folders / "hf")
+    assert not needs_remote_code(folders / "dense")
 
 
 @pytest.mark.parametrize("name", ["modeling_pruned_llama.py", "helpers.py", "custom_generate/generate.py"])
@@ -156,8 +156,8 @@ def test_vllm_is_given_no_code_that_is_not_ours(copied: Path, name: str) -> None
     file = copied / name
     file.parent.mkdir(exist_ok=True)
     file.write_text("import os\n")
-    with pytest.raises(ModelError, match=f"{name}' is not what this version of Self-Pruner writes"):
-        has_our_code(copied)
+    with pytest.raises(ModelError, match=f"{name}' differs from what this version of Self-Pruner writes"):
+        needs_remote_code(copied)
 
 
 @pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "generation_config.json"])
@@ -165,15 +165,15 @@ def test_vllm_is_given_no_folder_that_names_other_code(copied: Path, name: str) 
     file = copied / name
     given = json.loads(file.read_text()) if file.exists() else {}
     file.write_text(json.dumps(given | {"auto_map": {"AutoModel": "some/repository--modeling.Model"}}))
-    with pytest.raises(ModelError, match=f"{name}' is not what this version of Self-Pruner writes"):
-        has_our_code(copied)
+    with pytest.raises(ModelError, match=f"{name}' differs from what this version of Self-Pruner writes"):
+        needs_remote_code(copied)
 
 
 def test_vllm_looks_into_no_folder_elsewhere(copied: Path, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (copied / "custom_generate").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(ModelError, match="custom_generate' is not what"):
-        has_our_code(copied)
+    with pytest.raises(ModelError, match="custom_generate' differs from what"):
+        needs_remote_code(copied)
 
 
 def test_vllm_is_told_to_trust_the_folder_and_not_the_baseline(

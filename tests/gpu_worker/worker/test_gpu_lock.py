@@ -54,7 +54,7 @@ async def test_each_worker_takes_another_gpu_until_none_is_left_and_a_dead_one_g
     try:
         taken = [worker.stdout.readline().strip() for worker in workers if worker.stdout]
         assert sorted(taken) == ["GPU-a", "GPU-b", "GPU-c"]
-        with pytest.raises(UsageError, match="all 3 GPUs are taken"):
+        with pytest.raises(UsageError, match="other workers on this machine use all 3 GPUs"):
             await take_gpu()
         workers[1].kill()
         workers[1].wait()
@@ -115,7 +115,7 @@ async def test_a_driver_that_hangs_is_not_waited_for_and_leaves_the_loop_alone(
     taking = asyncio.create_task(take_gpu())
     await asyncio.sleep(0)  # the loop is free while it is asked
     assert not taking.done()
-    with pytest.raises(UsageError, match="has not answered"):
+    with pytest.raises(UsageError, match="did not answer within"):
         await taking
 
     async def gone() -> bool:
@@ -126,5 +126,5 @@ async def test_a_driver_that_hangs_is_not_waited_for_and_leaves_the_loop_alone(
 
 def test_locks_that_cannot_be_kept_are_told_of(tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("a file where a folder should be")
-    with pytest.raises(UsageError, match=r"keeps its locks in .*cache"):
+    with pytest.raises(UsageError, match=r"cannot write its lock files to .*cache"):
         asyncio.run(take_gpu())

@@ -1,4 +1,4 @@
-"""Evaluations and allocations without a search."""
+"""One-shot pruning without a search: evaluation of given rates or an allocation, and of models as they are."""
 
 import time
 from collections.abc import Mapping
@@ -11,14 +11,14 @@ from gpu_worker.evaluation.allocation import Choice, allocate, choose_rates, pre
 from gpu_worker.evaluation.session import Session
 from gpu_worker.evaluation.target import Target, check_length
 from gpu_worker.measuring.corpora import SELF, load_roles, windows_digest
-from gpu_worker.measuring.kept_text import read_kept_text
 from gpu_worker.measuring.perplexity import checked_perplexity
+from gpu_worker.measuring.saved_text import load_saved_text
 from gpu_worker.measuring.self_text import self_text
 from gpu_worker.models.errors import NotFiniteError
 from gpu_worker.models.loading import LoadedModel, load_model
 from gpu_worker.models.memory import Workload
 from gpu_worker.progress import Progress, no_progress
-from gpu_worker.pruning.any_heads import any_heads_plan
+from gpu_worker.pruning.importance import any_heads_plan
 from protocol.plans.allocation import Allocation
 from protocol.plans.any_heads import AnyHeadsPlan, Heads
 from protocol.plans.candidate import Measured
@@ -30,7 +30,7 @@ from protocol.results.commands import AllocationResult, EvaluationResult
 
 @dataclass(frozen=True)
 class Pruned:
-    """A target that is pruned and measured."""
+    """A pruned target with its measurements."""
 
     session: Session
     rates: tuple[float, ...]
@@ -48,11 +48,11 @@ def evaluate_once(
     heads: Heads = "rectangular",
     progress: Progress = no_progress,
 ) -> EvaluationResult:
-    """Prune by rates, exactly as given, or by those of an allocation, and measure.
+    """Prune by given rates or by those of an allocation, and measure.
 
-    `shape` is the model that given rates are for, where that is known. With `any` heads the spec has layer granularity,
-    equal split and dense scoring. Raises UsageError for a model or a text that cannot be had and for rates of the wrong
-    number, range or model.
+    `shape` is the model shape that given rates are for, if known. `heads="any"` needs layer granularity, equal split
+    and dense scoring. Raises UsageError for a model or text that is not available, and for rates of the wrong number,
+    range or model.
     """
     target = prepare(spec, choice, progress, shape=shape)
     rates = choose_rates(target, choice, progress)
@@ -84,9 +84,9 @@ def evaluate_once(
 
 
 def prune_and_measure(target: Target, choice: Choice, progress: Progress = no_progress) -> Pruned:
-    """Prune `target`, which comes from `prepare`, and measure it on all its texts; it stays pruned.
+    """Prune `target`, which comes from `prepare`, and measure it on all its texts. It stays pruned.
 
-    Raises NotFiniteError where the pruned model does not compute.
+    Raises NotFiniteError if the pruned model's loss is not finite.
     """
     rates = choose_rates(target, choice, progress)
     plan = target.spec.plan(list(rates), target.shape)
@@ -97,7 +97,7 @@ def prune_and_measure(target: Target, choice: Choice, progress: Progress = no_pr
 def _measured(
     target: Target, plan: Plan | AnyHeadsPlan, progress: Progress
 ) -> tuple[Session, Measured, Measured | None]:
-    """Measure the dense target and then the pruned one, which stays pruned, on the fitness text and on the report."""
+    """Measure the dense and then the pruned target on the fitness and report texts. It stays pruned."""
     session = Session(target.spec, progress, sensitivity=False, target=target)
     try:
         fitness = session.evaluate(plan, progress=progress)
@@ -107,30 +107,30 @@ def _measured(
     return session, fitness, report
 
 
-def evaluate_as_it_is(
+def evaluate_model(
     name: str,
     texts: Mapping[Role, TextSpec],
     *,
     dtype: Dtype,
     seed: int,
-    kept_text: Path | None = None,
+    saved_text: Path | None = None,
     progress: Progress = no_progress,
 ) -> EvaluationResult:
     """Measure a model, such as an exported one, without pruning it.
 
-    `texts` has what to measure on; windows that a calibration text takes are left out of the others, as they are where
-    a model is pruned. `kept_text` is the file in which an export keeps what it was measured on, if it does.
+    Measures on the fitness and report texts of `texts`. Windows of a calibration text are excluded from the others, as
+    when a model is pruned. `saved_text` is the file with the tokens that an export was measured on, if it has one.
     """
     longest = max(text.seqlen for text in texts.values())
     progress("loading model", 0, 1)
-    writes_text = kept_text is None and any(text.source == SELF for text in texts.values())
-    model = load_model(name, dtype, Workload(longest, writes_text=writes_text))
+    generates_text = saved_text is None and any(text.source == SELF for text in texts.values())
+    model = load_model(name, dtype, Workload(longest, generates_text=generates_text))
     progress("loading model", 1, 1)
     check_length(model, longest)
-    if kept_text is None:
+    if saved_text is None:
         windows = _windows_of(model, texts, seed=seed, progress=progress)
     else:
-        windows = {"fitness": read_kept_text(kept_text, texts["fitness"], model.decoder.head.out_features)}
+        windows = {"fitness": load_saved_text(saved_text, texts["fitness"], model.decoder.head.out_features)}
     start = time.perf_counter()
     value, tokens = checked_perplexity(model.decoder, windows["fitness"], progress, "measuring")
     seconds = time.perf_counter() - start
@@ -165,7 +165,7 @@ def _windows_of(
 
 
 def allocate_once(spec: SearchSpec, allocation: Allocation, progress: Progress = no_progress) -> AllocationResult:
-    """The rates of an allocation; nothing is pruned."""
+    """Compute the rates of an allocation without pruning."""
     target = prepare(spec, allocation, progress, measured=False)
     rates = allocate(target, allocation, progress)
     plan = spec.plan(list(rates), target.shape)
@@ -181,5 +181,5 @@ def allocate_once(spec: SearchSpec, allocation: Allocation, progress: Progress =
 
 
 def removed_share(parameters: Parameters) -> float:
-    """The share of the decoder's parameters that is gone."""
+    """Return the share of the decoder's parameters that was removed."""
     return round(1 - parameters.decoder_after / parameters.decoder_before, 5)

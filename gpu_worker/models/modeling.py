@@ -1,8 +1,8 @@
-"""The modeling file of an exported model: what transformers runs to build it, one per family.
+"""Renders the modeling file of an exported model, which transformers runs to build the model; one per family.
 
-transformers keeps sizes per layer in a config (`per_layer_config`) but builds every layer from the global ones. The
-file adds the missing step and nothing else, so that a user can read it before trusting it. It is rendered without
-version or date: two exports of one family carry the same bytes.
+transformers stores sizes per layer in a config (`per_layer_config`) but builds every layer from the global ones. The
+file adds only the missing step, so that users can read it before they trust it. It contains no version or date: all
+exports of a family have the same file.
 """
 
 import sys
@@ -21,19 +21,19 @@ from protocol.errors import ModelError
 
 @dataclass(frozen=True)
 class Modeling:
-    """How transformers names the classes of one family, and where their construction differs."""
+    """Names of a family's classes in transformers, and differences in their construction."""
 
     package: str
-    """Below `transformers.models`."""
+    """Package under `transformers.models`."""
     title: str
     classes: str
     """Prefix of the family's classes."""
     text: str = ""
-    """What stands between the prefix and `Model` and `Config` where the family has models of other kinds too."""
+    """Part of the class names between the prefix and `Model` or `Config`, for families that have other modalities."""
     scaled_embedding: bool = False
-    """The embedding multiplies by √hidden size."""
+    """Whether the embedding is scaled by √(hidden size)."""
     sliding_flag: bool = False
-    """The model notes at construction whether any layer has a sliding window."""
+    """Whether the model stores at construction if any layer has a sliding window."""
 
 
 MODELINGS = {
@@ -44,11 +44,11 @@ MODELINGS = {
     "gemma3_text": Modeling(package="gemma3", title="A Gemma 3", classes="Gemma3", text="Text", scaled_embedding=True),
     "phi3": Modeling(package="phi3", title="A Phi-3", classes="Phi3"),
 }
-"""By the dense model's `model_type`."""
+"""Modeling data by the `model_type` of the dense model."""
 
 
 def modeling_of(model_type: str, fmt: str = "hf") -> Modeling:
-    """The entry for a dense model's `model_type`. Raises ModelError that names format and families."""
+    """Return the entry for a dense model's `model_type`. Raises ModelError for an unsupported type."""
     if model_type not in MODELINGS:
         raise ModelError(
             f"models of type {model_type!r} cannot be exported as {fmt}; supported model types: "
@@ -57,30 +57,30 @@ def modeling_of(model_type: str, fmt: str = "hf") -> Modeling:
     return MODELINGS[model_type]
 
 
-def plain_type(config: Any) -> str:
-    """The `model_type` of a config before pruning: that of the dense model also where an exported one was loaded."""
+def dense_type(config: Any) -> str:
+    """Return the `model_type` of the dense model, also for the config of an exported model."""
     return str(config.model_type).removeprefix(PRUNED)
 
 
 def module_name(model_type: str) -> str:
-    """Name of the modeling file for a dense model of `model_type`, without `.py`."""
+    """Return the name of the modeling file for a dense model of `model_type`, without `.py`."""
     return f"modeling_{PRUNED}{model_type}"
 
 
 def class_names(model_type: str) -> dict[str, str]:
-    """The modeling file's classes by the auto class of transformers that loads them."""
+    """Return the modeling file's classes by the auto class of transformers that loads them."""
     family = modeling_of(model_type)
     pruned = f"Pruned{family.classes}{family.text}"
     return {
         "AutoConfig": f"{pruned}Config",
-        # vLLM's Transformers backend starts from this one.
+        # vLLM's Transformers backend loads this one.
         "AutoModel": f"{pruned}Model",
         "AutoModelForCausalLM": f"{pruned}ForCausalLM",
     }
 
 
 def render_modeling(model_type: str) -> str:
-    """Text of the modeling file for a dense model of `model_type`. Raises ModelError for an unsupported one."""
+    """Return the modeling file for a dense model of `model_type`. Raises ModelError for an unsupported type."""
     family = modeling_of(model_type)
     prefix = family.classes
     names = {
@@ -105,7 +105,7 @@ def render_modeling(model_type: str) -> str:
         pruned=f"Pruned{prefix}{family.text}",
         model_type=PRUNED + model_type,
         sliding_flag=family.sliding_flag,
-        # Such attention cuts its one projection apart by the config's number of heads.
+        # Fused attention splits its one projection by the number of heads in the config.
         fused=FAMILIES[model_type].fused_attention is not None,
     )
 
@@ -118,7 +118,7 @@ def _environment() -> Environment:
 
 @cache
 def register_pruned_classes() -> None:
-    """Teach the auto classes of transformers the model types of exported folders, with this version's own code."""
+    """Register the model types of exported folders with transformers' auto classes, using this version's own code."""
     for model_type in MODELINGS:
         module = _built(model_type)
         names = class_names(model_type)
@@ -129,10 +129,10 @@ def register_pruned_classes() -> None:
 
 
 def _built(model_type: str) -> ModuleType:
-    """The module that the rendered modeling file is."""
+    """Execute the rendered modeling file and return it as a module."""
     name = f"{__package__}.{module_name(model_type)}"
     module = ModuleType(name)
-    # The decorators of its classes look their module up.
+    # The decorators of its classes look up their module.
     sys.modules[name] = module
     exec(compile(render_modeling(model_type), f"<{name}>", "exec"), module.__dict__)
     return module

@@ -1,4 +1,4 @@
-"""Whether one model can have been pruned from another, and whether both fit."""
+"""Checks that one model can be a pruned version of another, and that both fit into memory."""
 
 from dataclasses import dataclass, replace
 
@@ -10,18 +10,18 @@ from protocol.runtime.byte_sizes import gigabytes
 
 @dataclass(frozen=True)
 class Sizes:
-    """What of a model stays as it is when it is pruned, and the layers, which do not."""
+    """The sizes of a model that pruning does not change, and its layers, which it does."""
 
     family: str | None
-    """None where a file does not say it."""
+    """None if a file does not state it."""
     hidden_size: int
     vocabulary: int
     head_dim: int
     layers: tuple[LayerShape, ...]
 
 
-def check_related(dense: Sizes, pruned: Sizes, baseline: str) -> None:
-    """Raise ModelError unless `pruned` may come of `dense`: the same architecture and vocabulary, no layer larger."""
+def check_pruned_from(dense: Sizes, pruned: Sizes, baseline: str) -> None:
+    """Raise ModelError unless `pruned` has the architecture and vocabulary of `dense`, and no larger layer."""
     for name, of_dense, of_pruned in (
         ("model type", dense.family, pruned.family),
         ("vocabulary", dense.vocabulary, pruned.vocabulary),
@@ -31,7 +31,7 @@ def check_related(dense: Sizes, pruned: Sizes, baseline: str) -> None:
     ):
         if of_dense != of_pruned and None not in (of_dense, of_pruned):
             raise ModelError(
-                f"the baseline {baseline!r} is another model than the pruned one: its {name} is {of_dense} and "
+                f"the baseline {baseline!r} is not the model that was pruned: its {name} is {of_dense}, "
                 f"not {of_pruned}; pass the dense model that was pruned"
             )
     for i, (whole, kept) in enumerate(zip(dense.layers, pruned.layers, strict=True)):
@@ -42,13 +42,13 @@ def check_related(dense: Sizes, pruned: Sizes, baseline: str) -> None:
             )
 
 
-def check_room(needed: int, *, on_gpu: bool) -> None:
-    """Raise ModelError where what is still to be loaded, in bytes, does not fit: on the GPUs, or in main memory."""
+def check_memory(needed: int, *, on_gpu: bool) -> None:
+    """Raise ModelError if `needed` more bytes do not fit on the GPUs or in main memory."""
     machine = this_machine()
     on_gpu = on_gpu and bool(machine.gpus)
-    if needed > (sum(machine.gpus) if on_gpu else machine.main):
+    if needed > (sum(machine.gpus) if on_gpu else machine.main_memory):
         machine = machine if on_gpu else replace(machine, gpus=())
         raise ModelError(
-            f"both models together need about {gigabytes(needed)} more where {machine.sentence}; "
+            f"both models together need about {gigabytes(needed)} more where {machine.description}; "
             "use smaller batches (--batch-size), a shorter --prompt or --generate, or a machine with more memory"
         )

@@ -1,4 +1,4 @@
-"""An exported folder as something to work on: what it says of itself, and its model as it was pruned."""
+"""Reads an exported folder: its facts, and its model with the pruned sizes."""
 
 import json
 from dataclasses import dataclass
@@ -15,32 +15,32 @@ from gpu_worker.pruning.ordered_model import OrderedModel
 from protocol.errors import ModelError
 from protocol.plans.plan import Plan
 from protocol.plans.shape import LayerShape
-from protocol.results.formats import FACTS, KEPT_TEXT, Format, Formats
+from protocol.results.formats import FACTS, SAVED_TEXT, Format, Formats
 
 NOT_FACTS = ("selfpruner", "format", "formats", "parameters")
-"""What selfpruner.json says beside the facts."""
+"""Keys of selfpruner.json that are not facts."""
 
 
 @dataclass(frozen=True)
-class Exported:
+class ExportedFolder:
     """A folder that `selfpruner export` wrote."""
 
     folder: Path
     format: Format
-    """What is loaded of it."""
+    """The format that is loaded."""
     formats: Formats
-    """All that lie there."""
+    """All formats in the folder."""
     facts: ExportFacts
 
     @property
-    def kept_text(self) -> Path | None:
-        """The file with the tokens that it was measured on, where the dense model wrote them."""
-        file = self.folder / KEPT_TEXT
+    def saved_text(self) -> Path | None:
+        """Return the file with the tokens that the export was measured on, if the dense model wrote them."""
+        file = self.folder / SAVED_TEXT
         return file if file.is_file() else None
 
 
-def read_exported(folder: Path) -> Exported:
-    """What the folder says of itself. Raises ModelError where it is no export, or one that cannot be loaded again."""
+def read_exported(folder: Path) -> ExportedFolder:
+    """Read the folder's facts. Raises ModelError if it is not an export, or is one that cannot be loaded again."""
     file = folder / FACTS
     formats = formats_in(folder)
     try:
@@ -48,7 +48,7 @@ def read_exported(folder: Path) -> Exported:
         fmt = written["format"]
         facts = ExportFacts.model_validate({name: each for name, each in written.items() if name not in NOT_FACTS})
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        # pydantic's ValidationError is a ValueError, and a page long
+        # pydantic's ValidationError is a ValueError with a very long message
         reason = "not what this version writes" if isinstance(error, ValidationError) else str(error)
         raise ModelError(f"{file} does not say what the folder holds ({reason})") from error
     if fmt not in ("hf", "padded"):
@@ -56,24 +56,24 @@ def read_exported(folder: Path) -> Exported:
             f"the folder {str(folder)!r} is an export for llama.cpp, whose weights are no longer those of the model; "
             "pass the hf or the padded export of the same model"
         )
-    return Exported(folder, fmt, formats, facts)
+    return ExportedFolder(folder, fmt, formats, facts)
 
 
-def as_it_was_pruned(model: LoadedModel, exported: Exported) -> None:
-    """Cut the noughts off a padded model, so that it has the sizes of its plan; check those of any other.
+def restore_pruned_sizes(model: LoadedModel, exported: ExportedFolder) -> None:
+    """Cut the zeros off a padded model, so that it has the sizes of its plan; for other formats, check the sizes.
 
-    The decoder's shape stays that of the model as it was loaded. Raises ModelError for the model of another plan.
+    `model.decoder.shape` stays that of the loaded model. Raises ModelError for the model of another plan.
     """
     plan = exported.facts.plan
-    wanted = exported.facts.shape.layers if exported.format == "padded" else sizes_of(plan)
+    wanted = exported.facts.shape.layers if exported.format == "padded" else pruned_sizes(plan)
     if model.decoder.shape.layers != wanted:
         raise ModelError(f"the weights in {exported.folder} have other sizes than its {FACTS} says")
     if exported.format == "padded":
         _cut(model, plan)
 
 
-def sizes_of(plan: Plan) -> tuple[LayerShape, ...]:
-    """The sizes of a model that is pruned to `plan`, layer by layer."""
+def pruned_sizes(plan: Plan) -> tuple[LayerShape, ...]:
+    """Return the sizes of each layer of a model that is pruned to `plan`."""
     return tuple(
         LayerShape(query_heads=kept.query_heads, kv_heads=kept.kv_heads, mlp_channels=kept.mlp_channels)
         for kept in plan.layers
@@ -81,17 +81,17 @@ def sizes_of(plan: Plan) -> tuple[LayerShape, ...]:
 
 
 def _cut(model: LoadedModel, plan: Plan) -> None:
-    """What is kept lies in front (padded.py), as if it were ordered by importance already."""
-    OrderedModel(model.decoder, [_all_alike(layer) for layer in model.decoder.shape.layers]).apply(plan)
+    """Keep the first heads and channels, where padded.py puts the kept ones, as in an ordered model."""
+    OrderedModel(model.decoder, [_equal_scores(layer) for layer in model.decoder.shape.layers]).apply(plan)
     for layer in model.decoder.layers:
         for linear in layer.linears:
             for parameter in linear.parameters():
-                # A copy, so that the whole goes with the OrderedModel; laid out as in a file, to compute the same.
+                # A copy, so that the OrderedModel can be freed; contiguous as in a file, to compute the same results.
                 parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
 
 
-def _all_alike(layer: LayerShape) -> LayerImportance:
-    """Scores by which everything stays where it is."""
+def _equal_scores(layer: LayerShape) -> LayerImportance:
+    """Return equal scores, which keep the order."""
     return LayerImportance(
         query_heads=torch.zeros(layer.kv_heads, layer.queries_per_kv),
         kv_heads=torch.zeros(layer.kv_heads),

@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 
-from gpu_worker.models.exported import MODELINGS, register_pruned_classes
+from gpu_worker.models.modeling import MODELINGS, register_pruned_classes
 from tests.support.exports import export, pruned
 from tests.support.tiny_models import tiny_model, tiny_windows
 
