@@ -129,7 +129,7 @@ def test_a_bad_rates_file_gets_one_sentence(
         (["--allocate", "owl", "--rate", "0.3", "--importance", "taylor", "--scoring", "sequential"], "sequential"),
         (
             ["--allocate", "llm-pruner", "--rate", "0.3", "--first-layers", "3", "--last-layers", "1"],
-            "nothing is pruned",
+            "no layer is left to prune",
         ),
         (["--allocate", "uniform", "--rate", "0.3", "--outlier-range", "0.1"], "--outlier-range is for --allocate owl"),
         (["--allocate", "uniform", "--rate", "0.3", "--seed", "9" * 30], "seed"),

@@ -149,7 +149,7 @@ async def test_a_run_ends_with_one_json_object_and_leaves_its_files_and_no_proce
     folder = run.folder / "runs" / "s"
     assert {
         "spec.json",
-        "card.json",
+        "profile.json",
         "best.json",
         "summary.json",
         "evaluations.jsonl",

@@ -97,8 +97,8 @@ def interrupted(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (["--learning-rate", "0.02"], "another learning_rate (0.01, and not 0.02)"),
-        (["--full"], "another method ('lora', and not 'full')"),
+        (["--learning-rate", "0.02"], "another learning_rate (0.01, not 0.02)"),
+        (["--full"], "another method ('lora', not 'full')"),
         (["--seed", "1"], "another seed"),
     ],
 )
@@ -205,7 +205,7 @@ def test_a_file_is_not_learned_from_and_measured_on(
     (tmp_path / "link.txt").symlink_to(text_in(folder.parent))
     assert main(arguments(folder, tmp_path / "out", "--eval-data", str(tmp_path / "link.txt"))) == 2
     told = capsys.readouterr().err
-    assert "--data and --eval-data are one file" in told and told.count("\n") == 1
+    assert "--data and --eval-data are the same file" in told and told.count("\n") == 1
 
 
 def test_a_file_where_checkpoints_go_is_one_sentence(

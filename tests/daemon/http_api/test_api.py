@@ -178,7 +178,7 @@ async def test_a_port_that_is_taken_is_named_unless_any_other_will_do(tmp_path: 
         port = other.getsockname()[1]
         for free_port in (True, False):  # a port that was asked for is never changed
             api = HttpApi(HttpSettings(port=port), Access(None), observer, free_port=free_port)
-            with pytest.raises(CannotListen, match=f"port {port} of 127.0.0.1.*another program.*http.port"):
+            with pytest.raises(CannotListen, match=f"port {port} of 127.0.0.1 .it is in use.*http.port"):
                 async with api.serving():
                     pass
     await observer.redis.aclose()

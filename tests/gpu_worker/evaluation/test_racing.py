@@ -144,7 +144,7 @@ def test_a_text_with_no_more_windows_than_are_looked_at_first_is_refused(tmp_pat
     file.write_text("search: {first_windows: 4}\ntarget: {model: m, rate: 0.3}\ndata: {fitness_windows: 4}\n")
     with pytest.raises(SettingsError, match=r"first_windows \(4\) must be fewer than data.fitness_windows \(4\)"):
         load(file, [])
-    with pytest.raises(DataError, match=r"first_windows \(4\).*which has 4"):
+    with pytest.raises(DataError, match=r"first_windows \(4\).*text \(4\)"):
         check_windows(settings(first_windows=4), 4)
     check_windows(settings(first_windows=4), 5)
     check_windows(settings(), 1)

@@ -226,7 +226,7 @@ def test_what_is_no_hf_or_padded_export_is_refused(tmp_path: Path, name: str) ->
         told = json.loads(mark.read_text())
         told["plan"]["layers"][0]["mlp_channels"] = 21
         mark.write_text(json.dumps(told))
-    sentence = {"gguf": "llama.cpp", "plain": "no folder that", "changed": "other sizes"}[name]
+    sentence = {"gguf": "llama.cpp", "plain": "was not written by", "changed": "other sizes"}[name]
     with pytest.raises(ModelError, match=sentence):
         finetuned(folder, tmp_path / "out")
 
