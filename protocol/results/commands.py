@@ -73,7 +73,7 @@ class GgufPerplexity(BaseModel):
     perplexity: PositiveFloat
     """In llama.cpp, on the first windows of the text that the export was measured on."""
     in_memory: PositiveFloat
-    """Of the model in memory, on the same windows."""
+    """Perplexity of the model in memory on the same windows."""
     tokens: PositiveInt
     """Number of predicted tokens."""
 
@@ -103,7 +103,7 @@ class ExportResult(BaseModel):
     rate: float
     """Share of the decoder's parameters that was removed."""
     perplexity: float
-    """Of the model in memory, on the fitness text."""
+    """Perplexity of the model in memory on the fitness text."""
     dense_perplexity: float
     kl: float | None
     report_perplexity: float | None
