@@ -212,6 +212,14 @@ class Kit:
 
         await eventually(begun, seconds)
 
+    async def beating(self, workers: int, seconds: float = 30) -> None:
+        """Wait until that many workers have sent a heartbeat."""
+
+        async def all_beat() -> bool:
+            return len([key async for key in self.redis.scan_iter(match=self.keys.worker_prefix + "*")]) >= workers
+
+        await eventually(all_beat, seconds)
+
     async def owner(self, worker: WorkerProcess) -> str:
         """Return the consumer name of a worker."""
         names = [name async for name in self.redis.scan_iter(match=self.keys.worker_prefix + f"*:{worker.pid}:*")]

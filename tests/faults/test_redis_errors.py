@@ -112,6 +112,7 @@ async def test_daemon_and_workers_outlast_a_storm_of_errors(kit: Kit) -> None:
         await daemon.begin()
         kit.daemons.append(daemon)
         workers = [await kit.worker(url=proxy.url(PASSWORD), lease_seconds=4 * LEASE) for _ in range(2)]
+        await kit.beating(len(workers))  # LATER are permanent errors at the first contact
         for error in [*PASSING, *LATER]:
             proxy.refuse(error, share=0.02)
         await daemon.issue(many)
