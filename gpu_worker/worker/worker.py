@@ -23,7 +23,7 @@ from gpu_worker.worker.gpu_lock import take_gpu
 from gpu_worker.worker.profile_check import check_profile
 from gpu_worker.worker.spec_watch import SpecWatch, SpecWithdrawn
 from protocol.errors import StoreError, UsageError, first_error
-from protocol.plans.candidate import Failed, Outcome
+from protocol.plans.candidate import Failed, Outcome, outcome_fields
 from protocol.plans.profile import ModelProfile
 from protocol.plans.spec import SearchSpec
 from protocol.queue.connection import UNREACHABLE_ERRORS, RedisRetry, check_server, connect
@@ -274,8 +274,8 @@ class Worker:
             outcome = await self._outcome(child, job)
             if outcome is not None:
                 first = await self._queue.commit(job, outcome)
-                figures = outcome.model_dump(exclude={"parameters"}, exclude_none=True)
-                log.info("outcome_committed", counts=first, **figures)
+                fields = outcome_fields(job.candidate, outcome) | outcome.model_dump(include={"tokens", "seconds"})
+                log.info("outcome_committed", counts=first, kind=outcome.kind, **fields)
             self._job = None
             self._set_status(measured=self._status.measured + 1)
 

@@ -5,7 +5,7 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     BaseModel,
@@ -48,6 +48,11 @@ class Provenance(_Value):
     parents: tuple[str, ...] = ()
     endpoint: str | None = None
     prompt: str | None = None
+
+    @property
+    def log_fields(self) -> dict[str, Any]:
+        """Who proposed the candidate, as fields of the log and of events: `agent`, `source` and `round`."""
+        return self.model_dump(include={"agent", "source", "round"})
 
 
 class Race(_Value):
@@ -110,11 +115,6 @@ class Measured(_Figures):
         """The number that the search minimises: divergence if measured, else perplexity."""
         return self.perplexity if self.kl is None else self.kl
 
-    def figures(self, digits: int) -> dict[str, float]:
-        """Return `perplexity`, and `kl` if measured, rounded for display."""
-        figures = {"perplexity": self.perplexity, "kl": self.kl}
-        return {name: round(figure, digits) for name, figure in figures.items() if figure is not None}
-
 
 class Stopped(_Figures):
     """A candidate that lost its race and was stopped after some windows.
@@ -145,6 +145,23 @@ class Failed(_Value):
 
 Outcome = Measured | Stopped | Failed
 OUTCOME: TypeAdapter[Outcome] = TypeAdapter(Annotated[Outcome, Field(discriminator="kind")])
+
+SHOWN = {
+    "measured": {"perplexity", "kl"},
+    "stopped": {"windows", "of_windows", "behind"},  # its perplexity covers only a part of the text
+    "failed": {"reason", "detail"},
+}
+"""Fields of each kind of outcome in the log and in events."""
+
+
+def outcome_fields(candidate: Candidate, outcome: Outcome) -> dict[str, Any]:
+    """Return the fields that describe an outcome, in the log of the daemon and the workers and in events.
+
+    Figures are rounded to six decimals.
+    """
+    shown = outcome.model_dump(include=SHOWN[outcome.kind], exclude_none=True)
+    rounded = {name: round(value, 6) if isinstance(value, float) else value for name, value in shown.items()}
+    return {"candidate": candidate.id, "text": candidate.text, **rounded, **candidate.provenance.log_fields}
 
 
 @dataclass(frozen=True)
