@@ -124,12 +124,11 @@ def _valid(model: type[M], record: dict[str, Any], folder: Path, name: str) -> M
 def _members(folder: Path, spec: SearchSpec) -> list[Member]:
     """Return the measured candidates, without the baselines."""
     history = recovered(folder, spec, History()) or History()
-    members = []
-    for candidate in history.ledger.values():
-        outcome = history.outcomes[candidate.id]
-        if candidate.is_proposal and isinstance(outcome, Measured):
-            members.append(Member(candidate, outcome.fitness))
-    return members
+    return [
+        Member(evaluation.candidate, evaluation.outcome.fitness)
+        for evaluation in history.population
+        if evaluation.candidate.is_proposal and isinstance(evaluation.outcome, Measured)
+    ]
 
 
 def rank_correlation(first: Column, second: Column) -> float:

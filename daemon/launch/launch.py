@@ -179,7 +179,7 @@ class Launch:
     async def _go_on_from(self, history: History, queue: CandidateQueue) -> None:
         warn_of_texts(self._settings)
         self._usage.begin(history)
-        await asyncio.to_thread(self._observer.begin, history)
+        self._observer.begin(history)
         if not history.ledger:
             self._journal.begin_transcript()
         await self._store.repair(queue, history)
@@ -252,9 +252,9 @@ class Launch:
         """Return all that this process knows about the search; `history` is from its start."""
         if self._search is None:
             return Memory(history, None, self._control.command)
-        outcomes = {e.candidate.id: e.outcome for e in self._search.state.population}
-        now = History(ledger=self._search.state.ledger, outcomes=outcomes, selections=self._search.state.selections)
-        return Memory(now, self._search.state.profile, self._control.command)
+        state = self._search.state
+        now = History(state.ledger, state.population, selections=state.selections)
+        return Memory(now, state.profile, self._control.command)
 
     def _chat(self) -> "Chat":
         gate, spent = self._control.gate, self._usage.spent

@@ -14,7 +14,7 @@ from agents.population.population import Evaluation
 from daemon.local.valkey import embedded_url
 from daemon.monitor.events import Event, StatusTracker
 from daemon.monitor.status import Condition, Observation, QueueDepth, RuntimeStateReader, Status
-from daemon.state.history import RemoteHistory
+from daemon.state.history import HistoryReader
 from daemon.state.journal import BEST, STATUS_FILE, best_record, saved
 from protocol.errors import StoreError, UsageError
 from protocol.plans.spec import SearchSpec
@@ -48,7 +48,7 @@ class RemoteSearch:
         self._redis: Any = redis  # its annotations cannot say that replies are str
         self._keys = keys
         self._spec = spec
-        self._history = RemoteHistory(redis, keys)
+        self._reader = HistoryReader(redis, keys)
         self._profiles = ProfileBoard(redis, keys)
         self._runtime_state = RuntimeStateReader(redis, keys)
         self._tracker = StatusTracker()
@@ -66,16 +66,16 @@ class RemoteSearch:
 
     async def changes(self) -> list[Event]:
         """Return the events since the last observation; none at the first one."""
-        if not await self._history.read():
+        if not await self._reader.read():
             self._tracker = StatusTracker()
         profile = await self._profiles.read(self._spec.fingerprint)
         condition = await self._redis.get(self._keys.condition)
         observation = Observation(
             search=self._keys.search,
             spec=self._spec,
-            ledger=self._history.ledger,
-            population=self._history.population,
-            counters=self._history.counters,
+            ledger=self._reader.history.ledger,
+            population=self._reader.history.population,
+            counters=self._reader.history.counters,
             dense_perplexity=profile.dense.perplexity if profile else None,
             runtime=await self._runtime_state.read(),
             condition=(condition and parse_unless_damaged(Condition, condition, self._keys.condition)) or Condition(),
@@ -96,15 +96,15 @@ class RemoteSearch:
 
     async def best(self) -> dict[str, Any]:
         """Return the best candidate so far in the form of best.json."""
-        await self._history.read()
-        best, profile = self._history.population.best(), await self._profiles.read(self._spec.fingerprint)
+        await self._reader.read()
+        best, profile = self._reader.history.population.best(), await self._profiles.read(self._spec.fingerprint)
         if best is None or profile is None:
             raise UsageError(f"the search {self._keys.search!r} has measured no candidate yet")
         return best_record(self._keys.search, self._spec, profile.shape, best)
 
     def top(self, count: int) -> list[Evaluation]:
         """Return the best members at the last observation, best first."""
-        return self._history.population.top(count)
+        return self._reader.history.population.top(count)
 
     async def command(self, command: Command) -> dict[str, Any]:
         """Send the command run, pause or stop."""

@@ -6,8 +6,7 @@ from collections.abc import Callable
 import structlog
 
 from agents.population.population import Evaluation
-from daemon.search.proposals import Proposals
-from daemon.search.state import SearchState
+from daemon.search.state import Proposals, SearchState
 from daemon.settings.search import SearchSettings
 from protocol.plans.candidate import Failed
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from agents.population.population import Population
 from daemon.state.history import History
 from daemon.state.journal import EVALUATIONS, SPEC, STATUS_FILE, TRANSCRIPT, saved
 from daemon.state.store import difference
@@ -50,25 +51,28 @@ def recovered(folder: Path, spec: SearchSpec, history: History) -> History | Non
     if not lines:
         return None
     _check_spec(folder, spec, len(lines))
-    ledger, outcomes = dict(history.ledger), dict(history.outcomes)
+    lost: list[tuple[Candidate, Outcome]] = []
     for number, line in enumerate(lines, 1):
         if not line.endswith(b"\n"):
             continue  # the last line was cut off by a kill
         try:
             record = json.loads(line)
-            if record["id"] not in history.outcomes:
-                candidate, outcome = _evaluation(record, spec)
-                ledger[candidate.id], outcomes[candidate.id] = candidate, outcome
+            if record["id"] not in history.population:
+                lost.append(_evaluation(record, spec))
         except (KeyError, TypeError, ValueError, RecursionError) as error:
-            if len(history.outcomes) >= len(lines):
+            if history.population.outcomes >= len(lines):
                 continue  # the server has everything in it
             raise UsageError(
                 f"Redis has lost evaluations of this search, and line {number} of their copy {path} cannot be read: "
                 "repair or delete that line, or move the folder away to start over"
             ) from error
-    if len(outcomes) == len(history.outcomes):
+    if not lost:
         return None
-    return History(ledger, outcomes, counters(folder, history), history.selections)
+    population = Population()
+    for candidate, outcome in [*((e.candidate, e.outcome) for e in history.population), *lost]:
+        population.insert(candidate, outcome)
+    ledger = history.ledger | {candidate.id: candidate for candidate, _ in lost}
+    return History(ledger, population, counters(folder, history), history.selections)
 
 
 def commanded(folder: Path) -> Command | None:
