@@ -33,7 +33,7 @@ from protocol.plans.spec import SearchSpec
 
 ShareText = Callable[[int, int, Callable[[], Tensor]], Tensor]
 """(number of windows, their length, function that writes them) -> tokens that all workers use
-(measuring/shared_text.py)."""
+(measuring/self_text.py)."""
 
 
 class Target:

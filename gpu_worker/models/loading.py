@@ -29,7 +29,6 @@ from gpu_worker.models.memory import Machine, MemoryEstimate, Workload, combined
 from gpu_worker.models.placement import Placement, device_map, meta_model, place, share_of
 from protocol.errors import ModelError
 from protocol.results.formats import FACTS, only_for_llama_cpp
-from protocol.runtime.byte_sizes import GB
 
 SMOLLM2 = "smollm2"
 WHAT_TO_PASS = f"pass a model's folder, a GGUF file, a hub name, or `{SMOLLM2}`"
@@ -172,7 +171,7 @@ def _estimated(name: str, found: _Found, dtype: str, workload: Workload) -> tupl
         model=name,
         needs=estimate.description,
         has=machine.description,
-        weights_gb=round(estimate.weights / GB, 3),
+        weights_gb=round(estimate.weights / 1e9, 3),
     )
     return estimate, machine
 

@@ -13,9 +13,8 @@ import accelerate
 import torch
 import transformers
 
-from gpu_worker.models.memory import Machine, MemoryEstimate
+from gpu_worker.models.memory import Machine, MemoryEstimate, gigabytes
 from protocol.errors import ModelError
-from protocol.runtime.byte_sizes import gigabytes
 
 ADVICE = "use shorter windows (seqlen), a smaller dtype, more or larger GPUs, or a smaller model"
 

@@ -2,6 +2,7 @@
 
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat
 
+from protocol.errors import UsageError
 from protocol.plans.shape import ModelShape
 
 
@@ -37,3 +38,20 @@ class ModelProfile(BaseModel):
     texts: str
     """Digest of the token windows of all texts, by which workers with different files are detected."""
     device: str
+
+
+def check_profile(published: ModelProfile, mine: ModelProfile) -> None:
+    """Raise UsageError unless this worker's profile matches the one that the first worker published."""
+    if published.shape != mine.shape:
+        raise UsageError(f"this worker's {mine.model} does not have the shape that the search started with")
+    if published.texts != mine.texts:
+        raise UsageError(
+            "this worker's texts differ from those that the search started with: give all workers the same files, "
+            "or choose a new search.name for the new texts"
+        )
+    ratio = mine.dense.perplexity / published.dense.perplexity
+    if not 0.98 < ratio < 1.02:
+        raise UsageError(
+            f"this worker measures a dense perplexity of {mine.dense.perplexity:.3f}, but the search started with "
+            f"{published.dense.perplexity:.3f}: its weights differ; give all workers the same model"
+        )
