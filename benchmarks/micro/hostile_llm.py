@@ -36,7 +36,7 @@ from tests.faults.proxy import Proxy
 from tests.faults.searching import Search
 from tests.support.hostile_replies import KINDS, Hostile
 from tests.support.hostile_server import HostileServer
-from tests.support.servers import Server, server_binary
+from tests.support.servers import Server, server_binary, temporary_server
 
 NOWHERE = {"base_url": "http://127.0.0.1:9/v1", "model": "model", "name": "nowhere"}
 KEY = "sk-hostile-8d1f+/5309="
@@ -299,15 +299,10 @@ def main() -> None:
     arguments = parser.parse_args()
     binary = server_binary("valkey")
     assert binary is not None
-    with tempfile.TemporaryDirectory(prefix="sp-") as data, tempfile.TemporaryDirectory(prefix="sp-") as folder:
-        server = Server(binary, Path(data), password=PASSWORD)
-        server.start()
-        try:
-            where = (arguments.keep or Path(folder)) / "searches"  # a name that is in no command line of ours
-            where.mkdir(parents=True)
-            figures = asyncio.run(hostile(arguments.minutes, arguments.seed, server, where))
-        finally:
-            server.kill()
+    with tempfile.TemporaryDirectory(prefix="sp-") as folder, temporary_server(binary, password=PASSWORD) as server:
+        where = (arguments.keep or Path(folder)) / "searches"  # a name that is in no command line of ours
+        where.mkdir(parents=True)
+        figures = asyncio.run(hostile(arguments.minutes, arguments.seed, server, where))
     report = {
         "kinds_of_replies": len(figures.replies),
         "replies": figures.replies.total(),

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from agents.population.population import Evaluation, Population
+from daemon.monitor.status import llm_tokens
 from daemon.search.state import SearchState
 from protocol.plans.allocation import uniform_label
 from protocol.plans.candidate import Measured, candidate_id
@@ -92,7 +93,7 @@ def summarise(search: str, state: SearchState, counters: dict[str, float], *, fi
             "by_source": {"llm": 0, "fallback": 0, **state.proposals.by_source},
             "by_outcome": {name: outcomes[name] for name in ("measured", "failed", "stopped")},
         },
-        tokens={name: int(counters.get(f"{name}_tokens", 0)) for name in ("prompt", "completion")},
+        tokens=llm_tokens(counters),
         seconds=round(counters.get("seconds", 0.0), 1),
     )
 

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from agents.population.population import Population
 from daemon.state.history import History
-from daemon.state.journal import EVALUATIONS, SPEC, STATUS_FILE, TRANSCRIPT, saved
+from daemon.state.journal import EVALUATIONS, STATUS_FILE, TRANSCRIPT, saved, saved_spec
 from daemon.state.store import difference
 from protocol.errors import SearchExistsError, UsageError
 from protocol.plans.candidate import OUTCOME, Candidate, Outcome, Provenance, Race, candidate_id
@@ -83,11 +83,10 @@ def commanded(folder: Path) -> Command | None:
 def _check_spec(folder: Path, spec: SearchSpec, evaluations: int) -> None:
     """Raise SearchExistsError for a copy with another spec. A copy without a spec is checked by its candidates' ids."""
     try:
-        record = saved(folder, SPEC) or {}
-        theirs = SearchSpec.model_validate({name: record[name] for name in SearchSpec.model_fields if name in record})
-    except (UsageError, ValidationError):
+        theirs = saved_spec(folder)
+    except UsageError:
         return
-    if theirs.fingerprint != spec.fingerprint:
+    if theirs and theirs.fingerprint != spec.fingerprint:
         raise SearchExistsError(
             f"{folder} holds {evaluations} evaluations of a search with other settings ({difference(theirs, spec)}), "
             "which would be overwritten: give this one another search.name, or move that folder away"

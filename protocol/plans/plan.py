@@ -152,15 +152,13 @@ def feasible_rates(
     return feasible(rates, weights, mean, unit_bounds(shape, granularity, low, high))
 
 
-def check_rates(
-    rates: Sequence[float], shape: ModelShape, mean: float, granularity: Granularity, tolerance: float = 1e-4
-) -> None:
-    """Raise BudgetError unless there is one rate for each unit and their weighted mean is `mean`."""
+def check_rates(rates: Sequence[float], shape: ModelShape, mean: float, granularity: Granularity) -> None:
+    """Raise BudgetError unless there is one rate for each unit and their weighted mean is `mean`, to within 1e-4."""
     units = shape.units(granularity)
     if len(rates) != len(units):
         raise BudgetError(f"{len(rates)} pruning rates were given for {len(units)} units ({granularity} granularity)")
     off = weighted_mean(rates, [unit.parameters for unit in units]) - mean
-    if abs(off) > tolerance:
+    if abs(off) > 1e-4:
         raise BudgetError(
             f"the pruning rates have a mean of {mean + off:.5f}, which is off the budget {mean} by {off:+.5f}"
         )
