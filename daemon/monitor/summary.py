@@ -5,7 +5,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 from rich.table import Table
 
@@ -17,6 +16,7 @@ from protocol.plans.candidate import Measured, candidate_id
 from protocol.plans.plan import Parameters, count_parameters, dense_plan
 from protocol.plans.profile import DensePerplexity, ModelProfile
 from protocol.plans.spec import Measure, Reconstruction, SearchSpec
+from protocol.plans.value import Value
 
 WEAK_BASELINE = (
     "uniform is a weak baseline here: without reconstruction, and with equally many query heads per KV head; "
@@ -24,10 +24,8 @@ WEAK_BASELINE = (
 )
 
 
-class Row(BaseModel):
+class Row(Value):
     """One model, such as the dense one or the best. Figures are None if they were not measured."""
-
-    model_config = ConfigDict(frozen=True)
 
     perplexity: float | None
     report_perplexity: float | None = None
@@ -40,10 +38,8 @@ class Row(BaseModel):
     report_tokens: int | None = None
 
 
-class Summary(BaseModel):
+class Summary(Value):
     """The result of a search. `finished` is False when it was interrupted or stopped."""
-
-    model_config = ConfigDict(frozen=True)
 
     search: str
     model: str

@@ -16,20 +16,19 @@ plan removes channels of other layers instead, and raises BudgetError if those a
 from collections.abc import Sequence
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, PositiveInt
+from pydantic import PositiveInt
 
 from protocol.errors import BudgetError
 from protocol.plans.plan import fill_channels
 from protocol.plans.shape import ModelShape
+from protocol.plans.value import Value
 
 Heads = Literal["rectangular", "any"]
 """Which query heads may be removed: the same number from each remaining KV head, or any."""
 
 
-class AnyHeadsLayer(BaseModel):
+class AnyHeadsLayer(Value):
     """Heads and channels that one layer keeps."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kept: tuple[tuple[bool, ...], ...]
     """Whether each query head is kept: [KV heads, query heads per KV head], in the dense layer's order."""
@@ -46,10 +45,8 @@ class AnyHeadsLayer(BaseModel):
         return sum(map(any, self.kept))
 
 
-class AnyHeadsPlan(BaseModel):
+class AnyHeadsPlan(Value):
     """Heads and channels that each layer keeps."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     layers: tuple[AnyHeadsLayer, ...]
 

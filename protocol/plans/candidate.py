@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -19,6 +17,7 @@ from pydantic import (
 )
 
 from protocol.plans.plan import Parameters, Plan
+from protocol.plans.value import FiniteValue
 
 AgentName = Literal["seed", "initializer", "mutator", "crossover", "baseline"]
 """The agent that proposed a candidate. A `seed` is an allocation in the first population. A `baseline` is measured for
@@ -31,11 +30,7 @@ Text = Literal["fitness", "report"]
 FailureReason = Literal["timeout", "crashed", "out-of-memory", "not-finite", "invalid"]
 
 
-class _Value(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class Provenance(_Value):
+class Provenance(FiniteValue):
     """Where a candidate comes from. Round 0 is the first population.
 
     `call` numbers the questions of one agent in one round. `endpoint` and `prompt` are set only if an LLM proposed it.
@@ -55,7 +50,7 @@ class Provenance(_Value):
         return self.model_dump(include={"agent", "source", "round"})
 
 
-class Race(_Value):
+class Race(FiniteValue):
     """A race against another candidate: this one is stopped after `first_windows` windows if it is worse on them.
 
     `against` are the other candidate's losses per window. If empty, the candidate is not stopped and its losses are
@@ -73,7 +68,7 @@ class Race(_Value):
         return is_time and math.fsum(losses) > math.fsum(self.against[:seen])
 
 
-class Candidate(_Value):
+class Candidate(FiniteValue):
     """Pruning rates, their plan, and their provenance."""
 
     id: str
@@ -89,7 +84,7 @@ class Candidate(_Value):
         return self.provenance.agent != "baseline"
 
 
-class _Figures(_Value):
+class _Figures(FiniteValue):
     """Measurements of a pruned model, on a whole text or a part of it.
 
     `tokens` is the number of tokens whose loss was averaged, `seconds` the evaluation's wall time, and `kl` the mean KL
@@ -135,7 +130,7 @@ class Stopped(_Figures):
         return math.exp(level) if self.kl is None else level
 
 
-class Failed(_Value):
+class Failed(FiniteValue):
     """A candidate that could not be measured. It never enters the population and is not retried."""
 
     kind: Literal["failed"] = "failed"

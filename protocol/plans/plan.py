@@ -9,11 +9,12 @@ import math
 from collections.abc import Sequence
 from typing import Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, PositiveInt, field_validator
+from pydantic import PositiveInt, field_validator
 
 from protocol.errors import BudgetError
 from protocol.plans.rates import DECIMALS, SCALE, feasible, project, weighted_mean
 from protocol.plans.shape import Granularity, LayerShape, ModelShape, Unit
+from protocol.plans.value import Value
 
 Split = Literal["equal", "mlp-first"]
 """How a layer's rate is split: `equal` prunes heads and MLP at the same rate (the paper); `mlp-first` prunes heads only
@@ -23,10 +24,8 @@ MLP_FIRST_LIMIT = 0.9
 """With `mlp-first`, the MLP rate above which heads are removed too."""
 
 
-class LayerPlan(BaseModel):
+class LayerPlan(Value):
     """Heads and channels that one layer keeps."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kv_heads: PositiveInt
     queries_per_kv: PositiveInt
@@ -42,10 +41,8 @@ MOST_KNOWN_LAYERS = 100_000
 _KNOWN_LAYERS: dict[tuple[int, int, int], LayerPlan] = {}
 
 
-class Plan(BaseModel):
+class Plan(Value):
     """Heads and channels that each layer keeps."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     layers: tuple[LayerPlan, ...]
 
@@ -68,10 +65,8 @@ class Plan(BaseModel):
         )
 
 
-class Parameters(BaseModel):
+class Parameters(Value):
     """Parameter counts before and after pruning."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     decoder_before: int
     decoder_after: int

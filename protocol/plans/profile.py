@@ -1,15 +1,14 @@
 """ModelProfile: what a worker publishes about the target model before the first question to the LLM."""
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat
+from pydantic import NonNegativeInt, PositiveFloat
 
 from protocol.errors import UsageError
 from protocol.plans.shape import ModelShape
+from protocol.plans.value import FiniteValue
 
 
-class DensePerplexity(BaseModel):
+class DensePerplexity(FiniteValue):
     """Perplexity of the dense model on one text, and the number of tokens averaged."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     perplexity: PositiveFloat
     tokens: NonNegativeInt
@@ -20,10 +19,8 @@ class DensePerplexity(BaseModel):
         return self.tokens // (seqlen - 1)
 
 
-class ModelProfile(BaseModel):
+class ModelProfile(FiniteValue):
     """The target model as measured by a worker. All workers of a search must agree on it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     fingerprint: str
     """Fingerprint of the spec that the model was loaded for."""
