@@ -107,22 +107,14 @@ def evaluation_tokens(
     return measured + (1 - rate) * measured + scoring + (fitted + 2 * sequential) * calibration
 
 
-def candidates_of(settings: Settings) -> int:
-    """Return the maximum number of candidates that a search measures."""
-    search = settings.search
-    candidates = search.population + search.rounds * (search.mutations + search.crossovers)
-    return min(candidates, search.max_evaluations or candidates)
-
-
 def search_tokens(settings: Settings) -> float:
     """Return the cost of a whole search."""
     search, data, rate = settings.search, settings.data, settings.target.rate
-    candidates = candidates_of(settings)
     roles = specs_of(data, data.seqlen)
     fitness, report = text_tokens("fitness", roles), text_tokens("report", roles)
     fitted = search.reconstruction == "least-squares"
     calibration = (1 + fitted) * data.calibration_windows * data.seqlen
-    measured = fitness * (1 + (1 - rate) * (candidates + 1)) + report * (1 + 2 * (1 - rate))
+    measured = fitness * (1 + (1 - rate) * (search.planned + 1)) + report * (1 + 2 * (1 - rate))
     return calibration + measured + UNITS * SENSITIVITY_TOKENS / 2
 
 

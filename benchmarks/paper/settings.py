@@ -8,7 +8,8 @@ import yaml
 from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from benchmarks.paper.paper_figures import ABLATION_RATE, paper_model
-from daemon.settings.errors import file_sentence, validation_sentence
+from daemon.settings import file as setting_file
+from daemon.settings.errors import validation_sentence
 from daemon.settings.section import Section
 from daemon.settings.settings import Settings, setting_names
 from daemon.settings.sources import load
@@ -236,12 +237,7 @@ def read_settings(file: Path, overrides: Sequence[str] = ()) -> PaperSettings:
 
     Raises SettingsError, with one sentence, if they are invalid.
     """
-    try:
-        given = yaml.safe_load(file.read_text(encoding="utf-8"))
-        if not isinstance(given, dict):
-            raise TypeError(given)
-    except (OSError, yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
-        raise SettingsError(file_sentence(file, error)) from None
+    given = setting_file.read(file)
     for override in overrides:
         _change(given, override)
     try:
@@ -262,8 +258,8 @@ def _change(given: dict[str, Any], override: str) -> None:
         if not isinstance(given, dict):
             raise SettingsError(f"--set {name}: {part} is not a section")
     try:
-        given[last] = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: an impossible date or number
+        given[last] = setting_file.parsed(text)
+    except yaml.YAMLError:
         raise SettingsError(f"--set {name}: the value is not valid YAML") from None
 
 

@@ -64,7 +64,7 @@ class Search:
         await submit_seeds(self.settings.seeds, self.view(0), self.admission.submit)
         await self.admission.measure_uniform()
         proposals = self.state.proposals
-        count = min(self.settings.population, self.budget.planned) - proposals.made("seed", 0)
+        count = min(self.settings.population, self.settings.planned) - proposals.made("seed", 0)
         missing = count - proposals.made("initializer", 0)
         if missing > 0:
             log.info("round_started", round=0, missing=missing)

@@ -119,6 +119,7 @@ def serve(lines: Lines, replies: Replies) -> int:
     from gpu_worker.measuring.half_precision import products_in_float32
     from gpu_worker.measuring.self_text import share_text
     from protocol.errors import StoreError, UsageError
+    from protocol.plans.candidate import Failed
     from protocol.plans.spec import SearchSpec
 
     order = json.loads(lines.get())
@@ -137,11 +138,10 @@ def serve(lines: Lines, replies: Replies) -> int:
             try:
                 outcome = answer(session, request)
             except DeviceLostError as error:
-                replies.send(
-                    {"id": request["id"], "outcome": {"kind": "failed", "reason": "crashed", "detail": str(error)}}
-                )
-                return EXIT_DEVICE_LOST
+                outcome = Failed(reason="crashed", detail=str(error))
             replies.send({"id": request["id"], "outcome": outcome.model_dump(mode="json")})
+            if isinstance(outcome, Failed) and outcome.reason == "crashed":
+                return EXIT_DEVICE_LOST
 
 
 def main() -> int:
