@@ -127,9 +127,8 @@ class Launch:
             # Imported here: with a cold disk it may take longer than a daemon in charge may be silent.
             await asyncio.to_thread(importlib.import_module, "agents.llm.chat")
             queue = await self._take_charge(stack)
-            alive = group.create_task(
-                self._store.show_life()
-            )  # a long history takes longer than a daemon may be silent
+            # A long history takes longer than a daemon may be silent.
+            alive = group.create_task(self._store.show_life())
             history = await self._recovered(queue, await self._store.history())
             alive.cancel()
             duties = [group.create_task(duty) for duty in self._duties(queue, history)]
@@ -240,7 +239,7 @@ class Launch:
             return history
         if known is None:
             whole = replace(history, counters=await asyncio.to_thread(counters, folder, history))
-            memory, from_ = Memory(whole, None), "what is whole of it"
+            memory, from_ = Memory(whole, None), "its undamaged entries"
         else:
             memory, from_ = Memory(known, None, commanded(folder)), EVALUATIONS
         await self._store.replace_counters(memory.history.counters)
