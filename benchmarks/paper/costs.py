@@ -69,7 +69,7 @@ UNITS = 64
 ALPACA_EXAMPLES = 10_000
 
 
-def specs_of(texts: Texts | DataSettings, seqlen: int) -> dict[Role, TextSpec]:
+def specs_of(texts: DataSettings, seqlen: int) -> dict[Role, TextSpec]:
     """Return the texts by role."""
     given: dict[Role, tuple[str | None, int | None]] = {
         "calibration": (texts.calibration, texts.calibration_windows),

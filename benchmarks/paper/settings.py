@@ -13,6 +13,7 @@ from daemon.settings.errors import validation_sentence
 from daemon.settings.section import Section
 from daemon.settings.settings import Settings, setting_names
 from daemon.settings.sources import load
+from daemon.settings.target import DataSettings
 from protocol.errors import SettingsError
 from protocol.plans.spec import NAMED_TEXTS, Dtype, Reconstruction
 
@@ -67,18 +68,11 @@ class Model(Section):
         return self.in_paper or Path(self.hub_name or self.name).name
 
 
-class Texts(Section):
-    """The texts for scoring weights, for the search and for the tables: `wikitext2`, `c4`, `self`, or a text file."""
+class Texts(DataSettings):
+    """The texts for scoring weights, for the search and for the tables."""
 
-    calibration: str = "wikitext2"
-    calibration_windows: PositiveInt = 128
-    fitness: str = "wikitext2"
-    fitness_windows: PositiveInt | None = None
-    """None means the whole text."""
     report: str | None = "wikitext2"
     """The text of the perplexities in the tables; none means the fitness text, as in the paper."""
-    report_windows: PositiveInt | None = None
-    seqlen: int = Field(default=2048, ge=16)
 
     @model_validator(mode="after")
     def _is_finite(self) -> "Texts":
