@@ -5,8 +5,9 @@
 Runs `selfpruner daemon`, two workers with a fake evaluator and a real server. For the given minutes every reply of the
 LLM endpoints is a random one of tests/support/hostile_replies.py: invalid HTTP, endless headers, impossible numbers,
 megabytes of tags. Meanwhile a proxy answers some Redis commands with errors, and unreadable entries are written to the
-streams and the control key. The daemon is restarted now and then, for some endpoints ask it to wait for hours. Then the
-disturbances stop, the last round is completed, and the search is compared with one that ran undisturbed without an LLM.
+streams and the control key. The daemon is restarted now and then, because some endpoints ask it to wait for hours. Then
+the disturbances stop, the last round is completed, and the search is compared with one that ran undisturbed without an
+LLM.
 
 Exit code 1 if a candidate, its provenance or its perplexity differs; if the daemon or a worker ended by itself; if the
 daemon's event loop was blocked for more than half a second; or if a file contains a secret.
@@ -51,7 +52,7 @@ LONGEST_BLOCK = 0.5
 TROUBLE_SECONDS = (0.5, 3.0)
 UNDECODABLE = b"\xff\xfe\x00"
 ANSWERS = ("text: 20,000 profiles", "text: the same key 20,000 times")
-"""Kinds with a usable proposal. They are left out, for it would be accepted and change the population."""
+"""Kinds with a usable proposal. They are left out: they would be accepted, and change the population."""
 REDIS_ERRORS: tuple[tuple[str | bytes, tuple[str, ...]], ...] = (
     ("-BUSY Redis is busy running a script. You can only call SCRIPT KILL or SHUTDOWN NOSAVE.", ()),
     ("-LOADING Redis is loading the dataset in memory", ()),

@@ -1,4 +1,4 @@
-"""Cells: single runs of `selfpruner`. Tables that need the same run share its cell, for its id is a hash of the run."""
+"""Cells: single runs of `selfpruner`. Tables that need the same run share its cell: its id is a hash of the run."""
 
 import hashlib
 import json

@@ -6,7 +6,7 @@ the lowest scores, wherever they are. Comparing a search with a rectangular base
 This baseline has the same parameter budget:
 
 - a removed query head frees its rows of q_proj and its columns of o_proj;
-- a KV head counts as removed only when all its query heads are removed, for until then its keys and values are needed;
+- a KV head counts as removed only when all its query heads are removed: until then its keys and values are needed;
 - MLP channels use up the rest of the budget, as in every plan.
 
 At high rates an MLP may have too few channels for that. A rectangular plan then removes more heads of the layer. This

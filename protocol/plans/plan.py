@@ -215,8 +215,8 @@ def heads_within(layer: LayerShape, rate: float) -> tuple[int, int]:
     """Return the heads kept at `rate`: the option that removes most query heads, but no more than Wanda-sp does.
 
     Wanda-sp removes `int(rate × heads)`. Among options that remove the same number, the one with more KV heads is
-    taken, for a removed KV head costs all its query heads their keys and values. With multi-head attention the result
-    equals Wanda-sp.
+    taken, because a removed KV head costs all its query heads their keys and values. With multi-head attention the
+    result equals Wanda-sp.
     """
     fewest = layer.query_heads - int(rate * layer.query_heads + 1e-9)
     within = [(kv, q) for kv, q in head_options(layer) if kv * q >= fewest]
