@@ -32,7 +32,7 @@ from daemon.settings.llm import EndpointSettings
 from daemon.settings.settings import Settings
 from daemon.state.history import History, Memory
 from daemon.state.journal import EVALUATIONS, Journal
-from daemon.state.recovery import commanded, counters, recovered
+from daemon.state.recovery import counters, recovered, saved_command
 from daemon.state.store import SearchStore
 from protocol.errors import first_error
 from protocol.plans.profile import ModelProfile
@@ -97,7 +97,7 @@ class Launch:
         finished = False
         try:
             try:
-                finished = await self._in_group()
+                finished = await self._run_tasks()
             except asyncio.CancelledError:
                 log.info("search_interrupted")
             summary = self._summary(finished=finished)
@@ -107,7 +107,7 @@ class Launch:
         finally:
             await self._close()
 
-    async def _in_group(self) -> bool:
+    async def _run_tasks(self) -> bool:
         finished = False
         try:
             async with asyncio.TaskGroup() as group:
@@ -132,7 +132,7 @@ class Launch:
             history = await self._recovered(queue, await self._store.history())
             alive.cancel()
             duties = [group.create_task(duty) for duty in self._duties(queue, history)]
-            await self._go_on_from(history, queue)
+            await self._resume(history, queue)
             duties.append(group.create_task(self._usage.save_forever()))
             profile = await wait_for_profile(self._store)
             windows = profile.dense.windows(self._spec.fitness.seqlen)
@@ -144,7 +144,7 @@ class Launch:
             units = len(profile.shape.units(self._spec.granularity))
             check_lists(self._settings, chat.contexts, units)
             duties.append(group.create_task(repair_forever(self._store, queue, lambda: self._memory(history).history)))
-            asks = await asyncio.to_thread(self._asks, chat, history)
+            asks = await asyncio.to_thread(self._agents_chat, chat, history)
             # In a thread, because a long history takes a second. Until then self._search is None.
             search = await asyncio.to_thread(self._make_search, profile, asks, queue, history)
             await self._wait_for_llm(search, chat, is_new=is_new)
@@ -175,7 +175,7 @@ class Launch:
             *(duty() for duty in self._more_duties),
         ]
 
-    async def _go_on_from(self, history: History, queue: CandidateQueue) -> None:
+    async def _resume(self, history: History, queue: CandidateQueue) -> None:
         warn_of_texts(self._settings)
         self._usage.begin(history)
         self._observer.begin(history)
@@ -241,7 +241,7 @@ class Launch:
             whole = replace(history, counters=await asyncio.to_thread(counters, folder, history))
             memory, from_ = Memory(whole, None), "its undamaged entries"
         else:
-            memory, from_ = Memory(known, None, commanded(folder)), EVALUATIONS
+            memory, from_ = Memory(known, None, saved_command(folder)), EVALUATIONS
         await self._store.replace_counters(memory.history.counters)
         await self._store.restore(queue, lambda: memory, from_=from_)
         await self._control.begin()  # the command may have been restored too
@@ -259,7 +259,7 @@ class Launch:
         gate, spent = self._control.gate, self._usage.spent
         return make_chat(self._settings.llm, self._endpoints, gate=gate, record=self._record, spent=spent)
 
-    def _asks(self, chat: "Chat", history: History) -> ChatClient:
+    def _agents_chat(self, chat: "Chat", history: History) -> ChatClient:
         """Return what the agents ask: the replayed transcript, or `chat`, with earlier answers from the transcript.
 
         Call it in a thread, because the transcript may be long.

@@ -75,7 +75,7 @@ def recovered(folder: Path, spec: SearchSpec, history: History) -> History | Non
     return History(ledger, population, counters(folder, history), history.selections)
 
 
-def commanded(folder: Path) -> Command | None:
+def saved_command(folder: Path) -> Command | None:
     """Return `pause` if the search was paused when the last status was written."""
     return "pause" if _last_status(folder).control == "pause" else None
 
