@@ -6,8 +6,8 @@ import os
 import sys
 from pathlib import Path
 
-from gpu_worker.worker.options import worker_options
-from gpu_worker.worker.worker import WorkerOptions, run_worker
+from gpu_worker.worker.options import WorkerOptions, worker_options
+from gpu_worker.worker.worker import run_worker
 from protocol.errors import SelfPrunerError, SettingsError, UsageError
 from protocol.queue.connection import password_of
 from protocol.runtime import logs

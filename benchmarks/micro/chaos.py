@@ -21,7 +21,7 @@ from typing import Any
 from tests.faults.kit import PASSWORD, Kit, WorkerProcess, fault_kit
 from tests.faults.searching import Search, answer
 from tests.support.scripted_llm import ScriptedLlm
-from tests.support.servers import Server, server_binary
+from tests.support.servers import Server, server_binary, temporary_server
 
 WORKERS = 3
 SECONDS_BETWEEN_KILLS = (2.0, 8.0)
@@ -105,13 +105,8 @@ def main() -> None:
     arguments = parser.parse_args()
     binary = server_binary("valkey")
     assert binary is not None
-    with tempfile.TemporaryDirectory(prefix="sp-") as data, tempfile.TemporaryDirectory(prefix="sp-") as folder:
-        server = Server(binary, Path(data), password=PASSWORD)
-        server.start()
-        try:
-            figures = asyncio.run(chaos(arguments, server, Path(folder)))
-        finally:
-            server.kill()
+    with tempfile.TemporaryDirectory(prefix="sp-") as folder, temporary_server(binary, password=PASSWORD) as server:
+        figures = asyncio.run(chaos(arguments, server, Path(folder)))
     print(json.dumps(figures))
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=1))

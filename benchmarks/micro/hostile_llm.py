@@ -5,8 +5,9 @@
 Runs `selfpruner daemon`, two workers with a fake evaluator and a real server. For the given minutes every reply of the
 LLM endpoints is a random one of tests/support/hostile_replies.py: invalid HTTP, endless headers, impossible numbers,
 megabytes of tags. Meanwhile a proxy answers some Redis commands with errors, and unreadable entries are written to the
-streams and the control key. The daemon is restarted now and then, for some endpoints ask it to wait for hours. Then the
-disturbances stop, the last round is completed, and the search is compared with one that ran undisturbed without an LLM.
+streams and the control key. The daemon is restarted now and then, because some endpoints ask it to wait for hours. Then
+the disturbances stop, the last round is completed, and the search is compared with one that ran undisturbed without an
+LLM.
 
 Exit code 1 if a candidate, its provenance or its perplexity differs; if the daemon or a worker ended by itself; if the
 daemon's event loop was blocked for more than half a second; or if a file contains a secret.
@@ -36,7 +37,7 @@ from tests.faults.proxy import Proxy
 from tests.faults.searching import Search
 from tests.support.hostile_replies import KINDS, Hostile
 from tests.support.hostile_server import HostileServer
-from tests.support.servers import Server, server_binary
+from tests.support.servers import Server, server_binary, temporary_server
 
 NOWHERE = {"base_url": "http://127.0.0.1:9/v1", "model": "model", "name": "nowhere"}
 KEY = "sk-hostile-8d1f+/5309="
@@ -51,7 +52,7 @@ LONGEST_BLOCK = 0.5
 TROUBLE_SECONDS = (0.5, 3.0)
 UNDECODABLE = b"\xff\xfe\x00"
 ANSWERS = ("text: 20,000 profiles", "text: the same key 20,000 times")
-"""Kinds with a usable proposal. They are left out, for it would be accepted and change the population."""
+"""Kinds with a usable proposal. They are left out: they would be accepted, and change the population."""
 REDIS_ERRORS: tuple[tuple[str | bytes, tuple[str, ...]], ...] = (
     ("-BUSY Redis is busy running a script. You can only call SCRIPT KILL or SHUTDOWN NOSAVE.", ()),
     ("-LOADING Redis is loading the dataset in memory", ()),
@@ -299,15 +300,10 @@ def main() -> None:
     arguments = parser.parse_args()
     binary = server_binary("valkey")
     assert binary is not None
-    with tempfile.TemporaryDirectory(prefix="sp-") as data, tempfile.TemporaryDirectory(prefix="sp-") as folder:
-        server = Server(binary, Path(data), password=PASSWORD)
-        server.start()
-        try:
-            where = (arguments.keep or Path(folder)) / "searches"  # a name that is in no command line of ours
-            where.mkdir(parents=True)
-            figures = asyncio.run(hostile(arguments.minutes, arguments.seed, server, where))
-        finally:
-            server.kill()
+    with tempfile.TemporaryDirectory(prefix="sp-") as folder, temporary_server(binary, password=PASSWORD) as server:
+        where = (arguments.keep or Path(folder)) / "searches"  # a name that is in no command line of ours
+        where.mkdir(parents=True)
+        figures = asyncio.run(hostile(arguments.minutes, arguments.seed, server, where))
     report = {
         "kinds_of_replies": len(figures.replies),
         "replies": figures.replies.total(),

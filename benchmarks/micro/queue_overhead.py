@@ -12,7 +12,6 @@ import json
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -26,8 +25,9 @@ from protocol.queue.control import Control
 from protocol.queue.jobs import JobQueue
 from protocol.queue.keys import Keys
 from protocol.queue.streams import CandidateQueue
+from protocol.queue.worker_status import WorkerStatus, read_workers
 from tests.support.samples import SPEC, candidate, measured
-from tests.support.servers import Server, server_binary
+from tests.support.servers import server_binary, temporary_server
 
 LIMIT_MS = 5.0
 KEYS = Keys("benchmark")
@@ -41,7 +41,7 @@ async def work(url: str, name: str, search: str) -> None:
 
     async def beat() -> None:
         while True:
-            await jobs.beat(None, "{}")
+            await jobs.beat(None, WorkerStatus(stage="idle").to_json())
             await asyncio.sleep(10)
 
     beating = asyncio.create_task(beat())
@@ -145,7 +145,7 @@ def throughput(url: str, workers: int, count: int) -> dict[str, float]:
 
 async def alive(side: Side) -> int:
     """Return the number of workers with a sign of life."""
-    return len([name async for name in side.redis.scan_iter(match=KEYS.worker_prefix + "*", count=1000)])
+    return len((await read_workers(side.redis, KEYS)).workers)
 
 
 def main() -> None:
@@ -164,14 +164,9 @@ def main() -> None:
     for kind in ("valkey", "redis"):
         if (binary := server_binary(kind)) is None:
             continue
-        with tempfile.TemporaryDirectory(prefix="sp-") as folder:
-            server = Server(binary, Path(folder))
-            server.start()
-            try:
-                row = latency(server.url, 1000)
-                row |= throughput(server.url, arguments.workers, arguments.candidates)
-            finally:
-                server.kill()
+        with temporary_server(binary) as server:
+            row = latency(server.url, 1000)
+            row |= throughput(server.url, arguments.workers, arguments.candidates)
         figures[kind] = row
         print(
             f"{kind:8} enqueue to outcome {row['median_ms']:.2f} ms median, {row['p99_ms']:.2f} ms p99 "

@@ -7,8 +7,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from benchmarks.paper import costs
 from benchmarks.paper.answers import CellCommand
 from benchmarks.paper.cells import Cell
@@ -21,6 +19,7 @@ from benchmarks.paper.settings import (
     Values,
     settings_of_search,
 )
+from daemon.settings import file as setting_file
 from daemon.settings.settings import Settings
 from protocol.errors import SettingsError
 from protocol.plans.spec import Reconstruction
@@ -267,5 +266,5 @@ def _names_in(values: object) -> set[str]:
 def _checked(config: Path, overrides: tuple[str, ...]) -> tuple[Settings, str]:
     """Return the settings of a search, and a digest of its file without comments. Raises SettingsError."""
     settings = settings_of_search(config, overrides)
-    said = json.dumps(yaml.safe_load((ROOT / config).read_text(encoding="utf-8")), sort_keys=True, default=str)
+    said = json.dumps(setting_file.read(ROOT / config), sort_keys=True, default=str)
     return settings, hashlib.sha256(said.encode()).hexdigest()[:16]

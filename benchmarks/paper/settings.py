@@ -8,10 +8,12 @@ import yaml
 from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, ValidationError, model_validator
 
 from benchmarks.paper.paper_figures import ABLATION_RATE, paper_model
-from daemon.settings.errors import file_sentence, validation_sentence
+from daemon.settings import file as setting_file
+from daemon.settings.errors import validation_sentence
 from daemon.settings.section import Section
 from daemon.settings.settings import Settings, setting_names
 from daemon.settings.sources import load
+from daemon.settings.target import DataSettings
 from protocol.errors import SettingsError
 from protocol.plans.spec import NAMED_TEXTS, Dtype, Reconstruction
 
@@ -66,18 +68,11 @@ class Model(Section):
         return self.in_paper or Path(self.hub_name or self.name).name
 
 
-class Texts(Section):
-    """The texts for scoring weights, for the search and for the tables: `wikitext2`, `c4`, `self`, or a text file."""
+class Texts(DataSettings):
+    """The texts for scoring weights, for the search and for the tables."""
 
-    calibration: str = "wikitext2"
-    calibration_windows: PositiveInt = 128
-    fitness: str = "wikitext2"
-    fitness_windows: PositiveInt | None = None
-    """None means the whole text."""
     report: str | None = "wikitext2"
     """The text of the perplexities in the tables; none means the fitness text, as in the paper."""
-    report_windows: PositiveInt | None = None
-    seqlen: int = Field(default=2048, ge=16)
 
     @model_validator(mode="after")
     def _is_finite(self) -> "Texts":
@@ -236,12 +231,7 @@ def read_settings(file: Path, overrides: Sequence[str] = ()) -> PaperSettings:
 
     Raises SettingsError, with one sentence, if they are invalid.
     """
-    try:
-        given = yaml.safe_load(file.read_text(encoding="utf-8"))
-        if not isinstance(given, dict):
-            raise TypeError(given)
-    except (OSError, yaml.YAMLError, TypeError, ValueError, RecursionError) as error:
-        raise SettingsError(file_sentence(file, error)) from None
+    given = setting_file.read(file)
     for override in overrides:
         _change(given, override)
     try:
@@ -262,8 +252,8 @@ def _change(given: dict[str, Any], override: str) -> None:
         if not isinstance(given, dict):
             raise SettingsError(f"--set {name}: {part} is not a section")
     try:
-        given[last] = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: an impossible date or number
+        given[last] = setting_file.parsed(text)
+    except yaml.YAMLError:
         raise SettingsError(f"--set {name}: the value is not valid YAML") from None
 
 

@@ -11,11 +11,10 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import spearmanr
@@ -23,7 +22,7 @@ from scipy.stats import spearmanr
 from agents.operators.surrogate import Surrogate
 from agents.population.view import Member, View
 from daemon.state.history import History
-from daemon.state.journal import PROFILE, SPEC, saved
+from daemon.state.journal import PROFILE, SPEC, saved, saved_spec
 from daemon.state.recovery import recovered
 from protocol.errors import UsageError
 from protocol.plans.candidate import Measured
@@ -31,7 +30,6 @@ from protocol.plans.profile import ModelProfile
 from protocol.plans.spec import SearchSpec
 from protocol.runtime.files import replace
 
-M = TypeVar("M", bound=BaseModel)
 Column = NDArray[np.float64]
 
 MIN_OUTCOMES = 12
@@ -83,9 +81,10 @@ def replayed(folder: Path) -> tuple[Column, Column, Column]:
 
     Raise UsageError if the folder is not that of a search.
     """
-    record = _read(folder, SPEC)
-    spec = _valid(SearchSpec, {name: record[name] for name in SearchSpec.model_fields if name in record}, folder, SPEC)
-    profile = _valid(ModelProfile, _read(folder, PROFILE), folder, PROFILE)
+    spec, profile = saved_spec(folder), _profile(folder)
+    if spec is None or profile is None:
+        lacks = SPEC if spec is None else PROFILE
+        raise UsageError(f"{folder} is not the folder of a search: it has no {lacks}")
     members = {member.candidate.id: member for member in _members(folder, spec)}
     rows = []
     for round_ in sorted({member.candidate.provenance.round for member in members.values()}):
@@ -107,29 +106,22 @@ def replayed(folder: Path) -> tuple[Column, Column, Column]:
     return rounds, predicted, measured
 
 
-def _read(folder: Path, name: str) -> dict[str, Any]:
-    record = saved(folder, name)
-    if record is None:
-        raise UsageError(f"{folder} is not the folder of a search: it has no {name}")
-    return record
-
-
-def _valid(model: type[M], record: dict[str, Any], folder: Path, name: str) -> M:
+def _profile(folder: Path) -> ModelProfile | None:
+    record = saved(folder, PROFILE)
     try:
-        return model.model_validate(record)
+        return record and ModelProfile.model_validate(record)
     except ValidationError as error:
-        raise UsageError(f"{folder / name} was written by another version, or is damaged") from error
+        raise UsageError(f"{folder / PROFILE} was written by another version, or is damaged") from error
 
 
 def _members(folder: Path, spec: SearchSpec) -> list[Member]:
     """Return the measured candidates, without the baselines."""
     history = recovered(folder, spec, History()) or History()
-    members = []
-    for candidate in history.ledger.values():
-        outcome = history.outcomes[candidate.id]
-        if candidate.is_proposal and isinstance(outcome, Measured):
-            members.append(Member(candidate, outcome.fitness))
-    return members
+    return [
+        Member(evaluation.candidate, evaluation.outcome.fitness)
+        for evaluation in history.population
+        if evaluation.candidate.is_proposal and isinstance(evaluation.outcome, Measured)
+    ]
 
 
 def rank_correlation(first: Column, second: Column) -> float:

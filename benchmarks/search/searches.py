@@ -13,6 +13,8 @@ from pydantic import BaseModel, TypeAdapter
 
 from daemon.monitor.summary import Summary
 from daemon.settings.settings import Settings
+from daemon.state.history import History
+from daemon.state.recovery import recovered
 from gpu_worker.evaluation.outcomes import answer
 from gpu_worker.evaluation.session import Session
 from gpu_worker.evaluation.target import Target
@@ -21,7 +23,7 @@ from gpu_worker.measuring.perplexity import checked_perplexity
 from gpu_worker.progress import no_progress
 from gpu_worker.pruning.importance import any_heads_plan
 from protocol.errors import SelfPrunerError, first_error
-from protocol.plans.candidate import OUTCOME, Candidate, Outcome
+from protocol.plans.candidate import OUTCOME, Candidate, Failed, Measured, Outcome
 from protocol.plans.spec import SearchSpec
 from protocol.queue.connection import UNREACHABLE_ERRORS, connect
 from protocol.queue.jobs import JobQueue
@@ -222,16 +224,17 @@ def result_of(
     best, figures, measure = summary.best, BestSoFar(), settings.search.fitness
     assert best is not None and best.report_perplexity is not None
     uniform = summary.uniform.kl if measure == "kl" else summary.uniform.perplexity
-    everything = _lines(settings.folder / "evaluations.jsonl")
-    evaluations = [e for e in everything if e["agent"] != "baseline"]
-    tokens, whole = 0, summary.uniform.tokens or 1
-    for evaluation in sorted(evaluations, key=lambda e: e["order"]):
-        outcome = evaluation["outcome"]
-        tokens += outcome.get("tokens", 0)
-        if outcome["kind"] == "measured":
-            figures.take(outcome[measure], -(-tokens // whole), tokens)
+    history = recovered(settings.folder, settings.spec(), History()) or History()
+    tokens, whole, busy = 0, summary.uniform.tokens or 1, 0.0
     name = settings.search.name
-    own = [e for e in everything if measured_by.get(e["id"], name) == name]
+    for evaluation in history.population:
+        candidate, outcome = evaluation.candidate, evaluation.outcome
+        if isinstance(outcome, Failed):
+            continue
+        busy += outcome.seconds if measured_by.get(candidate.id, name) == name else 0.0
+        tokens += outcome.tokens if candidate.is_proposal else 0
+        if isinstance(outcome, Measured) and candidate.is_proposal:
+            figures.take(outcome.fitness, -(-tokens // whole), tokens)
     replies = [line for line in _lines(settings.folder / "log.jsonl") if line["event"] == "llm_reply"]
     return SearchResult(
         method=method,
@@ -240,7 +243,7 @@ def result_of(
         seed=settings.search.seed,
         budget=-(-tokens // whole),
         tokens=tokens,
-        candidates=len(evaluations),
+        candidates=sum(candidate.is_proposal for candidate in history.ledger.values()),
         best_so_far=figures,
         report=best.report_perplexity,
         uniform=float("nan") if uniform is None else uniform,
@@ -256,7 +259,7 @@ def result_of(
         prompt_tokens=summary.tokens["prompt"],
         completion_tokens=summary.tokens["completion"],
         seconds=summary.seconds,
-        busy=sum(e["outcome"].get("seconds", 0.0) for e in own) / summary.seconds,
+        busy=busy / summary.seconds,
     )
 
 

@@ -14,8 +14,7 @@ from rich.live import Live
 from daemon.commands import flags, tables
 from daemon.commands.output import print_result
 from daemon.monitor.events import Event
-from daemon.monitor.remote import NotRunning, RemoteSearch, ask, open_remote, saved_status
-from daemon.monitor.status import Status
+from daemon.monitor.remote import NotRunning, RemoteSearch, ask, best_so_far, open_remote, saved_status
 from daemon.monitor.watch import follow, json_lines, on_screen
 from daemon.monitor.watch_screen import Screen, status_tables
 from protocol.queue.control import Command
@@ -28,7 +27,7 @@ def status(
     json_: flags.Json = False,
 ) -> None:
     """Show the progress of a search."""
-    found = asyncio.run(_status(search, redis_url, folder))
+    found = asyncio.run(ask(search, redis_url, folder, RemoteSearch.status, saved_status))
     print_result(found.model_dump(mode="json"), json_, lambda: status_tables(found))
 
 
@@ -54,7 +53,7 @@ def best(
     json_: flags.Json = False,
 ) -> None:
     """Show the best pruning rates so far."""
-    record = asyncio.run(ask(search, redis_url, folder, RemoteSearch.best, otherwise="best.json"))
+    record = asyncio.run(best_so_far(search, redis_url, folder)).record
     print_result(record, json_, lambda: tables.best(record))
 
 
@@ -95,18 +94,6 @@ async def _watch(search: str, redis_url: str | None, folder: Path, *, json_: boo
             if status is None:
                 raise
             show(status, (), [Event("search_ended", {"finished": status.finished})])
-
-
-async def _status(search: str, redis_url: str | None, folder: Path) -> Status:
-    """Return the status of a running search, or the last one of a search that ran here and has ended."""
-    try:
-        async with open_remote(search, redis_url, folder) as remote:
-            return await remote.status()
-    except NotRunning:
-        status = saved_status(folder / search) if redis_url is None else None
-        if status is None:
-            raise
-        return status
 
 
 def _command(command: Command, search: str, redis_url: str | None, folder: Path) -> None:

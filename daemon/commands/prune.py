@@ -15,7 +15,7 @@ from daemon.commands.finetune import RESUME_HINT, check_apart, check_minutes, fo
 from daemon.commands.output import print_result
 from daemon.commands.prune_steps import Goal
 from daemon.commands.request import PruningRequest, request_of_search
-from daemon.launch.run_here import run_here
+from daemon.launch.run import run_here
 from daemon.monitor.summary import Summary
 from daemon.settings.packages import need
 from daemon.settings.search import SearchSettings

@@ -12,8 +12,7 @@ import typer
 from daemon.commands import flags
 from daemon.commands.output import print_json, stdout_console
 from daemon.http_api.stay import stay_after_end, stay_after_error
-from daemon.launch.run_daemon import run_daemon
-from daemon.launch.run_here import run_here
+from daemon.launch.run import run_daemon, run_here
 from daemon.monitor.summary import Summary, show
 from daemon.settings.sources import load
 from protocol.errors import SelfPrunerError

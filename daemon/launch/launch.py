@@ -32,7 +32,7 @@ from daemon.settings.llm import EndpointSettings
 from daemon.settings.settings import Settings
 from daemon.state.history import History, Memory
 from daemon.state.journal import EVALUATIONS, Journal
-from daemon.state.recovery import commanded, counters, recovered
+from daemon.state.recovery import counters, recovered, saved_command
 from daemon.state.store import SearchStore
 from protocol.errors import first_error
 from protocol.plans.profile import ModelProfile
@@ -97,7 +97,7 @@ class Launch:
         finished = False
         try:
             try:
-                finished = await self._in_group()
+                finished = await self._run_tasks()
             except asyncio.CancelledError:
                 log.info("search_interrupted")
             summary = self._summary(finished=finished)
@@ -107,7 +107,7 @@ class Launch:
         finally:
             await self._close()
 
-    async def _in_group(self) -> bool:
+    async def _run_tasks(self) -> bool:
         finished = False
         try:
             async with asyncio.TaskGroup() as group:
@@ -127,13 +127,12 @@ class Launch:
             # Imported here: with a cold disk it may take longer than a daemon in charge may be silent.
             await asyncio.to_thread(importlib.import_module, "agents.llm.chat")
             queue = await self._take_charge(stack)
-            alive = group.create_task(
-                self._store.show_life()
-            )  # a long history takes longer than a daemon may be silent
+            # A long history takes longer than a daemon may be silent.
+            alive = group.create_task(self._store.show_life())
             history = await self._recovered(queue, await self._store.history())
             alive.cancel()
             duties = [group.create_task(duty) for duty in self._duties(queue, history)]
-            await self._go_on_from(history, queue)
+            await self._resume(history, queue)
             duties.append(group.create_task(self._usage.save_forever()))
             profile = await wait_for_profile(self._store)
             windows = profile.dense.windows(self._spec.fitness.seqlen)
@@ -145,7 +144,7 @@ class Launch:
             units = len(profile.shape.units(self._spec.granularity))
             check_lists(self._settings, chat.contexts, units)
             duties.append(group.create_task(repair_forever(self._store, queue, lambda: self._memory(history).history)))
-            asks = await asyncio.to_thread(self._asks, chat, history)
+            asks = await asyncio.to_thread(self._agents_chat, chat, history)
             # In a thread, because a long history takes a second. Until then self._search is None.
             search = await asyncio.to_thread(self._make_search, profile, asks, queue, history)
             await self._wait_for_llm(search, chat, is_new=is_new)
@@ -176,10 +175,10 @@ class Launch:
             *(duty() for duty in self._more_duties),
         ]
 
-    async def _go_on_from(self, history: History, queue: CandidateQueue) -> None:
+    async def _resume(self, history: History, queue: CandidateQueue) -> None:
         warn_of_texts(self._settings)
         self._usage.begin(history)
-        await asyncio.to_thread(self._observer.begin, history)
+        self._observer.begin(history)
         if not history.ledger:
             self._journal.begin_transcript()
         await self._store.repair(queue, history)
@@ -240,9 +239,9 @@ class Launch:
             return history
         if known is None:
             whole = replace(history, counters=await asyncio.to_thread(counters, folder, history))
-            memory, from_ = Memory(whole, None), "what is whole of it"
+            memory, from_ = Memory(whole, None), "its undamaged entries"
         else:
-            memory, from_ = Memory(known, None, commanded(folder)), EVALUATIONS
+            memory, from_ = Memory(known, None, saved_command(folder)), EVALUATIONS
         await self._store.replace_counters(memory.history.counters)
         await self._store.restore(queue, lambda: memory, from_=from_)
         await self._control.begin()  # the command may have been restored too
@@ -252,15 +251,15 @@ class Launch:
         """Return all that this process knows about the search; `history` is from its start."""
         if self._search is None:
             return Memory(history, None, self._control.command)
-        outcomes = {e.candidate.id: e.outcome for e in self._search.state.population}
-        now = History(ledger=self._search.state.ledger, outcomes=outcomes, selections=self._search.state.selections)
-        return Memory(now, self._search.state.profile, self._control.command)
+        state = self._search.state
+        now = History(state.ledger, state.population, selections=state.selections)
+        return Memory(now, state.profile, self._control.command)
 
     def _chat(self) -> "Chat":
         gate, spent = self._control.gate, self._usage.spent
         return make_chat(self._settings.llm, self._endpoints, gate=gate, record=self._record, spent=spent)
 
-    def _asks(self, chat: "Chat", history: History) -> ChatClient:
+    def _agents_chat(self, chat: "Chat", history: History) -> ChatClient:
         """Return what the agents ask: the replayed transcript, or `chat`, with earlier answers from the transcript.
 
         Call it in a thread, because the transcript may be long.

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import time
+from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from agents.llm.budget import Spent
@@ -61,12 +62,6 @@ class UsageTracker:
         """Save the current usage in Redis."""
         totals = {"seconds": self.seconds()}
         if self.chat is not None:
-            spent = self.chat.spent
-            totals |= {
-                "requests": float(spent.requests),
-                "prompt_tokens": float(spent.prompt_tokens),
-                "completion_tokens": float(spent.completion_tokens),
-                "cost": spent.cost,
-            }
+            totals |= {name: float(total) for name, total in asdict(self.chat.spent).items()}
         self.counters |= totals
         await self._store.count(totals)

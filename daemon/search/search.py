@@ -16,13 +16,12 @@ from agents.population.population import Evaluation
 from agents.population.view import Member, View
 from daemon.search.admission import Admission
 from daemon.search.budget import Budget
-from daemon.search.outcome_log import log_outcome
 from daemon.search.roles import Agents
 from daemon.search.snapshot import view_of_round
 from daemon.search.state import SearchState
 from daemon.settings.search import SearchSettings
 from daemon.state.journal import Journal
-from protocol.plans.candidate import Source
+from protocol.plans.candidate import Measured, Source, Stopped, outcome_fields
 from protocol.queue.streams import CandidateQueue
 
 log = structlog.get_logger()
@@ -65,7 +64,7 @@ class Search:
         await submit_seeds(self.settings.seeds, self.view(0), self.admission.submit)
         await self.admission.measure_uniform()
         proposals = self.state.proposals
-        count = min(self.settings.population, self.budget.planned) - proposals.made("seed", 0)
+        count = min(self.settings.population, self.settings.planned) - proposals.made("seed", 0)
         missing = count - proposals.made("initializer", 0)
         if missing > 0:
             log.info("round_started", round=0, missing=missing)
@@ -100,4 +99,14 @@ class Search:
     def _note(self, evaluation: Evaluation, is_best: bool) -> None:
         self.budget.count(evaluation)
         self._journal.evaluation(evaluation, is_best=is_best)
-        log_outcome(evaluation, is_best=is_best)
+        _log_outcome(evaluation, is_best=is_best)
+
+
+def _log_outcome(evaluation: Evaluation, *, is_best: bool) -> None:
+    fields = outcome_fields(evaluation.candidate, evaluation.outcome)
+    if isinstance(evaluation.outcome, Measured):
+        log.info("candidate_measured", best=is_best, **fields)
+    elif isinstance(evaluation.outcome, Stopped):
+        log.info("candidate_stopped", **fields)
+    else:
+        log.warning("candidate_failed", **fields)

@@ -1,14 +1,59 @@
-"""The state of a search: the ledger, the population, and the parents selected in each round."""
+"""The state of a search: the ledger, the population, the parents selected in each round, and counts of proposals."""
 
+from collections import Counter, defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Self
 
 from agents.population.population import Population
-from daemon.search.proposals import Proposals
 from daemon.state.history import History
-from protocol.plans.candidate import Candidate
+from protocol.plans.candidate import AgentName, Candidate
 from protocol.plans.profile import ModelProfile
 from protocol.plans.spec import SearchSpec
+
+Calls = dict[tuple[AgentName, int], frozenset[str]]
+"""The ids of the candidates made by each call of each agent."""
+
+
+class Proposals:
+    """Counts of the agents' candidates in a ledger, kept as they come, so that reading them is cheap."""
+
+    def __init__(self, ledger: Iterable[Candidate]) -> None:
+        self.by_agent: Counter[str] = Counter()
+        self.by_source: Counter[str] = Counter()
+        self._rounds: defaultdict[int, dict[tuple[AgentName, int], set[str]]] = defaultdict(dict)
+        self._made: Counter[tuple[AgentName, int]] = Counter()
+        for candidate in ledger:
+            self.add(candidate)
+
+    def __len__(self) -> int:
+        return self.by_agent.total()
+
+    def add(self, candidate: Candidate) -> None:
+        """Count a new candidate of the ledger."""
+        who = candidate.provenance
+        if not candidate.is_proposal:
+            return
+        self.by_agent[who.agent] += 1
+        self.by_source[who.source] += 1
+        self._made[who.agent, who.round] += 1
+        self._rounds[who.round].setdefault((who.agent, who.call), set()).add(candidate.id)
+
+    def made(self, agent: AgentName, round_: int) -> int:
+        """Return the number of candidates that an agent has made in a round."""
+        return self._made[agent, round_]
+
+    def in_round(self, round_: int) -> int:
+        """Return the number of candidates made in a round."""
+        return sum(count for (_, made_in), count in self._made.items() if made_in == round_)
+
+    def before(self, round_: int) -> int:
+        """Return the number of candidates made in earlier rounds."""
+        return sum(count for (_, made_in), count in self._made.items() if made_in < round_)
+
+    def calls(self, round_: int) -> Calls:
+        """Return the ids that each call of a round has made."""
+        return {call: frozenset(ids) for call, ids in self._rounds.get(round_, {}).items()}
 
 
 @dataclass
@@ -31,7 +76,4 @@ class SearchState:
     @classmethod
     def of(cls, spec: SearchSpec, profile: ModelProfile, history: History) -> Self:
         """Return the state that earlier processes have left."""
-        population = Population()
-        for id_, outcome in history.outcomes.items():
-            population.insert(history.ledger[id_], outcome)
-        return cls(spec, profile, dict(history.ledger), population, dict(history.selections))
+        return cls(spec, profile, history.ledger, history.population, history.selections)

@@ -116,6 +116,12 @@ class SearchSettings(Section):
             )
 
     @property
+    def planned(self) -> int:
+        """Number of candidates to propose in all, if no other limit is reached first."""
+        planned = self.population + self.rounds * (self.mutations + self.crossovers)
+        return min(self.max_evaluations or planned, planned)
+
+    @property
     def asks_llm(self) -> bool:
         """Whether any agent asks an LLM."""
         agents: list[str] = [self.initializer, self.selector]

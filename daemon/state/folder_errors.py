@@ -1,4 +1,4 @@
-"""FolderErrors with a folder: it cannot be written (its disk is full), or others have changed what is in it."""
+"""Errors of a search's folder: files that cannot be written (a full disk), or that others have changed."""
 
 import threading
 from collections.abc import Callable, Iterable, Iterator

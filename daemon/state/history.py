@@ -15,7 +15,7 @@ import structlog
 from redis.asyncio import Redis
 
 from agents.population.population import Population
-from protocol.plans.candidate import OUTCOME, Candidate, Outcome
+from protocol.plans.candidate import OUTCOME, Candidate
 from protocol.plans.profile import ModelProfile
 from protocol.queue.control import Command
 from protocol.queue.keys import Keys, parse_unless_damaged
@@ -35,10 +35,10 @@ class Ask(Protocol):
 
 @dataclass
 class History:
-    """The candidates issued and the outcomes applied, both in order."""
+    """The candidates issued and the outcomes applied to the population, both in order."""
 
     ledger: dict[str, Candidate] = field(default_factory=dict)
-    outcomes: dict[str, Outcome] = field(default_factory=dict)
+    population: Population = field(default_factory=Population)
     counters: dict[str, float] = field(default_factory=dict)
     selections: dict[int, tuple[str, ...]] = field(default_factory=dict)
     """The parents chosen for each round."""
@@ -61,29 +61,68 @@ async def at_once(operation: Callable[[], Awaitable[T]], /) -> T:
     return await operation()
 
 
-async def load_history(redis: Redis, keys: Keys, ask: Ask = at_once) -> History:
-    """Read the history of a search, sending each request with `ask`. Raises StoreError if another version wrote it.
+class HistoryReader:
+    """Reads the `history` of a search from Redis: all of it at first, then what is new.
 
-    Damaged entries are left out and counted: a flipped bit, or a value set by hand, must not end a search.
+    Each request is sent with `ask`. Damaged entries are left out and counted: a flipped bit, or a value set by hand,
+    must not end a search.
     """
-    client: Any = redis  # its annotations cannot say that replies are str
-    history = History()
-    # The number of outcomes first: outcomes of candidates that are issued meanwhile are not read.
-    applied = int(await ask(lambda: client.llen(keys.applied)))
-    async for id_, text in entries(redis, keys.issued, keys.candidates, ask=ask):
-        if candidate := read_candidate(keys, id_, text):
-            history.ledger[id_] = candidate
-        else:
-            history.damaged += 1
-    async for id_, text in entries(redis, keys.applied, keys.outcomes, stop=applied, ask=ask):
-        outcome = read_outcome(keys, id_, text)
-        if outcome is None or id_ not in history.ledger:
-            history.damaged += 1
-        else:
-            history.outcomes[id_] = outcome
-    state = await ask(lambda: client.hgetall(keys.state))
-    history.counters = read_counters(state)
-    history.damaged += len(state) - len(history.counters)
+
+    def __init__(self, redis: Redis, keys: Keys, ask: Ask = at_once) -> None:
+        self._redis: Any = redis  # its annotations cannot say that replies are str
+        self._keys, self._ask = keys, ask
+        self._begin()
+
+    async def read(self) -> bool:
+        """Read what is new, except selections. Returns False if the search in Redis was replaced or emptied since.
+
+        Raises StoreError if another version wrote it.
+        """
+        keys, history = self._keys, self.history
+        issued, applied, state = await self._ask(self._lengths)
+        if issued < self._issued or applied < self._applied:
+            self._begin()
+            await self.read()
+            return False
+        async for id_, text in entries(
+            self._redis, keys.issued, keys.candidates, start=self._issued, stop=issued, ask=self._ask
+        ):
+            self._issued += 1
+            if candidate := read_candidate(keys, id_, text):
+                history.ledger[id_] = candidate
+            else:
+                self._damaged += 1
+        async for id_, text in entries(
+            self._redis, keys.applied, keys.outcomes, start=self._applied, stop=applied, ask=self._ask
+        ):
+            self._applied += 1
+            outcome = parse_unless_damaged(OUTCOME, text, f"{keys.outcomes} {id_}")
+            if outcome and id_ in history.ledger:
+                history.population.insert(history.ledger[id_], outcome)
+            else:
+                self._damaged += 1
+        counters = read_counters(state)
+        history.counters.update(counters)
+        history.damaged = self._damaged + len(state) - len(counters)
+        return True
+
+    async def _lengths(self) -> Any:
+        """Return the numbers of candidates and outcomes, and the counters, of one moment while the search continues."""
+        pipe = self._redis.pipeline(transaction=True)  # new at each try, because it forgets its commands
+        pipe.llen(self._keys.issued).llen(self._keys.applied).hgetall(self._keys.state)
+        return await pipe.execute()
+
+    def _begin(self) -> None:
+        self._issued = self._applied = self._damaged = 0
+        self.history = History()
+
+
+async def load_history(redis: Redis, keys: Keys, ask: Ask = at_once) -> History:
+    """Return the whole history of a search, with its selections. Raises StoreError if another version wrote it."""
+    client: Any = redis
+    reader = HistoryReader(redis, keys, ask)
+    await reader.read()
+    history = reader.history
     for round_, text in (await ask(lambda: client.hgetall(keys.selections))).items():
         parents = read_parents(text)
         if parents is None or not round_.isdecimal():
@@ -99,11 +138,6 @@ def read_candidate(keys: Keys, id_: str, text: str) -> Candidate | None:
     """Return the ledger's candidate `id_`; None if it is damaged. Raises StoreError for another version's."""
     candidate = parse_unless_damaged(Candidate, text, f"{keys.candidates} {id_}")
     return candidate if candidate and candidate.id == id_ else None
-
-
-def read_outcome(keys: Keys, id_: str, text: str) -> Outcome | None:
-    """Return the outcome applied for `id_`; None if it is damaged. Raises StoreError for another version's."""
-    return parse_unless_damaged(OUTCOME, text, f"{keys.outcomes} {id_}")
 
 
 async def entries(
@@ -131,46 +165,3 @@ def read_counters(state: Mapping[str, str]) -> dict[str, float]:
         with contextlib.suppress(ValueError):
             counters[name] = float(text)
     return {name: count for name, count in counters.items() if 0 <= count < math.inf}
-
-
-class RemoteHistory:
-    """Keeps `ledger`, `population` and `counters` as of the last `read`, for another process."""
-
-    def __init__(self, redis: Redis, keys: Keys) -> None:
-        self._redis: Any = redis  # its annotations cannot say that replies are str
-        self._keys = keys
-        self._begin()
-
-    async def read(self) -> bool:
-        """Read what is new. Returns False if the search in Redis was replaced or emptied since.
-
-        Damaged entries are left out, as at the next start of the daemon.
-        """
-        pipe = self._redis.pipeline(transaction=True)  # a consistent state, while the search continues
-        pipe.llen(self._keys.issued).llen(self._keys.applied).hgetall(self._keys.state)
-        issued, applied, state = await pipe.execute()
-        if issued < self._issued or applied < self._applied:
-            self._begin()
-            await self.read()
-            return False
-        async for id_, text in entries(
-            self._redis, self._keys.issued, self._keys.candidates, start=self._issued, stop=issued
-        ):
-            self._issued += 1
-            if candidate := read_candidate(self._keys, id_, text):
-                self.ledger[id_] = candidate
-        async for id_, text in entries(
-            self._redis, self._keys.applied, self._keys.outcomes, start=self._applied, stop=applied
-        ):
-            self._applied += 1
-            outcome = read_outcome(self._keys, id_, text)
-            if outcome and id_ in self.ledger and id_ not in self.population:
-                self.population.insert(self.ledger[id_], outcome)
-        self.counters.update(read_counters(state))
-        return True
-
-    def _begin(self) -> None:
-        self._issued = self._applied = 0
-        self.ledger: dict[str, Candidate] = {}
-        self.population: Population = Population()
-        self.counters: dict[str, float] = {}

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import structlog
+from pydantic import ValidationError
 
 from agents.population.population import Evaluation, Population
 from daemon.state.folder_errors import FolderErrors
@@ -30,6 +31,7 @@ EVALUATIONS = "evaluations.jsonl"
 SPEC = "spec.json"
 PROFILE = "profile.json"
 BEST = "best.json"
+STATUS_FILE = "status.json"
 RETRY_SECONDS = 2.0
 
 log = structlog.get_logger()
@@ -77,7 +79,7 @@ class Journal:
     def write(self, name: str, record: Mapping[str, Any]) -> None:
         """Replace the file `name` by `record`."""
         with self.folder_errors.writing(name):
-            write_json(self.folder / name, record)
+            replace(self.folder / name, json_text(record))
 
     def keep(self, name: str, text: str, *, mode: int) -> None:
         """Write the file `name` with these permissions, and again whenever it was removed or changed."""
@@ -252,11 +254,6 @@ def best_record(search: str, spec: SearchSpec, shape: ModelShape, best: Evaluati
     }
 
 
-def write_json(path: Path, record: Mapping[str, Any], *, durable: bool = True) -> None:
-    """Replace `path` by `record` atomically; `durable`: see protocol.runtime.files.replace."""
-    replace(path, json_text(record), durable=durable)
-
-
 def json_text(record: Mapping[str, Any]) -> str:
     """Return the text of an indented JSON file."""
     return json.dumps(record, indent=1, allow_nan=False, ensure_ascii=False) + "\n"
@@ -264,9 +261,6 @@ def json_text(record: Mapping[str, Any]) -> str:
 
 def _line(record: Mapping[str, Any]) -> str:
     return json.dumps(record, allow_nan=False, ensure_ascii=False, default=str) + "\n"
-
-
-STATUS_FILE = "status.json"
 
 
 def saved(folder: Path, file: str) -> dict[str, Any] | None:
@@ -277,3 +271,14 @@ def saved(folder: Path, file: str) -> dict[str, Any] | None:
     except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path} cannot be read, or is damaged: {error}") from error
     return record if isinstance(record, dict) else None
+
+
+def saved_spec(folder: Path) -> SearchSpec | None:
+    """Return the spec of the search in `folder`, or None. Raises UsageError if it cannot be read."""
+    record = saved(folder, SPEC)
+    if record is None:
+        return None
+    try:
+        return SearchSpec.model_validate({name: record[name] for name in SearchSpec.model_fields if name in record})
+    except ValidationError as error:
+        raise UsageError(f"{folder / SPEC} was written by another version, or is damaged") from error

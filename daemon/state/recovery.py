@@ -10,8 +10,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from agents.population.population import Population
 from daemon.state.history import History
-from daemon.state.journal import EVALUATIONS, SPEC, STATUS_FILE, TRANSCRIPT, saved
+from daemon.state.journal import EVALUATIONS, STATUS_FILE, TRANSCRIPT, saved, saved_spec
 from daemon.state.store import difference
 from protocol.errors import SearchExistsError, UsageError
 from protocol.plans.candidate import OUTCOME, Candidate, Outcome, Provenance, Race, candidate_id
@@ -50,28 +51,31 @@ def recovered(folder: Path, spec: SearchSpec, history: History) -> History | Non
     if not lines:
         return None
     _check_spec(folder, spec, len(lines))
-    ledger, outcomes = dict(history.ledger), dict(history.outcomes)
+    lost: list[tuple[Candidate, Outcome]] = []
     for number, line in enumerate(lines, 1):
         if not line.endswith(b"\n"):
             continue  # the last line was cut off by a kill
         try:
             record = json.loads(line)
-            if record["id"] not in history.outcomes:
-                candidate, outcome = _evaluation(record, spec)
-                ledger[candidate.id], outcomes[candidate.id] = candidate, outcome
+            if record["id"] not in history.population:
+                lost.append(_evaluation(record, spec))
         except (KeyError, TypeError, ValueError, RecursionError) as error:
-            if len(history.outcomes) >= len(lines):
+            if history.population.outcomes >= len(lines):
                 continue  # the server has everything in it
             raise UsageError(
                 f"Redis has lost evaluations of this search, and line {number} of their copy {path} cannot be read: "
                 "repair or delete that line, or move the folder away to start over"
             ) from error
-    if len(outcomes) == len(history.outcomes):
+    if not lost:
         return None
-    return History(ledger, outcomes, counters(folder, history), history.selections)
+    population = Population()
+    for candidate, outcome in [*((e.candidate, e.outcome) for e in history.population), *lost]:
+        population.insert(candidate, outcome)
+    ledger = history.ledger | {candidate.id: candidate for candidate, _ in lost}
+    return History(ledger, population, counters(folder, history), history.selections)
 
 
-def commanded(folder: Path) -> Command | None:
+def saved_command(folder: Path) -> Command | None:
     """Return `pause` if the search was paused when the last status was written."""
     return "pause" if _last_status(folder).control == "pause" else None
 
@@ -79,11 +83,10 @@ def commanded(folder: Path) -> Command | None:
 def _check_spec(folder: Path, spec: SearchSpec, evaluations: int) -> None:
     """Raise SearchExistsError for a copy with another spec. A copy without a spec is checked by its candidates' ids."""
     try:
-        record = saved(folder, SPEC) or {}
-        theirs = SearchSpec.model_validate({name: record[name] for name in SearchSpec.model_fields if name in record})
-    except (UsageError, ValidationError):
+        theirs = saved_spec(folder)
+    except UsageError:
         return
-    if theirs.fingerprint != spec.fingerprint:
+    if theirs and theirs.fingerprint != spec.fingerprint:
         raise SearchExistsError(
             f"{folder} holds {evaluations} evaluations of a search with other settings ({difference(theirs, spec)}), "
             "which would be overwritten: give this one another search.name, or move that folder away"

@@ -54,7 +54,7 @@ class Restorer:
             memory = remembered()
             history = memory.history
             ledger = list(history.ledger.items())  # a copy, because the search adds candidates meanwhile
-            outcomes = [(id_, outcome) for id_, outcome in history.outcomes.items() if id_ in history.ledger]
+            outcomes = [(evaluation.candidate.id, evaluation.outcome) for evaluation in history.population]
             selections = [(str(round_), json.dumps(parents)) for round_, parents in history.selections.items()]
             await self._write(epoch, self._keys.candidates, self._keys.issued, _texts(ledger))
             await self._write(epoch, self._keys.outcomes, self._keys.applied, _texts(outcomes))

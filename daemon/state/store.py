@@ -70,7 +70,7 @@ class SearchStore:
 
     async def repair(self, queue: CandidateQueue, history: History) -> int:
         """Requeue candidates of `history` without an outcome whose job or result is lost; returns how many."""
-        waiting = [id_ for id_ in history.ledger if id_ not in history.outcomes]
+        waiting = [id_ for id_ in history.ledger if id_ not in history.population]
         requeued = await queue.requeue(waiting) if waiting else 0
         if requeued:
             log.warning("candidates_requeued", count=requeued)

@@ -12,8 +12,7 @@ from gpu_worker.evaluation.session import Session
 from gpu_worker.evaluation.target import Target, check_length
 from gpu_worker.measuring.corpora import SELF, load_roles, windows_digest
 from gpu_worker.measuring.perplexity import checked_perplexity
-from gpu_worker.measuring.saved_text import load_saved_text
-from gpu_worker.measuring.self_text import self_text
+from gpu_worker.measuring.self_text import load_saved_text, self_text
 from gpu_worker.models.errors import NotFiniteError
 from gpu_worker.models.loading import LoadedModel, load_model
 from gpu_worker.models.memory import Workload

@@ -117,17 +117,18 @@ def serve(lines: Lines, replies: Replies) -> int:
     from gpu_worker.evaluation.outcomes import DeviceLostError, answer, out_of_memory_as_usage_error
     from gpu_worker.evaluation.session import Session
     from gpu_worker.measuring.half_precision import products_in_float32
-    from gpu_worker.measuring.shared_text import SharedText
+    from gpu_worker.measuring.self_text import share_text
     from protocol.errors import StoreError, UsageError
+    from protocol.plans.candidate import Failed
     from protocol.plans.spec import SearchSpec
 
     order = json.loads(lines.get())
     spec = SearchSpec.model_validate(order["spec"])
-    share_text = SharedText(order.get("self_text"), partial(offer_text, lines, replies))
+    shared = partial(share_text, order.get("self_text"), partial(offer_text, lines, replies))
     with products_in_float32():
         try:
             with out_of_memory_as_usage_error(spec.model):
-                session = Session(spec, replies.progress, sensitivity=order["sensitivity"], share_text=share_text)
+                session = Session(spec, replies.progress, sensitivity=order["sensitivity"], share_text=shared)
         except (UsageError, StoreError) as error:
             replies.send({"usage_error": str(error)})
             return EXIT_USAGE
@@ -137,11 +138,10 @@ def serve(lines: Lines, replies: Replies) -> int:
             try:
                 outcome = answer(session, request)
             except DeviceLostError as error:
-                replies.send(
-                    {"id": request["id"], "outcome": {"kind": "failed", "reason": "crashed", "detail": str(error)}}
-                )
-                return EXIT_DEVICE_LOST
+                outcome = Failed(reason="crashed", detail=str(error))
             replies.send({"id": request["id"], "outcome": outcome.model_dump(mode="json")})
+            if isinstance(outcome, Failed) and outcome.reason == "crashed":
+                return EXIT_DEVICE_LOST
 
 
 def main() -> int:

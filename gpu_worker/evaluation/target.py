@@ -9,7 +9,7 @@ from torch import Tensor
 from gpu_worker.measuring.corpora import GenerateText, Texts, load_roles, load_texts
 from gpu_worker.measuring.self_text import self_text
 from gpu_worker.models.errors import NotFiniteError
-from gpu_worker.models.families import Decoder, Layer
+from gpu_worker.models.families import Decoder
 from gpu_worker.models.loading import LoadedModel, load_model
 from gpu_worker.models.memory import Workload
 from gpu_worker.progress import Progress, no_progress, steps
@@ -28,12 +28,12 @@ from gpu_worker.pruning.sequential import prune_sequentially
 from protocol.errors import DataError, ModelError
 from protocol.plans.any_heads import AnyHeadsPlan
 from protocol.plans.plan import Plan
-from protocol.plans.shape import LayerShape, ModelShape
+from protocol.plans.shape import ModelShape
 from protocol.plans.spec import SearchSpec
 
 ShareText = Callable[[int, int, Callable[[], Tensor]], Tensor]
 """(number of windows, their length, function that writes them) -> tokens that all workers use
-(measuring/shared_text.py)."""
+(measuring/self_text.py)."""
 
 
 class Target:
@@ -68,11 +68,14 @@ class Target:
         if outlier_threshold is not None:
             pairs = zip(decoder.layers, seen, strict=True)
             self.outliers = tuple(outlier_share(layer, each, outlier_threshold) for layer, each in pairs)
-        self.importance = score(self.model, spec, seen, products, windows, progress)
-        """Scores of the dense model, one entry per layer."""
-        self.ordered = OrderedModel(decoder, self.importance)
-        if _is_fitted(spec):
-            _reconstruct(self.ordered, products, progress)
+        try:
+            self.importance = score(self.model, spec, seen, products, windows, progress)
+            """Scores of the dense model, one entry per layer."""
+            self.ordered = OrderedModel(decoder, self.importance)
+            if _is_fitted(spec):
+                _reconstruct(self.ordered, products, progress)
+        except NotFiniteError as error:
+            raise ModelError(f"the dense model is broken: {error}") from error
 
     @property
     def texts(self) -> Texts:
@@ -119,14 +122,11 @@ def _statistics(
 def _reconstruct(ordered: OrderedModel, products: list[LayerProducts], progress: Progress) -> None:
     """Prepare the reconstruction of every layer from the dense model's `products`, and free these.
 
-    Raises ModelError if they are not finite.
+    Raises NotFiniteError if they are not finite.
     """
     products.reverse()
-    try:
-        for i in steps(progress, "preparing reconstruction", range(len(ordered.decoder.layers))):
-            ordered.fit(i, ordered.in_order(i, products.pop()))
-    except NotFiniteError as error:
-        raise ModelError(f"the dense model is broken: {error}") from error
+    for i in steps(progress, "preparing reconstruction", range(len(ordered.decoder.layers))):
+        ordered.fit(i, ordered.in_order(i, products.pop()))
 
 
 def check_length(model: LoadedModel, seqlen: int) -> None:
@@ -146,7 +146,7 @@ def score(
 ) -> list[LayerImportance]:
     """Return the importance of each layer's heads and channels on the dense model, by the spec's method.
 
-    `seen` is used by wanda-sp, `products` by obs.
+    `seen` is used by wanda-sp, `products` by obs. Raises NotFiniteError if obs finds inputs that are not finite.
     """
     decoder = model.decoder
     layers = list(zip(decoder.layers, decoder.shape.layers, strict=True))
@@ -155,23 +155,11 @@ def score(
     if spec.importance == "taylor":
         salience = gradient_salience(decoder, windows, progress)
         return [grouped(each, shape) for each, (_, shape) in zip(salience, layers, strict=True)]
+    each_layer = steps(progress, "scoring", layers)
     if spec.importance == "obs":
-        return _eliminated(layers, products, progress)
-    each_layer = steps(progress, "scoring", layers)
+        pairs = zip(products, each_layer, strict=True)
+        return [optimal_brain_surgeon(layer, each, shape) for each, (layer, shape) in pairs]
     return [wanda_sp(layer, each, shape) for each, (layer, shape) in zip(seen, each_layer, strict=True)]
-
-
-def _eliminated(
-    layers: Sequence[tuple[Layer, LayerShape]], products: Sequence[LayerProducts], progress: Progress
-) -> list[LayerImportance]:
-    """Score by backward elimination. Raises ModelError if a projection's inputs are not finite."""
-    each_layer = steps(progress, "scoring", layers)
-    try:
-        return [
-            optimal_brain_surgeon(layer, each, shape) for each, (layer, shape) in zip(products, each_layer, strict=True)
-        ]
-    except NotFiniteError as error:
-        raise ModelError(f"the dense model is broken: {error}") from error
 
 
 def _load(spec: SearchSpec, progress: Progress) -> LoadedModel:

@@ -6,11 +6,11 @@ from pathlib import Path
 import gguf
 
 from gpu_worker.llama_cpp.tensor_types import MAIN
+from gpu_worker.models.memory import gigabytes
 from protocol.errors import ModelError
 from protocol.plans.shape import ModelShape
 from protocol.plans.spec import Dtype
 from protocol.results.formats import Format, Formats, GgufType
-from protocol.runtime.byte_sizes import gigabytes
 
 SIZES: dict[Dtype, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
 """Bytes of a weight."""

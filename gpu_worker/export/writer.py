@@ -13,16 +13,15 @@ from gpu_worker.export.padded import write_padded
 from gpu_worker.export.weights import SHARD_SIZE
 from gpu_worker.llama_cpp.check import measure_gguf
 from gpu_worker.llama_cpp.writer import check_gguf, write_gguf
-from gpu_worker.measuring.saved_text import save_text
+from gpu_worker.measuring.self_text import save_text
 from gpu_worker.models.loading import LoadedModel
-from gpu_worker.models.memory import main_memory
+from gpu_worker.models.memory import gigabytes, main_memory
 from gpu_worker.models.modeling import dense_type, modeling_of
 from gpu_worker.progress import Progress, no_progress
 from protocol.errors import ModelError
 from protocol.plans.plan import Plan
 from protocol.results.commands import GgufPerplexity
 from protocol.results.formats import FACTS, Format, Formats, GgufType
-from protocol.runtime.byte_sizes import gigabytes
 
 
 def export_model(

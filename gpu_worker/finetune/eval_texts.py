@@ -10,7 +10,7 @@ from gpu_worker.export.exported_folder import ExportedFolder
 from gpu_worker.export.facts import ExportFacts
 from gpu_worker.measuring.corpora import load_roles
 from gpu_worker.measuring.perplexity import checked_perplexity
-from gpu_worker.measuring.saved_text import load_saved_text
+from gpu_worker.measuring.self_text import load_saved_text
 from gpu_worker.models.loading import LoadedModel
 from gpu_worker.progress import Progress
 from protocol.errors import SettingsError

@@ -9,12 +9,11 @@ from torch import Tensor
 from gpu_worker.measuring.perplexity import perplexity
 from gpu_worker.models.errors import NotFiniteError
 from gpu_worker.models.loading import LoadedModel
-from gpu_worker.models.memory import main_memory
+from gpu_worker.models.memory import gigabytes, main_memory
 from gpu_worker.progress import Progress
 from protocol.errors import ModelError
 from protocol.results.commands import GgufPerplexity
 from protocol.results.formats import GgufType
-from protocol.runtime.byte_sizes import gigabytes
 
 log = structlog.get_logger()
 

@@ -100,20 +100,14 @@ def dense_predictions(
     return kept, perplexity_of(loss, tokens), tokens
 
 
-def divergence(
-    decoder: Decoder,
-    windows: Tensor,
-    dense: DensePredictions,
-    progress: Progress = no_progress,
-    stage: str = "measuring",
-) -> Divergence:
+def divergence(decoder: Decoder, windows: Tensor, dense: DensePredictions) -> Divergence:
     """Measure the divergence of the model's predictions for `windows` (long, [n, seqlen]) from the `dense` ones.
 
     Raises NotFiniteError if the perplexity or the divergence is not finite.
     """
     loss = kl = 0.0
     with torch.inference_mode():
-        for chunk in _chunks(decoder, windows, progress, stage):
+        for chunk in _chunks(decoder, windows):
             loss += chunk.loss
             kl += _divergence_of(chunk, dense)
     tokens = len(dense.tokens)
@@ -187,7 +181,9 @@ class _Chunk:
         return torch.cat([kept, others[:, None]], dim=-1) - self.log_total[:, None]
 
 
-def _chunks(decoder: Decoder, windows: Tensor, progress: Progress, stage: str) -> Iterator[_Chunk]:
+def _chunks(
+    decoder: Decoder, windows: Tensor, progress: Progress = no_progress, stage: str = "measuring"
+) -> Iterator[_Chunk]:
     """Yield the model's predictions for each window in turn."""
     start = 0
     for window in steps(progress, stage, windows):

@@ -1,13 +1,20 @@
-"""Samples text from the dense model, for calibration and fitness where no corpus is available."""
+"""Text that the dense model writes, for calibration and fitness where no corpus is available.
+
+It is sampled once, shared by all workers of a search, and saved in an export that was measured on it.
+"""
 
 import hashlib
+import json
 from collections.abc import Callable
 from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any
 
+import numpy
+import structlog
 import torch
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
@@ -16,6 +23,10 @@ from gpu_worker.cache import cached
 from gpu_worker.models.loading import LoadedModel
 from gpu_worker.models.memory import generation_batch_size
 from gpu_worker.progress import Progress
+from protocol.errors import DataError, StoreError
+from protocol.plans.spec import TextSpec
+from protocol.queue.self_text import SelfText
+from protocol.results.formats import SAVED_TEXT
 
 TEMPERATURE = 1.0
 TOP_K = 50
@@ -28,6 +39,10 @@ OPENINGS = (
 )  # fmt: skip
 """Prompts that the windows begin with, in turn: from a bare start token, an instruction-tuned model writes chat
 markup."""
+Offer = Callable[[str], str]
+"""JSON of the text that this worker wrote -> JSON of the published text."""
+
+log = structlog.get_logger()
 
 
 def self_text(model: LoadedModel, windows: int, length: int, seed: int, progress: Progress) -> Tensor:
@@ -41,6 +56,57 @@ def self_text(model: LoadedModel, windows: int, length: int, seed: int, progress
         save_file({"tokens": sample(model, windows, length, seed, progress)}, folder / "tokens.safetensors")
 
     return load_file(cached(name, write) / "tokens.safetensors")["tokens"]
+
+
+def share_text(published: str | None, offer: Offer, windows: int, length: int, write: Callable[[], Tensor]) -> Tensor:
+    """Return the tokens (long, [windows, length]) that all workers of a search use: those of the first to publish them.
+
+    `published` is their JSON. If it is None, call `write`, `offer` the result, and return what is published then.
+    Raises StoreError if the published text has another version or size.
+    """
+    if published is not None:
+        return _tokens(published, windows, length)
+    written = write()
+    packed = SelfText.pack(windows, length, written.numpy().astype("<i4").tobytes())
+    if packed is None:
+        log.warning("self_text_too_long_to_share", windows=windows, length=length)
+        return written
+    return _tokens(offer(packed.model_dump_json()), windows, length)
+
+
+def _tokens(published: str, windows: int, length: int) -> Tensor:
+    try:
+        text = SelfText.model_validate_json(published)
+    except ValidationError as error:
+        raise StoreError("the published text of the model was written by another version") from error
+    if (text.windows, text.length) != (windows, length):
+        raise StoreError(
+            f"the published text of the model has {text.windows} windows of {text.length} tokens, "
+            f"where {windows} of {length} are needed"
+        )
+    tokens = numpy.frombuffer(text.unpack(), dtype="<i4").astype(numpy.int64)
+    return torch.from_numpy(tokens).view(windows, length)
+
+
+def save_text(windows: Tensor, folder: Path) -> None:
+    """Write the tokens (long, [n, seqlen]) that an export was measured on into its folder.
+
+    The pruned model cannot write the same text again. The file is JSON because model loaders read every safetensors
+    file in a folder as weights.
+    """
+    (folder / SAVED_TEXT).write_text(json.dumps({"tokens": windows.tolist()}, separators=(",", ":")), encoding="utf-8")
+
+
+def load_saved_text(file: Path, text: TextSpec, vocabulary: int) -> Tensor:
+    """Return the tokens (long, [n, seqlen]) that `save_text` wrote. Raises DataError if they do not match `text`."""
+    try:
+        tokens = torch.tensor(json.loads(file.read_text(encoding="utf-8"))["tokens"])
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, RecursionError) as error:
+        raise DataError(f"{file} does not hold the text that was measured ({error}): give --data") from error
+    is_expected = tokens.dtype == torch.long and tuple(tokens.shape) == (text.windows, text.seqlen)
+    if not is_expected or tokens.min() < 0 or tokens.max() >= vocabulary:
+        raise DataError(f"{file} does not match the text that the folder says was measured: give --data")
+    return tokens
 
 
 def sample(model: LoadedModel, windows: int, length: int, seed: int, progress: Progress) -> Tensor:

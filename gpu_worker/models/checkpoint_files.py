@@ -13,9 +13,9 @@ from typing import Any
 
 from safetensors import safe_open
 
-from gpu_worker.models.quoting import quoted
+from gpu_worker.models.errors import quoted
+from gpu_worker.models.memory import gigabytes
 from protocol.errors import ModelError
-from protocol.runtime.byte_sizes import gigabytes
 
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 """Files that map each weight to its file."""

@@ -16,10 +16,9 @@ import transformers
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from gpu_worker.models.errors import is_device_lost, is_out_of_memory
+from gpu_worker.models.errors import is_device_lost, is_out_of_memory, quoted
 from gpu_worker.models.families import PRUNED, family_of
 from gpu_worker.models.modeling import register_pruned_classes
-from gpu_worker.models.quoting import quoted
 from gpu_worker.models.sizes import check_numbers, check_sizes
 from protocol.errors import ModelError, SelfPrunerError, UsageError
 

@@ -1,4 +1,4 @@
-"""Recognises errors about memory and the device, some of which torch and its libraries only name in the message."""
+"""Errors about memory, the device and broken models, and how messages quote values."""
 
 import torch
 
@@ -6,6 +6,8 @@ from protocol.errors import SelfPrunerError
 
 _NO_MEMORY = ("DefaultCPUAllocator", "CUDA error: out of memory", "_ALLOC_FAILED")
 """Messages of the CPU allocator, of the CUDA driver (the context survives), and of cuBLAS and cuDNN for workspaces."""
+MAX_QUOTED_CHARACTERS = 60
+"""Longest part of a value that an error message quotes."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -22,3 +24,9 @@ def is_device_lost(error: BaseException) -> bool:
 
 class NotFiniteError(SelfPrunerError):
     """The loss is infinite or NaN: the model is broken, dense or with this plan."""
+
+
+def quoted(value: object) -> str:
+    """Return a value for an error message: short and on one line, whatever the file contains."""
+    text = repr(value)
+    return text if len(text) <= MAX_QUOTED_CHARACTERS else f"{text[:MAX_QUOTED_CHARACTERS]} …"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gpu_worker.models.quoting import quoted
+from gpu_worker.models.errors import quoted
 from protocol.errors import ModelError
 from protocol.plans.shape import LayerShape, ModelShape
 

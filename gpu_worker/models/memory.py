@@ -20,7 +20,6 @@ from gpu_worker.models.limits import (
 from protocol.plans.shape import LayerShape, ModelShape
 from protocol.plans.spec import SearchSpec, TextSpec
 from protocol.results.finetuning import Recipe
-from protocol.runtime.byte_sizes import gigabytes
 
 FP32 = INT32 = 4
 BYTES_PER_TRAINED_PARAMETER = 4 * FP32
@@ -357,3 +356,8 @@ def _limit(path: Path) -> int:
     except OSError:
         return 2**63
     return int(text) if text.isdigit() else 2**63  # "max" where there is no limit
+
+
+def gigabytes(amount: int) -> str:
+    """Return `amount` bytes as text, such as `1.5 GB` or `20.0 MB`."""
+    return f"{amount / 1e9:.1f} GB" if amount >= 5e7 else f"{amount / 1e6:.1f} MB"

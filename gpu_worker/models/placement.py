@@ -13,9 +13,8 @@ import accelerate
 import torch
 import transformers
 
-from gpu_worker.models.memory import Machine, MemoryEstimate
+from gpu_worker.models.memory import Machine, MemoryEstimate, gigabytes
 from protocol.errors import ModelError
-from protocol.runtime.byte_sizes import gigabytes
 
 ADVICE = "use shorter windows (seqlen), a smaller dtype, more or larger GPUs, or a smaller model"
 
@@ -81,10 +80,10 @@ def share_of(placement: Placement, weights: int, all_weights: int) -> Placement:
     return Placement(placement.device, budget)
 
 
-def meta_model(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:
+def meta_model(config: Any, dtype: torch.dtype) -> Any:
     """Build the model of a config on the meta device, without memory for its weights."""
     with torch.device("meta"):
-        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        return transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
 
 
 def device_map(model: Any, layer: type, placement: Placement) -> dict[str, str | int] | None:

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from gpu_worker.models.quoting import quoted
+from gpu_worker.models.errors import quoted
 from protocol.errors import ModelError
 
 MAX_SIZES = {

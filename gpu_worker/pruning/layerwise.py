@@ -40,12 +40,6 @@ def record_calls(
     return tuple(calls), hidden.last_hidden_state
 
 
-def _options(decoder: Decoder, windows: Tensor) -> list[dict[str, Any]]:
-    """Return the arguments of each layer's call other than the hidden states."""
-    calls, _ = record_calls(decoder, windows, keep_hidden=False)
-    return [call.options for call in calls]
-
-
 class LayerRun:
     """Passes windows through the decoder layer by layer, keeping the hidden states on the CPU between layers.
 
@@ -56,7 +50,8 @@ class LayerRun:
         """Embed `windows` (long, [n, seqlen])."""
         self._decoder = decoder
         with torch.inference_mode():
-            self._options = _options(decoder, windows[:1])
+            calls, _ = record_calls(decoder, windows[:1], keep_hidden=False)
+            self._options = [call.options for call in calls]
             self.states = [decoder.embedding(window[None].to(decoder.device)).cpu() for window in windows]
 
     def visit(self, layer: int) -> None:

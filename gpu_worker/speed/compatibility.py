@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass, replace
 
-from gpu_worker.models.memory import this_machine
+from gpu_worker.models.memory import gigabytes, this_machine
 from protocol.errors import ModelError
 from protocol.plans.shape import LayerShape
-from protocol.runtime.byte_sizes import gigabytes
 
 
 @dataclass(frozen=True)

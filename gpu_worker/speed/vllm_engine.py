@@ -18,6 +18,7 @@ import torch
 from gpu_worker.evaluation.session import device_name
 from gpu_worker.models.checkpoints import reason
 from gpu_worker.models.families import PRUNED
+from gpu_worker.models.memory import gigabytes
 from gpu_worker.models.modeling import class_names, module_name, render_modeling
 from gpu_worker.speed.engines import SpeedRequest
 from gpu_worker.speed.stdout import stdout_to_stderr
@@ -26,7 +27,6 @@ from gpu_worker.speed.transformers_engine import TransformersRunner, random_prom
 from gpu_worker.speed.transformers_engine import open_pair as open_transformers_pair
 from protocol.errors import ModelError
 from protocol.results.speeds import ModelSize
-from protocol.runtime.byte_sizes import gigabytes
 
 MEMORY_SHARE = 0.84
 """Fraction of the free GPU memory for both models and KV caches. vLLM needs the rest for CUDA graphs."""

@@ -1,12 +1,33 @@
-"""Builds a worker's options from the flags of `selfpruner worker` and `python -m gpu_worker`, and checks them."""
+"""A worker's options, built from the flags of `selfpruner worker` and `python -m gpu_worker`."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
-from gpu_worker.worker.worker import WorkerOptions
+from gpu_worker.worker.evaluator import EVALUATION_PROCESS
 from protocol.errors import SettingsError
 from protocol.queue.connection import check_url, with_password
 from protocol.queue.jobs import LEAST_LEASE_SECONDS, MOST_SECONDS
 from protocol.queue.keys import check_search_name
+
+
+@dataclass(frozen=True)
+class WorkerOptions:
+    """Options of a worker. Times are in seconds."""
+
+    redis_url: str
+    search: str
+    lease_seconds: float = 30.0
+    max_evaluation_seconds: float = 1800.0
+    max_preparation_seconds: float = 14_400.0
+    """Time limit for loading and calibrating the model. A large model over a slow network takes hours."""
+    grace_seconds: float = 20.0
+    """Time that the running evaluation gets after SIGTERM before its job is handed back."""
+    own_gpu: bool = False
+    """Reserve a GPU that no other worker on this machine uses."""
+    spec: str | None = None
+    """Fingerprint of the only spec to evaluate; None: whichever spec the search has."""
+    evaluation_process: tuple[str, ...] = EVALUATION_PROCESS
+    """The command that starts the child."""
 
 
 def worker_options(

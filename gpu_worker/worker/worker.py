@@ -10,7 +10,6 @@ import os
 import signal
 import socket
 import uuid
-from dataclasses import dataclass
 from typing import Any
 
 import structlog
@@ -18,13 +17,13 @@ from redis.asyncio import Redis
 from redis.exceptions import RedisError
 
 from gpu_worker.progress import LogThrottle
-from gpu_worker.worker.evaluator import EVALUATION_PROCESS, ChildDied, DeviceLost, EvaluationChild
+from gpu_worker.worker.evaluator import ChildDied, DeviceLost, EvaluationChild
 from gpu_worker.worker.gpu_lock import take_gpu
-from gpu_worker.worker.profile_check import check_profile
+from gpu_worker.worker.options import WorkerOptions
 from gpu_worker.worker.spec_watch import SpecWatch, SpecWithdrawn
 from protocol.errors import StoreError, UsageError, first_error
-from protocol.plans.candidate import Failed, Outcome
-from protocol.plans.profile import ModelProfile
+from protocol.plans.candidate import Failed, Outcome, outcome_fields
+from protocol.plans.profile import ModelProfile, check_profile
 from protocol.plans.spec import SearchSpec
 from protocol.queue.connection import UNREACHABLE_ERRORS, RedisRetry, check_server, connect
 from protocol.queue.control import Control
@@ -41,26 +40,6 @@ IDLE_GRACE_SECONDS = 2.0
 is down."""
 
 log = structlog.get_logger()
-
-
-@dataclass(frozen=True)
-class WorkerOptions:
-    """Options of a worker. Times are in seconds."""
-
-    redis_url: str
-    search: str
-    lease_seconds: float = 30.0
-    max_evaluation_seconds: float = 1800.0
-    max_preparation_seconds: float = 14_400.0
-    """Time limit for loading and calibrating the model. A large model over a slow network takes hours."""
-    grace_seconds: float = 20.0
-    """Time that the running evaluation gets after SIGTERM before its job is handed back."""
-    own_gpu: bool = False
-    """Reserve a GPU that no other worker on this machine uses."""
-    spec: str | None = None
-    """Fingerprint of the only spec to evaluate; None: whichever spec the search has."""
-    evaluation_process: tuple[str, ...] = EVALUATION_PROCESS
-    """The command that starts the child."""
 
 
 class Worker:
@@ -274,8 +253,8 @@ class Worker:
             outcome = await self._outcome(child, job)
             if outcome is not None:
                 first = await self._queue.commit(job, outcome)
-                figures = outcome.model_dump(exclude={"parameters"}, exclude_none=True)
-                log.info("outcome_committed", counts=first, **figures)
+                fields = outcome_fields(job.candidate, outcome) | outcome.model_dump(include={"tokens", "seconds"})
+                log.info("outcome_committed", counts=first, kind=outcome.kind, **fields)
             self._job = None
             self._set_status(measured=self._status.measured + 1)
 

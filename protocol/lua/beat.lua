@@ -1,6 +1,6 @@
 -- Renew a worker's sign of life and, if it has a job, its lease. Only the owner may renew: an unchecked XCLAIM by a
 -- former owner would steal the job back. While a job runs, any other job pending with its worker was delivered by a lost
--- reply. It is handed back, for the sign of life would otherwise protect it forever.
+-- reply. It is handed back, because the sign of life would otherwise protect it forever.
 -- KEYS jobs worker    ARGV group consumer message lease_ms status released released_idle_ms
 -- Returns 1 if the lease is held (or no message was given), 0 if it is lost.
 redis.call('SET', KEYS[2], ARGV[5], 'PX', ARGV[4])

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat
+from pydantic import Field, NonNegativeInt, PositiveFloat
 
 from protocol.errors import BudgetError
 from protocol.plans.any_heads import Heads
@@ -16,6 +16,7 @@ from protocol.plans.plan import unit_bounds
 from protocol.plans.rates import feasible
 from protocol.plans.shape import Granularity, ModelShape, Unit
 from protocol.plans.spec import Reconstruction
+from protocol.plans.value import Value
 
 Method = Literal["uniform", "first-layer", "owl", "llm-pruner", "sensitivity"]
 
@@ -35,10 +36,8 @@ def uniform_label(reconstruction: Reconstruction, heads: Heads = "rectangular") 
     return "uniform, fitted" if fitted else "uniform, rectangular"
 
 
-class Allocation(BaseModel):
+class Allocation(Value):
     """An allocation method and its settings. Settings of other methods are ignored."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     method: Method
     outlier_threshold: PositiveFloat = OUTLIER_THRESHOLD

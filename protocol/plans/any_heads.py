@@ -6,7 +6,7 @@ the lowest scores, wherever they are. Comparing a search with a rectangular base
 This baseline has the same parameter budget:
 
 - a removed query head frees its rows of q_proj and its columns of o_proj;
-- a KV head counts as removed only when all its query heads are removed, for until then its keys and values are needed;
+- a KV head counts as removed only when all its query heads are removed: until then its keys and values are needed;
 - MLP channels use up the rest of the budget, as in every plan.
 
 At high rates an MLP may have too few channels for that. A rectangular plan then removes more heads of the layer. This
@@ -16,20 +16,19 @@ plan removes channels of other layers instead, and raises BudgetError if those a
 from collections.abc import Sequence
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, PositiveInt
+from pydantic import PositiveInt
 
 from protocol.errors import BudgetError
 from protocol.plans.plan import fill_channels
 from protocol.plans.shape import ModelShape
+from protocol.plans.value import Value
 
 Heads = Literal["rectangular", "any"]
 """Which query heads may be removed: the same number from each remaining KV head, or any."""
 
 
-class AnyHeadsLayer(BaseModel):
+class AnyHeadsLayer(Value):
     """Heads and channels that one layer keeps."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kept: tuple[tuple[bool, ...], ...]
     """Whether each query head is kept: [KV heads, query heads per KV head], in the dense layer's order."""
@@ -46,10 +45,8 @@ class AnyHeadsLayer(BaseModel):
         return sum(map(any, self.kept))
 
 
-class AnyHeadsPlan(BaseModel):
+class AnyHeadsPlan(Value):
     """Heads and channels that each layer keeps."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     layers: tuple[AnyHeadsLayer, ...]
 

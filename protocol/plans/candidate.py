@@ -5,11 +5,9 @@ import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     NonNegativeFloat,
     NonNegativeInt,
@@ -19,6 +17,7 @@ from pydantic import (
 )
 
 from protocol.plans.plan import Parameters, Plan
+from protocol.plans.value import FiniteValue
 
 AgentName = Literal["seed", "initializer", "mutator", "crossover", "baseline"]
 """The agent that proposed a candidate. A `seed` is an allocation in the first population. A `baseline` is measured for
@@ -31,11 +30,7 @@ Text = Literal["fitness", "report"]
 FailureReason = Literal["timeout", "crashed", "out-of-memory", "not-finite", "invalid"]
 
 
-class _Value(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class Provenance(_Value):
+class Provenance(FiniteValue):
     """Where a candidate comes from. Round 0 is the first population.
 
     `call` numbers the questions of one agent in one round. `endpoint` and `prompt` are set only if an LLM proposed it.
@@ -49,8 +44,13 @@ class Provenance(_Value):
     endpoint: str | None = None
     prompt: str | None = None
 
+    @property
+    def log_fields(self) -> dict[str, Any]:
+        """Who proposed the candidate, as fields of the log and of events: `agent`, `source` and `round`."""
+        return self.model_dump(include={"agent", "source", "round"})
 
-class Race(_Value):
+
+class Race(FiniteValue):
     """A race against another candidate: this one is stopped after `first_windows` windows if it is worse on them.
 
     `against` are the other candidate's losses per window. If empty, the candidate is not stopped and its losses are
@@ -68,7 +68,7 @@ class Race(_Value):
         return is_time and math.fsum(losses) > math.fsum(self.against[:seen])
 
 
-class Candidate(_Value):
+class Candidate(FiniteValue):
     """Pruning rates, their plan, and their provenance."""
 
     id: str
@@ -84,7 +84,7 @@ class Candidate(_Value):
         return self.provenance.agent != "baseline"
 
 
-class _Figures(_Value):
+class _Figures(FiniteValue):
     """Measurements of a pruned model, on a whole text or a part of it.
 
     `tokens` is the number of tokens whose loss was averaged, `seconds` the evaluation's wall time, and `kl` the mean KL
@@ -110,11 +110,6 @@ class Measured(_Figures):
         """The number that the search minimises: divergence if measured, else perplexity."""
         return self.perplexity if self.kl is None else self.kl
 
-    def figures(self, digits: int) -> dict[str, float]:
-        """Return `perplexity`, and `kl` if measured, rounded for display."""
-        figures = {"perplexity": self.perplexity, "kl": self.kl}
-        return {name: round(figure, digits) for name, figure in figures.items() if figure is not None}
-
 
 class Stopped(_Figures):
     """A candidate that lost its race and was stopped after some windows.
@@ -135,7 +130,7 @@ class Stopped(_Figures):
         return math.exp(level) if self.kl is None else level
 
 
-class Failed(_Value):
+class Failed(FiniteValue):
     """A candidate that could not be measured. It never enters the population and is not retried."""
 
     kind: Literal["failed"] = "failed"
@@ -145,6 +140,23 @@ class Failed(_Value):
 
 Outcome = Measured | Stopped | Failed
 OUTCOME: TypeAdapter[Outcome] = TypeAdapter(Annotated[Outcome, Field(discriminator="kind")])
+
+SHOWN = {
+    "measured": {"perplexity", "kl"},
+    "stopped": {"windows", "of_windows", "behind"},  # its perplexity covers only a part of the text
+    "failed": {"reason", "detail"},
+}
+"""Fields of each kind of outcome in the log and in events."""
+
+
+def outcome_fields(candidate: Candidate, outcome: Outcome) -> dict[str, Any]:
+    """Return the fields that describe an outcome, in the log of the daemon and the workers and in events.
+
+    Figures are rounded to six decimals.
+    """
+    shown = outcome.model_dump(include=SHOWN[outcome.kind], exclude_none=True)
+    rounded = {name: round(value, 6) if isinstance(value, float) else value for name, value in shown.items()}
+    return {"candidate": candidate.id, "text": candidate.text, **rounded, **candidate.provenance.log_fields}
 
 
 @dataclass(frozen=True)

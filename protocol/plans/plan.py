@@ -9,11 +9,12 @@ import math
 from collections.abc import Sequence
 from typing import Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, PositiveInt, field_validator
+from pydantic import PositiveInt, field_validator
 
 from protocol.errors import BudgetError
 from protocol.plans.rates import DECIMALS, SCALE, feasible, project, weighted_mean
 from protocol.plans.shape import Granularity, LayerShape, ModelShape, Unit
+from protocol.plans.value import Value
 
 Split = Literal["equal", "mlp-first"]
 """How a layer's rate is split: `equal` prunes heads and MLP at the same rate (the paper); `mlp-first` prunes heads only
@@ -23,10 +24,8 @@ MLP_FIRST_LIMIT = 0.9
 """With `mlp-first`, the MLP rate above which heads are removed too."""
 
 
-class LayerPlan(BaseModel):
+class LayerPlan(Value):
     """Heads and channels that one layer keeps."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     kv_heads: PositiveInt
     queries_per_kv: PositiveInt
@@ -42,10 +41,8 @@ MOST_KNOWN_LAYERS = 100_000
 _KNOWN_LAYERS: dict[tuple[int, int, int], LayerPlan] = {}
 
 
-class Plan(BaseModel):
+class Plan(Value):
     """Heads and channels that each layer keeps."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     layers: tuple[LayerPlan, ...]
 
@@ -68,10 +65,8 @@ class Plan(BaseModel):
         )
 
 
-class Parameters(BaseModel):
+class Parameters(Value):
     """Parameter counts before and after pruning."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     decoder_before: int
     decoder_after: int
@@ -152,15 +147,13 @@ def feasible_rates(
     return feasible(rates, weights, mean, unit_bounds(shape, granularity, low, high))
 
 
-def check_rates(
-    rates: Sequence[float], shape: ModelShape, mean: float, granularity: Granularity, tolerance: float = 1e-4
-) -> None:
-    """Raise BudgetError unless there is one rate for each unit and their weighted mean is `mean`."""
+def check_rates(rates: Sequence[float], shape: ModelShape, mean: float, granularity: Granularity) -> None:
+    """Raise BudgetError unless there is one rate for each unit and their weighted mean is `mean`, to within 1e-4."""
     units = shape.units(granularity)
     if len(rates) != len(units):
         raise BudgetError(f"{len(rates)} pruning rates were given for {len(units)} units ({granularity} granularity)")
     off = weighted_mean(rates, [unit.parameters for unit in units]) - mean
-    if abs(off) > tolerance:
+    if abs(off) > 1e-4:
         raise BudgetError(
             f"the pruning rates have a mean of {mean + off:.5f}, which is off the budget {mean} by {off:+.5f}"
         )
@@ -222,8 +215,8 @@ def heads_within(layer: LayerShape, rate: float) -> tuple[int, int]:
     """Return the heads kept at `rate`: the option that removes most query heads, but no more than Wanda-sp does.
 
     Wanda-sp removes `int(rate × heads)`. Among options that remove the same number, the one with more KV heads is
-    taken, for a removed KV head costs all its query heads their keys and values. With multi-head attention the result
-    equals Wanda-sp.
+    taken, because a removed KV head costs all its query heads their keys and values. With multi-head attention the
+    result equals Wanda-sp.
     """
     fewest = layer.query_heads - int(rate * layer.query_heads + 1e-9)
     within = [(kv, q) for kv, q in head_options(layer) if kv * q >= fewest]

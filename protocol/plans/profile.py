@@ -1,14 +1,14 @@
 """ModelProfile: what a worker publishes about the target model before the first question to the LLM."""
 
-from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat
+from pydantic import NonNegativeInt, PositiveFloat
 
+from protocol.errors import UsageError
 from protocol.plans.shape import ModelShape
+from protocol.plans.value import FiniteValue
 
 
-class DensePerplexity(BaseModel):
+class DensePerplexity(FiniteValue):
     """Perplexity of the dense model on one text, and the number of tokens averaged."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     perplexity: PositiveFloat
     tokens: NonNegativeInt
@@ -19,10 +19,8 @@ class DensePerplexity(BaseModel):
         return self.tokens // (seqlen - 1)
 
 
-class ModelProfile(BaseModel):
+class ModelProfile(FiniteValue):
     """The target model as measured by a worker. All workers of a search must agree on it."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     fingerprint: str
     """Fingerprint of the spec that the model was loaded for."""
@@ -37,3 +35,20 @@ class ModelProfile(BaseModel):
     texts: str
     """Digest of the token windows of all texts, by which workers with different files are detected."""
     device: str
+
+
+def check_profile(published: ModelProfile, mine: ModelProfile) -> None:
+    """Raise UsageError unless this worker's profile matches the one that the first worker published."""
+    if published.shape != mine.shape:
+        raise UsageError(f"this worker's {mine.model} does not have the shape that the search started with")
+    if published.texts != mine.texts:
+        raise UsageError(
+            "this worker's texts differ from those that the search started with: give all workers the same files, "
+            "or choose a new search.name for the new texts"
+        )
+    ratio = mine.dense.perplexity / published.dense.perplexity
+    if not 0.98 < ratio < 1.02:
+        raise UsageError(
+            f"this worker measures a dense perplexity of {mine.dense.perplexity:.3f}, but the search started with "
+            f"{published.dense.perplexity:.3f}: its weights differ; give all workers the same model"
+        )

@@ -14,7 +14,7 @@ from protocol.errors import BudgetError
 DECIMALS = 5
 SCALE = 10**DECIMALS
 ROUNDING = 1 / SCALE
-"""How far outside its bounds a rate may be, for it is made feasible later."""
+"""How far outside its bounds a rate may be: it is made feasible later."""
 MEAN_TOLERANCE = 1e-9
 
 Bounds = Sequence[tuple[float, float]]

@@ -3,16 +3,16 @@
 from collections.abc import Iterator
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, PositiveInt
+from pydantic import PositiveInt
+
+from protocol.plans.value import Value
 
 Granularity = Literal["layer", "block"]
 BlockKind = Literal["layer", "attention", "mlp"]
 
 
-class LayerShape(BaseModel):
+class LayerShape(Value):
     """One decoder layer: query heads, KV heads (a divisor of the query heads) and MLP channels."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     query_heads: PositiveInt
     kv_heads: PositiveInt
@@ -24,10 +24,8 @@ class LayerShape(BaseModel):
         return self.query_heads // self.kv_heads
 
 
-class Unit(BaseModel):
+class Unit(Value):
     """What one pruning rate applies to: a decoder layer, or its attention or its MLP block."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     layer: int
     kind: BlockKind
@@ -47,15 +45,13 @@ class Unit(BaseModel):
         return 1 - self.fewest / self.parameters
 
 
-class ModelShape(BaseModel):
+class ModelShape(Value):
     """Sizes of a decoder LLM and the parameters of each piece that pruning can remove.
 
     Pieces are query heads (rows of q_proj, columns of o_proj, biases), KV heads (rows of k_proj and v_proj) and MLP
     channels (a row of gate_proj and up_proj, a column of down_proj). The rest of a block (norms, output biases) is
     fixed.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     family: str
     hidden_size: PositiveInt

@@ -5,10 +5,11 @@ from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from protocol.plans.plan import Plan, Split, feasible_rates, make_plan
 from protocol.plans.shape import Granularity, ModelShape
+from protocol.plans.value import Value
 
 Importance = Literal["wanda-sp", "taylor", "magnitude", "obs"]
 """How heads and channels are scored: FLAP's Wanda-sp, LLM-Pruner's Taylor score, the magnitude of the weights, or the
@@ -31,10 +32,8 @@ NAMED_TEXTS = ("wikitext2", "c4", "self")
 """Texts that are not files: two from the hub, and the text that the dense model generates."""
 
 
-class TextSpec(BaseModel):
+class TextSpec(Value):
     """A text cut into windows of `seqlen` tokens. `windows` None means all whole windows, in order."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     source: str
     """`wikitext2`, `c4`, `self`, or the path of a text file."""
@@ -53,10 +52,8 @@ def number_texts(texts: Mapping[Role, Hashable]) -> dict[Role, int]:
     return {role: numbers[text] for role, text in texts.items()}
 
 
-class SearchSpec(BaseModel):
+class SearchSpec(Value):
     """What is pruned, how much, and the texts it is measured on. Searches with equal specs measure the same numbers."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str
     """A hub name, a folder, or `smollm2`."""

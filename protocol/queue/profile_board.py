@@ -27,7 +27,7 @@ class ProfileBoard:
     async def read(self, fingerprint: str) -> ModelProfile | None:
         """Return the published profile of the spec with this fingerprint, else None.
 
-        A damaged profile counts as none, for a worker publishes it again. Raises StoreError for one that another
+        A damaged profile counts as none, because a worker publishes it again. Raises StoreError for one that another
         version wrote.
         """
         text = await self._retry(lambda: self._redis.get(self._keys.profile))

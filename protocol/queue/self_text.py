@@ -8,10 +8,11 @@ import binascii
 import zlib
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, PositiveInt
+from pydantic import PositiveInt
 from redis.asyncio import Redis
 
 from protocol.errors import StoreError
+from protocol.plans.value import Value
 from protocol.queue.connection import RedisRetry
 from protocol.queue.keys import Keys, is_damaged
 
@@ -20,10 +21,8 @@ LARGEST_BYTES = 32 * 1024 * 1024
 """Size of the largest text that is shared, unpacked: eight million tokens. Packed, it is about half as large."""
 
 
-class SelfText(BaseModel):
+class SelfText(Value):
     """Tokens of `windows` texts of `length` tokens each."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     windows: PositiveInt
     length: PositiveInt

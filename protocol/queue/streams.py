@@ -83,7 +83,7 @@ class CandidateQueue:
     async def requeue(self, ids: Sequence[str]) -> int:
         """Enqueue again those candidates whose job was lost, or whose outcome was lost before it was applied.
 
-        Returns their number. If the server has lost its data it returns 0 at once, for restoring calls this too.
+        Returns their number. If the server has lost its data it returns 0 at once, because restoring calls this too.
         """
         jobs, last_job = await self._ids_on(self._keys.jobs)  # first, so that a job done meanwhile is among the results
         results, last_result = await self._ids_on(self._keys.results)
@@ -152,7 +152,7 @@ class CandidateQueue:
         await self._fenced(lambda: self._scripts["drop"](keys, [self._epoch, result.cursor, result.id]))
 
     def rewind(self) -> None:
-        """Read results from the start of the stream next time, for it may be a new one. Applied ones are not on it."""
+        """Read results from the start of the stream next time, because it may be new. Applied ones are not on it."""
         self._read_from_start = True
 
     async def _fenced(self, script: Callable[[], Awaitable[Any]]) -> Any:
@@ -175,7 +175,7 @@ def read_parents(text: str) -> tuple[str, ...] | None:
 
 
 def _outcome(text: str) -> Outcome:
-    """Parse a committed outcome. An unreadable one becomes a failure, for the search waits for it."""
+    """Parse a committed outcome. An unreadable one becomes a failure, because the search waits for it."""
     try:
         return OUTCOME.validate_json(text)
     except ValueError as error:

@@ -3,21 +3,20 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, PositiveFloat, PositiveInt
+from pydantic import PositiveFloat, PositiveInt
 
 from protocol.plans.any_heads import Heads
 from protocol.plans.plan import LayerPlan, Parameters
 from protocol.plans.shape import ModelShape
 from protocol.plans.spec import Reconstruction, SearchSpec
+from protocol.plans.value import FiniteValue, Value
 from protocol.results.finetuning import Finetuning
 from protocol.results.formats import Formats, GgufType
 from protocol.results.zero_shot import Metric
 
 
-class EvaluationResult(BaseModel):
+class EvaluationResult(Value):
     """The perplexity of one model, and if it was pruned, of the dense model on the same tokens."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str
     method: str | None = None
@@ -50,10 +49,8 @@ class EvaluationResult(BaseModel):
     rates: tuple[float, ...] = ()
 
 
-class AllocationResult(BaseModel):
+class AllocationResult(Value):
     """The rates of an allocation, with all that is needed to prune by them: the content of a rates file."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str
     method: str
@@ -64,10 +61,8 @@ class AllocationResult(BaseModel):
     spec: SearchSpec
 
 
-class GgufPerplexity(BaseModel):
+class GgufPerplexity(FiniteValue):
     """Perplexity of an exported GGUF file in llama.cpp, and of the model in memory that it was written from."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     file_type: GgufType
     perplexity: PositiveFloat
@@ -78,10 +73,8 @@ class GgufPerplexity(BaseModel):
     """Number of predicted tokens."""
 
 
-class SearchSummary(BaseModel):
+class SearchSummary(Value):
     """The cost of a search, and the uniform baseline on the same texts."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     evaluations: int
     seconds: float
@@ -89,10 +82,8 @@ class SearchSummary(BaseModel):
     uniform_report_perplexity: float | None
 
 
-class ExportResult(BaseModel):
+class ExportResult(Value):
     """The files that an export wrote, and the measurements of the exported model."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     folder: Path
     formats: Formats
@@ -116,10 +107,8 @@ class ExportResult(BaseModel):
     """None without a GGUF file, and if llama.cpp is not installed or has too little memory."""
 
 
-class TaskAccuracy(BaseModel):
+class TaskAccuracy(Value):
     """Accuracy of a model in one zero-shot task, as a share of its items."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     task: str
     """The name on the command line; for a local task, the name in its file."""
@@ -135,10 +124,8 @@ class TaskAccuracy(BaseModel):
     """Standard error of `accuracy`; None for a single item."""
 
 
-class ZeroShotResult(BaseModel):
+class ZeroShotResult(Value):
     """Zero-shot accuracies of a model, and how it was pruned."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str
     method: str | None = None
@@ -162,10 +149,8 @@ class ZeroShotResult(BaseModel):
     rates: tuple[float, ...] = ()
 
 
-class FinetuneResult(BaseModel):
+class FinetuneResult(Value):
     """The training, its perplexities, and the files that were written."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     folder: Path
     formats: Formats
@@ -184,10 +169,8 @@ class FinetuneResult(BaseModel):
     """As in ExportResult; also None if no text was measured."""
 
 
-class PruneResult(BaseModel):
+class PruneResult(Value):
     """Results of `selfpruner prune`: search, export and check. Perplexities are on the fitness text."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     search: str
     evaluations: int

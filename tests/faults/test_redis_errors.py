@@ -300,7 +300,7 @@ async def test_damaged_entries_of_the_history_are_left_out_and_may_be_issued_aga
     await redis.hset(keys.selections, "1", BYTES)
     history = await daemon.store.history()
     assert list(history.ledger) == [many[i].id for i in (1, 2, 4, 5)]
-    assert list(history.outcomes) == [many[i].id for i in (4, 5)]
+    assert [e.candidate for e in history.population] == [many[4], many[5]]
     assert history.damaged == 7 and not history.selections
     kit.unsettled = True
 

@@ -16,7 +16,8 @@ from typing import Any
 from gpu_worker.worker import evaluator as child_module
 from gpu_worker.worker import worker as worker_module
 from gpu_worker.worker.evaluator import EvaluationChild
-from gpu_worker.worker.worker import WorkerOptions, run_worker
+from gpu_worker.worker.options import WorkerOptions
+from gpu_worker.worker.worker import run_worker
 from protocol.errors import SelfPrunerError, UsageError
 from protocol.plans.candidate import Outcome
 from protocol.queue.jobs import Job, JobQueue

@@ -5,7 +5,10 @@ import os
 import shutil
 import signal
 import subprocess
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from redis import Redis
@@ -79,6 +82,18 @@ class Server:
     def flush(self) -> None:
         with Redis.from_url(self.url) as client:
             client.flushall()
+
+
+@contextmanager
+def temporary_server(binary: str, *, password: str = "") -> Iterator[Server]:
+    """Start a server in a temporary folder, and kill it at the end of the block."""
+    with tempfile.TemporaryDirectory(prefix="sp-") as folder:
+        server = Server(binary, Path(folder), password=password)
+        server.start()
+        try:
+            yield server
+        finally:
+            server.kill()
 
 
 async def eventually(condition: "object", seconds: float = 30.0) -> None:

@@ -19,7 +19,6 @@ from benchmarks.paper.costs import (
     TFLOPS,
     UTILISATION,
     CostModel,
-    candidates_of,
     parameters_of,
     specs_of,
     speed_tokens,
@@ -288,7 +287,7 @@ def test_the_files_beside_the_harness_say_what_they_take(name: str, tflops: floa
     hours = sum(cost.seconds(cell) or 0 for cell in cells) / 3600
     said = re.search(r"([\d.]+) hours", head)
     assert said is not None and said[1] == f"{hours:.{len(said[1].partition('.')[2])}f}"
-    searches = Counter(candidates_of(settings_of(cell)) for cell in cells if cell.what == "run")
+    searches = Counter(settings_of(cell).search.planned for cell in cells if cell.what == "run")
     told = re.findall(r"(\d+) of (\d+)(?: evaluations)?(?:,| and|\))", head)
     assert name == "smollm2" or {int(size): int(count) for count, size in told} == searches
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from daemon.cli import main
-from gpu_worker.worker.worker import WorkerOptions
+from gpu_worker.worker.options import WorkerOptions
 from protocol.errors import UsageError
 
 SETTINGS: dict[str, Any] = {

@@ -6,7 +6,7 @@ from typing import Any
 
 from agents.population.population import Population
 from daemon.monitor.status import Tally
-from daemon.search.proposals import Proposals
+from daemon.search.state import Proposals
 from protocol.plans.candidate import Candidate
 from tests.support.samples import candidate, candidates, measured
 

@@ -183,7 +183,7 @@ async def test_a_search_that_was_killed_anywhere_has_the_history_of_an_undisturb
     calm = Conducted(redis, Keys("calm"), tmp_path, settings=chosen, proposals_per_call=per_call)
     async with evaluating(redis, calm.keys):
         undisturbed = await calm.run()
-    assert undisturbed.budget.proposed == (10 if max_tokens else undisturbed.budget.planned)
+    assert undisturbed.budget.proposed == (10 if max_tokens else undisturbed.settings.planned)
     selections = 0
     for life in range(1, 100):
         chat = SchemaChat()

@@ -91,7 +91,7 @@ async def test_what_the_search_does_while_its_daemon_restores_is_not_lost(
 
     async def apply() -> bool:
         is_new = await queue.apply(other)
-        known.outcomes[other.id] = other.outcome
+        known.population.insert(known.ledger[other.id], other.outcome)
         return is_new
 
     async def write_while_the_search_goes_on(self: Restorer, *args: Any) -> None:
@@ -106,8 +106,8 @@ async def test_what_the_search_does_while_its_daemon_restores_is_not_lost(
     async with asyncio.timeout(20):
         assert await asyncio.gather(*busy) == [True, True]
     found = await store.history()
-    assert (found.ledger, found.outcomes) == (known.ledger, known.outcomes)
-    assert len(found.ledger) == 3 and len(found.outcomes) == 2
+    assert (found.ledger, list(found.population)) == (known.ledger, list(known.population))
+    assert len(found.ledger) == 3 and len(found.population) == 2
     assert (queue.issued, queue.applied) == (3, 2)
 
 

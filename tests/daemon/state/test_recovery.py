@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from agents.population.population import Population
 from daemon.state.history import History
 from daemon.state.journal import EVALUATIONS, Journal
 from daemon.state.journal import SPEC as SPEC_FILE
@@ -16,40 +15,39 @@ from tests.support.samples import PROFILE, SPEC, candidates, measured
 
 STOPPED = candidates(5)[4].model_copy(update={"race": Race(against=(2.0, 2.1, 2.2), first_windows=2)})
 MANY = [*candidates(4), STOPPED]
-FULL = History(
-    ledger={c.id: c for c in MANY},
-    outcomes={
-        **{c.id: measured(9.0 - i, c, kl=0.5) for i, c in enumerate(MANY[:3])},
-        MANY[3].id: Failed(reason="timeout", detail="too slow"),
-        STOPPED.id: Stopped(
-            perplexity=30.0,
-            behind=0.4,
-            windows=2,
-            of_windows=3,
-            parameters=measured(9.0, STOPPED).parameters,
-            tokens=62,
-            seconds=0.1,
-        ),
-    },
-)
+OUTCOMES = [
+    *(measured(9.0 - i, c, kl=0.5) for i, c in enumerate(MANY[:3])),
+    Failed(reason="timeout", detail="too slow"),
+    Stopped(
+        perplexity=30.0,
+        behind=0.4,
+        windows=2,
+        of_windows=3,
+        parameters=measured(9.0, STOPPED).parameters,
+        tokens=62,
+        seconds=0.1,
+    ),
+]
+
+
+def first(count: int) -> History:
+    history = History({c.id: c for c in MANY[:count]})
+    for candidate, outcome in zip(MANY[:count], OUTCOMES, strict=False):
+        history.population.insert(candidate, outcome)
+    return history
+
+
+FULL = first(len(MANY))
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """The folder of a search that has measured three candidates, one in part and one in vain."""
-    population = Population()
-    for id_, outcome in FULL.outcomes.items():
-        population.insert(FULL.ledger[id_], outcome)
     journal = Journal(tmp_path)
-    journal.begin("test", SPEC, PROFILE, population)
+    journal.begin("test", SPEC, PROFILE, FULL.population)
     journal.transcript({"label": "one question"})
     journal.close()
     return tmp_path
-
-
-def first(count: int) -> History:
-    ids = [c.id for c in MANY[:count]]
-    return History({id_: FULL.ledger[id_] for id_ in ids}, {id_: FULL.outcomes[id_] for id_ in ids})
 
 
 @pytest.mark.parametrize("known", [0, 2])
@@ -57,7 +55,7 @@ def test_a_server_that_has_lost_all_or_some_gets_the_same_history_back(folder: P
     history = recovered(folder, SPEC, first(known))
     assert history is not None
     assert list(history.ledger.items()) == list(FULL.ledger.items())
-    assert list(history.outcomes.items()) == list(FULL.outcomes.items())
+    assert list(history.population) == list(FULL.population)
 
 
 def test_a_server_that_has_lost_nothing_is_left_alone(folder: Path, tmp_path: Path) -> None:
@@ -78,7 +76,7 @@ def test_a_line_that_a_kill_has_torn_is_passed_over(folder: Path) -> None:
     path = folder / EVALUATIONS
     path.write_bytes(path.read_bytes()[:-20])
     history = recovered(folder, SPEC, History())
-    assert history is not None and list(history.outcomes) == [c.id for c in MANY[:-1]]
+    assert history is not None and [e.candidate for e in history.population] == MANY[:-1]
 
 
 def test_the_copy_of_a_search_with_other_settings_is_refused(folder: Path) -> None:

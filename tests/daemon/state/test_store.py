@@ -7,7 +7,7 @@ import pytest
 from redis.asyncio import Redis
 
 from daemon.state import store as store_module
-from daemon.state.history import History, Memory, RemoteHistory
+from daemon.state.history import History, HistoryReader, Memory
 from daemon.state.store import SearchStore
 from protocol.errors import SearchExistsError, StoreError
 from protocol.queue.connection import check_server
@@ -46,8 +46,7 @@ async def test_a_restart_finds_the_ledger_and_the_outcomes_in_their_order(redis:
     await second.take_charge(previous_is_dead=True)
     history = await second.history()
     assert list(history.ledger.values()) == many
-    assert [o.kind for o in history.outcomes.values()] == ["measured"] * 3
-    assert list(history.outcomes) == [c.id for c in many[:3]]
+    assert [(e.candidate, e.outcome.kind) for e in history.population] == [(c, "measured") for c in many[:3]]
 
 
 async def test_lost_jobs_are_put_back_and_done_ones_are_not(redis: Redis, keys: Keys) -> None:
@@ -93,7 +92,7 @@ async def test_a_server_that_was_flushed_gets_everything_back_and_the_lost_jobs_
     async with asyncio.timeout(10):
         assert await queue.enqueue(late)  # waits until the data is back
     after = await store.history()
-    assert list(after.ledger) == [*before.ledger, late.id] and after.outcomes == before.outcomes
+    assert list(after.ledger) == [*before.ledger, late.id] and list(after.population) == list(before.population)
     assert after.selections == before.selections == {1: (many[1].id, many[0].id)}
     assert await store.profile() == PROFILE
     assert await queued(redis, keys) == {c.id for c in many[2:]} | {late.id}
@@ -140,9 +139,9 @@ async def test_a_damaged_counter_is_left_out_and_counted_as_damage(redis: Redis,
     await client.hset(keys.state, "cost", text)
     history = await store.history()
     assert (history.counters, history.damaged) == ({"seconds": 2.0}, 1)
-    remote = RemoteHistory(redis, keys)
-    assert await remote.read()
-    assert remote.counters == {"seconds": 2.0}
+    reader = HistoryReader(redis, keys)
+    assert await reader.read()
+    assert reader.history.counters == {"seconds": 2.0}
     await store.replace_counters({"seconds": 3.0})
     assert await client.hgetall(keys.state) == {"seconds": "3.0"}
 

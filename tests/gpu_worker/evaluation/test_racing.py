@@ -126,7 +126,7 @@ async def test_a_search_may_be_of_so_many_tokens(redis: Redis, keys: Keys, tmp_p
     conducted = Conducted(redis, keys, tmp_path, settings=chosen)
     async with evaluating(redis, keys):
         search = await conducted.run()
-    assert search.budget.proposed == {"generational": 10, "steady-state": 7}[mode] < search.budget.planned
+    assert search.budget.proposed == {"generational": 10, "steady-state": 7}[mode] < search.settings.planned
     again = Conducted(redis, keys, tmp_path, settings=chosen)
     async with evaluating(redis, keys):
         assert (await again.run()).budget.proposed == search.budget.proposed

@@ -12,8 +12,7 @@ import torch
 from redis.asyncio import Redis
 from safetensors.torch import load_file, save_file
 
-from gpu_worker.measuring.self_text import self_text
-from gpu_worker.measuring.shared_text import SharedText
+from gpu_worker.measuring.self_text import self_text, share_text
 from gpu_worker.models.loading import load_model
 from gpu_worker.progress import no_progress
 from protocol.errors import StoreError
@@ -39,8 +38,8 @@ def test_what_one_worker_wrote_is_what_another_takes() -> None:
         offered.append(text)
         return text
 
-    written = SharedText(None, first_of_all)(3, 8, lambda: TOKENS)
-    taken = SharedText(offered[0], first_of_all)(3, 8, never)
+    written = share_text(None, first_of_all, 3, 8, lambda: TOKENS)
+    taken = share_text(offered[0], first_of_all, 3, 8, never)
     assert torch.equal(written, TOKENS) and torch.equal(taken, TOKENS)
     assert taken.dtype == torch.long and len(offered) == 1
 
@@ -48,7 +47,7 @@ def test_what_one_worker_wrote_is_what_another_takes() -> None:
 def test_of_two_workers_who_write_at_once_the_first_counts_for_both() -> None:
     other = SelfText.pack(3, 8, (TOKENS + 1).numpy().astype("<i4").tobytes())
     assert other is not None
-    assert torch.equal(SharedText(None, lambda _: other.model_dump_json())(3, 8, lambda: TOKENS), TOKENS + 1)
+    assert torch.equal(share_text(None, lambda _: other.model_dump_json(), 3, 8, lambda: TOKENS), TOKENS + 1)
 
 
 async def test_the_board_keeps_the_first_text_of_a_spec(redis: Redis, keys: Keys) -> None:
@@ -61,7 +60,7 @@ async def test_the_board_keeps_the_first_text_of_a_spec(redis: Redis, keys: Keys
 def test_a_text_that_is_too_long_to_travel_stays_where_it_was_written() -> None:
     windows = LARGEST_BYTES // 4 // 1024 + 1
     written = torch.zeros(windows, 1024, dtype=torch.long)
-    assert SharedText(None, lambda _: "never")(windows, 1024, lambda: written) is written
+    assert share_text(None, lambda _: "never", windows, 1024, lambda: written) is written
 
 
 def packed(content: bytes) -> str:
@@ -81,7 +80,7 @@ def packed(content: bytes) -> str:
 )
 def test_a_published_text_that_is_none_is_an_error(published: str, sentence: str) -> None:
     with pytest.raises(StoreError, match=sentence):
-        SharedText(published, lambda text: text)(3, 8, never)
+        share_text(published, lambda text: text, 3, 8, never)
 
 
 @pytest.fixture(scope="module")

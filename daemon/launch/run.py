@@ -1,4 +1,4 @@
-"""The whole of `selfpruner run`: a search with everything on this machine."""
+"""`selfpruner run`, a search with everything on this machine, and `selfpruner daemon`, whose services run elsewhere."""
 
 import signal
 import sys
@@ -25,31 +25,49 @@ from protocol.runtime.signals import run_until_signal
 
 
 def run_here(settings: Settings) -> tuple[Summary | None, signal.Signals | None]:
-    """Search to the end, or until a signal. Returns the summary, if there is one, and the signal, if one came.
+    """Run a search here to its end, or until a signal. Returns the summary and the signal, if there are any.
 
     Raises UsageError for invalid settings before anything is started.
     """
     check_here(settings)
     with lock_folder(settings.folder) as lock:
-        access = configure_logs(settings, "stderr")
+        access = _configure_logs(settings, "stderr")
         display = Display(Console(stderr=True)) if sys.stderr.isatty() else None
         return run_until_signal(_run_embedded(settings, access, display, lock))
 
 
+def run_daemon(settings: Settings, stream: logs.Stream) -> tuple[Summary | None, signal.Signals | None, Access | None]:
+    """Run a daemon to the search's end, or until a signal. Returns summary and signal, if any, and the API's access.
+
+    Raises UsageError for invalid settings before anything is started.
+    """
+    redis_url = settings.redis.full_url
+    if redis_url is None:
+        raise SettingsError("the setting redis.url is missing: the daemon needs a Redis server that workers reach too")
+    check_proposer(settings.search)
+    if lacks_llm(settings):
+        raise SettingsError("the setting llm.endpoints is missing: give at least one OpenAI-compatible endpoint")
+    access = _configure_logs(settings, stream)
+    announce = partial(_announce, access)
+    launch = Launch(settings, redis_url, settings.llm.endpoints, embedded=False, access=access, announce=announce)
+    return *run_until_signal(launch.run()), access
+
+
 def check_here(settings: Settings) -> None:
     """Raise UsageError if a text, the proposer's package or the local LLM's file is missing."""
-    _check_texts(settings)
+    for source in {settings.data.calibration, settings.data.fitness, settings.data.report or "self"}:
+        check_text(source)  # now, rather than when the worker reads it
     check_proposer(settings.search)
-    if needs_local_llm(settings):
+    if lacks_llm(settings):
         find_gguf(settings.local_llm.gguf)
 
 
-def needs_local_llm(settings: Settings) -> bool:
-    """Whether the search needs a local LLM to be started."""
+def lacks_llm(settings: Settings) -> bool:
+    """Whether the search asks an LLM, and has neither an endpoint nor a transcript to replay."""
     return settings.search.asks_llm and not settings.llm.endpoints and not settings.llm.replay
 
 
-def configure_logs(settings: Settings, stream: logs.Stream) -> Access | None:
+def _configure_logs(settings: Settings, stream: logs.Stream) -> Access | None:
     """Configure the log of a search. Returns the access to its HTTP API, if enabled; its token is redacted."""
     file = settings.folder / "log.jsonl"
     try:
@@ -62,7 +80,7 @@ def configure_logs(settings: Settings, stream: logs.Stream) -> Access | None:
     return access
 
 
-def announce(access: Access | None, url: str) -> None:
+def _announce(access: Access | None, url: str) -> None:
     """Show a person the URL of the HTTP API and its generated token; never write them to a log."""
     if sys.stderr.isatty():
         kept = access.kept_in if access else None
@@ -79,7 +97,7 @@ async def _run_embedded(
         if url is None:
             url = await stack.enter_async_context(embedded_server(settings.folder))
         endpoints = settings.llm.endpoints
-        if needs_local_llm(settings):
+        if lacks_llm(settings):
             endpoints = (await stack.enter_async_context(local_llm(settings)),)
         workers_are_unusable = await stack.enter_async_context(workers(settings, url, console=display is None))
         launch = Launch(
@@ -89,14 +107,8 @@ async def _run_embedded(
             embedded=True,
             workers_are_unusable=workers_are_unusable,
             access=access,
-            announce=partial(announce, access),
+            announce=partial(_announce, access),
             display=display,
             more_duties=(lock.keep_forever,),
         )
         return await launch.run()
-
-
-def _check_texts(settings: Settings) -> None:
-    """Raise DataError for a missing text now, rather than when the worker reads it."""
-    for source in {settings.data.calibration, settings.data.fitness, settings.data.report or "self"}:
-        check_text(source)
