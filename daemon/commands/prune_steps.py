@@ -21,7 +21,7 @@ from protocol.plans.spec import TextSpec
 from protocol.results.commands import ExportResult, FinetuneResult, PruneResult, SearchSummary
 from protocol.results.finetuning import Recipe
 from protocol.results.formats import FACTS, SAVED_TEXT, Formats, GgufType
-from protocol.runtime.files import replace
+from protocol.runtime.files import write_atomically
 
 if TYPE_CHECKING:
     from gpu_worker.models.loading import LoadedModel
@@ -183,7 +183,7 @@ def _record(written: Written, settings: Settings) -> None:
 def _keep(file: Path, text: str) -> None:
     """Write a file for the next call to read. Raises SelfPrunerError."""
     try:
-        replace(file, text + "\n")
+        write_atomically(file, text + "\n")
     except OSError as error:
         raise SelfPrunerError(
             f"{file} cannot be written ({error.strerror}); fix that and run the same command again"

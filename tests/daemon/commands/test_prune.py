@@ -219,7 +219,7 @@ def test_a_disk_that_fills_beside_the_folder_is_one_sentence(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr("daemon.commands.prune_steps.replace", full)
+        patched.setattr("daemon.commands.prune_steps.write_atomically", full)
         assert main(options) == 1
     told = capfd.readouterr().err.splitlines()[-1]
     assert "cannot be written (No space left on device); fix that and run the same command again" in told
