@@ -14,10 +14,10 @@ import structlog
 from pydantic import SecretStr
 
 from daemon.local.children import Child
-from daemon.local.llm_server import KEY_VARIABLE
 from daemon.settings.llm import EndpointSettings
 from daemon.settings.settings import Settings
 from protocol.errors import SettingsError
+from protocol.runtime.llama_server import KEY_VARIABLE
 
 log = structlog.get_logger()
 

