@@ -115,13 +115,6 @@ def open_pair(request: SpeedRequest, formats: Formats, progress: Progress) -> It
         yield Pair(runners[0], runners[1], device, threads)
 
 
-def check_gguf_runs(path: Path) -> None:
-    """Load the file in llama.cpp and generate a few tokens. Raises ModelError if that fails."""
-    model, length = GgufModel.of(path), Length(prompt=8, generate=4)
-    with _serving(model, length, texts=1) as address:
-        LlamaCppRunner(model, address, length).run(1)
-
-
 @contextmanager
 def _serving(model: GgufModel, length: Length, texts: int) -> Iterator[str]:
     """Start a server with a slot for each text of a batch, and yield its address."""

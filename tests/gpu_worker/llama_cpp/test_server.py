@@ -11,12 +11,13 @@ import psutil
 import pytest
 import torch
 
-from gpu_worker.export.writer import export_model
+from gpu_worker.export.writer import ExportContent, export_model
 from gpu_worker.llama_cpp import client as llama_cpp
 from gpu_worker.llama_cpp.client import ask, hidden_states, running, serving
 from protocol.errors import ModelError
+from protocol.results.formats import Destination
 from protocol.runtime.llama_server import ServerOptions
-from tests.support.exports import UNEVEN, facts_of, pruned, with_tokenizer
+from tests.support.exports import facts_of, pruned, with_tokenizer
 from tests.support.root import ROOT
 from tests.support.tiny_models import tiny_model
 
@@ -27,7 +28,7 @@ pytest.importorskip("xllamacpp")
 def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("served") / "small"
     model = pruned(with_tokenizer(tiny_model("llama")))
-    export_model(model, UNEVEN, facts_of(model), ("gguf",), out, force=False)
+    export_model(ExportContent(model, facts_of(model)), Destination(out, ("gguf",)))
     (path,) = out.glob("*.gguf")
     return path
 
