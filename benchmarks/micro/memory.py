@@ -65,7 +65,13 @@ def export_all() -> dict[str, float]:
     """Return the seconds of writing each format."""
     model, plan = pruned()
     facts = ExportFacts(
-        base_model="smollm2", method="uniform", rates=(0.3,) * 30, spec=SPEC, shape=model.decoder.shape, plan=plan
+        base_model="smollm2",
+        method="uniform",
+        rates=(0.3,) * 30,
+        spec=SPEC,
+        text_numbers=SPEC.text_numbers,
+        shape=model.decoder.shape,
+        plan=plan,
     )
     folder = Path(tempfile.mkdtemp(prefix="export-"))
     seconds: dict[str, float] = {}

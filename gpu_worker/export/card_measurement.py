@@ -7,30 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, PositiveFloat, ValidationError
-
+from gpu_worker.export.facts import read_facts
+from gpu_worker.export.folder import formats_in
 from gpu_worker.progress import Progress
 from protocol.errors import DataError, ModelError, SettingsError
-from protocol.plans.spec import NAMED_TEXTS, Dtype, Role, SearchSpec, TextSpec, number_texts
+from protocol.plans.spec import NAMED_TEXTS, Dtype, Role, SearchSpec, TextSpec
 from protocol.results.commands import EvaluationResult
 from protocol.results.formats import FACTS, SAVED_TEXT, only_for_llama_cpp
 from protocol.runtime.paths import expanded
-
-
-class _Perplexity(BaseModel):
-    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
-
-    perplexity: PositiveFloat
-
-
-class _Facts(BaseModel):
-    model_config = ConfigDict(extra="ignore")
-
-    spec: SearchSpec
-    text_numbers: dict[Role, int] | None = None
-    pruned: _Perplexity | None
-    fitness_digest: str | None
-    formats: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -75,7 +59,7 @@ class CardMeasurement:
 def measurement_of(spec: SearchSpec, numbers: Mapping[Role, int], saved_text: Path | None) -> CardMeasurement:
     """Return the measurement of a model that was pruned by `spec`, whose texts have these `numbers`."""
     # A text of its own takes no windows from the measured one.
-    roles = {role: text for role, text in spec.texts.items() if numbers.get(role) == numbers["fitness"]}
+    roles = {role: text for role, text in spec.texts.items() if numbers.get(role) == numbers.get("fitness")}
     texts = roles if saved_text is None else {"fitness": spec.fitness}
     return CardMeasurement(texts, spec.seed, spec.dtype, saved_text=saved_text)
 
@@ -90,12 +74,12 @@ def card_measurement(folder: str, file: str | None) -> CardMeasurement | None:
     if not path.is_file():
         return None
     try:
-        facts = _Facts.model_validate_json(path.read_bytes())
-    except (OSError, ValidationError) as error:
+        formats, facts = formats_in(Path(folder)), read_facts(Path(folder))
+    except ModelError as error:
         if file is not None:
             return None
         raise DataError(f"{path} does not say what {folder!r} was measured on: pass a text with --data") from error
-    if facts.formats == ("gguf",):
+    if formats == ("gguf",):
         raise ModelError(only_for_llama_cpp(folder))
     spec, saved_text = facts.spec, None
     name = spec.fitness.source
@@ -109,13 +93,8 @@ def card_measurement(folder: str, file: str | None) -> CardMeasurement | None:
                 f"{folder!r} was measured on a file {name!r}, which was not found; pass its path with --data"
             )
         file = str(expanded(name).absolute())
-    # Folders without numbers do not tell files of one name apart.
-    numbers = facts.text_numbers or number_texts({role: text.source for role, text in spec.texts.items()})
-    found = measurement_of(spec, numbers, saved_text)
-    texts = (
-        found.texts
-        if file is None
-        else {role: text.model_copy(update={"source": file}) for role, text in found.texts.items()}
-    )
+    found = measurement_of(spec, facts.text_numbers, saved_text)
+    source = {} if file is None else {"source": file}
+    texts = {role: text.model_copy(update=source) for role, text in found.texts.items()}
     stated = None if facts.pruned is None else facts.pruned.perplexity
     return replace(found, texts=texts, perplexity=stated, fitness_digest=facts.fitness_digest)

@@ -58,6 +58,7 @@ def facts_of(model: LoadedModel, plan: Plan = UNEVEN, **changes: Any) -> ExportF
         "method": "uniform",
         "rates": (0.3,) * len(model.decoder.shape.layers),
         "spec": spec,
+        "text_numbers": changes.get("spec", spec).text_numbers,
         "shape": model.decoder.shape,
         "plan": plan,
         "dense": TextPerplexity(perplexity=12.3456, tokens=4088),
