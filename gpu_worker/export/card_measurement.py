@@ -19,7 +19,7 @@ from protocol.runtime.paths import expanded
 
 @dataclass(frozen=True)
 class CardMeasurement:
-    """The texts that a model is measured on as it is, and the perplexity that its card states."""
+    """The texts that an unpruned or exported model is measured on, and the perplexity that its card states."""
 
     texts: Mapping[Role, TextSpec]
     seed: int

@@ -5,7 +5,7 @@ import secrets
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any
@@ -51,16 +51,13 @@ def running(options: ServerOptions) -> Iterator[str]:
             server.kill()
 
 
-@contextmanager
-def serving(path: Path, *, context: int = MIN_CONTEXT, hidden_states: bool = False) -> Iterator[str]:
+def serving(path: Path, *, context: int = MIN_CONTEXT, hidden_states: bool = False) -> AbstractContextManager[str]:
     """Serve the file for one text of up to `context` tokens at a time, and yield the server's address.
 
     The KV cache is F32, so that only the weights are rounded. Raises ModelError if llama.cpp cannot load the file.
     """
     threads, context = torch.get_num_threads(), max(MIN_CONTEXT, context)
-    options = ServerOptions(str(path), threads, context, hidden_states=hidden_states, exact_cache=True)
-    with running(options) as address:
-        yield address
+    return running(ServerOptions(str(path), threads, context, hidden_states=hidden_states, exact_cache=True))
 
 
 def ask(address: str, path: str, body: Mapping[str, Any]) -> Any:

@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -115,8 +115,7 @@ def open_pair(request: SpeedRequest, formats: Formats, progress: Progress) -> It
         yield Pair(runners[0], runners[1], device, threads)
 
 
-@contextmanager
-def _serving(model: GgufModel, length: Length, texts: int) -> Iterator[str]:
+def _serving(model: GgufModel, length: Length, texts: int) -> AbstractContextManager[str]:
     """Start a server with a slot for each text of a batch, and yield its address."""
     options = ServerOptions(
         str(model.path),
@@ -126,8 +125,7 @@ def _serving(model: GgufModel, length: Length, texts: int) -> Iterator[str]:
         batch=texts * length.prompt,  # all prompts of a batch at once
         in_memory=True,
     )
-    with running(options) as address:
-        yield address
+    return running(options)
 
 
 def _device() -> str:
