@@ -30,6 +30,7 @@ from protocol.runtime.signals import Interrupted
 
 if TYPE_CHECKING:
     from gpu_worker.finetune.prune import Finished
+    from gpu_worker.finetune.prune_records import Tuning
 
 LONGEST_NAME = 48
 """Maximum number of letters taken from the folder's name for the search's name."""
@@ -75,7 +76,7 @@ def prune(
     search: SearchFlags,
     format_: flags.FormatNames = None,
     gguf_type: flags.GgufTypeFlag = None,
-    tuning: FinetuneFlags,
+    training: FinetuneFlags,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing export.")] = False,
     json_: flags.Json = False,
 ) -> None:
@@ -83,22 +84,18 @@ def prune(
 
     After an interruption, the same command resumes where it left off.
     """
-    _check_needed(tuning)
+    _check_needed(training)
     formats = formats_of(format_ or ["hf"])
     destination = Destination(expanded(out), formats, gguf_type_of(formats, gguf_type), force)
     settings = prune_settings(model, rate, destination.folder, search)
-    data = (tuning.finetune_data or ALPACA_GPT4) if tuning.finetune else None
-    recipe = None if data is None else finetune_recipe(data, tuning, settings)
-    if data is not None:
-        _check_finetuning(data, tuning, destination, settings)
+    tuning = _tuning(training, destination, settings) if training.finetune else None
     need("torch", "worker")
-    if data is not None:
+    if tuning is not None:
         need("peft", "finetune")
     from gpu_worker.finetune.prune import check_before_search, finish, write_report
-    from gpu_worker.finetune.prune_records import Goal, Tuning
+    from gpu_worker.finetune.prune_records import Goal
 
-    learned = None if data is None or recipe is None else Tuning(data, recipe, tuning.finetune_minutes)
-    goal = Goal(settings.search.name, settings.folder, settings.spec(), destination, learned)
+    goal = Goal(settings.search.name, settings.folder, settings.spec(), destination, tuning)
     goal, before = check_before_search(goal)
     try:
         request, summary = _searched(settings)
@@ -139,20 +136,20 @@ def _result(
     )
 
 
-def _check_needed(tuning: FinetuneFlags) -> None:
+def _check_needed(given: FinetuneFlags) -> None:
     """Raise SettingsError for a flag of fine-tuning without --finetune."""
-    given = [name for name, value in asdict(tuning).items() if value is not None and name != "finetune"]
-    if given and not tuning.finetune:
-        raise SettingsError(f"--{given[0].replace('_', '-')} needs --finetune")
+    names = [name for name, value in asdict(given).items() if value is not None and name != "finetune"]
+    if names and not given.finetune:
+        raise SettingsError(f"--{names[0].replace('_', '-')} needs --finetune")
 
 
-def finetune_recipe(data: str, tuning: FinetuneFlags, settings: Settings) -> Recipe:
+def finetune_recipe(data: str, given: FinetuneFlags, settings: Settings) -> Recipe:
     """Return the recipe for fine-tuning on `data`."""
-    micro_batch = tuning.finetune_micro_batch
+    micro_batch = given.finetune_micro_batch
     how = RecipeFlags(
-        batch=tuning.finetune_batch,
+        batch=given.finetune_batch,
         micro_batch=RecipeFlags.micro_batch if micro_batch is None else micro_batch,
-        learning_rate=tuning.finetune_learning_rate,
+        learning_rate=given.finetune_learning_rate,
     )
     return recipe_of(data, how, full=False, seed=settings.search.seed)
 
@@ -197,16 +194,21 @@ def _rounds_for(budget: int, search: SearchSettings) -> int:
     return max(search.rounds, math.ceil((budget - search.population) / offspring)) if offspring else search.rounds
 
 
-def _check_finetuning(data: str, tuning: FinetuneFlags, destination: Destination, settings: Settings) -> None:
-    """Raise UsageError for flags and settings that fine-tuning cannot use."""
+def _tuning(given: FinetuneFlags, destination: Destination, settings: Settings) -> "Tuning":
+    """Return how to fine-tune. Raises UsageError for flags and settings that fine-tuning cannot use."""
+    from gpu_worker.finetune.prune_records import Tuning
+
+    data = given.finetune_data or ALPACA_GPT4
+    recipe = finetune_recipe(data, given, settings)
     if destination.formats == ("gguf",):
         raise SettingsError("--finetune needs a format that can be trained: add --format hf")
     if settings.target.dtype == "float16":
         raise SettingsError("--finetune needs target.dtype bfloat16 or float32: gradients overflow in float16")
-    check_minutes("--finetune-minutes", tuning.finetune_minutes)
+    check_minutes("--finetune-minutes", given.finetune_minutes)
     learned = found_data(data)
     check_apart("--finetune-data", learned, "data.fitness (--data)", settings.data.fitness)
     check_apart("--finetune-data", learned, "data.report (--report-data)", settings.data.report)
+    return Tuning(data, recipe, given.finetune_minutes)
 
 
 def _searched(settings: Settings) -> tuple[PruningRequest, Summary]:
