@@ -20,7 +20,7 @@ from gpu_worker.evaluation.target import Target
 from gpu_worker.llama_cpp.client import gguf_perplexity
 from gpu_worker.llama_cpp.writer import write_gguf
 from gpu_worker.measuring.perplexity import perplexity
-from protocol.plans.allocation import Allocation
+from protocol.plans.allocation import Allocation, PruningRequest
 from protocol.plans.spec import SearchSpec, TextSpec
 from protocol.results.formats import GgufType
 
@@ -38,7 +38,7 @@ def pruned(text: str, calibration: str, rate: float, multiple_of: int) -> tuple[
         fitness=TextSpec(source=text, windows=WINDOWS, seqlen=SEQLEN),
         dtype="float32",
     )
-    target = prepare(spec, Allocation(method="uniform"))
+    target = prepare(PruningRequest(spec, Allocation(method="uniform")))
     plan = spec.plan([rate] * len(target.shape.layers), target.shape)
     target.prune(plan)
     return target, plan

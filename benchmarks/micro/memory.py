@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from gpu_worker.export.facts import ExportFacts
-from gpu_worker.export.writer import export_model
+from gpu_worker.export.writer import ExportContent, export_model
 from gpu_worker.measuring.half_precision import products_in_float32
 from gpu_worker.measuring.perplexity import perplexity
 from gpu_worker.models.loading import LoadedModel, load_model
@@ -29,7 +29,7 @@ from gpu_worker.pruning.importance import wanda_sp
 from gpu_worker.pruning.ordered_model import OrderedModel
 from protocol.plans.plan import Plan, make_plan
 from protocol.plans.spec import SearchSpec, TextSpec
-from protocol.results.formats import Format
+from protocol.results.formats import Destination, Format
 
 TEXT = TextSpec(source="self", windows=4, seqlen=1024)
 SPEC = SearchSpec(model="smollm2", rate=0.3, calibration=TEXT, fitness=TEXT)
@@ -65,14 +65,20 @@ def export_all() -> dict[str, float]:
     """Return the seconds of writing each format."""
     model, plan = pruned()
     facts = ExportFacts(
-        base_model="smollm2", method="uniform", rates=(0.3,) * 30, spec=SPEC, shape=model.decoder.shape, plan=plan
+        base_model="smollm2",
+        method="uniform",
+        rates=(0.3,) * 30,
+        spec=SPEC,
+        text_numbers=SPEC.text_numbers,
+        shape=model.decoder.shape,
+        plan=plan,
     )
     folder = Path(tempfile.mkdtemp(prefix="export-"))
     seconds: dict[str, float] = {}
     try:
         for format_ in FORMATS:
             start = time.perf_counter()
-            export_model(model, plan, facts, (format_,), folder / format_, force=False)
+            export_model(ExportContent(model, facts), Destination(folder / format_, (format_,)))
             seconds[format_] = time.perf_counter() - start
     finally:
         shutil.rmtree(folder)

@@ -30,7 +30,7 @@ from benchmarks.paper.table_formats import estimate_rows, tables_json, tables_ma
 from benchmarks.paper.table_layouts import table_layouts
 from benchmarks.paper.tables import TableLayout
 from protocol.errors import SelfPrunerError, SettingsError, UsageError
-from protocol.runtime.files import replace
+from protocol.runtime.files import write_atomically
 from protocol.runtime.signals import Interrupted, interruptible
 
 
@@ -106,8 +106,8 @@ def _make(given: argparse.Namespace, runner: Runner) -> int:
 def write_tables(tables: Sequence[TableLayout], outcomes: Mapping[str, Outcome], out: Path, about: str) -> None:
     """Write OUT/tables.md and OUT/tables.json. Raises UsageError if that fails."""
     with reporting_write_errors(out):
-        replace(out / "tables.md", tables_markdown(tables, outcomes, about))
-        replace(
+        write_atomically(out / "tables.md", tables_markdown(tables, outcomes, about))
+        write_atomically(
             out / "tables.json", json.dumps(tables_json(tables, outcomes, about), indent=1, ensure_ascii=False) + "\n"
         )
 

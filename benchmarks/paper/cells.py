@@ -12,7 +12,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from benchmarks.output_folder import reporting_write_errors
 from benchmarks.paper.answers import CellCommand, Figures, UnreadableAnswer, read
 from protocol.plans.value import Value
-from protocol.runtime.files import replace
+from protocol.runtime.files import write_atomically
 
 
 class Cell(Value):
@@ -105,7 +105,7 @@ class CellStore:
         record = {"cell": cell.model_dump(mode="json"), "outcome": outcome.model_dump(mode="json")}
         with reporting_write_errors(self._file(cell)):
             self._folder.mkdir(parents=True, exist_ok=True)
-            replace(self._file(cell), json.dumps(record, indent=1, ensure_ascii=False) + "\n")
+            write_atomically(self._file(cell), json.dumps(record, indent=1, ensure_ascii=False) + "\n")
 
     def _file(self, cell: Cell) -> Path:
         return self._folder / f"{cell.id}.json"

@@ -55,7 +55,7 @@ from protocol.errors import SelfPrunerError, SettingsError, UsageError
 from protocol.plans.allocation import Method
 from protocol.plans.spec import Measure, Reconstruction
 from protocol.runtime import logs
-from protocol.runtime.files import replace
+from protocol.runtime.files import write_atomically
 from protocol.runtime.signals import run_until_signal
 
 SEEDS: tuple[Method, ...] = ("first-layer", "llm-pruner", "owl", "uniform")
@@ -210,7 +210,7 @@ def _show_all(found: list[SearchResult], arguments: dict[str, Any], given: argpa
     results = [joined[which].model_dump() for which in sorted(joined, key=_in_order)]
     figures = {"arguments": arguments, "results": results}
     for file in filter(None, (given.out / "comparison.json", given.json)):
-        replace(file, json.dumps(figures, indent=1) + "\n")
+        write_atomically(file, json.dumps(figures, indent=1) + "\n")
     for rate in dict.fromkeys(r["rate"] for r in results):
         show(
             [r for r in results if r["rate"] == rate],

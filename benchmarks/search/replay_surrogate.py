@@ -28,7 +28,7 @@ from protocol.errors import UsageError
 from protocol.plans.candidate import Measured
 from protocol.plans.profile import ModelProfile
 from protocol.plans.spec import SearchSpec
-from protocol.runtime.files import replace
+from protocol.runtime.files import write_atomically
 
 Column = NDArray[np.float64]
 
@@ -73,7 +73,7 @@ def _replay(folders: Sequence[Path], file: Path | None) -> None:
         table.add_row(folder.name, str(len(rounds)), *(f"{value:.2f}" for value in found))
     Console(width=120).print(table)
     if file:
-        replace(file, json.dumps(figures, indent=1) + "\n")
+        write_atomically(file, json.dumps(figures, indent=1) + "\n")
 
 
 def replayed(folder: Path) -> tuple[Column, Column, Column]:

@@ -29,7 +29,7 @@ from protocol.queue.connection import UNREACHABLE_ERRORS, connect
 from protocol.queue.jobs import JobQueue
 from protocol.queue.keys import Keys
 from protocol.queue.profile_board import ProfileBoard
-from protocol.runtime.files import Lines, replace
+from protocol.runtime.files import AppendOnlyFile, write_atomically
 
 LEASE_SECONDS = 600.0
 RESULT = "result.json"
@@ -169,7 +169,7 @@ class MeasuringWorker:
     def _keep(self, id_: str, outcome: Outcome, search: str) -> None:
         self._outcomes[id_], self.measured_by[id_] = outcome, search
         record = {"id": id_, "search": search, "outcome": outcome.model_dump(mode="json")}
-        with closing(Lines(self._kept)) as lines:
+        with closing(AppendOnlyFile(self._kept)) as lines:
             lines.append(json.dumps(record) + "\n")
 
 
@@ -200,7 +200,7 @@ def plain_uniform(specs: Sequence[SearchSpec], kept: Path) -> list[PlainUniform]
             for key, plan in ((spec.fingerprint, spec.uniform_plan(target.shape)), (_any_heads(spec), masked)):
                 target.prune(plan)
                 found[key], _ = checked_perplexity(target.model.decoder, target.texts.report, no_progress, "measuring")
-        replace(kept, json.dumps(found, indent=1) + "\n")
+        write_atomically(kept, json.dumps(found, indent=1) + "\n")
     return [PlainUniform(found[spec.fingerprint], found[_any_heads(spec)]) for spec in plain]
 
 
@@ -266,7 +266,7 @@ def result_of(
 def keep_result(result: SearchResult, folder: Path, arguments: Mapping[str, Any]) -> None:
     """Write the result of a search to its folder."""
     record = {"arguments": arguments, "result": result.model_dump()}
-    replace(folder / RESULT, json.dumps(record, indent=1) + "\n")
+    write_atomically(folder / RESULT, json.dumps(record, indent=1) + "\n")
 
 
 def result_before(folder: Path) -> SearchResult | None:

@@ -3,7 +3,7 @@
 import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from pydantic import ValidationError
@@ -14,14 +14,10 @@ from daemon.settings.errors import validation_sentence
 from daemon.settings.packages import need
 from protocol.errors import DataError, SettingsError
 from protocol.plans.spec import NAMED_TEXTS, Dtype
-from protocol.results.commands import FinetuneResult
 from protocol.results.finetuning import ALPACA_GPT4, Form, Recipe, Schedule, form_of
 from protocol.results.formats import formats_of
 from protocol.runtime.paths import expanded, is_same_file
 from protocol.runtime.signals import Interrupted
-
-if TYPE_CHECKING:
-    from gpu_worker.finetune.finetune import FinetuneRequest
 
 SIZES: dict[Form, dict[str, int]] = {"alpaca": {"batch": 64, "seqlen": 256}, "text": {"batch": 8, "seqlen": 512}}
 """Default batch and sequence length; LLM-Pruner's for instructions."""
@@ -115,37 +111,29 @@ def finetune(
     need("torch", "worker")
     if not full:
         need("peft", "finetune")
-    from gpu_worker.finetune.eval_texts import EvalText
-    from gpu_worker.finetune.finetune import FinetuneRequest
-    from gpu_worker.finetune.training import Limits
-
-    result = finetuned(
-        FinetuneRequest(
-            folder=expanded(folder),
-            data=data,
-            recipe=recipe,
-            out=expanded(out),
-            formats=formats,
-            gguf_type=gguf_type,
-            force=force,
-            eval_text=None if eval_data is None else EvalText(eval_data, eval_windows, eval_seqlen),
-            dtype=dtype,
-            limits=Limits(None if max_minutes is None else 60 * max_minutes, 60 * checkpoint_minutes),
-        )
-    )
-    print_result(result.model_dump(mode="json"), json_, lambda: tables.finetuned(result))
-
-
-def finetuned(request: "FinetuneRequest") -> FinetuneResult:
-    """Fine-tune, showing progress; a signal keeps the steps taken."""
     try:
-        with show_progress(str(request.folder)) as progress:
-            from gpu_worker.finetune.finetune import finetune_once
+        with show_progress(str(folder)) as progress:
+            from gpu_worker.finetune.eval_texts import EvalText
+            from gpu_worker.finetune.finetune import FinetuneRequest, finetune_once
+            from gpu_worker.finetune.training import Limits
 
-            return finetune_once(request, progress)
+            request = FinetuneRequest(
+                folder=expanded(folder),
+                data=data,
+                recipe=recipe,
+                out=expanded(out),
+                formats=formats,
+                gguf_type=gguf_type,
+                force=force,
+                eval_text=None if eval_data is None else EvalText(eval_data, eval_windows, eval_seqlen),
+                dtype=dtype,
+                limits=Limits(None if max_minutes is None else 60 * max_minutes, 60 * checkpoint_minutes),
+            )
+            result = finetune_once(request, progress)
     except Interrupted as end:
         end.left = RESUME_HINT
         raise
+    print_result(result.model_dump(mode="json"), json_, lambda: tables.finetuned(result))
 
 
 def recipe_of(data: str, how: RecipeFlags, *, full: bool, seed: int) -> Recipe:

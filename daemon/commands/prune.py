@@ -3,18 +3,17 @@
 import json
 import math
 import re
-from dataclasses import replace
+from dataclasses import asdict, dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from daemon.commands import flags, prune_steps, tables
-from daemon.commands.finetune import RESUME_HINT, check_apart, check_minutes, found_data
-from daemon.commands.output import print_result
-from daemon.commands.prune_steps import Goal
-from daemon.commands.request import PruningRequest, request_of_search
+from daemon.commands import flags, tables
+from daemon.commands.finetune import RESUME_HINT, RecipeFlags, check_apart, check_minutes, found_data, recipe_of
+from daemon.commands.output import print_result, show_progress
+from daemon.commands.request import request_of_search
 from daemon.launch.run import run_here
 from daemon.monitor.summary import Summary
 from daemon.settings.packages import need
@@ -22,43 +21,62 @@ from daemon.settings.search import SearchSettings
 from daemon.settings.settings import Settings
 from daemon.settings.sources import load
 from protocol.errors import SelfPrunerError, SettingsError
+from protocol.plans.allocation import PruningRequest
 from protocol.results.commands import PruneResult, SearchSummary
-from protocol.results.finetuning import ALPACA_GPT4, form_of
-from protocol.results.formats import formats_of, gguf_type_of
+from protocol.results.finetuning import ALPACA_GPT4, Recipe
+from protocol.results.formats import Destination, formats_of, gguf_type_of
 from protocol.runtime.paths import expanded
 from protocol.runtime.signals import Interrupted
+
+if TYPE_CHECKING:
+    from gpu_worker.finetune.prune import Finished
+    from gpu_worker.finetune.prune_records import Tuning
 
 LONGEST_NAME = 48
 """Maximum number of letters taken from the folder's name for the search's name."""
 
 
+@dataclass(frozen=True)
+class SearchFlags:
+    """The search for the rates."""
+
+    budget: Annotated[
+        int | None, typer.Option(help="Number of evaluations, at least the first population; by default the config's.")
+    ] = None
+    data: Annotated[
+        str | None, typer.Option(help="Text to score and search on: `wikitext2`, `c4`, `self`, or a text file.")
+    ] = None
+    report_data: Annotated[str | None, typer.Option(help="Text to report on; --data by default.")] = None
+    config: Annotated[Path | None, typer.Option(help="YAML file of settings; best.yaml by default.")] = None
+    set_: flags.Set = None
+
+
+@dataclass(frozen=True)
+class FinetuneFlags:
+    """Fine-tuning after pruning; None takes the default of `finetune`."""
+
+    finetune: Annotated[bool, typer.Option("--finetune", help="Fine-tune with LoRA after pruning.")] = False
+    finetune_data: Annotated[str | None, typer.Option(help=f"As `finetune --data`; `{ALPACA_GPT4}` by default.")] = None
+    finetune_minutes: Annotated[float | None, typer.Option(help="Maximum training time in minutes.")] = None
+    finetune_micro_batch: Annotated[
+        int | None, typer.Option(help="As `finetune --micro-batch`; lower it to save memory.")
+    ] = None
+    finetune_batch: Annotated[int | None, typer.Option(help="As `finetune --batch`.")] = None
+    finetune_learning_rate: Annotated[
+        float | None, typer.Option(help="As `finetune --learning-rate`; small models need a higher one.")
+    ] = None
+
+
+@flags.grouped
 def prune(
     model: Annotated[str, typer.Argument(help="A Hugging Face name, a folder, or `smollm2`.")],
     rate: Annotated[float, typer.Option(help="Pruning rate β: the share of decoder parameters to remove.")],
     out: Annotated[Path, typer.Option(help="The folder to create.")],
-    budget: Annotated[
-        int | None, typer.Option(help="Number of evaluations, at least the first population; by default the config's.")
-    ] = None,
-    data: Annotated[
-        str | None, typer.Option(help="Text to score and search on: `wikitext2`, `c4`, `self`, or a text file.")
-    ] = None,
-    report_data: Annotated[str | None, typer.Option(help="Text to report on; --data by default.")] = None,
-    config: Annotated[Path | None, typer.Option(help="YAML file of settings; best.yaml by default.")] = None,
-    set_: flags.Set = None,
+    *,
+    search: SearchFlags,
     format_: flags.FormatNames = None,
     gguf_type: flags.GgufTypeFlag = None,
-    finetune: Annotated[bool, typer.Option("--finetune", help="Fine-tune with LoRA after pruning.")] = False,
-    finetune_data: Annotated[
-        str | None, typer.Option(help=f"As `finetune --data`; `{ALPACA_GPT4}` by default.")
-    ] = None,
-    finetune_minutes: Annotated[float | None, typer.Option(help="Maximum training time in minutes.")] = None,
-    finetune_micro_batch: Annotated[
-        int | None, typer.Option(help="As `finetune --micro-batch`; lower it to save memory.")
-    ] = None,
-    finetune_batch: Annotated[int | None, typer.Option(help="As `finetune --batch`.")] = None,
-    finetune_learning_rate: Annotated[
-        float | None, typer.Option(help="As `finetune --learning-rate`; small models need a higher one.")
-    ] = None,
+    training: FinetuneFlags,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing export.")] = False,
     json_: flags.Json = False,
 ) -> None:
@@ -66,95 +84,102 @@ def prune(
 
     After an interruption, the same command resumes where it left off.
     """
-    tuning: dict[str, Any] = {
-        "minutes": finetune_minutes,
-        "micro_batch": finetune_micro_batch,
-        "batch": finetune_batch,
-        "learning_rate": finetune_learning_rate,
-    }
-    given = [name for name, value in ({"data": finetune_data} | tuning).items() if value is not None]
-    if given and not finetune:
-        raise SettingsError(f"--finetune-{given[0].replace('_', '-')} needs --finetune")
-    tuned_on = (finetune_data or ALPACA_GPT4) if finetune else None
+    _check_needed(training)
     formats = formats_of(format_ or ["hf"])
-    stored = gguf_type_of(formats, gguf_type)
-    goal = Goal(expanded(out), formats, stored, force, tuned_on, **tuning)
-    settings = prune_settings(model, rate, goal.out, budget, data, report_data, config, set_ or [])
-    if finetune:
-        prune_steps.recipe(goal, settings)
-    if prune_steps.was_written_unrecorded(goal, settings):
-        goal = replace(goal, force=True)
-    before = _checked(goal, settings)
+    destination = Destination(expanded(out), formats, gguf_type_of(formats, gguf_type), force)
+    settings = prune_settings(model, rate, destination.folder, search)
+    tuning = _tuning(training, destination, settings) if training.finetune else None
+    need("torch", "worker")
+    if tuning is not None:
+        need("peft", "finetune")
+    from gpu_worker.finetune.prune import check_before_search, finish, write_report
+    from gpu_worker.finetune.prune_records import Goal
+
+    goal = Goal(settings.search.name, settings.folder, settings.spec(), destination, tuning)
+    goal, before = check_before_search(goal)
     try:
         request, summary = _searched(settings)
-        if before is not None and not prune_steps.holds(goal.out, request):
-            # The search ran longer this time and found better rates: replace what this same command wrote before.
-            before, goal = None, replace(goal, force=True)
         searched = SearchSummary(
             evaluations=sum(summary.candidates["by_outcome"].values()),
             seconds=summary.seconds,
             uniform_perplexity=summary.uniform.perplexity,
             uniform_report_perplexity=summary.uniform.report_perplexity,
         )
-        written = before or prune_steps.write(request, goal, settings, searched)
-        reloaded, runs_in_llama_cpp = prune_steps.check_written(written, goal, request, settings)
-        result = PruneResult(
-            search=settings.search.name,
-            evaluations=searched.evaluations,
-            proposed_by_llm=summary.candidates["by_source"]["llm"],
-            search_seconds=searched.seconds,
-            uniform_perplexity=searched.uniform_perplexity,
-            uniform_report_perplexity=searched.uniform_report_perplexity,
-            uniform_kl=summary.uniform.kl,
-            uniform_parameters=summary.uniform.parameters,
-            reconstruction=request.spec.reconstruction,
-            dense_report_perplexity=summary.dense.report_perplexity,
-            exported=written.exported,
-            finetuned=written.finetuned,
-            reloaded=reloaded,
-            runs_in_llama_cpp=runs_in_llama_cpp,
-        )
-        prune_steps.report(result, goal)
+        with show_progress(request.spec.model) as progress:
+            finished = finish(goal, before, request, searched, progress)
+        result = _result(goal.search, summary, searched, request, finished)
+        write_report(result, goal.out)
     except Interrupted as end:
         end.left = RESUME_HINT
         raise
     print_result(result.model_dump(mode="json"), json_, lambda: tables.pruned(result, request.spec.fitness))
 
 
-def prune_settings(
-    model: str,
-    rate: float,
-    out: Path,
-    budget: int | None,
-    data: str | None,
-    report_data: str | None,
-    config: Path | None,
-    overrides: list[str],
-) -> Settings:
+def _result(
+    search: str, summary: Summary, searched: SearchSummary, request: PruningRequest, finished: "Finished"
+) -> PruneResult:
+    return PruneResult(
+        search=search,
+        evaluations=searched.evaluations,
+        proposed_by_llm=summary.candidates["by_source"]["llm"],
+        search_seconds=searched.seconds,
+        uniform_perplexity=searched.uniform_perplexity,
+        uniform_report_perplexity=searched.uniform_report_perplexity,
+        uniform_kl=summary.uniform.kl,
+        uniform_parameters=summary.uniform.parameters,
+        reconstruction=request.spec.reconstruction,
+        dense_report_perplexity=summary.dense.report_perplexity,
+        exported=finished.written.exported,
+        finetuned=finished.written.finetuned,
+        reloaded=finished.reloaded,
+        runs_in_llama_cpp=finished.runs_in_llama_cpp,
+    )
+
+
+def _check_needed(given: FinetuneFlags) -> None:
+    """Raise SettingsError for a flag of fine-tuning without --finetune."""
+    names = [name for name, value in asdict(given).items() if value is not None and name != "finetune"]
+    if names and not given.finetune:
+        raise SettingsError(f"--{names[0].replace('_', '-')} needs --finetune")
+
+
+def finetune_recipe(data: str, given: FinetuneFlags, settings: Settings) -> Recipe:
+    """Return the recipe for fine-tuning on `data`."""
+    micro_batch = given.finetune_micro_batch
+    how = RecipeFlags(
+        batch=given.finetune_batch,
+        micro_batch=RecipeFlags.micro_batch if micro_batch is None else micro_batch,
+        learning_rate=given.finetune_learning_rate,
+    )
+    return recipe_of(data, how, full=False, seed=settings.search.seed)
+
+
+def prune_settings(model: str, rate: float, out: Path, search: SearchFlags) -> Settings:
     """Return the settings of the search. Its default name is made from the folder and the spec."""
+    config, overrides = search.config, search.set_ or []
     chosen: dict[str, Any] = {"target.model": model, "target.rate": rate}
-    if data is not None:
-        chosen |= {"data.calibration": data, "data.fitness": data, "data.report": report_data or data}
-    elif report_data is not None:
-        chosen["data.report"] = report_data
+    if (data := search.data) is not None:
+        chosen |= {"data.calibration": data, "data.fitness": data, "data.report": search.report_data or data}
+    elif search.report_data is not None:
+        chosen["data.report"] = search.report_data
     with as_file(files("configs") / "best.yaml") as best:
         usual = load(best, [f"target.model={json.dumps(model)}", f"target.rate={rate}"]).search.name
-        if budget is not None:
+        if (budget := search.budget) is not None:
             without = _given(chosen | {"search.max_evaluations": None})
-            search = load(config or best, without + overrides).search
-            if budget < search.population:
+            given = load(config or best, without + overrides).search
+            if budget < given.population:
                 raise SettingsError(
-                    f"--budget ({budget}) is smaller than the first population ({search.population}): raise it, "
+                    f"--budget ({budget}) is smaller than the first population ({given.population}): raise it, "
                     "or lower --set search.population"
                 )
-            chosen |= {"search.max_evaluations": budget, "search.rounds": _rounds_for(budget, search)}
-        given = _given(chosen) + overrides
-        settings = load(config or best, given)
+            chosen |= {"search.max_evaluations": budget, "search.rounds": _rounds_for(budget, given)}
+        values = _given(chosen) + overrides
+        settings = load(config or best, values)
         is_named = "name" in settings.search.model_fields_set and (config is not None or settings.search.name != usual)
         if not is_named:
             words = re.sub(r"[^A-Za-z0-9._-]+", "-", out.name).strip("-")[:LONGEST_NAME]
             name = f"prune-{words}-{settings.spec().fingerprint[:6]}"
-            settings = load(config or best, [*given, f"search.name={json.dumps(name)}"])
+            settings = load(config or best, [*values, f"search.name={json.dumps(name)}"])
     return settings
 
 
@@ -169,42 +194,21 @@ def _rounds_for(budget: int, search: SearchSettings) -> int:
     return max(search.rounds, math.ceil((budget - search.population) / offspring)) if offspring else search.rounds
 
 
-def _checked(goal: Goal, settings: Settings) -> prune_steps.Written | None:
-    """Return what an earlier call has written. Raises UsageError for invalid input before a search of hours."""
-    if goal.data is not None:
-        if goal.formats == ("gguf",):
-            raise SettingsError("--finetune needs a format that can be trained: add --format hf")
-        if settings.target.dtype == "float16":
-            raise SettingsError("--finetune needs target.dtype bfloat16 or float32: gradients overflow in float16")
-        check_minutes("--finetune-minutes", goal.minutes)
-        learned = found_data(goal.data)
-        check_apart("--finetune-data", learned, "data.fitness (--data)", settings.data.fitness)
-        check_apart("--finetune-data", learned, "data.report (--report-data)", settings.data.report)
-    need("torch", "worker")
-    if goal.data is not None:
-        need("peft", "finetune")
-    from gpu_worker.export.folder import check_target
-    from gpu_worker.export.writer import check_formats
-    from gpu_worker.models.loading import load_without_weights
+def _tuning(given: FinetuneFlags, destination: Destination, settings: Settings) -> "Tuning":
+    """Return how to fine-tune. Raises UsageError for flags and settings that fine-tuning cannot use."""
+    from gpu_worker.finetune.prune_records import Tuning
 
-    before = prune_steps.written_before(goal, settings)
-    if before is None:
-        check_target(goal.out, force=goal.force)
-    model = load_without_weights(settings.target.model, settings.target.dtype)
-    check_formats(model, goal.formats, goal.gguf_type)
-    if before is None:
-        prune_steps.check_disk(goal, settings, model.decoder.shape)
-        if goal.data is not None:
-            prune_steps.check_memory(goal, settings, model)
-    if goal.data is not None:
-        from gpu_worker.evaluation.target import check_length
-        from gpu_worker.finetune.data import prepare_data, read_instructions
-
-        recipe = prune_steps.recipe(goal, settings)
-        check_length(model, recipe.seqlen)
-        instructions = read_instructions(goal.data, recipe) if form_of(goal.data) == "alpaca" else None
-        prepare_data(goal.data, instructions, model, recipe)
-    return before
+    data = given.finetune_data or ALPACA_GPT4
+    recipe = finetune_recipe(data, given, settings)
+    if destination.formats == ("gguf",):
+        raise SettingsError("--finetune needs a format that can be trained: add --format hf")
+    if settings.target.dtype == "float16":
+        raise SettingsError("--finetune needs target.dtype bfloat16 or float32: gradients overflow in float16")
+    check_minutes("--finetune-minutes", given.finetune_minutes)
+    learned = found_data(data)
+    check_apart("--finetune-data", learned, "data.fitness (--data)", settings.data.fitness)
+    check_apart("--finetune-data", learned, "data.report (--report-data)", settings.data.report)
+    return Tuning(data, recipe, given.finetune_minutes)
 
 
 def _searched(settings: Settings) -> tuple[PruningRequest, Summary]:

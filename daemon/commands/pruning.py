@@ -8,7 +8,6 @@ import structlog
 import typer
 
 from daemon.commands import flags, tables
-from daemon.commands.card_claim import CardClaim, card_claim
 from daemon.commands.output import print_result, show_progress
 from daemon.commands.request import (
     allocation_of,
@@ -19,6 +18,7 @@ from daemon.commands.request import (
     refuse_given,
     request_of_search,
     self_if_none,
+    text_of,
 )
 from daemon.monitor.remote import best_so_far
 from daemon.settings.packages import need
@@ -26,7 +26,7 @@ from protocol.errors import SettingsError
 from protocol.plans.allocation import Method
 from protocol.plans.any_heads import Heads
 from protocol.plans.spec import Dtype, Measure
-from protocol.results.formats import FACTS, formats_of, gguf_type_of
+from protocol.results.formats import FACTS, Destination, formats_of, gguf_type_of
 from protocol.runtime.paths import expanded
 
 log = structlog.get_logger()
@@ -97,22 +97,14 @@ def evaluate(
             raise SettingsError("--heads has no effect here: the model is measured as is")
         if fitness != "perplexity":
             raise SettingsError("--fitness kl compares with the dense model: give --allocate or --rates as well")
-        claim = card_claim(name, texts)
-        if claim is None:
-            claim = CardClaim(measured_texts(texts), seed or 0, dtype or "bfloat16")
-        claim = claim.changed(dtype, seed)
-        with show_progress(name) as progress:
-            from gpu_worker.evaluation.one_shot import evaluate_model
+        from gpu_worker.export.card_measurement import CardMeasurement, card_measurement
 
-            result = evaluate_model(
-                name,
-                claim.texts,
-                dtype=claim.dtype,
-                seed=claim.seed,
-                saved_text=claim.saved_text,
-                progress=progress,
-            )
-        result = result.model_copy(update={"card_perplexity": claim.about(result.fitness_digest)})
+        found = card_measurement(name, texts.data and text_of(texts.data, texts.windows, texts.seqlen).source)
+        if found is None or texts != flags.TextFlags(data=texts.data):
+            found = CardMeasurement(measured_texts(texts), seed or 0, dtype or "bfloat16")
+        measurement = found.changed(dtype, seed)
+        with show_progress(name) as progress:
+            result = measurement.run(name, progress)
     else:
         request = pruning_request(
             name, texts, choice, how, options, measure=fitness, dtype=dtype or "bfloat16", seed=seed or 0
@@ -121,14 +113,7 @@ def evaluate(
         with show_progress(name) as progress:
             from gpu_worker.evaluation.one_shot import evaluate_once
 
-            result = evaluate_once(
-                request.spec,
-                request.choice,
-                shape=request.shape,
-                method=request.method,
-                heads=heads or "rectangular",
-                progress=progress,
-            )
+            result = evaluate_once(request, heads or "rectangular", progress)
     print_result(result.model_dump(mode="json"), json_, lambda: tables.evaluation(result))
 
 
@@ -164,7 +149,7 @@ def export(
     Without --data and --calibration-data, the model is scored and measured on text that it generates.
     """
     formats = formats_of(format_ or ["hf"])
-    stored = gguf_type_of(formats, gguf_type)
+    destination = Destination(expanded(out), formats, gguf_type_of(formats, gguf_type), force)
     if search is not None:
         if model is not None or choice != flags.ChoiceFlags():
             raise SettingsError(
@@ -180,16 +165,9 @@ def export(
     need("torch", "worker")
     from gpu_worker.export.folder import check_target
 
-    check_target(expanded(out), force=force)
+    check_target(destination.folder, force=force)
     with show_progress(request.spec.model) as progress:
-        from gpu_worker.export.export import Destination, export_once
+        from gpu_worker.export.export import export_once
 
-        result = export_once(
-            request.spec,
-            request.choice,
-            Destination(expanded(out), formats, stored, force),
-            shape=request.shape,
-            method=request.method,
-            progress=progress,
-        )
+        result = export_once(request, destination, progress)
     print_result(result.model_dump(mode="json"), json_, lambda: tables.exported(result, request.spec.fitness))

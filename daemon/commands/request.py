@@ -1,7 +1,7 @@
 """Pruning requests: from the flags of a command, or a file of rates, to a spec and rates."""
 
 import json
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,24 +11,13 @@ from daemon.commands.flags import CalibrationFlags, ChoiceFlags, ExportTexts, Me
 from daemon.settings.errors import validation_sentence
 from daemon.settings.target import check_text, text_spec
 from protocol.errors import DataError, SettingsError
-from protocol.plans.allocation import Allocation, Method
+from protocol.plans.allocation import Allocation, Method, PruningRequest
 from protocol.plans.any_heads import Heads
 from protocol.plans.plan import Split
 from protocol.plans.shape import Granularity, ModelShape
 from protocol.plans.spec import Dtype, Importance, Measure, Reconstruction, Role, Scoring, SearchSpec, TextSpec
 
 NO_RATES = "not a JSON object with a list of numbers called `rates`"
-
-
-@dataclass(frozen=True)
-class PruningRequest:
-    """What to prune, and the rates: given ones for a model of this `shape`, or an allocation."""
-
-    spec: SearchSpec
-    choice: tuple[float, ...] | Allocation
-    shape: ModelShape | None
-    method: str
-    """The allocation method, or where the rates come from, for people."""
 
 
 class _HowStored(BaseModel):
@@ -169,11 +158,11 @@ def measured_texts(texts: TextFlags) -> dict[Role, TextSpec]:
     if texts.data is None:
         raise SettingsError("give --data, the text to measure on")
     calibration = texts.calibration_data
-    found: dict[Role, TextSpec] = {"fitness": _text(texts.data, texts.windows, texts.seqlen)}
+    found: dict[Role, TextSpec] = {"fitness": text_of(texts.data, texts.windows, texts.seqlen)}
     if calibration is not None:
-        found["calibration"] = _text(calibration, texts.calibration_windows, texts.seqlen)
+        found["calibration"] = text_of(calibration, texts.calibration_windows, texts.seqlen)
     if texts.report_data is not None:
-        found["report"] = _text(texts.report_data, texts.report_windows, texts.seqlen)
+        found["report"] = text_of(texts.report_data, texts.report_windows, texts.seqlen)
     return found
 
 
@@ -184,17 +173,17 @@ def self_if_none(texts: ExportTexts) -> ExportTexts:
 
 def _texts(texts: TextFlags | CalibrationFlags) -> dict[str, TextSpec | None]:
     if isinstance(texts, CalibrationFlags):
-        text = _text(texts.calibration_data, texts.calibration_windows, texts.seqlen)
+        text = text_of(texts.calibration_data, texts.calibration_windows, texts.seqlen)
         # No fitness text is read, because nothing is measured, but a spec needs one.
         return {"calibration": text, "fitness": text, "report": None}
     calibration = texts.calibration_data or texts.data
     data = texts.data or texts.calibration_data
     if calibration is None or data is None:
         raise SettingsError("give --data, the text to measure on")
-    report = texts.report_data and _text(texts.report_data, texts.report_windows, texts.seqlen)
+    report = texts.report_data and text_of(texts.report_data, texts.report_windows, texts.seqlen)
     return {
-        "calibration": _text(calibration, texts.calibration_windows, texts.seqlen),
-        "fitness": _text(data, texts.windows, texts.seqlen),
+        "calibration": text_of(calibration, texts.calibration_windows, texts.seqlen),
+        "fitness": text_of(data, texts.windows, texts.seqlen),
         "report": report or None,
     }
 
@@ -212,6 +201,7 @@ def _origin(file: RatesFile, path: Path | None) -> str:
     return file.method or f"rates of {path.name if path else 'a file'}"
 
 
-def _text(source: str, windows: int | None, seqlen: int) -> TextSpec:
+def text_of(source: str, windows: int | None, seqlen: int) -> TextSpec:
+    """Return the spec of a text. Raises DataError for a file that is not on this machine."""
     check_text(source)
     return text_spec(source, windows, seqlen)

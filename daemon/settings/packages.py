@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from protocol.errors import SettingsError
 
 
-def need(package: str, extra: str) -> None:
-    """Raise SettingsError, with the pip command, if `package` is not installed."""
+def need(package: str, extra: str, what: str = "this", otherwise: str = "") -> None:
+    """Raise SettingsError, with the pip command and what else to do, if `package` is not installed."""
     if find_spec(package) is None:
-        raise SettingsError(f"this needs the package {package}: pip install 'self-pruner[{extra}]'")
+        raise SettingsError(f"{what} needs the package {package}: pip install 'self-pruner[{extra}]'{otherwise}")

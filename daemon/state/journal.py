@@ -24,7 +24,7 @@ from protocol.plans.candidate import Candidate, Measured, Stopped
 from protocol.plans.profile import ModelProfile
 from protocol.plans.shape import ModelShape
 from protocol.plans.spec import SearchSpec
-from protocol.runtime.files import Document, Lines, replace
+from protocol.runtime.files import AppendOnlyFile, AtomicFile, write_atomically
 
 TRANSCRIPT = "transcript.jsonl"
 EVALUATIONS = "evaluations.jsonl"
@@ -49,7 +49,7 @@ class Journal:
         self.folder_errors = FolderErrors(folder)
         self._disk = ThreadPoolExecutor(1, "journal")
         self._written: Future[None] | None = None
-        self._kept: dict[str, Document] = {}
+        self._kept: dict[str, AtomicFile] = {}
         self._copy: _Copy | None = None
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -79,14 +79,14 @@ class Journal:
     def write(self, name: str, record: Mapping[str, Any]) -> None:
         """Replace the file `name` by `record`."""
         with self.folder_errors.writing(name):
-            replace(self.folder / name, json_text(record))
+            write_atomically(self.folder / name, json_text(record))
 
     def keep(self, name: str, text: str, *, mode: int) -> None:
         """Write the file `name` with these permissions, and again whenever it was removed or changed."""
-        self._kept[name] = document = Document(self.folder / name, durable=False, mode=mode)
-        self.folder_errors.watch(name, lambda: document.is_gone)
+        self._kept[name] = file = AtomicFile(self.folder / name, durable=False, mode=mode)
+        self.folder_errors.watch(name, lambda: file.is_gone)
         with self.folder_errors.writing(name):
-            document.write(text)
+            file.write(text)
 
     async def keep_forever(self) -> None:
         """Retry failed writes, and rewrite files that were removed or changed, until cancelled."""
@@ -132,11 +132,11 @@ class Journal:
             self._written = self._disk.submit(copy_context().run, _logging_errors, self._copy.write)
 
     def _write_kept(self) -> None:
-        for name, document in self._kept.items():
-            if document.is_changed:
+        for name, file in self._kept.items():
+            if file.is_changed:
                 self.folder_errors.changed([name])
                 with self.folder_errors.writing(name):
-                    document.write_again()
+                    file.write_again()
 
 
 def _logging_errors(write: Callable[[], None]) -> None:
@@ -161,12 +161,12 @@ class _Copy:
             SPEC: {"search": search, "fingerprint": spec.fingerprint, **spec.model_dump()},
             PROFILE: profile.model_dump(mode="json"),
         }
-        self._documents = {name: Document(folder / name) for name in (SPEC, PROFILE, BEST)}
-        self._lines: Lines | None = None
+        self._files = {name: AtomicFile(folder / name) for name in (SPEC, PROFILE, BEST)}
+        self._lines: AppendOnlyFile | None = None
         self._written = 0
         self._known_best: Evaluation | None = None
-        for name, document in self._documents.items():
-            folder_errors.watch(name, lambda document=document: document.is_gone)  # type: ignore[misc]
+        for name, file in self._files.items():
+            folder_errors.watch(name, lambda file=file: file.is_gone)  # type: ignore[misc]
         folder_errors.watch(EVALUATIONS, lambda: self._lines is not None and self._lines.is_gone)
 
     def write(self) -> None:
@@ -178,13 +178,13 @@ class _Copy:
         if best is not None and best is not self._known_best:
             self._unwritten[BEST] = best_record(self._search, self._spec, self._shape, best)
             self._known_best = best
-        for name, document in self._documents.items():
+        for name, file in self._files.items():
             with self._folder_errors.writing(name):
                 if record := self._unwritten.get(name):
-                    document.write(json_text(record))
+                    file.write(json_text(record))
                     del self._unwritten[name]
                 elif name in changed:
-                    document.write_again()
+                    file.write_again()
         with self._folder_errors.writing(EVALUATIONS):
             self._write_evaluations()
 
@@ -195,7 +195,7 @@ class _Copy:
 
     def _changed(self) -> list[str]:
         """Return the files that were removed or changed."""
-        changed = [name for name, document in self._documents.items() if document.is_changed]
+        changed = [name for name, file in self._files.items() if file.is_changed]
         if self._lines and self._lines.is_changed:
             changed.append(EVALUATIONS)
             self._lines.close()
@@ -205,8 +205,8 @@ class _Copy:
     def _write_evaluations(self) -> None:
         if self._lines is None:
             known = list(self.evaluations)
-            replace(self._folder / EVALUATIONS, "".join(_line(evaluation_record(e)) for e in known))
-            self._lines, self._written = Lines(self._folder / EVALUATIONS), len(known)
+            write_atomically(self._folder / EVALUATIONS, "".join(_line(evaluation_record(e)) for e in known))
+            self._lines, self._written = AppendOnlyFile(self._folder / EVALUATIONS), len(known)
         for evaluation in self.evaluations[self._written :]:
             self._lines.append(_line(evaluation_record(evaluation)))
             self._written += 1

@@ -6,7 +6,7 @@ from pathlib import Path
 import structlog
 
 from daemon.state.folder_errors import FolderErrors
-from protocol.runtime.files import Lines
+from protocol.runtime.files import AppendOnlyFile
 
 KEPT = 64_000_000
 """Maximum characters kept in memory while they cannot be written."""
@@ -19,7 +19,7 @@ class TranscriptFile:
 
     def __init__(self, path: Path, folder_errors: FolderErrors) -> None:
         self._folder_errors, self._name = folder_errors, path.name
-        self._lines = Lines(path)
+        self._lines = AppendOnlyFile(path)
         folder_errors.watch(self._name, lambda: self._lines.is_gone)
         self._waiting: deque[str] = deque()
         self._size = 0

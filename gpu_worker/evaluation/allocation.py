@@ -7,42 +7,46 @@ from gpu_worker.evaluation.target import Target
 from gpu_worker.models.loading import LoadedModel
 from gpu_worker.progress import Progress, no_progress
 from protocol.errors import BudgetError
-from protocol.plans.allocation import Allocation, DenseMeasurements, allocation_rates, llm_pruner_rates, uniform_rates
+from protocol.plans.allocation import (
+    Allocation,
+    Choice,
+    DenseMeasurements,
+    PruningRequest,
+    allocation_rates,
+    llm_pruner_rates,
+    uniform_rates,
+)
 from protocol.plans.plan import check_rates
 from protocol.plans.shape import ModelShape
 from protocol.plans.single_unit_pruning import single_unit_removed_share
-from protocol.plans.spec import SearchSpec
-
-Choice = tuple[float, ...] | Allocation
-"""Given rates, or an allocation that computes them."""
 
 
 def prepare(
-    spec: SearchSpec,
-    choice: Choice,
+    request: PruningRequest,
     progress: Progress = no_progress,
     *,
-    shape: ModelShape | None = None,
     check: Callable[[LoadedModel], None] = lambda _: None,
     measured: bool = True,
 ) -> Target:
-    """Prepare the target of `spec`, with the statistics of the dense model that `choice` needs.
+    """Prepare the target to prune, with the statistics of the dense model that an allocation needs.
 
     As soon as the model is loaded, before the slow stages, given rates and budgets of allocations are checked and
-    `check` is called. `shape` is the model shape that given rates are for, if known. With `measured` False, evaluation
-    texts are not read. Raises BudgetError for rates of another model, number, range or budget.
+    `check` is called. With `measured` False, evaluation texts are not read. Raises BudgetError for rates of another
+    model, number, range or budget.
     """
 
     def check_first(model: LoadedModel) -> None:
         check(model)
-        check_choice(spec, choice, shape, model.decoder.shape)
+        _check_choice(request, model.decoder.shape)
 
+    choice = request.choice
     threshold = choice.outlier_threshold if isinstance(choice, Allocation) and choice.method == "owl" else None
-    return Target(spec, progress, outlier_threshold=threshold, check=check_first, measured=measured)
+    return Target(request.spec, progress, outlier_threshold=threshold, check=check_first, measured=measured)
 
 
-def check_choice(spec: SearchSpec, choice: Choice, known: ModelShape | None, shape: ModelShape) -> None:
-    """Raise BudgetError if a model of `shape` cannot be pruned by `choice`, as far as is known before measuring."""
+def _check_choice(request: PruningRequest, shape: ModelShape) -> None:
+    """Raise BudgetError if a model of `shape` cannot be pruned as requested, as far as is known before measuring."""
+    spec, choice, known = request.spec, request.choice, request.shape
     if isinstance(choice, Allocation):
         if choice.method == "llm-pruner":
             rates = llm_pruner_rates(choice.first_layers, choice.last_layers, shape, spec.rate, spec.granularity)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from gpu_worker.evaluation.allocation import Choice, allocate, choose_rates, prepare
+from gpu_worker.evaluation.allocation import allocate, choose_rates, prepare
 from gpu_worker.evaluation.session import Session
 from gpu_worker.evaluation.target import Target, check_length
 from gpu_worker.measuring.corpora import SELF, load_roles, windows_digest
@@ -18,11 +18,10 @@ from gpu_worker.models.loading import LoadedModel, load_model
 from gpu_worker.models.memory import Workload
 from gpu_worker.progress import Progress, no_progress
 from gpu_worker.pruning.importance import any_heads_plan
-from protocol.plans.allocation import Allocation
+from protocol.plans.allocation import Allocation, Choice, PruningRequest
 from protocol.plans.any_heads import AnyHeadsPlan, Heads
 from protocol.plans.candidate import Measured
 from protocol.plans.plan import Parameters, Plan, count_parameters, dense_plan
-from protocol.plans.shape import ModelShape
 from protocol.plans.spec import Dtype, Role, SearchSpec, TextSpec
 from protocol.results.commands import AllocationResult, EvaluationResult
 
@@ -39,22 +38,16 @@ class Pruned:
 
 
 def evaluate_once(
-    spec: SearchSpec,
-    choice: Choice,
-    *,
-    shape: ModelShape | None = None,
-    method: str = "rates",
-    heads: Heads = "rectangular",
-    progress: Progress = no_progress,
+    request: PruningRequest, heads: Heads = "rectangular", progress: Progress = no_progress
 ) -> EvaluationResult:
     """Prune by given rates or by those of an allocation, and measure.
 
-    `shape` is the model shape that given rates are for, if known. `heads="any"` needs layer granularity, equal split
-    and dense scoring. Raises UsageError for a model or text that is not available, and for rates of the wrong number,
-    range or model.
+    `heads="any"` needs layer granularity, equal split and dense scoring. Raises UsageError for a model or text that is
+    not available, and for rates of the wrong number, range or model.
     """
-    target = prepare(spec, choice, progress, shape=shape)
-    rates = choose_rates(target, choice, progress)
+    spec = request.spec
+    target = prepare(request, progress)
+    rates = choose_rates(target, request.choice, progress)
     plan: Plan | AnyHeadsPlan = spec.plan(list(rates), target.shape)
     if heads == "any":
         plan = any_heads_plan(rates, target.importance, target.shape, multiple_of=spec.multiple_of)
@@ -62,7 +55,7 @@ def evaluate_once(
     profile = session.profile
     return EvaluationResult(
         model=spec.model,
-        method=method,
+        method=request.method,
         heads=heads,
         reconstruction=spec.reconstruction,
         rate=removed_share(measured.parameters),
@@ -165,7 +158,7 @@ def _windows_of(
 
 def allocate_once(spec: SearchSpec, allocation: Allocation, progress: Progress = no_progress) -> AllocationResult:
     """Compute the rates of an allocation without pruning."""
-    target = prepare(spec, allocation, progress, measured=False)
+    target = prepare(PruningRequest(spec, allocation), progress, measured=False)
     rates = allocate(target, allocation, progress)
     plan = spec.plan(list(rates), target.shape)
     return AllocationResult(

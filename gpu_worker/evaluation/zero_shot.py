@@ -16,7 +16,7 @@ import torch
 from lm_eval.models.huggingface import HFLM
 from torch import Tensor
 
-from gpu_worker.evaluation.allocation import Choice, choose_rates, prepare
+from gpu_worker.evaluation.allocation import choose_rates, prepare
 from gpu_worker.evaluation.one_shot import removed_share
 from gpu_worker.evaluation.outcomes import first_line
 from gpu_worker.evaluation.zero_shot_tasks import LoadedTask, load_tasks, quiet
@@ -25,9 +25,9 @@ from gpu_worker.models.loading import LoadedModel, load_model
 from gpu_worker.models.memory import FP32, gigabytes, main_memory
 from gpu_worker.progress import Progress, no_progress
 from protocol.errors import UsageError
+from protocol.plans.allocation import PruningRequest
 from protocol.plans.plan import Parameters, count_parameters, dense_plan
-from protocol.plans.shape import ModelShape
-from protocol.plans.spec import Dtype, SearchSpec
+from protocol.plans.spec import Dtype
 from protocol.results.commands import TaskAccuracy, ZeroShotResult
 
 log = structlog.get_logger()
@@ -62,23 +62,16 @@ def zero_shot_model(
     return _result(name, questions, answers, parameters, dtype, time.perf_counter() - start)
 
 
-def zero_shot_pruned(
-    spec: SearchSpec,
-    choice: Choice,
-    questions: Questions,
-    *,
-    shape: ModelShape | None = None,
-    method: str = "rates",
-    progress: Progress = no_progress,
-) -> ZeroShotResult:
-    """Prune by given rates or an allocation, and measure. `shape` is the model that given rates are for, if known.
+def zero_shot_pruned(request: PruningRequest, questions: Questions, progress: Progress = no_progress) -> ZeroShotResult:
+    """Prune by given rates or an allocation, and measure.
 
     Raises UsageError for tasks, a model or a text that is not available and for rates of the wrong number, range or
     model; NotFiniteError if the model's predictions are not finite.
     """
     tasks = load_tasks(questions.names, questions.folder, questions.limit, progress)
-    target = prepare(spec, choice, progress, shape=shape, measured=False)
-    rates = choose_rates(target, choice, progress)
+    spec = request.spec
+    target = prepare(request, progress, measured=False)
+    rates = choose_rates(target, request.choice, progress)
     plan = spec.plan(list(rates), target.shape)
     try:
         target.prune(plan)
@@ -88,7 +81,12 @@ def zero_shot_pruned(
         raise NotFiniteError(f"pruned so, {spec.model} does not compute: {error}") from error
     parameters = count_parameters(plan, target.shape)
     result = _result(spec.model, questions, answers, parameters, spec.dtype, time.perf_counter() - start)
-    how = {"method": method, "rate": removed_share(parameters), "calibration": spec.calibration.source, "rates": rates}
+    how = {
+        "method": request.method,
+        "rate": removed_share(parameters),
+        "calibration": spec.calibration.source,
+        "rates": rates,
+    }
     return result.model_copy(update=how)
 
 

@@ -9,8 +9,8 @@ from gpu_worker.llama_cpp.tensor_types import MAIN
 from gpu_worker.models.memory import gigabytes
 from protocol.errors import ModelError
 from protocol.plans.shape import ModelShape
-from protocol.plans.spec import Dtype
-from protocol.results.formats import Format, Formats, GgufType
+from protocol.plans.spec import Dtype, SearchSpec
+from protocol.results.formats import Destination, Format, Formats, GgufType
 
 SIZES: dict[Dtype, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
 """Bytes of a weight."""
@@ -38,12 +38,11 @@ def kept_by(rate: float, shape: ModelShape) -> int:
     return round((1 - rate) * shape.decoder_parameters)
 
 
-def check_export_disk(
-    folder: Path, rate: float, shape: ModelShape, formats: Formats, dtype: Dtype, gguf_type: GgufType = "f16"
-) -> None:
-    """Raise ModelError if the disk of `folder` has too little space for a model of this shape, pruned by `rate`."""
-    needed = export_bytes(shape, kept_by(rate, shape), formats, dtype, gguf_type)
-    check_disk(folder, needed, f"the export into {', '.join(formats)}")
+def check_export_disk(destination: Destination, spec: SearchSpec, shape: ModelShape) -> None:
+    """Raise ModelError if the disk has too little space for the export of a model of this dense `shape`."""
+    formats = destination.formats
+    needed = export_bytes(shape, kept_by(spec.rate, shape), formats, spec.dtype, destination.gguf_type)
+    check_disk(destination.folder, needed, f"the export into {', '.join(formats)}")
 
 
 def check_disk(folder: Path, needed: int, what: str, freed: int = 0) -> None:

@@ -1,45 +1,29 @@
 """`selfpruner export`: prunes, measures, and writes the model with its card."""
 
 import time
-from dataclasses import dataclass
-from pathlib import Path
 
-from gpu_worker.evaluation.allocation import Choice, prepare
+from gpu_worker.evaluation.allocation import prepare
 from gpu_worker.evaluation.one_shot import Pruned, prune_and_measure, removed_share
 from gpu_worker.export.disk_space import check_export_disk
 from gpu_worker.export.facts import ExportFacts, TextPerplexity
 from gpu_worker.export.folder import check_target
-from gpu_worker.export.writer import check_formats, export_model
+from gpu_worker.export.writer import ExportContent, check_formats, export_model
 from gpu_worker.measuring.corpora import SELF, windows_digest
 from gpu_worker.models.loading import LoadedModel
 from gpu_worker.progress import Progress, no_progress
+from protocol.plans.allocation import PruningRequest
 from protocol.plans.candidate import Measured
 from protocol.plans.profile import DensePerplexity
-from protocol.plans.shape import ModelShape
 from protocol.plans.spec import SearchSpec
 from protocol.results.commands import ExportResult, SearchSummary
-from protocol.results.formats import Formats, GgufType
-
-
-@dataclass(frozen=True)
-class Destination:
-    """Folder and formats of an export. `gguf_type` is only used for the GGUF file."""
-
-    folder: Path
-    formats: Formats
-    gguf_type: GgufType = "f16"
-    force: bool = False
+from protocol.results.formats import Destination
 
 
 def export_once(
-    spec: SearchSpec,
-    choice: Choice,
+    request: PruningRequest,
     destination: Destination,
-    *,
-    shape: ModelShape | None = None,
-    method: str = "rates",
-    searched: SearchSummary | None = None,
     progress: Progress = no_progress,
+    searched: SearchSummary | None = None,
 ) -> ExportResult:
     """Prune by given rates or an allocation, measure, and write the folder atomically.
 
@@ -47,34 +31,20 @@ def export_once(
     family that the format does not support, and for a folder that exists or cannot be written.
     """
     check_target(destination.folder, force=destination.force)
-    target = prepare(
-        spec,
-        choice,
-        progress,
-        shape=shape,
-        check=lambda model: _check(model, spec, destination),
-    )
-    pruned = prune_and_measure(target, choice, progress)
+    spec = request.spec
+    target = prepare(request, progress, check=lambda model: _check(model, spec, destination))
+    pruned = prune_and_measure(target, request.choice, progress)
     start = time.perf_counter()
-    gguf = export_model(
-        target.model,
-        pruned.plan,
-        facts_of(pruned, method, searched),
-        destination.formats,
-        destination.folder,
-        force=destination.force,
-        gguf_type=destination.gguf_type,
-        saved_text=pruned.session.target.texts.fitness if spec.fitness.source == SELF else None,
-        windows=pruned.session.target.texts.fitness,
-        progress=progress,
-    )
+    facts = facts_of(pruned, request.method, searched)
+    content = ExportContent(target.model, facts, target.texts.fitness, saves_windows=spec.fitness.source == SELF)
+    gguf = export_model(content, destination, progress)
     seconds = time.perf_counter() - start
     return ExportResult(
         folder=destination.folder,
         formats=destination.formats,
         files={file.name: file.stat().st_size for file in sorted(destination.folder.iterdir())},
         model=spec.model,
-        method=method,
+        method=request.method,
         rate=removed_share(pruned.fitness.parameters),
         perplexity=pruned.fitness.perplexity,
         dense_perplexity=pruned.session.profile.dense.perplexity,
@@ -90,9 +60,8 @@ def export_once(
 
 def _check(model: LoadedModel, spec: SearchSpec, destination: Destination) -> None:
     """Raise ModelError if a format does not support the model, or if the disk has too little space."""
-    formats, gguf_type = destination.formats, destination.gguf_type
-    check_formats(model, formats, gguf_type)
-    check_export_disk(destination.folder, spec.rate, model.decoder.shape, formats, spec.dtype, gguf_type)
+    check_formats(model, destination.formats, destination.gguf_type)
+    check_export_disk(destination, spec, model.decoder.shape)
 
 
 def facts_of(pruned: Pruned, method: str, searched: SearchSummary | None = None) -> ExportFacts:

@@ -1,13 +1,11 @@
 """Reads an exported folder: its facts, and its model with the pruned sizes."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from pydantic import ValidationError
 
-from gpu_worker.export.facts import ExportFacts
+from gpu_worker.export.facts import ExportFacts, read_facts
 from gpu_worker.export.folder import formats_in
 from gpu_worker.models.loading import LoadedModel
 from gpu_worker.pruning.importance import LayerImportance
@@ -16,9 +14,6 @@ from protocol.errors import ModelError
 from protocol.plans.plan import Plan
 from protocol.plans.shape import LayerShape
 from protocol.results.formats import FACTS, SAVED_TEXT, Format, Formats
-
-NOT_FACTS = ("selfpruner", "format", "formats", "parameters")
-"""Keys of selfpruner.json that are not facts."""
 
 
 @dataclass(frozen=True)
@@ -41,17 +36,9 @@ class ExportedFolder:
 
 def read_exported(folder: Path) -> ExportedFolder:
     """Read the folder's facts. Raises ModelError if it is not an export, or is one that cannot be loaded again."""
-    file = folder / FACTS
     formats = formats_in(folder)
-    try:
-        written = json.loads(file.read_bytes())
-        fmt = written["format"]
-        facts = ExportFacts.model_validate({name: each for name, each in written.items() if name not in NOT_FACTS})
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        # pydantic's ValidationError is a ValueError with a very long message
-        reason = "not what this version writes" if isinstance(error, ValidationError) else str(error)
-        raise ModelError(f"{file} does not say what the folder holds ({reason})") from error
-    if fmt not in ("hf", "padded"):
+    facts, fmt = read_facts(folder), formats[0]
+    if fmt == "gguf":
         raise ModelError(
             f"the folder {str(folder)!r} is an export for llama.cpp, whose weights are no longer those of the model; "
             "pass the hf or the padded export of the same model"

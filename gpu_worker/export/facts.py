@@ -1,18 +1,31 @@
 """The facts that an exported folder records: its origin, how it was pruned, and what was measured."""
 
+import json
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
+from protocol.errors import ModelError
 from protocol.plans.plan import Parameters, Plan, count_parameters
 from protocol.plans.shape import ModelShape
-from protocol.plans.spec import Role, SearchSpec, TextSpec, number_texts
+from protocol.plans.spec import Role, SearchSpec, TextSpec
 from protocol.results.commands import GgufPerplexity, SearchSummary
 from protocol.results.finetuning import Finetuning
+from protocol.results.formats import FACTS
 
 SMOLLM2_ON_THE_HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """Name of `smollm2` on the hub."""
+NOT_FACTS = ("selfpruner", "format", "formats", "parameters")
+"""Keys of selfpruner.json that are not facts."""
 
 
 class TextPerplexity(BaseModel):
@@ -38,9 +51,8 @@ class ExportFacts(BaseModel):
     rates: tuple[float, ...]
     """One per unit of the spec's granularity, in order."""
     spec: SearchSpec
-    text_numbers: dict[Role, int] | None = None
-    """Roles with the same number took their windows from the same text; file names without folders cannot tell. None in
-    older folders, where texts of the same name count as the same."""
+    text_numbers: dict[Role, int]
+    """Roles with the same number took their windows from the same text; file names without folders cannot tell."""
     shape: ModelShape
     """Shape of the dense model."""
     plan: Plan
@@ -73,8 +85,7 @@ class ExportFacts(BaseModel):
 
     def is_one_text(self, one: Role, other: Role) -> bool:
         """Return whether both roles took their windows from the same text."""
-        numbers = self.text_numbers or number_texts({role: text.source for role, text in self.spec.texts.items()})
-        return one in numbers and numbers.get(one) == numbers.get(other)
+        return one in self.text_numbers and self.text_numbers[one] == self.text_numbers.get(other)
 
     @property
     def parameters(self) -> Parameters:
@@ -94,6 +105,18 @@ class ExportFacts(BaseModel):
     def base_name(self) -> str:
         """Return the base model's name for the card; for a folder without its parents, which are private."""
         return self.hub_name or Path(self.base_model).expanduser().resolve().name
+
+
+def read_facts(folder: Path) -> ExportFacts:
+    """Read the facts of an exported folder. Raises ModelError if its file does not hold them."""
+    file = folder / FACTS
+    try:
+        written = json.loads(file.read_bytes())
+        return ExportFacts.model_validate({name: each for name, each in written.items() if name not in NOT_FACTS})
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        # pydantic's ValidationError is a ValueError with a very long message
+        reason = "not what this version writes" if isinstance(error, ValidationError) else str(error)
+        raise ModelError(f"{file} does not say what the folder holds ({reason})") from error
 
 
 def without_folders(spec: SearchSpec) -> SearchSpec:

@@ -33,7 +33,7 @@ def formats_in(folder: Path) -> Formats:
         raise ModelError(f"{str(folder)!r} was not written by `selfpruner export`: it has no {FACTS}")
     try:
         written = json.loads(mark.read_bytes())
-        found = tuple(written["formats"] if "formats" in written else [written["format"]])
+        found = tuple(written["formats"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ModelError(f"{str(mark)!r} does not say in which format the model was exported") from error
     for each in found:

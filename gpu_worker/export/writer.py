@@ -1,5 +1,6 @@
 """Writes a pruned model as a folder in one format, or with a GGUF file beside it, with its card and facts."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
@@ -19,67 +20,62 @@ from gpu_worker.models.memory import gigabytes, main_memory
 from gpu_worker.models.modeling import dense_type, modeling_of
 from gpu_worker.progress import Progress, no_progress
 from protocol.errors import ModelError
-from protocol.plans.plan import Plan
 from protocol.results.commands import GgufPerplexity
-from protocol.results.formats import FACTS, Format, Formats, GgufType
+from protocol.results.formats import FACTS, Destination, Format, Formats, GgufType
+
+
+@dataclass(frozen=True)
+class ExportContent:
+    """What an export is written from."""
+
+    model: LoadedModel
+    """The model, pruned to the plan in `facts`."""
+    facts: ExportFacts
+    windows: Tensor | None = None
+    """Measured tokens (long, [n, seqlen]); a GGUF file is measured in llama.cpp on the first of them."""
+    saves_windows: bool = False
+    """Save the measured tokens in the folder, because the dense model wrote them."""
 
 
 def export_model(
-    model: LoadedModel,
-    plan: Plan,
-    facts: ExportFacts,
-    formats: Formats,
-    out: Path,
-    *,
-    force: bool,
-    gguf_type: GgufType = "f16",
-    saved_text: Tensor | None = None,
-    windows: Tensor | None = None,
-    progress: Progress = no_progress,
+    content: ExportContent, destination: Destination, progress: Progress = no_progress
 ) -> GgufPerplexity | None:
-    """Write `model`, which is pruned to `plan`, as the folder `out`, atomically.
+    """Write the folder atomically, and return the perplexity of its GGUF file, if any.
 
-    `saved_text` are the measured tokens if the dense model wrote them. A GGUF file is measured in llama.cpp on the
-    first of `windows` (long, [n, seqlen]); its perplexity is returned. Raises ModelError for a family that the format
-    does not support and for a GGUF file that llama.cpp computes differently, ExportError if `out` exists (`force`
-    replaces an older export) or cannot be written.
+    Raises ModelError for a family that the format does not support and for a GGUF file that llama.cpp computes
+    differently, ExportError if the folder exists (`force` replaces an older export) or cannot be written.
     """
-    name, found = out.expanduser().resolve().name, None
+    found = None
 
     def write(folder: Path) -> None:
         nonlocal found
-        content = (model, plan, facts, formats)
-        found = write_files(
-            folder, *content, name=name, gguf_type=gguf_type, saved_text=saved_text, windows=windows, progress=progress
-        )
+        found = write_files(folder, content, destination, progress)
 
-    write_folder(out, write, force=force)
+    write_folder(destination.folder, write, force=destination.force)
     return found
 
 
 def write_files(
-    folder: Path,
-    model: LoadedModel,
-    plan: Plan,
-    facts: ExportFacts,
-    formats: Formats,
-    *,
-    name: str,
-    gguf_type: GgufType = "f16",
-    saved_text: Tensor | None = None,
-    windows: Tensor | None = None,
-    progress: Progress = no_progress,
+    folder: Path, content: ExportContent, destination: Destination, progress: Progress
 ) -> GgufPerplexity | None:
-    """Write all files of an export called `name` into the empty `folder`; see `export_model`."""
-    written = [_write_weights(model, plan, fmt, folder, name, gguf_type, progress) for fmt in formats]
-    gguf = next(filter(None, written), None)
-    found = None
-    if gguf is not None and windows is not None:
-        found = measure_gguf(folder / gguf, model, windows, gguf_type, progress)
-    facts = facts.model_copy(update={"gguf": found})
-    if saved_text is not None and formats != ("gguf",):
-        save_text(saved_text, folder)
-    (folder / "README.md").write_text(render_card(facts, formats, name=name, gguf=gguf), encoding="utf-8")
+    """Write all files of an export into the empty `folder`; see `export_model`."""
+    name, formats = destination.folder.expanduser().resolve().name, destination.formats
+    model, plan, gguf_type = content.model, content.facts.plan, destination.gguf_type
+    gguf = found = None
+    for fmt in formats:
+        if fmt == "hf":
+            write_hf(model, plan, folder, progress)
+        elif fmt == "padded":
+            write_padded(model, plan, folder, progress)
+        else:
+            gguf = write_gguf(model, plan, folder, file_type=gguf_type, name=name, progress=progress)
+    if gguf is not None and content.windows is not None:
+        found = measure_gguf(gguf, model, content.windows, gguf_type, progress)
+    facts = content.facts.model_copy(update={"gguf": found})
+    if content.saves_windows and content.windows is not None and formats != ("gguf",):
+        save_text(content.windows, folder)
+    card = render_card(facts, formats, name=name, gguf=gguf and gguf.name)
+    (folder / "README.md").write_text(card, encoding="utf-8")
     write_json(folder / FACTS, _facts_json(facts, formats))
     return found
 
@@ -109,19 +105,6 @@ def _check_memory(model: LoadedModel, fmt: Format) -> None:
             f"writing the format {fmt} needs about {gigabytes(needed)} of main memory where {gigabytes(available)} are "
             "available; use a machine with more, or the format gguf"
         )
-
-
-def _write_weights(
-    model: LoadedModel, plan: Plan, fmt: Format, folder: Path, name: str, gguf_type: GgufType, progress: Progress
-) -> str | None:
-    """Write the model in one format; return the name of the GGUF file if it is that format."""
-    if fmt == "hf":
-        write_hf(model, plan, folder, progress)
-    elif fmt == "padded":
-        write_padded(model, plan, folder, progress)
-    else:
-        return write_gguf(model, plan, folder, file_type=gguf_type, name=name, progress=progress).name
-    return None
 
 
 def _facts_json(facts: ExportFacts, formats: Formats) -> dict[str, object]:

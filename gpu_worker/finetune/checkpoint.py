@@ -22,7 +22,7 @@ from protocol.errors import ModelError, SettingsError
 from protocol.plans.shape import ModelShape
 from protocol.plans.spec import Dtype
 from protocol.results.finetuning import LossPoint, Recipe
-from protocol.results.formats import Formats, GgufType
+from protocol.results.formats import Destination
 from protocol.runtime.locks import try_lock
 from protocol.runtime.signals import defer_signals
 
@@ -136,25 +136,19 @@ IN_CHECKPOINT = 3 * FP32
 
 
 def check_finetuning_disk(
-    shape: ModelShape,
-    kept: int,
-    recipe: Recipe,
-    formats: Formats,
-    dtype: Dtype,
-    checkpoint: Path,
-    gguf_type: GgufType = "f16",
-    beside: int = 0,
+    shape: ModelShape, kept: int, recipe: Recipe, dtype: Dtype, destination: Destination, beside: int = 0
 ) -> None:
-    """Raise ModelError if the disk of `checkpoint`, which is beside the output, has too little space.
+    """Raise ModelError if the disk of `destination` has too little space.
 
-    The space is for a model in all `formats` and for two checkpoints, because the old one stays until the next is
+    The space is for a model in all formats and for two checkpoints, because the old one stays until the next is
     complete. `shape` is the dense model's shape, `kept` the decoder parameters that remain, and `beside` the bytes that
     the pruned model needs on the same disk.
     """
+    checkpoint, formats = folder_beside(destination.folder), destination.formats
     if checkpoint.exists() and not checkpoint.is_dir():
         raise ModelError(f"{checkpoint}, the checkpoint folder, is a file; move it, or pass another --out")
     checkpoints = 2 * Training(recipe).parameters(shape) * IN_CHECKPOINT
-    needed = export_bytes(shape, kept, formats, dtype, gguf_type) + checkpoints + beside
+    needed = export_bytes(shape, kept, formats, dtype, destination.gguf_type) + checkpoints + beside
     freed = sum(file.stat().st_size for file in checkpoint.iterdir()) if checkpoint.exists() else 0
     what = f"fine-tuning into {', '.join(formats)}, with its checkpoints{' and the pruned model' if beside else ''},"
     check_disk(checkpoint, needed, what, freed=freed)

@@ -78,11 +78,13 @@ class TrainingData:
         return digest.hexdigest()
 
 
-def read_instructions(source: str, recipe: Recipe) -> tuple[Instruction, ...]:
-    """Read instructions from the hub or a file, as many as `recipe` asks for.
+def read_instructions(source: str, recipe: Recipe) -> tuple[Instruction, ...] | None:
+    """Read instructions from the hub or a file, as many as `recipe` asks for; None for a plain text.
 
     Raises DataError if they are not available, and for the first invalid line or entry.
     """
+    if form_of(source) == "text":
+        return None
     found = _of_the_hub() if source == ALPACA_GPT4 else _of_a_file(Path(source).expanduser())
     wanted = recipe.examples or (HUB_EXAMPLES if source == ALPACA_GPT4 else None)
     return found if wanted is None else tuple(found[i] for i in _picked(len(found), wanted, recipe.seed))

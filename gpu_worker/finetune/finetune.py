@@ -10,7 +10,7 @@ from gpu_worker.evaluation.target import check_length
 from gpu_worker.export.exported_folder import ExportedFolder, pruned_sizes, read_exported, restore_pruned_sizes
 from gpu_worker.export.facts import ExportFacts, TextPerplexity, without_folders
 from gpu_worker.export.folder import check_target
-from gpu_worker.export.writer import check_formats
+from gpu_worker.export.writer import ExportContent, check_formats
 from gpu_worker.finetune.checkpoint import Checkpoint, State, check_finetuning_disk, folder_beside, locked
 from gpu_worker.finetune.data import TrainingData, prepare_data, read_instructions
 from gpu_worker.finetune.eval_texts import (
@@ -22,9 +22,9 @@ from gpu_worker.finetune.eval_texts import (
     requested_texts,
     shared_text_numbers,
 )
-from gpu_worker.finetune.output import Output, write_output
+from gpu_worker.finetune.output import write_output
 from gpu_worker.finetune.trainable import trained
-from gpu_worker.finetune.training import Limits, mean_losses, steps_of, train
+from gpu_worker.finetune.training import Limits, TrainingSetup, mean_losses, steps_of, train
 from gpu_worker.measuring.corpora import windows_digest
 from gpu_worker.measuring.half_precision import warn_if_slow
 from gpu_worker.models.identity import folder_identity
@@ -36,8 +36,8 @@ from protocol.errors import SettingsError
 from protocol.plans.plan import Plan
 from protocol.plans.spec import Dtype, Role
 from protocol.results.commands import FinetuneResult, SearchSummary
-from protocol.results.finetuning import Finetuning, Perplexities, Recipe, form_of
-from protocol.results.formats import Formats, GgufType, gguf_type_of
+from protocol.results.finetuning import Finetuning, Perplexities, Recipe
+from protocol.results.formats import Destination, Formats, GgufType, gguf_type_of
 
 
 @dataclass(frozen=True)
@@ -77,29 +77,28 @@ def finetune_once(request: FinetuneRequest, progress: Progress = no_progress) ->
     out = request.out.expanduser().resolve()
     check_target(out, force=request.force)
     exported = read_exported(request.folder)
-    recipe, formats = request.recipe, request.formats or exported.formats
-    dtype, gguf_type = _dtype(request, exported), gguf_type_of(formats, request.gguf_type)
-    instructions = read_instructions(request.data, recipe) if form_of(request.data) == "alpaca" else None
+    recipe, formats, dtype = request.recipe, request.formats or exported.formats, _dtype(request, exported)
+    destination = Destination(out, formats, gguf_type_of(formats, request.gguf_type), request.force)
+    instructions = read_instructions(request.data, recipe)
     stays = exported.facts.parameters.decoder_after
-    check_finetuning_disk(exported.facts.shape, stays, recipe, formats, dtype, folder_beside(out), gguf_type)
+    check_finetuning_disk(exported.facts.shape, stays, recipe, dtype, destination)
     with locked(folder_beside(out)):
         model = _load(request, exported, dtype, progress)
-        check_formats(model, formats, gguf_type)
+        check_formats(model, formats, destination.gguf_type)
         data = prepare_data(request.data, instructions, model, recipe)
         eval_tokens = load_eval_texts(exported, model, request.asked)
         checkpoint = Checkpoint(folder_beside(out), _decisive(request, recipe, data, dtype))
         start = checkpoint.read() or State([], {})
         before = measure(model, eval_tokens, progress, "measuring before")
         with trained(model, recipe) as parameters:
-            state = train(model, parameters, data, recipe, request.limits, checkpoint, start, progress)
+            state = train(TrainingSetup(model, parameters, data, recipe, request.limits), checkpoint, start, progress)
             count = parameters.count
         after = measure(model, eval_tokens, progress, "measuring after")
         tuned = _finetuning(recipe, data, state, count, perplexity_changes(eval_tokens, before, after))
         facts = _facts(exported.facts, tuned, eval_tokens, dtype)
-        saved = next((text.windows for text in eval_tokens.values() if text.kept), None)
-        gguf_windows = next((text.windows for text in eval_tokens.values()), None)
-        output = Output(out, formats, gguf_type, request.force, saved, gguf_windows)
-        files, gguf = write_output(model, facts, output, state, progress)
+        measured = next(iter(eval_tokens.values()), None)  # the fitness text, if there is one
+        content = ExportContent(model, facts, measured and measured.windows, measured is not None and measured.kept)
+        files, gguf = write_output(content, destination, state, progress)
         checkpoint.remove()
     return FinetuneResult(
         folder=out,

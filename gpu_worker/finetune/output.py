@@ -1,43 +1,24 @@
 """Writes the output folder of fine-tuning: the model in each format, and the losses."""
 
 import logging
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from torch import Tensor
-
 from gpu_worker.export.auxiliary_files import write_json
-from gpu_worker.export.facts import ExportFacts
 from gpu_worker.export.folder import write_folder
-from gpu_worker.export.writer import write_files
+from gpu_worker.export.writer import ExportContent, write_files
 from gpu_worker.finetune.checkpoint import State
-from gpu_worker.models.loading import LoadedModel
 from gpu_worker.progress import Progress
 from protocol.results.commands import GgufPerplexity
 from protocol.results.finetuning import LossPoint
-from protocol.results.formats import Formats, GgufType
+from protocol.results.formats import Destination
 
 LOSSES = "finetune.json"
 CURVE = "loss.png"
 
 
-@dataclass(frozen=True)
-class Output:
-    """Folder and formats of the output."""
-
-    folder: Path
-    formats: Formats
-    gguf_type: GgufType
-    force: bool
-    saved_text: Tensor | None
-    """Measured tokens, if the dense model wrote them."""
-    windows: Tensor | None
-    """Tokens that a GGUF file is measured on in llama.cpp: long, [n, seqlen]."""
-
-
 def write_output(
-    model: LoadedModel, facts: ExportFacts, output: Output, state: State, progress: Progress
+    content: ExportContent, destination: Destination, state: State, progress: Progress
 ) -> tuple[dict[str, int], GgufPerplexity | None]:
     """Write the folder atomically. Raises ExportError.
 
@@ -47,26 +28,15 @@ def write_output(
 
     def write(folder: Path) -> None:
         nonlocal gguf
-        gguf = write_files(
-            folder,
-            model,
-            facts.plan,
-            facts,
-            output.formats,
-            name=output.folder.name,
-            gguf_type=output.gguf_type,
-            saved_text=output.saved_text,
-            windows=output.windows,
-            progress=progress,
-        )
-        tuned = facts.finetunings[-1].model_dump(mode="json")
+        gguf = write_files(folder, content, destination, progress)
+        tuned = content.facts.finetunings[-1].model_dump(mode="json")
         write_json(folder / LOSSES, tuned | {"losses": [point.model_dump() for point in state.losses]})
         if find_spec("matplotlib") is not None:
             _draw(state.losses, folder / CURVE)
 
-    write_folder(output.folder, write, force=output.force)
-    found = sorted(file for file in output.folder.rglob("*") if file.is_file())
-    return {str(file.relative_to(output.folder)): file.stat().st_size for file in found}, gguf
+    write_folder(destination.folder, write, force=destination.force)
+    found = sorted(file for file in destination.folder.rglob("*") if file.is_file())
+    return {str(file.relative_to(destination.folder)): file.stat().st_size for file in found}, gguf
 
 
 def _draw(losses: tuple[LossPoint, ...], file: Path) -> None:

@@ -34,31 +34,30 @@ class Limits:
     checkpoint_seconds: float = 120.0
 
 
-def train(
-    model: LoadedModel,
-    trained: Trained,
-    data: TrainingData,
-    recipe: Recipe,
-    limits: Limits,
-    checkpoint: Checkpoint,
-    start: State,
-    progress: Progress,
-) -> State:
+@dataclass(frozen=True)
+class TrainingSetup:
+    """What is trained, on which data, and how."""
+
+    model: LoadedModel
+    trained: Trained
+    data: TrainingData
+    recipe: Recipe
+    limits: Limits
+
+
+def train(setup: TrainingSetup, checkpoint: Checkpoint, start: State, progress: Progress) -> State:
     """Fine-tune from `start` until the steps or the time are used up; return the last state, which is also stored.
 
     The last complete step is stored even after an error. Raises NotFiniteError if a loss or gradient is not finite.
     """
-    optimizer = torch.optim.AdamW(
-        trained.masters, lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
-    )
-    run = _Run(model, trained, data, recipe, limits, optimizer, start)
+    run = _Run(setup, start)
     kept_at = time.monotonic()
-    reporter = _LossReporter(progress, steps_of(recipe, len(data.examples)))
+    reporter = _LossReporter(progress, steps_of(setup.recipe, len(setup.data.examples)))
     try:
         while not run.is_over:
             run.step()
             reporter.step(run.losses)
-            if time.monotonic() - kept_at >= limits.checkpoint_seconds:
+            if time.monotonic() - kept_at >= setup.limits.checkpoint_seconds:
                 checkpoint.write(run.state)
                 kept_at = time.monotonic()
     except BaseException:  # also for signals, so that no step is lost
@@ -102,22 +101,16 @@ def _mixed(seed: int, number: int) -> int:
 class _Run:
     """The state of a training run."""
 
-    def __init__(
-        self,
-        model: LoadedModel,
-        trained: Trained,
-        data: TrainingData,
-        recipe: Recipe,
-        limits: Limits,
-        optimizer: torch.optim.Optimizer,
-        start: State,
-    ) -> None:
-        self._model, self._trained, self._data = model, trained, data
-        self._recipe, self._limits, self._optimizer = recipe, limits, optimizer
-        self._steps = steps_of(recipe, len(data.examples))
+    def __init__(self, setup: TrainingSetup, start: State) -> None:
+        self._model, self._trained, self._data = setup.model, setup.trained, setup.data
+        self._recipe, self._limits = setup.recipe, setup.limits
+        self._optimizer = torch.optim.AdamW(
+            setup.trained.masters, lr=setup.recipe.learning_rate, weight_decay=setup.recipe.weight_decay, fused=True
+        )
+        self._steps = steps_of(setup.recipe, len(setup.data.examples))
         if start.losses:
-            trained.load(start.masters)
-            optimizer.load_state_dict(start.optimizer)
+            setup.trained.load(start.masters)
+            self._optimizer.load_state_dict(start.optimizer)
         self._start = start
         self._began = time.monotonic()
         self.losses = list(start.losses)

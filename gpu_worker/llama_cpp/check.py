@@ -1,4 +1,4 @@
-"""Measures a new GGUF file in llama.cpp, compares it with the model in memory, and refuses broken files."""
+"""Runs a new GGUF file in llama.cpp, compares it with the model in memory, and refuses broken files."""
 
 from importlib.util import find_spec
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import structlog
 from torch import Tensor
 
+from gpu_worker.llama_cpp.client import ask, gguf_perplexity, serving
 from gpu_worker.measuring.perplexity import perplexity
 from gpu_worker.models.errors import NotFiniteError
 from gpu_worker.models.loading import LoadedModel
@@ -39,8 +40,6 @@ def measure_gguf(
     if needed > available:
         log.warning("gguf_not_measured", file=path.name, needed=gigabytes(needed), available=gigabytes(available))
         return None
-    from gpu_worker.llama_cpp.client import gguf_perplexity
-
     windows = windows[: max(1, TOKENS // windows.shape[1])]
     in_memory, tokens = perplexity(model.decoder, windows)
     try:
@@ -53,3 +52,13 @@ def measure_gguf(
             f"written from has {in_memory:.4g}"
         )
     return GgufPerplexity(file_type=file_type, perplexity=found, in_memory=in_memory, tokens=tokens)
+
+
+def check_gguf_runs(path: Path) -> None:
+    """Load the file in llama.cpp and generate a few tokens. Raises ModelError if that fails."""
+    wanted = 4
+    body = {"prompt": list(range(8)), "n_predict": wanted, "temperature": 0.0, "ignore_eos": True}
+    with serving(path) as address:
+        generated = ask(address, "/completion", body)["timings"]["predicted_n"]
+    if generated != wanted:
+        raise ModelError(f"llama.cpp generated {generated} tokens with {path.name} where {wanted} were asked for")

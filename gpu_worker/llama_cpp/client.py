@@ -5,7 +5,7 @@ import secrets
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gpu_worker.llama_cpp.server import KEY_VARIABLE, ServerOptions
 from gpu_worker.measuring.perplexity import perplexity_of
 from gpu_worker.models.limits import LOGITS_CHUNK_BYTES
 from gpu_worker.progress import Progress, no_progress, steps
 from protocol.errors import ModelError
 from protocol.runtime.environment import child_environment
+from protocol.runtime.llama_server import KEY_VARIABLE, ServerOptions
 
 MIN_CONTEXT = 512
 _KEY = secrets.token_urlsafe(32)
@@ -34,7 +34,7 @@ server never answers."""
 @contextmanager
 def running(options: ServerOptions) -> Iterator[str]:
     """Start a server with these options and yield its address. Raises ModelError if llama.cpp cannot load the file."""
-    command = [sys.executable, "-m", "gpu_worker.llama_cpp.server", options.to_json()]
+    command = [sys.executable, "-m", "protocol.runtime.llama_server", options.to_json()]
     with subprocess.Popen(
         command,
         stdin=subprocess.PIPE,
@@ -51,16 +51,13 @@ def running(options: ServerOptions) -> Iterator[str]:
             server.kill()
 
 
-@contextmanager
-def serving(path: Path, *, context: int = MIN_CONTEXT, hidden_states: bool = False) -> Iterator[str]:
+def serving(path: Path, *, context: int = MIN_CONTEXT, hidden_states: bool = False) -> AbstractContextManager[str]:
     """Serve the file for one text of up to `context` tokens at a time, and yield the server's address.
 
     The KV cache is F32, so that only the weights are rounded. Raises ModelError if llama.cpp cannot load the file.
     """
     threads, context = torch.get_num_threads(), max(MIN_CONTEXT, context)
-    options = ServerOptions(str(path), threads, context, hidden_states=hidden_states, exact_cache=True)
-    with running(options) as address:
-        yield address
+    return running(ServerOptions(str(path), threads, context, hidden_states=hidden_states, exact_cache=True))
 
 
 def ask(address: str, path: str, body: Mapping[str, Any]) -> Any:

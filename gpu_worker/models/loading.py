@@ -28,9 +28,8 @@ from gpu_worker.models.memory import Machine, MemoryEstimate, Workload, combined
 from gpu_worker.models.placement import Placement, device_map, meta_model, place, share_of
 from protocol.errors import ModelError
 from protocol.results.formats import FACTS, only_for_llama_cpp
-from protocol.runtime.paths import smollm2_file
+from protocol.runtime.paths import SMOLLM2, smollm2_file
 
-SMOLLM2 = "smollm2"
 WHAT_TO_PASS = f"pass a model's folder, a GGUF file, a hub name, or `{SMOLLM2}`"
 
 log = structlog.get_logger()

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
+from gpu_worker.export.folder import formats_in
 from gpu_worker.speed.timing import WARM_UP, Length
 from protocol.errors import SettingsError
 from protocol.plans.spec import Dtype
@@ -78,6 +79,15 @@ def choose_engines(
     if not chosen:
         raise SettingsError(f"no engine here can run the folder: {'; '.join(skipped.values())}")
     return tuple(chosen), skipped
+
+
+def check_request(request: SpeedRequest) -> None:
+    """Raise UsageError for a request that cannot be measured, before torch is loaded, which takes seconds."""
+    if not request.baseline.strip():
+        raise SettingsError("--baseline is empty: name the dense model")
+    chosen, _ = choose_engines(request.engines, formats_in(request.folder))
+    if request.gguf_type is not None and "llama.cpp" not in chosen:
+        raise SettingsError(f"--gguf-type {request.gguf_type} has no effect here: it is for the engine llama.cpp")
 
 
 def _why_not(engine: Engine, facts: EngineFacts, formats: Formats) -> str | None:

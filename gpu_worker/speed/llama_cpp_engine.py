@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,6 @@ import torch
 import xllamacpp
 
 from gpu_worker.llama_cpp.client import ask, running
-from gpu_worker.llama_cpp.server import ServerOptions
 from gpu_worker.progress import Progress
 from gpu_worker.speed.compatibility import check_memory, check_pruned_from
 from gpu_worker.speed.engines import SpeedRequest
@@ -20,6 +19,7 @@ from gpu_worker.speed.transformers_engine import random_prompts
 from protocol.errors import DataError, ModelError
 from protocol.results.formats import Formats
 from protocol.results.speeds import ModelSize
+from protocol.runtime.llama_server import ServerOptions
 
 SPARE = 8
 """Extra positions of each slot beyond the measured text."""
@@ -115,15 +115,7 @@ def open_pair(request: SpeedRequest, formats: Formats, progress: Progress) -> It
         yield Pair(runners[0], runners[1], device, threads)
 
 
-def check_gguf_runs(path: Path) -> None:
-    """Load the file in llama.cpp and generate a few tokens. Raises ModelError if that fails."""
-    model, length = GgufModel.of(path), Length(prompt=8, generate=4)
-    with _serving(model, length, texts=1) as address:
-        LlamaCppRunner(model, address, length).run(1)
-
-
-@contextmanager
-def _serving(model: GgufModel, length: Length, texts: int) -> Iterator[str]:
+def _serving(model: GgufModel, length: Length, texts: int) -> AbstractContextManager[str]:
     """Start a server with a slot for each text of a batch, and yield its address."""
     options = ServerOptions(
         str(model.path),
@@ -133,8 +125,7 @@ def _serving(model: GgufModel, length: Length, texts: int) -> Iterator[str]:
         batch=texts * length.prompt,  # all prompts of a batch at once
         in_memory=True,
     )
-    with running(options) as address:
-        yield address
+    return running(options)
 
 
 def _device() -> str:

@@ -7,6 +7,7 @@ folder, and all code that it refers to, is compared with what this version write
 import gc
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,7 +22,6 @@ from gpu_worker.models.families import PRUNED
 from gpu_worker.models.memory import gigabytes
 from gpu_worker.models.modeling import class_names, module_name, render_modeling
 from gpu_worker.speed.engines import SpeedRequest
-from gpu_worker.speed.stdout import stdout_to_stderr
 from gpu_worker.speed.timing import Length, Pair, Timing
 from gpu_worker.speed.transformers_engine import TransformersRunner, random_prompts
 from gpu_worker.speed.transformers_engine import open_pair as open_transformers_pair
@@ -102,7 +102,7 @@ def open_pair(request: SpeedRequest) -> Iterator[Pair]:
     sizes, vocabulary, baseline = _read_sizes(request)
     shares = memory_shares(sizes, request.length.total + 1, max(request.batch_sizes), *torch.cuda.mem_get_info(0))
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
-    with stdout_to_stderr():
+    with _stdout_to_stderr():
         runners = _load(request, (baseline, str(request.folder)), sizes, shares, vocabulary)
         yield Pair(*runners, device_name(torch.device("cuda")))
 
@@ -210,6 +210,20 @@ def _read(file: Path) -> dict[str, Any]:
     except (OSError, ValueError, TypeError, RecursionError) as error:
         raise ModelError(f"{str(file)!r} cannot be read ({error})") from error
     return content
+
+
+@contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """Redirect file descriptor 1 to stderr, because vLLM and its processes write log lines to stdout."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _auto_maps(value: object) -> Iterator[object]:

@@ -15,7 +15,7 @@ from protocol.plans.any_heads import Heads
 from protocol.plans.plan import unit_bounds
 from protocol.plans.rates import feasible
 from protocol.plans.shape import Granularity, ModelShape, Unit
-from protocol.plans.spec import Reconstruction
+from protocol.plans.spec import Reconstruction, SearchSpec
 from protocol.plans.value import Value
 
 Method = Literal["uniform", "first-layer", "owl", "llm-pruner", "sensitivity"]
@@ -48,6 +48,22 @@ class Allocation(Value):
     """LLM-Pruner: number of first layers that are not pruned; None means an eighth (4 of 32)."""
     last_layers: NonNegativeInt | None = None
     """LLM-Pruner: number of last layers that are not pruned; None means a sixteenth (2 of 32)."""
+
+
+Choice = tuple[float, ...] | Allocation
+"""Given rates, or an allocation that computes them."""
+
+
+@dataclass(frozen=True)
+class PruningRequest:
+    """A model to prune without a search, and its rates."""
+
+    spec: SearchSpec
+    choice: Choice
+    shape: ModelShape | None = None
+    """The model shape that given rates are for, if known."""
+    method: str = "rates"
+    """The allocation method, or where the rates come from, for people."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,8 @@
 """The formats that a pruned model is exported in."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, get_args
 
 from protocol.errors import SettingsError
@@ -17,6 +19,18 @@ GgufType = Literal["f16", "q8_0", "q6_k", "q5_k_m", "q5_1", "q5_0", "q4_k_m", "q
 """llama.cpp's name of the type in which the weights of a GGUF file are stored."""
 Engine = Literal["transformers", "llama.cpp", "vllm"]
 """The program that runs a model to measure its speed."""
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Folder and formats of an export."""
+
+    folder: Path
+    formats: Formats
+    gguf_type: GgufType = "f16"
+    """Type of the GGUF file, if one is written."""
+    force: bool = False
+    """Replace an older export."""
 
 
 def formats_of(names: Sequence[str]) -> Formats:

@@ -18,7 +18,7 @@ _CHUNK_BYTES = 1 << 20
 _Identity = tuple[int, int]
 
 
-class Lines:
+class AppendOnlyFile:
     """A file to which lines are appended, each by one write; by several processes if it is `shared`.
 
     If there is no room for a line, `append` raises OSError and leaves nothing of it (or a part, if another process
@@ -160,7 +160,7 @@ class Lines:
         return not size or os.pread(self._handle, 1, size - 1) == b"\n"
 
 
-class Document:
+class AtomicFile:
     """A text file that is only replaced as a whole, and detects deletion and changes by other programs."""
 
     def __init__(self, path: Path, *, durable: bool = True, mode: int = 0o666) -> None:
@@ -188,7 +188,7 @@ class Document:
 
     def write(self, text: str) -> None:
         """Replace the file by `text`. Raises OSError."""
-        replace(self._path, text, durable=self._durable, mode=self._mode)
+        write_atomically(self._path, text, durable=self._durable, mode=self._mode)
         self._text, self._expected = text, self._fingerprint()
 
     def write_again(self) -> None:
@@ -217,7 +217,7 @@ class Document:
             return is_regular and file.read(len(data) + 1) == data
 
 
-def replace(path: Path, text: str, *, durable: bool = True, mode: int = 0o666) -> None:
+def write_atomically(path: Path, text: str, *, durable: bool = True, mode: int = 0o666) -> None:
     """Replace the content of `path` by `text` atomically; create its folder if missing.
 
     `durable` waits for the disk, so that the text survives a power failure. Raises OSError if it cannot be written; the

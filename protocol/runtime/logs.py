@@ -12,7 +12,7 @@ from typing import Any, Literal, TextIO
 import structlog
 from structlog.typing import Processor
 
-from protocol.runtime.files import Lines
+from protocol.runtime.files import AppendOnlyFile
 
 HIDDEN = "***"
 CHATTY = ("httpx", "httpx2", "httpcore", "openai", "asyncio", "urllib3", "filelock", "aiohttp.access")
@@ -80,7 +80,7 @@ class _LogFile(logging.Handler):
     def __init__(self, path: Path) -> None:
         super().__init__()
         self._path = path
-        self._lines = Lines(path, shared=True)
+        self._lines = AppendOnlyFile(path, shared=True)
         self._missing = 0
         self._was_removed = False
 

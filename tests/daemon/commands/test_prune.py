@@ -13,10 +13,13 @@ from typing import Any
 import pytest
 
 from daemon.cli import main
-from daemon.commands.prune import _best, prune_settings
-from daemon.commands.prune_steps import Goal, _flags_of, check_disk, recipe, was_written_unrecorded
+from daemon.commands.prune import FinetuneFlags, SearchFlags, _best, finetune_recipe, prune_settings
+from daemon.settings.settings import Settings
+from gpu_worker.finetune.prune import check_disk
+from gpu_worker.finetune.prune_records import Goal, Tuning, was_written_unrecorded
 from gpu_worker.models.memory import Machine
 from protocol.errors import SelfPrunerError
+from protocol.results.formats import Destination
 from protocol.runtime.signals import Interrupted
 from tests.support.root import ROOT
 from tests.support.samples import SHAPE
@@ -37,6 +40,20 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "latin1.txt").write_bytes("déjà vu ".encode("latin-1") * 900)
     (folder / "four-words.txt").write_text("abcd efgh abcd efgh")
     return folder
+
+
+def settings_of(target: Path, *overrides: str) -> Settings:
+    """The settings of a search for the folder `small`."""
+    return prune_settings("m", 0.3, Path("small"), SearchFlags(8, config=settings_file(target), set_=list(overrides)))
+
+
+def goal_of(settings: Settings, destination: Destination, **tuned: Any) -> Goal:
+    """A model that is fine-tuned on alpaca.json as these flags say."""
+    flags = FinetuneFlags(**{f"finetune_{name}": value for name, value in ({"data": "a/alpaca.json"} | tuned).items()})
+    assert flags.finetune_data is not None
+    recipe = finetune_recipe(flags.finetune_data, flags, settings)
+    tuning = Tuning(flags.finetune_data, recipe, flags.finetune_minutes)
+    return Goal(settings.search.name, settings.folder, settings.spec(), destination, tuning)
 
 
 def settings_file(target: Path) -> Path:
@@ -161,7 +178,8 @@ def test_a_larger_budget_replaces_what_a_smaller_one_wrote(tmp_path: Path, targe
 def test_rounds_that_were_asked_for_are_not_added_to(target: Path) -> None:
     def rounds(budget: int, *overrides: str) -> int:
         file = settings_file(target)
-        return prune_settings("m", 0.3, Path("out"), budget, None, None, file, list(overrides)).search.rounds
+        search = SearchFlags(budget=budget, config=file, set_=list(overrides))
+        return prune_settings("m", 0.3, Path("out"), search).search.rounds
 
     assert [rounds(4), rounds(16), rounds(17)] == [3, 3, 4]
     assert rounds(17, "search.rounds=2") == 2
@@ -178,7 +196,7 @@ def test_killed_before_it_could_tell_what_it_wrote_the_same_command_goes_on(
     monkeypatch.chdir(tmp_path)
     options = arguments(target, "--budget", "4")
     with monkeypatch.context() as patched:
-        patched.setattr("daemon.commands.prune_steps._record", killed)
+        patched.setattr("gpu_worker.finetune.prune.record", killed)
         assert main(options) == 128 + signal.SIGTERM
     assert (tmp_path / "small").exists() and not list(tmp_path.glob("runs/*/written.json"))
     assert main([*options, "--format", "padded"]) == 2, "this is another folder"
@@ -187,26 +205,25 @@ def test_killed_before_it_could_tell_what_it_wrote_the_same_command_goes_on(
 
 
 def test_only_a_call_with_the_same_flags_goes_on_with_what_was_not_recorded(target: Path, tmp_path: Path) -> None:
-    runs = f"run.folder={tmp_path}"
-    settings = prune_settings("m", 0.3, tmp_path / "small", 8, None, None, settings_file(target), [runs])
-    goal = Goal(tmp_path / "small", ("hf", "gguf"), "q8_0", data="a/alpaca.json")
-    tuning = {"recipe": recipe(goal, settings).model_dump(mode="json"), "data": "alpaca.json"}
+    settings = settings_of(target, f"run.folder={tmp_path}")
+    destination = Destination(tmp_path / "small", ("hf", "gguf"), "q8_0")
+    goal = goal_of(settings, destination)
+    assert goal.tuning is not None
+    tuning = {"recipe": goal.tuning.recipe.model_dump(mode="json"), "data": "alpaca.json"}
     method = f"search {settings.search.name}"
     facts = {"method": method, "rates": [0.3], "formats": ["hf", "gguf"], "finetunings": [tuning]}
     goal.out.mkdir()
     settings.folder.mkdir(parents=True)
     (goal.out / "selfpruner.json").write_text(json.dumps(facts))
     (settings.folder / "best.json").write_text('{"rates": [0.3]}')
-    assert not was_written_unrecorded(goal, settings), "nobody began to write it"
-    (settings.folder / "begun.json").write_text(json.dumps(_flags_of(goal)))
-    assert was_written_unrecorded(goal, settings)
-    of_old = dict.fromkeys(("minutes", "micro_batch"), "None") | _flags_of(goal)
-    (settings.folder / "begun.json").write_text(json.dumps(of_old))
-    assert was_written_unrecorded(goal, settings), "versions before this one recorded flags that were left out"
-    for change in ({"gguf_type": "f16"}, {"data": "b/alpaca.json"}, {"minutes": 1.0}, {"micro_batch": 1}, {"batch": 2}):
-        assert not was_written_unrecorded(replace(goal, **change), settings)
+    assert not was_written_unrecorded(goal), "nobody began to write it"
+    (settings.folder / "begun.json").write_text(json.dumps(goal.flags))
+    assert was_written_unrecorded(goal)
+    for change in ({"data": "b/alpaca.json"}, {"minutes": 1.0}, {"micro_batch": 1}, {"batch": 2}):
+        assert not was_written_unrecorded(goal_of(settings, destination, **change))
+    assert not was_written_unrecorded(goal_of(settings, replace(destination, gguf_type="f16")))
     (goal.out / "selfpruner.json").write_text(json.dumps(facts | {"finetunings": [tuning | {"data": "b.json"}]}))
-    assert not was_written_unrecorded(goal, settings)
+    assert not was_written_unrecorded(goal)
 
 
 def test_a_disk_that_fills_beside_the_folder_is_one_sentence(
@@ -219,7 +236,7 @@ def test_a_disk_that_fills_beside_the_folder_is_one_sentence(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr("daemon.commands.prune_steps.replace", full)
+        patched.setattr("gpu_worker.finetune.prune_records.write_atomically", full)
         assert main(options) == 1
     told = capfd.readouterr().err.splitlines()[-1]
     assert "cannot be written (No space left on device); fix that and run the same command again" in told
@@ -227,8 +244,7 @@ def test_a_disk_that_fills_beside_the_folder_is_one_sentence(
 
 
 def test_a_best_that_is_old_or_cannot_be_read_is_not_pruned_by(target: Path, tmp_path: Path) -> None:
-    runs = f"run.folder={tmp_path}"
-    settings = prune_settings("m", 0.3, Path("small"), 8, None, None, settings_file(target), [runs])
+    settings = settings_of(target, f"run.folder={tmp_path}")
     settings.folder.mkdir()
     rates = (0.25, 0.35)
     best = settings.folder / "best.json"
@@ -263,7 +279,7 @@ def test_force_replaces_what_was_checked_and_nothing_that_was_not(
     tuning = ["--finetune", "--finetune-data", str(target / "alpaca.json"), "--force"]
     options = arguments(target, "--budget", "4", *tuning)
     with monkeypatch.context() as patched:
-        patched.setattr("daemon.commands.prune_steps.reloaded", killed)
+        patched.setattr("gpu_worker.finetune.prune._reload", killed)
         assert main(options) == 128 + signal.SIGTERM
     first = when_written(tmp_path)
     assert main(options) == 0 and when_written(tmp_path) == first, "what had been trained is thrown away"
@@ -285,18 +301,18 @@ def test_the_disk_needs_room_for_both_models_where_they_share_it(
 
     monkeypatch.setattr("gpu_worker.export.disk_space.check_disk", check)
     monkeypatch.setattr("gpu_worker.finetune.checkpoint.check_disk", check)
-    settings = prune_settings("m", 0.3, Path("small"), 8, None, None, settings_file(target), [])
-    goal = Goal(Path("small"), ("hf",), data="alpaca.json")
-    check_disk(goal, settings, SHAPE)
+    settings = settings_of(target)
+    goal = goal_of(settings, Destination(Path("small"), ("hf",)))
+    check_disk(goal, SHAPE)
     pruned, both = asked
     pruned_folder = settings.folder / "pruned"
     pruned_folder.mkdir(parents=True)
     (pruned_folder / "selfpruner.json").touch()
-    check_disk(goal, settings, SHAPE)
+    check_disk(goal, SHAPE)
     assert asked == [pruned, both, both - pruned]
     (pruned_folder / "selfpruner.json").unlink()
     monkeypatch.setattr("gpu_worker.export.disk_space.device_of", lambda folder: folder.name == "small")
-    check_disk(goal, settings, SHAPE)
+    check_disk(goal, SHAPE)
     assert asked[3:] == [pruned, both - pruned]
 
 
@@ -334,7 +350,7 @@ def measured(folder: Path) -> list[str]:
 def test_the_name_of_the_search_follows_from_the_folder_and_from_what_decides_a_result(target: Path) -> None:
     def name(rate: float, out: str, *overrides: str) -> str:
         file = settings_file(target)
-        return prune_settings("m", rate, Path(out), 8, None, None, file, list(overrides)).search.name
+        return prune_settings("m", rate, Path(out), SearchFlags(8, config=file, set_=list(overrides))).search.name
 
     assert name(0.3, "a b/ c d") == name(0.3, "x/-c d")
     assert name(0.3, "small").startswith("prune-small-")
@@ -342,7 +358,7 @@ def test_the_name_of_the_search_follows_from_the_folder_and_from_what_decides_a_
     assert name(0.3, "small", "search.name=mine") == "mine"
     named = target / "named.yaml"
     named.write_text("search: {name: kept}")
-    assert prune_settings("m", 0.3, Path("small"), None, None, None, named, []).search.name == "kept"
+    assert prune_settings("m", 0.3, Path("small"), SearchFlags(config=named)).search.name == "kept"
 
 
 @pytest.mark.parametrize(
@@ -434,12 +450,12 @@ def test_memory_that_is_too_small_to_fine_tune_is_told_before_the_search(
 
 
 def test_flags_of_fine_tuning_are_those_of_the_recipe(target: Path) -> None:
-    settings = prune_settings("m", 0.3, Path("small"), 8, None, None, settings_file(target), [])
-    usual = recipe(Goal(Path("small"), ("hf",), data="alpaca.json"), settings)
+    settings = settings_of(target)
+    usual = finetune_recipe("alpaca.json", FinetuneFlags(), settings)
     assert (usual.micro_batch, usual.batch, usual.learning_rate) == (4, 64, 3e-4)
-    goal = Goal(Path("small"), ("hf",), data="alpaca.json", micro_batch=3, batch=6, learning_rate=2e-3)
+    flags = FinetuneFlags(finetune_micro_batch=3, finetune_batch=6, finetune_learning_rate=2e-3)
     chosen = {"micro_batch": 3, "batch": 6, "learning_rate": 2e-3}
-    assert recipe(goal, settings) == usual.model_copy(update=chosen)
+    assert finetune_recipe("alpaca.json", flags, settings) == usual.model_copy(update=chosen)
 
 
 def test_an_output_that_is_taken_is_refused_before_the_search(

@@ -21,7 +21,7 @@ from daemon.state.folder_errors import FolderErrors
 from daemon.state.transcript import TranscriptFile
 from protocol.queue.keys import Keys
 from protocol.runtime import files, logs
-from protocol.runtime.files import Document, Lines, replace
+from protocol.runtime.files import AppendOnlyFile, AtomicFile, write_atomically
 from tests.daemon.launch.test_launch import answer, worker_there
 from tests.daemon.state.test_full_disk import lines_of, settings_for
 from tests.support.disks import LimitedFiles
@@ -138,7 +138,7 @@ async def test_what_others_remove_or_change_is_noticed_and_written_anew(
 
 def test_a_line_that_others_have_torn_does_not_swallow_the_next(tmp_path: Path) -> None:
     path = tmp_path / "lines"
-    lines = Lines(path)
+    lines = AppendOnlyFile(path)
     lines.append('{"number": 1}\n')
     lines.append('{"number": 2}\n')
     os.truncate(path, path.stat().st_size - 7)
@@ -158,7 +158,7 @@ def test_of_those_who_share_a_file_that_is_gone_one_brings_it_back_with_its_line
 ) -> None:
     path = tmp_path / "folder" / "lines"
     path.parent.mkdir()
-    sharers = [Lines(path, shared=True) for _ in range(3)]
+    sharers = [AppendOnlyFile(path, shared=True) for _ in range(3)]
     for number, lines in enumerate(sharers):
         lines.append(f"{number}\n")
     if is_moved:
@@ -184,12 +184,12 @@ def test_shared_lines_are_written_into_nothing_but_a_regular_file(
 ) -> None:
     (tmp_path / "victim").write_text("mine")
     path = tmp_path / "lines"
-    lines = Lines(path, shared=True)
+    lines = AppendOnlyFile(path, shared=True)
     lines.append("first\n")
     path.unlink()
     obstacle(path)
     with pytest.raises(OSError):
-        Lines(path)
+        AppendOnlyFile(path)
     assert lines.is_changed
     with pytest.raises(OSError):
         lines.restore()
@@ -207,23 +207,23 @@ def test_a_file_is_replaced_and_no_link_in_its_place_or_beside_it_is_followed(tm
     path.parent.mkdir()
     path.symlink_to(victim)
     path.with_name(f".best.json.{os.getpid()}").symlink_to(victim)
-    replace(path, "ours")
+    write_atomically(path, "ours")
     assert (path.read_text(), path.is_symlink(), victim.read_text()) == ("ours", False, "mine")
     shutil.rmtree(path.parent)
-    replace(path, "ours", mode=0o600)
+    write_atomically(path, "ours", mode=0o600)
     assert path.stat().st_mode & 0o777 == 0o600
 
 
 def test_a_document_knows_its_text_whoever_wrote_it(tmp_path: Path) -> None:
     path = tmp_path / "best.json"
-    document = Document(path)
+    document = AtomicFile(path)
     assert not document.is_gone and not document.is_changed
     document.write("ours")
     assert not document.is_gone and not document.is_changed
-    replace(path, "ours")
+    write_atomically(path, "ours")
     assert not document.is_changed
     for text in ("hers", "longer than ours", ""):
-        replace(path, text)
+        write_atomically(path, text)
         assert document.is_changed and not document.is_gone
     path.unlink()
     assert document.is_changed and document.is_gone
@@ -249,14 +249,14 @@ def test_a_log_file_that_is_removed_comes_back_and_one_that_is_moved_is_begun_an
 def copied(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The sizes of the parts of removed files that are copied."""
     parts: list[int] = []
-    content = Lines._content
+    content = AppendOnlyFile._content
 
-    def counted(self: Lines) -> Iterator[bytes]:
+    def counted(self: AppendOnlyFile) -> Iterator[bytes]:
         for part in content(self):
             parts.append(len(part))
             yield part
 
-    monkeypatch.setattr(Lines, "_content", counted)
+    monkeypatch.setattr(AppendOnlyFile, "_content", counted)
     return parts
 
 
@@ -265,7 +265,7 @@ def test_of_a_long_file_that_is_removed_nothing_is_copied(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, copied: list[int], shared: bool
 ) -> None:
     path = tmp_path / "lines"
-    lines = Lines(path, shared=shared)
+    lines = AppendOnlyFile(path, shared=shared)
     lines.append("old\n")
     monkeypatch.setattr(files, "LARGEST_COPY_BYTES", 3)
     path.unlink()
@@ -284,7 +284,7 @@ def test_a_removed_file_that_could_not_be_copied_is_not_copied_again(
     tmp_path: Path, copied: list[int], shared: bool
 ) -> None:
     path = tmp_path / "lines"
-    lines = Lines(path, shared=shared)
+    lines = AppendOnlyFile(path, shared=shared)
     lines.append("much too long\n")
     disk = LimitedFiles(tmp_path)
     path.unlink()

@@ -19,7 +19,7 @@ from daemon.state import transcript
 from daemon.state.folder_errors import FolderErrors
 from daemon.state.transcript import TranscriptFile
 from protocol.queue.keys import Keys
-from protocol.runtime.files import Lines, replace
+from protocol.runtime.files import AppendOnlyFile, write_atomically
 from tests.daemon.launch.test_launch import SMALL, TARGET, answer, worker_there
 from tests.support.disks import Disk, LimitedFiles, SmallDisk, full_at, mounted
 from tests.support.scripted_llm import ScriptedLlm
@@ -126,7 +126,7 @@ async def test_nothing_waits_for_the_disk_but_a_thread(
 
 def test_a_line_for_which_there_is_no_room_leaves_no_piece(limited: LimitedFiles) -> None:
     path = limited.folder / "lines"
-    lines = Lines(path)
+    lines = AppendOnlyFile(path)
     lines.append("first\n")
     with full_at(limited, path, 10), pytest.raises(OSError, match="No space left"):
         lines.append("a line of more than ten bytes\n")
@@ -139,7 +139,7 @@ def test_a_line_for_which_there_is_no_room_leaves_no_piece(limited: LimitedFiles
 def test_a_line_that_a_kill_has_torn_is_ended_by_the_next(tmp_path: Path) -> None:
     path = tmp_path / "lines"
     path.write_text("first\nsec")
-    lines = Lines(path)
+    lines = AppendOnlyFile(path)
     lines.append("third \ud800\n")
     lines.append("fourth\n")
     lines.close()
@@ -148,10 +148,10 @@ def test_a_line_that_a_kill_has_torn_is_ended_by_the_next(tmp_path: Path) -> Non
 
 def test_a_file_that_cannot_be_replaced_stays_as_it_was(disk: Disk) -> None:
     path = disk.folder / "best.json"
-    replace(path, "old")
+    write_atomically(path, "old")
     disk.fill()
     with pytest.raises(OSError):
-        replace(path, "new" * 5000)
+        write_atomically(path, "new" * 5000)
     disk.free()
     assert path.read_text() == "old"
     assert [left.name for left in disk.folder.iterdir()] == ["best.json"]

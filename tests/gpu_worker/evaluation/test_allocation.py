@@ -14,6 +14,7 @@ from protocol.plans.allocation import (
     Allocation,
     DenseMeasurements,
     Method,
+    PruningRequest,
     allocation_rates,
     llm_pruner_rates,
     owl_rates,
@@ -130,7 +131,7 @@ def test_sensitivity_allocates_where_a_unit_alone_would_lose_nothing(
     sensitivity = Allocation(method="sensitivity")
     for change in ({"rate": 0.005}, {"rate": 0.1, "multiple_of": 24}):
         changed = spec.model_copy(update={"granularity": granularity, **change})
-        target = prepare(changed, sensitivity)
+        target = prepare(PruningRequest(changed, sensitivity))
         rates = allocate(target, sensitivity)
         assert mean_of(rates, target.shape, granularity) == pytest.approx(changed.rate, abs=1e-9)
 
@@ -164,7 +165,7 @@ def test_every_method_ends_within_a_channel_of_the_same_budget(
 ) -> None:
     spec = spec.model_copy(update={"granularity": granularity})
     allocation = Allocation(method=method, first_layers=1, last_layers=0, outlier_threshold=2)
-    target = prepare(spec, allocation)
+    target = prepare(PruningRequest(spec, allocation))
     rates = allocate(target, allocation)
     shape = target.shape
     assert mean_of(rates, shape, granularity) == pytest.approx(spec.rate, abs=1e-9)

@@ -15,7 +15,7 @@ from gpu_worker.models.errors import NotFiniteError, is_out_of_memory
 from gpu_worker.pruning.ordered_model import OrderedModel
 from gpu_worker.pruning.sequential import prune_sequentially
 from protocol.errors import BudgetError, DataError, ModelError
-from protocol.plans.allocation import Allocation
+from protocol.plans.allocation import Allocation, PruningRequest
 from protocol.plans.candidate import Failed, Measured, Outcome, Race, Text
 from protocol.plans.plan import Plan, dense_plan
 from protocol.plans.spec import SearchSpec, TextSpec
@@ -195,8 +195,8 @@ def test_what_is_no_plan_has_failed_as_invalid(session: Session) -> None:
 
 
 def test_evaluating_without_rates_is_evaluating_uniform_ones(spec: SearchSpec) -> None:
-    uniform = evaluate_once(spec, UNIFORM)
-    given = evaluate_once(spec, (spec.rate,) * 3)
+    uniform = evaluate_once(PruningRequest(spec, UNIFORM))
+    given = evaluate_once(PruningRequest(spec, (spec.rate,) * 3))
     assert uniform.perplexity == given.perplexity
     assert uniform.rate == pytest.approx(spec.rate, abs=0.01)
     assert uniform.report_perplexity is not None
@@ -204,7 +204,7 @@ def test_evaluating_without_rates_is_evaluating_uniform_ones(spec: SearchSpec) -
 
 
 def test_rates_are_measured_as_given_and_the_rate_is_what_they_remove(spec: SearchSpec) -> None:
-    assert evaluate_once(spec, (0.2, 0.4, 0.6)).rate == pytest.approx(spec.rate, abs=0.01)
+    assert evaluate_once(PruningRequest(spec, (0.2, 0.4, 0.6))).rate == pytest.approx(spec.rate, abs=0.01)
 
 
 def test_sequential_scores_are_taken_once_for_all_texts_of_a_plan(
@@ -229,12 +229,12 @@ def test_sequential_scores_are_taken_once_for_all_texts_of_a_plan(
 
 def test_rates_off_the_specs_budget_are_refused(spec: SearchSpec) -> None:
     with pytest.raises(BudgetError, match=r"off the budget 0.4 by -0.30000"):
-        evaluate_once(spec, (0.1, 0.1, 0.1))
+        evaluate_once(PruningRequest(spec, (0.1, 0.1, 0.1)))
 
 
 def test_rates_of_the_wrong_number_are_refused(spec: SearchSpec) -> None:
     with pytest.raises(BudgetError, match="2 pruning rates were given for 3 units"):
-        evaluate_once(spec, (0.1, 0.1))
+        evaluate_once(PruningRequest(spec, (0.1, 0.1)))
 
 
 @pytest.mark.model
@@ -248,7 +248,7 @@ def test_uniform_pruning_harms_the_real_model(tmp_path: Path) -> None:
         calibration=TextSpec(source=str(text), windows=2, seqlen=256),
         fitness=TextSpec(source=str(text), windows=1, seqlen=256),
     )
-    result = evaluate_once(spec, UNIFORM)
+    result = evaluate_once(PruningRequest(spec, UNIFORM))
     assert result.dense_perplexity is not None and 1 < result.dense_perplexity < result.perplexity
     assert result.rate == pytest.approx(0.3, abs=1e-4)
 
@@ -277,7 +277,7 @@ def test_a_pruned_model_that_does_not_compute_is_not_called_dense(
 
     monkeypatch.setattr(Session, "evaluate", broken)
     with pytest.raises(NotFiniteError, match=r"pruned so, .* does not compute: the mean loss is nan"):
-        evaluate_once(spec, UNIFORM)
+        evaluate_once(PruningRequest(spec, UNIFORM))
 
 
 def test_windows_beyond_the_models_positions_are_refused(spec: SearchSpec) -> None:
@@ -292,9 +292,9 @@ def test_given_rates_are_checked_before_anything_is_scored(spec: SearchSpec, mon
 
     monkeypatch.setattr("gpu_worker.evaluation.target.calibrate", never)
     with pytest.raises(BudgetError):
-        evaluate_once(spec, (0.1, 0.1))
+        evaluate_once(PruningRequest(spec, (0.1, 0.1)))
     with pytest.raises(BudgetError):
-        evaluate_once(spec, Allocation(method="llm-pruner", first_layers=2, last_layers=1))
+        evaluate_once(PruningRequest(spec, Allocation(method="llm-pruner", first_layers=2, last_layers=1)))
 
 
 @pytest.mark.parametrize(("family", "begins"), [("gemma3_text", True), ("llama", False)])

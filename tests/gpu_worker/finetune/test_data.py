@@ -24,8 +24,7 @@ def written(folder: Path, name: str, content: str) -> str:
 
 def prepared(source: str, recipe: Recipe = RECIPE, family: str = "llama") -> TrainingData:
     model = replace(tiny_model(family), tokenizer=byte_tokenizer())
-    instructions = read_instructions(source, recipe) if form_of(source) == "alpaca" else None
-    return prepare_data(source, instructions, model, recipe)
+    return prepare_data(source, read_instructions(source, recipe), model, recipe)
 
 
 def test_the_suffix_says_what_a_file_is() -> None:
@@ -107,9 +106,8 @@ def test_the_first_bad_line_is_named(tmp_path: Path, name: str, content: str, se
 def test_so_many_examples_are_picked_by_the_seed(tmp_path: Path) -> None:
     rows = [{"instruction": str(i), "output": "b"} for i in range(50)]
     source = written(tmp_path, "rows.json", json.dumps(rows))
-    some, same, others = (
-        [row.instruction for row in read_instructions(source, Recipe(examples=5, seed=seed))] for seed in (1, 1, 2)
-    )
+    picked = (read_instructions(source, Recipe(examples=5, seed=seed)) for seed in (1, 1, 2))
+    some, same, others = ([row.instruction for row in rows or ()] for rows in picked)
     assert len(some) == 5 and some == same and some != others
     assert len(prepared(written(tmp_path, "a.txt", "abcdefgh" * 20), Recipe(seqlen=16, examples=3)).examples) == 3
 

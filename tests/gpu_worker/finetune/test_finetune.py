@@ -22,7 +22,7 @@ from protocol.errors import DataError, ModelError, SettingsError, UsageError
 from protocol.plans.spec import Dtype
 from protocol.results.commands import SearchSummary
 from protocol.results.finetuning import Recipe
-from protocol.results.formats import Format
+from protocol.results.formats import Destination, Format
 from tests.support.exports import UNEVEN, export, loaded_elsewhere, pruned
 from tests.support.finetunes import QUICK, exported, finetuned, logits_in, weights_in
 from tests.support.tiny_models import tiny_model, tiny_windows
@@ -271,4 +271,4 @@ def test_memory_and_disk_are_reckoned_before_anything_is_loaded(tmp_path: Path) 
         place(of["full"], Machine(gpus=(), main_memory=1000))
     huge = model.decoder.shape.model_copy(update={"other_parameters": 10**16})
     with pytest.raises(ModelError, match="of disk"):
-        check_finetuning_disk(huge, 0, Recipe(), ("hf",), "bfloat16", tmp_path / "x.checkpoint")
+        check_finetuning_disk(huge, 0, Recipe(), "bfloat16", Destination(tmp_path / "x", ("hf",)))

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from gpu_worker.export.writer import export_model
+from gpu_worker.export.writer import ExportContent, export_model
 from gpu_worker.llama_cpp import check as measuring
 from gpu_worker.llama_cpp import writer
 from gpu_worker.llama_cpp.tensors import GgufTensor, tensors_of
@@ -15,8 +15,8 @@ from gpu_worker.measuring.perplexity import perplexity
 from gpu_worker.models.limits import LOGITS_CHUNK_BYTES
 from protocol.errors import ModelError
 from protocol.results.commands import GgufPerplexity
-from protocol.results.formats import GgufType
-from tests.support.exports import UNEVEN, facts_of, pruned, with_tokenizer
+from protocol.results.formats import Destination, GgufType
+from tests.support.exports import facts_of, pruned, with_tokenizer
 from tests.support.tiny_models import tiny_model, tiny_windows
 
 pytest.importorskip("xllamacpp")
@@ -25,7 +25,7 @@ pytest.importorskip("xllamacpp")
 def exported(out: Path, gguf_type: GgufType = "f16") -> GgufPerplexity | None:
     model = pruned(with_tokenizer(tiny_model("llama")))
     facts, windows = facts_of(model), tiny_windows(3, 64)
-    return export_model(model, UNEVEN, facts, ("gguf",), out, force=False, gguf_type=gguf_type, windows=windows)
+    return export_model(ExportContent(model, facts, windows), Destination(out, ("gguf",), gguf_type))
 
 
 @pytest.mark.parametrize(("gguf_type", "within"), [("f16", 1e-3), ("q8_0", 0.05)])

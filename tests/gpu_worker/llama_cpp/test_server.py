@@ -11,12 +11,13 @@ import psutil
 import pytest
 import torch
 
-from gpu_worker.export.writer import export_model
+from gpu_worker.export.writer import ExportContent, export_model
 from gpu_worker.llama_cpp import client as llama_cpp
 from gpu_worker.llama_cpp.client import ask, hidden_states, running, serving
-from gpu_worker.llama_cpp.server import ServerOptions
 from protocol.errors import ModelError
-from tests.support.exports import UNEVEN, facts_of, pruned, with_tokenizer
+from protocol.results.formats import Destination
+from protocol.runtime.llama_server import ServerOptions
+from tests.support.exports import facts_of, pruned, with_tokenizer
 from tests.support.root import ROOT
 from tests.support.tiny_models import tiny_model
 
@@ -27,7 +28,7 @@ pytest.importorskip("xllamacpp")
 def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("served") / "small"
     model = pruned(with_tokenizer(tiny_model("llama")))
-    export_model(model, UNEVEN, facts_of(model), ("gguf",), out, force=False)
+    export_model(ExportContent(model, facts_of(model)), Destination(out, ("gguf",)))
     (path,) = out.glob("*.gguf")
     return path
 
@@ -35,7 +36,9 @@ def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def servers_of(path: Path) -> list[int]:
     """Process ids of the servers of that file."""
     commands = {each.pid: each.info["cmdline"] or [] for each in psutil.process_iter(["cmdline"])}
-    return [pid for pid, words in commands.items() if "gpu_worker.llama_cpp.server" in words and str(path) in words[-1]]
+    return [
+        pid for pid, words in commands.items() if "protocol.runtime.llama_server" in words and str(path) in words[-1]
+    ]
 
 
 def test_it_ends_without_ever_being_asked(gguf: Path) -> None:
@@ -94,7 +97,7 @@ def test_it_is_given_no_secrets(gguf: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_it_ends_where_nobody_waits_until_it_has_loaded(gguf: Path) -> None:
     options = ServerOptions(str(gguf), threads=1, context=512)
-    command = [sys.executable, "-m", "gpu_worker.llama_cpp.server", options.to_json()]
+    command = [sys.executable, "-m", "protocol.runtime.llama_server", options.to_json()]
     for _ in range(3):
         with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as server:
             assert server.stdin is not None and server.stdout is not None

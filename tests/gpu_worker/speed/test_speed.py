@@ -161,7 +161,7 @@ def test_room_is_looked_for_where_the_engine_computes(monkeypatch: pytest.Monkey
         (None, "was not written by `selfpruner export`: it has no selfpruner.json"),
         ("{", "does not say in which format"),
         ("[]", "does not say in which format"),
-        ('{"format": "onnx"}', "names the unknown format 'onnx'; there are hf, padded, gguf"),
+        ('{"formats": ["onnx"]}', "names the unknown format 'onnx'; there are hf, padded, gguf"),
     ],
 )
 def test_a_folder_that_is_no_export_is_one_sentence(
