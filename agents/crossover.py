@@ -37,7 +37,7 @@ class Crossover:
         if len(parents) < 2:
             return 0
 
-        if self._settings.reply == "trades":
+        if self._settings.reply == "moves":
             make_prompt = partial(self._mixes, parents=parents)
             fallback: Sampler = partial(sample_ranked_mix, view=view, parents=parents)
         else:
@@ -50,7 +50,7 @@ class Crossover:
             "crossover_lists",
             count=call.count,
             members=numbered_lists(call.view, parents),
-            about=about_model(call.view, self._settings.tell),
+            about=about_model(call.view, self._settings.feedback),
         )
         return lists_prompt("crossover_lists", text, call.view, parents)
 
@@ -60,17 +60,17 @@ class Crossover:
         if not mixes:  # the parents are all alike
             return self._edits(call, parents)
         text = self._templates.fill(
-            "crossover_trades",
+            "crossover_moves",
             count=call.count,
             mixes=mixes_in_words(view, parents, mixes),
-            about=about_model(view, self._settings.tell),
+            about=about_model(view, self._settings.feedback),
         )
 
         def apply(reply: MixChoice) -> Proposal:
             return pick(mixes, [reply.mix], 1, "mix")[0].proposal
 
         return Prompt(
-            name="crossover_trades",
+            name="crossover_moves",
             text=text,
             schema=lambda count: mixes_schema(len(mixes), count),
             parse=lambda text, count: parse_objects(text, MixChoice, apply, count),
@@ -86,7 +86,7 @@ class Crossover:
             variant=call.index + view.round,
             bounds=mix_bounds(view),
             members=numbered_profiles(view, shown),
-            about=about_model(view, self._settings.tell),
+            about=about_model(view, self._settings.feedback),
         )
         return Prompt(
             name="crossover_edits",

@@ -34,7 +34,7 @@ class Initializer:
     def _prompt(self, call: Call) -> Prompt[Proposal]:
         if self._settings.reply == "lists":
             text = self._templates.fill(
-                "initializer_lists", count=call.count, about=about_model(call.view, self._settings.tell)
+                "initializer_lists", count=call.count, about=about_model(call.view, self._settings.feedback)
             )
             return lists_prompt("initializer_lists", text, call.view, ())
         return self._edits(call)
@@ -50,7 +50,7 @@ class Initializer:
             low=low,
             high=high,
             max_kept=MAX_KEPT,
-            about=about_model(view, self._settings.tell),
+            about=about_model(view, self._settings.feedback),
         )
         return Prompt(
             name="initializer_edits",

@@ -57,7 +57,7 @@ class Selector:
             text=self._templates.fill(
                 "selector",
                 wanted=wanted,
-                about=about_model(view, self._settings.tell),
+                about=about_model(view, self._settings.feedback),
                 members=numbered_sections(view, population),
             ),
             schema=lambda _: choice_schema(len(population), wanted),

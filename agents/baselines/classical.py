@@ -15,7 +15,7 @@ from agents.operators.sampling import (
     sample_mutation,
     sample_profile,
     sample_ranked_mix,
-    sample_ranked_trades,
+    sample_ranked_moves,
 )
 from agents.population.call import Call
 from agents.population.submission import NothingLeft, Sampler, Submitter
@@ -70,14 +70,14 @@ class ClassicalCrossover:
 
 
 class RankedMutator:
-    """Chooses at random from the trades that the surrogate ranks: the baseline for the LLM's choice among them."""
+    """Chooses at random from the moves that the surrogate ranks: the baseline for the LLM's choice among them."""
 
     async def propose(self, view: View, parents: Sequence[Member], count: int, submit: Submit) -> int:
         """Get `count` mutations of `parents` accepted; return how many were."""
         if not parents:
             return 0
         return await submit_samples(
-            "mutator", view, count, submit, partial(sample_ranked_trades, view=view, parents=parents)
+            "mutator", view, count, submit, partial(sample_ranked_moves, view=view, parents=parents)
         )
 
 

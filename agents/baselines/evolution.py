@@ -2,7 +2,7 @@
 
 A switch takes a level from one unit and gives it to another, which keeps the budget. A level is a share of a decoder
 layer's parameters. Attention has few levels, one for each number of heads that can be kept. If a switch involves
-attention, attention moves by its next level and the other unit takes the same number of parameters.
+attention, attention changes by its next level and the other unit takes the same number of parameters.
 """
 
 import random
@@ -49,7 +49,7 @@ def sample_switches(rng: random.Random, view: View, parent: Member) -> Proposal:
 def _switch(
     rng: random.Random, view: View, rates: Sequence[float], bounds: Sequence[tuple[float, float]]
 ) -> dict[int, float]:
-    """Return the rates of two random units after a level moves from one to the other; empty if that is impossible.
+    """Return the rates of two random units after a level is shifted from one to the other; empty if that is impossible.
 
     A half switch is not made: projection would spread the rest over all other units.
     """

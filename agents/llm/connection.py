@@ -23,11 +23,11 @@ VERDICT_POLL_SECONDS = 0.25
 log = structlog.get_logger()
 
 
-class LeftAlone(EndpointError):  # noqa: N818  (no request failed)
+class NotAsked(EndpointError):  # noqa: N818  (no request failed)
     """The endpoint was not asked: it rests, or it asked for a wait."""
 
     def __init__(self, why: str) -> None:
-        super().__init__(f"left alone: {why}", retryable=False)
+        super().__init__(f"not asked: {why}", retryable=False)
 
 
 class Connection:
@@ -85,10 +85,10 @@ class Connection:
         return self._answer(completion, time.monotonic() - started)
 
     async def _enter(self, patience: float) -> "_Admission":
-        """Pass gate and breaker; raise LeftAlone. While one question probes, the others wait for its verdict."""
+        """Pass gate and breaker; raise NotAsked. While one question probes, the others wait for its verdict."""
         await self._gate()
         if not self._verdict.is_set() and not await self._judged_within(min(patience, self._policy.longest_wait)):
-            raise LeftAlone("one question is trying it")
+            raise NotAsked("another question is probing it")
         self._check_open()
         return _Admission(self._breaker, self._verdict)
 
@@ -106,7 +106,7 @@ class Connection:
 
     def _check_open(self) -> None:
         if not self._breaker.admits:
-            raise LeftAlone(f"it rests for {self._breaker.rest_left:.0f} s after: {self._last_failure}")
+            raise NotAsked(f"it rests for {self._breaker.rest_left:.0f} s after: {self._last_failure}")
 
     async def _within_deadline(self, question: Question, patience: float, attempts: int | None) -> Completion:
         try:
@@ -170,15 +170,15 @@ class Connection:
     async def _wait_turn(self, clock: asyncio.Timeout, patience: float) -> None:
         """Wait as long as the endpoint asked for, then at the gate, directly before the request.
 
-        Raise LeftAlone for a wait beyond the deadline, or beyond `patience`.
+        Raise NotAsked for a wait beyond the deadline, or beyond `patience`.
         """
         while wait := self._cooldown.wait():
             if self._cooldown.left > patience or wait >= _time_left(clock):
-                raise LeftAlone(f"it asks to be, for {self._cooldown.left:.0f} s")
+                raise NotAsked(f"it asked for a wait of {self._cooldown.left:.0f} s")
             await asyncio.sleep(wait)
         await self._pass_gate(clock)
         if self._breaker.state == "open":  # since this question was admitted
-            raise LeftAlone(f"it rests after: {self._last_failure}")
+            raise NotAsked(f"it rests after: {self._last_failure}")
 
     async def _pass_gate(self, clock: asyncio.Timeout) -> None:
         """Wait at the gate while the deadline's clock is stopped."""

@@ -22,10 +22,10 @@ Schema = dict[str, object]
 T = TypeVar("T")
 
 
-class TradeChoice(BaseModel):
-    """A Mutator's choice: numbers of trades."""
+class MoveChoice(BaseModel):
+    """A Mutator's choice: numbers of moves."""
 
-    trades: Annotated[list[int], Field(min_length=1, max_length=20)]
+    moves: Annotated[list[int], Field(min_length=1, max_length=20)]
 
 
 class MixChoice(BaseModel):
@@ -67,10 +67,10 @@ def mix_schema(view: View, shown: int, count: int) -> Schema:
     return _proposals({"parents": {"enum": pairs}, **block, "first": start, "layers": _integer(fewest, most)}, count)
 
 
-def trades_schema(shown: int, max_trades: int, count: int) -> Schema:
-    """Return the schema of `count` choices, each of up to `max_trades` of `shown` trades."""
-    trades = {"type": "array", "items": _integer(1, shown), "minItems": 1, "maxItems": min(max_trades, shown)}
-    return _proposals({"trades": trades}, count)
+def moves_schema(shown: int, max_moves: int, count: int) -> Schema:
+    """Return the schema of `count` choices, each of up to `max_moves` of `shown` moves."""
+    moves = {"type": "array", "items": _integer(1, shown), "minItems": 1, "maxItems": min(max_moves, shown)}
+    return _proposals({"moves": moves}, count)
 
 
 def mixes_schema(shown: int, count: int) -> Schema:

@@ -32,7 +32,7 @@ def make_agents(search: SearchSettings, llm: LlmSettings, chat: ChatClient) -> A
         reply=llm.reply,
         proposals_per_call=llm.proposals_per_call,
         reasks=llm.reasks,
-        tell=frozenset(llm.tell),
+        feedback=llm.feedback,
         temperature=llm.temperature,
         max_tokens=llm.max_tokens,
     )

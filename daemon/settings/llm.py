@@ -83,11 +83,11 @@ class LlmSettings(Section):
     endpoints: Annotated[tuple[EndpointSettings, ...], AfterValidator(_named_apart)] = ()
     """LLM endpoints in order of preference; the next is asked if one fails. If empty, `selfpruner run` serves a small
     model itself."""
-    reply: Literal["lists", "edits", "trades"] = "lists"
+    reply: Literal["lists", "edits", "moves"] = "lists"
     """What the LLM replies with: `lists` of all rates (the paper; needs a large model), `edits` (small changes), or
-    `trades` (choices from a ranked menu of moves; fewest tokens)."""
-    tell: tuple[FeedbackPart, ...] = ("sensitivity", "lessons")
-    """What prompts contain besides the configurations: any of `sensitivity`, `weakest`, `contrast` and `lessons`. `[]`
+    `moves` (choices from a ranked menu of moves; fewest tokens)."""
+    feedback: tuple[FeedbackPart, ...] = ("sensitivity", "effects")
+    """What prompts contain besides the configurations: any of `sensitivity`, `weakest`, `contrast` and `effects`. `[]`
     is the paper's."""
     proposals_per_call: PositiveInt | None = None
     """Candidates requested per call; none means all of a round at once for `lists`, and one for the other reply

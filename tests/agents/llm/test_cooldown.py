@@ -118,6 +118,6 @@ async def test_a_wait_that_would_end_after_the_deadline_is_not_begun() -> None:
     async with ScriptedLlm([later]) as llm, Chat([llm.endpoint], QUICK) as chat:
         with pytest.raises(EndpointError, match="loading"):
             await ask(chat)
-        with pytest.raises(EndpointError, match="left alone"):
+        with pytest.raises(EndpointError, match="not asked"):
             await ask(chat)
         assert len(llm.asked) == 1

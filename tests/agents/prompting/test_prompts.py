@@ -61,15 +61,18 @@ def view_of(granularity: Granularity, *, sensitivity: bool = True, measure: Meas
 PARTS: dict[FeedbackPart, str] = {
     "weakest": "would gain most from less pruning",
     "contrast": "Good configurations differ",
-    "lessons": "What earlier changes did",
+    "effects": "What earlier changes did",
 }
 
 
 async def prompt_of(
-    agent: str, reply: ReplyFormat, view: View, tell: frozenset[FeedbackPart] = frozenset({"sensitivity", "lessons"})
+    agent: str,
+    reply: ReplyFormat,
+    view: View,
+    feedback: tuple[FeedbackPart, ...] = ("sensitivity", "effects"),
 ) -> str:
     chat, prompts = Listener(), PromptTemplates()
-    settings = AgentSettings(reply=reply, proposals_per_call=2, tell=tell)
+    settings = AgentSettings(reply=reply, proposals_per_call=2, feedback=feedback)
     match agent:
         case "initializer":
             await Initializer(chat, prompts, settings).propose(view, 2, accept)
@@ -90,14 +93,14 @@ def check_golden(name: str, text: str) -> None:
 
 
 @pytest.mark.parametrize("granularity", ["layer", "block"])
-@pytest.mark.parametrize("reply", ["lists", "edits", "trades"])
+@pytest.mark.parametrize("reply", ["lists", "edits", "moves"])
 @pytest.mark.parametrize("agent", AGENTS)
 async def test_every_prompt_reads_as_its_golden_text(agent: str, reply: ReplyFormat, granularity: Granularity) -> None:
     check_golden(f"{agent}_{reply}_{granularity}", await prompt_of(agent, reply, view_of(granularity)))
 
 
 @pytest.mark.parametrize("granularity", ["layer", "block"])
-@pytest.mark.parametrize("reply", ["lists", "edits", "trades"])
+@pytest.mark.parametrize("reply", ["lists", "edits", "moves"])
 @pytest.mark.parametrize("agent", AGENTS)
 async def test_prompts_of_a_search_that_minimises_divergence_speak_of_it_and_not_of_perplexity(
     agent: str, reply: ReplyFormat, granularity: Granularity
@@ -107,22 +110,22 @@ async def test_prompts_of_a_search_that_minimises_divergence_speak_of_it_and_not
     check_golden(f"{agent}_{reply}_{granularity}_kl", text)
 
 
-@pytest.mark.parametrize("reply", ["lists", "edits", "trades"])
+@pytest.mark.parametrize("reply", ["lists", "edits", "moves"])
 @pytest.mark.parametrize("agent", AGENTS)
 async def test_nothing_is_said_of_fragile_units_where_none_are_known(agent: str, reply: ReplyFormat) -> None:
     text = await prompt_of(agent, reply, view_of("layer", sensitivity=False))
     assert "ragile" not in text and "hurt" not in text
 
 
-@pytest.mark.parametrize("reply", ["lists", "edits", "trades"])
+@pytest.mark.parametrize("reply", ["lists", "edits", "moves"])
 async def test_each_part_of_the_feedback_has_a_switch(reply: ReplyFormat) -> None:
     view = view_with_history()
-    everything = await prompt_of("mutator", reply, view, frozenset({"sensitivity", "weakest", "contrast", "lessons"}))
+    everything = await prompt_of("mutator", reply, view, get_args(FeedbackPart))
     check_golden(f"mutator_{reply}_feedback", everything)
-    nothing = await prompt_of("mutator", reply, view, frozenset())
+    nothing = await prompt_of("mutator", reply, view, ())
     for part, words in PARTS.items():
         assert words in everything and words not in nothing
-        alone = await prompt_of("mutator", reply, view, frozenset({part}))
+        alone = await prompt_of("mutator", reply, view, (part,))
         assert [other for other in PARTS if PARTS[other] in alone] == [part]
 
 
