@@ -10,7 +10,8 @@ import tenacity
 from agents.llm.breaker import Breaker, Cooldown
 from agents.llm.client import Client, RequestFailed
 from agents.llm.dialect import Dialect
-from agents.llm.endpoint import Answer, ChatPolicy, Endpoint, EndpointState, Question, Usage
+from agents.llm.endpoint import Answer, Endpoint, EndpointState, Question, Usage
+from agents.llm.policy import ChatPolicy
 from agents.llm.responses import LONGEST_REPLY, Completion
 from protocol.errors import EndpointError
 
@@ -48,7 +49,7 @@ class Connection:
         self._dialect = Dialect(rung="grammar" if endpoint.grammar else "json_schema")
         self._slots = asyncio.Semaphore(policy.concurrency)
         self._cooldown = Cooldown()
-        self._breaker = Breaker(failures=policy.failures_to_open, rest=policy.rest, longest_rest=policy.longest_rest)
+        self._breaker = Breaker(policy.failures_to_open, policy.rest_seconds, policy.longest_rest)
         self._verdict = asyncio.Event()
         """Set while no probe is in progress."""
         self._verdict.set()
@@ -110,12 +111,12 @@ class Connection:
 
     async def _within_deadline(self, question: Question, patience: float, attempts: int | None) -> Completion:
         try:
-            async with asyncio.timeout(self._policy.deadline) as clock:
+            async with asyncio.timeout(self._policy.deadline_seconds) as clock:
                 retrying = self._retrying(clock, patience, attempts or self._policy.attempts)
                 completion: Completion = await retrying(self._attempt, question, clock, patience)
                 return completion
         except TimeoutError:
-            why = f"no whole answer within {self._policy.deadline:g} s"
+            why = f"no whole answer within {self._policy.deadline_seconds:g} s"
             self._failed(RequestFailed(why, "unreachable"))
             raise RequestFailed(why, "unreachable") from None
 

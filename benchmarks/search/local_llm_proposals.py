@@ -20,7 +20,9 @@ import structlog
 
 from agents.crossover import Crossover
 from agents.initializer import Initializer
-from agents.llm.chat import Chat, ChatPolicy, Endpoint
+from agents.llm.chat import Chat
+from agents.llm.endpoint import Endpoint
+from agents.llm.policy import ChatPolicy
 from agents.mutator import Mutator
 from agents.population.view import Accepted, Member, Refused, View
 from agents.prompting.prompts import PromptTemplates

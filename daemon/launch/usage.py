@@ -5,7 +5,7 @@ import contextlib
 import time
 from typing import TYPE_CHECKING
 
-from agents.llm.budget import Spent
+from agents.llm.policy import Spent
 from daemon.state.history import History
 from daemon.state.store import TICK_SECONDS, SearchStore
 

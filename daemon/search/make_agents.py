@@ -15,7 +15,6 @@ from agents.initializer import BestOfN, Initializer
 from agents.llm.endpoint import ChatClient
 from agents.mutator import Mutator
 from agents.prompting.prompts import PromptTemplates
-from agents.prompting.settings import AgentSettings
 from agents.selector import Selector
 from daemon.search.roles import Agents, OffspringRole, SelectorRole
 from daemon.settings.llm import LlmSettings
@@ -28,32 +27,24 @@ def make_agents(search: SearchSettings, llm: LlmSettings, chat: ChatClient) -> A
 
     Raises SettingsError if a package is missing.
     """
-    settings = AgentSettings(
-        reply=llm.reply,
-        proposals_per_call=llm.proposals_per_call,
-        reasks=llm.reasks,
-        feedback=llm.feedback,
-        temperature=llm.temperature,
-        max_tokens=llm.max_tokens,
-    )
     prompts = PromptTemplates()
-    initializer = Initializer(chat, prompts, settings)
+    initializer = Initializer(chat, prompts, llm)
     if search.proposer == "best-of-n":
         return Agents(initializer, None, BestOfN(initializer), None)
     if search.proposer != "llm":
         return Agents(RandomInitializer(), None, _offspring_agent(search), None)
     selectors: dict[str, SelectorRole | None] = {
-        "llm": Selector(chat, prompts, settings),
+        "llm": Selector(chat, prompts, llm),
         "tournament": TournamentSelector(),
         "none": None,
     }
     mutators: dict[str, OffspringRole] = {
-        "llm": Mutator(chat, prompts, settings),
+        "llm": Mutator(chat, prompts, llm),
         "classical": ClassicalMutator(),
         "ranked": RankedMutator(),
     }
     crossovers: dict[str, OffspringRole] = {
-        "llm": Crossover(chat, prompts, settings),
+        "llm": Crossover(chat, prompts, llm),
         "classical": ClassicalCrossover(),
         "ranked": RankedCrossover(),
     }

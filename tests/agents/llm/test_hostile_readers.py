@@ -22,8 +22,9 @@ from hypothesis import strategies as st
 from agents.llm.breaker import LONGEST, retry_after
 from agents.llm.client import Client
 from agents.llm.dialect import Dialect
-from agents.llm.endpoint import ChatPolicy, Endpoint
+from agents.llm.endpoint import Endpoint
 from agents.llm.masking import Masking
+from agents.llm.policy import ChatPolicy
 from agents.llm.replay import Transcript
 from agents.llm.responses import (
     LARGEST_CONTEXT,

@@ -6,6 +6,7 @@ After an intended change, renew the texts with `RENEW_GOLDEN=1 pytest tests/agen
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
