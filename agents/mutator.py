@@ -13,10 +13,8 @@ from agents.operators.sampling import (
     sample_mutation,
     sample_ranked_moves,
 )
-from agents.population.call import Call
-from agents.population.submission import Sampler
+from agents.population.submission import Call
 from agents.population.view import Member, Proposal, Submit, View
-from agents.prompting.conversation import Prompt
 from agents.prompting.descriptions import (
     about_model,
     fitness_in_words,
@@ -25,7 +23,7 @@ from agents.prompting.descriptions import (
     numbered_profiles,
 )
 from agents.prompting.feedback import Feedback, feedback_on
-from agents.prompting.prompts import PromptTemplates
+from agents.prompting.prompts import Prompt, fill
 from agents.prompting.replies import parse_objects
 from agents.prompting.schemas import MoveChoice, moves_schema, mutation_schema, pick
 from agents.prompting.settings import AgentSettings
@@ -40,29 +38,24 @@ SHOWN = 3
 class Mutator:
     """Proposes mutations of the parents. The fallback shifts rate between units."""
 
-    def __init__(self, chat: ChatClient, templates: PromptTemplates, settings: AgentSettings) -> None:
-        self._templates = templates
+    def __init__(self, chat: ChatClient, settings: AgentSettings) -> None:
         self._settings = settings
-        self._proposer = Proposer("mutator", chat, templates, settings)
+        self._proposer = Proposer("mutator", chat, settings)
 
     async def propose(self, view: View, parents: Sequence[Member], count: int, submit: Submit) -> int:
         """Get `count` mutations of `parents` accepted; return how many were."""
         if not parents:
             return 0
 
-        feedback = feedback_on(view, self._settings.feedback)
-        if self._settings.reply == "moves":
-            make_prompt = partial(self._moves, parents=parents, feedback=feedback)
-            fallback: Sampler = partial(sample_ranked_moves, view=view, parents=parents)
-        else:
-            make_prompt = partial(
-                self._lists if self._settings.reply == "lists" else self._edits, parents=parents, feedback=feedback
-            )
-            fallback = partial(sample_mutation, parents=parents)
-        return await self._proposer.propose(view, count, submit, make_prompt, fallback)
+        prompts = {"lists": self._lists, "edits": self._edits, "moves": self._moves}
+        make_prompt = partial(
+            prompts[self._settings.reply], parents=parents, feedback=feedback_on(view, self._settings.feedback)
+        )
+        operator = sample_ranked_moves if self._settings.reply == "moves" else sample_mutation
+        return await self._proposer.propose(view, parents, count, submit, make_prompt, operator)
 
     def _lists(self, call: Call, parents: Sequence[Member], feedback: Feedback) -> Prompt[Proposal]:
-        text = self._templates.fill(
+        text = fill(
             "mutator_lists",
             count=call.count,
             members=numbered_lists(call.view, parents),
@@ -77,7 +70,7 @@ class Mutator:
         moves = move_menu(view, parent, rng, RANKED_MOVES)
         if not moves:  # every unit is at a bound
             return self._edits(call, parents, feedback)
-        text = self._templates.fill(
+        text = fill(
             "mutator_moves",
             count=call.count,
             variant=call.index + view.round,
@@ -102,7 +95,7 @@ class Mutator:
     def _edits(self, call: Call, parents: Sequence[Member], feedback: Feedback) -> Prompt[Proposal]:
         view = call.view
         shown = call.sample_members(parents, SHOWN)
-        text = self._templates.fill(
+        text = fill(
             "mutator_edits",
             count=call.count,
             variant=call.index + view.round,

@@ -16,7 +16,7 @@ RANKED_MIXES = 8
 """The fewest mixes on a menu."""
 
 
-def sample_profile(rng: random.Random, view: View) -> Proposal:
+def sample_profile(rng: random.Random, view: View, _parents: Sequence[Member]) -> Proposal:
     """Return a random profile over depth.
 
     With blocks, attention and MLP have a profile each: how they share the pruning matters most.
@@ -25,13 +25,13 @@ def sample_profile(rng: random.Random, view: View) -> Proposal:
     return Proposal(random_rates(rng, len(view.units), view.spec.rate, kinds))
 
 
-def sample_mutation(rng: random.Random, parents: Sequence[Member]) -> Proposal:
+def sample_mutation(rng: random.Random, _view: View, parents: Sequence[Member]) -> Proposal:
     """Return one of `parents` with a little rate shifted between its units."""
     parent = rng.choice(parents).candidate
     return Proposal(mutate(rng, parent.rates), (parent.id,))
 
 
-def sample_mix(rng: random.Random, parents: Sequence[Member]) -> Proposal:
+def sample_mix(rng: random.Random, _view: View, parents: Sequence[Member]) -> Proposal:
     """Return one of `parents` with a range of units from another."""
     first, second = (member.candidate for member in rng.sample(parents, 2))
     mixed = cross(rng, first.rates, second.rates)
@@ -58,11 +58,11 @@ def sample_ranked_moves(rng: random.Random, view: View, parents: Sequence[Member
     parent = sample_move_parent(rng, view, parents)
     moves = move_menu(view, parent, rng, RANKED_MOVES)
     if not moves:
-        return sample_mutation(rng, parents)
+        return sample_mutation(rng, view, parents)
     return apply_moves(parent, rng.sample(moves, min(rng.randint(1, MAX_MOVES), len(moves))))
 
 
 def sample_ranked_mix(rng: random.Random, view: View, parents: Sequence[Member]) -> Proposal:
     """Return one of the mixes that the surrogate ranks best; any random mix if there are none."""
     mixes = mix_menu(view, parents, rng, RANKED_MIXES)
-    return rng.choice(mixes).proposal if mixes else sample_mix(rng, parents)
+    return rng.choice(mixes).proposal if mixes else sample_mix(rng, view, parents)

@@ -13,7 +13,6 @@ from agents.crossover import Crossover
 from agents.initializer import Initializer
 from agents.mutator import Mutator
 from agents.population.view import Accepted, Refused, View
-from agents.prompting.prompts import PromptTemplates
 from agents.prompting.settings import AgentSettings, ReplyFormat
 from agents.selector import Selector
 from protocol.errors import BudgetError
@@ -76,7 +75,7 @@ async def ask_everybody(view: View, reply: ReplyFormat, text: str) -> list[tuple
         return Accepted(f"{len(submitted):016x}")
 
     chat = ScriptedChat(lambda _: text)
-    how = (chat, PromptTemplates(), AgentSettings(reply=reply, reasks=1))
+    how = (chat, AgentSettings(reply=reply, reasks=1))
     await Initializer(*how).propose(view, 2, submit)
     parents = (await Selector(*how).select(view, 3)).parents
     await Mutator(*how).propose(view, parents, 2, submit)

@@ -5,13 +5,13 @@ from collections.abc import Callable
 from agents.population.view import View
 from agents.prompting.schemas import (
     choice_schema,
+    lists_schema,
     mix_schema,
     mixes_schema,
     moves_schema,
     mutation_schema,
     profile_schema,
 )
-from agents.proposer import lists_schema
 
 ASKED: dict[str, Callable[[View], dict[str, object]]] = {
     "profiles": lambda view: profile_schema(view, 2),

@@ -30,7 +30,7 @@ def offspring(rates: list[float], **spec: Any) -> tuple[View, Member, list[tuple
         1.0,
     )
     rng = random.Random(0)
-    return view, parent, [sample_switches(rng, view, parent).rates for _ in range(500)]
+    return view, parent, [sample_switches(rng, view, [parent]).rates for _ in range(500)]
 
 
 # The middle carries all of the pruning, as in LLM-Pruner: many units have nothing to give back.

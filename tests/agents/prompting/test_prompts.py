@@ -15,7 +15,7 @@ from agents.initializer import Initializer
 from agents.llm.endpoint import Answer, Question
 from agents.mutator import Mutator
 from agents.population.view import Accepted, Member, Tried, View
-from agents.prompting.prompts import PromptTemplates
+from agents.prompting.prompts import fill
 from agents.prompting.settings import AgentSettings, FeedbackPart, ReplyFormat
 from agents.selector import Selector
 from protocol.errors import EndpointError
@@ -72,17 +72,17 @@ async def prompt_of(
     view: View,
     feedback: tuple[FeedbackPart, ...] = ("sensitivity", "effects"),
 ) -> str:
-    chat, prompts = Listener(), PromptTemplates()
+    chat = Listener()
     settings = AgentSettings(reply=reply, proposals_per_call=2, feedback=feedback)
     match agent:
         case "initializer":
-            await Initializer(chat, prompts, settings).propose(view, 2, accept)
+            await Initializer(chat, settings).propose(view, 2, accept)
         case "selector":
-            await Selector(chat, prompts, settings).select(view, 2)
+            await Selector(chat, settings).select(view, 2)
         case "mutator":
-            await Mutator(chat, prompts, settings).propose(view, view.population, 2, accept)
+            await Mutator(chat, settings).propose(view, view.population, 2, accept)
         case _:
-            await Crossover(chat, prompts, settings).propose(view, view.population, 2, accept)
+            await Crossover(chat, settings).propose(view, view.population, 2, accept)
     return chat.prompts[0]
 
 
@@ -132,7 +132,7 @@ async def test_each_part_of_the_feedback_has_a_switch(reply: ReplyFormat) -> Non
 
 def test_what_was_wrong_reads_as_its_golden_text() -> None:
     problems = ["Configuration 1 has 3 numbers instead of 4.", "Configuration 2: it is known."]
-    check_golden("reask", PromptTemplates().fill("reask", problems=problems, missing=2) + "\n")
+    check_golden("reask", fill("reask", problems=problems, missing=2) + "\n")
 
 
 def view_with_history() -> View:
@@ -153,21 +153,21 @@ def view_with_history() -> View:
 
 
 def test_the_reask_says_what_was_wrong_and_how_many_are_missing() -> None:
-    text = PromptTemplates().fill("reask", problems=["Configuration 2 has 3 numbers instead of 4."], missing=2)
+    text = fill("reask", problems=["Configuration 2 has 3 numbers instead of 4."], missing=2)
     assert text.splitlines()[0] == "Configuration 2 has 3 numbers instead of 4."
     assert "2 new ones" in text
 
 
 def test_a_missing_variable_is_an_error() -> None:
     with pytest.raises(TypeError, match="missing"):
-        PromptTemplates().fill("reask", problems=[])
+        fill("reask", problems=[])
 
 
 def test_an_unused_variable_is_an_error() -> None:
     with pytest.raises(TypeError, match="mood"):
-        PromptTemplates().fill("reask", problems=[], missing=1, mood="good")
+        fill("reask", problems=[], missing=1, mood="good")
 
 
 def test_a_variable_of_an_included_part_is_as_needed_as_any() -> None:
     with pytest.raises(TypeError, match="about"):
-        PromptTemplates().fill("mutator_lists", count=1, members=[])
+        fill("mutator_lists", count=1, members=[])
