@@ -2,7 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 
 import structlog
 import tenacity
@@ -79,19 +80,31 @@ class Connection:
 
         `patience` is the longest wait, in seconds, that the endpoint may ask for, or that a probe may take.
         """
-        async with self._slots:
-            with await self._enter(patience) as probe:
-                started = time.monotonic()
-                completion = await self._within_deadline(question, patience, attempts=1 if probe else None)
+        async with self._slots, self._admission(patience) as probe:
+            started = time.monotonic()
+            completion = await self._within_deadline(question, patience, 1 if probe else self._policy.attempts)
         return self._answer(completion, time.monotonic() - started)
 
-    async def _enter(self, patience: float) -> "_Admission":
-        """Pass gate and breaker; raise NotAsked. While one question probes, the others wait for its verdict."""
+    @asynccontextmanager
+    async def _admission(self, patience: float) -> AsyncIterator[bool]:
+        """Pass gate and breaker, or raise NotAsked; yield whether this question is the probe.
+
+        While one question probes, the others wait for its verdict.
+        """
         await self._gate()
         if not self._verdict.is_set() and not await self._judged_within(min(patience, self._policy.longest_wait)):
             raise NotAsked("another question is probing it")
-        self._check_open()
-        return _Admission(self._breaker, self._verdict)
+        if not self._breaker.admits:
+            raise NotAsked(f"it rests for {self._breaker.rest_left:.0f} s after: {self._last_failure}")
+        if not self._breaker.enter():
+            yield False
+            return
+        self._verdict.clear()
+        try:
+            yield True
+        finally:
+            self._breaker.abandoned()  # unless there is a verdict
+            self._verdict.set()
 
     async def _judged_within(self, seconds: float) -> bool:
         """Return whether the probe ends in time. Time at a closed gate, which delays the probe, is not counted."""
@@ -105,14 +118,10 @@ class Connection:
         finally:
             verdict.cancel()
 
-    def _check_open(self) -> None:
-        if not self._breaker.admits:
-            raise NotAsked(f"it rests for {self._breaker.rest_left:.0f} s after: {self._last_failure}")
-
-    async def _within_deadline(self, question: Question, patience: float, attempts: int | None) -> Completion:
+    async def _within_deadline(self, question: Question, patience: float, attempts: int) -> Completion:
         try:
             async with asyncio.timeout(self._policy.deadline_seconds) as clock:
-                retrying = self._retrying(clock, patience, attempts or self._policy.attempts)
+                retrying = self._retrying(clock, patience, attempts)
                 completion: Completion = await retrying(self._attempt, question, clock, patience)
                 return completion
         except TimeoutError:
@@ -227,26 +236,6 @@ class Connection:
             seconds=seconds,
             finish_reason=completion.finish_reason,
         )
-
-
-class _Admission:
-    """Admission by the breaker; a probe that ends without a verdict was abandoned."""
-
-    def __init__(self, breaker: Breaker, verdict: asyncio.Event) -> None:
-        self._breaker = breaker
-        self._verdict = verdict
-        self._is_probe = False
-
-    def __enter__(self) -> bool:
-        self._is_probe = self._breaker.enter()
-        if self._is_probe:
-            self._verdict.clear()
-        return self._is_probe
-
-    def __exit__(self, *_: object) -> None:
-        if self._is_probe:
-            self._breaker.abandoned()
-            self._verdict.set()
 
 
 def _time_left(clock: asyncio.Timeout) -> float:
