@@ -117,12 +117,12 @@ async def test_a_reply_may_break_off_at_every_byte() -> None:
 @pytest.mark.fault("46", "an LLM endpoint garbles a reply", "each byte of it, one at a time", "an answer or a failure")
 async def test_one_wrong_byte_anywhere_is_an_answer_or_a_failure() -> None:
     rng = random.Random(0)
-    changed = [
+    garbled = [
         Hostile(f"byte {i}", lambda _r, _q, i=i: WELL[:i] + bytes([rng.randrange(256)]) + WELL[i + 1 :])  # type: ignore[misc]
         for i in range(len(WELL))
     ]
-    async with asking(*changed, policy=changed(POLICY, deadline_seconds=0.2)) as chat:
-        for _ in changed:
+    async with asking(*garbled, policy=changed(POLICY, deadline_seconds=0.2)) as chat:
+        for _ in garbled:
             try:
                 await ask(chat)
             except EndpointError:
