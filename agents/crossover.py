@@ -7,12 +7,10 @@ from agents.llm.endpoint import ChatClient
 from agents.operators.edits import Mix, apply_mix, mix_bounds
 from agents.operators.mixes import mix_menu
 from agents.operators.sampling import RANKED_MIXES, sample_mix, sample_ranked_mix
-from agents.population.call import Call
-from agents.population.submission import Sampler
+from agents.population.submission import Call
 from agents.population.view import Member, Proposal, Submit, View
-from agents.prompting.conversation import Prompt
 from agents.prompting.descriptions import about_model, mixes_in_words, numbered_lists, numbered_profiles
-from agents.prompting.prompts import PromptTemplates
+from agents.prompting.prompts import Prompt, fill
 from agents.prompting.replies import parse_objects
 from agents.prompting.schemas import MixChoice, mix_schema, mixes_schema, pick
 from agents.prompting.settings import AgentSettings
@@ -27,30 +25,26 @@ SHOWN = 3
 class Crossover:
     """Proposes mixes of two parents. The fallback takes a range of units from a second parent."""
 
-    def __init__(self, chat: ChatClient, templates: PromptTemplates, settings: AgentSettings) -> None:
-        self._templates = templates
+    def __init__(self, chat: ChatClient, settings: AgentSettings) -> None:
         self._settings = settings
-        self._proposer = Proposer("crossover", chat, templates, settings)
+        self._proposer = Proposer("crossover", chat, settings)
 
     async def propose(self, view: View, parents: Sequence[Member], count: int, submit: Submit) -> int:
         """Get `count` crossovers of `parents` accepted; return how many were: 0 for fewer than two parents."""
         if len(parents) < 2:
             return 0
 
-        if self._settings.reply == "trades":
-            make_prompt = partial(self._mixes, parents=parents)
-            fallback: Sampler = partial(sample_ranked_mix, view=view, parents=parents)
-        else:
-            make_prompt = partial(self._lists if self._settings.reply == "lists" else self._edits, parents=parents)
-            fallback = partial(sample_mix, parents=parents)
-        return await self._proposer.propose(view, count, submit, make_prompt, fallback)
+        prompts = {"lists": self._lists, "edits": self._edits, "moves": self._mixes}
+        make_prompt = partial(prompts[self._settings.reply], parents=parents)
+        operator = sample_ranked_mix if self._settings.reply == "moves" else sample_mix
+        return await self._proposer.propose(view, parents, count, submit, make_prompt, operator)
 
     def _lists(self, call: Call, parents: Sequence[Member]) -> Prompt[Proposal]:
-        text = self._templates.fill(
+        text = fill(
             "crossover_lists",
             count=call.count,
             members=numbered_lists(call.view, parents),
-            about=about_model(call.view, self._settings.tell),
+            about=about_model(call.view, self._settings.feedback),
         )
         return lists_prompt("crossover_lists", text, call.view, parents)
 
@@ -59,18 +53,18 @@ class Crossover:
         mixes = mix_menu(view, parents, call.rng, max(RANKED_MIXES, 2 * call.count))
         if not mixes:  # the parents are all alike
             return self._edits(call, parents)
-        text = self._templates.fill(
-            "crossover_trades",
+        text = fill(
+            "crossover_moves",
             count=call.count,
             mixes=mixes_in_words(view, parents, mixes),
-            about=about_model(view, self._settings.tell),
+            about=about_model(view, self._settings.feedback),
         )
 
         def apply(reply: MixChoice) -> Proposal:
             return pick(mixes, [reply.mix], 1, "mix")[0].proposal
 
         return Prompt(
-            name="crossover_trades",
+            name="crossover_moves",
             text=text,
             schema=lambda count: mixes_schema(len(mixes), count),
             parse=lambda text, count: parse_objects(text, MixChoice, apply, count),
@@ -80,13 +74,13 @@ class Crossover:
     def _edits(self, call: Call, parents: Sequence[Member]) -> Prompt[Proposal]:
         view = call.view
         shown = call.sample_members(parents, SHOWN)
-        text = self._templates.fill(
+        text = fill(
             "crossover_edits",
             count=call.count,
             variant=call.index + view.round,
             bounds=mix_bounds(view),
             members=numbered_profiles(view, shown),
-            about=about_model(view, self._settings.tell),
+            about=about_model(view, self._settings.feedback),
         )
         return Prompt(
             name="crossover_edits",

@@ -1,16 +1,14 @@
 """The Initializer: the first population, from what the LLM knows about models of this shape (the paper's Figure 2)."""
 
 from collections.abc import Sequence
-from functools import partial
 
 from agents.llm.endpoint import ChatClient
 from agents.operators.edits import MAX_KEPT, Profile, anchor_layers, apply_profile, profile_bounds
 from agents.operators.sampling import sample_profile
-from agents.population.call import Call
+from agents.population.submission import Call
 from agents.population.view import Member, Proposal, Submit, View
-from agents.prompting.conversation import Prompt
 from agents.prompting.descriptions import about_model
-from agents.prompting.prompts import PromptTemplates
+from agents.prompting.prompts import Prompt, fill
 from agents.prompting.replies import parse_objects
 from agents.prompting.schemas import profile_schema
 from agents.prompting.settings import AgentSettings
@@ -22,27 +20,23 @@ EDIT_TOKENS = 90
 class Initializer:
     """Proposes the first population. The fallback samples random profiles."""
 
-    def __init__(self, chat: ChatClient, templates: PromptTemplates, settings: AgentSettings) -> None:
-        self._templates = templates
+    def __init__(self, chat: ChatClient, settings: AgentSettings) -> None:
         self._settings = settings
-        self._proposer = Proposer("initializer", chat, templates, settings)
+        self._proposer = Proposer("initializer", chat, settings)
 
     async def propose(self, view: View, count: int, submit: Submit) -> int:
         """Get `count` candidates accepted; return how many were."""
-        return await self._proposer.propose(view, count, submit, self._prompt, partial(sample_profile, view=view))
+        make_prompt = self._lists if self._settings.reply == "lists" else self._edits
+        return await self._proposer.propose(view, (), count, submit, make_prompt, sample_profile)
 
-    def _prompt(self, call: Call) -> Prompt[Proposal]:
-        if self._settings.reply == "lists":
-            text = self._templates.fill(
-                "initializer_lists", count=call.count, about=about_model(call.view, self._settings.tell)
-            )
-            return lists_prompt("initializer_lists", text, call.view, ())
-        return self._edits(call)
+    def _lists(self, call: Call) -> Prompt[Proposal]:
+        text = fill("initializer_lists", count=call.count, about=about_model(call.view, self._settings.feedback))
+        return lists_prompt("initializer_lists", text, call.view, ())
 
     def _edits(self, call: Call) -> Prompt[Proposal]:
         view = call.view
         low, high = profile_bounds(view)
-        text = self._templates.fill(
+        text = fill(
             "initializer_edits",
             count=call.count,
             variant=call.index + view.round,
@@ -50,7 +44,7 @@ class Initializer:
             low=low,
             high=high,
             max_kept=MAX_KEPT,
-            about=about_model(view, self._settings.tell),
+            about=about_model(view, self._settings.feedback),
         )
         return Prompt(
             name="initializer_edits",

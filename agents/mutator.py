@@ -5,34 +5,32 @@ from functools import partial
 
 from agents.llm.endpoint import ChatClient
 from agents.operators.edits import MAX_CHANGES, STEPS, Mutation, apply_mutation
+from agents.operators.moves import apply_moves, move_menu
 from agents.operators.sampling import (
-    MAX_TRADES,
-    RANKED_TRADES,
+    MAX_MOVES,
+    RANKED_MOVES,
+    sample_move_parent,
     sample_mutation,
-    sample_ranked_trades,
-    sample_trade_parent,
+    sample_ranked_moves,
 )
-from agents.operators.trades import apply_trades, trade_menu
-from agents.population.call import Call
-from agents.population.submission import Sampler
+from agents.population.submission import Call
 from agents.population.view import Member, Proposal, Submit, View
-from agents.prompting.conversation import Prompt
 from agents.prompting.descriptions import (
     about_model,
     fitness_in_words,
+    moves_in_words,
     numbered_lists,
     numbered_profiles,
-    trades_in_words,
 )
 from agents.prompting.feedback import Feedback, feedback_on
-from agents.prompting.prompts import PromptTemplates
+from agents.prompting.prompts import Prompt, fill
 from agents.prompting.replies import parse_objects
-from agents.prompting.schemas import TradeChoice, mutation_schema, pick, trades_schema
+from agents.prompting.schemas import MoveChoice, moves_schema, mutation_schema, pick
 from agents.prompting.settings import AgentSettings
 from agents.proposer import Proposer, lists_prompt
 
 EDIT_TOKENS = 90
-TRADE_TOKENS = 30
+MOVE_TOKENS = 30
 SHOWN = 3
 """Parents that one call for edits shows; more would only lengthen the prompt."""
 
@@ -40,69 +38,64 @@ SHOWN = 3
 class Mutator:
     """Proposes mutations of the parents. The fallback shifts rate between units."""
 
-    def __init__(self, chat: ChatClient, templates: PromptTemplates, settings: AgentSettings) -> None:
-        self._templates = templates
+    def __init__(self, chat: ChatClient, settings: AgentSettings) -> None:
         self._settings = settings
-        self._proposer = Proposer("mutator", chat, templates, settings)
+        self._proposer = Proposer("mutator", chat, settings)
 
     async def propose(self, view: View, parents: Sequence[Member], count: int, submit: Submit) -> int:
         """Get `count` mutations of `parents` accepted; return how many were."""
         if not parents:
             return 0
 
-        feedback = feedback_on(view, self._settings.tell)
-        if self._settings.reply == "trades":
-            make_prompt = partial(self._trades, parents=parents, feedback=feedback)
-            fallback: Sampler = partial(sample_ranked_trades, view=view, parents=parents)
-        else:
-            make_prompt = partial(
-                self._lists if self._settings.reply == "lists" else self._edits, parents=parents, feedback=feedback
-            )
-            fallback = partial(sample_mutation, parents=parents)
-        return await self._proposer.propose(view, count, submit, make_prompt, fallback)
+        prompts = {"lists": self._lists, "edits": self._edits, "moves": self._moves}
+        make_prompt = partial(
+            prompts[self._settings.reply], parents=parents, feedback=feedback_on(view, self._settings.feedback)
+        )
+        operator = sample_ranked_moves if self._settings.reply == "moves" else sample_mutation
+        return await self._proposer.propose(view, parents, count, submit, make_prompt, operator)
 
     def _lists(self, call: Call, parents: Sequence[Member], feedback: Feedback) -> Prompt[Proposal]:
-        text = self._templates.fill(
+        text = fill(
             "mutator_lists",
             count=call.count,
             members=numbered_lists(call.view, parents),
             feedback=feedback,
-            about=about_model(call.view, self._settings.tell),
+            about=about_model(call.view, self._settings.feedback),
         )
         return lists_prompt("mutator_lists", text, call.view, parents)
 
-    def _trades(self, call: Call, parents: Sequence[Member], feedback: Feedback) -> Prompt[Proposal]:
+    def _moves(self, call: Call, parents: Sequence[Member], feedback: Feedback) -> Prompt[Proposal]:
         view, rng = call.view, call.rng
-        parent = sample_trade_parent(rng, view, parents)
-        trades = trade_menu(view, parent, rng, RANKED_TRADES)
-        if not trades:  # every unit is at a bound
+        parent = sample_move_parent(rng, view, parents)
+        moves = move_menu(view, parent, rng, RANKED_MOVES)
+        if not moves:  # every unit is at a bound
             return self._edits(call, parents, feedback)
-        text = self._templates.fill(
-            "mutator_trades",
+        text = fill(
+            "mutator_moves",
             count=call.count,
             variant=call.index + view.round,
             fitness=fitness_in_words(view, parent),
             feedback=feedback,
-            trades=trades_in_words(view, parent, trades),
-            max_trades=min(MAX_TRADES, len(trades)),
-            about=about_model(view, self._settings.tell),
+            moves=moves_in_words(view, parent, moves),
+            max_moves=min(MAX_MOVES, len(moves)),
+            about=about_model(view, self._settings.feedback),
         )
 
-        def apply(reply: TradeChoice) -> Proposal:
-            return apply_trades(parent, pick(trades, reply.trades, MAX_TRADES, "trade"))
+        def apply(reply: MoveChoice) -> Proposal:
+            return apply_moves(parent, pick(moves, reply.moves, MAX_MOVES, "move"))
 
         return Prompt(
-            name="mutator_trades",
+            name="mutator_moves",
             text=text,
-            schema=lambda count: trades_schema(len(trades), MAX_TRADES, count),
-            parse=lambda text, count: parse_objects(text, TradeChoice, apply, count),
-            tokens_per_item=TRADE_TOKENS,
+            schema=lambda count: moves_schema(len(moves), MAX_MOVES, count),
+            parse=lambda text, count: parse_objects(text, MoveChoice, apply, count),
+            tokens_per_item=MOVE_TOKENS,
         )
 
     def _edits(self, call: Call, parents: Sequence[Member], feedback: Feedback) -> Prompt[Proposal]:
         view = call.view
         shown = call.sample_members(parents, SHOWN)
-        text = self._templates.fill(
+        text = fill(
             "mutator_edits",
             count=call.count,
             variant=call.index + view.round,
@@ -110,7 +103,7 @@ class Mutator:
             feedback=feedback,
             max_changes=MAX_CHANGES,
             steps=STEPS,
-            about=about_model(view, self._settings.tell),
+            about=about_model(view, self._settings.feedback),
         )
         return Prompt(
             name="mutator_edits",

@@ -10,12 +10,12 @@ import structlog
 from structlog.contextvars import bound_contextvars
 
 from agents.llm.endpoint import Answer, ChatClient
-from agents.population.call import Call
-from agents.population.submission import NothingLeft, Sampler, Submitter
+from agents.population.submission import Call, NothingLeft, Operator, Submitter
 from agents.population.view import Member, Proposal, Submit, View
-from agents.prompting.conversation import Asker, Prompt
-from agents.prompting.prompts import PromptTemplates
+from agents.prompting.conversation import Asker
+from agents.prompting.prompts import Prompt
 from agents.prompting.replies import Parsed, parse_lists
+from agents.prompting.schemas import lists_schema
 from agents.prompting.settings import AgentSettings
 from protocol.plans.candidate import AgentName
 
@@ -76,23 +76,24 @@ log = structlog.get_logger()
 class Proposer:
     """Makes an agent's proposals by several concurrent calls; the fallback makes what the LLM leaves missing."""
 
-    def __init__(self, agent: AgentName, chat: ChatClient, templates: PromptTemplates, settings: AgentSettings) -> None:
+    def __init__(self, agent: AgentName, chat: ChatClient, settings: AgentSettings) -> None:
         self._agent = agent
-        self._asker = Asker(chat, templates, settings)
+        self._asker = Asker(chat, settings)
         self._settings = settings
 
     async def propose(
         self,
         view: View,
+        parents: Sequence[Member],
         count: int,
         submit: Submit,
         make_prompt: Callable[[Call], Prompt[Proposal]],
-        fallback: Sampler,
+        operator: Operator,
     ) -> int:
         """Get `count` candidates accepted. Return how many were: fewer only if no new plan was found.
 
-        Calls that an earlier process began are repeated, and calls that it finished are not. The questions are the
-        same, so the same answers lead to the same candidates.
+        `operator` is the fallback. Calls that an earlier process began are repeated, and calls that it finished are
+        not. The questions are the same, so the same answers lead to the same candidates.
         """
         calls = [Call(self._agent, view, i, size) for i, size in enumerate(self._settings.split(count))]
         submitters = [Submitter(self._agent, call, submit) for call in calls]
@@ -100,7 +101,7 @@ class Proposer:
         turns = RoundRobin(submitter.call.index for submitter in unfinished)
         async with asyncio.TaskGroup() as group:
             for submitter in unfinished:
-                group.create_task(self._fill(submitter, turns, make_prompt(submitter.call), fallback))
+                group.create_task(self._fill(submitter, turns, make_prompt(submitter.call), operator, parents))
         return sum(len(submitter.accepted) for submitter in submitters)
 
     async def _fill(
@@ -108,29 +109,27 @@ class Proposer:
         submitter: Submitter,
         turns: RoundRobin,
         prompt: Prompt[Proposal],
-        fallback: Sampler,
+        operator: Operator,
+        parents: Sequence[Member],
     ) -> None:
         call = submitter.call
+        where = {"agent": self._agent, "round": call.view.round}
         prompt_id = f"{prompt.name}:{hashlib.sha256(prompt.text.encode()).hexdigest()[:8]}"
 
         async def take(proposal: Proposal, answer: Answer) -> str | None:
             return await submitter.submit(proposal, "llm", endpoint=answer.endpoint, prompt=prompt_id)
 
-        with bound_contextvars(agent=self._agent, round=call.view.round):
+        with bound_contextvars(**where):
             try:
                 async with turns.membership(call.index):
                     taken = await self._asker.ask(call, prompt, call.count, take, lambda: turns.turn(call.index))
-                    if taken < call.count:
+                    if missing := call.count - taken:
                         # The last turn, so that these proposals do not depend on how often the LLM failed, or how.
                         async with turns.last_turn(call.index):
-                            await self._fall_back(call.count - taken, submitter, fallback)
+                            made = await submitter.sample(missing, operator, parents, "fallback")
+                        log.info("fallback", **where, accepted=made, missing=missing - made)
             except NothingLeft:
-                log.debug("nothing_left_to_propose", agent=self._agent, round=call.view.round, call=call.index)
-
-    async def _fall_back(self, missing: int, submitter: Submitter, fallback: Sampler) -> None:
-        call = submitter.call
-        taken = await submitter.sample(call.rng, missing, fallback, "fallback")
-        log.info("fallback", agent=self._agent, round=call.view.round, accepted=taken, missing=missing - taken)
+                log.debug("nothing_left_to_propose", **where, call=call.index)
 
 
 TOKENS_PER_RATE = 9
@@ -146,16 +145,3 @@ def lists_prompt(name: str, text: str, view: View, shown: Sequence[Member]) -> P
         return Parsed(tuple(Proposal(rates, parents) for rates in parsed.good), parsed.names, parsed.problems)
 
     return Prompt(name, text, lambda count: lists_schema(len(units), count), parse, TOKENS_PER_RATE * len(units))
-
-
-def lists_schema(units: int, count: int) -> dict[str, object]:
-    """Return the schema of `count` configurations with a rate for each of `units`."""
-    rate = {"type": "number", "minimum": 0, "maximum": 1}
-    rates = {"type": "array", "items": rate, "minItems": units, "maxItems": units}
-    lists = {"type": "array", "items": rates, "minItems": count, "maxItems": count}
-    return {
-        "type": "object",
-        "properties": {"configurations": lists},
-        "required": ["configurations"],
-        "additionalProperties": False,
-    }

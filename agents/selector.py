@@ -4,11 +4,11 @@ from structlog.contextvars import bound_contextvars
 
 from agents.llm.endpoint import Answer, ChatClient
 from agents.operators.genetic import tournament
-from agents.population.call import Call
+from agents.population.submission import Call
 from agents.population.view import Member, Selection, View
-from agents.prompting.conversation import Asker, Prompt
+from agents.prompting.conversation import Asker
 from agents.prompting.descriptions import about_model, numbered_sections
-from agents.prompting.prompts import PromptTemplates
+from agents.prompting.prompts import Prompt, fill
 from agents.prompting.replies import Parsed, parse_objects
 from agents.prompting.schemas import Choice, apply_choice, choice_schema
 from agents.prompting.settings import AgentSettings
@@ -21,10 +21,9 @@ SHOWN = 40
 class Selector:
     """Asks the LLM for the numbers of the parents, whatever `reply` is. The fallback is a tournament."""
 
-    def __init__(self, chat: ChatClient, templates: PromptTemplates, settings: AgentSettings) -> None:
-        self._templates = templates
+    def __init__(self, chat: ChatClient, settings: AgentSettings) -> None:
         self._settings = settings
-        self._asker = Asker(chat, templates, settings)
+        self._asker = Asker(chat, settings)
 
     async def select(self, view: View, count: int) -> Selection:
         """Return up to `count` parents, best first.
@@ -54,10 +53,10 @@ class Selector:
 
         return Prompt(
             name="selector",
-            text=self._templates.fill(
+            text=fill(
                 "selector",
                 wanted=wanted,
-                about=about_model(view, self._settings.tell),
+                about=about_model(view, self._settings.feedback),
                 members=numbered_sections(view, population),
             ),
             schema=lambda _: choice_schema(len(population), wanted),

@@ -7,30 +7,32 @@ earlier rounds alone, so a search that was killed samples the same again.
 
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import partial
 
 from agents.operators.genetic import tournament
-from agents.operators.sampling import (
-    sample_mix,
-    sample_mutation,
-    sample_profile,
-    sample_ranked_mix,
-    sample_ranked_trades,
-)
-from agents.population.call import Call
-from agents.population.submission import NothingLeft, Sampler, Submitter
+from agents.operators.sampling import sample_profile
+from agents.population.submission import Call, NothingLeft, Operator, Submitter
 from agents.population.view import Member, Selection, Submit, View
 from protocol.plans.candidate import AgentName
 
 
-async def submit_samples(agent: AgentName, view: View, count: int, submit: Submit, sampler: Sampler) -> int:
-    """Get `count` samples accepted. Return how many were: fewer only if no new plan was found."""
-    call = Call(agent, view, 0, count)
-    submitter = Submitter(agent, call, submit)
-    if not submitter.is_complete:
-        with suppress(NothingLeft):
-            await submitter.sample(call.rng, count, sampler, "classical")
-    return len(submitter.accepted)
+class OperatorAgent:
+    """Proposes what an operator makes of at least `min_parents` parents."""
+
+    def __init__(self, agent: AgentName, operator: Operator, min_parents: int) -> None:
+        self._agent: AgentName = agent
+        self._operator = operator
+        self._min_parents = min_parents
+
+    async def propose(self, view: View, parents: Sequence[Member], count: int, submit: Submit) -> int:
+        """Get `count` candidates accepted. Return how many were: fewer if no new plan was found, 0 without parents."""
+        if len(parents) < self._min_parents:
+            return 0
+        call = Call(self._agent, view, 0, count)
+        submitter = Submitter(self._agent, call, submit)
+        if not submitter.is_complete:
+            with suppress(NothingLeft):
+                await submitter.sample(count, self._operator, parents, "classical")
+        return len(submitter.accepted)
 
 
 class RandomInitializer:
@@ -38,58 +40,7 @@ class RandomInitializer:
 
     async def propose(self, view: View, count: int, submit: Submit) -> int:
         """Get `count` candidates accepted; return how many were."""
-        return await submit_samples("initializer", view, count, submit, partial(sample_profile, view=view))
-
-
-class RandomMutator:
-    """Random search: samples every round like the first population and ignores all outcomes."""
-
-    async def propose(self, view: View, _parents: Sequence[Member], count: int, submit: Submit) -> int:
-        """Get `count` candidates accepted; return how many were."""
-        return await submit_samples("mutator", view, count, submit, partial(sample_profile, view=view))
-
-
-class ClassicalMutator:
-    """Shifts rate between the units of a random parent."""
-
-    async def propose(self, view: View, parents: Sequence[Member], count: int, submit: Submit) -> int:
-        """Get `count` mutations of `parents` accepted; return how many were."""
-        if not parents:
-            return 0
-        return await submit_samples("mutator", view, count, submit, partial(sample_mutation, parents=parents))
-
-
-class ClassicalCrossover:
-    """Takes a range of units from a second parent."""
-
-    async def propose(self, view: View, parents: Sequence[Member], count: int, submit: Submit) -> int:
-        """Get `count` crossovers of `parents` accepted; return how many were: 0 for fewer than two parents."""
-        if len(parents) < 2:
-            return 0
-        return await submit_samples("crossover", view, count, submit, partial(sample_mix, parents=parents))
-
-
-class RankedMutator:
-    """Chooses at random from the trades that the surrogate ranks: the baseline for the LLM's choice among them."""
-
-    async def propose(self, view: View, parents: Sequence[Member], count: int, submit: Submit) -> int:
-        """Get `count` mutations of `parents` accepted; return how many were."""
-        if not parents:
-            return 0
-        return await submit_samples(
-            "mutator", view, count, submit, partial(sample_ranked_trades, view=view, parents=parents)
-        )
-
-
-class RankedCrossover:
-    """Chooses at random from the mixes that the surrogate ranks."""
-
-    async def propose(self, view: View, parents: Sequence[Member], count: int, submit: Submit) -> int:
-        """Get `count` crossovers of `parents` accepted; return how many were: 0 for fewer than two parents."""
-        if len(parents) < 2:
-            return 0
-        sampler = partial(sample_ranked_mix, view=view, parents=parents)
-        return await submit_samples("crossover", view, count, submit, sampler)
+        return await OperatorAgent("initializer", sample_profile, 0).propose(view, (), count, submit)
 
 
 class TournamentSelector:

@@ -5,14 +5,13 @@ the covariances of sixty units.
 """
 
 import asyncio
-import random
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from cmaes import SepCMA
 
-from agents.baselines.classical import submit_samples
+from agents.baselines.classical import OperatorAgent
 from agents.population.submission import NothingLeft
 from agents.population.view import Member, Proposal, Submit, View
 from protocol.plans.plan import unit_bounds
@@ -43,13 +42,13 @@ class CmaEsMutator:
         await asyncio.to_thread(self._advance, view)
         generation = iter(self._samples)
 
-        def sampler(_: random.Random) -> Proposal:
+        def next_of_generation(*_: object) -> Proposal:
             rates = next(generation, None)
             if rates is None:
                 raise NothingLeft
             return Proposal(tuple(rates.tolist()))
 
-        return await submit_samples("mutator", view, count, submit, sampler)
+        return await OperatorAgent("mutator", next_of_generation, 0).propose(view, (), count, submit)
 
     def _advance(self, view: View) -> None:
         """Learn from the earlier rounds and sample this one."""

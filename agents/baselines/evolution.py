@@ -2,15 +2,13 @@
 
 A switch takes a level from one unit and gives it to another, which keeps the budget. A level is a share of a decoder
 layer's parameters. Attention has few levels, one for each number of heads that can be kept. If a switch involves
-attention, attention moves by its next level and the other unit takes the same number of parameters.
+attention, attention changes by its next level and the other unit takes the same number of parameters.
 """
 
 import random
 from collections.abc import Sequence
-from functools import partial
 
-from agents.baselines.classical import submit_samples
-from agents.population.view import Member, Proposal, Submit, View
+from agents.population.view import Member, Proposal, View
 from protocol.plans.plan import parameters_to_next_level, unit_bounds
 from protocol.plans.rates import ROUNDING
 
@@ -22,34 +20,23 @@ MAX_TRIES = 32
 """Random pairs of units that are tried for a switch until one is possible."""
 
 
-class EvolutionMutator:
-    """Runs the (1 + λ) search: offspring of the best candidate alone."""
-
-    async def propose(self, view: View, parents: Sequence[Member], count: int, submit: Submit) -> int:
-        """Get `count` offspring of the first of `parents` accepted; return how many were."""
-        if not parents:
-            return 0
-        return await submit_samples(
-            "mutator", view, count, submit, partial(sample_switches, view=view, parent=parents[0])
-        )
-
-
-def sample_switches(rng: random.Random, view: View, parent: Member) -> Proposal:
-    """Return the parent after one to three level switches (the smaller of two random numbers, so mostly one)."""
-    rates = list(parent.candidate.rates)
+def sample_switches(rng: random.Random, view: View, parents: Sequence[Member]) -> Proposal:
+    """Return the first parent after one to three level switches (the smaller of two random numbers, so mostly one)."""
+    parent = parents[0].candidate
+    rates = list(parent.rates)
     spec = view.spec
     bounds = unit_bounds(view.profile.shape, spec.granularity, spec.lowest_rate, spec.highest_rate)
     for _ in range(min(rng.randint(1, MAX_SWITCHES), rng.randint(1, MAX_SWITCHES))):
         switches = (_switch(rng, view, rates, bounds) for _ in range(MAX_TRIES))
         for i, rate in next(filter(None, switches), {}).items():
             rates[i] = rate
-    return Proposal(tuple(rates), (parent.candidate.id,))
+    return Proposal(tuple(rates), (parent.id,))
 
 
 def _switch(
     rng: random.Random, view: View, rates: Sequence[float], bounds: Sequence[tuple[float, float]]
 ) -> dict[int, float]:
-    """Return the rates of two random units after a level moves from one to the other; empty if that is impossible.
+    """Return the rates of two random units after a level is shifted from one to the other; empty if that is impossible.
 
     A half switch is not made: projection would spread the rest over all other units.
     """

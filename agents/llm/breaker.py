@@ -23,7 +23,7 @@ BreakerState = Literal["closed", "open", "half-open"]
 class Breaker:
     """Counts failures in a row, and decides whether a question may be asked. Times in seconds on `clock`."""
 
-    def __init__(self, *, failures: int, rest: float, longest_rest: float, clock: Clock = time.monotonic) -> None:
+    def __init__(self, failures: int, rest: float, longest_rest: float, clock: Clock = time.monotonic) -> None:
         self._failures = failures
         self._first_rest = rest
         self._longest_rest = max(rest, longest_rest)

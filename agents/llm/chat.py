@@ -8,14 +8,12 @@ from typing import Self
 
 import structlog
 
-from agents.llm.budget import Budget, BudgetUsedUp, Spent
 from agents.llm.client import RequestFailed
 from agents.llm.connection import Connection, Gate
-from agents.llm.endpoint import Answer, ChatPolicy, Degraded, Endpoint, LlmState, Question, Usage
+from agents.llm.endpoint import Answer, Degraded, Endpoint, LlmState, Question, Usage
+from agents.llm.policy import BudgetUsedUp, ChatPolicy, Spent
 from agents.llm.readiness import Readiness
 from protocol.errors import EndpointError
-
-__all__ = ["Answer", "Chat", "ChatPolicy", "Endpoint", "Question", "Usage"]
 
 Record = Callable[[dict[str, object]], None]
 
@@ -34,7 +32,7 @@ class Chat:
     """Asks endpoints in order; an async context manager.
 
     `gate` is awaited before every HTTP request, so that a pause takes effect. `record` gets every question with its
-    answer. `spent` is the part of the `budget` that earlier processes of this search have used.
+    answer. `spent` is the part of the budget that earlier processes of this search have used.
     """
 
     def __init__(
@@ -44,14 +42,12 @@ class Chat:
         *,
         gate: Gate = _open_gate,
         record: Record = _no_record,
-        budget: Budget | None = None,
         spent: Spent | None = None,
     ) -> None:
         self._policy = policy or ChatPolicy()
         self._connections = [Connection(e, self._policy, gate=gate, permit=self._permit) for e in endpoints]
         self._gate = gate
         self._record = record
-        self._budget = budget or Budget()
         self._spent_before = spent or Spent()
         self._stack = AsyncExitStack()
         self._degraded: Degraded | None = None
@@ -105,7 +101,7 @@ class Chat:
         `waiting` is called once with their names if none answers at first. Raise SettingsError for an endpoint that
         refuses our key or does not know our model; with `refuse` False it rests instead, as after a later refusal.
         """
-        if self._budget.used_up(self.spent) is None:
+        if self._policy.used_up(self.spent) is None:
             readiness = Readiness(self._connections, self._policy, gate=self._gate, permit=self._permit)
             await readiness.wait(waiting, at_most=at_most, refuse=refuse)
 
@@ -118,7 +114,7 @@ class Chat:
             started = time.monotonic()
             try:
                 answer = await connection.answer(
-                    question, patience=self._policy.longest_wait if others else self._policy.deadline
+                    question, patience=self._policy.longest_wait if others else self._policy.deadline_seconds
                 )
             except BudgetUsedUp:
                 raise
@@ -141,7 +137,7 @@ class Chat:
 
     def _permit(self) -> None:
         """Raise BudgetUsedUp if no more questions may be asked."""
-        if limit := self._budget.used_up(self.spent):
+        if limit := self._policy.used_up(self.spent):
             raise BudgetUsedUp(limit)
 
     def _degrade(self, degraded: Degraded, reason: str) -> None:

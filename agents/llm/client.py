@@ -23,8 +23,9 @@ import httpx2
 import openai
 
 from agents.llm.breaker import retry_after
-from agents.llm.endpoint import ChatPolicy, Endpoint, Message
+from agents.llm.endpoint import Endpoint, Message
 from agents.llm.masking import Masking
+from agents.llm.policy import ChatPolicy
 from agents.llm.responses import Completion, check_content_type, read_completion, read_models
 from agents.llm.transport import capped_at, only_own_headers, without_cookies
 from protocol.errors import EndpointError
@@ -192,7 +193,7 @@ def _make_sdk(base_url: str, key: str, policy: ChatPolicy) -> openai.AsyncOpenAI
     http = _HttpClient(
         trust_env=urlsplit(base_url).hostname not in _LOOPBACK,
         follow_redirects=False,
-        timeout=httpx2.Timeout(policy.deadline, connect=policy.connect_timeout, pool=None),
-        event_hooks={"request": [only_own_headers(key)], "response": [capped_at(policy.byte_cap)]},
+        timeout=httpx2.Timeout(policy.deadline_seconds, connect=policy.connect_timeout, pool=None),
+        event_hooks={"request": [only_own_headers(key)], "response": [capped_at(policy.max_reply_bytes)]},
     )
     return openai.AsyncOpenAI(base_url=base_url, api_key=key, max_retries=0, http_client=http)

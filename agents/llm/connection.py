@@ -2,7 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 
 import structlog
 import tenacity
@@ -10,7 +11,8 @@ import tenacity
 from agents.llm.breaker import Breaker, Cooldown
 from agents.llm.client import Client, RequestFailed
 from agents.llm.dialect import Dialect
-from agents.llm.endpoint import Answer, ChatPolicy, Endpoint, EndpointState, Question, Usage
+from agents.llm.endpoint import Answer, Endpoint, EndpointState, Question, Usage
+from agents.llm.policy import ChatPolicy
 from agents.llm.responses import LONGEST_REPLY, Completion
 from protocol.errors import EndpointError
 
@@ -23,11 +25,11 @@ VERDICT_POLL_SECONDS = 0.25
 log = structlog.get_logger()
 
 
-class LeftAlone(EndpointError):  # noqa: N818  (no request failed)
+class NotAsked(EndpointError):  # noqa: N818  (no request failed)
     """The endpoint was not asked: it rests, or it asked for a wait."""
 
     def __init__(self, why: str) -> None:
-        super().__init__(f"left alone: {why}", retryable=False)
+        super().__init__(f"not asked: {why}", retryable=False)
 
 
 class Connection:
@@ -48,7 +50,7 @@ class Connection:
         self._dialect = Dialect(rung="grammar" if endpoint.grammar else "json_schema")
         self._slots = asyncio.Semaphore(policy.concurrency)
         self._cooldown = Cooldown()
-        self._breaker = Breaker(failures=policy.failures_to_open, rest=policy.rest, longest_rest=policy.longest_rest)
+        self._breaker = Breaker(policy.failures_to_open, policy.rest_seconds, policy.longest_rest)
         self._verdict = asyncio.Event()
         """Set while no probe is in progress."""
         self._verdict.set()
@@ -78,19 +80,31 @@ class Connection:
 
         `patience` is the longest wait, in seconds, that the endpoint may ask for, or that a probe may take.
         """
-        async with self._slots:
-            with await self._enter(patience) as probe:
-                started = time.monotonic()
-                completion = await self._within_deadline(question, patience, attempts=1 if probe else None)
+        async with self._slots, self._admission(patience) as probe:
+            started = time.monotonic()
+            completion = await self._within_deadline(question, patience, 1 if probe else self._policy.attempts)
         return self._answer(completion, time.monotonic() - started)
 
-    async def _enter(self, patience: float) -> "_Admission":
-        """Pass gate and breaker; raise LeftAlone. While one question probes, the others wait for its verdict."""
+    @asynccontextmanager
+    async def _admission(self, patience: float) -> AsyncIterator[bool]:
+        """Pass gate and breaker, or raise NotAsked; yield whether this question is the probe.
+
+        While one question probes, the others wait for its verdict.
+        """
         await self._gate()
         if not self._verdict.is_set() and not await self._judged_within(min(patience, self._policy.longest_wait)):
-            raise LeftAlone("one question is trying it")
-        self._check_open()
-        return _Admission(self._breaker, self._verdict)
+            raise NotAsked("another question is probing it")
+        if not self._breaker.admits:
+            raise NotAsked(f"it rests for {self._breaker.rest_left:.0f} s after: {self._last_failure}")
+        if not self._breaker.enter():
+            yield False
+            return
+        self._verdict.clear()
+        try:
+            yield True
+        finally:
+            self._breaker.abandoned()  # unless there is a verdict
+            self._verdict.set()
 
     async def _judged_within(self, seconds: float) -> bool:
         """Return whether the probe ends in time. Time at a closed gate, which delays the probe, is not counted."""
@@ -104,18 +118,14 @@ class Connection:
         finally:
             verdict.cancel()
 
-    def _check_open(self) -> None:
-        if not self._breaker.admits:
-            raise LeftAlone(f"it rests for {self._breaker.rest_left:.0f} s after: {self._last_failure}")
-
-    async def _within_deadline(self, question: Question, patience: float, attempts: int | None) -> Completion:
+    async def _within_deadline(self, question: Question, patience: float, attempts: int) -> Completion:
         try:
-            async with asyncio.timeout(self._policy.deadline) as clock:
-                retrying = self._retrying(clock, patience, attempts or self._policy.attempts)
+            async with asyncio.timeout(self._policy.deadline_seconds) as clock:
+                retrying = self._retrying(clock, patience, attempts)
                 completion: Completion = await retrying(self._attempt, question, clock, patience)
                 return completion
         except TimeoutError:
-            why = f"no whole answer within {self._policy.deadline:g} s"
+            why = f"no whole answer within {self._policy.deadline_seconds:g} s"
             self._failed(RequestFailed(why, "unreachable"))
             raise RequestFailed(why, "unreachable") from None
 
@@ -170,15 +180,15 @@ class Connection:
     async def _wait_turn(self, clock: asyncio.Timeout, patience: float) -> None:
         """Wait as long as the endpoint asked for, then at the gate, directly before the request.
 
-        Raise LeftAlone for a wait beyond the deadline, or beyond `patience`.
+        Raise NotAsked for a wait beyond the deadline, or beyond `patience`.
         """
         while wait := self._cooldown.wait():
             if self._cooldown.left > patience or wait >= _time_left(clock):
-                raise LeftAlone(f"it asks to be, for {self._cooldown.left:.0f} s")
+                raise NotAsked(f"it asked for a wait of {self._cooldown.left:.0f} s")
             await asyncio.sleep(wait)
         await self._pass_gate(clock)
         if self._breaker.state == "open":  # since this question was admitted
-            raise LeftAlone(f"it rests after: {self._last_failure}")
+            raise NotAsked(f"it rests after: {self._last_failure}")
 
     async def _pass_gate(self, clock: asyncio.Timeout) -> None:
         """Wait at the gate while the deadline's clock is stopped."""
@@ -226,26 +236,6 @@ class Connection:
             seconds=seconds,
             finish_reason=completion.finish_reason,
         )
-
-
-class _Admission:
-    """Admission by the breaker; a probe that ends without a verdict was abandoned."""
-
-    def __init__(self, breaker: Breaker, verdict: asyncio.Event) -> None:
-        self._breaker = breaker
-        self._verdict = verdict
-        self._is_probe = False
-
-    def __enter__(self) -> bool:
-        self._is_probe = self._breaker.enter()
-        if self._is_probe:
-            self._verdict.clear()
-        return self._is_probe
-
-    def __exit__(self, *_: object) -> None:
-        if self._is_probe:
-            self._breaker.abandoned()
-            self._verdict.set()
 
 
 def _time_left(clock: asyncio.Timeout) -> float:

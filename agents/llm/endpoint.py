@@ -6,7 +6,7 @@ from typing import Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict, SecretStr
 
-from agents.llm.budget import Spent
+from agents.llm.policy import Spent
 
 Message = Mapping[str, str]
 
@@ -27,30 +27,6 @@ class Endpoint:
     """Context size in tokens (question and answer together), if known."""
     grammar: bool = False
     """Whether it accepts llama.cpp's grammars."""
-
-
-@dataclass(frozen=True)
-class ChatPolicy:
-    """Retries, limits and rests of the endpoints. Times in seconds."""
-
-    attempts: int = 4
-    """HTTP requests for one question while they fail for reasons that may pass."""
-    deadline: float = 120.0
-    """For one question to one endpoint, over all attempts; time at the gate is not counted."""
-    connect_timeout: float = 10.0
-    byte_cap: int = 2 * 1024 * 1024
-    concurrency: int = 4
-    """Concurrent questions to one endpoint."""
-    first_wait: float = 0.5
-    """Longest wait before the second attempt; it doubles with each further attempt."""
-    longest_wait: float = 20.0
-    """Longest wait between attempts. If an endpoint asks for more, the next endpoint is asked instead."""
-    failures_to_open: int = 4
-    """Failed requests in a row after which the endpoint rests."""
-    rest: float = 30.0
-    """First rest of an endpoint; each failed probe doubles it."""
-    longest_rest: float = 600.0
-    """Longest rest of an endpoint."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from agents.llm.client import RequestFailed
 from agents.llm.connection import Connection, Gate, Permit
-from agents.llm.endpoint import ChatPolicy
+from agents.llm.policy import ChatPolicy
 from protocol.errors import EndpointError, SettingsError
 
 NAMED = 8

@@ -10,7 +10,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 SHIFT = 0.05
-"""Rate moved from one unit to another by one step of `mutate`."""
+"""Rate shifted from one unit to another by one step of `mutate`."""
 CONTROL_POINTS = 5
 
 

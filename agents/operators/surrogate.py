@@ -109,18 +109,18 @@ class Surrogate:
         """Return the mean of the predicted rise, in nats."""
         return float(self._mean(np.array([self._shares(plan)]))[0])
 
-    def predict_changes(self, rates: Sequence[float], moves: Sequence[Mapping[int, float]]) -> tuple[Array, Array]:
+    def predict_changes(self, rates: Sequence[float], changes: Sequence[Mapping[int, float]]) -> tuple[Array, Array]:
         """Predict how the rise changes from `rates` when some units, given by number, get other rates.
 
-        Return the mean and the standard deviation for each of the `moves`, in nats.
+        Return the mean and the standard deviation for each of the `changes`, in nats.
         """
-        shares = np.repeat(np.array([rates]), len(moves), axis=0)
-        for row, move in zip(shares, moves, strict=True):
-            row[list(move)] = list(move.values())
-        base, moved = self._inputs(np.array([rates])), self._inputs(shares)
-        covariance = self._covariance_of_change(base, moved)
-        mean = moved.prior - base.prior + covariance @ self._weights
-        variance = self._prior_variance_of_change(moved, base) - (covariance @ self._inverse * covariance).sum(axis=1)
+        shares = np.repeat(np.array([rates]), len(changes), axis=0)
+        for row, change in zip(shares, changes, strict=True):
+            row[list(change)] = list(change.values())
+        base, changed = self._inputs(np.array([rates])), self._inputs(shares)
+        covariance = self._covariance_of_change(base, changed)
+        mean = changed.prior - base.prior + covariance @ self._weights
+        variance = self._prior_variance_of_change(changed, base) - (covariance @ self._inverse * covariance).sum(axis=1)
         return mean, np.sqrt(np.maximum(variance, 0.0))
 
     def predict_fitness(self, rates: Sequence[float]) -> float:
@@ -158,35 +158,35 @@ class Surrogate:
         covariance += (kernel.joint_std * scale) ** 2 * np.exp(distance / (-2 * kernel.joint_length_scale**2))
         return covariance
 
-    def _covariance_of_change(self, base: "_Inputs", moved: "_Inputs") -> Array:
-        """Return the prior covariance of the changes from `base` (one point) to `moved` with the observed rises.
+    def _covariance_of_change(self, base: "_Inputs", changed: "_Inputs") -> Array:
+        """Return the prior covariance of the changes from `base` (one point) to `changed` with the observed rises.
 
-        [points of `moved`, outcomes]. Most units do not change, and theirs need not be computed.
+        [points of `changed`, outcomes]. Most units do not change, and theirs need not be computed.
         """
         scale, kernel, observed = self._scale, self._kernel, self._observed
-        covariance = COMMON_FACTOR_STD**2 * np.outer(moved.prior - base.prior, observed.prior)
-        covariance += UNIT_FACTOR_STD**2 * (moved.unit_priors - base.unit_priors) @ observed.unit_priors.T
-        covariance += (kernel.slope_std * scale) ** 2 * (moved.removed - base.removed) @ observed.removed.T
+        covariance = COMMON_FACTOR_STD**2 * np.outer(changed.prior - base.prior, observed.prior)
+        covariance += UNIT_FACTOR_STD**2 * (changed.unit_priors - base.unit_priors) @ observed.unit_priors.T
+        covariance += (kernel.slope_std * scale) ** 2 * (changed.removed - base.removed) @ observed.removed.T
         before = (base.removed - observed.removed) ** 2
-        distance = np.repeat(before.sum(axis=1)[None], len(moved.removed), axis=0)  # squared
+        distance = np.repeat(before.sum(axis=1)[None], len(changed.removed), axis=0)  # squared
         joint = np.exp(distance[0] / (-2 * kernel.joint_length_scale**2)) if len(distance) else 0.0
         width = -2 * kernel.unit_length_scale**2
         for unit, old in enumerate(base.removed[0]):
-            changed = np.flatnonzero(moved.removed[:, unit] != old)
-            square = np.subtract.outer(moved.removed[changed, unit], observed.removed[:, unit]) ** 2
-            distance[changed] += square - before[:, unit]
-            covariance[changed] += (kernel.unit_std * scale) ** 2 * (
+            rows = np.flatnonzero(changed.removed[:, unit] != old)
+            square = np.subtract.outer(changed.removed[rows, unit], observed.removed[:, unit]) ** 2
+            distance[rows] += square - before[:, unit]
+            covariance[rows] += (kernel.unit_std * scale) ** 2 * (
                 np.exp(square / width) - np.exp(before[:, unit] / width)
             )
         covariance += (kernel.joint_std * scale) ** 2 * (np.exp(distance / (-2 * kernel.joint_length_scale**2)) - joint)
         return covariance
 
-    def _prior_variance_of_change(self, moved: "_Inputs", base: "_Inputs") -> Array:
-        """Return the prior variance of the change from `base` (one point) to each point of `moved`."""
+    def _prior_variance_of_change(self, changed: "_Inputs", base: "_Inputs") -> Array:
+        """Return the prior variance of the change from `base` (one point) to each point of `changed`."""
         scale, kernel = self._scale, self._kernel
-        square = (moved.removed - base.removed) ** 2
-        variance: Array = COMMON_FACTOR_STD**2 * (moved.prior - base.prior) ** 2
-        variance += UNIT_FACTOR_STD**2 * ((moved.unit_priors - base.unit_priors) ** 2).sum(axis=1)
+        square = (changed.removed - base.removed) ** 2
+        variance: Array = COMMON_FACTOR_STD**2 * (changed.prior - base.prior) ** 2
+        variance += UNIT_FACTOR_STD**2 * ((changed.unit_priors - base.unit_priors) ** 2).sum(axis=1)
         variance += (kernel.slope_std * scale) ** 2 * square.sum(axis=1)
         unit = 1 - np.exp(square / (-2 * kernel.unit_length_scale**2))
         variance += 2 * (kernel.unit_std * scale) ** 2 * unit.sum(axis=1)

@@ -1,22 +1,50 @@
-"""Submission of proposals: the candidates of one call, and proposals sampled without an LLM."""
+"""The calls of an agent, with their random seeds, and the submission of their proposals."""
 
 import asyncio
+import hashlib
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-from agents.population.call import Call
-from agents.population.view import BUDGET_USED_UP, KNOWN_ALREADY, Proposal, Refused, Submit
+from agents.population.view import BUDGET_USED_UP, KNOWN_ALREADY, Member, Proposal, Refused, Submit, View
 from protocol.plans.candidate import AgentName, Provenance, Source
 
 TRIES = 25
 """Samples for each missing proposal before sampling gives up: by then probably no new plan is left."""
 
-Sampler = Callable[[random.Random], Proposal]
-"""A classical operator: returns another proposal at each call."""
+Operator = Callable[[random.Random, View, Sequence[Member]], Proposal]
+"""Makes a proposal without an LLM from some parents: another one at each call."""
 
 
 class NothingLeft(Exception):  # noqa: N818  (no error: the call is at its end)
     """The call has all its candidates, or the budget is used up: every further proposal would be refused."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of an agent in a round: `index` tells the calls apart, `count` is how many proposals it should make."""
+
+    agent: str
+    view: View
+    index: int
+    count: int
+
+    def seed(self, attempt: int) -> int:
+        """Return a seed of 31 bits, different for every question of a search."""
+        key = f"{self.view.spec.seed}|{self.view.round}|{self.agent}|{self.index}|{self.count}|{attempt}"
+        return int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") >> 1
+
+    def sample_members(self, members: Sequence[Member], count: int) -> tuple[Member, ...]:
+        """Return at most `count` of `members`, in their order. Each call of a round sees different members."""
+        first = [members[self.index % len(members)]]
+        others = [member for member in members if member is not first[0]]
+        sampled = first + self.rng.sample(others, min(count - 1, len(others)))
+        return tuple(member for member in members if member in sampled)
+
+    @property
+    def rng(self) -> random.Random:
+        """A new generator for the fallback and for the menus, seeded the same every time."""
+        return random.Random(self.seed(-1))
 
 
 class Submitter:
@@ -62,11 +90,11 @@ class Submitter:
             raise NothingLeft
         return None
 
-    async def sample(self, rng: random.Random, missing: int, sampler: Sampler, source: Source) -> int:
+    async def sample(self, missing: int, operator: Operator, parents: Sequence[Member], source: Source) -> int:
         """Submit samples until `missing` are accepted or no new plan is found; return how many were accepted."""
-        taken = 0
+        rng, taken = self.call.rng, 0
         for _ in range(TRIES * missing):
-            taken += await self.submit(sampler(rng), source) is None
+            taken += await self.submit(operator(rng, self.call.view, parents), source) is None
             if taken == missing:
                 break
             await asyncio.sleep(0)  # a refusal awaits nothing, so without this other tasks would starve

@@ -3,16 +3,14 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 import structlog
 
 from agents.llm.endpoint import Answer, ChatClient, Message, Question
-from agents.population.call import Call
+from agents.population.submission import Call
 from agents.prompting.descriptions import about_model
-from agents.prompting.prompts import PromptTemplates
-from agents.prompting.replies import Parsed
+from agents.prompting.prompts import Prompt, fill
 from agents.prompting.settings import AgentSettings
 from protocol.errors import EndpointError, InvalidReply
 
@@ -34,27 +32,11 @@ Turn = Callable[[], AbstractAsyncContextManager[None]]
 log = structlog.get_logger()
 
 
-@dataclass(frozen=True)
-class Prompt(Generic[T]):
-    """A filled prompt with the schema and the parser of its reply."""
-
-    name: str
-    """Name of the template; it also names the schema."""
-    text: str
-    schema: Callable[[int], dict[str, object]]
-    """Returns the schema of a reply with so many items."""
-    parse: Callable[[str, int], Parsed[T]]
-    """Parses a reply of at most so many items."""
-    tokens_per_item: int
-    """Approximate tokens of one item."""
-
-
 class Asker:
     """Asks the LLM for an agent, and asks again with what was wrong."""
 
-    def __init__(self, chat: ChatClient, templates: PromptTemplates, settings: AgentSettings) -> None:
+    def __init__(self, chat: ChatClient, settings: AgentSettings) -> None:
         self._chat = chat
-        self._templates = templates
         self._settings = settings
         self._token_factor = 1
         """Multiplies the token limit; grows when a reply is cut off."""
@@ -62,7 +44,7 @@ class Asker:
     async def ask(self, call: Call, prompt: Prompt[T], missing: int, take: Take[T], turn: Turn = nullcontext) -> int:
         """Ask until `missing` items are taken or the re-asks are used up; return how many were taken."""
         messages: list[Message] = [
-            {"role": "system", "content": self._templates.fill("system", about=about_model(call.view, ()))},
+            {"role": "system", "content": fill("system", about=about_model(call.view, ()))},
             {"role": "user", "content": prompt.text},
         ]
         taken = 0
@@ -86,7 +68,7 @@ class Asker:
             )
             if taken >= missing:
                 break
-            again = self._templates.fill("reask", problems=problems[:5], missing=missing - taken)
+            again = fill("reask", problems=problems[:5], missing=missing - taken)
             messages += [
                 {"role": "assistant", "content": _quote(answer)},
                 {"role": "user", "content": again},

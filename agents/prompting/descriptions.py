@@ -7,7 +7,7 @@ from itertools import pairwise
 
 from agents.operators.edits import KEPT_CHOICES
 from agents.operators.mixes import RankedMix
-from agents.operators.trades import Trade
+from agents.operators.moves import Move
 from agents.population.view import Member, View
 from agents.prompting.settings import FeedbackPart
 from protocol.plans.shape import Granularity
@@ -106,20 +106,20 @@ def numbered_profiles(view: View, members: Sequence[Member]) -> list[dict[str, o
     return [{"percents": percents(view, m.candidate.rates), "fitness": fitness_in_words(view, m)} for m in members]
 
 
-def trades_in_words(view: View, parent: Member, trades: Sequence[Trade]) -> list[str]:
-    """Return trades as the `trades` prompts list them: `mlp 3 +4, mlp 17 -4: -0.8 % (+-0.5)`.
+def moves_in_words(view: View, parent: Member, moves: Sequence[Move]) -> list[str]:
+    """Return moves as the `moves` prompts list them: `mlp 3 +4, mlp 17 -4: -0.8 % (+-0.5)`.
 
-    Units move by percent points of pruning. The predicted change is in percent: of the perplexity, computed from its
+    Rates change by percent points. The predicted change is in percent: of the perplexity, computed from its
     logarithm, or of the parent's divergence.
     """
     is_kl = view.spec.measure == "kl" and parent.fitness > 0
     unit = parent.fitness if is_kl else 1.0
     words = []
-    for trade in trades:
-        sides = ((trade.more, trade.more_rate), (trade.less, trade.less_rate))
-        moved = ", ".join(_side(view, number, rate, parent.candidate.rates) for number, rate in sides)
-        change = trade.mean / unit if is_kl else math.expm1(trade.mean)
-        words.append(f"{moved}: {100 * change:+.1f} % (+-{100 * trade.std / unit:.1f})")
+    for move in moves:
+        sides = ((move.more, move.more_rate), (move.less, move.less_rate))
+        sides_in_words = ", ".join(_side(view, number, rate, parent.candidate.rates) for number, rate in sides)
+        change = move.mean / unit if is_kl else math.expm1(move.mean)
+        words.append(f"{sides_in_words}: {100 * change:+.1f} % (+-{100 * move.std / unit:.1f})")
     return words
 
 
@@ -128,7 +128,7 @@ def _side(view: View, unit: int, rate: float, rates: Sequence[float]) -> str:
 
 
 def mixes_in_words(view: View, parents: Sequence[Member], mixes: Sequence[RankedMix]) -> list[str]:
-    """Return mixes as the `trades` prompts list them."""
+    """Return mixes as the `moves` prompts list them."""
     words = []
     for ranked in mixes:
         mix = ranked.mix

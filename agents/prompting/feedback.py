@@ -12,8 +12,8 @@ from protocol.plans.plan import unit_bounds
 
 SHOWN_CHANGES = 4
 MIN_POINTS = 1
-"""Smaller changes, in percent points, are left out: projection moves every unit a little."""
-SHOWN_LESSONS = 6
+"""Smaller changes, in percent points, are left out: projection changes every unit a little."""
+SHOWN_EFFECTS = 6
 SHOWN_UNITS = 3
 STEP = 0.05
 """Change of a unit's rate for which the gain or loss is predicted."""
@@ -31,7 +31,7 @@ class Feedback:
     """Units of it that would lose least from more pruning."""
     contrast: str = ""
     """How the best configurations differ from the worst, in percent points."""
-    lessons: tuple[str, ...] = ()
+    effects: tuple[str, ...] = ()
     """The effects of earlier changes."""
 
 
@@ -42,11 +42,11 @@ def feedback_on(view: View, parts: Collection[FeedbackPart]) -> Feedback:
         weakest=weakest,
         strongest=strongest,
         contrast=_contrast(view) if "contrast" in parts else "",
-        lessons=tuple(lessons(view, SHOWN_LESSONS)) if "lessons" in parts else (),
+        effects=tuple(effects_of_changes(view, SHOWN_EFFECTS)) if "effects" in parts else (),
     )
 
 
-def lessons(view: View, count: int) -> list[str]:
+def effects_of_changes(view: View, count: int) -> list[str]:
     """Return the `count` mutations of the last rounds with the clearest effects, latest round first.
 
     Each states what was changed, and the change of the fitness in percent.
@@ -65,7 +65,7 @@ def lessons(view: View, count: int) -> list[str]:
         parent = min(known, key=lambda id_: math.dist(rates[id_], child.candidate.rates))
         found.append((provenance.round, _gain(by_id[parent], child.fitness), child, parent))
     sentences: list[str] = []
-    in_order = sorted(found, key=lambda lesson: (-lesson[0], -abs(lesson[1]), lesson[2].candidate.id))
+    in_order = sorted(found, key=lambda effect: (-effect[0], -abs(effect[1]), effect[2].candidate.id))
     for _, gain, child, parent in in_order:
         if words := changes(view, rates[parent], child.candidate.rates):
             sentences.append(f"{words}: {_verdict(gain)}{', and was stopped early' if child.stopped else ''}")

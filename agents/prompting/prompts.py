@@ -1,36 +1,52 @@
-"""The prompt templates in `prompts/`, filled with exactly the variables that they use."""
+"""Prompts: the templates in `prompts/`, and filled ones with the schemas and the parsers of their replies."""
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import resources
+from typing import Generic, TypeVar
 
 from jinja2 import Environment, FunctionLoader, StrictUndefined, meta
 
+from agents.prompting.replies import Parsed
 
-class PromptTemplates:
-    """The prompt templates by name: `initializer_edits`, `mutator_lists`, …"""
+T = TypeVar("T")
 
-    def __init__(self) -> None:
-        self._environment = Environment(
-            loader=FunctionLoader(_read),
-            undefined=StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-            autoescape=False,
-        )
 
-    def fill(self, name: str, **variables: object) -> str:
-        """Return the prompt `name`; raise TypeError if `variables` are not exactly those that its template uses."""
-        used = self._variables(name)
-        if used != set(variables):
-            wrong = ", ".join(sorted(used ^ set(variables)))
-            raise TypeError(f"prompt {name}: missing or unused variables: {wrong}")
-        return self._environment.get_template(name).render(**variables).strip()
+@dataclass(frozen=True)
+class Prompt(Generic[T]):
+    """A filled prompt with the schema and the parser of its reply."""
 
-    def _variables(self, name: str) -> set[str]:
-        """Return the variables of the template and of the parts that it includes."""
-        tree = self._environment.parse(_read(name))
-        parts = [part for part in meta.find_referenced_templates(tree) if part]
-        return meta.find_undeclared_variables(tree).union(*(self._variables(part) for part in parts))
+    name: str
+    """Name of the template; it also names the schema."""
+    text: str
+    schema: Callable[[int], dict[str, object]]
+    """Returns the schema of a reply with so many items."""
+    parse: Callable[[str, int], Parsed[T]]
+    """Parses a reply of at most so many items."""
+    tokens_per_item: int
+    """Approximate tokens of one item."""
+
+
+def fill(name: str, **variables: object) -> str:
+    """Return the prompt `name`; raise TypeError if `variables` are not exactly those that its template uses."""
+    used = _variables(name)
+    if used != set(variables):
+        wrong = ", ".join(sorted(used ^ set(variables)))
+        raise TypeError(f"prompt {name}: missing or unused variables: {wrong}")
+    return _ENVIRONMENT.get_template(name).render(**variables).strip()
+
+
+def _variables(name: str) -> set[str]:
+    """Return the variables of the template and of the parts that it includes."""
+    tree = _ENVIRONMENT.parse(_read(name))
+    parts = [part for part in meta.find_referenced_templates(tree) if part]
+    return meta.find_undeclared_variables(tree).union(*(_variables(part) for part in parts))
 
 
 def _read(name: str) -> str:
     return resources.files("prompts").joinpath(f"{name}.j2").read_text(encoding="utf-8")
+
+
+_ENVIRONMENT = Environment(
+    loader=FunctionLoader(_read), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False
+)

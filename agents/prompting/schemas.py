@@ -22,10 +22,10 @@ Schema = dict[str, object]
 T = TypeVar("T")
 
 
-class TradeChoice(BaseModel):
-    """A Mutator's choice: numbers of trades."""
+class MoveChoice(BaseModel):
+    """A Mutator's choice: numbers of moves."""
 
-    trades: Annotated[list[int], Field(min_length=1, max_length=20)]
+    moves: Annotated[list[int], Field(min_length=1, max_length=20)]
 
 
 class MixChoice(BaseModel):
@@ -40,11 +40,17 @@ class Choice(BaseModel):
     parents: Annotated[list[int], Field(min_length=1, max_length=1000)]
 
 
+def lists_schema(units: int, count: int) -> Schema:
+    """Return the schema of `count` configurations with a rate for each of `units`."""
+    rates = _array({"type": "number", "minimum": 0, "maximum": 1}, units, units)
+    return _object({"configurations": _array(rates, count, count)})
+
+
 def profile_schema(view: View, count: int) -> Schema:
     """Return the schema of `count` profiles: one curve over the layers, or one each for attention and MLP."""
     low, high = profile_bounds(view)
     points = control_points(view)
-    curve = {"type": "array", "items": _integer(low, high), "minItems": points, "maxItems": points}
+    curve = _array(_integer(low, high), points, points)
     curves = {"profile": curve} if view.spec.granularity == "layer" else {"attention": curve, "mlp": curve}
     return _proposals({**_kept(view), **curves}, count)
 
@@ -54,8 +60,7 @@ def mutation_schema(view: View, shown: int, count: int) -> Schema:
     change = {**_range(view), "points": {"type": "integer", "enum": list(STEPS)}}
     if view.spec.granularity == "block":
         change = {"block": {"enum": ["attention", "mlp"]}, **change}
-    changes = {"type": "array", "items": _object(change), "minItems": 1, "maxItems": MAX_CHANGES}
-    return _proposals({"parent": _integer(1, shown), "changes": changes}, count)
+    return _proposals({"parent": _integer(1, shown), "changes": _array(_object(change), 1, MAX_CHANGES)}, count)
 
 
 def mix_schema(view: View, shown: int, count: int) -> Schema:
@@ -67,10 +72,9 @@ def mix_schema(view: View, shown: int, count: int) -> Schema:
     return _proposals({"parents": {"enum": pairs}, **block, "first": start, "layers": _integer(fewest, most)}, count)
 
 
-def trades_schema(shown: int, max_trades: int, count: int) -> Schema:
-    """Return the schema of `count` choices, each of up to `max_trades` of `shown` trades."""
-    trades = {"type": "array", "items": _integer(1, shown), "minItems": 1, "maxItems": min(max_trades, shown)}
-    return _proposals({"trades": trades}, count)
+def moves_schema(shown: int, max_moves: int, count: int) -> Schema:
+    """Return the schema of `count` choices, each of up to `max_moves` of `shown` moves."""
+    return _proposals({"moves": _array(_integer(1, shown), 1, min(max_moves, shown))}, count)
 
 
 def mixes_schema(shown: int, count: int) -> Schema:
@@ -91,8 +95,7 @@ def pick(items: Sequence[T], numbers: Sequence[int], max_items: int, name: str) 
 
 def choice_schema(shown: int, wanted: int) -> Schema:
     """Return the schema of the numbers of `wanted` of `shown` parents."""
-    numbers = {"type": "array", "items": _integer(1, shown), "minItems": min(2, wanted), "maxItems": wanted}
-    return _object({"parents": numbers})
+    return _object({"parents": _array(_integer(1, shown), min(2, wanted), wanted)})
 
 
 def apply_choice(population: Sequence[Member], wanted: int, reply: Choice) -> tuple[Member, ...]:
@@ -112,13 +115,15 @@ def apply_choice(population: Sequence[Member], wanted: int, reply: Choice) -> tu
 def _kept(view: View) -> Schema:
     """Return the property `keep`, a few of the most fragile units; empty if no sensitivity is known."""
     choices = [unit.name for unit in view.by_fragility[:KEPT_CHOICES]]
-    kept: Schema = {"type": "array", "items": {"enum": choices}, "minItems": 0, "maxItems": MAX_KEPT}
-    return {"keep": kept} if choices else {}
+    return {"keep": _array({"enum": choices}, 0, MAX_KEPT)} if choices else {}
 
 
 def _proposals(properties: Schema, count: int) -> Schema:
-    items = {"type": "array", "items": _object(properties), "minItems": count, "maxItems": count}
-    return _object({"proposals": items})
+    return _object({"proposals": _array(_object(properties), count, count)})
+
+
+def _array(items: Schema, fewest: int, most: int) -> Schema:
+    return {"type": "array", "items": items, "minItems": fewest, "maxItems": most}
 
 
 def _object(properties: Schema) -> Schema:

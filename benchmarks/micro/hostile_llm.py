@@ -203,8 +203,8 @@ def hostile_endpoints(base_url: str) -> list[dict[str, str]]:
 
 
 def make_search(kit: Kit, folder: Path, name: str, endpoints: list[dict[str, str]]) -> Search:
-    """Return a search with the reply form `trades`, which reaches most parsers of replies."""
-    llm = {"reply": "trades", "deadline_seconds": 2, "start_wait_seconds": 1, "rest_seconds": 0.05, "reasks": 1}
+    """Return a search with the reply form `moves`, which reaches most parsers of replies."""
+    llm = {"reply": "moves", "deadline_seconds": 2, "start_wait_seconds": 1, "rest_seconds": 0.05, "reasks": 1}
     return Search(kit, endpoints, folder, name, rounds=1_000_000, llm=llm)
 
 

@@ -30,6 +30,7 @@ from typing import Any, get_args
 from pydantic import ValidationError
 from rich.console import Console
 
+from agents.prompting.settings import FeedbackPart
 from benchmarks.output_folder import lock_folder
 from benchmarks.search.searches import (
     Comparison,
@@ -70,23 +71,23 @@ METHODS: dict[str, dict[str, Any]] = {
     "best-of-n": {"proposer": "best-of-n", "mutations": OFFSPRING, "crossovers": 0, "reply": "edits"},
     "ranked": {"initializer": "random", "selector": "tournament", "mutator": "ranked", "crossover": "ranked"},
     "llm-edits": {"reply": "edits"},
-    "llm": {"reply": "trades"},
-    "llm-untold": {"reply": "trades", "tell": ()},
-    "llm-steady": {"reply": "trades", "mode": "steady-state"},
-    "no-initializer": {"reply": "trades", "initializer": "random"},
-    "no-mutation": {"reply": "trades", "mutations": 0, "crossovers": OFFSPRING},
-    "no-crossover": {"reply": "trades", "mutations": OFFSPRING, "crossovers": 0},
+    "llm": {"reply": "moves"},
+    "llm-no-feedback": {"reply": "moves", "feedback": ()},
+    "llm-steady": {"reply": "moves", "mode": "steady-state"},
+    "no-initializer": {"reply": "moves", "initializer": "random"},
+    "no-mutation": {"reply": "moves", "mutations": 0, "crossovers": OFFSPRING},
+    "no-crossover": {"reply": "moves", "mutations": OFFSPRING, "crossovers": 0},
     "tournament": {"reply": "edits", "selector": "tournament"},
     "joint": {"reply": "edits", "selector": "none"},
 }
 """Settings of search.* and llm.*. `ranked` chooses at random from the menus that `llm` chooses from, and selects
 parents by tournaments. `llm` is the search of configs/best.yaml; the methods after it are ablations that change one
-thing. `tournament` and `joint` are ablations of `llm-edits`, because trades mostly begin at the best configuration,
+thing. `tournament` and `joint` are ablations of `llm-edits`, because moves mostly begin at the best configuration,
 whatever the selection. CMA-ES has larger generations, which it is made for."""
 RACING_FACTOR = 5
 """Methods with `first_windows` may make so many times as many candidates, on as many tokens as the others."""
 DEFAULT_METHODS = ("random", "evolution", "cma-es", "best-of-n", "ranked", "llm")
-OF_LLM = ("reply", "tell")
+OF_LLM = ("reply", "feedback")
 NOT_OF_THE_SEARCHES = ("out", "json", "beside")
 SHARED_OUT = ("rate", "seeds", "first_seed", "methods", "llm_url")
 """Arguments in which joined calls may differ."""
@@ -305,7 +306,10 @@ def settings_of(given: argparse.Namespace, method: str, rate: float, seed: int) 
     """Return the settings of one search; methods differ in their proposer only."""
     chosen = {"mutations": OFFSPRING - 1, "crossovers": 1, **METHODS[method]}
     endpoint = {"base_url": given.llm_url, "model": given.llm_model, "name": "llm"}
-    llm = {"tell": ("sensitivity", "weakest", "contrast", "lessons"), "endpoints": [endpoint] if given.llm_url else []}
+    llm = {
+        "feedback": get_args(FeedbackPart),
+        "endpoints": [endpoint] if given.llm_url else [],
+    }
     llm |= {name: chosen.pop(name) for name in OF_LLM if name in chosen}
     population = max(MIN_POPULATION, min(12, given.budget // 4))
     in_part = "first_windows" in chosen

@@ -20,10 +20,11 @@ import structlog
 
 from agents.crossover import Crossover
 from agents.initializer import Initializer
-from agents.llm.chat import Chat, ChatPolicy, Endpoint
+from agents.llm.chat import Chat
+from agents.llm.endpoint import Endpoint
+from agents.llm.policy import ChatPolicy
 from agents.mutator import Mutator
 from agents.population.view import Accepted, Member, Refused, View
-from agents.prompting.prompts import PromptTemplates
 from agents.prompting.settings import AgentSettings
 from agents.selector import Selector
 from protocol.errors import BudgetError
@@ -137,9 +138,8 @@ async def run(options: argparse.Namespace, endpoint: Endpoint) -> list[dict[str,
             )
             return result
 
-        templates = PromptTemplates()
-        initializer, selector = Initializer(chat, templates, settings), Selector(chat, templates, settings)
-        mutator, crossover = Mutator(chat, templates, settings), Crossover(chat, templates, settings)
+        initializer, selector = Initializer(chat, settings), Selector(chat, settings)
+        mutator, crossover = Mutator(chat, settings), Crossover(chat, settings)
         await timed("initializer", options.count, initializer.propose(ledger.view(0), options.count, ledger.submit))
         for round_ in range(1, options.rounds + 1):
             view = ledger.view(round_)

@@ -36,7 +36,7 @@ def stay_after_error(error: SelfPrunerError, *, at_most: float | None = None) ->
 
 
 async def _wait(reason: str, at_most: float | None) -> None:
-    log.error("must_be_mended", reason=reason, waits_s=at_most)
+    log.error("invalid_input", reason=reason, waits_s=at_most)
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(at_most):
             await until_cancelled()

@@ -11,8 +11,8 @@ from urllib.parse import urlsplit
 import structlog
 from pydantic import SecretStr
 
-from agents.llm.budget import Budget, Spent
-from agents.llm.endpoint import ChatPolicy, Endpoint
+from agents.llm.endpoint import Endpoint
+from agents.llm.policy import Spent
 from agents.llm.replay import Replay, Transcript
 from daemon.settings.llm import EndpointSettings, LlmSettings, check_key
 from daemon.settings.settings import Settings
@@ -38,17 +38,8 @@ def make_chat(
     """Return the chat for these endpoints (none with llm.replay); `spent` is what was spent so far."""
     from agents.llm.chat import Chat  # imports openai, which takes longer to load than the rest of a command
 
-    policy = ChatPolicy(
-        attempts=llm.attempts,
-        deadline=llm.deadline_seconds,
-        byte_cap=llm.max_reply_bytes,
-        concurrency=llm.concurrency,
-        failures_to_open=llm.failures_to_open,
-        rest=llm.rest_seconds,
-    )
-    budget = Budget(requests=llm.budget_requests, tokens=llm.budget_tokens, cost=llm.budget_cost)
     asked = [] if llm.replay else make_endpoints(endpoints)
-    return Chat(asked, policy, gate=gate, record=record, budget=budget, spent=spent)
+    return Chat(asked, llm, gate=gate, record=record, spent=spent)
 
 
 def make_endpoints(settings: Sequence[EndpointSettings]) -> list[Endpoint]:

@@ -6,7 +6,7 @@ import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from agents.llm.budget import Spent
+from agents.llm.policy import Spent
 from daemon.state.history import History
 from daemon.state.store import TICK_SECONDS, SearchStore
 

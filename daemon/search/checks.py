@@ -58,7 +58,7 @@ def check_lists(settings: Settings, contexts: Mapping[str, int | None], units: i
         if lists and context is not None and needed > context:
             raise SettingsError(
                 f"llm.reply `lists` takes about {needed:,} tokens for {lists} lists of {units} rates, and {name} has "
-                f"{context:,}: use `edits` or `trades`, lower search.population, or set its `context` in "
+                f"{context:,}: use `edits` or `moves`, lower search.population, or set its `context` in "
                 "llm.endpoints if it is larger"
             )
 

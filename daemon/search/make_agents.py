@@ -1,21 +1,18 @@
 """Build the agents that a search's settings ask for: the LLM's, or a method to compare them with."""
 
-from agents.baselines.classical import (
-    ClassicalCrossover,
-    ClassicalMutator,
-    RandomInitializer,
-    RandomMutator,
-    RankedCrossover,
-    RankedMutator,
-    TournamentSelector,
-)
-from agents.baselines.evolution import EvolutionMutator
+from agents.baselines.classical import OperatorAgent, RandomInitializer, TournamentSelector
+from agents.baselines.evolution import sample_switches
 from agents.crossover import Crossover
 from agents.initializer import BestOfN, Initializer
 from agents.llm.endpoint import ChatClient
 from agents.mutator import Mutator
-from agents.prompting.prompts import PromptTemplates
-from agents.prompting.settings import AgentSettings
+from agents.operators.sampling import (
+    sample_mix,
+    sample_mutation,
+    sample_profile,
+    sample_ranked_mix,
+    sample_ranked_moves,
+)
 from agents.selector import Selector
 from daemon.search.roles import Agents, OffspringRole, SelectorRole
 from daemon.settings.llm import LlmSettings
@@ -28,34 +25,25 @@ def make_agents(search: SearchSettings, llm: LlmSettings, chat: ChatClient) -> A
 
     Raises SettingsError if a package is missing.
     """
-    settings = AgentSettings(
-        reply=llm.reply,
-        proposals_per_call=llm.proposals_per_call,
-        reasks=llm.reasks,
-        tell=frozenset(llm.tell),
-        temperature=llm.temperature,
-        max_tokens=llm.max_tokens,
-    )
-    prompts = PromptTemplates()
-    initializer = Initializer(chat, prompts, settings)
+    initializer = Initializer(chat, llm)
     if search.proposer == "best-of-n":
         return Agents(initializer, None, BestOfN(initializer), None)
     if search.proposer != "llm":
         return Agents(RandomInitializer(), None, _offspring_agent(search), None)
     selectors: dict[str, SelectorRole | None] = {
-        "llm": Selector(chat, prompts, settings),
+        "llm": Selector(chat, llm),
         "tournament": TournamentSelector(),
         "none": None,
     }
     mutators: dict[str, OffspringRole] = {
-        "llm": Mutator(chat, prompts, settings),
-        "classical": ClassicalMutator(),
-        "ranked": RankedMutator(),
+        "llm": Mutator(chat, llm),
+        "classical": OperatorAgent("mutator", sample_mutation, min_parents=1),
+        "ranked": OperatorAgent("mutator", sample_ranked_moves, min_parents=1),
     }
     crossovers: dict[str, OffspringRole] = {
-        "llm": Crossover(chat, prompts, settings),
-        "classical": ClassicalCrossover(),
-        "ranked": RankedCrossover(),
+        "llm": Crossover(chat, llm),
+        "classical": OperatorAgent("crossover", sample_mix, min_parents=2),
+        "ranked": OperatorAgent("crossover", sample_ranked_mix, min_parents=2),
     }
     return Agents(
         initializer=initializer if search.initializer == "llm" else RandomInitializer(),
@@ -73,9 +61,9 @@ def check_proposer(search: SearchSettings) -> None:
 
 def _offspring_agent(search: SearchSettings) -> OffspringRole:
     if search.proposer == "random":
-        return RandomMutator()
+        return OperatorAgent("mutator", sample_profile, min_parents=0)
     if search.proposer == "evolution":
-        return EvolutionMutator()
+        return OperatorAgent("mutator", sample_switches, min_parents=1)
     check_proposer(search)
     from agents.baselines.cma_es import CmaEsMutator
 

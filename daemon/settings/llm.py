@@ -1,12 +1,13 @@
 """Settings of the LLM: its endpoints, how it is asked, and the small one that `selfpruner run` serves itself."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, SecretStr, model_validator
+from pydantic import AfterValidator, Field, PositiveInt, SecretStr, model_validator
 
-from agents.prompting.settings import FeedbackPart
+from agents.llm.policy import ChatPolicy
+from agents.prompting.settings import AgentSettings
 from daemon.settings.section import Section
 
 
@@ -77,52 +78,20 @@ def _named_apart(endpoints: tuple[EndpointSettings, ...]) -> tuple[EndpointSetti
     return endpoints
 
 
-class LlmSettings(Section):
-    """The LLM that proposes candidates, and how it is asked."""
+class _Endpoints(Section):
+    """The first setting of the section: fields of a base are listed before those of its subclasses."""
 
     endpoints: Annotated[tuple[EndpointSettings, ...], AfterValidator(_named_apart)] = ()
     """LLM endpoints in order of preference; the next is asked if one fails. If empty, `selfpruner run` serves a small
     model itself."""
-    reply: Literal["lists", "edits", "trades"] = "lists"
-    """What the LLM replies with: `lists` of all rates (the paper; needs a large model), `edits` (small changes), or
-    `trades` (choices from a ranked menu of moves; fewest tokens)."""
-    tell: tuple[FeedbackPart, ...] = ("sensitivity", "lessons")
-    """What prompts contain besides the configurations: any of `sensitivity`, `weakest`, `contrast` and `lessons`. `[]`
-    is the paper's."""
-    proposals_per_call: PositiveInt | None = None
-    """Candidates requested per call; none means all of a round at once for `lists`, and one for the other reply
-    formats."""
-    reasks: int = Field(default=2, ge=0, le=10)
-    """Times that an invalid reply is returned to the LLM with an explanation before the classical operator proposes in
-    its place."""
-    temperature: float = Field(default=1.0, ge=0, le=2)
-    """Sampling temperature."""
-    max_tokens: PositiveInt = 4096
-    """Maximum tokens of one reply."""
-    attempts: PositiveInt = 4
-    """Maximum HTTP attempts per question and endpoint."""
-    deadline_seconds: PositiveFloat = 300.0
-    """Time limit in seconds for one question, including retries."""
-    max_reply_bytes: PositiveInt = 1_000_000
-    """Maximum size of an HTTP reply in bytes; a longer one is refused."""
-    concurrency: PositiveInt = 4
-    """Maximum number of concurrent questions."""
-    failures_to_open: PositiveInt = 4
-    """Consecutive failed requests after which an endpoint is marked down."""
-    rest_seconds: PositiveFloat = 30.0
-    """Seconds that an endpoint rests after it is marked down. One probe follows, and each failed probe doubles the
-    rest, up to ten minutes."""
+
+
+class LlmSettings(ChatPolicy, AgentSettings, _Endpoints):
+    """The LLM that proposes candidates, and how it is asked."""
+
     start_wait_seconds: float = Field(default=600.0, ge=0)
     """Seconds to wait at the start for an endpoint that answers; after that the search begins with the classical
     operators."""
-    budget_requests: PositiveInt | None = None
-    """Maximum number of HTTP requests, summed over restarts; after that the classical operators take over. None means
-    no limit."""
-    budget_tokens: PositiveInt | None = None
-    """Maximum number of tokens, prompts and replies together, summed over restarts. None means no limit."""
-    budget_cost: PositiveFloat | None = None
-    """Maximum cost, in the currency of the endpoints' price_in and price_out, summed over restarts. None means no
-    limit."""
     replay: Path | None = None
     """A transcript.jsonl of an earlier search: replies are read from it, and no endpoint is asked."""
     replay_strict: bool = False

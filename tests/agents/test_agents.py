@@ -11,7 +11,6 @@ from agents.initializer import Initializer
 from agents.llm.endpoint import Answer, Message, Question
 from agents.mutator import Mutator
 from agents.population.view import BUDGET_USED_UP, Accepted, Member, Refused, View
-from agents.prompting.prompts import PromptTemplates
 from agents.prompting.settings import AgentSettings
 from agents.selector import Selector
 from protocol.errors import EndpointError
@@ -84,7 +83,7 @@ def down(n: int) -> Exception:
 
 
 async def initialise(chat: ScriptedChat, desk: Desk, count: int, settings: AgentSettings = EDITS) -> int:
-    return await Initializer(chat, PromptTemplates(), settings).propose(VIEW, count, desk.submit)
+    return await Initializer(chat, settings).propose(VIEW, count, desk.submit)
 
 
 async def test_a_good_reply_becomes_a_candidate_of_the_llm() -> None:
@@ -128,7 +127,7 @@ async def test_the_fallback_proposes_after_two_reasks() -> None:
 async def test_the_fallback_proposes_at_once_when_no_endpoint_answers() -> None:
     for agent in (Mutator, Crossover):
         chat, desk = ScriptedChat(down), Desk()
-        assert await agent(chat, PromptTemplates(), EDITS).propose(VIEW, MEMBERS, 4, desk.submit) == 4
+        assert await agent(chat, EDITS).propose(VIEW, MEMBERS, 4, desk.submit) == 4
         assert len(chat.conversations) == 4
         assert desk.sources() == ["fallback"] * 4
         assert all(p.parents and p.endpoint is None for p in desk.accepted.values())
@@ -200,7 +199,7 @@ async def test_a_refused_item_is_named_by_its_number_in_the_reply() -> None:
         agent="baseline", source="allocation", round=0
     )
     settings = AgentSettings(reply="lists", reasks=1)
-    await Initializer(chat, PromptTemplates(), settings).propose(View(SPEC, PROFILE, 0, ()), 1, desk.submit)
+    await Initializer(chat, settings).propose(View(SPEC, PROFILE, 0, ()), 1, desk.submit)
     again = chat.conversations[1][-1]["content"]
     assert "Configuration 1 has 1 numbers instead of 4." in again
     assert "Configuration 2: it prunes the model exactly" in again
@@ -232,26 +231,26 @@ async def test_mutator_and_crossover_name_the_parents_of_their_offspring() -> No
     ids = {member.candidate.id for member in MEMBERS}
     for agent, reply, parents in ((Mutator, mutation, 1), (Crossover, mix, 2)):
         chat, desk = ScriptedChat([reply].__getitem__), Desk()
-        assert await agent(chat, PromptTemplates(), EDITS).propose(VIEW, MEMBERS, 1, desk.submit) == 1
+        assert await agent(chat, EDITS).propose(VIEW, MEMBERS, 1, desk.submit) == 1
         (provenance,) = desk.accepted.values()
         assert len(provenance.parents) == parents and ids.issuperset(provenance.parents)
 
 
 async def test_one_parent_has_no_crossover_and_no_parents_no_mutation() -> None:
     chat, desk = ScriptedChat(profile), Desk()
-    assert await Crossover(chat, PromptTemplates(), EDITS).propose(VIEW, MEMBERS[:1], 3, desk.submit) == 0
-    assert await Mutator(chat, PromptTemplates(), EDITS).propose(VIEW, (), 3, desk.submit) == 0
+    assert await Crossover(chat, EDITS).propose(VIEW, MEMBERS[:1], 3, desk.submit) == 0
+    assert await Mutator(chat, EDITS).propose(VIEW, (), 3, desk.submit) == 0
     assert chat.conversations == []
 
 
 async def test_the_selector_takes_the_members_that_the_llm_names() -> None:
-    selection = await Selector(ScriptedChat(lambda n: '{"parents": [4, 2]}'), PromptTemplates(), EDITS).select(VIEW, 2)
+    selection = await Selector(ScriptedChat(lambda n: '{"parents": [4, 2]}'), EDITS).select(VIEW, 2)
     assert selection.parents == (MEMBERS[1], MEMBERS[3]) and selection.source == "llm"
 
 
 @pytest.mark.parametrize("script", [down, lambda n: '{"parents": [1, 1]}', lambda n: '{"parents": [9, 12]}'])
 async def test_the_fallback_of_the_selector_is_a_tournament(script: Script) -> None:
-    selection = await Selector(ScriptedChat(script), PromptTemplates(), EDITS).select(VIEW, 3)
+    selection = await Selector(ScriptedChat(script), EDITS).select(VIEW, 3)
     assert selection.source == "fallback"
     assert len({m.candidate.id for m in selection.parents}) == len(selection.parents) >= 2
 
@@ -259,5 +258,5 @@ async def test_the_fallback_of_the_selector_is_a_tournament(script: Script) -> N
 async def test_a_selection_has_two_parents_where_the_population_has() -> None:
     for size, expected in ((1, 1), (2, 2), (3, 2)):
         view = View(SPEC, PROFILE, 1, MEMBERS[:size])
-        selection = await Selector(ScriptedChat(down), PromptTemplates(), EDITS).select(view, 8)
+        selection = await Selector(ScriptedChat(down), EDITS).select(view, 8)
         assert len(selection.parents) == expected

@@ -13,7 +13,6 @@ from agents.crossover import Crossover
 from agents.initializer import Initializer
 from agents.mutator import Mutator
 from agents.population.view import Accepted, Refused, View
-from agents.prompting.prompts import PromptTemplates
 from agents.prompting.settings import AgentSettings, ReplyFormat
 from agents.selector import Selector
 from protocol.errors import BudgetError
@@ -23,7 +22,7 @@ from tests.agents.prompting.test_prompts import view_of
 from tests.agents.test_agents import ScriptedChat
 
 KEYS = "proposals configurations profile attention mlp keep parent parents changes first last points block layers"
-WORDS = f"{KEYS} trades mix".split(" ")
+WORDS = f"{KEYS} moves mix".split(" ")
 NUMBERS = st.one_of(
     st.integers(-(10**30), 10**30), st.integers(0, 8), st.floats(0, 1), st.floats(allow_nan=True, allow_infinity=True)
 )
@@ -36,7 +35,7 @@ JSON: st.SearchStrategy[Any] = st.recursive(
     max_leaves=25,
 )
 FITTING = st.one_of(
-    st.fixed_dictionaries({"trades": st.lists(st.integers(-2, 20), max_size=5)}),
+    st.fixed_dictionaries({"moves": st.lists(st.integers(-2, 20), max_size=5)}),
     st.fixed_dictionaries({"mix": st.integers(-2, 20)}),
     st.fixed_dictionaries(
         {
@@ -76,7 +75,7 @@ async def ask_everybody(view: View, reply: ReplyFormat, text: str) -> list[tuple
         return Accepted(f"{len(submitted):016x}")
 
     chat = ScriptedChat(lambda _: text)
-    how = (chat, PromptTemplates(), AgentSettings(reply=reply, reasks=1))
+    how = (chat, AgentSettings(reply=reply, reasks=1))
     await Initializer(*how).propose(view, 2, submit)
     parents = (await Selector(*how).select(view, 3)).parents
     await Mutator(*how).propose(view, parents, 2, submit)
@@ -85,7 +84,7 @@ async def ask_everybody(view: View, reply: ReplyFormat, text: str) -> list[tuple
 
 
 @pytest.mark.parametrize("granularity", ["layer", "block"])
-@pytest.mark.parametrize("reply", ["lists", "edits", "trades"])
+@pytest.mark.parametrize("reply", ["lists", "edits", "moves"])
 @given(text=REPLIES)
 @settings(max_examples=60, deadline=None)
 def test_no_reply_becomes_rates_off_budget(reply: ReplyFormat, granularity: Granularity, text: str) -> None:

@@ -233,7 +233,7 @@ def test_a_settings_file_that_does_not_exist_is_named_once(project: Project) -> 
     with step("an unknown SEARCH_CONFIG", "up -d", "daemon and worker say so once, and wait"):
         project.run("docker compose up -d", SEARCH_CONFIG="nope.yaml")
         for service in ("daemon", "cpu-worker"):
-            project.until(lambda service=service: "must_be_mended" in project.logs(service), 120)  # type: ignore[misc]
+            project.until(lambda service=service: "invalid_input" in project.logs(service), 120)  # type: ignore[misc]
             assert project.logs(service).count("there is no settings file '/app/configs/nope.yaml'") == 1
             assert all(c["State"]["Running"] and not c["RestartCount"] for c in project.inspect(service))
 

@@ -5,7 +5,6 @@ import gzip
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import replace
 
 import psutil
 import pytest
@@ -13,9 +12,9 @@ from aiohttp import web
 from structlog.testing import capture_logs
 
 from agents.llm.chat import Chat
-from agents.llm.endpoint import ChatPolicy
+from agents.llm.policy import ChatPolicy
 from protocol.errors import EndpointError
-from tests.support.chatting import OK, QUICK, ask, attempts
+from tests.support.chatting import OK, QUICK, ask, attempts, changed, quick
 from tests.support.scripted_llm import (
     Handler,
     Reply,
@@ -98,7 +97,7 @@ ODD_ANSWERS: dict[str, Handler] = {
 @pytest.mark.parametrize("fault", [*REFUSALS, *REPLIES, *ODD_ANSWERS])
 async def test_every_reply_is_counted_raises_no_other_error_and_leaves_the_next_answer_clean(fault: str) -> None:
     handler = (REFUSALS | REPLIES | ODD_ANSWERS)[fault]
-    policy = replace(QUICK, attempts=1, failures_to_open=2)
+    policy = quick(attempts=1, failures_to_open=2)
     async with ScriptedLlm([handler, OK]) as llm, Chat([llm.endpoint], policy) as chat:
         if fault in ODD_ANSWERS:
             await ask(chat)
@@ -117,14 +116,14 @@ async def test_every_reply_is_counted_raises_no_other_error_and_leaves_the_next_
 @pytest.mark.fault("34", "an LLM endpoint limits the rate", "429 three times, then an answer", "4 requests")
 async def test_three_rate_limits_and_then_an_answer_are_four_requests() -> None:
     limited = refuses(429, "slow down")
-    assert await attempts([limited, limited, limited, OK], ChatPolicy(first_wait=0.001)) == (4, "fine")
+    assert await attempts([limited, limited, limited, OK], changed(ChatPolicy(), first_wait=0.001)) == (4, "fine")
 
 
 @pytest.mark.fault(
     "34", "an LLM endpoint is broken", "a storm of 500", "requests as the policy says, then a probe each rest"
 )
 async def test_status_500_is_retried_as_often_as_the_policy_says_and_then_probed_once_per_rest() -> None:
-    policy = replace(QUICK, attempts=4, failures_to_open=4, rest=0.3, longest_rest=0.3)
+    policy = quick(attempts=4, failures_to_open=4, rest_seconds=0.3, longest_rest=0.3)
     async with ScriptedLlm([refuses(500, "broken")]) as llm, Chat([llm.endpoint], policy) as chat:
         started = time.monotonic()
         while time.monotonic() - started < 1.4:
@@ -155,7 +154,7 @@ async def test_with_an_endpoint_down_asking_is_cheap() -> None:
 )
 @pytest.mark.parametrize("fault", [drips, hangs, never_ends])
 async def test_a_question_takes_its_deadline_and_no_longer(fault: Handler) -> None:
-    policy = replace(QUICK, deadline=1.0, byte_cap=10**12)
+    policy = quick(deadline_seconds=1.0, max_reply_bytes=10**12)
     async with ScriptedLlm([fault]) as llm, Chat([llm.endpoint], policy) as chat:
         started = time.monotonic()
         with pytest.raises(EndpointError, match="no whole answer within 1 s"):
@@ -167,7 +166,10 @@ async def test_a_question_takes_its_deadline_and_no_longer(fault: Handler) -> No
 @pytest.mark.fault("36", "an LLM endpoint does not come to an end, for long", "drips, hangs", "10 s, within a tenth")
 @pytest.mark.parametrize("fault", [drips, hangs])
 async def test_a_deadline_of_ten_seconds_is_kept_within_a_tenth(fault: Handler) -> None:
-    async with ScriptedLlm([refuses(500, "hm"), fault]) as llm, Chat([llm.endpoint], ChatPolicy(deadline=10.0)) as chat:
+    async with (
+        ScriptedLlm([refuses(500, "hm"), fault]) as llm,
+        Chat([llm.endpoint], ChatPolicy(deadline_seconds=10.0)) as chat,
+    ):
         started = time.monotonic()
         with pytest.raises(EndpointError, match="no whole answer within 10 s"):
             await ask(chat)

@@ -6,7 +6,6 @@ import random
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from dataclasses import replace
 from urllib.parse import quote
 
 import psutil
@@ -15,14 +14,15 @@ from pydantic import SecretStr
 from structlog.testing import capture_logs
 
 from agents.llm.chat import Chat
-from agents.llm.endpoint import ChatPolicy, Endpoint
+from agents.llm.endpoint import Endpoint
+from agents.llm.policy import ChatPolicy
 from protocol.errors import EndpointError, SettingsError
-from tests.support.chatting import ask
+from tests.support.chatting import ask, changed
 from tests.support.hostile_replies import BY_NAME, KINDS, Hostile, completion, http
 from tests.support.hostile_server import HostileServer
 
 KEY = "sk-very/secret+1234"
-POLICY = ChatPolicy(attempts=1, failures_to_open=10_000, deadline=0.5, connect_timeout=0.5)
+POLICY = changed(ChatPolicy(attempts=1, failures_to_open=10_000, deadline_seconds=0.5), connect_timeout=0.5)
 WELL = http(completion("fine"))
 MB = 1024 * 1024
 
@@ -80,7 +80,7 @@ async def test_every_kind_of_reply_is_an_answer_or_a_failure(kind: Hostile) -> N
                 usage = chat.usage["hostile"]
         assert server.served[kind.name] >= 1
     assert usage.prompt_tokens <= usage.requests * 2_100
-    assert usage.completion_tokens <= usage.requests * POLICY.byte_cap
+    assert usage.completion_tokens <= usage.requests * POLICY.max_reply_bytes
     told = json.dumps([kept, logs], default=str)
     assert KEY not in told and quote(KEY, safe="") not in told
 
@@ -89,7 +89,7 @@ async def test_every_kind_of_reply_is_an_answer_or_a_failure(kind: Hostile) -> N
 @pytest.mark.fault("45", "an LLM endpoint sends anything", "every kind, then a good answer", "the good answer counts")
 async def test_after_every_kind_the_next_answer_is_clean() -> None:
     """On the same connection pool, without kinds that ask for a wait or reject all questions."""
-    policy = replace(POLICY, deadline=0.3)
+    policy = changed(POLICY, deadline_seconds=0.3)
     for kind in KINDS:
         if not kind.refuses and "retry" not in kind.name:
             async with asking(kind, policy=policy) as chat:
@@ -107,7 +107,7 @@ async def test_after_every_kind_the_next_answer_is_clean() -> None:
 async def test_a_reply_may_break_off_at_every_byte() -> None:
     for how in ("close", "reset"):
         cut = [Hostile(f"{i} bytes", lambda _r, _q, i=i: WELL[:i], how) for i in range(len(WELL))]  # type: ignore[misc]
-        async with asking(*cut, policy=replace(POLICY, deadline=20)) as chat:
+        async with asking(*cut, policy=changed(POLICY, deadline_seconds=20)) as chat:
             for _ in cut:
                 with pytest.raises(EndpointError):
                     await ask(chat)
@@ -117,12 +117,12 @@ async def test_a_reply_may_break_off_at_every_byte() -> None:
 @pytest.mark.fault("46", "an LLM endpoint garbles a reply", "each byte of it, one at a time", "an answer or a failure")
 async def test_one_wrong_byte_anywhere_is_an_answer_or_a_failure() -> None:
     rng = random.Random(0)
-    changed = [
+    garbled = [
         Hostile(f"byte {i}", lambda _r, _q, i=i: WELL[:i] + bytes([rng.randrange(256)]) + WELL[i + 1 :])  # type: ignore[misc]
         for i in range(len(WELL))
     ]
-    async with asking(*changed, policy=replace(POLICY, deadline=0.2)) as chat:
-        for _ in changed:
+    async with asking(*garbled, policy=changed(POLICY, deadline_seconds=0.2)) as chat:
+        for _ in garbled:
             try:
                 await ask(chat)
             except EndpointError:
@@ -132,7 +132,7 @@ async def test_one_wrong_byte_anywhere_is_an_answer_or_a_failure() -> None:
 async def test_an_https_address_of_a_plain_server_is_a_failure() -> None:
     async with HostileServer(lambda _: WELL) as server:
         endpoint = Endpoint("plain", server.base_url.replace("http", "https", 1), "model")
-        async with Chat([endpoint], replace(POLICY, deadline=5)) as chat:
+        async with Chat([endpoint], changed(POLICY, deadline_seconds=5)) as chat:
             with pytest.raises(EndpointError, match="plain: "):
                 await ask(chat)
 
@@ -148,7 +148,7 @@ GROWING = """a header that goes on for ever; header lines without end; 100 Conti
 async def test_no_kind_takes_much_memory(name: str) -> None:
     """Repeat each kind many times, so that leaked memory would show."""
     process = psutil.Process()
-    async with asking(*[BY_NAME[name]] * 10, policy=replace(POLICY, deadline=0.3)) as chat:
+    async with asking(*[BY_NAME[name]] * 10, policy=changed(POLICY, deadline_seconds=0.3)) as chat:
         sizes = []
         for _ in range(10):
             with suppress(EndpointError):

@@ -5,20 +5,20 @@ from collections.abc import Callable
 from agents.population.view import View
 from agents.prompting.schemas import (
     choice_schema,
+    lists_schema,
     mix_schema,
     mixes_schema,
+    moves_schema,
     mutation_schema,
     profile_schema,
-    trades_schema,
 )
-from agents.proposer import lists_schema
 
 ASKED: dict[str, Callable[[View], dict[str, object]]] = {
     "profiles": lambda view: profile_schema(view, 2),
     "mutations": lambda view: mutation_schema(view, 3, 2),
     "mixes": lambda view: mix_schema(view, 3, 1),
     "choices": lambda view: choice_schema(12, 6),
-    "trades": lambda _: trades_schema(10, 3, 2),
+    "moves": lambda _: moves_schema(10, 3, 2),
     "numbers of mixes": lambda _: mixes_schema(8, 1),
     "lists": lambda view: lists_schema(len(view.units), 2),
 }

@@ -1,15 +1,26 @@
 """Helpers for the tests of Chat."""
 
 from collections.abc import Sequence
+from functools import partial
 
 from agents.llm.chat import Chat
-from agents.llm.endpoint import Answer, ChatPolicy, Question
+from agents.llm.endpoint import Answer, Question
+from agents.llm.policy import ChatPolicy
 from protocol.errors import EndpointError
 from tests.support.scripted_llm import Handler, ScriptedLlm, says
 
-QUICK = ChatPolicy(attempts=5, failures_to_open=5, first_wait=0.001, longest_wait=0.002, deadline=30.0)
 SCHEMA: dict[str, object] = {"type": "object"}
 OK = says("fine")
+
+
+def changed(policy: ChatPolicy, **changes: float) -> ChatPolicy:
+    """Return the policy with other values, also of its constants and beyond the limits of the settings."""
+    assert all(hasattr(policy, name) for name in changes), changes
+    return policy.model_copy(update=changes)
+
+
+QUICK = changed(ChatPolicy(attempts=5, failures_to_open=5, deadline_seconds=30.0), first_wait=0.001, longest_wait=0.002)
+quick = partial(changed, QUICK)
 
 
 async def ask(chat: Chat, schema: dict[str, object] | None = SCHEMA, label: str = "test") -> Answer:

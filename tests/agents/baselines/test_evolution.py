@@ -9,7 +9,7 @@ from agents.baselines.evolution import sample_switches
 from agents.population.view import Member, View
 from protocol.plans.candidate import Candidate, Provenance, candidate_id
 from protocol.plans.plan import attention_levels, unit_bounds
-from tests.agents.operators.test_trades import WIDE
+from tests.agents.operators.test_moves import WIDE
 from tests.support.samples import PROFILE, SPEC
 
 CARD_OF_WIDE = PROFILE.model_copy(update={"shape": WIDE, "sensitivity": (0.1,) * len(WIDE.units("block"))})
@@ -30,7 +30,7 @@ def offspring(rates: list[float], **spec: Any) -> tuple[View, Member, list[tuple
         1.0,
     )
     rng = random.Random(0)
-    return view, parent, [sample_switches(rng, view, parent).rates for _ in range(500)]
+    return view, parent, [sample_switches(rng, view, [parent]).rates for _ in range(500)]
 
 
 # The middle carries all of the pruning, as in LLM-Pruner: many units have nothing to give back.
@@ -45,8 +45,8 @@ def test_a_switch_keeps_the_budget_and_leaves_all_others_alone(bounds: dict[str,
     changes = [{i for i, rate in enumerate(rates) if rate != before[i]} for rates in made]
     assert all(changes) and max(map(len, changes)) <= 6
     for rates in made:
-        moved = sum((rate - was) * weight for rate, was, weight in zip(rates, before, weights, strict=True))
-        assert abs(moved) <= 3 * 0.0125 * WIDE.layer_parameters(0)  # attention levels may differ by so much, thrice
+        shifted = sum((rate - was) * weight for rate, was, weight in zip(rates, before, weights, strict=True))
+        assert abs(shifted) <= 3 * 0.0125 * WIDE.layer_parameters(0)  # attention levels may differ by so much, thrice
         assert all(low - 1e-5 <= rate <= high + 1e-5 for rate, (low, high) in zip(rates, limits, strict=True))
     mlps = {i for i, unit in enumerate(view.units) if unit.kind == "mlp"}
     between_mlps = [rates for rates, changed in zip(made, changes, strict=True) if changed <= mlps]

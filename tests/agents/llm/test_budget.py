@@ -6,26 +6,26 @@ from dataclasses import replace
 import pytest
 from structlog.testing import capture_logs
 
-from agents.llm.budget import Budget, BudgetUsedUp, Spent
 from agents.llm.chat import Chat
+from agents.llm.policy import BudgetUsedUp, ChatPolicy, Spent
 from protocol.errors import EndpointError
-from tests.support.chatting import OK, QUICK, ask
+from tests.support.chatting import OK, QUICK, ask, quick
 from tests.support.scripted_llm import ScriptedLlm, as_json, refuses, says
 
 
 def test_a_budget_is_used_up_by_whichever_limit_is_reached_first() -> None:
-    budget = Budget(requests=10, tokens=1000, cost=2.0)
-    assert budget.used_up(Spent(9, 500, 499, 1.99)) is None
-    assert "10 of 10 requests" in str(budget.used_up(Spent(10, 0, 0, 0.0)))
-    assert "1000 of 1000 tokens" in str(budget.used_up(Spent(1, 600, 400, 0.0)))
-    assert "llm.budget_cost" in str(budget.used_up(Spent(1, 1, 1, 2.0)))
-    assert Budget().used_up(Spent(10**9, 10**12, 10**12, 1e9)) is None
+    policy = ChatPolicy(budget_requests=10, budget_tokens=1000, budget_cost=2.0)
+    assert policy.used_up(Spent(9, 500, 499, 1.99)) is None
+    assert "10 of 10 requests" in str(policy.used_up(Spent(10, 0, 0, 0.0)))
+    assert "1000 of 1000 tokens" in str(policy.used_up(Spent(1, 600, 400, 0.0)))
+    assert "llm.budget_cost" in str(policy.used_up(Spent(1, 1, 1, 2.0)))
+    assert ChatPolicy().used_up(Spent(10**9, 10**12, 10**12, 1e9)) is None
 
 
 async def test_a_budget_of_requests_counts_retries_and_is_never_exceeded() -> None:
     async with (
         ScriptedLlm([refuses(500, "hm"), OK, refuses(500, "hm")]) as llm,
-        Chat([llm.endpoint], replace(QUICK, concurrency=8), budget=Budget(requests=5)) as chat,
+        Chat([llm.endpoint], quick(concurrency=8, budget_requests=5)) as chat,
     ):
         await ask(chat)
         results = await asyncio.gather(*(ask(chat) for _ in range(8)), return_exceptions=True)
@@ -37,7 +37,7 @@ async def test_a_budget_of_requests_counts_retries_and_is_never_exceeded() -> No
 async def test_spending_of_earlier_processes_counts() -> None:
     async with (
         ScriptedLlm([says("fine", prompt_tokens=60, completion_tokens=30)]) as llm,
-        Chat([llm.endpoint], QUICK, budget=Budget(tokens=200), spent=Spent(7, 80, 40)) as chat,
+        Chat([llm.endpoint], quick(budget_tokens=200), spent=Spent(7, 80, 40)) as chat,
     ):
         await ask(chat)
         assert chat.spent == Spent(8, 140, 70)
@@ -53,8 +53,7 @@ async def test_each_endpoint_has_its_own_price() -> None:
         ScriptedLlm([reply], name="b") as second,
         Chat(
             [replace(first.endpoint, price_in=1.0, price_out=10.0), replace(second.endpoint, price_out=20.0)],
-            QUICK,
-            budget=Budget(cost=0.004),
+            quick(budget_cost=0.004),
         ) as chat,
     ):
         await ask(chat)
@@ -76,7 +75,7 @@ async def test_an_endpoint_that_counts_no_tokens_does_not_blind_the_budget() -> 
     choice = {"message": {"role": "assistant", "content": "x" * 400}, "finish_reason": "stop"}
     async with (
         ScriptedLlm([as_json({"choices": [choice]})]) as llm,
-        Chat([llm.endpoint], QUICK, budget=Budget(tokens=100)) as chat,
+        Chat([llm.endpoint], quick(budget_tokens=100)) as chat,
     ):
         answer = await ask(chat)
         assert answer.completion_tokens == 100 and answer.prompt_tokens > 0
@@ -87,7 +86,7 @@ async def test_an_endpoint_that_counts_no_tokens_does_not_blind_the_budget() -> 
 async def test_a_budget_that_is_used_up_is_logged_once_and_no_endpoint_is_asked_for_readiness() -> None:
     async with (
         ScriptedLlm([OK], models=[refuses(503, "loading")]) as llm,
-        Chat([llm.endpoint], QUICK, budget=Budget(requests=1), spent=Spent(1)) as chat,
+        Chat([llm.endpoint], quick(budget_requests=1), spent=Spent(1)) as chat,
     ):
         with capture_logs() as logs:
             await chat.wait_ready()

@@ -8,7 +8,7 @@ import pytest
 
 from agents.llm.chat import Chat
 from protocol.errors import EndpointError
-from tests.support.chatting import OK, QUICK, SCHEMA, ask
+from tests.support.chatting import OK, QUICK, SCHEMA, ask, quick
 from tests.support.scripted_llm import Reply, ScriptedLlm, hangs, refuses, says
 
 
@@ -63,7 +63,7 @@ async def test_a_refused_response_format_takes_one_step_down_and_is_remembered()
         refuses(400, "'response_format.type' must be 'text'"),
         OK,
     ]
-    async with ScriptedLlm(script) as llm, Chat([llm.endpoint], replace(QUICK, attempts=1)) as chat:
+    async with ScriptedLlm(script) as llm, Chat([llm.endpoint], quick(attempts=1)) as chat:
         await ask(chat)
         await ask(chat)
         formats = [body.get("response_format", {"type": "text"})["type"] for body in llm.bodies]
@@ -75,7 +75,7 @@ async def test_a_refused_grammar_takes_one_step_down_too() -> None:
     schema: dict[str, object] = {"enum": [1, 2]}
     script = [refuses(400, "Unknown parameter: 'grammar'."), refuses(400, "json_schema is not supported"), OK]
     async with ScriptedLlm(script) as llm:
-        async with Chat([replace(llm.endpoint, grammar=True)], replace(QUICK, attempts=1)) as chat:
+        async with Chat([replace(llm.endpoint, grammar=True)], quick(attempts=1)) as chat:
             await ask(chat, schema)
             await ask(chat, schema)
         assert llm.bodies[0]["grammar"].startswith("root ::=")
@@ -138,7 +138,7 @@ async def test_nothing_is_asked_while_the_gate_is_closed_and_the_deadline_waits(
     async def wait_at_gate() -> None:
         await gate.wait()
 
-    policy = replace(QUICK, deadline=0.5)
+    policy = quick(deadline_seconds=0.5)
     async with ScriptedLlm([OK]) as llm, Chat([llm.endpoint], policy, gate=wait_at_gate) as chat:
         asking = asyncio.create_task(ask(chat))
         await asyncio.sleep(1.0)
@@ -170,7 +170,7 @@ async def test_an_error_raised_by_the_gate_frees_the_slot() -> None:
         if stopping:
             raise Stopped
 
-    async with ScriptedLlm([OK]) as llm, Chat([llm.endpoint], replace(QUICK, concurrency=1), gate=gate) as chat:
+    async with ScriptedLlm([OK]) as llm, Chat([llm.endpoint], quick(concurrency=1), gate=gate) as chat:
         with pytest.raises(Stopped):
             await ask(chat)
         stopping = False
@@ -178,7 +178,7 @@ async def test_an_error_raised_by_the_gate_frees_the_slot() -> None:
 
 
 async def test_a_cancelled_question_frees_its_slot_and_is_no_failure() -> None:
-    async with ScriptedLlm([hangs, OK]) as llm, Chat([llm.endpoint], replace(QUICK, concurrency=1)) as chat:
+    async with ScriptedLlm([hangs, OK]) as llm, Chat([llm.endpoint], quick(concurrency=1)) as chat:
         asking = asyncio.create_task(ask(chat))
         while not llm.asked:
             await asyncio.sleep(0.01)

@@ -1,13 +1,12 @@
 """Retries: which failures, how often; and no reply does harm."""
 
 import gzip
-from dataclasses import replace
 
 import pytest
 
 from agents.llm.chat import Chat
 from protocol.errors import EndpointError
-from tests.support.chatting import OK, QUICK, ask, attempts
+from tests.support.chatting import OK, QUICK, ask, attempts, quick
 from tests.support.scripted_llm import (
     Handler,
     Reply,
@@ -28,7 +27,7 @@ async def test_a_rate_limit_is_tried_again_and_the_sdk_adds_nothing() -> None:
 
 
 async def test_attempts_are_bounded() -> None:
-    count, error = await attempts([refuses(500, "broken")], replace(QUICK, attempts=3))
+    count, error = await attempts([refuses(500, "broken")], quick(attempts=3))
     assert count == 3
     assert "broken" in str(error)
 
@@ -97,14 +96,14 @@ async def test_an_endpoint_that_sends_only_rubbish_is_an_error_that_describes_it
 
 async def test_the_byte_cap_counts_bytes() -> None:
     text = "x" * 5000
-    count, error = await attempts([says(text)], replace(QUICK, byte_cap=4000, attempts=2))
+    count, error = await attempts([says(text)], quick(max_reply_bytes=4000, attempts=2))
     assert count == 2
     assert "4000 bytes" in str(error)
-    assert await attempts([says(text)], replace(QUICK, byte_cap=8000)) == (1, text)
+    assert await attempts([says(text)], quick(max_reply_bytes=8000)) == (1, text)
 
 
 @pytest.mark.parametrize("slow", [drips, hangs])
 async def test_the_deadline_is_for_all_of_an_answer(slow: Handler) -> None:
-    count, error = await attempts([slow], replace(QUICK, deadline=0.2))
+    count, error = await attempts([slow], quick(deadline_seconds=0.2))
     assert count == 1
     assert "no whole answer within 0.2 s" in str(error)

@@ -22,8 +22,9 @@ from hypothesis import strategies as st
 from agents.llm.breaker import LONGEST, retry_after
 from agents.llm.client import Client
 from agents.llm.dialect import Dialect
-from agents.llm.endpoint import ChatPolicy, Endpoint
+from agents.llm.endpoint import Endpoint
 from agents.llm.masking import Masking
+from agents.llm.policy import ChatPolicy
 from agents.llm.replay import Transcript
 from agents.llm.responses import (
     LARGEST_CONTEXT,
@@ -36,7 +37,7 @@ from agents.llm.responses import (
 from agents.operators.edits import Mix, Mutation, Profile, apply_mix, apply_mutation, apply_profile
 from agents.population.view import Member, View
 from agents.prompting.replies import json_blocks, parse_lists, parse_objects
-from agents.prompting.schemas import Choice, MixChoice, TradeChoice, apply_choice, pick
+from agents.prompting.schemas import Choice, MixChoice, MoveChoice, apply_choice, pick
 from daemon.launch.llm import read_transcript
 from protocol.errors import EndpointError, InvalidReply, SettingsError
 from tests.support.hostile_replies import KINDS, WAITS, completion, odd_date
@@ -70,7 +71,7 @@ def read_reply(text: str) -> None:
         lambda: parse_objects(text, Profile, lambda reply: apply_profile(VIEW, reply), 30),
         lambda: parse_objects(text, Mutation, lambda reply: apply_mutation(VIEW, MEMBERS, reply), 30),
         lambda: parse_objects(text, Mix, lambda reply: apply_mix(VIEW, MEMBERS, reply), 30),
-        lambda: parse_objects(text, TradeChoice, lambda reply: pick("abc", reply.trades, 3, "trade"), 30),
+        lambda: parse_objects(text, MoveChoice, lambda reply: pick("abc", reply.moves, 3, "move"), 30),
         lambda: parse_objects(text, MixChoice, lambda reply: pick("abc", [reply.mix], 1, "mix"), 30),
         lambda: parse_objects(text, Choice, lambda reply: apply_choice(MEMBERS, 2, reply), 1),
     ]
@@ -132,7 +133,7 @@ PIECES = (
         "\n",
         "é",
     ),
-    *('{"proposals":[{"trades":["x"],', '{"layer 0":0.3,"layer 1":0.3,', "[0.3,0.3,0.3,0.3]", '{"profile":[10,20]}'),
+    *('{"proposals":[{"moves":["x"],', '{"layer 0":0.3,"layer 1":0.3,', "[0.3,0.3,0.3,0.3]", '{"profile":[10,20]}'),
 )
 PUMPED = st.builds(
     lambda before, piece, behind, length: before + piece * (1 + length // len(piece)) + behind,
@@ -151,7 +152,7 @@ PUMPED = st.builds(
 @example("\n".join(f'{{"mix": {i}}}' for i in range(20_000)))
 @example("[" * LONGEST_REPLY)
 @example("[x]" * 130_000)
-@example('{"trades": [' + '"x",' * 90_000 + "1]}")
+@example('{"moves": [' + '"x",' * 90_000 + "1]}")
 def test_no_text_of_an_answer_takes_long_to_read(text: str) -> None:
     read_reply(text)
 

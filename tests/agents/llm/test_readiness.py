@@ -9,7 +9,7 @@ import pytest
 from agents.llm.chat import Chat
 from agents.llm.endpoint import Endpoint
 from protocol.errors import SettingsError
-from tests.support.chatting import OK, QUICK, ask
+from tests.support.chatting import OK, QUICK, ask, quick
 from tests.support.scripted_llm import Reply, ScriptedLlm, as_json, lists_models, refuses
 
 
@@ -168,7 +168,7 @@ async def test_a_search_that_has_begun_continues_with_the_remaining_endpoints() 
 
 async def test_a_search_that_has_begun_continues_if_all_endpoints_refuse() -> None:
     """They may refuse by mistake, so they rest and are probed later."""
-    policy = replace(QUICK, rest=0.0, longest_rest=0.0)
+    policy = quick(rest_seconds=0.0, longest_rest=0.0)
     async with ScriptedLlm([OK], models=[refuses(401, "no")]) as llm, Chat([llm.endpoint], policy) as chat:
         await chat.wait_ready(refuse=False)
         (state,) = chat.state.endpoints

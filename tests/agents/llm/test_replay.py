@@ -6,7 +6,6 @@ import random
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from protocol.errors import EndpointError, SettingsError, first_error
 from protocol.queue.jobs import JobQueue
 from protocol.queue.keys import Keys
 from tests.daemon.search.test_search import SETTINGS, Conducted, unevenness
-from tests.support.chatting import QUICK
+from tests.support.chatting import QUICK, quick
 from tests.support.schema_answers import value_of
 from tests.support.scripted_llm import Handler, ScriptedLlm, refuses
 
@@ -290,7 +289,7 @@ async def test_a_search_whose_endpoint_fails_now_and_then_is_replayed_with_its_f
     def fails_often(body: Record) -> str | Handler:
         return refuses(500, "broken") if rng.random() < 0.5 else answer(body)
 
-    policy = replace(QUICK, attempts=1, failures_to_open=2, rest=0.005, longest_rest=0.005)
+    policy = quick(attempts=1, failures_to_open=2, rest_seconds=0.005, longest_rest=0.005)
     with recording(records) as record_:
         async with ScriptedLlm(fails_often) as llm, Chat([llm.endpoint], policy, record=record_) as chat:
             original = await searched(redis, keys, tmp_path, chat, seed=12)

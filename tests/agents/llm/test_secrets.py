@@ -10,7 +10,7 @@ from structlog.testing import capture_logs
 from agents.llm.chat import Chat
 from agents.llm.responses import LONGEST_REPLY
 from protocol.errors import EndpointError, SettingsError
-from tests.support.chatting import OK, QUICK, ask
+from tests.support.chatting import OK, QUICK, ask, quick
 from tests.support.scripted_llm import Reply, ScriptedLlm, as_json, lists_models, refuses, says
 
 
@@ -73,7 +73,7 @@ async def test_no_cookie_is_sent_back() -> None:
 async def test_a_redirect_is_not_followed() -> None:
     async with ScriptedLlm([OK], name="elsewhere") as elsewhere:
         moved = Reply(b"", 307, {"location": f"{elsewhere.base_url}/chat/completions"})
-        async with ScriptedLlm([moved]) as llm, Chat([llm.endpoint], replace(QUICK, attempts=1)) as chat:
+        async with ScriptedLlm([moved]) as llm, Chat([llm.endpoint], quick(attempts=1)) as chat:
             with pytest.raises(EndpointError, match="307"):
                 await ask(chat)
         assert elsewhere.asked == []
@@ -107,7 +107,7 @@ ECHOES = {
 async def test_a_key_that_an_endpoint_echoes_is_in_no_log_transcript_error_or_state(echo: str) -> None:
     records: list[dict[str, object]] = []
     told: list[object] = []
-    policy = replace(QUICK, attempts=2, failures_to_open=2)
+    policy = quick(attempts=2, failures_to_open=2)
     async with ScriptedLlm([ECHOES[echo]], models=[lists_models(SECRET)]) as llm:
         endpoint = replace(llm.endpoint, api_key=SecretStr(SECRET))
         async with Chat([endpoint], policy, record=records.append) as chat:

@@ -6,6 +6,7 @@ After an intended change, renew the texts with `RENEW_GOLDEN=1 pytest tests/agen
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -14,7 +15,7 @@ from agents.initializer import Initializer
 from agents.llm.endpoint import Answer, Question
 from agents.mutator import Mutator
 from agents.population.view import Accepted, Member, Tried, View
-from agents.prompting.prompts import PromptTemplates
+from agents.prompting.prompts import fill
 from agents.prompting.settings import AgentSettings, FeedbackPart, ReplyFormat
 from agents.selector import Selector
 from protocol.errors import EndpointError
@@ -61,24 +62,27 @@ def view_of(granularity: Granularity, *, sensitivity: bool = True, measure: Meas
 PARTS: dict[FeedbackPart, str] = {
     "weakest": "would gain most from less pruning",
     "contrast": "Good configurations differ",
-    "lessons": "What earlier changes did",
+    "effects": "What earlier changes did",
 }
 
 
 async def prompt_of(
-    agent: str, reply: ReplyFormat, view: View, tell: frozenset[FeedbackPart] = frozenset({"sensitivity", "lessons"})
+    agent: str,
+    reply: ReplyFormat,
+    view: View,
+    feedback: tuple[FeedbackPart, ...] = ("sensitivity", "effects"),
 ) -> str:
-    chat, prompts = Listener(), PromptTemplates()
-    settings = AgentSettings(reply=reply, proposals_per_call=2, tell=tell)
+    chat = Listener()
+    settings = AgentSettings(reply=reply, proposals_per_call=2, feedback=feedback)
     match agent:
         case "initializer":
-            await Initializer(chat, prompts, settings).propose(view, 2, accept)
+            await Initializer(chat, settings).propose(view, 2, accept)
         case "selector":
-            await Selector(chat, prompts, settings).select(view, 2)
+            await Selector(chat, settings).select(view, 2)
         case "mutator":
-            await Mutator(chat, prompts, settings).propose(view, view.population, 2, accept)
+            await Mutator(chat, settings).propose(view, view.population, 2, accept)
         case _:
-            await Crossover(chat, prompts, settings).propose(view, view.population, 2, accept)
+            await Crossover(chat, settings).propose(view, view.population, 2, accept)
     return chat.prompts[0]
 
 
@@ -90,14 +94,14 @@ def check_golden(name: str, text: str) -> None:
 
 
 @pytest.mark.parametrize("granularity", ["layer", "block"])
-@pytest.mark.parametrize("reply", ["lists", "edits", "trades"])
+@pytest.mark.parametrize("reply", ["lists", "edits", "moves"])
 @pytest.mark.parametrize("agent", AGENTS)
 async def test_every_prompt_reads_as_its_golden_text(agent: str, reply: ReplyFormat, granularity: Granularity) -> None:
     check_golden(f"{agent}_{reply}_{granularity}", await prompt_of(agent, reply, view_of(granularity)))
 
 
 @pytest.mark.parametrize("granularity", ["layer", "block"])
-@pytest.mark.parametrize("reply", ["lists", "edits", "trades"])
+@pytest.mark.parametrize("reply", ["lists", "edits", "moves"])
 @pytest.mark.parametrize("agent", AGENTS)
 async def test_prompts_of_a_search_that_minimises_divergence_speak_of_it_and_not_of_perplexity(
     agent: str, reply: ReplyFormat, granularity: Granularity
@@ -107,28 +111,28 @@ async def test_prompts_of_a_search_that_minimises_divergence_speak_of_it_and_not
     check_golden(f"{agent}_{reply}_{granularity}_kl", text)
 
 
-@pytest.mark.parametrize("reply", ["lists", "edits", "trades"])
+@pytest.mark.parametrize("reply", ["lists", "edits", "moves"])
 @pytest.mark.parametrize("agent", AGENTS)
 async def test_nothing_is_said_of_fragile_units_where_none_are_known(agent: str, reply: ReplyFormat) -> None:
     text = await prompt_of(agent, reply, view_of("layer", sensitivity=False))
     assert "ragile" not in text and "hurt" not in text
 
 
-@pytest.mark.parametrize("reply", ["lists", "edits", "trades"])
+@pytest.mark.parametrize("reply", ["lists", "edits", "moves"])
 async def test_each_part_of_the_feedback_has_a_switch(reply: ReplyFormat) -> None:
     view = view_with_history()
-    everything = await prompt_of("mutator", reply, view, frozenset({"sensitivity", "weakest", "contrast", "lessons"}))
+    everything = await prompt_of("mutator", reply, view, get_args(FeedbackPart))
     check_golden(f"mutator_{reply}_feedback", everything)
-    nothing = await prompt_of("mutator", reply, view, frozenset())
+    nothing = await prompt_of("mutator", reply, view, ())
     for part, words in PARTS.items():
         assert words in everything and words not in nothing
-        alone = await prompt_of("mutator", reply, view, frozenset({part}))
+        alone = await prompt_of("mutator", reply, view, (part,))
         assert [other for other in PARTS if PARTS[other] in alone] == [part]
 
 
 def test_what_was_wrong_reads_as_its_golden_text() -> None:
     problems = ["Configuration 1 has 3 numbers instead of 4.", "Configuration 2: it is known."]
-    check_golden("reask", PromptTemplates().fill("reask", problems=problems, missing=2) + "\n")
+    check_golden("reask", fill("reask", problems=problems, missing=2) + "\n")
 
 
 def view_with_history() -> View:
@@ -149,21 +153,21 @@ def view_with_history() -> View:
 
 
 def test_the_reask_says_what_was_wrong_and_how_many_are_missing() -> None:
-    text = PromptTemplates().fill("reask", problems=["Configuration 2 has 3 numbers instead of 4."], missing=2)
+    text = fill("reask", problems=["Configuration 2 has 3 numbers instead of 4."], missing=2)
     assert text.splitlines()[0] == "Configuration 2 has 3 numbers instead of 4."
     assert "2 new ones" in text
 
 
 def test_a_missing_variable_is_an_error() -> None:
     with pytest.raises(TypeError, match="missing"):
-        PromptTemplates().fill("reask", problems=[])
+        fill("reask", problems=[])
 
 
 def test_an_unused_variable_is_an_error() -> None:
     with pytest.raises(TypeError, match="mood"):
-        PromptTemplates().fill("reask", problems=[], missing=1, mood="good")
+        fill("reask", problems=[], missing=1, mood="good")
 
 
 def test_a_variable_of_an_included_part_is_as_needed_as_any() -> None:
     with pytest.raises(TypeError, match="about"):
-        PromptTemplates().fill("mutator_lists", count=1, members=[])
+        fill("mutator_lists", count=1, members=[])

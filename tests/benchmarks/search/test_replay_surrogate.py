@@ -13,7 +13,7 @@ from agents.population.view import Member
 from benchmarks.search import replay_surrogate
 from benchmarks.search.replay_surrogate import MIN_OUTCOMES
 from daemon.state.journal import Journal
-from tests.agents.operators.test_trades import member, view_of
+from tests.agents.operators.test_moves import member, view_of
 from tests.support.samples import measured
 
 FIRST, ROUNDS, EACH = MIN_OUTCOMES, 3, 4
@@ -28,8 +28,8 @@ def _searched(folder: Path) -> None:
         for _ in range(EACH):
             rates = list(parent.candidate.rates)
             i, j = rng.sample(range(len(rates)), 2)
-            moved = min(0.3, rates[i], 0.9 - rates[j]) * rng.random()
-            rates[i], rates[j] = rates[i] - moved, rates[j] + moved
+            shifted = min(0.3, rates[i], 0.9 - rates[j]) * rng.random()
+            rates[i], rates[j] = rates[i] - shifted, rates[j] + shifted
             made.append(member(view, rates, round_=round_, parents=(parent.candidate.id,)))
     population = Population()
     for each in made:

@@ -87,4 +87,4 @@ def test_a_worker_that_stays_ends_after_a_while_where_the_cause_may_pass(
     monkeypatch.setattr("daemon.commands.worker.REST_SECONDS", 0.1)
     assert main(["worker", "--config", str(config), "--stay"]) == 2
     told = capsys.readouterr()
-    assert "must_be_mended" in told.out + told.err and "no GPU is free" in told.err
+    assert "invalid_input" in told.out + told.err and "no GPU is free" in told.err

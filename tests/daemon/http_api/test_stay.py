@@ -30,7 +30,7 @@ def config(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("wrong", ["search.popluation=3", "redis.url=unix://joe:wrong-pw@{socket}"])
-async def test_what_must_be_mended_is_said_once_and_waited_for(
+async def test_invalid_input_is_logged_once_and_waited_for(
     config: Path, tmp_path: Path, running_server: Server, wrong: str
 ) -> None:
     override = wrong.format(socket=running_server.socket)
@@ -40,12 +40,12 @@ async def test_what_must_be_mended_is_said_once_and_waited_for(
         process = await asyncio.create_subprocess_exec(*command, cwd=ROOT, stdout=both, stderr=both)
 
     async def said() -> bool:
-        return "must_be_mended" in log.read_text()
+        return "invalid_input" in log.read_text()
 
     await eventually(said)
     process.send_signal(signal.SIGTERM)
     assert await asyncio.wait_for(process.wait(), 20) == 2
-    assert log.read_text().count("must_be_mended") == 1 and "Traceback" not in log.read_text()
+    assert log.read_text().count("invalid_input") == 1 and "Traceback" not in log.read_text()
     assert '"ending"' in log.read_text()  # of the signal that it waited for
     assert "wrong-pw" not in log.read_text()
 
@@ -63,12 +63,12 @@ async def test_a_worker_that_cannot_work_says_why_once_and_waits(
         process = await asyncio.create_subprocess_exec(*command, cwd=ROOT, env=environment, stdout=both, stderr=both)
 
     async def said() -> bool:
-        return "must_be_mended" in log.read_text()
+        return "invalid_input" in log.read_text()
 
     await eventually(said, 60)
     process.send_signal(signal.SIGTERM)
     assert await asyncio.wait_for(process.wait(), 20) == 2
-    assert log.read_text().count("must_be_mended") == 1 and "Traceback" not in log.read_text()
+    assert log.read_text().count("invalid_input") == 1 and "Traceback" not in log.read_text()
     assert "a-wrong-password" not in log.read_text()
 
 

@@ -18,7 +18,7 @@ import pytest
 
 from agents.llm.chat import Chat
 from agents.llm.endpoint import Endpoint, Question
-from agents.proposer import lists_schema
+from agents.prompting.schemas import lists_schema
 from daemon.local.services import local_llm
 from daemon.settings.llm import EndpointSettings
 from daemon.settings.settings import Settings

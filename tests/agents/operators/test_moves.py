@@ -1,4 +1,4 @@
-"""The surrogate's predictions, the menus that it ranks (trades, mixes), and lessons from earlier mutations."""
+"""The surrogate's predictions, the menus that it ranks (moves, mixes), and the effects of earlier mutations."""
 
 import math
 import random
@@ -10,12 +10,12 @@ import pytest
 
 from agents.operators.genetic import random_rates
 from agents.operators.mixes import mix_menu, on_budget
-from agents.operators.sampling import RANKED_TRADES, sample_ranked_mix, sample_ranked_trades, sample_trade_parent
+from agents.operators.moves import OFFERED, UNITS_PER_SIDE, Move, apply_moves, move_menu
+from agents.operators.sampling import RANKED_MOVES, sample_move_parent, sample_ranked_mix, sample_ranked_moves
 from agents.operators.surrogate import Surrogate, surrogate_of
-from agents.operators.trades import OFFERED, UNITS_PER_SIDE, Trade, apply_trades, trade_menu
 from agents.population.view import Member, Tried, View
-from agents.prompting.descriptions import trades_in_words
-from agents.prompting.feedback import lessons
+from agents.prompting.descriptions import moves_in_words
+from agents.prompting.feedback import effects_of_changes
 from protocol.plans.candidate import Candidate, Provenance, candidate_id
 from protocol.plans.plan import Plan, attention_levels, removed_shares
 from protocol.plans.shape import Granularity, LayerShape, ModelShape
@@ -108,11 +108,11 @@ def test_before_anything_is_measured_units_add_up_as_the_profile_says() -> None:
 
 def test_without_sensitivity_all_units_are_alike() -> None:
     view = view_of("layer", 0)
-    base, moves = (0.0,) * LAYERS, [{3: 0.5}, {5: 0.5}]
-    unlike = Surrogate(view).predict_changes(base, moves)[0]
+    base, changes = (0.0,) * LAYERS, [{3: 0.5}, {5: 0.5}]
+    unlike = Surrogate(view).predict_changes(base, changes)[0]
     assert unlike[0] > unlike[1]
     alike = View(view.spec, view.profile.model_copy(update={"sensitivity": ()}), 1, ())
-    assert len({round(float(change), 9) for change in Surrogate(alike).predict_changes(base, moves)[0]}) == 1
+    assert len({round(float(change), 9) for change in Surrogate(alike).predict_changes(base, changes)[0]}) == 1
 
 
 @pytest.mark.parametrize("granularity", ["layer", "block"])
@@ -121,42 +121,42 @@ def test_changes_are_those_between_predictions_and_surer_near_what_was_measured(
     surrogate, base = Surrogate(view), view.measured[0].candidate.plan
     shares = removed_shares(base, WIDE, granularity)
     others = [removed_shares(m.candidate.plan, WIDE, granularity) for m in view.measured[1:6]]
-    moves = [{i: rate for i, rate in enumerate(other) if rate != shares[i]} for other in others]
-    means, stds = surrogate.predict_changes(shares, moves)
+    changes = [{i: rate for i, rate in enumerate(other) if rate != shares[i]} for other in others]
+    means, stds = surrogate.predict_changes(shares, changes)
     differences = [surrogate.predict(m.candidate.plan) - surrogate.predict(base) for m in view.measured[1:6]]
     assert means.tolist() == pytest.approx(differences, abs=1e-9)
     alone = Surrogate(View(view.spec, view.profile, 1, (), {}, view.measured[:1]))
-    assert (stds < alone.predict_changes(shares, moves)[1] / 2).all()
+    assert (stds < alone.predict_changes(shares, changes)[1] / 2).all()
     assert surrogate.predict_changes(shares, [{0: shares[0]}])[1][0] == pytest.approx(0, abs=1e-6)
     small, large = surrogate.predict_changes(shares, [{0: shares[0] + 0.01}, {0: shares[0] + 0.3}])[1]
     assert 0 < small < large
 
 
 @pytest.mark.parametrize("granularity", ["layer", "block"])
-def test_trades_keep_the_budget_and_mostly_help(granularity: Granularity) -> None:
+def test_moves_keep_the_budget_and_mostly_help(granularity: Granularity) -> None:
     view = view_of(granularity, 60)
     parent = view.measured[30]
     weights = [unit.parameters for unit in view.units]
     helped = 0
     for seed in range(10):
-        trades = trade_menu(view, parent, random.Random(seed), RANKED_TRADES)
-        assert len(trades) == RANKED_TRADES and trades[0].mean < 0
-        assert [t.mean for t in trades] == sorted(t.mean for t in trades)
-        for trade in trades:
-            rates = apply_trades(parent, [trade]).rates
-            moved = sum((a - b) * w for a, b, w in zip(rates, parent.candidate.rates, weights, strict=True))
-            assert abs(moved) <= 1e-4 * sum(weights)
+        moves = move_menu(view, parent, random.Random(seed), RANKED_MOVES)
+        assert len(moves) == RANKED_MOVES and moves[0].mean < 0
+        assert [t.mean for t in moves] == sorted(t.mean for t in moves)
+        for move in moves:
+            rates = apply_moves(parent, [move]).rates
+            shifted = sum((a - b) * w for a, b, w in zip(rates, parent.candidate.rates, weights, strict=True))
+            assert abs(shifted) <= 1e-4 * sum(weights)
             assert all(0 <= rate <= 1 for rate in rates)
             helped += member(view, rates).fitness < parent.fitness
-    assert helped >= 0.7 * 10 * RANKED_TRADES
+    assert helped >= 0.7 * 10 * RANKED_MOVES
 
 
-def test_attention_trades_by_whole_levels() -> None:
+def test_attention_changes_by_whole_levels() -> None:
     view = view_of("block", 60)
     rng, seen = random.Random(0), 0
     for parent in view.measured[:20]:
-        for trade in trade_menu(view, parent, rng, 10):
-            for unit, rate in ((trade.more, trade.more_rate), (trade.less, trade.less_rate)):
+        for move in move_menu(view, parent, rng, 10):
+            for unit, rate in ((move.more, move.more_rate), (move.less, move.less_rate)):
                 if view.units[unit].kind == "attention":
                     levels = [share for share, _ in attention_levels(WIDE, view.units[unit].layer)]
                     assert min(abs(rate - level) for level in levels) < 1e-3
@@ -166,19 +166,19 @@ def test_attention_trades_by_whole_levels() -> None:
 
 def test_menus_differ_between_calls_and_no_unit_fills_one() -> None:
     view = view_of("block", 60)
-    menus = [trade_menu(view, view.measured[0], random.Random(seed), 10) for seed in range(5)]
-    assert len({tuple((t.more, t.less) for t in trades) for trades in menus}) == 5
-    for trades in menus:
+    menus = [move_menu(view, view.measured[0], random.Random(seed), 10) for seed in range(5)]
+    assert len({tuple((t.more, t.less) for t in moves) for moves in menus}) == 5
+    for moves in menus:
         for unit in range(len(view.units)):
-            assert sum(unit in (t.more, t.less) for t in trades) <= 2
+            assert sum(unit in (t.more, t.less) for t in moves) <= 2
 
 
-def test_a_model_that_cannot_be_pruned_otherwise_has_no_trades() -> None:
+def test_a_model_that_cannot_be_pruned_otherwise_has_no_moves() -> None:
     view = view_of("layer", 0)
     spec = view.spec.model_copy(update={"lowest_rate": 0.3, "highest_rate": 0.3})
     narrow = View(spec, view.profile, 1, ())
     parent = member(narrow, (0.3,) * LAYERS)
-    assert trade_menu(narrow, parent, random.Random(0), 10) == ()
+    assert move_menu(narrow, parent, random.Random(0), 10) == ()
 
 
 @pytest.mark.parametrize("granularity", ["layer", "block"])
@@ -207,17 +207,17 @@ def test_a_menu_has_no_mix_that_was_measured() -> None:
     assert mix_menu(informed, parents, random.Random(0), 3) == mix_menu(informed, parents, random.Random(0), 100)[:3]
 
 
-def test_the_mean_of_a_trade_is_shown_in_percent_of_the_fitness() -> None:
+def test_the_mean_of_a_move_is_shown_in_percent_of_the_fitness() -> None:
     view = view_of("layer", 60)
     parent = view.measured[5]
-    (trade, *_) = trade_menu(view, parent, random.Random(0), 10)
-    assert trades_in_words(view, parent, [trade])[0].endswith(
-        f": {100 * math.expm1(trade.mean):+.1f} % (+-{100 * trade.std:.1f})"
+    (move, *_) = move_menu(view, parent, random.Random(0), 10)
+    assert moves_in_words(view, parent, [move])[0].endswith(
+        f": {100 * math.expm1(move.mean):+.1f} % (+-{100 * move.std:.1f})"
     )
     divergent = View(view.spec.model_copy(update={"measure": "kl"}), view.profile, 1, ())
     little = Member(parent.candidate, 0.1)
-    assert trades_in_words(divergent, little, [trade])[0].endswith(
-        f": {100 * trade.mean / 0.1:+.1f} % (+-{100 * trade.std / 0.1:.1f})"
+    assert moves_in_words(divergent, little, [move])[0].endswith(
+        f": {100 * move.mean / 0.1:+.1f} % (+-{100 * move.std / 0.1:.1f})"
     )
 
 
@@ -226,10 +226,10 @@ def test_parents_that_are_all_alike_have_no_mixes_and_the_fallback_is_random() -
     same = [view.measured[0], view.measured[0]]
     assert mix_menu(view, same, random.Random(0), 8) == ()
     assert len(sample_ranked_mix(random.Random(0), view, same).rates) == LAYERS
-    assert len(sample_ranked_trades(random.Random(0), view, same).rates) == LAYERS
+    assert len(sample_ranked_moves(random.Random(0), view, same).rates) == LAYERS
 
 
-def test_lessons_state_the_changes_and_their_effects_latest_first() -> None:
+def test_the_effects_of_changes_are_stated_latest_first() -> None:
     view = view_of("layer", 1)
     parent = view.measured[0]
     base = list(parent.candidate.rates)
@@ -239,12 +239,12 @@ def test_lessons_state_the_changes_and_their_effects_latest_first() -> None:
     )
     ranked = tuple(sorted((parent, older, newer), key=lambda m: m.fitness))
     recent = tuple(Tried(m.candidate, m.fitness) for m in (parent, older, newer))
-    found = lessons(View(view.spec, view.profile, 3, ranked, {}, ranked, recent), 5)
+    found = effects_of_changes(View(view.spec, view.profile, 3, ranked, {}, ranked, recent), 5)
     assert [line.partition(":")[0] for line in found] == ["layer 8 -10, layer 9 +10", "layer 3 +20, layer 4 -20"]
     for line, child in zip(found, (newer, older), strict=True):
         assert ("helped" in line) == (child.fitness < parent.fitness)
         assert f"{100 * (child.fitness / parent.fitness - 1):+.1f} %" in line
-    assert len(lessons(View(view.spec, view.profile, 3, ranked, {}, ranked, recent), 1)) == 1
+    assert len(effects_of_changes(View(view.spec, view.profile, 3, ranked, {}, ranked, recent), 1)) == 1
 
 
 def test_a_list_is_compared_with_its_nearest_parent() -> None:
@@ -254,9 +254,9 @@ def test_a_list_is_compared_with_its_nearest_parent() -> None:
     made = [*rates[:3], rates[3] + 0.1, rates[4] - 0.1, *rates[5:]]
     child = member(view, made, round_=1, parents=tuple(m.candidate.id for m in (first, second, third)))
     recent = (Tried(child.candidate, child.fitness),)
-    (lesson,) = lessons(View(view.spec, view.profile, 2, view.measured, {}, view.measured, recent), 5)
-    assert lesson.startswith("layer 3 +10, layer 4 -10: ")
-    assert f"{100 * (child.fitness / second.fitness - 1):+.1f} %" in lesson
+    (effect,) = effects_of_changes(View(view.spec, view.profile, 2, view.measured, {}, view.measured, recent), 5)
+    assert effect.startswith("layer 3 +10, layer 4 -10: ")
+    assert f"{100 * (child.fitness / second.fitness - 1):+.1f} %" in effect
 
 
 def test_a_candidate_stopped_in_a_race_teaches_too() -> None:
@@ -268,7 +268,7 @@ def test_a_candidate_stopped_in_a_race_teaches_too() -> None:
     raced = View(view.spec, view.profile, 3, view.population, {}, view.measured, stopped)
     plan = worse.candidate.plan
     assert surrogate_of(raced).predict(plan) > surrogate_of(view).predict(plan) + 0.01
-    assert lessons(raced, 5) == ["layer 3 +20, layer 4 -20: hurt, +20.0 %, and was stopped early"]
+    assert effects_of_changes(raced, 5) == ["layer 3 +20, layer 4 -20: hurt, +20.0 %, and was stopped early"]
 
 
 def test_a_stopped_race_has_more_noise_than_a_whole_measurement() -> None:
@@ -289,16 +289,16 @@ def test_a_stopped_race_has_more_noise_than_a_whole_measurement() -> None:
 
 
 @pytest.mark.parametrize("granularity", ["layer", "block"])
-def test_a_menu_prefers_the_less_known_of_trades_with_the_same_mean(
+def test_a_menu_prefers_the_less_known_of_moves_with_the_same_mean(
     granularity: Granularity, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     view = view_of(granularity, 60)
-    menus = [trade_menu(view, view.population[0], random.Random(seed), 10) for seed in range(10)]
-    monkeypatch.setattr("agents.operators.trades.KAPPA", 0.0)
-    greedy = [trade_menu(view, view.population[0], random.Random(seed), 10) for seed in range(10)]
+    menus = [move_menu(view, view.population[0], random.Random(seed), 10) for seed in range(10)]
+    monkeypatch.setattr("agents.operators.moves.KAPPA", 0.0)
+    greedy = [move_menu(view, view.population[0], random.Random(seed), 10) for seed in range(10)]
 
-    def average(menus: Sequence[Sequence[Trade]], name: str) -> float:
-        return statistics.fmean(getattr(trade, name) for trades in menus for trade in trades)
+    def average(menus: Sequence[Sequence[Move]], name: str) -> float:
+        return statistics.fmean(getattr(move, name) for moves in menus for move in moves)
 
     assert average(menus, "std") > 1.02 * average(greedy, "std")
     assert average(greedy, "mean") < average(menus, "mean") < 0
@@ -307,18 +307,18 @@ def test_a_menu_prefers_the_less_known_of_trades_with_the_same_mean(
 def test_one_menu_covers_some_units_and_several_menus_cover_most() -> None:
     view = view_of("block", 60)
     parent = view.population[0]
-    menus = [trade_menu(view, parent, random.Random(seed), 10) for seed in range(12)]
-    used = [{unit for trade in trades for unit in (trade.more, trade.less)} for trades in menus]
+    menus = [move_menu(view, parent, random.Random(seed), 10) for seed in range(12)]
+    used = [{unit for move in moves for unit in (move.more, move.less)} for moves in menus]
     units = len(view.units)
     assert all(len(each) <= max(UNITS_PER_SIDE, round(OFFERED * units)) for each in used)
     assert len(set().union(*used)) > max(len(each) for each in used)
 
 
-def test_trades_mostly_begin_at_the_best_member() -> None:
+def test_moves_mostly_begin_at_the_best_member() -> None:
     view = view_of("layer", 30)
     best, others = view.population[0], view.population[4:8]
     rng = random.Random(0)
-    begun = [sample_trade_parent(rng, view, others) for _ in range(1000)]
+    begun = [sample_move_parent(rng, view, others) for _ in range(1000)]
     assert 600 < sum(member is best for member in begun) < 730
     assert {member.candidate.id for member in begun} == {member.candidate.id for member in (best, *others)}
-    assert sample_trade_parent(rng, View(view.spec, view.profile, 1, ()), others) in others
+    assert sample_move_parent(rng, View(view.spec, view.profile, 1, ()), others) in others

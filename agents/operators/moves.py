@@ -1,7 +1,7 @@
-"""Trades: one unit is pruned more, another less, by the same number of parameters. The surrogate ranks them. Pure.
+"""Moves: one unit is pruned more, another less, by the same number of parameters. The surrogate ranks them. Pure.
 
 An LLM is good at choosing and combining, and bad at arithmetic with sixty numbers. So the surrogate lists the most
-promising trades, and the LLM decides which of them to combine.
+promising moves, and the LLM decides which of them to combine.
 """
 
 import random
@@ -17,11 +17,11 @@ from protocol.plans.plan import parameters_to_next_level, unit_bounds
 from protocol.plans.rates import ROUNDING
 
 SIZES = (0.04, 0.08, 0.16)
-"""Parameters that a trade moves, as shares of a decoder layer's."""
+"""Parameters that a move shifts, as shares of a decoder layer's."""
 UNITS_PER_SIDE = 12
-"""Units considered for each side of a trade: the best ones by the acquisition."""
+"""Units considered for each side of a move: the best ones by the acquisition."""
 MAX_USES = 2
-"""Trades of a menu in which one unit may take part; otherwise a single unit could fill the menu."""
+"""Moves of a menu in which one unit may take part; otherwise a single unit could fill the menu."""
 OFFERED = 0.5
 """Share of the units that a menu is made of (at least `UNITS_PER_SIDE` units), sampled anew for each menu. If all
 offspring of a round tried the same unit, they would teach little, and a harmful unit would hurt all of them."""
@@ -30,8 +30,8 @@ KAPPA = 1.0
 
 
 @dataclass(frozen=True)
-class Trade:
-    """A trade of two units, given by number: `more` is pruned more, `less` is pruned less; and the rates of both."""
+class Move:
+    """A move of two units, given by number: `more` is pruned more, `less` is pruned less; and the rates of both."""
 
     more: int
     less: int
@@ -43,30 +43,30 @@ class Trade:
     """Standard deviation of the prediction."""
 
 
-def trade_menu(view: View, parent: Member, rng: random.Random, count: int) -> tuple[Trade, ...]:
-    """Return the `count` best trades from `parent` by the acquisition, sorted by mean; fewer if fewer are possible."""
-    ranked = _Trades(view, parent.candidate.rates, rng).ranked()
-    chosen: list[Trade] = []
+def move_menu(view: View, parent: Member, rng: random.Random, count: int) -> tuple[Move, ...]:
+    """Return the `count` best moves from `parent` by the acquisition, sorted by mean; fewer if fewer are possible."""
+    ranked = _Moves(view, parent.candidate.rates, rng).ranked()
+    chosen: list[Move] = []
     uses: Counter[int] = Counter()
-    for trade in ranked:
-        if max(uses[trade.more], uses[trade.less]) < MAX_USES and len(chosen) < count:
-            chosen.append(trade)
-            uses.update((trade.more, trade.less))
-    return tuple(sorted(chosen, key=lambda trade: trade.mean))
+    for move in ranked:
+        if max(uses[move.more], uses[move.less]) < MAX_USES and len(chosen) < count:
+            chosen.append(move)
+            uses.update((move.more, move.less))
+    return tuple(sorted(chosen, key=lambda move: move.mean))
 
 
-def apply_trades(parent: Member, trades: Sequence[Trade]) -> Proposal:
-    """Return the parent after these trades; a unit that takes part in several moves by each."""
+def apply_moves(parent: Member, moves: Sequence[Move]) -> Proposal:
+    """Return the parent after these moves; a unit that takes part in several changes by each."""
     before = parent.candidate.rates
     rates = list(before)
-    for trade in trades:
-        for unit, rate in ((trade.more, trade.more_rate), (trade.less, trade.less_rate)):
+    for move in moves:
+        for unit, rate in ((move.more, move.more_rate), (move.less, move.less_rate)):
             rates[unit] = min(max(rates[unit] + rate - before[unit], 0.0), 1.0)
     return Proposal(tuple(rates), (parent.candidate.id,))
 
 
-class _Trades:
-    """The trades that are possible from one parent's rates."""
+class _Moves:
+    """The moves that are possible from one parent's rates."""
 
     def __init__(self, view: View, rates: Sequence[float], rng: random.Random) -> None:
         self._view, self._surrogate, self._rates = view, surrogate_of(view), rates
@@ -75,27 +75,27 @@ class _Trades:
         units = len(rates)
         self._offered = sorted(rng.sample(range(units), max(min(UNITS_PER_SIDE, units), round(OFFERED * units))))
 
-    def ranked(self) -> list[Trade]:
-        """Return the trades by the acquisition, best first."""
+    def ranked(self) -> list[Move]:
+        """Return the moves by the acquisition, best first."""
         layer = self._view.profile.shape.layer_parameters(0)
-        # With attention, the next level decides the size, so all SIZES give the same trade.
-        moves = dict.fromkeys(pair for size in SIZES for pair in self._pairs(round(size * layer)))
-        if not moves:
+        # With attention, the next level decides the size, so all SIZES give the same move.
+        pairs = dict.fromkeys(pair for size in SIZES for pair in self._pairs(round(size * layer)))
+        if not pairs:
             return []
-        means, stds = self._surrogate.predict_changes(self._rates, [{a: x, b: y} for a, x, b, y in moves])
-        trades = [
-            (mean - KAPPA * std, Trade(more, less, more_rate, less_rate, mean, std))
-            for (more, more_rate, less, less_rate), mean, std in zip(moves, means.tolist(), stds.tolist(), strict=True)
+        means, stds = self._surrogate.predict_changes(self._rates, [{a: x, b: y} for a, x, b, y in pairs])
+        moves = [
+            (mean - KAPPA * std, Move(more, less, more_rate, less_rate, mean, std))
+            for (more, more_rate, less, less_rate), mean, std in zip(pairs, means.tolist(), stds.tolist(), strict=True)
         ]
-        return [trade for _, trade in sorted(trades, key=lambda each: each[0])]
+        return [move for _, move in sorted(moves, key=lambda each: each[0])]
 
     def _pairs(self, parameters: int) -> Iterator[tuple[int, float, int, float]]:
-        """Yield two units and their rates after a trade of `parameters`; with attention, of its next level instead."""
+        """Yield two units and their rates after a move of `parameters`; with attention, of its next level instead."""
         takers, givers = (self._sides(sign, parameters) for sign in (1, -1))
         for more, amount in takers:
             for less, other in givers:
-                if more != less and (moved := self._moved_by_both(more, amount, less, other, parameters)):
-                    yield more, self._after(more, moved), less, self._after(less, -moved)
+                if more != less and (shifted := self._shifted_by_both(more, amount, less, other, parameters)):
+                    yield more, self._after(more, shifted), less, self._after(less, -shifted)
 
     def _sides(self, sign: int, parameters: int) -> list[tuple[int, int]]:
         """Return the best units to prune more (`sign` 1) or less (−1), each with its number of parameters."""
@@ -110,16 +110,16 @@ class _Trades:
         acquisition = (means - KAPPA * stds) / np.array([amount for _, amount in able])
         return [able[k] for k in np.argsort(acquisition, kind="stable")[:UNITS_PER_SIDE]]
 
-    def _moved_by_both(self, more: int, amount: int, less: int, other: int, parameters: int) -> int:
-        """Return the parameters that both units can move, 0 if none.
+    def _shifted_by_both(self, more: int, amount: int, less: int, other: int, parameters: int) -> int:
+        """Return the parameters that both units can shift, 0 if none.
 
-        An attention block moves by whole levels; the other unit takes the same number of parameters.
+        An attention block changes by whole levels; the other unit takes the same number of parameters.
         """
         fixed = [a for i, a in ((more, amount), (less, other)) if self._view.units[i].kind == "attention"]
         if len(fixed) == 2 and fixed[0] != fixed[1]:
             return 0
-        moved = fixed[0] if fixed else parameters
-        return moved if self._is_able(more, moved) and self._is_able(less, -moved) else 0
+        shifted = fixed[0] if fixed else parameters
+        return shifted if self._is_able(more, shifted) and self._is_able(less, -shifted) else 0
 
     def _is_able(self, unit: int, parameters: int) -> bool:
         low, high = self._bounds[unit]
