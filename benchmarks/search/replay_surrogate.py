@@ -109,7 +109,7 @@ def replayed(folder: Path) -> tuple[Column, Column, Column]:
 def _profile(folder: Path) -> ModelProfile | None:
     record = saved(folder, PROFILE)
     try:
-        return record and ModelProfile.model_validate(record)
+        return None if record is None else ModelProfile.model_validate(record)
     except ValidationError as error:
         raise UsageError(f"{folder / PROFILE} was written by another version, or is damaged") from error
 

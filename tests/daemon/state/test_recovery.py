@@ -10,12 +10,12 @@ from daemon.state.journal import EVALUATIONS, Journal
 from daemon.state.journal import SPEC as SPEC_FILE
 from daemon.state.recovery import recovered
 from protocol.errors import SearchExistsError, UsageError
-from protocol.plans.candidate import Failed, Race, Stopped
+from protocol.plans.candidate import Failed, Outcome, Race, Stopped
 from tests.support.samples import PROFILE, SPEC, candidates, measured
 
 STOPPED = candidates(5)[4].model_copy(update={"race": Race(against=(2.0, 2.1, 2.2), first_windows=2)})
 MANY = [*candidates(4), STOPPED]
-OUTCOMES = [
+OUTCOMES: list[Outcome] = [
     *(measured(9.0 - i, c, kl=0.5) for i, c in enumerate(MANY[:3])),
     Failed(reason="timeout", detail="too slow"),
     Stopped(
