@@ -62,7 +62,8 @@ def write_files(
     """Write all files of an export into the empty `folder`; see `export_model`."""
     name, formats = destination.folder.expanduser().resolve().name, destination.formats
     model, plan, gguf_type = content.model, content.facts.plan, destination.gguf_type
-    gguf = found = None
+    gguf: Path | None = None
+    found: GgufPerplexity | None = None
     for fmt in formats:
         if fmt == "hf":
             write_hf(model, plan, folder, progress)
