@@ -76,7 +76,7 @@ def write_files(
     facts = content.facts.model_copy(update={"gguf": found})
     if content.saves_windows and content.windows is not None and formats != ("gguf",):
         save_text(content.windows, folder)
-    card = render_card(facts, formats, name=name, gguf=gguf and gguf.name)
+    card = render_card(facts, formats, name=name, gguf=None if gguf is None else gguf.name)
     (folder / "README.md").write_text(card, encoding="utf-8")
     write_json(folder / FACTS, _facts_json(facts, formats))
     return found
