@@ -59,8 +59,9 @@ class CardMeasurement:
 def measurement_of(spec: SearchSpec, numbers: Mapping[Role, int], saved_text: Path | None) -> CardMeasurement:
     """Return the measurement of a model that was pruned by `spec`, whose texts have these `numbers`."""
     # A text of its own takes no windows from the measured one.
-    roles = {role: text for role, text in spec.texts.items() if numbers.get(role) == numbers.get("fitness")}
-    texts = roles if saved_text is None else {"fitness": spec.fitness}
+    texts = {role: text for role, text in spec.texts.items() if numbers.get(role) == numbers.get("fitness")}
+    if saved_text is not None:
+        texts = {"fitness": spec.fitness}
     return CardMeasurement(texts, spec.seed, spec.dtype, saved_text=saved_text)
 
 

@@ -61,7 +61,8 @@ def write_files(
     """Write all files of an export into the empty `folder`; see `export_model`."""
     name, formats = destination.folder.expanduser().resolve().name, destination.formats
     model, plan, gguf_type = content.model, content.facts.plan, destination.gguf_type
-    gguf = found = None
+    gguf: Path | None = None
+    found: GgufPerplexity | None = None
     for fmt in formats:
         if fmt == "hf":
             write_hf(model, plan, folder, progress)
@@ -74,7 +75,7 @@ def write_files(
     facts = content.facts.model_copy(update={"gguf": found})
     if content.saves_windows and content.windows is not None and formats != ("gguf",):
         save_text(content.windows, folder)
-    card = render_card(facts, formats, name=name, gguf=gguf and gguf.name)
+    card = render_card(facts, formats, name=name, gguf=None if gguf is None else gguf.name)
     (folder / "README.md").write_text(card, encoding="utf-8")
     write_json(folder / FACTS, _facts_json(facts, formats))
     return found

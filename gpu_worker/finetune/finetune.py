@@ -97,7 +97,9 @@ def finetune_once(request: FinetuneRequest, progress: Progress = no_progress) ->
         tuned = _finetuning(recipe, data, state, count, perplexity_changes(eval_tokens, before, after))
         facts = _facts(exported.facts, tuned, eval_tokens, dtype)
         measured = next(iter(eval_tokens.values()), None)  # the fitness text, if there is one
-        content = ExportContent(model, facts, measured and measured.windows, measured is not None and measured.kept)
+        content = ExportContent(model, facts)
+        if measured is not None:
+            content = replace(content, windows=measured.windows, saves_windows=measured.kept)
         files, gguf = write_output(content, destination, state, progress)
         checkpoint.remove()
     return FinetuneResult(

@@ -49,7 +49,8 @@ def settings_of(target: Path, *overrides: str) -> Settings:
 
 def goal_of(settings: Settings, destination: Destination, **tuned: Any) -> Goal:
     """A model that is fine-tuned on alpaca.json as these flags say."""
-    flags = FinetuneFlags(**{f"finetune_{name}": value for name, value in ({"data": "a/alpaca.json"} | tuned).items()})
+    given: dict[str, Any] = {"data": "a/alpaca.json"} | tuned
+    flags = FinetuneFlags(**{f"finetune_{name}": value for name, value in given.items()})
     assert flags.finetune_data is not None
     recipe = finetune_recipe(flags.finetune_data, flags, settings)
     tuning = Tuning(flags.finetune_data, recipe, flags.finetune_minutes)
