@@ -89,10 +89,7 @@ class Daemon:
             self.population.insert(self.ledger[id_], outcome)
         await self.store.repair(self.queue, history)
         self.keeper = PopulationKeeper(
-            self.queue,
-            self.population,
-            self.ledger,
-            on_evaluation=lambda evaluation, _: self.noted.append(evaluation),
+            self.queue, self.population, self.ledger, on_evaluation=lambda evaluation, _: self.noted.append(evaluation)
         )
         self._tasks = [
             asyncio.create_task(self.keeper.run()),

@@ -258,10 +258,7 @@ async def test_a_search_killed_again_and_again_pays_for_no_answer_twice_and_can_
 ) -> None:
     records: list[Record] = []
     with recording(records) as record_:
-        async with (
-            ScriptedLlm(whimsical(random.Random(6))) as llm,
-            Chat([llm.endpoint], QUICK, record=record_) as chat,
-        ):
+        async with ScriptedLlm(whimsical(random.Random(6))) as llm, Chat([llm.endpoint], QUICK, record=record_) as chat:
             search, kills = await killed_now_and_then(
                 redis, keys, tmp_path, lambda: CachedChat(chat, Transcript(records)), seed=7
             )

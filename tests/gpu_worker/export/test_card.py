@@ -169,10 +169,7 @@ def test_a_fit_to_the_text_is_told() -> None:
 @pytest.mark.parametrize(
     ("fmt", "wanted"),
     [
-        (
-            "hf",
-            ['from_pretrained("out", trust_remote_code=True)', "modeling_pruned_llama.py", "vllm serve out --"],
-        ),
+        ("hf", ['from_pretrained("out", trust_remote_code=True)', "modeling_pruned_llama.py", "vllm serve out --"]),
         ("padded", ['AutoModelForCausalLM.from_pretrained("out")', "as large and as slow as the dense one"]),
         ("gguf", ["llama-cli -m out/out.gguf"]),
     ],

@@ -223,9 +223,7 @@ def test_a_split_of_no_wanted_role_is_not_read(
     assert list(windows) == ["fitness"] and [asked[2] for asked in hub] == ["validation"]
 
 
-def test_the_model_writes_as_much_as_all_roles_need_and_once(
-    tokenizer: transformers.PreTrainedTokenizerFast,
-) -> None:
+def test_the_model_writes_as_much_as_all_roles_need_and_once(tokenizer: transformers.PreTrainedTokenizerFast) -> None:
     asked: list[tuple[int, int]] = []
 
     def generate(windows: int, length: int) -> Tensor:

@@ -69,8 +69,7 @@ def test_layers_that_the_config_does_not_ask_for_are_refused(tmp_path: Path) -> 
 def test_biases_that_the_config_does_not_ask_for_are_refused(tmp_path: Path) -> None:
     change_config(save_tiny_folder(tmp_path, bias=True), attention_bias=False)
     with pytest.raises(
-        ModelError,
-        match=r"different model without them: 12, such as 'model\.layers\.0\.self_attn\.k_proj\.bias'",
+        ModelError, match=r"different model without them: 12, such as 'model\.layers\.0\.self_attn\.k_proj\.bias'"
     ):
         load_model(str(tmp_path), "float32")
 

@@ -61,8 +61,7 @@ def test_what_the_model_needs_is_logged_before_it_is_loaded(
 
 
 @pytest.mark.parametrize(
-    ("gpus", "expected"),
-    [((), None), ((10**9,), {"": "cuda:0"}), ((10**6, 10**9), {"": "cuda:1"})],
+    ("gpus", "expected"), [((), None), ((10**9,), {"": "cuda:0"}), ((10**6, 10**9), {"": "cuda:1"})]
 )
 def test_the_loader_is_told_the_device(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: tuple[int, ...], expected: dict[str, str] | None
@@ -80,10 +79,7 @@ def test_the_loader_is_told_the_device(
     assert told == [expected]
 
 
-@pytest.mark.parametrize(
-    ("room", "expected"),
-    [((2.1, 1.1), {0}), ((1.1, 2.1), {1}), ((1.6, 1.6), {0, 1})],
-)
+@pytest.mark.parametrize(("room", "expected"), [((2.1, 1.1), {0}), ((1.1, 2.1), {1}), ((1.6, 1.6), {0, 1})])
 def test_models_to_be_compared_go_to_the_same_gpus(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: tuple[float, ...], expected: set[int]
 ) -> None:

@@ -11,12 +11,7 @@ from daemon.cli import main
 from gpu_worker.export.folder import formats_in
 from gpu_worker.models.memory import Machine
 from gpu_worker.speed.compatibility import Sizes, check_memory, check_pruned_from
-from gpu_worker.speed.engines import (
-    ENGINES,
-    EngineFacts,
-    choose_engines,
-    engines_named,
-)
+from gpu_worker.speed.engines import ENGINES, EngineFacts, choose_engines, engines_named
 from gpu_worker.speed.timing import Length, Pair, Timing, alternate, compare
 from protocol.errors import ModelError, SettingsError, UsageError
 from protocol.plans.shape import LayerShape
@@ -257,14 +252,7 @@ def test_a_person_gets_tables(exported: Path, capsys: pytest.CaptureFixture[str]
     command = ["speed", str(exported / "pruned"), "--baseline", str(exported / "dense"), "--engine", "transformers"]
     assert main([*command, "--prompt", "9", "--generate", "3", "--repeats", "1"]) == 0
     said = capsys.readouterr().out
-    for words in (
-        "transformers on cpu",
-        "bfloat16",
-        "KV bytes/token",
-        "prefill",
-        "decode",
-        "1 repeats after 1",
-    ):
+    for words in ("transformers on cpu", "bfloat16", "KV bytes/token", "prefill", "decode", "1 repeats after 1"):
         assert words in said
 
 
