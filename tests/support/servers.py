@@ -6,6 +6,8 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable
+from inspect import isawaitable
 from pathlib import Path
 
 from redis import Redis
@@ -81,9 +83,8 @@ class Server:
             client.flushall()
 
 
-async def eventually(condition: "object", seconds: float = 30.0) -> None:
-    """Wait until the async function `condition` returns true; fail after `seconds`."""
-    assert callable(condition)
+async def eventually(condition: Callable[[], object], seconds: float = 30.0) -> None:
+    """Wait until `condition`, a function or an async one, returns true; fail after `seconds`."""
     async with asyncio.timeout(seconds):
-        while not await condition():
+        while not (await holds if isawaitable(holds := condition()) else holds):
             await asyncio.sleep(0.02)
