@@ -67,6 +67,10 @@ class WorkerProcess:
     async def ended(self, seconds: float = 20) -> int:
         return await asyncio.wait_for(self.process.wait(), seconds)
 
+    async def is_late(self) -> None:
+        """Wait until this worker has committed one outcome, which did not count."""
+        await eventually(lambda: [event["counts"] for event in self.events("outcome_committed")] == [False])
+
     def events(self, name: str = "") -> list[dict[str, Any]]:
         lines = self.log.read_text().splitlines()
         return [event for line in lines if (event := strict_json(line))["event"] == name or not name]
@@ -116,11 +120,18 @@ class Daemon:
             waiting = [id_ for id_ in self.ledger if id_ not in self.population]
             raise AssertionError(f"after {seconds} seconds {waiting} have no outcome")
 
-    async def measured(self, count: int, seconds: float = 60) -> None:
-        async def enough() -> bool:
-            return self.population.outcomes >= count
+    async def settle(self, many: Sequence[Candidate], seconds: float = 60) -> None:
+        """Issue the candidates and wait until they have their outcomes."""
+        await self.issue(many)
+        await self.settled(seconds)
 
-        await eventually(enough, seconds)
+    async def measure(self, many: Sequence[Candidate]) -> None:
+        """Issue the candidates and wait until everything issued is measured."""
+        await self.issue(many)
+        await self.measured(len(self.ledger))
+
+    async def measured(self, count: int, seconds: float = 60) -> None:
+        await eventually(lambda: self.population.outcomes >= count, seconds)
 
     def outcome(self, of: Candidate) -> Outcome:
         evaluation = self.population.get(of.id)
@@ -201,13 +212,17 @@ class Kit:
         self.workers.append(worker)
         return worker
 
+    async def started(
+        self, script: Mapping[str, Sequence[str]] | None = None, *, workers: int = 1, **options: Any
+    ) -> tuple[Daemon, list[WorkerProcess]]:
+        """Start a daemon, and workers with these `options` whose evaluations follow `script`."""
+        if script is not None:
+            self.write_script(script)
+        return await self.daemon(), [await self.worker(**options) for _ in range(workers)]
+
     async def evaluating(self, id_: str, times: int = 1, seconds: float = 30) -> None:
         """Wait until the evaluation of `id_` has begun `times` times."""
-
-        async def begun() -> bool:
-            return self.evaluations[id_] >= times
-
-        await eventually(begun, seconds)
+        await eventually(lambda: self.evaluations[id_] >= times, seconds)
 
     async def beating(self, workers: int, seconds: float = 30) -> None:
         """Wait until that many workers have sent a heartbeat."""
@@ -297,11 +312,8 @@ class Kit:
                 strict_json(line)  # I7
 
     async def _check_nothing_left(self) -> None:
-        async def nothing() -> bool:
-            return not self.processes()
-
         try:
-            await eventually(nothing, 10)
+            await eventually(lambda: not self.processes(), 10)
         except TimeoutError:
             raise AssertionError(f"I8: processes are left: {self.processes()}") from None
 

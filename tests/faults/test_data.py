@@ -44,10 +44,8 @@ async def test_a_flushed_server_gets_its_data_back_from_the_daemon(kit: Kit) -> 
 @pytest.mark.fault("18", "the data is gone again and again", "FLUSHALL every 0.5 s, 10 times", "restored each time")
 async def test_a_server_that_is_flushed_again_and_again_ends_with_every_outcome(kit: Kit) -> None:
     many = candidates(30)
-    kit.write_script({"*": ["sleep:0.2"]})
     kit.disturbed["*"] = 10
-    daemon = await kit.daemon()
-    worker = await kit.worker()
+    daemon, (worker,) = await kit.started({"*": ["sleep:0.2"]})
     await daemon.issue(many)
     for _ in range(10):
         await asyncio.sleep(0.5)
@@ -64,10 +62,8 @@ async def test_a_server_that_is_flushed_again_and_again_ends_with_every_outcome(
 )
 async def test_a_lost_group_stream_or_entry_heals_by_itself(kit: Kit, loss: str) -> None:
     many = candidates(6)
-    kit.write_script({many[0].id: ["sleep:2"]})
     kit.disturbed["*"] = 1
-    daemon = await kit.daemon()
-    worker = await kit.worker()
+    daemon, (worker,) = await kit.started({many[0].id: ["sleep:2"]})
     await daemon.issue(many)
     await kit.evaluating(many[0].id)
     if loss == "group":
@@ -106,8 +102,7 @@ async def test_ghosts_of_dead_workers_are_cleaned_up_with_them(kit: Kit) -> None
 async def test_an_append_only_file_without_its_end_loses_nothing(kit: Kit) -> None:
     many = candidates(6)
     kit.disturbed["*"] = 1
-    daemon = await kit.daemon()
-    await kit.worker()
+    daemon, _ = await kit.started()
     await daemon.issue(many[:3])
     await daemon.measured(3)
     kit.server.kill()
@@ -115,8 +110,7 @@ async def test_an_append_only_file_without_its_end_loses_nothing(kit: Kit) -> No
     with tail.open("r+b") as file:
         file.truncate(tail.stat().st_size - 7)
     kit.server.start()
-    await daemon.issue(many[3:])
-    await daemon.settled()
+    await daemon.settle(many[3:])
 
 
 async def test_a_watch_of_the_servers_files_that_dies_says_so_and_ends_nothing(
@@ -129,11 +123,7 @@ async def test_a_watch_of_the_servers_files_that_dies_says_so_and_ends_nothing(
     monkeypatch.setattr(embedded._ServerFiles, "_are_there", breaks)
     with structlog.testing.capture_logs() as log:
         async with embedded.embedded_server(tmp_path) as url:
-
-            async def told() -> bool:
-                return "server_watch_died" in [line["event"] for line in log]
-
-            await eventually(told, 20)
+            await eventually(lambda: "server_watch_died" in [line["event"] for line in log], 20)
             redis: Any = connect(url)
             assert await redis.ping()
             await redis.aclose()
@@ -164,8 +154,7 @@ async def test_a_damaged_append_only_file_is_refused_with_its_name_and_the_fix(t
 async def test_a_server_on_an_older_copy_of_its_data_is_reconciled(kit: Kit) -> None:
     many = candidates(9)
     kit.disturbed["*"] = 1
-    daemon = await kit.daemon()
-    await kit.worker()
+    daemon, _ = await kit.started()
     await daemon.issue(many[:3])
     await daemon.measured(3)
     data = kit.server.folder / "appendonlydir"
@@ -178,8 +167,7 @@ async def test_a_server_on_an_older_copy_of_its_data_is_reconciled(kit: Kit) -> 
     shutil.copytree(kit.folder / "older", data)
     with structlog.testing.capture_logs() as events:
         kit.server.start()
-        await daemon.issue(many[6:])
-        await daemon.settled()
+        await daemon.settle(many[6:])
         await kit.end()
     assert [event["event"] for event in events].count("redis_lost_data") == 1
 
@@ -197,14 +185,11 @@ async def _write_invalid_results(redis: Any, stream: str, known: Candidate) -> N
 )
 async def test_garbage_in_the_streams_is_dropped_and_the_daemon_and_worker_continue(kit: Kit) -> None:
     first, second = candidates(2)
-    daemon = await kit.daemon()
-    await kit.worker()
-    await daemon.issue([first])
-    await daemon.measured(1)
+    daemon, _ = await kit.started()
+    await daemon.measure([first])
     await _write_invalid_results(kit.redis, kit.keys.results, first)
     await kit.redis.xadd(kit.keys.jobs, {"id": "fedcba9876543210", "candidate": "{", "fingerprint": "x"})
     await kit.redis.xadd(kit.keys.jobs, {"nothing": "of ours"})
-    await daemon.issue([second])
-    await daemon.settled()
+    await daemon.settle([second])
     assert isinstance(daemon.outcome(first), Measured) and isinstance(daemon.outcome(second), Measured)
     assert [dead["reason"] for dead in await kit.dead()] == ["unreadable", "unreadable"]

@@ -102,11 +102,7 @@ async def test_malformed_requests_do_not_reach_the_search(kit: Kit, llm: Scripte
     kit.write_script({"*": ["sleep:0.2"]})
     daemon = await search.start()
     await kit.worker()
-
-    async def listening() -> bool:
-        return "http_api_listening" in events(folder)
-
-    await eventually(listening, 60)
+    await eventually(lambda: "http_api_listening" in events(folder), 60)
     (url,) = (record["url"] for record in records(folder / "log.jsonl") if record["event"] == "http_api_listening")
     port = int(url.rpartition(":")[2])
     for request in [*CORPUS.values(), *mutated(61, 1000)]:
@@ -148,11 +144,7 @@ async def test_a_run_whose_folder_is_removed_with_its_servers_files_goes_on(run:
         await Control(redis, Keys("s")).write("pause")
     measured = len(run.evaluations())
     shutil.rmtree(folder, ignore_errors=True)  # the daemon writes meanwhile
-
-    async def restored() -> bool:
-        return "redis_lost_data" in events(folder) and len(run.evaluations()) >= measured
-
-    await eventually(restored, 60)
+    await eventually(lambda: "redis_lost_data" in events(folder) and len(run.evaluations()) >= measured, 60)
     async with connect(embedded_url(folder)) as redis:  # by the socket, which is there again
         await Control(redis, Keys("s")).write("run")
     out_bytes, err_bytes = await asyncio.wait_for(process.communicate(), 120)

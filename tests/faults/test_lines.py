@@ -84,8 +84,7 @@ async def test_a_slow_line_that_is_cut_at_random_costs_nothing(kit: Kit) -> None
         proxy.latency, proxy.cut_share = 0.2, 0.05
         for _ in range(2):
             await kit.worker(url=proxy.url(PASSWORD), lease_seconds=10)
-        await daemon.issue(candidates(20))
-        await daemon.settled(240)
+        await daemon.settle(candidates(20), 240)
         assert proxy.cuts
         await kit.end()
 
@@ -106,11 +105,7 @@ async def test_a_worker_that_is_cut_off_loses_its_job_and_its_late_outcome_chang
         await daemon.settled(19)
         await asyncio.sleep(20)
         proxy.blackhole = False
-
-        async def late() -> bool:
-            return [e["counts"] for e in first.events("outcome_committed")] == [False]
-
-        await eventually(late)
+        await eventually(lambda: [e["counts"] for e in first.events("outcome_committed")] == [False])
         await kit.end()
 
 
@@ -118,10 +113,7 @@ async def test_a_worker_that_is_cut_off_loses_its_job_and_its_late_outcome_chang
 @pytest.mark.fault("27", "every job looks idle", "XCLAIM IDLE 1e6; server SIGSTOP 3 leases", "evaluated once")
 async def test_jobs_that_look_idle_after_a_standstill_are_left_to_their_living_owners(kit: Kit) -> None:
     running = candidates(2)
-    kit.write_script({each.id: [f"sleep:{6 * LEASE}"] for each in running})
-    daemon = await kit.daemon()
-    for _ in range(4):
-        await kit.worker()
+    daemon, _ = await kit.started({each.id: [f"sleep:{6 * LEASE}"] for each in running}, workers=4)
     await daemon.issue(running)
     for each in running:
         await kit.evaluating(each.id)

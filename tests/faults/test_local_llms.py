@@ -91,11 +91,7 @@ async def test_a_local_llm_whose_port_is_taken_starts_when_it_is_free(tmp_path: 
 
             await eventually(is_taken)
             taken.listen()
-
-            async def restarted() -> bool:
-                return len(llm.events) >= 2
-
-            await eventually(restarted, 60)
+            await eventually(lambda: len(llm.events) >= 2, 60)
         await eventually(llm.answers, 90)
         assert set(llm.events) == {"child_restarted"}
 

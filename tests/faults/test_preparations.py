@@ -24,11 +24,7 @@ async def preparing(kit: Kit, spec: SearchSpec = SPEC, **options: Any) -> Worker
     return worker
 
 
-async def prepares(worker: WorkerProcess) -> None:
-    async def grandchild() -> bool:
-        return len(worker.children()) > 1  # the evaluation process hangs, and what it started
-
-    await eventually(grandchild)
+async def prepares(worker: WorkerProcess) -> None:    await eventually(lambda: len(worker.children()) > 1  # the evaluation process hangs, and what it started)
 
 
 def alive(process: psutil.Process) -> bool:
@@ -42,11 +38,7 @@ async def publishes(kit: Kit, spec: SearchSpec) -> None:
     await eventually(has_profile, 15)
 
 
-async def has_given_up(worker: WorkerProcess, reason: str) -> None:
-    async def told() -> bool:
-        return [event["reason"] for event in worker.events("preparation_given_up")] == [reason]
-
-    await eventually(told, 15)
+async def has_given_up(worker: WorkerProcess, reason: str) -> None:    await eventually(lambda: [event["reason"] for event in worker.events("preparation_given_up")] == [reason], 15)
 
 
 @pytest.mark.fault("63", "a spec replaced while a worker prepares it", "SET spec", "given up, the new one is prepared")
@@ -138,11 +130,7 @@ async def test_a_worker_does_not_end_for_the_model_of_a_spec_that_was_replaced(k
     kit.write_script({}, prepare="usage-error-when-replaced")
     await kit.redis.set(kit.keys.spec, SPEC.model_dump_json())
     worker = await kit.worker()
-
-    async def started() -> bool:
-        return bool(worker.children())
-
-    await eventually(started)
+    await eventually(lambda: bool(worker.children()))
     kit.profile = profile_for(SECOND)
     await kit.redis.set(kit.keys.spec, SECOND.model_dump_json())
     kit.write_script({})
@@ -153,8 +141,7 @@ async def test_a_worker_does_not_end_for_the_model_of_a_spec_that_was_replaced(k
 @pytest.mark.faults
 @pytest.mark.fault("63", "a preparation ends beside a worker", "SET control stop", "the other measures on")
 async def test_the_end_of_a_preparation_disturbs_no_other_worker(kit: Kit) -> None:
-    daemon = await kit.daemon()
-    working = await kit.worker()
+    daemon, (working,) = await kit.started()
     await publishes(kit, SPEC)
     (one,) = candidates(1)
     kit.write_script({one.id: ["sleep:6"]}, prepare="hang")
@@ -175,8 +162,7 @@ async def test_a_job_is_handed_back_where_the_search_is_stopped_while_the_model_
     (one,) = candidates(1)
     kit.write_script({one.id: ["sleep:600"]})
     kit.unsettled = True
-    daemon = await kit.daemon()
-    worker = await kit.worker(lease_seconds=60)
+    daemon, (worker,) = await kit.started(lease_seconds=60)
     await daemon.issue([one])
     await kit.evaluating(one.id)
     kit.write_script({one.id: ["sleep:600"]}, prepare="hang")

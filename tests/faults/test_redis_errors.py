@@ -66,11 +66,7 @@ async def test_a_transient_error_is_retried(own_server: Server, error: str | byt
                 asyncio.create_task(retry(lambda: redis.get("a"))),
                 asyncio.create_task(retry(lambda: redis.pipeline(transaction=True).get("a").get("a").execute())),
             ]
-
-            async def refused() -> bool:
-                return proxy.refused.total() >= 12
-
-            await eventually(refused)
+            await eventually(lambda: proxy.refused.total() >= 12)
             proxy.refusals.clear()
             assert await asyncio.gather(*asking) == ["1", ["1", "1"]]
         assert [line["event"] for line in logs] == ["redis_unreachable", "redis_back"]
@@ -115,8 +111,7 @@ async def test_daemon_and_workers_outlast_a_storm_of_errors(kit: Kit) -> None:
         await kit.beating(len(workers))  # LATER are permanent errors at the first contact
         for error in [*PASSING, *LATER]:
             proxy.refuse(error, share=0.02)
-        await daemon.issue(many)
-        await daemon.settled(120)
+        await daemon.settle(many, 120)
         proxy.refusals.clear()
         assert len(proxy.refused) > 3
         assert all(worker.process.returncode is None for worker in workers)
@@ -129,11 +124,9 @@ async def test_daemon_and_workers_outlast_a_storm_of_errors(kit: Kit) -> None:
 @pytest.mark.fault("47", "failover and back under a worker", "REPLICAOF, later NO ONE", "waited for")
 async def test_a_failover_is_waited_for(kit: Kit) -> None:
     """Blocked readers get UNBLOCKED, and writers READONLY."""
-    daemon = await kit.daemon()
-    worker = await kit.worker()
+    daemon, (worker,) = await kit.started()
     first, second = candidates(2)
-    await daemon.issue([first])
-    await daemon.measured(1)
+    await daemon.measure([first])
     await kit.redis.replicaof("127.0.0.1", "9")
     issuing = asyncio.create_task(daemon.issue([second]))
     await asyncio.sleep(2)
@@ -147,17 +140,14 @@ async def test_a_failover_is_waited_for(kit: Kit) -> None:
 @pytest.mark.fault("47", "another client's long script", "EVAL of 3 s, busy-reply-threshold 100 ms", "waited for")
 async def test_another_clients_long_script_is_waited_for(kit: Kit) -> None:
     await kit.redis.config_set("busy-reply-threshold", "100")
-    daemon = await kit.daemon()
-    worker = await kit.worker()
+    daemon, (worker,) = await kit.started()
     many = candidates(4)
-    await daemon.issue(many[:1])
-    await daemon.measured(1)
+    await daemon.measure(many[:1])
     other: Any = connect(kit.server.url)
     code = "local e = redis.call('TIME')[1] + 3 while redis.call('TIME')[1] + 0 < e do end return 1"
     script = asyncio.ensure_future(other.eval(code, 0))
     await asyncio.sleep(0.3)
-    await daemon.issue(many[1:])
-    await daemon.settled()
+    await daemon.settle(many[1:])
     assert await script == 1
     assert len(worker.events("redis_unreachable")) == 1
     await other.aclose()
@@ -169,10 +159,8 @@ BYTES = b"\xff\xfe not UTF-8 \x80"
 @pytest.mark.fault("48", "bytes that are not UTF-8", "in jobs, results, control, worker, profile", "discarded or dead")
 async def test_bytes_that_are_no_text_end_neither_daemon_nor_worker(kit: Kit) -> None:
     first, second = candidates(2)
-    daemon = await kit.daemon()
-    worker = await kit.worker()
-    await daemon.issue([first])
-    await daemon.measured(1)
+    daemon, (worker,) = await kit.started()
+    await daemon.measure([first])
     redis, keys = kit.redis, kit.keys
     await redis.set(keys.control, BYTES)
     await redis.set(keys.worker("other"), BYTES)
@@ -181,8 +169,7 @@ async def test_bytes_that_are_no_text_end_neither_daemon_nor_worker(kit: Kit) ->
     await redis.xadd(keys.results, {BYTES: BYTES})
     await redis.xadd(keys.jobs, {"id": BYTES, "candidate": BYTES, "fingerprint": "x"})
     await redis.xadd(keys.jobs, {BYTES: BYTES})
-    await daemon.issue([second])
-    await daemon.settled()
+    await daemon.settle([second])
     assert isinstance(daemon.outcome(second), Measured)
     assert [dead["reason"] for dead in await kit.dead()] == ["unreadable", "unreadable"]
     assert len(worker.events("control_not_understood")) == 1
@@ -222,10 +209,7 @@ async def test_a_pause_outlives_a_flushed_server(kit: Kit, tmp_path: Path) -> No
 async def test_a_job_that_looks_abandoned_again_and_again_is_left_to_its_living_owner(kit: Kit) -> None:
     """Idle time jumps, and keys with an expiry are gone."""
     (one,) = candidates(1)
-    kit.write_script({one.id: [f"sleep:{4 * LEASE}"]})
-    daemon = await kit.daemon()
-    for _ in range(3):
-        await kit.worker()
+    daemon, _ = await kit.started({one.id: [f"sleep:{4 * LEASE}"]}, workers=3)
     await daemon.issue([one])
     await kit.evaluating(one.id)
     for _ in range(10):
@@ -287,10 +271,8 @@ async def test_a_step_of_the_servers_clock_takes_no_job_from_a_living_worker(tmp
 )
 async def test_damaged_entries_of_the_history_are_left_out_and_may_be_issued_again(kit: Kit) -> None:
     many = candidates(6)
-    daemon = await kit.daemon()
-    await kit.worker()
-    await daemon.issue(many)
-    await daemon.settled()
+    daemon, _ = await kit.started()
+    await daemon.settle(many)
     await daemon.end()
     redis, keys = kit.redis, kit.keys
     await redis.hset(keys.candidates, many[0].id, BYTES)
@@ -309,20 +291,14 @@ async def test_damaged_entries_of_the_history_are_left_out_and_may_be_issued_aga
     "54", "the password is changed under a search", "CONFIG SET requirepass, CLIENT KILL", "waits for it"
 )
 async def test_a_password_that_is_changed_in_mid_search_ends_neither_daemon_nor_worker(kit: Kit) -> None:
-    daemon = await kit.daemon()
-    worker = await kit.worker()
+    daemon, (worker,) = await kit.started()
     first, second = candidates(2)
-    await daemon.issue([first])
-    await daemon.measured(1)
+    await daemon.measure([first])
     operator = connect(kit.server.url)
     await operator.config_set("requirepass", "another")
     await operator.client_kill_filter(_type="normal", skipme=True)
     issuing = asyncio.create_task(daemon.issue([second]))
-
-    async def refused() -> bool:
-        return bool(worker.events("redis_unreachable"))
-
-    await eventually(refused)
+    await eventually(lambda: bool(worker.events("redis_unreachable")))
     await operator.config_set("requirepass", PASSWORD)
     await issuing
     await daemon.settled()

@@ -19,10 +19,7 @@ from tests.support.servers import Server, server_binary
 )
 async def test_a_server_that_is_away_for_longer_than_a_lease_costs_no_second_evaluation(kit: Kit) -> None:
     one, *others = candidates(3)
-    kit.write_script({one.id: [f"sleep:{4 * LEASE}"]})
-    daemon = await kit.daemon()
-    for _ in range(2):
-        await kit.worker()
+    daemon, _ = await kit.started({one.id: [f"sleep:{4 * LEASE}"]}, workers=2)
     await daemon.issue([one, *others])
     await kit.evaluating(one.id)
     await daemon.measured(2)
@@ -69,17 +66,14 @@ async def _starts_late(kit: Kit, seconds: float) -> None:
     assert len(worker.events("redis_unreachable")) == 1
     kit.server.start()
     daemon = await kit.daemon()
-    await daemon.issue(candidates(2))
-    await daemon.settled()
+    await daemon.settle(candidates(2))
 
 
 @pytest.mark.faults
 @pytest.mark.fault("24", "the server's memory is full", "CONFIG SET maxmemory 1, later 0", "waits, then goes on")
 async def test_a_server_without_memory_is_waited_for(kit: Kit) -> None:
     many = candidates(6)
-    kit.write_script({"*": ["sleep:0.5"]})
-    daemon = await kit.daemon()
-    worker = await kit.worker()
+    daemon, (worker,) = await kit.started({"*": ["sleep:0.5"]})
     await daemon.issue(many)
     await kit.evaluating(many[1].id)
     await kit.redis.config_set("maxmemory", "1")
@@ -129,11 +123,7 @@ async def test_a_full_disk_is_waited_for(kind: str, small_disk: SmallDisk, tmp_p
             await daemon.issue(many)
             await daemon.measured(2)
             small_disk.fill()
-
-            async def refuses() -> bool:
-                return bool(worker.events("redis_unreachable"))
-
-            await eventually(refuses)
+            await eventually(lambda: bool(worker.events("redis_unreachable")))
             before = daemon.population.outcomes
             small_disk.free()
             await daemon.settled()
@@ -154,5 +144,4 @@ async def test_a_second_daemon_is_refused(kit: Kit) -> None:
         await SearchStore(other, kit.keys, SPEC).take_charge()
     await other.aclose()
     await kit.worker()
-    await daemon.issue(candidates(2))
-    await daemon.settled()
+    await daemon.settle(candidates(2))

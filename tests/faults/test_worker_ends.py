@@ -13,15 +13,13 @@ from tests.support.samples import PROFILE, SPEC, profile_for
 
 @pytest.mark.fault("18", "the data is gone while no daemon runs", "FLUSHALL, workers idle", "the profile is back")
 async def test_an_idle_worker_publishes_its_profile_again_for_a_new_daemon(kit: Kit) -> None:
-    daemon = await kit.daemon()
-    await kit.worker()
+    daemon, _ = await kit.started()
     await eventually(lambda: _has_profile(kit))
     await daemon.end()
     await kit.redis.flushall()
     daemon = await kit.daemon()
     await eventually(lambda: _has_profile(kit))
-    await daemon.issue(candidates(2))
-    await daemon.settled()
+    await daemon.settle(candidates(2))
 
 
 @pytest.mark.fault("18", "the search begins anew with another spec", "DEL, SET spec, worker idle", "loads that one")
@@ -45,9 +43,7 @@ async def _has_profile(kit: Kit, fingerprint: str = PROFILE.fingerprint) -> bool
 @pytest.mark.fault("9", "a GPU is lost for good", "child killed, the next cannot get ready", "exit 2, job handed back")
 async def test_a_worker_that_can_work_no_more_hands_its_job_back_and_says_why(kit: Kit) -> None:
     (one,) = candidates(1)
-    kit.write_script({one.id: ["sleep:600", "instant"]})
-    daemon = await kit.daemon()
-    worker = await kit.worker(lease_seconds=60)
+    daemon, (worker,) = await kit.started({one.id: ["sleep:600", "instant"]}, lease_seconds=60)
     await daemon.issue([one])
     await kit.evaluating(one.id)
     owner = await kit.owner(worker)
@@ -68,9 +64,9 @@ async def test_a_worker_that_can_work_no_more_hands_its_job_back_and_says_why(ki
 @pytest.mark.fault("8", "a process that outlives its kill", "as the worker sees it", "the worker ends, the job moves")
 async def test_a_worker_whose_process_cannot_be_killed_ends_and_its_job_goes_to_another(kit: Kit) -> None:
     (one,) = candidates(1)
-    kit.write_script({one.id: ["sleep:600", "instant"]})
-    daemon = await kit.daemon()
-    stuck = await kit.worker(max_evaluation_seconds=0.5, unkillable=True)
+    daemon, (stuck,) = await kit.started(
+        {one.id: ["sleep:600", "instant"]}, max_evaluation_seconds=0.5, unkillable=True
+    )
     await daemon.issue([one])
     assert await stuck.ended() == EXIT_STUCK
     (error,) = stuck.events("evaluation_process_stuck")
