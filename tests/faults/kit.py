@@ -242,6 +242,12 @@ class Kit:
             return []
         return list(await self.redis.xpending_range(self.keys.jobs, GROUP, "-", "+", 1000))
 
+    async def has_released(self) -> None:
+        """Wait until one job is pending, and handed back."""
+        async with asyncio.timeout(30):
+            while [row["consumer"] for row in await self.pending()] != ["released"]:
+                await asyncio.sleep(0.02)
+
     async def dead(self) -> list[dict[str, str]]:
         return [fields for _, fields in await self.redis.xrange(self.keys.dead)]
 

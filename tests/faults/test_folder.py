@@ -5,7 +5,6 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +17,13 @@ from protocol.queue.keys import Keys
 from tests.end_to_end.test_run import CANDIDATES, Run
 from tests.end_to_end.test_run import llm as a_scripted_llm  # noqa: F401  (a fixture)
 from tests.end_to_end.test_run import target as a_target  # noqa: F401  (a fixture)
-from tests.faults.kit import Kit
-from tests.faults.searching import Search, answer
+from tests.faults.searching import Search
 from tests.support.malformed_http import CORPUS, mutated
 from tests.support.scripted_llm import ScriptedLlm
 from tests.support.servers import eventually
 
 TOTAL = 1 + 6 + 3 * (4 + 3)
 FILES = ("spec.json", "profile.json", "best.json", "evaluations.jsonl", "transcript.jsonl", "status.json", "http-token")
-
-
-@pytest.fixture
-async def llm() -> AsyncIterator[ScriptedLlm]:
-    async with ScriptedLlm(answer) as llm:
-        yield llm
 
 
 def records(path: Path) -> list[dict[str, Any]]:
@@ -44,21 +36,14 @@ def events(folder: Path) -> list[str]:
 
 @pytest.mark.faults
 @pytest.mark.fault("57", "the folder of a search is removed", "rm -rf in mid-run, three times", "written anew, whole")
-async def test_a_daemon_whose_folder_is_removed_writes_it_anew(kit: Kit, llm: ScriptedLlm, tmp_path: Path) -> None:
-    search = Search(kit, [llm.settings], tmp_path)
-    folder = tmp_path / "runs" / "faults"
-    kit.write_script({"*": ["sleep:0.2"]})
-    daemon = await search.start()
-    await kit.worker()
+async def test_a_daemon_whose_folder_is_removed_writes_it_anew(search: Search, llm: ScriptedLlm) -> None:
+    folder = search.out
+    daemon, _ = await search.begun("sleep:0.2")
     for number in range(3):
-
-        async def far_enough(number: int = number) -> bool:
-            return await search.applied() >= 3 + 5 * number and all((folder / name).exists() for name in FILES)
-
-        await eventually(far_enough, 60)
+        await search.has_applied(3 + 5 * number)
+        await eventually(lambda: all((folder / name).exists() for name in FILES))
         shutil.rmtree(folder, ignore_errors=True)  # the daemon writes meanwhile
-    assert await asyncio.wait_for(daemon.wait(), 120) == 0
-    await search.check_end()
+    await search.ends_well(daemon)
     assert await search.applied() == TOTAL
     assert all((folder / name).exists() for name in (*FILES, "summary.json"))
     assert len(records(folder / "transcript.jsonl")) == len(llm.asked)
@@ -67,21 +52,13 @@ async def test_a_daemon_whose_folder_is_removed_writes_it_anew(kit: Kit, llm: Sc
 
 @pytest.mark.faults
 @pytest.mark.fault("59", "the last line of a file is torn", "7 bytes cut off, in mid-run", "the next record is whole")
-async def test_a_torn_line_swallows_no_record(kit: Kit, llm: ScriptedLlm, tmp_path: Path) -> None:
-    search = Search(kit, [llm.settings], tmp_path)
-    folder = tmp_path / "runs" / "faults"
-    kit.write_script({"*": ["sleep:0.1"]})
-    daemon = await search.start()
-    await kit.worker()
-
-    async def some() -> bool:
-        return await search.applied() >= 8
-
-    await eventually(some, 60)
+async def test_a_torn_line_swallows_no_record(search: Search, llm: ScriptedLlm) -> None:
+    folder = search.out
+    daemon, _ = await search.begun("sleep:0.1")
+    await search.has_applied(8)
     for name in ("evaluations.jsonl", "transcript.jsonl"):
         os.truncate(folder / name, (folder / name).stat().st_size - 7)
-    assert await asyncio.wait_for(daemon.wait(), 120) == 0
-    await search.check_end()
+    await search.ends_well(daemon)
     whole, torn = 0, 0
     for line in (folder / "transcript.jsonl").read_text().splitlines():
         try:
@@ -96,12 +73,9 @@ async def test_a_torn_line_swallows_no_record(kit: Kit, llm: ScriptedLlm, tmp_pa
 @pytest.mark.fault(
     "61", "requests that are not valid HTTP", "a corpus and 1000 mutations", "few short lines, search ends well"
 )
-async def test_malformed_requests_do_not_reach_the_search(kit: Kit, llm: ScriptedLlm, tmp_path: Path) -> None:
-    search = Search(kit, [llm.settings], tmp_path)
-    folder = tmp_path / "runs" / "faults"
-    kit.write_script({"*": ["sleep:0.2"]})
-    daemon = await search.start()
-    await kit.worker()
+async def test_malformed_requests_do_not_reach_the_search(search: Search) -> None:
+    folder = search.out
+    daemon, _ = await search.begun("sleep:0.2")
     await eventually(lambda: "http_api_listening" in events(folder), 60)
     (url,) = (record["url"] for record in records(folder / "log.jsonl") if record["event"] == "http_api_listening")
     port = int(url.rpartition(":")[2])
@@ -109,8 +83,7 @@ async def test_malformed_requests_do_not_reach_the_search(kit: Kit, llm: Scripte
         await sent(port, request)
         if daemon.returncode is not None:
             break
-    assert await asyncio.wait_for(daemon.wait(), 120) == 0
-    await search.check_end()
+    await search.ends_well(daemon)
     text = (folder / "log.jsonl").read_text()
     told = [line for line in text.splitlines() if "http_" in line]
     assert "Traceback" not in text and "http_request_failed" not in text

@@ -51,7 +51,7 @@ class HostileSearch(Search):
             while daemon.returncode is None:
                 self.largest = max(self.largest, process.memory_info().rss)
                 await asyncio.sleep(0.05)
-        log = (self.folder / "runs" / self.keys.search / "log.jsonl").read_text()
+        log = (self.out / "log.jsonl").read_text()
         assert daemon.returncode == 0, log[-3000:]
         await self.check_end()
         lines = [strict_json(line) for line in log.splitlines()]

@@ -15,42 +15,51 @@ from tests.support.samples import SPEC, profile_for
 SECOND, THIRD = (SPEC.model_copy(update={"model": name}) for name in ("second", "third"))
 
 
-async def preparing(kit: Kit, spec: SearchSpec = SPEC, **options: Any) -> WorkerProcess:
-    """Start a worker whose evaluation process never finishes preparing `spec`."""
+async def preparing(kit: Kit, **options: Any) -> WorkerProcess:
+    """Start a worker whose evaluation process never finishes preparing SPEC."""
     kit.write_script({}, prepare="hang")
-    await kit.redis.set(kit.keys.spec, spec.model_dump_json())
+    await set_spec(kit, SPEC)
     worker = await kit.worker(**options)
     await prepares(worker)
     return worker
 
 
-async def prepares(worker: WorkerProcess) -> None:    await eventually(lambda: len(worker.children()) > 1  # the evaluation process hangs, and what it started)
+async def set_spec(kit: Kit, spec: SearchSpec) -> None:
+    await kit.redis.set(kit.keys.spec, spec.model_dump_json())
 
 
-def alive(process: psutil.Process) -> bool:
-    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+async def replace_spec(kit: Kit, *specs: SearchSpec) -> None:
+    """Give the search one spec after the other; workers can prepare the last one."""
+    kit.profile = profile_for(specs[-1])
+    kit.write_script({})
+    for spec in specs:
+        await set_spec(kit, spec)
+    await publishes(kit, specs[-1])
+
+
+async def prepares(worker: WorkerProcess) -> None:
+    """Wait until the evaluation process hangs, which has started a process itself."""
+    await eventually(lambda: len(worker.children()) > 1)
 
 
 async def publishes(kit: Kit, spec: SearchSpec) -> None:
-    async def has_profile() -> bool:
-        return await ProfileBoard(kit.redis, kit.keys).read(spec.fingerprint) is not None
-
-    await eventually(has_profile, 15)
+    await eventually(lambda: ProfileBoard(kit.redis, kit.keys).read(spec.fingerprint), 15)
 
 
-async def has_given_up(worker: WorkerProcess, reason: str) -> None:    await eventually(lambda: [event["reason"] for event in worker.events("preparation_given_up")] == [reason], 15)
+async def has_given_up(worker: WorkerProcess, reason: str) -> None:
+    def reasons() -> list[str]:
+        return [event["reason"] for event in worker.events("preparation_given_up")]
+
+    await eventually(lambda: reasons() == [reason], 15)
 
 
 @pytest.mark.fault("63", "a spec replaced while a worker prepares it", "SET spec", "given up, the new one is prepared")
 async def test_a_worker_stops_preparing_a_replaced_spec(kit: Kit) -> None:
     worker = await preparing(kit)
     old = worker.children()
-    kit.profile = profile_for(SECOND)
-    kit.write_script({})
-    await kit.redis.set(kit.keys.spec, SECOND.model_dump_json())
-    await publishes(kit, SECOND)
+    await replace_spec(kit, SECOND)
     await has_given_up(worker, f"the search has another spec ({SECOND.fingerprint})")
-    assert not any(map(alive, old))
+    assert not any(each.is_running() and each.status() != psutil.STATUS_ZOMBIE for each in old)
     assert len(worker.events("model_ready")) == 1
 
 
@@ -58,11 +67,7 @@ async def test_a_worker_stops_preparing_a_replaced_spec(kit: Kit) -> None:
 @pytest.mark.fault("63", "a spec replaced twice", "SET spec, SET spec", "only the last one is prepared")
 async def test_the_last_of_several_quickly_replaced_specs_is_prepared(kit: Kit) -> None:
     worker = await preparing(kit)
-    kit.profile = profile_for(THIRD)
-    kit.write_script({})
-    for spec in (SECOND, THIRD):
-        await kit.redis.set(kit.keys.spec, spec.model_dump_json())
-    await publishes(kit, THIRD)
+    await replace_spec(kit, SECOND, THIRD)
     await has_given_up(worker, f"the search has another spec ({THIRD.fingerprint})")
 
 
@@ -72,14 +77,10 @@ async def test_a_worker_stops_preparing_for_a_search_that_is_gone(kit: Kit) -> N
     worker = await preparing(kit)
     await kit.redis.delete(kit.keys.spec)
     await has_given_up(worker, f"the search has been gone for {LEASE:g} seconds")
-    await eventually(lambda: _childless(worker))
+    await eventually(lambda: not worker.children())
     kit.write_script({})
-    await kit.redis.set(kit.keys.spec, SPEC.model_dump_json())
+    await set_spec(kit, SPEC)
     await publishes(kit, SPEC)
-
-
-async def _childless(worker: WorkerProcess) -> bool:
-    return not worker.children()
 
 
 @pytest.mark.faults
@@ -89,7 +90,7 @@ async def test_a_worker_keeps_preparing_if_the_search_is_restored(kit: Kit) -> N
     old = {child.pid for child in worker.children()}
     await kit.redis.flushall()
     await asyncio.sleep(2.5)  # longer than it takes to look
-    await kit.redis.set(kit.keys.spec, SPEC.model_dump_json())
+    await set_spec(kit, SPEC)
     await asyncio.sleep(2.5)
     assert {child.pid for child in worker.children()} == old
     assert not worker.events("preparation_given_up")
@@ -101,7 +102,7 @@ async def test_a_worker_prepares_nothing_for_a_search_that_is_stopped(kit: Kit) 
     worker = await preparing(kit)
     await kit.redis.set(kit.keys.control, "stop")
     await has_given_up(worker, "the search is stopped")
-    await eventually(lambda: _childless(worker))
+    await eventually(lambda: not worker.children())
     kit.write_script({})
     await asyncio.sleep(2)
     assert not worker.children()
@@ -118,17 +119,14 @@ async def test_a_spec_that_cannot_be_read_ends_no_preparation(kit: Kit, garbage:
     await kit.redis.set(kit.keys.spec, garbage)
     await asyncio.sleep(2 * LEASE)
     assert {child.pid for child in worker.children()} == old
-    await kit.redis.set(kit.keys.spec, SECOND.model_dump_json())
-    kit.profile = profile_for(SECOND)
-    kit.write_script({})
-    await publishes(kit, SECOND)
+    await replace_spec(kit, SECOND)
 
 
 @pytest.mark.faults
 @pytest.mark.fault("63", "a replaced spec whose model cannot be had", "SET spec, then no model", "moves to the new one")
 async def test_a_worker_does_not_end_for_the_model_of_a_spec_that_was_replaced(kit: Kit) -> None:
     kit.write_script({}, prepare="usage-error-when-replaced")
-    await kit.redis.set(kit.keys.spec, SPEC.model_dump_json())
+    await set_spec(kit, SPEC)
     worker = await kit.worker()
     await eventually(lambda: bool(worker.children()))
     kit.profile = profile_for(SECOND)
@@ -171,8 +169,4 @@ async def test_a_job_is_handed_back_where_the_search_is_stopped_while_the_model_
     await prepares(worker)
     await kit.redis.set(kit.keys.control, "stop")
     await has_given_up(worker, "the search is stopped")
-
-    async def free() -> bool:
-        return [row["consumer"] for row in await kit.pending()] == ["released"]
-
-    await eventually(free)
+    await kit.has_released()

@@ -5,6 +5,7 @@ import json
 import shutil
 import tempfile
 import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from protocol.queue.control import Control
 from protocol.queue.keys import GROUP
 from tests.faults.kit import LEASE, PASSWORD, Daemon, Kit, candidates, eventually, fault_kit
 from tests.faults.proxy import Proxy
-from tests.faults.searching import Search, answer
+from tests.faults.searching import Search
 from tests.support.scripted_llm import ScriptedLlm
 from tests.support.servers import Server, server_binary
 
@@ -54,48 +55,51 @@ LASTING = [
 ]
 
 
-@pytest.mark.parametrize("error", [*PASSING, *LATER], ids=lambda error: repr(error)[:20])
-async def test_a_transient_error_is_retried(own_server: Server, error: str | bytes) -> None:
+@pytest.fixture
+async def proxy(own_server: Server) -> AsyncIterator[Proxy]:
     async with Proxy(own_server.socket) as proxy:
-        redis: Any = connect(proxy.url(PASSWORD))
-        retry = RedisRetry(redis, "a", longest_wait=0.1)
-        await retry(lambda: redis.set("a", "1"))
-        proxy.refuse(error)
-        with capture_logs() as logs:
-            asking = [
-                asyncio.create_task(retry(lambda: redis.get("a"))),
-                asyncio.create_task(retry(lambda: redis.pipeline(transaction=True).get("a").get("a").execute())),
-            ]
-            await eventually(lambda: proxy.refused.total() >= 12)
-            proxy.refusals.clear()
-            assert await asyncio.gather(*asking) == ["1", ["1", "1"]]
-        assert [line["event"] for line in logs] == ["redis_unreachable", "redis_back"]
-        assert retry.outages == 2
-        await redis.aclose()
+        yield proxy
+
+
+@pytest.fixture
+async def redis(proxy: Proxy) -> AsyncIterator[Any]:
+    """A client of the server behind the proxy."""
+    client = connect(proxy.url(PASSWORD))
+    yield client
+    await client.aclose()
+
+
+@pytest.mark.parametrize("error", [*PASSING, *LATER], ids=lambda error: repr(error)[:20])
+async def test_a_transient_error_is_retried(proxy: Proxy, redis: Any, error: str | bytes) -> None:
+    retry = RedisRetry(redis, "a", longest_wait=0.1)
+    await retry(lambda: redis.set("a", "1"))
+    proxy.refuse(error)
+    with capture_logs() as logs:
+        reading = asyncio.create_task(retry(lambda: redis.get("a")))
+        both = asyncio.create_task(retry(lambda: redis.pipeline(transaction=True).get("a").get("a").execute()))
+        await eventually(lambda: proxy.refused.total() >= 12)
+        proxy.refusals.clear()
+        assert await asyncio.gather(reading, both) == ["1", ["1", "1"]]
+    assert [line["event"] for line in logs] == ["redis_unreachable", "redis_back"]
+    assert retry.outages == 2
 
 
 @pytest.mark.parametrize(("error", "kind", "sentence"), LASTING, ids=lambda value: repr(value)[:20])
 async def test_a_permanent_error_is_a_sentence(
-    own_server: Server, error: str, kind: type[SelfPrunerError], sentence: str
+    proxy: Proxy, redis: Any, error: str, kind: type[SelfPrunerError], sentence: str
 ) -> None:
-    async with Proxy(own_server.socket) as proxy:
-        redis: Any = connect(proxy.url(PASSWORD))
-        retry = RedisRetry(redis, "a")
-        await retry(redis.ping)
-        proxy.refuse(error)
-        with pytest.raises(kind, match=sentence):
-            await retry(lambda: redis.get("a"))
-        await redis.aclose()
+    retry = RedisRetry(redis, "a")
+    await retry(redis.ping)
+    proxy.refuse(error)
+    with pytest.raises(kind, match=sentence):
+        await retry(lambda: redis.get("a"))
 
 
 @pytest.mark.parametrize("error", LATER, ids=lambda error: repr(error)[:20])
-async def test_a_wrong_url_is_a_sentence_at_the_first_contact(own_server: Server, error: str | bytes) -> None:
-    async with Proxy(own_server.socket) as proxy:
-        redis: Any = connect(proxy.url(PASSWORD))
-        proxy.refuse(error)
-        with pytest.raises(SettingsError, match=r"redis\.url: the server"):
-            await RedisRetry(redis, "a")(lambda: redis.get("a"))
-        await redis.aclose()
+async def test_a_wrong_url_is_a_sentence_at_the_first_contact(proxy: Proxy, redis: Any, error: str | bytes) -> None:
+    proxy.refuse(error)
+    with pytest.raises(SettingsError, match=r"redis\.url: the server"):
+        await RedisRetry(redis, "a")(lambda: redis.get("a"))
 
 
 @pytest.mark.fault("47", "a storm of errors", "proxy: 15 kinds, 30 % of the commands", "waited for; one outcome each")
@@ -179,29 +183,20 @@ async def test_bytes_that_are_no_text_end_neither_daemon_nor_worker(kit: Kit) ->
 
 @pytest.mark.faults
 @pytest.mark.fault("49", "the data is gone while paused", "pause, FLUSHALL", "stays paused; then resumes")
-async def test_a_pause_outlives_a_flushed_server(kit: Kit, tmp_path: Path) -> None:
-    async with ScriptedLlm(answer) as llm:
-        search = Search(kit, [llm.settings], tmp_path)
-        kit.write_script({"*": ["sleep:0.1"]})
-        daemon = await search.start()
-        await kit.worker()
-
-        async def some() -> bool:
-            return await search.applied() >= 4
-
-        await eventually(some, 90)
-        await Control(kit.redis, search.keys).write("pause")
-        await asyncio.sleep(3)
-        asked = len(llm.asked)
-        for _ in range(3):
-            await kit.redis.flushall()
-            await asyncio.sleep(4)
-        assert (len(llm.asked), daemon.returncode) == (asked, None)
-        assert await kit.redis.get(search.keys.control) == await kit.redis.get(search.keys.last_command) == "pause"
-        await Control(kit.redis, search.keys).write("run")
-        kit.disturbed["*"] = 3
-        assert await asyncio.wait_for(daemon.wait(), 120) == 0
-        await search.check_end()
+async def test_a_pause_outlives_a_flushed_server(kit: Kit, llm: ScriptedLlm, search: Search) -> None:
+    daemon, _ = await search.begun("sleep:0.1")
+    await search.has_applied(4)
+    await Control(kit.redis, search.keys).write("pause")
+    await asyncio.sleep(3)
+    asked = len(llm.asked)
+    for _ in range(3):
+        await kit.redis.flushall()
+        await asyncio.sleep(4)
+    assert (len(llm.asked), daemon.returncode) == (asked, None)
+    assert await kit.redis.get(search.keys.control) == await kit.redis.get(search.keys.last_command) == "pause"
+    await Control(kit.redis, search.keys).write("run")
+    kit.disturbed["*"] = 3
+    await search.ends_well(daemon)
 
 
 @pytest.mark.faults

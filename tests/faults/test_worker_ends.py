@@ -14,11 +14,11 @@ from tests.support.samples import PROFILE, SPEC, profile_for
 @pytest.mark.fault("18", "the data is gone while no daemon runs", "FLUSHALL, workers idle", "the profile is back")
 async def test_an_idle_worker_publishes_its_profile_again_for_a_new_daemon(kit: Kit) -> None:
     daemon, _ = await kit.started()
-    await eventually(lambda: _has_profile(kit))
+    await has_profile(kit)
     await daemon.end()
     await kit.redis.flushall()
     daemon = await kit.daemon()
-    await eventually(lambda: _has_profile(kit))
+    await has_profile(kit)
     await daemon.settle(candidates(2))
 
 
@@ -27,17 +27,17 @@ async def test_an_idle_worker_loads_the_model_of_a_spec_that_has_changed(kit: Ki
     other = SPEC.model_copy(update={"model": "another"})
     await kit.redis.set(kit.keys.spec, SPEC.model_dump_json())
     worker = await kit.worker()
-    await eventually(lambda: _has_profile(kit))
+    await has_profile(kit)
     kit.profile = profile_for(other)
     kit.write_script({})
     await kit.redis.set(kit.keys.spec, other.model_dump_json())
-    await eventually(lambda: _has_profile(kit, other.fingerprint))
+    await has_profile(kit, other.fingerprint)
     (changed,) = worker.events("spec_changed")
     assert (changed["current"], changed["loaded"]) == (other.fingerprint, SPEC.fingerprint)
 
 
-async def _has_profile(kit: Kit, fingerprint: str = PROFILE.fingerprint) -> bool:
-    return await ProfileBoard(kit.redis, kit.keys).read(fingerprint) is not None
+async def has_profile(kit: Kit, fingerprint: str = PROFILE.fingerprint) -> None:
+    await eventually(lambda: ProfileBoard(kit.redis, kit.keys).read(fingerprint))
 
 
 @pytest.mark.fault("9", "a GPU is lost for good", "child killed, the next cannot get ready", "exit 2, job handed back")
@@ -53,7 +53,7 @@ async def test_a_worker_that_can_work_no_more_hands_its_job_back_and_says_why(ki
     assert await worker.ended() == 2
     status = [w for w in await daemon.store.workers() if w.consumer == owner]
     assert [(w.stage, w.detail) for w in status] == [("unusable", "the GPU is gone")]
-    assert [row["consumer"] for row in await kit.pending()] == ["released"]
+    await kit.has_released()
     kit.disturbed[one.id] = 1
     kit.write_script({one.id: ["sleep:600", "instant"]})
     await kit.worker(lease_seconds=60)
