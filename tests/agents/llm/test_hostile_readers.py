@@ -39,6 +39,7 @@ from agents.prompting.replies import json_blocks, parse_lists, parse_objects
 from agents.prompting.schemas import Choice, MixChoice, TradeChoice, apply_choice, pick
 from daemon.launch.llm import read_transcript
 from protocol.errors import EndpointError, InvalidReply, SettingsError
+from tests.agents.llm.test_replay import record
 from tests.support.hostile_replies import KINDS, WAITS, completion, odd_date
 from tests.support.samples import PROFILE, SHAPE, SPEC, candidates
 
@@ -103,35 +104,10 @@ def client() -> Client:
 
 
 PIECES = (
-    *(
-        '[1,"]",',
-        '["]",',
-        '{"}":',
-        '["',
-        '[{"a":',
-        "[x]",
-        "[1]",
-        '{"mix": 1}',
-        '{"parents": [1, 2]}',
-        "[",
-        "]",
-        "{",
-        '"',
-    ),
-    *("<think>", "</think>", "<thinking>", "</reasoning>", "<think></thinking>", "<", "\\", '\\"', "[9e9,", "[[0.3],"),
-    *(
-        "9",
-        "[" + "9" * 4301,
-        "model ",
-        "the model not ",
-        '{"id":"m"},',
-        '{"message":',
-        "\ud800",
-        "\x00",
-        " ",
-        "\n",
-        "é",
-    ),
+    *('[1,"]",', '["]",', '{"}":', '["', '[{"a":', "[x]", "[1]", "[", "]", '"', "[9e9,", "[[0.3],", "[" + "9" * 4301),
+    *('{"mix": 1}', '{"parents": [1, 2]}', '{"id":"m"},', '{"message":', '{"profile":', '"proposals":', "{", "}"),
+    *("<think>", "</think>", "<thinking>", "</reasoning>", "<think></thinking>", "<", "\\", '\\"', "```"),
+    *("9", "-0.0", "50%", "1+2", "NaN", "true", "model ", "the model not ", "\ud800", "\x00", " ", "\n", "é", ","),
     *('{"proposals":[{"trades":["x"],', '{"layer 0":0.3,"layer 1":0.3,', "[0.3,0.3,0.3,0.3]", '{"profile":[10,20]}'),
 )
 PUMPED = st.builds(
@@ -144,8 +120,8 @@ PUMPED = st.builds(
 """Hostile pieces, some of them hundreds of thousands of times."""
 
 
-@given(PUMPED)
-@settings(max_examples=40, deadline=None)
+@given(st.one_of(PUMPED, st.text(), st.lists(st.sampled_from(PIECES), max_size=30).map("".join)))
+@settings(max_examples=50, deadline=None)
 @example('[1,"]",' * 50_000)
 @example('["]",' * 900 + "1" + "]" * 900)
 @example("\n".join(f'{{"mix": {i}}}' for i in range(20_000)))
@@ -252,16 +228,7 @@ def test_a_reason_is_one_line_that_a_terminal_may_show() -> None:
 
 
 def test_a_transcript_may_hold_anything(tmp_path: Path) -> None:
-    good = {
-        **{
-            "label": "l",
-            "endpoint": "e",
-            "messages": [{"role": "user", "content": "?"}],
-            "text": "[0.3]",
-            "error": None,
-        },
-        **{"finish_reason": "stop", "prompt_tokens": 1, "completion_tokens": 1, "seconds": 0.1},
-    }
+    good = record("[0.3]")
     wrong: dict[str, list[object]] = {
         "seconds": [10**400, "x", [1], {"a": 1}],
         "prompt_tokens": [float("inf"), float("nan"), "x", []],
@@ -291,8 +258,8 @@ def test_a_transcript_that_is_a_device_is_refused_and_a_line_without_end_is_read
         lambda s: st.lists(s) | st.dictionaries(st.text(), s),
     )
 )
-def test_no_record_of_a_transcript_raises(record: Any) -> None:
+def test_no_record_of_a_transcript_raises(told: Any) -> None:
     transcript = Transcript()
-    transcript.add(record)
+    transcript.add(told)
     for name in ("label", "messages", "text", "prompt_tokens", "seconds", "endpoint"):
-        transcript.add({"label": "l", "messages": [], "endpoint": "e", "error": "x", "text": "t", name: record})
+        transcript.add({"label": "l", "messages": [], "endpoint": "e", "error": "x", "text": "t", name: told})

@@ -1,6 +1,6 @@
 """Real workers: processes that prune and measure a tiny model, and are killed at it.
 
-Tests that need no real evaluation use the fake one of the fault tests. tests/protocol and tests/faults compare servers.
+Tests that need no real evaluation use the fake one of the fault tests.
 """
 
 import asyncio
@@ -24,10 +24,10 @@ from protocol.queue.keys import Keys
 from protocol.queue.streams import CandidateQueue
 from tests.faults.kit import Kit, candidates, fault_kit
 from tests.support.samples import PROFILE, SPEC
-from tests.support.servers import Server, eventually
+from tests.support.servers import VALKEY_ONLY, Server, eventually
 from tests.support.tiny_specs import tiny_spec
 
-pytestmark = pytest.mark.parametrize("running_server", ["valkey"], indirect=True, scope="session")
+pytestmark = VALKEY_ONLY
 LEASE = "1.5"
 
 
