@@ -118,16 +118,15 @@ def test_the_command_prints_what_was_measured_and_blames_the_named_engine_that_w
 
 def test_each_model_gets_the_memory_that_it_needs_of_the_gpu_that_vllm_shares() -> None:
     size = TransformersRunner(tiny_llama(), LENGTH).size()
-    sizes = [
-        size.model_copy(update={"weight_bytes": weights, "kv_cache_bytes_per_token": 10}) for weights in (4000, 2000)
-    ]
+    small = size.model_copy(update={"weight_bytes": 2000, "kv_cache_bytes_per_token": 10})
+    sizes = (small.model_copy(update={"weight_bytes": 4000}), small)
     # Fourteen tokens take a block of sixteen.
-    shares = memory_shares((sizes[0], sizes[1]), 14, 2, free=10_000, whole=20_000)
+    shares = memory_shares(sizes, 14, 2, free=10_000, whole=20_000)
     assert shares == pytest.approx(((4320 + 880) / 20_000, (2320 + 880) / 20_000))
     with pytest.raises(
         ModelError, match=r"vLLM needs about .* for both models .* use smaller batches \(--batch-size\)"
     ):
-        memory_shares((sizes[0], sizes[1]), 14, 9, free=10_000, whole=20_000)
+        memory_shares(sizes, 14, 9, free=10_000, whole=20_000)
 
 
 def test_vllms_decode_is_what_all_tokens_take_longer_than_the_first() -> None:
