@@ -152,11 +152,6 @@ def test_an_outlier_exceeds_the_mean_of_its_layer_m_times() -> None:
     assert outlier_share(layer, seen, 3) == pytest.approx(share)
 
 
-@pytest.fixture(scope="module")
-def spec(tmp_path_factory: pytest.TempPathFactory) -> SearchSpec:
-    return tiny_spec(tmp_path_factory.mktemp("allocation"))
-
-
 @pytest.mark.parametrize("granularity", get_args(Granularity))
 @pytest.mark.parametrize("method", get_args(Method))
 def test_every_method_ends_within_a_channel_of_the_same_budget(

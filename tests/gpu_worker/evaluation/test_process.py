@@ -21,12 +21,6 @@ from protocol.plans.candidate import Candidate, Failed, Measured, Provenance, Te
 from protocol.plans.plan import Plan
 from protocol.plans.profile import ModelProfile
 from protocol.plans.spec import SearchSpec
-from tests.support.tiny_specs import tiny_spec
-
-
-@pytest.fixture(scope="module")
-def spec(tmp_path_factory: pytest.TempPathFactory) -> SearchSpec:
-    return tiny_spec(tmp_path_factory.mktemp("evaluation"))
 
 
 def candidate_for(plan: Plan, text: Text = "fitness") -> Candidate:

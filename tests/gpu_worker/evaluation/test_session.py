@@ -27,11 +27,6 @@ UNIFORM = Allocation(method="uniform")
 
 
 @pytest.fixture(scope="module")
-def spec(tmp_path_factory: pytest.TempPathFactory) -> SearchSpec:
-    return tiny_spec(tmp_path_factory.mktemp("session"))
-
-
-@pytest.fixture(scope="module")
 def session(spec: SearchSpec) -> Session:
     return Session(spec)
 

@@ -114,12 +114,8 @@ def test_so_many_examples_are_picked_by_the_seed(tmp_path: Path) -> None:
     assert len(prepared(written(tmp_path, "a.txt", "abcdefgh" * 20), Recipe(seqlen=16, examples=3)).examples) == 3
 
 
-def test_without_a_hub_it_is_said_what_to_pass(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(corpora, "hub_reachable", lambda: False)
-    # Named here so that they are put back: the process goes offline for good.
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+@pytest.mark.usefixtures("no_hub")
+def test_without_a_hub_it_is_said_what_to_pass() -> None:
     with pytest.raises(DataError, match="pass a file with --data"):
         read_instructions("alpaca-gpt4", RECIPE)
 

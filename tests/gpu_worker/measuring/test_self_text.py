@@ -1,5 +1,3 @@
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -10,16 +8,13 @@ from gpu_worker.progress import no_progress
 from tests.support.real_model import need_smollm2
 from tests.support.tiny_models import save_tiny_folder
 
+pytestmark = pytest.mark.usefixtures("own_cache")
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     folder = save_tiny_folder(tmp_path_factory.mktemp("self-text"), hidden_size=48)
     return load_model(str(folder), "float32")
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
 
 def test_every_window_has_its_whole_length(model: LoadedModel) -> None:

@@ -39,15 +39,11 @@ from tests.support.root import ROOT
 from tests.support.tiny_gguf import write_tiny_gguf
 from tests.support.tiny_models import change_config, save_tiny_folder, tiny_llama
 
+pytestmark = pytest.mark.usefixtures("own_cache")
 SECONDS = 20.0
 """Most that one file may take, on a busy machine; each takes well under one second alone."""
 MEGABYTES = 500
 """Most that the process may grow by."""
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 @pytest.fixture

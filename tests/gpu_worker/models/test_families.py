@@ -51,10 +51,10 @@ def test_a_rate_of_nought_is_the_identity(family: str, heads: str) -> None:
     assert torch.allclose(logits_of(model), before, atol=1e-4)
 
 
-@every_family
+@pytest.mark.parametrize(("family", "bias"), [*((family, False) for family in sorted(FAMILIES)), ("llama", True)])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_the_parameters_that_stay_are_those_the_plan_counts(family: str, tied: bool) -> None:
-    model = tiny_model(family, tied=tied)
+def test_the_parameters_that_stay_are_those_the_plan_counts(family: str, bias: bool, tied: bool) -> None:
+    model = tiny_model(family, tied=tied, bias=bias)
     shape = model.decoder.shape
     assert shape.total_parameters == sum(p.numel() for p in model.causal_lm.parameters())
     plan = uneven_plan(shape)
@@ -73,12 +73,6 @@ def test_heads_may_be_wider_or_narrower_than_the_hidden_size_by_their_number(fam
 @every_family
 def test_an_exported_model_belongs_to_its_family(family: str) -> None:
     assert family_of(transformers.PreTrainedConfig.from_dict({"model_type": f"pruned_{family}"})) is FAMILIES[family]
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_biases_are_counted_with_what_they_belong_to(tied: bool) -> None:
-    model = tiny_llama(tied=tied, bias=True)
-    assert model.decoder.shape.total_parameters == sum(p.numel() for p in model.causal_lm.parameters())
 
 
 def test_splitting_fused_projections_changes_nothing() -> None:

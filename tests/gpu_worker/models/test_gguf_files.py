@@ -11,12 +11,8 @@ from protocol.errors import ModelError
 from tests.support.tiny_gguf import write_tiny_gguf
 from tests.support.tiny_models import tiny_llama, tiny_windows
 
+pytestmark = pytest.mark.usefixtures("own_cache")
 LLAMA3_THETA = 500000.0
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 def tiny(seed: int = 0) -> LoadedModel:

@@ -136,7 +136,7 @@ def test_taking_gradients_leaves_none_behind() -> None:
 def test_the_importances_of_the_real_model_are_what_the_slow_way_computes() -> None:
     need_smollm2()
     model = load_model("smollm2", "float32")
-    windows = torch.randint(1000, 40_000, (2, 48), generator=torch.Generator().manual_seed(0))
+    windows = torch.randint(1000, 40_000, (1, 24), generator=torch.Generator().manual_seed(0))
     layer, shape = 17, model.decoder.shape.layers[17]
     seen = calibrate(model.decoder, windows)[layer]
     assert_same(wanda_sp(model.decoder.layers[layer], seen, shape), slow_wanda_sp(model, layer, seen))

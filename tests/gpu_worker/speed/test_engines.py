@@ -25,7 +25,7 @@ from protocol.errors import ModelError
 from protocol.results.formats import Format
 from tests.support.exports import export, pruned, with_tokenizer
 from tests.support.pruned_models import keep
-from tests.support.speed_folders import LENGTH, PLAN, clock, request, save_folders
+from tests.support.speed_folders import LENGTH, PLAN, clock, request
 from tests.support.tiny_models import save_tiny_folder, tiny_llama, tiny_model
 
 pytest.importorskip("xllamacpp")
@@ -36,11 +36,6 @@ from gpu_worker.speed.llama_cpp_engine import LlamaCppRunner, timing_of
 from gpu_worker.speed.llama_cpp_engine import open_pair as open_in_llama_cpp
 
 KV_HEADS = 2 + 3 + 1
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_folders(tmp_path_factory.mktemp("speed"))
 
 
 class Seen:

@@ -21,13 +21,8 @@ from gpu_worker.speed.speed import measure_speed
 from gpu_worker.speed.transformers_engine import TransformersRunner
 from gpu_worker.speed.vllm_engine import MEMORY_SHARE, VllmRunner, memory_shares, needs_remote_code
 from protocol.errors import ModelError
-from tests.support.speed_folders import LENGTH, clock, request, save_folders
+from tests.support.speed_folders import LENGTH, clock, request
 from tests.support.tiny_models import tiny_llama
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_folders(tmp_path_factory.mktemp("speed"))
 
 
 class _Llm:

@@ -25,15 +25,9 @@ from protocol.queue.streams import CandidateQueue
 from tests.faults.kit import Kit, candidates, fault_kit
 from tests.support.samples import PROFILE, SPEC
 from tests.support.servers import VALKEY_ONLY, Server, eventually
-from tests.support.tiny_specs import tiny_spec
 
 pytestmark = VALKEY_ONLY
 LEASE = "1.5"
-
-
-@pytest.fixture(scope="module")
-def spec(tmp_path_factory: pytest.TempPathFactory) -> SearchSpec:
-    return tiny_spec(tmp_path_factory.mktemp("worker"))
 
 
 @asynccontextmanager
