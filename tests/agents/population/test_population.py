@@ -100,26 +100,26 @@ class Scripted:
         self.dropped.append(result.id)
 
 
-async def test_the_keeper_applies_each_outcome_once_in_order_and_wakes_those_who_wait() -> None:
-    one, two = candidates(2)
-    ledger: dict[str, Candidate] = {one.id: one, two.id: two}
-    source = Scripted(
-        [
-            Result("1-0", one.id, measured(5.0, one)),
-            Result("2-0", "unknown", measured(1.0)),
-            Result("3-0", one.id, measured(2.0, one)),
-            Result("4-0", two.id, measured(4.0, two)),
-        ]
-    )
+async def kept(source: Scripted, ledger: dict[str, Candidate]) -> list[tuple[Evaluation, bool]]:
+    """Run a keeper until all of `ledger` is settled; the evaluations that it tells of, and whether each is the best."""
     noted: list[tuple[Evaluation, bool]] = []
-    population = Population()
-    keeper = PopulationKeeper(source, population, ledger, on_evaluation=lambda e, best: noted.append((e, best)))
+    keeper = PopulationKeeper(source, Population(), ledger, on_evaluation=lambda e, best: noted.append((e, best)))
     running = asyncio.create_task(keeper.run())
     async with asyncio.timeout(10):
         await keeper.settled()
     running.cancel()
+    return noted
+
+
+async def test_the_keeper_applies_each_outcome_once_in_order_and_wakes_those_who_wait() -> None:
+    one, two = candidates(2)
+    ledger: dict[str, Candidate] = {one.id: one, two.id: two}
+    outcomes = [(one.id, measured(5.0, one)), ("unknown", measured(1.0))]
+    outcomes += [(one.id, measured(2.0, one)), (two.id, measured(4.0, two))]
+    source = Scripted([Result(f"{number}-0", *each) for number, each in enumerate(outcomes, 1)])
+    noted = await kept(source, ledger)
     assert [(e.candidate.id, best) for e, best in noted] == [(one.id, True), (two.id, True)]
-    assert [e.outcome for e in noted_evaluations(noted)] == [measured(5.0, one), measured(4.0, two)]
+    assert [e.outcome for e, _ in noted] == [measured(5.0, one), measured(4.0, two)]
     assert source.applied == [one.id, one.id, two.id]
     assert source.dropped == ["unknown"]
 
@@ -128,14 +128,4 @@ async def test_an_outcome_counts_even_if_the_reply_to_applying_it_got_lost() -> 
     (one,) = candidates(1)
     source = Scripted([Result("1-0", one.id, measured(5.0, one))])
     source.applied.append(one.id)  # done, but the daemon did not hear of it and asks again
-    population = Population()
-    keeper = PopulationKeeper(source, population, {one.id: one}, on_evaluation=lambda *_: None)
-    running = asyncio.create_task(keeper.run())
-    async with asyncio.timeout(10):
-        await keeper.settled()
-    running.cancel()
-    assert one.id in population
-
-
-def noted_evaluations(noted: list[tuple[Evaluation, bool]]) -> list[Evaluation]:
-    return [evaluation for evaluation, _ in noted]
+    assert [e.candidate for e, _ in await kept(source, {one.id: one})] == [one]

@@ -51,7 +51,7 @@ def test_a_checkpoint_without_one_of_its_weights_is_refused(tmp_path: Path) -> N
     ("changes", "sentence"),
     [
         ({"intermediate_size": 40}, r"of another size.* such as 'model\.layers\.0\.mlp\.down_proj\.weight'"),
-        ({"num_hidden_layers": 2}, r"different model without them: 15, such as 'model\.layers\.2\."),
+        ({"num_hidden_layers": 2}, r"different model without them: 16, such as 'model\.layers\.2\."),
         ({"attention_bias": False}, r"without them: 12, such as 'model\.layers\.0\.self_attn\.k_proj\.bias'"),
     ],
 )
