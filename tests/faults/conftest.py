@@ -1,6 +1,6 @@
 """A server for each fault test, and the table of faults at the end.
 
-`@pytest.mark.fault(rows, fault, how, holds)` puts a test into the table; `NOT_TESTED` holds the rows that have none.
+marks.py puts a test into the table; `NOT_TESTED` holds the rows that have none.
 """
 
 import shutil

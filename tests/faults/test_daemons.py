@@ -12,6 +12,7 @@ import pytest
 
 from protocol.queue.control import Control
 from tests.faults.kit import Kit, eventually
+from tests.faults.marks import slow_fault
 from tests.faults.searching import Search
 from tests.support.root import ROOT
 from tests.support.scripted_llm import ScriptedLlm
@@ -20,11 +21,8 @@ LIVES = 200
 CANDIDATES = 500
 
 
-@pytest.mark.faults
 @pytest.mark.timeout(900)
-@pytest.mark.fault(
-    "29", "the keeper dies between two steps", "SIGKILL, 200 lives, 500 candidates, fixed seed", "each applied once"
-)
+@slow_fault("29", "the keeper dies between two steps", "SIGKILL, 200 lives, 500 candidates", "each applied once")
 async def test_a_keeper_that_dies_again_and_again_applies_every_outcome_once(kit: Kit) -> None:
     await kit.worker()
     draw = random.Random(29)
@@ -59,10 +57,7 @@ async def test_a_keeper_that_dies_again_and_again_applies_every_outcome_once(kit
 TOTAL = 1 + 6 + 3 * (4 + 3)
 
 
-@pytest.mark.faults
-@pytest.mark.fault(
-    "12+29", "the daemon and workers are killed in mid-round", "SIGKILL, 5 times", "the undisturbed history"
-)
+@slow_fault("12+29", "the daemon and workers are killed in mid-round", "SIGKILL, 5 times", "the undisturbed history")
 async def test_a_search_that_is_killed_again_and_again_has_the_history_of_an_undisturbed_one(
     kit: Kit, llm: ScriptedLlm, tmp_path: Path
 ) -> None:
@@ -107,8 +102,7 @@ async def test_a_search_that_is_killed_again_and_again_has_the_history_of_an_und
     await search.check_end()
 
 
-@pytest.mark.faults
-@pytest.mark.fault("31", "killed while paused", "pause, SIGKILL all, restart, resume", "stays paused, then goes on")
+@slow_fault("31", "killed while paused", "pause, SIGKILL all, restart, resume", "stays paused, then goes on")
 async def test_a_pause_outlives_a_kill_of_all(kit: Kit, llm: ScriptedLlm, search: Search) -> None:
     daemon, worker = await search.begun("sleep:0.1")
     await search.has_applied(4)
@@ -132,8 +126,7 @@ async def test_a_pause_outlives_a_kill_of_all(kit: Kit, llm: ScriptedLlm, search
     await search.check_end()
 
 
-@pytest.mark.faults
-@pytest.mark.fault("32", "killed while writing a file", "SIGKILL, 40 times, at random", "best.json is whole")
+@slow_fault("32", "killed while writing a file", "SIGKILL, 40 times, at random", "best.json is whole")
 async def test_a_file_that_is_being_written_when_its_writer_is_killed_is_whole(tmp_path: Path) -> None:
     path = tmp_path / "best.json"
     code = (

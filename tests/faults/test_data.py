@@ -14,9 +14,10 @@ from protocol.plans.candidate import Candidate, Failed, Measured
 from protocol.queue.connection import connect
 from protocol.queue.keys import GROUP
 from tests.faults.kit import Daemon, Kit, candidates, eventually
+from tests.faults.marks import fault, slow_fault
 
 
-@pytest.mark.fault("18", "the data is gone in mid-search", "FLUSHALL", "told loudly, restored, no hot loop")
+@fault("18", "the data is gone in mid-search", "FLUSHALL", "told loudly, restored, no hot loop")
 async def test_a_flushed_server_gets_its_data_back_from_the_daemon(kit: Kit) -> None:
     many = candidates(8)
     kit.write_script({many[-1].id: ["sleep:2"]})
@@ -40,8 +41,7 @@ async def test_a_flushed_server_gets_its_data_back_from_the_daemon(kit: Kit) -> 
     await fresh.end()
 
 
-@pytest.mark.faults
-@pytest.mark.fault("18", "the data is gone again and again", "FLUSHALL every 0.5 s, 10 times", "restored each time")
+@slow_fault("18", "the data is gone again and again", "FLUSHALL every 0.5 s, 10 times", "restored each time")
 async def test_a_server_that_is_flushed_again_and_again_ends_with_every_outcome(kit: Kit) -> None:
     many = candidates(30)
     kit.disturbed["*"] = 10
@@ -57,9 +57,7 @@ async def test_a_server_that_is_flushed_again_and_again_ends_with_every_outcome(
 @pytest.mark.parametrize(
     "loss", [pytest.param("group", marks=pytest.mark.faults), "stream", pytest.param("trim", marks=pytest.mark.faults)]
 )
-@pytest.mark.fault(
-    "19", "group or stream gone, stream trimmed", "XGROUP DESTROY, DEL, XTRIM 0", "heals, one outcome each"
-)
+@fault("19", "group or stream gone, stream trimmed", "XGROUP DESTROY, DEL, XTRIM 0", "heals, one outcome each")
 async def test_a_lost_group_stream_or_entry_heals_by_itself(kit: Kit, loss: str) -> None:
     many = candidates(6)
     kit.disturbed["*"] = 1
@@ -77,8 +75,7 @@ async def test_a_lost_group_stream_or_entry_heals_by_itself(kit: Kit, loss: str)
     assert len(worker.events("lease_lost")) <= 1
 
 
-@pytest.mark.faults
-@pytest.mark.fault("20", "ghosts: pending entries without a body", "a dead owner; XTRIM 0", "gone with their consumer")
+@slow_fault("20", "ghosts: pending entries without a body", "a dead owner; XTRIM 0", "gone with their consumer")
 async def test_ghosts_of_dead_workers_are_cleaned_up_with_them(kit: Kit) -> None:
     many = candidates(3)
     kit.disturbed["*"] = 1
@@ -98,7 +95,7 @@ async def test_ghosts_of_dead_workers_are_cleaned_up_with_them(kit: Kit) -> None
     await eventually(gone)
 
 
-@pytest.mark.fault("21", "the append-only file is cut", "7 bytes off its end, after SIGKILL", "starts, nothing lost")
+@fault("21", "the append-only file is cut", "7 bytes off its end, after SIGKILL", "starts, nothing lost")
 async def test_an_append_only_file_without_its_end_loses_nothing(kit: Kit) -> None:
     many = candidates(6)
     kit.disturbed["*"] = 1
@@ -129,9 +126,7 @@ async def test_a_watch_of_the_servers_files_that_dies_says_so_and_ends_nothing(
             await redis.aclose()
 
 
-@pytest.mark.fault(
-    "21", "the append-only file is damaged", "its middle zeroed, embedded server", "refused, file and fix named"
-)
+@fault("21", "the append-only file is damaged", "its middle zeroed, embedded server", "refused, file and fix named")
 async def test_a_damaged_append_only_file_is_refused_with_its_name_and_the_fix(tmp_path: Path) -> None:
     async with embedded.embedded_server(tmp_path) as url:
         redis: Any = connect(url)
@@ -147,10 +142,7 @@ async def test_a_damaged_append_only_file_is_refused_with_its_name_and_the_fix(t
             raise AssertionError("it started")
 
 
-@pytest.mark.faults
-@pytest.mark.fault(
-    "22", "the server runs on an older copy", "append-only folder put back", "reconciled, none applied twice"
-)
+@slow_fault("22", "the server runs on an older copy", "append-only folder put back", "reconciled, none applied twice")
 async def test_a_server_on_an_older_copy_of_its_data_is_reconciled(kit: Kit) -> None:
     many = candidates(9)
     kit.disturbed["*"] = 1
@@ -180,9 +172,7 @@ async def _write_invalid_results(redis: Any, stream: str, known: Candidate) -> N
     await redis.xadd(stream, {"nothing": "of ours"})
 
 
-@pytest.mark.fault(
-    "30", "results and jobs by another hand", "duplicate, unknown, wrong schema, garbage", "once, or dead"
-)
+@fault("30", "results and jobs by another hand", "duplicate, unknown, wrong schema, garbage", "once, or dead")
 async def test_garbage_in_the_streams_is_dropped_and_the_daemon_and_worker_continue(kit: Kit) -> None:
     first, second = candidates(2)
     daemon, _ = await kit.started()

@@ -17,6 +17,7 @@ from protocol.queue.keys import Keys
 from tests.end_to_end.test_run import CANDIDATES, Run
 from tests.end_to_end.test_run import llm as a_scripted_llm  # noqa: F401  (a fixture)
 from tests.end_to_end.test_run import target as a_target  # noqa: F401  (a fixture)
+from tests.faults.marks import slow_fault
 from tests.faults.searching import Search
 from tests.support.malformed_http import CORPUS, mutated
 from tests.support.scripted_llm import ScriptedLlm
@@ -34,8 +35,7 @@ def events(folder: Path) -> list[str]:
     return [record["event"] for record in records(folder / "log.jsonl")]
 
 
-@pytest.mark.faults
-@pytest.mark.fault("57", "the folder of a search is removed", "rm -rf in mid-run, three times", "written anew, whole")
+@slow_fault("57", "the folder of a search is removed", "rm -rf in mid-run, three times", "written anew, whole")
 async def test_a_daemon_whose_folder_is_removed_writes_it_anew(search: Search, llm: ScriptedLlm) -> None:
     folder = search.out
     daemon, _ = await search.begun("sleep:0.2")
@@ -50,8 +50,7 @@ async def test_a_daemon_whose_folder_is_removed_writes_it_anew(search: Search, l
     assert events(folder).count("folder_changed") >= 3 and "folder_incomplete" not in events(folder)
 
 
-@pytest.mark.faults
-@pytest.mark.fault("59", "the last line of a file is torn", "7 bytes cut off, in mid-run", "the next record is whole")
+@slow_fault("59", "the last line of a file is torn", "7 bytes cut off, in mid-run", "the next record is whole")
 async def test_a_torn_line_swallows_no_record(search: Search, llm: ScriptedLlm) -> None:
     folder = search.out
     daemon, _ = await search.begun("sleep:0.1")
@@ -69,10 +68,7 @@ async def test_a_torn_line_swallows_no_record(search: Search, llm: ScriptedLlm) 
     assert (whole, torn) == (len(llm.asked) - 1, 1)
 
 
-@pytest.mark.faults
-@pytest.mark.fault(
-    "61", "requests that are not valid HTTP", "a corpus and 1000 mutations", "few short lines, search ends well"
-)
+@slow_fault("61", "requests that are not valid HTTP", "a corpus and 1000 mutations", "few short lines")
 async def test_malformed_requests_do_not_reach_the_search(search: Search) -> None:
     folder = search.out
     daemon, _ = await search.begun("sleep:0.2")
@@ -105,10 +101,7 @@ def run(tmp_path: Path, a_target: Path, a_scripted_llm: ScriptedLlm) -> Run:  # 
     return Run(tmp_path, a_target, a_scripted_llm)
 
 
-@pytest.mark.faults
-@pytest.mark.fault(
-    "58", "the folder goes with the embedded server's files", "rm -rf runs/NAME in mid-run", "server anew, all restored"
-)
+@slow_fault("58", "the folder goes with the embedded server's files", "rm -rf in mid-run", "all restored")
 async def test_a_run_whose_folder_is_removed_with_its_servers_files_goes_on(run: Run) -> None:
     folder = run.folder / "runs" / "s"
     process = await run.start("--set", "search.rounds=8")
@@ -128,10 +121,7 @@ async def test_a_run_whose_folder_is_removed_with_its_servers_files_goes_on(run:
     assert (folder / "valkey" / "appendonlydir").exists()
 
 
-@pytest.mark.faults
-@pytest.mark.fault(
-    "60", "a removed folder is taken by a second run", "rm -rf, then run at once", "one goes on, the other says why"
-)
+@slow_fault("60", "a removed folder is taken by a second run", "rm -rf, then run at once", "one ends, and says why")
 async def test_one_of_two_runs_in_a_removed_folder_ends_with_a_sentence(run: Run) -> None:
     folder = run.folder / "runs" / "s"
     first = await run.start()

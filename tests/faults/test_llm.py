@@ -16,6 +16,7 @@ from structlog.testing import capture_logs
 from agents.llm.chat import Chat
 from agents.llm.endpoint import ChatPolicy
 from protocol.errors import EndpointError
+from tests.faults.marks import fault, slow_fault
 from tests.support.chatting import OK, QUICK, ask, attempts, fails
 from tests.support.scripted_llm import (
     Handler,
@@ -95,9 +96,7 @@ ODD_ANSWERS: dict[str, Handler] = {
 }
 
 
-@pytest.mark.fault(
-    "37", "an LLM endpoint answers anything else", "every kind of reply, 50 in all", "counted, next call clean"
-)
+@fault("37", "an LLM endpoint answers anything else", "every kind of reply, 50 in all", "counted, next call clean")
 @pytest.mark.parametrize("fault", [*REFUSALS, *REPLIES, *ODD_ANSWERS])
 async def test_every_reply_is_counted_raises_no_other_error_and_leaves_the_next_answer_clean(fault: str) -> None:
     handler = (REFUSALS | REPLIES | ODD_ANSWERS)[fault]
@@ -117,15 +116,13 @@ async def test_every_reply_is_counted_raises_no_other_error_and_leaves_the_next_
 # How often
 
 
-@pytest.mark.fault("34", "an LLM endpoint limits the rate", "429 three times, then an answer", "4 requests")
+@fault("34", "an LLM endpoint limits the rate", "429 three times, then an answer", "4 requests")
 async def test_three_rate_limits_and_then_an_answer_are_four_requests() -> None:
     limited = refuses(429, "slow down")
     assert await attempts([limited, limited, limited, OK], ChatPolicy(first_wait=0.001)) == (4, "fine")
 
 
-@pytest.mark.fault(
-    "34", "an LLM endpoint is broken", "a storm of 500", "requests as the policy says, then a probe each rest"
-)
+@fault("34", "an LLM endpoint is broken", "a storm of 500", "requests as the policy says, then a probe each rest")
 async def test_status_500_is_retried_as_often_as_the_policy_says_and_then_probed_once_per_rest() -> None:
     policy = replace(QUICK, attempts=4, failures_to_open=4, rest=0.3, longest_rest=0.3)
     async with ScriptedLlm([refuses(500, "broken")]) as llm, Chat([llm.endpoint], policy) as chat:
@@ -151,9 +148,7 @@ async def test_with_an_endpoint_down_asking_is_cheap() -> None:
 # How long, and how large
 
 
-@pytest.mark.fault(
-    "36", "an LLM endpoint does not come to an end", "drips, hangs, streams", "the deadline, for all of an answer"
-)
+@fault("36", "an LLM endpoint does not come to an end", "drips, hangs, streams", "the deadline, for all of an answer")
 @pytest.mark.parametrize("fault", [drips, hangs, never_ends])
 async def test_a_question_takes_its_deadline_and_no_longer(fault: Handler) -> None:
     policy = replace(QUICK, deadline=1.0, byte_cap=10**12)
@@ -163,8 +158,7 @@ async def test_a_question_takes_its_deadline_and_no_longer(fault: Handler) -> No
         assert 0.9 <= time.monotonic() - started <= 1.5  # a busy machine gets some slack
 
 
-@pytest.mark.faults
-@pytest.mark.fault("36", "an LLM endpoint does not come to an end, for long", "drips, hangs", "10 s, within a tenth")
+@slow_fault("36", "an LLM endpoint does not come to an end, for long", "drips, hangs", "10 s, within a tenth")
 @pytest.mark.parametrize("fault", [drips, hangs])
 async def test_a_deadline_of_ten_seconds_is_kept_within_a_tenth(fault: Handler) -> None:
     async with ScriptedLlm([refuses(500, "hm"), fault]) as llm, Chat([llm.endpoint], ChatPolicy(deadline=10.0)) as chat:
@@ -203,9 +197,7 @@ async def huge(request: web.Request, status: int = 200) -> web.StreamResponse:
     return response
 
 
-@pytest.mark.fault(
-    "36", "an LLM endpoint sends too much", "300 MB, 300 MB of error, a gzip bomb", "less than 50 MB of memory"
-)
+@fault("36", "an LLM endpoint sends too much", "300 MB, 300 MB of error, a gzip bomb", "less than 50 MB of memory")
 @pytest.mark.parametrize(
     "fault", [huge, partial(huge, status=500), REPLIES["a gzip bomb"]], ids=["reply", "error", "bomb"]
 )

@@ -26,6 +26,7 @@ from protocol.plans.profile import ModelProfile
 from protocol.queue.jobs import JobQueue
 from protocol.queue.keys import Keys
 from tests.daemon.search.test_search import unevenness
+from tests.faults.marks import fault
 from tests.support.samples import profile_for
 from tests.support.schema_answers import value_of
 from tests.support.scripted_llm import Handler, Reply, ScriptedLlm, hangs, lists_models, refuses
@@ -107,7 +108,7 @@ def settings_of(llm: ScriptedLlm, **more: Any) -> EndpointSettings:
 # Away
 
 
-@pytest.mark.fault("38", "the LLM is away for the whole search", "a closed port", "fallbacks go on, degraded")
+@fault("38", "the LLM is away for the whole search", "a closed port", "fallbacks go on, degraded")
 async def test_a_search_without_any_llm_uses_the_fallback_and_says_so(daemon: Daemon) -> None:
     with capture_logs() as logs:
         summary = await daemon.run([NOWHERE])
@@ -144,7 +145,7 @@ async def test_an_endpoint_that_comes_back_is_used_again_and_the_state_says_so(d
     assert not condition.degraded and condition.endpoints["fake"].state == "asked"
 
 
-@pytest.mark.fault("35", "the LLM is not there at the start", "started late", "the search begins by itself")
+@fault("35", "the LLM is not there at the start", "started late", "the search begins by itself")
 async def test_a_search_waits_at_its_start_for_an_endpoint_that_is_not_there_yet(daemon: Daemon) -> None:
     async with ScriptedLlm() as llm:
         port, endpoint = llm.port, settings_of(llm)
@@ -156,7 +157,7 @@ async def test_a_search_waits_at_its_start_for_an_endpoint_that_is_not_there_yet
     assert summary.candidates["by_source"]["llm"] > CANDIDATES / 2
 
 
-@pytest.mark.fault("34", "the LLM asks to be left alone", "Retry-After 300", "one request, fallbacks go on")
+@fault("34", "the LLM asks to be left alone", "Retry-After 300", "one request, fallbacks go on")
 async def test_a_long_wait_that_an_endpoint_asks_for_does_not_hold_up_the_search(daemon: Daemon) -> None:
     limited = refuses(429, "slow down", headers={"retry-after": "300"})
     async with ScriptedLlm([limited]) as llm:
@@ -186,9 +187,7 @@ async def test_an_endpoint_that_will_never_answer_is_refused_before_the_search_b
     assert not history.ledger
 
 
-@pytest.mark.fault(
-    "34", "the LLM's quota is used up", "insufficient_quota amid the search", "it rests, fallbacks go on"
-)
+@fault("34", "the LLM's quota is used up", "insufficient_quota amid the search", "it rests, fallbacks go on")
 async def test_a_quota_used_up_within_a_search_ends_the_requests_and_not_the_search(daemon: Daemon) -> None:
     quota = refuses(429, "You exceeded your current quota", code="insufficient_quota")
 

@@ -5,11 +5,11 @@ import json
 from collections import Counter
 from typing import Any
 
-import pytest
 from structlog.testing import capture_logs
 
 from protocol.queue.connection import RedisRetry, connect
 from tests.faults.kit import Kit, eventually
+from tests.faults.marks import fault
 from tests.faults.searching import Search
 from tests.support.servers import Server
 
@@ -81,7 +81,7 @@ async def test_an_outage_in_which_all_gave_up_waiting_is_over_when_anything_succ
     await callers.redis.aclose()
 
 
-@pytest.mark.fault("15", "the server is killed under a daemon", "SIGKILL, then started", "told once, back told once")
+@fault("15", "the server is killed under a daemon", "SIGKILL, then started", "told once, back told once")
 async def test_a_daemon_logs_an_outage_once_and_its_end_once(kit: Kit, search: Search) -> None:
     daemon, worker = await search.begun("sleep:0.1")
     await search.has_applied(4)

@@ -10,6 +10,7 @@ from protocol.plans.candidate import Measured
 from protocol.plans.spec import SearchSpec
 from protocol.queue.profile_board import ProfileBoard
 from tests.faults.kit import LEASE, Kit, WorkerProcess, candidates, eventually
+from tests.faults.marks import fault, slow_fault
 from tests.support.samples import SPEC, profile_for
 
 SECOND, THIRD = (SPEC.model_copy(update={"model": name}) for name in ("second", "third"))
@@ -53,7 +54,7 @@ async def has_given_up(worker: WorkerProcess, reason: str) -> None:
     await eventually(lambda: reasons() == [reason], 15)
 
 
-@pytest.mark.fault("63", "a spec replaced while a worker prepares it", "SET spec", "given up, the new one is prepared")
+@fault("63", "a spec replaced while a worker prepares it", "SET spec", "given up, the new one is prepared")
 async def test_a_worker_stops_preparing_a_replaced_spec(kit: Kit) -> None:
     worker = await preparing(kit)
     old = worker.children()
@@ -63,16 +64,14 @@ async def test_a_worker_stops_preparing_a_replaced_spec(kit: Kit) -> None:
     assert len(worker.events("model_ready")) == 1
 
 
-@pytest.mark.faults
-@pytest.mark.fault("63", "a spec replaced twice", "SET spec, SET spec", "only the last one is prepared")
+@slow_fault("63", "a spec replaced twice", "SET spec, SET spec", "only the last one is prepared")
 async def test_the_last_of_several_quickly_replaced_specs_is_prepared(kit: Kit) -> None:
     worker = await preparing(kit)
     await replace_spec(kit, SECOND, THIRD)
     await has_given_up(worker, f"the search has another spec ({THIRD.fingerprint})")
 
 
-@pytest.mark.faults
-@pytest.mark.fault("63", "a search that is gone while a worker prepares", "DEL spec", "given up after a lease")
+@slow_fault("63", "a search that is gone while a worker prepares", "DEL spec", "given up after a lease")
 async def test_a_worker_stops_preparing_for_a_search_that_is_gone(kit: Kit) -> None:
     worker = await preparing(kit)
     await kit.redis.delete(kit.keys.spec)
@@ -83,8 +82,7 @@ async def test_a_worker_stops_preparing_for_a_search_that_is_gone(kit: Kit) -> N
     await publishes(kit, SPEC)
 
 
-@pytest.mark.faults
-@pytest.mark.fault("63", "data that is lost and restored at once", "FLUSHALL, SET spec", "the preparation goes on")
+@slow_fault("63", "data that is lost and restored at once", "FLUSHALL, SET spec", "the preparation goes on")
 async def test_a_worker_keeps_preparing_if_the_search_is_restored(kit: Kit) -> None:
     worker = await preparing(kit, lease_seconds=30)
     old = {child.pid for child in worker.children()}
@@ -96,8 +94,7 @@ async def test_a_worker_keeps_preparing_if_the_search_is_restored(kit: Kit) -> N
     assert not worker.events("preparation_given_up")
 
 
-@pytest.mark.faults
-@pytest.mark.fault("63", "a search that is stopped while a worker prepares", "SET control stop", "waits for its start")
+@slow_fault("63", "a search that is stopped while a worker prepares", "SET control stop", "waits for its start")
 async def test_a_worker_prepares_nothing_for_a_search_that_is_stopped(kit: Kit) -> None:
     worker = await preparing(kit)
     await kit.redis.set(kit.keys.control, "stop")
@@ -110,8 +107,7 @@ async def test_a_worker_prepares_nothing_for_a_search_that_is_stopped(kit: Kit) 
     await publishes(kit, SPEC)
 
 
-@pytest.mark.faults
-@pytest.mark.fault("63", "what cannot be read in place of the spec", "SET spec, garbage", "the preparation goes on")
+@slow_fault("63", "what cannot be read in place of the spec", "SET spec, garbage", "the preparation goes on")
 @pytest.mark.parametrize("garbage", [b"{", b"\xff\xfe", b"null"])
 async def test_a_spec_that_cannot_be_read_ends_no_preparation(kit: Kit, garbage: bytes) -> None:
     worker = await preparing(kit)
@@ -122,8 +118,7 @@ async def test_a_spec_that_cannot_be_read_ends_no_preparation(kit: Kit, garbage:
     await replace_spec(kit, SECOND)
 
 
-@pytest.mark.faults
-@pytest.mark.fault("63", "a replaced spec whose model cannot be had", "SET spec, then no model", "moves to the new one")
+@slow_fault("63", "a replaced spec whose model cannot be had", "SET spec, then no model", "moves to the new one")
 async def test_a_worker_does_not_end_for_the_model_of_a_spec_that_was_replaced(kit: Kit) -> None:
     kit.write_script({}, prepare="usage-error-when-replaced")
     await set_spec(kit, SPEC)
@@ -136,8 +131,7 @@ async def test_a_worker_does_not_end_for_the_model_of_a_spec_that_was_replaced(k
     assert worker.process.returncode is None
 
 
-@pytest.mark.faults
-@pytest.mark.fault("63", "a preparation ends beside a worker", "SET control stop", "the other measures on")
+@slow_fault("63", "a preparation ends beside a worker", "SET control stop", "the other measures on")
 async def test_the_end_of_a_preparation_disturbs_no_other_worker(kit: Kit) -> None:
     daemon, (working,) = await kit.started()
     await publishes(kit, SPEC)
@@ -154,8 +148,7 @@ async def test_the_end_of_a_preparation_disturbs_no_other_worker(kit: Kit) -> No
     assert len(working.events("model_ready")) == 1
 
 
-@pytest.mark.faults
-@pytest.mark.fault("63", "a stop while a dead process is replaced", "child killed, stop", "the job is free")
+@slow_fault("63", "a stop while a dead process is replaced", "child killed, stop", "the job is free")
 async def test_a_job_is_handed_back_where_the_search_is_stopped_while_the_model_is_loaded_again(kit: Kit) -> None:
     (one,) = candidates(1)
     kit.write_script({one.id: ["sleep:600"]})

@@ -18,6 +18,7 @@ from protocol.queue.connection import RedisRetry, connect
 from protocol.queue.control import Control
 from protocol.queue.keys import GROUP
 from tests.faults.kit import LEASE, PASSWORD, Daemon, Kit, candidates, eventually, fault_kit
+from tests.faults.marks import fault, slow_fault
 from tests.faults.proxy import Proxy
 from tests.faults.searching import Search
 from tests.support.scripted_llm import ScriptedLlm
@@ -102,7 +103,7 @@ async def test_a_wrong_url_is_a_sentence_at_the_first_contact(proxy: Proxy, redi
         await RedisRetry(redis, "a")(lambda: redis.get("a"))
 
 
-@pytest.mark.fault("47", "a storm of errors", "proxy: 15 kinds, 30 % of the commands", "waited for; one outcome each")
+@fault("47", "a storm of errors", "proxy: 15 kinds, 30 % of the commands", "waited for; one outcome each")
 async def test_daemon_and_workers_outlast_a_storm_of_errors(kit: Kit) -> None:
     many = candidates(8)
     kit.disturbed["*"] = 2  # a beat that is refused for a lease
@@ -124,8 +125,7 @@ async def test_daemon_and_workers_outlast_a_storm_of_errors(kit: Kit) -> None:
         await redis.aclose()
 
 
-@pytest.mark.faults
-@pytest.mark.fault("47", "failover and back under a worker", "REPLICAOF, later NO ONE", "waited for")
+@slow_fault("47", "failover and back under a worker", "REPLICAOF, later NO ONE", "waited for")
 async def test_a_failover_is_waited_for(kit: Kit) -> None:
     """Blocked readers get UNBLOCKED, and writers READONLY."""
     daemon, (worker,) = await kit.started()
@@ -140,8 +140,7 @@ async def test_a_failover_is_waited_for(kit: Kit) -> None:
     await daemon.settled()
 
 
-@pytest.mark.faults
-@pytest.mark.fault("47", "another client's long script", "EVAL of 3 s, busy-reply-threshold 100 ms", "waited for")
+@slow_fault("47", "another client's long script", "EVAL of 3 s, busy-reply-threshold 100 ms", "waited for")
 async def test_another_clients_long_script_is_waited_for(kit: Kit) -> None:
     await kit.redis.config_set("busy-reply-threshold", "100")
     daemon, (worker,) = await kit.started()
@@ -160,7 +159,7 @@ async def test_another_clients_long_script_is_waited_for(kit: Kit) -> None:
 BYTES = b"\xff\xfe not UTF-8 \x80"
 
 
-@pytest.mark.fault("48", "bytes that are not UTF-8", "in jobs, results, control, worker, profile", "discarded or dead")
+@fault("48", "bytes that are not UTF-8", "in jobs, results, control, worker, profile", "discarded or dead")
 async def test_bytes_that_are_no_text_end_neither_daemon_nor_worker(kit: Kit) -> None:
     first, second = candidates(2)
     daemon, (worker,) = await kit.started()
@@ -181,8 +180,7 @@ async def test_bytes_that_are_no_text_end_neither_daemon_nor_worker(kit: Kit) ->
     await redis.delete(keys.worker("other"))
 
 
-@pytest.mark.faults
-@pytest.mark.fault("49", "the data is gone while paused", "pause, FLUSHALL", "stays paused; then resumes")
+@slow_fault("49", "the data is gone while paused", "pause, FLUSHALL", "stays paused; then resumes")
 async def test_a_pause_outlives_a_flushed_server(kit: Kit, llm: ScriptedLlm, search: Search) -> None:
     daemon, _ = await search.begun("sleep:0.1")
     await search.has_applied(4)
@@ -199,8 +197,7 @@ async def test_a_pause_outlives_a_flushed_server(kit: Kit, llm: ScriptedLlm, sea
     await search.ends_well(daemon)
 
 
-@pytest.mark.faults
-@pytest.mark.fault("50", "a job looks abandoned", "XCLAIM IDLE, signs of life deleted", "evaluated once")
+@slow_fault("50", "a job looks abandoned", "XCLAIM IDLE, signs of life deleted", "evaluated once")
 async def test_a_job_that_looks_abandoned_again_and_again_is_left_to_its_living_owner(kit: Kit) -> None:
     """Idle time jumps, and keys with an expiry are gone."""
     (one,) = candidates(1)
@@ -224,8 +221,7 @@ def fake_clock_library() -> str:
     return str(found)
 
 
-@pytest.mark.faults
-@pytest.mark.fault("50", "the server's clock steps by 120 s", "libfaketime, 4 times", "evaluated once")
+@slow_fault("50", "the server's clock steps by 120 s", "libfaketime, 4 times", "evaluated once")
 async def test_a_step_of_the_servers_clock_takes_no_job_from_a_living_worker(tmp_path: Path) -> None:
     library = fake_clock_library()
     binary = server_binary("valkey")
@@ -261,9 +257,7 @@ async def test_a_step_of_the_servers_clock_takes_no_job_from_a_living_worker(tmp
         shutil.rmtree(folder)
 
 
-@pytest.mark.fault(
-    "53", "entries of the history damaged", "HSET, HDEL, bytes that are not UTF-8", "from the copy, or anew"
-)
+@fault("53", "entries of the history damaged", "HSET, HDEL, bytes that are not UTF-8", "from the copy, or anew")
 async def test_damaged_entries_of_the_history_are_left_out_and_may_be_issued_again(kit: Kit) -> None:
     many = candidates(6)
     daemon, _ = await kit.started()
@@ -282,9 +276,7 @@ async def test_damaged_entries_of_the_history_are_left_out_and_may_be_issued_aga
     kit.unsettled = True
 
 
-@pytest.mark.fault(
-    "54", "the password is changed under a search", "CONFIG SET requirepass, CLIENT KILL", "waits for it"
-)
+@fault("54", "the password is changed under a search", "CONFIG SET requirepass, CLIENT KILL", "waits for it")
 async def test_a_password_that_is_changed_in_mid_search_ends_neither_daemon_nor_worker(kit: Kit) -> None:
     daemon, (worker,) = await kit.started()
     first, second = candidates(2)

@@ -2,16 +2,15 @@
 
 from typing import Any
 
-import pytest
-
 from gpu_worker.worker.evaluator import EXIT_STUCK
 from protocol.plans.candidate import Failed, Measured
 from protocol.queue.profile_board import ProfileBoard
 from tests.faults.kit import Kit, candidates, eventually
+from tests.faults.marks import fault
 from tests.support.samples import PROFILE, SPEC, profile_for
 
 
-@pytest.mark.fault("18", "the data is gone while no daemon runs", "FLUSHALL, workers idle", "the profile is back")
+@fault("18", "the data is gone while no daemon runs", "FLUSHALL, workers idle", "the profile is back")
 async def test_an_idle_worker_publishes_its_profile_again_for_a_new_daemon(kit: Kit) -> None:
     daemon, _ = await kit.started()
     await has_profile(kit)
@@ -22,7 +21,7 @@ async def test_an_idle_worker_publishes_its_profile_again_for_a_new_daemon(kit: 
     await daemon.settle(candidates(2))
 
 
-@pytest.mark.fault("18", "the search begins anew with another spec", "DEL, SET spec, worker idle", "loads that one")
+@fault("18", "the search begins anew with another spec", "DEL, SET spec, worker idle", "loads that one")
 async def test_an_idle_worker_loads_the_model_of_a_spec_that_has_changed(kit: Kit) -> None:
     other = SPEC.model_copy(update={"model": "another"})
     await kit.redis.set(kit.keys.spec, SPEC.model_dump_json())
@@ -40,7 +39,7 @@ async def has_profile(kit: Kit, fingerprint: str = PROFILE.fingerprint) -> None:
     await eventually(lambda: ProfileBoard(kit.redis, kit.keys).read(fingerprint))
 
 
-@pytest.mark.fault("9", "a GPU is lost for good", "child killed, the next cannot get ready", "exit 2, job handed back")
+@fault("9", "a GPU is lost for good", "child killed, the next cannot get ready", "exit 2, job handed back")
 async def test_a_worker_that_can_work_no_more_hands_its_job_back_and_says_why(kit: Kit) -> None:
     (one,) = candidates(1)
     daemon, (worker,) = await kit.started({one.id: ["sleep:600", "instant"]}, lease_seconds=60)
@@ -61,7 +60,7 @@ async def test_a_worker_that_can_work_no_more_hands_its_job_back_and_says_why(ki
     assert isinstance(daemon.outcome(one), Measured)
 
 
-@pytest.mark.fault("8", "a process that outlives its kill", "as the worker sees it", "the worker ends, the job moves")
+@fault("8", "a process that outlives its kill", "as the worker sees it", "the worker ends, the job moves")
 async def test_a_worker_whose_process_cannot_be_killed_ends_and_its_job_goes_to_another(kit: Kit) -> None:
     (one,) = candidates(1)
     daemon, (stuck,) = await kit.started(

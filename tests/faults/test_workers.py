@@ -7,9 +7,10 @@ import pytest
 
 from protocol.plans.candidate import Failed, Measured
 from tests.faults.kit import LEASE, Kit, candidates, eventually
+from tests.faults.marks import fault, slow_fault
 
 
-@pytest.mark.fault("1", "a worker is killed in mid-evaluation", "SIGKILL, a second worker idle", "one outcome, in time")
+@fault("1", "a worker is killed in mid-evaluation", "SIGKILL, a second worker idle", "one outcome, in time")
 async def test_when_a_worker_is_killed_an_idle_one_takes_its_job_over(kit: Kit) -> None:
     one, two = candidates(2)
     daemon, (first,) = await kit.started({one.id: ["sleep:60", "instant"]})
@@ -25,8 +26,7 @@ async def test_when_a_worker_is_killed_an_idle_one_takes_its_job_over(kit: Kit) 
     assert isinstance(daemon.outcome(one), Measured)
 
 
-@pytest.mark.faults
-@pytest.mark.fault("2", "the only worker is killed and started again", "SIGKILL, start", "one outcome, in time")
+@slow_fault("2", "the only worker is killed and started again", "SIGKILL, start", "one outcome, in time")
 async def test_the_only_worker_is_killed_and_started_again(kit: Kit) -> None:
     (one,) = candidates(1)
     daemon, (worker,) = await kit.started({one.id: ["sleep:60", "instant"]})
@@ -39,8 +39,7 @@ async def test_the_only_worker_is_killed_and_started_again(kit: Kit) -> None:
     assert isinstance(daemon.outcome(one), Measured)
 
 
-@pytest.mark.faults
-@pytest.mark.fault("3+4", "a long job whose process blocks", "GIL held for 5 leases, 2 workers idle", "evaluated once")
+@slow_fault("3+4", "a long job whose process blocks", "GIL held for 5 leases, 2 workers idle", "evaluated once")
 async def test_a_long_job_that_holds_the_gil_is_evaluated_once(kit: Kit) -> None:
     one, *others = candidates(4)
     daemon, _ = await kit.started({one.id: [f"hold-gil:{5 * LEASE}"]}, workers=3)
@@ -48,8 +47,7 @@ async def test_a_long_job_that_holds_the_gil_is_evaluated_once(kit: Kit) -> None
     assert kit.evaluations[one.id] == 1
 
 
-@pytest.mark.faults
-@pytest.mark.fault("3", "a long job", "sleeps for 5 leases, 2 workers idle", "evaluated once")
+@slow_fault("3", "a long job", "sleeps for 5 leases, 2 workers idle", "evaluated once")
 async def test_a_long_job_is_evaluated_once(kit: Kit) -> None:
     one, *others = candidates(4)
     daemon, _ = await kit.started({one.id: [f"sleep:{5 * LEASE}"]}, workers=3)
@@ -57,10 +55,7 @@ async def test_a_long_job_is_evaluated_once(kit: Kit) -> None:
     assert kit.evaluations[one.id] == 1
 
 
-@pytest.mark.faults
-@pytest.mark.fault(
-    "5", "a worker's machine is suspended", "SIGSTOP 3 leases, SIGCONT", "job moves, late outcome ignored"
-)
+@slow_fault("5", "a worker's machine is suspended", "SIGSTOP 3 leases, SIGCONT", "job moves, late outcome ignored")
 async def test_a_suspended_workers_job_moves_and_its_late_outcome_changes_nothing(kit: Kit) -> None:
     (one,) = candidates(1)
     daemon, (first,) = await kit.started({one.id: ["sleep:1", "instant"]})
@@ -75,7 +70,7 @@ async def test_a_suspended_workers_job_moves_and_its_late_outcome_changes_nothin
     await first.is_late()
 
 
-@pytest.mark.fault("6", "a candidate that kills its process", "os.abort() on one id", "dead after 3, others measured")
+@fault("6", "a candidate that kills its process", "os.abort() on one id", "dead after 3, others measured")
 async def test_a_candidate_that_kills_is_given_up_after_three_deaths(kit: Kit) -> None:
     poison, *others = candidates(4)
     kit.disturbed[poison.id] = 2
@@ -89,8 +84,7 @@ async def test_a_candidate_that_kills_is_given_up_after_three_deaths(kit: Kit) -
     assert "status -6" in dead["detail"]
 
 
-@pytest.mark.faults
-@pytest.mark.fault("6", "a candidate that kills its workers", "SIGKILL of the worker at it, 3 times", "dead after 3")
+@slow_fault("6", "a candidate that kills its workers", "SIGKILL of the worker at it, 3 times", "dead after 3")
 async def test_a_candidate_on_which_three_workers_died_is_given_up(kit: Kit) -> None:
     (poison,) = candidates(1)
     kit.write_script({poison.id: ["sleep:60"]})
@@ -112,7 +106,7 @@ async def test_a_candidate_on_which_three_workers_died_is_given_up(kit: Kit) -> 
 TROUBLES = ("nan", "inf", "negative", "string", "missing", "empty")
 
 
-@pytest.mark.fault("7", "a score that is none", "NaN, inf, -1, a word, none, nothing", "failed, not tried again")
+@fault("7", "a score that is none", "NaN, inf, -1, a word, none, nothing", "failed, not tried again")
 async def test_an_invalid_score_is_a_failure_and_enters_no_population(kit: Kit) -> None:
     bad = candidates(len(TROUBLES) + 1)
     good = bad.pop()
@@ -125,7 +119,7 @@ async def test_an_invalid_score_is_a_failure_and_enters_no_population(kit: Kit) 
     assert not await kit.dead()
 
 
-@pytest.mark.fault("8", "a hang", "endless, ignores SIGTERM, has a grandchild", "failed(timeout), none left")
+@fault("8", "a hang", "endless, ignores SIGTERM, has a grandchild", "failed(timeout), none left")
 async def test_a_hanging_evaluation_is_killed_with_its_grandchild(kit: Kit) -> None:
     one, two = candidates(2)
     daemon, _ = await kit.started({one.id: ["hang"]}, max_evaluation_seconds=1)
@@ -135,10 +129,7 @@ async def test_a_hanging_evaluation_is_killed_with_its_grandchild(kit: Kit) -> N
     assert isinstance(daemon.outcome(two), Measured)
 
 
-@pytest.mark.faults
-@pytest.mark.fault(
-    "8", "a hang while getting ready", "sleeps for ever before its profile", "killed 3 times, one sentence"
-)
+@slow_fault("8", "a hang while getting ready", "sleeps for ever before its profile", "killed 3 times, one sentence")
 async def test_a_preparation_that_hangs_is_killed_with_its_grandchild(kit: Kit) -> None:
     kit.write_script({}, prepare="hang")
     await kit.daemon()
@@ -148,8 +139,7 @@ async def test_a_preparation_that_hangs_is_killed_with_its_grandchild(kit: Kit) 
     assert "not ready within 0.5 seconds" in last["error"]
 
 
-@pytest.mark.faults
-@pytest.mark.fault("8", "a death that leaves a grandchild", "abort, the grandchild holds stdout", "noticed, none left")
+@slow_fault("8", "a death that leaves a grandchild", "abort, the grandchild holds stdout", "noticed, none left")
 async def test_a_process_that_dies_while_a_grandchild_holds_its_stdout_is_dead_all_the_same(kit: Kit) -> None:
     (one,) = candidates(1)
     kit.disturbed[one.id] = 1
@@ -158,7 +148,7 @@ async def test_a_process_that_dies_while_a_grandchild_holds_its_stdout_is_dead_a
     assert isinstance(daemon.outcome(one), Measured)
 
 
-@pytest.mark.fault("9", "out of memory; a lost device", "failed outcomes of that kind", "one more try each")
+@fault("9", "out of memory; a lost device", "failed outcomes of that kind", "one more try each")
 async def test_a_lack_of_memory_and_a_lost_device_are_tried_once_more(kit: Kit) -> None:
     memory, device, small, broken = candidates(4)
     fails_once = {memory.id: ["out-of-memory", "instant"], device.id: ["device-lost", "instant"]}
@@ -172,7 +162,7 @@ async def test_a_lack_of_memory_and_a_lost_device_are_tried_once_more(kit: Kit) 
     assert not await kit.dead()
 
 
-@pytest.mark.fault("10", "SIGTERM", "idle; in a short job; in a long one", "exit 0; committed; handed back, no death")
+@fault("10", "SIGTERM", "idle; in a short job; in a long one", "exit 0; committed; handed back, no death")
 async def test_a_worker_told_to_end_commits_a_short_job_and_hands_a_long_one_back(kit: Kit) -> None:
     short, long = candidates(2)
     daemon, (idle,) = await kit.started({short.id: ["sleep:1"], long.id: ["sleep:60", "instant"]})
@@ -199,8 +189,7 @@ async def test_a_worker_told_to_end_commits_a_short_job_and_hands_a_long_one_bac
     await daemon.settled(15)  # well within the lease: what was handed back is free at once
 
 
-@pytest.mark.faults
-@pytest.mark.fault("11", "Ctrl-C twice", "2 SIGINT, 0.2 s apart", "ends at once; nothing lost after a restart")
+@slow_fault("11", "Ctrl-C twice", "2 SIGINT, 0.2 s apart", "ends at once; nothing lost after a restart")
 async def test_a_second_signal_ends_a_worker_at_once(kit: Kit) -> None:
     (one,) = candidates(1)
     daemon, (worker,) = await kit.started({one.id: ["sleep:60", "instant"]}, grace_seconds=60)
@@ -216,8 +205,7 @@ async def test_a_second_signal_ends_a_worker_at_once(kit: Kit) -> None:
 
 
 @pytest.mark.parametrize("point", ["claimed", "measured", "committed"])
-@pytest.mark.faults
-@pytest.mark.fault("14", "a worker dies between two steps", "SIGKILL at claim, measurement, commit", "one outcome each")
+@slow_fault("14", "a worker dies between two steps", "SIGKILL at claim, measurement, commit", "one outcome each")
 async def test_a_worker_that_dies_between_two_steps_loses_nothing(kit: Kit, point: str) -> None:
     many = candidates(3)
     daemon = await kit.daemon()
