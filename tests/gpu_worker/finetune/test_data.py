@@ -79,14 +79,13 @@ def test_a_model_that_needs_a_first_token_gets_it_before_instructions_too(tmp_pa
     assert byte_tokenizer().decode(data.examples[0].tokens).startswith("<first>Below is")
 
 
+GOOD = '{"instruction": "a", "output": "b"}'
+
+
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [
-        (
-            "a.jsonl",
-            '{"instruction": "a", "output": "b"}\n{"instruction": "a"}',
-            "line 2 of .* has no 'output': it must",
-        ),
+        ("a.jsonl", f'{GOOD}\n{{"instruction": "a"}}', "line 2 of .* has no 'output': it must"),
         ("a.jsonl", '\n{"instruction": "a", "output": 3}', "line 2 of .* has an 'output' that is not a string"),
         ("a.jsonl", '{"instruction": "a", "output": "b"}\n\n{oh', "line 3 of .*not valid JSON"),
         ("a.jsonl", "[1]", "line 1 of .*not an object"),
