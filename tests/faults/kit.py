@@ -220,6 +220,11 @@ class Kit:
             self.write_script(script)
         return await self.daemon(), [await self.worker(**options) for _ in range(workers)]
 
+    async def begun(self, daemon: Daemon, one: Candidate) -> None:
+        """Issue `one` and wait until its evaluation has begun."""
+        await daemon.issue([one])
+        await self.evaluating(one.id)
+
     async def evaluating(self, id_: str, times: int = 1, seconds: float = 30) -> None:
         """Wait until the evaluation of `id_` has begun `times` times."""
         await eventually(lambda: self.evaluations[id_] >= times, seconds)
@@ -285,18 +290,10 @@ class Kit:
         if self.unsettled or not self.daemons:
             return
         daemon = self.daemons[-1]
-        applied = await self.redis.lrange(self.keys.applied, 0, -1)
-        issued = await self.redis.lrange(self.keys.issued, 0, -1)
-        assert sorted(issued) == sorted(daemon.ledger), "I1: the ledger on the server is the daemon's"
-        assert sorted(applied) == sorted(issued), "I1: every issued candidate has one outcome"
-        assert len(set(applied)) == len(applied), "I2: nothing is applied twice"
-        assert set(applied) == set(await self.redis.hkeys(self.keys.outcomes)), "I2: applied ids have outcomes"
+        applied = await check_ends(self.redis, self.keys)
+        assert sorted(applied) == sorted(daemon.ledger), "I1: the ledger on the server is the daemon's"
         assert applied == [e.candidate.id for e in daemon.population], "I2: applied in the population's order"
         assert len({e.candidate.id for e in daemon.noted}) == len(daemon.noted), "I2: each is told of once"
-        for key in (self.keys.results, self.keys.jobs):
-            assert not await self.redis.xlen(key), f"I1: {key} is empty at the end"
-        for key in (self.keys.done, self.keys.deaths):
-            assert not await self.redis.hlen(key), f"I1: {key} is empty at the end"
 
     async def _check_evaluations(self) -> None:
         for id_, times in self.evaluations.items():
@@ -338,6 +335,18 @@ class Kit:
             if any(str(self.folder) in word for word in words) and process.info["status"] != psutil.STATUS_ZOMBIE:
                 found.append(" ".join(words)[:200])
         return [line for line in found if "-server" not in line]
+
+
+async def check_ends(redis: Any, keys: Keys) -> list[str]:
+    """Check I1 and I2 on the server, and return the applied ids in their order."""
+    issued, applied = [await redis.lrange(key, 0, -1) for key in (keys.issued, keys.applied)]
+    assert sorted(applied) == sorted(issued), "I1: every issued candidate has one outcome"
+    assert len(set(applied)) == len(applied), "I2: nothing is applied twice"
+    assert set(applied) == set(await redis.hkeys(keys.outcomes)), "I2: applied ids have outcomes"
+    assert set(issued) == set(await redis.hkeys(keys.candidates)), "I1: what is issued is in the ledger"
+    lengths = [await redis.xlen(key) for key in (keys.jobs, keys.results)]
+    assert not any([*lengths, await redis.exists(keys.done, keys.deaths)]), "I1: nothing is left at the end"
+    return list(applied)
 
 
 def strict_json(line: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from daemon.settings.sources import load
 from protocol.queue.keys import Keys
-from tests.faults.kit import PASSWORD, Kit, WorkerProcess, strict_json
+from tests.faults.kit import PASSWORD, Kit, WorkerProcess, check_ends, strict_json
 from tests.support.root import ROOT
 from tests.support.samples import profile_for
 from tests.support.schema_answers import value_of
@@ -107,17 +107,7 @@ class Search:
 
     async def check_end(self) -> None:
         """Check the invariants of a finished search, on the server and in its folder."""
-        redis, keys = self.kit.redis, self.keys
-        issued = await redis.lrange(keys.issued, 0, -1)
-        applied = await redis.lrange(keys.applied, 0, -1)
-        assert sorted(applied) == sorted(issued), "I1: every issued candidate has one outcome"
-        assert len(set(applied)) == len(applied), "I2: nothing is applied twice"
-        assert set(applied) == set(await redis.hkeys(keys.outcomes)), "I2: applied ids have outcomes"
-        assert set(issued) == set(await redis.hkeys(keys.candidates)), "I1: what is issued is in the ledger"
-        for key in (keys.jobs, keys.results):
-            assert not await redis.xlen(key), f"I1: {key} is empty at the end"
-        for key in (keys.done, keys.deaths):
-            assert not await redis.hlen(key), f"I1: {key} is empty at the end"
+        applied = await check_ends(self.kit.redis, self.keys)
         lines = (self.out / "evaluations.jsonl").read_text().splitlines()
         assert [strict_json(line)["id"] for line in lines] == applied, "I2: the folder's copy is the same"
         self._check_logs()

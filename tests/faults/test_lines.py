@@ -92,8 +92,7 @@ async def test_a_worker_that_is_cut_off_loses_its_job_and_its_late_outcome_chang
     daemon = await kit.daemon()
     async with Proxy(kit.server.socket) as proxy:
         first = await kit.worker(url=proxy.url(PASSWORD))
-        await daemon.issue([one])
-        await kit.evaluating(one.id)
+        await kit.begun(daemon, one)
         proxy.blackhole = True
         await kit.worker()
         await daemon.settled(19)

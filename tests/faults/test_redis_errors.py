@@ -202,8 +202,7 @@ async def test_a_job_that_looks_abandoned_again_and_again_is_left_to_its_living_
     """Idle time jumps, and keys with an expiry are gone."""
     (one,) = candidates(1)
     daemon, _ = await kit.started({one.id: [f"sleep:{4 * LEASE}"]}, workers=3)
-    await daemon.issue([one])
-    await kit.evaluating(one.id)
+    await kit.begun(daemon, one)
     for _ in range(10):
         await asyncio.sleep(LEASE / 4)
         for row in await kit.pending():
@@ -228,12 +227,8 @@ async def test_a_step_of_the_servers_clock_takes_no_job_from_a_living_worker(tmp
     assert binary is not None
     folder, clock = Path(tempfile.mkdtemp(prefix="sp-fault-")), tmp_path / "clock"
     server = Server(binary, folder, password=PASSWORD)
-    server.environment = {
-        "LD_PRELOAD": library,
-        "FAKETIME_TIMESTAMP_FILE": str(clock),
-        "FAKETIME_NO_CACHE": "1",
-        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-    }
+    server.environment = {"LD_PRELOAD": library, "FAKETIME_TIMESTAMP_FILE": str(clock)}
+    server.environment |= {"FAKETIME_NO_CACHE": "1", "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
     clock.write_text("+0")
     server.start()
     try:
@@ -243,8 +238,7 @@ async def test_a_step_of_the_servers_clock_takes_no_job_from_a_living_worker(tmp
             daemon = await kit.daemon()
             for _ in range(3):
                 await kit.worker()
-            await daemon.issue([one])
-            await kit.evaluating(one.id)
+            await kit.begun(daemon, one)
             for step in range(1, 5):
                 await asyncio.sleep(1.5 * LEASE)
                 clock.write_text(f"+{120 * step}")

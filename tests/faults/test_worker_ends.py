@@ -43,8 +43,7 @@ async def has_profile(kit: Kit, fingerprint: str = PROFILE.fingerprint) -> None:
 async def test_a_worker_that_can_work_no_more_hands_its_job_back_and_says_why(kit: Kit) -> None:
     (one,) = candidates(1)
     daemon, (worker,) = await kit.started({one.id: ["sleep:600", "instant"]}, lease_seconds=60)
-    await daemon.issue([one])
-    await kit.evaluating(one.id)
+    await kit.begun(daemon, one)
     owner = await kit.owner(worker)
     kit.write_script({one.id: ["sleep:600", "instant"]}, prepare="usage-error")
     (child,) = worker.children()

@@ -14,8 +14,7 @@ from tests.faults.marks import fault, slow_fault
 async def test_when_a_worker_is_killed_an_idle_one_takes_its_job_over(kit: Kit) -> None:
     one, two = candidates(2)
     daemon, (first,) = await kit.started({one.id: ["sleep:60", "instant"]})
-    await daemon.issue([one])
-    await kit.evaluating(one.id)
+    await kit.begun(daemon, one)
     await kit.worker()
     await daemon.measure([two])
     began = asyncio.get_running_loop().time()
@@ -30,8 +29,7 @@ async def test_when_a_worker_is_killed_an_idle_one_takes_its_job_over(kit: Kit) 
 async def test_the_only_worker_is_killed_and_started_again(kit: Kit) -> None:
     (one,) = candidates(1)
     daemon, (worker,) = await kit.started({one.id: ["sleep:60", "instant"]})
-    await daemon.issue([one])
-    await kit.evaluating(one.id)
+    await kit.begun(daemon, one)
     await worker.kill()
     kit.disturbed[one.id] = 1
     await kit.worker()
@@ -41,16 +39,17 @@ async def test_the_only_worker_is_killed_and_started_again(kit: Kit) -> None:
 
 @slow_fault("3+4", "a long job whose process blocks", "GIL held for 5 leases, 2 workers idle", "evaluated once")
 async def test_a_long_job_that_holds_the_gil_is_evaluated_once(kit: Kit) -> None:
-    one, *others = candidates(4)
-    daemon, _ = await kit.started({one.id: [f"hold-gil:{5 * LEASE}"]}, workers=3)
-    await daemon.settle([one, *others])
-    assert kit.evaluations[one.id] == 1
+    await _is_evaluated_once(kit, f"hold-gil:{5 * LEASE}")
 
 
 @slow_fault("3", "a long job", "sleeps for 5 leases, 2 workers idle", "evaluated once")
 async def test_a_long_job_is_evaluated_once(kit: Kit) -> None:
+    await _is_evaluated_once(kit, f"sleep:{5 * LEASE}")
+
+
+async def _is_evaluated_once(kit: Kit, behaviour: str) -> None:
     one, *others = candidates(4)
-    daemon, _ = await kit.started({one.id: [f"sleep:{5 * LEASE}"]}, workers=3)
+    daemon, _ = await kit.started({one.id: [behaviour]}, workers=3)
     await daemon.settle([one, *others])
     assert kit.evaluations[one.id] == 1
 
@@ -59,8 +58,7 @@ async def test_a_long_job_is_evaluated_once(kit: Kit) -> None:
 async def test_a_suspended_workers_job_moves_and_its_late_outcome_changes_nothing(kit: Kit) -> None:
     (one,) = candidates(1)
     daemon, (first,) = await kit.started({one.id: ["sleep:1", "instant"]})
-    await daemon.issue([one])
-    await kit.evaluating(one.id)
+    await kit.begun(daemon, one)
     first.send(signal.SIGSTOP)
     kit.disturbed[one.id] = 1
     await kit.worker()
@@ -171,15 +169,13 @@ async def test_a_worker_told_to_end_commits_a_short_job_and_hands_a_long_one_bac
     assert await idle.ended(5) == 0
 
     finishing = await kit.worker(grace_seconds=10)
-    await daemon.issue([short])
-    await kit.evaluating(short.id)
+    await kit.begun(daemon, short)
     finishing.send(signal.SIGTERM)
     assert await finishing.ended(15) == 0
     await daemon.measured(1)
 
     busy = await kit.worker(grace_seconds=0.2, lease_seconds=30)
-    await daemon.issue([long])
-    await kit.evaluating(long.id)
+    await kit.begun(daemon, long)
     busy.send(signal.SIGTERM)
     assert await busy.ended(10) == 0
     kit.disturbed[long.id] = 1
@@ -193,8 +189,7 @@ async def test_a_worker_told_to_end_commits_a_short_job_and_hands_a_long_one_bac
 async def test_a_second_signal_ends_a_worker_at_once(kit: Kit) -> None:
     (one,) = candidates(1)
     daemon, (worker,) = await kit.started({one.id: ["sleep:60", "instant"]}, grace_seconds=60)
-    await daemon.issue([one])
-    await kit.evaluating(one.id)
+    await kit.begun(daemon, one)
     worker.send(signal.SIGINT)
     await asyncio.sleep(0.2)
     worker.send(signal.SIGINT)

@@ -125,10 +125,7 @@ def test_a_text_that_the_spec_does_not_have_is_refused(spec: SearchSpec) -> None
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
-        (
-            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nSee the documentation"),
-            "out-of-memory",
-        ),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nSee the docs"), "out-of-memory"),
         (RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate"), "out-of-memory"),
         (MemoryError(), "out-of-memory"),
         (RuntimeError("CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA"), "out-of-memory"),
@@ -141,9 +138,9 @@ def test_an_evaluation_that_cannot_be_has_failed_with_its_reason(
     session: Session, error: Exception, reason: str
 ) -> None:
     outcome = answer_to(error, session)
-    assert isinstance(outcome, Failed)
-    assert outcome.reason == reason
-    assert "\n" not in outcome.detail
+    assert isinstance(outcome, Failed) and outcome.reason == reason and "\n" not in outcome.detail
+    outcome = answer(session, {"plan": {"layers": [{"kv_heads": 0}]}, "text": "fitness"})  # which is no plan
+    assert isinstance(outcome, Failed) and outcome.reason == "invalid"
 
 
 def test_what_an_evaluation_held_is_free_again_when_it_ran_out_of_memory(session: Session) -> None:
@@ -181,22 +178,14 @@ def test_a_real_allocation_beyond_the_memory_is_known_as_out_of_memory() -> None
     assert is_out_of_memory(raised.value)
 
 
-def test_what_is_no_plan_has_failed_as_invalid(session: Session) -> None:
-    outcome = answer(session, {"plan": {"layers": [{"kv_heads": 0}]}, "text": "fitness"})
-    assert isinstance(outcome, Failed) and outcome.reason == "invalid"
-
-
 def test_evaluating_without_rates_is_evaluating_uniform_ones(spec: SearchSpec) -> None:
+    assert evaluate_once(spec, (0.2, 0.4, 0.6)).rate == pytest.approx(spec.rate, abs=0.01), "what they remove"
     uniform = evaluate_once(spec, UNIFORM)
     given = evaluate_once(spec, (spec.rate,) * 3)
     assert uniform.perplexity == given.perplexity
     assert uniform.rate == pytest.approx(spec.rate, abs=0.01)
     assert uniform.report_perplexity is not None
     assert (uniform.seqlen, uniform.tokens, uniform.data) == (64, 2 * 63, spec.fitness.source)
-
-
-def test_rates_are_measured_as_given_and_the_rate_is_what_they_remove(spec: SearchSpec) -> None:
-    assert evaluate_once(spec, (0.2, 0.4, 0.6)).rate == pytest.approx(spec.rate, abs=0.01)
 
 
 def test_sequential_scores_are_taken_once_for_all_texts_of_a_plan(
