@@ -19,20 +19,14 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from agents.llm import responses
 from agents.llm.breaker import LONGEST, retry_after
 from agents.llm.client import Client
 from agents.llm.dialect import Dialect
 from agents.llm.endpoint import ChatPolicy, Endpoint
 from agents.llm.masking import Masking
 from agents.llm.replay import Transcript
-from agents.llm.responses import (
-    LARGEST_CONTEXT,
-    LONGEST_NAME,
-    LONGEST_REPLY,
-    read_completion,
-    read_models,
-    strip_reasoning,
-)
+from agents.llm.responses import LONGEST_REPLY, read_completion, read_models, strip_reasoning
 from agents.operators.edits import Mix, Mutation, Profile, apply_mix, apply_mutation, apply_profile
 from agents.population.view import Member, View
 from agents.prompting.replies import json_blocks, parse_lists, parse_objects
@@ -200,11 +194,13 @@ def test_no_wait_in_a_body_is_anything_but_a_number_of_seconds(told: object) -> 
 def test_an_implausible_context_is_ignored(context: object) -> None:
     body = json.dumps({"data": [{"id": "m", "max_model_len": context, "meta": {"n_ctx": context}}]}).encode()
     assert read_models(body) == {"m": None}
-    assert read_models(b'{"data": [{"id": "m", "n_ctx": %d}]}' % LARGEST_CONTEXT) == {"m": LARGEST_CONTEXT}
+    assert read_models(b'{"data": [{"id": "m", "n_ctx": %d}]}' % responses.LARGEST_CONTEXT) == {
+        "m": responses.LARGEST_CONTEXT
+    }
 
 
 def test_a_model_whose_name_is_too_long_or_no_text_is_skipped() -> None:
-    names: list[object] = ["m" * (LONGEST_NAME + 1), 7, None, ["m"], {"m": 1}, True, "good"]
+    names: list[object] = ["m" * (responses.LONGEST_NAME + 1), 7, None, ["m"], {"m": 1}, True, "good"]
     assert read_models(json.dumps({"data": [{"id": name} for name in names]}).encode()) == {"good": None}
 
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+from collections.abc import Sequence
 
 from agents.population.keeper import PopulationKeeper
 from agents.population.population import Evaluation, Population
@@ -13,12 +14,17 @@ def of_round(round_: int, made: Candidate) -> Candidate:
     return made.model_copy(update={"provenance": made.provenance.model_copy(update={"round": round_})})
 
 
-def test_members_are_ranked_by_perplexity_and_ties_by_round() -> None:
+def population_of(many: Sequence[Candidate], perplexities: Sequence[float]) -> Population:
     population = Population()
+    for each, perplexity in zip(many, perplexities, strict=True):
+        population.insert(each, measured(perplexity, each))
+    return population
+
+
+def test_members_are_ranked_by_perplexity_and_ties_by_round() -> None:
     many = candidates(4)
     many[2] = of_round(2, many[2])
-    for each, perplexity in zip(many, (5.0, 3.0, 5.0, 4.0), strict=True):
-        population.insert(each, measured(perplexity, each))
+    population = population_of(many, (5.0, 3.0, 5.0, 4.0))
     assert [e.candidate for e in population.top(4)] == [many[1], many[3], many[0], many[2]]
     assert [e.candidate for e in population.top(2)] == [many[1], many[3]]
 
@@ -32,21 +38,13 @@ def test_members_are_ranked_by_divergence_where_it_was_measured() -> None:
 
 
 def test_the_rank_does_not_depend_on_which_outcome_came_first() -> None:
-    many = candidates(4)
-    ranks = set()
-    for order in itertools.permutations(many):
-        population = Population()
-        for each in order:
-            population.insert(each, measured(5.0, each))
-        ranks.add(tuple(e.candidate.id for e in population.top(4)))
-    assert len(ranks) == 1
+    populations = [population_of(order, (5.0,) * 4) for order in itertools.permutations(candidates(4))]
+    assert len({tuple(e.candidate.id for e in population.top(4)) for population in populations}) == 1
 
 
 def test_members_of_later_rounds_can_be_left_out() -> None:
-    population = Population()
-    many = candidates(4)
-    for number, each in enumerate(many):
-        population.insert(of_round(number, each), measured(5.0 - number, each))
+    many = [of_round(number, each) for number, each in enumerate(candidates(4))]
+    population = population_of(many, (5.0, 4.0, 3.0, 2.0))
     assert [e.candidate.id for e in population.top(4, before=2)] == [many[1].id, many[0].id]
     assert [e.candidate.id for e in population.top(1, before=2)] == [many[1].id]
 

@@ -10,16 +10,8 @@ from gpu_worker.evaluation.one_shot import allocate_once
 from gpu_worker.pruning.calibration import calibrate
 from gpu_worker.pruning.importance import outlier_share
 from protocol.errors import BudgetError
-from protocol.plans.allocation import (
-    Allocation,
-    DenseMeasurements,
-    Method,
-    allocation_rates,
-    llm_pruner_rates,
-    owl_rates,
-    sensitivity_rates,
-    uniform_rates,
-)
+from protocol.plans import allocation as allocations
+from protocol.plans.allocation import Allocation, Method, llm_pruner_rates, owl_rates, sensitivity_rates
 from protocol.plans.plan import make_plan
 from protocol.plans.rates import weighted_mean
 from protocol.plans.shape import Granularity, LayerShape, ModelShape
@@ -77,7 +69,9 @@ def test_owl_spreads_the_kept_share_over_twice_lambda_around_what_is_left() -> N
 
 
 def test_owl_without_differences_is_uniform() -> None:
-    assert owl_rates([2.0] * 4, 0.08, SHAPE, 0.3, "layer") == uniform_rates(SHAPE, 0.3, "layer") == (0.3,) * 4
+    assert (
+        owl_rates([2.0] * 4, 0.08, SHAPE, 0.3, "layer") == allocations.uniform_rates(SHAPE, 0.3, "layer") == (0.3,) * 4
+    )
 
 
 def test_llm_pruner_prunes_the_layers_that_its_readme_names() -> None:
@@ -89,7 +83,9 @@ def test_llm_pruner_prunes_the_layers_that_its_readme_names() -> None:
 
 def test_first_layer_spares_that_alone() -> None:
     """And so does LLM-Pruner where it is told to."""
-    first_layer = allocation_rates(Allocation(method="first-layer"), DenseMeasurements(), SHAPE, 0.3, "block")
+    first_layer = allocations.allocation_rates(
+        Allocation(method="first-layer"), allocations.DenseMeasurements(), SHAPE, 0.3, "block"
+    )
     for rates in (first_layer, llm_pruner_rates(1, 0, SHAPE, 0.3, "block")):
         assert rates[:2] == (0, 0) and rates[2:] == pytest.approx([0.4] * 6, abs=2e-5)
 

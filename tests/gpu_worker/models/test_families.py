@@ -12,7 +12,7 @@ from protocol.errors import ModelError
 from protocol.plans.plan import Plan, count_parameters, dense_plan, make_plan
 from protocol.plans.shape import ModelShape
 from tests.support.pruned_models import keep, logits_of, masked_logits, scores_of
-from tests.support.tiny_models import tiny_llama, tiny_model
+from tests.support.tiny_models import tiny_causal_lm, tiny_llama, tiny_model
 
 HEADS: dict[str, dict[str, Any]] = {
     "grouped-query": {},
@@ -76,11 +76,7 @@ def test_an_exported_model_belongs_to_its_family(family: str) -> None:
 
 
 def test_splitting_fused_projections_changes_nothing() -> None:
-    config = transformers.Phi3Config(
-        vocab_size=64, hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, pad_token_id=None,
-    )  # fmt: skip
-    model = transformers.Phi3ForCausalLM(config).eval()
+    model = tiny_causal_lm("phi3")
     tokens = torch.arange(20)[None]
     with torch.inference_mode():
         before = model(input_ids=tokens).logits

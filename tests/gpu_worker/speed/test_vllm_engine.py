@@ -140,13 +140,9 @@ def copied(folders: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(folders / "hf", tmp_path / "copy"))
 
 
-def test_vllm_runs_our_code_of_our_folders_and_no_other(folders: Path) -> None:
-    assert needs_remote_code(folders / "hf")
-    assert not needs_remote_code(folders / "dense")
-
-
 @pytest.mark.parametrize("name", ["modeling_pruned_llama.py", "helpers.py", "custom_generate/generate.py"])
-def test_vllm_is_given_no_code_that_is_not_ours(copied: Path, name: str) -> None:
+def test_vllm_is_given_no_code_that_is_not_ours(folders: Path, copied: Path, name: str) -> None:
+    assert needs_remote_code(folders / "hf") and not needs_remote_code(folders / "dense")
     file = copied / name
     file.parent.mkdir(exist_ok=True)
     file.write_text("import os\n")
