@@ -47,11 +47,19 @@ def test_commands_that_ask_no_llm_do_not_wait_for_openai_to_load() -> None:
     assert "openai" not in modules_after_importing("daemon.cli")
 
 
-def test_ruff_refuses_a_forbidden_import(tmp_path: Path) -> None:
-    source = "import torch\n"
-    command = [sys.executable, "-m", "ruff", "check", "--select", "TID251"]
-    command += ["--stdin-filename", "daemon/example.py", "-"]
-    done = subprocess.run(command, input=source, capture_output=True, text=True, cwd=ROOT)
+def test_ruff_refuses_a_forbidden_import() -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "ruff",
+        "check",
+        "--select",
+        "TID251",
+        "--stdin-filename",
+        "daemon/example.py",
+        "-",
+    ]
+    done = subprocess.run(command, input="import torch\n", capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1 and "only gpu_worker loads models" in done.stdout
 
 
