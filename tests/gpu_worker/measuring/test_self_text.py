@@ -8,8 +8,6 @@ from gpu_worker.progress import no_progress
 from tests.support.real_model import need_smollm2
 from tests.support.tiny_models import save_tiny_folder
 
-pytestmark = pytest.mark.usefixtures("own_cache")
-
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
@@ -56,6 +54,7 @@ def test_sampling_leaves_the_programs_own_dice_alone(model: LoadedModel) -> None
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.usefixtures("own_cache")
 def test_the_text_is_written_once_and_kept(model: LoadedModel) -> None:
     first = self_text(model, 3, 16, 0, no_progress)
 
