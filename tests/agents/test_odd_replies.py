@@ -24,7 +24,8 @@ from tests.agents.prompting.test_prompts import view_of
 from tests.agents.test_agents import ScriptedChat
 
 TEMPLATES = PromptTemplates()
-TEMPLATES._variables = cache(TEMPLATES._variables)  # type: ignore[method-assign]  (parsed once, not for each question)
+# Templates are parsed once, not for each question.
+TEMPLATES._variables = cache(TEMPLATES._variables)  # type: ignore[method-assign]
 KEYS = "proposals configurations profile attention mlp keep parent parents changes first last points block layers"
 WORDS = f"{KEYS} trades mix".split(" ")
 NUMBERS = st.one_of(

@@ -8,14 +8,13 @@ import torch
 import transformers
 from datasets.exceptions import DatasetGenerationError
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from gpu_worker.measuring import corpora
 from gpu_worker.measuring.corpora import Texts, load_roles, load_texts
 from protocol.errors import DataError
 from protocol.plans.spec import SearchSpec, TextSpec
 from tests.support.tiny_models import save_tiny_folder
-
-Tokenizer = transformers.PreTrainedTokenizerFast
 
 
 @pytest.fixture(scope="module")
