@@ -110,9 +110,8 @@ def test_files_of_the_pages_exist() -> None:
     for page in PAGES:
         if page.is_relative_to(NOTES) or page in GENERATED:
             continue
-        for name in re.findall(
-            r"`((?:agents|benchmarks|configs|daemon|deploy|docs|gpu_worker|protocol)/[\w./-]*)`", page.read_text()
-        ):
+        folders = "agents|benchmarks|configs|daemon|deploy|docs|gpu_worker|protocol"
+        for name in re.findall(rf"`((?:{folders})/[\w./-]*)`", page.read_text()):
             assert (ROOT / name).exists(), (page, name)
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from importlib import resources
 from typing import Generic, TypeVar
 
@@ -36,6 +37,7 @@ def fill(name: str, **variables: object) -> str:
     return _ENVIRONMENT.get_template(name).render(**variables).strip()
 
 
+@cache
 def _variables(name: str) -> set[str]:
     """Return the variables of the template and of the parts that it includes."""
     tree = _ENVIRONMENT.parse(_read(name))

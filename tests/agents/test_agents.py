@@ -30,9 +30,7 @@ class ScriptedChat:
     def __init__(self, script: Script) -> None:
         self.script = script
         self.conversations: list[list[Message]] = []
-        self.seeds: list[int] = []
-        self.limits: list[int] = []
-        self.temperatures: list[float] = []
+        self.questions: list[Question] = []
         self.finish_reason = "stop"
 
     async def ask(self, question: Question) -> Answer:
@@ -40,9 +38,7 @@ class ScriptedChat:
         # A message that cannot be encoded fails here.
         json.dumps([dict(m) for m in question.messages], ensure_ascii=False).encode()
         self.conversations.append(list(question.messages))
-        self.seeds.append(question.seed)
-        self.limits.append(question.max_tokens)
-        self.temperatures.append(question.temperature)
+        self.questions.append(question)
         reply = self.script(number)
         if isinstance(reply, Exception):
             raise reply
@@ -98,7 +94,7 @@ async def test_a_good_reply_becomes_a_candidate_of_the_llm() -> None:
 async def test_every_question_has_the_temperature_of_the_settings() -> None:
     chat = ScriptedChat(lambda n: "As you wish." if n == 0 else profile(n))
     await initialise(chat, Desk(), 2, AgentSettings(reply="edits", temperature=0.7))
-    assert chat.temperatures == [0.7] * 3
+    assert [question.temperature for question in chat.questions] == [0.7] * 3
 
 
 async def test_nothing_is_asked_for_no_candidates() -> None:
@@ -162,7 +158,7 @@ async def test_calls_run_at_the_same_time_each_with_its_own_seed() -> None:
 
     chat, desk = Meeting(profile), Desk()
     assert await initialise(chat, desk, 5) == 5
-    assert len(set(chat.seeds)) == 5
+    assert len({question.seed for question in chat.questions}) == 5
 
 
 async def test_the_same_search_asks_with_the_same_seeds() -> None:
@@ -170,7 +166,7 @@ async def test_the_same_search_asks_with_the_same_seeds() -> None:
     for _ in range(2):
         chat = ScriptedChat(profile)
         await initialise(chat, Desk(), 4)
-        seeds.append(chat.seeds)
+        seeds.append([question.seed for question in chat.questions])
     assert seeds[0] == seeds[1]
 
 
@@ -180,13 +176,10 @@ async def test_agents_stop_quietly_when_the_budget_is_used_up() -> None:
     assert len(chat.conversations) == 5 and desk.refused == 3
 
 
-async def test_the_fallback_gives_up_where_nothing_new_is_left() -> None:
-    class Full(Desk):
-        async def submit(self, rates: Sequence[float], provenance: Provenance) -> Accepted | Refused:
-            self.refused += 1
-            return Refused("it prunes the model exactly as an earlier configuration does")
-
-    chat, desk = ScriptedChat(down), Full()
+async def test_the_fallback_gives_up_where_nothing_new_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    chat, desk = ScriptedChat(down), Desk()
+    desk.accepted["0" * 16] = Provenance(agent="baseline", source="allocation", round=0)
+    monkeypatch.setattr("tests.agents.test_agents.candidate_id", lambda *_: "0" * 16)  # all are that one
     assert await initialise(chat, desk, 2) == 0
     assert 0 < desk.refused < 1000
 
@@ -211,18 +204,14 @@ async def test_text_that_cannot_be_encoded_is_not_sent_back() -> None:
     assert desk.sources() == ["llm"]
 
 
-async def test_of_a_reply_that_was_cut_off_only_the_beginning_is_shown_again() -> None:
-    chat, desk = ScriptedChat(lambda n: "[0.1, " + "0.1, " * 1000), Desk()
-    chat.finish_reason = "length"
-    await initialise(chat, desk, 1)
-    assert 0 < len(chat.conversations[1][2]["content"]) < 1000
-
-
 async def test_a_reply_that_is_cut_off_is_given_more_room() -> None:
-    chat, desk = ScriptedChat(lambda n: "Let me think"), Desk()
+    """Only its beginning is shown again."""
+    chat = ScriptedChat(lambda n: "[0.1, " + "0.1, " * 1000)
     chat.finish_reason = "length"
-    await initialise(chat, desk, 1)
-    assert chat.limits[0] < chat.limits[1] < chat.limits[2] <= EDITS.max_tokens
+    await initialise(chat, Desk(), 1)
+    assert 0 < len(chat.conversations[1][2]["content"]) < 1000
+    first, second, third = (question.max_tokens for question in chat.questions)
+    assert first < second < third <= EDITS.max_tokens
 
 
 async def test_mutator_and_crossover_name_the_parents_of_their_offspring() -> None:

@@ -86,7 +86,7 @@ async def ask_everybody(view: View, reply: ReplyFormat, text: str) -> list[tuple
 @pytest.mark.parametrize("granularity", ["layer", "block"])
 @pytest.mark.parametrize("reply", ["lists", "edits", "moves"])
 @given(text=REPLIES)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_no_reply_becomes_rates_off_budget(reply: ReplyFormat, granularity: Granularity, text: str) -> None:
     view = view_of(granularity)
     spec, shape = view.spec, view.profile.shape

@@ -1,6 +1,6 @@
 """A server for each fault test, and the table of faults at the end.
 
-`@pytest.mark.fault(rows, fault, how, holds)` puts a test into the table; `NOT_TESTED` holds the rows that have none.
+marks.py puts a test into the table; `NOT_TESTED` holds the rows that have none.
 """
 
 import shutil
@@ -12,6 +12,8 @@ import pytest
 
 from daemon.state import store as store_module
 from tests.faults.kit import PASSWORD, Kit, fault_kit
+from tests.faults.searching import Search, answer
+from tests.support.scripted_llm import ScriptedLlm
 from tests.support.servers import Server, server_binary
 
 NOT_TESTED: dict[str, tuple[str, str]] = {
@@ -64,6 +66,17 @@ def _short_signs_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
 async def kit(own_server: Server, tmp_path: Path) -> AsyncIterator[Kit]:
     async with fault_kit(own_server, tmp_path) as kit:
         yield kit
+
+
+@pytest.fixture
+async def llm() -> AsyncIterator[ScriptedLlm]:
+    async with ScriptedLlm(answer) as llm:
+        yield llm
+
+
+@pytest.fixture
+def search(kit: Kit, llm: ScriptedLlm, tmp_path: Path) -> Search:
+    return Search(kit, [llm.settings], tmp_path)
 
 
 @pytest.hookimpl(hookwrapper=True)

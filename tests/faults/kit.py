@@ -67,6 +67,10 @@ class WorkerProcess:
     async def ended(self, seconds: float = 20) -> int:
         return await asyncio.wait_for(self.process.wait(), seconds)
 
+    async def is_late(self) -> None:
+        """Wait until this worker has committed one outcome, which did not count."""
+        await eventually(lambda: [event["counts"] for event in self.events("outcome_committed")] == [False])
+
     def events(self, name: str = "") -> list[dict[str, Any]]:
         lines = self.log.read_text().splitlines()
         return [event for line in lines if (event := strict_json(line))["event"] == name or not name]
@@ -87,10 +91,7 @@ class Daemon:
         self.ledger, self.population = history.ledger, history.population
         await self.store.repair(self.queue, history)
         self.keeper = PopulationKeeper(
-            self.queue,
-            self.population,
-            self.ledger,
-            on_evaluation=lambda evaluation, _: self.noted.append(evaluation),
+            self.queue, self.population, self.ledger, on_evaluation=lambda evaluation, _: self.noted.append(evaluation)
         )
         self._tasks = [
             asyncio.create_task(self.keeper.run()),
@@ -116,11 +117,18 @@ class Daemon:
             waiting = [id_ for id_ in self.ledger if id_ not in self.population]
             raise AssertionError(f"after {seconds} seconds {waiting} have no outcome")
 
-    async def measured(self, count: int, seconds: float = 60) -> None:
-        async def enough() -> bool:
-            return self.population.outcomes >= count
+    async def settle(self, many: Sequence[Candidate], seconds: float = 60) -> None:
+        """Issue the candidates and wait until they have their outcomes."""
+        await self.issue(many)
+        await self.settled(seconds)
 
-        await eventually(enough, seconds)
+    async def measure(self, many: Sequence[Candidate]) -> None:
+        """Issue the candidates and wait until everything issued is measured."""
+        await self.issue(many)
+        await self.measured(len(self.ledger))
+
+    async def measured(self, count: int, seconds: float = 60) -> None:
+        await eventually(lambda: self.population.outcomes >= count, seconds)
 
     def outcome(self, of: Candidate) -> Outcome:
         evaluation = self.population.get(of.id)
@@ -201,13 +209,22 @@ class Kit:
         self.workers.append(worker)
         return worker
 
+    async def started(
+        self, script: Mapping[str, Sequence[str]] | None = None, *, workers: int = 1, **options: Any
+    ) -> tuple[Daemon, list[WorkerProcess]]:
+        """Start a daemon, and workers with these `options` whose evaluations follow `script`."""
+        if script is not None:
+            self.write_script(script)
+        return await self.daemon(), [await self.worker(**options) for _ in range(workers)]
+
+    async def begun(self, daemon: Daemon, one: Candidate) -> None:
+        """Issue `one` and wait until its evaluation has begun."""
+        await daemon.issue([one])
+        await self.evaluating(one.id)
+
     async def evaluating(self, id_: str, times: int = 1, seconds: float = 30) -> None:
         """Wait until the evaluation of `id_` has begun `times` times."""
-
-        async def begun() -> bool:
-            return self.evaluations[id_] >= times
-
-        await eventually(begun, seconds)
+        await eventually(lambda: self.evaluations[id_] >= times, seconds)
 
     async def beating(self, workers: int, seconds: float = 30) -> None:
         """Wait until that many workers have sent a heartbeat."""
@@ -226,6 +243,12 @@ class Kit:
         if not await self.redis.exists(self.keys.jobs):
             return []
         return list(await self.redis.xpending_range(self.keys.jobs, GROUP, "-", "+", 1000))
+
+    async def has_released(self) -> None:
+        """Wait until one job is pending, and handed back."""
+        async with asyncio.timeout(30):
+            while [row["consumer"] for row in await self.pending()] != ["released"]:
+                await asyncio.sleep(0.02)
 
     async def dead(self) -> list[dict[str, str]]:
         return [fields for _, fields in await self.redis.xrange(self.keys.dead)]
@@ -264,18 +287,10 @@ class Kit:
         if self.unsettled or not self.daemons:
             return
         daemon = self.daemons[-1]
-        applied = await self.redis.lrange(self.keys.applied, 0, -1)
-        issued = await self.redis.lrange(self.keys.issued, 0, -1)
-        assert sorted(issued) == sorted(daemon.ledger), "I1: the ledger on the server is the daemon's"
-        assert sorted(applied) == sorted(issued), "I1: every issued candidate has one outcome"
-        assert len(set(applied)) == len(applied), "I2: nothing is applied twice"
-        assert set(applied) == set(await self.redis.hkeys(self.keys.outcomes)), "I2: applied ids have outcomes"
+        applied = await check_ends(self.redis, self.keys)
+        assert sorted(applied) == sorted(daemon.ledger), "I1: the ledger on the server is the daemon's"
         assert applied == [e.candidate.id for e in daemon.population], "I2: applied in the population's order"
         assert len({e.candidate.id for e in daemon.noted}) == len(daemon.noted), "I2: each is told of once"
-        for key in (self.keys.results, self.keys.jobs):
-            assert not await self.redis.xlen(key), f"I1: {key} is empty at the end"
-        for key in (self.keys.done, self.keys.deaths):
-            assert not await self.redis.hlen(key), f"I1: {key} is empty at the end"
 
     async def _check_evaluations(self) -> None:
         for id_, times in self.evaluations.items():
@@ -297,11 +312,8 @@ class Kit:
                 strict_json(line)  # I7
 
     async def _check_nothing_left(self) -> None:
-        async def nothing() -> bool:
-            return not self.processes()
-
         try:
-            await eventually(nothing, 10)
+            await eventually(lambda: not self.processes(), 10)
         except TimeoutError:
             raise AssertionError(f"I8: processes are left: {self.processes()}") from None
 
@@ -320,6 +332,18 @@ class Kit:
             if any(str(self.folder) in word for word in words) and process.info["status"] != psutil.STATUS_ZOMBIE:
                 found.append(" ".join(words)[:200])
         return [line for line in found if "-server" not in line]
+
+
+async def check_ends(redis: Any, keys: Keys) -> list[str]:
+    """Check I1 and I2 on the server, and return the applied ids in their order."""
+    issued, applied = [await redis.lrange(key, 0, -1) for key in (keys.issued, keys.applied)]
+    assert sorted(applied) == sorted(issued), "I1: every issued candidate has one outcome"
+    assert len(set(applied)) == len(applied), "I2: nothing is applied twice"
+    assert set(applied) == set(await redis.hkeys(keys.outcomes)), "I2: applied ids have outcomes"
+    assert set(issued) == set(await redis.hkeys(keys.candidates)), "I1: what is issued is in the ledger"
+    lengths = [await redis.xlen(key) for key in (keys.jobs, keys.results)]
+    assert not any([*lengths, await redis.exists(keys.done, keys.deaths)]), "I1: nothing is left at the end"
+    return list(applied)
 
 
 def strict_json(line: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from daemon.settings.sources import load
 from protocol.queue.keys import Keys
-from tests.faults.kit import PASSWORD, Kit, strict_json
+from tests.faults.kit import PASSWORD, Kit, WorkerProcess, check_ends, strict_json
 from tests.support.root import ROOT
 from tests.support.samples import profile_for
 from tests.support.schema_answers import value_of
@@ -41,6 +41,7 @@ class Search:
         self.kit, self.folder = kit, folder
         self.keys = Keys(name)
         self.config = folder / "search.yaml"
+        self.out = folder / "runs" / name
         self._llm = llm or {"reply": "edits"}
         self.write_config(rounds=rounds, endpoints=endpoints)
         kit.profile = profile_for(load(self.config, []).spec())
@@ -76,8 +77,24 @@ class Search:
                 start_new_session=True,
             )
 
+    async def begun(self, behaviour: str) -> tuple[asyncio.subprocess.Process, WorkerProcess]:
+        """Start the daemon, and a worker each of whose evaluations does `behaviour`."""
+        self.kit.write_script({"*": [behaviour]})
+        return await self.start(), await self.kit.worker()
+
     async def applied(self) -> int:
         return int(await self.kit.redis.llen(self.keys.applied))
+
+    async def has_applied(self, count: int, seconds: float = 90) -> None:
+        """Wait until the daemon has applied that many outcomes."""
+        async with asyncio.timeout(seconds):
+            while await self.applied() < count:
+                await asyncio.sleep(0.02)
+
+    async def ends_well(self, daemon: asyncio.subprocess.Process, seconds: float = 120) -> None:
+        """Wait for the daemon's end, and check it."""
+        assert await asyncio.wait_for(daemon.wait(), seconds) == 0
+        await self.check_end()
 
     async def history(self) -> dict[str, tuple[Any, ...]]:
         """Return the candidates of the search, independent of the order in which workers finished."""
@@ -90,18 +107,8 @@ class Search:
 
     async def check_end(self) -> None:
         """Check the invariants of a finished search, on the server and in its folder."""
-        redis, keys = self.kit.redis, self.keys
-        issued = await redis.lrange(keys.issued, 0, -1)
-        applied = await redis.lrange(keys.applied, 0, -1)
-        assert sorted(applied) == sorted(issued), "I1: every issued candidate has one outcome"
-        assert len(set(applied)) == len(applied), "I2: nothing is applied twice"
-        assert set(applied) == set(await redis.hkeys(keys.outcomes)), "I2: applied ids have outcomes"
-        assert set(issued) == set(await redis.hkeys(keys.candidates)), "I1: what is issued is in the ledger"
-        for key in (keys.jobs, keys.results):
-            assert not await redis.xlen(key), f"I1: {key} is empty at the end"
-        for key in (keys.done, keys.deaths):
-            assert not await redis.hlen(key), f"I1: {key} is empty at the end"
-        lines = (self.folder / "runs" / keys.search / "evaluations.jsonl").read_text().splitlines()
+        applied = await check_ends(self.kit.redis, self.keys)
+        lines = (self.out / "evaluations.jsonl").read_text().splitlines()
         assert [strict_json(line)["id"] for line in lines] == applied, "I2: the folder's copy is the same"
         self._check_logs()
 

@@ -8,6 +8,7 @@ import pytest
 from gpu_worker.worker.evaluator import EVALUATION_PROCESS
 from protocol.plans.spec import SearchSpec
 from tests.faults.kit import Kit
+from tests.faults.marks import slow_fault
 from tests.support.broken_models import with_array, with_config, with_index, with_pipe
 from tests.support.tiny_models import save_tiny_folder
 from tests.support.tiny_specs import tiny_spec
@@ -22,9 +23,8 @@ BROKEN: dict[str, tuple[Callable[[Path], Path], str]] = {
 """How a folder is broken, and a part of the error message."""
 
 
-@pytest.mark.faults
 @pytest.mark.parametrize("name", BROKEN)
-@pytest.mark.fault("64", "a target model that claims too much", "10^9 layers, GGUF of 2^40, ../", "exit 2, at once")
+@slow_fault("64", "a target model that claims too much", "10^9 layers, GGUF of 2^40, ../", "exit 2, at once")
 async def test_a_worker_refuses_a_model_that_cannot_be(kit: Kit, tmp_path: Path, name: str) -> None:
     break_it, sentence = BROKEN[name]
     target = break_it(save_tiny_folder(tmp_path / "target"))

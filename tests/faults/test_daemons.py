@@ -6,14 +6,14 @@ import os
 import random
 import signal
 import sys
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 
 from protocol.queue.control import Control
 from tests.faults.kit import Kit, eventually
-from tests.faults.searching import Search, answer
+from tests.faults.marks import slow_fault
+from tests.faults.searching import Search
 from tests.support.root import ROOT
 from tests.support.scripted_llm import ScriptedLlm
 
@@ -21,11 +21,8 @@ LIVES = 200
 CANDIDATES = 500
 
 
-@pytest.mark.faults
 @pytest.mark.timeout(900)
-@pytest.mark.fault(
-    "29", "the keeper dies between two steps", "SIGKILL, 200 lives, 500 candidates, fixed seed", "each applied once"
-)
+@slow_fault("29", "the keeper dies between two steps", "SIGKILL, 200 lives, 500 candidates", "each applied once")
 async def test_a_keeper_that_dies_again_and_again_applies_every_outcome_once(kit: Kit) -> None:
     await kit.worker()
     draw = random.Random(29)
@@ -57,19 +54,10 @@ async def test_a_keeper_that_dies_again_and_again_applies_every_outcome_once(kit
     assert epochs == sorted(set(epochs)), "each life has a higher epoch than the one before"
 
 
-@pytest.fixture
-async def llm() -> AsyncIterator[ScriptedLlm]:
-    async with ScriptedLlm(answer) as llm:
-        yield llm
-
-
 TOTAL = 1 + 6 + 3 * (4 + 3)
 
 
-@pytest.mark.faults
-@pytest.mark.fault(
-    "12+29", "the daemon and workers are killed in mid-round", "SIGKILL, 5 times", "the undisturbed history"
-)
+@slow_fault("12+29", "the daemon and workers are killed in mid-round", "SIGKILL, 5 times", "the undisturbed history")
 async def test_a_search_that_is_killed_again_and_again_has_the_history_of_an_undisturbed_one(
     kit: Kit, llm: ScriptedLlm, tmp_path: Path
 ) -> None:
@@ -114,19 +102,11 @@ async def test_a_search_that_is_killed_again_and_again_has_the_history_of_an_und
     await search.check_end()
 
 
-@pytest.mark.faults
-@pytest.mark.fault("31", "killed while paused", "pause, SIGKILL all, restart, resume", "stays paused, then goes on")
-async def test_a_pause_outlives_a_kill_of_all(kit: Kit, llm: ScriptedLlm, tmp_path: Path) -> None:
-    search = Search(kit, [llm.settings], tmp_path)
-    kit.write_script({"*": ["sleep:0.1"]})
-    daemon = await search.start()
-    worker = await kit.worker()
-
-    async def some() -> bool:
-        return await search.applied() >= 4
-
-    await eventually(some)
-    await kit.redis.set("selfpruner:faults:control", "pause")
+@slow_fault("31", "killed while paused", "pause, SIGKILL all, restart, resume", "stays paused, then goes on")
+async def test_a_pause_outlives_a_kill_of_all(kit: Kit, llm: ScriptedLlm, search: Search) -> None:
+    daemon, worker = await search.begun("sleep:0.1")
+    await search.has_applied(4)
+    await Control(kit.redis, search.keys).write("pause")
     await asyncio.sleep(2)
     asked, evaluated = len(llm.asked), kit.evaluations.total()
     daemon.kill()
@@ -146,8 +126,7 @@ async def test_a_pause_outlives_a_kill_of_all(kit: Kit, llm: ScriptedLlm, tmp_pa
     await search.check_end()
 
 
-@pytest.mark.faults
-@pytest.mark.fault("32", "killed while writing a file", "SIGKILL, 40 times, at random", "best.json is whole")
+@slow_fault("32", "killed while writing a file", "SIGKILL, 40 times, at random", "best.json is whole")
 async def test_a_file_that_is_being_written_when_its_writer_is_killed_is_whole(tmp_path: Path) -> None:
     path = tmp_path / "best.json"
     code = (
@@ -157,13 +136,9 @@ async def test_a_file_that_is_being_written_when_its_writer_is_killed_is_whole(t
     draw = random.Random(32)
     for _ in range(40):
         writer = await asyncio.create_subprocess_exec(sys.executable, "-c", code, str(path), cwd=ROOT)
-        await eventually(lambda: _written(path), 30)
+        await eventually(path.exists)
         await asyncio.sleep(draw.uniform(0, 0.05))
         writer.kill()
         await writer.wait()
         assert len(json.loads(path.read_text())["filler"]) == 200_000
         path.unlink()
-
-
-async def _written(path: Path) -> bool:
-    return await asyncio.to_thread(path.exists)

@@ -14,9 +14,10 @@ from protocol.plans.candidate import Candidate, Failed, Measured
 from protocol.queue.connection import connect
 from protocol.queue.keys import GROUP
 from tests.faults.kit import Daemon, Kit, candidates, eventually
+from tests.faults.marks import fault, slow_fault
 
 
-@pytest.mark.fault("18", "the data is gone in mid-search", "FLUSHALL", "told loudly, restored, no hot loop")
+@fault("18", "the data is gone in mid-search", "FLUSHALL", "told loudly, restored, no hot loop")
 async def test_a_flushed_server_gets_its_data_back_from_the_daemon(kit: Kit) -> None:
     many = candidates(8)
     kit.write_script({many[-1].id: ["sleep:2"]})
@@ -40,14 +41,11 @@ async def test_a_flushed_server_gets_its_data_back_from_the_daemon(kit: Kit) -> 
     await fresh.end()
 
 
-@pytest.mark.faults
-@pytest.mark.fault("18", "the data is gone again and again", "FLUSHALL every 0.5 s, 10 times", "restored each time")
+@slow_fault("18", "the data is gone again and again", "FLUSHALL every 0.5 s, 10 times", "restored each time")
 async def test_a_server_that_is_flushed_again_and_again_ends_with_every_outcome(kit: Kit) -> None:
     many = candidates(30)
-    kit.write_script({"*": ["sleep:0.2"]})
     kit.disturbed["*"] = 10
-    daemon = await kit.daemon()
-    worker = await kit.worker()
+    daemon, (worker,) = await kit.started({"*": ["sleep:0.2"]})
     await daemon.issue(many)
     for _ in range(10):
         await asyncio.sleep(0.5)
@@ -59,15 +57,11 @@ async def test_a_server_that_is_flushed_again_and_again_ends_with_every_outcome(
 @pytest.mark.parametrize(
     "loss", [pytest.param("group", marks=pytest.mark.faults), "stream", pytest.param("trim", marks=pytest.mark.faults)]
 )
-@pytest.mark.fault(
-    "19", "group or stream gone, stream trimmed", "XGROUP DESTROY, DEL, XTRIM 0", "heals, one outcome each"
-)
+@fault("19", "group or stream gone, stream trimmed", "XGROUP DESTROY, DEL, XTRIM 0", "heals, one outcome each")
 async def test_a_lost_group_stream_or_entry_heals_by_itself(kit: Kit, loss: str) -> None:
     many = candidates(6)
-    kit.write_script({many[0].id: ["sleep:2"]})
     kit.disturbed["*"] = 1
-    daemon = await kit.daemon()
-    worker = await kit.worker()
+    daemon, (worker,) = await kit.started({many[0].id: ["sleep:2"]})
     await daemon.issue(many)
     await kit.evaluating(many[0].id)
     if loss == "group":
@@ -81,8 +75,7 @@ async def test_a_lost_group_stream_or_entry_heals_by_itself(kit: Kit, loss: str)
     assert len(worker.events("lease_lost")) <= 1
 
 
-@pytest.mark.faults
-@pytest.mark.fault("20", "ghosts: pending entries without a body", "a dead owner; XTRIM 0", "gone with their consumer")
+@slow_fault("20", "ghosts: pending entries without a body", "a dead owner; XTRIM 0", "gone with their consumer")
 async def test_ghosts_of_dead_workers_are_cleaned_up_with_them(kit: Kit) -> None:
     many = candidates(3)
     kit.disturbed["*"] = 1
@@ -102,12 +95,11 @@ async def test_ghosts_of_dead_workers_are_cleaned_up_with_them(kit: Kit) -> None
     await eventually(gone)
 
 
-@pytest.mark.fault("21", "the append-only file is cut", "7 bytes off its end, after SIGKILL", "starts, nothing lost")
+@fault("21", "the append-only file is cut", "7 bytes off its end, after SIGKILL", "starts, nothing lost")
 async def test_an_append_only_file_without_its_end_loses_nothing(kit: Kit) -> None:
     many = candidates(6)
     kit.disturbed["*"] = 1
-    daemon = await kit.daemon()
-    await kit.worker()
+    daemon, _ = await kit.started()
     await daemon.issue(many[:3])
     await daemon.measured(3)
     kit.server.kill()
@@ -115,8 +107,7 @@ async def test_an_append_only_file_without_its_end_loses_nothing(kit: Kit) -> No
     with tail.open("r+b") as file:
         file.truncate(tail.stat().st_size - 7)
     kit.server.start()
-    await daemon.issue(many[3:])
-    await daemon.settled()
+    await daemon.settle(many[3:])
 
 
 async def test_a_watch_of_the_servers_files_that_dies_says_so_and_ends_nothing(
@@ -129,19 +120,13 @@ async def test_a_watch_of_the_servers_files_that_dies_says_so_and_ends_nothing(
     monkeypatch.setattr(embedded._ServerFiles, "_are_there", breaks)
     with structlog.testing.capture_logs() as log:
         async with embedded.embedded_server(tmp_path) as url:
-
-            async def told() -> bool:
-                return "server_watch_died" in [line["event"] for line in log]
-
-            await eventually(told, 20)
+            await eventually(lambda: "server_watch_died" in [line["event"] for line in log], 20)
             redis: Any = connect(url)
             assert await redis.ping()
             await redis.aclose()
 
 
-@pytest.mark.fault(
-    "21", "the append-only file is damaged", "its middle zeroed, embedded server", "refused, file and fix named"
-)
+@fault("21", "the append-only file is damaged", "its middle zeroed, embedded server", "refused, file and fix named")
 async def test_a_damaged_append_only_file_is_refused_with_its_name_and_the_fix(tmp_path: Path) -> None:
     async with embedded.embedded_server(tmp_path) as url:
         redis: Any = connect(url)
@@ -157,15 +142,11 @@ async def test_a_damaged_append_only_file_is_refused_with_its_name_and_the_fix(t
             raise AssertionError("it started")
 
 
-@pytest.mark.faults
-@pytest.mark.fault(
-    "22", "the server runs on an older copy", "append-only folder put back", "reconciled, none applied twice"
-)
+@slow_fault("22", "the server runs on an older copy", "append-only folder put back", "reconciled, none applied twice")
 async def test_a_server_on_an_older_copy_of_its_data_is_reconciled(kit: Kit) -> None:
     many = candidates(9)
     kit.disturbed["*"] = 1
-    daemon = await kit.daemon()
-    await kit.worker()
+    daemon, _ = await kit.started()
     await daemon.issue(many[:3])
     await daemon.measured(3)
     data = kit.server.folder / "appendonlydir"
@@ -178,8 +159,7 @@ async def test_a_server_on_an_older_copy_of_its_data_is_reconciled(kit: Kit) -> 
     shutil.copytree(kit.folder / "older", data)
     with structlog.testing.capture_logs() as events:
         kit.server.start()
-        await daemon.issue(many[6:])
-        await daemon.settled()
+        await daemon.settle(many[6:])
         await kit.end()
     assert [event["event"] for event in events].count("redis_lost_data") == 1
 
@@ -192,19 +172,14 @@ async def _write_invalid_results(redis: Any, stream: str, known: Candidate) -> N
     await redis.xadd(stream, {"nothing": "of ours"})
 
 
-@pytest.mark.fault(
-    "30", "results and jobs by another hand", "duplicate, unknown, wrong schema, garbage", "once, or dead"
-)
+@fault("30", "results and jobs by another hand", "duplicate, unknown, wrong schema, garbage", "once, or dead")
 async def test_garbage_in_the_streams_is_dropped_and_the_daemon_and_worker_continue(kit: Kit) -> None:
     first, second = candidates(2)
-    daemon = await kit.daemon()
-    await kit.worker()
-    await daemon.issue([first])
-    await daemon.measured(1)
+    daemon, _ = await kit.started()
+    await daemon.measure([first])
     await _write_invalid_results(kit.redis, kit.keys.results, first)
     await kit.redis.xadd(kit.keys.jobs, {"id": "fedcba9876543210", "candidate": "{", "fingerprint": "x"})
     await kit.redis.xadd(kit.keys.jobs, {"nothing": "of ours"})
-    await daemon.issue([second])
-    await daemon.settled()
+    await daemon.settle([second])
     assert isinstance(daemon.outcome(first), Measured) and isinstance(daemon.outcome(second), Measured)
     assert [dead["reason"] for dead in await kit.dead()] == ["unreadable", "unreadable"]

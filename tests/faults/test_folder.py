@@ -5,7 +5,6 @@ import contextlib
 import json
 import os
 import shutil
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -18,20 +17,14 @@ from protocol.queue.keys import Keys
 from tests.end_to_end.test_run import CANDIDATES, Run
 from tests.end_to_end.test_run import llm as a_scripted_llm  # noqa: F401  (a fixture)
 from tests.end_to_end.test_run import target as a_target  # noqa: F401  (a fixture)
-from tests.faults.kit import Kit
-from tests.faults.searching import Search, answer
+from tests.faults.marks import slow_fault
+from tests.faults.searching import Search
 from tests.support.malformed_http import CORPUS, mutated
 from tests.support.scripted_llm import ScriptedLlm
 from tests.support.servers import eventually
 
 TOTAL = 1 + 6 + 3 * (4 + 3)
 FILES = ("spec.json", "profile.json", "best.json", "evaluations.jsonl", "transcript.jsonl", "status.json", "http-token")
-
-
-@pytest.fixture
-async def llm() -> AsyncIterator[ScriptedLlm]:
-    async with ScriptedLlm(answer) as llm:
-        yield llm
 
 
 def records(path: Path) -> list[dict[str, Any]]:
@@ -42,46 +35,29 @@ def events(folder: Path) -> list[str]:
     return [record["event"] for record in records(folder / "log.jsonl")]
 
 
-@pytest.mark.faults
-@pytest.mark.fault("57", "the folder of a search is removed", "rm -rf in mid-run, three times", "written anew, whole")
-async def test_a_daemon_whose_folder_is_removed_writes_it_anew(kit: Kit, llm: ScriptedLlm, tmp_path: Path) -> None:
-    search = Search(kit, [llm.settings], tmp_path)
-    folder = tmp_path / "runs" / "faults"
-    kit.write_script({"*": ["sleep:0.2"]})
-    daemon = await search.start()
-    await kit.worker()
+@slow_fault("57", "the folder of a search is removed", "rm -rf in mid-run, three times", "written anew, whole")
+async def test_a_daemon_whose_folder_is_removed_writes_it_anew(search: Search, llm: ScriptedLlm) -> None:
+    folder = search.out
+    daemon, _ = await search.begun("sleep:0.2")
     for number in range(3):
-
-        async def far_enough(number: int = number) -> bool:
-            return await search.applied() >= 3 + 5 * number and all((folder / name).exists() for name in FILES)
-
-        await eventually(far_enough, 60)
+        await search.has_applied(3 + 5 * number)
+        await eventually(lambda: all((folder / name).exists() for name in FILES))
         shutil.rmtree(folder, ignore_errors=True)  # the daemon writes meanwhile
-    assert await asyncio.wait_for(daemon.wait(), 120) == 0
-    await search.check_end()
+    await search.ends_well(daemon)
     assert await search.applied() == TOTAL
     assert all((folder / name).exists() for name in (*FILES, "summary.json"))
     assert len(records(folder / "transcript.jsonl")) == len(llm.asked)
     assert events(folder).count("folder_changed") >= 3 and "folder_incomplete" not in events(folder)
 
 
-@pytest.mark.faults
-@pytest.mark.fault("59", "the last line of a file is torn", "7 bytes cut off, in mid-run", "the next record is whole")
-async def test_a_torn_line_swallows_no_record(kit: Kit, llm: ScriptedLlm, tmp_path: Path) -> None:
-    search = Search(kit, [llm.settings], tmp_path)
-    folder = tmp_path / "runs" / "faults"
-    kit.write_script({"*": ["sleep:0.1"]})
-    daemon = await search.start()
-    await kit.worker()
-
-    async def some() -> bool:
-        return await search.applied() >= 8
-
-    await eventually(some, 60)
+@slow_fault("59", "the last line of a file is torn", "7 bytes cut off, in mid-run", "the next record is whole")
+async def test_a_torn_line_swallows_no_record(search: Search, llm: ScriptedLlm) -> None:
+    folder = search.out
+    daemon, _ = await search.begun("sleep:0.1")
+    await search.has_applied(8)
     for name in ("evaluations.jsonl", "transcript.jsonl"):
         os.truncate(folder / name, (folder / name).stat().st_size - 7)
-    assert await asyncio.wait_for(daemon.wait(), 120) == 0
-    await search.check_end()
+    await search.ends_well(daemon)
     whole, torn = 0, 0
     for line in (folder / "transcript.jsonl").read_text().splitlines():
         try:
@@ -92,29 +68,18 @@ async def test_a_torn_line_swallows_no_record(kit: Kit, llm: ScriptedLlm, tmp_pa
     assert (whole, torn) == (len(llm.asked) - 1, 1)
 
 
-@pytest.mark.faults
-@pytest.mark.fault(
-    "61", "requests that are not valid HTTP", "a corpus and 1000 mutations", "few short lines, search ends well"
-)
-async def test_malformed_requests_do_not_reach_the_search(kit: Kit, llm: ScriptedLlm, tmp_path: Path) -> None:
-    search = Search(kit, [llm.settings], tmp_path)
-    folder = tmp_path / "runs" / "faults"
-    kit.write_script({"*": ["sleep:0.2"]})
-    daemon = await search.start()
-    await kit.worker()
-
-    async def listening() -> bool:
-        return "http_api_listening" in events(folder)
-
-    await eventually(listening, 60)
+@slow_fault("61", "requests that are not valid HTTP", "a corpus and 1000 mutations", "few short lines")
+async def test_malformed_requests_do_not_reach_the_search(search: Search) -> None:
+    folder = search.out
+    daemon, _ = await search.begun("sleep:0.2")
+    await eventually(lambda: "http_api_listening" in events(folder), 60)
     (url,) = (record["url"] for record in records(folder / "log.jsonl") if record["event"] == "http_api_listening")
     port = int(url.rpartition(":")[2])
     for request in [*CORPUS.values(), *mutated(61, 1000)]:
         await sent(port, request)
         if daemon.returncode is not None:
             break
-    assert await asyncio.wait_for(daemon.wait(), 120) == 0
-    await search.check_end()
+    await search.ends_well(daemon)
     text = (folder / "log.jsonl").read_text()
     told = [line for line in text.splitlines() if "http_" in line]
     assert "Traceback" not in text and "http_request_failed" not in text
@@ -136,10 +101,7 @@ def run(tmp_path: Path, a_target: Path, a_scripted_llm: ScriptedLlm) -> Run:  # 
     return Run(tmp_path, a_target, a_scripted_llm)
 
 
-@pytest.mark.faults
-@pytest.mark.fault(
-    "58", "the folder goes with the embedded server's files", "rm -rf runs/NAME in mid-run", "server anew, all restored"
-)
+@slow_fault("58", "the folder goes with the embedded server's files", "rm -rf in mid-run", "all restored")
 async def test_a_run_whose_folder_is_removed_with_its_servers_files_goes_on(run: Run) -> None:
     folder = run.folder / "runs" / "s"
     process = await run.start("--set", "search.rounds=8")
@@ -148,11 +110,7 @@ async def test_a_run_whose_folder_is_removed_with_its_servers_files_goes_on(run:
         await Control(redis, Keys("s")).write("pause")
     measured = len(run.evaluations())
     shutil.rmtree(folder, ignore_errors=True)  # the daemon writes meanwhile
-
-    async def restored() -> bool:
-        return "redis_lost_data" in events(folder) and len(run.evaluations()) >= measured
-
-    await eventually(restored, 60)
+    await eventually(lambda: "redis_lost_data" in events(folder) and len(run.evaluations()) >= measured, 60)
     async with connect(embedded_url(folder)) as redis:  # by the socket, which is there again
         await Control(redis, Keys("s")).write("run")
     out_bytes, err_bytes = await asyncio.wait_for(process.communicate(), 120)
@@ -163,10 +121,7 @@ async def test_a_run_whose_folder_is_removed_with_its_servers_files_goes_on(run:
     assert (folder / "valkey" / "appendonlydir").exists()
 
 
-@pytest.mark.faults
-@pytest.mark.fault(
-    "60", "a removed folder is taken by a second run", "rm -rf, then run at once", "one goes on, the other says why"
-)
+@slow_fault("60", "a removed folder is taken by a second run", "rm -rf, then run at once", "one ends, and says why")
 async def test_one_of_two_runs_in_a_removed_folder_ends_with_a_sentence(run: Run) -> None:
     folder = run.folder / "runs" / "s"
     first = await run.start()

@@ -2,18 +2,16 @@
 
 import asyncio
 
-import pytest
-
 from protocol.plans.candidate import Failed
 from protocol.queue.connection import connect
 from protocol.queue.jobs import JobQueue
 from protocol.queue.keys import GROUP
 from tests.faults.kit import LEASE, PASSWORD, Kit, candidates, eventually
+from tests.faults.marks import slow_fault
 from tests.faults.proxy import Proxy
 
 
-@pytest.mark.faults
-@pytest.mark.fault("13", "cancelled reads", "300 claims cancelled at any moment", "nothing stranded")
+@slow_fault("13", "cancelled reads", "300 claims cancelled at any moment", "nothing stranded")
 async def test_reads_that_are_cancelled_strand_nothing(kit: Kit) -> None:
     daemon = await kit.daemon()
     jobs = JobQueue(kit.redis, kit.keys, "cancelled", lease_seconds=LEASE)
@@ -40,14 +38,12 @@ async def test_reads_that_are_cancelled_strand_nothing(kit: Kit) -> None:
     await jobs.release()
 
 
-@pytest.mark.faults
-@pytest.mark.fault("25", "connections are cut", "CLIENT KILL every 0.3 s, 10 times", "completes, no connection leaks")
+@slow_fault("25", "connections are cut", "CLIENT KILL every 0.3 s, 10 times", "completes, no connection leaks")
 async def test_connections_that_are_cut_cost_nothing(kit: Kit) -> None:
     await _cut_connections(kit, times=10, every=0.3)
 
 
-@pytest.mark.faults
-@pytest.mark.fault("25", "connections are cut for long", "CLIENT KILL every second, 30 times", "completes, none leaks")
+@slow_fault("25", "connections are cut for long", "CLIENT KILL every second, 30 times", "completes, none leaks")
 async def test_connections_that_are_cut_for_long_cost_nothing(kit: Kit) -> None:
     await _cut_connections(kit, times=30, every=1)
 
@@ -75,8 +71,7 @@ async def _cut_connections(kit: Kit, *, times: int, every: float) -> None:
     await killer.aclose()
 
 
-@pytest.mark.faults
-@pytest.mark.fault("26", "a bad line", "proxy: 0.2 s latency, 5 % of blocks reset", "completes")
+@slow_fault("26", "a bad line", "proxy: 0.2 s latency, 5 % of blocks reset", "completes")
 async def test_a_slow_line_that_is_cut_at_random_costs_nothing(kit: Kit) -> None:
     kit.disturbed["*"] = 3
     daemon = await kit.daemon()
@@ -84,14 +79,12 @@ async def test_a_slow_line_that_is_cut_at_random_costs_nothing(kit: Kit) -> None
         proxy.latency, proxy.cut_share = 0.2, 0.05
         for _ in range(2):
             await kit.worker(url=proxy.url(PASSWORD), lease_seconds=10)
-        await daemon.issue(candidates(20))
-        await daemon.settled(240)
+        await daemon.settle(candidates(20), 240)
         assert proxy.cuts
         await kit.end()
 
 
-@pytest.mark.faults
-@pytest.mark.fault("26", "a worker is cut off", "proxy: blackhole for 20 s", "loses its lease, one outcome")
+@slow_fault("26", "a worker is cut off", "proxy: blackhole for 20 s", "loses its lease, one outcome")
 async def test_a_worker_that_is_cut_off_loses_its_job_and_its_late_outcome_changes_nothing(kit: Kit) -> None:
     (one,) = candidates(1)
     kit.write_script({one.id: ["sleep:2", "instant"]})
@@ -99,29 +92,20 @@ async def test_a_worker_that_is_cut_off_loses_its_job_and_its_late_outcome_chang
     daemon = await kit.daemon()
     async with Proxy(kit.server.socket) as proxy:
         first = await kit.worker(url=proxy.url(PASSWORD))
-        await daemon.issue([one])
-        await kit.evaluating(one.id)
+        await kit.begun(daemon, one)
         proxy.blackhole = True
         await kit.worker()
         await daemon.settled(19)
         await asyncio.sleep(20)
         proxy.blackhole = False
-
-        async def late() -> bool:
-            return [e["counts"] for e in first.events("outcome_committed")] == [False]
-
-        await eventually(late)
+        await eventually(lambda: [e["counts"] for e in first.events("outcome_committed")] == [False])
         await kit.end()
 
 
-@pytest.mark.faults
-@pytest.mark.fault("27", "every job looks idle", "XCLAIM IDLE 1e6; server SIGSTOP 3 leases", "evaluated once")
+@slow_fault("27", "every job looks idle", "XCLAIM IDLE 1e6; server SIGSTOP 3 leases", "evaluated once")
 async def test_jobs_that_look_idle_after_a_standstill_are_left_to_their_living_owners(kit: Kit) -> None:
     running = candidates(2)
-    kit.write_script({each.id: [f"sleep:{6 * LEASE}"] for each in running})
-    daemon = await kit.daemon()
-    for _ in range(4):
-        await kit.worker()
+    daemon, _ = await kit.started({each.id: [f"sleep:{6 * LEASE}"] for each in running}, workers=4)
     await daemon.issue(running)
     for each in running:
         await kit.evaluating(each.id)

@@ -11,6 +11,7 @@ import psutil
 import pytest
 
 from tests.faults.kit import Kit, strict_json
+from tests.faults.marks import fault, slow_fault
 from tests.faults.searching import Search, answer
 from tests.support.hostile_replies import KINDS, Hostile, as_json, completion, http
 from tests.support.hostile_server import HostileServer
@@ -51,7 +52,7 @@ class HostileSearch(Search):
             while daemon.returncode is None:
                 self.largest = max(self.largest, process.memory_info().rss)
                 await asyncio.sleep(0.05)
-        log = (self.folder / "runs" / self.keys.search / "log.jsonl").read_text()
+        log = (self.out / "log.jsonl").read_text()
         assert daemon.returncode == 0, log[-3000:]
         await self.check_end()
         lines = [strict_json(line) for line in log.splitlines()]
@@ -70,10 +71,7 @@ def between(first: str, last: str) -> list[Hostile]:
     return KINDS[names.index(first) : names.index(last) + 1]
 
 
-@pytest.mark.faults
-@pytest.mark.fault(
-    "41", "an LLM endpoint speaks no HTTP, or lies about it", "every kind, on a raw socket", "the search ends well"
-)
+@slow_fault("41", "an LLM endpoint speaks no HTTP, or lies about it", "every kind, raw socket", "the search ends well")
 async def test_a_search_outlives_every_breach_of_http(kit: Kit, tmp_path: Path) -> None:
     kinds = between("nothing, and closes", "a reply of 3 MB")
     async with HostileServer(each_once(kinds)) as server:
@@ -82,8 +80,7 @@ async def test_a_search_outlives_every_breach_of_http(kit: Kit, tmp_path: Path) 
         assert len(server.served) > 0.8 * len(kinds)
 
 
-@pytest.mark.faults
-@pytest.mark.fault("42", "a reply takes long to read", "every hostile text, megabytes", "no silence")
+@slow_fault("42", "a reply takes long to read", "every hostile text, megabytes", "no silence")
 async def test_no_text_keeps_a_daemon_from_its_other_work(kit: Kit, tmp_path: Path) -> None:
     kinds = named("text: ", "charset", "an error with charset")
     async with HostileServer(each_once(kinds)) as server:
@@ -92,7 +89,7 @@ async def test_no_text_keeps_a_daemon_from_its_other_work(kit: Kit, tmp_path: Pa
         assert len(server.served) > 0.8 * len(kinds)
 
 
-@pytest.mark.fault("43", "an LLM endpoint counts tokens that cannot be", "10^400, 10^30, 1e999, …", "the budget stays")
+@fault("43", "an LLM endpoint counts tokens that cannot be", "10^400, 10^30, 1e999, …", "the budget stays")
 async def test_no_count_of_tokens_uses_up_a_budget(kit: Kit, tmp_path: Path) -> None:
     kinds = named("usage of")
     async with HostileServer(each_once(kinds)) as server:
@@ -102,7 +99,7 @@ async def test_no_count_of_tokens_uses_up_a_budget(kit: Kit, tmp_path: Path) -> 
     assert "budget" not in [line.get("degraded") for line in lines]
 
 
-@pytest.mark.fault("44", "an LLM endpoint names a date that cannot be", "Retry-After in the year 10^11", "it waits")
+@fault("44", "an LLM endpoint names a date that cannot be", "Retry-After in the year 10^11", "it waits")
 async def test_a_search_outlives_odd_dates(kit: Kit, tmp_path: Path) -> None:
     kinds = [kind for kind in named("retry") if "9999" in kind.name or "NaN" in kind.name or "list" in kind.name]
     async with HostileServer(each_once(kinds)) as server:
@@ -111,9 +108,8 @@ async def test_a_search_outlives_odd_dates(kit: Kit, tmp_path: Path) -> None:
         assert server.served
 
 
-@pytest.mark.faults
 @pytest.mark.parametrize("seed", [1, 2])
-@pytest.mark.fault("45", "an LLM endpoint sends anything", "all kinds at random, every other answer good", "ends well")
+@slow_fault("45", "an LLM endpoint sends anything", "all kinds at random, every other answer good", "ends well")
 async def test_a_search_outlives_anything(kit: Kit, tmp_path: Path, seed: int) -> None:
     rng = random.Random(seed)
     kinds = [kind for kind in KINDS if not kind.refuses and "retry" not in kind.name]

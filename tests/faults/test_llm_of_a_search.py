@@ -26,10 +26,11 @@ from protocol.plans.profile import ModelProfile
 from protocol.queue.jobs import JobQueue
 from protocol.queue.keys import Keys
 from tests.daemon.search.test_search import unevenness
+from tests.faults.marks import fault
 from tests.support.samples import profile_for
 from tests.support.schema_answers import value_of
 from tests.support.scripted_llm import Handler, Reply, ScriptedLlm, hangs, lists_models, refuses
-from tests.support.servers import Server
+from tests.support.servers import Server, eventually
 
 CANDIDATES = 4 + 2 * (3 + 2)
 NOWHERE = EndpointSettings(base_url="http://127.0.0.1:9/v1", model="model", name="nowhere")
@@ -107,7 +108,7 @@ def settings_of(llm: ScriptedLlm, **more: Any) -> EndpointSettings:
 # Away
 
 
-@pytest.mark.fault("38", "the LLM is away for the whole search", "a closed port", "fallbacks go on, degraded")
+@fault("38", "the LLM is away for the whole search", "a closed port", "fallbacks go on, degraded")
 async def test_a_search_without_any_llm_uses_the_fallback_and_says_so(daemon: Daemon) -> None:
     with capture_logs() as logs:
         summary = await daemon.run([NOWHERE])
@@ -125,12 +126,6 @@ async def test_a_search_without_any_llm_uses_the_fallback_and_says_so(daemon: Da
     ]
 
 
-async def test_an_endpoint_that_only_fails_is_asked_seldom(daemon: Daemon) -> None:
-    async with ScriptedLlm([refuses(500, "broken")]) as llm:
-        await daemon.run([settings_of(llm)], "llm.failures_to_open=4", "llm.concurrency=1")
-        assert len(llm.asked) == 4
-
-
 async def test_an_endpoint_that_comes_back_is_used_again_and_the_state_says_so(daemon: Daemon) -> None:
     broken = 6
 
@@ -144,7 +139,7 @@ async def test_an_endpoint_that_comes_back_is_used_again_and_the_state_says_so(d
     assert not condition.degraded and condition.endpoints["fake"].state == "asked"
 
 
-@pytest.mark.fault("35", "the LLM is not there at the start", "started late", "the search begins by itself")
+@fault("35", "the LLM is not there at the start", "started late", "the search begins by itself")
 async def test_a_search_waits_at_its_start_for_an_endpoint_that_is_not_there_yet(daemon: Daemon) -> None:
     async with ScriptedLlm() as llm:
         port, endpoint = llm.port, settings_of(llm)
@@ -156,7 +151,7 @@ async def test_a_search_waits_at_its_start_for_an_endpoint_that_is_not_there_yet
     assert summary.candidates["by_source"]["llm"] > CANDIDATES / 2
 
 
-@pytest.mark.fault("34", "the LLM asks to be left alone", "Retry-After 300", "one request, fallbacks go on")
+@fault("34", "the LLM asks to be left alone", "Retry-After 300", "one request, fallbacks go on")
 async def test_a_long_wait_that_an_endpoint_asks_for_does_not_hold_up_the_search(daemon: Daemon) -> None:
     limited = refuses(429, "slow down", headers={"retry-after": "300"})
     async with ScriptedLlm([limited]) as llm:
@@ -186,9 +181,7 @@ async def test_an_endpoint_that_will_never_answer_is_refused_before_the_search_b
     assert not history.ledger
 
 
-@pytest.mark.fault(
-    "34", "the LLM's quota is used up", "insufficient_quota amid the search", "it rests, fallbacks go on"
-)
+@fault("34", "the LLM's quota is used up", "insufficient_quota amid the search", "it rests, fallbacks go on")
 async def test_a_quota_used_up_within_a_search_ends_the_requests_and_not_the_search(daemon: Daemon) -> None:
     quota = refuses(429, "You exceeded your current quota", code="insufficient_quota")
 
@@ -228,13 +221,12 @@ async def test_what_was_spent_is_kept_when_the_daemon_is_killed(daemon: Daemon) 
 
     async with ScriptedLlm(answers_two) as llm:
         running = asyncio.create_task(daemon.run([settings_of(llm)], "llm.concurrency=1"))
-        while len(llm.asked) < 3:
-            await asyncio.sleep(0.01)
-        for _ in range(200):  # nothing but the answers makes this happen before the next tick
-            if (await daemon.history()).counters.get("prompt_tokens") == 20:
-                break
-            await asyncio.sleep(0.01)
-        assert (await daemon.history()).counters["prompt_tokens"] == 20
+        await eventually(lambda: len(llm.asked) == 3)
+
+        async def is_counted() -> bool:
+            return (await daemon.history()).counters.get("prompt_tokens") == 20
+
+        await eventually(is_counted, 3)  # nothing but the answers makes this happen before the next tick
         running.cancel()
         await asyncio.wait({running})
 
@@ -278,8 +270,7 @@ async def test_a_daemon_killed_within_a_round_asks_nothing_twice(daemon: Daemon)
 
     async with ScriptedLlm(hangs_until_killed) as llm:
         running = asyncio.create_task(daemon.run([settings_of(llm)], "llm.concurrency=1"))
-        while len(llm.asked) < 8:
-            await asyncio.sleep(0.01)
+        await eventually(lambda: len(llm.asked) == 8)
         await asyncio.sleep(0.3)  # so that what was answered is enqueued
         running.cancel()
         await asyncio.wait({running})

@@ -18,6 +18,7 @@ from daemon.local.services import local_llm
 from daemon.settings.llm import EndpointSettings
 from daemon.settings.settings import Settings
 from tests.daemon.local.test_llm_server import say_hi
+from tests.faults.marks import slow_fault
 from tests.support.real_model import need_smollm2
 from tests.support.servers import eventually
 
@@ -64,8 +65,7 @@ async def served(folder: Path) -> AsyncIterator[Served]:
             yield served
 
 
-@pytest.mark.faults
-@pytest.mark.fault("65", "the local LLM dies while it is asked", "SIGKILL, 4 questions open", "one line, started again")
+@slow_fault("65", "the local LLM dies while it is asked", "SIGKILL, 4 questions open", "one line, started again")
 async def test_a_local_llm_killed_while_answering_is_restarted(tmp_path: Path) -> None:
     async with served(tmp_path) as llm:
         asking = [asyncio.create_task(llm.say_hi()) for _ in range(4)]
@@ -76,8 +76,7 @@ async def test_a_local_llm_killed_while_answering_is_restarted(tmp_path: Path) -
         assert llm.events == ["child_restarted"]
 
 
-@pytest.mark.faults
-@pytest.mark.fault("66", "the port of the local LLM is taken", "SIGKILL, another one listens", "starts when it is free")
+@slow_fault("66", "the port of the local LLM is taken", "SIGKILL, another one listens", "starts when it is free")
 async def test_a_local_llm_whose_port_is_taken_starts_when_it_is_free(tmp_path: Path) -> None:
     async with served(tmp_path) as llm:
         llm.process.kill()
@@ -91,17 +90,12 @@ async def test_a_local_llm_whose_port_is_taken_starts_when_it_is_free(tmp_path: 
 
             await eventually(is_taken)
             taken.listen()
-
-            async def restarted() -> bool:
-                return len(llm.events) >= 2
-
-            await eventually(restarted, 60)
+            await eventually(lambda: len(llm.events) >= 2, 60)
         await eventually(llm.answers, 90)
         assert set(llm.events) == {"child_restarted"}
 
 
-@pytest.mark.faults
-@pytest.mark.fault("67", "the local LLM stands still", "SIGSTOP, SIGCONT; ended while stopped", "answers; none is left")
+@slow_fault("67", "the local LLM stands still", "SIGSTOP, SIGCONT; ended while stopped", "answers; none is left")
 async def test_a_frozen_local_llm_is_ended_too(tmp_path: Path) -> None:
     async with served(tmp_path) as llm:
         server = llm.process

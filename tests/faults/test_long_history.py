@@ -16,6 +16,7 @@ from daemon.state.store import SearchStore
 from protocol.plans.plan import Plan
 from protocol.queue.streams import PART
 from tests.faults.kit import Kit
+from tests.faults.marks import slow_fault
 from tests.support.root import ROOT
 from tests.support.samples import PROFILE, SPEC, candidate, measured
 
@@ -62,11 +63,8 @@ async def longest_step() -> AsyncIterator[list[float]]:
     ticking.cancel()
 
 
-@pytest.mark.faults
 @pytest.mark.timeout(600)
-@pytest.mark.fault(
-    "51", "100,000 candidates are lost, and read again", "FLUSHALL", "no request over 1 s, no silence of the daemon"
-)
+@slow_fault("51", "100,000 candidates are lost, and read again", "FLUSHALL", "no request over 1 s, no silence")
 async def test_a_long_history_is_restored_and_read_in_short_requests(kit: Kit) -> None:
     kit.unsettled = True
     history = long_history(COUNT)
@@ -125,8 +123,7 @@ asyncio.run(main())
 """
 
 
-@pytest.mark.faults
-@pytest.mark.fault("52", "killed while it restores", "SIGKILL after 1 to 10 of 10 steps", "the next one completes it")
+@slow_fault("52", "killed while it restores", "SIGKILL after 1 to 10 of 10 steps", "the next one completes it")
 async def test_a_daemon_that_is_killed_while_it_restores_leaves_it_to_the_next_one(kit: Kit) -> None:
     kit.unsettled = True
     count = 4 * PART

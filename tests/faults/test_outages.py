@@ -3,16 +3,14 @@
 import asyncio
 import json
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
-import pytest
 from structlog.testing import capture_logs
 
 from protocol.queue.connection import RedisRetry, connect
 from tests.faults.kit import Kit, eventually
-from tests.faults.searching import Search, answer
-from tests.support.scripted_llm import ScriptedLlm
+from tests.faults.marks import fault
+from tests.faults.searching import Search
 from tests.support.servers import Server
 
 TOLD = ("redis_unreachable", "redis_back")
@@ -83,24 +81,15 @@ async def test_an_outage_in_which_all_gave_up_waiting_is_over_when_anything_succ
     await callers.redis.aclose()
 
 
-@pytest.mark.fault("15", "the server is killed under a daemon", "SIGKILL, then started", "told once, back told once")
-async def test_a_daemon_logs_an_outage_once_and_its_end_once(kit: Kit, tmp_path: Path) -> None:
-    async with ScriptedLlm(answer) as llm:
-        search = Search(kit, [llm.settings], tmp_path)
-        kit.write_script({"*": ["sleep:0.1"]})
-        worker = await kit.worker()
-        daemon = await search.start()
-
-        async def some() -> bool:
-            return await search.applied() >= 4
-
-        await eventually(some, 90)
-        log = tmp_path / "runs" / search.keys.search / "log.jsonl"
-        kit.server.kill()
-        await asyncio.sleep(3)  # all that looks at Redis now and then has looked
-        kit.server.start()
-        kit.disturbed["*"] = 1
-        assert await asyncio.wait_for(daemon.wait(), 120) == 0
-    for lines in (log, worker.log):
+@fault("15", "the server is killed under a daemon", "SIGKILL, then started", "told once, back told once")
+async def test_a_daemon_logs_an_outage_once_and_its_end_once(kit: Kit, search: Search) -> None:
+    daemon, worker = await search.begun("sleep:0.1")
+    await search.has_applied(4)
+    kit.server.kill()
+    await asyncio.sleep(3)  # all that looks at Redis now and then has looked
+    kit.server.start()
+    kit.disturbed["*"] = 1
+    assert await asyncio.wait_for(daemon.wait(), 120) == 0
+    for lines in (search.out / "log.jsonl", worker.log):
         events = Counter(json.loads(line)["event"] for line in lines.read_text().splitlines())
         assert [events[event] for event in TOLD] == [1, 1]

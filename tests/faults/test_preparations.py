@@ -10,106 +10,96 @@ from protocol.plans.candidate import Measured
 from protocol.plans.spec import SearchSpec
 from protocol.queue.profile_board import ProfileBoard
 from tests.faults.kit import LEASE, Kit, WorkerProcess, candidates, eventually
+from tests.faults.marks import fault, slow_fault
 from tests.support.samples import SPEC, profile_for
 
 SECOND, THIRD = (SPEC.model_copy(update={"model": name}) for name in ("second", "third"))
 
 
-async def preparing(kit: Kit, spec: SearchSpec = SPEC, **options: Any) -> WorkerProcess:
-    """Start a worker whose evaluation process never finishes preparing `spec`."""
+async def preparing(kit: Kit, **options: Any) -> WorkerProcess:
+    """Start a worker whose evaluation process never finishes preparing SPEC."""
     kit.write_script({}, prepare="hang")
-    await kit.redis.set(kit.keys.spec, spec.model_dump_json())
+    await set_spec(kit, SPEC)
     worker = await kit.worker(**options)
     await prepares(worker)
     return worker
 
 
+async def set_spec(kit: Kit, spec: SearchSpec) -> None:
+    await kit.redis.set(kit.keys.spec, spec.model_dump_json())
+
+
+async def replace_spec(kit: Kit, *specs: SearchSpec) -> None:
+    """Give the search one spec after the other; workers can prepare the last one."""
+    kit.profile = profile_for(specs[-1])
+    kit.write_script({})
+    for spec in specs:
+        await set_spec(kit, spec)
+    await publishes(kit, specs[-1])
+
+
 async def prepares(worker: WorkerProcess) -> None:
-    async def grandchild() -> bool:
-        return len(worker.children()) > 1  # the evaluation process hangs, and what it started
-
-    await eventually(grandchild)
-
-
-def alive(process: psutil.Process) -> bool:
-    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    """Wait until the evaluation process hangs, which has started a process itself."""
+    await eventually(lambda: len(worker.children()) > 1)
 
 
 async def publishes(kit: Kit, spec: SearchSpec) -> None:
-    async def has_profile() -> bool:
-        return await ProfileBoard(kit.redis, kit.keys).read(spec.fingerprint) is not None
-
-    await eventually(has_profile, 15)
+    await eventually(lambda: ProfileBoard(kit.redis, kit.keys).read(spec.fingerprint), 15)
 
 
 async def has_given_up(worker: WorkerProcess, reason: str) -> None:
-    async def told() -> bool:
-        return [event["reason"] for event in worker.events("preparation_given_up")] == [reason]
+    def reasons() -> list[str]:
+        return [event["reason"] for event in worker.events("preparation_given_up")]
 
-    await eventually(told, 15)
+    await eventually(lambda: reasons() == [reason], 15)
 
 
-@pytest.mark.fault("63", "a spec replaced while a worker prepares it", "SET spec", "given up, the new one is prepared")
+@fault("63", "a spec replaced while a worker prepares it", "SET spec", "given up, the new one is prepared")
 async def test_a_worker_stops_preparing_a_replaced_spec(kit: Kit) -> None:
     worker = await preparing(kit)
     old = worker.children()
-    kit.profile = profile_for(SECOND)
-    kit.write_script({})
-    await kit.redis.set(kit.keys.spec, SECOND.model_dump_json())
-    await publishes(kit, SECOND)
+    await replace_spec(kit, SECOND)
     await has_given_up(worker, f"the search has another spec ({SECOND.fingerprint})")
-    assert not any(map(alive, old))
+    assert not any(each.is_running() and each.status() != psutil.STATUS_ZOMBIE for each in old)
     assert len(worker.events("model_ready")) == 1
 
 
-@pytest.mark.faults
-@pytest.mark.fault("63", "a spec replaced twice", "SET spec, SET spec", "only the last one is prepared")
+@slow_fault("63", "a spec replaced twice", "SET spec, SET spec", "only the last one is prepared")
 async def test_the_last_of_several_quickly_replaced_specs_is_prepared(kit: Kit) -> None:
     worker = await preparing(kit)
-    kit.profile = profile_for(THIRD)
-    kit.write_script({})
-    for spec in (SECOND, THIRD):
-        await kit.redis.set(kit.keys.spec, spec.model_dump_json())
-    await publishes(kit, THIRD)
+    await replace_spec(kit, SECOND, THIRD)
     await has_given_up(worker, f"the search has another spec ({THIRD.fingerprint})")
 
 
-@pytest.mark.faults
-@pytest.mark.fault("63", "a search that is gone while a worker prepares", "DEL spec", "given up after a lease")
+@slow_fault("63", "a search that is gone while a worker prepares", "DEL spec", "given up after a lease")
 async def test_a_worker_stops_preparing_for_a_search_that_is_gone(kit: Kit) -> None:
     worker = await preparing(kit)
     await kit.redis.delete(kit.keys.spec)
     await has_given_up(worker, f"the search has been gone for {LEASE:g} seconds")
-    await eventually(lambda: _childless(worker))
+    await eventually(lambda: not worker.children())
     kit.write_script({})
-    await kit.redis.set(kit.keys.spec, SPEC.model_dump_json())
+    await set_spec(kit, SPEC)
     await publishes(kit, SPEC)
 
 
-async def _childless(worker: WorkerProcess) -> bool:
-    return not worker.children()
-
-
-@pytest.mark.faults
-@pytest.mark.fault("63", "data that is lost and restored at once", "FLUSHALL, SET spec", "the preparation goes on")
+@slow_fault("63", "data that is lost and restored at once", "FLUSHALL, SET spec", "the preparation goes on")
 async def test_a_worker_keeps_preparing_if_the_search_is_restored(kit: Kit) -> None:
     worker = await preparing(kit, lease_seconds=30)
     old = {child.pid for child in worker.children()}
     await kit.redis.flushall()
     await asyncio.sleep(2.5)  # longer than it takes to look
-    await kit.redis.set(kit.keys.spec, SPEC.model_dump_json())
+    await set_spec(kit, SPEC)
     await asyncio.sleep(2.5)
     assert {child.pid for child in worker.children()} == old
     assert not worker.events("preparation_given_up")
 
 
-@pytest.mark.faults
-@pytest.mark.fault("63", "a search that is stopped while a worker prepares", "SET control stop", "waits for its start")
+@slow_fault("63", "a search that is stopped while a worker prepares", "SET control stop", "waits for its start")
 async def test_a_worker_prepares_nothing_for_a_search_that_is_stopped(kit: Kit) -> None:
     worker = await preparing(kit)
     await kit.redis.set(kit.keys.control, "stop")
     await has_given_up(worker, "the search is stopped")
-    await eventually(lambda: _childless(worker))
+    await eventually(lambda: not worker.children())
     kit.write_script({})
     await asyncio.sleep(2)
     assert not worker.children()
@@ -117,8 +107,7 @@ async def test_a_worker_prepares_nothing_for_a_search_that_is_stopped(kit: Kit) 
     await publishes(kit, SPEC)
 
 
-@pytest.mark.faults
-@pytest.mark.fault("63", "what cannot be read in place of the spec", "SET spec, garbage", "the preparation goes on")
+@slow_fault("63", "what cannot be read in place of the spec", "SET spec, garbage", "the preparation goes on")
 @pytest.mark.parametrize("garbage", [b"{", b"\xff\xfe", b"null"])
 async def test_a_spec_that_cannot_be_read_ends_no_preparation(kit: Kit, garbage: bytes) -> None:
     worker = await preparing(kit)
@@ -126,23 +115,15 @@ async def test_a_spec_that_cannot_be_read_ends_no_preparation(kit: Kit, garbage:
     await kit.redis.set(kit.keys.spec, garbage)
     await asyncio.sleep(2 * LEASE)
     assert {child.pid for child in worker.children()} == old
-    await kit.redis.set(kit.keys.spec, SECOND.model_dump_json())
-    kit.profile = profile_for(SECOND)
-    kit.write_script({})
-    await publishes(kit, SECOND)
+    await replace_spec(kit, SECOND)
 
 
-@pytest.mark.faults
-@pytest.mark.fault("63", "a replaced spec whose model cannot be had", "SET spec, then no model", "moves to the new one")
+@slow_fault("63", "a replaced spec whose model cannot be had", "SET spec, then no model", "moves to the new one")
 async def test_a_worker_does_not_end_for_the_model_of_a_spec_that_was_replaced(kit: Kit) -> None:
     kit.write_script({}, prepare="usage-error-when-replaced")
-    await kit.redis.set(kit.keys.spec, SPEC.model_dump_json())
+    await set_spec(kit, SPEC)
     worker = await kit.worker()
-
-    async def started() -> bool:
-        return bool(worker.children())
-
-    await eventually(started)
+    await eventually(lambda: bool(worker.children()))
     kit.profile = profile_for(SECOND)
     await kit.redis.set(kit.keys.spec, SECOND.model_dump_json())
     kit.write_script({})
@@ -150,18 +131,15 @@ async def test_a_worker_does_not_end_for_the_model_of_a_spec_that_was_replaced(k
     assert worker.process.returncode is None
 
 
-@pytest.mark.faults
-@pytest.mark.fault("63", "a preparation ends beside a worker", "SET control stop", "the other measures on")
+@slow_fault("63", "a preparation ends beside a worker", "SET control stop", "the other measures on")
 async def test_the_end_of_a_preparation_disturbs_no_other_worker(kit: Kit) -> None:
-    daemon = await kit.daemon()
-    working = await kit.worker()
+    daemon, (working,) = await kit.started()
     await publishes(kit, SPEC)
     (one,) = candidates(1)
     kit.write_script({one.id: ["sleep:6"]}, prepare="hang")
     late = await kit.worker()
     await prepares(late)
-    await daemon.issue([one])
-    await kit.evaluating(one.id)
+    await kit.begun(daemon, one)
     await kit.redis.set(kit.keys.control, "stop")
     await has_given_up(late, "the search is stopped")
     await daemon.settled()
@@ -169,24 +147,17 @@ async def test_the_end_of_a_preparation_disturbs_no_other_worker(kit: Kit) -> No
     assert len(working.events("model_ready")) == 1
 
 
-@pytest.mark.faults
-@pytest.mark.fault("63", "a stop while a dead process is replaced", "child killed, stop", "the job is free")
+@slow_fault("63", "a stop while a dead process is replaced", "child killed, stop", "the job is free")
 async def test_a_job_is_handed_back_where_the_search_is_stopped_while_the_model_is_loaded_again(kit: Kit) -> None:
     (one,) = candidates(1)
     kit.write_script({one.id: ["sleep:600"]})
     kit.unsettled = True
-    daemon = await kit.daemon()
-    worker = await kit.worker(lease_seconds=60)
-    await daemon.issue([one])
-    await kit.evaluating(one.id)
+    daemon, (worker,) = await kit.started(lease_seconds=60)
+    await kit.begun(daemon, one)
     kit.write_script({one.id: ["sleep:600"]}, prepare="hang")
     (child,) = worker.children()
     child.kill()
     await prepares(worker)
     await kit.redis.set(kit.keys.control, "stop")
     await has_given_up(worker, "the search is stopped")
-
-    async def free() -> bool:
-        return [row["consumer"] for row in await kit.pending()] == ["released"]
-
-    await eventually(free)
+    await kit.has_released()

@@ -5,6 +5,7 @@ import json
 import shutil
 import tempfile
 import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from protocol.queue.connection import RedisRetry, connect
 from protocol.queue.control import Control
 from protocol.queue.keys import GROUP
 from tests.faults.kit import LEASE, PASSWORD, Daemon, Kit, candidates, eventually, fault_kit
+from tests.faults.marks import fault, slow_fault
 from tests.faults.proxy import Proxy
-from tests.faults.searching import Search, answer
+from tests.faults.searching import Search
 from tests.support.scripted_llm import ScriptedLlm
 from tests.support.servers import Server, server_binary
 
@@ -54,55 +56,54 @@ LASTING = [
 ]
 
 
-@pytest.mark.parametrize("error", [*PASSING, *LATER], ids=lambda error: repr(error)[:20])
-async def test_a_transient_error_is_retried(own_server: Server, error: str | bytes) -> None:
+@pytest.fixture
+async def proxy(own_server: Server) -> AsyncIterator[Proxy]:
     async with Proxy(own_server.socket) as proxy:
-        redis: Any = connect(proxy.url(PASSWORD))
-        retry = RedisRetry(redis, "a", longest_wait=0.1)
-        await retry(lambda: redis.set("a", "1"))
-        proxy.refuse(error)
-        with capture_logs() as logs:
-            asking = [
-                asyncio.create_task(retry(lambda: redis.get("a"))),
-                asyncio.create_task(retry(lambda: redis.pipeline(transaction=True).get("a").get("a").execute())),
-            ]
+        yield proxy
 
-            async def refused() -> bool:
-                return proxy.refused.total() >= 12
 
-            await eventually(refused)
-            proxy.refusals.clear()
-            assert await asyncio.gather(*asking) == ["1", ["1", "1"]]
-        assert [line["event"] for line in logs] == ["redis_unreachable", "redis_back"]
-        assert retry.outages == 2
-        await redis.aclose()
+@pytest.fixture
+async def redis(proxy: Proxy) -> AsyncIterator[Any]:
+    """A client of the server behind the proxy."""
+    client = connect(proxy.url(PASSWORD))
+    yield client
+    await client.aclose()
+
+
+@pytest.mark.parametrize("error", [*PASSING, *LATER], ids=lambda error: repr(error)[:20])
+async def test_a_transient_error_is_retried(proxy: Proxy, redis: Any, error: str | bytes) -> None:
+    retry = RedisRetry(redis, "a", longest_wait=0.1)
+    await retry(lambda: redis.set("a", "1"))
+    proxy.refuse(error)
+    with capture_logs() as logs:
+        reading = asyncio.create_task(retry(lambda: redis.get("a")))
+        both = asyncio.create_task(retry(lambda: redis.pipeline(transaction=True).get("a").get("a").execute()))
+        await eventually(lambda: proxy.refused.total() >= 12)
+        proxy.refusals.clear()
+        assert (await reading, await both) == ("1", ["1", "1"])
+    assert [line["event"] for line in logs] == ["redis_unreachable", "redis_back"]
+    assert retry.outages == 2
 
 
 @pytest.mark.parametrize(("error", "kind", "sentence"), LASTING, ids=lambda value: repr(value)[:20])
 async def test_a_permanent_error_is_a_sentence(
-    own_server: Server, error: str, kind: type[SelfPrunerError], sentence: str
+    proxy: Proxy, redis: Any, error: str, kind: type[SelfPrunerError], sentence: str
 ) -> None:
-    async with Proxy(own_server.socket) as proxy:
-        redis: Any = connect(proxy.url(PASSWORD))
-        retry = RedisRetry(redis, "a")
-        await retry(redis.ping)
-        proxy.refuse(error)
-        with pytest.raises(kind, match=sentence):
-            await retry(lambda: redis.get("a"))
-        await redis.aclose()
+    retry = RedisRetry(redis, "a")
+    await retry(redis.ping)
+    proxy.refuse(error)
+    with pytest.raises(kind, match=sentence):
+        await retry(lambda: redis.get("a"))
 
 
 @pytest.mark.parametrize("error", LATER, ids=lambda error: repr(error)[:20])
-async def test_a_wrong_url_is_a_sentence_at_the_first_contact(own_server: Server, error: str | bytes) -> None:
-    async with Proxy(own_server.socket) as proxy:
-        redis: Any = connect(proxy.url(PASSWORD))
-        proxy.refuse(error)
-        with pytest.raises(SettingsError, match=r"redis\.url: the server"):
-            await RedisRetry(redis, "a")(lambda: redis.get("a"))
-        await redis.aclose()
+async def test_a_wrong_url_is_a_sentence_at_the_first_contact(proxy: Proxy, redis: Any, error: str | bytes) -> None:
+    proxy.refuse(error)
+    with pytest.raises(SettingsError, match=r"redis\.url: the server"):
+        await RedisRetry(redis, "a")(lambda: redis.get("a"))
 
 
-@pytest.mark.fault("47", "a storm of errors", "proxy: 15 kinds, 30 % of the commands", "waited for; one outcome each")
+@fault("47", "a storm of errors", "proxy: 15 kinds, 30 % of the commands", "waited for; one outcome each")
 async def test_daemon_and_workers_outlast_a_storm_of_errors(kit: Kit) -> None:
     many = candidates(8)
     kit.disturbed["*"] = 2  # a beat that is refused for a lease
@@ -115,8 +116,7 @@ async def test_daemon_and_workers_outlast_a_storm_of_errors(kit: Kit) -> None:
         await kit.beating(len(workers))  # LATER are permanent errors at the first contact
         for error in [*PASSING, *LATER]:
             proxy.refuse(error, share=0.02)
-        await daemon.issue(many)
-        await daemon.settled(120)
+        await daemon.settle(many, 120)
         proxy.refusals.clear()
         assert len(proxy.refused) > 3
         assert all(worker.process.returncode is None for worker in workers)
@@ -125,15 +125,12 @@ async def test_daemon_and_workers_outlast_a_storm_of_errors(kit: Kit) -> None:
         await redis.aclose()
 
 
-@pytest.mark.faults
-@pytest.mark.fault("47", "failover and back under a worker", "REPLICAOF, later NO ONE", "waited for")
+@slow_fault("47", "failover and back under a worker", "REPLICAOF, later NO ONE", "waited for")
 async def test_a_failover_is_waited_for(kit: Kit) -> None:
     """Blocked readers get UNBLOCKED, and writers READONLY."""
-    daemon = await kit.daemon()
-    worker = await kit.worker()
+    daemon, (worker,) = await kit.started()
     first, second = candidates(2)
-    await daemon.issue([first])
-    await daemon.measured(1)
+    await daemon.measure([first])
     await kit.redis.replicaof("127.0.0.1", "9")
     issuing = asyncio.create_task(daemon.issue([second]))
     await asyncio.sleep(2)
@@ -143,21 +140,17 @@ async def test_a_failover_is_waited_for(kit: Kit) -> None:
     await daemon.settled()
 
 
-@pytest.mark.faults
-@pytest.mark.fault("47", "another client's long script", "EVAL of 3 s, busy-reply-threshold 100 ms", "waited for")
+@slow_fault("47", "another client's long script", "EVAL of 3 s, busy-reply-threshold 100 ms", "waited for")
 async def test_another_clients_long_script_is_waited_for(kit: Kit) -> None:
     await kit.redis.config_set("busy-reply-threshold", "100")
-    daemon = await kit.daemon()
-    worker = await kit.worker()
+    daemon, (worker,) = await kit.started()
     many = candidates(4)
-    await daemon.issue(many[:1])
-    await daemon.measured(1)
+    await daemon.measure(many[:1])
     other: Any = connect(kit.server.url)
     code = "local e = redis.call('TIME')[1] + 3 while redis.call('TIME')[1] + 0 < e do end return 1"
     script = asyncio.ensure_future(other.eval(code, 0))
     await asyncio.sleep(0.3)
-    await daemon.issue(many[1:])
-    await daemon.settled()
+    await daemon.settle(many[1:])
     assert await script == 1
     assert len(worker.events("redis_unreachable")) == 1
     await other.aclose()
@@ -166,13 +159,11 @@ async def test_another_clients_long_script_is_waited_for(kit: Kit) -> None:
 BYTES = b"\xff\xfe not UTF-8 \x80"
 
 
-@pytest.mark.fault("48", "bytes that are not UTF-8", "in jobs, results, control, worker, profile", "discarded or dead")
+@fault("48", "bytes that are not UTF-8", "in jobs, results, control, worker, profile", "discarded or dead")
 async def test_bytes_that_are_no_text_end_neither_daemon_nor_worker(kit: Kit) -> None:
     first, second = candidates(2)
-    daemon = await kit.daemon()
-    worker = await kit.worker()
-    await daemon.issue([first])
-    await daemon.measured(1)
+    daemon, (worker,) = await kit.started()
+    await daemon.measure([first])
     redis, keys = kit.redis, kit.keys
     await redis.set(keys.control, BYTES)
     await redis.set(keys.worker("other"), BYTES)
@@ -181,8 +172,7 @@ async def test_bytes_that_are_no_text_end_neither_daemon_nor_worker(kit: Kit) ->
     await redis.xadd(keys.results, {BYTES: BYTES})
     await redis.xadd(keys.jobs, {"id": BYTES, "candidate": BYTES, "fingerprint": "x"})
     await redis.xadd(keys.jobs, {BYTES: BYTES})
-    await daemon.issue([second])
-    await daemon.settled()
+    await daemon.settle([second])
     assert isinstance(daemon.outcome(second), Measured)
     assert [dead["reason"] for dead in await kit.dead()] == ["unreadable", "unreadable"]
     assert len(worker.events("control_not_understood")) == 1
@@ -190,44 +180,29 @@ async def test_bytes_that_are_no_text_end_neither_daemon_nor_worker(kit: Kit) ->
     await redis.delete(keys.worker("other"))
 
 
-@pytest.mark.faults
-@pytest.mark.fault("49", "the data is gone while paused", "pause, FLUSHALL", "stays paused; then resumes")
-async def test_a_pause_outlives_a_flushed_server(kit: Kit, tmp_path: Path) -> None:
-    async with ScriptedLlm(answer) as llm:
-        search = Search(kit, [llm.settings], tmp_path)
-        kit.write_script({"*": ["sleep:0.1"]})
-        daemon = await search.start()
-        await kit.worker()
-
-        async def some() -> bool:
-            return await search.applied() >= 4
-
-        await eventually(some, 90)
-        await Control(kit.redis, search.keys).write("pause")
-        await asyncio.sleep(3)
-        asked = len(llm.asked)
-        for _ in range(3):
-            await kit.redis.flushall()
-            await asyncio.sleep(4)
-        assert (len(llm.asked), daemon.returncode) == (asked, None)
-        assert await kit.redis.get(search.keys.control) == await kit.redis.get(search.keys.last_command) == "pause"
-        await Control(kit.redis, search.keys).write("run")
-        kit.disturbed["*"] = 3
-        assert await asyncio.wait_for(daemon.wait(), 120) == 0
-        await search.check_end()
+@slow_fault("49", "the data is gone while paused", "pause, FLUSHALL", "stays paused; then resumes")
+async def test_a_pause_outlives_a_flushed_server(kit: Kit, llm: ScriptedLlm, search: Search) -> None:
+    daemon, _ = await search.begun("sleep:0.1")
+    await search.has_applied(4)
+    await Control(kit.redis, search.keys).write("pause")
+    await asyncio.sleep(3)
+    asked = len(llm.asked)
+    for _ in range(3):
+        await kit.redis.flushall()
+        await asyncio.sleep(4)
+    assert (len(llm.asked), daemon.returncode) == (asked, None)
+    assert await kit.redis.get(search.keys.control) == await kit.redis.get(search.keys.last_command) == "pause"
+    await Control(kit.redis, search.keys).write("run")
+    kit.disturbed["*"] = 3
+    await search.ends_well(daemon)
 
 
-@pytest.mark.faults
-@pytest.mark.fault("50", "a job looks abandoned", "XCLAIM IDLE, signs of life deleted", "evaluated once")
+@slow_fault("50", "a job looks abandoned", "XCLAIM IDLE, signs of life deleted", "evaluated once")
 async def test_a_job_that_looks_abandoned_again_and_again_is_left_to_its_living_owner(kit: Kit) -> None:
     """Idle time jumps, and keys with an expiry are gone."""
     (one,) = candidates(1)
-    kit.write_script({one.id: [f"sleep:{4 * LEASE}"]})
-    daemon = await kit.daemon()
-    for _ in range(3):
-        await kit.worker()
-    await daemon.issue([one])
-    await kit.evaluating(one.id)
+    daemon, _ = await kit.started({one.id: [f"sleep:{4 * LEASE}"]}, workers=3)
+    await kit.begun(daemon, one)
     for _ in range(10):
         await asyncio.sleep(LEASE / 4)
         for row in await kit.pending():
@@ -245,20 +220,15 @@ def fake_clock_library() -> str:
     return str(found)
 
 
-@pytest.mark.faults
-@pytest.mark.fault("50", "the server's clock steps by 120 s", "libfaketime, 4 times", "evaluated once")
+@slow_fault("50", "the server's clock steps by 120 s", "libfaketime, 4 times", "evaluated once")
 async def test_a_step_of_the_servers_clock_takes_no_job_from_a_living_worker(tmp_path: Path) -> None:
     library = fake_clock_library()
     binary = server_binary("valkey")
     assert binary is not None
     folder, clock = Path(tempfile.mkdtemp(prefix="sp-fault-")), tmp_path / "clock"
     server = Server(binary, folder, password=PASSWORD)
-    server.environment = {
-        "LD_PRELOAD": library,
-        "FAKETIME_TIMESTAMP_FILE": str(clock),
-        "FAKETIME_NO_CACHE": "1",
-        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-    }
+    server.environment = {"LD_PRELOAD": library, "FAKETIME_TIMESTAMP_FILE": str(clock)}
+    server.environment |= {"FAKETIME_NO_CACHE": "1", "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
     clock.write_text("+0")
     server.start()
     try:
@@ -268,8 +238,7 @@ async def test_a_step_of_the_servers_clock_takes_no_job_from_a_living_worker(tmp
             daemon = await kit.daemon()
             for _ in range(3):
                 await kit.worker()
-            await daemon.issue([one])
-            await kit.evaluating(one.id)
+            await kit.begun(daemon, one)
             for step in range(1, 5):
                 await asyncio.sleep(1.5 * LEASE)
                 clock.write_text(f"+{120 * step}")
@@ -282,15 +251,11 @@ async def test_a_step_of_the_servers_clock_takes_no_job_from_a_living_worker(tmp
         shutil.rmtree(folder)
 
 
-@pytest.mark.fault(
-    "53", "entries of the history damaged", "HSET, HDEL, bytes that are not UTF-8", "from the copy, or anew"
-)
+@fault("53", "entries of the history damaged", "HSET, HDEL, bytes that are not UTF-8", "from the copy, or anew")
 async def test_damaged_entries_of_the_history_are_left_out_and_may_be_issued_again(kit: Kit) -> None:
     many = candidates(6)
-    daemon = await kit.daemon()
-    await kit.worker()
-    await daemon.issue(many)
-    await daemon.settled()
+    daemon, _ = await kit.started()
+    await daemon.settle(many)
     await daemon.end()
     redis, keys = kit.redis, kit.keys
     await redis.hset(keys.candidates, many[0].id, BYTES)
@@ -305,24 +270,16 @@ async def test_damaged_entries_of_the_history_are_left_out_and_may_be_issued_aga
     kit.unsettled = True
 
 
-@pytest.mark.fault(
-    "54", "the password is changed under a search", "CONFIG SET requirepass, CLIENT KILL", "waits for it"
-)
+@fault("54", "the password is changed under a search", "CONFIG SET requirepass, CLIENT KILL", "waits for it")
 async def test_a_password_that_is_changed_in_mid_search_ends_neither_daemon_nor_worker(kit: Kit) -> None:
-    daemon = await kit.daemon()
-    worker = await kit.worker()
+    daemon, (worker,) = await kit.started()
     first, second = candidates(2)
-    await daemon.issue([first])
-    await daemon.measured(1)
+    await daemon.measure([first])
     operator = connect(kit.server.url)
     await operator.config_set("requirepass", "another")
     await operator.client_kill_filter(_type="normal", skipme=True)
     issuing = asyncio.create_task(daemon.issue([second]))
-
-    async def refused() -> bool:
-        return bool(worker.events("redis_unreachable"))
-
-    await eventually(refused)
+    await eventually(lambda: bool(worker.events("redis_unreachable")))
     await operator.config_set("requirepass", PASSWORD)
     await issuing
     await daemon.settled()

@@ -9,20 +9,15 @@ from redis.asyncio import Redis
 
 from protocol.queue.connection import connect
 from tests.faults.kit import LEASE, PASSWORD, Kit, candidates, eventually
+from tests.faults.marks import fault, slow_fault
 from tests.support.disks import SmallDisk, mounted
 from tests.support.servers import Server, server_binary
 
 
-@pytest.mark.faults
-@pytest.mark.fault(
-    "15", "the server is killed in mid-evaluation", "SIGKILL, down for 2 leases, start", "evaluated once"
-)
+@slow_fault("15", "the server is killed in mid-evaluation", "SIGKILL, down for 2 leases, start", "evaluated once")
 async def test_a_server_that_is_away_for_longer_than_a_lease_costs_no_second_evaluation(kit: Kit) -> None:
     one, *others = candidates(3)
-    kit.write_script({one.id: [f"sleep:{4 * LEASE}"]})
-    daemon = await kit.daemon()
-    for _ in range(2):
-        await kit.worker()
+    daemon, _ = await kit.started({one.id: [f"sleep:{4 * LEASE}"]}, workers=2)
     await daemon.issue([one, *others])
     await kit.evaluating(one.id)
     await daemon.measured(2)
@@ -33,8 +28,7 @@ async def test_a_server_that_is_away_for_longer_than_a_lease_costs_no_second_eva
     assert kit.evaluations[one.id] == 1
 
 
-@pytest.mark.faults
-@pytest.mark.fault("16", "the server stands still while enqueueing", "SIGSTOP for 12 s", "one entry for each id")
+@slow_fault("16", "the server stands still while enqueueing", "SIGSTOP for 12 s", "one entry for each id")
 async def test_enqueueing_to_a_server_that_stands_still_leaves_one_entry_each(kit: Kit) -> None:
     daemon = await kit.daemon()
     many = candidates(5)
@@ -49,14 +43,12 @@ async def test_enqueueing_to_a_server_that_stands_still_leaves_one_entry_each(ki
     await daemon.settled()
 
 
-@pytest.mark.faults
-@pytest.mark.fault("17", "no server at the start", "started 4 s late", "waits, tells it once, then works")
+@slow_fault("17", "no server at the start", "started 4 s late", "waits, tells it once, then works")
 async def test_a_worker_waits_for_a_server_that_is_started_late(kit: Kit) -> None:
     await _starts_late(kit, 4)
 
 
-@pytest.mark.faults
-@pytest.mark.fault("17", "no server at the start for long", "started 30 s late", "at most 10 log lines, then works")
+@slow_fault("17", "no server at the start for long", "started 30 s late", "at most 10 log lines, then works")
 async def test_a_worker_waits_long_for_a_server(kit: Kit) -> None:
     await _starts_late(kit, 30)
 
@@ -69,17 +61,13 @@ async def _starts_late(kit: Kit, seconds: float) -> None:
     assert len(worker.events("redis_unreachable")) == 1
     kit.server.start()
     daemon = await kit.daemon()
-    await daemon.issue(candidates(2))
-    await daemon.settled()
+    await daemon.settle(candidates(2))
 
 
-@pytest.mark.faults
-@pytest.mark.fault("24", "the server's memory is full", "CONFIG SET maxmemory 1, later 0", "waits, then goes on")
+@slow_fault("24", "the server's memory is full", "CONFIG SET maxmemory 1, later 0", "waits, then goes on")
 async def test_a_server_without_memory_is_waited_for(kit: Kit) -> None:
     many = candidates(6)
-    kit.write_script({"*": ["sleep:0.5"]})
-    daemon = await kit.daemon()
-    worker = await kit.worker()
+    daemon, (worker,) = await kit.started({"*": ["sleep:0.5"]})
     await daemon.issue(many)
     await kit.evaluating(many[1].id)
     await kit.redis.config_set("maxmemory", "1")
@@ -91,7 +79,7 @@ async def test_a_server_without_memory_is_waited_for(kit: Kit) -> None:
     assert len(worker.events("redis_unreachable")) <= 4
 
 
-@pytest.mark.fault("24", "a server that may evict", "maxmemory-policy allkeys-lru", "refused in one sentence")
+@fault("24", "a server that may evict", "maxmemory-policy allkeys-lru", "refused in one sentence")
 async def test_a_worker_refuses_a_server_that_may_evict(kit: Kit) -> None:
     await kit.redis.config_set("maxmemory-policy", "allkeys-lru")
     worker = await kit.worker()
@@ -109,9 +97,8 @@ def small_disk(tmp_path: Path) -> Iterator[SmallDisk]:
         yield disk
 
 
-@pytest.mark.faults
 @pytest.mark.parametrize("kind", ["valkey", "redis"])
-@pytest.mark.fault("23", "the disk is full", "append-only file on a 2 MB disk", "waits, then goes on; nothing lost")
+@slow_fault("23", "the disk is full", "append-only file on a 2 MB disk", "waits, then goes on; nothing lost")
 async def test_a_full_disk_is_waited_for(kind: str, small_disk: SmallDisk, tmp_path: Path) -> None:
     binary = server_binary(kind)
     if binary is None:
@@ -129,11 +116,7 @@ async def test_a_full_disk_is_waited_for(kind: str, small_disk: SmallDisk, tmp_p
             await daemon.issue(many)
             await daemon.measured(2)
             small_disk.fill()
-
-            async def refuses() -> bool:
-                return bool(worker.events("redis_unreachable"))
-
-            await eventually(refuses)
+            await eventually(lambda: bool(worker.events("redis_unreachable")))
             before = daemon.population.outcomes
             small_disk.free()
             await daemon.settled()
@@ -142,7 +125,7 @@ async def test_a_full_disk_is_waited_for(kind: str, small_disk: SmallDisk, tmp_p
         server.kill()
 
 
-@pytest.mark.fault("28", "a second daemon", "take charge of a running search", "refused; the first goes on")
+@fault("28", "a second daemon", "take charge of a running search", "refused; the first goes on")
 async def test_a_second_daemon_is_refused(kit: Kit) -> None:
     from daemon.state.store import SearchStore
     from protocol.errors import SearchExistsError
@@ -154,5 +137,4 @@ async def test_a_second_daemon_is_refused(kit: Kit) -> None:
         await SearchStore(other, kit.keys, SPEC).take_charge()
     await other.aclose()
     await kit.worker()
-    await daemon.issue(candidates(2))
-    await daemon.settled()
+    await daemon.settle(candidates(2))

@@ -10,6 +10,7 @@ import pytest
 from benchmarks.micro.queue_overhead import instant_workers
 from protocol.queue.keys import GROUP
 from tests.faults.kit import Kit
+from tests.faults.marks import slow_fault
 from tests.support.samples import candidate
 
 SEARCHES, EACH = 10, 20_000
@@ -17,9 +18,8 @@ IN_FLIGHT = 60
 ALLOWED_GROWTH_MB = 20
 
 
-@pytest.mark.faults
 @pytest.mark.timeout(2400)
-@pytest.mark.fault("33", "wear", "200,000 instant evaluations in 10 searches", "streams, keys, memory, fds flat")
+@slow_fault("33", "wear", "200,000 instant evaluations in 10 searches", "streams, keys, memory, fds flat")
 async def test_two_hundred_thousand_evaluations_leave_nothing_behind(kit: Kit) -> None:
     if "redis-server" in str(kit.server.process.args):
         pytest.skip("on Valkey alone: it takes long, and leaks of ours do not depend on the server")

@@ -3,16 +3,7 @@
 from collections.abc import Iterable
 
 from gpu_worker.progress import LOG_INTERVAL_SECONDS, LogThrottle
-
-
-class Clock:
-    """Stands still until it is turned."""
-
-    def __init__(self) -> None:
-        self.now = 100.0
-
-    def __call__(self) -> float:
-        return self.now
+from tests.support.clock import Clock
 
 
 def picked(steps: Iterable[tuple[str, int, int]], seconds_each: float) -> list[tuple[str, int, int]]:

@@ -1,7 +1,11 @@
 """Helpers for the tests of Chat."""
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from functools import partial
+from typing import Any
+
+import pytest
 
 from agents.llm.chat import Chat
 from agents.llm.endpoint import Answer, Question
@@ -35,6 +39,25 @@ async def ask(chat: Chat, schema: dict[str, object] | None = SCHEMA, label: str 
             label=label,
         )
     )
+
+
+async def fails(chat: Chat, match: str = ".") -> None:
+    """Ask a question that no endpoint answers; the error matches `match`."""
+    with pytest.raises(EndpointError, match=match):
+        await ask(chat)
+
+
+@asynccontextmanager
+async def two_endpoints(
+    first: Sequence[Handler], second: Sequence[Handler] = (OK,), policy: ChatPolicy = QUICK, **options: Any
+) -> AsyncIterator[tuple[Chat, ScriptedLlm, ScriptedLlm]]:
+    """A chat with two scripted endpoints, `a` and `b`."""
+    async with (
+        ScriptedLlm(first, name="a") as a,
+        ScriptedLlm(second, name="b") as b,
+        Chat([a.endpoint, b.endpoint], policy, **options) as chat,
+    ):
+        yield chat, a, b
 
 
 async def attempts(script: Sequence[Handler], policy: ChatPolicy = QUICK) -> tuple[int, str | EndpointError]:

@@ -1,6 +1,7 @@
 """Hostile replies in valid HTTP: hostile JSON, texts, numbers and errors."""
 
 import base64
+import itertools
 import json
 import random
 from collections.abc import Callable
@@ -114,23 +115,10 @@ def add_contents() -> None:
 
 
 def add_usage() -> None:
-    counts = {
-        "400 digits": "9" * 400,
-        "4,299 digits": "9" * 4299,
-        "5,000 digits": "9" * 5000,
-        "10^30": "1" + "0" * 30,
-        "a million": "1000000",
-        "below zero": "-5",
-        "true": "true",
-        "1e999": "1e999",
-        "NaN": "NaN",
-        "Infinity": "Infinity",
-        "a fraction": "10.5",
-        "text": '"many"',
-        "a list": "[1]",
-        "an object": "{}",
-        "null": "null",
-    }
+    counts = {"400 digits": "9" * 400, "4,299 digits": "9" * 4299, "5,000 digits": "9" * 5000}
+    counts |= {"10^30": "1" + "0" * 30, "a million": "1000000", "below zero": "-5", "a fraction": "10.5"}
+    counts |= {"text": '"many"', "a list": "[1]", "an object": "{}"}
+    counts |= {word: word for word in ("true", "null", "1e999", "NaN", "Infinity")}
     for name, count in counts.items():
         add(f"usage of {name}", http(raw_usage(count)))
     add("usage that is a list", http(completion("x", [1, 2])))
@@ -184,20 +172,8 @@ WAITS = (
     "Mon, 1 Jan 2024 00:00:00 +99999999999999999999",
     "Mon, 99 Jan 2024 99:99:99 GMT",
     "Mon, 1 Jan -5 00:00:00 GMT",
-    "1 Jan",
-    "Jan",
-    ",,,,",
-    "0",
-    "-1",
-    "1e999",
-    "NaN",
-    "Infinity",
-    "9" * 400,
-    "9" * 5000,
-    "1_000",
-    "٣",
-    "soon",
-    "",
+    *("1 Jan", "Jan", ",,,,", "soon", ""),
+    *("0", "-1", "1e999", "NaN", "Infinity", "9" * 400, "9" * 5000, "1_000", "٣"),
 )
 
 
@@ -207,13 +183,8 @@ def add_waits() -> None:
         add(name, error("slow down", "429 No", headers=f"retry-after: {wait}\r\n"))
         add(f"{name}, in ms", error("loading", "503 No", headers=f"retry-after-ms: {wait}\r\n"))
     add("retry-after: any date", lambda rng, _: error("slow down", "429 No", f"retry-after: {odd_date(rng)}\r\n"))
-    for name, value in {
-        "400 digits": "9" * 400,
-        "1e999": "1e999",
-        "NaN": "NaN",
-        "a list": "[]",
-        "true": "true",
-    }.items():
+    values = {"400 digits": "9" * 400, "1e999": "1e999", "NaN": "NaN", "a list": "[]", "true": "true"}
+    for name, value in values.items():
         body = f'{{"error": {{"message": "slow down", "retry_after": {value}}}}}'.encode()
         add(f"retry_after of {name} in the body", http(body, "429 No"))
 
@@ -260,24 +231,18 @@ def add_echoes() -> None:
         "behind 980 characters": lambda key: b"x" * 500 + b" " * 482 + key,
         "behind 190 characters": lambda key: b"x" * 190 + key,
     }
-    for name, form in forms.items():
+    places = {
+        "in an error": (b'{"error": {"message": "bad key X"}}', "500 No"),
+        "in an error with 200": (b'{"error": "bad key X"}', "200 OK"),
+        "in an answer": (completion("X"), "200 OK"),
+        "as the finish reason": (completion("x", finish_reason="X"), "200 OK"),
+    }
+    for (name, form), (place, (body, status)) in itertools.product(forms.items(), places.items()):
 
-        def failing(_: random.Random, request: bytes, form: Callable[[bytes], bytes] = form) -> bytes:
-            return http(b'{"error": {"message": "bad key ' + form(key_in(request)) + b'"}}', "500 No")
+        def echo(_: random.Random, request: bytes, form: Any = form, body: bytes = body, status: str = status) -> bytes:
+            return http(body.replace(b"X", form(key_in(request))), status)
 
-        def failing_with_200(_: random.Random, request: bytes, form: Callable[[bytes], bytes] = form) -> bytes:
-            return http(b'{"error": "bad key ' + form(key_in(request)) + b'"}')
-
-        def answering(_: random.Random, request: bytes, form: Callable[[bytes], bytes] = form) -> bytes:
-            return http(completion("X").replace(b'"X"', b'"' + form(key_in(request)) + b'"'))
-
-        def finishing(_: random.Random, request: bytes, form: Callable[[bytes], bytes] = form) -> bytes:
-            return http(completion("x", finish_reason="X").replace(b'"X"', b'"' + form(key_in(request)) + b'"'))
-
-        add(f"the key {name}, in an error", failing)
-        add(f"the key {name}, in an error with 200", failing_with_200)
-        add(f"the key {name}, in an answer", answering)
-        add(f"the key {name}, as the finish reason", finishing)
+        add(f"the key {name}, {place}", echo)
     add("the key as the content type", lambda _, request: http(b"{}", content_type=key_in(request).decode("latin-1")))
     add("the key in the status line", lambda _, request: http(b"{}", f"500 {key_in(request).decode('latin-1')}"))
     add("the key where HTTP is due", lambda _, request: key_in(request) + b"\r\n\r\n")

@@ -168,18 +168,8 @@ def add_types() -> None:
     add("a stream of events", http(b"data: " + ok + b"\n\ndata: [DONE]\n\n", content_type="text/event-stream"))
     add("a stream of events that says it is JSON", http(b"data: " + ok + b"\n\ndata: [DONE]\n\n"))
     add("a content type of 8 kB", http(ok, content_type="application/json; x=" + "y" * 8000))
-    for charset in (
-        "utf-7",
-        "utf-16",
-        "zlib",
-        "bz2",
-        "punycode",
-        "idna",
-        "rot13",
-        "unicode_escape",
-        "hex",
-        "undefined",
-    ):
+    charsets = ("utf-7", "utf-16", "zlib", "bz2", "punycode", "idna", "rot13", "unicode_escape", "hex", "undefined")
+    for charset in charsets:
         content = f"application/json; charset={charset}"
         add(f"charset {charset}", http(ok, content_type=content))
         body = zlib.compress(b" " * 20 * MB) if charset == "zlib" else b"a" * 50_000 + b"-" + b"a" * 50_000

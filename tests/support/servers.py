@@ -7,12 +7,17 @@ import signal
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from inspect import isawaitable
 from pathlib import Path
 
+import pytest
 from redis import Redis
 from redis.exceptions import RedisError
+
+VALKEY_ONLY = pytest.mark.parametrize("running_server", ["valkey"], indirect=True, scope="session")
+"""For tests that use a server without testing it. Those of tests/protocol and tests/faults run on both kinds."""
 
 
 def server_binary(kind: str) -> str | None:
@@ -96,9 +101,8 @@ def temporary_server(binary: str, *, password: str = "") -> Iterator[Server]:
             server.kill()
 
 
-async def eventually(condition: "object", seconds: float = 30.0) -> None:
-    """Wait until the async function `condition` returns true; fail after `seconds`."""
-    assert callable(condition)
+async def eventually(condition: Callable[[], object], seconds: float = 30.0) -> None:
+    """Wait until `condition`, a function or an async one, returns true; fail after `seconds`."""
     async with asyncio.timeout(seconds):
-        while not await condition():
+        while not (await holds if isawaitable(holds := condition()) else holds):
             await asyncio.sleep(0.02)

@@ -20,15 +20,9 @@ def offspring(rates: list[float], **spec: Any) -> tuple[View, Member, list[tuple
     view = View(SPEC.model_copy(update={"granularity": "block", **spec}), CARD_OF_WIDE, 1, ())
     feasible = view.spec.feasible(tuple(rates), WIDE)
     plan = view.spec.plan(feasible, WIDE)
-    parent = Member(
-        Candidate(
-            id=candidate_id(plan, view.spec.fingerprint),
-            rates=feasible,
-            plan=plan,
-            provenance=Provenance(agent="seed", source="allocation", round=0),
-        ),
-        1.0,
-    )
+    made_by = Provenance(agent="seed", source="allocation", round=0)
+    id_ = candidate_id(plan, view.spec.fingerprint)
+    parent = Member(Candidate(id=id_, rates=feasible, plan=plan, provenance=made_by), 1.0)
     rng = random.Random(0)
     return view, parent, [sample_switches(rng, view, [parent]).rates for _ in range(500)]
 

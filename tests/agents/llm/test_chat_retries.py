@@ -5,25 +5,15 @@ import gzip
 import pytest
 
 from agents.llm.chat import Chat
-from protocol.errors import EndpointError
-from tests.support.chatting import OK, QUICK, ask, attempts, quick
+from tests.faults.test_llm import REPLIES
+from tests.support.chatting import OK, QUICK, ask, attempts, fails, quick
 from tests.support.scripted_llm import (
-    Handler,
     Reply,
     ScriptedLlm,
     as_json,
-    breaks_off,
-    drips,
-    hangs,
-    never_ends,
     refuses,
     says,
 )
-
-
-async def test_a_rate_limit_is_tried_again_and_the_sdk_adds_nothing() -> None:
-    limited = refuses(429, "slow down")
-    assert await attempts([limited, limited, limited, OK]) == (4, "fine")
 
 
 async def test_attempts_are_bounded() -> None:
@@ -50,39 +40,18 @@ async def test_a_quota_that_is_used_up_is_not_tried_again() -> None:
     assert "quota" in str(error)
 
 
-@pytest.mark.parametrize("message", ["the request exceeds the available context size (2048 tokens): response_format"])
-async def test_a_prompt_that_is_too_long_is_a_clear_error_and_does_not_change_the_dialect(message: str) -> None:
+async def test_a_prompt_that_is_too_long_is_a_clear_error_and_does_not_change_the_dialect() -> None:
+    message = "the request exceeds the available context size (2048 tokens): response_format"
     async with ScriptedLlm([refuses(400, message), OK]) as llm, Chat([llm.endpoint], QUICK) as chat:
-        with pytest.raises(EndpointError, match="context size"):
-            await ask(chat)
+        await fails(chat, "context size")
         assert len(llm.asked) == 1
         await ask(chat)  # the endpoint does not rest for it
         assert llm.bodies[1]["response_format"]["type"] == "json_schema"
 
 
-@pytest.mark.parametrize(
-    "bad",
-    [
-        Reply(b"<html>Please log in</html>", content_type="text/html"),
-        Reply(b'{"choices": [{"mess'),
-        Reply(b""),
-        Reply(b"[]"),
-        Reply(b"[" * 100_000),
-        Reply(b"\xff\xfe"),
-        as_json({"choices": None}),
-        as_json({"choices": []}),
-        as_json({"choices": [None]}),
-        as_json({"choices": [{"message": None}]}),
-        as_json({"error": {"message": "overloaded"}}),
-        breaks_off,
-        never_ends,
-        Reply(gzip.compress(b" " * 50_000_000, mtime=0), headers={"content-encoding": "gzip"}),
-        Reply(b" " * 50_000_000, status=500),
-    ],
-    ids=lambda reply: reply.__name__ if callable(reply) and hasattr(reply, "__name__") else repr(reply.body[:30]),
-)
-async def test_a_reply_that_is_no_completion_is_tried_again(bad: Handler) -> None:
-    assert await attempts([bad, bad, OK]) == (3, "fine")
+@pytest.mark.parametrize("kind", REPLIES)
+async def test_a_reply_that_is_no_completion_is_tried_again(kind: str) -> None:
+    assert await attempts([REPLIES[kind], REPLIES[kind], OK]) == (3, "fine")
 
 
 async def test_an_endpoint_that_sends_only_rubbish_is_an_error_that_describes_it() -> None:
@@ -100,10 +69,3 @@ async def test_the_byte_cap_counts_bytes() -> None:
     assert count == 2
     assert "4000 bytes" in str(error)
     assert await attempts([says(text)], quick(max_reply_bytes=8000)) == (1, text)
-
-
-@pytest.mark.parametrize("slow", [drips, hangs])
-async def test_the_deadline_is_for_all_of_an_answer(slow: Handler) -> None:
-    count, error = await attempts([slow], quick(deadline_seconds=0.2))
-    assert count == 1
-    assert "no whole answer within 0.2 s" in str(error)

@@ -126,17 +126,8 @@ def test_an_object_is_whole() -> None:
         {"type": "object", "properties": {"a": {"enum": [1]}, "b": {"enum": [2]}}, "required": ["a", "b"]}
     ).fullmatch
     assert fits('{"a":1,"b":2}')
-    for text in (
-        '{"a":1}',
-        '{"b":2}',
-        '{"b":2,"a":1}',
-        '{"a":1,"b":2,"a":1}',
-        '{"a":1"b":2}',
-        '{"a":1,"b":2',
-        '{"a":1,"b":2}}',
-        "{}",
-    ):
-        assert not fits(text)
+    parts = ('{"a":1}', '{"b":2}', '{"b":2,"a":1}', "{}")
+    assert not any(map(fits, (*parts, '{"a":1,"b":2,"a":1}', '{"a":1"b":2}', '{"a":1,"b":2', '{"a":1,"b":2}}')))
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from agents.llm import responses
 from agents.llm.breaker import LONGEST, retry_after
 from agents.llm.client import Client
 from agents.llm.dialect import Dialect
@@ -26,20 +27,14 @@ from agents.llm.endpoint import Endpoint
 from agents.llm.masking import Masking
 from agents.llm.policy import ChatPolicy
 from agents.llm.replay import Transcript
-from agents.llm.responses import (
-    LARGEST_CONTEXT,
-    LONGEST_NAME,
-    LONGEST_REPLY,
-    read_completion,
-    read_models,
-    strip_reasoning,
-)
+from agents.llm.responses import LONGEST_REPLY, read_completion, read_models, strip_reasoning
 from agents.operators.edits import Mix, Mutation, Profile, apply_mix, apply_mutation, apply_profile
 from agents.population.view import Member, View
 from agents.prompting.replies import json_blocks, parse_lists, parse_objects
 from agents.prompting.schemas import Choice, MixChoice, MoveChoice, apply_choice, pick
 from daemon.launch.llm import read_transcript
 from protocol.errors import EndpointError, InvalidReply, SettingsError
+from tests.agents.llm.test_replay import record
 from tests.support.hostile_replies import KINDS, WAITS, completion, odd_date
 from tests.support.samples import PROFILE, SHAPE, SPEC, candidates
 
@@ -104,35 +99,10 @@ def client() -> Client:
 
 
 PIECES = (
-    *(
-        '[1,"]",',
-        '["]",',
-        '{"}":',
-        '["',
-        '[{"a":',
-        "[x]",
-        "[1]",
-        '{"mix": 1}',
-        '{"parents": [1, 2]}',
-        "[",
-        "]",
-        "{",
-        '"',
-    ),
-    *("<think>", "</think>", "<thinking>", "</reasoning>", "<think></thinking>", "<", "\\", '\\"', "[9e9,", "[[0.3],"),
-    *(
-        "9",
-        "[" + "9" * 4301,
-        "model ",
-        "the model not ",
-        '{"id":"m"},',
-        '{"message":',
-        "\ud800",
-        "\x00",
-        " ",
-        "\n",
-        "é",
-    ),
+    *('[1,"]",', '["]",', '{"}":', '["', '[{"a":', "[x]", "[1]", "[", "]", '"', "[9e9,", "[[0.3],", "[" + "9" * 4301),
+    *('{"mix": 1}', '{"parents": [1, 2]}', '{"id":"m"},', '{"message":', '{"profile":', '"proposals":', "{", "}"),
+    *("<think>", "</think>", "<thinking>", "</reasoning>", "<think></thinking>", "<", "\\", '\\"', "```"),
+    *("9", "-0.0", "50%", "1+2", "NaN", "true", "model ", "the model not ", "\ud800", "\x00", " ", "\n", "é", ","),
     *('{"proposals":[{"moves":["x"],', '{"layer 0":0.3,"layer 1":0.3,', "[0.3,0.3,0.3,0.3]", '{"profile":[10,20]}'),
 )
 PUMPED = st.builds(
@@ -145,8 +115,8 @@ PUMPED = st.builds(
 """Hostile pieces, some of them hundreds of thousands of times."""
 
 
-@given(PUMPED)
-@settings(max_examples=40, deadline=None)
+@given(st.one_of(PUMPED, st.text(), st.lists(st.sampled_from(PIECES), max_size=30).map("".join)))
+@settings(max_examples=50, deadline=None)
 @example('[1,"]",' * 50_000)
 @example('["]",' * 900 + "1" + "]" * 900)
 @example("\n".join(f'{{"mix": {i}}}' for i in range(20_000)))
@@ -225,11 +195,13 @@ def test_no_wait_in_a_body_is_anything_but_a_number_of_seconds(told: object) -> 
 def test_an_implausible_context_is_ignored(context: object) -> None:
     body = json.dumps({"data": [{"id": "m", "max_model_len": context, "meta": {"n_ctx": context}}]}).encode()
     assert read_models(body) == {"m": None}
-    assert read_models(b'{"data": [{"id": "m", "n_ctx": %d}]}' % LARGEST_CONTEXT) == {"m": LARGEST_CONTEXT}
+    assert read_models(b'{"data": [{"id": "m", "n_ctx": %d}]}' % responses.LARGEST_CONTEXT) == {
+        "m": responses.LARGEST_CONTEXT
+    }
 
 
 def test_a_model_whose_name_is_too_long_or_no_text_is_skipped() -> None:
-    names: list[object] = ["m" * (LONGEST_NAME + 1), 7, None, ["m"], {"m": 1}, True, "good"]
+    names: list[object] = ["m" * (responses.LONGEST_NAME + 1), 7, None, ["m"], {"m": 1}, True, "good"]
     assert read_models(json.dumps({"data": [{"id": name} for name in names]}).encode()) == {"good": None}
 
 
@@ -253,16 +225,7 @@ def test_a_reason_is_one_line_that_a_terminal_may_show() -> None:
 
 
 def test_a_transcript_may_hold_anything(tmp_path: Path) -> None:
-    good = {
-        **{
-            "label": "l",
-            "endpoint": "e",
-            "messages": [{"role": "user", "content": "?"}],
-            "text": "[0.3]",
-            "error": None,
-        },
-        **{"finish_reason": "stop", "prompt_tokens": 1, "completion_tokens": 1, "seconds": 0.1},
-    }
+    good = record("[0.3]")
     wrong: dict[str, list[object]] = {
         "seconds": [10**400, "x", [1], {"a": 1}],
         "prompt_tokens": [float("inf"), float("nan"), "x", []],
@@ -292,8 +255,8 @@ def test_a_transcript_that_is_a_device_is_refused_and_a_line_without_end_is_read
         lambda s: st.lists(s) | st.dictionaries(st.text(), s),
     )
 )
-def test_no_record_of_a_transcript_raises(record: Any) -> None:
+def test_no_record_of_a_transcript_raises(told: Any) -> None:
     transcript = Transcript()
-    transcript.add(record)
+    transcript.add(told)
     for name in ("label", "messages", "text", "prompt_tokens", "seconds", "endpoint"):
-        transcript.add({"label": "l", "messages": [], "endpoint": "e", "error": "x", "text": "t", name: record})
+        transcript.add({"label": "l", "messages": [], "endpoint": "e", "error": "x", "text": "t", name: told})

@@ -1,7 +1,6 @@
 """Waiting for endpoints, and refusing those that will never answer."""
 
 import asyncio
-from contextlib import AsyncExitStack
 from dataclasses import replace
 
 import pytest
@@ -28,13 +27,12 @@ async def test_a_server_that_starts_late_is_waited_for() -> None:
         port, base_url = llm.port, llm.base_url
     late = Endpoint("late", base_url, "model")
     heard = asyncio.Event()
-    async with AsyncExitStack() as stack:
-        chat = await stack.enter_async_context(Chat([late], QUICK))
+    async with Chat([late], QUICK) as chat:
         waiting = asyncio.create_task(chat.wait_ready(lambda _: heard.set()))
         await heard.wait()
         assert not waiting.done()
-        await stack.enter_async_context(ScriptedLlm([OK], port=port))
-        await waiting
+        async with ScriptedLlm([OK], port=port):
+            await waiting
 
 
 async def test_any_endpoint_that_answers_is_enough_and_a_refusal_is_an_answer() -> None:

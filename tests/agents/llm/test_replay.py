@@ -4,8 +4,8 @@ import asyncio
 import json
 import random
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from tests.daemon.search.test_search import SETTINGS, Conducted, unevenness
 from tests.support.chatting import QUICK, quick
 from tests.support.schema_answers import value_of
 from tests.support.scripted_llm import Handler, ScriptedLlm, refuses
+from tests.support.servers import VALKEY_ONLY
 
 Record = dict[str, Any]
 LONGER = SETTINGS.model_copy(update={"population": 6, "mutations": 4, "crossovers": 3, "rounds": 3})
@@ -187,20 +188,19 @@ async def searched(redis: Redis, keys: Keys, folder: Path, chat: ChatClient, see
         return await Conducted(redis, keys, folder, settings=LONGER, chat=Delayed(chat, rng)).run()
 
 
-@contextmanager
-def recording(records: list[Record]) -> Iterator[Callable[[dict[str, object]], None]]:
-    yield lambda entry: records.append(json.loads(json.dumps(entry)))
+def into(records: list[Record]) -> Callable[[dict[str, object]], None]:
+    """What a transcript's file does with a record."""
+    return lambda entry: records.append(json.loads(json.dumps(entry)))
 
 
 async def recorded(redis: Redis, keys: Keys, folder: Path, seed: int) -> tuple[Search, list[Record]]:
     """A search with a whimsical LLM, and its transcript."""
     records: list[Record] = []
-    with recording(records) as record_:
-        async with (
-            ScriptedLlm(whimsical(random.Random(seed))) as llm,
-            Chat([llm.endpoint], QUICK, record=record_) as chat,
-        ):
-            return await searched(redis, keys, folder, chat, seed), records
+    async with (
+        ScriptedLlm(whimsical(random.Random(seed))) as llm,
+        Chat([llm.endpoint], QUICK, record=into(records)) as chat,
+    ):
+        return await searched(redis, keys, folder, chat, seed), records
 
 
 async def killed_now_and_then(
@@ -229,6 +229,7 @@ async def killed_now_and_then(
         kills += 1
 
 
+@VALKEY_ONLY
 async def test_a_replayed_search_has_the_same_history_with_any_delays(redis: Redis, keys: Keys, tmp_path: Path) -> None:
     for seed in range(20, 40):  # who asks first gets the next whim, so no seed alone brings a fallback every time
         original, records = await recorded(redis, keys, tmp_path, seed)
@@ -242,6 +243,7 @@ async def test_a_replayed_search_has_the_same_history_with_any_delays(redis: Red
         assert history(replayed) == history(original)
 
 
+@VALKEY_ONLY
 async def test_a_replay_that_is_killed_again_and_again_has_the_same_history(
     redis: Redis, keys: Keys, tmp_path: Path
 ) -> None:
@@ -252,18 +254,18 @@ async def test_a_replay_that_is_killed_again_and_again_has_the_same_history(
     assert history(search) == history(original)
 
 
+@VALKEY_ONLY
 async def test_a_search_killed_again_and_again_pays_for_no_answer_twice_and_can_be_replayed(
     redis: Redis, keys: Keys, tmp_path: Path
 ) -> None:
     records: list[Record] = []
-    with recording(records) as record_:
-        async with (
-            ScriptedLlm(whimsical(random.Random(6))) as llm,
-            Chat([llm.endpoint], QUICK, record=record_) as chat,
-        ):
-            search, kills = await killed_now_and_then(
-                redis, keys, tmp_path, lambda: CachedChat(chat, Transcript(records)), seed=7
-            )
+    async with (
+        ScriptedLlm(whimsical(random.Random(6))) as llm,
+        Chat([llm.endpoint], QUICK, record=into(records)) as chat,
+    ):
+        search, kills = await killed_now_and_then(
+            redis, keys, tmp_path, lambda: CachedChat(chat, Transcript(records)), seed=7
+        )
     assert kills >= 3
     answered = [(r["label"], json.dumps(r["messages"])) for r in records if r["text"] is not None]
     assert len(set(answered)) == len(answered)
@@ -271,6 +273,7 @@ async def test_a_search_killed_again_and_again_pays_for_no_answer_twice_and_can_
     assert history(replayed) == history(search)
 
 
+@VALKEY_ONLY
 async def test_a_search_whose_transcript_is_lost_still_makes_the_right_number_of_candidates(
     redis: Redis, keys: Keys, tmp_path: Path
 ) -> None:
@@ -280,6 +283,7 @@ async def test_a_search_whose_transcript_is_lost_still_makes_the_right_number_of
     assert search.state.proposals.by_agent == {"initializer": 6, "mutator": 12, "crossover": 9}
 
 
+@VALKEY_ONLY
 async def test_a_search_whose_endpoint_fails_now_and_then_is_replayed_with_its_fallbacks(
     redis: Redis, keys: Keys, tmp_path: Path
 ) -> None:
@@ -290,15 +294,15 @@ async def test_a_search_whose_endpoint_fails_now_and_then_is_replayed_with_its_f
         return refuses(500, "broken") if rng.random() < 0.5 else answer(body)
 
     policy = quick(attempts=1, failures_to_open=2, rest_seconds=0.005, longest_rest=0.005)
-    with recording(records) as record_:
-        async with ScriptedLlm(fails_often) as llm, Chat([llm.endpoint], policy, record=record_) as chat:
-            original = await searched(redis, keys, tmp_path, chat, seed=12)
+    async with ScriptedLlm(fails_often) as llm, Chat([llm.endpoint], policy, record=into(records)) as chat:
+        original = await searched(redis, keys, tmp_path, chat, seed=12)
     assert original.state.proposals.by_source["fallback"] > 3
     assert any(r["endpoint"] is None for r in records)
     replayed = await searched(redis, keys, tmp_path, Replay(Transcript(records), strict=True), seed=13)
     assert history(replayed) == history(original)
 
 
+@VALKEY_ONLY
 async def test_a_question_that_is_missing_in_a_strict_replay_ends_the_search_with_a_sentence(
     redis: Redis, keys: Keys, tmp_path: Path
 ) -> None:

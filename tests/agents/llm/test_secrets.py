@@ -8,10 +8,15 @@ from pydantic import SecretStr
 from structlog.testing import capture_logs
 
 from agents.llm.chat import Chat
+from agents.llm.endpoint import Endpoint
 from agents.llm.responses import LONGEST_REPLY
 from protocol.errors import EndpointError, SettingsError
-from tests.support.chatting import OK, QUICK, ask, quick
+from tests.support.chatting import OK, QUICK, ask, fails, quick
 from tests.support.scripted_llm import Reply, ScriptedLlm, as_json, lists_models, refuses, says
+
+
+def with_key(llm: ScriptedLlm, key: str) -> Endpoint:
+    return replace(llm.endpoint, api_key=SecretStr(key))
 
 
 async def test_a_key_goes_to_its_endpoint_and_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -23,9 +28,7 @@ async def test_a_key_goes_to_its_endpoint_and_nowhere_else(monkeypatch: pytest.M
         async with (
             ScriptedLlm([echo], name="a") as first,
             ScriptedLlm([OK], name="b") as second,
-            Chat(
-                [replace(first.endpoint, api_key=SecretStr("key-of-a")), second.endpoint], QUICK, record=records.append
-            ) as chat,
+            Chat([with_key(first, "key-of-a"), second.endpoint], QUICK, record=records.append) as chat,
         ):
             await ask(chat)
             assert first.asked[0].headers["Authorization"] == "Bearer key-of-a"
@@ -41,22 +44,10 @@ async def test_a_key_at_the_end_of_what_is_kept_of_an_answer_is_not_cut_in_two(b
     key = "secret-1234x"
     text = "a" * (LONGEST_REPLY + 1 - before) + key
     records: list[dict[str, object]] = []
-    async with ScriptedLlm([says(text)]) as llm:
-        endpoint = replace(llm.endpoint, api_key=SecretStr(key))
-        async with Chat([endpoint], QUICK, record=records.append) as chat:
-            answer = await ask(chat)
+    async with ScriptedLlm([says(text)]) as llm, Chat([with_key(llm, key)], QUICK, record=records.append) as chat:
+        answer = await ask(chat)
     assert len(answer.text) <= LONGEST_REPLY + 1
     assert key[:4] not in answer.text + json.dumps(records)
-
-
-async def test_the_error_names_no_key() -> None:
-    async with ScriptedLlm([refuses(401, "bad key: secret-1234")]) as llm:
-        endpoint = replace(llm.endpoint, api_key=SecretStr("secret-1234"))
-        async with Chat([endpoint], QUICK) as chat:
-            with pytest.raises(EndpointError) as caught:
-                await ask(chat)
-        assert "secret-1234" not in str(caught.value)
-        assert "secret-1234" not in repr(endpoint)
 
 
 async def test_no_cookie_is_sent_back() -> None:
@@ -74,8 +65,7 @@ async def test_a_redirect_is_not_followed() -> None:
     async with ScriptedLlm([OK], name="elsewhere") as elsewhere:
         moved = Reply(b"", 307, {"location": f"{elsewhere.base_url}/chat/completions"})
         async with ScriptedLlm([moved]) as llm, Chat([llm.endpoint], quick(attempts=1)) as chat:
-            with pytest.raises(EndpointError, match="307"):
-                await ask(chat)
+            await fails(chat, "307")
         assert elsewhere.asked == []
 
 
@@ -109,7 +99,7 @@ async def test_a_key_that_an_endpoint_echoes_is_in_no_log_transcript_error_or_st
     told: list[object] = []
     policy = quick(attempts=2, failures_to_open=2)
     async with ScriptedLlm([ECHOES[echo]], models=[lists_models(SECRET)]) as llm:
-        endpoint = replace(llm.endpoint, api_key=SecretStr(SECRET))
+        endpoint = with_key(llm, SECRET)
         async with Chat([endpoint], policy, record=records.append) as chat:
             with capture_logs() as logs:
                 for asking in (ask(chat), ask(chat), chat.wait_ready()):
@@ -119,4 +109,4 @@ async def test_a_key_that_an_endpoint_echoes_is_in_no_log_transcript_error_or_st
                         told.append(str(error))
             told.append(chat.state)
         assert llm.asked[0].headers["Authorization"] == f"Bearer {SECRET}"
-    assert records and SECRET not in f"{logs} {records} {told}"
+    assert records and SECRET not in f"{logs} {records} {told} {endpoint}"

@@ -65,6 +65,14 @@ def view_of(granularity: Granularity, measured: int) -> View:
     return View(spec, profile, 1, ranked[:10], {}, ranked)
 
 
+def shifted(view: View, parent: Member, first: int, by: float, round_: int = 0) -> Member:
+    """A child of `parent` whose unit `first` is pruned `by` more, and the next one by as much less."""
+    rates = list(parent.candidate.rates)
+    rates[first] += by
+    rates[first + 1] -= by
+    return member(view, rates, round_=round_, parents=(parent.candidate.id,))
+
+
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
     def ranks(values: Sequence[float]) -> list[int]:
         order = sorted(range(len(values)), key=lambda i: values[i])
@@ -232,27 +240,23 @@ def test_parents_that_are_all_alike_have_no_mixes_and_the_fallback_is_random() -
 def test_the_effects_of_changes_are_stated_latest_first() -> None:
     view = view_of("layer", 1)
     parent = view.measured[0]
-    base = list(parent.candidate.rates)
-    older = member(view, [*base[:3], base[3] + 0.2, base[4] - 0.2, *base[5:]], round_=1, parents=(parent.candidate.id,))
-    newer = member(
-        view, [*base[:8], base[8] - 0.1, base[9] + 0.1, *base[10:]], round_=2, parents=(parent.candidate.id,)
-    )
+    older, newer = shifted(view, parent, 3, 0.2, round_=1), shifted(view, parent, 8, -0.1, round_=2)
     ranked = tuple(sorted((parent, older, newer), key=lambda m: m.fitness))
     recent = tuple(Tried(m.candidate, m.fitness) for m in (parent, older, newer))
-    found = effects_of_changes(View(view.spec, view.profile, 3, ranked, {}, ranked, recent), 5)
+    after = View(view.spec, view.profile, 3, ranked, {}, ranked, recent)
+    found = effects_of_changes(after, 5)
     assert [line.partition(":")[0] for line in found] == ["layer 8 -10, layer 9 +10", "layer 3 +20, layer 4 -20"]
     for line, child in zip(found, (newer, older), strict=True):
         assert ("helped" in line) == (child.fitness < parent.fitness)
         assert f"{100 * (child.fitness / parent.fitness - 1):+.1f} %" in line
-    assert len(effects_of_changes(View(view.spec, view.profile, 3, ranked, {}, ranked, recent), 1)) == 1
+    assert len(effects_of_changes(after, 1)) == 1
 
 
 def test_a_list_is_compared_with_its_nearest_parent() -> None:
     view = view_of("layer", 3)
-    first, second, third = view.measured
-    rates = list(second.candidate.rates)
-    made = [*rates[:3], rates[3] + 0.1, rates[4] - 0.1, *rates[5:]]
-    child = member(view, made, round_=1, parents=tuple(m.candidate.id for m in (first, second, third)))
+    _, second, _ = view.measured
+    rates = shifted(view, second, 3, 0.1).candidate.rates
+    child = member(view, rates, round_=1, parents=tuple(m.candidate.id for m in view.measured))
     recent = (Tried(child.candidate, child.fitness),)
     (effect,) = effects_of_changes(View(view.spec, view.profile, 2, view.measured, {}, view.measured, recent), 5)
     assert effect.startswith("layer 3 +10, layer 4 -10: ")
@@ -262,8 +266,7 @@ def test_a_list_is_compared_with_its_nearest_parent() -> None:
 def test_a_candidate_stopped_in_a_race_teaches_too() -> None:
     view = view_of("layer", 30)
     parent = view.measured[0]
-    rates = list(parent.candidate.rates)
-    worse = member(view, [*rates[:3], rates[3] + 0.2, rates[4] - 0.2, *rates[5:]], parents=(parent.candidate.id,))
+    worse = shifted(view, parent, 3, 0.2)
     stopped = (Tried(worse.candidate, 1.2 * parent.fitness, stopped=True),)
     raced = View(view.spec, view.profile, 3, view.population, {}, view.measured, stopped)
     plan = worse.candidate.plan
@@ -274,9 +277,7 @@ def test_a_candidate_stopped_in_a_race_teaches_too() -> None:
 def test_a_stopped_race_has_more_noise_than_a_whole_measurement() -> None:
     view = view_of("layer", 30)
     parent = view.measured[0]
-    rates = list(parent.candidate.rates)
-    made = member(view, [*rates[:3], rates[3] + 0.2, rates[4] - 0.2, *rates[5:]])
-    worse = Member(made.candidate, 1.05 * parent.fitness)
+    worse = Member(shifted(view, parent, 3, 0.2).candidate, 1.05 * parent.fitness)
     ranked = tuple(sorted((*view.measured, worse), key=lambda m: m.fitness))
     whole = View(view.spec, view.profile, 3, view.population, {}, ranked)
     stopped = (Tried(worse.candidate, worse.fitness, stopped=True),)

@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+from collections.abc import Sequence
 
 from agents.population.keeper import PopulationKeeper
 from agents.population.population import Evaluation, Population
@@ -13,12 +14,17 @@ def of_round(round_: int, made: Candidate) -> Candidate:
     return made.model_copy(update={"provenance": made.provenance.model_copy(update={"round": round_})})
 
 
-def test_members_are_ranked_by_perplexity_and_ties_by_round() -> None:
+def population_of(many: Sequence[Candidate], perplexities: Sequence[float]) -> Population:
     population = Population()
+    for each, perplexity in zip(many, perplexities, strict=True):
+        population.insert(each, measured(perplexity, each))
+    return population
+
+
+def test_members_are_ranked_by_perplexity_and_ties_by_round() -> None:
     many = candidates(4)
     many[2] = of_round(2, many[2])
-    for each, perplexity in zip(many, (5.0, 3.0, 5.0, 4.0), strict=True):
-        population.insert(each, measured(perplexity, each))
+    population = population_of(many, (5.0, 3.0, 5.0, 4.0))
     assert [e.candidate for e in population.top(4)] == [many[1], many[3], many[0], many[2]]
     assert [e.candidate for e in population.top(2)] == [many[1], many[3]]
 
@@ -32,21 +38,13 @@ def test_members_are_ranked_by_divergence_where_it_was_measured() -> None:
 
 
 def test_the_rank_does_not_depend_on_which_outcome_came_first() -> None:
-    many = candidates(4)
-    ranks = set()
-    for order in itertools.permutations(many):
-        population = Population()
-        for each in order:
-            population.insert(each, measured(5.0, each))
-        ranks.add(tuple(e.candidate.id for e in population.top(4)))
-    assert len(ranks) == 1
+    populations = [population_of(order, (5.0,) * 4) for order in itertools.permutations(candidates(4))]
+    assert len({tuple(e.candidate.id for e in population.top(4)) for population in populations}) == 1
 
 
 def test_members_of_later_rounds_can_be_left_out() -> None:
-    population = Population()
-    many = candidates(4)
-    for number, each in enumerate(many):
-        population.insert(of_round(number, each), measured(5.0 - number, each))
+    many = [of_round(number, each) for number, each in enumerate(candidates(4))]
+    population = population_of(many, (5.0, 4.0, 3.0, 2.0))
     assert [e.candidate.id for e in population.top(4, before=2)] == [many[1].id, many[0].id]
     assert [e.candidate.id for e in population.top(1, before=2)] == [many[1].id]
 
@@ -100,26 +98,26 @@ class Scripted:
         self.dropped.append(result.id)
 
 
-async def test_the_keeper_applies_each_outcome_once_in_order_and_wakes_those_who_wait() -> None:
-    one, two = candidates(2)
-    ledger: dict[str, Candidate] = {one.id: one, two.id: two}
-    source = Scripted(
-        [
-            Result("1-0", one.id, measured(5.0, one)),
-            Result("2-0", "unknown", measured(1.0)),
-            Result("3-0", one.id, measured(2.0, one)),
-            Result("4-0", two.id, measured(4.0, two)),
-        ]
-    )
+async def kept(source: Scripted, ledger: dict[str, Candidate]) -> list[tuple[Evaluation, bool]]:
+    """Run a keeper until all of `ledger` is settled; the evaluations that it tells of, and whether each is the best."""
     noted: list[tuple[Evaluation, bool]] = []
-    population = Population()
-    keeper = PopulationKeeper(source, population, ledger, on_evaluation=lambda e, best: noted.append((e, best)))
+    keeper = PopulationKeeper(source, Population(), ledger, on_evaluation=lambda e, best: noted.append((e, best)))
     running = asyncio.create_task(keeper.run())
     async with asyncio.timeout(10):
         await keeper.settled()
     running.cancel()
+    return noted
+
+
+async def test_the_keeper_applies_each_outcome_once_in_order_and_wakes_those_who_wait() -> None:
+    one, two = candidates(2)
+    ledger: dict[str, Candidate] = {one.id: one, two.id: two}
+    outcomes = [(one.id, measured(5.0, one)), ("unknown", measured(1.0))]
+    outcomes += [(one.id, measured(2.0, one)), (two.id, measured(4.0, two))]
+    source = Scripted([Result(f"{number}-0", *each) for number, each in enumerate(outcomes, 1)])
+    noted = await kept(source, ledger)
     assert [(e.candidate.id, best) for e, best in noted] == [(one.id, True), (two.id, True)]
-    assert [e.outcome for e in noted_evaluations(noted)] == [measured(5.0, one), measured(4.0, two)]
+    assert [e.outcome for e, _ in noted] == [measured(5.0, one), measured(4.0, two)]
     assert source.applied == [one.id, one.id, two.id]
     assert source.dropped == ["unknown"]
 
@@ -128,14 +126,4 @@ async def test_an_outcome_counts_even_if_the_reply_to_applying_it_got_lost() -> 
     (one,) = candidates(1)
     source = Scripted([Result("1-0", one.id, measured(5.0, one))])
     source.applied.append(one.id)  # done, but the daemon did not hear of it and asks again
-    population = Population()
-    keeper = PopulationKeeper(source, population, {one.id: one}, on_evaluation=lambda *_: None)
-    running = asyncio.create_task(keeper.run())
-    async with asyncio.timeout(10):
-        await keeper.settled()
-    running.cancel()
-    assert one.id in population
-
-
-def noted_evaluations(noted: list[tuple[Evaluation, bool]]) -> list[Evaluation]:
-    return [evaluation for evaluation, _ in noted]
+    assert [e.candidate for e, _ in await kept(source, {one.id: one})] == [one]

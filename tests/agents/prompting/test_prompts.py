@@ -93,16 +93,21 @@ def check_golden(name: str, text: str) -> None:
     assert text == golden.read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("granularity", ["layer", "block"])
-@pytest.mark.parametrize("reply", ["lists", "edits", "moves"])
-@pytest.mark.parametrize("agent", AGENTS)
+every_agent = pytest.mark.parametrize("agent", AGENTS)
+every_reply = pytest.mark.parametrize("reply", ["lists", "edits", "moves"])
+every_granularity = pytest.mark.parametrize("granularity", ["layer", "block"])
+
+
+@every_granularity
+@every_reply
+@every_agent
 async def test_every_prompt_reads_as_its_golden_text(agent: str, reply: ReplyFormat, granularity: Granularity) -> None:
     check_golden(f"{agent}_{reply}_{granularity}", await prompt_of(agent, reply, view_of(granularity)))
 
 
-@pytest.mark.parametrize("granularity", ["layer", "block"])
-@pytest.mark.parametrize("reply", ["lists", "edits", "moves"])
-@pytest.mark.parametrize("agent", AGENTS)
+@every_granularity
+@every_reply
+@every_agent
 async def test_prompts_of_a_search_that_minimises_divergence_speak_of_it_and_not_of_perplexity(
     agent: str, reply: ReplyFormat, granularity: Granularity
 ) -> None:
@@ -111,14 +116,14 @@ async def test_prompts_of_a_search_that_minimises_divergence_speak_of_it_and_not
     check_golden(f"{agent}_{reply}_{granularity}_kl", text)
 
 
-@pytest.mark.parametrize("reply", ["lists", "edits", "moves"])
-@pytest.mark.parametrize("agent", AGENTS)
+@every_reply
+@every_agent
 async def test_nothing_is_said_of_fragile_units_where_none_are_known(agent: str, reply: ReplyFormat) -> None:
     text = await prompt_of(agent, reply, view_of("layer", sensitivity=False))
     assert "ragile" not in text and "hurt" not in text
 
 
-@pytest.mark.parametrize("reply", ["lists", "edits", "moves"])
+@every_reply
 async def test_each_part_of_the_feedback_has_a_switch(reply: ReplyFormat) -> None:
     view = view_with_history()
     everything = await prompt_of("mutator", reply, view, get_args(FeedbackPart))
@@ -152,22 +157,14 @@ def view_with_history() -> View:
     return View(view.spec, view.profile, 3, measured[:4], {}, measured, recent)
 
 
-def test_the_reask_says_what_was_wrong_and_how_many_are_missing() -> None:
-    text = fill("reask", problems=["Configuration 2 has 3 numbers instead of 4."], missing=2)
-    assert text.splitlines()[0] == "Configuration 2 has 3 numbers instead of 4."
-    assert "2 new ones" in text
-
-
-def test_a_missing_variable_is_an_error() -> None:
-    with pytest.raises(TypeError, match="missing"):
-        fill("reask", problems=[])
-
-
-def test_an_unused_variable_is_an_error() -> None:
-    with pytest.raises(TypeError, match="mood"):
-        fill("reask", problems=[], missing=1, mood="good")
-
-
-def test_a_variable_of_an_included_part_is_as_needed_as_any() -> None:
-    with pytest.raises(TypeError, match="about"):
-        fill("mutator_lists", count=1, members=[])
+@pytest.mark.parametrize(
+    ("prompt", "variables", "named"),
+    [
+        ("reask", {"problems": []}, "missing"),
+        ("reask", {"problems": [], "missing": 1, "mood": "good"}, "mood"),
+        ("mutator_lists", {"count": 1, "members": []}, "about"),  # which an included part needs
+    ],
+)
+def test_a_missing_or_unused_variable_is_an_error(prompt: str, variables: dict[str, object], named: str) -> None:
+    with pytest.raises(TypeError, match=named):
+        fill(prompt, **variables)

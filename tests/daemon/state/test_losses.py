@@ -18,8 +18,8 @@ from protocol.queue.jobs import JobQueue
 from protocol.queue.keys import Keys
 from protocol.queue.streams import CandidateQueue, TakenOver
 from protocol.queue.worker_status import read_workers
-from tests.protocol.queue.test_streams import claimed, queued
 from tests.support.samples import PROFILE, SPEC, candidates, measured
+from tests.support.streams import claimed, queued
 
 
 @pytest.fixture(autouse=True)

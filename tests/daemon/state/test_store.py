@@ -14,9 +14,9 @@ from protocol.queue.connection import check_server
 from protocol.queue.jobs import JobQueue
 from protocol.queue.keys import Keys
 from protocol.queue.streams import TakenOver, load_scripts
-from tests.protocol.queue.test_streams import claimed, queued
 from tests.support.samples import PROFILE, SPEC, candidates, measured, profile_for
 from tests.support.servers import eventually
+from tests.support.streams import claimed, queued
 
 
 @pytest.fixture(autouse=True)

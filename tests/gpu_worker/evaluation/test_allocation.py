@@ -10,17 +10,8 @@ from gpu_worker.evaluation.one_shot import allocate_once
 from gpu_worker.pruning.calibration import calibrate
 from gpu_worker.pruning.importance import outlier_share
 from protocol.errors import BudgetError
-from protocol.plans.allocation import (
-    Allocation,
-    DenseMeasurements,
-    Method,
-    PruningRequest,
-    allocation_rates,
-    llm_pruner_rates,
-    owl_rates,
-    sensitivity_rates,
-    uniform_rates,
-)
+from protocol.plans import allocation as allocations
+from protocol.plans.allocation import Allocation, Method, PruningRequest, llm_pruner_rates, owl_rates, sensitivity_rates
 from protocol.plans.plan import make_plan
 from protocol.plans.rates import weighted_mean
 from protocol.plans.shape import Granularity, LayerShape, ModelShape
@@ -71,10 +62,6 @@ def test_sensitivity_is_exactly_on_budget(sensitivity: list[float], rate: float)
     assert mean_of(rates, SHAPE, "layer") == pytest.approx(rate, abs=1e-9)
 
 
-def test_uniform_gives_every_unit_the_same() -> None:
-    assert uniform_rates(SHAPE, 0.3, "block") == (0.3,) * 8
-
-
 def test_owl_spreads_the_kept_share_over_twice_lambda_around_what_is_left() -> None:
     rates = owl_rates([1.0, 2.0, 3.0, 4.0], 0.08, SHAPE, 0.3, "layer")
     # By hand: kept = 0.16 · (D − 1) / 3, less its mean of 0.08, plus 0.7.
@@ -82,7 +69,9 @@ def test_owl_spreads_the_kept_share_over_twice_lambda_around_what_is_left() -> N
 
 
 def test_owl_without_differences_is_uniform() -> None:
-    assert owl_rates([2.0] * 4, 0.08, SHAPE, 0.3, "layer") == (0.3,) * 4
+    assert (
+        owl_rates([2.0] * 4, 0.08, SHAPE, 0.3, "layer") == allocations.uniform_rates(SHAPE, 0.3, "layer") == (0.3,) * 4
+    )
 
 
 def test_llm_pruner_prunes_the_layers_that_its_readme_names() -> None:
@@ -92,15 +81,13 @@ def test_llm_pruner_prunes_the_layers_that_its_readme_names() -> None:
     assert rates[4:30] == pytest.approx([0.2 * 32 / 26] * 26, abs=2e-5)
 
 
-def test_llm_pruner_keeps_the_layers_that_it_is_told_to() -> None:
-    rates = llm_pruner_rates(1, 0, SHAPE, 0.3, "block")
-    assert rates[:2] == (0, 0)
-    assert rates[2:] == pytest.approx([0.4] * 6, abs=2e-5)
-
-
 def test_first_layer_spares_that_alone() -> None:
-    rates = allocation_rates(Allocation(method="first-layer"), DenseMeasurements(), SHAPE, 0.3, "block")
-    assert rates[:2] == (0, 0) and rates[2:] == pytest.approx([0.4] * 6, abs=2e-5)
+    """And so does LLM-Pruner where it is told to."""
+    first_layer = allocations.allocation_rates(
+        Allocation(method="first-layer"), allocations.DenseMeasurements(), SHAPE, 0.3, "block"
+    )
+    for rates in (first_layer, llm_pruner_rates(1, 0, SHAPE, 0.3, "block")):
+        assert rates[:2] == (0, 0) and rates[2:] == pytest.approx([0.4] * 6, abs=2e-5)
 
 
 def test_llm_pruner_says_so_where_the_middle_cannot_give_that_much() -> None:
@@ -151,11 +138,6 @@ def test_an_outlier_exceeds_the_mean_of_its_layer_m_times() -> None:
     share = 100 * sum(entry > 3 * mean for entry in entries) / len(entries)
     assert share > 0
     assert outlier_share(layer, seen, 3) == pytest.approx(share)
-
-
-@pytest.fixture(scope="module")
-def spec(tmp_path_factory: pytest.TempPathFactory) -> SearchSpec:
-    return tiny_spec(tmp_path_factory.mktemp("allocation"))
 
 
 @pytest.mark.parametrize("granularity", get_args(Granularity))

@@ -21,12 +21,6 @@ from protocol.plans.candidate import Candidate, Failed, Measured, Provenance, Te
 from protocol.plans.plan import Plan
 from protocol.plans.profile import ModelProfile
 from protocol.plans.spec import SearchSpec
-from tests.support.tiny_specs import tiny_spec
-
-
-@pytest.fixture(scope="module")
-def spec(tmp_path_factory: pytest.TempPathFactory) -> SearchSpec:
-    return tiny_spec(tmp_path_factory.mktemp("evaluation"))
 
 
 def candidate_for(plan: Plan, text: Text = "fitness") -> Candidate:
@@ -45,9 +39,14 @@ def process_of(child: EvaluationChild) -> asyncio.subprocess.Process:
 
 
 async def test_the_profile_comes_after_the_stages_and_candidates_are_measured(spec: SearchSpec) -> None:
+    """What the process logs is in the parent's log."""
     stages: list[str] = []
     child = EvaluationChild(spec)
-    profile = await child.start(lambda stage, done, total: stages.append(stage), sensitivity=False)
+    with structlog.testing.capture_logs() as events:
+        profile = await child.start(lambda stage, done, total: stages.append(stage), sensitivity=False)
+    (estimate,) = [event for event in events if event["event"] == "memory_estimate"]
+    assert (estimate["log_level"], estimate["model"]) == ("info", spec.model)
+    assert estimate["needs"].startswith("about ")
     plan = spec.uniform_plan(profile.shape)
     outcomes = [await child.evaluate(candidate_for(plan, text), limit_seconds=60) for text in ("fitness", "report")]
     await child.kill()
@@ -78,15 +77,18 @@ async def test_a_plan_of_another_model_has_failed_as_invalid_and_the_next_is_mea
     plan = spec.uniform_plan(profile.shape)
     short = await child.evaluate(candidate_for(Plan(layers=plan.layers[1:])), limit_seconds=60)
     good = await child.evaluate(candidate_for(plan), limit_seconds=60)
-    await child.kill()
     assert isinstance(short, Failed) and short.reason == "invalid"
     assert isinstance(good, Measured)
+    stdin = process_of(child).stdin
+    assert stdin is not None
+    stdin.close()  # as when the parent has died
+    assert await process_of(child).wait() == -signal.SIGKILL  # its whole group, itself included
 
 
 async def test_a_killed_process_is_reported_as_dead(spec: SearchSpec) -> None:
     child, profile = await started(spec)
     os.kill(process_of(child).pid, signal.SIGKILL)
-    with pytest.raises(ChildDied):
+    with pytest.raises(ChildDied, match="status -9: killed, as the system does when main memory runs out"):
         await child.evaluate(candidate_for(spec.uniform_plan(profile.shape)), limit_seconds=60)
     assert not child.alive
 
@@ -107,32 +109,6 @@ async def test_a_text_that_is_too_short_is_the_users_to_mend(spec: SearchSpec, t
     with pytest.raises(UsageError, match="too short"):
         await child.start(no_progress, sensitivity=False)
     assert not child.alive
-
-
-async def test_what_the_process_logs_is_in_the_parents_log(spec: SearchSpec) -> None:
-    child = EvaluationChild(spec)
-    with structlog.testing.capture_logs() as events:
-        await child.start(no_progress, sensitivity=False)
-    await child.kill()
-    (estimate,) = [event for event in events if event["event"] == "memory_estimate"]
-    assert estimate["log_level"] == "info"
-    assert estimate["model"] == spec.model
-    assert estimate["needs"].startswith("about ")
-
-
-async def test_a_process_that_is_killed_says_why_that_may_be(spec: SearchSpec) -> None:
-    child, profile = await started(spec)
-    os.kill(process_of(child).pid, signal.SIGKILL)
-    with pytest.raises(ChildDied, match="status -9: killed, as the system does when main memory runs out"):
-        await child.evaluate(candidate_for(spec.uniform_plan(profile.shape)), limit_seconds=60)
-
-
-async def test_the_process_ends_when_its_parent_closes_stdin(spec: SearchSpec) -> None:
-    child, _ = await started(spec)
-    stdin = process_of(child).stdin
-    assert stdin is not None
-    stdin.close()
-    assert await process_of(child).wait() == -signal.SIGKILL  # its whole group, itself included
 
 
 def test_the_process_ends_even_while_it_gets_ready() -> None:

@@ -51,15 +51,6 @@ def test_a_block_is_pruned_alone_and_never_spared(rate: float) -> None:
             assert kept.mlp_channels == whole.mlp_channels
 
 
-def test_the_model_is_dense_afterwards() -> None:
-    model = tiny_llama()
-    ordered = OrderedModel(model.decoder, scores_of(model))
-    windows = tiny_windows(2, 24)
-    before = perplexity(model.decoder, windows)
-    measure_sensitivity(ordered, spec_of(0.5, "block"), windows)
-    assert perplexity(model.decoder, windows) == before
-
-
 def test_a_unit_that_breaks_the_model_is_as_far_as_a_guess(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_llama(layers=2)
     ordered = OrderedModel(model.decoder, scores_of(model))
@@ -85,11 +76,11 @@ def test_a_broken_dense_model_is_an_error() -> None:
         measure_sensitivity(ordered, spec_of(0.5, "layer"), tiny_windows(2, 24))
 
 
-def test_progress_counts_the_units() -> None:
-    model = tiny_llama()
+def test_progress_counts_the_units_and_the_model_is_dense_afterwards() -> None:
+    model, windows = tiny_llama(), tiny_windows(2, 24)
     told: list[tuple[int, int]] = []
     ordered = OrderedModel(model.decoder, scores_of(model))
-    measure_sensitivity(
-        ordered, spec_of(0.3, "block"), tiny_windows(2, 24), lambda stage, done, total: told.append((done, total))
-    )
+    before = perplexity(model.decoder, windows)
+    measure_sensitivity(ordered, spec_of(0.3, "block"), windows, lambda _, done, total: told.append((done, total)))
     assert told == [(i, 6) for i in range(7)]
+    assert perplexity(model.decoder, windows) == before

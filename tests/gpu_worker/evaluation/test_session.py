@@ -27,11 +27,6 @@ UNIFORM = Allocation(method="uniform")
 
 
 @pytest.fixture(scope="module")
-def spec(tmp_path_factory: pytest.TempPathFactory) -> SearchSpec:
-    return tiny_spec(tmp_path_factory.mktemp("session"))
-
-
-@pytest.fixture(scope="module")
 def session(spec: SearchSpec) -> Session:
     return Session(spec)
 
@@ -130,10 +125,7 @@ def test_a_text_that_the_spec_does_not_have_is_refused(spec: SearchSpec) -> None
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
-        (
-            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nSee the documentation"),
-            "out-of-memory",
-        ),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nSee the docs"), "out-of-memory"),
         (RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate"), "out-of-memory"),
         (MemoryError(), "out-of-memory"),
         (RuntimeError("CUDA error: out of memory\nCompile with TORCH_USE_CUDA_DSA"), "out-of-memory"),
@@ -146,9 +138,9 @@ def test_an_evaluation_that_cannot_be_has_failed_with_its_reason(
     session: Session, error: Exception, reason: str
 ) -> None:
     outcome = answer_to(error, session)
-    assert isinstance(outcome, Failed)
-    assert outcome.reason == reason
-    assert "\n" not in outcome.detail
+    assert isinstance(outcome, Failed) and outcome.reason == reason and "\n" not in outcome.detail
+    outcome = answer(session, {"plan": {"layers": [{"kv_heads": 0}]}, "text": "fitness"})  # which is no plan
+    assert isinstance(outcome, Failed) and outcome.reason == "invalid"
 
 
 def test_what_an_evaluation_held_is_free_again_when_it_ran_out_of_memory(session: Session) -> None:
@@ -176,10 +168,7 @@ def test_what_an_evaluation_held_is_free_again_when_it_ran_out_of_memory(session
 def test_a_device_side_assert_ends_the_process(session: Session) -> None:
     with pytest.raises(DeviceLostError, match="device-side assert"):
         answer_to(RuntimeError("CUDA error: device-side assert triggered\nCompile with TORCH_USE_CUDA_DSA"), session)
-
-
-def test_an_error_that_nobody_expected_is_not_an_outcome(session: Session) -> None:
-    with pytest.raises(RuntimeError, match="shapes"):
+    with pytest.raises(RuntimeError, match="shapes"):  # which nobody expected
         answer_to(RuntimeError("shapes cannot be multiplied"), session)
 
 
@@ -189,22 +178,14 @@ def test_a_real_allocation_beyond_the_memory_is_known_as_out_of_memory() -> None
     assert is_out_of_memory(raised.value)
 
 
-def test_what_is_no_plan_has_failed_as_invalid(session: Session) -> None:
-    outcome = answer(session, {"plan": {"layers": [{"kv_heads": 0}]}, "text": "fitness"})
-    assert isinstance(outcome, Failed) and outcome.reason == "invalid"
-
-
 def test_evaluating_without_rates_is_evaluating_uniform_ones(spec: SearchSpec) -> None:
+    assert evaluate_once(PruningRequest(spec, (0.2, 0.4, 0.6))).rate == pytest.approx(spec.rate, abs=0.01)
     uniform = evaluate_once(PruningRequest(spec, UNIFORM))
     given = evaluate_once(PruningRequest(spec, (spec.rate,) * 3))
     assert uniform.perplexity == given.perplexity
     assert uniform.rate == pytest.approx(spec.rate, abs=0.01)
     assert uniform.report_perplexity is not None
     assert (uniform.seqlen, uniform.tokens, uniform.data) == (64, 2 * 63, spec.fitness.source)
-
-
-def test_rates_are_measured_as_given_and_the_rate_is_what_they_remove(spec: SearchSpec) -> None:
-    assert evaluate_once(PruningRequest(spec, (0.2, 0.4, 0.6))).rate == pytest.approx(spec.rate, abs=0.01)
 
 
 def test_sequential_scores_are_taken_once_for_all_texts_of_a_plan(
@@ -225,16 +206,6 @@ def test_sequential_scores_are_taken_once_for_all_texts_of_a_plan(
     session.target.ordered.restore()
     assert session.evaluate(plan).perplexity == first
     assert scored == [plan, other, plan]
-
-
-def test_rates_off_the_specs_budget_are_refused(spec: SearchSpec) -> None:
-    with pytest.raises(BudgetError, match=r"off the budget 0.4 by -0.30000"):
-        evaluate_once(PruningRequest(spec, (0.1, 0.1, 0.1)))
-
-
-def test_rates_of_the_wrong_number_are_refused(spec: SearchSpec) -> None:
-    with pytest.raises(BudgetError, match="2 pruning rates were given for 3 units"):
-        evaluate_once(PruningRequest(spec, (0.1, 0.1)))
 
 
 @pytest.mark.model
@@ -291,8 +262,10 @@ def test_given_rates_are_checked_before_anything_is_scored(spec: SearchSpec, mon
         raise AssertionError("scored")
 
     monkeypatch.setattr("gpu_worker.evaluation.target.calibrate", never)
-    with pytest.raises(BudgetError):
+    with pytest.raises(BudgetError, match="2 pruning rates were given for 3 units"):
         evaluate_once(PruningRequest(spec, (0.1, 0.1)))
+    with pytest.raises(BudgetError, match=r"off the budget 0.4 by -0.30000"):
+        evaluate_once(PruningRequest(spec, (0.1, 0.1, 0.1)))
     with pytest.raises(BudgetError):
         evaluate_once(PruningRequest(spec, Allocation(method="llm-pruner", first_layers=2, last_layers=1)))
 

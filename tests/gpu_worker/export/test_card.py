@@ -16,16 +16,9 @@ from tests.support.tiny_models import tiny_model
 
 MODEL = tiny_model("llama")
 
-FINETUNED = Finetuning(
-    recipe=Recipe(),
-    data="a.txt",
-    form="text",
-    examples=1,
-    steps=1,
-    tokens=1,
-    trained_parameters=1,
-    first_loss=2.0,
-    last_loss=1.0,
+FINETUNED = Finetuning.model_validate(
+    {"recipe": Recipe(), "data": "a.txt", "form": "text", "first_loss": 2.0, "last_loss": 1.0}
+    | dict.fromkeys(("examples", "steps", "tokens", "trained_parameters"), 1)
 )
 
 
@@ -55,8 +48,11 @@ def test_the_hub_reads_where_the_model_comes_from() -> None:
     assert "# someone/some-model, pruned by 49.5 %" in card()
 
 
-def test_smollm2_is_called_what_the_hub_calls_it() -> None:
-    assert front_matter(card(base_model="smollm2"))["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+@pytest.mark.parametrize(
+    ("model", "named"), [("smollm2", "HuggingFaceTB/SmolLM2-135M-Instruct"), ("some/tiny.gguf", None)]
+)
+def test_a_model_is_called_what_the_hub_calls_it(model: str, named: str | None) -> None:
+    assert front_matter(card(base_model=model)).get("base_model") == named
 
 
 def test_a_folder_is_no_name_on_the_hub_and_its_place_is_not_told(tmp_path: Path) -> None:
@@ -65,10 +61,6 @@ def test_a_folder_is_no_name_on_the_hub_and_its_place_is_not_told(tmp_path: Path
     text = card(base_model=str(folder))
     assert "base_model" not in front_matter(text)
     assert "# my-model, pruned by 49.5 %" in text and str(tmp_path) not in text
-
-
-def test_the_place_of_a_text_is_not_told() -> None:
-    assert "scored on notes.txt, 16 windows of 512 tokens (scoring: dense)" in card() and "/home/" not in card()
 
 
 def test_parameters_are_told_before_and_after() -> None:
@@ -122,10 +114,6 @@ def test_the_command_that_measures_again_is_told(source: str, command: str) -> N
     assert "selfpruner evaluate" not in card("gguf", spec=spec)
 
 
-def test_what_was_not_measured_is_said() -> None:
-    assert section(card(dense=None, pruned=None), "Evaluation") == "The perplexity was not measured."
-
-
 def test_a_search_is_told_with_what_it_is_compared_with() -> None:
     text = card(
         searched=SearchSummary(evaluations=1200, seconds=60.4, uniform_perplexity=30.5, uniform_report_perplexity=None)
@@ -160,19 +148,10 @@ def test_how_it_was_pruned_is_told() -> None:
     assert f"- Made with: Self-Pruner {version_of_selfpruner()}" in text
 
 
-def test_a_fit_to_the_text_is_told() -> None:
-    spec = facts_of(MODEL).spec.model_copy(update={"reconstruction": "least-squares"})
-    assert "fitted by least squares" in card(spec=spec)
-    assert "fitted" not in card()
-
-
 @pytest.mark.parametrize(
     ("fmt", "wanted"),
     [
-        (
-            "hf",
-            ['from_pretrained("out", trust_remote_code=True)', "modeling_pruned_llama.py", "vllm serve out --"],
-        ),
+        ("hf", ['from_pretrained("out", trust_remote_code=True)', "modeling_pruned_llama.py", "vllm serve out --"]),
         ("padded", ['AutoModelForCausalLM.from_pretrained("out")', "as large and as slow as the dense one"]),
         ("gguf", ["llama-cli -m out/out.gguf"]),
     ],
@@ -217,24 +196,19 @@ def test_a_program_reads_the_same_facts_from_the_folder(tmp_path: Path) -> None:
     assert (folder / "README.md").read_text() == render_card(facts_of(model), ("padded",), name="out")
 
 
-def test_the_divergence_is_told_where_it_was_measured() -> None:
-    pruned_with_kl = {"perplexity": 23.4567, "tokens": 4088, "kl": 1.25}
-    assert "KL divergence" not in card()
-    told = "\nOn the fitness text, the KL divergence from the dense model is 1.25 nats per token"
-    assert told in card(pruned=pruned_with_kl)
-
-
-def test_a_gguf_file_is_no_name_on_the_hub() -> None:
-    assert "base_model" not in front_matter(card(base_model="some/tiny.gguf"))
-
-
 @pytest.mark.parametrize(
-    ("importance", "told"),
+    ("changes", "of_spec", "told"),
     [
-        ("magnitude", "- Importance: magnitude\n"),
-        ("taylor", "gradients of the first 64 tokens of up to 10 windows of notes.txt"),
+        ({}, {}, "scored on notes.txt, 16 windows of 512 tokens (scoring: dense)"),
+        ({}, {"importance": "magnitude"}, "- Importance: magnitude\n"),
+        ({}, {"importance": "taylor"}, "gradients of the first 64 tokens of up to 10 windows of notes.txt"),
+        ({}, {"reconstruction": "least-squares"}, "fitted by least squares"),
+        (WITH_KL, {}, "\nOn the fitness text, the KL divergence from the dense model is 1.25 nats per token"),
+        ({"dense": None, "pruned": None}, {}, "## Evaluation\n\nThe perplexity was not measured.\n"),
     ],
+    ids=["scored", "magnitude", "taylor", "fitted", "divergence", "not measured"],
 )
-def test_no_more_is_said_to_be_read_than_was(importance: str, told: str) -> None:
-    spec = facts_of(MODEL).spec.model_copy(update={"importance": importance})
-    assert told in card(spec=spec)
+def test_what_was_done_is_told_and_no_more(changes: dict[str, Any], of_spec: dict[str, str], told: str) -> None:
+    text = card(spec=facts_of(MODEL).spec.model_copy(update=of_spec), **changes)
+    assert told in text and "/home/" not in text
+    assert ("fitted" in text) == ("reconstruction" in of_spec) and ("KL" in text) == (changes is WITH_KL)

@@ -15,6 +15,7 @@ from torch import Tensor
 import gpu_worker.export.weights as weights_module
 import gpu_worker.export.writer as exporting_module
 from gpu_worker.export.hf import write_hf
+from gpu_worker.export.padded import write_padded
 from gpu_worker.export.writer import check_formats
 from gpu_worker.models.families import FAMILIES, extract_decoder
 from gpu_worker.models.loading import LoadedModel, load_model
@@ -82,11 +83,14 @@ def config_in(folder: Path) -> dict[str, Any]:
 
 
 def test_plain_transformers_computes_what_the_worker_does(exported: Exported) -> None:
+    """And so does the body alone."""
     assert torch.allclose(exported.elsewhere["logits"], exported.logits, atol=1e-4)
+    hidden = exported.model.decoder.body(input_ids=TOKENS).last_hidden_state
+    assert torch.allclose(exported.elsewhere["hidden"], hidden, atol=1e-4)
 
 
 def test_what_is_removed_is_gone(exported: Exported) -> None:
-    assert exported.elsewhere["class"].startswith("Pruned")
+    assert exported.elsewhere["class"].startswith("Pruned") and exported.elsewhere["refused"]  # without trust
     assert exported.elsewhere["parameters"] == sum(p.numel() for p in exported.model.causal_lm.parameters())
 
 
@@ -112,18 +116,9 @@ def test_the_attention_implementation_can_be_changed(exported: Exported) -> None
     assert torch.allclose(exported.elsewhere["eager"], expected, atol=1e-4)
 
 
-def test_the_body_loads_alone(exported: Exported) -> None:
-    hidden = exported.model.decoder.body(input_ids=TOKENS).last_hidden_state
-    assert torch.allclose(exported.elsewhere["hidden"], hidden, atol=1e-4)
-
-
 def test_a_loaded_model_can_be_saved_and_loaded_again(exported: Exported) -> None:
     assert torch.equal(exported.elsewhere["again"], exported.elsewhere["logits"])
     assert torch.equal(exported.elsewhere["hidden again"], exported.elsewhere["hidden"])
-
-
-def test_code_is_run_only_with_leave(exported: Exported) -> None:
-    assert exported.elsewhere["refused"]
 
 
 def test_a_head_that_is_the_embedding_is_written_once(exports: dict[str, Exported]) -> None:
@@ -153,17 +148,20 @@ def test_the_config_names_the_classes_for_every_loader(exports: dict[str, Export
     for family in FAMILIES:
         config = config_in(exports[family].folder)
         module = f"modeling_pruned_{family}"
-        assert {auto: name.partition(".")[0] for auto, name in config["auto_map"].items()} == {
-            "AutoConfig": module,
-            "AutoModel": module,
-            "AutoModelForCausalLM": module,
-        }
+        classes = ("AutoConfig", "AutoModel", "AutoModelForCausalLM")
+        assert {auto: name.partition(".")[0] for auto, name in config["auto_map"].items()} == dict.fromkeys(
+            classes, module
+        )
         assert config["model_type"] == f"pruned_{family}"
 
 
 def test_layer_numbers_are_padded_so_that_they_sort(tmp_path: Path) -> None:
+    """And settings are kept that transformers would refuse to save."""
     plan = keep(*[(1, 1, 8)] * 11)
-    write_hf(pruned(tiny_model("llama", layers=11), plan), plan, tmp_path)
+    model = pruned(tiny_model("llama", layers=11), plan)
+    model.causal_lm.generation_config.temperature = 0.9  # without do_sample, as Vicuna is published
+    write_hf(model, plan, tmp_path)
+    assert json.loads((tmp_path / "generation_config.json").read_text())["temperature"] == 0.9
     assert list(config_in(tmp_path)["per_layer_config"]) == [f"{i:02}" for i in range(11)]
 
 
@@ -201,19 +199,13 @@ def test_a_model_on_a_gpu_is_refused_where_main_memory_has_no_room_for_a_shard(m
     check_formats(elsewhere, ("hf",))
 
 
-def test_settings_that_transformers_would_refuse_to_save_are_kept(tmp_path: Path) -> None:
-    model = pruned(tiny_model("llama"))
-    model.causal_lm.generation_config.temperature = 0.9  # without do_sample, as Vicuna is published
-    write_hf(model, UNEVEN, tmp_path)
-    assert json.loads((tmp_path / "generation_config.json").read_text())["temperature"] == 0.9
-
-
 @pytest.mark.parametrize("family", MODELINGS)
 def test_the_modeling_file_imports_nothing_but_torch_and_transformers(family: str) -> None:
     tree = ast.parse(render_modeling(family))
     imports = [node for node in ast.walk(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
     sources = {node.module for node in imports if isinstance(node, ast.ImportFrom)}
     assert all(isinstance(node, ast.ImportFrom) and node.level == 0 for node in imports)
+    assert set(MODELINGS) == set(FAMILIES)
     assert {str(source).partition(".")[0] for source in sources} == {"huggingface_hub", "torch", "transformers"}
 
 
@@ -227,15 +219,14 @@ def test_the_modeling_file_is_short_and_tidy(family: str) -> None:
         assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_every_family_that_can_be_pruned_can_be_exported() -> None:
-    assert set(MODELINGS) == set(FAMILIES)
-
-
-def test_an_unsupported_family_is_named_with_the_format(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "write"), [("hf", write_hf), ("padded", write_padded)])
+def test_an_unsupported_family_is_named_with_the_format(tmp_path: Path, name: str, write: Any) -> None:
     model = pruned(tiny_model("llama"))
     model.causal_lm.config.model_type = "gpt2"
-    with pytest.raises(ModelError, match="'gpt2' cannot be exported as hf; supported model types: gemma3_text, llama"):
-        write_hf(model, UNEVEN, tmp_path)
+    with pytest.raises(
+        ModelError, match=f"'gpt2' cannot be exported as {name}; supported model types: gemma3_text, ll"
+    ):
+        write(model, UNEVEN, tmp_path)
 
 
 @pytest.mark.model

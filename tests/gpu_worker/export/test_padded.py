@@ -1,14 +1,12 @@
 import json
 from pathlib import Path
 
-import pytest
 import torch
 import transformers
 from safetensors.torch import load_file
 
 from gpu_worker.export.padded import write_padded
 from gpu_worker.models.families import FAMILIES
-from protocol.errors import ModelError
 from tests.support.exports import UNEVEN, export, loaded_elsewhere, pruned
 from tests.support.load_export import greedy
 from tests.support.tiny_models import tiny_model, tiny_windows
@@ -55,13 +53,6 @@ def test_kept_heads_lie_within_their_groups_and_the_rest_is_nought(tmp_path: Pat
 
 def _blocks_in_use(rows: torch.Tensor, head_dim: int = 8) -> list[int]:
     return [i for i, block in enumerate(torch.split(rows, head_dim)) if block.any()]
-
-
-def test_an_unsupported_family_is_named_with_the_format(tmp_path: Path) -> None:
-    model = pruned(tiny_model("llama"))
-    model.causal_lm.config.model_type = "gpt2"
-    with pytest.raises(ModelError, match="'gpt2' cannot be exported as padded; supported model types: gemma3_text, ll"):
-        write_padded(model, UNEVEN, tmp_path)
 
 
 def test_it_is_as_large_as_the_dense_model(tmp_path: Path) -> None:

@@ -78,14 +78,13 @@ def test_a_model_that_needs_a_first_token_gets_it_before_instructions_too(tmp_pa
     assert byte_tokenizer().decode(data.examples[0].tokens).startswith("<first>Below is")
 
 
+GOOD = '{"instruction": "a", "output": "b"}'
+
+
 @pytest.mark.parametrize(
     ("name", "content", "sentence"),
     [
-        (
-            "a.jsonl",
-            '{"instruction": "a", "output": "b"}\n{"instruction": "a"}',
-            "line 2 of .* has no 'output': it must",
-        ),
+        ("a.jsonl", f'{GOOD}\n{{"instruction": "a"}}', "line 2 of .* has no 'output': it must"),
         ("a.jsonl", '\n{"instruction": "a", "output": 3}', "line 2 of .* has an 'output' that is not a string"),
         ("a.jsonl", '{"instruction": "a", "output": "b"}\n\n{oh', "line 3 of .*not valid JSON"),
         ("a.jsonl", "[1]", "line 1 of .*not an object"),
@@ -112,12 +111,8 @@ def test_so_many_examples_are_picked_by_the_seed(tmp_path: Path) -> None:
     assert len(prepared(written(tmp_path, "a.txt", "abcdefgh" * 20), Recipe(seqlen=16, examples=3)).examples) == 3
 
 
-def test_without_a_hub_it_is_said_what_to_pass(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(corpora, "hub_reachable", lambda: False)
-    # Named here so that they are put back: the process goes offline for good.
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+@pytest.mark.usefixtures("no_hub")
+def test_without_a_hub_it_is_said_what_to_pass() -> None:
     with pytest.raises(DataError, match="pass a file with --data"):
         read_instructions("alpaca-gpt4", RECIPE)
 

@@ -99,13 +99,6 @@ def test_what_a_signal_comes_to_is_not_written_twice(tmp_path: Path, monkeypatch
     assert len(written) == 1
 
 
-def test_the_handlers_are_those_from_before() -> None:
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    with defer_signals():
-        assert signal.getsignal(signal.SIGTERM) is not before[0]
-    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
-
-
 def test_a_second_signal_ends_the_process_at_once() -> None:
     code = """
 import signal
@@ -121,6 +114,11 @@ with defer_signals():
 
 
 def test_other_threads_have_nothing_to_hold_back() -> None:
+    """In the main thread the handlers are restored."""
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with defer_signals():
+        assert signal.getsignal(signal.SIGTERM) is not before[0]
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
     entered: list[bool] = []
 
     def work() -> None:

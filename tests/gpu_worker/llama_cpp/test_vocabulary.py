@@ -229,24 +229,16 @@ def unigram() -> Any:
     return wrapped(Tokenizer(models.Unigram([("a", -1.0), ("<first>", -1.0), ("<last>", -1.0)], unk_id=0)))
 
 
-def unknown_splits() -> Any:
-    tokenizer = byte_level("gpt-2")
-    tokenizer.backend_tokenizer.pre_tokenizer = llama3_like(r"\w+")
-    return tokenizer
-
-
-def unknown_spaces() -> Any:
-    tokenizer = sentencepiece_like(legacy=True)
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(split=True)
+def changed(tokenizer: Any, **of_backend: Any) -> Any:
+    for name, value in of_backend.items():
+        setattr(tokenizer.backend_tokenizer, name, value)
     return tokenizer
 
 
 def unknown_frame() -> Any:
-    tokenizer = byte_tokenizer()
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<last> $A", special_tokens=[("<last>", tokenizer.eos_token_id)]
-    )
-    return tokenizer
+    ends = [("<last>", byte_tokenizer().eos_token_id)]
+    frame = processors.TemplateProcessing(single="<last> $A", special_tokens=ends)
+    return changed(byte_tokenizer(), post_processor=frame)
 
 
 def endless() -> Any:
@@ -266,8 +258,14 @@ def too_long() -> Any:
     [
         (lambda: None, "needs a tokenizer with a tokenizer.json"),
         (unigram, "supports BPE tokenizers, but this model's is Unigram"),
-        (unknown_splits, "it supports those that llama.cpp calls gpt-2, smollm, llama-bpe"),
-        (unknown_spaces, "does not treat spaces like it"),
+        (
+            lambda: changed(byte_level("gpt-2"), pre_tokenizer=llama3_like(r"\w+")),
+            "it supports those that llama.cpp calls gpt-2, smollm, llama-bpe",
+        ),
+        (
+            lambda: changed(sentencepiece_like(legacy=True), pre_tokenizer=pre_tokenizers.Metaspace(split=True)),
+            "does not treat spaces like it",
+        ),
         (unknown_frame, "supports only bos and eos around a text"),
         (endless, "needs a tokenizer with an end-of-text token"),
         (too_long, f"the tokenizer has token 1057 where the model's embedding has {ROWS} rows"),

@@ -8,6 +8,7 @@ import torch
 import transformers
 from datasets.exceptions import DatasetGenerationError
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from gpu_worker.measuring import corpora
 from gpu_worker.measuring.corpora import Texts, load_roles, load_texts
@@ -17,7 +18,7 @@ from tests.support.tiny_models import save_tiny_folder
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> transformers.PreTrainedTokenizerFast:
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
     """One token a byte."""
     folder = save_tiny_folder(tmp_path_factory.mktemp("corpora"), hidden_size=48)
     return transformers.AutoTokenizer.from_pretrained(folder)
@@ -47,7 +48,7 @@ Load = Callable[..., Texts]
 
 
 @pytest.fixture
-def load(tokenizer: transformers.PreTrainedTokenizerFast) -> Load:
+def load(tokenizer: Tokenizer) -> Load:
     def load(*parts: TextSpec | None, seed: int = 0) -> Texts:
         return load_texts(spec_of(*parts, seed=seed), tokenizer, no_generation)  # type: ignore[arg-type,misc]
 
@@ -66,7 +67,7 @@ def test_roles_with_one_source_get_different_windows(load: Load, text: str) -> N
 
 
 def test_all_windows_of_a_text_that_no_other_role_uses_come_in_order(
-    load: Load, text: str, tmp_path: Path, tokenizer: transformers.PreTrainedTokenizerFast
+    load: Load, text: str, tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
     other = tmp_path / "other.txt"
     other.write_text("another text " * 20)
@@ -114,15 +115,12 @@ def test_two_roles_cannot_both_have_all_windows(load: Load, text: str) -> None:
         load(part(text, None), part(text, None))
 
 
-def test_a_missing_text_is_refused(load: Load) -> None:
-    with pytest.raises(DataError, match="cannot be read"):
-        load(part("/no/such/text", 1), part("/no/such/text", 1))
-
-
-def test_what_is_no_text_is_refused(load: Load, tmp_path: Path) -> None:
-    path = tmp_path / "binary"
-    path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(DataError, match="not UTF-8"):
+@pytest.mark.parametrize(("content", "sentence"), [(None, "cannot be read"), (b"\xff\xfe\x00", "not UTF-8")])
+def test_what_is_no_text_is_refused(load: Load, tmp_path: Path, content: bytes | None, sentence: str) -> None:
+    path = tmp_path / "text"
+    if content:
+        path.write_bytes(content)
+    with pytest.raises(DataError, match=sentence):
         load(part(str(path), 1), part(str(path), 1))
 
 
@@ -136,15 +134,9 @@ def test_rare_words_of_wikitext_are_read_as_a_word(load: Load, tmp_path: Path) -
     assert rows(marked.calibration) == rows(plain.calibration)
 
 
+@pytest.mark.usefixtures("no_hub")
 @pytest.mark.parametrize("name", ["wikitext2", "c4"])
-def test_a_text_of_the_hub_without_a_hub_is_refused_with_what_to_pass_instead(
-    load: Load, text: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
-) -> None:
-    monkeypatch.setattr(corpora, "hub_reachable", lambda: False)
-    # Named here so that they are put back: the worker's process goes offline for good.
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path)
+def test_a_text_of_the_hub_without_a_hub_is_refused_with_what_to_pass_instead(load: Load, text: str, name: str) -> None:
     with pytest.raises(DataError, match=f"{name} is not on this machine.*; pass a text file, or `self`"):
         load(part(name, 1), part(text, 1))
 
@@ -194,9 +186,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
     return asked
 
 
-def test_each_role_has_a_split_of_wikitext(
-    load: Load, hub: list[tuple[object, ...]], tokenizer: transformers.PreTrainedTokenizerFast
-) -> None:
+def test_each_role_has_a_split_of_wikitext(load: Load, hub: list[tuple[object, ...]], tokenizer: Tokenizer) -> None:
     texts = load(part("wikitext2", 3), part("wikitext2", None), part("wikitext2", None))
     assert hub == [("Salesforce/wikitext", "wikitext-2-raw-v1", s, None) for s in ("train", "validation", "test")]
     assert "train" in tokenizer.decode(texts.calibration.flatten())
@@ -215,17 +205,13 @@ def test_each_role_has_documents_of_c4_that_no_other_has(load: Load, hub: list[t
     ]
 
 
-def test_a_split_of_no_wanted_role_is_not_read(
-    hub: list[tuple[object, ...]], tokenizer: transformers.PreTrainedTokenizerFast
-) -> None:
+def test_a_split_of_no_wanted_role_is_not_read(hub: list[tuple[object, ...]], tokenizer: Tokenizer) -> None:
     parts = {"calibration": part("wikitext2", 3), "fitness": part("wikitext2", None)}
     windows = load_roles(parts, 0, tokenizer, no_generation, only={"fitness"})  # type: ignore[arg-type]
     assert list(windows) == ["fitness"] and [asked[2] for asked in hub] == ["validation"]
 
 
-def test_the_model_writes_as_much_as_all_roles_need_and_once(
-    tokenizer: transformers.PreTrainedTokenizerFast,
-) -> None:
+def test_the_model_writes_as_much_as_all_roles_need_and_once(tokenizer: Tokenizer) -> None:
     asked: list[tuple[int, int]] = []
 
     def generate(windows: int, length: int) -> Tensor:
@@ -237,22 +223,20 @@ def test_the_model_writes_as_much_as_all_roles_need_and_once(
     assert len(set(texts.calibration.flatten().tolist()) | set(texts.fitness.flatten().tolist())) == 6 * 8 + 3 * 16
 
 
-def test_every_window_begins_with_the_token_that_a_model_needs(
-    tokenizer: transformers.PreTrainedTokenizerFast, text: str
-) -> None:
+def test_every_window_begins_with_the_token_that_a_model_needs(tokenizer: Tokenizer, text: str) -> None:
     spec = spec_of(part(text, 2, seqlen=16), part(text, None, seqlen=8))
     plain, started = load_texts(spec, tokenizer, no_generation), load_texts(spec, tokenizer, no_generation, 319)
     for before, after in ((plain.calibration, started.calibration), (plain.fitness, started.fitness)):
         assert (after[:, 0] == 319).all() and torch.equal(after[:, 1:], before[:, 1:])
 
 
-def test_all_of_what_the_model_writes_is_refused(tokenizer: transformers.PreTrainedTokenizerFast) -> None:
+def test_all_of_what_the_model_writes_is_refused(tokenizer: Tokenizer) -> None:
     with pytest.raises(DataError, match="is unlimited"):
         load_texts(spec_of(part("self", 4), part("self", None)), tokenizer, no_generation)
 
 
 def test_a_text_longer_than_the_model_reads_brings_no_warning(
-    tokenizer: transformers.PreTrainedTokenizerFast, text: str, caplog: pytest.LogCaptureFixture
+    tokenizer: Tokenizer, text: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     tokenizer.model_max_length = 16
     logger = logging.getLogger("transformers")

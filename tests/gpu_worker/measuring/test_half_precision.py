@@ -31,11 +31,15 @@ def samples(dtype: torch.dtype, *leading: int) -> tuple[Tensor, Tensor, Tensor]:
     return x, weight, bias
 
 
-@pytest.mark.usefixtures("slow")
+@pytest.fixture(params=[arithmetic.CHUNK_ELEMENTS, 24 * 7], ids=["whole", "in parts"])
+def converted(slow: None, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matrices are converted as a whole, or in parts."""
+    monkeypatch.setattr(arithmetic, "CHUNK_ELEMENTS", request.param)
+
+
+@pytest.mark.usefixtures("converted")
 @pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("converted", [arithmetic.CHUNK_ELEMENTS, 24 * 7], ids=["whole", "in parts"])
-def test_a_product_is_rounded_once(dtype: torch.dtype, converted: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arithmetic, "CHUNK_ELEMENTS", converted)
+def test_a_product_is_rounded_once(dtype: torch.dtype) -> None:
     x, weight, bias = samples(dtype, 3, 5)
     for added in (None, bias):
         exact = F.linear(x.double(), weight.double(), added if added is None else added.double())
@@ -44,14 +48,9 @@ def test_a_product_is_rounded_once(dtype: torch.dtype, converted: int, monkeypat
         assert torch.allclose(found.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-6)
 
 
-@pytest.mark.usefixtures("slow")
+@pytest.mark.usefixtures("converted")
 @pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("converted", [arithmetic.CHUNK_ELEMENTS, 24 * 7], ids=["whole", "in parts"])
-def test_gradients_are_those_of_float32_rounded(
-    dtype: torch.dtype, converted: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(arithmetic, "CHUNK_ELEMENTS", converted)
-
+def test_gradients_are_those_of_float32_rounded(dtype: torch.dtype) -> None:
     def gradients(inputs: tuple[Tensor, ...], weights: Tensor) -> list[Tensor]:
         leaves = [each.clone().requires_grad_() for each in inputs]
         (F.linear(*leaves) * weights).sum().backward()  # type: ignore[no-untyped-call]

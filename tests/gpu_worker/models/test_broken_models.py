@@ -8,13 +8,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import gguf
 import peft
 import pytest
 import torch
 from huggingface_hub import constants
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from gpu_worker.models import loading as models
 from gpu_worker.models.checkpoint_files import is_inside
@@ -38,15 +39,11 @@ from tests.support.root import ROOT
 from tests.support.tiny_gguf import write_tiny_gguf
 from tests.support.tiny_models import change_config, save_tiny_folder, tiny_llama
 
+pytestmark = pytest.mark.usefixtures("own_cache")
 SECONDS = 20.0
 """Most that one file may take, on a busy machine; each takes well under one second alone."""
 MEGABYTES = 500
 """Most that the process may grow by."""
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 @pytest.fixture
@@ -79,28 +76,27 @@ def _peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
+IMPOSSIBLE: dict[str, list[object]] = {
+    "num_hidden_layers": [10**9, 1001],
+    "hidden_size": [10**12, float("nan")],
+    "vocab_size": [2**40],
+    "num_key_value_heads": [5],
+    "num_labels": [10**9],  # a table of so many names
+    "partial_rotary_factor": [1e12],
+    "rope_parameters": [{"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1e12}],
+    "rms_norm_eps": [float("nan")],
+    "rope_theta": [float("inf"), 10**40],
+    "max_position_embeddings": [10**18],
+    "sliding_window": ["x"],
+    "per_layer_config": [[1], {"0": 1}, {"0": {"intermediate_size": 10**12}}, {"0": {"num_attention_heads": 4}}],
+}
+
+
 @pytest.mark.parametrize(
     "changes",
     [
-        {"num_hidden_layers": 10**9},
-        {"num_hidden_layers": 1001},
-        {"hidden_size": 10**12},
-        {"hidden_size": float("nan")},
-        {"vocab_size": 2**40},
+        *({key: value} for key, values in IMPOSSIBLE.items() for value in values),
         {"num_attention_heads": 2**30, "head_dim": 2**30},
-        {"num_key_value_heads": 5},
-        {"num_labels": 10**9},  # a table of so many names
-        {"partial_rotary_factor": 1e12},
-        {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 1e12}},
-        {"rms_norm_eps": float("nan")},
-        {"rope_theta": float("inf")},
-        {"rope_theta": 10**40},
-        {"max_position_embeddings": 10**18},
-        {"sliding_window": "x"},
-        {"per_layer_config": [1]},
-        {"per_layer_config": {"0": 1}},
-        {"per_layer_config": {"0": {"intermediate_size": 10**12}}},
-        {"per_layer_config": {"0": {"num_attention_heads": 4}}},
     ],
     ids=lambda changes: ",".join(changes),
 )
@@ -137,44 +133,27 @@ def test_each_senseless_value_of_each_key_of_a_config_loads_or_is_refused(tmp_pa
 @pytest.mark.parametrize(
     "breaks",
     [
-        with_header(b"{}", length=2**63),
-        with_header(b"{}", length=2**64 - 1),
-        with_header(b"[" * 100_000),
-        with_header(b'{"a":' * 100_000),
-        with_header(b" " * 2**20),
-        with_tensors(("a", [4], [0, 16]), ("b", [4], [8, 24])),
-        with_tensors(("a", [2**63], [0, 16])),
-        with_tensors(("a", [2**32, 2**32], [0, 16])),
-        with_tensors(("a", [16], [0, 2**63])),
+        *(with_header(b"{}", length=length) for length in (2**63, 2**64 - 1)),
+        *(with_header(header) for header in (b"[" * 100_000, b'{"a":' * 100_000, b" " * 2**20)),
+        *(with_tensors(("a", *sizes)) for sizes in (([2**63], [0, 16]), ([2**32, 2**32], [0, 16]), ([16], [0, 2**63]))),
         with_tensors(("a", [4], [16, 0])),
-        with_tensors(("a", [4], [0, 16]), ("a", [12], [16, 64])),
-        with_index({"a": "../outside"}),
-        with_index({"a": "/etc/passwd"}),
-        with_index({"a": "sub/../../outside"}),
-        with_index({"a": "..\\outside"}),
-        with_index({"a": "x\0y"}),
-        with_index({"a": ""}),
-        with_index({"a": 1}),
-        with_index(["a"]),
-        with_index(None),
-        with_text("model.safetensors.index.json", "{"),
-        with_text("model.safetensors.index.json", "[" * 100_000),
-        with_holes("tokenizer.json", 2**30),
-        with_holes("config.json", 2**30),
-        with_holes("generation_config.json", 2**30),
+        *(with_tensors(("a", [4], [0, 16]), other) for other in (("b", [4], [8, 24]), ("a", [12], [16, 64]))),
+        *(
+            with_index({"a": to})
+            for to in ("../outside", "/etc/passwd", "sub/../../outside", "..\\outside", "x\0y", "")
+        ),
+        *(with_index(weight_map) for weight_map in ({"a": 1}, ["a"], None)),
+        *(with_text("model.safetensors.index.json", text) for text in ("{", "[" * 100_000)),
+        *(with_holes(name, 2**30) for name in ("tokenizer.json", "config.json", "generation_config.json")),
         with_holes("chat_template.jinja", 2**30),
         with_text("tokenizer.json", "[" * 1_000_000),
         with_text("config.json", '{"a":' * 100_000),
         with_text("config.json", '{"model_type": "llama", "num_hidden_layers": ' + "9" * 10_000 + "}"),
         with_text("config.json", json.dumps({"model_type": "x" * 1_000_000})),
         with_text("config.json", json.dumps({"model_type": "llama", "intermediate_size": [8] * 10**6})),
-        with_pipe("model.safetensors"),
-        with_pipe("model-00001-of-00002.safetensors"),
-        with_pipe("config.json"),
-        with_pipe("tokenizer_config.json"),
-        with_link("model.safetensors", "/dev/zero"),
-        with_link("tokenizer.json", "/dev/zero"),
-        with_link("pytorch_model.bin", "/dev/zero"),
+        *(with_pipe(name) for name in ("model.safetensors", "model-00001-of-00002.safetensors")),
+        *(with_pipe(name) for name in ("config.json", "tokenizer_config.json")),
+        *(with_link(name, "/dev/zero") for name in ("model.safetensors", "tokenizer.json", "pytorch_model.bin")),
         with_link("generation_config.json", "generation_config.json"),
         with_link("model.safetensors", "nowhere"),
     ],
@@ -227,17 +206,12 @@ def test_a_folder_of_the_hubs_cache_whose_files_are_links_loads(tmp_path: Path, 
 
 
 def test_weights_in_shards_load_from_the_folder_and_below(folder: Path) -> None:
-    weights = "model.safetensors"
-    index = {"metadata": {}, "weight_map": dict.fromkeys(_names(folder / weights), "parts/one.safetensors")}
+    weights = folder / "model.safetensors"
+    index = {"metadata": {}, "weight_map": dict.fromkeys(load_file(weights), "parts/one.safetensors")}
     (folder / "parts").mkdir()
-    (folder / weights).rename(folder / "parts" / "one.safetensors")
+    weights.rename(folder / "parts" / "one.safetensors")
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     assert not refusal(folder)
-
-
-def _names(file: Path) -> list[str]:
-    size = int.from_bytes(file.read_bytes()[:8], "little")
-    return [name for name in json.loads(file.read_bytes()[8 : 8 + size]) if name != "__metadata__"]
 
 
 @pytest.mark.parametrize(("file", "inside"), [("a.bin", True), ("a/b", True), ("../a", False), ("/a", False)])
@@ -271,6 +245,11 @@ def _add_adapter(folder: Path, base: Path) -> None:
     )
 
 
+def _weights_of(model: str) -> dict[str, list[Any]]:
+    state = load_model(model, "float32").causal_lm.state_dict()
+    return {name: tensor.tolist() for name, tensor in state.items()}
+
+
 def test_an_adapter_without_a_model_of_its_own_does_not_lead_to_the_model_that_it_names(
     folder: Path, tmp_path: Path
 ) -> None:
@@ -280,11 +259,9 @@ def test_an_adapter_without_a_model_of_its_own_does_not_lead_to_the_model_that_i
 
 
 def test_a_merged_model_loads_as_it_is_although_its_adapter_is_still_there(folder: Path, tmp_path: Path) -> None:
-    weights = load_model(str(folder), "float32").causal_lm.state_dict()
+    weights = _weights_of(str(folder))
     _add_adapter(folder, save_tiny_folder(tmp_path / "other", seed=1))
-    loaded = load_model(str(folder), "float32").causal_lm.state_dict()
-    assert loaded.keys() == weights.keys()
-    assert all(torch.equal(loaded[name], weights[name]) for name in weights)
+    assert _weights_of(str(folder)) == weights
 
 
 def _in_the_hubs_cache(cache: Path, commit: str, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -299,11 +276,9 @@ def _in_the_hubs_cache(cache: Path, commit: str, monkeypatch: pytest.MonkeyPatch
 
 def test_an_adapter_on_the_hub_is_treated_like_one_in_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = save_tiny_folder(_in_the_hubs_cache(tmp_path / "cache", "1" * 40, monkeypatch))
-    weights = load_model("a/b", "float32").causal_lm.state_dict()
+    weights = _weights_of("a/b")
     _add_adapter(folder, save_tiny_folder(tmp_path / "other", seed=1))
-    loaded = load_model("a/b", "float32").causal_lm.state_dict()
-    assert loaded.keys() == weights.keys()
-    assert all(torch.equal(loaded[name], weights[name]) for name in weights)
+    assert _weights_of("a/b") == weights
     (folder / "model.safetensors").unlink()
     with pytest.raises(ModelError, match="and no model; merge"):
         load_model("a/b", "float32")

@@ -12,7 +12,7 @@ from protocol.errors import ModelError
 from protocol.plans.plan import Plan, count_parameters, dense_plan, make_plan
 from protocol.plans.shape import ModelShape
 from tests.support.pruned_models import keep, logits_of, masked_logits, scores_of
-from tests.support.tiny_models import tiny_llama, tiny_model
+from tests.support.tiny_models import tiny_causal_lm, tiny_llama, tiny_model
 
 HEADS: dict[str, dict[str, Any]] = {
     "grouped-query": {},
@@ -51,10 +51,10 @@ def test_a_rate_of_nought_is_the_identity(family: str, heads: str) -> None:
     assert torch.allclose(logits_of(model), before, atol=1e-4)
 
 
-@every_family
+@pytest.mark.parametrize(("family", "bias"), [*((family, False) for family in sorted(FAMILIES)), ("llama", True)])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_the_parameters_that_stay_are_those_the_plan_counts(family: str, tied: bool) -> None:
-    model = tiny_model(family, tied=tied)
+def test_the_parameters_that_stay_are_those_the_plan_counts(family: str, bias: bool, tied: bool) -> None:
+    model = tiny_model(family, tied=tied, bias=bias)
     shape = model.decoder.shape
     assert shape.total_parameters == sum(p.numel() for p in model.causal_lm.parameters())
     plan = uneven_plan(shape)
@@ -75,18 +75,8 @@ def test_an_exported_model_belongs_to_its_family(family: str) -> None:
     assert family_of(transformers.PreTrainedConfig.from_dict({"model_type": f"pruned_{family}"})) is FAMILIES[family]
 
 
-@pytest.mark.parametrize("tied", [True, False])
-def test_biases_are_counted_with_what_they_belong_to(tied: bool) -> None:
-    model = tiny_llama(tied=tied, bias=True)
-    assert model.decoder.shape.total_parameters == sum(p.numel() for p in model.causal_lm.parameters())
-
-
 def test_splitting_fused_projections_changes_nothing() -> None:
-    config = transformers.Phi3Config(
-        vocab_size=64, hidden_size=24, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, pad_token_id=None,
-    )  # fmt: skip
-    model = transformers.Phi3ForCausalLM(config).eval()
+    model = tiny_causal_lm("phi3")
     tokens = torch.arange(20)[None]
     with torch.inference_mode():
         before = model(input_ids=tokens).logits

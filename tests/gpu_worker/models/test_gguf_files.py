@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,12 +12,8 @@ from protocol.errors import ModelError
 from tests.support.tiny_gguf import write_tiny_gguf
 from tests.support.tiny_models import tiny_llama, tiny_windows
 
+pytestmark = pytest.mark.usefixtures("own_cache")
 LLAMA3_THETA = 500000.0
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 def tiny(seed: int = 0) -> LoadedModel:
@@ -84,21 +81,19 @@ def test_the_rotary_factors_of_llama_3_1_are_kept(tmp_path: Path, factor: float)
     assert loaded.config.rope_parameters["factor"] == factor
 
 
-def test_rotary_factors_that_no_llama_has_are_refused(tmp_path: Path) -> None:
-    file = write_tiny_gguf(tmp_path / "tiny.gguf", tiny(), rope_factors=[1.0, 2.0, 3.0, 8.0])
-    with pytest.raises(ModelError, match="has unknown rope scaling factors; pass the model's folder"):
-        load_model(str(file), "float32")
-
-
-def test_scaled_positions_are_refused_because_transformers_would_drop_them(tmp_path: Path) -> None:
-    file = write_tiny_gguf(tmp_path / "tiny.gguf", tiny(), rope_scaling="yarn")
-    with pytest.raises(ModelError, match=r"uses rope scaling \(yarn\), which transformers does not read"):
-        load_model(str(file), "float32")
-
-
-def test_a_pruned_export_for_llama_cpp_is_refused_with_what_to_pass(tmp_path: Path) -> None:
-    file = write_tiny_gguf(tmp_path / "pruned.gguf", tiny(), architecture="deci")
-    with pytest.raises(ModelError, match=r"a pruned export for llama\.cpp.*pass the hf or the padded export"):
+@pytest.mark.parametrize(
+    ("written", "sentence"),
+    [
+        ({"rope_factors": [1.0, 2.0, 3.0, 8.0]}, "has unknown rope scaling factors; pass the model's folder"),
+        ({"rope_scaling": "yarn"}, r"uses rope scaling \(yarn\), which transformers does not read"),
+        ({"architecture": "deci"}, r"a pruned export for llama\.cpp.*pass the hf or the padded export"),
+        ({"without": "blk.1.ffn_up"}, r"1 are missing.*'model\.layers\.1\.mlp\.up_proj\.weight'"),
+    ],
+    ids=["factors", "scaling", "pruned", "missing"],
+)
+def test_a_file_that_would_be_another_model_is_refused(tmp_path: Path, written: dict[str, Any], sentence: str) -> None:
+    file = write_tiny_gguf(tmp_path / "tiny.gguf", tiny(), **written)
+    with pytest.raises(ModelError, match=sentence):
         load_model(str(file), "float32")
 
 
@@ -108,12 +103,6 @@ def test_an_architecture_that_cannot_be_read_or_pruned_is_named(tmp_path: Path, 
     with pytest.raises(ModelError, match=architecture):
         load_model(str(file), "float32")
     assert not list((tmp_path / "cache").rglob("*.safetensors"))
-
-
-def test_a_file_without_one_of_its_weights_is_refused(tmp_path: Path) -> None:
-    file = write_tiny_gguf(tmp_path / "tiny.gguf", tiny(), without="blk.1.ffn_up")
-    with pytest.raises(ModelError, match=r"1 are missing.*'model\.layers\.1\.mlp\.up_proj\.weight'"):
-        load_model(str(file), "float32")
 
 
 def test_a_file_that_is_no_gguf_file_is_refused(tmp_path: Path) -> None:

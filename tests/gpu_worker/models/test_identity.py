@@ -1,5 +1,6 @@
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -37,41 +38,26 @@ def test_weights_of_the_older_format_count_too(tmp_path: Path) -> None:
     assert folder_identity(tmp_path) != before
 
 
+def bytes_that_count(file: Path, identity: Callable[[], str]) -> list[int]:
+    """Which of the forty bytes of `file` change its identity."""
+
+    def identity_with(changed: int | None) -> str:
+        file.write_bytes(bytes(255 if i == changed else i for i in range(40)))
+        os.utime(file, (0, 0))
+        return identity()
+
+    return [i for i in range(40) if identity_with(i) != identity_with(None)]
+
+
 def test_of_a_large_file_its_ends_and_blocks_between_are_looked_at(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "BLOCK", 4)
-    monkeypatch.setattr(module, "BLOCKS", 3)
-    file = tmp_path / "model.safetensors"
-
-    def identity_with(change: int | None) -> str:
-        content = bytearray(range(40))
-        if change is not None:
-            content[change] = 255
-        file.write_bytes(content)
-        return folder_identity(tmp_path)
-
-    seen = [i for i in range(40) if identity_with(i) != identity_with(None)]
+    """Of a GGUF file all of the header, too."""
+    for name, value in (("BLOCK", 4), ("BLOCKS", 3), ("GGUF_HEADER", 10)):
+        monkeypatch.setattr(module, name, value)
+    seen = bytes_that_count(tmp_path / "model.safetensors", lambda: folder_identity(tmp_path))
     assert seen == [0, 1, 2, 3, 18, 19, 20, 21, 36, 37, 38, 39]
-
-
-def test_of_a_large_gguf_file_all_of_the_header_and_samples_of_the_rest_are_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "BLOCK", 4)
-    monkeypatch.setattr(module, "BLOCKS", 3)
-    monkeypatch.setattr(module, "GGUF_HEADER", 10)
-    file = tmp_path / "model.gguf"
-
-    def identity_with(change: int | None) -> str:
-        content = bytearray(range(40))
-        if change is not None:
-            content[change] = 255
-        file.write_bytes(content)
-        os.utime(file, (0, 0))
-        return file_identity(file)
-
-    seen = [i for i in range(40) if identity_with(i) != identity_with(None)]
+    seen = bytes_that_count(tmp_path / "model.gguf", lambda: file_identity(tmp_path / "model.gguf"))
     assert seen == [*range(10), 18, 19, 20, 21, 36, 37, 38, 39]
 
 

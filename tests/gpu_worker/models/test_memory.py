@@ -4,21 +4,11 @@ import pytest
 import torch
 import transformers
 
+from gpu_worker.models import memory
 from gpu_worker.models.families import FAMILIES, extract_decoder
 from gpu_worker.models.limits import ROWS_PER_CHUNK
 from gpu_worker.models.loading import load_model
-from gpu_worker.models.memory import (
-    FP32,
-    MAX_KV_CACHE_BYTES,
-    Machine,
-    MemoryEstimate,
-    Workload,
-    estimate_memory,
-    generation_batch_size,
-    kv_cache_bytes,
-    main_memory,
-    this_machine,
-)
+from gpu_worker.models.memory import FP32, Machine, MemoryEstimate, Workload, estimate_memory, main_memory
 from gpu_worker.models.placement import meta_model
 from protocol.plans.spec import SearchSpec, TextSpec
 from tests.support.real_model import need_smollm2
@@ -28,15 +18,9 @@ LLAMA_2_7B = transformers.LlamaConfig(
     vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
 )
 LLAMA_3_70B = transformers.LlamaConfig(
-    vocab_size=128256,
-    hidden_size=8192,
-    intermediate_size=28672,
-    num_hidden_layers=80,
-    num_attention_heads=64,
-    num_key_value_heads=8,
-    tie_word_embeddings=False,
-    max_position_embeddings=131072,
-)
+    vocab_size=128256, hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
+    num_key_value_heads=8, tie_word_embeddings=False, max_position_embeddings=131072,
+)  # fmt: skip
 
 WIDE_AND_NARROW = transformers.LlamaConfig(
     vocab_size=64, hidden_size=8192, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, head_dim=64
@@ -120,6 +104,9 @@ def test_predictions_of_the_dense_model_take_three_kilobytes_a_token() -> None:
 
 
 def test_gradients_need_more_than_a_window() -> None:
+    """And a longer window needs more."""
+    short, long = (estimate_of(LLAMA_2_7B, Workload(seqlen=seqlen)) for seqlen in (2048, 8192))
+    assert long.activations > 2 * short.activations
     plain, with_gradients = (estimate_of(LLAMA_2_7B, Workload(computes_gradients=taken)) for taken in (False, True))
     assert plain.activations < with_gradients.activations < 10e9
 
@@ -143,11 +130,6 @@ def test_a_thousand_rows_of_the_widest_projection_are_reckoned_while_scores_are_
 def test_shared_kv_heads_need_room_for_the_query_heads_of_a_pruned_model() -> None:
     estimate = estimate_of(LLAMA_3_70B, Workload())
     assert estimate.pruned_copies == 80 * (2 * 8192 * 8192) * 2 * 7 // 8
-
-
-def test_longer_windows_need_more() -> None:
-    short, long = (estimate_of(LLAMA_2_7B, Workload(seqlen=seqlen)) for seqlen in (2048, 8192))
-    assert long.activations > 2 * short.activations
 
 
 def test_the_words_name_every_part_that_there_is() -> None:
@@ -175,24 +157,19 @@ def test_the_workload_of_a_spec_counts_what_its_settings_keep() -> None:
 
 def test_as_many_texts_are_written_together_as_their_keys_and_values_allow() -> None:
     large, small = (extract_decoder(meta_model(config, torch.bfloat16)).shape for config in (LLAMA_2_7B, LLAMA_3_70B))
-    assert kv_cache_bytes(large, 2, 2048) == 2**30, "Llama-2-7B keeps half a megabyte for each token"
-    assert generation_batch_size(large, 2, 2048) == 4
-    assert generation_batch_size(large, 2, 2**20) == 1, "one may always be written"
-    assert generation_batch_size(small, 2, 16) == 64
+    assert memory.kv_cache_bytes(large, 2, 2048) == 2**30, "Llama-2-7B keeps half a megabyte for each token"
+    assert memory.generation_batch_size(large, 2, 2048) == 4
+    assert memory.generation_batch_size(large, 2, 2**20) == 1, "one may always be written"
+    assert memory.generation_batch_size(small, 2, 16) == 64
     estimate = estimate_of(LLAMA_2_7B, Workload(generates_text=True))
-    assert estimate.activations == MAX_KV_CACHE_BYTES
-
-
-def test_available_memory_is_what_the_kernel_says(tmp_path: Path) -> None:
-    (tmp_path / "proc").mkdir()
-    (tmp_path / "proc/meminfo").write_text("MemTotal:       24684096 kB\nMemAvailable:   20000000 kB\n")
-    assert main_memory(tmp_path) == 20_000_000 * 1024
+    assert estimate.activations == memory.MAX_KV_CACHE_BYTES
 
 
 @pytest.mark.parametrize("file", ["sys/fs/cgroup/memory.max", "sys/fs/cgroup/memory/memory.limit_in_bytes"])
 def test_a_containers_limit_counts_where_it_is_lower(tmp_path: Path, file: str) -> None:
     (tmp_path / "proc").mkdir()
-    (tmp_path / "proc/meminfo").write_text("MemAvailable:   20000000 kB\n")
+    (tmp_path / "proc/meminfo").write_text("MemTotal:       24684096 kB\nMemAvailable:   20000000 kB\n")
+    assert main_memory(tmp_path) == 20_000_000 * 1024, "what the kernel says"
     limit = tmp_path / file
     limit.parent.mkdir(parents=True)
     limit.write_text("2147483648\n")
@@ -201,12 +178,10 @@ def test_a_containers_limit_counts_where_it_is_lower(tmp_path: Path, file: str) 
     assert main_memory(tmp_path) == 20_000_000 * 1024
 
 
-def test_elsewhere_than_on_linux_all_memory_counts(tmp_path: Path) -> None:
+def test_this_machine_is_described_in_words(tmp_path: Path) -> None:
+    """Where there is no /proc, all memory counts."""
     assert main_memory(tmp_path) > 2**28
-
-
-def test_this_machine_is_described_in_words() -> None:
-    assert this_machine().main_memory > 2**28
+    assert memory.this_machine().main_memory > 2**28
     assert Machine((), 24_000_000_000).description == "the main memory has 24.0 GB available and there is no GPU"
     assert Machine((24_000_000_000,), 1).description == "the GPU has 24.0 GB free"
     assert Machine((24_000_000_000, 12_000_000_000), 1).description == "the 2 GPUs have 36.0 GB free (24.0 GB, 12.0 GB)"

@@ -15,10 +15,6 @@ def machine(*gpus: int, main_memory: int = 64) -> Machine:
     return Machine(tuple(free * GB for free in gpus), main_memory * GB)
 
 
-def test_without_a_gpu_the_model_goes_to_the_cpu() -> None:
-    assert place(SEVEN_BILLION, machine()) == Placement("cpu")
-
-
 def test_a_model_that_fits_on_one_gpu_goes_to_the_one_with_most_room() -> None:
     assert place(SEVEN_BILLION, machine(24)) == Placement("cuda:0")
     assert place(SEVEN_BILLION, machine(20, 80, 24)) == Placement("cuda:1")
@@ -53,21 +49,23 @@ def test_a_model_that_fits_on_no_gpus_is_refused_with_what_it_needs_what_there_i
     )
 
 
-def test_the_main_memory_never_holds_what_a_gpu_has_no_room_for() -> None:
-    with pytest.raises(ModelError, match=r"too large for this machine.* the GPU has 8\.0 GB free"):
-        place(SEVEN_BILLION, machine(8, main_memory=1000))
+LONG_TEXTS = MemoryEstimate(weights=GB, pruned_copies=0, activations=GB, main_memory=65 * GB)
 
 
-def test_a_cpu_with_too_little_memory_is_refused() -> None:
-    with pytest.raises(ModelError, match=r"the main memory has 15\.0 GB available and there is no GPU"):
-        place(SEVEN_BILLION, machine(main_memory=15))
+@pytest.mark.parametrize(
+    ("needs", "has", "sentence"),
+    [
+        # The main memory never holds what a GPU has no room for.
+        (SEVEN_BILLION, machine(8, main_memory=1000), r"too large for this machine.* the GPU has 8\.0 GB free"),
+        (SEVEN_BILLION, machine(main_memory=15), r"the main memory has 15\.0 GB available and there is no GPU"),
+        (LONG_TEXTS, machine(80), r"need about 65\.0 GB of main memory where 64\.0 GB are available"),
+    ],
+    ids=["small GPU", "small CPU", "long texts"],
+)
+def test_a_machine_with_too_little_memory_is_refused(needs: MemoryEstimate, has: Machine, sentence: str) -> None:
+    with pytest.raises(ModelError, match=sentence):
+        place(needs, has)
     assert place(SEVEN_BILLION, machine(main_memory=16)) == Placement("cpu")
-
-
-def test_texts_that_do_not_fit_into_main_memory_are_refused_on_a_gpu_too() -> None:
-    much = MemoryEstimate(weights=GB, pruned_copies=0, activations=GB, main_memory=65 * GB)
-    with pytest.raises(ModelError, match=r"need about 65\.0 GB of main memory where 64\.0 GB are available"):
-        place(much, machine(80))
 
 
 def test_one_device_needs_no_map_of_modules() -> None:

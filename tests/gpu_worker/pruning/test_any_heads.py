@@ -186,8 +186,6 @@ def test_evaluate_measures_any_heads_beside_rectangular_ones(target: Path, capsy
         assert evaluate(target, *UNIFORM, "--heads", heads, "--json") == 0
         found[heads] = json.loads(capsys.readouterr().out)
         assert found[heads]["heads"] == heads
-    assert evaluate(target, *UNIFORM, "--json") == 0
-    assert json.loads(capsys.readouterr().out)["perplexity"] == found["rectangular"]["perplexity"]
     assert found["any"]["perplexity"] != found["rectangular"]["perplexity"]
     left = [each["parameters"]["decoder_after"] for each in found.values()]
     assert abs(left[0] - left[1]) <= 2 * 3 * 48
@@ -226,17 +224,12 @@ def test_what_does_not_go_with_any_heads_is_one_sentence(
 
 
 @pytest.mark.parametrize(
-    "command",
-    [
-        ["export", "--model", "smollm2", *UNIFORM, "--out", "out", "--heads", "any"],
-        ["prune", "smollm2", "--rate", "0.4", "--out", "out", "--heads", "any"],
-        ["zero-shot", "smollm2", *UNIFORM, "--heads", "any"],
-    ],
+    "command", ["export --model smollm2 --out out", "prune smollm2 --out out", "zero-shot smollm2 --allocate uniform"]
 )
-def test_no_other_command_takes_any_heads(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(command) == 2
+def test_no_other_command_takes_any_heads(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*command.split(), "--rate", "0.4", "--heads", "any"]) == 2
     (said,) = capsys.readouterr().err.splitlines()
-    assert (
+    refusal = (
         "--heads is for `selfpruner evaluate` only: such heads are masked, and cannot be exported or searched over"
-        in said
     )
+    assert refusal in said

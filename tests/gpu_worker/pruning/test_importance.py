@@ -6,16 +6,9 @@ from torch import Tensor
 
 from gpu_worker.models.limits import GRADIENT_SAMPLES, GRADIENT_TOKENS
 from gpu_worker.models.loading import LoadedModel, load_model
+from gpu_worker.pruning import importance
 from gpu_worker.pruning.calibration import LayerActivations, calibrate
-from gpu_worker.pruning.importance import (
-    LayerImportance,
-    by_head,
-    column_scores,
-    gradient_salience,
-    grouped,
-    magnitude,
-    wanda_sp,
-)
+from gpu_worker.pruning.importance import LayerImportance, column_scores, gradient_salience, grouped
 from protocol.plans.shape import LayerShape
 from tests.support.real_model import need_smollm2
 from tests.support.tiny_models import tiny_llama, tiny_model, tiny_windows
@@ -29,15 +22,12 @@ ATTENTIONS = [
 def test_a_column_scores_its_mean_weight_times_the_root_mean_square_of_its_input() -> None:
     weight = torch.tensor([[1.0, -2.0], [3.0, 0.0]])
     assert column_scores(weight, torch.tensor([4.0, 9.0])).tolist() == [2 * 2, 1 * 3]
-
-
-def test_a_column_without_input_is_worth_nothing() -> None:
-    assert column_scores(torch.ones(2, 2), torch.tensor([0.0, 1.0])).tolist() == [0, 1]
+    assert column_scores(torch.ones(2, 2), torch.tensor([0.0, 1.0])).tolist() == [0, 1], "without input it is nothing"
 
 
 def test_a_query_head_is_worth_the_sum_of_its_columns() -> None:
     columns = torch.arange(8.0)
-    scores = by_head(columns, LayerShape(query_heads=4, kv_heads=2, mlp_channels=1))
+    scores = importance.by_head(columns, LayerShape(query_heads=4, kv_heads=2, mlp_channels=1))
     assert scores.tolist() == [[0 + 1, 2 + 3], [4 + 5, 6 + 7]]
 
 
@@ -98,9 +88,8 @@ def assert_same(scores: LayerImportance, expected: LayerImportance, rtol: float 
 def test_wanda_sp_is_what_the_slow_way_computes(options: dict[str, int]) -> None:
     model = tiny_llama(**options)
     for i, seen in enumerate(calibrate(model.decoder, tiny_windows(3, 16))):
-        assert_same(
-            wanda_sp(model.decoder.layers[i], seen, model.decoder.shape.layers[i]), slow_wanda_sp(model, i, seen)
-        )
+        scores = importance.wanda_sp(model.decoder.layers[i], seen, model.decoder.shape.layers[i])
+        assert_same(scores, slow_wanda_sp(model, i, seen))
 
 
 @pytest.mark.parametrize("options", ATTENTIONS)
@@ -108,7 +97,7 @@ def test_magnitude_is_what_the_slow_way_computes(options: dict[str, int]) -> Non
     model = tiny_llama(**options)
     for i, layer in enumerate(model.decoder.layers):
         sizes = {name: getattr(layer, name).weight.abs() for name in NAMES}
-        assert_same(magnitude(layer, model.decoder.shape.layers[i]), slow_groups(model, i, sizes))
+        assert_same(importance.magnitude(layer, model.decoder.shape.layers[i]), slow_groups(model, i, sizes))
 
 
 @pytest.mark.parametrize("options", ATTENTIONS)
@@ -136,9 +125,9 @@ def test_taking_gradients_leaves_none_behind() -> None:
 def test_the_importances_of_the_real_model_are_what_the_slow_way_computes() -> None:
     need_smollm2()
     model = load_model("smollm2", "float32")
-    windows = torch.randint(1000, 40_000, (2, 48), generator=torch.Generator().manual_seed(0))
+    windows = torch.randint(1000, 40_000, (1, 24), generator=torch.Generator().manual_seed(0))
     layer, shape = 17, model.decoder.shape.layers[17]
     seen = calibrate(model.decoder, windows)[layer]
-    assert_same(wanda_sp(model.decoder.layers[layer], seen, shape), slow_wanda_sp(model, layer, seen))
+    assert_same(importance.wanda_sp(model.decoder.layers[layer], seen, shape), slow_wanda_sp(model, layer, seen))
     taylor = grouped(gradient_salience(model.decoder, windows)[layer], shape)
     assert_same(taylor, slow_groups(model, layer, slow_gradients(model, layer, windows)), rtol=1e-3)

@@ -145,9 +145,10 @@ def _inputs(model: LoadedModel, i: int) -> tuple[Tensor, Tensor]:
     return torch.cat(seen["output"]).flatten(0, 1), torch.cat(seen["down"]).flatten(0, 1)
 
 
-def test_plans_leave_no_traces_and_the_dense_model_comes_back() -> None:
+@pytest.mark.parametrize("reconstructs", [False, True])
+def test_plans_leave_no_traces_and_the_dense_model_comes_back(reconstructs: bool) -> None:
     model = tiny_llama(bias=True)
-    ordered = fitted(model)
+    ordered = fitted(model) if reconstructs else OrderedModel(model.decoder, scores_of(model))
     dense = logits_of(model)
     plan = keep((2, 1, 20), (3, 1, 48), (1, 2, 7))
     ordered.apply(plan)

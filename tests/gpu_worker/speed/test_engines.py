@@ -25,7 +25,7 @@ from protocol.errors import ModelError
 from protocol.results.formats import Format
 from tests.support.exports import export, pruned, with_tokenizer
 from tests.support.pruned_models import keep
-from tests.support.speed_folders import LENGTH, PLAN, clock, request, save_folders
+from tests.support.speed_folders import LENGTH, PLAN, clock, request
 from tests.support.tiny_models import save_tiny_folder, tiny_llama, tiny_model
 
 pytest.importorskip("xllamacpp")
@@ -36,11 +36,6 @@ from gpu_worker.speed.llama_cpp_engine import LlamaCppRunner, timing_of
 from gpu_worker.speed.llama_cpp_engine import open_pair as open_in_llama_cpp
 
 KV_HEADS = 2 + 3 + 1
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_folders(tmp_path_factory.mktemp("speed"))
 
 
 class Seen:
@@ -234,8 +229,10 @@ def test_a_gguf_type_that_a_file_does_not_have_is_one_sentence_before_anything_i
 
 
 def test_a_type_that_cannot_be_made_is_one_sentence(folders: Path, tmp_path: Path) -> None:
-    found = GgufModel.of(next((folders / "gguf").glob("*.gguf")))
-    assert found.exported_type == "f16"
+    (tmp_path / "x.gguf").write_bytes(b"nothing")
+    with pytest.raises(ModelError, match="is not a GGUF file"):
+        GgufModel.of(tmp_path / "x.gguf")
+    assert GgufModel.of(next((folders / "gguf").glob("*.gguf"))).exported_type == "f16"
     dense = write_gguf(with_tokenizer(tiny_llama()), keep(*[(3, 2, 48)] * 3), tmp_path, file_type="f16", name="dense")
     reader = gguf.GGUFReader(dense, "r+")
     reader.fields["general.file_type"].parts[-1][0] = gguf.LlamaFileType.MOSTLY_IQ2_XS
@@ -264,12 +261,6 @@ def test_room_for_both_files_is_asked_for_before_the_first_is_written(
         disk.free = needed
         with pytest.raises(TypeError, match="not callable"):
             gguf_files(request(folders, name), (name,), tmp_path, no_progress)
-
-
-def test_a_broken_gguf_file_is_one_sentence(folders: Path, tmp_path: Path) -> None:
-    (tmp_path / "x.gguf").write_bytes(b"nothing")
-    with pytest.raises(ModelError, match="is not a GGUF file"):
-        GgufModel.of(tmp_path / "x.gguf")
 
 
 def answered(**changes: int) -> dict[str, Any]:

@@ -21,13 +21,8 @@ from gpu_worker.speed.speed import measure_speed
 from gpu_worker.speed.transformers_engine import TransformersRunner
 from gpu_worker.speed.vllm_engine import MEMORY_SHARE, VllmRunner, memory_shares, needs_remote_code
 from protocol.errors import ModelError
-from tests.support.speed_folders import LENGTH, clock, request, save_folders
+from tests.support.speed_folders import LENGTH, clock, request
 from tests.support.tiny_models import tiny_llama
-
-
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_folders(tmp_path_factory.mktemp("speed"))
 
 
 class _Llm:
@@ -118,16 +113,15 @@ def test_the_command_prints_what_was_measured_and_blames_the_named_engine_that_w
 
 def test_each_model_gets_the_memory_that_it_needs_of_the_gpu_that_vllm_shares() -> None:
     size = TransformersRunner(tiny_llama(), LENGTH).size()
-    sizes = [
-        size.model_copy(update={"weight_bytes": weights, "kv_cache_bytes_per_token": 10}) for weights in (4000, 2000)
-    ]
+    small = size.model_copy(update={"weight_bytes": 2000, "kv_cache_bytes_per_token": 10})
+    sizes = (small.model_copy(update={"weight_bytes": 4000}), small)
     # Fourteen tokens take a block of sixteen.
-    shares = memory_shares((sizes[0], sizes[1]), 14, 2, free=10_000, whole=20_000)
+    shares = memory_shares(sizes, 14, 2, free=10_000, whole=20_000)
     assert shares == pytest.approx(((4320 + 880) / 20_000, (2320 + 880) / 20_000))
     with pytest.raises(
         ModelError, match=r"vLLM needs about .* for both models .* use smaller batches \(--batch-size\)"
     ):
-        memory_shares((sizes[0], sizes[1]), 14, 9, free=10_000, whole=20_000)
+        memory_shares(sizes, 14, 9, free=10_000, whole=20_000)
 
 
 def test_vllms_decode_is_what_all_tokens_take_longer_than_the_first() -> None:
@@ -146,13 +140,9 @@ def copied(folders: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(folders / "hf", tmp_path / "copy"))
 
 
-def test_vllm_runs_our_code_of_our_folders_and_no_other(folders: Path) -> None:
-    assert needs_remote_code(folders / "hf")
-    assert not needs_remote_code(folders / "dense")
-
-
 @pytest.mark.parametrize("name", ["modeling_pruned_llama.py", "helpers.py", "custom_generate/generate.py"])
-def test_vllm_is_given_no_code_that_is_not_ours(copied: Path, name: str) -> None:
+def test_vllm_is_given_no_code_that_is_not_ours(folders: Path, copied: Path, name: str) -> None:
+    assert needs_remote_code(folders / "hf") and not needs_remote_code(folders / "dense")
     file = copied / name
     file.parent.mkdir(exist_ok=True)
     file.write_text("import os\n")

@@ -67,11 +67,9 @@ async def test_each_worker_takes_another_gpu_until_none_is_left_and_a_dead_one_g
             worker.communicate()
 
 
-async def test_the_gpu_with_most_free_memory_comes_first() -> None:
+async def test_the_gpu_with_most_free_memory_comes_first(nvidia_smi: Path) -> None:
+    """And one whose free memory is unknown comes last."""
     assert await visible_gpus() == ["GPU-b", "GPU-c", "GPU-a"]
-
-
-async def test_a_gpu_whose_free_memory_nobody_knows_is_taken_last(nvidia_smi: Path) -> None:
     does(nvidia_smi, "printf 'GPU-a, [N/A]\\nGPU-b, 5\\nGPU-c, [Not Supported]\\n'")
     assert await visible_gpus() == ["GPU-b", "GPU-a", "GPU-c"]
 
@@ -117,11 +115,7 @@ async def test_a_driver_that_hangs_is_not_waited_for_and_leaves_the_loop_alone(
     assert not taking.done()
     with pytest.raises(UsageError, match="did not answer within"):
         await taking
-
-    async def gone() -> bool:
-        return not [p for p in psutil.process_iter(["cmdline"]) if p.info["cmdline"] == ["sleep", "600.25"]]
-
-    await eventually(gone)
+    await eventually(lambda: all(p.info["cmdline"] != ["sleep", "600.25"] for p in psutil.process_iter(["cmdline"])))
 
 
 def test_locks_that_cannot_be_kept_are_told_of(tmp_path: Path) -> None:

@@ -1,4 +1,7 @@
-"""Real workers: processes that prune and measure a tiny model, and are killed at it."""
+"""Real workers: processes that prune and measure a tiny model, and are killed at it.
+
+Tests that need no real evaluation use the fake one of the fault tests.
+"""
 
 import asyncio
 import os
@@ -19,15 +22,12 @@ from protocol.plans.spec import SearchSpec
 from protocol.queue.control import Control
 from protocol.queue.keys import Keys
 from protocol.queue.streams import CandidateQueue
-from tests.support.servers import Server, eventually
-from tests.support.tiny_specs import tiny_spec
+from tests.faults.kit import Kit, candidates, fault_kit
+from tests.support.samples import PROFILE, SPEC
+from tests.support.servers import VALKEY_ONLY, Server, eventually
 
+pytestmark = VALKEY_ONLY
 LEASE = "1.5"
-
-
-@pytest.fixture(scope="module")
-def spec(tmp_path_factory: pytest.TempPathFactory) -> SearchSpec:
-    return tiny_spec(tmp_path_factory.mktemp("worker"))
 
 
 @asynccontextmanager
@@ -75,11 +75,7 @@ class Daemon:
     async def begin(self) -> ModelProfile:
         await self.redis.set(self.keys.epoch, 1)
         await self.redis.set(self.keys.spec, self.spec.model_dump_json())
-
-        async def published() -> bool:
-            return bool(await self.redis.exists(self.keys.profile))
-
-        await eventually(published, 120)
+        await eventually(lambda: self.redis.exists(self.keys.profile), 120)
         return ModelProfile.model_validate_json(await self.redis.get(self.keys.profile))
 
     async def issue(self, profile: ModelProfile, count: int) -> list[Candidate]:
@@ -87,10 +83,9 @@ class Daemon:
         for i in range(count):
             rates = self.spec.feasible([0.05 + 0.02 * i, *[0.3] * (len(profile.shape.layers) - 1)], profile.shape)
             plan = self.spec.plan(rates, profile.shape)
-            provenance = Provenance(agent="initializer", source="llm", round=0)
-            candidate = Candidate(
-                id=candidate_id(plan, self.spec.fingerprint), rates=rates, plan=plan, provenance=provenance
-            )
+            made_by = Provenance(agent="initializer", source="llm", round=0)
+            id_ = candidate_id(plan, self.spec.fingerprint)
+            candidate = Candidate(id=id_, rates=rates, plan=plan, provenance=made_by)
             if await self.queue.enqueue(candidate):
                 issued.append(candidate)
         return issued
@@ -107,22 +102,7 @@ async def daemon(redis: Redis, keys: Keys, spec: SearchSpec) -> Daemon:
 
 
 async def test_a_worker_publishes_the_profile_and_measures_every_candidate_once(server: Server, daemon: Daemon) -> None:
-    async with worker_process(server) as process:
-        profile = await daemon.begin()
-        issued = await daemon.issue(profile, 6)
-        await eventually(lambda: daemon.collected(len(issued)), 60)
-        process.send_signal(signal.SIGTERM)
-        assert await asyncio.wait_for(process.wait(), 30) == 0
-        assert not children_of(process)
-    assert profile.dense.perplexity > 1 and len(profile.sensitivity) == len(profile.shape.layers)
-    assert sorted(r.id for r in daemon.results) == sorted(c.id for c in issued)
-    assert all(isinstance(r.outcome, Measured) for r in daemon.results)
-    assert await daemon.redis.xlen(daemon.keys.jobs) == 0
-
-
-async def test_when_its_child_is_killed_the_worker_makes_a_new_one_and_nothing_is_lost(
-    server: Server, daemon: Daemon
-) -> None:
+    """Although its evaluation process is killed in between, which it replaces."""
     async with worker_process(server) as process:
         profile = await daemon.begin()
         issued = await daemon.issue(profile, 8)
@@ -130,9 +110,13 @@ async def test_when_its_child_is_killed_the_worker_makes_a_new_one_and_nothing_i
         (child,) = children_of(process)
         child.kill()
         await eventually(lambda: daemon.collected(len(issued)), 90)
-        assert process.returncode is None
+        process.send_signal(signal.SIGTERM)
+        assert await asyncio.wait_for(process.wait(), 30) == 0
+        assert not children_of(process)
+    assert profile.dense.perplexity > 1 and len(profile.sensitivity) == len(profile.shape.layers)
     assert sorted(r.id for r in daemon.results) == sorted(c.id for c in issued)
     assert all(isinstance(r.outcome, Measured) for r in daemon.results)
+    assert await daemon.redis.xlen(daemon.keys.jobs) == 0
 
 
 async def test_when_a_worker_is_killed_another_takes_its_job_over_and_its_child_dies_with_it(
@@ -152,33 +136,6 @@ async def test_when_a_worker_is_killed_another_takes_its_job_over_and_its_child_
     assert sorted(r.id for r in daemon.results) == sorted(c.id for c in issued)
 
 
-async def test_a_paused_worker_claims_nothing_until_it_may(
-    server: Server, daemon: Daemon, redis: Redis, keys: Keys
-) -> None:
-    control = Control(redis, keys)
-    async with worker_process(server):
-        profile = await daemon.begin()
-        await control.write("pause")
-        await asyncio.sleep(2)
-        issued = await daemon.issue(profile, 3)
-        await asyncio.sleep(2)
-        assert not await daemon.collected(1)
-        await control.write("run")
-        await eventually(lambda: daemon.collected(len(issued)), 60)
-
-
-async def test_a_server_that_is_killed_and_comes_back_costs_no_candidate(server: Server, daemon: Daemon) -> None:
-    async with worker_process(server):
-        profile = await daemon.begin()
-        issued = await daemon.issue(profile, 6)
-        await eventually(lambda: daemon.collected(1), 60)
-        server.kill()
-        await asyncio.sleep(1)
-        server.start()
-        await eventually(lambda: daemon.collected(len(issued)), 90)
-    assert sorted(r.id for r in daemon.results) == sorted(c.id for c in issued)
-
-
 async def test_what_the_user_must_mend_ends_the_worker_with_one_sentence_and_code_2(
     server: Server, daemon: Daemon, tmp_path: Path
 ) -> None:
@@ -193,38 +150,52 @@ async def test_what_the_user_must_mend_ends_the_worker_with_one_sentence_and_cod
     assert sentence.startswith("selfpruner: ") and "short.txt" in sentence
 
 
-async def test_a_worker_that_finds_a_damaged_spec_waits_for_its_daemon(server: Server, daemon: Daemon) -> None:
-    await daemon.redis.set(daemon.keys.spec, b"\xff not UTF-8")
-    await daemon.redis.config_resetstat()
-
-    async def was_read() -> bool:
-        return "cmdstat_get" in await daemon.redis.info("commandstats")
-
-    async with worker_process(server) as process:
-        await eventually(was_read, 60)
-        await daemon.begin()
-        assert process.returncode is None
+@pytest.fixture
+async def kit(server: Server, tmp_path: Path) -> AsyncIterator[Kit]:
+    async with fault_kit(server, tmp_path) as kit:
+        yield kit
 
 
-async def test_a_worker_with_other_texts_than_the_first_is_refused(
-    server: Server, daemon: Daemon, tmp_path: Path
-) -> None:
-    async with worker_process(server):
-        profile = await daemon.begin()
-    await daemon.redis.set(daemon.keys.profile, profile.model_copy(update={"texts": "f" * 16}).model_dump_json())
-    async with worker_process(server, "--quiet") as process:
-        assert await asyncio.wait_for(process.wait(), 60) == 2
-    assert "texts differ from those" in process.log  # type: ignore[attr-defined]
+async def is_prepared(kit: Kit) -> None:
+    await eventually(lambda: kit.redis.exists(kit.keys.profile))
 
 
-async def test_a_worker_whose_server_is_away_still_ends_when_told_to(server: Server, daemon: Daemon) -> None:
-    async with worker_process(server) as process:
-        await daemon.begin()
-        server.kill()
-        try:
-            await asyncio.sleep(1)
-            process.send_signal(signal.SIGTERM)
-            assert await asyncio.wait_for(process.wait(), 30) == 0
-            assert not children_of(process)
-        finally:
-            server.start()
+async def test_a_paused_worker_claims_nothing_until_it_may(kit: Kit) -> None:
+    daemon = await kit.daemon()
+    await kit.worker()
+    await is_prepared(kit)
+    await Control(kit.redis, kit.keys).write("pause")
+    await asyncio.sleep(1.2)  # until the running claim has ended
+    await daemon.issue(candidates(3))
+    await asyncio.sleep(1)
+    assert not kit.evaluations
+    await Control(kit.redis, kit.keys).write("run")
+    await daemon.settled()
+
+
+async def test_a_worker_that_finds_a_damaged_spec_waits_for_its_daemon(kit: Kit) -> None:
+    await kit.redis.set(kit.keys.spec, b"\xff not UTF-8")
+    worker = await kit.worker()
+    await eventually(lambda: worker.events("waiting_for_search"))
+    await kit.redis.set(kit.keys.spec, SPEC.model_dump_json())
+    await is_prepared(kit)
+    assert worker.process.returncode is None
+
+
+async def test_a_worker_with_other_texts_than_the_first_is_refused(kit: Kit) -> None:
+    await kit.redis.set(kit.keys.spec, SPEC.model_dump_json())
+    await kit.redis.set(kit.keys.profile, PROFILE.model_copy(update={"texts": "f" * 16}).model_dump_json())
+    worker = await kit.worker()
+    assert await worker.ended() == 2
+    assert "texts differ from those" in worker.events("ended")[0]["error"]
+
+
+async def test_a_worker_whose_server_is_away_still_ends_when_told_to(kit: Kit) -> None:
+    await kit.redis.set(kit.keys.spec, SPEC.model_dump_json())
+    worker = await kit.worker()
+    await is_prepared(kit)
+    kit.server.kill()
+    await eventually(lambda: worker.events("redis_unreachable"))
+    worker.send(signal.SIGTERM)
+    assert await worker.ended() == 0 and not worker.children()
+    kit.server.start()

@@ -74,15 +74,17 @@ def test_the_parameters_of_the_units_are_those_of_the_decoder(shape: ModelShape)
     assert ModelShape.model_validate_json(shape.model_dump_json()) == shape
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -0.1, 1.0])
-def test_a_rate_outside_its_range_is_refused(bad: float) -> None:
-    with pytest.raises(BudgetError, match="layer 1"):
-        make_plan([0.3, bad, 0.3, 0.3], SHAPE)
-
-
-def test_the_wrong_number_of_rates_is_refused() -> None:
-    with pytest.raises(BudgetError, match="3 pruning rates were given for 4 units"):
-        make_plan([0.3] * 3, SHAPE)
+@pytest.mark.parametrize(
+    ("rates", "multiple_of", "sentence"),
+    [
+        *(([0.3, bad, 0.3, 0.3], 1, "layer 1") for bad in (math.nan, math.inf, -0.1, 1.0)),
+        ([0.3] * 3, 1, "3 pruning rates were given for 4 units"),
+        ([0.3] * 4, 100_000, "multiples of 100000: the narrowest MLP has 64"),
+    ],
+)
+def test_rates_that_cannot_be_are_refused(rates: list[float], multiple_of: int, sentence: str) -> None:
+    with pytest.raises(BudgetError, match=sentence):
+        make_plan(rates, SHAPE, multiple_of=multiple_of)
 
 
 def test_equal_plans_are_one_candidate_and_others_are_not() -> None:
@@ -90,11 +92,6 @@ def test_equal_plans_are_one_candidate_and_others_are_not() -> None:
     assert candidate_id(plan, "f") == candidate_id(Plan.model_validate_json(plan.model_dump_json()), "f")
     others = {candidate_id(make_plan([0.4, 0.2, 0.3, 0.3], SHAPE), "f"), candidate_id(plan, "g")}
     assert len(others | {candidate_id(plan, "f"), candidate_id(plan, "f", "report")}) == 4
-
-
-def test_widths_that_no_mlp_can_have_are_refused() -> None:
-    with pytest.raises(BudgetError, match="multiples of 100000: the narrowest MLP has 64"):
-        make_plan([0.3] * 4, SHAPE, multiple_of=100_000)
 
 
 def test_heads_go_where_coarse_widths_leave_too_little_to_take() -> None:

@@ -48,10 +48,10 @@ async def test_the_profile_of_another_spec_is_ignored_and_replaced(
 async def test_a_spec_that_changes_while_a_profile_is_published_is_noticed(
     board: ProfileBoard, redis: Redis, keys: Keys
 ) -> None:
-    publish, client = board._publish, redis
+    publish = board._publish
 
     async def after_a_change(*arguments: Any) -> Any:
-        await client.set(keys.spec, OTHER.model_dump_json())
+        await redis.set(keys.spec, OTHER.model_dump_json())
         return await publish(*arguments)
 
     board._publish = after_a_change

@@ -64,9 +64,7 @@ async def test_a_server_whose_certificate_is_trusted_is_used(tls_server: int, au
     await redis.aclose()
 
 
-async def test_a_certificate_that_is_not_trusted_is_a_sentence_with_the_option_that_helps(
-    tls_server: int,
-) -> None:
+async def test_a_certificate_that_is_not_trusted_is_a_sentence_with_the_option_that_helps(tls_server: int) -> None:
     sentence = await said(f"rediss://:secret@127.0.0.1:{tls_server}/0")
     assert re.search(r"certificate is not trusted .*ssl_ca_certs=FILE", sentence) and "secret" not in sentence
 

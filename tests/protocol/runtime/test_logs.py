@@ -19,16 +19,9 @@ SECRET = "hunter22"
 
 
 @pytest.fixture(autouse=True)
-def _restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _restored(restored_logs: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-    root = logging.getLogger()
-    before, level = list(root.handlers), root.level
     yield
-    for handler in set(root.handlers) - set(before):
-        handler.close()
-    root.handlers[:] = before
-    root.setLevel(level)
-    structlog.reset_defaults()
     structlog.contextvars.clear_contextvars()
 
 
