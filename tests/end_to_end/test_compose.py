@@ -219,11 +219,9 @@ def deployment(tmp_path: Path, data: Path, llm: ScriptedLlm) -> Iterator[Deploym
     }
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "tiny.yaml").write_text(json.dumps(settings))  # JSON is YAML
-    environment = {
-        "CONFIGS": str(tmp_path / "configs"),
-        "SEARCH_CONFIG": "tiny.yaml",
-        "DATA": str(data),
-    } | {f"{name.upper()}_FILE": str(tmp_path / "secrets" / name) for name in SECRETS}
+    environment = {"CONFIGS": str(tmp_path / "configs"), "SEARCH_CONFIG": "tiny.yaml", "DATA": str(data)} | {
+        f"{name.upper()}_FILE": str(tmp_path / "secrets" / name) for name in SECRETS
+    }
     with Deployment(tmp_path, environment, {"llm:8000": llm.port}) as deployment:
         yield deployment
 

@@ -84,13 +84,7 @@ def write_settings(folder: Path, name: str, llm: ScriptedLlm, *, layers: int, ra
     settings = {
         "search": {"name": name, "population": 6, "mutations": 3, "crossovers": 2, "rounds": 4},
         "target": {"model": str(model), "rate": rate, "dtype": "float32"},
-        "data": {
-            "calibration": text,
-            "calibration_windows": 4,
-            "fitness": text,
-            "fitness_windows": 2,
-            "seqlen": 32,
-        },
+        "data": {"calibration": text, "calibration_windows": 4, "fitness": text, "fitness_windows": 2, "seqlen": 32},
         "llm": {"reply": "edits", "endpoints": [{"base_url": llm.base_url, "model": "scripted"}]},
         "http": {"enabled": False},
     }

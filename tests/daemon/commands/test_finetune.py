@@ -174,10 +174,7 @@ def test_people_get_a_table(folder: Path, tmp_path: Path, capsys: pytest.Capture
         (["--seqlen", "2048"], "longer than the 256 positions"),
         (["--dtype", "float16"], "float16"),
         (["--format", "gguf", "--gguf-type", "q9"], "q9"),
-        (
-            ["--gguf-type", "q8_0"],
-            "--gguf-type q8_0 has no effect here: hf has no GGUF file; add --format gguf",
-        ),
+        (["--gguf-type", "q8_0"], "--gguf-type q8_0 has no effect here: hf has no GGUF file; add --format gguf"),
     ],
 )
 def test_what_cannot_be_done_gets_one_sentence(

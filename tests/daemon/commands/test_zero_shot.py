@@ -107,10 +107,7 @@ def test_a_folder_without_tasks_is_told_of(tmp_path: Path, capsys: pytest.Captur
         ({"task: boolq": "task: boolq\ninclude: nowhere.yaml"}, "does it include a file that is not there?"),
         ({"boolq.jsonl": "other.jsonl"}, "boolq.yaml cannot be loaded ("),
         ({"{{passage}}": "{{passage"}, "boolq.yaml cannot be loaded ("),
-        (
-            {"doc_to_target: label": "doc_to_target: nothing"},
-            "gives 'nothing' as the answer of item 0,",
-        ),
+        ({"doc_to_target: label": "doc_to_target: nothing"}, "gives 'nothing' as the answer of item 0,"),
         ({'["no", "yes"]': '["no"]'}, "boolq.yaml cannot be loaded ("),
         ({"multiple_choice": "generate_until"}, "the task 'boolq' has no accuracy by likelihood"),
         ({"metric: acc": "metric: f1"}, "and `acc` among its metrics"),

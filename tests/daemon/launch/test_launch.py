@@ -182,12 +182,7 @@ async def test_a_stop_over_http_ends_the_search_with_clients_still_listening(
 
 
 async def test_what_befalls_the_observer_does_not_end_the_search(
-    redis: Redis,
-    keys: Keys,
-    server: Server,
-    llm: ScriptedLlm,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    redis: Redis, keys: Keys, server: Server, llm: ScriptedLlm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def dies(_: object) -> None:
         await asyncio.sleep(0.1)

@@ -186,8 +186,7 @@ def to_zero(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "make",
-    [Path.mkdir, os.mkfifo, a_link_to_itself, a_gigabyte, two_lines, with_a_nul, latin_1, to_zero, Path.touch],
+    "make", [Path.mkdir, os.mkfifo, a_link_to_itself, a_gigabyte, two_lines, with_a_nul, latin_1, to_zero, Path.touch]
 )
 def test_a_secrets_file_that_holds_none_is_refused_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[Path], None]

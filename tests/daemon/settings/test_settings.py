@@ -66,10 +66,7 @@ def test_defaults_are_the_papers() -> None:
             "search.max_evaluations=5",
             r"^search.max_evaluations \(5\) is smaller than the first population \(30\): raise it",
         ),
-        (
-            "search={proposer: random, mutator: ranked}",
-            "^search.mutator is for the proposer `llm`, not for 'random'$",
-        ),
+        ("search={proposer: random, mutator: ranked}", "^search.mutator is for the proposer `llm`, not for 'random'$"),
         ("search.seeds=8", "^search.seeds cannot be '8': input should be a list$"),
         ("llm.endpoints=[{base_ulr: 'http://h/v1', model: m}]", "^there is no setting 'llm.endpoints.0.base_ulr'"),
         ("search.mutations={a: 1}", r"^search.mutations cannot be \"\{'a': 1\}\""),

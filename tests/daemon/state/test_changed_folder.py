@@ -85,14 +85,7 @@ def is_plain(path: Path) -> bool:
 @pytest.mark.usefixtures("restored_logs")
 @pytest.mark.parametrize(
     "attack",
-    [
-        removes_the_folder,
-        moves_the_folder,
-        removes_the_files,
-        writes_garbage,
-        links_to_somebody_elses_file,
-        puts_pipes,
-    ],
+    [removes_the_folder, moves_the_folder, removes_the_files, writes_garbage, links_to_somebody_elses_file, puts_pipes],
 )
 async def test_what_others_remove_or_change_is_noticed_and_written_anew(
     redis: Redis, keys: Keys, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, attack: Attack
