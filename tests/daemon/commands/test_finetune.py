@@ -20,7 +20,7 @@ from tests.support.cli import Cli
 from tests.support.finetunes import exported, text_in
 from tests.support.root import ROOT
 
-STEPS = ["--max-steps", "40", "--epochs", "40", "--batch", "4", "--seqlen", "32", "--learning-rate", "0.01"]
+STEPS = ["--max-steps", "20", "--epochs", "20", "--batch", "4", "--seqlen", "32", "--learning-rate", "0.01"]
 
 
 ENDED_IN_TRAINING = """
@@ -32,13 +32,13 @@ step = training._Run.step
 
 def ended(run):
     step(run)
-    if len(run.losses) == 20:
+    if len(run.losses) == 10:
         os.kill(os.getpid(), int(sys.argv[1]))
 
 training._Run.step = ended
 sys.exit(main(sys.argv[2:]))
 """
-"""Sends itself a signal after the twentieth step, however fast the machine is."""
+"""Sends itself a signal after the tenth step, however fast the machine is."""
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +79,7 @@ def test_what_was_killed_ends_with_the_same_weights(
     else:
         assert first.returncode == -signal.SIGKILL, first.stderr
     # After a kill without warning the step that it came to is made again.
-    assert cli.answer(*command)["resumed_from"] == (20 if ending == signal.SIGTERM else 19)
+    assert cli.answer(*command)["resumed_from"] == (10 if ending == signal.SIGTERM else 9)
     assert not (tmp_path / "killed.checkpoint").exists()
     cli.answer(*arguments(folder, tmp_path / "undisturbed", *options))
     one, other = (tmp_path / name for name in ("killed", "undisturbed"))
@@ -132,12 +132,12 @@ def test_a_checkpoint_that_is_torn_is_named(folder: Path, interrupted: Path, cli
 
 def test_a_run_that_had_ended_is_only_written(folder: Path, interrupted: Path, cli: Cli) -> None:
     answer = cli.answer(*arguments(folder, interrupted))
-    assert answer["resumed_from"] == answer["finetuning"]["steps"] == 40
+    assert answer["resumed_from"] == answer["finetuning"]["steps"] == 20
 
 
 def test_time_ends_it_after_a_step_at_least(folder: Path, tmp_path: Path, cli: Cli) -> None:
     answer = cli.answer(*arguments(folder, tmp_path / "out", "--max-minutes", "0.0001"))
-    assert answer["ended_by"] == "time" and 1 <= answer["finetuning"]["steps"] < 40
+    assert answer["ended_by"] == "time" and 1 <= answer["finetuning"]["steps"] < 20
 
 
 def test_its_folder_is_measured_again_by_its_card(folder: Path, tmp_path: Path, cli: Cli) -> None:

@@ -22,7 +22,7 @@ from protocol.plans.plan import attention_levels
 from protocol.plans.shape import LayerShape, ModelShape
 from protocol.plans.spec import SearchSpec
 from protocol.queue.keys import Keys
-from tests.daemon.search.test_search import SETTINGS, Conducted, evaluating, killed_with
+from tests.daemon.search.test_search import SETTINGS, Conducted, killed_until_it_ends
 from tests.support.samples import PROFILE, SHAPE, SPEC
 from tests.support.schema_answers import SchemaChat
 
@@ -45,8 +45,7 @@ async def searched(
         update={"sensitivity": BLOCK_PROFILE.sensitivity[: len(SHAPE.units(spec.granularity))]}
     )
     conducted = Conducted(redis, Keys(name), folder / name, settings=chosen, chat=chat, spec=spec, profile=profile)
-    async with evaluating(redis, conducted.keys):
-        return await conducted.run(), chat
+    return await conducted.searched(), chat
 
 
 @pytest.mark.parametrize("spec", [SPEC, BLOCKS], ids=["layer", "block"])
@@ -67,20 +66,14 @@ async def test_a_classical_method_goes_through_the_same_pipeline_and_asks_no_llm
 async def test_what_is_proposed_after_a_kill_is_what_would_have_been(
     redis: Redis, tmp_path: Path, proposer: str
 ) -> None:
-    calm, _ = await searched(redis, "calm", tmp_path, settings(proposer=proposer), BLOCKS)
-    for life in range(1, 100):
-        conducted = Conducted(
-            redis, Keys("killed"), tmp_path / "killed", settings=settings(proposer=proposer), spec=BLOCKS
+    chosen = settings(proposer=proposer)
+    calm, _ = await searched(redis, "calm", tmp_path, chosen, BLOCKS)
+    search, _, kills = await killed_until_it_ends(
+        lambda: Conducted(
+            redis, Keys("killed"), tmp_path / "killed", settings=chosen, spec=BLOCKS, profile=BLOCK_PROFILE
         )
-        search = await conducted.open()
-        search.state.profile = BLOCK_PROFILE
-        enough = len(search.state.ledger) + 1 + life % 3
-        async with evaluating(redis, conducted.keys):
-            killed = await killed_with(search, enough)
-        conducted.journal.close()
-        if not killed:
-            break
-    assert life >= 3
+    )
+    assert kills >= 2
     assert {c.id: c for c in search.state.ledger.values()} == {c.id: c for c in calm.state.ledger.values()}
 
 
