@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,71 +13,44 @@ from daemon.state.history import History, Memory
 from daemon.state.restoring import Restorer
 from daemon.state.store import SearchStore
 from protocol.plans.candidate import Result
-from protocol.queue.jobs import JobQueue
 from protocol.queue.keys import Keys
-from protocol.queue.streams import CandidateQueue, TakenOver
+from protocol.queue.streams import TakenOver
 from protocol.queue.worker_status import read_workers
-from tests.protocol.queue.test_streams import claimed, queued
+from tests.daemon.state.conftest import Begin, Commit
+from tests.protocol.queue.test_streams import queued
 from tests.support.samples import PROFILE, SPEC, candidates, measured
 
 
-@pytest.fixture(autouse=True)
-def _short_signs_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_module, "SIGN_OF_LIFE_SECONDS", 1.2)
-    monkeypatch.setattr(store_module, "TICK_SECONDS", 0.3)
-
-
-@pytest.fixture
-def store(redis: Redis, keys: Keys) -> SearchStore:
-    return SearchStore(redis, keys, SPEC)
-
-
-async def begun(store: SearchStore, count: int) -> tuple[CandidateQueue, Callable[[], Memory]]:
-    """A search in charge with so many candidates issued, and what its daemon remembers."""
-    queue = await store.take_charge(previous_is_dead=True)
-    for each in candidates(count):
-        await queue.enqueue(each)
-    history = await store.history()
-    return queue, lambda: Memory(history, PROFILE)
-
-
 async def test_a_candidate_whose_committed_outcome_is_lost_is_measured_again(
-    redis: Redis, keys: Keys, store: SearchStore
+    redis: Redis, keys: Keys, store: SearchStore, begin: Begin, commit: Commit
 ) -> None:
-    queue, memory = await begun(store, 2)
-    jobs = JobQueue(redis, keys, "w", lease_seconds=30)
-    job = await claimed(jobs)
-    await jobs.commit(job, measured(5.0, job.candidate))
+    queue, memory = await begin(2)
+    lost = await commit(5.0)
     await redis.delete(keys.results)
     with capture_logs() as events:
         await store._check(queue, memory)
         await store._check(queue, memory)
     assert [(event["event"], event["count"]) for event in events] == [("candidates_requeued", 1)]
-    other = await claimed(jobs)
-    await jobs.commit(other, measured(6.0, other.candidate))
-    again = await claimed(jobs)
-    assert again.candidate == job.candidate
-    assert await jobs.commit(again, measured(7.0, again.candidate))
+    await commit(6.0)
+    assert await commit(7.0) == lost
     assert {result.id for result in await queue.results("9999999999999-0")} == {c.id for c in candidates(2)}
 
 
 async def test_an_outcome_that_waits_to_be_applied_is_not_measured_again(
-    redis: Redis, keys: Keys, store: SearchStore
+    redis: Redis, keys: Keys, store: SearchStore, begin: Begin, commit: Commit
 ) -> None:
-    queue, memory = await begun(store, 1)
-    jobs = JobQueue(redis, keys, "w", lease_seconds=30)
-    job = await claimed(jobs)
-    await jobs.commit(job, measured(5.0, job.candidate))
+    queue, memory = await begin(1)
+    await commit(5.0)
     assert await store.repair(queue, memory().history) == 0
     assert await queued(redis, keys) == set()
 
 
 @pytest.mark.parametrize("damage", ["spec", "issued", "applied"])
 async def test_what_the_search_does_while_its_daemon_restores_is_not_lost(
-    redis: Redis, keys: Keys, store: SearchStore, monkeypatch: pytest.MonkeyPatch, damage: str
+    redis: Redis, keys: Keys, store: SearchStore, begin: Begin, monkeypatch: pytest.MonkeyPatch, damage: str
 ) -> None:
     """The server still has this daemon's epoch, so that nothing but the restoring itself can hold its queue up."""
-    queue, _ = await begun(store, 2)
+    queue, _ = await begin(2)
     early, other = [Result(f"{i}-1", c.id, measured(5.0, c)) for i, c in enumerate(candidates(2), 1)]
     await queue.apply(early)
     known = await store.history()
@@ -112,10 +84,10 @@ async def test_what_the_search_does_while_its_daemon_restores_is_not_lost(
 
 
 async def test_what_a_server_did_after_it_came_back_with_this_daemons_epoch_is_not_replaced(
-    redis: Redis, keys: Keys, store: SearchStore, monkeypatch: pytest.MonkeyPatch
+    redis: Redis, keys: Keys, store: SearchStore, begin: Begin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It is restarted while the daemon restores, and its file lacks the last second: the queue is open again."""
-    queue, _ = await begun(store, 2)
+    queue, _ = await begin(2)
     known = await store.history()
     late = candidates(3)[-1]
     client: Any = redis
@@ -137,9 +109,9 @@ async def test_what_a_server_did_after_it_came_back_with_this_daemons_epoch_is_n
 
 
 async def test_an_older_copy_from_before_this_daemon_is_brought_up_to_date_and_is_no_takeover(
-    redis: Redis, keys: Keys, store: SearchStore
+    redis: Redis, keys: Keys, store: SearchStore, begin: Begin
 ) -> None:
-    queue, memory = await begun(store, 3)
+    queue, memory = await begin(3)
     late = candidates(4)[-1]
     client: Any = redis
     mine = await client.get(keys.epoch)
@@ -157,9 +129,9 @@ async def test_an_older_copy_from_before_this_daemon_is_brought_up_to_date_and_i
 
 @pytest.mark.parametrize("epoch", ["abc", "1e308", "-5", "9" * 400, b"\xff"])
 async def test_an_epoch_or_a_spec_by_another_hand_is_replaced_by_the_daemons_own(
-    redis: Redis, keys: Keys, store: SearchStore, epoch: str | bytes
+    redis: Redis, keys: Keys, store: SearchStore, begin: Begin, epoch: str | bytes
 ) -> None:
-    queue, memory = await begun(store, 3)
+    queue, memory = await begin(3)
     client: Any = redis
     mine = await client.get(keys.epoch)
     await client.set(keys.epoch, epoch)
@@ -174,9 +146,9 @@ async def test_an_epoch_or_a_spec_by_another_hand_is_replaced_by_the_daemons_own
 
 
 async def test_a_command_that_was_given_after_the_loss_is_kept_and_one_of_an_older_copy_is_not(
-    redis: Redis, keys: Keys, store: SearchStore
+    redis: Redis, keys: Keys, store: SearchStore, begin: Begin
 ) -> None:
-    queue, memory = await begun(store, 1)
+    queue, memory = await begin(1)
     paused = Memory(memory().history, PROFILE, "pause")
     client: Any = redis
     mine = int(await client.get(keys.epoch))
@@ -191,9 +163,9 @@ async def test_a_command_that_was_given_after_the_loss_is_kept_and_one_of_an_old
 
 
 async def test_of_two_daemons_the_one_that_began_after_a_flush_stays_in_charge(
-    redis: Redis, keys: Keys, store: SearchStore
+    redis: Redis, keys: Keys, store: SearchStore, begin: Begin
 ) -> None:
-    queue, memory = await begun(store, 3)
+    queue, memory = await begin(3)
     await redis.flushall()
     second = await SearchStore(redis, keys, SPEC).take_charge(previous_is_dead=True)
     with pytest.raises(TakenOver):
@@ -214,12 +186,10 @@ async def test_an_epoch_is_higher_than_the_one_before_even_where_the_clock_is_be
 
 
 async def test_a_daemon_that_was_replaced_can_neither_drop_an_outcome_nor_choose_parents(
-    redis: Redis, keys: Keys, store: SearchStore
+    redis: Redis, keys: Keys, begin: Begin, commit: Commit
 ) -> None:
-    queue, _ = await begun(store, 1)
-    jobs = JobQueue(redis, keys, "w", lease_seconds=30)
-    job = await claimed(jobs)
-    await jobs.commit(job, measured(5.0, job.candidate))
+    queue, _ = await begin(1)
+    await commit(5.0)
     (result,) = await queue.results("0-0")
     await SearchStore(redis, keys, SPEC).take_charge(previous_is_dead=True)
     with pytest.raises(TakenOver):
@@ -231,17 +201,17 @@ async def test_a_daemon_that_was_replaced_can_neither_drop_an_outcome_nor_choose
     assert not await redis.exists(keys.selections)
 
 
-async def test_the_parents_that_are_kept_are_those_that_were_chosen_first(redis: Redis, store: SearchStore) -> None:
-    queue, _ = await begun(store, 1)
+async def test_the_parents_that_are_kept_are_those_that_were_chosen_first(store: SearchStore, begin: Begin) -> None:
+    queue, _ = await begin(1)
     assert await queue.remember_selection(1, ["a", "b"]) == ("a", "b")
     assert await queue.remember_selection(1, ["c"]) == ("a", "b")
     assert (await store.history()).selections == {1: ("a", "b")}
 
 
 async def test_an_outcome_that_an_older_copy_took_again_costs_one_restoring_and_no_more(
-    redis: Redis, keys: Keys, store: SearchStore
+    redis: Redis, keys: Keys, store: SearchStore, begin: Begin
 ) -> None:
-    queue, _ = await begun(store, 2)
+    queue, _ = await begin(2)
     results = [Result(f"{i}-1", c.id, measured(5.0, c)) for i, c in enumerate(candidates(2), 1)]
     for result in results:
         await queue.apply(result)
@@ -258,9 +228,9 @@ async def test_an_outcome_that_an_older_copy_took_again_costs_one_restoring_and_
 
 
 async def test_a_repair_of_a_server_that_is_flushed_meanwhile_waits_for_nobody(
-    redis: Redis, store: SearchStore
+    redis: Redis, store: SearchStore, begin: Begin
 ) -> None:
-    queue, memory = await begun(store, 2)
+    queue, memory = await begin(2)
     await redis.flushall()
     async with asyncio.timeout(20):  # only who calls it restores the data that it would wait for
         assert await store.repair(queue, memory().history) == 0
@@ -279,9 +249,9 @@ async def test_a_worker_whose_status_cannot_be_read_hides_no_other_and_is_told_o
 
 
 async def test_lost_jobs_are_put_back_without_reading_the_history(
-    redis: Redis, keys: Keys, store: SearchStore, monkeypatch: pytest.MonkeyPatch
+    redis: Redis, keys: Keys, store: SearchStore, begin: Begin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    queue, memory = await begun(store, 3)
+    queue, memory = await begin(3)
 
     async def refused(*_: object) -> History:
         raise AssertionError("the whole history was read")

@@ -6,83 +6,63 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 
-from daemon.state import store as store_module
-from daemon.state.history import History, Memory, RemoteHistory
+from daemon.state.history import Memory, RemoteHistory
 from daemon.state.store import SearchStore
 from protocol.errors import SearchExistsError, StoreError
 from protocol.queue.connection import check_server
-from protocol.queue.jobs import JobQueue
 from protocol.queue.keys import Keys
 from protocol.queue.streams import TakenOver, load_scripts
-from tests.protocol.queue.test_streams import claimed, queued
-from tests.support.samples import PROFILE, SPEC, candidates, measured, profile_for
+from tests.daemon.state.conftest import Begin, Commit
+from tests.protocol.queue.test_streams import queued
+from tests.support.samples import PROFILE, SPEC, candidates, profile_for
 from tests.support.servers import eventually
 
-
-@pytest.fixture(autouse=True)
-def _short_signs_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(store_module, "SIGN_OF_LIFE_SECONDS", 1.2)
-    monkeypatch.setattr(store_module, "TICK_SECONDS", 0.3)
+pytestmark = pytest.mark.usefixtures("_short_signs_of_life")
 
 
-def nothing() -> Memory:
-    return Memory(History(), None)
-
-
-async def test_a_restart_finds_the_ledger_and_the_outcomes_in_their_order(redis: Redis, keys: Keys) -> None:
-    first = SearchStore(redis, keys, SPEC)
-    queue = await first.take_charge()
-    many = candidates(6)
-    for each in many:
-        await queue.enqueue(each)
-    jobs = JobQueue(redis, keys, "w", lease_seconds=30)
+async def test_a_restart_finds_the_ledger_and_the_outcomes_in_their_order(
+    redis: Redis, keys: Keys, begin: Begin, commit: Commit
+) -> None:
+    queue, _ = await begin(6)
     for perplexity in (9.0, 8.0, 7.0):
-        job = await claimed(jobs)
-        await jobs.commit(job, measured(perplexity, job.candidate))
+        await commit(perplexity)
     for result in await queue.results("0-0"):
         await queue.apply(result)
 
     second = SearchStore(redis, keys, SPEC)
     await second.take_charge(previous_is_dead=True)
     history = await second.history()
+    many = candidates(6)
     assert list(history.ledger.values()) == many
     assert [o.kind for o in history.outcomes.values()] == ["measured"] * 3
     assert list(history.outcomes) == [c.id for c in many[:3]]
 
 
-async def test_lost_jobs_are_put_back_and_done_ones_are_not(redis: Redis, keys: Keys) -> None:
-    store = SearchStore(redis, keys, SPEC)
-    queue = await store.take_charge()
-    many = candidates(4)
-    for each in many:
-        await queue.enqueue(each)
-    jobs = JobQueue(redis, keys, "w", lease_seconds=30)
-    job = await claimed(jobs)
-    await jobs.commit(job, measured(5.0, job.candidate))
+async def test_lost_jobs_are_put_back_and_done_ones_are_not(
+    redis: Redis, keys: Keys, store: SearchStore, begin: Begin, commit: Commit
+) -> None:
+    queue, _ = await begin(4)
+    await commit(5.0)
     await redis.delete(keys.jobs)
     assert await store.repair(queue, await store.history()) == 3
     assert await store.repair(queue, await store.history()) == 0
-    assert await queued(redis, keys) == {c.id for c in many[1:]}
+    assert await queued(redis, keys) == {c.id for c in candidates(4)[1:]}
 
 
-async def test_a_living_daemon_is_not_replaced(redis: Redis, keys: Keys) -> None:
-    first = SearchStore(redis, keys, SPEC)
-    living = asyncio.create_task(first.stay_in_charge(await first.take_charge(), nothing))
+async def test_a_living_daemon_is_not_replaced(redis: Redis, keys: Keys, store: SearchStore, begin: Begin) -> None:
+    living = asyncio.create_task(store.stay_in_charge(*await begin(0)))
     with pytest.raises(SearchExistsError, match="already run by"):
         await SearchStore(redis, keys, SPEC).take_charge()
     living.cancel()
 
 
-async def test_a_server_that_was_flushed_gets_everything_back_and_the_lost_jobs_too(redis: Redis, keys: Keys) -> None:
-    store = SearchStore(redis, keys, SPEC)
-    queue = await store.take_charge()
+async def test_a_server_that_was_flushed_gets_everything_back_and_the_lost_jobs_too(
+    redis: Redis, keys: Keys, store: SearchStore, begin: Begin, commit: Commit
+) -> None:
+    queue, _ = await begin(5)
     many = candidates(5)
-    for each in many:
-        await queue.enqueue(each)
-    jobs = JobQueue(redis, keys, "w", lease_seconds=30)
     for perplexity in (9.0, 8.0):
-        job = await claimed(jobs)
-        await jobs.commit(job, measured(perplexity, job.candidate))
+        await commit(perplexity)
     for result in await queue.results("0-0"):
         await queue.apply(result)
     await queue.remember_selection(1, [many[1].id, many[0].id])
@@ -100,18 +80,14 @@ async def test_a_server_that_was_flushed_gets_everything_back_and_the_lost_jobs_
     living.cancel()
 
 
-async def test_jobs_that_are_lost_while_the_daemon_runs_are_back_within_a_tick(redis: Redis, keys: Keys) -> None:
-    store = SearchStore(redis, keys, SPEC)
-    queue = await store.take_charge()
-    many = candidates(3)
-    for each in many:
-        await queue.enqueue(each)
-    known = await store.history()
-    living = asyncio.create_task(store.stay_in_charge(queue, lambda: Memory(known, PROFILE)))
+async def test_jobs_that_are_lost_while_the_daemon_runs_are_back_within_a_tick(
+    redis: Redis, keys: Keys, store: SearchStore, begin: Begin
+) -> None:
+    living = asyncio.create_task(store.stay_in_charge(*await begin(3)))
     await redis.delete(keys.jobs)
 
     async def back() -> bool:
-        return await queued(redis, keys) == {c.id for c in many}
+        return await queued(redis, keys) == {c.id for c in candidates(3)}
 
     await eventually(back, 10)
     living.cancel()
@@ -132,8 +108,9 @@ async def test_a_sign_of_life_that_nobody_renews_is_waited_out_whatever_its_expi
 
 
 @pytest.mark.parametrize("text", ["abc", "nan", "1e999", "-1", b"\xff"])
-async def test_a_damaged_counter_is_left_out_and_counted_as_damage(redis: Redis, keys: Keys, text: str | bytes) -> None:
-    store = SearchStore(redis, keys, SPEC)
+async def test_a_damaged_counter_is_left_out_and_counted_as_damage(
+    redis: Redis, keys: Keys, store: SearchStore, text: str | bytes
+) -> None:
     await store.take_charge()
     await store.count({"cost": 1.0, "seconds": 2.0})
     client: Any = redis
@@ -149,15 +126,12 @@ async def test_a_damaged_counter_is_left_out_and_counted_as_damage(redis: Redis,
 
 @pytest.mark.parametrize("begun", [False, True])
 async def test_a_damaged_spec_is_replaced_where_the_candidates_are_of_this_one(
-    redis: Redis, keys: Keys, begun: bool
+    redis: Redis, keys: Keys, begin: Begin, begun: bool
 ) -> None:
-    queue = await SearchStore(redis, keys, SPEC).take_charge()
+    await begin(2 if begun else 0)
     client: Any = redis
     if begun:
-        first, second = candidates(2)
-        await queue.enqueue(first)
-        await queue.enqueue(second)
-        await client.hset(keys.candidates, first.id, b"\xff")
+        await client.hset(keys.candidates, candidates(1)[0].id, b"\xff")
     await client.set(keys.spec, b"\xff{")
     await SearchStore(redis, keys, SPEC).take_charge(previous_is_dead=True)
     assert await client.get(keys.spec) == SPEC.model_dump_json()
@@ -165,10 +139,9 @@ async def test_a_damaged_spec_is_replaced_where_the_candidates_are_of_this_one(
 
 @pytest.mark.parametrize("readable", [True, False])
 async def test_a_damaged_spec_is_not_replaced_by_one_that_its_candidates_may_not_be_of(
-    redis: Redis, keys: Keys, readable: bool
+    redis: Redis, keys: Keys, begin: Begin, readable: bool
 ) -> None:
-    queue = await SearchStore(redis, keys, SPEC).take_charge()
-    await queue.enqueue(candidates(1)[0])
+    await begin(1)
     client: Any = redis
     if not readable:
         await client.delete(keys.candidates)
@@ -179,25 +152,24 @@ async def test_a_damaged_spec_is_not_replaced_by_one_that_its_candidates_may_not
     assert await client.get(keys.spec) == "{"
 
 
-async def test_a_replaced_daemon_notices(redis: Redis, keys: Keys) -> None:
-    first = SearchStore(redis, keys, SPEC)
-    queue = await first.take_charge()
+async def test_a_replaced_daemon_notices(redis: Redis, keys: Keys, store: SearchStore, begin: Begin) -> None:
+    queue, memory = await begin(0)
     await SearchStore(redis, keys, SPEC).take_charge(previous_is_dead=True)
     with pytest.raises(TakenOver):
         async with asyncio.timeout(10):
-            await first.stay_in_charge(queue, nothing)
+            await store.stay_in_charge(queue, memory)
 
 
-async def test_stepping_down_lets_a_successor_begin_at_once(redis: Redis, keys: Keys) -> None:
-    first = SearchStore(redis, keys, SPEC)
-    await first.take_charge()
-    await first.step_down()
+async def test_stepping_down_lets_a_successor_begin_at_once(redis: Redis, keys: Keys, store: SearchStore) -> None:
+    await store.take_charge()
+    await store.step_down()
     assert not await redis.exists(keys.daemon)
 
 
-async def test_another_spec_under_the_same_name_is_refused_and_the_difference_named(redis: Redis, keys: Keys) -> None:
-    queue = await SearchStore(redis, keys, SPEC).take_charge()
-    await queue.enqueue(candidates(1)[0])
+async def test_another_spec_under_the_same_name_is_refused_and_the_difference_named(
+    redis: Redis, keys: Keys, begin: Begin
+) -> None:
+    await begin(1)
     other = SPEC.model_copy(update={"rate": 0.5})
     with pytest.raises(SearchExistsError, match=r"rate: 0\.3 there, 0\.5 here"):
         await SearchStore(redis, keys, other).take_charge(previous_is_dead=True)
