@@ -2,13 +2,12 @@
 
 import json
 import os
-import random
 import re
 import shutil
 import stat
 import subprocess
-import time
 from collections.abc import AsyncIterator, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +18,10 @@ import pytest
 from daemon.settings.sources import load
 from tests.support.compose import Deployment, read_services
 from tests.support.root import ROOT
-from tests.support.schema_answers import value_of
+from tests.support.schema_answers import answer
 from tests.support.scripted_llm import ScriptedLlm
 from tests.support.servers import eventually
-from tests.support.tiny_models import save_tiny_folder
-from tests.support.tiny_specs import write_text
+from tests.support.tiny_specs import tiny_search
 
 PASSWORD = "a/redis+password=="
 API_KEY = "sk-of-the-llm-1234"
@@ -177,27 +175,15 @@ def test_redis_keeps_its_data_evicts_nothing_and_is_reached_by_the_search_alone(
         assert services[name]["depends_on"]["redis"] == {"condition": "service_healthy"}
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a user would mount: a tiny model and a text."""
-    folder = tmp_path_factory.mktemp("data")
-    save_tiny_folder(folder / "model", hidden_size=48, layers=4)
-    write_text(folder / "text.txt")
-    return folder
-
-
 @pytest.fixture
 async def llm() -> AsyncIterator[ScriptedLlm]:
-    def answer(body: dict[str, Any]) -> str:
-        time.sleep(0.03)  # an LLM takes its time, so that a stop finds the search at work
-        return json.dumps(value_of(body["response_format"]["json_schema"]["schema"], random.Random(body["seed"])))
-
-    async with ScriptedLlm(answer) as llm:
+    """Slow enough for a stop to find the search at work."""
+    async with ScriptedLlm(partial(answer, after=0.03)) as llm:
         yield llm
 
 
 @pytest.fixture
-def deployment(tmp_path: Path, data: Path, llm: ScriptedLlm) -> Iterator[Deployment]:
+def deployment(tmp_path: Path, target: Path, llm: ScriptedLlm) -> Iterator[Deployment]:
     if shutil.which("redis-server") is None:
         pytest.skip("no redis-server on this machine (Debian: redis-server)")
     (tmp_path / "secrets").mkdir()
@@ -205,23 +191,12 @@ def deployment(tmp_path: Path, data: Path, llm: ScriptedLlm) -> Iterator[Deploym
         (tmp_path / "secrets" / name).write_text(f"{secret}\n")
     key = {"model": "m", "api_key_file": str(tmp_path / "secrets" / "llm_api_key")}
     endpoints = [{"base_url": url, "name": name, **key} for name, url in (("dead", DEAD), ("llm", llm.base_url))]
-    settings = {
-        "search": {"name": "tiny", "population": 6, "mutations": 3, "crossovers": 2, "rounds": 3},
-        "target": {"model": str(data / "model"), "rate": 0.3, "dtype": "float32"},
-        "data": {
-            "calibration": str(data / "text.txt"),
-            "calibration_windows": 4,
-            "fitness": str(data / "text.txt"),
-            "fitness_windows": 2,
-            "seqlen": 32,
-        },
-        "llm": {"reply": "edits", "attempts": 1, "endpoints": endpoints},
-    }
+    settings = tiny_search("tiny", target / "model", target / "text.txt", endpoints)
+    settings["llm"]["attempts"] = 1
     (tmp_path / "configs").mkdir()
-    (tmp_path / "configs" / "tiny.yaml").write_text(json.dumps(settings))  # JSON is YAML
-    environment = {"CONFIGS": str(tmp_path / "configs"), "SEARCH_CONFIG": "tiny.yaml", "DATA": str(data)} | {
-        f"{name.upper()}_FILE": str(tmp_path / "secrets" / name) for name in SECRETS
-    }
+    (tmp_path / "configs" / "tiny.yaml").write_text(json.dumps(settings))
+    environment = {"CONFIGS": str(tmp_path / "configs"), "SEARCH_CONFIG": "tiny.yaml", "DATA": str(target)}
+    environment |= {f"{name.upper()}_FILE": str(tmp_path / "secrets" / name) for name in SECRETS}
     with Deployment(tmp_path, environment, {"llm:8000": llm.port}) as deployment:
         yield deployment
 

@@ -4,7 +4,6 @@ import asyncio
 import json
 import random
 import socket
-from collections.abc import AsyncIterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -14,31 +13,17 @@ from daemon.http_api import server as http_server
 from daemon.monitor.events import Event
 from daemon.monitor.observer import Observer
 from protocol.runtime import logs
-from tests.support.http_client import TOKEN, Asked, nothing_yet, served
+from tests.support.http_client import TOKEN, Asked
 from tests.support.malformed_http import CORPUS, get, mutated, post, with_token
 from tests.support.servers import eventually
 
-pytestmark = pytest.mark.usefixtures("restored_logs")
 LONGEST_LINE = 300
 
 
-@pytest.fixture
-def log_file(tmp_path: Path) -> Path:
+@pytest.fixture(autouse=True)
+def log_file(tmp_path: Path, restored_logs: None) -> Path:
     logs.configure(file=tmp_path / "log.jsonl", console=False)
     return tmp_path / "log.jsonl"
-
-
-@pytest.fixture
-async def observer(tmp_path: Path) -> AsyncIterator[Observer]:
-    observer = nothing_yet(tmp_path)
-    yield observer
-    await observer.redis.aclose()
-
-
-@pytest.fixture
-async def ask(observer: Observer, log_file: Path) -> AsyncIterator[Asked]:
-    async with served(observer) as asked:
-        yield asked
 
 
 async def reply(ask: Asked, request: bytes, *, patience: float = 10, pieces: int = 1) -> bytes:

@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import random
 import socket
 import sys
 from collections import Counter
@@ -32,7 +31,7 @@ from protocol.runtime import logs
 from tests.daemon.search.test_search import evaluating
 from tests.support.cli import Cli
 from tests.support.samples import profile_for, write_daemon_settings
-from tests.support.schema_answers import value_of
+from tests.support.schema_answers import answer
 from tests.support.scripted_llm import Handler, Reply, ScriptedLlm, as_json, hangs, refuses
 from tests.support.servers import Server, eventually
 
@@ -45,10 +44,6 @@ TARGET = ["target.model=tiny", "target.rate=0.3", "data.calibration=self", "data
 def settings_for(folder: Path, llm: ScriptedLlm, *more: str) -> Settings:
     endpoint = f"llm.endpoints=[{{base_url: '{llm.base_url}', model: m, api_key: {KEY}, name: scripted}}]"
     return load(None, [*SMALL, *TARGET, endpoint, f"run.folder={folder}", "llm.reply=edits", "http.port=0", *more])
-
-
-def answer(body: dict[str, Any]) -> str:
-    return json.dumps(value_of(body["response_format"]["json_schema"]["schema"], random.Random(body["seed"])))
 
 
 class Launched:
@@ -261,8 +256,8 @@ def test_the_daemon_on_a_taken_port_exits_with_code_2(tmp_path: Path, cli: Cli) 
         other.listen()
         port = other.getsockname()[1]
         settings = write_daemon_settings(tmp_path, http={"port": port})
-        told = cli.error("daemon", settings, "--set", "redis.url=redis://127.0.0.1:1")
-    assert f"port {port} of 127.0.0.1" in told
+        code, _, err = cli.run("daemon", settings, "--set", "redis.url=redis://127.0.0.1:1")
+    assert code == 2 and f"port {port} of 127.0.0.1" in err.splitlines()[-1]
 
 
 def listed(context: int) -> Reply:

@@ -22,9 +22,10 @@ from daemon.state.transcript import TranscriptFile
 from protocol.queue.keys import Keys
 from protocol.runtime import files, logs
 from protocol.runtime.files import Document, Lines, replace
-from tests.daemon.launch.test_launch import answer, worker_there
+from tests.daemon.launch.test_launch import worker_there
 from tests.daemon.state.test_full_disk import lines_of, settings_for
 from tests.support.disks import LimitedFiles
+from tests.support.schema_answers import answer
 from tests.support.scripted_llm import ScriptedLlm
 from tests.support.servers import Server
 

@@ -19,9 +19,10 @@ from daemon.state.folder_errors import FolderErrors
 from daemon.state.transcript import TranscriptFile
 from protocol.queue.keys import Keys
 from protocol.runtime.files import Lines, replace
-from tests.daemon.launch.test_launch import answer, worker_there
 from tests.daemon.launch.test_launch import settings_for as launch_settings
+from tests.daemon.launch.test_launch import worker_there
 from tests.support.disks import Disk, LimitedFiles, SmallDisk, full_at, mounted
+from tests.support.schema_answers import answer
 from tests.support.scripted_llm import ScriptedLlm
 from tests.support.servers import Server
 
