@@ -24,6 +24,8 @@ from tests.support.schema_answers import value_of
 from tests.support.scripted_llm import ScriptedLlm
 from tests.support.tiny_specs import tiny_spec, write_text
 
+pytestmark = pytest.mark.usefixtures("restored_logs")
+
 
 @pytest.fixture(scope="module")
 def spec(tmp_path_factory: pytest.TempPathFactory) -> SearchSpec:
@@ -61,7 +63,6 @@ def _counted(monkeypatch: pytest.MonkeyPatch, happens: Callable[[int], None] = l
     return asked
 
 
-@pytest.mark.usefixtures("restored_logs")
 def test_a_comparison_measures_alike_candidates_once_and_is_not_made_twice(
     tmp_path: Path, spec: SearchSpec, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -96,7 +97,6 @@ def test_a_comparison_measures_alike_candidates_once_and_is_not_made_twice(
     assert again.out == shown.out and "…" not in again.err
 
 
-@pytest.mark.usefixtures("restored_logs")
 def test_where_measuring_fails_the_comparison_ends_with_a_sentence_and_goes_on_when_called_again(
     tmp_path: Path, spec: SearchSpec, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -113,14 +113,9 @@ def test_where_measuring_fails_the_comparison_ends_with_a_sentence_and_goes_on_w
     assert len(asked) == 1 + len((tmp_path / "out" / "measured-0.jsonl").read_text().splitlines())
 
 
-@pytest.mark.usefixtures("restored_logs")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_comparison_that_is_interrupted_says_so_and_goes_on_when_called_again(
-    tmp_path: Path,
-    spec: SearchSpec,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    number: signal.Signals,
+    tmp_path: Path, spec: SearchSpec, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int
 ) -> None:
     def interrupt(count: int) -> None:
         if count == 7:
@@ -161,13 +156,7 @@ async def test_replies_are_counted_as_readable_and_as_accepted(tmp_path: Path, s
 async def test_what_was_measured_is_kept_but_for_a_line_that_a_kill_has_torn(
     tmp_path: Path, spec: SearchSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measured: list[str] = []
-
-    def answer(session: Session, request: dict[str, Any]) -> Outcome:
-        measured.append(request["text"])
-        return answering.answer(session, request)
-
-    monkeypatch.setattr(comparing, "answer", answer)
+    measured = _counted(monkeypatch)
     session, kept = Session(spec, sensitivity=False), tmp_path / "measured-0.jsonl"
     first, second, third = _candidates(session)
     worker = MeasuringWorker("unix:///nowhere", kept)
