@@ -29,18 +29,17 @@ from benchmarks.paper.settings import PaperSettings, Texts, read_settings, setti
 from benchmarks.paper.table_layouts import table_layouts
 from gpu_worker.measuring.corpora import Source, source_of
 from protocol.plans.spec import Role, TextSpec
-from tests.support.paper import ALL, ONE_TEXT, SMALL, make
+from tests.support.paper import ALL, ONE_TEXT, SMALL, Paper
 from tests.support.root import ROOT
 from tests.support.scripted_runner import ScriptedRunner
 
 
-def test_an_estimate_says_hours_and_runs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    runner = ScriptedRunner()
-    assert make(tmp_path, ALL, runner, "--estimate", "--tflops", "100") == 0
+def test_an_estimate_says_hours_and_runs_nothing(paper: Paper, capsys: pytest.CaptureFixture[str]) -> None:
+    runner = paper.make(ALL, flags=["--estimate", "--tflops", "100"])
     said = capsys.readouterr().out
-    assert not runner.asked and not (tmp_path / "out").exists()
+    assert not runner.asked and not paper.out.exists()
     assert "speed meta-llama/Llama-2-7b-hf, self-pruner at 50%" in said and "assumed" in said
-    assert make(tmp_path, SMALL, runner, "--estimate") == 0
+    paper.make(SMALL, flags=["--estimate"])
     assert "without 3 cells of models of unknown size: set `billions`" in capsys.readouterr().out
 
 
@@ -147,14 +146,13 @@ def test_what_an_engine_loads_again_takes_time_again() -> None:
     ],
 )
 def test_bad_settings_are_told_in_one_sentence(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], settings: dict[str, Any], sentence: str
+    paper: Paper, capsys: pytest.CaptureFixture[str], settings: dict[str, Any], sentence: str
 ) -> None:
     for flags in ([], ["--estimate"]):
-        runner = ScriptedRunner()
-        assert make(tmp_path, {"models": ["m"]} | settings, runner, *flags) == 2
+        runner = paper.make({"models": ["m"]} | settings, flags=flags, code=2)
         said = capsys.readouterr().err
         assert sentence in said and said.count("\n") == 1 and "s3" not in said
-        assert not runner.asked and not (tmp_path / "out").exists()
+        assert not runner.asked and not paper.out.exists()
 
 
 EVERY_KIND: dict[str, Any] = {"models": ["tiny"], "tables": [1, 2, 6, 7], "rates": [0.3], "compared_rates": [0.3]}
@@ -178,7 +176,7 @@ EVERY_KIND |= {"zero_shot": {}}
     ],
 )
 def test_what_a_cell_lacks_is_told_before_the_first_cell(
-    tmp_path: Path,
+    paper: Paper,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
     settings: Any,
@@ -187,18 +185,16 @@ def test_what_a_cell_lacks_is_told_before_the_first_cell(
 ) -> None:
     for module in ("daemon.settings.packages", "gpu_worker.speed.engines"):
         monkeypatch.setattr(f"{module}.find_spec", lambda name: None if name == package else name)
-    runner = ScriptedRunner()
-    assert make(tmp_path, EVERY_KIND | settings, runner) == 2
+    runner = paper.make(EVERY_KIND | settings, code=2)
     said = capsys.readouterr().err
     assert sentence in said and said.count("\n") == 1 and not runner.asked
-    assert make(tmp_path, EVERY_KIND | settings, runner, "--estimate") == 0
+    paper.make(EVERY_KIND | settings, flags=["--estimate"])
 
 
-def test_what_a_measured_cell_would_lack_is_not_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert make(tmp_path, EVERY_KIND, ScriptedRunner()) == 0
+def test_what_a_measured_cell_would_lack_is_not_asked_for(paper: Paper, monkeypatch: pytest.MonkeyPatch) -> None:
+    paper.make(EVERY_KIND)
     monkeypatch.setattr("daemon.settings.packages.find_spec", lambda name: None)
-    runner = ScriptedRunner()
-    assert make(tmp_path, EVERY_KIND, runner) == 0 and not runner.asked
+    assert not paper.make(EVERY_KIND).asked
 
 
 @pytest.mark.parametrize("text", ["models: [", "just words", "- a", "\0"])
@@ -211,14 +207,14 @@ def test_what_is_no_yaml_mapping_is_told(tmp_path: Path, capsys: pytest.CaptureF
 
 
 @pytest.mark.parametrize("override", ["texts", "=3", "models.name=3", "rates=[", "seed=2024-13-45"])
-def test_a_bad_override_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str) -> None:
-    assert make(tmp_path, SMALL, ScriptedRunner(), "--set", override) == 2
+def test_a_bad_override_is_told(paper: Paper, capsys: pytest.CaptureFixture[str], override: str) -> None:
+    paper.make(SMALL, flags=["--set", override], code=2)
     assert "--set" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("tflops", ["0", "-1", "nan", "inf"])
-def test_a_peak_that_cannot_be_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str], tflops: str) -> None:
-    assert make(tmp_path, SMALL, ScriptedRunner(), "--estimate", "--tflops", tflops) == 2
+def test_a_peak_that_cannot_be_is_told(paper: Paper, capsys: pytest.CaptureFixture[str], tflops: str) -> None:
+    paper.make(SMALL, flags=["--estimate", "--tflops", tflops], code=2)
     assert "--tflops cannot be" in capsys.readouterr().err
 
 
@@ -291,11 +287,11 @@ def test_table_7_is_asked_for_where_the_dense_and_the_pruned_model_fit(name: str
 
 @pytest.mark.parametrize("name", ["llama-2-7b", "llama-2-70b"])
 def test_a_key_file_that_is_not_there_is_told_before_the_first_cell(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str, tmp_path: Path, paper: Paper, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     file, runner = str(ROOT / "benchmarks" / "paper" / f"{name}.yaml"), ScriptedRunner()
-    given = [file, "--out", str(tmp_path / "out"), "--set", "tables=[1]"]
+    given = [file, "--out", str(paper.out), "--set", "tables=[1]"]
     assert main(given, runner) == 2
     said = capsys.readouterr().err
     assert "the key file '~/.secrets/openai' cannot be read" in said and said.count("\n") == 1 and not runner.asked

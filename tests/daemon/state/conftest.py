@@ -36,7 +36,7 @@ def begin(store: SearchStore) -> Begin:
 
     async def begun(count: int) -> tuple[CandidateQueue, Callable[[], Memory]]:
         queue = await store.take_charge(previous_is_dead=True)
-        for each in candidates(count):
+        for each in candidates(count) if count else ():
             await queue.enqueue(each)
         history = await store.history()
         return queue, lambda: Memory(history, PROFILE)
