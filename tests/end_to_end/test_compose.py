@@ -27,6 +27,7 @@ PASSWORD = "a/redis+password=="
 API_KEY = "sk-of-the-llm-1234"
 HTTP_TOKEN = "a-token/of-the+http-api=="
 SECRETS = {"redis_password": PASSWORD, "llm_api_key": API_KEY, "http_token": HTTP_TOKEN, "hf_token": ""}
+GUIDE = (ROOT / "docs" / "guides" / "many-machines.md").read_text()
 DEAD = "http://127.0.0.1:9/v1"
 CANDIDATES = 6 + 3 * (3 + 2)
 PROFILES = {"gpu": "gpu-worker", "cpu": "cpu-worker", "local-llm": "llama-cpp", "local-llm-vllm": "vllm"}
@@ -125,8 +126,7 @@ def test_docker_compose_fills_in_variables_as_these_tests_do(environment: dict[s
 def test_the_lines_that_make_the_secrets_leave_files_that_containers_read_and_their_owner_writes(
     tmp_path: Path,
 ) -> None:
-    usage = (ROOT / "docs" / "guides" / "many-machines.md").read_text()
-    (lines,) = re.findall(r"```sh\n(install -d -m 700 secrets.*?)```", usage, re.DOTALL)
+    (lines,) = re.findall(r"```sh\n(install -d -m 700 secrets.*?)```", GUIDE, re.DOTALL)
     head = re.findall(r"^#   (.*)$", (ROOT / "docker-compose.yml").read_text(), re.MULTILINE)
     assert lines.splitlines() == head
     subprocess.run(["sh", "-ec", f"umask 077\n{lines}"], cwd=tmp_path, check=True)
@@ -213,8 +213,7 @@ def up(deployment: Deployment, workers: int) -> None:
 
 def redis_cli(deployment: Deployment, command: str) -> str:
     """The line that the documentation gives, with another command."""
-    usage = (ROOT / "docs" / "guides" / "many-machines.md").read_text()
-    (line,) = re.findall(r"docker compose exec redis sh -c '(.*) SET selfpruner:docker:control pause'", usage)
+    (line,) = re.findall(r"docker compose exec redis sh -c '(.*) SET selfpruner:docker:control pause'", GUIDE)
     return deployment.execute("redis", "sh", "-c", f"{line} -p {deployment.ports['redis:6379']} {command}")
 
 
@@ -230,18 +229,12 @@ async def test_the_services_run_a_search_scale_to_three_workers_stop_in_order_an
     applied = "LRANGE selfpruner:tiny:applied 0 -1"
     up(deployment, workers=1)
 
-    async def measured() -> bool:
-        return len(redis_cli(deployment, applied).split()) >= 3
-
-    await eventually(measured, 120)
+    await eventually(lambda: len(redis_cli(deployment, applied).split()) >= 3, 120)
     assert redis_cli(deployment, "SET selfpruner:tiny:control pause") == "OK\n"
     deployment.up("gpu-worker")
     deployment.up("gpu-worker")
 
-    async def three_idle() -> bool:
-        return [w["stage"] for w in status(deployment)["workers"]] == ["idle"] * 3
-
-    await eventually(three_idle, 120)
+    await eventually(lambda: [w["stage"] for w in status(deployment)["workers"]] == ["idle"] * 3, 120)
     deployment.execute("daemon", "selfpruner", "resume", "--search", "tiny")
     assert status(deployment)["control"] == "run"
     assert (await over_http(deployment, HTTP_TOKEN), await over_http(deployment, "another-token-1234")) == (200, 401)
@@ -253,10 +246,7 @@ async def test_the_services_run_a_search_scale_to_three_workers_stop_in_order_an
     up(deployment, workers=3)
     assert redis_cli(deployment, applied).split()[: len(before)] == before
 
-    async def finished() -> bool:
-        return bool(status(deployment)["finished"] and status(deployment)["daemon"] is None)
-
-    await eventually(finished, 180)
+    await eventually(lambda: status(deployment)["finished"] and status(deployment)["daemon"] is None, 180)
     check_the_daemon_stays(deployment)
     assert (await over_http(deployment, HTTP_TOKEN), await over_http(deployment, "another-token-1234")) == (200, 401)
     found = status(deployment)
@@ -273,8 +263,7 @@ async def test_the_services_run_a_search_scale_to_three_workers_stop_in_order_an
 
 async def over_http(deployment: Deployment, token: str) -> int:
     """The answer's status where the documentation's line asks."""
-    usage = (ROOT / "docs" / "guides" / "many-machines.md").read_text()
-    (path,) = set(re.findall(r"^curl -H .* http://127.0.0.1:8090(/\S+)$", usage, re.MULTILINE))
+    (path,) = set(re.findall(r"^curl -H .* http://127.0.0.1:8090(/\S+)$", GUIDE, re.MULTILINE))
     url = f"http://127.0.0.1:{deployment.ports['daemon:8090']}{path}"
     async with (
         aiohttp.ClientSession(headers={"Authorization": f"Bearer {token}"}) as client,
@@ -289,8 +278,7 @@ def check_the_daemon_stays(deployment: Deployment) -> None:
     daemon = next(c for c in reversed(deployment.containers) if c.service == "daemon")
     assert daemon.process.poll() is None
     assert json.loads(daemon.stdout.splitlines()[-1])["event"] == "stays"
-    usage = (ROOT / "docs" / "guides" / "many-machines.md").read_text()
-    (line,) = re.findall(r"^docker compose run --rm daemon (best .*?)\s+#", usage, re.MULTILINE)
+    (line,) = re.findall(r"^docker compose run --rm daemon (best .*?)\s+#", GUIDE, re.MULTILINE)
     flags = line.replace("docker", "tiny").split()
     best = json.loads(deployment.execute("daemon", "selfpruner", *flags, "--json"))
     assert best["search"] == "tiny"

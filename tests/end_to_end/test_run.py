@@ -81,7 +81,7 @@ class Run:
         path = self.folder / "runs" / "s" / "evaluations.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
-    async def measured(self, count: int) -> bool:
+    def measured(self, count: int) -> bool:
         return len(self.evaluations()) >= count
 
 
@@ -103,10 +103,7 @@ async def nothing_left_behind(folder: Path) -> AsyncIterator[None]:
     """No process of a run in `folder` may be alive shortly after the block."""
     yield
 
-    async def none() -> bool:
-        return not [p.info["cmdline"] for p in psutil.process_iter(["cmdline", "cwd"]) if p.info["cwd"] == str(folder)]
-
-    await eventually(none, 20)
+    await eventually(lambda: not [p for p in psutil.process_iter(["cwd"]) if p.info["cwd"] == str(folder)], 20)
 
 
 def check_finished(run: Run, answer: dict[str, Any]) -> None:
@@ -275,10 +272,7 @@ async def test_a_run_is_paused_and_stopped_by_redis_cli_wherever_its_folder_is(
         await eventually(partial(run.measured, 1), 120)
         assert await by_hand("pause") == b"OK\n"
 
-        async def paused() -> bool:
-            return '"command": "pause"' in (folder / "runs" / "s" / "log.jsonl").read_text()
-
-        await eventually(paused)
+        await eventually(lambda: '"command": "pause"' in (folder / "runs" / "s" / "log.jsonl").read_text())
         assert await by_hand("stop") == b"OK\n"
         assert not (await ended(process))["finished"]
 
@@ -317,10 +311,7 @@ async def test_an_endpoint_that_is_not_there_at_the_start_is_waited_for(run: Run
     process = await run.start(f"llm.endpoints=[{{base_url: '{late.base_url}', model: model}}]")
     log = run.folder / "runs" / "s" / "log.jsonl"
 
-    async def waiting() -> bool:
-        return log.exists() and log.read_text().count("endpoint_not_ready") == 1
-
-    await eventually(waiting, 60)
+    await eventually(lambda: log.exists() and log.read_text().count("endpoint_not_ready") == 1, 60)
     async with late:
         check_finished(run, await ended(process))
     assert log.read_text().count("endpoint_not_ready") == 1

@@ -1,11 +1,13 @@
 """Real servers for tests: Valkey from its package, and Redis if installed."""
 
 import asyncio
+import inspect
 import os
 import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from redis import Redis
@@ -81,9 +83,11 @@ class Server:
             client.flushall()
 
 
-async def eventually(condition: "object", seconds: float = 30.0) -> None:
-    """Wait until the async function `condition` returns true; fail after `seconds`."""
-    assert callable(condition)
+async def eventually(condition: Callable[[], object], seconds: float = 30.0) -> None:
+    """Wait until `condition`, which may be async, returns something true; fail after `seconds`."""
     async with asyncio.timeout(seconds):
-        while not await condition():
+        while True:
+            found = condition()
+            if (await found) if inspect.isawaitable(found) else found:
+                return
             await asyncio.sleep(0.02)

@@ -66,10 +66,7 @@ async def test_the_population_is_shown_best_first_and_page_by_page(it: Observed)
 async def test_a_candidate_is_shown_before_and_after_it_is_measured(redis: Redis, keys: Keys, it: Observed) -> None:
     running = asyncio.create_task(it.run())
 
-    async def issued() -> bool:
-        return len(it.search.state.ledger) >= 3
-
-    await eventually(issued)
+    await eventually(lambda: len(it.search.state.ledger) >= 3)
     id_ = list(it.search.state.ledger)[2]
     _, waiting = await it.ask(f"/api/candidates/{id_}")
     assert (waiting["id"], waiting["outcome"], waiting["order"]) == (id_, None, None)

@@ -127,10 +127,7 @@ async def test_two_hundred_clients_that_only_listen_are_bounded_and_the_search_d
         for client in clients:
             client.close()
 
-        async def room_again() -> bool:
-            return it.ask.api.metrics.event_streams == 0
-
-        await eventually(room_again)
+        await eventually(lambda: it.ask.api.metrics.event_streams == 0)
 
 
 async def test_the_last_that_listeners_are_told_is_that_the_search_has_ended(observer: Observer) -> None:

@@ -123,10 +123,7 @@ async def test_events_for_a_client_that_never_reads_take_bounded_memory_and_it_i
         client.connect((address.hostname, address.port))
         client.sendall(with_token(get(b"/api/events"), TOKEN))
 
-        async def follows() -> bool:
-            return ask.api.metrics.event_streams == 1
-
-        await eventually(follows)
+        await eventually(lambda: ask.api.metrics.event_streams == 1)
         server = ask.api._server._runner.server
         assert server is not None
         (connection,) = (c for c in server.connections if c.transport and c.transport.get_extra_info("peername"))
@@ -140,10 +137,7 @@ async def test_events_for_a_client_that_never_reads_take_bounded_memory_and_it_i
                 largest = max(largest, transport.get_write_buffer_size())
         assert 0 < largest < 200_000
 
-        async def disconnected() -> bool:
-            return ask.api.metrics.event_streams == 0
-
-        await eventually(disconnected)
+        await eventually(lambda: ask.api.metrics.event_streams == 0)
     assert await is_alive(ask)
 
 
@@ -180,10 +174,7 @@ async def _transport(ask: Asked) -> asyncio.WriteTransport:
         assert server is not None
         return [each.transport for each in server.connections if each.transport is not None]
 
-    async def is_connected() -> bool:
-        return bool(connections())
-
-    await eventually(is_connected)
+    await eventually(connections)
     (transport,) = connections()
     assert isinstance(transport, asyncio.WriteTransport)
     return transport

@@ -41,10 +41,7 @@ async def waited(folder: Path, *command: str, **environment: str) -> str:
             stderr=both,
         )
 
-    async def said() -> bool:
-        return "must_be_mended" in log.read_text()
-
-    await eventually(said, 60)
+    await eventually(lambda: "must_be_mended" in log.read_text(), 60)
     process.send_signal(signal.SIGTERM)
     assert await asyncio.wait_for(process.wait(), 20) == 2
     text = log.read_text()

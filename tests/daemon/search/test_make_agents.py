@@ -257,6 +257,8 @@ def test_the_shares_of_attention_levels_are_those_levels() -> None:
             {"population": 2, "seeds": ["uniform", "owl", "sensitivity"]},
             "3 seeds are more than the first population (2)",
         ),
+        ({"mode": "steady-state", "proposer": "cma-es"}, "`cma-es` learns from generations"),
+        ({"mode": "steady-state", "mutations": 0, "crossovers": 0}, "needs search.mutations or search.crossovers"),
         ({"proposer": "random", "mutator": "classical"}, "search.mutator is for the proposer `llm`, not for 'random'"),
     ],
 )

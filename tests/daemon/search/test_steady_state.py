@@ -6,10 +6,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import pytest
-from pydantic import ValidationError
 from redis.asyncio import Redis
 
 from agents.llm.endpoint import Answer, Question
@@ -115,16 +113,3 @@ async def test_an_error_in_a_turn_ends_the_search_and_leaves_no_task(redis: Redi
         with pytest.raises(ExceptionGroup):
             await conducted.run()
         assert asyncio.all_tasks() == before
-
-
-@pytest.mark.parametrize(
-    ("wrong", "says"),
-    [
-        ({"proposer": "cma-es"}, "`cma-es` learns from generations"),
-        ({"mutations": 0, "crossovers": 0}, "needs search.mutations or search.crossovers"),
-    ],
-)
-def test_what_cannot_be_steady_is_refused(wrong: dict[str, Any], says: str) -> None:
-    with pytest.raises(ValidationError) as error:
-        settings(**(STEADY | wrong))
-    assert says in str(error.value)
