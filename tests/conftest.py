@@ -17,6 +17,15 @@ from tests.support.cli import Cli
 from tests.support.servers import Server, server_binary
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave out the second server where one suffices."""
+    items[:] = [item for item in items if not (item.get_closest_marker("one_server") and _is_on_redis(item))]
+
+
+def _is_on_redis(item: pytest.Item) -> bool:
+    return isinstance(item, pytest.Function) and "running_server" in item.fixturenames and "[redis" in item.name
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _computing_as_the_commands_do() -> Iterator[None]:
     """Without this, a real model takes ten times as long on CPUs without bfloat16 instructions."""

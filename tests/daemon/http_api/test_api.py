@@ -25,6 +25,8 @@ from tests.support.observed import Observed, every_third_fails, observed
 from tests.support.samples import PROFILE, SPEC
 from tests.support.servers import Server, eventually
 
+pytestmark = pytest.mark.one_server
+
 
 async def test_the_status_is_the_same_over_http_and_for_the_command_line(
     redis: Redis, keys: Keys, it: Observed

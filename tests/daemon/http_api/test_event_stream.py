@@ -22,6 +22,8 @@ from tests.support.http_client import Asked, served
 from tests.support.observed import Observed, every_third_fails, observed
 from tests.support.servers import eventually
 
+pytestmark = pytest.mark.one_server
+
 
 async def events_of(
     ask: Asked, found: list[dict[str, Any]], last_id: str | None = None, most: int | None = None

@@ -3,7 +3,6 @@
 import asyncio
 import json
 import socket
-import sys
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
@@ -380,16 +379,7 @@ async def test_a_folder_of_other_settings_is_refused_with_code_2_and_left_as_it_
     kept = ("evaluations.jsonl", "best.json", "spec.json", "summary.json", "status.json", "transcript.jsonl")
     before = [(searched.folder / name).read_bytes() for name in kept]
     await redis.flushall()
-    config = tmp_path / "s.yaml"
-    config.write_text("target: {model: tiny, rate: 0.5}\n")
-    options = [*SMALL, "data.calibration=self", "data.fitness=self", f"run.folder={tmp_path}"]
-    options += [f"redis.url={server.url}", "http.port=0", f"llm.endpoints=[{{base_url: '{llm.base_url}', model: m}}]"]
-    sets = [part for option in options for part in ("--set", option)]
-    daemon = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "daemon", "daemon", str(config), *sets), stderr=asyncio.subprocess.PIPE
-    )
-    _, said = await asyncio.wait_for(daemon.communicate(), 60)
-    assert daemon.returncode == 2
-    sentence = said.decode().strip().splitlines()[-1]
-    assert "evaluations of a search with other settings (rate: 0.3 there, 0.5 here)" in sentence
+    says = r"evaluations of a search with other settings \(rate: 0\.3 there, 0\.5 here\)"
+    with pytest.raises(UsageError, match=says):  # code 2
+        await Launched(settings_for(tmp_path, llm, "target.rate=0.5"), server).end()
     assert [(searched.folder / name).read_bytes() for name in kept] == before

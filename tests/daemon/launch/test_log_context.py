@@ -22,6 +22,8 @@ from tests.support.samples import candidates, measured
 from tests.support.scripted_llm import ScriptedLlm, refuses
 from tests.support.servers import Server
 
+pytestmark = pytest.mark.one_server
+
 AGENTS = {"initializer", "selector", "mutator", "crossover"}
 OF_A_QUESTION = {"endpoint_failed", "endpoint_cools_down", "endpoint_dialect"}
 

@@ -27,6 +27,8 @@ from tests.support.observed import every_third_fails, observed
 from tests.support.samples import SPEC, candidates, measured
 from tests.support.servers import Server
 
+pytestmark = pytest.mark.one_server
+
 STATUS = Status(
     search="s",
     model="tiny",

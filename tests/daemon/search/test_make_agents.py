@@ -26,6 +26,8 @@ from tests.daemon.search.test_search import SETTINGS, Conducted, killed_until_it
 from tests.support.samples import PROFILE, SHAPE, SPEC
 from tests.support.schema_answers import SchemaChat
 
+pytestmark = pytest.mark.one_server
+
 BLOCKS = SPEC.model_copy(update={"granularity": "block"})
 BLOCK_PROFILE = PROFILE.model_copy(
     update={"sensitivity": (0.4, 0.1, 0.4, 0.2, 0.4, 0.1, 0.4, 0.3), "outliers": (3.0, 1.0, 1.0, 2.0)}

@@ -20,6 +20,8 @@ from tests.daemon.search.test_make_agents import settings
 from tests.daemon.search.test_search import Conducted, evaluating, killed_until_it_ends, unevenness
 from tests.support.schema_answers import SchemaChat
 
+pytestmark = pytest.mark.one_server
+
 STEADY = {"mode": "steady-state", "population": 4, "max_in_flight": 3, "max_evaluations": 24, "rounds": 10}
 
 

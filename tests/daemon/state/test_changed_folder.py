@@ -29,6 +29,8 @@ from tests.support.schema_answers import answer
 from tests.support.scripted_llm import ScriptedLlm
 from tests.support.servers import Server
 
+pytestmark = pytest.mark.one_server
+
 FILES = ["spec.json", "profile.json", "best.json", "evaluations.jsonl", "transcript.jsonl", "http-token", "status.json"]
 
 

@@ -26,6 +26,8 @@ from tests.support.schema_answers import answer
 from tests.support.scripted_llm import ScriptedLlm
 from tests.support.servers import Server
 
+pytestmark = pytest.mark.one_server
+
 CANDIDATES = 4 + 4 * 3
 TOLD = ("folder_not_written", "folder_written_again", "folder_incomplete", "transcript_lines_missing")
 
