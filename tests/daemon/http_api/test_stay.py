@@ -20,6 +20,8 @@ from tests.support.root import ROOT
 from tests.support.samples import put_status, write_daemon_settings
 from tests.support.servers import Server, eventually
 
+pytestmark = pytest.mark.one_server
+
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
