@@ -162,22 +162,6 @@ async def test_a_run_on_a_server_that_is_there_passes_its_password_on_to_the_wor
     assert json.loads(out)["finished"] and b"open-sesame" not in err
 
 
-async def test_a_run_that_minimises_divergence_ends_with_the_least_divergent_and_shows_both_figures(run: Run) -> None:
-    answer = await ended(await run.start("search.fitness=kl", "search.rounds=1"))
-    outcomes = [r["outcome"] for r in run.evaluations() if r["agent"] != "baseline"]
-    assert len(outcomes) == 6 + 3 + 2
-    least = min(outcomes, key=lambda outcome: outcome["kl"])
-    best = answer["best"]
-    assert (answer["fitness"], best["kl"], best["perplexity"]) == ("kl", least["kl"], least["perplexity"])
-    assert answer["dense"]["kl"] == answer["dense"]["report_kl"] == 0
-    for row in (answer["uniform"], best):
-        assert row["kl"] > 0 and row["report_kl"] > 0 and row["perplexity"] > 1
-    record = await run.answer("best")
-    assert (record["kl"], record["perplexity"], record["spec"]["measure"]) == (best["kl"], best["perplexity"], "kl")
-    for line in (run.folder / "runs" / "s" / "transcript.jsonl").read_text().splitlines():
-        assert "KL divergence" in line and "perplexity" not in line
-
-
 async def test_a_run_that_is_killed_is_gone_with_all_it_started_and_goes_on_when_started_again(run: Run) -> None:
     async with nothing_left_behind(run.folder):
         process = await run.start()
@@ -281,7 +265,6 @@ async def test_a_run_is_paused_and_stopped_by_redis_cli_wherever_its_folder_is(
     ("override", "sentence"),
     [
         ("search.popluation=3", "did you mean 'search.population'?"),
-        ("target.model=/nowhere/model", "there is no folder '/nowhere/model'"),
         ("target.model=nobody/no-such-model", "the hub cannot be reached; pass a folder"),
         ("data.fitness=nowhere.txt", "there is no text file 'nowhere.txt'"),
         ("data.fitness_windows=100000", "too short"),

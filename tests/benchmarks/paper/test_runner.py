@@ -193,9 +193,22 @@ def test_the_outcomes_are_kept_with_what_was_run(tmp_path: Path, paper: Paper) -
     assert kept["cell"]["model"] == "tiny"
 
 
-def test_a_command_that_fails_is_its_one_sentence(tmp_path: Path) -> None:
-    answer = SubprocessRunner().run(["evaluate", "--model", "no/such/folder", "--json"], tmp_path / "log")
-    assert answer == Failure("give --data, the text to measure on")
+@pytest.mark.parametrize(
+    ("ending", "sentence"),
+    [
+        ("echo 'selfpruner: give --data' >&2; exit 2", "give --data"),
+        ("kill -9 $$", "ended by SIGKILL: memory may have run out"),
+    ],
+    ids=["by itself", "killed"],
+)
+def test_a_command_that_fails_is_its_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str, sentence: str
+) -> None:
+    script = tmp_path / "python"
+    script.write_text(f"#!/bin/sh\n{ending}\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(script))
+    assert SubprocessRunner().run(["evaluate"], tmp_path / "log") == Failure(sentence)
 
 
 def test_a_real_cell_of_a_tiny_model_becomes_its_table(tmp_path: Path, paper: Paper) -> None:
@@ -214,13 +227,3 @@ def test_a_real_cell_of_a_tiny_model_becomes_its_table(tmp_path: Path, paper: Pa
     assert f"| 30% | Wanda-sp | {ours:,.2f} |" in paper.markdown
     paper.make(settings)
     assert paper.table(1)["30%", "Wanda-sp"] == [(ours, None)]
-
-
-def test_a_command_that_is_killed_says_by_what(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    script = tmp_path / "python"
-    script.write_text("#!/bin/sh\nkill -9 $$\n")
-    script.chmod(0o755)
-    monkeypatch.setattr(sys, "executable", str(script))
-    assert SubprocessRunner().run(["evaluate"], tmp_path / "log") == Failure(
-        "ended by SIGKILL: memory may have run out"
-    )
