@@ -25,8 +25,7 @@ from protocol.results.commands import (
     PruneResult,
 )
 from protocol.results.finetuning import Finetuning, Perplexities, Recipe
-from tests.daemon.monitor.test_watch import STATUS
-from tests.support.samples import SHAPE, SPEC, candidates, measured
+from tests.support.samples import SHAPE, SPEC, STATUS, candidates, measured
 
 TEXT = TextSpec(source="self", windows=2, seqlen=256)
 PARAMETERS = count_parameters(SPEC.uniform_plan(SHAPE), SHAPE)

@@ -15,7 +15,7 @@ from daemon.local.folder_lock import is_running, lock_folder
 from daemon.monitor import watch as watch_module
 from daemon.monitor.events import Event
 from daemon.monitor.remote import RemoteSearch, open_remote
-from daemon.monitor.status import QueueDepth, Status
+from daemon.monitor.status import Status
 from daemon.monitor.watch import follow, json_lines, on_screen
 from daemon.monitor.watch_screen import RATE_SECONDS, Screen
 from protocol.errors import UsageError
@@ -23,38 +23,10 @@ from protocol.queue.connection import connect
 from protocol.queue.keys import Keys
 from protocol.queue.worker_status import WorkerStatus
 from tests.support.observed import every_third_fails, observed
-from tests.support.samples import SPEC, candidates, measured
+from tests.support.samples import SPEC, STATUS, candidates, measured
 from tests.support.servers import Server, eventually
 
 pytestmark = pytest.mark.one_server
-
-STATUS = Status(
-    search="s",
-    model="tiny",
-    rate=0.3,
-    fitness="perplexity",
-    control="run",
-    daemon="host:1:a",
-    workers=(WorkerStatus(consumer="host:2:b", stage="evaluating", measured=4),),
-    queue=QueueDepth(queued=3, running=1),
-    finished=False,
-    degraded=False,
-    endpoints={},
-    parents_source="fallback",
-    round=2,
-    candidates=9,
-    by_source={"llm": 7, "fallback": 2, "allocation": 3},
-    stopped=4,
-    measured=5,
-    failed=1,
-    waiting=3,
-    dense_perplexity=10.0,
-    best="abc",
-    best_perplexity=12.345,
-    best_kl=None,
-    tokens={"prompt": 1234, "completion": 56},
-    seconds=78.0,
-)
 
 
 @pytest.fixture(autouse=True)
