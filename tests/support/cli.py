@@ -19,7 +19,8 @@ class Cli:
         """Return the exit code, stdout and stderr of a command."""
         self._capsys.readouterr()
         code = main([str(each) for each in arguments])
-        return code, *self._capsys.readouterr()
+        out, err = self._capsys.readouterr()
+        return code, out, err
 
     def answer(self, *arguments: str | Path) -> dict[str, Any]:
         """Return the JSON object of a command that succeeds."""
