@@ -87,30 +87,27 @@ def killed_at(monkeypatch: pytest.MonkeyPatch, step: str, arguments: list[str]) 
         assert main(arguments) == 128 + signal.SIGTERM
 
 
-def small_facts(folder: Path) -> dict[str, Any]:
-    facts: dict[str, Any] = json.loads((folder / "small" / "selfpruner.json").read_text())
-    return facts
-
-
 def when_written(folder: Path) -> int:
     return (folder / "small" / "model.safetensors").stat().st_mtime_ns
 
 
-def process(target: Path, folder: Path, *options: str) -> "subprocess.Popen[str]":
-    """The command as a person starts it."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "daemon", *arguments(target, *options, "--json")],
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        text=True,
-        stdout=subprocess.PIPE,
-        start_new_session=True,
-    )
+def process(folder: Path, *arguments: str) -> "subprocess.Popen[str]":
+    """A command as a person starts it."""
+    command = [sys.executable, "-m", "daemon", *arguments, "--json"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(command, cwd=folder, env=env, text=True, stdout=subprocess.PIPE, start_new_session=True)
+
+
+def finished(folder: Path, *arguments: str) -> dict[str, Any]:
+    """The answer of a command that has to end well."""
+    with process(folder, *arguments) as command:
+        answer: dict[str, Any] = json.loads(command.communicate(timeout=240)[0])
+    assert command.returncode == 0
+    return answer
 
 
 def test_a_model_becomes_a_folder_that_measures_what_it_did_in_memory(tmp_path: Path, target: Path) -> None:
-    with process(target, tmp_path, "--budget", "8", "--format", "hf", "--format", "gguf") as pruning:
-        answer = json.loads(pruning.communicate(timeout=240)[0])
+    answer = finished(tmp_path, *arguments(target, "--budget", "8", "--format", "hf", "--format", "gguf"))
     assert answer["evaluations"] == 8
     exported = answer["exported"]
     assert answer["reloaded"] == pytest.approx(exported["perplexity"], rel=1e-3)
@@ -127,14 +124,14 @@ def test_a_model_becomes_a_folder_that_measures_what_it_did_in_memory(tmp_path: 
     assert f"8 evaluations in {answer['search_seconds']:,.0f} s" in card
 
 
-def test_fine_tuning_begins_from_what_was_found_and_writes_the_formats(here: Path, target: Path, cli: Cli) -> None:
+def test_fine_tuning_begins_from_what_was_found_and_writes_the_formats(here: Path, target: Path) -> None:
     """The texts share a file name, and no figure is of another text than its own."""
     options = ["--budget", "4", "--format", "padded", "--format", "gguf"]
     for name, text in (("calibration", "report.txt"), ("fitness", "text.txt"), ("report", "text.txt")):
         (here / name).mkdir()
         (here / name / "wiki.txt").write_bytes((target / text).read_bytes())
         options += ["--set", f"data.{name}={name}/wiki.txt"]
-    answer = cli.answer(*tuned(target, *options))
+    answer = finished(here, *tuned(target, *options))
     tuning = answer["finetuned"]["finetuning"]
     assert answer["finetuned"]["formats"] == ["padded", "gguf"]
     perplexity, report = tuning["perplexity"], tuning["report_perplexity"]
@@ -142,34 +139,35 @@ def test_fine_tuning_begins_from_what_was_found_and_writes_the_formats(here: Pat
     assert answer["reloaded"] == pytest.approx(perplexity["after"], rel=1e-3)
     assert "runs" in Path(answer["exported"]["folder"]).parts
     assert report["before"] == pytest.approx(answer["exported"]["report_perplexity"], rel=1e-3)
-    facts = small_facts(here)
+    facts = json.loads((here / "small" / "selfpruner.json").read_text())
     assert facts["searched"]["uniform_report_perplexity"] == answer["uniform_report_perplexity"]
     assert json.loads((here / "small" / "prune.json").read_text())["finetuned"]["folder"] == "small"
     assert facts["pruned_report"]["perplexity"] == report["after"]
     assert facts["dense_report"]["perplexity"] == pytest.approx(answer["dense_report_perplexity"], rel=1e-3)
-    again = cli.answer("evaluate", "small", "--data", "fitness/wiki.txt")
+    again = finished(here, "evaluate", "small", "--data", "fitness/wiki.txt")
     assert again["card_perplexity"] == perplexity["after"]
 
 
 def test_killed_in_its_last_checks_the_same_command_goes_on_there(here: Path, target: Path, cli: Cli) -> None:
     options = arguments(target, "--budget", "4")
-    first = cli.answer(*options)
+    first = finished(here, *options)
     files = {file: file.stat().st_mtime_ns for file in (here / "small").iterdir()}
-    again = cli.answer(*options)  # as if it had been killed when the folder was written
+    again = finished(here, *options)  # as if it had been killed when the folder was written
     assert {**again, "search_seconds": 0} == {**first, "search_seconds": 0}
     assert {file: file.stat().st_mtime_ns for file in (here / "small").iterdir()} == files
-    told = cli.error(*options, "--format", "padded")
-    assert "--force to replace it" in told, "another format is another folder"
-    cli.answer(*options, "--set", "search.seed=1", "--force")
-    assert "--force to replace it" in cli.error(*options), "another search's model stands there now"
+    code, _, err = cli.run(*options, "--format", "padded")
+    assert code == 2 and "--force to replace it" in err, "another format is another folder"
+    finished(here, *options, "--set", "search.seed=1", "--force")
+    code, _, err = cli.run(*options)
+    assert code == 2 and "--force to replace it" in err, "another search's model stands there now"
 
 
-def test_a_larger_budget_replaces_what_a_smaller_one_wrote(here: Path, target: Path, cli: Cli) -> None:
+def test_a_larger_budget_replaces_what_a_smaller_one_wrote(here: Path, target: Path) -> None:
     def rates(budget: int, evaluations: int) -> list[float]:
-        answer = cli.answer(*arguments(target, "--budget", str(budget)))
+        answer = finished(here, *arguments(target, "--budget", str(budget)))
         assert answer["evaluations"] == evaluations
         (best,) = here.glob("runs/*/best.json")
-        written: list[float] = small_facts(here)["rates"]
+        written: list[float] = json.loads((here / "small" / "selfpruner.json").read_text())["rates"]
         assert written == json.loads(best.read_text())["rates"]
         return written
 
@@ -228,8 +226,9 @@ def test_a_disk_that_fills_beside_the_folder_is_one_sentence(
 
     with monkeypatch.context() as patched:
         patched.setattr("daemon.commands.prune_steps.replace", full)
-        told = cli.error(*options, code=1)
-    assert "cannot be written (No space left on device); fix that and run the same command again" in told
+        code, _, err = cli.run(*options)
+    assert code == 1
+    assert "cannot be written (No space left on device); fix that and run the same command again" in err
     assert main(options) == 0
 
 
@@ -287,15 +286,15 @@ def test_the_disk_needs_room_for_both_models_where_they_share_it(
     assert asked[3:] == [pruned, both - pruned]
 
 
-def test_killed_in_its_search_the_same_command_goes_on(here: Path, target: Path, cli: Cli) -> None:
-    with process(target, here, "--budget", "16") as pruning:
+def test_killed_in_its_search_the_same_command_goes_on(here: Path, target: Path) -> None:
+    with process(here, *arguments(target, "--budget", "16")) as pruning:
         deadline = time.monotonic() + 120
         while len(measured(here)) < 5 and pruning.poll() is None and time.monotonic() < deadline:
             time.sleep(0.02)
         os.killpg(pruning.pid, signal.SIGKILL)
     before = measured(here)
     assert len(before) >= 5 and not (here / "small").exists()
-    assert cli.answer(*arguments(target, "--budget", "16"))["evaluations"] == 16
+    assert finished(here, *arguments(target, "--budget", "16"))["evaluations"] == 16
     after = measured(here)
     assert after[: len(before)] == before and len(set(after)) == len(after), "nothing is measured twice"
 
