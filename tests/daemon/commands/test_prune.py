@@ -49,6 +49,12 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def cli(capfd: pytest.CaptureFixture[str], restored_logs: None) -> Cli:
+    """With files for what the processes of a search write."""
+    return Cli(capfd)
+
+
 def settings_file(target: Path) -> Path:
     """A search that needs no LLM and takes seconds."""
     chosen = {
@@ -114,8 +120,7 @@ def test_a_model_becomes_a_folder_that_measures_what_it_did_in_memory(tmp_path: 
     assert exported["rate"] == pytest.approx(0.3, abs=0.01)
     files = {file.name for file in (tmp_path / "small").iterdir()}
     assert {"config.json", "model.safetensors", "README.md", "selfpruner.json"} <= files
-    assert any(name.endswith(".gguf") for name in files)
-    assert answer["runs_in_llama_cpp"] is True
+    assert any(name.endswith(".gguf") for name in files) and answer["runs_in_llama_cpp"] is True
     report = json.loads((tmp_path / "small" / "prune.json").read_text())
     assert report.pop("exported") == answer["exported"] | {"folder": "small", "model": "model"}
     assert report.items() <= answer.items() and report["reloaded"] == answer["reloaded"]
@@ -171,8 +176,7 @@ def test_a_larger_budget_replaces_what_a_smaller_one_wrote(here: Path, target: P
         assert written == json.loads(best.read_text())["rates"]
         return written
 
-    first = rates(4, 4)
-    longer = rates(20, 20)  # more than the config's rounds have
+    first, longer = rates(4, 4), rates(20, 20)  # more than the config's rounds have
     assert first != longer
     before = when_written(here)
     assert rates(8, 20) == longer and when_written(here) == before
@@ -310,8 +314,7 @@ def test_the_name_of_the_search_follows_from_the_folder_and_from_what_decides_a_
         return settings(target, *overrides, rate=rate, out=out).search.name
 
     assert name(0.3, "a b/ c d") == name(0.3, "x/-c d")
-    assert name(0.3, "small").startswith("prune-small-")
-    assert name(0.3, "small") != name(0.4, "small")
+    assert name(0.3, "small").startswith("prune-small-") and name(0.3, "small") != name(0.4, "small")
     assert name(0.3, "small", "search.name=mine") == "mine"
     named = target / "named.yaml"
     named.write_text("search: {name: kept}")
