@@ -113,7 +113,8 @@ def test_bad_input_is_a_sentence_before_anything_is_loaded(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    half, some = {"arguments": {}}, {"arguments": {"minimise": "kl"}, "results": []}
+    half: dict[str, Any] = {"arguments": {}}
+    some = {"arguments": {"minimise": "kl"}, "results": []}
     for name, figures in {"list": [], "half": half, "other": half | {"results": []}, "some": some}.items():
         Path(f"{name}.json").write_text(json.dumps(figures))
     monkeypatch.setattr(compare_search, "compare", None)

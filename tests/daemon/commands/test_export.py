@@ -24,24 +24,24 @@ class Exports:
         self.cli, self.target, self.folder = cli, target, folder
         self.data, self.out = target / "data.txt", folder / "out"
 
-    def command(self, *options: str | Path) -> list[str | Path]:
+    def command(self, *options: object) -> list[object]:
         texts = ["--data", self.data, "--calibration-data", self.target / "calibration.txt", *SIZES]
         return ["export", "--model", self.target / "model", *texts, *self.by("owl"), *options]
 
-    def of_self_text(self, *options: str) -> list[str | Path]:
+    def of_self_text(self, *options: str) -> list[object]:
         """Without a text: the dense model writes it."""
         return ["export", "--model", self.target / "model", *SIZES, *self.by("uniform"), *options]
 
-    def by(self, method: str) -> list[str | Path]:
+    def by(self, method: str) -> list[object]:
         return ["--allocate", method, "--rate", "0.3", "--out", self.out]
 
-    def made(self, *options: str | Path) -> dict[str, Any]:
+    def made(self, *options: object) -> dict[str, Any]:
         return self.cli.answer(*self.command(*options))
 
-    def evaluated(self, *options: str | Path) -> dict[str, Any]:
+    def evaluated(self, *options: object) -> dict[str, Any]:
         return self.cli.answer("evaluate", self.out, *options)
 
-    def refused(self, *options: str | Path) -> str:
+    def refused(self, *options: object) -> str:
         """The sentence in which the evaluation is refused."""
         return self.cli.error("evaluate", self.out, *options)
 
