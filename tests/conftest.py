@@ -13,7 +13,17 @@ from redis.asyncio import Redis
 
 from protocol.queue.connection import connect
 from protocol.queue.keys import Keys
+from tests.support.cli import Cli
 from tests.support.servers import Server, server_binary
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave out the second server where one suffices."""
+    items[:] = [item for item in items if not (item.get_closest_marker("one_server") and _is_on_redis(item))]
+
+
+def _is_on_redis(item: pytest.Item) -> bool:
+    return isinstance(item, pytest.Function) and "running_server" in item.fixturenames and "[redis" in item.name
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -73,6 +83,24 @@ def restored_logs() -> Iterator[None]:
     root.handlers[:] = before
     root.setLevel(level)
     structlog.reset_defaults()
+
+
+@pytest.fixture
+def cli(capsys: pytest.CaptureFixture[str], restored_logs: None) -> Cli:
+    return Cli(capsys)
+
+
+@pytest.fixture(scope="session")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny model and three texts, which tests leave unchanged."""
+    from tests.support.tiny_models import save_tiny_folder
+    from tests.support.tiny_specs import write_text
+
+    folder = tmp_path_factory.mktemp("target")
+    save_tiny_folder(folder / "model", hidden_size=48, layers=4)
+    for seed, name in enumerate(("text.txt", "data.txt", "calibration.txt")):
+        write_text(folder / name, seed=seed)
+    return folder
 
 
 @pytest.fixture(autouse=True)

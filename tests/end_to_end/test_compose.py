@@ -2,13 +2,12 @@
 
 import json
 import os
-import random
 import re
 import shutil
 import stat
 import subprocess
-import time
 from collections.abc import AsyncIterator, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +18,16 @@ import pytest
 from daemon.settings.sources import load
 from tests.support.compose import Deployment, read_services
 from tests.support.root import ROOT
-from tests.support.schema_answers import value_of
+from tests.support.schema_answers import answer
 from tests.support.scripted_llm import ScriptedLlm
 from tests.support.servers import eventually
-from tests.support.tiny_models import save_tiny_folder
-from tests.support.tiny_specs import write_text
+from tests.support.tiny_specs import tiny_search
 
 PASSWORD = "a/redis+password=="
 API_KEY = "sk-of-the-llm-1234"
 HTTP_TOKEN = "a-token/of-the+http-api=="
 SECRETS = {"redis_password": PASSWORD, "llm_api_key": API_KEY, "http_token": HTTP_TOKEN, "hf_token": ""}
+GUIDE = (ROOT / "docs" / "guides" / "many-machines.md").read_text()
 DEAD = "http://127.0.0.1:9/v1"
 CANDIDATES = 6 + 3 * (3 + 2)
 PROFILES = {"gpu": "gpu-worker", "cpu": "cpu-worker", "local-llm": "llama-cpp", "local-llm-vllm": "vllm"}
@@ -127,8 +126,7 @@ def test_docker_compose_fills_in_variables_as_these_tests_do(environment: dict[s
 def test_the_lines_that_make_the_secrets_leave_files_that_containers_read_and_their_owner_writes(
     tmp_path: Path,
 ) -> None:
-    usage = (ROOT / "docs" / "guides" / "many-machines.md").read_text()
-    (lines,) = re.findall(r"```sh\n(install -d -m 700 secrets.*?)```", usage, re.DOTALL)
+    (lines,) = re.findall(r"```sh\n(install -d -m 700 secrets.*?)```", GUIDE, re.DOTALL)
     head = re.findall(r"^#   (.*)$", (ROOT / "docker-compose.yml").read_text(), re.MULTILINE)
     assert lines.splitlines() == head
     subprocess.run(["sh", "-ec", f"umask 077\n{lines}"], cwd=tmp_path, check=True)
@@ -177,27 +175,15 @@ def test_redis_keeps_its_data_evicts_nothing_and_is_reached_by_the_search_alone(
         assert services[name]["depends_on"]["redis"] == {"condition": "service_healthy"}
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What a user would mount: a tiny model and a text."""
-    folder = tmp_path_factory.mktemp("data")
-    save_tiny_folder(folder / "model", hidden_size=48, layers=4)
-    write_text(folder / "text.txt")
-    return folder
-
-
 @pytest.fixture
 async def llm() -> AsyncIterator[ScriptedLlm]:
-    def answer(body: dict[str, Any]) -> str:
-        time.sleep(0.03)  # an LLM takes its time, so that a stop finds the search at work
-        return json.dumps(value_of(body["response_format"]["json_schema"]["schema"], random.Random(body["seed"])))
-
-    async with ScriptedLlm(answer) as llm:
+    """Slow enough for a stop to find the search at work."""
+    async with ScriptedLlm(partial(answer, after=0.03)) as llm:
         yield llm
 
 
 @pytest.fixture
-def deployment(tmp_path: Path, data: Path, llm: ScriptedLlm) -> Iterator[Deployment]:
+def deployment(tmp_path: Path, target: Path, llm: ScriptedLlm) -> Iterator[Deployment]:
     if shutil.which("redis-server") is None:
         pytest.skip("no redis-server on this machine (Debian: redis-server)")
     (tmp_path / "secrets").mkdir()
@@ -205,25 +191,12 @@ def deployment(tmp_path: Path, data: Path, llm: ScriptedLlm) -> Iterator[Deploym
         (tmp_path / "secrets" / name).write_text(f"{secret}\n")
     key = {"model": "m", "api_key_file": str(tmp_path / "secrets" / "llm_api_key")}
     endpoints = [{"base_url": url, "name": name, **key} for name, url in (("dead", DEAD), ("llm", llm.base_url))]
-    settings = {
-        "search": {"name": "tiny", "population": 6, "mutations": 3, "crossovers": 2, "rounds": 3},
-        "target": {"model": str(data / "model"), "rate": 0.3, "dtype": "float32"},
-        "data": {
-            "calibration": str(data / "text.txt"),
-            "calibration_windows": 4,
-            "fitness": str(data / "text.txt"),
-            "fitness_windows": 2,
-            "seqlen": 32,
-        },
-        "llm": {"reply": "edits", "attempts": 1, "endpoints": endpoints},
-    }
+    settings = tiny_search("tiny", target / "model", target / "text.txt", endpoints)
+    settings["llm"]["attempts"] = 1
     (tmp_path / "configs").mkdir()
-    (tmp_path / "configs" / "tiny.yaml").write_text(json.dumps(settings))  # JSON is YAML
-    environment = {
-        "CONFIGS": str(tmp_path / "configs"),
-        "SEARCH_CONFIG": "tiny.yaml",
-        "DATA": str(data),
-    } | {f"{name.upper()}_FILE": str(tmp_path / "secrets" / name) for name in SECRETS}
+    (tmp_path / "configs" / "tiny.yaml").write_text(json.dumps(settings))
+    environment = {"CONFIGS": str(tmp_path / "configs"), "SEARCH_CONFIG": "tiny.yaml", "DATA": str(target)}
+    environment |= {f"{name.upper()}_FILE": str(tmp_path / "secrets" / name) for name in SECRETS}
     with Deployment(tmp_path, environment, {"llm:8000": llm.port}) as deployment:
         yield deployment
 
@@ -240,8 +213,7 @@ def up(deployment: Deployment, workers: int) -> None:
 
 def redis_cli(deployment: Deployment, command: str) -> str:
     """The line that the documentation gives, with another command."""
-    usage = (ROOT / "docs" / "guides" / "many-machines.md").read_text()
-    (line,) = re.findall(r"docker compose exec redis sh -c '(.*) SET selfpruner:docker:control pause'", usage)
+    (line,) = re.findall(r"docker compose exec redis sh -c '(.*) SET selfpruner:docker:control pause'", GUIDE)
     return deployment.execute("redis", "sh", "-c", f"{line} -p {deployment.ports['redis:6379']} {command}")
 
 
@@ -257,18 +229,12 @@ async def test_the_services_run_a_search_scale_to_three_workers_stop_in_order_an
     applied = "LRANGE selfpruner:tiny:applied 0 -1"
     up(deployment, workers=1)
 
-    async def measured() -> bool:
-        return len(redis_cli(deployment, applied).split()) >= 3
-
-    await eventually(measured, 120)
+    await eventually(lambda: len(redis_cli(deployment, applied).split()) >= 3, 120)
     assert redis_cli(deployment, "SET selfpruner:tiny:control pause") == "OK\n"
     deployment.up("gpu-worker")
     deployment.up("gpu-worker")
 
-    async def three_idle() -> bool:
-        return [w["stage"] for w in status(deployment)["workers"]] == ["idle"] * 3
-
-    await eventually(three_idle, 120)
+    await eventually(lambda: [w["stage"] for w in status(deployment)["workers"]] == ["idle"] * 3, 120)
     deployment.execute("daemon", "selfpruner", "resume", "--search", "tiny")
     assert status(deployment)["control"] == "run"
     assert (await over_http(deployment, HTTP_TOKEN), await over_http(deployment, "another-token-1234")) == (200, 401)
@@ -280,10 +246,7 @@ async def test_the_services_run_a_search_scale_to_three_workers_stop_in_order_an
     up(deployment, workers=3)
     assert redis_cli(deployment, applied).split()[: len(before)] == before
 
-    async def finished() -> bool:
-        return bool(status(deployment)["finished"] and status(deployment)["daemon"] is None)
-
-    await eventually(finished, 180)
+    await eventually(lambda: status(deployment)["finished"] and status(deployment)["daemon"] is None, 180)
     check_the_daemon_stays(deployment)
     assert (await over_http(deployment, HTTP_TOKEN), await over_http(deployment, "another-token-1234")) == (200, 401)
     found = status(deployment)
@@ -300,8 +263,7 @@ async def test_the_services_run_a_search_scale_to_three_workers_stop_in_order_an
 
 async def over_http(deployment: Deployment, token: str) -> int:
     """The answer's status where the documentation's line asks."""
-    usage = (ROOT / "docs" / "guides" / "many-machines.md").read_text()
-    (path,) = set(re.findall(r"^curl -H .* http://127.0.0.1:8090(/\S+)$", usage, re.MULTILINE))
+    (path,) = set(re.findall(r"^curl -H .* http://127.0.0.1:8090(/\S+)$", GUIDE, re.MULTILINE))
     url = f"http://127.0.0.1:{deployment.ports['daemon:8090']}{path}"
     async with (
         aiohttp.ClientSession(headers={"Authorization": f"Bearer {token}"}) as client,
@@ -316,8 +278,7 @@ def check_the_daemon_stays(deployment: Deployment) -> None:
     daemon = next(c for c in reversed(deployment.containers) if c.service == "daemon")
     assert daemon.process.poll() is None
     assert json.loads(daemon.stdout.splitlines()[-1])["event"] == "stays"
-    usage = (ROOT / "docs" / "guides" / "many-machines.md").read_text()
-    (line,) = re.findall(r"^docker compose run --rm daemon (best .*?)\s+#", usage, re.MULTILINE)
+    (line,) = re.findall(r"^docker compose run --rm daemon (best .*?)\s+#", GUIDE, re.MULTILINE)
     flags = line.replace("docker", "tiny").split()
     best = json.loads(deployment.execute("daemon", "selfpruner", *flags, "--json"))
     assert best["search"] == "tiny"

@@ -4,13 +4,11 @@ import asyncio
 import contextlib
 import json
 import os
-import random
 import re
 import shutil
 import signal
 import sys
 import tempfile
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -21,31 +19,18 @@ import psutil
 import pytest
 
 from tests.support.root import ROOT
-from tests.support.schema_answers import value_of
+from tests.support.schema_answers import answer
 from tests.support.scripted_llm import ScriptedLlm
 from tests.support.servers import Server, eventually, server_binary
-from tests.support.tiny_models import save_tiny_folder
-from tests.support.tiny_specs import write_text
+from tests.support.tiny_specs import tiny_search
 
 CANDIDATES = 6 + 3 * (3 + 2)
 
 
-@pytest.fixture(scope="module")
-def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny model and a text."""
-    folder = tmp_path_factory.mktemp("target")
-    save_tiny_folder(folder / "model", hidden_size=48, layers=4)
-    write_text(folder / "text.txt")
-    return folder
-
-
 @pytest.fixture
 async def llm() -> AsyncIterator[ScriptedLlm]:
-    def answer(body: dict[str, Any]) -> str:
-        time.sleep(0.03)  # an LLM takes its time, so that a kill finds the search at work
-        return json.dumps(value_of(body["response_format"]["json_schema"]["schema"], random.Random(body["seed"])))
-
-    async with ScriptedLlm(answer) as llm:
+    """Slow enough for a kill to find the search at work."""
+    async with ScriptedLlm(partial(answer, after=0.03)) as llm:
         yield llm
 
 
@@ -54,34 +39,20 @@ class Run:
 
     def __init__(self, folder: Path, target: Path, llm: ScriptedLlm) -> None:
         self.folder = folder
-        text = target / "text.txt"
         self.config = folder / "search.yaml"
-        settings = {
-            "search": {"name": "s", "population": 6, "mutations": 3, "crossovers": 2, "rounds": 3},
-            "target": {"model": str(target / "model"), "rate": 0.3, "dtype": "float32"},
-            "data": {
-                "calibration": str(text),
-                "calibration_windows": 4,
-                "fitness": str(text),
-                "fitness_windows": 2,
-                "report": str(text),
-                "report_windows": 2,
-                "seqlen": 32,
-            },
-            "llm": {"reply": "edits", "endpoints": [{"base_url": llm.base_url, "model": "scripted"}]},
-            "worker": {"lease_seconds": 2},
-        }
-        self.config.write_text(json.dumps(settings))  # JSON is YAML
+        settings = tiny_search("s", target / "model", target / "text.txt", [llm.settings])
+        settings["data"] |= {"report": str(target / "text.txt"), "report_windows": 2}
+        self.write(settings | {"worker": {"lease_seconds": 2}})
 
-    async def start(self, *options: str) -> asyncio.subprocess.Process:
-        return await self.command("run", str(self.config), "--json", *options)
+    def write(self, settings: dict[str, Any]) -> None:
+        self.config.write_text(json.dumps(settings))
+
+    async def start(self, *overrides: str) -> asyncio.subprocess.Process:
+        return await self.command("run", str(self.config), "--json", *(w for o in overrides for w in ("--set", o)))
 
     async def command(self, *arguments: str) -> asyncio.subprocess.Process:
         return await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "daemon",
-            *arguments,
+            *(sys.executable, "-m", "daemon", *arguments),
             cwd=self.folder,
             env={**os.environ, "PYTHONPATH": str(ROOT)},
             stdout=asyncio.subprocess.PIPE,
@@ -89,18 +60,37 @@ class Run:
             start_new_session=True,
         )
 
-    async def answer(self, *arguments: str) -> tuple[int, str, str]:
-        process = await self.command(*arguments)
+    async def answer(self, command: str) -> dict[str, Any]:
+        return await ended(await self.command(command, "--search", "s", "--json"))
+
+    async def steer(self, command: str) -> None:
+        process = await self.command(command, "--search", "s")
+        _, err = await process.communicate()
+        assert process.returncode == 0, err.decode()
+
+    async def refused(self, *overrides: str) -> str:
+        """The sentence in which a run with these settings is refused."""
+        process = await self.start(*overrides)
         out, err = await asyncio.wait_for(process.communicate(), 120)
-        assert process.returncode is not None
-        return process.returncode, out.decode(), err.decode()
+        assert (process.returncode, out) == (2, b"")
+        last = err.decode().strip().splitlines()[-1]
+        assert last.startswith("selfpruner: ")
+        return last
 
     def evaluations(self) -> list[dict[str, Any]]:
         path = self.folder / "runs" / "s" / "evaluations.jsonl"
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
-    async def measured(self, count: int) -> bool:
+    def measured(self, count: int) -> bool:
         return len(self.evaluations()) >= count
+
+
+async def ended(process: asyncio.subprocess.Process, code: int = 0) -> dict[str, Any]:
+    """The JSON object of a command, once it ends."""
+    out, err = await asyncio.wait_for(process.communicate(), 180)
+    assert process.returncode == code, err.decode()
+    answer: dict[str, Any] = json.loads(out)
+    return answer
 
 
 @pytest.fixture
@@ -113,10 +103,7 @@ async def nothing_left_behind(folder: Path) -> AsyncIterator[None]:
     """No process of a run in `folder` may be alive shortly after the block."""
     yield
 
-    async def none() -> bool:
-        return not [p.info["cmdline"] for p in psutil.process_iter(["cmdline", "cwd"]) if p.info["cwd"] == str(folder)]
-
-    await eventually(none, 20)
+    await eventually(lambda: not [p for p in psutil.process_iter(["cwd"]) if p.info["cwd"] == str(folder)], 20)
 
 
 def check_finished(run: Run, answer: dict[str, Any]) -> None:
@@ -147,19 +134,12 @@ async def test_a_run_ends_with_one_json_object_and_leaves_its_files_and_no_proce
     assert answer["candidates"]["by_source"]["llm"] > CANDIDATES / 2
     assert answer["tokens"]["prompt"] > 0
     folder = run.folder / "runs" / "s"
-    assert {
-        "spec.json",
-        "profile.json",
-        "best.json",
-        "summary.json",
-        "evaluations.jsonl",
-        "transcript.jsonl",
-        "log.jsonl",
-    } <= {path.name for path in folder.iterdir()}
+    files = {"spec.json", "profile.json", "best.json", "summary.json"}
+    files |= {"evaluations.jsonl", "transcript.jsonl", "log.jsonl"}
+    assert files <= {path.name for path in folder.iterdir()}
     for line in (folder / "log.jsonl").read_text().splitlines() + err.decode().splitlines():
         json.loads(line)
-    code, best, _ = await run.answer("best", "--search", "s", "--json")
-    assert code == 0 and json.loads(best)["rates"] == answer["rates"]
+    assert (await run.answer("best"))["rates"] == answer["rates"]
 
 
 async def test_a_run_on_a_server_that_is_there_passes_its_password_on_to_the_worker(
@@ -173,7 +153,7 @@ async def test_a_run_on_a_server_that_is_there_passes_its_password_on_to_the_wor
     monkeypatch.setenv("SELFPRUNER_REDIS__PASSWORD_FILE", str(tmp_path / "password"))
     server.start()
     try:
-        process = await run.start("--set", f"redis.url=unix://{server.socket}", "--set", "search.rounds=0")
+        process = await run.start(f"redis.url=unix://{server.socket}", "search.rounds=0")
         out, err = await asyncio.wait_for(process.communicate(), 180)
     finally:
         server.kill()
@@ -182,40 +162,14 @@ async def test_a_run_on_a_server_that_is_there_passes_its_password_on_to_the_wor
     assert json.loads(out)["finished"] and b"open-sesame" not in err
 
 
-async def test_a_run_that_minimises_divergence_ends_with_the_least_divergent_and_shows_both_figures(run: Run) -> None:
-    process = await run.start("--set", "search.fitness=kl", "--set", "search.rounds=1")
-    out, err = await asyncio.wait_for(process.communicate(), 180)
-    assert process.returncode == 0, err.decode()
-    answer = json.loads(out)
-    outcomes = [r["outcome"] for r in run.evaluations() if r["agent"] != "baseline"]
-    assert len(outcomes) == 6 + 3 + 2
-    least = min(outcomes, key=lambda outcome: outcome["kl"])
-    best = answer["best"]
-    assert (answer["fitness"], best["kl"], best["perplexity"]) == ("kl", least["kl"], least["perplexity"])
-    assert answer["dense"]["kl"] == answer["dense"]["report_kl"] == 0
-    for row in (answer["uniform"], best):
-        assert row["kl"] > 0 and row["report_kl"] > 0 and row["perplexity"] > 1
-    _, saved, _ = await run.answer("best", "--search", "s", "--json")
-    record = json.loads(saved)
-    assert (record["kl"], record["perplexity"], record["spec"]["measure"]) == (best["kl"], best["perplexity"], "kl")
-    for line in (run.folder / "runs" / "s" / "transcript.jsonl").read_text().splitlines():
-        assert "KL divergence" in line and "perplexity" not in line
-
-
 async def test_a_run_that_is_killed_is_gone_with_all_it_started_and_goes_on_when_started_again(run: Run) -> None:
-    kills = 0
-    for wanted in (3, 9):
-        async with nothing_left_behind(run.folder):
-            process = await run.start()
-            await eventually(partial(run.measured, wanted), 120)
-            process.kill()
-            await process.communicate()
-            kills += 1
-    process = await run.start()
-    out, err = await asyncio.wait_for(process.communicate(), 180)
-    assert process.returncode == 0, err.decode()
-    check_finished(run, json.loads(out))
-    assert kills == 2
+    async with nothing_left_behind(run.folder):
+        process = await run.start()
+        await eventually(partial(run.measured, 5), 120)
+        process.kill()
+        await process.communicate()
+    assert len(run.evaluations()) < CANDIDATES
+    check_finished(run, await ended(await run.start()))
 
 
 async def test_killing_the_worker_and_its_child_in_a_run_loses_nothing(run: Run) -> None:
@@ -226,53 +180,41 @@ async def test_killing_the_worker_and_its_child_in_a_run_loses_nothing(run: Run)
             with contextlib.suppress(psutil.NoSuchProcess):  # the killed child's child goes by itself
                 if module in child.cmdline():
                     child.kill()
-    out, err = await asyncio.wait_for(process.communicate(), 180)
-    assert process.returncode == 0, err.decode()
-    check_finished(run, json.loads(out))
+    check_finished(run, await ended(process))
 
 
 async def test_ctrl_c_saves_ends_everything_and_the_next_start_goes_on(run: Run) -> None:
     async with nothing_left_behind(run.folder):
         process = await run.start()
-        await eventually(lambda: run.measured(4), 120)
+        await eventually(partial(run.measured, 4), 120)
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the whole group
-        out, _ = await asyncio.wait_for(process.communicate(), 60)
-    assert process.returncode == 130
-    interrupted = json.loads(out)
+        interrupted = await ended(process, code=130)
     assert not interrupted["finished"] and interrupted["best"]["perplexity"] > 1
-    process = await run.start()
-    out, err = await asyncio.wait_for(process.communicate(), 180)
-    assert process.returncode == 0, err.decode()
-    check_finished(run, json.loads(out))
+    check_finished(run, await ended(await run.start()))
 
 
 async def test_a_running_search_is_watched_paused_resumed_and_stopped_from_another_process(
     run: Run, llm: ScriptedLlm
 ) -> None:
-    process = await run.start("--set", "search.rounds=200")
-    await eventually(lambda: run.measured(1), 120)
+    process = await run.start("search.rounds=200")
+    await eventually(partial(run.measured, 1), 120)
     watching = await run.command("watch", "--search", "s", "--json")
-    await eventually(lambda: run.measured(3), 120)
-    code, _, err = await run.answer("run", str(run.config))
-    assert code == 2 and "already running" in err
+    await eventually(partial(run.measured, 3), 120)
+    assert "already running" in await run.refused()
 
-    assert (await run.answer("pause", "--search", "s"))[0] == 0
+    await run.steer("pause")
     await asyncio.sleep(2)
     asked, measured = len(llm.asked), len(run.evaluations())
     await asyncio.sleep(2)
     assert len(llm.asked) == asked and len(run.evaluations()) == measured
-    code, out, _ = await run.answer("status", "--search", "s", "--json")
-    status = json.loads(out)
-    assert (code, status["control"]) == (0, "pause")
-    assert status["workers"][0]["stage"] in ("idle", "evaluating")
+    status = await run.answer("status")
+    assert status["control"] == "pause" and status["workers"][0]["stage"] in ("idle", "evaluating")
     assert status["daemon"] and status["parents_source"] in (None, "llm", "fallback") and status["degraded"] is False
 
-    assert (await run.answer("resume", "--search", "s"))[0] == 0
-    await eventually(lambda: run.measured(measured + 3), 60)
-    assert (await run.answer("stop", "--search", "s"))[0] == 0
-    out_, _ = await asyncio.wait_for(process.communicate(), 60)
-    assert process.returncode == 0
-    assert not json.loads(out_)["finished"]
+    await run.steer("resume")
+    await eventually(partial(run.measured, measured + 3), 60)
+    await run.steer("stop")
+    assert not (await ended(process))["finished"]
     watched, _ = await asyncio.wait_for(watching.communicate(), 20)
     assert watching.returncode == 0
     events = [json.loads(line) for line in watched.splitlines()]
@@ -281,11 +223,10 @@ async def test_a_running_search_is_watched_paused_resumed_and_stopped_from_anoth
     assert len([e for e in events if e["event"] == "candidate_measured"]) >= 3
     assert events[-1] == {"event": "search_ended", "finished": False}
 
-    code, out, _ = await run.answer("status", "--search", "s", "--json")
-    ended = json.loads(out)
-    assert code == 0 and set(ended) == set(status)
-    assert (ended["daemon"], ended["workers"], ended["finished"]) == (None, [], False)
-    assert ended["measured"] == len([e for e in run.evaluations() if e["agent"] != "baseline"])
+    last = await run.answer("status")
+    assert set(last) == set(status)
+    assert (last["daemon"], last["workers"], last["finished"]) == (None, [], False)
+    assert last["measured"] == len([e for e in run.evaluations() if e["agent"] != "baseline"])
 
 
 def the_line_that_pauses_by_hand(search: str) -> list[str]:
@@ -311,27 +252,19 @@ async def test_a_run_is_paused_and_stopped_by_redis_cli_wherever_its_folder_is(
         return (await cli.communicate())[0]
 
     async with nothing_left_behind(folder):
-        process = await run.start("--set", "search.rounds=200")
-        await eventually(lambda: run.measured(1), 120)
+        process = await run.start("search.rounds=200")
+        await eventually(partial(run.measured, 1), 120)
         assert await by_hand("pause") == b"OK\n"
 
-        async def paused() -> bool:
-            return '"command": "pause"' in (folder / "runs" / "s" / "log.jsonl").read_text()
-
-        await eventually(paused)
+        await eventually(lambda: '"command": "pause"' in (folder / "runs" / "s" / "log.jsonl").read_text())
         assert await by_hand("stop") == b"OK\n"
-        out, err = await asyncio.wait_for(process.communicate(), 60)
-    assert process.returncode == 0, err.decode()
-    assert not json.loads(out)["finished"]
+        assert not (await ended(process))["finished"]
 
 
 @pytest.mark.parametrize(
     ("override", "sentence"),
     [
         ("search.popluation=3", "did you mean 'search.population'?"),
-        ("target.rate=0.95", "target.rate cannot be '0.95'"),
-        ("search.highest_rate=0.2", "target.rate 0.3 cannot be reached"),
-        ("target.model=/nowhere/model", "there is no folder '/nowhere/model'"),
         ("target.model=nobody/no-such-model", "the hub cannot be reached; pass a folder"),
         ("data.fitness=nowhere.txt", "there is no text file 'nowhere.txt'"),
         ("data.fitness_windows=100000", "too short"),
@@ -343,48 +276,34 @@ async def test_bad_input_gets_one_sentence_and_exit_code_2(
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     async with nothing_left_behind(run.folder):
-        code, out, err = await run.answer("run", str(run.config), "--set", override)
-    assert (code, out) == (2, "")
-    last = err.strip().splitlines()[-1]
-    assert last.startswith("selfpruner: ") and sentence in last
+        assert sentence in await run.refused(override)
 
 
 async def test_a_search_that_was_refused_gives_its_name_to_the_next_and_its_workers_nothing(run: Run) -> None:
     """Workers start before the daemon is in charge: they find the refused spec, and must not begin on it."""
-    refused = ["data.fitness_windows=null", "search.first_windows=100000"]
     async with nothing_left_behind(run.folder):
-        code, _, err = await run.answer("run", str(run.config), *(w for o in refused for w in ("--set", o)))
-        assert code == 2 and "must be smaller than the number of windows of the fitness text" in err.splitlines()[-1]
-        for model in ("/nowhere/one", "/nowhere/two"):
-            code, _, err = await run.answer("run", str(run.config), "--set", f"target.model={model}")
-            assert code == 2 and f"there is no folder '{model}'" in err.splitlines()[-1]
+        told = await run.refused("data.fitness_windows=null", "search.first_windows=100000")
+        assert "must be smaller than the number of windows of the fitness text" in told
+        assert "there is no folder '/nowhere/model'" in await run.refused("target.model=/nowhere/model")
 
 
 async def test_an_endpoint_that_is_not_there_at_the_start_is_waited_for(run: Run, llm: ScriptedLlm) -> None:
     late = ScriptedLlm(llm.script)
     async with late:
         pass  # takes a free port, and gives it back
-    process = await run.start("--set", f"llm.endpoints=[{{base_url: '{late.base_url}', model: model}}]")
+    process = await run.start(f"llm.endpoints=[{{base_url: '{late.base_url}', model: model}}]")
     log = run.folder / "runs" / "s" / "log.jsonl"
 
-    async def waiting() -> bool:
-        return log.exists() and log.read_text().count("endpoint_not_ready") == 1
-
-    await eventually(waiting, 60)
+    await eventually(lambda: log.exists() and log.read_text().count("endpoint_not_ready") == 1, 60)
     async with late:
-        out, err = await asyncio.wait_for(process.communicate(), 180)
-    assert process.returncode == 0, err.decode()
-    check_finished(run, json.loads(out))
+        check_finished(run, await ended(process))
     assert log.read_text().count("endpoint_not_ready") == 1
 
 
 async def test_a_run_on_a_server_of_the_users_ends_when_its_model_cannot_be_used(run: Run, server: Server) -> None:
     async with nothing_left_behind(run.folder):
-        overrides = [f"redis.url={server.url}", "target.model=/nowhere/model", "worker.count=2"]
-        code, out, err = await run.answer("run", str(run.config), *(w for o in overrides for w in ("--set", o)))
-    assert (code, out) == (2, "")
-    last = err.strip().splitlines()[-1]
-    assert last.startswith("selfpruner: ") and "there is no folder '/nowhere/model'" in last
+        told = await run.refused(f"redis.url={server.url}", "target.model=/nowhere/model", "worker.count=2")
+    assert "there is no folder '/nowhere/model'" in told
 
 
 async def test_what_a_run_starts_is_told_none_of_its_secrets(
@@ -397,9 +316,9 @@ async def test_what_a_run_starts_is_told_none_of_its_secrets(
     monkeypatch.setenv("HF_TOKEN", "of-the-hub")
     settings = json.loads(run.config.read_text())
     del settings["llm"]["endpoints"]
-    run.config.write_text(json.dumps(settings))
-    process = await run.start("--set", "search.rounds=200")
-    await eventually(lambda: run.measured(2), 120)
+    run.write(settings)
+    process = await run.start("search.rounds=200")
+    await eventually(partial(run.measured, 2), 120)
     seen = {}
     for child in psutil.Process(process.pid).children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):

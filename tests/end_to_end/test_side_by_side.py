@@ -3,12 +3,11 @@
 import asyncio
 import json
 import os
-import random
 import signal
 import sys
-import time
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +17,19 @@ from redis.asyncio import Redis
 from protocol.queue.control import Control
 from protocol.queue.keys import Keys
 from tests.support.root import ROOT
-from tests.support.schema_answers import value_of
+from tests.support.schema_answers import answer
 from tests.support.scripted_llm import ScriptedLlm
 from tests.support.servers import Server, eventually
 from tests.support.tiny_models import save_tiny_folder
-from tests.support.tiny_specs import write_text
+from tests.support.tiny_specs import tiny_search, write_text
 
 CANDIDATES = 6 + 4 * (3 + 2)
 
 
 @pytest.fixture
 async def llm() -> AsyncIterator[ScriptedLlm]:
-    def answer(body: dict[str, Any]) -> str:
-        time.sleep(0.05)  # an LLM takes its time, so that the third worker finds something to do
-        return json.dumps(value_of(body["response_format"]["json_schema"]["schema"], random.Random(body["seed"])))
-
-    async with ScriptedLlm(answer) as llm:
+    """Slow enough for the third worker to find something to do."""
+    async with ScriptedLlm(partial(answer, after=0.05)) as llm:
         yield llm
 
 
@@ -81,21 +77,9 @@ def write_settings(folder: Path, name: str, llm: ScriptedLlm, *, layers: int, ra
     """Settings of a search with a model of its own."""
     model = save_tiny_folder(folder / f"model-{name}", hidden_size=48, layers=layers)
     text = write_text(folder / f"{name}.txt", seed=layers)
-    settings = {
-        "search": {"name": name, "population": 6, "mutations": 3, "crossovers": 2, "rounds": 4},
-        "target": {"model": str(model), "rate": rate, "dtype": "float32"},
-        "data": {
-            "calibration": text,
-            "calibration_windows": 4,
-            "fitness": text,
-            "fitness_windows": 2,
-            "seqlen": 32,
-        },
-        "llm": {"reply": "edits", "endpoints": [{"base_url": llm.base_url, "model": "scripted"}]},
-        "http": {"enabled": False},
-    }
+    settings = tiny_search(name, model, Path(text), [llm.settings], rate=rate, rounds=4)
     path = folder / f"{name}.yaml"
-    path.write_text(json.dumps(settings))  # JSON is YAML
+    path.write_text(json.dumps(settings | {"http": {"enabled": False}}))
     return path
 
 

@@ -16,7 +16,6 @@ from protocol.queue.control import Control
 from protocol.queue.keys import Keys
 from tests.end_to_end.test_run import CANDIDATES, Run
 from tests.end_to_end.test_run import llm as a_scripted_llm  # noqa: F401  (a fixture)
-from tests.end_to_end.test_run import target as a_target  # noqa: F401  (a fixture)
 from tests.faults.marks import slow_fault
 from tests.faults.searching import Search
 from tests.support.malformed_http import CORPUS, mutated
@@ -97,8 +96,8 @@ async def sent(port: int, request: bytes) -> None:
 
 
 @pytest.fixture
-def run(tmp_path: Path, a_target: Path, a_scripted_llm: ScriptedLlm) -> Run:  # noqa: F811
-    return Run(tmp_path, a_target, a_scripted_llm)
+def run(tmp_path: Path, target: Path, a_scripted_llm: ScriptedLlm) -> Run:  # noqa: F811
+    return Run(tmp_path, target, a_scripted_llm)
 
 
 @slow_fault("58", "the folder goes with the embedded server's files", "rm -rf in mid-run", "all restored")

@@ -16,7 +16,7 @@ from daemon.state.history import History
 from protocol.plans.candidate import Candidate, Failed, Measured
 from protocol.queue.jobs import JobQueue
 from protocol.queue.keys import Keys
-from tests.daemon.search.test_search import Conducted, unevenness
+from tests.daemon.search.test_search import Conducted, Evaluator, evaluating, unevenness
 from tests.support.http_client import Asked, served
 from tests.support.samples import PROFILE, SPEC
 
@@ -44,6 +44,11 @@ class Observed:
             await self.search.run(rounds_of(self.search.settings))
         self.observer.finished = True
         await self.observer.look()
+
+    async def searched(self, evaluator: Evaluator = unevenness) -> None:
+        """Run to the end with an instant worker."""
+        async with evaluating(self.conducted.redis, self.conducted.keys, evaluator):
+            await self.run()
 
 
 @asynccontextmanager

@@ -2,13 +2,14 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
+from daemon.monitor.status import QueueDepth, Status
 from protocol.plans.candidate import Candidate, Measured, Provenance, candidate_id
 from protocol.plans.plan import count_parameters
 from protocol.plans.profile import DensePerplexity, ModelProfile
 from protocol.plans.shape import LayerShape, ModelShape
 from protocol.plans.spec import SearchSpec, TextSpec
+from protocol.queue.worker_status import WorkerStatus
 
 HIDDEN, HEAD_DIM = 32, 8
 SHAPE = ModelShape(
@@ -38,6 +39,34 @@ PROFILE = ModelProfile(
     sensitivity=(0.4, 0.1, 0.1, 0.2),
     texts="0" * 16,
     device="cpu",
+)
+
+STATUS = Status(
+    search="s",
+    model="tiny",
+    rate=0.3,
+    fitness="perplexity",
+    control="run",
+    daemon="host:1:a",
+    workers=(WorkerStatus(consumer="host:2:b", stage="evaluating", measured=4),),
+    queue=QueueDepth(queued=3, running=1),
+    finished=False,
+    degraded=False,
+    endpoints={},
+    parents_source="fallback",
+    round=2,
+    candidates=9,
+    by_source={"llm": 7, "fallback": 2, "allocation": 3},
+    stopped=4,
+    measured=5,
+    failed=1,
+    waiting=3,
+    dense_perplexity=10.0,
+    best="abc",
+    best_perplexity=12.345,
+    best_kl=None,
+    tokens={"prompt": 1234, "completion": 56},
+    seconds=78.0,
 )
 
 
@@ -89,17 +118,6 @@ def write_daemon_settings(folder: Path, *, http: dict[str, object]) -> Path:
 
 def put_status(folder: Path, *, finished: bool = True) -> None:
     """Write the status that a search leaves in its folder."""
-    counts = {"round": 1, "candidates": 7, "by_source": {}, "measured": 7, "failed": 0, "waiting": 0}
-    figures = {"dense_perplexity": 9.5, "best": None, "best_perplexity": None, "best_kl": None, "seconds": 1.5}
-    around: dict[str, Any] = {
-        "control": "run",
-        "daemon": "me",
-        "workers": [],
-        "queue": {},
-        "parents_source": None,
-        "degraded": None,
-        "endpoints": {},
-    }
-    search = {"search": "test", "model": "m", "rate": 0.3, "fitness": "perplexity", "finished": finished}
+    status = STATUS.model_copy(update={"measured": 7, "candidates": 7, "failed": 0, "waiting": 0, "finished": finished})
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "status.json").write_text(json.dumps({**counts, **figures, **around, **search, "tokens": {}}))
+    (folder / "status.json").write_text(status.model_dump_json())

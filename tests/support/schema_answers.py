@@ -2,6 +2,7 @@
 
 import json
 import random
+import time
 from typing import Any
 
 from agents.llm.endpoint import Answer, Question
@@ -23,6 +24,12 @@ def value_of(schema: dict[str, Any], rng: random.Random) -> Any:
             return round(rng.uniform(schema.get("minimum", 0.0), schema.get("maximum", 1.0)), 5)
         case other:
             raise AssertionError(f"no value for type {other!r}")
+
+
+def answer(body: dict[str, Any], *, after: float = 0) -> str:
+    """Answer a request's body by its schema and its seed. An LLM takes some seconds: `after`."""
+    time.sleep(after)
+    return json.dumps(value_of(body["response_format"]["json_schema"]["schema"], random.Random(body["seed"])))
 
 
 class SchemaChat:

@@ -80,6 +80,11 @@ def write_made(arguments: Sequence[str]) -> None:
     file.write_text("{}")
 
 
+def says_to(command: str, answer: dict[str, Any] | Failure) -> Say:
+    """Give this answer to a command, and the usual ones to all others."""
+    return lambda arguments: answer if arguments[0] == command else None
+
+
 class ScriptedRunner:
     """Answers with `say`, or with the default answer if that returns None. Successful commands create their files."""
 

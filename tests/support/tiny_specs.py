@@ -2,6 +2,7 @@
 
 import random
 from pathlib import Path
+from typing import Any
 
 from protocol.plans.spec import SearchSpec, TextSpec
 from tests.support.tiny_models import save_tiny_folder
@@ -25,3 +26,16 @@ def tiny_spec(folder: Path) -> SearchSpec:
         report=TextSpec(source=text, windows=2, seqlen=32),
         dtype="float32",
     )
+
+
+def tiny_search(
+    name: str, model: Path, text: Path, endpoints: list[dict[str, str]], *, rate: float = 0.3, rounds: int = 3
+) -> dict[str, dict[str, Any]]:
+    """The settings of a search of 6 + 5 * `rounds` candidates, for a file of JSON, which is YAML."""
+    windows = {"calibration_windows": 4, "fitness_windows": 2, "seqlen": 32}
+    return {
+        "search": {"name": name, "population": 6, "mutations": 3, "crossovers": 2, "rounds": rounds},
+        "target": {"model": str(model), "rate": rate, "dtype": "float32"},
+        "data": {"calibration": str(text), "fitness": str(text), **windows},
+        "llm": {"reply": "edits", "endpoints": endpoints},
+    }

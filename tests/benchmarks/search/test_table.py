@@ -24,6 +24,8 @@ from tests.support.schema_answers import value_of
 from tests.support.scripted_llm import ScriptedLlm
 from tests.support.tiny_specs import tiny_spec, write_text
 
+pytestmark = pytest.mark.usefixtures("restored_logs")
+
 
 @pytest.fixture(scope="module")
 def spec(tmp_path_factory: pytest.TempPathFactory) -> SearchSpec:
@@ -61,7 +63,6 @@ def _counted(monkeypatch: pytest.MonkeyPatch, happens: Callable[[int], None] = l
     return asked
 
 
-@pytest.mark.usefixtures("restored_logs")
 def test_a_comparison_measures_alike_candidates_once_and_is_not_made_twice(
     tmp_path: Path, spec: SearchSpec, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -96,7 +97,6 @@ def test_a_comparison_measures_alike_candidates_once_and_is_not_made_twice(
     assert again.out == shown.out and "…" not in again.err
 
 
-@pytest.mark.usefixtures("restored_logs")
 def test_where_measuring_fails_the_comparison_ends_with_a_sentence_and_goes_on_when_called_again(
     tmp_path: Path, spec: SearchSpec, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -113,22 +113,16 @@ def test_where_measuring_fails_the_comparison_ends_with_a_sentence_and_goes_on_w
     assert len(asked) == 1 + len((tmp_path / "out" / "measured-0.jsonl").read_text().splitlines())
 
 
-@pytest.mark.usefixtures("restored_logs")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_comparison_that_is_interrupted_says_so_and_goes_on_when_called_again(
-    tmp_path: Path,
-    spec: SearchSpec,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    number: signal.Signals,
+    tmp_path: Path, spec: SearchSpec, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupt(count: int) -> None:
         if count == 7:
-            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.5)  # measuring takes longer than to hear of it
 
     asked = _counted(monkeypatch, interrupt)
-    assert compare_search.main(_arguments(spec, tmp_path / "out")) == 128 + number
+    assert compare_search.main(_arguments(spec, tmp_path / "out")) == 128 + signal.SIGTERM
     said = capsys.readouterr()
     assert said.err.endswith("compare_search: interrupted; run the same command again to resume\n") and not said.out
     assert not (tmp_path / "out" / "comparison.json").exists() and len(asked) <= 8
@@ -161,13 +155,7 @@ async def test_replies_are_counted_as_readable_and_as_accepted(tmp_path: Path, s
 async def test_what_was_measured_is_kept_but_for_a_line_that_a_kill_has_torn(
     tmp_path: Path, spec: SearchSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    measured: list[str] = []
-
-    def answer(session: Session, request: dict[str, Any]) -> Outcome:
-        measured.append(request["text"])
-        return answering.answer(session, request)
-
-    monkeypatch.setattr(comparing, "answer", answer)
+    measured = _counted(monkeypatch)
     session, kept = Session(spec, sensitivity=False), tmp_path / "measured-0.jsonl"
     first, second, third = _candidates(session)
     worker = MeasuringWorker("unix:///nowhere", kept)

@@ -25,9 +25,9 @@ from protocol.results.commands import (
     PruneResult,
 )
 from protocol.results.finetuning import Finetuning, Perplexities, Recipe
-from tests.daemon.monitor.test_watch import STATUS
-from tests.support.samples import SHAPE, SPEC, candidates, measured
+from tests.support.samples import SHAPE, SPEC, STATUS, candidates, measured
 
+TEXT = TextSpec(source="self", windows=2, seqlen=256)
 PARAMETERS = count_parameters(SPEC.uniform_plan(SHAPE), SHAPE)
 EVALUATED = EvaluationResult(
     model="tiny",
@@ -149,24 +149,17 @@ def test_an_export_says_what_was_written_and_what_to_type_next(source: str, comm
     assert lines[-2:] == ["writing took 3.2 s", command]
 
 
-TEXT = TextSpec(source="self", windows=2, seqlen=256)
-
-
 def test_a_pruned_model_stands_beside_the_dense_one_and_uniform_pruning() -> None:
     _, titles, dense, uniform, pruned, *lines = printed(tables.pruned(PRUNED, TEXT))
     assert cells(titles) == ["perplexity", "parameters"]
-    assert [cells(row)[:2] for row in (dense, uniform, pruned)] == [
-        ["dense", "12.35"],
-        ["uniform,", "rectangular"],
-        ["pruned", "23.46"],
-    ]
+    named = [["dense", "12.35"], ["uniform,", "rectangular"], ["pruned", "23.46"]]
+    assert [cells(row)[:2] for row in (dense, uniform, pruned)] == named
     assert cells(uniform)[2:] == ["34.57", "9.9", "M"] and cells(pruned)[2:] != ["9.9", "M"]
     assert "perplexity is 0.679 times that of uniform, rectangular (one search, one seed)" in lines
     assert "searched with 8 evaluations in 90 s (search night), 5 of them proposed by the LLM" in lines
 
 
 def test_after_fine_tuning_both_texts_have_a_figure() -> None:
-    text = TextSpec(source="some.txt", windows=2, seqlen=256)
     reported = EXPORTED.model_copy(update={"report_perplexity": 30.0})
     tuned = FinetuneResult(
         folder=Path("tuned"),
@@ -184,8 +177,8 @@ def test_after_fine_tuning_both_texts_have_a_figure() -> None:
             trained_parameters=1,
             first_loss=2.0,
             last_loss=1.0,
-            perplexity=Perplexities(text=text, before=23.4, after=20.5, tokens=510),
-            report_perplexity=Perplexities(text=text, before=30.0, after=27.5, tokens=510),
+            perplexity=Perplexities(text=TEXT, before=23.4, after=20.5, tokens=510),
+            report_perplexity=Perplexities(text=TEXT, before=30.0, after=27.5, tokens=510),
         ),
         resumed_from=0,
         ended_by="steps",
@@ -218,15 +211,13 @@ def test_where_what_stays_was_fitted_the_baseline_is_fitted_uniform() -> None:
 
 def test_a_gguf_is_told_beside_the_model_in_memory() -> None:
     measured = GgufPerplexity(file_type="q4_k_m", perplexity=51.239, in_memory=44.1, tokens=2044)
-    gguf = EXPORTED.model_copy(update={"gguf": measured})
-    lines = printed(tables.exported(gguf, TextSpec(source="self", windows=2, seqlen=256)))
     told = "in llama.cpp the GGUF file (q4_k_m) measures 51.24 on 2,044 tokens, where the model in memory has 44.10"
-    assert told in lines
+    assert told in printed(tables.exported(EXPORTED.model_copy(update={"gguf": measured}), TEXT))
 
 
 def test_a_gguf_is_tried_with_llama_cpp() -> None:
     gguf = EXPORTED.model_copy(update={"formats": ("gguf",), "files": {"README.md": 1, "pruned-F16.gguf": 2}})
-    *_, last = printed(tables.exported(gguf, TextSpec(source="self", windows=2, seqlen=256)))
+    *_, last = printed(tables.exported(gguf, TEXT))
     assert last == "next: llama-cli -m 'my models/pruned/pruned-F16.gguf' -p 'Once upon a time'"
 
 

@@ -9,6 +9,7 @@ import pytest
 from daemon.cli import main
 from gpu_worker.worker.options import WorkerOptions
 from protocol.errors import UsageError
+from tests.support.cli import Cli
 
 SETTINGS: dict[str, Any] = {
     "search": {"name": "mine"},
@@ -60,13 +61,10 @@ def test_flags_and_variables_go_before_the_settings_file(
     assert (options.lease_seconds, options.max_evaluation_seconds) == (5, 77)
 
 
-def test_a_second_name_for_the_search_is_refused(
-    config: Path, started: list[WorkerOptions], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["worker", "--config", str(config), "--search", "other"]) == 2
-    assert "give --search or --config, not both" in capsys.readouterr().err
-    assert main(["worker", "--config", str(config.with_name("none.yaml"))]) == 2
-    assert "there is no settings file" in capsys.readouterr().err
+def test_a_second_name_for_the_search_is_refused(config: Path, started: list[WorkerOptions], cli: Cli) -> None:
+    told = cli.error("worker", "--config", config, "--search", "other")
+    assert "give --search or --config, not both" in told
+    assert "there is no settings file" in cli.error("worker", "--config", config.with_name("none.yaml"))
     assert not started
 
 
@@ -78,13 +76,12 @@ def test_without_a_settings_file_nothing_changes(started: list[WorkerOptions]) -
 
 
 def test_a_worker_that_stays_ends_after_a_while_where_the_cause_may_pass(
-    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    config: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli
 ) -> None:
     async def run_worker(_: WorkerOptions) -> None:
         raise UsageError("no GPU is free")
 
     monkeypatch.setattr("gpu_worker.worker.worker.run_worker", run_worker)
     monkeypatch.setattr("daemon.commands.worker.REST_SECONDS", 0.1)
-    assert main(["worker", "--config", str(config), "--stay"]) == 2
-    told = capsys.readouterr()
-    assert "invalid_input" in told.out + told.err and "no GPU is free" in told.err
+    code, out, err = cli.run("worker", "--config", config, "--stay")
+    assert code == 2 and "invalid_input" in out + err and "no GPU is free" in err

@@ -14,26 +14,27 @@ from daemon.http_api.api import HttpApi
 from daemon.http_api.server import CannotListen
 from daemon.http_api.token import Access
 from daemon.monitor.events import Event
+from daemon.monitor.observer import Observer
 from daemon.monitor.remote import RemoteSearch, saved_status
 from daemon.settings.service import HttpSettings
 from protocol.queue.connection import connect
 from protocol.queue.control import Control
 from protocol.queue.keys import Keys
 from tests.daemon.search.test_search import evaluating
-from tests.support.http_client import nothing_yet
-from tests.support.observed import every_third_fails, observed
+from tests.support.observed import Observed, every_third_fails, observed
 from tests.support.samples import PROFILE, SPEC
 from tests.support.servers import Server, eventually
 
+pytestmark = pytest.mark.one_server
+
 
 async def test_the_status_is_the_same_over_http_and_for_the_command_line(
-    redis: Redis, keys: Keys, tmp_path: Path
+    redis: Redis, keys: Keys, it: Observed
 ) -> None:
-    async with observed(redis, keys, tmp_path) as it, evaluating(redis, keys, every_third_fails):
-        await it.run()
-        await redis.hset(keys.state, mapping={name: str(v) for name, v in it.observer.counters.items()})
-        code, over_http = await it.ask("/api/status")
-        by_command = await RemoteSearch(redis, keys, SPEC).status()
+    await it.searched(every_third_fails)
+    await redis.hset(keys.state, mapping={name: str(v) for name, v in it.observer.counters.items()})
+    code, over_http = await it.ask("/api/status")
+    by_command = await RemoteSearch(redis, keys, SPEC).status()
     assert code == 200
     assert over_http == by_command.model_dump(mode="json")
     assert over_http["measured"] + over_http["failed"] == over_http["candidates"] == 15
@@ -45,22 +46,17 @@ async def test_the_status_is_the_same_over_http_and_for_the_command_line(
     assert over_http["endpoints"]["local"]["errors"] == 1
 
 
-async def test_a_search_that_has_ended_keeps_its_status_in_the_same_form(
-    redis: Redis, keys: Keys, tmp_path: Path
-) -> None:
-    async with observed(redis, keys, tmp_path) as it, evaluating(redis, keys):
-        await it.run()
-        live = it.observer.status
-    kept = saved_status(tmp_path)
+async def test_a_search_that_has_ended_keeps_its_status_in_the_same_form(it: Observed, tmp_path: Path) -> None:
+    await it.searched()
+    live, kept = it.observer.status, saved_status(tmp_path)
     assert live is not None and kept is not None
     assert kept == live.model_copy(update={"daemon": None, "workers": ()})
     assert saved_status(tmp_path / "elsewhere") is None
 
 
-async def test_the_population_is_shown_best_first_and_page_by_page(redis: Redis, keys: Keys, tmp_path: Path) -> None:
-    async with observed(redis, keys, tmp_path) as it, evaluating(redis, keys):
-        await it.run()
-        pages = [(await it.ask(f"/api/population?limit=4&offset={offset}"))[1] for offset in range(0, 20, 4)]
+async def test_the_population_is_shown_best_first_and_page_by_page(it: Observed) -> None:
+    await it.searched()
+    pages = [(await it.ask(f"/api/population?limit=4&offset={offset}"))[1] for offset in range(0, 20, 4)]
     members = [member for page in pages for member in page["members"]]
     assert {page["total"] for page in pages} == {len(members)} == {15}
     assert [member["rank"] for member in members] == list(range(1, 16))
@@ -69,36 +65,29 @@ async def test_the_population_is_shown_best_first_and_page_by_page(redis: Redis,
     assert members[0]["rates"] == list(it.search.state.population.top(1)[0].candidate.rates)
 
 
-async def test_a_candidate_is_shown_before_and_after_it_is_measured(redis: Redis, keys: Keys, tmp_path: Path) -> None:
-    async with observed(redis, keys, tmp_path) as it:
-        running = asyncio.create_task(it.run())
+async def test_a_candidate_is_shown_before_and_after_it_is_measured(redis: Redis, keys: Keys, it: Observed) -> None:
+    running = asyncio.create_task(it.run())
 
-        async def issued() -> bool:
-            return len(it.search.state.ledger) >= 3
-
-        await eventually(issued)
-        id_ = list(it.search.state.ledger)[2]
-        _, waiting = await it.ask(f"/api/candidates/{id_}")
-        assert (waiting["id"], waiting["outcome"], waiting["order"]) == (id_, None, None)
-        async with evaluating(redis, keys):
-            await running
-        _, measured = await it.ask(f"/api/candidates/{id_}")
+    await eventually(lambda: len(it.search.state.ledger) >= 3)
+    id_ = list(it.search.state.ledger)[2]
+    _, waiting = await it.ask(f"/api/candidates/{id_}")
+    assert (waiting["id"], waiting["outcome"], waiting["order"]) == (id_, None, None)
+    async with evaluating(redis, keys):
+        await running
+    _, measured = await it.ask(f"/api/candidates/{id_}")
     assert measured["outcome"]["kind"] == "measured" and measured["rates"] == waiting["rates"]
     assert set(measured) == set(waiting)
 
 
-async def test_the_metrics_are_those_of_the_search_and_prometheus_can_read_them(
-    redis: Redis, keys: Keys, tmp_path: Path
-) -> None:
-    async with observed(redis, keys, tmp_path) as it, evaluating(redis, keys, every_third_fails):
-        for seconds in (0.2, 3.0):
-            it.ask.api.metrics.observe({"endpoint": "local", "seconds": seconds, "text": "[]"})
-        it.ask.api.metrics.observe({"endpoint": "local", "seconds": 600.0, "text": None})  # an error
-        await it.run()
-        async with it.ask.request("/metrics") as response:
-            assert response.headers["Content-Type"].startswith("text/plain; version=")
-            text = await response.text()
-        status = it.observer.status
+async def test_the_metrics_are_those_of_the_search_and_prometheus_can_read_them(it: Observed) -> None:
+    for seconds in (0.2, 3.0):
+        it.ask.api.metrics.observe({"endpoint": "local", "seconds": seconds, "text": "[]"})
+    it.ask.api.metrics.observe({"endpoint": "local", "seconds": 600.0, "text": None})  # an error
+    await it.searched(every_third_fails)
+    async with it.ask.request("/metrics") as response:
+        assert response.headers["Content-Type"].startswith("text/plain; version=")
+        text = await response.text()
+    status = it.observer.status
     samples = {
         (sample.name, tuple(sorted(sample.labels.items()))): sample.value
         for family in text_string_to_metric_families(text)
@@ -132,15 +121,14 @@ async def test_the_metrics_are_those_of_the_search_and_prometheus_can_read_them(
 
 
 async def test_control_is_read_and_written_and_doing_it_twice_does_no_harm(
-    redis: Redis, keys: Keys, tmp_path: Path
+    redis: Redis, keys: Keys, it: Observed
 ) -> None:
-    async with observed(redis, keys, tmp_path) as it:
-        for command in ("pause", "pause", "run", "run", "stop"):
-            answer = {"search": "test", "control": command}
-            assert await it.ask("/api/control", "POST", json={"command": command}) == (200, answer)
-            assert await it.ask("/api/control") == (200, answer)
-            assert await Control(redis, keys).read() == command
-            assert (await it.ask("/api/status"))[1]["control"] == command
+    for command in ("pause", "pause", "run", "run", "stop"):
+        answer = {"search": "test", "control": command}
+        assert await it.ask("/api/control", "POST", json={"command": command}) == (200, answer)
+        assert await it.ask("/api/control") == (200, answer)
+        assert await Control(redis, keys).read() == command
+        assert (await it.ask("/api/status"))[1]["control"] == command
 
 
 async def test_while_redis_is_away_the_api_answers_and_says_so(keys: Keys, tmp_path: Path, server: Server) -> None:
@@ -170,8 +158,7 @@ async def test_while_redis_is_away_the_api_answers_and_says_so(keys: Keys, tmp_p
     await redis.aclose()
 
 
-async def test_a_port_that_is_taken_is_named_unless_any_other_will_do(tmp_path: Path) -> None:
-    observer = nothing_yet(tmp_path)
+async def test_a_port_that_is_taken_is_named_unless_any_other_will_do(observer: Observer) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
@@ -181,17 +168,14 @@ async def test_a_port_that_is_taken_is_named_unless_any_other_will_do(tmp_path: 
             with pytest.raises(CannotListen, match=f"port {port} of 127.0.0.1 .it is in use.*http.port"):
                 async with api.serving():
                     pass
-    await observer.redis.aclose()
 
 
-async def test_figures_that_json_does_not_know_become_null(redis: Redis, keys: Keys, tmp_path: Path) -> None:
-    async with observed(redis, keys, tmp_path) as it:
-        it.observer.events.add([Event("odd", {"figure": float("nan"), "more": [float("inf"), 1.5]})])
-        headers = {"Last-Event-ID": "other-1"}
-        async with it.ask.request("/api/events", headers=headers) as response:
-            async for line in response.content:
-                if line.startswith(b'data: {"event":"odd"'):
-                    break
+async def test_figures_that_json_does_not_know_become_null(it: Observed) -> None:
+    it.observer.events.add([Event("odd", {"figure": float("nan"), "more": [float("inf"), 1.5]})])
+    async with it.ask.request("/api/events", headers={"Last-Event-ID": "other-1"}) as response:
+        async for line in response.content:
+            if line.startswith(b'data: {"event":"odd"'):
+                break
     assert json.loads(line.removeprefix(b"data: "), parse_constant=pytest.fail) == {
         "event": "odd",
         "figure": None,

@@ -13,13 +13,16 @@ from redis.asyncio import Redis
 from daemon.http_api.api import MAX_EVENT_STREAMS
 from daemon.monitor.event_log import EventLog
 from daemon.monitor.events import Event
+from daemon.monitor.observer import Observer
 from daemon.monitor.status import Status
 from protocol.plans.candidate import Measured
 from protocol.queue.keys import Keys
 from tests.daemon.search.test_search import evaluating
-from tests.support.http_client import Asked, nothing_yet, served
-from tests.support.observed import every_third_fails, observed
+from tests.support.http_client import Asked, served
+from tests.support.observed import Observed, every_third_fails, observed
 from tests.support.servers import eventually
+
+pytestmark = pytest.mark.one_server
 
 
 async def events_of(
@@ -46,8 +49,7 @@ async def test_events_tell_every_outcome_every_round_and_every_change_of_state(
         found: list[dict[str, Any]] = []
         following = asyncio.create_task(events_of(it.ask, found))
         await asyncio.sleep(0.1)
-        async with evaluating(redis, keys, every_third_fails):
-            await it.run()
+        await it.searched(every_third_fails)
         assert (await it.ask("/api/control", "POST", json={"command": "pause"}))[1]["control"] == "pause"
         it.observer.chat.degraded = "endpoints"  # type: ignore[union-attr]
         await redis.delete(keys.worker("w1"))
@@ -74,22 +76,19 @@ async def test_events_tell_every_outcome_every_round_and_every_change_of_state(
     assert max(e["round"] for e in others if e["event"] == "round_started") == 2
 
 
-async def test_a_client_that_comes_back_gets_what_it_missed_and_nothing_twice(tmp_path: Path) -> None:
-    observer = nothing_yet(tmp_path)
+async def test_a_client_that_comes_back_gets_what_it_missed_and_nothing_twice(observer: Observer, ask: Asked) -> None:
     events = [Event("round_started", {"round": number}) for number in range(6)]
     first: list[dict[str, Any]] = []
     second: list[dict[str, Any]] = []
-    async with served(observer) as ask:
-        following = asyncio.create_task(events_of(ask, first, most=2))
-        await asyncio.sleep(0.1)
-        observer.events.add(events[:2])
-        last_id = await following
-        observer.events.add(events[2:4])
-        following = asyncio.create_task(events_of(ask, second, last_id, most=4))
-        await asyncio.sleep(0.1)
-        observer.events.add(events[4:])
-        await following
-    await observer.redis.aclose()
+    following = asyncio.create_task(events_of(ask, first, most=2))
+    await asyncio.sleep(0.1)
+    observer.events.add(events[:2])
+    last_id = await following
+    observer.events.add(events[2:4])
+    following = asyncio.create_task(events_of(ask, second, last_id, most=4))
+    await asyncio.sleep(0.1)
+    observer.events.add(events[4:])
+    await following
     assert [e["round"] for e in first + second] == list(range(6))
 
 
@@ -116,12 +115,9 @@ async def test_a_reader_that_falls_behind_is_told_how_many_events_it_missed() ->
 
 
 async def test_two_hundred_clients_that_only_listen_are_bounded_and_the_search_does_not_feel_them(
-    redis: Redis, keys: Keys, tmp_path: Path
+    redis: Redis, keys: Keys, it: Observed
 ) -> None:
-    async with (
-        observed(redis, keys, tmp_path) as it,
-        aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session,
-    ):
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as session:
         ask = Asked(it.ask.api, it.ask.url, session)
         clients = await asyncio.gather(*(ask.request("/api/events") for _ in range(200)))
         statuses = [client.status for client in clients]
@@ -133,14 +129,10 @@ async def test_two_hundred_clients_that_only_listen_are_bounded_and_the_search_d
         for client in clients:
             client.close()
 
-        async def room_again() -> bool:
-            return it.ask.api.metrics.event_streams == 0
-
-        await eventually(room_again)
+        await eventually(lambda: it.ask.api.metrics.event_streams == 0)
 
 
-async def test_the_last_that_listeners_are_told_is_that_the_search_has_ended(tmp_path: Path) -> None:
-    observer = nothing_yet(tmp_path)
+async def test_the_last_that_listeners_are_told_is_that_the_search_has_ended(observer: Observer) -> None:
     async with aiohttp.ClientSession() as session:
         async with served(observer) as ask:
             client = await Asked(ask.api, ask.url, session).request("/api/events")
@@ -150,8 +142,7 @@ async def test_the_last_that_listeners_are_told_is_that_the_search_has_ended(tmp
     assert 'data: {"event":"search_ended","finished":true}' in lines
 
 
-async def test_the_api_ends_within_a_second_whoever_still_listens(tmp_path: Path) -> None:
-    observer = nothing_yet(tmp_path)
+async def test_the_api_ends_within_a_second_whoever_still_listens(observer: Observer) -> None:
     async with aiohttp.ClientSession() as session:
         async with served(observer) as ask:
             clients = [await Asked(ask.api, ask.url, session).request("/api/events") for _ in range(20)]
@@ -161,4 +152,3 @@ async def test_the_api_ends_within_a_second_whoever_still_listens(tmp_path: Path
         for client in clients:
             assert b"search_ended" in await client.read()
         writer.close()
-    await observer.redis.aclose()

@@ -21,7 +21,7 @@ from daemon.monitor.observer import Observer
 from daemon.settings.service import HttpSettings
 from daemon.settings.sources import load
 from protocol.errors import SettingsError
-from tests.support.http_client import TOKEN, Asked, nothing_yet, served
+from tests.support.http_client import TOKEN, Asked, served
 
 ROUTES = [
     ("GET", "/readyz"),
@@ -35,19 +35,6 @@ ROUTES = [
     ("GET", "/no/such/path"),
     ("DELETE", "/api/status"),
 ]
-
-
-@pytest.fixture
-async def observer(tmp_path: Path) -> AsyncIterator[Observer]:
-    observer = nothing_yet(tmp_path)
-    yield observer
-    await observer.redis.aclose()
-
-
-@pytest.fixture
-async def ask(observer: Observer) -> AsyncIterator[Asked]:
-    async with served(observer) as asked:
-        yield asked
 
 
 async def raw(url: str, request: bytes) -> bytes:
@@ -218,22 +205,10 @@ async def test_connections_beyond_the_limit_are_closed_and_those_within_it_serve
 @pytest.mark.parametrize(
     "body",
     [
-        b"",
-        b"{",
-        b"null",
-        b"[]",
-        b'"pause"',
-        b'{"command": "fly"}',
-        b'{"command": NaN}',
-        b'{"command": 1}',
-        b'{"command": null}',
-        b'{"command": "pause", "search": "other"}',
-        b'{"commands": "pause"}',
-        b'{"command": "pause"} {}',
-        b"[" * 60_000,
-        b'{"command": ' + b'{"command": ' * 4_000,
-        b'\xff\xfe{"command": "pause"}',
-        b'{"command": "\\ud800"}',
+        *(b"", b"{", b"null", b"[]", b'"pause"', b"[" * 60_000, b'{"command": ' + b'{"command": ' * 4_000),
+        *(b'{"command": "fly"}', b'{"command": NaN}', b'{"command": 1}', b'{"command": null}'),
+        *(b'{"command": "pause", "search": "other"}', b'{"commands": "pause"}', b'{"command": "pause"} {}'),
+        *(b'\xff\xfe{"command": "pause"}', b'{"command": "\\ud800"}'),
     ],
 )
 async def test_a_body_that_is_no_command_gets_one_sentence(ask: Asked, body: bytes) -> None:
@@ -245,18 +220,8 @@ async def test_a_body_that_is_no_command_gets_one_sentence(ask: Asked, body: byt
 @pytest.mark.parametrize(
     "query",
     [
-        "limit=0",
-        "limit=501",
-        "limit=99999999999999999999",
-        "limit=-1",
-        "limit=1e2",
-        "limit=NaN",
-        "limit=1_0",
-        "limit=%D9%A1",
-        "limit=",
-        "offset=-1",
-        "offset=1.5",
-        "offset=99999999999",
+        *("limit=0", "limit=501", "limit=99999999999999999999", "limit=-1", "limit=1e2", "limit=NaN", "limit=1_0"),
+        *("limit=%D9%A1", "limit=", "offset=-1", "offset=1.5", "offset=99999999999"),
     ],
 )
 async def test_a_bad_query_gets_one_sentence_that_names_it(ask: Asked, query: str) -> None:

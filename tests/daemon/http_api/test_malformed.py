@@ -4,7 +4,6 @@ import asyncio
 import json
 import random
 import socket
-from collections.abc import AsyncIterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -14,31 +13,17 @@ from daemon.http_api import server as http_server
 from daemon.monitor.events import Event
 from daemon.monitor.observer import Observer
 from protocol.runtime import logs
-from tests.support.http_client import TOKEN, Asked, nothing_yet, served
+from tests.support.http_client import TOKEN, Asked
 from tests.support.malformed_http import CORPUS, get, mutated, post, with_token
 from tests.support.servers import eventually
 
-pytestmark = pytest.mark.usefixtures("restored_logs")
 LONGEST_LINE = 300
 
 
-@pytest.fixture
-def log_file(tmp_path: Path) -> Path:
+@pytest.fixture(autouse=True)
+def log_file(tmp_path: Path, restored_logs: None) -> Path:
     logs.configure(file=tmp_path / "log.jsonl", console=False)
     return tmp_path / "log.jsonl"
-
-
-@pytest.fixture
-async def observer(tmp_path: Path) -> AsyncIterator[Observer]:
-    observer = nothing_yet(tmp_path)
-    yield observer
-    await observer.redis.aclose()
-
-
-@pytest.fixture
-async def ask(observer: Observer, log_file: Path) -> AsyncIterator[Asked]:
-    async with served(observer) as asked:
-        yield asked
 
 
 async def reply(ask: Asked, request: bytes, *, patience: float = 10, pieces: int = 1) -> bytes:
@@ -138,10 +123,7 @@ async def test_events_for_a_client_that_never_reads_take_bounded_memory_and_it_i
         client.connect((address.hostname, address.port))
         client.sendall(with_token(get(b"/api/events"), TOKEN))
 
-        async def follows() -> bool:
-            return ask.api.metrics.event_streams == 1
-
-        await eventually(follows)
+        await eventually(lambda: ask.api.metrics.event_streams == 1)
         server = ask.api._server._runner.server
         assert server is not None
         (connection,) = (c for c in server.connections if c.transport and c.transport.get_extra_info("peername"))
@@ -155,10 +137,7 @@ async def test_events_for_a_client_that_never_reads_take_bounded_memory_and_it_i
                 largest = max(largest, transport.get_write_buffer_size())
         assert 0 < largest < 200_000
 
-        async def disconnected() -> bool:
-            return ask.api.metrics.event_streams == 0
-
-        await eventually(disconnected)
+        await eventually(lambda: ask.api.metrics.event_streams == 0)
     assert await is_alive(ask)
 
 
@@ -195,10 +174,7 @@ async def _transport(ask: Asked) -> asyncio.WriteTransport:
         assert server is not None
         return [each.transport for each in server.connections if each.transport is not None]
 
-    async def is_connected() -> bool:
-        return bool(connections())
-
-    await eventually(is_connected)
+    await eventually(connections)
     (transport,) = connections()
     assert isinstance(transport, asyncio.WriteTransport)
     return transport

@@ -20,6 +20,8 @@ from tests.support.root import ROOT
 from tests.support.samples import put_status, write_daemon_settings
 from tests.support.servers import Server, eventually
 
+pytestmark = pytest.mark.one_server
+
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
@@ -29,47 +31,40 @@ def config(tmp_path: Path) -> Path:
     return write_daemon_settings(tmp_path, http={"port": port})
 
 
+async def waited(folder: Path, *command: str, **environment: str) -> str:
+    """The log of a command that says what is wrong, waits, and is told to end."""
+    log = folder / "log"
+    with log.open("wb") as both:
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "daemon", *command, "--stay"),
+            cwd=ROOT,
+            env={**os.environ, **environment},
+            stdout=both,
+            stderr=both,
+        )
+
+    await eventually(lambda: "invalid_input" in log.read_text(), 60)
+    process.send_signal(signal.SIGTERM)
+    assert await asyncio.wait_for(process.wait(), 20) == 2
+    text = log.read_text()
+    assert text.count("invalid_input") == 1 and "Traceback" not in text and "wrong-pw" not in text
+    return text
+
+
 @pytest.mark.parametrize("wrong", ["search.popluation=3", "redis.url=unix://joe:wrong-pw@{socket}"])
 async def test_invalid_input_is_logged_once_and_waited_for(
     config: Path, tmp_path: Path, running_server: Server, wrong: str
 ) -> None:
-    override = wrong.format(socket=running_server.socket)
-    command = [sys.executable, "-m", "daemon", "daemon", str(config), "--stay", "--set", override]
-    log = tmp_path / "log"
-    with log.open("wb") as both:
-        process = await asyncio.create_subprocess_exec(*command, cwd=ROOT, stdout=both, stderr=both)
-
-    async def said() -> bool:
-        return "invalid_input" in log.read_text()
-
-    await eventually(said)
-    process.send_signal(signal.SIGTERM)
-    assert await asyncio.wait_for(process.wait(), 20) == 2
-    assert log.read_text().count("invalid_input") == 1 and "Traceback" not in log.read_text()
-    assert '"ending"' in log.read_text()  # of the signal that it waited for
-    assert "wrong-pw" not in log.read_text()
+    log = await waited(tmp_path, "daemon", str(config), "--set", wrong.format(socket=running_server.socket))
+    assert '"ending"' in log  # of the signal that it waited for
 
 
-@pytest.mark.parametrize("wrong", ["no-such-file.yaml", "a-wrong-password"])
+@pytest.mark.parametrize("file", ["no-such-file.yaml", "search.yaml"])
 async def test_a_worker_that_cannot_work_says_why_once_and_waits(
-    config: Path, tmp_path: Path, running_server: Server, wrong: str
+    config: Path, tmp_path: Path, running_server: Server, file: str
 ) -> None:
-    file = config if wrong == "a-wrong-password" else tmp_path / wrong
-    url = f"unix://joe:a-wrong-password@{running_server.socket}"
-    command = [sys.executable, "-m", "daemon", "worker", "--config", str(file), "--stay"]
-    log = tmp_path / "log"
-    with log.open("wb") as both:
-        environment = {**os.environ, "SELFPRUNER_REDIS__URL": url}
-        process = await asyncio.create_subprocess_exec(*command, cwd=ROOT, env=environment, stdout=both, stderr=both)
-
-    async def said() -> bool:
-        return "invalid_input" in log.read_text()
-
-    await eventually(said, 60)
-    process.send_signal(signal.SIGTERM)
-    assert await asyncio.wait_for(process.wait(), 20) == 2
-    assert log.read_text().count("invalid_input") == 1 and "Traceback" not in log.read_text()
-    assert "a-wrong-password" not in log.read_text()
+    url = f"unix://joe:wrong-pw@{running_server.socket}"
+    await waited(tmp_path, "worker", "--config", str(tmp_path / file), SELFPRUNER_REDIS__URL=url)
 
 
 async def test_a_search_that_has_ended_still_says_how_far_it_came(config: Path) -> None:

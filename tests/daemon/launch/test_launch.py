@@ -2,11 +2,9 @@
 
 import asyncio
 import json
-import random
 import socket
-import sys
 from collections import Counter
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,6 @@ import pytest
 from redis.asyncio import Redis
 from structlog.testing import capture_logs
 
-from daemon.cli import main
 from daemon.http_api.token import open_access
 from daemon.launch.launch import Launch
 from daemon.launch.llm import secrets_of
@@ -31,8 +28,9 @@ from protocol.queue.control import Control
 from protocol.queue.keys import Keys
 from protocol.runtime import logs
 from tests.daemon.search.test_search import evaluating
-from tests.support.samples import profile_for
-from tests.support.schema_answers import value_of
+from tests.support.cli import Cli
+from tests.support.samples import profile_for, write_daemon_settings
+from tests.support.schema_answers import answer
 from tests.support.scripted_llm import Handler, Reply, ScriptedLlm, as_json, hangs, refuses
 from tests.support.servers import Server, eventually
 
@@ -44,11 +42,7 @@ TARGET = ["target.model=tiny", "target.rate=0.3", "data.calibration=self", "data
 
 def settings_for(folder: Path, llm: ScriptedLlm, *more: str) -> Settings:
     endpoint = f"llm.endpoints=[{{base_url: '{llm.base_url}', model: m, api_key: {KEY}, name: scripted}}]"
-    return load(None, [*SMALL, *TARGET, endpoint, f"run.folder={folder}", "llm.reply=edits", *more])
-
-
-def answer(body: dict[str, Any]) -> str:
-    return json.dumps(value_of(body["response_format"]["json_schema"]["schema"], random.Random(body["seed"])))
+    return load(None, [*SMALL, *TARGET, endpoint, f"run.folder={folder}", "llm.reply=edits", "http.port=0", *more])
 
 
 class Launched:
@@ -73,6 +67,24 @@ class Launched:
         async with session.request(method, await self.url + path, headers=headers, **more) as response:
             return response.status, await response.text()
 
+    async def shows(self, session: aiohttp.ClientSession, holds: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        """Wait until this holds of the status, and return it."""
+        status: dict[str, Any] = {}
+
+        async def shown() -> bool:
+            code, text = await self.get(session, "/api/status")
+            status.update(json.loads(text))
+            return code == 200 and holds(status)
+
+        await eventually(shown)
+        return status
+
+    async def end(self) -> Summary:
+        """Run the search to its end."""
+        summary = await asyncio.wait_for(self.launch.run(), 60)
+        assert summary is not None and summary.finished
+        return summary
+
 
 @asynccontextmanager
 async def worker_there(redis: Redis, keys: Keys) -> AsyncIterator[Counter[str]]:
@@ -84,49 +96,49 @@ async def worker_there(redis: Redis, keys: Keys) -> AsyncIterator[Counter[str]]:
 
 @pytest.fixture
 async def llm() -> AsyncIterator[ScriptedLlm]:
-    known = as_json({"object": "list", "data": [{"id": "m", "object": "model"}]})
-    async with ScriptedLlm(answer, models=[known]) as llm:
+    async with ScriptedLlm(answer) as llm:
         yield llm
+
+
+@pytest.fixture
+async def searched(redis: Redis, keys: Keys, server: Server, llm: ScriptedLlm, tmp_path: Path) -> Settings:
+    """The settings of a search that has ended."""
+    settings = settings_for(tmp_path, llm)
+    async with worker_there(redis, keys):
+        await Launched(settings, server).end()
+    return settings
+
+
+def status_in(settings: Settings) -> dict[str, Any]:
+    status: dict[str, Any] = json.loads((settings.folder / "status.json").read_text())
+    return status
 
 
 async def test_a_search_is_paused_followed_and_finished_over_http(
     redis: Redis, keys: Keys, server: Server, llm: ScriptedLlm, tmp_path: Path
 ) -> None:
     await redis.set(keys.control, "pause")
-    launched = Launched(settings_for(tmp_path, llm, "http.port=0"), server)
-    running = asyncio.create_task(launched.launch.run())
+    launched = Launched(settings_for(tmp_path, llm), server)
+    running = asyncio.create_task(launched.end())
     async with aiohttp.ClientSession() as session, worker_there(redis, keys):
-
-        async def paused() -> bool:
-            code, text = await launched.get(session, "/api/status")
-            return (
-                code == 200 and json.loads(text)["control"] == "pause" and "scripted" in json.loads(text)["endpoints"]
-            )
-
-        await eventually(paused)
+        await launched.shows(session, lambda status: status["control"] == "pause" and "scripted" in status["endpoints"])
         assert not llm.asked
         code, _ = await launched.get(session, "/api/control", "POST", json={"command": "run"})
         assert code == 200
-        summary = await asyncio.wait_for(running, 60)
-    assert isinstance(summary, Summary) and summary.finished
-    status = json.loads((launched.settings.folder / "status.json").read_text())
+        summary = await running
+    status = status_in(launched.settings)
     assert status["finished"] and status["measured"] == 4 + 2 * 3
-    assert status["best_perplexity"] == summary.best.perplexity if summary.best else False
+    assert summary.best and status["best_perplexity"] == summary.best.perplexity
     assert status["endpoints"]["scripted"]["requests"] == len(llm.asked)
 
 
 async def test_its_time_is_shown_before_a_worker_has_made_its_model_ready(
     redis: Redis, keys: Keys, server: Server, llm: ScriptedLlm, tmp_path: Path
 ) -> None:
-    launched = Launched(settings_for(tmp_path, llm, "http.port=0"), server)
+    launched = Launched(settings_for(tmp_path, llm), server)
     running = asyncio.create_task(launched.launch.run())
     async with aiohttp.ClientSession() as session:
-
-        async def shown() -> bool:
-            code, text = await launched.get(session, "/api/status")
-            return code == 200 and json.loads(text)["seconds"] >= TICK_SECONDS
-
-        await eventually(shown)
+        await launched.shows(session, lambda status: status["seconds"] >= TICK_SECONDS)
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
     assert not llm.asked
@@ -141,20 +153,14 @@ async def test_what_the_llm_used_is_shown_while_the_search_goes_on_and_failed_qu
         number = len(thinker.asked)
         return refuses(500, "broken") if number <= 3 else answer(body) if number <= 6 else hangs
 
-    known = as_json({"object": "list", "data": [{"id": "m", "object": "model"}]})
-    async with ScriptedLlm(says_three, models=[known]) as thinker:
+    async with ScriptedLlm(says_three) as thinker:
         priced = f"[{{base_url: '{thinker.base_url}', model: m, name: scripted, price_in: 1000, price_out: 1000}}]"
         options = [f"llm.endpoints={priced}", "llm.concurrency=1", "llm.attempts=1", "llm.proposals_per_call=1"]
-        launched = Launched(settings_for(tmp_path, thinker, "http.port=0", *options), server)
+        launched = Launched(settings_for(tmp_path, thinker, *options), server)
         running = asyncio.create_task(launched.launch.run())
         async with aiohttp.ClientSession() as session, worker_there(redis, keys):
-
-            async def shown() -> bool:
-                code, text = await launched.get(session, "/api/status")
-                return code == 200 and json.loads(text)["tokens"] == {"prompt": 30, "completion": 15}
-
-            await eventually(shown)
-            status = json.loads((await launched.get(session, "/api/status"))[1])
+            used = {"prompt": 30, "completion": 15}
+            status = await launched.shows(session, lambda status: status["tokens"] == used)
             metrics = (await launched.get(session, "/metrics"))[1].splitlines()
             running.cancel()
             await running
@@ -162,14 +168,14 @@ async def test_what_the_llm_used_is_shown_while_the_search_goes_on_and_failed_qu
     assert f"selfpruner_llm_cost {status['cost']}" in metrics
     assert 'selfpruner_llm_answer_seconds_count{endpoint="scripted"} 3.0' in metrics
     assert 'selfpruner_llm_errors_total{endpoint="scripted"} 3.0' in metrics
-    saved = json.loads((launched.settings.folder / "status.json").read_text())
+    saved = status_in(launched.settings)
     assert (saved["tokens"], saved["cost"]) == (status["tokens"], status["cost"])
 
 
 async def test_a_stop_over_http_ends_the_search_with_clients_still_listening(
     redis: Redis, keys: Keys, server: Server, llm: ScriptedLlm, tmp_path: Path
 ) -> None:
-    launched = Launched(settings_for(tmp_path, llm, "http.port=0", "search.rounds=1000"), server)
+    launched = Launched(settings_for(tmp_path, llm, "search.rounds=1000"), server)
     running = asyncio.create_task(launched.launch.run())
     async with aiohttp.ClientSession() as session, worker_there(redis, keys):
         headers = {"Authorization": f"Bearer {launched.access.secrets[0]}"}
@@ -182,23 +188,16 @@ async def test_a_stop_over_http_ends_the_search_with_clients_still_listening(
 
 
 async def test_what_befalls_the_observer_does_not_end_the_search(
-    redis: Redis,
-    keys: Keys,
-    server: Server,
-    llm: ScriptedLlm,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    redis: Redis, keys: Keys, server: Server, llm: ScriptedLlm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def dies(_: object) -> None:
         await asyncio.sleep(0.1)
         raise RuntimeError("a mistake")
 
     monkeypatch.setattr(Observer, "run", dies)
-    launched = Launched(settings_for(tmp_path, llm, "http.port=0"), server)
     with capture_logs() as log:
         async with worker_there(redis, keys):
-            summary = await asyncio.wait_for(launched.launch.run(), 60)
-    assert summary is not None and summary.finished
+            await Launched(settings_for(tmp_path, llm), server).end()
     assert [line["log_level"] for line in log if line["event"] == "observer_died"] == ["error"]
 
 
@@ -207,7 +206,7 @@ async def test_no_reply_and_no_file_ever_holds_a_secret(
     redis: Redis, keys: Keys, server: Server, tmp_path: Path
 ) -> None:
     async with ScriptedLlm([refuses(500, f"the key {KEY} is wrong")]) as llm:
-        settings = settings_for(tmp_path, llm, "http.port=0", "llm.attempts=1")
+        settings = settings_for(tmp_path, llm, "llm.attempts=1")
         launched = Launched(settings, server)
         token = launched.access.secrets[0]
         log = settings.folder / "log.jsonl"
@@ -219,14 +218,7 @@ async def test_no_reply_and_no_file_ever_holds_a_secret(
             async with session.get(f"{url}/api/status?token={token}", headers={"Authorization": f"Bearer {token}x"}):
                 pass
             while not running.done():
-                for path in (
-                    "/livez",
-                    "/readyz",
-                    "/metrics",
-                    "/api/status",
-                    "/api/population?limit=500",
-                    "/api/control",
-                ):
+                for path in PATHS:
                     with suppress(aiohttp.ClientConnectionError):  # the search has just ended
                         seen.append((await launched.get(session, path))[1])
                 await asyncio.sleep(0.05)
@@ -238,23 +230,11 @@ async def test_no_reply_and_no_file_ever_holds_a_secret(
         assert not [text for text in seen if secret in text]
 
 
-async def test_a_port_that_is_taken_ends_the_daemon_with_one_sentence(
-    llm: ScriptedLlm, tmp_path: Path, server: Server
-) -> None:
-    with socket.socket() as other:
-        other.bind(("127.0.0.1", 0))
-        other.listen()
-        port = other.getsockname()[1]
-        launched = Launched(settings_for(tmp_path, llm, f"http.port={port}"), server)
-        with pytest.raises(UsageError, match=f"port {port} of 127.0.0.1"):
-            await launched.launch.run()
-
-
 async def test_a_second_daemon_of_a_search_is_told_of_the_first_and_not_of_its_port(
     redis: Redis, keys: Keys, server: Server, llm: ScriptedLlm, tmp_path: Path
 ) -> None:
     await redis.set(keys.control, "pause")
-    first = Launched(settings_for(tmp_path / "1", llm, "http.port=0"), server)
+    first = Launched(settings_for(tmp_path / "1", llm), server)
     running = asyncio.create_task(first.launch.run())
     port = (await first.url).rpartition(":")[2]
     second = Launched(settings_for(tmp_path / "2", llm, f"http.port={port}"), server)
@@ -269,19 +249,19 @@ async def test_a_second_daemon_of_a_search_is_told_of_the_first_and_not_of_its_p
     assert await running is None
 
 
-@pytest.mark.usefixtures("restored_logs")
-def test_the_daemon_on_a_taken_port_exits_with_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_daemon_on_a_taken_port_exits_with_code_2(tmp_path: Path, cli: Cli) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        config = tmp_path / "s.yaml"
-        config.write_text("target: {model: smollm2, rate: 0.3}\n")
-        options = [f"http.port={port}", f"run.folder={tmp_path}", "redis.url=redis://127.0.0.1:1"]
-        options.append("llm.endpoints=[{base_url: 'http://127.0.0.1:2/v1', model: m}]")
-        code = main(["daemon", str(config), *(part for option in options for part in ("--set", option))])
-    assert code == 2
-    assert f"port {port} of 127.0.0.1" in capsys.readouterr().err.strip().splitlines()[-1]
+        settings = write_daemon_settings(tmp_path, http={"port": port})
+        code, _, err = cli.run("daemon", settings, "--set", "redis.url=redis://127.0.0.1:1")
+    assert code == 2 and f"port {port} of 127.0.0.1" in err.splitlines()[-1]
+
+
+def listed(context: int) -> Reply:
+    """The models of an endpoint with so large a context."""
+    return as_json({"object": "list", "data": [{"id": "m", "max_model_len": context}]})
 
 
 def measured_in(folder: Path) -> list[dict[str, Any]]:
@@ -302,21 +282,17 @@ def measured_in(folder: Path) -> list[dict[str, Any]]:
 async def test_what_does_not_go_with_model_and_text_is_refused_and_the_name_stays_free(
     redis: Redis, keys: Keys, server: Server, tmp_path: Path, wrong: list[str], says: str
 ) -> None:
-    listed = as_json({"object": "list", "data": [{"id": "m", "max_model_len": 700}]})
-    async with ScriptedLlm(answer, models=[listed]) as llm, worker_there(redis, keys):
-        with pytest.raises(UsageError, match=says):
-            await asyncio.wait_for(
-                Launched(settings_for(tmp_path, llm, "http.port=0", *wrong), server).launch.run(), 60
-            )
-        assert not await redis.exists(keys.issued) and not llm.asked
-        await redis.hset(keys.state, mapping={"seconds": 5000.0})
-    other = ["http.port=0", "target.rate=0.4", "search.budget_hours=1"]
-    async with ScriptedLlm(answer, models=[listed]) as llm:
-        fixed = settings_for(tmp_path, llm, *other)
+    async with ScriptedLlm(answer, models=[listed(700)]) as llm:
+        async with worker_there(redis, keys):
+            with pytest.raises(UsageError, match=says):
+                await Launched(settings_for(tmp_path, llm, *wrong), server).end()
+            assert not await redis.exists(keys.issued) and not llm.asked
+            await redis.hset(keys.state, mapping={"seconds": 5000.0})
+        fixed = settings_for(tmp_path, llm, "target.rate=0.4", "search.budget_hours=1")
         await redis.set(keys.profile, profile_for(fixed.spec()).model_dump_json())
         async with evaluating(redis, keys):
-            summary = await asyncio.wait_for(Launched(fixed, server).launch.run(), 60)
-    assert summary and summary.finished and summary.seconds < 1000, "what was counted for another spec is forgotten"
+            summary = await Launched(fixed, server).end()
+    assert summary.seconds < 1000, "what was counted for another spec is forgotten"
     assert summary.candidates["by_outcome"]["measured"] == 4 + 2 * 3
 
 
@@ -324,34 +300,20 @@ async def test_a_search_that_has_begun_goes_on_whatever_its_endpoint_says_of_its
     redis: Redis, keys: Keys, server: Server, tmp_path: Path
 ) -> None:
     """A server came back with a smaller context, and the budget was made smaller than the first population."""
-
-    def lists(tokens: int) -> list[Reply]:
-        return [as_json({"object": "list", "data": [{"id": "m", "max_model_len": tokens}]})]
-
-    before, after = ["llm.reply=lists", "http.port=0"], ["search.max_tokens=10"]
-    async with ScriptedLlm([refuses(400, "no")], models=lists(100_000)) as llm, worker_there(redis, keys):
-        begun = Launched(settings_for(tmp_path, llm, *before), server)
-        summary = await asyncio.wait_for(begun.launch.run(), 60)
-        assert summary and summary.finished
-    async with ScriptedLlm([refuses(400, "no")], models=lists(700)) as llm, worker_there(redis, keys):
-        again = Launched(settings_for(tmp_path, llm, *before, *after, "search.rounds=3"), server)
-        summary = await asyncio.wait_for(again.launch.run(), 60)
-        assert summary and summary.finished
+    for tokens, options in ((100_000, []), (700, ["search.max_tokens=10", "search.rounds=3"])):
+        async with ScriptedLlm([refuses(400, "no")], models=[listed(tokens)]) as llm, worker_there(redis, keys):
+            await Launched(settings_for(tmp_path, llm, "llm.reply=lists", *options), server).end()
 
 
 async def test_a_finished_search_whose_server_was_emptied_while_no_daemon_ran_comes_back_from_its_folder(
-    redis: Redis, keys: Keys, server: Server, llm: ScriptedLlm, tmp_path: Path
+    redis: Redis, keys: Keys, server: Server, llm: ScriptedLlm, searched: Settings
 ) -> None:
-    settings = settings_for(tmp_path, llm, "http.port=0")
-    async with worker_there(redis, keys):
-        assert await asyncio.wait_for(Launched(settings, server).launch.run(), 60)
-    before, asked = measured_in(settings.folder), len(llm.asked)
+    before, asked = measured_in(searched.folder), len(llm.asked)
     await redis.flushall()
     with capture_logs() as log:
         async with worker_there(redis, keys) as evaluated:
-            summary = await asyncio.wait_for(Launched(settings, server).launch.run(), 60)
-    assert summary and summary.finished
-    assert measured_in(settings.folder) == before
+            await Launched(searched, server).end()
+    assert measured_in(searched.folder) == before
     assert len(llm.asked) == asked and not evaluated
     (lost,) = [line for line in log if line["event"] == "redis_lost_data"]
     assert (lost["log_level"], lost["restored"]) == ("error", 2 * len(before))
@@ -360,11 +322,8 @@ async def test_a_finished_search_whose_server_was_emptied_while_no_daemon_ran_co
 
 
 async def test_damaged_entries_of_a_history_come_back_from_the_folder(
-    redis: Redis, keys: Keys, server: Server, llm: ScriptedLlm, tmp_path: Path
+    redis: Redis, keys: Keys, server: Server, searched: Settings
 ) -> None:
-    settings = settings_for(tmp_path, llm, "http.port=0")
-    async with worker_there(redis, keys):
-        assert await asyncio.wait_for(Launched(settings, server).launch.run(), 60)
     before = await load_history(redis, keys)
     client: Any = redis
     one, two, three = list(before.ledger)[:3]
@@ -376,8 +335,8 @@ async def test_damaged_entries_of_a_history_come_back_from_the_folder(
     await client.set(keys.spec, b"\xff not UTF-8")
     with capture_logs() as log:
         async with worker_there(redis, keys) as evaluated:
-            summary = await asyncio.wait_for(Launched(settings, server).launch.run(), 60)
-    assert summary and summary.finished and not evaluated
+            await Launched(searched, server).end()
+    assert not evaluated
     after = await load_history(redis, keys)
     assert (after.ledger, after.damaged) == (before.ledger, 0)
     restored, known = ({e.candidate.id: e.outcome for e in history.population} for history in (after, before))
@@ -387,61 +346,42 @@ async def test_damaged_entries_of_a_history_come_back_from_the_folder(
 
 
 async def test_damaged_entries_that_no_copy_has_are_measured_again(
-    redis: Redis, keys: Keys, server: Server, llm: ScriptedLlm, tmp_path: Path
+    redis: Redis, keys: Keys, server: Server, searched: Settings
 ) -> None:
-    settings = settings_for(tmp_path, llm, "http.port=0")
-    async with worker_there(redis, keys):
-        assert await asyncio.wait_for(Launched(settings, server).launch.run(), 60)
     before = await load_history(redis, keys)
     client: Any = redis
     await client.hset(keys.candidates, list(before.ledger)[-1], b"\xff not UTF-8")
-    (settings.folder / "evaluations.jsonl").unlink()
+    (searched.folder / "evaluations.jsonl").unlink()
     async with worker_there(redis, keys):
-        summary = await asyncio.wait_for(Launched(settings, server).launch.run(), 60)
-    assert summary and summary.finished
+        await Launched(searched, server).end()
     after = await load_history(redis, keys)
     assert (after.ledger.keys(), after.damaged) == (before.ledger.keys(), 0)
 
 
 async def test_a_pause_comes_back_from_the_folder_of_a_server_that_was_emptied_while_no_daemon_ran(
-    redis: Redis, keys: Keys, server: Server, llm: ScriptedLlm, tmp_path: Path
+    redis: Redis, keys: Keys, server: Server, searched: Settings
 ) -> None:
-    settings = settings_for(tmp_path, llm, "http.port=0")
-    async with worker_there(redis, keys):
-        assert await asyncio.wait_for(Launched(settings, server).launch.run(), 60)
-    status = json.loads((settings.folder / "status.json").read_text())
-    (settings.folder / "status.json").write_text(json.dumps(status | {"control": "pause"}))
+    (searched.folder / "status.json").write_text(json.dumps(status_in(searched) | {"control": "pause"}))
     await redis.flushall()
+    control = Control(redis, keys)
+
+    async def paused() -> bool:
+        return await control.read() == "pause"
+
     async with worker_there(redis, keys):
-        running = asyncio.create_task(Launched(settings, server).launch.run())
-
-        async def paused() -> bool:
-            return await Control(redis, keys).read() == "pause"
-
+        running = asyncio.create_task(Launched(searched, server).end())
         await eventually(paused)
-        await Control(redis, keys).write("run")
-        assert await asyncio.wait_for(running, 60)
+        await control.write("run")
+        await running
 
 
 async def test_a_folder_of_other_settings_is_refused_with_code_2_and_left_as_it_is(
-    redis: Redis, keys: Keys, server: Server, llm: ScriptedLlm, tmp_path: Path
+    redis: Redis, server: Server, llm: ScriptedLlm, tmp_path: Path, searched: Settings
 ) -> None:
-    settings = settings_for(tmp_path, llm, "http.port=0")
-    async with worker_there(redis, keys):
-        assert await asyncio.wait_for(Launched(settings, server).launch.run(), 60)
     kept = ("evaluations.jsonl", "best.json", "spec.json", "summary.json", "status.json", "transcript.jsonl")
-    before = [(settings.folder / name).read_bytes() for name in kept]
+    before = [(searched.folder / name).read_bytes() for name in kept]
     await redis.flushall()
-    config = tmp_path / "s.yaml"
-    config.write_text("target: {model: tiny, rate: 0.5}\n")
-    options = [*SMALL, "data.calibration=self", "data.fitness=self", f"run.folder={tmp_path}"]
-    options += [f"redis.url={server.url}", "http.port=0", f"llm.endpoints=[{{base_url: '{llm.base_url}', model: m}}]"]
-    sets = [part for option in options for part in ("--set", option)]
-    daemon = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "daemon", "daemon", str(config), *sets), stderr=asyncio.subprocess.PIPE
-    )
-    _, said = await asyncio.wait_for(daemon.communicate(), 60)
-    assert daemon.returncode == 2
-    sentence = said.decode().strip().splitlines()[-1]
-    assert "evaluations of a search with other settings (rate: 0.3 there, 0.5 here)" in sentence
-    assert [(settings.folder / name).read_bytes() for name in kept] == before
+    says = r"evaluations of a search with other settings \(rate: 0\.3 there, 0\.5 here\)"
+    with pytest.raises(UsageError, match=says):  # code 2
+        await Launched(settings_for(tmp_path, llm, "target.rate=0.5"), server).end()
+    assert [(searched.folder / name).read_bytes() for name in kept] == before

@@ -14,14 +14,15 @@ from structlog.testing import capture_logs
 from agents.population.keeper import PopulationKeeper
 from agents.population.population import Population
 from daemon.launch.launch import Launch
-from daemon.settings.sources import load
 from protocol.plans.candidate import Candidate, Result
 from protocol.queue.keys import Keys
 from protocol.runtime import logs
-from tests.daemon.launch.test_launch import SMALL, TARGET, worker_there
+from tests.daemon.launch.test_launch import settings_for, worker_there
 from tests.support.samples import candidates, measured
 from tests.support.scripted_llm import ScriptedLlm, refuses
 from tests.support.servers import Server
+
+pytestmark = pytest.mark.one_server
 
 AGENTS = {"initializer", "selector", "mutator", "crossover"}
 OF_A_QUESTION = {"endpoint_failed", "endpoint_cools_down", "endpoint_dialect"}
@@ -42,9 +43,9 @@ async def test_what_befalls_a_question_says_which_agent_asked_it_in_which_round(
     file = tmp_path / "log.jsonl"
     logs.configure(file=file, console=False, search="test")
     async with ScriptedLlm([*script, refuses(500, "broken")]) as llm, worker_there(redis, keys):
-        endpoint = f"llm.endpoints=[{{base_url: '{llm.base_url}', model: m}}]"
-        more = ["llm.reply=edits", "llm.concurrency=1", "llm.attempts=1", "llm.failures_to_open=1000"]
-        settings = load(None, [*SMALL, *TARGET, endpoint, f"run.folder={tmp_path}", *more])
+        settings = settings_for(
+            tmp_path, llm, "llm.concurrency=1", "llm.attempts=1", "llm.failures_to_open=1000", "http.enabled=false"
+        )
         launch = Launch(settings, server.url, settings.llm.endpoints, embedded=False)
         assert await asyncio.wait_for(launch.run(), 90)
     lines = [json.loads(line) for line in file.read_text().splitlines()]

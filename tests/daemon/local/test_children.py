@@ -50,10 +50,7 @@ async def started(child: Child) -> AsyncIterator[psutil.Process]:
 
 
 async def the_process() -> psutil.Process:
-    async def runs() -> bool:
-        return bool(running())
-
-    await eventually(runs)
+    await eventually(running)
     (process,) = running()
     return process
 
@@ -87,19 +84,13 @@ async def test_a_child_that_cannot_be_started_again_is_tried_until_it_can(tmp_pa
             folder.rmdir()
             process.kill()
 
-            async def fails() -> bool:
-                return bool(told("child_not_started"))
-
-            await eventually(fails)
+            await eventually(lambda: told("child_not_started"))
             await asyncio.sleep(1.5)  # for further tries
             folder.mkdir()
             again = await the_process()
             assert again.pid != process.pid
 
-            async def starts() -> bool:
-                return bool(told("child_started"))
-
-            await eventually(starts)
+            await eventually(lambda: told("child_started"))
     events = told("child_not_started", "child_started")
     assert [(line["event"], line["log_level"], line["child"]) for line in events] == [
         ("child_not_started", "error", "c"),
@@ -113,10 +104,7 @@ async def test_a_child_that_ends_with_its_last_word_is_not_started_again() -> No
     with capture_logs() as logs:
         await child.start()
 
-        async def ends() -> bool:
-            return child.has_given_up
-
-        await eventually(ends)
+        await eventually(lambda: child.has_given_up)
         await child.end()
     assert not logs
 
@@ -150,7 +138,4 @@ async def test_a_child_ends_when_its_parent_is_killed() -> None:
     parent.send_signal(signal.SIGKILL)
     await parent.wait()
 
-    async def none() -> bool:
-        return not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in children)
-
-    await eventually(none)
+    await eventually(lambda: not any(p.is_running() and p.status() != psutil.STATUS_ZOMBIE for p in children))

@@ -49,6 +49,15 @@ def command(*options: str) -> list[str]:
     return [sys.executable, "-m", "daemon.local.llm_server", "--threads", "1", "--context", "2048", *options]
 
 
+def question(content: str, schema: dict[str, object] | None = None, *, seed: int = 1, most: int = 200) -> Question:
+    messages = [{"role": "user", "content": content}]
+    return Question(messages, schema=schema, schema_name="asked", seed=seed, temperature=1.5, max_tokens=most)
+
+
+def client_of(endpoint: Endpoint) -> openai.AsyncOpenAI:
+    return openai.AsyncOpenAI(base_url=endpoint.base_url, api_key="none", max_retries=0)
+
+
 @contextmanager
 def serving() -> Iterator[tuple[subprocess.Popen[str], Endpoint]]:
     with subprocess.Popen(command("--gguf", "smollm2"), stdout=subprocess.PIPE, text=True) as process:
@@ -70,16 +79,8 @@ def endpoint() -> Iterator[Endpoint]:
 async def test_answers_keep_to_the_schema_and_its_integer_limits(endpoint: Endpoint) -> None:
     async with Chat([endpoint]) as chat:
         for seed in range(3):
-            answer = await chat.ask(
-                Question(
-                    [{"role": "user", "content": "Write the numbers 1000, -500 and 3.5 as JSON."}],
-                    schema=SCHEMA,
-                    schema_name="numbers",
-                    seed=seed,
-                    temperature=1.5,
-                    max_tokens=200,
-                )
-            )
+            asked = question("Write the numbers 1000, -500 and 3.5 as JSON.", SCHEMA, seed=seed)
+            answer = await chat.ask(asked)
             numbers = json.loads(answer.text)["numbers"]
             assert len(numbers) == 3
             assert all(isinstance(n, int) and -7 <= n <= 12 for n in numbers)
@@ -91,16 +92,8 @@ async def test_answers_keep_to_the_schema_and_its_integer_limits(endpoint: Endpo
 async def test_a_grammar_leaves_no_room_for_blanks_and_holds_decimals_to_their_range(endpoint: Endpoint) -> None:
     async with Chat([replace(endpoint, grammar=True)]) as chat:
         for seed in range(3):
-            answer = await chat.ask(
-                Question(
-                    [{"role": "user", "content": "Write the numbers 1000, -500 and 3.5 as JSON, one a line."}],
-                    schema=lists_schema(4, 2),
-                    schema_name="lists",
-                    seed=seed,
-                    temperature=1.5,
-                    max_tokens=200,
-                )
-            )
+            asked = question("Write 1000, -500 and 3.5 as JSON, one a line.", lists_schema(4, 2), seed=seed)
+            answer = await chat.ask(asked)
             configurations = json.loads(answer.text)["configurations"]
             assert [len(rates) for rates in configurations] == [4, 4]
             assert all(0 <= rate <= 1 for rates in configurations for rate in rates)
@@ -115,50 +108,29 @@ async def test_llama_cpp_takes_the_grammars_of_all_that_agents_ask_for(endpoint:
     schemas.append({"enum": [-5, 15, "^a", "-a", "]a", 'with "quotes"', "back\\slash"]})
     async with Chat([replace(endpoint, grammar=True)]) as chat:
         for number, schema in enumerate(schemas, start=1):
-            await chat.ask(
-                Question(
-                    [{"role": "user", "content": "Choose."}],
-                    schema=schema,
-                    schema_name="asked",
-                    seed=1,
-                    temperature=1.0,
-                    max_tokens=2,
-                )
-            )
+            await chat.ask(question("Choose.", schema, most=2))
             assert chat.usage["local"].requests == number
 
 
 @pytest.mark.model
 async def test_the_model_is_listed_under_its_name(endpoint: Endpoint) -> None:
-    async with openai.AsyncOpenAI(base_url=endpoint.base_url, api_key="none") as client:
+    async with client_of(endpoint) as client:
         assert [model.id async for model in client.models.list()] == ["smollm2"]
 
 
 @pytest.mark.model
 async def test_the_seed_decides_the_answer(endpoint: Endpoint) -> None:
-    async def ask(seed: int) -> str:
-        answer = await chat.ask(
-            Question(
-                [{"role": "user", "content": "Tell a story."}],
-                schema=None,
-                schema_name="",
-                seed=seed,
-                temperature=1.0,
-                max_tokens=12,
-            )
-        )
-        return answer.text
-
     async with Chat([endpoint]) as chat:
-        await ask(1)  # afterwards the prompt is in the cache, for all alike
-        first, again, other = await ask(1), await ask(1), await ask(2)
+        # The first answer leaves the prompt in the cache, for the others alike.
+        answers = [await chat.ask(question("Tell a story.", seed=seed, most=12)) for seed in (1, 1, 1, 2)]
+    _, first, again, other = (answer.text for answer in answers)
     assert first == again
     assert first != other
 
 
 @pytest.mark.model
 async def test_a_prompt_longer_than_the_context_is_a_clear_error(endpoint: Endpoint) -> None:
-    async with openai.AsyncOpenAI(base_url=endpoint.base_url, api_key="none", max_retries=0) as client:
+    async with client_of(endpoint) as client:
         with pytest.raises(openai.BadRequestError, match="context"):
             await client.chat.completions.create(
                 model="smollm2", messages=[{"role": "user", "content": "word " * 3000}], max_tokens=5
@@ -169,7 +141,7 @@ async def test_a_prompt_longer_than_the_context_is_a_clear_error(endpoint: Endpo
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_a_signal_ends_it_quietly_even_amid_an_answer(number: signal.Signals) -> None:
     with serving() as (process, endpoint):
-        async with openai.AsyncOpenAI(base_url=endpoint.base_url, api_key="none", max_retries=0) as client:
+        async with client_of(endpoint) as client:
             while True:
                 try:
                     asking = await client.chat.completions.create(
@@ -254,12 +226,7 @@ async def test_clients_that_go_away_amid_their_answers_leave_it_alive(endpoint: 
     url = urlsplit(endpoint.base_url)
     await asyncio.gather(*(leave() for _ in range(50)))
     async with Chat([endpoint]) as chat:
-        answer = await chat.ask(
-            Question(
-                [{"role": "user", "content": "Hi"}], schema=None, schema_name="", seed=1, temperature=1.0, max_tokens=2
-            )
-        )
-        assert answer.completion_tokens > 0
+        assert (await chat.ask(question("Hi", most=2))).completion_tokens > 0
 
 
 @pytest.fixture

@@ -22,9 +22,11 @@ from protocol.plans.plan import attention_levels
 from protocol.plans.shape import LayerShape, ModelShape
 from protocol.plans.spec import SearchSpec
 from protocol.queue.keys import Keys
-from tests.daemon.search.test_search import SETTINGS, Conducted, evaluating, killed_with
+from tests.daemon.search.test_search import SETTINGS, Conducted, killed_until_it_ends
 from tests.support.samples import PROFILE, SHAPE, SPEC
 from tests.support.schema_answers import SchemaChat
+
+pytestmark = pytest.mark.one_server
 
 BLOCKS = SPEC.model_copy(update={"granularity": "block"})
 BLOCK_PROFILE = PROFILE.model_copy(
@@ -45,8 +47,7 @@ async def searched(
         update={"sensitivity": BLOCK_PROFILE.sensitivity[: len(SHAPE.units(spec.granularity))]}
     )
     conducted = Conducted(redis, Keys(name), folder / name, settings=chosen, chat=chat, spec=spec, profile=profile)
-    async with evaluating(redis, conducted.keys):
-        return await conducted.run(), chat
+    return await conducted.searched(), chat
 
 
 @pytest.mark.parametrize("spec", [SPEC, BLOCKS], ids=["layer", "block"])
@@ -67,20 +68,14 @@ async def test_a_classical_method_goes_through_the_same_pipeline_and_asks_no_llm
 async def test_what_is_proposed_after_a_kill_is_what_would_have_been(
     redis: Redis, tmp_path: Path, proposer: str
 ) -> None:
-    calm, _ = await searched(redis, "calm", tmp_path, settings(proposer=proposer), BLOCKS)
-    for life in range(1, 100):
-        conducted = Conducted(
-            redis, Keys("killed"), tmp_path / "killed", settings=settings(proposer=proposer), spec=BLOCKS
+    chosen = settings(proposer=proposer)
+    calm, _ = await searched(redis, "calm", tmp_path, chosen, BLOCKS)
+    search, _, kills = await killed_until_it_ends(
+        lambda: Conducted(
+            redis, Keys("killed"), tmp_path / "killed", settings=chosen, spec=BLOCKS, profile=BLOCK_PROFILE
         )
-        search = await conducted.open()
-        search.state.profile = BLOCK_PROFILE
-        enough = len(search.state.ledger) + 1 + life % 3
-        async with evaluating(redis, conducted.keys):
-            killed = await killed_with(search, enough)
-        conducted.journal.close()
-        if not killed:
-            break
-    assert life >= 3
+    )
+    assert kills >= 2
     assert {c.id: c for c in search.state.ledger.values()} == {c.id: c for c in calm.state.ledger.values()}
 
 
@@ -125,42 +120,37 @@ async def test_cma_es_goes_on_from_what_was_long_beaten_too(redis: Redis, tmp_pa
     chosen = settings(proposer="cma-es", population=5, mutations=8, crossovers=0, rounds=6)
     search, _ = await searched(redis, "cma", tmp_path, chosen)
     view = search.view(7)
-    drawn: list[tuple[float, ...]] = []
-    for seen in (view, replace(view, measured=view.measured[:3], recent=view.recent[-2:])):
-        mutator = CmaEsMutator(8)
-        await mutator.propose(seen, view.population, 8, lambda *_: _accepted(drawn, *_))
-    assert len(drawn) == 16 and drawn[:8] == drawn[8:]
-    forgetful = CmaEsMutator(8)
-    await forgetful.propose(
-        replace(view, fitness_of=lambda _: None), view.population, 8, lambda *_: _accepted(drawn, *_)
-    )
-    assert drawn[16:] != drawn[:8]
+    all_seen = await drawn(view, 8)
+    assert len(all_seen) == 8
+    assert await drawn(replace(view, measured=view.measured[:3], recent=view.recent[-2:]), 8) == all_seen
+    assert await drawn(replace(view, fitness_of=lambda _: None), 8) != all_seen
+
+
+async def drawn(view: View, count: int) -> list[tuple[float, ...]]:
+    """What a new process of CMA-ES proposes."""
+    rates: list[tuple[float, ...]] = []
+
+    async def accept(proposed: Sequence[float], _: Provenance) -> Accepted:
+        rates.append(tuple(proposed))
+        return Accepted("0" * 16)
+
+    await CmaEsMutator(count).propose(view, view.population, count, accept)
+    return rates
 
 
 async def test_cma_es_draws_between_the_lowest_and_the_highest_rate() -> None:
     spec = BLOCKS.model_copy(update={"lowest_rate": 0.2, "highest_rate": 0.4})
-    drawn: list[tuple[float, ...]] = []
-    view = View(spec, BLOCK_PROFILE, 1, ())
-    await CmaEsMutator(16).propose(view, (), 16, lambda *_: _accepted(drawn, *_))
-    assert len(drawn) == 16 and all(0.2 <= rate <= 0.4 for rates in drawn for rate in rates)
-    assert min(map(min, drawn)) < 0.25 and max(map(max, drawn)) > 0.35
+    found = await drawn(View(spec, BLOCK_PROFILE, 1, ()), 16)
+    assert len(found) == 16 and all(0.2 <= rate <= 0.4 for rates in found for rate in rates)
+    assert min(map(min, found)) < 0.25 and max(map(max, found)) > 0.35
 
 
 async def test_what_cma_es_draws_without_a_plan_is_no_good_and_no_end() -> None:
     """Widths of 256 channels near the highest rate: some of what is drawn cannot be met by whole ones."""
     layer = LayerShape(query_heads=9, kv_heads=3, mlp_channels=1536)
-    shape = ModelShape(
-        family="llama",
-        hidden_size=576,
-        head_dim=64,
-        layers=(layer,) * 30,
-        query_head_parameters=2 * 64 * 576,
-        kv_head_parameters=2 * 64 * 576,
-        channel_parameters=3 * 576,
-        attention_fixed=576,
-        mlp_fixed=576,
-        other_parameters=49152 * 576,
-    )
+    of_heads = {"query_head_parameters": 2 * 64 * 576, "kv_head_parameters": 2 * 64 * 576}
+    widths = {"hidden_size": 576, "head_dim": 64, "layers": (layer,) * 30, "channel_parameters": 3 * 576}
+    shape = ModelShape.model_validate(SHAPE.model_dump() | widths | of_heads)
     spec = SPEC.model_copy(update={"rate": 0.8, "multiple_of": 256})
     view = View(spec, PROFILE.model_copy(update={"shape": shape, "sensitivity": (0.1,) * 30}), 1, ())
     planless = 0
@@ -176,11 +166,6 @@ async def test_what_cma_es_draws_without_a_plan_is_no_good_and_no_end() -> None:
     for round_ in (1, 2):
         await mutator.propose(replace(view, round=round_), (), 16, submit)
     assert planless
-
-
-async def _accepted(drawn: list[tuple[float, ...]], rates: Sequence[float], _: Provenance) -> Accepted:
-    drawn.append(tuple(rates))
-    return Accepted("0" * 16)
 
 
 async def test_best_of_n_asks_the_llm_the_same_in_every_round(redis: Redis, tmp_path: Path) -> None:
@@ -264,6 +249,8 @@ def test_the_shares_of_attention_levels_are_those_levels() -> None:
             {"population": 2, "seeds": ["uniform", "owl", "sensitivity"]},
             "3 seeds are more than the first population (2)",
         ),
+        ({"mode": "steady-state", "proposer": "cma-es"}, "`cma-es` learns from generations"),
+        ({"mode": "steady-state", "mutations": 0, "crossovers": 0}, "needs search.mutations or search.crossovers"),
         ({"proposer": "random", "mutator": "classical"}, "search.mutator is for the proposer `llm`, not for 'random'"),
     ],
 )

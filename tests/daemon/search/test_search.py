@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ SETTINGS = SearchSettings(name="test", population=5, mutations=3, crossovers=2, 
 Evaluator = Callable[[Candidate], Outcome]
 
 
-def unevenness(candidate: Candidate) -> Measured | Failed:
+def unevenness(candidate: Candidate) -> Measured:
     """A perplexity that likes the first layers whole."""
     kept = [layer.mlp_channels for layer in candidate.plan.layers]
     return measured(10 + sum((i + 1) * channels for i, channels in enumerate(kept)) / 64, candidate)
@@ -103,8 +104,13 @@ class Conducted:
             self.journal.close()
         return search
 
+    async def searched(self, evaluator: Evaluator = unevenness) -> Search:
+        """Run to the end with an instant worker."""
+        async with evaluating(self.redis, self.keys, evaluator):
+            return await self.run()
 
-async def killed_with(search: Search, enough: int, *, look_after: float = 0) -> bool:
+
+async def _killed_at(search: Search, enough: int, look_after: float) -> bool:
     """Run until the ledger has `enough` candidates, then end it there; whether it was still running."""
     running = asyncio.create_task(search.run(rounds_of(search.settings)))
     async with asyncio.timeout(60):
@@ -116,15 +122,48 @@ async def killed_with(search: Search, enough: int, *, look_after: float = 0) -> 
     return killed
 
 
+async def killed_until_it_ends(
+    make: Callable[[], Conducted], *, look_after: float = 0
+) -> tuple[Search, Counter[str], int]:
+    """Kill a search after one to three more candidates, start it again, and so on; its end, evaluations and kills."""
+    evaluated: Counter[str] = Counter()
+    for kills in range(100):
+        conducted = make()
+        search = await conducted.open()
+        enough = len(search.state.ledger) + 1 + (kills + 1) % 3
+        async with evaluating(conducted.redis, conducted.keys) as counted:
+            killed = await _killed_at(search, enough, look_after)
+        conducted.journal.close()
+        evaluated += counted
+        if not killed:
+            return search, evaluated, kills
+    raise AssertionError("the search makes no progress")
+
+
+Conduct = Callable[..., Conducted]
+
+
+@pytest.fixture
+def conduct(redis: Redis, keys: Keys, tmp_path: Path) -> Conduct:
+    """Make a search with options of `Conducted`."""
+    return partial(Conducted, redis, keys, tmp_path)
+
+
+@pytest.fixture
+async def search(conduct: Conduct) -> Search:
+    """A search that has ended."""
+    return await conduct().searched()
+
+
 def evaluations(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "evaluations.jsonl").read_text().splitlines()]
 
 
 async def test_a_search_makes_the_papers_number_of_candidates_and_measures_each_once(
-    redis: Redis, keys: Keys, tmp_path: Path
+    redis: Redis, keys: Keys, conduct: Conduct
 ) -> None:
     async with evaluating(redis, keys) as evaluated:
-        search = await Conducted(redis, keys, tmp_path).run()
+        search = await conduct().run()
     by_agent = search.state.proposals.by_agent
     assert by_agent == {"initializer": 5, "mutator": 6, "crossover": 4}
     assert set(evaluated.values()) == {1}
@@ -134,10 +173,8 @@ async def test_a_search_makes_the_papers_number_of_candidates_and_measures_each_
 
 
 async def test_every_candidate_is_on_budget_and_the_best_is_written_with_its_rates(
-    redis: Redis, keys: Keys, tmp_path: Path
+    search: Search, tmp_path: Path
 ) -> None:
-    async with evaluating(redis, keys):
-        search = await Conducted(redis, keys, tmp_path).run()
     for candidate in search.state.ledger.values():
         left = candidate.plan.decoder_parameters(SHAPE)
         assert abs(left - 0.7 * SHAPE.decoder_parameters) <= SHAPE.channel_parameters
@@ -149,29 +186,14 @@ async def test_every_candidate_is_on_budget_and_the_best_is_written_with_its_rat
     assert tuple(best["rates"]) == search.state.population.top(1)[0].candidate.rates
 
 
-async def test_a_search_killed_anywhere_goes_on_and_measures_nothing_twice(
-    redis: Redis, keys: Keys, tmp_path: Path
-) -> None:
-    counted: Counter[str] = Counter()
-    total = 1 + 5 + 2 * 5
-    kills = 0
-    while True:
-        conducted = Conducted(redis, keys, tmp_path)
-        search = await conducted.open()
-        enough = len(search.state.ledger) + 3
-        async with evaluating(redis, keys) as evaluated:
-            killed = await killed_with(search, enough, look_after=0.002)
-        conducted.journal.close()
-        counted += evaluated
-        if not killed:
-            break
-        kills += 1
+async def test_a_search_killed_anywhere_goes_on_and_measures_nothing_twice(conduct: Conduct, tmp_path: Path) -> None:
+    search, evaluated, kills = await killed_until_it_ends(conduct, look_after=0.002)
     assert kills >= 3
-    assert len(search.state.ledger) == total
-    assert set(counted.values()) == {1}
+    assert len(search.state.ledger) == 1 + 5 + 2 * 5
+    assert set(evaluated.values()) == {1}
     records = evaluations(tmp_path)
     assert sorted(r["id"] for r in records) == sorted(search.state.ledger)
-    assert [r["order"] for r in records] == list(range(total))
+    assert [r["order"] for r in records] == list(range(len(search.state.ledger)))
 
 
 @pytest.mark.parametrize(("per_call", "max_tokens"), [(None, None), (3, None), (None, 5 * 62 + 1)])
@@ -179,93 +201,69 @@ async def test_a_search_that_was_killed_anywhere_has_the_history_of_an_undisturb
     redis: Redis, tmp_path: Path, per_call: int | None, max_tokens: int | None
 ) -> None:
     """Also one whose tokens are used up in its first round, after whose first outcome it may be killed."""
-    chosen = SETTINGS.model_copy(update={"max_tokens": max_tokens})
-    calm = Conducted(redis, Keys("calm"), tmp_path, settings=chosen, proposals_per_call=per_call)
-    async with evaluating(redis, calm.keys):
-        undisturbed = await calm.run()
+    chats: list[SchemaChat] = []
+
+    def make(name: str) -> Conducted:
+        chats.append(SchemaChat())
+        chosen = SETTINGS.model_copy(update={"max_tokens": max_tokens})
+        return Conducted(redis, Keys(name), tmp_path, settings=chosen, chat=chats[-1], proposals_per_call=per_call)
+
+    undisturbed = await make("calm").searched()
     assert undisturbed.budget.proposed == (10 if max_tokens else undisturbed.settings.planned)
-    selections = 0
-    for life in range(1, 100):
-        chat = SchemaChat()
-        conducted = Conducted(redis, Keys("killed"), tmp_path, settings=chosen, chat=chat, proposals_per_call=per_call)
-        search = await conducted.open()
-        enough = len(search.state.ledger) + 1 + life % 3
-        async with evaluating(redis, conducted.keys):
-            killed = await killed_with(search, enough)
-        conducted.journal.close()
-        selections += sum(re.match("selector .* attempt 0", label) is not None for label in chat.labels)
-        if not killed:
-            break
-    assert life >= 3
+    search, _, kills = await killed_until_it_ends(partial(make, "killed"))
+    assert kills >= 2
     assert {c.id: c for c in search.state.ledger.values()} == {c.id: c for c in undisturbed.state.ledger.values()}
-    assert selections <= SETTINGS.rounds + 1  # once more where it was killed before the answer was kept
+    selections = [label for chat in chats[1:] for label in chat.labels if re.match("selector .* attempt 0", label)]
+    assert len(selections) <= SETTINGS.rounds + 1  # once more where it was killed before the answer was kept
 
 
 async def test_a_finished_search_that_is_started_again_asks_and_measures_nothing(
-    redis: Redis, keys: Keys, tmp_path: Path
+    redis: Redis, keys: Keys, tmp_path: Path, search: Search, conduct: Conduct
 ) -> None:
-    async with evaluating(redis, keys):
-        await Conducted(redis, keys, tmp_path).run()
     chat = SchemaChat()
     async with evaluating(redis, keys) as evaluated:
-        search = await Conducted(redis, keys, tmp_path, chat=chat).run()
+        again = await conduct(chat=chat).run()
     assert not evaluated and not chat.asked
-    assert len(evaluations(tmp_path)) == len(search.state.ledger)
+    assert len(evaluations(tmp_path)) == len(again.state.ledger) == len(search.state.ledger)
 
 
-async def test_more_rounds_go_on_from_a_finished_search(redis: Redis, keys: Keys, tmp_path: Path) -> None:
-    async with evaluating(redis, keys):
-        await Conducted(redis, keys, tmp_path).run()
-        longer = SETTINGS.model_copy(update={"rounds": 3})
-        search = await Conducted(redis, keys, tmp_path, settings=longer).run()
-    assert search.state.proposals.by_agent == {"initializer": 5, "mutator": 9, "crossover": 6}
+async def test_more_rounds_go_on_from_a_finished_search(search: Search, conduct: Conduct) -> None:
+    longer = await conduct(settings=SETTINGS.model_copy(update={"rounds": 3})).searched()
+    assert longer.state.proposals.by_agent == {"initializer": 5, "mutator": 9, "crossover": 6}
 
 
-async def test_a_budget_of_evaluations_is_kept_exactly(redis: Redis, keys: Keys, tmp_path: Path) -> None:
-    settings = SETTINGS.model_copy(update={"max_evaluations": 8})
-    async with evaluating(redis, keys):
-        search = await Conducted(redis, keys, tmp_path, settings=settings).run()
-    assert search.budget.proposed == 8
-    assert len(search.state.population) == 8
+async def test_a_budget_of_evaluations_is_kept_exactly(conduct: Conduct) -> None:
+    search = await conduct(settings=SETTINGS.model_copy(update={"max_evaluations": 8})).searched()
+    assert search.budget.proposed == len(search.state.population) == 8
 
 
 async def test_failed_candidates_stay_out_of_the_population_and_the_search_ends(
-    redis: Redis, keys: Keys, tmp_path: Path
+    conduct: Conduct, tmp_path: Path
 ) -> None:
     def every_other_fails(candidate: Candidate) -> Measured | Failed:
         return Failed(reason="timeout") if int(candidate.id, 16) % 2 else unevenness(candidate)
 
-    async with evaluating(redis, keys, every_other_fails):
-        search = await Conducted(redis, keys, tmp_path).run()
+    search = await conduct().searched(every_other_fails)
     failed = [e for e in evaluations(tmp_path) if e["outcome"]["kind"] == "failed" and e["agent"] != "baseline"]
     assert failed
     assert len(search.state.population) == search.budget.proposed - len(failed)
 
 
-async def test_block_granularity_gives_one_rate_to_each_block(redis: Redis, keys: Keys, tmp_path: Path) -> None:
+async def test_block_granularity_gives_one_rate_to_each_block(conduct: Conduct) -> None:
     spec = SPEC.model_copy(update={"granularity": "block"})
     blocks = PROFILE.model_copy(update={"sensitivity": (0.1,) * 8})
-    async with evaluating(redis, keys):
-        search = await Conducted(redis, keys, tmp_path, spec=spec, profile=blocks).run()
+    search = await conduct(spec=spec, profile=blocks).searched()
     assert {len(c.rates) for c in search.state.ledger.values()} == {8}
     assert search.state.proposals.by_source["llm"] > 10
 
 
-async def test_the_report_text_is_measured_for_uniform_and_for_the_best(
-    redis: Redis, keys: Keys, tmp_path: Path
-) -> None:
-    spec = SPEC.model_copy(update={"report": TextSpec(source="self", windows=2, seqlen=32)})
-
+async def test_the_report_text_is_measured_for_uniform_and_for_the_best(conduct: Conduct) -> None:
     def report_is_worse(candidate: Candidate) -> Measured | Failed:
         outcome = unevenness(candidate)
-        assert isinstance(outcome, Measured)
-        return (
-            outcome.model_copy(update={"perplexity": outcome.perplexity + 1}) if candidate.text == "report" else outcome
-        )
+        return outcome.model_copy(update={"perplexity": outcome.perplexity + (candidate.text == "report")})
 
-    conducted = Conducted(redis, keys, tmp_path, spec=spec)
-    async with evaluating(redis, keys, report_is_worse):
-        search = await conducted.run()
+    spec = SPEC.model_copy(update={"report": TextSpec(source="self", windows=2, seqlen=32)})
+    search = await conduct(spec=spec).searched(report_is_worse)
     summary = summarise("test", search.state, {}, finished=True)
     assert summary.best is not None
     for row in (summary.uniform, summary.best):
@@ -274,16 +272,14 @@ async def test_the_report_text_is_measured_for_uniform_and_for_the_best(
 
 
 async def test_a_search_that_minimises_divergence_ranks_by_it_and_shows_both(
-    redis: Redis, keys: Keys, tmp_path: Path
+    redis: Redis, keys: Keys, tmp_path: Path, conduct: Conduct
 ) -> None:
     def the_less_perplexed_the_more_divergent(candidate: Candidate) -> Measured | Failed:
         outcome = unevenness(candidate)
-        assert isinstance(outcome, Measured)
         return outcome.model_copy(update={"kl": 10 / outcome.perplexity})
 
     spec = SPEC.model_copy(update={"measure": "kl", "report": SPEC.fitness})
-    async with evaluating(redis, keys, the_less_perplexed_the_more_divergent):
-        search = await Conducted(redis, keys, tmp_path, spec=spec).run()
+    search = await conduct(spec=spec).searched(the_less_perplexed_the_more_divergent)
     outcomes = [e.outcome for e in search.state.population.top(15) if isinstance(e.outcome, Measured)]
     assert [o.perplexity for o in outcomes] == sorted((o.perplexity for o in outcomes), reverse=True)
     best = json.loads((tmp_path / "best.json").read_text())
@@ -301,10 +297,8 @@ async def test_a_search_that_minimises_divergence_ranks_by_it_and_shows_both(
 
 
 async def test_the_table_of_a_search_that_minimises_perplexity_does_not_speak_of_divergence(
-    redis: Redis, keys: Keys, tmp_path: Path
+    redis: Redis, keys: Keys, search: Search
 ) -> None:
-    async with evaluating(redis, keys):
-        search = await Conducted(redis, keys, tmp_path).run()
     text = shown(summarise("test", search.state, {}, finished=True))
     assert "perplexity" in text and "kl" not in text.split()
     assert (await RemoteSearch(redis, keys, SPEC).status()).best_kl is None
@@ -315,10 +309,8 @@ async def test_the_table_of_a_search_that_minimises_perplexity_does_not_speak_of
     assert stopped.splitlines()[-1].endswith("these figures are not final; run the same command again to resume")
 
 
-async def test_the_best_so_far_says_whether_its_search_was_finished(redis: Redis, keys: Keys, tmp_path: Path) -> None:
+async def test_the_best_so_far_says_whether_its_search_was_finished(redis: Redis, keys: Keys, search: Search) -> None:
     """Here no daemon has said that it is."""
-    async with evaluating(redis, keys):
-        search = await Conducted(redis, keys, tmp_path).run()
     known = search.state.population.outcomes - 1  # without the baseline
     await redis.set(keys.profile, PROFILE.model_copy(update={"fingerprint": SPEC.fingerprint}).model_dump_json())
     best = await RemoteSearch(redis, keys, SPEC).best_so_far()
@@ -340,11 +332,7 @@ def shown(summary: Summary) -> str:
     return console.file.getvalue()
 
 
-async def test_the_summary_says_where_the_best_is_only_best_on_what_was_searched_on(
-    redis: Redis, keys: Keys, tmp_path: Path
-) -> None:
-    async with evaluating(redis, keys):
-        search = await Conducted(redis, keys, tmp_path).run()
+async def test_the_summary_says_where_the_best_is_only_best_on_what_was_searched_on(search: Search) -> None:
     summary = summarise("test", search.state, {}, finished=True)
     assert summary.best is not None
     for best, uniform, said in ((57.0, 44.5, True), (44.0, 44.5, False), (None, 44.5, False), (57.0, None, False)):
@@ -357,9 +345,7 @@ async def test_the_summary_says_where_the_best_is_only_best_on_what_was_searched
         assert ("on the report text the best is worse than uniform (57.00 and 44.50)" in shown(changed)) == said
 
 
-async def test_the_summary_says_which_uniform_the_ratio_is_to(redis: Redis, keys: Keys, tmp_path: Path) -> None:
-    async with evaluating(redis, keys):
-        search = await Conducted(redis, keys, tmp_path).run()
+async def test_the_summary_says_which_uniform_the_ratio_is_to(search: Search) -> None:
     plain, fitted = (
         summarise("test", replace(search.state, spec=spec), {}, finished=True)
         for spec in (SPEC, SPEC.model_copy(update={"reconstruction": "least-squares"}))
@@ -370,12 +356,10 @@ async def test_the_summary_says_which_uniform_the_ratio_is_to(redis: Redis, keys
     assert plain.model_dump()["uniform"].keys() == plain.model_dump()["best"].keys()
 
 
-async def test_the_summary_has_the_best_allocation_without_a_search(redis: Redis, keys: Keys, tmp_path: Path) -> None:
-    async with evaluating(redis, keys):
-        conducted = Conducted(
-            redis, keys, tmp_path, settings=SETTINGS.model_copy(update={"seeds": ("owl", "first-layer")})
-        )
-        search = await conducted.run()
+async def test_the_summary_has_the_best_allocation_without_a_search(
+    redis: Redis, tmp_path: Path, conduct: Conduct
+) -> None:
+    search = await conduct(settings=SETTINGS.model_copy(update={"seeds": ("owl", "first-layer")})).searched()
     summary = summarise("test", search.state, {}, finished=True)
     seeds = [
         e.outcome.perplexity
@@ -386,16 +370,12 @@ async def test_the_summary_has_the_best_allocation_without_a_search(redis: Redis
     assert summary.best_allocation.perplexity == min(seeds)
     (row,) = [line for line in shown(summary).splitlines() if "best allocation" in line]
     assert f"{min(seeds):,.2f}" in row
-    others = Keys("without")
-    async with evaluating(redis, others):
-        without = await Conducted(redis, others, tmp_path / "without").run()
+    without = await Conducted(redis, Keys("without"), tmp_path / "without").searched()
     summary = summarise("test", without.state, {}, finished=True)
     assert summary.best_allocation is None and "best allocation" not in shown(summary)
 
 
-async def test_the_summary_counts_who_made_what(redis: Redis, keys: Keys, tmp_path: Path) -> None:
-    async with evaluating(redis, keys):
-        search = await Conducted(redis, keys, tmp_path).run()
+async def test_the_summary_counts_who_made_what(search: Search) -> None:
     counters = {"prompt_tokens": 700.0, "completion_tokens": 70.0, "seconds": 12.34}
     summary = summarise("test", search.state, counters, finished=True)
     assert summary.candidates["by_agent"] == {"initializer": 5, "mutator": 6, "crossover": 4}

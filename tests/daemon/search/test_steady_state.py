@@ -6,10 +6,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import pytest
-from pydantic import ValidationError
 from redis.asyncio import Redis
 
 from agents.llm.endpoint import Answer, Question
@@ -19,8 +17,10 @@ from protocol.plans.candidate import Measured
 from protocol.queue.jobs import JobQueue
 from protocol.queue.keys import Keys
 from tests.daemon.search.test_make_agents import settings
-from tests.daemon.search.test_search import Conducted, evaluating, killed_with, unevenness
+from tests.daemon.search.test_search import Conducted, evaluating, killed_until_it_ends, unevenness
 from tests.support.schema_answers import SchemaChat
+
+pytestmark = pytest.mark.one_server
 
 STEADY = {"mode": "steady-state", "population": 4, "max_in_flight": 3, "max_evaluations": 24, "rounds": 10}
 
@@ -72,9 +72,7 @@ async def test_each_outcome_brings_the_next_question_and_the_budget_is_kept(
 
 async def test_parents_are_of_the_newest_population(redis: Redis, keys: Keys, tmp_path: Path) -> None:
     """Also those that were measured in the last turns, which a generation would not have known."""
-    conducted = Conducted(redis, keys, tmp_path, settings=settings(**STEADY, selector="none"))
-    async with evaluating(redis, keys):
-        search = await conducted.run()
+    search = await Conducted(redis, keys, tmp_path, settings=settings(**STEADY, selector="none")).searched()
     late = [candidate for candidate in search.state.ledger.values() if candidate.provenance.round > 10]
     newest = [
         max(search.state.ledger[parent].provenance.round for parent in candidate.provenance.parents)
@@ -87,29 +85,18 @@ async def test_parents_are_of_the_newest_population(redis: Redis, keys: Keys, tm
 async def test_a_steady_search_killed_anywhere_goes_on_and_measures_nothing_twice(
     redis: Redis, keys: Keys, tmp_path: Path
 ) -> None:
-    counted: Counter[str] = Counter()
-    kills = 0
-    for _ in range(60):
-        conducted = Conducted(redis, keys, tmp_path, settings=settings(**STEADY))
-        search = await conducted.open()
-        enough = len(search.state.ledger) + 3
-        async with evaluating(redis, keys) as evaluated:
-            killed = await killed_with(search, enough)
-        conducted.journal.close()
-        counted += evaluated
-        kills += killed
-        if not killed:
-            break
+    search, evaluated, kills = await killed_until_it_ends(
+        lambda: Conducted(redis, keys, tmp_path, settings=settings(**STEADY))
+    )
     assert kills >= 2
-    assert search.budget.proposed == 24 and set(counted.values()) == {1}
+    assert search.budget.proposed == 24 and set(evaluated.values()) == {1}
 
 
 async def test_a_search_that_finds_nothing_new_ends(redis: Redis, keys: Keys, tmp_path: Path) -> None:
     """Two layers that may hardly differ have few plans."""
     narrow = Conducted(redis, keys, tmp_path, settings=settings(**STEADY, seeds=["uniform"]))
     narrow.spec = narrow.spec.model_copy(update={"lowest_rate": 0.29, "highest_rate": 0.31})
-    async with evaluating(redis, keys):
-        search = await narrow.run()
+    search = await narrow.searched()
     assert search.budget.proposed < 24
     assert all(isinstance(e.outcome, Measured) for e in search.state.population)
 
@@ -128,16 +115,3 @@ async def test_an_error_in_a_turn_ends_the_search_and_leaves_no_task(redis: Redi
         with pytest.raises(ExceptionGroup):
             await conducted.run()
         assert asyncio.all_tasks() == before
-
-
-@pytest.mark.parametrize(
-    ("wrong", "says"),
-    [
-        ({"proposer": "cma-es"}, "`cma-es` learns from generations"),
-        ({"mutations": 0, "crossovers": 0}, "needs search.mutations or search.crossovers"),
-    ],
-)
-def test_what_cannot_be_steady_is_refused(wrong: dict[str, Any], says: str) -> None:
-    with pytest.raises(ValidationError) as error:
-        settings(**(STEADY | wrong))
-    assert says in str(error.value)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from daemon.cli import main
 from daemon.http_api.token import open_access
 from daemon.settings import file as setting_file
 from daemon.settings.errors import Refused
@@ -16,7 +15,7 @@ from daemon.settings.sources import load
 from protocol.errors import SettingsError
 from protocol.runtime import secret_files
 from protocol.runtime.secret_files import read_secret
-from tests.end_to_end.test_bad_input import sentence
+from tests.support.cli import Cli
 
 GOOD = "search: {name: x}\ntarget: {model: m, rate: 0.3}\n"
 SECRET = "open-sesame-5309-open"
@@ -53,13 +52,12 @@ CONTENTS = {
 
 @pytest.mark.parametrize("content", CONTENTS.values(), ids=CONTENTS)
 def test_a_settings_file_that_is_none_is_refused_in_a_sentence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], content: str | bytes
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli, content: str | bytes
 ) -> None:
     monkeypatch.chdir(tmp_path)
     data = content.encode() if isinstance(content, str) else content
     (tmp_path / "search.yaml").write_bytes(data)
-    assert main(["daemon", "search.yaml"]) == 2
-    assert len(sentence(capsys)) < 400
+    assert len(cli.error("daemon", "search.yaml")) < 400
     assert not (tmp_path / "pwned").exists()
 
 
@@ -81,14 +79,13 @@ def test_a_settings_file_of_another_editor_is_read(tmp_path: Path, content: str)
     ],
 )
 def test_a_value_that_is_not_of_the_type_it_claims_is_refused_in_a_file_and_on_the_command_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], value: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli, value: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("typed.yaml").write_text(f"search: {value}\n")
     Path("good.yaml").write_text(GOOD)
     for arguments in (["typed.yaml"], ["good.yaml", "--set", f"search.name={value}"]):
-        assert main(["daemon", *arguments]) == 2
-        told = sentence(capsys)
+        told = cli.error("daemon", *arguments)
         assert len(told) < 400 and SECRET not in told
 
 
@@ -110,18 +107,17 @@ def test_a_key_that_is_given_twice_is_not_shown() -> None:
     "path", ["/dev/zero", "/dev/urandom", "/dev/null", "pipe", "folder", "loop", "nowhere", "a" * 5000]
 )
 def test_a_path_that_leads_to_no_file_is_refused_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], path: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli, path: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     os.mkfifo("pipe")
     Path("folder").mkdir()
     Path("loop").symlink_to("loop")
     Path("good.yaml").write_text(GOOD)
-    assert main(["daemon", path]) == 2
-    assert len(sentence(capsys)) < 400
+    assert len(cli.error("daemon", path)) < 400
     for setting in ("data.fitness", "data.calibration", "data.report"):
-        assert main(["run", "good.yaml", "--set", f"{setting}={path}"]) in (1, 2)
-        assert len(sentence(capsys)) < 6000
+        code, out, err = cli.run("run", "good.yaml", "--set", f"{setting}={path}")
+        assert code in (1, 2) and not out and len(err.splitlines()[-1]) < 6000 and "Traceback" not in err
     assert not Path("runs").exists()
 
 
@@ -151,17 +147,12 @@ def test_a_path_that_leads_to_no_file_is_refused_at_once(
     ],
 )
 def test_a_variable_that_cannot_be_is_refused_in_a_sentence_that_shows_no_secret(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, value: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cli: Cli, name: str, value: str
 ) -> None:
     (tmp_path / "good.yaml").write_text(GOOD)
     monkeypatch.setenv(f"SELFPRUNER_{name}", value)
-    assert main(["daemon", str(tmp_path / "good.yaml"), "--set", f"run.folder={tmp_path}"]) == 2
-    said = sentence(capsys)
+    said = cli.error("daemon", tmp_path / "good.yaml", "--set", f"run.folder={tmp_path}")
     assert SECRET not in said and len(said) < 4000
-
-
-def a_link_to_itself(path: Path) -> None:
-    path.symlink_to(path)
 
 
 def a_gigabyte(path: Path) -> None:
@@ -169,28 +160,22 @@ def a_gigabyte(path: Path) -> None:
         file.truncate(1 << 30)
 
 
-def two_lines(path: Path) -> None:
-    path.write_text(f"{SECRET}\n{SECRET}\n")
+SECRET_FILES: dict[str, Callable[[Path], object]] = {
+    "a folder": Path.mkdir,
+    "a pipe": os.mkfifo,
+    "a link to itself": lambda path: path.symlink_to(path),
+    "a link to /dev/zero": lambda path: path.symlink_to("/dev/zero"),
+    "a gigabyte": a_gigabyte,
+    "two lines": lambda path: path.write_text(f"{SECRET}\n{SECRET}\n"),
+    "a NUL": lambda path: path.write_text(f"{SECRET}\0{SECRET}"),
+    "Latin-1": lambda path: path.write_bytes(SECRET.encode() + b"\xff"),
+    "nothing": Path.touch,
+}
 
 
-def with_a_nul(path: Path) -> None:
-    path.write_bytes(SECRET.encode() + b"\0" + SECRET.encode())
-
-
-def latin_1(path: Path) -> None:
-    path.write_bytes(SECRET.encode() + b"\xff")
-
-
-def to_zero(path: Path) -> None:
-    path.symlink_to("/dev/zero")
-
-
-@pytest.mark.parametrize(
-    "make",
-    [Path.mkdir, os.mkfifo, a_link_to_itself, a_gigabyte, two_lines, with_a_nul, latin_1, to_zero, Path.touch],
-)
+@pytest.mark.parametrize("make", SECRET_FILES.values(), ids=SECRET_FILES)
 def test_a_secrets_file_that_holds_none_is_refused_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[Path], None]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Callable[[Path], object]
 ) -> None:
     path = tmp_path / "secret"
     make(path)

@@ -22,21 +22,16 @@ from daemon.state.transcript import TranscriptFile
 from protocol.queue.keys import Keys
 from protocol.runtime import files, logs
 from protocol.runtime.files import AppendOnlyFile, AtomicFile, write_atomically
-from tests.daemon.launch.test_launch import answer, worker_there
+from tests.daemon.launch.test_launch import worker_there
 from tests.daemon.state.test_full_disk import lines_of, settings_for
 from tests.support.disks import LimitedFiles
+from tests.support.schema_answers import answer
 from tests.support.scripted_llm import ScriptedLlm
 from tests.support.servers import Server
 
+pytestmark = pytest.mark.one_server
+
 FILES = ["spec.json", "profile.json", "best.json", "evaluations.jsonl", "transcript.jsonl", "http-token", "status.json"]
-
-
-def removes_the_folder(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)  # the daemon writes meanwhile
-
-
-def moves_the_folder(folder: Path) -> None:
-    folder.rename(folder.with_name("elsewhere"))
 
 
 def removes_the_files(folder: Path) -> None:
@@ -50,20 +45,24 @@ def writes_garbage(folder: Path) -> None:
             path.write_text("garbage")
 
 
-def links_to_somebody_elses_file(folder: Path) -> None:
-    (folder.parent / "victim").write_text("mine")
-    for name in FILES:
-        (folder / name).unlink()
-        (folder / name).symlink_to(folder.parent / "victim")
+def puts_others(put: Callable[[Path], object]) -> Callable[[Path], None]:
+    def attack(folder: Path) -> None:
+        (folder.parent / "victim").write_text("mine")
+        for name in FILES:
+            (folder / name).unlink()
+            put(folder / name)
+
+    return attack
 
 
-def puts_pipes(folder: Path) -> None:
-    for name in FILES:
-        (folder / name).unlink()
-        os.mkfifo(folder / name)
-
-
-Attack = Callable[[Path], None]
+ATTACKS: dict[str, Callable[[Path], object]] = {
+    "removes the folder": lambda folder: shutil.rmtree(folder, ignore_errors=True),  # the daemon writes meanwhile
+    "moves the folder": lambda folder: folder.rename(folder.with_name("elsewhere")),
+    "removes the files": removes_the_files,
+    "writes garbage": writes_garbage,
+    "links to somebody else's file": puts_others(lambda path: path.symlink_to(path.parent.with_name("victim"))),
+    "puts pipes": puts_others(os.mkfifo),
+}
 
 
 async def searched(server: Server, llm: ScriptedLlm, folder: Path) -> Settings:
@@ -83,19 +82,9 @@ def is_plain(path: Path) -> bool:
 
 
 @pytest.mark.usefixtures("restored_logs")
-@pytest.mark.parametrize(
-    "attack",
-    [
-        removes_the_folder,
-        moves_the_folder,
-        removes_the_files,
-        writes_garbage,
-        links_to_somebody_elses_file,
-        puts_pipes,
-    ],
-)
+@pytest.mark.parametrize("attack", ATTACKS)
 async def test_what_others_remove_or_change_is_noticed_and_written_anew(
-    redis: Redis, keys: Keys, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, attack: Attack
+    redis: Redis, keys: Keys, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, attack: str
 ) -> None:
     monkeypatch.setattr(journal, "RETRY_SECONDS", 0.1)
     begun = asyncio.Event()
@@ -109,7 +98,7 @@ async def test_what_others_remove_or_change_is_noticed_and_written_anew(
         await begun.wait()
         while not all((folder / name).exists() for name in FILES):
             await asyncio.sleep(0.01)
-        attack(folder)
+        ATTACKS[attack](folder)
 
     async with ScriptedLlm(answers) as llm, worker_there(redis, keys):
         attacking = asyncio.create_task(attacked(tmp_path / "test"))
@@ -124,15 +113,15 @@ async def test_what_others_remove_or_change_is_noticed_and_written_anew(
     for name in ("spec.json", "profile.json", "best.json", "status.json"):
         assert json.loads((folder / name).read_text())
     assert (folder / "http-token").stat().st_mode & 0o777 == 0o600
-    if attack is not writes_garbage:
+    if attack != "writes garbage":
         assert [json.dumps(line["messages"]) for line in lines_of(folder / "transcript.jsonl")] == asked
     logged = lines_of(folder / "log.jsonl")
     told = [line for line in logged if line["event"] in ("folder_changed", "folder_not_written")]
     assert {line["event"] for line in told} == {"folder_changed"}
-    assert len(told) <= (1 if attack in (removes_the_folder, moves_the_folder, removes_the_files) else len(FILES))
+    assert len(told) <= (1 if attack.startswith(("removes", "moves")) else len(FILES))
     assert {name for line in told for name in line["files"]} == set(FILES)
     assert "folder_incomplete" not in {line["event"] for line in logged}
-    if attack is links_to_somebody_elses_file:
+    if attack.startswith("links"):
         assert (folder.parent / "victim").read_text() == "mine"
 
 

@@ -14,16 +14,19 @@ from structlog.testing import capture_logs
 
 from daemon.launch.launch import Launch
 from daemon.settings.settings import Settings
-from daemon.settings.sources import load
 from daemon.state import transcript
 from daemon.state.folder_errors import FolderErrors
 from daemon.state.transcript import TranscriptFile
 from protocol.queue.keys import Keys
 from protocol.runtime.files import AppendOnlyFile, write_atomically
-from tests.daemon.launch.test_launch import SMALL, TARGET, answer, worker_there
+from tests.daemon.launch.test_launch import settings_for as launch_settings
+from tests.daemon.launch.test_launch import worker_there
 from tests.support.disks import Disk, LimitedFiles, SmallDisk, full_at, mounted
+from tests.support.schema_answers import answer
 from tests.support.scripted_llm import ScriptedLlm
 from tests.support.servers import Server
+
+pytestmark = pytest.mark.one_server
 
 CANDIDATES = 4 + 4 * 3
 TOLD = ("folder_not_written", "folder_written_again", "folder_incomplete", "transcript_lines_missing")
@@ -45,9 +48,8 @@ def limited(tmp_path: Path) -> Iterator[LimitedFiles]:
 
 
 def settings_for(folder: Path, llm: ScriptedLlm) -> Settings:
-    endpoint = f"llm.endpoints=[{{base_url: '{llm.base_url}', model: m}}]"
-    more = ["search.rounds=4", "llm.reply=edits", "llm.proposals_per_call=1", "llm.concurrency=1", "http.port=0"]
-    return load(None, [*SMALL, *TARGET, endpoint, f"run.folder={folder}", *more])
+    """A search that asks for one candidate at a time, so that it asks often."""
+    return launch_settings(folder, llm, "search.rounds=4", "llm.proposals_per_call=1", "llm.concurrency=1")
 
 
 def told(logs: list[Any]) -> list[tuple[str, str]]:
