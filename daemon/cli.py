@@ -1,4 +1,4 @@
-"""`selfpruner …`: the command line. Each command is a function in daemon/commands."""
+"""`selfpruner …`: the commands of daemon/commands, and the exit code and the sentence of every error."""
 
 import sys
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""Checks of every request to the HTTP API, as middlewares, outermost first.
+"""Checks of every request to the HTTP API (host, origin, token, size), as middlewares, outermost first.
 
 Every error is one JSON object with one sentence, never a traceback. A request must use a known host name (against DNS
 rebinding), must not come from another site's page, and must carry the token. Writes are small JSON bodies. There is no

@@ -1,4 +1,4 @@
-"""The screen of `selfpruner watch`: state of the search, best candidates, workers and last events."""
+"""The tables of `selfpruner status` and the screen of `selfpruner watch`: state, best candidates, workers, events."""
 
 import time
 from collections import deque

@@ -1,4 +1,4 @@
-"""Restores what the server has lost of a search, in parts that take a few milliseconds each.
+"""Restores what the server has lost of a search while its daemon runs, in parts of a few milliseconds each.
 
 Everything is written to keys beside the real ones, and the last step moves them into place at once. If the daemon is
 killed in between, the real keys are unchanged, and the next daemon starts over.

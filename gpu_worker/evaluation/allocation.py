@@ -1,4 +1,4 @@
-"""Computes the pruning rates of an allocation method, after measuring what the method needs of the model."""
+"""Measures what an allocation method needs of the model; protocol/plans/allocation.py computes the rates from it."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""The steps of `selfpruner prune` around its search: checks before it; export, fine-tuning and reloading after it.
+"""The steps of `selfpruner prune` around its search: checks, export, fine-tuning, and measuring the reloaded folder.
 
 A step that a killed command has finished is not repeated (prune_records.py).
 """

@@ -1,4 +1,4 @@
-"""Importance of heads and MLP channels: pure tensor functions. The least important pieces are removed first.
+"""Importance of heads and MLP channels (Wanda-sp, Taylor, magnitude): pure tensor functions. Low scores go first.
 
 **Wanda-sp** is the structured form of Wanda (Sun et al., 2023) that FLAP (An et al., 2023) compares with. The score of
 an input column j of o_proj or down_proj is

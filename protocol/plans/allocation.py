@@ -1,4 +1,4 @@
-"""Allocations: pruning rates without a search, the baselines of every search. Pure.
+"""Allocations (uniform, OWL, LLM-Pruner, sensitivity): pruning rates without a search, baselines of searches. Pure.
 
 Each method computes one raw rate per unit. `feasible` then moves them to five decimals with a mean of exactly β.
 """

@@ -76,7 +76,20 @@ def layout() -> str:
                 lines += ["| file | what it holds |", "| --- | --- |"]
             if path.name != "__init__.py":
                 lines.append(f"| `{path.name}` | {first_sentence(path)} |")
+    lines += ["", "## protocol/lua/", "", "Scripts that change Redis in one step, each without harm if repeated.", ""]
+    lines += ["| file | what it holds |", "| --- | --- |"]
+    for script in sorted((ROOT / "protocol/lua").glob("*.lua")):
+        lines.append(f"| `{script.name}` | {first_comment(script)} |")
+    lines += ["", "## prompts/", "", "Templates of the prompts: `AGENT_REPLY.j2` for each agent and each `llm.reply`."]
+    lines += ["`system.j2` begins every conversation, `reask.j2` explains an invalid reply, and files with a leading"]
+    lines += ["underscore are parts of others."]
     return "\n".join(lines).strip() + "\n"
+
+
+def first_comment(script: Path) -> str:
+    """The first sentence of a script, without its full stop."""
+    comment = " ".join(line.removeprefix("-- ") for line in script.read_text().partition("-- KEYS")[0].splitlines())
+    return comment.split(". ")[0].rstrip(".")
 
 
 def first_paragraph(path: Path) -> str:
