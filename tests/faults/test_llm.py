@@ -89,7 +89,7 @@ ODD_ANSWERS: dict[str, Handler] = {
 @pytest.mark.parametrize("fault", [*REFUSALS, *REPLIES, *ODD_ANSWERS])
 async def test_every_reply_is_counted_raises_no_other_error_and_leaves_the_next_answer_clean(fault: str) -> None:
     handler = (REFUSALS | REPLIES | ODD_ANSWERS)[fault]
-    policy = quick(attempts=1, failures_to_open=2)
+    policy = quick(attempts=1, failures_to_open=2, max_reply_bytes=2 * 1024 * 1024)
     async with ScriptedLlm([handler, OK]) as llm, Chat([llm.endpoint], policy) as chat:
         if fault in ODD_ANSWERS:
             await ask(chat)

@@ -89,11 +89,6 @@ def test_a_folder_can_be_checked_against_its_own_card(exports: Exports) -> None:
     again = exports.evaluated("--data", exports.data)
     assert again["perplexity"] == pytest.approx(exported["perplexity"], rel=1e-4)
     assert again["card_perplexity"] == exported["perplexity"]
-    # A folder that does not say which texts are the same file goes by their names.
-    facts = json.loads(exports.facts.read_text())
-    del facts["text_numbers"]
-    exports.facts.write_text(json.dumps(facts))
-    assert exports.evaluated("--data", exports.data)["card_perplexity"] == exported["perplexity"]
 
 
 def test_a_text_of_the_same_name_takes_no_windows_of_the_other(exports: Exports, tmp_path: Path) -> None:
