@@ -42,7 +42,7 @@ def main() -> None:
     arguments.add_argument("--reconstruction", choices=get_args(Reconstruction), default="none")
     given = arguments.parse_args()
     rows: dict[str, Any] = json.loads(given.out.read_text()) if given.out.is_file() else {}
-    # Dense scoring first: it is quick, and most of the table.
+    # Dense scoring comes first, because it is quick and makes up most of the table.
     cells = [
         (rate, split, method, scoring)
         for scoring, rate, split, method in product(given.scorings, given.rates, SPLITS, METHODS)
@@ -51,7 +51,7 @@ def main() -> None:
     session = ready(spec_of(given, 0.3, "equal", "dense")) if cells else None
     for rate, split, method, scoring in track(cells, console=Console(stderr=True)):
         assert session is not None
-        # The rates do not depend on the scoring, and sensitivity is measured on the model as dense scores order it.
+        # The rates do not depend on the scoring, and sensitivity is measured on the model ordered by dense scores.
         dense = rows.get(name(rate, split, method, "dense"))
         spec = spec_of(given, rate, split, scoring)
         rows[name(rate, split, method, scoring)] = measure(session, spec, method, dense and dense["rates"])

@@ -49,7 +49,7 @@ class EventLog:
         return Reader(self, self._position(last_id))
 
     async def next(self, position: int) -> tuple[int, NumberedEvent] | None:
-        """Wait for the event at `position`. Returns the next position and the event, or None after the end of the log."""
+        """Wait for the event at `position`. Returns the next position and the event, or None if the log is closed."""
         while not self._closed and position >= self._count:
             await self._news.wait()
         if position >= self._count:
