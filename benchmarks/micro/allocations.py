@@ -1,10 +1,11 @@
 """Allocations without a search on SmolLM2: method × split × scoring × rate, all removing the same number of parameters.
 
     python -m benchmarks.micro.allocations --calibration VALIDATION.txt --report TEST.txt --out FILE.json
-        [--rates 0.2 0.3] [--scorings dense] [--reconstruction least-squares], with a FILE.json of its own
+        [--rates 0.2 0.3] [--scorings dense] [--reconstruction least-squares]
 
-Weights are scored on 32 windows of 1,024 tokens of the first text. `fit` is measured on 4 other windows of it, `test`
-on 6 windows of 2,048 tokens of the second text. Each row is saved when finished; a restarted benchmark resumes.
+Use a separate FILE.json for each reconstruction. Weights are scored on 32 windows of 1,024 tokens of the first text.
+`fit` is measured on 4 other windows of that text, and `test` on 6 windows of 2,048 tokens of the second text. Each row
+is saved when it is finished, and a restarted benchmark resumes.
 """
 
 import argparse

@@ -301,7 +301,8 @@ def main() -> None:
     binary = server_binary("valkey")
     assert binary is not None
     with tempfile.TemporaryDirectory(prefix="sp-") as folder, temporary_server(binary, password=PASSWORD) as server:
-        where = (arguments.keep or Path(folder)) / "searches"  # a name that is in no command line of ours
+        # A subfolder, because the kit reports processes whose command line names its folder, and ours may name --keep.
+        where = (arguments.keep or Path(folder)) / "searches"
         where.mkdir(parents=True)
         figures = asyncio.run(hostile(arguments.minutes, arguments.seed, server, where))
     report = {

@@ -37,11 +37,11 @@ class Cell(Value):
     tokens: float = 0.0
     """Cost, as the number of tokens that the dense model reads in the same time; see costs.py."""
     loads: float = 1.0
-    """Amount of weights that are loaded, as a multiple of the dense model's weights."""
+    """Amount of loaded weights, as a multiple of the dense model's weights."""
 
     @property
     def id(self) -> str:
-        """The name of the run's result, search and folder. Equal runs have equal ids. Valid as a search's name."""
+        """The name of the run's result, search and folder. Equal runs have equal ids, which are valid search names."""
         decides = self.model_dump(mode="json", exclude={"config", "note", "tokens", "loads", "needs"})
         decides["needs"] = [need.id for need in self.needs]
         digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:10]

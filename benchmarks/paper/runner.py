@@ -106,7 +106,7 @@ def missing(cells: Iterable[Cell], outcomes: Mapping[str, Outcome], out: Path) -
 
 def _is_measured(cell: Cell, outcomes: Mapping[str, Outcome]) -> bool:
     outcome = outcomes.get(cell.id)
-    # A stored outcome that cannot be read is measured again.
+    # A cell is run again if its stored answer cannot be read.
     return isinstance(outcome, Measured) and not isinstance(figures_of(cell, outcome), str)
 
 

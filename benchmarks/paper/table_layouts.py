@@ -43,7 +43,7 @@ def table_layouts(settings: PaperSettings) -> list[TableLayout]:
 
 
 def _without_incomparable(table: TableLayout, settings: PaperSettings) -> TableLayout:
-    """Remove the paper's figures where our text or our tasks differ from the paper's."""
+    """Remove the paper's perplexities if our text differs from the paper's, and its accuracies if our tasks differ."""
     is_incomparable: dict[FigureGetter, bool] = {
         perplexity: not settings.is_papers_text,
         accuracy: not settings.are_papers_tasks,

@@ -11,7 +11,7 @@ from protocol.plans.allocation import uniform_label
 from protocol.plans.spec import Measure, Reconstruction
 
 LABELS = {"ranked": "ranked (choosing from the LLM's menus at random)"}
-"""Longer names of methods."""
+"""Longer names of methods, for the table."""
 
 
 def show(results: list[dict[str, Any]], rate: float, measure: Measure, reconstruction: Reconstruction) -> None:

@@ -22,7 +22,7 @@ from protocol.runtime.signals import Interrupted
 SIZES: dict[Form, dict[str, int]] = {"alpaca": {"batch": 64, "seqlen": 256}, "text": {"batch": 8, "seqlen": 512}}
 """Default batch size, and tokens per example or window. Those for `alpaca` are LLM-Pruner's."""
 HUB_TEXTS = tuple(name for name in NAMED_TEXTS if name != "self")
-"""Named texts from the hub; a model would have to generate `self`."""
+"""Named texts except `self`, which a model would have to generate."""
 RESUME_HINT = "run the same command again to resume"
 LEARNING_RATES = {False: 3e-4, True: 1e-4}
 """Default learning rates of LoRA (False) and of full fine-tuning (True)."""

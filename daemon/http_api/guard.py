@@ -81,8 +81,8 @@ class Guard:
     async def _check_token(self, request: web.Request) -> None:
         """Raise 401 without the right token, and 429 for an address with many failures. The right token always passes.
 
-        Otherwise any user of the owner's address, such as a common proxy, could lock out the owner. The limit is not
-        needed against guessing, because a token has at least 16 characters.
+        Otherwise anyone with the owner's address, for example behind the same proxy, could lock out the owner. The
+        limit is not needed against guessing, because a token has at least 16 characters.
         """
         if self._token is None or request.path in OPEN_TO_ALL:
             return

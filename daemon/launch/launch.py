@@ -125,10 +125,10 @@ class Launch:
     async def _work(self, group: asyncio.TaskGroup) -> bool:
         async with AsyncExitStack() as stack:
             await self._serve(stack)
-            # Import this before taking charge. From a cold disk it may take longer than a heartbeat is valid.
+            # Import this before taking charge. From a cold disk it may take longer than a heartbeat lasts.
             await asyncio.to_thread(importlib.import_module, "agents.llm.chat")
             queue = await self._take_charge(stack)
-            # Renew the heartbeat meanwhile, because reading a long history takes longer than a heartbeat is valid.
+            # Renew the heartbeat meanwhile, because reading a long history takes longer than a heartbeat lasts.
             alive = group.create_task(self._store.show_life())
             history = await self._recovered(queue, await self._store.history())
             alive.cancel()

@@ -1,4 +1,4 @@
-"""The last events of a search, for readers that wait for the next event. Slow readers do not increase its memory."""
+"""The last events of a search, for readers that wait for the next event. A slow reader does not use more memory."""
 
 import asyncio
 import secrets
@@ -49,7 +49,10 @@ class EventLog:
         return Reader(self, self._position(last_id))
 
     async def next(self, position: int) -> tuple[int, NumberedEvent] | None:
-        """Wait for the event at `position`. Returns the next position and the event, or None if the log is closed."""
+        """Wait for the event at `position`, and return the next position and the event.
+
+        Returns None at the end of a closed log.
+        """
         while not self._closed and position >= self._count:
             await self._news.wait()
         if position >= self._count:

@@ -208,7 +208,7 @@ def llm_tokens(counters: Mapping[str, float]) -> dict[str, int]:
 
 
 def make_status(observation: Observation, tally: Tally) -> Status:
-    """Return the status of a search. Call `tally.take` with the observation's history before."""
+    """Return the status of a search. `tally` must already have counted the observation's history."""
     best = observation.population.best()
     outcome = best.outcome if best and isinstance(best.outcome, Measured) else None
     proposals = {source: count for source, count in tally.by_source.items() if source != "baseline"}

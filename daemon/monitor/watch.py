@@ -64,7 +64,7 @@ def json_lines(to: TextIO) -> Show:
 
 
 def on_screen(live: Live, screen: Screen) -> Show:
-    """Return a function that shows new statuses and events of `screen` on `live`."""
+    """Return a function that adds a status and events to `screen`, and shows it on `live`."""
 
     def show(status: Status, members: Sequence[Evaluation], events: Sequence[Event]) -> None:
         screen.take(status, events)

@@ -66,7 +66,7 @@ class Admission:
 
 
 def race_of_round(settings: SearchSettings, population: Population, round_: int) -> Race | None:
-    """Return the race of a round's candidates, or None without races.
+    """Return the race of a round's candidates; None if search.first_windows is not set.
 
     Their rival is the K-th best candidate of earlier rounds, if there are K. With evolution the rival is the best
     candidate, because it is the parent of all offspring.

@@ -57,7 +57,7 @@ async def _generation(search: "Search", round_: int) -> None:
 
 
 def _after(earlier: asyncio.Task[int], submit: Submit) -> Submit:
-    """Return a `submit` that waits for the `earlier` proposals, so that timing does not decide which one is refused."""
+    """Return a `submit` that waits for `earlier`, so that timing does not decide which of two equal plans counts."""
 
     async def later(rates: Sequence[float], provenance: Provenance) -> Accepted | Refused:
         await asyncio.wait({earlier})
@@ -70,8 +70,8 @@ async def steady_state(search: "Search") -> None:
     """After each outcome, ask the next question with the newest population. Each question is a round for one candidate.
 
     At most `search.max_in_flight` candidates are asked for, queued or being measured. Parents are selected once per
-    `max_in_flight` rounds, so at most 2 · `max_in_flight` outcomes are newer than they are. The order of outcomes
-    decides what is asked next, so two runs with the same answers can differ.
+    `max_in_flight` rounds, so their selection lacks at most the last 2 · `max_in_flight` outcomes. The order of
+    outcomes decides what is asked next, so two runs with the same answers can differ.
     """
     await search.keeper.until(lambda waiting: waiting == 0 or len(search.state.population) >= 2)
     if len(search.state.population) < 2:

@@ -147,7 +147,7 @@ def read_candidate(keys: Keys, id_: str, text: str) -> Candidate | None:
 async def entries(
     redis: Redis, order: str, hash_: str, *, start: int = 0, stop: int | None = None, ask: Ask = at_once
 ) -> AsyncIterator[tuple[str, str]]:
-    """Yield the ids in the list `order` from index `start` up to, but without, `stop`, each with its text in the hash.
+    """Yield the ids of the list `order` from index `start` to before index `stop`, each with its text in the hash.
 
     A missing text is "". PART entries are read at a time, so that other tasks can run.
     """

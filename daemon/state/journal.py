@@ -141,7 +141,7 @@ class Journal:
 
 
 def _logging_errors(write: Callable[[], None]) -> None:
-    """Call `write`, and log errors that would otherwise be lost, because it runs in a thread."""
+    """Call `write` in a thread, and log errors, which would otherwise be lost."""
     try:
         write()
     except Exception:

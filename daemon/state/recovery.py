@@ -41,7 +41,7 @@ def _last_status(folder: Path) -> _LastStatus:
 
 
 def recovered(folder: Path, spec: SearchSpec, history: History) -> History | None:
-    """Return the server's `history` plus the evaluations that only the copy in `folder` has; None if it has none.
+    """Return the server's `history` plus the evaluations that only the copy in `folder` has; None if there are none.
 
     Raises SearchExistsError if the copy is of a search with another spec, and UsageError if it cannot be read.
     Otherwise the daemon would overwrite it.

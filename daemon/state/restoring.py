@@ -81,7 +81,7 @@ class Restorer:
         return int(issued) + int(await self._retry(lambda: self._redis.llen(self._keys.applied)))
 
     async def _write(self, epoch: int, hash_: str, order: str, pairs: Iterable[tuple[str, str]]) -> None:
-        """Write the pairs to the hash's temporary key, and their ids to that of the list `order` unless it is ""."""
+        """Write pairs to the hash's temporary key. If `order` names a list, write their ids to its temporary key."""
         keys = [self._keys.epoch, *(self._keys.restoring(key) for key in (hash_, order) if key)]
         for part in _parts(pairs):
             args = [epoch, *(text for pair in part for text in pair)]
