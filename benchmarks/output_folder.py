@@ -27,9 +27,10 @@ def reporting_write_errors(path: Path) -> Iterator[None]:
 
 @contextmanager
 def lock_folder(out: Path, refusal: str) -> Iterator[None]:
-    """Create and lock the folder `out` for the block; the end of the process unlocks it.
+    """Create the folder `out` and lock it in the block. The lock also ends with the process.
 
-    Raises UsageError: with `refusal` if another process holds the lock, or if `out` cannot be created or written.
+    Raises UsageError if another process holds the lock (with the message `refusal`), or if `out` cannot be created or
+    written.
     """
     make_folder(out)
     with ExitStack() as stack:

@@ -1,4 +1,4 @@
-"""`selfpruner …`: the commands of daemon/commands, and the exit code and the sentence of every error."""
+"""`selfpruner …`: the commands of daemon/commands. Turns every error into an exit code and a one-sentence message."""
 
 import sys
 from collections.abc import Sequence

@@ -1,1 +1,1 @@
-"""Measures one part at a time: its speed, memory or accuracy; and long runs under faults."""
+"""Benchmarks of single parts (speed, memory or accuracy), and long runs under faults."""

@@ -1,10 +1,11 @@
 """Allocations without a search on SmolLM2: method × split × scoring × rate, all removing the same number of parameters.
 
     python -m benchmarks.micro.allocations --calibration VALIDATION.txt --report TEST.txt --out FILE.json
-        [--rates 0.2 0.3] [--scorings dense] [--reconstruction least-squares], with a FILE.json of its own
+        [--rates 0.2 0.3] [--scorings dense] [--reconstruction least-squares]
 
-Weights are scored on 32 windows of 1,024 tokens of the first text. `fit` is measured on 4 other windows of it, `test`
-on 6 windows of 2,048 tokens of the second text. Each row is saved when finished; a restarted benchmark resumes.
+Use a separate FILE.json for each reconstruction. Weights are scored on 32 windows of 1,024 tokens of the first text.
+`fit` is measured on 4 other windows of that text, and `test` on 6 windows of 2,048 tokens of the second text. Each row
+is saved when it is finished, and a restarted benchmark resumes.
 """
 
 import argparse
@@ -42,7 +43,7 @@ def main() -> None:
     arguments.add_argument("--reconstruction", choices=get_args(Reconstruction), default="none")
     given = arguments.parse_args()
     rows: dict[str, Any] = json.loads(given.out.read_text()) if given.out.is_file() else {}
-    # Dense scoring first: it is quick, and most of the table.
+    # Dense scoring comes first, because it is quick and makes up most of the table.
     cells = [
         (rate, split, method, scoring)
         for scoring, rate, split, method in product(given.scorings, given.rates, SPLITS, METHODS)
@@ -51,7 +52,7 @@ def main() -> None:
     session = ready(spec_of(given, 0.3, "equal", "dense")) if cells else None
     for rate, split, method, scoring in track(cells, console=Console(stderr=True)):
         assert session is not None
-        # The rates do not depend on the scoring, and sensitivity is measured on the model as dense scores order it.
+        # The rates do not depend on the scoring, and sensitivity is measured on the model ordered by dense scores.
         dense = rows.get(name(rate, split, method, "dense"))
         spec = spec_of(given, rate, split, scoring)
         rows[name(rate, split, method, scoring)] = measure(session, spec, method, dense and dense["rates"])

@@ -26,11 +26,11 @@ from tests.support.servers import Server, server_binary, temporary_server
 WORKERS = 3
 SECONDS_BETWEEN_KILLS = (2.0, 8.0)
 ROUNDS_PER_MINUTE = 40
-"""More rounds than a search that is killed so often completes in a minute."""
+"""Rounds of the search for each minute of chaos. A search that is killed so often completes fewer rounds."""
 
 
 class Chaos:
-    """One search with its daemon and its workers, which are restarted when they are gone."""
+    """One search with its daemon and its workers, which are restarted after a kill."""
 
     def __init__(self, kit: Kit, search: Search, seed: int) -> None:
         self.kit, self.search = kit, search
@@ -69,7 +69,7 @@ class Chaos:
 async def chaos(arguments: argparse.Namespace, server: Server, folder: Path) -> dict[str, Any]:
     """Return candidates, kills, evaluations, and how many entries of the two histories differ."""
     async with ScriptedLlm(answer) as llm, fault_kit(server, folder) as kit:
-        kit.unsettled = True  # its own daemon's end is not looked at: this one's is a process
+        kit.unsettled = True  # the kit's own daemon is not used, because this daemon is a process
         kit.disturbed["*"] = 1000
         histories, kills = [], Counter[str]()
         for name, seconds in (("calm", 0.0), ("chaos", 60 * arguments.minutes)):

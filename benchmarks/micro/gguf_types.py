@@ -45,7 +45,7 @@ def pruned(text: str, calibration: str, rate: float, multiple_of: int) -> tuple[
 
 
 def measure(target: Target, plan: Any, types: Sequence[GgufType]) -> list[dict[str, Any]]:
-    """Return a row for each type: megabytes, perplexity, and the number of tensors of each kind."""
+    """Return a row for each type: file size in bytes, perplexity, and the number of tensors of each kind."""
     windows = target.texts.fitness
     rows: list[dict[str, Any]] = [{"type": "float32", "perplexity": perplexity(target.model.decoder, windows)[0]}]
     for file_type in types:

@@ -46,13 +46,13 @@ WORKERS = 2
 SHIFT_SECONDS = 45.0
 """How long one daemon runs before it is restarted."""
 LONG_WAITS_AFTER = 0.8
-"""The share of a daemon's run after which endpoints may also ask it to wait for hours."""
+"""After this share of a daemon's run, endpoints may also ask it to wait for hours."""
 LONGEST_BLOCK = 0.5
-"""Most seconds that the event loop may be blocked."""
+"""Maximum number of seconds for which the event loop may be blocked."""
 TROUBLE_SECONDS = (0.5, 3.0)
 UNDECODABLE = b"\xff\xfe\x00"
 ANSWERS = ("text: 20,000 profiles", "text: the same key 20,000 times")
-"""Kinds with a usable proposal. They are left out: they would be accepted, and change the population."""
+"""Kinds of replies with a usable proposal. They are left out, because they would change the population."""
 REDIS_ERRORS: tuple[tuple[str | bytes, tuple[str, ...]], ...] = (
     ("-BUSY Redis is busy running a script. You can only call SCRIPT KILL or SHUTDOWN NOSAVE.", ()),
     ("-LOADING Redis is loading the dataset in memory", ()),
@@ -85,12 +85,12 @@ class Figures:
 
 
 class Replies:
-    """Chooses the replies of endpoints: every kind once, in random order, before any kind is repeated."""
+    """Chooses the replies of endpoints. Every kind is served once, in random order, before any kind is repeated."""
 
     def __init__(self, rng: random.Random) -> None:
         self.served: Counter[str] = Counter()
         self.has_begun = False
-        """Whether the search has begun. Before, an endpoint that rejects the key ends the daemon's start."""
+        """Whether the search has begun. Before that, an endpoint that rejects the key makes the daemon's start fail."""
         self.may_ask_for_long_waits = False
         """Whether endpoints may ask the daemon to wait for hours."""
         self._random = rng
@@ -168,14 +168,14 @@ class Disturbed:
             async with aiohttp.ClientSession() as session, session.get(f"{url}/metrics", headers=headers) as response:
                 page = await response.text()
         except aiohttp.ClientError:
-            return  # it ends, which is noticed elsewhere
+            return  # the daemon is ending, which is noticed elsewhere
         values = {s.name: s.value for family in text_string_to_metric_families(page) for s in family.samples}
         prefix = "selfpruner_event_loop_longest"
         self.figures.longest_block = max(self.figures.longest_block, values[f"{prefix}_block_seconds"])
         self.figures.longest_busy_block = max(self.figures.longest_busy_block, values[f"{prefix}_busy_block_seconds"])
 
     async def _troubles(self) -> None:
-        """Alternate between Redis errors and none, and write unreadable entries."""
+        """Alternate between phases with and without Redis errors, and write unreadable entries."""
         redis, keys = self.kit.redis, self.search.keys
         while True:
             error, commands = self.random.choice(REDIS_ERRORS)
@@ -212,7 +212,7 @@ async def hostile(minutes: float, seed: int, server: Server, folder: Path) -> Fi
     """Run both searches and compare them."""
     figures = Figures()
     async with fault_kit(server, folder) as kit, Proxy(server.socket, seed=seed) as proxy:
-        kit.unsettled = True  # the kit's own daemon is not used: this one is a process
+        kit.unsettled = True  # the kit's own daemon is not used, because this daemon is a process
         kit.disturbed["*"] = 1000
         rng = random.Random(seed)
         replies = Replies(rng)
@@ -248,7 +248,7 @@ async def last_round(kit: Kit, search: Search) -> int:
 
 
 async def complete(search: Search, rounds: int) -> list[str]:
-    """Complete the search after `rounds`, undisturbed and without an LLM. Returns the problems found at its end."""
+    """Run the search up to round `rounds`, undisturbed and without an LLM. Returns the problems found at its end."""
     search.write_config(rounds=max(1, rounds), endpoints=[NOWHERE])
     daemon = await search.start()
     status = await asyncio.wait_for(daemon.wait(), 600)
@@ -261,7 +261,7 @@ async def complete(search: Search, rounds: int) -> list[str]:
 
 
 async def delete_unreadable(search: Search) -> None:
-    """Delete our unreadable entries from the streams; those written at the search's end were never read."""
+    """Delete our unreadable entries from the streams. Those written at the search's end have not been read."""
     for stream in (search.keys.jobs, search.keys.results):
         for id_, fields in await search.kit.redis.xrange(stream):
             if UNDECODABLE.decode(errors="replace") in fields:
@@ -286,7 +286,7 @@ def secrets_in(folder: Path) -> list[str]:
 
 
 def encoded(secret: str) -> str:
-    """Return the secret in base64, without its end, which depends on what follows."""
+    """Return the secret in base64, without its last characters, which depend on the text after the secret."""
     return base64.b64encode(secret.encode()).decode().rstrip("=")[:-1]
 
 
@@ -301,7 +301,8 @@ def main() -> None:
     binary = server_binary("valkey")
     assert binary is not None
     with tempfile.TemporaryDirectory(prefix="sp-") as folder, temporary_server(binary, password=PASSWORD) as server:
-        where = (arguments.keep or Path(folder)) / "searches"  # a name that is in no command line of ours
+        # A subfolder, because the kit reports processes whose command line names its folder, and ours may name --keep.
+        where = (arguments.keep or Path(folder)) / "searches"
         where.mkdir(parents=True)
         figures = asyncio.run(hostile(arguments.minutes, arguments.seed, server, where))
     report = {

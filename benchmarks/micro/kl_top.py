@@ -2,8 +2,8 @@
 
     python -m benchmarks.micro.kl_top TEXT [--plans 12] [--json FILE]
 
-SmolLM2-135M-Instruct pruned by random plans at β = 0.3. For perplexity and for each k: the rank correlation with the
-divergence over the whole vocabulary, the mean share of it, and the seconds of one evaluation.
+SmolLM2-135M-Instruct is pruned by random plans at β = 0.3. For perplexity and for each k, the table shows the rank
+correlation with the divergence over the whole vocabulary, the mean ratio to it, and the seconds of one evaluation.
 """
 
 import argparse

@@ -47,14 +47,17 @@ def tokens() -> Tensor:
 
 
 def evaluate_dense() -> dict[str, float]:
-    """Load and measure."""
+    """Return the peak memory of loading the dense model and measuring its perplexity, in bytes."""
     before = peak()
     perplexity(load_model("smollm2", "bfloat16").decoder, tokens())
     return {"peak": peak() - before}
 
 
 def evaluate_pruned() -> dict[str, float]:
-    """Load, calibrate, order, prune in two ways, one of which gathers query heads, and measure."""
+    """Return the peak memory, in bytes, of loading, calibrating, ordering, pruning and measuring.
+
+    The plan has two rates, and with one of them query heads are gathered. Also returns the parameters of the decoder.
+    """
     before = peak()
     model, plan = pruned()
     perplexity(model.decoder, tokens())

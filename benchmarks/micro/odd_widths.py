@@ -35,7 +35,7 @@ def least_nanoseconds(call: Callable[[], object], calls: int, repeats: int) -> f
 
 
 def row_product() -> Callable[[int], float]:
-    """Return the timer of llama.cpp's dot product of two F16 rows: from width to nanoseconds, without the call."""
+    """Return a function from width to the nanoseconds of llama.cpp's dot product of two F16 rows, without the call."""
     library = ctypes.CDLL(sys.modules["xllamacpp.xllamacpp"].__file__)
     library.ggml_cpu_init()
     dot = library.ggml_vec_dot_f16

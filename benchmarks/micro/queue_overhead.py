@@ -144,7 +144,7 @@ def throughput(url: str, workers: int, count: int) -> dict[str, float]:
 
 
 async def alive(side: Side) -> int:
-    """Return the number of workers with a sign of life."""
+    """Return the number of workers with a heartbeat."""
     return len((await read_workers(side.redis, KEYS)).workers)
 
 

@@ -19,7 +19,7 @@ class Speed:
     """Table 7's figures of one model."""
 
     parameters: float
-    """In billions."""
+    """Number of parameters in billions."""
     memory: float
     """Memory of the weights, in GiB, as in the paper."""
     tokens_per_second: float
@@ -31,10 +31,10 @@ class Speed:
 
 @dataclass(frozen=True)
 class Figures:
-    """The figures of a finished cell; None for those that its command does not measure."""
+    """The figures of a finished cell. Figures that its command does not measure are None."""
 
     perplexity: float | None = None
-    """On the report text where there is one, else on the fitness text."""
+    """On the report text if there is one, else on the fitness text."""
     accuracy: float | None = None
     """Mean over the tasks, in percent."""
     tasks: dict[str, float] = field(default_factory=dict)

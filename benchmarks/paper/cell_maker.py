@@ -109,7 +109,7 @@ class CellMaker:
         )
 
     def accuracy(self, model: Model, method: Method, rate: float, reconstruction: Reconstruction) -> Cell | None:
-        """Return the zero-shot cell of a model pruned in memory; None if it has none."""
+        """Return the zero-shot cell of a model pruned in memory; None if it has no accuracies."""
         if method in MASKED:
             return None
         if method in SEARCHES:
@@ -135,7 +135,7 @@ class CellMaker:
         return self._of(search, "export", (), tokens)
 
     def finetuned(self, model: Model, rate: float) -> Cell:
-        """Return the cell that fine-tunes that export with LoRA."""
+        """Return the cell that fine-tunes the model of `exported` with LoRA."""
         chosen = self.settings.finetune
         given = {
             "--data": chosen.data,
@@ -157,7 +157,7 @@ class CellMaker:
         return self._of(folder, "evaluate", (*self._texts(model), *self._numeric()), tokens * (1 - folder.rate))
 
     def speed(self, model: Model, rate: float) -> Cell:
-        """Return the cell that measures the tokens per second of that export and of the dense model."""
+        """Return the cell that measures the tokens per second of the model of `exported` and of the dense model."""
         own = self.settings.speed.flags
         is_said = any(flag.partition("=")[0] == "--dtype" for flag in own)
         flags = ("--baseline", model.name, *(() if is_said else ("--dtype", self.settings.dtype)), *own)
@@ -256,7 +256,7 @@ def _refuse_others(where: str, given: Values, same: Mapping[str, Any]) -> None:
 
 
 def _names_in(values: object) -> set[str]:
-    """Return all keys at any depth; of dotted names, the last part."""
+    """Return all keys at any depth. Of a dotted name, only the last part is returned."""
     if isinstance(values, dict):
         return {str(name).rpartition(".")[2] for name in values}.union(*map(_names_in, values.values()))
     return set().union(*map(_names_in, values)) if isinstance(values, list) else set()

@@ -1,4 +1,4 @@
-"""Cells: single runs of `selfpruner`. Tables that need the same run share its cell: its id is a hash of the run."""
+"""Cells: single runs of `selfpruner`. A cell's id is a hash of the run, so tables that need the same run share it."""
 
 import hashlib
 import json
@@ -31,17 +31,17 @@ class Cell(Value):
     config_digest: str = ""
     """Digest of the settings file's content."""
     needs: tuple["Cell", ...] = ()
-    """Runs whose files this one reads."""
+    """Runs whose files this run reads."""
     note: str = ""
-    """Further information for the reader; if tables share a cell, that of the first table."""
+    """Further information for the reader. If tables share a cell, it has the note of the first table."""
     tokens: float = 0.0
     """Cost, as the number of tokens that the dense model reads in the same time; see costs.py."""
     loads: float = 1.0
-    """How often the dense model's amount of weights is loaded."""
+    """Amount of loaded weights, as a multiple of the dense model's weights."""
 
     @property
     def id(self) -> str:
-        """The name of its result, search and folder; equal for equal runs, and valid as a search's name."""
+        """The name of the run's result, search and folder. Equal runs have equal ids, which are valid search names."""
         decides = self.model_dump(mode="json", exclude={"config", "note", "tokens", "loads", "needs"})
         decides["needs"] = [need.id for need in self.needs]
         digest = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:10]
@@ -57,7 +57,7 @@ class Cell(Value):
 
 
 def with_needs(cells: Iterable[Cell]) -> list[Cell]:
-    """Return the cells and those that they need, each once, in an order in which they can run."""
+    """Return the cells and the cells that they need, each once, in an order in which they can run."""
     found: dict[str, Cell] = {}
     for cell in cells:
         found |= {need.id: need for need in with_needs(cell.needs) if need.id not in found}
@@ -70,7 +70,7 @@ class Measured(Value):
 
     kind: Literal["measured"] = "measured"
     answer: dict[str, Any]
-    """The JSON that it printed."""
+    """The JSON that the run printed."""
     seconds: float
     """Wall time, including start and loading; for a search, over all its restarts."""
 
@@ -112,7 +112,7 @@ class CellStore:
 
 
 def figures_of(cell: Cell, outcome: Outcome | None) -> Figures | str | None:
-    """Return the cell's figures, or the sentence why it has none; None if it was not run."""
+    """Return the cell's figures, or a sentence that explains why it has none; None if it was not run."""
     if outcome is None:
         return None
     if isinstance(outcome, Failed):

@@ -70,7 +70,7 @@ def _where(cell: Cell, out: Path) -> list[str]:
     need = cell.needs[0] if cell.needs else None
     if need is None:
         return [cell.model] if cell.what == "zero-shot" else []
-    # --force, because a kill may have come after the folder was complete and before its cell was.
+    # Use --force, because a kill may have come after the folder was complete, but before the outcome was stored.
     written = ["--out", str(model_folder(out, cell)), "--force"]
     if cell.what == "export":
         return ["--search", need.id, "--folder", str(searches_folder(out)), "--format", "hf", *written]

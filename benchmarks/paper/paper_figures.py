@@ -88,7 +88,7 @@ ACCURACY: Grid = {
         "Self-Pruner": (52.96, 58.38, 51.35, 58.52, 70.01, 46.13, 46.99, 54.64),
     },
 }
-"""Table 2, mean accuracy of the seven tasks in percent, as PERPLEXITY."""
+"""Table 2, mean accuracy of the seven tasks in percent, in the same form as PERPLEXITY."""
 OF_TABLES_3_TO_6 = "LLaMA-2-7B"
 ABLATION_RATE = 0.3
 ABLATION = {

@@ -1,4 +1,4 @@
-"""Checks that all missing cells can run, before the first one starts: it may take hours to reach a faulty one."""
+"""Checks before the first cell runs that all missing cells can run. Otherwise a faulty cell might fail after hours."""
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path

@@ -39,8 +39,8 @@ class Runner(Protocol):
 class SubprocessRunner:
     """Runs each command in its own process, so that a crash or a lack of memory affects nothing else.
 
-    If this process is interrupted or dies, the command gets SIGTERM. An interrupted process waits for the command's
-    end.
+    If this process is interrupted or dies, the command gets SIGTERM. After an interruption, this process waits until
+    the command has ended.
     """
 
     def run(self, arguments: Sequence[str], log: Path) -> dict[str, Any] | Failure:
@@ -90,7 +90,7 @@ def _why(code: int, log: Path, start: int) -> str:
 
 
 def missing(cells: Iterable[Cell], outcomes: Mapping[str, Outcome], out: Path) -> list[Cell]:
-    """Return the cells to run, including those that they need, in an order in which they can run.
+    """Return the cells to run, including the cells that they need, in an order in which they can run.
 
     A cell is missing if it is not measured, or if a missing cell needs its files in `out` and they no longer exist.
     """
@@ -106,7 +106,7 @@ def missing(cells: Iterable[Cell], outcomes: Mapping[str, Outcome], out: Path) -
 
 def _is_measured(cell: Cell, outcomes: Mapping[str, Outcome]) -> bool:
     outcome = outcomes.get(cell.id)
-    # A stored outcome that cannot be read is measured again.
+    # A cell is run again if its stored answer cannot be read.
     return isinstance(outcome, Measured) and not isinstance(figures_of(cell, outcome), str)
 
 
@@ -134,7 +134,7 @@ def run_missing(
     for number, cell in enumerate(todo):
         tell(f"{number + 1} of {len(todo)}: {cell.description}; {_expected(todo[number:], cost)}")
         outcome = newest[cell.id] = _run(cell, newest, runner, out)
-        # A cell that ran only to write its files again stays measured, even if that fails.
+        # A cell that ran only to write its files again keeps its measured outcome, even if this run failed.
         if isinstance(outcome, Measured) or not _is_measured(cell, outcomes):
             with defer_signals():
                 outcomes[cell.id] = outcome

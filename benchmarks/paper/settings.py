@@ -170,13 +170,13 @@ class PaperSettings(Section):
         if 6 in self.tables and self.dtype == "float16":
             raise ValueError("Table 6 fine-tunes, and gradients overflow in float16: set dtype to bfloat16 or float32")
         if self.zero_shot is not None and self.texts.calibration == SELF:
-            # Its windows depend on the other texts for which the model generates in the same run.
+            # The windows of `self` depend on the other texts that the model generates in the same run.
             raise ValueError(
                 "zero_shot would score models on a different generated text: do not use the calibration text `self`"
             )
         texts = {self.texts.calibration, self.texts.fitness, self.texts.report}
         if 6 in self.tables and SELF in texts:
-            # The fine-tuned model would generate another text than the dense model did.
+            # The fine-tuned model would generate a different text than the dense model.
             raise ValueError(
                 "Table 6 measures fine-tuned models, which generate different texts: do not use the text `self`"
             )
@@ -189,7 +189,7 @@ class PaperSettings(Section):
 
     @property
     def is_papers_text(self) -> bool:
-        """Whether our perplexities are comparable with the paper's, on WikiText-2. A file may contain WikiText-2."""
+        """Whether our perplexities can be compared with the paper's on WikiText-2. A file is assumed to contain it."""
         return self.reported not in set(NAMED_TEXTS) - {WIKITEXT2}
 
     @property

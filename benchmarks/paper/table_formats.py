@@ -19,7 +19,7 @@ INTRODUCTION = (
 
 
 def tables_markdown(tables: Sequence[TableLayout], outcomes: Mapping[str, Outcome], about: str) -> str:
-    """Return all tables as Markdown, after the sentence `about`; below each table, why cells have failed."""
+    """Return all tables as Markdown, after the sentence `about`. The reasons of failed cells are below each table."""
     parts = ["# The paper's tables", f"{INTRODUCTION} {about}"]
     for table in tables:
         parts += [f"## Table {table.number}: {table.title}", _table(table, fill_table(table, outcomes))]
@@ -75,7 +75,7 @@ def _said(entry: Entry, digits: int, sentences: dict[str, int]) -> str:
 
 
 def _measured_by(table: TableLayout, outcomes: Mapping[str, Outcome]) -> list[str]:
-    """Return engine, device and weight type of Table 7's figures, usually one for all."""
+    """Return engine, device and weight type of Table 7's figures, each combination once."""
     found = (figures_of(cell, outcomes.get(cell.id)) for cell in table.cells if cell.what == "speed")
     return list(dict.fromkeys(each.speed.how for each in found if isinstance(each, Figures) and each.speed))
 

@@ -43,7 +43,7 @@ def table_layouts(settings: PaperSettings) -> list[TableLayout]:
 
 
 def _without_incomparable(table: TableLayout, settings: PaperSettings) -> TableLayout:
-    """Remove the paper's figures where our text or our tasks differ from the paper's."""
+    """Remove the paper's perplexities if our text differs from the paper's, and its accuracies if our tasks differ."""
     is_incomparable: dict[FigureGetter, bool] = {
         perplexity: not settings.is_papers_text,
         accuracy: not settings.are_papers_tasks,
@@ -175,7 +175,7 @@ def _speed(maker: CellMaker) -> TableLayout:
     for model in maker.settings.models:
         papers = paper_figures.SPEED.get(model.in_paper or "", {})
         cells = {rate: maker.speed(model, rate) for rate in maker.settings.rates}
-        # Each rate is measured beside the dense model.
+        # The cell of each rate measures the dense model too.
         dense = tuple(cells.values())
         sources = {0.0: dense, **{rate: (cell,) for rate, cell in cells.items()}} if dense else {}
         for rate, (cell, *others) in sources.items():
@@ -211,7 +211,10 @@ def _row(maker: CellMaker, model: Model, labels: tuple[str, ...], search: Cell, 
 def _row_of(
     maker: CellMaker, model: Model, labels: tuple[str, ...], cells: tuple[Cell, Cell | None], paper: PaperFigures
 ) -> RowLayout:
-    """Return a row with perplexity, and accuracy if tasks are run; the paper's figures only for the model it used."""
+    """Return a row with perplexity, and with accuracy if tasks are run.
+
+    The paper's figures are shown only for the model that the paper used.
+    """
     plain = maker.settings.reconstruction[0] == "none" or cells[0].method == "dense"
     shown = paper if plain and model.in_paper == paper_figures.OF_TABLES_3_TO_6 else NO_FIGURES
     entries = [EntryLayout(cells[0], perplexity, shown[0])]

@@ -48,7 +48,7 @@ class TableLayout:
 
 @dataclass(frozen=True)
 class Entry:
-    """An entry of a finished table. With neither a figure nor a failure it was not run, or has no cell."""
+    """An entry of a finished table. With neither a figure nor a failure, its cell was not run or does not exist."""
 
     ours: float | None = None
     paper: float | None = None

@@ -81,11 +81,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "joint": {"reply": "edits", "selector": "none"},
 }
 """Settings of search.* and llm.*. `ranked` chooses at random from the menus that `llm` chooses from, and selects
-parents by tournaments. `llm` is the search of configs/best.yaml; the methods after it are ablations that change one
-thing. `tournament` and `joint` are ablations of `llm-edits`, because moves mostly begin at the best configuration,
-whatever the selection. CMA-ES has larger generations, which it is made for."""
+parents by tournaments. `llm` is the search of configs/best.yaml. The methods after it are ablations, each of which
+changes one thing. `tournament` and `joint` are ablations of `llm-edits`, because with any selection moves mostly begin
+at the best configuration. CMA-ES has larger generations, because it is designed for them."""
 RACING_FACTOR = 5
-"""Methods with `first_windows` may make so many times as many candidates, on as many tokens as the others."""
+"""Methods with `first_windows` may make this many times the candidates of others, on the same number of tokens."""
 DEFAULT_METHODS = ("random", "evolution", "cma-es", "best-of-n", "ranked", "llm")
 OF_LLM = ("reply", "feedback")
 NOT_OF_THE_SEARCHES = ("out", "json", "beside")
@@ -303,7 +303,7 @@ async def _endpoints(given: argparse.Namespace, stack: AsyncExitStack) -> tuple[
 
 
 def settings_of(given: argparse.Namespace, method: str, rate: float, seed: int) -> Settings:
-    """Return the settings of one search; methods differ in their proposer only."""
+    """Return the settings of one search. Methods differ in the values of METHODS, and with races in the budget."""
     chosen = {"mutations": OFFSPRING - 1, "crossovers": 1, **METHODS[method]}
     endpoint = {"base_url": given.llm_url, "model": given.llm_model, "name": "llm"}
     llm = {

@@ -2,7 +2,8 @@
 
     python benchmarks/search/local_llm_proposals.py [--gguf FILE] [--reply edits] [--granularity block] [--rounds 2]
 
-No candidate is measured: an invented fitness, with a few fragile units, ranks them, so only the requests are timed.
+No candidate is measured. An invented fitness, with a few fragile units, ranks the candidates, so that the times are
+those of the requests alone.
 Prints a table, and the same as JSON in the last line.
 """
 
@@ -79,7 +80,7 @@ class Ledger:
 
 
 def make_ledger(granularity: Literal["layer", "block"], rate: float) -> Ledger:
-    """Return an empty ledger for SmolLM2's shape, with fragile first blocks, as measured."""
+    """Return an empty ledger for SmolLM2's shape. Its first blocks are fragile, as in measurements of SmolLM2."""
     text = TextSpec(source="wikitext2", windows=4, seqlen=1024)
     spec = SearchSpec(model="smollm2", rate=rate, granularity=granularity, calibration=text, fitness=text)
     units = SHAPE.units(granularity)

@@ -33,13 +33,13 @@ from protocol.runtime.files import write_atomically
 Column = NDArray[np.float64]
 
 MIN_OUTCOMES = 12
-"""Earlier outcomes that a round needs to be predicted."""
+"""Minimum number of earlier outcomes for predicting a round."""
 LATE = 10
-"""First round of the second correlation."""
+"""The second correlation is over this round and later rounds."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print a row for each search. Return the exit code: 2 for a folder without a search."""
+    """Print a row for each search. Return the exit code, which is 2 for a folder without a search."""
     given = _parser().parse_args(arguments)
     try:
         _replay(given.folders, given.json)

@@ -40,7 +40,7 @@ FIGURES = TypeAdapter(dict[str, float])
 
 
 class BestSoFar(BaseModel):
-    """The evaluations and measured tokens at which the best fitness fell, and its value after each."""
+    """The numbers of evaluations and of measured tokens at which the best fitness improved, and its new values."""
 
     evaluations: list[int] = []
     tokens: list[int] = []
@@ -63,7 +63,7 @@ class SearchResult(BaseModel):
     rate: float
     seed: int
     budget: int
-    """Tokens of all candidates, in whole evaluations."""
+    """Measured tokens of all candidates, as a number of whole evaluations (rounded up)."""
     tokens: int
     """Measured tokens of all candidates together."""
     candidates: int
@@ -75,9 +75,9 @@ class SearchResult(BaseModel):
     """The fitness of uniform rates."""
     uniform_report: float
     plain_report: float
-    """Uniform rates with rectangular heads and without reconstruction."""
+    """Perplexity of uniform rates on the report text, with rectangular heads and without reconstruction."""
     any_heads_report: float
-    """The same with any query heads removed (masked)."""
+    """Like `plain_report`, but with any query heads removed (masked)."""
     dense_report: float
     rates: list[float]
     """Rates of the best candidate."""
@@ -119,7 +119,7 @@ class MeasuringWorker:
 
     @asynccontextmanager
     async def serving(self, settings: Settings) -> AsyncIterator[None]:
-        """Measure for the search that runs within this context, which is cancelled if measuring fails.
+        """Measure for the search that runs in the block. If measuring fails, the block is cancelled.
 
         Raise SelfPrunerError for errors of the disk, the server or the device.
         """
@@ -179,7 +179,7 @@ class PlainUniform:
 
     rectangular: float
     any_heads: float
-    """With any query heads removed (masked) and as many parameters: fairer for models with few KV heads."""
+    """With any query heads removed (masked) and the same number of parameters. Fairer for models with few KV heads."""
 
 
 @products_in_float32()
@@ -210,7 +210,7 @@ def _any_heads(spec: SearchSpec) -> str:
 
 
 def _figures(kept: Path) -> dict[str, float]:
-    """Read perplexities by the fingerprint of their spec; none if the file is missing or damaged."""
+    """Read perplexities by the fingerprint of their spec; empty if the file is missing or damaged."""
     try:
         return FIGURES.validate_json(kept.read_bytes())
     except (FileNotFoundError, ValueError):

@@ -11,13 +11,13 @@ from protocol.plans.allocation import uniform_label
 from protocol.plans.spec import Measure, Reconstruction
 
 LABELS = {"ranked": "ranked (choosing from the LLM's menus at random)"}
-"""Longer names of methods."""
+"""Longer names of methods, for the table."""
 
 
 def show(results: list[dict[str, Any]], rate: float, measure: Measure, reconstruction: Reconstruction) -> None:
     """Print one row per method: medians over seeds, and ratios to uniform rates with the same reconstruction.
 
-    The last rows are the uniform baselines with as many parameters, and the dense model.
+    The last rows are the uniform baselines with the same number of parameters, and the dense model.
     """
     digits, uniform = 4 if measure == "kl" else 2, uniform_label(reconstruction)
     seeds = len({r["seed"] for r in results})
@@ -79,7 +79,7 @@ def _median(values: Iterator[float], digits: int = 2) -> str:
 
 
 def _reached(result: dict[str, Any], goal: float) -> float:
-    """Return the number of evaluations until the best reached `goal`; infinity if it never did."""
+    """Return the number of evaluations after which the best fitness reached `goal`; infinity if it never did."""
     so_far = result["best_so_far"]
     steps = zip(so_far["evaluations"], so_far["fitness"], strict=True)
     return next((n for n, fitness in steps if fitness <= goal), float("inf"))

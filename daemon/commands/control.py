@@ -1,4 +1,4 @@
-"""`selfpruner status | watch | best | pause | resume | stop`: look at a search from another process, and steer it."""
+"""`selfpruner status | watch | best | pause | resume | stop`: show and control a search from another process."""
 
 import asyncio
 import os

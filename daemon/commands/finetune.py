@@ -20,9 +20,9 @@ from protocol.runtime.paths import expanded, is_same_file
 from protocol.runtime.signals import Interrupted
 
 SIZES: dict[Form, dict[str, int]] = {"alpaca": {"batch": 64, "seqlen": 256}, "text": {"batch": 8, "seqlen": 512}}
-"""Default batch and sequence length; LLM-Pruner's for instructions."""
+"""Default batch size, and tokens per example or window. Those for `alpaca` are LLM-Pruner's."""
 HUB_TEXTS = tuple(name for name in NAMED_TEXTS if name != "self")
-"""Named texts that no model has to generate."""
+"""Named texts except `self`, which a model would have to generate."""
 RESUME_HINT = "run the same command again to resume"
 LEARNING_RATES = {False: 3e-4, True: 1e-4}
 """Default learning rates of LoRA (False) and of full fine-tuning (True)."""
@@ -30,7 +30,7 @@ LEARNING_RATES = {False: 3e-4, True: 1e-4}
 
 @dataclass(frozen=True)
 class RecipeFlags:
-    """Training hyperparameters; None takes the default for the data."""
+    """Training hyperparameters. None means the default for the kind of data."""
 
     rank: Annotated[int | None, typer.Option(help="LoRA rank r; 8 by default.")] = None
     alpha: Annotated[float | None, typer.Option(help="LoRA scale alpha; 16 by default.")] = None
@@ -137,7 +137,7 @@ def finetune(
 
 
 def recipe_of(data: str, how: RecipeFlags, *, full: bool, seed: int) -> Recipe:
-    """Return the recipe from the flags. Raises SettingsError for invalid flags and for those that have no effect."""
+    """Return the recipe from the flags. Raises SettingsError for flags that are invalid or have no effect."""
     given: dict[str, Any] = {name: value for name, value in asdict(how).items() if value is not None}
     if full:
         for name in ("rank", "alpha", "dropout"):
@@ -167,7 +167,7 @@ def found_data(source: str, *, only_text: bool = False) -> str:
 
 
 def check_apart(data_flag: str, data: str, measured_flag: str, measured: str | None) -> None:
-    """Raise SettingsError if one file is both trained and measured on. Named texts have a split for each."""
+    """Raise SettingsError if a file is used for both training and measuring. Named texts have a split for each."""
     if measured is None or {data, measured} & {ALPACA_GPT4, *NAMED_TEXTS}:
         return
     if is_same_file(data, measured):

@@ -19,7 +19,7 @@ from protocol.results.formats import GgufType
 
 
 def chosen(choice: Any, what: str, when_left_out: str = "") -> Any:
-    """Return an option that lists its choices in its help text; there are too many for the column of types."""
+    """Return an option that lists its choices in its help text, because the column of types is too narrow for them."""
     values = ", ".join(f"{one} (default)" if one == when_left_out else one for one in get_args(choice))
     return typer.Option(metavar="<choice>", help=f"{what}: {values}.")
 
@@ -65,7 +65,7 @@ Model = Annotated[str | None, typer.Option(help="A Hugging Face name, a folder, 
 
 
 def seed_of_torch(value: int | None) -> int | None:
-    """Return a seed that torch accepts. Typer would print the limit of a range in the column of types."""
+    """Return the seed if torch accepts it. (With a `max`, Typer would print that limit in the column of types.)"""
     if value is not None and value >= 2**63:
         raise typer.BadParameter(f"{value} is not in the range 0<=x<2**63.")
     return value
@@ -94,7 +94,7 @@ class TextFlags:
 
 @dataclass(frozen=True)
 class ExportTexts(TextFlags):
-    """The texts of an export, which scores and measures even if none is named."""
+    """The texts of an export, which scores and measures the model even if no text is named."""
 
     windows: Annotated[int | None, typer.Option(min=1, help="Windows of --data.")] = 8
     seqlen: Annotated[int, typer.Option(min=16, help="Tokens of a window.")] = 512
@@ -120,7 +120,7 @@ GgufTypeFlag = Annotated[GgufType | None, chosen(GgufType, "Weight type of a GGU
 
 @dataclass(frozen=True)
 class ChoiceFlags:
-    """Where the rates come from; `rate` None takes the rate in the file of rates."""
+    """The source of the rates. `rate` None means the rate in the file of rates."""
 
     rate: Annotated[float | None, typer.Option(help="Pruning rate β: the share of decoder parameters to remove.")] = (
         None
@@ -133,7 +133,7 @@ class ChoiceFlags:
 
 @dataclass(frozen=True)
 class PruningFlags:
-    """How rates become a plan; None takes the value in the file of rates, else the default."""
+    """How rates become a plan. None means the value in the file of rates, or else the default."""
 
     granularity: Annotated[Granularity | None, typer.Option(help="What a rate applies to.")] = None
     split: Annotated[Split | None, typer.Option(help="How attention and MLP share a layer's rate.")] = None
@@ -197,7 +197,7 @@ ELSEWHERE = {
 
 
 def flag_sentence(error: Any) -> str:
-    """Return an error of the command line as a sentence that names the help."""
+    """Return an error of the command line as a sentence, with the command that shows the help."""
     if hasattr(error, "possibilities") and error.option_name in ELSEWHERE:  # Click's NoSuchOption
         return ELSEWHERE[error.option_name]
     message = error.format_message().replace("Value error, ", "").rstrip(".")

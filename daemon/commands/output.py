@@ -16,7 +16,7 @@ from protocol.runtime.signals import interruptible
 log = structlog.get_logger()
 
 UNWRAPPED = 1000
-"""Columns if stdout is not a terminal, so that a table in a file is not cut to the width of a screen."""
+"""Width of tables, in characters, if stdout is not a terminal. Tables in files are not cut to the width of a screen."""
 
 
 def print_result(result: dict[str, Any], json_: bool, tables: Callable[[], Iterable[RenderableType]]) -> None:
@@ -44,8 +44,8 @@ def stdout_console() -> Console:
 def show_progress(model: str, *, stock_torch: bool = False) -> Iterator[Callable[[str, int, int], None]]:
     """Show the progress of the block: on one line of a terminal, elsewhere in the log. A signal raises Interrupted.
 
-    Check flags before entering: it imports torch, which takes seconds. `stock_torch` leaves torch's settings alone, to
-    measure how fast models run without Self-Pruner.
+    Check flags before entering the block, because this imports torch, which takes seconds. `stock_torch` leaves torch's
+    settings unchanged, to measure how fast models run without Self-Pruner.
     """
     need("torch", "worker")
     logs.configure()

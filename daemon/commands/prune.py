@@ -53,7 +53,7 @@ class SearchFlags:
 
 @dataclass(frozen=True)
 class FinetuneFlags:
-    """Fine-tuning after pruning; None takes the default of `finetune`."""
+    """Fine-tuning after pruning. None means the default of `finetune`."""
 
     finetune: Annotated[bool, typer.Option("--finetune", help="Fine-tune with LoRA after pruning.")] = False
     finetune_data: Annotated[str | None, typer.Option(help=f"As `finetune --data`; `{ALPACA_GPT4}` by default.")] = None
@@ -137,7 +137,7 @@ def _result(
 
 
 def _check_needed(given: FinetuneFlags) -> None:
-    """Raise SettingsError for a flag of fine-tuning without --finetune."""
+    """Raise SettingsError if a flag of fine-tuning is given without --finetune."""
     names = [name for name, value in asdict(given).items() if value is not None and name != "finetune"]
     if names and not given.finetune:
         raise SettingsError(f"--{names[0].replace('_', '-')} needs --finetune")
@@ -189,13 +189,13 @@ def _given(chosen: dict[str, Any]) -> list[str]:
 
 
 def _rounds_for(budget: int, search: SearchSettings) -> int:
-    """Return the rounds that `budget` evaluations need, at least those in the settings."""
+    """Return the number of rounds that `budget` evaluations need, but at least the number in the settings."""
     offspring = search.mutations + search.crossovers
     return max(search.rounds, math.ceil((budget - search.population) / offspring)) if offspring else search.rounds
 
 
 def _tuning(given: FinetuneFlags, destination: Destination, settings: Settings) -> "Tuning":
-    """Return how to fine-tune. Raises UsageError for flags and settings that fine-tuning cannot use."""
+    """Return the data and recipe of fine-tuning. Raises UsageError for flags and settings that it cannot use."""
     from gpu_worker.finetune.prune_records import Tuning
 
     data = given.finetune_data or ALPACA_GPT4
@@ -224,7 +224,7 @@ def _searched(settings: Settings) -> tuple[PruningRequest, Summary]:
 
 
 def _best(settings: Settings, rates: tuple[float, ...]) -> dict[str, Any]:
-    """Return best.json. Raises SelfPrunerError if it does not hold the best `rates`, as after a full disk."""
+    """Return best.json. Raises SelfPrunerError if it does not hold the best `rates`, for example after a full disk."""
     file = settings.folder / "best.json"
     try:
         record = json.loads(file.read_bytes())

@@ -118,7 +118,7 @@ def evaluate(
 
 
 def _check_holds_model(folder: Path) -> None:
-    """Raise SettingsError for a folder without a model, before a text is asked for."""
+    """Raise SettingsError for a folder without a model. This error comes before those about missing texts."""
     if not folder.exists():
         raise SettingsError(f"there is no folder {str(folder)!r}; a model is named with --model, as is `smollm2`")
     if folder.is_dir() and not any((folder / name).exists() for name in (FACTS, "config.json")):

@@ -92,7 +92,7 @@ def request_of_search(record: dict[str, Any], origin: str) -> PruningRequest:
 def allocation_spec(
     model: str, rate: float, texts: CalibrationFlags, how: PruningFlags, *, dtype: Dtype, seed: int
 ) -> SearchSpec:
-    """Return the spec of an allocation, which is scored on one text and measures nothing."""
+    """Return the spec of an allocation, which scores weights on one text and measures nothing."""
     pruning = {name: value for name, value in asdict(how).items() if value is not None}
     return _spec(model=model, rate=rate, **pruning, **_texts(texts), dtype=dtype, seed=seed)
 
@@ -140,7 +140,7 @@ def allocation_of(method: Method, options: MethodFlags) -> Allocation:
 
 
 def read_rates(path: Path) -> RatesFile:
-    """Read a file of rates. Raises DataError if it is not one."""
+    """Read a file of rates. Raises DataError if it cannot be read, or contains no valid `rates`."""
     try:
         return RatesFile.model_validate(json.loads(path.read_text(encoding="utf-8")))
     except OSError as error:
@@ -154,7 +154,7 @@ def read_rates(path: Path) -> RatesFile:
 
 
 def measured_texts(texts: TextFlags) -> dict[Role, TextSpec]:
-    """Return the texts for measuring a model as is; windows of --calibration-data are only kept out of the others."""
+    """Return the texts for measuring a model as is. --calibration-data is only given to exclude its windows."""
     if texts.data is None:
         raise SettingsError("give --data, the text to measure on")
     calibration = texts.calibration_data
@@ -167,7 +167,7 @@ def measured_texts(texts: TextFlags) -> dict[Role, TextSpec]:
 
 
 def self_if_none(texts: ExportTexts) -> ExportTexts:
-    """Return the same texts, with the model's own text if none is named."""
+    """Return the same texts, or text that the model generates if no text is named."""
     return texts if texts.data or texts.calibration_data else replace(texts, calibration_data="self")
 
 

@@ -32,7 +32,7 @@ MASKED = "query heads are masked, for comparison only: no export format supports
 
 
 def evaluation(result: EvaluationResult) -> Iterator[RenderableType]:
-    """Show the perplexities of the model, of the dense one if it was pruned, and the texts."""
+    """Show the perplexity of the model, also that of the dense model if it was pruned, and the texts."""
     yield f"{result.model}, {_removed(result.rate, _with_heads(result))}"
     table = _figures(report=result.report_perplexity is not None, kl=result.kl is not None)
     of = result.parameters
@@ -156,7 +156,7 @@ def allocation(result: AllocationResult) -> Iterator[RenderableType]:
 
 
 def zero_shot(result: ZeroShotResult) -> Iterator[RenderableType]:
-    """Show both accuracies of every task, which of them counts, and their mean."""
+    """Show both accuracies of every task, the one that counts, and the mean."""
     yield f"{result.model}, {_removed(result.rate, result.method)}"
     table = _table("task", "items", "acc", "acc_norm", "counts", "±")
     for task in result.tasks:
@@ -173,7 +173,7 @@ def zero_shot(result: ZeroShotResult) -> Iterator[RenderableType]:
 
 
 def speed(result: SpeedResult) -> Iterator[RenderableType]:
-    """Show sizes and tokens per second in each engine."""
+    """Show the sizes, and the tokens per second, of both models in each engine."""
     yield f"{result.folder} and {result.baseline}: prompts of {result.prompt} tokens, {result.generate} generated"
     for found in result.engines:
         threads = f", {found.threads} thread{'s' * (found.threads != 1)}" if found.threads else ""

@@ -15,7 +15,7 @@ from protocol.queue.connection import password_of
 from protocol.runtime import logs
 
 REST_SECONDS = 300.0
-"""How long a worker with --stay waits before it exits, to be restarted, after an error that may pass."""
+"""Seconds that a worker with --stay waits after an error that may pass by itself. It then exits to be restarted."""
 _SET_BY_USER = ("COMMANDLINE", "ENVIRONMENT")
 
 
@@ -65,7 +65,7 @@ def worker(
         _work({**values, **_from_config(config, context)} if config else values)
     except SelfPrunerError as error:
         if stay:
-            # Only invalid settings last. A hub, a driver or memory may be back at the next start.
+            # Only invalid settings are permanent. A hub, a driver or memory may be available at the next start.
             stay_after_error(error, at_most=None if isinstance(error, SettingsError) else REST_SECONDS)
         raise
 

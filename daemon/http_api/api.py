@@ -30,7 +30,7 @@ from protocol.queue.control import Command, Control
 
 DEFAULT_PORT = 8090
 MAX_MEMBERS = 500
-"""Maximum members of the population in one reply."""
+"""Maximum number of population members in one reply."""
 MAX_EVENT_STREAMS = 32
 CONTROL_SECONDS = 3.0
 PING_SECONDS = 15.0
@@ -47,7 +47,7 @@ class ControlRequest(BaseModel):
 
 
 class HttpApi:
-    """Serves one search. `free_port`: use any free port if none is set and the default one is in use."""
+    """Serves one search. With `free_port`, it uses any free port if no port is set and the default port is in use."""
 
     def __init__(self, settings: HttpSettings, access: Access, observer: Observer, *, free_port: bool) -> None:
         self._settings = settings
@@ -63,7 +63,7 @@ class HttpApi:
         """Serve while the block runs; yields the URL. Raises UsageError if it cannot listen on the port.
 
         At the end every event stream gets `search_ended` and is closed. Requests run in the search's event loop, but
-        their errors are answered there (daemon/http_api/guard.py) and never reach the search.
+        daemon/http_api/guard.py catches their errors, so that they never reach the search.
         """
         host = self._settings.host
         bound = await self._listen(host)
@@ -102,7 +102,7 @@ class HttpApi:
         return _json({"alive": True})
 
     async def _readyz(self, _request: web.Request) -> web.Response:
-        """Whether candidates are being measured, which `degraded` (no LLM) does not prevent."""
+        """Reply whether Redis answers and a worker is usable. A search without an LLM (`degraded`) is ready too."""
         status = self._observer.status
         redis = status is not None and status.redis == "answers"
         workers = sum(worker.stage != "unusable" for worker in status.workers) if status and redis else 0
@@ -180,7 +180,7 @@ class HttpApi:
             while (text := await _next(reader)) is not None:
                 await _send(response, text)
         except ConnectionResetError:
-            log.debug("event_stream_lost", address=request.remote)  # the client has gone, or reads nothing
+            log.debug("event_stream_lost", address=request.remote)  # the client has disconnected, or reads nothing
         return response
 
     def _known_status(self) -> Status:
@@ -191,7 +191,7 @@ class HttpApi:
 
 
 async def _next(reader: Reader) -> str | None:
-    """Return the next event as text, or a comment as keep-alive; None at the end."""
+    """Return the next event as text, or a keep-alive comment after PING_SECONDS; None at the end of the log."""
     try:
         async with asyncio.timeout(PING_SECONDS):
             event = await reader.next()
@@ -207,7 +207,7 @@ async def _send(response: web.StreamResponse, text: str) -> None:
 
 
 def _number(request: web.Request, name: str, *, default: int, least: int, most: int) -> int:
-    """Return a whole number of the query. Raises 400 for anything else."""
+    """Return the whole number `name` of the query. Raises HTTPBadRequest for any other text."""
     text = request.query.get(name)
     if text is None:
         return default
@@ -226,7 +226,7 @@ def _text(value: Any) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """Return `value` with null for numbers that JSON does not have."""
+    """Return `value` with None in place of NaN and infinity, which JSON does not have."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):

@@ -63,14 +63,14 @@ class Guard:
         return application
 
     async def _check_host(self, request: web.Request) -> None:
-        """403 unless the request names this server: in one Host header, and in its URL if that names a server too."""
+        """Raise 403 unless the request names this server in its only Host header, and in its URL if a host is there."""
         hosts = request.headers.getall("Host", [])
         named = len(hosts) == 1 and host_name(hosts[0]) in self._hosts
         if not named or (_is_absolute(request.raw_path) and host_name(_place(request.raw_path)) not in self._hosts):
             raise web.HTTPForbidden(text="unknown host name; add it to http.allowed_hosts")
 
     async def _check_origin(self, request: web.Request) -> None:
-        """403 for requests from another site's page. Following a link is allowed, because no script sees the reply."""
+        """Raise 403 for requests from another site's page, except for a followed link, whose reply no script sees."""
         origin = request.headers.get("Origin")
         if origin is not None and _place(origin) != request.headers["Host"].lower():
             raise web.HTTPForbidden(text="requests from pages of another origin are refused")
@@ -79,10 +79,10 @@ class Guard:
             raise web.HTTPForbidden(text="requests from pages of another site are refused")
 
     async def _check_token(self, request: web.Request) -> None:
-        """401 without the token; 429 for an address with many failures. The right token always passes.
+        """Raise 401 without the right token, and 429 for an address with many failures. The right token always passes.
 
-        Otherwise anyone who shares the owner's address, as behind a proxy, could lock them out. A token of 16
-        characters cannot be guessed in any case.
+        Otherwise anyone with the owner's address, for example behind the same proxy, could lock out the owner. The
+        limit is not needed against guessing, because a token has at least 16 characters.
         """
         if self._token is None or request.path in OPEN_TO_ALL:
             return
@@ -107,7 +107,7 @@ class _Recent:
     """Times of the 401 replies in the last minute."""
     last: float = 0.0
     logged: bool = False
-    """Whether this address was logged; reset after a quiet minute."""
+    """Whether this address was logged; reset after a minute without such requests."""
 
 
 class Failures:
@@ -117,7 +117,7 @@ class Failures:
         self._recent: OrderedDict[str, _Recent] = OrderedDict()
 
     def count(self, address: str, now: float) -> float:
-        """Count one; returns for how many seconds this address is over the limit, or 0."""
+        """Count a failure of `address`. Returns the seconds until it is below the limit again, or 0."""
         recent = self._recent.setdefault(address, _Recent())
         self._recent.move_to_end(address)
         if len(self._recent) > ADDRESSES_REMEMBERED:
@@ -155,7 +155,7 @@ async def check_body(request: web.Request) -> None:
 
 
 def as_middleware(check: Check) -> Any:
-    """Return a check that raises an HTTP error as a middleware."""
+    """Return a middleware that runs `check`, which raises an HTTP error to refuse a request."""
 
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:

@@ -14,9 +14,9 @@ from daemon.http_api.guard import Handler, add_headers
 from protocol.errors import UsageError
 
 MAX_CONNECTIONS = 256
-"""Well below the usual limit of 1024 open files; the search needs the others."""
+"""Maximum number of connections. The usual limit is 1024 open files, and the search needs files too."""
 SILENT_SECONDS = 15.0
-"""A connection that has not sent a complete request head by then is closed."""
+"""A connection that has not sent a complete request head within this time is closed."""
 UNREAD_SECONDS = 30.0
 """A client that reads nothing of its reply for this long is disconnected. Data in kernel buffers counts as read."""
 SHUTDOWN_SECONDS = 0.3
@@ -29,7 +29,7 @@ log = structlog.get_logger()
 class _Malformed:
     """Counts requests that are not valid HTTP, and logs the count at most every LOG_SECONDS.
 
-    A line shows nothing that the client sent: that may be long, and may hold the token.
+    A log line contains nothing that the client sent, because that may be long, and may contain the token.
     """
 
     def __init__(self) -> None:
@@ -61,7 +61,7 @@ class _Connection(RequestHandler):
         exc: BaseException | None = None,
         message: str | None = None,
     ) -> web.StreamResponse:
-        """Answer a request that the parser refuses, as the guard answers others; aiohttp would log a traceback."""
+        """Answer a request that the parser refuses with a JSON error, like the guard. aiohttp would log a traceback."""
         if not isinstance(exc, HttpProcessingError):
             return super().handle_error(request, status, exc, message)
         self._malformed.count(request.remote, exc)
@@ -73,7 +73,7 @@ class _Connection(RequestHandler):
         return response
 
     def log_exception(self, *args: Any, **kw: Any) -> None:
-        """Log an error of ours with its traceback; a body that cannot be decoded is the client's error."""
+        """Log our own errors with a traceback. A body that cannot be decoded is the client's error, and is counted."""
         error = kw.get("exc_info")
         if isinstance(error, web.RequestPayloadError | HttpProcessingError):
             self._malformed.count(None, error)
@@ -81,17 +81,17 @@ class _Connection(RequestHandler):
             super().log_exception(*args, **kw)
 
     def pause_writing(self) -> None:
-        """Begin to watch whether the client reads its answer, which is kept in memory until then."""
+        """Start checking whether the client reads its reply, because unread data stays in memory."""
         super().pause_writing()
         self._watch()
 
     def resume_writing(self) -> None:
-        """Stop watching: the client has read most of its answer."""
+        """Stop checking, because the client has read most of its reply."""
         super().resume_writing()
         self._forget_unread()
 
     def connection_lost(self, exc: BaseException | None) -> None:
-        """Stop watching a client that has disconnected."""
+        """Stop checking a client that has disconnected."""
         self._forget_unread()
         super().connection_lost(exc)
 
@@ -101,7 +101,7 @@ class _Connection(RequestHandler):
             self._unread = asyncio.get_running_loop().call_later(UNREAD_SECONDS, self._check_unread, unread)
 
     def _check_unread(self, before: int) -> None:
-        """Disconnect a client that has read nothing since `before` bytes were unread; watch one that reads slowly."""
+        """Disconnect a client that has read nothing since `before` bytes were unread. Check a slow client again."""
         assert isinstance(self.transport, asyncio.WriteTransport), "connection_lost cancels this call"
         if self.transport.get_write_buffer_size() < before:
             self._watch()
@@ -132,7 +132,7 @@ class HttpServer:
         self._server: asyncio.Server | None = None
 
     async def start(self, host: str, port: int) -> int:
-        """Listen; returns the port. Raises UsageError, naming the port, if it cannot."""
+        """Listen on a port and return it. Raises CannotListen, a UsageError that names the port, if that fails."""
         await self._runner.setup()
         try:
             self._server = await asyncio.get_running_loop().create_server(

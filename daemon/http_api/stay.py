@@ -1,4 +1,4 @@
-"""`--stay`: keep the process alive after its search has ended or failed, where a supervisor would restart it.
+"""`--stay`: keep the process alive after its search has ended or failed, so that a supervisor does not restart it.
 
 Otherwise a search that has ended would be restarted again and again, and a wrong key would be retried every minute.
 """

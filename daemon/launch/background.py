@@ -29,7 +29,7 @@ async def wait_for_profile(store: SearchStore) -> ModelProfile:
 
 
 async def watch_workers(store: SearchStore, ours_have_ended: Callable[[], bool]) -> None:
-    """Log workers that cannot work. Raises UsageError if our own have exited that way and there are no others."""
+    """Log unusable workers. Raises UsageError if our own workers have exited for good and no other worker is usable."""
     logged: dict[str, None] = {}  # in order
     while True:
         workers = await store.workers()
@@ -44,7 +44,7 @@ async def watch_workers(store: SearchStore, ours_have_ended: Callable[[], bool])
 
 
 async def repair_forever(store: SearchStore, queue: CandidateQueue, history: Callable[[], History]) -> None:
-    """Requeue candidates of `history` whose jobs were lost, as by a trimmed stream or a power failure."""
+    """Requeue candidates of `history` whose jobs were lost, for example in a trimmed stream or a power failure."""
     while True:
         await asyncio.sleep(REPAIR_SECONDS)
         await store.repair(queue, history())

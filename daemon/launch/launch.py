@@ -48,11 +48,12 @@ log = structlog.get_logger()
 
 
 class Launch:
-    """One process's work on a search.
+    """The work of one process on a search.
 
-    `embedded`: this process also started the workers, and the server if redis.url is not set. `workers_are_unusable`
-    says whether all of these workers have exited because they cannot work. With `access`, the HTTP API is served, and
-    `announce` gets its URL. `more_duties` run beside the search.
+    `embedded` says that this process also started the workers, and the server if redis.url is not set.
+    `workers_are_unusable` returns whether all of these workers have exited because they cannot work. If `access` is
+    given, the HTTP API is served, and `announce` is called with its URL. `more_duties` are further tasks that run
+    beside the search.
     """
 
     def __init__(
@@ -124,10 +125,10 @@ class Launch:
     async def _work(self, group: asyncio.TaskGroup) -> bool:
         async with AsyncExitStack() as stack:
             await self._serve(stack)
-            # Imported here: with a cold disk it may take longer than a daemon in charge may be silent.
+            # Import this before taking charge. From a cold disk it may take longer than a heartbeat lasts.
             await asyncio.to_thread(importlib.import_module, "agents.llm.chat")
             queue = await self._take_charge(stack)
-            # A long history takes longer than a daemon may be silent.
+            # Renew the heartbeat meanwhile, because reading a long history takes longer than a heartbeat lasts.
             alive = group.create_task(self._store.show_life())
             history = await self._recovered(queue, await self._store.history())
             alive.cancel()
@@ -145,7 +146,7 @@ class Launch:
             check_lists(self._settings, chat.contexts, units)
             duties.append(group.create_task(repair_forever(self._store, queue, lambda: self._memory(history).history)))
             asks = await asyncio.to_thread(self._agents_chat, chat, history)
-            # In a thread, because a long history takes a second. Until then self._search is None.
+            # In a thread, because a long history takes a second. self._search is None until this is done.
             search = await asyncio.to_thread(self._make_search, profile, asks, queue, history)
             await self._wait_for_llm(search, chat, is_new=is_new)
             if is_new:
@@ -156,7 +157,7 @@ class Launch:
         return True
 
     async def _take_charge(self, stack: AsyncExitStack) -> CandidateQueue:
-        # With an embedded server (and its folder locked) no other daemon can be alive.
+        # If we started the server, its folder is locked, so no other daemon can be alive.
         queue = await self._store.take_charge(previous_is_dead=self._own_server)
         if self._display:
             await stack.enter_async_context(self._display.following(self._store))
@@ -164,7 +165,7 @@ class Launch:
         return queue
 
     def _duties(self, queue: CandidateQueue, history: History) -> list[Coroutine[Any, Any, None]]:
-        """Return the tasks that run beside the search from the moment it is in charge."""
+        """Return the tasks that run beside the search once this process is in charge."""
         return [
             self._store.stay_in_charge(queue, lambda: self._memory(history)),
             self._control.watch(),
@@ -208,12 +209,12 @@ class Launch:
             )
 
     async def _search_to_its_end(self, search: Search) -> None:
-        """Run the search; save its usage and publish its status however it ends."""
+        """Run the search. Even if it fails, save its usage and publish its status at the end."""
         try:
             await search.run(rounds_of(self._settings.search))
             self._observer.finished = True
         finally:
-            with contextlib.suppress(TimeoutError):  # do not wait for a server that is away
+            with contextlib.suppress(TimeoutError):  # do not wait for an unreachable server
                 async with asyncio.timeout(2):
                     await self._usage.save()
                     await self._observer.look()
@@ -225,14 +226,14 @@ class Launch:
         try:
             self._announce(await stack.enter_async_context(self._api.serving()))
         except CannotListen:
-            # If the same search's daemon listens there, report that instead.
+            # If another daemon of this search listens there, raise SearchExistsError instead.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(5):
                     await self._store.wait_for_silence()
             raise
 
     async def _recovered(self, queue: CandidateQueue, history: History) -> History:
-        """Return the search's history, after restoring from the folder's copy what the server has lost."""
+        """Return the search's history, after restoring lost data from the folder's copy."""
         folder = self._settings.folder
         known = await asyncio.to_thread(recovered, folder, self._spec, history)
         if known is None and not history.damaged:
@@ -248,7 +249,7 @@ class Launch:
         return await self._store.history()
 
     def _memory(self, history: History) -> Memory:
-        """Return all that this process knows about the search; `history` is from its start."""
+        """Return all that this process knows about the search; `history` was read at the start."""
         if self._search is None:
             return Memory(history, None, self._control.command)
         state = self._search.state
@@ -260,9 +261,10 @@ class Launch:
         return make_chat(self._settings.llm, self._endpoints, gate=gate, record=self._record, spent=spent)
 
     def _agents_chat(self, chat: "Chat", history: History) -> ChatClient:
-        """Return what the agents ask: the replayed transcript, or `chat`, with earlier answers from the transcript.
+        """Return the chat that the agents ask: the transcript of llm.replay, or else `chat`.
 
-        Call it in a thread, because the transcript may be long.
+        In a resumed search, `chat` first looks for earlier answers in the search's own transcript. Call this in a
+        thread, because that transcript may be long.
         """
         if self._replay:
             return self._replay
@@ -287,6 +289,6 @@ class Launch:
             try:
                 async with asyncio.timeout(2):
                     await self._store.step_down()
-            except Exception as error:  # noqa: BLE001  (a boundary: the end must not fail for a server that is gone)
+            except Exception as error:  # noqa: BLE001  (shutdown must not fail because the server is unreachable)
                 log.debug("not_stepped_down", error=str(error))
             await self._redis.aclose()

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from agents.llm.connection import Gate
 
 LONGEST_LINE = 16_000_000
-"""Maximum characters of a transcript's line; longer ones are not ours, and are ignored in pieces."""
+"""Maximum number of characters read as one line of a transcript. Self-Pruner writes no longer lines, and the pieces of
+a longer line are ignored."""
 
 log = structlog.get_logger()
 
@@ -35,7 +36,7 @@ log = structlog.get_logger()
 def make_chat(
     llm: LlmSettings, endpoints: Sequence[EndpointSettings], *, gate: "Gate", record: "Record", spent: Spent
 ) -> "Chat":
-    """Return the chat for these endpoints (none with llm.replay); `spent` is what was spent so far."""
+    """Return the chat for these endpoints, or for no endpoint with llm.replay. `spent` is the LLM usage so far."""
     from agents.llm.chat import Chat  # imports openai, which takes longer to load than the rest of a command
 
     asked = [] if llm.replay else make_endpoints(endpoints)
@@ -62,7 +63,7 @@ def make_endpoints(settings: Sequence[EndpointSettings]) -> list[Endpoint]:
 def _names(settings: Sequence[EndpointSettings]) -> list[str]:
     """Return unique names: the given one, else the host, with the model and a number if needed.
 
-    Totals, logs and metrics are kept by name.
+    Totals, logs and metrics use these names.
     """
     hosts = [endpoint.name or _host(endpoint.base_url) for endpoint in settings]
     names: list[str] = [endpoint.name or "" for endpoint in settings]
@@ -94,7 +95,7 @@ def secrets_of(settings: Settings) -> list[str]:
 
 
 def read_replay(settings: Settings) -> Replay | None:
-    """Return the transcript that replaces endpoints, if llm.replay is set. Raises SettingsError."""
+    """Return the transcript that replaces the endpoints, or None if llm.replay is not set. Raises SettingsError."""
     llm = settings.llm
     if llm.replay is None:
         return None

@@ -25,7 +25,7 @@ from protocol.runtime.signals import run_until_signal
 
 
 def run_here(settings: Settings) -> tuple[Summary | None, signal.Signals | None]:
-    """Run a search here to its end, or until a signal. Returns the summary and the signal, if there are any.
+    """Run a search on this machine until it ends or a signal comes. Returns summary and signal, which may be None.
 
     Raises UsageError for invalid settings before anything is started.
     """
@@ -37,7 +37,7 @@ def run_here(settings: Settings) -> tuple[Summary | None, signal.Signals | None]
 
 
 def run_daemon(settings: Settings, stream: logs.Stream) -> tuple[Summary | None, signal.Signals | None, Access | None]:
-    """Run a daemon to the search's end, or until a signal. Returns summary and signal, if any, and the API's access.
+    """Run a daemon until its search ends or a signal comes. Returns summary, signal and API access, which may be None.
 
     Raises UsageError for invalid settings before anything is started.
     """
@@ -68,7 +68,7 @@ def lacks_llm(settings: Settings) -> bool:
 
 
 def _configure_logs(settings: Settings, stream: logs.Stream) -> Access | None:
-    """Configure the log of a search. Returns the access to its HTTP API, if enabled; its token is redacted."""
+    """Configure the log of a search, with secrets redacted. Returns the access to its HTTP API, or None if disabled."""
     file = settings.folder / "log.jsonl"
     try:
         settings.folder.mkdir(parents=True, exist_ok=True)
@@ -91,7 +91,7 @@ def _announce(access: Access | None, url: str) -> None:
 async def _run_embedded(
     settings: Settings, access: Access | None, display: Display | None, lock: FolderLock
 ) -> Summary | None:
-    """Start the server, the local LLM and the workers, then search; end them in reverse order."""
+    """Start the server, the local LLM and the workers, then search. End them in reverse order."""
     async with AsyncExitStack() as stack:
         url = settings.redis.full_url
         if url is None:

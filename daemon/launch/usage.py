@@ -23,7 +23,7 @@ class UsageTracker:
         self._asked = asyncio.Event()
         self._seconds_before = 0.0
         self.chat: Chat | None = None
-        """The chat whose requests are counted, once there is one. Time is counted from the start."""
+        """The chat whose requests are counted; None until it is made. Time is counted from the start."""
         self._since = time.monotonic()
 
     def begin(self, history: History) -> None:
@@ -33,7 +33,7 @@ class UsageTracker:
 
     @property
     def spent(self) -> Spent:
-        """What the LLM had cost when it was last saved."""
+        """LLM requests, tokens and cost at the last save."""
         return Spent(
             requests=int(self.counters.get("requests", 0)),
             prompt_tokens=int(self.counters.get("prompt_tokens", 0)),
@@ -46,11 +46,11 @@ class UsageTracker:
         return self._seconds_before + time.monotonic() - self._since
 
     def request_made(self) -> None:
-        """Have `save_forever` save at once, because the LLM was asked."""
+        """Make `save_forever` save at once. Call it after each request to the LLM."""
         self._asked.set()
 
     async def save_forever(self) -> None:
-        """Save now and then, and at once after a request: a crash must not make a budget larger."""
+        """Save every TICK_SECONDS, and at once after a request, because a crash must not enlarge a budget."""
         while True:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(TICK_SECONDS):

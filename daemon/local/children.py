@@ -1,7 +1,7 @@
 """Child processes of the daemon: restarted when they die, ended in order, none left behind.
 
-Each has its own session, so that Ctrl-C reaches only the daemon, which saves first and then ends them. Each also ends
-when the daemon is killed (daemon/local/end_with_parent.py).
+Each child has its own session, so that Ctrl-C reaches only the daemon, which saves its state and then ends the
+children. A child also ends when the daemon is killed (daemon/local/end_with_parent.py).
 """
 
 import asyncio
@@ -27,7 +27,7 @@ log = structlog.get_logger()
 class Child:
     """A child process that is restarted when it dies, unless it exits with the code `final`.
 
-    It inherits the environment without its secrets (but with the hub's token if it `loads_models`), plus `environment`.
+    It inherits the environment without secrets, plus `environment`. If it `loads_models`, it also gets the hub's token.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Child:
         self._watch: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Start it, and keep it running until `end`."""
+        """Start the process, and restart it whenever it dies, until `end`."""
         await self._spawn()
         self._watch = asyncio.create_task(self._restart_forever())
 
@@ -74,7 +74,7 @@ class Child:
         await self._end_process(self._process, grace_seconds)
 
     async def restart(self, grace_seconds: float = 5.0) -> None:
-        """End the running process; it is restarted, as after any death."""
+        """End the running process. It is then restarted like a process that has died."""
         if self._process is not None and self.running:
             await self._end_process(self._process, grace_seconds)
 
@@ -86,7 +86,7 @@ class Child:
             except TimeoutError:
                 log.warning("child_killed", child=self.name)
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # whatever it may have left in its session
+            os.killpg(process.pid, signal.SIGKILL)  # processes that it may have left in its session
         await process.wait()
 
     async def _spawn(self) -> None:
@@ -124,7 +124,7 @@ class Child:
             await self._spawn_at_last()
 
     async def _spawn_at_last(self) -> None:
-        """Try until it starts: memory, or the folder of its log, may be missing for a while."""
+        """Try until the process starts, because memory, or the folder of its log, may be missing for a while."""
         wait, fails = 0.5, False
         while True:
             try:
@@ -141,7 +141,7 @@ class Child:
 
 
 async def log_if_it_dies(event: str, work: Coroutine[Any, Any, None]) -> None:
-    """Run `work`; log `event` with the traceback if it raises, and go no further."""
+    """Run `work`. If it raises an exception, log `event` with the traceback, and do not raise it again."""
     try:
         await work
     except Exception:

@@ -1,6 +1,7 @@
 """`python -m daemon.local.end_with_parent PARENT COMMAND …`: run a command, which gets SIGTERM when its parent dies.
 
-PARENT is the parent's process id. Asking for it here would be too late: a parent just killed has been replaced.
+PARENT is the parent's process id. This process cannot look it up itself, because after a kill of the parent it would
+get the id of a new parent.
 
 Linux keeps this setting (PR_SET_PDEATHSIG) across exec. On other systems the command simply runs.
 """
@@ -18,7 +19,7 @@ def main() -> None:
     parent, *command = sys.argv[1:]
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != int(parent):  # it died before the request
+    if os.getppid() != int(parent):  # the parent died before the request
         sys.exit(1)
     os.execv(command[0], command)
 

@@ -25,7 +25,7 @@ class FolderLock:
     async def keep_forever(self) -> None:
         """Lock again whenever the lock file, or the whole folder, was removed.
 
-        Raises SearchExistsError if another run was faster.
+        Raises SearchExistsError if another run has locked it first.
         """
         while True:
             await asyncio.sleep(LOOK_SECONDS)

@@ -1,6 +1,6 @@
 """`python -m daemon.local.llm_server --gguf FILE`: serve a GGUF file with an OpenAI-compatible API, using llama.cpp.
 
-See protocol/runtime/llama_server.py for how it ends, and for its key.
+protocol/runtime/llama_server.py describes its shutdown and its key.
 """
 
 import argparse

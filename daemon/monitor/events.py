@@ -15,7 +15,7 @@ _STATES = {
     "degraded": "degraded_changed",
     "finished": "finished_changed",
 }
-"""Fields of the status, and the events that report a new value."""
+"""Fields of the status, each with the event that reports its new value."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class StatusTracker:
         return [*changes(before, self.status), *(evaluation_event(e, best=best) for e, best in evaluations)]
 
     def redis_is_away(self) -> list[Event]:
-        """Call this instead of `update` while Redis cannot be read."""
+        """Note that Redis cannot be read, and return the resulting events. Call this instead of `update`."""
         if self.status is None:
             return []
         before, self.status = self.status, self.status.model_copy(update={"redis": "away"})
@@ -72,7 +72,7 @@ def changes(before: Status, after: Status) -> Iterator[Event]:
 
 
 def evaluation_event(evaluation: Evaluation, *, best: bool) -> Event:
-    """Return the event of a candidate's outcome: the one that the daemon logs, with the same fields."""
+    """Return the event of a candidate's outcome, with the name and the fields of the daemon's log entry."""
     outcome = evaluation.outcome
     fields = outcome_fields(evaluation.candidate, outcome)
     return Event(f"candidate_{outcome.kind}", {**fields, "best": best} if isinstance(outcome, Measured) else fields)

@@ -1,7 +1,7 @@
 """Heartbeat: measures how long the event loop is blocked.
 
-The whole daemon runs in one event loop: its heartbeat in Redis, the reaction to a pause, the HTTP API. A long
-computation delays all of them, so blocks are measured and reported.
+The whole daemon runs in one event loop, including its heartbeat in Redis, the reaction to a pause and the HTTP API. A
+long computation delays all of them, so blocks are measured and reported.
 """
 
 import asyncio
@@ -11,7 +11,7 @@ import structlog
 
 BEAT_SECONDS = 0.05
 LONG_SECONDS = 0.5
-"""Longer blocks are logged."""
+"""Blocks longer than this are logged."""
 
 log = structlog.get_logger()
 
@@ -23,8 +23,8 @@ class Heartbeat:
         self.longest_block = 0.0
         """The longest block since the start."""
         self.longest_busy_block = 0.0
-        """The most processor time of this thread in one block: the part caused by our own code, even on a busy
-        machine."""
+        """The longest processor time of this thread in one block. Unlike `longest_block`, it does not depend on how
+        busy the machine is."""
 
     async def run(self) -> None:
         """Run until cancelled. Log a block longer than LONG_SECONDS if it is the longest so far."""

@@ -1,7 +1,7 @@
 """Observer: observes the search of this process once a second, and publishes its status.
 
-It keeps the status and the events for the HTTP API. It also publishes what only this process knows: the condition in
-Redis, for `selfpruner status` and `watch`, and status.json in the folder, for when Redis has gone.
+It keeps the status and the events for the HTTP API. It also writes the condition, which only this process knows, to
+Redis, for `selfpruner status` and `watch`. In the folder it writes status.json, which can be read without Redis.
 """
 
 import asyncio
@@ -39,7 +39,7 @@ class ObservedChat(Protocol):
 
     @property
     def usage(self) -> Mapping[str, Usage]:
-        """Totals by endpoint name."""
+        """Total usage by endpoint name."""
         ...
 
     @property
@@ -49,14 +49,15 @@ class ObservedChat(Protocol):
 
 
 class Observer:
-    """Observes a search from its own process. `search`, `chat` and `counters` are set as it starts."""
+    """Observes a search in its own process. `search`, `chat` and `counters` are set while the search starts."""
 
     def __init__(
         self, redis: Redis, keys: Keys, spec: SearchSpec, folder: Path, folder_errors: FolderErrors | None = None
     ) -> None:
         self.redis, self.keys, self.spec = redis, keys, spec
         self._folder_errors = folder_errors or FolderErrors(folder)
-        # Not durable: the event loop, which renews the heartbeat, must not wait for a disk, and rewrites the file soon.
+        # Not durable, because the event loop, which renews the heartbeat, must not wait for a disk. A lost file is
+        # soon written again.
         self._file = AtomicFile(folder / STATUS_FILE, durable=False)
         self._folder_errors.watch(STATUS_FILE, lambda: self._file.is_gone)
         self._runtime_state = RuntimeStateReader(redis, keys)
@@ -98,7 +99,7 @@ class Observer:
         return self.search.state.population if self.search else self._history.population
 
     def begin(self, history: History) -> None:
-        """Publish what earlier processes did, until there is a search. Call it once this process is in charge."""
+        """Publish the `history` of earlier processes until `search` is set. Call it once this process is in charge."""
         self._history, self.counters = history, history.counters
         self._begun = True
 
@@ -111,7 +112,7 @@ class Observer:
             await asyncio.sleep(LOOK_SECONDS)
 
     async def look(self) -> None:
-        """Update status and events, and publish what is new. A server that is away is not an error."""
+        """Update status and events, and publish changes. An unreachable server is not an error."""
         if not self._begun:
             return
         async with self._looking:
@@ -136,7 +137,7 @@ class Observer:
             await self._publish(condition)
 
     def _log_once(self, error: Exception) -> None:
-        """Log an error that does not pass, such as missing permissions. Others log outages."""
+        """Log a permanent error once, such as missing permissions. Outages are logged elsewhere."""
         if not is_transient(error) and not self._error_logged:
             log.warning("status_not_read", error=str(error))
             self._error_logged = True

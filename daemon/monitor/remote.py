@@ -67,7 +67,7 @@ class RemoteSearch:
         return self._tracker.status
 
     async def changes(self) -> list[Event]:
-        """Return the events since the last observation; none at the first one."""
+        """Return the events since the last observation; the first observation has no events."""
         if not await self._reader.read():
             self._tracker = StatusTracker()
         profile = await self._profiles.read(self._spec.fingerprint)
@@ -85,7 +85,7 @@ class RemoteSearch:
         return self._tracker.update(observation)
 
     def redis_is_away(self) -> list[Event]:
-        """Call this when `changes` raised that Redis is away."""
+        """Note that `changes` failed because Redis is unreachable, and return the resulting events."""
         return self._tracker.redis_is_away()
 
     async def best_so_far(self) -> BestSoFar:
@@ -113,8 +113,8 @@ class RemoteSearch:
 async def open_remote(search: str, redis_url: str | None, folder: Path) -> AsyncIterator[RemoteSearch]:
     """Open the search called `search` under `redis_url`, or in its embedded server.
 
-    Raises UsageError if there is none, SettingsError for what the server refuses, also in the block, and StoreError for
-    what cannot be read.
+    Raises UsageError if there is no such search, or no server answers. Raises SettingsError if the server refuses the
+    user or a command, and StoreError if stored data cannot be read. Errors of Redis in the block are converted too.
     """
     keys = Keys(check_search_name(search))
     if redis_url is None:
@@ -166,7 +166,7 @@ def _not_running(folder: Path, search: str) -> str:
 
 
 def saved_status(folder: Path) -> Status | None:
-    """Return the last status of the search in `folder`, without its processes; None if it never began."""
+    """Return the last status of the search in `folder`, without daemon and workers; None if the search never began."""
     record = saved(folder, STATUS_FILE)
     if record is None:
         return None
@@ -179,7 +179,7 @@ def saved_status(folder: Path) -> Status | None:
 
 
 def saved_best(folder: Path) -> BestSoFar | None:
-    """Return the best of the search in `folder`, with its last status; None if it has measured no candidate."""
+    """Return the best candidate of the search in `folder`, with its last status; None if no candidate was measured."""
     record = saved(folder, BEST)
     if record is None:
         return None
@@ -196,7 +196,11 @@ async def ask(
     question: Callable[[RemoteSearch], Awaitable[T]],
     otherwise: Callable[[Path], T | None],
 ) -> T:
-    """Return a running search's answer, or what `otherwise` reads in the folder of one that ran here and has ended."""
+    """Return the answer of a running search to `question`.
+
+    If a search with an embedded server is not running, return the result of `otherwise` for its folder. Raises
+    NotRunning if that is None.
+    """
     try:
         async with open_remote(search, redis_url, folder) as remote:
             return await question(remote)
@@ -208,5 +212,5 @@ async def ask(
 
 
 async def best_so_far(search: str, redis_url: str | None, folder: Path) -> BestSoFar:
-    """Return the best of a running search, or of the folder of a search that ran here and has ended."""
+    """Return the best candidate of a running search, or of a search that ran on this machine and has ended."""
     return await ask(search, redis_url, folder, RemoteSearch.best_so_far, saved_best)

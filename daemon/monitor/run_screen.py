@@ -31,7 +31,7 @@ class Display:
         self._line = self._progress.add_task("search: waiting for the model", total=None)
         self._workers: dict[str, TaskID] = {}
         self._busy: set[str] = set()
-        """Workers whose task counts the steps of a stage instead of candidates."""
+        """Workers whose progress bar counts the steps of a stage instead of candidates."""
         self._search: tuple[Search, ControlWatcher] | None = None
 
     def follow(self, search: Search, control_watcher: ControlWatcher) -> None:
@@ -76,7 +76,7 @@ class Display:
                 self._workers[consumer] = self._progress.add_task("", total=None)
             busy = status.stage not in ("idle", "evaluating") and status.total > 0
             if busy != (consumer in self._busy):
-                # A task cannot lose its total, and its clock stops when it is full, so replace it.
+                # Replace Rich's task, because its total cannot be removed, and its clock stops when it is complete.
                 self._progress.remove_task(self._workers[consumer])
                 self._workers[consumer] = self._progress.add_task("", total=None)
                 self._busy ^= {consumer}
@@ -89,5 +89,5 @@ class Display:
 
 
 def _figures(best: Measured) -> str:
-    """Return the perplexity, after the divergence if the search minimises that."""
+    """Return the perplexity. If the search minimises the divergence, the divergence comes first."""
     return f"{best.perplexity:.2f}" if best.kl is None else f"kl {best.kl:.4f}, perplexity {best.perplexity:.2f}"

@@ -30,11 +30,11 @@ class _Value(BaseModel):
 
 
 class EndpointStatus(_Value):
-    """An LLM endpoint since the daemon started; `requests` counts HTTP requests, including retries."""
+    """An LLM endpoint, with totals since the daemon started. `requests` counts HTTP requests, including retries."""
 
     state: Literal["asked", "left alone"]
     reason: str | None = None
-    """Why it is not being asked."""
+    """Why the endpoint is not being asked."""
     requests: int
     errors: int
     prompt_tokens: int
@@ -42,14 +42,14 @@ class EndpointStatus(_Value):
 
 
 class Condition(_Value):
-    """What only the daemon knows; None before a daemon has published it."""
+    """Facts that only the daemon knows. They are None before a daemon has published them."""
 
     degraded: bool | None = None
     """Whether classical operators replace the LLM."""
     degraded_by: Degraded | None = None
-    """Why: no LLM endpoint answers (`endpoints`), or the LLM budget is used up (`budget`)."""
+    """Why they replace the LLM: no endpoint answers (`endpoints`), or the LLM budget is used up (`budget`)."""
     parents_source: Source | None = None
-    """What chose the parents of the last round: the LLM or the fallback."""
+    """Whether the LLM or the fallback chose the parents of the last round."""
     endpoints: dict[str, EndpointStatus] = {}
     finished: bool = False
     """Whether all rounds are done or the budget is used up."""
@@ -63,14 +63,14 @@ class QueueDepth(_Value):
 
 
 class Status(_Value):
-    """The progress of a search. Figures are None until something was measured."""
+    """The progress of a search. Figures are None until they have been measured."""
 
     search: str
     model: str
     rate: float
     fitness: Measure
     redis: Literal["answers", "away"] = "answers"
-    """If `away`, the status is the last one known."""
+    """`away` means that Redis does not answer, and that this is the last known status."""
     control: Command
     daemon: str | None
     workers: tuple[WorkerStatus, ...]
@@ -119,7 +119,7 @@ class RuntimeState:
 
 
 class RuntimeStateReader:
-    """Reads the runtime state of a search; raises the Redis client's errors while the server is away."""
+    """Reads the runtime state of a search. Raises the Redis client's errors while the server is unreachable."""
 
     def __init__(self, redis: Redis, keys: Keys) -> None:
         self._redis: Any = redis  # its annotations cannot say that replies are str
@@ -127,9 +127,9 @@ class RuntimeStateReader:
         self._control = Control(redis, keys)
 
     async def read(self, seconds: float = 2.0) -> RuntimeState:
-        """Return the current state. Raises TimeoutError after so many seconds."""
+        """Return the current state. Raises TimeoutError after `seconds`."""
         async with asyncio.timeout(seconds):
-            # First, because Control waits for a server that is away, and logs it.
+            # Read this first, because it raises if the server is unreachable. Control would wait for it and log that.
             daemon = await self._redis.get(self._keys.daemon)
             found = await read_workers(self._redis, self._keys)
             return RuntimeState(
@@ -167,7 +167,7 @@ class Observation:
 
 @dataclass
 class Tally:
-    """Counts over a history. Each update costs as much as what is new, because a history only grows."""
+    """Counts over a history. An update reads only the new entries, because a history only grows."""
 
     by_source: Counter[str] = field(default_factory=Counter)
     outcomes: Counter[tuple[str, str]] = field(default_factory=Counter)
@@ -179,7 +179,7 @@ class Tally:
     _best: float = float("inf")
 
     def take(self, ledger: dict[str, Candidate], population: Population) -> list[tuple[Evaluation, bool]]:
-        """Count what is new. Returns the new evaluations, each with whether it was the best so far."""
+        """Count new candidates and outcomes. Returns the new evaluations, each with True if it was the best so far."""
         for candidate in islice(reversed(ledger.values()), len(ledger) - self._issued):
             self.round = max(self.round, candidate.provenance.round)
             self.by_source[_source(candidate)] += 1
@@ -208,7 +208,7 @@ def llm_tokens(counters: Mapping[str, float]) -> dict[str, int]:
 
 
 def make_status(observation: Observation, tally: Tally) -> Status:
-    """Return the status of a search; `tally` has counted the observation."""
+    """Return the status of a search. `tally` must already have counted the observation's history."""
     best = observation.population.best()
     outcome = best.outcome if best and isinstance(best.outcome, Measured) else None
     proposals = {source: count for source, count in tally.by_source.items() if source != "baseline"}

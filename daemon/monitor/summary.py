@@ -25,7 +25,7 @@ WEAK_BASELINE = (
 
 
 class Row(Value):
-    """One model, such as the dense one or the best. Figures are None if they were not measured."""
+    """The figures of one model, such as the dense model or the best candidate. Unmeasured figures are None."""
 
     perplexity: float | None
     report_perplexity: float | None = None
@@ -53,7 +53,7 @@ class Summary(Value):
     dense: Row
     uniform: Row
     best_allocation: Row | None
-    """The best of the allocations in the first population (search.seeds)."""
+    """The best allocation in the first population (search.seeds)."""
     best: Row | None
     rates: tuple[float, ...]
     """The rates of the best candidate."""
@@ -110,7 +110,7 @@ def _dense_row(spec: SearchSpec, profile: ModelProfile) -> Row:
 
 
 def _best_allocation(population: Population) -> Evaluation | None:
-    """Return the best of the allocations in the first population, if there are any."""
+    """Return the best allocation in the first population, or None if there is no allocation in it."""
     return next((e for e in population.top(None) if e.candidate.provenance.source == "allocation"), None)
 
 
@@ -169,7 +169,7 @@ def _table(summary: Summary) -> Table:
 
 @dataclass(frozen=True)
 class _Column:
-    """A column of the table: a figure of each row."""
+    """A column of the table, which shows one figure of each row."""
 
     title: str
     of: Callable[[Row], float | None]
@@ -177,7 +177,7 @@ class _Column:
 
 
 def _columns(summary: Summary) -> list[_Column]:
-    """Return the columns. The minimised figure comes first, and the ratio is taken of it."""
+    """Return the columns. The minimised figure comes first, and the ratio is computed from it."""
     kl = [_Column("kl", lambda row: row.kl, 4), _Column("kl on the report text", lambda row: row.report_kl, 4)]
     perplexity = [
         _Column("perplexity", lambda row: row.perplexity, 2),

@@ -26,7 +26,8 @@ Show = Callable[[Status, Sequence[Evaluation], Sequence[Event]], None]
 async def follow(remote: RemoteSearch, folder: Path | None, show: Show) -> None:
     """Read a search's state once a second, and show it, until the search ends.
 
-    `folder` belongs to a search whose embedded server ends with it. Without it, wait for a server that is away.
+    `folder` is given if the search has an embedded server, which ends with the search. Without `folder`, wait while the
+    server is unreachable.
     """
     show(await remote.status(), remote.top(SHOWN_MEMBERS), ())
     while not (remote.last_status.finished and remote.last_status.daemon is None):
@@ -46,7 +47,7 @@ async def follow(remote: RemoteSearch, folder: Path | None, show: Show) -> None:
 
 
 def json_lines(to: TextIO) -> Show:
-    """Return what writes the first status and then each event, one JSON object per line."""
+    """Return a function that writes the first status and then each event, as one JSON object per line."""
     begun = False
 
     def show(status: Status, _members: Sequence[Evaluation], events: Sequence[Event]) -> None:
@@ -63,7 +64,7 @@ def json_lines(to: TextIO) -> Show:
 
 
 def on_screen(live: Live, screen: Screen) -> Show:
-    """Return what keeps `live` up to date with `screen`."""
+    """Return a function that adds a status and events to `screen`, and shows it on `live`."""
 
     def show(status: Status, members: Sequence[Evaluation], events: Sequence[Event]) -> None:
         screen.take(status, events)

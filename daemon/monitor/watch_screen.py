@@ -22,7 +22,7 @@ RATE_SECONDS = 120.0
 
 
 class Screen:
-    """Keeps what a status does not contain: the last events, and the rate of measurements."""
+    """Keeps the last events and the rate of measurements, which a status does not contain."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
@@ -40,7 +40,7 @@ class Screen:
 
     @property
     def per_minute(self) -> float | None:
-        """Candidates measured per minute over the last two minutes; None for the first seconds."""
+        """Candidates measured per minute over the last two minutes; None during the first five seconds."""
         (first, before), (last, now) = self._counts[0], self._counts[-1]
         return 60 * (now - before) / (last - first) if last - first >= 5 else None
 
@@ -57,7 +57,7 @@ class Screen:
 
 
 SOURCES = {"llm": "LLM", "allocation": "seeds"}
-"""Names of candidate sources on a screen, if they differ."""
+"""Names of candidate sources on a screen, if they differ from the names in the status."""
 
 
 def status_tables(status: Status) -> Iterator[RenderableType]:

@@ -25,7 +25,10 @@ class Admission:
         self._settings, self._state, self._budget, self._queue = settings, state, budget, queue
 
     async def submit(self, rates: Sequence[float], provenance: Provenance) -> Accepted | Refused:
-        """Make proposed rates feasible, refuse a known plan, and enqueue a new one."""
+        """Make proposed rates feasible and enqueue their plan if it is new.
+
+        A known plan is refused, unless the same call proposed it before a restart.
+        """
         spec, shape = self._state.spec, self._state.profile.shape
         try:
             feasible = spec.feasible(tuple(rates), shape)
@@ -47,14 +50,14 @@ class Admission:
         await self.measure(spec.uniform_plan(shape), spec.uniform_rates(shape), text=text)
 
     async def measure(self, plan: Plan, rates: Sequence[float], *, text: Text) -> None:
-        """Enqueue a plan outside the budget, unless it is known on this text."""
+        """Enqueue a plan outside the budget, unless the ledger has it for this text."""
         provenance = Provenance(agent="baseline", source="allocation", round=0)
         id_ = candidate_id(plan, self._state.spec.fingerprint, text)
         if id_ not in self._state.ledger:
             await self._enqueue(Candidate(id=id_, rates=tuple(rates), plan=plan, provenance=provenance, text=text))
 
     async def _enqueue(self, candidate: Candidate) -> None:
-        # Into the ledger first, so that a concurrent agent cannot propose it again.
+        # Add it to the ledger first, so that a concurrent agent cannot propose the same plan.
         self._state.ledger[candidate.id] = candidate
         self._state.proposals.add(candidate)
         with bound_contextvars(candidate=candidate.id):
@@ -63,9 +66,10 @@ class Admission:
 
 
 def race_of_round(settings: SearchSettings, population: Population, round_: int) -> Race | None:
-    """Return what candidates of a round race against: the K-th best of earlier rounds, if there is one.
+    """Return the race of a round's candidates; None if search.first_windows is not set.
 
-    With evolution it is the best, because all offspring have the best as their parent.
+    Their rival is the K-th best candidate of earlier rounds, if there are K. With evolution the rival is the best
+    candidate, because it is the parent of all offspring.
     """
     if settings.first_windows is None:
         return None

@@ -21,7 +21,7 @@ class Budget:
         self._proposals: Proposals = state.proposals
         self._time_is_up = False
         self._tokens: Counter[int] = Counter()
-        """Measured tokens by the candidates' round."""
+        """Number of tokens measured for the candidates of each round."""
         for evaluation in state.population:
             self.count(evaluation)
 
@@ -42,9 +42,9 @@ class Budget:
         return len(self._proposals)
 
     def tokens_are_used_up(self, *, before: int | None = None) -> bool:
-        """Whether search.max_tokens are used up, counting only rounds `before` the given one.
+        """Whether search.max_tokens are used up. With `before`, only the tokens of earlier rounds count.
 
-        With `before`, the decision to begin a round does not depend on what was already measured of that round.
+        The decision to begin a round then does not depend on how much of that round was already measured.
         """
         most = self._settings.max_tokens
         if most is None:

@@ -13,7 +13,7 @@ from protocol.plans.spec import NAMED_TEXTS
 from protocol.runtime.paths import is_same_file
 
 TOKENS_BESIDE_LISTS = 600
-"""Tokens of a prompt for lists, besides the lists."""
+"""Number of tokens in a prompt for lists, in addition to the lists."""
 
 log = structlog.get_logger()
 
@@ -26,7 +26,7 @@ def warn_of_texts(settings: Settings) -> None:
 
 
 def is_searched_on(report: str, fitness: str) -> bool:
-    """Whether both texts are the same file; named texts have a separate part for reports."""
+    """Whether both texts are the same file. False for named texts, which have a separate part for reports."""
     return not {report, fitness} & {*NAMED_TEXTS} and is_same_file(report, fitness)
 
 
@@ -50,7 +50,7 @@ def check_budget(search: SearchSettings, tokens: int) -> None:
 def check_lists(settings: Settings, contexts: Mapping[str, int | None], units: int) -> None:
     """Raise SettingsError if the longest prompt for `lists` and its reply do not fit an endpoint's context.
 
-    `contexts` are context lengths in tokens by endpoint name, or None if unknown.
+    `contexts` has the context length in tokens of each endpoint name, or None if the length is unknown.
     """
     lists = _most_lists(settings)
     needed = TOKENS_BESIDE_LISTS + lists * units * TOKENS_PER_RATE
@@ -64,10 +64,10 @@ def check_lists(settings: Settings, contexts: Mapping[str, int | None], units: i
 
 
 def check_lists_somewhere(settings: Settings, contexts: Mapping[str, int | None], units: int) -> None:
-    """Raise SettingsError as `check_lists`, but only if all contexts are known and the largest is too small.
+    """Raise SettingsError like `check_lists`, but only if all contexts are known and the largest is too small.
 
-    For contexts that endpoints report: one that is away at the start reports nothing, and a small context beside a
-    larger one only costs the questions that are tried there.
+    Use it for contexts that endpoints report. An endpoint that is unreachable at the start reports no context. If only
+    some endpoints have a small context, long questions fail there and are sent to the other endpoints.
     """
     known = [(context, name) for name, context in contexts.items() if context is not None]
     if known and len(known) == len(contexts):
@@ -76,7 +76,7 @@ def check_lists_somewhere(settings: Settings, contexts: Mapping[str, int | None]
 
 
 def _most_lists(settings: Settings) -> int:
-    """Return the most lists that a question shows and asks for; 0 if no agent asks for lists."""
+    """Return the largest number of lists in one prompt and its reply together; 0 if no agent asks for lists."""
     search, llm = settings.search, settings.llm
     if llm.reply != "lists" or search.proposer not in ("llm", "best-of-n"):
         return 0
@@ -85,7 +85,7 @@ def _most_lists(settings: Settings) -> int:
         return min(count, llm.proposals_per_call or count)
 
     def bred(count: int) -> int:
-        return 1 if search.mode == "steady-state" else asked(count)  # each turn asks for one
+        return 1 if search.mode == "steady-state" else asked(count)  # each question asks for one list
 
     first = search.population - len(search.seeds)
     offspring = search.mutations + search.crossovers

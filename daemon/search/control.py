@@ -1,4 +1,4 @@
-"""Follows the control key of a search: a gate that closes while paused, and an error when stopped."""
+"""Follows the control key of a search: closes a gate while it is paused, and raises an error when it is stopped."""
 
 import asyncio
 
@@ -8,7 +8,7 @@ from protocol.errors import SelfPrunerError
 from protocol.queue.control import Command, Control
 
 POLL_SECONDS = 0.5
-"""A pause must take effect within two seconds, even with a slow server."""
+"""Interval between reads of the control key. A pause must take effect within two seconds, even with a slow server."""
 
 log = structlog.get_logger()
 
@@ -32,7 +32,7 @@ class ControlWatcher:
         self._obey(await self._control.read())
 
     async def watch(self) -> None:
-        """Follow the key until cancelled; raises StopRequested."""
+        """Follow the key until cancelled. Raises StopRequested after the command `stop`."""
         while True:
             self._obey(await self._control.read())
             if self.command == "stop":
@@ -40,7 +40,7 @@ class ControlWatcher:
             await asyncio.sleep(POLL_SECONDS)
 
     async def gate(self) -> None:
-        """Wait while paused."""
+        """Wait while the search is paused."""
         await self._open.wait()
 
     def _obey(self, command: Command) -> None:

@@ -1,4 +1,4 @@
-"""Build the agents that a search's settings ask for: the LLM's, or a method to compare them with."""
+"""Build the agents that a search's settings ask for: LLM agents, or a baseline method."""
 
 from agents.baselines.classical import OperatorAgent, RandomInitializer, TournamentSelector
 from agents.baselines.evolution import sample_switches
@@ -21,7 +21,7 @@ from daemon.settings.search import SearchSettings
 
 
 def make_agents(search: SearchSettings, llm: LlmSettings, chat: ChatClient) -> Agents:
-    """Return the agents of a search; those that ask an LLM ask `chat`.
+    """Return the agents of a search. LLM agents send their questions to `chat`.
 
     Raises SettingsError if a package is missing.
     """

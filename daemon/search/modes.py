@@ -10,25 +10,25 @@ from agents.population.view import Accepted, Member, Refused, Submit, View
 from daemon.settings.search import SearchSettings
 from protocol.plans.candidate import Provenance
 
-if TYPE_CHECKING:  # a mode is handed its search, which runs it
+if TYPE_CHECKING:  # the import would be circular, because a search runs its mode
     from daemon.search.search import Search
 
 FRUITLESS_TURNS = 50
-"""Consecutive turns without a new plan after which the search gives up."""
+"""The search ends after this many consecutive questions without a new plan."""
 
 Rounds = Callable[["Search"], Awaitable[None]]
-"""What a search does after its first population."""
+"""Runs the rounds of a search after its first population."""
 
 log = structlog.get_logger()
 
 
 def rounds_of(settings: SearchSettings) -> Rounds:
-    """Return the rounds that search.mode asks for."""
+    """Return the function that runs the rounds in the mode search.mode."""
     return generations if settings.mode == "generational" else steady_state
 
 
 async def generations(search: "Search") -> None:
-    """Run rounds in which offspring are made from earlier rounds; each waits for all outcomes."""
+    """Run rounds whose offspring come from earlier rounds. Each round waits for all earlier outcomes."""
     for round_ in range(1, search.settings.rounds + 1):
         await search.keeper.settled()
         if search.budget.remaining <= 0 or search.budget.tokens_are_used_up(before=round_):
@@ -57,7 +57,7 @@ async def _generation(search: "Search", round_: int) -> None:
 
 
 def _after(earlier: asyncio.Task[int], submit: Submit) -> Submit:
-    """Return a `submit` that waits for the `earlier` proposals, so that duplicates do not depend on timing."""
+    """Return a `submit` that waits for `earlier`, so that timing does not decide which of two equal plans counts."""
 
     async def later(rates: Sequence[float], provenance: Provenance) -> Accepted | Refused:
         await asyncio.wait({earlier})
@@ -67,17 +67,17 @@ def _after(earlier: asyncio.Task[int], submit: Submit) -> Submit:
 
 
 async def steady_state(search: "Search") -> None:
-    """After each outcome, ask the next question with the newest population.
+    """After each outcome, ask the next question with the newest population. Each question is a round for one candidate.
 
     At most `search.max_in_flight` candidates are asked for, queued or being measured. Parents are selected once per
-    that many turns, so they are at most twice that many outcomes out of date. A turn is a round with one candidate. The
-    order of outcomes decides what is asked next, so two runs with the same answers can differ.
+    `max_in_flight` rounds, so their selection lacks at most the last 2 · `max_in_flight` outcomes. The order of
+    outcomes decides what is asked next, so two runs with the same answers can differ.
     """
     await search.keeper.until(lambda waiting: waiting == 0 or len(search.state.population) >= 2)
     if len(search.state.population) < 2:
-        return  # nothing to breed from
+        return  # breeding needs two members
     async with _Turns(search) as turns:
-        # A question may yield no candidate, so wait for the last ones before the budget counts as used.
+        # A question may yield no candidate, so the budget is not used up until the last questions are answered.
         while turns.asking or turns.may_begin():
             under_way = search.keeper.waiting + len(turns.asking)
             if turns.may_begin() and under_way < search.settings.max_in_flight:
@@ -87,7 +87,7 @@ async def steady_state(search: "Search") -> None:
 
 
 class _Turns:
-    """The open questions, which are cancelled at the end of the block."""
+    """The questions without an answer, each a round of its own. They are cancelled at the end of the block."""
 
     def __init__(self, search: "Search") -> None:
         self._search = search
@@ -138,7 +138,7 @@ class _Turns:
         self.fruitless = 0 if made else self.fruitless + 1
 
     async def _chosen(self, view: View) -> Sequence[Member]:
-        """Return the parents, selected once per max_in_flight turns."""
+        """Return the parents, which are selected once per max_in_flight rounds."""
         if self._search.agents.selector is None:
             return view.population
         period = view.round // self._search.settings.max_in_flight

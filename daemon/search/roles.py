@@ -11,7 +11,7 @@ class InitializerRole(Protocol):
     """Makes the first population."""
 
     async def propose(self, view: View, count: int, submit: Submit, /) -> int:
-        """Get `count` candidates accepted; return how many were."""
+        """Propose until `count` candidates are accepted or no new plan is found. Returns the number accepted."""
         ...
 
 
@@ -27,13 +27,16 @@ class OffspringRole(Protocol):
     """Makes offspring: a Mutator or a Crossover."""
 
     async def propose(self, view: View, parents: Sequence[Member], count: int, submit: Submit, /) -> int:
-        """Get `count` offspring of `parents` accepted; return how many were."""
+        """Propose offspring of `parents`, as InitializerRole.propose does. Returns the number accepted."""
         ...
 
 
 @dataclass(frozen=True)
 class Agents:
-    """The agents of a search. Without a Selector all members are parents; without a Crossover the Mutator makes all."""
+    """The agents of a search.
+
+    Without a Selector all members are parents. Without a Crossover the Mutator makes all offspring.
+    """
 
     initializer: InitializerRole
     selector: SelectorRole | None

@@ -45,7 +45,7 @@ class Search:
         self.admission = Admission(settings, state, self.budget, queue)
         self.keeper = PopulationKeeper(queue, state.population, state.ledger, on_evaluation=self._note)
         self.parents_source: Source | None = None
-        """What chose the parents of the last round: the LLM or the fallback."""
+        """Whether the LLM or the fallback chose the parents of the last round."""
         self.round = max((c.provenance.round for c in state.ledger.values()), default=0)
 
     async def run(self, rounds: Callable[["Search"], Awaitable[None]]) -> None:
@@ -71,7 +71,7 @@ class Search:
             await self.agents.initializer.propose(self.view(0), count, self.admission.submit)
 
     async def select(self, view: View) -> Sequence[Member]:
-        """Return the parents for this view's round, from an earlier process if it has selected them."""
+        """Return the parents for this view's round. If an earlier process selected them, return its selection."""
         selector = self.agents.selector
         if selector is None:
             return view.population
@@ -85,7 +85,7 @@ class Search:
         return [members[id_] for id_ in chosen if id_ in members]
 
     async def _report(self) -> None:
-        """Measure uniform and the best on the report text."""
+        """Measure uniform pruning and the best candidate on the report text."""
         best = self.state.population.best()
         if self.state.spec.report is not None and best is not None:
             await self.admission.measure_uniform(text="report")

@@ -1,4 +1,4 @@
-"""The view of a round for the agents: the same at any moment of the round."""
+"""The view of a round for the agents, which does not change during the round."""
 
 from functools import partial
 from itertools import islice
@@ -10,11 +10,11 @@ from protocol.plans.candidate import Measured, Stopped
 
 SHOWN_BEST = 500
 SHOWN_RECENT = 200
-"""Limits on the candidates in a view, so that its cost does not grow with the search."""
+"""Maximum numbers of best and of recent candidates in a view, so that its cost does not grow with the search."""
 
 
 def view_of_round(state: SearchState, size: int, round_: int) -> View:
-    """Return what the agents see in a round; `size` is that of the population."""
+    """Return what the agents see in a round; `size` is the population size."""
     measured = tuple(
         Member(e.candidate, e.outcome.fitness)
         for e in state.population.top(max(SHOWN_BEST, size), before=round_)

@@ -16,7 +16,7 @@ Calls = dict[tuple[AgentName, int], frozenset[str]]
 
 
 class Proposals:
-    """Counts of the agents' candidates in a ledger, kept as they come, so that reading them is cheap."""
+    """Counts of the agents' candidates in a ledger, updated with each candidate, so that reading them is cheap."""
 
     def __init__(self, ledger: Iterable[Candidate]) -> None:
         self.by_agent: Counter[str] = Counter()
@@ -52,13 +52,17 @@ class Proposals:
         return sum(count for (_, made_in), count in self._made.items() if made_in < round_)
 
     def calls(self, round_: int) -> Calls:
-        """Return the ids that each call of a round has made."""
+        """Return the ids of the candidates that each call has made in a round."""
         return {call: frozenset(ids) for call, ids in self._rounds.get(round_, {}).items()}
 
 
 @dataclass
 class SearchState:
-    """The state of one search. The PopulationKeeper alone writes the population; Admission writes the rest."""
+    """The state of one search.
+
+    Only the PopulationKeeper writes the population, only Admission the ledger and the proposals, and only Search the
+    selections.
+    """
 
     spec: SearchSpec
     profile: ModelProfile
@@ -75,5 +79,5 @@ class SearchState:
 
     @classmethod
     def of(cls, spec: SearchSpec, profile: ModelProfile, history: History) -> Self:
-        """Return the state that earlier processes have left."""
+        """Return the state of the search that earlier processes have recorded in `history`."""
         return cls(spec, profile, history.ledger, history.population, history.selections)

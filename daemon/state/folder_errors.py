@@ -1,4 +1,4 @@
-"""Errors of a search's folder: files that cannot be written (a full disk), or that others have changed."""
+"""Errors of a search's folder: files that cannot be written (a full disk), or that another program has changed."""
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -11,7 +11,7 @@ log = structlog.get_logger()
 
 
 class FolderErrors:
-    """Tracks the files of a folder that fail or were changed. Logs once when that begins and once when it ends.
+    """Tracks the files of a folder that could not be written, or were changed. Logs new problems, and their end.
 
     Thread-safe.
     """
@@ -30,7 +30,7 @@ class FolderErrors:
             return sorted(self._failing)
 
     def watch(self, name: str, is_gone: Callable[[], bool]) -> None:
-        """Watch the file `name`; `is_gone` says, in any thread, whether it was removed."""
+        """Watch the file `name`. `is_gone` returns whether it was removed, and may be called from any thread."""
         with self._lock:
             self._watched[name] = is_gone
 
@@ -47,7 +47,7 @@ class FolderErrors:
 
     @contextmanager
     def writing(self, name: str) -> Iterator[None]:
-        """Write the file `name` in the block. An OSError is suppressed, and logged if it is the first."""
+        """Write the file `name` in the block. An OSError is suppressed, and logged if no other file was failing."""
         try:
             yield
         except OSError as error:

@@ -1,7 +1,7 @@
 """The history of a search in Redis: every candidate issued and every outcome applied, read in small parts.
 
-A long search has 100,000 candidates. Reading them at once would block the server, and parsing them the event loop, for
-seconds. A daemon without a heartbeat for that long is considered dead.
+A long search has 100,000 candidates. Reading them at once would block the server for seconds, and parsing them would
+block the event loop. A daemon that sends no heartbeat for that long is considered dead.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ class Ask(Protocol):
     """Sends a request to the server: a RedisRetry, or `at_once`."""
 
     async def __call__(self, operation: Callable[[], Awaitable[T]], /) -> T:
-        """Return the answer."""
+        """Return the server's answer to `operation`."""
         ...
 
 
@@ -48,7 +48,7 @@ class History:
 
 @dataclass(frozen=True)
 class Memory:
-    """What a running daemon knows; with the spec, enough to restore a server that has lost its data."""
+    """What a running daemon knows. Together with the spec, it is enough to restore a server that has lost its data."""
 
     history: History
     profile: ModelProfile | None
@@ -64,8 +64,8 @@ async def at_once(operation: Callable[[], Awaitable[T]], /) -> T:
 class HistoryReader:
     """Reads the `history` of a search from Redis: all of it at first, then what is new.
 
-    Each request is sent with `ask`. Damaged entries are left out and counted: a flipped bit, or a value set by hand,
-    must not end a search.
+    Each request is sent with `ask`. Damaged entries are left out and counted, because a flipped bit, or a value set by
+    hand, must not end a search.
     """
 
     def __init__(self, redis: Redis, keys: Keys, ask: Ask = at_once) -> None:
@@ -74,9 +74,10 @@ class HistoryReader:
         self._begin()
 
     async def read(self) -> bool:
-        """Read what is new, except selections. Returns False if the search in Redis was replaced or emptied since.
+        """Read new candidates and outcomes, and the counters, but no selections.
 
-        Raises StoreError if another version wrote it.
+        Returns False if the search in Redis was replaced or emptied since the last read. Raises StoreError if another
+        version wrote it.
         """
         keys, history = self._keys, self.history
         issued, applied, state = await self._ask(self._lengths)
@@ -107,8 +108,8 @@ class HistoryReader:
         return True
 
     async def _lengths(self) -> Any:
-        """Return the numbers of candidates and outcomes, and the counters, of one moment while the search continues."""
-        pipe = self._redis.pipeline(transaction=True)  # new at each try, because it forgets its commands
+        """Return the numbers of candidates and outcomes, and the counters, all of the same moment."""
+        pipe = self._redis.pipeline(transaction=True)  # new for each try, because execute() clears it
         pipe.llen(self._keys.issued).llen(self._keys.applied).hgetall(self._keys.state)
         return await pipe.execute()
 
@@ -135,7 +136,10 @@ async def load_history(redis: Redis, keys: Keys, ask: Ask = at_once) -> History:
 
 
 def read_candidate(keys: Keys, id_: str, text: str) -> Candidate | None:
-    """Return the ledger's candidate `id_`; None if it is damaged. Raises StoreError for another version's."""
+    """Return the candidate `id_` from its text in the ledger; None if it is damaged.
+
+    Raises StoreError if another version wrote it.
+    """
     candidate = parse_unless_damaged(Candidate, text, f"{keys.candidates} {id_}")
     return candidate if candidate and candidate.id == id_ else None
 
@@ -143,9 +147,9 @@ def read_candidate(keys: Keys, id_: str, text: str) -> Candidate | None:
 async def entries(
     redis: Redis, order: str, hash_: str, *, start: int = 0, stop: int | None = None, ask: Ask = at_once
 ) -> AsyncIterator[tuple[str, str]]:
-    """Yield the ids of the list `order` from `start` to before `stop`, each with its text in the hash, or "".
+    """Yield the ids of the list `order` from index `start` to before index `stop`, each with its text in the hash.
 
-    Reads PART of them at a time, so that other tasks can run.
+    A missing text is "". PART entries are read at a time, so that other tasks can run.
     """
     client: Any = redis
     while stop is None or start < stop:
@@ -159,7 +163,7 @@ async def entries(
 
 
 def read_counters(state: Mapping[str, str]) -> dict[str, float]:
-    """Return the counters in the hash that are finite and not negative; others are damaged."""
+    """Return the valid counters in the hash: those that are finite and not negative."""
     counters = {}
     for name, text in state.items():
         with contextlib.suppress(ValueError):

@@ -1,8 +1,9 @@
 """The folder of a search: spec, profile, best, every evaluation, the LLM's transcript and the log.
 
-Redis has the authoritative state. The folder is a copy that outlives it, from which a start restores what the server
-has lost (daemon/state/recovery.py). `evaluations.jsonl` is rewritten from the history at every start, so a kill leaves
-neither gaps nor duplicates. Files that another process removes or changes are rewritten within RETRY_SECONDS.
+Redis has the authoritative state. The folder is a copy that survives the server. If the server has lost data, the next
+start restores it from the folder (daemon/state/recovery.py). `evaluations.jsonl` is rewritten from the history at every
+start, so a kill leaves neither gaps nor duplicates. Files that another process removes or changes are rewritten within
+RETRY_SECONDS.
 """
 
 import asyncio
@@ -40,8 +41,8 @@ log = structlog.get_logger()
 class Journal:
     """Writes the files of one search in `folder`. If the disk is full, it logs that and writes later.
 
-    Writes happen in a thread, in order. The transcript is written before an answer is used, so that a restarted daemon
-    asks nothing twice.
+    The copy of the search is written in a thread, in order. Each answer of the LLM is written to the transcript before
+    it is used, so that a restarted daemon asks no question twice.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -65,7 +66,7 @@ class Journal:
         self._write_copy()
 
     def evaluation(self, evaluation: Evaluation, *, is_best: bool) -> None:
-        """Append one evaluation, and replace best.json by the best."""
+        """Append one evaluation. If it is the best so far, also replace best.json."""
         assert self._copy is not None, "begin() comes first"
         self._copy.evaluations.append(evaluation)
         if is_best:
@@ -82,7 +83,7 @@ class Journal:
             write_atomically(self.folder / name, json_text(record))
 
     def keep(self, name: str, text: str, *, mode: int) -> None:
-        """Write the file `name` with these permissions, and again whenever it was removed or changed."""
+        """Write the file `name` with the permissions `mode`, and write it again whenever it was removed or changed."""
         self._kept[name] = file = AtomicFile(self.folder / name, durable=False, mode=mode)
         self.folder_errors.watch(name, lambda: file.is_gone)
         with self.folder_errors.writing(name):
@@ -93,7 +94,7 @@ class Journal:
         while True:
             await asyncio.sleep(RETRY_SECONDS)
             self._transcript.write()
-            if self._written is None or self._written.done():  # else the disk is stuck
+            if self._written is None or self._written.done():  # otherwise the disk has not finished the last write
                 self._write_copy()
                 self._disk.submit(copy_context().run, _logging_errors, self._write_kept)
 
@@ -103,8 +104,8 @@ class Journal:
         return self.folder / TRANSCRIPT
 
     def begin_transcript(self) -> None:
-        """Rename an earlier search's transcript to `transcript.1.jsonl` and so on."""
-        self._transcript.write()  # it may have been removed
+        """Rename the transcript of an earlier search to `transcript.1.jsonl`, or to the next free number."""
+        self._transcript.write()  # this restores the file if it was removed
         if self._transcript.is_empty:
             return
         self._transcript.close()
@@ -140,7 +141,7 @@ class Journal:
 
 
 def _logging_errors(write: Callable[[], None]) -> None:
-    """Do `write` in a thread, and log errors that would otherwise be lost."""
+    """Call `write` in a thread, and log errors, which would otherwise be lost."""
     try:
         write()
     except Exception:
@@ -148,7 +149,7 @@ def _logging_errors(write: Callable[[], None]) -> None:
 
 
 class _Copy:
-    """The evaluations, the best, the spec and the profile; `write` brings the files up to date."""
+    """The evaluations, the best candidate, the spec and the model profile. `write` brings their files up to date."""
 
     def __init__(
         self, folder: Path, folder_errors: FolderErrors, search: str, spec: SearchSpec, profile: ModelProfile
@@ -170,7 +171,7 @@ class _Copy:
         folder_errors.watch(EVALUATIONS, lambda: self._lines is not None and self._lines.is_gone)
 
     def write(self) -> None:
-        """Write what is new, and rewrite what was changed. Runs in a thread while the evaluations grow."""
+        """Write new data, and rewrite changed files. Runs in a thread while evaluations are added."""
         changed = self._changed()
         if changed:
             self._folder_errors.changed(changed)
@@ -213,7 +214,7 @@ class _Copy:
 
 
 def evaluation_record(evaluation: Evaluation) -> dict[str, Any]:
-    """Return an evaluation as a flat JSON object; if it was stopped, with its race, for the estimated fitness."""
+    """Return an evaluation as a JSON object. A stopped one includes its race, from which its fitness is estimated."""
     candidate, outcome = evaluation.candidate, evaluation.outcome
     race = candidate.race if isinstance(outcome, Stopped) else None
     return {
@@ -236,7 +237,7 @@ def candidate_record(candidate: Candidate) -> dict[str, Any]:
 
 
 def best_record(search: str, spec: SearchSpec, shape: ModelShape, best: Evaluation) -> dict[str, Any]:
-    """Return the contents of best.json: all that is needed to prune the model again."""
+    """Return the contents of best.json: everything that is needed to prune the model again."""
     assert isinstance(best.outcome, Measured)
     return {
         "search": search,

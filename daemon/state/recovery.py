@@ -1,7 +1,7 @@
 """Recovery from the folder's copy `evaluations.jsonl` if the server lost data while no daemon ran.
 
-Candidates without an outcome, and the selection of an incomplete round, are not in it. A restart asks for them again
-and finds the answers in the transcript.
+The copy does not contain candidates without an outcome, or the parents selected in an incomplete round. After a
+restart, the agents ask for them again and find the answers in the transcript.
 """
 
 import json
@@ -22,7 +22,7 @@ from protocol.queue.control import Command
 
 
 class _LastStatus(BaseModel):
-    """What recovery needs of status.json."""
+    """The fields of status.json that recovery needs."""
 
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
 
@@ -33,7 +33,7 @@ class _LastStatus(BaseModel):
 
 
 def _last_status(folder: Path) -> _LastStatus:
-    """Return the last status file, or the defaults if there is none that can be read."""
+    """Return the last status file, or the defaults if it is missing or unreadable."""
     try:
         return _LastStatus.model_validate(saved(folder, STATUS_FILE) or {})
     except (UsageError, ValidationError):
@@ -41,10 +41,10 @@ def _last_status(folder: Path) -> _LastStatus:
 
 
 def recovered(folder: Path, spec: SearchSpec, history: History) -> History | None:
-    """Return the server's `history` plus what only the copy in `folder` has; None if that is nothing.
+    """Return the server's `history` plus the evaluations that only the copy in `folder` has; None if there are none.
 
-    Raises SearchExistsError for the copy of a search with another spec, and UsageError for one that cannot be read. The
-    daemon would overwrite them otherwise.
+    Raises SearchExistsError if the copy is of a search with another spec, and UsageError if it cannot be read.
+    Otherwise the daemon would overwrite it.
     """
     path = folder / EVALUATIONS
     lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
@@ -61,7 +61,7 @@ def recovered(folder: Path, spec: SearchSpec, history: History) -> History | Non
                 lost.append(_evaluation(record, spec))
         except (KeyError, TypeError, ValueError, RecursionError) as error:
             if history.population.outcomes >= len(lines):
-                continue  # the server has everything in it
+                continue  # the server has all evaluations of the copy
             raise UsageError(
                 f"Redis has lost evaluations of this search, and line {number} of their copy {path} cannot be read: "
                 "repair or delete that line, or move the folder away to start over"
@@ -81,7 +81,7 @@ def saved_command(folder: Path) -> Command | None:
 
 
 def _check_spec(folder: Path, spec: SearchSpec, evaluations: int) -> None:
-    """Raise SearchExistsError for a copy with another spec. A copy without a spec is checked by its candidates' ids."""
+    """Raise SearchExistsError for a copy with another spec. Without a readable spec, candidates' ids are checked."""
     try:
         theirs = saved_spec(folder)
     except UsageError:
@@ -94,7 +94,7 @@ def _check_spec(folder: Path, spec: SearchSpec, evaluations: int) -> None:
 
 
 def _evaluation(record: dict[str, Any], spec: SearchSpec) -> tuple[Candidate, Outcome]:
-    """Parse what evaluation_record wrote. Raises ValueError if the id does not match the plan and this spec."""
+    """Parse a record made by evaluation_record. Raises ValueError if its id does not match its plan and this spec."""
     provenance = {name: record[name] for name in Provenance.model_fields}
     layers = (dict(zip(LayerPlan.model_fields, layer, strict=True)) for layer in record["plan"])
     plan = Plan(layers=tuple(LayerPlan.model_validate(layer) for layer in layers))
@@ -112,7 +112,7 @@ def _evaluation(record: dict[str, Any], spec: SearchSpec) -> tuple[Candidate, Ou
 
 
 def counters(folder: Path, history: History) -> dict[str, float]:
-    """Return lower bounds of what the search has used: lost data must not make a budget larger."""
+    """Return lower bounds of the resources that the search has used, because lost data must not enlarge a budget."""
     status = _last_status(folder)
     transcript = folder / TRANSCRIPT
     found = {"requests": float(transcript.read_bytes().count(b"\n")) if transcript.is_file() else 0.0}

@@ -1,11 +1,11 @@
-"""Restores what the server has lost of a search while its daemon runs, in parts of a few milliseconds each.
+"""Restores search data that the server has lost while the daemon runs, in steps of a few milliseconds each.
 
-Everything is written to keys beside the real ones, and the last step moves them into place at once. If the daemon is
-killed in between, the real keys are unchanged, and the next daemon starts over.
+Everything is written to temporary keys, and the last step renames all of them to the real keys at once. If the daemon
+is killed before that, the real keys are unchanged, and the next daemon starts over.
 
-The first step deletes the daemon's own epoch, which may still exist. Until the last step, no queue of this or an
-earlier daemon can write, so what the daemon remembers after the first step is complete. If the epoch reappears
-meanwhile (a restarted server may have lost the deletion), the last step refuses, and restoring starts over.
+The first step deletes the daemon's own epoch, which may still exist. From then until the last step, no queue of this or
+an earlier daemon can write. The memory of the daemon after the first step is therefore complete. If the epoch reappears
+in the meantime (a restarted server may have lost the deletion), the last step refuses, and restoring starts over.
 """
 
 import json
@@ -24,7 +24,7 @@ from protocol.queue.keys import Keys
 from protocol.queue.streams import PART, TAKEN_OVER, TakenOver, load_scripts
 
 INCOMPLETE = -3
-"""Answer of the last step if parts are missing, or the queue has written meanwhile."""
+"""Reply of the last step if parts are missing, or if the queue may have written in the meantime."""
 
 log = structlog.get_logger()
 
@@ -39,14 +39,14 @@ class Restorer:
         self._scripts = load_scripts(redis)
 
     async def clear(self) -> None:
-        """Delete what a daemon left that was killed while restoring."""
+        """Delete the temporary keys of a daemon that was killed while restoring."""
         await self._retry(lambda: self._redis.unlink(*self._written))
 
     async def restore(self, epoch: int, spec: str, remembered: Callable[[], Memory]) -> tuple[int, int, int]:
-        """Replace the server's history by the `remembered` one; `spec` is the search's as JSON.
+        """Replace the server's history by the `remembered` history; `spec` is the search's spec as JSON.
 
-        Returns how many candidates and outcomes were restored, and how many of each there are now. Raises TakenOver if
-        another daemon is in charge.
+        Returns the number of candidates and outcomes that were restored, and then the numbers of candidates and of
+        outcomes that the server now has. Raises TakenOver if another daemon is in charge.
         """
         while True:
             await self._begin(epoch)
@@ -81,7 +81,7 @@ class Restorer:
         return int(issued) + int(await self._retry(lambda: self._redis.llen(self._keys.applied)))
 
     async def _write(self, epoch: int, hash_: str, order: str, pairs: Iterable[tuple[str, str]]) -> None:
-        """Write the pairs beside the hash, and their ids beside the list `order`, if there is one."""
+        """Write pairs to the hash's temporary key. If `order` names a list, write their ids to its temporary key."""
         keys = [self._keys.epoch, *(self._keys.restoring(key) for key in (hash_, order) if key)]
         for part in _parts(pairs):
             args = [epoch, *(text for pair in part for text in pair)]

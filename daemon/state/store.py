@@ -46,7 +46,7 @@ class SearchStore:
         self._unreadable: set[str] = set()
 
     async def take_charge(self, *, previous_is_dead: bool = False) -> CandidateQueue:
-        """Become the daemon of this search. Raises SearchExistsError if another runs it or its spec differs.
+        """Become the daemon of this search. Raises SearchExistsError if another daemon runs it, or its spec differs.
 
         Waits some seconds for a killed daemon's heartbeat to expire, unless `previous_is_dead`.
         """
@@ -69,7 +69,7 @@ class SearchStore:
         return await load_history(self._redis, self._keys, self._retry)
 
     async def repair(self, queue: CandidateQueue, history: History) -> int:
-        """Requeue candidates of `history` without an outcome whose job or result is lost; returns how many."""
+        """Requeue candidates of `history` without an outcome whose job or result was lost. Returns their number."""
         waiting = [id_ for id_ in history.ledger if id_ not in history.population]
         requeued = await queue.requeue(waiting) if waiting else 0
         if requeued:
@@ -111,7 +111,7 @@ class SearchStore:
             await asyncio.sleep(TICK_SECONDS)
 
     async def stay_in_charge(self, queue: CandidateQueue, remembered: Callable[[], Memory]) -> None:
-        """Renew the heartbeat until cancelled, and restore what the server has lost, which may take long.
+        """Renew the heartbeat until cancelled. Meanwhile, restore lost data in the server, which may take a long time.
 
         Raises TakenOver if another daemon has taken over.
         """
@@ -126,8 +126,8 @@ class SearchStore:
             life.cancel()
 
     async def _check(self, queue: CandidateQueue, remembered: Callable[[], Memory]) -> None:
-        """Restore what the server has lost: data (it was flushed, or has an older copy), jobs or results."""
-        confirmed = queue.issued, queue.applied  # before asking: later confirmations may be missing in the answer
+        """Restore what the server has lost: the history (it was flushed, or loaded an older copy), jobs or results."""
+        confirmed = queue.issued, queue.applied  # read before asking, because the answer may lack later confirmations
         epoch, spec, issued, applied, jobs, results = await self._retry(self._lengths)
         is_ours = _epoch(epoch) >= self._epoch and spec == self._spec_text
         if not is_ours or issued < confirmed[0] or applied < confirmed[1]:
@@ -137,12 +137,12 @@ class SearchStore:
 
     async def _lengths(self) -> Any:
         keys = self._keys
-        pipe = self._redis.pipeline(transaction=True)  # new at each try, because it forgets its commands
+        pipe = self._redis.pipeline(transaction=True)  # new for each try, because execute() clears it
         pipe.get(keys.epoch).get(keys.spec).llen(keys.issued).llen(keys.applied).xlen(keys.jobs).xlen(keys.results)
         return await pipe.execute()
 
     async def restore(self, queue: CandidateQueue, remembered: Callable[[], Memory], *, from_: str) -> None:
-        """Replace the server's history by the `remembered` one, and log that it comes `from_`."""
+        """Replace the server's history by the `remembered` history, and log its source `from_`."""
         confirmed = queue.issued, queue.applied
 
         def now() -> Memory:
@@ -151,8 +151,8 @@ class SearchStore:
             return remembered()
 
         restored, issued, applied = await self._restorer.restore(self._epoch, self._spec_text, now)
-        # Add what was confirmed since. If the server did that before restoring began and only its answer was late, the
-        # next check finds that the server has less, and restores again.
+        # Add the entries confirmed since `now()`. If the server wrote one of them before restoring began, and only its
+        # answer was late, the next check finds that the server has fewer entries, and restores again.
         queue.issued += issued - confirmed[0]
         queue.applied += applied - confirmed[1]
         log.error("redis_lost_data", restored=restored, from_=from_)
@@ -166,7 +166,7 @@ class SearchStore:
 
     async def _show_life(self) -> None:
         epoch = await self._retry(lambda: self._redis.get(self._keys.epoch))
-        if _epoch(epoch) > self._epoch:  # none or a lower one was lost, and the next check restores it
+        if _epoch(epoch) > self._epoch:  # a missing or lower epoch means lost data, which the next check restores
             raise TakenOver(f"another daemon has taken over the search {self._keys.search!r}")
         milliseconds = int(SIGN_OF_LIFE_SECONDS * 1000)
         await self._retry(lambda: self._redis.set(self._keys.daemon, self._me, px=milliseconds))
@@ -210,7 +210,7 @@ class SearchStore:
         if theirs == self._spec:
             self._spec_text = stored  # another version may format the same spec differently
             return
-        # Without candidates, the stored spec comes from a first try that failed, as with a missing model or text.
+        # If no candidate was issued, the stored spec comes from a first start that failed, such as one without a model.
         keys = [self._keys.spec, self._keys.state, self._keys.issued, self._keys.epoch]
         if not await self._retry(lambda: self._scripts["replace_spec"](keys, [stored, mine])):
             raise SearchExistsError(
@@ -219,9 +219,9 @@ class SearchStore:
             )
 
     async def _replace_damaged_spec(self) -> None:
-        """Replace a damaged spec by ours, if the ids of the issued candidates, which depend on the spec, match it.
+        """Replace a damaged spec by ours if the id of an issued candidate, which depends on the spec, matches ours.
 
-        Raises SearchExistsError if they do not match or cannot be read.
+        Raises SearchExistsError if the id does not match, or if candidates were issued but none can be read.
         """
         async for id_, text in entries(self._redis, self._keys.issued, self._keys.candidates, ask=self._retry):
             candidate = read_candidate(self._keys, id_, text)
@@ -243,7 +243,7 @@ class SearchStore:
 
 
 def _epoch(text: str | None) -> int:
-    """Return the epoch in Redis; 0 for none or an invalid one (as in lua/fence.lua)."""
+    """Return the epoch from its text in Redis; 0 if it is missing or invalid (as in lua/fence.lua)."""
     return int(text) if text and len(text) <= 16 and text.isascii() and text.isdecimal() else 0
 
 

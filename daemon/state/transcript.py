@@ -1,4 +1,4 @@
-"""The transcript: the file of all questions to the LLM and their answers, and lines that wait for a full disk."""
+"""The transcript: the file of all questions to the LLM and their answers. Lines wait in memory if the disk is full."""
 
 from collections import deque
 from pathlib import Path
@@ -9,7 +9,7 @@ from daemon.state.folder_errors import FolderErrors
 from protocol.runtime.files import AppendOnlyFile
 
 KEPT = 64_000_000
-"""Maximum characters kept in memory while they cannot be written."""
+"""Maximum number of characters kept in memory while they cannot be written."""
 
 log = structlog.get_logger()
 
@@ -26,7 +26,7 @@ class TranscriptFile:
         self._dropped = 0
 
     def add(self, line: str) -> None:
-        """Append `line` after the waiting ones; if it cannot be written, it waits too."""
+        """Append `line` after the waiting lines. If it cannot be written, it waits too."""
         self._waiting.append(line)
         self._size += len(line)
         self.write()
@@ -35,9 +35,10 @@ class TranscriptFile:
             self._dropped += 1
 
     def write(self) -> None:
-        """Write the waiting lines as far as there is room; log how many were dropped once there is.
+        """Write the waiting lines. When all are written, log how many lines were dropped earlier.
 
-        A removed file is restored with its contents, unless it was too long. Lines that were cut off are lost.
+        A removed file is restored with its contents, unless it was too long. Lines that another program cut off are
+        lost.
         """
         with self._folder_errors.writing(self._name):
             if self._lines.is_changed:
