@@ -186,7 +186,7 @@ def _beside(value: Any, folder: Path) -> Any:
 
 
 def _check(source: _Source, task: Any, limit: int | None) -> None:
-    """Raise DataError for a task that is not scored by likelihood, or an item whose answer is not one of its choices."""
+    """Raise DataError for a task that is not scored by likelihood, or an item whose answer is not among its choices."""
     name = source.harness_name
     if task.OUTPUT_TYPE not in ANSWERED_BY_LIKELIHOOD or "acc" not in task.aggregation():
         raise DataError(

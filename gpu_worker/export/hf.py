@@ -59,6 +59,6 @@ def _sizes(layer: LayerPlan) -> dict[str, int]:
 
 
 def _kept(model: LoadedModel, layer: int, projection: str, kind: str) -> Weight:
-    """Return a projection's parameter as it is in memory."""
+    """Return a projection's parameter, stored unchanged."""
     tensor: Tensor = getattr(getattr(model.decoder.layers[layer], projection), kind)
     return stored_weight(tensor.detach())
