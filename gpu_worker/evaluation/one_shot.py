@@ -108,7 +108,7 @@ def evaluate_model(
     saved_text: Path | None = None,
     progress: Progress = no_progress,
 ) -> EvaluationResult:
-    """Measure a model, such as an exported one, without pruning it.
+    """Measure a model, such as an exported model, without pruning it.
 
     Measures on the fitness and report texts of `texts`. Windows of a calibration text are excluded from the other
     texts, as when a model is pruned. `saved_text` is the file with the tokens that an export was measured on, if the

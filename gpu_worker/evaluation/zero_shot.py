@@ -51,7 +51,7 @@ class Questions:
 def zero_shot_model(
     name: str, questions: Questions, *, dtype: Dtype, progress: Progress = no_progress
 ) -> ZeroShotResult:
-    """Measure a model, such as an exported one, without pruning it. Raises the same errors as `zero_shot_pruned`."""
+    """Measure a model, such as an exported model, without pruning it. Raises the same errors as `zero_shot_pruned`."""
     tasks = load_tasks(questions.names, questions.folder, questions.limit, progress)
     progress("loading model", 0, 1)
     model = load_model(name, dtype)

@@ -46,7 +46,7 @@ class CardMeasurement:
         )
 
     def run(self, model: str, progress: Progress) -> EvaluationResult:
-        """Measure `model`; the result has the card's perplexity too if that was measured on the same tokens."""
+        """Measure `model`; the result includes the card's perplexity if that was measured on the same tokens."""
         from gpu_worker.evaluation.one_shot import evaluate_model
 
         found = evaluate_model(

@@ -73,7 +73,8 @@ def _cut(model: LoadedModel, plan: Plan) -> None:
     for layer in model.decoder.layers:
         for linear in layer.linears:
             for parameter in linear.parameters():
-                # A copy, so that the OrderedModel can be freed; contiguous as in a file, to compute the same results.
+                # A copy, so that the OrderedModel can be freed. It is contiguous, as in a file, to compute the same
+                # results.
                 parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
 
 

@@ -74,7 +74,7 @@ def check_target(target: Path, *, force: bool) -> None:
 def write_folder(target: Path, write: Callable[[Path], None], *, force: bool) -> None:
     """Create the folder `target`: `write` fills a hidden empty folder beside it, which is renamed when complete.
 
-    Creates missing parent folders. With `force`, an older export at `target` stays until the new one is complete.
+    Creates missing parent folders. With `force`, an older export at `target` stays until the new export is complete.
     Raises ExportError, and changes nothing, if `target` exists, is being written by another process or cannot be
     written.
     """

@@ -44,7 +44,10 @@ def _config(model: LoadedModel, plan: Plan) -> dict[str, Any]:
 
 
 def _per_layer(plan: Plan, plain: dict[str, Any]) -> dict[str, dict[str, int]]:
-    """Return the sizes that differ from the dense ones, by layer; keys are zero-padded, as transformers writes them."""
+    """Return the sizes that differ from the dense sizes, by layer.
+
+    Keys are zero-padded, as transformers writes them.
+    """
     digits = len(str(len(plan.layers) - 1))
     sizes = [{name: size for name, size in _sizes(layer).items() if size != plain[name]} for layer in plan.layers]
     return {str(i).zfill(digits): differing for i, differing in enumerate(sizes) if differing}

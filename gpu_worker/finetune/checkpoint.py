@@ -63,7 +63,7 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        # Remove the lock only now, so that the next process finds nothing half done.
+        # Remove the lock last, so that the next process finds nothing half done.
         (folder / LOCK).unlink(missing_ok=True)
         os.close(handle)
         with suppress(OSError):

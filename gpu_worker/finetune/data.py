@@ -93,7 +93,7 @@ def read_instructions(source: str, recipe: Recipe) -> tuple[Instruction, ...] | 
 def prepare_data(
     source: str, instructions: tuple[Instruction, ...] | None, model: LoadedModel, recipe: Recipe
 ) -> TrainingData:
-    """Tokenize `instructions`, or the text `source` if there are none, for `model`.
+    """Tokenize `instructions` for `model`; if they are None, tokenize the text `source`.
 
     Raises DataError for a text that is not available, and if no tokens remain to be predicted.
     """

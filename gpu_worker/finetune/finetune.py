@@ -69,7 +69,7 @@ class FinetuneRequest:
 
 
 def finetune_once(request: FinetuneRequest, progress: Progress = no_progress) -> FinetuneResult:
-    """Fine-tune an exported folder and write a new one atomically. Resumes from a checkpoint beside `out`.
+    """Fine-tune an exported folder and write a new folder atomically. Resumes from a checkpoint beside `out`.
 
     Raises UsageError for a folder, data or text that is not available, an output that cannot be written, too little
     memory or disk, and a checkpoint that does not match or is locked; NotFiniteError if the loss is not finite.

@@ -22,17 +22,17 @@ BEGUN, WRITTEN = "begun.json", "written.json"
 
 @dataclass(frozen=True)
 class Tuning:
-    """How the pruned model is fine-tuned."""
+    """Data, recipe and time limit for fine-tuning the pruned model."""
 
     data: str
     recipe: Recipe
     minutes: float | None = None
-    """Maximum training time."""
+    """Maximum training time in minutes."""
 
 
 @dataclass(frozen=True)
 class Goal:
-    """What the command has to produce."""
+    """The output that the command must produce."""
 
     search: str
     """Name of the search."""
@@ -78,7 +78,7 @@ class Written(BaseModel):
 
     @property
     def perplexity(self) -> float | None:
-        """The perplexity in memory before the model was written."""
+        """Return the perplexity in memory before the model was written."""
         if self.finetuned is None:
             return self.exported.perplexity
         measured = self.finetuned.finetuning.perplexity
@@ -98,7 +98,7 @@ def written_before(goal: Goal) -> Written | None:
 
 
 def was_written_unrecorded(goal: Goal) -> bool:
-    """Whether a call with the same flags wrote the goal's folder, but was killed before it recorded the folder."""
+    """Return whether a call with the same flags wrote the goal's folder but was killed before recording it."""
     try:
         flags = json.loads((goal.search_folder / BEGUN).read_bytes())
         facts = json.loads((goal.out / FACTS).read_bytes())
@@ -114,7 +114,7 @@ def was_written_unrecorded(goal: Goal) -> bool:
 
 
 def holds(folder: Path, request: PruningRequest) -> bool:
-    """Whether an exported folder was pruned with the rates of `request`."""
+    """Return whether an exported folder was pruned with the rates of `request`."""
     try:
         return bool(json.loads((folder / FACTS).read_bytes())["rates"] == list(request.choice))
     except (OSError, ValueError, KeyError, TypeError):

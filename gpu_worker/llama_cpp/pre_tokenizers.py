@@ -72,7 +72,7 @@ def _kind(part: dict[str, Any] | None) -> str | None:
 def prefixes_a_space(parts: dict[str, Any]) -> bool:
     """Return whether a SentencePiece-like tokenizer.json puts a space before a text. Raises ModelError if unsupported.
 
-    With the scheme `first`, a tokenizer puts a space only before the first word; llama.cpp also puts one after each
+    With the scheme `first`, a tokenizer puts a space only before the first word; llama.cpp also puts a space after each
     special token.
     """
     steps = _steps(parts["normalizer"], "normalizers")

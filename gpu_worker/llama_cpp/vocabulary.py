@@ -105,7 +105,7 @@ def _tokens(tokenizer: Any, parts: dict[str, Any], rows: int) -> tuple[tuple[str
 
 
 def _merges(parts: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return the merges as pairs, in order; older files store each as one string with a space."""
+    """Return the merges as pairs, in order; older files store each merge as one string with a space."""
     pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in parts["model"]["merges"])
     return [(left, right) for left, right in pairs]
 

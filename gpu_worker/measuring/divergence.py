@@ -1,4 +1,4 @@
-"""Measures the KL divergence of a pruned model from the dense one, and its perplexity, in one pass over a text.
+"""Measures the KL divergence of a pruned model from the dense model, and its perplexity, in one pass over a text.
 
 The dense model's predictions are stored once per text: for each predicted token, the logits of the `KL_TOP_K` most
 probable tokens and the total probability of all others. Merging tokens can only lower a KL divergence, so the result is

@@ -130,7 +130,7 @@ def _report(progress: Progress, before: int, texts: int, total: int, length: int
 
 
 def _prompts(tokenizer: Any, length: int) -> Tensor:
-    """Return the openings as tokens, all cut to the shortest one so that no padding is needed."""
+    """Return the openings as tokens, all cut to the length of the shortest, so that no padding is needed."""
     ids = [tokenizer(text)["input_ids"] for text in OPENINGS]
     shortest = min(length - 1, *(len(row) for row in ids))
     return torch.tensor([row[:shortest] for row in ids], dtype=torch.long)

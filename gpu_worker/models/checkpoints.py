@@ -149,7 +149,7 @@ Ranges = list[tuple[int, int]]
 
 
 def unmap(model: nn.Module) -> None:
-    """Copy every parameter on the CPU, and release the mapped pages of the original at once.
+    """Copy every parameter on the CPU, and release the mapped pages of the original immediately.
 
     A safetensors file stays mapped as long as any of its tensors lives. Ordering the weights would therefore keep both
     originals and copies in memory: nearly twice the model. On systems other than Linux, pages are released when the
@@ -178,8 +178,8 @@ def _mapped_files() -> Ranges:
 def _release_pages(tensor: Tensor, files: Ranges) -> None:
     """Release the pages that lie entirely in `tensor`, whose content must not be read again.
 
-    Only pages of a mapped file are released: they can be read again from the file. Pages of a converted weight are
-    anonymous memory, and releasing them would zero any other data on them.
+    Only pages of a mapped file are released, because they can be read again from the file. Pages of a converted weight
+    are anonymous memory, and releasing them would zero any other data on them.
     """
     page = mmap.PAGESIZE
     start = -(-tensor.data_ptr() // page) * page

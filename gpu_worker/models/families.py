@@ -21,7 +21,7 @@ PRUNED = "pruned_"
 
 @dataclass(frozen=True)
 class Family:
-    """Module paths of one family: `body` to `head` relative to the model, the others relative to a decoder layer."""
+    """Module paths of one family: `body` to `head` relative to the model, all others relative to a decoder layer."""
 
     name: str
     body: str = "model"

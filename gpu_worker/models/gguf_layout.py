@@ -1,7 +1,7 @@
 """Checks the header of a GGUF file against the file's size before the gguf library reads it.
 
 The library trusts every count and makes a Python object of every array element, so a broken count costs minutes and all
-memory. This module reads only counts, types and sizes, and rejects impossible ones.
+memory. This module reads only counts, types and sizes, and rejects impossible values.
 """
 
 import math

@@ -43,11 +43,11 @@ class LoadedModel:
     tokenizer: Any
     decoder: Decoder
     identity: str
-    """Identifies the weights: a digest of the folder, or the hub's commit. Equal on all machines."""
+    """Digest of the folder, or the hub's commit. It identifies the weights and is equal on all machines."""
 
     @property
     def window_start(self) -> int | None:
-        """Return the token that every window must begin with, for families that need one."""
+        """Return the token that every window must begin with; None for families that need no such token."""
         needed = FAMILIES[self.decoder.shape.family].starts_with_bos
         return int(self.tokenizer.bos_token_id) if needed and self.tokenizer.bos_token_id is not None else None
 
@@ -63,7 +63,7 @@ class LoadedModel:
 
 
 def load_model(name: str, dtype: str, workload: Workload = Workload()) -> LoadedModel:  # noqa: B008 (it is frozen)
-    """Load the model called `name` in `dtype` (`bfloat16`, ...) on the available GPUs, or on the CPU if there is none.
+    """Load the model called `name` in `dtype` (`bfloat16`, ...) on the GPUs, or on the CPU if there is no GPU.
 
     Never runs code from the model's folder. Raises ModelError if the model is missing, broken, quantised or of an
     unsupported family; and, before loading weights, if memory is too small for the model and `workload`.

@@ -133,7 +133,7 @@ def _tokens(text: TextSpec) -> int:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Estimated bytes that a model takes; upper bounds where the exact number is not known."""
+    """Estimated bytes that a model takes; upper bounds if the exact number is not known."""
 
     weights: int
     """All parameters in the dtype they are loaded in; exact."""
@@ -275,7 +275,10 @@ def _scoring_bytes(shape: ModelShape, layer: LayerShape) -> int:
 
 
 def _copied_parameters(shape: ModelShape, layer: LayerShape, reconstructs: bool) -> int:
-    """Return the number of copied parameters: query heads when every KV head loses one, and reconstructed columns."""
+    """Return the number of copied parameters of a layer under the most expensive plan.
+
+    These are the query heads that remain when every KV head loses one query head, and the reconstructed columns.
+    """
     heads = layer.kv_heads * (layer.queries_per_kv - 1)
     if not reconstructs:
         return shape.query_head_parameters * heads

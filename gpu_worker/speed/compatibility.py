@@ -1,4 +1,4 @@
-"""Checks that one model can be a pruned version of another, and that both fit into memory."""
+"""Checks that one model can be a pruned version of another model, and that both fit into memory."""
 
 from dataclasses import dataclass, replace
 

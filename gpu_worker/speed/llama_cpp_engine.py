@@ -67,9 +67,9 @@ class LlamaCppRunner:
 def timing_of(answers: Sequence[Mapping[str, Any]], length: Length) -> Timing:
     """Combine the server's `timings` of the texts in a batch.
 
-    The texts run in parallel, so the slowest one gives the batch's time. The first token comes from the prefill and is
-    not counted, because the server starts timing the decode after it. Raises ModelError if a text was cut short or a
-    prompt came from a cache.
+    The texts run in parallel, so the slowest text determines the batch's time. The first token comes from the prefill
+    and is not counted, because the server starts timing the decode after it. Raises ModelError if a text was cut short
+    or a prompt came from a cache.
     """
     for answer in answers:
         if "timings" not in answer:

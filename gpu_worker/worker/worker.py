@@ -103,7 +103,7 @@ class Worker:
 
     @property
     def stopping(self) -> bool:
-        """Whether `stop` has been called."""
+        """Return whether `stop` has been called."""
         return self._stopping.is_set()
 
     def stop(self) -> None:
@@ -203,7 +203,7 @@ class Worker:
             return True
         try:
             current = await self._spec()
-        except StoreError:  # a damaged spec: the daemon in charge will write it again
+        except StoreError:  # the daemon in charge will replace the damaged spec
             return True
         if current is None or current.fingerprint == spec.fingerprint:
             return True
@@ -315,7 +315,7 @@ class Worker:
 
 
 async def run_worker(options: WorkerOptions) -> None:
-    """Connect and work until SIGTERM or SIGINT; a second signal ends the process at once."""
+    """Connect and work until SIGTERM or SIGINT; a second signal ends the process immediately."""
     redis = connect(options.redis_url)
     try:
         worker = Worker(redis, options)
