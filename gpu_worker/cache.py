@@ -14,10 +14,10 @@ def cache_dir() -> Path:
 
 
 def cached(name: str, write: Callable[[Path], None]) -> Path:
-    """Return the folder `name` of the cache, after `write` has filled it if it does not exist.
+    """Return the folder `name` of the cache. If it does not exist, `write` fills it first.
 
-    `write` gets an empty folder, which is renamed into place when it returns. When two processes write at once, the
-    first to finish wins.
+    `write` gets an empty folder, which is renamed into place when it returns. When two processes write at the same
+    time, the first to finish wins.
     """
     target = cache_dir() / name
     if target.is_dir():

@@ -24,20 +24,20 @@ def steps(progress: Progress, stage: str, items: Collection[T]) -> Iterator[T]:
 
 
 class LogThrottle:
-    """Decides which steps are logged: first and last of a stage, and one every LOG_INTERVAL_SECONDS between them."""
+    """Decides which steps are logged: a stage's first and last step, and one step every LOG_INTERVAL_SECONDS."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._logged: tuple[str, int, int] = ("", 0, 0)
         self._logged_at = 0.0
         self._began: tuple[str, int, float] = ("", 0, 0.0)
-        """The stage, and the steps done and the time at its first report."""
+        """The current stage, with the number of steps done and the time at its first report."""
         self._done = 0
 
     def should_log(self, stage: str, done: int, total: int) -> bool:
         """Return whether to log this step. No step is logged twice."""
         step, now = (stage, done, total), self._clock()
-        if stage != self._began[0] or done < self._done:  # fewer steps: a new process has started the stage again
+        if stage != self._began[0] or done < self._done:  # a new process has started the stage again
             self._began = (stage, done, now)
         self._done = done
         is_due = stage != self._logged[0] or done == total or now - self._logged_at >= LOG_INTERVAL_SECONDS
@@ -47,7 +47,7 @@ class LogThrottle:
         return True
 
     def seconds_left(self, done: int, total: int) -> int | None:
-        """Return the estimated seconds until the current stage ends; None before its second report."""
+        """Return the estimated seconds until the current stage ends; None before the stage's second report."""
         _, before, since = self._began
         if done <= before:
             return None

@@ -1,4 +1,4 @@
-"""Measures what an allocation method needs of the model; protocol/plans/allocation.py computes the rates from it."""
+"""Measures the statistics that an allocation method needs; protocol/plans/allocation.py computes the rates."""
 
 from collections.abc import Callable
 
@@ -30,9 +30,9 @@ def prepare(
 ) -> Target:
     """Prepare the target to prune, with the statistics of the dense model that an allocation needs.
 
-    As soon as the model is loaded, before the slow stages, given rates and budgets of allocations are checked and
-    `check` is called. With `measured` False, evaluation texts are not read. Raises BudgetError for rates of another
-    model, number, range or budget.
+    `check` is called as soon as the model is loaded, before the slow stages. Given rates, or an allocation's budget,
+    are checked then too. With `measured=False`, evaluation texts are not read. Raises BudgetError for rates of another
+    model, and for rates of the wrong number, range or budget.
     """
 
     def check_first(model: LoadedModel) -> None:
@@ -61,7 +61,7 @@ def _check_choice(request: PruningRequest, shape: ModelShape) -> None:
 
 
 def choose_rates(target: Target, choice: Choice, progress: Progress = no_progress) -> tuple[float, ...]:
-    """Return the rates to prune `target` by, which comes from `prepare`."""
+    """Return the rates to prune by. `target` comes from `prepare`."""
     return allocate(target, choice, progress) if isinstance(choice, Allocation) else choice
 
 

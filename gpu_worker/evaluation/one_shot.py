@@ -1,4 +1,4 @@
-"""One-shot pruning without a search: evaluation of given rates or an allocation, and of models as they are."""
+"""Evaluates one-shot pruning, by given rates or an allocation and without a search, and models that are not pruned."""
 
 import time
 from collections.abc import Mapping
@@ -40,7 +40,7 @@ class Pruned:
 def evaluate_once(
     request: PruningRequest, heads: Heads = "rectangular", progress: Progress = no_progress
 ) -> EvaluationResult:
-    """Prune by given rates or by those of an allocation, and measure.
+    """Prune by given rates or by an allocation's rates, and measure.
 
     `heads="any"` needs layer granularity, equal split and dense scoring. Raises UsageError for a model or text that is
     not available, and for rates of the wrong number, range or model.
@@ -76,7 +76,7 @@ def evaluate_once(
 
 
 def prune_and_measure(target: Target, choice: Choice, progress: Progress = no_progress) -> Pruned:
-    """Prune `target`, which comes from `prepare`, and measure it on all its texts. It stays pruned.
+    """Prune `target`, which comes from `prepare`, and measure it on all its texts. The target stays pruned.
 
     Raises NotFiniteError if the pruned model's loss is not finite.
     """
@@ -89,7 +89,7 @@ def prune_and_measure(target: Target, choice: Choice, progress: Progress = no_pr
 def _measured(
     target: Target, plan: Plan | AnyHeadsPlan, progress: Progress
 ) -> tuple[Session, Measured, Measured | None]:
-    """Measure the dense and then the pruned target on the fitness and report texts. It stays pruned."""
+    """Measure the dense and then the pruned target on the fitness and report texts. The target stays pruned."""
     session = Session(target.spec, progress, sensitivity=False, target=target)
     try:
         fitness = session.evaluate(plan, progress=progress)
@@ -108,10 +108,11 @@ def evaluate_model(
     saved_text: Path | None = None,
     progress: Progress = no_progress,
 ) -> EvaluationResult:
-    """Measure a model, such as an exported one, without pruning it.
+    """Measure a model, such as an exported model, without pruning it.
 
-    Measures on the fitness and report texts of `texts`. Windows of a calibration text are excluded from the others, as
-    when a model is pruned. `saved_text` is the file with the tokens that an export was measured on, if it has one.
+    Measures on the fitness and report texts of `texts`. Windows of a calibration text are excluded from the other
+    texts, as when a model is pruned. `saved_text` is the file with the tokens that an export was measured on, if the
+    export has such a file.
     """
     longest = max(text.seqlen for text in texts.values())
     progress("loading model", 0, 1)

@@ -1,4 +1,4 @@
-"""Turns requests to the evaluation process into outcomes, also when the evaluation fails."""
+"""Turns requests to the evaluation process into outcomes, even if the evaluation fails."""
 
 import traceback
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from protocol.plans.plan import Plan
 
 
 class DeviceLostError(RuntimeError):
-    """CUDA failed so that all later calls in this process fail too."""
+    """CUDA failed in a way that makes all later calls in this process fail too."""
 
 
 @contextmanager
@@ -57,12 +57,15 @@ def answer(session: Session, request: dict[str, Any]) -> Outcome:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message; CUDA's continue with advice for developers."""
+    """Return the first line of an error's message. CUDA's messages continue with advice for developers."""
     return (str(error).strip() or type(error).__name__).partition("\n")[0]
 
 
 def _free_memory(error: BaseException) -> None:
-    """Free the memory of the failed evaluation: the error keeps its frames alive, and these keep their tensors."""
+    """Free the memory of the failed evaluation.
+
+    The error keeps the frames of its traceback alive, and the frames keep their tensors.
+    """
     traceback.clear_frames(error.__traceback__)
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -12,8 +12,8 @@ gpu_worker/worker/evaluator.py starts `python -m gpu_worker.evaluation.process` 
     in   {"id", "plan", "text", "race"}                                 one candidate at a time
     out  {"id", "outcome"}
 
-These lines are written to a private copy of stdout; output of libraries goes to stderr. The process ends when stdin
-closes, even during an evaluation, so that it never outlives its parent.
+The replies are written to a private copy of stdout; stdout itself is redirected to stderr, for the output of libraries.
+The process ends when stdin closes, even during an evaluation, so that it never outlives its parent.
 """
 
 import json
@@ -79,7 +79,8 @@ def take_stdout() -> Replies:
 def read_requests(descriptor: int, lines: Lines) -> None:
     """Put each line into `lines`; end the process and its children when the parent has ended.
 
-    Reads the descriptor directly: a thread that waits in `sys.stdin` holds a lock that the interpreter needs to exit.
+    Reads the descriptor directly, because a thread that waits in `sys.stdin` holds a lock that the interpreter needs to
+    exit.
     """
     rest = b""
     while block := os.read(descriptor, 1 << 16):
@@ -92,7 +93,7 @@ def read_requests(descriptor: int, lines: Lines) -> None:
 
 
 def keep_libraries_quiet() -> None:
-    """Disable the progress bars and warnings of libraries: users read the parent's log."""
+    """Disable the progress bars and warnings of libraries, because users read the parent's log."""
     for name, value in (
         ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
         ("TRANSFORMERS_VERBOSITY", "error"),

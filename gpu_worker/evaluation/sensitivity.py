@@ -1,8 +1,8 @@
 """Sensitivity of each unit: the KL divergence from the dense model when only this unit is pruned.
 
-Perplexity is too noisy for this. Most units, pruned alone, change it by less than its noise over a few hundred tokens,
-and half of them seem harmless. The divergence compares whole distributions, so the same tokens measure it to within a
-few percent.
+Perplexity is too noisy for this. Over a few hundred tokens, pruning a single unit usually changes perplexity by less
+than the noise, and half of the units seem harmless. The divergence compares whole distributions, so its error over the
+same tokens is only a few percent.
 """
 
 import math
@@ -29,9 +29,9 @@ def measure_sensitivity(
     """Return KL(dense ‖ pruned) in nats per token for each unit, pruned alone by the spec's rate.
 
     Measured on the beginnings of the first `SENSITIVITY_WINDOWS` windows of `text` (long, [n, seqlen]). The dense
-    outputs of the layers below the pruned one are reused, and only the layers from there on are run. The model is dense
-    before and after. Raises NotFiniteError if the dense model is broken. A unit whose pruning breaks the model gets
-    log(vocabulary size), the largest divergence of a uniform prediction.
+    outputs of the layers below the pruned layer are reused; only the pruned layer and the layers above it are run. The
+    model is made dense before, and is dense afterwards. Raises NotFiniteError if the dense model is broken. A unit
+    whose pruning breaks the model gets log(vocabulary size), the largest possible divergence of a uniform prediction.
     """
     ordered.restore()
     shape = ordered.decoder.shape

@@ -1,4 +1,4 @@
-"""One prepared model for one search: loaded, calibrated, ordered and measured dense, then measured with any plan."""
+"""Prepares the model of one search, measures the dense model, and then measures the model pruned to any plan."""
 
 import math
 import statistics
@@ -146,7 +146,7 @@ class _RunningTotals:
         self.loss = self._kl = 0.0
         self.tokens = 0
         self.losses: list[float] = []
-        """The fitness of each window in nats per token: its loss or divergence."""
+        """The fitness of each window in nats per token: the window's loss or divergence."""
         self.has_kl = False
 
     def take(self, decoder: Decoder, window: Tensor, dense: DensePredictions | None) -> None:

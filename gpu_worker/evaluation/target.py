@@ -39,9 +39,9 @@ ShareText = Callable[[int, int, Callable[[], Tensor]], Tensor]
 class Target:
     """The model of a spec with its texts. The constructor runs all stages and reports them to `progress`.
 
-    With `outlier_threshold` (OWL's M), each layer's `outliers` are counted on the dense model. `check` may refuse the
-    loaded model. `share_text` makes all workers use the same text where the model writes it. With `measured` False,
-    only the calibration text is read. Raises UsageError for a model or text that is not available.
+    With `outlier_threshold` (OWL's M), each layer's `outliers` are counted on the dense model. `check` is called with
+    the loaded model and may raise. If the model writes a text, `share_text` makes all workers use the same text. With
+    `measured=False`, only the calibration text is read. Raises UsageError for a model or text that is not available.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ def _is_fitted(spec: SearchSpec) -> bool:
 def _statistics(
     decoder: Decoder, spec: SearchSpec, windows: Tensor, progress: Progress, *, outliers: bool
 ) -> tuple[tuple[LayerActivations, ...], list[LayerProducts]]:
-    """Collect in one pass the activations and input products that the spec needs; empty if it needs none."""
+    """Collect in one pass the activations and input products that the spec needs; the rest is empty."""
     if _is_fitted(spec) or spec.importance == "obs":
         seen, products = calibrate_products(decoder, windows, progress)
         return seen, list(products)
@@ -120,7 +120,7 @@ def _statistics(
 
 
 def _reconstruct(ordered: OrderedModel, products: list[LayerProducts], progress: Progress) -> None:
-    """Prepare the reconstruction of every layer from the dense model's `products`, and free these.
+    """Prepare the reconstruction of every layer from the dense model's `products`, and free the products.
 
     Raises NotFiniteError if they are not finite.
     """

@@ -33,12 +33,13 @@ from protocol.results.commands import TaskAccuracy, ZeroShotResult
 log = structlog.get_logger()
 
 LM_EVAL_LOG = logging.getLogger("lm_eval")
-"""Silenced, because it warns about each model that it did not load and about each long item; this file logs once."""
+"""lm-eval's logger, silenced because it warns about each model that lm-eval did not load and about each long item. This
+module logs one warning instead."""
 
 
 @dataclass(frozen=True)
 class Questions:
-    """The tasks to measure: their names (all if empty), their folder if one is given, and the first `limit` items."""
+    """The tasks to measure: their names (empty: all tasks), their folder, if any, and how many items of each."""
 
     names: tuple[str, ...] = ()
     folder: Path | None = None
@@ -50,7 +51,7 @@ class Questions:
 def zero_shot_model(
     name: str, questions: Questions, *, dtype: Dtype, progress: Progress = no_progress
 ) -> ZeroShotResult:
-    """Measure a model, such as an exported one, without pruning it. Raises as `zero_shot_pruned`."""
+    """Measure a model, such as an exported model, without pruning it. Raises the same errors as `zero_shot_pruned`."""
     tasks = load_tasks(questions.names, questions.folder, questions.limit, progress)
     progress("loading model", 0, 1)
     model = load_model(name, dtype)
@@ -113,8 +114,8 @@ def answer_tasks(
 class _LmEvalModel(HFLM):  # type: ignore[misc]  # lm-eval has no types
     """A loaded model behind the interface that lm-eval calls.
 
-    Likelihoods are computed in fp32: bfloat16 cannot separate most pairs of answers, and published figures come from
-    models with fp32 logits.
+    Likelihoods are computed in fp32, because bfloat16 cannot separate most pairs of answers, and published figures come
+    from models with fp32 logits.
     """
 
     def __init__(self, model: LoadedModel, batch_size: int, progress: Progress) -> None:
@@ -154,7 +155,7 @@ class _LmEvalModel(HFLM):  # type: ignore[misc]  # lm-eval has no types
 
     def _loglikelihood_tokens(self, requests: list[Any], **_: Any) -> list[tuple[float, bool]]:
         """Return (log-likelihood, is greedy) for each (texts, context tokens, continuation tokens)."""
-        with redirect_stderr(self._stderr):  # where the log and the progress are shown
+        with redirect_stderr(self._stderr):  # which shows the log and the progress
             return self._checked(requests)
 
     def _checked(self, requests: list[Any]) -> list[tuple[float, bool]]:
@@ -173,11 +174,12 @@ class _LmEvalModel(HFLM):  # type: ignore[misc]  # lm-eval has no types
         """Raise UsageError for batches too large for main memory; otherwise the kernel would kill the process."""
         if self.device.type != "cpu":
             return
-        # Answers of one token share a row, because the model runs only the tokens before an answer's last one.
+        # One-token answers to one context share a row, because the model does not run an answer's last token.
         rows = {(*context, *answer[:-1]) for _, context, answer in requests}
         texts = min(int(self.batch_size), len(rows))
         tokens = min(max(map(len, rows)), self.max_length)
-        # The logits, their fp32 copy if they are not fp32, and their log-softmax, also that of the batch before.
+        # Each logit is kept as computed, in an fp32 copy if it is not fp32, and as log-softmax. The log-softmax of the
+        # previous batch is kept too.
         size = self._head.element_size()
         each = size + (FP32 if size != FP32 else 0) + FP32 * (2 if len(rows) > texts else 1)
         need = texts * tokens * self._head.shape[0] * each

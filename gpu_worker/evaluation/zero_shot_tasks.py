@@ -1,4 +1,4 @@
-"""Loads the tasks of `selfpruner zero-shot`: the paper's from lm-eval, or those in a folder of task files.
+"""Loads the tasks of `selfpruner zero-shot`: the paper's tasks from lm-eval, or the tasks in a folder of task files.
 
 Tasks are read before any model is loaded, so that errors in them show within seconds and need no GPU.
 """
@@ -22,7 +22,7 @@ from protocol.errors import DataError, SettingsError
 from protocol.results.zero_shot import PAPER_TASKS, Metric, counted_metric, paper_task, select_tasks, unknown_task
 
 SHIPPED = ("arc", "hellaswag", "openbookqa", "piqa", "super_glue/boolq", "winogrande")
-"""Folders of the paper's seven tasks in lm-eval. Scanning all of its tasks takes ten seconds."""
+"""Folders of the paper's seven tasks in lm-eval. Scanning all tasks of lm-eval takes ten seconds."""
 FILE_KINDS = ("json", "csv", "parquet", "text", "arrow")
 """Dataset types that are read from local files."""
 ANSWERED_BY_LIKELIHOOD = ("multiple_choice", "loglikelihood")
@@ -48,7 +48,7 @@ class LoadedTask:
 def load_tasks(
     names: Sequence[str], folder: Path | None, limit: int | None, progress: Progress = no_progress
 ) -> list[LoadedTask]:
-    """Load the named tasks, from `folder` first if given; by default all of the folder, or the seven of the paper.
+    """Load the named tasks, from `folder` first if given; without names, all tasks of the folder, or the paper's seven.
 
     Raises SettingsError for an unknown name, DataError for a task or data that cannot be read.
     """
@@ -76,7 +76,7 @@ class _Source:
     """The TaskManager of lm-eval that has the task."""
     local: bool
     beside: tuple[str, ...] = ()
-    """The tasks of the given folder, if it does not contain this one."""
+    """Names of the tasks in the given folder, if the folder does not contain this task."""
 
     @property
     def config(self) -> dict[str, Any]:
@@ -89,7 +89,7 @@ class _Source:
 
 
 class _Folder:
-    """A folder with task files. Raises DataError if it has no task, or one that lm-eval would silently skip."""
+    """A folder with task files. Raises DataError if it has no task, or a task that lm-eval would silently skip."""
 
     def __init__(self, folder: Path) -> None:
         if not folder.is_dir():
@@ -169,7 +169,7 @@ def _built(source: _Source, config: dict[str, Any]) -> Any:
     beside = {key: _beside(value, source.file.parent) for key, value in kwargs.items() if key.startswith("data_")}
     spec: Any = source.harness_name
     if beside:
-        # lm-eval overrides a task's file through a group.
+        # In lm-eval, a group can override the settings of a task's file.
         changed = {"task": source.harness_name, "dataset_kwargs": {**kwargs, **beside}}
         spec = {"group": "changed", "task": [changed]}
     (task,) = source.manager.load([spec])["tasks"].values()
@@ -186,7 +186,7 @@ def _beside(value: Any, folder: Path) -> Any:
 
 
 def _check(source: _Source, task: Any, limit: int | None) -> None:
-    """Raise DataError for a task that is not scored by likelihood, or an item whose correct answer is not a choice."""
+    """Raise DataError for a task that is not scored by likelihood, or an item whose answer is not among its choices."""
     name = source.harness_name
     if task.OUTPUT_TYPE not in ANSWERED_BY_LIKELIHOOD or "acc" not in task.aggregation():
         raise DataError(

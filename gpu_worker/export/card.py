@@ -67,7 +67,7 @@ def render_card(facts: ExportFacts, formats: Formats, *, name: str, gguf: str | 
 
 
 def _measured(facts: ExportFacts) -> list[_Measured]:
-    """Return the rows for the fitness text, which the search uses, and the report text, which it does not."""
+    """Return the rows for the fitness text, which the search uses, and the report text, which it does not use."""
     of = facts.searched
     uniform, uniform_report = (None, None) if of is None else (of.uniform_perplexity, of.uniform_report_perplexity)
     rows = [
@@ -179,5 +179,5 @@ def _text(spec: TextSpec) -> str:
 
 
 def _source(spec: TextSpec) -> str:
-    """Return the name of a text; for a file without its folders, which are private."""
+    """Return the name of a text. A file is named without its folders, which are private."""
     return Path(spec.source).name

@@ -1,6 +1,6 @@
 """The perplexity that the model card of an exported folder states, so that `selfpruner evaluate DIR` re-measures it.
 
-Imports no torch, so that a missing text is reported at once.
+Imports no torch, so that a missing text is reported immediately.
 """
 
 from collections.abc import Mapping
@@ -25,13 +25,13 @@ class CardMeasurement:
     seed: int
     dtype: Dtype
     perplexity: float | None = None
-    """What the card states; None if it states nothing of these texts."""
+    """Perplexity that the card states; None if the card states none for these texts."""
     fitness_digest: str | None = None
     saved_text: Path | None = None
     """The file with the tokens, if the dense model generated them."""
 
     def changed(self, dtype: Dtype | None, seed: int | None) -> "CardMeasurement":
-        """Return it with another dtype or seed, if given. Another dtype drops the perplexity.
+        """Return this measurement with another dtype or seed, if given. Another dtype drops the perplexity.
 
         Raises SettingsError for a seed if the folder contains the tokens.
         """
@@ -46,7 +46,7 @@ class CardMeasurement:
         )
 
     def run(self, model: str, progress: Progress) -> EvaluationResult:
-        """Measure `model`; the result has the card's perplexity too if that was measured on the same tokens."""
+        """Measure `model`; the result includes the card's perplexity if that was measured on the same tokens."""
         from gpu_worker.evaluation.one_shot import evaluate_model
 
         found = evaluate_model(
@@ -58,7 +58,7 @@ class CardMeasurement:
 
 def measurement_of(spec: SearchSpec, numbers: Mapping[Role, int], saved_text: Path | None) -> CardMeasurement:
     """Return the measurement of a model that was pruned by `spec`, whose texts have these `numbers`."""
-    # A text of its own takes no windows from the measured one.
+    # A role with another text takes no windows from the fitness text, so it is left out.
     texts = {role: text for role, text in spec.texts.items() if numbers.get(role) == numbers.get("fitness")}
     if saved_text is not None:
         texts = {"fitness": spec.fitness}
@@ -68,7 +68,7 @@ def measurement_of(spec: SearchSpec, numbers: Mapping[Role, int], saved_text: Pa
 def card_measurement(folder: str, file: str | None) -> CardMeasurement | None:
     """Return what the card of an exported folder states; None for other models.
 
-    The card has only file names: `file` is the path of the text, which is otherwise looked up by its name. Raises
+    The card has only file names. `file` is the path of the text; without it, the text is looked up by its name. Raises
     ModelError for a folder with nothing but a GGUF file, and DataError if the text is not available.
     """
     path = Path(folder) / FACTS

@@ -13,14 +13,14 @@ from protocol.plans.spec import Dtype, SearchSpec
 from protocol.results.formats import Destination, Format, Formats, GgufType
 
 SIZES: dict[Dtype, int] = {"bfloat16": 2, "float16": 2, "float32": 4}
-"""Bytes of a weight."""
+"""Bytes of one weight in each dtype."""
 
 
 def export_bytes(shape: ModelShape, kept: int, formats: Formats, dtype: Dtype, gguf_type: GgufType = "f16") -> int:
     """Estimate the bytes of all `formats` of a model of this dense `shape` that keeps `kept` decoder parameters.
 
-    For GGUF, a third of the decoder (down_proj) is counted as F16, because rows of odd width are stored so, and the
-    rest as the file's main type.
+    For GGUF, a third of the decoder (down_proj) is counted as F16, the type of rows whose length does not fit a block,
+    and the rest as the file's main type.
     """
     parameters = kept + shape.other_parameters
     values, stored = gguf.GGML_QUANT_SIZES[MAIN[gguf_type]]

@@ -35,7 +35,7 @@ class ExportedFolder:
 
 
 def read_exported(folder: Path) -> ExportedFolder:
-    """Read the folder's facts. Raises ModelError if it is not an export, or is one that cannot be loaded again."""
+    """Read the folder's facts. Raises ModelError if it is not an export or cannot be loaded again."""
     formats = formats_in(folder)
     facts, fmt = read_facts(folder), formats[0]
     if fmt == "gguf":
@@ -49,7 +49,7 @@ def read_exported(folder: Path) -> ExportedFolder:
 def restore_pruned_sizes(model: LoadedModel, exported: ExportedFolder) -> None:
     """Cut the zeros off a padded model, so that it has the sizes of its plan; for other formats, check the sizes.
 
-    `model.decoder.shape` stays that of the loaded model. Raises ModelError for the model of another plan.
+    `model.decoder.shape` keeps the sizes of the loaded model. Raises ModelError for a model of another plan.
     """
     plan = exported.facts.plan
     wanted = exported.facts.shape.layers if exported.format == "padded" else pruned_sizes(plan)
@@ -68,12 +68,13 @@ def pruned_sizes(plan: Plan) -> tuple[LayerShape, ...]:
 
 
 def _cut(model: LoadedModel, plan: Plan) -> None:
-    """Keep the first heads and channels, where padded.py puts the kept ones, as in an ordered model."""
+    """Keep the first heads and channels. padded.py puts the kept heads and channels first, as in an ordered model."""
     OrderedModel(model.decoder, [_equal_scores(layer) for layer in model.decoder.shape.layers]).apply(plan)
     for layer in model.decoder.layers:
         for linear in layer.linears:
             for parameter in linear.parameters():
-                # A copy, so that the OrderedModel can be freed; contiguous as in a file, to compute the same results.
+                # A copy, so that the OrderedModel can be freed. It is contiguous, as in a file, to compute the same
+                # results.
                 parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
 
 

@@ -49,10 +49,11 @@ class ExportFacts(BaseModel):
     method: str
     """Where the rates come from: the name of a search, or of an allocation such as `uniform`."""
     rates: tuple[float, ...]
-    """One per unit of the spec's granularity, in order."""
+    """Pruning rates, one per unit of the spec's granularity, in order."""
     spec: SearchSpec
     text_numbers: dict[Role, int]
-    """Roles with the same number took their windows from the same text; file names without folders cannot tell."""
+    """Roles with the same number took their windows from the same text. File names without folders would not show
+    this."""
     shape: ModelShape
     """Shape of the dense model."""
     plan: Plan
@@ -60,7 +61,7 @@ class ExportFacts(BaseModel):
     """Dense perplexity on the fitness text."""
     pruned: TextPerplexity | None = None
     dense_report: TextPerplexity | None = None
-    """Dense perplexity on the report text, which the search did not use, if the spec has one."""
+    """Dense perplexity on the report text, which the search did not use, if the spec has a report text."""
     pruned_report: TextPerplexity | None = None
     fitness_digest: str | None = None
     """Digest of the fitness text's tokens, which shows whether a later measurement uses the same tokens."""
@@ -72,7 +73,7 @@ class ExportFacts(BaseModel):
     searched: SearchSummary | None = None
     """Search results, if the command that wrote the folder also searched for the rates."""
     finetunings: tuple[Finetuning, ...] = ()
-    """Fine-tunings after pruning, in order. `pruned` was then measured after the last one."""
+    """Fine-tunings after pruning, in order. If there are any, `pruned` was measured after the last fine-tuning."""
 
     @model_validator(mode="after")
     def _belong_together(self) -> "ExportFacts":
@@ -103,12 +104,12 @@ class ExportFacts(BaseModel):
 
     @property
     def base_name(self) -> str:
-        """Return the base model's name for the card; for a folder without its parents, which are private."""
+        """Return the base model's name for the card. A folder is named without its parents, which are private."""
         return self.hub_name or Path(self.base_model).expanduser().resolve().name
 
 
 def read_facts(folder: Path) -> ExportFacts:
-    """Read the facts of an exported folder. Raises ModelError if its file does not hold them."""
+    """Read the facts of an exported folder. Raises ModelError if its file does not hold facts."""
     file = folder / FACTS
     try:
         written = json.loads(file.read_bytes())
@@ -120,7 +121,7 @@ def read_facts(folder: Path) -> ExportFacts:
 
 
 def without_folders(spec: SearchSpec) -> SearchSpec:
-    """Return the spec with file names without folders: these are private and differ between machines."""
+    """Return the spec without the folders of file names, because they are private and differ between machines."""
     names: dict[str, TextSpec] = {
         role: text.model_copy(update={"source": Path(text.source).name}) for role, text in spec.texts.items()
     }

@@ -74,7 +74,7 @@ def check_target(target: Path, *, force: bool) -> None:
 def write_folder(target: Path, write: Callable[[Path], None], *, force: bool) -> None:
     """Create the folder `target`: `write` fills a hidden empty folder beside it, which is renamed when complete.
 
-    Creates missing parent folders. With `force`, an older export at `target` stays until the new one is complete.
+    Creates missing parent folders. With `force`, an older export at `target` stays until the new export is complete.
     Raises ExportError, and changes nothing, if `target` exists, is being written by another process or cannot be
     written.
     """
@@ -132,7 +132,7 @@ def _sibling(target: Path, what: str) -> Path:
 def _locked(target: Path) -> Iterator[Path]:
     """Lock and yield the hidden folder in which `target` is written; it is empty except for its lock.
 
-    The lock ends with the process. Removes what a killed process left, and removes the folder at the end. Raises
+    The lock ends with the process. Removes files that a killed process left, and removes the folder on exit. Raises
     ExportError if another process is writing there.
     """
     unfinished = _sibling(target, UNFINISHED)
@@ -145,7 +145,7 @@ def _locked(target: Path) -> Iterator[Path]:
         _recover(target, unfinished)
         yield unfinished
     finally:
-        # Remove the lock last: the next process then finds nothing of this one.
+        # Remove the lock last, so that the next process finds no files of this process.
         _clear(unfinished)
         lock.unlink(missing_ok=True)
         os.close(handle)
@@ -161,12 +161,12 @@ def _clear(unfinished: Path) -> None:
 
 
 def _recover(target: Path, unfinished: Path) -> None:
-    """Restore an older export that was moved aside, or remove it if the new one is in place."""
+    """Restore an older export that was moved aside, or remove it if the new export is in place."""
     older = _sibling(target, OLDER)
     if not older.exists():
         return
     if target.exists():
-        # Rename it before removing anything: a folder with that name is always complete.
+        # Rename it before removing its files, because a folder with the name `older` must always be complete.
         older.rename(unfinished / OLDER)
         shutil.rmtree(unfinished / OLDER, ignore_errors=True)
     else:
@@ -174,20 +174,20 @@ def _recover(target: Path, unfinished: Path) -> None:
 
 
 def _set_permissions(folder: Path) -> None:
-    """Give files the folder's read and write permissions: safetensors writes them for the owner only."""
+    """Give files the folder's read and write permissions, because safetensors writes files for the owner only."""
     for file in folder.rglob("*"):
         if file.is_file():
             file.chmod(folder.stat().st_mode & 0o666)
 
 
 def _move_into_place(content: Path, target: Path) -> None:
-    """Rename `content` to `target`; an older folder is moved aside first, and restored if that fails."""
+    """Rename `content` to `target`; an older folder is moved aside first, and restored if renaming fails."""
     older = _sibling(target, OLDER)
     try:
         if target.exists():
             target.rename(older)
         content.rename(target)
-    except BaseException:  # a signal too
+    except BaseException:  # also for signals
         if older.exists() and not target.exists():
             older.rename(target)
         raise

@@ -44,7 +44,10 @@ def _config(model: LoadedModel, plan: Plan) -> dict[str, Any]:
 
 
 def _per_layer(plan: Plan, plain: dict[str, Any]) -> dict[str, dict[str, int]]:
-    """Return the sizes that differ from the dense ones, by layer; keys are zero-padded, as transformers writes them."""
+    """Return the sizes that differ from the dense sizes, by layer.
+
+    Keys are zero-padded, as transformers writes them.
+    """
     digits = len(str(len(plan.layers) - 1))
     sizes = [{name: size for name, size in _sizes(layer).items() if size != plain[name]} for layer in plan.layers]
     return {str(i).zfill(digits): differing for i, differing in enumerate(sizes) if differing}
@@ -59,6 +62,6 @@ def _sizes(layer: LayerPlan) -> dict[str, int]:
 
 
 def _kept(model: LoadedModel, layer: int, projection: str, kind: str) -> Weight:
-    """Return a projection's parameter as it is in memory."""
+    """Return a projection's parameter, stored unchanged."""
     tensor: Tensor = getattr(getattr(model.decoder.layers[layer], projection), kind)
     return stored_weight(tensor.detach())

@@ -1,7 +1,7 @@
 """Writes the format `padded`: the dense architecture and sizes, with zeros in place of removed weights.
 
 It loads wherever the dense model does, without custom code, and computes the same as the pruned model. It saves neither
-memory nor time: it is for programs that support neither sizes per layer nor GGUF, and for comparisons.
+memory nor time. It is for programs that support neither sizes per layer nor GGUF, and for comparisons.
 """
 
 from pathlib import Path
@@ -17,7 +17,7 @@ from protocol.plans.plan import LayerPlan, Plan
 from protocol.plans.shape import LayerShape
 
 _COLUMNS = ("output", "down")
-"""Projections that lose columns; the others lose rows and the biases of these."""
+"""Projections that lose columns. The other projections lose rows and the biases of these rows."""
 
 
 def write_padded(model: LoadedModel, plan: Plan, folder: Path, progress: Progress = no_progress) -> None:
@@ -48,7 +48,7 @@ def _padded(model: LoadedModel, plan: Plan, shape: LayerShape, layer: int, proje
 
 
 def _pieces(projection: str, plan: LayerPlan, shape: LayerShape) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Return the numbers of heads or channels of a projection that are kept, and that the dense model has."""
+    """Return a projection's numbers of heads or channels, first in the pruned and then in the dense model."""
     if projection in ("query", "output"):
         return (plan.kv_heads, plan.queries_per_kv), (shape.kv_heads, shape.queries_per_kv)
     if projection in ("key", "value"):
@@ -59,8 +59,8 @@ def _pieces(projection: str, plan: LayerPlan, shape: LayerShape) -> tuple[tuple[
 def _spread(rows: Tensor, kept: tuple[int, ...], whole: tuple[int, ...]) -> Tensor:
     """Zero-pad the rows of the kept pieces at the end of each dimension of `whole`.
 
-    A query head thus stays with its KV head: if two of three query heads are kept in each group, each third one is
-    zero.
+    A query head thus stays with its KV head: if two of three query heads are kept in each group, each third query head
+    is zero.
     """
     pieces = rows.reshape(*kept, -1, *rows.shape[1:])
     full = pieces.new_zeros(*whole, *pieces.shape[len(kept) :])

@@ -36,11 +36,11 @@ def stored_weight(tensor: Tensor) -> Weight:
 
 
 ProjectionWeight = Callable[[int, str, str], Weight]
-"""(layer index, projection such as `query`, `weight` or `bias`) -> its weight in the checkpoint."""
+"""(layer index, projection such as `query`, `weight` or `bias`) -> the projection's weight in the checkpoint."""
 
 
 def checkpoint_weights(model: LoadedModel, projection: ProjectionWeight) -> dict[str, Weight]:
-    """Return all weights of the checkpoint by name; `projection` returns those of the pruned projections.
+    """Return all weights of the checkpoint by name; `projection` returns the weights of the pruned projections.
 
     As in transformers, an output head that is tied to the embedding is omitted.
     """

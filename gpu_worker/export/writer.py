@@ -1,4 +1,4 @@
-"""Writes a pruned model as a folder in one format, or with a GGUF file beside it, with its card and facts."""
+"""Writes the folder of a pruned model: the model in one format, a GGUF file if requested, the card and the facts."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,13 +26,13 @@ from protocol.results.formats import FACTS, Destination, Format, Formats, GgufTy
 
 @dataclass(frozen=True)
 class ExportContent:
-    """What an export is written from."""
+    """The model, facts and tokens that an export is written from."""
 
     model: LoadedModel
     """The model, pruned to the plan in `facts`."""
     facts: ExportFacts
     windows: Tensor | None = None
-    """Measured tokens (long, [n, seqlen]); a GGUF file is measured in llama.cpp on the first of them."""
+    """Measured tokens (long, [n, seqlen]); a GGUF file is measured in llama.cpp on the first windows."""
     saves_windows: bool = False
     """Save the measured tokens in the folder, because the dense model wrote them."""
 

@@ -40,7 +40,7 @@ class State:
     seconds: float = 0.0
     """Training time so far."""
     finished: bool = False
-    """Whether all steps are done."""
+    """Whether fine-tuning has ended because the steps or the time are used up."""
 
 
 def folder_beside(out: Path) -> Path:
@@ -50,7 +50,7 @@ def folder_beside(out: Path) -> Path:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Lock a checkpoint folder, and remove it at the end if it is empty.
+    """Lock a checkpoint folder, and remove it on exit if it is empty.
 
     Raises ExportError if another process holds the lock or the folder cannot be created.
     """
@@ -63,7 +63,7 @@ def locked(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        # Remove the lock last: the next process then finds nothing half done.
+        # Remove the lock last, so that the next process finds nothing half done.
         (folder / LOCK).unlink(missing_ok=True)
         os.close(handle)
         with suppress(OSError):
@@ -77,10 +77,10 @@ class Checkpoint:
         self.folder = folder
         self._settings = settings
         self.steps = 0
-        """Steps of the state that was last read or written."""
+        """Number of steps in the state that was last read or written."""
 
     def read(self) -> State | None:
-        """Return the stored state, on the CPU; None if there is none.
+        """Return the stored state, on the CPU; None if no state is stored.
 
         Raises SettingsError if it has other settings, another model or other data, or cannot be read.
         """
@@ -106,7 +106,7 @@ class Checkpoint:
     def write(self, state: State) -> None:
         """Replace the stored state by `state`, atomically. Raises ExportError.
 
-        Signals are deferred until it is written.
+        Signals are deferred until the file is written.
         """
         content = vars(state) | {"losses": [point.model_dump() for point in state.losses]}
         beside = self.folder / f".{FILE}"
@@ -140,9 +140,9 @@ def check_finetuning_disk(
 ) -> None:
     """Raise ModelError if the disk of `destination` has too little space.
 
-    The space is for a model in all formats and for two checkpoints, because the old one stays until the next is
-    complete. `shape` is the dense model's shape, `kept` the decoder parameters that remain, and `beside` the bytes that
-    the pruned model needs on the same disk.
+    The space is for a model in all formats and for two checkpoints, because the old checkpoint stays until the next one
+    is complete. `shape` is the dense model's shape, `kept` the decoder parameters that remain, and `beside` the bytes
+    that the pruned model needs on the same disk.
     """
     checkpoint, formats = folder_beside(destination.folder), destination.formats
     if checkpoint.exists() and not checkpoint.is_dir():

@@ -70,7 +70,7 @@ class TrainingData:
 
     @property
     def digest(self) -> str:
-        """Return the SHA-256 of all tokens and of the index of the first predicted one."""
+        """Return the SHA-256 of all tokens and of the indices of the first predicted tokens."""
         digest = hashlib.sha256()
         for example in self.examples:
             digest.update(f"{len(example.tokens)}|{example.first}|".encode())
@@ -79,7 +79,7 @@ class TrainingData:
 
 
 def read_instructions(source: str, recipe: Recipe) -> tuple[Instruction, ...] | None:
-    """Read instructions from the hub or a file, as many as `recipe` asks for; None for a plain text.
+    """Read the number of instructions that `recipe` asks for, from the hub or a file. Returns None for a plain text.
 
     Raises DataError if they are not available, and for the first invalid line or entry.
     """
@@ -93,7 +93,7 @@ def read_instructions(source: str, recipe: Recipe) -> tuple[Instruction, ...] | 
 def prepare_data(
     source: str, instructions: tuple[Instruction, ...] | None, model: LoadedModel, recipe: Recipe
 ) -> TrainingData:
-    """Tokenize `instructions`, or the text `source` if there are none, for `model`.
+    """Tokenize `instructions` for `model`; if they are None, tokenize the text `source`.
 
     Raises DataError for a text that is not available, and if no tokens remain to be predicted.
     """
@@ -137,7 +137,7 @@ def _example(instruction: Instruction, model: LoadedModel, seqlen: int) -> Examp
 
 
 def _picked(there: int, wanted: int, seed: int) -> list[int]:
-    """Return a sorted random choice of `wanted` of `there` indices."""
+    """Return at most `wanted` random indices below `there`, sorted."""
     order = torch.randperm(there, generator=torch.Generator().manual_seed(seed))
     picked: list[int] = order[:wanted].sort().values.tolist()
     return picked

@@ -39,7 +39,7 @@ class EvalTokens:
     text: TextSpec
     windows: Tensor
     kept: bool = False
-    """Whether the tokens come with the folder."""
+    """Whether the tokens were saved in the folder."""
 
     @property
     def predicted(self) -> int:
@@ -56,7 +56,7 @@ def requested_texts(spec: SearchSpec, asked: Mapping[Role, EvalText]) -> dict[Ro
 def load_eval_texts(
     exported: ExportedFolder, model: LoadedModel, asked: Mapping[Role, EvalText]
 ) -> dict[Role, EvalTokens]:
-    """Load the requested texts; without a fitness text among them, the one saved in the folder, if any.
+    """Load the requested texts. If no fitness text is requested, load the text saved in the folder, if any.
 
     Windows are distributed as for the export, so that the calibration windows are excluded. `selfpruner evaluate`
     distributes them in the same way.
@@ -75,7 +75,7 @@ def load_eval_texts(
 
 
 def calibration_role(facts: ExportFacts, texts: Mapping[Role, TextSpec]) -> Role | None:
-    """Return the role whose text the folder was calibrated on, as far as file names without folders tell."""
+    """Return the role whose text the folder was calibrated on, as far as file names without folders show."""
     for role, text in texts.items():
         name, usual = Path(text.source).name, facts.spec.texts.get(role)
         was_measured = usual is not None and usual.source == name

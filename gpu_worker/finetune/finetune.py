@@ -49,16 +49,16 @@ class FinetuneRequest:
     recipe: Recipe
     out: Path
     formats: Formats = ()
-    """Empty: the formats of `folder`."""
+    """Formats to write. Empty: the formats of `folder`."""
     gguf_type: GgufType | None = None
     """Type of the GGUF file, if one is written; None: f16."""
     force: bool = False
     eval_text: EvalText | None = None
-    """None: the text that is saved in the folder, if any."""
+    """Text to measure. None: the text that is saved in the folder, if any."""
     report_text: EvalText | None = None
     """A second text to measure."""
     dtype: Dtype | None = None
-    """None: the dtype in the folder's card."""
+    """Dtype of the model. None: the dtype in the folder's card."""
     limits: Limits = field(default_factory=Limits)
 
     @property
@@ -69,7 +69,7 @@ class FinetuneRequest:
 
 
 def finetune_once(request: FinetuneRequest, progress: Progress = no_progress) -> FinetuneResult:
-    """Fine-tune an exported folder and write a new one atomically. Resumes from a checkpoint beside `out`.
+    """Fine-tune an exported folder and write a new folder atomically. Resumes from a checkpoint beside `out`.
 
     Raises UsageError for a folder, data or text that is not available, an output that cannot be written, too little
     memory or disk, and a checkpoint that does not match or is locked; NotFiniteError if the loss is not finite.
@@ -182,7 +182,7 @@ def _finetuning(
 
 
 def _facts(facts: ExportFacts, tuned: Finetuning, eval_tokens: Mapping[Role, EvalTokens], dtype: Dtype) -> ExportFacts:
-    """Return the new folder's facts. Old measurements are dropped, except for the dense model on the same tokens."""
+    """Return the new folder's facts. Drop old measurements, except those of the dense model on the same tokens."""
     changes: dict[str, object] = {
         "finetunings": (*facts.finetunings, tuned),
         "pruned": None,

@@ -1,7 +1,7 @@
 """Computes the loss of examples without holding all logits at once.
 
 The output head is not trained, so the gradient of the hidden states can be computed in the forward pass, chunk by
-chunk, and the logits are freed.
+chunk, and each chunk's logits are then freed.
 """
 
 from collections.abc import Sequence
@@ -52,7 +52,7 @@ class _HeadLoss(torch.autograd.Function):
             # The derivative of cross-entropy with respect to the logits: probabilities minus one-hot targets.
             shares = log_shares.exp_()
             shares.scatter_add_(1, target, torch.full_like(target, -1, dtype=shares.dtype))
-            # F.linear instead of @: where bfloat16 is slow, only linear layers are computed in float32.
+            # F.linear instead of @: if bfloat16 is slow on this CPU, only linear layers are computed in float32.
             gradient[chunk] = F.linear(shares.to(states.dtype), head.weight.t())
         context.save_for_backward(gradient)
         return total

@@ -22,7 +22,7 @@ def write_output(
 ) -> tuple[dict[str, int], GgufPerplexity | None]:
     """Write the folder atomically. Raises ExportError.
 
-    Returns the sizes of its files in bytes, and the perplexity of a GGUF file.
+    Returns the sizes of the folder's files in bytes, and the perplexity of its GGUF file, if any.
     """
     gguf = None
 
@@ -41,7 +41,7 @@ def write_output(
 
 def _draw(losses: tuple[LossPoint, ...], file: Path) -> None:
     """Plot the loss of each step."""
-    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # it logs each cache that it creates
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # matplotlib logs each cache that it creates
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 4), layout="constrained")

@@ -43,14 +43,15 @@ from protocol.results.commands import ExportResult, FinetuneResult, PruneResult,
 from protocol.results.formats import FACTS, SAVED_TEXT, Destination, Formats
 
 REPORT = "prune.json"
-"""File in the exported folder: what --json prints."""
+"""File in the exported folder, with the same content as --json prints."""
 FURTHEST_OFF = 0.02
-"""Largest relative difference of a folder's perplexity from that in memory; kernels round differently."""
+"""Largest allowed relative difference between the perplexity of the reloaded folder and that in memory. The two differ
+because kernels round differently."""
 
 
 @dataclass(frozen=True)
 class Finished:
-    """What was written, and the results of the checks: None where there is nothing to check."""
+    """The record of the written folder, and the results of its checks, which are None if there is nothing to check."""
 
     written: Written
     reloaded: float | None
@@ -58,10 +59,10 @@ class Finished:
 
 
 def check_before_search(goal: Goal) -> tuple[Goal, Written | None]:
-    """Return the goal, and what an earlier call has written.
+    """Return the goal, and the record of the folder that an earlier call has written, if any.
 
-    The goal may replace the folder if an earlier call wrote it. Raises UsageError for what would fail after a search of
-    hours.
+    The returned goal may replace the folder if an earlier call wrote it. Raises UsageError for anything that would
+    otherwise fail only after hours of search.
     """
     if was_written_unrecorded(goal):
         goal = _replacing(goal)
@@ -84,12 +85,12 @@ def check_before_search(goal: Goal) -> tuple[Goal, Written | None]:
 def finish(
     goal: Goal, before: Written | None, request: PruningRequest, searched: SearchSummary, progress: Progress
 ) -> Finished:
-    """Prune, fine-tune if requested, write the folder and check it, as far as `before` has not done it.
+    """Prune, fine-tune if requested, write the folder and check it.
 
-    Raises SelfPrunerError.
+    Only checks the folder if `before` is given and the folder has the rates of `request`. Raises SelfPrunerError.
     """
     if before is not None and not holds(goal.out, request):
-        # The search ran longer this time and found better rates: replace what this same command wrote before.
+        # The search ran longer this time and found better rates: replace the folder that this command wrote before.
         before, goal = None, _replacing(goal)
     written = before or _write(goal, request, searched, progress)
     try:
@@ -104,12 +105,12 @@ def finish(
 
 
 def write_report(result: PruneResult, out: Path) -> None:
-    """Write the whole result into the folder, unless it is there. Raises SelfPrunerError.
+    """Write the whole result into the folder, unless it is already there. Raises SelfPrunerError.
 
     Models and folders appear by name only, so that no private path is published.
     """
     file = out / REPORT
-    if file.exists():  # from an earlier call; another process may be reading it
+    if file.exists():  # an earlier call wrote it, and another process may be reading it
         return
     content = result.model_dump(mode="json")
     base = json.loads((out / FACTS).read_bytes())["base_model"]
@@ -126,7 +127,7 @@ def check_disk(goal: Goal, shape: ModelShape) -> None:
         disk_space.check_export_disk(goal.destination, spec, shape)
         return
     kept = disk_space.kept_by(spec.rate, shape)
-    # The model to fine-tune stays in the search's folder meanwhile, which may be on another disk.
+    # During fine-tuning, the pruned model stays in the search's folder, which may be on another disk.
     beside = 0
     if not (goal.pruned / FACTS).is_file():
         pruned = disk_space.export_bytes(shape, kept, _trained_formats(goal), spec.dtype)
@@ -136,7 +137,7 @@ def check_disk(goal: Goal, shape: ModelShape) -> None:
 
 
 def _check_memory(goal: Goal, tuning: Tuning, bare: LoadedModel) -> None:
-    """Raise ModelError if memory is too small to fine-tune the pruned model; `bare` is the dense one."""
+    """Raise ModelError if memory is too small to fine-tune the pruned model; `bare` is the dense model."""
     spec = goal.spec
     # A padded model is loaded at full width.
     plan = None if "padded" in goal.destination.formats else spec.uniform_plan(bare.decoder.shape)
@@ -156,13 +157,13 @@ def _write(goal: Goal, request: PruningRequest, searched: SearchSummary, progres
 
 
 def _export_to_tune(goal: Goal, request: PruningRequest, searched: SearchSummary, progress: Progress) -> ExportResult:
-    """Export into the search's folder, where a second start finds it."""
+    """Export into the search's folder, where a restarted command finds the model."""
     kept = goal.pruned.with_suffix(".json")
     try:
         exported = ExportResult.model_validate_json(kept.read_bytes())
-    except (OSError, ValueError):  # pydantic's ValidationError is one
+    except (OSError, ValueError):  # ValidationError is a ValueError
         exported = None
-    # The search may have found better rates since.
+    # The search may have found better rates since the last export.
     if exported is None or not holds(goal.pruned, request):
         if kept.exists():
             _forget_training(goal)
@@ -182,7 +183,7 @@ def _forget_training(goal: Goal) -> None:
 
 
 def _finetune(goal: Goal, tuning: Tuning, request: PruningRequest, progress: Progress) -> FinetuneResult:
-    """Fine-tune the model in the search's folder, and write the goal's."""
+    """Fine-tune the model in the search's folder, and write the goal's folder."""
 
     def measured(text: TextSpec | None) -> EvalText | None:
         # A pruned model cannot regenerate the dense model's text.
@@ -205,9 +206,10 @@ def _finetune(goal: Goal, tuning: Tuning, request: PruningRequest, progress: Pro
 
 
 def _reload(goal: Goal, request: PruningRequest, wanted: float | None, progress: Progress) -> float | None:
-    """Return the perplexity of the reloaded folder; None for a GGUF alone, or if none was measured in memory.
+    """Return the perplexity of the reloaded folder.
 
-    Raises SelfPrunerError if it differs from the perplexity in memory.
+    Returns None if the folder holds only a GGUF file, and if no perplexity was measured in memory. Raises
+    SelfPrunerError if the two perplexities differ.
     """
     if goal.destination.formats == ("gguf",) or wanted is None:
         return None
@@ -220,7 +222,10 @@ def _reload(goal: Goal, request: PruningRequest, wanted: float | None, progress:
 
 
 def _runs_in_llama_cpp(goal: Goal) -> bool | None:
-    """Whether llama.cpp generates with the GGUF file; None without either. Raises ModelError if it fails."""
+    """Return True if llama.cpp generates text with the GGUF file; None if the file or llama.cpp is missing.
+
+    Raises ModelError if llama.cpp fails.
+    """
     if "gguf" not in goal.destination.formats or find_spec("xllamacpp") is None:
         return None
     check_gguf_runs(next(goal.out.glob("*.gguf")))
@@ -228,7 +233,7 @@ def _runs_in_llama_cpp(goal: Goal) -> bool | None:
 
 
 def _trained_formats(goal: Goal) -> Formats:
-    """The formats in which a model can be fine-tuned."""
+    """Return the requested formats in which a model can be fine-tuned."""
     return tuple(fmt for fmt in goal.destination.formats if fmt != "gguf")
 
 

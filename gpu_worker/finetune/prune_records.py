@@ -1,4 +1,4 @@
-"""What a call of `selfpruner prune` has to write and what it has written, so that a killed command resumes there."""
+"""Records what a call of `selfpruner prune` must write and has written, so that a killed command can resume."""
 
 import hashlib
 import json
@@ -17,22 +17,22 @@ from protocol.results.formats import FACTS, Destination
 from protocol.runtime.files import write_atomically
 
 BEGUN, WRITTEN = "begun.json", "written.json"
-"""Files in the search's folder: the flags of the last call that began to write, and what it wrote."""
+"""Files in the search's folder: the flags of the last call that began to write, and the record of its output."""
 
 
 @dataclass(frozen=True)
 class Tuning:
-    """How the pruned model is fine-tuned."""
+    """Data, recipe and time limit for fine-tuning the pruned model."""
 
     data: str
     recipe: Recipe
     minutes: float | None = None
-    """Maximum training time."""
+    """Maximum training time in minutes."""
 
 
 @dataclass(frozen=True)
 class Goal:
-    """What the command has to produce."""
+    """The output that the command must produce."""
 
     search: str
     """Name of the search."""
@@ -53,7 +53,7 @@ class Goal:
 
     @property
     def flags(self) -> dict[str, Any]:
-        """Return what determines the folder's content besides the search, as JSON."""
+        """Return the settings that determine the folder's content besides the search, as JSON."""
         tuning = None
         if self.tuning is not None:
             tuning = vars(self.tuning) | {"recipe": self.tuning.recipe.model_dump(mode="json")}
@@ -63,22 +63,22 @@ class Goal:
 
 
 class Written(BaseModel):
-    """What was written to the goal's folder, recorded so that a command killed during its checks resumes there."""
+    """Record of the goal's folder, so that a command that was killed during its checks resumes with the checks."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     flags: dict[str, Any]
-    """The flags of the call that wrote it."""
+    """The flags of the call that wrote the folder."""
     facts: str
-    """SHA-256 of the folder's selfpruner.json, which tells whether another search has replaced it."""
+    """SHA-256 of the folder's selfpruner.json, which tells whether another search has replaced the folder."""
     exported: ExportResult
     finetuned: FinetuneResult | None
     is_checked: bool = False
-    """Whether the final checks have ended, passed or not; after that --force starts over."""
+    """Whether the final checks have ended, passed or not. After that, --force starts over."""
 
     @property
     def perplexity(self) -> float | None:
-        """The perplexity in memory before the model was written."""
+        """Return the perplexity in memory before the model was written."""
         if self.finetuned is None:
             return self.exported.perplexity
         measured = self.finetuned.finetuning.perplexity
@@ -86,9 +86,10 @@ class Written(BaseModel):
 
 
 def written_before(goal: Goal) -> Written | None:
-    """Return what an earlier call with the same flags has written; None if there is nothing to reuse.
+    """Return the record of an earlier call with the same flags; None if there is nothing to reuse.
 
-    --force replaces a folder that was checked. A command killed before that resumes, so that nothing is trained twice.
+    --force replaces a folder that was checked. A command that was killed before its checks ended resumes even with
+    --force, so that nothing is trained twice.
     """
     found = _recorded(goal)
     if found is None or (goal.destination.force and found.is_checked):
@@ -97,7 +98,7 @@ def written_before(goal: Goal) -> Written | None:
 
 
 def was_written_unrecorded(goal: Goal) -> bool:
-    """Whether a call with the same flags wrote the goal's folder and was killed before it recorded that."""
+    """Return whether a call with the same flags wrote the goal's folder but was killed before recording it."""
     try:
         flags = json.loads((goal.search_folder / BEGUN).read_bytes())
         facts = json.loads((goal.out / FACTS).read_bytes())
@@ -113,7 +114,7 @@ def was_written_unrecorded(goal: Goal) -> bool:
 
 
 def holds(folder: Path, request: PruningRequest) -> bool:
-    """Whether an exported folder was pruned with the rates of `request`."""
+    """Return whether an exported folder was pruned with the rates of `request`."""
     try:
         return bool(json.loads((folder / FACTS).read_bytes())["rates"] == list(request.choice))
     except (OSError, ValueError, KeyError, TypeError):
@@ -148,7 +149,7 @@ def keep(file: Path, text: str) -> None:
 
 
 def _recorded(goal: Goal) -> Written | None:
-    """Return the record of the goal's folder; None if there is none, or the folder has been replaced."""
+    """Return the record of the goal's folder; None if there is no record, or the folder has been replaced."""
     try:
         found = Written.model_validate_json((goal.search_folder / WRITTEN).read_bytes())
         return found if found.facts == _digest(goal) else None

@@ -1,7 +1,7 @@
 """Selects the trained parameters: LoRA adapters (with peft), or the weights of all projections.
 
 The model computes in the dtype it was loaded in. The optimizer updates fp32 master copies, which are rounded into the
-model after each step: in bfloat16, small updates would be lost.
+model after each step. In bfloat16 alone, small updates would be lost.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -46,9 +46,9 @@ class Trained:
 
 @contextmanager
 def trained(model: LoadedModel, recipe: Recipe) -> Iterator[Trained]:
-    """Set the model to training mode and yield its trained parameters, whose gradients collect in their masters.
+    """Set the model to training mode and yield its trained parameters, whose gradients are added up in their masters.
 
-    At the end, LoRA adapters are merged in fp32, so that the model has its original modules and no gradients. After an
+    On exit, LoRA adapters are merged in fp32, so that the model has its original modules and no gradients. After an
     error the model must not be used.
     """
     parameters, merge = _low_rank(model, recipe) if recipe.method == "lora" else _projections(model)
@@ -92,7 +92,7 @@ def _low_rank(model: LoadedModel, recipe: Recipe) -> tuple[tuple[nn.Parameter, .
         r=recipe.rank, lora_alpha=recipe.alpha, lora_dropout=recipe.dropout, target_modules=names, bias="none"
     )
     torch.manual_seed(recipe.seed)
-    # Not `get_peft_model`: its wrapper is for other tasks, and needs more of the config.
+    # `get_peft_model` is not used, because its wrapper is for other tasks and needs more settings.
     adapted = peft.LoraModel(model.causal_lm, config, "default")
     dtype = model.decoder.head.weight.dtype
     parameters = [parameter for parameter in model.causal_lm.parameters() if parameter.requires_grad]

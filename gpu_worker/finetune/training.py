@@ -2,8 +2,8 @@
 
 This is not transformers' Trainer because the loop is shorter than the Trainer's configuration would be. The Trainer's
 checkpoints store random states and the sampler's position, and it has to skip data when it resumes. Here, data order
-and dropout follow from the seed and the step, so a resumed run equals an uninterrupted one. The Trainer also takes the
-loss from the model's forward pass, which keeps the logits of all tokens; here they are freed chunk by chunk (loss.py).
+and dropout follow from the seed and the step, so a resumed run equals an uninterrupted run. The Trainer also takes the
+loss from the model's forward pass, which keeps the logits of all tokens; this loop frees them chunk by chunk (loss.py).
 """
 
 import math
@@ -30,13 +30,14 @@ class Limits:
     """Time limit of fine-tuning, and the interval of checkpoints."""
 
     seconds: float | None = None
-    """Maximum training time over all restarts. The learning rate then follows time or steps, whichever is further."""
+    """Maximum training time in seconds over all restarts. With a limit, the learning rate follows the time or the
+    steps, whichever has progressed further."""
     checkpoint_seconds: float = 120.0
 
 
 @dataclass(frozen=True)
 class TrainingSetup:
-    """What is trained, on which data, and how."""
+    """The model, data and settings of a training run."""
 
     model: LoadedModel
     trained: Trained
@@ -76,7 +77,7 @@ def steps_of(recipe: Recipe, examples: int) -> int:
 
 
 def batch_of(recipe: Recipe, examples: int, step: int) -> list[int]:
-    """Return the examples of a step (from 0): each epoch has its own shuffle."""
+    """Return the indices of the examples of a step, counted from 0. Each epoch has its own shuffle."""
     per_epoch = math.ceil(examples / recipe.batch)
     epoch, place = divmod(step, per_epoch)
     order = torch.randperm(examples, generator=torch.Generator().manual_seed(_mixed(recipe.seed, epoch)))
@@ -115,7 +116,7 @@ class _Run:
         self._began = time.monotonic()
         self.losses = list(start.losses)
         self.is_whole = True
-        """False after an error within a step: masters and optimizer are then inconsistent."""
+        """False if an error has interrupted a step, so that masters and optimizer are inconsistent."""
 
     @property
     def seconds(self) -> float:
@@ -124,7 +125,7 @@ class _Run:
 
     @property
     def is_over(self) -> bool:
-        """Return whether the steps or the time are used up; at least one step is done."""
+        """Return whether the steps or the time are used up. At least one step is always run."""
         out_of_time = self._limits.seconds is not None and self.seconds >= self._limits.seconds
         return self._start.finished or len(self.losses) >= self._steps or (out_of_time and bool(self.losses))
 
@@ -170,7 +171,10 @@ class _Run:
             self.is_whole = True
 
     def _share_done(self, number: int) -> float:
-        """Return the step's position in the schedule, at its middle, so that no step has a learning rate of zero."""
+        """Return the share of the schedule that is done, by steps or by time, whichever is larger.
+
+        The current step counts as half done, so that no step has a learning rate of zero.
+        """
         by_steps = (number + 0.5) / self._steps
         if self._limits.seconds is None:
             return by_steps
@@ -185,7 +189,10 @@ def _micro_batches(batch: list[Example], size: int) -> Iterator[list[Example]]:
 
 
 class _LossReporter:
-    """Reports steps, with the recent mean loss in the stage name. It changes rarely, because each name is logged."""
+    """Reports steps, with the recent mean loss in the stage's name.
+
+    The name changes rarely, because each new name is logged.
+    """
 
     def __init__(self, progress: Progress, total: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._progress, self._total, self._clock = progress, total, clock

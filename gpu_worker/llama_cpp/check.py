@@ -19,11 +19,11 @@ from protocol.results.formats import GgufType
 log = structlog.get_logger()
 
 TOKENS = 2048
-"""Most tokens that are measured, in whole windows; at least one window is measured."""
+"""Maximum number of tokens that are measured, in whole windows. At least one window is measured."""
 ROUNDED: dict[GgufType, float] = {"f16": 1.05, "q8_0": 1.2, "q6_k": 1.2}
 FEW_BITS = 4.0
-"""Largest allowed ratio of the file's perplexity to that in memory, by file type. Quantisation of a usable model stays
-below it; a file with wrong tensors exceeds it hundreds of times."""
+"""Largest allowed ratio of the file's perplexity to that in memory: by file type, and for all other file types.
+Quantisation of a usable model stays below this ratio; a file with wrong tensors exceeds it by a factor of hundreds."""
 
 
 def measure_gguf(

@@ -61,7 +61,7 @@ def serving(path: Path, *, context: int = MIN_CONTEXT, hidden_states: bool = Fal
 
 
 def ask(address: str, path: str, body: Mapping[str, Any]) -> Any:
-    """Send a request and return the JSON answer. Raises ModelError if there is none, or if it is an error."""
+    """Send a request and return the JSON answer. Raises ModelError if no answer comes or if it is an error."""
     server = urlsplit(address)
     connection = HTTPConnection(server.hostname or "", server.port, timeout=TIMEOUT_SECONDS)  # urllib would use a proxy
     try:

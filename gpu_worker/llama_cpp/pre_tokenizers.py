@@ -33,13 +33,13 @@ NAMES: dict[tuple[tuple[str, ...], bool], str] = {
 }
 """llama.cpp's name by the splits, in order, and `ignore_merges`.
 
-llama.cpp implements all of them, with one difference: its `tekken` excludes combining marks (Devanagari vowels) from
-words.
+llama.cpp implements all of these pre-tokenizers. There is one difference: its `tekken` excludes combining marks
+(Devanagari vowels) from words.
 """
 
 
 def byte_level_name(parts: dict[str, Any]) -> str:
-    """Return llama.cpp's name for a byte-level tokenizer.json's pre-tokenizer. Raises ModelError for an unknown one."""
+    """Return llama.cpp's name for a byte-level tokenizer.json's pre-tokenizer. Raises ModelError if it is unknown."""
     key = (tuple(_splits(parts["pre_tokenizer"])), bool(parts["model"].get("ignore_merges")))
     if key not in NAMES or _kind(parts["decoder"]) != "ByteLevel" or _kind(parts["normalizer"]) not in (None, "NFC"):
         raise ModelError(
@@ -72,7 +72,8 @@ def _kind(part: dict[str, Any] | None) -> str | None:
 def prefixes_a_space(parts: dict[str, Any]) -> bool:
     """Return whether a SentencePiece-like tokenizer.json puts a space before a text. Raises ModelError if unsupported.
 
-    If it does so only before the first word (`first`), llama.cpp also does so after each special token.
+    With the scheme `first`, a tokenizer puts a space only before the first word; llama.cpp also puts a space after each
+    special token.
     """
     steps = _steps(parts["normalizer"], "normalizers")
     match (steps, parts["pre_tokenizer"]):

@@ -2,7 +2,7 @@
 
 A file type such as Q4_K_M is a mixture: most matrices have its main type, while the output head (or tied embedding)
 and, in some layers, v and down have more bits. A type stores rows in blocks of 32 or 256 values. Rows whose length is
-no multiple of the block use a type with shorter blocks, or F16.
+not a multiple of the block size use a type with shorter blocks, or F16.
 """
 
 from collections.abc import Iterable
@@ -38,7 +38,7 @@ FILE_TYPES: dict[GgufType, Any] = {
     "q4_1": gguf.LlamaFileType.MOSTLY_Q4_1,
     "q4_0": gguf.LlamaFileType.MOSTLY_Q4_0,
 }
-"""File type in the file's metadata."""
+"""Value that states each file type in the file's metadata."""
 K_KINDS = (Kind.Q4_K, Kind.Q5_K, Kind.Q6_K)
 """Types with blocks of 256 values, which only llama.cpp's own library can write."""
 
@@ -53,7 +53,7 @@ def block_size(kind: Any) -> int:
 
 
 def wanted_kind(file_type: GgufType, name: str, columns: int, layers: int, *, is_head: bool) -> Any:
-    """Return the type that the matrix `name` with rows of `columns` values should have, even if its rows do not fit.
+    """Return the type that the matrix `name` with rows of `columns` values should have, even if that type does not fit.
 
     `is_head` marks the output head, or the embedding if it is tied.
     """
@@ -65,7 +65,7 @@ def wanted_kind(file_type: GgufType, name: str, columns: int, layers: int, *, is
     _, layer, matrix, _ = name.split(".")
     if matrix in ("attn_v", "ffn_down") and _has_more_bits(int(layer), layers):
         return Kind.Q6_K
-    # In Llama-2-70B eight query heads share the values.
+    # In Llama-2-70B, eight query heads share each KV head.
     return Kind.Q5_K if matrix == "attn_v" and layers == _LAYERS_OF_70B else main
 
 
@@ -94,6 +94,6 @@ def needs_ggml(kinds: Iterable[Any]) -> bool:
 
 
 def _has_more_bits(layer: int, layers: int) -> bool:
-    """Return whether the layer is in the first or last eighth, or is every third one between them."""
+    """Return whether the layer is in the first or last eighth of the layers, or is every third layer between these."""
     eighth = layers // 8
     return layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2

@@ -21,7 +21,7 @@ from protocol.plans.plan import LayerPlan, Plan
 from protocol.results.formats import GgufType
 
 _CHUNK = 2**20
-"""Values converted at a time; intermediate results are several times larger."""
+"""Number of values converted at a time. Intermediate results are several times larger."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,11 @@ class GgufTensor:
     """A GGMLQuantizationType: F32, F16, or a block type."""
     read: Callable[[], Tensor]
     wanted: Any = None
-    """The type that the file type asks for, if the length of the rows does not allow it."""
+    """The type that the file type asks for; set only if the length of the rows does not allow it."""
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
-        """Return the shape of `data`; for block types that of its bytes."""
+        """Return the shape of `data`; for block types, the shape of its bytes."""
         if self.type in (Kind.F32, Kind.F16):
             return self.shape
         return tuple(gguf.quant_shape_to_byte_shape(self.shape, self.type))
@@ -96,7 +96,7 @@ class _Maker:
         self._head = "token_embd.weight" if tied else "output.weight"
 
     def vector(self, name: str, values: Tensor, read: Callable[[], Tensor] | None = None) -> GgufTensor:
-        """Return a norm, bias or rope factor in F32, in which llama.cpp computes with them."""
+        """Return a norm, bias or rope factor in F32, the type in which llama.cpp uses these vectors."""
         return GgufTensor(name, tuple(values.shape), Kind.F32, read or (lambda: values))
 
     def matrix(self, name: str, values: Tensor, read: Callable[[], Tensor] | None = None) -> GgufTensor:
@@ -157,8 +157,8 @@ def _check(i: int, layer: Layer, kept: LayerPlan, head_dim: int) -> None:
 def interleaved(values: Tensor, heads: int) -> Tensor:
     """Reorder the rows of q_proj or k_proj [heads × head dim, ...] for llama.cpp's rotary embedding.
 
-    transformers rotates element i of a head with element i + head dim / 2, llama.cpp's llama models rotate adjacent
-    elements: row i of the first half goes to place 2i, row i of the second half to 2i + 1.
+    transformers rotates element i of a head with element i + head dim / 2. llama.cpp's llama models rotate adjacent
+    elements. So row i of the first half goes to place 2i, and row i of the second half to place 2i + 1.
     """
     halves = values.reshape(heads, 2, -1, *values.shape[1:])
     return halves.transpose(1, 2).reshape(values.shape)

@@ -1,7 +1,7 @@
 """Converts a transformers tokenizer to the vocabulary of a GGUF file.
 
 Two kinds of byte-pair encoding are supported. Byte-level tokenizers (Llama 3, SmolLM2) are written with their merges
-and llama.cpp's name for their pre-tokenizer. SentencePiece ones (Llama 1 and 2, Vicuna, Mistral) are written with
+and llama.cpp's name for their pre-tokenizer. SentencePiece tokenizers (Llama 1 and 2, Vicuna, Mistral) are written with
 scores, which follow from the order of the tokenizer's merges.
 """
 
@@ -74,7 +74,7 @@ def read_vocabulary(tokenizer: Any, config: Any) -> Vocabulary:
     if parts["model"].get("byte_fallback"):
         space = prefixes_a_space(parts)
         return Vocabulary("llama", "default", scores=_scores(tokens, merges), adds_space=space, **common)
-    # llama.cpp requires merges and the writer omits an empty list: without merges, write one empty merge.
+    # llama.cpp requires merges, and the writer omits an empty list. So a tokenizer without merges gets one empty merge.
     joined = tuple(" ".join(pair) for pair in merges) or ("",)
     return Vocabulary("gpt2", byte_level_name(parts), merges=joined, **common)
 
@@ -105,7 +105,7 @@ def _tokens(tokenizer: Any, parts: dict[str, Any], rows: int) -> tuple[tuple[str
 
 
 def _merges(parts: dict[str, Any]) -> list[tuple[str, str]]:
-    """Return the merges as pairs, in order; older files store each as one string with a space."""
+    """Return the merges as pairs, in order; older files store each merge as one string with a space."""
     pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in parts["model"]["merges"])
     return [(left, right) for left, right in pairs]
 
@@ -119,7 +119,7 @@ def _scores(tokens: tuple[str, ...], merges: list[tuple[str, str]]) -> tuple[flo
 
 
 def _special(tokenizer: Any, config: Any) -> tuple[tuple[str, int], ...]:
-    """Return ids of special tokens. Raises ModelError without eos, for which llama.cpp would use token 11 or 2."""
+    """Return ids of special tokens. Raises ModelError if eos is missing, because llama.cpp would use token 11 or 2."""
     ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "unk", "pad")}
     if ids["eos"] is None:
         end = config.eos_token_id
@@ -130,7 +130,7 @@ def _special(tokenizer: Any, config: Any) -> tuple[tuple[str, int], ...]:
 
 
 def _added_around(tokenizer: Any) -> tuple[bool, bool]:
-    """Return whether the tokenizer adds bos and eos, found by trying: files state it in several ways."""
+    """Return whether the tokenizer adds bos and eos. It is tried out, because files state it in several ways."""
     plain = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]
     for bos in (False, True):
@@ -141,7 +141,7 @@ def _added_around(tokenizer: Any) -> tuple[bool, bool]:
 
 
 def _chat_template(template: str | dict[str, str] | None) -> str | list[dict[str, str]] | None:
-    """Return a single template unchanged, and several named ones in the writer's format."""
+    """Return a single template unchanged, and several named templates in the writer's format."""
     if isinstance(template, dict):
         return [{"name": name, "template": text} for name, text in template.items()]
     return template

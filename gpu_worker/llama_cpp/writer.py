@@ -23,7 +23,7 @@ from protocol.plans.plan import Plan
 from protocol.results.formats import GgufType
 
 log = structlog.get_logger()
-# It logs the byte order of every file, and a path that is renamed when the file is complete.
+# gguf logs the byte order of every file, and a path that is renamed when the file is complete.
 logging.getLogger(gguf.gguf_writer.__name__).setLevel(logging.WARNING)
 
 ARCHITECTURE = gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.DECI]
@@ -147,7 +147,7 @@ def _log_fallback_types(tensors: tuple[GgufTensor, ...], file_type: GgufType, pa
 
 
 def _advice(tensors: list[GgufTensor], multiple: int) -> str:
-    """Return advice about row lengths: the plan sets the MLP widths, but the hidden size is the model's."""
+    """Return advice about row lengths. The plan sets the MLP widths, but the model sets the hidden size."""
     helped = sum(".ffn_down." in tensor.name for tensor in tensors)
     avoids = f"multiple_of {multiple} avoids it"
     if helped == len(tensors):

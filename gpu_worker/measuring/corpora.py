@@ -21,9 +21,9 @@ C4 = "c4"
 SELF = "self"
 SPLITS: dict[str, dict[Role, str]] = {
     # Calibrates on the train split, because 128 windows of 4,096 tokens exceed the validation split. FLAP's code
-    # calibrates Wanda-sp on C4, and where it reads this split it joins the rows by spaces.
+    # calibrates Wanda-sp on C4; when it reads this split, it joins the rows by spaces.
     WIKITEXT2: {"calibration": "train", "fitness": "validation", "report": "test"},
-    # SparseGPT reports on the first 1,100 documents of its validation file.
+    # SparseGPT reports on the first 1,100 documents of the validation file.
     C4: {"calibration": "train[:4000]", "fitness": "validation[1100:2200]", "report": "validation[:1100]"},
 }
 """The split of a hub dataset that each role reads."""
@@ -62,9 +62,10 @@ def windows_digest(*texts: Tensor) -> str:
 def load_texts(spec: SearchSpec, tokenizer: Any, generate: GenerateText, start: int | None = None) -> Texts:
     """Return the windows of all roles of `spec`. `generate` is called for the source `self`.
 
-    A source is cut into chunks of the longest window that its roles need. The roles (calibration, fitness, report, in
-    this order) take chunks from one seeded shuffle and cut them to their own length. A role that needs all windows gets
-    those that the others left, in text order. Raises DataError for a source that is not available or too short.
+    A source is cut into chunks that are as long as the longest window of its roles. The roles (calibration, fitness,
+    report, in this order) take chunks from one seeded shuffle and cut them to their own length. A role that asks for
+    all windows gets the chunks that the other roles left, in text order. Raises DataError for a source that is not
+    available or too short.
     """
     windows = load_roles(spec.texts, spec.seed, tokenizer, generate, start)
     return Texts(windows["calibration"], windows["fitness"], windows.get("report"))
@@ -80,9 +81,9 @@ def load_roles(
 ) -> dict[Role, Tensor]:
     """Return the windows of each role of `texts`; see `load_texts`.
 
-    With `only`, the other roles just reserve their windows; a source that only they use is not read. `start` replaces
-    every window's first token, which is context and never predicted: some models predict badly without the token that
-    started every text in training.
+    With `only`, the windows of all other roles are only reserved, and a source that only these roles use is not read.
+    `start` replaces the first token of every window, which is context and never predicted. Some models predict badly
+    without the token that started every text in training.
     """
     by_source: dict[Source, dict[Role, TextSpec]] = defaultdict(dict)
     for role, text in texts.items():
@@ -170,14 +171,14 @@ class HubData:
     repository: str
     config: str | None
     called: str
-    """Its name in messages."""
+    """The dataset's name in messages."""
     otherwise: str
-    """What to do if it is not available, for messages."""
+    """Advice in messages about a dataset that is not available."""
 
     def split(self, split: str, data_files: Mapping[str, str] | None = None) -> Any:
-        """Load a split, or with `data_files` the files named for it.
+        """Load a split; with `data_files`, load the files that it names for the split.
 
-        Raises DataError if it is not available.
+        Raises DataError if the dataset is not available.
         """
         import datasets  # takes half a second, needed only for data from the hub
 
@@ -189,7 +190,7 @@ class HubData:
             return datasets.load_dataset(self.repository, self.config, split=split, data_files=data_files)
 
     def _cannot_load(self, offline: bool, error: Exception) -> str:
-        # A DatasetGenerationError only says that there was another error.
+        # A DatasetGenerationError only says that another error occurred, which is its cause.
         cause = error.__cause__ if type(error).__name__ == "DatasetGenerationError" else None
         true = cause if isinstance(cause, Exception) else error
         if offline and isinstance(true, ConnectionError | FileNotFoundError | ValueError):
@@ -201,7 +202,7 @@ def _of_the_hub(name: str, split: str) -> str:
     otherwise = f"pass a text file, or `{SELF}`"
     if name == C4:
         kind = split.partition("[")[0]
-        # No config name: with one, `datasets` reports the config's other files as missing.
+        # No config is named, because `datasets` would report the config's other files as missing.
         documents = HubData("allenai/c4", None, name, otherwise).split(split, {kind: C4_FILES[kind]})
         return " ".join(documents["text"])  # as SparseGPT joins them
     wikitext = HubData("Salesforce/wikitext", "wikitext-2-raw-v1", name, otherwise)

@@ -1,4 +1,4 @@
-"""Measures the KL divergence of a pruned model from the dense one, and its perplexity, in one pass over a text.
+"""Measures the KL divergence of a pruned model from the dense model, and its perplexity, in one pass over a text.
 
 The dense model's predictions are stored once per text: for each predicted token, the logits of the `KL_TOP_K` most
 probable tokens and the total probability of all others. Merging tokens can only lower a KL divergence, so the result is
@@ -29,11 +29,11 @@ class DensePredictions:
     tokens: Tensor
     """The most probable tokens, int32 [n, k]."""
     logits: Tensor
-    """Their logits [n, k]."""
+    """Logits of these tokens [n, k]."""
     log_total: Tensor
     """Log-sum-exp of all logits, fp32 [n]."""
     log_rest: Tensor
-    """Log-probability of all tokens that are not kept, fp32 [n]; -inf if all are kept."""
+    """Log-probability of all other tokens together, fp32 [n]; -inf if all tokens are kept."""
 
     @classmethod
     def empty(cls, count: int, top: int, dtype: torch.dtype) -> "DensePredictions":
@@ -62,7 +62,10 @@ class DensePredictions:
         return self.tokens[rows].to(device, torch.long)
 
     def log_probabilities(self, rows: slice, device: torch.device) -> Tensor:
-        """Return log-probabilities of the kept tokens and, last, of all others: fp32 [rows, k + 1] on `device`."""
+        """Return log-probabilities of the kept tokens and, in the last column, of all other tokens together.
+
+        The result is fp32 [rows, k + 1] on `device`.
+        """
         logits, total, rest = (kept[rows].to(device) for kept in (self.logits, self.log_total, self.log_rest))
         return torch.cat([logits.float() - total[:, None], rest[:, None]], dim=-1)
 
@@ -101,7 +104,7 @@ def dense_predictions(
 
 
 def divergence(decoder: Decoder, windows: Tensor, dense: DensePredictions) -> Divergence:
-    """Measure the divergence of the model's predictions for `windows` (long, [n, seqlen]) from the `dense` ones.
+    """Measure the divergence of the model's predictions for `windows` (long, [n, seqlen]) from the `dense` predictions.
 
     Raises NotFiniteError if the perplexity or the divergence is not finite.
     """
@@ -147,7 +150,7 @@ def kl_divergence(expected: Tensor, found: Tensor) -> Tensor:
     """Return KL(expected ‖ found) of each row in nats, fp64 [rows]; both are log-probabilities [rows, outcomes].
 
     Sums p·ln(p/q) − p + q. As p and q each sum to one, this is the divergence, but no term is negative, and errors in a
-    row's normalisation cancel. Without this, they could be as large as a small divergence.
+    row's normalisation cancel. In p·ln(p/q) alone, these errors could be as large as a small divergence.
     """
     expected, found = expected.double(), found.double()
     p, q = expected.exp(), found.exp()
@@ -161,7 +164,7 @@ class _Chunk:
     """Some consecutive predictions of a model."""
 
     rows: slice
-    """Position in the text."""
+    """Positions of these predictions in the text."""
     logits: Tensor
     """fp32 [rows, vocabulary]."""
     log_total: Tensor
@@ -175,7 +178,10 @@ class _Chunk:
         return (self.log_total - self.logits.gather(-1, self.targets[:, None])[:, 0]).double().sum().item()
 
     def log_probabilities(self, tokens: Tensor) -> Tensor:
-        """Return log-probabilities of `tokens` [rows, k] and, last, of all others, and overwrite the logits."""
+        """Return log-probabilities of `tokens` [rows, k] and, in the last column, of all other tokens together.
+
+        Overwrites the logits.
+        """
         kept = self.logits.gather(-1, tokens)
         others = _log_sum_of_others(self.logits, tokens)
         return torch.cat([kept, others[:, None]], dim=-1) - self.log_total[:, None]
@@ -192,15 +198,15 @@ def _chunks(
 
 
 def _chunks_of(decoder: Decoder, hidden: Tensor, windows: Tensor, start: int = 0) -> Iterator[_Chunk]:
-    """Yield the predictions from final hidden states; the first one is number `start` of the text."""
+    """Yield the predictions from final hidden states; `start` is the position of the first prediction in the text."""
     for logits, targets in logit_chunks(decoder, hidden, windows):
         yield _Chunk(slice(start, start + len(targets)), logits, logits.logsumexp(-1), targets)
         start += len(targets)
 
 
 def _log_sum_of_others(logits: Tensor, tokens: Tensor) -> Tensor:
-    """Return the log-sum-exp of the logits not at `tokens`; those at `tokens` are overwritten.
+    """Return the log-sum-exp of all logits except those at `tokens`, which are overwritten.
 
-    Computing 1 minus the sum of the others would be only rounding error where the model is confident.
+    Subtracting the probability of `tokens` from 1 would leave only rounding error if the model is confident.
     """
     return logits.scatter_(-1, tokens, -math.inf).logsumexp(-1)

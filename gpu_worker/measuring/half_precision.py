@@ -18,9 +18,10 @@ from torch.overrides import TorchFunctionMode
 log = structlog.get_logger()
 
 MIN_ROWS = 8
-"""With fewer rows, converting the weight costs more time than it saves."""
+"""Minimum number of input rows for which a product is computed in float32. With fewer rows, converting the weight costs
+more time than it saves."""
 CHUNK_ELEMENTS = 2**22
-"""Elements of a weight converted at a time: few enough to fit the caches."""
+"""Number of weight elements converted at a time, few enough to fit the CPU's caches."""
 
 
 def is_slow(dtype: torch.dtype) -> bool:
@@ -75,7 +76,7 @@ class _LinearInFloat32(TorchFunctionMode):
 
 
 class _Linear(torch.autograd.Function):
-    """F.linear that saves only the needed inputs, unconverted, for the backward pass. Does not support torch.func."""
+    """F.linear that saves only the inputs that the backward pass needs, unconverted. Does not support torch.func."""
 
     @staticmethod
     def forward(context: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

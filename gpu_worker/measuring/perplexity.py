@@ -42,7 +42,7 @@ def perplexity_of(loss: float, tokens: int) -> float:
 
 
 def checked_perplexity(decoder: Decoder, windows: Tensor, progress: Progress, stage: str) -> tuple[float, int]:
-    """Measure as `perplexity` does, but check each window, so that a broken model is reported after the first one."""
+    """Measure as `perplexity` does, but check each window, so that a broken model is reported early."""
     losses = []
     tokens = 0
     for window in steps(progress, stage, windows):
@@ -55,7 +55,7 @@ def checked_perplexity(decoder: Decoder, windows: Tensor, progress: Progress, st
 def window_loss(decoder: Decoder, window: Tensor) -> float:
     """Return the summed negative log-likelihood in nats of all but the first tokens of `window` [batch, seqlen].
 
-    One window at a time is as fast as several: a thousand tokens saturate the matmuls.
+    Running one window at a time is as fast as running several, because a thousand tokens saturate the matmuls.
     """
     return hidden_loss(decoder, final_hidden(decoder, window), window)
 
@@ -69,7 +69,7 @@ def final_hidden(decoder: Decoder, window: Tensor) -> Tensor:
 def hidden_loss(decoder: Decoder, hidden: Tensor, window: Tensor) -> float:
     """Return the loss of `window` [batch, seqlen] given the body's final hidden states [batch, seqlen, hidden size].
 
-    Sums in fp32, and in fp64 between chunks.
+    Sums in fp32 within a chunk, and in fp64 over the chunks.
     """
     total = torch.zeros((), dtype=torch.float64, device=decoder.head.weight.device)
     for logits, targets in logit_chunks(decoder, hidden, window):

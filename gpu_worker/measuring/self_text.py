@@ -1,4 +1,4 @@
-"""Text that the dense model writes, for calibration and fitness where no corpus is available.
+"""Text that the dense model writes, for calibration and fitness if no corpus is available.
 
 It is sampled once, shared by all workers of a search, and saved in an export that was measured on it.
 """
@@ -30,14 +30,14 @@ from protocol.results.formats import SAVED_TEXT
 
 TEMPERATURE = 1.0
 TOP_K = 50
-"""Most probable tokens to sample from. Without a limit, a small model soon derails on unlikely tokens."""
+"""Number of most probable tokens to sample from. Without a limit, a small model soon derails on unlikely tokens."""
 OPENINGS = (
     "The history of", "In the early", "A new study", "She was born in", "The first", "During the war", "According to",
     "The city of", "Scientists have", "It was", "The film", "In mathematics", "The river", "He began his career",
     "The company", "Most people", "The song", "When the", "Many species of", "The government", "An important",
     "The team", "On the morning of", "The main character",
 )  # fmt: skip
-"""Prompts that the windows begin with, in turn: from a bare start token, an instruction-tuned model writes chat
+"""Prompts that the windows begin with, in turn. From a bare start token, an instruction-tuned model would write chat
 markup."""
 Offer = Callable[[str], str]
 """JSON of the text that this worker wrote -> JSON of the published text."""
@@ -59,10 +59,11 @@ def self_text(model: LoadedModel, windows: int, length: int, seed: int, progress
 
 
 def share_text(published: str | None, offer: Offer, windows: int, length: int, write: Callable[[], Tensor]) -> Tensor:
-    """Return the tokens (long, [windows, length]) that all workers of a search use: those of the first to publish them.
+    """Return the tokens (long, [windows, length]) that all workers of a search use: the first published text.
 
-    `published` is their JSON. If it is None, call `write`, `offer` the result, and return what is published then.
-    Raises StoreError if the published text has another version or size.
+    `published` is the JSON of that text. If it is None, call `write`, `offer` the result, and return the text that is
+    published then. A text that is too long to publish is used by this worker alone. Raises StoreError if the published
+    text has another version or size.
     """
     if published is not None:
         return _tokens(published, windows, length)
@@ -110,7 +111,7 @@ def load_saved_text(file: Path, text: TextSpec, vocabulary: int) -> Tensor:
 
 
 def sample(model: LoadedModel, windows: int, length: int, seed: int, progress: Progress) -> Tensor:
-    """Sample `windows` texts of `length` tokens at temperature 1 from the top 50 tokens, without special ones."""
+    """Sample `windows` texts of `length` tokens at temperature 1 from the top 50 tokens, without special tokens."""
     prompts = _prompts(model.tokenizer, length)
     generator = torch.Generator(device=model.device).manual_seed(seed)
     batches = []
@@ -129,7 +130,7 @@ def _report(progress: Progress, before: int, texts: int, total: int, length: int
 
 
 def _prompts(tokenizer: Any, length: int) -> Tensor:
-    """Return the openings as tokens, all cut to the shortest one so that no padding is needed."""
+    """Return the openings as tokens, all cut to the length of the shortest, so that no padding is needed."""
     ids = [tokenizer(text)["input_ids"] for text in OPENINGS]
     shortest = min(length - 1, *(len(row) for row in ids))
     return torch.tensor([row[:shortest] for row in ids], dtype=torch.long)
@@ -140,8 +141,8 @@ def _continue(
 ) -> Tensor:
     """Continue `prompts` [batch, prompt] to [batch, length]; call `report` with the length so far.
 
-    transformers' `generate` takes twice as long: it samples from the whole vocabulary and copies its cache for each
-    token.
+    transformers' `generate` takes twice as long, because it samples from the whole vocabulary and copies its cache for
+    each token.
     """
     decoder = model.decoder
     special = torch.tensor(sorted(model.tokenizer.all_special_ids), dtype=torch.long, device=prompts.device)
@@ -174,8 +175,8 @@ def _draw(logits: Tensor, special: Tensor, generator: torch.Generator) -> Tensor
 class _ReservedLayer(DynamicLayer):  # type: ignore[misc]
     """One layer's KV cache, preallocated for all tokens; the base class copies the cache for each token."""
 
-    # Makes transformers pass an attention mask, with which it groups the query heads that share a KV head. Without one
-    # it leaves this to torch, whose CPU kernel is then five times slower for a single token.
+    # Makes transformers pass an attention mask. With a mask, transformers groups the query heads that share a KV head.
+    # Without a mask, it leaves this to torch, whose CPU kernel is five times slower for a single token.
     is_compileable = True
 
     def __init__(self, capacity: int) -> None:
@@ -184,7 +185,7 @@ class _ReservedLayer(DynamicLayer):  # type: ignore[misc]
         self._filled = 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        """Append the new states [batch, KV heads, tokens, head dim] and return all of them."""
+        """Append the new states [batch, KV heads, tokens, head dim] and return all states so far."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
             self._keys, self._values = (self._reserve(states) for states in (key_states, value_states))

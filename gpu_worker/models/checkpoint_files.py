@@ -31,11 +31,11 @@ TEXTS_READ = (
 """File names that transformers opens for a model and its tokenizer. Other files in the folder, such as logs or dangling
 links, are ignored."""
 MAX_FILE_BYTES = {"config.json": 2**20, "tokenizer.json": 2**27}
-"""Limits for single files, several times the largest known ones: Gemma's tokenizer.json has 33 MB."""
+"""Limits in bytes for single files, several times the largest known sizes: Gemma's tokenizer.json has 33 MB."""
 MAX_TEXT_BYTES = 2**25
-"""Limit for all other files without weights."""
+"""Limit in bytes for all other files without weights."""
 MAX_HEADER_BYTES = 2**25
-"""Limit for the header of a safetensors file. The header of a thousand tensors has 100 kB."""
+"""Limit in bytes for the header of a safetensors file. The header of a thousand tensors has 100 kB."""
 MAX_PARAMETER_RATIO = 2
 """Largest allowed ratio of declared to stored parameters. Missing weights are reported after loading; this limit keeps
 the loader from filling memory before that."""
@@ -68,7 +68,7 @@ def _is_one_of(path: Path, patterns: tuple[str, ...]) -> bool:
 
 
 def adapter_sentence(name: str) -> str:
-    """Return the error message for an adapter without a model: its config could name any model, from anywhere."""
+    """Return the error message for an adapter without a model, whose config could name any model from anywhere."""
     return f"{name!r} holds only an adapter ({ADAPTER}) and no model; merge it into its base model"
 
 
@@ -106,7 +106,7 @@ def check_stored(name: str, folder: Path, asked: int) -> None:
 
 
 def _sizes(name: str, file: Path) -> Iterator[int]:
-    """Yield the number of elements of each tensor in a safetensors file. The library checks the header itself."""
+    """Yield the number of elements of each tensor in a safetensors file. The library checks the header."""
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
     if length > MAX_HEADER_BYTES:

@@ -23,11 +23,11 @@ from gpu_worker.models.sizes import check_numbers, check_sizes
 from protocol.errors import ModelError, SelfPrunerError, UsageError
 
 MAX_REASON_CHARACTERS = 300
-"""Longest part of another library's error that a message quotes: some errors contain the whole file."""
+"""Maximum number of characters of another library's error that a message quotes. Some errors contain the whole file."""
 STRETCHED = ("linear", "dynamic", "yarn")
 """Rope types whose config states the context length before scaling."""
 LEFT_OVER = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
-"""Tensors that a checkpoint may have in excess: tables that old Llamas saved, which follow from the config."""
+"""Extra tensors that a checkpoint may have: tables that old Llamas saved, although they follow from the config."""
 
 
 @contextmanager
@@ -83,7 +83,7 @@ def check_plain(name: str, config: Mapping[str, Any]) -> None:
 
 
 def quantisation_method(packing: object) -> str:
-    """Return the method that a `quantization_config` names. Old ones of bitsandbytes state only the number of bits."""
+    """Return the method that a `quantization_config` names. Old bitsandbytes configs state only the bits."""
     if not isinstance(packing, Mapping):
         return "unknown method"
     named = packing.get("quant_method")
@@ -95,8 +95,8 @@ def quantisation_method(packing: object) -> str:
 def longest_positions(config: Any) -> int | None:
     """Return the context length in tokens that a model of this config supports; None if the config does not say.
 
-    With the rope types in `STRETCHED`, a config states the length before scaling. Others (Llama 3.1, Phi-3, Gemma 3)
-    state the length after it.
+    With the rope types in `STRETCHED`, a config states the length before scaling. With other rope types (Llama 3.1,
+    Phi-3, Gemma 3), it states the length after scaling.
     """
     stated = getattr(config, "max_position_embeddings", None)
     rope = getattr(config, "rope_parameters", None) or {}
@@ -109,8 +109,8 @@ def longest_positions(config: Any) -> int | None:
 def load_weights(name: str, source: str, dtype: torch.dtype, **options: Any) -> Any:
     """Return the causal language model of a folder or hub name, loaded by transformers with these `options`.
 
-    Raises ModelError for missing or unexpected weights: transformers would continue with random values for missing ones
-    and without unexpected ones.
+    Raises ModelError for missing or unexpected weights: transformers would continue with random values for missing
+    weights, and would ignore unexpected weights.
     """
     # Weights of another size are reported below, in one sentence.
     loaded, report = transformers.AutoModelForCausalLM.from_pretrained(
@@ -119,7 +119,8 @@ def load_weights(name: str, source: str, dtype: torch.dtype, **options: Any) -> 
         output_loading_info=True,
         ignore_mismatched_sizes=True,
         # If peft is installed, transformers would add an adapter that lies beside the weights, or load the model that
-        # the adapter names. This makes it look in a folder that does not exist and whose name cannot be guessed.
+        # the adapter names. This argument makes transformers look for adapters in a folder that does not exist and
+        # whose name cannot be guessed.
         adapter_kwargs={"subfolder": uuid4().hex, "local_files_only": options.get("local_files_only", False)},
         **options,
     )
@@ -148,7 +149,7 @@ Ranges = list[tuple[int, int]]
 
 
 def unmap(model: nn.Module) -> None:
-    """Copy every parameter on the CPU, and release the mapped pages of the original at once.
+    """Copy every parameter on the CPU, and release the mapped pages of the original immediately.
 
     A safetensors file stays mapped as long as any of its tensors lives. Ordering the weights would therefore keep both
     originals and copies in memory: nearly twice the model. On systems other than Linux, pages are released when the
@@ -177,8 +178,8 @@ def _mapped_files() -> Ranges:
 def _release_pages(tensor: Tensor, files: Ranges) -> None:
     """Release the pages that lie entirely in `tensor`, whose content must not be read again.
 
-    Only pages of a mapped file are released: they can be read again from the file. Pages of a converted weight are
-    anonymous memory, and releasing them would zero any other data on them.
+    Only pages of a mapped file are released, because they can be read again from the file. Pages of a converted weight
+    are anonymous memory, and releasing them would zero any other data on them.
     """
     page = mmap.PAGESIZE
     start = -(-tensor.data_ptr() // page) * page

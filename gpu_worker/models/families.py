@@ -1,4 +1,4 @@
-"""Where each model family keeps its decoder layers, projections and norms, and the model shape that follows.
+"""Describes where each model family keeps its decoder layers, projections and norms, and computes the model shape.
 
 The rest of the package does not use module names of transformers: it uses the `Decoder` of a loaded model. To add a
 family, add an entry to `FAMILIES`. Fused projections are split when the decoder is extracted.
@@ -21,7 +21,7 @@ PRUNED = "pruned_"
 
 @dataclass(frozen=True)
 class Family:
-    """Module paths of one family: `body` to `head` relative to the model, the others relative to a decoder layer."""
+    """Module paths of one family: `body` to `head` relative to the model, all others relative to a decoder layer."""
 
     name: str
     body: str = "model"
@@ -44,7 +44,8 @@ class Family:
     starts_with_bos: bool = False
     """Whether every window must begin with the bos token. Other families are measured without it, as papers do."""
     fused_attention: str | None = None
-    """Path of the matrix that fuses query, key and value; their own paths lead into the module that replaces it."""
+    """Path of the matrix that fuses query, key and value; `query`, `key` and `value` are then paths in the module that
+    replaces this matrix."""
     fused_mlp: str | None = None
     """Path of the matrix that fuses gate and up."""
 
@@ -88,7 +89,7 @@ class SideBySide(nn.ModuleDict):
     """Several linear layers with one input and concatenated outputs: replaces a fused projection."""
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """[..., inputs] to [..., outputs of all parts, in order]."""
+        """Map [..., inputs] to [..., outputs of all parts, in order]."""
         return torch.cat([linear(hidden) for linear in self.values()], dim=-1)
 
 
@@ -125,7 +126,7 @@ class Layer:
         return (self.query, self.key, self.value, self.output, self.gate, self.up, self.down)
 
     def set_head_counts(self, kv_heads: int, queries_per_kv: int) -> None:
-        """Set the attention's numbers of heads where transformers does not derive them from the projections' widths."""
+        """Set the attention's numbers of heads, unless transformers derives them from the projections' widths."""
         attention: Any = self.attention
         attention.num_key_value_groups = queries_per_kv
         if isinstance(attention.config, _OwnHeads):
@@ -149,7 +150,7 @@ class Decoder:
 
     @property
     def device(self) -> torch.device:
-        """Return the device for token ids: the first one if the model is spread over several."""
+        """Return the device for token ids: the first device if the model is spread over several."""
         return next(self.embedding.parameters()).device
 
 
@@ -174,7 +175,7 @@ def extract_decoder(model: Any) -> Decoder:
     """Return the decoder of a causal language model, and split its fused projections in place.
 
     Raises ModelError for an unsupported family, and for a model with other parameters than its family has (adapters,
-    quantised weights): pruning it would silently miss some of them.
+    quantised weights), because pruning would silently miss some of these parameters.
     """
     family = family_of(model.config)
     if getattr(model.config, "final_logit_softcapping", None) is not None:

@@ -1,4 +1,4 @@
-"""Loads GGUF files as target models: converts each once to a normal checkpoint in the cache."""
+"""Loads GGUF files as target models: converts each file once to a normal checkpoint in the cache."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -135,7 +135,7 @@ def _plain_model(file: Path, config: Any, dtype: torch.dtype) -> Any:
     """Return the model with dequantised weights and without a quantisation config."""
     options: dict[str, Any] = {}
     if hasattr(transformers, "GgufConfig"):
-        # Without `dequantize` the loader warns about missing kernels. Older versions always dequantise.
+        # Without `dequantize` the loader warns about missing kernels. Older versions of transformers always dequantise.
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     loaded = load_weights(file.name, str(file.parent), dtype, gguf_file=file.name, config=config, **options)
     marked = loaded.config.to_dict()

@@ -1,7 +1,7 @@
 """Checks the header of a GGUF file against the file's size before the gguf library reads it.
 
 The library trusts every count and makes a Python object of every array element, so a broken count costs minutes and all
-memory. This module reads only counts, types and sizes, and rejects impossible ones.
+memory. This module reads only counts, types and sizes, and rejects impossible values.
 """
 
 import math
@@ -17,9 +17,10 @@ from gguf.constants import GGUF_DEFAULT_ALIGNMENT, GGUF_MAGIC, GGMLQuantizationT
 
 VERSIONS = (2, 3)
 MAX_FIELDS = MAX_TENSORS = 100_000
-"""Limits. Llama 3.1 405B, with 126 layers, has about 1,100 tensors and 50 fields."""
+"""Maximum number of fields, and of tensors. Llama 3.1 405B, with 126 layers, has about 1,100 tensors and 50 fields."""
 MAX_ELEMENTS = 2**22
-"""Limit for the array elements of all fields. Gemma 3 has 1.3 million: tokens, scores, types and merges."""
+"""Maximum number of array elements in all fields together. Gemma 3 has 1.3 million: tokens, scores, types and
+merges."""
 MAX_NAME_BYTES = 2**16
 MAX_DIMENSIONS = 4
 
@@ -45,7 +46,10 @@ def open_gguf(path: Path) -> GGUFReader:
 
 
 def check_layout(path: Path) -> None:
-    """Raise ValueError unless every count, type and offset in the header of `path` fits the file; OSError as `open`."""
+    """Raise ValueError unless every count, type and offset in the header of `path` fits the file.
+
+    Raises OSError as `open` does.
+    """
     with _mapped(path) as data:
         header = _Cursor(data)
         if header.number("<I") != GGUF_MAGIC:

@@ -1,4 +1,4 @@
-"""Checks once, briefly, whether the Hugging Face Hub is reachable: its own clients retry for half a minute."""
+"""Checks once, briefly, whether the Hugging Face Hub is reachable, because its own clients retry for half a minute."""
 
 import urllib.error
 import urllib.request
@@ -19,7 +19,7 @@ def hub_reachable() -> bool:
     try:
         urllib.request.urlopen(request, timeout=TIMEOUT_SECONDS).close()
     except urllib.error.HTTPError:
-        return True  # it answered, even if it refused
+        return True  # the hub answered, even if it refused the request
     except OSError:
         return False
     return True
@@ -28,7 +28,8 @@ def hub_reachable() -> bool:
 def set_datasets_offline() -> None:
     """Make `datasets` use only local data from now on.
 
-    Otherwise it retries for half a minute: `local_files_only` has no effect on the look-up of a repository's files.
+    Otherwise `datasets` retries for half a minute, because `local_files_only` has no effect on the look-up of a
+    repository's files.
     """
     import datasets  # takes half a second, needed only for data from the hub
 

@@ -1,4 +1,4 @@
-"""Identifies a checkpoint's weights by a digest of samples: equal on all machines that have a copy."""
+"""Identifies a checkpoint's weights by a digest of samples, which is equal on all machines that have a copy."""
 
 import hashlib
 from collections.abc import Iterator
@@ -6,12 +6,13 @@ from pathlib import Path
 
 BLOCK = 4096
 BLOCKS = 1024
-"""Number of evenly spread blocks sampled from each weight file: 4 MiB of, typically, 5 GB."""
+"""Number of evenly spread blocks sampled from each weight file: 4 MiB of a file of typically 5 GB."""
 MAX_JSON_BYTES = 2**27
-"""JSON files up to this size are read completely; larger ones are sampled like weights."""
+"""JSON files up to this size are read completely; larger files are sampled like weights."""
 
 GGUF_HEADER = 2**25
-"""Bytes read from the start of a GGUF file, which cover its header: 250,000 tokens and as many merges take half."""
+"""Bytes read from the start of a GGUF file, which cover its header: 250,000 tokens and 250,000 merges take half of
+these bytes."""
 
 
 def folder_identity(folder: Path) -> str:

@@ -43,11 +43,11 @@ class LoadedModel:
     tokenizer: Any
     decoder: Decoder
     identity: str
-    """Identifies the weights: a digest of the folder, or the hub's commit. Equal on all machines."""
+    """Digest of the folder, or the hub's commit. It identifies the weights and is equal on all machines."""
 
     @property
     def window_start(self) -> int | None:
-        """Return the token that every window must begin with, for families that need one."""
+        """Return the token that every window must begin with; None for families that need no such token."""
         needed = FAMILIES[self.decoder.shape.family].starts_with_bos
         return int(self.tokenizer.bos_token_id) if needed and self.tokenizer.bos_token_id is not None else None
 
@@ -63,7 +63,7 @@ class LoadedModel:
 
 
 def load_model(name: str, dtype: str, workload: Workload = Workload()) -> LoadedModel:  # noqa: B008 (it is frozen)
-    """Load the model called `name` in `dtype` (`bfloat16`, ...) on the available GPUs, or on the CPU if there is none.
+    """Load the model called `name` in `dtype` (`bfloat16`, ...) on the GPUs, or on the CPU if there is no GPU.
 
     Never runs code from the model's folder. Raises ModelError if the model is missing, broken, quantised or of an
     unsupported family; and, before loading weights, if memory is too small for the model and `workload`.
@@ -91,7 +91,7 @@ def load_side_by_side(names: Sequence[str], dtype: str, workload: Workload) -> t
 def load_without_weights(name: str, dtype: str) -> LoadedModel:
     """Load the model called `name` on the meta device, without weights, for checks before the real load.
 
-    Raises ModelError as `load_model` does, except for memory and weights.
+    Raises ModelError as `load_model` does, but checks neither memory nor weights.
     """
     found = _look_up(name, dtype)
     return LoadedModel(found.bare, _tokenizer(name, found), found.decoder, identity="")
@@ -134,7 +134,7 @@ def _look_up(name: str, dtype: str) -> _Found:
 
 
 def _check_source(name: str, source: str, options: dict[str, Any]) -> None:
-    """Check the files of a folder; for a model on the hub, whose files are not here yet, only those with references."""
+    """Check the files of a folder. For a model on the hub, check only the files that refer to other files."""
     if Path(source).is_dir():
         check_files(name, Path(source))
         return
@@ -198,7 +198,7 @@ def _source(name: str, dtype: str) -> str:
     if not name.strip():
         raise ModelError(f"the model name is empty; {WHAT_TO_PASS}")
     if name == SMOLLM2:
-        return str(unpacked(smollm2_file(), dtype))  # this takes ten seconds; loading the unpacked folder, one
+        return str(unpacked(smollm2_file(), dtype))  # unpacking takes ten seconds, a later load one
     path = Path(name).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":

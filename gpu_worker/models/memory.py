@@ -69,9 +69,9 @@ def _projections(shape: ModelShape) -> list[tuple[int, int]]:
 
 
 MAX_KV_CACHE_BYTES = 2**32
-"""Limit for the KV cache of texts that are generated together. One text is always allowed."""
+"""Limit in bytes for the KV cache of texts that are generated together. One text is always allowed."""
 MAX_GENERATION_BATCH = 64
-"""Most texts that are generated together."""
+"""Maximum number of texts that are generated together."""
 FP64 = 8
 
 
@@ -114,7 +114,8 @@ class Workload:
             generates_text=any(text.source == "self" for text in texts),
             computes_gradients=spec.importance == "taylor",
             eliminates=spec.importance == "obs",
-            # A search always measures it, an allocation only with that method; the spec does not say which it is for.
+            # A search always measures sensitivity, an allocation only with the method `sensitivity`. The spec does not
+            # say whether it is for a search or an allocation.
             measures_sensitivity=True,
             reconstructs=_reconstructs(spec),
         )
@@ -132,7 +133,7 @@ def _tokens(text: TextSpec) -> int:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Estimated bytes that a model takes; upper bounds where the exact number is not known."""
+    """Estimated bytes that a model takes; upper bounds if the exact number is not known."""
 
     weights: int
     """All parameters in the dtype they are loaded in; exact."""
@@ -140,12 +141,12 @@ class MemoryEstimate:
     """Copies for the most expensive plan: of q and o when the kept query heads of each KV head are not adjacent, and,
     with reconstruction, of o and down."""
     activations: int
-    """On each device in addition to the weights: the maximum of one window's activations, a copy of one layer while it
-    is scored and ordered, the KV cache of generated texts, a gradient pass, and the layer inputs that sensitivity
-    keeps. With several devices, each one is assumed to need the total of all of them."""
+    """Bytes on each device in addition to the weights: the maximum of one window's activations, a copy of one layer
+    while it is scored and ordered, the KV cache of generated texts, a gradient pass, and the layer inputs that
+    sensitivity keeps. With several devices, each device is assumed to need the total of all devices."""
     main_memory: int
-    """In main memory on any device: hidden states kept between layers (for the spec's window length, not for the
-    model's context length), and predictions of the dense model."""
+    """Bytes in main memory, whichever device runs the model: hidden states kept between layers (for the spec's window
+    length, not for the model's context length), and predictions of the dense model."""
     reconstruction: int = 0
     """Data that reconstruction, or scoring by elimination, keeps for each layer: input products and their factors."""
     training_state: int = 0
@@ -221,14 +222,14 @@ def combined(estimates: Sequence[MemoryEstimate]) -> MemoryEstimate:
 
 
 def kv_cache_bytes(shape: ModelShape, size: int, tokens: int) -> int:
-    """Return the bytes of the KV cache of a text of `tokens`, in a dtype of `size` bytes."""
+    """Return the bytes of the KV cache of a text of `tokens` tokens, in a dtype of `size` bytes."""
     return 2 * size * tokens * shape.head_dim * sum(layer.kv_heads for layer in shape.layers)
 
 
 def generation_batch_size(shape: ModelShape, size: int, tokens: int) -> int:
-    """Return how many texts of `tokens` are generated together: as many as fit MAX_KV_CACHE_BYTES.
+    """Return how many texts of `tokens` tokens are generated together; their KV cache must fit MAX_KV_CACHE_BYTES.
 
-    The result does not depend on the machine, because the generated text depends on it.
+    The number must not depend on the machine, because the generated text depends on the number.
     """
     return max(1, min(MAX_GENERATION_BATCH, MAX_KV_CACHE_BYTES // kv_cache_bytes(shape, size, tokens)))
 
@@ -247,7 +248,8 @@ def _window_bytes(shape: ModelShape, logits: int, size: int, seqlen: int) -> int
     stream = shape.hidden_size * (3 * size + 2 * FP32)
     # Gate, up and their product, and the product's square during calibration.
     mlp = max(layer.mlp_channels for layer in shape.layers) * (3 * size + 2 * FP32)
-    # Projected, rotated and laid out for the kernel, which never builds the full attention matrix.
+    # Queries, keys and values are projected, rotated and laid out for the kernel, which never builds the full attention
+    # matrix.
     attention = 3 * size * shape.head_dim * max(layer.query_heads + 2 * layer.kv_heads for layer in shape.layers)
     # The chunk in fp32, its softmax, and the chunk in the model's dtype.
     return seqlen * stream + max(seqlen * mlp, seqlen * attention, 2 * logits + logits * size // FP32)
@@ -266,14 +268,17 @@ def _gradient_bytes(shape: ModelShape, vocabulary: int, size: int) -> int:
 def _scoring_bytes(shape: ModelShape, layer: LayerShape) -> int:
     """Return the bytes of a chunk of the widest projection in fp64, and of its absolute values.
 
-    That is for Wanda-sp. OWL and magnitude need less for the same number of rows.
+    Wanda-sp needs these bytes. OWL and magnitude need less for the same number of rows.
     """
     widest = max(shape.hidden_size, layer.mlp_channels, layer.query_heads * shape.head_dim)
     return 2 * FP64 * min(ROWS_PER_CHUNK, widest) * widest
 
 
 def _copied_parameters(shape: ModelShape, layer: LayerShape, reconstructs: bool) -> int:
-    """Return the number of copied parameters: query heads when every KV head loses one, and reconstructed columns."""
+    """Return the number of copied parameters of a layer under the most expensive plan.
+
+    These are the query heads that remain when every KV head loses one query head, and the reconstructed columns.
+    """
     heads = layer.kv_heads * (layer.queries_per_kv - 1)
     if not reconstructs:
         return shape.query_head_parameters * heads
@@ -289,7 +294,8 @@ def _reconstruction_values(shape: ModelShape, workload: Workload) -> int:
     sizes = [(layer.query_heads * shape.head_dim, layer.mlp_channels) for layer in shape.layers]
     widest = max(n for each in sizes for n in each)
     squares = sum(n * n for each in sizes for n in each)
-    # For one projection: damped products, the remaining ones, their factor and inverse, and two fp32 weights.
+    # For one projection: damped products, those of the remaining inputs, their factor and inverse, and two fp32
+    # weights.
     eliminating = squares + widest * (4 * widest + 2 * shape.hidden_size) if workload.eliminates else 0
     if workload.reconstructs == "no":
         return eliminating
@@ -355,7 +361,7 @@ def _limit(path: Path) -> int:
         text = path.read_text().strip()
     except OSError:
         return 2**63
-    return int(text) if text.isdigit() else 2**63  # "max" where there is no limit
+    return int(text) if text.isdigit() else 2**63  # "max" if there is no limit
 
 
 def gigabytes(amount: int) -> str:

@@ -1,8 +1,8 @@
-"""Renders the modeling file of an exported model, which transformers runs to build the model; one per family.
+"""Renders the modeling file of an exported model, which transformers runs to build the model.
 
-transformers stores sizes per layer in a config (`per_layer_config`) but builds every layer from the global ones. The
-file adds only the missing step, so that users can read it before they trust it. It contains no version or date: all
-exports of a family have the same file.
+transformers stores sizes per layer in a config (`per_layer_config`) but builds every layer from the global sizes. The
+file adds only the missing step, so that users can read it before they trust it. All exports of a family have the same
+file, because it contains no version or date.
 """
 
 import sys
@@ -33,7 +33,7 @@ class Modeling:
     scaled_embedding: bool = False
     """Whether the embedding is scaled by √(hidden size)."""
     sliding_flag: bool = False
-    """Whether the model stores at construction if any layer has a sliding window."""
+    """Whether the model's constructor stores a flag that says if any layer has a sliding window."""
 
 
 MODELINGS = {
@@ -73,7 +73,7 @@ def class_names(model_type: str) -> dict[str, str]:
     pruned = f"Pruned{family.classes}{family.text}"
     return {
         "AutoConfig": f"{pruned}Config",
-        # vLLM's Transformers backend loads this one.
+        # vLLM's Transformers backend loads this class.
         "AutoModel": f"{pruned}Model",
         "AutoModelForCausalLM": f"{pruned}ForCausalLM",
     }
@@ -132,7 +132,7 @@ def _built(model_type: str) -> ModuleType:
     """Execute the rendered modeling file and return it as a module."""
     name = f"{__package__}.{module_name(model_type)}"
     module = ModuleType(name)
-    # The decorators of its classes look up their module.
+    # The decorators of the file's classes look up this module.
     sys.modules[name] = module
     exec(compile(render_modeling(model_type), f"<{name}>", "exec"), module.__dict__)
     return module

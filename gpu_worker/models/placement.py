@@ -32,8 +32,8 @@ def place(estimate: MemoryEstimate, machine: Machine) -> Placement:
     """Return where a model with this estimate goes on this machine.
 
     The order is: the GPU with the most free memory, all GPUs together, and the CPU if there is no GPU. GPUs are first
-    tried with memory for the copies of any plan, then without; plans that need more then fail as out of memory.
-    Raises ModelError if the model fits nowhere.
+    tried with memory for the copies of any plan, then without this memory. In the second case, plans that need too many
+    copies fail as out of memory. Raises ModelError if the model fits nowhere.
     """
     if not machine.gpus:
         if estimate.minimum + estimate.main_memory > machine.main_memory:
@@ -90,7 +90,7 @@ def device_map(model: Any, layer: type, placement: Placement) -> dict[str, str |
     """Return the device of each module of `model` (on the meta device); None for the CPU.
 
     Decoder layers (class `layer`) are never split. Raises ModelError if the model fits the GPUs' total memory, but its
-    whole layers do not fit each GPU's.
+    layers cannot be distributed over the GPUs without splitting one.
     """
     if placement.device is not None:
         return None if placement.device == "cpu" else {"": placement.device}

@@ -1,4 +1,4 @@
-"""Checks the sizes in a config before a model is built: transformers trusts every number in the file."""
+"""Checks the sizes in a config before a model is built, because transformers trusts every number in the file."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -18,8 +18,8 @@ MAX_SIZES = {
     "sliding_window": 2**31,
     "num_labels": 2**16,
 }
-"""Limit of each size, about eight times that of the largest models. A size may be null where transformers has a
-default. Building a model of 1,000 layers without weights takes half a second. `num_labels` is not used here, but
+"""Maximum of each size, about eight times the size of the largest models. A size may be null if transformers has a
+default for it. Building a model of 1,000 layers without weights takes half a second. `num_labels` is not used here, but
 transformers builds a table of this many labels."""
 MAX_NUMBER = 3.4e38
 """Limit for all other numbers: the maximum of float32. `rope_theta` may be 45 billion, and 1e30 may mean "no limit"."""

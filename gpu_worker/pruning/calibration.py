@@ -54,7 +54,7 @@ class _InputSum(ABC):
     def __call__(self, _: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         states = inputs[0].flatten(0, -2)
         self._tokens += len(states)
-        # Must not be changed in place: for an fp32 model, `float()` returns the layer's own input.
+        # `_add` must not change its argument in place: for an fp32 model, `float()` returns the layer's own input.
         self._add(states.float())
 
     @abstractmethod
@@ -73,7 +73,7 @@ class _SquareSum(_InputSum):
         super().__init__(linear, torch.zeros(linear.in_features, dtype=torch.float64))
 
     def _add(self, states: Tensor) -> None:
-        # Square and sum in fp32 within a window: ten times faster than vector_norm on a CPU.
+        # Within a window, squares are summed in fp32, which is ten times faster than vector_norm on a CPU.
         self._total += states.square().sum(dim=0)
 
 
@@ -136,7 +136,7 @@ W = TypeVar("W", bound=_Hooks)
 
 @contextmanager
 def hooked(make_hooks: Callable[[Layer], W], *layers: Layer) -> Iterator[tuple[W, ...]]:
-    """Attach hooks to `layers`, and remove them at the end."""
+    """Attach hooks to `layers`, and remove them on exit."""
     hooks = tuple(make_hooks(layer) for layer in layers)
     try:
         yield hooks
@@ -157,7 +157,7 @@ def calibrate_products(
 ) -> tuple[tuple[LayerActivations, ...], Iterator[LayerProducts]]:
     """Calibrate as `calibrate` does, and in the same pass collect the input products, returned layer by layer.
 
-    Each layer's sums are freed when the next layer is requested: for a large model they take many gigabytes.
+    Each layer's sums are freed when the next layer is requested, because they take many gigabytes for a large model.
     """
     with hooked(ActivationHooks, *decoder.layers) as hooks, hooked(ProductHooks, *decoder.layers) as products:
         _run(decoder, windows, progress, "calibrating")
@@ -165,13 +165,13 @@ def calibrate_products(
 
 
 def _drained(hooks: list[ProductHooks]) -> Iterator[LayerProducts]:
-    """Yield the products from the end of the list, and drop each hook."""
+    """Yield the products of each hook, from the last hook to the first, and drop the hook."""
     while hooks:
         yield hooks.pop().products()
 
 
 def _run(decoder: Decoder, windows: Tensor, progress: Progress, stage: str) -> None:
-    """Run the body without computing logits."""
+    """Run the decoder's body over `windows` without computing logits."""
     with torch.inference_mode():
         for window in steps(progress, stage, windows):
             decoder.body(input_ids=window[None].to(decoder.device), use_cache=False)

@@ -1,14 +1,14 @@
-"""Importance by backward elimination (optimal brain surgeon): pieces that the others can replace are removed first.
+"""Importance by backward elimination (optimal brain surgeon): pieces that other pieces can replace are removed first.
 
 A piece is a head or an MLP channel. With reconstruction (gpu_worker/pruning/reconstruction.py), a piece is important if
-the others cannot replace it, not if it contributes much. Removing the inputs i of a projection W and fitting the
-remaining ones by least squares increases the mean squared error by
+the other pieces cannot replace it; how much it contributes does not matter. Removing the inputs i of a projection W and
+fitting the remaining columns by least squares increases the mean squared error by
 
     ε_i = tr(W_i · ((G⁻¹)_ii)⁻¹ · W_iᵀ),   G = E[x·xᵀ] + λ·I
 
-(Hassibi and Stork, 1993; for whole structures ZipLM, Kurtic et al., 2023). The cheapest pieces are removed, W and G⁻¹
-are computed again for the remaining ones, and so on. The score of a piece is the step in which it is removed. Unlike
-sums over columns (Wanda-sp), these scores account for pieces that replace each other.
+(Hassibi and Stork, 1993; for whole structures ZipLM, Kurtic et al., 2023). Each step removes the pieces with the lowest
+ε, and computes W and G⁻¹ again for the remaining pieces. The score of a piece is its place in the order of removal.
+Unlike sums over columns (Wanda-sp), these scores account for pieces that replace each other.
 """
 
 import torch
@@ -21,14 +21,15 @@ from gpu_worker.pruning.reconstruction import damped, factored
 from protocol.plans.shape import LayerShape
 
 STEPS = 24
-"""Number of steps that remove a projection's channels. Removing them one by one would need thousands of factors."""
+"""Number of steps that remove a projection's channels. Removing channels one by one would need thousands of Cholesky
+factors."""
 
 
 def optimal_brain_surgeon(layer: Layer, products: LayerProducts, shape: LayerShape) -> LayerImportance:
-    """Return the scores of one layer from the input `products` of o_proj and down_proj: elimination steps, as fp64.
+    """Return the scores of one layer, fp64, from the input `products` of o_proj and down_proj.
 
-    Heads are removed one by one: KV heads, and separately query heads, for their order within a KV head. Raises
-    NotFiniteError if the products are not finite.
+    Heads are removed one by one. KV heads and query heads are scored in separate passes; query heads' scores only order
+    them within a KV head. Raises NotFiniteError if the products are not finite.
     """
     kv, each = shape.kv_heads, shape.queries_per_kv
     heads = _Projection(layer.output.weight, products.attention_output)
@@ -51,7 +52,7 @@ class _Projection:
         """G·Wᵀ, [inputs, outputs]."""
 
     def elimination_steps(self, pieces: int, *, at_once: int) -> Tensor:
-        """Return, for each of `pieces` equal groups of adjacent inputs, the step in which it is removed."""
+        """Return each piece's place in the order of removal; `pieces` equal groups of inputs are removed."""
         width = len(self._products) // pieces
         inputs = torch.arange(len(self._products), device=self._products.device).view(pieces, width)
         left = torch.arange(pieces, device=self._products.device)
@@ -68,7 +69,7 @@ class _Projection:
         return gone
 
     def _costs(self, inputs: Tensor) -> Tensor:
-        """Return the cost of removing each piece next, when `inputs` [pieces, width] remain."""
+        """Return the cost of removing each piece next; `inputs` [pieces, width] are the remaining inputs."""
         pieces, width = inputs.shape
         rows = inputs.flatten()
         factor = factored(self._products[rows][:, rows])

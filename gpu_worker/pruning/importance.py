@@ -1,7 +1,7 @@
-"""Importance of heads and MLP channels (Wanda-sp, Taylor, magnitude): pure tensor functions. Low scores go first.
+"""Importance of heads and MLP channels (Wanda-sp, Taylor, magnitude): tensor functions. Low scores are pruned first.
 
-**Wanda-sp** is the structured form of Wanda (Sun et al., 2023) that FLAP (An et al., 2023) compares with. The score of
-an input column j of o_proj or down_proj is
+**Wanda-sp** is the structured form of Wanda (Sun et al., 2023) that FLAP (An et al., 2023) uses as a baseline. The
+score of an input column j of o_proj or down_proj is
 
     s_j = mean_i |W_ij| · √E[x_j²]
 
@@ -44,7 +44,7 @@ class LayerImportance:
     query_heads: Tensor
     """[KV heads, query heads per KV head]."""
     kv_heads: Tensor
-    """[KV heads]: scores of KV heads together with their query heads."""
+    """[KV heads]. Each score includes the KV head's query heads."""
     channels: Tensor
     """[MLP channels]."""
 
@@ -56,9 +56,9 @@ def column_scores(weight: Tensor, mean_squares: Tensor) -> Tensor:
 
 
 def by_head(pieces: Tensor, shape: LayerShape) -> Tensor:
-    """Sum [query heads × head dim] over each query head: [KV heads, query heads per KV head].
+    """Sum `pieces` [query heads × head dim] over each query head; returns [KV heads, query heads per KV head].
 
-    Query heads that share a KV head are adjacent: [KV head, query head, head dim].
+    In `pieces`, query heads that share a KV head are adjacent.
     """
     return pieces.view(shape.kv_heads, shape.queries_per_kv, -1).sum(dim=2)
 
@@ -108,7 +108,7 @@ def gradient_salience(decoder: Decoder, windows: Tensor, progress: Progress = no
     """Return |w · ∂L/∂w| of each layer, summed over rows or columns; L is the mean loss of the samples.
 
     `windows` is long, [n, seqlen]. Runs one backward pass over all samples, so gradients are summed over samples before
-    their absolute value is taken. Each gradient is reduced and freed at once.
+    their absolute value is taken. Each gradient is reduced and freed immediately.
     """
     tokens = windows[:GRADIENT_SAMPLES, :GRADIENT_TOKENS].to(decoder.device)
     progress("taking gradients", 0, 1)
@@ -122,7 +122,7 @@ def gradient_salience(decoder: Decoder, windows: Tensor, progress: Progress = no
 
 @contextmanager
 def _reduced_gradients(decoder: Decoder) -> Iterator[list[Salience]]:
-    """Make backward passes fill the yielded list instead of the weights' gradients."""
+    """Yield a list of saliences, which a backward pass fills; it leaves no gradients on the weights."""
     found: list[Salience] = [{} for _ in decoder.layers]
     handles = []
     for layer, salience in zip(decoder.layers, found, strict=True):
@@ -150,7 +150,7 @@ def any_heads_plan(
 ) -> AnyHeadsPlan:
     """Return the plan that prunes layers by `rates` and may remove any query heads (protocol/plans/any_heads.py).
 
-    Raises BudgetError where the budget cannot be met.
+    Raises BudgetError if the budget cannot be met.
     """
     scores = [layer.query_heads.tolist() for layer in importance]
     return make_any_heads_plan(rates, scores, shape, multiple_of=multiple_of)

@@ -43,7 +43,7 @@ def record_calls(
 class LayerRun:
     """Passes windows through the decoder layer by layer, keeping the hidden states on the CPU between layers.
 
-    These are windows × seqlen × hidden size values in the model's dtype.
+    The states are windows × seqlen × hidden size values in the model's dtype.
     """
 
     def __init__(self, decoder: Decoder, windows: Tensor) -> None:
@@ -55,7 +55,7 @@ class LayerRun:
             self.states = [decoder.embedding(window[None].to(decoder.device)).cpu() for window in windows]
 
     def visit(self, layer: int) -> None:
-        """Run decoder layer `layer` over all windows and discard its outputs, for hooks on its inputs."""
+        """Run decoder layer `layer` over all windows for the hooks on its inputs, and discard its outputs."""
         for states in self.states:
             self._run(layer, states)
 

@@ -1,4 +1,4 @@
-"""Orders a model's weights by importance once, so that every plan is a prefix of them and pruning is slicing.
+"""Orders a model's weights by importance once, so that every plan keeps a prefix of them and pruning is slicing.
 
 The rows of q/k/v and gate/up, and the columns of o and down, are permuted: KV heads by importance, query heads within
 their KV head by importance, and channels by importance. The permuted model computes the same function. Applying a plan
@@ -29,13 +29,16 @@ class PlanMismatchError(ValueError):
 
 @dataclass(frozen=True)
 class _Rows:
-    """Rows of a linear layer in order of importance: weight [pieces, ..., inputs], bias [pieces, ...] or None."""
+    """Rows of a linear layer in order of importance: weight [pieces, ..., inputs], bias [pieces, ...] or None.
+
+    Pieces are KV heads or MLP channels. For KV heads, the dimensions `...` are query heads (only q_proj) and head dim.
+    """
 
     weight: Tensor
     bias: Tensor | None
 
     def first(self, *counts: int) -> tuple[Tensor, Tensor | None]:
-        """Return the first `counts` along the leading dimensions, flattened to rows; a view if possible."""
+        """Return the first `counts[i]` entries along each leading dimension i, as rows; a view if possible."""
         pick = tuple(slice(count) for count in counts)
         weight = self.weight[pick].reshape(-1, self.weight.shape[-1])
         return weight, None if self.bias is None else self.bias[pick].reshape(-1)
@@ -43,12 +46,12 @@ class _Rows:
 
 @dataclass(frozen=True)
 class _Columns:
-    """Columns of a linear layer in order of importance, stored as rows: [pieces, ..., outputs]."""
+    """Columns of a linear layer in order of importance, stored as rows: [pieces, ..., outputs], as in `_Rows`."""
 
     stored: Tensor
 
     def first(self, *counts: int) -> Tensor:
-        """Return the weight [outputs, kept inputs] of the first `counts` along the leading dimensions."""
+        """Return the weight [outputs, kept inputs] of the first `counts[i]` entries along each leading dimension i."""
         pick = tuple(slice(count) for count in counts)
         return self.stored[pick].reshape(-1, self.stored.shape[-1]).t()
 
@@ -64,7 +67,7 @@ class _Order:
     kv: Tensor
     """[KV heads]."""
     queries: Tensor
-    """[KV heads in their new order, query heads per KV head], within their KV head."""
+    """[KV heads in their new order, query heads per KV head]: indices within the KV head."""
     channels: Tensor
     """[MLP channels]."""
 
@@ -75,7 +78,7 @@ class _Order:
         return cls(kv, _descending(importance.query_heads)[kv], _descending(importance.channels))
 
     def of_products(self, products: LayerProducts) -> LayerProducts:
-        """Return a layer's input products, given in the original order, in this order."""
+        """Return a layer's input `products`, which are in the original order, in this order."""
         each = self.queries.shape[1]
         heads = (self.kv[:, None] * each + self.queries).flatten()
         width = len(products.attention_output) // len(heads)
@@ -108,12 +111,12 @@ class _OrderedLayer:
         self._down: _Columns | FittedColumns = _Columns(layer.down.weight.t()[channels].contiguous())
 
     def fit(self, products: LayerProducts) -> None:
-        """From now on reconstruct kept columns, using input `products` in the layer's order."""
+        """Reconstruct the kept columns from now on, using input `products` in the layer's order."""
         self._output = FittedColumns(self._output.stored, products.attention_output)
         self._down = FittedColumns(self._down.stored, products.mlp_output)
 
     def drop_fit(self) -> None:
-        """Stop reconstructing; the plan that is applied stays."""
+        """Stop reconstructing. The weights of the applied plan do not change."""
         self._output, self._down = _Columns(self._output.stored), _Columns(self._down.stored)
 
     def apply(self, plan: LayerPlan) -> None:
@@ -156,14 +159,15 @@ class _OrderedLayer:
 class OrderedModel:
     """A model whose weights are ordered by importance, so that any plan is applied by slicing.
 
-    The ordered weights replace the original ones in the decoder. `importance` has one entry per layer. The model
+    The ordered weights replace the original weights in the decoder. `importance` has one entry per layer. The model
     computes the same function until a plan is applied.
     """
 
     def __init__(self, decoder: Decoder, importance: Sequence[LayerImportance]) -> None:
         self.decoder = decoder
         self.changes = 0
-        """Counts changes of the weights, so that a caller can tell whether they have changed since it pruned."""
+        """Number of changes of the weights so far. A caller can compare it to tell whether the weights have changed
+        since it pruned."""
         self._dense = dense_plan(decoder.shape).layers
         self._orders: list[_Order | None] = [None] * len(decoder.layers)
         self._layers: list[_OrderedLayer] = []
@@ -180,20 +184,20 @@ class OrderedModel:
         self._orders[layer] = order
 
     def fit(self, layer: int, products: LayerProducts) -> None:
-        """From now on reconstruct decoder layer `layer` when it is pruned (gpu_worker/pruning/reconstruction.py).
+        """Reconstruct decoder layer `layer` from now on when it is pruned (gpu_worker/pruning/reconstruction.py).
 
-        `products` are the layer's input products in its current order; a new order drops them.
+        `products` are the layer's input products in its current order. A new order drops the fit.
         """
         with torch.no_grad():
             self._layers[layer].fit(products)
 
     def in_order(self, layer: int, products: LayerProducts) -> LayerProducts:
-        """Return the layer's input `products`, given in the original order, in its current order."""
+        """Return the layer's input `products`, which are in the original order, in the layer's current order."""
         order = self._orders[layer]
         return products if order is None else order.of_products(products)
 
     def drop_fit(self, layer: int) -> None:
-        """Free what `fit` keeps of decoder layer `layer`; the plan that is applied stays reconstructed."""
+        """Free the data that `fit` keeps of decoder layer `layer`. The applied plan stays reconstructed."""
         self._layers[layer].drop_fit()
 
     def restore_order(self, layer: int) -> None:
@@ -208,7 +212,7 @@ class OrderedModel:
     def _ordered(self, layer: int, order: _Order) -> _OrderedLayer:
         with torch.no_grad():
             ordered = _OrderedLayer(self.decoder.layers[layer], self.decoder.shape.layers[layer], order)
-            # Applied at once, so that a layer's former weights are freed before the next layer is copied.
+            # Applied immediately, so that a layer's former weights are freed before the next layer is copied.
             ordered.apply(self._dense[layer])
         return ordered
 
@@ -228,7 +232,7 @@ class OrderedModel:
                 layer.apply(kept)
 
     def mask(self, plan: AnyHeadsPlan) -> None:
-        """Apply `plan` as a mask, replacing any plan applied before; removed heads have no effect.
+        """Apply `plan` as a mask, in which removed heads have no effect; it replaces any plan applied before.
 
         Raises PlanMismatchError for a plan of another model.
         """
@@ -263,7 +267,7 @@ class OrderedModel:
 
 
 def _both_ways(products: Tensor, order: Tensor) -> Tensor:
-    """Return `products` with rows and columns in this order."""
+    """Return `products` with rows and columns in `order`."""
     order = order.to(products.device)
     return products[order][:, order]
 
@@ -274,7 +278,7 @@ def _descending(scores: Tensor) -> Tensor:
 
 
 def _order_rows(linear: nn.Linear, pieces: tuple[int, ...], order: Tensor) -> _Rows:
-    """Return the rows of `linear`, grouped into `pieces`, in `order` of the first dimension."""
+    """Return the rows of `linear`, reshaped to `pieces`, in `order` along the first dimension."""
     weight = linear.weight.view(*pieces, linear.in_features) if len(pieces) > 1 else linear.weight
     bias = None if linear.bias is None else linear.bias.view(*pieces)[order].contiguous()
     return _Rows(weight[order].contiguous(), bias)

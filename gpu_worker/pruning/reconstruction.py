@@ -6,11 +6,11 @@ the whole projection on the calibration text, as in SparseGPT (Frantar and Alist
 
     W'_k = argmin_V  E‖V·x_k − W·x‖² + λ·‖V − W_k‖²  =  W·G_:k·(G_kk)⁻¹,   G = E[x·xᵀ] + λ·I
 
-where x is the projection's input, k the kept columns, and λ the fraction `DAMPING` of the mean of E[x_j²]. It uses only
-the calibration text, trains nothing and adds no parameters.
+where x is the projection's input, k the kept columns, and λ the fraction `DAMPING` of the mean of E[x_j²]. The fit uses
+only the calibration text, trains nothing and adds no parameters.
 
-Columns are ordered by importance, so the kept ones are a prefix, and the Cholesky factor of a leading block of G is the
-leading block of G's factor. With G = L·Lᵀ and Z = Lᵀ·Wᵀ, both computed once,
+Columns are ordered by importance, so the kept columns are a prefix, and the Cholesky factor of a leading block of G is
+the leading block of G's factor. With G = L·Lᵀ and Z = Lᵀ·Wᵀ, both computed once,
 
     W'_kᵀ = L_kk⁻ᵀ · Z_k
 
@@ -23,26 +23,28 @@ from torch import Tensor
 from gpu_worker.models.errors import NotFiniteError
 
 DAMPING = 0.01
-"""λ as a fraction of the mean of E[x_j²]. Ten times more or less changes SmolLM2's perplexity by a few percent."""
+"""λ as a fraction of the mean of E[x_j²]. A value ten times as large or as small changes SmolLM2's perplexity by a few
+percent."""
 
 MIN_MEAN_SQUARE = 1e-12
-"""Lower bound of the mean square that the damping is computed from, for inputs that are always zero."""
+"""Lower bound of the mean in λ, so that λ is positive even if all inputs are always zero."""
 
 
 class FittedColumns:
-    """Columns of a linear layer in order of importance, stored as rows; kept ones are reconstructed."""
+    """Columns of a linear layer in order of importance, stored as rows; kept columns are reconstructed."""
 
     def __init__(self, stored: Tensor, products: Tensor) -> None:
-        """Prepare the fit. `stored` holds the columns [pieces, ..., outputs]; `products` is E[x·xᵀ] in the same order.
+        """Prepare the fit.
 
-        Raises NotFiniteError if the products are not finite.
+        `stored` holds the columns as [pieces, ..., outputs]; pieces are KV heads or MLP channels, as in OrderedModel.
+        `products` is E[x·xᵀ] in the same order. Raises NotFiniteError if the products are not finite.
         """
         self.stored = stored
         self._factor = factored(damped(products))
         self._target = self._factor.t() @ stored.flatten(0, -2).float()
 
     def first(self, *counts: int) -> Tensor:
-        """Return the weight [outputs, kept inputs] of the first `counts` along the leading dimensions."""
+        """Return the weight [outputs, kept inputs] of the first `counts[i]` entries along each leading dimension i."""
         kept = torch.zeros(self.stored.shape[:-1], dtype=torch.bool)
         kept[tuple(slice(count) for count in counts)] = True
         return self.at(kept)
@@ -50,7 +52,7 @@ class FittedColumns:
     def at(self, kept: Tensor) -> Tensor:
         """Return the weight [outputs, kept inputs] of the columns that `kept` [pieces, ...] marks (at least one).
 
-        Returns a view of the original weight if all are kept, otherwise a fitted copy.
+        Returns a view of the original weight if all columns are kept, otherwise a fitted copy.
         """
         where = kept.flatten().nonzero()[:, 0]
         if len(where) == kept.numel():
@@ -76,7 +78,10 @@ def damped(products: Tensor) -> Tensor:
 
 
 def factored(products: Tensor) -> Tensor:
-    """Return the lower Cholesky factor in the products' dtype. Raises NotFiniteError if rounding leaves none."""
+    """Return the lower Cholesky factor of `products` in their dtype.
+
+    Raises NotFiniteError if rounding leaves no such factor, even in fp64.
+    """
     factor, failed = torch.linalg.cholesky_ex(products)
     if bool(failed):  # fp32 is not precise enough here
         factor, failed = torch.linalg.cholesky_ex(products.double())

@@ -1,7 +1,7 @@
 """Sequential scoring: scores each layer on the outputs of the already pruned layers below it.
 
-FLAP's code does this for Wanda-sp (An et al., 2023). Each plan needs two passes over the calibration text, where dense
-scoring needs one pass for all plans.
+FLAP's code does this for Wanda-sp (An et al., 2023). Each plan needs two passes over the calibration text, or three
+with reconstruction; dense scoring needs one pass for all plans.
 """
 
 from torch import Tensor
@@ -39,6 +39,6 @@ def prune_sequentially(
                     run.visit(i)
                 ordered.fit(i, product_hooks.products())
             ordered.apply_layer(i, kept)
-            ordered.drop_fit(i)  # for all layers together it would be several times the model
+            ordered.drop_fit(i)  # the fits of all layers would take several times the model's memory
         if i + 1 < len(decoder.layers):
             run.advance(i)

@@ -1,4 +1,4 @@
-"""Checks that one model can be a pruned version of another, and that both fit into memory."""
+"""Checks that one model can be a pruned version of another model, and that both fit into memory."""
 
 from dataclasses import dataclass, replace
 
@@ -9,7 +9,7 @@ from protocol.plans.shape import LayerShape
 
 @dataclass(frozen=True)
 class Sizes:
-    """The sizes of a model that pruning does not change, and its layers, which it does."""
+    """The sizes of a model that pruning keeps, and the sizes of its layers, which pruning changes."""
 
     family: str | None
     """None if a file does not state it."""

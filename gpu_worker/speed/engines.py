@@ -45,10 +45,10 @@ class SpeedRequest:
     repeats: int = 5
     warm_up: int = WARM_UP
     engines: tuple[Engine, ...] = ()
-    """Empty: all that are installed and can run the folder."""
+    """Engines to measure in. Empty: all engines that are installed and can run the folder."""
     dtype: Dtype = "bfloat16"
     gguf_type: GgufType | None = None
-    """Type of the GGUF files; None: that of an existing file, otherwise f16."""
+    """Type of the GGUF files. None: the type of an existing file, or f16 if there is no such file."""
 
 
 def engines_named(names: Sequence[str]) -> tuple[Engine, ...]:
@@ -64,7 +64,7 @@ def choose_engines(
 ) -> tuple[tuple[Engine, ...], dict[Engine, str]]:
     """Return the engines that can measure the folder, and the reasons why others cannot.
 
-    Raises SettingsError if a requested engine cannot, or if no engine can.
+    Raises SettingsError if a requested engine cannot measure it, or if no engine can.
     """
     chosen: list[Engine] = []
     skipped: dict[Engine, str] = {}

@@ -1,4 +1,4 @@
-"""Provides the dense and the pruned GGUF file for llama.cpp: existing files, or converted ones."""
+"""Provides the dense and the pruned GGUF file for llama.cpp: existing files or converted models."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -78,10 +78,10 @@ class GgufModel:
 
 
 def existing_gguf_files(request: SpeedRequest, formats: Formats) -> tuple[GgufModel | None, GgufModel | None]:
-    """Return the existing dense and pruned files; None for one that must be converted.
+    """Return the existing dense and pruned files; None for a model that must be converted.
 
-    `formats` are the folder's. Raises SettingsError if a file has another type than requested, unless an hf export can
-    be converted to that type; ModelError if a file is missing or broken.
+    `formats` are the formats of the folder. Raises SettingsError if a file has another type than requested, unless an
+    hf export can be converted to that type; ModelError if a file is missing or broken.
     """
     given = expanded(request.baseline)
     dense = GgufModel.of(given) if given.suffix == ".gguf" and given.is_file() else None
@@ -103,8 +103,8 @@ def existing_gguf_files(request: SpeedRequest, formats: Formats) -> tuple[GgufMo
 def gguf_files(request: SpeedRequest, formats: Formats, made: Path, progress: Progress) -> tuple[GgufModel, GgufModel]:
     """Return the dense and the pruned file of a folder in these `formats`; converted files go into the folder `made`.
 
-    They get the requested type, otherwise that of an existing file, otherwise f16. Raises SettingsError and ModelError
-    as `existing_gguf_files`, and ModelError if a file cannot be converted.
+    Converted files get the requested type, otherwise the type of the existing file, otherwise f16. Raises SettingsError
+    and ModelError as `existing_gguf_files` does, and ModelError if a model cannot be converted.
     """
     dense, pruned = existing_gguf_files(request, formats)
     if dense is not None and pruned is not None:

@@ -34,7 +34,7 @@ class LlamaCppRunner:
         self._address = address
 
     def run(self, batch_size: int) -> Timing:
-        """Process a batch of prompts and generate. Raises ModelError if the answer does not match."""
+        """Process a batch of prompts and generate. Raises ModelError if the answer has other lengths."""
         vocabulary = self.model.sizes.vocabulary
         body = {
             "prompt": random_prompts(vocabulary, batch_size, self._length.prompt).tolist(),
@@ -46,7 +46,7 @@ class LlamaCppRunner:
         return timing_of(self.post("/completion", body), self._length)
 
     def post(self, path: str, body: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-        """Return the server's answers, one per prompt. Raises ModelError if there is none."""
+        """Return the server's answers, one per prompt. Raises ModelError if no answer comes."""
         answer = ask(self._address, path, body)
         return answer if isinstance(answer, list) else [answer]
 
@@ -67,9 +67,9 @@ class LlamaCppRunner:
 def timing_of(answers: Sequence[Mapping[str, Any]], length: Length) -> Timing:
     """Combine the server's `timings` of the texts in a batch.
 
-    The texts run in parallel, so the slowest one gives the batch's time. The first token comes from the prefill and is
-    not counted, because the server starts timing the decode after it. Raises ModelError if a text was cut short or a
-    prompt came from a cache.
+    The texts run in parallel, so the slowest text determines the batch's time. The first token comes from the prefill
+    and is not counted, because the server starts timing the decode after it. Raises ModelError if a text was cut short
+    or a prompt came from a cache.
     """
     for answer in answers:
         if "timings" not in answer:
@@ -91,10 +91,10 @@ def timing_of(answers: Sequence[Mapping[str, Any]], length: Length) -> Timing:
 
 @contextmanager
 def open_pair(request: SpeedRequest, formats: Formats, progress: Progress) -> Iterator[Pair]:
-    """Serve both models at the same time; converted GGUF files are deleted at the end.
+    """Serve both models at the same time; converted GGUF files are deleted on exit.
 
-    `formats` are the folder's. Raises UsageError if a model is not available or cannot be converted or served, if
-    memory is too small, or if the folder was not pruned from the baseline.
+    `formats` are the formats of the folder. Raises UsageError if a model is not available or cannot be converted or
+    served, if memory is too small, or if the folder was not pruned from the baseline.
     """
     with ExitStack() as stack:
         made = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="selfpruner-speed-")))

@@ -16,8 +16,8 @@ from protocol.results.speeds import EngineSpeed, SpeedResult
 def measure_speed(request: SpeedRequest, progress: Progress = no_progress) -> SpeedResult:
     """Measure both models in each engine.
 
-    Results of earlier engines are kept if a later one fails. Raises UsageError for a folder that is not an export, a
-    baseline that it was not pruned from, an engine that is missing or cannot run it, and too little memory.
+    Results of earlier engines are kept if a later engine fails. Raises UsageError for a folder that is not an export, a
+    baseline that it was not pruned from, an engine that is missing or cannot run the folder, and too little memory.
     """
     formats = formats_in(request.folder)
     check_weights(request.folder, formats)

@@ -1,4 +1,4 @@
-"""Runs the dense and the pruned model in turn and computes speeds. Independent of the engine.
+"""Runs the dense and the pruned model in turn and computes speeds, in any engine.
 
 A slowdown of the machine affects both models, so the ratio of two adjacent runs is more reliable than the ratio of two
 medians. The speed-up is the median of these ratios.
@@ -14,12 +14,12 @@ from protocol.errors import UsageError
 from protocol.results.speeds import BatchSpeed, ModelSize, PhaseSpeed, Spread
 
 WARM_UP = 1
-"""Uncounted first repeats, in which memory is first touched and kernels are selected."""
+"""Number of first repeats that are not counted, because memory is first touched and kernels are selected in them."""
 
 
 @dataclass(frozen=True)
 class Length:
-    """Lengths of each text of a batch in tokens."""
+    """Lengths in tokens of each text of a batch."""
 
     prompt: int
     generate: int
@@ -44,7 +44,7 @@ class Runner(Protocol):
     """One model, loaded in one engine."""
 
     def run(self, batch_size: int) -> Timing:
-        """Process a batch of prompts and generate after them."""
+        """Process a batch of prompts and generate after each prompt."""
 
     def size(self) -> ModelSize:
         """Return the sizes of the model; called after a run."""
@@ -64,7 +64,7 @@ class Pair:
 def alternate(
     pair: Pair, batch_size: int, repeats: int, *, warm_up: int = WARM_UP, progress: Progress = no_progress
 ) -> list[tuple[Timing, Timing]]:
-    """Run dense, pruned, dense, pruned, …: one pair of timings for each repeat after the first `warm_up`."""
+    """Run the dense and the pruned model in turn; return both timings of each repeat after the first `warm_up`."""
     stage = f"measuring batches of {batch_size}"
     found = []
     progress(stage, 0, warm_up + repeats)

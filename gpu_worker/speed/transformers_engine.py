@@ -27,7 +27,7 @@ Clock = Callable[[], float]
 class TransformersRunner:
     """A model in transformers with a static KV cache, which is preallocated and not copied for each token.
 
-    Prompts are random tokens, the same for each model and repeat: their content does not affect the speed.
+    Prompts are random tokens, the same for each model and repeat, because their content does not affect the speed.
     """
 
     def __init__(self, model: LoadedModel, length: Length, *, clock: Clock = time.perf_counter) -> None:
@@ -40,7 +40,7 @@ class TransformersRunner:
         self._argument = "cache" if "cache" in signature(type(body).forward).parameters else "past_key_values"
 
     def run(self, batch_size: int) -> Timing:
-        """Process a batch of prompts and generate greedily after each."""
+        """Process a batch of prompts and generate greedily after each prompt."""
         prompts = random_prompts(self.model.decoder.head.out_features, batch_size, self._length.prompt)
         prompts = prompts.to(self.model.device)
         cache = StaticCache(self.model.causal_lm.config, max_cache_len=self._length.total)
@@ -84,7 +84,7 @@ class TransformersRunner:
 
 
 def devices_of(model: LoadedModel) -> tuple[torch.device, ...]:
-    """Return all devices that hold a part of the model, the embedding's first."""
+    """Return all devices that hold a part of the model, starting with the embedding's device."""
     return tuple(dict.fromkeys([model.device, *(weight.device for weight in model.causal_lm.parameters())]))
 
 

@@ -1,7 +1,8 @@
 """Measures speed in vLLM, through its Transformers backend. Follows vLLM's documentation; not yet run on a GPU.
 
-vLLM must run the modeling file of a folder exported as hf, but code of no other model. Before that, all code in the
-folder, and all code that it refers to, is compared with what this version writes: modified code is never run.
+vLLM must run the modeling file of a folder exported as hf, but no code of another model. Before that, all code in the
+folder, and all code that the folder refers to, is compared with the code that this version writes. Modified code is
+never run.
 """
 
 import gc
@@ -31,7 +32,7 @@ from protocol.results.speeds import ModelSize
 MEMORY_SHARE = 0.84
 """Fraction of the free GPU memory for both models and KV caches. vLLM needs the rest for CUDA graphs."""
 BLOCK = 16
-"""Tokens of a block of vLLM's KV cache."""
+"""Number of tokens in a block of vLLM's KV cache."""
 
 
 class VllmRunner:
@@ -55,9 +56,9 @@ class VllmRunner:
         self._clock = clock
 
     def run(self, batch_size: int) -> Timing:
-        """Run the same prompts twice without a prefix cache: generating one token, and generating all.
+        """Run the same prompts twice without a prefix cache: first generating one token, then all tokens.
 
-        The first time is the prefill, the difference is the decode.
+        The first run's time is the prefill. The difference between the two times is the decode.
         """
         prefill = self._seconds(batch_size, 1)
         whole = self._seconds(batch_size, 1 + self._length.generate)
@@ -110,7 +111,7 @@ def open_pair(request: SpeedRequest) -> Iterator[Pair]:
 def memory_shares(
     sizes: tuple[ModelSize, ModelSize], tokens: int, texts: int, free: int, whole: int
 ) -> tuple[float, float]:
-    """Return each model's fraction of the GPU's `whole` bytes: what it needs, and half of the rest.
+    """Return each model's fraction of the GPU's `whole` bytes: its need, and half of the bytes that remain.
 
     A model needs its weights and the KV cache of `texts` texts of `tokens` tokens. Raises ModelError if MEMORY_SHARE of
     the `free` bytes is too little for both models.
@@ -148,7 +149,7 @@ def _load(
                 dtype=request.dtype,
                 max_model_len=request.length.total + 1,
                 max_num_seqs=max(request.batch_sizes),
-                # Prompts are processed in one step, and again at each repeat.
+                # All prompts are processed in one step, and again in each repeat.
                 max_num_batched_tokens=max(request.batch_sizes) * (request.length.total + 1),
                 enable_prefix_caching=False,
                 gpu_memory_utilization=share,
@@ -161,7 +162,7 @@ def _load(
 
 @contextmanager
 def _errors_of_vllm(doing: str) -> Iterator[None]:
-    """Convert errors into ModelError: vLLM raises many kinds, also from its own processes."""
+    """Convert errors into ModelError, because vLLM raises many kinds, also from its own processes."""
     try:
         yield
     except Exception as error:
@@ -240,7 +241,7 @@ def _auto_maps(value: object) -> Iterator[object]:
 
 
 def _read_sizes(request: SpeedRequest) -> tuple[tuple[ModelSize, ModelSize], int, str]:
-    """Return sizes, vocabulary and the dense model's folder, read in transformers, and free its memory."""
+    """Return sizes, vocabulary and the dense model's folder from transformers, and free the memory that this took."""
     found = _sizes_in_transformers(request)
     gc.collect()
     torch.cuda.empty_cache()

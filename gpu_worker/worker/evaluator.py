@@ -1,4 +1,4 @@
-"""The parent's handle on the evaluation process: starts it, sends it candidates, kills its process group."""
+"""The parent's handle on the evaluation process: starts the process, sends it candidates, kills its process group."""
 
 import asyncio
 import contextlib
@@ -22,16 +22,19 @@ from protocol.runtime.environment import child_environment
 
 EVALUATION_PROCESS = (sys.executable, "-m", "gpu_worker.evaluation.process")
 LINE_LIMIT = 32_000_000
-"""Bytes of a line, at most. The longest line holds text that the model wrote (protocol/queue/self_text.py)."""
+"""Maximum length in bytes of a line from the evaluation process. The longest line holds text that the model wrote
+(protocol/queue/self_text.py)."""
 LAST_LINES_SECONDS = 1.0
-"""Seconds to wait for the last lines of a process that has ended: its children may keep its stdout open."""
+"""Seconds to wait for the last lines of a process that has ended. The wait needs a limit, because the process's
+children may keep its stdout open."""
 EXIT_STUCK = 3
 """Exit code of a worker whose evaluation process cannot be killed."""
 KILL_SECONDS = 60.0
-"""Seconds to wait for a killed process: freeing much memory takes a while, and a stuck driver blocks it for ever."""
+"""Seconds to wait until a killed process has ended. Freeing much memory takes a while, and a process in a stuck driver
+never ends."""
 THREADS = {"OMP_WAIT_POLICY": "PASSIVE"}
-"""Spinning OpenMP threads lose most of their time when another program, such as a local LLM, uses the cores. A variable
-that is already set is kept."""
+"""Environment variables of the evaluation process; a variable that is already set is kept. OpenMP threads must not
+spin, because spinning threads lose most of their time when another program, such as a local LLM, uses the cores."""
 Progress = Callable[[str, int, int], None]
 
 log = structlog.get_logger()
@@ -48,8 +51,8 @@ class DeviceLost(ChildDied):
 class EvaluationChild:
     """One evaluation process with the model of one spec, in a process group of its own.
 
-    `command` starts a process that uses the messages of gpu_worker/evaluation/process.py. With a `board`, all workers
-    of the search use the same text where the model writes it itself.
+    `command` starts a process that uses the messages of gpu_worker/evaluation/process.py. If the model writes its own
+    text, a `board` makes all workers of the search use the same text.
     """
 
     def __init__(
@@ -62,14 +65,14 @@ class EvaluationChild:
 
     @property
     def alive(self) -> bool:
-        """Whether the process is running."""
+        """Return whether the process is running."""
         return self._process is not None and self._process.returncode is None
 
     async def start(self, progress: Progress, *, sensitivity: bool, limit_seconds: float | None = None) -> ModelProfile:
         """Start the process and wait up to `limit_seconds` for its model profile.
 
-        Pass `sensitivity=False` when a profile is already known: the units are then not measured again. Raises
-        UsageError for an invalid model or data, ChildDied when the process ends or takes too long.
+        Pass `sensitivity=False` when a profile is already known, so that the units' sensitivity is not measured again.
+        Raises UsageError for an invalid model or data, ChildDied when the process ends or takes too long.
         """
         try:
             async with asyncio.timeout(limit_seconds):
@@ -127,8 +130,8 @@ class EvaluationChild:
     async def kill(self) -> None:
         """Kill the process and everything in its process group.
 
-        A process that is stuck in the GPU driver ignores signals. Then this process exits too, so that the lease of its
-        job expires; a worker that waited would renew it for ever.
+        A process that is stuck in the GPU driver ignores signals. This process then exits too, so that the lease of its
+        job expires. If it waited, it would renew the lease for ever.
         """
         if self._process is None:
             return
@@ -163,7 +166,7 @@ class EvaluationChild:
         assert self._process is not None
         line = await self._next_line()
         if not line.endswith(b"\n"):
-            if self.alive:  # its own exit status says more than SIGKILL
+            if self.alive:  # its own exit status says more than that of `kill`
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._process.wait(), LAST_LINES_SECONDS)
             await self.kill()
@@ -178,9 +181,10 @@ class EvaluationChild:
         return message
 
     async def _next_line(self) -> bytes:
-        """Return the next line; an incomplete one when the process has ended or the line is too long.
+        """Return the next line; an incomplete line if the process has ended or the line is too long.
 
-        Also checks whether the process has ended, because its children may keep its stdout open.
+        A read may not return when the process ends, because the process's children may keep its stdout open. So this
+        also checks whether the process has ended.
         """
         assert self._process is not None and self._process.stdout is not None
         reading = asyncio.ensure_future(self._process.stdout.readline())
@@ -198,7 +202,7 @@ class EvaluationChild:
 
 
 def _checked(outcome: Any) -> Outcome:
-    """Return the outcome that the process sent; an invalid one (NaN, negative, not a number) becomes Failed."""
+    """Return the outcome that the process sent; return Failed for an invalid outcome (NaN, negative, not a number)."""
     try:
         return OUTCOME.validate_python(outcome)
     except ValidationError as error:

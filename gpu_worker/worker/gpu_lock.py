@@ -1,4 +1,4 @@
-"""Gives each worker of a machine a different GPU, where all workers see all GPUs.
+"""Gives each worker of a machine a different GPU if all workers see all GPUs.
 
 This is for deployments that cannot assign a GPU to each replica, such as Docker Compose. The lock is a file in the
 cache that the replicas share. The operating system releases it when the process ends.
@@ -15,17 +15,18 @@ from gpu_worker.cache import cache_dir
 from protocol.errors import UsageError
 
 QUERY_SECONDS = 60.0
-"""Time limit for nvidia-smi. If no process uses the driver, it first loads the driver, which takes many seconds."""
+"""Time limit in seconds for nvidia-smi. If no process uses the driver, nvidia-smi first loads it, which takes many
+seconds."""
 _QUERY = ("--query-gpu=uuid,memory.free", "--format=csv,noheader,nounits")
 _NO_DEVICES = 6
 """Exit code of nvidia-smi when the driver works but finds no GPU. All other codes mean a broken driver."""
 
 
 async def take_gpu() -> str | None:
-    """Reserve the unused GPU with the most free memory, hide the others from this process, and return its UUID.
+    """Reserve the unused GPU with the most free memory, hide all others from this process, and return its UUID.
 
-    Returns None on a machine without a GPU. Raises UsageError when other workers have all GPUs, when the lock cannot be
-    kept, and when the driver does not answer: continuing on the CPU would silently take days.
+    Returns None on a machine without a GPU. Raises UsageError when other workers have all GPUs, when the lock files
+    cannot be written, and when the driver does not answer. Continuing on the CPU instead would silently take days.
     """
     gpus = await visible_gpus()
     return await asyncio.to_thread(_lock_first, gpus) if gpus else None
@@ -56,9 +57,9 @@ def _locked(path: Path) -> bool:
 
 
 async def visible_gpus() -> list[str]:
-    """Return the UUIDs of the GPUs (of CUDA_VISIBLE_DEVICES if set), the one with the most free memory first.
+    """Return the UUIDs of the GPUs (of CUDA_VISIBLE_DEVICES if set), sorted by falling free memory.
 
-    Asks nvidia-smi, because torch would allocate memory on every GPU in this process. Raises UsageError if nvidia-smi
+    Asks nvidia-smi, because torch in this process would allocate memory on every GPU. Raises UsageError if nvidia-smi
     is installed and fails.
     """
     program = shutil.which("nvidia-smi")
@@ -86,7 +87,7 @@ async def _asked(program: str) -> str:
     finally:
         if process.returncode is None:
             process.kill()
-            with suppress(TimeoutError):  # a hanging driver does not let it end
+            with suppress(TimeoutError):  # a hanging driver does not let nvidia-smi end
                 async with asyncio.timeout(1):
                     await process.wait()
     text = out.decode(errors="replace")
@@ -97,7 +98,7 @@ async def _asked(program: str) -> str:
 
 
 def _megabytes(text: str) -> float:
-    """Return the free memory; 0 if nvidia-smi cannot tell (`[N/A]`: memory shared with the CPU, some virtual GPUs)."""
+    """Return the free memory; 0 if nvidia-smi prints `[N/A]` (memory shared with the CPU, some virtual GPUs)."""
     try:
         return float(text)
     except ValueError:

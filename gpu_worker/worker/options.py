@@ -19,15 +19,15 @@ class WorkerOptions:
     lease_seconds: float = 30.0
     max_evaluation_seconds: float = 1800.0
     max_preparation_seconds: float = 14_400.0
-    """Time limit for loading and calibrating the model. A large model over a slow network takes hours."""
+    """Time limit for loading and calibrating the model. Loading a large model over a slow network takes hours."""
     grace_seconds: float = 20.0
     """Time that the running evaluation gets after SIGTERM before its job is handed back."""
     own_gpu: bool = False
     """Reserve a GPU that no other worker on this machine uses."""
     spec: str | None = None
-    """Fingerprint of the only spec to evaluate; None: whichever spec the search has."""
+    """Fingerprint of the only spec to evaluate; with None, the worker evaluates any spec that the search has."""
     evaluation_process: tuple[str, ...] = EVALUATION_PROCESS
-    """The command that starts the child."""
+    """Command that starts the evaluation process."""
 
 
 def worker_options(

@@ -1,4 +1,4 @@
-"""Cancels the preparation of a model when the search no longer needs its spec: preparing may take hours."""
+"""Cancels the preparation of a model, which may take hours, when the search no longer needs the model's spec."""
 
 import asyncio
 import time
@@ -13,19 +13,19 @@ from protocol.queue.control import Command
 
 POLL_SECONDS = 1.0
 LAST_POLL_SECONDS = 2.0
-"""Time limit of the poll after a failed preparation: it must not hang because the server is down."""
+"""Time limit in seconds of the poll after a failed preparation, which must not hang if the server is down."""
 T = TypeVar("T")
 
 
-class SpecWithdrawn(SelfPrunerError):  # noqa: N818  (no error: the search has moved on)
+class SpecWithdrawn(SelfPrunerError):  # noqa: N818  (not an error: the search has changed)
     """The search no longer needs this spec; the message says why."""
 
 
 class SpecWatch:
     """Watches whether a search still needs one spec.
 
-    `read_spec` and `read_command` query the server. A spec counts as withdrawn only after it has been missing for
-    `patience_seconds`, because a daemon restores the spec after its server has lost data.
+    `read_spec` and `read_command` query the server. A missing spec counts as withdrawn only after `patience_seconds`,
+    because a daemon restores its spec after the server has lost data.
     """
 
     def __init__(
@@ -43,10 +43,10 @@ class SpecWatch:
         self._missing_since: float | None = None
 
     async def run(self, preparation: Coroutine[Any, Any, T]) -> T:
-        """Return the result of `preparation`, and cancel it when the search withdraws the spec.
+        """Return the result of `preparation`; cancel the preparation when the search withdraws the spec.
 
-        Raises SpecWithdrawn then, and also when the preparation fails for a spec that was withdrawn: a model that no
-        search needs must not end the worker.
+        Raises SpecWithdrawn after cancelling. Also raises it instead of the preparation's error if the spec was
+        withdrawn, because the error of a model that no search needs must not end the worker.
         """
         preparing = asyncio.ensure_future(preparation)
         withdrawal = asyncio.create_task(self._until_withdrawn())
@@ -76,7 +76,7 @@ class SpecWatch:
             return ""
 
     async def _poll(self) -> str:
-        """Return why the spec is withdrawn; an empty string if it is not, or if the server cannot be read."""
+        """Return why the spec is withdrawn; an empty string if it is not withdrawn or the server cannot be read."""
         try:
             spec, command = await self._read_spec(), await self._read_command()
         except (StoreError, RedisError):

@@ -1,7 +1,7 @@
 """The worker: claims candidates, lets a child process measure them, and commits the outcomes.
 
-This parent process holds no model. If the child crashes, hangs or runs out of memory, the parent keeps its lease,
-starts a new child, and measures the candidate again or commits it as failed.
+This parent process holds no model. If the child crashes, hangs or runs out of memory, the parent keeps the candidate's
+lease, starts a new child, and measures the candidate again or commits it as failed.
 """
 
 import asyncio
@@ -36,8 +36,8 @@ from protocol.queue.worker_status import WorkerStatus
 MAX_FAILED_STARTS = 3
 """The worker gives up after the child has died this many times while it prepares the model."""
 IDLE_GRACE_SECONDS = 2.0
-"""Added to the grace time of an evaluation, for a read that blocks. The worker does not wait longer for a server that
-is down."""
+"""Extra seconds after the grace time, so that a blocking Redis read can return. A stopping worker does not wait longer,
+even if the server is down."""
 
 log = structlog.get_logger()
 
@@ -46,7 +46,7 @@ class Worker:
     """One worker of one search."""
 
     def __init__(self, redis: Redis, options: WorkerOptions) -> None:
-        self._redis: Any = redis  # its type hints cannot express that replies are str
+        self._redis: Any = redis  # redis's type hints cannot express that replies are str
         self._options = options
         self._keys = Keys(options.search)
         self._consumer = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
@@ -73,7 +73,10 @@ class Worker:
             raise
 
     async def _work_and_beat(self) -> None:
-        """Work and send heartbeats until stopped. At the end, hand the current job back: it did not cause the end."""
+        """Work and send heartbeats until stopped.
+
+        On exit, hand the current job back, because the job is not the reason for the exit.
+        """
         try:
             async with asyncio.TaskGroup() as group:
                 beats = group.create_task(self._beat_for_ever())
@@ -89,7 +92,10 @@ class Worker:
                 await self._queue.release()
 
     async def _report_unusable(self, error: UsageError) -> None:
-        """Publish the error as status for one lease; do not wait for a server that is down."""
+        """Publish the error as the worker's status, which expires after the length of a lease.
+
+        Waits at most IDLE_GRACE_SECONDS for a server that is down.
+        """
         status = WorkerStatus(stage="unusable", detail=str(error).encode("utf-8", "backslashreplace").decode())
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(IDLE_GRACE_SECONDS):
@@ -97,7 +103,7 @@ class Worker:
 
     @property
     def stopping(self) -> bool:
-        """Whether `stop` has been called."""
+        """Return whether `stop` has been called."""
         return self._stopping.is_set()
 
     def stop(self) -> None:
@@ -114,11 +120,11 @@ class Worker:
                     await self._abandon(spec, reason)
 
     async def _abandon(self, spec: SearchSpec, reason: SpecWithdrawn) -> None:
-        """Log why the preparation of `spec` was cancelled, and hand back the job that it was for, if any."""
+        """Log why the preparation of `spec` was cancelled, and hand back the job that it was started for, if any."""
         log.warning("preparation_given_up", spec=spec.fingerprint, reason=str(reason))
         if self._job is not None:
             self._job = None
-            with contextlib.suppress(*UNREACHABLE_ERRORS, RedisError):  # the lease expires if the server is silent
+            with contextlib.suppress(*UNREACHABLE_ERRORS, RedisError):  # the lease expires if no server answers
                 await self._queue.release()
 
     async def _until_stopped(self, work: asyncio.Task[None]) -> None:
@@ -135,7 +141,7 @@ class Worker:
         while True:
             job = self._job
             held = await self._queue.beat(job, self._status.to_json())
-            if job and not held and job is self._job and job is not lost:  # and not committed in the meantime
+            if job and not held and job is self._job and job is not lost:  # not committed in the meantime, nor reported
                 lost = job
                 log.warning("lease_lost", candidate=job.candidate.id)
             await asyncio.sleep(self._options.lease_seconds / 3)
@@ -153,12 +159,12 @@ class Worker:
         return None
 
     async def _spec(self) -> SearchSpec | None:
-        """Return the search's spec; None if there is none, or a damaged one, which the daemon will replace."""
+        """Return the search's spec; None if it is missing or damaged. The daemon replaces a damaged spec."""
         text = await self._spec_text()
         return parse_unless_damaged(SearchSpec, text, self._keys.spec) if text else None
 
     async def _readable_spec(self) -> SearchSpec | None:
-        """Return the search's spec; None if there is none. Raises StoreError for a damaged one."""
+        """Return the search's spec; None if it is missing. Raises StoreError if it is damaged."""
         text = await self._spec_text()
         return parse_stored(SearchSpec, text, self._keys.spec) if text else None
 
@@ -189,7 +195,7 @@ class Worker:
             await child.kill()
 
     async def _is_still_wanted(self, spec: SearchSpec, profile: ModelProfile) -> bool:
-        """Return whether the search still has this spec; publish `profile` again if the server has lost it.
+        """Return whether the search still has this spec; publish `profile` again if the server has lost the profile.
 
         A loaded model is kept when the search is missing, because the search may come back.
         """
@@ -197,7 +203,7 @@ class Worker:
             return True
         try:
             current = await self._spec()
-        except StoreError:  # a damaged spec: the daemon in charge will write it again
+        except StoreError:  # the daemon in charge will replace the damaged spec
             return True
         if current is None or current.fingerprint == spec.fingerprint:
             return True
@@ -205,7 +211,10 @@ class Worker:
         return False
 
     async def _is_stale(self, job: Job, spec: SearchSpec) -> bool:
-        """Return whether a job of another spec is outdated (it then fails), rather than this worker's spec."""
+        """Return whether `job`, which belongs to another spec, is outdated. If so, commit it as failed.
+
+        The job is outdated if the search still has `spec`. Otherwise `spec` is outdated, and the job is kept.
+        """
         current = await self._wait_for_spec()
         if current is None or current.fingerprint != spec.fingerprint:
             log.warning("spec_changed", current=current and current.fingerprint, loaded=spec.fingerprint)
@@ -259,10 +268,10 @@ class Worker:
             self._set_status(measured=self._status.measured + 1)
 
     async def _outcome(self, child: EvaluationChild, job: Job) -> Outcome | None:
-        """Return the outcome of `job`; None if it was given up because too many processes died on it.
+        """Return the outcome of `job`; None if the job was given up because too many processes died on it.
 
-        Failures that may be the machine's fault are retried once: a lost device in a new process, and out of memory
-        after the process has freed what it could.
+        A failure that may be the machine's fault is retried once. After a lost device, the retry runs in a new process;
+        after out of memory, it runs in the same process, which has freed the memory of the failed evaluation.
         """
         may_be_retried, died = True, 0
         while True:
@@ -271,7 +280,7 @@ class Worker:
             except DeviceLost as error:
                 outcome = Failed(reason="crashed", detail=str(error))
             except ChildDied as error:
-                died += 1  # counted here too: the job may belong to another worker by now
+                died += 1  # counted here too, because the job may belong to another worker by now
                 deaths = max(died, await self._queue.count_death(job, uuid.uuid4().hex))
                 log.error("evaluation_process_died", error=str(error), death=deaths, of=MOST_DEATHS)
                 if deaths >= MOST_DEATHS:
@@ -306,7 +315,7 @@ class Worker:
 
 
 async def run_worker(options: WorkerOptions) -> None:
-    """Connect and work until SIGTERM or SIGINT; a second signal ends the process at once."""
+    """Connect and work until SIGTERM or SIGINT; a second signal ends the process immediately."""
     redis = connect(options.redis_url)
     try:
         worker = Worker(redis, options)
