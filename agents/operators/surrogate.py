@@ -218,8 +218,8 @@ class _Inputs:
         measured, rises = np.array(pruned_alone).T
         ratios = np.divide(shares, measured, out=np.zeros_like(shares), where=measured > 0)
         self.unit_priors: Array = rises * np.where(ratios <= 1, ratios, ratios**2)
-        """Prior mean of the rise that each unit causes [points, units]. It is proportional to the unit's share up to the
-        share at which sensitivity was measured, and grows with the square of the share above it."""
+        """Prior mean of the rise that each unit causes [points, units]. It is proportional to the share up to the
+        measured share, and above that it grows with the square of the share."""
         self.prior: Array = self.unit_priors.sum(axis=1)
         """Prior mean of the rise [points]."""
 
