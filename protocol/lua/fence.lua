@@ -6,9 +6,9 @@ local function epoch_of(key)
   return epoch
 end
 
--- Returns nil if the daemon with the epoch `mine` may write. Else the reason is -1 if a later daemon has taken
--- over, -2 if the server has lost its data. In the second case there is no epoch, or there is an earlier epoch because
--- the server runs on a copy from before this daemon's start.
+-- Returns nil if the daemon with the epoch `mine` may write, else -1 if a later daemon has taken over, or -2 if the
+-- server has lost its data. In the last case there is no epoch, or there is an earlier epoch because the server runs on
+-- a copy from before this daemon's start.
 local function refusal(key, mine)
   local epoch = epoch_of(key)
   if epoch > tonumber(mine) then return -1 end

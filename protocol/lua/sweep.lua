@@ -1,5 +1,5 @@
--- Delete the consumers of workers that have ended. Such a worker has no heartbeat and was idle for the length of a lease.
--- A consumer with pending jobs is kept, because deleting it would silently drop these jobs.
+-- Delete the consumers of workers that have ended. Such a worker has no heartbeat and was idle for the length of a
+-- lease. A consumer with pending jobs is kept, because deleting it would silently drop these jobs.
 -- KEYS jobs    ARGV group worker_prefix lease_ms
 -- Returns the number of deleted consumers.
 local forgotten = 0

@@ -25,7 +25,7 @@ class LayerShape(Value):
 
 
 class Unit(Value):
-    """What one pruning rate applies to: a decoder layer, or its attention or its MLP block."""
+    """The part of a model that one pruning rate applies to: a decoder layer, its attention block or its MLP block."""
 
     layer: int
     kind: BlockKind
