@@ -41,7 +41,7 @@ exhausted quota).
 
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _NO_KEY = "none"
-"""Key that is sent to endpoints without a key. Without it, the SDK would send OPENAI_API_KEY to any address."""
+"""Placeholder sent to endpoints that need no key. Without it, the SDK would send OPENAI_API_KEY to any address."""
 _LARGE = 20_000
 """Bodies of at least this many bytes are parsed in a thread."""
 _LONGEST_LOOK = 1_000

@@ -107,7 +107,7 @@ class Connection:
             self._verdict.set()
 
     async def _judged_within(self, seconds: float) -> bool:
-        """Return whether the probe ends within `seconds`. Time at a closed gate is not counted: it delays the probe."""
+        """Return whether the probe ends within `seconds`, without the time at a closed gate, which delays the probe."""
         verdict = asyncio.ensure_future(self._verdict.wait())
         try:
             while seconds > 0 and not verdict.done():

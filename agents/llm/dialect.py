@@ -16,7 +16,8 @@ _LADDER: tuple[Rung, ...] = ("grammar", "json_schema", "json_object", "text")
 _REFUSED = (400, 422, 500, 501)
 _FORMAT_WORDS = ("response_format", "json_schema", "json_object", "structured output", "grammar", "schema")
 _LENGTH_WORDS = ("context size", "context length", "context window", "maximum context", "too long")
-"""Words of an error about a too long prompt. It says nothing about the dialect, even if it repeats the request."""
+"""Words of errors about a prompt that is too long. Such an error says nothing about the dialect, even if it repeats the
+whole request."""
 
 
 @dataclass
@@ -24,7 +25,7 @@ class Dialect:
     """The parameters to send; refusals change them."""
 
     rung: Rung = "json_schema"
-    """The highest rung to use. A schema that no grammar can express is sent as `json_schema`, and may be refused."""
+    """The highest rung to use. A schema without a grammar is sent as `json_schema`, whose refusal counts, too."""
     limit_name: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     left_out: set[str] = field(default_factory=set)
     """Names of the parameters that are not sent, because the model refuses them: `seed`, `temperature`."""

@@ -1,8 +1,7 @@
 """The `edits` replies: small decisions in whole numbers, and the rates that they stand for. Pure.
 
 All numbers are integers or enums, because the grammar that llama.cpp makes of a schema enforces ranges of integers but
-not of decimals. The narrow ranges of the schema guide a small model. This file refuses only values that make
-no sense.
+not of decimals. The narrow ranges of the schema guide a small model. This file refuses only values that make no sense.
 """
 
 from collections.abc import Sequence

@@ -31,7 +31,7 @@ KAPPA = 1.0
 
 @dataclass(frozen=True)
 class Move:
-    """One unit is pruned more and another less. `more` and `less` are their numbers; the rates are those afterwards."""
+    """One unit is pruned more and another less. `more` and `less` are unit numbers, with the rates after the move."""
 
     more: int
     less: int

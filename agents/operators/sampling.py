@@ -13,7 +13,7 @@ MAX_MOVES = 4
 RANKED_MOVES = 6
 """Maximum number of moves on a menu. On a longer menu, the last moves would have no expected gain."""
 RANKED_MIXES = 8
-"""Maximum number of mixes on a menu. The Crossover's menu may have twice its number of proposals if that is more."""
+"""Maximum number of mixes on a menu; for the Crossover, twice the number of proposals if that is larger."""
 
 
 def sample_profile(rng: random.Random, view: View, _parents: Sequence[Member]) -> Proposal:

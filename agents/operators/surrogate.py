@@ -46,7 +46,7 @@ class Kernel:
     """
 
     slope_std: float
-    """Standard deviation of a unit's slope: the additional rise per removed parameters of one decoder layer."""
+    """Standard deviation of a unit's slope: the additional rise if the parameters of one decoder layer are removed."""
     unit_std: float
     """Standard deviation of the smooth function of one unit's share."""
     joint_std: float

@@ -27,7 +27,7 @@ class Tried:
     candidate: Candidate
     fitness: float | None
     stopped: bool = False
-    """Whether it lost its race. Its fitness is then an estimate from its first windows and the other's losses."""
+    """Whether it lost its race. Its fitness is then estimated from its first windows and its rival's losses."""
 
 
 def _unknown(_: str) -> None:

@@ -5,8 +5,8 @@ one entry per unit, more configurations than requested (the first ones count), a
 MEAN_TOLERANCE (projection corrects it, and local models never meet it). It tolerates nothing else and guesses no
 numbers.
 
-Sentences contain numbers and our own words only; a model's words are never quoted back to it. Parsing takes time linear
-in the length of the text, which is bounded.
+The sentences contain only numbers and our own words; a model's words are never quoted back to it. Parsing takes time
+linear in the length of the text, which is bounded.
 """
 
 import json

@@ -23,8 +23,8 @@ AgentName = Literal["seed", "initializer", "mutator", "crossover", "baseline"]
 """The agent that proposed a candidate. A `seed` is an allocation in the first population. A `baseline` is measured for
 comparison only and never enters the population."""
 Source = Literal["llm", "fallback", "classical", "allocation"]
-"""What produced the rates: the LLM, the fallback when no endpoint answers usefully, a classical operator chosen in the
-settings, or an allocation."""
+"""The source of the rates: the LLM, the fallback if no endpoint gives a usable answer, a classical operator chosen in
+the settings, or an allocation."""
 Text = Literal["fitness", "report"]
 """The text that a candidate is measured on: `fitness` guides the search, `report` is for the final figures."""
 FailureReason = Literal["timeout", "crashed", "out-of-memory", "not-finite", "invalid"]

@@ -1,8 +1,8 @@
 """Pruning rates + model shape -> plan: how many heads and MLP channels each layer keeps. Pure.
 
 Attention keeps a rectangle of heads, `kv × q`: kv KV heads with q query heads each, so that every pruned layer is a
-valid grouped-query layer. Whole heads are coarse, so MLP channels use up the rest of the budget. The pruned
-model keeps a share of (1 − β) of its decoder parameters, to within one channel (or `multiple_of` channels).
+valid grouped-query layer. Whole heads are coarse, so MLP channels use up the rest of the budget. The pruned model keeps
+a share of (1 − β) of its decoder parameters, to within one channel (or `multiple_of` channels).
 """
 
 import math
@@ -247,7 +247,7 @@ def parameters_to_next_level(shape: ModelShape, unit: Unit, share: float, sign: 
 
 
 def heads_nearest(shape: ModelShape, layer: int, rate: float) -> tuple[int, int]:
-    """Return the heads kept at an attention block's own `rate`: the option with the nearest share of parameters.
+    """Return the heads kept at an attention block's own `rate`: the option whose removed share is nearest.
 
     If two options are equally near, the option that keeps more heads is taken. A rate of zero keeps the whole block.
     """

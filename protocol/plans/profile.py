@@ -1,4 +1,4 @@
-"""ModelProfile: what a worker publishes about the target model before the first question to the LLM."""
+"""ModelProfile: the data about the target model that a worker publishes before the LLM is asked."""
 
 from pydantic import NonNegativeInt, PositiveFloat
 

@@ -169,7 +169,7 @@ class _Attempts:
         self._availability.waiting -= self._is_waiting
 
     def failed(self, error: BaseException, started: float) -> bool:
-        """Record that the attempt from `started` found the server down. Returns True for the first such attempt."""
+        """Record that the attempt that began at `started` failed. Returns True for the operation's first failure."""
         first = not self._is_waiting
         self._availability.waiting += first
         self._is_waiting = True

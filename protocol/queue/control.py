@@ -17,7 +17,7 @@ Command = Literal["run", "pause", "stop"]
 COMMANDS: tuple[Command, ...] = ("run", "pause", "stop")
 
 SETTLED_SECONDS = 60.0
-"""An epoch that stays lower for this time belongs to a new daemon. A running daemon restores its epoch sooner."""
+"""An epoch that is lower for this many seconds belongs to a new daemon. A running daemon restores its epoch sooner."""
 
 log = structlog.get_logger()
 

@@ -260,7 +260,7 @@ class JobQueue:
         return int(info["server_time_usec"]) // 1000
 
     async def _timed_retry(self, operation: Callable[[], Awaitable[T]], waits_ms: float = 0.0) -> T:
-        """Return the reply. A delay of half a lease beyond `waits_ms` counts as an outage: the server was frozen."""
+        """Return the reply. If it takes half a lease longer than `waits_ms`, treat the frozen server as an outage."""
         began = _now()
         reply = await self._retry(operation)
         if (_now() - began) * 1000 > waits_ms + self._lease_ms / 2:

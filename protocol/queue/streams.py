@@ -26,7 +26,7 @@ from protocol.queue.connection import BLOCK_MILLISECONDS, RedisRetry
 from protocol.queue.keys import Keys
 
 TAKEN_OVER, DATA_LOST = -1, -2
-"""Refusals of a fenced script, because another daemon has taken over or because the server has lost its data."""
+"""Answers of a fenced script that refuses: another daemon has taken over, or the server has lost its data."""
 FENCE = "fence"
 """Name of the script that is prepended to every script that calls one of the FENCE_FUNCTIONS."""
 FENCE_FUNCTIONS = ("refusal(", "epoch_of(")

@@ -15,7 +15,8 @@ HUB_EXAMPLES = 10_000
 Method = Literal["lora", "full"]
 """LoRA on the seven projections of each decoder layer, or full training of these projections."""
 Form = Literal["alpaca", "text"]
-"""`alpaca`: instructions with answers, of which only the answers are predicted. `text`: plain text, predicted whole."""
+"""`alpaca`: instructions with answers, and only the answers are predicted. `text`: plain text, and all tokens are
+predicted."""
 Schedule = Literal["cosine", "linear", "constant"]
 
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 LARGEST_COPY_BYTES = 64_000_000
-"""A deleted file that is larger is not copied but started anew. The copy would take long and could fill the disk."""
+"""Deleted files above this size are started anew, because a copy would take long and could fill the disk again."""
 _CHUNK_BYTES = 1 << 20
 _Identity = tuple[int, int]
 
@@ -80,8 +80,8 @@ class AppendOnlyFile:
         """Restore a missing file with its content, and append to it from now on.
 
         The content is lost, and `lost` is set, if it is large or could not be copied the last time. Another file at the
-        path is replaced. But if the file is shared, another file at the path was restored by another process and is
-        used. Returns whether this process restored the file. Raises OSError.
+        path is replaced, unless this file is shared. Then another process has restored the file, and its file is used.
+        Returns whether this process restored the file. Raises OSError.
         """
         self.lost = False
         if not self.is_gone:
@@ -138,7 +138,7 @@ class AppendOnlyFile:
         self._copy_failed = False
 
     def _content(self) -> Iterator[bytes]:
-        """Yield the content of the open file as far as it is readable: a file server may have lost a deleted file."""
+        """Yield the content of the open file as far as it is readable. A file server may have lost a deleted file."""
         offset = 0
         while True:
             try:

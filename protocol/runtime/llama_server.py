@@ -47,7 +47,7 @@ class ServerOptions:
     exact_cache: bool = False
     """Use an F32 KV cache instead of F16."""
     in_memory: bool = False
-    """Load weights into memory. The speed of a mapped file, the default, depends on the state of the page cache."""
+    """Load the weights instead of mapping the file, so that the speed does not depend on the page cache."""
 
     @property
     def model(self) -> str:

