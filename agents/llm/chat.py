@@ -84,7 +84,7 @@ class Chat:
         )
 
     async def ask(self, question: Question) -> Answer:
-        """Return the answer of the first endpoint that gives one; raise EndpointError if none does."""
+        """Return the answer of the first endpoint that answers; raise EndpointError if no endpoint does."""
         try:
             self._permit()
             return await self._ask_in_order(question)

@@ -98,7 +98,7 @@ def _is_deeper(value: object, levels: int) -> bool:
 
 
 def parse_lists(text: str, units: Sequence[Unit], mean: float, count: int) -> Parsed[tuple[float, ...]]:
-    """Return up to `count` lists of one rate per unit. Raise InvalidReply if none is valid."""
+    """Return up to `count` lists of one rate per unit. Raise InvalidReply if no list is valid."""
     good: dict[tuple[float, ...], str] = {}
     problems: list[str] = []
     lists = _lists_in(json_blocks(text), [_plain(unit.name) for unit in units])
@@ -169,7 +169,7 @@ def _plain(name: str) -> str:
 
 
 def parse_objects(text: str, model: type[M], use: Callable[[M], T], count: int) -> Parsed[T]:
-    """Return up to `count` proposals, each validated as `model`, from the one JSON block in `text` with valid ones.
+    """Return up to `count` proposals, validated as `model`, from the only JSON block in `text` with valid proposals.
 
     `use` converts a validated proposal, or raises InvalidReply. If two blocks have different proposals, they are two
     answers, and neither is accepted.

@@ -120,7 +120,7 @@ class Stopped(_Figures):
 
     kind: Literal["stopped"] = "stopped"
     behind: float
-    """How much worse it was than the other candidate on the same windows, in nats per token."""
+    """How much worse this candidate was than the other candidate on the same windows, in nats per token."""
     windows: NonNegativeInt
     of_windows: NonNegativeInt
 

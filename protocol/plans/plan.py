@@ -226,8 +226,8 @@ def heads_within(layer: LayerShape, rate: float) -> tuple[int, int]:
 def attention_levels(shape: ModelShape, layer: int) -> tuple[tuple[float, tuple[int, int]], ...]:
     """Return the shares of its parameters that an attention block can lose, ascending, each with the heads kept.
 
-    Shares are rounded up to five decimals. Among options with the same number of query heads or the same share, the one
-    with more KV heads is taken, as in `heads_within`.
+    Shares are rounded up to five decimals. Among options with the same number of query heads or the same share, the
+    option with more KV heads is taken, as in `heads_within`.
     """
     whole = shape.layers[layer]
     parameters = shape.attention_parameters(whole.query_heads, whole.kv_heads)

@@ -38,7 +38,7 @@ class ModelProfile(FiniteValue):
 
 
 def check_profile(published: ModelProfile, mine: ModelProfile) -> None:
-    """Raise UsageError unless this worker's profile matches the one that the first worker published."""
+    """Raise UsageError unless this worker's profile matches the profile that the first worker published."""
     if published.shape != mine.shape:
         raise UsageError(f"this worker's {mine.model} does not have the shape that the search started with")
     if published.texts != mine.texts:

@@ -63,7 +63,7 @@ class ModelShape(Value):
     attention_fixed: int
     mlp_fixed: int
     other_parameters: int
-    """Parameters outside the decoder layers: embeddings, final norm, output head (tied ones counted once)."""
+    """Parameters outside the decoder layers: embeddings, final norm, output head (tied weights counted once)."""
 
     @property
     def words(self) -> str:

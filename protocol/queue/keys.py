@@ -54,7 +54,7 @@ class Keys:
 
     @property
     def last_command(self) -> str:
-        """String: the last valid command, which stays in force while `control` holds an invalid one."""
+        """String: the last valid command, which stays in force while `control` holds an invalid command."""
         return self["understood"]
 
     @property

@@ -141,7 +141,7 @@ class CandidateQueue:
         return new == 1
 
     async def remember_selection(self, round_: int, parents: Sequence[str]) -> tuple[str, ...]:
-        """Store the parents selected for a round, so that a daemon restarted within the round uses the same ones.
+        """Store the parents selected for a round, so that a daemon restarted within it uses the same parents.
 
         Returns the stored parents: the first that were selected for this round.
         """

@@ -104,7 +104,7 @@ class ExportResult(Value):
     seconds: float
     """Wall time of writing the folder."""
     gguf: GgufPerplexity | None = None
-    """None without a GGUF file, and if llama.cpp is not installed or has too little memory."""
+    """Perplexity of the GGUF file; None without a file, and if llama.cpp is not installed or has too little memory."""
 
 
 class TaskAccuracy(Value):
@@ -116,7 +116,7 @@ class TaskAccuracy(Value):
     items: PositiveInt
     acc: float
     acc_norm: float | None
-    """None if the task has no such accuracy."""
+    """Accuracy by log-likelihood per character; None if the task has no such accuracy."""
     metric: Metric
     """Which of `acc` and `acc_norm` is reported as `accuracy` (protocol/results/zero_shot.py)."""
     accuracy: float

@@ -68,7 +68,7 @@ class LossPoint(Value):
     """Mean over the step's predicted tokens, in nats, before the update."""
     learning_rate: float
     tokens: int
-    """Tokens predicted in this step."""
+    """Number of tokens predicted in this step."""
     seconds: float
     """Training time up to the end of this step, over all restarts."""
 
@@ -93,7 +93,7 @@ class Finetuning(Value):
     """Number of training examples."""
     steps: PositiveInt
     tokens: PositiveInt
-    """Tokens predicted, over all steps."""
+    """Number of tokens predicted, over all steps."""
     trained_parameters: PositiveInt
     first_loss: float
     last_loss: float

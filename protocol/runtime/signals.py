@@ -70,7 +70,7 @@ class Interrupted(BaseException):
         super().__init__()
         self.exit_code = 128 + number
         self.left = "nothing was written"
-        """What the interrupted work has left behind, for the message to the user."""
+        """The state that the interrupted work leaves behind, in words for the message to the user."""
 
 
 @contextmanager
