@@ -19,7 +19,7 @@ from agents.proposer import Proposer, lists_prompt
 EDIT_TOKENS = 60
 MIX_TOKENS = 20
 SHOWN = 3
-"""Parents that one call for edits shows; more would only lengthen the prompt."""
+"""Maximum number of parents shown in a prompt for `edits`. Showing more would only lengthen the prompt."""
 
 
 class Crossover:
@@ -30,7 +30,7 @@ class Crossover:
         self._proposer = Proposer("crossover", chat, settings)
 
     async def propose(self, view: View, parents: Sequence[Member], count: int, submit: Submit) -> int:
-        """Get `count` crossovers of `parents` accepted; return how many were: 0 for fewer than two parents."""
+        """Submit crossovers until `count` are accepted. Return the number accepted: 0 for fewer than two parents."""
         if len(parents) < 2:
             return 0
 

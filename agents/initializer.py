@@ -25,7 +25,7 @@ class Initializer:
         self._proposer = Proposer("initializer", chat, settings)
 
     async def propose(self, view: View, count: int, submit: Submit) -> int:
-        """Get `count` candidates accepted; return how many were."""
+        """Submit candidates until `count` are accepted; return the number accepted."""
         make_prompt = self._lists if self._settings.reply == "lists" else self._edits
         return await self._proposer.propose(view, (), count, submit, make_prompt, sample_profile)
 
@@ -56,11 +56,11 @@ class Initializer:
 
 
 class BestOfN:
-    """Asks the Initializer in every round, without feedback: what the LLM knows before anything is measured."""
+    """Asks the Initializer in every round, so that the LLM proposes without seeing any measured candidate."""
 
     def __init__(self, initializer: Initializer) -> None:
         self._initializer = initializer
 
     async def propose(self, view: View, _parents: Sequence[Member], count: int, submit: Submit) -> int:
-        """Get `count` candidates accepted; return how many were."""
+        """Submit candidates until `count` are accepted; return the number accepted."""
         return await self._initializer.propose(view, count, submit)

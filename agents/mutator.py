@@ -32,7 +32,7 @@ from agents.proposer import Proposer, lists_prompt
 EDIT_TOKENS = 90
 MOVE_TOKENS = 30
 SHOWN = 3
-"""Parents that one call for edits shows; more would only lengthen the prompt."""
+"""Maximum number of parents shown in a prompt for `edits`. Showing more would only lengthen the prompt."""
 
 
 class Mutator:
@@ -43,7 +43,7 @@ class Mutator:
         self._proposer = Proposer("mutator", chat, settings)
 
     async def propose(self, view: View, parents: Sequence[Member], count: int, submit: Submit) -> int:
-        """Get `count` mutations of `parents` accepted; return how many were."""
+        """Submit mutations of `parents` until `count` are accepted; return the number accepted."""
         if not parents:
             return 0
 

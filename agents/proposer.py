@@ -1,4 +1,4 @@
-"""How an agent gets its candidates: concurrent calls to the LLM, and the fallback for what they leave missing."""
+"""How an agent gets its candidates: by concurrent calls to the LLM, and from the fallback if the LLM gives too few."""
 
 import asyncio
 import hashlib
@@ -21,11 +21,14 @@ from protocol.plans.candidate import AgentName
 
 
 class RoundRobin:
-    """Gives members turns in a fixed order: the first turn of every member by number, then the second, and so on.
+    """Lets concurrent calls submit their proposals one call at a time, in a fixed order.
 
-    Which candidates a round gets depends on the order in which proposals are compared with the known plans. With turns,
-    that order depends on the answers alone and not on how long each took, so a search can be replayed or resumed in the
-    middle of a round.
+    The members are the numbers of the calls. In each of its turns, a call submits the proposals of one answer. All
+    members have their first turn, in the order of their numbers, then all have their second turn, and so on.
+
+    The candidates that a round gets depend on the order in which proposals are compared with the known plans. With
+    turns, that order depends only on the answers and not on the time that each answer took, so a search can be replayed
+    or resumed in the middle of a round.
     """
 
     def __init__(self, members: Iterable[int]) -> None:
@@ -34,7 +37,7 @@ class RoundRobin:
 
     @asynccontextmanager
     async def membership(self, member: int) -> AsyncIterator[None]:
-        """Span all turns of a member; afterwards the others no longer wait for it."""
+        """Hold this context during all turns of a member. When it ends, the others no longer wait for this member."""
         try:
             yield
         finally:
@@ -53,7 +56,7 @@ class RoundRobin:
 
     @asynccontextmanager
     async def last_turn(self, member: int) -> AsyncIterator[None]:
-        """Wait until every other member is done, or waits for its own last turn and has a higher number.
+        """Wait until every other member has ended, or has a higher number and waits for its last turn.
 
         The order of the last turns does not depend on how many turns a member had before.
         """
@@ -74,7 +77,7 @@ log = structlog.get_logger()
 
 
 class Proposer:
-    """Makes an agent's proposals by several concurrent calls; the fallback makes what the LLM leaves missing."""
+    """Makes an agent's proposals in several concurrent calls. The fallback makes those that the LLM does not make."""
 
     def __init__(self, agent: AgentName, chat: ChatClient, settings: AgentSettings) -> None:
         self._agent = agent
@@ -90,10 +93,10 @@ class Proposer:
         make_prompt: Callable[[Call], Prompt[Proposal]],
         operator: Operator,
     ) -> int:
-        """Get `count` candidates accepted. Return how many were: fewer only if no new plan was found.
+        """Submit proposals until `count` are accepted. Return the number accepted: fewer only if no new plan was found.
 
-        `operator` is the fallback. Calls that an earlier process began are repeated, and calls that it finished are
-        not. The questions are the same, so the same answers lead to the same candidates.
+        `operator` is the fallback. A call that an earlier process began but did not finish is repeated. Its questions
+        are the same, so the same answers lead to the same candidates.
         """
         calls = [Call(self._agent, view, i, size) for i, size in enumerate(self._settings.split(count))]
         submitters = [Submitter(self._agent, call, submit) for call in calls]
@@ -124,7 +127,7 @@ class Proposer:
                 async with turns.membership(call.index):
                     taken = await self._asker.ask(call, prompt, call.count, take, lambda: turns.turn(call.index))
                     if missing := call.count - taken:
-                        # The last turn, so that these proposals do not depend on how often the LLM failed, or how.
+                        # The fallback has the last turn, so that its proposals do not depend on the LLM's failures.
                         async with turns.last_turn(call.index):
                             made = await submitter.sample(missing, operator, parents, "fallback")
                         log.info("fallback", **where, accepted=made, missing=missing - made)
@@ -136,7 +139,7 @@ TOKENS_PER_RATE = 9
 
 
 def lists_prompt(name: str, text: str, view: View, shown: Sequence[Member]) -> Prompt[Proposal]:
-    """Return a prompt that is answered with lists of rates, made from all the members `shown`."""
+    """Return a prompt that asks for lists of rates. The parents of each list are all members in `shown`."""
     units = view.units
     parents = tuple(member.candidate.id for member in shown)
 

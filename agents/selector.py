@@ -15,11 +15,11 @@ from agents.prompting.settings import AgentSettings
 
 TOKENS_PER_PARENT = 5
 SHOWN = 40
-"""The most members that the LLM is shown; worse members of a larger population cannot be chosen."""
+"""Maximum number of members that the LLM is shown, best first. The other members cannot be chosen."""
 
 
 class Selector:
-    """Asks the LLM for the numbers of the parents, whatever `reply` is. The fallback is a tournament."""
+    """Asks the LLM for the numbers of the parents, with every setting of `reply`. The fallback is a tournament."""
 
     def __init__(self, chat: ChatClient, settings: AgentSettings) -> None:
         self._settings = settings
@@ -28,7 +28,7 @@ class Selector:
     async def select(self, view: View, count: int) -> Selection:
         """Return up to `count` parents, best first.
 
-        At most half of the population (but two) is selected: taking everyone would be no selection.
+        At most half of the population is selected, but at least two members. Taking all would be no selection.
         """
         population = view.population[:SHOWN]
         wanted = min(count, max(2, len(population) // 2), len(population))

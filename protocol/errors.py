@@ -20,7 +20,7 @@ class SelfPrunerError(Exception):
 
 
 def first_error(group: BaseExceptionGroup[BaseException]) -> "SelfPrunerError | None":
-    """Return the first of our errors in a group, at any depth, because task groups nest; None if there is none."""
+    """Return the first of our errors in a group, or None. Groups within it are searched, because task groups nest."""
     for error in group.exceptions:
         found = first_error(error) if isinstance(error, BaseExceptionGroup) else error
         if isinstance(found, SelfPrunerError):

@@ -1,8 +1,8 @@
-"""Agents that ask no LLM: baselines of a search by an LLM, and replacements of one of its agents.
+"""Agents that ask no LLM: baselines of an LLM search, and replacements of single LLM agents.
 
-Each has the interface of the agent that it replaces, so its candidates take the same path: made feasible, planned,
-compared with the known plans, queued, measured. The samples depend on the search's seed, the round and the outcomes of
-earlier rounds alone, so a search that was killed samples the same again.
+Each class has the interface of the agent that it replaces, so its candidates are processed in the same way: they are
+made feasible, planned, compared with the known plans, queued and measured. The samples depend only on the search's
+seed, the round and the outcomes of earlier rounds, so a search that was killed makes the same samples again.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from protocol.plans.candidate import AgentName
 
 
 class OperatorAgent:
-    """Proposes what an operator makes of at least `min_parents` parents."""
+    """Proposes candidates that an operator makes from the parents; proposes none for fewer than `min_parents`."""
 
     def __init__(self, agent: AgentName, operator: Operator, min_parents: int) -> None:
         self._agent: AgentName = agent
@@ -24,7 +24,10 @@ class OperatorAgent:
         self._min_parents = min_parents
 
     async def propose(self, view: View, parents: Sequence[Member], count: int, submit: Submit) -> int:
-        """Get `count` candidates accepted. Return how many were: fewer if no new plan was found, 0 without parents."""
+        """Submit candidates until `count` are accepted; return the number accepted.
+
+        It is smaller than `count` if no new plan was found, and 0 for fewer than `min_parents` parents.
+        """
         if len(parents) < self._min_parents:
             return 0
         call = Call(self._agent, view, 0, count)
@@ -39,7 +42,7 @@ class RandomInitializer:
     """Proposes random profiles over depth."""
 
     async def propose(self, view: View, count: int, submit: Submit) -> int:
-        """Get `count` candidates accepted; return how many were."""
+        """Submit candidates until `count` are accepted; return the number accepted."""
         return await OperatorAgent("initializer", sample_profile, 0).propose(view, (), count, submit)
 
 
@@ -47,6 +50,6 @@ class TournamentSelector:
     """Selects each parent as the best of three random members."""
 
     async def select(self, view: View, count: int) -> Selection:
-        """Return up to `count` parents, best first, at most half of the population (but two)."""
+        """Return up to `count` parents, best first: at most half of the population, but at least two members."""
         wanted = min(count, max(2, len(view.population) // 2), len(view.population))
         return Selection(tournament(Call("selector", view, 0, wanted).rng, view.population, wanted), "classical")

@@ -1,7 +1,7 @@
-"""CMA-ES over the pruning rates, with the package `cmaes`: each round is a generation.
+"""CMA-ES over the pruning rates, with the package `cmaes`. Each round is a generation.
 
-The separable variant (Ros & Hansen, 2008) learns one variance per unit: a few hundred evaluations are too few to learn
-the covariances of sixty units.
+This is the separable variant (Ros & Hansen, 2008), which learns one variance per unit. A few hundred evaluations are
+too few to learn the covariances of sixty units.
 """
 
 import asyncio
@@ -17,13 +17,13 @@ from agents.population.view import Member, Proposal, Submit, View
 from protocol.plans.plan import unit_bounds
 
 SIGMA = 0.1
-"""Standard deviation of the first generation, in rates."""
+"""Standard deviation of the rates in the first generation."""
 MIN_SIZE = 2
-"""The smallest generation that the method can use."""
+"""Minimum number of samples in a generation that the method needs."""
 
 
 class CmaEsMutator:
-    """Samples each round from the distribution learned from the earlier rounds; `size` is that of a generation.
+    """Samples each round from the distribution learned from earlier rounds; `size` is the number of samples.
 
     No state is stored. A process that starts in the middle of a search samples the earlier rounds again, from the seed,
     and learns from their outcomes.
@@ -37,7 +37,7 @@ class CmaEsMutator:
         """The round of `_samples`."""
 
     async def propose(self, view: View, _parents: Sequence[Member], count: int, submit: Submit) -> int:
-        """Get `count` candidates accepted; return how many were: fewer if some samples are known plans."""
+        """Submit up to `count` samples. Return the number accepted: fewer if some samples are known plans."""
         # Planning a sample takes milliseconds, so a generation is processed in a thread.
         await asyncio.to_thread(self._advance, view)
         generation = iter(self._samples)
@@ -64,7 +64,7 @@ class CmaEsMutator:
         spec = view.spec
         bounds = np.array(unit_bounds(view.profile.shape, spec.granularity, spec.lowest_rate, spec.highest_rate))
         return SepCMA(
-            mean=np.clip(_start(view), bounds[:, 0], bounds[:, 1]),  # rounding may have moved it out of bounds
+            mean=np.clip(_start(view), bounds[:, 0], bounds[:, 1]),  # rounding may have moved a rate out of bounds
             sigma=SIGMA,
             bounds=bounds,
             seed=spec.seed % 2**32,
@@ -82,5 +82,5 @@ class CmaEsMutator:
 
 
 def _start(view: View) -> tuple[float, ...]:
-    """Return the best rates of the first population, where the search begins."""
+    """Return the rates where the search begins: the best of the first population, or uniform rates without them."""
     return view.start or view.spec.uniform_rates(view.profile.shape)

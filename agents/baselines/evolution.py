@@ -1,8 +1,8 @@
-"""EvoPress (Sieberling et al., 2024) on our units: one parent, the best so far, and offspring by level switches.
+"""EvoPress (Sieberling et al., 2024) on our units: level switches make offspring of one parent, the best so far.
 
 A switch takes a level from one unit and gives it to another, which keeps the budget. A level is a share of a decoder
 layer's parameters. Attention has few levels, one for each number of heads that can be kept. If a switch involves
-attention, attention changes by its next level and the other unit takes the same number of parameters.
+attention, attention goes to its next level, and the other unit changes by the same number of parameters.
 """
 
 import random
@@ -14,14 +14,17 @@ from protocol.plans.rates import ROUNDING
 
 LEVELS = (0.025, 0.05, 0.1)
 """Sizes of a level, as shares of a decoder layer. EvoPress has one size. With a few hundred evaluations for the whole
-search, the small size alone is too slow, and the large one alone too coarse."""
+search, the small size alone is too slow, and the large size alone is too coarse."""
 MAX_SWITCHES = 3
 MAX_TRIES = 32
-"""Random pairs of units that are tried for a switch until one is possible."""
+"""Maximum number of random pairs of units that are tried until a switch is possible."""
 
 
 def sample_switches(rng: random.Random, view: View, parents: Sequence[Member]) -> Proposal:
-    """Return the first parent after one to three level switches (the smaller of two random numbers, so mostly one)."""
+    """Return the first parent after one to three level switches.
+
+    The number of switches is the smaller of two random numbers, so it is mostly one.
+    """
     parent = parents[0].candidate
     rates = list(parent.rates)
     spec = view.spec
@@ -38,7 +41,8 @@ def _switch(
 ) -> dict[int, float]:
     """Return the rates of two random units after a level is shifted from one to the other; empty if that is impossible.
 
-    A half switch is not made: projection would spread the rest over all other units.
+    A switch that only one of the two units can make is left out, because projection would spread the difference over
+    all other units.
     """
     shape, units = view.profile.shape, view.units
     loser, taker = rng.sample(range(len(rates)), 2)

@@ -30,9 +30,10 @@ async def submit_seeds(methods: Sequence[Method], view: View, submit: Submit) ->
 def seed_rates(method: Method, view: View) -> tuple[float, ...]:
     """Return the rates of a method, computed from the model profile.
 
-    Methods that give one rate per layer do not split it between attention and MLP. With blocks the MLP then takes as
-    much of it as possible, because removing heads in every layer is worst. Raise BudgetError if the method cannot reach
-    the pruning rate, or if the profile (of an older version) lacks what the method needs.
+    Most methods give one rate per layer and do not split it between attention and MLP. At block granularity, the MLP
+    then takes as much of that rate as possible, because removing heads in every layer does the most damage. Raise
+    BudgetError if the method cannot reach the pruning rate, or if the profile, written by an older version, lacks the
+    measurements that the method needs.
     """
     spec, profile = view.spec, view.profile
     if (method == "owl" and not profile.outliers) or (method == "sensitivity" and not profile.sensitivity):
@@ -49,7 +50,7 @@ def seed_rates(method: Method, view: View) -> tuple[float, ...]:
 
 
 def _block_rate(unit: Unit, rate: float, shape: ModelShape) -> float:
-    """Return the rate of a block whose layer loses `rate`, taken from the MLP as far as possible."""
+    """Return the rate of a block whose layer loses `rate`. The MLP takes as much of the loss as possible."""
     layer = shape.layer_parameters(unit.layer)
     whole = shape.layers[unit.layer]
     mlp = shape.mlp_parameters(whole.mlp_channels)

@@ -1,4 +1,4 @@
-"""A circuit breaker: an unreachable endpoint rests for a while, then one question probes it. Also cooldowns. Pure.
+"""The circuit breaker, which lets an endpoint rest and then probes it with one question, and the cooldown. Pure.
 
 ::
 
@@ -21,7 +21,7 @@ BreakerState = Literal["closed", "open", "half-open"]
 
 
 class Breaker:
-    """Counts failures in a row, and decides whether a question may be asked. Times in seconds on `clock`."""
+    """Counts failures in a row, and decides whether a question may be asked. Times are in seconds on `clock`."""
 
     def __init__(self, failures: int, rest: float, longest_rest: float, clock: Clock = time.monotonic) -> None:
         self._failures = failures
@@ -40,18 +40,18 @@ class Breaker:
 
     @property
     def admits(self) -> bool:
-        """Whether a question may be asked now: when closed, and as the probe when the rest is over."""
+        """Whether a question may be asked now: the breaker is closed, or its rest is over and the question probes."""
         return self.state == "closed" or (self.state == "open" and not self.rest_left)
 
     def enter(self) -> bool:
-        """Begin a question, which `admits` must allow; return True if it is the probe, which excludes others."""
+        """Begin a question that `admits` allows. Return True if it is the probe; no other question is then admitted."""
         if self.state == "closed":
             return False
         self.state = "half-open"
         return True
 
     def succeeded(self) -> bool:
-        """Note an answer, even a refusal; return True if that closes the breaker."""
+        """Record an answer, which may be a refusal; return True if it closes the breaker."""
         closes = self.state != "closed"
         self.state = "closed"
         self._in_a_row = 0
@@ -59,8 +59,8 @@ class Breaker:
         return closes
 
     def failed(self, *, at_once: bool = False) -> bool:
-        """Note that there was no useful answer; return True if that, or `at_once`, opens the breaker."""
-        if self.state == "open":  # a question that was asked before it opened
+        """Record a failure; return True if it opens the breaker. With `at_once`, one failure is enough."""
+        if self.state == "open":  # the question was asked before the breaker opened
             return False
         if self.state == "half-open":
             self._rest = min(2 * self._rest, self._longest_rest)
@@ -72,7 +72,7 @@ class Breaker:
         return True
 
     def abandoned(self) -> None:
-        """Note that the probe ended without a verdict: the next question is a probe."""
+        """Record that the probe ended without a result, so that the next question is a probe."""
         if self.state == "half-open":
             self.state = "open"
             self._until = self._clock()
@@ -81,13 +81,13 @@ class Breaker:
 LONGEST = 3600.0
 """Longest wait in seconds, even if an endpoint asks for more."""
 LONGEST_WORDS = 100
-"""Longest text that is parsed as a wait, in characters."""
+"""Maximum number of characters of a text that is parsed as a wait."""
 SPREAD = 0.25
-"""Random delay after a wait, as a share of the wait, so that not all questions go at once."""
+"""Maximum random delay after a wait, as a share of the wait, so that not all questions are sent at once."""
 
 
 class Cooldown:
-    """A wait that all questions to one endpoint share. Times in seconds on `clock`."""
+    """A wait that all questions to one endpoint share. Times are in seconds on `clock`."""
 
     def __init__(self, clock: Clock = time.monotonic, rng: random.Random | None = None) -> None:
         self._clock = clock
@@ -101,7 +101,7 @@ class Cooldown:
         return max(0.0, self._until - self._clock())
 
     def extend(self, seconds: float) -> bool:
-        """Wait at least `seconds` from now; return True if that begins a wait, False if it prolongs one."""
+        """Make the wait last at least `seconds` from now. Return True if a wait begins, False if one is prolonged."""
         begins = not self.left
         if seconds > self.left:
             self._until = self._clock() + seconds
@@ -109,7 +109,7 @@ class Cooldown:
         return begins and seconds > 0
 
     def wait(self) -> float:
-        """Return the wait of one question: the seconds left plus a random part of the spread; 0 if none are left."""
+        """Return the seconds that one question waits: the time left plus a random delay, or 0 if no time is left."""
         left = self.left
         return left + self._rng.uniform(0, self._spread) if left else 0.0
 
@@ -117,8 +117,8 @@ class Cooldown:
 def retry_after(headers: Mapping[str, str], now: datetime, body: object = None) -> float | None:
     """Return the seconds that an endpoint asks us to wait; None if it does not say.
 
-    Read from `retry-after-ms`, else `retry-after` (seconds or an HTTP date), else `retry_after` in the body or in its
-    `error`.
+    The value is read from the header `retry-after-ms`, else from `retry-after` (seconds or an HTTP date), else from
+    `retry_after` in the body or in the body's `error`.
     """
     seconds = _from_headers(headers, now)
     if seconds is None:

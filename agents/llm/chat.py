@@ -68,7 +68,7 @@ class Chat:
 
     @property
     def contexts(self) -> dict[str, int | None]:
-        """Context size in tokens by endpoint name: the configured one, else the one it reports once it is ready."""
+        """Context size in tokens by endpoint name: the configured size, else the size that the endpoint reported."""
         return {connection.endpoint.name: connection.context for connection in self._connections}
 
     @property
@@ -84,7 +84,7 @@ class Chat:
         )
 
     async def ask(self, question: Question) -> Answer:
-        """Return the answer of the first endpoint that gives one; raise EndpointError if none does."""
+        """Return the answer of the first endpoint that answers; raise EndpointError if no endpoint does."""
         try:
             self._permit()
             return await self._ask_in_order(question)
@@ -98,8 +98,9 @@ class Chat:
     ) -> None:
         """Wait until any endpoint answers, at most `at_most` seconds.
 
-        `waiting` is called once with their names if none answers at first. Raise SettingsError for an endpoint that
-        refuses our key or does not know our model; with `refuse` False it rests instead, as after a later refusal.
+        If no endpoint answers at first, `waiting` is called once with the endpoints' names. Raise SettingsError if an
+        endpoint refuses our key or does not know our model. With `refuse` False, such an endpoint rests instead, as it
+        would after a refusal during the search.
         """
         if self._policy.used_up(self.spent) is None:
             readiness = Readiness(self._connections, self._policy, gate=self._gate, permit=self._permit)

@@ -1,12 +1,12 @@
 """HTTP requests to one endpoint through the OpenAI SDK, and the classification of failures. The only file with openai.
 
 Every request ends in bytes or in RequestFailed, whatever the endpoint sends. `Client._edge` is the one place that turns
-every exception of the HTTP stack into RequestFailed. There are too many to list: aiohttp's own, UnicodeError,
-RecursionError.
+every exception of the HTTP stack into RequestFailed. It catches them all, because there are too many kinds to list:
+aiohttp's own exceptions, UnicodeError, RecursionError and others.
 
 The SDK's own retries are off, so the endpoint sees exactly the attempts of our policy. The SDK's `timeout` applies to
-each read, so the caller sets the deadline. The SDK reads bodies of any size, so the transport caps them, error bodies
-included.
+each read and not to the whole request, so the caller sets the deadline. The SDK reads bodies of any size, so the
+transport limits the size of all bodies, including those of errors.
 """
 
 import asyncio
@@ -33,20 +33,21 @@ from protocol.errors import EndpointError
 Kind = Literal["unreachable", "limited", "question", "refused"]
 """The cause of a failure.
 
-`unreachable`: the connection, the server, or a reply that is no completion; worth a retry, and counted against the
-endpoint. `limited`: the endpoint asks for a wait. `question`: it cannot answer this question. `refused`: it answers
-none of our questions at present (a wrong key, an unknown model, an exhausted quota).
+`unreachable`: the connection or the server failed, or the reply is no completion. The circuit breaker counts such
+failures, and most of them are retried. `limited`: the endpoint asks for a wait. `question`: the endpoint cannot answer
+this question. `refused`: the endpoint answers none of our questions at present (a wrong key, an unknown model, an
+exhausted quota).
 """
 
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
 _NO_KEY = "none"
-"""Sent to endpoints without a key: otherwise the SDK would send OPENAI_API_KEY to any address."""
+"""Placeholder sent to endpoints that need no key. Without it, the SDK would send OPENAI_API_KEY to any address."""
 _LARGE = 20_000
-"""Bytes of a body from which on it is parsed in a thread."""
+"""Bodies of at least this many bytes are parsed in a thread."""
 _LONGEST_LOOK = 1_000
-"""Characters of an error's body that are searched for its cause."""
+"""Maximum number of characters of an error's body that are searched for its cause."""
 _LONGEST_CODE = 100
-"""Characters of an error's code that are used."""
+"""Maximum number of characters of an error's code that are used."""
 _QUOTA_CODES = ("insufficient_quota", "billing_hard_limit_reached", "billing_not_active")
 _UNKNOWN_MODEL = re.compile(
     r"model_not_found|(unknown|invalid|no such) model\b|not a valid model"
@@ -58,7 +59,7 @@ T = TypeVar("T")
 
 
 class RequestFailed(EndpointError):  # noqa: N818  (an EndpointError of its own kind)
-    """One HTTP request failed. `wait` is how many seconds the endpoint asks us to wait; None if it does not say."""
+    """One HTTP request failed. `wait` is the wait in seconds that the endpoint asks for; None if it asks for none."""
 
     def __init__(
         self, reason: str, kind: Kind, *, retryable: bool = False, status: int | None = None, wait: float | None = None
@@ -87,7 +88,7 @@ class Client:
         await self._sdk.close()
 
     async def complete(self, messages: Sequence[Message], body: dict[str, object], max_tokens: int) -> Completion:
-        """Return one completion by one HTTP request, whose `body` sets the limit `max_tokens`; raise RequestFailed."""
+        """Return the completion of one HTTP request, whose `body` sets the limit `max_tokens`; raise RequestFailed."""
         asked = sum(len(message["content"]) for message in messages)
         read = partial(read_completion, asked=asked, max_tokens=max_tokens)
         completion = await self._read(read, await self._edge(self._post(messages, body)))
@@ -116,18 +117,18 @@ class Client:
         return response.content
 
     async def _edge(self, request: Awaitable[bytes]) -> bytes | RequestFailed:
-        """Return the bytes of a reply, or the failure, for any exception.
+        """Return the bytes of a reply; after any exception, return RequestFailed.
 
-        The failure is returned instead of raised: an error raised while another is handled keeps that one alive, with
-        its frames and the megabytes in them, until the next garbage collection.
+        RequestFailed is returned instead of raised, because an error that is raised while another error is handled
+        keeps the other error alive until the next garbage collection, with its frames and the megabytes in them.
         """
         try:
             return await request
-        except Exception as error:  # noqa: BLE001  (the edge: an endpoint must not choose what ends a search)
+        except Exception as error:  # noqa: BLE001  (the edge: no reply of an endpoint may end a search)
             return self._failure(error)
 
     async def _read(self, read: Callable[[bytes], T], body: bytes | RequestFailed) -> T | RequestFailed:
-        """Return `read(body)`, for a large body from a thread; return RequestFailed if it raises EndpointError."""
+        """Return `read(body)`, called in a thread for a large body; return RequestFailed if it raises EndpointError."""
         if isinstance(body, RequestFailed):
             return body
         try:
@@ -160,7 +161,7 @@ class Client:
             kind = "limited"
         elif status in (400, 413, 422):
             kind = "question"
-        # A proxy answers 404 or 307 while its server starts: not retried for this question, but not permanent either.
+        # A proxy answers 404 or 307 while its server starts. This question is not retried, but later ones may succeed.
         retryable = kind == "limited" or (kind == "unreachable" and (status >= 500 or status in (408, 409)))
         wait = retry_after(error.response.headers, datetime.now(UTC), body)
         reason = error.message if " - " in error.message else f"{error.message}: {text}".rstrip(": ")

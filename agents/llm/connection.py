@@ -26,7 +26,7 @@ log = structlog.get_logger()
 
 
 class NotAsked(EndpointError):  # noqa: N818  (no request failed)
-    """The endpoint was not asked: it rests, or it asked for a wait."""
+    """The endpoint was not asked, because it rests, is being probed, or asked for a wait."""
 
     def __init__(self, why: str) -> None:
         super().__init__(f"not asked: {why}", retryable=False)
@@ -58,7 +58,7 @@ class Connection:
 
     @property
     def state(self) -> EndpointState:
-        """The state of its breaker, for users."""
+        """The state of the endpoint's breaker, as shown to users."""
         reason = None if self._breaker.state == "closed" else self._last_failure
         return EndpointState(name=self.endpoint.name, state=self._breaker.state, reason=reason)
 
@@ -68,7 +68,7 @@ class Connection:
         return self._breaker.admits and not self._cooldown.left
 
     def rest(self, why: str, *, at_once: bool = True) -> None:
-        """Count a failure; too many in a row, or `at_once`, begin a rest, which is logged once."""
+        """Count a failure. A rest begins after too many failures in a row, or now if `at_once`, and is logged once."""
         self._last_failure = why
         was_closed = self._breaker.state == "closed"
         if self._breaker.failed(at_once=at_once) and was_closed:
@@ -76,9 +76,9 @@ class Connection:
             log.warning("endpoint_down", endpoint=self.endpoint.name, reason=why, rests_s=rests)
 
     async def answer(self, question: Question, *, patience: float) -> Answer:
-        """Return one answer, after as many attempts as the policy allows; raise EndpointError.
+        """Return one answer, within the number of attempts that the policy allows; raise EndpointError.
 
-        `patience` is the longest wait, in seconds, that the endpoint may ask for, or that a probe may take.
+        `patience` is the maximum time in seconds to wait if the endpoint asks for a wait or is being probed.
         """
         async with self._slots, self._admission(patience) as probe:
             started = time.monotonic()
@@ -87,9 +87,9 @@ class Connection:
 
     @asynccontextmanager
     async def _admission(self, patience: float) -> AsyncIterator[bool]:
-        """Pass gate and breaker, or raise NotAsked; yield whether this question is the probe.
+        """Wait at the gate and check the breaker, or raise NotAsked; yield whether this question is the probe.
 
-        While one question probes, the others wait for its verdict.
+        While one question probes the endpoint, the others wait for its result.
         """
         await self._gate()
         if not self._verdict.is_set() and not await self._judged_within(min(patience, self._policy.longest_wait)):
@@ -103,11 +103,11 @@ class Connection:
         try:
             yield True
         finally:
-            self._breaker.abandoned()  # unless there is a verdict
+            self._breaker.abandoned()  # changes nothing if the probe had a result
             self._verdict.set()
 
     async def _judged_within(self, seconds: float) -> bool:
-        """Return whether the probe ends in time. Time at a closed gate, which delays the probe, is not counted."""
+        """Return whether the probe ends within `seconds`, without the time at a closed gate, which delays the probe."""
         verdict = asyncio.ensure_future(self._verdict.wait())
         try:
             while seconds > 0 and not verdict.done():
@@ -130,7 +130,7 @@ class Connection:
             raise RequestFailed(why, "unreachable") from None
 
     def _retrying(self, clock: asyncio.Timeout, patience: float, attempts: int) -> tenacity.AsyncRetrying:
-        """Return the one retry policy; it does not begin a wait that would end after the deadline."""
+        """Return the one retry policy. It begins no wait that would end after the deadline."""
         backoff = tenacity.wait_random_exponential(multiplier=self._policy.first_wait, max=self._policy.longest_wait)
 
         def wait(state: tenacity.RetryCallState) -> float:
@@ -155,8 +155,8 @@ class Connection:
     async def _attempt(self, question: Question, clock: asyncio.Timeout, patience: float) -> Completion:
         """Make one attempt.
 
-        A refused parameter is left out and the question asked again at once, which does not count as a failure. The
-        same goes for a grammar that leads to an empty answer.
+        If the endpoint refuses a parameter, the question is asked again at once without it, and the refusal does not
+        count as a failure. The same applies to a grammar that leads to an empty answer.
         """
         while True:
             await self._wait_turn(clock, patience)
@@ -178,20 +178,20 @@ class Connection:
                 log.info("endpoint_dialect", endpoint=self.endpoint.name, rung=self._dialect.rung)
 
     async def _wait_turn(self, clock: asyncio.Timeout, patience: float) -> None:
-        """Wait as long as the endpoint asked for, then at the gate, directly before the request.
+        """Wait until the cooldown is over, then at the gate, directly before the request.
 
-        Raise NotAsked for a wait beyond the deadline, or beyond `patience`.
+        Raise NotAsked if the cooldown ends after the deadline or lasts longer than `patience`, or if a rest has begun.
         """
         while wait := self._cooldown.wait():
             if self._cooldown.left > patience or wait >= _time_left(clock):
                 raise NotAsked(f"it asked for a wait of {self._cooldown.left:.0f} s")
             await asyncio.sleep(wait)
         await self._pass_gate(clock)
-        if self._breaker.state == "open":  # since this question was admitted
+        if self._breaker.state == "open":  # it opened after this question was admitted
             raise NotAsked(f"it rests after: {self._last_failure}")
 
     async def _pass_gate(self, clock: asyncio.Timeout) -> None:
-        """Wait at the gate while the deadline's clock is stopped."""
+        """Wait at the gate. This time does not count towards the deadline."""
         left = _time_left(clock)
         clock.reschedule(None)
         await self._gate()
@@ -202,10 +202,11 @@ class Connection:
             log.info("endpoint_up", endpoint=self.endpoint.name)
 
     def _failed(self, error: RequestFailed) -> None:
-        """Update breaker and cooldown after a failed request. If the endpoint understood the request, it is up.
+        """Update breaker and cooldown after a failed request.
 
-        One refusal of key, model or quota begins a rest. The endpoint is probed again later: a gateway may refuse by
-        mistake, and a bill may get paid.
+        An endpoint that asks for a wait, or rejects only this question, counts as reachable. One refusal of key, model
+        or quota begins a rest. The endpoint is probed again later, because a gateway may refuse by mistake, and a bill
+        may get paid.
         """
         self._last_failure = str(error)
         if error.wait is not None:
@@ -228,7 +229,8 @@ class Connection:
         self._count(completion)
         self.usage.answers += 1
         return Answer(
-            # Masked first: a key that is cut in two would not be found. One more character marks a longer text.
+            # Secrets are masked before the text is cut, because a part of a key would not be found. One character
+            # above the limit shows that the text was longer.
             text=self.client.masking.masked(completion.text)[: LONGEST_REPLY + 1],
             endpoint=self.endpoint.name,
             prompt_tokens=completion.prompt_tokens,

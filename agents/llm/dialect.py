@@ -1,6 +1,6 @@
 """The request parameters that one endpoint accepts, learned from its refusals: the ladder of structured output. Pure.
 
-"OpenAI-compatible" servers differ: llama.cpp's accepts a grammar, some accept `json_schema`, some only `json_object`,
+"OpenAI-compatible" servers differ: llama.cpp accepts a grammar, some accept `json_schema`, some only `json_object`,
 some neither; some refuse `seed`, or expect the token limit under another name. Each refusal takes one step down the
 ladder and is remembered. Replies are validated the same way on all rungs.
 """
@@ -16,7 +16,8 @@ _LADDER: tuple[Rung, ...] = ("grammar", "json_schema", "json_object", "text")
 _REFUSED = (400, 422, 500, 501)
 _FORMAT_WORDS = ("response_format", "json_schema", "json_object", "structured output", "grammar", "schema")
 _LENGTH_WORDS = ("context size", "context length", "context window", "maximum context", "too long")
-"""A prompt that is too long teaches nothing about the dialect, even if the error repeats the whole request."""
+"""Words of errors about a prompt that is too long. Such an error says nothing about the dialect, even if it repeats the
+whole request."""
 
 
 @dataclass
@@ -24,10 +25,10 @@ class Dialect:
     """The parameters to send; refusals change them."""
 
     rung: Rung = "json_schema"
-    """The highest rung to use. A schema that no grammar can express is sent as it is, and its refusal counts, too."""
+    """The highest rung to use. A schema without a grammar is sent as `json_schema`, whose refusal counts, too."""
     limit_name: Literal["max_tokens", "max_completion_tokens"] = "max_tokens"
     left_out: set[str] = field(default_factory=set)
-    """Those of `seed` and `temperature` that the model refuses."""
+    """Names of the parameters that are not sent, because the model refuses them: `seed`, `temperature`."""
 
     def body(self, question: Question) -> dict[str, object]:
         """Return the part of the request that differs between endpoints."""
@@ -46,7 +47,7 @@ class Dialect:
         return body
 
     def learn(self, status: int, message: str, sent: dict[str, object]) -> bool:
-        """Take one step for a refusal of `sent`; return False if it names nothing that can be left out."""
+        """Change one parameter after a refusal of `sent`; return False if `message` names none that can be changed."""
         message = message.lower()
         if status not in _REFUSED or any(words in message for words in _LENGTH_WORDS):
             return False
@@ -62,14 +63,14 @@ class Dialect:
         return False
 
     def learn_silence(self, sent: dict[str, object]) -> bool:
-        """Take a step for an answer without text if a grammar was sent; return False if none was.
+        """Step down after an answer without text if a grammar was sent; return False if no grammar was sent.
 
-        If the chat template opens the reasoning itself, everything that the grammar allows becomes reasoning.
+        If the chat template itself opens the reasoning, all text that the grammar allows becomes reasoning.
         """
         return "grammar" in sent and self._step_down("grammar")
 
     def _step_down(self, refused: Rung) -> bool:
-        # A concurrent question may have learned this already: refusing a rung above the current one changes nothing.
+        # A concurrent question may have stepped down already. Refusing a rung above the current one changes nothing.
         if _LADDER.index(refused) >= _LADDER.index(self.rung):
             self.rung = _LADDER[_LADDER.index(refused) + 1]
         return True

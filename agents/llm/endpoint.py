@@ -26,7 +26,7 @@ class Endpoint:
     context: int | None = None
     """Context size in tokens (question and answer together), if known."""
     grammar: bool = False
-    """Whether it accepts llama.cpp's grammars."""
+    """Whether the endpoint accepts llama.cpp's grammars."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Answer:
 
     @property
     def truncated(self) -> bool:
-        """Whether the token limit cut it off, in its text or in its reasoning."""
+        """Whether the token limit cut the answer off, in its text or in its reasoning."""
         return self.finish_reason == "length"
 
 
@@ -99,7 +99,7 @@ class EndpointState(_Value):
     name: str
     state: Literal["closed", "open", "half-open"]
     reason: str | None = None
-    """Why it is not `closed`: the last failure."""
+    """The last failure, if the state is not `closed`."""
 
 
 class LlmState(_Value):
@@ -107,5 +107,5 @@ class LlmState(_Value):
 
     degraded: Degraded | None = None
     reason: str | None = None
-    """Why it is degraded, as a sentence."""
+    """Why the fallback proposes, as a sentence."""
     endpoints: tuple[EndpointState, ...] = ()

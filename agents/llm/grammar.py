@@ -1,7 +1,7 @@
 """JSON schemas -> grammars for llama.cpp (GBNF) that allow no whitespace and enforce the range of decimals. Pure.
 
-llama.cpp can convert a schema into a grammar itself. Its grammar allows any amount of whitespace, which is half of what
-small models write, and enforces the ranges of integers but not of decimals.
+llama.cpp can convert a schema into a grammar itself. That grammar allows any amount of whitespace, and half of the text
+of small models is then whitespace. It enforces the ranges of integers, but not the ranges of decimals.
 """
 
 import json
@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 MAX_WORDS = 20_000
-"""Numbers in a range; larger ranges are not converted."""
+"""Maximum number of numbers in a range; larger ranges are not converted."""
 DECIMALS = 3
 """Decimal places of a `number`."""
 _COMMA = '","'
@@ -76,7 +76,7 @@ def _numbers(kind: str, low: float, high: float) -> Iterator[str]:
 
 
 def _any_of(words: Iterable[str]) -> str:
-    """Return an expression for any of these words, as a tree of characters: with fewer alternatives it is faster."""
+    """Return an expression for any of these words, as a tree of characters, which is faster than a list of words."""
     tree: dict[str, Any] = {}
     for word in words:
         node = tree

@@ -7,16 +7,16 @@ from urllib.parse import quote
 
 HIDDEN = "***"
 SHORTEST_SECRET = 8
-"""Characters. A shorter key is a placeholder for a local server (`none`, `0`); hiding it would change the numbers of
-an answer."""
+"""Minimum number of characters of a key that is hidden. A shorter key is a placeholder for a local server (`none`,
+`0`), and hiding it would change the numbers of an answer."""
 LONGEST_SHOWN = 300
-"""Characters of a reason that are shown."""
+"""Maximum number of characters of a reason that are shown."""
 LONGEST_LOOK = 10 * LONGEST_SHOWN
-"""Characters of a reason that are searched for printable ones."""
+"""Maximum number of characters of a reason that are searched for printable characters."""
 
 
 class Masking:
-    """Hides the secrets of one endpoint, which it may echo, in all encodings that servers use."""
+    """Hides the secrets of one endpoint in text that it sends back, in all encodings that servers use."""
 
     def __init__(self, secrets: Iterable[str]) -> None:
         forms = {form for secret in secrets if len(secret) >= SHORTEST_SECRET for form in _forms(secret)}

@@ -70,7 +70,7 @@ class ChatPolicy(BaseModel):
     limit."""
 
     def used_up(self, spent: Spent) -> str | None:
-        """Return the limit of the budget that is reached, in words; None if none is."""
+        """Return the limit of the budget that is reached, in words; None if no limit is reached."""
         tokens = spent.prompt_tokens + spent.completion_tokens
         if self.budget_requests is not None and spent.requests >= self.budget_requests:
             return f"{spent.requests} of {self.budget_requests} requests (llm.budget_requests)"

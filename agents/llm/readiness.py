@@ -1,8 +1,8 @@
 """Readiness checks before a search begins: does an endpoint answer, accept our key and know our model?
 
-Many servers list their models under `GET /v1/models`. But some list none, and some list their only model under another
-name and accept any name. If our model is not listed, one question with a limit of one token decides, and only an
-explicit refusal counts.
+Many servers list their models under `GET /v1/models`. But some list no model, and some list their only model under
+another name and accept any name. If our model is not listed, one question with a limit of one token decides, and only
+an explicit refusal counts.
 """
 
 import asyncio
@@ -14,9 +14,9 @@ from agents.llm.policy import ChatPolicy
 from protocol.errors import EndpointError, SettingsError
 
 NAMED = 8
-"""Models that an error names at most."""
+"""Maximum number of models that an error names."""
 LONGEST_SHOWN_NAME = 100
-"""Characters of each name."""
+"""Maximum number of characters that are shown of each name."""
 _LOADING = (429, 502, 503, 504)
 
 
@@ -45,7 +45,7 @@ class Readiness:
             pause = min(2 * pause, self._policy.longest_wait)
 
     async def _without_answer(self, left: Sequence[Connection], *, refuse: bool) -> Sequence[Connection]:
-        """Return those that may still answer: none if one has answered, or if all have refused and rest."""
+        """Return the connections to wait for; empty if an endpoint has answered, or if all have refused and rest."""
         checks = await asyncio.gather(*(self._check(connection) for connection in left))
         for connection, check in zip(left, checks, strict=True):
             if isinstance(check, str):
@@ -57,7 +57,7 @@ class Readiness:
         return [connection for connection, check in zip(left, checks, strict=True) if check is False]
 
     async def _check(self, connection: Connection) -> bool | str:
-        """Return whether it answers; or the reason, as a sentence, if it refuses all our questions."""
+        """Return whether the endpoint answers; if it refuses all our questions, return the reason as a sentence."""
         try:
             async with asyncio.timeout(self._policy.connect_timeout):
                 models = await connection.client.models()

@@ -1,4 +1,4 @@
-"""Answers from a transcript: a whole search without an endpoint, or the answers that a killed process already got."""
+"""Answers from a transcript: for a whole search without an endpoint, or to reuse the answers of a killed process."""
 
 import hashlib
 import json
@@ -53,7 +53,7 @@ class Transcript:
 
 
 class Replay:
-    """Answers every question from the transcript. With `strict` a question that it lacks ends the search."""
+    """Answers every question from the transcript. With `strict`, a question that is not in it ends the search."""
 
     def __init__(self, transcript: Transcript, *, strict: bool) -> None:
         self._transcript = transcript

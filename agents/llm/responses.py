@@ -13,21 +13,21 @@ from typing import Any
 from protocol.errors import EndpointError
 
 MAX_PARTS = 50_000
-"""Lists and objects in one body; a list of 400 models has 5,000. Each takes many times its three bytes in memory, and
-the garbage collector visits all of them again and again."""
+"""Maximum number of lists and objects in one body; a list of 400 models has 5,000. Each of them is three bytes long but
+takes many times more memory, and the garbage collector visits all of them again and again."""
 LONGEST_REPLY = 400_000
-"""Characters of an answer that are read; thirty lists of 160 rates have 50,000."""
+"""Maximum number of characters of an answer that are read; thirty lists of 160 rates have 50,000."""
 CHARACTERS_PER_TOKEN = 4
 """Estimate for endpoints that do not count tokens, so that the budget still holds."""
 MAX_TOKENS_PER_CHARACTER = 2
-"""Largest plausible number of prompt tokens per character. A tokenizer that falls back to bytes makes up to four of a
-rare character, but our prompts are ASCII."""
+"""Largest plausible number of prompt tokens per character. A tokenizer that falls back to bytes makes up to four
+tokens of a rare character, but our prompts are ASCII."""
 TEMPLATE_TOKENS = 2_000
 """Prompt tokens allowed in addition, for a chat template and a provider's own instructions."""
 LONGEST_NAME = 1_000
-"""Characters; models with longer names are skipped."""
+"""Maximum number of characters of a model's name; models with longer names are skipped."""
 LARGEST_CONTEXT = 10**9
-"""Tokens; larger contexts are ignored as implausible."""
+"""Largest plausible context size in tokens; larger sizes are ignored."""
 
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
 _FINISHES = ("stop", "length", "content_filter", "tool_calls", "function_call")
@@ -37,9 +37,9 @@ _OPENING = re.compile(f"<{_TAG}>", _FLAGS)
 _CLOSINGS = {kind: re.compile(f"</{kind}>", _FLAGS) for kind in ("think", "thinking", "reasoning")}
 _CLOSE_ONLY = re.compile(rf"\A.*</{_TAG}>", _FLAGS)
 _CONTEXTS = ("max_model_len", "context_length", "context_window", "n_ctx")
-"""Names of the context size in lists of models: vLLM, routers, llama.cpp (under `meta`)."""
+"""Names of the context size in the model lists of vLLM, of routers and of llama.cpp (under `meta`)."""
 _TRAINED_CONTEXT = "n_ctx_train"
-"""llama.cpp's name of the context that the model was trained with; it may be served with more or less."""
+"""llama.cpp's name of the context size in training; the model may be served with a larger or smaller size."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Completion:
 
 
 def check_content_type(content_type: str) -> None:
-    """Raise EndpointError unless this is JSON: a login page or a proxy's error page also comes as 200."""
+    """Raise EndpointError unless the type is JSON. A login page or a proxy's error page may also have status 200."""
     if "json" not in content_type.lower():
         raise EndpointError(
             f"the endpoint answered {content_type or 'no content type'} instead of JSON", retryable=True
@@ -78,9 +78,9 @@ def _brackets(body: bytes) -> int:
 def read_completion(body: bytes, *, asked: int, max_tokens: int) -> Completion:
     """Return the first choice's text without its reasoning, and the token counts.
 
-    `asked` is the number of characters that were sent, `max_tokens` the token limit that was sent; token counts are
-    bounded by both. Raise EndpointError (retryable) for anything that is not a chat completion: truncated JSON, an
-    error object, no choices.
+    `asked` is the number of characters that were sent, `max_tokens` the token limit that was sent. Both bound the
+    token counts. Raise EndpointError (retryable) for anything that is not a chat completion: truncated JSON, an error
+    object, no choices.
     """
     try:
         reply = read_json(body)
@@ -116,7 +116,8 @@ def strip_reasoning(text: str) -> tuple[str, bool]:
     """Return `text` without its reasoning, and whether the reasoning was finished."""
     kept, start = [], 0
     unclosed: set[str] = set()
-    """Kinds of tags without a closing tag in the rest. Each is searched once, or reading would take quadratic time."""
+    """Kinds of tags that have no closing tag in the rest of the text. They are not searched for again, because reading
+    would then take quadratic time."""
     for opening in _OPENING.finditer(text):
         kind = opening[1].lower()
         if opening.start() < start or kind in unclosed:
@@ -129,7 +130,7 @@ def strip_reasoning(text: str) -> tuple[str, bool]:
     text = "".join([*kept, text[start:]])
     if unended := _OPENING.search(text):
         return text[: unended.start()].strip(), False
-    # Some chat templates put the opening tag into the prompt, so that the reply has the closing one only.
+    # Some chat templates put the opening tag into the prompt, so that the reply has only the closing tag.
     return _CLOSE_ONLY.sub("", text).strip(), True
 
 
@@ -141,7 +142,7 @@ def _error_text(error: object) -> str:
 def _count(usage: object, key: str, *, at_most: int) -> int:
     """Return a number of tokens, bounded by `at_most`; 0 if there is none.
 
-    A larger count may be true (a gateway's own prompt, hidden reasoning). A false one must not use up the budget.
+    A larger count may be true (a gateway's own prompt, hidden reasoning), but a false count must not use up the budget.
     """
     value = usage.get(key) if isinstance(usage, dict) else None
     if not isinstance(value, int) or isinstance(value, bool):
@@ -150,7 +151,7 @@ def _count(usage: object, key: str, *, at_most: int) -> int:
 
 
 def read_models(body: bytes) -> dict[str, int | None]:
-    """Return the names of the models in the list, each with its context size if given; empty if it is no list."""
+    """Return the names of the listed models, each with its context size if given; empty if `body` is no list."""
     try:
         reply = read_json(body)
     except ValueError:
@@ -165,7 +166,7 @@ def _is_name(found: object) -> bool:
 
 
 def _context(entry: dict[str, Any]) -> int | None:
-    """Return the context size of a listed model: the smallest one it is served with, else the one of its training."""
+    """Return the context size of a listed model: the smallest size that it is served with, else its training size."""
     sources = [source for source in (entry, entry.get("meta")) if isinstance(source, dict)]
     for names in (_CONTEXTS, (_TRAINED_CONTEXT,)):
         numbers = [source.get(name) for source in sources for name in names]

@@ -9,8 +9,8 @@ import httpx2
 from protocol.errors import EndpointError
 
 LONGEST_ERROR = 65_536
-"""Bytes of an error's body that are read; more cannot change its meaning."""
-# The SDK reads the last one from the reply's request: it marks that the caller wants the bytes.
+"""Maximum number of bytes of an error's body that are read. The rest is not needed to classify the error."""
+# The SDK reads the last header from the reply's request. The header marks that the caller wants the bytes.
 _SENT_HEADERS = {
     "host",
     "accept",
@@ -43,7 +43,7 @@ def capped_at(byte_cap: int) -> Callable[[httpx2.Response], Awaitable[None]]:
     async def hook(response: httpx2.Response) -> None:
         if response.headers.get("content-encoding", "identity") != "identity":
             raise EndpointError("the endpoint's reply is compressed, which was not asked for", retryable=True)
-        # A response may name any codec of Python as its charset, even one that unpacks or takes quadratic time.
+        # A response may name any codec of Python as its charset, even one that decompresses or takes quadratic time.
         response.encoding = "utf-8"
         stream = cast(httpx2.AsyncByteStream, response.stream)
         response.stream = _CappedStream(stream, byte_cap) if response.is_success else _CutStream(stream, LONGEST_ERROR)

@@ -1,7 +1,7 @@
 """The `edits` replies: small decisions in whole numbers, and the rates that they stand for. Pure.
 
 All numbers are integers or enums, because the grammar that llama.cpp makes of a schema enforces ranges of integers but
-not of decimals. The schema's ranges guide a small model; only values that make no sense are refused here.
+not of decimals. The narrow ranges of the schema guide a small model. This file refuses only values that make no sense.
 """
 
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ class Profile(BaseModel):
 
 
 class Change(BaseModel):
-    """A change of the rates of the layers `first` to `last` by `points` percent points."""
+    """A change of the rates of the layers `first` to `last` by `points` percentage points."""
 
     block: Literal["attention", "mlp"] | None = None
     first: int
@@ -51,9 +51,10 @@ class Mutation(BaseModel):
 
 
 class Mix(BaseModel):
-    """A Crossover's proposal: `parents` is "1+3", and `layers` layers from `first` on come from the second of them.
+    """A Crossover's proposal. `parents` "1+3" is parent 1 with `layers` layers, from `first` on, of parent 3.
 
-    It has a number of layers instead of the last layer, so that a schema can exclude mixes of almost no layers.
+    The range is given by its number of layers and not by its last layer, so that a schema can exclude mixes of very few
+    layers.
     """
 
     parents: Annotated[str, Field(max_length=20)]
@@ -83,13 +84,13 @@ def control_points(view: View) -> int:
 
 
 def mix_bounds(view: View) -> tuple[int, int]:
-    """Return the fewest and the most layers that may come from the second parent: a sixth to two thirds."""
+    """Return the minimum and maximum number of layers from the second parent: a sixth and two thirds of all."""
     layers = len(view.profile.shape.layers)
     return max(1, layers // 6), max(1, 2 * layers // 3)
 
 
 def apply_profile(view: View, reply: Profile) -> Proposal:
-    """Return the rates of a profile. Raise InvalidReply with the end of a sentence."""
+    """Return the rates of a profile. Raise InvalidReply, whose message completes "Proposal 2 …"."""
     curves: dict[BlockKind, list[int] | None]
     curves = {"layer": reply.profile, "attention": reply.attention, "mlp": reply.mlp}
     last = max(1, len(view.profile.shape.layers) - 1)
@@ -104,7 +105,7 @@ def apply_profile(view: View, reply: Profile) -> Proposal:
 
 
 def apply_mutation(view: View, parents: Sequence[Member], reply: Mutation) -> Proposal:
-    """Return the parent's rates with the changes. Raise InvalidReply with the end of a sentence."""
+    """Return the parent's rates with the changes. Raise InvalidReply, whose message completes "Proposal 2 …"."""
     parent = member_at(parents, reply.parent)
     rates = list(parent.candidate.rates)
     for change in reply.changes:
@@ -120,7 +121,10 @@ def apply_mutation(view: View, parents: Sequence[Member], reply: Mutation) -> Pr
 
 
 def apply_mix(view: View, parents: Sequence[Member], reply: Mix) -> Proposal:
-    """Return the first parent's rates with a range from the second. Raise InvalidReply with the end of a sentence."""
+    """Return the first parent's rates with a range of layers from the second parent.
+
+    Raise InvalidReply, whose message completes "Proposal 2 …".
+    """
     numbers = reply.parents.split("+")
     if len(numbers) != 2 or not all(n.isascii() and n.isdigit() for n in numbers) or int(numbers[0]) == int(numbers[1]):
         raise InvalidReply('needs two different numbers in "parents", such as "1+2"')
@@ -149,7 +153,7 @@ def _checked_range(view: View, first: int, last: int) -> tuple[int, int]:
 
 
 def member_at(members: Sequence[Member], number: int) -> Member:
-    """Return a member by its number, from 1. Raise InvalidReply with the end of a sentence."""
+    """Return a member by its number, from 1. Raise InvalidReply, whose message completes "Proposal 2 …"."""
     if not 1 <= number <= len(members):
         raise InvalidReply(f"names a configuration outside 1 to {len(members)}")
     return members[number - 1]

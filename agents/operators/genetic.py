@@ -1,4 +1,4 @@
-"""Classical operators: the LLM's fallback when no endpoint answers, and its baselines. Pure, seeded.
+"""Classical operators: the fallback if no endpoint answers, and baselines of LLM search. Pure, seeded.
 
 They return raw rates, one per unit. Projection restores the mean when the rates are made feasible.
 """
@@ -10,7 +10,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 SHIFT = 0.05
-"""Rate shifted from one unit to another by one step of `mutate`."""
+"""Rate that one step of `mutate` shifts from one unit to another, multiplied by ½, 1 or 2."""
 CONTROL_POINTS = 5
 
 
@@ -52,7 +52,10 @@ def cross(rng: random.Random, first: Sequence[float], second: Sequence[float]) -
 
 
 def tournament(rng: random.Random, ranked: Sequence[T], count: int, size: int = 3) -> tuple[T, ...]:
-    """Return `count` different items of `ranked` (best first), each the best of `size` random ones; best first."""
+    """Return `count` different items of `ranked`, each the best of `size` random items.
+
+    Both `ranked` and the result are sorted, best first.
+    """
     left = list(range(len(ranked)))
     chosen: list[int] = []
     while left and len(chosen) < count:

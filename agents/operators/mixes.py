@@ -1,4 +1,4 @@
-"""Mixes: a range of layers of one parent in another. The surrogate ranks them and the LLM chooses. Pure."""
+"""Mixes: one parent with a range of layers from another. The surrogate ranks them, and the LLM chooses. Pure."""
 
 import random
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ from agents.population.view import Member, Proposal, View
 from protocol.errors import InvalidReply
 
 SAMPLED = 60
-"""Mixes that are sampled for one menu."""
+"""Number of random mixes from which one menu is made."""
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,10 @@ class RankedMix:
 
 
 def mix_menu(view: View, parents: Sequence[Member], rng: random.Random, count: int) -> tuple[RankedMix, ...]:
-    """Return the `count` best of some random mixes, best first. No two are nearly the same, and none was measured.
+    """Return the `count` best of SAMPLED random mixes, best first; fewer if fewer are new.
 
-    Measured mixes would rank high, the LLM would choose them, and they would be refused.
+    Of nearly equal mixes, only one is returned. Measured mixes are left out: they would rank high, and if the LLM chose
+    them, they would be refused.
     """
     surrogate = surrogate_of(view)
     found: dict[tuple[float, ...], RankedMix] = {}
@@ -51,9 +52,9 @@ def _is_new(view: View, rates: Sequence[float]) -> bool:
 
 
 def on_budget(view: View, rates: Sequence[float]) -> tuple[float, ...]:
-    """Return `rates` roughly as projection would: every MLP (or layer) is pruned more or less by the same rate.
+    """Return `rates` after an approximate projection, which changes the rate of every MLP (or layer) equally.
 
-    Good enough for predictions, not for plans.
+    It is accurate enough for predictions, but not for plans.
     """
     units = view.units
     movable = sum(unit.parameters for unit in units if unit.kind != "attention")

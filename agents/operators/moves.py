@@ -17,34 +17,34 @@ from protocol.plans.plan import parameters_to_next_level, unit_bounds
 from protocol.plans.rates import ROUNDING
 
 SIZES = (0.04, 0.08, 0.16)
-"""Parameters that a move shifts, as shares of a decoder layer's."""
+"""Numbers of parameters that a move shifts, as shares of the parameters of a decoder layer."""
 UNITS_PER_SIDE = 12
-"""Units considered for each side of a move: the best ones by the acquisition."""
+"""Number of units considered for each side of a move: the units with the best acquisition."""
 MAX_USES = 2
-"""Moves of a menu in which one unit may take part; otherwise a single unit could fill the menu."""
+"""Maximum number of moves of a menu in which one unit takes part. Without it, one unit could fill the menu."""
 OFFERED = 0.5
 """Share of the units that a menu is made of (at least `UNITS_PER_SIDE` units), sampled anew for each menu. If all
-offspring of a round tried the same unit, they would teach little, and a harmful unit would hurt all of them."""
+offspring of a round changed the same unit, the search would learn little, and a bad change would harm all of them."""
 KAPPA = 1.0
 """Exploration weight of the acquisition, `mean - KAPPA * std` (a lower confidence bound; lower is better)."""
 
 
 @dataclass(frozen=True)
 class Move:
-    """A move of two units, given by number: `more` is pruned more, `less` is pruned less; and the rates of both."""
+    """One unit is pruned more and another less. `more` and `less` are unit numbers, with the rates after the move."""
 
     more: int
     less: int
     more_rate: float
     less_rate: float
     mean: float
-    """Predicted change of the rise, in nats of log-perplexity, or of divergence; negative is better."""
+    """Predicted change of the rise (see surrogate.py), in nats of log-perplexity or divergence; negative is better."""
     std: float
     """Standard deviation of the prediction."""
 
 
 def move_menu(view: View, parent: Member, rng: random.Random, count: int) -> tuple[Move, ...]:
-    """Return the `count` best moves from `parent` by the acquisition, sorted by mean; fewer if fewer are possible."""
+    """Return the `count` moves from `parent` with the best acquisition, sorted by mean; fewer if fewer are possible."""
     ranked = _Moves(view, parent.candidate.rates, rng).ranked()
     chosen: list[Move] = []
     uses: Counter[int] = Counter()
@@ -56,7 +56,7 @@ def move_menu(view: View, parent: Member, rng: random.Random, count: int) -> tup
 
 
 def apply_moves(parent: Member, moves: Sequence[Move]) -> Proposal:
-    """Return the parent after these moves; a unit that takes part in several changes by each."""
+    """Return the parent after these moves. A unit that takes part in several moves changes by their sum."""
     before = parent.candidate.rates
     rates = list(before)
     for move in moves:
@@ -76,7 +76,7 @@ class _Moves:
         self._offered = sorted(rng.sample(range(units), max(min(UNITS_PER_SIDE, units), round(OFFERED * units))))
 
     def ranked(self) -> list[Move]:
-        """Return the moves by the acquisition, best first."""
+        """Return all moves, sorted by acquisition, best first."""
         layer = self._view.profile.shape.layer_parameters(0)
         # With attention, the next level decides the size, so all SIZES give the same move.
         pairs = dict.fromkeys(pair for size in SIZES for pair in self._pairs(round(size * layer)))
@@ -90,7 +90,7 @@ class _Moves:
         return [move for _, move in sorted(moves, key=lambda each: each[0])]
 
     def _pairs(self, parameters: int) -> Iterator[tuple[int, float, int, float]]:
-        """Yield two units and their rates after a move of `parameters`; with attention, of its next level instead."""
+        """Yield two units and their rates after a move of `parameters`, or of attention to its next level."""
         takers, givers = (self._sides(sign, parameters) for sign in (1, -1))
         for more, amount in takers:
             for less, other in givers:
@@ -98,7 +98,7 @@ class _Moves:
                     yield more, self._after(more, shifted), less, self._after(less, -shifted)
 
     def _sides(self, sign: int, parameters: int) -> list[tuple[int, int]]:
-        """Return the best units to prune more (`sign` 1) or less (−1), each with its number of parameters."""
+        """Return the best units to prune more (`sign` 1) or less (−1), each with the number of parameters to shift."""
         amounts = {
             i: self._to_next_level(i, sign) if self._view.units[i].kind == "attention" else parameters
             for i in self._offered
@@ -111,7 +111,7 @@ class _Moves:
         return [able[k] for k in np.argsort(acquisition, kind="stable")[:UNITS_PER_SIDE]]
 
     def _shifted_by_both(self, more: int, amount: int, less: int, other: int, parameters: int) -> int:
-        """Return the parameters that both units can shift, 0 if none.
+        """Return the number of parameters that both units can shift; 0 if the move is impossible.
 
         An attention block changes by whole levels; the other unit takes the same number of parameters.
         """

@@ -1,4 +1,4 @@
-"""Proposals by classical operators: the LLM's fallback, and the agents that ask no LLM. Pure, seeded."""
+"""Proposals by classical operators, for the fallback and for the agents that ask no LLM. Pure, seeded."""
 
 import random
 from collections.abc import Sequence
@@ -9,24 +9,24 @@ from agents.operators.moves import apply_moves, move_menu
 from agents.population.view import Member, Proposal, View
 
 MAX_MOVES = 4
-"""Moves that one mutation combines."""
+"""Maximum number of moves that one mutation combines."""
 RANKED_MOVES = 6
-"""Moves on a menu; on a longer menu the last ones would have no expected gain."""
+"""Maximum number of moves on a menu. On a longer menu, the last moves would have no expected gain."""
 RANKED_MIXES = 8
-"""The fewest mixes on a menu."""
+"""Maximum number of mixes on a menu; for the Crossover, twice the number of proposals if that is larger."""
 
 
 def sample_profile(rng: random.Random, view: View, _parents: Sequence[Member]) -> Proposal:
     """Return a random profile over depth.
 
-    With blocks, attention and MLP have a profile each: how they share the pruning matters most.
+    At block granularity, attention and MLP have a profile each, because the split between them matters most.
     """
     kinds = len({unit.kind for unit in view.units})
     return Proposal(random_rates(rng, len(view.units), view.spec.rate, kinds))
 
 
 def sample_mutation(rng: random.Random, _view: View, parents: Sequence[Member]) -> Proposal:
-    """Return one of `parents` with a little rate shifted between its units."""
+    """Return one of `parents` after small shifts of rate between its units."""
     parent = rng.choice(parents).candidate
     return Proposal(mutate(rng, parent.rates), (parent.id,))
 
@@ -35,16 +35,16 @@ def sample_mix(rng: random.Random, _view: View, parents: Sequence[Member]) -> Pr
     """Return one of `parents` with a range of units from another."""
     first, second = (member.candidate for member in rng.sample(parents, 2))
     mixed = cross(rng, first.rates, second.rates)
-    # Every other one is mutated too: similar parents have few mixes, and soon all of them are known.
+    # Half of the mixes are mutated too. Similar parents have few different mixes, and soon all of them are known.
     return Proposal(mutate(rng, mixed) if rng.random() < 0.5 else mixed, (first.id, second.id))
 
 
 def sample_move_parent(rng: random.Random, view: View, parents: Sequence[Member]) -> Member:
-    """Return the member that moves begin at.
+    """Return the member to which moves are applied.
 
-    Two times out of three it is the best of the population, whether or not it was selected. Else it is one of `parents`
-    (best first), each a third as likely as the one before it. Moves are small steps that mostly help: from a parent
-    that is a percent worse than the best they would still end behind the best.
+    With a probability of two thirds it is the best member of the population, even if the Selector did not choose it.
+    Otherwise it is one of `parents` (best first), each a third as likely as the parent before it. Moves are small steps
+    that mostly help. From a parent that is one percent worse than the best member, they would still not reach the best.
     """
     ranked = view.population[:1] + tuple(member for member in parents if member not in view.population[:1])
     rank = 0
@@ -54,7 +54,7 @@ def sample_move_parent(rng: random.Random, view: View, parents: Sequence[Member]
 
 
 def sample_ranked_moves(rng: random.Random, view: View, parents: Sequence[Member]) -> Proposal:
-    """Return a parent after up to MAX_MOVES random moves of a menu; after a shift of rate if there are no moves."""
+    """Return a parent after up to MAX_MOVES random moves of a menu; without moves, return a random mutation."""
     parent = sample_move_parent(rng, view, parents)
     moves = move_menu(view, parent, rng, RANKED_MOVES)
     if not moves:
@@ -63,6 +63,6 @@ def sample_ranked_moves(rng: random.Random, view: View, parents: Sequence[Member
 
 
 def sample_ranked_mix(rng: random.Random, view: View, parents: Sequence[Member]) -> Proposal:
-    """Return one of the mixes that the surrogate ranks best; any random mix if there are none."""
+    """Return one of the mixes that the surrogate ranks best; without new mixes, return any random mix."""
     mixes = mix_menu(view, parents, rng, RANKED_MIXES)
     return rng.choice(mixes).proposal if mixes else sample_mix(rng, view, parents)

@@ -1,12 +1,16 @@
 """The surrogate: a Gaussian process that predicts the fitness of a plan from measured candidates. Pure.
 
-It predicts the rise: log-perplexity minus that of the dense model, or the divergence itself where the search minimises
-divergence. Its inputs are the shares of parameters that each unit loses. The prior mean adds up what each unit costs
-when pruned alone (the model profile's sensitivity): in proportion to the share up to the measured one, with the square
-of the share above it. Units that are pruned together cost more than alone, and some much more, so the kernel adds
+It predicts the rise: the log-perplexity minus the log-perplexity of the dense model, or the divergence itself if the
+search minimises divergence. Its inputs are the shares of parameters that each unit loses.
 
-- one factor for all units, one factor for each unit, and a slope for each unit;
-- a smooth function of the share of each unit, because it matters which channels go;
+The prior mean is the sum of the rises that the units cause when each is pruned alone. The model profile's sensitivity
+is such a rise, measured at one share. Up to that share, a unit's rise is proportional to the share that it loses. Above
+it, the rise grows with the square of the share.
+
+Units that are pruned together cost more than the sum of their rises, and some much more. So the kernel adds
+
+- one factor on the prior mean of all units, one factor for each unit, and a slope for each unit;
+- a smooth function of the share of each unit, because the channels that are removed differ in importance;
 - a smooth function of all shares together, so that plans near a measured plan get a similar prediction.
 """
 
@@ -27,28 +31,28 @@ from protocol.plans.spec import Measure
 Array = NDArray[np.floating[Any]]
 
 COMMON_FACTOR_STD, UNIT_FACTOR_STD = 1.0, 0.3
-"""Standard deviations of the factors on the prior mean: one for all units, and one for each."""
+"""Standard deviations of the factors on the prior mean: of the factor for all units, and of the factor for each."""
 OFFSET_STD = 1.2
-"""Standard deviation of a constant added to all plans, in units of the scale (see Kernel)."""
+"""Standard deviation of a constant that is added to the rise of all plans, in units of the scale (see Kernel)."""
 
 
 @dataclass(frozen=True)
 class Kernel:
     """Hyperparameters of the kernel.
 
-    Standard deviations are in units of the scale: the median rise of the measured candidates. Length scales are in
-    removed parameters, as multiples of one decoder layer's. All maximise the likelihood of the recorded outcomes of
-    SmolLM2's searches (docs/lab-notes/surrogate.md).
+    Standard deviations are in units of the scale, which is the median rise of the measured candidates. Length scales
+    are numbers of removed parameters, divided by the parameters of one decoder layer. The values maximise the
+    likelihood of the recorded outcomes of searches on SmolLM2 (docs/lab-notes/surrogate.md).
     """
 
     slope_std: float
-    """Slope of a unit, for each decoder layer's worth of parameters."""
+    """Standard deviation of a unit's slope: the additional rise if the parameters of one decoder layer are removed."""
     unit_std: float
-    """Smooth function of one unit's share."""
+    """Standard deviation of the smooth function of one unit's share."""
     joint_std: float
-    """Smooth function of all shares together."""
+    """Standard deviation of the smooth function of all shares together."""
     noise_std: float
-    """Noise of a measurement."""
+    """Standard deviation of the noise of a measurement."""
     unit_length_scale: float
     joint_length_scale: float
 
@@ -66,14 +70,17 @@ KERNELS: dict[Measure, Kernel] = {
         joint_length_scale=0.52,
     ),
 }
-"""Divergence compares whole distributions at every token, so it is far smoother than perplexity on a short text."""
+"""The kernel of each measure. Divergence compares whole distributions at every token, so it is far smoother than
+perplexity on a short text."""
 
 NOISE_PER_RISE = 0.1
-"""The noise of an outcome grows by this share of its rise above the best: predictions must be right near the best."""
+"""Standard deviation of additional noise, as a share of the difference between an outcome's rise and the lowest rise.
+It gives weight to good candidates, because predictions must be accurate near the best candidate."""
 STOPPED_STD = 0.05
-"""Additional noise of a candidate that was stopped in its race, in units of the scale: some windows are easier."""
+"""Standard deviation of additional noise for a candidate that was stopped in its race, in units of the scale. Its
+fitness is estimated from a part of the windows, and some windows are easier than others."""
 MAX_OUTCOMES = 500
-"""The best outcomes that are used, so that a prediction does not take seconds in a search of thousands."""
+"""Maximum number of measured candidates that are used, best first. With thousands, a prediction would take seconds."""
 
 
 class Surrogate:
@@ -110,9 +117,10 @@ class Surrogate:
         return float(self._mean(np.array([self._shares(plan)]))[0])
 
     def predict_changes(self, rates: Sequence[float], changes: Sequence[Mapping[int, float]]) -> tuple[Array, Array]:
-        """Predict how the rise changes from `rates` when some units, given by number, get other rates.
+        """Predict how the rise changes from `rates` when some units get other rates.
 
-        Return the mean and the standard deviation for each of the `changes`, in nats.
+        Each of the `changes` maps numbers of units to their new rates. Return the mean and the standard deviation of
+        the rise's change for each of them, in nats.
         """
         shares = np.repeat(np.array([rates]), len(changes), axis=0)
         for row, change in zip(shares, changes, strict=True):
@@ -161,7 +169,7 @@ class Surrogate:
     def _covariance_of_change(self, base: "_Inputs", changed: "_Inputs") -> Array:
         """Return the prior covariance of the changes from `base` (one point) to `changed` with the observed rises.
 
-        [points of `changed`, outcomes]. Most units do not change, and theirs need not be computed.
+        The shape is [points of `changed`, outcomes]. Terms of units that do not change are zero and are not computed.
         """
         scale, kernel, observed = self._scale, self._kernel, self._observed
         covariance = COMMON_FACTOR_STD**2 * np.outer(changed.prior - base.prior, observed.prior)
@@ -206,19 +214,21 @@ class _Inputs:
 
     def __init__(self, shares: Array, pruned_alone: Sequence[tuple[float, float]], sizes: Array) -> None:
         self.removed: Array = shares * sizes
-        """Removed parameters of each unit, as multiples of one decoder layer's [points, units]."""
+        """Removed parameters of each unit, divided by the parameters of one decoder layer [points, units]."""
         measured, rises = np.array(pruned_alone).T
         ratios = np.divide(shares, measured, out=np.zeros_like(shares), where=measured > 0)
         self.unit_priors: Array = rises * np.where(ratios <= 1, ratios, ratios**2)
-        """Rise that each unit costs: in proportion up to the measured share, then with the square [points, units]."""
+        """Prior mean of the rise that each unit causes [points, units]. It is proportional to the share up to the
+        measured share, and above that it grows with the square of the share."""
         self.prior: Array = self.unit_priors.sum(axis=1)
         """Prior mean of the rise [points]."""
 
 
 def _pruned_alone(view: View) -> list[tuple[float, float]]:
-    """Return for each unit the share that it loses when pruned alone, and the rise; without sensitivity one for all.
+    """Return for each unit the share that it loses when it is pruned alone, and the rise that this causes.
 
-    A rise below zero is noise, and would reward pruning: it is raised to a little above zero.
+    If sensitivity was not measured, the unit's share of the decoder's parameters stands for the rise. A rise below zero
+    is noise and would reward pruning, so it is replaced by a value a little above zero.
     """
     profile = view.profile
     shares = [single_unit_removed_share(unit, view.spec, profile.shape) for unit in view.units]

@@ -17,7 +17,7 @@ class Outcomes(Protocol):
     """The source of outcomes, which also makes applied outcomes durable."""
 
     async def results(self, cursor: str) -> list[Result]:
-        """Return the outcomes after `cursor`; wait a moment for the first one."""
+        """Return the outcomes after `cursor`; if there are none, wait briefly for the first one."""
 
     async def apply(self, result: Result) -> bool:
         """Make `result` durable; return False if its id already has an outcome."""
@@ -56,7 +56,7 @@ class PopulationKeeper:
 
     @property
     def waiting(self) -> int:
-        """Issued candidates without an outcome."""
+        """Number of issued candidates without an outcome."""
         return len(self._ledger) - self._population.outcomes
 
     async def settled(self) -> None:
@@ -82,8 +82,8 @@ class PopulationKeeper:
 
     async def _apply(self, candidate: Candidate, result: Result) -> None:
         await self._outcomes.apply(result)
-        # The result of `apply` does not decide. If it got lost, the repeated call returns False for a new outcome; and
-        # with a server that lost its data, it is True for an old one.
+        # The returned value does not show whether the outcome is new. If the reply was lost, the repeated call returns
+        # False for a new outcome. If the server has lost its data, the call returns True for an old outcome.
         if candidate.id not in self._population:
             is_best = self._population.insert(candidate, result.outcome)
             evaluation = self._population.get(candidate.id)

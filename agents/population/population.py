@@ -20,8 +20,8 @@ class Evaluation:
 class Population:
     """All outcomes of a search, and its members ranked by fitness (lower is better).
 
-    Members are the measured proposals. Baselines are kept, too, but are not members: the search is compared with them.
-    Failed and stopped candidates are kept and are never members.
+    Members are the measured proposals. Other outcomes are kept but are not members: those of baselines, with which the
+    search is compared, and those of candidates that failed or were stopped.
     """
 
     def __init__(self) -> None:

@@ -10,19 +10,19 @@ from agents.population.view import BUDGET_USED_UP, KNOWN_ALREADY, Member, Propos
 from protocol.plans.candidate import AgentName, Provenance, Source
 
 TRIES = 25
-"""Samples for each missing proposal before sampling gives up: by then probably no new plan is left."""
+"""Maximum number of samples for each missing proposal. If all are refused, probably no new plan is left."""
 
 Operator = Callable[[random.Random, View, Sequence[Member]], Proposal]
-"""Makes a proposal without an LLM from some parents: another one at each call."""
+"""Makes a proposal from some parents without an LLM. Each call makes another proposal."""
 
 
 class NothingLeft(Exception):  # noqa: N818  (no error: the call is at its end)
-    """The call has all its candidates, or the budget is used up: every further proposal would be refused."""
+    """The call has all its candidates, or the budget is used up, so every further proposal would be refused."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of an agent in a round: `index` tells the calls apart, `count` is how many proposals it should make."""
+    """One call of an agent in a round, with its number `index` and the `count` of proposals that it should make."""
 
     agent: str
     view: View
@@ -43,12 +43,12 @@ class Call:
 
     @property
     def rng(self) -> random.Random:
-        """A new generator for the fallback and for the menus, seeded the same every time."""
+        """A new random generator for the fallback and the menus, with the same seed every time."""
         return random.Random(self.seed(-1))
 
 
 class Submitter:
-    """Submits the proposals of one call. `accepted` holds the ids of its candidates, also from an earlier process."""
+    """Submits the proposals of one call. `accepted` has its candidates' ids, including those of an earlier process."""
 
     def __init__(self, agent: AgentName, call: Call, submit: Submit) -> None:
         self._agent: AgentName = agent
@@ -66,7 +66,7 @@ class Submitter:
     async def submit(
         self, proposal: Proposal, source: Source, *, endpoint: str | None = None, prompt: str | None = None
     ) -> str | None:
-        """Return None if the proposal is accepted, else the reason; raise NothingLeft when no more can be."""
+        """Return None if the proposal is accepted, else the reason; raise NothingLeft if no other would be accepted."""
         provenance = Provenance(
             agent=self._agent,
             source=source,
@@ -86,7 +86,7 @@ class Submitter:
         self._own.add(result.id)
         self.accepted.add(result.id)
         if self.is_complete and len(self._own) < self.call.count:
-            # An earlier process got other answers: its candidates and ours together are enough.
+            # An earlier process got other answers. Its candidates and ours together are enough.
             raise NothingLeft
         return None
 

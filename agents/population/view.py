@@ -22,12 +22,12 @@ class Member:
 
 @dataclass(frozen=True)
 class Tried:
-    """A candidate with its fitness: None if it failed."""
+    """A candidate with its fitness, which is None if the candidate failed."""
 
     candidate: Candidate
     fitness: float | None
     stopped: bool = False
-    """Whether it lost its race. Its fitness is then estimated from its rival's and from the measured windows."""
+    """Whether it lost its race. Its fitness is then estimated from its first windows and its rival's losses."""
 
 
 def _unknown(_: str) -> None:
@@ -45,13 +45,13 @@ class View:
     made: Mapping[tuple[AgentName, int], frozenset[str]] = field(default_factory=dict)
     """Ids of this round's candidates by agent and call, if an earlier process began the round and was killed."""
     measured: tuple[Member, ...] = ()
-    """The best members of all earlier rounds, best first; `population` is the beginning of it."""
+    """The best members of all earlier rounds, best first. `population` is the first part of this list."""
     recent: tuple[Tried, ...] = ()
     """The last candidates of the earlier rounds, with any outcome, in the order in which they were issued."""
     start: tuple[float, ...] | None = None
     """The rates of the best member of the first population."""
     fitness_of: Callable[[str], float | None] = _unknown
-    """Returns the fitness for a candidate id of any earlier round; None if it has no fitness."""
+    """Returns the fitness of a candidate of an earlier round by its id; None if the candidate has no fitness."""
 
     @cached_property
     def units(self) -> tuple[Unit, ...]:
@@ -93,12 +93,12 @@ class Refused:
 BUDGET_USED_UP = Refused("the budget of evaluations is used up")
 """Refuses every proposal once the budget is used up: the agents then stop without an error."""
 KNOWN_ALREADY = Refused("it prunes the model exactly as an earlier configuration does")
-"""Refuses a proposal whose plan this call or another one has proposed before."""
+"""Refuses a proposal whose plan was proposed before, by this call or another call."""
 
 Submit = Callable[[Sequence[float], Provenance], Awaitable[Accepted | Refused]]
 """Takes raw rates, one per unit. They are made feasible, planned, compared with the known plans, and enqueued.
 
-A plan that the same call proposed before is accepted again: the call is repeated because its process was killed.
+A plan that the same call proposed before is accepted again, because a call is repeated if its process was killed.
 """
 
 

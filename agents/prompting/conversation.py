@@ -1,4 +1,4 @@
-"""The conversation of an agent with the LLM: ask, parse, take the valid items, ask again with what was wrong."""
+"""The conversation of an agent with the LLM: ask, parse, take the valid items, and ask again with the problems."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -15,31 +15,31 @@ from agents.prompting.settings import AgentSettings
 from protocol.errors import EndpointError, InvalidReply
 
 TOKENS_BESIDE = 100
-"""Tokens of a reply in addition to its items."""
+"""Tokens that a reply may have in addition to its items."""
 LONGEST_QUOTE = 8_000
-"""Characters of its own reply that the LLM is shown when it is asked again."""
+"""Maximum number of characters of the LLM's reply that it is shown when it is asked again."""
 LONGEST_QUOTE_OF_A_CUT_REPLY = 400
-"""The same for a reply that hit its token limit: often it repeats one number and would fill the context."""
+"""The same limit for a reply that was cut off. Such a reply often repeats one number and would fill the context."""
 LARGE = 20_000
-"""Characters of an answer from which on it is parsed in a thread."""
+"""Answers of at least this many characters are parsed in a thread."""
 
 T = TypeVar("T")
 
 Take = Callable[[T, Answer], Awaitable[str | None]]
 """Uses one item of an answer. Returns None, or the reason why the item was refused."""
 Turn = Callable[[], AbstractAsyncContextManager[None]]
-"""Makes the context in which the items of an answer are taken."""
+"""Returns a context manager. The items of an answer are taken within its context."""
 log = structlog.get_logger()
 
 
 class Asker:
-    """Asks the LLM for an agent, and asks again with what was wrong."""
+    """Asks the LLM for the items of an agent. If some are invalid, asks again and says what was wrong."""
 
     def __init__(self, chat: ChatClient, settings: AgentSettings) -> None:
         self._chat = chat
         self._settings = settings
         self._token_factor = 1
-        """Multiplies the token limit; grows when a reply is cut off."""
+        """Factor on the token limit, which grows when a reply is cut off."""
 
     async def ask(self, call: Call, prompt: Prompt[T], missing: int, take: Take[T], turn: Turn = nullcontext) -> int:
         """Ask until `missing` items are taken or the re-asks are used up; return how many were taken."""
@@ -90,12 +90,12 @@ class Asker:
         )
         answer = await self._chat.ask(question)
         if answer.truncated and needed < self._settings.max_tokens:
-            # Permanently: a model that reasons before it answers does so every time.
+            # The factor stays, because a model that reasons before it answers does so every time.
             self._token_factor *= 4
         return answer
 
     async def _take_all(self, prompt: Prompt[T], answer: Answer, missing: int, take: Take[T]) -> tuple[int, list[str]]:
-        """Return how many items of the answer were taken, and a sentence for each one that was not."""
+        """Take the items of the answer. Return how many were taken, and a sentence for each item that was not."""
         try:
             if len(answer.text) < LARGE:
                 parsed = prompt.parse(answer.text, missing)
@@ -114,6 +114,6 @@ class Asker:
 
 
 def _quote(answer: Answer) -> str:
-    """Return the LLM's own words, cut to a limit and without lone surrogates, which no request can encode."""
+    """Return the LLM's reply, cut to a limit and without lone surrogates, which no request can encode."""
     longest = LONGEST_QUOTE_OF_A_CUT_REPLY if answer.truncated else LONGEST_QUOTE
     return answer.text[:longest].encode(errors="replace").decode()

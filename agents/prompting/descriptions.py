@@ -1,4 +1,4 @@
-"""The target model and the population in the words and short numbers of prompts. Pure."""
+"""Descriptions of the target model and of the population for prompts, in words and short numbers. Pure."""
 
 import math
 from collections.abc import Collection, Sequence
@@ -109,8 +109,8 @@ def numbered_profiles(view: View, members: Sequence[Member]) -> list[dict[str, o
 def moves_in_words(view: View, parent: Member, moves: Sequence[Move]) -> list[str]:
     """Return moves as the `moves` prompts list them: `mlp 3 +4, mlp 17 -4: -0.8 % (+-0.5)`.
 
-    Rates change by percent points. The predicted change is in percent: of the perplexity, computed from its
-    logarithm, or of the parent's divergence.
+    Changes of rates are in percentage points. The predicted change is in percent of the perplexity (computed from the
+    change of its logarithm) or in percent of the parent's divergence.
     """
     is_kl = view.spec.measure == "kl" and parent.fitness > 0
     unit = parent.fitness if is_kl else 1.0
@@ -151,5 +151,5 @@ _FITNESS_DIGITS = {"perplexity": 2, "kl": 4}
 
 
 def fitness_in_words(view: View, member: Member, more: int = 0) -> str:
-    """Return a member's fitness with as many decimals as distinguish members, plus `more`."""
+    """Return a member's fitness with enough decimals to distinguish members, and `more` decimals in addition."""
     return f"{member.fitness:.{_FITNESS_DIGITS[view.spec.measure] + more}f}"

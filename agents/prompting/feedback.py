@@ -12,13 +12,13 @@ from protocol.plans.plan import unit_bounds
 
 SHOWN_CHANGES = 4
 MIN_POINTS = 1
-"""Smaller changes, in percent points, are left out: projection changes every unit a little."""
+"""Changes of at most this many percentage points are left out, because projection changes every unit a little."""
 SHOWN_EFFECTS = 6
 SHOWN_UNITS = 3
 STEP = 0.05
 """Change of a unit's rate for which the gain or loss is predicted."""
 MIN_MEMBERS = 8
-"""Configurations needed for a comparison of good and bad ones."""
+"""Minimum number of configurations for a comparison of good and bad configurations."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class Feedback:
     weakest: tuple[str, ...] = ()
     """Units of the best configuration that would gain most from less pruning."""
     strongest: tuple[str, ...] = ()
-    """Units of it that would lose least from more pruning."""
+    """Units of the best configuration that would lose least from more pruning."""
     contrast: str = ""
-    """How the best configurations differ from the worst, in percent points."""
+    """How the best configurations differ from the worst, in percentage points."""
     effects: tuple[str, ...] = ()
     """The effects of earlier changes."""
 
@@ -47,9 +47,9 @@ def feedback_on(view: View, parts: Collection[FeedbackPart]) -> Feedback:
 
 
 def effects_of_changes(view: View, count: int) -> list[str]:
-    """Return the `count` mutations of the last rounds with the clearest effects, latest round first.
+    """Return `count` sentences on mutations: latest round first, and within a round the clearest effects first.
 
-    Each states what was changed, and the change of the fitness in percent.
+    Each sentence states which rates were changed, and the change of the fitness in percent.
     """
     by_id = {member.candidate.id: member.fitness for member in view.measured}
     by_id |= {tried.candidate.id: tried.fitness for tried in view.recent if tried.fitness is not None}
@@ -61,7 +61,7 @@ def effects_of_changes(view: View, count: int) -> list[str]:
         known = [parent for parent in provenance.parents if parent in by_id]
         if child.fitness is None or provenance.agent != "mutator" or not known:
             continue
-        # A reply of `lists` has all shown members as parents; it is compared with the nearest one.
+        # A candidate from a `lists` reply has all shown members as parents, so it is compared with the nearest one.
         parent = min(known, key=lambda id_: math.dist(rates[id_], child.candidate.rates))
         found.append((provenance.round, _gain(by_id[parent], child.fitness), child, parent))
     sentences: list[str] = []
@@ -75,7 +75,7 @@ def effects_of_changes(view: View, count: int) -> list[str]:
 
 
 def changes(view: View, before: Sequence[float], after: Sequence[float]) -> str:
-    """Return the units whose rates changed most, in percent points: `mlp 3 +8, attention 5 -25`; empty if none did."""
+    """Return the units whose rates changed most, in percentage points: `mlp 3 +8, attention 5 -25`, or nothing."""
     points = [round(100 * (new - old)) for old, new in zip(before, after, strict=True)]
     ranked = sorted(range(len(points)), key=lambda i: -abs(points[i]))[:SHOWN_CHANGES]
     return ", ".join(f"{view.units[i].name} {points[i]:+d}" for i in ranked if abs(points[i]) > MIN_POINTS)
@@ -94,7 +94,10 @@ def _verdict(gain: float) -> str:
 
 
 def _weakest_and_strongest(view: View) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the best configuration's units with the largest predicted gain and the smallest loss per parameter."""
+    """Return units of the best configuration: those that gain most from less pruning, those that lose least from more.
+
+    The gain and the loss are predictions, per parameter.
+    """
     surrogate, rates = surrogate_of(view), view.population[0].candidate.rates
     spec = view.spec
     bounds = unit_bounds(view.profile.shape, spec.granularity, spec.lowest_rate, spec.highest_rate)
@@ -112,7 +115,7 @@ def _weakest_and_strongest(view: View) -> tuple[tuple[str, ...], tuple[str, ...]
 
 
 def _contrast(view: View) -> str:
-    """Return the units whose mean rates differ most between the best quarter of the known members and the worst."""
+    """Return the units whose mean rates differ most between the best and the worst quarter of the known members."""
     recent = [Member(t.candidate, t.fitness) for t in view.recent if t.fitness is not None]
     by_id = {member.candidate.id: member for member in (*view.measured, *recent)}
     members = tuple(sorted(by_id.values(), key=lambda member: member.fitness))

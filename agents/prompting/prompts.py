@@ -1,4 +1,4 @@
-"""Prompts: the templates in `prompts/`, and filled ones with the schemas and the parsers of their replies."""
+"""Prompts: templates in `prompts/`, and filled prompts with the schema and the parser of their reply."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,9 +21,9 @@ class Prompt(Generic[T]):
     """Name of the template; it also names the schema."""
     text: str
     schema: Callable[[int], dict[str, object]]
-    """Returns the schema of a reply with so many items."""
+    """Returns the schema of a reply with the given number of items."""
     parse: Callable[[str, int], Parsed[T]]
-    """Parses a reply of at most so many items."""
+    """Parses a reply with at most the given number of items."""
     tokens_per_item: int
     """Approximate tokens of one item."""
 

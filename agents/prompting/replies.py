@@ -1,11 +1,12 @@
 """Reply text -> pruning rates or choices, or InvalidReply with the sentence that the LLM gets back. Pure.
 
-Tolerated are: prose and code fences around the JSON, a list wrapped in an object, a list given as an object with one
-entry per unit, more configurations than asked for (the first ones count), and a mean that is off by up to
-MEAN_TOLERANCE (projection corrects it; local models are always off). Nothing else is: numbers are never guessed.
+The parser tolerates prose and code fences around the JSON, a list wrapped in an object, a list given as an object with
+one entry per unit, more configurations than requested (the first ones count), and a mean that is off by up to
+MEAN_TOLERANCE (projection corrects it, and local models never meet it). It tolerates nothing else and guesses no
+numbers.
 
-Sentences contain numbers and our own words only; a model's words are never quoted back to it. Parsing takes time linear
-in the length of the text, which is bounded.
+The sentences contain only numbers and our own words; a model's words are never quoted back to it. Parsing takes time
+linear in the length of the text, which is bounded.
 """
 
 import json
@@ -23,13 +24,13 @@ from protocol.plans.rates import weighted_mean
 from protocol.plans.shape import Unit
 
 MEAN_TOLERANCE = 0.2
-"""Largest difference between the mean of a list and the pruning rate."""
+"""Largest tolerated difference between the mean of a list and the pruning rate."""
 DEEPEST_NESTING = 20
 MAX_BLOCKS = 2_000
-"""Brackets that are tried as the beginning of JSON, and lists or proposals that are checked, in one reply."""
+"""Maximum number of brackets in a reply that are tried as the beginning of JSON, and of lists that are checked."""
 MAX_READINGS = 20
-"""How often the text may be read again because of broken blocks. After a broken block reading restarts at its next
-bracket, so without a limit a hostile text of unclosed blocks could take hours."""
+"""Limit on reading broken blocks, as a multiple of the text's length. After a broken block, reading restarts at the
+next bracket in it, so without a limit a hostile text of unclosed blocks could take hours."""
 
 T = TypeVar("T")
 M = TypeVar("M", bound=BaseModel)
@@ -52,9 +53,9 @@ class Parsed(Generic[T]):
 
 
 def json_blocks(text: str) -> list[object]:
-    """Return the outermost JSON arrays and objects in `text`, in order; for a broken one, the whole ones inside it.
+    """Return the outermost JSON arrays and objects in `text`, in order; of a broken block, the whole blocks inside it.
 
-    Raise InvalidReply for text that is too long, nested too deep, too broken, or has none.
+    Raise InvalidReply if the text is too long, is nested too deep, is too broken, or has no JSON.
     """
     if len(text) > LONGEST_REPLY:
         raise InvalidReply(f"Your reply is longer than {LONGEST_REPLY} characters.")
@@ -83,7 +84,7 @@ def json_blocks(text: str) -> list[object]:
 
 
 def _read_until(error: ValueError, text: str) -> int:
-    """Return how far the decoder read; the end of the text if unknown (an unclosed string, a huge number)."""
+    """Return where the decoder stopped; if that is unknown (an unclosed string, a huge number), the text's end."""
     if isinstance(error, json.JSONDecodeError) and not error.msg.startswith("Unterminated"):
         return error.pos
     return len(text)
@@ -97,7 +98,7 @@ def _is_deeper(value: object, levels: int) -> bool:
 
 
 def parse_lists(text: str, units: Sequence[Unit], mean: float, count: int) -> Parsed[tuple[float, ...]]:
-    """Return up to `count` lists of one rate per unit. Raise InvalidReply if none is valid."""
+    """Return up to `count` lists of one rate per unit. Raise InvalidReply if no list is valid."""
     good: dict[tuple[float, ...], str] = {}
     problems: list[str] = []
     lists = _lists_in(json_blocks(text), [_plain(unit.name) for unit in units])
@@ -138,7 +139,7 @@ def check_rates(found: object, units: Sequence[Unit], mean: float) -> tuple[floa
 
 
 def _lists_in(values: Iterable[object], names: Sequence[str]) -> Iterator[object]:
-    """Yield every configuration in `values`: a list with a number in it, or an object with one entry per unit."""
+    """Yield every configuration in `values`: a list without lists and objects, or an object with one entry per unit."""
     for value in values:
         if isinstance(value, dict):
             named = _by_unit(value, names)
@@ -168,10 +169,10 @@ def _plain(name: str) -> str:
 
 
 def parse_objects(text: str, model: type[M], use: Callable[[M], T], count: int) -> Parsed[T]:
-    """Return up to `count` proposals of the only JSON block in `text` that has any, each validated as `model`.
+    """Return up to `count` proposals, validated as `model`, from the only JSON block in `text` with valid proposals.
 
-    `use` converts a validated proposal, or raises InvalidReply. Two different blocks with proposals are two answers,
-    and neither is accepted.
+    `use` converts a validated proposal, or raises InvalidReply. If two blocks have different proposals, they are two
+    answers, and neither is accepted.
     """
     answer: Parsed[T] | None = None
     complaint = "Your reply holds no JSON of the form asked for."

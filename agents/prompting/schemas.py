@@ -64,7 +64,7 @@ def mutation_schema(view: View, shown: int, count: int) -> Schema:
 
 
 def mix_schema(view: View, shown: int, count: int) -> Schema:
-    """Return the schema of `count` mixes, each of two different ones of `shown` parents."""
+    """Return the schema of `count` mixes, each of two different parents out of `shown`."""
     pairs = [f"{a}+{b}" for a in range(1, shown + 1) for b in range(1, shown + 1) if a != b]
     fewest, most = mix_bounds(view)
     start = _integer(0, len(view.profile.shape.layers) - fewest)
@@ -78,14 +78,14 @@ def moves_schema(shown: int, max_moves: int, count: int) -> Schema:
 
 
 def mixes_schema(shown: int, count: int) -> Schema:
-    """Return the schema of the numbers of `count` of `shown` mixes."""
+    """Return the schema of `count` choices, each the number of one of `shown` mixes."""
     return _proposals({"mix": _integer(1, shown)}, count)
 
 
 def pick(items: Sequence[T], numbers: Sequence[int], max_items: int, name: str) -> tuple[T, ...]:
     """Return the items with these numbers (from 1), each once and at most `max_items`.
 
-    Raise InvalidReply for a number out of range; `name` is the word for an item.
+    Raise InvalidReply for a number out of range; `name` is the word for an item in that message.
     """
     for number in numbers:
         if not 1 <= number <= len(items):
@@ -94,14 +94,14 @@ def pick(items: Sequence[T], numbers: Sequence[int], max_items: int, name: str) 
 
 
 def choice_schema(shown: int, wanted: int) -> Schema:
-    """Return the schema of the numbers of `wanted` of `shown` parents."""
+    """Return the schema of a choice of up to `wanted` out of `shown` parents, by number."""
     return _object({"parents": _array(_integer(1, shown), min(2, wanted), wanted)})
 
 
 def apply_choice(population: Sequence[Member], wanted: int, reply: Choice) -> tuple[Member, ...]:
-    """Return `wanted` members, best first: the chosen ones, filled up with the best of the others.
+    """Return `wanted` members, best first: the chosen members and, if they are too few, the best of the others.
 
-    Small models often repeat a number; it counts once. Raise InvalidReply for fewer than two different numbers.
+    Small models often repeat a number, which then counts once. Raise InvalidReply for fewer than two different numbers.
     """
     chosen = {member_at(population, number).candidate.id for number in reply.parents[: 2 * wanted]}
     if len(chosen) < min(2, wanted):

@@ -1,5 +1,5 @@
--- Put a daemon in charge. Its epoch is unique and higher than any before, even if the server has lost its data since:
--- the server's clock in microseconds exceeds every earlier epoch.
+-- Put a daemon in charge. Its epoch is unique and higher than any earlier epoch, even if the server has lost the
+-- earlier epoch, because the new epoch is at least the server's time in microseconds.
 -- KEYS epoch
 -- Returns the epoch.
 local now = redis.call('TIME')

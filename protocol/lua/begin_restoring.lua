@@ -1,6 +1,6 @@
--- Begin to restore. From here on the daemon's own queue waits, for without an epoch it considers the data lost. An
--- earlier epoch stays: it tells restore.lua that the server runs on an older copy. Leftovers of a killed daemon are
--- deleted.
+-- Begin to restore lost data. The daemon's own epoch is deleted, so that its queue waits until the data is restored. An
+-- earlier daemon's epoch is kept, because it tells restore.lua that the server runs on an older copy. Temporary keys
+-- that a killed daemon left are deleted.
 -- KEYS epoch [key to write to]…    ARGV epoch
 -- Returns 0, or -1 if another daemon has taken over.
 local refused = refusal(KEYS[1], ARGV[1])

@@ -1,7 +1,7 @@
--- Commit an outcome. The first one for an id counts; the job is deleted from the stream in any case. A job that is given
--- up is added to the dead-letter stream in the same step.
+-- Commit an outcome. The first outcome for an id counts. The job is deleted from the stream in any case. A job that is
+-- given up is added to the dead-letter stream in the same step.
 -- KEYS jobs results done outcomes deaths dead    ARGV group consumer message id outcome [reason worker detail most]
--- Returns 1 if this outcome counts, 0 if another was first.
+-- Returns 1 if this outcome counts, 0 if another outcome was first.
 local first = 0
 if redis.call('HEXISTS', KEYS[4], ARGV[4]) == 0 then first = redis.call('HSETNX', KEYS[3], ARGV[4], ARGV[2]) end
 if first == 1 then

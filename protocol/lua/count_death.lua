@@ -1,5 +1,5 @@
--- Count the death of an evaluation process on a job that its worker still owns. `death` identifies this death, so that a
--- repeated call after a lost reply does not count it twice.
+-- Count the death of an evaluation process on a job that its worker still owns. `death` identifies this death, so that
+-- a repeated call after a lost reply does not count it twice.
 -- KEYS jobs deaths    ARGV group consumer message id death
 -- Returns the number of deaths so far.
 local last = ARGV[4] .. ':last'

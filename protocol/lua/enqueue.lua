@@ -1,6 +1,6 @@
--- Put a candidate on the job stream, once however often it is called, and only for the daemon in charge.
+-- Put a candidate on the job stream, only for the daemon in charge, and only once even if the call is repeated.
 -- KEYS epoch candidates issued jobs    ARGV epoch id candidate fingerprint
--- Returns 1 if it was new, 0 if it was enqueued before, or the refusal of fence.lua.
+-- Returns 1 if the candidate was new, 0 if it was enqueued before, or the refusal of fence.lua.
 local refused = refusal(KEYS[1], ARGV[1])
 if refused then return refused end
 if redis.call('HSETNX', KEYS[2], ARGV[2], ARGV[3]) == 0 then return 0 end

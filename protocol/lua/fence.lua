@@ -1,4 +1,4 @@
--- Prepended to every script that calls one of these functions.
+-- Functions that check a daemon's epoch, prepended to every script that calls one of them.
 -- An epoch is a whole number below 2^53, which a double represents exactly. Any other value counts as 0.
 local function epoch_of(key)
   local epoch = tonumber(redis.call('GET', key) or nil)
@@ -6,9 +6,9 @@ local function epoch_of(key)
   return epoch
 end
 
--- Why the daemon with the epoch `mine` may not write, or nil if it may.
--- -1: a later daemon has taken over. -2: the data is lost. Then there is no epoch, or an earlier one because the server
--- runs on a copy from before this daemon's start.
+-- Returns nil if the daemon with the epoch `mine` may write, else -1 if a later daemon has taken over, or -2 if the
+-- server has lost its data. In the last case there is no epoch, or there is an earlier epoch because the server runs on
+-- a copy from before this daemon's start.
 local function refusal(key, mine)
   local epoch = epoch_of(key)
   if epoch > tonumber(mine) then return -1 end

@@ -1,5 +1,5 @@
--- Read the control key and the last valid command, cut at 40 characters, and the epoch. A key that is not a string is
--- returned as invalid text.
+-- Read the control key, the last valid command and the epoch. The first two are cut at 40 characters. If a key is not a
+-- string, a text that is no valid command is returned for it.
 -- KEYS control last_command epoch
 -- Returns {control or false, last_command or false, epoch or 0}.
 local function text(key)

@@ -1,5 +1,5 @@
--- Sign a worker off: hand back its pending jobs, and delete its sign of life and its consumer. Jobs handed back belong to
--- the consumer `released`, from which any worker may take them, and no death is counted.
+-- Sign off a worker: hand back its pending jobs, and delete its heartbeat and its consumer. Jobs that are handed back
+-- belong to the consumer `released`. Any worker may take them from it, and no death is counted.
 -- KEYS jobs worker    ARGV group consumer released released_idle_ms
 redis.call('DEL', KEYS[2])
 for _, row in ipairs(redis.call('XPENDING', KEYS[1], ARGV[1], '-', '+', 10000, ARGV[2])) do

@@ -1,5 +1,5 @@
--- Replace the spec of a search that never began: no candidate was issued under the old one. Its counters (seconds,
--- requests) are deleted, and any daemon that was in charge of it no longer is.
+-- Replace the spec of a search that never began, so that no candidate was issued under the old spec. Its counters
+-- (seconds, requests) are deleted, and a daemon that was in charge of the search is no longer in charge.
 -- KEYS spec state issued epoch    ARGV old spec, new spec
 -- Returns 1, also when repeated after a lost reply; 0 if the search has begun, or has another spec.
 if redis.call('GET', KEYS[1]) == ARGV[2] then return 1 end

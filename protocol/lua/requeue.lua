@@ -1,7 +1,7 @@
--- Enqueue again candidates whose job is lost, or whose committed outcome is lost. The caller has read both streams up to
--- an entry each and passes the candidates that it did not find. Entries added since then are checked here.
+-- Enqueue candidates again if their job or their committed outcome is lost. The caller has read each of the two streams
+-- up to one entry, and passes the ids that it did not find. This script checks the entries that were added since then.
 -- KEYS epoch candidates done outcomes jobs results    ARGV epoch fingerprint last_job last_result id…
--- Returns how many were enqueued, or the refusal of fence.lua.
+-- Returns the number of candidates that were enqueued, or the refusal of fence.lua.
 local refused = refusal(KEYS[1], ARGV[1])
 if refused then return refused end
 local there, requeued = {}, 0

@@ -1,9 +1,10 @@
--- Replace the server's data by what restore_part.lua has written, with the spec, the profile and the command, and put the
--- daemon in charge, all in one step. The daemon's copy is complete, so it replaces everything. A command given after the
--- server was emptied is newer than the daemon's and stays; one of an older copy does not.
+-- Replace the server's data by the data that restore_part.lua has written, together with the spec, the profile and the
+-- command, and put the daemon in charge, all in one step. The daemon's copy is complete, so it replaces everything. A
+-- command that was given after the server was emptied is newer than the daemon's command and is kept. A command in an
+-- older copy is replaced.
 -- KEYS epoch spec profile control last_command [written key]…    ARGV epoch spec profile command [length]…
--- Returns 0; -1 if another daemon has taken over; -3 if the written data may be incomplete: a part of it is lost, or the
--- daemon's epoch exists, so that its queue could have written meanwhile.
+-- Returns 0; -1 if another daemon has taken over; -3 if the written data may be incomplete. In that case a part of
+-- it is lost, or the daemon's epoch exists, so that its queue may have written meanwhile.
 local refused = refusal(KEYS[1], ARGV[1])
 if refused == -1 then return refused end
 if not refused then return -3 end

@@ -1,7 +1,7 @@
--- Delete the consumers of workers that are gone: no sign of life, idle for a lease, and nothing pending (deleting a
--- consumer silently drops its pending jobs).
+-- Delete the consumers of workers that have ended. Such a worker has no heartbeat and was idle for the length of a
+-- lease. A consumer with pending jobs is kept, because deleting it would silently drop these jobs.
 -- KEYS jobs    ARGV group worker_prefix lease_ms
--- Returns how many were deleted.
+-- Returns the number of deleted consumers.
 local forgotten = 0
 for _, flat in ipairs(redis.call('XINFO', 'CONSUMERS', KEYS[1], ARGV[1])) do
   local consumer = {}

@@ -1,9 +1,9 @@
--- Take a job from an owner without a sign of life whose lease has expired, and count the owner's death; or take a job
--- that was handed back, which counts as no death. A claimer whose view is older than a lease is refused: the server may
--- have been frozen while it waited, and then every owner looks dead.
+-- Take a job whose owner has no heartbeat and whose lease has expired, and count the owner's death. Or take a job that
+-- was handed back, and count no death. A claimer is refused if it read `server_ms`, the server's time, longer ago than
+-- the length of a lease. The server may have been frozen since then, and after that every owner looks dead.
 -- KEYS jobs deaths    ARGV group consumer message lease_ms released server_ms worker_prefix
--- Returns {entry, deaths, owner}, or false if the owner is alive, the lease has not expired, another worker was first, or
--- the body is gone.
+-- Returns {entry, deaths, owner}, or false if the owner is alive, the lease has not expired, another worker was first,
+-- or the job's entry is deleted.
 local row = redis.call('XPENDING', KEYS[1], ARGV[1], 'IDLE', ARGV[4], ARGV[3], ARGV[3], 1)[1]
 if not row then return false end
 local owner = row[2]

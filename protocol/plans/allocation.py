@@ -1,6 +1,7 @@
-"""Allocations (uniform, OWL, LLM-Pruner, sensitivity): pruning rates without a search, baselines of searches. Pure.
+"""Allocations (uniform, OWL, LLM-Pruner, sensitivity): pruning rates without a search, used as baselines. Pure.
 
-Each method computes one raw rate per unit. `feasible` then moves them to five decimals with a mean of exactly β.
+Each method computes one raw rate per unit. `feasible` then returns the nearest rates with five decimals and a mean of
+exactly β.
 """
 
 import statistics
@@ -23,8 +24,8 @@ Method = Literal["uniform", "first-layer", "owl", "llm-pruner", "sensitivity"]
 OUTLIER_THRESHOLD = 5.0
 """OWL's M, the authors' default."""
 SENSITIVITY_FLOOR = 1.0
-"""This multiple of the median is added to every sensitivity. Most units have about the same low sensitivity, and the
-differences are noise: without the floor the unit with the lowest value would be pruned away. A unit that is ten times
+"""This multiple of the median is added to every sensitivity. Most units have about the same low sensitivity, and their
+differences are noise. Without the floor, the unit with the lowest value would be pruned away. A unit that is ten times
 as sensitive is still spared."""
 
 
@@ -63,7 +64,7 @@ class PruningRequest:
     shape: ModelShape | None = None
     """The model shape that given rates are for, if known."""
     method: str = "rates"
-    """The allocation method, or where the rates come from, for people."""
+    """The allocation method or the source of the rates, as shown to users."""
 
 
 @dataclass(frozen=True)

@@ -63,8 +63,9 @@ def make_any_heads_plan(
 ) -> AnyHeadsPlan:
     """Return the plan that removes `rates`, one per layer, split equally between heads and MLP.
 
-    `scores` are the importance scores of the query heads, [layers, KV heads, query heads per KV head]. Of equal scores,
-    the first head is kept. Every layer keeps a head. Raises BudgetError if the MLPs are too small for the budget.
+    `scores` are the importance scores of the query heads, [layers, KV heads, query heads per KV head]. If scores are
+    equal, the first head is kept. Every layer keeps a head. Raises BudgetError if the MLPs are too small for the
+    budget.
     """
     if not len(rates) == len(scores) == len(shape.layers):
         raise BudgetError(f"{len(rates)} pruning rates were given for {len(shape.layers)} layers")

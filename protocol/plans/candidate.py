@@ -23,8 +23,8 @@ AgentName = Literal["seed", "initializer", "mutator", "crossover", "baseline"]
 """The agent that proposed a candidate. A `seed` is an allocation in the first population. A `baseline` is measured for
 comparison only and never enters the population."""
 Source = Literal["llm", "fallback", "classical", "allocation"]
-"""What produced the rates: the LLM, the fallback when no endpoint answers usefully, a classical operator chosen in the
-settings, or an allocation."""
+"""The source of the rates: the LLM, the fallback if no endpoint gives a usable answer, a classical operator chosen in
+the settings, or an allocation."""
 Text = Literal["fitness", "report"]
 """The text that a candidate is measured on: `fitness` guides the search, `report` is for the final figures."""
 FailureReason = Literal["timeout", "crashed", "out-of-memory", "not-finite", "invalid"]
@@ -51,10 +51,10 @@ class Provenance(FiniteValue):
 
 
 class Race(FiniteValue):
-    """A race against another candidate: this one is stopped after `first_windows` windows if it is worse on them.
+    """A race against another candidate. This candidate is stopped after `first_windows` windows if it is worse on them.
 
-    `against` are the other candidate's losses per window. If empty, the candidate is not stopped and its losses are
-    kept.
+    `against` holds the other candidate's losses per window. If `against` is empty, this candidate is not stopped, and
+    its losses are recorded.
     """
 
     against: tuple[float, ...]
@@ -63,7 +63,7 @@ class Race(FiniteValue):
     def is_lost(self, losses: Sequence[float]) -> bool:
         """Whether a candidate with these `losses`, one per window so far, is to be stopped now."""
         seen = len(losses)
-        # A candidate without windows left is fully measured, whatever its losses.
+        # A candidate that has no windows left is fully measured, even if it is worse.
         is_time = seen == self.first_windows < len(self.against)
         return is_time and math.fsum(losses) > math.fsum(self.against[:seen])
 
@@ -103,7 +103,7 @@ class Measured(_Figures):
 
     kind: Literal["measured"] = "measured"
     losses: tuple[float, ...] = ()
-    """Per window, if the candidate raced: mean negative log-likelihood, or divergence, in nats per token."""
+    """Mean negative log-likelihood or divergence per window, in nats per token; empty without a race."""
 
     @property
     def fitness(self) -> float:
@@ -120,12 +120,12 @@ class Stopped(_Figures):
 
     kind: Literal["stopped"] = "stopped"
     behind: float
-    """How much worse it was than the other candidate on the same windows, in nats per token."""
+    """How much worse this candidate was than the other candidate on the same windows, in nats per token."""
     windows: NonNegativeInt
     of_windows: NonNegativeInt
 
     def guess(self, race: Race) -> float:
-        """Estimate the fitness, assuming that it stays as far behind on all windows of the race."""
+        """Estimate the fitness, assuming that the candidate is as far behind on all windows of the race."""
         level = statistics.fmean(race.against) + self.behind
         return math.exp(level) if self.kl is None else level
 

@@ -1,8 +1,8 @@
 """Pruning rates + model shape -> plan: how many heads and MLP channels each layer keeps. Pure.
 
 Attention keeps a rectangle of heads, `kv × q`: kv KV heads with q query heads each, so that every pruned layer is a
-valid grouped-query layer. Whole heads are coarse, so MLP channels use up the rest of the budget. The whole model ends
-within one channel (or one `multiple_of` of channels) of (1 − β) of its decoder parameters.
+valid grouped-query layer. Whole heads are coarse, so MLP channels use up the rest of the budget. The pruned model keeps
+a share of (1 − β) of its decoder parameters, to within one channel (or `multiple_of` channels).
 """
 
 import math
@@ -49,7 +49,7 @@ class Plan(Value):
     @field_validator("layers", mode="after")
     @classmethod
     def _share(cls, layers: tuple[LayerPlan, ...]) -> tuple[LayerPlan, ...]:
-        """Reuse equal layer plans: a search holds thousands of plans made of the same few layer plans."""
+        """Reuse equal layer plans, because a search holds thousands of plans made of the same few layer plans."""
         if len(_KNOWN_LAYERS) > MOST_KNOWN_LAYERS:
             _KNOWN_LAYERS.clear()
         return tuple(
@@ -171,7 +171,7 @@ def make_plan(
 
     At layer granularity, `split` divides a layer's rate between heads and MLP, and each layer meets its own budget. At
     block granularity, attention keeps the heads whose share is nearest to its rate. The rest of the whole budget is
-    spread evenly over the MLPs, so that no single MLP pays for its neighbour's rounding. MLP widths are multiples of
+    spread evenly over the MLPs, so that no MLP alone makes up for the rounding of heads. MLP widths are multiples of
     `multiple_of`, plus the dense width's remainder. Raises BudgetError if the budget cannot be met.
     """
     units = shape.units(granularity)
@@ -214,8 +214,8 @@ def _heads_removed(shape: ModelShape, layer: int, heads: tuple[int, int]) -> int
 def heads_within(layer: LayerShape, rate: float) -> tuple[int, int]:
     """Return the heads kept at `rate`: the option that removes most query heads, but no more than Wanda-sp does.
 
-    Wanda-sp removes `int(rate × heads)`. Among options that remove the same number, the one with more KV heads is
-    taken, because a removed KV head costs all its query heads their keys and values. With multi-head attention the
+    Wanda-sp removes `int(rate × heads)`. Among options that remove the same number, the option with more KV heads
+    is taken, because a removed KV head costs all its query heads their keys and values. With multi-head attention the
     result equals Wanda-sp.
     """
     fewest = layer.query_heads - int(rate * layer.query_heads + 1e-9)
@@ -226,8 +226,8 @@ def heads_within(layer: LayerShape, rate: float) -> tuple[int, int]:
 def attention_levels(shape: ModelShape, layer: int) -> tuple[tuple[float, tuple[int, int]], ...]:
     """Return the shares of its parameters that an attention block can lose, ascending, each with the heads kept.
 
-    Shares are rounded up to five decimals. Among options with the same number of query heads or the same share, the one
-    with more KV heads is taken, as in `heads_within`.
+    Shares are rounded up to five decimals. Among options with the same number of query heads or the same share, the
+    option with more KV heads is taken, as in `heads_within`.
     """
     whole = shape.layers[layer]
     parameters = shape.attention_parameters(whole.query_heads, whole.kv_heads)
@@ -247,9 +247,9 @@ def parameters_to_next_level(shape: ModelShape, unit: Unit, share: float, sign: 
 
 
 def heads_nearest(shape: ModelShape, layer: int, rate: float) -> tuple[int, int]:
-    """Return the heads kept at an attention block's own `rate`: the option whose share is nearest; of two, the larger.
+    """Return the heads kept at an attention block's own `rate`: the option whose removed share is nearest.
 
-    A rate of zero keeps the whole block.
+    If two options are equally near, the option that keeps more heads is taken. A rate of zero keeps the whole block.
     """
     return min(attention_levels(shape, layer), key=lambda level: abs(level[0] - rate))[1]
 
@@ -279,8 +279,8 @@ def _most_channels(layer: LayerShape, multiple_of: int) -> int:
 def _block_heads(shape: ModelShape, rates: Sequence[float], budget: float, multiple_of: int) -> list[tuple[int, int]]:
     """Return the heads kept at block granularity: those nearest to the rates, or fewer if the MLPs are too small.
 
-    `budget` is the number of parameters to remove in all. If the MLPs cannot give the rest of it, the layer whose heads
-    are furthest above its rate goes to its next smaller option, and so on.
+    `budget` is the total number of parameters to remove. While the MLPs are too small for the rest of it, the layer
+    that keeps the most heads relative to its rate gets its next smaller option.
     """
     heads = [heads_nearest(shape, i, rate) for i, rate in enumerate(rates)]
     most = sum(_most_channels(layer, multiple_of) for layer in shape.layers) * shape.channel_parameters
@@ -311,9 +311,10 @@ def _even_out(shape: ModelShape, heads: Sequence[tuple[int, int]], removed: Sequ
 
 
 def fill_channels(shape: ModelShape, wanted: Sequence[float], multiple_of: int) -> list[int]:
-    """Return the channels kept per layer when `wanted` MLP parameters are removed; rounding carries over to the next.
+    """Return the channels kept per layer when `wanted` MLP parameters are removed.
 
-    What remains at the end is given to any layer with room. Raises BudgetError if there is none.
+    The rounding error of a layer is carried over to the next layer. The error that remains at the end is given to any
+    layer with room. Raises BudgetError if no layer has room.
     """
     quantum = multiple_of * shape.channel_parameters
     kept, carry = [], 0.0
@@ -339,6 +340,6 @@ def fill_channels(shape: ModelShape, wanted: Sequence[float], multiple_of: int) 
 
 
 def _channel_choices(channels: int, multiple_of: int) -> range:
-    """Return the allowed widths of an MLP. One that is no multiple keeps its remainder, so that dense is allowed."""
+    """Return the allowed widths of an MLP: multiples plus the dense width's remainder, so that dense is allowed."""
     rest = channels % multiple_of
     return range(rest or multiple_of, channels + 1, multiple_of)

@@ -1,4 +1,4 @@
-"""ModelProfile: what a worker publishes about the target model before the first question to the LLM."""
+"""ModelProfile: the data about the target model that a worker publishes before the LLM is asked."""
 
 from pydantic import NonNegativeInt, PositiveFloat
 
@@ -38,7 +38,7 @@ class ModelProfile(FiniteValue):
 
 
 def check_profile(published: ModelProfile, mine: ModelProfile) -> None:
-    """Raise UsageError unless this worker's profile matches the one that the first worker published."""
+    """Raise UsageError unless this worker's profile matches the profile that the first worker published."""
     if published.shape != mine.shape:
         raise UsageError(f"this worker's {mine.model} does not have the shape that the search started with")
     if published.texts != mine.texts:

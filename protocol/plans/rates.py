@@ -14,7 +14,7 @@ from protocol.errors import BudgetError
 DECIMALS = 5
 SCALE = 10**DECIMALS
 ROUNDING = 1 / SCALE
-"""How far outside its bounds a rate may be: it is made feasible later."""
+"""Maximum distance of a rate from its bounds; such a rate is made feasible later."""
 MEAN_TOLERANCE = 1e-9
 
 Bounds = Sequence[tuple[float, float]]
@@ -64,9 +64,9 @@ def project(rates: Sequence[float], weights: Sequence[int], mean: float, bounds:
 def round_rates(rates: Sequence[float], weights: Sequence[int], mean: float, bounds: Bounds) -> tuple[float, ...]:
     """Round `rates` to five decimals within `bounds`, with the weighted mean kept to 1e-9.
 
-    Works in steps of 1e-5: rounds to the nearest, then spreads the missing (or surplus) steps over the units with the
-    largest rounding errors. Units of different sizes are combined to meet even a remainder smaller than one step of the
-    smallest unit. Raises BudgetError if that is impossible (bounds narrower than a step).
+    Works in steps of 1e-5. Rounds each rate to the nearest step, then spreads the missing (or surplus) steps over the
+    units with the largest rounding errors. Units of different sizes are combined to meet even a remainder smaller than
+    one step of the smallest unit. Raises BudgetError if that is impossible (bounds narrower than a step).
     """
     low = [math.ceil(lo * SCALE - 1e-6) for lo, _ in bounds]
     high = [math.floor(hi * SCALE + 1e-6) for _, hi in bounds]
@@ -103,7 +103,7 @@ def _spread(
     low: Sequence[int],
     high: Sequence[int],
 ) -> int:
-    """Add `count` steps (negative: subtract) to eligible units, in place. Returns how many steps had room."""
+    """Add `count` steps (negative: subtract) to eligible units, in place. Returns how many steps were added."""
     sign = 1 if count > 0 else -1
     left = abs(count)
     while left:
@@ -128,7 +128,7 @@ def _combine(
     low: Sequence[int],
     high: Sequence[int],
 ) -> float:
-    """Meet a remainder below one step, by steps up in units of one size and steps down in units of another."""
+    """Meet a remainder below one step by steps up in units of one size and down in another; return what is left."""
     sizes = sorted(set(weights))
     for small in sizes:
         for large in reversed(sizes):

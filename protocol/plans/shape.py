@@ -25,7 +25,7 @@ class LayerShape(Value):
 
 
 class Unit(Value):
-    """What one pruning rate applies to: a decoder layer, or its attention or its MLP block."""
+    """The part of a model that one pruning rate applies to: a decoder layer, its attention block or its MLP block."""
 
     layer: int
     kind: BlockKind
@@ -63,7 +63,7 @@ class ModelShape(Value):
     attention_fixed: int
     mlp_fixed: int
     other_parameters: int
-    """Parameters outside the decoder layers: embeddings, final norm, output head (tied ones counted once)."""
+    """Parameters outside the decoder layers: embeddings, final norm, output head (tied weights counted once)."""
 
     @property
     def words(self) -> str:

@@ -6,11 +6,11 @@ from protocol.plans.spec import SearchSpec
 
 
 def single_unit_plan(unit: Unit, spec: SearchSpec, shape: ModelShape) -> LayerPlan:
-    """Return the plan of the unit's layer when only this unit is pruned, by the spec's rate or as far as it can be.
+    """Return the plan of the unit's layer when only this unit is pruned, at the spec's rate or the unit's highest rate.
 
-    A layer is pruned with the spec's split, and an MLP loses the rate's share of its channels. Attention takes the
+    A layer is pruned with the spec's split, and an MLP loses the rate's share of its channels. Attention keeps the
     rectangle of heads nearest to the rate, and loses at least its smallest removable piece. Otherwise a low rate would
-    leave the block whole, with a sensitivity of zero, as if it could be pruned without harm.
+    leave the block whole. Its sensitivity would then be zero, as if it could be pruned without harm.
     """
     rate = min(spec.rate, unit.highest_rate)
     whole = dense_plan(shape).layers[unit.layer]

@@ -1,4 +1,4 @@
-"""SearchSpec: everything that decides what a candidate measures, and its fingerprint."""
+"""SearchSpec: all settings that determine how a candidate is measured, and their fingerprint."""
 
 import hashlib
 from collections.abc import Hashable, Mapping
@@ -53,7 +53,7 @@ def number_texts(texts: Mapping[Role, Hashable]) -> dict[Role, int]:
 
 
 class SearchSpec(Value):
-    """What is pruned, how much, and the texts it is measured on. Searches with equal specs measure the same numbers."""
+    """The model, how it is pruned, and the texts it is measured on. Searches with equal specs measure equal numbers."""
 
     model: str
     """A hub name, a folder, or `smollm2`."""

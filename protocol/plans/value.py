@@ -1,4 +1,4 @@
-"""Base classes of values: frozen, with unknown fields as errors."""
+"""Base classes of values, which are frozen and refuse unknown fields."""
 
 from pydantic import BaseModel, ConfigDict
 

@@ -37,28 +37,28 @@ from protocol.runtime.secret_files import read_secret
 
 T = TypeVar("T")
 UNREACHABLE_ERRORS = (RedisConnectionError, RedisTimeoutError, OSError)
-"""Raised by a Redis client while the server is down, restarting, loading or out of reach."""
+"""Errors that a Redis client raises while the server is down, restarting, loading or unreachable."""
 
 TRANSIENT_ERRORS = (
     ClusterDownError,  # MASTERDOWN too
     ExecAbortError,
-    NoScriptError,  # the client has reloaded the script; it is raised only where scripts are flushed repeatedly
+    NoScriptError,  # the client reloads scripts, so it is raised only if they are flushed repeatedly
     OutOfMemoryError,
     ReadOnlyError,
     TryAgainError,
 )
 TRANSIENT_CODES = frozenset({"BUSY", "DENIED", "LOADING", "MISCONF", "NOREPLICAS", "UNBLOCKED"})
-"""Errors that pass by themselves or after an operator's action. Those without a client class are known by their code.
+"""Errors that end by themselves or after an operator's action. Errors without a client class are known by their code.
 
-The server has not executed a command that it answers with one of these. A failover unblocks readers (UNBLOCKED), and
-another client's long script keeps the server BUSY.
+If the server answers a command with one of these errors, it has not executed the command. A failover unblocks readers
+(UNBLOCKED), and another client's long script keeps the server BUSY.
 """
 HANDLED_CODES = ("BUSYGROUP", "NOGROUP")
 """Codes of errors that the caller of a command expects and handles."""
 
 BLOCK_MILLISECONDS = 1_000
-"""How long a read of a stream blocks: well below the socket's timeout, and below the two seconds in which a pause
-takes effect."""
+"""Maximum time that a read of a stream blocks. It is well below the socket's timeout, and below the two seconds within
+which a pause takes effect."""
 
 log = structlog.get_logger()
 
@@ -69,7 +69,7 @@ def connect(url: str) -> Redis:
     By default the library repeats a command ten times. A command that timed out may have been executed, so only
     idempotent commands may be repeated, and their callers decide that.
 
-    Bytes that are not UTF-8 are read as U+FFFD. The reader of such a value then reports invalid text, where a strict
+    Bytes that are not UTF-8 are read as U+FFFD. The code that reads such a value then reports invalid text. A strict
     client would fail in the middle of a reply.
     """
     check_url(url)
@@ -125,7 +125,7 @@ def with_password(url: str, password_file: Path | None) -> str:
 
 
 def password_of(url: str) -> list[str]:
-    """Return the password in `url`, for a log to hide, both plain and URL-encoded; empty without a password."""
+    """Return the password in `url`, URL-encoded and plain, so that logs can hide both; empty without a password."""
     password = urlsplit(check_url(url)).password
     return sorted({password, unquote(password)}) if password else []
 
@@ -142,7 +142,7 @@ class _Availability:
         self._up_since = 0.0
 
     def mark_down(self, what: str, error: BaseException, started: float) -> None:
-        """Log an outage when an attempt fails. One that started before the server's return is not a new outage."""
+        """Log an outage when an attempt fails. An attempt from before the server's return shows no new outage."""
         if not self._is_down and started >= self._up_since:
             self._is_down = True
             log.warning("redis_unreachable", redis=what, error=str(error) or type(error).__name__)
@@ -156,7 +156,7 @@ class _Availability:
 
 
 class _Attempts:
-    """The attempts of one operation, counted among the waiting ones until the end of the block."""
+    """The attempts of one operation. After its first failure, it counts as waiting until the end of the block."""
 
     def __init__(self, availability: _Availability, what: str) -> None:
         self._availability, self._what = availability, what
@@ -169,7 +169,7 @@ class _Attempts:
         self._availability.waiting -= self._is_waiting
 
     def failed(self, error: BaseException, started: float) -> bool:
-        """Record that the attempt begun at `started` found the server down. Returns True for the first such attempt."""
+        """Record that the attempt that began at `started` failed. Returns True for the operation's first failure."""
         first = not self._is_waiting
         self._availability.waiting += first
         self._is_waiting = True
@@ -177,8 +177,9 @@ class _Attempts:
         return first
 
     def succeeded(self) -> None:
-        """Record success. It ends the outage only if this operation had failed or none is waiting: a full server still
-        reads while it refuses writes.
+        """Record success, which ends the outage if this operation had failed, or if no operation is waiting.
+
+        Success of another operation does not end it, because a full server still reads while it refuses writes.
         """
         self._availability.has_ever_answered = True
         if self._is_waiting or not self._availability.waiting:
@@ -191,8 +192,9 @@ _availabilities: WeakKeyDictionary[Redis, _Availability] = WeakKeyDictionary()
 class RedisRetry:
     """Repeats an idempotent operation until the server answers.
 
-    Each outage is logged once and its end once, however many operations wait on the client `redis`. `outages` counts
-    the outages: code that declares another process dead by a timeout must not do so right after one.
+    Each outage is logged once and its end once, even if many operations wait on the client `redis`. `outages` counts
+    the operations that found the server down. Code that declares another process dead after a timeout must not do so
+    right after an outage.
     """
 
     def __init__(self, redis: Redis, what: str, *, longest_wait: float = 5.0) -> None:
@@ -202,7 +204,7 @@ class RedisRetry:
         self.outages = 0
 
     async def __call__(self, operation: Callable[[], Awaitable[T]]) -> T:
-        """Return the result of `operation`, however long the server stays down."""
+        """Return the result of `operation`. Waits while the server is down, without a time limit."""
         task = asyncio.current_task()
         cancelled_before = task.cancelling() if task else 0
         retrying = AsyncRetrying(
@@ -253,7 +255,7 @@ async def check_server(redis: Redis) -> None:
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether waiting helps: the server is out of reach, or refuses commands for now (failover, full memory)."""
+    """Whether waiting helps: the server is unreachable, or refuses commands for now (failover, full memory)."""
     if isinstance(error, ResponseError):
         passes = isinstance(error, TRANSIENT_ERRORS) or _error_code(error) in TRANSIENT_CODES
         return passes or "Script killed by user" in str(error)
@@ -261,10 +263,11 @@ def is_transient(error: BaseException) -> bool:
 
 
 def permanent_error(error: Exception, *, first_contact: bool = True) -> SelfPrunerError | None:
-    """Return our error for a failure that waiting does not fix; None for a transient one and one that callers handle.
+    """Return our error for a failure that waiting does not fix; None if it is transient or callers handle it.
 
-    Failures that a wrong URL or password explains are permanent only at the `first_contact`. Once the server has
-    answered, its operator must be changing something, and a running search waits until that is done.
+    Failures that a wrong URL or password explains are permanent only at the `first_contact`. After the server has
+    answered once, such a failure means that an operator is changing something, and a running search waits until the
+    operator has finished.
     """
     if first_contact and (refusal := _connection_error(error)):
         return refusal
@@ -307,7 +310,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _error_code(error: ResponseError) -> str:
-    """Return the code that an error answer begins with. The client keeps it in the text of errors without a class.
+    """Return the code at the beginning of an error answer. The text of errors without a client class contains it.
 
     In a pipeline the client prefixes the answer with the command that caused it, and formats the answer as a tuple.
     """

@@ -17,7 +17,7 @@ Command = Literal["run", "pause", "stop"]
 COMMANDS: tuple[Command, ...] = ("run", "pause", "stop")
 
 SETTLED_SECONDS = 60.0
-"""An epoch that stays lower for this long belongs to a new daemon. A running one restores its epoch sooner."""
+"""An epoch that is lower for this many seconds belongs to a new daemon. A running daemon restores its epoch sooner."""
 
 log = structlog.get_logger()
 
@@ -26,9 +26,9 @@ class Control:
     """Reads and writes the control key. An absent key means run; an invalid value changes nothing.
 
     The last valid command is stored in a second key, so that a paused search stays paused if its control key is
-    misspelt and its processes restart. While the server's data is lost, nothing changes either, until the daemon
-    restores the command with the rest. An absent or lower epoch shows such a loss. A lower epoch that stays is not a
-    loss: a new daemon drew it on a server whose clock is behind.
+    misspelt and its processes restart. While the server's data is lost, the command does not change either, until the
+    daemon restores it with the other data. An absent or lower epoch shows such a loss. A lower epoch that stays shows
+    no loss: it belongs to a new daemon that started on a server whose clock is behind.
     """
 
     def __init__(self, redis: Redis, keys: Keys) -> None:
@@ -51,12 +51,12 @@ class Control:
         command = _parse_command("run" if value is None else value)
         if command is not None:
             if command != self._command:
-                # The command counts even if the server is full, or down again.
+                # The command is obeyed even if it cannot be stored because the server is full, or down again.
                 with contextlib.suppress(RedisError, OSError):
                     await self._redis.set(self._last_command_key, command)
             self._command, self._reported = command, None
             return command
-        # Another process may have read a later command.
+        # Use the stored command, because another process may have read a later one than this process.
         stays = self._command = _parse_command(last_command or "run") or "run"
         if value != self._reported:
             self._reported = value
@@ -64,7 +64,7 @@ class Control:
         return stays
 
     def _has_lost_data(self, epoch: int) -> bool:
-        """Whether the server with this epoch has lost data that a daemon has yet to restore."""
+        """Whether this epoch shows that the server has lost data and no daemon has restored it yet."""
         if epoch != self._observed_epoch:
             self._observed_epoch, self._epoch_since = epoch, monotonic()
         has_settled = epoch > 0 and monotonic() - self._epoch_since >= SETTLED_SECONDS

@@ -1,10 +1,11 @@
-"""The workers' end of the streams: claim a job, renew its lease, commit its outcome, or hand it back.
+"""The workers' side of the streams: claim a job, renew its lease, commit its outcome, or hand it back.
 
-A job belongs to the worker that claimed it for as long as that worker sends heartbeats. It is taken over only when two
-clocks agree that a lease has passed. By the server's clock, the lease and the owner's sign of life have expired. By its
-own clock, the claimer has observed the job for a lease without a renewal and without an outage. The server's clock
-alone is not enough: it may step, and it keeps running while the server is down. Once MOST_DEATHS workers or evaluation
-processes have died on a job, it is given up: it counts as failed and is listed in the dead-letter stream.
+A job belongs to the worker that claimed it as long as that worker sends heartbeats. Another worker takes the job over
+only when two clocks agree that the length of a lease has passed. By the server's clock, the lease and the owner's
+heartbeat have expired. By the claimer's own clock, the claimer has observed the job for the length of a lease, without
+a renewal and without an outage. The server's clock alone is not enough, because it may jump and because it keeps
+running while the server is down. After MOST_DEATHS workers or evaluation processes have died on a job, the job is given
+up: it counts as failed and is listed in the dead-letter stream.
 """
 
 import time
@@ -25,15 +26,15 @@ from protocol.queue.streams import entries_of, load_scripts
 
 LEAST_LEASE_SECONDS = 0.5
 MOST_SECONDS = 1e8
-"""The longest limit or lease: three years. A longer one is a typing error, and timers overflow far above it."""
+"""Maximum of a time limit or lease (three years). A longer time is a typing error, and much longer timers overflow."""
 MOST_DEATHS = 3
-"""Unexplained deaths of workers or evaluation processes on a job after which it is given up."""
+"""Number of unexplained deaths of workers or evaluation processes on a job after which the job is given up."""
 MOST_DEAD = 1000
-"""Most entries of the dead-letter stream."""
+"""Maximum number of entries in the dead-letter stream."""
 RELEASED = "released"
-"""The consumer that owns jobs handed back. It is never alive, so any worker may take them at once."""
+"""The consumer that owns the jobs that were handed back. It is no worker, so any worker may take them at once."""
 RELEASED_IDLE_MS = 7 * 24 * 3600 * 1000
-"""The idle time given to such a job: longer than any lease."""
+"""The idle time that a job gets when it is handed back. It is longer than a usual lease."""
 PAGE_SIZE = 100
 
 Entry = tuple[str, dict[str, str]]
@@ -43,7 +44,7 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True)
 class Job:
-    """A claimed candidate. `message` is its entry in the job stream, `fingerprint` that of its spec."""
+    """A claimed candidate. `message` is the id of its entry in the job stream, `fingerprint` identifies its spec."""
 
     message: str
     candidate: Candidate
@@ -52,7 +53,7 @@ class Job:
 
 @dataclass(frozen=True)
 class _ObservedJob:
-    """A job of another worker, with its idle time when this worker first saw it, at `since` on its own clock."""
+    """A job of another worker, with its idle time when this worker first saw it: at `since` by this worker's clock."""
 
     owner: str
     idle_ms: int
@@ -71,7 +72,7 @@ class JobQueue:
         self._retry = RedisRetry(redis, keys.jobs)
         self._last_beat = self._last_sweep = _now()
         self._observed: dict[str, _ObservedJob] = {}
-        """The jobs pending with other workers, by message, since their last claim or renewal."""
+        """The jobs pending with other workers, by message, as first seen after their last claim or renewal."""
         self._outages_seen = 0
         self._server = ""
         self._may_own_more = True
@@ -79,10 +80,10 @@ class JobQueue:
         self._has_had_group = False
 
     async def claim(self) -> Job | None:
-        """Return the next job, or None after about a second without one.
+        """Return the next job, or None if there is none for about a second.
 
-        Jobs are tried in this order: one that is already ours but not running (the reply of a read was lost), a new
-        one, one that was handed back or whose owner is dead.
+        Jobs are tried in this order: a job that is already ours but not running (because the reply to a read was lost),
+        a new job, a job that was handed back or whose owner is dead.
         """
         outages = self._retry.outages
         try:
@@ -117,11 +118,11 @@ class JobQueue:
         return bool(held == 1)
 
     async def commit(self, job: Job, outcome: Outcome) -> bool:
-        """Commit the outcome of `job`. Returns False if another worker's was first. Waits while the server is down."""
+        """Commit the outcome of `job`. Returns False if another worker was first. Waits while the server is down."""
         return await self._commit(job.message, job.candidate.id, outcome)
 
     async def count_death(self, job: Job, death: str) -> int:
-        """Count the death of an evaluation process on `job`. Returns the deaths so far. `death` identifies this one."""
+        """Count the death of an evaluation process on `job`, identified by `death`. Returns the deaths so far."""
         keys = [self._keys.jobs, self._keys.deaths]
         args = [GROUP, self._consumer, job.message, job.candidate.id, death]
         try:
@@ -138,7 +139,7 @@ class JobQueue:
         return await self._commit(job.message, job.candidate.id, outcome, "poison", self._consumer, detail)
 
     async def release(self) -> None:
-        """Hand back all our jobs and delete our status. Does not retry, so that the end waits for no server."""
+        """Hand back all our jobs and delete our status. Does not retry, so that shutdown waits for no server."""
         keys = [self._keys.jobs, self._keys.worker(self._consumer)]
         try:
             await self._scripts["release"](keys, [GROUP, self._consumer, RELEASED, RELEASED_IDLE_MS])
@@ -183,7 +184,7 @@ class JobQueue:
         return None
 
     async def _abandoned(self) -> list[str]:
-        """Return the messages that were handed back, or were not renewed for a lease by this worker's own clock."""
+        """Return the jobs handed back, and those not renewed for the length of a lease by this worker's own clock."""
         asked = _now()
         rows = await self._pending()
         answered = _now()
@@ -204,9 +205,9 @@ class JobQueue:
     def _is_unchanged(self, seen: _ObservedJob, idle_ms: int, now: float) -> bool:
         """Whether a job's idle time shows that it was not renewed since it was first seen.
 
-        A shorter idle time is a renewal. A much longer one is a step of the server's clock, which may hide a renewal.
-        Clocks and networks are inexact, so a difference from −1/6 to +1/3 of a lease is tolerated. A living worker
-        renews three times a lease.
+        A shorter idle time shows a renewal. A much longer idle time shows a jump of the server's clock, which may hide
+        a renewal. Clocks and networks are inexact, so a difference from −1/6 to +1/3 of a lease is tolerated. A living
+        worker renews three times within the length of a lease.
         """
         expected = seen.idle_ms + (now - seen.since) * 1000
         return expected - self._lease_ms / 6 <= idle_ms <= expected + self._lease_ms / 3
@@ -240,14 +241,14 @@ class JobQueue:
         return None
 
     async def _sweep(self) -> None:
-        """Delete the consumers of workers that are gone, once a lease."""
+        """Delete the consumers of workers that have ended, at most once in the length of a lease."""
         if (_now() - self._last_sweep) * 1000 >= self._lease_ms:
             self._last_sweep = _now()
             args = [GROUP, self._keys.worker_prefix, self._lease_ms]
             await self._retry(lambda: self._scripts["sweep"]([self._keys.jobs], args))
 
     async def _check_for_outage(self) -> int:
-        """Forget what was observed before a connection loss, or before a restart of the server between two calls.
+        """Forget the observed jobs if the connection was lost or the server restarted since the last call.
 
         Returns the server's time in milliseconds.
         """
@@ -259,7 +260,7 @@ class JobQueue:
         return int(info["server_time_usec"]) // 1000
 
     async def _timed_retry(self, operation: Callable[[], Awaitable[T]], waits_ms: float = 0.0) -> T:
-        """Return the reply. One that took half a lease longer than expected is an outage too: the server was frozen."""
+        """Return the reply. If it takes half a lease longer than `waits_ms`, treat the frozen server as an outage."""
         began = _now()
         reply = await self._retry(operation)
         if (_now() - began) * 1000 > waits_ms + self._lease_ms / 2:
@@ -279,12 +280,12 @@ class JobQueue:
         elif fields:
             args = [GROUP, self._consumer, message, detail, MOST_DEAD]
             await self._retry(lambda: self._scripts["discard"]([self._keys.jobs, self._keys.dead], args))
-        else:  # its body was deleted or trimmed; the daemon enqueues the candidate again
+        else:  # the entry was deleted or trimmed; the daemon enqueues the candidate again
             await self._retry(lambda: self._redis.xack(self._keys.jobs, GROUP, message))
         return None
 
 
 def _now() -> float:
-    """Return the seconds of a clock that also counts while the machine is suspended, where there is one."""
+    """Return the time in seconds, by a clock that also runs while the machine is suspended, if there is one."""
     clock = getattr(time, "CLOCK_BOOTTIME", None)
     return time.monotonic() if clock is None else time.clock_gettime(clock)

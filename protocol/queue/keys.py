@@ -1,4 +1,4 @@
-"""The Redis keys and streams of a search, and how the values under them are parsed."""
+"""The Redis keys and streams of a search, and the parsing of their values."""
 
 import json
 import re
@@ -54,7 +54,7 @@ class Keys:
 
     @property
     def last_command(self) -> str:
-        """String: the last valid command, which stays in force while `control` holds an invalid one."""
+        """String: the last valid command, which stays in force while `control` holds an invalid command."""
         return self["understood"]
 
     @property
@@ -74,17 +74,17 @@ class Keys:
 
     @property
     def results(self) -> str:
-        """Stream of outcomes. The population keeper deletes each one as it applies it."""
+        """Stream of outcomes. The population keeper deletes each outcome when it applies it."""
         return self["results"]
 
     @property
     def done(self) -> str:
-        """Hash id -> consumer that committed the first outcome, the one that counts; kept until it is applied."""
+        """Hash id -> consumer that committed the first outcome, which counts; kept until the outcome is applied."""
         return self["done"]
 
     @property
     def deaths(self) -> str:
-        """Hash id -> how many workers or evaluation processes died on it; kept until its outcome is committed."""
+        """Hash id -> number of workers or evaluation processes that died on it; kept until its outcome is committed."""
         return self["deaths"]
 
     @property
@@ -118,7 +118,7 @@ class Keys:
 
     @property
     def epoch(self) -> str:
-        """Fencing token: a growing number. A daemon with a lower one may not write (lua/fence.lua)."""
+        """Fencing token: a growing number. A daemon with a lower number may not write (lua/fence.lua)."""
         return self["epoch"]
 
     @property
@@ -128,12 +128,12 @@ class Keys:
 
     @property
     def condition(self) -> str:
-        """String: the daemon's Condition as JSON (daemon/monitor/status.py). It stays after the daemon's end."""
+        """String: the daemon's Condition as JSON (daemon/monitor/status.py). It is kept after the daemon has ended."""
         return self["condition"]
 
     @property
     def worker_prefix(self) -> str:
-        """Prefix of the keys `…:worker:<consumer>`, each with expiry: a worker's status and sign of life."""
+        """Prefix of the keys `…:worker:<consumer>`. Each holds a worker's status and expires if its heartbeats stop."""
         return self["worker:"]
 
     def worker(self, consumer: str) -> str:

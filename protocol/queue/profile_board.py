@@ -1,7 +1,7 @@
 """The model profile of a search in Redis: workers publish it, the daemon reads it.
 
-A profile belongs to one spec. A worker whose spec is no longer the search's publishes nothing, and a reader ignores
-the profile of another spec.
+A profile belongs to one spec. If the search now has another spec than a worker, the worker publishes nothing. A reader
+ignores the profile of another spec.
 """
 
 from typing import Any
@@ -27,8 +27,8 @@ class ProfileBoard:
     async def read(self, fingerprint: str) -> ModelProfile | None:
         """Return the published profile of the spec with this fingerprint, else None.
 
-        A damaged profile counts as none, because a worker publishes it again. Raises StoreError for one that another
-        version wrote.
+        A damaged profile counts as absent, because a worker publishes it again. Raises StoreError for a profile that
+        another version wrote.
         """
         text = await self._retry(lambda: self._redis.get(self._keys.profile))
         profile = parse_unless_damaged(ModelProfile, text, self._keys.profile) if text else None
@@ -37,7 +37,7 @@ class ProfileBoard:
     async def publish(self, profile: ModelProfile) -> ModelProfile | None:
         """Publish `profile` unless its spec already has one. Returns the profile that is then in Redis.
 
-        Publishes nothing and returns None if the search now has another spec, or none.
+        Publishes nothing and returns None if the search now has another spec or no spec.
         """
         text = await self._retry(lambda: self._redis.get(self._keys.spec))
         # The spec may change before the script runs. Lua cannot compute a fingerprint, so the script compares the text.

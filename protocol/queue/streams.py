@@ -1,11 +1,12 @@
-"""The daemon's end of the streams: enqueue candidates, read and apply outcomes. jobs.py is the workers' end.
+"""The daemon's side of the streams: enqueue candidates, read and apply outcomes. jobs.py is the workers' side.
 
-Only these two files and the scripts in protocol/lua touch a stream. Delivery is at least once, and each effect happens
-once: every change is one idempotent script.
+Only these two files and the scripts in protocol/lua change a stream. A message may be delivered several times, but it
+takes effect once, because every change is one idempotent script.
 
 Memory grows with the candidates of a search (`candidates`, `issued`, `outcomes`, `applied`: one entry each) and with
 its rounds (`selections`: one entry each). Everything else is deleted after use: jobs and results once processed, `done`
-when the outcome is applied, `deaths` when it is committed, workers when they are gone. `dead` keeps the newest 1000.
+when the outcome is applied, `deaths` when the outcome is committed, consumers when their workers have ended. `dead`
+keeps the newest 1000 jobs.
 """
 
 import asyncio
@@ -25,12 +26,12 @@ from protocol.queue.connection import BLOCK_MILLISECONDS, RedisRetry
 from protocol.queue.keys import Keys
 
 TAKEN_OVER, DATA_LOST = -1, -2
-"""Answers of a fenced script when another daemon is in charge, and when none is because the server lost its data."""
+"""Answers of a fenced script that refuses: another daemon has taken over, or the server has lost its data."""
 FENCE = "fence"
-"""The script that is prepended to each one that calls one of its functions."""
+"""Name of the script that is prepended to every script that calls one of the FENCE_FUNCTIONS."""
 FENCE_FUNCTIONS = ("refusal(", "epoch_of(")
 PART = 500
-"""Most entries of a stream, ids or candidates in one request; more would block other clients of the server."""
+"""Maximum number of stream entries, ids or candidates in one request. More would block other clients of the server."""
 PARENTS: TypeAdapter[tuple[str, ...]] = TypeAdapter(tuple[str, ...])
 
 log = structlog.get_logger()
@@ -56,8 +57,9 @@ def load_scripts(redis: Redis) -> dict[str, Any]:
 class CandidateQueue:
     """Puts candidates on the job stream and applies outcomes, fenced by its epoch.
 
-    `issued` and `applied` count what the server has confirmed for this search, earlier processes included. A server
-    that holds less has lost data. Every call except `requeue` then waits for SearchStore to restore it.
+    `issued` and `applied` count the candidates and outcomes that the server has confirmed for this search, including
+    those of earlier processes. A server that holds fewer has lost data. Every call that changes the search, except
+    `requeue`, then waits until SearchStore has restored the data.
     """
 
     def __init__(self, redis: Redis, keys: Keys, *, epoch: int, fingerprint: str) -> None:
@@ -81,11 +83,12 @@ class CandidateQueue:
         return new == 1
 
     async def requeue(self, ids: Sequence[str]) -> int:
-        """Enqueue again those candidates whose job was lost, or whose outcome was lost before it was applied.
+        """Enqueue candidates again if their job was lost, or if their outcome was lost before it was applied.
 
-        Returns their number. If the server has lost its data it returns 0 at once, because restoring calls this too.
+        Returns the number of candidates that were enqueued. If the server has lost its data, the call returns without
+        waiting for the restored data, because restoring makes this call too.
         """
-        jobs, last_job = await self._ids_on(self._keys.jobs)  # first, so that a job done meanwhile is among the results
+        jobs, last_job = await self._ids_on(self._keys.jobs)  # first, so that a job done meanwhile is in the results
         results, last_result = await self._ids_on(self._keys.results)
         lost = [id_ for id_ in ids if id_ not in jobs and id_ not in results]
         names = [self._keys.epoch, self._keys.candidates, self._keys.done, self._keys.outcomes, self._keys.jobs]
@@ -102,7 +105,7 @@ class CandidateQueue:
         return requeued
 
     async def _ids_on(self, stream: str) -> tuple[set[str], str]:
-        """Return the candidate ids on a stream, and its last entry."""
+        """Return the candidate ids on a stream, and the id of its last entry."""
         ids: set[str] = set()
         last = "0-0"
         while True:
@@ -114,7 +117,7 @@ class CandidateQueue:
                 return ids, last
 
     async def results(self, cursor: str) -> list[Result]:
-        """Return the outcomes after `cursor`, waiting about a second for the first. An unreadable one is a failure."""
+        """Return the outcomes after `cursor`; wait about a second for the first. Unreadable outcomes become Failed."""
         from_start = self._read_from_start
         streams = {self._keys.results: "0-0" if from_start else cursor}
         reply = await self._retry(lambda: self._redis.xread(streams, count=100, block=BLOCK_MILLISECONDS))
@@ -138,7 +141,7 @@ class CandidateQueue:
         return new == 1
 
     async def remember_selection(self, round_: int, parents: Sequence[str]) -> tuple[str, ...]:
-        """Store the parents selected for a round, so that a daemon restarted within the round uses the same ones.
+        """Store the parents selected for a round, so that a daemon restarted within it uses the same parents.
 
         Returns the stored parents: the first that were selected for this round.
         """
@@ -152,7 +155,7 @@ class CandidateQueue:
         await self._fenced(lambda: self._scripts["drop"](keys, [self._epoch, result.cursor, result.id]))
 
     def rewind(self) -> None:
-        """Read results from the start of the stream next time, because it may be new. Applied ones are not on it."""
+        """Read results from the stream's start next time, because the stream may be new. It has no applied results."""
         self._read_from_start = True
 
     async def _fenced(self, script: Callable[[], Awaitable[Any]]) -> Any:
@@ -175,7 +178,7 @@ def read_parents(text: str) -> tuple[str, ...] | None:
 
 
 def _outcome(text: str) -> Outcome:
-    """Parse a committed outcome. An unreadable one becomes a failure, because the search waits for it."""
+    """Parse a committed outcome. An unreadable outcome becomes Failed, because the search waits for an outcome."""
     try:
         return OUTCOME.validate_json(text)
     except ValueError as error:

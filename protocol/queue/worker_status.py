@@ -29,14 +29,14 @@ class WorkerStatus(BaseModel):
 
 @dataclass(frozen=True)
 class Workers:
-    """The workers with a sign of life, and the names of those whose status cannot be read."""
+    """The workers with a heartbeat, and the names of those whose status cannot be read."""
 
     workers: list[WorkerStatus]
     unreadable: frozenset[str]
 
 
 async def read_workers(redis: Redis, keys: Keys) -> Workers:
-    """Read the status of all workers with a sign of life. One of another version does not hide the others."""
+    """Read the status of all workers with a heartbeat. A worker of another version does not hide the others."""
     client: Any = redis  # its annotations cannot say that replies are str
     names = [name async for name in client.scan_iter(match=keys.worker_prefix + "*", count=1000)]
     texts = await client.mget(names) if names else []

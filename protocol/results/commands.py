@@ -28,7 +28,7 @@ class EvaluationResult(Value):
     rate: float | None = None
     """Share of the decoder's parameters that was removed; None for an unpruned model."""
     perplexity: float
-    """On the fitness text."""
+    """Perplexity on the fitness text."""
     dense_perplexity: float | None = None
     kl: float | None = None
     """KL divergence from the dense model in nats per token, if requested."""
@@ -38,7 +38,7 @@ class EvaluationResult(Value):
     seqlen: int
     tokens: int
     seconds: float
-    """Wall time of applying the plan and measuring on the fitness text only."""
+    """Wall time of two steps only: applying the plan, and measuring on the fitness text."""
     calibration: str | None = None
     data: str
     """The fitness text."""
@@ -66,7 +66,7 @@ class GgufPerplexity(FiniteValue):
 
     file_type: GgufType
     perplexity: PositiveFloat
-    """In llama.cpp, on the first windows of the text that the export was measured on."""
+    """Perplexity in llama.cpp, on the first windows of the text that the export was measured on."""
     in_memory: PositiveFloat
     """Perplexity of the model in memory on the same windows."""
     tokens: PositiveInt
@@ -104,7 +104,7 @@ class ExportResult(Value):
     seconds: float
     """Wall time of writing the folder."""
     gguf: GgufPerplexity | None = None
-    """None without a GGUF file, and if llama.cpp is not installed or has too little memory."""
+    """Perplexity of the GGUF file; None without a file, and if llama.cpp is not installed or has too little memory."""
 
 
 class TaskAccuracy(Value):
@@ -116,9 +116,9 @@ class TaskAccuracy(Value):
     items: PositiveInt
     acc: float
     acc_norm: float | None
-    """None if the task has no such accuracy."""
+    """Accuracy by log-likelihood per character; None if the task has no such accuracy."""
     metric: Metric
-    """Which of the two is reported as `accuracy` (protocol/results/zero_shot.py)."""
+    """Which of `acc` and `acc_norm` is reported as `accuracy` (protocol/results/zero_shot.py)."""
     accuracy: float
     standard_error: float | None
     """Standard error of `accuracy`; None for a single item."""
@@ -161,7 +161,7 @@ class FinetuneResult(Value):
     parameters: Parameters
     finetuning: Finetuning
     resumed_from: int
-    """Steps made by earlier processes."""
+    """Number of steps that earlier processes made."""
     ended_by: Literal["steps", "time"]
     seconds: float
     """Wall time of the steps, over all restarts."""

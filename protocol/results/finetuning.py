@@ -11,11 +11,12 @@ from protocol.plans.value import FiniteValue, Value
 ALPACA_GPT4 = "alpaca-gpt4"
 """Name of the paper's instruction data, which is downloaded from the hub."""
 HUB_EXAMPLES = 10_000
-"""Default number of its examples, as in the paper."""
+"""Default number of examples from ALPACA_GPT4, as in the paper."""
 Method = Literal["lora", "full"]
 """LoRA on the seven projections of each decoder layer, or full training of these projections."""
 Form = Literal["alpaca", "text"]
-"""Instructions with answers, where only answers are predicted; or plain text, where all tokens are."""
+"""`alpaca`: instructions with answers, and only the answers are predicted. `text`: plain text, and all tokens are
+predicted."""
 Schedule = Literal["cosine", "linear", "constant"]
 
 
@@ -43,13 +44,13 @@ class Recipe(FiniteValue):
     """Share of the steps in which the learning rate rises."""
     epochs: PositiveInt = 2
     max_steps: PositiveInt | None = None
-    """Maximum number of steps. If it ends training earlier than `epochs`, the schedule is shortened to it."""
+    """Maximum number of steps. If it ends training earlier than `epochs`, the schedule is shortened to this number."""
     batch: PositiveInt = 64
     """Examples, or windows of a text, per step."""
     micro_batch: PositiveInt = 4
     """Examples per forward pass."""
     seqlen: int = Field(default=256, ge=16)
-    """Maximum tokens of an example, longer ones are cut; or tokens of a text's window."""
+    """Maximum number of tokens of an example (longer examples are cut), or number of tokens in a text's window."""
     examples: PositiveInt | None = None
     """Number of examples, chosen by a seeded shuffle; None means all of a file, or HUB_EXAMPLES from the hub."""
     weight_decay: NonNegativeFloat = 0.0
@@ -67,7 +68,7 @@ class LossPoint(Value):
     """Mean over the step's predicted tokens, in nats, before the update."""
     learning_rate: float
     tokens: int
-    """Tokens predicted in this step."""
+    """Number of tokens predicted in this step."""
     seconds: float
     """Training time up to the end of this step, over all restarts."""
 
@@ -92,11 +93,11 @@ class Finetuning(Value):
     """Number of training examples."""
     steps: PositiveInt
     tokens: PositiveInt
-    """Tokens predicted, over all steps."""
+    """Number of tokens predicted, over all steps."""
     trained_parameters: PositiveInt
     first_loss: float
     last_loss: float
     """Mean loss over the first and the last 10 % of the steps."""
     perplexity: Perplexities | None = None
     report_perplexity: Perplexities | None = None
-    """On a second text, which did not influence any choice."""
+    """Perplexities on a second text, which did not influence any choice."""

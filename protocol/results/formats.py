@@ -34,7 +34,7 @@ class Destination:
 
 
 def formats_of(names: Sequence[str]) -> Formats:
-    """Return the named formats, each once. Raises SettingsError for an unknown one, and for two with the same files."""
+    """Return the named formats, each once. Raises SettingsError for unknown names, and for two with the same files."""
     known: Formats = get_args(Format)
     for name in names:
         if name not in known:
@@ -54,7 +54,7 @@ def gguf_type_of(formats: Formats, given: GgufType | None) -> GgufType:
 
 
 def only_for_llama_cpp(folder: str) -> str:
-    """Return the error message for a `folder` with only a GGUF file where a model is to be measured."""
+    """Return the error message if a model is to be measured but its `folder` has only a GGUF file."""
     return (
         f"the folder {folder!r} is a pruned export for llama.cpp, which cannot be measured here; "
         "pass the hf or the padded export of the same model"

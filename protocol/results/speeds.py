@@ -20,9 +20,9 @@ class PhaseSpeed(Value):
     """Prefill or decode speed at one batch size, measured alternately on the dense and the pruned model."""
 
     tokens: int
-    """Tokens processed in one repeat, over the whole batch."""
+    """Number of tokens processed in one repeat, over the whole batch."""
     dense: Spread
-    """Tokens per second."""
+    """Speed in tokens per second."""
     pruned: Spread
     speed_up: Spread
     """Spread of the ratios pruned / dense, one for each repeat; 2 is twice as fast."""
@@ -42,7 +42,7 @@ class ModelSize(Value):
     decoder_parameters: int
     total_parameters: int
     weight_bytes: int
-    """Size of the tensors in memory, tied ones counted once."""
+    """Size of the tensors in memory, tied tensors counted once."""
     kv_cache_bytes_per_token: int
     """KV cache for one more token, over all layers."""
     kv_cache_bytes: int
@@ -71,12 +71,12 @@ class SpeedResult(Value):
     folder: Path
     baseline: str
     prompt: int
-    """Tokens of each prompt."""
+    """Number of tokens of each prompt."""
     generate: int
-    """Tokens generated after each prompt."""
+    """Number of tokens generated after each prompt."""
     repeats: int
     warm_up: int
-    """Repeats before the measured ones."""
+    """Number of repeats before the measured repeats."""
     engines: tuple[EngineSpeed, ...]
     skipped: dict[Engine, str] = Field(default_factory=dict)
     """Engines that were skipped, and the reason."""

@@ -55,7 +55,7 @@ PAPER_TASKS: tuple[ZeroShotTask, ...] = (
     ZeroShotTask("arc-e", "ARC-e", "arc_easy", "acc"),
     ZeroShotTask("arc-c", "ARC-c", "arc_challenge", "acc_norm"),
 )
-"""In the order of the paper's columns."""
+"""The paper's tasks, in the order of its columns."""
 
 _ALIASES = {"obqa": "openbookqa", "arceasy": "arce", "arcchallenge": "arcc"}
 

@@ -4,7 +4,7 @@ import os
 import re
 
 SETTINGS_PREFIX = "SELFPRUNER_"
-"""Settings may hold keys, tokens and passwords. Children get theirs as flags."""
+"""Prefix of settings, which may hold keys, tokens and passwords. Child processes get their settings as flags."""
 _SECRET = re.compile(r"(^|_)(api_?keys?|keys?|tokens?|password|passwd|secrets?|credentials?|authorization)(_|$)", re.I)
 _HUB = re.compile(r"(HF|HUGGING_?FACE)_", re.IGNORECASE)
 

@@ -13,16 +13,17 @@ from collections.abc import Iterator
 from pathlib import Path
 
 LARGEST_COPY_BYTES = 64_000_000
-"""A longer file that was deleted is started anew: copying it would take long and could fill the disk again."""
+"""Deleted files above this size are started anew, because a copy would take long and could fill the disk again."""
 _CHUNK_BYTES = 1 << 20
 _Identity = tuple[int, int]
 
 
 class AppendOnlyFile:
-    """A file to which lines are appended, each by one write; by several processes if it is `shared`.
+    """A file to which lines are appended, each by one write. Several processes append to it if it is `shared`.
 
-    If there is no room for a line, `append` raises OSError and leaves nothing of it (or a part, if another process
-    writes at that moment). After a partial line, also one of another process, the next line starts with a newline.
+    If there is no room for a line, `append` raises OSError and leaves nothing of the line in the file (or a part, if
+    another process writes at that moment). After a partial line, which another process may have written, the next line
+    starts with a newline.
     """
 
     def __init__(self, path: Path, *, shared: bool = False) -> None:
@@ -78,9 +79,9 @@ class AppendOnlyFile:
     def restore(self) -> bool:
         """Restore a missing file with its content, and append to it from now on.
 
-        The content is lost, and `lost` is set, if it is long or could not be copied the last time. Another file at the
-        path is replaced; but if the file is shared, a file that another process restored is used. Returns whether this
-        process restored it. Raises OSError.
+        The content is lost, and `lost` is set, if it is large or could not be copied the last time. Another file at the
+        path is replaced, unless this file is shared. Then another process has restored the file, and its file is used.
+        Returns whether this process restored the file. Raises OSError.
         """
         self.lost = False
         if not self.is_gone:
@@ -105,7 +106,7 @@ class AppendOnlyFile:
         return was_created
 
     def reopen(self) -> None:
-        """Append to the file now at the path from now on; create it if missing. Raises OSError."""
+        """Use the file that is now at the path from now on; create it if missing. Raises OSError."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         handle = _open(self._path)
         os.close(self._handle)
@@ -137,7 +138,7 @@ class AppendOnlyFile:
         self._copy_failed = False
 
     def _content(self) -> Iterator[bytes]:
-        """Yield the content of the open file as far as it is readable: a file server may have lost a deleted file."""
+        """Yield the content of the open file as far as it is readable. A file server may have lost a deleted file."""
         offset = 0
         while True:
             try:
@@ -197,7 +198,7 @@ class AtomicFile:
             self.write(self._text)
 
     def _fingerprint(self) -> tuple[int, ...] | None:
-        """Return what identifies the file and its state; None if there is no file."""
+        """Return values that identify the file and its state; None if there is no file."""
         try:
             found = self._path.lstat()
         except (FileNotFoundError, NotADirectoryError):
@@ -220,8 +221,8 @@ class AtomicFile:
 def write_atomically(path: Path, text: str, *, durable: bool = True, mode: int = 0o666) -> None:
     """Replace the content of `path` by `text` atomically; create its folder if missing.
 
-    `durable` waits for the disk, so that the text survives a power failure. Raises OSError if it cannot be written; the
-    old file then stays.
+    `durable` waits until the text is on the disk, so that it survives a power failure. Raises OSError if the text
+    cannot be written; the old file is then kept.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary_path(path)

@@ -2,11 +2,11 @@
 
 OPTIONS is a ServerOptions as JSON. Prints one line of JSON, {"address": …, "base_url": …, "model": …}, when the model
 is loaded. Exits on SIGTERM, on SIGINT, and when the pipe at its standard input closes, so that it does not outlive the
-process that started it. It is a separate process because llama.cpp aborts on some errors, and because its server never
-ends if it is stopped before it listens.
+process that started it. It is a separate process because llama.cpp aborts on some errors, and because llama.cpp's
+server never ends if it is stopped before it listens.
 
-If LLAMA_API_KEY is set, requests need that key. A port of 127.0.0.1 is open to every user of the machine and to web
-pages in their browsers, and a request with a large grammar keeps llama.cpp busy for minutes.
+If LLAMA_API_KEY is set, requests need that key. Without a key, a port of 127.0.0.1 is open to every user of the machine
+and to web pages in their browsers, and one request with a large grammar keeps llama.cpp busy for minutes.
 """
 
 import json
@@ -35,19 +35,19 @@ class ServerOptions:
     slots: int = 1
     host: str = "127.0.0.1"
     port: int = 0
-    """0 takes a free port."""
+    """Port number; 0 takes a free port."""
     alias: str | None = None
     """Name of the model in the API; None takes the file's name."""
     prompt_cache_mib: int = 0
     """Memory for the KV cache of earlier prompts."""
     batch: int | None = None
-    """Tokens processed in one go; None leaves it to llama.cpp."""
+    """Number of tokens processed at once, if more than llama.cpp's default; None keeps the default."""
     hidden_states: bool = False
     """Serve the hidden states of every token at /embeddings, instead of generating text."""
     exact_cache: bool = False
     """Use an F32 KV cache instead of F16."""
     in_memory: bool = False
-    """Load weights into memory instead of mapping the file, whose speed depends on the state of the page cache."""
+    """Load the weights instead of mapping the file, so that the speed does not depend on the page cache."""
 
     @property
     def model(self) -> str:
@@ -60,7 +60,7 @@ class ServerOptions:
 
 
 def serve(options: ServerOptions) -> int:
-    """Serve until a signal. Return 2, after a sentence on stderr, if llama.cpp cannot load the file."""
+    """Serve until a signal. If llama.cpp cannot load the file, write a sentence to stderr and return 2."""
     for number in END_SIGNALS:
         signal.signal(number, lambda *_: os._exit(0))
     if stat.S_ISFIFO(os.fstat(0).st_mode):

@@ -36,7 +36,7 @@ def try_lock(lock: Path) -> int | None:
         except OSError:
             os.close(handle)
             raise
-        os.close(handle)  # its holder has deleted the file in between
+        os.close(handle)  # the earlier holder has deleted the file in between
 
 
 def _locked(handle: int, lock: Path) -> bool:

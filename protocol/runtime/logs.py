@@ -23,13 +23,13 @@ _SHARED: list[Processor] = [
     structlog.processors.TimeStamper(fmt="iso", utc=True),
     structlog.processors.StackInfoRenderer(),
 ]
-"""Processors of our own lines and of libraries' lines."""
+"""Processors for our own lines and for the lines of libraries."""
 _SECRET_NAME = re.compile(r"(api_?key|authorization|token$|password|secret)", re.IGNORECASE)
 _URL_PASSWORD = re.compile(r"(\w+://[^\s/:@]*):[^\s/]+@")
 
 
 _DEEPEST = 20
-"""Most levels of nesting in a log line, which also ends self-references."""
+"""Maximum number of levels of nesting in a log line. The limit also ends self-references."""
 
 
 class Redaction:
@@ -73,7 +73,7 @@ class Redaction:
 class _LogFile(logging.Handler):
     """A log file shared by the processes of a search. The console reports a full disk, and later the lost lines.
 
-    A file that was deleted is restored with the next line, its earlier lines included unless it was large. If it was
+    If the file was deleted, the next line restores it, with its earlier lines unless it was large. If the file was
     moved, as logrotate does, a new file is started.
     """
 
@@ -94,7 +94,7 @@ class _LogFile(logging.Handler):
             self._lines.append(self.format(record) + "\n")
         except OSError as error:
             self._missing += 1
-            if self._missing == 1:  # the line logged here comes back to this handler as the second
+            if self._missing == 1:  # the line logged here also reaches this handler, as the second missing line
                 structlog.get_logger().error("log_not_written", file=str(self._path), error=str(error))
         except Exception:  # noqa: BLE001  (like every handler of the standard library)
             self.handleError(record)
@@ -188,7 +188,7 @@ def _as_text(redact: Redaction) -> list[Processor]:
 
 
 def _log_crash(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Log an uncaught error, for Python's own report is not JSON and would show secrets."""
+    """Log an uncaught error, because Python's own report is not JSON and would show secrets."""
     if issubclass(kind, KeyboardInterrupt) or not logging.getLogger().handlers:
         sys.__excepthook__(kind, error, trace)
     else:

