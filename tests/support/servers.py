@@ -12,12 +12,8 @@ from contextlib import contextmanager
 from inspect import isawaitable
 from pathlib import Path
 
-import pytest
 from redis import Redis
 from redis.exceptions import RedisError
-
-VALKEY_ONLY = pytest.mark.parametrize("running_server", ["valkey"], indirect=True, scope="session")
-"""For tests that use a server without testing it. Those of tests/protocol and tests/faults run on both kinds."""
 
 
 def server_binary(kind: str) -> str | None:

@@ -27,7 +27,8 @@ from tests.daemon.search.test_search import SETTINGS, Conducted, unevenness
 from tests.support.chatting import QUICK, quick
 from tests.support.schema_answers import value_of
 from tests.support.scripted_llm import Handler, ScriptedLlm, refuses
-from tests.support.servers import VALKEY_ONLY
+
+pytestmark = pytest.mark.one_server
 
 Record = dict[str, Any]
 LONGER = SETTINGS.model_copy(update={"population": 6, "mutations": 4, "crossovers": 3, "rounds": 3})
@@ -229,7 +230,6 @@ async def killed_now_and_then(
         kills += 1
 
 
-@VALKEY_ONLY
 async def test_a_replayed_search_has_the_same_history_with_any_delays(redis: Redis, keys: Keys, tmp_path: Path) -> None:
     for seed in range(20, 40):  # who asks first gets the next whim, so no seed alone brings a fallback every time
         original, records = await recorded(redis, keys, tmp_path, seed)
@@ -243,7 +243,6 @@ async def test_a_replayed_search_has_the_same_history_with_any_delays(redis: Red
         assert history(replayed) == history(original)
 
 
-@VALKEY_ONLY
 async def test_a_replay_that_is_killed_again_and_again_has_the_same_history(
     redis: Redis, keys: Keys, tmp_path: Path
 ) -> None:
@@ -254,7 +253,6 @@ async def test_a_replay_that_is_killed_again_and_again_has_the_same_history(
     assert history(search) == history(original)
 
 
-@VALKEY_ONLY
 async def test_a_search_killed_again_and_again_pays_for_no_answer_twice_and_can_be_replayed(
     redis: Redis, keys: Keys, tmp_path: Path
 ) -> None:
@@ -273,7 +271,6 @@ async def test_a_search_killed_again_and_again_pays_for_no_answer_twice_and_can_
     assert history(replayed) == history(search)
 
 
-@VALKEY_ONLY
 async def test_a_search_whose_transcript_is_lost_still_makes_the_right_number_of_candidates(
     redis: Redis, keys: Keys, tmp_path: Path
 ) -> None:
@@ -283,7 +280,6 @@ async def test_a_search_whose_transcript_is_lost_still_makes_the_right_number_of
     assert search.state.proposals.by_agent == {"initializer": 6, "mutator": 12, "crossover": 9}
 
 
-@VALKEY_ONLY
 async def test_a_search_whose_endpoint_fails_now_and_then_is_replayed_with_its_fallbacks(
     redis: Redis, keys: Keys, tmp_path: Path
 ) -> None:
@@ -302,7 +298,6 @@ async def test_a_search_whose_endpoint_fails_now_and_then_is_replayed_with_its_f
     assert history(replayed) == history(original)
 
 
-@VALKEY_ONLY
 async def test_a_question_that_is_missing_in_a_strict_replay_ends_the_search_with_a_sentence(
     redis: Redis, keys: Keys, tmp_path: Path
 ) -> None:

@@ -18,8 +18,9 @@ from protocol.queue.keys import Keys
 from tests.daemon.search.test_make_agents import settings
 from tests.daemon.search.test_search import Conducted, evaluating, evaluations
 from tests.support.samples import measured
-from tests.support.servers import VALKEY_ONLY
 from tests.support.tiny_specs import tiny_spec
+
+pytestmark = pytest.mark.one_server
 
 
 @pytest.mark.parametrize(
@@ -74,7 +75,6 @@ def racer(candidate: Candidate) -> Outcome:
     return Stopped(perplexity=1.5, behind=0.1, windows=2, of_windows=4, **figures)
 
 
-@VALKEY_ONLY
 async def test_who_was_stopped_is_counted_and_is_no_member(redis: Redis, keys: Keys, tmp_path: Path) -> None:
     chosen = settings(first_windows=2)
     conducted = Conducted(redis, keys, tmp_path, settings=chosen)
@@ -98,7 +98,6 @@ async def test_who_was_stopped_is_counted_and_is_no_member(redis: Redis, keys: K
     assert sum(e["outcome"]["kind"] == "stopped" for e in evaluations(tmp_path)) == len(stopped)
 
 
-@VALKEY_ONLY
 async def test_evolution_races_against_the_parent_of_all(redis: Redis, keys: Keys, tmp_path: Path) -> None:
     conducted = Conducted(redis, keys, tmp_path, settings=settings(first_windows=2, proposer="evolution"))
     async with evaluating(redis, keys, racer):
@@ -110,7 +109,6 @@ async def test_evolution_races_against_the_parent_of_all(redis: Redis, keys: Key
         assert raced and set(raced) == {best.outcome.losses}
 
 
-@VALKEY_ONLY
 async def test_agents_see_who_was_stopped_as_far_behind_as_it_was(redis: Redis, keys: Keys, tmp_path: Path) -> None:
     conducted = Conducted(redis, keys, tmp_path, settings=settings(first_windows=2))
     async with evaluating(redis, keys, racer):
@@ -123,7 +121,6 @@ async def test_agents_see_who_was_stopped_as_far_behind_as_it_was(redis: Redis, 
         assert search.view(3).fitness_of(tried.candidate.id) == tried.fitness
 
 
-@VALKEY_ONLY
 @pytest.mark.parametrize("mode", ["generational", "steady-state"])
 async def test_a_search_may_be_of_so_many_tokens(redis: Redis, keys: Keys, tmp_path: Path, mode: str) -> None:
     """Each measurement is of 62; the search ends with the round in which they are used up."""
@@ -137,7 +134,6 @@ async def test_a_search_may_be_of_so_many_tokens(redis: Redis, keys: Keys, tmp_p
         assert (await again.run()).budget.proposed == search.budget.proposed
 
 
-@VALKEY_ONLY
 async def test_without_first_windows_no_candidate_races(redis: Redis, keys: Keys, tmp_path: Path) -> None:
     async with evaluating(redis, keys, racer):
         search = await Conducted(redis, keys, tmp_path).run()

@@ -21,8 +21,10 @@ from protocol.plans.spec import SearchSpec, TextSpec
 from protocol.queue.keys import Keys
 from protocol.queue.self_text import LARGEST_BYTES, SelfText, SelfTextBoard
 from tests.gpu_worker.worker.test_worker import Daemon, worker_process
-from tests.support.servers import VALKEY_ONLY, Server, eventually
+from tests.support.servers import Server, eventually
 from tests.support.tiny_models import save_tiny_folder, tiny_windows
+
+pytestmark = pytest.mark.one_server
 
 TOKENS = tiny_windows(3, 8)
 
@@ -107,7 +109,6 @@ def two_machines(spec: SearchSpec, folder: Path, monkeypatch: pytest.MonkeyPatch
     return caches
 
 
-@VALKEY_ONLY
 async def test_two_workers_whose_models_write_different_texts_measure_on_the_same_one(
     server: Server, redis: Redis, keys: Keys, spec: SearchSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,9 +24,9 @@ from protocol.queue.keys import Keys
 from protocol.queue.streams import CandidateQueue
 from tests.faults.kit import Kit, candidates, fault_kit
 from tests.support.samples import PROFILE, SPEC
-from tests.support.servers import VALKEY_ONLY, Server, eventually
+from tests.support.servers import Server, eventually
 
-pytestmark = VALKEY_ONLY
+pytestmark = pytest.mark.one_server
 LEASE = "1.5"
 
 
