@@ -48,7 +48,7 @@ class ChatPolicy(BaseModel):
     """Longest rest of an endpoint in seconds."""
 
     attempts: PositiveInt = 4
-    """Maximum HTTP attempts per question and endpoint."""
+    """Maximum number of HTTP attempts per question and endpoint."""
     deadline_seconds: PositiveFloat = 300.0
     """Time limit in seconds for one question to one endpoint, including retries."""
     max_reply_bytes: PositiveInt = 1_000_000
@@ -56,7 +56,7 @@ class ChatPolicy(BaseModel):
     concurrency: PositiveInt = 4
     """Maximum number of concurrent questions per endpoint."""
     failures_to_open: PositiveInt = 4
-    """Consecutive failed requests after which an endpoint is marked down."""
+    """Number of consecutive failed requests after which an endpoint is marked down."""
     rest_seconds: PositiveFloat = 30.0
     """Seconds that an endpoint rests after it is marked down. One probe follows, and each failed probe doubles the
     rest, up to ten minutes."""

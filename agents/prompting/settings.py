@@ -17,21 +17,22 @@ class AgentSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     reply: ReplyFormat = "lists"
-    """What the LLM replies with: `lists` of all rates (the paper; needs a large model), `edits` (small changes), or
+    """Form of the LLM's replies: `lists` of all rates (the paper; needs a large model), `edits` (small changes), or
     `moves` (choices from a ranked menu of moves; fewest tokens)."""
     feedback: tuple[FeedbackPart, ...] = ("sensitivity", "effects")
-    """What prompts contain besides the configurations: any of `sensitivity`, `weakest`, `contrast` and `effects`. `[]`
-    is the paper's."""
+    """Facts that prompts state besides the configurations: any of `sensitivity`, `weakest`, `contrast` and `effects`.
+    `[]` gives the paper's prompts."""
     proposals_per_call: PositiveInt | None = None
-    """Candidates requested per call; none means all of a round at once for `lists`, and one for the other reply
-    formats."""
+    """Number of candidates requested per call. None means all candidates of a round for `lists`, and one candidate for
+    the other reply formats."""
     reasks: int = Field(default=2, ge=0, le=10)
-    """Times that an invalid reply is returned to the LLM with an explanation before the classical operator proposes in
-    its place."""
+    """Number of times that an invalid reply is returned to the LLM with an explanation. After that, the classical
+    operator proposes instead."""
     temperature: float = Field(default=1.0, ge=0, le=2)
     """Sampling temperature."""
     max_tokens: PositiveInt = 4096
-    """Maximum tokens of one reply. A lower limit is tried first and raised when a reply is cut off."""
+    """Maximum number of tokens of one reply. A question is first asked with a lower limit, which is raised up to this
+    one if the reply is cut off."""
 
     def split(self, count: int) -> list[int]:
         """Return the number of proposals that each call asks for, `count` in total."""

@@ -52,12 +52,12 @@ class EndpointSettings(Section):
     """A unique name for logs and `status`; by default the URL's host, with the model's name if two endpoints share
     it."""
     context: PositiveInt | None = None
-    """Context length in tokens, prompt and reply together; by default what the endpoint reports, which not every server
-    does. A search whose `lists` cannot fit is refused at the start."""
+    """Context length in tokens, for prompt and reply together. By default, the length that the endpoint reports; some
+    servers report none. If it is too short for the replies of llm.reply `lists`, the search is refused at the start."""
     grammar: bool = False
-    """Set it for llama.cpp's server only: replies are constrained by a grammar, which saves about half of a small
-    model's tokens but leaves no room for reasoning. Other servers ignore the grammar silently, and their replies are
-    then not constrained at all."""
+    """Constrain replies by a grammar, for llama.cpp's server only. This saves about half of a small model's tokens but
+    leaves no room for reasoning. Other servers ignore the grammar silently, and their replies are then not constrained
+    at all."""
     price_in: float = Field(default=0.0, ge=0)
     """Price of a million prompt tokens, for llm.budget_cost; use one currency for all endpoints."""
     price_out: float = Field(default=0.0, ge=0)
@@ -82,27 +82,27 @@ class _Endpoints(Section):
     """The first setting of the section: fields of a base are listed before those of its subclasses."""
 
     endpoints: Annotated[tuple[EndpointSettings, ...], AfterValidator(_named_apart)] = ()
-    """LLM endpoints in order of preference; the next is asked if one fails. If empty, `selfpruner run` serves a small
-    model itself."""
+    """LLM endpoints in order of preference; if one fails, the next is asked. If the list is empty, `selfpruner run`
+    serves a small model itself."""
 
 
 class LlmSettings(ChatPolicy, AgentSettings, _Endpoints):
     """The LLM that proposes candidates, and how it is asked."""
 
     start_wait_seconds: float = Field(default=600.0, ge=0)
-    """Seconds to wait at the start for an endpoint that answers; after that the search begins with the classical
+    """Maximum seconds to wait at the start until an endpoint answers. After that, the search begins with the classical
     operators."""
     replay: Path | None = None
-    """A transcript.jsonl of an earlier search: replies are read from it, and no endpoint is asked."""
+    """The transcript.jsonl of an earlier search. Replies are read from it, and no endpoint is asked."""
     replay_strict: bool = False
-    """End the search at a question that is not in the transcript, instead of using the classical operator."""
+    """If a question is not in the transcript, end the search instead of using the classical operator."""
 
 
 class LocalLlmSettings(Section):
     """The small LLM that `selfpruner run` serves if llm.endpoints is empty."""
 
     gguf: str = "smollm2"
-    """A GGUF file, or `smollm2`."""
+    """The model to serve: a GGUF file, or `smollm2`."""
     context: PositiveInt = 8192
     """Context length in tokens, shared by all slots."""
     slots: PositiveInt = 2

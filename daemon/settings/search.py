@@ -18,7 +18,7 @@ class SearchSettings(Section):
     """The search: Algorithm 1's K, M, S and N, who proposes candidates, and how a rate becomes a pruned model."""
 
     name: Annotated[str, AfterValidator(check_search_name)] = "default"
-    """Name of the search: its keys in Redis and its folder under run.folder. Give each search its own."""
+    """Name of the search, of its keys in Redis and of its folder under run.folder. Give each search its own name."""
     seed: int = Field(default=0, ge=0, lt=2**63)
     """Seed of the text windows, of the members that prompts show, and of the classical operators."""
     population: PositiveInt = 30
@@ -31,30 +31,31 @@ class SearchSettings(Section):
     """N: the number of rounds after the first population."""
     mode: Literal["generational", "steady-state"] = "generational"
     """`generational` (the paper): each round waits for all its outcomes. `steady-state` (experimental): each outcome is
-    followed by a new question at once, which keeps workers busy, but two runs with the same seed differ."""
+    followed by a new question at once. This keeps workers busy, but two runs with the same seed differ."""
     max_in_flight: PositiveInt = 4
-    """In `steady-state`, the most candidates that are asked for, queued or being measured at once. Two per worker is a
-    good value."""
+    """In `steady-state`, the maximum number of candidates that are asked for, queued or being measured at once. Two per
+    worker is a good value."""
     max_evaluations: PositiveInt | None = None
-    """Maximum number of candidates, such as 200; the search ends there if `rounds` do not end it first. None means no
-    limit."""
+    """Maximum number of candidates, such as 200. The search ends at this number or after `rounds`, whichever comes
+    first. None means no limit."""
     max_tokens: PositiveInt | None = None
-    """End the search after the round in which this many tokens have been measured, summed over candidates; none means
-    no limit. It must cover the first population. Use it in place of max_evaluations with search.first_windows."""
+    """Maximum number of measured tokens, summed over candidates. The search ends after the round in which this number
+    is reached; none means no limit. It must be enough for the first population. With search.first_windows, use this
+    limit instead of max_evaluations, because stopped candidates take fewer tokens."""
     budget_hours: PositiveFloat | None = None
-    """Maximum running time in hours, including pauses and summed over restarts; none means no limit. Candidates already
-    issued are still measured."""
+    """Maximum running time in hours, including pauses and summed over restarts; none means no limit. Candidates that
+    are already queued are still measured."""
     seeds: tuple[Method, ...] = ()
     """Allocations added to the first population, any of `uniform`, `first-layer`, `owl`, `llm-pruner` and
     `sensitivity`, such as `[owl, uniform]`."""
     proposer: ProposerName = "llm"
-    """What proposes candidates: `llm` (the paper), or a method to compare it with: `best-of-n` (the LLM without
+    """What proposes candidates: `llm` (the paper), or a method to compare the LLM with: `best-of-n` (the LLM without
     feedback), `random`, `evolution` (EvoPress) or `cma-es`."""
     initializer: Literal["llm", "random"] = "llm"
-    """What makes the first population, for the proposer `llm`."""
+    """What makes the first population if search.proposer is `llm`: the LLM, or `random` profiles."""
     selector: Literal["llm", "tournament", "none"] = "llm"
-    """What chooses the parents. `none` shows Mutator and Crossover the whole population, as in the paper's combined
-    prompts."""
+    """What chooses the parents: the LLM, a `tournament`, or `none`, which shows Mutator and Crossover the whole
+    population, as in the paper's combined prompts."""
     mutator: Literal["llm", "classical", "ranked"] = "llm"
     """What mutates: the LLM, a `classical` operator, or `ranked`, a random choice among the moves that the surrogate
     ranks highest."""
@@ -62,8 +63,9 @@ class SearchSettings(Section):
     """What crosses over: the LLM, a `classical` operator, or `ranked`, a random choice among the mixes that the
     surrogate ranks highest."""
     first_windows: PositiveInt | None = None
-    """Experimental: measure each candidate on this many windows first, and stop if it is worse there than the K-th best
-    (with `evolution`, than the best). None measures every candidate on the whole text."""
+    """Experimental: measure each candidate on this number of windows first. If it is worse on them than the K-th best
+    candidate of earlier rounds (with `evolution`, than the best), do not measure the rest. None measures every
+    candidate on the whole text."""
     fitness: Measure = "perplexity"
     """What the search minimises on data.fitness: `perplexity` (the paper), or `kl`, the divergence from the dense
     model, which is less noisy on short texts."""
@@ -76,11 +78,11 @@ class SearchSettings(Section):
     """How heads and channels are scored: `wanda-sp`, `taylor` (LLM-Pruner), `magnitude`, or `obs` (experimental:
     optimal brain surgeon, for `reconstruction: least-squares`)."""
     scoring: Scoring = "dense"
-    """`dense` scores once, on the dense model. `sequential` scores each layer on the already pruned layers below it,
-    for every candidate; slower, and only for `wanda-sp`."""
+    """`dense`: heads and channels are scored once, on the dense model. `sequential`: for every candidate, each layer is
+    scored on the outputs of the pruned layers below it, which is slower and works only with `wanda-sp`."""
     reconstruction: Reconstruction = "none"
     """`none` (the paper), or `least-squares`: fit the remaining columns of the o and down projections so that each
-    block computes nearly what it did before. Lowers the perplexity at a small cost."""
+    block computes nearly the same as before pruning. This lowers the perplexity at a small cost."""
     lowest_rate: float = Field(default=0.0, ge=0, lt=1)
     """Lowest pruning rate of any unit."""
     highest_rate: float = Field(default=0.95, gt=0, lt=1)

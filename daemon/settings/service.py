@@ -18,9 +18,10 @@ class RedisSettings(Section):
 
     url: Annotated[str, AfterValidator(check_url)] | None = None
     """A `redis://…`, `rediss://…` or `unix:///…` URL. If none, `selfpruner run` starts an embedded Valkey; `selfpruner
-    daemon` needs one."""
+    daemon` needs a URL."""
     password_file: Path | None = None
-    """A file that holds the password, such as a Docker or Kubernetes secret, for a URL without one."""
+    """A file that holds the password, such as a Docker or Kubernetes secret; redis.url must then contain no
+    password."""
 
     @property
     def full_url(self) -> str | None:
@@ -38,7 +39,7 @@ class WorkerSettings(Section):
     lease_seconds: float = Field(default=30.0, ge=LEAST_LEASE_SECONDS, le=MOST_SECONDS)
     """Seconds without a heartbeat after which a worker's job is given to another worker."""
     max_evaluation_seconds: float = Field(default=1800.0, gt=0, le=MOST_SECONDS)
-    """Time limit in seconds for one evaluation; a longer one is killed and counts as failed."""
+    """Time limit in seconds for one evaluation; a longer evaluation is killed and counts as failed."""
     max_preparation_seconds: float = Field(default=14_400.0, gt=0, le=MOST_SECONDS)
     """Time limit in seconds for loading and calibrating the model. A worker tries three times."""
 
@@ -71,14 +72,14 @@ class HttpSettings(Section):
     host: Annotated[str, AfterValidator(_host_name)] = "127.0.0.1"
     """The address to listen on, such as `0.0.0.0` for all interfaces. Any address but loopback requires a token."""
     port: int | None = Field(default=None, ge=0, le=65535)
-    """The port. None means 8090; if that is in use, `selfpruner run` takes any free one. 0 means any free port."""
+    """The port. None means 8090; if that is in use, `selfpruner run` takes any free port. 0 means any free port."""
     token: Annotated[SecretStr, AfterValidator(check_token)] | None = None
-    """The bearer token of requests. If none, a random one is made and kept in the file `http-token` of the search's
-    folder. An empty string turns authentication off."""
+    """The bearer token that requests must send. If none, a random token is made and kept in the file `http-token` of
+    the search's folder. An empty string turns authentication off."""
     token_file: Path | None = None
     """A file that holds the token, such as a Docker or Kubernetes secret."""
     allowed_hosts: tuple[Annotated[str, Field(pattern=r"^[A-Za-z0-9.:-]+$")], ...] = ()
-    """Host names that requests may use besides `localhost`, loopback addresses and http.host."""
+    """Host names by which clients may address the API, besides `localhost`, loopback addresses and http.host."""
 
     @property
     def on_loopback(self) -> bool:

@@ -38,13 +38,14 @@ class DataSettings(Section):
     calibration: str = "wikitext2"
     """The text on which heads and channels are scored."""
     calibration_windows: PositiveInt = 128
-    """Number of windows of data.calibration. More gives a better reconstruction and takes longer once."""
+    """Number of windows of data.calibration. More windows give a better reconstruction, but calibration takes longer:
+    once per worker, or for every candidate with `scoring: sequential`."""
     fitness: str = "wikitext2"
     """The text on which candidates are measured: what the pruned model should be good at, such as
     `texts/domain.txt`."""
     fitness_windows: PositiveInt | None = None
-    """Number of windows of data.fitness; none means the whole text. Evaluation time grows with it; with few windows the
-    search overfits them."""
+    """Number of windows of data.fitness; none means the whole text. With more windows, an evaluation takes longer; with
+    few windows, the search overfits them."""
     report: str | None = None
     """A held-out text on which the dense model, uniform pruning and the best candidate are measured at the end."""
     report_windows: PositiveInt | None = None
