@@ -56,7 +56,7 @@ class RoundRobin:
 
     @asynccontextmanager
     async def last_turn(self, member: int) -> AsyncIterator[None]:
-        """Wait until every other member has ended, or has a higher number and waits for its last turn.
+        """Wait for this member's last turn. Last turns begin when no member has another kind of turn left.
 
         The order of the last turns does not depend on how many turns a member had before.
         """
@@ -93,7 +93,7 @@ class Proposer:
         make_prompt: Callable[[Call], Prompt[Proposal]],
         operator: Operator,
     ) -> int:
-        """Submit proposals until `count` are accepted. Return the number accepted: fewer only if no new plan was found.
+        """Submit proposals until `count` are accepted, no new plan is found, or a budget ends. Return the number accepted.
 
         `operator` is the fallback. A call that an earlier process began but did not finish is repeated. Its questions
         are the same, so the same answers lead to the same candidates.
@@ -127,7 +127,7 @@ class Proposer:
                 async with turns.membership(call.index):
                     taken = await self._asker.ask(call, prompt, call.count, take, lambda: turns.turn(call.index))
                     if missing := call.count - taken:
-                        # The fallback has the last turn, so that its proposals do not depend on the LLM's failures.
+                        # In a last turn, so that fallbacks keep an order, whenever their calls failed.
                         async with turns.last_turn(call.index):
                             made = await submitter.sample(missing, operator, parents, "fallback")
                         log.info("fallback", **where, accepted=made, missing=missing - made)

@@ -20,13 +20,13 @@ Gate = Callable[[], Awaitable[None]]
 Permit = Callable[[], None]
 
 VERDICT_POLL_SECONDS = 0.25
-"""Interval at which questions that wait for a probe check whether the gate has closed."""
+"""A question that waits for the result of a probe looks at the gate again after this time."""
 
 log = structlog.get_logger()
 
 
 class NotAsked(EndpointError):  # noqa: N818  (no request failed)
-    """The endpoint was not asked, because it rests, is being probed, or asked for a wait."""
+    """No request was sent: the endpoint rests after failures, is being probed, or demands too long a wait."""
 
     def __init__(self, why: str) -> None:
         super().__init__(f"not asked: {why}", retryable=False)
@@ -35,8 +35,8 @@ class NotAsked(EndpointError):  # noqa: N818  (no request failed)
 class Connection:
     """Asks one endpoint; an async context manager.
 
-    `gate` is awaited before a question is admitted and before each HTTP request. `permit` is called right before each
-    request and may raise EndpointError.
+    `gate` waits while the search is paused. It is awaited before a question is admitted and before each HTTP request.
+    `permit` is called right before each request, and raises EndpointError if the LLM's budget is used up.
     """
 
     def __init__(self, endpoint: Endpoint, policy: ChatPolicy, *, gate: Gate, permit: Permit) -> None:
@@ -87,7 +87,7 @@ class Connection:
 
     @asynccontextmanager
     async def _admission(self, patience: float) -> AsyncIterator[bool]:
-        """Wait at the gate and check the breaker, or raise NotAsked; yield whether this question is the probe.
+        """Wait at the gate, check the breaker, and yield whether this question is the probe. Raises NotAsked.
 
         While one question probes the endpoint, the others wait for its result.
         """
@@ -107,7 +107,7 @@ class Connection:
             self._verdict.set()
 
     async def _judged_within(self, seconds: float) -> bool:
-        """Return whether the probe ends within `seconds`, without the time at a closed gate, which delays the probe."""
+        """Return whether the probe ends within `seconds`, of which those at a closed gate do not count."""
         verdict = asyncio.ensure_future(self._verdict.wait())
         try:
             while seconds > 0 and not verdict.done():
@@ -178,7 +178,7 @@ class Connection:
                 log.info("endpoint_dialect", endpoint=self.endpoint.name, rung=self._dialect.rung)
 
     async def _wait_turn(self, clock: asyncio.Timeout, patience: float) -> None:
-        """Wait until the cooldown is over, then at the gate, directly before the request.
+        """Wait until the cooldown is over. Then wait at the gate, so that the request follows directly.
 
         Raise NotAsked if the cooldown ends after the deadline or lasts longer than `patience`, or if a rest has begun.
         """

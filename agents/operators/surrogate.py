@@ -46,7 +46,7 @@ class Kernel:
     """
 
     slope_std: float
-    """Standard deviation of a unit's slope: the additional rise if the parameters of one decoder layer are removed."""
+    """Standard deviation of a unit's slope, which is an additional rise in proportion to the removed parameters."""
     unit_std: float
     """Standard deviation of the smooth function of one unit's share."""
     joint_std: float
@@ -119,7 +119,7 @@ class Surrogate:
     def predict_changes(self, rates: Sequence[float], changes: Sequence[Mapping[int, float]]) -> tuple[Array, Array]:
         """Predict how the rise changes from `rates` when some units get other rates.
 
-        Each of the `changes` maps numbers of units to their new rates. Return the mean and the standard deviation of
+        Each of the `changes` maps indices of units to their new rates. Return the mean and the standard deviation of
         the rise's change for each of them, in nats.
         """
         shares = np.repeat(np.array([rates]), len(changes), axis=0)
@@ -132,7 +132,7 @@ class Surrogate:
         return mean, np.sqrt(np.maximum(variance, 0.0))
 
     def predict_fitness(self, rates: Sequence[float]) -> float:
-        """Return the predicted fitness (a perplexity or a divergence) of rates that are roughly on budget."""
+        """Return the predicted fitness (a perplexity or a divergence) of rates whose mean is about the target rate."""
         rise = float(self._mean(np.array([rates]))[0])
         return max(rise, 0.0) if self._is_kl else math.exp(min(rise + self._dense, 50.0))
 

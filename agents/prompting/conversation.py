@@ -17,7 +17,7 @@ from protocol.errors import EndpointError, InvalidReply
 TOKENS_BESIDE = 100
 """Tokens that a reply may have in addition to its items."""
 LONGEST_QUOTE = 8_000
-"""Maximum number of characters of the LLM's reply that it is shown when it is asked again."""
+"""An invalid reply is shown to the LLM again, cut to this number of characters."""
 LONGEST_QUOTE_OF_A_CUT_REPLY = 400
 """The same limit for a reply that was cut off. Such a reply often repeats one number and would fill the context."""
 LARGE = 20_000
@@ -28,7 +28,7 @@ T = TypeVar("T")
 Take = Callable[[T, Answer], Awaitable[str | None]]
 """Uses one item of an answer. Returns None, or the reason why the item was refused."""
 Turn = Callable[[], AbstractAsyncContextManager[None]]
-"""Returns a context manager. The items of an answer are taken within its context."""
+"""Returns a context manager in which the items of one answer are taken, so that concurrent calls keep a fixed order."""
 log = structlog.get_logger()
 
 
@@ -90,7 +90,7 @@ class Asker:
         )
         answer = await self._chat.ask(question)
         if answer.truncated and needed < self._settings.max_tokens:
-            # The factor stays, because a model that reasons before it answers does so every time.
+            # Also for later questions, because a model that reasons before it answers does so every time.
             self._token_factor *= 4
         return answer
 

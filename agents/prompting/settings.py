@@ -20,8 +20,10 @@ class AgentSettings(BaseModel):
     """Form of the LLM's replies: `lists` of all rates (the paper; needs a large model), `edits` (small changes), or
     `moves` (choices from a ranked menu of moves; fewest tokens)."""
     feedback: tuple[FeedbackPart, ...] = ("sensitivity", "effects")
-    """Facts that prompts state besides the configurations: any of `sensitivity`, `weakest`, `contrast` and `effects`.
-    `[]` gives the paper's prompts."""
+    """Facts that prompts state besides the configurations: `sensitivity` (the units that hurt most or least when pruned
+    alone), `weakest` (the units of the best configuration where other rates promise most), `contrast` (how good
+    configurations differ from bad ones) and `effects` (what earlier changes did to the fitness). `[]` gives the paper's
+    prompts."""
     proposals_per_call: PositiveInt | None = None
     """Number of candidates requested per call. None means all candidates of a round for `lists`, and one candidate for
     the other reply formats."""

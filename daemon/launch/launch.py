@@ -1,4 +1,4 @@
-"""Assembles a search from its settings and runs it: take charge, profile, endpoint, agents, search, summary."""
+"""Assembles a search from its settings and runs it: waits for the model profile and the LLM, and makes the agents."""
 
 import asyncio
 import contextlib

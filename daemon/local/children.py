@@ -49,7 +49,7 @@ class Child:
         self._watch: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Start the process, and restart it whenever it dies, until `end`."""
+        """Start the process, and restart it whenever it dies, until `end` or an exit with the code `final`."""
         await self._spawn()
         self._watch = asyncio.create_task(self._restart_forever())
 
@@ -64,7 +64,7 @@ class Child:
         return self._process is not None and self._final is not None and self._process.returncode == self._final
 
     async def end(self, grace_seconds: float = 5.0) -> None:
-        """Send SIGTERM and, after the grace time, SIGKILL to its whole session."""
+        """Send SIGTERM to the process. When it has ended, or after the grace time, send SIGKILL to its session."""
         if self._watch:
             self._watch.cancel()
             with contextlib.suppress(asyncio.CancelledError):

@@ -129,7 +129,7 @@ class RuntimeStateReader:
     async def read(self, seconds: float = 2.0) -> RuntimeState:
         """Return the current state. Raises TimeoutError after `seconds`."""
         async with asyncio.timeout(seconds):
-            # Read this first, because it raises if the server is unreachable. Control would wait for it and log that.
+            # This read comes first: it raises if the server is unreachable, whereas Control would log that and wait.
             daemon = await self._redis.get(self._keys.daemon)
             found = await read_workers(self._redis, self._keys)
             return RuntimeState(

@@ -50,7 +50,7 @@ class Admission:
         await self.measure(spec.uniform_plan(shape), spec.uniform_rates(shape), text=text)
 
     async def measure(self, plan: Plan, rates: Sequence[float], *, text: Text) -> None:
-        """Enqueue a plan outside the budget, unless the ledger has it for this text."""
+        """Enqueue a plan that does not count towards the budget, unless the ledger already has it for this text."""
         provenance = Provenance(agent="baseline", source="allocation", round=0)
         id_ = candidate_id(plan, self._state.spec.fingerprint, text)
         if id_ not in self._state.ledger:
@@ -66,10 +66,10 @@ class Admission:
 
 
 def race_of_round(settings: SearchSettings, population: Population, round_: int) -> Race | None:
-    """Return the race of a round's candidates; None if search.first_windows is not set.
+    """Return the race of a round's candidates, which may stop them after the first windows; None without first_windows.
 
-    Their rival is the K-th best candidate of earlier rounds, if there are K. With evolution the rival is the best
-    candidate, because it is the parent of all offspring.
+    Each candidate is compared with the K-th best candidate of earlier rounds (K is search.population), if there is one.
+    With evolution it is compared with the best candidate, because that is the parent of all offspring.
     """
     if settings.first_windows is None:
         return None

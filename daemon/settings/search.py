@@ -20,7 +20,8 @@ class SearchSettings(Section):
     name: Annotated[str, AfterValidator(check_search_name)] = "default"
     """Name of the search, of its keys in Redis and of its folder under run.folder. Give each search its own name."""
     seed: int = Field(default=0, ge=0, lt=2**63)
-    """Seed of the text windows, of the members that prompts show, and of the classical operators."""
+    """Seed of all random choices: the text windows, the text of `self`, the candidates that a prompt shows, the
+    classical operators, and the sampling of the LLM."""
     population: PositiveInt = 30
     """K: the size of the first population, and the number of parents kept each round."""
     mutations: int = Field(default=10, ge=0)
@@ -46,7 +47,7 @@ class SearchSettings(Section):
     """Maximum running time in hours, including pauses and summed over restarts; none means no limit. Candidates that
     are already queued are still measured."""
     seeds: tuple[Method, ...] = ()
-    """Allocations added to the first population, any of `uniform`, `first-layer`, `owl`, `llm-pruner` and
+    """Allocations included in the first population, any of `uniform`, `first-layer`, `owl`, `llm-pruner` and
     `sensitivity`, such as `[owl, uniform]`."""
     proposer: ProposerName = "llm"
     """What proposes candidates: `llm` (the paper), or a method to compare the LLM with: `best-of-n` (the LLM without

@@ -38,8 +38,8 @@ class DataSettings(Section):
     calibration: str = "wikitext2"
     """The text on which heads and channels are scored."""
     calibration_windows: PositiveInt = 128
-    """Number of windows of data.calibration. More windows give a better reconstruction, but calibration takes longer:
-    once per worker, or for every candidate with `scoring: sequential`."""
+    """Number of windows of data.calibration. More windows give a better reconstruction but a longer calibration. It
+    runs once per worker and, with `scoring: sequential`, again for every candidate."""
     fitness: str = "wikitext2"
     """The text on which candidates are measured: what the pruned model should be good at, such as
     `texts/domain.txt`."""

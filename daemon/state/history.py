@@ -26,7 +26,7 @@ log = structlog.get_logger()
 
 
 class Ask(Protocol):
-    """Sends a request to the server: a RedisRetry, or `at_once`."""
+    """A function that sends a request to the server: a RedisRetry, or `at_once`."""
 
     async def __call__(self, operation: Callable[[], Awaitable[T]], /) -> T:
         """Return the server's answer to `operation`."""

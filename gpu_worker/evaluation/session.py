@@ -25,7 +25,7 @@ from protocol.plans.shape import ModelShape
 from protocol.plans.spec import SearchSpec
 
 DECIMALS = 6
-"""Decimals of the per-window losses that are stored with every outcome for races."""
+"""Decimals of the losses of single windows, which races compare."""
 
 
 class Session:

@@ -32,9 +32,9 @@ class ExportContent:
     """The model, pruned to the plan in `facts`."""
     facts: ExportFacts
     windows: Tensor | None = None
-    """Measured tokens (long, [n, seqlen]); a GGUF file is measured in llama.cpp on the first windows."""
+    """The tokens (int64, [n, seqlen]) of the perplexity; a GGUF file is measured in llama.cpp on the first windows."""
     saves_windows: bool = False
-    """Save the measured tokens in the folder, because the dense model wrote them."""
+    """Whether `windows` are saved in the folder, because the dense model generated them."""
 
 
 def export_model(
@@ -42,8 +42,9 @@ def export_model(
 ) -> GgufPerplexity | None:
     """Write the folder atomically, and return the perplexity of its GGUF file, if any.
 
-    Raises ModelError for a family that the format does not support and for a GGUF file that llama.cpp computes
-    differently, ExportError if the folder exists (`force` replaces an older export) or cannot be written.
+    Raises ModelError if the format does not support the model's family, or if llama.cpp measures another perplexity for
+    the GGUF file than the model has in memory. Raises ExportError if the folder exists (`force` replaces an older
+    export) or cannot be written.
     """
     found = None
 

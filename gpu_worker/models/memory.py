@@ -98,8 +98,8 @@ class Workload:
     eliminates: bool = False
     """Whether heads and channels are scored by backward elimination."""
     reconstructs: Literal["no", "layer by layer", "all layers"] = "no"
-    """Whether the kept columns of o and down are reconstructed, and for how many layers at a time input products are
-    kept."""
+    """Whether o and down are fitted by least squares, and if so, for how many layers at once the matrices of the fit
+    (products of inputs) are in memory."""
     training: Training | None = None
 
     @classmethod
@@ -138,15 +138,16 @@ class MemoryEstimate:
     weights: int
     """All parameters in the dtype they are loaded in; exact."""
     pruned_copies: int
-    """Copies for the most expensive plan: of q and o when the kept query heads of each KV head are not adjacent, and,
-    with reconstruction, of o and down."""
+    """Bytes of copied weights for the most expensive plan. A plan that keeps fewer query heads per KV head copies q and
+    o. With reconstruction, o and down are fitted copies."""
     activations: int
-    """Bytes on each device in addition to the weights: the maximum of one window's activations, a copy of one layer
-    while it is scored and ordered, the KV cache of generated texts, a gradient pass, and the layer inputs that
-    sensitivity keeps. With several devices, each device is assumed to need the total of all devices."""
+    """Bytes on each device in addition to the weights, for the largest of these, which are not needed at the same time:
+    the activations of one window, a copy of one layer while it is scored and ordered, the KV cache of generated texts,
+    a gradient pass, fine-tuning, and the layer inputs that sensitivity keeps. With several devices, each device is
+    assumed to need the total of all devices."""
     main_memory: int
-    """Bytes in main memory, whichever device runs the model: hidden states kept between layers (for the spec's window
-    length, not for the model's context length), and predictions of the dense model."""
+    """Bytes in main memory, whichever device runs the model: hidden states that sequential scoring keeps between layers,
+    and predictions of the dense model."""
     reconstruction: int = 0
     """Data that reconstruction, or scoring by elimination, keeps for each layer: input products and their factors."""
     training_state: int = 0
@@ -175,7 +176,7 @@ class MemoryEstimate:
 
 
 def estimate_memory(decoder: Decoder, dtype: torch.dtype, workload: Workload, device: str) -> MemoryEstimate:
-    """Estimate the memory of the model of `decoder` in `dtype` on a `device` of this type (`cuda`, `cpu`).
+    """Estimate the memory that the model of `decoder` needs in `dtype`; `device` is a type of device, `cuda` or `cpu`.
 
     The decoder itself may be on the meta device.
     """
@@ -294,8 +295,8 @@ def _reconstruction_values(shape: ModelShape, workload: Workload) -> int:
     sizes = [(layer.query_heads * shape.head_dim, layer.mlp_channels) for layer in shape.layers]
     widest = max(n for each in sizes for n in each)
     squares = sum(n * n for each in sizes for n in each)
-    # For one projection: damped products, those of the remaining inputs, their factor and inverse, and two fp32
-    # weights.
+    # For one projection, in fp32: four matrices [inputs, inputs] (damped products, products of the remaining inputs, a
+    # factor and an inverse), and two of the weight's size.
     eliminating = squares + widest * (4 * widest + 2 * shape.hidden_size) if workload.eliminates else 0
     if workload.reconstructs == "no":
         return eliminating

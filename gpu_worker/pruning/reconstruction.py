@@ -14,7 +14,8 @@ the leading block of G's factor. With G = L·Lᵀ and Z = Lᵀ·Wᵀ, both compu
 
     W'_kᵀ = L_kk⁻ᵀ · Z_k
 
-is one triangular solve per projection, for any plan.
+is one triangular solve per projection. Only a plan that keeps fewer query heads per KV head keeps no prefix, and needs
+a new factor.
 """
 
 import torch
@@ -31,7 +32,7 @@ MIN_MEAN_SQUARE = 1e-12
 
 
 class FittedColumns:
-    """Columns of a linear layer in order of importance, stored as rows; kept columns are reconstructed."""
+    """The columns of a linear layer in order of importance. If a plan removes some, the others get fitted weights."""
 
     def __init__(self, stored: Tensor, products: Tensor) -> None:
         """Prepare the fit.
@@ -44,7 +45,7 @@ class FittedColumns:
         self._target = self._factor.t() @ stored.flatten(0, -2).float()
 
     def first(self, *counts: int) -> Tensor:
-        """Return the weight [outputs, kept inputs] of the first `counts[i]` entries along each leading dimension i."""
+        """Return the weight [outputs, kept inputs] that keeps the first `counts[i]` entries of leading dimension i."""
         kept = torch.zeros(self.stored.shape[:-1], dtype=torch.bool)
         kept[tuple(slice(count) for count in counts)] = True
         return self.at(kept)

@@ -75,7 +75,7 @@ class Worker:
     async def _work_and_beat(self) -> None:
         """Work and send heartbeats until stopped.
 
-        On exit, hand the current job back, because the job is not the reason for the exit.
+        On exit, hand the current job back, so that another worker takes it at once and no death is counted against it.
         """
         try:
             async with asyncio.TaskGroup() as group:
@@ -141,7 +141,7 @@ class Worker:
         while True:
             job = self._job
             held = await self._queue.beat(job, self._status.to_json())
-            if job and not held and job is self._job and job is not lost:  # not committed in the meantime, nor reported
+            if job and not held and job is self._job and job is not lost:  # still our job, and not logged yet
                 lost = job
                 log.warning("lease_lost", candidate=job.candidate.id)
             await asyncio.sleep(self._options.lease_seconds / 3)
@@ -280,7 +280,7 @@ class Worker:
             except DeviceLost as error:
                 outcome = Failed(reason="crashed", detail=str(error))
             except ChildDied as error:
-                died += 1  # counted here too, because the job may belong to another worker by now
+                died += 1  # counted here too, because the server counts a death only while this worker owns the job
                 deaths = max(died, await self._queue.count_death(job, uuid.uuid4().hex))
                 log.error("evaluation_process_died", error=str(error), death=deaths, of=MOST_DEATHS)
                 if deaths >= MOST_DEATHS:

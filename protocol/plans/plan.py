@@ -170,9 +170,9 @@ def make_plan(
     """Return the plan that removes `rates` (one per unit of `granularity`) from a model of this `shape`.
 
     At layer granularity, `split` divides a layer's rate between heads and MLP, and each layer meets its own budget. At
-    block granularity, attention keeps the heads whose share is nearest to its rate. The rest of the whole budget is
-    spread evenly over the MLPs, so that no MLP alone makes up for the rounding of heads. MLP widths are multiples of
-    `multiple_of`, plus the dense width's remainder. Raises BudgetError if the budget cannot be met.
+    block granularity, each attention block takes the choice of heads whose removed share is nearest to its rate. The
+    difference that this rounding causes is spread evenly over the MLPs. Each MLP width differs from the dense width by
+    a multiple of `multiple_of`. Raises BudgetError if the budget cannot be met.
     """
     units = shape.units(granularity)
     if len(rates) != len(units):
@@ -224,14 +224,14 @@ def heads_within(layer: LayerShape, rate: float) -> tuple[int, int]:
 
 
 def attention_levels(shape: ModelShape, layer: int) -> tuple[tuple[float, tuple[int, int]], ...]:
-    """Return the shares of its parameters that an attention block can lose, ascending, each with the heads kept.
+    """Return each share of an attention block's parameters that can be removed, ascending, with the heads then kept.
 
     Shares are rounded up to five decimals. Among options with the same number of query heads or the same share, the
     option with more KV heads is taken, as in `heads_within`.
     """
     whole = shape.layers[layer]
     parameters = shape.attention_parameters(whole.query_heads, whole.kv_heads)
-    most_kv = {kv * q: (kv, q) for kv, q in head_options(whole)}  # ordered by KV heads, so the last one is kept
+    most_kv = {kv * q: (kv, q) for kv, q in head_options(whole)}  # in order of KV heads: the most stay
     levels: dict[float, tuple[int, int]] = {}
     for heads in sorted(most_kv.values(), reverse=True):
         share = math.ceil(_heads_removed(shape, layer, heads) / parameters * SCALE - 1e-6) / SCALE
@@ -340,6 +340,6 @@ def fill_channels(shape: ModelShape, wanted: Sequence[float], multiple_of: int) 
 
 
 def _channel_choices(channels: int, multiple_of: int) -> range:
-    """Return the allowed widths of an MLP: multiples plus the dense width's remainder, so that dense is allowed."""
+    """Return the allowed widths of an MLP, which differ from the dense width by a multiple of `multiple_of`."""
     rest = channels % multiple_of
     return range(rest or multiple_of, channels + 1, multiple_of)

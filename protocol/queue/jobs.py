@@ -2,7 +2,7 @@
 
 A job belongs to the worker that claimed it as long as that worker sends heartbeats. Another worker takes the job over
 only when two clocks agree that the length of a lease has passed. By the server's clock, the lease and the owner's
-heartbeat have expired. By the claimer's own clock, the claimer has observed the job for the length of a lease, without
+heartbeat have expired. By its own clock, the other worker has observed the job for the length of a lease, without
 a renewal and without an outage. The server's clock alone is not enough, because it may jump and because it keeps
 running while the server is down. After MOST_DEATHS workers or evaluation processes have died on a job, the job is given
 up: it counts as failed and is listed in the dead-letter stream.
@@ -53,7 +53,7 @@ class Job:
 
 @dataclass(frozen=True)
 class _ObservedJob:
-    """A job of another worker, with its idle time when this worker first saw it: at `since` by this worker's clock."""
+    """A job of the worker `owner`, as this worker saw it first: at `since` on its own clock, idle for `idle_ms`."""
 
     owner: str
     idle_ms: int
@@ -72,7 +72,7 @@ class JobQueue:
         self._retry = RedisRetry(redis, keys.jobs)
         self._last_beat = self._last_sweep = _now()
         self._observed: dict[str, _ObservedJob] = {}
-        """The jobs pending with other workers, by message, as first seen after their last claim or renewal."""
+        """For each pending job, by message: how this worker saw it first after its last claim or renewal."""
         self._outages_seen = 0
         self._server = ""
         self._may_own_more = True
@@ -153,7 +153,7 @@ class JobQueue:
         args = [GROUP, self._consumer, message, candidate_id, outcome.model_dump_json()]
         args += [*dead, str(MOST_DEAD)] if dead else []
         first = await self._retry(lambda: self._scripts["commit"](keys, args))
-        self._may_own_more = not self._claim_was_undisturbed  # a lost reply may have delivered another job
+        self._may_own_more = not self._claim_was_undisturbed  # a reply that was lost may have assigned us another job
         return bool(first == 1)
 
     async def _create_group(self) -> None:

@@ -85,10 +85,11 @@ class CandidateQueue:
     async def requeue(self, ids: Sequence[str]) -> int:
         """Enqueue candidates again if their job was lost, or if their outcome was lost before it was applied.
 
-        Returns the number of candidates that were enqueued. If the server has lost its data, the call returns without
-        waiting for the restored data, because restoring makes this call too.
+        Returns the number of candidates that were enqueued. If the server has lost its data, the call returns at
+        once. It must not wait until the data is restored, because the restoration itself calls `requeue`.
         """
-        jobs, last_job = await self._ids_on(self._keys.jobs)  # first, so that a job done meanwhile is in the results
+        # Jobs are read before results. Otherwise a job that finishes between the two reads would be found in neither.
+        jobs, last_job = await self._ids_on(self._keys.jobs)
         results, last_result = await self._ids_on(self._keys.results)
         lost = [id_ for id_ in ids if id_ not in jobs and id_ not in results]
         names = [self._keys.epoch, self._keys.candidates, self._keys.done, self._keys.outcomes, self._keys.jobs]
@@ -155,7 +156,10 @@ class CandidateQueue:
         await self._fenced(lambda: self._scripts["drop"](keys, [self._epoch, result.cursor, result.id]))
 
     def rewind(self) -> None:
-        """Read results from the stream's start next time, because the stream may be new. It has no applied results."""
+        """Read results from the stream's start next time, because the stream may be new.
+
+        No result is applied twice, because a result is deleted from the stream when it is applied.
+        """
         self._read_from_start = True
 
     async def _fenced(self, script: Callable[[], Awaitable[Any]]) -> Any:
