@@ -93,7 +93,7 @@ class Proposer:
         make_prompt: Callable[[Call], Prompt[Proposal]],
         operator: Operator,
     ) -> int:
-        """Submit proposals until `count` are accepted, no new plan is found, or a budget ends. Return the number accepted.
+        """Submit proposals until `count` are accepted, plans run out or a budget ends. Return the number accepted.
 
         `operator` is the fallback. A call that an earlier process began but did not finish is repeated. Its questions
         are the same, so the same answers lead to the same candidates.
