@@ -146,8 +146,8 @@ class MemoryEstimate:
     a gradient pass, fine-tuning, and the layer inputs that sensitivity keeps. With several devices, each device is
     assumed to need the total of all devices."""
     main_memory: int
-    """Bytes in main memory, whichever device runs the model: hidden states that sequential scoring keeps, and predictions
-    of the dense model."""
+    """Bytes in main memory, whichever device runs the model: hidden states that sequential scoring keeps, and
+    predictions of the dense model."""
     reconstruction: int = 0
     """Data that reconstruction, or scoring by elimination, keeps for each layer: input products and their factors."""
     training_state: int = 0
