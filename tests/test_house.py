@@ -36,6 +36,11 @@ def test_the_worker_parent_loads_neither_torch_nor_openai_nor_the_daemon() -> No
     assert not {"torch", "openai", "daemon", "agents"} & modules_after_importing("gpu_worker.worker.worker")
 
 
+def test_exported_folders_are_described_without_the_workers_packages() -> None:
+    modules = modules_after_importing("gpu_worker.export.card_measurement, gpu_worker.speed.engines")
+    assert not {"torch", "safetensors", "transformers"} & modules
+
+
 def test_protocol_loads_no_other_package_of_ours() -> None:
     names = modules_after_importing(
         "protocol.queue.streams, protocol.plans.spec, protocol.runtime.logs, protocol.queue.control"

@@ -8,7 +8,7 @@ import os
 import sys
 from pathlib import Path
 
-from protocol.errors import ModelError
+from protocol.errors import ModelError, UsageError
 from protocol.runtime.llama_server import ServerOptions, serve
 from protocol.runtime.paths import SMOLLM2, expanded, smollm2_file
 
@@ -28,7 +28,7 @@ def find_gguf(name: str) -> Path:
 
 
 def main() -> int:
-    """Serve until a signal, and return the exit code."""
+    """Serve until a signal. If that is not possible, write one sentence to stderr and return 2."""
     parser = argparse.ArgumentParser(prog="python -m daemon.local.llm_server", description="Serve a GGUF file.")
     parser.add_argument("--gguf", required=True, help="a GGUF file, or smollm2")
     parser.add_argument("--host", default="127.0.0.1", help="the address to listen on")
@@ -38,13 +38,13 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=_half_of_the_cores(), help="half of the cores by default")
     options = vars(parser.parse_args())
     name = options.pop("gguf")
+    alias = SMOLLM2 if name == SMOLLM2 else None
     try:
         path = str(find_gguf(name))
-    except ModelError as error:
+        serve(ServerOptions(path, alias=alias, warm_up=True, prompt_cache_mib=PROMPT_CACHE_MIB, **options))
+    except UsageError as error:
         sys.stderr.write(f"{error}\n")
-        return 2
-    alias = SMOLLM2 if name == SMOLLM2 else None
-    return serve(ServerOptions(path, alias=alias, prompt_cache_mib=PROMPT_CACHE_MIB, **options))
+    return 2
 
 
 def _half_of_the_cores() -> int:

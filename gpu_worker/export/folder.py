@@ -9,8 +9,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import get_args
 
-from safetensors import SafetensorError
-
 from protocol.errors import ModelError, UsageError
 from protocol.results.formats import FACTS, Format, Formats
 from protocol.runtime.locks import try_lock
@@ -40,6 +38,8 @@ def formats_in(folder: Path) -> Formats:
         if each not in get_args(Format):
             known = ", ".join(get_args(Format))
             raise ModelError(f"{str(mark)!r} names the unknown format {each!r}; there are {known}")
+    if not found:
+        raise ModelError(f"{str(mark)!r} names no format")
     return found
 
 
@@ -94,6 +94,8 @@ def write_folder(target: Path, write: Callable[[Path], None], *, force: bool) ->
 @contextmanager
 def _writing(target: Path) -> Iterator[None]:
     """Convert errors of the file system into ExportError."""
+    from safetensors import SafetensorError  # the search process reads folders without this package
+
     try:
         yield
     except (OSError, SafetensorError) as error:

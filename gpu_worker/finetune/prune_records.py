@@ -102,14 +102,14 @@ def was_written_unrecorded(goal: Goal) -> bool:
     try:
         flags = json.loads((goal.search_folder / BEGUN).read_bytes())
         facts = json.loads((goal.out / FACTS).read_bytes())
-        best = json.loads((goal.search_folder / "best.json").read_bytes())
+        rates = json.loads((goal.search_folder / "best.json").read_bytes())["rates"]
         tunings = [(each["recipe"], each["data"]) for each in facts["finetunings"]]
         found = (facts["method"], facts["rates"], facts["formats"], tunings)
     except (OSError, ValueError, KeyError, TypeError):
         return False
     tuning = goal.tuning
     tuned = [] if tuning is None else [(tuning.recipe.model_dump(mode="json"), Path(tuning.data).name)]
-    of_search = (f"search {goal.search}", best["rates"], list(goal.destination.formats), tuned)
+    of_search = (f"search {goal.search}", rates, list(goal.destination.formats), tuned)
     return bool(flags == goal.flags and found == of_search and _recorded(goal) is None)
 
 

@@ -4,9 +4,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import structlog
+import torch
 from torch import Tensor
 
-from gpu_worker.llama_cpp.client import ask, gguf_perplexity, serving
+from gpu_worker.llama_cpp.client import MIN_CONTEXT, ask, gguf_perplexity, running
 from gpu_worker.measuring.perplexity import perplexity
 from gpu_worker.models.errors import NotFiniteError
 from gpu_worker.models.loading import LoadedModel
@@ -15,6 +16,7 @@ from gpu_worker.progress import Progress
 from protocol.errors import ModelError
 from protocol.results.commands import GgufPerplexity
 from protocol.results.formats import GgufType
+from protocol.runtime.llama_server import ServerOptions
 
 log = structlog.get_logger()
 
@@ -58,7 +60,7 @@ def check_gguf_runs(path: Path) -> None:
     """Load the file in llama.cpp and generate a few tokens. Raises ModelError if that fails."""
     wanted = 4
     body = {"prompt": list(range(8)), "n_predict": wanted, "temperature": 0.0, "ignore_eos": True}
-    with serving(path) as address:
-        generated = ask(address, "/completion", body)["timings"]["predicted_n"]
+    with running(ServerOptions(str(path), torch.get_num_threads(), MIN_CONTEXT)) as address:
+        generated = ask(address, "/completion", body).get("timings", {}).get("predicted_n", 0)
     if generated != wanted:
         raise ModelError(f"llama.cpp generated {generated} tokens with {path.name} where {wanted} were asked for")

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from protocol.errors import UsageError
 from protocol.runtime.signals import END_SIGNALS
 
 KEY_VARIABLE = "LLAMA_API_KEY"
@@ -38,6 +39,8 @@ class ServerOptions:
     """Port number; 0 takes a free port."""
     alias: str | None = None
     """Name of the model in the API; None takes the file's name."""
+    warm_up: bool = False
+    """Run the model once before the server is ready, so that the first request does not wait for it."""
     prompt_cache_mib: int = 0
     """Memory for the KV cache of earlier prompts."""
     batch: int | None = None
@@ -59,8 +62,8 @@ class ServerOptions:
         return json.dumps(asdict(self))
 
 
-def serve(options: ServerOptions) -> int:
-    """Serve until a signal. If llama.cpp cannot load the file, write a sentence to stderr and return 2."""
+def serve(options: ServerOptions) -> None:
+    """Serve until a signal, which ends the process. Raises UsageError if llama.cpp cannot load the file."""
     for number in END_SIGNALS:
         signal.signal(number, lambda *_: os._exit(0))
     if stat.S_ISFIFO(os.fstat(0).st_mode):
@@ -72,12 +75,12 @@ def serve(options: ServerOptions) -> int:
 
         server = xllamacpp.Server(_parameters(options))
     except ImportError:
-        return _fail("a local LLM needs the package xllamacpp: pip install 'self-pruner[local]'")
+        raise UsageError("a local LLM needs the package xllamacpp: pip install 'self-pruner[local]'") from None
     except RuntimeError:
-        return _fail(
+        raise UsageError(
             f"llama.cpp cannot serve {options.path!r} on port {options.port}: "
             "the file is damaged, the port is in use, or there is too little memory"
-        )
+        ) from None
     try:
         address = server.listening_address
         ready = {"address": address, "base_url": f"{address}/v1", "model": options.model}
@@ -99,7 +102,8 @@ def _parameters(options: ServerOptions) -> Any:
     for cpu in (params.cpuparams, params.cpuparams_batch):
         cpu.n_threads = options.threads
         cpu.poll = 0  # do not spin while waiting
-    params.ui = params.warmup = params.endpoint_slots = params.endpoint_props = False
+    params.ui = params.endpoint_slots = params.endpoint_props = False
+    params.warmup = options.warm_up
     if key := os.environ.pop(KEY_VARIABLE, None):
         params.api_keys = [key]
     params.cache_ram_mib = options.prompt_cache_mib
@@ -128,10 +132,8 @@ def _end_with_input() -> None:
     os._exit(0)
 
 
-def _fail(sentence: str) -> int:
-    sys.stderr.write(f"{sentence}\n")
-    return 2
-
-
 if __name__ == "__main__":
-    sys.exit(serve(ServerOptions(**json.loads(sys.argv[1]))))
+    try:
+        serve(ServerOptions(**json.loads(sys.argv[1])))
+    except UsageError:  # the parent says so
+        sys.exit(2)

@@ -130,8 +130,8 @@ async def test_a_pause_outlives_a_kill_of_all(kit: Kit, llm: ScriptedLlm, search
 async def test_a_file_that_is_being_written_when_its_writer_is_killed_is_whole(tmp_path: Path) -> None:
     path = tmp_path / "best.json"
     code = (
-        "import json, pathlib, sys\nfrom protocol.runtime.files import replace\n"
-        "for n in range(10**9): replace(pathlib.Path(sys.argv[1]), json.dumps({'n': n, 'filler': 'x' * 200_000}))"
+        "import json, pathlib, sys\nfrom protocol.runtime.files import write_atomically as write\n"
+        "for n in range(10**9): write(pathlib.Path(sys.argv[1]), json.dumps({'n': n, 'filler': 'x' * 200_000}))"
     )
     draw = random.Random(32)
     for _ in range(40):

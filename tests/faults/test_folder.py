@@ -103,7 +103,7 @@ def run(tmp_path: Path, target: Path, a_scripted_llm: ScriptedLlm) -> Run:  # no
 @slow_fault("58", "the folder goes with the embedded server's files", "rm -rf in mid-run", "all restored")
 async def test_a_run_whose_folder_is_removed_with_its_servers_files_goes_on(run: Run) -> None:
     folder = run.folder / "runs" / "s"
-    process = await run.start("--set", "search.rounds=8")
+    process = await run.start("search.rounds=8")
     await eventually(lambda: run.measured(4), 120)
     async with connect(embedded_url(folder)) as redis:
         await Control(redis, Keys("s")).write("pause")

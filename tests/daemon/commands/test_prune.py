@@ -230,6 +230,8 @@ def test_only_a_call_with_the_same_flags_goes_on_with_what_was_not_recorded(targ
     assert not was_written_unrecorded(goal_of(chosen, replace(destination, gguf_type="f16")))
     (goal.out / "selfpruner.json").write_text(json.dumps(facts | {"finetunings": [tuning | {"data": "b.json"}]}))
     assert not was_written_unrecorded(goal)
+    (chosen.folder / "best.json").write_text("[]")
+    assert not was_written_unrecorded(goal)
 
 
 def test_a_disk_that_fills_beside_the_folder_is_one_sentence(

@@ -225,7 +225,7 @@ def test_code_beside_the_weights_is_not_run(folder: Path) -> None:
     for name in ("config.json", "tokenizer_config.json"):
         file = folder / name
         file.write_text(json.dumps(json.loads(file.read_text()) | {"auto_map": auto}))
-    refusal(folder)
+    assert not refusal(folder)
     assert not (folder / "ran").exists()
 
 
