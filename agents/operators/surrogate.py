@@ -75,7 +75,7 @@ perplexity on a short text."""
 
 NOISE_PER_RISE = 0.1
 """Standard deviation of additional noise, as a share of the difference between an outcome's rise and the lowest rise.
-It gives weight to good candidates, because predictions must be accurate near the best candidate."""
+Worse candidates are thus noisier and count less, because predictions must be accurate near the best candidate."""
 STOPPED_STD = 0.05
 """Standard deviation of additional noise for a candidate that was stopped in its race, in units of the scale. Its
 fitness is estimated from a part of the windows, and some windows are easier than others."""
@@ -167,7 +167,7 @@ class Surrogate:
         return covariance
 
     def _covariance_of_change(self, base: "_Inputs", changed: "_Inputs") -> Array:
-        """Return the prior covariance of the changes from `base` (one point) to `changed` with the observed rises.
+        """Return the prior covariance between each change of the rise, from `base` to a point of `changed`, and each outcome.
 
         The shape is [points of `changed`, outcomes]. Terms of units that do not change are zero and are not computed.
         """

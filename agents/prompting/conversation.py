@@ -28,7 +28,8 @@ T = TypeVar("T")
 Take = Callable[[T, Answer], Awaitable[str | None]]
 """Uses one item of an answer. Returns None, or the reason why the item was refused."""
 Turn = Callable[[], AbstractAsyncContextManager[None]]
-"""Returns a context manager in which the items of one answer are taken, so that concurrent calls keep a fixed order."""
+"""Returns a context manager that waits for the call's turn. The items of one answer are taken inside it, so that
+concurrent calls submit their items in a fixed order."""
 log = structlog.get_logger()
 
 
@@ -90,7 +91,7 @@ class Asker:
         )
         answer = await self._chat.ask(question)
         if answer.truncated and needed < self._settings.max_tokens:
-            # Also for later questions, because a model that reasons before it answers does so every time.
+            # Later questions get the higher limit too: a model that reasons before it answers does so every time.
             self._token_factor *= 4
         return answer
 

@@ -21,7 +21,8 @@ class AgentSettings(BaseModel):
     `moves` (choices from a ranked menu of moves; fewest tokens)."""
     feedback: tuple[FeedbackPart, ...] = ("sensitivity", "effects")
     """Facts that prompts state besides the configurations: `sensitivity` (the units that hurt most or least when pruned
-    alone), `weakest` (the units of the best configuration where other rates promise most), `contrast` (how good
+    alone), `weakest` (the units of the best configuration that
+    should be pruned less or more first, as the surrogate predicts), `contrast` (how good
     configurations differ from bad ones) and `effects` (what earlier changes did to the fitness). `[]` gives the paper's
     prompts."""
     proposals_per_call: PositiveInt | None = None

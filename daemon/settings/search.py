@@ -65,8 +65,8 @@ class SearchSettings(Section):
     surrogate ranks highest."""
     first_windows: PositiveInt | None = None
     """Experimental: measure each candidate on this number of windows first. If it is worse on them than the K-th best
-    candidate of earlier rounds (with `evolution`, than the best), do not measure the rest. None measures every
-    candidate on the whole text."""
+    candidate of earlier rounds, do not measure the rest; `evolution` compares it with the best candidate. None measures
+    every candidate on the whole text."""
     fitness: Measure = "perplexity"
     """What the search minimises on data.fitness: `perplexity` (the paper), or `kl`, the divergence from the dense
     model, which is less noisy on short texts."""

@@ -14,8 +14,8 @@ the leading block of G's factor. With G = L·Lᵀ and Z = Lᵀ·Wᵀ, both compu
 
     W'_kᵀ = L_kk⁻ᵀ · Z_k
 
-is one triangular solve per projection. Only a plan that keeps fewer query heads per KV head keeps no prefix, and needs
-a new factor.
+is one triangular solve per projection. If a plan removes query heads from a KV head that it keeps, the kept
+columns are no prefix, and G_kk is factored again.
 """
 
 import torch
@@ -45,7 +45,7 @@ class FittedColumns:
         self._target = self._factor.t() @ stored.flatten(0, -2).float()
 
     def first(self, *counts: int) -> Tensor:
-        """Return the weight [outputs, kept inputs] that keeps the first `counts[i]` entries of leading dimension i."""
+        """Return the weight [outputs, kept inputs] of the columns whose index in dimension i is below `counts[i]`."""
         kept = torch.zeros(self.stored.shape[:-1], dtype=torch.bool)
         kept[tuple(slice(count) for count in counts)] = True
         return self.at(kept)

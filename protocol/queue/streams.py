@@ -142,9 +142,9 @@ class CandidateQueue:
         return new == 1
 
     async def remember_selection(self, round_: int, parents: Sequence[str]) -> tuple[str, ...]:
-        """Store the parents selected for a round, so that a daemon restarted within it uses the same parents.
+        """Store the parents selected for a round. A daemon that restarts during the round uses the same parents.
 
-        Returns the stored parents: the first that were selected for this round.
+        Returns the stored parents, which are not `parents` if some had been stored for this round before.
         """
         keys, args = [self._keys.epoch, self._keys.selections], [self._epoch, round_, json.dumps(parents)]
         kept = read_parents(await self._fenced(lambda: self._scripts["remember_selection"](keys, args)))
