@@ -167,7 +167,7 @@ class Surrogate:
         return covariance
 
     def _covariance_of_change(self, base: "_Inputs", changed: "_Inputs") -> Array:
-        """Return the prior covariance of each change of the rise, from `base` to a point of `changed`, with each outcome.
+        """Return the prior covariance of the rise's changes, from `base` to points of `changed`, with each outcome.
 
         The shape is [points of `changed`, outcomes]. Terms of units that do not change are zero and are not computed.
         """
