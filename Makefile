@@ -22,7 +22,7 @@ types: $(VENV)/installed
 # Three workers on two cores, because tests mostly wait for processes. One thread each, because more would compete.
 tests: export OMP_NUM_THREADS ?= 1
 tests: $(VENV)/installed
-	$(BIN)/pytest -n 3 --dist loadfile --no-loadscope-reorder --durations 25 --durations-min 5
+	$(BIN)/pytest -n 3 --dist loadfile --durations 25 --durations-min 5
 
 test-faults: $(VENV)/installed  ## fault injection on Valkey and Redis; under 40 minutes
 	$(BIN)/pytest tests/faults -m "faults or fault" -o faulthandler_timeout=2500  # some tests take long

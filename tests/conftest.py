@@ -16,14 +16,9 @@ from protocol.queue.keys import Keys
 from tests.support.cli import Cli
 from tests.support.servers import Server, server_binary
 
-SLOW = ("tests/end_to_end/", "tests/daemon/commands/test_prune")
-"""Few tests that take minutes. They run first; otherwise one process would still run them at the end."""
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Leave out the second server if a test needs one of them only, and begin with slow files."""
-    kept = (item for item in items if not (item.get_closest_marker("one_server") and _is_on_redis(item)))
-    items[:] = sorted(kept, key=lambda item: not item.nodeid.startswith(SLOW))
+    """Leave out the second server if a test needs one of them only."""
+    items[:] = [item for item in items if not (item.get_closest_marker("one_server") and _is_on_redis(item))]
 
 
 def _is_on_redis(item: pytest.Item) -> bool:
