@@ -16,6 +16,7 @@ from protocol.queue.keys import Keys
 from tests.support.cli import Cli
 from tests.support.servers import Server, server_binary
 
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Leave out the second server if a test needs one of them only."""
     items[:] = [item for item in items if not (item.get_closest_marker("one_server") and _is_on_redis(item))]
