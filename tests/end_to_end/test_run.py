@@ -172,6 +172,22 @@ async def test_a_run_that_is_killed_is_gone_with_all_it_started_and_goes_on_when
     check_finished(run, await ended(await run.start()))
 
 
+async def test_a_run_that_minimises_divergence_ends_with_the_least_divergent_and_shows_both_figures(run: Run) -> None:
+    answer = await ended(await run.start("search.fitness=kl", "search.rounds=1"))
+    outcomes = [r["outcome"] for r in run.evaluations() if r["agent"] != "baseline"]
+    assert len(outcomes) == 6 + 3 + 2
+    least = min(outcomes, key=lambda outcome: outcome["kl"])
+    best = answer["best"]
+    assert (answer["fitness"], best["kl"], best["perplexity"]) == ("kl", least["kl"], least["perplexity"])
+    assert answer["dense"]["kl"] == answer["dense"]["report_kl"] == 0
+    for row in (answer["uniform"], best):
+        assert row["kl"] > 0 and row["report_kl"] > 0 and row["perplexity"] > 1
+    record = await run.answer("best")
+    assert (record["kl"], record["perplexity"], record["spec"]["measure"]) == (best["kl"], best["perplexity"], "kl")
+    for line in (run.folder / "runs" / "s" / "transcript.jsonl").read_text().splitlines():
+        assert "KL divergence" in line and "perplexity" not in line
+
+
 async def test_killing_the_worker_and_its_child_in_a_run_loses_nothing(run: Run) -> None:
     process = await run.start()
     for number, module in ((3, "gpu_worker.evaluation.process"), (9, "gpu_worker")):

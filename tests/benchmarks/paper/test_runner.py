@@ -211,6 +211,11 @@ def test_a_command_that_fails_is_its_one_sentence(
     assert SubprocessRunner().run(["evaluate"], tmp_path / "log") == Failure(sentence)
 
 
+def test_a_sentence_of_the_real_command_is_kept(tmp_path: Path) -> None:
+    answer = SubprocessRunner().run(["evaluate", "--model", "no/such/folder", "--json"], tmp_path / "log")
+    assert answer == Failure("give --data, the text to measure on")
+
+
 def test_a_real_cell_of_a_tiny_model_becomes_its_table(tmp_path: Path, paper: Paper) -> None:
     (tmp_path / "text.txt").write_text("What is measured here is no more than a few windows of bytes. " * 40)
     text = str(tmp_path / "text.txt")

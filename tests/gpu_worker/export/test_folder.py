@@ -111,12 +111,17 @@ def test_a_signal_between_two_renamings_brings_the_older_export_back(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("force", [False, True])
+def test_missing_parents_are_made(tmp_path: Path, force: bool) -> None:
+    out = tmp_path / "a" / "b" / "out"
+    write_folder(out, write_one, force=force)
+    assert contents(out) == {FACTS: "new"}
+
+
 def test_force_takes_an_empty_folder(tmp_path: Path) -> None:
-    """And makes missing parents."""
     (tmp_path / "empty").mkdir()
-    for out in (tmp_path / "empty", tmp_path / "a" / "b" / "out"):
-        write_folder(out, write_one, force=True)
-        assert contents(out) == {FACTS: "new"}
+    write_folder(tmp_path / "empty", write_one, force=True)
+    assert contents(tmp_path / "empty") == {FACTS: "new"}
 
 
 @pytest.mark.parametrize("force", [False, True])
