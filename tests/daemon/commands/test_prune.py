@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +15,11 @@ import pytest
 from daemon.cli import main
 from daemon.commands.prune import FinetuneFlags, SearchFlags, _best, finetune_recipe, prune_settings
 from daemon.settings.settings import Settings
-from gpu_worker.finetune.prune import check_disk
-from gpu_worker.finetune.prune_records import Goal, Tuning, was_written_unrecorded
 from gpu_worker.models.memory import Machine
 from protocol.errors import SelfPrunerError
-from protocol.results.formats import Destination
 from protocol.runtime.signals import Interrupted
 from tests.support.cli import Cli
 from tests.support.root import ROOT
-from tests.support.samples import SHAPE
 from tests.support.tiny_models import change_config, save_tiny_folder
 from tests.support.tiny_specs import write_text
 
@@ -74,15 +69,6 @@ def settings_file(target: Path) -> Path:
 def settings(target: Path, *overrides: str, out: str | Path = "small", rate: float = 0.3, budget: int = 8) -> Settings:
     search = SearchFlags(budget, config=settings_file(target), set_=list(overrides))
     return prune_settings("m", rate, Path(out), search)
-
-
-def goal_of(chosen: Settings, destination: Destination, **tuned: Any) -> Goal:
-    """A model that is fine-tuned on alpaca.json as these flags say."""
-    given: dict[str, Any] = {"data": "a/alpaca.json"} | tuned
-    flags = FinetuneFlags(**{f"finetune_{name}": value for name, value in given.items()})
-    assert flags.finetune_data is not None
-    tuning = Tuning(flags.finetune_data, finetune_recipe(flags.finetune_data, flags, chosen), flags.finetune_minutes)
-    return Goal(chosen.search.name, chosen.folder, chosen.spec(), destination, tuning)
 
 
 def arguments(target: Path, *options: str) -> list[str]:
@@ -211,29 +197,6 @@ def test_killed_before_it_could_tell_what_it_wrote_the_same_command_goes_on(
     assert main(options) == 0
 
 
-def test_only_a_call_with_the_same_flags_goes_on_with_what_was_not_recorded(target: Path, tmp_path: Path) -> None:
-    chosen = settings(target, f"run.folder={tmp_path}")
-    destination = Destination(tmp_path / "small", ("hf", "gguf"), "q8_0")
-    goal = goal_of(chosen, destination)
-    assert goal.tuning is not None
-    tuning = {"recipe": goal.tuning.recipe.model_dump(mode="json"), "data": "alpaca.json"}
-    facts = {"method": f"search {chosen.search.name}", "rates": [0.3], "formats": ["hf", "gguf"]}
-    for folder in (goal.out, chosen.folder):
-        folder.mkdir(parents=True)
-    (goal.out / "selfpruner.json").write_text(json.dumps(facts | {"finetunings": [tuning]}))
-    (chosen.folder / "best.json").write_text('{"rates": [0.3]}')
-    assert not was_written_unrecorded(goal), "nobody began to write it"
-    (chosen.folder / "begun.json").write_text(json.dumps(goal.flags))
-    assert was_written_unrecorded(goal)
-    for change in ({"data": "b/alpaca.json"}, {"minutes": 1.0}, {"micro_batch": 1}, {"batch": 2}):
-        assert not was_written_unrecorded(goal_of(chosen, destination, **change))
-    assert not was_written_unrecorded(goal_of(chosen, replace(destination, gguf_type="f16")))
-    (goal.out / "selfpruner.json").write_text(json.dumps(facts | {"finetunings": [tuning | {"data": "b.json"}]}))
-    assert not was_written_unrecorded(goal)
-    (chosen.folder / "best.json").write_text("[]")
-    assert not was_written_unrecorded(goal)
-
-
 def test_a_disk_that_fills_beside_the_folder_is_one_sentence(
     here: Path, target: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -278,31 +241,6 @@ def test_force_replaces_what_was_checked_and_nothing_that_was_not(
     first = when_written(here)
     assert main(options) == 0 and when_written(here) == first, "what had been trained is thrown away"
     assert main(options) == 0 and when_written(here) != first, "what is finished is not replaced"
-
-
-def test_the_disk_needs_room_for_both_models_where_they_share_it(
-    here: Path, target: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    asked: list[int] = []
-
-    def check(_folder: Path, needed: int, _what: str, freed: int = 0) -> None:
-        asked.append(needed - freed)
-
-    monkeypatch.setattr("gpu_worker.export.disk_space.check_disk", check)
-    monkeypatch.setattr("gpu_worker.finetune.checkpoint.check_disk", check)
-    chosen = settings(target)
-    goal = goal_of(chosen, Destination(Path("small"), ("hf",)))
-    check_disk(goal, SHAPE)
-    pruned, both = asked
-    written = chosen.folder / "pruned" / "selfpruner.json"
-    written.parent.mkdir(parents=True)
-    written.touch()
-    check_disk(goal, SHAPE)
-    assert asked == [pruned, both, both - pruned]
-    written.unlink()
-    monkeypatch.setattr("gpu_worker.export.disk_space.device_of", lambda folder: folder.name == "small")
-    check_disk(goal, SHAPE)
-    assert asked[3:] == [pruned, both - pruned]
 
 
 def test_killed_in_its_search_the_same_command_goes_on(here: Path, target: Path) -> None:

@@ -168,7 +168,7 @@ def test_what_an_evaluation_held_is_free_again_when_it_ran_out_of_memory(session
 def test_a_device_side_assert_ends_the_process(session: Session) -> None:
     with pytest.raises(DeviceLostError, match="device-side assert"):
         answer_to(RuntimeError("CUDA error: device-side assert triggered\nCompile with TORCH_USE_CUDA_DSA"), session)
-    with pytest.raises(RuntimeError, match="shapes"):  # which nobody expected
+    with pytest.raises(RuntimeError, match="shapes"):  # an unexpected error is raised
         answer_to(RuntimeError("shapes cannot be multiplied"), session)
 
 

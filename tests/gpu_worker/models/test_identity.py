@@ -52,7 +52,7 @@ def bytes_that_count(file: Path, identity: Callable[[], str]) -> list[int]:
 def test_of_a_large_file_its_ends_and_blocks_between_are_looked_at(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a GGUF file all of the header, too."""
+    """The whole header of a GGUF file counts too."""
     for name, value in (("BLOCK", 4), ("BLOCKS", 3), ("GGUF_HEADER", 10)):
         monkeypatch.setattr(module, name, value)
     seen = bytes_that_count(tmp_path / "model.safetensors", lambda: folder_identity(tmp_path))

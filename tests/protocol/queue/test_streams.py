@@ -225,7 +225,7 @@ async def test_repeated_enqueues_while_connections_are_being_cut_leave_one_entry
     await killer.aclose()
     await (
         streams.redis.connection_pool.disconnect()
-    )  # the last cut has closed some, and nobody tries again from here on
+    )  # the last cut has closed some, and nothing is retried from here on
     assert await streams.jobs() == len(many)
     assert await queued(streams.redis, streams.keys) == {c.id for c in many}
 
