@@ -6,6 +6,7 @@
     ├── UsageError              the user's input is wrong: one sentence, exit code 2
     │   ├── SettingsError       an unknown setting or an invalid value
     │   ├── BudgetError         the pruning rate cannot be reached under the bounds
+    │   ├── RuleError           a rule cannot be read, or needs a feature that was not measured
     │   ├── ModelError          the target model is unknown or of an unsupported family
     │   ├── DataError           a text is missing, unreachable or too short
     │   └── SearchExistsError   a search of this name is running, or has other settings
@@ -38,6 +39,10 @@ class SettingsError(UsageError):
 
 class BudgetError(UsageError):
     """No pruning rates within the bounds have the requested mean."""
+
+
+class RuleError(UsageError):
+    """A rule cannot be read, or needs a feature that was not measured."""
 
 
 class ModelError(UsageError):

@@ -1,0 +1,66 @@
+"""Features: what is known about each unit before anything is pruned, as numbers that rules compute with. Pure.
+
+`KNOWN` follow from the model's shape. `MEASURED` come from calibration: a worker measures them raw, and they are
+compared within their kind (attention with attention, MLP with MLP). A measured feature is the logarithm of the raw
+value, standardised to mean 0 and standard deviation 1 among the units of its kind. So a rule that was found on one
+model has a meaning on another.
+"""
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+
+from protocol.plans.shape import Granularity, ModelShape, Unit
+
+KNOWN = {
+    "rate": "target pruning rate β",
+    "attention": "1 for an attention block, otherwise 0",
+    "mlp": "1 for an MLP block, otherwise 0",
+    "depth": "0 for the first layer to 1 for the last",
+    "first": "1 in the first layer, otherwise 0",
+    "last": "1 in the last layer, otherwise 0",
+    "size": "parameters of the unit, divided by the mean of all units",
+}
+MEASURED = {
+    "sensitivity": "KL(dense ‖ pruned) when only this unit is pruned, by β",
+    "outliers": "share of outliers in the layer (OWL, Yin et al., 2024)",
+    "influence": "1 − cosine of the layer's input and output (block influence, ShortGPT, Men et al., 2024)",
+    "fit_error": "share of the output's energy that the least-squares fit loses when the unit is pruned by β",
+    "lost_score": "share of the importance scores that pruning by β removes",
+    "weight": "mean |W| of the projections",
+}
+FEATURES = KNOWN | MEASURED
+SMALLEST = 1e-9
+"""Raw values count as at least this."""
+
+
+def unit_features(
+    shape: ModelShape, rate: float, granularity: Granularity, measured: Mapping[str, Sequence[float]]
+) -> dict[str, tuple[float, ...]]:
+    """Return all features, each with one value per unit; `measured` has raw values per unit, and may lack some."""
+    units = shape.units(granularity)
+    last = len(shape.layers) - 1
+    mean_size = statistics.fmean(unit.parameters for unit in units)
+    known = {
+        "rate": [rate] * len(units),
+        "attention": [float(unit.kind == "attention") for unit in units],
+        "mlp": [float(unit.kind == "mlp") for unit in units],
+        "depth": [unit.layer / max(1, last) for unit in units],
+        "first": [float(unit.layer == 0) for unit in units],
+        "last": [float(unit.layer == last) for unit in units],
+        "size": [unit.parameters / mean_size for unit in units],
+    }
+    compared = {name: _standardised(raw, units) for name, raw in measured.items() if name in MEASURED and raw}
+    return {name: tuple(values) for name, values in (known | compared).items()}
+
+
+def _standardised(raw: Sequence[float], units: Sequence[Unit]) -> list[float]:
+    """Return log(raw), standardised within each kind; 0 where all units of the kind are equal."""
+    logs = [math.log(max(value, SMALLEST)) for value in raw]
+    found = [0.0] * len(logs)
+    for kind in {unit.kind for unit in units}:
+        where = [i for i, unit in enumerate(units) if unit.kind == kind]
+        mean, spread = statistics.fmean(logs[i] for i in where), statistics.pstdev([logs[i] for i in where])
+        for i in where:
+            found[i] = (logs[i] - mean) / spread if spread > SMALLEST else 0.0
+    return found
