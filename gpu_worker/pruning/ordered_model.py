@@ -115,6 +115,15 @@ class _OrderedLayer:
         self._output = FittedColumns(self._output.stored, products.attention_output)
         self._down = FittedColumns(self._down.stored, products.mlp_output)
 
+    def fit_error(self, plan: LayerPlan) -> float | None:
+        """See OrderedModel.fit_error."""
+        if not (isinstance(self._output, FittedColumns) and isinstance(self._down, FittedColumns)):
+            return None
+        heads = self._output.energies(plan.kv_heads, plan.queries_per_kv)
+        channels = self._down.energies(plan.mlp_channels)
+        pruned = [kept_all for kept_all in (heads, channels) if kept_all[0] != kept_all[1]] or [heads]
+        return 1 - sum(kept for kept, _ in pruned) / sum(whole for _, whole in pruned)
+
     def drop_fit(self) -> None:
         """Stop reconstructing. The weights of the applied plan do not change."""
         self._output, self._down = _Columns(self._output.stored), _Columns(self._down.stored)
@@ -195,6 +204,13 @@ class OrderedModel:
         """Return the layer's input `products`, which are in the original order, in the layer's current order."""
         order = self._orders[layer]
         return products if order is None else order.of_products(products)
+
+    def fit_error(self, layer: int, plan: LayerPlan) -> float | None:
+        """Return the share of the energy of o_proj's and down_proj's outputs that the fit of `plan` loses.
+
+        A projection that loses no columns does not count. Returns None without a fit.
+        """
+        return self._layers[layer].fit_error(plan)
 
     def drop_fit(self, layer: int) -> None:
         """Free the data that `fit` keeps of decoder layer `layer`. The applied plan stays reconstructed."""

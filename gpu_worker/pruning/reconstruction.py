@@ -46,9 +46,7 @@ class FittedColumns:
 
     def first(self, *counts: int) -> Tensor:
         """Return the weight [outputs, kept inputs] of the columns whose index in dimension i is below `counts[i]`."""
-        kept = torch.zeros(self.stored.shape[:-1], dtype=torch.bool)
-        kept[tuple(slice(count) for count in counts)] = True
-        return self.at(kept)
+        return self.at(self._first(*counts))
 
     def at(self, kept: Tensor) -> Tensor:
         """Return the weight [outputs, kept inputs] of the columns that `kept` [pieces, ...] marks (at least one).
@@ -58,14 +56,30 @@ class FittedColumns:
         where = kept.flatten().nonzero()[:, 0]
         if len(where) == kept.numel():
             return self.stored.flatten(0, -2).t()
-        if int(where[-1]) == len(where) - 1:
-            factor, target = self._factor[: len(where), : len(where)], self._target[: len(where)]
-        else:
-            rows = self._factor[where.to(self._factor.device)]
-            factor = factored(rows @ rows.t())
-            target = torch.linalg.solve_triangular(factor, rows @ self._target, upper=False)
+        factor, target = self._fit(where)
         fitted: Tensor = torch.linalg.solve_triangular(factor.t(), target, upper=True)
         return fitted.to(self.stored.dtype).t()
+
+    def energies(self, *counts: int) -> tuple[float, float]:
+        """Return E‖fitted output‖² of the first `counts` columns, and that of all columns; both damped.
+
+        With the Cholesky factor, the energy of the fit is ‖Z_k‖².
+        """
+        _, target = self._fit(self._first(*counts).flatten().nonzero()[:, 0])
+        return target.square().sum().item(), self._target.square().sum().item()
+
+    def _first(self, *counts: int) -> Tensor:
+        kept = torch.zeros(self.stored.shape[:-1], dtype=torch.bool)
+        kept[tuple(slice(count) for count in counts)] = True
+        return kept
+
+    def _fit(self, where: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the Cholesky factor L_kk of the columns `where`, and their Z_k."""
+        if int(where[-1]) == len(where) - 1:
+            return self._factor[: len(where), : len(where)], self._target[: len(where)]
+        rows = self._factor[where.to(self._factor.device)]
+        factor = factored(rows @ rows.t())
+        return factor, torch.linalg.solve_triangular(factor, rows @ self._target, upper=False)
 
 
 def damped(products: Tensor) -> Tensor:

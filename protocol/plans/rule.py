@@ -87,7 +87,9 @@ class Node:
         return np.clip(np.nan_to_num(found.astype(float)), -LARGEST, LARGEST)
 
 
-_TOKEN = re.compile(r"\s*(?:(\d+\.?\d*(?:[eE][+-]?\d+)?|\.\d+(?:[eE][+-]?\d+)?)|([A-Za-z_]\w*)|([-+*/(),<>])|(\S))", re.A)
+_TOKEN = re.compile(
+    r"\s*(?:(\d+\.?\d*(?:[eE][+-]?\d+)?|\.\d+(?:[eE][+-]?\d+)?)|([A-Za-z_]\w*)|([-+*/(),<>])|(\S))", re.A
+)
 
 
 class _Reader:
@@ -234,8 +236,10 @@ class Rule(BaseModel):
                 raise RuleError(f"the rule gives the constant {_short(name)} a value, but does not use it")
             _constant(name, value)
         for name in sorted(names - set(FEATURES) - set(self.constants)):
-            raise RuleError(f"{_short(name)!r} is neither a feature nor a constant of the rule: the features are "
-                            f"{', '.join(FEATURES)}")
+            raise RuleError(
+                f"{_short(name)!r} is neither a feature nor a constant of the rule: the features are "
+                f"{', '.join(FEATURES)}"
+            )
         return self
 
     @cached_property
