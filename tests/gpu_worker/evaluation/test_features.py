@@ -1,5 +1,7 @@
 """Features of units, compared with slow computations."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -26,7 +28,7 @@ def test_influence_is_the_angle_between_a_layers_input_and_output() -> None:
     with torch.inference_mode():
         hidden = model.decoder.body(input_ids=WINDOWS, output_hidden_states=True).hidden_states
     # The last hidden states are normed, so that the last layer is left out.
-    expected = [1 - torch.cosine_similarity(a, b, dim=-1).mean().item() for a, b in zip(hidden, hidden[1:-1])]
+    expected = [1 - torch.cosine_similarity(a, b, dim=-1).mean().item() for a, b in itertools.pairwise(hidden[:-1])]
     found = measure_features(OrderedModel(model.decoder, scores_of(model)), scores_of(model), spec_of("layer"), WINDOWS)
     assert found["influence"][: len(expected)] == pytest.approx(expected, rel=1e-3)
     assert "fit_error" not in found
