@@ -6,12 +6,15 @@ from functools import partial
 from agents.llm.endpoint import ChatClient
 from agents.operators.edits import Mix, apply_mix, mix_bounds
 from agents.operators.mixes import mix_menu
+from agents.operators.rules import rule_of
 from agents.operators.sampling import RANKED_MIXES, sample_mix, sample_ranked_mix
-from agents.population.submission import Call
+from agents.operators.strategy import next_step, sample_crossover_step
+from agents.population.submission import Call, Operator
 from agents.population.view import Member, Proposal, Submit, View
 from agents.prompting.descriptions import about_model, mixes_in_words, numbered_lists, numbered_profiles
 from agents.prompting.prompts import Prompt, fill
 from agents.prompting.replies import parse_objects
+from agents.prompting.rules import SHOWN_RULES, features_in_words, rules_in_words, rules_prompt
 from agents.prompting.schemas import MixChoice, mix_schema, mixes_schema, pick
 from agents.prompting.settings import AgentSettings
 from agents.proposer import Proposer, lists_prompt
@@ -34,9 +37,10 @@ class Crossover:
         if len(parents) < 2:
             return 0
 
-        prompts = {"lists": self._lists, "edits": self._edits, "moves": self._mixes}
+        prompts = {"lists": self._lists, "edits": self._edits, "moves": self._mixes, "rules": self._rules}
         make_prompt = partial(prompts[self._settings.reply], parents=parents)
-        operator = sample_ranked_mix if self._settings.reply == "moves" else sample_mix
+        operators: dict[str, Operator] = {"moves": sample_ranked_mix, "rules": sample_crossover_step}
+        operator = operators.get(self._settings.reply, sample_mix)
         return await self._proposer.propose(view, parents, count, submit, make_prompt, operator)
 
     def _lists(self, call: Call, parents: Sequence[Member]) -> Prompt[Proposal]:
@@ -70,6 +74,20 @@ class Crossover:
             parse=lambda text, count: parse_objects(text, MixChoice, apply, count),
             tokens_per_item=MIX_TOKENS,
         )
+
+    def _rules(self, call: Call, parents: Sequence[Member]) -> Prompt[Proposal]:
+        view = call.view
+        ruled = [member for member in view.measured if rule_of(member)][:SHOWN_RULES]
+        if len(ruled) < 2 or next_step(view, call.rng) == "moves":
+            return self._mixes(call, parents)
+        text = fill(
+            "crossover_rules",
+            count=call.count,
+            features=features_in_words(view),
+            rules=rules_in_words(view, ruled),
+            about=about_model(view, self._settings.feedback),
+        )
+        return rules_prompt("crossover_rules", text, call, ruled)
 
     def _edits(self, call: Call, parents: Sequence[Member]) -> Prompt[Proposal]:
         view = call.view

@@ -4,12 +4,14 @@ from collections.abc import Sequence
 
 from agents.llm.endpoint import ChatClient
 from agents.operators.edits import MAX_KEPT, Profile, anchor_layers, apply_profile, profile_bounds
+from agents.operators.rules import sample_rule
 from agents.operators.sampling import sample_profile
 from agents.population.submission import Call
 from agents.population.view import Member, Proposal, Submit, View
 from agents.prompting.descriptions import about_model
 from agents.prompting.prompts import Prompt, fill
 from agents.prompting.replies import parse_objects
+from agents.prompting.rules import examples_of, features_in_words, rules_prompt
 from agents.prompting.schemas import profile_schema
 from agents.prompting.settings import AgentSettings
 from agents.proposer import Proposer, lists_prompt
@@ -26,8 +28,20 @@ class Initializer:
 
     async def propose(self, view: View, count: int, submit: Submit) -> int:
         """Submit candidates until `count` are accepted; return the number accepted."""
-        make_prompt = self._lists if self._settings.reply == "lists" else self._edits
-        return await self._proposer.propose(view, (), count, submit, make_prompt, sample_profile)
+        prompts = {"lists": self._lists, "edits": self._edits, "moves": self._edits, "rules": self._rules}
+        operator = sample_rule if self._settings.reply == "rules" else sample_profile
+        return await self._proposer.propose(view, (), count, submit, prompts[self._settings.reply], operator)
+
+    def _rules(self, call: Call) -> Prompt[Proposal]:
+        text = fill(
+            "initializer_rules",
+            count=call.count,
+            variant=call.index + call.view.round,
+            features=features_in_words(call.view),
+            examples=examples_of(call.view),
+            about=about_model(call.view, self._settings.feedback),
+        )
+        return rules_prompt("initializer_rules", text, call, ())
 
     def _lists(self, call: Call) -> Prompt[Proposal]:
         text = fill("initializer_lists", count=call.count, about=about_model(call.view, self._settings.feedback))

@@ -6,6 +6,7 @@ from functools import partial
 from agents.llm.endpoint import ChatClient
 from agents.operators.edits import MAX_CHANGES, STEPS, Mutation, apply_mutation
 from agents.operators.moves import apply_moves, move_menu
+from agents.operators.rules import rule_of
 from agents.operators.sampling import (
     MAX_MOVES,
     RANKED_MOVES,
@@ -13,7 +14,8 @@ from agents.operators.sampling import (
     sample_mutation,
     sample_ranked_moves,
 )
-from agents.population.submission import Call
+from agents.operators.strategy import next_step, sample_mutation_step
+from agents.population.submission import Call, Operator
 from agents.population.view import Member, Proposal, Submit, View
 from agents.prompting.descriptions import (
     about_model,
@@ -25,6 +27,14 @@ from agents.prompting.descriptions import (
 from agents.prompting.feedback import Feedback, feedback_on
 from agents.prompting.prompts import Prompt, fill
 from agents.prompting.replies import parse_objects
+from agents.prompting.rules import (
+    SHOWN_RULES,
+    effects_of_rules,
+    features_in_words,
+    rules_in_words,
+    rules_prompt,
+    where_wrong,
+)
 from agents.prompting.schemas import MoveChoice, moves_schema, mutation_schema, pick
 from agents.prompting.settings import AgentSettings
 from agents.proposer import Proposer, lists_prompt
@@ -47,11 +57,12 @@ class Mutator:
         if not parents:
             return 0
 
-        prompts = {"lists": self._lists, "edits": self._edits, "moves": self._moves}
+        prompts = {"lists": self._lists, "edits": self._edits, "moves": self._moves, "rules": self._rules}
         make_prompt = partial(
             prompts[self._settings.reply], parents=parents, feedback=feedback_on(view, self._settings.feedback)
         )
-        operator = sample_ranked_moves if self._settings.reply == "moves" else sample_mutation
+        operators: dict[str, Operator] = {"moves": sample_ranked_moves, "rules": sample_mutation_step}
+        operator = operators.get(self._settings.reply, sample_mutation)
         return await self._proposer.propose(view, parents, count, submit, make_prompt, operator)
 
     def _lists(self, call: Call, parents: Sequence[Member], feedback: Feedback) -> Prompt[Proposal]:
@@ -91,6 +102,26 @@ class Mutator:
             parse=lambda text, count: parse_objects(text, MoveChoice, apply, count),
             tokens_per_item=MOVE_TOKENS,
         )
+
+    def _rules(self, call: Call, parents: Sequence[Member], feedback: Feedback) -> Prompt[Proposal]:
+        view, rng = call.view, call.rng
+        if next_step(view, rng) == "moves":
+            return self._moves(call, parents, feedback)
+        ruled = [member for member in view.measured if rule_of(member)]
+        shown = call.sample_members(ruled[:SHOWN_RULES], 1)[0]
+        text = fill(
+            "mutator_rules",
+            count=call.count,
+            variant=call.index + view.round,
+            features=features_in_words(view),
+            fitness=fitness_in_words(view, shown),
+            rule=rule_of(shown),
+            others=rules_in_words(view, [member for member in ruled[: SHOWN_RULES + 1] if member is not shown]),
+            wrong=where_wrong(view, shown),
+            effects=effects_of_rules(view) if "effects" in self._settings.feedback else [],
+            about=about_model(view, self._settings.feedback),
+        )
+        return rules_prompt("mutator_rules", text, call, [shown])
 
     def _edits(self, call: Call, parents: Sequence[Member], feedback: Feedback) -> Prompt[Proposal]:
         view = call.view

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 
 from agents.operators.genetic import tournament
-from agents.operators.sampling import sample_profile
 from agents.population.submission import Call, NothingLeft, Operator, Submitter
 from agents.population.view import Member, Selection, Submit, View
 from protocol.plans.candidate import AgentName
@@ -39,11 +38,14 @@ class OperatorAgent:
 
 
 class RandomInitializer:
-    """Proposes random profiles over depth."""
+    """Proposes samples of an operator that needs no parents."""
+
+    def __init__(self, operator: Operator) -> None:
+        self._operator = operator
 
     async def propose(self, view: View, count: int, submit: Submit) -> int:
         """Submit candidates until `count` are accepted; return the number accepted."""
-        return await OperatorAgent("initializer", sample_profile, 0).propose(view, (), count, submit)
+        return await OperatorAgent("initializer", self._operator, 0).propose(view, (), count, submit)
 
 
 class TournamentSelector:

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import structlog
 
 from agents.population.view import Refused, Submit, View
-from protocol.errors import BudgetError
-from protocol.plans.allocation import Allocation, DenseMeasurements, Method, allocation_rates
+from protocol.errors import BudgetError, RuleError
+from protocol.plans.allocation import Allocation, DenseMeasurements, allocation_rates
 from protocol.plans.candidate import Provenance
 from protocol.plans.plan import MLP_FIRST_LIMIT
 from protocol.plans.shape import ModelShape, Unit
@@ -15,37 +15,40 @@ from protocol.plans.single_unit_pruning import single_unit_removed_share
 log = structlog.get_logger()
 
 
-async def submit_seeds(methods: Sequence[Method], view: View, submit: Submit) -> None:
-    """Submit the rates of each method; skip methods that cannot reach the pruning rate or give a known plan."""
-    for index, method in enumerate(methods):
-        provenance = Provenance(agent="seed", source="allocation", round=0, call=index)
+async def submit_seeds(seeds: Sequence[Allocation], view: View, submit: Submit) -> None:
+    """Submit the rates of each allocation; skip those that cannot reach the pruning rate or give a known plan."""
+    for index, seed in enumerate(seeds):
+        rule = str(seed.rule) if seed.method == "rule" else None
+        provenance = Provenance(agent="seed", source="allocation", round=0, call=index, rule=rule)
         try:
-            result = await submit(seed_rates(method, view), provenance)
-        except BudgetError as error:
+            result = await submit(seed_rates(seed, view), provenance)
+        except (BudgetError, RuleError) as error:
             result = Refused(str(error))
         if isinstance(result, Refused):
-            log.info("seed_left_out", method=method, reason=result.reason)
+            log.info("seed_left_out", method=seed.method, reason=result.reason)
 
 
-def seed_rates(method: Method, view: View) -> tuple[float, ...]:
-    """Return the rates of a method, computed from the model profile.
+def seed_rates(seed: Allocation, view: View) -> tuple[float, ...]:
+    """Return the rates of an allocation, computed from the model profile.
 
-    Most methods give one rate per layer and do not split it between attention and MLP. At block granularity, the MLP
-    then takes as much of that rate as possible, because removing heads in every layer does the most damage. Raise
-    BudgetError if the method cannot reach the pruning rate, or if the profile, written by an older version, lacks the
-    measurements that the method needs.
+    Rules and `sensitivity` give a rate per unit. The other methods give one rate per layer and do not split it between
+    attention and MLP. At block granularity, the MLP then takes as much of that rate as possible, because removing heads
+    in every layer does the most damage. Raise BudgetError if the method cannot reach the pruning rate, or if the
+    profile, written by an older version, lacks the measurements that the method needs, and RuleError if a rule needs a
+    feature that was not measured.
     """
-    spec, profile = view.spec, view.profile
+    spec, profile, method = view.spec, view.profile, seed.method
     if (method == "owl" and not profile.outliers) or (method == "sensitivity" and not profile.sensitivity):
         raise BudgetError(f"the model profile does not have what {method} needs")
     findings = DenseMeasurements(
         outliers=profile.outliers,
         sensitivity=profile.sensitivity,
         removed=[single_unit_removed_share(unit, spec, profile.shape) for unit in view.units],
+        features=view.raw_features,
     )
-    if method == "sensitivity" or spec.granularity == "layer":
-        return allocation_rates(Allocation(method=method), findings, profile.shape, spec.rate, spec.granularity)
-    by_layer = allocation_rates(Allocation(method=method), findings, profile.shape, spec.rate, "layer")
+    if method in ("sensitivity", "rule") or spec.granularity == "layer":
+        return allocation_rates(seed, findings, profile.shape, spec.rate, spec.granularity)
+    by_layer = allocation_rates(seed, findings, profile.shape, spec.rate, "layer")
     return tuple(_block_rate(unit, by_layer[unit.layer], profile.shape) for unit in view.units)
 
 

@@ -116,6 +116,14 @@ class Surrogate:
         """Return the mean of the predicted rise, in nats."""
         return float(self._mean(np.array([self._shares(plan)]))[0])
 
+    def predict_shares(self, shares: Array) -> tuple[Array, Array]:
+        """Return mean and standard deviation of the rise, in nats, of plans that remove `shares` [plans, units]."""
+        inputs = self._inputs(shares)
+        covariance = self._covariance(inputs, self._observed)
+        mean = inputs.prior + covariance @ self._weights
+        variance = self._prior_variance(inputs) - (covariance @ self._inverse * covariance).sum(axis=1)
+        return mean, np.sqrt(np.maximum(variance, 0.0))
+
     def predict_changes(self, rates: Sequence[float], changes: Sequence[Mapping[int, float]]) -> tuple[Array, Array]:
         """Predict how the rise changes from `rates` when some units get other rates.
 
@@ -165,6 +173,16 @@ class Surrogate:
             covariance += (kernel.unit_std * scale) ** 2 * np.exp(square / (-2 * kernel.unit_length_scale**2))
         covariance += (kernel.joint_std * scale) ** 2 * np.exp(distance / (-2 * kernel.joint_length_scale**2))
         return covariance
+
+    def _prior_variance(self, inputs: "_Inputs") -> Array:
+        """Return the prior variance of the rise of each point."""
+        scale, kernel = self._scale, self._kernel
+        units = inputs.removed.shape[1]
+        variance: Array = (OFFSET_STD * scale) ** 2 + COMMON_FACTOR_STD**2 * inputs.prior**2
+        variance += UNIT_FACTOR_STD**2 * (inputs.unit_priors**2).sum(axis=1)
+        variance += (kernel.slope_std * scale) ** 2 * (inputs.removed**2).sum(axis=1)
+        variance += (units * kernel.unit_std**2 + kernel.joint_std**2) * scale**2
+        return variance
 
     def _covariance_of_change(self, base: "_Inputs", changed: "_Inputs") -> Array:
         """Return the prior covariance of the rise's changes, from `base` to points of `changed`, with each outcome.

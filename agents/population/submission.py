@@ -75,6 +75,7 @@ class Submitter:
             parents=proposal.parents,
             endpoint=endpoint,
             prompt=prompt,
+            rule=proposal.rule,
         )
         result = await self._submit(proposal.rates, provenance)
         if result == BUDGET_USED_UP:

@@ -6,6 +6,7 @@ from functools import cached_property
 
 from protocol.errors import BudgetError
 from protocol.plans.candidate import AgentName, Candidate, Provenance, Source, candidate_id
+from protocol.plans.features import RawFeatures, raw_features, unit_features
 from protocol.plans.profile import ModelProfile
 from protocol.plans.shape import Unit
 from protocol.plans.spec import SearchSpec
@@ -58,6 +59,19 @@ class View:
         """The units, in the order of the rates."""
         return self.profile.shape.units(self.spec.granularity)
 
+    @cached_property
+    def raw_features(self) -> RawFeatures:
+        """What was measured of each unit before pruning."""
+        profile = self.profile
+        return raw_features(
+            self.units, sensitivity=profile.sensitivity, outliers=profile.outliers, others=profile.features
+        )
+
+    @cached_property
+    def features(self) -> Mapping[str, tuple[float, ...]]:
+        """The features of the units that rules compute with, one value per unit."""
+        return unit_features(self.profile.shape, self.spec.rate, self.spec.granularity, self.raw_features)
+
     def candidate_id(self, rates: Sequence[float]) -> str | None:
         """Return the id of the candidate that these raw rates become; None if no plan fits them."""
         shape = self.profile.shape
@@ -104,10 +118,11 @@ A plan that the same call proposed before is accepted again, because a call is r
 
 @dataclass(frozen=True)
 class Proposal:
-    """Raw rates, one per unit, and the ids of the parents."""
+    """Raw rates, one per unit, the ids of the parents, and the rule that gave the rates, if one did."""
 
     rates: tuple[float, ...]
     parents: tuple[str, ...] = ()
+    rule: str | None = None
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
 
-ReplyFormat = Literal["lists", "edits", "moves"]
+ReplyFormat = Literal["lists", "edits", "moves", "rules"]
 FeedbackPart = Literal["sensitivity", "weakest", "contrast", "effects"]
 """Facts that prompts may state. `sensitivity`: the units that hurt most and least when pruned alone. `weakest`: the
 units of the best configuration that would gain most from less pruning, and those that would lose least from more.
@@ -17,8 +17,9 @@ class AgentSettings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
     reply: ReplyFormat = "lists"
-    """Form of the LLM's replies: `lists` of all rates (the paper; needs a large model), `edits` (small changes), or
-    `moves` (choices from a ranked menu of moves; fewest tokens)."""
+    """Form of the LLM's replies: `lists` of all rates (the paper; needs a large model), `edits` (small changes),
+    `moves` (choices from a ranked menu of moves; fewest tokens), or `rules` (experimental: formulas that compute the
+    rates from features of the units, then moves)."""
     feedback: tuple[FeedbackPart, ...] = ("sensitivity", "effects")
     """Facts that prompts state besides the configurations: `sensitivity` (the units that hurt most or least when pruned
     alone), `weakest` (the units of the best configuration that

@@ -158,6 +158,10 @@ class MethodFlags:
         int | None, typer.Option(min=0, help="llm-pruner: number of last layers to leave unpruned.")
     ] = None
     outlier_threshold: Annotated[float, typer.Option(help="owl: M, an outlier exceeds M times the mean.")] = 5.0
+    rule: Annotated[
+        str | None,
+        typer.Option(help="rule: `default`, a file with a rule or a search's rules.json, or the rule itself."),
+    ] = None
     outlier_range: Annotated[float, typer.Option(help="owl: λ, the largest distance of a layer's rate from β.")] = 0.08
 
 

@@ -2,7 +2,7 @@
 
 import asyncio
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 import structlog
 import typer
@@ -16,6 +16,7 @@ from daemon.commands.request import (
     measured_texts,
     pruning_request,
     refuse_given,
+    refuse_unread,
     request_of_search,
     self_if_none,
     text_of,
@@ -34,10 +35,10 @@ log = structlog.get_logger()
 
 @flags.grouped
 def allocate(
-    method: Annotated[Method, typer.Argument(help="Allocation method.")],
+    method: Annotated[Method | None, typer.Argument(help="Allocation method; `rule` with --rule.")] = None,
+    *,
     model: Annotated[str, typer.Option(help="A Hugging Face name, a folder, or `smollm2`.")],
     rate: Annotated[float, typer.Option(help="Pruning rate β: the share of decoder parameters to remove.")],
-    *,
     texts: flags.CalibrationFlags,
     how: flags.PruningFlags,
     options: flags.MethodFlags,
@@ -46,6 +47,10 @@ def allocate(
     json_: flags.Json = False,
 ) -> None:
     """Compute pruning rates without a search; with --json, a file for `--rates` of other commands."""
+    if method is None and options.rule is None:
+        raise SettingsError(f"give an allocation method: {', '.join(get_args(Method))}")
+    method = method or "rule"
+    refuse_unread(method, options)
     spec, allocation = allocation_spec(model, rate, texts, how, dtype=dtype, seed=seed), allocation_of(method, options)
     with show_progress(model) as progress:
         from gpu_worker.evaluation.one_shot import allocate_once

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from daemon.commands.flags import CalibrationFlags, ChoiceFlags, ExportTexts, MethodFlags, PruningFlags, TextFlags
 from daemon.settings.errors import validation_sentence
+from daemon.settings.rules import read_rule
 from daemon.settings.target import check_text, text_spec
 from protocol.errors import DataError, SettingsError
 from protocol.plans.allocation import Allocation, Method, PruningRequest
@@ -62,7 +63,7 @@ def pruning_request(
         raise SettingsError("give either --rates FILE or --allocate METHOD with --rate")
     if choice.allocate is not None and choice.rate is None:
         raise SettingsError("--allocate needs --rate, the share of decoder parameters to remove")
-    refuse_unread(choice, options)
+    refuse_unread(choice.allocate, options)
     file = RatesFile(rates=()) if choice.rates is None else read_rates(choice.rates)
     given = {"rate": choice.rate, **asdict(how)}
     pruning = file.spec.model_dump() | {name: value for name, value in given.items() if value is not None}
@@ -102,14 +103,15 @@ _READ_BY = {
     "last_layers": "llm-pruner",
     "outlier_threshold": "owl",
     "outlier_range": "owl",
+    "rule": "rule",
 }
 
 
-def refuse_unread(choice: ChoiceFlags, options: MethodFlags) -> None:
+def refuse_unread(chosen: Method | None, options: MethodFlags) -> None:
     """Raise SettingsError for an option of a method other than the chosen one."""
     for name, method in _READ_BY.items():
-        if getattr(options, name) != getattr(MethodFlags(), name) and choice.allocate != method:
-            raise SettingsError(f"--{name.replace('_', '-')} is for --allocate {method}")
+        if getattr(options, name) != getattr(MethodFlags(), name) and chosen != method:
+            raise SettingsError(f"--{name.replace('_', '-')} is for the allocation {method}")
 
 
 NEEDED_BY_ANY_HEADS = {"granularity": "layer", "split": "equal", "scoring": "dense"}
@@ -132,9 +134,10 @@ def refuse_given(why: str, *groups: object) -> None:
 
 
 def allocation_of(method: Method, options: MethodFlags) -> Allocation:
-    """Return the allocation from the flags. Raises SettingsError for an option out of range."""
+    """Return the allocation from the flags. Raises UsageError for an option out of range or an invalid rule."""
     try:
-        return Allocation(method=method, **asdict(options))
+        rule = read_rule(options.rule or "default")
+        return Allocation(method=method, **{**asdict(options), "rule": rule})
     except ValidationError as error:
         raise SettingsError(validation_sentence(error)) from error
 

@@ -241,6 +241,8 @@ def best(record: dict[str, Any]) -> Iterator[RenderableType]:
     yield f"perplexity {found.perplexity:,.2f}{kl}; {_measured_on(spec.fitness.source, found.tokens, found.seqlen)}"
     who = found.provenance
     yield f"candidate {found.id}, made by the {who.agent} ({who.source}) in round {who.round}"
+    if who.rule:
+        yield f"rule: {who.rule}"
     yield _layers(found.rates, found.plan, found.shape)
     yield _parameters(found.parameters)
     yield f"next: selfpruner export --search {found.search} --out DIR"

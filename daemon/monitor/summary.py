@@ -54,6 +54,10 @@ class Summary(Value):
     uniform: Row
     best_allocation: Row | None
     """The best allocation in the first population (search.seeds)."""
+    best_rule: Row | None
+    """The best candidate whose rates come from a rule, if the search made any."""
+    rule: str | None
+    """The rule of that candidate."""
     best: Row | None
     rates: tuple[float, ...]
     """The rates of the best candidate."""
@@ -68,6 +72,7 @@ def summarise(search: str, state: SearchState, counters: dict[str, float], *, fi
     """Return the result of a search; `counters` has the seconds and the tokens used."""
     spec, profile, population = state.spec, state.profile, state.population
     best, best_allocation = population.best(), _best_allocation(population)
+    best_rule = next((e for e in population.top(None) if e.candidate.provenance.rule), None)
     uniform = spec.uniform_plan(profile.shape)
     uniform_evaluation = population.get(candidate_id(uniform, spec.fingerprint))
     outcomes = Counter(e.outcome.kind for e in population if e.candidate.is_proposal)
@@ -82,6 +87,8 @@ def summarise(search: str, state: SearchState, counters: dict[str, float], *, fi
         dense=_dense_row(spec, profile),
         uniform=_row(spec, count_parameters(uniform, profile.shape), uniform_evaluation, population),
         best_allocation=_measured_row(spec, best_allocation, population),
+        best_rule=_measured_row(spec, best_rule, population),
+        rule=best_rule.candidate.provenance.rule if best_rule else None,
         best=_measured_row(spec, best, population),
         rates=best.candidate.rates if best else (),
         candidates={
@@ -156,6 +163,7 @@ def _table(summary: Summary) -> Table:
         "dense": summary.dense,
         uniform: summary.uniform,
         "best allocation without a search": summary.best_allocation,
+        "best rule": summary.best_rule,
         "best": summary.best,
     }
     for name, row in rows.items():
@@ -204,6 +212,7 @@ def _lines(summary: Summary) -> list[str]:
     return [
         *_overfitting(summary),
         *weak,
+        *([f"best rule: {summary.rule}"] if summary.rule else []),
         f"candidates by agent: {listed(summary.candidates['by_agent'])}",
         f"candidates by source: {listed(summary.candidates['by_source'])}",
         f"measured {outcome['measured']}, failed {outcome['failed']}{stopped}; "

@@ -6,6 +6,7 @@ from agents.crossover import Crossover
 from agents.initializer import BestOfN, Initializer
 from agents.llm.endpoint import ChatClient
 from agents.mutator import Mutator
+from agents.operators.rules import sample_rule
 from agents.operators.sampling import (
     sample_mix,
     sample_mutation,
@@ -13,8 +14,9 @@ from agents.operators.sampling import (
     sample_ranked_mix,
     sample_ranked_moves,
 )
+from agents.operators.strategy import sample_crossover_step, sample_mutation_step
 from agents.selector import Selector
-from daemon.search.roles import Agents, OffspringRole, SelectorRole
+from daemon.search.roles import Agents, InitializerRole, OffspringRole, SelectorRole
 from daemon.settings.llm import LlmSettings
 from daemon.settings.packages import need
 from daemon.settings.search import SearchSettings
@@ -29,7 +31,12 @@ def make_agents(search: SearchSettings, llm: LlmSettings, chat: ChatClient) -> A
     if search.proposer == "best-of-n":
         return Agents(initializer, None, BestOfN(initializer), None)
     if search.proposer != "llm":
-        return Agents(RandomInitializer(), None, _offspring_agent(search), None)
+        return Agents(RandomInitializer(sample_profile), None, _offspring_agent(search), None)
+    initializers: dict[str, InitializerRole] = {
+        "llm": initializer,
+        "random": RandomInitializer(sample_profile),
+        "rules": RandomInitializer(sample_rule),
+    }
     selectors: dict[str, SelectorRole | None] = {
         "llm": Selector(chat, llm),
         "tournament": TournamentSelector(),
@@ -39,14 +46,16 @@ def make_agents(search: SearchSettings, llm: LlmSettings, chat: ChatClient) -> A
         "llm": Mutator(chat, llm),
         "classical": OperatorAgent("mutator", sample_mutation, min_parents=1),
         "ranked": OperatorAgent("mutator", sample_ranked_moves, min_parents=1),
+        "rules": OperatorAgent("mutator", sample_mutation_step, min_parents=1),
     }
     crossovers: dict[str, OffspringRole] = {
         "llm": Crossover(chat, llm),
         "classical": OperatorAgent("crossover", sample_mix, min_parents=2),
         "ranked": OperatorAgent("crossover", sample_ranked_mix, min_parents=2),
+        "rules": OperatorAgent("crossover", sample_crossover_step, min_parents=2),
     }
     return Agents(
-        initializer=initializer if search.initializer == "llm" else RandomInitializer(),
+        initializer=initializers[search.initializer],
         selector=selectors[search.selector],
         mutator=mutators[search.mutator],
         crossover=crossovers[search.crossover],

@@ -61,7 +61,7 @@ class Search:
 
     async def _populate(self) -> None:
         """Run round 0: seeds, the uniform baseline, and the Initializer's first population."""
-        await submit_seeds(self.settings.seeds, self.view(0), self.admission.submit)
+        await submit_seeds(self.settings.seed_allocations, self.view(0), self.admission.submit)
         await self.admission.measure_uniform()
         proposals = self.state.proposals
         count = min(self.settings.population, self.settings.planned) - proposals.made("seed", 0)

@@ -4,14 +4,24 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, PositiveFloat, PositiveInt, model_validator
 
+from daemon.settings.rules import seed_allocation
 from daemon.settings.section import Section
-from protocol.plans.allocation import Method
+from protocol.errors import UsageError
+from protocol.plans.allocation import Allocation
 from protocol.plans.plan import Split
 from protocol.plans.shape import Granularity
 from protocol.plans.spec import Importance, Measure, Reconstruction, Scoring
 from protocol.queue.keys import check_search_name
 
 ProposerName = Literal["llm", "best-of-n", "random", "evolution", "cma-es"]
+
+
+def _checked_seed(seed: str) -> str:
+    try:
+        seed_allocation(seed)
+    except UsageError as error:
+        raise ValueError(str(error)) from None
+    return seed
 
 
 class SearchSettings(Section):
@@ -46,23 +56,24 @@ class SearchSettings(Section):
     budget_hours: PositiveFloat | None = None
     """Maximum running time in hours, including pauses and summed over restarts; none means no limit. Candidates that
     are already queued are still measured."""
-    seeds: tuple[Method, ...] = ()
-    """Allocations included in the first population, any of `uniform`, `first-layer`, `owl`, `llm-pruner` and
-    `sensitivity`, such as `[owl, uniform]`."""
+    seeds: tuple[Annotated[str, AfterValidator(_checked_seed)], ...] = ()
+    """Allocations included in the first population, any of `uniform`, `first-layer`, `owl`, `llm-pruner`,
+    `sensitivity` and `rule`, such as `[rule, owl]`. `rule:FILE` takes the rule in a file, or the best rule in the
+    rules.json of another search."""
     proposer: ProposerName = "llm"
     """What proposes candidates: `llm` (the paper), or a method to compare the LLM with: `best-of-n` (the LLM without
     feedback), `random`, `evolution` (EvoPress) or `cma-es`."""
-    initializer: Literal["llm", "random"] = "llm"
-    """What makes the first population if search.proposer is `llm`: the LLM, or `random` profiles."""
+    initializer: Literal["llm", "random", "rules"] = "llm"
+    """What makes the first population if search.proposer is `llm`: the LLM, `random` profiles, or random `rules`."""
     selector: Literal["llm", "tournament", "none"] = "llm"
     """What chooses the parents: the LLM, a `tournament`, or `none`, which shows Mutator and Crossover the whole
     population, as in the paper's combined prompts."""
-    mutator: Literal["llm", "classical", "ranked"] = "llm"
-    """What mutates: the LLM, a `classical` operator, or `ranked`, a random choice among the moves that the surrogate
-    ranks highest."""
-    crossover: Literal["llm", "classical", "ranked"] = "llm"
-    """What crosses over: the LLM, a `classical` operator, or `ranked`, a random choice among the mixes that the
-    surrogate ranks highest."""
+    mutator: Literal["llm", "classical", "ranked", "rules"] = "llm"
+    """What mutates: the LLM, a `classical` operator, `ranked`, a random choice among the moves that the surrogate
+    ranks highest, or `rules`, genetic programming over rules and such moves in turn."""
+    crossover: Literal["llm", "classical", "ranked", "rules"] = "llm"
+    """What crosses over: the LLM, a `classical` operator, `ranked`, a random choice among the mixes that the
+    surrogate ranks highest, or `rules`, crossover of rules and such mixes in turn."""
     first_windows: PositiveInt | None = None
     """Experimental: measure each candidate on this number of windows first. If it is worse on them than the K-th best
     candidate of earlier rounds, do not measure the rest; `evolution` compares it with the best candidate. None measures
@@ -109,6 +120,11 @@ class SearchSettings(Section):
             if self.proposer != "llm" and getattr(self, agent) != "llm":
                 raise ValueError(f"search.{agent} is for the proposer `llm`, not for {self.proposer!r}")
         return self
+
+    @property
+    def seed_allocations(self) -> tuple[Allocation, ...]:
+        """The allocations of `seeds`, in their order."""
+        return tuple(seed_allocation(seed) for seed in self.seeds)
 
     def check_first_population(self, tokens: int) -> None:
         """Raise ValueError if max_tokens does not cover the first population, at `tokens` per candidate."""

@@ -1,4 +1,4 @@
-"""The folder of a search: spec, profile, best, every evaluation, the LLM's transcript and the log.
+"""The folder of a search: spec, profile, best, rules, every evaluation, the LLM's transcript and the log.
 
 Redis has the authoritative state. The folder is a copy that survives the server. If the server has lost data, the next
 start restores it from the folder (daemon/state/recovery.py). `evaluations.jsonl` is rewritten from the history at every
@@ -8,7 +8,7 @@ RETRY_SECONDS.
 
 import asyncio
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
 from pathlib import Path
@@ -32,8 +32,11 @@ EVALUATIONS = "evaluations.jsonl"
 SPEC = "spec.json"
 PROFILE = "profile.json"
 BEST = "best.json"
+RULES = "rules.json"
 STATUS_FILE = "status.json"
 RETRY_SECONDS = 2.0
+KEPT_RULES = 20
+"""Maximum number of rules in rules.json, best first."""
 
 log = structlog.get_logger()
 
@@ -162,10 +165,12 @@ class _Copy:
             SPEC: {"search": search, "fingerprint": spec.fingerprint, **spec.model_dump()},
             PROFILE: profile.model_dump(mode="json"),
         }
-        self._files = {name: AtomicFile(folder / name) for name in (SPEC, PROFILE, BEST)}
+        self._files = {name: AtomicFile(folder / name) for name in (SPEC, PROFILE, BEST, RULES)}
         self._lines: AppendOnlyFile | None = None
         self._written = 0
         self._known_best: Evaluation | None = None
+        self._read_for_rules = 0
+        self._rules: list[tuple[float, Evaluation]] = []
         for name, file in self._files.items():
             folder_errors.watch(name, lambda file=file: file.is_gone)  # type: ignore[misc]
         folder_errors.watch(EVALUATIONS, lambda: self._lines is not None and self._lines.is_gone)
@@ -179,6 +184,8 @@ class _Copy:
         if best is not None and best is not self._known_best:
             self._unwritten[BEST] = best_record(self._search, self._spec, self._shape, best)
             self._known_best = best
+        if self._finds_rules():
+            self._unwritten[RULES] = rules_record(self._search, self._spec, [e for _, e in self._rules])
         for name, file in self._files.items():
             with self._folder_errors.writing(name):
                 if record := self._unwritten.get(name):
@@ -188,6 +195,14 @@ class _Copy:
                     file.write_again()
         with self._folder_errors.writing(EVALUATIONS):
             self._write_evaluations()
+
+    def _finds_rules(self) -> bool:
+        """Take the rules of new evaluations into the best rules; return whether there were any."""
+        new = self.evaluations[self._read_for_rules :]
+        self._read_for_rules += len(new)
+        ruled = [(e.outcome.fitness, e) for e in new if e.candidate.provenance.rule and isinstance(e.outcome, Measured)]
+        self._rules = sorted([*self._rules, *ruled], key=lambda pair: pair[0])[:KEPT_RULES]
+        return bool(ruled)
 
     def close(self) -> None:
         """Close the file of the evaluations."""
@@ -253,6 +268,22 @@ def best_record(search: str, spec: SearchSpec, shape: ModelShape, best: Evaluati
         "shape": shape.model_dump(),
         "spec": spec.model_dump(),
     }
+
+
+def rules_record(search: str, spec: SearchSpec, ruled: Sequence[Evaluation]) -> dict[str, Any]:
+    """Return the contents of rules.json: the rules of these evaluations, and what they were measured on."""
+    rules = [
+        {
+            "rule": evaluation.candidate.provenance.rule,
+            "perplexity": evaluation.outcome.perplexity,
+            "kl": evaluation.outcome.kl,
+            **evaluation.candidate.provenance.model_dump(mode="json", include={"agent", "source", "round"}),
+            "id": evaluation.candidate.id,
+        }
+        for evaluation in ruled
+        if isinstance(evaluation.outcome, Measured)
+    ]
+    return {"search": search, "rules": rules, "spec": spec.model_dump()}
 
 
 def json_text(record: Mapping[str, Any]) -> str:

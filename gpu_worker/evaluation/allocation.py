@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from gpu_worker.evaluation.features import measure_features
 from gpu_worker.evaluation.sensitivity import measure_sensitivity
 from gpu_worker.evaluation.target import Target
 from gpu_worker.models.loading import LoadedModel
@@ -16,6 +17,7 @@ from protocol.plans.allocation import (
     llm_pruner_rates,
     uniform_rates,
 )
+from protocol.plans.features import MEASURED, RawFeatures, raw_features
 from protocol.plans.plan import check_rates
 from protocol.plans.shape import ModelShape
 from protocol.plans.single_unit_pruning import single_unit_removed_share
@@ -40,8 +42,12 @@ def prepare(
         _check_choice(request, model.decoder.shape)
 
     choice = request.choice
-    threshold = choice.outlier_threshold if isinstance(choice, Allocation) and choice.method == "owl" else None
+    threshold = choice.outlier_threshold if isinstance(choice, Allocation) and _needs_outliers(choice) else None
     return Target(request.spec, progress, outlier_threshold=threshold, check=check_first, measured=measured)
+
+
+def _needs_outliers(choice: Allocation) -> bool:
+    return choice.method == "owl" or (choice.method == "rule" and "outliers" in choice.rule.features)
 
 
 def _check_choice(request: PruningRequest, shape: ModelShape) -> None:
@@ -68,12 +74,22 @@ def choose_rates(target: Target, choice: Choice, progress: Progress = no_progres
 def allocate(target: Target, allocation: Allocation, progress: Progress = no_progress) -> tuple[float, ...]:
     """Return the method's pruning rates, one per unit, whose mean is exactly the spec's rate.
 
-    `target` comes from `prepare`. Raises BudgetError if the method cannot reach the rate.
+    `target` comes from `prepare`. Raises BudgetError if the method cannot reach the rate, RuleError if a rule needs a
+    feature that this spec does not have.
     """
     spec, shape = target.spec, target.shape
-    findings = DenseMeasurements(outliers=target.outliers)
-    if allocation.method == "sensitivity":
+    units = shape.units(spec.granularity)
+    needed = allocation.rule.features & MEASURED.keys() if allocation.method == "rule" else {allocation.method}
+    rises: tuple[float, ...] = ()
+    if "sensitivity" in needed:
         rises = measure_sensitivity(target.ordered, spec, target.calibration, progress)
-        removed = [single_unit_removed_share(unit, spec, shape) for unit in shape.units(spec.granularity)]
-        findings = DenseMeasurements(sensitivity=rises, removed=removed)
+    others: RawFeatures = {}
+    if needed - {"sensitivity", "outliers"} and allocation.method == "rule":
+        others = measure_features(target.ordered, target.importance, spec, target.calibration)
+    findings = DenseMeasurements(
+        outliers=target.outliers,
+        sensitivity=rises,
+        removed=[single_unit_removed_share(unit, spec, shape) for unit in units],
+        features=raw_features(units, sensitivity=rises, outliers=target.outliers, others=others),
+    )
     return allocation_rates(allocation, findings, shape, spec.rate, spec.granularity)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gpu_worker.evaluation.features import measure_features
 from gpu_worker.evaluation.sensitivity import measure_sensitivity
 from gpu_worker.evaluation.target import ShareText, Target
 from gpu_worker.measuring.divergence import DensePredictions, dense_predictions, divergence
@@ -108,7 +109,11 @@ class Session:
         texts = self.target.texts
         dense = self._dense("fitness", texts.fitness, progress)
         report = None if texts.report is None else self._dense("report", texts.report, progress)
-        rises = measure_sensitivity(self.target.ordered, self.spec, texts.calibration, progress) if sensitivity else ()
+        rises: tuple[float, ...] = ()
+        features: dict[str, tuple[float, ...]] = {}
+        if sensitivity:
+            rises = measure_sensitivity(self.target.ordered, self.spec, texts.calibration, progress)
+            features = measure_features(self.target.ordered, self.target.importance, self.spec, texts.calibration)
         return ModelProfile(
             fingerprint=self.spec.fingerprint,
             model=self.spec.model,
@@ -117,6 +122,7 @@ class Session:
             dense_report=report,
             sensitivity=rises,
             outliers=self.target.outliers,
+            features=features,
             texts=texts.digest,
             device=device_name(self.target.model.device),
         )

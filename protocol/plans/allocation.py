@@ -1,4 +1,4 @@
-"""Allocations (uniform, OWL, LLM-Pruner, sensitivity): pruning rates without a search, used as baselines. Pure.
+"""Allocations (uniform, OWL, LLM-Pruner, sensitivity, a rule): pruning rates without a search. Pure.
 
 Each method computes one raw rate per unit. `feasible` then returns the nearest rates with five decimals and a mean of
 exactly β.
@@ -6,20 +6,22 @@ exactly β.
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat
 
 from protocol.errors import BudgetError
 from protocol.plans.any_heads import Heads
+from protocol.plans.features import RawFeatures, unit_features
 from protocol.plans.plan import unit_bounds
 from protocol.plans.rates import feasible
+from protocol.plans.rule import DEFAULT_RULE, Rule
 from protocol.plans.shape import Granularity, ModelShape, Unit
 from protocol.plans.spec import Reconstruction, SearchSpec
 from protocol.plans.value import Value
 
-Method = Literal["uniform", "first-layer", "owl", "llm-pruner", "sensitivity"]
+Method = Literal["uniform", "first-layer", "owl", "llm-pruner", "sensitivity", "rule"]
 
 OUTLIER_THRESHOLD = 5.0
 """OWL's M, the authors' default."""
@@ -49,6 +51,7 @@ class Allocation(Value):
     """LLM-Pruner: number of first layers that are not pruned; None means an eighth (4 of 32)."""
     last_layers: NonNegativeInt | None = None
     """LLM-Pruner: number of last layers that are not pruned; None means a sixteenth (2 of 32)."""
+    rule: Rule = DEFAULT_RULE
 
 
 Choice = tuple[float, ...] | Allocation
@@ -77,6 +80,8 @@ class DenseMeasurements:
     """Per unit: KL divergence from the dense model when only this unit is pruned."""
     removed: Sequence[float] = ()
     """Per unit: the share of its parameters that was removed to measure `sensitivity`."""
+    features: RawFeatures = field(default_factory=dict)
+    """What a rule computes with."""
 
 
 def allocation_rates(
@@ -84,7 +89,7 @@ def allocation_rates(
 ) -> tuple[float, ...]:
     """Return the method's pruning rates, one per unit, with a mean of exactly `rate`.
 
-    Raises BudgetError if the method cannot reach that mean.
+    Raises BudgetError if the method cannot reach that mean, RuleError if a rule needs a feature that is missing.
     """
     if allocation.method == "uniform":
         return uniform_rates(shape, rate, granularity)
@@ -94,6 +99,9 @@ def allocation_rates(
         return owl_rates(findings.outliers, allocation.outlier_range, shape, rate, granularity)
     if allocation.method == "llm-pruner":
         return llm_pruner_rates(allocation.first_layers, allocation.last_layers, shape, rate, granularity)
+    if allocation.method == "rule":
+        values = allocation.rule.values(unit_features(shape, rate, granularity, findings.features))
+        return _on_budget(values, shape, rate, granularity)
     return sensitivity_rates(findings.sensitivity, findings.removed, shape, rate, granularity)
 
 

@@ -43,6 +43,8 @@ class Provenance(FiniteValue):
     parents: tuple[str, ...] = ()
     endpoint: str | None = None
     prompt: str | None = None
+    rule: str | None = None
+    """The rule that gave the rates (protocol/plans/rule.py), if one did."""
 
     @property
     def log_fields(self) -> dict[str, Any]:

@@ -33,11 +33,22 @@ FEATURES = KNOWN | MEASURED
 SMALLEST = 1e-9
 """Raw values count as at least this."""
 
+RawFeatures = Mapping[str, Sequence[float]]
+"""The measured features as they were measured, with one value per unit. Some may be missing."""
+
+
+def raw_features(
+    units: Sequence[Unit], *, sensitivity: Sequence[float], outliers: Sequence[float], others: RawFeatures
+) -> dict[str, Sequence[float]]:
+    """Return the measured features; `outliers` are per layer, the rest per unit. Empty ones were not measured."""
+    found = {**others, "sensitivity": sensitivity, "outliers": [outliers[unit.layer] for unit in units if outliers]}
+    return {name: values for name, values in found.items() if values}
+
 
 def unit_features(
-    shape: ModelShape, rate: float, granularity: Granularity, measured: Mapping[str, Sequence[float]]
+    shape: ModelShape, rate: float, granularity: Granularity, measured: RawFeatures
 ) -> dict[str, tuple[float, ...]]:
-    """Return all features, each with one value per unit; `measured` has raw values per unit, and may lack some."""
+    """Return the features that are known, each with one value per unit."""
     units = shape.units(granularity)
     last = len(shape.layers) - 1
     mean_size = statistics.fmean(unit.parameters for unit in units)
@@ -50,7 +61,7 @@ def unit_features(
         "last": [float(unit.layer == last) for unit in units],
         "size": [unit.parameters / mean_size for unit in units],
     }
-    compared = {name: _standardised(raw, units) for name, raw in measured.items() if name in MEASURED and raw}
+    compared = {name: _standardised(raw, units) for name, raw in measured.items() if name in MEASURED}
     return {name: tuple(values) for name, values in (known | compared).items()}
 
 

@@ -1,6 +1,6 @@
 """ModelProfile: the data about the target model that a worker publishes before the LLM is asked."""
 
-from pydantic import NonNegativeInt, PositiveFloat
+from pydantic import Field, NonNegativeInt, PositiveFloat
 
 from protocol.errors import UsageError
 from protocol.plans.shape import ModelShape
@@ -32,6 +32,8 @@ class ModelProfile(FiniteValue):
     """Per unit: KL(dense ‖ pruned) in nats per token when only this unit is pruned, at the search's rate."""
     outliers: tuple[float, ...] = ()
     """Per layer: OWL's share of outliers, in percent (M = 5). Empty unless importance is `wanda-sp`."""
+    features: dict[str, tuple[float, ...]] = Field(default_factory=dict)
+    """Per unit: the measured features of protocol/plans/features.py, other than sensitivity and outliers."""
     texts: str
     """Digest of the token windows of all texts, by which workers with different files are detected."""
     device: str

@@ -2,13 +2,14 @@
 
 A rule prints as one line that a person can read:
 
-    rate - a*attention - b*log(sensitivity) with a = 0.4, b = 0.1
+    rate - 0.4*attention - 0.1*sensitivity
 
 Its values, one per unit, are projected onto the budget, and so become pruning rates on any model that has the features
-(protocol/plans/features.py). The language has numbers, features, named constants, `+ - * /`, the functions in
-`FUNCTIONS`, and `where(x < y, …, …)`. The reader below builds a tree that numpy evaluates: nothing is executed, and
-each formula has a value on all inputs, because division, logarithm and square root are protected as in genetic
-programming (Koza, 1992) and values are bounded.
+(protocol/plans/features.py). The language has numbers, features, `+ - * /`, the functions in `FUNCTIONS`, and
+`where(x < y, …, …)`. A number may have a name: `rate - a*attention with a = 0.4` is read as `rate - 0.4*attention`.
+
+The reader below builds a tree that numpy evaluates: nothing is executed. Each formula has a value on all inputs,
+because division, logarithm and square root are protected as in genetic programming (Koza, 1992) and values are bounded.
 """
 
 import math
@@ -19,16 +20,17 @@ from functools import cached_property
 from typing import Any, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from protocol.errors import RuleError
 from protocol.plans.features import FEATURES
 
-MOST_CHARACTERS = 1000
-MOST_NODES = 40
+MAX_CHARACTERS = 1000
+MAX_NODES = 40
 """Limit of numbers, names, operators and functions in a formula."""
-MOST_CONSTANT = 1000.0
+MAX_NUMBER = 1000.0
 """Limit of a number's size in a formula."""
+TOO_LARGE = f"the formula of a rule has at most {MAX_NODES} numbers, names and operators"
 LARGEST = 1e6
 """Values of all parts of a formula are clipped to ± this."""
 SMALLEST = 1e-6
@@ -38,7 +40,13 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
 def _divide(over: Array, under: Array) -> Array:
-    return over / np.where(np.abs(under) < SMALLEST, np.copysign(SMALLEST, under), under)
+    divided: Array = over / np.where(np.abs(under) < SMALLEST, np.copysign(SMALLEST, under), under)
+    return divided
+
+
+def _choose(test: Array, yes: Array, no: Array) -> Array:
+    chosen: Array = np.where(test != 0, yes, no)
+    return chosen
 
 
 FUNCTIONS: dict[str, tuple[int, Callable[..., Array]]] = {
@@ -59,7 +67,7 @@ _OPERATORS: dict[str, tuple[int, Callable[..., Array]]] = {
     "negative": (1, np.negative),
     "<": (2, np.less),
     ">": (2, np.greater),
-    "where": (3, lambda test, yes, no: np.where(test != 0, yes, no)),
+    "where": (3, _choose),
 }
 _MEANING = FUNCTIONS | _OPERATORS
 
@@ -77,14 +85,50 @@ class Node:
         for part in self.parts:
             yield from part
 
-    def evaluate(self, values: Mapping[str, Array]) -> Array:
-        """Return the value per unit; `values` has an array for each name."""
+    def evaluate(self, values: Mapping[str, Array], numbers: Iterator[Array]) -> Array:
+        """Return the value per unit; `values` has an array for each name, `numbers` one for each number in turn."""
         if isinstance(self.head, float):
-            return np.asarray(self.head)
+            return next(numbers)
         if not self.parts:
             return values[self.head]
-        found = _MEANING[self.head][1](*(part.evaluate(values) for part in self.parts))
-        return np.clip(np.nan_to_num(found.astype(float)), -LARGEST, LARGEST)
+        found = _MEANING[self.head][1](*[part.evaluate(values, numbers) for part in self.parts])
+        bounded: Array = np.clip(np.nan_to_num(found.astype(float)), -LARGEST, LARGEST)
+        return bounded
+
+
+_PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2, "negative": 3}
+
+
+def _text(node: Node, within: int) -> str:
+    """Return the text of a part that stands in a part of precedence `within`. Numbers have four digits."""
+    if isinstance(node.head, float):
+        number = f"{node.head:.4g}"
+        return f"({number})" if node.head < 0 else number
+    if not node.parts:
+        return node.head
+    if node.head in ("<", ">"):
+        return f"{_text(node.parts[0], 0)} {node.head} {_text(node.parts[1], 0)}"
+    own = _PRECEDENCE.get(node.head)
+    if own is None:
+        return f"{node.head}({', '.join(_text(part, 0) for part in node.parts)})"
+    if node.head == "negative":
+        text = f"-{_text(node.parts[0], own)}"
+    else:
+        (left, right), sign = node.parts, node.head
+        if own == 1 and (positive := _negated(right)):
+            right, sign = positive, "+" if sign == "-" else "-"
+        space = " " if own == 1 else ""
+        text = f"{_text(left, own)}{space}{sign}{space}{_text(right, own + 1)}"
+    return f"({text})" if own < within else text
+
+
+def _negated(node: Node) -> Node | None:
+    """Return the part with the opposite sign if it begins with a negative number, else None."""
+    if isinstance(node.head, float):
+        return Node(-node.head) if node.head < 0 else None
+    if node.head in ("*", "/") and (first := _negated(node.parts[0])):
+        return Node(node.head, (first, *node.parts[1:]))
+    return None
 
 
 _TOKEN = re.compile(
@@ -95,7 +139,10 @@ _TOKEN = re.compile(
 class _Reader:
     """Reads a formula by recursive descent."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, numbers: Mapping[str, float]) -> None:
+        if len(text) > MAX_CHARACTERS:
+            raise RuleError(f"a rule has at most {MAX_CHARACTERS} characters")
+        self._numbers, self._used = numbers, set[str]()
         self._tokens: list[str] = []
         for number, name, sign, other in _TOKEN.findall(text):
             if other:
@@ -109,13 +156,15 @@ class _Reader:
         """Return the whole formula."""
         found = self._sum()
         if self._tokens:
-            raise RuleError(f"the formula of a rule cannot go on with {self._tokens[-1]!r}")
+            raise RuleError(f"the formula of a rule cannot go on with {_short(self._tokens[-1])!r}")
+        for name in self._numbers.keys() - self._used:
+            raise RuleError(f"the rule gives the constant {_short(name)} a value, but does not use it")
         return found
 
     def _node(self, head: str | float, *parts: Node) -> Node:
         self._nodes += 1
-        if self._nodes > MOST_NODES:
-            raise RuleError(f"the formula of a rule has at most {MOST_NODES} numbers, names and operators")
+        if self._nodes > MAX_NODES:
+            raise RuleError(TOO_LARGE)
         return Node(head, parts)
 
     def _next_is(self, *signs: str) -> bool:
@@ -141,8 +190,8 @@ class _Reader:
 
     def _factor(self) -> Node:
         self._depth += 1
-        if self._depth > MOST_NODES:
-            raise RuleError(f"the formula of a rule is nested at most {MOST_NODES} deep")
+        if self._depth > MAX_NODES:
+            raise RuleError(f"the formula of a rule is nested at most {MAX_NODES} deep")
         found = self._signed()
         self._depth -= 1
         return found
@@ -151,7 +200,9 @@ class _Reader:
         if self._next_is("-", "+"):
             sign = self._tokens.pop()
             part = self._factor()
-            return self._node("negative", part) if sign == "-" else part
+            if sign == "+":
+                return part
+            return Node(-part.head) if isinstance(part.head, float) else self._node("negative", part)
         if self._next_is("("):
             self._take("(")
             found = self._sum()
@@ -165,8 +216,19 @@ class _Reader:
             raise RuleError(f"the formula of a rule needs a number or a name before {found}")
         token = self._tokens.pop()
         if token[0].isdigit() or token[0] == ".":
-            return self._node(_constant(token, float(token)))
-        return self._call(token) if self._next_is("(") else self._node(token)
+            return self._node(_bounded(token, float(token)))
+        return self._call(token) if self._next_is("(") else self._name(token)
+
+    def _name(self, name: str) -> Node:
+        if name in self._numbers:
+            self._used.add(name)
+            return self._node(self._numbers[name])
+        if name not in FEATURES:
+            raise RuleError(
+                f"{_short(name)!r} is neither a feature nor a constant of the rule: the features are "
+                f"{', '.join(FEATURES)}"
+            )
+        return self._node(name)
 
     def _call(self, name: str) -> Node:
         if name not in (*FUNCTIONS, "where"):
@@ -190,70 +252,64 @@ class _Reader:
 
 
 class Rule(BaseModel):
-    """A formula over features of units with its named constants, valid once made."""
+    """A formula over features of units, valid once made, in the form in which it prints."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
-    formula: str = Field(max_length=MOST_CHARACTERS)
-    constants: dict[str, float] = {}
-    """Constants are named, so that they can be tuned while the formula stays."""
+    formula: str
 
     @classmethod
     def parse(cls, text: str) -> Self:
-        """Read a rule from one line: the formula, then `with name = number, …` if it has constants.
+        """Read a rule from one line: the formula, then `with name = number, …` if it names numbers.
 
         Raises RuleError.
         """
-        if len(text) > 2 * MOST_CHARACTERS:
-            raise RuleError(f"a rule has at most {2 * MOST_CHARACTERS} characters")
+        if len(text) > MAX_CHARACTERS:
+            raise RuleError(f"a rule has at most {MAX_CHARACTERS} characters")
         formula, *rest = re.split(r"\bwith\b", text, maxsplit=1)
-        constants = {}
-        for entry in filter(str.strip, ",".join(rest).split(",")):
-            found = re.fullmatch(r"\s*([A-Za-z_]\w*)\s*=\s*([-+]?[\d.]+(?:[eE][-+]?\d+)?)\s*", entry, re.A)
-            try:
-                name, number = found.groups() if found else (None, "")
-                constants[str(name)] = float(number)
-            except ValueError:
-                raise RuleError(
-                    f"a constant of a rule is given as name = number, not as {_short(entry.strip())!r}"
-                ) from None
-        return cls(formula=formula.strip(), constants=constants)
+        return cls.of(_Reader(formula, _named_numbers("".join(rest))).read())
 
-    @field_validator("formula", mode="before")
     @classmethod
-    def _is_short(cls, formula: object) -> object:
-        if isinstance(formula, str) and len(formula) > MOST_CHARACTERS:
-            raise RuleError(f"the formula of a rule has at most {MOST_CHARACTERS} characters")
-        return formula
-
-    @model_validator(mode="after")
-    def _is_sound(self) -> Self:
-        names = {node.head for node in self.tree if isinstance(node.head, str) and not node.parts}
-        for name, value in self.constants.items():
-            if name in FEATURES or name in FUNCTIONS:
-                raise RuleError(f"{name} cannot be a constant of a rule, because it has another meaning")
-            if name not in names:
-                raise RuleError(f"the rule gives the constant {_short(name)} a value, but does not use it")
-            _constant(name, value)
-        for name in sorted(names - set(FEATURES) - set(self.constants)):
-            raise RuleError(
-                f"{_short(name)!r} is neither a feature nor a constant of the rule: the features are "
-                f"{', '.join(FEATURES)}"
-            )
-        return self
+    def of(cls, tree: Node) -> Self:
+        """Return the rule of a tree. Raises RuleError for a tree that is too large."""
+        if sum(1 for _ in tree) > MAX_NODES:
+            raise RuleError(TOO_LARGE)
+        return cls(formula=_text(tree, 0))
 
     @cached_property
     def tree(self) -> Node:
-        """The parsed formula. Raises RuleError."""
-        return _Reader(self.formula).read()
+        """The parsed formula."""
+        return _Reader(self.formula, {}).read()
+
+    @model_validator(mode="after")
+    def _is_sound(self) -> Self:
+        _ = self.tree
+        return self
 
     @property
     def features(self) -> frozenset[str]:
         """The features that the formula uses."""
         return frozenset(node.head for node in self.tree if isinstance(node.head, str) and node.head in FEATURES)
 
+    @property
+    def numbers(self) -> tuple[float, ...]:
+        """The numbers in the formula, from left to right."""
+        return tuple(node.head for node in self.tree if isinstance(node.head, float))
+
+    def with_numbers(self, numbers: Sequence[float]) -> Self:
+        """Return the formula with other numbers, one for each of `numbers`; each is clipped to ± MAX_NUMBER."""
+        left = iter(numbers)
+        return type(self).of(_renumbered(self.tree, left))
+
     def values(self, features: Mapping[str, Sequence[float]]) -> tuple[float, ...]:
         """Return the rule's value of each unit, before it is projected onto the budget.
+
+        Raises RuleError if `features` lacks a feature of the rule.
+        """
+        return tuple(self.values_with(features, np.array([self.numbers]))[0].tolist())
+
+    def values_with(self, features: Mapping[str, Sequence[float]], numbers: Array) -> Array:
+        """Return `values` [rules, units] of the formula with other numbers [rules, numbers of the formula].
 
         Raises RuleError if `features` lacks a feature of the rule.
         """
@@ -263,19 +319,45 @@ class Rule(BaseModel):
         given = {name: np.nan_to_num(np.asarray(features[name], dtype=float)) for name in self.features}
         units = len(next(iter(features.values())))
         with np.errstate(all="ignore"):
-            found = self.tree.evaluate(given | {name: np.asarray(value) for name, value in self.constants.items()})
-        return tuple(np.broadcast_to(found, units).tolist())
+            found = self.tree.evaluate(given, iter(np.clip(numbers, -MAX_NUMBER, MAX_NUMBER).T[:, :, None]))
+        return np.broadcast_to(found, (len(numbers), units))
 
     def __str__(self) -> str:
-        constants = ", ".join(f"{name} = {value:.4g}" for name, value in self.constants.items())
-        return f"{self.formula} with {constants}" if constants else self.formula
+        return self.formula
 
 
-def _constant(name: str, value: float) -> float:
-    if not abs(value) <= MOST_CONSTANT:
-        raise RuleError(f"the number {_short(name)} of a rule is larger than {MOST_CONSTANT:g}")
+def _renumbered(node: Node, numbers: Iterator[float]) -> Node:
+    if isinstance(node.head, float):
+        return Node(min(max(float(next(numbers)), -MAX_NUMBER), MAX_NUMBER))
+    return Node(node.head, tuple(_renumbered(part, numbers) for part in node.parts))
+
+
+def _named_numbers(text: str) -> dict[str, float]:
+    """Read `name = number, …`. Raises RuleError."""
+    found = {}
+    for entry in filter(str.strip, text.split(",")):
+        parts = re.fullmatch(r"\s*([A-Za-z_]\w*)\s*=\s*([-+]?[\d.]+(?:[eE][-+]?\d+)?)\s*", entry, re.A)
+        try:
+            name, number = parts.groups() if parts else ("", "")
+            found[name] = _bounded(name, float(number))
+        except ValueError:
+            raise RuleError(
+                f"a constant of a rule is given as name = number, not as {_short(entry.strip())!r}"
+            ) from None
+        if name in FEATURES or name in FUNCTIONS:
+            raise RuleError(f"{name} cannot be a constant of a rule, because it has another meaning")
+    return found
+
+
+def _bounded(name: str, value: float) -> float:
+    if not abs(value) <= MAX_NUMBER:
+        raise RuleError(f"the number {_short(name)} of a rule is larger than {MAX_NUMBER:g}")
     return value
 
 
 def _short(text: str) -> str:
     return text if len(text) <= 40 else text[:37] + "…"
+
+
+DEFAULT_RULE = Rule.parse("rate - 0.4*attention - 0.1*sensitivity")
+"""The rule of `--allocate rule`, found by benchmarks/search/rules.py."""

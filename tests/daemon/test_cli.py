@@ -52,6 +52,7 @@ def test_evaluate_takes_the_rates_of_a_file(target: Path, tmp_path: Path, cli: C
         ("first-layer", []),
         ("llm-pruner", ["--first-layers", "1", "--last-layers", "0"]),
         ("sensitivity", []),
+        ("rule", ["--rule", "rate - 0.1*sensitivity - 0.1*influence - 0.01*outliers"]),
     ],
 )
 def test_allocate_writes_a_file_that_evaluate_takes(
@@ -110,7 +111,9 @@ def test_a_bad_rates_file_gets_one_sentence(target: Path, tmp_path: Path, cli: C
             ["--allocate", "llm-pruner", "--rate", "0.3", "--first-layers", "3", "--last-layers", "1"],
             "no layer is left to prune",
         ),
-        ([*UNIFORM, "--outlier-range", "0.1"], "--outlier-range is for --allocate owl"),
+        ([*UNIFORM, "--outlier-range", "0.1"], "--outlier-range is for the allocation owl"),
+        (["--allocate", "rule", "--rate", "0.3", "--rule", "log("], "needs a number or a name before the end"),
+        ([*UNIFORM, "--rule", "default"], "--rule is for the allocation rule"),
         ([*UNIFORM, "--seed", "9" * 30], "seed"),
         ([*UNIFORM, "--multiple-of", "1000"], "multiples of 1000: the narrowest MLP"),
         (["--scoring", "sequential"], "--scoring has no effect here: the model is measured as is"),
@@ -180,13 +183,15 @@ def test_without_a_command_there_is_help_and_code_2(cli: Cli) -> None:
 def test_flags_are_refused_before_torch_is_loaded() -> None:
     commands = [
         ["allocate", "uniform", "--model", "smollm2", "--rate", "2"],
+        ["allocate", "--model", "smollm2", "--rate", "0.3"],
+        ["allocate", "owl", "--rule", "default", "--model", "smollm2", "--rate", "0.3"],
         ["evaluate", "--model", "smollm2", "--allocate", "uniform", "--data", "self"],
         ["export", "--model", "smollm2", "--out", "here"],
         ["export", "--model", "smollm2", *UNIFORM, "--out", "."],
     ]
     code = f"import sys; from daemon.cli import main; print([main(c) for c in {commands}], 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    assert done.stdout == "[2, 2, 2, 2] False\n"
+    assert done.stdout == "[2, 2, 2, 2, 2, 2] False\n"
 
 
 def test_a_signal_ends_an_export_with_a_sentence_and_leaves_nothing(target: Path, tmp_path: Path) -> None:

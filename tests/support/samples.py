@@ -76,12 +76,17 @@ def profile_for(spec: SearchSpec) -> ModelProfile:
 
 
 def candidate(
-    rates: tuple[float, ...], *, agent: str = "mutator", round_: int = 1, spec: SearchSpec = SPEC
+    rates: tuple[float, ...],
+    *,
+    agent: str = "mutator",
+    round_: int = 1,
+    spec: SearchSpec = SPEC,
+    rule: str | None = None,
 ) -> Candidate:
     """Return the candidate with these rates."""
     feasible = spec.feasible(rates, SHAPE)
     plan = spec.plan(feasible, SHAPE)
-    provenance = Provenance.model_validate({"agent": agent, "source": "llm", "round": round_})
+    provenance = Provenance.model_validate({"agent": agent, "source": "llm", "round": round_, "rule": rule})
     return Candidate(id=candidate_id(plan, spec.fingerprint), rates=feasible, plan=plan, provenance=provenance)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import time
 from typing import Any
 
@@ -22,8 +23,20 @@ def value_of(schema: dict[str, Any], rng: random.Random) -> Any:
             return rng.randint(schema["minimum"], schema["maximum"])
         case "number":
             return round(rng.uniform(schema.get("minimum", 0.0), schema.get("maximum", 1.0)), 5)
+        case "string":
+            return _formula(schema["pattern"], rng)
         case other:
             raise AssertionError(f"no value for type {other!r}")
+
+
+def _formula(pattern: str, rng: random.Random) -> str:
+    """Return a rule that the pattern of rules allows; the first group of names in it is that of the features."""
+    names = re.search(r"\(([a-z_|]+)\)", pattern[pattern.index("(-)?") :])
+    assert names is not None
+    terms = [f" {rng.choice('+-')} 0.{rng.randint(0, 99)}*{rng.choice(names[1].split('|'))}" for _ in range(3)]
+    text = "rate" + "".join(terms)
+    assert re.search(pattern, text)
+    return text
 
 
 def answer(body: dict[str, Any], *, after: float = 0) -> str:

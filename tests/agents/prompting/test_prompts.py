@@ -40,7 +40,7 @@ class Listener:
 
 
 async def accept(rates: Sequence[float], provenance: Provenance) -> Accepted:
-    return Accepted("0" * 16)
+    return Accepted(f"{hash(tuple(rates)) % 2**64:016x}")
 
 
 def view_of(granularity: Granularity, *, sensitivity: bool = True, measure: Measure = "perplexity") -> View:
@@ -51,10 +51,12 @@ def view_of(granularity: Granularity, *, sensitivity: bool = True, measure: Meas
     )
     members = tuple(
         Member(
-            candidate(tuple(0.3 + shift * (2 * i / (units - 1) - 1) for i in range(units)), spec=spec),
+            candidate(tuple(0.3 + shift * (2 * i / (units - 1) - 1) for i in range(units)), spec=spec, rule=rule),
             20.0 + rank if measure == "perplexity" else 0.4 + rank / 300,
         )
-        for rank, shift in enumerate((0.2, 0.1, 0.05, -0.1))
+        for rank, (shift, rule) in enumerate(
+            ((0.2, None), (0.1, "rate - 0.1 + 0.2*depth"), (0.05, "rate + 0.1*depth"), (-0.1, None))
+        )
     )
     return View(spec, profile, 1, members, {}, members)
 
@@ -74,16 +76,17 @@ async def prompt_of(
 ) -> str:
     chat = Listener()
     settings = AgentSettings(reply=reply, proposals_per_call=2, feedback=feedback)
+    count = 12 if reply == "rules" else 2  # some of whose questions are for rules, the others for moves
     match agent:
         case "initializer":
-            await Initializer(chat, settings).propose(view, 2, accept)
+            await Initializer(chat, settings).propose(view, count, accept)
         case "selector":
             await Selector(chat, settings).select(view, 2)
         case "mutator":
-            await Mutator(chat, settings).propose(view, view.population, 2, accept)
+            await Mutator(chat, settings).propose(view, view.population, count, accept)
         case _:
-            await Crossover(chat, settings).propose(view, view.population, 2, accept)
-    return chat.prompts[0]
+            await Crossover(chat, settings).propose(view, view.population, count, accept)
+    return next((text for text in chat.prompts if "A rule is a formula" in text), chat.prompts[0])
 
 
 def check_golden(name: str, text: str) -> None:
@@ -94,7 +97,7 @@ def check_golden(name: str, text: str) -> None:
 
 
 every_agent = pytest.mark.parametrize("agent", AGENTS)
-every_reply = pytest.mark.parametrize("reply", ["lists", "edits", "moves"])
+every_reply = pytest.mark.parametrize("reply", get_args(ReplyFormat))
 every_granularity = pytest.mark.parametrize("granularity", ["layer", "block"])
 
 
@@ -123,7 +126,7 @@ async def test_nothing_is_said_of_fragile_units_where_none_are_known(agent: str,
     assert "ragile" not in text and "hurt" not in text
 
 
-@every_reply
+@pytest.mark.parametrize("reply", ["lists", "edits", "moves"])
 async def test_each_part_of_the_feedback_has_a_switch(reply: ReplyFormat) -> None:
     view = view_with_history()
     everything = await prompt_of("mutator", reply, view, get_args(FeedbackPart))
@@ -133,6 +136,16 @@ async def test_each_part_of_the_feedback_has_a_switch(reply: ReplyFormat) -> Non
         assert words in everything and words not in nothing
         alone = await prompt_of("mutator", reply, view, (part,))
         assert [other for other in PARTS if PARTS[other] in alone] == [part]
+
+
+async def test_prompts_for_rules_say_where_a_rule_is_wrong_and_what_changes_did() -> None:
+    view = view_with_history()
+    text = await prompt_of("mutator", "rules", view)
+    check_golden("mutator_rules_feedback", text)
+    assert (
+        "The best configuration so far differs from this rule" in text and "What earlier changes of rules did" in text
+    )
+    assert "What earlier changes of rules did" not in await prompt_of("mutator", "rules", view, ("sensitivity",))
 
 
 def test_what_was_wrong_reads_as_its_golden_text() -> None:
@@ -151,6 +164,9 @@ def view_with_history() -> View:
         rates = [r + shift * (j == i) - shift * (j == 7 - i) for j, r in enumerate(first.candidate.rates)]
         child = candidate(tuple(rates[:units]), spec=view.spec)
         who = child.provenance.model_copy(update={"parents": (first.candidate.id,), "round": 1 + i % 2})
+        if i == 3:
+            rule = view.population[1].candidate
+            who = who.model_copy(update={"parents": (rule.id,), "rule": "rate - 0.05 + 0.1*depth"})
         children.append(Member(child.model_copy(update={"provenance": who}), 19.0 + 2 * i))
     measured = tuple(sorted((*view.population, *children), key=lambda m: m.fitness))
     recent = tuple(Tried(m.candidate, m.fitness) for m in measured)

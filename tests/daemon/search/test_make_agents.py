@@ -1,5 +1,6 @@
 """Who proposes: the methods that the LLM's search is compared with, its agents replaced one by one, and seeds."""
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,12 +14,16 @@ from redis.asyncio import Redis
 from agents.baselines.cma_es import CmaEsMutator
 from agents.baselines.seeds import seed_rates
 from agents.population.view import Accepted, Refused, View
+from agents.prompting.settings import ReplyFormat
+from daemon.monitor.summary import summarise
 from daemon.search.search import Search
+from daemon.settings.rules import seed_allocation
 from daemon.settings.search import SearchSettings
 from protocol.errors import BudgetError
-from protocol.plans.allocation import Method
+from protocol.plans.allocation import Allocation, Method
 from protocol.plans.candidate import Provenance, candidate_id
 from protocol.plans.plan import attention_levels
+from protocol.plans.rule import Rule
 from protocol.plans.shape import LayerShape, ModelShape
 from protocol.plans.spec import SearchSpec
 from protocol.queue.keys import Keys
@@ -40,13 +45,20 @@ def settings(**update: Any) -> SearchSettings:
 
 
 async def searched(
-    redis: Redis, name: str, folder: Path, chosen: SearchSettings, spec: SearchSpec = SPEC
+    redis: Redis,
+    name: str,
+    folder: Path,
+    chosen: SearchSettings,
+    spec: SearchSpec = SPEC,
+    reply: ReplyFormat = "edits",
 ) -> tuple[Search, SchemaChat]:
     chat = SchemaChat()
     profile = BLOCK_PROFILE.model_copy(
         update={"sensitivity": BLOCK_PROFILE.sensitivity[: len(SHAPE.units(spec.granularity))]}
     )
-    conducted = Conducted(redis, Keys(name), folder / name, settings=chosen, chat=chat, spec=spec, profile=profile)
+    conducted = Conducted(
+        redis, Keys(name), folder / name, settings=chosen, chat=chat, spec=spec, profile=profile, reply=reply
+    )
     return await conducted.searched(), chat
 
 
@@ -199,25 +211,44 @@ async def test_each_agent_of_the_llm_can_be_replaced_or_left_out(
 
 @pytest.mark.parametrize("spec", [SPEC, BLOCKS], ids=["layer", "block"])
 async def test_seeds_are_members_of_the_first_population(redis: Redis, tmp_path: Path, spec: SearchSpec) -> None:
-    methods = ("sensitivity", "owl", "uniform")
+    methods = ("sensitivity", "owl", "rule:rate - 0.3*depth")
     search, _ = await searched(redis, "one", tmp_path, settings(seeds=methods), spec)
     assert search.state.proposals.by_agent == {"seed": 3, "initializer": 2, "mutator": 6, "crossover": 4}
     view = View(spec, search.state.profile, 0, ())
     for method in methods:
-        id_ = candidate_id(spec.plan(seed_rates(method, view), SHAPE), spec.fingerprint)  # type: ignore[arg-type]
+        id_ = candidate_id(spec.plan(seed_rates(seed_allocation(method), view), SHAPE), spec.fingerprint)
         assert search.state.ledger[id_].provenance.agent == "seed"
         assert search.state.ledger[id_].provenance.source == "allocation"
     # Uniform is measured in any case, to compare with.
     assert candidate_id(spec.uniform_plan(SHAPE), spec.fingerprint) in search.state.ledger
 
 
+@pytest.mark.parametrize("by", ["llm", "rules"])
+async def test_a_search_by_rules_keeps_them_beside_its_best(redis: Redis, tmp_path: Path, by: str) -> None:
+    agents = dict.fromkeys(("initializer", "mutator", "crossover"), by)
+    chosen = settings(seeds=["rule:rate - 0.2*depth"], rounds=6, selector="tournament", **agents)
+    search, chat = await searched(redis, "one", tmp_path, chosen, BLOCKS, reply="rules")
+    assert bool(chat.asked) == (by == "llm")
+    ruled = [e for e in search.state.population.top(None) if e.candidate.provenance.rule]
+    kept = json.loads((tmp_path / "one" / "rules.json").read_text())
+    assert [rule["id"] for rule in kept["rules"]] == [e.candidate.id for e in ruled]
+    assert {e.candidate.provenance.agent for e in ruled} >= {"seed", "initializer", "mutator"}
+    assert any(c.provenance.round > 0 and not c.provenance.rule for c in search.state.ledger.values()), "moves too"
+    view = View(BLOCKS, search.state.profile, 0, ())
+    for evaluation in ruled:
+        values = Rule.parse(evaluation.candidate.provenance.rule or "").values(view.features)
+        assert view.candidate_id(values) == evaluation.candidate.id, "its rates are what the rule says"
+    summary = summarise("one", search.state, {}, finished=True)
+    assert summary.rule == ruled[0].candidate.provenance.rule and summary.best_rule is not None
+
+
 @pytest.mark.parametrize("method", ["owl", "uniform", "first-layer", "llm-pruner"])
 def test_with_blocks_a_layers_rate_is_taken_from_its_mlp(method: Method) -> None:
     view = View(BLOCKS, BLOCK_PROFILE, 0, ())
-    plan = BLOCKS.plan(BLOCKS.feasible(seed_rates(method, view), SHAPE), SHAPE)
+    plan = BLOCKS.plan(BLOCKS.feasible(seed_rates(Allocation(method=method), view), SHAPE), SHAPE)
     assert [layer.query_heads for layer in plan.layers] == [whole.query_heads for whole in SHAPE.layers]
     steep = View(BLOCKS.model_copy(update={"rate": 0.8}), BLOCK_PROFILE, 0, ())
-    plan = steep.spec.plan(steep.spec.feasible(seed_rates("uniform", steep), SHAPE), SHAPE)
+    plan = steep.spec.plan(steep.spec.feasible(seed_rates(Allocation(method="uniform"), steep), SHAPE), SHAPE)
     assert all(layer.query_heads < whole.query_heads for layer, whole in zip(plan.layers, SHAPE.layers, strict=True))
 
 
@@ -225,7 +256,7 @@ def test_with_blocks_a_layers_rate_is_taken_from_its_mlp(method: Method) -> None
 def test_a_profile_that_says_too_little_has_no_such_seed(method: Method) -> None:
     bare = PROFILE.model_copy(update={"sensitivity": (), "outliers": ()})
     with pytest.raises(BudgetError, match=f"does not have what {method} needs"):
-        seed_rates(method, View(SPEC, bare, 0, ()))
+        seed_rates(Allocation(method=method), View(SPEC, bare, 0, ()))
 
 
 def test_the_shares_of_attention_levels_are_those_levels() -> None:
@@ -243,7 +274,10 @@ def test_the_shares_of_attention_levels_are_those_levels() -> None:
     ("wrong", "says"),
     [
         ({"proposer": "annealing"}, "'llm', 'best-of-n', 'random', 'evolution' or 'cma-es'"),
-        ({"seeds": ["luck"]}, "'uniform', 'first-layer', 'owl', 'llm-pruner' or 'sensitivity'"),
+        (
+            {"seeds": ["luck"]},
+            "no allocation: give uniform, first-layer, owl, llm-pruner, sensitivity, rule or rule:NAME",
+        ),
         ({"max_evaluations": 4}, "max_evaluations (4) is smaller than the first population (5)"),
         (
             {"population": 2, "seeds": ["uniform", "owl", "sensitivity"]},

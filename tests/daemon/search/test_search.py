@@ -17,6 +17,7 @@ from redis.asyncio import Redis
 from rich.console import Console
 
 from agents.llm.endpoint import ChatClient
+from agents.prompting.settings import ReplyFormat
 from daemon.monitor.remote import BestSoFar, RemoteSearch
 from daemon.monitor.summary import Summary, show, summarise
 from daemon.search.make_agents import make_agents
@@ -79,8 +80,9 @@ class Conducted:
         profile: ModelProfile = PROFILE,
         chat: ChatClient | None = None,
         proposals_per_call: int | None = None,
+        reply: ReplyFormat = "edits",
     ) -> None:
-        self.proposals_per_call = proposals_per_call
+        self.proposals_per_call, self.reply = proposals_per_call, reply
         self.profile = profile.model_copy(update={"dense_report": profile.dense if spec.report else None})
         self.redis, self.keys, self.folder, self.spec, self.settings = redis, keys, folder, spec, settings
         self.chat = chat or SchemaChat()
@@ -90,7 +92,7 @@ class Conducted:
         queue = await store.take_charge(previous_is_dead=True)
         history = await store.history()
         await store.repair(queue, history)
-        llm = LlmSettings(reply="edits", max_tokens=500, proposals_per_call=self.proposals_per_call)
+        llm = LlmSettings(reply=self.reply, max_tokens=500, proposals_per_call=self.proposals_per_call)
         agents = make_agents(self.settings, llm, self.chat)
         self.journal = Journal(self.folder)
         return Search(self.settings, SearchState.of(self.spec, self.profile, history), agents, queue, self.journal)

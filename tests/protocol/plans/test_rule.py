@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from protocol.errors import RuleError
 from protocol.plans.features import FEATURES, unit_features
-from protocol.plans.rule import LARGEST, MOST_CHARACTERS, MOST_NODES, Rule
+from protocol.plans.rule import LARGEST, MAX_CHARACTERS, MAX_NODES, Rule
 from tests.support.samples import SHAPE
 
 SENSIBLE = "rate - a*attention - 0.1*sensitivity with a = 0.4"
@@ -36,7 +36,7 @@ FEATURES_OF_TWO = dict.fromkeys(FEATURES, (0.0, 1.0)) | {"rate": (0.3, 0.3), "de
 def test_a_rule_computes_a_value_of_each_unit(text: str, expected: tuple[float, ...]) -> None:
     rule = Rule.parse(text)
     assert rule.values(FEATURES_OF_TWO) == pytest.approx(expected)
-    assert Rule.parse(str(rule)) == rule, "it is read again from what it prints"
+    assert Rule.parse(str(rule)).values(FEATURES_OF_TWO) == rule.values(FEATURES_OF_TWO)
 
 
 @pytest.mark.parametrize(
@@ -71,16 +71,15 @@ REFUSED = {
     "a with a = nan": "given as name = number",
     "a with a = inf": "given as name = number",
     "a with a = 1, a": "given as name = number, not as 'a'",
-    "a with a = 1e9": "larger than 1000",
+    "a with a = 1e9": "the number a of a rule is larger than 1000",
     "a with a = 1..2": "given as name = number",
     "depth with a = 1": "gives the constant a a value, but does not use it",
     "rate with rate = 1": "rate cannot be a constant",
-    "+".join(["depth"] * 21): f"at most {MOST_NODES} numbers",
-    "-" * 500 + "depth": f"nested at most {MOST_NODES} deep",
-    "(" * 500: f"nested at most {MOST_NODES} deep",
-    "log(" * 50 + "depth" + ")" * 50: f"nested at most {MOST_NODES} deep",
-    " " * (MOST_CHARACTERS + 1) + "depth" + " " * MOST_CHARACTERS: "at most 2000 characters",
-    "depth" + "0" * MOST_CHARACTERS: f"at most {MOST_CHARACTERS} characters",
+    "+".join(["depth"] * 21): f"at most {MAX_NODES} numbers",
+    "-" * 500 + "depth": f"nested at most {MAX_NODES} deep",
+    "(" * 500: f"nested at most {MAX_NODES} deep",
+    "log(" * 50 + "depth" + ")" * 50: f"nested at most {MAX_NODES} deep",
+    "depth" + "0" * MAX_CHARACTERS: f"at most {MAX_CHARACTERS} characters",
     "x" * 200: "'" + "x" * 37 + "…' is neither",
     "dépth": "cannot contain 'é'",
     "depth\x00": "cannot contain",
@@ -114,7 +113,7 @@ def test_a_feature_that_was_not_measured_is_named() -> None:
 
 
 def test_measured_features_are_compared_within_their_kind() -> None:
-    features = unit_features(SHAPE, 0.3, "block", {"sensitivity": [1, 10, 10, 10, 10, 10, 100, 10], "weight": []})
+    features = unit_features(SHAPE, 0.3, "block", {"sensitivity": [1, 10, 10, 10, 10, 10, 100, 10]})
     low, high = -math.sqrt(2), math.sqrt(2)
     assert features["sensitivity"] == pytest.approx([low, 0, 0, 0, 0, 0, high, 0])
     assert features["attention"] == (1, 0) * 4 and features["mlp"] == (0, 1) * 4

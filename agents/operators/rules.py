@@ -1,0 +1,146 @@
+"""Rules as candidates: random rules, their mutation and crossover, and the tuning of their numbers. Pure, seeded.
+
+This is genetic programming (Koza, 1992) over formulas of features (protocol/plans/rule.py). The numbers of a formula
+are not guessed: CMA-ES tunes them on the surrogate, which costs no evaluation.
+"""
+
+import functools
+import random
+from collections.abc import Sequence
+
+import numpy as np
+from cmaes import CMA
+
+from agents.operators.plan_space import plan_space_of
+from agents.operators.surrogate import surrogate_of
+from agents.population.view import Member, Proposal, View
+from protocol.errors import RuleError
+from protocol.plans.rule import Node, Rule
+
+TERMS = (1, 4)
+"""Fewest and most terms of a random rule."""
+SPREAD = 0.1
+"""Standard deviation of the numbers of new terms, and of the first generation when numbers are tuned."""
+UNARY_SHARE = 0.2
+"""Share of the random terms in which a function is applied to the feature."""
+GENERATIONS, GENERATION_SIZE = 20, 16
+"""Size of a tuning, which predicts this many generations of plans."""
+MIN_OUTCOMES = 4
+"""Number of measured candidates from which on numbers are tuned. Before, the surrogate knows sensitivity only."""
+KAPPA = 1.0
+"""Exploration weight of the acquisition, `mean - KAPPA * std`."""
+
+
+def proposal_of(view: View, rule: Rule, parents: Sequence[Member] = ()) -> Proposal:
+    """Return the candidate that a rule gives on this search's model. Raises RuleError if it needs a missing feature."""
+    return Proposal(rule.values(view.features), tuple(member.candidate.id for member in parents), str(rule))
+
+
+@functools.lru_cache(maxsize=1000)
+def _parsed(text: str) -> Rule:
+    return Rule.parse(text)
+
+
+def rule_of(member: Member) -> Rule | None:
+    """Return the rule that a member's rates come from; None if they come from something else."""
+    text = member.candidate.provenance.rule
+    return None if text is None else _parsed(text)
+
+
+def usable_features(view: View) -> tuple[str, ...]:
+    """Return the features that differ between units of this search, or are its rate."""
+    return tuple(name for name, values in view.features.items() if name == "rate" or len(set(values)) > 1)
+
+
+def tuned(view: View, rule: Rule, rng: random.Random) -> Rule:
+    """Return the rule with the numbers for which the surrogate has the best acquisition near the given ones.
+
+    Returns the rule unchanged while too few candidates are measured.
+    """
+    if not rule.numbers or len(view.measured) < MIN_OUTCOMES:
+        return rule
+    count = len(rule.numbers)
+    start = np.array([*rule.numbers, *[0.0] * (count == 1)])  # CMA needs two dimensions
+    optimizer = CMA(start, SPREAD, seed=rng.getrandbits(32), population_size=GENERATION_SIZE)
+    surrogate, space = surrogate_of(view), plan_space_of(view)
+    best, found = np.inf, start
+    for generation in range(GENERATIONS):
+        samples = np.array([start if generation == i == 0 else optimizer.ask() for i in range(GENERATION_SIZE)])
+        mean, std = surrogate.predict_shares(space.shares(rule.values_with(view.features, samples[:, :count])))
+        acquisition = mean - KAPPA * std
+        if acquisition.min() < best:
+            best, found = acquisition.min(), samples[acquisition.argmin()]
+        optimizer.tell(list(zip(samples, acquisition.tolist(), strict=True)))
+    return rule.with_numbers(found[:count].tolist())
+
+
+def random_rule(rng: random.Random, view: View) -> Rule:
+    """Return the rate plus a few random terms, each a number times a feature, or times a feature of one kind."""
+    tree = Node("rate")
+    for _ in range(rng.randint(*TERMS)):
+        tree = Node("+", (tree, _term(rng, view)))
+    return Rule.of(tree)
+
+
+def _term(rng: random.Random, view: View) -> Node:
+    factor = Node(rng.choice([name for name in usable_features(view) if name != "rate"]))
+    if rng.random() < UNARY_SHARE:
+        factor = Node(rng.choice(("tanh", "abs", "exp")), (factor,))
+    if view.spec.granularity == "block" and rng.random() < 0.5:
+        factor = Node("*", (factor, Node(rng.choice(("attention", "mlp")))))
+    return Node("*", (Node(rng.gauss(0, SPREAD)), factor))
+
+
+def mutated(rng: random.Random, view: View, rule: Rule) -> Rule:
+    """Return the rule with a new term, without a part, or with a part replaced by a new term."""
+    kind = rng.random()
+    if kind < 0.4:
+        return _sound(Node("+", (rule.tree, _term(rng, view))), rule)
+    part = rng.choice(list(rule.tree))
+    return _sound(replaced(rule.tree, part, Node(0.0) if kind < 0.6 else _term(rng, view)), rule)
+
+
+def crossed(rng: random.Random, first: Rule, second: Rule) -> Rule:
+    """Return `first` with a random part of `second`, added to it or in place of a part."""
+    part = rng.choice(list(second.tree))
+    if rng.random() < 0.5:
+        return _sound(Node("+", (first.tree, part)), first)
+    return _sound(replaced(first.tree, rng.choice(list(first.tree)), part), first)
+
+
+def replaced(tree: Node, part: Node, new: Node) -> Node:
+    """Return `tree` with `new` in place of the node `part` (the same object)."""
+    if tree is part:
+        return new
+    return Node(tree.head, tuple(replaced(each, part, new) for each in tree.parts))
+
+
+def _sound(tree: Node, otherwise: Rule) -> Rule:
+    """Return a tree as a rule, or another rule if the tree is too large or compares outside of `where`."""
+    try:
+        return Rule.of(tree)
+    except RuleError:
+        return otherwise
+
+
+def sample_rule(rng: random.Random, view: View, _parents: Sequence[Member]) -> Proposal:
+    """Return the candidate of a random rule with tuned numbers."""
+    return proposal_of(view, tuned(view, random_rule(rng, view), rng))
+
+
+def sample_rule_mutation(rng: random.Random, view: View, parents: Sequence[Member]) -> Proposal:
+    """Return the candidate of a mutation of one of the parents' rules, with tuned numbers."""
+    rules = [(rule, member) for member in (*parents, *view.measured) if (rule := rule_of(member))]
+    if not rules:
+        return sample_rule(rng, view, parents)
+    rule, parent = rules[min(rng.randrange(len(rules)), rng.randrange(len(rules)))]
+    return proposal_of(view, tuned(view, mutated(rng, view, rule), rng), [parent])
+
+
+def sample_rule_crossover(rng: random.Random, view: View, parents: Sequence[Member]) -> Proposal:
+    """Return the candidate of a crossover of two parents' rules, with tuned numbers."""
+    rules = [(rule, member) for member in (*parents, *view.measured) if (rule := rule_of(member))]
+    if len(rules) < 2:
+        return sample_rule_mutation(rng, view, parents)
+    (first, one), (second, other) = rng.sample(rules[:20], 2)
+    return proposal_of(view, tuned(view, crossed(rng, first, second), rng), [one, other])

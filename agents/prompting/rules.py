@@ -1,0 +1,140 @@
+"""What prompts say about rules, and how rules are read from replies. Pure."""
+
+import functools
+from collections.abc import Sequence
+
+from pydantic import BaseModel, Field
+
+from agents.operators.rules import proposal_of, rule_of, tuned, usable_features
+from agents.population.submission import Call
+from agents.population.view import Member, Proposal, View
+from agents.prompting.descriptions import fitness_in_words
+from agents.prompting.prompts import Prompt
+from agents.prompting.replies import parse_objects
+from protocol.errors import InvalidReply, RuleError
+from protocol.plans.features import FEATURES, MEASURED
+from protocol.plans.plan import removed_shares
+from protocol.plans.rule import MAX_CHARACTERS, Rule
+
+TOKENS_PER_RULE = 80
+SHOWN_RULES = 4
+SHOWN_UNITS = 4
+"""Maximum number of units that a prompt names because a rule is wrong about them."""
+MIN_POINTS = 4
+"""Smallest difference that counts as wrong, in percentage points."""
+SHOWN_EFFECTS = 4
+MAX_TERMS = 5
+
+
+EXAMPLES = (
+    "rate - 0.4*attention - 0.1*sensitivity",
+    "rate - 0.2*exp(-1.5*depth)",
+    "rate*exp(-0.3*sensitivity) - 0.3*attention*first",
+    "where(depth < 0.1, 0, rate) - 0.2*outliers",
+)
+
+
+class RuleReply(BaseModel):
+    """A rule in a reply."""
+
+    rule: str = Field(max_length=MAX_CHARACTERS)
+
+
+def rules_prompt(name: str, text: str, call: Call, parents: Sequence[Member]) -> Prompt[Proposal]:
+    """Return a prompt that asks for rules. The numbers of each rule are tuned on the surrogate before it is used."""
+    view = call.view
+
+    def use(reply: RuleReply) -> Proposal:
+        try:
+            rule = Rule.parse(reply.rule)
+            return proposal_of(view, tuned(view, rule, call.rng), parents)
+        except RuleError as error:
+            raise InvalidReply(f"is no rule: {error}") from None
+
+    return Prompt(
+        name=name,
+        text=text,
+        schema=lambda count: rules_schema(view, count),
+        parse=lambda text, count: parse_objects(text, RuleReply, use, count),
+        tokens_per_item=TOKENS_PER_RULE,
+    )
+
+
+def rules_schema(view: View, count: int) -> dict[str, object]:
+    """Return the schema of `count` rules.
+
+    The pattern allows sums of products, which small models need. Where an endpoint does not enforce it, any rule that
+    can be read is accepted.
+    """
+    item: dict[str, object] = {
+        "type": "object",
+        "properties": {"rule": {"type": "string", "pattern": formula_pattern(usable_features(view))}},
+        "required": ["rule"],
+        "additionalProperties": False,
+    }
+    proposals = {"type": "array", "items": item, "minItems": count, "maxItems": count}
+    return {
+        "type": "object",
+        "properties": {"proposals": proposals},
+        "required": ["proposals"],
+        "additionalProperties": False,
+    }
+
+
+@functools.lru_cache(maxsize=8)
+def formula_pattern(features: tuple[str, ...]) -> str:
+    """Return a regular expression for sums of up to `MAX_TERMS` terms: numbers times features and functions of them."""
+    feature = f"({'|'.join(name for name in features if name != 'rate')})"
+    number = r"[0-2]\.[0-9]{1,2}"
+    function = rf"(tanh|abs|exp|sqrt)\((-)?({number}\*)?{feature}\)"
+    step = rf"where\({feature} [<>] (-)?{number}, {number}, {number}\)"
+    factor = f"({feature}|{function}|{step})"
+    term = rf"{number}\*{factor}(\*{factor})?"
+    return rf"^rate(\*{function})?( [+-] {term}){{1,{MAX_TERMS}}}$"
+
+
+def examples_of(view: View) -> list[str]:
+    """Return the examples of rules that this search's features allow."""
+    usable = set(usable_features(view))
+    return [text for text in EXAMPLES if Rule.parse(text).features <= usable]
+
+
+def features_in_words(view: View) -> list[str]:
+    """Return the features that rules may use: what each means, and the range of those that were measured."""
+    words = []
+    for name in usable_features(view):
+        values = view.features[name]
+        found = f", here {values[0]:g}" if name == "rate" else ""
+        if name in MEASURED:
+            found = f"; standardised among its kind, here from {min(values):.2g} to {max(values):.2g}"
+        words.append(f"{name}: {FEATURES[name]}{found}")
+    return words
+
+
+def rules_in_words(view: View, members: Sequence[Member]) -> list[str]:
+    """Return the rules of members with their fitness."""
+    return [f"{fitness_in_words(view, member)}: {rule}" for member in members if (rule := rule_of(member))]
+
+
+def where_wrong(view: View, member: Member) -> list[str]:
+    """Return the units that the best candidate prunes more or less than `member`'s rule does, largest first."""
+    if not view.measured or view.measured[0].candidate.id == member.candidate.id:
+        return []
+    shape, granularity = view.profile.shape, view.spec.granularity
+    best, ruled = (removed_shares(m.candidate.plan, shape, granularity) for m in (view.measured[0], member))
+    points = {unit.name: round(100 * (a - b)) for unit, a, b in zip(view.units, best, ruled, strict=True)}
+    largest = sorted((name for name in points if abs(points[name]) >= MIN_POINTS), key=lambda name: -abs(points[name]))
+    return [f"{name} {points[name]:+d}" for name in largest[:SHOWN_UNITS]]
+
+
+def effects_of_rules(view: View) -> list[str]:
+    """Return what the last changes of rules did to the fitness, newest first."""
+    known = {m.candidate.id: m for m in view.measured}
+    words: list[str] = []
+    for child in reversed(view.recent):
+        parent = next((known[id_] for id_ in child.candidate.provenance.parents if id_ in known), None)
+        rule, before = child.candidate.provenance.rule, parent and rule_of(parent)
+        if rule is None or before is None or parent is None or child.fitness is None or len(words) == SHOWN_EFFECTS:
+            continue
+        words.append(f"{before} became {rule}: {100 * (child.fitness / parent.fitness - 1):+.1f} %")
+    return words

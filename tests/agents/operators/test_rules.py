@@ -1,0 +1,156 @@
+"""Rules as candidates: random ones, their offspring, the tuning of their numbers, and the choice of rules or moves."""
+
+import random
+import statistics
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from agents.operators.plan_space import PlanSpace
+from agents.operators.rules import (
+    MIN_OUTCOMES,
+    crossed,
+    mutated,
+    proposal_of,
+    random_rule,
+    rule_of,
+    sample_rule_crossover,
+    sample_rule_mutation,
+    tuned,
+    usable_features,
+)
+from agents.operators.strategy import next_step, sample_mutation_step
+from agents.operators.surrogate import Surrogate
+from agents.population.view import Member, Tried, View
+from protocol.plans.plan import removed_shares
+from protocol.plans.rule import Rule
+from protocol.plans.shape import Granularity
+from tests.agents.operators.test_moves import member, view_of
+
+every_granularity = pytest.mark.parametrize("granularity", ["layer", "block"])
+
+
+def ruled(view: View, text: str, round_: int = 0) -> Member:
+    """The member that a rule gives."""
+    proposal = proposal_of(view, Rule.parse(text))
+    made = member(view, proposal.rates, round_=round_)
+    provenance = made.candidate.provenance.model_copy(update={"rule": proposal.rule})
+    return replace(made, candidate=made.candidate.model_copy(update={"provenance": provenance}))
+
+
+def with_members(view: View, *members: Member) -> View:
+    ranked = tuple(sorted((*view.measured, *members), key=lambda m: m.fitness))
+    return replace(view, measured=ranked, population=ranked[:10])
+
+
+@every_granularity
+def test_offspring_of_rules_are_rules_that_compute_on_this_model(granularity: Granularity) -> None:
+    view, rng = view_of(granularity, 0), random.Random(0)
+    rules = [random_rule(rng, view) for _ in range(20)]
+    for _ in range(200):
+        rules.append(mutated(rng, view, rng.choice(rules)))
+        rules.append(crossed(rng, *rng.sample(rules, 2)))
+    assert len({str(rule) for rule in rules}) > 250, "they differ"
+    for rule in rules:
+        assert Rule.parse(str(rule)).values(view.features) == pytest.approx(rule.values(view.features), rel=1e-6)
+
+
+@every_granularity
+def test_a_batch_of_plans_removes_what_the_exact_plans_remove(granularity: Granularity) -> None:
+    view = view_of(granularity, 0)
+    values = np.random.default_rng(1).normal(0.3, 0.4, (30, len(view.units)))
+    batch = PlanSpace(view).shares(values)
+    shape, spec = view.profile.shape, view.spec
+    channel = 1.5 * shape.channel_parameters / min(unit.parameters for unit in view.units)
+    for row, shares in zip(values, batch, strict=True):
+        exact = removed_shares(spec.plan(spec.feasible(row.tolist(), shape), shape), shape, granularity)
+        if granularity == "layer":  # there, the rounding of heads is within each layer
+            channel = 0.02
+        assert shares == pytest.approx(exact, abs=channel)
+
+
+@every_granularity
+def test_the_prediction_of_a_batch_is_that_of_single_plans(granularity: Granularity) -> None:
+    view = view_of(granularity, 20)
+    surrogate, base = Surrogate(view), view.measured[0].candidate
+    plans = [member.candidate.plan for member in view.measured[:5]]
+    shares = np.array([removed_shares(plan, view.profile.shape, granularity) for plan in plans])
+    mean, std = surrogate.predict_shares(shares)
+    assert mean.tolist() == pytest.approx([surrogate.predict(plan) for plan in plans])
+    assert (std > 0).all()
+    # The variance of a change is that of both ends, less twice their covariance: never more than (a + b)².
+    _, change = surrogate.predict_changes(shares[0].tolist(), [dict(enumerate(shares[1].tolist()))])
+    assert abs(std[0] - std[1]) - 1e-6 <= change[0] <= std[0] + std[1] + 1e-6
+    assert base.plan == plans[0]
+
+
+def test_far_from_all_outcomes_the_prediction_is_less_sure() -> None:
+    view = view_of("block", 20)
+    shares = np.array(removed_shares(view.measured[0].candidate.plan, view.profile.shape, "block"))
+    far = np.clip(shares + np.linspace(-0.3, 0.3, len(shares)), 0, 0.9)
+    _, std = Surrogate(view).predict_shares(np.array([shares, far]))
+    assert std[1] > 2 * std[0]
+
+
+def test_tuning_finds_better_numbers_by_the_surrogate_and_in_truth() -> None:
+    view = view_of("block", 60)
+    start = Rule.parse("rate - 0.01*sensitivity - 0.01*attention*depth")
+    better = tuned(view, start, random.Random(3))
+    assert better.features == start.features and better.numbers != start.numbers
+    assert tuned(view, start, random.Random(3)) == better, "the same seed tunes alike"
+    before, after = (ruled(view, str(rule)).fitness for rule in (start, better))
+    assert after < before
+
+
+def test_nothing_is_tuned_without_outcomes_or_numbers() -> None:
+    start = Rule.parse("rate - 0.1*sensitivity")
+    assert tuned(view_of("block", MIN_OUTCOMES - 1), start, random.Random(1)) == start
+    assert str(tuned(view_of("block", 20), Rule.parse("rate - sensitivity"), random.Random(1))) == "rate - sensitivity"
+
+
+def test_features_that_are_alike_for_all_units_are_left_out() -> None:
+    assert "attention" in usable_features(view_of("block", 0))
+    assert not {"attention", "mlp", "size"} & set(usable_features(view_of("layer", 0)))
+
+
+def test_rules_have_their_parents_and_say_themselves() -> None:
+    view = view_of("block", 10)
+    first, second = ruled(view, "rate - 0.3*attention"), ruled(view, "rate - 0.1*sensitivity")
+    view = with_members(view, first, second)
+    rng = random.Random(0)
+    mutant, joined = sample_rule_mutation(rng, view, ()), sample_rule_crossover(rng, view, ())
+    ids = {first.candidate.id, second.candidate.id}
+    assert len(mutant.parents) == 1 and set(mutant.parents) <= ids and set(joined.parents) == ids
+    assert mutant.rule and Rule.parse(mutant.rule).values(view.features) == pytest.approx(mutant.rates, abs=1e-3)
+    assert rule_of(first) == Rule.parse("rate - 0.3*attention") and rule_of(view_of("block", 1).measured[0]) is None
+
+
+def test_rules_and_moves_are_chosen_by_what_they_brought() -> None:
+    view = view_of("block", 10)
+    assert next_step(view, random.Random(0)) == "moves", "there is no rule to change"
+    rule = ruled(view, "rate - 0.3*attention")
+
+    def share_of_rules(made: list[tuple[bool, float]]) -> float:
+        """`made`: whether each recent candidate came from a rule, and its fitness."""
+        plain = view.measured[3]
+        recent = []
+        for is_rule, fitness in made:
+            source = rule if is_rule else plain
+            provenance = source.candidate.provenance.model_copy(update={"round": 1})
+            recent.append(Tried(source.candidate.model_copy(update={"provenance": provenance}), fitness))
+        seen = replace(with_members(view, rule), recent=tuple(recent))
+        return statistics.fmean(next_step(seen, random.Random(seed)) == "rule" for seed in range(300))
+
+    fruitful, fruitless = [float(20 - i) for i in range(10)], [30.0] * 10
+    rules_help = [pair for a, b in zip(fruitful, fruitless, strict=True) for pair in ((True, a), (False, b))]
+    moves_help = [pair for a, b in zip(fruitful, fruitless, strict=True) for pair in ((False, a), (True, b))]
+    assert share_of_rules(rules_help) > 0.95 and share_of_rules(moves_help) < 0.05
+    assert 0.3 < share_of_rules([]) < 0.7
+
+
+def test_a_step_is_a_rule_or_moves() -> None:
+    view = view_of("block", 10)
+    view = with_members(view, ruled(view, "rate - 0.3*attention"))
+    made = [sample_mutation_step(random.Random(seed), view, view.population) for seed in range(20)]
+    assert {proposal.rule is None for proposal in made} == {True, False}
