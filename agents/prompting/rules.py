@@ -1,6 +1,7 @@
 """What prompts say about rules, and how rules are read from replies. Pure."""
 
 import functools
+import re
 from collections.abc import Sequence
 
 from pydantic import BaseModel, Field
@@ -34,6 +35,10 @@ EXAMPLES = (
 )
 
 
+_QUOTE = re.compile(r"""'(?:\\.|[^'\\]){2,}'|"(?:\\.|[^"\\]){2,}\"""")
+"""What an error quotes, which may be the model's words; single characters stay."""
+
+
 class RuleReply(BaseModel):
     """A rule in a reply."""
 
@@ -49,7 +54,7 @@ def rules_prompt(name: str, text: str, call: Call, parents: Sequence[Member]) ->
             rule = Rule.parse(reply.rule)
             return proposal_of(view, tuned(view, rule, call.rng), parents)
         except RuleError as error:
-            raise InvalidReply(f"is no rule: {error}") from None
+            raise InvalidReply(f"is no rule: {_QUOTE.sub('a part', str(error))}") from None
 
     return Prompt(
         name=name,

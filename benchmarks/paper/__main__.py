@@ -119,7 +119,7 @@ def write_with_plots(tables: Sequence[TableLayout], outcomes: Mapping[str, Outco
     try:
         from benchmarks.paper.plots import plot
     except ImportError:
-        _print_status("no plots: pip install 'self-pruner[plots]'")
+        _print_status("no plots: pip install '.[plots]'")
         return
     with reporting_write_errors(out):
         plot(tables, outcomes, out)

@@ -53,13 +53,12 @@ from daemon.settings.llm import EndpointSettings
 from daemon.settings.settings import Settings
 from daemon.settings.target import check_text, text_spec
 from protocol.errors import SelfPrunerError, SettingsError, UsageError
-from protocol.plans.allocation import Method
 from protocol.plans.spec import Measure, Reconstruction
 from protocol.runtime import logs
 from protocol.runtime.files import write_atomically
 from protocol.runtime.signals import run_until_signal
 
-SEEDS: tuple[Method, ...] = ("first-layer", "llm-pruner", "owl", "uniform")
+SEEDS = ("first-layer", "llm-pruner", "owl", "uniform")
 MIN_POPULATION = 4
 OFFSPRING = 4
 """Candidates per round."""
@@ -69,9 +68,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "evolution-multi": {"proposer": "evolution", "mutations": OFFSPRING, "crossovers": 0, "first_windows": 2},
     "cma-es": {"proposer": "cma-es", "mutations": 16, "crossovers": 0},
     "best-of-n": {"proposer": "best-of-n", "mutations": OFFSPRING, "crossovers": 0, "reply": "edits"},
+    "rules": {"initializer": "rules", "selector": "tournament", "mutator": "rules", "crossover": "rules"},
     "ranked": {"initializer": "random", "selector": "tournament", "mutator": "ranked", "crossover": "ranked"},
     "llm-edits": {"reply": "edits"},
     "llm": {"reply": "moves"},
+    "llm-rules": {"reply": "rules"},
     "llm-no-feedback": {"reply": "moves", "feedback": ()},
     "llm-steady": {"reply": "moves", "mode": "steady-state"},
     "no-initializer": {"reply": "moves", "initializer": "random"},
@@ -81,8 +82,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "joint": {"reply": "edits", "selector": "none"},
 }
 """Settings of search.* and llm.*. `ranked` chooses at random from the menus that `llm` chooses from, and selects
-parents by tournaments. `llm` is the search of configs/best.yaml. The methods after it are ablations, each of which
-changes one thing. `tournament` and `joint` are ablations of `llm-edits`, because with any selection moves mostly begin
+parents by tournaments. `rules` is genetic programming over rules, and such choices in turn; `llm-rules` is the same
+with the LLM. `llm` is the search of configs/best.yaml. The methods after these are ablations, each of which changes one
+thing. `tournament` and `joint` are ablations of `llm-edits`, because with any selection moves mostly begin
 at the best configuration. CMA-ES has larger generations, because it is designed for them."""
 RACING_FACTOR = 5
 """Methods with `first_windows` may make this many times the candidates of others, on the same number of tokens."""
@@ -92,7 +94,7 @@ NOT_OF_THE_SEARCHES = ("out", "json", "beside")
 SHARED_OUT = ("rate", "seeds", "first_seed", "methods", "llm_url")
 """Arguments in which joined calls may differ."""
 WHICH_LLM = ("llm_url", "llm_model", "gguf")
-WITHOUT_LLM = ("random", "evolution", "evolution-multi", "cma-es", "ranked")
+WITHOUT_LLM = ("random", "evolution", "evolution-multi", "cma-es", "ranked", "rules")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -106,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--granularity", choices=("layer", "block"), default="block")
     parser.add_argument("--reconstruction", choices=get_args(Reconstruction), default="least-squares")
     parser.add_argument("--minimise", choices=get_args(Measure), default="kl", help="the fitness")
-    parser.add_argument("--no-seeds", action="store_true", help="no allocations in the first population")
+    parser.add_argument("--allocations", nargs="*", default=list(SEEDS), help="search.seeds of all methods")
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--fitness", default="self", help="the text to score on and to search on")
     parser.add_argument("--report", default="self", help="the text to report on")
@@ -326,7 +328,7 @@ def settings_of(given: argparse.Namespace, method: str, rate: float, seed: int) 
                 "granularity": given.granularity,
                 "fitness": given.minimise,
                 "reconstruction": given.reconstruction,
-                "seeds": () if given.no_seeds else SEEDS,
+                "seeds": given.allocations,
                 **chosen,
             },
             "target": {"model": given.model, "rate": rate},

@@ -43,7 +43,7 @@ RedisUrl = Annotated[
     typer.Option(
         "--redis-url",
         envvar="SELFPRUNER_REDIS__URL",
-        help="Redis server; the search's embedded server by default. For a password file see docs/guides.",
+        help="Redis server; the search's embedded server by default. For password files see the guide "Many machines".",
         callback=_with_password,
     ),
 ]
@@ -61,7 +61,7 @@ Folder = Annotated[
     ),
 ]
 
-Model = Annotated[str | None, typer.Option(help="A Hugging Face name, a folder, or `smollm2`.")]
+Model = Annotated[str | None, typer.Option(help="A Hugging Face name, a folder, a GGUF file, or `smollm2`.")]
 
 
 def seed_of_torch(value: int | None) -> int | None:
@@ -113,7 +113,7 @@ class CalibrationFlags:
 
 FormatNames = Annotated[
     list[str] | None,
-    typer.Option("--format", help="hf, padded or gguf; repeat it for gguf beside one of the others."),
+    typer.Option("--format", help="hf (default), padded or gguf; repeat it for gguf beside one of the others."),
 ]
 GgufTypeFlag = Annotated[GgufType | None, chosen(GgufType, "Weight type of a GGUF file", "f16")]
 
@@ -135,15 +135,19 @@ class ChoiceFlags:
 class PruningFlags:
     """How rates become a plan. None means the value in the file of rates, or else the default."""
 
-    granularity: Annotated[Granularity | None, typer.Option(help="What a rate applies to.")] = None
-    split: Annotated[Split | None, typer.Option(help="How attention and MLP share a layer's rate.")] = None
+    granularity: Annotated[Granularity | None, typer.Option(help="What a rate applies to; `layer` by default.")] = None
+    split: Annotated[
+        Split | None, typer.Option(help="How attention and MLP share a layer's rate; `equal` by default.")
+    ] = None
     multiple_of: Annotated[int | None, typer.Option(min=1, help="Round MLP widths to multiples of this.")] = None
-    importance: Annotated[Importance | None, chosen(Importance, "How heads and channels are scored")] = None
+    importance: Annotated[Importance | None, chosen(Importance, "How heads and channels are scored", "wanda-sp")] = None
     scoring: Annotated[
-        Scoring | None, typer.Option(help="Score once on the dense model, or layer by layer on the pruned one.")
+        Scoring | None,
+        typer.Option(help="Score once on the dense model (default), or layer by layer on the pruned one."),
     ] = None
     reconstruction: Annotated[
-        Reconstruction | None, typer.Option(help="Fit the remaining weights to the dense blocks' outputs.")
+        Reconstruction | None,
+        typer.Option(help="Fit the remaining weights to the dense blocks' outputs; `none` by default."),
     ] = None
 
 

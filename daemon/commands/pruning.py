@@ -37,7 +37,7 @@ log = structlog.get_logger()
 def allocate(
     method: Annotated[Method | None, typer.Argument(help="Allocation method; `rule` with --rule.")] = None,
     *,
-    model: Annotated[str, typer.Option(help="A Hugging Face name, a folder, or `smollm2`.")],
+    model: Annotated[str, typer.Option(help="A Hugging Face name, a folder, a GGUF file, or `smollm2`.")],
     rate: Annotated[float, typer.Option(help="Pruning rate β: the share of decoder parameters to remove.")],
     texts: flags.CalibrationFlags,
     how: flags.PruningFlags,

@@ -8,4 +8,6 @@ from protocol.errors import SettingsError
 def need(package: str, extra: str, what: str = "this", otherwise: str = "") -> None:
     """Raise SettingsError, with the pip command and what else to do, if `package` is not installed."""
     if find_spec(package) is None:
-        raise SettingsError(f"{what} needs the package {package}: pip install 'self-pruner[{extra}]'{otherwise}")
+        raise SettingsError(
+            f"{what} needs the package {package}: pip install '.[{extra}]' in the folder of Self-Pruner{otherwise}"
+        )

@@ -21,8 +21,8 @@ class TargetSettings(Section):
     """The model to prune, and how much of it."""
 
     model: str = Field(min_length=1)
-    """A Hugging Face model name such as `meta-llama/Llama-2-7b-hf`, a folder, or `smollm2` (135M parameters,
-    to try things out)."""
+    """A Hugging Face model name such as `meta-llama/Llama-2-7b-hf`, a folder, a GGUF file, or `smollm2` (135M
+    parameters, to try things out)."""
     rate: Annotated[float, AfterValidator(_five_decimals)] = Field(gt=0, le=0.9)
     """β: the share of the decoder layers' parameters to remove, above 0 and up to 0.9, such as 0.3."""
     multiple_of: PositiveInt = 1

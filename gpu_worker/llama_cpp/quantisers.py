@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from protocol.errors import ModelError
 
-HOW_TO_GET_IT = "pip install 'self-pruner[local]'"
+HOW_TO_GET_IT = "pip install '.[local]' in the folder of Self-Pruner"
 
 
 @cache

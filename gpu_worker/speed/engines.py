@@ -27,9 +27,9 @@ class EngineFacts:
 
 
 ENGINES: Mapping[Engine, EngineFacts] = {
-    "transformers": EngineFacts("transformers", "pip install 'self-pruner[worker]'", ("hf", "padded")),
+    "transformers": EngineFacts("transformers", "pip install '.[worker]'", ("hf", "padded")),
     # An hf folder is converted to GGUF.
-    "llama.cpp": EngineFacts("xllamacpp", "pip install 'self-pruner[local]'", ("hf", "gguf")),
+    "llama.cpp": EngineFacts("xllamacpp", "pip install '.[local]'", ("hf", "gguf")),
     "vllm": EngineFacts("vllm", "pip install 'vllm>=0.28'", ("hf", "padded")),
 }
 

@@ -158,7 +158,7 @@ class _Reader:
         if self._tokens:
             raise RuleError(f"the formula of a rule cannot go on with {_short(self._tokens[-1])!r}")
         for name in self._numbers.keys() - self._used:
-            raise RuleError(f"the rule gives the constant {_short(name)} a value, but does not use it")
+            raise RuleError(f"the rule gives the constant {_short(name)!r} a value, but does not use it")
         return found
 
     def _node(self, head: str | float, *parts: Node) -> Node:
@@ -345,13 +345,13 @@ def _named_numbers(text: str) -> dict[str, float]:
                 f"a constant of a rule is given as name = number, not as {_short(entry.strip())!r}"
             ) from None
         if name in FEATURES or name in FUNCTIONS:
-            raise RuleError(f"{name} cannot be a constant of a rule, because it has another meaning")
+            raise RuleError(f"{name!r} cannot be a constant of a rule, because it has another meaning")
     return found
 
 
 def _bounded(name: str, value: float) -> float:
     if not abs(value) <= MAX_NUMBER:
-        raise RuleError(f"the number {_short(name)} of a rule is larger than {MAX_NUMBER:g}")
+        raise RuleError(f"the number {_short(name)!r} of a rule is larger than {MAX_NUMBER:g}")
     return value
 
 

@@ -75,7 +75,9 @@ def serve(options: ServerOptions) -> None:
 
         server = xllamacpp.Server(_parameters(options))
     except ImportError:
-        raise UsageError("a local LLM needs the package xllamacpp: pip install 'self-pruner[local]'") from None
+        raise UsageError(
+            "a local LLM needs the package xllamacpp: pip install '.[local]' in the folder of Self-Pruner"
+        ) from None
     except RuntimeError:
         raise UsageError(
             f"llama.cpp cannot serve {options.path!r} on port {options.port}: "

@@ -3,7 +3,7 @@
 import asyncio
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given, settings
@@ -17,12 +17,13 @@ from agents.prompting.settings import AgentSettings, ReplyFormat
 from agents.selector import Selector
 from protocol.errors import BudgetError
 from protocol.plans.candidate import Provenance
+from protocol.plans.features import FEATURES
 from protocol.plans.shape import Granularity
 from tests.agents.prompting.test_prompts import view_of
 from tests.agents.test_agents import ScriptedChat
 
 KEYS = "proposals configurations profile attention mlp keep parent parents changes first last points block layers"
-WORDS = f"{KEYS} moves mix".split(" ")
+WORDS = f"{KEYS} moves mix rule".split(" ")
 NUMBERS = st.one_of(
     st.integers(-(10**30), 10**30), st.integers(0, 8), st.floats(0, 1), st.floats(allow_nan=True, allow_infinity=True)
 )
@@ -34,9 +35,13 @@ JSON: st.SearchStrategy[Any] = st.recursive(
     ),
     max_leaves=25,
 )
+RULES = st.lists(
+    st.sampled_from((*FEATURES, *"+-*/(),<>", "0.1", "7e9", "nan", "exp", "where", "min")), max_size=9
+).map(" ".join)
 FITTING = st.one_of(
     st.fixed_dictionaries({"moves": st.lists(st.integers(-2, 20), max_size=5)}),
     st.fixed_dictionaries({"mix": st.integers(-2, 20)}),
+    st.fixed_dictionaries({"rule": RULES}),
     st.fixed_dictionaries(
         {
             "parent": st.integers(-1, 6),
@@ -84,7 +89,7 @@ async def ask_everybody(view: View, reply: ReplyFormat, text: str) -> list[tuple
 
 
 @pytest.mark.parametrize("granularity", ["layer", "block"])
-@pytest.mark.parametrize("reply", ["lists", "edits", "moves"])
+@pytest.mark.parametrize("reply", get_args(ReplyFormat))
 @given(text=REPLIES)
 @settings(max_examples=20, deadline=None)
 def test_no_reply_becomes_rates_off_budget(reply: ReplyFormat, granularity: Granularity, text: str) -> None:

@@ -167,7 +167,7 @@ EVERY_KIND |= {"zero_shot": {}}
         ({"finetune": {"data": "none.json"}}, "", "after LoRA: there is no file 'none.json'"),
         ({"speed": {"flags": ["--gguf-type", "q8_0", "--engine", "transformers"]}}, "", "is for the engine llama.cpp"),
         ({"speed": {"flags": ["--engine", "vllm"]}}, "vllm", "the engine vllm is not installed"),
-        ({}, "lm_eval", "this needs the package lm_eval: pip install 'self-pruner[eval]'"),
+        ({}, "lm_eval", "this needs the package lm_eval: pip install '.[eval]'"),
         ({}, "peft", "this needs the package peft"),
         ({}, "torch", "this needs the package torch"),
         ({"searches": {"self-pruner": {"config": "configs/quickstart.yaml"}}}, "xllamacpp", "the package xllamacpp"),

@@ -140,7 +140,7 @@ async def test_replies_are_counted_as_readable_and_as_accepted(tmp_path: Path, s
 
     def given(url: str, model: str) -> argparse.Namespace:
         arguments = _arguments(spec, tmp_path, "--llm-url", url, "--llm-model", model, "--granularity", "layer")
-        return compare_search._parser().parse_args([*arguments, "--methods", "best-of-n", "--no-seeds"])
+        return compare_search._parser().parse_args([*arguments, "--methods", "best-of-n", "--allocations"])
 
     async with ScriptedLlm(answer) as llm:
         (result,) = await compare_search.compare(given(llm.base_url, "one"))

@@ -238,7 +238,7 @@ def test_without_peft_the_pip_line_is_said(
 ) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr("daemon.settings.packages.find_spec", lambda name: None if name == "peft" else find(name))
-    assert "pip install 'self-pruner[finetune]'" in cli.error(*arguments(folder, tmp_path / "out"))
+    assert "pip install '.[finetune]'" in cli.error(*arguments(folder, tmp_path / "out"))
     cli.answer(*arguments(folder, tmp_path / "out", "--full"))
 
 

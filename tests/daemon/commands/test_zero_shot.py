@@ -90,7 +90,7 @@ def test_a_package_that_is_missing_comes_with_the_line_that_installs_it(
     find: Any = importlib.util.find_spec
     monkeypatch.setattr("daemon.settings.packages.find_spec", lambda name: None if name == package else find(name))
     told = refused("--tasks-dir", str(tasks))
-    assert f"this needs the package {package}: pip install 'self-pruner[{extra}]'" in told
+    assert f"this needs the package {package}: pip install '.[{extra}]'" in told
 
 
 def test_a_folder_without_tasks_is_told_of(tmp_path: Path, refused: Refused) -> None:

@@ -19,9 +19,10 @@ from daemon.monitor.summary import summarise
 from daemon.search.search import Search
 from daemon.settings.rules import seed_allocation
 from daemon.settings.search import SearchSettings
+from daemon.state.journal import KEPT_RULES
 from protocol.errors import BudgetError
 from protocol.plans.allocation import Allocation, Method
-from protocol.plans.candidate import Provenance, candidate_id
+from protocol.plans.candidate import Measured, Provenance, candidate_id
 from protocol.plans.plan import attention_levels
 from protocol.plans.rule import Rule
 from protocol.plans.shape import LayerShape, ModelShape
@@ -231,7 +232,8 @@ async def test_a_search_by_rules_keeps_them_beside_its_best(redis: Redis, tmp_pa
     assert bool(chat.asked) == (by == "llm")
     ruled = [e for e in search.state.population.top(None) if e.candidate.provenance.rule]
     kept = json.loads((tmp_path / "one" / "rules.json").read_text())
-    assert [rule["id"] for rule in kept["rules"]] == [e.candidate.id for e in ruled]
+    fitness = [e.outcome.fitness for e in ruled if isinstance(e.outcome, Measured)]
+    assert [rule["perplexity"] for rule in kept["rules"]] == fitness[:KEPT_RULES]
     assert {e.candidate.provenance.agent for e in ruled} >= {"seed", "initializer", "mutator"}
     assert any(c.provenance.round > 0 and not c.provenance.rule for c in search.state.ledger.values()), "moves too"
     view = View(BLOCKS, search.state.profile, 0, ())
