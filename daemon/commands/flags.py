@@ -16,6 +16,7 @@ from protocol.plans.shape import Granularity
 from protocol.plans.spec import Dtype, Importance, Reconstruction, Scoring
 from protocol.queue.connection import with_password
 from protocol.results.formats import GgufType
+from protocol.runtime.paths import expanded
 
 
 def chosen(choice: Any, what: str, when_left_out: str = "") -> Any:
@@ -43,7 +44,7 @@ RedisUrl = Annotated[
     typer.Option(
         "--redis-url",
         envvar="SELFPRUNER_REDIS__URL",
-        help="Redis server; the search's embedded server by default. For password files see the guide "Many machines".",
+        help="Redis server; the search's embedded server by default. For password files see docs/guides.",
         callback=_with_password,
     ),
 ]
@@ -51,6 +52,12 @@ RedisPasswordFile = Annotated[
     Path | None,
     typer.Option("--redis-password-file", envvar=PASSWORD_FILE, help="File with the password of --redis-url."),
 ]
+
+
+def _expanded_if_given(path: Path | None) -> Path | None:
+    return None if path is None else expanded(path)
+
+
 Folder = Annotated[
     Path,
     typer.Option(
@@ -58,6 +65,7 @@ Folder = Annotated[
         envvar="SELFPRUNER_RUN__FOLDER",
         show_envvar=False,  # its name is too long for eighty columns
         help="Folder of the searches (run.folder).",
+        callback=expanded,
     ),
 ]
 
@@ -127,7 +135,10 @@ class ChoiceFlags:
     )
     allocate: Annotated[Method | None, chosen(Method, "Allocation method, without a search")] = None
     rates: Annotated[
-        Path | None, typer.Option(help="File of rates: a search's best.json, or any JSON file with `rates`.")
+        Path | None,
+        typer.Option(
+            help="File of rates: a search's best.json, or any JSON file with `rates`.", callback=_expanded_if_given
+        ),
     ] = None
 
 

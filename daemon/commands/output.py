@@ -26,7 +26,15 @@ def print_result(result: dict[str, Any], json_: bool, tables: Callable[[], Itera
         return
     console = stdout_console()
     for part in tables():
-        console.print(part, soft_wrap=isinstance(part, str))
+        if isinstance(part, str):
+            console.print(_printable(part), soft_wrap=True)
+        else:
+            console.print(part)
+
+
+def _printable(text: str) -> str:
+    """Return the text without escape sequences of terminals, which names of models and files may hold."""
+    return "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
 
 
 def print_json(result: dict[str, Any]) -> None:

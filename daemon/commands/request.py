@@ -144,6 +144,8 @@ def allocation_of(method: Method, options: MethodFlags) -> Allocation:
 
 def read_rates(path: Path) -> RatesFile:
     """Read a file of rates. Raises DataError if it cannot be read, or contains no valid `rates`."""
+    if path.exists() and not path.is_file():
+        raise DataError(f"the rates file {str(path)!r} is not a file")
     try:
         return RatesFile.model_validate(json.loads(path.read_text(encoding="utf-8")))
     except OSError as error:

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from daemon.http_api.token import Access, open_access
 from daemon.launch.launch import Launch
-from daemon.launch.llm import secrets_of
+from daemon.launch.llm import read_replay, secrets_of
 from daemon.local.folder_lock import FolderLock, lock_folder
 from daemon.local.llm_server import find_gguf
 from daemon.local.services import local_llm, workers
@@ -45,6 +45,8 @@ def run_daemon(settings: Settings, stream: logs.Stream) -> tuple[Summary | None,
     if redis_url is None:
         raise SettingsError("the setting redis.url is missing: the daemon needs a Redis server that workers reach too")
     check_proposer(settings.search)
+    secrets_of(settings)
+    read_replay(settings)
     if lacks_llm(settings):
         raise SettingsError("the setting llm.endpoints is missing: give at least one OpenAI-compatible endpoint")
     access = _configure_logs(settings, stream)
@@ -58,6 +60,8 @@ def check_here(settings: Settings) -> None:
     for source in {settings.data.calibration, settings.data.fitness, settings.data.report or "self"}:
         check_text(source)  # now, rather than when the worker reads it
     check_proposer(settings.search)
+    secrets_of(settings)  # now, rather than when the folder of the search has been made
+    read_replay(settings)
     if lacks_llm(settings):
         find_gguf(settings.local_llm.gguf)
 
@@ -69,11 +73,11 @@ def lacks_llm(settings: Settings) -> bool:
 
 def _configure_logs(settings: Settings, stream: logs.Stream) -> Access | None:
     """Configure the log of a search, with secrets redacted. Returns the access to its HTTP API, or None if disabled."""
-    file = settings.folder / "log.jsonl"
+    file, own = settings.folder / "log.jsonl", secrets_of(settings)
     try:
         settings.folder.mkdir(parents=True, exist_ok=True)
         access = open_access(settings.http, settings.folder) if settings.http.enabled else None
-        secrets = [*secrets_of(settings), *(access.secrets if access else [])]
+        secrets = [*own, *(access.secrets if access else [])]
         logs.configure(file=file, stream=stream, secrets=secrets, search=settings.search.name)
     except (OSError, ValueError) as error:  # ValueError: an invalid file name
         raise SettingsError(f"run.folder: {file} cannot be written: {error}") from error

@@ -16,7 +16,9 @@ from typing import Any
 
 import structlog
 
+from protocol.errors import UsageError
 from protocol.runtime.environment import child_environment
+from protocol.runtime.files import open_log
 
 LONGEST_WAIT_SECONDS = 30.0
 """Longest wait before a child that keeps dying is restarted."""
@@ -49,9 +51,22 @@ class Child:
         self._watch: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Start the process, and restart it whenever it dies, until `end` or an exit with the code `final`."""
-        await self._spawn()
+        """Start the process, and restart it whenever it dies, until `end` or an exit with the code `final`.
+
+        Raises UsageError if it cannot be started.
+        """
+        try:
+            await self._spawn()
+        except OSError as error:
+            raise UsageError(
+                f"{self.name} cannot be started, with its log in {self._quiet}: {error.strerror}"
+            ) from error
         self._watch = asyncio.create_task(self._restart_forever())
+
+    async def first_exit(self) -> int:
+        """Wait until the process that runs now has exited; return its code."""
+        assert self._process is not None, "start() comes first"
+        return await self._process.wait()
 
     @property
     def running(self) -> bool:
@@ -90,7 +105,7 @@ class Child:
         await process.wait()
 
     async def _spawn(self) -> None:
-        output = self._quiet.open("ab") if self._quiet else None
+        output = open_log(self._quiet) if self._quiet else None
         try:
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable,

@@ -15,15 +15,21 @@ from daemon.local.children import Child
 from daemon.settings.llm import EndpointSettings
 from daemon.settings.packages import need
 from daemon.settings.settings import Settings
+from protocol.errors import UsageError
 from protocol.runtime.llama_server import KEY_VARIABLE
 
 USAGE_EXIT = 2
-"""Exit code of a worker with invalid input, which is not restarted."""
+"""Exit code of a child with invalid input."""
+SOON_SECONDS = 4.0
+"""The local LLM has this long to find that its file is broken. Meanwhile it loads, so that no time is lost."""
 
 
 @asynccontextmanager
 async def local_llm(settings: Settings) -> AsyncIterator[EndpointSettings]:
-    """Run the local LLM as a child process; yields its endpoint, with a random key. It may still load."""
+    """Run the local LLM as a child process; yields its endpoint, with a random key. It may still load.
+
+    Raises UsageError if it exits at once, because its file is broken.
+    """
     need("xllamacpp", "local", "a local LLM", ", or give llm.endpoints")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -37,6 +43,7 @@ async def local_llm(settings: Settings) -> AsyncIterator[EndpointSettings]:
     child = Child("local-llm", command, quiet=settings.folder / "local-llm.log", environment={KEY_VARIABLE: key})
     await child.start()
     try:
+        await _check_loads(child, settings.folder / "local-llm.log")
         yield EndpointSettings(
             base_url=f"http://127.0.0.1:{port}/v1",
             model=Path(chosen.gguf).stem,
@@ -47,6 +54,17 @@ async def local_llm(settings: Settings) -> AsyncIterator[EndpointSettings]:
         )
     finally:
         await child.end(grace_seconds=2)
+
+
+async def _check_loads(child: Child, log_file: Path) -> None:
+    """Raise UsageError, with the child's own sentence, if it soon exits because its input is invalid."""
+    try:
+        code = await asyncio.wait_for(child.first_exit(), SOON_SECONDS)
+    except TimeoutError:
+        return
+    if code == USAGE_EXIT:
+        lines = await asyncio.to_thread(log_file.read_text, encoding="utf-8", errors="replace")
+        raise UsageError(lines.splitlines()[-1])
 
 
 @asynccontextmanager

@@ -81,6 +81,7 @@ async def embedded_server(folder: Path) -> AsyncIterator[str]:
         _link_for_people(folder, path)
         await _wait_until_it_answers(server, url, data)
         watch = asyncio.create_task(log_if_it_dies("server_watch_died", _ServerFiles(folder).keep_forever(server)))
+        await asyncio.sleep(0)  # let it begin: cancelled before that, its coroutine would never have been awaited
         yield url
     finally:
         if watch:
@@ -177,7 +178,10 @@ async def _end_left_behind(url: str) -> None:
 
 def _data_folder(folder: Path) -> Path:
     data = folder.absolute() / "valkey"
-    data.mkdir(mode=0o700, parents=True, exist_ok=True)
+    try:
+        data.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"the folder {data} of the embedded server cannot be created: {error.strerror}") from error
     return data
 
 

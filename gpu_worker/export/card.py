@@ -1,5 +1,6 @@
 """Renders the model card: README.md of an exported folder."""
 
+import html
 import shlex
 from dataclasses import dataclass
 from importlib import resources
@@ -39,11 +40,17 @@ class _Layer:
     mlp_channels: str
 
 
+def plain(name: str) -> str:
+    """Return the name of a model or a text as Markdown and HTML show it: on one line, without meaning of its own."""
+    return html.escape("".join(c if c.isprintable() else "?" for c in name), quote=False)
+
+
 def render_card(facts: ExportFacts, formats: Formats, *, name: str, gguf: str | None = None) -> str:
     """Return the card of a folder called `name` in these formats; `gguf` is the name of the GGUF file, if any."""
     environment = Environment(
         undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, autoescape=False
     )
+    environment.filters |= {"plain": plain, "quoted": shlex.quote}
     source = resources.files("gpu_worker.export").joinpath("card.md.j2").read_text(encoding="utf-8")
     return environment.from_string(source).render(
         facts=facts,

@@ -64,6 +64,8 @@ def check_target(target: Path, *, force: bool) -> None:
     Removes files that a killed process left beside the target, and restores an older export that it had moved aside.
     """
     target = target.expanduser().resolve()
+    if not target.name:
+        raise ExportError(f"the folder {target} cannot be replaced: name a folder in it")
     with _writing(target):
         if any(_sibling(target, what).exists() for what in (UNFINISHED, OLDER)):
             with _locked(target):

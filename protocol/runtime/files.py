@@ -11,6 +11,7 @@ import stat
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 LARGEST_COPY_BYTES = 64_000_000
 """Deleted files above this size are started anew, because a copy would take long and could fill the disk again."""
@@ -236,6 +237,14 @@ def write_atomically(path: Path, text: str, *, durable: bool = True, mode: int =
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def open_log(path: Path) -> BinaryIO:
+    """Open the log of another program for appending; create it if missing.
+
+    Raises OSError for anything but a regular file, such as a symbolic link or a FIFO.
+    """
+    return os.fdopen(_open(path), "ab", buffering=0)
 
 
 def _encoded(text: str) -> bytes:

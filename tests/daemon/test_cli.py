@@ -175,6 +175,30 @@ def test_wrong_flags_are_one_sentence_and_code_2(cli: Cli, command: list[str], s
     assert code == 2 and err.startswith(f"selfpruner: {sentence}") and err.count("\n") == 1
 
 
+def test_a_rates_file_that_is_a_fifo_is_refused_at_once(tmp_path: Path, cli: Cli) -> None:
+    os.mkfifo(tmp_path / "rates.json")
+    command = [
+        "export",
+        "--model",
+        "smollm2",
+        "--rates",
+        tmp_path / "rates.json",
+        "--rate",
+        "0.3",
+        "--out",
+        tmp_path / "o",
+    ]
+    assert "is not a file" in cli.error(*command)
+
+
+def test_the_root_folder_is_no_place_for_an_export(cli: Cli) -> None:
+    assert "name a folder in it" in cli.error("export", "--model", "smollm2", *UNIFORM, "--out", "/")
+
+
+def test_a_folder_with_a_name_that_is_too_long_is_one_sentence(cli: Cli) -> None:
+    assert "File name too long" in cli.error("status", "--folder", "x" * 300)
+
+
 def test_without_a_command_there_is_help_and_code_2(cli: Cli) -> None:
     code, out, _ = cli.run()
     assert code == 2 and "Usage: selfpruner" in out

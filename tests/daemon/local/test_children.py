@@ -15,6 +15,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from daemon.local.children import Child
+from protocol.errors import UsageError
 from tests.support.servers import eventually
 
 SLEEPS = [sys.executable, "-c", "import time; time.sleep(600)"]
@@ -97,6 +98,23 @@ async def test_a_child_that_cannot_be_started_again_is_tried_until_it_can(tmp_pa
         ("child_started", "info", "c"),
     ]
     assert str(folder) in events[0]["error"]
+
+
+@pytest.mark.parametrize("kind", ["fifo", "link", "folder"])
+async def test_a_child_writes_its_log_into_nothing_but_a_file(tmp_path: Path, kind: str) -> None:
+    file, victim = tmp_path / "child.log", tmp_path / "victim"
+    match kind:
+        case "fifo":
+            os.mkfifo(file)
+        case "link":
+            file.symlink_to(victim)
+        case _:
+            file.mkdir()
+    child = Child("test", SLEEPS, quiet=file)
+    async with asyncio.timeout(10):
+        with pytest.raises(UsageError, match="test cannot be started, with its log in"):
+            await child.start()
+    assert not victim.exists()
 
 
 async def test_a_child_that_ends_with_its_last_word_is_not_started_again() -> None:
