@@ -24,7 +24,8 @@ SHOWN_UNITS = 4
 MIN_POINTS = 4
 """Smallest difference that counts as wrong, in percentage points."""
 SHOWN_EFFECTS = 4
-MAX_TERMS = 5
+MAX_TERMS = 3
+"""Maximum number of terms that the pattern allows, so that no rule that it allows is too large."""
 
 
 EXAMPLES = (
@@ -94,7 +95,7 @@ def formula_pattern(features: tuple[str, ...]) -> str:
     function = rf"(tanh|abs|exp|sqrt)\((-)?({number}\*)?{feature}\)"
     step = rf"where\({feature} [<>] (-)?{number}, {number}, {number}\)"
     factor = f"({feature}|{function}|{step})"
-    term = rf"{number}\*{factor}(\*{factor})?"
+    term = rf"{number}\*{factor}(\*{feature})?"
     return rf"^rate(\*{function})?( [+-] {term}){{1,{MAX_TERMS}}}$"
 
 

@@ -101,9 +101,10 @@ _PRECEDENCE = {"+": 1, "-": 1, "*": 2, "/": 2, "negative": 3}
 
 def _text(node: Node, within: int) -> str:
     """Return the text of a part that stands in a part of precedence `within`. Numbers have four digits."""
+    if positive := _negated(node):
+        return f"(-{_text(positive, 2)})" if within else f"-{_text(positive, 2)}"
     if isinstance(node.head, float):
-        number = f"{node.head:.4g}"
-        return f"({number})" if node.head < 0 else number
+        return f"{node.head:.4g}"
     if not node.parts:
         return node.head
     if node.head in ("<", ">"):

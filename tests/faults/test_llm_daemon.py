@@ -1,6 +1,7 @@
 """A real daemon whose LLM endpoint sends hostile bytes: it ends well, and every candidate has its outcome."""
 
 import asyncio
+import contextlib
 import json
 import random
 from collections.abc import Callable, Sequence
@@ -50,7 +51,8 @@ class HostileSearch(Search):
         process, self.largest = psutil.Process(daemon.pid), 0
         async with asyncio.timeout(seconds):
             while daemon.returncode is None:
-                self.largest = max(self.largest, process.memory_info().rss)
+                with contextlib.suppress(psutil.NoSuchProcess):  # it ends at this moment
+                    self.largest = max(self.largest, process.memory_info().rss)
                 await asyncio.sleep(0.05)
         log = (self.out / "log.jsonl").read_text()
         assert daemon.returncode == 0, log[-3000:]

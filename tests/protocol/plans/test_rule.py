@@ -40,6 +40,23 @@ def test_a_rule_computes_a_value_of_each_unit(text: str, expected: tuple[float, 
 
 
 @pytest.mark.parametrize(
+    ("text", "printed"),
+    [
+        ("rate+-0.5*depth", "rate - 0.5*depth"),
+        ("rate - (-0.5)*depth", "rate + 0.5*depth"),
+        ("exp(-0.3*sensitivity)*2", "exp(-0.3*sensitivity)*2"),
+        ("-0.3*depth + rate", "(-0.3*depth) + rate"),
+        ("2*-3", "2*(-3)"),
+        ("1 - (2 - (3 - 4))", "1 - (2 - (3 - 4))"),
+        ("a/(b*c)/d with a = 1, b = 2, c = 3, d = 4", "1/(2*3)/4"),
+        ("0.123456*rate", "0.1235*rate"),
+    ],
+)
+def test_a_rule_prints_as_a_person_would_write_it(text: str, printed: str) -> None:
+    assert str(Rule.parse(text)) == printed
+
+
+@pytest.mark.parametrize(
     "text", ["1/(depth - depth)", "log(0)", "exp(exp(exp(size*1000)))", "-1000*1000*1000*1000*size"]
 )
 def test_a_rule_has_a_value_on_all_inputs(text: str) -> None:
