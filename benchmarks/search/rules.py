@@ -21,7 +21,7 @@ import math
 import statistics
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from cmaes import CMA
@@ -42,7 +42,7 @@ from protocol.plans.candidate import candidate_id
 from protocol.plans.plan import count_parameters
 from protocol.plans.profile import ModelProfile
 from protocol.plans.rule import DEFAULT_RULE, Rule
-from protocol.plans.spec import SearchSpec, TextSpec
+from protocol.plans.spec import Dtype, SearchSpec, TextSpec
 from protocol.runtime.files import AppendOnlyFile, write_atomically
 
 ALLOCATIONS: tuple[Method, ...] = ("uniform", "first-layer", "owl", "llm-pruner", "sensitivity")
@@ -61,7 +61,7 @@ TEST_SEED = 1000
 class Case:
     """A model, a rate and windows: measures plans, and remembers every figure in the folder."""
 
-    def __init__(self, name: str, fitness: str, seed: int, folder: Path) -> None:
+    def __init__(self, name: str, fitness: str, seed: int, dtype: Dtype, folder: Path) -> None:
         self.name = name
         model, rate, windows = _parts(name)
         self.spec = SearchSpec(
@@ -70,6 +70,7 @@ class Case:
             granularity="block",
             reconstruction="least-squares",
             measure="kl",
+            dtype=dtype,
             calibration=TextSpec(source=fitness, windows=CALIBRATION_WINDOWS, seqlen=SEQLEN),
             fitness=TextSpec(source=fitness, windows=windows, seqlen=SEQLEN),
             seed=seed,
@@ -188,6 +189,7 @@ def main() -> int:
     parser.add_argument("--form", default=FORM, help="the rule whose numbers are tuned")
     parser.add_argument("--rule", nargs="*", default=[], help="more rules to measure: texts or files")
     parser.add_argument("--evaluations", type=int, default=60, help="rules that CMA-ES tries")
+    parser.add_argument("--dtype", choices=get_args(Dtype), default="bfloat16")
     parser.add_argument("--seed", type=int, default=0, help="seed of the windows and of CMA-ES")
     parser.add_argument("--out", type=Path, default=Path("runs/rules"))
     given = parser.parse_args()
@@ -200,14 +202,14 @@ def main() -> int:
         with lock_folder(given.out, f"the rules in {given.out} are being measured by another process"):
             tried: list[tuple[float, Rule]] = []
             if given.tune:
-                cases = [Case(name, source, given.seed, given.out) for name in given.tune]
+                cases = [Case(name, source, given.seed, given.dtype, given.out) for name in given.tune]
                 tried = tune(form, cases, given.evaluations, given.seed)
                 del cases
             rules |= {"default": DEFAULT_RULE, **({"tuned": tried[0][1]} if tried else {})}
             rows: dict[str, dict[str, float]] = {}
             for name in (*given.tune, *given.test):
                 seed = given.seed if name in given.tune else given.seed + TEST_SEED
-                case = Case(name, source, seed, given.out)
+                case = Case(name, source, seed, given.dtype, given.out)
                 by_method = ((str(method), case.of_allocation(method)) for method in ALLOCATIONS)
                 rows[name] = dict(by_method) | {label: case.of_rule(rule) for label, rule in rules.items()}
                 case.unload()

@@ -14,25 +14,25 @@ from rich.live import Live
 from daemon.commands import flags, tables
 from daemon.commands.output import print_result
 from daemon.monitor.events import Event
-from daemon.monitor.remote import NotRunning, RemoteSearch, ask, best_so_far, open_remote, saved_status
+from daemon.monitor.remote import NotRunning, RemoteSearch, ask, best_so_far, chosen, open_remote, saved_status
 from daemon.monitor.watch import follow, json_lines, on_screen
 from daemon.monitor.watch_screen import Screen, status_tables
 from protocol.queue.control import Command
 
 
 def status(
-    search: flags.SearchName = "default",
+    search: flags.WhichSearch = None,
     redis_url: flags.RedisUrl = None,
     folder: flags.Folder = Path("runs"),
     json_: flags.Json = False,
 ) -> None:
     """Show the progress of a search."""
-    found = asyncio.run(ask(search, redis_url, folder, RemoteSearch.status, saved_status))
+    found = asyncio.run(ask(chosen(search, redis_url, folder), redis_url, folder, RemoteSearch.status, saved_status))
     print_result(found.model_dump(mode="json"), json_, lambda: status_tables(found))
 
 
 def watch(
-    search: flags.SearchName = "default",
+    search: flags.WhichSearch = None,
     redis_url: flags.RedisUrl = None,
     folder: flags.Folder = Path("runs"),
     json_: Annotated[
@@ -41,38 +41,38 @@ def watch(
 ) -> None:
     """Follow a search live until it ends. Ctrl-C stops watching, not the search."""
     try:
-        asyncio.run(_watch(search, redis_url, folder, json_=json_))
+        asyncio.run(_watch(chosen(search, redis_url, folder), redis_url, folder, json_=json_))
     except BrokenPipeError:  # the reader has closed the pipe; discard what is still buffered
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def best(
-    search: flags.SearchName = "default",
+    search: flags.WhichSearch = None,
     redis_url: flags.RedisUrl = None,
     folder: flags.Folder = Path("runs"),
     json_: flags.Json = False,
 ) -> None:
     """Show the best pruning rates so far."""
-    record = asyncio.run(best_so_far(search, redis_url, folder)).record
+    record = asyncio.run(best_so_far(chosen(search, redis_url, folder), redis_url, folder)).record
     print_result(record, json_, lambda: tables.best(record))
 
 
 def pause(
-    search: flags.SearchName = "default", redis_url: flags.RedisUrl = None, folder: flags.Folder = Path("runs")
+    search: flags.WhichSearch = None, redis_url: flags.RedisUrl = None, folder: flags.Folder = Path("runs")
 ) -> None:
     """Pause a search. Evaluations in progress complete; a restart does not end the pause."""
     _command("pause", search, redis_url, folder)
 
 
 def resume(
-    search: flags.SearchName = "default", redis_url: flags.RedisUrl = None, folder: flags.Folder = Path("runs")
+    search: flags.WhichSearch = None, redis_url: flags.RedisUrl = None, folder: flags.Folder = Path("runs")
 ) -> None:
     """Resume a paused search."""
     _command("run", search, redis_url, folder)
 
 
 def stop(
-    search: flags.SearchName = "default", redis_url: flags.RedisUrl = None, folder: flags.Folder = Path("runs")
+    search: flags.WhichSearch = None, redis_url: flags.RedisUrl = None, folder: flags.Folder = Path("runs")
 ) -> None:
     """Stop a search's daemon. Outcomes are kept, and the search can be started again."""
     _command("stop", search, redis_url, folder)
@@ -96,7 +96,9 @@ async def _watch(search: str, redis_url: str | None, folder: Path, *, json_: boo
             show(status, (), [Event("search_ended", {"finished": status.finished})])
 
 
-def _command(command: Command, search: str, redis_url: str | None, folder: Path) -> None:
+def _command(command: Command, given: str | None, redis_url: str | None, folder: Path) -> None:
+    search = chosen(given, redis_url, folder)
+
     async def write() -> None:
         async with open_remote(search, redis_url, folder) as remote:
             await remote.command(command)

@@ -30,6 +30,9 @@ Set = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of a table.")]
 SearchName = Annotated[str, typer.Option("--search", help="Name of the search.")]
+WhichSearch = Annotated[
+    str | None, typer.Option("--search", help="Name of the search; by default the only one in --folder, or `default`.")
+]
 PASSWORD_FILE = "SELFPRUNER_REDIS__PASSWORD_FILE"
 
 
