@@ -38,7 +38,7 @@ class Initializer:
             count=call.count,
             variant=call.index + call.view.round,
             features=features_in_words(call.view),
-            examples=examples_of(call.view),
+            examples=examples_of(call.view, call.index + call.view.round),
             about=about_model(call.view, self._settings.feedback),
         )
         return rules_prompt("initializer_rules", text, call, ())

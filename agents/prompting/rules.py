@@ -31,9 +31,12 @@ MAX_TERMS = 3
 EXAMPLES = (
     "rate - 0.4*attention - 0.1*sensitivity",
     "rate - 0.2*exp(-1.5*depth)",
-    "rate*exp(-0.3*sensitivity) - 0.3*attention*first",
-    "where(depth < 0.1, 0, rate) - 0.2*outliers",
+    "rate - 0.1*sensitivity*mlp - 0.2*attention*first",
+    "rate + 0.1*tanh(influence) - 0.2*last",
+    "rate - 0.1*outliers - 0.3*where(depth < 0.1, 1.0, 0.0)",
+    "rate - 0.2*abs(depth)*mlp - 0.1*lost_score",
 )
+SHOWN_EXAMPLES = 2
 
 
 _QUOTE = re.compile(r"""'(?:\\.|[^'\\]){2,}'|"(?:\\.|[^"\\]){2,}\"""")
@@ -99,10 +102,14 @@ def formula_pattern(features: tuple[str, ...]) -> str:
     return rf"^rate(\*{function})?( [+-] {term}){{1,{MAX_TERMS}}}$"
 
 
-def examples_of(view: View) -> list[str]:
-    """Return the examples of rules that this search's features allow."""
-    usable = set(usable_features(view))
-    return [text for text in EXAMPLES if Rule.parse(text).features <= usable]
+def examples_of(view: View, variant: int) -> list[str]:
+    """Return examples of rules that this search's features allow, other ones for the next variant.
+
+    Small models copy what they are shown, so each question shows few examples, and different ones.
+    """
+    usable = {"rate", *usable_features(view)}
+    able = [text for text in EXAMPLES if Rule.parse(text).features <= usable]
+    return [able[(variant + i) % len(able)] for i in range(min(SHOWN_EXAMPLES, len(able)))]
 
 
 def features_in_words(view: View) -> list[str]:

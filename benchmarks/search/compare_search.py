@@ -47,7 +47,6 @@ from daemon.local.llm_server import find_gguf
 from daemon.local.services import local_llm
 from daemon.local.valkey import embedded_server
 from daemon.search.checks import is_searched_on
-from daemon.search.make_agents import check_proposer
 from daemon.settings.errors import validation_sentence
 from daemon.settings.llm import EndpointSettings
 from daemon.settings.settings import Settings
@@ -183,7 +182,6 @@ def _check(given: argparse.Namespace) -> None:
     for method, rate, seed in product(given.methods, given.rate, seeds):
         settings = settings_of(given, method, rate, seed)
         settings.spec()
-        check_proposer(settings.search)
         if settings.search.asks_llm and not given.llm_url:
             find_gguf(given.gguf)
 

@@ -16,7 +16,6 @@ from daemon.local.services import local_llm, workers
 from daemon.local.valkey import embedded_server
 from daemon.monitor.run_screen import Display
 from daemon.monitor.summary import Summary
-from daemon.search.make_agents import check_proposer
 from daemon.settings.settings import Settings
 from daemon.settings.target import check_text
 from protocol.errors import SettingsError
@@ -44,7 +43,6 @@ def run_daemon(settings: Settings, stream: logs.Stream) -> tuple[Summary | None,
     redis_url = settings.redis.full_url
     if redis_url is None:
         raise SettingsError("the setting redis.url is missing: the daemon needs a Redis server that workers reach too")
-    check_proposer(settings.search)
     secrets_of(settings)
     read_replay(settings)
     if lacks_llm(settings):
@@ -56,10 +54,9 @@ def run_daemon(settings: Settings, stream: logs.Stream) -> tuple[Summary | None,
 
 
 def check_here(settings: Settings) -> None:
-    """Raise UsageError if a text, the proposer's package or the local LLM's file is missing."""
+    """Raise UsageError if a text, a key, a transcript or the local LLM's file is missing."""
     for source in {settings.data.calibration, settings.data.fitness, settings.data.report or "self"}:
         check_text(source)  # now, rather than when the worker reads it
-    check_proposer(settings.search)
     secrets_of(settings)  # now, rather than when the folder of the search has been made
     read_replay(settings)
     if lacks_llm(settings):

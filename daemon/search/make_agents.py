@@ -1,6 +1,7 @@
 """Build the agents that a search's settings ask for: LLM agents, or a baseline method."""
 
 from agents.baselines.classical import OperatorAgent, RandomInitializer, TournamentSelector
+from agents.baselines.cma_es import CmaEsMutator
 from agents.baselines.evolution import sample_switches
 from agents.crossover import Crossover
 from agents.initializer import BestOfN, Initializer
@@ -18,15 +19,11 @@ from agents.operators.strategy import sample_crossover_step, sample_mutation_ste
 from agents.selector import Selector
 from daemon.search.roles import Agents, InitializerRole, OffspringRole, SelectorRole
 from daemon.settings.llm import LlmSettings
-from daemon.settings.packages import need
 from daemon.settings.search import SearchSettings
 
 
 def make_agents(search: SearchSettings, llm: LlmSettings, chat: ChatClient) -> Agents:
-    """Return the agents of a search. LLM agents send their questions to `chat`.
-
-    Raises SettingsError if a package is missing.
-    """
+    """Return the agents of a search. LLM agents send their questions to `chat`."""
     initializer = Initializer(chat, llm)
     if search.proposer == "best-of-n":
         return Agents(initializer, None, BestOfN(initializer), None)
@@ -62,18 +59,9 @@ def make_agents(search: SearchSettings, llm: LlmSettings, chat: ChatClient) -> A
     )
 
 
-def check_proposer(search: SearchSettings) -> None:
-    """Raise SettingsError if the proposer's package is missing."""
-    if search.proposer == "cma-es":
-        need("cmaes", "baselines")
-
-
 def _offspring_agent(search: SearchSettings) -> OffspringRole:
     if search.proposer == "random":
         return OperatorAgent("mutator", sample_profile, min_parents=0)
     if search.proposer == "evolution":
         return OperatorAgent("mutator", sample_switches, min_parents=1)
-    check_proposer(search)
-    from agents.baselines.cma_es import CmaEsMutator
-
     return CmaEsMutator(search.mutations + search.crossovers)

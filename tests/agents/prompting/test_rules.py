@@ -84,7 +84,14 @@ def test_what_the_pattern_allows_is_a_rule(text: str) -> None:
     assert len(rule.values(dict.fromkeys(FEATURES, (0.5, 1.0)))) == 2
 
 
-@pytest.mark.parametrize("text", [*EXAMPLES[:2], "rate*exp(-0.3*sensitivity) + 0.1*where(depth < 0.1, 0.2, 0.0)"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        EXAMPLES[1],
+        EXAMPLES[4].replace("outliers", "depth"),
+        "rate*exp(-0.3*sensitivity) + 0.1*where(depth < 0.1, 0.2, 0.0)",
+    ],
+)
 def test_the_pattern_allows_sensible_rules(text: str) -> None:
     assert re.search(PATTERN, text) and parse(text.replace("sensitivity", "depth"))
 
