@@ -10,7 +10,6 @@ from protocol.plans.allocation import Allocation, DenseMeasurements, allocation_
 from protocol.plans.candidate import Provenance
 from protocol.plans.plan import MLP_FIRST_LIMIT
 from protocol.plans.shape import ModelShape, Unit
-from protocol.plans.single_unit_pruning import single_unit_removed_share
 
 log = structlog.get_logger()
 
@@ -43,7 +42,7 @@ def seed_rates(seed: Allocation, view: View) -> tuple[float, ...]:
     findings = DenseMeasurements(
         outliers=profile.outliers,
         sensitivity=profile.sensitivity,
-        removed=[single_unit_removed_share(unit, spec, profile.shape) for unit in view.units],
+        removed=view.raw_features["removed"],
         features=view.raw_features,
     )
     if method in ("sensitivity", "rule") or spec.granularity == "layer":

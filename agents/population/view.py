@@ -9,6 +9,7 @@ from protocol.plans.candidate import AgentName, Candidate, Provenance, Source, c
 from protocol.plans.features import RawFeatures, raw_features, unit_features
 from protocol.plans.profile import ModelProfile
 from protocol.plans.shape import Unit
+from protocol.plans.single_unit_pruning import single_unit_removed_share
 from protocol.plans.spec import SearchSpec
 
 
@@ -64,7 +65,11 @@ class View:
         """What was measured of each unit before pruning."""
         profile = self.profile
         return raw_features(
-            self.units, sensitivity=profile.sensitivity, outliers=profile.outliers, others=profile.features
+            self.units,
+            sensitivity=profile.sensitivity,
+            removed=[single_unit_removed_share(unit, self.spec, profile.shape) for unit in self.units],
+            outliers=profile.outliers,
+            others=profile.features,
         )
 
     @cached_property

@@ -47,11 +47,11 @@ from protocol.runtime.files import AppendOnlyFile, write_atomically
 
 ALLOCATIONS: tuple[Method, ...] = ("uniform", "first-layer", "owl", "llm-pruner", "sensitivity")
 FORM = (
-    "rate - 0.3*attention - 0.1*sensitivity*attention - 0.1*sensitivity*mlp - 0.01*influence - 0.01*outliers"
-    " - 0.2*first*mlp"
+    "least_damage - 0.05*attention - 0.02*sensitivity - 0.02*influence - 0.02*outliers - 0.05*first*mlp"
+    " + 0.02*depth*attention + 0.02*depth*mlp"
 )
 """The form whose numbers are tuned, with the numbers to begin with."""
-SIGMA = 0.1
+SIGMA = 0.05
 SEQLEN = 256
 CALIBRATION_WINDOWS = 64
 TEST_SEED = 1000

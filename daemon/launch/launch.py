@@ -135,21 +135,25 @@ class Launch:
             duties = [group.create_task(duty) for duty in self._duties(queue, history)]
             await self._resume(history, queue)
             duties.append(group.create_task(self._usage.save_forever()))
+            is_new = not history.ledger
+            self._usage.chat = self._observer.chat = chat = await stack.enter_async_context(self._chat())
+            # A new search asks its endpoints now: a wrong key is known before the worker has prepared the model.
+            asking = group.create_task(self._wait_for_llm(chat, is_new=True)) if is_new else None
             profile = await wait_for_profile(self._store)
             windows = profile.dense.windows(self._spec.fitness.seqlen)
             check_windows(self._settings.search, windows)
-            is_new = not history.ledger
             if is_new:
                 check_budget(self._settings.search, profile.dense.tokens)
-            self._usage.chat = self._observer.chat = chat = await stack.enter_async_context(self._chat())
             units = len(profile.shape.units(self._spec.granularity))
             check_lists(self._settings, chat.contexts, units)
             duties.append(group.create_task(repair_forever(self._store, queue, lambda: self._memory(history).history)))
             asks = await asyncio.to_thread(self._agents_chat, chat, history)
             # In a thread, because a long history takes a second. self._search is None until this is done.
             search = await asyncio.to_thread(self._make_search, profile, asks, queue, history)
-            await self._wait_for_llm(search, chat, is_new=is_new)
-            if is_new:
+            if asking is None and search.budget.remaining > 0:
+                await self._wait_for_llm(chat, is_new=False)
+            if asking is not None:
+                await asking
                 check_lists_somewhere(self._settings, chat.contexts, units)
             await self._search_to_its_end(search)
             for duty in duties:
@@ -198,8 +202,8 @@ class Launch:
             self._display.follow(search, self._control)
         return search
 
-    async def _wait_for_llm(self, search: Search, chat: "Chat", *, is_new: bool) -> None:
-        if search.budget.remaining > 0 and self._settings.search.asks_llm:
+    async def _wait_for_llm(self, chat: "Chat", *, is_new: bool) -> None:
+        if self._settings.search.asks_llm:
             most = self._settings.llm.start_wait_seconds
             advice = "start its server, or name another endpoint; after this time the search begins without an LLM"
             await chat.wait_ready(

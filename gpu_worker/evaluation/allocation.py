@@ -79,17 +79,18 @@ def allocate(target: Target, allocation: Allocation, progress: Progress = no_pro
     """
     spec, shape = target.spec, target.shape
     units = shape.units(spec.granularity)
-    needed = allocation.rule.features & MEASURED.keys() if allocation.method == "rule" else {allocation.method}
+    needed = allocation.rule.features if allocation.method == "rule" else {allocation.method}
     rises: tuple[float, ...] = ()
-    if "sensitivity" in needed:
+    if needed & {"sensitivity", "least_damage"}:
         rises = measure_sensitivity(target.ordered, spec, target.calibration, progress)
     others: RawFeatures = {}
-    if needed - {"sensitivity", "outliers"} and allocation.method == "rule":
+    if needed & (MEASURED.keys() - {"sensitivity", "outliers"}):
         others = measure_features(target.ordered, target.importance, spec, target.calibration)
+    removed = [single_unit_removed_share(unit, spec, shape) for unit in units]
     findings = DenseMeasurements(
         outliers=target.outliers,
         sensitivity=rises,
-        removed=[single_unit_removed_share(unit, spec, shape) for unit in units],
-        features=raw_features(units, sensitivity=rises, outliers=target.outliers, others=others),
+        removed=removed,
+        features=raw_features(units, sensitivity=rises, removed=removed, outliers=target.outliers, others=others),
     )
     return allocation_rates(allocation, findings, shape, spec.rate, spec.granularity)

@@ -10,6 +10,7 @@ import math
 import statistics
 from collections.abc import Mapping, Sequence
 
+from protocol.plans.budget import sensitivity_rates
 from protocol.plans.shape import Granularity, ModelShape, Unit
 
 KNOWN = {
@@ -29,19 +30,27 @@ MEASURED = {
     "lost_score": "share of the importance scores that pruning by β removes",
     "weight": "mean |W| of the projections",
 }
-FEATURES = KNOWN | MEASURED
+DERIVED = {"least_damage": "rate of the allocation `sensitivity`, which has the least damage if sensitivities add up"}
+FEATURES = KNOWN | MEASURED | DERIVED
 SMALLEST = 1e-9
 """Raw values count as at least this."""
 
 RawFeatures = Mapping[str, Sequence[float]]
-"""The measured features as they were measured, with one value per unit. Some may be missing."""
+"""The measured features as they were measured, with one value per unit, and `removed`: the share of each unit that was
+removed to measure its sensitivity. Some may be missing."""
 
 
 def raw_features(
-    units: Sequence[Unit], *, sensitivity: Sequence[float], outliers: Sequence[float], others: RawFeatures
+    units: Sequence[Unit],
+    *,
+    sensitivity: Sequence[float],
+    removed: Sequence[float],
+    outliers: Sequence[float],
+    others: RawFeatures,
 ) -> dict[str, Sequence[float]]:
     """Return the measured features; `outliers` are per layer, the rest per unit. Empty ones were not measured."""
-    found = {**others, "sensitivity": sensitivity, "outliers": [outliers[unit.layer] for unit in units if outliers]}
+    by_unit = [outliers[unit.layer] for unit in units if outliers]
+    found = {**others, "sensitivity": sensitivity, "removed": removed, "outliers": by_unit}
     return {name: values for name, values in found.items() if values}
 
 
@@ -62,7 +71,11 @@ def unit_features(
         "size": [unit.parameters / mean_size for unit in units],
     }
     compared = {name: _standardised(raw, units) for name, raw in measured.items() if name in MEASURED}
-    return {name: tuple(values) for name, values in (known | compared).items()}
+    derived = {}
+    if {"sensitivity", "removed"} <= measured.keys():
+        found = sensitivity_rates(measured["sensitivity"], measured["removed"], shape, rate, granularity)
+        derived["least_damage"] = list(found)
+    return {name: tuple(values) for name, values in (known | compared | derived).items()}
 
 
 def _standardised(raw: Sequence[float], units: Sequence[Unit]) -> list[float]:

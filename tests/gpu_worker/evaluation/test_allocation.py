@@ -11,7 +11,8 @@ from gpu_worker.pruning.calibration import calibrate
 from gpu_worker.pruning.importance import outlier_share
 from protocol.errors import BudgetError
 from protocol.plans import allocation as allocations
-from protocol.plans.allocation import Allocation, Method, PruningRequest, llm_pruner_rates, owl_rates, sensitivity_rates
+from protocol.plans.allocation import Allocation, Method, PruningRequest, llm_pruner_rates, owl_rates
+from protocol.plans.budget import sensitivity_rates
 from protocol.plans.plan import make_plan
 from protocol.plans.rates import weighted_mean
 from protocol.plans.shape import Granularity, LayerShape, ModelShape

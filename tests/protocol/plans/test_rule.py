@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocol.errors import RuleError
+from protocol.plans.allocation import Allocation, DenseMeasurements, allocation_rates
 from protocol.plans.features import FEATURES, unit_features
 from protocol.plans.rule import LARGEST, MAX_CHARACTERS, MAX_NODES, Rule
 from tests.support.samples import SHAPE
@@ -137,4 +138,12 @@ def test_measured_features_are_compared_within_their_kind() -> None:
     assert features["depth"] == pytest.approx([0, 0, 1 / 3, 1 / 3, 2 / 3, 2 / 3, 1, 1])
     assert features["first"] == (1, 1, 0, 0, 0, 0, 0, 0) and features["last"] == (0, 0, 0, 0, 0, 0, 1, 1)
     assert sum(features["size"]) == pytest.approx(8) and features["rate"] == (0.3,) * 8
-    assert "weight" not in features
+    assert not {"weight", "least_damage"} & set(features)
+
+
+def test_the_least_damage_is_what_the_allocation_by_sensitivity_gives() -> None:
+    measured = {"sensitivity": [0.1, 0.2, 0.4, 0.1, 0.3, 0.2, 0.1, 0.5], "removed": [0.3] * 8}
+    findings = DenseMeasurements(sensitivity=measured["sensitivity"], removed=measured["removed"], features=measured)
+    rule = Allocation(method="rule", rule=Rule.parse("least_damage"))
+    expected = allocation_rates(Allocation(method="sensitivity"), findings, SHAPE, 0.3, "block")
+    assert allocation_rates(rule, findings, SHAPE, 0.3, "block") == pytest.approx(expected)
