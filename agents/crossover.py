@@ -6,7 +6,7 @@ from functools import partial
 from agents.llm.endpoint import ChatClient
 from agents.operators.edits import Mix, apply_mix, mix_bounds
 from agents.operators.mixes import mix_menu
-from agents.operators.rules import rule_of
+from agents.operators.rules import ruled_members
 from agents.operators.sampling import RANKED_MIXES, sample_mix, sample_ranked_mix
 from agents.operators.strategy import next_step, sample_crossover_step
 from agents.population.submission import Call, Operator
@@ -77,7 +77,7 @@ class Crossover:
 
     def _rules(self, call: Call, parents: Sequence[Member]) -> Prompt[Proposal]:
         view = call.view
-        ruled = [member for member in view.measured if rule_of(member)][:SHOWN_RULES]
+        ruled = ruled_members(view, parents)[:SHOWN_RULES]
         if len(ruled) < 2 or next_step(view, call.rng) == "moves":
             return self._mixes(call, parents)
         text = fill(

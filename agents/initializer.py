@@ -11,7 +11,7 @@ from agents.population.view import Member, Proposal, Submit, View
 from agents.prompting.descriptions import about_model
 from agents.prompting.prompts import Prompt, fill
 from agents.prompting.replies import parse_objects
-from agents.prompting.rules import examples_of, features_in_words, rules_prompt
+from agents.prompting.rules import INITIAL_IDEAS, examples_of, features_in_words, idea, rules_prompt
 from agents.prompting.schemas import profile_schema
 from agents.prompting.settings import AgentSettings
 from agents.proposer import Proposer, lists_prompt
@@ -36,7 +36,7 @@ class Initializer:
         text = fill(
             "initializer_rules",
             count=call.count,
-            variant=call.index + call.view.round,
+            idea=idea(call.view, INITIAL_IDEAS, call.index + call.view.round),
             features=features_in_words(call.view),
             examples=examples_of(call.view, call.index + call.view.round),
             about=about_model(call.view, self._settings.feedback),

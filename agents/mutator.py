@@ -6,7 +6,7 @@ from functools import partial
 from agents.llm.endpoint import ChatClient
 from agents.operators.edits import MAX_CHANGES, STEPS, Mutation, apply_mutation
 from agents.operators.moves import apply_moves, move_menu
-from agents.operators.rules import rule_of
+from agents.operators.rules import rule_of, ruled_members
 from agents.operators.sampling import (
     MAX_MOVES,
     RANKED_MOVES,
@@ -28,9 +28,11 @@ from agents.prompting.feedback import Feedback, feedback_on
 from agents.prompting.prompts import Prompt, fill
 from agents.prompting.replies import parse_objects
 from agents.prompting.rules import (
+    CHANGES,
     SHOWN_RULES,
     effects_of_rules,
     features_in_words,
+    idea,
     rules_in_words,
     rules_prompt,
     where_wrong,
@@ -107,12 +109,12 @@ class Mutator:
         view, rng = call.view, call.rng
         if next_step(view, rng) == "moves":
             return self._moves(call, parents, feedback)
-        ruled = [member for member in view.measured if rule_of(member)]
+        ruled = ruled_members(view, parents)
         shown = call.sample_members(ruled[:SHOWN_RULES], 1)[0]
         text = fill(
             "mutator_rules",
             count=call.count,
-            variant=call.index + view.round,
+            idea=idea(view, CHANGES, call.index + view.round),
             features=features_in_words(view),
             fitness=fitness_in_words(view, shown),
             rule=rule_of(shown),

@@ -17,6 +17,8 @@ log = structlog.get_logger()
 async def submit_seeds(seeds: Sequence[Allocation], view: View, submit: Submit) -> None:
     """Submit the rates of each allocation; skip those that cannot reach the pruning rate or give a known plan."""
     for index, seed in enumerate(seeds):
+        if ("seed", index) in view.made:  # by an earlier process; a file with a rule may have changed since
+            continue
         rule = str(seed.rule) if seed.method == "rule" else None
         provenance = Provenance(agent="seed", source="allocation", round=0, call=index, rule=rule)
         try:
@@ -24,7 +26,7 @@ async def submit_seeds(seeds: Sequence[Allocation], view: View, submit: Submit) 
         except (BudgetError, RuleError) as error:
             result = Refused(str(error))
         if isinstance(result, Refused):
-            log.info("seed_left_out", method=seed.method, reason=result.reason)
+            log.info("seed_left_out", method=rule or seed.method, reason=result.reason)
 
 
 def seed_rates(seed: Allocation, view: View) -> tuple[float, ...]:

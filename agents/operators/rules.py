@@ -23,8 +23,10 @@ SPREAD = 0.1
 """Standard deviation of the numbers of new terms, and of the first generation when numbers are tuned."""
 UNARY_SHARE = 0.2
 """Share of the random terms in which a function is applied to the feature."""
+CROSSED = 20
+"""Number of rules from which two are chosen for a crossover."""
 GENERATIONS, GENERATION_SIZE = 20, 16
-"""Size of a tuning, which predicts this many generations of plans."""
+"""Size of a tuning: the surrogate predicts this number of generations, each of this number of plans."""
 MIN_OUTCOMES = 4
 """Number of measured candidates from which on numbers are tuned. Before, the surrogate knows sensitivity only."""
 KAPPA = 1.0
@@ -33,23 +35,37 @@ KAPPA = 1.0
 
 def proposal_of(view: View, rule: Rule, parents: Sequence[Member] = ()) -> Proposal:
     """Return the candidate that a rule gives on this search's model. Raises RuleError if it needs a missing feature."""
-    return Proposal(rule.values(view.features), tuple(member.candidate.id for member in parents), str(rule))
+    return Proposal(rule.rates(view.features), tuple(member.candidate.id for member in parents), str(rule))
 
 
 @functools.lru_cache(maxsize=1000)
-def _parsed(text: str) -> Rule:
-    return Rule.parse(text)
+def _parsed(text: str) -> Rule | None:
+    try:
+        return Rule.parse(text)
+    except RuleError:  # another version may have written it
+        return None
 
 
 def rule_of(member: Member) -> Rule | None:
-    """Return the rule that a member's rates come from; None if they come from something else."""
+    """Return the rule that a member's rates come from; None if they come from something else or it cannot be read."""
     text = member.candidate.provenance.rule
     return None if text is None else _parsed(text)
+
+
+def ruled_members(view: View, members: Sequence[Member]) -> list[Member]:
+    """Return the members whose rates come from rules: first those among `members`, then all others, best first."""
+    by_id = {member.candidate.id: member for member in (*members, *view.measured) if rule_of(member)}
+    return list(by_id.values())
 
 
 def usable_features(view: View) -> tuple[str, ...]:
     """Return the features that differ between units of this search, or are its rate."""
     return tuple(name for name, values in view.features.items() if name == "rate" or len(set(values)) > 1)
+
+
+def differing_features(view: View) -> list[str]:
+    """Return the features that differ between units of this search; none in a model with one unit."""
+    return [name for name in usable_features(view) if name != "rate"]
 
 
 def tuned(view: View, rule: Rule, rng: random.Random) -> Rule:
@@ -66,7 +82,7 @@ def tuned(view: View, rule: Rule, rng: random.Random) -> Rule:
     best, found = np.inf, start
     for generation in range(GENERATIONS):
         samples = np.array([start if generation == i == 0 else optimizer.ask() for i in range(GENERATION_SIZE)])
-        mean, std = surrogate.predict_shares(space.shares(rule.values_with(view.features, samples[:, :count])))
+        mean, std = surrogate.predict_shares(space.shares(rule.rates_with(view.features, samples[:, :count])))
         acquisition = mean - KAPPA * std
         if acquisition.min() < best:
             best, found = acquisition.min(), samples[acquisition.argmin()]
@@ -77,13 +93,15 @@ def tuned(view: View, rule: Rule, rng: random.Random) -> Rule:
 def random_rule(rng: random.Random, view: View) -> Rule:
     """Return the rate plus a few random terms, each a number times a feature, or times a feature of one kind."""
     tree = Node("rate")
+    if not differing_features(view):
+        return Rule.of(tree)
     for _ in range(rng.randint(*TERMS)):
         tree = Node("+", (tree, _term(rng, view)))
     return Rule.of(tree)
 
 
 def _term(rng: random.Random, view: View) -> Node:
-    factor = Node(rng.choice([name for name in usable_features(view) if name != "rate"]))
+    factor = Node(rng.choice(differing_features(view)))
     if rng.random() < UNARY_SHARE:
         factor = Node(rng.choice(("tanh", "abs", "exp")), (factor,))
     if view.spec.granularity == "block" and rng.random() < 0.5:
@@ -94,6 +112,8 @@ def _term(rng: random.Random, view: View) -> Node:
 def mutated(rng: random.Random, view: View, rule: Rule) -> Rule:
     """Return the rule with a new term, without a part, or with a part replaced by a new term."""
     kind = rng.random()
+    if not differing_features(view):
+        return rule
     if kind < 0.4:
         return _sound(Node("+", (rule.tree, _term(rng, view))), rule)
     part = rng.choice(list(rule.tree))
@@ -129,18 +149,24 @@ def sample_rule(rng: random.Random, view: View, _parents: Sequence[Member]) -> P
 
 
 def sample_rule_mutation(rng: random.Random, view: View, parents: Sequence[Member]) -> Proposal:
-    """Return the candidate of a mutation of one of the parents' rules, with tuned numbers."""
-    rules = [(rule, member) for member in (*parents, *view.measured) if (rule := rule_of(member))]
-    if not rules:
+    """Return the candidate of a mutation of a rule, with tuned numbers; rules of parents and good ones are likelier."""
+    ruled = ruled_members(view, parents)
+    if not ruled:
         return sample_rule(rng, view, parents)
-    rule, parent = rules[min(rng.randrange(len(rules)), rng.randrange(len(rules)))]
-    return proposal_of(view, tuned(view, mutated(rng, view, rule), rng), [parent])
+    parent = ruled[min(rng.randrange(len(ruled)), rng.randrange(len(ruled)))]
+    return proposal_of(view, tuned(view, mutated(rng, view, _rule_of(parent)), rng), [parent])
 
 
 def sample_rule_crossover(rng: random.Random, view: View, parents: Sequence[Member]) -> Proposal:
-    """Return the candidate of a crossover of two parents' rules, with tuned numbers."""
-    rules = [(rule, member) for member in (*parents, *view.measured) if (rule := rule_of(member))]
-    if len(rules) < 2:
+    """Return the candidate of a crossover of two good rules, with tuned numbers."""
+    ruled = ruled_members(view, parents)[:CROSSED]
+    if len(ruled) < 2:
         return sample_rule_mutation(rng, view, parents)
-    (first, one), (second, other) = rng.sample(rules[:20], 2)
-    return proposal_of(view, tuned(view, crossed(rng, first, second), rng), [one, other])
+    one, other = rng.sample(ruled, 2)
+    return proposal_of(view, tuned(view, crossed(rng, _rule_of(one), _rule_of(other)), rng), [one, other])
+
+
+def _rule_of(member: Member) -> Rule:
+    rule = rule_of(member)
+    assert rule is not None, "ruled_members returns only members with a rule"
+    return rule

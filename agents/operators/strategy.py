@@ -1,7 +1,7 @@
-"""Rules or moves: what the next candidate of a search with rules is made of. Pure, seeded.
+"""Whether the next candidate of a search with rules is made by a rule or by moves. Pure, seeded.
 
-Rules find a good plan in few evaluations, because they have few numbers. Moves then refine it, because they can change
-any unit. Which of them to take is a bandit's question: Thompson sampling over what each has brought lately.
+A rule has few numbers, so it can be tuned on few outcomes. Moves can change any unit. Thompson sampling chooses between
+them, by how often each has lately improved on the best candidate.
 """
 
 import random

@@ -95,8 +95,9 @@ class Submitter:
         """Submit samples until `missing` are accepted or no new plan is found; return how many were accepted."""
         rng, taken = self.call.rng, 0
         for _ in range(TRIES * missing):
-            taken += await self.submit(operator(rng, self.call.view, parents), source) is None
+            # In a thread, because some operators take a second.
+            proposal = await asyncio.to_thread(operator, rng, self.call.view, parents)
+            taken += await self.submit(proposal, source) is None
             if taken == missing:
                 break
-            await asyncio.sleep(0)  # a refusal awaits nothing, so without this other tasks would starve
         return taken

@@ -106,7 +106,8 @@ class Asker:
             return 0, ["Your reply was cut off: keep it short." if answer.truncated else str(error)]
         taken, problems = 0, list(parsed.problems)
         for name, item in zip(parsed.names, parsed.good, strict=True):
-            refusal = await take(item, answer)
+            refined = await asyncio.to_thread(prompt.refine, item) if prompt.refine else item
+            refusal = await take(refined, answer)
             if refusal is None:
                 taken += 1
             else:

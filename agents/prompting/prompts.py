@@ -26,6 +26,8 @@ class Prompt(Generic[T]):
     """Parses a reply with at most the given number of items."""
     tokens_per_item: int
     """Approximate tokens of one item."""
+    refine: Callable[[T], T] | None = None
+    """Improves an item before it is taken. It may take a second, so it is called in a thread."""
 
 
 def fill(name: str, **variables: object) -> str:

@@ -34,9 +34,23 @@ EXAMPLES = (
     "rate - 0.1*sensitivity*mlp - 0.2*attention*first",
     "rate + 0.1*tanh(influence) - 0.2*last",
     "rate - 0.1*outliers - 0.3*where(depth < 0.1, 1.0, 0.0)",
-    "rate - 0.2*abs(depth)*mlp - 0.1*lost_score",
+    "rate - 0.2*sqrt(depth)*mlp - 0.1*lost_score",
 )
 SHOWN_EXAMPLES = 2
+INITIAL_IDEAS = (
+    ("sensitivity", "sensitive ones are pruned less"),
+    ("depth", "the first layers and the last are special"),
+    ("influence", "what changes its input little can go"),
+    ("attention", "attention and mlp need different formulas"),
+    ("fit_error", "prune more where the fit loses little"),
+    ("rate", "a step or a limit in place of a straight line"),
+)
+CHANGES = (
+    ("rate", "add a term with a feature that it does not use"),
+    ("rate", "replace one term"),
+    ("attention", "let a term hold for attention or mlp only"),
+    ("rate", "remove what does not help, and add one term"),
+)
 
 
 _QUOTE = re.compile(r"""'(?:\\.|[^'\\]){2,}'|"(?:\\.|[^"\\]){2,}\"""")
@@ -55,10 +69,12 @@ def rules_prompt(name: str, text: str, call: Call, parents: Sequence[Member]) ->
 
     def use(reply: RuleReply) -> Proposal:
         try:
-            rule = Rule.parse(reply.rule)
-            return proposal_of(view, tuned(view, rule, call.rng), parents)
+            return proposal_of(view, Rule.parse(reply.rule), parents)
         except RuleError as error:
             raise InvalidReply(f"is no rule: {_QUOTE.sub('a part', str(error))}") from None
+
+    def refine(proposal: Proposal) -> Proposal:
+        return proposal_of(view, tuned(view, Rule.parse(str(proposal.rule)), call.rng), parents)
 
     return Prompt(
         name=name,
@@ -66,6 +82,7 @@ def rules_prompt(name: str, text: str, call: Call, parents: Sequence[Member]) ->
         schema=lambda count: rules_schema(view, count),
         parse=lambda text, count: parse_objects(text, RuleReply, use, count),
         tokens_per_item=TOKENS_PER_RULE,
+        refine=refine,
     )
 
 
@@ -94,6 +111,8 @@ def rules_schema(view: View, count: int) -> dict[str, object]:
 def formula_pattern(features: tuple[str, ...]) -> str:
     """Return a regular expression for sums of up to `MAX_TERMS` terms: numbers times features and functions of them."""
     feature = f"({'|'.join(name for name in features if name != 'rate')})"
+    if feature == "()":
+        return "^rate$"
     number = r"[0-2]\.[0-9]{1,2}"
     function = rf"(tanh|abs|exp|sqrt)\((-)?({number}\*)?{feature}\)"
     step = rf"where\({feature} [<>] (-)?{number}, {number}, {number}\)"
@@ -147,7 +166,17 @@ def effects_of_rules(view: View) -> list[str]:
     for child in reversed(view.recent):
         parent = next((known[id_] for id_ in child.candidate.provenance.parents if id_ in known), None)
         rule, before = child.candidate.provenance.rule, parent and rule_of(parent)
-        if rule is None or before is None or parent is None or child.fitness is None or len(words) == SHOWN_EFFECTS:
+        if rule is None or before is None or parent is None or child.fitness is None:
             continue
-        words.append(f"{before} became {rule}: {100 * (child.fitness / parent.fitness - 1):+.1f} %")
+        stopped = ", and was stopped early" if child.stopped else ""
+        words.append(f"{before} became {rule}: {100 * (child.fitness / parent.fitness - 1):+.1f} %{stopped}")
+        if len(words) == SHOWN_EFFECTS:
+            break
     return words
+
+
+def idea(view: View, ideas: Sequence[tuple[str, str]], variant: int) -> str:
+    """Return one of the ideas, each given after the feature that it needs; other ones for the next variants."""
+    usable = {"rate", *usable_features(view)}
+    able = [words for feature, words in ideas if feature in usable]
+    return able[variant % len(able)]

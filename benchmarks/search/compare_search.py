@@ -299,7 +299,7 @@ async def _endpoints(given: argparse.Namespace, stack: AsyncExitStack) -> tuple[
     if settings.llm.endpoints:
         return settings.llm.endpoints
     settings.folder.mkdir(parents=True, exist_ok=True)  # for the log of the local LLM
-    return (await stack.enter_async_context(local_llm(settings)),)
+    return ((await stack.enter_async_context(local_llm(settings))).endpoint,)
 
 
 def settings_of(given: argparse.Namespace, method: str, rate: float, seed: int) -> Settings:

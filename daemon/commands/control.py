@@ -14,7 +14,7 @@ from rich.live import Live
 from daemon.commands import flags, tables
 from daemon.commands.output import print_result
 from daemon.monitor.events import Event
-from daemon.monitor.remote import NotRunning, RemoteSearch, ask, best_so_far, chosen, open_remote, saved_status
+from daemon.monitor.remote import NotRunning, RemoteSearch, ask, best_so_far, chosen_search, open_remote, saved_status
 from daemon.monitor.watch import follow, json_lines, on_screen
 from daemon.monitor.watch_screen import Screen, status_tables
 from protocol.queue.control import Command
@@ -27,7 +27,9 @@ def status(
     json_: flags.Json = False,
 ) -> None:
     """Show the progress of a search."""
-    found = asyncio.run(ask(chosen(search, redis_url, folder), redis_url, folder, RemoteSearch.status, saved_status))
+    found = asyncio.run(
+        ask(chosen_search(search, redis_url, folder), redis_url, folder, RemoteSearch.status, saved_status)
+    )
     print_result(found.model_dump(mode="json"), json_, lambda: status_tables(found))
 
 
@@ -41,7 +43,7 @@ def watch(
 ) -> None:
     """Follow a search live until it ends. Ctrl-C stops watching, not the search."""
     try:
-        asyncio.run(_watch(chosen(search, redis_url, folder), redis_url, folder, json_=json_))
+        asyncio.run(_watch(chosen_search(search, redis_url, folder), redis_url, folder, json_=json_))
     except BrokenPipeError:  # the reader has closed the pipe; discard what is still buffered
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -53,7 +55,7 @@ def best(
     json_: flags.Json = False,
 ) -> None:
     """Show the best pruning rates so far."""
-    record = asyncio.run(best_so_far(chosen(search, redis_url, folder), redis_url, folder)).record
+    record = asyncio.run(best_so_far(chosen_search(search, redis_url, folder), redis_url, folder)).record
     print_result(record, json_, lambda: tables.best(record))
 
 
@@ -97,7 +99,7 @@ async def _watch(search: str, redis_url: str | None, folder: Path, *, json_: boo
 
 
 def _command(command: Command, given: str | None, redis_url: str | None, folder: Path) -> None:
-    search = chosen(given, redis_url, folder)
+    search = chosen_search(given, redis_url, folder)
 
     async def write() -> None:
         async with open_remote(search, redis_url, folder) as remote:

@@ -2,8 +2,10 @@
 
 import signal
 import sys
+from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
 from functools import partial
+from typing import Any
 
 from rich.console import Console
 
@@ -98,8 +100,11 @@ async def _run_embedded(
         if url is None:
             url = await stack.enter_async_context(embedded_server(settings.folder))
         endpoints = settings.llm.endpoints
+        duties: list[Callable[[], Coroutine[Any, Any, None]]] = [lock.keep_forever]
         if lacks_llm(settings):
-            endpoints = (await stack.enter_async_context(local_llm(settings)),)
+            llm = await stack.enter_async_context(local_llm(settings))
+            endpoints = (llm.endpoint,)
+            duties.append(llm.check_loads)
         workers_are_unusable = await stack.enter_async_context(workers(settings, url, console=display is None))
         launch = Launch(
             settings,
@@ -110,6 +115,6 @@ async def _run_embedded(
             access=access,
             announce=partial(_announce, access),
             display=display,
-            more_duties=(lock.keep_forever,),
+            more_duties=duties,
         )
         return await launch.run()

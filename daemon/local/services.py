@@ -6,6 +6,7 @@ import socket
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +21,33 @@ from protocol.runtime.llama_server import KEY_VARIABLE
 
 USAGE_EXIT = 2
 """Exit code of a child with invalid input."""
-SOON_SECONDS = 4.0
-"""The local LLM has this long to find that its file is broken. Meanwhile it loads, so that no time is lost."""
+SOON_SECONDS = 60.0
+"""The local LLM has this long to find that its file is broken."""
+
+
+@dataclass(frozen=True)
+class LocalLlm:
+    """The local LLM, which may still load."""
+
+    endpoint: EndpointSettings
+    """Its endpoint, with a random key."""
+    child: Child
+    log_file: Path
+
+    async def check_loads(self) -> None:
+        """Raise UsageError if the LLM exits within the first minute because its file is broken."""
+        try:
+            code = await asyncio.wait_for(self.child.first_exit(), SOON_SECONDS)
+        except TimeoutError:
+            return
+        if code == USAGE_EXIT:
+            text = await asyncio.to_thread(self.log_file.read_text, encoding="utf-8", errors="replace")
+            raise UsageError(next(reversed(text.splitlines()), "the local LLM cannot be served"))
 
 
 @asynccontextmanager
-async def local_llm(settings: Settings) -> AsyncIterator[EndpointSettings]:
-    """Run the local LLM as a child process; yields its endpoint, with a random key. It may still load.
-
-    Raises UsageError if it exits at once, because its file is broken.
-    """
+async def local_llm(settings: Settings) -> AsyncIterator[LocalLlm]:
+    """Run the local LLM as a child process."""
     need("xllamacpp", "local", "a local LLM", ", or give llm.endpoints")
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -40,11 +58,11 @@ async def local_llm(settings: Settings) -> AsyncIterator[EndpointSettings]:
     if chosen.threads:
         command += ["--threads", str(chosen.threads)]
     key = secrets.token_urlsafe(32)
-    child = Child("local-llm", command, quiet=settings.folder / "local-llm.log", environment={KEY_VARIABLE: key})
+    log_file = settings.folder / "local-llm.log"
+    child = Child("local-llm", command, quiet=log_file, environment={KEY_VARIABLE: key})
     await child.start()
     try:
-        await _check_loads(child, settings.folder / "local-llm.log")
-        yield EndpointSettings(
+        endpoint = EndpointSettings(
             base_url=f"http://127.0.0.1:{port}/v1",
             model=Path(chosen.gguf).stem,
             api_key=SecretStr(key),
@@ -52,19 +70,9 @@ async def local_llm(settings: Settings) -> AsyncIterator[EndpointSettings]:
             context=chosen.context // chosen.slots,
             grammar=True,
         )
+        yield LocalLlm(endpoint, child, log_file)
     finally:
         await child.end(grace_seconds=2)
-
-
-async def _check_loads(child: Child, log_file: Path) -> None:
-    """Raise UsageError, with the child's own sentence, if it soon exits because its input is invalid."""
-    try:
-        code = await asyncio.wait_for(child.first_exit(), SOON_SECONDS)
-    except TimeoutError:
-        return
-    if code == USAGE_EXIT:
-        lines = await asyncio.to_thread(log_file.read_text, encoding="utf-8", errors="replace")
-        raise UsageError(lines.splitlines()[-1])
 
 
 @asynccontextmanager

@@ -148,16 +148,16 @@ class NotRunning(UsageError):  # noqa: N818
     """The search's server does not answer."""
 
 
-def chosen(search: str | None, redis_url: str | None, folder: Path) -> str:
+def chosen_search(search: str | None, redis_url: str | None, folder: Path) -> str:
     """Return the search that a command is for: the given one, else the only one in `folder`, else `default`."""
     if search is not None:
         return search
-    found = searches_in(folder) if redis_url is None else []
+    found = [name for name in folders_in(folder) if (folder / name / "log.jsonl").exists()] if redis_url is None else []
     return found[0] if len(found) == 1 else "default"
 
 
-def searches_in(folder: Path) -> list[str]:
-    """Return the names of the searches in `folder`, sorted."""
+def folders_in(folder: Path) -> list[str]:
+    """Return the names of the folders in `folder`, sorted."""
     return sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
 
 
@@ -165,7 +165,7 @@ def _check_folder(folder: Path, search: str) -> None:
     """Raise UsageError, naming the searches in `folder`, if `search` is not among them."""
     if (folder / search).is_dir():
         return
-    found = searches_in(folder)
+    found = folders_in(folder)
     if found:
         raise UsageError(f"there is no search {search!r} in {folder}/; choose with --search: {', '.join(found)}")
     raise UsageError(f"there is no search {search!r} in {folder}/, and no other; set --folder or --redis-url")

@@ -22,7 +22,7 @@ def read_rule(given: str) -> Rule:
     """
     if given == "default":
         return DEFAULT_RULE
-    path = Path(given)
+    path = _path(given)
     if not _is_file(path):
         try:
             return Rule.parse(given)
@@ -36,7 +36,17 @@ def read_rule(given: str) -> Rule:
         raise DataError(f"the rule file {str(path)!r} cannot be read: {reason}") from error
     if path.suffix == ".json":
         return _best_rule(text, path)
-    return Rule.parse(" ".join(line for line in text.splitlines() if not line.lstrip().startswith("#")))
+    try:
+        return Rule.parse(" ".join(line for line in text.splitlines() if not line.lstrip().startswith("#")))
+    except RuleError as error:
+        raise RuleError(f"{path}: {error}") from None
+
+
+def _path(given: str) -> Path:
+    try:
+        return Path(given).expanduser()
+    except RuntimeError:  # a user without a home
+        return Path(given)
 
 
 def _is_file(path: Path) -> bool:

@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 from gpu_worker.evaluation.features import measure_features
 from gpu_worker.evaluation.sensitivity import measure_sensitivity
-from gpu_worker.evaluation.target import Target
+from gpu_worker.evaluation.target import Target, is_fitted
 from gpu_worker.models.loading import LoadedModel
 from gpu_worker.progress import Progress, no_progress
-from protocol.errors import BudgetError
+from protocol.errors import BudgetError, RuleError
 from protocol.plans.allocation import (
     Allocation,
     Choice,
@@ -51,9 +51,11 @@ def _needs_outliers(choice: Allocation) -> bool:
 
 
 def _check_choice(request: PruningRequest, shape: ModelShape) -> None:
-    """Raise BudgetError if a model of `shape` cannot be pruned as requested, as far as is known before measuring."""
+    """Raise BudgetError or RuleError if a model of `shape` cannot be pruned so, as far as is known before measuring."""
     spec, choice, known = request.spec, request.choice, request.shape
     if isinstance(choice, Allocation):
+        if choice.method == "rule" and "fit_error" in choice.rule.features and not is_fitted(spec):
+            raise RuleError("the rule needs the feature fit_error: give --reconstruction least-squares, dense scoring")
         if choice.method == "llm-pruner":
             rates = llm_pruner_rates(choice.first_layers, choice.last_layers, shape, spec.rate, spec.granularity)
         else:

@@ -72,7 +72,7 @@ class Target:
             self.importance = score(self.model, spec, seen, products, windows, progress)
             """Scores of the dense model, one entry per layer."""
             self.ordered = OrderedModel(decoder, self.importance)
-            if _is_fitted(spec):
+            if is_fitted(spec):
                 _reconstruct(self.ordered, products, progress)
         except NotFiniteError as error:
             raise ModelError(f"the dense model is broken: {error}") from error
@@ -104,7 +104,7 @@ class Target:
             self._scored = (plan, self.ordered.changes)
 
 
-def _is_fitted(spec: SearchSpec) -> bool:
+def is_fitted(spec: SearchSpec) -> bool:
     """Return whether all layers are prepared for reconstruction from the dense model's activations."""
     return spec.reconstruction == "least-squares" and spec.scoring == "dense"
 
@@ -113,7 +113,7 @@ def _statistics(
     decoder: Decoder, spec: SearchSpec, windows: Tensor, progress: Progress, *, outliers: bool
 ) -> tuple[tuple[LayerActivations, ...], list[LayerProducts]]:
     """Collect in one pass the activations and input products that the spec needs; the rest is empty."""
-    if _is_fitted(spec) or spec.importance == "obs":
+    if is_fitted(spec) or spec.importance == "obs":
         seen, products = calibrate_products(decoder, windows, progress)
         return seen, list(products)
     return calibrate(decoder, windows, progress) if outliers or spec.importance == "wanda-sp" else (), []

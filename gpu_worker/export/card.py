@@ -1,6 +1,7 @@
 """Renders the model card: README.md of an exported folder."""
 
 import html
+import re
 import shlex
 from dataclasses import dataclass
 from importlib import resources
@@ -42,7 +43,8 @@ class _Layer:
 
 def plain(name: str) -> str:
     """Return the name of a model or a text as Markdown and HTML show it: on one line, without meaning of its own."""
-    return html.escape("".join(c if c.isprintable() else "?" for c in name), quote=False)
+    text = html.escape("".join(c if c.isprintable() else "?" for c in name), quote=False)
+    return re.sub(r"([\\`*\[\]|])", r"\\\1", text)
 
 
 def render_card(facts: ExportFacts, formats: Formats, *, name: str, gguf: str | None = None) -> str:

@@ -122,7 +122,8 @@ class _OrderedLayer:
         heads = self._output.energies(plan.kv_heads, plan.queries_per_kv)
         channels = self._down.energies(plan.mlp_channels)
         pruned = [kept_all for kept_all in (heads, channels) if kept_all[0] != kept_all[1]] or [heads]
-        return 1 - sum(kept for kept, _ in pruned) / sum(whole for _, whole in pruned)
+        whole = sum(whole for _, whole in pruned)
+        return 1 - sum(kept for kept, _ in pruned) / whole if whole else 0.0  # a block may compute nothing
 
     def drop_fit(self) -> None:
         """Stop reconstructing. The weights of the applied plan do not change."""

@@ -95,7 +95,7 @@ def allocation_rates(
     if allocation.method == "llm-pruner":
         return llm_pruner_rates(allocation.first_layers, allocation.last_layers, shape, rate, granularity)
     if allocation.method == "rule":
-        values = allocation.rule.values(unit_features(shape, rate, granularity, findings.features))
+        values = allocation.rule.rates(unit_features(shape, rate, granularity, findings.features))
         return on_budget(values, shape, rate, granularity)
     return sensitivity_rates(findings.sensitivity, findings.removed, shape, rate, granularity)
 

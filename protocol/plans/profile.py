@@ -1,6 +1,8 @@
 """ModelProfile: the data about the target model that a worker publishes before the LLM is asked."""
 
-from pydantic import Field, NonNegativeInt, PositiveFloat
+from typing import Self
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, model_validator
 
 from protocol.errors import UsageError
 from protocol.plans.shape import ModelShape
@@ -37,6 +39,12 @@ class ModelProfile(FiniteValue):
     texts: str
     """Digest of the token windows of all texts, by which workers with different files are detected."""
     device: str
+
+    @model_validator(mode="after")
+    def _has_a_value_per_unit(self) -> Self:
+        if any(len(values) != len(self.sensitivity) for values in self.features.values()):
+            raise ValueError("features do not have one value per unit")
+        return self
 
 
 def check_profile(published: ModelProfile, mine: ModelProfile) -> None:

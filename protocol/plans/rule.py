@@ -4,9 +4,10 @@ A rule prints as one line that a person can read:
 
     rate - 0.4*attention - 0.1*sensitivity
 
-Its values, one per unit, are projected onto the budget, and so become pruning rates on any model that has the features
-(protocol/plans/features.py). The language has numbers, features, `+ - * /`, the functions in `FUNCTIONS`, and
-`where(x < y, …, …)`. A number may have a name: `rate - a*attention with a = 0.4` is read as `rate - 0.4*attention`.
+Its values, one per unit, are shifted together until their mean is the target rate, and then projected onto the budget.
+So they become pruning rates on any model that has the features (protocol/plans/features.py). The language has numbers,
+features, `+ - * /`, the functions in `FUNCTIONS`, and `where(x < y, …, …)`. A number may have a name:
+`rate - a*attention with a = 0.4` is read as `rate - 0.4*attention`.
 
 The reader below builds a tree that numpy evaluates: nothing is executed. Each formula has a value on all inputs,
 because division, logarithm and square root are protected as in genetic programming (Koza, 1992) and values are bounded.
@@ -34,7 +35,7 @@ TOO_LARGE = f"the formula of a rule has at most {MAX_NODES} numbers, names and o
 LARGEST = 1e6
 """Values of all parts of a formula are clipped to ± this."""
 SMALLEST = 1e-6
-"""Divisors and arguments of `log` count as at least this large, with their sign."""
+"""Divisors, with their sign, and arguments of `log` count as at least this large."""
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
@@ -173,7 +174,7 @@ class _Reader:
 
     def _take(self, sign: str) -> None:
         if not self._next_is(sign):
-            found = repr(self._tokens[-1]) if self._tokens else "the end"
+            found = repr(_short(self._tokens[-1])) if self._tokens else "the end"
             raise RuleError(f"the formula of a rule needs {sign!r} before {found}")
         self._tokens.pop()
 
@@ -303,11 +304,24 @@ class Rule(BaseModel):
         return type(self).of(_renumbered(self.tree, left))
 
     def values(self, features: Mapping[str, Sequence[float]]) -> tuple[float, ...]:
-        """Return the rule's value of each unit, before it is projected onto the budget.
+        """Return the rule's value of each unit.
 
         Raises RuleError if `features` lacks a feature of the rule.
         """
         return tuple(self.values_with(features, np.array([self.numbers]))[0].tolist())
+
+    def rates(self, features: Mapping[str, Sequence[float]]) -> tuple[float, ...]:
+        """Return the values, shifted together so that their mean is the target rate; they may be out of bounds.
+
+        `features` come from `unit_features`. Raises RuleError if a feature of the rule is missing.
+        """
+        return tuple(self.rates_with(features, np.array([self.numbers]))[0].tolist())
+
+    def rates_with(self, features: Mapping[str, Sequence[float]], numbers: Array) -> Array:
+        """Return `rates` [rules, units] of the formula with other numbers [rules, numbers of the formula]."""
+        values, sizes = self.values_with(features, numbers), np.asarray(features["size"])
+        shifted: Array = values + (features["rate"][0] - values @ sizes / sizes.sum())[:, None]
+        return shifted
 
     def values_with(self, features: Mapping[str, Sequence[float]], numbers: Array) -> Array:
         """Return `values` [rules, units] of the formula with other numbers [rules, numbers of the formula].
@@ -361,4 +375,4 @@ def _short(text: str) -> str:
 
 
 DEFAULT_RULE = Rule.parse("rate - 0.4*attention - 0.1*sensitivity")
-"""The rule of `--allocate rule`, found by benchmarks/search/rules.py."""
+"""The rule of `--allocate rule`."""

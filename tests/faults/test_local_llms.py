@@ -59,8 +59,8 @@ async def served(folder: Path) -> AsyncIterator[Served]:
     settings = Settings.model_validate(given)
     settings.folder.mkdir()
     with capture_logs() as log:
-        async with local_llm(settings) as endpoint:
-            served = Served(endpoint, log)
+        async with local_llm(settings) as llm:
+            served = Served(llm.endpoint, log)
             await eventually(served.answers, 60)
             yield served
 

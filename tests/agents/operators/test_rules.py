@@ -1,6 +1,7 @@
 """Rules as candidates: random ones, their offspring, the tuning of their numbers, and the choice of rules or moves."""
 
 import random
+import re
 import statistics
 from dataclasses import replace
 
@@ -15,6 +16,7 @@ from agents.operators.rules import (
     proposal_of,
     random_rule,
     rule_of,
+    ruled_members,
     sample_rule_crossover,
     sample_rule_mutation,
     tuned,
@@ -23,6 +25,7 @@ from agents.operators.rules import (
 from agents.operators.strategy import next_step, sample_mutation_step
 from agents.operators.surrogate import Surrogate
 from agents.population.view import Member, Tried, View
+from agents.prompting.rules import formula_pattern
 from protocol.plans.plan import removed_shares
 from protocol.plans.rule import Rule
 from protocol.plans.shape import Granularity
@@ -73,16 +76,17 @@ def test_a_batch_of_plans_removes_what_the_exact_plans_remove(granularity: Granu
 @every_granularity
 def test_the_prediction_of_a_batch_is_that_of_single_plans(granularity: Granularity) -> None:
     view = view_of(granularity, 20)
-    surrogate, base = Surrogate(view), view.measured[0].candidate
+    surrogate = Surrogate(view)
     plans = [member.candidate.plan for member in view.measured[:5]]
     shares = np.array([removed_shares(plan, view.profile.shape, granularity) for plan in plans])
     mean, std = surrogate.predict_shares(shares)
     assert mean.tolist() == pytest.approx([surrogate.predict(plan) for plan in plans])
+    inputs = surrogate._inputs(shares)
+    assert surrogate._prior_variance(inputs) == pytest.approx(np.diag(surrogate._covariance(inputs, inputs)))
     assert (std > 0).all()
     # The variance of a change is that of both ends, less twice their covariance: never more than (a + b)².
     _, change = surrogate.predict_changes(shares[0].tolist(), [dict(enumerate(shares[1].tolist()))])
     assert abs(std[0] - std[1]) - 1e-6 <= change[0] <= std[0] + std[1] + 1e-6
-    assert base.plan == plans[0]
 
 
 def test_far_from_all_outcomes_the_prediction_is_less_sure() -> None:
@@ -119,11 +123,45 @@ def test_rules_have_their_parents_and_say_themselves() -> None:
     first, second = ruled(view, "rate - 0.3*attention"), ruled(view, "rate - 0.1*sensitivity")
     view = with_members(view, first, second)
     rng = random.Random(0)
-    mutant, joined = sample_rule_mutation(rng, view, ()), sample_rule_crossover(rng, view, ())
+    parents = (first, second)  # they are in view.measured too
+    mutant, joined = sample_rule_mutation(rng, view, parents), sample_rule_crossover(rng, view, parents)
     ids = {first.candidate.id, second.candidate.id}
     assert len(mutant.parents) == 1 and set(mutant.parents) <= ids and set(joined.parents) == ids
-    assert mutant.rule and Rule.parse(mutant.rule).values(view.features) == pytest.approx(mutant.rates, abs=1e-3)
+    assert mutant.rule and Rule.parse(mutant.rule).rates(view.features) == pytest.approx(mutant.rates, abs=1e-3)
     assert rule_of(first) == Rule.parse("rate - 0.3*attention") and rule_of(view_of("block", 1).measured[0]) is None
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_rule_is_crossed_with_itself(seed: int) -> None:
+    view = view_of("block", 10)
+    parents = (ruled(view, "rate - 0.3*attention"), ruled(view, "rate - 0.1*sensitivity"))
+    joined = sample_rule_crossover(random.Random(seed), with_members(view, *parents), parents)
+    assert len(set(joined.parents)) == 2
+
+
+def test_a_stored_rule_that_cannot_be_read_is_no_rule() -> None:
+    view = view_of("block", 10)
+    made = ruled(view, "rate")
+    provenance = made.candidate.provenance.model_copy(update={"rule": "rate - later_feature"})
+    odd = replace(made, candidate=made.candidate.model_copy(update={"provenance": provenance}))
+    assert rule_of(odd) is None and ruled_members(with_members(view, odd), (odd,)) == []
+
+
+def test_a_model_with_one_unit_has_one_rule() -> None:
+    view = view_of("layer", 0)
+    shape = view.profile.shape.model_copy(update={"layers": view.profile.shape.layers[:1]})
+    one = replace(view, profile=view.profile.model_copy(update={"shape": shape, "sensitivity": (0.1,)}))
+    rule = random_rule(random.Random(0), one)
+    assert str(rule) == str(mutated(random.Random(0), one, rule)) == "rate"
+    assert re.search(formula_pattern(usable_features(one)), "rate")
+
+
+def test_adding_the_same_to_all_units_changes_nothing() -> None:
+    view = view_of("block", 0)
+    plain, shifted = (Rule.parse(f"rate - 0.1*sensitivity{more}").rates(view.features) for more in ("", " + 0.7"))
+    assert plain == pytest.approx(shifted)
+    sizes = view.features["size"]
+    assert sum(a * b for a, b in zip(plain, sizes, strict=True)) / sum(sizes) == pytest.approx(view.spec.rate)
 
 
 def test_rules_and_moves_are_chosen_by_what_they_brought() -> None:

@@ -253,7 +253,8 @@ async def say_hi(endpoint: EndpointSettings, key: str | None) -> int:
 
 @pytest.mark.model
 async def test_that_of_a_run_answers_this_run_alone(settings: Settings) -> None:
-    async with local_llm(settings) as endpoint:
+    async with local_llm(settings) as llm:
+        endpoint = llm.endpoint
         assert endpoint.grammar
         assert endpoint.api_key is not None
         key = endpoint.api_key.get_secret_value()

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from redis.asyncio import Redis
 
 from agents.baselines.cma_es import CmaEsMutator
-from agents.baselines.seeds import seed_rates
+from agents.baselines.seeds import seed_rates, submit_seeds
 from agents.population.view import Accepted, Refused, View
 from agents.prompting.settings import ReplyFormat
 from daemon.monitor.summary import summarise
@@ -224,6 +224,18 @@ async def test_seeds_are_members_of_the_first_population(redis: Redis, tmp_path:
     assert candidate_id(spec.uniform_plan(SHAPE), spec.fingerprint) in search.state.ledger
 
 
+async def test_a_seed_that_an_earlier_process_made_is_not_made_again() -> None:
+    made: list[int] = []
+
+    async def submit(_: Sequence[float], provenance: Provenance) -> Accepted | Refused:
+        made.append(provenance.call)
+        return Accepted("0" * 16)
+
+    view = View(SPEC, PROFILE, 0, (), {("seed", 0): frozenset({"a" * 16})})
+    await submit_seeds([seed_allocation("rule:rate - depth"), seed_allocation("first-layer")], view, submit)
+    assert made == [1]
+
+
 @pytest.mark.parametrize("by", ["llm", "rules"])
 async def test_a_search_by_rules_keeps_them_beside_its_best(redis: Redis, tmp_path: Path, by: str) -> None:
     agents = dict.fromkeys(("initializer", "mutator", "crossover"), by)
@@ -238,8 +250,8 @@ async def test_a_search_by_rules_keeps_them_beside_its_best(redis: Redis, tmp_pa
     assert any(c.provenance.round > 0 and not c.provenance.rule for c in search.state.ledger.values()), "moves too"
     view = View(BLOCKS, search.state.profile, 0, ())
     for evaluation in ruled:
-        values = Rule.parse(evaluation.candidate.provenance.rule or "").values(view.features)
-        assert view.candidate_id(values) == evaluation.candidate.id, "its rates are what the rule says"
+        rates = Rule.parse(evaluation.candidate.provenance.rule or "").rates(view.features)
+        assert view.candidate_id(rates) == evaluation.candidate.id, "its rates are what the rule says"
     summary = summarise("one", search.state, {}, finished=True)
     assert summary.rule == ruled[0].candidate.provenance.rule and summary.best_rule is not None
 

@@ -4,15 +4,18 @@ import itertools
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from gpu_worker.evaluation.features import measure_features
 from gpu_worker.pruning.calibration import calibrate_products
 from gpu_worker.pruning.ordered_model import OrderedModel
 from gpu_worker.pruning.reconstruction import damped
+from protocol.plans.profile import ModelProfile
 from protocol.plans.shape import Granularity
 from protocol.plans.single_unit_pruning import single_unit_plan
 from protocol.plans.spec import SearchSpec, TextSpec
 from tests.support.pruned_models import logits_of, scores_of
+from tests.support.samples import PROFILE
 from tests.support.tiny_models import tiny_llama, tiny_windows
 
 TEXT = TextSpec(source="self", windows=4, seqlen=48)
@@ -82,3 +85,19 @@ def test_more_is_lost_at_a_higher_rate_and_the_model_stays_dense() -> None:
     mlp = [linear.weight for linear in model.decoder.layers[1].linears[4:]]
     size = sum(weight.abs().sum() for weight in mlp) / sum(weight.numel() for weight in mlp)
     assert low["weight"][3] == pytest.approx(float(size), rel=1e-5)
+
+
+def test_a_block_that_computes_nothing_loses_nothing() -> None:
+    model, spec = tiny_llama(), spec_of("block")
+    for linear in (model.decoder.layers[1].output, model.decoder.layers[1].down):
+        linear.weight.data.zero_()
+    ordered = OrderedModel(model.decoder, scores_of(model))
+    for i, each in enumerate(calibrate_products(model.decoder, WINDOWS)[1]):
+        ordered.fit(i, ordered.in_order(i, each))
+    found = measure_features(ordered, scores_of(model), spec, WINDOWS)["fit_error"]
+    assert found[2:4] == (0.0, 0.0) and all(found[:2])
+
+
+def test_a_profile_has_a_feature_value_for_each_unit() -> None:
+    with pytest.raises(ValidationError, match="one value per unit"):
+        ModelProfile.model_validate(PROFILE.model_dump() | {"features": {"weight": (1.0,)}})

@@ -64,13 +64,13 @@ def test_a_folder_is_no_name_on_the_hub_and_its_place_is_not_told(tmp_path: Path
 
 
 def test_names_have_no_meaning_in_markdown_html_or_a_shell(tmp_path: Path) -> None:
-    folder = tmp_path / "ev<script>\x1b[31m\n# H\n---\nlicense: x"
+    folder = tmp_path / "ev<script>\x1b[31m\n# H\n---\nlicense: x|[y](z)"
     folder.mkdir()
     text = render_card(facts_of(MODEL, base_model=str(folder)), ("gguf",), name="my model", gguf="a;b.gguf")
     assert (
         "<script>" not in text and "\x1b" not in text and "\n# H" not in text and "license: x" not in front_matter(text)
     )
-    assert "# ev&lt;script&gt;?[31m?# H?---?license: x, pruned by" in text
+    assert r"# ev&lt;script&gt;?\[31m?# H?---?license: x\|\[y\](z), pruned by" in text
     assert "llama-cli -m 'my model/a;b.gguf' -p" in text
 
 
