@@ -374,5 +374,5 @@ def _short(text: str) -> str:
     return text if len(text) <= 40 else text[:37] + "…"
 
 
-DEFAULT_RULE = Rule.parse("rate - 0.4*attention - 0.1*sensitivity")
-"""The rule of `--allocate rule`."""
+DEFAULT_RULE = Rule.parse("least_damage")
+"""The rule of `--allocate rule`: no better one has been measured yet (docs/lab-notes/rules.md)."""
