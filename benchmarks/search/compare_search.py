@@ -52,7 +52,7 @@ from daemon.settings.llm import EndpointSettings
 from daemon.settings.settings import Settings
 from daemon.settings.target import check_text, text_spec
 from protocol.errors import SelfPrunerError, SettingsError, UsageError
-from protocol.plans.spec import Measure, Reconstruction
+from protocol.plans.spec import Dtype, Measure, Reconstruction
 from protocol.runtime import logs
 from protocol.runtime.files import write_atomically
 from protocol.runtime.signals import run_until_signal
@@ -109,6 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--minimise", choices=get_args(Measure), default="kl", help="the fitness")
     parser.add_argument("--allocations", nargs="*", default=list(SEEDS), help="search.seeds of all methods")
     parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--dtype", choices=get_args(Dtype), default="bfloat16")
     parser.add_argument("--fitness", default="self", help="the text to score on and to search on")
     parser.add_argument("--report", default="self", help="the text to report on")
     parser.add_argument("--windows", type=int, default=4)
@@ -329,7 +330,7 @@ def settings_of(given: argparse.Namespace, method: str, rate: float, seed: int) 
                 "seeds": given.allocations,
                 **chosen,
             },
-            "target": {"model": given.model, "rate": rate},
+            "target": {"model": given.model, "rate": rate, "dtype": given.dtype},
             "data": {
                 "calibration": given.fitness,
                 "calibration_windows": given.calibration_windows,
