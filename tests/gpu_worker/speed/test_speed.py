@@ -98,7 +98,7 @@ def test_all_installed_engines_that_can_run_the_format_do_and_others_say_why_not
     [
         (("vllm",), "hf", r"the engine vllm is not installed: pip install 'vllm>=0\.28'"),
         (("llama.cpp",), "padded", "llama.cpp cannot run an export in the format padded; it runs hf and gguf"),
-        ((), "gguf", "no engine here can run the folder: .*'self-pruner\\[local\\]'"),
+        ((), "gguf", "no engine here can run the folder: .*'\\.\\[local\\]'"),
     ],
 )
 def test_an_engine_that_cannot_is_one_sentence(asked: tuple[Engine, ...], fmt: str, sentence: str) -> None:
