@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from cmaes import CMA
 
+from agents.operators.moves import KAPPA
 from agents.operators.plan_space import plan_space_of
 from agents.operators.surrogate import surrogate_of
 from agents.population.view import Member, Proposal, View
@@ -29,8 +30,6 @@ GENERATIONS, GENERATION_SIZE = 20, 16
 """Size of a tuning: the surrogate predicts this number of generations, each of this number of plans."""
 MIN_OUTCOMES = 4
 """Number of measured candidates from which on numbers are tuned. Before, the surrogate knows sensitivity only."""
-KAPPA = 1.0
-"""Exploration weight of the acquisition, `mean - KAPPA * std`."""
 
 
 def proposal_of(view: View, rule: Rule, parents: Sequence[Member] = ()) -> Proposal:

@@ -12,6 +12,7 @@ from agents.population.view import Member, Proposal, View
 from agents.prompting.descriptions import fitness_in_words
 from agents.prompting.prompts import Prompt
 from agents.prompting.replies import parse_objects
+from agents.prompting.schemas import rules_schema
 from protocol.errors import InvalidReply, RuleError
 from protocol.plans.features import FEATURES, MEASURED
 from protocol.plans.plan import removed_shares
@@ -26,8 +27,6 @@ MIN_POINTS = 4
 SHOWN_EFFECTS = 4
 MAX_TERMS = 3
 """Maximum number of terms that the pattern allows, so that no rule that it allows is too large."""
-
-
 EXAMPLES = (
     "rate - 0.4*attention - 0.1*sensitivity",
     "rate - 0.2*exp(-1.5*depth)",
@@ -51,8 +50,6 @@ CHANGES = (
     ("attention", "let a term hold for attention or mlp only"),
     ("rate", "remove what does not help, and add one term"),
 )
-
-
 _QUOTE = re.compile(r"""'(?:\\.|[^'\\]){2,}'|"(?:\\.|[^"\\]){2,}\"""")
 """What an error quotes, which may be the model's words; single characters stay."""
 
@@ -79,37 +76,19 @@ def rules_prompt(name: str, text: str, call: Call, parents: Sequence[Member]) ->
     return Prompt(
         name=name,
         text=text,
-        schema=lambda count: rules_schema(view, count),
+        schema=lambda count: rules_schema(formula_pattern(usable_features(view)), count),
         parse=lambda text, count: parse_objects(text, RuleReply, use, count),
         tokens_per_item=TOKENS_PER_RULE,
         refine=refine,
     )
 
 
-def rules_schema(view: View, count: int) -> dict[str, object]:
-    """Return the schema of `count` rules.
-
-    The pattern allows sums of products, which small models need. Where an endpoint does not enforce it, any rule that
-    can be read is accepted.
-    """
-    item: dict[str, object] = {
-        "type": "object",
-        "properties": {"rule": {"type": "string", "pattern": formula_pattern(usable_features(view))}},
-        "required": ["rule"],
-        "additionalProperties": False,
-    }
-    proposals = {"type": "array", "items": item, "minItems": count, "maxItems": count}
-    return {
-        "type": "object",
-        "properties": {"proposals": proposals},
-        "required": ["proposals"],
-        "additionalProperties": False,
-    }
-
-
 @functools.lru_cache(maxsize=8)
 def formula_pattern(features: tuple[str, ...]) -> str:
-    """Return a regular expression for sums of up to `MAX_TERMS` terms: numbers times features and functions of them."""
+    """Return a regular expression for sums of up to `MAX_TERMS` terms: numbers times features and functions of them.
+
+    Small models need it. If an endpoint does not enforce it, any rule that can be read is accepted.
+    """
     feature = f"({'|'.join(name for name in features if name != 'rate')})"
     if feature == "()":
         return "^rate$"
@@ -126,7 +105,7 @@ def examples_of(view: View, variant: int) -> list[str]:
 
     Small models copy what they are shown, so each question shows few examples, and different ones.
     """
-    usable = {"rate", *usable_features(view)}
+    usable = set(usable_features(view))
     able = [text for text in EXAMPLES if Rule.parse(text).features <= usable]
     return [able[(variant + i) % len(able)] for i in range(min(SHOWN_EXAMPLES, len(able)))]
 
@@ -177,6 +156,6 @@ def effects_of_rules(view: View) -> list[str]:
 
 def idea(view: View, ideas: Sequence[tuple[str, str]], variant: int) -> str:
     """Return one of the ideas, each given after the feature that it needs; other ones for the next variants."""
-    usable = {"rate", *usable_features(view)}
+    usable = set(usable_features(view))
     able = [words for feature, words in ideas if feature in usable]
     return able[variant % len(able)]

@@ -82,6 +82,11 @@ def mixes_schema(shown: int, count: int) -> Schema:
     return _proposals({"mix": _integer(1, shown)}, count)
 
 
+def rules_schema(pattern: str, count: int) -> Schema:
+    """Return the schema of `count` rules, each a text that matches `pattern`."""
+    return _proposals({"rule": {"type": "string", "pattern": pattern}}, count)
+
+
 def pick(items: Sequence[T], numbers: Sequence[int], max_items: int, name: str) -> tuple[T, ...]:
     """Return the items with these numbers (from 1), each once and at most `max_items`.
 
