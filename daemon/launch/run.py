@@ -45,8 +45,7 @@ def run_daemon(settings: Settings, stream: logs.Stream) -> tuple[Summary | None,
     redis_url = settings.redis.full_url
     if redis_url is None:
         raise SettingsError("the setting redis.url is missing: the daemon needs a Redis server that workers reach too")
-    secrets_of(settings)
-    read_replay(settings)
+    read_replay(settings)  # now, rather than when the folder of the search has been made
     if lacks_llm(settings):
         raise SettingsError("the setting llm.endpoints is missing: give at least one OpenAI-compatible endpoint")
     access = _configure_logs(settings, stream)
