@@ -9,6 +9,7 @@ from agents.operators.mixes import mix_menu
 from agents.operators.rules import ruled_members
 from agents.operators.sampling import RANKED_MIXES, sample_mix, sample_ranked_mix
 from agents.operators.strategy import next_step, sample_crossover_step
+from agents.operators.trust_region import sample_plan
 from agents.population.submission import Call, Operator
 from agents.population.view import Member, Proposal, Submit, View
 from agents.prompting.descriptions import about_model, mixes_in_words, numbered_lists, numbered_profiles
@@ -41,7 +42,8 @@ class Crossover:
         make_prompt = partial(prompts[self._settings.reply], parents=parents)
         operators: dict[str, Operator] = {"moves": sample_ranked_mix, "rules": sample_crossover_step}
         operator = operators.get(self._settings.reply, sample_mix)
-        return await self._proposer.propose(view, parents, count, submit, make_prompt, operator)
+        partner = sample_plan if self._settings.reply == "moves" else operator
+        return await self._proposer.propose(view, parents, count, submit, make_prompt, operator, partner)
 
     def _lists(self, call: Call, parents: Sequence[Member]) -> Prompt[Proposal]:
         text = fill(
@@ -75,10 +77,12 @@ class Crossover:
             tokens_per_item=MIX_TOKENS,
         )
 
-    def _rules(self, call: Call, parents: Sequence[Member]) -> Prompt[Proposal]:
+    def _rules(self, call: Call, parents: Sequence[Member]) -> Prompt[Proposal] | Operator:
         view = call.view
-        ruled = ruled_members(view, parents)[:SHOWN_RULES]
-        if len(ruled) < 2 or next_step(view, call.rng) == "moves":
+        ruled, step = ruled_members(view, parents)[:SHOWN_RULES], next_step(view, call.rng)
+        if step == "plans":
+            return sample_plan
+        if len(ruled) < 2 or step == "moves":
             return self._mixes(call, parents)
         text = fill(
             "crossover_rules",

@@ -15,6 +15,7 @@ from agents.operators.sampling import (
     sample_ranked_moves,
 )
 from agents.operators.strategy import next_step, sample_mutation_step
+from agents.operators.trust_region import sample_plan
 from agents.population.submission import Call, Operator
 from agents.population.view import Member, Proposal, Submit, View
 from agents.prompting.descriptions import (
@@ -23,6 +24,7 @@ from agents.prompting.descriptions import (
     moves_in_words,
     numbered_lists,
     numbered_profiles,
+    prediction_in_words,
 )
 from agents.prompting.feedback import Feedback, feedback_on
 from agents.prompting.prompts import Prompt, fill
@@ -65,7 +67,8 @@ class Mutator:
         )
         operators: dict[str, Operator] = {"moves": sample_ranked_moves, "rules": sample_mutation_step}
         operator = operators.get(self._settings.reply, sample_mutation)
-        return await self._proposer.propose(view, parents, count, submit, make_prompt, operator)
+        partner = sample_plan if self._settings.reply == "moves" else operator
+        return await self._proposer.propose(view, parents, count, submit, make_prompt, operator, partner)
 
     def _lists(self, call: Call, parents: Sequence[Member], feedback: Feedback) -> Prompt[Proposal]:
         text = fill(
@@ -103,11 +106,15 @@ class Mutator:
             schema=lambda count: moves_schema(len(moves), MAX_MOVES, count),
             parse=lambda text, count: parse_objects(text, MoveChoice, apply, count),
             tokens_per_item=MOVE_TOKENS,
+            preview=lambda draft: prediction_in_words(view, draft.rates),
         )
 
-    def _rules(self, call: Call, parents: Sequence[Member], feedback: Feedback) -> Prompt[Proposal]:
-        view, rng = call.view, call.rng
-        if next_step(view, rng) == "moves":
+    def _rules(self, call: Call, parents: Sequence[Member], feedback: Feedback) -> Prompt[Proposal] | Operator:
+        view = call.view
+        step = next_step(view, call.rng)
+        if step == "plans":
+            return sample_plan
+        if step == "moves":
             return self._moves(call, parents, feedback)
         ruled = ruled_members(view, parents)
         shown = call.sample_members(ruled[:SHOWN_RULES], 1)[0]

@@ -90,13 +90,16 @@ class Proposer:
         parents: Sequence[Member],
         count: int,
         submit: Submit,
-        make_prompt: Callable[[Call], Prompt[Proposal]],
+        make_prompt: Callable[[Call], Prompt[Proposal] | Operator],
         operator: Operator,
+        partner: Operator | None = None,
     ) -> int:
         """Submit proposals until `count` are accepted, plans run out or a budget ends. Return the number accepted.
 
-        `operator` is the fallback. A call that an earlier process began but did not finish is repeated. Its questions
-        are the same, so the same answers lead to the same candidates.
+        `operator` is the fallback. `partner` makes the candidates that the LLM is not asked for (llm.share); without
+        it, the LLM is asked for all. `make_prompt` may return an operator in place of a prompt, and the LLM is not
+        asked then either. A call that an earlier process began but did not finish is repeated. Its questions are the
+        same, so the same answers lead to the same candidates.
         """
         calls = [Call(self._agent, view, i, size) for i, size in enumerate(self._settings.split(count))]
         submitters = [Submitter(self._agent, call, submit) for call in calls]
@@ -104,28 +107,30 @@ class Proposer:
         turns = RoundRobin(submitter.call.index for submitter in unfinished)
         async with asyncio.TaskGroup() as group:
             for submitter in unfinished:
-                group.create_task(self._fill(submitter, turns, make_prompt(submitter.call), operator, parents))
+                call = submitter.call
+                without = None if self._settings.asks(call.rng) else partner
+                prompt = without or make_prompt(call)
+                group.create_task(self._fill(submitter, turns, prompt, operator, parents))
         return sum(len(submitter.accepted) for submitter in submitters)
 
     async def _fill(
         self,
         submitter: Submitter,
         turns: RoundRobin,
-        prompt: Prompt[Proposal],
+        prompt: Prompt[Proposal] | Operator,
         operator: Operator,
         parents: Sequence[Member],
     ) -> None:
         call = submitter.call
         where = {"agent": self._agent, "round": call.view.round}
-        prompt_id = f"{prompt.name}:{hashlib.sha256(prompt.text.encode()).hexdigest()[:8]}"
-
-        async def take(proposal: Proposal, answer: Answer) -> str | None:
-            return await submitter.submit(proposal, "llm", endpoint=answer.endpoint, prompt=prompt_id)
-
         with bound_contextvars(**where):
             try:
                 async with turns.membership(call.index):
-                    taken = await self._asker.ask(call, prompt, call.count, take, lambda: turns.turn(call.index))
+                    if not isinstance(prompt, Prompt):
+                        async with turns.turn(call.index):
+                            await submitter.sample(call.count, prompt, parents, "classical")
+                        return
+                    taken = await self._ask(submitter, turns, prompt)
                     if missing := call.count - taken:
                         # In a last turn, so that fallbacks keep an order, whenever their calls failed.
                         async with turns.last_turn(call.index):
@@ -133,6 +138,16 @@ class Proposer:
                         log.info("fallback", **where, accepted=made, missing=missing - made)
             except NothingLeft:
                 log.debug("nothing_left_to_propose", **where, call=call.index)
+
+    async def _ask(self, submitter: Submitter, turns: RoundRobin, prompt: Prompt[Proposal]) -> int:
+        """Submit what the LLM answers; return how many candidates were accepted."""
+        call = submitter.call
+        prompt_id = f"{prompt.name}:{hashlib.sha256(prompt.text.encode()).hexdigest()[:8]}"
+
+        async def take(proposal: Proposal, answer: Answer) -> str | None:
+            return await submitter.submit(proposal, "llm", endpoint=answer.endpoint, prompt=prompt_id)
+
+        return await self._asker.ask(call, prompt, call.count, take, lambda: turns.turn(call.index))
 
 
 TOKENS_PER_RATE = 9

@@ -1,9 +1,10 @@
-"""The Selector: which members of the population become parents."""
+"""The Selector: which members of the population become parents, and in a search with rules, what makes offspring."""
 
 from structlog.contextvars import bound_contextvars
 
 from agents.llm.endpoint import Answer, ChatClient
 from agents.operators.genetic import tournament
+from agents.operators.strategy import possible_steps, step_records
 from agents.population.submission import Call
 from agents.population.view import Member, Selection, View
 from agents.prompting.conversation import Asker
@@ -33,23 +34,29 @@ class Selector:
         population = view.population[:SHOWN]
         wanted = min(count, max(2, len(population) // 2), len(population))
         call = Call("selector", view, 0, wanted)
-        chosen: list[tuple[Member, ...]] = []
+        chosen: list[Selection] = []
 
-        async def take(members: tuple[Member, ...], _: Answer) -> str | None:
-            chosen.append(members)
+        async def take(selection: Selection, _: Answer) -> str | None:
+            chosen.append(selection)
             return None
 
         if wanted >= 2:
             with bound_contextvars(agent=call.agent, round=view.round):
                 await self._asker.ask(call, self._prompt(view, population, wanted), 1, take)
         if chosen:
-            return Selection(chosen[0], "llm")
+            return chosen[0]
         return Selection(tournament(call.rng, population, wanted), "fallback")
 
-    def _prompt(self, view: View, population: tuple[Member, ...], wanted: int) -> Prompt[tuple[Member, ...]]:
+    def _prompt(self, view: View, population: tuple[Member, ...], wanted: int) -> Prompt[Selection]:
+        records = step_records(view)
+        steps = possible_steps(view) if self._settings.reply == "rules" else ()
 
-        def parse(text: str, _: int) -> Parsed[tuple[Member, ...]]:
-            return parse_objects(text, Choice, lambda reply: apply_choice(population, wanted, reply), 1)
+        def apply(reply: Choice) -> Selection:
+            step = next((step for step in steps if step == reply.step), None)
+            return Selection(apply_choice(population, wanted, reply), "llm", step)
+
+        def parse(text: str, _: int) -> Parsed[Selection]:
+            return parse_objects(text, Choice, apply, 1)
 
         return Prompt(
             name="selector",
@@ -58,8 +65,9 @@ class Selector:
                 wanted=wanted,
                 about=about_model(view, self._settings.feedback),
                 members=numbered_sections(view, population),
+                steps={step: records[step] for step in steps},
             ),
-            schema=lambda _: choice_schema(len(population), wanted),
+            schema=lambda _: choice_schema(len(population), wanted, steps),
             parse=parse,
             tokens_per_item=TOKENS_PER_PARENT * wanted,
         )

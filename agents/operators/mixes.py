@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 from agents.operators.edits import Mix, apply_mix, mix_bounds
@@ -40,7 +40,7 @@ def mix_menu(view: View, parents: Sequence[Member], rng: random.Random, count: i
         rates = on_budget(view, proposal.rates)
         found.setdefault(
             tuple(round(rate, 2) for rate in rates),
-            RankedMix(mix, proposal, surrogate.predict_fitness(rates)),
+            RankedMix(mix, replace(proposal, step="moves"), surrogate.predict_fitness(rates)),
         )
     ranked = sorted(found.values(), key=lambda ranked: ranked.predicted)
     return tuple(islice((each for each in ranked if _is_new(view, each.proposal.rates)), count))

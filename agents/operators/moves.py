@@ -62,7 +62,7 @@ def apply_moves(parent: Member, moves: Sequence[Move]) -> Proposal:
     for move in moves:
         for unit, rate in ((move.more, move.more_rate), (move.less, move.less_rate)):
             rates[unit] = min(max(rates[unit] + rate - before[unit], 0.0), 1.0)
-    return Proposal(tuple(rates), (parent.candidate.id,))
+    return Proposal(tuple(rates), (parent.candidate.id,), step="moves")
 
 
 class _Moves:

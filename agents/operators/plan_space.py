@@ -38,9 +38,13 @@ class PlanSpace:
         ]
         """The shares that can be removed from each attention block."""
 
+    def rates(self, values: Array) -> Array:
+        """Return the rates [plans, units] within the bounds and the budget that are nearest to `values`."""
+        return _projected(values, self._weights, np.full(len(values), self._rate), self._low, self._high)
+
     def shares(self, values: Array) -> Array:
         """Return the removed shares [plans, units] of the plans nearest to `values` [plans, units]."""
-        rates = _projected(values, self._weights, np.full(len(values), self._rate), self._low, self._high)
+        rates = self.rates(values)
         if not self._attention:
             return rates
         for i, levels in zip(self._attention, self._levels, strict=True):

@@ -6,13 +6,13 @@ are not guessed: CMA-ES tunes them on the surrogate, which costs no evaluation.
 
 import functools
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from cmaes import CMA
 
 from agents.operators.moves import KAPPA
-from agents.operators.plan_space import plan_space_of
+from agents.operators.plan_space import Array, plan_space_of
 from agents.operators.surrogate import surrogate_of
 from agents.population.view import Member, Proposal, View
 from protocol.errors import RuleError
@@ -28,13 +28,16 @@ CROSSED = 20
 """Number of rules from which two are chosen for a crossover."""
 GENERATIONS, GENERATION_SIZE = 20, 16
 """Size of a tuning: the surrogate predicts this number of generations, each of this number of plans."""
+NOTICEABLE = 0.005
+"""A part of a rule is left out if no rate changes by more than this."""
 MIN_OUTCOMES = 4
 """Number of measured candidates from which on numbers are tuned. Before, the surrogate knows sensitivity only."""
 
 
 def proposal_of(view: View, rule: Rule, parents: Sequence[Member] = ()) -> Proposal:
     """Return the candidate that a rule gives on this search's model. Raises RuleError if it needs a missing feature."""
-    return Proposal(rule.rates(view.features), tuple(member.candidate.id for member in parents), str(rule))
+    parent_ids = tuple(member.candidate.id for member in parents)
+    return Proposal(rule.rates(view.features), parent_ids, str(rule), "rules")
 
 
 @functools.lru_cache(maxsize=1000)
@@ -70,7 +73,7 @@ def differing_features(view: View) -> list[str]:
 def tuned(view: View, rule: Rule, rng: random.Random) -> Rule:
     """Return the rule with the numbers for which the surrogate has the best acquisition near the given ones.
 
-    Returns the rule unchanged while too few candidates are measured.
+    Parts that then have no effect are left out. Returns the rule unchanged while too few candidates are measured.
     """
     if not rule.numbers or len(view.measured) < MIN_OUTCOMES:
         return rule
@@ -86,7 +89,56 @@ def tuned(view: View, rule: Rule, rng: random.Random) -> Rule:
         if acquisition.min() < best:
             best, found = acquisition.min(), samples[acquisition.argmin()]
         optimizer.tell(list(zip(samples, acquisition.tolist(), strict=True)))
-    return rule.with_numbers(found[:count].tolist())
+    return simplified(view, rule.with_numbers(found[:count].tolist()))
+
+
+def simplified(view: View, rule: Rule) -> Rule:
+    """Return the rule without the parts, and with the smallest and shortest numbers, that change no rate noticeably."""
+    space = plan_space_of(view)
+
+    def rates(given: Rule) -> Array:
+        return space.rates(np.array([given.rates(view.features)]))
+
+    wanted = rates(rule)
+
+    def is_same(other: Rule) -> bool:
+        return bool(np.abs(rates(other) - wanted).max() <= NOTICEABLE)
+
+    while shorter := next(filter(is_same, _shorter(rule)), None):
+        rule = shorter
+    for i in range(len(rule.numbers)):
+        while abs(rule.numbers[i]) > 1 and is_same(smaller := _with_number(rule, i, rule.numbers[i] / 2)):
+            rule = smaller
+    for digits in (1, 2, 3):
+        rounded = rule.with_numbers([float(f"{number:.{digits}g}") for number in rule.numbers])
+        if is_same(rounded):
+            return rounded
+    return rule
+
+
+def _with_number(rule: Rule, which: int, number: float) -> Rule:
+    return rule.with_numbers([*rule.numbers[:which], number, *rule.numbers[which + 1 :]])
+
+
+def _shorter(rule: Rule) -> Iterator[Rule]:
+    """Return the rules with one part replaced by a part of it or by a number, shortest first; all keep the rate."""
+    parts = [part for part in rule.tree if part.parts]
+    trees = {replaced(rule.tree, part, new) for part in parts for new in (*part.parts, _number(part) or Node(0.0))}
+    kept = rule.features & {"rate"}
+    rules = {_sound(tree, rule) for tree in trees} - {rule}
+    return iter(sorted((each for each in rules if kept <= each.features), key=lambda each: (_size(each), str(each))))
+
+
+def _number(part: Node) -> Node | None:
+    """Return the number that a part without features is; None for other parts."""
+    leaves = [node.head for node in part if not node.parts]
+    if not all(isinstance(leaf, float) for leaf in leaves):
+        return None
+    return Node(float(part.evaluate({}, iter(np.array(leaves)))))
+
+
+def _size(rule: Rule) -> int:
+    return sum(1 for _ in rule.tree)
 
 
 def random_rule(rng: random.Random, view: View) -> Rule:

@@ -141,7 +141,10 @@ class Surrogate:
 
     def predict_fitness(self, rates: Sequence[float]) -> float:
         """Return the predicted fitness (a perplexity or a divergence) of rates whose mean is about the target rate."""
-        rise = float(self._mean(np.array([rates]))[0])
+        return self.fitness_at(float(self._mean(np.array([rates]))[0]))
+
+    def fitness_at(self, rise: float) -> float:
+        """Return the fitness (a perplexity or a divergence) of a plan with this rise."""
         return max(rise, 0.0) if self._is_kl else math.exp(min(rise + self._dense, 50.0))
 
     def rise(self, member: Member) -> float:

@@ -76,6 +76,7 @@ class Submitter:
             endpoint=endpoint,
             prompt=prompt,
             rule=proposal.rule,
+            step=proposal.step,
         )
         result = await self._submit(proposal.rates, provenance)
         if result == BUDGET_USED_UP:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from protocol.errors import BudgetError
-from protocol.plans.candidate import AgentName, Candidate, Provenance, Source, candidate_id
+from protocol.plans.candidate import AgentName, Candidate, Provenance, Source, Step, candidate_id
 from protocol.plans.features import RawFeatures, raw_features, unit_features
 from protocol.plans.profile import ModelProfile
 from protocol.plans.shape import Unit
@@ -54,6 +54,8 @@ class View:
     """The rates of the best member of the first population."""
     fitness_of: Callable[[str], float | None] = _unknown
     """Returns the fitness of a candidate of an earlier round by its id; None if the candidate has no fitness."""
+    step: Step | None = None
+    """What should make this round's offspring; None if each candidate decides for itself."""
 
     @cached_property
     def units(self) -> tuple[Unit, ...]:
@@ -123,16 +125,18 @@ A plan that the same call proposed before is accepted again, because a call is r
 
 @dataclass(frozen=True)
 class Proposal:
-    """Raw rates, one per unit, the ids of the parents, and the rule that gave the rates, if one did."""
+    """Raw rates, one per unit, the ids of the parents, what made it, and the rule that gave the rates, if one did."""
 
     rates: tuple[float, ...]
     parents: tuple[str, ...] = ()
     rule: str | None = None
+    step: Step | None = None
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Parents for the next offspring, best first, and the source of the choice."""
+    """Parents for the next offspring, best first, the source of the choice, and what should make the offspring."""
 
     parents: tuple[Member, ...]
     source: Source
+    step: Step | None = None

@@ -20,6 +20,8 @@ LONGEST_QUOTE = 8_000
 """An invalid reply is shown to the LLM again, cut to this number of characters."""
 LONGEST_QUOTE_OF_A_CUT_REPLY = 400
 """The same limit for a reply that was cut off. Such a reply often repeats one number and would fill the context."""
+DRAFTS = -2
+"""Number of the attempt that asks for drafts, which gives it a seed of its own."""
 LARGE = 20_000
 """Answers of at least this many characters are parsed in a thread."""
 
@@ -49,6 +51,8 @@ class Asker:
             {"role": "user", "content": prompt.text},
         ]
         taken = 0
+        if prompt.preview and self._settings.what_if:
+            messages += await self._drafts(call, prompt, prompt.preview, messages, missing)
         for attempt in range(1 + self._settings.reasks):
             try:
                 answer = await self._answer(call, prompt, messages, missing - taken, attempt)
@@ -75,6 +79,26 @@ class Asker:
                 {"role": "user", "content": again},
             ]
         return taken
+
+    async def _drafts(
+        self, call: Call, prompt: Prompt[T], preview: Callable[[T], str], messages: list[Message], missing: int
+    ) -> list[Message]:
+        """Ask for drafts. Return the messages that tell what is predicted of them; none if no draft could be read."""
+        count = self._settings.what_if
+        asked: Message = {"role": "user", "content": f"{prompt.text}\n\n{fill('what_if', count=count)}"}
+        try:
+            answer = await self._answer(call, prompt, [*messages[:-1], asked], count, DRAFTS)
+            parsed = prompt.parse(answer.text, count)
+        except EndpointError as error:
+            log.debug("llm_unavailable", agent=call.agent, round=call.view.round, reason=str(error))
+            return []
+        except InvalidReply as error:
+            log.info("llm_drafts", agent=call.agent, round=call.view.round, read=0, reason=str(error))
+            return []
+        refined = [await asyncio.to_thread(prompt.refine, each) if prompt.refine else each for each in parsed.good]
+        log.info("llm_drafts", agent=call.agent, round=call.view.round, read=len(refined))
+        predicted = fill("what_if_answer", predicted=[*map(preview, refined)], count=missing)
+        return [{"role": "assistant", "content": _quote(answer)}, {"role": "user", "content": predicted}]
 
     async def _answer(
         self, call: Call, prompt: Prompt[T], messages: list[Message], missing: int, attempt: int

@@ -5,9 +5,13 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+import numpy as np
+
 from agents.operators.edits import KEPT_CHOICES
 from agents.operators.mixes import RankedMix
 from agents.operators.moves import Move
+from agents.operators.plan_space import plan_space_of
+from agents.operators.surrogate import surrogate_of
 from agents.population.view import Member, View
 from agents.prompting.settings import FeedbackPart
 from protocol.plans.shape import Granularity
@@ -144,6 +148,15 @@ def mixes_in_words(view: View, parents: Sequence[Member], mixes: Sequence[Ranked
 def numbered_sections(view: View, members: Sequence[Member]) -> list[dict[str, object]]:
     """Return the members in whole percent by section, for the Selector."""
     return [{"percents": sections(view, m.candidate.rates), "fitness": fitness_in_words(view, m)} for m in members]
+
+
+def prediction_in_words(view: View, rates: Sequence[float]) -> str:
+    """Return what the surrogate predicts of raw rates: `KL divergence 0.3512 (+-0.0040)`."""
+    surrogate = surrogate_of(view)
+    (mean,), (std,) = surrogate.predict_shares(plan_space_of(view).shares(np.array([rates])))
+    fitness, above = surrogate.fitness_at(mean), surrogate.fitness_at(mean + std)
+    digits = _FITNESS_DIGITS[view.spec.measure]
+    return f"{FITNESS[view.spec.measure]} {fitness:.{digits}f} (+-{above - fitness:.{digits}f})"
 
 
 _FITNESS_DIGITS = {"perplexity": 2, "kl": 4}

@@ -28,6 +28,8 @@ class Prompt(Generic[T]):
     """Approximate tokens of one item."""
     refine: Callable[[T], T] | None = None
     """Improves an item before it is taken. It may take a second, so it is called in a thread."""
+    preview: Callable[[T], str] | None = None
+    """Says what is predicted of a refined item, for llm.what_if. None if nothing can be predicted."""
 
 
 def fill(name: str, **variables: object) -> str:

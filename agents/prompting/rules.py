@@ -9,7 +9,7 @@ from pydantic import BaseModel, Field
 from agents.operators.rules import proposal_of, rule_of, tuned, usable_features
 from agents.population.submission import Call
 from agents.population.view import Member, Proposal, View
-from agents.prompting.descriptions import fitness_in_words
+from agents.prompting.descriptions import fitness_in_words, prediction_in_words
 from agents.prompting.prompts import Prompt
 from agents.prompting.replies import parse_objects
 from agents.prompting.schemas import rules_schema
@@ -80,6 +80,7 @@ def rules_prompt(name: str, text: str, call: Call, parents: Sequence[Member]) ->
         parse=lambda text, count: parse_objects(text, RuleReply, use, count),
         tokens_per_item=TOKENS_PER_RULE,
         refine=refine,
+        preview=(lambda draft: f"{draft.rule}: {prediction_in_words(view, draft.rates)}") if view.measured else None,
     )
 
 

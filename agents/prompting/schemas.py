@@ -17,8 +17,11 @@ from agents.operators.edits import (
 )
 from agents.population.view import Member, View
 from protocol.errors import InvalidReply
+from protocol.plans.candidate import Step
 
 Schema = dict[str, object]
+MIXED = "mixed"
+"""The Selector's choice that lets each offspring decide what makes it."""
 T = TypeVar("T")
 
 
@@ -35,9 +38,10 @@ class MixChoice(BaseModel):
 
 
 class Choice(BaseModel):
-    """A Selector's choice: numbers of parents."""
+    """A Selector's choice: numbers of parents, and what makes the offspring; anything unknown lets each one decide."""
 
     parents: Annotated[list[int], Field(min_length=1, max_length=1000)]
+    step: str | None = None
 
 
 def lists_schema(units: int, count: int) -> Schema:
@@ -98,9 +102,10 @@ def pick(items: Sequence[T], numbers: Sequence[int], max_items: int, name: str) 
     return tuple(items[number - 1] for number in dict.fromkeys(numbers))[:max_items]
 
 
-def choice_schema(shown: int, wanted: int) -> Schema:
-    """Return the schema of a choice of up to `wanted` out of `shown` parents, by number."""
-    return _object({"parents": _array(_integer(1, shown), min(2, wanted), wanted)})
+def choice_schema(shown: int, wanted: int, steps: Sequence[Step]) -> Schema:
+    """Return the schema of a choice of up to `wanted` out of `shown` parents, by number, and of one of the `steps`."""
+    chosen: Schema = {"step": {"enum": [*steps, MIXED]}} if steps else {}
+    return _object({"parents": _array(_integer(1, shown), min(2, wanted), wanted), **chosen})
 
 
 def apply_choice(population: Sequence[Member], wanted: int, reply: Choice) -> tuple[Member, ...]:

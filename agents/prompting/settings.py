@@ -1,5 +1,6 @@
 """Settings of the questions to the LLM: reply format, feedback, re-asks, sampling."""
 
+import random
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt
@@ -26,6 +27,12 @@ class AgentSettings(BaseModel):
     should be pruned less or more first, as the surrogate predicts), `contrast` (how good
     configurations differ from bad ones) and `effects` (what earlier changes did to the fitness). `[]` gives the paper's
     prompts."""
+    share: float = Field(default=1.0, gt=0, le=1)
+    """Share of the offspring that the LLM is asked for. The operator that replaces it makes the others: for `moves` and
+    `rules`, the best that the surrogate predicts. With 0.3, an optimiser searches, and the LLM adds ideas."""
+    what_if: int = Field(default=0, ge=0, le=10)
+    """Number of drafts that the LLM may make of a rule or a choice of moves before it answers; it is told what the
+    surrogate predicts of each. This takes a second request for each answer. 0 asks for the answer at once."""
     proposals_per_call: PositiveInt | None = None
     """Number of candidates requested per call. None means all candidates of a round for `lists`, and one candidate for
     the other reply formats."""
@@ -37,6 +44,10 @@ class AgentSettings(BaseModel):
     max_tokens: PositiveInt = 4096
     """Maximum number of tokens of one reply. A question is first asked with a lower limit, which is raised up to this
     one if the reply is cut off."""
+
+    def asks(self, rng: random.Random) -> bool:
+        """Whether the LLM is asked for a candidate, by `share`."""
+        return self.share == 1 or rng.random() < self.share
 
     def split(self, count: int) -> list[int]:
         """Return the number of proposals that each call asks for, `count` in total."""

@@ -69,6 +69,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "best-of-n": {"proposer": "best-of-n", "mutations": OFFSPRING, "crossovers": 0, "reply": "edits"},
     "rules": {"initializer": "rules", "selector": "tournament", "mutator": "rules", "crossover": "rules"},
     "ranked": {"initializer": "random", "selector": "tournament", "mutator": "ranked", "crossover": "ranked"},
+    "plans": {"initializer": "random", "selector": "tournament", "mutator": "plans", "crossover": "ranked"},
     "llm-edits": {"reply": "edits"},
     "llm": {"reply": "moves"},
     "llm-rules": {"reply": "rules"},
@@ -93,7 +94,7 @@ NOT_OF_THE_SEARCHES = ("out", "json", "beside")
 SHARED_OUT = ("rate", "seeds", "first_seed", "methods", "llm_url")
 """Arguments in which joined calls may differ."""
 WHICH_LLM = ("llm_url", "llm_model", "gguf")
-WITHOUT_LLM = ("random", "evolution", "evolution-multi", "cma-es", "ranked", "rules")
+WITHOUT_LLM = ("random", "evolution", "evolution-multi", "cma-es", "ranked", "plans", "rules")
 
 
 def _parser() -> argparse.ArgumentParser:

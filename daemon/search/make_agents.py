@@ -16,6 +16,7 @@ from agents.operators.sampling import (
     sample_ranked_moves,
 )
 from agents.operators.strategy import sample_crossover_step, sample_mutation_step
+from agents.operators.trust_region import sample_plan
 from agents.selector import Selector
 from daemon.search.roles import Agents, InitializerRole, OffspringRole, SelectorRole
 from daemon.settings.llm import LlmSettings
@@ -44,6 +45,7 @@ def make_agents(search: SearchSettings, llm: LlmSettings, chat: ChatClient) -> A
         "classical": OperatorAgent("mutator", sample_mutation, min_parents=1),
         "ranked": OperatorAgent("mutator", sample_ranked_moves, min_parents=1),
         "rules": OperatorAgent("mutator", sample_mutation_step, min_parents=1),
+        "plans": OperatorAgent("mutator", sample_plan, min_parents=1),
     }
     crossovers: dict[str, OffspringRole] = {
         "llm": Crossover(chat, llm),

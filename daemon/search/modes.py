@@ -2,13 +2,14 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Self
 
 import structlog
 
 from agents.population.view import Accepted, Member, Refused, Submit, View
 from daemon.settings.search import SearchSettings
-from protocol.plans.candidate import Provenance
+from protocol.plans.candidate import Provenance, Step
 
 if TYPE_CHECKING:  # the import would be circular, because a search runs its mode
     from daemon.search.search import Search
@@ -48,7 +49,7 @@ async def _generation(search: "Search", round_: int) -> None:
     view = search.view(round_)
     search.round = round_
     log.info("round_started", round=round_, missing=missing, best=view.population[0].fitness)
-    parents = await search.select(view)
+    view, parents = await search.select(view)
     async with asyncio.TaskGroup() as group:
         mutating = group.create_task(agents.mutator.propose(view, parents, mutations, search.admission.submit))
         if agents.crossover:
@@ -91,7 +92,8 @@ class _Turns:
 
     def __init__(self, search: "Search") -> None:
         self._search = search
-        self._parents: dict[int, Sequence[Member]] = {}
+        self._chosen_in: dict[int, tuple[Step | None, Sequence[Member]]] = {}
+        """The step and the parents of the newest period."""
         self._choosing = asyncio.Lock()
         self.asking: set[asyncio.Task[None]] = set()
         self.fruitless = 0
@@ -131,18 +133,20 @@ class _Turns:
         settings, agents = self._search.settings, self._search.agents
         view = self._search.view(turn)
         log.info("round_started", round=turn, missing=1, best=view.population[0].fitness)
-        parents = await self._chosen(view)
+        view, parents = await self._chosen(view)
         crosses = turn % (settings.mutations + settings.crossovers) >= settings.mutations
         agent = agents.crossover if crosses and agents.crossover else agents.mutator
         made = await agent.propose(view, parents, 1, self._search.admission.submit)
         self.fruitless = 0 if made else self.fruitless + 1
 
-    async def _chosen(self, view: View) -> Sequence[Member]:
-        """Return the parents, which are selected once per max_in_flight rounds."""
+    async def _chosen(self, view: View) -> tuple[View, Sequence[Member]]:
+        """Return the view with the chosen step, and the parents, which are selected once per max_in_flight rounds."""
         if self._search.agents.selector is None:
-            return view.population
+            return view, view.population
         period = view.round // self._search.settings.max_in_flight
         async with self._choosing:
-            if period not in self._parents:
-                self._parents = {period: await self._search.select(view)}
-            return self._parents[period]
+            if period not in self._chosen_in:
+                selected, parents = await self._search.select(view)
+                self._chosen_in = {period: (selected.step, parents)}
+            step, parents = self._chosen_in[period]
+        return replace(view, step=step), parents

@@ -7,6 +7,7 @@ speed, so a search can be replayed from its transcript.
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 
 import structlog
 
@@ -21,7 +22,7 @@ from daemon.search.snapshot import view_of_round
 from daemon.search.state import SearchState
 from daemon.settings.search import SearchSettings
 from daemon.state.journal import Journal
-from protocol.plans.candidate import Measured, Source, Stopped, outcome_fields
+from protocol.plans.candidate import KeptSelection, Measured, Source, Stopped, outcome_fields
 from protocol.queue.streams import CandidateQueue
 
 log = structlog.get_logger()
@@ -70,19 +71,23 @@ class Search:
             log.info("round_started", round=0, missing=missing)
             await self.agents.initializer.propose(self.view(0), count, self.admission.submit)
 
-    async def select(self, view: View) -> Sequence[Member]:
-        """Return the parents for this view's round. If an earlier process selected them, return its selection."""
+    async def select(self, view: View) -> tuple[View, Sequence[Member]]:
+        """Return the view of the round with the chosen step, and the chosen parents.
+
+        If an earlier process selected for this round, return its selection.
+        """
         selector = self.agents.selector
         if selector is None:
-            return view.population
+            return view, view.population
         chosen = self.state.selections.get(view.round)
         if chosen is None:
             selection = await selector.select(view, self.settings.mutations + self.settings.crossovers)
             self.parents_source = selection.source
             ids = [member.candidate.id for member in selection.parents]
-            chosen = self.state.selections[view.round] = await self._queue.remember_selection(view.round, ids)
+            found = KeptSelection(parents=tuple(ids), step=selection.step)
+            chosen = self.state.selections[view.round] = await self._queue.remember_selection(view.round, found)
         members = {member.candidate.id: member for member in view.population}
-        return [members[id_] for id_ in chosen if id_ in members]
+        return replace(view, step=chosen.step), [members[id_] for id_ in chosen.parents if id_ in members]
 
     async def _report(self) -> None:
         """Measure uniform pruning and the best candidate on the report text."""

@@ -7,7 +7,7 @@ from typing import Self
 
 from agents.population.population import Population
 from daemon.state.history import History
-from protocol.plans.candidate import AgentName, Candidate
+from protocol.plans.candidate import AgentName, Candidate, KeptSelection
 from protocol.plans.profile import ModelProfile
 from protocol.plans.spec import SearchSpec
 
@@ -69,8 +69,8 @@ class SearchState:
     ledger: dict[str, Candidate] = field(default_factory=dict)
     """Every candidate that was issued, by its id, in the order of issue."""
     population: Population = field(default_factory=Population)
-    selections: dict[int, tuple[str, ...]] = field(default_factory=dict)
-    """The ids of the parents that the Selector chose, by round."""
+    selections: dict[int, KeptSelection] = field(default_factory=dict)
+    """What the Selector chose, by round."""
     proposals: Proposals = field(init=False)
     """Counts of the candidates in the ledger."""
 

@@ -68,7 +68,7 @@ class SearchSettings(Section):
     selector: Literal["llm", "tournament", "none"] = "llm"
     """What chooses the parents: the LLM, a `tournament`, or `none`, which shows Mutator and Crossover the whole
     population, as in the paper's combined prompts."""
-    mutator: Literal["llm", "classical", "ranked", "rules"] = "llm"
+    mutator: Literal["llm", "classical", "ranked", "plans", "rules"] = "llm"
     """What mutates: the LLM, a `classical` operator, `ranked`, a random choice among the moves that the surrogate
     ranks highest, or `rules`, genetic programming over rules and such moves in turn."""
     crossover: Literal["llm", "classical", "ranked", "rules"] = "llm"

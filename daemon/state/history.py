@@ -15,11 +15,11 @@ import structlog
 from redis.asyncio import Redis
 
 from agents.population.population import Population
-from protocol.plans.candidate import OUTCOME, Candidate
+from protocol.plans.candidate import OUTCOME, Candidate, KeptSelection
 from protocol.plans.profile import ModelProfile
 from protocol.queue.control import Command
 from protocol.queue.keys import Keys, parse_unless_damaged
-from protocol.queue.streams import PART, read_parents
+from protocol.queue.streams import PART, read_selection
 
 T = TypeVar("T")
 log = structlog.get_logger()
@@ -40,7 +40,7 @@ class History:
     ledger: dict[str, Candidate] = field(default_factory=dict)
     population: Population = field(default_factory=Population)
     counters: dict[str, float] = field(default_factory=dict)
-    selections: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    selections: dict[int, KeptSelection] = field(default_factory=dict)
     """The parents chosen for each round."""
     damaged: int = 0
     """Number of entries that are missing or damaged, and were left out."""
@@ -125,11 +125,11 @@ async def load_history(redis: Redis, keys: Keys, ask: Ask = at_once) -> History:
     await reader.read()
     history = reader.history
     for round_, text in (await ask(lambda: client.hgetall(keys.selections))).items():
-        parents = read_parents(text)
-        if parents is None or not round_.isdecimal():
+        selection = read_selection(text)
+        if selection is None or not round_.isdecimal():
             history.damaged += 1
         else:
-            history.selections[int(round_)] = parents
+            history.selections[int(round_)] = selection
     if history.damaged:
         log.error("history_damaged", entries=history.damaged)
     return history

@@ -8,7 +8,6 @@ an earlier daemon can write. The memory of the daemon after the first step is th
 in the meantime (a restarted server may have lost the deletion), the last step refuses, and restoring starts over.
 """
 
-import json
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from functools import partial
 from itertools import islice
@@ -55,10 +54,10 @@ class Restorer:
             history = memory.history
             ledger = list(history.ledger.items())  # a copy, because the search adds candidates meanwhile
             outcomes = [(evaluation.candidate.id, evaluation.outcome) for evaluation in history.population]
-            selections = [(str(round_), json.dumps(parents)) for round_, parents in history.selections.items()]
+            selections = [(str(round_), selection) for round_, selection in history.selections.items()]
             await self._write(epoch, self._keys.candidates, self._keys.issued, _texts(ledger))
             await self._write(epoch, self._keys.outcomes, self._keys.applied, _texts(outcomes))
-            await self._write(epoch, self._keys.selections, "", selections)
+            await self._write(epoch, self._keys.selections, "", _texts(selections))
             counts = len(ledger), len(outcomes), len(selections)
             if await self._move(epoch, spec, memory, counts) != INCOMPLETE:
                 return max(0, len(ledger) + len(outcomes) - there), len(ledger), len(outcomes)

@@ -25,6 +25,9 @@ comparison only and never enters the population."""
 Source = Literal["llm", "fallback", "classical", "allocation"]
 """The source of the rates: the LLM, the fallback if no endpoint gives a usable answer, a classical operator chosen in
 the settings, or an allocation."""
+Step = Literal["rules", "moves", "plans"]
+"""What made a candidate: a formula for all rates, moves of rate between a few units, or a whole plan by the surrogate.
+"""
 Text = Literal["fitness", "report"]
 """The text that a candidate is measured on: `fitness` guides the search, `report` is for the final figures."""
 FailureReason = Literal["timeout", "crashed", "out-of-memory", "not-finite", "invalid"]
@@ -45,11 +48,20 @@ class Provenance(FiniteValue):
     prompt: str | None = None
     rule: str | None = None
     """The rule that gave the rates (protocol/plans/rule.py), if one did."""
+    step: Step | None = None
+    """What made the candidate, if it is one of these."""
 
     @property
     def log_fields(self) -> dict[str, Any]:
         """Who proposed the candidate, as fields of the log and of events: `agent`, `source` and `round`."""
         return self.model_dump(include={"agent", "source", "round"})
+
+
+class KeptSelection(FiniteValue):
+    """What the Selector chose for a round: the ids of the parents, and what makes the offspring, if it chose that."""
+
+    parents: tuple[str, ...]
+    step: Step | None = None
 
 
 class Race(FiniteValue):

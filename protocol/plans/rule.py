@@ -313,6 +313,9 @@ class Rule(BaseModel):
     def rates(self, features: Mapping[str, Sequence[float]]) -> tuple[float, ...]:
         """Return the values, shifted together so that their mean is the target rate; they may be out of bounds.
 
+        A value counts as at most 1 above or below the median of all units. Otherwise a unit that a rule spares with a
+        huge number would shift all others.
+
         `features` come from `unit_features`. Raises RuleError if a feature of the rule is missing.
         """
         return tuple(self.rates_with(features, np.array([self.numbers]))[0].tolist())
@@ -320,6 +323,8 @@ class Rule(BaseModel):
     def rates_with(self, features: Mapping[str, Sequence[float]], numbers: Array) -> Array:
         """Return `rates` [rules, units] of the formula with other numbers [rules, numbers of the formula]."""
         values, sizes = self.values_with(features, numbers), np.asarray(features["size"])
+        median = np.median(values, axis=1, keepdims=True)
+        values = np.clip(values, median - 1, median + 1)
         shifted: Array = values + (features["rate"][0] - values @ sizes / sizes.sum())[:, None]
         return shifted
 

@@ -10,18 +10,17 @@ keeps the newest 1000 jobs.
 """
 
 import asyncio
-import json
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from importlib.resources import files
 from typing import Any
 
 import structlog
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 from redis.asyncio import Redis
 
 from protocol.errors import SelfPrunerError
-from protocol.plans.candidate import OUTCOME, Candidate, Failed, Outcome, Result
+from protocol.plans.candidate import OUTCOME, Candidate, Failed, KeptSelection, Outcome, Result
 from protocol.queue.connection import BLOCK_MILLISECONDS, RedisRetry
 from protocol.queue.keys import Keys
 
@@ -32,7 +31,6 @@ FENCE = "fence"
 FENCE_FUNCTIONS = ("refusal(", "epoch_of(")
 PART = 500
 """Maximum number of stream entries, ids or candidates in one request. More would block other clients of the server."""
-PARENTS: TypeAdapter[tuple[str, ...]] = TypeAdapter(tuple[str, ...])
 
 log = structlog.get_logger()
 
@@ -141,14 +139,14 @@ class CandidateQueue:
         self.applied += new
         return new == 1
 
-    async def remember_selection(self, round_: int, parents: Sequence[str]) -> tuple[str, ...]:
-        """Store the parents selected for a round. A daemon that restarts during the round uses the same parents.
+    async def remember_selection(self, round_: int, selection: KeptSelection) -> KeptSelection:
+        """Store the selection of a round. A daemon that restarts during the round uses the same one.
 
-        Returns the stored parents, which are not `parents` if some had been stored for this round before.
+        Returns the stored selection, which is not `selection` if one had been stored for this round before.
         """
-        keys, args = [self._keys.epoch, self._keys.selections], [self._epoch, round_, json.dumps(parents)]
-        kept = read_parents(await self._fenced(lambda: self._scripts["remember_selection"](keys, args)))
-        return tuple(parents) if kept is None else kept
+        keys, args = [self._keys.epoch, self._keys.selections], [self._epoch, round_, selection.model_dump_json()]
+        kept = read_selection(await self._fenced(lambda: self._scripts["remember_selection"](keys, args)))
+        return selection if kept is None else kept
 
     async def drop(self, result: Result) -> None:
         """Delete a result that belongs to no candidate of this search."""
@@ -173,10 +171,10 @@ class CandidateQueue:
         return answer
 
 
-def read_parents(text: str) -> tuple[str, ...] | None:
-    """Return the stored parents of a round; None if they cannot be read."""
+def read_selection(text: str) -> KeptSelection | None:
+    """Return the stored selection of a round; None if it cannot be read."""
     try:
-        return PARENTS.validate_json(text)
+        return KeptSelection.model_validate_json(text)
     except ValidationError:
         return None
 

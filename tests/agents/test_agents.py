@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -15,10 +16,11 @@ from agents.prompting.settings import AgentSettings
 from agents.selector import Selector
 from protocol.errors import EndpointError
 from protocol.plans.candidate import Provenance, candidate_id
-from tests.support.samples import PROFILE, SHAPE, SPEC, candidates
+from tests.support.samples import PROFILE, SHAPE, SPEC, candidate, candidates
 
 MEMBERS = tuple(Member(c, 20.0 + i) for i, c in enumerate(candidates(6)))
 VIEW = View(SPEC, PROFILE, 1, MEMBERS)
+RULED = Member(candidate((0.1, 0.3, 0.4, 0.4), rule="rate - 0.2*first"), 20.0)
 EDITS = AgentSettings(reply="edits")
 LISTS = AgentSettings(reply="lists")
 Script = Callable[[int], str | Exception]
@@ -230,6 +232,62 @@ async def test_one_parent_has_no_crossover_and_no_parents_no_mutation() -> None:
     assert await Crossover(chat, EDITS).propose(VIEW, MEMBERS[:1], 3, desk.submit) == 0
     assert await Mutator(chat, EDITS).propose(VIEW, (), 3, desk.submit) == 0
     assert chat.conversations == []
+
+
+@pytest.mark.parametrize(("share", "fewest", "most"), [(0.3, 3, 15), (0.7, 15, 27), (1.0, 30, 30)])
+async def test_the_llm_is_asked_for_its_share_of_the_offspring(share: float, fewest: int, most: int) -> None:
+    """Whoever proposes, every candidate is made."""
+    chat, desk = ScriptedChat(down), Desk()
+    settings = AgentSettings(reply="moves", share=share)
+    assert await Mutator(chat, settings).propose(VIEW, MEMBERS, 30, desk.submit) == 30
+    assert fewest <= len(chat.questions) <= most
+    assert desk.sources().count("classical") == 30 - len(chat.questions)
+    assert await Initializer(chat, settings).propose(View(SPEC, PROFILE, 0, ()), 5, desk.submit) == 5
+    assert desk.sources().count("classical") == 30 - (len(chat.questions) - 5), "the Initializer always asks"
+
+
+async def test_drafts_are_answered_with_what_is_predicted_of_them() -> None:
+    drafts = json.dumps({"proposals": [{"rule": "rate - 0.3*first"}, {"rule": "no"}, {"rule": "rate - 0.1*last"}]})
+    final = json.dumps({"proposals": [{"rule": "rate - 0.2*first"}]})
+    chat, desk = ScriptedChat([drafts, final].__getitem__), Desk()
+    view = replace(VIEW, measured=(RULED, *MEMBERS[1:]), step="rules", population=(RULED, *MEMBERS[1:]))
+    settings = AgentSettings(reply="rules", what_if=3)
+    assert await Mutator(chat, settings).propose(view, view.population, 1, desk.submit) == 1
+    first, second = chat.conversations
+    assert "try out 3 different drafts" in first[-1]["content"]
+    assert len(second) == 4 and second[2] == {"role": "assistant", "content": drafts}
+    predicted = second[3]["content"]
+    assert predicted.count("perplexity") == 2 and "2: rate" in predicted and "+-" in predicted
+    assert desk.sources() == ["llm"] and [str(p.rule)[:7] for p in desk.accepted.values()] == ["rate - "]
+
+
+@pytest.mark.parametrize("script", [lambda n: "no idea", down])
+async def test_without_drafts_the_question_is_asked_as_ever(script: Script) -> None:
+    move = json.dumps({"proposals": [{"moves": [1]}]})
+    chat, desk = ScriptedChat(lambda n: script(n) if n == 0 else move), Desk()
+    settings = AgentSettings(reply="moves", what_if=3)
+    assert await Mutator(chat, settings).propose(VIEW, MEMBERS, 1, desk.submit) == 1
+    assert desk.sources() == ["llm"] and len(chat.conversations[1]) == 2
+
+
+@pytest.mark.parametrize("agent", [Mutator, Crossover])
+async def test_whole_plans_need_no_llm(agent: type[Mutator] | type[Crossover]) -> None:
+    chat, desk = ScriptedChat(down), Desk()
+    settings = AgentSettings(reply="rules")
+    assert await agent(chat, settings).propose(replace(VIEW, step="plans"), MEMBERS, 3, desk.submit) == 3
+    assert not chat.questions and desk.sources() == ["classical"] * 3
+    assert {provenance.step for provenance in desk.accepted.values()} == {"plans"}
+
+
+@pytest.mark.parametrize(("chosen", "step"), [("plans", "plans"), ("mixed", None), ("magic", None), ("rules", None)])
+async def test_the_selector_chooses_what_makes_the_offspring(chosen: str, step: str | None) -> None:
+    """Of the possible steps; no rule is measured here."""
+    reply = json.dumps({"parents": [4, 2], "step": chosen})
+    chat = ScriptedChat(lambda n: reply)
+    selection = await Selector(chat, AgentSettings(reply="rules")).select(VIEW, 2)
+    assert (selection.source, selection.step) == ("llm", step)
+    assert "- plans (" in chat.questions[0].messages[-1]["content"]
+    assert (await Selector(ScriptedChat(lambda n: reply), EDITS).select(VIEW, 2)).step is None
 
 
 async def test_the_selector_takes_the_members_that_the_llm_names() -> None:

@@ -13,6 +13,7 @@ import pytest
 
 from daemon.state.history import History, Memory
 from daemon.state.store import SearchStore
+from protocol.plans.candidate import KeptSelection
 from protocol.plans.plan import Plan
 from protocol.queue.streams import PART
 from tests.faults.kit import Kit
@@ -30,7 +31,7 @@ def long_history(count: int) -> History:
     small = candidate((0.3,) * 4)
     model = small.model_copy(update={"rates": small.rates * 8, "plan": Plan(layers=small.plan.layers * 8)})
     outcome = measured(5.0, small)
-    history = History(selections={1: ("a", "b")})
+    history = History(selections={1: KeptSelection(parents=("a", "b"))})
     for number in range(count):
         id_ = f"{number:016x}"
         history.ledger[id_] = one = model.model_copy(update={"id": id_})

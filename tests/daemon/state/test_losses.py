@@ -10,7 +10,7 @@ from structlog.testing import capture_logs
 from daemon.state import store as store_module
 from daemon.state.history import History, Memory
 from daemon.state.restoring import Restorer
-from protocol.plans.candidate import Result
+from protocol.plans.candidate import KeptSelection, Result
 from protocol.queue.streams import TakenOver
 from protocol.queue.worker_status import read_workers
 from tests.daemon.state.conftest import State
@@ -170,16 +170,17 @@ async def test_a_daemon_that_was_replaced_can_neither_drop_an_outcome_nor_choose
     with pytest.raises(TakenOver):
         await queue.drop(result)
     with pytest.raises(TakenOver):
-        await queue.remember_selection(1, ["a"])
+        await queue.remember_selection(1, KeptSelection(parents=("a",)))
     assert await it.redis.xlen(it.keys.results) == await it.redis.hlen(it.keys.done) == 1
     assert not await it.redis.exists(it.keys.selections)
 
 
 async def test_the_parents_that_are_kept_are_those_that_were_chosen_first(it: State) -> None:
     queue, _ = await it.begin(1)
-    assert await queue.remember_selection(1, ["a", "b"]) == ("a", "b")
-    assert await queue.remember_selection(1, ["c"]) == ("a", "b")
-    assert (await it.store.history()).selections == {1: ("a", "b")}
+    first = KeptSelection(parents=("a", "b"), step="rules")
+    assert await queue.remember_selection(1, first) == first
+    assert await queue.remember_selection(1, KeptSelection(parents=("c",))) == first
+    assert (await it.store.history()).selections == {1: first}
 
 
 async def test_an_outcome_that_an_older_copy_took_again_costs_one_restoring_and_no_more(it: State) -> None:

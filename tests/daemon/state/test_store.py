@@ -6,6 +6,7 @@ import pytest
 
 from daemon.state.history import HistoryReader, Memory
 from protocol.errors import SearchExistsError, StoreError
+from protocol.plans.candidate import KeptSelection
 from protocol.queue.connection import check_server
 from protocol.queue.streams import TakenOver, load_scripts
 from tests.daemon.state.conftest import State
@@ -51,7 +52,8 @@ async def test_a_server_that_was_flushed_gets_everything_back_and_the_lost_jobs_
         await it.commit(perplexity)
     for result in await queue.results("0-0"):
         await queue.apply(result)
-    await queue.remember_selection(1, [many[1].id, many[0].id])
+    chosen = KeptSelection(parents=(many[1].id, many[0].id), step="plans")
+    await queue.remember_selection(1, chosen)
     before = await it.store.history()
     living = asyncio.create_task(it.store.stay_in_charge(queue, lambda: Memory(before, PROFILE)))
     await it.redis.flushall()
@@ -60,7 +62,7 @@ async def test_a_server_that_was_flushed_gets_everything_back_and_the_lost_jobs_
         assert await queue.enqueue(late)  # waits until the data is back
     after = await it.store.history()
     assert list(after.ledger) == [*before.ledger, late.id] and list(after.population) == list(before.population)
-    assert after.selections == before.selections == {1: (many[1].id, many[0].id)}
+    assert after.selections == before.selections == {1: chosen}
     assert await it.store.profile() == PROFILE
     assert await it.queued() == {c.id for c in many[2:]} | {late.id}
     living.cancel()

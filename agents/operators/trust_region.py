@@ -1,0 +1,50 @@
+"""Whole plans: all rates at once, as the surrogate predicts them to be best within a trust region. Pure, seeded.
+
+Moves change few units and are ranked one by one. Here CMA-ES looks for the plan with the best acquisition, and may
+change every unit by up to the length of the region (after TuRBO, Eriksson et al., 2019). Far from all measured
+candidates, the surrogate errs. So regions are short and long in turn, and the exploration weight differs from plan to
+plan: the proposals of one round are different plans, some of them safe and some of them bold.
+"""
+
+import random
+from collections.abc import Sequence
+
+import numpy as np
+from cmaes import SepCMA
+
+from agents.operators.plan_space import plan_space_of
+from agents.operators.sampling import sample_move_parent, sample_profile
+from agents.operators.surrogate import surrogate_of
+from agents.population.view import Member, Proposal, View
+
+SHORTEST, LONGEST = 0.05, 0.4
+"""Lengths of a region: how much each rate may change at most."""
+GENERATIONS, GENERATION_SIZE = 60, 24
+"""The surrogate predicts this number of generations, each of this number of plans; it takes less than a second."""
+
+
+def sample_plan(rng: random.Random, view: View, parents: Sequence[Member]) -> Proposal:
+    """Return the plan with the best acquisition in a region around a good member; without members, a random profile."""
+    if not view.population:
+        return sample_profile(rng, view, parents)
+    center = sample_move_parent(rng, view, parents)
+    length = SHORTEST * (LONGEST / SHORTEST) ** rng.random()
+    rates = _best(view, center, length, abs(rng.gauss(0, 1)), rng)
+    return Proposal(rates, (center.candidate.id,), step="plans")
+
+
+def _best(view: View, center: Member, length: float, kappa: float, rng: random.Random) -> tuple[float, ...]:
+    """Return the rates that CMA-ES finds for the lowest `mean - kappa * std` of the surrogate."""
+    start = np.array(center.candidate.rates)
+    surrogate, space = surrogate_of(view), plan_space_of(view)
+    box = np.stack([start - length, start + length], axis=1)
+    optimizer = SepCMA(start, length / 4, bounds=box, seed=rng.getrandbits(32), population_size=GENERATION_SIZE)
+    lowest, found = np.inf, start
+    for _ in range(GENERATIONS):
+        samples = np.array([optimizer.ask() for _ in range(GENERATION_SIZE)])
+        mean, std = surrogate.predict_shares(space.shares(samples))
+        acquisition = mean - kappa * std
+        if acquisition.min() < lowest:
+            lowest, found = acquisition.min(), samples[acquisition.argmin()]
+        optimizer.tell(list(zip(samples, acquisition.tolist(), strict=True)))
+    return tuple(found.tolist())

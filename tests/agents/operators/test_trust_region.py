@@ -1,0 +1,39 @@
+"""Whole plans by the surrogate."""
+
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from agents.operators.plan_space import plan_space_of
+from agents.operators.surrogate import surrogate_of
+from agents.operators.trust_region import LONGEST, sample_plan
+from protocol.plans.shape import Granularity
+from tests.agents.operators.test_moves import view_of
+
+
+@pytest.mark.parametrize("granularity", ["layer", "block"])
+def test_a_plan_is_better_than_its_parent_as_far_as_the_surrogate_knows(granularity: Granularity) -> None:
+    view = view_of(granularity, 10)
+    space, surrogate = plan_space_of(view), surrogate_of(view)
+    for seed in range(5):
+        proposal = sample_plan(random.Random(seed), view, view.population)
+        assert proposal.step == "plans"
+        (parent,) = [m.candidate for m in view.measured if m.candidate.id in proposal.parents]
+        assert all(abs(a - b) <= LONGEST + 1e-9 for a, b in zip(proposal.rates, parent.rates, strict=True))
+        means, stds = surrogate.predict_shares(space.shares(np.array([proposal.rates, parent.rates])))
+        assert (means - 3 * stds)[0] < (means - 3 * stds)[1] or means[0] < means[1]
+        assert view.candidate_id(proposal.rates) not in {m.candidate.id for m in view.measured}
+
+
+def test_plans_differ_and_the_same_seed_gives_the_same_plan() -> None:
+    view = view_of("block", 10)
+    made = [sample_plan(random.Random(seed), view, view.population) for seed in (0, 1, 2, 0)]
+    assert made[0] == made[3]
+    assert len({view.candidate_id(proposal.rates) for proposal in made}) == 3
+
+
+def test_without_members_a_profile_is_drawn() -> None:
+    view = replace(view_of("layer", 0), population=(), measured=())
+    assert len(sample_plan(random.Random(0), view, ()).rates) == len(view.units)
