@@ -39,12 +39,18 @@ class Initializer:
             idea=idea(call.view, INITIAL_IDEAS, call.index + call.view.round),
             features=features_in_words(call.view),
             examples=examples_of(call.view, call.index + call.view.round),
+            lessons=call.view.lessons,
             about=about_model(call.view, self._settings.feedback),
         )
         return rules_prompt("initializer_rules", text, call, ())
 
     def _lists(self, call: Call) -> Prompt[Proposal]:
-        text = fill("initializer_lists", count=call.count, about=about_model(call.view, self._settings.feedback))
+        text = fill(
+            "initializer_lists",
+            count=call.count,
+            lessons=call.view.lessons,
+            about=about_model(call.view, self._settings.feedback),
+        )
         return lists_prompt("initializer_lists", text, call.view, ())
 
     def _edits(self, call: Call) -> Prompt[Proposal]:
@@ -58,6 +64,7 @@ class Initializer:
             low=low,
             high=high,
             max_kept=MAX_KEPT,
+            lessons=view.lessons,
             about=about_model(view, self._settings.feedback),
         )
         return Prompt(

@@ -54,6 +54,8 @@ class View:
     """The rates of the best member of the first population."""
     fitness_of: Callable[[str], float | None] = _unknown
     """Returns the fitness of a candidate of an earlier round by its id; None if the candidate has no fitness."""
+    lessons: str = ""
+    """What earlier searches found (llm.lessons)."""
     step: Step | None = None
     """What should make this round's offspring; None if each candidate decides for itself."""
 

@@ -16,6 +16,7 @@ from daemon.http_api.api import HttpApi
 from daemon.http_api.server import CannotListen
 from daemon.http_api.token import TOKEN_MODE, Access, kept_text
 from daemon.launch.background import repair_forever, wait_for_profile, watch_workers
+from daemon.launch.lessons import add_lesson, read_lessons
 from daemon.launch.llm import make_chat, read_replay, read_transcript
 from daemon.launch.usage import UsageTracker
 from daemon.local.children import log_if_it_dies
@@ -81,6 +82,7 @@ class Launch:
         self._usage = UsageTracker(self._store)
         self._control = ControlWatcher(Control(self._redis, keys))
         self._replay = read_replay(settings)
+        self._lessons = read_lessons(settings)
         self._journal = Journal(settings.folder)
         if access and access.token and access.kept_in:
             self._journal.keep(access.kept_in.name, kept_text(access.token), mode=TOKEN_MODE)
@@ -104,6 +106,9 @@ class Launch:
             summary = self._summary(finished=finished)
             if summary:
                 await asyncio.to_thread(self._journal.write, "summary.json", summary.model_dump())
+                if finished and self._settings.llm.lessons and self._search:
+                    shape = self._search.state.profile.shape
+                    await asyncio.to_thread(add_lesson, self._settings.llm.lessons, summary, shape)
             return summary
         finally:
             await self._close()
@@ -191,7 +196,7 @@ class Launch:
     def _make_search(self, profile: ModelProfile, chat: ChatClient, queue: CandidateQueue, history: History) -> Search:
         search = Search(
             self._settings.search,
-            SearchState.of(self._spec, profile, history),
+            SearchState.of(self._spec, profile, history, self._lessons),
             make_agents(self._settings.search, self._settings.llm, chat),
             queue,
             self._journal,

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from daemon.http_api.token import Access, open_access
 from daemon.launch.launch import Launch
+from daemon.launch.lessons import read_lessons
 from daemon.launch.llm import read_replay, secrets_of
 from daemon.local.folder_lock import FolderLock, lock_folder
 from daemon.local.llm_server import find_gguf
@@ -46,6 +47,7 @@ def run_daemon(settings: Settings, stream: logs.Stream) -> tuple[Summary | None,
     if redis_url is None:
         raise SettingsError("the setting redis.url is missing: the daemon needs a Redis server that workers reach too")
     read_replay(settings)  # now, rather than when the folder of the search has been made
+    read_lessons(settings)
     if lacks_llm(settings):
         raise SettingsError("the setting llm.endpoints is missing: give at least one OpenAI-compatible endpoint")
     access = _configure_logs(settings, stream)
@@ -60,6 +62,7 @@ def check_here(settings: Settings) -> None:
         check_text(source)  # now, rather than when the worker reads it
     secrets_of(settings)  # now, rather than when the folder of the search has been made
     read_replay(settings)
+    read_lessons(settings)
     if lacks_llm(settings):
         find_gguf(settings.local_llm.gguf)
 

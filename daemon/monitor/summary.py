@@ -15,6 +15,7 @@ from protocol.plans.allocation import uniform_label
 from protocol.plans.candidate import Measured, candidate_id
 from protocol.plans.plan import Parameters, count_parameters, dense_plan
 from protocol.plans.profile import DensePerplexity, ModelProfile
+from protocol.plans.shape import Granularity
 from protocol.plans.spec import Measure, Reconstruction, SearchSpec
 from protocol.plans.value import Value
 
@@ -44,7 +45,7 @@ class Summary(Value):
     search: str
     model: str
     rate: float
-    granularity: str
+    granularity: Granularity
     fitness: Measure
     """What the search minimised."""
     reconstruction: Reconstruction

@@ -71,6 +71,8 @@ class SearchState:
     population: Population = field(default_factory=Population)
     selections: dict[int, KeptSelection] = field(default_factory=dict)
     """What the Selector chose, by round."""
+    lessons: str = ""
+    """What the LLM is told of earlier searches."""
     proposals: Proposals = field(init=False)
     """Counts of the candidates in the ledger."""
 
@@ -78,6 +80,6 @@ class SearchState:
         self.proposals = Proposals(self.ledger.values())
 
     @classmethod
-    def of(cls, spec: SearchSpec, profile: ModelProfile, history: History) -> Self:
+    def of(cls, spec: SearchSpec, profile: ModelProfile, history: History, lessons: str = "") -> Self:
         """Return the state of the search that earlier processes have recorded in `history`."""
-        return cls(spec, profile, history.ledger, history.population, history.selections)
+        return cls(spec, profile, history.ledger, history.population, history.selections, lessons)

@@ -92,6 +92,9 @@ class LlmSettings(ChatPolicy, AgentSettings, _Endpoints):
     start_wait_seconds: float = Field(default=600.0, ge=0)
     """Maximum seconds to wait at the start until an endpoint answers. After that, the search begins with the classical
     operators."""
+    lessons: Path | None = None
+    """Experimental: a text file of what earlier searches found, such as `runs/llama.md` for models of one family. The
+    Initializer tells the LLM what it says. At its end, the search adds one line. You can read and edit the file."""
     replay: Path | None = None
     """The transcript.jsonl of an earlier search. Replies are read from it, and no endpoint is asked."""
     replay_strict: bool = False
