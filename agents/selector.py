@@ -1,4 +1,4 @@
-"""The Selector: which members of the population become parents, and in a search with rules, what makes offspring."""
+"""The Selector: which members of the population become parents, and what makes their offspring."""
 
 from structlog.contextvars import bound_contextvars
 

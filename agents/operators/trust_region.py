@@ -13,24 +13,36 @@ import numpy as np
 from cmaes import SepCMA
 
 from agents.operators.plan_space import plan_space_of
-from agents.operators.sampling import sample_move_parent, sample_profile
+from agents.operators.sampling import sample_move_parent
 from agents.operators.surrogate import surrogate_of
 from agents.population.view import Member, Proposal, View
 
 SHORTEST, LONGEST = 0.05, 0.4
 """Lengths of a region: how much each rate may change at most."""
+FIRST_SPREAD = 0.08
+"""Standard deviation of the changes of the first plans."""
 GENERATIONS, GENERATION_SIZE = 60, 24
 """The surrogate predicts this number of generations, each of this number of plans; it takes less than a second."""
 
 
 def sample_plan(rng: random.Random, view: View, parents: Sequence[Member]) -> Proposal:
-    """Return the plan with the best acquisition in a region around a good member; without members, a random profile."""
+    """Return the plan with the best acquisition in a region around a good member; without members, a first plan."""
     if not view.population:
-        return sample_profile(rng, view, parents)
+        return sample_first_plan(rng, view, parents)
     center = sample_move_parent(rng, view, parents)
     length = SHORTEST * (LONGEST / SHORTEST) ** rng.random()
     rates = _best(view, center, length, abs(rng.gauss(0, 1)), rng)
     return Proposal(rates, (center.candidate.id,), step="plans")
+
+
+def sample_first_plan(rng: random.Random, view: View, _parents: Sequence[Member]) -> Proposal:
+    """Return the rates of the allocation by sensitivity after random changes of every unit.
+
+    Nothing is measured yet. From many small changes at once, the surrogate learns most about the region that matters.
+    Without sensitivity, the changes are made to uniform rates.
+    """
+    rates = view.features.get("least_damage", view.features["rate"])
+    return Proposal(tuple(rate + rng.gauss(0, FIRST_SPREAD) for rate in rates), step="plans")
 
 
 def _best(view: View, center: Member, length: float, kappa: float, rng: random.Random) -> tuple[float, ...]:

@@ -69,7 +69,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "best-of-n": {"proposer": "best-of-n", "mutations": OFFSPRING, "crossovers": 0, "reply": "edits"},
     "rules": {"initializer": "rules", "selector": "tournament", "mutator": "rules", "crossover": "rules"},
     "ranked": {"initializer": "random", "selector": "tournament", "mutator": "ranked", "crossover": "ranked"},
-    "plans": {"initializer": "random", "selector": "tournament", "mutator": "plans", "crossover": "ranked"},
+    "plans": {"initializer": "plans", "selector": "tournament", "mutator": "plans", "crossover": "ranked"},
     "llm-edits": {"reply": "edits"},
     "llm": {"reply": "moves"},
     "llm-rules": {"reply": "rules"},

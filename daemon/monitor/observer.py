@@ -129,7 +129,7 @@ class Observer:
                 ledger=self.ledger,
                 population=self.population,
                 counters=self.counters,
-                dense_perplexity=self.search.state.profile.dense.perplexity if self.search else None,
+                profile=self.search.state.profile if self.search else None,
                 runtime=runtime,
                 condition=condition,
             )

@@ -78,7 +78,7 @@ class RemoteSearch:
             ledger=self._reader.history.ledger,
             population=self._reader.history.population,
             counters=self._reader.history.counters,
-            dense_perplexity=profile.dense.perplexity if profile else None,
+            profile=profile,
             runtime=await self._runtime_state.read(),
             condition=(condition and parse_unless_damaged(Condition, condition, self._keys.condition)) or Condition(),
         )

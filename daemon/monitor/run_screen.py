@@ -8,9 +8,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
 from daemon.search.control import ControlWatcher
+from daemon.search.figures import figures_of
 from daemon.search.search import Search
 from daemon.state.store import SearchStore
-from protocol.plans.candidate import Measured
 
 REFRESH_SECONDS = 0.5
 
@@ -56,13 +56,13 @@ class Display:
             await asyncio.sleep(REFRESH_SECONDS)
 
     def _show_search(self, search: Search, control_watcher: ControlWatcher) -> None:
-        best = search.state.population.best()
-        found = _figures(best.outcome) if best and best.outcome.kind == "measured" else "–"
-        state = "paused" if control_watcher.command == "pause" else f"round {search.round}"
+        state = search.state
+        found = figures_of(state.spec, state.profile, state.population).in_words()
+        doing = "paused" if control_watcher.command == "pause" else f"round {search.round}"
         self._progress.update(
             self._line,
-            description=f"search: {state}, best {found}, dense {search.state.profile.dense.perplexity:.2f}",
-            completed=len(search.state.population),
+            description=f"search: {doing}; {found}",
+            completed=len(state.population),
             total=search.budget.proposed + search.budget.remaining,
         )
 
@@ -86,8 +86,3 @@ class Display:
                 completed=status.done if busy else status.measured,
                 total=status.total if busy else None,
             )
-
-
-def _figures(best: Measured) -> str:
-    """Return the perplexity. If the search minimises the divergence, the divergence comes first."""
-    return f"{best.perplexity:.2f}" if best.kl is None else f"kl {best.kl:.4f}, perplexity {best.perplexity:.2f}"

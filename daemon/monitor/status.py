@@ -17,7 +17,9 @@ from redis.exceptions import ResponseError
 
 from agents.llm.endpoint import Degraded
 from agents.population.population import Evaluation, Population
+from daemon.search.figures import Figures, figures_of, uniform_outcome
 from protocol.plans.candidate import Candidate, Failed, Measured, Source
+from protocol.plans.profile import ModelProfile
 from protocol.plans.spec import Measure, SearchSpec
 from protocol.queue.connection import is_missing_group
 from protocol.queue.control import Command, Control
@@ -100,11 +102,23 @@ class Status(_Value):
     """The best candidate's id."""
     best_perplexity: float | None
     best_kl: float | None
+    uniform_perplexity: float | None = None
+    """Uniform pruning with the search's reconstruction, the baseline."""
+    uniform_kl: float | None = None
+    best_to_uniform: float | None = None
+    """The best candidate's fitness divided by that of uniform pruning: below 1, the search has gained something."""
     tokens: dict[str, int]
     """LLM tokens, summed over restarts: `prompt` and `completion`."""
     cost: float = 0.0
     """Cost of the tokens at the endpoints' prices, summed over restarts."""
     seconds: float
+
+    @property
+    def figures(self) -> Figures:
+        """The minimised figure of the best candidate, of uniform pruning and of the dense model."""
+        if self.fitness == "kl":
+            return Figures("kl", self.best_kl, self.uniform_kl, 0.0)
+        return Figures("perplexity", self.best_perplexity, self.uniform_perplexity, self.dense_perplexity)
 
 
 @dataclass(frozen=True)
@@ -160,7 +174,7 @@ class Observation:
     ledger: dict[str, Candidate]
     population: Population
     counters: Mapping[str, float]
-    dense_perplexity: float | None
+    profile: ModelProfile | None
     runtime: RuntimeState
     condition: Condition
 
@@ -212,6 +226,9 @@ def make_status(observation: Observation, tally: Tally) -> Status:
     best = observation.population.best()
     outcome = best.outcome if best and isinstance(best.outcome, Measured) else None
     proposals = {source: count for source, count in tally.by_source.items() if source != "baseline"}
+    spec, profile, population = observation.spec, observation.profile, observation.population
+    uniform = uniform_outcome(spec, profile, population) if profile else None
+    ratio = figures_of(spec, profile, population).ratio if profile else None
     return Status(
         search=observation.search,
         model=observation.spec.model,
@@ -230,10 +247,13 @@ def make_status(observation: Observation, tally: Tally) -> Status:
         stopped=sum(tally.outcomes[source, "stopped"] for source in proposals),
         waiting=len(observation.ledger) - sum(tally.outcomes.values()),
         dead=observation.runtime.dead,
-        dense_perplexity=observation.dense_perplexity,
+        dense_perplexity=profile.dense.perplexity if profile else None,
         best=best.candidate.id if best else None,
         best_perplexity=outcome.perplexity if outcome else None,
         best_kl=outcome.kl if outcome else None,
+        uniform_perplexity=uniform.perplexity if uniform else None,
+        uniform_kl=uniform.kl if uniform else None,
+        best_to_uniform=ratio,
         tokens=llm_tokens(observation.counters),
         cost=round(observation.counters.get("cost", 0.0), 6),
         seconds=round(observation.counters.get("seconds", 0.0), 1),

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import computed_field
 from rich.console import Console
 from rich.table import Table
 
@@ -22,6 +23,11 @@ from protocol.plans.value import Value
 WEAK_BASELINE = (
     "uniform is a weak baseline here: without reconstruction, and with equally many query heads per KV head; "
     "`selfpruner evaluate --allocate uniform` measures stronger ones with --reconstruction least-squares or --heads any"
+)
+
+NOTHING_GAINED = (
+    "the search has found nothing better than uniform pruning: give it more evaluations (search.rounds) and more text "
+    "(data.fitness_windows), or begin with the settings of configs/best.yaml"
 )
 
 
@@ -67,6 +73,21 @@ class Summary(Value):
     tokens: dict[str, int]
     """LLM tokens: `prompt` and `completion`."""
     seconds: float
+
+    @computed_field  # type: ignore[prop-decorator]
+    @property
+    def improved(self) -> bool | None:
+        """Whether the best candidate is better than uniform pruning, on the report text if there is one.
+
+        None if either is unknown.
+        """
+        best, uniform = self.best, self.uniform
+        if best is None:
+            return None
+        pairs = ((best.report_kl, uniform.report_kl), (best.kl, uniform.kl))
+        if self.fitness == "perplexity":
+            pairs = ((best.report_perplexity, uniform.report_perplexity), (best.perplexity, uniform.perplexity))
+        return next((ours < theirs for ours, theirs in pairs if ours is not None and theirs is not None), None)
 
 
 def summarise(search: str, state: SearchState, counters: dict[str, float], *, finished: bool) -> Summary:
@@ -207,11 +228,12 @@ def _lines(summary: Summary) -> list[str]:
     outcome = summary.candidates["by_outcome"]
     used = summary.tokens
     stopped = f", stopped early {outcome['stopped']}" if outcome["stopped"] else ""
-    following = [f"next: selfpruner export --search {summary.search} --out DIR"] if summary.best else []
+    is_worth_it = summary.best and summary.improved is not False
+    following = [f"next: selfpruner export --search {summary.search} --out DIR"] if is_worth_it else []
     unfinished = ["stopped before its end: these figures are not final; run the same command again to resume"]
     weak = [WEAK_BASELINE] if summary.reconstruction == "none" else []
     return [
-        *_overfitting(summary),
+        *(_without_gain(summary) if summary.finished else []),
         *weak,
         *([f"best rule: {summary.rule}"] if summary.rule else []),
         f"candidates by agent: {listed(summary.candidates['by_agent'])}",
@@ -222,15 +244,18 @@ def _lines(summary: Summary) -> list[str]:
     ]
 
 
-def _overfitting(summary: Summary) -> list[str]:
-    """Return a warning if the search has overfitted its text."""
-    best, uniform = summary.best and summary.best.report_perplexity, summary.uniform.report_perplexity
-    if not best or not uniform or best <= uniform:
+def _without_gain(summary: Summary) -> list[str]:
+    """Return what to try if the best candidate is no better than uniform pruning."""
+    if summary.improved is not False or summary.best is None:
         return []
-    return [
-        f"on the report text the best is worse than uniform ({best:,.2f} and {uniform:,.2f}): the search has "
-        "overfitted its fitness text; raise data.fitness_windows"
-    ]
+    of = _columns(summary)[0].of
+    best, uniform = of(summary.best), of(summary.uniform)
+    if best is not None and uniform is not None and best < uniform:
+        return [
+            "on the report text the best is no better than uniform: the search has overfitted its fitness text; raise "
+            "data.fitness_windows"
+        ]
+    return [NOTHING_GAINED]
 
 
 def _number(value: float | None, digits: int = 2) -> str:

@@ -12,6 +12,7 @@ from rich.text import Text
 from agents.population.population import Evaluation
 from daemon.monitor.events import Event
 from daemon.monitor.status import Status
+from daemon.search.figures import Figures
 from protocol.plans.candidate import Measured
 
 SHOWN_MEMBERS = 5
@@ -83,9 +84,10 @@ def _overview(status: Status, per_minute: float | None = None) -> RenderableType
     made = [f"{SOURCES.get(name, name)} {count}" for name, count in status.by_source.items()]
     table.add_row("made by", ", ".join(made))
     table.add_row("queue", f"{status.queue.queued} queued, {status.queue.running} running")
-    table.add_row(
-        "best", f"{_figure(status.best_perplexity)}{_kl(status.best_kl)}, dense {_figure(status.dense_perplexity)}"
-    )
+    table.add_row("kl" if status.fitness == "kl" else "perplexity", status.figures.in_words())
+    if status.fitness == "kl":
+        plain = Figures("perplexity", status.best_perplexity, status.uniform_perplexity, status.dense_perplexity)
+        table.add_row("perplexity", plain.in_words())
     table.add_row("tokens", f"{status.tokens.get('prompt', 0):,} in, {status.tokens.get('completion', 0):,} out")
     table.add_row("time", f"{status.seconds:,.0f} s")
     return Group(_plain(f"{status.search}: {status.model}, {status.rate:.0%} removed", "bold"), table)
@@ -151,14 +153,6 @@ def _dead(status: Status) -> RenderableType:
         why = job.get("detail") or job.get("reason", "")
         table.add_row(*(_plain(text) for text in (job.get("id", ""), job.get("worker", ""), why)))
     return table
-
-
-def _figure(perplexity: float | None) -> str:
-    return "–" if perplexity is None else f"{perplexity:,.2f}"
-
-
-def _kl(kl: float | None) -> str:
-    return "" if kl is None else f" (kl {kl:.4f})"
 
 
 def _plain(text: str, style: str = "") -> Text:

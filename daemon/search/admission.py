@@ -62,7 +62,7 @@ class Admission:
         self._state.proposals.add(candidate)
         with bound_contextvars(candidate=candidate.id):
             await self._queue.enqueue(candidate)
-        log.info("candidate_enqueued", candidate=candidate.id, **candidate.provenance.log_fields)
+        log.debug("candidate_enqueued", candidate=candidate.id, **candidate.provenance.log_fields)
 
 
 def race_of_round(settings: SearchSettings, population: Population, round_: int) -> Race | None:

@@ -16,7 +16,7 @@ from agents.operators.sampling import (
     sample_ranked_moves,
 )
 from agents.operators.strategy import sample_crossover_step, sample_mutation_step
-from agents.operators.trust_region import sample_plan
+from agents.operators.trust_region import sample_first_plan, sample_plan
 from agents.selector import Selector
 from daemon.search.roles import Agents, InitializerRole, OffspringRole, SelectorRole
 from daemon.settings.llm import LlmSettings
@@ -33,6 +33,7 @@ def make_agents(search: SearchSettings, llm: LlmSettings, chat: ChatClient) -> A
     initializers: dict[str, InitializerRole] = {
         "llm": initializer,
         "random": RandomInitializer(sample_profile),
+        "plans": RandomInitializer(sample_first_plan),
         "rules": RandomInitializer(sample_rule),
     }
     selectors: dict[str, SelectorRole | None] = {

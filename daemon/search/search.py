@@ -17,6 +17,7 @@ from agents.population.population import Evaluation
 from agents.population.view import Member, View
 from daemon.search.admission import Admission
 from daemon.search.budget import Budget
+from daemon.search.figures import figures_of
 from daemon.search.roles import Agents
 from daemon.search.snapshot import view_of_round
 from daemon.search.state import SearchState
@@ -104,14 +105,22 @@ class Search:
     def _note(self, evaluation: Evaluation, is_best: bool) -> None:
         self.budget.count(evaluation)
         self._journal.evaluation(evaluation, is_best=is_best)
-        _log_outcome(evaluation, is_best=is_best)
+        self._log_outcome(evaluation, is_best=is_best)
 
-
-def _log_outcome(evaluation: Evaluation, *, is_best: bool) -> None:
-    fields = outcome_fields(evaluation.candidate, evaluation.outcome)
-    if isinstance(evaluation.outcome, Measured):
-        log.info("candidate_measured", best=is_best, **fields)
-    elif isinstance(evaluation.outcome, Stopped):
-        log.info("candidate_stopped", **fields)
-    else:
-        log.warning("candidate_failed", **fields)
+    def _log_outcome(self, evaluation: Evaluation, *, is_best: bool) -> None:
+        candidate, outcome, state = evaluation.candidate, evaluation.outcome, self.state
+        fields, figures = outcome_fields(candidate, outcome), figures_of(state.spec, state.profile, state.population)
+        if isinstance(outcome, Stopped):
+            log.info("candidate_stopped", **fields)
+        elif not isinstance(outcome, Measured):
+            log.warning("candidate_failed", **fields)
+        elif candidate.text == "report":
+            is_uniform = candidate.plan == state.spec.uniform_plan(state.profile.shape)
+            name = "uniform" if is_uniform else "best"
+            says = f"on the report text: {name} {figures.shown(outcome.fitness)}"
+            log.info("candidate_measured", says=says, **fields)
+        else:
+            number = f"{len(state.population)}/{self.settings.planned}" if candidate.is_proposal else "uniform"
+            here = f"{figures.shown(outcome.fitness)}{', new best' if is_best else ''}"
+            says = f"measured {number}: {here} ({figures.in_words()})"
+            log.info("candidate_measured", says=says, is_best=is_best, **figures.fields(), **fields)

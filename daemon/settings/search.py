@@ -63,17 +63,19 @@ class SearchSettings(Section):
     proposer: ProposerName = "llm"
     """What proposes candidates: `llm` (the paper), or a method to compare the LLM with: `best-of-n` (the LLM without
     feedback), `random`, `evolution` (EvoPress) or `cma-es`."""
-    initializer: Literal["llm", "random", "rules"] = "llm"
-    """What makes the first population if search.proposer is `llm`: the LLM, `random` profiles, or random `rules`."""
+    initializer: Literal["llm", "random", "plans", "rules"] = "llm"
+    """What makes the first population if search.proposer is `llm`: the LLM, `random` profiles, `plans` near the
+    allocation by sensitivity, or random `rules`."""
     selector: Literal["llm", "tournament", "none"] = "llm"
     """What chooses the parents: the LLM, a `tournament`, or `none`, which shows Mutator and Crossover the whole
     population, as in the paper's combined prompts."""
     mutator: Literal["llm", "classical", "ranked", "plans", "rules"] = "llm"
     """What mutates: the LLM, a `classical` operator, `ranked`, a random choice among the moves that the surrogate
-    ranks highest, or `rules`, genetic programming over rules and such moves in turn."""
+    ranks highest, `plans`, all rates at once as the surrogate predicts them to be best, or `rules`, genetic programming
+    over rules, such moves and such plans in turn."""
     crossover: Literal["llm", "classical", "ranked", "rules"] = "llm"
     """What crosses over: the LLM, a `classical` operator, `ranked`, a random choice among the mixes that the
-    surrogate ranks highest, or `rules`, crossover of rules and such mixes in turn."""
+    surrogate ranks highest, or `rules`, crossover of rules, such mixes and whole plans in turn."""
     first_windows: PositiveInt | None = None
     """Experimental: measure each candidate on this number of windows first. If it is worse on them than the K-th best
     candidate of earlier rounds, do not measure the rest; `evolution` compares it with the best candidate. None measures

@@ -182,9 +182,16 @@ def _as_json(redact: Redaction) -> list[Processor]:
 def _as_text(redact: Redaction) -> list[Processor]:
     return [
         redact,
+        _for_a_person,
         structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback, pad_event_to=24),
         lambda _logger, _method, line: redact.text(str(line)),
     ]
+
+
+def _for_a_person(_logger: Any, _method: str, event: MutableMapping[str, Any]) -> Mapping[str, Any]:
+    """Return the event with whole seconds. If it has the field `says`, return this sentence in place of the fields."""
+    kept = {"event": event["says"], "level": event["level"]} if "says" in event else event
+    return {**kept, "timestamp": re.sub(r"\.\d+Z$", "Z", event["timestamp"])}
 
 
 def _log_crash(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

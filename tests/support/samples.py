@@ -65,6 +65,7 @@ STATUS = Status(
     best="abc",
     best_perplexity=12.345,
     best_kl=None,
+    uniform_perplexity=20.0,
     tokens={"prompt": 1234, "completion": 56},
     seconds=78.0,
 )

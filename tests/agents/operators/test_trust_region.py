@@ -34,6 +34,6 @@ def test_plans_differ_and_the_same_seed_gives_the_same_plan() -> None:
     assert len({view.candidate_id(proposal.rates) for proposal in made}) == 3
 
 
-def test_without_members_a_profile_is_drawn() -> None:
+def test_without_members_a_plan_near_the_allocation_by_sensitivity_is_drawn() -> None:
     view = replace(view_of("layer", 0), population=(), measured=())
     assert len(sample_plan(random.Random(0), view, ()).rates) == len(view.units)

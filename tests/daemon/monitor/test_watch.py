@@ -117,7 +117,13 @@ def test_the_screen_says_where_the_search_is(tmp_path: Path) -> None:
     first = candidates(1)[0]
     text = shown(screen_after(STATUS), STATUS, [Evaluation(first, measured(12.345, first), 0)])
     parts = ("30% removed", "running", "1 failed, 4 stopped early", "LLM 7, fallback 2, seeds 3")
-    for part in (*parts, "3 queued, 1 running", "12.35, dense 10.00", first.id, "host:2:b"):
+    for part in (
+        *parts,
+        "3 queued, 1 running",
+        "best 12.35 = 0.617 × uniform 20.00, dense 10.00",
+        first.id,
+        "host:2:b",
+    ):
         assert part in text
 
 

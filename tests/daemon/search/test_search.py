@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from redis.asyncio import Redis
 from rich.console import Console
+from structlog.testing import capture_logs
 
 from agents.llm.endpoint import ChatClient
 from agents.prompting.settings import ReplyFormat
@@ -344,7 +345,29 @@ async def test_the_summary_says_where_the_best_is_only_best_on_what_was_searched
                 "uniform": summary.uniform.model_copy(update={"report_perplexity": uniform}),
             }
         )
-        assert ("on the report text the best is worse than uniform (57.00 and 44.50)" in shown(changed)) == said
+        assert ("on the report text the best is no better than uniform" in shown(changed)) == said
+        assert ("next: selfpruner export" in shown(changed)) != said and changed.model_dump()["improved"] is not said
+
+
+async def test_each_outcome_says_where_the_search_stands(conduct: Conduct) -> None:
+    with capture_logs() as lines:
+        search = await conduct().searched()
+    said = [line["says"] for line in lines if line["event"] == "candidate_measured"]
+    (uniform,) = [says for says in said if says.startswith("measured uniform: ")]
+    assert len(said) == 16 and re.fullmatch(r"measured uniform: \d+\.\d\d \(best .*, dense 10\.00\)", uniform)
+    best = f"{search.state.population.top(1)[0].outcome.fitness:,.2f}"  # type: ignore[union-attr]
+    number = r"\d+\.\d\d"
+    form = rf"measured 15/15: {number}(, new best)? \(best {best} = 0\.\d{{3}} × uniform {number}, dense 10\.00\)"
+    assert re.fullmatch(form, said[-1])
+    assert max(map(len, said)) < 87, "with the time and the level before it, a line fits in 120 columns"
+
+
+async def test_a_search_without_gain_says_so_and_does_not_propose_to_export(search: Search) -> None:
+    summary = summarise("test", search.state, {}, finished=True)
+    assert summary.improved and "next: selfpruner export" in shown(summary)
+    none = summary.model_copy(update={"best": summary.uniform})
+    assert none.improved is False
+    assert "nothing better than uniform pruning" in shown(none) and "export" not in shown(none)
 
 
 async def test_the_summary_says_which_uniform_the_ratio_is_to(search: Search) -> None:

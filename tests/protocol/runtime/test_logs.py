@@ -160,3 +160,10 @@ def test_a_full_disk_is_reported_on_the_console_and_the_lost_lines_in_the_file(
     assert "Logging error" not in console.getvalue()
     told = re.findall(r"(?:info|warning|error) *\] (\w+) ", re.sub(r"\x1b\[\d*m", "", console.getvalue()))
     assert sorted(told) == sorted(["before", *["missing"] * 3, "after", "log_not_written", "log_lines_missing"])
+
+
+def test_a_terminal_shows_only_what_an_event_says(lines: Lines, capsys: pytest.CaptureFixture[str]) -> None:
+    structlog.get_logger().info("candidate_measured", says="measured 3/9: 48.90", candidate="abc", key=SECRET)
+    assert lines.parsed[-1]["candidate"] == "abc"
+    (shown,) = capsys.readouterr().err.splitlines()
+    assert "measured 3/9: 48.90" in shown and "abc" not in shown and SECRET not in lines.text
