@@ -124,7 +124,7 @@ def _shorter(rule: Rule) -> Iterator[Rule]:
     """Return the rules with one part replaced by a part of it or by a number, shortest first; all keep the rate."""
     parts = [part for part in rule.tree if part.parts]
     trees = {replaced(rule.tree, part, new) for part in parts for new in (*part.parts, _number(part) or Node(0.0))}
-    kept = rule.features & {"rate"}
+    kept = rule.features & {"rate", "least_damage"}
     rules = {_sound(tree, rule) for tree in trees} - {rule}
     return iter(sorted((each for each in rules if kept <= each.features), key=lambda each: (_size(each), str(each))))
 
@@ -142,8 +142,11 @@ def _size(rule: Rule) -> int:
 
 
 def random_rule(rng: random.Random, view: View) -> Rule:
-    """Return the rate plus a few random terms, each a number times a feature, or times a feature of one kind."""
-    tree = Node("rate")
+    """Return a start plus a few random terms, each a number times a feature, or times a feature of one kind.
+
+    The start is the allocation by sensitivity, or the rate if sensitivity was not measured.
+    """
+    tree = Node("least_damage" if "least_damage" in view.features else "rate")
     if not differing_features(view):
         return Rule.of(tree)
     for _ in range(rng.randint(*TERMS)):

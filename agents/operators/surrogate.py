@@ -62,12 +62,12 @@ KERNELS: dict[Measure, Kernel] = {
         slope_std=0.16, unit_std=0.012, joint_std=0.06, noise_std=0.012, unit_length_scale=0.04, joint_length_scale=0.4
     ),
     "kl": Kernel(
-        slope_std=0.043,
-        unit_std=0.015,
-        joint_std=0.019,
-        noise_std=0.0033,
-        unit_length_scale=0.1,
-        joint_length_scale=0.52,
+        slope_std=0.01,
+        unit_std=0.005,
+        joint_std=0.013,
+        noise_std=0.002,
+        unit_length_scale=0.07,
+        joint_length_scale=1.5,
     ),
 }
 """The kernel of each measure. Divergence compares whole distributions at every token, so it is far smoother than

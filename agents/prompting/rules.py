@@ -29,11 +29,11 @@ MAX_TERMS = 3
 """Maximum number of terms that the pattern allows, so that no rule that it allows is too large."""
 EXAMPLES = (
     "rate - 0.4*attention - 0.1*sensitivity",
-    "rate - 0.2*exp(-1.5*depth)",
+    "least_damage - 0.2*exp(-1.5*depth)",
     "rate - 0.1*sensitivity*mlp - 0.2*attention*first",
-    "rate + 0.1*tanh(influence) - 0.2*last",
+    "least_damage + 0.1*tanh(influence) - 0.2*last",
     "rate - 0.1*outliers - 0.3*where(depth < 0.1, 1.0, 0.0)",
-    "rate - 0.2*sqrt(depth)*mlp - 0.1*lost_score",
+    "least_damage - 0.2*sqrt(depth)*mlp - 0.1*lost_score",
 )
 SHOWN_EXAMPLES = 2
 INITIAL_IDEAS = (
@@ -91,6 +91,7 @@ def formula_pattern(features: tuple[str, ...]) -> str:
     Small models need it. If an endpoint does not enforce it, any rule that can be read is accepted.
     """
     feature = f"({'|'.join(name for name in features if name != 'rate')})"
+    start = "(rate|least_damage)" if "least_damage" in features else "rate"
     if feature == "()":
         return "^rate$"
     number = r"[0-2]\.[0-9]{1,2}"
@@ -98,7 +99,7 @@ def formula_pattern(features: tuple[str, ...]) -> str:
     step = rf"where\({feature} [<>] (-)?{number}, {number}, {number}\)"
     factor = f"({feature}|{function}|{step})"
     term = rf"{number}\*{factor}(\*{feature})?"
-    return rf"^rate(\*{function})?( [+-] {term}){{1,{MAX_TERMS}}}$"
+    return rf"^{start}(\*{function})?( [+-] {term}){{1,{MAX_TERMS}}}$"
 
 
 def examples_of(view: View, variant: int) -> list[str]:

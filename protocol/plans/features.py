@@ -30,7 +30,9 @@ MEASURED = {
     "lost_score": "share of the importance scores that pruning by β removes",
     "weight": "mean |W| of the projections",
 }
-DERIVED = {"least_damage": "rate of the allocation `sensitivity`, which has the least damage if sensitivities add up"}
+DERIVED = {
+    "least_damage": "rate with the least damage if no unit affected another, a good start (the allocation `sensitivity`)"
+}
 FEATURES = KNOWN | MEASURED | DERIVED
 SMALLEST = 1e-9
 """Raw values count as at least this."""
