@@ -146,7 +146,7 @@ def random_rule(rng: random.Random, view: View) -> Rule:
 
     The start is the allocation by sensitivity, or the rate if sensitivity was not measured.
     """
-    tree = Node("least_damage" if "least_damage" in view.features else "rate")
+    tree = Node("least_damage" if "least_damage" in usable_features(view) else "rate")
     if not differing_features(view):
         return Rule.of(tree)
     for _ in range(rng.randint(*TERMS)):

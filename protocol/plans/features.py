@@ -31,7 +31,7 @@ MEASURED = {
     "weight": "mean |W| of the projections",
 }
 DERIVED = {
-    "least_damage": "rate with the least damage if no unit affected another, a good start (the allocation `sensitivity`)"
+    "least_damage": "rate with the least damage if no unit affected another: a good start (allocation `sensitivity`)"
 }
 FEATURES = KNOWN | MEASURED | DERIVED
 SMALLEST = 1e-9
