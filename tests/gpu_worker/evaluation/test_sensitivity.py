@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 
+from gpu_worker.evaluation import sensitivity
 from gpu_worker.evaluation.sensitivity import measure_sensitivity
 from gpu_worker.measuring.divergence import dense_predictions, divergence
 from gpu_worker.measuring.perplexity import perplexity
@@ -24,7 +25,10 @@ def spec_of(rate: float, granularity: Granularity) -> SearchSpec:
 
 @pytest.mark.parametrize("granularity", ["layer", "block"])
 @pytest.mark.parametrize("rate", [0.05, 0.3, 0.5, 0.9])
-def test_each_figure_is_the_divergence_when_that_unit_alone_is_pruned(granularity: Granularity, rate: float) -> None:
+def test_each_figure_is_the_divergence_when_that_unit_alone_is_pruned(
+    granularity: Granularity, rate: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sensitivity, "_stride", lambda decoder: 1)
     model, spec, windows = tiny_llama(), spec_of(rate, granularity), tiny_windows(2, 24)
     ordered, shape = OrderedModel(model.decoder, scores_of(model)), model.decoder.shape
     dense = dense_predictions(model.decoder, windows)[0]
@@ -35,6 +39,25 @@ def test_each_figure_is_the_divergence_when_that_unit_alone_is_pruned(granularit
         ordered.restore()
     assert measure_sensitivity(ordered, spec, windows) == pytest.approx(expected, rel=1e-3, abs=1e-7)
     assert min(expected) > 0
+
+
+def test_a_large_head_is_used_at_fewer_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And still ranks the units as all tokens do."""
+    model = tiny_llama(vocab_size=2000)
+    ordered, windows = OrderedModel(model.decoder, scores_of(model)), tiny_windows(8, 64)
+    spec, used = spec_of(0.3, "block"), 0
+
+    def count(head: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        nonlocal used
+        used += inputs[0].numel() // inputs[0].shape[-1]
+
+    model.decoder.head.register_forward_pre_hook(count)
+    few = measure_sensitivity(ordered, spec, windows)
+    at_few, used = used, 0
+    monkeypatch.setattr(sensitivity, "_stride", lambda decoder: 1)
+    all_ = measure_sensitivity(ordered, spec, windows)
+    assert at_few < used / 3
+    assert few == pytest.approx(all_, rel=0.5)
 
 
 @pytest.mark.parametrize("rate", [0.05, 0.3, 0.5, 0.9])
