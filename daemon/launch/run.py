@@ -23,6 +23,7 @@ from daemon.settings.settings import Settings
 from daemon.settings.target import check_text
 from protocol.errors import SettingsError
 from protocol.runtime import logs
+from protocol.runtime.paths import check_model
 from protocol.runtime.signals import run_until_signal
 
 
@@ -57,7 +58,8 @@ def run_daemon(settings: Settings, stream: logs.Stream) -> tuple[Summary | None,
 
 
 def check_here(settings: Settings) -> None:
-    """Raise UsageError if a text, a key, a transcript or the local LLM's file is missing."""
+    """Raise UsageError if the model, a text, a key, a transcript or the local LLM's file is missing."""
+    check_model(settings.target.model)  # now, rather than when the worker loads it
     for source in {settings.data.calibration, settings.data.fitness, settings.data.report or "self"}:
         check_text(source)  # now, rather than when the worker reads it
     secrets_of(settings)  # now, rather than when the folder of the search has been made

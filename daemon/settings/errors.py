@@ -1,6 +1,7 @@
 """Error messages for invalid settings: one sentence, which shows no secret."""
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
 
 import yaml
@@ -11,6 +12,7 @@ class Refused(yaml.YAMLError):
     """Raised for YAML that settings do not use; its message shows nothing of the text."""
 
 
+_ITEM = re.compile(r"(?<=\.)\d+(?=\.)")
 _MAY_HOLD_SECRETS = ("llm", "redis", "http")
 """Sections whose values are never shown, because any of them may hold a key or a password."""
 
@@ -40,7 +42,12 @@ def validation_sentence(error: ValidationError, names: Iterable[str] = ()) -> st
 
 def unknown(name: str, names: Iterable[str]) -> str:
     """Return a sentence that there is no setting `name`, with the nearest valid name."""
-    known = list(names)
+    in_list = _ITEM.search(name)
+    if in_list:  # a field of an item of a list, such as llm.endpoints.0.url
+        place = in_list.group()
+        known = [each.replace("[]", place) for each in names]
+    else:
+        known = [each for each in names if "[]" not in each]
     if "." not in name:
         known += dict.fromkeys(each.partition(".")[0] for each in known)
     exact = [n for n in known if n.rpartition(".")[2] == name.rpartition(".")[2]]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 from pydantic import (
     BaseModel,
@@ -75,9 +76,12 @@ class Settings(BaseSettings):
 
 
 def setting_names(model: type[BaseModel] = Settings, prefix: str = "") -> Iterator[str]:
-    """Yield the dotted names of all settings; items of a list have none."""
+    """Yield the dotted names of all settings; those of a list's items have `[]`, such as `llm.endpoints.[].model`."""
     for name, field in model.model_fields.items():
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield from setting_names(field.annotation, f"{prefix}{name}.")
         else:
             yield prefix + name
+            for item in get_args(field.annotation):
+                if isinstance(item, type) and issubclass(item, BaseModel):
+                    yield from setting_names(item, f"{prefix}{name}.[].")

@@ -6,7 +6,7 @@ from pydantic import AfterValidator, Field, PositiveInt
 
 from daemon.settings.section import Section
 from protocol.errors import DataError
-from protocol.plans.rates import DECIMALS
+from protocol.plans.rates import DECIMALS, TargetRate
 from protocol.plans.spec import NAMED_TEXTS, Dtype, TextSpec
 from protocol.runtime.paths import expanded
 
@@ -23,7 +23,7 @@ class TargetSettings(Section):
     model: str = Field(min_length=1)
     """A Hugging Face model name such as `meta-llama/Llama-2-7b-hf`, a folder, a GGUF file, or `smollm2` (135M
     parameters, to try things out)."""
-    rate: Annotated[float, AfterValidator(_five_decimals)] = Field(gt=0, le=0.9)
+    rate: Annotated[TargetRate, AfterValidator(_five_decimals)]
     """β: the share of the decoder layers' parameters to remove, above 0 and up to 0.9, such as 0.3."""
     multiple_of: PositiveInt = 1
     """MLP widths are rounded to multiples of this many channels. 32, 64 or 128 makes the pruned model faster."""

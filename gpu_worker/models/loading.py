@@ -27,10 +27,7 @@ from gpu_worker.models.identity import folder_identity
 from gpu_worker.models.memory import Machine, MemoryEstimate, Workload, combined, estimate_memory, this_machine
 from gpu_worker.models.placement import Placement, device_map, meta_model, place, share_of
 from protocol.errors import ModelError
-from protocol.results.formats import FACTS, only_for_llama_cpp
-from protocol.runtime.paths import SMOLLM2, smollm2_file
-
-WHAT_TO_PASS = f"pass a model's folder, a GGUF file, a hub name, or `{SMOLLM2}`"
+from protocol.runtime.paths import SMOLLM2, WHAT_TO_PASS, check_model, expanded, smollm2_file
 
 log = structlog.get_logger()
 
@@ -195,31 +192,13 @@ def _identity(source: str) -> str:
 
 def _source(name: str, dtype: str) -> str:
     """Return the folder or hub name that transformers loads."""
-    if not name.strip():
-        raise ModelError(f"the model name is empty; {WHAT_TO_PASS}")
+    check_model(name)
     if name == SMOLLM2:
         return str(unpacked(smollm2_file(), dtype))  # unpacking takes ten seconds, a later load one
-    path = Path(name).expanduser()
+    path = expanded(name)
     if path.is_file():
-        if path.suffix != ".gguf":
-            raise ModelError(f"{name!r} is a file but not a GGUF file; {WHAT_TO_PASS}")
         return str(unpacked(path, dtype))
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelError(_no_checkpoint(name, path))
-        return str(path)
-    if name.startswith(("/", ".", "~")) or name.count("/") > 1 or path.suffix == ".gguf":
-        raise ModelError(f"there is no {'file' if path.suffix else 'folder'} {name!r}; {WHAT_TO_PASS}")
-    return name
-
-
-def _no_checkpoint(name: str, folder: Path) -> str:
-    found = sorted(folder.glob("*.gguf"))
-    if found and (folder / FACTS).is_file():
-        return only_for_llama_cpp(name)
-    if found:
-        return f"the folder {name!r} holds a GGUF file and no config.json; pass the file, {str(found[0])!r}"
-    return f"the folder {name!r} has no config.json, so it holds no model; {WHAT_TO_PASS}"
+    return str(path) if path.is_dir() else name
 
 
 def _cannot_load(name: str, part: str, offline: bool, error: Exception) -> str:

@@ -8,6 +8,9 @@ decimals with the mean unchanged.
 import math
 from bisect import bisect_left
 from collections.abc import Sequence
+from typing import Annotated
+
+from pydantic import BeforeValidator, Field
 
 from protocol.errors import BudgetError
 
@@ -18,6 +21,21 @@ ROUNDING = 1 / SCALE
 MEAN_TOLERANCE = 1e-9
 
 Bounds = Sequence[tuple[float, float]]
+
+
+def _no_percentage(rate: object) -> object:
+    """Refuse a rate that was meant as a percentage, with the share to write instead."""
+    try:
+        percent = float(rate)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return rate  # which is refused for another reason
+    if 1 <= percent <= 100:
+        raise ValueError(f"it is a share: write {percent / 100:g} for {percent:g} %")
+    return rate
+
+
+TargetRate = Annotated[float, BeforeValidator(_no_percentage), Field(gt=0, le=0.9)]
+"""β: the share of the decoder's parameters to remove."""
 
 
 def weighted_mean(rates: Sequence[float], weights: Sequence[int]) -> float:

@@ -8,6 +8,7 @@ from typing import Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from protocol.plans.plan import Plan, Split, feasible_rates, make_plan
+from protocol.plans.rates import TargetRate
 from protocol.plans.shape import Granularity, ModelShape
 from protocol.plans.value import Value
 
@@ -57,7 +58,7 @@ class SearchSpec(Value):
 
     model: str
     """A hub name, a folder, or `smollm2`."""
-    rate: float = Field(gt=0, le=0.9)
+    rate: TargetRate
     granularity: Granularity = "layer"
     split: Split = "equal"
     lowest_rate: float = Field(default=0.0, ge=0, lt=1)

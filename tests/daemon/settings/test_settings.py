@@ -51,6 +51,11 @@ def test_defaults_are_the_papers() -> None:
     [
         ("search.nmae=x", r"no setting 'search.nmae'; did you mean 'search.name'\?"),
         ("rounds=3", r"no setting 'rounds'; did you mean 'search.rounds'\?"),
+        ("target.rate=30", r"target.rate cannot be '30': it is a share: write 0.3 for 30 %"),
+        (
+            "llm.endpoints=[{url: http://h/v1, model: m}]",
+            r"no setting 'llm.endpoints.0.url'; did you mean 'llm.endpoints.0.base_url'\?",
+        ),
         ("serach.name=x", r"no setting 'serach'; did you mean 'search'\?"),
         ("population=3", r"did you mean 'search.population'\?"),
         ("target.rate=0", "target.rate cannot be '0'"),
@@ -241,7 +246,7 @@ def test_every_shipped_config_loads() -> None:
 def test_the_page_of_all_settings_is_up_to_date() -> None:
     described = Path("docs/reference/configuration.md").read_text()
     assert described == page()
-    missing = [name for name in setting_names() if f"`{name}`" not in described]
+    missing = [name for name in setting_names() if f"`{name.rpartition('[].')[2]}`" not in described]
     assert not missing
 
 
