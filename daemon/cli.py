@@ -43,6 +43,7 @@ for command in (
     pruning.allocate,
 ):
     app.command()(command)
+app.command("list")(control.list_)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -20,7 +20,11 @@ Every command prints this help with `--help`. [Output and files](output.md) desc
 
 def page() -> str:
     """Return the whole page as Markdown."""
-    callbacks = {command.callback.__name__: command.callback for command in app.registered_commands if command.callback}
+    callbacks = {
+        command.callback.__name__.strip("_"): command.callback
+        for command in app.registered_commands
+        if command.callback
+    }
     commands: dict[str, Any] = vars(typer.main.get_command(app))["commands"]
     return "\n".join([HEAD, *(_section(name, commands[name], callbacks) for name in commands)])
 

@@ -14,9 +14,18 @@ from rich.live import Live
 from daemon.commands import flags, tables
 from daemon.commands.output import print_result
 from daemon.monitor.events import Event
-from daemon.monitor.remote import NotRunning, RemoteSearch, ask, best_so_far, chosen_search, open_remote, saved_status
+from daemon.monitor.remote import (
+    NotRunning,
+    RemoteSearch,
+    ask,
+    best_so_far,
+    chosen_search,
+    open_remote,
+    saved_status,
+    statuses,
+)
 from daemon.monitor.watch import follow, json_lines, on_screen
-from daemon.monitor.watch_screen import Screen, status_tables
+from daemon.monitor.watch_screen import Screen, list_table, status_tables
 from protocol.queue.control import Command
 
 
@@ -31,6 +40,17 @@ def status(
         ask(chosen_search(search, redis_url, folder), redis_url, folder, RemoteSearch.status, saved_status)
     )
     print_result(found.model_dump(mode="json"), json_, lambda: status_tables(found))
+
+
+def list_(
+    redis_url: flags.RedisUrl = None,
+    folder: flags.Folder = Path("runs"),
+    json_: flags.Json = False,
+) -> None:
+    """List all searches in --folder, or on the server --redis-url."""
+    found = asyncio.run(statuses(redis_url, folder))
+    records = {name: status.model_dump(mode="json") if status else None for name, status in found.items()}
+    print_result(records, json_, lambda: list_table(found))
 
 
 def watch(

@@ -16,11 +16,11 @@ from daemon.monitor.events import Event, StatusTracker
 from daemon.monitor.status import Condition, Observation, QueueDepth, RuntimeStateReader, Status
 from daemon.state.history import HistoryReader
 from daemon.state.journal import BEST, STATUS_FILE, best_record, saved
-from protocol.errors import StoreError, UsageError
+from protocol.errors import SelfPrunerError, StoreError, UsageError
 from protocol.plans.spec import SearchSpec
 from protocol.queue.connection import connect, is_transient, permanent_error
 from protocol.queue.control import Command, Control
-from protocol.queue.keys import Keys, check_search_name, parse_stored, parse_unless_damaged
+from protocol.queue.keys import SEARCH_NAME, Keys, check_search_name, parse_stored, parse_unless_damaged
 from protocol.queue.profile_board import ProfileBoard
 
 T = TypeVar("T")
@@ -152,13 +152,47 @@ def chosen_search(search: str | None, redis_url: str | None, folder: Path) -> st
     """Return the search that a command is for: the given one, else the only one in `folder`, else `default`."""
     if search is not None:
         return search
-    found = [name for name in folders_in(folder) if (folder / name / "log.jsonl").exists()] if redis_url is None else []
+    found = _names_in(folder) if redis_url is None else []
     return found[0] if len(found) == 1 else "default"
+
+
+async def search_names(redis_url: str | None, folder: Path) -> list[str]:
+    """Return the names of all searches on the server, or in `folder` if there is no server, sorted.
+
+    Raises UsageError if the server does not answer.
+    """
+    if redis_url is None:
+        return _names_in(folder)
+    redis = connect(redis_url)
+    begin, end = Keys("?").spec.split("?")
+    try:
+        keys = [key async for key in redis.scan_iter(match=f"{begin}*{end}", count=1000)]
+    except (RedisError, OSError) as error:
+        raise permanent_error(error) or NotRunning(f"no server answers at --redis-url ({error})") from None
+    finally:
+        await redis.aclose()
+    return sorted({name for key in keys if SEARCH_NAME.fullmatch(name := key[len(begin) : -len(end)])})
+
+
+async def statuses(redis_url: str | None, folder: Path) -> dict[str, Status | None]:
+    """Return the status of every search on the server or in `folder`; None for one that cannot be read."""
+    found: dict[str, Status | None] = {}
+    for name in await search_names(redis_url, folder):
+        try:
+            found[name] = await ask(name, redis_url, folder, RemoteSearch.status, saved_status)
+        except SelfPrunerError:
+            found[name] = None
+    return found
 
 
 def folders_in(folder: Path) -> list[str]:
     """Return the names of the folders in `folder`, sorted."""
     return sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
+
+
+def _names_in(folder: Path) -> list[str]:
+    """Return the names of the searches in `folder`; an old folder of something else has no log."""
+    return [name for name in folders_in(folder) if (folder / name / "log.jsonl").exists()]
 
 
 def _check_folder(folder: Path, search: str) -> None:

@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 
 from rich.console import Group, RenderableType
@@ -70,6 +70,26 @@ def status_tables(status: Status) -> Iterator[RenderableType]:
         yield _endpoints(status)
     if status.dead:
         yield _dead(status)
+
+
+def list_table(found: Mapping[str, Status | None]) -> Iterator[RenderableType]:
+    """Yield the table of all searches; None is a status that cannot be read."""
+    if not found:
+        yield Text("there is no search here")
+        return
+    table = Table(box=None)
+    for column in ("search", "model", "removed", "state", "measured", "best ÷ uniform"):
+        table.add_column(column, justify="right" if column in ("removed", "measured", "best ÷ uniform") else "left")
+    for name, status in found.items():
+        if status is None:
+            table.add_row(_plain(name), "", "", Text("cannot be read; `status` says why", "red"), "", "")
+            continue
+        ratio = status.best_to_uniform
+        shown = "–" if ratio is None else f"{ratio:.3f}"
+        table.add_row(
+            _plain(name), _plain(status.model), f"{status.rate:.0%}", _state(status), f"{status.measured:,}", shown
+        )
+    yield table
 
 
 def _overview(status: Status, per_minute: float | None = None) -> RenderableType:

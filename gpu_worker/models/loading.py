@@ -27,6 +27,7 @@ from gpu_worker.models.identity import folder_identity
 from gpu_worker.models.memory import Machine, MemoryEstimate, Workload, combined, estimate_memory, this_machine
 from gpu_worker.models.placement import Placement, device_map, meta_model, place, share_of
 from protocol.errors import ModelError
+from protocol.results.formats import FACTS, only_for_llama_cpp
 from protocol.runtime.paths import SMOLLM2, WHAT_TO_PASS, check_model, expanded, smollm2_file
 
 log = structlog.get_logger()
@@ -198,6 +199,11 @@ def _source(name: str, dtype: str) -> str:
     path = expanded(name)
     if path.is_file():
         return str(unpacked(path, dtype))
+    if path.is_dir() and not (path / "config.json").is_file():
+        if (path / FACTS).is_file():
+            raise ModelError(only_for_llama_cpp(name))
+        found = str(min(path.glob("*.gguf")))
+        raise ModelError(f"the folder {name!r} holds a GGUF file and no config.json; pass the file, {found!r}")
     return str(path) if path.is_dir() else name
 
 

