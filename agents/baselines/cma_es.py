@@ -6,15 +6,17 @@ too few to learn the covariances of sixty units.
 
 import asyncio
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from cmaes import SepCMA
 
 from agents.baselines.classical import OperatorAgent
 from agents.population.submission import NothingLeft
 from agents.population.view import Member, Proposal, Submit, View
 from protocol.plans.plan import unit_bounds
+
+if TYPE_CHECKING:
+    from cmaes import SepCMA
 
 SIGMA = 0.1
 """Standard deviation of the rates in the first generation."""
@@ -60,7 +62,9 @@ class CmaEsMutator:
             self._samples = [self._optimizer.ask() for _ in range(self._size)]
             self._round += 1
 
-    def _first(self, view: View) -> SepCMA:
+    def _first(self, view: View) -> "SepCMA":
+        from cmaes import SepCMA  # not at the start: it loads SciPy, which takes a second
+
         spec = view.spec
         bounds = np.array(unit_bounds(view.profile.shape, spec.granularity, spec.lowest_rate, spec.highest_rate))
         return SepCMA(

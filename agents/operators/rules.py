@@ -9,7 +9,6 @@ import random
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-from cmaes import CMA
 
 from agents.operators.moves import KAPPA
 from agents.operators.plan_space import Array, plan_space_of
@@ -77,6 +76,8 @@ def tuned(view: View, rule: Rule, rng: random.Random) -> Rule:
     """
     if not rule.numbers or len(view.measured) < MIN_OUTCOMES:
         return rule
+    from cmaes import CMA  # not at the start: it loads SciPy, which takes a second
+
     count = len(rule.numbers)
     start = np.array([*rule.numbers, *[0.0] * (count == 1)])  # CMA needs two dimensions
     optimizer = CMA(start, SPREAD, seed=rng.getrandbits(32), population_size=GENERATION_SIZE)

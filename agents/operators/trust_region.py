@@ -10,7 +10,6 @@ import random
 from collections.abc import Sequence
 
 import numpy as np
-from cmaes import SepCMA
 
 from agents.operators.plan_space import plan_space_of
 from agents.operators.sampling import sample_move_parent
@@ -47,6 +46,8 @@ def sample_first_plan(rng: random.Random, view: View, _parents: Sequence[Member]
 
 def _best(view: View, center: Member, length: float, kappa: float, rng: random.Random) -> tuple[float, ...]:
     """Return the rates that CMA-ES finds for the lowest `mean - kappa * std` of the surrogate."""
+    from cmaes import SepCMA  # not at the start: it loads SciPy, which takes a second
+
     start = np.array(center.candidate.rates)
     surrogate, space = surrogate_of(view), plan_space_of(view)
     box = np.stack([start - length, start + length], axis=1)

@@ -124,6 +124,8 @@ def _state(status: Status) -> Text:
         return Text("Redis does not answer; this is the last known status", "red")
     if status.daemon is None:
         return Text("finished" if status.finished else "stopped", "green" if status.finished else "yellow")
+    if status.control == "pause" and (status.queue.running or any(w.stage == "evaluating" for w in status.workers)):
+        return Text("pausing; the evaluation in progress will complete", "yellow")
     if status.control != "run":
         return Text({"pause": "paused", "stop": "stopping"}[status.control], "yellow")
     if status.degraded:

@@ -15,7 +15,7 @@ from daemon.local.folder_lock import is_running, lock_folder
 from daemon.monitor import watch as watch_module
 from daemon.monitor.events import Event
 from daemon.monitor.remote import RemoteSearch, open_remote
-from daemon.monitor.status import Status
+from daemon.monitor.status import QueueDepth, Status
 from daemon.monitor.watch import follow, json_lines, on_screen
 from daemon.monitor.watch_screen import RATE_SECONDS, Screen
 from protocol.errors import UsageError
@@ -146,7 +146,8 @@ def test_the_screen_fits_a_small_terminal_and_shows_more_events_on_a_large_one()
         ({"redis": "away"}, "Redis does not answer"),
         ({"daemon": None}, "stopped"),
         ({"daemon": None, "finished": True}, "finished"),
-        ({"control": "pause"}, "paused"),
+        ({"control": "pause"}, "pausing; the evaluation in progress will complete"),
+        ({"control": "pause", "queue": QueueDepth(queued=3), "workers": ()}, "paused"),
         ({"control": "stop"}, "stopping"),
         ({"degraded": True, "degraded_by": "endpoints"}, "degraded: no LLM endpoint answers"),
         ({"degraded": True, "degraded_by": "budget"}, "degraded: the LLM budget is used up"),
