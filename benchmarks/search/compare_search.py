@@ -73,6 +73,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "llm-edits": {"reply": "edits"},
     "llm": {"reply": "moves"},
     "llm-rules": {"reply": "rules"},
+    "llm-share": {"reply": "moves", "share": 0.3, "initializer": "plans", "selector": "tournament"},
     "llm-no-feedback": {"reply": "moves", "feedback": ()},
     "llm-steady": {"reply": "moves", "mode": "steady-state"},
     "no-initializer": {"reply": "moves", "initializer": "random"},
@@ -83,13 +84,14 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 """Settings of search.* and llm.*. `ranked` chooses at random from the menus that `llm` chooses from, and selects
 parents by tournaments. `rules` is genetic programming over rules, and such choices in turn; `llm-rules` is the same
-with the LLM. `llm` is the search of configs/best.yaml. The methods after these are ablations, each of which changes one
-thing. `tournament` and `joint` are ablations of `llm-edits`, because with any selection moves mostly begin
-at the best configuration. CMA-ES has larger generations, because it is designed for them."""
+with the LLM. `plans` is the optimiser alone, `llm-share` gives the LLM 30 % of its offspring. `llm` asks it for all.
+The methods after these are ablations, each of which changes one thing. `tournament` and `joint` are ablations of
+`llm-edits`, because with any selection moves mostly begin at the best configuration. CMA-ES has larger generations,
+because it is designed for them."""
 RACING_FACTOR = 5
 """Methods with `first_windows` may make this many times the candidates of others, on the same number of tokens."""
-DEFAULT_METHODS = ("random", "evolution", "cma-es", "best-of-n", "ranked", "llm")
-OF_LLM = ("reply", "feedback")
+DEFAULT_METHODS = ("random", "evolution", "cma-es", "best-of-n", "ranked", "plans", "llm", "llm-share")
+OF_LLM = ("reply", "feedback", "share", "what_if")
 NOT_OF_THE_SEARCHES = ("out", "json", "beside")
 SHARED_OUT = ("rate", "seeds", "first_seed", "methods", "llm_url")
 """Arguments in which joined calls may differ."""
