@@ -8,8 +8,10 @@ from typing import Annotated
 import typer
 
 from daemon.commands import control, pruning
+from daemon.commands.config import config
 from daemon.commands.finetune import finetune
 from daemon.commands.flags import FLAG_ERROR, flag_sentence
+from daemon.commands.init import init
 from daemon.commands.prune import prune
 from daemon.commands.run import daemon, run
 from daemon.commands.speed import speed
@@ -21,10 +23,11 @@ from protocol.runtime.signals import Interrupted
 
 app = typer.Typer(
     help="Find how much to prune from each layer of an LLM. Another LLM runs the evolutionary search.",
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 for command in (
+    init,
+    config,
     prune,
     run,
     daemon,

@@ -25,7 +25,7 @@ Start from a file in `configs/` and change these:
 | `quickstart.yaml` | a few minutes on this machine; what `selfpruner run` does without a file |
 | `best.yaml` | the best search we know; what `selfpruner prune` does |
 | `paper.yaml` | the paper's search |
-| `local-llm.yaml` | with an LLM server of your own |
+| `openai.yaml`, `vllm.yaml`, `ollama.yaml`, `lm-studio.yaml` | as `selfpruner init` writes them, with an LLM of yours |
 | `docker.yaml` | for Docker Compose |
 
 ## How to set them

@@ -238,7 +238,7 @@ def test_a_missing_file_is_named() -> None:
 
 def test_every_shipped_config_loads() -> None:
     shipped = sorted(Path("configs").glob("*.yaml"))
-    assert {path.name for path in shipped} >= {"quickstart.yaml", "paper.yaml", "local-llm.yaml"}
+    assert {path.name for path in shipped} >= {"quickstart.yaml", "paper.yaml", "ollama.yaml"}
     for path in shipped:
         load(path)
 

@@ -1,0 +1,133 @@
+"""`selfpruner init`: write a commented file of settings, from flags or from the answers to a few questions."""
+
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal, cast, get_args
+
+import typer
+import yaml
+from jinja2 import Environment, StrictUndefined
+from pydantic import ValidationError
+
+from daemon.commands import flags
+from daemon.settings.errors import validation_sentence
+from daemon.settings.settings import Settings, setting_names
+from protocol.errors import SettingsError
+from protocol.runtime.files import write_atomically
+from protocol.runtime.paths import SMOLLM2, check_model, expanded
+
+EndpointName = Literal["none", "openai", "vllm", "ollama", "lm-studio", "llama.cpp"]
+
+
+@dataclass(frozen=True)
+class EndpointKind:
+    """How a kind of LLM server is named in settings."""
+
+    base_url: str = ""
+    llm_model: str = ""
+    """The model, if the user names none."""
+    about_model: str = ""
+    more: Sequence[str] = ()
+    """Further lines of the endpoint."""
+
+
+KINDS: dict[EndpointName, EndpointKind] = {
+    "none": EndpointKind(),
+    "openai": EndpointKind(
+        "https://api.openai.com/v1",
+        "gpt-4o",
+        more=("api_key_file: ~/.secrets/openai    # a file that holds only the key",),
+    ),
+    "vllm": EndpointKind(
+        "http://127.0.0.1:8000/v1",
+        "Qwen/Qwen3-8B",
+        "        # as in `vllm serve`, or its --served-model-name",
+        ("# api_key_file: ~/.secrets/vllm   # the KEY of --api-key",),
+    ),
+    "ollama": EndpointKind(
+        "http://127.0.0.1:11434/v1",
+        "qwen2.5:7b",
+        "           # the name with its tag, as `ollama list` shows it",
+        ("context: 4096                # Ollama cuts longer prompts; OLLAMA_CONTEXT_LENGTH raises it",),
+    ),
+    "lm-studio": EndpointKind(
+        "http://127.0.0.1:1234/v1", "qwen2.5-7b-instruct", "  # the identifier that LM Studio shows"
+    ),
+    "llama.cpp": EndpointKind(
+        "http://127.0.0.1:8080/v1",
+        "my-llm",
+        "               # llama-server accepts any name",
+        ("grammar: true                # shorter replies; not for models that reason",),
+    ),
+}
+
+
+def init(
+    file: Annotated[Path, typer.Argument(help="The file to write.")] = Path("selfpruner.yaml"),
+    model: Annotated[str | None, typer.Option(help="The model to prune: a hub name, a folder, or `smollm2`.")] = None,
+    rate: Annotated[float, typer.Option(help="The share of the decoder's parameters to remove.")] = 0.3,
+    data: Annotated[
+        str | None, typer.Option(help="Text to score and search on: `wikitext2`, `c4`, `self`, or a text file.")
+    ] = None,
+    endpoint: Annotated[EndpointName | None, flags.chosen(EndpointName, "The LLM that proposes", "none")] = None,
+    llm_model: Annotated[str | None, typer.Option(help="The name of the LLM at its endpoint.")] = None,
+) -> None:
+    """Write a commented file of settings. What no flag gives is asked for on a terminal."""
+    path = expanded(file)
+    if path.exists():
+        raise SettingsError(f"{str(file)!r} exists; name another file")
+    if not path.parent.is_dir():
+        raise SettingsError(f"{str(file)!r} cannot be written: there is no folder {str(path.parent)!r}")
+    asks = sys.stdin.isatty()
+    if model is None:
+        model = typer.prompt("Model to prune (hub name, folder, or smollm2)", SMOLLM2) if asks else SMOLLM2
+    check_model(model)
+    if data is None:
+        usual = "self" if model == SMOLLM2 else "wikitext2"
+        data = typer.prompt("Text to search on (wikitext2, c4, self, or a file)", usual) if asks else usual
+    if endpoint is None:
+        endpoint = _asked_endpoint() if asks else "none"
+    text = settings_text(str(file), model, rate, data, endpoint, llm_model)
+    try:
+        Settings.model_validate(yaml.safe_load(text))
+    except ValidationError as error:
+        raise SettingsError(validation_sentence(error, setting_names())) from None
+    write_atomically(path, text)
+    typer.echo(f"wrote {file}; start the search: selfpruner run {file}")
+
+
+def _asked_endpoint() -> EndpointName:
+    names = get_args(EndpointName)
+    answer = typer.prompt(f"LLM that proposes ({', '.join(names)})", "none")
+    if answer not in names:
+        raise SettingsError(f"{answer!r} is no endpoint: give {', '.join(names)}")
+    return cast(EndpointName, answer)
+
+
+def settings_text(
+    file: str, model: str, rate: float, data: str, endpoint: EndpointName, llm_model: str | None = None
+) -> str:
+    """Return the YAML text of a search that prunes `model` on the text `data`."""
+    kind = KINDS[endpoint]
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(file).stem).strip("-.") or "search"
+    template = resources.files("configs").joinpath("init.yaml.j2").read_text(encoding="utf-8")
+    form: dict[str, Any] = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
+    environment = Environment(undefined=StrictUndefined, autoescape=False, **form)
+    return environment.from_string(template).render(
+        file=file,
+        name=name[:64],
+        model=_quoted(model),
+        rate=f"{rate:g}",
+        data=_quoted(data),
+        endpoint=kind,
+        llm_model=_quoted(llm_model or kind.llm_model),
+    )
+
+
+def _quoted(text: str) -> str:
+    """Return text as a YAML scalar on one line."""
+    return yaml.safe_dump(text, width=10**6, allow_unicode=True).removesuffix("\n").removesuffix("\n...")

@@ -1,0 +1,88 @@
+"""`selfpruner init` and `selfpruner config`: files of settings for a model and an LLM endpoint."""
+
+import json
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import yaml
+
+from daemon.commands.init import EndpointName, settings_text
+from daemon.settings.settings import setting_names
+from daemon.settings.sources import load
+from tests.support.cli import Cli
+from tests.support.root import ROOT
+
+EXAMPLE = "meta-llama/Llama-3.1-8B"
+
+
+@pytest.mark.parametrize("endpoint", get_args(EndpointName))
+def test_what_is_written_can_be_run(endpoint: EndpointName, tmp_path: Path, cli: Cli) -> None:
+    file = tmp_path / "my search.yaml"
+    flags = ("--endpoint", endpoint, "--model", EXAMPLE, "--rate", "0.25", "--data", "c4")
+    code, out, err = cli.run("init", file, *flags)
+    assert (code, err) == (0, "") and f"selfpruner run {file}" in out
+    settings = load(file, [])
+    assert (settings.search.name, settings.target.model, settings.target.rate) == ("my-search", EXAMPLE, 0.25)
+    assert settings.data.calibration == settings.data.fitness == settings.data.report == "c4"
+    assert settings.search.asks_llm == bool(settings.llm.endpoints) == (endpoint != "none")
+    lines = file.read_text().splitlines()
+    assert max(len(line) for line in lines if not line.startswith("#")) <= 120
+    assert "exists" in cli.error("init", file), "and it is not replaced"
+
+
+def test_without_flags_and_a_terminal_it_is_the_small_model(tmp_path: Path, cli: Cli) -> None:
+    file = tmp_path / "a.yaml"
+    assert cli.run("init", file)[0] == 0
+    settings = load(file, [])
+    assert (settings.target.model, settings.data.fitness, settings.llm.endpoints) == ("smollm2", "self", ())
+
+
+def test_names_need_no_quoting(tmp_path: Path) -> None:
+    odd = "it's: a #name"
+    found = yaml.safe_load(settings_text("x.yaml", odd, 0.3, odd, "vllm", odd))
+    assert found["target"]["model"] == found["data"]["fitness"] == found["llm"]["endpoints"][0]["model"] == odd
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (("--rate", "30"), "write 0.3 for 30 %"),
+        (("--model", "./nowhere"), "there is no folder './nowhere'"),
+        (("--endpoint", "gpt"), "gpt"),
+    ],
+)
+def test_a_mistake_is_named_and_nothing_is_written(
+    flags: tuple[str, ...], sentence: str, tmp_path: Path, cli: Cli
+) -> None:
+    assert sentence in cli.error("init", tmp_path / "a.yaml", *flags)
+    assert "there is no folder" in cli.error("init", tmp_path / "none" / "a.yaml")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("endpoint", ["openai", "vllm", "ollama", "lm-studio"])
+def test_the_file_of_each_endpoint_is_what_init_writes(endpoint: EndpointName) -> None:
+    file = f"configs/{endpoint}.yaml"
+    assert (ROOT / file).read_text() == settings_text(file, EXAMPLE, 0.3, "wikitext2", endpoint)
+
+
+def test_the_schema_names_every_setting_and_no_other(cli: Cli) -> None:
+    _, out, _ = cli.run("config", "--schema")
+    schema = json.loads(out)
+    sections = {name: schema["$defs"][part["$ref"].rpartition("/")[2]] for name, part in schema["properties"].items()}
+    named = {f"{section}.{name}" for section, part in sections.items() for name in part["properties"]}
+    assert named == {name for name in setting_names() if "[]" not in name}
+    assert not any(part["additionalProperties"] for part in (schema, *sections.values()))
+    rate = sections["target"]["properties"]["rate"]
+    assert (rate["exclusiveMinimum"], rate["maximum"]) == (0, 0.9) and "decoder layers" in rate["description"]
+
+
+def test_settings_are_shown_without_keys(tmp_path: Path, cli: Cli) -> None:
+    file = tmp_path / "a.yaml"
+    cli.run("init", file, "--endpoint", "openai")
+    secret = "sk-hunter22"
+    _, out, _ = cli.run(
+        "config", file, "--set", f"llm.endpoints=[{{base_url: http://h/v1, model: m, api_key: {secret}}}]",
+        "--set", "redis.url=redis://user:hunter22@host/0",
+    )  # fmt: skip
+    assert "hunter22" not in out and yaml.safe_load(out)["search"]["population"] == 12
