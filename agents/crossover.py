@@ -79,7 +79,7 @@ class Crossover:
 
     def _rules(self, call: Call, parents: Sequence[Member]) -> Prompt[Proposal] | Operator:
         view = call.view
-        ruled, step = ruled_members(view, parents)[:SHOWN_RULES], next_step(view, call.rng)
+        ruled, step = ruled_members(view, parents)[:SHOWN_RULES], next_step(view, call.generator("step"))
         if step == "plans":
             return sample_plan
         if len(ruled) < 2 or step == "moves":

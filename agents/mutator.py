@@ -111,7 +111,7 @@ class Mutator:
 
     def _rules(self, call: Call, parents: Sequence[Member], feedback: Feedback) -> Prompt[Proposal] | Operator:
         view = call.view
-        step = next_step(view, call.rng)
+        step = next_step(view, call.generator("step"))
         if step == "plans":
             return sample_plan
         if step == "moves":

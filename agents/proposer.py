@@ -108,7 +108,7 @@ class Proposer:
         async with asyncio.TaskGroup() as group:
             for submitter in unfinished:
                 call = submitter.call
-                without = None if self._settings.asks(call.rng) else partner
+                without = None if self._settings.asks(call.generator("share")) else partner
                 prompt = without or make_prompt(call)
                 group.create_task(self._fill(submitter, turns, prompt, operator, parents))
         return sum(len(submitter.accepted) for submitter in submitters)

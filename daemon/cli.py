@@ -57,6 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _fail(flag_sentence(error), 2)
     except SelfPrunerError as error:
         return _fail(str(error), 2 if isinstance(error, UsageError) else 1)
+    except typer.Abort:
+        return _fail("interrupted", 130)
     except Interrupted as end:
         return _fail(f"interrupted; {end.left}", end.exit_code)
     return code if isinstance(code, int) else 0

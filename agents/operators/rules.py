@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from agents.operators.acquisition import lowest_acquisition
 from agents.operators.moves import KAPPA
 from agents.operators.plan_space import Array, plan_space_of
-from agents.operators.surrogate import surrogate_of
 from agents.population.view import Member, Proposal, View
 from protocol.errors import RuleError
 from protocol.plans.rule import Node, Rule
@@ -81,15 +81,14 @@ def tuned(view: View, rule: Rule, rng: random.Random) -> Rule:
     count = len(rule.numbers)
     start = np.array([*rule.numbers, *[0.0] * (count == 1)])  # CMA needs two dimensions
     optimizer = CMA(start, SPREAD, seed=rng.getrandbits(32), population_size=GENERATION_SIZE)
-    surrogate, space = surrogate_of(view), plan_space_of(view)
-    best, found = np.inf, start
-    for generation in range(GENERATIONS):
-        samples = np.array([start if generation == i == 0 else optimizer.ask() for i in range(GENERATION_SIZE)])
-        mean, std = surrogate.predict_shares(space.shares(rule.rates_with(view.features, samples[:, :count])))
-        acquisition = mean - KAPPA * std
-        if acquisition.min() < best:
-            best, found = acquisition.min(), samples[acquisition.argmin()]
-        optimizer.tell(list(zip(samples, acquisition.tolist(), strict=True)))
+    found = lowest_acquisition(
+        view,
+        optimizer,
+        GENERATIONS,
+        KAPPA,
+        lambda samples: rule.rates_with(view.features, samples[:, :count].astype(float)),
+        first=start,
+    )
     return simplified(view, rule.with_numbers(found[:count].tolist()))
 
 

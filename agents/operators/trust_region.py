@@ -11,9 +11,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from agents.operators.plan_space import plan_space_of
+from agents.operators.acquisition import lowest_acquisition
 from agents.operators.sampling import sample_move_parent
-from agents.operators.surrogate import surrogate_of
 from agents.population.view import Member, Proposal, View
 
 SHORTEST, LONGEST = 0.05, 0.4
@@ -49,15 +48,7 @@ def _best(view: View, center: Member, length: float, kappa: float, rng: random.R
     from cmaes import SepCMA  # not at the start: it loads SciPy, which takes a second
 
     start = np.array(center.candidate.rates)
-    surrogate, space = surrogate_of(view), plan_space_of(view)
     box = np.stack([start - length, start + length], axis=1)
     optimizer = SepCMA(start, length / 4, bounds=box, seed=rng.getrandbits(32), population_size=GENERATION_SIZE)
-    lowest, found = np.inf, start
-    for _ in range(GENERATIONS):
-        samples = np.array([optimizer.ask() for _ in range(GENERATION_SIZE)])
-        mean, std = surrogate.predict_shares(space.shares(samples))
-        acquisition = mean - kappa * std
-        if acquisition.min() < lowest:
-            lowest, found = acquisition.min(), samples[acquisition.argmin()]
-        optimizer.tell(list(zip(samples, acquisition.tolist(), strict=True)))
+    found = lowest_acquisition(view, optimizer, GENERATIONS, kappa, lambda samples: samples)
     return tuple(found.tolist())

@@ -41,6 +41,10 @@ class Call:
         sampled = first + self.rng.sample(others, min(count - 1, len(others)))
         return tuple(member for member in members if member in sampled)
 
+    def generator(self, purpose: str) -> random.Random:
+        """Return a random generator that is independent of `rng` and of those for other purposes."""
+        return random.Random(f"{self.seed(-1)}|{purpose}")
+
     @property
     def rng(self) -> random.Random:
         """A new random generator for the fallback and the menus, with the same seed every time."""

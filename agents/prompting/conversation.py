@@ -86,18 +86,23 @@ class Asker:
         """Ask for drafts. Return the messages that tell what is predicted of them; none if no draft could be read."""
         count = self._settings.what_if
         asked: Message = {"role": "user", "content": f"{prompt.text}\n\n{fill('what_if', count=count)}"}
+
+        def predicted_of(reply: str) -> list[str]:
+            parsed = prompt.parse(reply, count)
+            refined = map(prompt.refine, parsed.good) if prompt.refine else parsed.good
+            return [f"{name}: {preview(each)}" for name, each in zip(parsed.names, refined, strict=True)]
+
         try:
             answer = await self._answer(call, prompt, [*messages[:-1], asked], count, DRAFTS)
-            parsed = prompt.parse(answer.text, count)
+            found = await asyncio.to_thread(predicted_of, answer.text)
         except EndpointError as error:
             log.debug("llm_unavailable", agent=call.agent, round=call.view.round, reason=str(error))
             return []
         except InvalidReply as error:
             log.info("llm_drafts", agent=call.agent, round=call.view.round, read=0, reason=str(error))
             return []
-        refined = [await asyncio.to_thread(prompt.refine, each) if prompt.refine else each for each in parsed.good]
-        log.info("llm_drafts", agent=call.agent, round=call.view.round, read=len(refined))
-        predicted = fill("what_if_answer", predicted=[*map(preview, refined)], count=missing)
+        log.info("llm_drafts", agent=call.agent, round=call.view.round, read=len(found))
+        predicted = fill("what_if_answer", predicted=found, count=missing)
         return [{"role": "assistant", "content": _quote(answer)}, {"role": "user", "content": predicted}]
 
     async def _answer(

@@ -1,5 +1,6 @@
 """`selfpruner config`: show the settings of a file with all defaults, or their JSON schema."""
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -24,5 +25,5 @@ def config(
     elif file is None:
         raise SettingsError("name a file of settings, or give --schema")
     else:
-        settings = load(file, set_ or []).model_dump(mode="json")
-        print_json(dict(Redaction(())(None, "", settings)))
+        shown = load(file, set_ or []).model_dump_json()  # keys are masked; passwords in URLs are not
+        print_json(json.loads(Redaction(()).text(shown)))

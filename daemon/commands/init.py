@@ -1,6 +1,7 @@
 """`selfpruner init`: write a commented file of settings, from flags or from the answers to a few questions."""
 
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from pydantic import ValidationError
 from daemon.commands import flags
 from daemon.settings.errors import validation_sentence
 from daemon.settings.settings import Settings, setting_names
+from daemon.settings.target import check_text
 from protocol.errors import SettingsError
 from protocol.runtime.files import write_atomically
 from protocol.runtime.paths import SMOLLM2, check_model, expanded
@@ -76,7 +78,7 @@ def init(
     endpoint: Annotated[EndpointName | None, flags.chosen(EndpointName, "The LLM that proposes", "none")] = None,
     llm_model: Annotated[str | None, typer.Option(help="The name of the LLM at its endpoint.")] = None,
 ) -> None:
-    """Write a commented file of settings. What no flag gives is asked for on a terminal."""
+    """Write a commented file of settings. On a terminal, it asks for the model, the text and the endpoint."""
     path = expanded(file)
     if path.exists():
         raise SettingsError(f"{str(file)!r} exists; name another file")
@@ -91,13 +93,21 @@ def init(
         data = typer.prompt("Text to search on (wikitext2, c4, self, or a file)", usual) if asks else usual
     if endpoint is None:
         endpoint = _asked_endpoint() if asks else "none"
+    check_text(data)
+    if llm_model and endpoint == "none":
+        raise SettingsError("--llm-model needs --endpoint")
+    if not "".join((str(file), model, data, llm_model or "")).isprintable():
+        raise SettingsError("names of files, models and texts are one line each")
     text = settings_text(str(file), model, rate, data, endpoint, llm_model)
     try:
         Settings.model_validate(yaml.safe_load(text))
     except ValidationError as error:
         raise SettingsError(validation_sentence(error, setting_names())) from None
-    write_atomically(path, text)
-    typer.echo(f"wrote {file}; start the search: selfpruner run {file}")
+    try:
+        write_atomically(path, text)
+    except OSError as error:
+        raise SettingsError(f"{str(file)!r} cannot be written: {error.strerror}") from None
+    typer.echo(f"wrote {file}; start the search: selfpruner run {shlex.quote(str(file))}")
 
 
 def _asked_endpoint() -> EndpointName:
@@ -118,10 +128,10 @@ def settings_text(
     form: dict[str, Any] = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
     environment = Environment(undefined=StrictUndefined, autoescape=False, **form)
     return environment.from_string(template).render(
-        file=file,
+        file=shlex.quote(file),
         name=name[:64],
         model=_quoted(model),
-        rate=f"{rate:g}",
+        rate=repr(rate),
         data=_quoted(data),
         endpoint=kind,
         llm_model=_quoted(llm_model or kind.llm_model),

@@ -51,11 +51,13 @@ def add_lesson(path: Path, summary: Summary, shape: ModelShape) -> None:
         return
     line = f"- {lesson(summary, shape)}\n".encode()
     try:
-        with open_log(expanded(path)) as file:
-            if line not in expanded(path).read_bytes():
-                file.write(line)
-    except OSError as error:
-        log.warning("lesson_not_written", file=str(path), reason=error.strerror)
+        target = expanded(path).resolve()  # a link is followed, as it is for reading
+        with open_log(target) as file:
+            known = target.read_bytes()
+            if line not in known:
+                file.write(b"\n" * (bool(known) and not known.endswith(b"\n")) + line)
+    except (OSError, SettingsError) as error:
+        log.warning("lesson_not_written", file=str(path), reason=str(error))
 
 
 def lesson(summary: Summary, shape: ModelShape) -> str:

@@ -44,11 +44,15 @@ def check_model(name: str) -> None:
     if name == SMOLLM2:
         return
     path = expanded(name)
+    try:
+        has_model = (path / "config.json").is_file() or any(path.glob("*.gguf"))
+    except OSError as error:
+        raise ModelError(f"the folder {name!r} cannot be read: {error.strerror}") from None
     if path.is_file():
         if path.suffix != ".gguf":
             raise ModelError(f"{name!r} is a file but not a GGUF file; {WHAT_TO_PASS}")
     elif path.is_dir():
-        if not (path / "config.json").is_file() and not list(path.glob("*.gguf")):
+        if not has_model:
             raise ModelError(f"the folder {name!r} has no config.json, so it holds no model; {WHAT_TO_PASS}")
     elif name.startswith(("/", ".", "~")) or name.count("/") > 1 or path.suffix == ".gguf":
         raise ModelError(f"there is no {'file' if path.suffix else 'folder'} {name!r}; {WHAT_TO_PASS}")

@@ -246,6 +246,22 @@ async def test_the_llm_is_asked_for_its_share_of_the_offspring(share: float, few
     assert desk.sources().count("classical") == 30 - (len(chat.questions) - 5), "the Initializer always asks"
 
 
+async def test_the_share_of_the_llm_does_not_decide_which_parent_is_moved() -> None:
+    """Two thirds of the moves start from the best member, whoever proposes."""
+    best = MEMBERS[0].candidate.id
+    settings = AgentSettings(reply="moves", share=0.3)
+    by_source: dict[str, list[bool]] = {"llm": [], "classical": []}
+    for round_ in range(1, 41):
+        move = json.dumps({"proposals": [{"moves": [1, 2]}]})
+        chat, desk = ScriptedChat(lambda n: move), Desk()  # noqa: B023
+        await Mutator(chat, settings).propose(replace(VIEW, round=round_), MEMBERS, 5, desk.submit)
+        for provenance in desk.accepted.values():
+            if provenance.source in by_source:
+                by_source[provenance.source].append(provenance.parents == (best,))
+    for source, starts in by_source.items():
+        assert 0.5 < sum(starts) / len(starts) < 0.85, source
+
+
 async def test_drafts_are_answered_with_what_is_predicted_of_them() -> None:
     drafts = json.dumps({"proposals": [{"rule": "rate - 0.3*first"}, {"rule": "no"}, {"rule": "rate - 0.1*last"}]})
     final = json.dumps({"proposals": [{"rule": "rate - 0.2*first"}]})
@@ -257,7 +273,12 @@ async def test_drafts_are_answered_with_what_is_predicted_of_them() -> None:
     assert "try out 3 different drafts" in first[-1]["content"]
     assert len(second) == 4 and second[2] == {"role": "assistant", "content": drafts}
     predicted = second[3]["content"]
-    assert predicted.count("perplexity") == 2 and "2: rate" in predicted and "+-" in predicted
+    assert (
+        predicted.count("perplexity") == 2
+        and "Proposal 1: rate" in predicted
+        and "Proposal 3: rate" in predicted
+        and "+-" in predicted
+    )
     assert desk.sources() == ["llm"] and [str(p.rule)[:7] for p in desk.accepted.values()] == ["rate - "]
 
 
