@@ -20,10 +20,14 @@ SHOWN = 40
 
 
 class Selector:
-    """Asks the LLM for the numbers of the parents, with every setting of `reply`. The fallback is a tournament."""
+    """Asks the LLM for the numbers of the parents, with every setting of `reply`. The fallback is a tournament.
 
-    def __init__(self, chat: ChatClient, settings: AgentSettings) -> None:
+    If other agents can make rules, moves or plans, it also asks which of them make the round's offspring.
+    """
+
+    def __init__(self, chat: ChatClient, settings: AgentSettings, *, chooses_step: bool = False) -> None:
         self._settings = settings
+        self._chooses_step = chooses_step
         self._asker = Asker(chat, settings)
 
     async def select(self, view: View, count: int) -> Selection:
@@ -49,7 +53,7 @@ class Selector:
 
     def _prompt(self, view: View, population: tuple[Member, ...], wanted: int) -> Prompt[Selection]:
         records = step_records(view)
-        steps = possible_steps(view) if self._settings.reply == "rules" else ()
+        steps = possible_steps(view) if self._chooses_step else ()
 
         def apply(reply: Choice) -> Selection:
             step = next((step for step in steps if step == reply.step), None)

@@ -26,7 +26,7 @@ CROSSOVER: dict[Step, Operator] = {"rules": sample_rule_crossover, "moves": samp
 
 @dataclass(frozen=True)
 class Record:
-    """How many recent candidates a step has made, and how many of them were better than all before them."""
+    """How many recent candidates a step has made, and how many of them were better than all recent ones before."""
 
     made: int = 0
     better: int = 0

@@ -41,8 +41,9 @@ class Kernel:
     """Hyperparameters of the kernel.
 
     Standard deviations are in units of the scale, which is the median rise of the measured candidates. Length scales
-    are numbers of removed parameters, divided by the parameters of one decoder layer. The values maximise the
-    likelihood of the recorded outcomes of searches on SmolLM2 (docs/lab-notes/surrogate.md).
+    are numbers of removed parameters, divided by the parameters of one decoder layer. The values come
+    from the likelihood of outcomes on SmolLM2: those for perplexity as docs/lab-notes/surrogate.md says, those for
+    divergence as docs/lab-notes/whole-plans.md says, on one seed.
     """
 
     slope_std: float

@@ -15,10 +15,10 @@ from agents.operators.surrogate import surrogate_of
 from agents.population.view import Member, View
 from agents.prompting.settings import FeedbackPart
 from protocol.plans.shape import Granularity
+from protocol.plans.spec import FIGURE_DIGITS, MEASURE_NAMES
 
 SECTIONS = 5
 
-FITNESS = {"perplexity": "perplexity", "kl": "KL divergence"}
 FITNESS_IN_FULL = {
     "perplexity": "perplexity of the pruned model",
     "kl": "KL divergence of the pruned model from the unpruned one",
@@ -69,7 +69,7 @@ def about_model(view: View, parts: Collection[FeedbackPart]) -> AboutModel:
         rate=f"{spec.rate:g}",
         percent=f"{100 * spec.rate:g}",
         text=TEXTS.get(spec.fitness.source, "a text"),
-        fitness=FITNESS[spec.measure],
+        fitness=MEASURE_NAMES[spec.measure],
         fitness_in_full=FITNESS_IN_FULL[spec.measure],
         fragile=ranked[:KEPT_CHOICES],
         robust=ranked[KEPT_CHOICES:][: -KEPT_CHOICES - 1 : -1],
@@ -140,7 +140,7 @@ def mixes_in_words(view: View, parents: Sequence[Member], mixes: Sequence[Ranked
         blocks = "layers" if mix.block in (None, "both") else f"{mix.block} of layers"
         words.append(
             f"{blocks} {mix.first} to {mix.first + mix.layers - 1} of {fitness_in_words(view, donor)} "
-            f"in {fitness_in_words(view, base)}: about {ranked.predicted:.{_FITNESS_DIGITS[view.spec.measure]}f}"
+            f"in {fitness_in_words(view, base)}: about {ranked.predicted:.{FIGURE_DIGITS[view.spec.measure]}f}"
         )
     return words
 
@@ -155,14 +155,10 @@ def prediction_in_words(view: View, rates: Sequence[float]) -> str:
     surrogate = surrogate_of(view)
     (mean,), (std,) = surrogate.predict_shares(plan_space_of(view).shares(np.array([rates])))
     fitness, above = surrogate.fitness_at(mean), surrogate.fitness_at(mean + std)
-    digits = _FITNESS_DIGITS[view.spec.measure]
-    return f"{FITNESS[view.spec.measure]} {fitness:.{digits}f} (+-{above - fitness:.{digits}f})"
-
-
-_FITNESS_DIGITS = {"perplexity": 2, "kl": 4}
-"""Decimals that distinguish members: perplexities are in the tens, divergences are rarely above one."""
+    digits = FIGURE_DIGITS[view.spec.measure]
+    return f"{MEASURE_NAMES[view.spec.measure]} {fitness:.{digits}f} (+-{above - fitness:.{digits}f})"
 
 
 def fitness_in_words(view: View, member: Member, more: int = 0) -> str:
     """Return a member's fitness with enough decimals to distinguish members, and `more` decimals in addition."""
-    return f"{member.fitness:.{_FITNESS_DIGITS[view.spec.measure] + more}f}"
+    return f"{member.fitness:.{FIGURE_DIGITS[view.spec.measure] + more}f}"

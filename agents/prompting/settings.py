@@ -32,7 +32,7 @@ class AgentSettings(BaseModel):
     `rules`, the best that the surrogate predicts. With 0.3, an optimiser searches, and the LLM adds ideas."""
     what_if: int = Field(default=0, ge=0, le=10)
     """Number of drafts that the LLM may make of a rule or a choice of moves before it answers; it is told what the
-    surrogate predicts of each. This takes a second request for each answer. 0 asks for the answer at once."""
+    surrogate predicts of each. Each answer then takes two requests. 0 asks for the answer at once."""
     proposals_per_call: PositiveInt | None = None
     """Number of candidates requested per call. None means all candidates of a round for `lists`, and one candidate for
     the other reply formats."""

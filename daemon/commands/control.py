@@ -1,4 +1,4 @@
-"""`selfpruner status | watch | best | pause | resume | stop`: show and control a search from another process."""
+"""`selfpruner list | status | watch | best | pause | resume | stop`: show and control searches of other processes."""
 
 import asyncio
 import os

@@ -128,6 +128,7 @@ def _result(
         uniform_kl=summary.uniform.kl,
         uniform_parameters=summary.uniform.parameters,
         reconstruction=request.spec.reconstruction,
+        improved=summary.improved,
         dense_report_perplexity=summary.dense.report_perplexity,
         exported=finished.written.exported,
         finetuned=finished.written.finetuned,

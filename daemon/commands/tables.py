@@ -94,8 +94,7 @@ def pruned(result: PruneResult, text: TextSpec) -> Iterator[RenderableType]:
         on_report = f" ({reported[0] / reported[1]:.3f} on the report text)" if reported[0] and reported[1] else ""
         ratio = f"{best.perplexity / result.uniform_perplexity:.3f}{on_report}"
         yield f"perplexity is {ratio} times that of {label} (one search, one seed)"
-        pair = reported if reported[0] and reported[1] else (best.perplexity, result.uniform_perplexity)
-        if pair[0] >= pair[1]:
+        if result.improved is False:
             yield (
                 f"the search has gained nothing over {label}: give it more evaluations (--budget) and more text "
                 "(--data, --set data.fitness_windows=N)"

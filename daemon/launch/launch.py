@@ -16,7 +16,7 @@ from daemon.http_api.api import HttpApi
 from daemon.http_api.server import CannotListen
 from daemon.http_api.token import TOKEN_MODE, Access, kept_text
 from daemon.launch.background import repair_forever, wait_for_profile, watch_workers
-from daemon.launch.lessons import add_lesson, read_lessons
+from daemon.launch.lessons import TOLD, add_lesson, read_lessons
 from daemon.launch.llm import make_chat, read_replay, read_transcript
 from daemon.launch.usage import UsageTracker
 from daemon.local.children import log_if_it_dies
@@ -187,6 +187,8 @@ class Launch:
 
     async def _resume(self, history: History, queue: CandidateQueue) -> None:
         warn_of_texts(self._settings)
+        if self._settings.llm.lessons:
+            self._journal.keep(TOLD, self._lessons, mode=0o666)
         self._usage.begin(history)
         self._observer.begin(history)
         if not history.ledger:

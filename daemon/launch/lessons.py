@@ -8,9 +8,12 @@ from daemon.monitor.summary import Row, Summary
 from daemon.settings.settings import Settings
 from protocol.errors import SettingsError
 from protocol.plans.shape import ModelShape
+from protocol.plans.spec import FIGURE_DIGITS, MEASURE_NAMES
 from protocol.runtime.files import open_log
 from protocol.runtime.paths import expanded
 
+TOLD = "lessons.md"
+"""The file in a search's folder that keeps what the LLM was told."""
 LONGEST = 3000
 """Maximum number of characters of lessons that a prompt tells: the last ones of the file."""
 NAMED = 3
@@ -20,10 +23,19 @@ log = structlog.get_logger()
 
 
 def read_lessons(settings: Settings) -> str:
-    """Return the end of the file llm.lessons; "" if it is missing or not set. Raises SettingsError."""
+    """Return what the LLM is told: the end of the file llm.lessons; "" if it is missing or not set.
+
+    A search that was told something before is told the same again, and a replay what the replayed search was told.
+    Otherwise its questions would differ. Raises SettingsError.
+    """
     path = settings.llm.lessons
     if path is None:
         return ""
+    told_before = settings.folder / TOLD
+    if not told_before.is_file() and settings.llm.replay:
+        told_before = expanded(settings.llm.replay).parent / TOLD
+    if told_before.is_file():
+        path = told_before
     try:
         if expanded(path).exists() and not expanded(path).is_file():  # a pipe may have no end
             raise SettingsError(f"llm.lessons {str(path)!r} is not a file")
@@ -39,7 +51,7 @@ def read_lessons(settings: Settings) -> str:
     lines = "".join(letter for letter in text if letter.isprintable() or letter == "\n").splitlines()
     kept: list[str] = []
     for line in reversed(lines):
-        if sum(map(len, kept)) + len(line) > LONGEST:
+        if sum(map(len, kept)) + len(kept) + len(line) > LONGEST:
             break
         kept.append(line)
     return "\n".join(reversed(kept)).strip()
@@ -63,7 +75,7 @@ def add_lesson(path: Path, summary: Summary, shape: ModelShape) -> None:
 def lesson(summary: Summary, shape: ModelShape) -> str:
     """Return one line: the model, the rate, the best figure beside uniform, its rates, and the best rule."""
     assert summary.best is not None, "only searches with a best candidate teach something"
-    name, digits = ("KL divergence", 4) if summary.fitness == "kl" else ("perplexity", 2)
+    digits = FIGURE_DIGITS[summary.fitness]
 
     def figure(row: Row) -> str:
         value = row.kl if summary.fitness == "kl" else row.perplexity
@@ -74,7 +86,7 @@ def lesson(summary: Summary, shape: ModelShape) -> str:
     named = [f"{unit.name} {100 * rate:.0f} %" for rate, unit in ranked]
     rule = f"; the best rule has {figure(summary.best_rule)}: {summary.rule}" if summary.best_rule else ""
     return (
-        f"{summary.model} without {100 * summary.rate:g} % of its decoder: {name} {figure(summary.best)}, "
-        f"uniform {figure(summary.uniform)}; pruned least: {', '.join(named[:NAMED])}; "
+        f"{summary.model} without {100 * summary.rate:g} % of its decoder: {MEASURE_NAMES[summary.fitness]} "
+        f"{figure(summary.best)}, uniform {figure(summary.uniform)}; pruned least: {', '.join(named[:NAMED])}; "
         f"pruned most: {', '.join(named[: -NAMED - 1 : -1])}{rule}"
     )

@@ -75,4 +75,4 @@ def evaluation_event(evaluation: Evaluation, *, best: bool) -> Event:
     """Return the event of a candidate's outcome, with the name and the fields of the daemon's log entry."""
     outcome = evaluation.outcome
     fields = outcome_fields(evaluation.candidate, outcome)
-    return Event(f"candidate_{outcome.kind}", {**fields, "best": best} if isinstance(outcome, Measured) else fields)
+    return Event(f"candidate_{outcome.kind}", {**fields, "is_best": best} if isinstance(outcome, Measured) else fields)

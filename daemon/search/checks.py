@@ -14,6 +14,8 @@ from protocol.runtime.paths import is_same_file
 
 TOKENS_BESIDE_LISTS = 600
 """Number of tokens in a prompt for lists, in addition to the lists."""
+TOKENS_OF_LESSONS = 750
+"""Maximum number of tokens of llm.lessons in a prompt."""
 
 log = structlog.get_logger()
 
@@ -54,6 +56,7 @@ def check_lists(settings: Settings, contexts: Mapping[str, int | None], units: i
     """
     lists = _most_lists(settings)
     needed = TOKENS_BESIDE_LISTS + lists * units * TOKENS_PER_RATE
+    needed += TOKENS_OF_LESSONS if settings.llm.lessons else 0
     for name, context in contexts.items():
         if lists and context is not None and needed > context:
             raise SettingsError(

@@ -1,15 +1,14 @@
 """The figures that are always shown together: the best candidate beside uniform pruning and the dense model. Pure."""
 
-from collections.abc import Mapping
+import functools
 from dataclasses import dataclass
 from typing import Any
 
 from agents.population.population import Population
 from protocol.plans.candidate import Measured, candidate_id
 from protocol.plans.profile import ModelProfile
-from protocol.plans.spec import Measure, SearchSpec
-
-DIGITS: Mapping[Measure, int] = {"perplexity": 2, "kl": 4}
+from protocol.plans.shape import ModelShape
+from protocol.plans.spec import FIGURE_DIGITS, Measure, SearchSpec
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Figures:
 
     def shown(self, value: float | None) -> str:
         """Return a figure with the digits that distinguish candidates."""
-        return "–" if value is None else f"{value:,.{DIGITS[self.measure]}f}"
+        return "–" if value is None else f"{value:,.{FIGURE_DIGITS[self.measure]}f}"
 
     def in_words(self) -> str:
         """Return `best 48.50 = 0.895 × uniform 54.20, dense 29.00`; without dense for a divergence."""
@@ -56,5 +55,10 @@ def figures_of(spec: SearchSpec, profile: ModelProfile, population: Population) 
 
 def uniform_outcome(spec: SearchSpec, profile: ModelProfile, population: Population) -> Measured | None:
     """Return the outcome of uniform pruning on the fitness text; None if it was not measured (yet)."""
-    found = population.get(candidate_id(spec.uniform_plan(profile.shape), spec.fingerprint))
+    found = population.get(_uniform_id(spec, profile.shape))
     return found.outcome if found and isinstance(found.outcome, Measured) else None
+
+
+@functools.lru_cache(maxsize=8)
+def _uniform_id(spec: SearchSpec, shape: ModelShape) -> str:
+    return candidate_id(spec.uniform_plan(shape), spec.fingerprint)

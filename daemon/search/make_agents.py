@@ -37,7 +37,7 @@ def make_agents(search: SearchSettings, llm: LlmSettings, chat: ChatClient) -> A
         "rules": RandomInitializer(sample_rule),
     }
     selectors: dict[str, SelectorRole | None] = {
-        "llm": Selector(chat, llm),
+        "llm": Selector(chat, llm, chooses_step=_has_steps(search, llm)),
         "tournament": TournamentSelector(),
         "none": None,
     }
@@ -60,6 +60,12 @@ def make_agents(search: SearchSettings, llm: LlmSettings, chat: ChatClient) -> A
         mutator=mutators[search.mutator],
         crossover=crossovers[search.crossover],
     )
+
+
+def _has_steps(search: SearchSettings, llm: LlmSettings) -> bool:
+    """Whether any agent makes rules, moves or plans in turn."""
+    agents = {search.mutator, search.crossover}
+    return "rules" in agents or (llm.reply == "rules" and "llm" in agents)
 
 
 def _offspring_agent(search: SearchSettings) -> OffspringRole:

@@ -120,7 +120,8 @@ class Search:
             says = f"on the report text: {name} {figures.shown(outcome.fitness)}"
             log.info("candidate_measured", says=says, **fields)
         else:
-            number = f"{len(state.population)}/{self.settings.planned}" if candidate.is_proposal else "uniform"
+            done = sum(each.candidate.is_proposal for each in state.population)
+            number = f"{done}/{self.settings.planned}" if candidate.is_proposal else "uniform"
             here = f"{figures.shown(outcome.fitness)}{', new best' if is_best else ''}"
             says = f"measured {number}: {here} ({figures.in_words()})"
             log.info("candidate_measured", says=says, is_best=is_best, **figures.fields(), **fields)

@@ -94,7 +94,8 @@ class LlmSettings(ChatPolicy, AgentSettings, _Endpoints):
     operators."""
     lessons: Path | None = None
     """Experimental: a text file of what earlier searches found, such as `runs/llama.md` for models of one family. The
-    Initializer tells the LLM what it says. At its end, the search adds one line. You can read and edit the file."""
+    Initializer tells the LLM what the file says, so search.initializer must be `llm`. At its end, the search adds one
+    line. You can read and edit the file."""
     replay: Path | None = None
     """The transcript.jsonl of an earlier search. Replies are read from it, and no endpoint is asked."""
     replay_strict: bool = False

@@ -23,7 +23,7 @@ Start from a file in `configs/` and change these:
 | file | search |
 | --- | --- |
 | `quickstart.yaml` | a few minutes on this machine; what `selfpruner run` does without a file |
-| `best.yaml` | the best search we know; what `selfpruner prune` does |
+| `best.yaml` | the search that we recommend; what `selfpruner prune` does |
 | `paper.yaml` | the paper's search |
 | `openai.yaml`, `vllm.yaml`, `ollama.yaml`, `lm-studio.yaml` | as `selfpruner init` writes them, with an LLM of yours |
 | `docker.yaml` | for Docker Compose |

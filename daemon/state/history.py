@@ -41,7 +41,7 @@ class History:
     population: Population = field(default_factory=Population)
     counters: dict[str, float] = field(default_factory=dict)
     selections: dict[int, KeptSelection] = field(default_factory=dict)
-    """The parents chosen for each round."""
+    """What the Selector chose, by round."""
     damaged: int = 0
     """Number of entries that are missing or damaged, and were left out."""
 

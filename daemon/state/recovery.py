@@ -95,7 +95,7 @@ def _check_spec(folder: Path, spec: SearchSpec, evaluations: int) -> None:
 
 def _evaluation(record: dict[str, Any], spec: SearchSpec) -> tuple[Candidate, Outcome]:
     """Parse a record made by evaluation_record. Raises ValueError if its id does not match its plan and this spec."""
-    provenance = {name: record[name] for name in Provenance.model_fields}
+    provenance = {name: record[name] for name in Provenance.model_fields if name in record}
     layers = (dict(zip(LayerPlan.model_fields, layer, strict=True)) for layer in record["plan"])
     plan = Plan(layers=tuple(LayerPlan.model_validate(layer) for layer in layers))
     candidate = Candidate(

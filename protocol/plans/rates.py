@@ -27,9 +27,9 @@ def _no_percentage(rate: object) -> object:
     """Refuse a rate that was meant as a percentage, with the share to write instead."""
     try:
         percent = float(rate)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return rate  # which is refused for another reason
-    if 1 <= percent <= 100:
+    if 1 < percent <= 100:
         raise ValueError(f"it is a share: write {percent / 100:g} for {percent:g} %")
     return rate
 

@@ -4,7 +4,8 @@ A rule prints as one line that a person can read:
 
     rate - 0.4*attention - 0.1*sensitivity
 
-Its values, one per unit, are shifted together until their mean is the target rate, and then projected onto the budget.
+Its values, one per unit, are clipped to 1 below and 1 above their median, shifted together until their mean is the
+target rate, and then projected onto the budget.
 So they become pruning rates on any model that has the features (protocol/plans/features.py). The language has numbers,
 features, `+ - * /`, the functions in `FUNCTIONS`, and `where(x < y, …, …)`. A number may have a name:
 `rate - a*attention with a = 0.4` is read as `rate - 0.4*attention`.

@@ -53,6 +53,11 @@ def number_texts(texts: Mapping[Role, Hashable]) -> dict[Role, int]:
     return {role: numbers[text] for role, text in texts.items()}
 
 
+MEASURE_NAMES: dict[Measure, str] = {"perplexity": "perplexity", "kl": "KL divergence"}
+FIGURE_DIGITS: dict[Measure, int] = {"perplexity": 2, "kl": 4}
+"""Decimals that distinguish candidates: perplexities are in the tens, divergences are rarely above one."""
+
+
 class SearchSpec(Value):
     """The model, how it is pruned, and the texts it is measured on. Searches with equal specs measure equal numbers."""
 

@@ -184,6 +184,8 @@ class PruneResult(Value):
     uniform_parameters: Parameters
     reconstruction: Reconstruction
     """How both uniform pruning and the best candidate were reconstructed."""
+    improved: bool | None
+    """Whether the best candidate is better than uniform pruning, as in the search's summary."""
     dense_report_perplexity: float | None
     exported: ExportResult
     """The export before fine-tuning; with fine-tuning it is in the search's folder."""

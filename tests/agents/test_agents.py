@@ -305,7 +305,7 @@ async def test_the_selector_chooses_what_makes_the_offspring(chosen: str, step: 
     """Of the possible steps; no rule is measured here."""
     reply = json.dumps({"parents": [4, 2], "step": chosen})
     chat = ScriptedChat(lambda n: reply)
-    selection = await Selector(chat, AgentSettings(reply="rules")).select(VIEW, 2)
+    selection = await Selector(chat, EDITS, chooses_step=True).select(VIEW, 2)
     assert (selection.source, selection.step) == ("llm", step)
     assert "- plans (" in chat.questions[0].messages[-1]["content"]
     assert (await Selector(ScriptedChat(lambda n: reply), EDITS).select(VIEW, 2)).step is None

@@ -82,7 +82,7 @@ async def prompt_of(
         case "initializer":
             await Initializer(chat, settings).propose(view, count, accept)
         case "selector":
-            await Selector(chat, settings).select(view, 2)
+            await Selector(chat, settings, chooses_step=reply == "rules").select(view, 2)
         case "mutator":
             await Mutator(chat, settings).propose(view, view.population, count, accept)
         case _:

@@ -21,7 +21,7 @@ def test_what_is_written_can_be_run(endpoint: EndpointName, tmp_path: Path, cli:
     file = tmp_path / "my search.yaml"
     flags = ("--endpoint", endpoint, "--model", EXAMPLE, "--rate", "0.25", "--data", "c4")
     code, out, err = cli.run("init", file, *flags)
-    assert (code, err) == (0, "") and f"selfpruner run {file}" in out
+    assert (code, err) == (0, "") and f"selfpruner run '{file}'" in out
     settings = load(file, [])
     assert (settings.search.name, settings.target.model, settings.target.rate) == ("my-search", EXAMPLE, 0.25)
     assert settings.data.calibration == settings.data.fitness == settings.data.report == "c4"

@@ -70,6 +70,7 @@ PRUNED = PruneResult(
     uniform_kl=None,
     uniform_parameters=PARAMETERS.model_copy(update={"total_after": 9_900_000}),
     reconstruction="none",
+    improved=True,
     dense_report_perplexity=None,
     exported=EXPORTED,
     finetuned=None,
@@ -157,7 +158,7 @@ def test_a_pruned_model_stands_beside_the_dense_one_and_uniform_pruning() -> Non
     assert cells(uniform)[2:] == ["34.57", "9.9", "M"] and cells(pruned)[2:] != ["9.9", "M"]
     assert "perplexity is 0.679 times that of uniform, rectangular (one search, one seed)" in lines
     assert not any("gained nothing" in line for line in lines)
-    worse = PRUNED.model_copy(update={"uniform_perplexity": 23.0})
+    worse = PRUNED.model_copy(update={"improved": False})
     assert any("has gained nothing over uniform, rectangular" in line for line in printed(tables.pruned(worse, TEXT)))
     assert "searched with 8 evaluations in 90 s (search night), 5 of them proposed by the LLM" in lines
 

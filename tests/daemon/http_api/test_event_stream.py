@@ -63,7 +63,7 @@ async def test_events_tell_every_outcome_every_round_and_every_change_of_state(
         assert evaluation is not None
         assert event["event"] == f"candidate_{evaluation.outcome.kind}"
         assert event["agent"] == evaluation.candidate.provenance.agent
-    bests = [e["perplexity"] for e in found if e.get("best") is True]
+    bests = [e["perplexity"] for e in found if e.get("is_best") is True]
     best = it.search.state.population.top(1)[0].outcome
     assert bests == sorted(bests, reverse=True) and isinstance(best, Measured)
     assert bests[-1] == pytest.approx(best.perplexity, abs=1e-6)

@@ -9,7 +9,7 @@ import pytest
 from agents.initializer import Initializer
 from agents.population.view import View
 from agents.prompting.settings import AgentSettings, ReplyFormat
-from daemon.launch.lessons import LONGEST, add_lesson, read_lessons
+from daemon.launch.lessons import LONGEST, TOLD, add_lesson, read_lessons
 from daemon.monitor.summary import Row, Summary
 from daemon.settings.settings import Settings
 from protocol.errors import SettingsError
@@ -72,7 +72,7 @@ def test_of_a_long_file_the_last_lines_are_told(tmp_path: Path) -> None:
     path = tmp_path / "own.md"
     path.write_bytes(b"\xff\x1b[31m old\n" + "\n".join(f"lesson {i} é" for i in range(5000)).encode())
     told = read_lessons(settings(path))
-    assert len(told) <= 2 * LONGEST and told.endswith("lesson 4999 é") and told.startswith("lesson ")
+    assert len(told) <= LONGEST and told.endswith("lesson 4999 é") and told.startswith("lesson ")
     path.write_bytes(b"\x1b[31mred\x00\n")
     assert read_lessons(settings(path)) == "[31mred"
 
@@ -88,6 +88,27 @@ def test_what_is_no_text_file_is_refused(tmp_path: Path) -> None:
             read_lessons(settings(path))
     add_lesson(tmp_path / "pipe", SUMMARY, SHAPE)
     assert sorted(each.name for each in tmp_path.iterdir()) == ["pipe"]
+
+
+def test_a_search_and_its_replay_are_told_the_same_again(tmp_path: Path) -> None:
+    lessons, first = tmp_path / "own.md", tmp_path / "runs" / "first"
+    lessons.write_text("new")
+    first.mkdir(parents=True)
+    (first / TOLD).write_text("old")
+    known = {"target": {"model": "tiny", "rate": 0.3}, "data": DATA, "run": {"folder": first.parent}}
+    again = {"search": {"name": "first"}, "llm": {"lessons": lessons}}
+    replay = {"search": {"name": "second"}, "llm": {"lessons": lessons, "replay": first / "transcript.jsonl"}}
+    other = {"search": {"name": "third"}, "llm": {"lessons": lessons}}
+    told = [read_lessons(Settings.model_validate({**known, **each})) for each in (again, replay, other)]
+    assert told == ["old", "old", "new"]
+
+
+def test_a_line_is_added_to_what_a_person_wrote(tmp_path: Path) -> None:
+    own, link = tmp_path / "own.md", tmp_path / "link.md"
+    own.write_text("my note")
+    link.symlink_to(own)
+    add_lesson(link, SUMMARY, SHAPE)
+    assert own.read_text().startswith("my note\n- tiny") and link.is_symlink()
 
 
 @pytest.mark.parametrize("reply", ["lists", "edits", "rules"])

@@ -62,7 +62,7 @@ async def test_a_search_is_followed_from_another_process_to_its_end(redis: Redis
     outcomes = {e["candidate"]: e for e in events if e["event"] in ("candidate_measured", "candidate_failed")}
     assert set(outcomes) == set(it.search.state.ledger)
     best = it.search.state.population.top(1)[0].candidate.id
-    assert [e["candidate"] for e in events if e.get("best")][-1] == best
+    assert [e["candidate"] for e in events if e.get("is_best")][-1] == best
     assert {"event": "finished_changed", "finished": True} in events
     assert events[-1] == {"event": "search_ended", "finished": True}
 
