@@ -236,7 +236,7 @@ async def test_one_parent_has_no_crossover_and_no_parents_no_mutation() -> None:
 
 @pytest.mark.parametrize(("share", "fewest", "most"), [(0.3, 3, 15), (0.7, 15, 27), (1.0, 30, 30)])
 async def test_the_llm_is_asked_for_its_share_of_the_offspring(share: float, fewest: int, most: int) -> None:
-    """Whoever proposes, every candidate is made."""
+    """Every candidate is made, by the LLM or without it."""
     chat, desk = ScriptedChat(down), Desk()
     settings = AgentSettings(reply="moves", share=share)
     assert await Mutator(chat, settings).propose(VIEW, MEMBERS, 30, desk.submit) == 30
@@ -247,7 +247,7 @@ async def test_the_llm_is_asked_for_its_share_of_the_offspring(share: float, few
 
 
 async def test_the_share_of_the_llm_does_not_decide_which_parent_is_moved() -> None:
-    """Two thirds of the moves start from the best member, whoever proposes."""
+    """Two thirds of the moves start from the best member, by the LLM or without it."""
     best = MEMBERS[0].candidate.id
     settings = AgentSettings(reply="moves", share=0.3)
     by_source: dict[str, list[bool]] = {"llm": [], "classical": []}
