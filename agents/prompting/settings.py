@@ -28,8 +28,9 @@ class AgentSettings(BaseModel):
     configurations differ from bad ones) and `effects` (what earlier changes did to the fitness). `[]` gives the paper's
     prompts."""
     share: float = Field(default=1.0, gt=0, le=1)
-    """Share of the offspring that the LLM is asked for. The operator that replaces it makes the others: for `moves` and
-    `rules`, the best that the surrogate predicts. With 0.3, an optimiser searches, and the LLM adds ideas."""
+    """Share of the offspring that the LLM is asked for. The others are whole plans with `moves`; rules, moves or plans
+    with `rules`; and otherwise made by the classical operators. With 0.3 and `moves`, an optimiser searches, and the
+    LLM adds ideas."""
     what_if: int = Field(default=0, ge=0, le=10)
     """Number of drafts that the LLM may make of a rule or a choice of moves before it answers; it is told what the
     surrogate predicts of each. Each answer then takes two requests. 0 asks for the answer at once."""

@@ -129,7 +129,7 @@ def settings_text(
     environment = Environment(undefined=StrictUndefined, autoescape=False, **form)
     return environment.from_string(template).render(
         file=shlex.quote(file),
-        name=name[:64],
+        name=_quoted(name[:64]),
         model=_quoted(model),
         rate=repr(rate),
         data=_quoted(data),

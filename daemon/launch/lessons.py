@@ -36,14 +36,15 @@ def read_lessons(settings: Settings) -> str:
         told_before = expanded(settings.llm.replay).parent / TOLD
     if told_before.is_file():
         path = told_before
+    source = expanded(path)
     try:
-        if expanded(path).exists() and not expanded(path).is_file():  # a pipe may have no end
+        if source.exists() and not source.is_file():  # a pipe may have no end
             raise SettingsError(f"llm.lessons {str(path)!r} is not a file")
-        with expanded(path).open("rb") as file:
+        with source.open("rb") as file:
             file.seek(max(0, file.seek(0, 2) - 4 * LONGEST))
             text = file.read(4 * LONGEST).decode(errors="replace")
     except FileNotFoundError:
-        if not expanded(path).parent.is_dir():
+        if not source.parent.is_dir():
             raise SettingsError(f"llm.lessons {str(path)!r} cannot be written: its folder is missing") from None
         return ""
     except OSError as error:

@@ -18,7 +18,7 @@ class Figures:
     measure: Measure
     best: float | None
     uniform: float | None
-    """Of uniform pruning with the search's reconstruction."""
+    """The figure of uniform pruning, with the search's reconstruction."""
     dense: float | None
 
     @property

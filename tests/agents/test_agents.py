@@ -302,7 +302,7 @@ async def test_whole_plans_need_no_llm(agent: type[Mutator] | type[Crossover]) -
 
 @pytest.mark.parametrize(("chosen", "step"), [("plans", "plans"), ("mixed", None), ("magic", None), ("rules", None)])
 async def test_the_selector_chooses_what_makes_the_offspring(chosen: str, step: str | None) -> None:
-    """Of the possible steps; no rule is measured here."""
+    """Only possible steps count, and no rule is measured here."""
     reply = json.dumps({"parents": [4, 2], "step": chosen})
     chat = ScriptedChat(lambda n: reply)
     selection = await Selector(chat, EDITS, chooses_step=True).select(VIEW, 2)

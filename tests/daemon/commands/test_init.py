@@ -40,7 +40,8 @@ def test_without_flags_and_a_terminal_it_is_the_small_model(tmp_path: Path, cli:
 
 def test_names_need_no_quoting(tmp_path: Path) -> None:
     odd = "it's: a #name"
-    found = yaml.safe_load(settings_text("x.yaml", odd, 0.3, odd, "vllm", odd))
+    found = yaml.safe_load(settings_text("123.yaml", odd, 0.3, odd, "vllm", odd))
+    assert found["search"]["name"] == "123"
     assert found["target"]["model"] == found["data"]["fitness"] == found["llm"]["endpoints"][0]["model"] == odd
 
 
