@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from daemon.commands import control, pruning
+from daemon.commands.cache import cache
 from daemon.commands.config import config
 from daemon.commands.finetune import finetune
 from daemon.commands.flags import FLAG_ERROR, flag_sentence
@@ -44,6 +45,7 @@ for command in (
     zero_shot,
     speed,
     pruning.allocate,
+    cache,
 ):
     app.command()(command)
 app.command("list")(control.list_)

@@ -1,6 +1,7 @@
 """Fixtures shared by all tests."""
 
 import logging
+import os
 import shutil
 import tempfile
 from collections.abc import AsyncIterator, Iterator
@@ -35,6 +36,16 @@ def _computing_as_the_commands_do() -> Iterator[None]:
     from gpu_worker.measuring.half_precision import products_in_float32
 
     with products_in_float32():
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_cache_for_all_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """The user's cache is left alone, and no model is unpacked or measured twice; see `own_cache` for an empty one."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(shared / "cache"))
         yield
 
 
@@ -105,8 +116,6 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _no_settings_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    import os
-
     for name in list(os.environ):
         if name.startswith("SELFPRUNER_"):
             monkeypatch.delenv(name)

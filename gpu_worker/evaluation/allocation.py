@@ -2,8 +2,6 @@
 
 from collections.abc import Callable
 
-from gpu_worker.evaluation.features import measure_features
-from gpu_worker.evaluation.sensitivity import measure_sensitivity
 from gpu_worker.evaluation.target import Target, is_fitted
 from gpu_worker.models.loading import LoadedModel
 from gpu_worker.progress import Progress, no_progress
@@ -68,12 +66,12 @@ def _check_choice(request: PruningRequest, shape: ModelShape) -> None:
     spec.plan(list(rates), shape)
 
 
-def choose_rates(target: Target, choice: Choice, progress: Progress = no_progress) -> tuple[float, ...]:
+def choose_rates(target: Target, choice: Choice) -> tuple[float, ...]:
     """Return the rates to prune by. `target` comes from `prepare`."""
-    return allocate(target, choice, progress) if isinstance(choice, Allocation) else choice
+    return allocate(target, choice) if isinstance(choice, Allocation) else choice
 
 
-def allocate(target: Target, allocation: Allocation, progress: Progress = no_progress) -> tuple[float, ...]:
+def allocate(target: Target, allocation: Allocation) -> tuple[float, ...]:
     """Return the method's pruning rates, one per unit, whose mean is exactly the spec's rate.
 
     `target` comes from `prepare`. Raises BudgetError if the method cannot reach the rate, RuleError if a rule needs a
@@ -84,10 +82,10 @@ def allocate(target: Target, allocation: Allocation, progress: Progress = no_pro
     needed = allocation.rule.features if allocation.method == "rule" else {allocation.method}
     rises: tuple[float, ...] = ()
     if needed & {"sensitivity", "least_damage"}:
-        rises = measure_sensitivity(target.ordered, spec, target.calibration, progress)
+        rises = target.sensitivity()
     others: RawFeatures = {}
     if needed & (MEASURED.keys() - {"sensitivity", "outliers"}):
-        others = measure_features(target.ordered, target.importance, spec, target.calibration)
+        others = target.features()
     removed = [single_unit_removed_share(unit, spec, shape) for unit in units]
     findings = DenseMeasurements(
         outliers=target.outliers,

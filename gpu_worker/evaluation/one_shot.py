@@ -47,7 +47,7 @@ def evaluate_once(
     """
     spec = request.spec
     target = prepare(request, progress)
-    rates = choose_rates(target, request.choice, progress)
+    rates = choose_rates(target, request.choice)
     plan: Plan | AnyHeadsPlan = spec.plan(list(rates), target.shape)
     if heads == "any":
         plan = any_heads_plan(rates, target.importance, target.shape, multiple_of=spec.multiple_of)
@@ -80,7 +80,7 @@ def prune_and_measure(target: Target, choice: Choice, progress: Progress = no_pr
 
     Raises NotFiniteError if the pruned model's loss is not finite.
     """
-    rates = choose_rates(target, choice, progress)
+    rates = choose_rates(target, choice)
     plan = target.spec.plan(list(rates), target.shape)
     session, fitness, report = _measured(target, plan, progress)
     return Pruned(session, rates, plan, fitness, report)
@@ -160,7 +160,7 @@ def _windows_of(
 def allocate_once(spec: SearchSpec, allocation: Allocation, progress: Progress = no_progress) -> AllocationResult:
     """Compute the rates of an allocation without pruning."""
     target = prepare(PruningRequest(spec, allocation), progress, measured=False)
-    rates = allocate(target, allocation, progress)
+    rates = allocate(target, allocation)
     plan = spec.plan(list(rates), target.shape)
     return AllocationResult(
         model=spec.model,

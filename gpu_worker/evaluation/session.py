@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpu_worker.evaluation.features import measure_features
-from gpu_worker.evaluation.sensitivity import measure_sensitivity
+from gpu_worker.evaluation.preparation import Dense, remembered_dense
 from gpu_worker.evaluation.target import ShareText, Target
 from gpu_worker.measuring.divergence import DensePredictions, dense_predictions, divergence
 from gpu_worker.measuring.perplexity import checked_perplexity, perplexity_of, window_loss
 from gpu_worker.models.errors import NotFiniteError
 from gpu_worker.models.families import Decoder
+from gpu_worker.models.loading import device_name
 from gpu_worker.progress import Progress, no_progress, steps
 from protocol.errors import DataError, ModelError
 from protocol.plans.allocation import OUTLIER_THRESHOLD
@@ -112,8 +112,8 @@ class Session:
         rises: tuple[float, ...] = ()
         features: dict[str, tuple[float, ...]] = {}
         if sensitivity:
-            rises = measure_sensitivity(self.target.ordered, self.spec, texts.calibration, progress)
-            features = measure_features(self.target.ordered, self.target.importance, self.spec, texts.calibration)
+            rises = self.target.sensitivity()
+            features = self.target.features()
         return ModelProfile(
             fingerprint=self.spec.fingerprint,
             model=self.spec.model,
@@ -129,14 +129,24 @@ class Session:
 
     def _dense(self, text: Text, windows: Tensor, progress: Progress) -> DensePerplexity:
         """Measure the dense perplexity, and keep the predictions if the spec measures divergence from them."""
-        self.target.ordered.restore()
-        decoder, stage = self.target.model.decoder, _measuring("dense", text)
-        start = time.perf_counter()
-        if self.spec.measure == "kl":
-            self._predictions[text], value, tokens = dense_predictions(decoder, windows, progress, stage)
-        else:
-            value, tokens = checked_perplexity(decoder, windows, progress, stage)
-        return DensePerplexity(perplexity=value, tokens=tokens, seconds=time.perf_counter() - start)
+
+        def measure() -> Dense:
+            self.target.ordered.restore()
+            decoder, stage = self.target.model.decoder, _measuring("dense", text)
+            start, predictions = time.perf_counter(), None
+            if keeps:
+                predictions, value, tokens = dense_predictions(decoder, windows, progress, stage)
+            else:
+                value, tokens = checked_perplexity(decoder, windows, progress, stage)
+            seconds = time.perf_counter() - start
+            return DensePerplexity(perplexity=value, tokens=tokens, seconds=seconds), predictions
+
+        keeps = self.spec.measure == "kl"
+        key = self.target.key | {"predictions": keeps}
+        found, predictions = remembered_dense(key, self.spec.model, windows, measure)
+        if predictions is not None:
+            self._predictions[text] = predictions
+        return found
 
 
 def _measuring(what: str, text: Text) -> str:
@@ -186,8 +196,3 @@ class _RunningTotals:
         assert self._race is not None
         pairs = zip(self.losses, self._race.against, strict=False)
         return statistics.fmean(loss - other for loss, other in pairs)
-
-
-def device_name(device: torch.device) -> str:
-    """Return `cpu`, or `cuda` with the GPU's name."""
-    return f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type

@@ -6,6 +6,14 @@ from typing import Any
 
 from torch import Tensor
 
+from gpu_worker.evaluation.features import measure_features
+from gpu_worker.evaluation.preparation import (
+    Calibration,
+    preparation_key,
+    remembered_calibration,
+    remembered_units,
+)
+from gpu_worker.evaluation.sensitivity import measure_sensitivity
 from gpu_worker.measuring.corpora import GenerateText, Texts, load_roles, load_texts
 from gpu_worker.measuring.self_text import self_text
 from gpu_worker.models.errors import NotFiniteError
@@ -62,20 +70,55 @@ class Target:
         if check is not None:
             check(self.model)
         self.calibration, self._texts = _read_texts(spec, self.model, progress, share_text, measured=measured)
-        decoder, windows = self.model.decoder, self.calibration
-        seen, products = _statistics(decoder, spec, windows, progress, outliers=outlier_threshold is not None)
-        self.outliers: tuple[float, ...] = ()
-        if outlier_threshold is not None:
-            pairs = zip(decoder.layers, seen, strict=True)
-            self.outliers = tuple(outlier_share(layer, each, outlier_threshold) for layer, each in pairs)
+        self.key = preparation_key(self.model, spec, self.calibration)
+        """What everything in the cache depends on that is measured of this target."""
+        decoder = self.model.decoder
         try:
-            self.importance = score(self.model, spec, seen, products, windows, progress)
+            found = self._calibrated(outliers=outlier_threshold is not None)
+            self.importance = found.importance
             """Scores of the dense model, one entry per layer."""
+            self.outliers: tuple[float, ...] = ()
+            if outlier_threshold is not None:
+                pairs = zip(decoder.layers, found.activations, strict=True)
+                self.outliers = tuple(outlier_share(layer, each, outlier_threshold) for layer, each in pairs)
             self.ordered = OrderedModel(decoder, self.importance)
             if is_fitted(spec):
-                _reconstruct(self.ordered, products, progress)
+                _reconstruct(self.ordered, found.products, progress)
         except NotFiniteError as error:
             raise ModelError(f"the dense model is broken: {error}") from error
+
+    def _calibrated(self, *, outliers: bool) -> Calibration:
+        """Return what the calibration text says, from the cache if it is there."""
+        spec, model, windows, progress = self.spec, self.model, self.calibration, self._progress
+        fitted = is_fitted(spec)
+        needed = {"activations": outliers or fitted or spec.importance in ("wanda-sp", "obs"), "products": fitted}
+
+        def compute() -> Calibration:
+            seen, products = _statistics(model.decoder, spec, windows, progress, activations=needed["activations"])
+            return Calibration(
+                score(model, spec, seen, products, windows, progress), list(seen), (fitted and products) or []
+            )
+
+        devices = [layer.output.weight.device for layer in model.decoder.layers]
+        return remembered_calibration(self.key | needed, spec.model, devices, compute)
+
+    def sensitivity(self) -> tuple[float, ...]:
+        """Return KL(dense ‖ pruned) of each unit pruned alone (see `measure_sensitivity`); prune again afterwards."""
+        return remembered_units(
+            "sensitivity",
+            self.key,
+            self.spec,
+            lambda: measure_sensitivity(self.ordered, self.spec, self.calibration, self._progress),
+        )
+
+    def features(self) -> dict[str, tuple[float, ...]]:
+        """Return other features of each unit (see `measure_features`); prune again afterwards."""
+        return remembered_units(
+            "features",
+            self.key,
+            self.spec,
+            lambda: measure_features(self.ordered, self.importance, self.spec, self.calibration),
+        )
 
     @property
     def texts(self) -> Texts:
@@ -110,13 +153,13 @@ def is_fitted(spec: SearchSpec) -> bool:
 
 
 def _statistics(
-    decoder: Decoder, spec: SearchSpec, windows: Tensor, progress: Progress, *, outliers: bool
+    decoder: Decoder, spec: SearchSpec, windows: Tensor, progress: Progress, *, activations: bool
 ) -> tuple[tuple[LayerActivations, ...], list[LayerProducts]]:
     """Collect in one pass the activations and input products that the spec needs; the rest is empty."""
     if is_fitted(spec) or spec.importance == "obs":
         seen, products = calibrate_products(decoder, windows, progress)
         return seen, list(products)
-    return calibrate(decoder, windows, progress) if outliers or spec.importance == "wanda-sp" else (), []
+    return calibrate(decoder, windows, progress) if activations else (), []
 
 
 def _reconstruct(ordered: OrderedModel, products: list[LayerProducts], progress: Progress) -> None:

@@ -72,7 +72,7 @@ def zero_shot_pruned(request: PruningRequest, questions: Questions, progress: Pr
     tasks = load_tasks(questions.names, questions.folder, questions.limit, progress)
     spec = request.spec
     target = prepare(request, progress, measured=False)
-    rates = choose_rates(target, request.choice, progress)
+    rates = choose_rates(target, request.choice)
     plan = spec.plan(list(rates), target.shape)
     try:
         target.prune(plan)

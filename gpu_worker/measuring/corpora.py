@@ -5,12 +5,15 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from gpu_worker.cache import remembered
 from gpu_worker.models.checkpoints import reading, reason
 from gpu_worker.models.hub import hub_reachable, set_datasets_offline
 from protocol.errors import DataError
@@ -29,6 +32,9 @@ SPLITS: dict[str, dict[Role, str]] = {
 """The split of a hub dataset that each role reads."""
 C4_FILES = {"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"}
 """One file of each split of C4, which has 300 GB in total."""
+
+MIN_CHARACTERS_IN_CACHE = 300_000
+"""Texts from this length on are worth keeping as tokens: a megabyte takes a second or two to tokenise."""
 
 Source = tuple[str, str]
 """A text and its split, if it has several. Roles with the same source divide its windows among themselves."""
@@ -142,9 +148,31 @@ def source_of(role: Role, text: TextSpec) -> Source:
 
 def _tokens(source: Source, tokenizer: Any) -> Tensor:
     text = _of_the_hub(*source) if source[0] in SPLITS else _file(source[0])
-    # Word-level WikiText replaces rare words with `<unk>`, which some tokenizers read as a special token.
-    ids = tokenizer(text.replace("<unk>", "unk"), verbose=False)["input_ids"]
-    return torch.tensor(ids, dtype=torch.long)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+
+    def tokenized() -> Tensor:
+        # Word-level WikiText replaces rare words with `<unk>`, which some tokenizers read as a special token.
+        ids = tokenizer(text.replace("<unk>", "unk"), verbose=False)["input_ids"]
+        return torch.tensor(ids, dtype=torch.long)
+
+    if backend is None or len(text) < MIN_CHARACTERS_IN_CACHE:
+        return tokenized()
+    key = {"text": _digest(text), "tokenizer": _digest(backend.to_str()), "tokenizers": version("tokenizers")}
+    return remembered("tokens", key, tokenized, about=source[0], write=save_tokens, read=load_tokens)
+
+
+def save_tokens(tokens: Tensor, folder: Path) -> None:
+    """Write tokens into the folder of an entry of the cache."""
+    save_file({"tokens": tokens.contiguous()}, folder / "tokens.safetensors")
+
+
+def load_tokens(folder: Path) -> Tensor:
+    """Read what `save_tokens` wrote."""
+    return load_file(folder / "tokens.safetensors")["tokens"]
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _self_tokens(roles: dict[Role, TextSpec], length: int, generate: GenerateText) -> Tensor:

@@ -3,7 +3,6 @@
 It is sampled once, shared by all workers of a search, and saved in an export that was measured on it.
 """
 
-import hashlib
 import json
 from collections.abc import Callable
 from functools import partial
@@ -15,11 +14,11 @@ import numpy
 import structlog
 import torch
 from pydantic import ValidationError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from gpu_worker.cache import cached
+from gpu_worker.cache import remembered
+from gpu_worker.measuring.corpora import load_tokens, save_tokens
 from gpu_worker.models.loading import LoadedModel
 from gpu_worker.models.memory import generation_batch_size
 from gpu_worker.progress import Progress
@@ -47,15 +46,24 @@ log = structlog.get_logger()
 
 def self_text(model: LoadedModel, windows: int, length: int, seed: int, progress: Progress) -> Tensor:
     """Return tokens (long, [windows, length]) sampled from the dense model, from the cache if they are there."""
-    key = (
-        f"{model.identity}|{model.causal_lm.dtype}|{model.device.type}|{seed}|{windows}|{length}|{TEMPERATURE}|{TOP_K}"
+    key = {
+        "weights": model.identity,
+        "dtype": str(model.causal_lm.dtype),
+        "device": model.device.type,
+        "seed": seed,
+        "windows": windows,
+        "length": length,
+        "temperature": TEMPERATURE,
+        "top_k": TOP_K,
+    }
+    return remembered(
+        "self-text",
+        key,
+        lambda: sample(model, windows, length, seed, progress),
+        about=model.name,
+        write=save_tokens,
+        read=load_tokens,
     )
-    name = f"self-text-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
-
-    def write(folder: Path) -> None:
-        save_file({"tokens": sample(model, windows, length, seed, progress)}, folder / "tokens.safetensors")
-
-    return load_file(cached(name, write) / "tokens.safetensors")["tokens"]
 
 
 def share_text(published: str | None, offer: Offer, windows: int, length: int, write: Callable[[], Tensor]) -> Tensor:

@@ -42,6 +42,8 @@ class LoadedModel:
     decoder: Decoder
     identity: str
     """Digest of the folder, or the hub's commit. It identifies the weights and is equal on all machines."""
+    name: str = ""
+    """What it was loaded by."""
 
     @property
     def window_start(self) -> int | None:
@@ -58,6 +60,11 @@ class LoadedModel:
     def device(self) -> torch.device:
         """Return the device for token ids."""
         return self.decoder.device
+
+
+def device_name(device: torch.device) -> str:
+    """Return `cpu`, or `cuda` with the GPU's name."""
+    return f"cuda ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else device.type
 
 
 def load_model(name: str, dtype: str, workload: Workload = Workload()) -> LoadedModel:  # noqa: B008 (it is frozen)
@@ -92,7 +99,7 @@ def load_without_weights(name: str, dtype: str) -> LoadedModel:
     Raises ModelError as `load_model` does, but checks neither memory nor weights.
     """
     found = _look_up(name, dtype)
-    return LoadedModel(found.bare, _tokenizer(name, found), found.decoder, identity="")
+    return LoadedModel(found.bare, _tokenizer(name, found), found.decoder, identity="", name=name)
 
 
 @dataclass(frozen=True)
@@ -181,7 +188,7 @@ def _loaded(name: str, found: _Found, dtype: str, placement: Placement) -> Loade
         causal_lm = load_weights(name, found.source, getattr(torch, dtype), device_map=devices, **found.options)
     causal_lm.requires_grad_(False).eval()
     unmap(causal_lm)
-    return LoadedModel(causal_lm, tokenizer, extract_decoder(causal_lm), _identity(found.source))
+    return LoadedModel(causal_lm, tokenizer, extract_decoder(causal_lm), _identity(found.source), name)
 
 
 def _identity(source: str) -> str:

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from gpu_worker.evaluation.session import device_name
 from gpu_worker.models.checkpoints import reason
 from gpu_worker.models.families import PRUNED
+from gpu_worker.models.loading import device_name
 from gpu_worker.models.memory import gigabytes
 from gpu_worker.models.modeling import class_names, module_name, render_modeling
 from gpu_worker.speed.engines import SpeedRequest

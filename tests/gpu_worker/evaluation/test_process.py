@@ -38,6 +38,7 @@ def process_of(child: EvaluationChild) -> asyncio.subprocess.Process:
     return child._process
 
 
+@pytest.mark.usefixtures("own_cache")
 async def test_the_profile_comes_after_the_stages_and_candidates_are_measured(spec: SearchSpec) -> None:
     """What the process logs is in the parent's log."""
     stages: list[str] = []

@@ -82,6 +82,7 @@ def test_two_sessions_of_one_spec_agree_and_other_windows_show(session: Session,
     assert other.texts != session.profile.texts
 
 
+@pytest.mark.usefixtures("own_cache")
 def test_every_stage_ends_with_all_of_its_steps(spec: SearchSpec) -> None:
     last: dict[str, tuple[int, int]] = {}
     Session(spec, lambda stage, done, total: last.update({stage: (done, total)}))
