@@ -9,6 +9,7 @@ import typer
 
 from daemon.commands import control, pruning
 from daemon.commands.cache import cache
+from daemon.commands.check import check
 from daemon.commands.config import config
 from daemon.commands.finetune import finetune
 from daemon.commands.flags import FLAG_ERROR, flag_sentence
@@ -29,6 +30,7 @@ app = typer.Typer(
 for command in (
     init,
     config,
+    check,
     prune,
     run,
     daemon,

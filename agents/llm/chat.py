@@ -10,6 +10,7 @@ import structlog
 
 from agents.llm.client import RequestFailed
 from agents.llm.connection import Connection, Gate
+from agents.llm.dialect import Rung
 from agents.llm.endpoint import Answer, Degraded, Endpoint, LlmState, Question, Usage
 from agents.llm.policy import BudgetUsedUp, ChatPolicy, Spent
 from agents.llm.readiness import Readiness
@@ -70,6 +71,11 @@ class Chat:
     def contexts(self) -> dict[str, int | None]:
         """Context size in tokens by endpoint name: the configured size, else the size that the endpoint reported."""
         return {connection.endpoint.name: connection.context for connection in self._connections}
+
+    @property
+    def forms(self) -> dict[str, Rung]:
+        """By endpoint name, the strictest form of structured replies that the endpoint has not refused."""
+        return {connection.endpoint.name: connection.form for connection in self._connections}
 
     @property
     def spent(self) -> Spent:

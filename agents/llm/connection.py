@@ -10,7 +10,7 @@ import tenacity
 
 from agents.llm.breaker import Breaker, Cooldown
 from agents.llm.client import Client, RequestFailed
-from agents.llm.dialect import Dialect
+from agents.llm.dialect import Dialect, Rung
 from agents.llm.endpoint import Answer, Endpoint, EndpointState, Question, Usage
 from agents.llm.policy import ChatPolicy
 from agents.llm.responses import LONGEST_REPLY, Completion
@@ -61,6 +61,11 @@ class Connection:
         """The state of the endpoint's breaker, as shown to users."""
         reason = None if self._breaker.state == "closed" else self._last_failure
         return EndpointState(name=self.endpoint.name, state=self._breaker.state, reason=reason)
+
+    @property
+    def form(self) -> Rung:
+        """The strictest form of structured replies that the endpoint has not refused."""
+        return self._dialect.rung
 
     @property
     def is_free(self) -> bool:

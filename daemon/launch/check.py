@@ -1,0 +1,220 @@
+"""Checks before a search: model, texts, memory, disk, Redis and endpoints, and what the search will take."""
+
+import asyncio
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from agents.llm.dialect import Rung
+from agents.llm.policy import Spent
+from daemon.launch.expected_cost import Cost, expected_cost
+from daemon.launch.llm import make_chat
+from daemon.launch.run import check_here, lacks_llm
+from daemon.search.checks import check_lists_somewhere
+from daemon.search.rehearsal import ask_once, rehearse
+from daemon.settings.llm import EndpointSettings
+from daemon.settings.settings import Settings
+from protocol.errors import SelfPrunerError, UsageError
+from protocol.plans.shape import ModelShape
+from protocol.queue.connection import UNREACHABLE_ERRORS, check_server, connect, permanent_error
+from protocol.results.needs import DeviceSpeed, Needs
+
+State = Literal["ok", "warning", "error", "unknown"]
+REDIS_SECONDS = 5.0
+ENDPOINT_SECONDS = 120.0
+"""Time limit for one question to an endpoint, whose server may load the model first."""
+RESERVE_BYTES = 10**9
+"""Free disk space that a search should have beside the exported model, for its log and its history."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was found about one part of the search."""
+
+    what: str
+    state: State
+    says: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """All findings, and what the search takes, if the model's sizes are known."""
+
+    findings: tuple[Finding, ...]
+    cost: Cost | None
+    device: str
+
+    @property
+    def errors(self) -> list[str]:
+        """Return the names of what must be put right."""
+        return [finding.what for finding in self.findings if finding.state == "error"]
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """Return the report as JSON."""
+        cost = None
+        if self.cost is not None:
+            ranges = {n: v.values for n, v in vars(self.cost).items() if hasattr(v, "values")}
+            money = None if self.cost.money is None else self.cost.money.values
+            cost = ranges | {
+                "money": money,
+                "evaluations": self.cost.evaluations,
+                "arithmetic": list(self.cost.arithmetic),
+            }
+        findings = [vars(finding) for finding in self.findings]
+        return {"ok": not self.errors, "device": self.device, "findings": findings, "cost": cost}
+
+
+@dataclass(frozen=True)
+class _Asked:
+    finding: Finding
+    seconds: float | None = None
+
+
+async def check(
+    settings: Settings,
+    find_needs: Callable[[], Needs],
+    find_speed: Callable[[], DeviceSpeed],
+    *,
+    asks: bool = True,
+    said: Callable[[str], None] = lambda _: None,
+) -> Report:
+    """Check everything that the search of `settings` needs.
+
+    `find_needs` and `find_speed` measure the model and the device; they run in threads. With `asks`, each endpoint is
+    asked one question. `said` is told what is being done.
+    """
+    findings = [_files(settings)]
+    said("reading the model's config and the texts")
+    needs = await asyncio.to_thread(find_needs)
+    findings += [_model(needs), _texts(settings, needs)]
+    said("measuring the device")
+    speed = await asyncio.to_thread(find_speed)
+    findings += [_memory(needs), _disk(settings, needs)]
+    if settings.redis.full_url:
+        findings.append(await _redis(settings.redis.full_url))
+    seconds: float | None = None
+    for endpoint in settings.llm.endpoints if settings.search.asks_llm and not settings.llm.replay else ():
+        said(f"asking {endpoint.name or endpoint.base_url}")
+        asked = await _endpoint(settings, endpoint, needs.shape, asks=asks)
+        findings.append(asked.finding)
+        seconds = seconds or asked.seconds
+    if lacks_llm(settings):
+        findings.append(Finding("LLM", "warning", WITHOUT_ENDPOINT))
+    cost = None
+    if needs.shape is not None:
+        said("rehearsing the search")
+        questions = await rehearse(settings, needs.shape) if settings.search.asks_llm else None
+        cost = expected_cost(settings, needs, speed, questions, seconds)
+    return Report(tuple(findings), cost, speed.name)
+
+
+WITHOUT_ENDPOINT = (
+    "llm.endpoints is empty: a model of 135M parameters on this machine proposes, which is good to try things out; "
+    "`selfpruner init` writes settings for a larger one"
+)
+
+
+def _files(settings: Settings) -> Finding:
+    try:
+        check_here(settings)
+    except UsageError as error:
+        return Finding("files", "error", str(error))
+    return Finding("files", "ok", "the files that the settings name are there")
+
+
+def _model(needs: Needs) -> Finding:
+    if needs.model_error is not None:
+        known = "; its published sizes are known, so the estimates below hold" if needs.shape else ""
+        return Finding("model", "error", needs.model_error + known)
+    assert needs.shape is not None
+    return Finding("model", "ok", f"{needs.shape.total_parameters / 1e6:,.0f}M parameters; {needs.shape.words}")
+
+
+def _texts(settings: Settings, needs: Needs) -> Finding:
+    if needs.texts_error is not None:
+        return Finding("texts", "error", needs.texts_error)
+    if not needs.windows:
+        return Finding("texts", "unknown", "they cannot be read without the model's tokeniser")
+    each = ", ".join(f"{count:,} windows for {role}" for role, count in needs.windows.items())
+    return Finding("texts", "ok", f"{each}, of {settings.data.seqlen} tokens each")
+
+
+def _memory(needs: Needs) -> Finding:
+    if needs.shape is None:
+        return Finding("memory", "unknown", "the model's sizes are not known")
+    if needs.memory_error is not None:
+        return Finding("memory", "error", needs.memory_error)
+    on = f"; it is spread over {needs.gpus} GPUs" if needs.gpus > 1 else ""
+    return Finding("memory", "ok", needs.memory + on)
+
+
+def _disk(settings: Settings, needs: Needs) -> Finding:
+    folder = settings.run.folder.absolute()
+    place = next(each for each in (folder, *folder.parents) if each.is_dir())
+    free = shutil.disk_usage(place).free
+    wanted = int(needs.weight_bytes * (1 - settings.target.rate)) + RESERVE_BYTES
+    says = f"{free / 1e9:,.1f} GB free in {place}; an exported model and the search's files take {wanted / 1e9:,.1f} GB"
+    return Finding("disk", "ok" if free > wanted else "warning", says)
+
+
+async def _redis(url: str) -> Finding:
+    redis = connect(url)
+    try:
+        async with asyncio.timeout(REDIS_SECONDS):
+            await check_server(redis)
+    except SelfPrunerError as error:
+        return Finding("Redis", "error", str(error))
+    except (TimeoutError, *UNREACHABLE_ERRORS) as error:
+        refusal = permanent_error(error) if isinstance(error, Exception) else None
+        return Finding("Redis", "error", str(refusal or f"redis.url cannot be reached: {error or 'no answer'}"))
+    except Exception as error:  # noqa: BLE001  (whatever answers there is not our server)
+        return Finding("Redis", "error", str(permanent_error(error) or error))
+    finally:
+        await redis.aclose()
+    return Finding("Redis", "ok", "the server answers and can keep a search")
+
+
+async def _endpoint(settings: Settings, given: EndpointSettings, shape: ModelShape | None, *, asks: bool) -> _Asked:
+    """Ask one endpoint whether it answers with this key and model, and one question of the search."""
+    name = f"LLM {given.name or given.model}"
+    records: list[dict[str, object]] = []
+
+    async def open_gate() -> None:
+        return
+
+    try:
+        chat = make_chat(settings.llm, [given], gate=open_gate, record=records.append, spent=Spent())
+        async with chat:
+            await chat.wait_ready(at_most=0, refuse=True)
+            if shape is not None:
+                units = len(shape.units(settings.search.granularity))
+                check_lists_somewhere(settings, chat.contexts, units)
+            if not asks or shape is None:
+                return _Asked(Finding(name, "ok", f"{given.base_url} does not refuse the key and {given.model}"))
+            async with asyncio.timeout(ENDPOINT_SECONDS):
+                usable = await ask_once(settings, shape, chat)
+            form = next(iter(chat.forms.values()))
+    except SelfPrunerError as error:
+        return _Asked(Finding(name, "error", str(error)))
+    except TimeoutError:
+        return _Asked(Finding(name, "error", f"{given.base_url} did not answer within {ENDPOINT_SECONDS:g} s"))
+    answers = [record for record in records if record["text"] is not None]
+    if not answers:
+        errors = [str(record["error"]) for record in records if record["error"]]
+        return _Asked(Finding(name, "error", errors[0] if errors else f"{given.base_url} does not answer"))
+    seconds = [float(str(record["seconds"])) for record in answers]
+    tokens = sum(int(str(record["completion_tokens"])) for record in answers)
+    says = (
+        f"answered in {seconds[0]:.1f} s, asked for {FORMS[form]}; "
+        f"{'usable' if usable else 'not usable'} after {len(answers)} question{'s' * (len(answers) > 1)}, "
+        f"{tokens:,} tokens of replies"
+    )
+    if usable:
+        return _Asked(Finding(name, "ok", says), seconds[0])
+    advice = f"; llm.reply `{settings.llm.reply}` may ask too much of it: try `moves`, which asks for the least"
+    return _Asked(Finding(name, "warning", says + (advice if settings.llm.reply != "moves" else "")), seconds[0])
+
+
+FORMS: dict[Rung, str] = {"grammar": "a grammar", "json_schema": "a JSON schema", "json_object": "JSON", "text": "text"}

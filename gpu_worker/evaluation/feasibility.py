@@ -1,0 +1,71 @@
+"""What a search needs, found without loading any weights: the model's sizes, its texts, its memory."""
+
+import torch
+from torch import Tensor
+
+from gpu_worker.measuring.corpora import load_roles
+from gpu_worker.models.families import Decoder
+from gpu_worker.models.loading import LoadedModel, load_without_weights
+from gpu_worker.models.memory import Machine, Workload, estimate_memory, main_memory, this_machine
+from gpu_worker.models.placement import place
+from gpu_worker.models.published import published_decoder
+from protocol.errors import DataError, ModelError
+from protocol.plans.spec import Role, SearchSpec
+from protocol.results.needs import DeviceSpeed, Needs
+
+
+def find_needs(spec: SearchSpec, gpu: DeviceSpeed | None = None, gpus: int = 1) -> Needs:
+    """Return what a search with this spec needs on this machine, or on `gpus` GPUs like `gpu`."""
+    model: LoadedModel | None = None
+    error: str | None = None
+    try:
+        model = load_without_weights(spec.model, spec.dtype)
+    except ModelError as raised:
+        error = str(raised)
+    if model is not None:
+        decoder, longest = model.decoder, model.longest_positions
+    elif published := published_decoder(spec.model, spec.dtype):
+        decoder, longest = published
+    else:
+        return Needs(model_error=error)
+    machine = this_machine() if gpu is None else Machine((gpu.memory,) * gpus, main_memory())
+    windows, texts_error = _windows(spec, model, longest)
+    needs = {
+        "shape": decoder.shape,
+        "head_parameters": decoder.head.weight.numel(),
+        "longest": longest,
+        "model_error": error,
+        "windows": windows,
+        "texts_error": texts_error,
+        "weight_bytes": decoder.shape.total_parameters * getattr(torch, spec.dtype).itemsize,
+    }
+    return Needs(**needs, **_memory(spec, decoder, machine))
+
+
+def _memory(spec: SearchSpec, decoder: Decoder, machine: Machine) -> dict[str, object]:
+    estimate = estimate_memory(decoder, getattr(torch, spec.dtype), Workload.of(spec), machine.device)
+    said: dict[str, object] = {"memory": f"{estimate.description}; {machine.description}"}
+    try:
+        placement = place(estimate, machine)
+    except ModelError as error:
+        return said | {"memory_error": str(error)}
+    return said | {"gpus": len(placement.budget) or int(machine.device == "cuda")}
+
+
+def _windows(spec: SearchSpec, model: LoadedModel | None, longest: int | None) -> tuple[dict[Role, int], str | None]:
+    """Return the number of windows of each text, and why they cannot be had."""
+    seqlen = max(text.seqlen for text in spec.texts.values())
+    if longest is not None and seqlen > longest:
+        return {}, f"windows of {seqlen} tokens are longer than the {longest} positions that the model supports"
+    if model is None:
+        return {}, None
+    try:
+        found = load_roles(spec.texts, spec.seed, model.tokenizer, _unwritten, model.window_start)
+    except DataError as error:
+        return {}, str(error)
+    return {role: len(windows) for role, windows in found.items()}, None
+
+
+def _unwritten(windows: int, length: int) -> Tensor:
+    """Stand for text that the model would write."""
+    return torch.zeros(windows, length, dtype=torch.long)

@@ -1,0 +1,167 @@
+"""What a search needs and takes, before anything is loaded: findings, rehearsal, arithmetic."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from redis.asyncio import Redis
+
+from daemon.launch.check import Finding, Report, check
+from daemon.launch.expected_cost import expected_cost
+from daemon.search.rehearsal import Questions, rehearse
+from daemon.settings.settings import Settings
+from daemon.settings.sources import load
+from protocol.queue.keys import Keys
+from protocol.results.needs import DeviceSpeed, Needs
+from tests.daemon.launch.test_launch import Launched, settings_for, worker_there
+from tests.support.samples import SHAPE
+from tests.support.schema_answers import answer
+from tests.support.scripted_llm import Says, ScriptedLlm, lists_models, refuses, says
+from tests.support.servers import Server
+
+NEEDS = Needs(
+    shape=SHAPE, head_parameters=1000, windows={"calibration": 4, "fitness": 2}, memory="little", weight_bytes=10**6
+)
+SPEED = DeviceSpeed(name="a device", multiply=1e12, solve=1e11, read=1e10, memory=10**10, is_measured=True)
+
+
+async def checked(settings: Settings, needs: Needs = NEEDS) -> Report:
+    return await check(settings, lambda: needs, lambda: SPEED)
+
+
+def of_llm(report: Report) -> Finding:
+    (found,) = (finding for finding in report.findings if finding.what.startswith("LLM"))
+    return found
+
+
+def local_settings(folder: Path, *more: str) -> Settings:
+    text = folder / "text.txt"
+    text.write_text("a text")
+    (folder / "model").mkdir()
+    (folder / "model" / "config.json").write_text("{}")
+    data = [f"data.calibration={text}", f"data.fitness={text}", f"target.model={folder / 'model'}"]
+    return load(None, ["search.name=checked", "target.rate=0.3", f"run.folder={folder}", *data, *more])
+
+
+async def test_a_search_that_can_run_has_no_errors(tmp_path: Path) -> None:
+    async with ScriptedLlm(answer) as llm:
+        report = await checked(settings_for(tmp_path, llm))
+    assert not report.errors
+    assert of_llm(report).state == "ok" and "JSON schema; usable after 1 question" in of_llm(report).says
+    assert not (tmp_path / "test").exists()
+
+
+async def test_files_that_are_there_are_no_error_and_the_search_leaves_nothing(tmp_path: Path) -> None:
+    settings = local_settings(tmp_path)
+    report = await checked(settings)
+    assert not report.errors and of_llm(report).state == "warning"
+    assert report.record["ok"] and report.record["cost"]["hours"]["expected"] > 0
+    assert not settings.folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("script", "models", "state", "says_"),
+    [
+        ([refuses(401, "wrong key")], [refuses(401, "wrong key")], "error", "refuses the key"),
+        ([refuses(404, "no", "model_not_found")], [lists_models("other")], "error", "does not know the model 'm'"),
+        ([says("I cannot do that.")], None, "warning", "try `moves`"),
+        ([refuses(500, "out of order")], None, "error", "out of order"),
+    ],
+)
+async def test_an_endpoint_that_does_not_work_is_found_before_the_search(
+    tmp_path: Path, script: Any, models: Any, state: str, says_: str
+) -> None:
+    async with ScriptedLlm(script, models=models) as llm:
+        found = of_llm(await checked(settings_for(tmp_path, llm, "llm.attempts=1", "llm.reasks=0")))
+    assert (found.state, says_ in found.says) == (state, True), found
+
+
+async def test_an_endpoint_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    async with ScriptedLlm(answer) as llm:
+        settings = settings_for(tmp_path, llm, "llm.attempts=1")
+    assert of_llm(await checked(settings)).state == "error"
+
+
+def without_schemas(body: dict[str, Any]) -> Any:
+    if body.get("response_format", {}).get("type") == "json_schema":
+        return refuses(400, "response_format json_schema is not supported")
+    return '{"configurations": [{"start": 0.1, "middle": 0.4, "end": 0.2, "keep": []}]}'
+
+
+async def test_the_form_that_an_endpoint_takes_is_named(tmp_path: Path) -> None:
+    script: Says = without_schemas
+    async with ScriptedLlm(script) as llm:
+        found = of_llm(await checked(settings_for(tmp_path, llm)))
+    assert "asked for JSON" in found.says and "schema" not in found.says
+
+
+@pytest.mark.parametrize(
+    ("needs", "error"),
+    [
+        (NEEDS.model_copy(update={"texts_error": "the text is too short"}), "texts"),
+        (NEEDS.model_copy(update={"memory_error": "it is too large"}), "memory"),
+        (Needs(model_error="there is no such model"), "model"),
+    ],
+)
+async def test_what_is_missing_is_an_error(tmp_path: Path, needs: Needs, error: str) -> None:
+    report = await checked(local_settings(tmp_path), needs)
+    assert report.errors == [error]
+    assert (report.cost is None) == (needs.shape is None)
+
+
+async def test_a_server_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    report = await checked(local_settings(tmp_path, "redis.url=redis://127.0.0.1:1/0"))
+    assert report.errors == ["Redis"]
+
+
+@pytest.mark.one_server
+async def test_a_server_that_is_there_is_not(tmp_path: Path, server: Server) -> None:
+    assert not (await checked(local_settings(tmp_path, f"redis.url={server.url}"))).errors
+
+
+@pytest.mark.one_server
+@pytest.mark.parametrize("reply", ["edits", "moves", "lists"])
+async def test_a_search_asks_as_many_questions_as_its_rehearsal_of_about_the_same_length(
+    redis: Redis, keys: Keys, server: Server, tmp_path: Path, reply: str
+) -> None:
+    async with ScriptedLlm(answer) as llm:
+        settings = settings_for(tmp_path, llm, f"llm.reply={reply}", "llm.reasks=0")
+        planned = (await rehearse(settings, SHAPE)).total(settings.search.rounds)
+        async with worker_there(redis, keys):
+            await Launched(settings, server).end()
+        asked = [body for body in llm.bodies if body.get("max_tokens") != 1]
+    assert len(asked) == planned.questions
+    characters = sum(len(message["content"]) for body in asked for message in body["messages"])
+    assert characters / 3.5 == pytest.approx(planned.prompt_tokens, rel=0.1)
+
+
+QUESTIONS = Questions(2, 3500, 1000, 3, 7000, 300)
+
+
+def test_a_search_with_twice_the_windows_measures_twice_as_long(tmp_path: Path) -> None:
+    settings = local_settings(tmp_path)
+    twice = NEEDS.model_copy(update={"windows": {"calibration": 4, "fitness": 4}})
+    one, two = (expected_cost(settings, needs, SPEED, None).seconds_per_evaluation for needs in (NEEDS, twice))
+    assert two.expected == pytest.approx(2 * one.expected) and one.least < one.expected < one.most
+
+
+def test_money_is_tokens_times_price(tmp_path: Path) -> None:
+    endpoint = "{base_url: 'http://x/v1', model: m, price_in: 2, price_out: 10}"
+    settings = local_settings(tmp_path, f"llm.endpoints=[{endpoint}]", "search.rounds=10")
+    cost = expected_cost(settings, NEEDS, SPEED, QUESTIONS)
+    assert cost.money is not None
+    assert cost.prompt_tokens.least == (3500 + 10 * 7000) / 3.5
+    assert cost.money.expected == pytest.approx(2e-6 * cost.prompt_tokens.expected + 10e-6 * cost.reply_tokens.expected)
+    assert any("per million" in line for line in cost.arithmetic)
+
+
+def test_a_search_that_asks_no_llm_waits_for_none_and_pays_nothing(tmp_path: Path) -> None:
+    cost = expected_cost(local_settings(tmp_path), NEEDS, SPEED, None)
+    assert cost.money is None and cost.questions.most == 0
+    assert not any("LLM" in line for line in cost.arithmetic)
+
+
+def test_a_measured_answer_replaces_the_assumed_one(tmp_path: Path) -> None:
+    settings = local_settings(tmp_path)
+    quick, slow = (expected_cost(settings, NEEDS, SPEED, QUESTIONS, seconds).hours for seconds in (1.0, 100.0))
+    assert slow.expected > quick.expected
