@@ -3,9 +3,12 @@
 import json
 import math
 import re
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from importlib.resources import as_file, files
 from pathlib import Path
+from signal import Signals
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -89,30 +92,47 @@ def prune(
     destination = Destination(expanded(out), formats, gguf_type_of(formats, gguf_type), force)
     settings = prune_settings(model, rate, destination.folder, search)
     tuning = _tuning(training, destination, settings) if training.finetune else None
-    need("torch", "worker")
     if tuning is not None:
         need("peft", "finetune")
+    result = make_smaller(settings, destination, tuning, run_here, lambda: show_progress(settings.target.model))
+    print_result(result.model_dump(mode="json"), json_, lambda: tables.pruned(result, settings.spec().fitness))
+
+
+RunSearch = Callable[[Settings], tuple[Summary | None, Signals | None]]
+"""Runs a search to its end, or until a signal comes."""
+ShowProgress = Callable[[], AbstractContextManager[Callable[[str, int, int], None]]]
+"""Returns a context in which models run; its value is called with the progress of stages."""
+
+
+def make_smaller(
+    settings: Settings, destination: Destination, tuning: "Tuning | None", run_search: RunSearch, show: ShowProgress
+) -> PruneResult:
+    """Search for the best rates, export the pruned model, fine-tune it if asked, and check it.
+
+    After an interruption, a call with the same arguments resumes. Raises Interrupted, and SelfPrunerError.
+    """
+    need("torch", "worker")
     from gpu_worker.finetune.prune import check_before_search, finish, write_report
     from gpu_worker.finetune.prune_records import Goal
 
     goal = Goal(settings.search.name, settings.folder, settings.spec(), destination, tuning)
     goal, before = check_before_search(goal)
     try:
-        request, summary = _searched(settings)
+        request, summary = _searched(settings, run_search)
         searched = SearchSummary(
             evaluations=sum(summary.candidates["by_outcome"].values()),
             seconds=summary.seconds,
             uniform_perplexity=summary.uniform.perplexity,
             uniform_report_perplexity=summary.uniform.report_perplexity,
         )
-        with show_progress(request.spec.model) as progress:
+        with show() as progress:
             finished = finish(goal, before, request, searched, progress)
         result = _result(goal.search, summary, searched, request, finished)
         write_report(result, goal.out)
     except Interrupted as end:
         end.left = RESUME_HINT
         raise
-    print_result(result.model_dump(mode="json"), json_, lambda: tables.pruned(result, request.spec.fitness))
+    return result
 
 
 def _result(
@@ -212,9 +232,9 @@ def _tuning(given: FinetuneFlags, destination: Destination, settings: Settings) 
     return Tuning(data, recipe, given.finetune_minutes)
 
 
-def _searched(settings: Settings) -> tuple[PruningRequest, Summary]:
+def _searched(settings: Settings, run_search: RunSearch) -> tuple[PruningRequest, Summary]:
     """Run or resume the search; return its best candidate as a request, and its summary."""
-    summary, interrupted = run_here(settings)
+    summary, interrupted = run_search(settings)
     if interrupted is not None:
         raise Interrupted(interrupted)
     if summary is None or not summary.finished:

@@ -20,8 +20,8 @@ from daemon.launch.lessons import TOLD, add_lesson, read_lessons
 from daemon.launch.llm import make_chat, read_replay, read_transcript
 from daemon.launch.usage import UsageTracker
 from daemon.local.children import log_if_it_dies
+from daemon.monitor.follower import Follower
 from daemon.monitor.observer import Observer
-from daemon.monitor.run_screen import Display
 from daemon.monitor.summary import Summary, summarise
 from daemon.search.checks import check_budget, check_lists, check_lists_somewhere, check_windows, warn_of_texts
 from daemon.search.control import ControlWatcher, StopRequested
@@ -67,7 +67,7 @@ class Launch:
         workers_are_unusable: Callable[[], bool] = lambda: False,
         access: Access | None = None,
         announce: Callable[[str], None] = lambda _: None,
-        display: Display | None = None,
+        display: Follower | None = None,
         more_duties: Sequence[Callable[[], Coroutine[Any, Any, None]]] = (),
     ) -> None:
         self._settings = settings

@@ -17,6 +17,7 @@ from daemon.local.folder_lock import FolderLock, lock_folder
 from daemon.local.llm_server import find_gguf
 from daemon.local.services import local_llm, workers
 from daemon.local.valkey import embedded_server
+from daemon.monitor.follower import Follower
 from daemon.monitor.run_screen import Display
 from daemon.monitor.summary import Summary
 from daemon.settings.settings import Settings
@@ -24,7 +25,7 @@ from daemon.settings.target import check_text
 from protocol.errors import SettingsError
 from protocol.runtime import logs
 from protocol.runtime.paths import check_model
-from protocol.runtime.signals import run_until_signal
+from protocol.runtime.signals import run_in_thread, run_until_signal
 
 
 def run_here(settings: Settings) -> tuple[Summary | None, signal.Signals | None]:
@@ -37,6 +38,17 @@ def run_here(settings: Settings) -> tuple[Summary | None, signal.Signals | None]
         access = _configure_logs(settings, "stderr")
         display = Display(Console(stderr=True)) if sys.stderr.isatty() else None
         return run_until_signal(_run_embedded(settings, access, display, lock))
+
+
+def run_quietly(settings: Settings, display: Follower) -> tuple[Summary | None, signal.Signals | None]:
+    """Do as `run_here` does for another program, which may have an event loop: in a thread, and report to `display`.
+
+    The search logs to its folder only, and the program's own logging is left as it was.
+    """
+    check_here(settings)
+    with lock_folder(settings.folder) as lock, logs.left_as_before():
+        access = _configure_logs(settings, None)
+        return run_in_thread(_run_embedded(settings, access, display, lock))
 
 
 def run_daemon(settings: Settings, stream: logs.Stream) -> tuple[Summary | None, signal.Signals | None, Access | None]:
@@ -74,14 +86,18 @@ def lacks_llm(settings: Settings) -> bool:
     return settings.search.asks_llm and not settings.llm.endpoints and not settings.llm.replay
 
 
-def _configure_logs(settings: Settings, stream: logs.Stream) -> Access | None:
-    """Configure the log of a search, with secrets redacted. Returns the access to its HTTP API, or None if disabled."""
+def _configure_logs(settings: Settings, stream: logs.Stream | None) -> Access | None:
+    """Configure the log of a search, with secrets redacted; without a `stream`, only its file.
+
+    Returns the access to its HTTP API, or None if disabled.
+    """
     file, own = settings.folder / "log.jsonl", secrets_of(settings)
     try:
         settings.folder.mkdir(parents=True, exist_ok=True)
         access = open_access(settings.http, settings.folder) if settings.http.enabled else None
         secrets = [*own, *(access.secrets if access else [])]
-        logs.configure(file=file, stream=stream, secrets=secrets, search=settings.search.name)
+        where: dict[str, Any] = {"console": False} if stream is None else {"stream": stream}
+        logs.configure(file=file, **where, secrets=secrets, search=settings.search.name)
     except (OSError, ValueError) as error:  # ValueError: an invalid file name
         raise SettingsError(f"run.folder: {file} cannot be written: {error}") from error
     return access
@@ -96,7 +112,7 @@ def _announce(access: Access | None, url: str) -> None:
 
 
 async def _run_embedded(
-    settings: Settings, access: Access | None, display: Display | None, lock: FolderLock
+    settings: Settings, access: Access | None, display: Follower | None, lock: FolderLock
 ) -> Summary | None:
     """Start the server, the local LLM and the workers, then search. End them in reverse order."""
     async with AsyncExitStack() as stack:

@@ -7,12 +7,11 @@ from contextlib import asynccontextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeElapsedColumn
 
+from daemon.monitor.follower import REFRESH_SECONDS
 from daemon.search.control import ControlWatcher
 from daemon.search.figures import figures_of
 from daemon.search.search import Search
 from daemon.state.store import SearchStore
-
-REFRESH_SECONDS = 0.5
 
 
 class Display:

@@ -4,7 +4,8 @@ import logging
 import math
 import re
 import sys
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, TextIO
@@ -169,6 +170,25 @@ def configure(
     )
     structlog.contextvars.bind_contextvars(**bound)
     sys.excepthook = _log_crash
+
+
+@contextmanager
+def left_as_before() -> Iterator[None]:
+    """Restore this process's logging at the end of the block, for programs that call Self-Pruner as a library."""
+    root, hook, settings = logging.getLogger(), sys.excepthook, structlog.get_config()
+    handlers, level, bound = list(root.handlers), root.level, dict(structlog.contextvars.get_contextvars())
+    root.handlers[:] = []  # so that `configure` does not close them
+    try:
+        yield
+    finally:
+        for handler in root.handlers:
+            handler.close()
+        root.handlers[:] = handlers
+        root.setLevel(level)
+        structlog.configure(**settings)
+        structlog.contextvars.clear_contextvars()
+        structlog.contextvars.bind_contextvars(**bound)
+        sys.excepthook = hook
 
 
 def _as_json(redact: Redaction) -> list[Processor]:

@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Coroutine, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, TypeVar
@@ -61,6 +62,31 @@ log = structlog.get_logger()
 def run_until_signal(work: Coroutine[Any, Any, T]) -> tuple[T | None, signal.Signals | None]:
     """Run `work`, which the first signal cancels. Returns its result, if any, and that signal, if any."""
     return asyncio.run(_run(work))
+
+
+def run_in_thread(work: Coroutine[Any, Any, T]) -> tuple[T | None, signal.Signals | None]:
+    """Run `work` in a thread with an event loop of its own, for callers that may have a running loop, as notebooks do.
+
+    Ctrl-C cancels it. Returns its result, if any, and SIGINT if it was cancelled so.
+    """
+    begun: Future[tuple[asyncio.AbstractEventLoop, asyncio.Task[T]]] = Future()
+
+    async def supervised() -> T | None:
+        task = asyncio.ensure_future(work)
+        begun.set_result((asyncio.get_running_loop(), task))
+        try:
+            return await task
+        except asyncio.CancelledError:
+            return None
+
+    with ThreadPoolExecutor(1, "selfpruner") as pool:
+        done = pool.submit(lambda: asyncio.run(supervised()))
+        try:
+            return done.result(), None
+        except KeyboardInterrupt:
+            loop, task = begun.result()
+            loop.call_soon_threadsafe(task.cancel)
+            return done.result(), signal.SIGINT
 
 
 class Interrupted(BaseException):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tests.support.root import ROOT
 
-PACKAGES = ("protocol", "agents", "daemon", "gpu_worker")
+PACKAGES = ("protocol", "agents", "daemon", "gpu_worker", "selfpruner")
 
 
 def modules(package: str) -> list[Path]:
