@@ -49,6 +49,12 @@ def _one_cache_for_all_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterat
         yield
 
 
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
 @pytest.fixture(scope="session", params=["valkey", "redis"])
 def running_server(request: pytest.FixtureRequest) -> Iterator[Server]:
     binary = server_binary(request.param)

@@ -19,7 +19,7 @@ from tests.support.root import ROOT
 
 COPIED = (
     "docker-compose.yml", "Dockerfile", ".dockerignore", "pyproject.toml", "README.md", "LICENSE", "configs", "deploy",
-    "protocol", "agents", "daemon", "gpu_worker", "prompts",
+    "protocol", "agents", "daemon", "gpu_worker", "selfpruner", "prompts",
 )  # fmt: skip
 BASE_IMAGES = re.findall(r"^FROM (\S+:\S+) AS", (ROOT / "Dockerfile").read_text(), re.MULTILINE) + re.findall(
     r"image: (redis:\S+)", (ROOT / "docker-compose.yml").read_text()

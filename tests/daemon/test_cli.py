@@ -238,6 +238,7 @@ def test_a_signal_ends_an_export_with_a_sentence_and_leaves_nothing(target: Path
     assert not [path for folder in (tmp_path, tmp_path / "cache" / "selfpruner") for path in folder.glob(".*")]
 
 
+@pytest.mark.usefixtures("own_cache")
 def test_off_a_terminal_each_stage_is_logged(target: Path, cli: Cli) -> None:
     code, out, err = cli.run(*evaluation(target, *UNIFORM))
     lines = [json.loads(line) for line in err.splitlines()]

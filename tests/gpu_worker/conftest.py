@@ -14,11 +14,6 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> SearchSpec:
 
 
 @pytest.fixture
-def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
-@pytest.fixture
 def no_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The hub cannot be reached, and nothing of it is on this machine."""
     monkeypatch.setattr("gpu_worker.measuring.corpora.hub_reachable", lambda: False)
