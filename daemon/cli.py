@@ -15,6 +15,7 @@ from daemon.commands.finetune import finetune
 from daemon.commands.flags import FLAG_ERROR, flag_sentence
 from daemon.commands.init import init
 from daemon.commands.prune import prune
+from daemon.commands.push import push
 from daemon.commands.run import daemon, run
 from daemon.commands.speed import speed
 from daemon.commands.worker import worker
@@ -42,6 +43,7 @@ for command in (
     control.resume,
     control.stop,
     pruning.export,
+    push,
     finetune,
     pruning.evaluate,
     zero_shot,

@@ -13,10 +13,15 @@ from daemon.settings.sources import load
 from protocol.errors import SelfPrunerError, SettingsError
 from protocol.queue.connection import password_of
 from protocol.runtime import logs
+from protocol.runtime.paths import expanded
 
 REST_SECONDS = 300.0
 """Seconds that a worker with --stay waits after an error that may pass by itself. It then exits to be restarted."""
 _SET_BY_USER = ("COMMANDLINE", "ENVIRONMENT")
+
+
+def _expanded(path: Path | None) -> Path | None:
+    return None if path is None else expanded(path)
 
 
 def worker(
@@ -41,6 +46,15 @@ def worker(
     own_gpu: Annotated[
         bool, typer.Option("--own-gpu", help="Use one GPU that no other worker on this machine uses.")
     ] = False,
+    exit_when_done: Annotated[
+        bool, typer.Option("--exit-when-done", help="Exit once the search has ended, to free the GPU.")
+    ] = False,
+    idle_seconds: Annotated[
+        float | None, typer.Option(help="Exit after this time without a candidate; by default wait for ever.")
+    ] = None,
+    alive_file: Annotated[
+        Path | None, typer.Option(help="A file to touch every five seconds, for liveness probes.", callback=_expanded)
+    ] = None,
     stay: Annotated[
         bool,
         typer.Option(
@@ -60,6 +74,9 @@ def worker(
         "max_preparation_seconds": max_preparation_seconds,
         "grace_seconds": grace_seconds,
         "own_gpu": own_gpu,
+        "exit_when_done": exit_when_done,
+        "idle_seconds": idle_seconds,
+        "alive_file": alive_file,
     }
     try:
         _work({**values, **_from_config(config, context)} if config else values)

@@ -24,6 +24,12 @@ class WorkerOptions:
     """Time that the running evaluation gets after SIGTERM before its job is handed back."""
     own_gpu: bool = False
     """Reserve a GPU that no other worker on this machine uses."""
+    exit_when_done: bool = False
+    """Exit once the search has ended."""
+    idle_seconds: float | None = None
+    """Exit after this time without a candidate, from when the worker is ready; None waits for ever."""
+    alive_file: Path | None = None
+    """A file that is touched while this process works, for liveness probes."""
     spec: str | None = None
     """Fingerprint of the only spec to evaluate; with None, the worker evaluates any spec that the search has."""
     evaluation_process: tuple[str, ...] = EVALUATION_PROCESS
@@ -40,6 +46,9 @@ def worker_options(
     max_preparation_seconds: float,
     grace_seconds: float,
     own_gpu: bool,
+    exit_when_done: bool = False,
+    idle_seconds: float | None = None,
+    alive_file: Path | None = None,
     spec: str | None = None,
 ) -> WorkerOptions:
     """Return the options for these flags. Raises SettingsError that names the invalid flag."""
@@ -51,6 +60,9 @@ def worker_options(
         max_preparation_seconds=_seconds("--max-preparation-seconds", max_preparation_seconds, least=1e-3),
         grace_seconds=_seconds("--grace-seconds", grace_seconds, least=0.0),
         own_gpu=own_gpu,
+        exit_when_done=exit_when_done,
+        idle_seconds=None if idle_seconds is None else _seconds("--idle-seconds", idle_seconds, least=0.0),
+        alive_file=alive_file,
         spec=spec,
     )
 

@@ -9,7 +9,9 @@ import contextlib
 import os
 import signal
 import socket
+import time
 import uuid
+from pathlib import Path
 from typing import Any
 
 import structlog
@@ -21,12 +23,12 @@ from gpu_worker.worker.evaluator import ChildDied, DeviceLost, EvaluationChild
 from gpu_worker.worker.gpu_lock import take_gpu
 from gpu_worker.worker.options import WorkerOptions
 from gpu_worker.worker.spec_watch import SpecWatch, SpecWithdrawn
-from protocol.errors import StoreError, UsageError, first_error
+from protocol.errors import SettingsError, StoreError, UsageError, first_error
 from protocol.plans.candidate import Failed, Outcome, outcome_fields
 from protocol.plans.profile import ModelProfile, check_profile
 from protocol.plans.spec import SearchSpec
 from protocol.queue.connection import UNREACHABLE_ERRORS, RedisRetry, check_server, connect
-from protocol.queue.control import Control
+from protocol.queue.control import Control, has_ended
 from protocol.queue.jobs import MOST_DEATHS, Job, JobQueue
 from protocol.queue.keys import Keys, parse_stored, parse_unless_damaged
 from protocol.queue.profile_board import ProfileBoard
@@ -38,6 +40,9 @@ MAX_FAILED_STARTS = 3
 IDLE_GRACE_SECONDS = 2.0
 """Extra seconds after the grace time, so that a blocking Redis read can return. A stopping worker does not wait longer,
 even if the server is down."""
+
+ALIVE_SECONDS = 5.0
+"""Seconds between two touches of --alive-file."""
 
 log = structlog.get_logger()
 
@@ -58,6 +63,7 @@ class Worker:
         self._logged = LogThrottle()
         self._job: Job | None = None
         self._stopping = asyncio.Event()
+        self._idle_since = time.monotonic()
         self._beats: set[asyncio.Task[bool]] = set()
 
     async def run(self) -> None:
@@ -79,9 +85,12 @@ class Worker:
         """
         try:
             async with asyncio.TaskGroup() as group:
-                beats = group.create_task(self._beat_for_ever())
+                others = [group.create_task(self._beat_for_ever())]
+                if self._options.alive_file is not None:
+                    others.append(group.create_task(self._show_life_for_ever(self._options.alive_file)))
                 await self._until_stopped(group.create_task(self._work()))
-                beats.cancel()
+                for other in others:
+                    other.cancel()
         except BaseExceptionGroup as group:
             error = first_error(group)
             if error is None:
@@ -136,6 +145,15 @@ class Worker:
         await asyncio.wait({work}, timeout=grace + IDLE_GRACE_SECONDS)
         work.cancel()
 
+    async def _show_life_for_ever(self, file: Path) -> None:
+        """Touch the file, whether or not the server answers: a probe must not kill workers because Redis is down."""
+        while True:
+            try:
+                await asyncio.to_thread(file.touch)
+            except OSError as error:
+                raise SettingsError(f"--alive-file {str(file)!r} cannot be written: {error.strerror}") from error
+            await asyncio.sleep(ALIVE_SECONDS)
+
     async def _beat_for_ever(self) -> None:
         lost: Job | None = None
         while True:
@@ -148,7 +166,8 @@ class Worker:
 
     async def _wait_for_spec(self) -> SearchSpec | None:
         waiting = False
-        while not self._stopping.is_set():
+        self._idle_since = time.monotonic()
+        while not self._stopping.is_set() and not await self._leaves():
             spec = await self._spec()
             if spec and self._options.spec in (None, spec.fingerprint) and await self._control.read() != "stop":
                 return spec
@@ -178,12 +197,13 @@ class Worker:
         child = EvaluationChild(spec, self._options.evaluation_process, board=board)
         try:
             profile = await self._prepare(child, spec)
+            self._idle_since = time.monotonic()
             while not self._stopping.is_set():
                 self._set_status(stage="idle")
                 paused = await self._control.read() != "run"
                 self._job = None if paused else await self._queue.claim()
                 if self._job is None:
-                    if not await self._is_still_wanted(spec, profile):
+                    if await self._leaves() or not await self._is_still_wanted(spec, profile):
                         return
                     await asyncio.sleep(0.5 if paused else 0)
                     continue
@@ -191,8 +211,20 @@ class Worker:
                     return  # keep the job: it is claimed again once the new spec is loaded
                 if self._job is not None:
                     await self._measure(child, self._job)
+                    self._idle_since = time.monotonic()
         finally:
             await child.kill()
+
+    async def _leaves(self) -> bool:
+        """Stop, and return True, if this worker is to exit because the search has ended or has no work for it."""
+        options, idle = self._options, time.monotonic() - self._idle_since
+        if options.exit_when_done and await self._retry(lambda: has_ended(self._redis, self._keys)):
+            log.info("worker_leaves", reason="the search has ended")
+            self.stop()
+        elif options.idle_seconds is not None and idle >= options.idle_seconds:
+            log.info("worker_leaves", reason=f"there was no candidate for {idle:.0f} s")
+            self.stop()
+        return self.stopping
 
     async def _is_still_wanted(self, spec: SearchSpec, profile: ModelProfile) -> bool:
         """Return whether the search still has this spec; publish `profile` again if the server has lost the profile.

@@ -2,6 +2,7 @@
 `SET selfpruner:<search>:control pause`."""
 
 import contextlib
+import json
 from time import monotonic
 from typing import Any, Literal
 
@@ -20,6 +21,15 @@ SETTLED_SECONDS = 60.0
 """An epoch that is lower for this many seconds belongs to a new daemon. A running daemon restores its epoch sooner."""
 
 log = structlog.get_logger()
+
+
+async def has_ended(redis: Redis, keys: Keys) -> bool:
+    """Return whether the daemon has said that the search ended; False if it has said nothing that can be read."""
+    text: Any = await redis.get(keys.condition)
+    try:
+        return bool(json.loads(text or "{}")["finished"])
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return False
 
 
 class Control:

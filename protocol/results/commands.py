@@ -82,6 +82,18 @@ class SearchSummary(Value):
     uniform_report_perplexity: float | None
 
 
+class PushResult(Value):
+    """What was uploaded to the Hugging Face Hub."""
+
+    repository: str
+    """`USER/NAME`."""
+    url: str
+    public: bool
+    """Whether a new repository was made public; one that existed keeps its visibility."""
+    files: int
+    bytes: int
+
+
 class ExportResult(Value):
     """The files that an export wrote, and the measurements of the exported model."""
 

@@ -1,13 +1,17 @@
 """What a deployment is made of: the user that Redis has for us, and the Dockerfile."""
 
 import hashlib
+import os
 import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
+import kubernetes_validate
 import pytest
+import yaml
 
 from protocol.runtime.secret_files import read_secret
 from tests.support.root import ROOT
@@ -132,4 +136,46 @@ def test_nothing_gets_into_an_image_but_what_is_named() -> None:
     lines = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and line[0] != "#"]
     assert lines[0] == "*"
     allowed = {line.removeprefix("!") for line in lines if line.startswith("!")}
-    assert allowed == {"pyproject.toml", "README.md", "LICENSE", "prompts", "configs", "agents", *OURS}
+    assert allowed == {"pyproject.toml", "README.md", "LICENSE", "prompts", "configs", "agents", "selfpruner", *OURS}
+
+
+def flags_of(command: str) -> set[str]:
+    """The flags of a command, from the page of the command line."""
+    page = (ROOT / "docs/reference/cli.md").read_text()
+    section = page.split(f"## {command}\n")[1].split("\n## ")[0]
+    return set(re.findall(r"--[a-z-]+", section))
+
+
+def test_the_manifest_fits_the_schemas_of_kubernetes_and_uses_flags_that_exist() -> None:
+    documents = list(yaml.safe_load_all((ROOT / "deploy" / "kubernetes.yaml").read_text()))
+    for document in documents:
+        kubernetes_validate.validate(document, "1.33", strict=True)
+    kinds = Counter(document["kind"] for document in documents)
+    assert kinds == {"PersistentVolumeClaim": 2, "Deployment": 3, "Service": 1}
+    claims = {d["metadata"]["name"] for d in documents if d["kind"] == "PersistentVolumeClaim"}
+    for deployment in (d["spec"]["template"]["spec"] for d in documents if d["kind"] == "Deployment"):
+        (container,), volumes = deployment["containers"], deployment["volumes"]
+        assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in volumes}
+        assert {v["persistentVolumeClaim"]["claimName"] for v in volumes if "persistentVolumeClaim" in v} <= claims
+        command, *given = container.get("args", ["worker"])
+        assert {each for each in given if each.startswith("--")} <= flags_of(command)
+
+
+@pytest.mark.parametrize("damage", ["", "--time=yesterday"])
+def test_slurm_accepts_the_options_of_the_script(tmp_path: Path, damage: str) -> None:
+    text = (ROOT / "deploy" / "slurm-workers.sh").read_text()
+    subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+    assert set(re.findall(r"--[a-z-]+", text.partition("exec selfpruner worker")[2])) <= flags_of("worker")
+    if shutil.which("sbatch") is None:
+        pytest.skip("no sbatch on this machine (Debian: slurm-client)")
+    options = "ClusterName=x\nSlurmctldHost=127.0.0.1\nAuthType=auth/none\nCredType=cred/none\nGresTypes=gpu\n"
+    (tmp_path / "slurm.conf").write_text(options + "MessageTimeout=1\n")
+    script = tmp_path / "script.sh"
+    script.write_text(text.replace("--time=24:00:00", damage) if damage else text)
+    environment = {**os.environ, "SLURM_CONF": str(tmp_path / "slurm.conf")}
+    command = ["sbatch", "--test-only", str(script)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    # Without a controller the job cannot be tested further; options are checked before.
+    assert ("Invalid --time" in done.stderr) == bool(damage), done.stderr
+    assert "unrecognized option" not in done.stderr
+    assert damage or "Unable to contact slurm controller" in done.stderr, done.stderr

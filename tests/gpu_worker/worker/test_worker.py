@@ -199,3 +199,43 @@ async def test_a_worker_whose_server_is_away_still_ends_when_told_to(kit: Kit) -
     worker.send(signal.SIGTERM)
     assert await worker.ended() == 0 and not worker.children()
     kit.server.start()
+
+
+async def test_a_worker_may_leave_when_the_search_has_ended(server: Server, daemon: Daemon, tmp_path: Path) -> None:
+    alive = tmp_path / "alive"
+    async with worker_process(server, "--exit-when-done", "--alive-file", str(alive)) as process:
+        profile = await daemon.begin()
+        issued = await daemon.issue(profile, 2)
+        await eventually(lambda: daemon.collected(len(issued)), 60)
+        assert alive.exists() and process.returncode is None
+        await daemon.redis.set(daemon.keys.condition, "not what a daemon writes")
+        await asyncio.sleep(1.5)
+        assert process.returncode is None
+        await daemon.redis.set(daemon.keys.condition, '{"finished": true}')
+        assert await asyncio.wait_for(process.wait(), 30) == 0
+        assert not children_of(process)
+
+
+async def test_a_worker_may_leave_when_it_has_had_no_work_for_a_while(server: Server, daemon: Daemon) -> None:
+    async with worker_process(server, "--idle-seconds", "3") as process:
+        profile = await daemon.begin()
+        issued = await daemon.issue(profile, 2)
+        await eventually(lambda: daemon.collected(len(issued)), 60)
+        assert process.returncode is None
+        assert await asyncio.wait_for(process.wait(), 30) == 0
+
+
+async def test_a_worker_shows_life_while_its_server_is_away(server: Server, tmp_path: Path) -> None:
+    """Otherwise a probe would kill the workers of an outage."""
+    alive = tmp_path / "alive"
+    async with worker_process(server, "--alive-file", str(alive)):
+        await eventually(alive.exists, 30)
+        server.kill()
+        alive.unlink()
+        await eventually(alive.exists, 15)
+
+
+async def test_a_file_that_cannot_be_touched_is_said_at_once(server: Server, tmp_path: Path) -> None:
+    async with worker_process(server, "--quiet", "--alive-file", str(tmp_path / "no" / "folder")) as process:
+        assert await asyncio.wait_for(process.wait(), 30) == 2
+    assert "--alive-file" in process.log  # type: ignore[attr-defined]
