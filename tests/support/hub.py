@@ -1,4 +1,4 @@
-"""A stand-in of the Hugging Face Hub's API on loopback, which keeps what is uploaded."""
+"""A substitute for the Hugging Face Hub's API on loopback, which keeps what is uploaded."""
 
 import base64
 import hashlib

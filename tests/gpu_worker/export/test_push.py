@@ -1,4 +1,4 @@
-"""Exported folders on a stand-in of the Hugging Face Hub."""
+"""Exported folders on a substitute for the Hugging Face Hub."""
 
 import os
 import subprocess
