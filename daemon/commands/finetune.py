@@ -108,6 +108,9 @@ def finetune(
         raise SettingsError(f"--out {out} is the folder to train from: give another folder, which will be created")
     data, eval_data = found_data(data), eval_data and found_data(eval_data, only_text=True)
     check_apart("--data", data, "--eval-data", eval_data)
+    from gpu_worker.export.folder import formats_in
+
+    formats_in(expanded(folder))  # now, because torch takes seconds to import
     need("torch", "worker")
     if not full:
         need("peft", "finetune")

@@ -28,7 +28,7 @@ from protocol.plans.allocation import PruningRequest
 from protocol.results.commands import PruneResult, SearchSummary
 from protocol.results.finetuning import ALPACA_GPT4, Recipe
 from protocol.results.formats import Destination, formats_of, gguf_type_of
-from protocol.runtime.paths import expanded
+from protocol.runtime.paths import check_model, expanded
 from protocol.runtime.signals import Interrupted
 
 if TYPE_CHECKING:
@@ -90,6 +90,9 @@ def prune(
     _check_needed(training)
     formats = formats_of(format_ or ["hf"])
     destination = Destination(expanded(out), formats, gguf_type_of(formats, gguf_type), force)
+    check_model(model)  # now, because torch takes seconds to import
+    if destination.folder.is_file():
+        raise SettingsError(f"--out {out} is a file: name a folder that does not exist yet")
     settings = prune_settings(model, rate, destination.folder, search)
     tuning = _tuning(training, destination, settings) if training.finetune else None
     if tuning is not None:

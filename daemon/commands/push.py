@@ -28,6 +28,9 @@ def push(
 
     Needs a token that may write, in HF_TOKEN or from `hf auth login`.
     """
+    from gpu_worker.export.folder import formats_in
+
+    formats_in(folder)  # now, because its packages take seconds to import
     need("huggingface_hub", "worker")
     from gpu_worker.export.push import push_once
 

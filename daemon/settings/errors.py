@@ -33,6 +33,8 @@ def validation_sentence(error: ValidationError, names: Iterable[str] = ()) -> st
     message = message[:1].lower() + message[1:].replace("a valid tuple", "a list")
     if not name:  # two settings that do not go together
         return message
+    if first["input"] is None:
+        return f"the setting {name} has no value"
     if name.partition(".")[0] in _MAY_HOLD_SECRETS:
         return f"{name} has an invalid value: {message}"
     if first["type"] == "value_error" and isinstance(first["input"], Mapping):  # two settings of one section

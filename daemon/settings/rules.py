@@ -24,6 +24,8 @@ def read_rule(given: str) -> Rule:
         return DEFAULT_RULE
     path = _path(given)
     if not _is_file(path):
+        if path.suffix in (".txt", ".json", ".rule"):
+            raise RuleError(f"there is no rule file {given!r}")
         try:
             return Rule.parse(given)
         except RuleError as error:

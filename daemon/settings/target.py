@@ -1,5 +1,6 @@
 """Settings of the target model and of the texts it is measured on."""
 
+import difflib
 from typing import Annotated
 
 from pydantic import AfterValidator, Field, PositiveInt
@@ -63,4 +64,6 @@ def text_spec(source: str, windows: int | None, seqlen: int) -> TextSpec:
 def check_text(source: str) -> None:
     """Raise DataError for a text file that is not on this machine."""
     if source not in NAMED_TEXTS and not expanded(source).is_file():
-        raise DataError(f"there is no text file {source!r}; give a file, or one of {', '.join(NAMED_TEXTS)}")
+        near = difflib.get_close_matches(source, NAMED_TEXTS, n=1)
+        advice = f"did you mean `{near[0]}`?" if near else f"give a file, or one of {', '.join(NAMED_TEXTS)}"
+        raise DataError(f"there is no text file {source!r}; {advice}")

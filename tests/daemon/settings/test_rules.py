@@ -43,8 +43,10 @@ def test_a_file_without_a_rule_is_refused(tmp_path: Path, name: str, content: by
 
 
 def test_what_is_neither_a_file_nor_a_rule_is_called_so(tmp_path: Path) -> None:
-    with pytest.raises(RuleError, match=r"'nowhere\.txt' is neither `default` nor a file, and as a rule: "):
+    with pytest.raises(RuleError, match=r"there is no rule file 'nowhere\.txt'"):
         read_rule("nowhere.txt")
+    with pytest.raises(RuleError, match="'best one' is neither `default` nor a file, and as a rule: "):
+        read_rule("best one")
     with pytest.raises(RuleError, match="at most 1000 characters"):
         read_rule("rate + " * 10_000)
     with pytest.raises(UsageError):
