@@ -24,12 +24,12 @@ MAX_SHARE = 1 / 3
 """Most that all entries take of the space that they and free space take together."""
 IN_USE_SECONDS = 3600.0
 """An entry that was used in this time is not deleted to make room: a process may be reading it."""
+LEFT_SECONDS = 86_400.0
+"""A hidden folder of this age was left by a process that was killed."""
 MANIFEST = "entry.json"
 """File of an entry that says what it holds, with a digest of each file."""
 READ_BYTES = 2**22
 KINDS = ("calibration", "features", "gguf", "predictions", "self-text", "sensitivity", "tokens")
-UNREADABLE = (OSError, ValueError, KeyError, TypeError)
-"""What reading a damaged entry raises."""
 
 T = TypeVar("T")
 log = structlog.get_logger()
@@ -63,8 +63,7 @@ def cached(name: str, write: Callable[[Path], None]) -> Path:
     """
     target = cache_dir() / name
     if target.is_dir():
-        with suppress(OSError):  # another user's cache
-            os.utime(target)
+        _touch(target)
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = Path(tempfile.mkdtemp(prefix=f".{name}-", dir=target.parent))
@@ -76,7 +75,8 @@ def cached(name: str, write: Callable[[Path], None]) -> Path:
             raise
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    make_room(target)
+    with suppress(OSError):
+        make_room()
     return target
 
 
@@ -92,37 +92,51 @@ def remembered(
 ) -> T:
     """Return what `read` makes of the entry of `kind` and `key`, or else what `compute` returns, which `write` stores.
 
-    `key` is JSON that determines the result, and `about` names the model to users. An entry whose files have changed
-    since they were written is computed again. What has more bytes (`size`) than the cache may take, or cannot be
-    written, is not stored.
+    `key` is JSON that determines the result, and `about` names the model to users. An entry that has changed since it
+    was written, or cannot be read, is computed again. What has no room (`size` is its bytes), cannot be written, or is
+    being written by another process, is not stored. Only `compute` can raise.
     """
-    name = f"{kind}-{_digest_of(key)}"
-    folder = cache_dir() / name
-    if folder.is_dir():
+    try:
+        folder = cache_dir() / f"{kind}-{_digest_of(key)}"
+        is_there = folder.is_dir()
+    except (OSError, RuntimeError) as error:  # no home folder, or one that this user may not enter
+        log.warning("cache_not_written", folder="", error=str(error))
+        return compute()
+    if is_there:
         try:
             _verify(folder, key)
             found = read(folder)
-        except UNREADABLE as error:
+        except Exception as error:  # noqa: BLE001  (libraries raise many kinds for a damaged file)
             log.warning("cache_entry_damaged", folder=str(folder), error=str(error))
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove(folder)
         else:
-            with suppress(OSError):
-                os.utime(folder)
+            _touch(folder)
             log.info("taken_from_cache", what=kind, folder=str(folder))
             return found
     computed = compute()
-
-    def fill(empty: Path) -> None:
-        write(computed, empty)
-        files = {path.name: _file_digest(path) for path in sorted(empty.iterdir())}
-        (empty / MANIFEST).write_text(json.dumps({"about": about, "key": key, "files": files}, indent=1) + "\n")
-
     try:
-        if size(computed) <= _limit():
-            cached(name, fill)
-    except OSError as error:
-        log.warning("cache_not_written", folder=str(folder), error=error.strerror or str(error))
+        if size(computed) <= make_room(size(computed)):
+            _store(folder, {"about": about, "key": key}, lambda empty: write(computed, empty))
+    except Exception as error:  # noqa: BLE001  (the result is known: nothing that happens here may lose it)
+        log.warning("cache_not_written", folder=str(folder), error=str(error))
     return computed
+
+
+def _store(folder: Path, manifest: dict[str, Any], write: Callable[[Path], None]) -> None:
+    """Write an entry, unless another process is writing the same one."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = folder.with_name(f".{folder.name}-unfinished")
+    try:
+        unfinished.mkdir()
+    except FileExistsError:
+        return
+    try:
+        write(unfinished)
+        files = {path.name: _file_digest(path) for path in sorted(unfinished.iterdir())}
+        (unfinished / MANIFEST).write_text(json.dumps(manifest | {"files": files}, indent=1) + "\n")
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def entries() -> list[Entry]:
@@ -130,21 +144,46 @@ def entries() -> list[Entry]:
     return sorted(_entries(), key=lambda entry: entry.used)
 
 
-def make_room(keep: Path) -> None:
-    """Delete the least recently used entries until all take as much as the cache may, but not `keep`."""
+def make_room(wanted: int = 0) -> int:
+    """Delete the least recently used entries until there is room for `wanted` more bytes; return the bytes there are.
+
+    Entries that were used within IN_USE_SECONDS stay. What killed processes have left is deleted after a day.
+    """
     found = entries()
+    for left in cache_dir().glob(".*-*"):
+        with suppress(OSError):
+            if left.name.startswith(tuple(f".{kind}-" for kind in KINDS)) and _age(left) > LEFT_SECONDS:
+                _remove(left)
     taken = sum(entry.size for entry in found)
     for entry in found:
-        if taken <= _limit(taken):
+        if taken + wanted <= _limit(taken):
             break
-        if entry.path != keep and time.time() - entry.used > IN_USE_SECONDS:
+        if time.time() - entry.used > IN_USE_SECONDS:
             delete(entry)
             taken -= entry.size
+    return min(_limit(taken) - taken, _free() // 2)
 
 
 def delete(entry: Entry) -> None:
     """Delete an entry; a process that has opened its files can read them to the end."""
-    shutil.rmtree(entry.path, ignore_errors=True)
+    _remove(entry.path)
+
+
+def _remove(folder: Path) -> None:
+    """Delete a folder; it is renamed first, so that nobody finds a half of it."""
+    hidden = folder.with_name(f".{folder.name.lstrip('.')}-{os.getpid()}-deleted")
+    with suppress(OSError):
+        folder.rename(hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _touch(folder: Path) -> None:
+    with suppress(OSError):  # another user's cache
+        os.utime(folder)
+
+
+def _age(path: Path) -> float:
+    return time.time() - path.stat().st_mtime
 
 
 def _entries() -> Iterator[Entry]:
@@ -162,20 +201,23 @@ def _entries() -> Iterator[Entry]:
 def _about(path: Path) -> str:
     try:
         return str(json.loads((path / MANIFEST).read_text(encoding="utf-8"))["about"])
-    except UNREADABLE:
+    except Exception:  # noqa: BLE001  (only a name for users)
         return ""
 
 
-def _limit(taken: int | None = None) -> int:
+def _limit(taken: int) -> int:
     """Return the most bytes that all entries may take, where they take `taken`."""
-    if taken is None:
-        taken = sum(entry.size for entry in _entries())
-    existing = next(folder for folder in (cache_dir(), *cache_dir().parents) if folder.is_dir())
-    return min(MAX_BYTES, int(MAX_SHARE * (taken + shutil.disk_usage(existing).free)))
+    return min(MAX_BYTES, int(MAX_SHARE * (taken + _free())))
+
+
+def _free() -> int:
+    """Return the free bytes of the disk."""
+    folder = cache_dir()
+    return shutil.disk_usage(next(each for each in (folder, *folder.parents) if each.is_dir())).free
 
 
 def _verify(folder: Path, key: Mapping[str, Any]) -> None:
-    """Raise ValueError (or another of UNREADABLE) if a file is not what was written."""
+    """Raise an error if a file is not what was written."""
     manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     if manifest["key"] != key:
         raise ValueError("it is of something else")

@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from protocol.runtime import logs
+
 
 def load(folder: str | Path, *, dtype: str = "bfloat16") -> tuple[Any, Any]:
     """Load an exported folder, or any model of a supported family; return a transformers model and its tokenizer.
@@ -13,5 +15,6 @@ def load(folder: str | Path, *, dtype: str = "bfloat16") -> tuple[Any, Any]:
     """
     from gpu_worker.models.loading import load_model
 
-    loaded = load_model(str(folder), dtype)
+    with logs.silent():
+        loaded = load_model(str(folder), dtype)
     return loaded.causal_lm, loaded.tokenizer

@@ -16,6 +16,7 @@ from protocol.plans.candidate import Failed, Measured
 from protocol.plans.spec import MEASURE_NAMES, SearchSpec
 from protocol.results.commands import ExportResult
 from protocol.results.formats import Destination, GgufType, formats_of, gguf_type_of
+from protocol.runtime import logs
 from protocol.runtime.paths import expanded
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ class Run:
     """A search in its folder, finished or not. What it says is what the folder held when this object was made."""
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = Path(folder)
+        self.folder = expanded(folder)
         spec = saved_spec(self.folder) if self.folder.is_dir() else None
         if spec is None:
             raise UsageError(f"there is no search in the folder {str(folder)!r}")
@@ -81,7 +82,8 @@ class Run:
         """Return a pandas frame with a row per evaluation, in the order of outcomes."""
         import pandas
 
-        return pandas.DataFrame([_row(each) for each in self.evaluations]).set_index("order", drop=False)
+        rows = [_row(each) for each in self.evaluations]
+        return pandas.DataFrame(rows).set_index("order", drop=False) if rows else pandas.DataFrame(columns=["order"])
 
     def plot(self, axes: "Axes | None" = None) -> "Axes":
         """Draw each candidate's fitness and the best so far against the number of evaluations, beside uniform pruning.
@@ -125,7 +127,7 @@ class Run:
         named = formats_of(list(formats))
         destination = Destination(expanded(out), named, gguf_type_of(named, gguf_type), force)
         check_target(destination.folder, force=force)
-        with products_in_float32():
+        with logs.silent(), products_in_float32():
             return export_once(request_of_search(record, f"search {record['search']}"), destination)
 
 

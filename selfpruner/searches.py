@@ -14,6 +14,7 @@ from daemon.settings.sources import load as load_settings
 from protocol.errors import SelfPrunerError
 from protocol.results.commands import PruneResult
 from protocol.results.formats import Destination, GgufType, formats_of, gguf_type_of
+from protocol.runtime import logs
 from protocol.runtime.paths import expanded
 from protocol.runtime.signals import Interrupted
 from selfpruner.runs import Run
@@ -106,7 +107,7 @@ def _computing(settings: Settings, report: Report) -> Iterator[Callable[[str, in
     from gpu_worker.evaluation.outcomes import out_of_memory_as_usage_error
     from gpu_worker.measuring.half_precision import products_in_float32
 
-    with out_of_memory_as_usage_error(settings.target.model), products_in_float32():
+    with logs.silent(), out_of_memory_as_usage_error(settings.target.model), products_in_float32():
         yield lambda stage, done, total: report(Progress(stage, done, total))
 
 

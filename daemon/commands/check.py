@@ -32,12 +32,15 @@ def check(
         str | None, typer.Option(help="Estimate for this GPU, such as `h100`, instead of for this machine.")
     ] = None,
     gpus: Annotated[int, typer.Option(min=1, help="Number of such GPUs for the model.")] = 1,
-    ask: Annotated[bool, typer.Option("--ask/--no-ask", help="Ask each endpoint one question of the search.")] = True,
+    ask: Annotated[
+        bool,
+        typer.Option("--ask/--no-ask", help="Ask each endpoint a question of the search."),
+    ] = True,
     json_: flags.Json = False,
 ) -> None:
     """Check whether a search can run, and estimate the hours, tokens and money that it takes.
 
-    Loads no weights. Exit code 2 if something must be put right first.
+    Loads no weights, but unpacks a GGUF file, as a search does. Exit code 2 if something must be put right first.
     """
     settings = load(config, set_ or [])
     need("torch", "worker")
@@ -48,6 +51,8 @@ def check(
 
     if gpu is not None and gpu not in GPU_NAMES:
         raise SettingsError(f"--gpu cannot be {gpu!r}: it is one of {', '.join(GPU_NAMES)}")
+    if gpus != 1 and gpu is None:
+        raise SettingsError("--gpus needs --gpu: without it, the GPUs of this machine count")
     given = None if gpu is None else speed_of_gpu(gpu)
     spec = settings.spec()
     with ExitStack() as stack:

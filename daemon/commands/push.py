@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 def push(
     folder: Annotated[Path, typer.Argument(help="A folder that `export` or `prune` wrote.", callback=expanded)],
     repository: Annotated[str, typer.Argument(help="USER/NAME on the Hugging Face Hub; created if it is missing.")],
-    public: Annotated[bool, typer.Option("--public", help="Make a new repository public; it is private else.")] = False,
+    public: Annotated[bool, typer.Option("--public", help="Make a new repository public, not private.")] = False,
     license_: Annotated[
-        str | None, typer.Option("--license", help="License for the card, such as `llama3.1`: that of the base model.")
+        str | None, typer.Option("--license", help="License of the base model, for the card, such as `llama3.1`.")
     ] = None,
     json_: flags.Json = False,
 ) -> None:

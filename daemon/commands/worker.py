@@ -47,10 +47,11 @@ def worker(
         bool, typer.Option("--own-gpu", help="Use one GPU that no other worker on this machine uses.")
     ] = False,
     exit_when_done: Annotated[
-        bool, typer.Option("--exit-when-done", help="Exit once the search has ended, to free the GPU.")
+        bool, typer.Option("--exit-when-done", help="Exit once the search ends, to free the GPU.")
     ] = False,
     idle_seconds: Annotated[
-        float | None, typer.Option(help="Exit after this time without a candidate; by default wait for ever.")
+        float | None,
+        typer.Option(help="Exit after this time without a candidate, not counting pauses."),
     ] = None,
     alive_file: Annotated[
         Path | None, typer.Option(help="A file to touch every five seconds, for liveness probes.", callback=_expanded)

@@ -3,6 +3,7 @@
 import asyncio
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -22,6 +23,8 @@ from protocol.results.needs import DeviceSpeed, Needs
 
 State = Literal["ok", "warning", "error", "unknown"]
 REDIS_SECONDS = 5.0
+BRIEFLY = 0.05
+"""Seconds after which an endpoint that does not answer is asked once more."""
 ENDPOINT_SECONDS = 120.0
 """Time limit for one question to an endpoint, whose server may load the model first."""
 RESERVE_BYTES = 10**9
@@ -105,7 +108,8 @@ async def check(
     cost = None
     if needs.shape is not None:
         said("rehearsing the search")
-        questions = await rehearse(settings, needs.shape) if settings.search.asks_llm else None
+        asks_llm = settings.search.asks_llm and not settings.llm.replay
+        questions = await rehearse(settings, needs.shape) if asks_llm else None
         cost = expected_cost(settings, needs, speed, questions, seconds)
     return Report(tuple(findings), cost, speed.name)
 
@@ -180,6 +184,8 @@ async def _endpoint(settings: Settings, given: EndpointSettings, shape: ModelSha
     """Ask one endpoint whether it answers with this key and model, and one question of the search."""
     name = f"LLM {given.name or given.model}"
     records: list[dict[str, object]] = []
+    silent: list[str] = []
+    usable = 0
 
     async def open_gate() -> None:
         return
@@ -187,23 +193,25 @@ async def _endpoint(settings: Settings, given: EndpointSettings, shape: ModelSha
     try:
         chat = make_chat(settings.llm, [given], gate=open_gate, record=records.append, spent=Spent())
         async with chat:
-            await chat.wait_ready(at_most=0, refuse=True)
+            await chat.wait_ready(silent.append, at_most=BRIEFLY, refuse=True)
+            if silent:
+                return _Asked(Finding(name, "error", f"{given.base_url} does not answer"))
             if shape is not None:
                 units = len(shape.units(settings.search.granularity))
                 check_lists_somewhere(settings, chat.contexts, units)
             if not asks or shape is None:
                 return _Asked(Finding(name, "ok", f"{given.base_url} does not refuse the key and {given.model}"))
-            async with asyncio.timeout(ENDPOINT_SECONDS):
-                usable = await ask_once(settings, shape, chat)
+            with suppress(TimeoutError):  # what it has answered until then is judged below
+                async with asyncio.timeout(ENDPOINT_SECONDS):
+                    usable = await ask_once(settings, shape, chat)
             form = next(iter(chat.forms.values()))
     except SelfPrunerError as error:
         return _Asked(Finding(name, "error", str(error)))
-    except TimeoutError:
-        return _Asked(Finding(name, "error", f"{given.base_url} did not answer within {ENDPOINT_SECONDS:g} s"))
     answers = [record for record in records if record["text"] is not None]
     if not answers:
         errors = [str(record["error"]) for record in records if record["error"]]
-        return _Asked(Finding(name, "error", errors[0] if errors else f"{given.base_url} does not answer"))
+        late = f"{given.base_url} did not answer within {ENDPOINT_SECONDS:g} s"
+        return _Asked(Finding(name, "error", errors[0] if errors else late))
     seconds = [float(str(record["seconds"])) for record in answers]
     tokens = sum(int(str(record["completion_tokens"])) for record in answers)
     says = (

@@ -80,6 +80,8 @@ class Work:
     evaluation: float
     solving: float
     preparation: float
+    products: float
+    """Of the preparation, in fp32: the products of inputs for least squares."""
     read: float
     """Bytes that writing the model's own text reads."""
 
@@ -94,9 +96,6 @@ class Work:
         kept = 1 - spec.rate
         widths = [n for layer in shape.layers for n in (layer.query_heads * shape.head_dim, layer.mlp_channels)]
         fitted = spec.reconstruction == "least-squares"
-        calibration = tokens["calibration"] * decoder
-        if fitted:
-            calibration += sum(tokens["calibration"] * n * n for n in widths)
         units = len(shape.units(spec.granularity))
         report = 3 * tokens.get("report", 0) * whole
         own = [text for text in spec.texts.values() if text.source == "self"]
@@ -105,10 +104,11 @@ class Work:
             tokens=tokens["fitness"],
             evaluation=tokens["fitness"] * (kept * decoder + 2 * needs.head_parameters),
             solving=sum((kept * n) ** 2 * shape.hidden_size for n in widths) if fitted else 0.0,
-            preparation=calibration
+            preparation=tokens["calibration"] * decoder
             + tokens["fitness"] * whole
             + report
             + units * SENSITIVITY_TOKENS * (decoder / 2 + 2 * needs.head_parameters),
+            products=sum(tokens["calibration"] * n * n for n in widths) if fitted else 0.0,
             read=sum((text.windows or 0) * text.seqlen for text in own) / 16 * needs.weight_bytes,
         )
 
@@ -146,7 +146,10 @@ class _Asking:
         lengths = zip(ASKED_AGAIN, REPLY_LENGTH, strict=True)
         reply = Range(*(total.reply_tokens * again * length for again, length in lengths))
         one = _question(seconds, reply * (1 / max(1.0, total.questions)))
-        turns = -(-questions.first // at_once) + rounds * max(1.0, questions.each_round / at_once)
+        selects = float(settings.search.selector == "llm" and settings.search.proposer == "llm")
+        breeding = max(0.0, questions.each_round - selects)
+        each_round = selects + (max(1.0, breeding / at_once) if breeding else 0.0)
+        turns = -(-questions.first // at_once) + rounds * each_round
         waiting = one * turns
         lines = (
             f"LLM: {total.questions:,.0f} questions, {asked.expected:,.0f} with those asked again; "
@@ -170,16 +173,17 @@ def expected_cost(
     search, workers = settings.search, max(1, settings.worker.count)
     work = Work.of(settings.spec(), needs)
     shares = SHARES_OF_MEASURED if speed.is_measured else SHARES_OF_PEAK
-    multiplying, solving, preparing = (
+    multiplying, solving, preparing, products = (
         Range(*(amount / (rate * share) for share in shares))
         for amount, rate in (
             (work.evaluation, speed.multiply),
             (work.solving, speed.solve),
             (work.preparation, speed.multiply),
+            (work.products, speed.solve),
         )
     )
     writing = Range(*(work.read / (speed.read * share) for share in SHARES_OF_MEMORY))
-    prepared, evaluation = preparing + writing, multiplying + solving
+    prepared, evaluation = preparing + products + writing, multiplying + solving
     measuring = evaluation * ((search.planned + 1) / workers)
     rounds = (search.planned - search.population) / max(1, search.mutations + search.crossovers)
     asking = NOT_ASKED if questions is None else _Asking.of(questions, settings, rounds, seconds)
@@ -190,6 +194,7 @@ def expected_cost(
         f"({shares[2]:.0%} to {shares[0]:.0%}) of {_flop(speed.multiply)}/s {_how(speed)}: {_time(multiplying)}",
         f"least squares: {_flop(work.solving)} in fp32 at {_flop(speed.solve)}/s: {_time(solving)} more",
         f"preparation: {_flop(work.preparation)}, once per model and text: {_time(preparing)}",
+        f"products for least squares: {_flop(work.products)} in fp32, once: {_time(products)}",
         f"writing text: reads {work.read / 1e9:,.3g} GB of weights at {speed.read / 1e9:,.3g} GB/s: {_time(writing)}",
         f"measuring: {search.planned} candidates and uniform pruning, "
         f"{workers} worker{'s' * (workers > 1)}: {_time(measuring)}",
@@ -197,7 +202,11 @@ def expected_cost(
         f"together: {_time(whole)}",
         *price,
     ]
-    left_out = [name for name, amount in (("least", work.solving), ("writing", work.read)) if not amount]
+    left_out = [
+        name
+        for name, amount in (("least", work.solving), ("products", work.products), ("writing", work.read))
+        if not amount
+    ]
     return Cost(
         evaluations=search.planned + 1,
         seconds_per_evaluation=evaluation,

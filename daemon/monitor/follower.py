@@ -70,19 +70,19 @@ class Reporter:
             task.cancel()
             with suppress(asyncio.CancelledError):
                 await task
-            self._take(self._of_search())
+            await self._take(self._of_search())
 
     async def _follow(self, store: SearchStore) -> None:
         while True:
             progress = self._of_search()
-            self._take(await self._of_workers(store) if progress is None or not progress.done else progress)
+            await self._take(await self._of_workers(store) if progress is None or not progress.done else progress)
             await asyncio.sleep(REFRESH_SECONDS)
 
-    def _take(self, progress: Progress | None) -> None:
+    async def _take(self, progress: Progress | None) -> None:
         if progress is not None and progress != self._last:
             self._last = progress
             try:
-                self._report(progress)
+                await asyncio.to_thread(self._report, progress)  # it may take its time
             except Exception as error:  # noqa: BLE001  (the caller's code must not end a search of hours)
                 log.warning("progress_not_reported", error=repr(error))
                 self._report = _ignore

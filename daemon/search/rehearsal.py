@@ -82,8 +82,10 @@ async def rehearse(settings: Settings, shape: ModelShape) -> Questions:
     search, listener = settings.search, _Listener()
     agents = make_agents(search, settings.llm, listener)
     stage = _Stage(settings, shape)
-    await agents.initializer.propose(stage.view(0), max(1, search.population - len(search.seeds)), stage.submit)
+    if (missing := search.population - len(search.seeds)) > 0:
+        await agents.initializer.propose(stage.view(0), missing, stage.submit)
     first = listener.take()
+    await stage.fill(2)  # a round needs two members; allocations are not rehearsed
     rounds = min(search.rounds, REHEARSED_ROUNDS)
     for number in range(1, rounds + 1):
         await _play(agents, stage, number)
@@ -96,13 +98,17 @@ async def ask_once(settings: Settings, shape: ModelShape, chat: ChatClient) -> i
     search, llm = settings.search, settings.llm.model_copy(update={"share": 1.0, "what_if": 0})
     stage = _Stage(settings, shape)
     unasked = make_agents(search, llm, _Listener())
-    size = max(2, search.population - len(search.seeds))
-    await unasked.initializer.propose(stage.view(0), size, stage.submit)
+    await unasked.initializer.propose(stage.view(0), max(2, search.population), stage.submit)
+    await stage.fill(2)
     agents, view = make_agents(search, llm, chat), stage.view(1)
-    if search.initializer == "llm" or search.mutator != "llm":
+    if search.initializer == "llm" or search.proposer != "llm":
         await agents.initializer.propose(replace(view, round=0), 1, stage.submit)
-    else:
+    elif search.mutator == "llm" and search.mutations:
         await agents.mutator.propose(view, view.population, 1, stage.submit)
+    elif search.crossover == "llm" and search.crossovers and agents.crossover:
+        await agents.crossover.propose(view, view.population, 1, stage.submit)
+    elif agents.selector is not None:
+        return int((await agents.selector.select(view, 2)).source == "llm")
     return stage.made_by_llm
 
 
@@ -114,6 +120,12 @@ async def _play(agents: Agents, stage: "_Stage", number: int) -> None:
         selection = await agents.selector.select(view, search.mutations + search.crossovers)
         parents, view = selection.parents, replace(view, step=selection.step)
     mutations = search.mutations if agents.crossover else search.mutations + search.crossovers
+    if search.mode == "steady-state":  # each question asks for one candidate, and is a round of its own
+        for turn in range(search.mutations + search.crossovers):
+            agent = agents.crossover if agents.crossover and turn >= mutations else agents.mutator
+            own = replace(view, round=number * (search.mutations + search.crossovers) + turn)
+            await agent.propose(own, parents, 1, stage.submit)
+        return
     await agents.mutator.propose(view, parents, mutations, stage.submit)
     if agents.crossover:
         await agents.crossover.propose(view, parents, search.crossovers, stage.submit)
@@ -143,6 +155,15 @@ class _Stage:
     def view(self, number: int) -> View:
         """Return what agents see in a round."""
         return view_of_round(self._state, self.settings.search.population, number)
+
+    async def fill(self, least: int) -> None:
+        """Measure made-up candidates until the population has this many members, if the model has so many plans."""
+        units = len(self._sensitivity)
+        for i in range(10 * least):
+            if len(self._state.population) >= least:
+                return
+            rates = [self._state.spec.rate * (1 + (0.1 + 0.05 * i) * (-1) ** unit) for unit in range(units)]
+            await self.submit(rates, Provenance(agent="initializer", source="allocation", round=0))
 
     @property
     def made_by_llm(self) -> int:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -73,7 +72,7 @@ class Calibration:
 
     @classmethod
     def load(cls, devices: Sequence[torch.device], folder: Path) -> "Calibration":
-        """Read what `save` wrote, each layer onto its device. Raises ValueError if that is not possible."""
+        """Read what `save` wrote, each layer onto its device."""
         layers = [_load(folder / f"layer-{i}.safetensors", device) for i, device in enumerate(devices)]
         return cls(
             _parts(LayerImportance, "importance", layers),
@@ -160,10 +159,8 @@ def _load_dense(folder: Path) -> Dense:
 
 
 def _load(file: Path, device: torch.device) -> dict[str, Tensor]:
-    try:
-        return load_file(file, device=str(device))
-    except SafetensorError as error:
-        raise ValueError(f"{file.name}: {error}") from error
+    # Copied, because tensors on the CPU are views of the file, which may be deleted while they are used.
+    return {name: tensor.clone() for name, tensor in load_file(file, device=str(device)).items()}
 
 
 def _parts(kind: type[T], name: str, layers: list[dict[str, Tensor]]) -> list[T]:

@@ -36,7 +36,7 @@ def push_once(folder: Path, repository: str, *, public: bool = False, license_: 
     if get_token() is None:
         raise SettingsError("there is no Hugging Face token: set HF_TOKEN, or run `hf auth login`")
     card = hub_card(folder, facts, repository, license_)
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith(".")]
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and _is_own(path, folder)]
     added = [
         CommitOperationAdd(path.relative_to(folder).as_posix(), card.encode() if path == folder / CARD else path)
         for path in files
@@ -45,16 +45,29 @@ def push_once(folder: Path, repository: str, *, public: bool = False, license_: 
     try:
         api.create_repo(repository, private=not public, exist_ok=True)
         commit = api.create_commit(repository, added, commit_message="Upload a model pruned by Self-Pruner")
+    except ValueError as error:  # the hub's rules for names are stricter than REPOSITORY
+        raise SettingsError(f"{repository!r} is not a repository's name: {_first_line(error)}") from error
     except HfHubHTTPError as error:
         raise SelfPrunerError(f"the Hugging Face Hub refuses {repository}: {_first_line(error)}") from error
-    except (OSError, HTTPError) as error:
+    except HTTPError as error:
         raise SelfPrunerError(f"the Hugging Face Hub cannot be reached: {_first_line(error)}") from error
+    except OSError as error:
+        raise SelfPrunerError(f"{folder} cannot be uploaded: {_first_line(error)}") from error
     return PushResult(
         repository=repository,
         url=str(commit.repo_url),
         public=public,
         files=len(files),
         bytes=sum(path.stat().st_size for path in files),
+    )
+
+
+def _is_own(path: Path, folder: Path) -> bool:
+    """Return whether a file is one of the export: not hidden, nor in a hidden folder such as `.git`, nor a link."""
+    relative = path.relative_to(folder)
+    parents = [folder / part for part in relative.parents]
+    return not any(part.startswith(".") for part in relative.parts) and not any(
+        each.is_symlink() for each in (path, *parents)
     )
 
 

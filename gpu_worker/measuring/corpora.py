@@ -157,7 +157,12 @@ def _tokens(source: Source, tokenizer: Any) -> Tensor:
 
     if backend is None or len(text) < MIN_CHARACTERS_IN_CACHE:
         return tokenized()
-    key = {"text": _digest(text), "tokenizer": _digest(backend.to_str()), "tokenizers": version("tokenizers")}
+    key = {
+        "text": _digest(text),
+        "tokenizer": _digest(backend.to_str()),
+        "settings": repr(getattr(tokenizer, "split_special_tokens", None)),
+        "libraries": [version("tokenizers"), version("transformers")],
+    }
     return remembered("tokens", key, tokenized, about=source[0], write=save_tokens, read=load_tokens)
 
 
@@ -168,7 +173,7 @@ def save_tokens(tokens: Tensor, folder: Path) -> None:
 
 def load_tokens(folder: Path) -> Tensor:
     """Read what `save_tokens` wrote."""
-    return load_file(folder / "tokens.safetensors")["tokens"]
+    return load_file(folder / "tokens.safetensors")["tokens"].clone()
 
 
 def _digest(text: str) -> str:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from gpu_worker.measuring.half_precision import is_slow
 from gpu_worker.models.memory import main_memory
+from protocol.errors import ModelError
 from protocol.results.needs import DeviceSpeed
 
 _SHEETS = {
@@ -43,20 +44,25 @@ def speed_of_gpu(name: str) -> DeviceSpeed:
 
 
 def speed_of_this_machine(dtype: str) -> DeviceSpeed:
-    """Measure matrix products on this machine's GPU or CPU for a second, and copying memory."""
+    """Measure matrix products on this machine's GPU or CPU for a second, and copying memory.
+
+    Raises ModelError if the GPU cannot be used.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     used = getattr(torch, dtype)
     if device.type == "cpu" and is_slow(used):
         used = torch.float32  # gpu_worker/measuring/half_precision.py
-    memory = torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else main_memory()
-    return DeviceSpeed(
-        name=torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU",
-        multiply=_products(device, used),
-        solve=_products(device, torch.float32),
-        read=_copies(device),
-        memory=memory,
-        is_measured=True,
-    )
+    try:
+        return DeviceSpeed(
+            name=torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU",
+            multiply=_products(device, used),
+            solve=_products(device, torch.float32),
+            read=_copies(device),
+            memory=torch.cuda.mem_get_info(device)[1] if device.type == "cuda" else main_memory(),
+            is_measured=True,
+        )
+    except RuntimeError as error:  # a full GPU, or one that another program has for itself
+        raise ModelError(f"the GPU cannot be used: {str(error).splitlines()[0]}; --gpu estimates without it") from error
 
 
 def _products(device: torch.device, dtype: torch.dtype) -> float:

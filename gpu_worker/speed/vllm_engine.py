@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -270,7 +271,10 @@ def _read_sizes(request: SpeedRequest) -> tuple[tuple[ModelSize, ModelSize], int
     processes objects of classes that they cannot import.
     """
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_sizes_in_transformers, request).result()
+        try:
+            return pool.submit(_sizes_in_transformers, request).result()
+        except BrokenProcessPool as error:
+            raise ModelError("the models could not be loaded in transformers: their process was killed") from error
 
 
 def _sizes_in_transformers(request: SpeedRequest) -> tuple[tuple[ModelSize, ModelSize], int, str]:

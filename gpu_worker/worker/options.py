@@ -25,7 +25,7 @@ class WorkerOptions:
     own_gpu: bool = False
     """Reserve a GPU that no other worker on this machine uses."""
     exit_when_done: bool = False
-    """Exit once the search has ended."""
+    """Exit once the search has ended, unless it had ended before this worker started."""
     idle_seconds: float | None = None
     """Exit after this time without a candidate, from when the worker is ready; None waits for ever."""
     alive_file: Path | None = None
@@ -62,9 +62,18 @@ def worker_options(
         own_gpu=own_gpu,
         exit_when_done=exit_when_done,
         idle_seconds=None if idle_seconds is None else _seconds("--idle-seconds", idle_seconds, least=0.0),
-        alive_file=alive_file,
+        alive_file=_touched(alive_file),
         spec=spec,
     )
+
+
+def _touched(file: Path | None) -> Path | None:
+    try:
+        if file is not None:
+            file.touch()
+    except OSError as error:
+        raise SettingsError(f"--alive-file {str(file)!r} cannot be written: {error.strerror}") from error
+    return file
 
 
 def _seconds(flag: str, value: float, *, least: float) -> float:

@@ -23,7 +23,7 @@ from gpu_worker.worker.evaluator import ChildDied, DeviceLost, EvaluationChild
 from gpu_worker.worker.gpu_lock import take_gpu
 from gpu_worker.worker.options import WorkerOptions
 from gpu_worker.worker.spec_watch import SpecWatch, SpecWithdrawn
-from protocol.errors import SettingsError, StoreError, UsageError, first_error
+from protocol.errors import StoreError, UsageError, first_error
 from protocol.plans.candidate import Failed, Outcome, outcome_fields
 from protocol.plans.profile import ModelProfile, check_profile
 from protocol.plans.spec import SearchSpec
@@ -64,6 +64,7 @@ class Worker:
         self._job: Job | None = None
         self._stopping = asyncio.Event()
         self._idle_since = time.monotonic()
+        self._saw_it_run = False
         self._beats: set[asyncio.Task[bool]] = set()
 
     async def run(self) -> None:
@@ -71,12 +72,15 @@ class Worker:
         structlog.contextvars.bind_contextvars(search=self._options.search, worker=self._consumer)
         if self._options.own_gpu:
             log.info("gpu_taken", gpu=await take_gpu())
-        await self._retry(lambda: check_server(self._redis))
+        living = asyncio.create_task(self._show_life_for_ever(self._options.alive_file))
         try:
+            await self._retry(lambda: check_server(self._redis))
             await self._work_and_beat()
         except UsageError as error:
             await self._report_unusable(error)
             raise
+        finally:
+            living.cancel()
 
     async def _work_and_beat(self) -> None:
         """Work and send heartbeats until stopped.
@@ -85,12 +89,9 @@ class Worker:
         """
         try:
             async with asyncio.TaskGroup() as group:
-                others = [group.create_task(self._beat_for_ever())]
-                if self._options.alive_file is not None:
-                    others.append(group.create_task(self._show_life_for_ever(self._options.alive_file)))
+                beats = group.create_task(self._beat_for_ever())
                 await self._until_stopped(group.create_task(self._work()))
-                for other in others:
-                    other.cancel()
+                beats.cancel()
         except BaseExceptionGroup as group:
             error = first_error(group)
             if error is None:
@@ -145,13 +146,17 @@ class Worker:
         await asyncio.wait({work}, timeout=grace + IDLE_GRACE_SECONDS)
         work.cancel()
 
-    async def _show_life_for_ever(self, file: Path) -> None:
+    async def _show_life_for_ever(self, file: Path | None) -> None:
         """Touch the file, whether or not the server answers: a probe must not kill workers because Redis is down."""
-        while True:
+        was_written = True
+        while file is not None:
             try:
                 await asyncio.to_thread(file.touch)
-            except OSError as error:
-                raise SettingsError(f"--alive-file {str(file)!r} cannot be written: {error.strerror}") from error
+                was_written = True
+            except OSError as error:  # the probe sees it; work that goes well must not end for it
+                if was_written:
+                    log.warning("alive_file_not_written", file=str(file), error=error.strerror)
+                was_written = False
             await asyncio.sleep(ALIVE_SECONDS)
 
     async def _beat_for_ever(self) -> None:
@@ -201,6 +206,8 @@ class Worker:
             while not self._stopping.is_set():
                 self._set_status(stage="idle")
                 paused = await self._control.read() != "run"
+                if paused:
+                    self._idle_since = time.monotonic()
                 self._job = None if paused else await self._queue.claim()
                 if self._job is None:
                     if await self._leaves() or not await self._is_still_wanted(spec, profile):
@@ -218,13 +225,19 @@ class Worker:
     async def _leaves(self) -> bool:
         """Stop, and return True, if this worker is to exit because the search has ended or has no work for it."""
         options, idle = self._options, time.monotonic() - self._idle_since
-        if options.exit_when_done and await self._retry(lambda: has_ended(self._redis, self._keys)):
+        if options.exit_when_done and await self._has_ended():
             log.info("worker_leaves", reason="the search has ended")
             self.stop()
         elif options.idle_seconds is not None and idle >= options.idle_seconds:
             log.info("worker_leaves", reason=f"there was no candidate for {idle:.0f} s")
             self.stop()
         return self.stopping
+
+    async def _has_ended(self) -> bool:
+        """Return whether the search has ended while this worker was there: a search may be continued after its end."""
+        ended: bool = await self._retry(lambda: has_ended(self._redis, self._keys))
+        self._saw_it_run |= not ended
+        return ended and self._saw_it_run
 
     async def _is_still_wanted(self, spec: SearchSpec, profile: ModelProfile) -> bool:
         """Return whether the search still has this spec; publish `profile` again if the server has lost the profile.

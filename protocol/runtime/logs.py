@@ -177,6 +177,7 @@ def left_as_before() -> Iterator[None]:
     """Restore this process's logging at the end of the block, for programs that call Self-Pruner as a library."""
     root, hook, settings = logging.getLogger(), sys.excepthook, structlog.get_config()
     handlers, level, bound = list(root.handlers), root.level, dict(structlog.contextvars.get_contextvars())
+    chatty = {name: logging.getLogger(name).level for name in CHATTY}
     root.handlers[:] = []  # so that `configure` does not close them
     try:
         yield
@@ -185,10 +186,20 @@ def left_as_before() -> Iterator[None]:
             handler.close()
         root.handlers[:] = handlers
         root.setLevel(level)
+        for name, before in chatty.items():
+            logging.getLogger(name).setLevel(before)
         structlog.configure(**settings)
         structlog.contextvars.clear_contextvars()
         structlog.contextvars.bind_contextvars(**bound)
         sys.excepthook = hook
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Write no log within the block, and restore this process's logging at its end."""
+    with left_as_before():
+        configure(console=False)
+        yield
 
 
 def _as_json(redact: Redaction) -> list[Processor]:

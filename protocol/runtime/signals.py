@@ -1,12 +1,13 @@
 """Handling of SIGINT and SIGTERM: the first one is handled, a second one ends the process at once."""
 
 import asyncio
+import contextvars
 import os
 import signal
 import threading
 from collections.abc import Callable, Coroutine, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, TypeVar
 
@@ -80,12 +81,16 @@ def run_in_thread(work: Coroutine[Any, Any, T]) -> tuple[T | None, signal.Signal
             return None
 
     with ThreadPoolExecutor(1, "selfpruner") as pool:
-        done = pool.submit(lambda: asyncio.run(supervised()))
+        done = pool.submit(contextvars.copy_context().run, lambda: asyncio.run(supervised()))
         try:
             return done.result(), None
         except KeyboardInterrupt:
-            loop, task = begun.result()
-            loop.call_soon_threadsafe(task.cancel)
+            futures: list[Future[Any]] = [begun, done]
+            wait(futures, return_when=FIRST_COMPLETED)
+            if begun.done():
+                loop, task = begun.result()
+                with suppress(RuntimeError):  # it has just ended
+                    loop.call_soon_threadsafe(task.cancel)
             return done.result(), signal.SIGINT
 
 

@@ -157,6 +157,8 @@ def test_the_manifest_fits_the_schemas_of_kubernetes_and_uses_flags_that_exist()
         (container,), volumes = deployment["containers"], deployment["volumes"]
         assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in volumes}
         assert {v["persistentVolumeClaim"]["claimName"] for v in volumes if "persistentVolumeClaim" in v} <= claims
+        if "args" in container:  # ours: services would set variables that look like settings
+            assert deployment["enableServiceLinks"] is False
         command, *given = container.get("args", ["worker"])
         assert {each for each in given if each.startswith("--")} <= flags_of(command)
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 from structlog.testing import capture_logs
 
 from gpu_worker import cache
@@ -89,7 +90,7 @@ def test_the_least_recently_used_entries_make_room_for_new_ones(
         os.utime(entry.path, (0, time.time() - 10_000 + age))
     oldest, *others = entries()
     monkeypatch.setattr(cache, "MAX_BYTES", 4 * oldest.size + 10)
-    square(5)
+    square(5, size=oldest.size)
     assert {entry.path for entry in others} < {entry.path for entry in entries()}
     assert not oldest.path.exists()
 
@@ -98,7 +99,40 @@ def test_an_entry_in_use_is_not_deleted_to_make_room(square: Squares, monkeypatc
     square(1)
     monkeypatch.setattr(cache, "MAX_BYTES", 1)
     square(2)
-    assert len(entries()) == 2
+    assert len(entries()) == 1 and square(1) == 1 and square.computed == 2
+
+
+def test_what_a_killed_process_left_is_deleted_after_a_day(square: Squares) -> None:
+    left = [cache_dir() / f".features-0123-{name}" for name in ("unfinished", "abcd")]
+    for folder in left:
+        folder.mkdir(parents=True)
+    os.utime(left[0], (0, time.time() - 100_000))
+    square(1)
+    assert [folder.exists() for folder in left] == [False, True]
+
+
+def test_what_another_process_is_storing_is_not_stored_twice(square: Squares) -> None:
+    square(3)
+    (entry,) = entries()
+    entry.path.rename(entry.path.with_name(f".{entry.path.name}-unfinished"))
+    assert (square(3), square(3)) == (9, 9)
+    assert square.computed == 3 and not entries()
+
+
+def test_a_library_that_fails_to_write_is_no_reason_to_fail(square: Squares, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: object) -> None:
+        raise SafetensorError("I/O error")  # no OSError
+
+    monkeypatch.setattr("tests.gpu_worker.test_cache._write", fails)
+    assert square(3) == 9 and not entries()
+
+
+def test_a_user_without_a_home_has_no_cache(square: Squares, monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(cache, "cache_dir", homeless)
+    assert square(3) == 9
 
 
 def test_what_is_larger_than_the_cache_may_be_is_not_kept(square: Squares) -> None:

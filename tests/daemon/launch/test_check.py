@@ -76,10 +76,25 @@ async def test_an_endpoint_that_does_not_work_is_found_before_the_search(
     assert (found.state, says_ in found.says) == (state, True), found
 
 
-async def test_an_endpoint_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize("asks", [True, False])
+async def test_an_endpoint_that_is_not_there_is_an_error(tmp_path: Path, asks: bool) -> None:
     async with ScriptedLlm(answer) as llm:
         settings = settings_for(tmp_path, llm, "llm.attempts=1")
-    assert of_llm(await checked(settings)).state == "error"
+    found = of_llm(await check(settings, lambda: NEEDS, lambda: SPEED, asks=asks))
+    assert found.state == "error" and "does not answer" in found.says
+
+
+@pytest.mark.parametrize(
+    "who",
+    [
+        ("search.initializer=rules", "search.mutator=rules", "search.crossover=rules"),
+        ("search.initializer=random", "search.selector=tournament", "search.mutator=ranked"),
+        ("search.proposer=best-of-n",),
+    ],
+)
+async def test_an_llm_with_any_one_role_is_asked_a_question_of_that_role(tmp_path: Path, who: tuple[str, ...]) -> None:
+    async with ScriptedLlm(answer) as llm:
+        assert of_llm(await checked(settings_for(tmp_path, llm, *who))).state == "ok"
 
 
 def without_schemas(body: dict[str, Any]) -> Any:
@@ -153,6 +168,34 @@ def test_money_is_tokens_times_price(tmp_path: Path) -> None:
     assert cost.prompt_tokens.least == (3500 + 10 * 7000) / 3.5
     assert cost.money.expected == pytest.approx(2e-6 * cost.prompt_tokens.expected + 10e-6 * cost.reply_tokens.expected)
     assert any("per million" in line for line in cost.arithmetic)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("search.population=1",),
+        ("search.seeds=[owl,uniform,first-layer,llm-pruner]",),
+        ("search.rounds=0",),
+        ("search.mode=steady-state",),
+        ("search.proposer=best-of-n",),
+        ("llm.reply=rules", "llm.what_if=2"),
+        ("llm.share=0.3", "llm.reply=moves"),
+    ],
+)
+async def test_any_search_can_be_rehearsed(tmp_path: Path, more: tuple[str, ...]) -> None:
+    async with ScriptedLlm(answer) as llm:
+        questions = await rehearse(settings_for(tmp_path, llm, *more), SHAPE)
+    assert questions.first + questions.each_round > 0
+
+
+async def test_in_steady_state_each_question_is_for_one_candidate(tmp_path: Path) -> None:
+    async with ScriptedLlm(answer) as llm:
+        more = ("llm.reply=lists", "search.selector=tournament")
+        rounds = [
+            await rehearse(settings_for(tmp_path, llm, *more, f"search.mode={mode}"), SHAPE)
+            for mode in ("generational", "steady-state")
+        ]
+    assert [each.each_round for each in rounds] == [2, 3]  # two mutations and one crossover
 
 
 def test_a_search_that_asks_no_llm_waits_for_none_and_pays_nothing(tmp_path: Path) -> None:

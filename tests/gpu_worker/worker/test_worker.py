@@ -209,6 +209,7 @@ async def test_a_worker_may_leave_when_the_search_has_ended(server: Server, daem
         await eventually(lambda: daemon.collected(len(issued)), 60)
         assert alive.exists() and process.returncode is None
         await daemon.redis.set(daemon.keys.condition, "not what a daemon writes")
+        assert len(daemon.results) == len(issued)
         await asyncio.sleep(1.5)
         assert process.returncode is None
         await daemon.redis.set(daemon.keys.condition, '{"finished": true}')
@@ -239,3 +240,18 @@ async def test_a_file_that_cannot_be_touched_is_said_at_once(server: Server, tmp
     async with worker_process(server, "--quiet", "--alive-file", str(tmp_path / "no" / "folder")) as process:
         assert await asyncio.wait_for(process.wait(), 30) == 2
     assert "--alive-file" in process.log  # type: ignore[attr-defined]
+
+
+async def test_a_worker_does_not_leave_for_the_end_of_an_earlier_run_of_its_search(
+    server: Server, daemon: Daemon
+) -> None:
+    await daemon.redis.set(daemon.keys.condition, '{"finished": true}')
+    async with worker_process(server, "--exit-when-done") as process:
+        profile = await daemon.begin()
+        issued = await daemon.issue(profile, 2)
+        await eventually(lambda: daemon.collected(len(issued)), 60)
+        assert process.returncode is None
+        await daemon.redis.set(daemon.keys.condition, '{"finished": false}')
+        await asyncio.sleep(2)
+        await daemon.redis.set(daemon.keys.condition, '{"finished": true}')
+        assert await asyncio.wait_for(process.wait(), 30) == 0
