@@ -25,7 +25,10 @@ MAX_SHARE = 1 / 3
 IN_USE_SECONDS = 3600.0
 """An entry that was used in this time is not deleted to make room: a process may be reading it."""
 LEFT_SECONDS = 86_400.0
-"""A hidden folder of this age was left by a process that was killed."""
+"""A hidden folder of this age was left by a process that was killed: a GGUF file is unpacked for hours at most."""
+STORED_SECONDS = 1800.0
+"""The same for an entry that `remembered` stores, each of whose files is written within minutes."""
+UNFINISHED = "-unfinished"
 MANIFEST = "entry.json"
 """File of an entry that says what it holds, with a digest of each file."""
 READ_BYTES = 2**22
@@ -125,7 +128,7 @@ def remembered(
 def _store(folder: Path, manifest: dict[str, Any], write: Callable[[Path], None]) -> None:
     """Write an entry, unless another process is writing the same one."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = folder.with_name(f".{folder.name}-unfinished")
+    unfinished = folder.with_name(f".{folder.name}{UNFINISHED}")
     try:
         unfinished.mkdir()
     except FileExistsError:
@@ -147,12 +150,13 @@ def entries() -> list[Entry]:
 def make_room(wanted: int = 0) -> int:
     """Delete the least recently used entries until there is room for `wanted` more bytes; return the bytes there are.
 
-    Entries that were used within IN_USE_SECONDS stay. What killed processes have left is deleted after a day.
+    Entries that were used within IN_USE_SECONDS stay. What killed processes have left is deleted after a while.
     """
     found = entries()
     for left in cache_dir().glob(".*-*"):
         with suppress(OSError):
-            if left.name.startswith(tuple(f".{kind}-" for kind in KINDS)) and _age(left) > LEFT_SECONDS:
+            longest = STORED_SECONDS if left.name.endswith(UNFINISHED) else LEFT_SECONDS
+            if left.name.startswith(tuple(f".{kind}-" for kind in KINDS)) and _age(left) > longest:
                 _remove(left)
     taken = sum(entry.size for entry in found)
     for entry in found:

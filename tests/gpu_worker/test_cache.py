@@ -102,13 +102,14 @@ def test_an_entry_in_use_is_not_deleted_to_make_room(square: Squares, monkeypatc
     assert len(entries()) == 1 and square(1) == 1 and square.computed == 2
 
 
-def test_what_a_killed_process_left_is_deleted_after_a_day(square: Squares) -> None:
-    left = [cache_dir() / f".features-0123-{name}" for name in ("unfinished", "abcd")]
-    for folder in left:
-        folder.mkdir(parents=True)
-    os.utime(left[0], (0, time.time() - 100_000))
+def test_what_killed_processes_left_is_deleted_after_a_while(square: Squares) -> None:
+    ages = {".features-01-unfinished": 2000, ".features-02-unfinished": 1000, ".gguf-03-x": 100_000, ".gguf-04-x": 2000}
+    for name, age in ages.items():
+        (cache_dir() / name).mkdir(parents=True)
+        os.utime(cache_dir() / name, (0, time.time() - age))
     square(1)
-    assert [folder.exists() for folder in left] == [False, True]
+    left = {path.name for path in cache_dir().iterdir() if path.name.startswith(".")}
+    assert left == {".features-02-unfinished", ".gguf-04-x"}
 
 
 def test_what_another_process_is_storing_is_not_stored_twice(square: Squares) -> None:
